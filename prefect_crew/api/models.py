@@ -1,0 +1,136 @@
+"""What the crew API says, as one set of models whatever dialect the server speaks.
+
+The facts behind the fields are those of CrewAI's published API and of what deployed crews really answer; `parsing`
+maps every known variant to these.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+__all__ = ["CrewInput", "CrewResult", "CrewState", "CrewStatus", "TaskResult", "TokenUsage"]
+
+
+class CrewState(str, Enum):
+    """Where a run stands. `str(state)` is the plain word."""
+
+    PENDING = "pending"
+    RUNNING = "running"
+    WAITING = "waiting"
+    """For a person: the run goes on after `/resume`."""
+    COMPLETED = "completed"
+    FAILED = "failed"
+    STOPPED = "stopped"
+    UNKNOWN = "unknown"
+    """The server does not know the run."""
+
+    def __str__(self) -> str:
+        return self.value
+
+    @property
+    def ended(self) -> bool:
+        """Whether the run can no longer change."""
+        return self in (CrewState.COMPLETED, CrewState.FAILED, CrewState.STOPPED)
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class CrewInput(_Model):
+    """One input of a crew, as `GET /inputs` names it."""
+
+    name: str
+    type: str | None = None
+    description: str | None = None
+    required: bool = True
+
+
+class TokenUsage(_Model):
+    """Tokens that a run used. What the server did not report is None, never 0."""
+
+    total_tokens: int | None = None
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    cached_prompt_tokens: int | None = None
+    successful_requests: int | None = None
+
+
+class TaskResult(_Model):
+    """One task of a run. `execution_time` is in seconds; `name` is what the server calls the task."""
+
+    name: str | None = None
+    agent: str | None = None
+    output: str | None = None
+    data: Any = None
+    execution_time: float | None = None
+    description: str | None = None
+    raw: Any = Field(default=None, repr=False)
+
+
+class CrewResult(_Model):
+    """What a completed run gave.
+
+    `output` is the text; `data` the structured result, or None; `execution_time` is in seconds, as the server
+    measured it; `raw` the whole body of the last status answer.
+    """
+
+    output: str
+    data: Any = None
+    tasks: list[TaskResult] = Field(default_factory=list[TaskResult])
+    kickoff_id: str
+    state: CrewState = CrewState.COMPLETED
+    execution_time: float | None = None
+    usage: TokenUsage | None = None
+    raw: Any = Field(default=None, repr=False)
+
+
+class CrewStatus(_Model):
+    """One answer of the status call.
+
+    `raw_state` is the server's own word, kept because an unheard-of one counts as running. `progress` is 0..1.
+    `human_task_id` names the task that waits for a person, where the server says so. `output` and `data` are None
+    until there is a result; an output that the server left empty is "".
+    """
+
+    kickoff_id: str
+    state: CrewState
+    raw_state: str | None = None
+    known_state: bool = True
+    """False where `raw_state` is a word that nobody has documented."""
+    message: str | None = None
+    current_task: str | None = None
+    last_step: str | None = None
+    completed_tasks: int | None = None
+    total_tasks: int | None = None
+    progress: float | None = None
+    human_task_id: str | None = None
+    tasks: list[TaskResult] = Field(default_factory=list[TaskResult])
+    output: str | None = None
+    data: Any = None
+    error: str | None = None
+    execution_time: float | None = None
+    usage: TokenUsage | None = None
+    raw: Any = Field(default=None, repr=False)
+
+    def result(self) -> CrewResult:
+        """Return the result of a completed run.
+
+        Raises:
+            ValueError: In any other state; a run that did not complete has no result.
+        """
+        if self.state is not CrewState.COMPLETED:
+            raise ValueError(f"run {self.kickoff_id} is {self.state}, not completed: it has no result")
+        return CrewResult(
+            output=self.output or "",
+            data=self.data,
+            tasks=self.tasks,
+            kickoff_id=self.kickoff_id,
+            state=self.state,
+            execution_time=self.execution_time,
+            usage=self.usage,
+            raw=self.raw,
+        )
