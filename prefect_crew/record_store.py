@@ -1,0 +1,215 @@
+"""Run records in Prefect Variables: found again from any machine that shares the Prefect server or workspace.
+
+A Variable's name is unique on the server, so creating one is an atomic claim; its value holds 5,000 bytes of JSON and
+is replaced, not compared; nobody's clean-up of flow runs or artifacts removes it (read in Prefect 3.9.1's source and
+measured: 20 racers, one winner). The attempt's number is part of the name, so that buying again is a claim as well.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import Any
+from uuid import UUID
+
+import httpx
+import orjson
+from prefect.client.orchestration import get_client
+from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
+from pydantic import ValidationError
+
+from prefect_crew.records import RecordPhase, RunRecord
+
+__all__ = ["PrefectRecords", "record_name"]
+
+TAG = "prefect-crew"
+VALUE_LIMIT = 4900
+"""Bytes of JSON; Prefect refuses more than 5,000."""
+PAGE = 200
+SAVE_FOR = 300.0
+"""Seconds for which saving a record outlasts a Prefect API that is away."""
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32]
+
+
+def record_name(run_key: str, attempt: int) -> str:
+    """Return the name of the Variable that holds an attempt at a run key."""
+    return f"crew_run_{_digest(run_key)}_{attempt}"
+
+
+def _waiter_prefix(record: RunRecord) -> str:
+    return f"crew_wait_{_digest(record.run_key)}_{record.attempt}_"
+
+
+def _value(record: RunRecord) -> dict[str, Any]:
+    """Return the record as JSON values; the result is left out where it does not fit whole."""
+    value = record.model_dump(mode="json", exclude_none=True)
+    if len(orjson.dumps(value)) > VALUE_LIMIT and record.result is not None:
+        value.pop("result")
+    return value
+
+
+def _tags(record: RunRecord) -> list[str]:
+    tags = [TAG, f"phase:{record.phase}"]
+    if record.kickoff_id is not None:
+        tags.append(f"kickoff:{_digest(record.kickoff_id)}")
+    return tags
+
+
+def _parse(variable: Mapping[str, Any]) -> RunRecord | None:
+    """Return the record in a Variable, None if it holds none: somebody else may use our tag."""
+    try:
+        return RunRecord.model_validate(variable["value"])
+    except ValidationError:
+        return None
+
+
+def _transient(error: Exception) -> bool:
+    if isinstance(error, PrefectHTTPStatusError):
+        return error.response.status_code >= 500 or error.response.status_code in (408, 429)
+    return isinstance(error, httpx.TransportError)
+
+
+class PrefectRecords:
+    """The record store on the Prefect server. Its methods may be called from any event loop.
+
+    Raises:
+        httpx.HTTPError: The Prefect API is away or refuses. `save` outlasts five minutes of absence.
+    """
+
+    async def claim(self, record: RunRecord) -> bool:
+        """Create the attempt's Variable; False if another owner's stands there."""
+        name = record_name(record.run_key, record.attempt)
+        async with get_client() as client:
+            try:
+                await client.request(
+                    "POST", "/variables/", json={"name": name, "value": _value(record), "tags": _tags(record)}
+                )
+            except PrefectHTTPStatusError as error:
+                if error.response.status_code != 409:
+                    raise
+            else:
+                return True
+            # Prefect's client sends a request again after a read timeout or a 502: the conflict may be our own claim.
+            variable = await client.read_variable_by_name(name)
+        standing = None if variable is None else _parse({"value": variable.value})
+        return standing is not None and standing.owner == record.owner
+
+    async def save(self, record: RunRecord) -> None:
+        """Replace the attempt's Variable, again and again for five minutes while the Prefect API is away."""
+        loop = asyncio.get_running_loop()
+        until = loop.time() + SAVE_FOR
+        delay = 0.5
+        while True:
+            try:
+                return await self._patch(record)
+            except (PrefectHTTPStatusError, httpx.TransportError) as error:
+                if not _transient(error) or loop.time() + delay > until:
+                    raise
+            await asyncio.sleep(delay)
+            delay = min(delay * 2, 10.0)
+
+    async def _patch(self, record: RunRecord) -> None:
+        async with get_client() as client:
+            await client.request(
+                "PATCH",
+                "/variables/name/{name}",
+                path_params={"name": record_name(record.run_key, record.attempt)},
+                json={"value": _value(record), "tags": _tags(record)},
+            )
+
+    async def attempts(self, run_key: str) -> Sequence[RunRecord]:
+        """Return all attempts at a key, the first one first."""
+        # `_` is a wildcard of LIKE; the digest around it makes a chance match impossible.
+        found = [record async for record in self._filter({"name": {"like_": f"crew_run_{_digest(run_key)}_%"}})]
+        return sorted((r for r in found if r.run_key == run_key), key=lambda record: record.attempt)
+
+    async def of_kickoff(self, kickoff_id: str) -> RunRecord | None:
+        """Return the record that holds a kickoff id, if any."""
+        tag = f"kickoff:{_digest(kickoff_id)}"
+        async for record in self._filter({"tags": {"all_": [TAG, tag]}}):
+            if record.kickoff_id == kickoff_id:
+                return record
+        return None
+
+    async def all(self, phase: RecordPhase | None = None) -> AsyncIterator[RunRecord]:
+        """Yield every record, or those in one phase, in no promised order."""
+        tags = [TAG, *([f"phase:{phase}"] if phase else [])]
+        async for record in self._filter({"tags": {"all_": tags}}):
+            yield record
+
+    async def delete(self, record: RunRecord) -> None:
+        """Forget an attempt. A later call with its key is then a new purchase."""
+        async with get_client() as client:
+            try:
+                await client.delete_variable_by_name(record_name(record.run_key, record.attempt))
+            except ObjectNotFound:
+                return
+
+    async def owner_ended(self, record: RunRecord) -> bool:
+        """Return whether the owner's flow run has ended or is gone; False where there is none to ask about."""
+        if record.flow_run_id is None:
+            return False
+        return not await self._alive(record.flow_run_id)
+
+    async def add_waiter(self, record: RunRecord, flow_run_id: str) -> None:
+        """Note that a flow run other than the owner waits for the run. A second note of the same is no error."""
+        name = _waiter_prefix(record) + flow_run_id.replace("-", "")
+        async with get_client() as client:
+            try:
+                await client.request(
+                    "POST", "/variables/", json={"name": name, "value": {"flow_run_id": flow_run_id}, "tags": []}
+                )
+            except PrefectHTTPStatusError as error:
+                if error.response.status_code != 409:
+                    raise
+
+    async def remove_waiter(self, record: RunRecord, flow_run_id: str) -> None:
+        """Take that note away."""
+        async with get_client() as client:
+            try:
+                await client.delete_variable_by_name(_waiter_prefix(record) + flow_run_id.replace("-", ""))
+            except ObjectNotFound:
+                return
+
+    async def other_waiters(self, record: RunRecord, flow_run_id: str | None) -> list[str]:
+        """Return the ids of other flow runs that wait for the run and have not ended, the owner's among them."""
+        waiting = {record.flow_run_id} if record.flow_run_id else set[str]()
+        async for value in self._values({"name": {"like_": _waiter_prefix(record) + "%"}}):
+            waiting.add(str(value["value"]["flow_run_id"]))
+        waiting.discard(flow_run_id or "")
+        return [other for other in sorted(waiting) if await self._alive(other)]
+
+    async def _alive(self, flow_run_id: str) -> bool:
+        async with get_client() as client:
+            try:
+                flow_run = await client.read_flow_run(UUID(flow_run_id))
+            except ObjectNotFound:
+                return False
+        state = flow_run.state
+        return state is not None and not state.is_final() and not state.is_cancelling()
+
+    async def _filter(self, variables: Mapping[str, Any]) -> AsyncIterator[RunRecord]:
+        async for variable in self._values(variables):
+            record = _parse(variable)
+            if record is not None:
+                yield record
+
+    async def _values(self, variables: Mapping[str, Any]) -> AsyncIterator[dict[str, Any]]:
+        offset = 0
+        while True:
+            async with get_client() as client:
+                response = await client.request(
+                    "POST",
+                    "/variables/filter",
+                    json={"variables": variables, "limit": PAGE, "offset": offset, "sort": "NAME_ASC"},
+                )
+            page: list[dict[str, Any]] = response.json()
+            for variable in page:
+                yield variable
+            if len(page) < PAGE:
+                return
+            offset += PAGE

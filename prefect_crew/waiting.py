@@ -1,0 +1,311 @@
+"""How long to wait for a crew, how often to look, and the loop that does both.
+
+Nothing here knows Prefect or HTTP: the loop is given a function that looks, one that pauses, and a clock, so that the
+same code waits for one run, for a batch of thousands, and for a test that lives through a day in a millisecond.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Awaitable, Callable, Generator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from prefect_crew.api.errors import (
+    AuthenticationError,
+    CrewAPIError,
+    CrewConnectionError,
+    CrewError,
+    CrewLostError,
+    CrewTimeoutError,
+    RateLimitedError,
+    ResponseFormatError,
+)
+from prefect_crew.api.models import CrewState, CrewStatus
+
+__all__ = ["Phases", "WaitPolicy", "Watcher", "fast_polling", "poll_delays", "wait_until_ended"]
+
+RETRY_AFTER_CAP = 300.0
+"""Seconds. A server that asks for more than this is asked again after this long."""
+
+
+class WaitPolicy(BaseModel):
+    """How to wait for a run. All times are seconds.
+
+    The status call is made after `initial` seconds, then after delays that grow by `factor` up to `max_interval`,
+    each varied by up to `jitter` of itself so that many waiters do not look at once.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    initial: float = Field(1.0, gt=0, description="Seconds from the kickoff to the first look at the status.")
+    factor: float = Field(1.5, ge=1, description="How much longer each pause is than the one before.")
+    max_interval: float = Field(10.0, gt=0, description="The longest pause between two looks, in seconds.")
+    jitter: float = Field(0.1, ge=0, lt=1, description="The share of a pause by which it varies at random.")
+    timeout: float | None = Field(
+        3600.0,
+        gt=0,
+        description="Seconds for pending and running together, counted from the recorded kickoff. Empty: no limit.",
+    )
+    pending_timeout: float | None = Field(
+        None, gt=0, description="Seconds that a run may be pending before it starts. Empty: no limit of its own."
+    )
+    human_timeout: float | None = Field(
+        86400.0, gt=0, description="Seconds for people's answers, counted apart from `timeout`. Empty: no limit."
+    )
+    error_timeout: float = Field(
+        600.0, gt=0, description="Seconds without one good answer to the status call before the wait gives up."
+    )
+    grace: float = Field(
+        30.0,
+        ge=0,
+        description="Seconds after the kickoff during which a run that the server does not know yet is fine.",
+    )
+    on_timeout: Literal["leave", "stop"] = Field(
+        "leave", description="Whether a crew that is over its time is left running or stopped."
+    )
+
+    @model_validator(mode="after")
+    def _pauses_grow(self) -> WaitPolicy:
+        if self.initial > self.max_interval:
+            raise ValueError(f"initial ({self.initial:g} s) must not be above max_interval ({self.max_interval:g} s)")
+        return self
+
+
+# Process-wide: a context variable would not reach the threads of a sync flow's task runner.
+_fast: list[float] = []
+
+
+@contextmanager
+def fast_polling(interval: float = 0.01) -> Generator[None]:
+    """Make every wait in this process look each `interval` seconds, whatever its policy says. For tests."""
+    _fast.append(interval)
+    try:
+        yield
+    finally:
+        _fast.remove(interval)
+
+
+def poll_delays(policy: WaitPolicy, rng: Callable[[], float] = random.random) -> Iterator[float]:
+    """Yield the pauses between looks, in seconds, without end. `rng` gives numbers in [0, 1)."""
+    delay = policy.initial
+    while True:
+        yield delay * (1 + policy.jitter * (2 * rng() - 1))
+        delay = min(delay * policy.factor, policy.max_interval)
+
+
+@dataclass
+class Phases:
+    """When the phases of a run began, in seconds since the epoch. What a record keeps lets it survive a restart.
+
+    `human_seconds` is the time that people have taken so far; `human_since` is set while one is being waited for.
+    """
+
+    kicked_off_at: float
+    running_since: float | None = None
+    human_seconds: float = 0.0
+    human_since: float | None = None
+
+    def see(self, state: CrewState, now: float) -> bool:
+        """Note the state seen at `now`; True if a person's turn began or ended with it."""
+        if state is CrewState.WAITING:
+            if self.human_since is None:
+                self.human_since = now
+                return True
+            return False
+        if state is CrewState.RUNNING and self.running_since is None:
+            self.running_since = now
+        if self.human_since is not None:
+            self.human_seconds += max(0.0, now - self.human_since)
+            self.human_since = None
+            return True
+        return False
+
+    def human_time(self, now: float) -> float:
+        """Return the seconds that people have had, with the turn that is under way."""
+        return self.human_seconds + (max(0.0, now - self.human_since) if self.human_since is not None else 0.0)
+
+    def left(self, policy: WaitPolicy, state: CrewState, now: float) -> tuple[str, float, float] | None:
+        """Return the phase whose budget ends first, that budget and the seconds left of it; None without a limit."""
+        if state is CrewState.WAITING:
+            limit = policy.human_timeout
+            return None if limit is None else ("human", limit, limit - self.human_time(now))
+        budgets: list[tuple[str, float, float]] = []
+        if policy.timeout is not None:
+            spent = now - self.kicked_off_at - self.human_time(now)
+            phase = "running" if state is CrewState.RUNNING else "pending"
+            budgets.append((phase, policy.timeout, policy.timeout - spent))
+        if policy.pending_timeout is not None and state is CrewState.PENDING:
+            budgets.append(("pending", policy.pending_timeout, policy.pending_timeout - (now - self.kicked_off_at)))
+        return min(budgets, key=lambda budget: budget[2], default=None)
+
+
+class Watcher(Protocol):
+    """What is told while a run is waited for. None of it may end the wait; errors in it are the watcher's to handle."""
+
+    async def saw(self, status: CrewStatus) -> None:
+        """Each good answer, also the last one, in order."""
+        ...
+
+    async def person_turn(self, phases: Phases) -> None:
+        """A person's turn began (`human_since` is set) or ended: what a restart needs to know has changed."""
+        ...
+
+    async def trouble(self, error: CrewError, seconds: float) -> None:
+        """A look failed, and no look has succeeded for that many seconds."""
+        ...
+
+    async def refused(self, error: AuthenticationError) -> bool:
+        """The token was refused. True: there is a new one, look again. False: end the wait."""
+        ...
+
+
+async def wait_until_ended(
+    look: Callable[[], Awaitable[CrewStatus]],
+    *,
+    kickoff_id: str,
+    policy: WaitPolicy,
+    phases: Phases,
+    watcher: Watcher,
+    pause: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    now: Callable[[], float] = time.time,
+    first_look: bool = False,
+    rng: Callable[[], float] = random.random,
+) -> CrewStatus:
+    """Look at a run until it has ended and return its last status, whichever end that is.
+
+    An error while looking says nothing about the run: it is told to the watcher and costs from `error_timeout`; a 429
+    costs nothing, and its `Retry-After` is obeyed. Whether the run has ended is looked at before the clock: the time
+    budgets are checked only after a good answer.
+
+    Args:
+        look: Makes one status call.
+        kickoff_id: The run, for the errors.
+        policy: How to wait.
+        phases: When the run was kicked off, and what people have taken so far. It is changed as the wait goes on.
+        watcher: Is told what is seen.
+        pause: Sleeps for some seconds; may return early when something has happened.
+        now: The clock that `phases` is in, in seconds.
+        first_look: Look at once instead of after `initial` seconds: for a run that was kicked off some time ago.
+        rng: Numbers in [0, 1) for the jitter.
+
+    Raises:
+        CrewTimeoutError: A budget of the policy is over. The run may go on.
+        CrewLostError: The server does not know the run, after the grace.
+        AuthenticationError: The token was refused and there is no other.
+        CrewError: No look succeeded for `error_timeout` seconds: the last look's error.
+    """
+    wait = _Wait(kickoff_id, policy, phases, watcher, now, rng)
+    if not first_look:
+        await pause(wait.next_pause())
+    while True:
+        at_least = 0.0
+        try:
+            status = await look()
+        except AuthenticationError as error:
+            if not await watcher.refused(error):
+                raise
+            continue
+        except (CrewConnectionError, ResponseFormatError, CrewAPIError) as error:
+            at_least = min(getattr(error, "retry_after", None) or 0.0, RETRY_AFTER_CAP)
+            await wait.failed_to_look(error)
+            await pause(max(wait.next_delay(), at_least))
+            continue
+        if await wait.take(status):
+            return status
+        await pause(wait.next_pause())
+
+
+class _Wait:
+    """The state of one `wait_until_ended`, between its looks."""
+
+    def __init__(
+        self,
+        kickoff_id: str,
+        policy: WaitPolicy,
+        phases: Phases,
+        watcher: Watcher,
+        now: Callable[[], float],
+        rng: Callable[[], float],
+    ) -> None:
+        self.kickoff_id = kickoff_id
+        self.policy = policy
+        self.phases = phases
+        self.watcher = watcher
+        self.now = now
+        self.rng = rng
+        self.delays = poll_delays(policy, rng)
+        self.seen: CrewState | None = None
+        self.trouble_since: float | None = None
+        self.unknown = 0
+
+    @property
+    def left(self) -> tuple[str, float, float] | None:
+        return self.phases.left(self.policy, self.seen or CrewState.PENDING, self.now())
+
+    def next_delay(self) -> float:
+        return min([next(self.delays), *_fast])
+
+    def next_pause(self) -> float:
+        """Cut the next delay to the end of the budget that ends first: the last look falls on it, not after it."""
+        delay, left = self.next_delay(), self.left
+        return delay if left is None else max(0.0, min(delay, left[2]))
+
+    async def take(self, status: CrewStatus) -> bool:
+        """Take a good answer in; True if the run has ended. First its end, then the clock."""
+        self.trouble_since = None
+        if status.state is CrewState.UNKNOWN:
+            self._check_lost()
+        else:
+            self.unknown = 0
+            if self.seen is not None and status.state is not self.seen:
+                self.delays = poll_delays(self.policy, self.rng)
+            self.seen = status.state
+            if self.phases.see(self.seen, self.now()):
+                await self.watcher.person_turn(self.phases)
+            await self.watcher.saw(status)
+            if self.seen.ended:
+                return True
+        left = self.left
+        if left is not None and left[2] <= 0:
+            raise self._timed_out(left)
+        return False
+
+    async def failed_to_look(self, error: CrewError) -> None:
+        """Raise if there has been no answer for too long."""
+        # Without an answer nobody knows whether the run has ended, so a budget that is over gets this much longer.
+        left = self.left
+        if left is not None and left[2] <= -self.policy.error_timeout:
+            raise self._timed_out(left) from error
+        if isinstance(error, RateLimitedError):
+            return
+        moment = self.now()
+        self.trouble_since = moment if self.trouble_since is None else self.trouble_since
+        await self.watcher.trouble(error, moment - self.trouble_since)
+        if moment - self.trouble_since >= self.policy.error_timeout:
+            raise error
+
+    def _check_lost(self) -> None:
+        """Raise CrewLostError if a run that the server does not know is beyond hope.
+
+        Right after the kickoff it may not be visible yet. Later it is given a second look, since one answer of a load
+        balancer between two releases is no proof.
+        """
+        self.unknown += 1
+        if self.seen is None and self.now() - self.phases.kicked_off_at < self.policy.grace:
+            return
+        if self.unknown >= 2:
+            raise CrewLostError(kickoff_id=self.kickoff_id, last_state=self._last)
+
+    def _timed_out(self, left: tuple[str, float, float]) -> CrewTimeoutError:
+        phase, budget, _ = left
+        return CrewTimeoutError(kickoff_id=self.kickoff_id, phase=phase, budget=budget, last_state=self._last)
+
+    @property
+    def _last(self) -> str | None:
+        return None if self.seen is None else str(self.seen)
