@@ -1,6 +1,7 @@
 """Every error this package raises.
 
     CrewError
+    ├── ConfigurationError           a URL, token, id or input that cannot be sent; also a ValueError
     ├── CrewAPIError                 the crew's server answered with an error
     │   ├── AuthenticationError      401, 403
     │   ├── NotFoundError            404
@@ -29,6 +30,7 @@ from typing import Any
 
 __all__ = [
     "AuthenticationError",
+    "ConfigurationError",
     "CrewAPIError",
     "CrewConnectionError",
     "CrewError",
@@ -62,6 +64,10 @@ class CrewError(Exception):
     def __reduce__(self) -> Any:
         # The subclasses take keyword arguments only, which BaseException's own reduce cannot replay.
         return copyreg.__newobj__, (type(self), *self.args), self.__dict__  # type: ignore[attr-defined]
+
+
+class ConfigurationError(CrewError, ValueError):
+    """What was given cannot be used: a URL, a token, an id, inputs that cannot be sent. Nothing was sent."""
 
 
 class CrewAPIError(CrewError):
@@ -197,7 +203,14 @@ class CrewConnectionError(CrewError):
     """
 
     def __init__(
-        self, *, method: str, url: str, reason: str, sent: bool, kickoff_id: str | None = None, advice: str | None = None
+        self,
+        *,
+        method: str,
+        url: str,
+        reason: str,
+        sent: bool,
+        kickoff_id: str | None = None,
+        advice: str | None = None,
     ) -> None:
         self.method = method
         self.url = url
@@ -248,7 +261,8 @@ class KickoffUncertainError(CrewError):
         super().__init__(
             f"The kickoff of run {run_key!r} is uncertain: {reason}.{f' Sent: {facts}.' if facts else ''} "
             "It may be running and is not started again. Look at the crew's page, then say which it was: "
-            f"prefect-crew runs settle {run_key!r} --kickoff-id ID, or --never-started; then run again with the same key."
+            f"prefect-crew runs settle {run_key!r} --kickoff-id ID, or --never-started; "
+            "then run again with the same key."
         )
 
 
@@ -289,7 +303,8 @@ class CrewFailedError(_EndedError):
         self.raw = raw
         super().__init__(
             f"{_of(kickoff_id, crew)} failed: {excerpt(error) or 'the crew gave no reason'}. "
-            "It is not bought again by itself: run again with the same key, or retry the flow run, once the cause is mended.",
+            "It is not bought again by itself: run again with the same key, or retry the flow run, "
+            "once the cause is mended.",
             kickoff_id=kickoff_id,
             crew=crew,
             run_key=run_key,
@@ -356,8 +371,9 @@ class CrewTimeoutError(_EndedError):
         after = "It was stopped." if stopped else "It was left running."
         go_on = f" To go on waiting, run again with run key {run_key!r} and a larger timeout" if run_key else ""
         super().__init__(
-            f"{_of(kickoff_id, crew)} was still {last_state or 'unseen'} when its {phase} time of {budget:g} s was over. "
-            f"{after}{go_on}{', or look' if go_on else ' Look'}: prefect-crew status CREW {kickoff_id}.",
+            f"{_of(kickoff_id, crew)} was still {last_state or 'unseen'} "
+            f"when its {phase} time of {budget:g} s was over. {after}"
+            f"{go_on}{', or look' if go_on else ' Look'}: prefect-crew status CREW {kickoff_id}.",
             kickoff_id=kickoff_id,
             crew=crew,
             run_key=run_key,

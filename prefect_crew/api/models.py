@@ -7,11 +7,23 @@ maps every known variant to these.
 from __future__ import annotations
 
 from enum import Enum
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-__all__ = ["CrewInput", "CrewResult", "CrewState", "CrewStatus", "TaskResult", "TokenUsage"]
+__all__ = [
+    "CrewInput",
+    "CrewResult",
+    "CrewState",
+    "CrewStatus",
+    "ResumeAnswer",
+    "StopAnswer",
+    "StopOutcome",
+    "StreamEvent",
+    "TaskResult",
+    "TokenUsage",
+    "WebhookBody",
+]
 
 
 class CrewState(str, Enum):
@@ -103,6 +115,8 @@ class CrewStatus(_Model):
     """False where `raw_state` is a word that nobody has documented."""
     message: str | None = None
     current_task: str | None = None
+    last_task: str | None = None
+    """The task that ended last, where the server names that one rather than the current one."""
     last_step: str | None = None
     completed_tasks: int | None = None
     total_tasks: int | None = None
@@ -134,3 +148,94 @@ class CrewStatus(_Model):
             usage=self.usage,
             raw=self.raw,
         )
+
+
+class ResumeAnswer(_Model):
+    """What the server said to `/resume`. Any 2xx is an acceptance, even an empty one.
+
+    `status` is the server's word, documented as "resumed", "retrying" or "completed"; None where it gave none.
+    """
+
+    kickoff_id: str | None = None
+    status: str | None = None
+    message: str | None = None
+    raw: Any = Field(default=None, repr=False)
+
+
+class StopOutcome(str, Enum):
+    """What became of a `/stop`."""
+
+    STOPPED = "stopped"
+    """The server says that the run is stopped."""
+    REQUESTED = "requested"
+    """The server took the request, and did not say that the run is stopped. The status call tells."""
+    NOT_STOPPABLE = "not stoppable"
+    """The run is in a state that cannot be stopped, for the most part because it has ended."""
+    UNKNOWN_RUN = "unknown run"
+    """The server has `/stop`, and does not know the run."""
+    UNSUPPORTED = "unsupported"
+    """The server has no `/stop`: the run goes on."""
+
+    def __str__(self) -> str:
+        return self.value
+
+
+class StopAnswer(_Model):
+    """What the server said to `/stop`. `state` is the run's, where the answer tells it."""
+
+    kickoff_id: str
+    outcome: StopOutcome
+    state: CrewState | None = None
+    raw_state: str | None = None
+    message: str | None = None
+    raw: Any = Field(default=None, repr=False)
+
+    @property
+    def accepted(self) -> bool:
+        """Whether the server stopped the run or took the request to."""
+        return self.outcome in (StopOutcome.STOPPED, StopOutcome.REQUESTED)
+
+    @property
+    def supported(self) -> bool:
+        """Whether the server has `/stop` at all."""
+        return self.outcome is not StopOutcome.UNSUPPORTED
+
+
+class StreamEvent(_Model):
+    """One event of an event stream. Order is not guaranteed. `timestamp` is the server's text."""
+
+    id: str | None = None
+    execution_id: str | None = None
+    timestamp: str | None = None
+    type: str | None = None
+    data: Any = None
+
+
+class WebhookBody(_Model):
+    """What the crew's server posted to a webhook, in either generation of bodies.
+
+    A hook is news, not proof: whoever is woken by one asks the status call. `state` is that of what the hook is about
+    (for a task hook the task's), and None where the body has none, as the later generation of crew hooks. `output` is
+    the text that the hook brings: a task's, a step's, the crew's, or what a person is to judge; a failed crew's text is
+    in `error` instead. `kickoff_id` is None only for a stream delivery whose events belong to no run or to several.
+    """
+
+    kind: Literal["task", "step", "crew", "human_input", "stream"]
+    kickoff_id: str | None = None
+    task_id: str | None = None
+    name: str | None = None
+    description: str | None = None
+    agent: str | None = None
+    state: CrewState | None = None
+    raw_state: str | None = None
+    step_type: str | None = None
+    tool: str | None = None
+    output: str | None = None
+    data: Any = None
+    error: str | None = None
+    tasks: list[TaskResult] = Field(default_factory=list[TaskResult])
+    execution_time: float | None = None
+    usage: TokenUsage | None = None
+    meta: Any = None
+    events: list[StreamEvent] = Field(default_factory=list[StreamEvent])
+    raw: Any = Field(default=None, repr=False)

@@ -1,0 +1,221 @@
+"""The parts that answers and webhooks share: state, text, structure, tasks, usage, error.
+
+Each function takes a decoded JSON object and returns one part of the model, or None. Where a part may stand in
+several places the order of the places is the order of preference. None of them raises.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple, cast
+
+from prefect_crew.api._decode import as_count, as_number, as_object, as_text, first, to_json, try_json
+from prefect_crew.api._states import known_state
+from prefect_crew.api.models import CrewState, TaskResult, TokenUsage
+
+__all__ = [
+    "State",
+    "data_of",
+    "error_of",
+    "error_text",
+    "filled_texts",
+    "message_of",
+    "named",
+    "output_of",
+    "state_of",
+    "structured",
+    "tasks_of",
+    "text_of",
+    "usage_of",
+]
+
+_TEXT_KEYS = ("output", "raw", "result")
+_TASK_LISTS = ("tasks", "tasks_output", "task_outputs")
+_RESULT_KEYS = {*_TEXT_KEYS, *_TASK_LISTS, "json_dict", "pydantic", "token_usage"}
+"""Keys that make an object under `result` a wrapping of the result rather than the result itself."""
+_FENCE = re.compile(r"\A\s*```[^\n`]*\n(.*?)\n?[ \t]*```\s*\Z", re.DOTALL)
+_DEPTH = 5
+
+
+class State(NamedTuple):
+    """A state, the server's word for it, and whether that word is a known one."""
+
+    state: CrewState
+    word: str
+    known: bool
+
+
+def state_of(body: Mapping[str, Any]) -> State | None:
+    """Return the state: `state` before `status`. None where neither is a word; an unheard-of word counts as running."""
+    word = as_text(body.get("state")) or as_text(body.get("status"))
+    if word is None:
+        return None
+    state = known_state(word)
+    return State(state or CrewState.RUNNING, word, state is not None)
+
+
+def message_of(body: Mapping[str, Any]) -> str | None:
+    """Return the text for people: a `status` that is a sentence beside a `state`, else `message`."""
+    return _status_sentence(body) or as_text(body.get("message"))
+
+
+def _status_sentence(body: Mapping[str, Any]) -> str | None:
+    status = as_text(body.get("status"))
+    return status if status and as_text(body.get("state")) and known_state(status) is None else None
+
+
+def filled_texts(values: Iterable[Any]) -> Iterator[str]:
+    """Yield those of `values` that are text with something in it."""
+    return (text for text in map(as_text, values) if text is not None)
+
+
+def text_of(value: Any) -> str | None:
+    """Return `value` as text: text as it is, structure and numbers as JSON, null as None."""
+    if value is None or isinstance(value, str):
+        return as_text(value)
+    return to_json(value)
+
+
+def _output_places(body: Mapping[str, Any]) -> list[Any]:
+    result = body.get("result")
+    inner = as_object(result)
+    return [
+        None if inner else result,
+        *(inner.get(key) for key in _TEXT_KEYS),
+        body.get("output"),
+        body.get("raw"),
+        as_object(body.get("last_executed_task")).get("output"),
+    ]
+
+
+def output_of(body: Mapping[str, Any], data: Any) -> str:
+    """Return the text of a completed run, "" where the server left it empty. `data` is its structured result."""
+    places = _output_places(body)
+    for text in filled_texts(places):
+        return text
+    for value in (*places, data):
+        if value is not None and not isinstance(value, str) and (text := to_json(value)):
+            return text
+    return next((value for value in places if isinstance(value, str)), "")
+
+
+def data_of(body: Mapping[str, Any]) -> Any:
+    """Return the structured result of a completed run, or None."""
+    result = body.get("result")
+    inner = as_object(result)
+    places = [body.get("result_json"), inner.get("json_dict"), inner.get("pydantic"), body.get("output_json")]
+    values = [structured(value) for value in places]
+    values += [value for value in (inner.get("output"), body.get("output")) if isinstance(value, (dict, list))]
+    if not isinstance(result, str) and not (inner.keys() & _RESULT_KEYS):
+        values.append(result)
+    values += [structured(text) for text in filled_texts(_output_places(body))]
+    given = [value for value in values if value is not None]
+    # An empty object in a preferred place says less than a full one in a later place.
+    return next((value for value in given if value not in ({}, [])), given[0] if given else None)
+
+
+def structured(value: Any) -> Any:
+    """Return a structure as it is, and one that is written as text (in a code fence or not) decoded."""
+    if not isinstance(value, str):
+        return value
+    fenced = _FENCE.match(value)
+    return try_json((fenced.group(1) if fenced else value).strip())
+
+
+def tasks_of(body: Mapping[str, Any]) -> list[TaskResult]:
+    """Return the tasks that ended, in the server's order."""
+    inner = as_object(body.get("result"))
+    for items in (*(inner.get(key) for key in _TASK_LISTS), *(body.get(key) for key in _TASK_LISTS)):
+        if isinstance(items, list) and items:
+            return [task for task in map(_task, cast("list[Any]", items)) if task]
+    return []
+
+
+def _task(item: Any) -> TaskResult | None:
+    if isinstance(item, str):
+        return TaskResult(output=text_of(item), raw=item)
+    if not isinstance(item, Mapping):
+        return None
+    task = as_object(item)
+    output = first(task, ("output", "raw", "result", "summary"))
+    data = first(task, ("output_json", "json_dict", "pydantic"))
+    return TaskResult(
+        name=named(task),
+        agent=agent_of(task),
+        output=text_of(output),
+        data=structured(data) if data is not None else structured(output),
+        execution_time=seconds_of(task),
+        description=as_text(task.get("description")),
+        raw=item,
+    )
+
+
+def named(value: Any, keys: Iterable[str] = ("task_id", "name", "task_name")) -> str | None:
+    """Return the name in `value`: itself if it is text, else the first of `keys` that holds one."""
+    if isinstance(value, str):
+        return as_text(value)
+    source = as_object(value)
+    for key in keys:
+        name = source.get(key)
+        if isinstance(name, (str, int)) and not isinstance(name, bool) and (text := text_of(name)):
+            return text
+    return None
+
+
+def agent_of(body: Mapping[str, Any]) -> str | None:
+    """Return the agent's name, given as text or as an object with a role or a name."""
+    return named(body.get("agent"), ("role", "name", "id"))
+
+
+def seconds_of(body: Mapping[str, Any]) -> float | None:
+    """Return `execution_time` in seconds, or None."""
+    number = as_number(body.get("execution_time"))
+    return number if number is not None and number >= 0 else None
+
+
+def usage_of(body: Mapping[str, Any]) -> TokenUsage | None:
+    """Return the tokens used, or None where nothing was reported."""
+    inner = as_object(body.get("result"))
+    for source in (as_object(body.get("token_usage")), as_object(inner.get("token_usage"))):
+        counts = {key: count for key in TokenUsage.model_fields if (count := as_count(source.get(key))) is not None}
+        if counts:
+            return TokenUsage(**counts)
+    return None
+
+
+def error_of(body: Mapping[str, Any]) -> str | None:
+    """Return why a run failed. A failed run's result is its error, and never a result."""
+    for value in (body.get("error"), body.get("error_message"), body.get("detail"), body.get("message")):
+        if text := error_text(value):
+            return text
+    if text := _status_sentence(body):
+        return text
+    inner = as_object(body.get("result"))
+    for value in (*(inner.get(key) for key in ("error", *_TEXT_KEYS)), body.get("result"), body.get("output")):
+        if text := error_text(value):
+            return text
+    return None
+
+
+def error_text(value: Any, depth: int = _DEPTH) -> str | None:
+    """Return the text of an error that is text, an object with a message, or a list of either."""
+    if isinstance(value, str):
+        return as_text(value)
+    if value is None or isinstance(value, bool) or not value:
+        return None
+    if isinstance(value, list) and depth:
+        texts = filled_texts(error_text(item, depth - 1) for item in cast("list[Any]", value))
+        return "; ".join(texts) or to_json(value)
+    if isinstance(value, Mapping) and depth:
+        source = as_object(value)
+        for key in ("message", "msg", "error", "detail", "reason", "description", "title"):
+            if text := error_text(source.get(key), depth - 1):
+                return f"{where}: {text}" if key == "msg" and (where := _location(source)) else text
+    return to_json(value)
+
+
+def _location(source: Mapping[str, Any]) -> str:
+    """Return where a FastAPI validation error stands, as `body.inputs.budget`."""
+    loc = source.get("loc")
+    return ".".join(filled_texts(str(part) for part in cast("list[Any]", loc))) if isinstance(loc, list) else ""
