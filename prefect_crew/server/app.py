@@ -1,0 +1,289 @@
+"""The HTTP side of the local crew server.
+
+    app = create_app(load_program("travel"), token="…")
+
+It speaks the API that a deployed crew speaks (`GET /inputs`, `POST /kickoff`, `GET /status/{id}`, `POST /resume`,
+`POST /stop/{id}`, `GET /`), in one of three dialects, with faults where they are asked for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import time
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from typing import Any, Literal
+
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.routing import BaseRoute, Mount, Route
+
+from prefect_crew.server.bodies import Generation
+from prefect_crew.server.dialects import DialectName, cannot_stop, dialect_named
+from prefect_crew.server.executions import Execution, Executions, NotWaitingError, StoppedTooLateError
+from prefect_crew.server.faults import Fault, Faults
+from prefect_crew.server.hooks import Hooks, HooksError
+from prefect_crew.server.inspection import inspect_route
+from prefect_crew.server.journal import Journal
+from prefect_crew.server.layers import FaultLayer, TokenLayer, faults_of_run
+from prefect_crew.server.program import Answer, Program
+from prefect_crew.server.runtime import Counters, Runtime, die
+from prefect_crew.server.webhooks import WebhookSender
+
+__all__ = ["BODY_LIMIT", "STATUS_PATHS", "create_app", "runtime_of"]
+
+BODY_LIMIT = 16 * 1024 * 1024
+"""Bytes of a request body; larger ones are answered with 413."""
+
+STATUS_PATHS = ("/status/{id}", "/{id}/status")
+"""The two paths of the status call that servers in the field have."""
+
+
+def create_app(
+    program: Program | Mapping[str, Program],
+    *,
+    token: str,
+    dialect: DialectName | str = "documented",
+    generation: Generation = "first",
+    faults: Faults | Iterable[Fault | str] | None = None,
+    status_paths: Iterable[str] = STATUS_PATHS,
+    stop: bool = True,
+    max_runs: int | None = None,
+    journal: str | os.PathLike[str] | None = None,
+    on_crash: Literal["rerun", "lose"] = "rerun",
+    inspect: bool = False,
+    new_id: Callable[[], str] | None = None,
+    counters: Counters | None = None,
+    crash: Callable[[], None] = die,
+) -> Starlette:
+    """Return an ASGI app that serves one crew, or several: a mapping mounts each under `/NAME`.
+
+    Args:
+        program: What is run.
+        token: The bearer token that every request but `GET /` must carry.
+        dialect: documented, union or live; see `dialects`.
+        generation: Of the webhooks' bodies: first or later; see `bodies`.
+        faults: What goes wrong; see `faults`.
+        status_paths: Which of STATUS_PATHS there are.
+        stop: Whether there is `/stop`; the published contract has none.
+        max_runs: At most this many runs of a crew at once; later ones are pending.
+        journal: A file that lets a restarted server know its runs again; see `journal`.
+        on_crash: What becomes of runs in flight after a restart: rerun (from the start, same id) or lose.
+        inspect: Whether there is `GET /_test/requests`; see `inspection`.
+        new_id: Makes the ids of runs; UUIDs by default.
+        counters: Counts on where an earlier app stopped.
+        crash: What the fault `crash` does; by default it ends the process.
+
+    Raises:
+        ValueError: An unknown dialect, fault or status path, or an empty token.
+    """
+    if not token:
+        raise ValueError("The token must not be empty: every deployed crew has one.")
+    paths = tuple(status_paths)
+    if not paths or set(paths) - set(STATUS_PATHS):
+        raise ValueError(f"status_paths must be one or both of {', '.join(STATUS_PATHS)}, not {paths!r}.")
+    faults = faults if isinstance(faults, Faults) else Faults(faults or ())
+    sender = WebhookSender(faults, generation=generation)
+    book = Journal(journal) if journal else None
+    programs = dict(program) if isinstance(program, Mapping) else {"": program}
+    crews = {
+        name: Executions(one, listener=sender, max_runs=max_runs, journal=book, on_crash=on_crash, new_id=new_id)
+        for name, one in programs.items()
+    }
+    runtime = Runtime(
+        token=token,
+        dialect=dialect_named(dialect),
+        faults=faults,
+        counters=Counters() if counters is None else counters,
+        sender=sender,
+        crews=crews,
+        journal=book,
+        crash=crash,
+    )
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        await runtime.start()
+        try:
+            yield
+        finally:
+            await runtime.close()
+
+    routes: list[BaseRoute] = [inspect_route(runtime)] if inspect else []
+    for name, executions in crews.items():
+        one = _Endpoints(runtime, executions).routes(paths, stop=stop)
+        routes += [Mount(f"/{name}", routes=one)] if name else one
+    app = Starlette(
+        routes=routes,
+        middleware=[Middleware(TokenLayer, runtime=runtime)],
+        lifespan=lifespan,
+        exception_handlers={404: _nothing_here(runtime), 405: _nothing_here(runtime)},
+    )
+    app.router.redirect_slashes = False
+    app.state.runtime = runtime
+    return app
+
+
+def runtime_of(app: Starlette) -> Runtime:
+    """Return the runtime of an app that `create_app` made."""
+    return app.state.runtime
+
+
+class _BadRequestError(Exception):
+    def __init__(self, code: int, error: str, message: str) -> None:
+        self.code, self.error, self.message = code, error, message
+
+
+class _Endpoints:
+    """The calls of one crew."""
+
+    def __init__(self, runtime: Runtime, executions: Executions) -> None:
+        self._runtime = runtime
+        self._executions = executions
+
+    def routes(self, status_paths: tuple[str, ...], *, stop: bool) -> list[BaseRoute]:
+        routes = [
+            self._route("/", "GET", "health", self.health),
+            self._route("/inputs", "GET", "inputs", self.inputs),
+            self._route("/kickoff", "POST", "kickoff", self.kickoff),
+            self._route("/resume", "POST", "resume", self.resume),
+        ]
+        if stop:
+            routes.append(self._route("/stop/{id:path}", "POST", "stop", self.stop))
+        # Ids may hold anything, slashes too.
+        routes += [
+            self._route(path.replace("{id}", "{id:path}"), "GET", "status", self.status) for path in status_paths
+        ]
+        return routes
+
+    def _route(self, path: str, method: str, place: str, endpoint: Callable[[Request], Any]) -> BaseRoute:
+        layer = Middleware(FaultLayer, place=place, runtime=self._runtime)
+        return Route(path, self._safe(endpoint), methods=[method], middleware=[layer])
+
+    def _safe(self, endpoint: Callable[[Request], Any]) -> Callable[[Request], Any]:
+        async def call(request: Request) -> Response:
+            try:
+                return await endpoint(request)
+            except _BadRequestError as error:
+                return self._error(error.code, error.error, error.message)
+
+        return call
+
+    def _error(self, code: int, error: str, message: str, details: dict[str, Any] | None = None) -> Response:
+        status, body = self._runtime.dialect.error(code, error, message, details)
+        return JSONResponse(body, status)
+
+    async def health(self, request: Request) -> Response:
+        return PlainTextResponse("Healthy")
+
+    async def inputs(self, request: Request) -> Response:
+        return JSONResponse(self._runtime.dialect.inputs(self._executions.program.inputs()))
+
+    async def kickoff(self, request: Request) -> Response:
+        body = await _json_body(request)
+        inputs = body.get("inputs")
+        if not isinstance(inputs, dict):
+            raise _BadRequestError(400, "Invalid request", "The body needs `inputs`, an object of names to values.")
+        hooks = _hooks(body)
+        given: dict[str, Any] = inputs  # pyright: ignore[reportUnknownVariableType]
+        needed = [item.name for item in self._executions.program.inputs() if item.required]
+        if missing := [name for name in needed if given.get(name) is None]:
+            message = f"Missing required inputs: {', '.join(missing)}"
+            return self._error(422, "Validation error", message, {"missing_inputs": missing})
+        faults = {fault.kind.name: fault for fault in faults_of_run(request.scope)}
+        run = self._executions.start(given, meta=body.get("meta"), hooks=hooks, stuck="stuck" in faults)
+        self._runtime.counters.accepted[run.id] = run.meta
+        if early := faults.get("early-404"):
+            run.hidden_polls = math.ceil(early.value or 0)
+        if early := faults.get("early-404-seconds"):
+            run.hidden_until = time.monotonic() + (early.value or 0)
+        return JSONResponse({"kickoff_id": run.id})
+
+    async def status(self, request: Request) -> Response:
+        run = self._executions.get(request.path_params["id"])
+        if run is None or run.forgotten or _still_hidden(run):
+            code, body = self._runtime.dialect.unknown()
+            return JSONResponse(body, code)
+        return JSONResponse(self._runtime.dialect.status(run))
+
+    async def resume(self, request: Request) -> Response:
+        body = await _json_body(request)
+        feedback, approve = body.get("human_feedback"), body.get("is_approve")
+        task_id = body.get("task_id")
+        if not isinstance(approve, bool) or not isinstance(feedback, (str, type(None))):
+            raise _BadRequestError(400, "Invalid request", "Give human_feedback, a text, and is_approve, a boolean.")
+        run = self._known(body.get("execution_id"))
+        hooks = _hooks(body)
+        try:
+            word = run.answer(task_id, Answer(approve=approve, feedback=feedback or ""), hooks)
+        except NotWaitingError:
+            message = f"The execution is not pending human input for task {task_id}."
+            raise _BadRequestError(400, "Execution not pending", message) from None
+        return JSONResponse({"status": word, "message": _RESUMED[word]})
+
+    async def stop(self, request: Request) -> Response:
+        run = self._known(request.path_params["id"])
+        try:
+            self._executions.stop(run)
+        except StoppedTooLateError:
+            code, body = cannot_stop(run)
+            return JSONResponse(body, code)
+        return JSONResponse({"status": "stopped", "kickoffId": run.id})
+
+    def _known(self, id_: Any) -> Execution:
+        run = self._executions.get(id_) if isinstance(id_, str) else None
+        if run is None or run.forgotten:
+            raise _BadRequestError(404, "Execution not found", "No execution found with the given id.")
+        return run
+
+
+_RESUMED = {
+    "resumed": "The answer was accepted and the crew goes on.",
+    "retrying": "The task runs again with the feedback.",
+    "completed": "The answer was accepted; it was the last task.",
+}
+
+
+def _still_hidden(run: Execution) -> bool:
+    if run.hidden_polls > 0:
+        run.hidden_polls -= 1
+        return True
+    return time.monotonic() < run.hidden_until
+
+
+def _hooks(body: dict[str, Any]) -> Hooks:
+    try:
+        return Hooks.of(body)
+    except HooksError as error:
+        raise _BadRequestError(400, "Invalid request", f"The webhooks make no sense: {error}.") from None
+
+
+async def _json_body(request: Request) -> dict[str, Any]:
+    chunks: list[bytes] = []
+    size = 0
+    async for chunk in request.stream():
+        size += len(chunk)
+        if size > BODY_LIMIT:
+            raise _BadRequestError(413, "Request too large", f"A body may have {BODY_LIMIT} bytes.")
+        chunks.append(chunk)
+    try:
+        body = json.loads(b"".join(chunks))
+    except (ValueError, RecursionError):
+        raise _BadRequestError(400, "Invalid request", "The body is not JSON.") from None
+    if not isinstance(body, dict):
+        raise _BadRequestError(400, "Invalid request", "The body must be a JSON object.")
+    return body  # pyright: ignore[reportUnknownVariableType]
+
+
+def _nothing_here(runtime: Runtime) -> Callable[[Request, Exception], Response]:
+    def handler(request: Request, error: Exception) -> Response:
+        code = getattr(error, "status_code", 404)
+        title = "Not found" if code == 404 else "Method not allowed"
+        status, body = runtime.dialect.error(code, title, f"There is no {request.method} {request.url.path} here.")
+        return JSONResponse(body, status, headers=getattr(error, "headers", None))
+
+    return handler

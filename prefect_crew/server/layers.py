@@ -1,0 +1,238 @@
+"""What stands before the endpoints: the token, the counters, and the faults.
+
+All are plain ASGI, since a fault may have to take the answer away again, or the connection.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+from collections.abc import Awaitable, Callable, MutableMapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from prefect_crew.server.connection import connection_of
+from prefect_crew.server.faults import Fault
+from prefect_crew.server.runtime import Runtime
+
+__all__ = ["FaultLayer", "TokenLayer", "faults_of_run"]
+
+_RUN_FAULTS = "prefect_crew.faults"
+_FOREVER = 3.15e7
+
+
+class TokenLayer:
+    """Answers 401 to everything without the token, before anything else; only the health page is open."""
+
+    def __init__(self, app: ASGIApp, *, runtime: Runtime) -> None:
+        self._app = app
+        self._runtime = runtime
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"] in ("", "/") or self._allowed(scope):
+            await self._app(scope, receive, send)
+            return
+        self._runtime.counters.unauthorized += 1
+        code, body = self._runtime.dialect.error(
+            401, "Unauthorized", "The bearer token is missing or wrong: send Authorization: Bearer TOKEN."
+        )
+        await JSONResponse(body, code, headers={"WWW-Authenticate": "Bearer"})(scope, receive, send)
+
+    def _allowed(self, scope: Scope) -> bool:
+        given = dict(scope["headers"]).get(b"authorization", b"")
+        scheme, _, token = given.partition(b" ")
+        # Both are compared in any case, so that the time tells nothing.
+        return hmac.compare_digest(token.strip(), self._runtime.token.encode()) & (scheme.lower() == b"bearer")
+
+
+def faults_of_run(scope: MutableMapping[str, Any]) -> list[Fault]:
+    """Return the faults that this kickoff's run is to have."""
+    return scope.get(_RUN_FAULTS, [])
+
+
+class FaultLayer:
+    """Counts the requests of one place and carries out the faults that they meet."""
+
+    def __init__(self, app: ASGIApp, *, place: str, runtime: Runtime) -> None:
+        self._app = app
+        self._place = place
+        self._runtime = runtime
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        counters = self._runtime.counters
+        counters.requests[self._place] += 1
+
+        async def counted(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                counters.answers[self._place, message["status"]] += 1
+            await send(message)
+
+        met = self._runtime.faults.draw(self._place, "any")
+        scope[_RUN_FAULTS] = [fault for fault in met if fault.kind.group == "run"]
+        here = [fault for fault in met if fault.kind.group == "answer"]
+        for fault in here:
+            if fault.kind.name == "latency":
+                await asyncio.sleep(fault.value or 0)
+        fault = next((fault for fault in here if fault.kind.name not in ("latency", "forgotten")), None)
+        if any(fault.kind.name == "forgotten" for fault in here):
+            self._forget(scope)
+        if fault is None:
+            await self._app(scope, receive, counted)
+            return
+        answer = _Answer()
+        if fault.after:
+            await self._app(scope, receive, answer.send)
+            if answer.status >= 400:  # nothing was accepted, so there is no "after"
+                await answer.replay(counted)
+                return
+        else:
+            await _body(receive)  # a socket that is closed with unread data is reset instead
+        await self._effect(fault)(_Request(fault, scope, receive, counted, answer, self._runtime))
+
+    def _forget(self, scope: Scope) -> None:
+        id_ = scope.get("path_params", {}).get("id")
+        for executions in self._runtime.crews.values():
+            if run := executions.get(id_):
+                run.forgotten = True
+
+    def _effect(self, fault: Fault) -> Callable[[_Request], Awaitable[None]]:
+        return _EFFECTS.get(fault.kind.name, _answer_with_code)
+
+
+@dataclass
+class _Answer:
+    """An answer that was made and not sent."""
+
+    messages: list[Message] = field(default_factory=list[Message])
+
+    @property
+    def status(self) -> int:
+        return next((m["status"] for m in self.messages if m["type"] == "http.response.start"), 500)
+
+    @property
+    def body(self) -> bytes:
+        return b"".join(m.get("body", b"") for m in self.messages)
+
+    async def send(self, message: Message) -> None:
+        self.messages.append(message)
+
+    async def replay(self, send: Send) -> None:
+        for message in self.messages:
+            await send(message)
+
+
+@dataclass
+class _Request:
+    fault: Fault
+    scope: Scope
+    receive: Receive
+    send: Send
+    answer: _Answer
+    runtime: Runtime
+
+    async def respond(self, response: Response) -> None:
+        await response(self.scope, self.receive, self.send)
+
+
+async def _body(receive: Receive) -> None:
+    while (message := await receive())["type"] == "http.request" and message.get("more_body"):
+        pass
+
+
+async def _gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _drop(request: _Request) -> None:
+    connection_of(request.scope).drop()
+    await _gone(request.receive)
+
+
+async def _reset(request: _Request) -> None:
+    connection_of(request.scope).reset()
+    await _gone(request.receive)
+
+
+async def _timeout(request: _Request) -> None:
+    ends = [asyncio.ensure_future(_gone(request.receive)), asyncio.ensure_future(request.runtime.closing.wait())]
+    try:
+        await asyncio.wait(ends, timeout=request.fault.value or _FOREVER, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for end in ends:
+            end.cancel()
+    await _drop(request)
+
+
+async def _cut(request: _Request) -> None:
+    body = request.answer.body or b'{"status":"running"}'
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    await request.send({"type": "http.response.start", "status": 200, "headers": headers})
+    await request.send({"type": "http.response.body", "body": body[: len(body) // 2], "more_body": True})
+    await asyncio.sleep(0.05)  # aborting a connection throws away what is still to be written
+    await _drop(request)
+
+
+async def _redirect(request: _Request) -> None:
+    await request.respond(Response(status_code=307, headers={"Location": "/elsewhere" + request.scope["path"]}))
+
+
+async def _html(request: _Request) -> None:
+    page = "<!DOCTYPE html><html><head><title>Sign in</title></head><body><h1>Sign in</h1></body></html>"
+    await request.respond(HTMLResponse(page))
+
+
+async def _garbage(request: _Request) -> None:
+    await request.respond(Response(b'{"kickoff_id": "', media_type="application/json"))
+
+
+async def _empty(request: _Request) -> None:
+    await request.respond(Response(b"", media_type="application/json"))
+
+
+async def _no_id(request: _Request) -> None:
+    await request.respond(JSONResponse({"message": "Crew started"}))
+
+
+async def _crash(request: _Request) -> None:
+    request.runtime.crash()
+    await asyncio.sleep(_FOREVER)  # where the process lives on, whoever runs the app cancels this
+
+
+async def _answer_with_code(request: _Request) -> None:
+    name = request.fault.kind.name
+    code = int(name.removesuffix("-bare"))
+    status, body = request.runtime.dialect.error(code, _TITLES[code], f"The fault {request.fault} was asked for.")
+    headers = {"Retry-After": f"{request.fault.value:g}"} if name in ("429", "503") else None
+    await request.respond(JSONResponse(body, status, headers=headers))
+
+
+_TITLES = {
+    400: "Bad request",
+    401: "Unauthorized",
+    403: "Forbidden",
+    404: "Not found",
+    405: "Method not allowed",
+    408: "Request timeout",
+    422: "Validation error",
+    429: "Too many requests",
+    500: "Internal server error",
+    502: "Bad gateway",
+    503: "Service unavailable",
+    504: "Gateway timeout",
+}
+_EFFECTS: dict[str, Callable[[_Request], Awaitable[None]]] = {
+    "drop": _drop,
+    "reset": _reset,
+    "timeout": _timeout,
+    "cut": _cut,
+    "redirect": _redirect,
+    "html": _html,
+    "garbage": _garbage,
+    "empty": _empty,
+    "no-id": _no_id,
+    "crash": _crash,
+}

@@ -1,0 +1,349 @@
+"""A crew server inside this process, with a port (`CrewServer`) or without one (`InProcessCrewServer`).
+
+    with CrewServer("travel") as server:
+        httpx.get(f"{server.url}/inputs", headers=server.headers)
+
+Both run in a thread with an event loop of its own, so that synchronous code, and code that opens and closes event
+loops of its own, can use them alike.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import os
+import secrets
+import socket
+import threading
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+from starlette.applications import Starlette
+
+from prefect_crew.server.app import create_app, runtime_of
+from prefect_crew.server.executions import Execution
+from prefect_crew.server.faults import Fault, Faults
+from prefect_crew.server.program import Program
+from prefect_crew.server.programs import load_program
+from prefect_crew.server.runtime import Counters, Runtime
+from prefect_crew.server.scripted import CrewScript, ScriptedProgram
+from prefect_crew.server.transport import InProcessTransport
+from prefect_crew.server.web import WebServer
+
+if TYPE_CHECKING:
+    from prefect_crew.blocks import DeployedCrew
+
+__all__ = ["CrewServer", "InProcessCrewServer", "LocalServer"]
+
+Spec = str | os.PathLike[str] | CrewScript | Program
+_START_SECONDS = 30.0
+_S = TypeVar("_S", bound="LocalServer")
+
+
+class LocalServer(ABC):
+    """What both kinds of server have in common.
+
+    Args:
+        spec: What is served: see `programs.load_program`. A mapping serves several crews, each under `/NAME`.
+        token: The bearer token; a random one by default.
+        faults, seed: What goes wrong; beside those that a script brings.
+        speed: Seconds of scripts are divided by it.
+        options: As `create_app` takes them: dialect, generation, status_paths, stop, max_runs, journal, on_crash,
+            inspect, new_id.
+
+    Attributes:
+        faults: May be added to and cleared while the server runs.
+        counters: Requests, answers, kickoffs; they go on over a restart.
+        crashed: Set when the fault `crash` has ended the server; `restart()` brings it back.
+    """
+
+    def __init__(
+        self,
+        spec: Spec | Mapping[str, Spec] = "echo",
+        *,
+        token: str | None = None,
+        faults: Iterable[Fault | str] = (),
+        seed: int | None = None,
+        speed: float = 1.0,
+        **options: Any,
+    ) -> None:
+        many = cast("Mapping[str, Spec]", spec) if isinstance(spec, Mapping) else {"": spec}
+        self._programs = {name: load_program(one, speed=speed) for name, one in many.items()}
+        scripts = [one.script for one in self._programs.values() if isinstance(one, ScriptedProgram)]
+        scripted = [fault for script in scripts for fault in script.faults]
+        first_seed = next((script.seed for script in scripts if script.seed), 0)
+        self.faults = Faults([*scripted, *faults], seed=first_seed if seed is None else seed)
+        self.counters = Counters()
+        self.crashed = threading.Event()
+        self._token = token or secrets.token_urlsafe(24)
+        self._options = options
+        self._ready = threading.Event()
+        self._failure: BaseException | None = None
+        self._thread: threading.Thread | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._app = self._new_app()
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.url}>"
+
+    def __enter__(self: _S) -> _S:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    @property
+    @abstractmethod
+    def url(self) -> str:
+        """Base URL of the crew, without a slash at the end."""
+
+    @abstractmethod
+    async def _serve(self) -> None:
+        """Run until `_stop`; set `_ready` once requests are answered."""
+
+    @abstractmethod
+    def _stop(self) -> None:
+        """Make `_serve` end, from any thread."""
+
+    @abstractmethod
+    def _crash(self) -> None:
+        """Make `_serve` end at once, on its own event loop, and break all connections."""
+
+    @property
+    def token(self) -> str:
+        """The bearer token. Setting it rotates it: from then on the old one gets 401."""
+        return self._token
+
+    @token.setter
+    def token(self, token: str) -> None:
+        self._token = self.runtime.token = token
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """The request headers that carry the token."""
+        return {"Authorization": f"Bearer {self.token}"}
+
+    @property
+    def app(self) -> Starlette:
+        """The ASGI app that is running; another one after each restart."""
+        return self._app
+
+    @property
+    def runtime(self) -> Runtime:
+        """What the app shares."""
+        return runtime_of(self._app)
+
+    @property
+    def runs(self) -> list[Execution]:
+        """All runs that this server knows, oldest first."""
+        return self.runtime.runs
+
+    @property
+    def kickoffs(self) -> int:
+        """How many kickoffs have started a run, restarts included."""
+        return self.counters.kickoffs
+
+    @property
+    def kickoffs_by_run_key(self) -> Counter[str]:
+        """The same for each `run_key` in the kickoffs' meta."""
+        return self.counters.kickoffs_by_run_key
+
+    @property
+    def requests(self) -> Counter[str]:
+        """Requests by place: inputs, kickoff, status, resume, stop, health."""
+        return self.counters.requests
+
+    def run(self, kickoff_id: str) -> Execution:
+        """Return one run.
+
+        Raises:
+            KeyError: There is none with this id.
+        """
+        found = next((run for run in self.runs if run.id == kickoff_id), None)
+        if found is None:
+            raise KeyError(f"the server knows no run {kickoff_id}")
+        return found
+
+    def crew(self, **fields: Any) -> DeployedCrew:
+        """Return a Prefect block for this server; `fields` are more of the block's own."""
+        from prefect_crew.blocks import DeployedCrew
+
+        return DeployedCrew(**{"url": self.url, "token": self.token, **fields})
+
+    def start(self) -> None:
+        """Start the server and return once it answers.
+
+        Raises:
+            OSError: The port is taken.
+            RuntimeError: It runs already, or does not start.
+        """
+        if self._thread is not None:
+            raise RuntimeError(f"{self!r} runs already")
+        self._ready.clear()
+        self.crashed.clear()
+        self._failure = None
+        self._open()
+        self._thread = threading.Thread(target=self._main, name=f"crew server {self.url}", daemon=True)
+        self._thread.start()
+        if not self._ready.wait(_START_SECONDS) or self._failure:
+            self._thread = None
+            self._close()
+            raise RuntimeError(f"{self!r} does not start") from self._failure
+
+    def stop(self) -> None:
+        """Stop the server: runs in flight are cancelled, and the port is free when this returns. Idempotent."""
+        thread, self._thread = self._thread, None
+        if thread is not None:
+            self._stop()
+            thread.join()
+        self._close()
+
+    def restart(self) -> None:
+        """Start again after a crash, or stop and start: a new app with the same address, token, counters and journal.
+
+        Without a journal, the runs from before are unknown, as they would be on a real server.
+        """
+        self.stop()
+        self._app = self._new_app()
+        self.start()
+
+    def _new_app(self) -> Starlette:
+        return create_app(
+            self._programs if "" not in self._programs else self._programs[""],
+            token=self._token,
+            faults=self.faults,
+            counters=self.counters,
+            crash=self._crash_now,
+            **self._options,
+        )
+
+    def _open(self) -> None:
+        """Take what the server needs, in the caller's thread, so that errors appear there."""
+
+    def _close(self) -> None:
+        """Give it back."""
+
+    def _crash_now(self) -> None:
+        self.runtime.abandon()
+        self._crash()
+        self.crashed.set()
+
+    def _main(self) -> None:
+        try:
+            asyncio.run(self._hold())
+        except BaseException as error:  # noqa: BLE001 - whatever it was, the thread that waits in start() must hear of it
+            self._failure = error
+        finally:
+            self._loop = None
+            self._ready.set()
+
+    async def _hold(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        await self._serve()
+
+
+class CrewServer(LocalServer):
+    """A crew server on a port of the loopback interface. `port=0` takes a free one."""
+
+    def __init__(self, spec: Spec | Mapping[str, Spec] = "echo", *, port: int = 0, **options: Any) -> None:
+        self._port = port
+        self._socket: socket.socket | None = None
+        self._uvicorn: WebServer | None = None
+        super().__init__(spec, **options)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self._port}"
+
+    @property
+    def port(self) -> int:
+        """The port; 0 before the first start of a server that takes a free one."""
+        return self._port
+
+    def _open(self) -> None:
+        self._socket = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+        try:
+            if os.name == "posix":  # so that a restart can take its port again
+                self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            self._socket.bind(("127.0.0.1", self._port))
+        except OSError:
+            self._close()
+            raise
+        self._port = self._socket.getsockname()[1]
+
+    def _close(self) -> None:
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
+
+    async def _serve(self) -> None:
+        if self._socket is None:
+            raise RuntimeError("the socket was not opened")
+        self._uvicorn = WebServer(self._app, on_started=self._ready.set)
+        await self._uvicorn.serve(sockets=[self._socket])
+
+    def _stop(self) -> None:
+        if self._uvicorn is not None:
+            self._uvicorn.should_exit = True
+
+    def _crash(self) -> None:
+        if self._uvicorn is not None:
+            self._uvicorn.crash()
+
+
+class InProcessCrewServer(LocalServer):
+    """A crew server without a port: our client finds it by its host name, which no other program can reach.
+
+    `transport` gives the same to any httpx client: `httpx.AsyncClient(transport=server.transport)`.
+    """
+
+    _numbers = itertools.count(1)
+
+    def __init__(self, spec: Spec | Mapping[str, Spec] = "echo", *, host: str | None = None, **options: Any) -> None:
+        self._host = host or f"crew-{next(self._numbers)}.test"
+        self.transport = InProcessTransport()
+        self._ended: asyncio.Event | None = None
+        super().__init__(spec, **options)
+
+    @property
+    def url(self) -> str:
+        return f"https://{self._host}"
+
+    def _open(self) -> None:
+        from prefect_crew.api.client import in_process
+
+        in_process(self._host, self.transport)
+
+    def _close(self) -> None:
+        from prefect_crew.api.client import in_process
+
+        in_process(self._host, None)
+
+    async def _serve(self) -> None:
+        self._ended = asyncio.Event()
+        async with self._app.router.lifespan_context(self._app):
+            self.transport.open(self._app)
+            self._ready.set()
+            try:
+                await self._ended.wait()
+            finally:
+                self.transport.close()
+                self.runtime.closing.set()
+
+    def _stop(self) -> None:
+        loop, ended = self._loop, self._ended
+        if loop is not None and ended is not None:
+            with contextlib.suppress(RuntimeError):  # it has ended by itself, by a crash
+                loop.call_soon_threadsafe(ended.set)
+
+    def _crash(self) -> None:
+        self.transport.crash()
+        if self._ended is not None:
+            self._ended.set()

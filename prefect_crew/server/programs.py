@@ -1,0 +1,55 @@
+"""Finding the crew to serve: a script's name or file, or real CrewAI code."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import cast
+
+from prefect_crew.server.program import Program
+from prefect_crew.server.scripted import CrewScript, ScriptedProgram
+from prefect_crew.server.scripts import load_script, parse_script
+
+__all__ = ["ProgramNotFoundError", "load_program"]
+
+
+class ProgramNotFoundError(ValueError):
+    """What was asked for cannot be served; the text says why and what to do."""
+
+
+def load_program(spec: str | os.PathLike[str] | CrewScript | Program, *, speed: float = 1.0) -> Program:
+    """Return a crew that the server can run.
+
+    Args:
+        spec: `module:factory` for CrewAI code (extra `crewai`), the path of a YAML file, its text (several lines), the
+            name of a crew of this package such as travel, a script, or a program, which is returned as it is.
+        speed: Of scripts; see `ScriptedProgram`.
+
+    Raises:
+        ScriptError: The script is wrong or not there.
+        ProgramNotFoundError: CrewAI is not installed, or the factory is not there.
+    """
+    if isinstance(spec, CrewScript):
+        return ScriptedProgram(spec, speed=speed)
+    if not isinstance(spec, (str, os.PathLike)):
+        return spec
+    text = os.fspath(cast("str | os.PathLike[str]", spec))
+    if isinstance(spec, str) and "\n" in text:
+        return ScriptedProgram(parse_script(text), speed=speed)
+    if re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*", text) and not Path(text).exists():
+        return _real(text)
+    return ScriptedProgram(load_script(text), speed=speed)
+
+
+def _real(spec: str) -> Program:
+    from prefect_crew.server.real import load_real  # imports CrewAI, which takes seconds
+
+    try:
+        return load_real(spec)
+    except ModuleNotFoundError as error:
+        if error.name != "crewai":
+            raise ProgramNotFoundError(f"Cannot serve {spec}: there is no module {error.name}.") from error
+        raise ProgramNotFoundError(
+            f"Serving CrewAI code such as {spec} needs CrewAI: pip install 'prefect-crew[crewai]'"
+        ) from error

@@ -1,0 +1,140 @@
+"""`prefect-crew serve`: a crew server as a process, until Ctrl-C or SIGTERM."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import secrets
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable, Generator, Iterable
+from types import FrameType
+from typing import Any
+
+from prefect_crew.server.app import STATUS_PATHS, create_app
+from prefect_crew.server.bodies import Generation
+from prefect_crew.server.faults import Fault, Faults
+from prefect_crew.server.local import CrewServer, InProcessCrewServer
+from prefect_crew.server.program import Program
+from prefect_crew.server.programs import load_program
+from prefect_crew.server.scripted import ScriptedProgram
+from prefect_crew.server.web import WebServer
+
+__all__ = ["CrewServer", "InProcessCrewServer", "load_program", "serve"]
+
+
+def serve(
+    spec: str = "travel",
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    token: str | None = None,
+    dialect: str = "documented",
+    generation: Generation = "first",
+    faults: Iterable[str | Fault] = (),
+    seed: int | None = None,
+    speed: float = 1.0,
+    journal: str | os.PathLike[str] | None = None,
+    on_crash: str = "rerun",
+    inspect: bool = False,
+    status_paths: Iterable[str] = STATUS_PATHS,
+    no_stop: bool = False,
+    max_runs: int | None = None,
+    announce: Callable[[str], None] | None = None,
+) -> int:
+    """Serve a crew until Ctrl-C or SIGTERM; runs in flight are cancelled then. Returns 0.
+
+    Args:
+        spec: What `load_program` takes.
+        host, port: Where; port 0 takes a free one.
+        token: The bearer token; None makes a random one, which is announced. A given one is not shown.
+        faults, seed: In text form; beside those that the script brings. The seed defaults to the script's.
+        speed: Seconds of a script are divided by it.
+        journal, on_crash, dialect, generation, inspect, status_paths, max_runs: See `create_app`.
+        no_stop: Leave `/stop` out, as servers may.
+        announce: Gets the line that says where the server is, once it answers; by default it goes to standard output.
+
+    Raises:
+        ValueError: Any of these makes no sense; the text says which and why (ScriptError, ProgramNotFoundError and
+            FaultError are ValueErrors).
+        OSError: The port is taken, or the host is not this machine's.
+    """
+    program = load_program(spec, speed=speed)
+    script = program.script if isinstance(program, ScriptedProgram) else None
+    chosen = seed if seed is not None else script.seed if script else 0
+    if on_crash not in ("rerun", "lose"):
+        raise ValueError(f"on_crash must be rerun or lose, not {on_crash!r}.")
+    if generation not in ("first", "later"):  # pyright: ignore[reportUnnecessaryContains] - it may come from a command line
+        raise ValueError(f"generation must be first or later, not {generation!r}.")
+    app = create_app(
+        program,
+        token=token or secrets.token_urlsafe(24),
+        dialect=dialect,
+        generation=generation,
+        faults=Faults([*(script.faults if script else ()), *faults], seed=chosen),
+        status_paths=status_paths,
+        stop=not no_stop,
+        max_runs=max_runs,
+        journal=journal,
+        on_crash="lose" if on_crash == "lose" else "rerun",
+        inspect=inspect,
+    )
+    listener = _listen(host, port)
+    line = _line(program, _url(listener), None if token else app.state.runtime.token)
+    server = WebServer(app, on_started=lambda: (announce or _to_stdout)(line))
+    with contextlib.closing(listener), _until_signalled(server):
+        asyncio.run(server.serve(sockets=[listener]))
+    return 0
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        if os.name == "posix":  # so that a server which was just stopped does not block its port
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+    except OSError:
+        listener.close()
+        raise
+    return listener
+
+
+def _url(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - what listens everywhere is reached here
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _line(program: Program, url: str, token: str | None) -> str:
+    needed = [item.name for item in program.inputs() if item.required]
+    inputs = "".join(f" -i {name}=…" for name in needed)
+    before = f"CREW_TOKEN={token} " if token else ""
+    return f"Serving the crew {program.name} at {url}  Try: {before}prefect-crew run {url}{inputs}  Stop: Ctrl-C"
+
+
+def _to_stdout(line: str) -> None:
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()  # whoever started this as a process reads the line through a pipe
+
+
+@contextlib.contextmanager
+def _until_signalled(server: WebServer) -> Generator[None, None, None]:
+    """Stop the server at the first signal, and at once at the second."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals belong to the main thread; whoever runs this elsewhere stops it in another way
+        return
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        server.force_exit = server.should_exit
+        server.should_exit = True
+
+    before: dict[int, Any] = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
