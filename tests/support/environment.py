@@ -1,0 +1,53 @@
+"""Environments for processes: nothing of the person who runs the tests, their profile, server or keys, gets in."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+__all__ = ["BIN", "isolated", "program"]
+
+BIN = Path(sys.executable).parent
+"""Where the programs of this environment are: `BIN / "prefect-crew"`."""
+
+PRIVATE = ("PREFECT_", "CREW_", "CREWAI_", "OTEL_")
+"""What a variable of the caller's starts with, that would change what a test sees."""
+
+KEPT = ("PREFECT_CREW_TEST_PROCESS",)
+"""Private all the same, but the mark of `processes`: what a test's process starts belongs to both."""
+
+QUIET = {
+    "CREWAI_DISABLE_TELEMETRY": "true",
+    "CREWAI_DISABLE_VERSION_CHECK": "true",
+    "CREWAI_TRACING_ENABLED": "false",
+    "DO_NOT_TRACK": "1",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
+    "PREFECT_CLI_COLORS": "false",
+}
+
+
+def isolated(home: Path, extra: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Return the whole environment for a process whose Prefect home is `home`.
+
+    It starts from the caller's environment without anything of Prefect's, CrewAI's or of this package's. The programs
+    of the tests' own environment come first on its PATH. `extra` is laid over it.
+    """
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(PRIVATE) or name in KEPT}
+    kept["PATH"] = os.pathsep.join((str(BIN), os.environ.get("PATH", os.defpath)))
+    kept["PREFECT_HOME"] = str(home)
+    return {**kept, **QUIET, **(extra or {})}
+
+
+def program(name: str) -> str:
+    """Return the path of a program of this environment, such as `prefect` or `prefect-crew`.
+
+    Raises:
+        FileNotFoundError: It is not installed; the text says how to install it.
+    """
+    path = BIN / name
+    if not path.exists():
+        raise FileNotFoundError(f"{name} is not in the environment of the tests: run `make test`, or install .[all].")
+    return str(path)

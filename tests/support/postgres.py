@@ -1,0 +1,151 @@
+"""A real PostgreSQL of the tests' own, from Debian's package or whatever is on PATH."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import pwd
+import shutil
+import signal
+import tempfile
+import time
+from pathlib import Path
+
+from support.prefect_server import free_port
+from support.processes import Process, ProcessError
+
+__all__ = ["Postgres", "find_postgres"]
+
+DEBIAN = "/usr/lib/postgresql"
+SUPERUSER = "crew"
+
+
+def find_postgres() -> Path | None:
+    """Return the folder with the newest `initdb` and `postgres`, None where there is none."""
+    # Debian keeps the server's programs off PATH, in a folder for each version.
+    versions = [path.parent for path in Path(DEBIAN).glob("*/bin/initdb") if path.with_name("postgres").exists()]
+    if versions:
+        return max(versions, key=lambda path: _number(path.parent.name))
+    initdb = shutil.which("initdb")
+    return Path(initdb).resolve().parent if initdb and shutil.which("postgres") else None
+
+
+def _number(version: str) -> float:
+    try:
+        return float(version)
+    except ValueError:
+        return 0.0
+
+
+class Postgres:
+    """A PostgreSQL server on a free loopback port, with a data folder that is removed at the end; a context manager.
+
+    PostgreSQL refuses to run as root: then it runs as `postgres`, or as `nobody` where there is no such user.
+
+    Args:
+        programs: The folder of `initdb` and `postgres`, as `find_postgres` gives it.
+    """
+
+    def __init__(self, programs: Path) -> None:
+        self.programs = programs
+        self.port = free_port()
+        self._process: Process | None = None
+        self._user = _unprivileged_user() if os.geteuid() == 0 else None
+        # Not below pytest's own folder, which other users may not enter.
+        self._folder = Path(tempfile.mkdtemp(prefix="prefect-crew-postgres-"))
+        self.log = self._folder / "postgres.log"
+
+    def start(self, timeout: float = 60.0) -> Postgres:
+        """Make the database cluster and start it; about 3 seconds.
+
+        Raises:
+            ProcessError: It could not be made or did not answer within `timeout` seconds; with the end of its log.
+        """
+        data = self._folder / "data"
+        data.mkdir(mode=0o700)
+        if self._user:
+            self._folder.chmod(0o755)
+            shutil.chown(data, self._user)
+        made = Process(
+            [
+                self.programs / "initdb", "--pgdata", data, "--username", SUPERUSER, "--auth", "trust", "--no-sync",
+                "--encoding", "UTF8", "--no-locale",
+            ],
+            log=self.log,
+            cwd=data,
+            user=self._user,
+        )  # fmt: skip
+        if made.wait(timeout) != 0:
+            raise ProcessError(f"initdb failed:\n{made.tail()}")
+        options = {
+            "listen_addresses": "127.0.0.1",
+            "port": str(self.port),
+            "unix_socket_directories": "",
+            "max_connections": "200",
+            # Durability against a power cut is not what the tests look at.
+            "fsync": "off",
+            "synchronous_commit": "off",
+            "full_page_writes": "off",
+        }
+        flags = [part for name, value in options.items() for part in ("-c", f"{name}={value}")]
+        self._process = Process(
+            [self.programs / "postgres", "-D", data, *flags], log=self.log, cwd=data, user=self._user
+        )
+        self._wait_until_ready(time.monotonic() + timeout)
+        return self
+
+    def _wait_until_ready(self, deadline: float) -> None:
+        assert self._process is not None
+        while not self._answers():
+            if not self._process.running or time.monotonic() > deadline:
+                self._process.kill()
+                raise ProcessError(f"PostgreSQL did not start:\n{self._process.tail()}")
+            time.sleep(0.1)
+
+    def _answers(self) -> bool:
+        import asyncpg
+
+        try:
+            self._execute("SELECT 1")
+        except (OSError, asyncpg.PostgresError):  # nobody listens yet; it is starting up
+            return False
+        return True
+
+    def create_database(self, name: str) -> str:
+        """Create a database (a plain word) and return its URL, as SQLAlchemy and Prefect write it."""
+        self._execute(f'CREATE DATABASE "{name}"')
+        return f"postgresql+asyncpg://{SUPERUSER}:unused@127.0.0.1:{self.port}/{name}"
+
+    def _execute(self, statement: str) -> None:
+        import asyncpg  # not at the top: slow to import
+
+        async def run() -> None:
+            connection = await asyncpg.connect(
+                host="127.0.0.1", port=self.port, user=SUPERUSER, database="postgres", timeout=5
+            )
+            try:
+                await connection.execute(statement)
+            finally:
+                await connection.close()
+
+        asyncio.run(run())
+
+    def stop(self) -> None:
+        """End it and remove its data. Harmless if it does not run."""
+        if self._process is not None:
+            self._process.stop(signal.SIGINT)  # PostgreSQL's "fast" shutdown: SIGTERM would wait for every client
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def __enter__(self) -> Postgres:
+        return self.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+
+def _unprivileged_user() -> str:
+    known = {user.pw_name for user in pwd.getpwall()}
+    for name in ("postgres", "nobody"):
+        if name in known:
+            return name
+    raise ProcessError("PostgreSQL refuses to run as root, and there is no user postgres or nobody to run it as.")

@@ -1,0 +1,260 @@
+"""Real Prefect servers, each a process of its own with its own home, database and port.
+
+A new SQLite database costs six seconds of migrations, so the first one is kept as a template in pytest's cache, one
+for each version of Prefect.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import sqlite3
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import httpx
+
+from support.environment import isolated
+from support.processes import Process, ProcessError
+
+__all__ = ["QUICK", "PrefectServer", "connected", "drain", "free_port"]
+
+QUICK = {
+    # The defaults write at most 35 task runs a second and hold events back for five.
+    "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_BATCH_SIZE": "100",
+    "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_READ_BATCH_SIZE": "100",
+    "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_FLUSH_INTERVAL": "1",
+    "PREFECT_SERVER_SERVICES_EVENT_PERSISTER_READ_BATCH_SIZE": "100",
+    "PREFECT_SERVER_SERVICES_EVENT_PERSISTER_FLUSH_INTERVAL": "1",
+}
+"""Settings that every server of the tests gets."""
+
+PORT_TRIES = 3
+
+
+def free_port() -> int:
+    """Return a port of 127.0.0.1 that is free now; someone else may take it before it is used."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+class PrefectServer:
+    """A `prefect server start` process; a context manager.
+
+    Args:
+        folder: What it keeps: its home, its SQLite database and its log.
+        database_url: A database other than SQLite in `folder`, as SQLAlchemy writes it.
+        settings: More of its settings, `PREFECT_…` names and values.
+        template: A migrated SQLite database to start from. It is made from this server's if it does not exist.
+        python: The interpreter, for another version of Prefect; that of the tests if left out.
+
+    Attributes:
+        api_url: What clients set `PREFECT_API_URL` to. It stays the same after a restart.
+        ui_url: The root of the pages, without a slash at the end.
+        home: Its PREFECT_HOME, and that of clients that use `env()` as it is.
+        database: The SQLite file, None with another database.
+        log: The file with all its output.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        database_url: str | None = None,
+        settings: Mapping[str, str] | None = None,
+        template: Path | None = None,
+        python: Path | None = None,
+    ) -> None:
+        self.home = folder / "home"
+        self.log = folder / "server.log"
+        self.database = None if database_url else self.home / "prefect.db"
+        self.port = free_port()
+        self.python = python or Path(sys.executable)
+        self._database_url = database_url
+        self._settings = dict(settings or {})
+        self._template = template
+        self._process: Process | None = None
+        self._has_answered = False
+
+    @property
+    def api_url(self) -> str:
+        return f"{self.ui_url}/api"
+
+    @property
+    def ui_url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def database_url(self) -> str:
+        """The database as SQLAlchemy writes it."""
+        return self._database_url or f"sqlite+aiosqlite:///{self.database}"
+
+    @property
+    def running(self) -> bool:
+        """Whether the process runs; it may not answer yet, or no more."""
+        return self._process is not None and self._process.running
+
+    @property
+    def process(self) -> Process:
+        """The process, for tests that hurt it."""
+        if self._process is None:
+            raise RuntimeError("this Prefect server was never started: call start()")
+        return self._process
+
+    def env(self, *, home: Path | None = None, **extra: str) -> dict[str, str]:
+        """Return the whole environment of a process that is a client of this server.
+
+        Args:
+            home: The client's PREFECT_HOME, for one that stands for another machine; the server's if left out.
+            extra: More variables.
+        """
+        return isolated(home or self.home, {"PREFECT_API_URL": self.api_url, **extra})
+
+    def start(self, timeout: float = 120.0) -> PrefectServer:
+        """Start it and wait until it answers; about 5 seconds, 12 with a new database.
+
+        Raises:
+            ProcessError: It ended, or did not answer within `timeout` seconds; with the end of its log.
+        """
+        if self.running:
+            return self
+        self.home.mkdir(parents=True, exist_ok=True)
+        if self.database and self._template and self._template.exists() and not self.database.exists():
+            shutil.copyfile(self._template, self.database)
+        for attempt in range(PORT_TRIES):
+            try:
+                self._start_once(timeout)
+                break
+            except _PortTakenError:
+                # Between free_port and the bind someone else took it. Once it has had clients, it must keep its port.
+                if self._has_answered or attempt == PORT_TRIES - 1:
+                    raise
+                self.port = free_port()
+        self._has_answered = True
+        if self.database and self._template and not self._template.exists():
+            _keep(self.database, self._template)
+        return self
+
+    def _start_once(self, timeout: float) -> None:
+        environment = isolated(
+            self.home,
+            {
+                "PREFECT_SERVER_DATABASE_CONNECTION_URL": self.database_url,
+                **QUICK,
+                **self._settings,
+            },
+        )
+        command = [self.python, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(self.port)]
+        self._process = Process(command, log=self.log, env=environment)
+        try:
+            self._wait_until_healthy(time.monotonic() + timeout)
+        except BaseException:
+            self._process.kill()
+            raise
+
+    def _wait_until_healthy(self, deadline: float) -> None:
+        process = self.process
+        # trust_env: a proxy in the environment is no way to loopback.
+        with httpx.Client(timeout=5.0, trust_env=False) as client:
+            while True:
+                with contextlib.suppress(httpx.TransportError):
+                    if client.get(f"{self.api_url}/health").status_code == httpx.codes.OK and process.running:
+                        return
+                if not process.running:
+                    kind = _PortTakenError if "already in use" in process.tail() else ProcessError
+                    raise kind(
+                        f"The Prefect server ended with {process.popen.returncode} while starting:\n{process.tail()}"
+                    )
+                if time.monotonic() > deadline:
+                    raise ProcessError(f"The Prefect server did not answer in time:\n{process.tail()}")
+                time.sleep(0.1)
+
+    def stop(self) -> None:
+        """End it: SIGTERM, SIGKILL ten seconds later, and surely gone afterwards. Harmless if it does not run."""
+        if self._process is not None:
+            self._process.stop(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """End it as a power cut would, with SIGKILL."""
+        self.process.kill()
+
+    def __enter__(self) -> PrefectServer:
+        return self.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+
+class _PortTakenError(ProcessError):
+    pass
+
+
+def _keep(database: Path, template: Path) -> None:
+    """Copy a live database, as one consistent file."""
+    template.parent.mkdir(parents=True, exist_ok=True)
+    partial = template.with_suffix(f".{os.getpid()}")
+    with (
+        contextlib.closing(sqlite3.connect(database)) as source,
+        contextlib.closing(sqlite3.connect(partial)) as target,
+    ):
+        source.backup(target)
+    partial.replace(template)
+
+
+@contextlib.contextmanager
+def connected(server: PrefectServer, home: Path) -> Iterator[PrefectServer]:
+    """Make this process, all its threads and the processes it starts clients of `server`.
+
+    The variables are really set, and Prefect's global settings read again, since a temporary settings context is not
+    seen by threads that someone else has started. Logs and events are sent before it ends.
+
+    Args:
+        server: A running server.
+        home: PREFECT_HOME meanwhile, so that results stored on disk stay apart.
+    """
+    with environment({"PREFECT_API_URL": server.api_url, "PREFECT_HOME": str(home)}):
+        try:
+            yield server
+        finally:
+            drain()
+
+
+@contextlib.contextmanager
+def environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Set variables of this process and have Prefect read its settings again; set back at the end."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    _refresh()
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+        _refresh()
+
+
+def _refresh() -> None:
+    from prefect.context import refresh_global_settings_context
+
+    refresh_global_settings_context()
+
+
+def drain(timeout: float = 10.0) -> None:
+    """Send what Prefect's background threads hold of logs and events, at most `timeout` seconds each.
+
+    Not to be called on a running event loop.
+    """
+    from prefect.events.worker import EventsWorker
+    from prefect.logging.handlers import APILogWorker
+
+    APILogWorker.drain_all(timeout=timeout)
+    EventsWorker.drain_all(timeout=timeout)

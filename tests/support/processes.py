@@ -1,0 +1,206 @@
+"""Processes that surely end.
+
+A process that a test starts may start others, in sessions of their own, that outlive it: a Prefect worker starts flow
+runs that way. So each process gets a mark in its environment, which every descendant inherits whatever becomes of its
+parent, and `stop` looks for the mark until nobody bears it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import time
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+
+__all__ = ["MARK", "Process", "ProcessError"]
+
+MARK = "PREFECT_CREW_TEST_PROCESS"
+"""The environment variable that names the process a descendant came from; nested ones are joined by a comma."""
+
+PROC = Path("/proc")
+
+
+class ProcessError(Exception):
+    """A process did not start or did not end; the text holds the end of its log."""
+
+
+class Process:
+    """A process with a session of its own, its output in a file, and an end.
+
+    Args:
+        command: The program and its arguments.
+        log: The file that gets standard output and error, appended.
+        env: The whole environment; that of the tests if left out.
+        cwd: The folder it runs in.
+        user: Another user to run as (root only), by name.
+        stdin: Whether it gets a pipe as standard input instead of nothing.
+    """
+
+    def __init__(
+        self,
+        command: Sequence[str | Path],
+        *,
+        log: Path,
+        env: Mapping[str, str] | None = None,
+        cwd: Path | None = None,
+        user: str | None = None,
+        stdin: bool = False,
+    ) -> None:
+        self.command = [str(part) for part in command]
+        self.log = log
+        self.mark = uuid.uuid4().hex
+        environment = dict(os.environ if env is None else env)
+        environment[MARK] = ",".join(filter(None, (os.environ.get(MARK), self.mark)))
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("ab") as output:
+            self.popen = subprocess.Popen(
+                self.command,
+                stdin=subprocess.PIPE if stdin else subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                cwd=cwd,
+                start_new_session=True,
+                user=user,
+                group=None if user is None else _group_of(user),
+                extra_groups=None if user is None else [],
+            )
+
+    def __enter__(self) -> Process:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        return self.popen.pid
+
+    @property
+    def running(self) -> bool:
+        """Whether the process itself runs; its descendants may outlive it."""
+        return self.popen.poll() is None
+
+    @property
+    def output(self) -> str:
+        """All that it has written."""
+        return self.log.read_text(errors="replace") if self.log.exists() else ""
+
+    def tail(self, characters: int = 3000) -> str:
+        """Return the end of what it has written."""
+        return self.output[-characters:]
+
+    def family(self) -> list[int]:
+        """Return the process ids of everything alive that descends from it, itself first, zombies left out.
+
+        Reads /proc; where there is none (macOS), only the process itself is known.
+        """
+        found = [self.pid] if self.running else []
+        if not PROC.exists():
+            return found
+        return found + [pid for pid in _bearers(self.mark) if pid != self.pid]
+
+    def send(self, number: int) -> None:
+        """Send a signal to the process itself, if it runs."""
+        if self.running:
+            self.popen.send_signal(number)
+
+    def kill(self) -> None:
+        """SIGKILL to the process and to everything that descends from it, and wait until all are gone.
+
+        Raises:
+            ProcessError: Something still lives after 10 seconds.
+        """
+        deadline = time.monotonic() + 10
+        while family := self.family():
+            for pid in family:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            if not PROC.exists():
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(self.pid, signal.SIGKILL)
+            if time.monotonic() > deadline:
+                raise ProcessError(f"{self.command[0]}: {family} still live 10 seconds after SIGKILL")
+            self.popen.poll()
+            time.sleep(0.02)
+        self.popen.wait()
+        if self.popen.stdin:
+            self.popen.stdin.close()
+
+    def stop(self, first: int = signal.SIGTERM, *, grace: float = 10.0, again: int | None = None) -> int:
+        """End it politely, then by force, with all descendants; return its exit code.
+
+        Args:
+            first: The signal that asks it to end.
+            grace: Seconds until the second signal, and again until SIGKILL.
+            again: The second signal, for a program that takes one to believe it; none if left out.
+
+        Raises:
+            ProcessError: Something still lives after SIGKILL.
+        """
+        for number in (first, again):
+            if number is None or not self.running:
+                continue
+            self.send(number)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.popen.wait(grace)
+        self.kill()
+        return self.popen.returncode
+
+    def wait(self, timeout: float) -> int:
+        """Wait for its own end; return its exit code.
+
+        Raises:
+            ProcessError: It still runs after `timeout` seconds. It is left running.
+        """
+        try:
+            return self.popen.wait(timeout)
+        except subprocess.TimeoutExpired:
+            raise ProcessError(f"{self.command} still runs after {timeout:g} seconds:\n{self.tail()}") from None
+
+    def wait_for(self, text: str, timeout: float = 60.0) -> str:
+        """Wait until its output holds `text`; return the output.
+
+        Raises:
+            ProcessError: It ended, or `timeout` seconds passed, without it.
+        """
+        deadline = time.monotonic() + timeout
+        while True:
+            ended = not self.running  # looked at before the output, so that last words count
+            output = self.output
+            if text in output:
+                return output
+            if ended:
+                raise ProcessError(
+                    f"{self.command} ended with {self.popen.returncode} and never wrote {text!r}:\n{self.tail()}"
+                )
+            if time.monotonic() > deadline:
+                raise ProcessError(f"{self.command} did not write {text!r} in {timeout:g} seconds:\n{self.tail()}")
+            time.sleep(0.05)
+
+
+def _group_of(user: str) -> int:
+    import pwd  # POSIX only, like everything that needs another user
+
+    return pwd.getpwnam(user).pw_gid
+
+
+def _bearers(mark: str) -> Iterator[int]:
+    needle = mark.encode()
+    for folder in PROC.iterdir():
+        if not folder.name.isdigit():
+            continue
+        # A process may end between two reads, or belong to someone else: then it is none of ours. A zombie's environ
+        # reads as empty.
+        with contextlib.suppress(OSError):
+            environment = (folder / "environ").read_bytes()
+            if any(line.startswith(MARK.encode() + b"=") and needle in line for line in environment.split(b"\0")):
+                yield int(folder.name)
