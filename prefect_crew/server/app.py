@@ -19,7 +19,7 @@ from typing import Any, Literal
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.requests import Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.responses import PlainTextResponse, Response
 from starlette.routing import BaseRoute, Mount, Route
 
 from prefect_crew.server.bodies import Generation
@@ -33,6 +33,7 @@ from prefect_crew.server.layers import FaultLayer, TokenLayer, faults_of_run
 from prefect_crew.server.program import Answer, Program
 from prefect_crew.server.runtime import Counters, Runtime, die
 from prefect_crew.server.webhooks import WebhookSender
+from prefect_crew.server.wire import JSONAnswer
 
 __all__ = ["BODY_LIMIT", "STATUS_PATHS", "create_app", "runtime_of"]
 
@@ -175,13 +176,13 @@ class _Endpoints:
 
     def _error(self, code: int, error: str, message: str, details: dict[str, Any] | None = None) -> Response:
         status, body = self._runtime.dialect.error(code, error, message, details)
-        return JSONResponse(body, status)
+        return JSONAnswer(body, status)
 
     async def health(self, request: Request) -> Response:
         return PlainTextResponse("Healthy")
 
     async def inputs(self, request: Request) -> Response:
-        return JSONResponse(self._runtime.dialect.inputs(self._executions.program.inputs()))
+        return JSONAnswer(self._runtime.dialect.inputs(self._executions.program.inputs()))
 
     async def kickoff(self, request: Request) -> Response:
         body = await _json_body(request)
@@ -201,14 +202,14 @@ class _Endpoints:
             run.hidden_polls = math.ceil(early.value or 0)
         if early := faults.get("early-404-seconds"):
             run.hidden_until = time.monotonic() + (early.value or 0)
-        return JSONResponse({"kickoff_id": run.id})
+        return JSONAnswer({"kickoff_id": run.id})
 
     async def status(self, request: Request) -> Response:
         run = self._executions.get(request.path_params["id"])
         if run is None or run.forgotten or _still_hidden(run):
             code, body = self._runtime.dialect.unknown()
-            return JSONResponse(body, code)
-        return JSONResponse(self._runtime.dialect.status(run))
+            return JSONAnswer(body, code)
+        return JSONAnswer(self._runtime.dialect.status(run))
 
     async def resume(self, request: Request) -> Response:
         body = await _json_body(request)
@@ -223,7 +224,7 @@ class _Endpoints:
         except NotWaitingError:
             message = f"The execution is not pending human input for task {task_id}."
             raise _BadRequestError(400, "Execution not pending", message) from None
-        return JSONResponse({"status": word, "message": _RESUMED[word]})
+        return JSONAnswer({"status": word, "message": _RESUMED[word]})
 
     async def stop(self, request: Request) -> Response:
         run = self._known(request.path_params["id"])
@@ -231,8 +232,8 @@ class _Endpoints:
             self._executions.stop(run)
         except StoppedTooLateError:
             code, body = cannot_stop(run)
-            return JSONResponse(body, code)
-        return JSONResponse({"status": "stopped", "kickoffId": run.id})
+            return JSONAnswer(body, code)
+        return JSONAnswer({"status": "stopped", "kickoffId": run.id})
 
     def _known(self, id_: Any) -> Execution:
         run = self._executions.get(id_) if isinstance(id_, str) else None
@@ -284,6 +285,6 @@ def _nothing_here(runtime: Runtime) -> Callable[[Request, Exception], Response]:
         code = getattr(error, "status_code", 404)
         title = "Not found" if code == 404 else "Method not allowed"
         status, body = runtime.dialect.error(code, title, f"There is no {request.method} {request.url.path} here.")
-        return JSONResponse(body, status, headers=getattr(error, "headers", None))
+        return JSONAnswer(body, status, headers=getattr(error, "headers", None))
 
     return handler

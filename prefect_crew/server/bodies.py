@@ -6,8 +6,8 @@ first
     task_output, meta
 later
     task: description, name, expected_output, summary, agent, output, output_json, kickoff_id, meta · step: prompt,
-    thought, tool, tool_input, result, kickoff_id, meta · crew: kickoff_id, result (text), result_json, token_usage, meta ·
-    human: kickoff_id, task_id, output, meta
+    thought, tool, tool_input, result, kickoff_id, meta · crew: kickoff_id, result (text), result_json, token_usage,
+    meta · human: kickoff_id, task_id, output, meta
 
 Event streams are the same in both: `{"events": [{id, execution_id, timestamp, type, data}]}`.
 """

@@ -75,5 +75,6 @@ class ConnectionProtocol(H11Protocol):
     """uvicorn's HTTP protocol, with the connection in the state of each request."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Take the connection, and tell its requests of it."""
         super().connection_made(transport)
         self.app_state = with_connection(self.app_state, _Socket(transport))

@@ -106,14 +106,17 @@ class Execution:
 
     @property
     def id(self) -> str:
+        """The kickoff id."""
         return self._id
 
     @property
     def inputs(self) -> Mapping[str, Any]:
+        """What the kickoff gave."""
         return self._inputs
 
     @property
     def stop_requested(self) -> bool:
+        """True once `/stop` was accepted."""
         return self._stop_requested
 
     @property
@@ -123,20 +126,24 @@ class Execution:
 
     @property
     def total_tasks(self) -> int:
+        """How many tasks there are, as far as is known."""
         return max(len(self.planned), len(self.tasks) + (self.current_task is not None))
 
     # What the program says
 
     def plan(self, tasks: list[str]) -> None:
+        """Name the tasks that are to come."""
         self.planned = list(tasks)
 
     def task_started(self, name: str, *, agent: str | None = None, description: str | None = None) -> None:
+        """A task begins."""
         if self.state.ended:
             return
         self.current_task, self.current_agent = name, agent
         self._listener(self, "task_started", name)
 
     def task_ended(self, task: TaskResult) -> None:
+        """A task has given its result."""
         if self.state.ended:
             return
         self.tasks.append(task)
@@ -145,12 +152,14 @@ class Execution:
         self._listener(self, "task_ended", task)
 
     def step(self, *, agent: str | None, kind: str, content: str, tool: str | None = None) -> None:
+        """An agent did something."""
         if self.state.ended:
             return
         self.last_step = Step(agent, kind, content, tool, self.current_task)
         self._listener(self, "step", self.last_step)
 
     async def ask(self, *, task_id: str, output: str) -> Answer:
+        """Wait for a person's answer; each question about one task is a round of its own."""
         round_ = self._rounds[task_id] = self._rounds.get(task_id, 0) + 1
         question = Question(task_id, output, round_, asyncio.get_running_loop().create_future())
         self.questions[task_id] = question

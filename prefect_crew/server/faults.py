@@ -154,7 +154,8 @@ class Fault:
         match = _TEXT.fullmatch(text.strip())
         if match is None:
             raise FaultError(
-                f"{text!r} is not a fault. Write PLACE:NAME[=VALUE][@WHEN][%PROBABILITY], such as kickoff:drop-after-accept@1."
+                f"{text!r} is not a fault. Write PLACE:NAME[=VALUE][@WHEN][%PROBABILITY], "
+                "such as kickoff:drop-after-accept@1."
             )
         return cls(
             match["where"].strip(),

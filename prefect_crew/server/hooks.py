@@ -78,7 +78,7 @@ class Hooks(_Part):
             first = error.errors(include_input=False, include_url=False)[0]
             where = ".".join(str(part) for part in first["loc"])
             raise HooksError(f"{where}: {first['msg']}") from None
-        hooks._asked = fields
+        hooks._asked = fields  # noqa: SLF001 - a model's private attribute can only be set once it exists
         return hooks
 
     def as_body(self) -> dict[str, Any]:

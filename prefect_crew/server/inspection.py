@@ -6,10 +6,11 @@ Needs the token like everything else, and exists only when asked for.
 from __future__ import annotations
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.routing import Route
 
 from prefect_crew.server.runtime import Runtime
+from prefect_crew.server.wire import JSONAnswer
 
 __all__ = ["inspect_route"]
 
@@ -23,7 +24,7 @@ def inspect_route(runtime: Runtime) -> Route:
 
     async def requests(request: Request) -> Response:
         counters = runtime.counters
-        return JSONResponse(
+        return JSONAnswer(
             {
                 "requests": dict(counters.requests),
                 "answers": {f"{place} {status}": count for (place, status), count in counters.answers.items()},

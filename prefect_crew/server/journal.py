@@ -4,7 +4,8 @@ One JSON object a line, flushed to the disk before the server answers, so that a
 again with the same file still knows what it promised. A line cut off by the crash is ignored.
 
     {"event": "accepted", "id": …, "crew": …, "at": …, "inputs": {…}, "meta": {…}, "hooks": {…}}
-    {"event": "ended", "id": …, "state": …, "output": …, "data": …, "tasks": […], "usage": {…}, "error": …, "seconds": …}
+    {"event": "ended", "id": …, "state": …, "output": …, "data": …, "tasks": […], "usage": {…}, "error": …,
+     "seconds": …}
 
 The file holds the webhooks' URLs and tokens, since runs that start again need them: it is made readable for its owner
 only.
@@ -16,6 +17,8 @@ import json
 import os
 from pathlib import Path
 from typing import Any
+
+from prefect_crew.server.wire import to_json
 
 __all__ = ["Journal"]
 
@@ -48,7 +51,7 @@ class Journal:
             size = os.fstat(self._file).st_size
             if size and os.pread(self._file, 1, size - 1) != b"\n":
                 os.write(self._file, b"\n")  # a line that a crash cut off must not swallow this one
-        os.write(self._file, json.dumps(entry, ensure_ascii=False, default=str).encode() + b"\n")
+        os.write(self._file, to_json(entry) + b"\n")
         os.fsync(self._file)
 
     def close(self) -> None:

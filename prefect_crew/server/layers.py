@@ -11,12 +11,13 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.responses import HTMLResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from prefect_crew.server.connection import connection_of
 from prefect_crew.server.faults import Fault
 from prefect_crew.server.runtime import Runtime
+from prefect_crew.server.wire import JSONAnswer
 
 __all__ = ["FaultLayer", "TokenLayer", "faults_of_run"]
 
@@ -32,6 +33,7 @@ class TokenLayer:
         self._runtime = runtime
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let the request pass, or answer 401."""
         if scope["type"] != "http" or scope["path"] in ("", "/") or self._allowed(scope):
             await self._app(scope, receive, send)
             return
@@ -39,7 +41,7 @@ class TokenLayer:
         code, body = self._runtime.dialect.error(
             401, "Unauthorized", "The bearer token is missing or wrong: send Authorization: Bearer TOKEN."
         )
-        await JSONResponse(body, code, headers={"WWW-Authenticate": "Bearer"})(scope, receive, send)
+        await JSONAnswer(body, code, headers={"WWW-Authenticate": "Bearer"})(scope, receive, send)
 
     def _allowed(self, scope: Scope) -> bool:
         given = dict(scope["headers"]).get(b"authorization", b"")
@@ -62,6 +64,7 @@ class FaultLayer:
         self._runtime = runtime
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer the request, as well or as badly as the faults say."""
         counters = self._runtime.counters
         counters.requests[self._place] += 1
 
@@ -194,7 +197,7 @@ async def _empty(request: _Request) -> None:
 
 
 async def _no_id(request: _Request) -> None:
-    await request.respond(JSONResponse({"message": "Crew started"}))
+    await request.respond(JSONAnswer({"message": "Crew started"}))
 
 
 async def _crash(request: _Request) -> None:
@@ -207,7 +210,7 @@ async def _answer_with_code(request: _Request) -> None:
     code = int(name.removesuffix("-bare"))
     status, body = request.runtime.dialect.error(code, _TITLES[code], f"The fault {request.fault} was asked for.")
     headers = {"Retry-After": f"{request.fault.value:g}"} if name in ("429", "503") else None
-    await request.respond(JSONResponse(body, status, headers=headers))
+    await request.respond(JSONAnswer(body, status, headers=headers))
 
 
 _TITLES = {

@@ -86,6 +86,7 @@ class LocalServer(ABC):
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._app = self._new_app()
+        self._used = False
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.url}>"
@@ -175,7 +176,8 @@ class LocalServer(ABC):
         """Return a Prefect block for this server; `fields` are more of the block's own."""
         from prefect_crew.blocks import DeployedCrew
 
-        return DeployedCrew(**{"url": self.url, "token": self.token, **fields})
+        known: dict[str, Any] = {"url": self.url, "token": self.token}
+        return DeployedCrew(**known | fields)
 
     def start(self) -> None:
         """Start the server and return once it answers.
@@ -186,6 +188,9 @@ class LocalServer(ABC):
         """
         if self._thread is not None:
             raise RuntimeError(f"{self!r} runs already")
+        if self._used:
+            self._app = self._new_app()
+        self._used = True
         self._ready.clear()
         self.crashed.clear()
         self._failure = None
@@ -211,12 +216,11 @@ class LocalServer(ABC):
         Without a journal, the runs from before are unknown, as they would be on a real server.
         """
         self.stop()
-        self._app = self._new_app()
         self.start()
 
     def _new_app(self) -> Starlette:
         return create_app(
-            self._programs if "" not in self._programs else self._programs[""],
+            self._programs.get("", self._programs),
             token=self._token,
             faults=self.faults,
             counters=self.counters,
@@ -224,11 +228,13 @@ class LocalServer(ABC):
             **self._options,
         )
 
+    @abstractmethod
     def _open(self) -> None:
         """Take what the server needs, in the caller's thread, so that errors appear there."""
 
+    @abstractmethod
     def _close(self) -> None:
-        """Give it back."""
+        """Give it back; idempotent."""
 
     def _crash_now(self) -> None:
         self.runtime.abandon()
@@ -260,6 +266,7 @@ class CrewServer(LocalServer):
 
     @property
     def url(self) -> str:
+        """Base URL of the crew; its port is 0 before the first start of a server that takes a free one."""
         return f"http://127.0.0.1:{self._port}"
 
     @property
@@ -314,6 +321,7 @@ class InProcessCrewServer(LocalServer):
 
     @property
     def url(self) -> str:
+        """Base URL of the crew, which only our client and `transport` know."""
         return f"https://{self._host}"
 
     def _open(self) -> None:

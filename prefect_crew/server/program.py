@@ -42,9 +42,15 @@ class Run(Protocol):
     """One kickoff. Its methods must be called on the server's event loop unless they say otherwise."""
 
     @property
-    def id(self) -> str: ...
+    def id(self) -> str:
+        """The kickoff id."""
+        ...
+
     @property
-    def inputs(self) -> Mapping[str, Any]: ...
+    def inputs(self) -> Mapping[str, Any]:
+        """What the kickoff gave."""
+        ...
+
     @property
     def stop_requested(self) -> bool:
         """True once `/stop` was accepted. Safe to read from any thread."""
@@ -54,9 +60,17 @@ class Run(Protocol):
         """Name the tasks that are to come, so that progress has a total."""
         ...
 
-    def task_started(self, name: str, *, agent: str | None = None, description: str | None = None) -> None: ...
-    def task_ended(self, task: TaskResult) -> None: ...
-    def step(self, *, agent: str | None, kind: str, content: str, tool: str | None = None) -> None: ...
+    def task_started(self, name: str, *, agent: str | None = None, description: str | None = None) -> None:
+        """Say that a task begins."""
+        ...
+
+    def task_ended(self, task: TaskResult) -> None:
+        """Say what a task gave."""
+        ...
+
+    def step(self, *, agent: str | None, kind: str, content: str, tool: str | None = None) -> None:
+        """Say what an agent did."""
+        ...
 
     async def ask(self, *, task_id: str, output: str) -> Answer:
         """Wait for a person: the state becomes "waits for a person" until `/resume` answers."""
@@ -67,7 +81,9 @@ class Program(Protocol):
     """A crew that can be run many times at once."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """The crew's name."""
+        ...
 
     def inputs(self) -> list[CrewInput]:
         """Return what `GET /inputs` says. Called for each request, so it must be cheap."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import cast
 
 from prefect_crew.server.program import Program
 from prefect_crew.server.scripted import CrewScript, ScriptedProgram
@@ -34,7 +33,7 @@ def load_program(spec: str | os.PathLike[str] | CrewScript | Program, *, speed: 
         return ScriptedProgram(spec, speed=speed)
     if not isinstance(spec, (str, os.PathLike)):
         return spec
-    text = os.fspath(cast("str | os.PathLike[str]", spec))
+    text = os.fspath(spec)
     if isinstance(spec, str) and "\n" in text:
         return ScriptedProgram(parse_script(text), speed=speed)
     if re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*", text) and not Path(text).exists():

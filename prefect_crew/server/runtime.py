@@ -10,7 +10,7 @@ import os
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from prefect_crew.server.dialects import Dialect
 from prefect_crew.server.executions import Execution, Executions
@@ -51,8 +51,8 @@ class Counters:
     @property
     def kickoffs_by_run_key(self) -> Counter[str]:
         """Kickoffs that started a run, by the run key in their meta."""
-        metas: list[Any] = list(self.accepted.values())
-        return Counter(str(meta[RUN_KEY]) for meta in metas if isinstance(meta, dict) and RUN_KEY in meta)
+        maps = [cast("dict[str, Any]", meta) for meta in list(self.accepted.values()) if isinstance(meta, dict)]
+        return Counter(str(meta[RUN_KEY]) for meta in maps if RUN_KEY in meta)
 
 
 def die() -> None:

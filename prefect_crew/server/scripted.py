@@ -29,7 +29,7 @@ from prefect_crew.server.program import Outcome, ProgramError, Run
 
 __all__ = ["CrewScript", "InputSpec", "ScriptedProgram", "StepSpec", "TaskSpec"]
 
-_JINJA = SandboxedEnvironment(undefined=StrictUndefined, autoescape=False, trim_blocks=True, lstrip_blocks=True)  # noqa: S701 - the texts are Markdown, not HTML
+_JINJA = SandboxedEnvironment(undefined=StrictUndefined, autoescape=False, trim_blocks=True, lstrip_blocks=True)
 
 
 class _Part(BaseModel):
@@ -155,9 +155,11 @@ class ScriptedProgram:
 
     @property
     def name(self) -> str:
+        """The script's name."""
         return self.script.name
 
     def inputs(self) -> list[CrewInput]:
+        """The script's inputs."""
         return list(self._inputs)
 
     async def execute(self, run: Run) -> Outcome:

@@ -19,6 +19,7 @@ from prefect_crew.server.bodies import Generation
 from prefect_crew.server.executions import Execution, Question, Step
 from prefect_crew.server.faults import Faults
 from prefect_crew.server.hooks import Authentication, Stream, Target
+from prefect_crew.server.wire import to_json
 
 __all__ = ["BATCH_SECONDS", "WebhookSender"]
 
@@ -96,9 +97,9 @@ class WebhookSender:
         async with self._gate:
             if self._client is None:
                 self._client = httpx.AsyncClient(timeout=_TIMEOUT, trust_env=False)
-            headers, basic = _credentials(target.authentication)
+            headers, auth = _credentials(target.authentication)
             try:
-                answer = await self._client.post(target.url, json=body, headers=headers, auth=basic)
+                answer = await self._client.post(target.url, content=to_json(body), headers=headers, auth=auth)
             except httpx.HTTPError as error:
                 self.sent[kind, 0] += 1
                 # Without the URL: whatever protects the receiver stands in it.
@@ -123,9 +124,10 @@ class WebhookSender:
 
 
 def _credentials(authentication: Authentication | None) -> tuple[dict[str, str], httpx.Auth]:
+    json = {"Content-Type": "application/json"}
     if authentication is None:
-        return {}, httpx.Auth()
+        return json, httpx.Auth()
     if authentication.strategy == "bearer" and authentication.token is not None:
-        return {"Authorization": f"Bearer {authentication.token.get_secret_value()}"}, httpx.Auth()
+        return {**json, "Authorization": f"Bearer {authentication.token.get_secret_value()}"}, httpx.Auth()
     password = authentication.password.get_secret_value() if authentication.password else ""
-    return {}, httpx.BasicAuth(authentication.username or "", password)
+    return json, httpx.BasicAuth(authentication.username or "", password)
