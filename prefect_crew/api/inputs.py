@@ -36,10 +36,10 @@ def encode_inputs(inputs: Mapping[str, Any], *, as_json: bool = False) -> dict[s
     """Return `inputs` as the API takes them: every value as text, or with `as_json` as JSON values.
 
     Text goes as it is. Numbers, booleans ("true", "false"), dates and times (ISO 8601), decimals, UUIDs and paths
-    become their text; an Enum counts as its value; lists, objects, dataclasses and pydantic models become compact JSON with
-    other scripts unescaped. With `as_json` numbers, booleans, lists and objects are JSON's own; dates, decimals and
-    UUIDs stay text, since JSON has none that would hold them exactly. None is left out, and is null within a list or
-    an object. A secret is sent as what it hides: its stars are nothing that a crew could use.
+    become their text; an Enum counts as its value; lists, objects, dataclasses and pydantic models become compact
+    JSON with other scripts unescaped. With `as_json` numbers, booleans, lists and objects are JSON's own; dates,
+    decimals and UUIDs stay text, since JSON has none that would hold them exactly. None is left out, and is null
+    within a list or an object. A secret is sent as what it hides: its stars are nothing that a crew could use.
 
     Raises:
         TypeError: A value's type has no JSON form, or a name is no text.

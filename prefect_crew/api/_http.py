@@ -1,0 +1,289 @@
+"""What lies under the client: where requests may go, how they are carried, and what their failures mean."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import html
+import ipaddress
+import json
+import os
+import ssl
+import time
+from collections.abc import Generator, Iterable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import quote, urlsplit
+
+import httpx
+from pydantic import SecretStr
+
+from prefect_crew.api._decode import clean
+from prefect_crew.api.errors import ConfigurationError, CrewConnectionError, ResponseFormatError
+
+__all__ = [
+    "Answer",
+    "Bearer",
+    "Shared",
+    "checked_token",
+    "checked_url",
+    "connection_error",
+    "in_process",
+    "quiet",
+    "read_answer",
+    "redacted",
+    "segment",
+    "served_here",
+    "tls_context",
+]
+
+MAX_BODY = 64 * 1024 * 1024
+"""Bytes of a decoded answer. A crew's result has no business to be larger, and memory has an end."""
+MAX_ERROR_BODY = 64 * 1024
+TRICKLE = 10
+"""An answer may take this many times the request timeout to arrive in full.
+
+The timeout itself counts between two pieces: without this, a server that sends a byte a second outlasts every budget.
+"""
+
+_served: dict[str, httpx.AsyncBaseTransport] = {}
+
+
+@contextlib.contextmanager
+def in_process(host: str, transport: httpx.AsyncBaseTransport) -> Generator[None]:
+    """Let every CrewClient made meanwhile whose URL's host is `host` use `transport`: no network, plain http or not.
+
+    For tests. The transport is not closed by the clients; it must work on any event loop that they run on.
+    """
+    host = host.lower()
+    before = _served.get(host)
+    _served[host] = transport
+    try:
+        yield
+    finally:
+        if before is None:
+            _served.pop(host, None)
+        else:
+            _served[host] = before
+
+
+def served_here(url: str) -> httpx.AsyncBaseTransport | None:
+    """Return the transport registered for the host of `url`, if any."""
+    return _served.get((urlsplit(url).hostname or "").lower())
+
+
+class Shared(httpx.AsyncBaseTransport):
+    """A transport that someone else owns: closing a client does not close it."""
+
+    def __init__(self, transport: httpx.AsyncBaseTransport) -> None:
+        self._transport = transport
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        """Pass the request on."""
+        return await self._transport.handle_async_request(request)
+
+
+class Bearer(httpx.Auth):
+    """Puts the token on each request at the last moment, so that no default header or local variable holds it."""
+
+    def __init__(self, token: SecretStr) -> None:
+        self._token = token
+
+    def auth_flow(self, request: httpx.Request) -> Generator[httpx.Request, httpx.Response, None]:
+        """Set the header and send."""
+        request.headers["Authorization"] = f"Bearer {self._token.get_secret_value()}"
+        yield request
+
+
+def checked_token(token: str | SecretStr) -> SecretStr:
+    """Return the token without the blanks that come with pasting.
+
+    Raises:
+        ConfigurationError: It is empty, or holds what no header can carry. The message does not show it.
+    """
+    value = (token.get_secret_value() if isinstance(token, SecretStr) else token).strip()
+    if not value:
+        raise ConfigurationError("The crew's token is empty. It stands on the Status tab of the crew's page.")
+    if not all("!" <= character <= "~" for character in value):
+        raise ConfigurationError(
+            "The crew's token holds blanks or letters that no HTTP header can carry. "
+            "Copy it again from the Status tab of the crew's page, without the word Bearer."
+        )
+    return SecretStr(value)
+
+
+def checked_url(url: str, *, allow_http: bool) -> str:
+    """Return the crew's base URL without a slash at its end.
+
+    Raises:
+        ConfigurationError: It is no http or https URL, carries credentials, a query or a fragment, or would send the
+            token in plain text over a network.
+    """
+    try:
+        parts = urlsplit(url.strip())
+        httpx.URL(url.strip())
+        host = parts.hostname
+    except (ValueError, httpx.InvalidURL):
+        raise ConfigurationError("The crew's URL cannot be read. It looks like https://my-crew.example.com.") from None
+    if parts.username is not None or parts.password is not None:
+        raise ConfigurationError(f"The crew's URL (host {host}) carries credentials. Give the token as the token.")
+    if parts.scheme not in ("http", "https") or not host:
+        raise ConfigurationError(f"The crew's URL {url!r} does not start with https:// and a host.")
+    if parts.query or parts.fragment:
+        raise ConfigurationError(f"The crew's URL (host {host}) has a query or a fragment. Give the bare URL.")
+    if parts.scheme == "http" and not (allow_http or _loopback(host) or served_here(url)):
+        raise ConfigurationError(
+            f"The crew's URL http://{host} would send the token in plain text. "
+            "Use https, or allow it with allow_http=True where the network is trusted."
+        )
+    return url.strip().rstrip("/")
+
+
+def _loopback(host: str) -> bool:
+    if host == "localhost" or host.endswith(".localhost"):
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def segment(value: str, *, what: str) -> str:
+    """Return `value` as one segment of a path.
+
+    Raises:
+        ConfigurationError: It is empty, or has no encoding.
+    """
+    try:
+        encoded = quote(value, safe="")
+    except UnicodeEncodeError:
+        encoded = ""
+    if not encoded.strip():
+        raise ConfigurationError(f"The {what} {clean(value)!r} names nothing. Give the id that the kickoff returned.")
+    # Dots alone would climb to another path.
+    return encoded.replace(".", "%2E") if encoded in (".", "..") else encoded
+
+
+def tls_context(verify: ssl.SSLContext | str | bool) -> ssl.SSLContext:
+    """Return what checks the server's certificate: the default CAs, none (False), or those of a file or folder.
+
+    Raises:
+        ConfigurationError: The file or folder cannot be read.
+    """
+    if isinstance(verify, ssl.SSLContext):
+        return verify
+    if isinstance(verify, str):
+        try:
+            folder = Path(verify).is_dir()
+            return ssl.create_default_context(capath=verify if folder else None, cafile=None if folder else verify)
+        except OSError as error:
+            raise ConfigurationError(f"The CA certificates at {verify!r} cannot be read: {error}.") from None
+    return _default_context(verify, os.environ.get("SSL_CERT_FILE"), os.environ.get("SSL_CERT_DIR"))
+
+
+@functools.lru_cache(maxsize=8)
+def _default_context(verify: bool, *_environment: str | None) -> ssl.SSLContext:
+    # Reading the default CAs takes 20 ms and more; a thousand short-lived clients need it once.
+    return httpx.create_ssl_context(verify=verify)
+
+
+class Answer(NamedTuple):
+    """One answer, read in full."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+    @property
+    def text(self) -> str:
+        """The body as text, for an error."""
+        return self.body.decode("utf-8", "replace")
+
+
+async def read_answer(response: httpx.Response, *, kickoff_id: str | None, timeout: float) -> Answer:
+    """Read a streamed response, up to its cap; of an error's body only a start.
+
+    Raises:
+        ResponseFormatError: A 2xx whose body is too large or is not encoded as it says.
+        httpx.HTTPError: The connection broke or fell silent.
+    """
+    good = 200 <= response.status_code < 300
+    limit = MAX_BODY if good else MAX_ERROR_BODY
+    deadline = time.monotonic() + TRICKLE * timeout
+    chunks: list[bytes] = []
+    size = 0
+    problem = None
+    try:
+        async for chunk in response.aiter_bytes():
+            chunks.append(chunk)
+            size += len(chunk)
+            if size > limit:
+                problem = f"an answer of more than {limit // 1024**2} MiB"
+                break
+            if time.monotonic() > deadline:
+                raise httpx.ReadTimeout(f"the answer was still arriving after {TRICKLE * timeout:g} s")
+    except httpx.DecodingError:
+        problem = f"a body that is not the {response.headers.get('content-encoding', '')} that it says it is"
+    if problem and good:
+        raise ResponseFormatError(
+            expected="an answer that can be read",
+            body=problem,
+            status_code=response.status_code,
+            kickoff_id=kickoff_id,
+        )
+    return Answer(response.status_code, response.headers, b"".join(chunks)[:limit])
+
+
+_NOT_SENT = (
+    httpx.ConnectError,  # refused, unreachable, DNS, TLS
+    httpx.ConnectTimeout,
+    httpx.PoolTimeout,
+    httpx.ProxyError,  # the proxy did not connect to the server
+    httpx.UnsupportedProtocol,
+)
+
+
+def connection_error(
+    error: Exception, *, method: str, url: str, kickoff_id: str | None, secrets: Iterable[str]
+) -> CrewConnectionError:
+    """Return our error for one of httpx (or of the operating system)."""
+    kinds: dict[type[Exception], str] = {
+        httpx.ConnectTimeout: "no connection was made in time",
+        httpx.PoolTimeout: "no connection of this client became free in time",
+        httpx.ConnectError: "no connection was made",
+        httpx.ProxyError: "the proxy made no connection",
+        httpx.ReadTimeout: "no answer came in time",
+        httpx.WriteTimeout: "the request could not be sent in time",
+        httpx.ReadError: "the connection broke before the answer was read",
+        httpx.WriteError: "the connection broke while the request was sent",
+        httpx.RemoteProtocolError: "the connection was closed, or what came is not HTTP",
+    }
+    said, kind = str(error), kinds.get(type(error), type(error).__name__)
+    return CrewConnectionError(
+        method=method,
+        url=url,
+        reason=redacted(f"{kind} ({said})" if said else kind, secrets),
+        sent=not isinstance(error, _NOT_SENT),
+        kickoff_id=kickoff_id,
+    )
+
+
+def quiet(error: Exception) -> Exception:
+    """Return `error` fit to be a cause: without frames, request or causes of its own.
+
+    They hold the request with its headers, and whatever prints local variables would print the token with them. What
+    they say beyond the text is the inside of httpx.
+    """
+    if isinstance(error, httpx.RequestError):
+        with contextlib.suppress(RuntimeError):  # raised where no request was set
+            error.request = httpx.Request(error.request.method, error.request.url)
+    error.__cause__ = error.__context__ = None
+    return error.with_traceback(None)
+
+
+def redacted(text: str, secrets: Iterable[str]) -> str:
+    """Return `text` with every secret in it hidden, also where it is escaped for JSON, HTML or a URL."""
+    for secret in secrets:
+        for form in {secret, json.dumps(secret)[1:-1], quote(secret, safe=""), html.escape(secret)}:
+            text = text.replace(form, "[hidden]") if form else text
+    return text

@@ -1,0 +1,347 @@
+"""The only way this package calls a crew."""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+import ssl
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
+from typing import Any, NamedTuple, NoReturn, TypeVar
+from urllib.parse import urlsplit
+
+import httpx
+from pydantic import SecretStr
+
+from prefect_crew.api import _http
+from prefect_crew.api._decode import shown
+from prefect_crew.api._http import Answer, in_process
+from prefect_crew.api._refusals import parse_error
+from prefect_crew.api.errors import (
+    AuthenticationError,
+    ConfigurationError,
+    CrewAPIError,
+    InvalidInputsError,
+    NotFoundError,
+    RateLimitedError,
+    ResponseFormatError,
+    ServerError,
+)
+from prefect_crew.api.inputs import encode_inputs
+from prefect_crew.api.models import CrewInput, CrewState, CrewStatus, ResumeAnswer, StopAnswer
+from prefect_crew.api.parsing import parse_inputs, parse_kickoff, parse_resume, parse_status, parse_stop
+from prefect_crew.api.webhooks import Webhooks
+
+__all__ = ["CrewClient", "in_process"]
+
+T = TypeVar("T")
+
+
+class _Call(NamedTuple):
+    """One call, as its errors tell of it; `secrets` are texts that they must not tell."""
+
+    method: str
+    path: str
+    kickoff_id: str | None = None
+    secrets: tuple[str, ...] = ()
+
+
+_STATUS_PATHS = ("/status/{id}", "/{id}/status")
+_HEALTHY = re.compile(r"\A[^<]*\bhealthy\b", re.IGNORECASE)
+_CONNECT = 10.0
+"""Seconds, at most, for a connection: a host that is down should not cost a whole request's time."""
+_POLL_KEEPALIVE = 60.0
+"""Seconds that an idle connection is kept for the next poll: longer than the longest usual interval."""
+_ONCE_KEEPALIVE = 1.0
+"""Seconds that one is kept for the next kickoff or resume.
+
+A server may close an idle connection at the very moment at which a request goes out on it. The next poll mends that for
+a poll; a kickoff would be uncertain for nothing. Servers wait five seconds and more, so one second is safe, and still
+spares a burst of kickoffs the handshakes.
+"""
+
+
+class CrewClient:
+    """Calls one deployed crew. Needs no Prefect.
+
+        async with CrewClient("https://my-crew.example.com", token) as client:
+            kickoff_id = await client.kickoff({"topic": "Lisbon"})
+            status = await client.status(kickoff_id)
+
+    Nothing is retried here, and redirects are not followed: the token would go with them. One client belongs to one
+    event loop. Proxies and CAs come from the environment as httpx reads it, or from `proxy` and `verify`.
+
+    Args:
+        url: The crew's base URL. Plain http is refused beyond loopback.
+        token: The crew's bearer token.
+        request_timeout: Seconds that the server may be silent. Connecting gets half of that, 10 at most; a whole answer
+            ten times that.
+        allow_http: Allow plain http beyond loopback: the token then crosses the network in plain text.
+        inputs_as_json: Send inputs as JSON values rather than as the text that the API documents.
+        verify: True, False, an SSL context, or the path of a file or folder of CA certificates.
+        proxy: The URL of a proxy, in place of the environment's.
+        transport: How requests are carried, in place of the network. Not closed by this client.
+
+    Every method raises, besides what it names itself:
+        AuthenticationError: 401 or 403.
+        RateLimitedError, ServerError: 429 and 5xx, with `retry_after` in seconds where the server asks for it.
+        CrewAPIError: Any other status that is an error, a redirect too.
+        CrewConnectionError: No answer; `sent` is False only where the request surely did not leave.
+        ResponseFormatError: An answer that is none of the known shapes, or larger than 64 MiB.
+        ConfigurationError: URL, token, id or inputs cannot be used. Nothing was sent.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        token: str | SecretStr,
+        *,
+        request_timeout: float = 30.0,
+        allow_http: bool = False,
+        inputs_as_json: bool = False,
+        verify: ssl.SSLContext | str | bool = True,
+        proxy: str | httpx.Proxy | None = None,
+        transport: httpx.AsyncBaseTransport | None = None,
+    ) -> None:
+        if not request_timeout > 0:
+            raise ConfigurationError(f"The request timeout is {request_timeout!r} seconds; it must be more than 0.")
+        self.url = _http.checked_url(url, allow_http=allow_http)
+        self.request_timeout = request_timeout
+        self.inputs_as_json = inputs_as_json
+        self._token = _http.checked_token(token)
+        self._verify = verify
+        self._proxy = proxy
+        self._transport = transport or _http.served_here(self.url)
+        self._polls: httpx.AsyncClient | None = None
+        self._once: httpx.AsyncClient | None = None
+        self._status_path: str | None = None
+
+    def __repr__(self) -> str:
+        return f"CrewClient({self.url!r})"
+
+    async def __aenter__(self) -> CrewClient:
+        if self._polls is not None:
+            raise RuntimeError("This CrewClient is open already: open another one.")
+        self._polls = self._open(_POLL_KEEPALIVE)
+        self._once = self._open(_ONCE_KEEPALIVE)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        clients, self._polls, self._once = (self._polls, self._once), None, None
+        for client in clients:
+            if client is not None:
+                await client.aclose()
+
+    def _open(self, keepalive: float) -> httpx.AsyncClient:
+        timeout = self.request_timeout
+        # httpx ignores proxies beside a transport, and says so only by not using them.
+        carried: dict[str, Any] = {"transport": _http.Shared(self._transport)} if self._transport else {}
+        try:
+            return httpx.AsyncClient(
+                auth=_http.Bearer(self._token),
+                headers={"User-Agent": f"prefect-crew/{_version()}", "Accept": "application/json"},
+                timeout=httpx.Timeout(timeout, connect=min(_CONNECT, timeout / 2)),
+                limits=httpx.Limits(max_connections=100, max_keepalive_connections=20, keepalive_expiry=keepalive),
+                follow_redirects=False,
+                verify=_http.tls_context(self._verify),
+                proxy=self._proxy if not carried else None,
+                **carried,
+            )
+        except (ValueError, ImportError) as error:  # an unknown scheme, or SOCKS without its package
+            raise ConfigurationError(f"The proxy cannot be used: {type(error).__name__}. Check its URL.") from None
+
+    async def inputs(self) -> list[CrewInput]:
+        """Return the inputs that the crew names.
+
+        Raises:
+            NotFoundError: The crew's server has no `/inputs`, or there is no crew at this URL.
+        """
+        call = _Call("GET", "/inputs")
+        return self._parsed(call, await self._send(call), parse_inputs)
+
+    async def kickoff(
+        self,
+        inputs: Mapping[str, Any],
+        *,
+        meta: Mapping[str, Any] | None = None,
+        webhooks: Webhooks | None = None,
+        secrets: Sequence[str] = (),
+    ) -> str:
+        """Start a run, which is a purchase, and return its id. `certainty.kickoff_fate` reads what this raises.
+
+        `meta` is any JSON object; webhooks bring it back. `secrets` are texts that no error may show, in case the
+        server's answer repeats what it was sent; the webhooks' own secrets are among them anyway.
+
+        Raises:
+            InvalidInputsError: 400 or 422; `missing_inputs` where the server says which.
+        """
+        try:
+            body: dict[str, Any] = {"inputs": encode_inputs(inputs, as_json=self.inputs_as_json)}
+        except (TypeError, ValueError) as error:
+            raise ConfigurationError(f"{error} Nothing was started.") from None
+        if meta is not None:
+            body["meta"] = dict(meta)
+        body.update(webhooks.for_kickoff() if webhooks else {})
+        call = _Call("POST", "/kickoff", secrets=(*secrets, *(webhooks.secrets() if webhooks else ())))
+        answer = await self._send(call, body)
+        if answer.status in (400, 422):
+            self._refuse(call, answer, InvalidInputsError)
+        return self._parsed(call, answer, parse_kickoff)
+
+    async def status(self, kickoff_id: str) -> CrewStatus:
+        """Return where a run stands. A 404 is a status too: CrewState.UNKNOWN.
+
+        Servers differ in the path. Both are asked until one has told of a run; that one is then used for this client's
+        life.
+        """
+        encoded = _http.segment(kickoff_id, what="kickoff id")
+        answer = Answer(404, {}, b"")
+        for template in (self._status_path,) if self._status_path else _STATUS_PATHS:
+            call = _Call("GET", template.replace("{id}", encoded), kickoff_id)
+            answer = await self._send(call)
+            if answer.status not in (404, 405):
+                status = self._parsed(call, answer, lambda body: parse_status(body, kickoff_id))
+                self._status_path = template
+                return status
+        facts = parse_error(answer.status, answer.headers, answer.text)
+        return CrewStatus(
+            kickoff_id=kickoff_id, state=CrewState.UNKNOWN, message=facts.message or facts.title, raw=facts.raw
+        )
+
+    async def resume(
+        self, kickoff_id: str, task_id: str, feedback: str, approve: bool, *, webhooks: Webhooks | None = None
+    ) -> ResumeAnswer:
+        """Answer for a person: `approve` the output of task `task_id`, or have it done again with `feedback`.
+
+        Give the webhooks of the kickoff again: the server does not carry them over. Like a kickoff, this is not safe to
+        send twice.
+
+        Raises:
+            NotFoundError: No such run or task.
+            CrewAPIError: 400: the run does not wait for a person.
+        """
+        _http.segment(kickoff_id, what="kickoff id")
+        body = {
+            "execution_id": kickoff_id,
+            "task_id": task_id,
+            "human_feedback": feedback,
+            "is_approve": approve,
+            **(webhooks.for_resume() if webhooks else {}),
+        }
+        call = _Call("POST", "/resume", kickoff_id, tuple(webhooks.secrets()) if webhooks else ())
+        return self._parsed(call, await self._send(call, body), parse_resume)
+
+    async def stop(self, kickoff_id: str) -> StopAnswer:
+        """Ask the server to stop a run, and return what came of it. `/stop` is not documented and may be missing.
+
+        A run that has ended, a run that is not known and a missing `/stop` are outcomes, not errors.
+        """
+        call = _Call("POST", f"/stop/{_http.segment(kickoff_id, what='kickoff id')}", kickoff_id)
+        answer = await self._send(call)
+        found = self._shaped(call, answer, lambda body: parse_stop(body, kickoff_id, answer.status))
+        return found or self._refuse(call, answer)
+
+    async def health(self) -> bool:
+        """Return whether `GET /` says that the server is healthy. A page of something else does not say so.
+
+        Raises only AuthenticationError and CrewConnectionError.
+        """
+        call = _Call("GET", "/")
+        try:
+            answer = await self._send(call)
+        except ResponseFormatError:
+            return False
+        if answer.status in (401, 403):
+            self._refuse(call, answer)
+        return 200 <= answer.status < 300 and _HEALTHY.search(answer.text[:1000]) is not None
+
+    async def _send(self, call: _Call, body: Mapping[str, Any] | None = None) -> Answer:
+        client = self._polls if call.method == "GET" else self._once
+        if client is None:
+            raise RuntimeError("This CrewClient is not open: use it in `async with CrewClient(…) as client`.")
+        url = f"{self.url}{call.path}"
+        content = None if body is None else _encoded(body)
+        headers = None if body is None else {"Content-Type": "application/json"}
+        try:
+            async with client.stream(call.method, url, content=content, headers=headers) as response:
+                return await _http.read_answer(response, kickoff_id=call.kickoff_id, timeout=self.request_timeout)
+        except httpx.InvalidURL:
+            raise ConfigurationError(f"{call.method} {call.path[:100]}… makes no URL. Check the id.") from None
+        except (httpx.HTTPError, OSError) as error:
+            raise _http.connection_error(
+                error, method=call.method, url=url, kickoff_id=call.kickoff_id, secrets=self._secrets(call)
+            ) from _http.quiet(error)
+
+    def _secrets(self, call: _Call) -> tuple[str, ...]:
+        return (self._token.get_secret_value(), *call.secrets)
+
+    def _parsed(self, call: _Call, answer: Answer, parse: Callable[[bytes], T]) -> T:
+        """Return the model of a 2xx, or raise the error that the status means."""
+        if not 200 <= answer.status < 300:
+            self._refuse(call, answer)
+        return self._shaped(call, answer, parse)
+
+    def _shaped(self, call: _Call, answer: Answer, parse: Callable[[bytes], T]) -> T:
+        try:
+            return parse(answer.body)
+        except ResponseFormatError as error:
+            expected = error.expected
+        # From the whole body, not from the excerpt in that error: half a secret would not be found any more.
+        body = shown(_http.redacted(answer.text, self._secrets(call)))
+        raise ResponseFormatError(expected=expected, body=body, status_code=answer.status, kickoff_id=call.kickoff_id)
+
+    def _refuse(self, call: _Call, answer: Answer, kind: type[CrewAPIError] | None = None) -> NoReturn:
+        """Raise the error for an answer that is none of 2xx."""
+        secrets = self._secrets(call)
+        facts = parse_error(answer.status, answer.headers, _http.redacted(answer.text, secrets))
+        title, message = facts.title, facts.message
+        if 300 <= answer.status < 400:
+            title, message = "A redirect, not followed", _redirection(answer)
+        told: dict[str, Any] = {
+            "status_code": answer.status,
+            "method": call.method,
+            "path": f"{urlsplit(self.url).path}{call.path}",
+            # Once more: what was escaped in the body is plain now.
+            "title": _http.redacted(title, secrets) if title else None,
+            "message": _http.redacted(message, secrets) if message else None,
+            "body": facts.body,
+            "kickoff_id": call.kickoff_id,
+        }
+        kind = kind or _kind(answer.status)
+        if issubclass(kind, InvalidInputsError):
+            told["missing_inputs"] = facts.missing_inputs
+        elif issubclass(kind, (RateLimitedError, ServerError)):
+            told["retry_after"] = facts.retry_after
+        raise kind(**told)
+
+
+def _kind(status: int) -> type[CrewAPIError]:
+    if status in (401, 403):
+        return AuthenticationError
+    if status == 404:
+        return NotFoundError
+    if status == 429:
+        return RateLimitedError
+    return ServerError if 500 <= status < 600 else CrewAPIError
+
+
+def _redirection(answer: Answer) -> str:
+    """Return where a redirect leads, without a query, which may hold what is not for everyone."""
+    target = urlsplit(answer.headers.get("location", ""))
+    where = f"{target.scheme}://{target.hostname}{target.path}" if target.hostname else target.path or "nowhere"
+    return f"it leads to {where}. Give the crew's final URL"
+
+
+def _encoded(body: Mapping[str, Any]) -> bytes:
+    try:
+        return json.dumps(body, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ConfigurationError(
+            f"The request's body cannot be written as JSON: {type(error).__name__}. Check meta and feedback."
+        ) from None
+
+
+@functools.lru_cache(maxsize=1)
+def _version() -> str:
+    return version("prefect-crew")
