@@ -13,7 +13,7 @@ import json
 import math
 import os
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
 from typing import Any, Literal
 
 from starlette.applications import Starlette
@@ -24,7 +24,8 @@ from starlette.routing import BaseRoute, Mount, Route
 
 from prefect_crew.server.bodies import Generation
 from prefect_crew.server.dialects import DialectName, cannot_stop, dialect_named
-from prefect_crew.server.executions import Execution, Executions, NotWaitingError, StoppedTooLateError
+from prefect_crew.server.execution import Execution, NotWaitingError
+from prefect_crew.server.executions import Executions, StoppedTooLateError
 from prefect_crew.server.faults import Fault, Faults
 from prefect_crew.server.hooks import Hooks, HooksError
 from prefect_crew.server.inspection import inspect_route
@@ -107,7 +108,7 @@ def create_app(
     )
 
     @contextlib.asynccontextmanager
-    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+    async def lifespan(app: Starlette) -> AsyncGenerator[None, None]:
         await runtime.start()
         try:
             yield

@@ -21,7 +21,7 @@ from typing import Any, Literal, cast
 
 from prefect_crew.api.models import TaskResult
 from prefect_crew.server.dialects import documented_task
-from prefect_crew.server.executions import Execution, Question, Step
+from prefect_crew.server.execution import Execution, Question, Step
 
 __all__ = ["Generation", "crew_body", "human_body", "step_body", "stream_event", "stream_types", "task_body"]
 
@@ -32,7 +32,8 @@ def task_body(run: Execution, task: TaskResult, generation: Generation) -> dict[
     """Return what the task webhook carries."""
     if generation == "first":
         return {"kickoff_id": run.id, "status": "completed", **documented_task(task)}
-    known = cast("Mapping[str, Any]", task.raw) if isinstance(task.raw, Mapping) else {}
+    raw: Any = task.raw
+    known: Mapping[str, Any] = cast("Mapping[str, Any]", raw) if isinstance(raw, Mapping) else {}
     output = task.output or ""
     return {
         "description": task.description or "",
@@ -78,7 +79,7 @@ def human_body(run: Execution, question: Question, generation: Generation) -> di
 
 
 def stream_types(what: str) -> tuple[str, ...]:
-    """Return the types of CrewAI's events that tell of something that `executions.Listener` is told."""
+    """Return the types of CrewAI's events that tell of something that `execution.Listener` is told."""
     return _TYPES.get(what, ())
 
 

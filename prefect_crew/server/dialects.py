@@ -16,7 +16,7 @@ from __future__ import annotations
 from typing import Any, Literal, Protocol
 
 from prefect_crew.api.models import CrewInput, CrewState, TaskResult
-from prefect_crew.server.executions import Execution
+from prefect_crew.server.execution import Execution
 
 __all__ = ["DIALECTS", "Dialect", "DialectName", "dialect_named"]
 

@@ -20,12 +20,12 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from starlette.applications import Starlette
 
 from prefect_crew.server.app import create_app, runtime_of
-from prefect_crew.server.executions import Execution
+from prefect_crew.server.execution import Execution
 from prefect_crew.server.faults import Fault, Faults
 from prefect_crew.server.program import Program
 from prefect_crew.server.programs import load_program
@@ -71,7 +71,7 @@ class LocalServer(ABC):
         speed: float = 1.0,
         **options: Any,
     ) -> None:
-        many = cast("Mapping[str, Spec]", spec) if isinstance(spec, Mapping) else {"": spec}
+        many = spec if isinstance(spec, Mapping) else {"": spec}
         self._programs = {name: load_program(one, speed=speed) for name, one in many.items()}
         scripts = [one.script for one in self._programs.values() if isinstance(one, ScriptedProgram)]
         scripted = [fault for script in scripts for fault in script.faults]
@@ -317,6 +317,7 @@ class InProcessCrewServer(LocalServer):
         self._host = host or f"crew-{next(self._numbers)}.test"
         self.transport = InProcessTransport()
         self._ended: asyncio.Event | None = None
+        self._registration = contextlib.ExitStack()
         super().__init__(spec, **options)
 
     @property
@@ -327,12 +328,10 @@ class InProcessCrewServer(LocalServer):
     def _open(self) -> None:
         from prefect_crew.api.client import in_process
 
-        in_process(self._host, self.transport)
+        self._registration.enter_context(in_process(self._host, self.transport))
 
     def _close(self) -> None:
-        from prefect_crew.api.client import in_process
-
-        in_process(self._host, None)
+        self._registration.close()
 
     async def _serve(self) -> None:
         self._ended = asyncio.Event()

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 from prefect_crew.server.dialects import Dialect
-from prefect_crew.server.executions import Execution, Executions
+from prefect_crew.server.execution import Execution
+from prefect_crew.server.executions import Executions
 from prefect_crew.server.faults import Faults
 from prefect_crew.server.journal import Journal
 from prefect_crew.server.webhooks import WebhookSender

@@ -16,7 +16,7 @@ import httpx
 from prefect_crew.api.models import TaskResult
 from prefect_crew.server import bodies
 from prefect_crew.server.bodies import Generation
-from prefect_crew.server.executions import Execution, Question, Step
+from prefect_crew.server.execution import Execution, Question, Step
 from prefect_crew.server.faults import Faults
 from prefect_crew.server.hooks import Authentication, Stream, Target
 from prefect_crew.server.wire import to_json
@@ -33,7 +33,7 @@ _TIMEOUT = 10.0
 
 
 class WebhookSender:
-    """Sends what happens to runs to their targets; an `executions.Listener`.
+    """Sends what happens to runs to their targets; an `execution.Listener`.
 
     Attributes:
         sent: Deliveries by kind (task, step, crew, human, stream) and the HTTP status that answered; 0 for none.
