@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
-__all__ = ["MARK", "Process", "ProcessError"]
+__all__ = ["MARK", "Process", "ProcessError", "alive", "survivors"]
 
 MARK = "PREFECT_CREW_TEST_PROCESS"
 """The environment variable that names the process a descendant came from; nested ones are joined by a comma."""
@@ -204,3 +204,27 @@ def _bearers(mark: str) -> Iterator[int]:
             environment = (folder / "environ").read_bytes()
             if any(line.startswith(MARK.encode() + b"=") and needle in line for line in environment.split(b"\0")):
                 yield int(folder.name)
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs. A zombie, which waits only for its parent to read its exit code, does not."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    status = PROC / str(pid) / "stat"
+    with contextlib.suppress(OSError):
+        return status.read_text().rpartition(")")[2].split()[0] != "Z"
+    return not PROC.exists()
+
+
+def survivors(mark: str) -> dict[int, str]:
+    """Return process id and command line of everything alive that bears `mark`; empty where there is no /proc."""
+    found: dict[int, str] = {}
+    if PROC.exists():
+        for pid in _bearers(mark):
+            with contextlib.suppress(OSError):
+                command = (PROC / str(pid) / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+                if "multiprocessing.resource_tracker" not in command:  # Python's own, ends with its parent
+                    found[pid] = command.strip()
+    return found

@@ -1,0 +1,174 @@
+"""Fixtures for all tests, and the rules of a test run.
+
+- Nothing of your own Prefect is touched: home, profile, server and keys of whoever runs the tests are out of reach.
+- No embedded Prefect server is started by surprise: a test that talks to Prefect asks for `prefect_api`.
+- What a test needs and this machine lacks is skipped, counted and named at the end, never silently.
+- No test leaves a process behind: those that do make the run fail.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import uuid
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import hypothesis
+import pytest
+
+from support import sampling
+from support.chromium import Chromium, find_chromium
+from support.environment import PRIVATE, QUIET
+from support.postgres import Postgres, find_postgres
+from support.prefect_server import PrefectServer, connected
+from support.processes import MARK, survivors
+
+SESSION = uuid.uuid4().hex
+HOME = Path(tempfile.mkdtemp(prefix="prefect-crew-tests-"))
+
+for name in [name for name in os.environ if name.startswith(PRIVATE) and name != MARK]:
+    del os.environ[name]
+os.environ.update(QUIET)
+os.environ["PREFECT_HOME"] = str(HOME)
+os.environ["PREFECT_SERVER_ALLOW_EPHEMERAL_MODE"] = "false"
+# Whatever a test starts, by whatever means, bears this; see pytest_sessionfinish.
+os.environ[MARK] = ",".join(filter(None, (os.environ.get(MARK), SESSION)))
+if "prefect" in sys.modules:  # imported by a pytest plugin, with the settings of whoever runs the tests
+    sys.modules["prefect.context"].refresh_global_settings_context()
+
+# Two shared cores make any deadline a coin toss.
+hypothesis.settings.register_profile("prefect-crew", deadline=None, print_blob=True)
+hypothesis.settings.load_profile("prefect-crew")
+
+
+# The run
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    sampling.add_options(parser)
+
+
+@pytest.hookimpl(trylast=True)  # after -m and -k have had their say
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    sampling.keep_sample(config, items)
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    fixtures = getattr(item, "fixturenames", ())
+    if "postgres" in fixtures:
+        item.add_marker("postgres")
+    if "chromium" in fixtures:
+        item.add_marker("browser")
+    if item.get_closest_marker("crewai") and importlib.util.find_spec("crewai") is None:
+        item.add_marker(pytest.mark.skip(reason="needs the extra `crewai` (Python below 3.14)"))
+
+
+def pytest_report_collectionfinish(config: pytest.Config) -> str | None:
+    return sampling.describe(config)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    sampling.skip_if_late(item.config)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    left = survivors(SESSION)
+    for pid in left:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    if left:
+        session.config.stash[LEFT_BEHIND] = left
+        session.exitstatus = session.exitstatus or pytest.ExitCode.TESTS_FAILED
+    shutil.rmtree(HOME, ignore_errors=True)
+
+
+LEFT_BEHIND = pytest.StashKey[dict[int, str]]()
+NOTES = pytest.StashKey[list[str]]()
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    reasons = Counter(
+        report.longrepr[2].removeprefix("Skipped: ")
+        for report in terminalreporter.stats.get("skipped", ())
+        if isinstance(report.longrepr, tuple)
+    )
+    needs = {reason: count for reason, count in reasons.items() if reason.startswith("needs ")}
+    if needs:
+        terminalreporter.section("NOT TESTED HERE", yellow=True, bold=True)
+        for reason, count in sorted(needs.items()):
+            terminalreporter.line(f"{count} skipped: {reason}", yellow=True)
+    for note in config.stash.get(NOTES, []):
+        terminalreporter.line(note)
+    if left := config.stash.get(LEFT_BEHIND, None):
+        terminalreporter.section("PROCESSES LEFT BEHIND", red=True, bold=True)
+        for pid, command in left.items():
+            terminalreporter.line(f"{pid} {command[:200]} (killed now; the run has failed)", red=True)
+
+
+# Fixtures
+
+
+@pytest.fixture(scope="session")
+def notes(pytestconfig: pytest.Config) -> list[str]:
+    """Lines to print at the end of the run."""
+    return pytestconfig.stash.setdefault(NOTES, [])
+
+
+@pytest.fixture(scope="session")
+def prefect_template(pytestconfig: pytest.Config) -> Path | None:
+    """Where a migrated database of this Prefect is kept between runs; None with `-p no:cacheprovider`."""
+    import prefect
+
+    cache = getattr(pytestconfig, "cache", None)
+    return cache.mkdir("prefect") / f"{prefect.__version__}.db" if cache else None
+
+
+@pytest.fixture(scope="session")
+def prefect_server(tmp_path_factory: pytest.TempPathFactory, prefect_template: Path | None) -> Iterator[PrefectServer]:
+    """A real Prefect server on SQLite, one for the session: share it, do not stop it. Start your own to hurt one."""
+    with PrefectServer(tmp_path_factory.mktemp("prefect-server"), template=prefect_template) as server:
+        yield server
+
+
+@pytest.fixture
+def prefect_api(prefect_server: PrefectServer, tmp_path: Path) -> Iterator[PrefectServer]:
+    """This process is a client of `prefect_server`, with a Prefect home of the test's own."""
+    with connected(prefect_server, tmp_path / "prefect-home"):
+        yield prefect_server
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Postgres]:
+    """A real PostgreSQL, one for the session: `postgres.create_database(name)` gives a URL for Prefect."""
+    programs = find_postgres()
+    if programs is None:
+        pytest.skip("needs PostgreSQL's initdb and postgres (Debian: apt-get install postgresql)")
+    with Postgres(programs) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def prefect_server_on_postgres(tmp_path_factory: pytest.TempPathFactory, postgres: Postgres) -> Iterator[PrefectServer]:
+    """A real Prefect server on PostgreSQL, one for the session; use `connected(server, home)` to be its client."""
+    folder = tmp_path_factory.mktemp("prefect-server-on-postgres")
+    with PrefectServer(folder, database_url=postgres.create_database("prefect")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def chromium() -> Iterator[Chromium]:
+    """A real browser, one for the session: `chromium.page()` gives a fresh page."""
+    executable = find_chromium()
+    if executable is None:
+        pytest.skip("needs Chromium (Debian: apt-get install chromium)")
+    with Chromium(executable) as browser:
+        yield browser
