@@ -17,7 +17,7 @@ from crewai.llms.base_llm import BaseLLM, llm_call_context
 
 _TASK = re.compile(r"Current Task:\s*(.*?)\s*(?:\n\nThis is the expected criteria|\n\nProvide your|\Z)", re.DOTALL)
 _CONTEXT = re.compile(r"This is the context you're working with:\s*(.*?)\s*(?:\n\nProvide your|\Z)", re.DOTALL)
-_FEEDBACK = re.compile(r"User feedback: (.*?)\nInstructions:", re.DOTALL)
+_FEEDBACK = re.compile(r"^User feedback: (.*)$", re.MULTILINE)
 _HUMAN = re.compile(r"^Feedback: (.*)$", re.MULTILINE)
 _VERB = re.compile(r"^(?:draft|find out|list|research|summari[sz]e|write)\s+", re.IGNORECASE)
 

@@ -21,6 +21,7 @@ from typing import Any
 from crewai.agents.parser import AgentFinish
 from crewai.core.providers.human_input import AsyncExecutorContext, ExecutorContext, SyncHumanInputProvider
 from crewai.flow import ConsoleProvider, Flow, PendingFeedbackContext, flow_config
+from crewai.flow.flow_context import current_flow_method_name
 from crewai.hooks import HookAborted
 
 from prefect_crew.server._real_results import result_of, task_label
@@ -165,7 +166,7 @@ class _FlowQuestions:
         bridge = _current.get()
         if bridge is None:
             return ConsoleProvider().request_input(message, flow, metadata)
-        return bridge.ask(task_id=message, output=message).feedback
+        return bridge.ask(task_id=current_flow_method_name.get(), output=message).feedback
 
 
 def serve_flow_questions() -> None:

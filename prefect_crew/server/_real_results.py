@@ -96,8 +96,7 @@ def result_of(value: Any) -> tuple[str, Any]:
     plain = _jsonable(value)
     if isinstance(plain, str):
         return plain, None
-    structured: Any = plain if isinstance(plain, (dict, list)) else None
-    return json.dumps(plain, ensure_ascii=False), structured
+    return json.dumps(plain, ensure_ascii=False), None if isinstance(plain, (bool, int, float)) else plain
 
 
 def token_usage(metrics: UsageMetrics) -> TokenUsage | None:

@@ -36,8 +36,8 @@ from crewai.types.usage_metrics import UsageMetrics
 from prefect_crew.api.models import TaskResult
 from prefect_crew.server._real_bridge import Bridge, HumanInput, feedback_text
 from prefect_crew.server._real_results import result_of, task_label, task_result, token_usage
-from prefect_crew.server._real_setup import ProgramLoadError
 from prefect_crew.server.program import Outcome
+from prefect_crew.server.programs import ProgramNotFoundError
 
 __all__ = ["build", "run_once"]
 
@@ -46,20 +46,24 @@ def build(factory: Callable[[], Any]) -> Any:
     """Return the Crew or Flow that a factory builds; of a `@CrewBase` class, its crew.
 
     Raises:
-        ProgramLoadError: It is neither a Crew nor a Flow.
+        ProgramNotFoundError: It is neither a Crew nor a Flow.
     """
-    made = factory()
+    made: Any = factory()
     if inspect.iscoroutine(made):
         made.close()
-        raise ProgramLoadError("The factory is async. Build the Crew or Flow in a plain function: it runs on a thread.")
-    if not isinstance(made, (Crew, Flow)) and callable(crew := getattr(made, "crew", None)):
+        raise ProgramNotFoundError("The factory is async: build the Crew or Flow in a plain function.")
+    if not _runs(made) and callable(crew := getattr(made, "crew", None)):
         made = crew()
-    if not isinstance(made, (Crew, Flow)):
-        raise ProgramLoadError(
+    if not _runs(made):
+        raise ProgramNotFoundError(
             f"The factory returned {type(made).__name__}: return a crewai Crew or Flow, or an instance of a "
             "@CrewBase class."
         )
     return made
+
+
+def _runs(made: Any) -> bool:
+    return isinstance(made, (Crew, Flow))
 
 
 def run_once(factory: Callable[[], Any], bridge: Bridge) -> Outcome:
@@ -98,7 +102,7 @@ def _run_flow(flow: Any, bridge: Bridge) -> Outcome:
         context = result.context
         output, _ = result_of(context.method_output)
         answer = bridge.ask(task_id=context.method_name, output=output)
-        watch.flow = flow = type(flow).from_pending(context.flow_id, flow.persistence)
+        watch.flow = flow = flow.from_pending(context.flow_id, flow.persistence)
         result = flow.resume(feedback_text(context, answer))
         usage.add_usage_metrics(flow.usage_metrics)
     output, data = result_of(result)
@@ -177,7 +181,7 @@ class _FlowWatch(_Watch):
     def __init__(self, flow: Any, bridge: Bridge) -> None:
         super().__init__(bridge)
         self.flow = flow
-        methods = type(flow).flow_definition().methods
+        methods = flow.flow_definition().methods
         if not any(method.router or method.human_feedback for method in methods.values()):
             bridge.tell(bridge.run.plan, list(methods))  # nothing chooses among them, so all will run
 
@@ -196,10 +200,13 @@ class _FlowWatch(_Watch):
             self.see_step(event)
 
     def _result(self, event: MethodExecutionFinishedEvent) -> TaskResult:
-        output, data = result_of(event.result)
-        method = _method.get() or _Method(event.method_name)
+        name = event.method_name
+        # Of a method whose feedback chose among outcomes, the event has the outcome; its output was what a person saw.
+        reviewed = next((one for one in reversed(self.flow.human_feedback_history) if one.method_name == name), None)
+        output, data = result_of(reviewed if reviewed and reviewed.outcome else event.result)
+        method = _method.get() or _Method(name)
         return TaskResult(
-            name=event.method_name,
+            name=name,
             agent=", ".join(method.agents) or None,
             output=output,
             data=data,

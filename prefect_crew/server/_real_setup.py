@@ -19,7 +19,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-__all__ = ["ProgramLoadError", "prepare_crewai", "resolve_factory"]
+from prefect_crew.server.programs import ProgramNotFoundError
+
+__all__ = ["prepare_crewai", "resolve_factory"]
 
 _ENVIRONMENT = {
     "CREWAI_DISABLE_TELEMETRY": "true",  # it waits 10 s at exit where there is no network
@@ -32,10 +34,6 @@ _preparing = threading.Lock()
 _locks: dict[str, threading.Lock] = {}
 
 
-class ProgramLoadError(Exception):
-    """There is no crew to serve at a `module:factory`; the text says why, and what to do."""
-
-
 def prepare_crewai() -> None:
     """Set CrewAI's environment as far as the user has not, and import it.
 
@@ -43,7 +41,7 @@ def prepare_crewai() -> None:
     in a directory of this process, which goes with it; set CREWAI_STORAGE_DIR to keep it.
 
     Raises:
-        ProgramLoadError: CrewAI is not installed.
+        ProgramNotFoundError: CrewAI is not installed.
     """
     with _preparing:
         for name, value in _ENVIRONMENT.items():
@@ -56,7 +54,7 @@ def prepare_crewai() -> None:
         except ModuleNotFoundError as error:
             if error.name != "crewai":
                 raise
-            raise ProgramLoadError(_not_installed()) from error
+            raise ProgramNotFoundError(_not_installed()) from error
         if private:
             # CrewAI's own locks are files that are polled, for processes that share a storage. Nobody shares this one,
             # and a hundred runs that wait for a file's lock take three times as long.
@@ -70,26 +68,26 @@ def resolve_factory(spec: str) -> tuple[str, Callable[[], Any]]:
     beside that file can be imported from it.
 
     Raises:
-        ProgramLoadError: It cannot be read as one, the module cannot be imported, or has no such callable.
+        ProgramNotFoundError: It cannot be read as one, the module cannot be imported, or has no such callable.
     """
     path, colon, name = spec.rpartition(":")
     if not (colon and path and name):
-        raise ProgramLoadError(
+        raise ProgramNotFoundError(
             f"{spec!r} is not a module:factory. Say which function builds the crew: travel_crew:build, or "
             "examples/travel_crew.py:build."
         )
     try:
         module = _import_file(Path(path)) if path.endswith(".py") else _import_module(path)
-    except ProgramLoadError:
+    except ProgramNotFoundError:
         raise
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt):
             raise
-        raise ProgramLoadError(f"{path} cannot be imported: {type(error).__name__}: {error}.") from error
+        raise ProgramNotFoundError(f"{path} cannot be imported: {type(error).__name__}: {error}.") from error
     factory = getattr(module, name, None)
     if not callable(factory):
         wrong = "is not a function" if hasattr(module, name) else "does not exist"
-        raise ProgramLoadError(
+        raise ProgramNotFoundError(
             f"{name!r} of {path} {wrong}. Name a function without arguments that returns a new Crew or Flow at each "
             f"call, since each serves one run at a time."
         )
@@ -104,7 +102,7 @@ def _import_module(name: str) -> ModuleType:
 def _import_file(path: Path) -> ModuleType:
     path = path.resolve()
     if not path.is_file():
-        raise ProgramLoadError(f"There is no file {path}.")
+        raise ProgramNotFoundError(f"There is no file {path}.")
     _look_in(path.parent)
     known = sys.modules.get(path.stem)
     if known is not None and getattr(known, "__file__", None) == str(path):
@@ -113,7 +111,7 @@ def _import_file(path: Path) -> ModuleType:
     name = path.stem if known is None else f"{path.stem}@{path}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
-        raise ProgramLoadError(f"{path} is not a Python module.")
+        raise ProgramNotFoundError(f"{path} is not a Python module.")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     try:

@@ -21,13 +21,13 @@ def load_program(spec: str | os.PathLike[str] | CrewScript | Program, *, speed: 
     """Return a crew that the server can run.
 
     Args:
-        spec: `module:factory` for CrewAI code (extra `crewai`), the path of a YAML file, its text (several lines), the
+        spec: `module:factory` for CrewAI code (extra `crewai`; see `real.load_real`), the path of a YAML file, its text (several lines), the
             name of a crew of this package such as travel, a script, or a program, which is returned as it is.
         speed: Of scripts; see `ScriptedProgram`.
 
     Raises:
         ScriptError: The script is wrong or not there.
-        ProgramNotFoundError: CrewAI is not installed, or the factory is not there.
+        ProgramNotFoundError: CrewAI is not installed, or the factory is not there, or builds no crew.
     """
     if isinstance(spec, CrewScript):
         return ScriptedProgram(spec, speed=speed)
@@ -36,19 +36,8 @@ def load_program(spec: str | os.PathLike[str] | CrewScript | Program, *, speed: 
     text = os.fspath(spec)
     if isinstance(spec, str) and "\n" in text:
         return ScriptedProgram(parse_script(text), speed=speed)
-    if re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*", text) and not Path(text).exists():
-        return _real(text)
+    if re.fullmatch(r"([A-Za-z_][\w.]*|.+\.py):[A-Za-z_]\w*", text) and not Path(text).exists():
+        from prefect_crew.server.real import load_real  # imports CrewAI, which takes seconds
+
+        return load_real(text)
     return ScriptedProgram(load_script(text), speed=speed)
-
-
-def _real(spec: str) -> Program:
-    from prefect_crew.server.real import load_real  # imports CrewAI, which takes seconds
-
-    try:
-        return load_real(spec)
-    except ModuleNotFoundError as error:
-        if error.name != "crewai":
-            raise ProgramNotFoundError(f"Cannot serve {spec}: there is no module {error.name}.") from error
-        raise ProgramNotFoundError(
-            f"Serving CrewAI code such as {spec} needs CrewAI: pip install 'prefect-crew[crewai]'"
-        ) from error

@@ -20,13 +20,15 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from prefect_crew.api.models import CrewInput
-from prefect_crew.server._real_setup import ProgramLoadError, prepare_crewai, resolve_factory
+from prefect_crew.server._real_setup import prepare_crewai, resolve_factory
 from prefect_crew.server.program import Outcome, Program, ProgramError, Run
+from prefect_crew.server.programs import ProgramNotFoundError
 
-__all__ = ["MAX_RUNS", "ProgramLoadError", "RealProgram", "load_real"]
+__all__ = ["MAX_RUNS", "RealProgram", "load_real"]
 
-MAX_RUNS = 16
-"""Runs at once. More do not help crews that compute, and crews that wait for a model leave the processor alone."""
+MAX_RUNS = 100
+"""Runs at once. Most of a run is waiting for a model, which costs a thread and little else; a hundred runs that only
+compute take no longer at once than one after another."""
 
 _log = logging.getLogger(__name__)
 
@@ -44,7 +46,7 @@ def load_real(spec: str, *, max_runs: int = MAX_RUNS) -> Program:
         max_runs: At most this many runs work at once; later ones wait. One that waits for a person does not count.
 
     Raises:
-        ProgramLoadError: CrewAI is not installed, or there is no such module or function, or it does not build a
+        ProgramNotFoundError: CrewAI is not installed, or there is no such module or function, or it does not build a
             fresh Crew or Flow.
     """
     prepare_crewai()
@@ -53,12 +55,12 @@ def load_real(spec: str, *, max_runs: int = MAX_RUNS) -> Program:
     running, results = _running(), importlib.import_module("prefect_crew.server._real_results")
     try:
         first, second = running.build(factory), running.build(factory)
-    except ProgramLoadError as error:
-        raise ProgramLoadError(f"{spec}: {error}") from error
+    except ProgramNotFoundError as error:
+        raise ProgramNotFoundError(f"{spec}: {error}") from error
     except Exception as error:
-        raise ProgramLoadError(f"{spec} failed to build its crew: {type(error).__name__}: {error}") from error
+        raise ProgramNotFoundError(f"{spec} failed to build its crew: {type(error).__name__}: {error}") from error
     if first is second:
-        raise ProgramLoadError(
+        raise ProgramNotFoundError(
             f"{spec} returned the same object twice. Build a new Crew or Flow at each call: one serves one run at a "
             "time, and loses its inputs by it."
         )
