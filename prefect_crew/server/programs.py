@@ -21,8 +21,9 @@ def load_program(spec: str | os.PathLike[str] | CrewScript | Program, *, speed: 
     """Return a crew that the server can run.
 
     Args:
-        spec: `module:factory` for CrewAI code (extra `crewai`; see `real.load_real`), the path of a YAML file, its text (several lines), the
-            name of a crew of this package such as travel, a script, or a program, which is returned as it is.
+        spec: `module:factory` for CrewAI code (extra `crewai`; see `real.load_real`), the path of a YAML file, its text
+            (several lines), the name of a crew of this package such as travel, a script, or a program, which is
+            returned as it is.
         speed: Of scripts; see `ScriptedProgram`.
 
     Raises:
@@ -36,7 +37,7 @@ def load_program(spec: str | os.PathLike[str] | CrewScript | Program, *, speed: 
     text = os.fspath(spec)
     if isinstance(spec, str) and "\n" in text:
         return ScriptedProgram(parse_script(text), speed=speed)
-    if re.fullmatch(r"([A-Za-z_][\w.]*|.+\.py):[A-Za-z_]\w*", text) and not Path(text).exists():
+    if re.fullmatch(r"([A-Za-z_][\w.]*|.+\.py):[A-Za-z_][\w.]*", text) and not Path(text).exists():
         from prefect_crew.server.real import load_real  # imports CrewAI, which takes seconds
 
         return load_real(text)
