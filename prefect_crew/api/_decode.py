@@ -152,8 +152,8 @@ def as_id(value: Any) -> str | None:
         return str(value) if abs(value) <= MAX_COUNT else None
     if not isinstance(value, str) or not value.strip() or len(value) > MAX_ID:
         return None
-    # An id that was mended is another id.
-    return value if clean(value) == value else None
+    # An id that had to be mended is another id.
+    return None if "\ufffd" in clean(value) else value
 
 
 def id_of(source: Mapping[str, Any], keys: Iterable[str]) -> str | None:

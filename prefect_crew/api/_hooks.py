@@ -52,8 +52,8 @@ def parse_webhook(kind: WebhookKind, body: Any) -> WebhookBody:
         "meta": source.get("meta"),
         "raw": value,
     }
-    if facts["state"] in (CrewState.FAILED, CrewState.STOPPED):
-        facts["error"] = shapes.error_of(source)
+    if found and found.state in (CrewState.FAILED, CrewState.STOPPED):
+        facts["error"] = shapes.error_of(source, found.state)
     elif kind == "crew":
         facts["data"] = shapes.data_of(source)
         facts["output"] = shapes.output_of(source, facts["data"]) or None

@@ -41,6 +41,8 @@ class ErrorFacts(NamedTuple):
 
 _HTML = re.compile(r"\A\s*<(?:!doctype|html|head|body|\?xml|!--)", re.IGNORECASE)
 _HEADING = re.compile(r"<(title|h1)[^>]*>(.{1,500}?)</\1\s*>", re.IGNORECASE | re.DOTALL)
+_LONG = 2000
+"""Characters of a title or message, at most: a plain text body is all message, and may be anything."""
 _TAG = re.compile(r"<[^>]*>")
 
 
@@ -62,9 +64,13 @@ def parse_error(
     try:
         raw = decode(text, expected="an error")
     except ResponseFormatError:
-        return ErrorFacts(status_code, message=as_text(text), retry_after=retry_after, body=text)
+        return ErrorFacts(status_code, message=_short(text), retry_after=retry_after, body=text)
     title, message = _said(raw)
-    return ErrorFacts(status_code, title, message, tuple(_missing(raw)), retry_after, text, raw)
+    return ErrorFacts(status_code, _short(title), _short(message), tuple(_missing(raw)), retry_after, text, raw)
+
+
+def _short(text: str | None) -> str | None:
+    return as_text(text[:_LONG]) if text else None
 
 
 def _said(raw: Any) -> tuple[str | None, str | None]:

@@ -184,11 +184,15 @@ def usage_of(body: Mapping[str, Any]) -> TokenUsage | None:
     return None
 
 
-def error_of(body: Mapping[str, Any]) -> str | None:
-    """Return why a run failed. A failed run's result is its error, and never a result."""
-    for value in (body.get("error"), body.get("error_message"), body.get("detail"), body.get("message")):
-        if text := error_text(value):
+def error_of(body: Mapping[str, Any], state: CrewState) -> str | None:
+    """Return why a run failed or was stopped. What a failed run has as its result is its error, and never a result."""
+    for key in ("error", "error_message", "detail"):
+        if text := error_text(body.get(key)):
             return text
+    if state is not CrewState.FAILED:
+        return None
+    if text := error_text(body.get("message")):
+        return text
     if text := _status_sentence(body):
         return text
     inner = as_object(body.get("result"))

@@ -10,6 +10,7 @@
     │   └── ServerError              5xx
     ├── CrewConnectionError          no answer: refused, reset, timed out, DNS, TLS
     ├── ResponseFormatError          an answer that is none of the known shapes
+    ├── OutputTypeError              a completed run whose result does not fit the `output_type`
     ├── KickoffUncertainError        the kickoff may or may not have started a run
     ├── RunKeyConflictError          the run key belongs to another crew or other inputs
     ├── CrewFailedError              the crew ran and failed
@@ -41,6 +42,7 @@ __all__ = [
     "InvalidInputsError",
     "KickoffUncertainError",
     "NotFoundError",
+    "OutputTypeError",
     "PipelineFailedError",
     "RateLimitedError",
     "ResponseFormatError",
@@ -244,6 +246,27 @@ class ResponseFormatError(CrewError):
         )
 
 
+class OutputTypeError(CrewError):
+    """The run completed, and its result does not fit the type that was asked for. The result is paid for and kept.
+
+    Attributes:
+        kickoff_id: The run.
+        output: Its whole text.
+        problems: What did not fit, a line each.
+    """
+
+    def __init__(self, *, kickoff_id: str, output_type: str, output: str, problems: Sequence[str]) -> None:
+        self.kickoff_id = kickoff_id
+        self.output_type = output_type
+        self.output = output
+        self.problems = list(problems)
+        super().__init__(
+            f"The result of run {kickoff_id} does not fit {output_type}: {'; '.join(self.problems)}. "
+            f"The text: {excerpt(output) or 'empty'}. Nothing has to be bought again: mend the type, or leave "
+            "output_type out, and run again with the same key."
+        )
+
+
 class KickoffUncertainError(CrewError):
     """A kickoff was sent and nobody knows whether it started a run. It is not sent again on a guess.
 
@@ -290,21 +313,27 @@ class _EndedError(CrewError):
 
 
 def _of(kickoff_id: str, crew: str | None) -> str:
-    return f"run {kickoff_id} of crew {crew}" if crew else f"crew run {kickoff_id}"
+    return f"Run {kickoff_id} of crew {crew}" if crew else f"Crew run {kickoff_id}"
 
 
 class CrewFailedError(_EndedError):
-    """The crew ran and failed. Attributes: kickoff_id, crew, run_key, error (the crew's own), raw (its last status)."""
+    """The crew ran and failed. Attributes: kickoff_id, crew, run_key, error (the crew's own)."""
+
+    advice = "It is not bought again by itself: retry the flow run, or run again with the same key, once it is mended."
 
     def __init__(
-        self, *, kickoff_id: str, error: str, crew: str | None = None, run_key: str | None = None, raw: Any = None
+        self,
+        *,
+        kickoff_id: str,
+        error: str,
+        crew: str | None = None,
+        run_key: str | None = None,
+        advice: str | None = None,
     ) -> None:
         self.error = error
-        self.raw = raw
         super().__init__(
-            f"{_of(kickoff_id, crew)} failed: {excerpt(error) or 'the crew gave no reason'}. "
-            "It is not bought again by itself: run again with the same key, or retry the flow run, "
-            "once the cause is mended.",
+            f"{_of(kickoff_id, crew)} failed: {excerpt(error).rstrip('.') or 'the crew gave no reason'}. "
+            f"{advice or self.advice}",
             kickoff_id=kickoff_id,
             crew=crew,
             run_key=run_key,
@@ -312,12 +341,9 @@ class CrewFailedError(_EndedError):
 
 
 class CrewStoppedError(_EndedError):
-    """The run was stopped, by us or by someone else. Attributes: kickoff_id, crew, run_key, raw."""
+    """The run was stopped, by us or by someone else. Attributes: kickoff_id, crew, run_key."""
 
-    def __init__(
-        self, *, kickoff_id: str, crew: str | None = None, run_key: str | None = None, raw: Any = None
-    ) -> None:
-        self.raw = raw
+    def __init__(self, *, kickoff_id: str, crew: str | None = None, run_key: str | None = None) -> None:
         super().__init__(
             f"{_of(kickoff_id, crew)} was stopped before it had a result. Run again to buy a new one.",
             kickoff_id=kickoff_id,
@@ -336,7 +362,7 @@ class CrewLostError(_EndedError):
         seen = f"it was last seen {last_state}" if last_state else "it never became visible after its kickoff"
         super().__init__(
             f"{_of(kickoff_id, crew)} is not known to the server: {seen}. "
-            "Check the URL, then the crew's page; its result cannot be read from here.",
+            "Check the URL, then the crew's page. It is not bought again on a guess: force_new=True buys another.",
             kickoff_id=kickoff_id,
             crew=crew,
             run_key=run_key,

@@ -150,7 +150,7 @@ def parse_status(body: Any, kickoff_id: str) -> CrewStatus:
         tasks=shapes.tasks_of(source),
         output=shapes.output_of(source, data) if state is CrewState.COMPLETED else None,
         data=data,
-        error=shapes.error_of(source) if state in (CrewState.FAILED, CrewState.STOPPED) else None,
+        error=shapes.error_of(source, state) if state in (CrewState.FAILED, CrewState.STOPPED) else None,
         execution_time=shapes.seconds_of(source),
         usage=shapes.usage_of(source),
         raw=value,
