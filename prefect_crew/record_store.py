@@ -14,10 +14,10 @@ from typing import Any
 from uuid import UUID
 
 import httpx
-import orjson
 from prefect.client.orchestration import get_client
 from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
 from pydantic import ValidationError
+from pydantic_core import to_json
 
 from prefect_crew.records import RecordPhase, RunRecord
 
@@ -47,7 +47,7 @@ def _waiter_prefix(record: RunRecord) -> str:
 def _value(record: RunRecord) -> dict[str, Any]:
     """Return the record as JSON values; the result is left out where it does not fit whole."""
     value = record.model_dump(mode="json", exclude_none=True)
-    if len(orjson.dumps(value)) > VALUE_LIMIT and record.result is not None:
+    if len(to_json(value)) > VALUE_LIMIT and record.result is not None:
         value.pop("result")
     return value
 

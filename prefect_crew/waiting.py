@@ -43,31 +43,35 @@ class WaitPolicy(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    initial: float = Field(1.0, gt=0, description="Seconds from the kickoff to the first look at the status.")
-    factor: float = Field(1.5, ge=1, description="How much longer each pause is than the one before.")
-    max_interval: float = Field(10.0, gt=0, description="The longest pause between two looks, in seconds.")
-    jitter: float = Field(0.1, ge=0, lt=1, description="The share of a pause by which it varies at random.")
+    initial: float = Field(default=1.0, gt=0, description="Seconds from the kickoff to the first look at the status.")
+    factor: float = Field(default=1.5, ge=1, description="How much longer each pause is than the one before.")
+    max_interval: float = Field(default=10.0, gt=0, description="The longest pause between two looks, in seconds.")
+    jitter: float = Field(default=0.1, ge=0, lt=1, description="The share of a pause by which it varies at random.")
     timeout: float | None = Field(
-        3600.0,
+        default=3600.0,
         gt=0,
         description="Seconds for pending and running together, counted from the recorded kickoff. Empty: no limit.",
     )
     pending_timeout: float | None = Field(
-        None, gt=0, description="Seconds that a run may be pending before it starts. Empty: no limit of its own."
+        default=None,
+        gt=0,
+        description="Seconds that a run may be pending before it starts. Empty: no limit of its own.",
     )
     human_timeout: float | None = Field(
-        86400.0, gt=0, description="Seconds for people's answers, counted apart from `timeout`. Empty: no limit."
+        default=86400.0,
+        gt=0,
+        description="Seconds for people's answers, counted apart from `timeout`. Empty: no limit.",
     )
     error_timeout: float = Field(
-        600.0, gt=0, description="Seconds without one good answer to the status call before the wait gives up."
+        default=600.0, gt=0, description="Seconds without one good answer to the status call before the wait gives up."
     )
     grace: float = Field(
-        30.0,
+        default=30.0,
         ge=0,
         description="Seconds after the kickoff during which a run that the server does not know yet is fine.",
     )
     on_timeout: Literal["leave", "stop"] = Field(
-        "leave", description="Whether a crew that is over its time is left running or stopped."
+        default="leave", description="Whether a crew that is over its time is left running or stopped."
     )
 
     @model_validator(mode="after")

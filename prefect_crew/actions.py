@@ -1,0 +1,82 @@
+"""What somebody asks of a run that goes on: stop it, answer for a person."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import httpx
+from prefect.exceptions import PrefectException
+
+from prefect_crew.api.errors import AuthenticationError, CrewError
+from prefect_crew.api.models import CrewState, ResumeAnswer, StopAnswer
+from prefect_crew.logs import run_logger
+from prefect_crew.record_store import PrefectRecords
+from prefect_crew.records import RecordPhase
+from prefect_crew.sessions import CrewSession
+from prefect_crew.stopping import close_stopped
+from prefect_crew.waits import find_run
+
+if TYPE_CHECKING:
+    from prefect_crew.api.webhooks import Webhooks
+    from prefect_crew.blocks import DeployedCrew
+
+__all__ = ["resume_run", "stop_run"]
+
+
+async def stop_run(crew: DeployedCrew, kickoff_id: str, *, run_key: str | None = None) -> StopAnswer:
+    """Ask the crew's server to stop a run, and write down what came of it.
+
+    Raises:
+        CrewError: The server could not be asked. An ended run, an unknown one and a missing `/stop` are answers.
+    """
+    run = await find_run(crew, kickoff_id, run_key)
+    async with CrewSession(crew) as session:
+        try:
+            answer = await session.client.stop(kickoff_id)
+        except AuthenticationError:
+            if not await session.renew():
+                raise
+            answer = await session.client.stop(kickoff_id)
+    if run.record is not None and run.record.phase is RecordPhase.STARTED and answer.accepted:
+        try:
+            await close_stopped(run.record, answer, PrefectRecords())
+        except (httpx.HTTPError, PrefectException) as error:
+            run_logger().warning("That run %s was stopped is not on record: %s", kickoff_id, error)
+    return answer
+
+
+async def resume_run(
+    crew: DeployedCrew,
+    kickoff_id: str,
+    *,
+    feedback: str,
+    approve: bool,
+    task_id: str | None = None,
+    webhooks: Webhooks | None = None,
+) -> ResumeAnswer:
+    """Answer for the person that a run waits for: approve a task's output, or have it done again with the feedback.
+
+    Args:
+        task_id: The task; left out, the one that the status names.
+        webhooks: The kickoff's webhooks again: the server does not carry them over.
+
+    Raises:
+        CrewError: The run does not wait for a person, or its task is not known.
+        CrewAPIError, CrewConnectionError: As the server answered, or did not. It is not sent twice.
+    """
+    async with CrewSession(crew) as session:
+        try:
+            status = await session.client.status(kickoff_id)
+        except AuthenticationError:
+            if not await session.renew():
+                raise
+            status = await session.client.status(kickoff_id)
+        if status.state.ended or status.state is CrewState.UNKNOWN:
+            raise CrewError(f"Run {kickoff_id} of crew {crew.label} does not wait for a person: it is {status.state}.")
+        task = task_id or status.human_task_id
+        if task is None:
+            raise CrewError(
+                f"Run {kickoff_id} of crew {crew.label} is {status.state}, and its status does not name the task that "
+                "waits. Give its task_id: the crew's page and the human-input webhook show it."
+            )
+        return await session.client.resume(kickoff_id, task, feedback, approve, webhooks=webhooks)

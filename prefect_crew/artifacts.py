@@ -1,0 +1,86 @@
+"""What people look at: one Markdown artifact a run, under a key per crew, updated as the run goes on.
+
+An artifact is a view. It may be missing or cleaned away without any harm: the record is what counts.
+"""
+
+from __future__ import annotations
+
+import re
+from uuid import UUID
+
+import httpx
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.actions import ArtifactCreate, ArtifactUpdate
+from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId, ArtifactFilterKey
+from prefect.context import FlowRunContext, TaskRunContext
+from prefect.exceptions import PrefectException
+
+from prefect_crew.rendering import RunView, render_run
+
+__all__ = ["RunArtifact", "artifact_key"]
+
+
+def artifact_key(label: str) -> str:
+    """Return the artifact key of a crew: lower-case letters, digits and dashes, as Prefect demands."""
+    return "crew-" + (re.sub(r"[^a-z0-9]+", "-", label.lower()).strip("-") or "run")
+
+
+class RunArtifact:
+    """The artifact of one run. Its methods never fail the run: they return the trouble as text, or None."""
+
+    def __init__(self, crew: str, kickoff_id: str, *, flow_run_id: str | None) -> None:
+        self.key = artifact_key(crew)
+        self.description = f"Run {kickoff_id} of crew {crew}"
+        self._flow_run_id = flow_run_id
+        self._id: UUID | None = None
+
+    async def create(self, view: RunView) -> str | None:
+        """Make the artifact, of the flow and task run that this is called from."""
+        flow_context, task_context = FlowRunContext.get(), TaskRunContext.get()
+        flow_run = None if flow_context is None else flow_context.flow_run
+        try:
+            async with get_client() as client:
+                made = await client.create_artifact(
+                    ArtifactCreate(
+                        key=self.key,
+                        type="markdown",
+                        description=self.description,
+                        data=render_run(view),
+                        flow_run_id=None if flow_run is None else flow_run.id,
+                        task_run_id=None if task_context is None else task_context.task_run.id,
+                    )
+                )
+        except (httpx.HTTPError, PrefectException) as error:
+            return _trouble(error)
+        self._id = made.id
+        return None
+
+    async def update(self, view: RunView) -> str | None:
+        """Bring the artifact up to date; make it if there is none (any more)."""
+        try:
+            async with get_client() as client:
+                artifact_id = self._id or await self._find()
+                if artifact_id is None:
+                    return await self.create(view)
+                self._id = artifact_id
+                await client.update_artifact(artifact_id, ArtifactUpdate(data=render_run(view)))
+        except (httpx.HTTPError, PrefectException) as error:
+            return _trouble(error)
+        return None
+
+    async def _find(self) -> UUID | None:
+        """Return the artifact that another process made for this run."""
+        if self._flow_run_id is None:
+            return None
+        async with get_client() as client:
+            found = await client.read_artifacts(
+                artifact_filter=ArtifactFilter(
+                    key=ArtifactFilterKey(any_=[self.key]),
+                    flow_run_id=ArtifactFilterFlowRunId(any_=[UUID(self._flow_run_id)]),
+                )
+            )
+        return next((artifact.id for artifact in found if artifact.description == self.description), None)
+
+
+def _trouble(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]

@@ -1,0 +1,222 @@
+"""A deployed crew as a Prefect block, and a run of it, in Prefect's JobBlock idiom."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import httpx
+from prefect.blocks.abstract import JobBlock, JobRun
+from pydantic import Field, HttpUrl, SecretStr, field_validator, model_validator
+
+from prefect_crew.api._http import checked_url
+from prefect_crew.api.client import CrewClient
+from prefect_crew.api.models import CrewResult, ResumeAnswer, StopAnswer
+from prefect_crew.dual import dual
+from prefect_crew.redaction import Redactor
+from prefect_crew.settings import CrewSettings
+from prefect_crew.waiting import WaitPolicy
+
+if TYPE_CHECKING:
+    from prefect_crew.api.webhooks import Webhooks
+
+__all__ = ["CrewRun", "DeployedCrew"]
+
+
+class DeployedCrew(JobBlock[CrewResult]):
+    """A crew that is deployed behind the crew API, with what holds for every run of it.
+
+    Example:
+        Load a stored crew and run it:
+        ```python
+        from prefect_crew import DeployedCrew, run_crew
+
+        crew = DeployedCrew.load("BLOCK_NAME")
+        result = run_crew(crew, {"topic": "Lisbon"})
+        ```
+    """
+
+    _block_type_name = "Deployed Crew"
+    _block_type_slug = "deployed-crew"
+    _logo_url = HttpUrl(
+        "https://raw.githubusercontent.com/PrefectHQ/prefect/420d0d6a78bb6df1fc18bcf188fdad43c1d22ea9/assets/block-logos/webhook.png"
+    )
+    _documentation_url = HttpUrl("https://docs.crewai.com/en/api-reference/introduction")
+
+    url: str = Field(description="The crew's base URL, from the Status tab of its page.", title="URL")
+    token: SecretStr = Field(description="The crew's bearer token, from the same tab. Every crew has its own.")
+    request_timeout: float = Field(default=30.0, gt=0, description="Seconds that one request to the crew may take.")
+    allow_http: bool = Field(
+        default=False,
+        title="Allow http",
+        description="Whether the token may travel over plain http to another machine, readable on the way.",
+    )
+    inputs_as_json: bool = Field(
+        default=False,
+        title="Inputs as JSON",
+        description="Whether numbers, lists and objects are sent as JSON values instead of as text.",
+    )
+    wait: WaitPolicy = Field(default=WaitPolicy(), description="How to wait for this crew's runs.")
+    max_kickoffs: int = Field(
+        default=3, ge=1, description="How many runs may be bought under one run key, the failed ones included."
+    )
+    concurrency_limit: str | None = Field(
+        default=None,
+        description="The name of a Prefect global concurrency limit on runs in flight, shared by all flows.",
+    )
+    show: Literal["full", "summary", "none"] = Field(
+        default="full", description="How much of inputs and outputs artifacts, events and records show."
+    )
+    secret_inputs: list[str] = Field(
+        default_factory=list, description="Names of inputs whose values are masked wherever this package shows them."
+    )
+    price: float | None = Field(
+        default=None, ge=0, description="What one run costs, in your currency, for artifacts and reports."
+    )
+
+    @field_validator("secret_inputs", mode="before")
+    @classmethod
+    def _as_list(cls, value: Any) -> Any:
+        return list(cast("tuple[Any, ...]", value)) if isinstance(value, tuple | set | frozenset) else value
+
+    @model_validator(mode="after")
+    def _check_url(self) -> DeployedCrew:
+        self.url = checked_url(self.url, allow_http=self.allow_http)
+        return self
+
+    @classmethod
+    def from_env(cls, prefix: str = "CREW", **fields: Any) -> DeployedCrew:
+        """Return the crew that the environment names, without a stored block.
+
+        Reads `{prefix}_URL` and `{prefix}_TOKEN`, else the settings `PREFECT_INTEGRATIONS_CREW_URL` and `_TOKEN`.
+        `fields` are further fields of the block.
+
+        Raises:
+            ValueError: No URL is set.
+        """
+        settings = CrewSettings()
+        url = os.environ.get(f"{prefix}_URL") or settings.url
+        if not url:
+            raise ValueError(
+                f"No crew in the environment: set {prefix}_URL and {prefix}_TOKEN "
+                "(the Status tab of the crew's page shows both), or PREFECT_INTEGRATIONS_CREW_URL and _TOKEN."
+            )
+        named = os.environ.get(f"{prefix}_TOKEN")
+        token = SecretStr(named) if named else settings.token
+        if token is None:
+            raise ValueError(f"No token for {url} in the environment: set {prefix}_TOKEN.")
+        return cls(url=url, token=token, **fields)
+
+    @property
+    def label(self) -> str:
+        """What people call it: the block's name, or its address."""
+        if self._block_document_name:
+            return self._block_document_name
+        parts = httpx.URL(self.url)
+        return f"{parts.netloc.decode()}{parts.path.rstrip('/')}"
+
+    def client(self, *, transport: httpx.AsyncBaseTransport | None = None) -> CrewClient:
+        """Return a client for it, to be used as an async context manager."""
+        return CrewClient(
+            self.url,
+            self.token,
+            request_timeout=self.request_timeout,
+            allow_http=self.allow_http,
+            inputs_as_json=self.inputs_as_json,
+            transport=transport,
+        )
+
+    def redactor(self, inputs: Mapping[str, Any] | None = None) -> Redactor:
+        """Return what masks the token and, of these inputs, the secret ones."""
+        return Redactor.of(self.token.get_secret_value(), inputs or {}, self.secret_inputs)
+
+    async def reloaded(self) -> DeployedCrew | None:
+        """Return the stored block as it is now if its token has changed since this one was loaded, else None."""
+        if not self._block_document_name:
+            return None
+        # Whatever its author called it, the annotated class is what the store gives back for this slug.
+        stored = await type(self).aload(self._block_document_name)
+        return stored if stored.token != self.token else None
+
+    async def _atrigger(
+        self,
+        inputs: Mapping[str, Any] | None = None,
+        *,
+        run_key: str | None = None,
+        force_new: bool = False,
+        meta: Mapping[str, Any] | None = None,
+        webhooks: Webhooks | None = None,
+    ) -> CrewRun:
+        from prefect_crew.kickoffs import open_run
+
+        run = await open_run(self, inputs or {}, run_key=run_key, force_new=force_new, meta=meta, webhooks=webhooks)
+        return CrewRun(self, run.kickoff_id, run_key=run.run_key)
+
+    @dual
+    async def trigger(self, inputs: Mapping[str, Any] | None = None, **options: Any) -> CrewRun:
+        """Kick the crew off and return the run, without waiting for it.
+
+        `options` are `run_key`, `force_new`, `meta` and `webhooks`, as those of `run_crew`. Awaited in async code.
+
+        Raises:
+            InvalidInputsError: Inputs are missing; nothing was started.
+            KickoffUncertainError: Nobody knows whether a run was started.
+            CrewError: As `run_crew`.
+        """
+        return await self._atrigger(inputs, **options)
+
+
+class CrewRun(JobRun[CrewResult]):
+    """A run that `DeployedCrew.trigger` started or found. Each method is awaited in async code."""
+
+    def __init__(self, crew: DeployedCrew, kickoff_id: str, *, run_key: str | None = None) -> None:
+        self.crew = crew
+        self.kickoff_id = kickoff_id
+        self.run_key = run_key
+        self._result: CrewResult | None = None
+
+    @dual
+    async def wait_for_completion(self, wait: WaitPolicy | None = None) -> None:
+        """Wait until the run has ended, by `wait` or by the block's policy.
+
+        Raises:
+            CrewFailedError, CrewStoppedError, CrewLostError, CrewTimeoutError: As `wait_for_crew`.
+        """
+        from prefect_crew.waits import wait_for_run
+
+        self._result = await wait_for_run(self.crew, self.kickoff_id, run_key=self.run_key, wait=wait)
+
+    @dual
+    async def fetch_result(self) -> CrewResult:
+        """Return the result of a run that has completed.
+
+        Raises:
+            CrewError: It has not completed; the message says where it stands.
+        """
+        from prefect_crew.outcomes import result_of
+        from prefect_crew.waits import find_run
+
+        if self._result is None:
+            run = await find_run(self.crew, self.kickoff_id, self.run_key)
+            async with self.crew.client() as client:
+                self._result = result_of(run, await client.status(self.kickoff_id))
+        return self._result
+
+    @dual
+    async def stop(self) -> StopAnswer:
+        """Ask the crew's server to stop the run."""
+        from prefect_crew.actions import stop_run
+
+        return await stop_run(self.crew, self.kickoff_id, run_key=self.run_key)
+
+    @dual
+    async def resume(
+        self, feedback: str, *, approve: bool, task_id: str | None = None, webhooks: Webhooks | None = None
+    ) -> ResumeAnswer:
+        """Answer for the person that the run waits for."""
+        from prefect_crew.actions import resume_run
+
+        return await resume_run(
+            self.crew, self.kickoff_id, feedback=feedback, approve=approve, task_id=task_id, webhooks=webhooks
+        )

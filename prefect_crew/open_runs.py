@@ -1,0 +1,103 @@
+"""A run that this process has opened: what its wait needs to know without asking for it, and how it is shown."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from prefect_crew.api.models import CrewState, CrewStatus
+from prefect_crew.artifacts import RunArtifact
+from prefect_crew.records import RunRecord
+from prefect_crew.redaction import Redactor
+from prefect_crew.rendering import RunView
+
+if TYPE_CHECKING:
+    from prefect_crew.blocks import DeployedCrew
+
+__all__ = ["OpenRun", "recall", "remember"]
+
+
+@dataclass
+class OpenRun:
+    """A run with a kickoff id.
+
+    `record` is None for a run that no record holds: one that was kicked off elsewhere and is only waited for. `inputs`
+    are None where only the id is known. `owned`: this process bought it, so nobody else closes it.
+    """
+
+    crew: DeployedCrew
+    kickoff_id: str
+    record: RunRecord | None = None
+    inputs: Mapping[str, Any] | None = None
+    owned: bool = False
+    artifact: RunArtifact | None = None
+    advice: str | None = None
+    """What to do about a failure, where that is not the usual."""
+
+    @property
+    def run_key(self) -> str | None:
+        """Its run key, where a record holds it."""
+        return None if self.record is None else self.record.run_key
+
+    @property
+    def redact(self) -> Redactor:
+        """What masks the token and the secret inputs."""
+        return self.crew.redactor(self.inputs)
+
+    @property
+    def show(self) -> str:
+        """How much may be shown: no output where secret inputs are unknown and so cannot be masked in it."""
+        if self.inputs is None and self.crew.secret_inputs and self.crew.show == "full":
+            return "summary"
+        return self.crew.show
+
+    def masked(self, status: CrewStatus) -> CrewStatus:
+        """Return a status without its raw body and with every secret masked."""
+        return CrewStatus.model_validate(self.redact.tree(status.model_dump(mode="json", exclude={"raw"})))
+
+    def view(self, status: CrewStatus | None, *, notes: Sequence[str] = ()) -> RunView:
+        """Return what the artifact shows; `status` is None right after the kickoff."""
+        record = self.record
+        return RunView(
+            crew=self.crew.label,
+            kickoff_id=self.kickoff_id,
+            run_key=self.run_key,
+            state=CrewState.PENDING if status is None else status.state,
+            started_at=None if record is None else record.kicked_off_at,
+            ended_at=None if record is None else record.ended_at,
+            inputs=self.inputs,
+            status=None if status is None else self.masked(status),
+            show=self.show,
+            secret_inputs=self.crew.secret_inputs,
+            price=self.crew.price,
+            notes=notes,
+        )
+
+    def shown_by(self) -> RunArtifact:
+        """Return its artifact, whether or not it has been made."""
+        if self.artifact is None:
+            owner = None if self.record is None else self.record.flow_run_id
+            self.artifact = RunArtifact(self.crew.label, self.kickoff_id, flow_run_id=owner)
+        return self.artifact
+
+
+_KEPT = 10_000
+_recent: OrderedDict[str, OpenRun] = OrderedDict()
+
+
+def remember(run: OpenRun) -> None:
+    """Keep an opened run at hand in this process, so that the wait after a kickoff need not ask for its record."""
+    _recent[run.kickoff_id] = run
+    _recent.move_to_end(run.kickoff_id)
+    while len(_recent) > _KEPT:
+        _recent.popitem(last=False)
+
+
+def recall(crew: DeployedCrew, kickoff_id: str) -> OpenRun | None:
+    """Take back what `remember` kept, once: what comes later has to read what stands on the server."""
+    run = _recent.get(kickoff_id)
+    if run is None or run.crew.url != crew.url:
+        return None
+    return _recent.pop(kickoff_id, None)

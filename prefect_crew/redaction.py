@@ -1,0 +1,69 @@
+"""Keeping secrets out of what people and databases see: logs, artifacts, events, errors, records."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, cast
+
+from prefect_crew.api.inputs import encode_inputs
+
+__all__ = ["MASK", "Redactor"]
+
+MASK = "********"
+SHORTEST = 4
+"""Characters. A shorter secret is masked as an input, but not hunted for in texts, where it would hit at random."""
+
+
+class Redactor:
+    """Masks some values wherever they stand in a text. Equal values of an input and an output are masked alike."""
+
+    def __init__(self, secrets: Iterable[str]) -> None:
+        # The longest first, so that one secret that holds another is not left in pieces.
+        self._secrets = sorted({value for value in secrets if len(value) >= SHORTEST}, key=len, reverse=True)
+
+    @property
+    def secrets(self) -> tuple[str, ...]:
+        """The values that are masked."""
+        return tuple(self._secrets)
+
+    @classmethod
+    def of(cls, token: str, inputs: Mapping[str, Any], secret_inputs: Iterable[str]) -> Redactor:
+        """Take a crew's token and the values of its secret inputs."""
+        named = {name: inputs[name] for name in secret_inputs if name in inputs}
+        values = [token]
+        for value in named.values():
+            values.extend(_texts(value))
+        values.extend(str(value) for value in encode_inputs(named).values())
+        return cls(values)
+
+    def __call__(self, text: str) -> str:
+        """Return the text with every secret masked."""
+        for secret in self._secrets:
+            text = text.replace(secret, MASK)
+        return text
+
+    def tree(self, value: Any) -> Any:
+        """Return a JSON-like value with every secret masked in every text of it."""
+        if isinstance(value, str):
+            return self(value)
+        if isinstance(value, Mapping):
+            pairs = cast("Mapping[Any, Any]", value).items()
+            return {self.tree(key): self.tree(item) for key, item in pairs}
+        if isinstance(value, list | tuple):
+            return [self.tree(item) for item in cast("list[Any]", value)]
+        return value
+
+    def hides(self, text: str) -> bool:
+        """Return whether a secret stands in the text."""
+        return any(secret in text for secret in self._secrets)
+
+
+def _texts(value: Any) -> list[str]:
+    """Return the texts inside a secret value: a crew may repeat one item of a list or an object."""
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, Mapping):
+        return [text for item in cast("Mapping[Any, Any]", value).values() for text in _texts(item)]
+    if isinstance(value, list | tuple):
+        return [text for item in cast("list[Any]", value) for text in _texts(item)]
+    return []

@@ -1,0 +1,219 @@
+"""A run as Markdown that Prefect's page renders as meant, whatever the crew wrote. Pure.
+
+Prefect's interfaces render Markdown with their own sanitiser; this module does not lean on it. Text from outside is
+escaped where it would become markup, and shown capped: the whole of it is one command away.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+
+from prefect_crew.api.inputs import encode_inputs
+from prefect_crew.api.models import CrewState, CrewStatus, TaskResult, TokenUsage
+from prefect_crew.redaction import MASK
+
+__all__ = ["RunView", "cell", "prose", "render_run"]
+
+OUTPUT_CAP = 60_000
+"""Characters of a result that an artifact shows; Prefect Cloud refuses bodies over 5 MiB."""
+CELL_CAP = 300
+SUMMARY_CAP = 400
+BAR = 12
+_STATES = {
+    CrewState.PENDING: "⏳ pending",
+    CrewState.RUNNING: "▶️ running",
+    CrewState.WAITING: "🙋 waits for a person",
+    CrewState.COMPLETED: "✅ completed",
+    CrewState.FAILED: "❌ failed",
+    CrewState.STOPPED: "⏹️ stopped",
+    CrewState.UNKNOWN: "❔ not known to the server",
+}
+# Characters that turn the direction of what follows them, beyond their own text.
+_TURNS = {ord(char): f"[U+{ord(char):04X}]" for char in "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"}
+
+
+@dataclass(frozen=True)
+class RunView:
+    """What an artifact shows of a run. Times are UTC; `inputs` are the caller's own values."""
+
+    crew: str
+    kickoff_id: str
+    run_key: str | None
+    state: CrewState
+    started_at: datetime | None = None
+    ended_at: datetime | None = None
+    inputs: Mapping[str, Any] | None = None
+    status: CrewStatus | None = None
+    show: str = "full"
+    secret_inputs: Sequence[str] = ()
+    price: float | None = None
+    notes: Sequence[str] = field(default_factory=tuple)
+
+
+def render_run(view: RunView) -> str:
+    """Return the Markdown of a run. The result comes last, so that nothing in it can swallow what is ours."""
+    parts = [f"## {_STATES[view.state]} · {prose(view.crew)}", _facts(view)]
+    parts += [f"> {prose(note)}" for note in view.notes]
+    if view.inputs is not None and view.show == "full" and view.inputs:
+        parts.append(_inputs(view))
+    status = view.status
+    if status is not None and view.show != "none":
+        if status.tasks:
+            parts.append(_tasks(status.tasks, with_output=view.show == "full"))
+        if status.usage is not None:
+            parts.append(_usage(status.usage))
+        if view.state is CrewState.FAILED:
+            parts.append(f"### Error\n\n{_fenced(status.error or 'The crew gave no reason.')}")
+        elif status.output is not None and view.state is CrewState.COMPLETED:
+            parts.append(_result(view, status.output))
+    return "\n\n".join(parts) + "\n"
+
+
+def cell(text: str, cap: int = CELL_CAP) -> str:
+    """Return text as one table cell: on one line, capped, nothing in it markup."""
+    flat = " ".join(text.split())
+    flat = flat if len(flat) <= cap else f"{flat[:cap]}…"
+    return _plain(flat).replace("|", "\\|")
+
+
+def _plain(text: str) -> str:
+    escaped = text.translate(_TURNS).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return re.sub(r"([\\`*_\[\]~#!$])", r"\\\1", escaped)
+
+
+def prose(text: str) -> str:
+    """Return text as part of a line: nothing in it markup."""
+    return _plain(" ".join(text.split()))
+
+
+def _code(text: str) -> str:
+    """Return text as inline code, whatever backticks it holds."""
+    flat = " ".join(text.split()).translate(_TURNS).replace("|", "¦")
+    runs = [len(run) for run in re.findall(r"`+", flat)]
+    fence = "`" * (max(runs, default=0) + 1)
+    pad = " " if runs else ""
+    return f"{fence}{pad}{flat}{pad}{fence}"
+
+
+def _fenced(text: str, cap: int = OUTPUT_CAP) -> str:
+    shown = text if len(text) <= cap else f"{text[:cap]}…"
+    fence = "`" * max(3, max((len(run) for run in re.findall(r"`+", shown)), default=0) + 1)
+    return f"{fence}text\n{shown.translate(_TURNS)}\n{fence}"
+
+
+def _facts(view: RunView) -> str:
+    rows = [("Run", _code(view.kickoff_id))]
+    if view.run_key:
+        rows.append(("Run key", _code(view.run_key)))
+    if view.started_at:
+        rows.append(("Kicked off", f"{view.started_at:%Y-%m-%d %H:%M:%S} UTC"))
+    if view.ended_at:
+        rows.append(("Ended", f"{view.ended_at:%Y-%m-%d %H:%M:%S} UTC"))
+    status = view.status
+    if status is not None and status.execution_time is not None:
+        rows.append(("Execution time", _seconds(status.execution_time)))
+    if status is not None and status.current_task and not view.state.ended and view.show != "none":
+        rows.append(("Current task", cell(status.current_task)))
+    if status is not None and status.message and view.state is not CrewState.FAILED and view.show == "full":
+        rows.append(("Message", cell(status.message)))
+    if view.price is not None:
+        rows.append(("Price", f"{view.price:g}"))
+    return _table(("", ""), rows)
+
+
+def _inputs(view: RunView) -> str:
+    shown = {name: MASK if name in view.secret_inputs else value for name, value in (view.inputs or {}).items()}
+    rows = [(f"**{cell(name)}**", cell(str(text))) for name, text in encode_inputs(shown).items()]
+    return "### Inputs\n\n" + _table(("Input", "Value"), rows)
+
+
+def _tasks(tasks: Sequence[TaskResult], *, with_output: bool) -> str:
+    times = [task.execution_time for task in tasks]
+    total = sum(seconds for seconds in times if seconds)
+    header = ["Task", "Agent"]
+    timed = total > 0
+    if timed:
+        header += ["Time", "Share"]
+    if with_output:
+        header.append("Output")
+    rows: list[Sequence[str]] = []
+    for task, seconds in zip(tasks, times, strict=True):
+        row = [cell(task.name or "–", 80), cell(task.agent or "–", 60)]
+        if timed:
+            row += ["–", ""] if seconds is None else [_seconds(seconds), _bar(seconds / total)]
+        if with_output:
+            row.append(cell(task.output or "", 120))
+        rows.append(row)
+    return "### Tasks\n\n" + _table(header, rows)
+
+
+def _usage(usage: TokenUsage) -> str:
+    counts = [(name.replace("_", " "), count) for name, count in usage if count is not None]
+    if not counts:
+        return ""
+    return "### Usage\n\n" + _table([name for name, _ in counts], [[f"{count:,}" for _, count in counts]])
+
+
+def _result(view: RunView, output: str) -> str:
+    if view.show == "summary":
+        return f"### Result\n\n{len(output):,} characters. Read it with `prefect-crew result` and the run key."
+    cut = len(output) > OUTPUT_CAP
+    text = _reading(output[:OUTPUT_CAP] if cut else output)
+    whole = "The whole text: `prefect-crew result` and the run key."
+    note = f"_The first {OUTPUT_CAP:,} of {len(output):,} characters. {whole}_\n\n" if cut else ""
+    return f"### Result\n\n{note}{text}"
+
+
+_FENCE = re.compile(r"^ {0,3}(`{3,}|~{3,})(.*)$")
+_IMAGE = re.compile(r"!(?=\[)")
+
+
+def _reading(text: str) -> str:
+    """Return a crew's Markdown for reading: its own formatting stays, its HTML shows as text, its images as links.
+
+    Nothing is loaded from elsewhere when somebody opens the page.
+    """
+    lines: list[str] = []
+    fence: str | None = None
+    for line in text.splitlines():
+        match = _FENCE.match(line)
+        if fence is None and match:
+            fence = match[1]
+        elif fence is not None:
+            if match and match[1].startswith(fence) and not match[2].strip():
+                fence = None
+        else:
+            line = _IMAGE.sub("", _outside_code(line))
+        lines.append(line)
+    if fence is not None:
+        lines.append(fence)
+    return "\n".join(lines)
+
+
+def _outside_code(line: str) -> str:
+    """Escape `<` in a line, except within its inline code, where an entity would show as such."""
+    parts = re.split(r"(`+[^`]*`+)", line)
+    return "".join(part if part.startswith("`") else part.replace("<", "&lt;") for part in parts)
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [f"| {' | '.join(header)} |", f"|{' --- |' * len(header)}"]
+    lines += [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join(lines)
+
+
+def _bar(share: float) -> str:
+    full = round(share * BAR)
+    return f"{'█' * full}{'░' * (BAR - full)} {share:.0%}"
+
+
+def _seconds(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s"

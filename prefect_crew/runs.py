@@ -1,0 +1,256 @@
+"""`run_crew`: one crew, from its inputs to its result, as tasks of the flow around it or as a flow of its own."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, cast
+
+import httpx
+from prefect import flow
+from prefect.context import FlowRunContext, TaskRunContext
+from prefect.exceptions import PrefectException
+from pydantic import BaseModel, Field
+
+from prefect_crew.api.errors import ConfigurationError, CrewError, CrewLostError
+from prefect_crew.api.models import CrewResult, CrewState
+from prefect_crew.blocks import DeployedCrew
+from prefect_crew.dual import dual
+from prefect_crew.open_runs import OpenRun
+from prefect_crew.outcomes import failure, typed
+from prefect_crew.record_store import PrefectRecords
+from prefect_crew.redaction import MASK
+from prefect_crew.tasks import kickoff_crew, loaded, wait_for_crew
+from prefect_crew.waiting import WaitPolicy
+
+if TYPE_CHECKING:
+    from prefect_crew.api.webhooks import Webhooks
+
+__all__ = ["arun_crew", "get_result", "run_crew", "run_deployed_crew"]
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What a call gives that Prefect's stored parameters must not or cannot hold."""
+
+    crew: DeployedCrew
+    inputs: Mapping[str, Any]
+    meta: Mapping[str, Any] | None
+    output_type: type[BaseModel] | None
+    webhooks: Webhooks | None
+
+
+_live: ContextVar[_Call | None] = ContextVar("prefect_crew_call", default=None)
+
+
+async def arun_crew(
+    crew: DeployedCrew | str,
+    inputs: Mapping[str, Any] | None = None,
+    *,
+    name: str | None = None,
+    run_key: str | None = None,
+    force_new: bool = False,
+    meta: Mapping[str, Any] | None = None,
+    wait: WaitPolicy | None = None,
+    output_type: type[BaseModel] | None = None,
+    webhooks: Webhooks | None = None,
+) -> CrewResult:
+    """Run a deployed crew and return its result, never paying twice for one run.
+
+    Inside a flow (or a task) it runs tasks of that flow; outside of one it runs a flow of its own.
+
+    Args:
+        crew: A crew, or the name of a stored block.
+        inputs: Its inputs by name.
+        name: The step's name: in task names, and part of a run key that is left out.
+        run_key: The identity of this purchase, across flow runs and machines that share a Prefect server. It may be a
+            template over the scheduled time: `"daily-{{ scheduled_start:%Y-%m-%d }}"`. Left out, it is one that the
+            retries of this flow run find again; outside a flow every call is a new purchase.
+        force_new: Buy whatever the record of the key says.
+        meta: Any JSON object for the crew's webhooks; the run key is added to it.
+        wait: How to wait, in place of the block's policy.
+        output_type: A pydantic model; `result.data` is then an instance of it.
+        webhooks: Targets of your own for the crew's webhooks.
+
+    Raises:
+        InvalidInputsError, RunKeyConflictError: Nothing was started.
+        KickoffUncertainError: Nobody knows whether a run was started. A person settles it.
+        CrewFailedError, CrewStoppedError, CrewLostError: How the run ended instead.
+        CrewTimeoutError: A time budget is over; the run may go on.
+        OutputTypeError: The result does not fit `output_type`.
+        CrewError: Anything else that the crew's server did.
+    """
+    crew = await loaded(crew)
+    call = _Call(crew, inputs or {}, meta, output_type, webhooks)
+    options: dict[str, Any] = {"name": name, "run_key": run_key, "force_new": force_new, "wait": wait}
+    if FlowRunContext.get() is not None or TaskRunContext.get() is not None:
+        return await _run(call, **options)
+    token = _live.set(call)
+    try:
+        return await cast("Callable[..., Awaitable[CrewResult]]", run_deployed_crew)(
+            crew=crew.label,
+            inputs={key: MASK if key in crew.secret_inputs else value for key, value in call.inputs.items()},
+            **options,
+        )
+    finally:
+        _live.reset(token)
+
+
+def run_crew(
+    crew: DeployedCrew | str,
+    inputs: Mapping[str, Any] | None = None,
+    *,
+    name: str | None = None,
+    run_key: str | None = None,
+    force_new: bool = False,
+    meta: Mapping[str, Any] | None = None,
+    wait: WaitPolicy | None = None,
+    output_type: type[BaseModel] | None = None,
+    webhooks: Webhooks | None = None,
+) -> CrewResult:
+    """Run a deployed crew and return its result: `arun_crew` for sync code.
+
+    Raises:
+        RuntimeError: An event loop runs in this thread, which this call would block: `await arun_crew(…)` there.
+        CrewError: As `arun_crew`.
+    """
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        pass
+    else:
+        raise RuntimeError("run_crew() would block the event loop that runs here: use `await arun_crew(...)` instead.")
+    return asyncio.run(
+        arun_crew(
+            crew,
+            inputs,
+            name=name,
+            run_key=run_key,
+            force_new=force_new,
+            meta=meta,
+            wait=wait,
+            output_type=output_type,
+            webhooks=webhooks,
+        )
+    )
+
+
+async def _run(
+    call: _Call, *, name: str | None, run_key: str | None, force_new: bool, wait: WaitPolicy | None
+) -> CrewResult:
+    async with _limited(call.crew):
+        kickoff_id = await kickoff_crew.acall(
+            call.crew,
+            call.inputs,
+            run_key=run_key,
+            name=name,
+            force_new=force_new,
+            meta=call.meta,
+            webhooks=call.webhooks,
+        )
+        return await wait_for_crew.acall(call.crew, kickoff_id, name=name, wait=wait, output_type=call.output_type)
+
+
+@asynccontextmanager
+async def _limited(crew: DeployedCrew) -> AsyncGenerator[None]:
+    """Hold a slot of the crew's shared limit while a run is in flight."""
+    if crew.concurrency_limit is None:
+        yield
+        return
+    from prefect.concurrency.asyncio import concurrency
+
+    # Strict: a limit that does not exist would limit nothing, silently.
+    async with concurrency(crew.concurrency_limit, occupy=1, strict=True):
+        yield
+
+
+@flow(name="run-deployed-crew", flow_run_name="{crew}", validate_parameters=True)
+async def run_deployed_crew(
+    crew: Annotated[str, Field(description="The name of the crew's block, under Blocks.")],
+    inputs: Annotated[dict[str, Any] | None, Field(description="The crew's inputs by name.")] = None,
+    name: Annotated[str | None, Field(description="A name for the step, for task names and the run key.")] = None,
+    run_key: Annotated[
+        str | None,
+        Field(description="The identity of one purchase, such as daily-{{ scheduled_start:%Y-%m-%d }}."),
+    ] = None,
+    force_new: Annotated[bool, Field(description="Buy a new run whatever was bought under this key before.")] = False,
+    wait: Annotated[WaitPolicy | None, Field(description="How to wait, in place of the block's policy.")] = None,
+) -> CrewResult:
+    """Run one deployed crew. What `run_crew` runs outside of a flow, and a flow to deploy as it is."""
+    live = _live.get()
+    if live is not None and live.crew.label == crew:
+        return await _run(live, name=name, run_key=run_key, force_new=force_new, wait=wait)
+    try:
+        stored = await DeployedCrew.aload(crew)
+    except ValueError as error:
+        raise ConfigurationError(
+            f"No block deployed-crew/{crew} is stored, so this run cannot be made from its parameters. Save "
+            "it under that name, or call run_crew again with the crew and the same run key, which finds it again."
+        ) from error
+    given = dict(inputs or {})
+    masked = [key for key in stored.secret_inputs if given.get(key) == MASK]
+    if masked:
+        raise ConfigurationError(
+            f"The secret inputs {', '.join(masked)} are not stored with a flow run, so this one cannot be made "
+            "from its parameters. Call run_crew again with the same run key: a run in flight is found again."
+        )
+    call = _Call(stored, given, None, None, None)
+    return await _run(call, name=name, run_key=run_key, force_new=force_new, wait=wait)
+
+
+@dual
+async def get_result(
+    run_key: str, *, crew: DeployedCrew | str | None = None, output_type: type[BaseModel] | None = None
+) -> CrewResult:
+    """Return the result of a completed run from anywhere that shares the Prefect server. Awaited in async code.
+
+    Args:
+        run_key: The run's key. Of several attempts the latest that completed counts.
+        crew: Needed only where the record does not hold the result (it was large, or is not shown) and the crew's
+            block is not stored under the name that the record has.
+        output_type: As for `run_crew`.
+
+    Raises:
+        CrewLostError: The remote side has forgotten the result.
+        CrewFailedError, CrewStoppedError: The run has no result.
+        CrewError: There is no such run, or it has not ended.
+    """
+    attempts = await PrefectRecords().attempts(run_key)
+    if not attempts:
+        raise CrewError(f"No run has the key {run_key!r}. prefect-crew runs lists those on record.")
+    completed = [record for record in attempts if record.state is CrewState.COMPLETED]
+    record = (completed or list(attempts))[-1]
+    if record.result is not None and record.kickoff_id is not None:
+        result = record.result.result(record.kickoff_id)
+        return result if output_type is None else typed(result, output_type)
+    if record.kickoff_id is None:
+        raise CrewError(f"Run {run_key!r} has no result: its kickoff is {record.phase}. {record.reason or ''}".strip())
+    block = await _crew_of(record.crew, crew, run_key)
+    run = OpenRun(crew=block, kickoff_id=record.kickoff_id, record=record)
+    if record.state is CrewState.FAILED or record.state is CrewState.STOPPED:
+        raise failure(run, record.state, record.error)
+    async with block.client() as client:
+        status = await client.status(record.kickoff_id)
+    if status.state is CrewState.COMPLETED:
+        result = status.result()
+        return result if output_type is None else typed(result, output_type)
+    if status.state is CrewState.UNKNOWN:
+        raise CrewLostError(
+            kickoff_id=record.kickoff_id, crew=record.crew, run_key=run_key, last_state=str(record.state or "started")
+        )
+    raise failure(run, status.state, status.error)
+
+
+async def _crew_of(label: str, crew: DeployedCrew | str | None, run_key: str) -> DeployedCrew:
+    if crew is not None:
+        return await loaded(crew)
+    try:
+        return await DeployedCrew.aload(label)
+    except (ValueError, httpx.HTTPError, PrefectException) as error:
+        raise CrewError(
+            f"The record of run {run_key!r} does not hold its result, and crew {label} is no stored block to ask "
+            "for it. Give the crew: get_result(run_key, crew=…)."
+        ) from error

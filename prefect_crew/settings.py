@@ -1,0 +1,20 @@
+"""Settings of this package, read like Prefect's own: from the environment, a profile, or prefect.toml."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from prefect.settings.base import PrefectBaseSettings, build_settings_config
+from pydantic import Field, SecretStr
+from pydantic_settings import SettingsConfigDict
+
+__all__ = ["CrewSettings"]
+
+
+class CrewSettings(PrefectBaseSettings):
+    """`PREFECT_INTEGRATIONS_CREW_*`. Read anew at each use, so that a changed profile or environment counts."""
+
+    model_config: ClassVar[SettingsConfigDict] = build_settings_config(("integrations", "crew"))
+
+    url: str | None = Field(default=None, description="The crew that `DeployedCrew.from_env()` means.")
+    token: SecretStr | None = Field(default=None, description="Its bearer token.")

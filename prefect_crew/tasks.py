@@ -1,0 +1,232 @@
+"""The Prefect tasks, usable alone in anyone's flow: a call returns in a sync flow and is awaited in an async one.
+
+None of them is cached, and only what is safe to repeat is repeated: a kickoff is retried by Prefect only after an error
+that surely did not start a run. What makes a retried flow find its runs again is the record, not a stored result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine, Mapping
+from typing import Any, Generic, ParamSpec, TypeVar, cast
+
+from prefect import Task
+from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import State, TaskRun
+from pydantic import BaseModel
+
+from prefect_crew.actions import resume_run, stop_run
+from prefect_crew.api.certainty import KickoffFate, kickoff_fate
+from prefect_crew.api.errors import CrewError
+from prefect_crew.api.models import CrewInput, CrewResult, ResumeAnswer, StopAnswer
+from prefect_crew.api.webhooks import Webhooks
+from prefect_crew.blocks import DeployedCrew
+from prefect_crew.dual import in_async_context, run_sync
+from prefect_crew.kickoffs import open_run
+from prefect_crew.run_keys import calling_task
+from prefect_crew.sessions import CrewSession
+from prefect_crew.waiting import WaitPolicy
+from prefect_crew.waits import wait_for_run
+
+__all__ = ["CrewTask", "discover_inputs", "kickoff_crew", "resume_crew", "stop_crew", "wait_for_crew"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+Condition = Callable[[Task[..., Any], TaskRun, State[Any]], Coroutine[Any, Any, bool]]
+
+
+class CrewTask(Task[P, Any], Generic[P, R]):
+    """A Prefect task over an async function that can be called from sync code as well.
+
+    `with_options` keeps it one, and adds a retry condition of the user's to the task's own instead of replacing it.
+    """
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Run the task: the result in sync code, an awaitable of it in async code."""
+        coroutine = self.acall(*args, **kwargs)
+        return coroutine if in_async_context() else run_sync(coroutine)
+
+    async def acall(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the task from a coroutine, whatever kind of flow is around it."""
+        with calling_task():
+            return await cast("Coroutine[Any, Any, Any]", super().__call__(*args, **kwargs))
+
+    def submit(self, *args: Any, **kwargs: Any) -> Any:
+        """Submit the task to the flow's task runner, as Prefect's own."""
+        with calling_task():
+            return cast("Any", super()).submit(*args, **kwargs)
+
+    def map(self, *args: Any, **kwargs: Any) -> Any:
+        """Map the task over iterables on the flow's task runner, as Prefect's own."""
+        with calling_task():
+            return cast("Any", super()).map(*args, **kwargs)
+
+    def with_options(self, **options: Any) -> CrewTask[P, R]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Return a copy with other options, as Prefect's own does."""
+        theirs, ours = options.get("retry_condition_fn"), self.retry_condition_fn
+        if theirs is not None and ours is not None:
+            options["retry_condition_fn"] = _both(cast("Condition", ours), theirs)
+        copy = super().with_options(**options)
+        # Prefect makes a plain Task here whatever the subclass, which differs from ours in its methods only.
+        copy.__class__ = type(self)
+        return cast("CrewTask[P, R]", copy)
+
+
+def _both(ours: Condition, theirs: Any) -> Condition:
+    async def condition(task: Task[..., Any], task_run: TaskRun, state: State[Any]) -> bool:
+        if not await ours(task, task_run, state):
+            return False
+        verdict = theirs(task, task_run, state)
+        return bool(await verdict) if hasattr(verdict, "__await__") else bool(verdict)
+
+    return condition
+
+
+async def _surely_not_done(task: Task[..., Any], task_run: TaskRun, state: State[Any]) -> bool:
+    """Retry a purchase, or an answer for a person, only if the server surely did not take it."""
+    del task, task_run
+    error = await state.aresult(raise_on_failure=False)
+    return isinstance(error, CrewError) and kickoff_fate(error) is KickoffFate.RETRY
+
+
+def _name(parameters: dict[str, Any], verb: str) -> str:
+    crew = parameters.get("crew")
+    label = crew.label if isinstance(crew, DeployedCrew) else str(crew)
+    run = parameters.get("name") or parameters.get("kickoff_id") or ""
+    return f"{verb} {label} {run}".strip()[:200]
+
+
+def _named(verb: str) -> Callable[..., str]:
+    def task_run_name(parameters: dict[str, Any]) -> str:
+        return _name(parameters, verb)
+
+    return task_run_name
+
+
+def _task(verb: str, **options: Any) -> Callable[[Callable[P, Coroutine[Any, Any, R]]], CrewTask[P, R]]:
+    def decorate(function: Callable[P, Coroutine[Any, Any, R]]) -> CrewTask[P, R]:
+        return CrewTask(
+            fn=function, cache_policy=NO_CACHE, tags=["prefect-crew"], task_run_name=_named(verb), **options
+        )
+
+    return decorate
+
+
+async def loaded(crew: DeployedCrew | str) -> DeployedCrew:
+    """Return a crew, loading the block that a text names."""
+    return crew if isinstance(crew, DeployedCrew) else await DeployedCrew.aload(crew)
+
+
+@_task("inputs of", retries=2, retry_delay_seconds=2)
+async def discover_inputs(crew: DeployedCrew | str) -> list[CrewInput]:
+    """Return the inputs that a crew names; empty where it names none.
+
+    Args:
+        crew: A crew, or the name of a stored block.
+
+    Raises:
+        CrewError: `GET /inputs` failed; a crew without it raises NotFoundError.
+    """
+    async with CrewSession(await loaded(crew)) as session:
+        return await session.client.inputs()
+
+
+@_task("kick off", retries=3, retry_delay_seconds=[2, 10, 30], retry_condition_fn=_surely_not_done)
+async def kickoff_crew(
+    crew: DeployedCrew | str,
+    inputs: Mapping[str, Any] | None = None,
+    *,
+    run_key: str | None = None,
+    name: str | None = None,
+    force_new: bool = False,
+    meta: Mapping[str, Any] | None = None,
+    webhooks: Webhooks | None = None,
+) -> str:
+    """Kick a crew off, or find the run that its key already has, and return the kickoff id.
+
+    Args:
+        crew: A crew, or the name of a stored block.
+        inputs: Its inputs, checked against `GET /inputs` first.
+        run_key: The identity of this purchase; left out, one of this flow run that its retries find again.
+        name: The step's name, part of a key that is left out.
+        force_new: Buy whatever the record says.
+        meta: Any JSON object for the crew's webhooks; the run key is added to it.
+        webhooks: Targets of your own.
+
+    Raises:
+        InvalidInputsError: Inputs are missing; nothing was started.
+        RunKeyConflictError: The key belongs to another run; nothing was started.
+        KickoffUncertainError: Nobody knows whether a run was started; it is not sent again.
+        CrewConnectionError, RateLimitedError, ServerError: It surely did not start; Prefect retries this.
+    """
+    run = await open_run(
+        await loaded(crew),
+        inputs or {},
+        run_key=run_key,
+        name=name,
+        force_new=force_new,
+        meta=meta,
+        webhooks=webhooks,
+        inside_own_task=True,
+    )
+    return run.kickoff_id
+
+
+@_task("wait for")
+async def wait_for_crew(
+    crew: DeployedCrew | str,
+    kickoff_id: str,
+    *,
+    run_key: str | None = None,
+    name: str | None = None,
+    wait: WaitPolicy | None = None,
+    output_type: type[BaseModel] | None = None,
+) -> CrewResult:
+    """Wait until a run has ended and return its result. It may be called as often as wanted.
+
+    Args:
+        crew: A crew, or the name of a stored block.
+        kickoff_id: The run.
+        run_key: Its key; left out, the record is found by the id.
+        name: The step's name, for the task run's.
+        wait: How to wait, in place of the block's policy.
+        output_type: A pydantic model that `result.data` is to be an instance of.
+
+    Raises:
+        CrewFailedError, CrewStoppedError, CrewLostError: How the run ended instead.
+        CrewTimeoutError: A time budget is over; the run may go on.
+        OutputTypeError: The result does not fit `output_type`.
+        CrewError: The status call gave no answer for too long.
+    """
+    del name
+    return await wait_for_run(await loaded(crew), kickoff_id, run_key=run_key, wait=wait, output_type=output_type)
+
+
+@_task("resume", retry_condition_fn=_surely_not_done)
+async def resume_crew(
+    crew: DeployedCrew | str,
+    kickoff_id: str,
+    *,
+    feedback: str = "",
+    approve: bool,
+    task_id: str | None = None,
+    webhooks: Webhooks | None = None,
+) -> ResumeAnswer:
+    """Answer for the person that a run waits for; `task_id` left out is the one that the status names.
+
+    Raises:
+        CrewError: The run does not wait, or its task is not known.
+        CrewAPIError, CrewConnectionError: As the server answered, or did not.
+    """
+    return await resume_run(
+        await loaded(crew), kickoff_id, feedback=feedback, approve=approve, task_id=task_id, webhooks=webhooks
+    )
+
+
+@_task("stop")
+async def stop_crew(crew: DeployedCrew | str, kickoff_id: str, *, run_key: str | None = None) -> StopAnswer:
+    """Ask the crew's server to stop a run. An ended run and a missing `/stop` are answers, not errors.
+
+    Raises:
+        CrewError: The server could not be asked.
+    """
+    return await stop_run(await loaded(crew), kickoff_id, run_key=run_key)

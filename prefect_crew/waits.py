@@ -1,0 +1,370 @@
+"""Waiting for one run under Prefect: the loop of `waiting` with a record, an artifact, a log and events around it."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from datetime import datetime, timezone
+from typing import TYPE_CHECKING
+
+import httpx
+from prefect.exceptions import PrefectException
+
+from prefect_crew.api.errors import AuthenticationError, CrewError, CrewLostError, CrewStoppedError, CrewTimeoutError
+from prefect_crew.api.models import CrewResult, CrewState, CrewStatus
+from prefect_crew.events import emit
+from prefect_crew.interrupts import watch_ctrl_c
+from prefect_crew.logs import run_logger
+from prefect_crew.open_runs import OpenRun, recall
+from prefect_crew.outcomes import failure, result_of, typed
+from prefect_crew.record_store import PrefectRecords
+from prefect_crew.records import RecordPhase, StoredResult, utcnow
+from prefect_crew.sessions import CrewSession
+from prefect_crew.stopping import (
+    cancelled_meanwhile,
+    close_stopped,
+    flow_run_id,
+    mark_cancelled,
+    stop_if_asked,
+    stop_once,
+)
+from prefect_crew.waiting import Phases, WaitPolicy, wait_until_ended
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+    from prefect_crew.blocks import DeployedCrew
+
+__all__ = ["find_run", "wait_for_run"]
+
+SHOW_EVERY = 5.0
+"""Seconds, at least, between two updates of the artifact of a run that goes on."""
+_ENDS = {CrewState.COMPLETED: "completed", CrewState.FAILED: "failed", CrewState.STOPPED: "stopped"}
+
+
+async def find_run(crew: DeployedCrew, kickoff_id: str, run_key: str | None = None) -> OpenRun:
+    """Return a run by its id, with its record where one is found. A Prefect API that is away leaves it without."""
+    run = recall(crew, kickoff_id)
+    if run is not None:
+        return run
+    records = PrefectRecords()
+    try:
+        if run_key is None:
+            record = await records.of_kickoff(kickoff_id)
+        else:
+            attempts = await records.attempts(run_key)
+            record = next((attempt for attempt in attempts if attempt.kickoff_id == kickoff_id), None)
+    except (httpx.HTTPError, PrefectException) as error:
+        run_logger().warning("The record of run %s could not be read (%s): waiting without it.", kickoff_id, error)
+        record = None
+    return OpenRun(crew=crew, kickoff_id=kickoff_id, record=record)
+
+
+async def wait_for_run(
+    crew: DeployedCrew,
+    kickoff_id: str,
+    *,
+    run_key: str | None = None,
+    wait: WaitPolicy | None = None,
+    output_type: type[BaseModel] | None = None,
+) -> CrewResult:
+    """Wait until a run has ended and return its result.
+
+    Raises:
+        CrewFailedError, CrewStoppedError, CrewLostError: How it ended instead.
+        CrewTimeoutError: A time budget is over.
+        OutputTypeError: It completed, and its result does not fit `output_type`.
+        CrewError: The status call gave no answer for too long.
+    """
+    run = await find_run(crew, kickoff_id, run_key)
+    async with CrewSession(crew) as session:
+        if run.record is not None and run.record.phase is RecordPhase.ENDED:
+            result = await _recorded(run, session)
+        else:
+            result = await _Waiter(run, session, wait or crew.wait).result()
+    return result if output_type is None else typed(result, output_type)
+
+
+async def _recorded(run: OpenRun, session: CrewSession) -> CrewResult:
+    """Return the result of a run whose end is on record: from the record, else from the status call."""
+    record = run.record
+    assert record is not None  # noqa: S101  the caller looked
+    if record.state is not CrewState.COMPLETED:
+        raise failure(run, record.state, record.error)
+    if record.result is not None:
+        return record.result.result(run.kickoff_id)
+    status = await session.client.status(run.kickoff_id)
+    if status.state is CrewState.UNKNOWN:
+        raise CrewLostError(
+            kickoff_id=run.kickoff_id, crew=run.crew.label, run_key=run.run_key, last_state=str(record.state)
+        )
+    return result_of(run, status)
+
+
+class _CancelledOnServerError(Exception):
+    """This flow run was cancelled, and no runner will tell it."""
+
+
+class _Waiter:
+    """One wait for one run: what `wait_until_ended` tells, and what is done at its end."""
+
+    def __init__(self, run: OpenRun, session: CrewSession, policy: WaitPolicy) -> None:
+        self.run = run
+        self.session = session
+        self.policy = policy
+        self.records = PrefectRecords()
+        self.log = run_logger()
+        self.own = flow_run_id()
+        self.last: CrewStatus | None = None
+        self.troubled = False
+        self._shown_at = 0.0
+        self._artifact_trouble = False
+
+    async def result(self) -> CrewResult:
+        run = self.run
+        with watch_ctrl_c():
+            joined = await self._join()
+            try:
+                status = await self._wait()
+            except asyncio.CancelledError:
+                if run.record is not None:
+                    await stop_if_asked(self.session, run.record, self.records)
+                raise
+            except _CancelledOnServerError:
+                raise await self._stopped_by_cancellation() from None
+            except CrewTimeoutError as error:
+                raise await self._timed_out(error) from error.__cause__
+            except CrewLostError as error:
+                raise await self._lost(error) from None
+            finally:
+                if joined:
+                    await self._leave()
+        await self._close(status)
+        return result_of(run, status)
+
+    async def _wait(self) -> CrewStatus:
+        record = self.run.record
+        phases = Phases(kicked_off_at=time.time())
+        if record is not None and record.kicked_off_at is not None:
+            phases = Phases(
+                kicked_off_at=record.kicked_off_at.timestamp(),
+                human_seconds=record.human_seconds,
+                human_since=None if record.human_since is None else record.human_since.timestamp(),
+            )
+        return await wait_until_ended(
+            lambda: self.session.client.status(self.run.kickoff_id),
+            kickoff_id=self.run.kickoff_id,
+            policy=self.policy,
+            phases=phases,
+            watcher=self,
+            first_look=not self.run.owned,
+        )
+
+    # What wait_until_ended tells.
+
+    async def saw(self, status: CrewStatus) -> None:
+        if self.troubled:
+            self.troubled = False
+            self.log.info("Crew run %s: the status call answers again.", self.run.kickoff_id)
+        before, self.last = self.last, status
+        if before is None or before.raw_state != status.raw_state:
+            self._log_state(status)
+        task_changed = status.current_task is not None and (
+            before is None or before.current_task != status.current_task
+        )
+        if task_changed:
+            self.log.info("Crew run %s: %s%s", self.run.kickoff_id, self._task(status), _progress(status))
+        if status.state.ended:
+            return
+        if before is None or task_changed or before.progress != status.progress or before.state is not status.state:
+            await self._show(status)
+        if await cancelled_meanwhile(self.own):
+            raise _CancelledOnServerError
+
+    def _task(self, status: CrewStatus) -> str:
+        return "" if self.run.show == "none" else self.run.redact(str(status.current_task))[:200]
+
+    def _log_state(self, status: CrewStatus) -> None:
+        if not status.known_state:
+            self.log.warning(
+                "Crew run %s has the state %r, which nobody has documented: it counts as running.",
+                self.run.kickoff_id,
+                status.raw_state,
+            )
+
+    async def person_turn(self, phases: Phases) -> None:
+        record = self.run.record
+        waiting = phases.human_since is not None
+        if waiting:
+            self.log.warning(
+                "Crew run %s waits for a person. Answer on the crew's page, or: prefect-crew resume CREW %s "
+                "--approve or --reject, with --feedback TEXT.",
+                self.run.kickoff_id,
+                self.run.kickoff_id,
+            )
+        if record is None:
+            return
+        record.human_seconds = phases.human_seconds
+        record.human_since = _utc(phases.human_since)
+        if waiting:
+            emit("waiting", record)
+        try:
+            await self.records.save(record)
+        except (httpx.HTTPError, PrefectException) as error:
+            self.log.warning("That run %s waits for a person is not on record: %s", self.run.kickoff_id, error)
+
+    async def trouble(self, error: CrewError, seconds: float) -> None:
+        if not self.troubled:
+            self.troubled = True
+            self.log.warning(
+                "%s This says nothing about the run, which is asked for again.", self.run.redact(str(error))
+            )
+        if await cancelled_meanwhile(self.own):
+            raise _CancelledOnServerError
+
+    async def refused(self, error: AuthenticationError) -> bool:
+        renewed = await self.session.renew()
+        if renewed:
+            self.log.info(
+                "Crew run %s: the stored block has a new token, which is used from now on.", self.run.kickoff_id
+            )
+        return renewed
+
+    # What is done at the end.
+
+    async def _join(self) -> bool:
+        """Note that this flow run waits for somebody else's run, so that they do not stop it under us."""
+        record = self.run.record
+        if record is None or self.run.owned or self.own is None or record.flow_run_id == self.own:
+            return False
+        try:
+            await self.records.add_waiter(record, self.own)
+        except (httpx.HTTPError, PrefectException) as error:
+            self.log.warning("That this flow run waits for run %s is not on record: %s", self.run.kickoff_id, error)
+            return False
+        return True
+
+    async def _leave(self) -> None:
+        assert self.run.record is not None  # noqa: S101  only who joined leaves
+        assert self.own is not None  # noqa: S101
+        try:
+            await self.records.remove_waiter(self.run.record, self.own)
+        except (httpx.HTTPError, PrefectException) as error:
+            self.log.debug("The note that this flow run waits for run %s stays: %s", self.run.kickoff_id, error)
+
+    async def _close(self, status: CrewStatus) -> None:
+        """Write the end down, show it, tell automations: once, by whoever closes the record."""
+        run, record = self.run, self.run.record
+        if record is not None:
+            record.ended_at = utcnow()
+            if await self._closed_already():
+                return
+            masked = run.masked(status)
+            record.phase, record.state = RecordPhase.ENDED, status.state
+            record.error = (masked.error or "")[:500] or None
+            if status.state is CrewState.COMPLETED and run.show == "full":
+                result = status.result()
+                if not run.redact.hides(result.model_dump_json(exclude={"raw"})):
+                    record.result = StoredResult.of(result)
+            try:
+                await self.records.save(record)
+            except (httpx.HTTPError, PrefectException) as error:
+                self.log.warning("The end of run %s is not on record: %s", run.kickoff_id, error)
+            emit(
+                _ENDS[status.state],
+                record,
+                once=True,
+                state=str(status.state),
+                error=record.error,
+                execution_time=status.execution_time,
+            )
+        self.log.info("Crew run %s %s.", run.kickoff_id, _ENDS[status.state])
+        await self._show(status, force=True)
+
+    async def _closed_already(self) -> bool:
+        """Return whether another waiter has closed the record of a run that is not ours."""
+        record = self.run.record
+        if record is None or self.run.owned:
+            return False
+        try:
+            standing = await self.records.of_kickoff(self.run.kickoff_id)
+        except (httpx.HTTPError, PrefectException):
+            return False
+        return standing is not None and standing.phase is RecordPhase.ENDED
+
+    async def _stopped_by_cancellation(self) -> CrewStoppedError:
+        if self.run.record is not None:
+            await stop_if_asked(self.session, self.run.record, self.records)
+        if self.own is not None:
+            try:
+                await mark_cancelled(self.own)
+            except (httpx.HTTPError, PrefectException) as error:
+                self.log.warning("This flow run stays in Cancelling: %s", error)
+        return CrewStoppedError(kickoff_id=self.run.kickoff_id, crew=self.run.crew.label, run_key=self.run.run_key)
+
+    async def _timed_out(self, error: CrewTimeoutError) -> CrewTimeoutError:
+        run, record = self.run, self.run.record
+        stopped = False
+        if self.policy.on_timeout == "stop":
+            stopped = await self._stop_late()
+        full = CrewTimeoutError(
+            kickoff_id=run.kickoff_id,
+            phase=error.phase,
+            budget=error.budget,
+            last_state=error.last_state,
+            crew=run.crew.label,
+            run_key=run.run_key,
+            stopped=stopped,
+        )
+        if record is not None:
+            emit("timed_out", record, phase=error.phase, budget=error.budget)
+        await self._show(self.last, force=True, note=str(full))
+        return full
+
+    async def _stop_late(self) -> bool:
+        """Stop a run that is over its time; False where somebody else waits for it, or it cannot be stopped."""
+        record = self.run.record
+        try:
+            if record is None:
+                return (await self.session.client.stop(self.run.kickoff_id)).accepted
+            if others := await self.records.other_waiters(record, self.own):
+                self.log.warning("Crew run %s is left running: %s wait for it too.", self.run.kickoff_id, others)
+                return False
+            answer = await stop_once(self.session, record)
+            await close_stopped(record, answer, self.records)
+        except (CrewError, httpx.HTTPError, PrefectException) as error:
+            self.log.warning("Crew run %s could not be stopped: %s", self.run.kickoff_id, self.run.redact(str(error)))
+            return False
+        return answer.accepted
+
+    async def _lost(self, error: CrewLostError) -> CrewLostError:
+        run, record = self.run, self.run.record
+        full = CrewLostError(
+            kickoff_id=run.kickoff_id, crew=run.crew.label, run_key=run.run_key, last_state=error.last_state
+        )
+        if record is not None:
+            emit("lost", record, once=True)
+        await self._show(CrewStatus(kickoff_id=run.kickoff_id, state=CrewState.UNKNOWN), force=True, note=str(full))
+        return full
+
+    async def _show(self, status: CrewStatus | None, *, force: bool = False, note: str | None = None) -> None:
+        """Bring the artifact up to date, every few seconds at most, and complain once if that does not work."""
+        now = time.monotonic()
+        if not force and now - self._shown_at < SHOW_EVERY:
+            return
+        self._shown_at = now
+        view = self.run.view(status, notes=[self.run.redact(note)] if note else [])
+        trouble = await self.run.shown_by().update(view)
+        if trouble and not self._artifact_trouble:
+            self._artifact_trouble = True
+            self.log.warning("The artifact of run %s could not be updated: %s", self.run.kickoff_id, trouble)
+
+
+def _progress(status: CrewStatus) -> str:
+    if status.total_tasks:
+        return f" ({status.completed_tasks or 0} of {status.total_tasks} tasks done)"
+    return f" ({status.progress:.0%})" if status.progress is not None else ""
+
+
+def _utc(seconds: float | None) -> datetime | None:
+    return None if seconds is None else datetime.fromtimestamp(seconds, timezone.utc)
