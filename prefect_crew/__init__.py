@@ -1,43 +1,52 @@
-"""Run deployed CrewAI crews from Prefect: one crew, pipelines, batches; never twice, never lost."""
+"""Run deployed CrewAI crews from Prefect: one crew, pipelines, batches; never twice, never lost.
+
+Prefect imports this package whenever it starts, so only the block, which Prefect has to see, is loaded with it; every
+other name is loaded when it is first used.
+"""
 
 from __future__ import annotations
 
-from prefect_crew.api.client import CrewClient
-from prefect_crew.api.errors import (
-    AuthenticationError,
-    ConfigurationError,
-    CrewAPIError,
-    CrewConnectionError,
-    CrewError,
-    CrewFailedError,
-    CrewLostError,
-    CrewStoppedError,
-    CrewTimeoutError,
-    InvalidInputsError,
-    KickoffUncertainError,
-    NotFoundError,
-    OutputTypeError,
-    PipelineFailedError,
-    RateLimitedError,
-    ResponseFormatError,
-    RunKeyConflictError,
-    ServerError,
-)
-from prefect_crew.api.models import (
-    CrewInput,
-    CrewResult,
-    CrewState,
-    CrewStatus,
-    ResumeAnswer,
-    StopAnswer,
-    TaskResult,
-    TokenUsage,
-)
-from prefect_crew.api.webhooks import BasicAuth, BearerAuth, HumanInputWebhook, StreamWebhook, Webhooks
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from prefect_crew.blocks import CrewRun, DeployedCrew
-from prefect_crew.runs import arun_crew, get_result, run_crew, run_deployed_crew
-from prefect_crew.tasks import discover_inputs, kickoff_crew, resume_crew, stop_crew, wait_for_crew
-from prefect_crew.waiting import WaitPolicy
+
+if TYPE_CHECKING:
+    from prefect_crew.api.client import CrewClient
+    from prefect_crew.api.errors import (
+        AuthenticationError,
+        ConfigurationError,
+        CrewAPIError,
+        CrewConnectionError,
+        CrewError,
+        CrewFailedError,
+        CrewLostError,
+        CrewStoppedError,
+        CrewTimeoutError,
+        InvalidInputsError,
+        KickoffUncertainError,
+        NotFoundError,
+        OutputTypeError,
+        PipelineFailedError,
+        RateLimitedError,
+        ResponseFormatError,
+        RunKeyConflictError,
+        ServerError,
+    )
+    from prefect_crew.api.models import (
+        CrewInput,
+        CrewResult,
+        CrewState,
+        CrewStatus,
+        ResumeAnswer,
+        StopAnswer,
+        TaskResult,
+        TokenUsage,
+    )
+    from prefect_crew.api.webhooks import BasicAuth, BearerAuth, HumanInputWebhook, StreamWebhook, Webhooks
+    from prefect_crew.runs import arun_crew, get_result, run_crew, run_deployed_crew
+    from prefect_crew.tasks import discover_inputs, kickoff_crew, resume_crew, stop_crew, wait_for_crew
+    from prefect_crew.waiting import WaitPolicy
 
 __all__ = [
     "AuthenticationError",
@@ -85,3 +94,61 @@ __all__ = [
     "stop_crew",
     "wait_for_crew",
 ]
+
+_HOMES = {
+    "AuthenticationError": "api.errors",
+    "BasicAuth": "api.webhooks",
+    "BearerAuth": "api.webhooks",
+    "ConfigurationError": "api.errors",
+    "CrewAPIError": "api.errors",
+    "CrewClient": "api.client",
+    "CrewConnectionError": "api.errors",
+    "CrewError": "api.errors",
+    "CrewFailedError": "api.errors",
+    "CrewInput": "api.models",
+    "CrewLostError": "api.errors",
+    "CrewResult": "api.models",
+    "CrewState": "api.models",
+    "CrewStatus": "api.models",
+    "CrewStoppedError": "api.errors",
+    "CrewTimeoutError": "api.errors",
+    "HumanInputWebhook": "api.webhooks",
+    "InvalidInputsError": "api.errors",
+    "KickoffUncertainError": "api.errors",
+    "NotFoundError": "api.errors",
+    "OutputTypeError": "api.errors",
+    "PipelineFailedError": "api.errors",
+    "RateLimitedError": "api.errors",
+    "ResponseFormatError": "api.errors",
+    "ResumeAnswer": "api.models",
+    "RunKeyConflictError": "api.errors",
+    "ServerError": "api.errors",
+    "StopAnswer": "api.models",
+    "StreamWebhook": "api.webhooks",
+    "TaskResult": "api.models",
+    "TokenUsage": "api.models",
+    "WaitPolicy": "waiting",
+    "Webhooks": "api.webhooks",
+    "arun_crew": "runs",
+    "discover_inputs": "tasks",
+    "get_result": "runs",
+    "kickoff_crew": "tasks",
+    "resume_crew": "tasks",
+    "run_crew": "runs",
+    "run_deployed_crew": "runs",
+    "stop_crew": "tasks",
+    "wait_for_crew": "tasks",
+}
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{home}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -11,7 +11,6 @@ from prefect.blocks.abstract import JobBlock, JobRun
 from pydantic import Field, HttpUrl, SecretStr, field_validator, model_validator
 
 from prefect_crew.api._http import checked_url
-from prefect_crew.api.client import CrewClient
 from prefect_crew.api.models import CrewResult, ResumeAnswer, StopAnswer
 from prefect_crew.dual import dual
 from prefect_crew.redaction import Redactor
@@ -19,6 +18,7 @@ from prefect_crew.settings import CrewSettings
 from prefect_crew.waiting import WaitPolicy
 
 if TYPE_CHECKING:
+    from prefect_crew.api.client import CrewClient
     from prefect_crew.api.webhooks import Webhooks
 
 __all__ = ["CrewRun", "DeployedCrew"]
@@ -118,6 +118,8 @@ class DeployedCrew(JobBlock[CrewResult]):
 
     def client(self, *, transport: httpx.AsyncBaseTransport | None = None) -> CrewClient:
         """Return a client for it, to be used as an async context manager."""
+        from prefect_crew.api.client import CrewClient
+
         return CrewClient(
             self.url,
             self.token,
