@@ -69,7 +69,7 @@ def task_label(task: Task) -> str:
     if task.name:
         return task.name
     description = " ".join(task.description.split())
-    return description if len(description) <= 60 else f"{description[:59]}…"
+    return description if len(description) <= 60 else f"{description[:59].rstrip()}…"
 
 
 def task_result(task: Task, output: TaskOutput) -> TaskResult:
