@@ -216,6 +216,7 @@ class Execution:
             "event": "ended",
             "id": self.id,
             "state": str(self.state),
+            "planned": self.planned,
             "output": self.output,
             "data": self.data,
             "tasks": [task.model_dump(mode="json") for task in self.tasks],
@@ -229,6 +230,7 @@ class Execution:
         self.output, self.data, self.error = entry.get("output"), entry.get("data"), entry.get("error")
         self.tasks = [TaskResult.model_validate(task) for task in cast("list[Any]", entry.get("tasks") or [])]
         self.usage = TokenUsage.model_validate(entry["usage"]) if entry.get("usage") else None
+        self.planned = list(cast("list[str]", entry.get("planned") or []))
         self._seconds = entry.get("seconds")
         self.state = CrewState(entry["state"])
 

@@ -10,8 +10,9 @@ In text, on the command line and in YAML:
     kickoff:early-404=3              each run is unknown to its first three status calls
     any:latency=0.5                  half a second on everything
 
-WHEN is counted from 1 over the requests of that place (for webhooks, over deliveries): `3`, `1,4`, `2-5`, `3-`. Left
-out, it is every one. In Python, `Fault("kickoff", "drop-after-accept", on=1)` is the same as its text.
+WHEN is counted from 1 over the requests of that place (for webhooks, over deliveries) since the fault was there:
+`3`, `1,4`, `2-5`, `3-`. Left out, it is every one. In Python, `Fault("kickoff", "drop-after-accept", on=1)` is the same
+as its text.
 
 A fault `-before-accept` comes instead of the work; one `-after-accept` comes once the work was done and only the answer
 goes wrong. With neither it is before.
@@ -200,15 +201,17 @@ class Faults:
         self.seed = seed
         self.fired: list[Fired] = []
         self.visits: Counter[str] = Counter()
-        self._faults: list[Fault] = []
+        self._faults: list[tuple[Fault, int]] = []
         self.add(*faults)
 
     def __iter__(self) -> Iterator[Fault]:
-        return iter(self._faults)
+        return iter([fault for fault, _ in self._faults])
 
     def add(self, *faults: Fault | str) -> None:
-        """Add faults while the server runs. Occurrences go on being counted from its start."""
-        self._faults = [*self._faults, *(Fault.parse(item) if isinstance(item, str) else item for item in faults)]
+        """Add faults, also while the server runs: the occurrences of each are counted from when it was added."""
+        for item in faults:
+            fault = Fault.parse(item) if isinstance(item, str) else item
+            self._faults = [*self._faults, (fault, self.visits[fault.where])]  # replaced, since another thread reads it
 
     def clear(self) -> None:
         """From now on, do nothing wrong. What already happened to a run stays."""
@@ -219,10 +222,11 @@ class Faults:
         met: list[Fault] = []
         for place in places:
             self.visits[place] += 1
-        for index, fault in enumerate(self._faults):
-            if fault.where in places and fault.hits(self.visits[fault.where], f"{self.seed}:{index}"):
+        for index, (fault, before) in enumerate(self._faults):
+            occurrence = self.visits[fault.where] - before
+            if fault.where in places and fault.hits(occurrence, f"{self.seed}:{index}"):
                 met.append(fault)
-                self.fired.append(Fired(fault, places[0], self.visits[fault.where]))
+                self.fired.append(Fired(fault, places[0], occurrence))
         return met
 
 

@@ -4,8 +4,8 @@ One JSON object a line, flushed to the disk before the server answers, so that a
 again with the same file still knows what it promised. A line cut off by the crash is ignored.
 
     {"event": "accepted", "id": …, "crew": …, "at": …, "inputs": {…}, "meta": {…}, "hooks": {…}}
-    {"event": "ended", "id": …, "state": …, "output": …, "data": …, "tasks": […], "usage": {…}, "error": …,
-     "seconds": …}
+    {"event": "ended", "id": …, "state": …, "planned": […], "output": …, "data": …, "tasks": […], "usage": {…},
+     "error": …, "seconds": …}
 
 The file holds the webhooks' URLs and tokens, since runs that start again need them: it is made readable for its owner
 only.

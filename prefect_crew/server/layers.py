@@ -88,7 +88,8 @@ class FaultLayer:
         answer = _Answer()
         if fault.after:
             await self._app(scope, receive, answer.send)
-            if answer.status >= 400:  # nothing was accepted, so there is no "after"
+            # Nothing was accepted, so there is no "after"; but any answer can be cut off.
+            if answer.status >= 400 and fault.kind.name != "cut":
                 await answer.replay(counted)
                 return
         else:
@@ -113,7 +114,7 @@ class _Answer:
 
     @property
     def status(self) -> int:
-        return next((m["status"] for m in self.messages if m["type"] == "http.response.start"), 500)
+        return next((m["status"] for m in self.messages if m["type"] == "http.response.start"), 200)
 
     @property
     def body(self) -> bytes:
@@ -173,7 +174,7 @@ async def _timeout(request: _Request) -> None:
 async def _cut(request: _Request) -> None:
     body = request.answer.body or b'{"status":"running"}'
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    await request.send({"type": "http.response.start", "status": 200, "headers": headers})
+    await request.send({"type": "http.response.start", "status": request.answer.status, "headers": headers})
     await request.send({"type": "http.response.body", "body": body[: len(body) // 2], "more_body": True})
     await asyncio.sleep(0.05)  # aborting a connection throws away what is still to be written
     await _drop(request)

@@ -18,13 +18,14 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
 from jinja2 import StrictUndefined, TemplateError, TemplateSyntaxError
 from jinja2.sandbox import SandboxedEnvironment
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from prefect_crew.api.models import CrewInput, TaskResult, TokenUsage
+from prefect_crew.server.faults import Fault
 from prefect_crew.server.program import Outcome, ProgramError, Run
 
 __all__ = ["CrewScript", "InputSpec", "ScriptedProgram", "StepSpec", "TaskSpec"]
@@ -60,6 +61,15 @@ class InputSpec(_Part):
     required: bool = Field(default=True, description="A kickoff without a required input is answered with 422.")
     description: str | None = Field(default=None, description="What the input is for.")
     default: Any = Field(default="", description="What templates see when the input is not given.")
+
+
+def _named(value: Any) -> Any:
+    return {"name": value} if isinstance(value, str) else value
+
+
+def _fault(text: str) -> str:
+    Fault.parse(text)
+    return text
 
 
 class StepSpec(_Part):
@@ -108,14 +118,14 @@ class CrewScript(_Part):
 
     name: str = Field(min_length=1, description="Name of the crew.")
     description: str | None = Field(default=None, description="What the crew does.")
-    inputs: list[InputSpec | str] = Field(
-        default_factory=list[InputSpec | str], description="Names of the inputs, or more about each."
+    inputs: list[Annotated[InputSpec, BeforeValidator(_named, json_schema_input_type=str | InputSpec)]] = Field(
+        default_factory=list[InputSpec], description="Names of the inputs, or more about each."
     )
     tasks: list[TaskSpec] = Field(min_length=1, description="What the crew does, in order.")
     output: str | None = Field(default=None, description="The result, a template; left out, the last task's output.")
     data: Any = Field(default=None, description="The structured result; left out, the last task's data.")
     usage: TokenUsage | None = Field(default=None, description="Tokens that a run reports.")
-    faults: list[str] = Field(
+    faults: list[Annotated[str, AfterValidator(_fault)]] = Field(
         default_factory=list[str], description="What the server does wrong, such as kickoff:drop-after-accept@1."
     )
     seed: int = Field(default=0, description="Seed of the faults that come at random.")
@@ -124,15 +134,10 @@ class CrewScript(_Part):
 
     @model_validator(mode="after")
     def _unique(self) -> CrewScript:
-        for what, names in (("inputs", [i.name for i in self.input_specs]), ("tasks", [t.name for t in self.tasks])):
+        for what, names in (("inputs", [i.name for i in self.inputs]), ("tasks", [t.name for t in self.tasks])):
             if twice := sorted({name for name in names if names.count(name) > 1}):
                 raise ValueError(f"{what} with the same name: {', '.join(twice)}")
         return self
-
-    @property
-    def input_specs(self) -> list[InputSpec]:
-        """The inputs, each in its long form."""
-        return [InputSpec(name=item) if isinstance(item, str) else item for item in self.inputs]
 
 
 class ScriptedProgram:
@@ -150,7 +155,7 @@ class ScriptedProgram:
         self.speed = speed
         self._inputs = [
             CrewInput(name=spec.name, type=spec.type, description=spec.description, required=spec.required)
-            for spec in script.input_specs
+            for spec in script.inputs
         ]
 
     @property
@@ -168,7 +173,7 @@ class ScriptedProgram:
         Raises:
             ProgramError: A task says so, a template needs what is not there, or a task was rejected too often.
         """
-        given = {spec.name: spec.default for spec in self.script.input_specs} | dict(run.inputs)
+        given = {spec.name: spec.default for spec in self.script.inputs} | dict(run.inputs)
         done: dict[str, TaskResult] = {}
         scope: dict[str, Any] = {**given, "inputs": given, "tasks": done, "previous": "", "kickoff_id": run.id}
         run.plan([task.name for task in self.script.tasks])

@@ -66,12 +66,15 @@ def parse_script(text: str, *, source: str = "script") -> CrewScript:
         raise ScriptError(f"{source}{where}: not YAML: {getattr(error, 'problem', None) or error}") from None
     if not isinstance(value, dict):
         raise ScriptError(f"{source}:1:1: a crew is a mapping with a name and tasks, not {type(value).__name__}")
-    if twice := _repeated(node):
-        raise ScriptError(f"{source}{_position(twice)}: {twice.value} is given twice")
     try:
+        if twice := _repeated(node):
+            line, column = _position(twice)
+            raise ScriptError(f"{source}:{line}:{column}: {_plain(twice.value)} is given twice")
         return CrewScript.model_validate(value)
     except ValidationError as error:
-        raise ScriptError("\n".join(dict.fromkeys(_lines(error, node, source)))) from None
+        raise ScriptError("\n".join(_lines(error, node, source))) from None
+    except RecursionError:
+        raise ScriptError(f"{source}:1:1: something in it holds itself, or is nested too deep") from None
 
 
 def schema() -> dict[str, Any]:
@@ -80,24 +83,31 @@ def schema() -> dict[str, Any]:
 
 
 def _lines(error: ValidationError, root: yaml.Node | None, source: str) -> list[str]:
-    lines: list[str] = []
+    said: dict[tuple[int, int, str], list[str]] = {}
     for item in error.errors(include_url=False, include_context=False):
         path = [part for part in item["loc"] if part not in _UNION_ARMS]
-        node, known = _find(root, path)
-        name = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).lstrip(".")
+        mark = _find(root, path)
+        name = "".join(f"[{part}]" if isinstance(part, int) else f".{_plain(part)}" for part in path).lstrip(".")
         message = item["msg"].removeprefix("Value error, ")
         message = "there is no such field" if item["type"] == "extra_forbidden" else message
-        at = _position(node) if known or node is not None else ""
-        lines.append(f"{source}{at}: {f'{name}: ' if name else ''}{message}")
-    return lines
+        said.setdefault((*mark, name), []).append(message)
+    return [
+        # Several messages about one place are the alternatives of a union.
+        f"{source}:{line}:{column}: {f'{name}: ' if name else ''}{' or '.join(dict.fromkeys(messages))}"
+        for (line, column, name), messages in sorted(said.items())
+    ]
 
 
-_UNION_ARMS = ("InputSpec", "str", "float", "function-after[_positive(), float]")
+def _plain(key: str) -> str:
+    return key if key.isprintable() else ascii(key)
+
+
+_UNION_ARMS = ("str", "float")
 """What pydantic puts into an error's place for the alternatives of a union; nobody's field has these names."""
 
 
-def _find(node: yaml.Node | None, path: list[Any]) -> tuple[yaml.Node | None, bool]:
-    """Follow a path into the YAML as far as it goes; return the node there, and whether it is the one itself."""
+def _find(node: yaml.Node | None, path: list[Any]) -> tuple[int, int]:
+    """Follow a path into the YAML as far as it goes; return the line and column there, from 1."""
     for part in path:
         child: yaml.Node | None = None
         if isinstance(node, yaml.MappingNode):
@@ -105,13 +115,13 @@ def _find(node: yaml.Node | None, path: list[Any]) -> tuple[yaml.Node | None, bo
         elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
             child = node.value[part]
         if child is None:
-            return node, False
+            break
         node = child
-    return node, True
+    return _position(node)
 
 
-def _position(node: yaml.Node | None) -> str:
-    return f":{node.start_mark.line + 1}:{node.start_mark.column + 1}" if node is not None else ""
+def _position(node: yaml.Node | None) -> tuple[int, int]:
+    return (node.start_mark.line + 1, node.start_mark.column + 1) if node is not None else (1, 1)
 
 
 def _repeated(node: yaml.Node | None) -> yaml.ScalarNode | None:
