@@ -124,8 +124,8 @@ class _Watch:
         if isinstance(event, AgentLogsExecutionEvent):
             said = event.formatted_answer
             if isinstance(said, AgentAction):
-                if said.thought:
-                    tell(run.step, agent=event.agent_role, kind="thought", content=said.thought)
+                if thought := said.thought.removeprefix("Thought:").strip():
+                    tell(run.step, agent=event.agent_role, kind="thought", content=thought)
             else:
                 content, _ = result_of(getattr(said, "output", said))
                 tell(run.step, agent=event.agent_role, kind="final_answer", content=content)

@@ -216,3 +216,30 @@ class Paused(Flow):
     @listen(show_again)
     def finish(self, seen: Any) -> str:
         return f"{seen.output} / {seen.feedback}"
+
+
+def brief() -> Crew:
+    return crew_of(job("brief", "Write about {topic}.", worker("Writer", OfflineLLM(model="offline", seconds=0.2))))
+
+
+def breaks_later() -> Crew:
+    """Build a crew when it is loaded, and fail for each run."""
+    CALLS["breaks later"] += 1
+    if CALLS["breaks later"] % 3 == 0:
+        raise RuntimeError("the recipe is lost")
+    return failing()
+
+
+class LeavingLLM(OfflineLLM):
+    def reply(self, prompt: str) -> str:
+        raise SystemExit
+
+
+def leaves() -> Crew:
+    return crew_of(job("leave", "Leave.", worker("Leaver", LeavingLLM(model="leaving"))))
+
+
+class Speechless(Flow):
+    @start()
+    def fail(self) -> None:
+        raise KeyError
