@@ -61,7 +61,8 @@ def check(found: Any) -> None:
     """What came out can be shown and sent on."""
     repr(found).encode()
     if hasattr(found, "model_dump"):
-        json.dumps(found.model_dump(exclude={"raw", "data", "meta", "tasks", "events"})).encode()
+        text = found.model_dump(exclude={"raw", "data", "meta", "tasks", "events"})
+        json.dumps(text, ensure_ascii=False).encode()
 
 
 @pytest.mark.parametrize("parser", PARSERS)
