@@ -17,59 +17,59 @@ from prefect.exceptions import PrefectException
 
 from prefect_crew.rendering import RunView, render_run
 
-__all__ = ["RunArtifact", "artifact_key"]
+__all__ = ["MarkdownArtifact", "RunArtifact", "artifact_key"]
 
 
-def artifact_key(label: str) -> str:
+def artifact_key(label: str, *, prefix: str = "crew") -> str:
     """Return the artifact key of a crew: lower-case letters, digits and dashes, as Prefect demands."""
-    return "crew-" + (re.sub(r"[^a-z0-9]+", "-", label.lower()).strip("-") or "run")
+    return f"{prefix}-" + (re.sub(r"[^a-z0-9]+", "-", label.lower()).strip("-") or "run")
 
 
-class RunArtifact:
-    """The artifact of one run. Its methods never fail the run: they return the trouble as text, or None."""
+class MarkdownArtifact:
+    """One artifact that is made once and then updated, told from others under its key by its description.
 
-    def __init__(self, crew: str, kickoff_id: str, *, flow_run_id: str | None) -> None:
-        self.key = artifact_key(crew)
-        self.description = f"Run {kickoff_id} of crew {crew}"
+    Its methods never fail what they show: they return the trouble as text, or None.
+    """
+
+    def __init__(self, key: str, description: str, *, flow_run_id: str | None = None) -> None:
+        self.key = key
+        self.description = description
         self._flow_run_id = flow_run_id
         self._id: UUID | None = None
 
-    async def create(self, view: RunView) -> str | None:
+    async def put(self, data: str, *, new: bool = False) -> str | None:
+        """Bring the artifact to `data`; make it if there is none (any more). `new`: it surely is not there yet."""
+        try:
+            async with get_client() as client:
+                artifact_id = self._id or (None if new else await self._find())
+                if artifact_id is None:
+                    await self._create(data)
+                else:
+                    self._id = artifact_id
+                    await client.update_artifact(artifact_id, ArtifactUpdate(data=data))
+        except (httpx.HTTPError, PrefectException) as error:
+            return f"{type(error).__name__}: {error}".splitlines()[0]
+        return None
+
+    async def _create(self, data: str) -> None:
         """Make the artifact, of the flow and task run that this is called from."""
         flow_context, task_context = FlowRunContext.get(), TaskRunContext.get()
         flow_run = None if flow_context is None else flow_context.flow_run
-        try:
-            async with get_client() as client:
-                made = await client.create_artifact(
-                    ArtifactCreate(
-                        key=self.key,
-                        type="markdown",
-                        description=self.description,
-                        data=render_run(view),
-                        flow_run_id=None if flow_run is None else flow_run.id,
-                        task_run_id=None if task_context is None else task_context.task_run.id,
-                    )
+        async with get_client() as client:
+            made = await client.create_artifact(
+                ArtifactCreate(
+                    key=self.key,
+                    type="markdown",
+                    description=self.description,
+                    data=data,
+                    flow_run_id=None if flow_run is None else flow_run.id,
+                    task_run_id=None if task_context is None else task_context.task_run.id,
                 )
-        except (httpx.HTTPError, PrefectException) as error:
-            return _trouble(error)
+            )
         self._id = made.id
-        return None
-
-    async def update(self, view: RunView) -> str | None:
-        """Bring the artifact up to date; make it if there is none (any more)."""
-        try:
-            async with get_client() as client:
-                artifact_id = self._id or await self._find()
-                if artifact_id is None:
-                    return await self.create(view)
-                self._id = artifact_id
-                await client.update_artifact(artifact_id, ArtifactUpdate(data=render_run(view)))
-        except (httpx.HTTPError, PrefectException) as error:
-            return _trouble(error)
-        return None
 
     async def _find(self) -> UUID | None:
-        """Return the artifact that another process made for this run."""
+        """Return the artifact that another process, or an earlier attempt of this flow run, made for the same."""
         if self._flow_run_id is None:
             return None
         async with get_client() as client:
@@ -82,5 +82,18 @@ class RunArtifact:
         return next((artifact.id for artifact in found if artifact.description == self.description), None)
 
 
-def _trouble(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0]
+class RunArtifact:
+    """The artifact of one run."""
+
+    def __init__(self, crew: str, kickoff_id: str, *, flow_run_id: str | None) -> None:
+        self._artifact = MarkdownArtifact(
+            artifact_key(crew), f"Run {kickoff_id} of crew {crew}", flow_run_id=flow_run_id
+        )
+
+    async def create(self, view: RunView) -> str | None:
+        """Make the artifact; return the trouble, if any."""
+        return await self._artifact.put(render_run(view), new=True)
+
+    async def update(self, view: RunView) -> str | None:
+        """Bring the artifact up to date, or make it; return the trouble, if any."""
+        return await self._artifact.put(render_run(view))

@@ -11,7 +11,7 @@ from typing import Any, ParamSpec, TypeVar
 
 from prefect.context import FlowRunContext, TaskRunContext
 
-__all__ = ["dual", "in_async_context", "run_sync"]
+__all__ = ["dual", "in_async_context", "refuse_running_loop", "run_sync"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -25,6 +25,18 @@ def in_async_context() -> bool:
     if flow_context is not None and flow_context.flow is not None:
         return bool(flow_context.flow.isasync)
     return _loop_runs()
+
+
+def refuse_running_loop(sync_name: str, async_name: str) -> None:
+    """Raise if an event loop runs in this thread, which a sync call would block.
+
+    Raises:
+        RuntimeError: It names the async one.
+    """
+    if _loop_runs():
+        raise RuntimeError(
+            f"{sync_name}() would block the event loop that runs here: use `await {async_name}(...)` instead."
+        )
 
 
 def _loop_runs() -> bool:

@@ -16,7 +16,7 @@ from prefect_crew.api.inputs import encode_inputs
 from prefect_crew.api.models import CrewState, CrewStatus, TaskResult, TokenUsage
 from prefect_crew.redaction import MASK
 
-__all__ = ["RunView", "cell", "prose", "render_run"]
+__all__ = ["RunView", "cell", "code", "duration", "prose", "render_run", "table"]
 
 OUTPUT_CAP = 60_000
 """Characters of a result that an artifact shows; Prefect Cloud refuses bodies over 5 MiB."""
@@ -90,7 +90,7 @@ def prose(text: str) -> str:
     return _plain(" ".join(text.split()))
 
 
-def _code(text: str) -> str:
+def code(text: str) -> str:
     """Return text as inline code, whatever backticks it holds."""
     flat = " ".join(text.split()).translate(_TURNS).replace("|", "¦")
     runs = [len(run) for run in re.findall(r"`+", flat)]
@@ -106,29 +106,29 @@ def _fenced(text: str, cap: int = OUTPUT_CAP) -> str:
 
 
 def _facts(view: RunView) -> str:
-    rows = [("Run", _code(view.kickoff_id))]
+    rows = [("Run", code(view.kickoff_id))]
     if view.run_key:
-        rows.append(("Run key", _code(view.run_key)))
+        rows.append(("Run key", code(view.run_key)))
     if view.started_at:
         rows.append(("Kicked off", f"{view.started_at:%Y-%m-%d %H:%M:%S} UTC"))
     if view.ended_at:
         rows.append(("Ended", f"{view.ended_at:%Y-%m-%d %H:%M:%S} UTC"))
     status = view.status
     if status is not None and status.execution_time is not None:
-        rows.append(("Execution time", _seconds(status.execution_time)))
+        rows.append(("Execution time", duration(status.execution_time)))
     if status is not None and status.current_task and not view.state.ended and view.show != "none":
         rows.append(("Current task", cell(status.current_task)))
     if status is not None and status.message and view.state is not CrewState.FAILED and view.show == "full":
         rows.append(("Message", cell(status.message)))
     if view.price is not None:
         rows.append(("Price", f"{view.price:g}"))
-    return _table(("", ""), rows)
+    return table(("", ""), rows)
 
 
 def _inputs(view: RunView) -> str:
     shown = {name: MASK if name in view.secret_inputs else value for name, value in (view.inputs or {}).items()}
     rows = [(f"**{cell(name)}**", cell(str(text))) for name, text in encode_inputs(shown).items()]
-    return "### Inputs\n\n" + _table(("Input", "Value"), rows)
+    return "### Inputs\n\n" + table(("Input", "Value"), rows)
 
 
 def _tasks(tasks: Sequence[TaskResult], *, with_output: bool) -> str:
@@ -144,18 +144,18 @@ def _tasks(tasks: Sequence[TaskResult], *, with_output: bool) -> str:
     for task, seconds in zip(tasks, times, strict=True):
         row = [cell(task.name or "–", 80), cell(task.agent or "–", 60)]
         if timed:
-            row += ["–", ""] if seconds is None else [_seconds(seconds), _bar(seconds / total)]
+            row += ["–", ""] if seconds is None else [duration(seconds), _bar(seconds / total)]
         if with_output:
             row.append(cell(task.output or "", 120))
         rows.append(row)
-    return "### Tasks\n\n" + _table(header, rows)
+    return "### Tasks\n\n" + table(header, rows)
 
 
 def _usage(usage: TokenUsage) -> str:
     counts = [(name.replace("_", " "), count) for name, count in usage if count is not None]
     if not counts:
         return ""
-    return "### Usage\n\n" + _table([name for name, _ in counts], [[f"{count:,}" for _, count in counts]])
+    return "### Usage\n\n" + table([name for name, _ in counts], [[f"{count:,}" for _, count in counts]])
 
 
 def _result(view: RunView, output: str) -> str:
@@ -200,7 +200,8 @@ def _outside_code(line: str) -> str:
     return "".join(part if part.startswith("`") else part.replace("<", "&lt;") for part in parts)
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table of cells that are Markdown already."""
     lines = [f"| {' | '.join(header)} |", f"|{' --- |' * len(header)}"]
     lines += [f"| {' | '.join(row)} |" for row in rows]
     return "\n".join(lines)
@@ -211,7 +212,8 @@ def _bar(share: float) -> str:
     return f"{'█' * full}{'░' * (BAR - full)} {share:.0%}"
 
 
-def _seconds(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Return seconds as people say them."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)

@@ -18,7 +18,7 @@ from pydantic import BaseModel, Field
 from prefect_crew.api.errors import ConfigurationError, CrewError, CrewLostError
 from prefect_crew.api.models import CrewResult, CrewState
 from prefect_crew.blocks import DeployedCrew
-from prefect_crew.dual import dual
+from prefect_crew.dual import dual, refuse_running_loop
 from prefect_crew.open_runs import OpenRun
 from prefect_crew.outcomes import failure, typed
 from prefect_crew.record_store import PrefectRecords
@@ -117,12 +117,7 @@ def run_crew(
         RuntimeError: An event loop runs in this thread, which this call would block: `await arun_crew(…)` there.
         CrewError: As `arun_crew`.
     """
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        pass
-    else:
-        raise RuntimeError("run_crew() would block the event loop that runs here: use `await arun_crew(...)` instead.")
+    refuse_running_loop("run_crew", "arun_crew")
     return asyncio.run(
         arun_crew(
             crew,

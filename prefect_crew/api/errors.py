@@ -430,11 +430,13 @@ class PipelineFailedError(CrewError):
         self.results = dict(results)
         self.errors = dict(errors)
         self.run_key = run_key
-        why = "; ".join(f"{name}: {excerpt(str(errors[name]), 200)}" for name in self.failed if name in errors)
+        why = "; ".join(
+            f"{name}: {excerpt(str(errors[name]), 200).rstrip('.')}" for name in self.failed if name in errors
+        )
         not_run = f" Not run because of it: {', '.join(self.skipped)}." if self.skipped else ""
         again = f" with run key {run_key!r}" if run_key else ""
         super().__init__(
-            f"{'Step' if len(self.failed) == 1 else 'Steps'} {', '.join(self.failed)} failed: {why}.{not_run} "
+            f"{'A step' if len(self.failed) == 1 else f'{len(self.failed)} steps'} failed: {why}.{not_run} "
             f"{len(self.results)} finished and are kept: retry the flow run, or run again{again}, "
             "to start with what failed."
         )

@@ -1,0 +1,196 @@
+"""The steps of a pipeline as a graph: what needs what, what is wrong with it, what each step's inputs become. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from graphlib import CycleError, TopologicalSorter
+from typing import Any
+
+from prefect_crew.api.errors import ConfigurationError
+from prefect_crew.api.inputs import missing_inputs
+from prefect_crew.api.models import CrewInput, CrewResult
+from prefect_crew.blocks import DeployedCrew
+from prefect_crew.templates import names_in, render
+from prefect_crew.waiting import WaitPolicy
+
+__all__ = ["CrewStep", "PipelineContext", "PipelineGraph", "StepInputs"]
+
+_RESERVED = frozenset({"inputs", "steps"})
+
+StepInputs = Mapping[str, Any] | Callable[["PipelineContext"], Mapping[str, Any]]
+"""Inputs by name, each a plain value, a template, or a function of the context; or one function that gives them all."""
+
+
+@dataclass(frozen=True)
+class CrewStep:
+    """One crew in a pipeline.
+
+    Args:
+        name: Its name, unique in the pipeline.
+        crew: A crew, or the name of a stored block.
+        inputs: Its inputs by name. A text is a template over the pipeline's inputs and earlier steps:
+            `"{{ topic }}"`, `"{{ research.output }}"`, `"{{ research.data.title }}"`,
+            `"{{ research.tasks[0].output }}"`, `"{{ steps['a b'].output }}"`. A function is called with the context.
+            Left out, the pipeline's inputs of the crew's names.
+        after: Names of steps to wait for, besides those that its templates use. A function sees these steps only.
+        wait: How to wait for it, in place of the block's policy.
+        output_type: A pydantic model that its `data` is to be an instance of.
+    """
+
+    name: str
+    crew: DeployedCrew | str
+    inputs: StepInputs | None = None
+    after: Sequence[str] = ()
+    wait: WaitPolicy | None = None
+    output_type: Any = None
+
+
+@dataclass(frozen=True)
+class PipelineContext:
+    """What a step's function sees: `context.inputs["topic"]`, `context["research"].output`."""
+
+    inputs: Mapping[str, Any]
+    results: Mapping[str, CrewResult]
+
+    def __getitem__(self, step: str) -> CrewResult:
+        try:
+            return self.results[step]
+        except KeyError:
+            raise ConfigurationError(
+                f"Step {step!r} is not known here: name it in `after`, so that it has run before."
+            ) from None
+
+
+@dataclass
+class PipelineGraph:
+    """The steps of one pipeline, checked as far as that needs no request. `problems` has all that is wrong."""
+
+    steps: Sequence[CrewStep]
+    inputs: Mapping[str, Any]
+    needs: dict[str, set[str]] = field(default_factory=dict[str, set[str]])
+    problems: list[str] = field(default_factory=list[str])
+
+    def __post_init__(self) -> None:
+        names = [step.name for step in self.steps]
+        if not names:
+            self.problems.append("the pipeline has no steps")
+        self.problems += [f"two steps are named {name!r}" for name in sorted({n for n in names if names.count(n) > 1})]
+        for name in names:
+            if name in _RESERVED or name in self.inputs:
+                what = "a reserved name" if name in _RESERVED else "the name of an input"
+                self.problems.append(f"step {name!r} has {what}: call it something else")
+            if not name.strip() or "/" in name:
+                self.problems.append(f"a step cannot be named {name!r}: give it a word without slashes")
+        for step in self.steps:
+            self.needs[step.name] = self._needed_by(step)
+        self._check_cycles()
+
+    def _needed_by(self, step: CrewStep) -> set[str]:
+        known = {other.name for other in self.steps}
+        needed: set[str] = set()
+        for name in step.after:
+            if name in known:
+                needed.add(name)
+            else:
+                self.problems.append(f"step {step.name!r} comes after {name!r}, which is no step")
+        if step.inputs is None or callable(step.inputs):
+            return needed
+        for key, value in step.inputs.items():
+            if not isinstance(value, str):
+                continue
+            try:
+                used = names_in(value, collections=_RESERVED)
+            except ConfigurationError as error:
+                self.problems.append(f"step {step.name!r}, input {key!r}: {error}")
+                continue
+            needed |= used & known
+            self.problems += [
+                f"step {step.name!r}, input {key!r}: {name!r} is neither an input of the pipeline nor a step"
+                for name in sorted(used - known - set(self.inputs))
+            ]
+        return needed
+
+    def _check_cycles(self) -> None:
+        try:
+            TopologicalSorter(self.needs).prepare()
+        except CycleError as error:
+            self.problems.append(f"the steps go round in a circle: {' -> '.join(map(str, error.args[1]))}")
+
+    def check_inputs(self, expected: Mapping[str, Sequence[CrewInput]]) -> None:
+        """Note the inputs that each step's crew requires and its step does not give. Functions tell theirs later."""
+        for step in self.steps:
+            if callable(step.inputs):
+                continue
+            given = self.inputs if step.inputs is None else step.inputs
+            missing = missing_inputs(expected.get(step.name, ()), given)
+            if missing:
+                self.problems.append(f"step {step.name!r} lacks the inputs {', '.join(missing)} of its crew")
+
+    def refuse_problems(self) -> None:
+        """Raise one ConfigurationError with all that is wrong, before anything is started."""
+        if self.problems:
+            listed = "; ".join(self.problems)
+            raise ConfigurationError(f"The pipeline cannot run, nothing was started: {listed}.")
+
+    def layers(self) -> list[list[str]]:
+        """Return the steps in layers: each needs only steps of the layers before it."""
+        sorter = TopologicalSorter(self.needs)
+        sorter.prepare()
+        layers: list[list[str]] = []
+        while sorter.is_active():
+            ready = sorted(sorter.get_ready(), key=[step.name for step in self.steps].index)
+            layers.append(ready)
+            sorter.done(*ready)
+        return layers
+
+    def before(self, name: str) -> set[str]:
+        """Return all the steps that a step needs, also by way of others."""
+        found: set[str] = set()
+        open_names = list(self.needs[name])
+        while open_names:
+            other = open_names.pop()
+            if other not in found:
+                found.add(other)
+                open_names += self.needs[other]
+        return found
+
+    def inputs_of(
+        self, step: CrewStep, results: Mapping[str, CrewResult], expected: Sequence[CrewInput]
+    ) -> Mapping[str, Any]:
+        """Return a step's inputs, once all that it needs has run.
+
+        Raises:
+            ConfigurationError: A template or a function uses what is not there.
+        """
+        seen = {name: results[name] for name in self.before(step.name)}
+        context = PipelineContext(self.inputs, seen)
+        if step.inputs is None:
+            names = {known.name for known in expected}
+            return {key: value for key, value in self.inputs.items() if not names or key in names}
+        if callable(step.inputs):
+            return step.inputs(context)
+        values = {**self.inputs, **seen, "inputs": self.inputs, "steps": seen}
+        return {key: _filled(value, values, context) for key, value in step.inputs.items()}
+
+    def known_inputs_of(self, step: CrewStep) -> dict[str, str]:
+        """Return what is known of a step's inputs before anything has run, for people."""
+        if step.inputs is None:
+            return {key: str(value) for key, value in self.inputs.items()}
+        if callable(step.inputs):
+            return {"…": f"from {getattr(step.inputs, '__name__', 'a function')}()"}
+        known: dict[str, str] = {}
+        for key, value in step.inputs.items():
+            if callable(value):
+                known[key] = f"from {getattr(value, '__name__', 'a function')}()"
+            elif isinstance(value, str) and not (names_in(value, collections=_RESERVED) & set(self.needs)):
+                known[key] = render(value, {**self.inputs, "inputs": self.inputs})
+            else:
+                known[key] = str(value)
+        return known
+
+
+def _filled(value: Any, values: Mapping[str, Any], context: PipelineContext) -> Any:
+    if isinstance(value, str):
+        return render(value, values)
+    return value(context) if callable(value) else value

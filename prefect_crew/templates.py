@@ -1,0 +1,64 @@
+"""Inputs written as templates over other values: a sandbox, strict about names. Pure.
+
+Used by pipelines; a template's text is the user's own, the values put into it may be anything that a crew wrote.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from jinja2 import StrictUndefined, TemplateError, nodes
+from jinja2.meta import find_undeclared_variables
+from jinja2.sandbox import ImmutableSandboxedEnvironment, SandboxedEnvironment
+from pydantic import BaseModel
+from pydantic_core import to_json
+
+from prefect_crew.api.errors import ConfigurationError
+
+__all__ = ["names_in", "render"]
+
+
+def _readable(value: Any) -> Any:
+    """Put structured values into a text as JSON, not as Python writes them."""
+    if isinstance(value, BaseModel | Mapping | list | tuple) or value is None or isinstance(value, bool):
+        return to_json(value).decode()
+    return value
+
+
+def _environment() -> SandboxedEnvironment:
+    return ImmutableSandboxedEnvironment(undefined=StrictUndefined, finalize=_readable, keep_trailing_newline=True)
+
+
+def names_in(template: str, *, collections: frozenset[str] = frozenset()) -> set[str]:
+    """Return the names that a template needs: its own, and those looked up in a collection such as `steps["a b"]`.
+
+    Raises:
+        ConfigurationError: It is no template.
+    """
+    try:
+        tree = _environment().parse(template)
+    except TemplateError as error:
+        raise ConfigurationError(f"{template!r} is no template: {error}") from None
+    needed = find_undeclared_variables(tree)
+    for lookup in tree.find_all((nodes.Getitem, nodes.Getattr)):
+        inside = lookup.node
+        if not isinstance(inside, nodes.Name) or inside.name not in collections:
+            continue
+        if isinstance(lookup, nodes.Getattr):
+            needed.add(lookup.attr)
+        elif isinstance(lookup.arg, nodes.Const):
+            needed.add(str(lookup.arg.value))
+    return needed - collections
+
+
+def render(template: str, values: Mapping[str, Any]) -> str:
+    """Fill a template.
+
+    Raises:
+        ConfigurationError: A name or an attribute is not there, or the template does what the sandbox forbids.
+    """
+    try:
+        return _environment().from_string(template).render(**values)
+    except TemplateError as error:
+        raise ConfigurationError(f"The template {template!r} cannot be filled: {error}") from None
