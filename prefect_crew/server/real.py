@@ -24,11 +24,14 @@ from prefect_crew.server._real_setup import prepare_crewai, resolve_factory
 from prefect_crew.server.program import Outcome, Program, ProgramError, Run
 from prefect_crew.server.programs import ProgramNotFoundError
 
-__all__ = ["MAX_RUNS", "RealProgram", "load_real"]
+__all__ = ["MAX_RUNS", "STOP_SECONDS", "RealProgram", "load_real"]
 
 MAX_RUNS = 100
 """Runs at once. Most of a run is waiting for a model, which costs a thread and little else; a hundred runs that only
 compute take no longer at once than one after another."""
+
+STOP_SECONDS = 2.0
+"""How long a stopped run's thread is waited for. The run has ended for its clients before."""
 
 _log = logging.getLogger(__name__)
 
@@ -109,8 +112,8 @@ class RealProgram:
     async def execute(self, run: Run) -> Outcome:
         """Run the crew once, on a thread of its own.
 
-        When this is cancelled, it returns at once, and the thread ends at the crew's next model call, tool call or
-        step: a call that is under way cannot be taken back.
+        When this is cancelled, the thread ends at the crew's next model call, tool call or step: a call that is under
+        way cannot be taken back, and is not waited for beyond STOP_SECONDS.
 
         Raises:
             ProgramError: The crew failed; the text is its own error's.
@@ -119,37 +122,41 @@ class RealProgram:
         slot = _Slot(self._slots.setdefault(loop, asyncio.Semaphore(self._max_runs)))
         await slot.take()
         bridge: Any = importlib.import_module("prefect_crew.server._real_bridge").Bridge(run, loop, slot.give_back)
-        ended: asyncio.Future[Outcome] = loop.create_future()
+        ended: asyncio.Future[Outcome | BaseException] = loop.create_future()
 
-        def settle(outcome: Outcome | None, error: BaseException | None) -> None:
+        def end(result: Outcome | BaseException) -> None:
             slot.give_back()
-            if ended.done():  # cancelled: nobody waits any more
-                return
-            if outcome is not None:
-                ended.set_result(outcome)
-            else:
-                failure = ProgramError(str(error) or type(error).__name__)
-                failure.__cause__ = error
-                ended.set_exception(failure)
+            ended.set_result(result)
 
         def work() -> None:
-            outcome, error = None, None
+            result: Outcome | BaseException
             try:
-                outcome = _running().run_once(self._factory, bridge)
-            except BaseException as raised:  # noqa: BLE001 - whatever ends the thread ends this run, not the server
+                result = _running().run_once(self._factory, bridge)
+            except BaseException as error:  # noqa: BLE001 - whatever ends the thread ends this run, not the server
                 _log.debug("Run %s of %s failed.", run.id, self._name, exc_info=True)
-                error = raised
+                result = error
             with contextlib.suppress(RuntimeError):  # the loop is closed: there is nobody left to tell
-                loop.call_soon_threadsafe(settle, outcome, error)
+                loop.call_soon_threadsafe(end, result)
 
         # A daemon, unlike a pool's threads: a model call that hangs must not hold up the end of the server.
         context = contextvars.copy_context()
-        threading.Thread(target=context.run, args=(work,), name=f"crew run {run.id}", daemon=True).start()
+        thread = threading.Thread(target=context.run, args=(work,), name=f"crew run {run.id}", daemon=True)
         try:
-            return await ended
+            thread.start()
+        except RuntimeError:  # the system has no more threads
+            slot.give_back()
+            raise
+        try:
+            await asyncio.wait([ended])
         except asyncio.CancelledError:
             bridge.stop()
+            # CrewAI logs tracebacks when the interpreter ends under a crew; nearly all are quicker than this.
+            await asyncio.wait([ended], timeout=STOP_SECONDS)
             raise
+        result = ended.result()
+        if isinstance(result, BaseException):
+            raise ProgramError(str(result) or type(result).__name__) from result
+        return result
 
 
 class _Slot:
