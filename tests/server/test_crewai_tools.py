@@ -1,0 +1,60 @@
+"""A client that nobody here wrote: the tool with which CrewAI's crews call other crews."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from prefect_crew.server import CrewServer
+
+pytestmark = pytest.mark.crewai
+
+SCRIPT = """
+name: state-of-ai
+inputs: [year]
+tasks:
+  - name: report
+    agent: Analyst
+    output: "The state of AI in {{ year }}"
+    fail: "{% if year == '1890' %}no AI yet{% endif %}"
+"""
+
+
+def tool_for(server: CrewServer, **options: Any) -> Any:
+    from crewai_tools import InvokeCrewAIAutomationTool
+    from pydantic import Field
+
+    return InvokeCrewAIAutomationTool(
+        crew_api_url=server.url,
+        crew_bearer_token=server.token,
+        crew_name="State of AI Report",
+        crew_description="Reports on the state of AI in a year.",
+        crew_inputs={"year": Field(..., description="Year of the report")},
+        **options,
+    )
+
+
+@pytest.mark.parametrize(
+    ("year", "said"),
+    [
+        pytest.param("2025", "The state of AI in 2025", id="completed"),
+        pytest.param("1890", "Error: Crew task failed. Response: {", id="failed"),
+    ],
+)
+def test_it_runs_a_crew(year: str, said: str) -> None:
+    with CrewServer(SCRIPT, dialect="union") as server:
+        text = tool_for(server).run(year=year)
+        assert text.startswith(said)
+        assert server.kickoffs == 1
+        assert server.requests["status"] <= 2
+    if year == "1890":
+        assert "no AI yet" in text
+
+
+def test_it_says_that_a_kickoff_was_refused() -> None:
+    with CrewServer(SCRIPT, dialect="union") as server:
+        server.token = "another"
+        tool = tool_for(server)
+        server.token = "rotated"
+        assert tool.run(year="2025").startswith("Error: Failed to kickoff crew. Response: {'error': 'Unauthorized'")

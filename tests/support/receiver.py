@@ -1,0 +1,79 @@
+"""A receiver of webhooks that keeps all it gets; written with nothing but the standard library."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import TracebackType
+from typing import Any
+
+__all__ = ["Delivery", "Receiver"]
+
+
+@dataclass(frozen=True)
+class Delivery:
+    """One POST: its path, its headers, its JSON, and when it came (monotonic seconds)."""
+
+    path: str
+    headers: dict[str, str]
+    body: Any
+    at: float
+
+
+class Receiver:
+    """Listens on a free loopback port; `answer` is the status that it answers with, after `delay` seconds."""
+
+    def __init__(self, *, answer: int = 200, delay: float = 0.0) -> None:
+        self.answer = answer
+        self.delay = delay
+        self.got: list[Delivery] = []
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
+        self._server.daemon_threads = True
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True)
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+
+    def __enter__(self) -> Receiver:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop listening; idempotent."""
+        self._server.shutdown()
+        self._server.server_close()
+
+    def at(self, path: str) -> list[Any]:
+        """Return the bodies that came to one path, in order of arrival."""
+        return [delivery.body for delivery in self.got if delivery.path == path]
+
+    def wait_for(self, enough: Callable[[Receiver], bool], *, seconds: float = 10.0) -> None:
+        """Wait until what came is enough; fail when it does not come."""
+        deadline = time.monotonic() + seconds
+        while not enough(self):
+            assert time.monotonic() < deadline, f"only {[delivery.path for delivery in self.got]} came"
+            time.sleep(0.01)
+
+    def _handler(self) -> type[BaseHTTPRequestHandler]:
+        receiver = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                receiver.got.append(Delivery(self.path, dict(self.headers.items()), body, time.monotonic()))
+                time.sleep(receiver.delay)
+                self.send_response(receiver.answer)
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+
+            def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the name in the standard library
+                """Say nothing."""
+
+        return Handler

@@ -1,0 +1,117 @@
+"""The fixtures for users' tests, used as a user would."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+
+from prefect_crew.api.client import CrewClient
+from prefect_crew.api.errors import AuthenticationError, CrewError
+from prefect_crew.api.models import CrewState, CrewStatus
+from prefect_crew.server import CrewServer, InProcessCrewServer
+from prefect_crew.testing import CrewServerFactory
+from prefect_crew.waiting import Phases, WaitPolicy, wait_until_ended
+
+pytest_plugins = ["pytester"]
+
+CREW = "name: mine\ninputs: [topic]\ntasks: [{name: t, output: 'about {{ topic }}'}]"
+
+
+async def output(server: CrewServer | InProcessCrewServer, **inputs: str) -> str | None:
+    async with CrewClient(server.url, server.token) as client:
+        id_ = await client.kickoff(inputs)
+        while not (status := await client.status(id_)).state.ended:
+            await asyncio.sleep(0.01)
+        return status.output
+
+
+async def test_without_a_port(crew_server: CrewServerFactory) -> None:
+    server = crew_server(CREW)
+    assert await output(server, topic="ants") == "about ants"
+    assert (server.kickoffs, server.runs[0].state) == (1, CrewState.COMPLETED)
+
+
+async def test_several_servers_in_one_test(crew_server: CrewServerFactory, tmp_path: Path) -> None:
+    (tmp_path / "crew.yaml").write_text(CREW)
+    first, second = crew_server(tmp_path / "crew.yaml"), crew_server("echo")
+    assert first.url != second.url
+    assert await output(first, topic="bees") == "about bees"
+    assert await output(second, text="hi") == "hi"
+    assert (first.kickoffs, second.kickoffs) == (1, 1)
+
+
+def test_on_a_port_with_faults_and_options(crew_server: CrewServerFactory) -> None:
+    server = crew_server(CREW, port=True, faults=["inputs:503=2@1"], dialect="union", token="t")
+    answers = [httpx.get(f"{server.url}/inputs", headers={"Authorization": "Bearer t"}) for _ in range(2)]
+    assert [answer.status_code for answer in answers] == [503, 200]
+    assert answers[0].headers["Retry-After"] == "2"
+
+
+async def test_a_ready_made_crew(scripted_crew: InProcessCrewServer) -> None:
+    assert await output(scripted_crew, text="hello") == "hello"
+
+
+def test_servers_end_with_their_test(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile(
+        """
+        servers = []
+
+        def test_start(crew_server):
+            servers.extend([crew_server("echo"), crew_server("echo", port=True)])
+            assert all(server._thread.is_alive() for server in servers)
+
+        def test_ended():
+            assert [server._thread for server in servers] == [None, None]
+        """
+    )
+    pytester.runpytest_subprocess("-p", "no:cacheprovider").assert_outcomes(passed=2)
+
+
+class Onlooker:
+    """Is told what is seen while waiting, and does nothing about it."""
+
+    async def saw(self, status: CrewStatus) -> None: ...
+    async def person_turn(self, phases: Phases) -> None: ...
+    async def trouble(self, error: CrewError, seconds: float) -> None: ...
+
+    async def refused(self, error: AuthenticationError) -> bool:
+        return False
+
+
+async def test_instant_polling(crew_server: CrewServerFactory, instant_polling: None) -> None:
+    server = crew_server("name: x\ntasks: [{name: t, seconds: 0.2, output: x}]")
+    began = time.time()
+    async with CrewClient(server.url, server.token) as client:
+        id_ = await client.kickoff({})
+        status = await wait_until_ended(
+            lambda: client.status(id_),
+            kickoff_id=id_,
+            policy=WaitPolicy(initial=10),
+            phases=Phases(began),
+            watcher=Onlooker(),
+        )
+    assert status.state is CrewState.COMPLETED
+    assert time.time() - began < 9
+    assert server.requests["status"] > 2
+
+
+def test_a_block_for_the_server(crew_server: CrewServerFactory) -> None:
+    server = crew_server("echo")
+    crew = server.crew(request_timeout=5)
+    assert (crew.url, crew.token.get_secret_value(), crew.request_timeout) == (server.url, server.token, 5)
+
+
+def test_the_plugin_itself_is_light() -> None:
+    """pytest loads it at every start: it must bring nothing along that its fixtures need only when used."""
+    code = (
+        "import sys, prefect_crew; before = set(sys.modules); import prefect_crew.testing; "
+        "print(sorted(name for name in set(sys.modules) - before if name.startswith(('prefect', 'uvicorn', 'starlette'))))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.strip() == "['prefect_crew.testing']"
