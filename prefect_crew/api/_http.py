@@ -10,7 +10,7 @@ import json
 import os
 import ssl
 import time
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import quote, urlsplit
@@ -19,7 +19,7 @@ import httpx
 from pydantic import SecretStr
 
 from prefect_crew.api._decode import clean
-from prefect_crew.api.errors import ConfigurationError, CrewConnectionError, ResponseFormatError
+from prefect_crew.api.errors import ConfigurationError, ResponseFormatError
 
 __all__ = [
     "Answer",
@@ -27,7 +27,6 @@ __all__ = [
     "Shared",
     "checked_token",
     "checked_url",
-    "connection_error",
     "in_process",
     "quiet",
     "read_answer",
@@ -35,6 +34,7 @@ __all__ = [
     "segment",
     "served_here",
     "tls_context",
+    "told",
 ]
 
 MAX_BODY = 64 * 1024 * 1024
@@ -128,7 +128,8 @@ def checked_url(url: str, *, allow_http: bool) -> str:
     if parts.username is not None or parts.password is not None:
         raise ConfigurationError(f"The crew's URL (host {host}) carries credentials. Give the token as the token.")
     if parts.scheme not in ("http", "https") or not host:
-        raise ConfigurationError(f"The crew's URL {url!r} does not start with https:// and a host.")
+        bare = url.partition("?")[0].rpartition("@")[2][:100]
+        raise ConfigurationError(f"The crew's URL {bare!r} does not start with https:// and a host.")
     if parts.query or parts.fragment:
         raise ConfigurationError(f"The crew's URL (host {host}) has a query or a fragment. Give the bare URL.")
     if parts.scheme == "http" and not (allow_http or _loopback(host) or served_here(url)):
@@ -243,40 +244,35 @@ _NOT_SENT = (
 )
 
 
-def connection_error(
-    error: Exception, *, method: str, url: str, kickoff_id: str | None, secrets: Iterable[str]
-) -> CrewConnectionError:
-    """Return our error for one of httpx (or of the operating system)."""
-    kinds: dict[type[Exception], str] = {
-        httpx.ConnectTimeout: "no connection was made in time",
-        httpx.PoolTimeout: "no connection of this client became free in time",
-        httpx.ConnectError: "no connection was made",
-        httpx.ProxyError: "the proxy made no connection",
-        httpx.ReadTimeout: "no answer came in time",
-        httpx.WriteTimeout: "the request could not be sent in time",
-        httpx.ReadError: "the connection broke before the answer was read",
-        httpx.WriteError: "the connection broke while the request was sent",
-        httpx.RemoteProtocolError: "the connection was closed, or what came is not HTTP",
-    }
-    said, kind = str(error), kinds.get(type(error), type(error).__name__)
-    return CrewConnectionError(
-        method=method,
-        url=url,
-        reason=redacted(f"{kind} ({said})" if said else kind, secrets),
-        sent=not isinstance(error, _NOT_SENT),
-        kickoff_id=kickoff_id,
-    )
+_REASONS: dict[type[Exception], str] = {
+    httpx.ConnectTimeout: "no connection was made in time",
+    httpx.PoolTimeout: "no connection of this client became free in time",
+    httpx.ConnectError: "no connection was made",
+    httpx.ProxyError: "the proxy made no connection",
+    httpx.ReadTimeout: "no answer came in time",
+    httpx.WriteTimeout: "the request could not be sent in time",
+    httpx.ReadError: "the connection broke before the answer was read",
+    httpx.WriteError: "the connection broke while the request was sent",
+    httpx.RemoteProtocolError: "the connection was closed, or what came is not HTTP",
+}
 
 
-def quiet(error: Exception) -> Exception:
-    """Return `error` fit to be a cause: without frames, request or causes of its own.
+def told(error: Exception) -> tuple[str, bool]:
+    """Return what an error of httpx or of the system says: the reason, and whether the request may have been sent."""
+    said, reason = str(error), _REASONS.get(type(error), type(error).__name__)
+    return f"{reason} ({said})" if said else reason, not isinstance(error, _NOT_SENT)
 
-    They hold the request with its headers, and whatever prints local variables would print the token with them. What
+
+def quiet(error: Exception, redact: Callable[[str], str]) -> Exception:
+    """Return `error` fit to be a cause: its text redacted, without frames, request or causes of its own.
+
+    Those hold the request with its headers, and whatever prints local variables would print the token with them. What
     they say beyond the text is the inside of httpx.
     """
     if isinstance(error, httpx.RequestError):
         with contextlib.suppress(RuntimeError):  # raised where no request was set
             error.request = httpx.Request(error.request.method, error.request.url)
+    error.args = tuple(redact(part) if isinstance(part, str) else part for part in error.args)
     error.__cause__ = error.__context__ = None
     return error.with_traceback(None)
 

@@ -7,8 +7,9 @@ import json
 import re
 import ssl
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib.metadata import version
-from typing import Any, NamedTuple, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 from urllib.parse import urlsplit
 
 import httpx
@@ -22,6 +23,7 @@ from prefect_crew.api.errors import (
     AuthenticationError,
     ConfigurationError,
     CrewAPIError,
+    CrewConnectionError,
     InvalidInputsError,
     NotFoundError,
     RateLimitedError,
@@ -38,13 +40,14 @@ __all__ = ["CrewClient", "in_process"]
 T = TypeVar("T")
 
 
-class _Call(NamedTuple):
+@dataclass(frozen=True)
+class _Call:
     """One call, as its errors tell of it; `secrets` are texts that they must not tell."""
 
     method: str
     path: str
     kickoff_id: str | None = None
-    secrets: tuple[str, ...] = ()
+    secrets: tuple[str, ...] = field(default=(), repr=False)
 
 
 _STATUS_PATHS = ("/status/{id}", "/{id}/status")
@@ -196,7 +199,7 @@ class CrewClient:
         life.
         """
         encoded = _http.segment(kickoff_id, what="kickoff id")
-        answer = Answer(404, {}, b"")
+        text = ""
         for template in (self._status_path,) if self._status_path else _STATUS_PATHS:
             call = _Call("GET", template.replace("{id}", encoded), kickoff_id)
             answer = await self._send(call)
@@ -204,7 +207,8 @@ class CrewClient:
                 status = self._parsed(call, answer, lambda body: parse_status(body, kickoff_id))
                 self._status_path = template
                 return status
-        facts = parse_error(answer.status, answer.headers, answer.text)
+            text = self._redacted(call, answer.text)
+        facts = parse_error(404, {}, text)
         return CrewStatus(
             kickoff_id=kickoff_id, state=CrewState.UNKNOWN, message=facts.message or facts.title, raw=facts.raw
         )
@@ -239,7 +243,8 @@ class CrewClient:
         """
         call = _Call("POST", f"/stop/{_http.segment(kickoff_id, what='kickoff id')}", kickoff_id)
         answer = await self._send(call)
-        found = self._shaped(call, answer, lambda body: parse_stop(body, kickoff_id, answer.status))
+        text = self._redacted(call, answer.text)
+        found = self._shaped(call, answer, lambda _: parse_stop(text, kickoff_id, answer.status))
         return found or self._refuse(call, answer)
 
     async def health(self) -> bool:
@@ -269,12 +274,17 @@ class CrewClient:
         except httpx.InvalidURL:
             raise ConfigurationError(f"{call.method} {call.path[:100]}… makes no URL. Check the id.") from None
         except (httpx.HTTPError, OSError) as error:
-            raise _http.connection_error(
-                error, method=call.method, url=url, kickoff_id=call.kickoff_id, secrets=self._secrets(call)
-            ) from _http.quiet(error)
+            reason, sent = _http.told(error)
+            raise CrewConnectionError(
+                method=call.method,
+                url=url,
+                reason=self._redacted(call, reason),
+                sent=sent,
+                kickoff_id=call.kickoff_id,
+            ) from _http.quiet(error, functools.partial(self._redacted, call))
 
-    def _secrets(self, call: _Call) -> tuple[str, ...]:
-        return (self._token.get_secret_value(), *call.secrets)
+    def _redacted(self, call: _Call, text: str) -> str:
+        return _http.redacted(text, (self._token.get_secret_value(), *call.secrets))
 
     def _parsed(self, call: _Call, answer: Answer, parse: Callable[[bytes], T]) -> T:
         """Return the model of a 2xx, or raise the error that the status means."""
@@ -288,13 +298,12 @@ class CrewClient:
         except ResponseFormatError as error:
             expected = error.expected
         # From the whole body, not from the excerpt in that error: half a secret would not be found any more.
-        body = shown(_http.redacted(answer.text, self._secrets(call)))
+        body = shown(self._redacted(call, answer.text))
         raise ResponseFormatError(expected=expected, body=body, status_code=answer.status, kickoff_id=call.kickoff_id)
 
     def _refuse(self, call: _Call, answer: Answer, kind: type[CrewAPIError] | None = None) -> NoReturn:
         """Raise the error for an answer that is none of 2xx."""
-        secrets = self._secrets(call)
-        facts = parse_error(answer.status, answer.headers, _http.redacted(answer.text, secrets))
+        facts = parse_error(answer.status, answer.headers, self._redacted(call, answer.text))
         title, message = facts.title, facts.message
         if 300 <= answer.status < 400:
             title, message = "A redirect, not followed", _redirection(answer)
@@ -303,8 +312,8 @@ class CrewClient:
             "method": call.method,
             "path": f"{urlsplit(self.url).path}{call.path}",
             # Once more: what was escaped in the body is plain now.
-            "title": _http.redacted(title, secrets) if title else None,
-            "message": _http.redacted(message, secrets) if message else None,
+            "title": title and self._redacted(call, title),
+            "message": message and self._redacted(call, message),
             "body": facts.body,
             "kickoff_id": call.kickoff_id,
         }
@@ -328,7 +337,10 @@ def _kind(status: int) -> type[CrewAPIError]:
 
 def _redirection(answer: Answer) -> str:
     """Return where a redirect leads, without a query, which may hold what is not for everyone."""
-    target = urlsplit(answer.headers.get("location", ""))
+    try:
+        target = urlsplit(answer.headers.get("location", ""))
+    except ValueError:
+        return "it leads nowhere that can be read"
     where = f"{target.scheme}://{target.hostname}{target.path}" if target.hostname else target.path or "nowhere"
     return f"it leads to {where}. Give the crew's final URL"
 
