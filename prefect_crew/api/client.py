@@ -274,14 +274,11 @@ class CrewClient:
         except httpx.InvalidURL:
             raise ConfigurationError(f"{call.method} {call.path[:100]}… makes no URL. Check the id.") from None
         except (httpx.HTTPError, OSError) as error:
-            reason, sent = _http.told(error)
+            cause = _http.quiet(error, functools.partial(self._redacted, call))
+            reason, may_have_left = _http.told(cause)
             raise CrewConnectionError(
-                method=call.method,
-                url=url,
-                reason=self._redacted(call, reason),
-                sent=sent,
-                kickoff_id=call.kickoff_id,
-            ) from _http.quiet(error, functools.partial(self._redacted, call))
+                method=call.method, url=url, reason=reason, sent=may_have_left, kickoff_id=call.kickoff_id
+            ) from cause
 
     def _redacted(self, call: _Call, text: str) -> str:
         return _http.redacted(text, (self._token.get_secret_value(), *call.secrets))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import html
 import json
 import logging
 import pickle
@@ -25,7 +27,7 @@ TOKEN = 't0k"en<&>/\\+0123456789'
 
 
 def shown(error: BaseException) -> str:
-    """Return everything that someone may print of an error: its chain, with the locals of every frame that is not ours."""
+    """Return everything that someone may print of an error: its chain, with the locals of all frames but the tests'."""
     parts = ["".join(traceback.format_exception(error)), pickle.dumps(error).decode("latin-1")]
     for link in chain(error):
         parts += [repr(link), str(link), repr(vars(link))]
@@ -79,18 +81,18 @@ def echo(status: int, write: Any, kind: str) -> httpx.MockTransport:
     return httpx.MockTransport(answer)
 
 
+def header(got: dict[str, Any]) -> str:
+    return got["headers"]["authorization"]
+
+
+JSON, TEXT = "application/json", "text/plain"
 WRITERS = {
-    "json": (
-        lambda got: json.dumps({"error": "Bad", "message": json.dumps(got), "headers": got["headers"]}),
-        "application/json",
-    ),
-    "detail": (
-        lambda got: json.dumps({"detail": [{"msg": got["headers"]["authorization"], "loc": ["x"]}]}),
-        "application/json",
-    ),
-    "text": (lambda got: got["headers"]["authorization"] * 50, "text/plain"),
-    "html": (lambda got: f"<html><title>{got['headers']['authorization']}</title></html>", "text/html"),
-    "url": (lambda got: quote(got["headers"]["authorization"], safe=""), "text/plain"),
+    "json": (lambda got: json.dumps({"error": "Bad", "message": header(got), "headers": got["headers"]}), JSON),
+    "detail": (lambda got: json.dumps({"detail": [{"msg": header(got), "loc": ["x"]}]}), JSON),
+    "text": (lambda got: header(got) * 50, TEXT),
+    "html": (lambda got: f"<html><title>{header(got)}</title></html>", "text/html"),
+    "html-escaped": (lambda got: f"<html><title>{html.escape(header(got))}</title></html>", "text/html"),
+    "url": (lambda got: quote(header(got), safe=""), TEXT),
 }
 
 
@@ -107,33 +109,21 @@ async def test_a_server_that_repeats_the_token(status: int, writer: str):
             assert form not in said
 
 
-@pytest.mark.parametrize(
-    "kind", [httpx.ConnectError, httpx.ReadTimeout, httpx.RemoteProtocolError, httpx.LocalProtocolError]
-)
-async def test_a_connection_that_breaks(kind: type[httpx.TransportError]):
+BREAKS = [httpx.ConnectError, httpx.ReadTimeout, httpx.LocalProtocolError, ConnectionResetError]
+
+
+@pytest.mark.parametrize("kind", BREAKS, ids=lambda kind: kind.__name__)
+async def test_a_connection_that_breaks(kind: type[Exception]):
     def answer(request: httpx.Request) -> httpx.Response:
-        header = request.headers["authorization"]  # a local of a frame below ours
-        raise kind(f"Illegal header value {header!r}", request=request) from RuntimeError(header)
+        value = request.headers["authorization"]  # a local of a frame below ours
+        raise kind(f"Illegal header value {value}") from RuntimeError(value)
 
     errors = await failures(httpx.MockTransport(answer), TOKEN)
     assert len(errors) == 5
     for error in errors:
-        cause = error.__cause__
-        assert isinstance(cause, kind)
-        assert (cause.__traceback__, cause.__cause__, cause.__context__) == (None, None, None)
-        assert "authorization" not in cause.request.headers
-
-
-@pytest.mark.parametrize("kind", [httpx.ConnectTimeout, httpx.ReadError, httpx.WriteTimeout, ConnectionResetError])
-async def test_no_frame_of_a_broken_connection_holds_the_token(kind: type[Exception]):
-    def answer(request: httpx.Request) -> httpx.Response:
-        header = request.headers["authorization"]  # a local of a frame below ours
-        assert header
-        raise kind("it broke")
-
-    errors = await failures(httpx.MockTransport(answer), TOKEN)
-    assert len(errors) == 5
-    for error in errors:
+        assert isinstance(error.__cause__, kind)
+        assert error.__cause__.__traceback__ is None  # frames below ours hold the request
+        assert "Illegal header value" in str(error.__cause__)
         for form in forms(TOKEN):
             assert form not in shown(error)
 
@@ -159,16 +149,16 @@ async def test_a_server_that_repeats_webhooks_and_secret_inputs(status: int):
             assert secret not in f"{error!r} {vars(error)}"
 
 
-@settings(max_examples=50)
-@given(st.text(string.ascii_letters + string.digits + string.punctuation, min_size=8), st.sampled_from(sorted(WRITERS)))
-def test_any_token(token: str, writer: str):
-    import asyncio
+# The first letter keeps a token from being a word of ours, which would prove nothing.
+TOKENS = st.text(string.ascii_letters + string.digits + string.punctuation, min_size=8).map("~".__add__)
 
+
+@settings(max_examples=50)
+@given(TOKENS, st.sampled_from(sorted(WRITERS)))
+def test_any_token(token: str, writer: str):
     write, kind = WRITERS[writer]
     for error in asyncio.run(failures(echo(500, write, kind), token)):
-        clean = str(type(error)(status_code=500, method=error.method, path=error.path, kickoff_id=error.kickoff_id))  # type: ignore[attr-defined]
-        if token not in clean:  # a token that is a word of ours would prove nothing
-            assert token not in f"{error!r} {vars(error)}"
+        assert token not in f"{error!r} {error} {vars(error)}"
 
 
 async def test_no_log_at_any_level_shows_it(caplog: pytest.LogCaptureFixture):
