@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Literal
 
 import httpx
 
@@ -116,6 +117,13 @@ class PrefectServer:
         """
         return isolated(home or self.home, {"PREFECT_API_URL": self.api_url, **extra})
 
+    def artifact_url(self, artifact_id: str, *, ui: Literal["v1", "v2"]) -> str:
+        """Return the address of an artifact's page: `v1` is the interface that Prefect showed until 3.8, `v2` the newer.
+
+        Both are there in every version since 3.7.1, under addresses of their own.
+        """
+        return f"{self.ui_url}{'/v2' if ui == 'v2' else ''}/artifacts/artifact/{artifact_id}"
+
     def start(self, timeout: float = 120.0) -> PrefectServer:
         """Start it and wait until it answers; about 5 seconds, 12 with a new database.
 
@@ -146,6 +154,7 @@ class PrefectServer:
             self.home,
             {
                 "PREFECT_SERVER_DATABASE_CONNECTION_URL": self.database_url,
+                "PREFECT_SERVER_UI_API_URL": self.api_url,  # else its pages ask port 4200, whatever the server's is
                 **QUICK,
                 **self._settings,
             },

@@ -1,0 +1,127 @@
+# A bare machine needs python3 (3.10 to 3.14, with venv), git, make and the package registries; the rest is built here.
+#
+#   make demo        a crew through Prefect, on this machine, without an account
+#   make test        the tests, but for the slow ones
+#
+# Variables: PYTHON=python3.12 to choose the interpreter, VENV=folder for the environment, ARGS="-k name" for pytest.
+
+VENV ?= .venv
+OLDEST_VENV ?= .venv-oldest
+BIN := $(VENV)/bin
+UV := $(BIN)/uv
+SAMPLE ?= 20
+TIME ?= 900
+ARGS ?=
+
+# 3.14 comes last since CrewAI does not install on it: the tests of real crews would be skipped.
+PYTHONS = $(or $(PYTHON),python3.13 python3.12 python3.11 python3.10 python3 python3.14)
+SUITABLE = import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_info < (3, 15))
+
+.PHONY: help demo test prove sample coverage oldest lint format constraints clean
+.DELETE_ON_ERROR:
+
+help:
+	@sed -n 's/^#   make/make/p' Makefile
+	@echo "Also: prove (all tests), sample (some of the slow ones), coverage, oldest, lint, format, constraints, clean."
+
+# Running
+
+demo: $(VENV)/.core
+	@exec $(BIN)/prefect-crew demo $(ARGS)
+
+test: $(VENV)/.tests
+	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+prove: $(VENV)/.tests
+	$(BIN)/python -m pytest $(ARGS)
+
+# Some of the slow tests: SAMPLE of those that come in large numbers, chosen by SEED, none begun after TIME seconds.
+sample: $(VENV)/.tests
+	$(BIN)/python -m pytest -m slow --sample $(SAMPLE) --time-limit $(TIME) $(if $(SEED),--sample-seed $(SEED)) $(ARGS)
+
+# `coverage run`, not a plugin: pytest imports parts of the package, through its own plugin, before any other begins.
+coverage: $(VENV)/.tests
+	$(BIN)/coverage erase
+	$(BIN)/coverage run -m pytest -m "not slow" $(ARGS)
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report
+
+lint: $(VENV)/.lint
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+format: $(VENV)/.lint
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+# Building: each stamp file says that the environment holds one set of packages, as of these two files.
+
+$(UV):
+	@for python in $(PYTHONS); do \
+	    if $$python -c '$(SUITABLE)' 2>/dev/null; then found=$$python; break; fi; \
+	done; \
+	if [ -z "$$found" ]; then \
+	    echo "None of $(PYTHONS) is a Python 3.10 to 3.14 with venv. Install one (Debian: python3-venv), or say PYTHON=…" >&2; \
+	    exit 1; \
+	fi; \
+	echo "Building $(VENV) with $$($$found --version) …"; \
+	$$found -m venv $(VENV) && $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt uv
+
+$(VENV)/.core: pyproject.toml constraints.txt | $(UV)
+	@echo "Installing the package and Prefect (about 300 MB) …"
+	@$(UV) pip install --quiet --python $(BIN)/python -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.tests: pyproject.toml constraints.txt | $(UV)
+	@echo "Installing what the tests need, CrewAI among it (about 1.5 GB, some minutes where nothing is cached) …"
+	@$(UV) pip install --quiet --python $(BIN)/python -c constraints.txt -e '.[all]' --group test --group peers
+	@touch $(VENV)/.core $@
+
+$(VENV)/.lint: pyproject.toml constraints.txt | $(VENV)/.tests
+	@echo "Installing ruff, pyright and pre-commit …"
+	@$(UV) pip install --quiet --python $(BIN)/python -c constraints.txt -e '.[all]' --group dev
+	@touch $@
+
+# The oldest Python and Prefect, with the oldest of everything else that pyproject.toml admits.
+
+FIND_OLDEST = for python in $(OLDEST_PYTHON) python3.10 \
+    "$${PYENV_ROOT:-$$(pyenv root 2>/dev/null)}"/versions/3.10*/bin/python; do \
+    $$python -c 'import sys, venv, ensurepip; sys.exit(sys.version_info[:2] != (3, 10))' 2>/dev/null && \
+    echo $$python && break; done
+
+oldest:
+	@python=$$($(FIND_OLDEST)); \
+	if [ -z "$$python" ]; then \
+	    echo "!! SKIPPED: make oldest found no Python 3.10 with venv, on PATH or under pyenv. Say OLDEST_PYTHON=… !!" >&2; \
+	else \
+	    $(MAKE) --no-print-directory oldest-tests OLDEST_PYTHON=$$python; \
+	fi
+
+.PHONY: oldest-tests
+oldest-tests: $(OLDEST_VENV)/.tests
+	$(OLDEST_VENV)/bin/python -m pytest -m "not slow and not crewai and not browser and not postgres" $(ARGS)
+
+$(OLDEST_VENV)/.tests: pyproject.toml constraints.txt constraints-oldest.txt
+	@echo "Building $(OLDEST_VENV) with $$($(OLDEST_PYTHON) --version) and $$(grep '^prefect==' constraints-oldest.txt) …"
+	@$(OLDEST_PYTHON) -m venv $(OLDEST_VENV)
+	@$(OLDEST_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt uv
+	@$(OLDEST_VENV)/bin/uv pip install --quiet --python $(OLDEST_VENV)/bin/python -c constraints-oldest.txt \
+	    -e '.[data]' --group test
+	@touch $@
+
+# The pins. The first file serves every supported Python; the second Python 3.10 only: the floors of pyproject.toml, the
+# rest as of the days after Prefect 3.7.1 (which does not start with today's FastAPI), and today's test tools.
+
+COMPILE = $(UV) pip compile --quiet --upgrade --no-annotate --custom-compile-command "make constraints"
+FLOORS := $(VENV)/floors.txt
+
+constraints: | $(UV)
+	$(COMPILE) --universal --python-version 3.10 --extra all --group dev pyproject.toml --output-file constraints.txt
+	$(COMPILE) --python-version 3.10 --extra data pyproject.toml --output-file $(FLOORS) \
+	    --resolution lowest-direct --exclude-newer 2026-06-01
+	$(COMPILE) --python-version 3.10 --extra data --group test pyproject.toml --output-file constraints-oldest.txt \
+	    --constraints $(FLOORS)
+
+clean:
+	rm -rf $(VENV) $(OLDEST_VENV)
