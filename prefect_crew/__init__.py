@@ -1,15 +1,13 @@
 """Run deployed CrewAI crews from Prefect: one crew, pipelines, batches; never twice, never lost.
 
-Prefect imports this package whenever it starts, so only the block, which Prefect has to see, is loaded with it; every
-other name is loaded when it is first used.
+Every name is loaded when it is first used: Prefect imports `prefect_crew.blocks`, which it has to see, whenever it
+starts, and what needs no Prefect (the client, the local server, `prefect-crew --help`) does not wait for its import.
 """
 
 from __future__ import annotations
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
-
-from prefect_crew.blocks import CrewRun, DeployedCrew
 
 if TYPE_CHECKING:
     from prefect_crew.api.client import CrewClient
@@ -44,6 +42,7 @@ if TYPE_CHECKING:
         TokenUsage,
     )
     from prefect_crew.api.webhooks import BasicAuth, BearerAuth, HumanInputWebhook, StreamWebhook, Webhooks
+    from prefect_crew.blocks import CrewRun, DeployedCrew
     from prefect_crew.pipelines import (
         CrewStep,
         PipelineContext,
@@ -126,11 +125,13 @@ _HOMES = {
     "CrewInput": "api.models",
     "CrewLostError": "api.errors",
     "CrewResult": "api.models",
+    "CrewRun": "blocks",
     "CrewState": "api.models",
     "CrewStatus": "api.models",
     "CrewStep": "pipelines",
     "CrewStoppedError": "api.errors",
     "CrewTimeoutError": "api.errors",
+    "DeployedCrew": "blocks",
     "HumanInputWebhook": "api.webhooks",
     "InvalidInputsError": "api.errors",
     "KickoffUncertainError": "api.errors",
