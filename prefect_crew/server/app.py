@@ -214,14 +214,14 @@ class _Endpoints:
 
     async def resume(self, request: Request) -> Response:
         body = await _json_body(request)
-        feedback, approve = body.get("human_feedback"), body.get("is_approve")
-        task_id = body.get("task_id")
-        if not isinstance(approve, bool) or not isinstance(feedback, (str, type(None))):
-            raise _BadRequestError(400, "Invalid request", "Give human_feedback, a text, and is_approve, a boolean.")
-        run = self._known(body.get("execution_id"))
+        id_, task_id, feedback = _text(body, "execution_id"), _text(body, "task_id"), _text(body, "human_feedback")
+        approve = body.get("is_approve")
+        if not isinstance(approve, bool):
+            raise _BadRequestError(400, "Invalid request", "The body needs `is_approve`, true or false.")
+        run = self._known(id_)
         hooks = _hooks(body)
         try:
-            word = run.answer(task_id, Answer(approve=approve, feedback=feedback or ""), hooks)
+            word = run.answer(task_id, Answer(approve=approve, feedback=feedback), hooks)
         except NotWaitingError:
             message = f"The execution is not pending human input for task {task_id}."
             raise _BadRequestError(400, "Execution not pending", message) from None
@@ -236,8 +236,8 @@ class _Endpoints:
             return JSONAnswer(body, code)
         return JSONAnswer({"status": "stopped", "kickoffId": run.id})
 
-    def _known(self, id_: Any) -> Execution:
-        run = self._executions.get(id_) if isinstance(id_, str) else None
+    def _known(self, id_: str) -> Execution:
+        run = self._executions.get(id_)
         if run is None or run.forgotten:
             raise _BadRequestError(404, "Execution not found", "No execution found with the given id.")
         return run
@@ -248,6 +248,13 @@ _RESUMED = {
     "retrying": "The task runs again with the feedback.",
     "completed": "The answer was accepted; it was the last task.",
 }
+
+
+def _text(body: dict[str, Any], name: str) -> str:
+    value = body.get(name)
+    if not isinstance(value, str):
+        raise _BadRequestError(400, "Invalid request", f"The body needs `{name}`, a text.")
+    return value
 
 
 def _still_hidden(run: Execution) -> bool:

@@ -166,7 +166,7 @@ class Execution:
 
     # What the server does
 
-    def answer(self, task_id: str | None, answer: Answer, hooks: Hooks) -> Literal["resumed", "retrying", "completed"]:
+    def answer(self, task_id: str, answer: Answer, hooks: Hooks) -> Literal["resumed", "retrying", "completed"]:
         """Give a person's answer; return the word that `/resume` answers with.
 
         The webhooks of the kickoff are forgotten: those of the answer count from here on, also when it has none.
@@ -174,7 +174,7 @@ class Execution:
         Raises:
             NotWaitingError: Nobody is asked anything, or not about that task.
         """
-        question = next(iter(self.questions.values()), None) if task_id is None else self.questions.get(task_id)
+        question = self.questions.get(task_id)
         if self.state is not CrewState.WAITING or question is None:
             raise NotWaitingError(self.id)
         self.hooks = hooks

@@ -30,6 +30,14 @@ class Journal:
         self.path = Path(path)
         self._file: int | None = None
 
+    def check(self) -> None:
+        """See that the file can be read and written, creating it where it is missing.
+
+        Raises:
+            OSError: It cannot.
+        """
+        os.close(os.open(self.path, os.O_CREAT | os.O_RDWR | os.O_APPEND, 0o600))
+
     def read(self) -> list[dict[str, Any]]:
         """Return all whole entries, oldest first."""
         if not self.path.exists():

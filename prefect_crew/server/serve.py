@@ -17,6 +17,7 @@ from typing import Any
 from prefect_crew.server.app import STATUS_PATHS, create_app
 from prefect_crew.server.bodies import Generation
 from prefect_crew.server.faults import Fault, Faults
+from prefect_crew.server.journal import Journal
 from prefect_crew.server.local import CrewServer, InProcessCrewServer
 from prefect_crew.server.program import Program
 from prefect_crew.server.programs import load_program
@@ -60,7 +61,7 @@ def serve(
     Raises:
         ValueError: Any of these makes no sense; the text says which and why (ScriptError, ProgramNotFoundError and
             FaultError are ValueErrors).
-        OSError: The port is taken, or the host is not this machine's.
+        OSError: The port is taken, the host is not this machine's, or the journal cannot be written.
     """
     program = load_program(spec, speed=speed)
     script = program.script if isinstance(program, ScriptedProgram) else None
@@ -82,6 +83,8 @@ def serve(
         on_crash="lose" if on_crash == "lose" else "rerun",
         inspect=inspect,
     )
+    if journal:
+        Journal(journal).check()
     listener = _listen(host, port)
     line = _line(program, _url(listener), None if token else app.state.runtime.token)
     server = WebServer(app, on_started=lambda: (announce or _to_stdout)(line))

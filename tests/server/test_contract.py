@@ -241,7 +241,9 @@ def test_a_rejected_task_comes_back(reviewed: httpx.Client, finished: Finished) 
     ("change", "code"),
     [
         pytest.param({"execution_id": "nobody"}, 404, id="unknown-run"),
-        pytest.param({"execution_id": None}, 404, id="no-run"),
+        pytest.param({"execution_id": None}, 400, id="no-run"),
+        pytest.param({"task_id": None}, 400, id="no-task"),
+        pytest.param({"human_feedback": None}, 400, id="no-feedback"),
         pytest.param({"task_id": "another"}, 400, id="another-task"),
         pytest.param({"is_approve": "yes"}, 400, id="approval-not-a-boolean"),
         pytest.param({"human_feedback": {}}, 400, id="feedback-not-a-text"),

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,31 +22,59 @@ from prefect_crew.server.scripted import ScriptedProgram
 from prefect_crew.server.scripts import ScriptError
 from prefect_crew.server.serve import serve
 
-Start = Callable[..., tuple[subprocess.Popen[str], str, str]]
 
+class Served:
+    """A process that runs `serve`; its line is read when it is first asked for."""
 
-@pytest.fixture
-def start() -> Iterator[Start]:
-    """Give a function that runs `serve` in a process and returns it, its line, and its URL."""
-    started: list[subprocess.Popen[str]] = []
-
-    def run(**options: Any) -> tuple[subprocess.Popen[str], str, str]:
+    def __init__(self, **options: Any) -> None:
         code = f"from prefect_crew.server.serve import serve; raise SystemExit(serve(**{ ({'port': 0} | options)!r}))"
-        process = subprocess.Popen(
+        self.process = subprocess.Popen(
             [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
-        started.append(process)
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        found = re.search(r"http://\S+", line)
-        assert found, process.communicate()[1]
-        return process, line, found[0]
 
-    yield run
-    for process in started:
-        if process.poll() is None:
-            process.kill()
-        process.communicate()
+    @functools.cached_property
+    def line(self) -> str:
+        assert self.process.stdout is not None
+        return self.process.stdout.readline()
+
+    @property
+    def url(self) -> str:
+        found = re.search(r"http://\S+", self.line)
+        assert found, self.process.communicate()[1]
+        return found[0]
+
+    def end(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.communicate()
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+    """Start all processes of this module at once: most of a start is importing."""
+    journal = str(tmp_path_factory.mktemp("journals") / "journal")
+    crashing = {"spec": "echo", "token": "t", "journal": f"{journal}-of-a-crash"}
+    started = {
+        "SIGINT": Served(spec="travel"),
+        "SIGTERM": Served(spec="travel"),
+        "options": Served(
+            spec="echo",
+            token="s3cret",
+            dialect="union",
+            generation="later",
+            faults=["status:500@1", "any:latency=0.01%0.5"],
+            seed=7,
+            speed=100,
+            journal=journal,
+            inspect=True,
+            status_paths=["/{id}/status"],
+            no_stop=True,
+        ),
+        "crashes": Served(**crashing, faults=["kickoff:crash-after-accept@1"]),
+    }
+    yield {**started, "again": functools.partial(Served, **crashing, inspect=True)}
+    for one in started.values():
+        one.end()
 
 
 def token_in(line: str) -> dict[str, str]:
@@ -54,40 +83,27 @@ def token_in(line: str) -> dict[str, str]:
     return {"Authorization": f"Bearer {found[1]}"}
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_one_line_then_a_clean_end(start: Start, number: signal.Signals) -> None:
-    process, line, url = start(spec="travel")
-    headers = token_in(line)
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_one_line_then_a_clean_end(served: dict[str, Any], name: str) -> None:
+    one = served[name]
+    line, url, headers = one.line, one.url, token_in(one.line)
     assert line.startswith(f"Serving the crew travel at {url}  Try: CREW_TOKEN=")
     assert f"prefect-crew run {url} -i budget=… -i interests=… -i duration=… -i age=…" in line
     body = {"inputs": {"budget": "1", "interests": "x", "duration": "1", "age": "1"}}
     kickoff_id = httpx.post(f"{url}/kickoff", headers=headers, json=body).json()["kickoff_id"]
     assert httpx.get(f"{url}/status/{kickoff_id}", headers=headers).json()["status"] == "running"
     assert httpx.get(f"{url}/_test/requests", headers=headers).status_code == 404
-    process.send_signal(number)
-    out, err = process.communicate(timeout=10)
-    assert (process.returncode, out, err) == (0, "", "")
+    one.process.send_signal(signal.Signals[name])
+    out, err = one.process.communicate(timeout=10)
+    assert (one.process.returncode, out, err) == (0, "", "")
 
 
-def test_a_given_token_is_not_shown_and_all_options_count(start: Start, tmp_path: Path) -> None:
-    process, line, url = start(
-        spec="echo",
-        token="s3cret",
-        dialect="union",
-        generation="later",
-        faults=["status:500@1", "any:latency=0.01%0.5"],
-        seed=7,
-        speed=100,
-        journal=str(tmp_path / "journal"),
-        inspect=True,
-        status_paths=["/{id}/status"],
-        no_stop=True,
-    )
-    assert "s3cret" not in line
-    with httpx.Client(base_url=url, headers={"Authorization": "Bearer s3cret"}) as client:
-        kickoff_id = client.post("/kickoff", json={"inputs": {"text": "x"}, "meta": {"run_key": "a"}}).json()[
-            "kickoff_id"
-        ]
+def test_a_given_token_is_not_shown_and_all_options_count(served: dict[str, Any]) -> None:
+    one = served["options"]
+    assert "s3cret" not in one.line
+    with httpx.Client(base_url=one.url, headers={"Authorization": "Bearer s3cret"}) as client:
+        kickoff = client.post("/kickoff", json={"inputs": {"text": "x"}, "meta": {"run_key": "a"}})
+        kickoff_id = kickoff.json()["kickoff_id"]
         assert client.get(f"/status/{kickoff_id}").status_code == 404
         assert client.get(f"/{kickoff_id}/status").status_code == 500
         assert client.get(f"/{kickoff_id}/status").json()["state"] == "SUCCESS"
@@ -98,23 +114,23 @@ def test_a_given_token_is_not_shown_and_all_options_count(start: Start, tmp_path
     assert seen["answers"] == {"kickoff 200": 1, "status 500": 1, "status 200": 1}
     assert {"fault": "status:500@1", "occurrence": 1} in seen["faults"]
     assert seen["runs"] == [{"id": kickoff_id, "state": "completed", "meta": {"run_key": "a"}, "inputs": {"text": "x"}}]
-    assert httpx.get(f"{url}/_test/requests").status_code == 401
-    process.terminate()
-    assert process.wait(10) == 0
+    assert httpx.get(f"{one.url}/_test/requests").status_code == 401
 
 
-def test_a_process_that_dies_and_comes_back(start: Start, tmp_path: Path) -> None:
-    options = {"spec": "echo", "token": "t", "journal": str(tmp_path / "journal")}
+def test_a_process_that_dies_and_comes_back(served: dict[str, Any]) -> None:
     headers = {"Authorization": "Bearer t"}
-    process, _, url = start(**options, faults=["kickoff:crash-after-accept@1"])
     with pytest.raises(httpx.TransportError):
-        httpx.post(f"{url}/kickoff", headers=headers, json={"inputs": {"text": "x"}})
-    assert process.wait(10) == CRASH_EXIT_CODE
-    _, _, url = start(**options, inspect=True)
-    deadline = time.monotonic() + 10
-    while (seen := httpx.get(f"{url}/_test/requests", headers=headers).json())["runs"][0]["state"] != "completed":
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+        httpx.post(f"{served['crashes'].url}/kickoff", headers=headers, json={"inputs": {"text": "x"}})
+    assert served["crashes"].process.wait(10) == CRASH_EXIT_CODE
+    again = served["again"]()
+    try:
+        deadline = time.monotonic() + 10
+        url = f"{again.url}/_test/requests"
+        while (seen := httpx.get(url, headers=headers).json())["runs"][0]["state"] != "completed":
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+    finally:
+        again.end()
     assert seen["kickoffs"] == 1
 
 
@@ -130,7 +146,7 @@ def test_a_process_that_dies_and_comes_back(start: Start, tmp_path: Path) -> Non
         pytest.param({"on_crash": "panic"}, ValueError, "rerun or lose", id="on-crash"),
         pytest.param({"status_paths": ["/state/{id}"]}, ValueError, "status_paths must be", id="status-path"),
         pytest.param({"speed": 0}, ValueError, "speed must be above 0", id="speed"),
-        pytest.param({"spec": "no_such_module:crew"}, ValueError, "no_such_module", id="module"),
+        pytest.param({"journal": "no/such/folder/journal"}, OSError, "No such file or directory", id="journal"),
     ],
 )
 def test_what_makes_no_sense_is_said_before_anything_starts(
