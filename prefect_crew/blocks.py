@@ -75,6 +75,8 @@ class DeployedCrew(JobBlock[CrewResult]):
         default=None, ge=0, description="What one run costs, in your currency, for artifacts and reports."
     )
 
+    _called: str | None = None
+
     @field_validator("secret_inputs", mode="before")
     @classmethod
     def _as_list(cls, value: Any) -> Any:
@@ -110,11 +112,19 @@ class DeployedCrew(JobBlock[CrewResult]):
 
     @property
     def label(self) -> str:
-        """What people call it: the block's name, or its address."""
+        """What people call it: the block's name, what `called` has said, or its address."""
         if self._block_document_name:
             return self._block_document_name
+        if self._called:
+            return self._called
         parts = httpx.URL(self.url)
         return f"{parts.netloc.decode()}{parts.path.rstrip('/')}"
+
+    def called(self, name: str) -> DeployedCrew:
+        """Return a copy that people see under `name`, not under its address, as long as it is not stored."""
+        copy = self.model_copy()
+        copy._called = name
+        return copy
 
     def client(self, *, transport: httpx.AsyncBaseTransport | None = None) -> CrewClient:
         """Return a client for it, to be used as an async context manager."""

@@ -43,6 +43,7 @@ from prefect_crew.records import (
 from prefect_crew.run_keys import RunIdentity, identify
 from prefect_crew.sessions import CrewSession
 from prefect_crew.stopping import stop_if_asked
+from prefect_crew.watching import tell
 
 if TYPE_CHECKING:
     from prefect_crew.api.webhooks import Webhooks
@@ -147,6 +148,7 @@ async def open_run(
         if trouble:
             run_logger().warning("Run %s has no artifact: %s", run.kickoff_id, trouble)
     remember(run)
+    tell(run, None)
     return run
 
 

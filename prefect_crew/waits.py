@@ -29,6 +29,7 @@ from prefect_crew.stopping import (
     stop_once,
 )
 from prefect_crew.waiting import Phases, WaitPolicy, wait_until_ended
+from prefect_crew.watching import tell
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -167,6 +168,7 @@ class _Waiter:
             self.troubled = False
             self.log.info("Crew run %s: the status call answers again.", self.run.kickoff_id)
         before, self.last = self.last, status
+        tell(self.run, status)
         if before is None or before.raw_state != status.raw_state:
             self._log_state(status)
         task_changed = status.current_task is not None and (
