@@ -123,7 +123,7 @@ class DeployedCrew(JobBlock[CrewResult]):
     def called(self, name: str) -> DeployedCrew:
         """Return a copy that people see under `name`, not under its address, as long as it is not stored."""
         copy = self.model_copy()
-        copy._called = name
+        copy._called = name  # noqa: SLF001 - of the same class
         return copy
 
     def client(self, *, transport: httpx.AsyncBaseTransport | None = None) -> CrewClient:
