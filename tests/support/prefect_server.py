@@ -118,9 +118,9 @@ class PrefectServer:
         return isolated(home or self.home, {"PREFECT_API_URL": self.api_url, **extra})
 
     def artifact_url(self, artifact_id: str, *, ui: Literal["v1", "v2"]) -> str:
-        """Return the address of an artifact's page: `v1` is the interface that Prefect showed until 3.8, `v2` the newer.
+        """Return the address of an artifact's page in one of Prefect's two interfaces.
 
-        Both are there in every version since 3.7.1, under addresses of their own.
+        `v1` is the one that it showed until 3.8, `v2` the newer. Every version since 3.7.1 has both.
         """
         return f"{self.ui_url}{'/v2' if ui == 'v2' else ''}/artifacts/artifact/{artifact_id}"
 

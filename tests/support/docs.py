@@ -1,0 +1,201 @@
+"""Pages of Markdown, cut into code blocks with the directives before them; tests/test_docs.py says what those mean."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import sys
+import textwrap
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+__all__ = ["Block", "DocsError", "Page", "check_data", "matches", "read_page", "strip_code", "tomllib"]
+
+RUNS = frozenset({"python", "bash", "console"})
+DATA = frozenset({"yaml", "json", "jsonl", "toml"})
+SHOWN = frozenset({"text", "mermaid", "diff", "http", "csv", "ini"})
+ALIASES = {"py": "python", "sh": "bash", "shell": "bash", "yml": "yaml"}
+WORDS = frozenset({"crew", "spec", "url", "token", "background", "exit", "raises", "timeout", "fresh"})
+"""What `run:` understands."""
+
+_COMMENT = re.compile(r"<!--\s*(page|run|file|output|not run)\s*(?::(.*?))?\s*-->", re.DOTALL)
+_FENCE = re.compile(r"^( *)(`{3,}|~{3,})\s*([^\s`]*).*$")
+
+
+class DocsError(Exception):
+    """A page that the tests cannot read, or that is not true; the text says where, and what is wrong."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """One fenced code block.
+
+    Attributes:
+        where: "docs/batches.md:42", the line of its fence.
+        run: The words of the directive `run`, by name; a word without a value has "".
+        file: The name of the file that it is written to instead of being run, if any.
+        output: Whether it is what the block before it printed.
+        not_run: Why it is not run, if it is not.
+    """
+
+    where: str
+    language: str
+    code: str
+    run: dict[str, str] = field(default_factory=dict[str, str])
+    file: str | None = None
+    output: bool = False
+    not_run: str | None = None
+
+    @property
+    def runs(self) -> bool:
+        """Whether a test runs it."""
+        return self.language in RUNS and self.file is None and self.not_run is None and not self.output
+
+
+@dataclass(frozen=True)
+class Page:
+    """One page.
+
+    Attributes:
+        name: Its path from the root of the clone, with slashes.
+        slow: Whether it belongs to the slow tests.
+        needs: The extras without which it is skipped, by the module that tells whether they are there.
+    """
+
+    name: str
+    blocks: list[Block]
+    slow: bool = False
+    needs: tuple[str, ...] = ()
+
+
+def read_page(root: Path, path: Path) -> Page:
+    """Read one page.
+
+    Raises:
+        DocsError: A block has no language, or one that is unknown; a directive is misspelt or stands before nothing.
+    """
+    name = path.relative_to(root).as_posix()
+    lines = path.read_text(encoding="utf-8").splitlines()
+    blocks: list[Block] = []
+    pending: list[tuple[str, str]] = []
+    page_words: dict[str, str] = {}
+    number = 0
+    while number < len(lines):
+        where = f"{name}:{number + 1}"
+        if fence := _FENCE.match(lines[number]):
+            end = _end(lines, number, fence, where)
+            code = textwrap.dedent("\n".join(lines[number + 1 : end]) + "\n")
+            blocks.append(_block(where, fence[3].lower(), code, pending))
+            pending, number = [], end + 1
+        elif lines[number].lstrip().startswith("<!--"):
+            comment, number = _comment(lines, number)
+            for kind, text in _COMMENT.findall(comment):
+                if kind == "page":
+                    page_words.update(_words(where, text, frozenset({"slow", "needs"})))
+                else:
+                    pending.append((kind, " ".join(text.split())))
+        else:
+            if lines[number].strip() and pending:
+                raise DocsError(
+                    f"{where}: the directive {pending[-1][0]!r} before this line has no code block after it"
+                )
+            number += 1
+    if pending:
+        raise DocsError(f"{name}: the directive {pending[-1][0]!r} at its end has no code block after it")
+    needs = tuple(filter(None, page_words.get("needs", "").split(",")))
+    return Page(name, blocks, slow="slow" in page_words, needs=needs)
+
+
+def _end(lines: list[str], start: int, fence: re.Match[str], where: str) -> int:
+    closing = re.compile(rf"^ *{fence[2][0]}{{{len(fence[2])},}}\s*$")
+    for number in range(start + 1, len(lines)):
+        if closing.match(lines[number]):
+            return number
+    raise DocsError(f"{where}: this code block has no end")
+
+
+def _comment(lines: list[str], start: int) -> tuple[str, int]:
+    number = start
+    while number < len(lines) and "-->" not in lines[number]:
+        number += 1
+    return "\n".join(lines[start : number + 1]), number + 1
+
+
+def _words(where: str, text: str, known: frozenset[str]) -> dict[str, str]:
+    words = {word.partition("=")[0]: word.partition("=")[2] for word in shlex.split(text)}
+    if unknown := set(words) - known:
+        raise DocsError(f"{where}: {', '.join(sorted(unknown))} is none of {', '.join(sorted(known))}")
+    return words
+
+
+def _block(where: str, language: str, code: str, directives: list[tuple[str, str]]) -> Block:
+    language = ALIASES.get(language, language)
+    if language not in RUNS | DATA | SHOWN:
+        known = ", ".join(sorted(RUNS | DATA | SHOWN))
+        raise DocsError(f"{where}: the language {language!r} is none of {known}; plain text is `text`")
+    run: dict[str, str] = {}
+    facts: dict[str, str] = {}
+    for kind, text in directives:
+        if kind == "run":
+            run.update(_words(where, text, WORDS))
+        else:
+            facts[kind] = text
+    for kind, what in (("not run", "a reason"), ("file", "a name")):
+        if kind in facts and not facts[kind]:
+            raise DocsError(f"{where}: `{kind}` wants {what}")
+    if len(facts) > 1 or (facts and run and "file" not in facts):
+        raise DocsError(f"{where}: {' and '.join([*facts, *(['run'] if run else [])])} cannot stand together")
+    return Block(where, language, code, run, facts.get("file"), "output" in facts, facts.get("not run"))
+
+
+def check_data(block: Block) -> None:
+    """Check that a block is what its language says, without running it.
+
+    Raises:
+        DocsError: It is not.
+    """
+    try:
+        if block.language == "yaml":
+            list(yaml.safe_load_all(block.code))
+        elif block.language == "json":
+            json.loads(block.code)
+        elif block.language == "jsonl":
+            for line in filter(str.strip, block.code.splitlines()):
+                json.loads(line)
+        elif block.language == "toml":
+            tomllib.loads(block.code)
+        elif block.language == "python":
+            compile(block.code, block.where, "exec")
+    except (ValueError, SyntaxError, yaml.YAMLError) as error:
+        raise DocsError(f"{block.where}: this is no {block.language}: {error}") from error
+
+
+def strip_code(text: str) -> str:
+    """Return a page's text without its code blocks and inline code, for looking at its links."""
+    text = re.sub(r"^( *)(`{3,}|~{3,}).*?^ *\2`*\s*$", "", text, flags=re.DOTALL | re.MULTILINE)
+    return re.sub(r"`[^`\n]*`", "", text)
+
+
+def matches(expected: str, actual: str) -> bool:
+    """Whether a program's output is what a page shows: the same lines, but for `…`.
+
+    A line that is only `…` stands for any number of lines, `…` within a line for any text. Trailing blanks, empty
+    lines at both ends, and colours do not count.
+    """
+    parts: list[str] = []
+    for line in textwrap.dedent(expected).strip("\n").splitlines():
+        if line.strip() == "…":
+            parts.append(r"(?:.*\n)*?")
+        else:
+            parts.append(".*?".join(re.escape(part) for part in line.rstrip().split("…")) + r" *\n")
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", actual).replace("\r", "").strip("\n")
+    lines = "".join(f"{line.rstrip()}\n" for line in plain.splitlines())
+    return re.fullmatch("".join(parts), lines) is not None
