@@ -1,48 +1,27 @@
-"""Opening a run: decide by the record, and where it says so, claim, post once, and write the id down.
-
-This is the only place that kicks a crew off. What is promised: never a second POST for one claim unless the first
-surely did not start a run.
-"""
+"""Opening a run under Prefect: its key, the check of its inputs, the purchase, and what people see of it."""
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-import httpx
-from opentelemetry import trace
-from prefect.exceptions import PrefectException
-
-from prefect_crew.api.certainty import KickoffFate, kickoff_fate
 from prefect_crew.api.errors import (
     AuthenticationError,
     CrewError,
     InvalidInputsError,
-    KickoffUncertainError,
-    RateLimitedError,
-    ServerError,
 )
 from prefect_crew.api.inputs import encode_inputs, inputs_digest, missing_inputs, unknown_inputs
 from prefect_crew.api.models import CrewState
-from prefect_crew.events import emit
 from prefect_crew.logs import run_logger
 from prefect_crew.open_runs import OpenRun, remember
+from prefect_crew.purchases import Purchase, purchase_run
 from prefect_crew.record_store import PrefectRecords
 from prefect_crew.records import (
     Decision,
-    RecordPhase,
     RecordStore,
-    RunRecord,
-    check_same_run,
-    decide,
-    known_by,
-    utcnow,
 )
-from prefect_crew.run_keys import RunIdentity, identify
+from prefect_crew.run_keys import identify
 from prefect_crew.sessions import CrewSession
-from prefect_crew.stopping import stop_if_asked
 from prefect_crew.watching import tell
 
 if TYPE_CHECKING:
@@ -50,51 +29,6 @@ if TYPE_CHECKING:
     from prefect_crew.blocks import DeployedCrew
 
 __all__ = ["check_inputs", "open_run"]
-
-LIMITED_FOR = 600.0
-"""Seconds for which a kickoff is tried again while the server answers 429, or 503 with a time to come back."""
-DELAY_CAP = 120.0
-FINISH = 25.0
-"""Seconds that a cancelled caller leaves a POST in flight to end: Prefect kills a cancelled process after about 30."""
-
-
-@dataclass(frozen=True)
-class _Opened:
-    """What a call with a run key came to; a claim of ours, with START and BUY_AGAIN, has no kickoff id yet."""
-
-    decision: Decision
-    record: RunRecord
-
-
-@dataclass(frozen=True)
-class _Purchase:
-    """What is to be bought, the same for every attempt."""
-
-    crew: DeployedCrew
-    identity: RunIdentity
-    inputs: dict[str, Any]
-    digest: str
-    name: str | None
-    meta: Mapping[str, Any] | None
-    webhooks: Webhooks | None
-    force_new: bool
-
-    def record(self, attempt: int) -> RunRecord:
-        now, caller = utcnow(), self.identity.caller
-        return RunRecord(
-            run_key=self.identity.run_key,
-            attempt=attempt,
-            crew=self.crew.label,
-            crew_url=self.crew.url,
-            inputs_digest=self.digest,
-            owner=caller.owner,
-            claimed_at=now,
-            known_by=known_by(now, self.crew.request_timeout),
-            forced_by=self.identity.place if self.force_new else None,
-            flow_run_id=caller.flow_run_id,
-            flow_run_count=caller.flow_run_count,
-            step=self.name,
-        )
 
 
 async def open_run(
@@ -121,29 +55,22 @@ async def open_run(
     encoded = encode_inputs(inputs, as_json=crew.inputs_as_json)
     digest = inputs_digest(encoded)
     identity = await identify(crew.label, digest, run_key=run_key, name=name, inside_own_task=inside_own_task)
-    purchase = _Purchase(crew, identity, encoded, digest, name, meta, webhooks, force_new)
-    records = store or PrefectRecords()
+    purchase = Purchase(crew, identity, encoded, digest, name, meta, webhooks, force_new)
     async with CrewSession(crew) as session:
+        problem: CrewError | None = None
         try:
             await check_inputs(session, encoded)
-        except CrewError as problem:
-            # A run that is in flight or done is found again even if nothing could be bought now.
-            opened = await _find_only(purchase, records)
-            if opened is None:
-                raise
-            run_logger().warning("%s", problem)
-        else:
-            opened = await _decide_and_claim(purchase, records)
-        _announce(opened)
-        bought = opened.decision in (Decision.START, Decision.BUY_AGAIN)
-        record = await _buy(purchase, opened.record, records, session) if bought else opened.record
-        run = OpenRun(session.crew, str(record.kickoff_id), record, encoded, owned=bought)
+        except CrewError as error:
+            problem = error
+        opened = await purchase_run(purchase, store or PrefectRecords(), session, problem=problem)
+        record = opened.record
+        run = OpenRun(session.crew, str(record.kickoff_id), record, encoded, owned=opened.bought)
     if opened.decision is Decision.RETURN and record.state is not CrewState.COMPLETED:
         run.advice = (
             f"It is not bought again: crew {crew.label} allows {crew.max_kickoffs} kickoffs under one run key "
             "(max_kickoffs). force_new=True buys another."
         )
-    if bought:
+    if opened.bought:
         trouble = await run.shown_by().create(run.view(None))
         if trouble:
             run_logger().warning("Run %s has no artifact: %s", run.kickoff_id, trouble)
@@ -180,196 +107,3 @@ async def check_inputs(session: CrewSession, inputs: Mapping[str, Any]) -> None:
             ", ".join(known.name for known in expected),
         )
     return None
-
-
-async def _find_only(purchase: _Purchase, records: RecordStore) -> _Opened | None:
-    """Return what the record alone gives, None if that would be a purchase."""
-    attempts = await records.attempts(purchase.identity.run_key)
-    decision, record = await _decide(purchase, attempts, records)
-    if decision in (Decision.START, Decision.BUY_AGAIN) or record is None:
-        return None
-    return await _follow(purchase, decision, record, records)
-
-
-async def _decide_and_claim(purchase: _Purchase, records: RecordStore) -> _Opened:
-    """Return a decision with the record that it is about; START and BUY_AGAIN come with a claim that is ours."""
-    if not purchase.force_new:
-        # The common case in one request: nobody knows the key yet.
-        first = purchase.record(1)
-        if await records.claim(first):
-            return _Opened(Decision.START, first)
-    while True:
-        attempts = await records.attempts(purchase.identity.run_key)
-        decision, record = await _decide(purchase, attempts, records)
-        if decision in (Decision.START, Decision.BUY_AGAIN):
-            claim = purchase.record(attempts[-1].attempt + 1 if attempts else 1)
-            if await records.claim(claim):
-                return _Opened(decision, claim)
-        elif record is not None:
-            return await _follow(purchase, decision, record, records)
-
-
-async def _decide(
-    purchase: _Purchase, attempts: Sequence[RunRecord], records: RecordStore
-) -> tuple[Decision, RunRecord | None]:
-    record = attempts[-1] if attempts else None
-    force_new = purchase.force_new
-    if force_new:
-        # A retry of the very call that forced an attempt means that attempt, not yet another one.
-        ours = [attempt for attempt in attempts if attempt.forced_by == purchase.identity.place]
-        record, force_new = (ours[-1], False) if ours else (record, True)
-    elif record is not None:
-        check_same_run(record, crew_url=purchase.crew.url, inputs_digest=purchase.digest)
-    owner_ended = record is not None and record.phase is RecordPhase.CLAIMED and await records.owner_ended(record)
-    decision = decide(
-        record,
-        caller=purchase.identity.caller,
-        now=utcnow(),
-        bought=sum(attempt.counts for attempt in attempts),
-        max_kickoffs=purchase.crew.max_kickoffs,
-        owner_ended=owner_ended,
-        force_new=force_new,
-    )
-    return decision, record
-
-
-async def _follow(purchase: _Purchase, decision: Decision, record: RunRecord, records: RecordStore) -> _Opened:
-    """Return the run that a record leads to, waiting for its id where somebody else is posting."""
-    delay = 0.1
-    while decision is Decision.CLAIMED_ELSEWHERE:
-        await asyncio.sleep(delay)
-        delay = min(delay * 1.5, 2.0)
-        attempts = await records.attempts(record.run_key)
-        decision, latest = await _decide(purchase, attempts, records)
-        if latest is None or decision in (Decision.START, Decision.BUY_AGAIN):
-            return await _decide_and_claim(purchase, records)
-        record = latest
-    if decision is Decision.UNCERTAIN:
-        _announce(_Opened(decision, record))
-        raise _uncertain(record)
-    return _Opened(decision, record)
-
-
-def _uncertain(record: RunRecord) -> KickoffUncertainError:
-    reason = record.reason or "whoever sent it ended before its answer was written down"
-    emit("uncertain", record, once=True, reason=reason)
-    return KickoffUncertainError(run_key=record.run_key, reason=reason, sent=record.sent)
-
-
-def _announce(opened: _Opened) -> None:
-    """Log the decision in one line, emit it, and put it on the span that is current."""
-    record = opened.record
-    run_logger().info(
-        "Run key %s: %s (crew %s, attempt %d%s)",
-        record.run_key,
-        opened.decision,
-        record.crew,
-        record.attempt,
-        f", run {record.kickoff_id}" if record.kickoff_id else "",
-    )
-    trace.get_current_span().set_attribute("prefect_crew.decision", str(opened.decision))
-    emit("decided", record, decision=str(opened.decision))
-
-
-async def _buy(purchase: _Purchase, record: RunRecord, records: RecordStore, session: CrewSession) -> RunRecord:
-    """Post a claimed run and write its id down; POST again only what surely did not start a run."""
-    loop = asyncio.get_running_loop()
-    until = loop.time() + LIMITED_FOR
-    while True:
-        try:
-            return await _post_shielded(purchase, record, records, session)
-        except CrewError as error:
-            if record.phase is not RecordPhase.CLAIMED:
-                raise
-            if isinstance(error, AuthenticationError) and await session.renew():
-                continue
-            delay = _server_delay(error)
-            if delay is None or loop.time() + delay > until:
-                await _not_started(record, records, error)
-                raise
-            run_logger().warning("%s It is sent again in %.0f s.", error, delay)
-            await _pause(record, records, delay, purchase.crew.request_timeout)
-
-
-def _server_delay(error: CrewError) -> float | None:
-    """Return the seconds that the server itself asks a refused kickoff to wait, None if it does not ask."""
-    if not isinstance(error, RateLimitedError | ServerError) or kickoff_fate(error) is not KickoffFate.RETRY:
-        return None
-    return min(5.0 if error.retry_after is None else error.retry_after, DELAY_CAP)
-
-
-async def _pause(record: RunRecord, records: RecordStore, delay: float, request_timeout: float) -> None:
-    """Wait between two posts of one claim, with the claim kept fresh for others who look at it."""
-    try:
-        record.known_by = known_by(utcnow(), request_timeout, delay)
-        await records.save(record)
-        await asyncio.sleep(delay)
-    except asyncio.CancelledError as cancelled:
-        await _not_started(record, records, cancelled)
-        raise
-
-
-async def _post_shielded(
-    purchase: _Purchase, record: RunRecord, records: RecordStore, session: CrewSession
-) -> RunRecord:
-    """See a POST that is in flight to its end even if the caller is cancelled, so that its id is written down."""
-    post = asyncio.ensure_future(_post(purchase, record, records, session))
-    try:
-        return await asyncio.shield(post)
-    except asyncio.CancelledError:
-        if not post.done():
-            await asyncio.wait({post}, timeout=FINISH)
-        if post.done() and not post.cancelled() and (error := post.exception()) is not None:
-            if record.phase is RecordPhase.CLAIMED:
-                await _not_started(record, records, error)
-        elif post.done() and not post.cancelled():
-            await stop_if_asked(session, record, records)
-        raise
-
-
-async def _post(purchase: _Purchase, record: RunRecord, records: RecordStore, session: CrewSession) -> RunRecord:
-    """Make one POST and write down what became of it. What surely did not start a run raises and writes nothing."""
-    redact = purchase.crew.redactor(purchase.inputs)
-    try:
-        kickoff_id = await session.client.kickoff(
-            purchase.inputs,
-            meta={**(purchase.meta or {}), "run_key": record.run_key},
-            webhooks=purchase.webhooks,
-            secrets=redact.secrets,
-        )
-    except BaseException as error:
-        if kickoff_fate(error) is not KickoffFate.UNCERTAIN:
-            raise
-        record.phase, record.reason = RecordPhase.UNCERTAIN, redact(f"{type(error).__name__}: {error}")[:500]
-        await _save(record, records)
-        if not isinstance(error, Exception):
-            raise
-        raise _uncertain(record) from error
-    record.phase, record.kickoff_id, record.kicked_off_at = RecordPhase.STARTED, kickoff_id, utcnow()
-    await _save(record, records)
-    return record
-
-
-async def _not_started(record: RunRecord, records: RecordStore, error: BaseException) -> None:
-    record.phase, record.reason = RecordPhase.NOT_STARTED, f"{type(error).__name__}"
-    await _save(record, records)
-
-
-async def _save(record: RunRecord, records: RecordStore) -> None:
-    """Write down what is known; if that cannot be done, say it where a person finds it, and go on.
-
-    The record then stays a claim, which later calls take for uncertain: nothing is bought twice because of it.
-    """
-    try:
-        await records.save(record)
-    except (httpx.HTTPError, PrefectException) as error:
-        run_logger().error(
-            "Run %s is %s%s, and that could not be written down (%s). Once the Prefect API is back: "
-            "prefect-crew runs settle %r %s",
-            record.run_key,
-            record.phase,
-            f", kickoff id {record.kickoff_id}" if record.kickoff_id else "",
-            type(error).__name__,
-            record.run_key,
-            f"--kickoff-id {record.kickoff_id}" if record.kickoff_id else "--never-started",
-        )
