@@ -132,9 +132,8 @@ class CrewClient:
 
     async def __aexit__(self, *_: object) -> None:
         clients, self._polls, self._once = (self._polls, self._once), None, None
-        for client in clients:
-            if client is not None:
-                await client.aclose()
+        for client in filter(None, clients):
+            await client.aclose()
 
     def _open(self, keepalive: float) -> httpx.AsyncClient:
         timeout = self.request_timeout

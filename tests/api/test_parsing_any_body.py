@@ -7,7 +7,7 @@ import math
 from typing import Any
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from prefect_crew.api.errors import ResponseFormatError
@@ -54,6 +54,8 @@ VALUES = st.recursive(
     lambda inner: st.one_of(st.lists(inner, max_size=4), st.dictionaries(st.one_of(KEYS, TEXT), inner, max_size=6)),
     max_leaves=25,
 )
+# A dozen parsers each: a hundred examples of every test would only slow all other tests down.
+FEW = settings(max_examples=40)
 OBJECTS = st.dictionaries(KEYS, VALUES, max_size=8)
 
 
@@ -66,6 +68,7 @@ def check(found: Any) -> None:
 
 
 @pytest.mark.parametrize("parser", PARSERS)
+@FEW
 @given(body=st.one_of(VALUES, OBJECTS))
 def test_decoded_bodies(parser: str, body: Any):
     try:
@@ -75,6 +78,7 @@ def test_decoded_bodies(parser: str, body: Any):
 
 
 @pytest.mark.parametrize("parser", PARSERS)
+@FEW
 @given(body=st.one_of(st.binary(), st.text()))
 @example(body=b"\xff\xfe")
 @example(body=b"\x00\x00\x00{")
@@ -95,6 +99,7 @@ def test_undecoded_bodies(parser: str, body: bytes | str):
 
 
 @pytest.mark.parametrize("parser", PARSERS)
+@FEW
 @given(body=OBJECTS)
 def test_written_objects(parser: str, body: Any):
     try:
