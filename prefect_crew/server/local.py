@@ -183,7 +183,7 @@ class LocalServer(ABC):
         """Start the server and return once it answers.
 
         Raises:
-            OSError: The port is taken.
+            OSError: The port is taken, or the journal cannot be written.
             RuntimeError: It runs already, or does not start.
         """
         if self._thread is not None:
@@ -194,6 +194,8 @@ class LocalServer(ABC):
         self._ready.clear()
         self.crashed.clear()
         self._failure = None
+        if self.runtime.journal:
+            self.runtime.journal.check()
         self._open()
         self._thread = threading.Thread(target=self._main, name=f"crew server {self.url}", daemon=True)
         self._thread.start()
@@ -244,6 +246,8 @@ class LocalServer(ABC):
     def _main(self) -> None:
         try:
             asyncio.run(self._hold())
+            if not self._ready.is_set():
+                self._failure = RuntimeError("it ended before it answered")
         except BaseException as error:  # noqa: BLE001 - whatever it was, the thread that waits in start() must hear of it
             self._failure = error
         finally:

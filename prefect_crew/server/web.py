@@ -41,7 +41,8 @@ class WebServer(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start, and say so."""
         await super().startup(sockets)
-        self._on_started()
+        if self.started:  # older uvicorns return from a start that failed
+            self._on_started()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Let go of requests that never answer, then shut down."""

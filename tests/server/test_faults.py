@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
-from prefect_crew.server import CrewServer, InProcessCrewServer
+from prefect_crew.server import CrewServer, InProcessCrewServer, create_app, load_program
 from prefect_crew.server.local import LocalServer
 from support.servers import ClientOf, Finished
 
@@ -257,11 +257,9 @@ def test_a_reset_run_goes_on(client_of: ClientOf, finished: Finished) -> None:
         assert finished(client, server.runs[0].id)["status"] == "completed"
 
 
-def test_connection_faults_need_our_server() -> None:
-    from starlette.testclient import TestClient
-
-    from prefect_crew.server import create_app, load_program
-
+async def test_connection_faults_need_our_server() -> None:
     app = create_app(load_program("echo"), token="t", faults=["inputs:drop"])
-    with TestClient(app) as client, pytest.raises(RuntimeError, match="need this package's own server"):
-        client.get("/inputs", headers={"Authorization": "Bearer t"})
+    transport = httpx.ASGITransport(app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
+        with pytest.raises(RuntimeError, match="need this package's own server"):
+            await client.get("/inputs", headers={"Authorization": "Bearer t"})

@@ -6,6 +6,7 @@ import asyncio
 import socket
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -157,13 +158,16 @@ def test_the_port_is_free_after_the_end() -> None:
         free.bind(("127.0.0.1", port))
 
 
-def test_a_server_that_does_not_start_says_why(tmp_path: Any) -> None:
-    (tmp_path / "journal").mkdir()
-    with (
-        pytest.raises(RuntimeError, match="does not start") as caught,
-        CrewServer("echo", journal=tmp_path / "journal"),
-    ):
+def test_a_journal_that_cannot_be_written(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="directory"), CrewServer("echo", journal=tmp_path):
         pass
+
+
+def test_a_server_that_does_not_start_says_why(tmp_path: Path) -> None:
+    (tmp_path / "journal").write_text('{"event": "accepted", "id": "1", "crew": "echo"}\n')
+    server = CrewServer("echo", journal=tmp_path / "journal")
+    with pytest.raises(RuntimeError, match="does not start") as caught:
+        server.start()
     assert caught.value.__cause__ is not None
 
 
@@ -246,7 +250,7 @@ def test_a_stopped_run_stays_stopped(client_of: ClientOf) -> None:
         assert server.run(id_).tasks == []
 
 
-def test_results_that_json_cannot_hold(client_of: ClientOf, finished: Finished, tmp_path: Any) -> None:
+def test_results_that_json_cannot_hold(client_of: ClientOf, finished: Finished, tmp_path: Path) -> None:
     with CrewServer(Odd(), dialect="union", journal=tmp_path / "journal") as server:
         client = client_of(server)
         id_ = client.post("/kickoff", json={"inputs": {"what": "data"}}).json()["kickoff_id"]
