@@ -1,0 +1,50 @@
+"""Real CrewAI code, the crew server, our client and a real Prefect server at once: the README's lines of Python."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from prefect_crew import CrewFailedError, run_crew
+from prefect_crew.server.local import CrewServer
+
+pytestmark = [pytest.mark.crewai, pytest.mark.filterwarnings("ignore::DeprecationWarning:crewai")]
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "examples" / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.usefixtures("prefect_api")
+@pytest.mark.parametrize("dialect", ["documented", "union"])
+def test_a_real_crew_runs_from_prefect(dialect: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code = next(block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "run_crew" in block)
+    with CrewServer(f"{ROOT}/examples/travel_crew.py:build", token="secret", dialect=dialect) as server:
+        code = code.replace("http://127.0.0.1:8000", server.url)
+        if dialect == "documented":  # which has no word for usage
+            code = code.replace("print(result.usage.total_tokens)", "print(result.usage)")
+        exec(compile(code, "README.md", "exec"), {})
+        assert server.kickoffs == 1
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "## A day in Lisbon for families"
+    assert [line.rpartition(" ")[0] for line in said[-3:-1]] == ["research Travel researcher", "write Guide writer"]
+    assert all(float(line.rpartition(" ")[2]) > 0 for line in said[-3:-1])
+    assert said[-1] == "None" if dialect == "documented" else int(said[-1]) > 0
+
+
+@pytest.mark.usefixtures("prefect_api")
+def test_a_real_flow_s_structured_result_arrives(tmp_path: Path) -> None:
+    with CrewServer(f"{ROOT}/examples/report_flow.py:ReportFlow", dialect="union") as server:
+        result = run_crew(server.crew(), {"topic": "tea", "sections": 1})
+        assert result.data["title"] == "Report on tea"
+        assert len(result.data["sections"]) == 1
+        assert [(task.name, task.agent) for task in result.tasks] == [("research", "Analyst"), ("report", None)]
+
+
+@pytest.mark.usefixtures("prefect_api")
+def test_a_real_crew_s_failure_says_why() -> None:
+    with CrewServer(f"{ROOT}/tests/server/real_crews.py:failing", dialect="union") as server:
+        with pytest.raises(CrewFailedError, match="no luck"):
+            run_crew(server.crew(), {"topic": "luck"})
+        assert server.kickoffs == 1
