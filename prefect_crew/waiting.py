@@ -258,7 +258,7 @@ class _Wait:
     def next_pause(self) -> float:
         """Cut the next delay to the end of the budget that ends first: the last look falls on it, not after it."""
         delay, left = self.next_delay(), self.left
-        return delay if left is None else max(0.0, min(delay, left[2]))
+        return delay if left is None or left[2] <= 0 else min(delay, left[2])
 
     async def take(self, status: CrewStatus) -> bool:
         """Take a good answer in; True if the run has ended. First its end, then the clock."""
@@ -275,6 +275,8 @@ class _Wait:
             await self.watcher.saw(status)
             if self.seen.ended:
                 return True
+        if self.unknown and not self._in_grace:
+            return False  # the second look tells whether it is lost, which is worth more than what the clock says
         left = self.left
         if left is not None and left[2] <= 0:
             raise self._timed_out(left)
@@ -301,10 +303,12 @@ class _Wait:
         balancer between two releases is no proof.
         """
         self.unknown += 1
-        if self.seen is None and self.now() - self.phases.kicked_off_at < self.policy.grace:
-            return
-        if self.unknown >= 2:
+        if self.unknown >= 2 and not self._in_grace:
             raise CrewLostError(kickoff_id=self.kickoff_id, last_state=self._last)
+
+    @property
+    def _in_grace(self) -> bool:
+        return self.seen is None and self.now() - self.phases.kicked_off_at < self.policy.grace
 
     def _timed_out(self, left: tuple[str, float, float]) -> CrewTimeoutError:
         phase, budget, _ = left
