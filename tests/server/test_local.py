@@ -60,6 +60,15 @@ async def test_a_hundred_runs_at_once(kind: type[LocalServer]) -> None:
         assert set(server.kickoffs_by_run_key.values()) == {2}
 
 
+def test_an_answer_is_not_held_back_by_the_kernel(client_of: ClientOf) -> None:
+    with CrewServer("echo") as server:
+        client = client_of(server)
+        began = time.monotonic()
+        for _ in range(60):
+            client.get("/inputs")
+        assert time.monotonic() - began < 2  # with Nagle's algorithm and delayed acknowledgements 40 ms each, 2.4 s
+
+
 def test_in_process_over_several_event_loops_and_threads() -> None:
     with InProcessCrewServer("echo") as server:
 
