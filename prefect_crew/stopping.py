@@ -145,6 +145,9 @@ async def stop_once(session: CrewSession, record: RunRecord) -> StopAnswer:
 
 async def close_stopped(record: RunRecord, answer: StopAnswer, records: RecordStore) -> None:
     """Write down what a stop came to: the end where the server says so, else only that it was asked for."""
+    standing = await records.of_kickoff(str(record.kickoff_id))
+    if standing is not None and standing.phase is RecordPhase.ENDED:
+        return  # somebody else saw the end, and what is here is older
     if answer.outcome is StopOutcome.STOPPED:
         record.phase, record.state, record.ended_at = RecordPhase.ENDED, CrewState.STOPPED, utcnow()
     else:
