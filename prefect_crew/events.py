@@ -2,6 +2,7 @@
 
     crew.decided       what a call with a run key does: payload `decision`
     crew.waiting       the run waits for a person
+    crew.resumed       it goes on: somebody answered
     crew.completed, crew.failed, crew.stopped, crew.lost     once each, from whoever closed the record
     crew.uncertain     a kickoff was sent and nobody knows its fate
     crew.timed_out     a waiter's patience ended; the run may go on

@@ -208,8 +208,7 @@ class _Waiter:
             return
         record.human_seconds = phases.human_seconds
         record.human_since = _utc(phases.human_since)
-        if waiting:
-            emit("waiting", record)
+        emit("waiting" if waiting else "resumed", record)
         try:
             await self.records.save(record)
         except (httpx.HTTPError, PrefectException) as error:
