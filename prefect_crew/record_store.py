@@ -40,8 +40,11 @@ def record_name(run_key: str, attempt: int) -> str:
     return f"crew_run_{_digest(run_key)}_{attempt}"
 
 
+_NOTE = "crew_wait_"
+
+
 def _waiter_prefix(record: RunRecord) -> str:
-    return f"crew_wait_{_digest(record.run_key)}_{record.attempt}_"
+    return f"{_NOTE}{_digest(record.run_key)}_{record.attempt}_"
 
 
 def _value(record: RunRecord) -> dict[str, Any]:
@@ -182,6 +185,24 @@ class PrefectRecords:
             waiting.add(str(value["value"]["flow_run_id"]))
         waiting.discard(flow_run_id or "")
         return [other for other in sorted(waiting) if await self._alive(other)]
+
+    async def waiter_notes(self) -> AsyncIterator[str]:
+        """Yield the names of all notes that some flow run waits for a run."""
+        async for value in self._values({"name": {"like_": _NOTE + "%"}}):
+            if str(value["name"]).startswith(_NOTE):  # `_` is a wildcard of LIKE
+                yield str(value["name"])
+
+    def notes_of(self, record: RunRecord) -> str:
+        """Return what the names of a record's notes begin with."""
+        return _waiter_prefix(record)
+
+    async def delete_note(self, name: str) -> None:
+        """Take a note away by its name."""
+        async with get_client() as client:
+            try:
+                await client.delete_variable_by_name(name)
+            except ObjectNotFound:
+                return
 
     async def _alive(self, flow_run_id: str) -> bool:
         async with get_client() as client:
