@@ -23,7 +23,7 @@ Url = Annotated[str, AfterValidator(_check_url)]
 
 class _Model(BaseModel):
     # A URL may carry the only secret that protects its receiver: no error and no repr shows more than its host.
-    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True, defer_build=True)
 
     def __repr_args__(self) -> Iterator[tuple[str | None, Any]]:
         for name, value in super().__repr_args__():

@@ -32,7 +32,7 @@ def shown(error: BaseException) -> str:
     for link in chain(error):
         parts += [repr(link), str(link), repr(vars(link))]
         for frame, _ in traceback.walk_tb(link.__traceback__):
-            if "tests" not in frame.f_code.co_filename:
+            if frame.f_code.co_filename != __file__:
                 parts += [repr(value) for value in frame.f_locals.values()]
         request = getattr(link, "_request", None)
         if request is not None:
