@@ -142,7 +142,8 @@ class Executions:
             self._end(execution, "failed", CrewState.FAILED, error="the crew was cancelled from within")
         except ProgramError as error:
             self._end(execution, "failed", CrewState.FAILED, error=str(error))
-        except Exception as error:  # noqa: BLE001 - whatever a crew raises is a failed run, never a broken server
+        # Whatever a crew raises is a failed run, never a broken server; sys.exit() would end the event loop.
+        except (Exception, SystemExit) as error:  # noqa: BLE001
             self._end(execution, "failed", CrewState.FAILED, error=f"{type(error).__name__}: {error}")
         else:
             self._end(execution, "completed", CrewState.COMPLETED, outcome=outcome)

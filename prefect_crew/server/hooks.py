@@ -41,7 +41,7 @@ class Authentication(_Part):
 class Target(_Part):
     """One URL with its authentication, if it has any."""
 
-    url: str = Field(pattern=r"^https?://")
+    url: str = Field(pattern=r"^https?://", repr=False)
     authentication: Authentication | None = None
 
 
@@ -53,11 +53,11 @@ class Stream(Target):
 
 
 class Hooks(_Part):
-    """All targets of one run."""
+    """All targets of one run. URLs stay out of the repr: what protects their receivers may stand in them."""
 
-    task: str | None = Field(default=None, alias="taskWebhookUrl", pattern=r"^https?://")
-    step: str | None = Field(default=None, alias="stepWebhookUrl", pattern=r"^https?://")
-    crew: str | None = Field(default=None, alias="crewWebhookUrl", pattern=r"^https?://")
+    task: str | None = Field(default=None, alias="taskWebhookUrl", pattern=r"^https?://", repr=False)
+    step: str | None = Field(default=None, alias="stepWebhookUrl", pattern=r"^https?://", repr=False)
+    crew: str | None = Field(default=None, alias="crewWebhookUrl", pattern=r"^https?://", repr=False)
     human: Target | None = Field(default=None, alias="humanInputWebhook")
     streams: list[Stream] = Field(default_factory=list[Stream], alias="webhooks")
     _asked: dict[str, Any] = PrivateAttr(default_factory=dict[str, Any])

@@ -72,7 +72,7 @@ class Runtime:
         closing: Set when the app shuts down, so that requests which never answer let go.
     """
 
-    token: str
+    token: str = field(repr=False)
     dialect: Dialect
     faults: Faults
     counters: Counters

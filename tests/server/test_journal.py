@@ -121,6 +121,8 @@ def test_webhooks_are_kept_and_nobody_else_can_read_them(tmp_path: Path, client_
     assert hooks.human.authentication.token is not None
     assert hooks.human.authentication.token.get_secret_value() == "s3cret"
     assert "s3cret" not in repr(hooks)
+    assert "127.0.0.1" not in repr(hooks)
+    assert server.token not in repr(server.runtime)
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert json.loads(path.read_text().splitlines()[0])["hooks"] == {"humanInputWebhook": human}
 

@@ -207,7 +207,7 @@ class Odd:
         if what == "cancel":
             raise asyncio.CancelledError
         if what == "exit":
-            raise SystemError("deep trouble")
+            raise SystemExit("enough")
         if what == "own tasks":
             run.task_started("a")
             run.task_ended(TaskResult(name="a", output="told"))
@@ -228,7 +228,7 @@ class Odd:
     [
         ("raise", "KeyError: 'nobody expected this'"),
         ("cancel", "the crew was cancelled from within"),
-        ("exit", "SystemError: deep trouble"),
+        ("exit", "SystemExit: enough"),
     ],
 )
 def test_whatever_a_program_raises_is_a_failed_run(
