@@ -83,6 +83,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (numbers.Number, Decimal)):
         return _number(value)
     if isinstance(value, (datetime, date, time)):
+        # pandas' NaT is a datetime, and the only one that is not equal to itself.
         if value != value:
             raise _BadValueError("a time that is none")
         return _text(value.isoformat())
