@@ -32,7 +32,7 @@ from prefect_crew.server.programs import load_program
 from prefect_crew.server.runtime import Counters, Runtime
 from prefect_crew.server.scripted import CrewScript, ScriptedProgram
 from prefect_crew.server.transport import InProcessTransport
-from prefect_crew.server.web import WebServer
+from prefect_crew.server.web import WebServer, listener
 
 if TYPE_CHECKING:
     from prefect_crew.blocks import DeployedCrew
@@ -279,14 +279,7 @@ class CrewServer(LocalServer):
         return self._port
 
     def _open(self) -> None:
-        self._socket = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-        try:
-            if os.name == "posix":  # so that a restart can take its port again
-                self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            self._socket.bind(("127.0.0.1", self._port))
-        except OSError:
-            self._close()
-            raise
+        self._socket = listener("127.0.0.1", self._port)
         self._port = self._socket.getsockname()[1]
 
     def _close(self) -> None:

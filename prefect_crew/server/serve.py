@@ -22,7 +22,7 @@ from prefect_crew.server.local import CrewServer, InProcessCrewServer
 from prefect_crew.server.program import Program
 from prefect_crew.server.programs import load_program
 from prefect_crew.server.scripted import ScriptedProgram
-from prefect_crew.server.web import WebServer
+from prefect_crew.server.web import WebServer, listener
 
 __all__ = ["CrewServer", "InProcessCrewServer", "load_program", "serve"]
 
@@ -85,29 +85,16 @@ def serve(
     )
     if journal:
         Journal(journal).check()
-    listener = _listen(host, port)
-    line = _line(program, _url(listener), None if token else app.state.runtime.token)
+    bound = listener(host, port)
+    line = _line(program, _url(bound), None if token else app.state.runtime.token)
     server = WebServer(app, on_started=lambda: (announce or _to_stdout)(line))
-    with contextlib.closing(listener), _until_signalled(server):
-        asyncio.run(server.serve(sockets=[listener]))
+    with contextlib.closing(bound), _until_signalled(server):
+        asyncio.run(server.serve(sockets=[bound]))
     return 0
 
 
-def _listen(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        if os.name == "posix":  # so that a server which was just stopped does not block its port
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((host, port))
-    except OSError:
-        listener.close()
-        raise
-    return listener
-
-
-def _url(listener: socket.socket) -> str:
-    host, port = str(listener.getsockname()[0]), int(listener.getsockname()[1])
+def _url(bound: socket.socket) -> str:
+    host, port = str(bound.getsockname()[0]), int(bound.getsockname()[1])
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - what listens everywhere is reached here
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
