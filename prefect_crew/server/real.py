@@ -138,7 +138,8 @@ class RealProgram:
             with contextlib.suppress(RuntimeError):  # the loop is closed: there is nobody left to tell
                 loop.call_soon_threadsafe(end, result)
 
-        # A daemon, unlike a pool's threads: a model call that hangs must not hold up the end of the server.
+        # A daemon, so that no thread of ours holds up the end of the process. Those in which CrewAI calls models do, as
+        # all of asyncio's, until the call has ended or a second signal comes.
         context = contextvars.copy_context()
         thread = threading.Thread(target=context.run, args=(work,), name=f"crew run {run.id}", daemon=True)
         try:

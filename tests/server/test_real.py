@@ -133,6 +133,15 @@ def test_ten_runs_at_once_keep_their_words_and_tokens_apart(serve: Serve, finish
     assert len({usage["total_tokens"] for usage in alone}) > 5, "counts that differ, so that a mix would show"
 
 
+@pytest.mark.slow
+def test_a_hundred_runs_at_once_are_all_right(serve: Serve, finished: Finished) -> None:
+    _, client = serve("travel_crew.py:build")
+    run_ids = [kickoff(client, topic=f"Town{n}", audience="all") for n in range(100)]
+    bodies = [finished(client, run_id) for run_id in run_ids]
+    assert [body["output"].splitlines()[0] for body in bodies] == [f"## A day in Town{n} for all" for n in range(100)]
+    assert {body["token_usage"]["successful_requests"] for body in bodies} == {2}
+
+
 def test_a_stopped_crew_ends_at_its_next_model_call(serve: Serve, finished: Finished) -> None:
     server, client = serve("slow")
     before = calls()["slow"]

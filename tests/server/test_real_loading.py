@@ -6,10 +6,12 @@ import logging
 import subprocess
 import sys
 import textwrap
+import threading
 from pathlib import Path
 
 import pytest
 
+from prefect_crew.server._real_setup import _lock_in_process, prepare_crewai
 from prefect_crew.server.programs import ProgramNotFoundError, load_program
 from support.environment import isolated
 
@@ -115,6 +117,39 @@ def test_a_model_object_for_all_is_warned_of(caplog: pytest.LogCaptureFixture) -
         assert not caplog.records
         load_program(f"{CREWS}:sharing_a_model")
     assert "token counts add up wrongly" in caplog.text
+
+
+def test_a_storage_of_the_user_s_own_keeps_crewai_s_own_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepare_crewai()
+    from crewai_core import lock_store
+
+    ours = lock_store._backend
+    monkeypatch.setattr(lock_store, "_backend", None)
+    monkeypatch.setenv("CREWAI_STORAGE_DIR", str(tmp_path))
+    prepare_crewai()
+    assert lock_store._backend is None, "other processes may share that storage"
+    monkeypatch.delenv("CREWAI_STORAGE_DIR")
+    prepare_crewai()
+    assert lock_store._backend is (ours or _lock_in_process)
+
+
+def test_a_lock_keeps_others_out_by_its_name() -> None:
+    said: list[str] = []
+
+    def other(name: str) -> None:
+        try:
+            with _lock_in_process(name, timeout=0.05):
+                said.append("in")
+        except TimeoutError as error:
+            said.append(str(error))
+
+    with _lock_in_process("one"):
+        for name in ("one", "two"):
+            thread = threading.Thread(target=other, args=(name,))
+            thread.start()
+            thread.join()
+    other("one")
+    assert said == ["CrewAI's lock 'one' was not free within 0.05 s.", "in", "in"]
 
 
 def test_crewai_s_surroundings_are_set_unless_the_user_has(tmp_path: Path) -> None:
