@@ -23,7 +23,7 @@ from prefect.context import FlowRunContext, TaskRunContext
 
 from prefect_crew.records import MAX_RUN_KEY, Caller, utcnow
 
-__all__ = ["RunIdentity", "calling_task", "identify", "render_run_key"]
+__all__ = ["RunIdentity", "calling_task", "identify", "render_run_key", "scheduled_start"]
 
 TEMPLATE = re.compile(r"\{\{\s*(?P<name>[^}:\s]*)\s*(?::(?P<format>[^}]*?))?\s*\}\}")
 
@@ -140,6 +140,14 @@ async def identify(
         place=f"{root.flow_run_id}{root.path}/{number}",
         caller=Caller(owner=str(uuid4()), flow_run_id=str(flow_run.id), flow_run_count=flow_run.run_count),
     )
+
+
+async def scheduled_start() -> datetime:
+    """Return when the root of this flow run was scheduled to start; outside of one, now. UTC."""
+    flow_run, _, _ = _whereabouts(inside_own_task=False)
+    if flow_run is None:
+        return utcnow()
+    return (await _root_of(flow_run)).scheduled_start or utcnow()
 
 
 def render_run_key(template: str, scheduled_start: datetime) -> str:

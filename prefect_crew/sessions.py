@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING
 
@@ -17,15 +18,19 @@ __all__ = ["CrewSession"]
 
 
 class CrewSession:
-    """Used as an async context manager; `client` is the one to use at this moment."""
+    """Used as an async context manager; `client` is the one to use at this moment.
 
-    def __init__(self, crew: DeployedCrew) -> None:
+    `connect` makes a client for a crew, in place of `crew.client()`.
+    """
+
+    def __init__(self, crew: DeployedCrew, connect: Callable[[DeployedCrew], CrewClient] | None = None) -> None:
         self.crew = crew
+        self._connect = connect or _plain
         self._stack = AsyncExitStack()
         self._client: CrewClient | None = None
 
     async def __aenter__(self) -> CrewSession:
-        self._client = await self._stack.enter_async_context(self.crew.client())
+        self._client = await self._stack.enter_async_context(self._connect(self.crew))
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -47,5 +52,9 @@ class CrewSession:
         if fresh is None:
             return False
         self.crew = fresh
-        self._client = await self._stack.enter_async_context(fresh.client())
+        self._client = await self._stack.enter_async_context(self._connect(fresh))
         return True
+
+
+def _plain(crew: DeployedCrew) -> CrewClient:
+    return crew.client()

@@ -26,7 +26,7 @@ from prefect_crew.record_store import PrefectRecords
 from prefect_crew.records import RecordPhase, RecordStore, RunRecord, utcnow
 from prefect_crew.sessions import CrewSession
 
-__all__ = ["close_stopped", "flow_run_cancelled", "flow_run_id", "mark_cancelled", "stop_if_asked", "stop_once"]
+__all__ = ["cancellation_asked", "cancelled_meanwhile", "close_stopped", "flow_run_cancelled", "flow_run_id", "mark_cancelled", "stop_if_asked", "stop_once"]
 
 LOOK_EVERY = 10.0
 """Seconds between looks of one process at whether a flow run of its own has been cancelled."""
@@ -85,6 +85,15 @@ async def mark_cancelled(run_id: str) -> None:
         await client.set_flow_run_state(UUID(run_id), Cancelled(message="The crew was asked to stop."), force=True)
 
 
+async def cancellation_asked(own: str | None) -> bool:
+    """Return whether somebody wants the crew stopped: the flow run is being cancelled, or Ctrl-C was pressed.
+
+    Raises:
+        httpx.HTTPError, PrefectException: The Prefect API is away.
+    """
+    return (ctrl_c_pressed() and not started_by_runner()) or await flow_run_cancelled(own)
+
+
 async def stop_if_asked(session: CrewSession, record: RunRecord, records: RecordStore) -> None:
     """On a cancellation: stop the crew if that was asked for. Raises nothing but a further cancellation."""
     try:
@@ -102,8 +111,7 @@ async def stop_if_asked(session: CrewSession, record: RunRecord, records: Record
 async def _stop_if_asked(session: CrewSession, record: RunRecord, records: RecordStore) -> None:
     log = run_logger()
     own = flow_run_id()
-    asked = (ctrl_c_pressed() and not started_by_runner()) or await flow_run_cancelled(own)
-    if not asked:
+    if not await cancellation_asked(own):
         log.warning(
             "Crew run %s is left running at %s: nobody asked to stop it. A retry of this flow run, or a call "
             "with run key %r, waits for it again.",

@@ -35,6 +35,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 from prefect_crew.api.errors import CrewError
+from prefect_crew.api.models import CrewState
 from prefect_crew.records import RecordPhase, RunRecord
 
 __all__ = ["BatchEntry", "Ledger", "LedgerError", "ledger_url"]
@@ -237,6 +238,15 @@ class Ledger:
         query = select(word, func.count()).where(_attempts.c.batch == self.batch).group_by(word)
         async with self._reading() as connection:
             return {str(key): int(count) for key, count in (await connection.execute(query)).all()}
+
+    async def past(self) -> tuple[int, float | None]:
+        """Return how many rows have completed, and the mean of their seconds from kickoff to end."""
+        done, seconds = 0, 0.0
+        async for _, record in self.in_phase(RecordPhase.ENDED):
+            if record.state is CrewState.COMPLETED and record.kicked_off_at and record.ended_at:
+                done += 1
+                seconds += (record.ended_at - record.kicked_off_at).total_seconds()
+        return done, seconds / done if done else None
 
     # Writing.
 

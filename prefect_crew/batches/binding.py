@@ -1,0 +1,104 @@
+"""The claim that binds a batch's name to its ledger, on the Prefect server.
+
+Without it, a batch that is gone on with on a machine that does not have its ledger would find nothing done and buy
+everything again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any, cast
+
+from prefect.client.orchestration import get_client
+from prefect.exceptions import PrefectHTTPStatusError
+
+from prefect_crew.api.errors import CrewError
+from prefect_crew.batches.ledger import BatchEntry, Ledger
+
+__all__ = ["BatchChangedError", "LedgerMissingError", "bind", "binding_name"]
+
+TAG = "prefect-crew-batch"
+
+
+class LedgerMissingError(CrewError):
+    """The batch is kept in another ledger than the one at hand. Attributes: name, ledger (where it is kept)."""
+
+    def __init__(self, *, name: str, ledger: str) -> None:
+        self.name = name
+        self.ledger = ledger
+        super().__init__(
+            f"Batch {name!r} is kept in another ledger, {ledger}, which is not the one here. Going on without it would "
+            "buy every row again, so nothing was started. Give that ledger (ledger=…), or choose another name."
+        )
+
+
+class BatchChangedError(CrewError):
+    """The rows or the crew are not those that the batch was begun with. Attributes: name, difference."""
+
+    def __init__(self, *, name: str, difference: str) -> None:
+        self.name = name
+        self.difference = difference
+        super().__init__(
+            f"Batch {name!r} was begun with something else: {difference}. Nothing was started. To run what is new and "
+            "keep what is done, say on_change='continue'; for a new purchase of everything choose another name."
+        )
+
+
+def binding_name(batch: str) -> str:
+    """Return the name of the Variable that binds a batch."""
+    return f"crew_batch_{hashlib.sha256(batch.encode()).hexdigest()[:32]}"
+
+
+async def bind(ledger: Ledger, *, crew_url: str, fingerprint: str, total: int, go_on: bool) -> BatchEntry:
+    """Bind the batch to the ledger, or check that it is bound to this one.
+
+    Args:
+        ledger: The ledger at hand.
+        crew_url, fingerprint, total: What the batch is run with now.
+        go_on: Whether a batch whose rows or crew have changed goes on all the same.
+
+    Raises:
+        LedgerMissingError: It is bound to another ledger.
+        BatchChangedError: Its rows or its crew have changed.
+    """
+    entry = await ledger.entry()
+    bound = await _bound(ledger.batch)
+    if bound is not None and (entry is None or bound.get("ledger_id") != entry.ledger_id):
+        raise LedgerMissingError(name=ledger.batch, ledger=str(bound.get("ledger")))
+    if entry is not None and not go_on:
+        _refuse_change(entry, crew_url, fingerprint, total)
+    entry = await ledger.enter(crew_url=crew_url, fingerprint=fingerprint, total=total)
+    if bound is None:
+        await _claim(ledger, entry)
+    return entry
+
+
+def _refuse_change(entry: BatchEntry, crew_url: str, fingerprint: str, total: int) -> None:
+    if entry.crew_url != crew_url:
+        raise BatchChangedError(name=entry.name, difference=f"crew {entry.crew_url}, not {crew_url}")
+    if entry.fingerprint != fingerprint:
+        raise BatchChangedError(name=entry.name, difference=f"{entry.total} rows, not these {total}")
+
+
+async def _bound(batch: str) -> dict[str, Any] | None:
+    async with get_client() as client:
+        variable = await client.read_variable_by_name(binding_name(batch))
+    if variable is None:
+        return None
+    value: Any = variable.value
+    return cast("dict[str, Any]", value) if isinstance(value, dict) else {}
+
+
+async def _claim(ledger: Ledger, entry: BatchEntry) -> None:
+    value = {"version": 1, "batch": entry.name, "ledger_id": entry.ledger_id, "ledger": ledger.address}
+    async with get_client() as client:
+        try:
+            await client.request(
+                "POST", "/variables/", json={"name": binding_name(entry.name), "value": value, "tags": [TAG]}
+            )
+        except PrefectHTTPStatusError as error:
+            if error.response.status_code != 409:
+                raise
+    bound = await _bound(entry.name)
+    if bound is None or bound.get("ledger_id") != entry.ledger_id:
+        raise LedgerMissingError(name=entry.name, ledger=str((bound or {}).get("ledger")))
