@@ -20,6 +20,7 @@ from prefect.states import Cancelled
 
 from prefect_crew.api.errors import CrewError
 from prefect_crew.api.models import CrewState, StopAnswer, StopOutcome
+from prefect_crew.events import emit
 from prefect_crew.interrupts import ctrl_c_pressed, started_by_runner
 from prefect_crew.logs import run_logger
 from prefect_crew.record_store import PrefectRecords
@@ -152,7 +153,10 @@ async def stop_once(session: CrewSession, record: RunRecord) -> StopAnswer:
 
 
 async def close_stopped(record: RunRecord, answer: StopAnswer, records: RecordStore) -> None:
-    """Write down what a stop came to: the end where the server says so, else only that it was asked for."""
+    """Write down what a stop came to: the end where the server says so, else only that it was asked for.
+
+    An end is told to automations as well, by whoever brought it about: nobody else will see it.
+    """
     standing = await records.of_kickoff(str(record.kickoff_id))
     if standing is not None and standing.phase is RecordPhase.ENDED:
         return  # somebody else saw the end, and what is here is older
@@ -161,3 +165,5 @@ async def close_stopped(record: RunRecord, answer: StopAnswer, records: RecordSt
     else:
         record.reason = f"stop was asked for: {answer.outcome}"
     await records.save(record)
+    if record.phase is RecordPhase.ENDED:
+        emit("stopped", record, once=True, state=str(record.state))
