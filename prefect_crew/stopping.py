@@ -157,6 +157,8 @@ async def close_stopped(record: RunRecord, answer: StopAnswer, records: RecordSt
 
     An end is told to automations as well, by whoever brought it about: nobody else will see it.
     """
+    if answer.outcome is StopOutcome.NOT_STOPPABLE:
+        return  # it has ended: whoever looks sees how, and writes it down
     standing = await records.of_kickoff(str(record.kickoff_id))
     if standing is not None and standing.phase is RecordPhase.ENDED:
         return  # somebody else saw the end, and what is here is older
