@@ -161,7 +161,7 @@ class Watcher(Protocol):
         ...
 
     async def trouble(self, error: CrewError, seconds: float) -> None:
-        """A look failed, and no look has succeeded for that many seconds."""
+        """A look failed; since the last good answer, failures have cost that many seconds. A 429 costs none."""
         ...
 
     async def refused(self, error: AuthenticationError) -> bool:
@@ -244,8 +244,10 @@ class _Wait:
         self.now = now
         self.rng = rng
         self.delays = poll_delays(policy, rng)
+        self.began = now()
         self.seen: CrewState | None = None
-        self.trouble_since: float | None = None
+        self.trouble = 0.0
+        self.troubled_at: float | None = None
         self.unknown = 0
 
     @property
@@ -258,11 +260,14 @@ class _Wait:
     def next_pause(self) -> float:
         """Cut the next delay to the end of the budget that ends first: the last look falls on it, not after it."""
         delay, left = self.next_delay(), self.left
-        return delay if left is None or left[2] <= 0 else min(delay, left[2])
+        if left is None or left[2] <= 0:
+            return delay
+        # Not less than a clock of seconds since the epoch can show: the look must not fall just before the end.
+        return min(delay, max(left[2], 0.001))
 
     async def take(self, status: CrewStatus) -> bool:
         """Take a good answer in; True if the run has ended. First its end, then the clock."""
-        self.trouble_since = None
+        self.trouble, self.troubled_at = 0.0, None
         if status.state is CrewState.UNKNOWN:
             self._check_lost()
         else:
@@ -270,7 +275,7 @@ class _Wait:
             if self.seen is not None and status.state is not self.seen:
                 self.delays = poll_delays(self.policy, self.rng)
             self.seen = status.state
-            if self.phases.see(self.seen, self.now()):
+            if self.phases.see(self.seen, self.now()) and not self.seen.ended:
                 await self.watcher.person_turn(self.phases)
             await self.watcher.saw(status)
             if self.seen.ended:
@@ -284,16 +289,19 @@ class _Wait:
 
     async def failed_to_look(self, error: CrewError) -> None:
         """Raise if there has been no answer for too long."""
-        # Without an answer nobody knows whether the run has ended, so a budget that is over gets this much longer.
-        left = self.left
-        if left is not None and left[2] <= -self.policy.error_timeout:
+        moment, left = self.now(), self.left
+        # Without an answer nobody knows whether the run has ended: a budget that is over gets this much longer, and so
+        # does a wait that begins after it was over, as after a restart.
+        if left is not None and min(-left[2], moment - self.began) >= self.policy.error_timeout:
             raise self._timed_out(left) from error
         if isinstance(error, RateLimitedError):
-            return
-        moment = self.now()
-        self.trouble_since = moment if self.trouble_since is None else self.trouble_since
-        await self.watcher.trouble(error, moment - self.trouble_since)
-        if moment - self.trouble_since >= self.policy.error_timeout:
+            self.troubled_at = None
+        else:
+            if self.troubled_at is not None:
+                self.trouble += moment - self.troubled_at
+            self.troubled_at = moment
+        await self.watcher.trouble(error, self.trouble)
+        if self.trouble >= self.policy.error_timeout:
             raise error
 
     def _check_lost(self) -> None:
