@@ -13,7 +13,8 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
-from prefect_crew.api.errors import EXCERPT, ResponseFormatError
+from prefect_crew.api._error import EXCERPT
+from prefect_crew.api.errors import ResponseFormatError
 
 __all__ = [
     "RUN_KEYS",

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from prefect_crew.api import errors
-from prefect_crew.api.errors import CrewAPIError, CrewError, excerpt
+from prefect_crew.api._error import excerpt
+from prefect_crew.api.errors import CrewAPIError, CrewError
 
 ANSWER: dict[str, Any] = {"method": "POST", "path": "/kickoff", "title": "Short", "message": "Long", "body": "{}"}
 # Each error, what its text must name, and what it must say to do.
