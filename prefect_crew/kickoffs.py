@@ -5,21 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from prefect_crew.api.errors import (
-    AuthenticationError,
-    CrewError,
-    InvalidInputsError,
-)
+from prefect_crew.api.errors import AuthenticationError, ConfigurationError, CrewError, InvalidInputsError
 from prefect_crew.api.inputs import encode_inputs, inputs_digest, missing_inputs, unknown_inputs
 from prefect_crew.api.models import CrewState
+from prefect_crew.interrupts import watch_ctrl_c
 from prefect_crew.logs import run_logger
 from prefect_crew.open_runs import OpenRun, remember
 from prefect_crew.purchases import Purchase, purchase_run
 from prefect_crew.record_store import PrefectRecords
-from prefect_crew.records import (
-    Decision,
-    RecordStore,
-)
+from prefect_crew.records import Decision, RecordStore
 from prefect_crew.run_keys import identify
 from prefect_crew.sessions import CrewSession
 from prefect_crew.watching import tell
@@ -46,26 +40,30 @@ async def open_run(
     """Find the run of a key, or buy it. What it returns has a kickoff id.
 
     Raises:
+        ConfigurationError: The inputs cannot be sent, or the run key cannot be used; nothing was started.
         InvalidInputsError: Inputs are missing; nothing was started.
         RunKeyConflictError: The key belongs to another crew or other inputs; nothing was started.
         KickoffUncertainError: A kickoff was sent and nobody knows whether it started a run.
         CrewConnectionError, RateLimitedError, ServerError: The kickoff surely did not start a run; it may be retried.
         CrewAPIError: The server refused it; nothing was started.
     """
-    encoded = encode_inputs(inputs, as_json=crew.inputs_as_json)
+    try:
+        encoded = encode_inputs(inputs, as_json=crew.inputs_as_json)
+    except (TypeError, ValueError) as error:
+        raise ConfigurationError(f"{error} Nothing was started.") from None
     digest = inputs_digest(encoded)
     identity = await identify(crew.label, digest, run_key=run_key, name=name, inside_own_task=inside_own_task)
     purchase = Purchase(crew, identity, encoded, digest, name, meta, webhooks, force_new)
     async with CrewSession(crew) as session:
-        problem: CrewError | None = None
-        try:
-            await check_inputs(session, encoded)
-        except CrewError as error:
-            problem = error
-        opened = await purchase_run(purchase, store or PrefectRecords(), session, problem=problem)
+        # Open as long as the POST may be in flight, so that a Ctrl-C meanwhile stops what it started.
+        with watch_ctrl_c():
+            opened = await purchase_run(
+                purchase, store or PrefectRecords(), session, check=lambda: check_inputs(session, encoded)
+            )
         record = opened.record
         run = OpenRun(session.crew, str(record.kickoff_id), record, encoded, owned=opened.bought)
-    if opened.decision is Decision.RETURN and record.state is not CrewState.COMPLETED:
+    refused_again = record.ended_at is not None and record.ended_at <= purchase.asked_at
+    if opened.decision is Decision.RETURN and record.state is not CrewState.COMPLETED and refused_again:
         run.advice = (
             f"It is not bought again: crew {crew.label} allows {crew.max_kickoffs} kickoffs under one run key "
             "(max_kickoffs). force_new=True buys another."

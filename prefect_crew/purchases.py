@@ -8,8 +8,9 @@ did not start a run.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -34,6 +35,7 @@ from prefect_crew.records import (
     check_same_run,
     decide,
     known_by,
+    latest_purchase,
     utcnow,
 )
 from prefect_crew.run_keys import RunIdentity
@@ -82,9 +84,10 @@ class Purchase:
     webhooks: Webhooks | None
     force_new: bool = False
     quiet: bool = False
+    asked_at: datetime = field(default_factory=utcnow)
 
-    def record(self, attempt: int) -> RunRecord:
-        """Return the record that claims an attempt."""
+    def record(self, attempt: int, *, delay: float = 0.0) -> RunRecord:
+        """Return the record that claims an attempt, which is posted after at most `delay` seconds."""
         now, caller = utcnow(), self.identity.caller
         return RunRecord(
             run_key=self.identity.run_key,
@@ -94,7 +97,7 @@ class Purchase:
             inputs_digest=self.digest,
             owner=caller.owner,
             claimed_at=now,
-            known_by=known_by(now, self.crew.request_timeout),
+            known_by=known_by(now, self.crew.request_timeout, delay),
             forced_by=self.identity.place if self.force_new else None,
             flow_run_id=caller.flow_run_id,
             flow_run_count=caller.flow_run_count,
@@ -103,7 +106,12 @@ class Purchase:
 
 
 async def purchase_run(
-    purchase: Purchase, records: RecordStore, session: CrewSession, *, problem: CrewError | None = None
+    purchase: Purchase,
+    records: RecordStore,
+    session: CrewSession,
+    *,
+    problem: CrewError | None = None,
+    check: Callable[[], Awaitable[None]] | None = None,
 ) -> Purchased:
     """Find the run of a purchase's key, or buy it. What it returns has a kickoff id.
 
@@ -112,6 +120,8 @@ async def purchase_run(
         records: The store of records.
         session: A client for the crew.
         problem: Why nothing can be bought at this moment. A run that is in flight or done is found all the same.
+        check: Raises a CrewError where the kickoff would be in vain. It is asked once the claim stands: a run that is
+            found needs no check, and costs the crew's server no request.
 
     Raises:
         CrewError: As `open_run`, or `problem` where only a purchase would do.
@@ -127,7 +137,18 @@ async def purchase_run(
     _announce(purchase, opened)
     if not opened.bought:
         return opened
+    if check is not None:
+        await _checked(check, opened.record, records)
     return Purchased(opened.decision, await _buy(purchase, opened.record, records, session))
+
+
+async def _checked(check: Callable[[], Awaitable[None]], record: RunRecord, records: RecordStore) -> None:
+    """Give the claim back where the check fails, however it fails: nothing was posted."""
+    try:
+        await check()
+    except BaseException as problem:
+        await _not_started(record, records, problem)
+        raise
 
 
 async def _find_only(purchase: Purchase, records: RecordStore) -> Purchased | None:
@@ -143,29 +164,34 @@ async def _decide_and_claim(purchase: Purchase, records: RecordStore) -> Purchas
     """Return a decision with the record that it is about; START and BUY_AGAIN come with a claim that is ours."""
     if not purchase.force_new:
         # The common case in one request: nobody knows the key yet.
-        first = purchase.record(1)
+        first = _claim(purchase, 1)
         if await records.claim(first):
             return Purchased(Decision.START, first)
     while True:
         attempts = await records.attempts(purchase.identity.run_key)
         decision, record = await _decide(purchase, attempts, records)
         if decision in (Decision.START, Decision.BUY_AGAIN):
-            claim = purchase.record(attempts[-1].attempt + 1 if attempts else 1)
+            claim = _claim(purchase, attempts[-1].attempt + 1 if attempts else 1)
             if await records.claim(claim):
                 return Purchased(decision, claim)
         elif record is not None:
             return await _follow(purchase, decision, record, records)
 
 
+def _claim(purchase: Purchase, attempt: int) -> RunRecord:
+    # The check of the inputs comes before the POST, twice where a token was rotated.
+    return purchase.record(attempt, delay=2 * purchase.crew.request_timeout)
+
+
 async def _decide(
     purchase: Purchase, attempts: Sequence[RunRecord], records: RecordStore
 ) -> tuple[Decision, RunRecord | None]:
-    record = attempts[-1] if attempts else None
+    record = latest_purchase(attempts)
     force_new = purchase.force_new
     if force_new:
         # A retry of the very call that forced an attempt means that attempt, not yet another one.
         ours = [attempt for attempt in attempts if attempt.forced_by == purchase.identity.place]
-        record, force_new = (ours[-1], False) if ours else (record, True)
+        record, force_new = (latest_purchase(ours), False) if ours else (record, True)
     elif record is not None:
         check_same_run(record, crew_url=purchase.crew.url, inputs_digest=purchase.digest)
     owner_ended = record is not None and record.phase is RecordPhase.CLAIMED and await records.owner_ended(record)
@@ -177,6 +203,7 @@ async def _decide(
         max_kickoffs=purchase.crew.max_kickoffs,
         owner_ended=owner_ended,
         force_new=force_new,
+        asked_at=purchase.asked_at,
     )
     return decision, record
 
@@ -250,9 +277,12 @@ def _server_delay(error: CrewError) -> float | None:
 
 async def _pause(record: RunRecord, records: RecordStore, delay: float, request_timeout: float) -> None:
     """Wait between two posts of one claim, with the claim kept fresh for others who look at it."""
+    record.known_by = known_by(utcnow(), request_timeout, delay)
     try:
-        record.known_by = known_by(utcnow(), request_timeout, delay)
-        await records.save(record)
+        try:
+            await records.save(record)
+        except (httpx.HTTPError, PrefectException) as error:
+            run_logger().warning("Others may take the claim of run %s for given up: %s", record.run_key, error)
         await asyncio.sleep(delay)
     except asyncio.CancelledError as cancelled:
         await _not_started(record, records, cancelled)
@@ -296,6 +326,9 @@ async def _post(purchase: Purchase, record: RunRecord, records: RecordStore, ses
             raise
         raise _uncertain(record) from error
     record.phase, record.kickoff_id, record.kicked_off_at = RecordPhase.STARTED, kickoff_id, utcnow()
+    if not purchase.quiet:
+        # Before it is written down: whatever fails from here on, a person finds the id in a log.
+        run_logger().info("Crew %s was kicked off: run %s", record.crew, kickoff_id)
     await _save(record, records)
     return record
 

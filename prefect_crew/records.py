@@ -30,6 +30,7 @@ __all__ = [
     "StoredResult",
     "check_same_run",
     "decide",
+    "latest_purchase",
 ]
 
 RECORD_VERSION = 1
@@ -166,6 +167,11 @@ class Decision(str, Enum):
         return self.value
 
 
+def latest_purchase(attempts: Sequence[RunRecord]) -> RunRecord | None:
+    """Return the last attempt that is, or may be, a purchase: one that surely did not start hides none before it."""
+    return next((attempt for attempt in reversed(attempts) if attempt.counts), None)
+
+
 def decide(
     record: RunRecord | None,
     *,
@@ -175,17 +181,20 @@ def decide(
     max_kickoffs: int = 3,
     owner_ended: bool = False,
     force_new: bool = False,
+    asked_at: datetime | None = None,
 ) -> Decision:
     """Decide what a call with a run key does.
 
     Args:
-        record: The latest attempt at the key, None if there is none.
+        record: The latest attempt at the key that counts, None if there is none.
         caller: Who asks.
         now: The time, UTC.
         bought: How many attempts at this key count as purchases, `record` among them.
         max_kickoffs: How many may.
         owner_ended: Whether the flow run that claimed the record is known to have ended.
         force_new: Buy whatever the record says.
+        asked_at: When the call was made, UTC. A run that was in flight then is the one that it is about, also if it
+            has failed meanwhile.
 
     A record's `state` is the crew's status as it was last read; a started run that ended while nobody looked is
     reattached to, which looks at its status first. That way a failed crew is only ever bought again by somebody who
@@ -199,15 +208,17 @@ def decide(
         return Decision.REATTACH
     if record.phase is RecordPhase.UNCERTAIN:
         return Decision.UNCERTAIN
+    # An earlier attempt of the very flow run that asks has ended, or this attempt would not be.
+    earlier = record.flow_run_id is not None and (
+        record.flow_run_id == caller.flow_run_id and record.flow_run_count < caller.flow_run_count
+    )
     if record.phase is RecordPhase.CLAIMED:
-        # An earlier attempt of the very flow run that asks has ended, or this attempt would not be.
-        earlier = record.flow_run_id is not None and (
-            record.flow_run_id == caller.flow_run_id and record.flow_run_count < caller.flow_run_count
-        )
         if earlier or owner_ended or now >= record.known_by:
             return Decision.UNCERTAIN
         return Decision.CLAIMED_ELSEWHERE
     if record.state is CrewState.COMPLETED or bought >= max_kickoffs:
+        return Decision.RETURN
+    if asked_at is not None and record.ended_at is not None and record.ended_at > asked_at and not earlier:
         return Decision.RETURN
     return Decision.BUY_AGAIN
 
