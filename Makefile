@@ -69,12 +69,12 @@ $(UV):
 	$$found -m venv $(VENV) && $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt uv
 
 $(VENV)/.core: pyproject.toml constraints.txt | $(UV)
-	@echo "Installing the package and Prefect (about 300 MB) …"
+	@echo "Installing the package and Prefect (about 200 MB) …"
 	@$(UV) pip install --quiet --python $(BIN)/python -c constraints.txt -e .
 	@touch $@
 
 $(VENV)/.tests: pyproject.toml constraints.txt | $(UV)
-	@echo "Installing what the tests need, CrewAI among it (about 1.5 GB, some minutes where nothing is cached) …"
+	@echo "Installing what the tests need, CrewAI among it (1.4 GB in all, some minutes on a slow line) …"
 	@$(UV) pip install --quiet --python $(BIN)/python -c constraints.txt -e '.[all]' --group test --group peers
 	@touch $(VENV)/.core $@
 
