@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -134,12 +134,20 @@ async def purchase_run(
             raise problem
         run_logger().warning("%s", problem)
         opened = found
-    _announce(purchase, opened)
-    if not opened.bought:
-        return opened
-    if check is not None:
-        await _checked(check, opened.record, records)
-    return Purchased(opened.decision, await _buy(purchase, opened.record, records, session))
+    while True:
+        _announce(purchase, opened)
+        if not opened.bought:
+            return opened
+        if check is not None:
+            await _checked(check, opened.record, records)
+        try:
+            return Purchased(opened.decision, await _buy(purchase, opened.record, records, session))
+        except _ClaimLostError:
+            run_logger().warning(
+                "The claim of run %s was settled by somebody before its kickoff was sent, which is why it is not.",
+                opened.record.run_key,
+            )
+            opened = await _decide_and_claim(purchase, records)
 
 
 async def _checked(check: Callable[[], Awaitable[None]], record: RunRecord, records: RecordStore) -> None:
@@ -248,11 +256,35 @@ def _announce(purchase: Purchase, opened: Purchased) -> None:
     emit("decided", record, decision=str(opened.decision))
 
 
+class _ClaimLostError(Exception):
+    """While nothing was sent yet, somebody took the owner of this claim for dead and settled it."""
+
+
+async def _keep_claim(purchase: Purchase, record: RunRecord, records: RecordStore) -> None:
+    """Make sure of a claim that has grown old before its kickoff is sent: a machine slept, or `/inputs` was slow.
+
+    A claim is good until its owner must know the outcome. What is sent after that may be bought by others meanwhile.
+
+    Raises:
+        _ClaimLostError: It is ours no more.
+    """
+    patience = timedelta(seconds=purchase.crew.request_timeout)
+    if utcnow() + patience < record.known_by:
+        return
+    attempts = await records.attempts(record.run_key)
+    standing = next((one for one in attempts if one.attempt == record.attempt), None)
+    if standing is None or standing.owner != record.owner or standing.phase is not RecordPhase.CLAIMED:
+        raise _ClaimLostError
+    record.known_by = known_by(utcnow(), purchase.crew.request_timeout)
+    await records.save(record)
+
+
 async def _buy(purchase: Purchase, record: RunRecord, records: RecordStore, session: CrewSession) -> RunRecord:
     """Post a claimed run and write its id down; POST again only what surely did not start a run."""
     loop = asyncio.get_running_loop()
     until = loop.time() + LIMITED_FOR
     while True:
+        await _keep_claim(purchase, record, records)
         try:
             return await _post_shielded(purchase, record, records, session)
         except CrewError as error:
