@@ -18,3 +18,9 @@ class CrewSettings(PrefectBaseSettings):
 
     url: str | None = Field(default=None, description="The crew that `DeployedCrew.from_env()` means.")
     token: SecretStr | None = Field(default=None, description="Its bearer token.")
+    webhook_url: str | None = Field(
+        default=None, description="The webhook receiver's public base URL. Set, every kickoff asks for webhooks."
+    )
+    webhook_secret: SecretStr | None = Field(
+        default=None, description="What signs the webhooks' URLs; the receiver has the same. At least 32 characters."
+    )

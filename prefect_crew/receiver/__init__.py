@@ -1,0 +1,1 @@
+"""The receiver of webhooks, in parts. `prefect_crew.webhooks` is its public place."""

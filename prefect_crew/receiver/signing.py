@@ -1,0 +1,295 @@
+"""URLs that a crew's server may call about one run, and what tells them from forged ones. Pure; without Prefect.
+
+The crew API's three plain webhooks carry no authentication, so what stands in the URL is all the protection there is:
+`{base}/hooks/{kind}/{token}`. A token is base64url, without padding, of
+
+    1 byte   version, 1
+    1 byte   bits 0-1: how much of a delivery may be shown (0 none, 1 summary, 2 full); bit 2: the form of the run key
+    5 bytes  when it expires, seconds since the epoch, big-endian
+    3 bytes  the attempt at the run key, 0 where it is not known
+    n bytes  the run key
+    32 bytes HMAC-SHA256 over the kind and all bytes before, keyed by the secret
+
+so that the receiver knows the run without storing anything, and can be asked about nothing else. The run key is signed,
+not encrypted: whoever has the URL can read it. Human-input and stream webhooks bring a bearer token as well, which is
+derived from the secret and the same bytes and stands in no URL.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hmac
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from typing import Literal, get_args
+from urllib.parse import urlsplit
+
+from pydantic import SecretStr
+
+from prefect_crew.api.errors import ConfigurationError
+from prefect_crew.api.parsing import WebhookKind
+from prefect_crew.api.webhooks import BearerAuth, HumanInputWebhook, StreamWebhook, Webhooks
+
+__all__ = [
+    "MAX_TOKEN",
+    "PLAIN_KINDS",
+    "SHORTEST_SECRET",
+    "Hook",
+    "Shown",
+    "bearer_of",
+    "checked_base_url",
+    "checked_secret",
+    "hook_urls",
+    "read_token",
+    "token_of",
+]
+
+Shown = Literal["none", "summary", "full"]
+"""How much of what a webhook says may stand in an event: ids, states and times; names and agents too; output too."""
+
+PLAIN_KINDS: tuple[WebhookKind, ...] = ("task", "step", "crew")
+BEARER_KINDS: tuple[WebhookKind, ...] = ("human_input", "stream")
+SHORTEST_SECRET = 32
+"""Characters. Whoever has one URL can try secrets against it without asking anybody."""
+MAX_TOKEN = 2048
+"""Characters of a token: the longest run key takes 1,731."""
+
+_VERSION = 1
+_HEAD = 10
+_MAC = 32
+_SHOWN: tuple[Shown, ...] = get_args(Shown)
+_PACKED = 4
+_CODE_POINTS = 0x110000
+_MAX_EXPIRY = 2**40 - 1
+_MAX_ATTEMPT = 2**24 - 1
+
+
+@dataclass(frozen=True)
+class Hook:
+    """What a URL is for: one kind of webhook of one run, until `expires` (aware).
+
+    `attempt` is the attempt at the run key, None where the signer did not know it.
+    """
+
+    kind: WebhookKind
+    run_key: str
+    expires: datetime
+    attempt: int | None = None
+    shown: Shown = "summary"
+
+
+def hook_urls(
+    base_url: str,
+    secret: SecretStr | str,
+    run_key: str,
+    *,
+    expires: datetime,
+    attempt: int | None = None,
+    shown: Shown = "summary",
+    kinds: Sequence[WebhookKind] = (*PLAIN_KINDS, "human_input"),
+    stream_events: Sequence[str] = (),
+    realtime: bool = False,
+) -> Webhooks:
+    """Return the webhooks of one run, for its kickoff and for each of its resumes. Equal arguments give equal URLs.
+
+    Args:
+        base_url: The receiver's public address; it may have a path, but neither query nor fragment.
+        secret: What the receiver verifies with; at least 32 characters.
+        run_key: The run. It can be read from the URLs.
+        expires: When the receiver stops to accept them; aware.
+        attempt: Which attempt at the run key, so that a late webhook of an earlier one is not taken for this one's.
+        shown: How much of what the webhooks say may stand in Prefect's events.
+        kinds: Which webhooks. "stream" is left out unless `stream_events` names some.
+        stream_events, realtime: Types of CrewAI's events to be streamed, and whether each is sent at once.
+
+    Raises:
+        ConfigurationError: The address or the secret cannot be used, or `expires` is naive or out of range.
+    """
+    base, key = checked_base_url(base_url), checked_secret(secret)
+
+    def hook(kind: WebhookKind) -> Hook:
+        return Hook(kind, run_key, expires, attempt, shown)
+
+    def url(kind: WebhookKind) -> str | None:
+        return f"{base}/hooks/{kind}/{token_of(hook(kind), key)}" if kind in kinds else None
+
+    def bearer(kind: WebhookKind) -> BearerAuth:
+        return BearerAuth(token=SecretStr(bearer_of(hook(kind), key)))
+
+    human = url("human_input")
+    streamed = f"{base}/hooks/stream/{token_of(hook('stream'), key)}" if stream_events else None
+    return Webhooks(
+        task=url("task"),
+        step=url("step"),
+        crew=url("crew"),
+        human_input=HumanInputWebhook(url=human, authentication=bearer("human_input")) if human else None,
+        stream=StreamWebhook(
+            url=streamed, events=list(stream_events), realtime=realtime, authentication=bearer("stream")
+        )
+        if streamed
+        else None,
+    )
+
+
+def token_of(hook: Hook, secret: SecretStr | str) -> str:
+    """Return the token of a hook's URL.
+
+    Raises:
+        ConfigurationError: `expires` is naive, or a number is out of range.
+    """
+    payload = _payload(hook)
+    return _text(payload + _mac(secret, b"url", hook.kind, payload))
+
+
+def bearer_of(hook: Hook, secret: SecretStr | str) -> str:
+    """Return the bearer token that a human-input or stream webhook has to bring beside its URL.
+
+    Raises:
+        ConfigurationError: As `token_of`.
+    """
+    return _text(_mac(secret, b"bearer", hook.kind, _payload(hook)))
+
+
+def read_token(
+    kind: str, token: str, secret: SecretStr | str, *, now: datetime, authorization: str | None = None
+) -> Hook | None:
+    """Return what a URL is for, None if it is not ours: forged, of another kind, stale, or without its bearer token.
+
+    Args:
+        kind: The kind in the URL.
+        token: The token in the URL.
+        secret: The receiver's.
+        now: The time; aware.
+        authorization: The request's Authorization header.
+
+    The signature is compared in constant time and before anything else is read from the token.
+    """
+    if kind not in get_args(WebhookKind) or len(token) > MAX_TOKEN:
+        return None
+    sealed = _bytes(token)
+    if sealed is None or len(sealed) <= _HEAD + _MAC:
+        return None
+    payload, mac = sealed[:-_MAC], sealed[-_MAC:]
+    if not hmac.compare_digest(mac, _mac(secret, b"url", kind, payload)):
+        return None
+    hook = _read(kind, payload)  # pyright: ignore[reportArgumentType] - it is one of the kinds
+    if hook is None or now >= hook.expires:
+        return None
+    if kind in BEARER_KINDS:
+        scheme, _, given = (authorization or "").partition(" ")
+        expected = _text(_mac(secret, b"bearer", kind, payload))
+        matches = hmac.compare_digest(given.strip().encode("utf-8", "surrogateescape"), expected.encode())
+        if not matches or scheme.lower() != "bearer":
+            return None
+    return hook
+
+
+def checked_secret(secret: SecretStr | str) -> str:
+    """Return a secret that is long enough.
+
+    Raises:
+        ConfigurationError: It is not.
+    """
+    text = secret.get_secret_value() if isinstance(secret, SecretStr) else secret
+    if len(text) < SHORTEST_SECRET:
+        raise ConfigurationError(
+            f"The webhook secret has {len(text)} characters; it needs {SHORTEST_SECRET} at least, since it can be "
+            'guessed at from any URL. Make one: python -c "import secrets; print(secrets.token_urlsafe(32))"'
+        )
+    return text
+
+
+def checked_base_url(url: str) -> str:
+    """Return the receiver's public address without a slash at its end.
+
+    Raises:
+        ConfigurationError: It is no http or https URL, or has credentials, a query or a fragment.
+    """
+    try:
+        parts = urlsplit(url.strip())
+        host = parts.hostname
+    except ValueError:
+        parts, host = None, None
+    if parts is None or parts.scheme not in ("http", "https") or not host:
+        raise ConfigurationError(
+            "The webhook URL is no address of a receiver. It looks like https://hooks.example.com."
+        )
+    if parts.username is not None or parts.password is not None or parts.query or parts.fragment:
+        raise ConfigurationError(
+            f"The webhook URL (host {host}) has credentials, a query or a fragment. Give the receiver's bare address."
+        )
+    return url.strip().rstrip("/")
+
+
+def _mac(secret: SecretStr | str, purpose: bytes, kind: str, payload: bytes) -> bytes:
+    text = secret.get_secret_value() if isinstance(secret, SecretStr) else secret
+    # No part but the last can hold a NUL, so no two sets of parts give the same message.
+    message = b"\0".join((b"prefect-crew webhook", purpose, kind.encode(), payload))
+    return hmac.digest(text.encode("utf-8", "surrogatepass"), message, "sha256")
+
+
+def _payload(hook: Hook) -> bytes:
+    if hook.expires.tzinfo is None:
+        raise ConfigurationError("`expires` of a webhook has no time zone: give an aware datetime.")
+    seconds, attempt = int(hook.expires.timestamp()), hook.attempt or 0
+    if not (0 <= seconds <= _MAX_EXPIRY and 0 <= attempt <= _MAX_ATTEMPT and hook.run_key):
+        raise ConfigurationError("A webhook's run key is empty, or its expiry or attempt is out of range.")
+    form, key = _packed_key(hook.run_key)
+    head = bytes((_VERSION, _SHOWN.index(hook.shown) | form)) + seconds.to_bytes(5, "big") + attempt.to_bytes(3, "big")
+    return head + key
+
+
+def _read(kind: WebhookKind, payload: bytes) -> Hook | None:
+    """Return what signed bytes say; None for those of a version that is yet to come."""
+    version, flags = payload[0], payload[1]
+    if version != _VERSION or flags & 3 >= len(_SHOWN):
+        return None
+    key = payload[_HEAD:]
+    return Hook(
+        kind=kind,
+        run_key=_unpacked(key) if flags & _PACKED else key.decode("utf-8"),
+        expires=datetime.fromtimestamp(int.from_bytes(payload[2:7], "big"), timezone.utc),
+        attempt=int.from_bytes(payload[7:10], "big") or None,
+        shown=_SHOWN[flags & 3],
+    )
+
+
+def _packed_key(run_key: str) -> tuple[int, bytes]:
+    """Return a run key's form and bytes, the shorter of two.
+
+    As one number of 500 code points even the rarest characters take 1,256 bytes; UTF-8 would take 2,000, and the URL
+    would be longer than servers on the way accept.
+    """
+    try:
+        plain = run_key.encode("utf-8")
+    except UnicodeEncodeError:  # half a surrogate pair
+        plain = None
+    if plain is not None and len(plain) <= len(run_key) * 2.6:
+        return 0, plain
+    number = 1  # so that leading NULs are kept
+    for char in run_key:
+        number = number * _CODE_POINTS + ord(char)
+    return _PACKED, number.to_bytes((number.bit_length() + 7) // 8, "big")
+
+
+def _unpacked(key: bytes) -> str:
+    number, chars = int.from_bytes(key, "big"), list[str]()
+    while number > 1:
+        number, code = divmod(number, _CODE_POINTS)
+        chars.append(chr(code))
+    return "".join(reversed(chars))
+
+
+def _text(value: bytes) -> str:
+    return base64.urlsafe_b64encode(value).rstrip(b"=").decode()
+
+
+def _bytes(text: str) -> bytes | None:
+    """Return the bytes of a token, None where it is not the one text of those bytes."""
+    try:
+        value = base64.b64decode(text.encode("ascii") + b"=" * (-len(text) % 4), altchars=b"-_", validate=True)
+    except (ValueError, binascii.Error):
+        return None
+    return value if hmac.compare_digest(_text(value), text) else None

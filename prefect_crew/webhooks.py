@@ -1,0 +1,45 @@
+"""Webhooks: the URLs that each run gets of its own, and the receiver that turns what comes there into Prefect events.
+
+The public place of `prefect_crew.receiver`. Names are loaded when they are first used: a kickoff needs the URLs only,
+not the receiver.
+
+    from prefect_crew.webhooks import create_receiver
+
+    app.mount("/crews", create_receiver())        # into your own ASGI app
+
+What arrives becomes events, each about the run that the URL was made for:
+
+    crew.webhook.task, .step, .crew, .human_input     one delivery
+    crew.webhook.stream.<type>                        one event of a delivery to the stream
+
+A webhook is news, not proof: whoever is woken by one asks the status call.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from prefect_crew.receiver.signing import Hook, hook_urls, read_token
+    from prefect_crew.receiver.targets import hooks_expire, shown_of, webhooks_for
+
+__all__ = ["Hook", "hook_urls", "hooks_expire", "read_token", "shown_of", "webhooks_for"]
+
+_HOMES = {
+    "Hook": "signing",
+    "hook_urls": "signing",
+    "hooks_expire": "targets",
+    "read_token": "signing",
+    "shown_of": "targets",
+    "webhooks_for": "targets",
+}
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"prefect_crew.receiver.{home}"), name)
+    globals()[name] = value
+    return value
