@@ -168,9 +168,13 @@ def _declared() -> tuple[set[str], set[str]]:
 
 @cache
 def _distributions() -> dict[str, set[str]]:
-    return {
-        module: {_name(one) for one in names} for module, names in importlib.metadata.packages_distributions().items()
-    }
+    """Map top-level modules to the packages that install them; Python 3.10's packages_distributions() misses some."""
+    found: dict[str, set[str]] = {}
+    for distribution in importlib.metadata.distributions():
+        for file in distribution.files or ():
+            if file.suffix == ".py":
+                found.setdefault(file.parts[0].removesuffix(".py"), set()).add(_name(distribution.name))
+    return found
 
 
 def _third_party(*folders: str) -> dict[str, str]:
