@@ -88,8 +88,16 @@ def _statements_in(node: ast.stmt) -> Iterator[ast.stmt]:
 @cache
 def imports(path: Path, *, functions: bool = True) -> frozenset[str]:
     """Return the full names that a file imports, those within functions too unless told otherwise."""
-    body = ast.parse(path.read_text(encoding="utf-8")).body
-    return frozenset(_imports_in(body, module_of(path), functions=functions))
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    found = set(_imports_in(tree.body, module_of(path), functions=functions))
+    return frozenset(found | _imported_by_name(tree) if functions else found)
+
+
+def _imported_by_name(tree: ast.Module) -> set[str]:
+    """Return what `import_module("…")` loads, as optional packages are."""
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and node.args]
+    named = [call.args[0] for call in calls if ast.unparse(call.func).endswith("import_module")]
+    return {one.value for one in named if isinstance(one, ast.Constant) and isinstance(one.value, str)}
 
 
 def is_in(name: str, package: str) -> bool:
