@@ -19,6 +19,7 @@ from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
 from pydantic import ValidationError
 from pydantic_core import to_json
 
+from prefect_crew.api.errors import CrewError
 from prefect_crew.records import RecordPhase, RunRecord
 
 __all__ = ["PrefectRecords", "record_name"]
@@ -47,11 +48,20 @@ def _waiter_prefix(record: RunRecord) -> str:
     return f"{_NOTE}{_digest(record.run_key)}_{record.attempt}_"
 
 
+_SHORTER = {"result": None, "step": 100, "error": 200, "reason": 200, "crew": 100}
+"""What gives way in a record that is too large, in this order: dropped, or cut to so many characters."""
+
+
 def _value(record: RunRecord) -> dict[str, Any]:
-    """Return the record as JSON values; the result is left out where it does not fit whole."""
+    """Return the record as JSON values that fit: the result is kept whole or not at all."""
     value = record.model_dump(mode="json", exclude_none=True)
-    if len(to_json(value)) > VALUE_LIMIT and record.result is not None:
-        value.pop("result")
+    for name, most in _SHORTER.items():
+        if len(to_json(value)) <= VALUE_LIMIT:
+            break
+        if most is None:
+            value.pop(name, None)
+        elif name in value:
+            value[name] = value[name][:most]
     return value
 
 
@@ -76,6 +86,10 @@ def _transient(error: Exception) -> bool:
     return isinstance(error, httpx.TransportError)
 
 
+def _unacceptable(error: Exception) -> bool:
+    return isinstance(error, PrefectHTTPStatusError) and error.response.status_code in (400, 413, 422)
+
+
 class PrefectRecords:
     """The record store on the Prefect server. Its methods may be called from any event loop.
 
@@ -84,7 +98,11 @@ class PrefectRecords:
     """
 
     async def claim(self, record: RunRecord) -> bool:
-        """Create the attempt's Variable; False if another owner's stands there."""
+        """Create the attempt's Variable; False if another owner's stands there.
+
+        Raises:
+            CrewError: What stands there is no record that this version can read.
+        """
         name = record_name(record.run_key, record.attempt)
         async with get_client() as client:
             try:
@@ -98,30 +116,41 @@ class PrefectRecords:
                 return True
             # Prefect's client sends a request again after a read timeout or a 502: the conflict may be our own claim.
             variable = await client.read_variable_by_name(name)
-        standing = None if variable is None else _parse({"value": variable.value})
-        return standing is not None and standing.owner == record.owner
+        if variable is None:  # deleted meanwhile
+            return False
+        standing = _parse({"value": variable.value})
+        if standing is None:
+            raise CrewError(
+                f"The Variable {name} stands where the record of run {record.run_key!r} belongs, and holds none that "
+                "this version can read. Nothing was started. Upgrade prefect-crew if a later version wrote it; else "
+                "delete the Variable."
+            )
+        return standing.owner == record.owner
 
     async def save(self, record: RunRecord) -> None:
         """Replace the attempt's Variable, again and again for five minutes while the Prefect API is away."""
         loop = asyncio.get_running_loop()
         until = loop.time() + SAVE_FOR
         delay = 0.5
+        value = _value(record)
         while True:
             try:
-                return await self._patch(record)
+                return await self._patch(record, value)
             except (PrefectHTTPStatusError, httpx.TransportError) as error:
+                if _unacceptable(error) and value.pop("result", None) is not None:
+                    continue  # numbers beyond 64 bits, too deep a nesting: what Prefect cannot hold is read elsewhere
                 if not _transient(error) or loop.time() + delay > until:
                     raise
             await asyncio.sleep(delay)
             delay = min(delay * 2, 10.0)
 
-    async def _patch(self, record: RunRecord) -> None:
+    async def _patch(self, record: RunRecord, value: Mapping[str, Any]) -> None:
         async with get_client() as client:
             await client.request(
                 "PATCH",
                 "/variables/name/{name}",
                 path_params={"name": record_name(record.run_key, record.attempt)},
-                json={"value": _value(record), "tags": _tags(record)},
+                json={"value": value, "tags": _tags(record)},
             )
 
     async def attempts(self, run_key: str) -> Sequence[RunRecord]:

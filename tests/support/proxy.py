@@ -1,0 +1,100 @@
+"""A TCP proxy in front of a server: it counts requests, and can be cut, as a network can."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import socket
+import threading
+from types import TracebackType
+
+__all__ = ["Proxy"]
+
+_REQUEST_LINE = re.compile(rb"(?:^|\r\n)(GET|POST|PUT|PATCH|DELETE) (\S+) HTTP/1\.1\r\n")
+
+
+class Proxy:
+    """Listens on a free loopback port and passes everything on to another; a context manager.
+
+    Attributes:
+        requests: Method and path of every request that came through, such as "POST /api/variables/".
+    """
+
+    def __init__(self, target_port: int) -> None:
+        self.requests: list[str] = []
+        self._target = target_port
+        self._listener: socket.socket | None = None
+        self._open: set[socket.socket] = set()
+        self._lock = threading.Lock()
+        self.port = 0
+
+    def __enter__(self) -> Proxy:
+        self.restore()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.cut()
+
+    @property
+    def url(self) -> str:
+        """The base URL of what is behind it."""
+        return f"http://127.0.0.1:{self.port}"
+
+    def restore(self) -> None:
+        """Listen, on the same port as before."""
+        if self._listener is not None:
+            return
+        listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(("127.0.0.1", self.port))
+        listener.listen(128)
+        self.port = listener.getsockname()[1]
+        self._listener = listener
+        threading.Thread(target=self._accept, args=(listener,), daemon=True).start()
+
+    def cut(self) -> None:
+        """Break all connections and refuse new ones."""
+        listener, self._listener = self._listener, None
+        if listener is None:
+            return
+        with contextlib.suppress(OSError):
+            listener.shutdown(socket.SHUT_RDWR)  # wakes the thread that accepts
+        listener.close()
+        with self._lock:
+            for connection in self._open:
+                with contextlib.suppress(OSError):
+                    connection.shutdown(socket.SHUT_RDWR)
+
+    def count(self, part: str) -> int:
+        """Return how many requests have `part` in their method and path."""
+        return sum(part in request for request in self.requests)
+
+    def _accept(self, listener: socket.socket) -> None:
+        while True:
+            try:
+                client, _ = listener.accept()
+                server = socket.create_connection(("127.0.0.1", self._target))
+            except OSError:
+                return
+            for one in (client, server):
+                one.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            with self._lock:
+                self._open |= {client, server}
+            threading.Thread(target=self._pump, args=(client, server, True), daemon=True).start()
+            threading.Thread(target=self._pump, args=(server, client, False), daemon=True).start()
+
+    def _pump(self, source: socket.socket, sink: socket.socket, requests: bool) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(65_536):
+                if requests:
+                    # A body never looks like a request line here, and a head comes in one piece on loopback.
+                    self.requests += [f"{m[1].decode()} {m[2].decode()}" for m in _REQUEST_LINE.finditer(data)]
+                sink.sendall(data)
+        for one in (source, sink):
+            with contextlib.suppress(OSError):
+                one.shutdown(socket.SHUT_RDWR)
+        source.close()
+        with self._lock:
+            self._open.discard(source)

@@ -1,0 +1,103 @@
+"""What a Prefect server holds, read over its HTTP API, the way anyone could read it."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Mapping
+from typing import Any
+
+import httpx
+
+from support.prefect_server import PrefectServer, drain
+
+__all__ = ["Seen"]
+
+
+class Seen:
+    """Reads a server. Each method asks it anew; none may be called on a running event loop."""
+
+    def __init__(self, server: PrefectServer) -> None:
+        self._client = httpx.Client(base_url=server.api_url, timeout=30, trust_env=False)
+
+    def close(self) -> None:
+        """Give the connection back."""
+        self._client.close()
+
+    def get(self, path: str) -> Any:
+        """Return the JSON of a GET."""
+        return self._client.get(path).raise_for_status().json()
+
+    def post(self, path: str, body: Mapping[str, Any]) -> Any:
+        """Return the JSON of a POST; None where the answer is empty."""
+        answer = self._client.post(path, json=body).raise_for_status()
+        return answer.json() if answer.content else None
+
+    def flow_run(self, flow_run_id: Any) -> dict[str, Any]:
+        """Return a flow run."""
+        return self.get(f"/flow_runs/{flow_run_id}")
+
+    def flow_runs(self, name: str) -> list[dict[str, Any]]:
+        """Return all runs of a flow, the first one first."""
+        return self.post("/flow_runs/filter", {"flows": {"name": {"any_": [name]}}, "sort": "START_TIME_ASC"})
+
+    def subflow_runs(self, flow_run_id: Any) -> list[dict[str, Any]]:
+        """Return the flow runs that a flow run has made."""
+        return self.post("/flow_runs/filter", {"flow_runs": {"parent_flow_run_id": {"any_": [str(flow_run_id)]}}})
+
+    def task_runs(self, flow_run_id: Any, *, count: int, seconds: float = 20.0) -> list[dict[str, Any]]:
+        """Return the task runs of a flow run, once `count` have ended: the server records them late."""
+        deadline = time.monotonic() + seconds
+        while True:
+            found = self.post("/task_runs/filter", {"flow_runs": {"id": {"any_": [str(flow_run_id)]}}})
+            over = [run for run in found if run["state_type"] in ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")]
+            if len(over) >= count or time.monotonic() > deadline:
+                return found
+            time.sleep(0.1)
+
+    def set_state(self, flow_run_id: Any, kind: str) -> None:
+        """Put a flow run into a state, as somebody does on the page."""
+        self.post(f"/flow_runs/{flow_run_id}/set_state", {"state": {"type": kind}, "force": True})
+
+    def variables(self, name_like: str = "crew_%") -> list[dict[str, Any]]:
+        """Return the Variables whose names are like that."""
+        body = {"variables": {"name": {"like_": name_like}}, "limit": 200, "sort": "NAME_ASC"}
+        return self.post("/variables/filter", body)
+
+    def record(self, run_key: str) -> dict[str, Any]:
+        """Return the value of the latest record of a run key."""
+        found = [one["value"] for one in self.variables("crew_run_%") if one["value"]["run_key"] == run_key]
+        return max(found, key=lambda value: value["attempt"])
+
+    def artifacts(self, key: str) -> list[dict[str, Any]]:
+        """Return all artifacts under a key, the first one first."""
+        return self.post("/artifacts/filter", {"artifacts": {"key": {"any_": [key]}}, "sort": "CREATED_DESC"})[::-1]
+
+    def logs(self, flow_run_id: Any) -> str:
+        """Return what a flow run has logged, its tasks included: a line each, with the level."""
+        drain()
+        body = {"logs": {"flow_run_id": {"any_": [str(flow_run_id)]}}, "sort": "TIMESTAMP_ASC", "limit": 200}
+        levels = {10: "DEBUG", 20: "INFO", 30: "WARNING", 40: "ERROR"}
+        lines = self.post("/logs/filter", body)
+        return "\n".join(f"{levels.get(line['level'], line['level'])} {line['message']}" for line in lines)
+
+    def events(self, kickoff_id: str) -> list[dict[str, Any]]:
+        """Return all events about a run, in order, once everything that was emitted so far has arrived."""
+        self.settle_events()
+        return self._events(f"prefect-crew.run.{kickoff_id}")
+
+    def settle_events(self, seconds: float = 30.0) -> None:
+        """Wait until all that this process has emitted stands on the server."""
+        from prefect.events import emit_event
+
+        last = f"test.last-event.{uuid.uuid4()}"
+        emit_event("test.last-event", resource={"prefect.resource.id": last})
+        drain()
+        deadline = time.monotonic() + seconds
+        while not self._events(last):
+            assert time.monotonic() < deadline, "the events did not arrive"
+            time.sleep(0.1)
+
+    def _events(self, resource: str) -> list[dict[str, Any]]:
+        body = {"filter": {"resource": {"id": [resource]}, "order": "ASC"}, "limit": 50}
+        return self.post("/events/filter", body)["events"]

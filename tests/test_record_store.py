@@ -1,0 +1,283 @@
+"""Records in Variables of a real Prefect server."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import uuid
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from prefect.client.orchestration import get_client
+from prefect.flows import Flow
+from prefect.states import Cancelled, Cancelling, Completed, Running
+
+from prefect_crew import record_store
+from prefect_crew.api.errors import CrewError
+from prefect_crew.api.models import CrewState, TaskResult
+from prefect_crew.record_store import PrefectRecords, record_name
+from prefect_crew.records import RecordPhase, RunRecord, StoredResult, utcnow
+from support.prefect_server import PrefectServer, environment
+from support.proxy import Proxy
+
+pytestmark = pytest.mark.usefixtures("prefect_api")
+
+RECORDS = PrefectRecords()
+
+
+def new(run_key: str | None = None, **fields: Any) -> RunRecord:
+    now = utcnow()
+    known: dict[str, Any] = {
+        "run_key": run_key or f"key {uuid.uuid4()}",
+        "attempt": 1,
+        "crew": "travel",
+        "crew_url": "https://travel.test",
+        "inputs_digest": "d" * 32,
+        "owner": str(uuid.uuid4()),
+        "claimed_at": now,
+        "known_by": now + timedelta(seconds=40),
+    }
+    return RunRecord(**known | fields)
+
+
+async def flow_run(state: Any = None) -> str:
+    """Make a flow run on the server, in some state."""
+    async with get_client() as client:
+        made = await client.create_flow_run(Flow(fn=flow_run, name="somebody"), state=state or Running())
+    return str(made.id)
+
+
+async def create_variable(name: str, value: Any, tags: list[str]) -> None:
+    async with get_client() as client:
+        await client.request("POST", "/variables/", json={"name": name, "value": value, "tags": tags})
+
+
+@pytest.fixture
+def proxy(prefect_server: PrefectServer, tmp_path: Path) -> Iterator[Proxy]:
+    """A way to the server that can be cut; this process takes it."""
+    with Proxy(prefect_server.port) as way, environment({"PREFECT_API_URL": f"{way.url}/api"}):
+        yield way
+
+
+# Claims
+
+
+async def test_a_claim_is_written_and_read_back_whole():
+    record = new(step="research", flow_run_id=str(uuid.uuid4()), flow_run_count=2, forced_by="here")
+    assert await RECORDS.claim(record)
+    assert await RECORDS.attempts(record.run_key) == [record]
+
+
+async def test_one_of_two_claims_wins_and_ones_own_counts_when_it_comes_twice():
+    first, second = new(), new()
+    second.run_key = first.run_key
+    assert await RECORDS.claim(first)
+    assert not await RECORDS.claim(second)
+    assert await RECORDS.claim(first), "Prefect's client sends a request again after a read timeout"
+
+
+def test_of_twenty_racers_one_wins():
+    key = f"race {uuid.uuid4()}"
+    start = threading.Barrier(20)
+
+    def race(_: int) -> bool:
+        start.wait()
+        return asyncio.run(RECORDS.claim(new(key)))
+
+    with ThreadPoolExecutor(20) as racers:
+        assert sorted(racers.map(race, range(20))) == [False] * 19 + [True]
+
+
+async def test_attempts_are_claims_of_their_own_in_order():
+    key = f"again {uuid.uuid4()}"
+    for attempt in [*range(1, 12)]:
+        assert await RECORDS.claim(new(key, attempt=attempt))
+    assert [record.attempt for record in await RECORDS.attempts(key)] == [*range(1, 12)]
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["daily-2026-05-01", "a/b c%_d", "每日報告", "\u200fשלום", "k" * 500, "\N{PARTY POPPER}" * 500],
+    ids=["plain", "wildcards", "chinese", "right to left", "long", "long in bytes"],
+)
+async def test_any_key_makes_a_record_of_its_own(key: str):
+    key = f"{key[:464]}{uuid.uuid4()}"
+    record = new(key)
+    assert await RECORDS.claim(record)
+    assert await RECORDS.attempts(key) == [record]
+    assert await RECORDS.attempts(key + " ") == []
+
+
+async def test_a_foreign_variable_in_the_records_place_is_an_error_that_names_it():
+    record = new()
+    name = record_name(record.run_key, 1)
+    await create_variable(name, {"somebody": "else"}, ["prefect-crew"])
+    with pytest.raises(CrewError, match=f"Variable {name} stands where .* Nothing was started. Upgrade"):
+        await RECORDS.claim(record)
+
+
+async def test_what_is_no_record_is_passed_over():
+    record = new(kickoff_id=f"r {uuid.uuid4()}")
+    assert await RECORDS.claim(record)
+    await create_variable(f"ours_{uuid.uuid4().hex}", "a text of somebody who likes our tag", ["prefect-crew"])
+    later = record.model_dump(mode="json") | {"attempt": 2, "version": 9, "new": [1]}
+    await create_variable(record_name(record.run_key, 2), later, ["prefect-crew"])
+    assert record in [found async for found in RECORDS.all()]
+    assert [found.version for found in await RECORDS.attempts(record.run_key)] == [1, 9]
+
+
+# Finding
+
+
+async def test_a_record_is_found_by_its_kickoff_id_and_by_its_phase():
+    record = new()
+    await RECORDS.claim(record)
+    kickoff_id = f"an id / with % everything {uuid.uuid4()}"
+    assert await RECORDS.of_kickoff(kickoff_id) is None
+    record.phase, record.kickoff_id = RecordPhase.STARTED, kickoff_id
+    await RECORDS.save(record)
+    assert await RECORDS.of_kickoff(kickoff_id) == record
+    assert record in [found async for found in RECORDS.all(RecordPhase.STARTED)]
+    assert record not in [found async for found in RECORDS.all(RecordPhase.CLAIMED)]
+
+
+async def test_more_records_than_fit_on_a_page_are_all_found(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(record_store, "PAGE", 3)
+    key = f"pages {uuid.uuid4()}"
+    for attempt in range(1, 8):
+        await RECORDS.claim(new(key, attempt=attempt))
+    assert len(await RECORDS.attempts(key)) == 7
+
+
+async def test_a_deleted_record_is_gone_and_may_be_deleted_again():
+    record = new()
+    await RECORDS.claim(record)
+    await RECORDS.delete(record)
+    await RECORDS.delete(record)
+    assert await RECORDS.attempts(record.run_key) == []
+
+
+# What fits
+
+
+def result(output: str, **fields: Any) -> StoredResult:
+    return StoredResult(output=output, tasks=[TaskResult(name="t", output="…")], **fields)
+
+
+async def closed(stored: StoredResult | None, **fields: Any) -> RunRecord:
+    """Claim, close, and return what stands on the server."""
+    record = new()
+    await RECORDS.claim(record)
+    record.phase, record.state, record.ended_at = RecordPhase.ENDED, CrewState.COMPLETED, utcnow()
+    record.kickoff_id, record.result = f"r {uuid.uuid4()}", stored
+    for name, value in fields.items():
+        setattr(record, name, value)
+    await RECORDS.save(record)
+    (standing,) = await RECORDS.attempts(record.run_key)
+    return standing
+
+
+async def test_a_small_result_is_kept_whole():
+    stored = result("שלום " * 100, data={"days": 3, "deep": [{"a": None}]})
+    assert (await closed(stored)).result == stored
+
+
+@pytest.mark.parametrize(
+    ("output", "data"),
+    [
+        pytest.param("x" * 6000, None, id="long"),
+        pytest.param("語" * 2000, None, id="long in bytes"),
+        pytest.param("", 2**70, id="beyond 64 bits"),
+    ],
+)
+async def test_a_result_that_prefect_cannot_hold_is_left_out_and_the_end_is_kept(output: str, data: Any):
+    standing = await closed(result(output, data=data))
+    assert standing.result is None
+    assert (standing.phase, standing.state) == (RecordPhase.ENDED, CrewState.COMPLETED)
+
+
+async def test_long_texts_give_way_to_what_the_record_is_for():
+    key = "\N{PARTY POPPER}" * 464 + str(uuid.uuid4())
+    record = new(key, step="s" * 2000, crew="c" * 300, reason="\N{PARTY POPPER}" * 500)
+    assert await RECORDS.claim(record)
+    record.error = "\N{PARTY POPPER}" * 500
+    await RECORDS.save(record)
+    (standing,) = await RECORDS.attempts(key)
+    assert (standing.run_key, standing.owner) == (key, record.owner)
+    assert standing.step
+    assert record.step
+    assert record.step.startswith(standing.step)
+
+
+# Waiters
+
+
+async def test_other_waiters_are_flow_runs_that_go_on():
+    owner, waiter, gone, cancelling = [
+        await flow_run(),
+        await flow_run(),
+        await flow_run(Completed()),
+        await flow_run(Cancelling()),
+    ]
+    record = new(flow_run_id=owner)
+    for one in (waiter, gone, cancelling, str(uuid.uuid4())):
+        await RECORDS.add_waiter(record, one)
+    assert await RECORDS.other_waiters(record, waiter) == [owner]
+    assert await RECORDS.other_waiters(record, None) == sorted([owner, waiter])
+    await RECORDS.add_waiter(record, waiter)
+    await RECORDS.remove_waiter(record, waiter)
+    await RECORDS.remove_waiter(record, waiter)
+    assert await RECORDS.other_waiters(record, owner) == []
+
+
+async def test_a_run_that_no_flow_run_owns_has_no_waiters():
+    assert await RECORDS.other_waiters(new(), None) == []
+
+
+async def test_waiters_of_one_attempt_do_not_wait_for_another():
+    waiter = await flow_run()
+    record = new()
+    await RECORDS.add_waiter(record, waiter)
+    assert await RECORDS.other_waiters(record.model_copy(update={"attempt": 2}), None) == []
+
+
+async def test_an_owner_has_ended_when_its_flow_run_has_or_is_gone():
+    assert not await RECORDS.owner_ended(new())
+    assert not await RECORDS.owner_ended(new(flow_run_id=await flow_run()))
+    assert await RECORDS.owner_ended(new(flow_run_id=await flow_run(Cancelled())))
+    assert await RECORDS.owner_ended(new(flow_run_id=str(uuid.uuid4())))
+
+
+# A Prefect API that is away
+
+
+async def test_a_save_outlasts_an_api_that_is_away(proxy: Proxy):
+    record = new()
+    assert await RECORDS.claim(record)
+    proxy.cut()
+    record.phase, record.kickoff_id = RecordPhase.STARTED, f"r {uuid.uuid4()}"
+    saving = asyncio.ensure_future(RECORDS.save(record))
+    done, _ = await asyncio.wait({saving}, timeout=1.0)
+    assert not done
+    proxy.restore()
+    await asyncio.wait_for(saving, 30)
+    assert await RECORDS.of_kickoff(record.kickoff_id) == record
+
+
+async def test_a_save_gives_up_in_the_end(proxy: Proxy, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(record_store, "SAVE_FOR", 0.6)
+    record = new()
+    await RECORDS.claim(record)
+    proxy.cut()
+    with pytest.raises(httpx.ConnectError):
+        await RECORDS.save(record)
+
+
+async def test_saving_what_was_deleted_is_an_error_at_once():
+    with pytest.raises(httpx.HTTPStatusError):
+        await asyncio.wait_for(RECORDS.save(new()), 10)
