@@ -25,11 +25,11 @@ SHOW_EVERY = 2.0
 """Seconds, at least, between two updates while the pipeline runs."""
 StepState = Literal["waiting", "running", "completed", "failed", "skipped"]
 _MARKS: dict[StepState, str] = {
-    "waiting": "⏳ waiting",
-    "running": "▶️ running",
-    "completed": "✅ completed",
-    "failed": "❌ failed",
-    "skipped": "⏭️ not run",
+    "waiting": "○ waiting",
+    "running": "● running",
+    "completed": "✓ completed",
+    "failed": "✗ failed",
+    "skipped": "– not run",
 }
 
 

@@ -23,14 +23,15 @@ OUTPUT_CAP = 60_000
 CELL_CAP = 300
 SUMMARY_CAP = 400
 BAR = 12
+# Signs that every font has: not every machine has one for emoji.
 _STATES = {
-    CrewState.PENDING: "⏳ pending",
-    CrewState.RUNNING: "▶️ running",
-    CrewState.WAITING: "🙋 waits for a person",
-    CrewState.COMPLETED: "✅ completed",
-    CrewState.FAILED: "❌ failed",
-    CrewState.STOPPED: "⏹️ stopped",
-    CrewState.UNKNOWN: "❔ not known to the server",
+    CrewState.PENDING: "○ pending",
+    CrewState.RUNNING: "● running",
+    CrewState.WAITING: "◆ waits for a person",
+    CrewState.COMPLETED: "✓ completed",
+    CrewState.FAILED: "✗ failed",
+    CrewState.STOPPED: "■ stopped",
+    CrewState.UNKNOWN: "? not known to the server",
 }
 # Characters that turn the direction of what follows them, beyond their own text.
 _TURNS = {ord(char): f"[U+{ord(char):04X}]" for char in "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"}
@@ -63,7 +64,7 @@ def render_run(view: RunView) -> str:
     status = view.status
     if status is not None and view.show != "none":
         if status.tasks:
-            parts.append(_tasks(status.tasks, with_output=view.show == "full"))
+            parts.append(_tasks(status.tasks))
         if status.usage is not None:
             parts.append(_usage(status.usage))
         if view.state is CrewState.FAILED:
@@ -131,22 +132,18 @@ def _inputs(view: RunView) -> str:
     return "### Inputs\n\n" + table(("Input", "Value"), rows)
 
 
-def _tasks(tasks: Sequence[TaskResult], *, with_output: bool) -> str:
+def _tasks(tasks: Sequence[TaskResult]) -> str:
     times = [task.execution_time for task in tasks]
     total = sum(seconds for seconds in times if seconds)
     header = ["Task", "Agent"]
     timed = total > 0
     if timed:
         header += ["Time", "Share"]
-    if with_output:
-        header.append("Output")
     rows: list[Sequence[str]] = []
     for task, seconds in zip(tasks, times, strict=True):
         row = [cell(task.name or "–", 80), cell(task.agent or "–", 60)]
         if timed:
             row += ["–", ""] if seconds is None else [duration(seconds), _bar(seconds / total)]
-        if with_output:
-            row.append(cell(task.output or "", 120))
         rows.append(row)
     return "### Tasks\n\n" + table(header, rows)
 
