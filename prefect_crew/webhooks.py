@@ -22,16 +22,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from prefect_crew.receiver.signing import Hook, hook_urls, read_token
-    from prefect_crew.receiver.targets import hooks_expire, shown_of, webhooks_for
+    from prefect_crew.receiver.targets import hooks_expire, names_shown, webhooks_for
 
-__all__ = ["Hook", "hook_urls", "hooks_expire", "read_token", "shown_of", "webhooks_for"]
+__all__ = ["Hook", "hook_urls", "hooks_expire", "names_shown", "read_token", "webhooks_for"]
 
 _HOMES = {
     "Hook": "signing",
     "hook_urls": "signing",
     "hooks_expire": "targets",
     "read_token": "signing",
-    "shown_of": "targets",
+    "names_shown": "targets",
     "webhooks_for": "targets",
 }
 

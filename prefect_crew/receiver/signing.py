@@ -4,9 +4,10 @@ The crew API's three plain webhooks carry no authentication, so what stands in t
 `{base}/hooks/{kind}/{token}`. A token is base64url, without padding, of
 
     1 byte   version, 1
-    1 byte   bits 0-1: how much of a delivery may be shown (0 none, 1 summary, 2 full); bit 2: the form of the run key
+    1 byte   bit 0: names of tasks and agents may be shown; bit 1: the run key is packed
     5 bytes  when it expires, seconds since the epoch, big-endian
     3 bytes  the attempt at the run key, 0 where it is not known
+    1 byte   how many answers of people came before, modulo 256
     n bytes  the run key
     32 bytes HMAC-SHA256 over the kind and all bytes before, keyed by the secret
 
@@ -23,7 +24,7 @@ import hmac
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from typing import Literal, get_args
+from typing import get_args
 from urllib.parse import urlsplit
 
 from pydantic import SecretStr
@@ -37,7 +38,6 @@ __all__ = [
     "PLAIN_KINDS",
     "SHORTEST_SECRET",
     "Hook",
-    "Shown",
     "bearer_of",
     "checked_base_url",
     "checked_secret",
@@ -46,21 +46,17 @@ __all__ = [
     "token_of",
 ]
 
-Shown = Literal["none", "summary", "full"]
-"""How much of what a webhook says may stand in an event: ids, states and times; names and agents too; output too."""
-
 PLAIN_KINDS: tuple[WebhookKind, ...] = ("task", "step", "crew")
 BEARER_KINDS: tuple[WebhookKind, ...] = ("human_input", "stream")
 SHORTEST_SECRET = 32
 """Characters. Whoever has one URL can try secrets against it without asking anybody."""
 MAX_TOKEN = 2048
-"""Characters of a token: the longest run key takes 1,731."""
+"""Characters of a token: the longest run key takes 1,732."""
 
 _VERSION = 1
-_HEAD = 10
+_HEAD = 11
 _MAC = 32
-_SHOWN: tuple[Shown, ...] = get_args(Shown)
-_PACKED = 4
+_NAMES, _PACKED = 1, 2
 _CODE_POINTS = 0x110000
 _MAX_EXPIRY = 2**40 - 1
 _MAX_ATTEMPT = 2**24 - 1
@@ -70,14 +66,16 @@ _MAX_ATTEMPT = 2**24 - 1
 class Hook:
     """What a URL is for: one kind of webhook of one run, until `expires` (aware).
 
-    `attempt` is the attempt at the run key, None where the signer did not know it.
+    `attempt` is the attempt at the run key, None where the signer did not know it. `names`: whether the names of tasks
+    and agents may stand in events. `round` is how many answers of people the run had when this was signed.
     """
 
     kind: WebhookKind
     run_key: str
     expires: datetime
     attempt: int | None = None
-    shown: Shown = "summary"
+    names: bool = True
+    round: int = 0
 
 
 def hook_urls(
@@ -87,7 +85,8 @@ def hook_urls(
     *,
     expires: datetime,
     attempt: int | None = None,
-    shown: Shown = "summary",
+    names: bool = True,
+    round: int = 0,  # noqa: A002 - the word of the domain
     kinds: Sequence[WebhookKind] = (*PLAIN_KINDS, "human_input"),
     stream_events: Sequence[str] = (),
     realtime: bool = False,
@@ -100,7 +99,9 @@ def hook_urls(
         run_key: The run. It can be read from the URLs.
         expires: When the receiver stops to accept them; aware.
         attempt: Which attempt at the run key, so that a late webhook of an earlier one is not taken for this one's.
-        shown: How much of what the webhooks say may stand in Prefect's events.
+        names: Whether names of tasks and agents, which may repeat an input, may stand in Prefect's events.
+        round: How many answers of people came before: each resume has URLs of its own, so that the same question asked
+            again is not taken for a delivery that came twice.
         kinds: Which webhooks. "stream" is left out unless `stream_events` names some.
         stream_events, realtime: Types of CrewAI's events to be streamed, and whether each is sent at once.
 
@@ -110,7 +111,7 @@ def hook_urls(
     base, key = checked_base_url(base_url), checked_secret(secret)
 
     def hook(kind: WebhookKind) -> Hook:
-        return Hook(kind, run_key, expires, attempt, shown)
+        return Hook(kind, run_key, expires, attempt, names, round)
 
     def url(kind: WebhookKind) -> str | None:
         return f"{base}/hooks/{kind}/{token_of(hook(kind), key)}" if kind in kinds else None
@@ -237,14 +238,15 @@ def _payload(hook: Hook) -> bytes:
     if not (0 <= seconds <= _MAX_EXPIRY and 0 <= attempt <= _MAX_ATTEMPT and hook.run_key):
         raise ConfigurationError("A webhook's run key is empty, or its expiry or attempt is out of range.")
     form, key = _packed_key(hook.run_key)
-    head = bytes((_VERSION, _SHOWN.index(hook.shown) | form)) + seconds.to_bytes(5, "big") + attempt.to_bytes(3, "big")
-    return head + key
+    flags = form | (_NAMES if hook.names else 0)
+    numbers = seconds.to_bytes(5, "big") + attempt.to_bytes(3, "big") + bytes((hook.round % 256,))
+    return bytes((_VERSION, flags)) + numbers + key
 
 
 def _read(kind: WebhookKind, payload: bytes) -> Hook | None:
     """Return what signed bytes say; None for those of a version that is yet to come."""
     version, flags = payload[0], payload[1]
-    if version != _VERSION or flags & 3 >= len(_SHOWN):
+    if version != _VERSION:
         return None
     key = payload[_HEAD:]
     return Hook(
@@ -252,7 +254,8 @@ def _read(kind: WebhookKind, payload: bytes) -> Hook | None:
         run_key=_unpacked(key) if flags & _PACKED else key.decode("utf-8"),
         expires=datetime.fromtimestamp(int.from_bytes(payload[2:7], "big"), timezone.utc),
         attempt=int.from_bytes(payload[7:10], "big") or None,
-        shown=_SHOWN[flags & 3],
+        names=bool(flags & _NAMES),
+        round=payload[10],
     )
 
 

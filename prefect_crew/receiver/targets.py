@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 
 from prefect_crew.api.errors import ConfigurationError
 from prefect_crew.api.webhooks import HumanInputWebhook, Webhooks
-from prefect_crew.receiver.signing import Shown, hook_urls
+from prefect_crew.receiver.signing import hook_urls
 from prefect_crew.records import utcnow
 from prefect_crew.settings import CrewSettings
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from prefect_crew.blocks import DeployedCrew
     from prefect_crew.waiting import WaitPolicy
 
-__all__ = ["hooks_expire", "shown_of", "webhooks_for"]
+__all__ = ["hooks_expire", "names_shown", "webhooks_for"]
 
 CLOUD = "api.prefect.cloud"
 MARGIN = 86_400.0
@@ -30,12 +30,13 @@ def webhooks_for(
     run_key: str,
     *,
     attempt: int | None = None,
+    round: int = 0,  # noqa: A002 - the word of the domain
     wait: WaitPolicy | None = None,
     settings: CrewSettings | None = None,
 ) -> Webhooks | None:
     """Return the webhooks of one run as the settings have them, None where they switch no webhooks on.
 
-    They are for its kickoff, and for each `/resume` again. With an address of Prefect Cloud's own webhooks, all kinds
+    They are for its kickoff, and for each `/resume` again: the first answer of a person is followed by round 1. With an address of Prefect Cloud's own webhooks, all kinds
     go there and no secret is needed.
 
     Raises:
@@ -58,7 +59,8 @@ def webhooks_for(
         run_key,
         expires=hooks_expire(wait or crew.wait, utcnow()),
         attempt=attempt,
-        shown=shown_of(crew),
+        names=names_shown(crew),
+        round=round,
     )
 
 
@@ -68,13 +70,12 @@ def hooks_expire(wait: WaitPolicy, now: datetime) -> datetime:
     return now + timedelta(seconds=sum(UNLIMITED if one is None else one for one in budgets) + MARGIN)
 
 
-def shown_of(crew: DeployedCrew) -> Shown:
-    """Return how much of what webhooks say may be shown.
+def names_shown(crew: DeployedCrew) -> bool:
+    """Return whether names of tasks and agents may stand in events about webhooks.
 
-    The receiver does not know the values of secret inputs, which the names of tasks and agents may repeat: with any,
-    nothing of the crew's own words is shown.
+    A crew may put an input into such a name, and the receiver does not know the secret ones: with any, no name is shown.
     """
-    return "none" if crew.secret_inputs else crew.show
+    return crew.show != "none" and not crew.secret_inputs
 
 
 def _of_cloud(url: str) -> bool:
