@@ -156,8 +156,8 @@ async def put(client: PrefectClient, automation: AutomationCore) -> str:
         await client.create_automation(automation)
         return f"created   {automation.name}"
     # Given whole: of what is left unset the client would send nothing.
-    whole = AutomationCore.model_validate({**automation.model_dump(), "enabled": standing[0].enabled})
-    await client.update_automation(standing[0].id, whole)
+    whole = {**automation.model_dump(exclude={"owner_resource"}), "enabled": standing[0].enabled}
+    await client.update_automation(standing[0].id, AutomationCore.model_validate(whole))
     return f"updated   {automation.name}{'' if standing[0].enabled else ', which is disabled'}"
 
 
