@@ -125,7 +125,8 @@ class PrefectRecords:
                 "this version can read. Nothing was started. Upgrade prefect-crew if a later version wrote it; else "
                 "delete the Variable."
             )
-        return standing.owner == record.owner
+        # One that somebody has settled since is a claim no more, whoever made it.
+        return standing.owner == record.owner and standing.phase is record.phase
 
     async def save(self, record: RunRecord) -> None:
         """Replace the attempt's Variable, again and again for five minutes while the Prefect API is away."""
