@@ -274,6 +274,7 @@ async def _keep_claim(purchase: Purchase, record: RunRecord, records: RecordStor
     attempts = await records.attempts(record.run_key)
     standing = next((one for one in attempts if one.attempt == record.attempt), None)
     if standing is None or standing.owner != record.owner or standing.phase is not RecordPhase.CLAIMED:
+        record.phase = RecordPhase.NOT_STARTED  # here alone: what stands there is not ours to write
         raise _ClaimLostError
     record.known_by = known_by(utcnow(), purchase.crew.request_timeout)
     await records.save(record)
@@ -284,7 +285,6 @@ async def _buy(purchase: Purchase, record: RunRecord, records: RecordStore, sess
     loop = asyncio.get_running_loop()
     until = loop.time() + LIMITED_FOR
     while True:
-        await _keep_claim(purchase, record, records)
         try:
             return await _post_shielded(purchase, record, records, session)
         except CrewError as error:
@@ -342,6 +342,7 @@ async def _post_shielded(
 async def _post(purchase: Purchase, record: RunRecord, records: RecordStore, session: CrewSession) -> RunRecord:
     """Make one POST and write down what became of it. What surely did not start a run raises and writes nothing."""
     redact = purchase.crew.redactor(purchase.inputs)
+    await _keep_claim(purchase, record, records)
     try:
         kickoff_id = await session.client.kickoff(
             purchase.inputs,
