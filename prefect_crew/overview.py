@@ -1,0 +1,115 @@
+"""What the records say about runs that are not done, and what a person does about each. Prefect is only asked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+from enum import Enum
+from typing import Protocol
+
+from prefect_crew.api.models import CrewState
+from prefect_crew.records import RecordPhase, RunRecord
+
+__all__ = ["Lookout", "RunLine", "Standing", "classify", "look_at"]
+
+
+class Standing(str, Enum):
+    """Where a run stands, as far as its record and the flow runs around it tell."""
+
+    CLAIMED = "claimed"
+    """Somebody is posting its kickoff at this moment."""
+    IN_FLIGHT = "in flight"
+    WAITING = "waiting"
+    """For a person."""
+    ORPHANED = "orphaned"
+    """It was started, and whoever waited for it has ended."""
+    UNCERTAIN = "uncertain"
+    """A kickoff was sent and nobody knows its fate."""
+    ENDED = "ended"
+    NOT_STARTED = "not started"
+
+    def __str__(self) -> str:
+        return self.value
+
+
+OPEN = (Standing.UNCERTAIN, Standing.ORPHANED, Standing.WAITING, Standing.IN_FLIGHT, Standing.CLAIMED)
+"""Those that are not done, the one that needs a person most first."""
+
+
+@dataclass(frozen=True)
+class RunLine:
+    """A record and what it comes to. `since` is UTC; `todo` is empty where nothing has to be done."""
+
+    record: RunRecord
+    standing: Standing
+    since: datetime
+    todo: str
+
+
+class Lookout(Protocol):
+    """What `look_at` asks of a record store. Each method may raise whatever its storage raises."""
+
+    async def owner_ended(self, record: RunRecord) -> bool:
+        """Return whether the flow run that claimed the record is known to have ended."""
+        ...
+
+    async def other_waiters(self, record: RunRecord, flow_run_id: str | None) -> list[str]:
+        """Return the flow runs other than `flow_run_id` that wait for the run and have not ended."""
+        ...
+
+
+async def look_at(record: RunRecord, store: Lookout, now: datetime) -> RunLine:
+    """Return the line of a record, asking after its flow runs only where that matters."""
+    owner_ended = record.phase is RecordPhase.CLAIMED and await store.owner_ended(record)
+    attended = record.phase is not RecordPhase.STARTED or bool(await store.other_waiters(record, None))
+    return classify(record, now, owner_ended=owner_ended, attended=attended)
+
+
+def classify(record: RunRecord, now: datetime, *, owner_ended: bool, attended: bool) -> RunLine:
+    """Return the line of a record. Pure.
+
+    Args:
+        record: The record.
+        now: The time, UTC.
+        owner_ended: Whether the owner's flow run is known to have ended, for one that is claimed.
+        attended: Whether a flow run that goes on waits for it, for one that is started.
+    """
+    standing = _standing(record, now, owner_ended, attended)
+    since = {
+        Standing.WAITING: record.human_since,
+        Standing.ENDED: record.ended_at,
+    }.get(standing, record.kicked_off_at)
+    return RunLine(record, standing, since or record.claimed_at, _todo(record, standing))
+
+
+def _standing(record: RunRecord, now: datetime, owner_ended: bool, attended: bool) -> Standing:
+    if record.phase is RecordPhase.ENDED:
+        return Standing.ENDED
+    if record.phase is RecordPhase.NOT_STARTED:
+        return Standing.NOT_STARTED
+    if record.phase is RecordPhase.UNCERTAIN:
+        return Standing.UNCERTAIN
+    if record.phase is RecordPhase.CLAIMED:
+        return Standing.UNCERTAIN if owner_ended or now >= record.known_by else Standing.CLAIMED
+    if not attended:
+        return Standing.ORPHANED
+    return Standing.WAITING if record.human_since is not None else Standing.IN_FLIGHT
+
+
+def _todo(record: RunRecord, standing: Standing) -> str:
+    if standing is Standing.UNCERTAIN:
+        return (
+            f"Look at the crew's page, then: prefect-crew runs settle {record.run_key!r} --kickoff-id ID, "
+            "or --never-started."
+        )
+    if standing is Standing.ORPHANED:
+        person = " It waits for a person." if record.human_since is not None else ""
+        return (
+            f"Nobody waits for it.{person} Run again with its key to go on, or look: "
+            f"prefect-crew status {record.crew} {record.kickoff_id}."
+        )
+    if standing is Standing.WAITING:
+        return f"Answer: prefect-crew resume {record.crew} {record.kickoff_id} --approve, or --reject --feedback TEXT."
+    if standing is Standing.ENDED and record.state is not CrewState.COMPLETED:
+        return "Run again with its key to buy another."
+    return ""

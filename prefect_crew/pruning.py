@@ -1,0 +1,115 @@
+"""Removing old records. What is removed is no longer promised: a later call with such a key is a new purchase.
+
+Only ended runs, and kickoffs that surely did not start, are removed, and only whole keys: as long as one attempt at a
+key has to stay, the others are needed to count its purchases. What is in flight or uncertain is never touched.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import AsyncIterator, Iterable
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Protocol
+
+from prefect_crew.records import RecordPhase, RunRecord, utcnow
+
+__all__ = ["OLDER_THAN", "Pruned", "parse_age", "prunable", "prune"]
+
+OLDER_THAN = timedelta(days=90)
+"""The age at which ended runs are removed if nobody says another: how long the never-twice promise holds for them."""
+_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """What `prune` removed, or with `dry_run` would have."""
+
+    runs: int
+    notes: int
+    kept: int
+    """Records that stay."""
+
+
+class PrunableStore(Protocol):
+    """What `prune` asks of a record store."""
+
+    def all(self, phase: RecordPhase | None = None) -> AsyncIterator[RunRecord]:
+        """Yield every record."""
+        ...
+
+    async def delete(self, record: RunRecord) -> None:
+        """Forget an attempt."""
+        ...
+
+    def waiter_notes(self) -> AsyncIterator[str]:
+        """Yield the names of all notes that some flow run waits for a run."""
+        ...
+
+    def notes_of(self, record: RunRecord) -> str:
+        """Return what the names of a record's notes begin with."""
+        ...
+
+    async def delete_note(self, name: str) -> None:
+        """Take a note away."""
+        ...
+
+
+def parse_age(text: str) -> timedelta:
+    """Return an age such as `90d`, `12h` or `2w`; a bare number is days.
+
+    Raises:
+        ValueError: It is none.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([smhdw]?)\s*", text)
+    if match is None:
+        raise ValueError(f"{text!r} is no age: give a number and s, m, h, d or w, such as 90d.")
+    return timedelta(seconds=float(match[1]) * _UNITS[match[2] or "d"])
+
+
+def prunable(records: Iterable[RunRecord], before: datetime) -> list[RunRecord]:
+    """Return the records that may go: of keys whose every attempt has ended, or never started, before that time. Pure.
+
+    The latest attempt at a key comes last, so that an interrupted removal leaves the one that decides.
+    """
+    by_key: defaultdict[str, list[RunRecord]] = defaultdict(list)
+    for record in records:
+        by_key[record.run_key].append(record)
+    return [
+        attempt
+        for attempts in by_key.values()
+        if all(_old(attempt, before) for attempt in attempts)
+        for attempt in sorted(attempts, key=lambda attempt: attempt.attempt)
+    ]
+
+
+def _old(record: RunRecord, before: datetime) -> bool:
+    if record.phase is RecordPhase.ENDED:
+        return (record.ended_at or record.claimed_at) < before
+    return record.phase is RecordPhase.NOT_STARTED and record.claimed_at < before
+
+
+async def prune(
+    store: PrunableStore, *, older_than: timedelta = OLDER_THAN, dry_run: bool = False, now: datetime | None = None
+) -> Pruned:
+    """Remove the records of runs that ended longer ago than `older_than`, and left-over notes of who waits for what.
+
+    Args:
+        store: The record store.
+        older_than: The age, counted from a run's end.
+        dry_run: Only count.
+        now: The time, UTC, if not the present.
+    """
+    # The notes first: a run that is claimed and joined meanwhile then has a record that we know of.
+    notes = [name async for name in store.waiter_notes()]
+    records = [record async for record in store.all()]
+    going = prunable(records, (now or utcnow()) - older_than)
+    needed = tuple(store.notes_of(record) for record in records if record.phase is RecordPhase.STARTED)
+    left_over = [name for name in notes if not name.startswith(needed)]
+    if not dry_run:
+        for record in going:
+            await store.delete(record)
+        for name in left_over:
+            await store.delete_note(name)
+    return Pruned(runs=len(going), notes=len(left_over), kept=len(records) - len(going))

@@ -1,0 +1,91 @@
+"""Settling an uncertain kickoff: somebody says whether it started a run, and the record goes on as if it had been seen.
+
+A person says it on the command line; a webhook of that run may say it as well. Either way the crew's status call has
+the last word where it can be asked, and no other record may hold the id.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+
+from prefect_crew.api.errors import ConfigurationError, CrewError
+from prefect_crew.api.models import CrewState, CrewStatus
+from prefect_crew.records import RecordPhase, RecordStore, RunRecord, latest_purchase, utcnow
+
+__all__ = ["SETTLED_BY_PERSON", "settle_never_started", "settle_started", "unsettled"]
+
+SETTLED_BY_PERSON = "settled: it never started"
+
+
+async def unsettled(run_key: str, records: RecordStore) -> RunRecord:
+    """Return the record of a key that is to be settled: its latest attempt, uncertain or a claim that nobody holds.
+
+    Raises:
+        CrewError: There is none, or there is nothing to settle about it.
+    """
+    attempts = await records.attempts(run_key)
+    if not attempts:
+        raise CrewError(f"No run has the key {run_key!r}. prefect-crew runs lists those on record.")
+    # The one that a call with the key would find: an attempt that did not start hides no other.
+    record = latest_purchase(attempts) or attempts[-1]
+    if record.phase is RecordPhase.UNCERTAIN:
+        return record
+    if record.phase is RecordPhase.CLAIMED:
+        if utcnow() >= record.known_by or await records.owner_ended(record):
+            return record
+        raise CrewError(
+            f"The kickoff of run {run_key!r} is being sent at this moment: whoever sends it knows by "
+            f"{record.known_by:%H:%M:%S} UTC whether it started a run. Settle it after that."
+        )
+    told = f"run {record.kickoff_id} is {record.state or 'started'}" if record.kickoff_id else f"it is {record.phase}"
+    raise CrewError(f"Run {run_key!r} is not uncertain: {told}. There is nothing to settle.")
+
+
+async def settle_started(
+    record: RunRecord,
+    kickoff_id: str,
+    records: RecordStore,
+    *,
+    look: Callable[[str], Awaitable[CrewStatus]] | None = None,
+) -> CrewState | None:
+    """Write down that the kickoff started the run `kickoff_id`. The next call with its key waits for that run.
+
+    Args:
+        record: As `unsettled` returns it.
+        kickoff_id: The run.
+        records: Where the record lives.
+        look: Asks the crew's status call; None where the crew cannot be asked.
+
+    Returns:
+        The run's state, None if it could not be asked for.
+
+    Raises:
+        ConfigurationError: Another record holds the id, or the crew's server does not know it. Nothing is changed.
+        CrewError: The status call failed. Nothing is changed.
+    """
+    holder = await records.of_kickoff(kickoff_id)
+    if holder is not None and (holder.run_key, holder.attempt) != (record.run_key, record.attempt):
+        raise ConfigurationError(
+            f"Run {kickoff_id} belongs to the run key {holder.run_key!r} (attempt {holder.attempt}): it cannot be run "
+            f"{record.run_key!r} too. Nothing was changed. Look for another run on the crew's page, or say "
+            "--never-started if there is none."
+        )
+    state = None
+    if look is not None:
+        state = (await look(kickoff_id)).state
+        if state is CrewState.UNKNOWN:
+            raise ConfigurationError(
+                f"The server of crew {record.crew} does not know run {kickoff_id}. Nothing was changed. Check the id "
+                "on the crew's page; say --never-started if there is no such run."
+            )
+    record.phase, record.kickoff_id, record.reason = RecordPhase.STARTED, kickoff_id, None
+    # The kickoff was sent right after the claim; nobody knows the moment better.
+    record.kicked_off_at = record.kicked_off_at or record.claimed_at
+    await records.save(record)
+    return state
+
+
+async def settle_never_started(record: RunRecord, records: RecordStore) -> None:
+    """Write down that the kickoff started no run. The next call with its key buys one."""
+    record.phase, record.reason = RecordPhase.NOT_STARTED, SETTLED_BY_PERSON
+    await records.save(record)
