@@ -36,8 +36,8 @@ def webhooks_for(
 ) -> Webhooks | None:
     """Return the webhooks of one run as the settings have them, None where they switch no webhooks on.
 
-    They are for its kickoff, and for each `/resume` again: the first answer of a person is followed by round 1. With an address of Prefect Cloud's own webhooks, all kinds
-    go there and no secret is needed.
+    They are for its kickoff, and for each `/resume` again, the first of which is round 1. With an address of Prefect
+    Cloud's own webhooks, all kinds go there and no secret is needed.
 
     Raises:
         ConfigurationError: The address is set without a secret, or one of them cannot be used.
@@ -73,7 +73,7 @@ def hooks_expire(wait: WaitPolicy, now: datetime) -> datetime:
 def names_shown(crew: DeployedCrew) -> bool:
     """Return whether names of tasks and agents may stand in events about webhooks.
 
-    A crew may put an input into such a name, and the receiver does not know the secret ones: with any, no name is shown.
+    A crew may put an input into such a name, and the receiver does not know the secret ones: with any, none is shown.
     """
     return crew.show != "none" and not crew.secret_inputs
 
