@@ -219,9 +219,15 @@ async def _decide(
 async def _follow(purchase: Purchase, decision: Decision, record: RunRecord, records: RecordStore) -> Purchased:
     """Return the run that a record leads to, waiting for its id where somebody else is posting."""
     delay = 0.1
-    while decision is Decision.CLAIMED_ELSEWHERE:
-        await asyncio.sleep(delay)
-        delay = min(delay * 1.5, 2.0)
+    looked_again = False
+    while decision is Decision.CLAIMED_ELSEWHERE or (
+        decision is Decision.UNCERTAIN and record.phase is RecordPhase.CLAIMED and not looked_again
+    ):
+        # A claim that was read before its owner was seen to have ended may have become a run in between.
+        looked_again = decision is Decision.UNCERTAIN
+        if not looked_again:
+            await asyncio.sleep(delay)
+            delay = min(delay * 1.5, 2.0)
         attempts = await records.attempts(record.run_key)
         decision, latest = await _decide(purchase, attempts, records)
         if latest is None or decision in (Decision.START, Decision.BUY_AGAIN):
