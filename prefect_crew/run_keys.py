@@ -7,6 +7,7 @@ number), the step's name or the crew, a digest of the inputs, and how many equal
 
 from __future__ import annotations
 
+import hashlib
 import re
 import threading
 from collections import OrderedDict, defaultdict
@@ -14,18 +15,22 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import datetime, timezone
+from typing import Any
 from uuid import UUID, uuid4
 
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import FlowRun
 from prefect.context import FlowRunContext, TaskRunContext
 
+from prefect_crew.api.errors import ConfigurationError
 from prefect_crew.records import MAX_RUN_KEY, Caller, utcnow
 
 __all__ = ["RunIdentity", "calling_task", "identify", "render_run_key", "scheduled_start"]
 
-TEMPLATE = re.compile(r"\{\{\s*(?P<name>[^}:\s]*)\s*(?::(?P<format>[^}]*?))?\s*\}\}")
+TEMPLATE = re.compile(r"\{\{(?P<inner>.*?)\}\}", re.DOTALL)
+LONGEST_NAME = 200
+"""Characters of a name or address within a key that is made; what is longer is cut and told apart by a digest."""
 
 
 @dataclass(frozen=True)
@@ -50,52 +55,84 @@ class _Root:
 class _Attempt:
     """One attempt of one task run: Prefect retries a task under the same id with a higher count."""
 
+    task_key: str
     task_run_id: str
     count: int
 
-    @classmethod
-    def current(cls) -> _Attempt | None:
-        context = TaskRunContext.get()
-        return None if context is None else cls(str(context.task_run.id), context.task_run.run_count)
+
+_Attempts = tuple[_Attempt, ...]
+"""The attempts of tasks around a call, the outermost first."""
 
 
-_calling_task: ContextVar[_Attempt | None] = ContextVar("prefect_crew_calling_task", default=None)
+def _attempts() -> _Attempts:
+    found: list[_Attempt] = []
+    context: Any = TaskRunContext.get()
+    while isinstance(context, TaskRunContext):
+        found.append(_Attempt(context.task.task_key, str(context.task_run.id), context.task_run.run_count))
+        # Prefect shows the innermost task only; what it replaced stands in the token that will bring it back.
+        token = context._token  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
+        context = None if token is None else token.old_value
+    return tuple(reversed(found))
+
+
+_calling_tasks: ContextVar[_Attempts] = ContextVar("prefect_crew_calling_tasks", default=())
 
 
 @contextmanager
 def calling_task() -> Generator[None]:
-    """Note the task that the code calls one of ours from, since inside ours only ours is seen."""
-    token = _calling_task.set(_Attempt.current())
+    """Note the tasks that the code calls one of ours from, as they are at this moment."""
+    token = _calling_tasks.set(_attempts())
     try:
         yield
     finally:
-        _calling_task.reset(token)
+        _calling_tasks.reset(token)
+
+
+_Place = tuple[tuple[str, int], ...]
+"""A task by what a retry of the tasks around it repeats: at each level its kind, and which of that kind it is."""
 
 
 @dataclass
 class _Occurrences:
-    """Counts equal calls within one attempt of one flow run, so that a retried task is given its numbers again."""
+    """Counts equal calls within one attempt of one flow run, so that a retried task is given its numbers again.
+
+    A task that is retried keeps its id, but makes the tasks that it calls anew under other ids: those are told apart by
+    the order in which they first come here with equal calls, whichever of them is quicker.
+    """
 
     counts: defaultdict[str, int] = field(default_factory=lambda: defaultdict(int))
     of_own: dict[tuple[str, str], int] = field(default_factory=dict[tuple[str, str], int])
-    of_caller: defaultdict[tuple[str, str], list[int]] = field(default_factory=lambda: defaultdict(list))
-    replayed: defaultdict[tuple[_Attempt, str], int] = field(default_factory=lambda: defaultdict(int))
+    given: defaultdict[tuple[str, _Place, str], list[int]] = field(default_factory=lambda: defaultdict(list))
+    replayed: defaultdict[tuple[_Attempts, str], int] = field(default_factory=lambda: defaultdict(int))
+    children: defaultdict[tuple[_Attempts, str, str], list[str]] = field(default_factory=lambda: defaultdict(list))
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def take(self, base: str, own: _Attempt | None, caller: _Attempt | None) -> int:
-        if own is not None and (own.task_run_id, base) in self.of_own:
-            return self.of_own[own.task_run_id, base]
-        number = self._of_caller(base, caller) if caller is not None else self._next(base)
-        if own is not None:
-            self.of_own[own.task_run_id, base] = number
-        return number
+    def take(self, base: str, own: str | None, callers: _Attempts) -> int:
+        """Return the number of a call: `own` is the id of our own task run around it, `callers` those of the user's."""
+        with self.lock:
+            if own is not None and (own, base) in self.of_own:
+                return self.of_own[own, base]
+            number = self._of_callers(base, callers) if callers else self._next(base)
+            if own is not None:
+                self.of_own[own, base] = number
+            return number
 
-    def _of_caller(self, base: str, caller: _Attempt) -> int:
-        given = self.of_caller[caller.task_run_id, base]
-        at = self.replayed[caller, base]
-        self.replayed[caller, base] += 1
+    def _of_callers(self, base: str, callers: _Attempts) -> int:
+        given = self.given[callers[0].task_run_id, self._place(base, callers), base]
+        at = self.replayed[callers, base]
+        self.replayed[callers, base] += 1
         if at == len(given):
             given.append(self._next(base))
         return given[at]
+
+    def _place(self, base: str, callers: _Attempts) -> _Place:
+        place: list[tuple[str, int]] = []
+        for level, task in enumerate(callers[1:], start=1):
+            siblings = self.children[callers[:level], task.task_key, base]
+            if task.task_run_id not in siblings:
+                siblings.append(task.task_run_id)
+            place.append((task.task_key, siblings.index(task.task_run_id)))
+        return tuple(place)
 
     def _next(self, base: str) -> int:
         self.counts[base] += 1
@@ -122,24 +159,24 @@ async def identify(
         inside_own_task: Whether one of this package's tasks asks, within its own task run.
 
     Raises:
-        ValueError: The key is empty or too long, or its template names something unknown.
+        ConfigurationError: The key is empty, too long or no Unicode, or its template is none.
     """
-    flow_run, own, caller_task = _whereabouts(inside_own_task)
-    if flow_run is None:
-        call = f"task/{own.task_run_id}" if own is not None else f"call/{uuid4()}"
-        key = f"{call}/{name or label}/{inputs_digest}" if run_key is None else render_run_key(run_key, utcnow())
-        return RunIdentity(run_key=_checked(key), place=call, caller=Caller(owner=str(uuid4())))
-    root = await _root_of(flow_run)
-    if run_key is None:
-        base = f"{root.flow_run_id}{root.path}/{name or label}/{inputs_digest}"
+    flow_run, own, callers = _whereabouts(inside_own_task)
+    if flow_run is not None:
+        root = await _root_of(flow_run)
+        top, start = f"{root.flow_run_id}{root.path}", root.scheduled_start or utcnow()
+        counted_in = (str(flow_run.id), flow_run.run_count)
+        caller = Caller(owner=str(uuid4()), flow_run_id=str(flow_run.id), flow_run_count=flow_run.run_count)
     else:
-        base = render_run_key(run_key, root.scheduled_start or utcnow())
-    number = _numbers_of(flow_run).take(base, own, caller_task)
-    return RunIdentity(
-        run_key=_checked(f"{base}/{number}" if run_key is None else base),
-        place=f"{root.flow_run_id}{root.path}/{number}",
-        caller=Caller(owner=str(uuid4()), flow_run_id=str(flow_run.id), flow_run_count=flow_run.run_count),
-    )
+        # A task without a flow is retried under its own id; any other call is new.
+        task = callers[0].task_run_id if callers else own
+        top, start = f"call/{uuid4()}" if task is None else f"task/{task}", utcnow()
+        counted_in = (top, 0)
+        caller = Caller(owner=str(uuid4()))
+    base = f"{top}/{_short(name or label)}/{inputs_digest}" if run_key is None else render_run_key(run_key, start)
+    number = _numbers_of(counted_in).take(base, own, callers)
+    key = f"{base}/{number}" if run_key is None else base
+    return RunIdentity(run_key=_checked(key), place=f"{top}/{number}", caller=caller)
 
 
 async def scheduled_start() -> datetime:
@@ -154,40 +191,55 @@ def render_run_key(template: str, scheduled_start: datetime) -> str:
     """Fill a run key's `{{ scheduled_start }}` or `{{ scheduled_start:FORMAT }}`, FORMAT as in strftime, in UTC.
 
     Raises:
-        ValueError: A placeholder names something else.
+        ConfigurationError: A placeholder names something else, is not closed, or has a format without a directive:
+            left as it stands, it would make the same key for every schedule, and so the same run.
     """
+    moment = scheduled_start.astimezone(timezone.utc)
+    usage = "Use {{ scheduled_start:%Y-%m-%d }}, the time that the flow run was scheduled for, in UTC."
 
     def fill(match: re.Match[str]) -> str:
-        if match["name"] != "scheduled_start":
-            raise ValueError(
-                f"run_key {template!r}: {match[0]!r} is not known. Use {{{{ scheduled_start:%Y-%m-%d }}}}, "
-                "the time that the flow run was scheduled for, in UTC."
-            )
-        return format(scheduled_start, match["format"] or "%Y-%m-%dT%H:%M:%S")
+        name, colon, form = match["inner"].partition(":")
+        if name.strip() != "scheduled_start":
+            raise ConfigurationError(f"run_key {template!r}: {match[0]!r} is not known. {usage}")
+        if colon and "%" not in form:
+            raise ConfigurationError(f"run_key {template!r}: {form.strip()!r} is no format of strftime. {usage}")
+        return moment.strftime(form.strip() or "%Y-%m-%dT%H:%M:%S")
 
+    if "{{" in TEMPLATE.sub("", template):
+        raise ConfigurationError(f"run_key {template!r}: a placeholder is not closed. {usage}")
     return TEMPLATE.sub(fill, template)
+
+
+def _short(name: str) -> str:
+    if len(name) <= LONGEST_NAME:
+        return name
+    return f"{name[:LONGEST_NAME]}~{hashlib.sha256(name.encode('utf-8', 'surrogatepass')).hexdigest()[:16]}"
 
 
 def _checked(key: str) -> str:
     if not key.strip():
-        raise ValueError("run_key must not be empty: give it the name of one purchase, or leave it out.")
+        raise ConfigurationError("run_key must not be empty: give it the name of one purchase, or leave it out.")
     if len(key) > MAX_RUN_KEY:
-        raise ValueError(f"run_key has {len(key)} characters, the limit is {MAX_RUN_KEY}: {key[:60]!r}…")
+        raise ConfigurationError(f"run_key has {len(key)} characters, the limit is {MAX_RUN_KEY}: {key[:60]!r}…")
+    try:
+        key.encode()
+    except UnicodeEncodeError:
+        raise ConfigurationError(f"run_key {key!r} holds half a character, which cannot be stored.") from None
     return key
 
 
-def _whereabouts(inside_own_task: bool) -> tuple[FlowRun | None, _Attempt | None, _Attempt | None]:
-    """Return the flow run around this call, our own task's attempt, and that of the user's task around it."""
+def _whereabouts(inside_own_task: bool) -> tuple[FlowRun | None, str | None, _Attempts]:
+    """Return the flow run around this call, the id of our own task run, and the attempts of the user's tasks."""
     context = FlowRunContext.get()
     flow_run = None if context is None else context.flow_run
-    current = _Attempt.current()
-    return (flow_run, current, _calling_task.get()) if inside_own_task else (flow_run, None, current)
+    around = _attempts()
+    return (flow_run, around[-1].task_run_id, _calling_tasks.get()) if inside_own_task else (flow_run, None, around)
 
 
-def _numbers_of(flow_run: FlowRun) -> _Occurrences:
+def _numbers_of(counted_in: tuple[str, int]) -> _Occurrences:
     with _lock:
-        numbers = _occurrences.setdefault((str(flow_run.id), flow_run.run_count), _Occurrences())
-        _occurrences.move_to_end((str(flow_run.id), flow_run.run_count))
+        numbers = _occurrences.setdefault(counted_in, _Occurrences())
+        _occurrences.move_to_end(counted_in)
         while len(_occurrences) > _KEPT:
             _occurrences.popitem(last=False)
         return numbers
