@@ -52,6 +52,19 @@ hypothesis.settings.load_profile("prefect-crew")
 # The run
 
 
+def pytest_configure() -> None:
+    own = os.getpid()
+
+    def end(number: int, _: Any) -> None:
+        if os.getpid() == own:
+            # Servers and workers live in sessions of their own: only the fixtures can end them.
+            raise KeyboardInterrupt
+        signal.signal(number, signal.SIG_DFL)  # a fork of ours, which inherited this
+        os.kill(os.getpid(), number)
+
+    signal.signal(signal.SIGTERM, end)
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     sampling.add_options(parser)
 

@@ -54,6 +54,40 @@ def test_wait_for_shows_the_log_of_a_process_that_ended(tmp_path: Path):
         process.wait_for("ready")
 
 
+RUN_OF_ITS_OWN = """
+import os, signal, sys
+sys.path.insert(0, {tests!r})
+from support.processes import Process
+
+def test_terminated(tmp_path):
+    process = Process([sys.executable, "-c", "import time; time.sleep(300)"], log=tmp_path / "log")
+    print("child", process.pid, file=sys.stderr, flush=True)
+    os.kill(os.getpid(), {signal})
+
+def test_left_behind(tmp_path):
+    Process([sys.executable, "-c", "import time; time.sleep(300)"], log=tmp_path / "log")
+"""
+
+
+@pytest.mark.parametrize(
+    ("signal_number", "exit_code"),
+    [
+        pytest.param(signal.SIGTERM, pytest.ExitCode.INTERRUPTED, id="terminated"),
+        pytest.param(0, pytest.ExitCode.TESTS_FAILED, id="forgotten-by-a-test"),
+    ],
+)
+def test_a_run_leaves_no_process_behind(tmp_path: Path, signal_number: int, exit_code: int):
+    (tmp_path / "conftest.py").write_text((Path(__file__).parent / "conftest.py").read_text())
+    (tmp_path / "test_it.py").write_text(RUN_OF_ITS_OWN.format(tests=str(Path(__file__).parent), signal=signal_number))
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    options = ["-s", "-p", "no:cacheprovider", "--rootdir", tmp_path, "-c", os.devnull]
+    command = [sys.executable, "-m", "pytest", *options, tmp_path]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == exit_code, run.stdout + run.stderr
+    assert "PROCESSES LEFT BEHIND" in run.stdout
+    assert not alive(int(run.stderr.partition("child ")[2].split()[0]))
+
+
 def test_isolated_keeps_nothing_of_prefect_or_a_crew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("PREFECT_API_KEY", "pnu_mine")
     monkeypatch.setenv("CREW_TOKEN", "mine")
@@ -97,6 +131,7 @@ async def test_a_flow_runs_on_the_server_of_the_tests(prefect_api: PrefectServer
         assert database.execute("select count(*) from flow_run where id = ?", (run_id,)).fetchone() == (1,)
 
 
+@pytest.mark.slow
 def test_a_server_keeps_its_address_and_its_data_over_a_restart(tmp_path: Path, prefect_template: Path | None):
     with PrefectServer(tmp_path, template=prefect_template) as server:
         address = server.api_url
@@ -117,7 +152,7 @@ def test_a_worker_runs_a_deployment_and_leaves_nothing(prefect_api: PrefectServe
         "from prefect import flow\n"
         "@flow\n"
         "def endless():\n"
-        "    print('flow process', os.getpid(), flush=True)\n"
+        "    print(f'flow process {os.getpid()} runs', flush=True)\n"
         "    time.sleep(300)\n"
     )
     with Worker(prefect_api, "support-pool", folder=tmp_path) as worker:
@@ -126,7 +161,7 @@ def test_a_worker_runs_a_deployment_and_leaves_nothing(prefect_api: PrefectServe
         subprocess.run(deploy, cwd=tmp_path, env=environment, check=True, capture_output=True)
         start = ["prefect", "deployment", "run", "endless/d"]
         subprocess.run(start, cwd=tmp_path, env=environment, check=True, capture_output=True)
-        output = worker.process.wait_for("flow process", 90)
+        output = worker.process.wait_for(" runs", 90)
         pid = int(output.split("flow process")[1].split()[0])
         assert pid in worker.process.family()
         family = worker.process.family()
