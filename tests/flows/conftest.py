@@ -1,0 +1,47 @@
+"""Crew servers whose crews are stored as blocks, which is how the flows know them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from prefect_crew.server.local import InProcessCrewServer
+from prefect_crew.testing import CrewServerFactory
+from support.deployed import ROOT
+from support.prefect_server import PrefectServer
+from support.seen import Seen
+
+SaveCrew = Callable[..., InProcessCrewServer]
+
+
+@pytest.fixture
+def save_crew(
+    prefect_api: PrefectServer, crew_server: CrewServerFactory, instant_polling: None
+) -> Callable[..., InProcessCrewServer]:
+    """Give `save_crew(block, spec, *, faults=(), **fields)`: a running crew, stored under that name."""
+
+    def save(block: str, spec: str = "echo", *, faults: Any = (), **fields: Any) -> InProcessCrewServer:
+        server = crew_server(spec, faults=faults, speed=10)
+        server.crew(**fields).save(block, overwrite=True, _sync=True)  # whatever kind of test calls it
+        return server
+
+    return save
+
+
+@pytest.fixture
+def report_crews(save_crew: SaveCrew) -> dict[str, InProcessCrewServer]:
+    """The three crews of the report, ten times as fast, stored as blocks."""
+    return {
+        name: save_crew(name, str(ROOT / "flows" / "crews" / f"{name}.yaml"))
+        for name in ("research", "write", "review")
+    }
+
+
+@pytest.fixture
+def seen(prefect_api: PrefectServer) -> Iterator[Seen]:
+    """What stands on the server."""
+    reader = Seen(prefect_api)
+    yield reader
+    reader.close()

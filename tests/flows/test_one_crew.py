@@ -1,0 +1,35 @@
+"""One crew by its block's name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from prefect_crew import CrewFailedError
+from prefect_crew.server.local import InProcessCrewServer
+from support.deployed import load_flow
+
+SaveCrew = Callable[..., InProcessCrewServer]
+
+
+async def test_gives_the_output_of_a_crew_that_only_its_block_names(save_crew: SaveCrew):
+    save_crew("one-crew-echo")
+    assert await load_flow("one_crew.py:one_crew")("one-crew-echo", {"text": "ciao"}) == "ciao"
+
+
+async def test_a_run_key_holds_across_flow_runs(save_crew: SaveCrew):
+    server = save_crew("one-crew-echo")
+    one_crew = load_flow("one_crew.py:one_crew")
+    for _ in range(2):
+        assert await one_crew("one-crew-echo", {"text": "ciao"}, run_key="one-crew-once") == "ciao"
+    assert server.kickoffs == 1
+
+
+async def test_a_failed_crew_fails_the_flow_run_with_the_crews_own_error(save_crew: SaveCrew):
+    save_crew("one-crew-broken", "name: broken\ntasks: [{name: t, fail: the well is dry}]\n")
+    state = await load_flow("one_crew.py:one_crew")("one-crew-broken", {}, return_state=True)
+    assert state.is_failed()
+    assert "the well is dry" in state.message
+    with pytest.raises(CrewFailedError):
+        await state.aresult()

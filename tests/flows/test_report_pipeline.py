@@ -1,0 +1,88 @@
+"""Research, write, review: as steps and by hand, and what a retry pays for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from prefect_crew.api.models import CrewInput
+from prefect_crew.server.local import InProcessCrewServer
+from prefect_crew.server.program import Outcome, ProgramError, Run
+from prefect_crew.server.programs import load_program
+from support.deployed import ROOT, load_flow
+from support.seen import Seen
+
+SaveCrew = Callable[..., InProcessCrewServer]
+Crews = dict[str, InProcessCrewServer]
+WAYS = ["report_pipeline", "report_by_hand"]
+
+
+class FailsFirst:
+    """The review crew, whose first run fails."""
+
+    name = "review"
+
+    def __init__(self) -> None:
+        self._crew = load_program(str(ROOT / "flows" / "crews" / "review.yaml"), speed=10)
+        self._runs = 0
+
+    def inputs(self) -> list[CrewInput]:
+        return self._crew.inputs()
+
+    async def execute(self, run: Run) -> Outcome:
+        self._runs += 1
+        if self._runs == 1:
+            raise ProgramError("the editor is out for lunch")
+        return await self._crew.execute(run)
+
+
+def kickoffs(crews: Crews) -> dict[str, int]:
+    return {name: server.kickoffs for name, server in crews.items()}
+
+
+@pytest.mark.parametrize("way", WAYS)
+async def test_each_crew_gets_what_the_one_before_it_gave(report_crews: Crews, way: str):
+    text = await load_flow(f"report_pipeline.py:{way}")("tea", audience="beginners")
+    assert "# tea" in text
+    assert "For beginners" in text
+    assert "The numbers on tea doubled" in text
+    assert "Reviewed for beginners" in text
+    assert kickoffs(report_crews) == {"research": 1, "write": 1, "review": 1}
+
+
+@pytest.mark.parametrize("way", WAYS)
+async def test_a_retry_of_the_flow_run_buys_only_what_failed(report_crews: Crews, save_crew: SaveCrew, way: str):
+    report_crews["review"] = save_crew("review", FailsFirst())
+    flow = load_flow(f"report_pipeline.py:{way}").with_options(retries=1, retry_delay_seconds=0)
+    assert "Reviewed for everyone" in await flow("coffee")
+    assert kickoffs(report_crews) == {"research": 1, "write": 1, "review": 2}
+
+
+async def test_the_flow_run_says_which_step_failed(report_crews: Crews, save_crew: SaveCrew):
+    save_crew("review", FailsFirst())
+    state = await load_flow("report_pipeline.py:report_pipeline")("tea", return_state=True)
+    assert state.is_failed()
+    assert "review" in state.message
+    assert "the editor is out for lunch" in state.message
+
+
+async def test_the_same_run_key_pays_for_nothing_again_in_another_flow_run(report_crews: Crews):
+    flow = load_flow("report_pipeline.py:report_pipeline")
+    texts = {await flow("tea", run_key="report-once") for _ in range(2)}
+    assert len(texts) == 1
+    assert kickoffs(report_crews) == {"research": 1, "write": 1, "review": 1}
+
+
+def test_the_report_by_hand_has_a_page_of_its_own(report_crews: Crews, seen: Seen):
+    import asyncio
+
+    text = asyncio.run(load_flow("report_pipeline.py:report_by_hand")("oolong"))
+    page = next(one for one in seen.artifacts("report") if one["description"] == "Report on oolong")
+    assert page["data"] == text
+
+
+def test_key_points_keep_the_points_or_else_everything():
+    key_points = load_flow("report_pipeline.py:report_by_hand").fn.__globals__["key_points"].fn
+    assert key_points("Found:\n- one\n- two\n- three", at_most=2) == "- one\n- two"
+    assert key_points("no points here") == "no points here"

@@ -1,0 +1,62 @@
+"""The flows of flows/ and the deployments of deployments/, as the tests run them."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from prefect.flows import load_flow_from_entrypoint
+
+from support.environment import program
+from support.seen import Seen
+
+__all__ = ["FINAL", "ROOT", "command", "load_flow", "wait_for_state", "wait_until"]
+
+T = TypeVar("T")
+ROOT = Path(__file__).parents[2]
+FINAL = frozenset({"COMPLETED", "FAILED", "CRASHED", "CANCELLED"})
+
+
+def load_flow(entrypoint: str) -> Any:
+    """Return a flow of flows/, such as `one_crew.py:one_crew`, loaded as a worker loads it."""
+    return load_flow_from_entrypoint(str(ROOT / "flows" / entrypoint), use_placeholder_flow=False)
+
+
+def command(*arguments: str | Path, env: Mapping[str, str], cwd: Path = ROOT, timeout: float = 180.0) -> str:
+    """Run a program of this environment and return all that it wrote; fail with that if it fails."""
+    done = subprocess.run(
+        [program(str(arguments[0])), *map(str, arguments[1:])],
+        cwd=cwd,
+        env=dict(env),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=timeout,
+    )
+    assert done.returncode == 0, f"{arguments} ended with {done.returncode}:\n{done.stdout[-3000:]}"
+    return done.stdout
+
+
+def wait_until(look: Callable[[], T | None], *, seconds: float, what: str, pause: float = 0.2) -> T:
+    """Return the first thing that `look` finds; fail after so many seconds, saying what did not come."""
+    deadline = time.monotonic() + seconds
+    while True:
+        found = look()
+        if found:
+            return found
+        assert time.monotonic() < deadline, f"{what}: not within {seconds:g} seconds"
+        time.sleep(pause)
+
+
+def wait_for_state(seen: Seen, flow_run_id: Any, *states: str, seconds: float = 90.0) -> dict[str, Any]:
+    """Wait until a flow run is in one of these types of states, any final one if left out, and return it."""
+    wanted = set(states) or FINAL
+
+    def look() -> dict[str, Any] | None:
+        run = seen.flow_run(flow_run_id)
+        return run if run["state_type"] in wanted else None
+
+    return wait_until(look, seconds=seconds, what=f"flow run {flow_run_id} in {sorted(wanted)}")
