@@ -24,8 +24,8 @@ from prefect_crew.api.errors import ConfigurationError
 from prefect_crew.records import MAX_RUN_KEY
 from prefect_crew.run_keys import _Attempt, _Occurrences, render_run_key
 from prefect_crew.testing import CrewServerFactory
+from support.scripts import slow
 
-SLOW = "{name: slow, tasks: [{name: t, seconds: 0.6, output: done}]}"
 START = datetime(2026, 5, 1, 23, 30, 5, tzinfo=timezone.utc)
 
 
@@ -198,8 +198,8 @@ def test_a_sync_flow_that_is_retried_buys_nothing_again(bought: Any):
 
 
 async def test_a_flow_that_fails_while_the_crew_runs_finds_it_again(bought: Any, crew_server: CrewServerFactory):
-    slow = crew_server(SLOW)
-    crew, fail = slow.crew(), fails_once()
+    server = crew_server(slow(0.6))
+    crew, fail = server.crew(), fails_once()
 
     @flow(retries=1)
     async def trip() -> str:
@@ -208,7 +208,7 @@ async def test_a_flow_that_fails_while_the_crew_runs_finds_it_again(bought: Any,
         return (await wait_for_crew(crew, kickoff_id)).output
 
     assert await trip() == "done"
-    assert slow.kickoffs == 1
+    assert server.kickoffs == 1
 
 
 async def test_a_retried_task_of_the_users_finds_its_runs_again(bought: Any):
