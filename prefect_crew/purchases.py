@@ -144,7 +144,7 @@ async def purchase_run(
             return Purchased(opened.decision, await _buy(purchase, opened.record, records, session))
         except _ClaimLostError:
             run_logger().warning(
-                "The claim of run %s was settled by somebody before its kickoff was sent, which is why it is not.",
+                "Run %s was settled by somebody while this process was asleep, or away: what is on record now counts.",
                 opened.record.run_key,
             )
             opened = await _decide_and_claim(purchase, records)
@@ -263,7 +263,7 @@ def _announce(purchase: Purchase, opened: Purchased) -> None:
 
 
 class _ClaimLostError(Exception):
-    """While nothing was sent yet, somebody took the owner of this claim for dead and settled it."""
+    """Somebody took the owner of this claim for dead, and settled it."""
 
 
 async def _keep_claim(purchase: Purchase, record: RunRecord, records: RecordStore) -> None:
@@ -277,13 +277,17 @@ async def _keep_claim(purchase: Purchase, record: RunRecord, records: RecordStor
     patience = timedelta(seconds=purchase.crew.request_timeout)
     if utcnow() + patience < record.known_by:
         return
+    await _look_at_claim(record, records)
+    record.known_by = known_by(utcnow(), purchase.crew.request_timeout)
+    await records.save(record)
+
+
+async def _look_at_claim(record: RunRecord, records: RecordStore) -> None:
     attempts = await records.attempts(record.run_key)
     standing = next((one for one in attempts if one.attempt == record.attempt), None)
     if standing is None or standing.owner != record.owner or standing.phase is not RecordPhase.CLAIMED:
         record.phase = RecordPhase.NOT_STARTED  # here alone: what stands there is not ours to write
         raise _ClaimLostError
-    record.known_by = known_by(utcnow(), purchase.crew.request_timeout)
-    await records.save(record)
 
 
 async def _buy(purchase: Purchase, record: RunRecord, records: RecordStore, session: CrewSession) -> RunRecord:
@@ -359,6 +363,8 @@ async def _post(purchase: Purchase, record: RunRecord, records: RecordStore, ses
     except BaseException as error:
         if kickoff_fate(error) is not KickoffFate.UNCERTAIN:
             raise
+        if utcnow() >= record.known_by:
+            await _look_at_claim(record, records)
         record.phase, record.reason = RecordPhase.UNCERTAIN, redact(f"{type(error).__name__}: {error}")[:500]
         await _save(record, records)
         if not isinstance(error, Exception):
