@@ -152,7 +152,7 @@ def test_a_worker_runs_a_deployment_and_leaves_nothing(prefect_api: PrefectServe
         "from prefect import flow\n"
         "@flow\n"
         "def endless():\n"
-        "    print(f'flow process {os.getpid()} runs', flush=True)\n"
+        "    print(f'flow process {os.getpid()} is at work', flush=True)\n"
         "    time.sleep(300)\n"
     )
     with Worker(prefect_api, "support-pool", folder=tmp_path) as worker:
@@ -161,7 +161,7 @@ def test_a_worker_runs_a_deployment_and_leaves_nothing(prefect_api: PrefectServe
         subprocess.run(deploy, cwd=tmp_path, env=environment, check=True, capture_output=True)
         start = ["prefect", "deployment", "run", "endless/d"]
         subprocess.run(start, cwd=tmp_path, env=environment, check=True, capture_output=True)
-        output = worker.process.wait_for(" runs", 90)
+        output = worker.process.wait_for(" is at work", 90)
         pid = int(output.split("flow process")[1].split()[0])
         assert pid in worker.process.family()
         family = worker.process.family()
