@@ -21,17 +21,43 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from prefect_crew.receiver.app import HandsOn, create_receiver
+    from prefect_crew.receiver.handover import Handover
+    from prefect_crew.receiver.news import News
+    from prefect_crew.receiver.serving import serve_receiver
+    from prefect_crew.receiver.settling import Settlement, settle_from_webhook
     from prefect_crew.receiver.signing import Hook, hook_urls, read_token
     from prefect_crew.receiver.targets import hooks_expire, names_shown, webhooks_for
 
-__all__ = ["Hook", "hook_urls", "hooks_expire", "names_shown", "read_token", "webhooks_for"]
+__all__ = [
+    "Handover",
+    "HandsOn",
+    "Hook",
+    "News",
+    "Settlement",
+    "create_receiver",
+    "hook_urls",
+    "hooks_expire",
+    "names_shown",
+    "read_token",
+    "serve_receiver",
+    "settle_from_webhook",
+    "webhooks_for",
+]
 
 _HOMES = {
+    "Handover": "handover",
+    "HandsOn": "app",
     "Hook": "signing",
+    "News": "news",
+    "Settlement": "settling",
+    "create_receiver": "app",
     "hook_urls": "signing",
     "hooks_expire": "targets",
-    "read_token": "signing",
     "names_shown": "targets",
+    "read_token": "signing",
+    "serve_receiver": "serving",
+    "settle_from_webhook": "settling",
     "webhooks_for": "targets",
 }
 

@@ -1,0 +1,132 @@
+"""From news to events on the Prefect server: which run it is about, and one request for many events.
+
+The server's `POST /events` answers once it has the events (open source since 3.0, and Prefect Cloud), so what was not
+answered can be sent again: `emit_event` hands over to a thread whose queue nothing bounds while the server is away.
+Sending twice is harmless, since the server keeps one event of each id.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+from uuid import uuid5
+
+import httpx
+from prefect.client.orchestration import get_client
+
+from prefect_crew.events import resources_of
+from prefect_crew.receiver.news import News
+from prefect_crew.receiver.settling import attempt_of, unsettled
+from prefect_crew.records import RecordStore, RunRecord, utcnow
+
+__all__ = ["RecordCache", "event_of", "send_events", "settled_event", "transient"]
+
+PREFIX = "crew.webhook."
+
+
+def event_of(news: News, record: RunRecord | None) -> dict[str, Any]:
+    """Return the event that tells a piece of news, as JSON. Without a record it is about the run key alone."""
+    hook = news.hook
+    if record is not None:
+        resource, related = resources_of(record)
+    else:
+        run = f"{hook.run_key}/{hook.attempt}" if hook.attempt else hook.run_key
+        resource = {"prefect.resource.id": f"prefect-crew.run.{run}", "prefect-crew.run-key": hook.run_key}
+        related = []
+    return {
+        "id": str(news.id),
+        "occurred": news.received.isoformat(),
+        "event": PREFIX + news.name,
+        "resource": resource,
+        "related": related,
+        "payload": {
+            "run_key": hook.run_key,
+            "attempt": hook.attempt if record is None else record.attempt,
+            "kickoff_id": None if record is None else record.kickoff_id,
+            "round": hook.round,
+            "said": dict(news.said),
+        },
+    }
+
+
+def settled_event(record: RunRecord, news: News) -> dict[str, Any]:
+    """Return the event that a webhook has settled an uncertain kickoff."""
+    event = event_of(news, record)
+    return {**event, "event": "crew.settled", "id": str(uuid5(news.id, "settled")), "occurred": utcnow().isoformat()}
+
+
+async def send_events(events: Sequence[dict[str, Any]]) -> None:
+    """Give events to the Prefect server, and return once it has them.
+
+    Raises:
+        httpx.HTTPError: It is away, or refuses them.
+    """
+    async with get_client() as client:
+        await client.request("POST", "/events", json=list(events))  # pyright: ignore[reportArgumentType] - a true route
+
+
+def transient(error: Exception) -> bool:
+    """Return whether the Prefect API may take the same a little later: it is away, overloaded, or refuses our key."""
+    if isinstance(error, httpx.HTTPStatusError):
+        return error.response.status_code >= 500 or error.response.status_code in (401, 403, 408, 429)
+    return isinstance(error, httpx.TransportError | asyncio.TimeoutError)
+
+
+class RecordCache:
+    """Finds the records of runs, and remembers a bounded number of them for a while.
+
+    What an event needs of a record no longer changes once its kickoff id is known.
+    """
+
+    def __init__(
+        self,
+        records: RecordStore,
+        *,
+        size: int = 1000,
+        known: float = 600.0,
+        unknown: float = 1.0,
+        at_once: int = 8,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._records = records
+        self._size = size
+        self._known = known
+        self._unknown = unknown
+        self._gate = asyncio.Semaphore(at_once)
+        self._clock = clock
+        self._held: OrderedDict[tuple[str, int | None], tuple[float, RunRecord | None]] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    async def find(self, batch: Iterable[News]) -> dict[tuple[str, int | None], RunRecord | None]:
+        """Return the record of each run and attempt that the news is about, None where there is none.
+
+        Raises:
+            httpx.HTTPError: The Prefect API is away or refuses.
+        """
+        keys = {(news.hook.run_key, news.hook.attempt) for news in batch}
+        found = await asyncio.gather(*(self._find(*key) for key in keys))
+        return dict(zip(keys, found, strict=True))
+
+    async def _find(self, run_key: str, attempt: int | None) -> RunRecord | None:
+        until, record = self._held.get((run_key, attempt), (0.0, None))
+        if self._clock() < until:
+            return record
+        async with self._gate:
+            record = attempt_of(await self._records.attempts(run_key), attempt)
+        lasting = record is not None and not unsettled(record) and attempt is not None
+        if record is not None and record.result is not None:
+            record = record.model_copy(update={"result": None})
+        self._held[run_key, attempt] = (self._clock() + (self._known if lasting else self._unknown), record)
+        self._held.move_to_end((run_key, attempt))
+        if len(self._held) > self._size:
+            self._held.popitem(last=False)
+        return record
+
+    def forget(self, run_key: str, attempt: int | None) -> None:
+        """Look this one up anew next time."""
+        self._held.pop((run_key, attempt), None)

@@ -1,0 +1,145 @@
+"""The receiver on a port of its own: uvicorn, without a log of requests, and with no patience for slow heads."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable, Generator
+from types import FrameType
+from typing import Any, cast
+
+import uvicorn
+from starlette.types import ASGIApp
+from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
+
+from prefect_crew.server.web import listener
+
+__all__ = ["HEAD_TIMEOUT", "ReceiverServer", "serve_receiver"]
+
+HEAD_TIMEOUT = 10.0
+"""Seconds for a request's head, from its first byte or from the connection."""
+
+
+class _HeadsInTime(H11Protocol):
+    """uvicorn's HTTP protocol, which by itself waits for the rest of a head for ever."""
+
+    _late: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._late = self.loop.call_later(HEAD_TIMEOUT, self._too_late)
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        answering = self._answering()
+        if answering and self._late is not None:
+            self._late.cancel()
+            self._late = None
+        elif not answering and self._late is None and not self.transport.is_closing():
+            self._late = self.loop.call_later(HEAD_TIMEOUT, self._too_late)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        if self._late is not None:
+            self._late.cancel()
+
+    def _too_late(self) -> None:
+        self._late = None
+        if not self._answering():
+            self.transport.abort()
+
+    def _answering(self) -> bool:
+        cycle = cast("RequestResponseCycle | None", self.cycle)  # until the first request there is none
+        return cycle is not None and not cycle.response_complete
+
+
+class ReceiverServer(uvicorn.Server):
+    """Serves a receiver, or any ASGI app that holds one; stop it by setting `should_exit`.
+
+    URLs are all that protects three of its webhooks, so no request is logged.
+    """
+
+    def __init__(self, app: ASGIApp, *, on_started: Callable[[], None] = lambda: None) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app,
+                http=_HeadsInTime,
+                ws="none",
+                lifespan="on",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                proxy_headers=False,
+                timeout_graceful_shutdown=2,
+            )
+        )
+        # uvicorn warns of every request that is no HTTP: anybody could fill a disk with that.
+        logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
+        self._on_started = on_started
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        """Leave the signals to the caller."""
+        yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start, and say so."""
+        await super().startup(sockets)
+        if self.started:
+            self._on_started()
+
+
+def serve_receiver(
+    app: ASGIApp,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8001,
+    announce: Callable[[str], None] | None = None,
+) -> int:
+    """Serve a receiver until Ctrl-C or SIGTERM, hand on what it holds, and return 0.
+
+    Args:
+        app: What `create_receiver` returned.
+        host, port: Where; port 0 takes a free one.
+        announce: Gets the line that says where it listens, once it does; by default it goes to standard output.
+
+    Raises:
+        OSError: The port is taken, or the host is not this machine's.
+    """
+    bound = listener(host, port)
+    name, number = str(bound.getsockname()[0]), int(bound.getsockname()[1])
+    where = f"http://[{name}]:{number}" if ":" in name else f"http://{name}:{number}"
+    line = f"Taking webhooks at {where}  Look: {where}/ready  Stop: Ctrl-C"
+    server = ReceiverServer(app, on_started=lambda: (announce or _to_stdout)(line))
+    with contextlib.closing(bound), _until_signalled(server):
+        asyncio.run(server.serve(sockets=[bound]))
+    return 0
+
+
+def _to_stdout(line: str) -> None:
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()  # whoever started this as a process reads the line through a pipe
+
+
+@contextlib.contextmanager
+def _until_signalled(server: ReceiverServer) -> Generator[None, None, None]:
+    """Stop the server at the first signal, and at once at the second."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals belong to the main thread; whoever runs this elsewhere stops it in another way
+        return
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        server.force_exit = server.should_exit
+        server.should_exit = True
+
+    before: dict[int, Any] = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
