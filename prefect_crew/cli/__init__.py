@@ -1,0 +1,145 @@
+"""`prefect-crew`, the program. Nothing else imports this package.
+
+It starts without Prefect, which takes two seconds to import: commands import what they need.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import traceback
+import warnings
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager, suppress
+from io import TextIOWrapper
+from types import FrameType
+from typing import Any
+
+__all__ = ["debugging", "main"]
+
+_debug = False
+
+
+def debugging() -> bool:
+    """Return whether `--debug` was given: errors show their traceback, and Prefect's logs are seen."""
+    return _debug
+
+
+class _TerminatedError(SystemExit):
+    """SIGTERM or SIGHUP arrived. It leaves as an exit does, so that what was started is ended."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code.
+
+    Args:
+        argv: The arguments after the program's name; those of the process if left out.
+    """
+    global _debug
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    own = arguments[: arguments.index("--")] if "--" in arguments else arguments
+    _debug = "--debug" in own
+    arguments = [argument for argument in own if argument != "--debug"] + arguments[len(own) :]
+    _hide_tokens(arguments)
+    if not _debug and not sys.warnoptions:
+        warnings.simplefilter("ignore")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # a crew may write what this terminal's encoding does not have
+            stream.reconfigure(errors="backslashreplace")
+    with _signals():
+        try:
+            return _run(arguments, as_json="--json" in own)
+        finally:
+            with _undisturbed():
+                _leave()
+
+
+def _hide_tokens(arguments: list[str]) -> None:
+    from prefect_crew.cli import terminal
+
+    terminal.forget()
+    terminal.secret(os.environ.get("CREW_TOKEN", ""))
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        if argument == "--token":
+            terminal.secret(following)
+        elif argument.startswith("--token="):
+            terminal.secret(argument.partition("=")[2])
+
+
+def _run(arguments: list[str], *, as_json: bool) -> int:
+    from prefect_crew.cli import exits
+
+    try:
+        from prefect_crew.cli.app import run
+
+        return run(arguments)
+    except _TerminatedError:
+        return exits.TERMINATED
+    except BrokenPipeError:
+        # Whoever read our output has gone, as `head` does. Python would complain once more when it flushes.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return exits.TERMINATED
+    except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - this is where every error becomes words
+        with _undisturbed():
+            return _report(error, as_json=as_json)
+
+
+def _report(error: BaseException, *, as_json: bool) -> int:
+    """Write an error for people, and with `--json` for programs; return its exit code."""
+    from prefect_crew.cli import exits, terminal
+
+    code, said = exits.exit_code(error), exits.paragraph(error)
+    if _debug:
+        sys.stderr.write(terminal.redact("".join(traceback.format_exception(error))))
+    terminal.note(said, "bold" if code == exits.INTERRUPTED else "red")
+    if code == exits.USAGE:
+        terminal.note("prefect-crew --help lists the commands; prefect-crew COMMAND --help their options.")
+    if as_json:
+        facts = {name: getattr(error, name, None) for name in ("run_key", "kickoff_id")}
+        about = {name: value for name, value in facts.items() if value is not None}
+        terminal.put_json({"error": {"type": type(error).__name__, "message": said, "exit_code": code, **about}})
+    return code
+
+
+@contextmanager
+def _signals() -> Generator[None]:
+    """Let SIGTERM and SIGHUP leave as an error does: with what was started ended first."""
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        raise _TerminatedError(143)
+
+    before: dict[int, Any] = {}
+    for name in ("SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)
+        try:
+            if number is not None and signal.getsignal(number) is signal.SIG_DFL:
+                before[number] = signal.signal(number, leave)
+        except ValueError:  # not the main thread: then signals are somebody else's
+            break
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _undisturbed() -> Generator[None]:
+    """Ignore a further Ctrl-C meanwhile: what is done then takes a few seconds at most."""
+    before: dict[int, Any] = {}
+    with suppress(ValueError):  # not the main thread
+        before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _leave() -> None:
+    """End what the command has started."""
+    if "prefect_crew.cli.prefect_side" in sys.modules:
+        from prefect_crew.cli.prefect_side import end_embedded
+
+        end_embedded()

@@ -1,0 +1,55 @@
+"""The commands of `prefect-crew`, and how one line of them is run."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from typing import Any
+
+from cyclopts import App
+
+from prefect_crew.cli import asking, demo, deploy, doctor, exits, running, runs, saving, serving
+
+__all__ = ["app", "run"]
+
+
+def _epilogue() -> str:
+    lines = [f"  {line.code:>3}  {line.meaning}" for line in exits.EXITS]
+    return "\n".join(("--debug with any command shows the traceback of an error.", "", "Exit codes:", *lines))
+
+
+app = App(
+    name="prefect-crew",
+    help="Run deployed CrewAI crews from Prefect: never twice, never lost.",
+    help_format="plaintext",
+    help_epilogue=_epilogue(),
+    version=version("prefect-crew"),
+    version_flags=["--version"],
+    help_flags=["--help", "-h"],
+)
+for _command in (
+    demo.demo,
+    serving.serve,
+    asking.inputs,
+    running.run,
+    asking.status,
+    running.result,
+    asking.resume,
+    asking.stop,
+    saving.save,
+    deploy.deploy,
+    doctor.doctor,
+):
+    app.command(_command, help_epilogue="", sort_key=len(tuple(app)))
+app.command(runs.app)
+
+
+def run(arguments: list[str]) -> int:
+    """Run one line of arguments; return the exit code that the command chose, 0 if it chose none.
+
+    Raises:
+        CycloptsError, UsageError: The line makes no sense.
+        Exception: Whatever the command raises.
+    """
+    command, bound, _ = app.parse_args(arguments, exit_on_error=False, print_error=False)
+    answer: Any = command(*bound.args, **bound.kwargs)
+    return answer if isinstance(answer, int) else 0

@@ -1,0 +1,152 @@
+"""How a command ends: one exit code for each kind of error, and one readable paragraph about it.
+
+This table is what `prefect-crew --help` shows, and docs/cli.md too; a test keeps the three equal.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, cast
+
+from prefect_crew.api.errors import (
+    AuthenticationError,
+    ConfigurationError,
+    CrewAPIError,
+    CrewConnectionError,
+    CrewError,
+    CrewFailedError,
+    CrewLostError,
+    CrewStoppedError,
+    CrewTimeoutError,
+    InvalidInputsError,
+    KickoffUncertainError,
+    NotFoundError,
+    OutputTypeError,
+    PipelineFailedError,
+    RateLimitedError,
+    ResponseFormatError,
+    RunKeyConflictError,
+    ServerError,
+)
+
+__all__ = ["EXITS", "Exit", "PrefectAwayError", "UsageError", "exit_code", "paragraph"]
+
+
+class UsageError(Exception):
+    """The command line itself makes no sense."""
+
+
+class PrefectAwayError(CrewError):
+    """The Prefect API does not answer, or there is none."""
+
+
+class Exit(NamedTuple):
+    """One exit code, what it means, and the errors that it stands for."""
+
+    code: int
+    meaning: str
+    errors: tuple[type[BaseException], ...] = ()
+
+
+EXITS = (
+    Exit(0, "done"),
+    Exit(1, "an error that nobody expected: --debug shows where"),
+    Exit(2, "the command line is wrong", (UsageError,)),
+    Exit(10, "the crew failed", (CrewFailedError,)),
+    Exit(11, "the run was stopped", (CrewStoppedError,)),
+    Exit(12, "the crew's server does not know the run any more", (CrewLostError,)),
+    Exit(13, "a time budget is over; the crew may run on", (CrewTimeoutError,)),
+    Exit(14, "nobody knows whether the kickoff started a run", (KickoffUncertainError,)),
+    Exit(15, "the run key belongs to another crew or other inputs", (RunKeyConflictError,)),
+    Exit(16, "inputs are missing or were refused", (InvalidInputsError,)),
+    Exit(17, "the token was refused (401, 403)", (AuthenticationError,)),
+    Exit(18, "no such crew or run (404)", (NotFoundError,)),
+    Exit(19, "too many requests (429)", (RateLimitedError,)),
+    Exit(20, "the crew's server is at fault (5xx)", (ServerError,)),
+    Exit(21, "no answer from the crew's server", (CrewConnectionError,)),
+    Exit(22, "an answer that is none of the known shapes", (ResponseFormatError,)),
+    Exit(23, "the result does not fit the type that was asked for", (OutputTypeError,)),
+    Exit(24, "another error answer of the crew's server", (CrewAPIError,)),
+    Exit(25, "what was given cannot be used; nothing was sent", (ConfigurationError, ValueError)),
+    Exit(26, "a file or a port cannot be used", (OSError,)),
+    Exit(27, "asked for what the run, as it stands, does not allow", (CrewError,)),
+    Exit(28, "steps of a pipeline failed", (PipelineFailedError,)),
+    Exit(29, "doctor found something to mend"),
+    Exit(30, "the Prefect API does not answer", (PrefectAwayError,)),
+    Exit(31, "the Prefect API refused", ()),
+    Exit(130, "interrupted by Ctrl-C", (KeyboardInterrupt,)),
+    Exit(143, "ended by SIGTERM or SIGHUP", ()),
+)
+
+UNEXPECTED, USAGE, FOUND, AWAY, REFUSED, INTERRUPTED, TERMINATED = 1, 2, 29, 30, 31, 130, 143
+_CODES: dict[type[BaseException], int] = {kind: line.code for line in EXITS for kind in line.errors}
+
+
+def _kinds(error: BaseException) -> dict[str, type[BaseException]]:
+    """Return the error's classes by full name: those of Prefect and httpx are known here without importing them."""
+    return {f"{kind.__module__}.{kind.__name__}": kind for kind in type(error).__mro__}
+
+
+def exit_code(error: BaseException) -> int:
+    """Return the exit code of an error. The most special of its classes that has one decides."""
+    kinds = _kinds(error)
+    if "cyclopts.exceptions.CycloptsError" in kinds:
+        return USAGE
+    if "httpx.HTTPStatusError" in kinds:
+        status: int = getattr(getattr(error, "response", None), "status_code", 0)
+        return AWAY if status in (502, 503, 504) else REFUSED
+    if "httpx.HTTPError" in kinds or _away(error):
+        # Those of the crew's server are errors of our own by now.
+        return AWAY
+    if any(name.startswith("prefect.exceptions.") for name in kinds):
+        return REFUSED
+    return next((_CODES[kind] for kind in type(error).__mro__ if kind in _CODES), UNEXPECTED)
+
+
+def _away(error: BaseException) -> bool:
+    return isinstance(error, RuntimeError) and "Failed to reach API" in str(error)
+
+
+def paragraph(error: BaseException) -> str:
+    """Return what a person reads about an error: what happened and what to do, without a traceback."""
+    kinds, code = _kinds(error), exit_code(error)
+    if isinstance(error, KeyboardInterrupt):
+        return "Interrupted."
+    if "pydantic_core._pydantic_core.ValidationError" in kinds:
+        return _problems(error)
+    said = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, CrewError) or code == USAGE:
+        return said
+    if code == AWAY:
+        return (
+            f"The Prefect API does not answer ({type(error).__name__}: {said}). Start a server with "
+            "`prefect server start`, or check PREFECT_API_URL: prefect-crew doctor."
+        )
+    if code == REFUSED:
+        return f"The Prefect API refused: {_refusal(error) or said}. prefect-crew doctor looks at what it needs."
+    if code == UNEXPECTED:
+        return f"{type(error).__name__}: {said}. Nobody expected this; --debug shows where it comes from."
+    return said
+
+
+def _refusal(error: Any) -> str | None:
+    """Return what an HTTP error of the Prefect API says: httpx' own text is mostly a link."""
+    response = getattr(error, "response", None)
+    if response is None:
+        return None
+    try:
+        answer = response.json()
+    except ValueError:
+        answer = None
+    body: dict[str, Any] = cast("dict[str, Any]", answer) if isinstance(answer, dict) else {}
+    told = body.get("detail") or body.get("exception_message")
+    asked = f"{response.request.method} {response.request.url.path}"
+    return f"{asked} was answered with {response.status_code}{f', {told}' if told else ''}"
+
+
+def _problems(error: Any) -> str:
+    """Return the texts of a pydantic error without the values: one of them may be a token."""
+    problems: list[dict[str, Any]] = error.errors(include_url=False, include_input=False, include_context=False)
+    return "; ".join(
+        ": ".join(filter(None, (".".join(map(str, problem["loc"])), problem["msg"].removeprefix("Value error, "))))
+        for problem in problems
+    )

@@ -1,0 +1,339 @@
+"""What a person sees while a command works: redrawn lines on a terminal, plain lines elsewhere. On standard error."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from prefect_crew.api.models import CrewState
+from prefect_crew.cli import terminal
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.live import Live
+    from rich.spinner import Spinner
+
+    from prefect_crew.api.models import CrewResult, CrewStatus
+    from prefect_crew.open_runs import OpenRun
+
+__all__ = ["LiveProgress", "PlainProgress", "Progress", "RunBoard", "progress"]
+
+
+@dataclass
+class _Task:
+    name: str
+    since: float
+    seconds: float | None = None
+    """None while it goes on."""
+
+
+@dataclass
+class RunBoard:
+    """What is known of one run, fed by its statuses. `see` returns what has changed, as lines for people."""
+
+    label: str
+    kickoff_id: str
+    since: float
+    """When it was kicked off or found, on the monotonic clock."""
+    bought: bool = True
+    run_key: str | None = None
+    flow_run_id: str | None = None
+    state: CrewState = CrewState.PENDING
+    done: int = 0
+    total: int | None = None
+    progress: float | None = None
+    tasks: list[_Task] = field(default_factory=list[_Task])
+    ended_after: float | None = None
+
+    @classmethod
+    def of(cls, run: OpenRun) -> RunBoard:
+        """Begin the board of a run that has just been kicked off or found."""
+        record = run.record
+        return cls(
+            label=run.crew.label,
+            kickoff_id=run.kickoff_id,
+            since=time.monotonic(),
+            bought=run.owned,
+            run_key=run.run_key,
+            flow_run_id=None if record is None else record.flow_run_id,
+        )
+
+    def see(self, status: CrewStatus, current_task: str | None) -> list[str]:
+        """Take a status in. `current_task` is its task as it may be shown."""
+        now = time.monotonic()
+        lines: list[str] = []
+        self.total = status.total_tasks or self.total
+        self.done = max(self.done, status.completed_tasks or 0)
+        self.progress = status.progress
+        running = self.tasks[-1] if self.tasks and self.tasks[-1].seconds is None else None
+        if running is not None and (status.state.ended or (current_task and current_task != running.name)):
+            running.seconds = now - running.since
+        if current_task and not status.state.ended and (running is None or running.seconds is not None):
+            self.tasks.append(_Task(current_task, now))
+            lines.append(f"{current_task}{self.share()}")
+        if status.state is not self.state:
+            self.state = status.state
+            if status.state is CrewState.WAITING:
+                lines.append(self.how_to_answer)
+        if status.state.ended:
+            self.ended_after = now - self.since
+            lines.append(f"{self.state} after {self.ended_after:.1f} s")
+        return lines
+
+    def share(self) -> str:
+        """Return how far it is, as text to go behind another; empty where nobody says."""
+        if self.total:
+            return f" ({self.done} of {self.total} tasks done)"
+        return f" ({self.progress:.0%})" if self.progress is not None else ""
+
+    @property
+    def how_to_answer(self) -> str:
+        """What a person does about a run that waits for one."""
+        answer = terminal.command("prefect-crew resume")
+        return f"waits for a person. Answer: {answer} CREW {self.kickoff_id} --approve (or --reject --feedback TEXT)"
+
+    @property
+    def seconds(self) -> float:
+        """How long it has taken by now."""
+        return time.monotonic() - self.since if self.ended_after is None else self.ended_after
+
+
+class Progress(AbstractContextManager["Progress"]):
+    """Phases, notes and runs; it goes on showing the last of them until something else happens or it is closed.
+
+    `board` is the run that was seen last.
+    """
+
+    board: RunBoard | None = None
+
+    def phase(self, text: str, hint: str = "") -> None:
+        """Say what is waited for from now on."""
+        raise NotImplementedError
+
+    def done(self, text: str) -> None:
+        """Say that the phase is over, and what came of it."""
+        raise NotImplementedError
+
+    def note(self, text: str) -> None:
+        """Say something that stays on the screen."""
+        raise NotImplementedError
+
+    def run_changed(self, board: RunBoard, lines: list[str]) -> None:
+        """Show a run that was seen anew."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Stop drawing."""
+
+    def watch(self, run: OpenRun, status: CrewStatus | None) -> None:
+        """Take in what `watch_runs` tells."""
+        board = self.board
+        if board is None or board.kickoff_id != run.kickoff_id:
+            board = self.board = RunBoard.of(run)
+            what = "kicked off" if board.bought else "found"
+            self.run_changed(board, [f"{what} run {board.kickoff_id}"])
+        if status is not None:
+            task = None if status.current_task is None or run.show == "none" else run.redact(status.current_task)
+            self.run_changed(board, board.see(status, task and " ".join(task.split())[:80]))
+
+    def result(self, result: CrewResult) -> None:
+        """Replace what polls have seen of the tasks by what the result says of them."""
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class PlainProgress(Progress):
+    """A line whenever something changes."""
+
+    def __init__(self) -> None:
+        self._began = 0.0
+
+    def phase(self, text: str, hint: str = "") -> None:
+        """Write a line."""
+        self._began = time.monotonic()
+        terminal.note(f"{text}{f' ({hint})' if hint else ''} …")
+
+    def done(self, text: str) -> None:
+        """Write a line with the seconds that it took."""
+        terminal.note(f"{text} ({time.monotonic() - self._began:.1f} s).")
+
+    def note(self, text: str) -> None:
+        """Write a line."""
+        terminal.note(text)
+
+    def run_changed(self, board: RunBoard, lines: list[str]) -> None:
+        """Write the lines."""
+        for line in lines:
+            terminal.note(f"Crew {board.label}: {line}")
+
+
+class LiveProgress(Progress):
+    """Lines that are redrawn, with what was said before above them."""
+
+    def __init__(self) -> None:
+        self._live: Live | None = None
+        self._spinner: Spinner | None = None
+        self._phase: tuple[str, str, float] | None = None
+        self._result: CrewResult | None = None
+
+    def phase(self, text: str, hint: str = "") -> None:
+        """Draw it with a spinner and its seconds."""
+        self._phase = (text, hint, time.monotonic())
+        self._start()
+
+    def done(self, text: str) -> None:
+        """Leave a line with the seconds that it took."""
+        seconds = 0.0 if self._phase is None else time.monotonic() - self._phase[2]
+        self._phase = None
+        self._print(f"[green]✓[/] {_escaped(text)} [dim]({seconds:.1f} s)[/]")
+
+    def note(self, text: str) -> None:
+        """Leave a line."""
+        self._print(f"[yellow]![/] {_escaped(text)}")
+
+    def run_changed(self, board: RunBoard, lines: list[str]) -> None:
+        """Draw the run from now on; its lines are in the drawing."""
+        del board, lines
+        self._phase = None
+        self._start()
+
+    def result(self, result: CrewResult) -> None:
+        """Draw the tasks as the result tells them."""
+        self._result = result
+
+    def close(self) -> None:
+        """Leave the last drawing of a run on the screen, and nothing of a phase."""
+        live, self._live = self._live, None
+        if live is not None:
+            if self.board is None or self._phase is not None:
+                live.transient = True
+            live.stop()
+
+    def _start(self) -> None:
+        if self._live is None:
+            from rich.live import Live
+            from rich.spinner import Spinner
+
+            self._spinner = Spinner("dots", style="cyan")
+            self._live = Live(
+                console=terminal.errors(), get_renderable=self._draw, refresh_per_second=8, redirect_stdout=False
+            )
+            self._live.start()
+
+    def _print(self, markup: str) -> None:
+        console = self._live.console if self._live is not None else terminal.errors()
+        console.print(markup, markup=True, soft_wrap=True)
+
+    def _draw(self) -> RenderableType:
+        from rich.console import Group
+        from rich.text import Text
+
+        if self._phase is not None:
+            text, hint, since = self._phase
+            shown = f"{_escaped(text)} [dim]{time.monotonic() - since:.0f} s{f' · {hint}' if hint else ''}[/]"
+            return self._spun(shown)
+        if self.board is None:
+            return Text("")
+        return Group(*self._run(self.board))
+
+    def _spun(self, markup: str, indent: int = 0) -> RenderableType:
+        from rich.padding import Padding
+        from rich.text import Text
+
+        assert self._spinner is not None  # noqa: S101  _start made it
+        self._spinner.update(text=Text.from_markup(markup))
+        return Padding(self._spinner.render(time.monotonic()), (0, 0, 0, indent))
+
+    def _run(self, board: RunBoard) -> Iterator[RenderableType]:
+        from rich.text import Text
+
+        crew = f"Crew [bold]{_escaped(board.label)}[/]"
+        about = f"[dim]run {_escaped(board.kickoff_id)} · {board.seconds:.1f} s[/]"
+        if not board.state.ended:
+            word = "waits for a person" if board.state is CrewState.WAITING else str(board.state)
+            yield self._spun(f"{crew} {word}{board.share()} {about}")
+        else:
+            mark = "[green]✓[/]" if board.state is CrewState.COMPLETED else "[red]✗[/]"
+            yield Text.from_markup(f"{mark} {crew} {board.state} {about}")
+        if self._result is not None and self._result.tasks:
+            yield _task_table(self._result)
+        else:
+            yield from self._tasks(board)
+        if board.state is CrewState.WAITING:
+            yield Text(f"  It {board.how_to_answer}", style="yellow")
+
+    def _tasks(self, board: RunBoard) -> Iterator[RenderableType]:
+        from rich.text import Text
+
+        for task in board.tasks:
+            if task.seconds is not None:
+                mark = (
+                    "[green]✓[/]" if board.state is not CrewState.FAILED or task is not board.tasks[-1] else "[red]✗[/]"
+                )
+                yield Text.from_markup(f"  {mark} {_escaped(task.name)} [dim]{task.seconds:.1f} s[/]")
+            else:
+                seconds = time.monotonic() - task.since
+                yield Text.from_markup(f"  [cyan]▸[/] {_escaped(task.name)} [dim]{seconds:.1f} s[/]")
+        more = (board.total or 0) - len(board.tasks)
+        if more > 0 and not board.state.ended:
+            yield Text(f"  · {more} more", style="dim")
+
+
+def _task_table(result: CrewResult) -> RenderableType:
+    from rich.table import Table
+    from rich.text import Text
+
+    total = sum(task.execution_time or 0.0 for task in result.tasks)
+    table = Table.grid(padding=(0, 2))
+    for task in result.tasks:
+        seconds = task.execution_time
+        bar = "" if not total or seconds is None else "━" * max(1, round(16 * seconds / total))
+        table.add_row(
+            Text("  ✓", style="green"),
+            terminal.plain(task.name or "–"),
+            Text(terminal.plain(task.agent or ""), style="dim"),
+            "" if seconds is None else f"{seconds:.1f} s",
+            Text(bar, style="cyan"),
+        )
+    return table
+
+
+def _escaped(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(terminal.redact(terminal.plain(text)))
+
+
+def progress(*, quiet: bool = False) -> Progress:
+    """Return the progress for this terminal, file or pipe.
+
+    Args:
+        quiet: For commands that are quick most of the time: what they wait for is seen while it lasts, on a terminal;
+            elsewhere only what is slow is said.
+    """
+    if terminal.is_terminal(sys.stderr):
+        return _Fleeting() if quiet else LiveProgress()
+    return _SlowOnly() if quiet else PlainProgress()
+
+
+class _Fleeting(LiveProgress):
+    def done(self, text: str) -> None:
+        """Leave nothing behind."""
+        del text
+        self.close()
+
+
+class _SlowOnly(PlainProgress):
+    def phase(self, text: str, hint: str = "") -> None:
+        """Say it only where there is a warning that it takes long."""
+        if hint:
+            super().phase(text, hint)
+
+    def done(self, text: str) -> None:
+        """Say nothing."""
+        del text

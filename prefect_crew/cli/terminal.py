@@ -1,0 +1,149 @@
+"""What commands write: results to standard output, everything else to standard error; never a token."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+__all__ = [
+    "command",
+    "errors",
+    "forget",
+    "is_terminal",
+    "note",
+    "plain",
+    "put",
+    "put_json",
+    "put_markdown",
+    "put_rows",
+    "redact",
+    "results",
+    "secret",
+]
+
+_MASK = "[hidden]"
+_secrets: set[str] = set()
+# What could move the cursor, change the title or turn the direction of a line, in text from a crew.
+_CONTROLS = {
+    code: "\N{REPLACEMENT CHARACTER}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"
+} | {ord(char): f"[U+{ord(char):04X}]" for char in "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"}
+
+
+def secret(value: str) -> str:
+    """Keep a token out of everything that is written from now on, and return it."""
+    stripped = value.strip()
+    if len(stripped) >= 4:
+        _secrets.update((stripped, json.dumps(stripped)[1:-1]))
+    return value
+
+
+def forget() -> None:
+    """Forget the secrets, for a process that runs several commands."""
+    _secrets.clear()
+
+
+def redact(text: str) -> str:
+    """Return the text without any secret."""
+    for value in sorted(_secrets, key=len, reverse=True):
+        text = text.replace(value, _MASK)
+    return text
+
+
+def plain(text: str) -> str:
+    """Return text from outside fit for a terminal: nothing in it steers the terminal."""
+    return text.translate(_CONTROLS)
+
+
+def results() -> Console:
+    """Return the console of standard output."""
+    return _console(stderr=False)
+
+
+def errors() -> Console:
+    """Return the console of standard error."""
+    return _console(stderr=True)
+
+
+def _console(*, stderr: bool) -> Console:
+    from rich.console import Console
+
+    return Console(stderr=stderr, highlight=False, markup=False, emoji=False)
+
+
+def is_terminal(stream: Any) -> bool:
+    """Return whether a person looks at a stream on a terminal that can redraw lines."""
+    return bool(stream.isatty()) and os.environ.get("TERM") != "dumb"
+
+
+def note(text: str, style: str | None = None) -> None:
+    """Write a line for people to standard error."""
+    errors().print(redact(plain(text)), style=style, soft_wrap=True)
+
+
+def put(text: str = "") -> None:
+    """Write a line to standard output: as it is into a file or a pipe, fit for a terminal to one."""
+    text = redact(text)
+    sys.stdout.write((plain(text) if is_terminal(sys.stdout) else text) + "\n")
+
+
+def put_markdown(text: str) -> None:
+    """Write a crew's text: rendered on a terminal, as it is elsewhere."""
+    if not is_terminal(sys.stdout):
+        put(text)
+        return
+    from rich.markdown import Markdown
+
+    console = results()
+    console.print(Markdown(redact(plain(text)), hyperlinks=False), width=min(console.width, 100))
+
+
+def put_rows(header: Sequence[str], rows: Iterable[Sequence[str]], *, empty: str = "") -> None:
+    """Write a table: drawn on a terminal, tabs between its columns elsewhere. Without rows, only `empty`."""
+    rows = [[redact(plain(" ".join(text.split()))) for text in row] for row in rows]
+    if not rows:
+        if empty:
+            put(empty)
+        return
+    if not is_terminal(sys.stdout):
+        for row in (header, *rows):
+            put("\t".join(row))
+        return
+    from rich import box
+    from rich.table import Table
+
+    table = Table(*header, box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False)
+    for row in rows:
+        table.add_row(*row)
+    results().print(table)
+
+
+def put_json(value: Any) -> None:
+    """Write one JSON document to standard output, escaped where its encoding could not hold it."""
+    text = redact(json.dumps(value, ensure_ascii=False, indent=2, default=str))
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        text = redact(json.dumps(value, ensure_ascii=True, indent=2, default=str))
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def command(text: str) -> str:
+    """Return a command as this person can type it: with its folder where the program is not on PATH."""
+    from pathlib import Path
+    from shutil import which
+
+    name, _, rest = text.partition(" ")
+    here = Path(sys.executable).parent / name
+    found = which(name)
+    if here.exists() and (found is None or Path(found).resolve() != here.resolve()):
+        shown = os.path.relpath(here)
+        name = str(here) if shown.startswith("..") else shown
+    return f"{shlex.quote(name)} {rest}".strip()

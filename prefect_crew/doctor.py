@@ -1,0 +1,315 @@
+"""What can be wrong between this machine, Prefect and a crew, looked at one after another; each finding says how to
+mend it. Nothing is kicked off.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from enum import Enum
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+from uuid import uuid4
+
+from prefect_crew.api.errors import (
+    AuthenticationError,
+    CrewConnectionError,
+    CrewError,
+    NotFoundError,
+)
+from prefect_crew.api.models import CrewState
+
+if TYPE_CHECKING:
+    from prefect_crew.api.client import CrewClient
+
+__all__ = ["PREFECT_FLOOR", "Finding", "Level", "check_crew", "check_prefect", "older"]
+
+PREFECT_FLOOR = "3.7.1"
+"""The oldest Prefect that this package works with."""
+
+
+class Level(str, Enum):
+    """How much a finding matters."""
+
+    OK = "ok"
+    NOTE = "note"
+    """Good to know."""
+    WARNING = "warning"
+    """It works, and may not do what one expects."""
+    PROBLEM = "problem"
+
+    def __str__(self) -> str:
+        return self.value
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What was looked at, what was found, and what to do about it, if anything."""
+
+    level: Level
+    subject: str
+    found: str
+    mend: str = ""
+
+
+def _ok(subject: str, found: str) -> Finding:
+    return Finding(Level.OK, subject, found)
+
+
+def older(version: str, than: str) -> bool:
+    """Return whether a version such as 3.7.1 or 3.8.0.dev4 is older than another; by its numbers only."""
+
+    def numbers(text: str) -> list[int]:
+        return [int(part) for part in re.findall(r"\d+", text.partition("+")[0])[:3]]
+
+    return numbers(version) < numbers(than)
+
+
+# The crew
+
+
+async def check_crew(client: CrewClient) -> AsyncIterator[Finding]:
+    """Look at a crew: its URL, TLS, token, `/inputs`, and the status path. `client` is not open yet."""
+    yield _of_url(client.url)
+    async with client:
+        reached = await _reach(client)
+        yield reached
+        if reached.level is Level.PROBLEM:
+            return
+        async for finding in _inputs(client):
+            yield finding
+            if finding.subject == "token" and finding.level is Level.PROBLEM:
+                return
+        yield await _status(client)
+
+
+def _of_url(url: str) -> Finding:
+    parts = urlsplit(url)
+    if parts.scheme == "https":
+        return _ok("URL", url)
+    if parts.hostname in ("127.0.0.1", "::1", "localhost"):
+        return _ok("URL", f"{url}, plain http within this machine")
+    return Finding(
+        Level.WARNING,
+        "URL",
+        f"{url} sends the token in plain text over the network.",
+        "Use https, unless nobody else is on that network.",
+    )
+
+
+async def _reach(client: CrewClient) -> Finding:
+    secure = client.url.startswith("https:")
+    subject = "TLS" if secure else "server"
+    try:
+        healthy = await client.health()
+    except AuthenticationError:
+        healthy = True  # somebody answers; the token is looked at next
+    except CrewConnectionError as error:
+        return Finding(Level.PROBLEM, subject, f"No answer: {error.reason}.", _way_out(error.reason))
+    except CrewError as error:
+        return Finding(Level.PROBLEM, subject, str(error))
+    met = "the certificate is accepted" if secure else "it answers"
+    if not healthy:
+        return Finding(
+            Level.NOTE, subject, f"{met[0].upper()}{met[1:]}; GET / does not say Healthy, which some crews do not."
+        )
+    return _ok(subject, f"{met}, and the server says that it is healthy")
+
+
+def _way_out(reason: str) -> str:
+    said = reason.lower()
+    if "wrong_version" in said or "wrong version" in said:
+        return "What answers there speaks no TLS: is the URL to begin with http, or is the port another one?"
+    if "certificate" in said or "ssl" in said:
+        return "Check the host name in the URL; for a CA of your own set SSL_CERT_FILE to its certificates."
+    if "name or service" in said or "nodename" in said or "name resolution" in said or "getaddrinfo" in said:
+        return "Check the host name in the URL, and this machine's DNS."
+    if "proxy" in said:
+        return "Check HTTPS_PROXY, HTTP_PROXY and NO_PROXY."
+    return "Check the URL, that the crew is online on its page, and that a firewall or proxy lets you through."
+
+
+async def _inputs(client: CrewClient) -> AsyncIterator[Finding]:
+    try:
+        found = await client.inputs()
+    except AuthenticationError as error:
+        yield Finding(
+            Level.PROBLEM,
+            "token",
+            f"It is refused with {error.status_code}.",
+            "Copy it again from the Status tab of the crew's page; every crew has its own. "
+            "Then: prefect-crew save NAME --url URL --overwrite.",
+        )
+        return
+    except NotFoundError:
+        yield Finding(
+            Level.WARNING,
+            "inputs",
+            "GET /inputs is answered with 404.",
+            "If the URL is the crew's own, it has none: inputs are then not checked before a kickoff. "
+            "If the URL has more than a host, leave the rest away.",
+        )
+        return
+    except CrewError as error:
+        yield Finding(Level.PROBLEM, "inputs", str(error), "Until this works, inputs are not checked before a kickoff.")
+        return
+    yield _ok("token", "it is accepted")
+    if found:
+        names = ", ".join(f"{item.name}{'' if item.required else ' (optional)'}" for item in found)
+        yield _ok("inputs", f"the crew takes {names}")
+    else:
+        yield Finding(Level.NOTE, "inputs", "The crew names none.")
+
+
+async def _status(client: CrewClient) -> Finding:
+    made_up = f"prefect-crew-doctor-{uuid4()}"
+    try:
+        status = await client.status(made_up)
+    except CrewError as error:
+        return Finding(Level.PROBLEM, "status", str(error), "Without it no run can be waited for.")
+    if status.state is CrewState.UNKNOWN:
+        return _ok("status", "a run that does not exist is not known, as it should be")
+    return Finding(
+        Level.WARNING,
+        "status",
+        f"The server says {status.raw_state or status.state} of a run that does not exist.",
+        "A lost run cannot be told from one that waits: set pending_timeout in the crew's wait policy.",
+    )
+
+
+# Prefect
+
+
+async def check_prefect() -> AsyncIterator[Finding]:
+    """Look at Prefect, whose API is known to answer: versions, the block type, where results and records are kept.
+
+    Raises:
+        httpx.HTTPError: The API does not answer after all.
+    """
+    import prefect
+
+    if older(prefect.__version__, PREFECT_FLOOR):
+        yield Finding(
+            Level.PROBLEM,
+            "Prefect",
+            f"Version {prefect.__version__} is installed; this package needs {PREFECT_FLOOR} or later.",
+            f'pip install "prefect>={PREFECT_FLOOR}"',
+        )
+    else:
+        yield _ok("Prefect", f"version {prefect.__version__}")
+    yield await _server_version(prefect.__version__)
+    yield await _block_type()
+    yield _result_storage()
+    yield await _record_store()
+    yield Finding(
+        Level.NOTE,
+        "horizon",
+        "No run is bought twice under one key for as long as its record stands. Records stay until `prefect-crew runs "
+        "prune` removes those of runs that ended more than 90 days ago (--older-than); those in flight or uncertain "
+        "are never removed.",
+    )
+
+
+async def _server_version(ours: str) -> Finding:
+    from prefect.client.orchestration import get_client
+    from prefect.exceptions import PrefectHTTPStatusError
+
+    try:
+        async with get_client() as client:
+            theirs = await client.api_version()
+    except PrefectHTTPStatusError as error:
+        return Finding(Level.NOTE, "Prefect server", f"It does not tell its version ({error.response.status_code}).")
+    if older(theirs, PREFECT_FLOOR):
+        return Finding(
+            Level.PROBLEM,
+            "Prefect server",
+            f"It is {theirs}; this package needs {PREFECT_FLOOR} or later.",
+            "Upgrade the server.",
+        )
+    if older(theirs, ours):
+        return Finding(
+            Level.WARNING,
+            "Prefect server",
+            f"It is {theirs}, older than the {ours} that is installed here.",
+            "Upgrade the server: Prefect wants it to be at least as new as its clients.",
+        )
+    return _ok("Prefect server", f"version {theirs}")
+
+
+async def _block_type() -> Finding:
+    from prefect.client.orchestration import get_client
+    from prefect.exceptions import ObjectNotFound
+
+    async with get_client() as client:
+        try:
+            kind = await client.read_block_type_by_slug("deployed-crew")
+        except ObjectNotFound:
+            return Finding(
+                Level.WARNING,
+                "block type",
+                "Prefect's pages do not know deployed crews yet.",
+                "prefect block register -m prefect_crew, or store a crew: prefect-crew save NAME --url URL.",
+            )
+        blocks = await client.read_block_documents_by_type("deployed-crew")
+    return _ok(
+        "block type",
+        f"{kind.name} is registered; {len(blocks)} stored: {', '.join(sorted(str(b.name) for b in blocks)) or 'none'}",
+    )
+
+
+def _result_storage() -> Finding:
+    from prefect.settings import get_current_settings
+
+    results = get_current_settings().results
+    if results.default_storage_block:
+        return _ok("result storage", f"the block {results.default_storage_block}")
+    return Finding(
+        Level.NOTE,
+        "result storage",
+        f"This machine's disk ({results.local_storage_path}): another machine does not see results that Prefect keeps. "
+        "A crew's run does not need them: it is found again by its record.",
+    )
+
+
+async def _record_store() -> Finding:
+    import httpx
+    from prefect.exceptions import PrefectException
+
+    from prefect_crew.record_store import PrefectRecords
+    from prefect_crew.records import RecordPhase, RunRecord, utcnow
+
+    store, now = PrefectRecords(), utcnow()
+    # Not started: were this program killed right here, what is left would bind nobody, and be pruned.
+    record = RunRecord(
+        run_key=f"prefect-crew doctor {uuid4()}",
+        attempt=1,
+        phase=RecordPhase.NOT_STARTED,
+        crew="doctor",
+        crew_url="",
+        inputs_digest="",
+        owner=str(uuid4()),
+        claimed_at=now,
+        known_by=now,
+        reason="prefect-crew doctor tried whether records can be written",
+    )
+    try:
+        claimed = await store.claim(record)
+        second = await store.claim(record.model_copy(update={"owner": str(uuid4())}))
+        read = await store.attempts(record.run_key)
+        await store.delete(record)
+    except (httpx.HTTPError, PrefectException) as error:
+        return Finding(
+            Level.PROBLEM,
+            "record store",
+            f"A Variable could not be written, read and removed: {type(error).__name__}: {error}".splitlines()[0],
+            "Runs are recorded in Prefect Variables: the API key needs the right to write them.",
+        )
+    if claimed and not second and [found.owner for found in read] == [record.owner]:
+        return _ok("record store", "a record was claimed once, read and removed")
+    return Finding(
+        Level.PROBLEM,
+        "record store",
+        "A record that was claimed could be claimed again, or was not read back.",
+        "Do not run crews against this Prefect API: two calls with one key could buy twice.",
+    )
