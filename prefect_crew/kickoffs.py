@@ -16,6 +16,7 @@ from prefect_crew.record_store import PrefectRecords
 from prefect_crew.records import Decision, RecordStore
 from prefect_crew.run_keys import identify
 from prefect_crew.sessions import CrewSession
+from prefect_crew.wakeups import subscribe
 from prefect_crew.watching import tell
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ async def open_run(
     digest = inputs_digest(encoded)
     identity = await identify(crew.label, digest, run_key=run_key, name=name, inside_own_task=inside_own_task)
     purchase = Purchase(crew, identity, encoded, digest, name, meta, webhooks, force_new)
+    subscribe()
     async with CrewSession(crew) as session:
         # Open as long as the POST may be in flight, so that a Ctrl-C meanwhile stops what it started.
         with watch_ctrl_c():

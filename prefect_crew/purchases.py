@@ -27,6 +27,7 @@ from prefect_crew.api.errors import (
 )
 from prefect_crew.events import emit
 from prefect_crew.logs import run_logger
+from prefect_crew.receiver.targets import webhooks_for
 from prefect_crew.records import (
     Decision,
     RecordPhase,
@@ -354,10 +355,12 @@ async def _post(purchase: Purchase, record: RunRecord, records: RecordStore, ses
     redact = purchase.crew.redactor(purchase.inputs)
     await _keep_claim(purchase, record, records)
     try:
+        webhooks = purchase.webhooks or webhooks_for(purchase.crew, record.run_key, attempt=record.attempt)
+        record.hooked = webhooks is not None and purchase.webhooks is None
         kickoff_id = await session.client.kickoff(
             purchase.inputs,
             meta={**(purchase.meta or {}), "run_key": record.run_key},
-            webhooks=purchase.webhooks,
+            webhooks=webhooks,
             secrets=redact.secrets,
         )
     except BaseException as error:

@@ -110,6 +110,8 @@ class RunRecord(BaseModel):
     flow_run_id: str | None = None
     flow_run_count: int = 0
     step: str | None = None
+    hooked: bool = False
+    """Whether its kickoff asked for webhooks to this package's receiver."""
     kickoff_id: str | None = None
     kicked_off_at: datetime | None = None
     running_since: datetime | None = None

@@ -27,7 +27,16 @@ from prefect_crew.record_store import PrefectRecords
 from prefect_crew.records import RecordPhase, RecordStore, RunRecord, utcnow
 from prefect_crew.sessions import CrewSession
 
-__all__ = ["cancellation_asked", "cancelled_meanwhile", "close_stopped", "flow_run_cancelled", "flow_run_id", "mark_cancelled", "stop_if_asked", "stop_once"]
+__all__ = [
+    "cancellation_asked",
+    "cancelled_meanwhile",
+    "close_stopped",
+    "flow_run_cancelled",
+    "flow_run_id",
+    "mark_cancelled",
+    "stop_if_asked",
+    "stop_once",
+]
 
 LOOK_EVERY = 10.0
 """Seconds between looks of one process at whether a flow run of its own has been cancelled."""

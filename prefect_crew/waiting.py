@@ -177,6 +177,7 @@ async def wait_until_ended(
     phases: Phases,
     watcher: Watcher,
     pause: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    stretch: Callable[[float], float] | None = None,
     now: Callable[[], float] = time.time,
     first_look: bool = False,
     rng: Callable[[], float] = random.random,
@@ -194,6 +195,7 @@ async def wait_until_ended(
         phases: When the run was kicked off, and what people have taken so far. It is changed as the wait goes on.
         watcher: Is told what is seen.
         pause: Sleeps for some seconds; may return early when something has happened.
+        stretch: Makes a pause longer where `pause` is sure to end early; a budget still cuts it.
         now: The clock that `phases` is in, in seconds.
         first_look: Look at once instead of after `initial` seconds: for a run that was kicked off some time ago.
         rng: Numbers in [0, 1) for the jitter.
@@ -204,7 +206,7 @@ async def wait_until_ended(
         AuthenticationError: The token was refused and there is no other.
         CrewError: No look succeeded for `error_timeout` seconds: the last look's error.
     """
-    wait = _Wait(kickoff_id, policy, phases, watcher, now, rng)
+    wait = _Wait(kickoff_id, policy, phases, watcher, now, rng, stretch)
     if not first_look:
         await pause(wait.next_pause())
     while True:
@@ -236,7 +238,9 @@ class _Wait:
         watcher: Watcher,
         now: Callable[[], float],
         rng: Callable[[], float],
+        stretch: Callable[[float], float] | None,
     ) -> None:
+        self.stretch = stretch
         self.kickoff_id = kickoff_id
         self.policy = policy
         self.phases = phases
@@ -260,6 +264,8 @@ class _Wait:
     def next_pause(self) -> float:
         """Cut the next delay to the end of the budget that ends first: the last look falls on it, not after it."""
         delay, left = self.next_delay(), self.left
+        if self.stretch is not None:
+            delay = self.stretch(delay)
         if left is None or left[2] <= 0:
             return delay
         # Not less than a clock of seconds since the epoch can show: the look must not fall just before the end.

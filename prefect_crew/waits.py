@@ -29,6 +29,7 @@ from prefect_crew.stopping import (
     stop_once,
 )
 from prefect_crew.waiting import Phases, WaitPolicy, wait_until_ended
+from prefect_crew.wakeups import Waker, waker_for
 from prefect_crew.watching import tell
 
 if TYPE_CHECKING:
@@ -118,6 +119,7 @@ class _Waiter:
         self.own = flow_run_id()
         self.last: CrewStatus | None = None
         self.troubled = False
+        self.waker: Waker | None = None
         self._shown_at = 0.0
         self._artifact_trouble = False
 
@@ -152,14 +154,19 @@ class _Waiter:
                 human_seconds=record.human_seconds,
                 human_since=None if record.human_since is None else record.human_since.timestamp(),
             )
-        return await wait_until_ended(
-            lambda: self.session.client.status(self.run.kickoff_id),
-            kickoff_id=self.run.kickoff_id,
-            policy=self.policy,
-            phases=phases,
-            watcher=self,
-            first_look=not self.run.owned,
-        )
+        hooked = record is not None and record.hooked
+        async with waker_for(self.run.run_key if hooked else None) as waker:
+            self.waker = waker
+            return await wait_until_ended(
+                lambda: self.session.client.status(self.run.kickoff_id),
+                kickoff_id=self.run.kickoff_id,
+                policy=self.policy,
+                phases=phases,
+                watcher=self,
+                first_look=not self.run.owned,
+                pause=asyncio.sleep if waker is None else waker.pause,
+                stretch=None if waker is None else waker.stretch,
+            )
 
     # What wait_until_ended tells.
 
@@ -169,6 +176,10 @@ class _Waiter:
             self.log.info("Crew run %s: the status call answers again.", self.run.kickoff_id)
         before, self.last = self.last, status
         tell(self.run, status)
+        # A failed crew sends no webhook, so that one was not missed.
+        hooked = status.state in (CrewState.COMPLETED, CrewState.WAITING)
+        if self.waker is not None and hooked and (before is None or before.state is not status.state):
+            self.waker.missed()
         if before is None or before.raw_state != status.raw_state:
             self._log_state(status)
         task_changed = status.current_task is not None and (

@@ -1,0 +1,176 @@
+"""Waking waiters: one subscription to Prefect's events a process, however many runs it waits for.
+
+The receiver turns a crew's webhooks into events; here they end a waiter's pause early. A webhook proves nothing and may
+never come, so the status call goes on being made, only more rarely, and as often as without webhooks once the receiver
+has been found silent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import threading
+import time
+from collections import OrderedDict, defaultdict
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+
+import httpx
+from prefect.events.clients import get_events_subscriber
+from prefect.events.filters import EventFilter, EventNameFilter
+from websockets.exceptions import WebSocketException
+
+from prefect_crew.settings import CrewSettings
+
+__all__ = ["Waker", "hooks_are_on", "subscribe", "waker_for"]
+
+WAKING = ("crew.webhook.crew", "crew.webhook.human_input")
+"""What wakes: an end, and a person's turn. Tasks and steps do not, or every one of them would cost a status call."""
+RUN_KEY = "prefect-crew.run-key"
+SAFETY = (15.0, 30.0, 60.0)
+"""Seconds between two looks while webhooks are trusted: the first, the second, all further ones."""
+DISTRUST = 600.0
+"""Seconds for which the receiver is not relied on after a run was found changed of which no webhook told."""
+KEPT = 300.0
+"""Seconds for which an event is remembered for a waiter that begins to wait after it."""
+RECONNECT = 5.0
+
+
+def hooks_are_on() -> bool:
+    """Return whether kickoffs get webhooks by themselves."""
+    return bool(CrewSettings().webhook_url)
+
+
+class Waker:
+    """Ends the pauses of one waiter. Of the event loop that made it."""
+
+    def __init__(self, hub: _Hub) -> None:
+        self._hub = hub
+        self._loop = asyncio.get_running_loop()
+        self._event = asyncio.Event()
+        self._looks = 0
+        self.woken = False
+
+    def wake(self) -> None:
+        """End the pause; from any thread."""
+        try:
+            self._loop.call_soon_threadsafe(self._event.set)
+        except RuntimeError:  # the loop of a waiter that has just left is closed
+            return
+
+    def stretch(self, delay: float) -> float:
+        """Return the pause before the next look, in seconds: a long one while a webhook is sure to end it."""
+        if not self._hub.trusted:
+            return delay
+        longer = SAFETY[min(self._looks, len(SAFETY) - 1)]
+        self._looks += 1
+        return max(delay, longer)
+
+    async def pause(self, seconds: float) -> None:
+        """Sleep, until something has happened at the most."""
+        try:
+            await asyncio.wait_for(self._event.wait(), seconds)
+            self.woken = True
+        except (TimeoutError, asyncio.TimeoutError):
+            self.woken = False
+        self._event.clear()
+
+    def missed(self) -> None:
+        """Note that a run was found changed of which a webhook should have told."""
+        if not self.woken:
+            self._hub.distrust()
+
+
+class _Hub:
+    """The subscription, in a thread of its own since waiters come from many event loops."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+        self._wakers: defaultdict[str, set[Waker]] = defaultdict(set)
+        self._seen: OrderedDict[str, float] = OrderedDict()
+        self._connected = False
+        self._distrusted_until = 0.0
+
+    @property
+    def trusted(self) -> bool:
+        return self._connected and time.monotonic() >= self._distrusted_until
+
+    def distrust(self) -> None:
+        self._distrusted_until = time.monotonic() + DISTRUST
+
+    def start(self) -> None:
+        with self._lock:
+            if self._thread is None or not self._thread.is_alive():
+                # Prefect's settings are context variables, which a thread does not get by itself.
+                context = contextvars.copy_context()
+                self._thread = threading.Thread(
+                    target=lambda: context.run(asyncio.run, self._listen()), name="prefect-crew-wakeups", daemon=True
+                )
+                self._thread.start()
+
+    def add(self, run_key: str, waker: Waker) -> None:
+        with self._lock:
+            self._wakers[run_key].add(waker)
+            early = run_key in self._seen and time.monotonic() - self._seen[run_key] < KEPT
+        if early:
+            waker.wake()
+
+    def remove(self, run_key: str, waker: Waker) -> None:
+        with self._lock:
+            self._wakers[run_key].discard(waker)
+            if not self._wakers[run_key]:
+                del self._wakers[run_key]
+                self._seen.pop(run_key, None)
+
+    async def _listen(self) -> None:
+        names = EventFilter(event=EventNameFilter(name=list(WAKING)))
+        while True:
+            try:
+                async with get_events_subscriber(filter=names, reconnection_attempts=0) as events:
+                    self._connected = True
+                    async for event in events:
+                        self._tell(event.resource.get(RUN_KEY))
+            except (WebSocketException, httpx.HTTPError, OSError, ValueError, TimeoutError, asyncio.TimeoutError):
+                # Away: the waiters look by themselves until it is back.
+                self._connected = False
+            self._connected = False
+            await asyncio.sleep(RECONNECT)
+
+    def _tell(self, run_key: str | None) -> None:
+        if run_key is None:
+            return
+        with self._lock:
+            self._seen[run_key] = time.monotonic()
+            self._seen.move_to_end(run_key)
+            while len(self._seen) > 10_000:
+                self._seen.popitem(last=False)
+            wakers = list(self._wakers.get(run_key, ()))
+            # Webhooks do come.
+            self._distrusted_until = 0.0
+        for waker in wakers:
+            waker.wake()
+
+
+_hub = _Hub()
+
+
+def subscribe() -> None:
+    """Begin to listen, if webhooks are on: before a kickoff, so that not even an instant crew's webhook is missed."""
+    if hooks_are_on():
+        _hub.start()
+
+
+@asynccontextmanager
+async def waker_for(run_key: str | None) -> AsyncGenerator[Waker | None]:
+    """Give a waker for a run's waiter; None where webhooks are off or the run has no key."""
+    if run_key is None or not hooks_are_on():
+        yield None
+        return
+    _hub.start()
+    waker = Waker(_hub)
+    _hub.add(run_key, waker)
+    try:
+        yield waker
+    finally:
+        _hub.remove(run_key, waker)

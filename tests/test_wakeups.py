@@ -1,0 +1,112 @@
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import uvicorn
+from prefect import flow
+
+from prefect_crew import DeployedCrew, Webhooks, arun_crew, kickoff_crew, wait_for_crew, wakeups
+from prefect_crew.server import CrewScript, CrewServer
+from prefect_crew.server.web import listener
+from prefect_crew.waiting import WaitPolicy
+from prefect_crew.webhooks import create_receiver
+
+SECRET = "a secret that is long enough for anybody"
+SCRIPT = CrewScript.model_validate(
+    {"name": "slow", "inputs": [], "tasks": [{"name": "work", "agent": "A", "seconds": 1.5, "output": "done"}]}
+)
+# Polling alone would not look again before this is over.
+RARELY = WaitPolicy(initial=60, max_interval=60, timeout=120)
+
+
+@pytest.fixture
+def receiver(prefect_api: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A receiver on a port, switched on for this test."""
+    socket = listener("127.0.0.1", 0)
+    url = f"http://127.0.0.1:{socket.getsockname()[1]}"
+    server = uvicorn.Server(uvicorn.Config(create_receiver(SECRET), log_level="warning"))
+    thread = threading.Thread(target=lambda: asyncio.run(server.serve([socket])), daemon=True)
+    thread.start()
+    monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_WEBHOOK_URL", url)
+    monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_WEBHOOK_SECRET", SECRET)
+    monkeypatch.setattr(wakeups, "_hub", wakeups._Hub())
+    yield url
+    server.should_exit = True
+    thread.join(20)
+
+
+def crew_of(server: CrewServer) -> DeployedCrew:
+    return DeployedCrew(url=server.url, token=server.token, wait=RARELY)
+
+
+async def test_a_webhook_ends_the_pause(receiver: str) -> None:
+    with CrewServer(SCRIPT) as server:
+
+        @flow
+        async def once() -> float:
+            started = time.monotonic()
+            await arun_crew(crew_of(server), {})
+            return time.monotonic() - started
+
+        assert await once() < 30, "polling alone takes a minute"
+        assert server.requests["status"] <= 2
+
+
+async def test_every_waiter_of_a_run_is_woken(receiver: str) -> None:
+    with CrewServer(SCRIPT) as server:
+
+        @flow
+        async def first() -> str:
+            return (await arun_crew(crew_of(server), {}, run_key=f"shared-{server.url}")).kickoff_id
+
+        @flow
+        async def second() -> str:
+            await asyncio.sleep(0.5)
+            return (await arun_crew(crew_of(server), {}, run_key=f"shared-{server.url}")).kickoff_id
+
+        started = time.monotonic()
+        ids = await asyncio.gather(first(), second())
+        assert len(set(ids)) == 1
+        assert time.monotonic() - started < 30
+        assert server.kickoffs == 1
+
+
+async def test_a_lost_webhook_costs_time_and_then_trust(receiver: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wakeups, "SAFETY", (3.0, 3.0))
+    often = WaitPolicy(initial=0.2, max_interval=0.2)
+    with CrewServer(SCRIPT, faults=["webhook:lose"]) as server:
+        crew = DeployedCrew(url=server.url, token=server.token, wait=often)
+
+        @flow
+        async def once() -> str:
+            return (await arun_crew(crew, {})).output
+
+        assert await once() == "done"
+        few = server.requests["status"]
+        assert not wakeups._hub.trusted, "the receiver has been found silent"
+        assert await once() == "done"
+        assert server.requests["status"] - few > few, "polling is as often as without webhooks again"
+
+
+async def test_own_targets_and_a_run_without_hooks_are_polled_for(receiver: str) -> None:
+    often = WaitPolicy(initial=0.2, max_interval=0.2)
+    with CrewServer(SCRIPT) as server:
+        crew = DeployedCrew(url=server.url, token=server.token, wait=often)
+
+        @flow
+        async def own() -> str:
+            kickoff_id = await kickoff_crew(crew, {}, webhooks=Webhooks(crew="http://127.0.0.1:9/nobody"))
+            return (await wait_for_crew(crew, kickoff_id)).output
+
+        assert await own() == "done"
+        assert server.requests["status"] > 3
+
+
+def test_webhooks_are_off_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PREFECT_INTEGRATIONS_CREW_WEBHOOK_URL", raising=False)
+    assert not wakeups.hooks_are_on()
