@@ -53,6 +53,7 @@ if TYPE_CHECKING:
         plan_pipeline,
         run_pipeline,
     )
+    from prefect_crew.reviews import Review, ReviewRequest
     from prefect_crew.runs import arun_crew, get_result, run_crew, run_deployed_crew
     from prefect_crew.tasks import discover_inputs, kickoff_crew, resume_crew, stop_crew, wait_for_crew
     from prefect_crew.waiting import WaitPolicy
@@ -89,6 +90,8 @@ __all__ = [
     "RateLimitedError",
     "ResponseFormatError",
     "ResumeAnswer",
+    "Review",
+    "ReviewRequest",
     "RunKeyConflictError",
     "ServerError",
     "StopAnswer",
@@ -144,6 +147,8 @@ _HOMES = {
     "RateLimitedError": "api.errors",
     "ResponseFormatError": "api.errors",
     "ResumeAnswer": "api.models",
+    "Review": "reviews",
+    "ReviewRequest": "reviews",
     "RunKeyConflictError": "api.errors",
     "ServerError": "api.errors",
     "StopAnswer": "api.models",

@@ -12,6 +12,7 @@ from prefect_crew.api.models import CrewState, ResumeAnswer, StopAnswer
 from prefect_crew.logs import run_logger
 from prefect_crew.record_store import PrefectRecords
 from prefect_crew.records import RecordPhase
+from prefect_crew.reviews import Review, send_review, waiting_task
 from prefect_crew.sessions import CrewSession
 from prefect_crew.stopping import close_stopped
 from prefect_crew.waits import find_run
@@ -64,6 +65,7 @@ async def resume_run(
         CrewError: The run does not wait for a person, or its task is not known.
         CrewAPIError, CrewConnectionError: As the server answered, or did not. It is not sent twice.
     """
+    run = await find_run(crew, kickoff_id)
     async with CrewSession(crew) as session:
         try:
             status = await session.client.status(kickoff_id)
@@ -73,10 +75,13 @@ async def resume_run(
             status = await session.client.status(kickoff_id)
         if status.state.ended or status.state is CrewState.UNKNOWN:
             raise CrewError(f"Run {kickoff_id} of crew {crew.label} does not wait for a person: it is {status.state}.")
-        task = task_id or status.human_task_id
+        task = task_id or waiting_task(status)
         if task is None:
             raise CrewError(
                 f"Run {kickoff_id} of crew {crew.label} is {status.state}, and its status does not name the task that "
                 "waits. Give its task_id: the crew's page and the human-input webhook show it."
             )
-        return await session.client.resume(kickoff_id, task, feedback, approve, webhooks=webhooks)
+        review = Review(approve=approve, feedback=feedback)
+        return await send_review(
+            run, session, PrefectRecords(), task_id=task, review=review, by="resume_crew", webhooks=webhooks
+        )

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from datetime import datetime, timedelta, timezone
 from enum import Enum
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -27,6 +27,7 @@ __all__ = [
     "RecordPhase",
     "RecordStore",
     "RunRecord",
+    "SentReview",
     "StoredResult",
     "check_same_run",
     "decide",
@@ -85,6 +86,18 @@ class StoredResult(BaseModel):
         return CrewResult(kickoff_id=kickoff_id, state=CrewState.COMPLETED, **dict(self))
 
 
+class SentReview(BaseModel):
+    """An answer for a person, written down before it was sent. `outcome` says what became of it."""
+
+    task_id: str
+    round: int
+    approve: bool
+    feedback: str = ""
+    by: str
+    at: datetime
+    outcome: Literal["intended", "sent", "uncertain"] = "intended"
+
+
 class RunRecord(BaseModel):
     """One attempt at one run key. Times are UTC.
 
@@ -117,6 +130,7 @@ class RunRecord(BaseModel):
     running_since: datetime | None = None
     human_since: datetime | None = None
     human_seconds: float = 0.0
+    reviews: list[SentReview] = Field(default_factory=list[SentReview])
     state: CrewState | None = None
     ended_at: datetime | None = None
     error: str | None = None

@@ -23,6 +23,7 @@ from prefect_crew.open_runs import OpenRun
 from prefect_crew.outcomes import failure, typed
 from prefect_crew.record_store import PrefectRecords
 from prefect_crew.redaction import MASK
+from prefect_crew.reviews import ReviewFunction
 from prefect_crew.tasks import kickoff_crew, loaded, wait_for_crew
 from prefect_crew.waiting import WaitPolicy
 
@@ -41,6 +42,7 @@ class _Call:
     meta: Mapping[str, Any] | None
     output_type: type[BaseModel] | None
     webhooks: Webhooks | None
+    review: ReviewFunction | None = None
 
 
 _live: ContextVar[_Call | None] = ContextVar("prefect_crew_call", default=None)
@@ -56,6 +58,7 @@ async def arun_crew(
     meta: Mapping[str, Any] | None = None,
     wait: WaitPolicy | None = None,
     output_type: type[BaseModel] | None = None,
+    review: ReviewFunction | None = None,
     webhooks: Webhooks | None = None,
 ) -> CrewResult:
     """Run a deployed crew and return its result, never paying twice for one run.
@@ -73,6 +76,8 @@ async def arun_crew(
         meta: Any JSON object for the crew's webhooks; the run key is added to it.
         wait: How to wait, in place of the block's policy.
         output_type: A pydantic model; `result.data` is then an instance of it.
+        review: A function, sync or async, from ReviewRequest to Review, that answers when the crew waits for a person.
+            Left out, the wait goes on while the log, the artifact and an event say who is waited for.
         webhooks: Targets of your own for the crew's webhooks.
 
     Raises:
@@ -84,7 +89,7 @@ async def arun_crew(
         CrewError: Anything else that the crew's server did.
     """
     crew = await loaded(crew)
-    call = _Call(crew, inputs or {}, meta, output_type, webhooks)
+    call = _Call(crew, inputs or {}, meta, output_type, webhooks, review)
     options: dict[str, Any] = {"name": name, "run_key": run_key, "force_new": force_new, "wait": wait}
     if FlowRunContext.get() is not None or TaskRunContext.get() is not None:
         return await _run(call, **options)
@@ -109,6 +114,7 @@ def run_crew(
     meta: Mapping[str, Any] | None = None,
     wait: WaitPolicy | None = None,
     output_type: type[BaseModel] | None = None,
+    review: ReviewFunction | None = None,
     webhooks: Webhooks | None = None,
 ) -> CrewResult:
     """Run a deployed crew and return its result: `arun_crew` for sync code.
@@ -128,6 +134,7 @@ def run_crew(
             meta=meta,
             wait=wait,
             output_type=output_type,
+            review=review,
             webhooks=webhooks,
         )
     )
@@ -146,7 +153,9 @@ async def _run(
             meta=call.meta,
             webhooks=call.webhooks,
         )
-        return await wait_for_crew.acall(call.crew, kickoff_id, name=name, wait=wait, output_type=call.output_type)
+        return await wait_for_crew.acall(
+            call.crew, kickoff_id, name=name, wait=wait, output_type=call.output_type, review=call.review
+        )
 
 
 @asynccontextmanager

@@ -19,6 +19,7 @@ from prefect_crew.open_runs import OpenRun, recall
 from prefect_crew.outcomes import failure, result_of, typed
 from prefect_crew.record_store import PrefectRecords
 from prefect_crew.records import RecordPhase, StoredResult, utcnow
+from prefect_crew.reviews import Reviewer, ReviewFunction
 from prefect_crew.sessions import CrewSession
 from prefect_crew.stopping import (
     cancelled_meanwhile,
@@ -69,8 +70,9 @@ async def wait_for_run(
     run_key: str | None = None,
     wait: WaitPolicy | None = None,
     output_type: type[BaseModel] | None = None,
+    review: ReviewFunction | None = None,
 ) -> CrewResult:
-    """Wait until a run has ended and return its result.
+    """Wait until a run has ended and return its result. `review` answers when it waits for a person.
 
     Raises:
         CrewFailedError, CrewStoppedError, CrewLostError: How it ended instead.
@@ -83,7 +85,7 @@ async def wait_for_run(
         if run.record is not None and run.record.phase is RecordPhase.ENDED:
             result = await _recorded(run, session)
         else:
-            result = await _Waiter(run, session, wait or crew.wait).result()
+            result = await _Waiter(run, session, wait or crew.wait, review).result()
     return result if output_type is None else typed(result, output_type)
 
 
@@ -110,11 +112,14 @@ class _CancelledOnServerError(Exception):
 class _Waiter:
     """One wait for one run: what `wait_until_ended` tells, and what is done at its end."""
 
-    def __init__(self, run: OpenRun, session: CrewSession, policy: WaitPolicy) -> None:
+    def __init__(
+        self, run: OpenRun, session: CrewSession, policy: WaitPolicy, review: ReviewFunction | None = None
+    ) -> None:
         self.run = run
         self.session = session
         self.policy = policy
         self.records = PrefectRecords()
+        self.reviewer = None if review is None else Reviewer(run, session, self.records, review)
         self.log = run_logger()
         self.own = flow_run_id()
         self.last: CrewStatus | None = None
@@ -191,6 +196,8 @@ class _Waiter:
             return
         if before is None or task_changed or before.progress != status.progress or before.state is not status.state:
             await self._show(status)
+        if self.reviewer is not None:
+            await self.reviewer.saw(status)
         if await cancelled_meanwhile(self.own):
             raise _CancelledOnServerError
 
@@ -208,7 +215,7 @@ class _Waiter:
     async def person_turn(self, phases: Phases) -> None:
         record = self.run.record
         waiting = phases.human_since is not None
-        if waiting:
+        if waiting and self.reviewer is None:
             self.log.warning(
                 "Crew run %s waits for a person. Answer on the crew's page, or: prefect-crew resume CREW %s "
                 "--approve or --reject, with --feedback TEXT.",
@@ -221,6 +228,10 @@ class _Waiter:
         record.human_since = _utc(phases.human_since)
         emit("waiting" if waiting else "resumed", record)
         try:
+            # Somebody may have answered from elsewhere, and written that down.
+            standing = await self.records.of_kickoff(self.run.kickoff_id)
+            if standing is not None and len(standing.reviews) > len(record.reviews):
+                record.reviews = standing.reviews
             await self.records.save(record)
         except (httpx.HTTPError, PrefectException) as error:
             self.log.warning("That run %s waits for a person is not on record: %s", self.run.kickoff_id, error)
