@@ -1,8 +1,7 @@
 """README.md and docs/ are true: every code block in them is run.
 
 A page is done from top to bottom as a reader would do it: in one folder (a copy of the clone, so that its examples can
-be named), one terminal and one Python, against a running Prefect server that `PREFECT_API_URL` points to. Every fenced
-block names its language:
+be named), one terminal and one Python, against a Prefect server of its own. Every fenced block names its language:
 
 - `python` runs as a script; the blocks of a page share one namespace, `__main__`, so imports stand in the first.
 - `bash` runs in one shell; `export` and `cd` hold for later blocks, the first failing command ends it.
@@ -16,7 +15,7 @@ and the like refuse. HTML comments before a block, invisible on the page, change
     <!-- run: crew=travel -->
         Start a crew server and save it as the block `travel` before this block runs; both are there for the rest of the
         page. The crew is the package's script of that name, or spec=…: a YAML file of the page (written by `file:`) or
-        of the clone, or module:factory.
+        of the clone, or module:factory. speed=4 divides the seconds of a script by four.
     <!-- run: crew=travel url=https://travel.example.com token=YOUR_TOKEN -->
         The same, and what this block calls its URL and token is replaced by the real ones, from here on.
     <!-- run: background="Listening" -->
@@ -42,14 +41,13 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from support.docs import Block, DocsError, Page, matches, read_page, strip_code
 from support.pages import PageRun, copy_clone
-from support.prefect_server import connected
+from support.prefect_server import PrefectServer, connected
 
 ROOT = Path(__file__).parents[1]
 PATHS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -68,9 +66,7 @@ def _parameters() -> list[object]:
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("page", _parameters())
-def test_page_is_true(
-    page: Page, tmp_path: Path, request: pytest.FixtureRequest, start_crew: Callable[[Path, str, str], tuple[str, str]]
-):
+def test_page_is_true(page: Page, tmp_path: Path, prefect_template: Path | None):
     for module in page.needs:
         if importlib.util.find_spec(module) is None:
             pytest.skip(f"needs the extra `{module}`")
@@ -78,30 +74,27 @@ def test_page_is_true(
     for made in (folder, scratch, home):
         made.mkdir()
     copy_clone(ROOT, folder)
-    with PageRun(
-        folder,
-        scratch,
-        # Only a page that runs something pays for the server.
-        environment=lambda: request.getfixturevalue("prefect_server").env(home=home),
-        start_crew=lambda name, spec: start_crew(home, name, spec),
-    ) as run:
-        for block in page.blocks:
-            run.do(block)
-
-
-@pytest.fixture
-def start_crew(request: pytest.FixtureRequest):
+    # Of the page's own: its run keys, blocks and deployments must not meet those of other pages.
+    server = PrefectServer(tmp_path / "prefect", template=prefect_template)
     with contextlib.ExitStack() as running:
 
-        def start(home: Path, name: str, spec: str) -> tuple[str, str]:
+        def start_server() -> PrefectServer:
+            if not server.running:  # only a page that runs something pays for it
+                running.enter_context(server)
+            return server
+
+        def start_crew(name: str, spec: str, speed: float) -> tuple[str, str]:
             from prefect_crew.server import CrewServer
 
-            crew = running.enter_context(CrewServer(spec))
-            with connected(request.getfixturevalue("prefect_server"), home):
+            crew = running.enter_context(CrewServer(spec, speed=speed))
+            with connected(start_server(), home):
                 crew.crew().save(name, overwrite=True)
             return crew.url, crew.token
 
-        yield start
+        run = PageRun(folder, scratch, environment=lambda: start_server().env(home=home), start_crew=start_crew)
+        running.enter_context(run)
+        for block in page.blocks:
+            run.do(block)
 
 
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: path.relative_to(ROOT).as_posix())
@@ -190,8 +183,8 @@ def _run(tmp_path: Path, text: str) -> list[Block]:
     folder.mkdir()
     scratch.mkdir()
 
-    def start(name: str, spec: str) -> tuple[str, str]:
-        return f"http://{name}/{spec}", "secret"
+    def start(name: str, spec: str, speed: float) -> tuple[str, str]:
+        return f"http://{name}/{spec}/{speed:g}", "secret"
 
     environment = {**os.environ, "PYTHONPATH": str(folder)}
     with PageRun(folder, scratch, environment=lambda: environment, start_crew=start) as run:
@@ -209,7 +202,7 @@ def test_url_and_token_of_a_crew_are_replaced_there_and_back(tmp_path: Path):
     _run(
         tmp_path,
         "<!-- run: crew=travel url=https://mine token=TOKEN -->\n```console\n$ echo https://mine TOKEN | tr a-z A-Z\n"
-        "HTTP://TRAVEL/TRAVEL SECRET\n$ echo https://mine TOKEN\nhttps://mine TOKEN\n```\n",
+        "HTTP://TRAVEL/TRAVEL/1 SECRET\n$ echo https://mine TOKEN\nhttps://mine TOKEN\n```\n",
     )
 
 

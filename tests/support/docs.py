@@ -23,7 +23,7 @@ RUNS = frozenset({"python", "bash", "console"})
 DATA = frozenset({"yaml", "json", "jsonl", "toml"})
 SHOWN = frozenset({"text", "mermaid", "diff", "http", "csv", "ini"})
 ALIASES = {"py": "python", "sh": "bash", "shell": "bash", "yml": "yaml"}
-WORDS = frozenset({"crew", "spec", "url", "token", "background", "exit", "raises", "timeout", "fresh"})
+WORDS = frozenset({"crew", "spec", "url", "token", "background", "exit", "raises", "timeout", "fresh", "speed"})
 """What `run:` understands."""
 
 _COMMENT = re.compile(r"<!--\s*(page|run|file|output|not run)\s*(?::(.*?))?\s*-->", re.DOTALL)

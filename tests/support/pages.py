@@ -26,9 +26,9 @@ FORBIDDEN = ("apt", "apt-get", "brew", "docker", "npm", "pip", "pipx", "uv", "uv
 
 
 class CrewStarter(Protocol):
-    """Starts a crew server for a page and saves its block: (block name, spec) to (url, token)."""
+    """Starts a crew server for a page and saves its block: (block name, spec, speed) to (url, token)."""
 
-    def __call__(self, name: str, spec: str, /) -> tuple[str, str]: ...
+    def __call__(self, name: str, spec: str, speed: float, /) -> tuple[str, str]: ...
 
 
 def copy_clone(root: Path, target: Path) -> None:
@@ -112,7 +112,8 @@ class PageRun:
         if name := block.run.get("crew"):
             spec = block.run.get("spec", name)
             local = self.folder / spec
-            url, token = self._start_crew(name, str(local) if local.exists() else spec)
+            speed = float(block.run.get("speed", "1"))
+            url, token = self._start_crew(name, str(local) if local.exists() else spec, speed)
             for word, real in (("url", url), ("token", token)):
                 if written := block.run.get(word):
                     if written not in block.code:
@@ -123,6 +124,10 @@ class PageRun:
         for written, real in self._replace.items():
             code = code.replace(written, real)
         return code
+
+    def _end_of(self, output: str) -> str:
+        """Return the end of some output, as a page would have it, for a message."""
+        return self._as_written(output)[-3000:]
 
     def _as_written(self, output: str) -> str:
         for written, real in self._replace.items():
@@ -144,9 +149,10 @@ class PageRun:
         }
 
     def _check_output(self, block: Block) -> None:
-        actual = self._as_written(self._output)
-        if not matches(block.code, actual):
-            raise DocsError(f"{block.where}: the block before it does not print this, but:\n{actual}")
+        if not matches(block.code, self._as_written(self._output)):
+            raise DocsError(
+                f"{block.where}: the block before it does not print this, but:\n{self._end_of(self._output)}"
+            )
 
     # Python
 
@@ -169,7 +175,7 @@ class PageRun:
         said = said.split("\n")[0]
         wanted = block.run.get("raises", "ok")
         if said != wanted:
-            raise DocsError(f"{block.where}: expected {wanted}, but it was {said}:\n{self._as_written(shown)}")
+            raise DocsError(f"{block.where}: expected {wanted}, but it was {said}:\n{self._end_of(shown)}")
 
     # The terminal
 
@@ -194,9 +200,7 @@ class PageRun:
         self._output = process.output
         wanted = int(block.run.get("exit", "0"))
         if ended != wanted:
-            raise DocsError(
-                f"{block.where}: expected exit code {wanted}, got {ended}:\n{self._as_written(process.output)}"
-            )
+            raise DocsError(f"{block.where}: expected exit code {wanted}, got {ended}:\n{self._end_of(process.output)}")
 
     def _run_console(self, block: Block) -> None:
         commands = _commands(block)
@@ -209,7 +213,7 @@ class PageRun:
             if shown and not matches(shown, self._as_written(self._output)):
                 raise DocsError(
                     f"{block.where}: `{command.strip()}` does not print what is shown, but:\n"
-                    f"{self._as_written(self._output)}"
+                    f"{self._end_of(self._output)}"
                 )
 
     def _start(self, command: list[str | Path], *, stdin: bool = False) -> Process:
