@@ -14,6 +14,7 @@ import asyncio
 import time
 
 from prefect import flow
+
 from prefect_crew import CrewClient, CrewState, DeployedCrew, arun_crew
 from prefect_crew.server import CrewScript, CrewServer
 

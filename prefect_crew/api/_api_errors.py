@@ -56,7 +56,7 @@ class CrewAPIError(CrewError):
     def _text(self) -> str:
         said = ": ".join(part for part in (self.title, self.message) if part) or self.body or "an empty body"
         run = f" (run {self.kickoff_id})" if self.kickoff_id else ""
-        return f"{self.method} {self.path} answered {self.status_code}{run}: {excerpt(said)}. {self.advice}"
+        return f"{self.method} {self.path} answered {self.status_code}{run}: {excerpt(said).rstrip('.')}. {self.advice}"
 
 
 class AuthenticationError(CrewAPIError):
@@ -168,7 +168,7 @@ class CrewConnectionError(CrewError):
         self.kickoff_id = kickoff_id
         run = f" (run {kickoff_id})" if kickoff_id else ""
         advice = advice or "Check that the crew's server is up and reachable from here: prefect-crew doctor CREW."
-        super().__init__(f"{method} {url} got no answer{run}: {reason}. {advice}")
+        super().__init__(f"{method} {url} got no answer{run}: {reason.rstrip('.')}. {advice}")
 
 
 class ResponseFormatError(CrewError):
