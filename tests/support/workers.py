@@ -19,6 +19,7 @@ class Worker:
     Args:
         server: The server it asks for work.
         pool: The work pool; made if there is none of this name.
+        name: The worker's name, for a second one of the same pool; that of the pool if left out.
         folder: Where it runs (so where relative entrypoints are looked up), and where it keeps its log.
         home: Its PREFECT_HOME, so where its flow runs store results; one in `folder` if left out.
         poll: Seconds between two looks for work.
@@ -34,15 +35,17 @@ class Worker:
         pool: str,
         *,
         folder: Path,
+        name: str | None = None,
         home: Path | None = None,
         poll: float = 1.0,
         env: Mapping[str, str] | None = None,
     ) -> None:
         self.pool = pool
-        self.log = folder / f"worker-{pool}.log"
+        self.name = name or pool
+        self.log = folder / f"worker-{self.name}.log"
         self._folder = folder
         self._env = server.env(
-            home=home or folder / "worker-home",
+            home=home or folder / f"{self.name}-home",
             PREFECT_WORKER_QUERY_SECONDS=str(poll),
             PREFECT_RUNNER_POLL_FREQUENCY=str(max(1, round(poll))),
             # A flow's own output is part of this log: it must not wait in a buffer when the process is killed.
@@ -65,7 +68,7 @@ class Worker:
             ProcessError: It ended, or did not start within `timeout` seconds; with the end of its log.
         """
         self._process = Process(
-            [program("prefect"), "worker", "start", "--pool", self.pool, "--type", "process", "--name", self.pool],
+            [program("prefect"), "worker", "start", "--pool", self.pool, "--type", "process", "--name", self.name],
             log=self.log,
             env=self._env,
             cwd=self._folder,

@@ -1,0 +1,26 @@
+"""A site for the session: a Prefect server of its own with everything deployed, and one worker."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from support.prefect_server import PrefectServer
+from support.site import Site
+from support.workers import Worker
+
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory: pytest.TempPathFactory, prefect_template: Path | None) -> Iterator[Site]:
+    """Everything deployed on a server of its own."""
+    folder = tmp_path_factory.mktemp("site")
+    with PrefectServer(folder, template=prefect_template) as server, Site(server, folder) as site:
+        yield site
+
+
+@pytest.fixture(scope="session")
+def worker(site: Site) -> Worker:
+    """The one worker of that site."""
+    return site.worker("only")

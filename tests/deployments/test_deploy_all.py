@@ -1,0 +1,75 @@
+"""`prefect deploy --all` with deployments/prefect.yaml: what arrives on the server."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+
+from prefect_crew.run_keys import TEMPLATE
+from support.deployed import ROOT
+from support.site import POOL, Site
+
+DEPLOYMENTS = [
+    "one-crew/daily",
+    "one-crew/every-six-hours",
+    "report-pipeline/weekly",
+    "report-by-hand/by-hand",
+    "fan-out-async/cities",
+    "follow-up/after-research",
+    "recover/crashed",
+    "prune-records/sweep",
+]
+
+
+def run_keys_in_the_file() -> list[str]:
+    text = (ROOT / "deployments" / "prefect.yaml").read_text()
+    return re.findall(r'^\s+run_key: "(.*scheduled_start.*)"$', text, flags=re.MULTILINE)
+
+
+def schedules(site: Site) -> dict[str, dict[str, Any]]:
+    return {one["slug"]: one for name in DEPLOYMENTS for one in site.deployment(name)["schedules"]}
+
+
+@pytest.mark.parametrize("name", DEPLOYMENTS)
+def test_it_is_there_for_the_pool_with_the_code_in_this_folder(site: Site, name: str):
+    deployment = site.deployment(name)
+    assert deployment["work_pool_name"] == POOL
+    assert deployment["pull_steps"] == [{"prefect.deployments.steps.set_working_directory": {"directory": str(ROOT)}}]
+    assert deployment["description"]
+
+
+def test_nothing_else_is_there(site: Site):
+    assert len(site.call("POST", "/deployments/filter", {})) == len(DEPLOYMENTS)
+
+
+def test_run_keys_survive_prefects_own_templating(site: Site):
+    written = run_keys_in_the_file()
+    assert len(written) == 4
+    arrived = [one["parameters"]["run_key"] for one in schedules(site).values() if "run_key" in one["parameters"]]
+    assert sorted(arrived) == sorted(written)
+    assert all(TEMPLATE.search(key) for key in arrived)
+
+
+def test_schedules_have_parameters_of_their_own(site: Site):
+    food, games, tea = (schedules(site)[slug] for slug in ("food", "games", "tea"))
+    assert food["schedule"]["cron"] == "0 6 * * *"
+    assert "inputs" not in food["parameters"]
+    assert games["parameters"]["inputs"]["interests"] == "games, tech"
+    assert tea["schedule"]["interval"] == 21600
+
+
+def test_a_second_deploy_changes_nothing_and_doubles_nothing(site: Site):
+    before = {name: (one["id"], len(one["schedules"])) for name in DEPLOYMENTS for one in [site.deployment(name)]}
+    automations = len(site.call("POST", "/automations/filter", {}))
+    said = site.deploy()
+    assert "Warning" not in said
+    after = {name: (one["id"], len(one["schedules"])) for name in DEPLOYMENTS for one in [site.deployment(name)]}
+    assert after == before
+    assert len(site.call("POST", "/automations/filter", {})) == automations
+
+
+def test_what_mends_crashes_is_not_mended_itself(site: Site):
+    tagged = {name for name in DEPLOYMENTS if "recover-crashed" in site.deployment(name)["tags"]}
+    assert tagged == set(DEPLOYMENTS) - {"recover/crashed", "prune-records/sweep"}
