@@ -301,6 +301,8 @@ async def _buy(purchase: Purchase, record: RunRecord, records: RecordStore, sess
         except CrewError as error:
             if record.phase is not RecordPhase.CLAIMED:
                 raise
+            if utcnow() >= record.known_by:
+                await _look_at_claim(record, records)
             if isinstance(error, AuthenticationError) and await session.renew():
                 continue
             delay = _server_delay(error)
