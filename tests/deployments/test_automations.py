@@ -1,0 +1,133 @@
+"""The automations: set up as often as one likes, derived from what is deployed, and heard by whoever is to be told."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prefect.blocks.notifications import CustomWebhookNotificationBlock
+
+from prefect_crew import CrewError, WaitPolicy, run_crew
+from prefect_crew.server.local import CrewServer
+from support.deployed import ROOT, command
+from support.prefect_server import PrefectServer, connected, drain
+from support.receiver import Receiver
+from support.site import Site
+
+SCRIPT = ROOT / "deployments" / "automations.py"
+ALERTS = {f"prefect-crew: alert {what}" for what in ("failed", "uncertain", "lost", "timed out", "waiting")}
+RECOVERY = {"prefect-crew: no heartbeat", "prefect-crew: recover"}
+BROKEN = "name: broken\ntasks: [{name: t, fail: the well is dry}]\n"
+PATIENT = "name: patient\ntasks: [{name: t, output: the draft, human: true}]\n"
+
+
+def automations(site: Site) -> dict[str, dict[str, Any]]:
+    found = site.call("POST", "/automations/filter", {})
+    return {one["name"]: one for one in found if one["name"].startswith("prefect-crew")}
+
+
+@pytest.fixture(scope="module")
+def alerted(site: Site) -> Iterator[Receiver]:
+    """The site with alerts, which go to a receiver through a block of Prefect's own."""
+    with Receiver() as receiver:
+        block: Any = CustomWebhookNotificationBlock(
+            name="alerts", url=receiver.url, json_data={"subject": "{{subject}}", "body": "{{body}}"}
+        )
+        with connected(site.server, site.folder / "home"):
+            block.save("crew-alerts", overwrite=True, _sync=True)
+        site.run("python", SCRIPT, "--notify", "custom-webhook/crew-alerts", "--waiting-hours", "0.003")
+        yield receiver
+        for name in ALERTS:
+            site.call("DELETE", f"/automations/{automations(site)[name]['id']}")
+
+
+def wait_for_alert(receiver: Receiver, subject: str, seconds: float = 60) -> str:
+    drain()
+    receiver.wait_for(lambda one: any(got.body["subject"] == subject for got in one.got), seconds=seconds)
+    return next(got.body["body"] for got in receiver.got if got.body["subject"] == subject)
+
+
+def run_badly(site: Site, name: str, crew: CrewServer, *, run_key: str | None = None, **wait: float) -> None:
+    """Store a crew under a name and run it, to an end that is no result."""
+    block: Any = crew.crew()
+    policy = WaitPolicy.model_validate({"initial": 0.1, "max_interval": 0.5, **wait})
+    with connected(site.server, site.folder / "home"):
+        block.save(name, overwrite=True, _sync=True)
+        with pytest.raises(CrewError):
+            run_crew(name, {"text": "ciao"}, run_key=run_key, wait=policy)
+
+
+def test_recovery_is_set_up_without_alerts(site: Site):
+    assert set(automations(site)) == RECOVERY
+
+
+def test_the_silence_that_counts_is_three_times_the_slowest_heartbeat(site: Site):
+    trigger = automations(site)["prefect-crew: no heartbeat"]["trigger"]
+    assert trigger["within"] == 90
+    body = {"name": "slow-heart", "flow_id": site.deployment("one-crew/daily")["flow_id"], "tags": ["recover-crashed"]}
+    slow = site.call("POST", "/deployments/", body)["id"]
+    try:
+        assert "after 540 s" in site.run("python", SCRIPT)
+        assert automations(site)["prefect-crew: no heartbeat"]["trigger"]["within"] == 540
+    finally:
+        site.call("DELETE", f"/deployments/{slow}")
+    assert "after 90 s" in site.run("python", SCRIPT)
+
+
+def test_one_that_somebody_disabled_stays_disabled(site: Site):
+    automation = automations(site)["prefect-crew: recover"]["id"]
+    site.call("PATCH", f"/automations/{automation}", {"enabled": False})
+    try:
+        assert "which is disabled" in site.run("python", SCRIPT, "--max-attempts", "5")
+        standing = automations(site)["prefect-crew: recover"]
+        assert standing["id"] == automation
+        assert not standing["enabled"]
+        assert standing["actions"][0]["parameters"]["max_attempts"] == 5
+    finally:
+        site.call("PATCH", f"/automations/{automation}", {"enabled": True})
+        site.run("python", SCRIPT)
+
+
+def test_a_block_that_is_not_there_is_named(site: Site):
+    with pytest.raises(AssertionError, match="No block slack-webhook/nobody"):
+        site.run("python", SCRIPT, "--notify", "slack-webhook/nobody")
+
+
+def test_without_the_deployments_it_says_what_comes_first(prefect_api: PrefectServer, tmp_path: Path):
+    with pytest.raises(AssertionError, match="First: prefect deploy --all"):
+        command("python", SCRIPT, env=prefect_api.env(home=tmp_path))
+
+
+def test_a_failed_crew_is_told_with_its_error(site: Site, alerted: Receiver):
+    assert set(automations(site)) == RECOVERY | ALERTS
+    with CrewServer(BROKEN) as crew:
+        run_badly(site, "broken", crew)
+        (run,) = crew.runs
+    body = wait_for_alert(alerted, "Crew broken: failed")
+    assert "the well is dry" in body
+    assert run.id in body
+    assert "in flow run broken" in body
+
+
+def test_an_uncertain_kickoff_is_told_with_how_to_settle_it(site: Site, alerted: Receiver):
+    with CrewServer("echo", faults=["kickoff:drop-after-accept"]) as crew:
+        run_badly(site, "dropping", crew, run_key="alert-uncertain")
+    body = wait_for_alert(alerted, "Crew dropping: uncertain")
+    assert "prefect-crew runs settle 'alert-uncertain'" in body
+
+
+def test_time_that_is_over_is_told(site: Site, alerted: Receiver):
+    with CrewServer("echo", faults=["kickoff:stuck"]) as crew:
+        run_badly(site, "stuck", crew, timeout=0.5)
+    assert "time of 0.5 s is over" in wait_for_alert(alerted, "Crew stuck: timed out")
+
+
+@pytest.mark.slow
+def test_a_person_who_lets_a_crew_wait_is_told_about_it(site: Site, alerted: Receiver):
+    with CrewServer(PATIENT) as crew:
+        run_badly(site, "patient", crew, human_timeout=40)
+    # Told while the crew still waited, not because of its end.
+    body = wait_for_alert(alerted, "Crew patient: waiting for a person", seconds=5)
+    assert "prefect-crew resume patient" in body
