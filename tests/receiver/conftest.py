@@ -1,0 +1,38 @@
+"""What the tests of the receiver share."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from datetime import datetime, timedelta, timezone
+
+import httpx
+import pytest
+
+from prefect_crew.api.webhooks import Webhooks
+from prefect_crew.webhooks import create_receiver, hook_urls
+from support.webhooks import SECRET, Kept
+
+
+@pytest.fixture
+def kept() -> Kept:
+    """What the receiver hands on, kept."""
+    return Kept()
+
+
+@pytest.fixture
+async def client(kept: Kept) -> AsyncIterator[httpx.AsyncClient]:
+    """A client of a receiver in this process, without a port."""
+    transport = httpx.ASGITransport(create_receiver(SECRET, hand_on=kept))
+    async with httpx.AsyncClient(transport=transport, base_url="http://receiver") as client:
+        yield client
+
+
+@pytest.fixture
+def urls() -> Callable[..., Webhooks]:
+    """Make the webhooks of a run, for a day unless told otherwise."""
+
+    def make(run_key: str = "city/lisbon", *, base: str = "http://receiver", **options: object) -> Webhooks:
+        known = {"expires": datetime.now(timezone.utc) + timedelta(days=1), "attempt": 1, "stream_events": ["x"]}
+        return hook_urls(base, SECRET, run_key, **known | options)
+
+    return make
