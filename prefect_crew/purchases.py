@@ -18,13 +18,7 @@ from opentelemetry import trace
 from prefect.exceptions import PrefectException
 
 from prefect_crew.api.certainty import KickoffFate, kickoff_fate
-from prefect_crew.api.errors import (
-    AuthenticationError,
-    CrewError,
-    KickoffUncertainError,
-    RateLimitedError,
-    ServerError,
-)
+from prefect_crew.api.errors import AuthenticationError, CrewError, KickoffUncertainError, RateLimitedError, ServerError
 from prefect_crew.events import emit
 from prefect_crew.logs import run_logger
 from prefect_crew.receiver.targets import webhooks_for
@@ -271,9 +265,7 @@ async def _keep_claim(purchase: Purchase, record: RunRecord, records: RecordStor
     """Make sure of a claim that has grown old before its kickoff is sent: a machine slept, or `/inputs` was slow.
 
     A claim is good until its owner must know the outcome. What is sent after that may be bought by others meanwhile.
-
-    Raises:
-        _ClaimLostError: It is ours no more.
+    Raises _ClaimLostError if it is ours no more.
     """
     patience = timedelta(seconds=purchase.crew.request_timeout)
     if utcnow() + patience < record.known_by:
