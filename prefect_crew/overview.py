@@ -96,6 +96,12 @@ def _standing(record: RunRecord, now: datetime, owner_ended: bool, attended: boo
     return Standing.WAITING if record.human_since is not None else Standing.IN_FLIGHT
 
 
+def _crew(record: RunRecord) -> str:
+    """Return the crew as a command takes it: its block, or its URL where the record has only an address."""
+    address = record.crew_url.partition("://")[2].rstrip("/")
+    return record.crew_url if record.crew == address else record.crew
+
+
 def _todo(record: RunRecord, standing: Standing) -> str:
     if standing is Standing.UNCERTAIN:
         return (
@@ -106,10 +112,12 @@ def _todo(record: RunRecord, standing: Standing) -> str:
         person = " It waits for a person." if record.human_since is not None else ""
         return (
             f"Nobody waits for it.{person} Run again with its key to go on, or look: "
-            f"prefect-crew status {record.crew} {record.kickoff_id}."
+            f"prefect-crew status {_crew(record)} {record.kickoff_id}."
         )
     if standing is Standing.WAITING:
-        return f"Answer: prefect-crew resume {record.crew} {record.kickoff_id} --approve, or --reject --feedback TEXT."
+        return (
+            f"Answer: prefect-crew resume {_crew(record)} {record.kickoff_id} --approve, or --reject --feedback TEXT."
+        )
     if standing is Standing.ENDED and record.state is not CrewState.COMPLETED:
         return "Run again with its key to buy another."
     return ""

@@ -42,12 +42,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     _debug = "--debug" in own
     arguments = [argument for argument in own if argument != "--debug"] + arguments[len(own) :]
     _hide_tokens(arguments)
-    if not _debug and not sys.warnoptions:
-        warnings.simplefilter("ignore")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):  # a crew may write what this terminal's encoding does not have
             stream.reconfigure(errors="backslashreplace")
-    with _signals():
+    with _signals(), warnings.catch_warnings():
+        if not _debug and not sys.warnoptions:
+            warnings.simplefilter("ignore")
         try:
             return _run(arguments, as_json="--json" in own)
         finally:

@@ -19,7 +19,7 @@ from prefect_crew.cli.exits import PrefectAwayError
 if TYPE_CHECKING:
     from prefect_crew.cli.progress import Progress
 
-__all__ = ["Prefect", "deployment_url", "end_embedded", "flow_run_url", "quiet_logs", "reach_prefect"]
+__all__ = ["Prefect", "deployment_url", "end_embedded", "flow_run_url", "quiet_logs", "reach_prefect", "restore_logs"]
 
 START_WITHIN = 120
 """Seconds for the embedded server: it makes its database the first time, and machines are slow."""
@@ -213,12 +213,23 @@ def quiet_logs(say: Callable[[str], None]) -> None:
 
     if debugging():
         return
+    restore_logs()
     loggers = [logging.getLogger(), *map(logging.getLogger, tuple(logging.Logger.manager.loggerDict))]
     for handler in {handler for logger in loggers for handler in logger.handlers}:
         if isinstance(handler, PrefectConsoleHandler):
-            for old in [old for old in handler.filters if isinstance(old, _Route)]:
-                handler.removeFilter(old)
-            handler.addFilter(_Route(say))
+            route = _Route(say)
+            handler.addFilter(route)
+            _routed.append((handler, route))
+
+
+_routed: list[tuple[logging.Handler, _Route]] = []
+
+
+def restore_logs() -> None:
+    """Let Prefect write to this terminal again."""
+    while _routed:
+        handler, route = _routed.pop()
+        handler.removeFilter(route)
 
 
 def flow_run_url(flow_run_id: str | None) -> str | None:

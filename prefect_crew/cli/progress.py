@@ -78,7 +78,7 @@ class RunBoard:
         if status.state is not self.state:
             self.state = status.state
             if status.state is CrewState.WAITING:
-                lines.append(self.how_to_answer)
+                lines.append("waits for a person")  # how to answer stands in the log's line
         if status.state.ended:
             self.ended_after = now - self.since
             lines.append(f"{self.state} after {self.ended_after:.1f} s")
@@ -89,12 +89,6 @@ class RunBoard:
         if self.total:
             return f" ({self.done} of {self.total} tasks done)"
         return f" ({self.progress:.0%})" if self.progress is not None else ""
-
-    @property
-    def how_to_answer(self) -> str:
-        """What a person does about a run that waits for one."""
-        answer = terminal.command("prefect-crew resume")
-        return f"waits for a person. Answer: {answer} CREW {self.kickoff_id} --approve (or --reject --feedback TEXT)"
 
     @property
     def seconds(self) -> float:
@@ -159,8 +153,10 @@ class PlainProgress(Progress):
         terminal.note(f"{text}{f' ({hint})' if hint else ''} …")
 
     def done(self, text: str) -> None:
-        """Write a line with the seconds that it took."""
-        terminal.note(f"{text} ({time.monotonic() - self._began:.1f} s).")
+        """Write a line with the seconds that it took, unless nobody waited."""
+        seconds = time.monotonic() - self._began
+        if seconds >= 0.5:
+            terminal.note(f"{text} ({seconds:.1f} s).")
 
     def note(self, text: str) -> None:
         """Write a line."""
@@ -241,13 +237,13 @@ class LiveProgress(Progress):
             return Text("")
         return Group(*self._run(self.board))
 
-    def _spun(self, markup: str, indent: int = 0) -> RenderableType:
-        from rich.padding import Padding
+    def _spun(self, markup: str) -> RenderableType:
         from rich.text import Text
 
         assert self._spinner is not None  # noqa: S101  _start made it
+        # Not padded to the line's width: the ^C of a terminal would begin a line that nobody erases.
         self._spinner.update(text=Text.from_markup(markup))
-        return Padding(self._spinner.render(time.monotonic()), (0, 0, 0, indent))
+        return self._spinner.render(time.monotonic())
 
     def _run(self, board: RunBoard) -> Iterator[RenderableType]:
         from rich.text import Text
@@ -264,8 +260,6 @@ class LiveProgress(Progress):
             yield _task_table(self._result)
         else:
             yield from self._tasks(board)
-        if board.state is CrewState.WAITING:
-            yield Text(f"  It {board.how_to_answer}", style="yellow")
 
     def _tasks(self, board: RunBoard) -> Iterator[RenderableType]:
         from rich.text import Text

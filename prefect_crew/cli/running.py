@@ -100,16 +100,18 @@ def put_result(answer: CrewResult, shown: Progress, *, as_json: bool) -> None:
         terminal.put()
     terminal.put_markdown(answer.output)
     tokens = answer.usage.total_tokens if answer.usage else None
-    facts = (
+    seconds = answer.execution_time
+    figures = (
         f"Run {answer.kickoff_id}",
-        f"run key {board.run_key}" if board and board.run_key else None,
-        None if answer.execution_time is None else f"{answer.execution_time:.1f} s",
+        None if seconds is None else f"{seconds:.1f} s",
         None if tokens is None else f"{tokens:,} tokens",
-        page,
     )
     if on_terminal:
         terminal.note("")
-    terminal.note(" · ".join(fact for fact in facts if fact), "dim")
+    terminal.note(" · ".join(figure for figure in figures if figure), "dim")
+    for line in (f"Run key {board.run_key}" if board and board.run_key else None, page):
+        if line:
+            terminal.note(line, "dim")
 
 
 def _body(answer: CrewResult) -> dict[str, Any]:
