@@ -17,7 +17,7 @@ import httpx
 from opentelemetry import trace
 from prefect.exceptions import PrefectException
 
-from prefect_crew.api.certainty import KickoffFate, kickoff_fate
+from prefect_crew.api.certainty import KickoffFate, kickoff_delay, kickoff_fate
 from prefect_crew.api.errors import AuthenticationError, CrewError, KickoffUncertainError, RateLimitedError, ServerError
 from prefect_crew.events import emit
 from prefect_crew.logs import run_logger
@@ -46,7 +46,6 @@ __all__ = ["Purchase", "Purchased", "purchase_run"]
 
 LIMITED_FOR = 600.0
 """Seconds for which a kickoff is tried again while the server answers 429, or 503 with a time to come back."""
-DELAY_CAP = 120.0
 FINISH = 25.0
 """Seconds that a cancelled caller leaves a POST in flight to end: Prefect kills a cancelled process after about 30."""
 
@@ -300,20 +299,13 @@ async def _buy(purchase: Purchase, record: RunRecord, records: RecordStore, sess
                 await _look_at_claim(record, records)
             if isinstance(error, AuthenticationError) and await session.renew():
                 continue
-            delay = _server_delay(error)
+            delay = kickoff_delay(error)
             if delay is None or loop.time() + delay > until:
                 await _not_started(record, records, error)
                 raise
             if not purchase.quiet:
                 run_logger().warning("%s It is sent again in %.0f s.", error, delay)
             await _pause(record, records, delay, purchase.crew.request_timeout)
-
-
-def _server_delay(error: CrewError) -> float | None:
-    """Return the seconds that the server itself asks a refused kickoff to wait, None if it does not ask."""
-    if not isinstance(error, RateLimitedError | ServerError) or kickoff_fate(error) is not KickoffFate.RETRY:
-        return None
-    return min(5.0 if error.retry_after is None else error.retry_after, DELAY_CAP)
 
 
 async def _pause(record: RunRecord, records: RecordStore, delay: float, request_timeout: float) -> None:

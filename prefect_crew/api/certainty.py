@@ -4,9 +4,20 @@ from __future__ import annotations
 
 from enum import Enum
 
-from prefect_crew.api.errors import ConfigurationError, CrewAPIError, CrewConnectionError, InvalidInputsError
+from prefect_crew.api.errors import (
+    ConfigurationError,
+    CrewAPIError,
+    CrewConnectionError,
+    InvalidInputsError,
+    RateLimitedError,
+    ServerError,
+)
 
-__all__ = ["KickoffFate", "kickoff_fate"]
+__all__ = ["KickoffFate", "kickoff_delay", "kickoff_fate"]
+
+DELAY_CAP = 120.0
+BARE_DELAY = 5.0
+"""Seconds after a 429 that names no time to come back."""
 
 
 class KickoffFate(str, Enum):
@@ -53,3 +64,10 @@ def kickoff_fate(error: BaseException) -> KickoffFate:
     if 400 <= status < 500 and status != 408:
         return KickoffFate.REFUSED
     return KickoffFate.UNCERTAIN
+
+
+def kickoff_delay(error: BaseException) -> float | None:
+    """Return the seconds that the server itself asks a refused kickoff to wait, None if it does not ask."""
+    if not isinstance(error, (RateLimitedError, ServerError)) or kickoff_fate(error) is not KickoffFate.RETRY:
+        return None
+    return min(BARE_DELAY if error.retry_after is None else error.retry_after, DELAY_CAP)
