@@ -18,7 +18,7 @@ from opentelemetry import trace
 from prefect.exceptions import PrefectException
 
 from prefect_crew.api.certainty import KickoffFate, kickoff_delay, kickoff_fate
-from prefect_crew.api.errors import AuthenticationError, CrewError, KickoffUncertainError, RateLimitedError, ServerError
+from prefect_crew.api.errors import AuthenticationError, CrewError, KickoffUncertainError
 from prefect_crew.events import emit
 from prefect_crew.logs import run_logger
 from prefect_crew.receiver.targets import webhooks_for
