@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING
 import httpx
 from prefect.exceptions import PrefectException
 
-from prefect_crew.api.errors import AuthenticationError, CrewError
+from prefect_crew.api.errors import CrewError
 from prefect_crew.api.models import CrewState, ResumeAnswer, StopAnswer
 from prefect_crew.logs import run_logger
+from prefect_crew.lookups import find_run
 from prefect_crew.record_store import PrefectRecords
 from prefect_crew.records import RecordPhase
 from prefect_crew.reviews import Review, send_review, waiting_task
 from prefect_crew.sessions import CrewSession
 from prefect_crew.stopping import close_stopped
-from prefect_crew.waits import find_run
 
 if TYPE_CHECKING:
     from prefect_crew.api.webhooks import Webhooks
@@ -30,14 +30,9 @@ async def stop_run(crew: DeployedCrew, kickoff_id: str, *, run_key: str | None =
     Raises:
         CrewError: The server could not be asked. An ended run, an unknown one and a missing `/stop` are answers.
     """
-    run = await find_run(crew, kickoff_id, run_key)
+    run = await find_run(crew, kickoff_id, run_key, take=False)
     async with CrewSession(crew) as session:
-        try:
-            answer = await session.client.stop(kickoff_id)
-        except AuthenticationError:
-            if not await session.renew():
-                raise
-            answer = await session.client.stop(kickoff_id)
+        answer = await session.asked(lambda client: client.stop(kickoff_id))
     if run.record is not None and run.record.phase is RecordPhase.STARTED and answer.accepted:
         try:
             await close_stopped(run.record, answer, PrefectRecords())
@@ -65,14 +60,9 @@ async def resume_run(
         CrewError: The run does not wait for a person, or its task is not known.
         CrewAPIError, CrewConnectionError: As the server answered, or did not. It is not sent twice.
     """
-    run = await find_run(crew, kickoff_id)
+    run = await find_run(crew, kickoff_id, take=False)
     async with CrewSession(crew) as session:
-        try:
-            status = await session.client.status(kickoff_id)
-        except AuthenticationError:
-            if not await session.renew():
-                raise
-            status = await session.client.status(kickoff_id)
+        status = await session.asked(lambda client: client.status(kickoff_id))
         if status.state.ended or status.state is CrewState.UNKNOWN:
             raise CrewError(f"Run {kickoff_id} of crew {crew.label} does not wait for a person: it is {status.state}.")
         task = task_id or waiting_task(status)

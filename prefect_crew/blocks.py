@@ -163,7 +163,7 @@ class DeployedCrew(JobBlock[CrewResult]):
         from prefect_crew.kickoffs import open_run
 
         run = await open_run(self, inputs or {}, run_key=run_key, force_new=force_new, meta=meta, webhooks=webhooks)
-        return CrewRun(self, run.kickoff_id, run_key=run.run_key)
+        return CrewRun(run.crew, run.kickoff_id, run_key=run.run_key)
 
     @dual
     async def trigger(self, inputs: Mapping[str, Any] | None = None, **options: Any) -> CrewRun:
@@ -206,13 +206,11 @@ class CrewRun(JobRun[CrewResult]):
         Raises:
             CrewError: It has not completed; the message says where it stands.
         """
-        from prefect_crew.outcomes import result_of
-        from prefect_crew.waits import find_run
+        from prefect_crew.lookups import find_run, read_result
 
         if self._result is None:
-            run = await find_run(self.crew, self.kickoff_id, self.run_key)
-            async with self.crew.client() as client:
-                self._result = result_of(run, await client.status(self.kickoff_id))
+            run = await find_run(self.crew, self.kickoff_id, self.run_key, take=False)
+            self._result = await read_result(run)
         return self._result
 
     @dual

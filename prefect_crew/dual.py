@@ -18,13 +18,15 @@ T = TypeVar("T")
 
 
 def in_async_context() -> bool:
-    """Return whether the caller can await: its task or flow is async, or, outside of both, an event loop runs."""
+    """Return whether the caller can await: an event loop runs here, and the task or flow around it is async, if any."""
+    if not _loop_runs():
+        return False
     task_context, flow_context = TaskRunContext.get(), FlowRunContext.get()
     if task_context is not None:
         return bool(task_context.task.isasync)
     if flow_context is not None and flow_context.flow is not None:
         return bool(flow_context.flow.isasync)
-    return _loop_runs()
+    return True
 
 
 def refuse_running_loop(sync_name: str, async_name: str) -> None:

@@ -16,6 +16,7 @@ from prefect_crew.record_store import PrefectRecords
 from prefect_crew.records import Decision, RecordStore
 from prefect_crew.run_keys import identify
 from prefect_crew.sessions import CrewSession
+from prefect_crew.stopping import known_cancelled
 from prefect_crew.wakeups import subscribe
 from prefect_crew.watching import tell
 
@@ -55,6 +56,9 @@ async def open_run(
     digest = inputs_digest(encoded)
     identity = await identify(crew.label, digest, run_key=run_key, name=name, inside_own_task=inside_own_task)
     purchase = Purchase(crew, identity, encoded, digest, name, meta, webhooks, force_new)
+    if known_cancelled(purchase.identity.caller.flow_run_id):
+        # A flow that catches the end of one wait must not go on buying.
+        raise CrewError(f"Flow run {purchase.identity.caller.flow_run_id} was cancelled: it kicks off nothing more.")
     subscribe()
     async with CrewSession(crew) as session:
         # Open as long as the POST may be in flight, so that a Ctrl-C meanwhile stops what it started.

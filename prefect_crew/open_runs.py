@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 
 __all__ = ["OpenRun", "recall", "remember"]
 
+_TEXTS = ("message", "current_task", "last_task", "last_step")
+_TASK_TEXTS = ("name", "agent", "output", "data", "description")
+WITHHELD = "withheld: this crew has secret inputs, and their values, which may stand in it, are not known here"
+
 
 @dataclass
 class OpenRun:
@@ -47,15 +51,36 @@ class OpenRun:
         return self.crew.redactor(self.inputs)
 
     @property
+    def blind(self) -> bool:
+        """Whether the crew has secret inputs whose values are not known here, so that no text can be masked."""
+        return self.inputs is None and bool(self.crew.secret_inputs)
+
+    @property
     def show(self) -> str:
         """How much may be shown: no output where secret inputs are unknown and so cannot be masked in it."""
-        if self.inputs is None and self.crew.secret_inputs and self.crew.show == "full":
-            return "summary"
-        return self.crew.show
+        return "summary" if self.blind and self.crew.show == "full" else self.crew.show
+
+    def told(self, text: str | None) -> str | None:
+        """Return a text that the crew wrote as logs, errors, events and records may hold it."""
+        if text is None:
+            return None
+        return WITHHELD if self.blind else self.redact(text)
 
     def masked(self, status: CrewStatus) -> CrewStatus:
-        """Return a status without its raw body and with every secret masked."""
-        return CrewStatus.model_validate(self.redact.tree(status.model_dump(mode="json", exclude={"raw"})))
+        """Return a status without its raw body, with every secret masked, and without texts where none can be."""
+        if self.blind:
+            output = None if status.output is None else "*" * len(status.output)
+            texts = dict.fromkeys((*_TEXTS, "data"), None)
+            return status.model_copy(
+                update={**texts, "output": output, "error": self.told(status.error), "tasks": [], "raw": None}
+            )
+        tree = self.redact.tree
+        tasks = [
+            task.model_copy(update={**{name: tree(getattr(task, name)) for name in _TASK_TEXTS}, "raw": None})
+            for task in status.tasks
+        ]
+        texts = {name: tree(getattr(status, name)) for name in (*_TEXTS, "data", "output", "error")}
+        return status.model_copy(update={**texts, "tasks": tasks, "raw": None})
 
     def view(self, status: CrewStatus | None, *, notes: Sequence[str] = ()) -> RunView:
         """Return what the artifact shows; `status` is None right after the kickoff."""
@@ -95,9 +120,9 @@ def remember(run: OpenRun) -> None:
         _recent.popitem(last=False)
 
 
-def recall(crew: DeployedCrew, kickoff_id: str) -> OpenRun | None:
-    """Take back what `remember` kept, once: what comes later has to read what stands on the server."""
+def recall(crew: DeployedCrew, kickoff_id: str, *, take: bool = True) -> OpenRun | None:
+    """Return what `remember` kept. The wait takes it: whoever comes later has to read what stands on the server."""
     run = _recent.get(kickoff_id)
     if run is None or run.crew.url != crew.url:
         return None
-    return _recent.pop(kickoff_id, None)
+    return _recent.pop(kickoff_id, None) if take else run

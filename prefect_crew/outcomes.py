@@ -24,18 +24,16 @@ def result_of(run: OpenRun, status: CrewStatus) -> CrewResult:
     """
     if status.state is CrewState.COMPLETED:
         return status.result()
-    raise failure(run, status.state, status.error)
+    raise failure(run, status.state, run.told(status.error))
 
 
 def failure(run: OpenRun, state: CrewState | None, error: str | None) -> CrewError:
-    """Return the error for a run that has no result."""
+    """Return the error for a run that has no result; `error` is the crew's own as it may be told."""
     label, run_key, kickoff_id = run.crew.label, run.run_key, run.kickoff_id
     if state is CrewState.FAILED:
-        return CrewFailedError(
-            kickoff_id=kickoff_id, error=run.redact(error or ""), crew=label, run_key=run_key, advice=run.advice
-        )
+        return CrewFailedError(kickoff_id=kickoff_id, error=error or "", crew=label, run_key=run_key, advice=run.advice)
     if state is CrewState.STOPPED:
-        return CrewStoppedError(kickoff_id=kickoff_id, crew=label, run_key=run_key)
+        return CrewStoppedError(kickoff_id=kickoff_id, crew=label, run_key=run_key, advice=run.advice)
     if state is CrewState.UNKNOWN:
         return CrewLostError(kickoff_id=kickoff_id, crew=label, run_key=run_key)
     return CrewError(
@@ -43,22 +41,33 @@ def failure(run: OpenRun, state: CrewState | None, error: str | None) -> CrewErr
     )
 
 
-def typed(result: CrewResult, output_type: type[M]) -> CrewResult:
+def typed(result: CrewResult, output_type: type[M], *, run: OpenRun | None = None) -> CrewResult:
     """Return the result with its `data` as an instance of a pydantic model.
 
     Raises:
-        OutputTypeError: Neither the structured result nor the text fits.
+        OutputTypeError: Neither the structured result nor the text fits. Its message shows as much of the text as
+            `run` may show; all of it is in its `output`.
     """
     source = result.data
     try:
         text = source is None
         data = output_type.model_validate_json(result.output) if text else output_type.model_validate(source)
     except ValidationError as error:
+        # A validator's message may quote what it refused; its type does not.
+        reason = "msg" if run is None or run.show == "full" else "type"
         problems = [
-            f"{'.'.join(str(part) for part in problem['loc']) or 'the text'}: {problem['msg']}"
+            f"{'.'.join(str(part) for part in problem['loc']) or 'the text'}: {problem[reason]}"
             for problem in error.errors(include_url=False, include_input=False)
         ]
+        shown = None
+        if run is not None:
+            problems = [run.redact(problem) for problem in problems]
+            shown = run.redact(result.output) if run.show == "full" else "not shown"
         raise OutputTypeError(
-            kickoff_id=result.kickoff_id, output_type=output_type.__name__, output=result.output, problems=problems
+            kickoff_id=result.kickoff_id,
+            output_type=output_type.__name__,
+            output=result.output,
+            problems=problems,
+            shown=shown,
         ) from None
     return result.model_copy(update={"data": data})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
@@ -34,6 +35,10 @@ class Redactor:
         for value in named.values():
             values.extend(_texts(value))
         values.extend(str(value) for value in encode_inputs(named).values())
+        # As it stands within JSON that somebody quotes.
+        values.extend(
+            json.dumps(value, ensure_ascii=ascii_)[1:-1] for value in list(values) for ascii_ in (True, False)
+        )
         return cls(values)
 
     def __call__(self, text: str) -> str:
@@ -53,9 +58,9 @@ class Redactor:
             return [self.tree(item) for item in cast("list[Any]", value)]
         return value
 
-    def hides(self, text: str) -> bool:
-        """Return whether a secret stands in the text."""
-        return any(secret in text for secret in self._secrets)
+    def hides(self, value: Any) -> bool:
+        """Return whether a secret stands in a text, or in any text of a JSON-like value."""
+        return self.tree(value) != value
 
 
 def _texts(value: Any) -> list[str]:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import httpx
 from prefect.exceptions import PrefectException
 
 from prefect_crew.api.client import CrewClient
+from prefect_crew.api.errors import AuthenticationError
 
 if TYPE_CHECKING:
     from prefect_crew.blocks import DeployedCrew
 
 __all__ = ["CrewSession"]
+
+T = TypeVar("T")
 
 
 class CrewSession:
@@ -47,13 +50,25 @@ class CrewSession:
         """Take up the token that the stored block has now; False if that is the one that was refused."""
         try:
             fresh = await self.crew.reloaded()
+            if fresh is None:
+                return False
+            client = await self._stack.enter_async_context(self._connect(fresh))
         except (httpx.HTTPError, PrefectException, ValueError):
             return False
-        if fresh is None:
-            return False
-        self.crew = fresh
-        self._client = await self._stack.enter_async_context(self._connect(fresh))
+        self.crew, self._client = fresh, client
         return True
+
+    async def asked(self, call: Callable[[CrewClient], Awaitable[T]]) -> T:
+        """Make a call, and once more with the stored block's token where this one is refused.
+
+        Only for calls that a refusal leaves undone, which all of them are.
+        """
+        try:
+            return await call(self.client)
+        except AuthenticationError:
+            if not await self.renew():
+                raise
+        return await call(self.client)
 
 
 def _plain(crew: DeployedCrew) -> CrewClient:

@@ -30,9 +30,11 @@ from prefect_crew.sessions import CrewSession
 __all__ = [
     "cancellation_asked",
     "cancelled_meanwhile",
+    "cancelled_runs",
     "close_stopped",
     "flow_run_cancelled",
     "flow_run_id",
+    "known_cancelled",
     "mark_cancelled",
     "stop_if_asked",
     "stop_once",
@@ -40,6 +42,8 @@ __all__ = [
 
 LOOK_EVERY = 10.0
 """Seconds between looks of one process at whether a flow run of its own has been cancelled."""
+LOOK_WITHIN = 5.0
+"""Seconds that such a look may take: what is waited for is the crew."""
 STOP_WITHIN = 20.0
 """Seconds for all that is done on a cancellation: Prefect kills a cancelled process after about 30."""
 
@@ -50,49 +54,86 @@ def flow_run_id() -> str | None:
     return None if context is None or context.flow_run is None else str(context.flow_run.id)
 
 
-async def flow_run_cancelled(run_id: str | None) -> bool:
-    """Return whether the server says that a flow run is cancelled or being cancelled.
+async def cancelled_runs(run_id: str | None) -> list[str]:
+    """Return which of a flow run and those around it are cancelled or being cancelled, as the server says.
+
+    Whoever cancels a flow means its subflows too, whose own states do not say so.
 
     Raises:
         httpx.HTTPError, PrefectException: The Prefect API is away.
     """
-    if run_id is None:
-        return False
+    found: list[str] = []
+    at = None if run_id is None else UUID(run_id)
     async with get_client() as client:
-        try:
-            state = (await client.read_flow_run(UUID(run_id))).state
-        except ObjectNotFound:
-            return False
-    return state is not None and (state.is_cancelling() or state.is_cancelled())
+        while at is not None:
+            try:
+                flow_run = await client.read_flow_run(at)
+                parent = flow_run.parent_task_run_id
+                at = None if parent is None else (await client.read_task_run(parent)).flow_run_id
+            except ObjectNotFound:
+                break
+            if flow_run.state is not None and (flow_run.state.is_cancelling() or flow_run.state.is_cancelled()):
+                found.append(str(flow_run.id))
+    return found
 
 
-_looked: OrderedDict[str, tuple[float, bool]] = OrderedDict()
+async def flow_run_cancelled(run_id: str | None) -> bool:
+    """Return whether a flow run, or one around it, is cancelled or being cancelled.
+
+    Raises:
+        httpx.HTTPError, PrefectException: The Prefect API is away.
+    """
+    return run_id is not None and bool(await cancelled_runs(run_id))
+
+
+_looked: OrderedDict[tuple[str, int], tuple[float, bool]] = OrderedDict()
+
+
+def _attempt(run_id: str) -> tuple[str, int]:
+    """Return a flow run with the number of its attempt: one that is retried after a cancellation starts afresh."""
+    context = FlowRunContext.get()
+    here = context is not None and context.flow_run is not None and str(context.flow_run.id) == run_id
+    return run_id, context.flow_run.run_count if here and context and context.flow_run else 0
+
+
+def known_cancelled(run_id: str | None) -> bool:
+    """Return whether this process has seen that a flow run was cancelled. Asks nobody."""
+    return run_id is not None and _looked.get(_attempt(run_id), (0.0, False))[1]
 
 
 async def cancelled_meanwhile(run_id: str | None) -> bool:
-    """Return the same, asking at most every ten seconds for one flow run; an API that is away is no cancellation."""
+    """Return whether a flow run was cancelled while nobody tells this process so.
+
+    The server is asked each ten seconds at most, and no sooner than that: most waits are shorter, and each question is
+    a request. An API that is away is no cancellation.
+    """
     if run_id is None or started_by_runner():
         # A runner sends a signal, and ends the run itself.
         return False
-    at, cancelled = _looked.get(run_id, (0.0, False))
+    key = _attempt(run_id)
+    at, cancelled = _looked.setdefault(key, (time.monotonic(), False))
     if cancelled or time.monotonic() - at < LOOK_EVERY:
         return cancelled
-    _looked[run_id] = (time.monotonic(), False)
-    _looked.move_to_end(run_id)
+    _looked[key] = (time.monotonic(), False)
+    _looked.move_to_end(key)
     while len(_looked) > 1000:
         _looked.popitem(last=False)
     try:
-        cancelled = await flow_run_cancelled(run_id)
-    except (httpx.HTTPError, PrefectException):
+        cancelled = await asyncio.wait_for(flow_run_cancelled(run_id), LOOK_WITHIN)
+    except (httpx.HTTPError, PrefectException, TimeoutError, asyncio.TimeoutError):
         return False
-    _looked[run_id] = (time.monotonic(), cancelled)
+    _looked[key] = (time.monotonic(), cancelled)
     return cancelled
 
 
 async def mark_cancelled(run_id: str) -> None:
-    """Bring a flow run that is being cancelled, and that no runner ends, to Cancelled."""
+    """Bring a flow run, and those around it that are being cancelled, to Cancelled: no runner ends them."""
+    runs = [run_id, *(one for one in await cancelled_runs(run_id) if one != run_id)]
     async with get_client() as client:
-        await client.set_flow_run_state(UUID(run_id), Cancelled(message="The crew was asked to stop."), force=True)
+        for one in runs:
+            await client.set_flow_run_state(
+                UUID(one), Cancelled(message="The wait for a crew ended with the flow run's cancellation."), force=True
+            )
 
 
 async def cancellation_asked(own: str | None) -> bool:
@@ -104,10 +145,13 @@ async def cancellation_asked(own: str | None) -> bool:
     return (ctrl_c_pressed() and not started_by_runner()) or await flow_run_cancelled(own)
 
 
-async def stop_if_asked(session: CrewSession, record: RunRecord, records: RecordStore) -> None:
-    """On a cancellation: stop the crew if that was asked for. Raises nothing but a further cancellation."""
+async def stop_if_asked(session: CrewSession, record: RunRecord, records: RecordStore) -> bool:
+    """On a cancellation: stop the crew if that was asked for; True if its server took that.
+
+    Raises nothing but a further cancellation.
+    """
     try:
-        await asyncio.wait_for(_stop_if_asked(session, record, records), STOP_WITHIN)
+        return await asyncio.wait_for(_stop_if_asked(session, record, records), STOP_WITHIN)
     except (CrewError, httpx.HTTPError, PrefectException, TimeoutError, asyncio.TimeoutError) as error:
         run_logger().warning(
             "Crew run %s could not be stopped (%s: %s): it runs on at %s.",
@@ -116,9 +160,10 @@ async def stop_if_asked(session: CrewSession, record: RunRecord, records: Record
             error,
             record.crew_url,
         )
+        return False
 
 
-async def _stop_if_asked(session: CrewSession, record: RunRecord, records: RecordStore) -> None:
+async def _stop_if_asked(session: CrewSession, record: RunRecord, records: RecordStore) -> bool:
     log = run_logger()
     own = flow_run_id()
     if not await cancellation_asked(own):
@@ -129,13 +174,14 @@ async def _stop_if_asked(session: CrewSession, record: RunRecord, records: Recor
             record.crew_url,
             record.run_key,
         )
-        return
+        return False
     others = await _other_waiters(record, own)
     if others:
         log.warning("Crew run %s is left running: flow run %s waits for it too.", record.kickoff_id, ", ".join(others))
-        return
+        return False
     answer = await stop_once(session, record)
     await close_stopped(record, answer, records)
+    return answer.accepted
 
 
 async def _other_waiters(record: RunRecord, own: str | None) -> list[str]:
@@ -145,7 +191,7 @@ async def _other_waiters(record: RunRecord, own: str | None) -> list[str]:
 async def stop_once(session: CrewSession, record: RunRecord) -> StopAnswer:
     """Ask the crew's server to stop a run, once, and say in the log what came of it."""
     kickoff_id = str(record.kickoff_id)
-    answer = await session.client.stop(kickoff_id)
+    answer = await session.asked(lambda client: client.stop(kickoff_id))
     log = run_logger()
     if answer.accepted:
         log.info("Crew run %s was asked to stop: %s.", kickoff_id, answer.outcome)

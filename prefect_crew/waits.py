@@ -15,8 +15,9 @@ from prefect_crew.api.models import CrewResult, CrewState, CrewStatus
 from prefect_crew.events import emit
 from prefect_crew.interrupts import watch_ctrl_c
 from prefect_crew.logs import run_logger
-from prefect_crew.open_runs import OpenRun, recall
-from prefect_crew.outcomes import failure, result_of, typed
+from prefect_crew.lookups import find_run, recorded_result
+from prefect_crew.open_runs import OpenRun
+from prefect_crew.outcomes import result_of, typed
 from prefect_crew.record_store import PrefectRecords
 from prefect_crew.records import RecordPhase, StoredResult, utcnow
 from prefect_crew.reviews import Reviewer, ReviewFunction
@@ -38,29 +39,11 @@ if TYPE_CHECKING:
 
     from prefect_crew.blocks import DeployedCrew
 
-__all__ = ["find_run", "wait_for_run"]
+__all__ = ["wait_for_run"]
 
 SHOW_EVERY = 5.0
 """Seconds, at least, between two updates of the artifact of a run that goes on."""
 _ENDS = {CrewState.COMPLETED: "completed", CrewState.FAILED: "failed", CrewState.STOPPED: "stopped"}
-
-
-async def find_run(crew: DeployedCrew, kickoff_id: str, run_key: str | None = None) -> OpenRun:
-    """Return a run by its id, with its record where one is found. A Prefect API that is away leaves it without."""
-    run = recall(crew, kickoff_id)
-    if run is not None:
-        return run
-    records = PrefectRecords()
-    try:
-        if run_key is None:
-            record = await records.of_kickoff(kickoff_id)
-        else:
-            attempts = await records.attempts(run_key)
-            record = next((attempt for attempt in attempts if attempt.kickoff_id == kickoff_id), None)
-    except (httpx.HTTPError, PrefectException) as error:
-        run_logger().warning("The record of run %s could not be read (%s): waiting without it.", kickoff_id, error)
-        record = None
-    return OpenRun(crew=crew, kickoff_id=kickoff_id, record=record)
 
 
 async def wait_for_run(
@@ -83,26 +66,10 @@ async def wait_for_run(
     run = await find_run(crew, kickoff_id, run_key)
     async with CrewSession(crew) as session:
         if run.record is not None and run.record.phase is RecordPhase.ENDED:
-            result = await _recorded(run, session)
+            result = await recorded_result(run, session)
         else:
             result = await _Waiter(run, session, wait or crew.wait, review).result()
-    return result if output_type is None else typed(result, output_type)
-
-
-async def _recorded(run: OpenRun, session: CrewSession) -> CrewResult:
-    """Return the result of a run whose end is on record: from the record, else from the status call."""
-    record = run.record
-    assert record is not None  # noqa: S101  the caller looked
-    if record.state is not CrewState.COMPLETED:
-        raise failure(run, record.state, record.error)
-    if record.result is not None:
-        return record.result.result(run.kickoff_id)
-    status = await session.client.status(run.kickoff_id)
-    if status.state is CrewState.UNKNOWN:
-        raise CrewLostError(
-            kickoff_id=run.kickoff_id, crew=run.crew.label, run_key=run.run_key, last_state=str(record.state)
-        )
-    return result_of(run, status)
+    return result if output_type is None else typed(result, output_type, run=run)
 
 
 class _CancelledOnServerError(Exception):
@@ -125,7 +92,9 @@ class _Waiter:
         self.last: CrewStatus | None = None
         self.troubled = False
         self.waker: Waker | None = None
-        self._shown_at = 0.0
+        # A run that was kicked off right here has just been shown.
+        self._shown_at = time.monotonic() if run.owned else 0.0
+        self._stale = False
         self._artifact_trouble = False
 
     async def result(self) -> CrewResult:
@@ -194,15 +163,18 @@ class _Waiter:
             self.log.info("Crew run %s: %s%s", self.run.kickoff_id, self._task(status), _progress(status))
         if status.state.ended:
             return
-        if before is None or task_changed or before.progress != status.progress or before.state is not status.state:
-            await self._show(status)
+        state_changed = before is None or before.state is not status.state
+        if state_changed or task_changed or (before is not None and before.progress != status.progress):
+            self._stale = True
+        if self._stale:
+            await self._show(status, force=state_changed and status.state is CrewState.WAITING)
         if self.reviewer is not None:
             await self.reviewer.saw(status)
         if await cancelled_meanwhile(self.own):
             raise _CancelledOnServerError
 
     def _task(self, status: CrewStatus) -> str:
-        return "" if self.run.show == "none" else self.run.redact(str(status.current_task))[:200]
+        return "" if self.run.show == "none" or self.run.blind else self.run.redact(str(status.current_task))[:200]
 
     def _log_state(self, status: CrewStatus) -> None:
         if not status.known_state:
@@ -280,15 +252,20 @@ class _Waiter:
         run, record = self.run, self.run.record
         if record is not None:
             record.ended_at = utcnow()
+            if record.human_since is not None:  # the person's turn ended with the run
+                record.human_seconds += max(0.0, (record.ended_at - record.human_since).total_seconds())
+                record.human_since = None
             if await self._closed_already():
+                self.log.info("Crew run %s %s.", run.kickoff_id, _ENDS[status.state])
                 return
             masked = run.masked(status)
             record.phase, record.state = RecordPhase.ENDED, status.state
             record.error = (masked.error or "")[:500] or None
             if status.state is CrewState.COMPLETED and run.show == "full":
                 result = status.result()
-                if not run.redact.hides(result.model_dump_json(exclude={"raw"})):
-                    record.result = StoredResult.of(result)
+                kept = StoredResult.of(result)
+                if not run.redact.hides(kept.model_dump(mode="json")):
+                    record.result = kept
             try:
                 await self.records.save(record)
             except (httpx.HTTPError, PrefectException) as error:
@@ -315,15 +292,21 @@ class _Waiter:
             return False
         return standing is not None and standing.phase is RecordPhase.ENDED
 
-    async def _stopped_by_cancellation(self) -> CrewStoppedError:
-        if self.run.record is not None:
-            await stop_if_asked(self.session, self.run.record, self.records)
+    async def _stopped_by_cancellation(self) -> CrewError:
+        record = self.run.record
+        stopped = record is not None and await stop_if_asked(self.session, record, self.records)
         if self.own is not None:
             try:
                 await mark_cancelled(self.own)
             except (httpx.HTTPError, PrefectException) as error:
                 self.log.warning("This flow run stays in Cancelling: %s", error)
-        return CrewStoppedError(kickoff_id=self.run.kickoff_id, crew=self.run.crew.label, run_key=self.run.run_key)
+        label, kickoff_id = self.run.crew.label, self.run.kickoff_id
+        if stopped:
+            return CrewStoppedError(kickoff_id=kickoff_id, crew=label, run_key=self.run.run_key)
+        return CrewError(
+            f"The flow run was cancelled, and with it the wait for run {kickoff_id} of crew {label}, which runs on at "
+            f"{self.run.crew.url}. Its result is there for whoever waits for it: prefect-crew status CREW {kickoff_id}."
+        )
 
     async def _timed_out(self, error: CrewTimeoutError) -> CrewTimeoutError:
         run, record = self.run, self.run.record
@@ -375,7 +358,7 @@ class _Waiter:
         now = time.monotonic()
         if not force and now - self._shown_at < SHOW_EVERY:
             return
-        self._shown_at = now
+        self._shown_at, self._stale = now, False
         view = self.run.view(status, notes=[self.run.redact(note)] if note else [])
         trouble = await self.run.shown_by().update(view)
         if trouble and not self._artifact_trouble:

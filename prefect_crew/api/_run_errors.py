@@ -28,15 +28,18 @@ class OutputTypeError(CrewError):
         problems: What did not fit, a line each.
     """
 
-    def __init__(self, *, kickoff_id: str, output_type: str, output: str, problems: Sequence[str]) -> None:
+    def __init__(
+        self, *, kickoff_id: str, output_type: str, output: str, problems: Sequence[str], shown: str | None = None
+    ) -> None:
+        # `shown` is the text as the message may hold it; that becomes the state of a flow run, for all to read.
         self.kickoff_id = kickoff_id
         self.output_type = output_type
         self.output = output
         self.problems = list(problems)
         super().__init__(
             f"The result of run {kickoff_id} does not fit {output_type}: {'; '.join(self.problems)}. "
-            f"The text: {excerpt(output) or 'empty'}. Nothing has to be bought again: mend the type, or leave "
-            "output_type out, and run again with the same key."
+            f"The text: {excerpt(output if shown is None else shown) or 'empty'}. Nothing has to be bought again: mend "
+            "the type, or leave output_type out, and run again with the same key."
         )
 
 
@@ -116,9 +119,11 @@ class CrewFailedError(_EndedError):
 class CrewStoppedError(_EndedError):
     """The run was stopped, by us or by someone else. Attributes: kickoff_id, crew, run_key."""
 
-    def __init__(self, *, kickoff_id: str, crew: str | None = None, run_key: str | None = None) -> None:
+    def __init__(
+        self, *, kickoff_id: str, crew: str | None = None, run_key: str | None = None, advice: str | None = None
+    ) -> None:
         super().__init__(
-            f"{_of(kickoff_id, crew)} was stopped before it had a result. Run again to buy a new one.",
+            f"{_of(kickoff_id, crew)} was stopped before it had a result. {advice or 'Run again to buy a new one.'}",
             kickoff_id=kickoff_id,
             crew=crew,
             run_key=run_key,

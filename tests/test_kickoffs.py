@@ -1,0 +1,606 @@
+"""Opening a run: what is checked, what is sent and how often, and what stands on record afterwards."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import uuid
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from opentelemetry import trace
+from prefect import flow
+from pydantic import SecretStr
+
+from prefect_crew import DeployedCrew, Webhooks, kickoff_crew, purchases, record_store
+from prefect_crew.api.errors import (
+    AuthenticationError,
+    ConfigurationError,
+    CrewAPIError,
+    CrewError,
+    CrewFailedError,
+    InvalidInputsError,
+    KickoffUncertainError,
+    NotFoundError,
+    RateLimitedError,
+    RunKeyConflictError,
+)
+from prefect_crew.api.inputs import inputs_digest
+from prefect_crew.api.models import CrewState
+from prefect_crew.record_store import PrefectRecords
+from prefect_crew.records import RecordPhase, RunRecord, utcnow
+from prefect_crew.server import CrewServer
+from prefect_crew.testing import CrewServerFactory
+from support.prefect_server import PrefectServer, environment, free_port
+from support.proxy import Proxy
+from support.scripts import FAILS, script, slow
+
+pytestmark = pytest.mark.usefixtures("prefect_api", "instant_polling")
+
+RECORDS = PrefectRecords()
+TRIP = script({"output": "{{ city }}"}, inputs=["city"])
+
+
+def key() -> str:
+    return f"kickoff {uuid.uuid4()}"
+
+
+async def attempts(run_key: str) -> list[RunRecord]:
+    return [*await RECORDS.attempts(run_key)]
+
+
+async def phases(run_key: str) -> list[RecordPhase]:
+    return [record.phase for record in await attempts(run_key)]
+
+
+@pytest.fixture(autouse=True)
+def _log_all(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "prefect_crew")
+
+
+# Inputs
+
+
+async def test_missing_inputs_start_nothing_and_may_be_mended_under_the_same_key(crew_server: CrewServerFactory):
+    server, run_key = crew_server(TRIP), key()
+    with pytest.raises(InvalidInputsError, match=r"Missing inputs: city. Nothing was started") as caught:
+        await server.crew().trigger({"days": 3}, run_key=run_key)
+    assert (caught.value.missing_inputs, caught.value.before_kickoff) == (["city"], True)
+    assert server.requests["kickoff"] == 0
+    await server.crew().trigger({"city": "Lisbon"}, run_key=run_key)
+    assert await phases(run_key) == [RecordPhase.NOT_STARTED, RecordPhase.STARTED]
+
+
+async def test_unknown_inputs_are_warned_of_once_and_sent(
+    crew_server: CrewServerFactory, caplog: pytest.LogCaptureFixture
+):
+    server = crew_server(TRIP)
+    run = await server.crew().trigger({"city": "Lisbon", "color": "red", "size": 3})
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert "does not know the inputs color, size; it takes city." in warning
+    assert server.run(run.kickoff_id).inputs == {"city": "Lisbon", "color": "red", "size": "3"}
+
+
+async def test_a_crew_that_names_no_inputs_takes_any(crew_server: CrewServerFactory, caplog: pytest.LogCaptureFixture):
+    server = crew_server(script({"output": "{{ inputs.anything }}"}))
+    run = await server.crew().trigger({"anything": "goes"})
+    await run.wait_for_completion()
+    assert (await run.fetch_result()).output == "goes"
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+@pytest.mark.parametrize("fault", ["404", "405", "500", "429", "drop", "html", "garbage", "redirect"])
+async def test_inputs_that_cannot_be_asked_for_do_not_stop_a_run(
+    crew_server: CrewServerFactory, caplog: pytest.LogCaptureFixture, fault: str
+):
+    server = crew_server(TRIP, faults=[f"inputs:{fault}"])
+    await server.crew().trigger({"city": "Lisbon"})
+    assert server.kickoffs == 1
+    assert "could not be checked before the kickoff" in caplog.text
+
+
+@pytest.mark.parametrize("code", [401, 403])
+async def test_a_refused_token_stops_a_run_before_its_kickoff(crew_server: CrewServerFactory, code: int):
+    server, run_key = crew_server(TRIP, faults=[f"inputs:{code}@1"]), key()
+    with pytest.raises(AuthenticationError):
+        await server.crew().trigger({"city": "Lisbon"}, run_key=run_key)
+    assert server.requests["kickoff"] == 0
+    assert await phases(run_key) == [RecordPhase.NOT_STARTED]
+    await server.crew().trigger({"city": "Lisbon"}, run_key=run_key)
+    assert server.kickoffs == 1
+
+
+@pytest.mark.parametrize(
+    "inputs", [{"city": object()}, {"city": float("nan")}, {3: "x"}], ids=["no JSON", "not a number", "name"]
+)
+async def test_inputs_that_cannot_be_sent_start_nothing(crew_server: CrewServerFactory, inputs: Any):
+    server = crew_server(TRIP)
+    with pytest.raises(ConfigurationError, match="Nothing was started"):
+        await server.crew().trigger(inputs)
+    assert not server.requests
+
+
+async def test_inputs_go_as_text_or_as_json_values(crew_server: CrewServerFactory):
+    server = crew_server(TRIP)
+    as_text = await server.crew().trigger({"city": ["Lisbon", "Porto"], "days": 3})
+    as_json = await server.crew(inputs_as_json=True).trigger({"city": ["Lisbon", "Porto"], "days": 3})
+    assert server.run(as_text.kickoff_id).inputs == {"city": '["Lisbon","Porto"]', "days": "3"}
+    assert server.run(as_json.kickoff_id).inputs == {"city": ["Lisbon", "Porto"], "days": 3}
+
+
+async def test_the_kickoff_carries_the_run_key_the_users_meta_and_webhooks(crew_server: CrewServerFactory):
+    server, run_key = crew_server("echo"), key()
+    run = await server.crew().trigger(
+        {"text": "a"},
+        run_key=run_key,
+        meta={"order": 7, "run_key": "not this one"},
+        webhooks=Webhooks(crew="http://127.0.0.1:9/crew"),
+    )
+    sent = server.run(run.kickoff_id)
+    assert sent.meta == {"order": 7, "run_key": run_key}
+    assert sent.hooks.crew == "http://127.0.0.1:9/crew"
+
+
+# Tokens
+
+
+async def test_a_rotated_token_is_taken_from_the_stored_block_once(crew_server: CrewServerFactory):
+    server, name = crew_server(TRIP), f"rotated-{uuid.uuid4().hex[:8]}"
+    crew = server.crew()
+    await crew.save(name)
+    server.token = "the-new-token"
+    await server.crew().save(name, overwrite=True)
+    run = await crew.trigger({"city": "Lisbon"})
+    assert run.crew.token == SecretStr("the-new-token")
+    assert server.counters.unauthorized == 1
+    assert server.kickoffs == 1
+
+
+async def test_a_token_that_is_rotated_between_the_check_and_the_kickoff_is_renewed_too(crew_server: CrewServerFactory):
+    server, name = crew_server(TRIP, faults=["inputs:latency=1.0"]), f"rotated-{uuid.uuid4().hex[:8]}"
+    crew = server.crew()
+    await crew.save(name)
+    calling = asyncio.ensure_future(crew.trigger({"city": "Lisbon"}, run_key=(run_key := key())))
+    while not server.requests["inputs"]:
+        await asyncio.sleep(0.01)
+    server.token = "the-new-token"
+    await server.crew().save(name, overwrite=True)
+    await calling
+    assert (server.counters.unauthorized, server.kickoffs) == (1, 1)
+    assert await phases(run_key) == [RecordPhase.STARTED]
+
+
+async def test_a_stored_token_that_is_refused_as_well_is_not_tried_for_ever(crew_server: CrewServerFactory):
+    server, name = crew_server(TRIP), f"wrong-{uuid.uuid4().hex[:8]}"
+    crew = server.crew(token="wrong")
+    await crew.save(name)
+    await server.crew(token="wrong-too").save(name, overwrite=True)
+    with pytest.raises(AuthenticationError):
+        await crew.trigger({"city": "Lisbon"})
+    assert server.counters.unauthorized == 2
+
+
+# Fates
+
+
+UNCERTAIN = {
+    "dropped after it was accepted": "drop-after-accept",
+    "dropped before it was accepted": "drop",
+    "reset after it was accepted": "reset-after-accept",
+    "cut in the middle of the answer": "cut",
+    "500 after it was accepted": "500-after-accept",
+    "502": "502",
+    "503 without a time to come back": "503-bare",
+    "504": "504",
+    "408": "408",
+    "redirect": "redirect",
+    "200 with a page": "html-after-accept",
+    "200 with half an answer": "garbage-after-accept",
+    "200 with nothing": "empty-after-accept",
+    "200 without an id": "no-id",
+    "no answer in time": "timeout",
+}
+
+
+@pytest.mark.parametrize("fault", UNCERTAIN.values(), ids=UNCERTAIN.keys())
+async def test_what_may_have_started_is_uncertain_and_never_sent_again(
+    crew_server: CrewServerFactory, caplog: pytest.LogCaptureFixture, fault: str
+):
+    server, run_key = crew_server("echo", faults=[f"kickoff:{fault}@1"]), key()
+    crew = server.crew(request_timeout=0.5)
+    with pytest.raises(KickoffUncertainError, match="settle") as caught:
+        await crew.trigger({"text": "a"}, run_key=run_key)
+    assert caught.value.run_key == run_key
+    assert caught.value.sent["crew"] == crew.label
+    assert isinstance(caught.value.__cause__, CrewError)
+    for _ in range(2):
+        with pytest.raises(KickoffUncertainError):
+            await crew.trigger({"text": "a"}, run_key=run_key)
+    assert (server.requests["kickoff"], server.requests["inputs"]) == (1, 1)
+    (record,) = await attempts(run_key)
+    assert (record.phase, record.kickoff_id) == (RecordPhase.UNCERTAIN, None)
+    assert record.reason
+    assert server.token not in f"{record} {caught.value!r} {caught.value.__cause__!r} {caplog.text}"
+
+
+REFUSED = {"400": InvalidInputsError, "403": AuthenticationError, "404": NotFoundError, "405": CrewAPIError}
+
+
+@pytest.mark.parametrize(
+    ("fault", "kind"), [*REFUSED.items(), ("422", InvalidInputsError)], ids=lambda value: str(value)[:3]
+)
+async def test_what_was_refused_did_not_start_and_is_raised_at_once(
+    crew_server: CrewServerFactory, fault: str, kind: type[CrewAPIError]
+):
+    server, run_key = crew_server("echo", faults=[f"kickoff:{fault}@1"]), key()
+    with pytest.raises(kind) as caught:
+        await server.crew().trigger({"text": "a"}, run_key=run_key)
+    assert caught.value.status_code == int(fault)
+    assert server.requests["kickoff"] == 1
+    assert await phases(run_key) == [RecordPhase.NOT_STARTED]
+    await server.crew().trigger({"text": "a"}, run_key=run_key)
+    assert server.kickoffs == 1
+
+
+@pytest.mark.parametrize("fault", ["429=0.2", "503=0.2"])
+async def test_a_server_that_asks_to_come_back_is_come_back_to(
+    crew_server: CrewServerFactory, caplog: pytest.LogCaptureFixture, fault: str
+):
+    server, run_key = crew_server("echo", faults=[f"kickoff:{fault}@1-2"]), key()
+    began = asyncio.get_running_loop().time()
+    await server.crew().trigger({"text": "a"}, run_key=run_key)
+    assert asyncio.get_running_loop().time() - began >= 0.4
+    assert (server.requests["kickoff"], server.kickoffs) == (3, 1)
+    assert await phases(run_key) == [RecordPhase.STARTED]
+    assert caplog.text.count("It is sent again in") == 2
+
+
+async def test_a_server_that_asks_for_too_much_time_is_left_alone(
+    crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(purchases, "LIMITED_FOR", 1.0)
+    server, run_key = crew_server("echo", faults=["kickoff:429=3600@1"]), key()
+    with pytest.raises(RateLimitedError) as caught:
+        await server.crew().trigger({"text": "a"}, run_key=run_key)
+    assert caught.value.retry_after == 3600
+    assert await phases(run_key) == [RecordPhase.NOT_STARTED]
+
+
+def test_a_refused_connection_is_tried_again_by_prefects_own_retries(crew_server: CrewServerFactory):
+    server = CrewServer("echo", port=free_port())
+    patient = kickoff_crew.with_options(retries=20, retry_delay_seconds=0.3)
+
+    @flow
+    async def trip() -> str:
+        async def start() -> None:
+            await asyncio.sleep(0.8)
+            await asyncio.to_thread(server.start)
+
+        starting = asyncio.ensure_future(start())
+        try:
+            return await patient(server.crew(), {"text": "a"})
+        finally:
+            await starting
+
+    try:
+        kickoff_id = asyncio.run(trip())
+        assert server.run(kickoff_id)
+        assert (server.requests["kickoff"], server.kickoffs) == (1, 1)
+    finally:
+        server.stop()
+
+
+def test_prefects_retries_send_nothing_again_that_may_have_started(crew_server: CrewServerFactory):
+    server = crew_server("echo", faults=["kickoff:drop-after-accept@1", "kickoff:500@2"])
+    eager = kickoff_crew.with_options(retries=5, retry_delay_seconds=0)
+
+    @flow
+    async def trip() -> None:
+        await eager(server.crew(), {"text": "a"})
+
+    with pytest.raises(KickoffUncertainError):
+        asyncio.run(trip())
+    assert server.requests["kickoff"] == 1
+
+
+# Keys that hold across flow runs
+
+
+async def test_a_run_in_flight_is_found_and_waited_for(crew_server: CrewServerFactory):
+    server, run_key = crew_server(slow(0.5)), key()
+    first = await server.crew().trigger({}, run_key=run_key)
+    second = await server.crew().trigger({}, run_key=run_key)
+    await second.wait_for_completion()
+    assert second.kickoff_id == first.kickoff_id
+    assert (server.kickoffs, server.requests["inputs"]) == (1, 1)
+
+
+async def test_a_completed_run_is_returned_without_a_request_to_the_crew(crew_server: CrewServerFactory):
+    server, run_key = crew_server("echo"), key()
+    first = await server.crew().trigger({"text": "a"}, run_key=run_key)
+    await first.wait_for_completion()
+    asked = server.requests.total()
+    second = await server.crew().trigger({"text": "a"}, run_key=run_key)
+    await second.wait_for_completion()
+    assert (await second.fetch_result()).output == "a"
+    assert second.kickoff_id == first.kickoff_id
+    assert server.requests.total() == asked
+
+
+async def test_a_failed_run_is_bought_again_up_to_the_limit_and_then_raised_with_its_reason(
+    crew_server: CrewServerFactory,
+):
+    server, run_key = crew_server(FAILS), key()
+    crew, errors = server.crew(max_kickoffs=2), list[str]()
+    for _ in range(4):
+        with pytest.raises(CrewFailedError, match="the search engine is down") as caught:
+            await (await crew.trigger({}, run_key=run_key)).wait_for_completion()
+        errors.append(str(caught.value))
+    assert server.kickoffs == 2
+    assert [(record.attempt, record.state) for record in await attempts(run_key)] == [
+        (1, CrewState.FAILED),
+        (2, CrewState.FAILED),
+    ]
+    assert "once it is mended" in errors[1]
+    assert all("allows 2 kickoffs under one run key" in error and "force_new" in error for error in errors[2:])
+
+
+async def test_a_call_that_waited_for_a_run_gets_its_failure_and_does_not_buy_another(crew_server: CrewServerFactory):
+    server, run_key = crew_server(FAILS, faults=["kickoff:latency=0.5@1"]), key()
+
+    async def call() -> None:
+        await (await server.crew().trigger({}, run_key=run_key)).wait_for_completion()
+
+    results = await asyncio.gather(*(call() for _ in range(5)), return_exceptions=True)
+    assert {type(result) for result in results} == {CrewFailedError}
+    assert "max_kickoffs" not in "".join(map(str, results))
+    assert server.kickoffs == 1
+
+
+@pytest.mark.parametrize("other", ["crew", "inputs"])
+async def test_another_crew_or_other_inputs_under_a_key_are_a_conflict(crew_server: CrewServerFactory, other: str):
+    server, second, run_key = crew_server("echo"), crew_server("echo"), key()
+    await server.crew().trigger({"text": "a"}, run_key=run_key)
+    crew, text = (second.crew(), "a") if other == "crew" else (server.crew(), "b")
+    with pytest.raises(RunKeyConflictError, match="Nothing was started") as caught:
+        await crew.trigger({"text": text}, run_key=run_key)
+    assert caught.value.run_key == run_key
+    assert (server.requests["kickoff"], second.requests["kickoff"]) == (1, 0)
+
+
+async def test_equal_inputs_are_equal_whatever_their_order_and_form(crew_server: CrewServerFactory):
+    server, run_key = crew_server(TRIP), key()
+    first = await server.crew().trigger({"city": "Lisbon", "days": 3}, run_key=run_key)
+    second = await server.crew(inputs_as_json=True).trigger({"days": 3, "city": "Lisbon"}, run_key=run_key)
+    assert second.kickoff_id == first.kickoff_id
+
+
+async def test_force_new_buys_again_whatever_the_record_says(crew_server: CrewServerFactory):
+    server, run_key = crew_server("echo", faults=["kickoff:500@1"]), key()
+    with pytest.raises(KickoffUncertainError):
+        await server.crew().trigger({"text": "a"}, run_key=run_key)
+    forced = await server.crew().trigger({"text": "a"}, run_key=run_key, force_new=True)
+    await forced.wait_for_completion()
+    again = await server.crew().trigger({"text": "b"}, run_key=run_key, force_new=True)
+    assert again.kickoff_id != forced.kickoff_id
+    assert [record.attempt for record in await attempts(run_key)] == [1, 2, 3]
+    found = await server.crew().trigger({"text": "b"}, run_key=run_key)
+    assert found.kickoff_id == again.kickoff_id
+
+
+async def test_a_forced_kickoff_that_did_not_start_leaves_the_completed_run_standing(crew_server: CrewServerFactory):
+    server, run_key = crew_server("echo", faults=["kickoff:404@2"]), key()
+    first = await server.crew().trigger({"text": "a"}, run_key=run_key)
+    await first.wait_for_completion()
+    with pytest.raises(NotFoundError):
+        await server.crew().trigger({"text": "a"}, run_key=run_key, force_new=True)
+    assert (await server.crew().trigger({"text": "a"}, run_key=run_key)).kickoff_id == first.kickoff_id
+    assert server.kickoffs == 1
+
+
+async def test_a_retry_of_a_flow_that_forced_a_run_means_that_run(crew_server: CrewServerFactory):
+    server, run_key, runs = crew_server("echo"), key(), list[str]()
+
+    @flow(retries=2)
+    async def trip() -> list[str]:
+        ids = [await kickoff_crew(server.crew(), {"text": "a"}, run_key=run_key, force_new=True) for _ in range(2)]
+        runs.extend(ids)
+        if len(runs) < 6:
+            raise RuntimeError("again")
+        return ids
+
+    first = await trip()
+    assert runs == first * 3
+    assert len(set(first)) == server.kickoffs == 2
+    await server.crew().trigger({"text": "a"}, run_key=run_key, force_new=True)
+    assert server.kickoffs == 3
+
+
+# Claims of others
+
+
+async def claim(run_key: str, crew: DeployedCrew, **fields: Any) -> RunRecord:
+    """Claim a run with the input text: a, as somebody else."""
+    now = utcnow()
+    known: dict[str, Any] = {"claimed_at": now, "known_by": now + timedelta(seconds=60), "owner": "somebody else"}
+    record = RunRecord(
+        run_key=run_key,
+        attempt=1,
+        crew=crew.label,
+        crew_url=crew.url,
+        inputs_digest=inputs_digest({"text": "a"}),
+        **known | fields,
+    )
+    assert await RECORDS.claim(record)
+    return record
+
+
+async def test_who_finds_a_claim_waits_for_its_id(crew_server: CrewServerFactory):
+    server, run_key = crew_server("echo"), key()
+    standing = await claim(run_key, server.crew())
+    finding = asyncio.ensure_future(server.crew().trigger({"text": "a"}, run_key=run_key))
+    done, _ = await asyncio.wait({finding}, timeout=0.5)
+    assert not done
+    standing.phase, standing.kickoff_id, standing.kicked_off_at = RecordPhase.STARTED, "theirs", utcnow()
+    await RECORDS.save(standing)
+    assert (await finding).kickoff_id == "theirs"
+
+
+async def test_who_waits_for_a_claim_buys_where_it_was_given_back(crew_server: CrewServerFactory):
+    server, run_key = crew_server("echo"), key()
+    standing = await claim(run_key, server.crew())
+    finding = asyncio.ensure_future(server.crew().trigger({"text": "a"}, run_key=run_key))
+    await asyncio.sleep(0.3)
+    standing.phase = RecordPhase.NOT_STARTED
+    await RECORDS.save(standing)
+    assert (await finding).kickoff_id in {run.id for run in server.runs}
+    assert await phases(run_key) == [RecordPhase.NOT_STARTED, RecordPhase.STARTED]
+
+
+async def test_a_claim_whose_time_is_up_is_uncertain(crew_server: CrewServerFactory):
+    server, run_key = crew_server("echo"), key()
+    await claim(run_key, server.crew(), known_by=utcnow() + timedelta(seconds=0.3))
+    with pytest.raises(KickoffUncertainError, match="ended before its answer was written down"):
+        await server.crew().trigger({"text": "a"}, run_key=run_key)
+    assert server.requests["kickoff"] == 0
+
+
+async def test_a_claim_of_a_flow_run_that_is_gone_is_uncertain_at_once(crew_server: CrewServerFactory):
+    server, run_key = crew_server("echo"), key()
+    await claim(run_key, server.crew(), flow_run_id=str(uuid.uuid4()))
+    with pytest.raises(KickoffUncertainError):
+        await asyncio.wait_for(server.crew().trigger({"text": "a"}, run_key=run_key), 20)
+
+
+# Cancelled callers
+
+
+async def cancelled_after(seconds: float, crew: DeployedCrew, run_key: str) -> None:
+    calling = asyncio.ensure_future(crew.trigger({"text": "a"}, run_key=run_key))
+    await asyncio.sleep(seconds)
+    calling.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await calling
+
+
+async def test_a_kickoff_in_flight_is_seen_to_its_end_although_its_caller_is_cancelled(
+    crew_server: CrewServerFactory, caplog: pytest.LogCaptureFixture
+):
+    server, run_key = crew_server("echo", faults=["kickoff:latency=1.0@1"]), key()
+    await cancelled_after(0.5, server.crew(), run_key)
+    (record,) = await attempts(run_key)
+    assert (record.phase, record.kickoff_id) == (RecordPhase.STARTED, server.runs[0].id)
+    assert "is left running" in caplog.text
+    assert server.requests["stop"] == 0
+    found = await server.crew().trigger({"text": "a"}, run_key=run_key)
+    assert found.kickoff_id == record.kickoff_id
+
+
+async def test_a_refused_kickoff_of_a_cancelled_caller_did_not_start(crew_server: CrewServerFactory):
+    server, run_key = crew_server("echo", faults=["kickoff:latency=1.0@1", "kickoff:404@1"]), key()
+    await cancelled_after(0.5, server.crew(), run_key)
+    assert await phases(run_key) == [RecordPhase.NOT_STARTED]
+
+
+async def test_an_uncertain_kickoff_of_a_cancelled_caller_is_uncertain(crew_server: CrewServerFactory):
+    server, run_key = crew_server("echo", faults=["kickoff:latency=1.0@1", "kickoff:500@1"]), key()
+    await cancelled_after(0.5, server.crew(), run_key)
+    assert await phases(run_key) == [RecordPhase.UNCERTAIN]
+
+
+@pytest.mark.parametrize("fault", ["inputs:latency=30", "kickoff:429=30"], ids=["at the check", "in a pause"])
+async def test_a_caller_that_is_cancelled_before_its_kickoff_gives_the_claim_back(
+    crew_server: CrewServerFactory, fault: str
+):
+    server, run_key = crew_server("echo", faults=[fault]), key()
+    await cancelled_after(1.0, server.crew(), run_key)
+    assert await phases(run_key) == [RecordPhase.NOT_STARTED]
+    assert server.kickoffs == 0
+
+
+async def test_a_post_that_does_not_end_is_not_waited_for_for_ever(
+    crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(purchases, "FINISH", 0.2)
+    server, run_key = crew_server("echo", faults=["kickoff:timeout"]), key()
+    await asyncio.wait_for(cancelled_after(0.5, server.crew(), run_key), 10)
+    assert await phases(run_key) == [RecordPhase.CLAIMED]
+
+
+# What is told
+
+
+class Span(trace.NonRecordingSpan):
+    def __init__(self) -> None:
+        super().__init__(trace.INVALID_SPAN_CONTEXT)
+        self.told: dict[str, Any] = {}
+
+    def set_attribute(self, key: str, value: Any) -> None:
+        self.told[key] = value
+
+
+async def test_the_decision_is_one_line_and_a_span_attribute(
+    crew_server: CrewServerFactory, caplog: pytest.LogCaptureFixture
+):
+    server, run_key = crew_server("echo"), key()
+    for decision in ("start", "reattach"):
+        caplog.clear()
+        span = Span()
+        with trace.use_span(span):
+            await server.crew().trigger({"text": "a"}, run_key=run_key)
+        assert span.told["prefect_crew.decision"] == decision
+        (line,) = [record.getMessage() for record in caplog.records if "Run key" in record.getMessage()]
+        assert line.startswith(f"Run key {run_key}: {decision} (crew {server.crew().label}, attempt 1")
+
+
+# A Prefect API that is away
+
+
+@pytest.fixture
+def proxy(prefect_server: PrefectServer) -> Iterator[Proxy]:
+    with Proxy(prefect_server.port) as way, environment({"PREFECT_API_URL": f"{way.url}/api"}):
+        yield way
+
+
+async def test_nothing_is_sent_where_no_claim_can_be_written(crew_server: CrewServerFactory, proxy: Proxy):
+    server = crew_server("echo")
+    proxy.cut()
+    with pytest.raises(httpx.HTTPError):
+        await server.crew().trigger({"text": "a"}, run_key=key())
+    assert not server.requests
+
+
+async def test_an_id_that_cannot_be_written_down_is_told_with_what_to_do(
+    crew_server: CrewServerFactory,
+    proxy: Proxy,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+):
+    monkeypatch.setattr(record_store, "SAVE_FOR", 0.5)
+    server, run_key = crew_server("echo", faults=["kickoff:latency=1.0"]), key()
+    calling = asyncio.ensure_future(server.crew().trigger({"text": "a"}, run_key=run_key))
+    while not server.requests["kickoff"]:
+        await asyncio.sleep(0.01)
+    proxy.cut()
+    run = await calling
+    assert f"prefect-crew runs settle '{run_key}' --kickoff-id {run.kickoff_id}" in caplog.text
+    assert "has no artifact" in caplog.text
+    proxy.restore()
+    assert await phases(run_key) == [RecordPhase.CLAIMED]
+
+
+async def test_a_kickoff_costs_the_prefect_api_two_requests_and_the_end_one(
+    crew_server: CrewServerFactory, proxy: Proxy
+):
+    server = crew_server("echo")
+    run = await server.crew().trigger({"text": "a"}, run_key=key())
+    made = [request.rpartition("/")[0] for request in proxy.requests if "/variables" in request]
+    assert made == ["POST /api/variables", "PATCH /api/variables/name"]
+    await run.wait_for_completion()
+    assert proxy.count("/variables") == 3
+    assert proxy.count("/flow_runs") == proxy.count("/task_runs") == 0
