@@ -10,14 +10,19 @@ from uuid import UUID
 
 import httpx
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.actions import ArtifactCreate, ArtifactUpdate
+from prefect.client.schemas.actions import ArtifactCreate
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId, ArtifactFilterKey
 from prefect.context import FlowRunContext, TaskRunContext
 from prefect.exceptions import PrefectException
 
+from prefect_crew.impatience import request_soon
 from prefect_crew.rendering import RunView, render_run
 
 __all__ = ["MarkdownArtifact", "RunArtifact", "artifact_key"]
+
+
+SHOW_FOR = 5.0
+"""Seconds for which showing something outlasts a Prefect API that is busy."""
 
 
 def artifact_key(label: str, *, prefix: str = "crew") -> str:
@@ -46,7 +51,9 @@ class MarkdownArtifact:
                     await self._create(data)
                 else:
                     self._id = artifact_id
-                    await client.update_artifact(artifact_id, ArtifactUpdate(data=data))
+                    await request_soon(
+                        client, "PATCH", f"/artifacts/{artifact_id}", json={"data": data}, patience=SHOW_FOR
+                    )
         except (httpx.HTTPError, PrefectException) as error:
             return f"{type(error).__name__}: {error}".splitlines()[0]
         return None

@@ -7,19 +7,18 @@ measured: 20 racers, one winner). The attempt's number is part of the name, so t
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 from uuid import UUID
 
-import httpx
 from prefect.client.orchestration import get_client
 from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
 from pydantic import ValidationError
 from pydantic_core import to_json
 
 from prefect_crew.api.errors import CrewError
+from prefect_crew.impatience import request_soon
 from prefect_crew.records import RecordPhase, RunRecord
 
 __all__ = ["PrefectRecords", "record_name"]
@@ -80,12 +79,6 @@ def _parse(variable: Mapping[str, Any]) -> RunRecord | None:
         return None
 
 
-def _transient(error: Exception) -> bool:
-    if isinstance(error, PrefectHTTPStatusError):
-        return error.response.status_code >= 500 or error.response.status_code in (408, 429)
-    return isinstance(error, httpx.TransportError)
-
-
 def _unacceptable(error: Exception) -> bool:
     return isinstance(error, PrefectHTTPStatusError) and error.response.status_code in (400, 413, 422)
 
@@ -130,28 +123,23 @@ class PrefectRecords:
 
     async def save(self, record: RunRecord) -> None:
         """Replace the attempt's Variable, again and again for five minutes while the Prefect API is away."""
-        loop = asyncio.get_running_loop()
-        until = loop.time() + SAVE_FOR
-        delay = 0.5
         value = _value(record)
-        while True:
-            try:
-                return await self._patch(record, value)
-            except (PrefectHTTPStatusError, httpx.TransportError) as error:
-                if _unacceptable(error) and value.pop("result", None) is not None:
-                    continue  # numbers beyond 64 bits, too deep a nesting: what Prefect cannot hold is read elsewhere
-                if not _transient(error) or loop.time() + delay > until:
-                    raise
-            await asyncio.sleep(delay)
-            delay = min(delay * 2, 10.0)
+        try:
+            await self._patch(record, value)
+        except PrefectHTTPStatusError as error:
+            if not _unacceptable(error) or value.pop("result", None) is None:
+                raise
+            # Numbers beyond 64 bits, too deep a nesting: what Prefect cannot hold is read elsewhere.
+            await self._patch(record, value)
 
     async def _patch(self, record: RunRecord, value: Mapping[str, Any]) -> None:
         async with get_client() as client:
-            await client.request(
+            await request_soon(
+                client,
                 "PATCH",
-                "/variables/name/{name}",
-                path_params={"name": record_name(record.run_key, record.attempt)},
+                f"/variables/name/{record_name(record.run_key, record.attempt)}",
                 json={"value": value, "tags": _tags(record)},
+                patience=SAVE_FOR,
             )
 
     async def attempts(self, run_key: str) -> Sequence[RunRecord]:

@@ -1,0 +1,65 @@
+"""Requests to the Prefect API that are repeated by us, soon, and not by Prefect's client, after two seconds.
+
+On SQLite a request that reads before it writes is answered 503 whenever another one writes at that moment ("database is
+locked"; read in Prefect 3.9.1's source and measured: with four runs side by side every second change of a Variable).
+Prefect's client then sleeps about two seconds, with retries switched off as well, which is longer than everything else
+that a run costs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from typing import Any, cast
+
+import httpx
+from prefect.client.orchestration import PrefectClient
+from prefect.exceptions import PrefectHTTPStatusError
+
+__all__ = ["request_once", "request_soon", "transient"]
+
+
+def transient(error: Exception) -> bool:
+    """Return whether the Prefect API may take the same request a moment later."""
+    if isinstance(error, PrefectHTTPStatusError):
+        return error.response.status_code >= 500 or error.response.status_code in (408, 429)
+    return isinstance(error, httpx.TransportError)
+
+
+async def request_soon(client: PrefectClient, method: str, path: str, *, json: Any, patience: float) -> httpx.Response:
+    """Make one request, again and again for `patience` seconds while the Prefect API is away or busy.
+
+    Raises:
+        PrefectHTTPStatusError, httpx.TransportError: The last attempt's.
+    """
+    loop = asyncio.get_running_loop()
+    until = loop.time() + patience
+    delay = 0.02
+    while True:
+        try:
+            return await request_once(client, method, path, json=json)
+        except (PrefectHTTPStatusError, httpx.TransportError) as error:
+            if not transient(error) or loop.time() + delay > until:
+                raise
+        # At random, so that those who met on a locked database do not meet again.
+        await asyncio.sleep(delay * (0.5 + random.random()))  # noqa: S311  no secret depends on it
+        delay = min(delay * 1.7, 10.0)
+
+
+async def request_once(client: PrefectClient, method: str, path: str, *, json: Any) -> httpx.Response:
+    """Make one request with Prefect's own connection, address and credentials, and without its retries.
+
+    Raises:
+        PrefectHTTPStatusError: The answer is an error.
+        httpx.TransportError: There was none.
+    """
+    inner = cast("Any", client)._client  # noqa: SLF001  Prefect offers no request without retries
+    request: httpx.Request = inner.build_request(method, path, json=json)
+    if getattr(inner, "enable_csrf_support", False):
+        await inner._add_csrf_headers(request)  # noqa: SLF001
+    response = await httpx.AsyncClient.send(inner, request)
+    try:
+        response.raise_for_status()
+    except httpx.HTTPStatusError as error:
+        raise PrefectHTTPStatusError.from_httpx_error(error) from None
+    return response
