@@ -130,13 +130,16 @@ class Handover:
         self._loop = asyncio.get_running_loop()
         pauses = _pauses()
         try:
-            while not self._closing:
+            while True:
                 try:
                     if await self._answers():
                         async with AsyncClientContext.get_or_create():
-                            return await self._hand_on()
+                            await self._hand_on()
+                            return
                 except Exception:
                     logger.exception("Handing webhooks on to Prefect failed; it goes on in a moment.")
+                if self._closing:
+                    return
                 await self._pause(next(pauses))
         finally:
             self._loop = None

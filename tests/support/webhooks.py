@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from typing import Any
+
+from prefect.client.orchestration import get_client
+from starlette.types import ASGIApp
 
 from prefect_crew.api.webhooks import BearerAuth, HumanInputWebhook, StreamWebhook, Webhooks
 from prefect_crew.receiver.news import News
+from prefect_crew.receiver.serving import ReceiverServer
+from prefect_crew.server.web import listener
 
-__all__ = ["BODIES", "SECRET", "Kept", "headers_of", "url_of"]
+__all__ = ["BODIES", "SAID_BY_NOBODY", "SECRET", "Kept", "events_of", "headers_of", "served", "until", "url_of"]
 
 SECRET = "a-secret-of-the-tests-that-is-long-enough"
 
@@ -133,3 +141,40 @@ class Kept:
 
     async def aclose(self) -> None:
         """Do nothing."""
+
+
+@asynccontextmanager
+async def served(app: ASGIApp) -> AsyncIterator[str]:
+    """Serve a receiver on a free port of loopback and give its address."""
+    bound = listener("127.0.0.1", 0)
+    server = ReceiverServer(app)
+    serving = asyncio.create_task(server.serve(sockets=[bound]))
+    try:
+        await until(lambda: server.started, "the receiver starts")
+        yield f"http://127.0.0.1:{bound.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        await serving
+        bound.close()
+
+
+async def until(true: Callable[[], Any], what: str, *, seconds: float = 30.0) -> None:
+    """Wait until something is true; fail when it does not become so."""
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline, f"waited in vain until {what}"
+        await asyncio.sleep(0.02)
+
+
+async def events_of(run_key: str, *, at_least: int = 1, seconds: float = 30.0) -> Sequence[Mapping[str, Any]]:
+    """Return the crew.* events of a run from the Prefect server, oldest first, once there are so many."""
+    wanted = {"event": {"prefix": ["crew."]}, "resource": {"labels": {"prefect-crew.run-key": [run_key]}}}
+    deadline = time.monotonic() + seconds
+    while True:
+        async with get_client() as client:
+            answer = await client.request("POST", "/events/filter", json={"filter": wanted, "limit": 50})  # pyright: ignore[reportArgumentType]
+        found = sorted(answer.json()["events"], key=lambda event: event["occurred"])
+        if len(found) >= at_least:
+            return found
+        assert time.monotonic() < deadline, f"only {[event['event'] for event in found]} came of {run_key}"
+        await asyncio.sleep(0.1)

@@ -1,0 +1,255 @@
+from __future__ import annotations
+
+import asyncio
+import gzip
+import json
+from collections.abc import AsyncIterator, Callable
+from datetime import datetime, timedelta, timezone
+
+import httpx
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from starlette.applications import Starlette
+from starlette.routing import Mount
+
+from prefect_crew.api.errors import ConfigurationError
+from prefect_crew.api.webhooks import Webhooks
+from prefect_crew.webhooks import create_receiver
+from support.webhooks import BODIES, SECRET, Kept, headers_of, url_of
+
+Urls = Callable[..., Webhooks]
+
+
+@pytest.mark.parametrize("which", BODIES)
+async def test_each_kind_of_both_generations_is_taken(which: str, client: httpx.AsyncClient, kept: Kept, urls: Urls):
+    kind, hooks = which.partition("-")[0], urls()
+    answer = await client.post(url_of(hooks, kind), json=BODIES[which], headers=headers_of(hooks, kind))
+    assert (answer.status_code, answer.json()) == (200, {"status": "accepted"})
+    assert {news.name.partition(".")[0] for news in kept.news} == {kind}
+    assert {news.hook.run_key for news in kept.news} == {"city/lisbon"}
+
+
+async def test_the_run_is_the_one_of_the_url_whatever_the_body_says(client: httpx.AsyncClient, kept: Kept, urls: Urls):
+    body = {"kickoff_id": "another", "run_key": "another", "meta": {"run_key": "another"}}
+    await client.post(url_of(urls("mine"), "crew"), json=body)
+    (news,) = kept.news
+    assert (news.hook.run_key, news.said["kickoff_id"]) == ("mine", "another")
+
+
+async def test_a_delivery_that_comes_twice_is_told_once(client: httpx.AsyncClient, kept: Kept, urls: Urls):
+    hooks = urls()
+    for _ in range(3):
+        for which in ("step-first", "task-first", "crew-first", "human_input-first"):
+            kind = which.partition("-")[0]
+            answer = await client.post(url_of(hooks, kind), json=BODIES[which], headers=headers_of(hooks, kind))
+            assert answer.status_code == 200
+    assert [news.name for news in kept.news] == ["step", "task", "crew", "human_input"]
+
+
+async def test_the_same_question_of_the_next_round_is_another(client: httpx.AsyncClient, kept: Kept, urls: Urls):
+    for number in (0, 1, 1):
+        hooks = urls(round=number)
+        await client.post(
+            url_of(hooks, "human_input"),
+            json=BODIES["human_input-first"],
+            headers=headers_of(hooks, "human_input"),
+        )
+    assert [news.hook.round for news in kept.news] == [0, 1]
+
+
+STALE = {"expires": datetime.now(timezone.utc) - timedelta(seconds=1)}
+
+
+async def test_whatever_is_not_ours_gets_the_same_404(client: httpx.AsyncClient, kept: Kept, urls: Urls):
+    good, stale = urls(), urls(**STALE)
+    crew, human = url_of(good, "crew"), url_of(good, "human_input")
+    posts = [
+        crew[:-1] + ("A" if crew[-1] != "A" else "B"),
+        crew + "A",
+        crew + "/",
+        crew.replace("/crew/", "/task/"),
+        crew.replace("/crew/", "/nonsense/"),
+        url_of(stale, "crew"),
+        human,  # without its bearer token
+        url_of(good, "stream"),
+        "/hooks/crew/x",
+        "/hooks/crew/" + "A" * 5000,
+        "/hooks/crew/%00%ff",
+        "/hooks/crew",
+        "/hooks",
+        "/",
+        "/nothing",
+    ]
+    answers = [await client.post(url, json=BODIES["crew-first"]) for url in posts]
+    answers += [await client.request(method, crew) for method in ("GET", "PUT", "DELETE", "PATCH", "OPTIONS")]
+    answers.append(await client.post(human, json={}, headers={"Authorization": "Bearer wrong"}))
+    seen = {(answer.status_code, answer.text, tuple(sorted(answer.headers.items()))) for answer in answers}
+    assert len(seen) == 1
+    assert seen.pop()[:2] == (404, '{"error":"not found"}')
+    assert kept.news == []
+
+
+async def test_no_byte_of_a_body_is_read_before_its_token_is_known(client: httpx.AsyncClient):
+    async def body() -> AsyncIterator[bytes]:
+        raise AssertionError("it was read")
+        yield b""
+
+    answer = await client.post("/hooks/crew/AAAA", content=body())
+    assert answer.status_code == 404
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        pytest.param({"Content-Type": "application/json"}, 200, id="json"),
+        pytest.param({"Content-Type": "Application/JSON; charset=utf-8"}, 200, id="charset"),
+        pytest.param({"Content-Type": "application/vnd.crew+json"}, 200, id="plus-json"),
+        pytest.param({}, 200, id="says-nothing"),
+        pytest.param({"Content-Type": "text/plain"}, 415, id="text"),
+        pytest.param({"Content-Type": "application/x-www-form-urlencoded"}, 415, id="form"),
+        pytest.param({"Content-Type": "image/svg+json"}, 415, id="image"),
+        pytest.param({"Content-Type": "application/json", "Content-Encoding": "gzip"}, 415, id="compressed"),
+    ],
+)
+async def test_json_only(headers: dict[str, str], status: int, client: httpx.AsyncClient, urls: Urls, kept: Kept):
+    body = json.dumps(BODIES["crew-first"]).encode()
+    content = gzip.compress(body) if "Content-Encoding" in headers else body
+    answer = await client.post(url_of(urls(), "crew"), content=content, headers=headers)
+    assert answer.status_code == status
+    assert len(kept.news) == (status == 200)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        pytest.param(b"", id="empty"),
+        pytest.param(b"nonsense", id="no-json"),
+        pytest.param(b"[]", id="list"),
+        pytest.param(b"null", id="null"),
+        pytest.param(b'{"status": "completed"}', id="names-no-run"),
+        pytest.param(b"\xff\xfe\x00", id="no-text"),
+        pytest.param(b"[" * 500_000, id="deep-lists"),
+        pytest.param(b'{"kickoff_id":' * 60_000, id="deep-objects"),
+        pytest.param(b'{"kickoff_id": ' + b"9" * 900_000 + b"}", id="huge-number"),
+    ],
+)
+async def test_what_is_no_webhooks_body_gets_a_400(body: bytes, client: httpx.AsyncClient, urls: Urls, kept: Kept):
+    answer = await client.post(url_of(urls(), "crew"), content=body, headers={"Content-Type": "application/json"})
+    assert answer.status_code == 400
+    assert kept.news == []
+
+
+def padded(size: int) -> bytes:
+    body = json.dumps({**BODIES["crew-first"], "padding": ""}).encode()
+    return body.replace(b'"padding": ""', b'"padding": "' + b"x" * (size - len(body)) + b'"')
+
+
+@pytest.mark.parametrize("chunked", [pytest.param(False, id="length"), pytest.param(True, id="chunked")])
+async def test_bodies_are_capped(chunked: bool, client: httpx.AsyncClient, urls: Urls, kept: Kept):
+    async def parts(body: bytes) -> AsyncIterator[bytes]:
+        for start in range(0, len(body), 65536):
+            yield body[start : start + 65536]
+
+    url = url_of(urls(), "crew")
+    for size, status in ((1024 * 1024, 200), (1024 * 1024 + 1, 413)):
+        body = padded(size)
+        assert len(body) == size
+        answer = await client.post(url, content=parts(body) if chunked else body)
+        assert answer.status_code == status
+    assert len(kept.news) == 1
+
+
+@pytest.mark.parametrize("length", ["-1", "1e3", "9" * 50, "x", "²"])
+async def test_a_length_that_is_none_is_too_much(length: str, client: httpx.AsyncClient, urls: Urls):
+    answer = await client.post(
+        url_of(urls(), "crew"), content=b"{}", headers=[(b"content-length", length.encode("latin-1"))]
+    )
+    assert answer.status_code == 413
+
+
+async def test_a_body_that_does_not_come_is_not_waited_for(kept: Kept, urls: Urls):
+    async def slow() -> AsyncIterator[bytes]:
+        yield b"{"
+        await asyncio.sleep(30)
+
+    app = create_receiver(SECRET, hand_on=kept, body_timeout=0.05)
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://receiver") as client:
+        answer = await asyncio.wait_for(client.post(url_of(urls(), "crew"), content=slow()), 10)
+    assert answer.status_code == 408
+
+
+async def test_health_and_readiness(client: httpx.AsyncClient, kept: Kept, urls: Urls):
+    await client.post(url_of(urls(), "crew"), json=BODIES["crew-first"])
+    await client.post("/hooks/crew/nonsense", json={})
+    assert (await client.get("/health")).json() == {"status": "ok"}
+    answer = await client.get("/ready")
+    assert (answer.status_code, answer.json()) == (200, {"ready": True, "answers": {"200": 1, "404": 1}, "taken": 1})
+    kept.ready = False
+    assert (await client.get("/ready")).status_code == 503
+
+
+async def test_it_can_be_mounted_into_an_app(kept: Kept, urls: Urls):
+    app = Starlette(routes=[Mount("/of/crews", create_receiver(SECRET, hand_on=kept))])
+    hooks = urls(base="http://mine.example/of/crews")
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://mine.example") as client:
+        answer = await client.post(url_of(hooks, "crew"), json=BODIES["crew-first"])
+        assert answer.status_code == 200
+        assert (await client.get("/of/crews/health")).status_code == 200
+        assert (await client.post("/of/crews/hooks/crew/x")).json() == {"error": "not found"}
+    assert len(kept.news) == 1
+
+
+async def test_what_is_remembered_of_deliveries_is_bounded(
+    client: httpx.AsyncClient, urls: Urls, kept: Kept, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("prefect_crew.receiver.app.REMEMBERED", 5)
+    url = url_of(urls(), "step")
+    for number in range(20):
+        await client.post(url, json={"kickoff_id": "k-1", "content": str(number)})
+    await client.post(url, json={"kickoff_id": "k-1", "content": "19"})
+    assert len(kept.news) == 20
+    await client.post(url, json={"kickoff_id": "k-1", "content": "0"})
+    assert len(kept.news) == 21, "it was forgotten: Prefect keeps one event of an id"
+    assert kept.news[0].id == kept.news[-1].id
+
+
+def test_a_receiver_needs_a_secret(monkeypatch: pytest.MonkeyPatch, kept: Kept):
+    monkeypatch.delenv("PREFECT_INTEGRATIONS_CREW_WEBHOOK_SECRET", raising=False)
+    with pytest.raises(ConfigurationError, match="WEBHOOK_SECRET"):
+        create_receiver(hand_on=kept)
+    with pytest.raises(ConfigurationError, match="5 characters"):
+        create_receiver("short", hand_on=kept)
+
+
+def test_a_receiver_needs_a_prefect_api(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+    with pytest.raises(ConfigurationError, match="PREFECT_API_URL"):
+        create_receiver(SECRET)
+
+
+methods = st.sampled_from(["GET", "POST", "PUT", "HEAD", "OPTIONS", "DELETE"])
+headers = st.dictionaries(
+    st.sampled_from(["content-type", "content-encoding", "content-length", "authorization", "x-forwarded-for"]),
+    st.sampled_from(["", "application/json", "text/html", "gzip", "0", "-1", "Bearer", "Bearer x", "99999999"]),
+)
+PATHS = st.characters(min_codepoint=33, max_codepoint=126, exclude_characters="?#")
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=200)
+@given(methods, st.text(PATHS, max_size=80), headers, st.binary(max_size=300), st.booleans())
+def test_no_request_whatever_gets_more_than_an_answer(
+    urls: Urls, method: str, path: str, given_headers: dict[str, str], body: bytes, genuine: bool
+):
+    kept = Kept()
+    url = url_of(urls(), "crew") if genuine else f"http://receiver/{path.lstrip('/')}"
+
+    async def ask() -> httpx.Response:
+        transport = httpx.ASGITransport(create_receiver(SECRET, hand_on=kept))
+        async with httpx.AsyncClient(transport=transport) as client:
+            return await client.request(method, url, content=body, headers=given_headers)
+
+    answer = asyncio.run(ask())
+    assert answer.status_code in (200, 400, 404, 413, 415)
+    assert answer.status_code != 200 or path.rstrip("/") in ("health", "ready") or method == "GET"
+    assert kept.news == []
