@@ -1,0 +1,227 @@
+"""The promises, as what must be true of a scenario that has run. Each check yields what is broken, in words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import datetime
+from typing import Any
+
+from prefect_crew.api.errors import (
+    CrewError,
+    CrewFailedError,
+    CrewLostError,
+    CrewStoppedError,
+    CrewTimeoutError,
+    KickoffUncertainError,
+)
+from prefect_crew.api.models import CrewResult, CrewState
+from prefect_crew.server.faults import Fired
+from proof.sim.loop import EPOCH, Process
+from proof.sim.world import REQUEST_TIMEOUT, Ending, World, key_of
+
+__all__ = ["broken_promises"]
+
+UNCLEAR = frozenset(
+    {"408", "500", "502", "503-bare", "504", "drop", "reset", "timeout", "redirect", "html", "garbage", "empty", "cut"}
+    | {"no-id", "crash"}
+)
+"""Faults of a kickoff after which nobody can know whether it started a run."""
+LIES = frozenset({"400", "401", "403", "404", "405", "422", "429", "429-bare", "503"})
+"""Answers that mean "not started". A server that starts a run and then gives one of them lies, and what it lied about
+is bought again: no client can tell."""
+WRITTEN_WITHIN = 1.0
+"""Simulated seconds, on a good day, from the answer to a kickoff to its id being on record."""
+FINAL_EVENTS = ("crew.completed", "crew.failed", "crew.stopped", "crew.lost")
+
+
+def broken_promises(world: World) -> list[str]:
+    """Return every broken promise, empty if all were kept."""
+    checks = (_never_twice, _never_lost, _certain, _true_results, _events, _honest_stops, _timeouts, _records)
+    unclaimed = [f"a kickoff of {key} arrived and no claim of it stood" for key in world.site.unclaimed]
+    return [*world.violations, *unclaimed, *(problem for check in checks for problem in check(world))]
+
+
+def _keys(world: World) -> list[str]:
+    return sorted({key_of(call.key) for call in world.scenario.calls})
+
+
+def _forced(world: World, key: str) -> int:
+    return sum(run_key == key for run_key, _ in world.forced)
+
+
+def _fired(world: World, *, after: bool) -> list[Fired]:
+    return [fired for fired in world.site.faults.fired if fired.where == "kickoff" and fired.fault.after is after]
+
+
+def _lies(world: World) -> int:
+    return sum(fired.fault.kind.name in LIES for fired in _fired(world, after=True))
+
+
+def _processes(world: World, key: str) -> list[Process]:
+    return [process for process in world.processes if key_of(process.facts["call"].key) == key]
+
+
+def _hurt(process: Process) -> bool:
+    return process.dead or process.was_frozen or process.was_cancelled
+
+
+def _never_twice(world: World) -> Iterator[str]:
+    """What was bought was asked for: once, once more for each run that failed, once for each `force_new`."""
+    for key in _keys(world):
+        runs = [world.site.run(id_) for id_ in world.site.accepted(key)]
+        ended_badly = sum(run is not None and run.state in (CrewState.FAILED, CrewState.STOPPED) for run in runs)
+        # Nobody can take back a request that is on its way when its machine falls asleep.
+        asleep = sum("posting" in process.frozen_in for process in _processes(world, key))
+        extra = _forced(world, key) + _lies(world) + asleep
+        if len(runs) > 1 + ended_badly + extra:
+            yield f"never twice: {key} was bought {len(runs)} times, {1 + ended_badly + extra} were asked for"
+        if len(runs) > world.scenario.max_kickoffs + extra:
+            yield f"never twice: {key} was bought {len(runs)} times, more than max_kickoffs"
+
+
+def _never_lost(world: World) -> Iterator[str]:
+    """In the end, every purchase has a result, or one of the reasons for having none."""
+    for key, said in world.final.items():
+        last = said[-1]
+        runs = [run for id_ in world.site.accepted(key) if (run := world.site.run(id_)) is not None]
+        bad = [run for run in runs if run.state in (CrewState.FAILED, CrewState.STOPPED)]
+        counted = [record for record in world.prefect.records(key) if record["phase"] != "not-started"]
+        fine = (
+            isinstance(last, CrewResult)
+            or (isinstance(last, CrewTimeoutError) and any(not run.state.ended for run in runs))
+            or (isinstance(last, CrewLostError) and any(run.forgotten for run in runs))
+            or (
+                isinstance(last, CrewFailedError | CrewStoppedError)
+                and len(counted) >= world.scenario.max_kickoffs
+                and bad
+            )
+        )
+        if not fine:
+            yield f"never lost: in the end {key} gives {type(last).__name__}: {last}; the server has {runs}"
+        held = {record.get("kickoff_id") for record in world.prefect.records(key)}
+        unknown = {run.id for run in runs} - held
+        if len(unknown) > _lies(world) + _forced(world, key):
+            yield f"never lost: {unknown} of {key} are on no record"
+
+
+def _certain(world: World) -> Iterator[str]:
+    """Uncertain only where somebody was stopped between claim and record, or a kickoff's answer did not tell."""
+    for end in world.endings:
+        if isinstance(end.value, KickoffUncertainError) and not _may_be_uncertain(world, end, end.value):
+            yield f"certain: {end.process.name} was told that {key_of(end.call.key)} is uncertain, for no reason"
+
+
+def _may_be_uncertain(world: World, end: Ending, error: KickoffUncertainError) -> bool:
+    about = (error.run_key, int(error.sent["attempt"]))
+    written = [change.value for change in world.prefect.changes if change.at <= end.at]
+    record = [value for value in written if (value["run_key"], value["attempt"]) == about][-1]
+    owner = world.owners[record["owner"]]
+    if owner.was_frozen or owner.was_cancelled or end.process.was_frozen:  # what a sleeper has read is old
+        return True
+    if owner.dead and owner.died_at - owner.facts.get("done posting", owner.died_at) < WRITTEN_WITHIN:
+        return True
+    fired = [fired.fault for fired in world.site.faults.fired if fired.where == "kickoff"]
+    slow = sum(fault.value or 0 for fault in fired if fault.kind.name == "latency") >= REQUEST_TIMEOUT
+    network = slow or any(fault.kind.name in UNCLEAR for fault in fired) or world.site.crashes > 0
+    # A Prefect API that is away leaves the claim as it is.
+    return network if record["phase"] == "uncertain" else bool(world.prefect.fired)
+
+
+def _true_results(world: World) -> Iterator[str]:
+    for end in world.endings:
+        if isinstance(end.value, CrewResult):
+            yield from _true_result(world, end, end.value)
+        elif type(end.value) is CrewError:
+            yield f"{end.process.name} got a bare CrewError: {end.value}"
+
+
+def _true_result(world: World, end: Ending, result: CrewResult) -> Iterator[str]:
+    key, name = key_of(end.call.key), end.process.name
+    run = world.site.run(result.kickoff_id)
+    topic = "other" if end.call.other_inputs else f"topic-{end.call.key}"
+    if run is None or result.kickoff_id not in world.site.accepted(key):
+        yield f"{name} got the result of run {result.kickoff_id}, which is none of {key}"
+    elif run.state is not CrewState.COMPLETED:
+        yield f"unknown is not success: {name} got a result of {run}"
+    elif result.output != run.output:
+        yield f"{name} got {result.output!r}, the run gave {run.output!r}"
+    elif run.inputs["topic"] != topic:
+        yield f"conflict: {name} asked for {topic} and got a run of {run.inputs['topic']}"
+
+
+def _events(world: World) -> Iterator[str]:
+    """The end is told once, and told at all unless something befell whoever saw it."""
+    for (event, kickoff_id), count in world.event_count.items():
+        if event in FINAL_EVENTS and count > 1:
+            yield f"events: {event} of run {kickoff_id} came {count} times"
+    for key in _keys(world):
+        if any(_hurt(process) for process in _processes(world, key)):
+            continue
+        for record in world.prefect.records(key):
+            event = f"crew.{record.get('state')}"
+            if record["phase"] == "ended" and not world.event_count[event, record["kickoff_id"]]:
+                yield f"events: the end of run {record['kickoff_id']} ({record['state']}) was told to nobody"
+
+
+def _honest_stops(world: World) -> Iterator[str]:
+    asked = any(process.was_cancelled and process.facts["call"].asked for process in world.processes)
+    # Who is cancelled while it stops a run that is over its time ends as cancelled.
+    late = world.scenario.stop_on_timeout and any(
+        isinstance(end.value, CrewTimeoutError) or end.process.was_cancelled for end in world.endings
+    )
+    if world.site.counters.requests["stop"] and not (asked or late):
+        yield "stopping is honest: /stop was called and nobody had asked"
+
+
+def _timeouts(world: World) -> Iterator[str]:
+    """Patience ends by the recorded kickoff, not by when somebody began to wait."""
+    if any(process.was_frozen for process in world.processes):
+        return  # the moment of a kickoff is when its answer was read
+    for end in world.endings:
+        if not isinstance(end.value, CrewTimeoutError) or end.value.phase == "human":
+            continue
+        for record in world.prefect.records(key_of(end.call.key)):
+            if record.get("kickoff_id") == end.value.kickoff_id:
+                waited = EPOCH + end.at - datetime.fromisoformat(record["kicked_off_at"]).timestamp()
+                if waited < end.value.budget - 0.001:
+                    yield f"{end.process.name} gave up after {waited:.1f} s, its time was {end.value.budget:g} s"
+
+
+_NEXT = {
+    "claimed": {
+        "claimed",
+        "started",
+        "uncertain",
+        "not-started",
+        "ended",
+    },  # the last where the id could not be written
+    "started": {"started", "ended"},
+    "uncertain": {"uncertain", "started", "not-started"},
+    "not-started": {"not-started"},
+    "ended": {"ended"},
+}
+
+
+def _records(world: World) -> Iterator[str]:
+    """A record only ever goes forward, keeps its run, and says of the end what the server says."""
+    latest: dict[str, dict[str, Any]] = {}
+    # Prefect's client may send an older write once more, over a newer one, and a machine that wakes up may write the id
+    # that somebody else has told meanwhile. It is the same run: its end is seen again.
+    late = bool(world.prefect.fired) or any(process.was_frozen for process in world.processes)
+    # Nor can a machine take back the write over which it fell asleep.
+    stale = any("writing" in process.frozen_in for process in world.processes)
+    for change in world.prefect.changes:
+        before, now = latest.get(change.name), dict(change.value)
+        if before is not None and not (stale and now["phase"] in ("started", "uncertain")):
+            if now["phase"] not in _NEXT[before["phase"]] and not (late and now["phase"] == "started"):
+                yield f"records: {change.name} went from {before['phase']} to {now['phase']} at {change.at:.2f}"
+            if before.get("kickoff_id") and now.get("kickoff_id") != before["kickoff_id"]:
+                yield f"records: {change.name} changed its run at {change.at:.2f}"
+        latest[change.name] = now
+    ids = [value["kickoff_id"] for value in latest.values() if value.get("kickoff_id")]
+    if len(ids) != len(set(ids)):
+        yield "records: two of them hold one run"
+    for name, value in latest.items():
+        run = world.site.run(str(value.get("kickoff_id")))
+        if value["phase"] == "ended" and (run is None or str(run.state) != value["state"]):
+            yield f"records: {name} says {value['state']}, the server {run}"

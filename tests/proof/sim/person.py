@@ -1,0 +1,45 @@
+"""A person who knows: looks at the crew's own page and says what became of an uncertain kickoff."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from prefect_crew.api.errors import CrewFailedError, CrewStoppedError, CrewTimeoutError, KickoffUncertainError
+from prefect_crew.api.inputs import encode_inputs, inputs_digest
+from prefect_crew.record_store import PrefectRecords
+from prefect_crew.settling import settle_never_started, settle_started, unsettled
+
+if TYPE_CHECKING:
+    from prefect_crew.api.models import CrewResult
+    from proof.sim.world import World
+
+__all__ = ["settle_truly"]
+
+
+async def settle_truly(world: World, run_key: str, said: CrewResult | BaseException) -> bool:
+    """Settle an uncertain run by what the crew's server knows; True if asking once more can bring something new.
+
+    Raises:
+        CrewError: There is nothing to settle (any more).
+        httpx.HTTPError: The Prefect API is away.
+    """
+    if isinstance(said, CrewFailedError | CrewStoppedError) or (isinstance(said, CrewTimeoutError) and said.stopped):
+        return True
+    if not isinstance(said, KickoffUncertainError):
+        return False
+    records = PrefectRecords()
+    record = await unsettled(run_key, records)
+    held = {one.get("kickoff_id") for one in world.prefect.records(run_key)}
+    unknown = [
+        run.id
+        for run in world.site.runs
+        if run.meta["run_key"] == run_key
+        and run.id not in held
+        and inputs_digest(encode_inputs(run.inputs)) == record.inputs_digest
+    ]
+    if unknown:
+        await settle_started(record, unknown[-1], records)
+    else:
+        await settle_never_started(record, records)
+    world.settled.append(run_key)
+    return True

@@ -1,0 +1,141 @@
+"""The crew's side of a simulated world: the real local crew server on the simulated clock, and what its crew does."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from prefect_crew.api.models import CrewInput
+from prefect_crew.server.app import create_app, runtime_of
+from prefect_crew.server.execution import Execution
+from prefect_crew.server.faults import Faults
+from prefect_crew.server.program import Answer, Outcome, ProgramError, Run
+from prefect_crew.server.runtime import Counters
+from prefect_crew.server.transport import InProcessTransport
+from proof.sim.prefect_api import SimPrefect
+from proof.sim.scenario import CrewRun, Scenario
+
+__all__ = ["HOST", "TOKENS", "CrewSite"]
+
+HOST = "crew.sim.test"
+TOKENS = ("first-token", "second-token")
+
+
+@dataclass
+class _Crew:
+    """The crew's program."""
+
+    runs: tuple[CrewRun, ...]
+    name: str = "simulated"
+    order: list[str] = field(default_factory=list[str])
+
+    def inputs(self) -> list[CrewInput]:
+        return [CrewInput(name="topic")]
+
+    def plan_of(self, run_id: str) -> CrewRun:
+        """Return what a run does; the same after a restart of the server."""
+        if run_id not in self.order:
+            self.order.append(run_id)
+        number = self.order.index(run_id)
+        return self.runs[number] if number < len(self.runs) else CrewRun()
+
+    async def execute(self, run: Run) -> Outcome:
+        plan = self.plan_of(run.id)
+        await asyncio.sleep(plan.seconds)
+        if plan.end == "stuck":
+            await asyncio.get_running_loop().create_future()
+        if plan.end == "asks":
+            asyncio.get_running_loop().call_later(max(plan.seconds, 1.0), _approve, run)
+            await run.ask(task_id="review", output="Well?")
+        if plan.end == "fails":
+            raise ProgramError("it was asked to fail")
+        return Outcome(f"{run.inputs['topic']} by {run.id}")
+
+
+def _approve(run: Any) -> None:
+    if "review" in run.questions:
+        run.answer("review", Answer(approve=True, feedback=""), run.hooks)
+
+
+class CrewSite:
+    """The server, with what it was asked. `stored_token` is what the block on the Prefect server holds."""
+
+    def __init__(self, scenario: Scenario, prefect: SimPrefect) -> None:
+        self.program = _Crew(scenario.runs)
+        self.faults = Faults(scenario.faults, seed=scenario.seed)
+        self.counters = Counters()
+        self.transport = InProcessTransport()
+        self.token = self.stored_token = TOKENS[0]
+        self.crashes = 0
+        self.unclaimed: list[str] = []
+        self._scenario = scenario
+        self._prefect = prefect
+        self._app: Any = None
+        self._folder = tempfile.TemporaryDirectory(prefix="proof-") if "crash" in str(scenario.faults) else None
+
+    @property
+    def runs(self) -> list[Execution]:
+        """What the server knows."""
+        return runtime_of(self._app).runs
+
+    def run(self, kickoff_id: str) -> Execution | None:
+        """Return a run that the server knows."""
+        return next((run for run in self.runs if run.id == kickoff_id), None)
+
+    def accepted(self, run_key: str) -> list[str]:
+        """Return the ids of all runs that were ever started under a run key."""
+        return [id_ for id_, meta in self.counters.accepted.items() if meta["run_key"] == run_key]
+
+    async def open(self) -> None:
+        """Start the server, for the first time or after a crash; schedule the rotation of its token."""
+        journal = Path(self._folder.name) / "journal" if self._folder else None
+        self._app = create_app(
+            self.program,
+            token=self.token,
+            faults=self.faults,
+            counters=self.counters,
+            journal=journal,
+            crash=self._crash,
+        )
+        await runtime_of(self._app).start()
+        self.transport.open(self._spy)
+        if self.crashes == 0 and self._scenario.rotate_at is not None:
+            asyncio.get_running_loop().call_later(self._scenario.rotate_at, self._rotate)
+
+    def close(self) -> None:
+        """End it for good."""
+        runtime_of(self._app).abandon()
+        self.transport.crash()
+        if self._folder:
+            self._folder.cleanup()
+
+    async def _spy(self, scope: Any, receive: Any, send: Any) -> None:
+        """Look whether each kickoff that arrives has a claim on the Prefect server."""
+        if scope["path"] != "/kickoff":
+            await self._app(scope, receive, send)
+            return
+        message = await receive()
+        key = json.loads(message["body"])["meta"]["run_key"]
+        if not any(record["phase"] == "claimed" for record in self._prefect.records(key)):
+            self.unclaimed.append(key)
+        given = iter((message,))
+
+        async def again() -> Any:
+            return next(given, None) or await receive()
+
+        await self._app(scope, again, send)
+
+    def _crash(self) -> None:
+        loop = asyncio.get_running_loop()
+        self.crashes += 1
+        runtime_of(self._app).abandon()
+        self.transport.crash()
+        loop.call_later(self._scenario.down_for, lambda: loop.create_task(self.open()))
+
+    def _rotate(self) -> None:
+        self.token = runtime_of(self._app).token = TOKENS[1]
+        asyncio.get_running_loop().call_later(self._scenario.rotate_late, setattr, self, "stored_token", TOKENS[1])

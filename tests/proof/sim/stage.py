@@ -1,0 +1,125 @@
+"""Putting a simulation in the place of time, the network and Prefect's contexts, for as long as a world lasts."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import logging
+import sys
+import time
+from collections import OrderedDict
+from collections.abc import Iterator
+from datetime import datetime, timezone
+from typing import TYPE_CHECKING, Any
+from unittest import mock
+
+from prefect_crew import events, kickoffs, open_runs, record_store, stopping, waiting, waits
+from prefect_crew.api.client import CrewClient, in_process
+from prefect_crew.artifacts import RunArtifact
+from prefect_crew.blocks import DeployedCrew
+from prefect_crew.records import utcnow
+from proof.sim.loop import current_process
+from proof.sim.site import HOST
+
+if TYPE_CHECKING:
+    from proof.sim.world import World
+
+__all__ = ["on_stage"]
+
+
+@contextlib.contextmanager
+def on_stage(world: World) -> Iterator[None]:
+    """Let this package's core run in a world; what it logs becomes the world's trace."""
+    loop = world.loop
+
+    def now() -> datetime:
+        return datetime.fromtimestamp(loop.wall(), timezone.utc)
+
+    def flow_run_id() -> str | None:
+        process = current_process()
+        return None if process is None else process.facts["flow_run_id"]
+
+    clock = mock.Mock(time=loop.wall, monotonic=lambda: 1000.0 + loop.time())
+    nothing = mock.AsyncMock(return_value=None)
+    replaced: list[tuple[Any, str, Any]] = [
+        (record_store, "get_client", world.prefect.client),
+        (stopping, "get_client", world.prefect.client),
+        (kickoffs, "identify", world.identify),
+        (waits, "wait_until_ended", functools.partial(waiting.wait_until_ended, now=loop.wall)),
+        (waits, "flow_run_id", flow_run_id),
+        (stopping, "flow_run_id", flow_run_id),
+        (open_runs, "_recent", _PerProcess("recent")),
+        (stopping, "_looked", _PerProcess("looked")),
+        (events, "emit_event", world.emitted),
+        (RunArtifact, "create", nothing),
+        (RunArtifact, "update", nothing),
+        (CrewClient, "kickoff", _noting("posting", CrewClient.kickoff)),
+        (record_store.PrefectRecords, "save", _noting("writing", record_store.PrefectRecords.save)),
+        (DeployedCrew, "reloaded", lambda crew: world.reloaded(crew)),
+        *((module, "time", clock) for module in _modules_with("time", time)),
+        *((module, "utcnow", now) for module in _modules_with("utcnow", utcnow)),
+    ]
+    log, handler = logging.getLogger("prefect_crew"), _Trace(world)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(in_process(HOST, world.site.transport))
+        for where, name, value in replaced:
+            stack.enter_context(mock.patch.object(where, name, value))
+        stack.enter_context(mock.patch.multiple(log, level=logging.INFO, propagate=False, handlers=[handler]))
+        yield
+
+
+def _noting(what: str, function: Any) -> Any:
+    """Note in a process's facts that it is within a function: nothing can take back what it was about to send then."""
+
+    async def noted(*args: Any, **kwargs: Any) -> Any:
+        facts: dict[str, Any] = process.facts if (process := current_process()) else {}
+        facts[what] = True
+        facts.pop(f"done {what}", None)
+        try:
+            value = await function(*args, **kwargs)
+        finally:
+            facts[what] = False
+        facts[f"done {what}"] = asyncio.get_running_loop().time()
+        return value
+
+    return noted
+
+
+def _modules_with(name: str, value: Any) -> list[Any]:
+    ours = [module for path, module in list(sys.modules.items()) if path.startswith("prefect_crew.")]
+    return [module for module in ours if vars(module).get(name) is value]
+
+
+class _PerProcess:
+    """A dictionary of which each simulated process has its own, as real ones have."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._own(), name)
+
+    def _own(self) -> OrderedDict[Any, Any]:
+        process = current_process()
+        facts = {} if process is None else process.facts
+        return facts.setdefault(self._name, OrderedDict())
+
+    def __len__(self) -> int:
+        return len(self._own())
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self._own()[key] = value
+
+
+class _Trace(logging.Handler):
+    def __init__(self, world: World) -> None:
+        super().__init__()
+        self._world = world
+
+    def emit(self, record: logging.LogRecord) -> None:
+        process = current_process()
+        if process is not None and process.buried:
+            return
+        name = process.name if process else "server"
+        self._world.trace.append(f"{self._world.loop.time():8.2f} {name} {record.getMessage()}")

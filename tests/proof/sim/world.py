@@ -1,0 +1,327 @@
+"""A simulated world: callers of our code, a crew's server and a Prefect server, on one loop and one clock.
+
+Real are the whole of this package's core, Prefect's HTTP client, and the local crew server. Simulated are time, what
+the Prefect server answers, and how processes die. Left out are artifacts, which are a view, and the flow engine, which
+the kill matrix has for real.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import random
+import uuid
+from collections import Counter
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Any, NamedTuple
+
+import httpx
+from prefect.exceptions import PrefectException
+from pydantic import SecretStr
+
+from prefect_crew import kickoffs, waits
+from prefect_crew.api.certainty import KickoffFate, kickoff_fate
+from prefect_crew.api.errors import CrewError, KickoffUncertainError, RunKeyConflictError
+from prefect_crew.api.models import CrewResult
+from prefect_crew.blocks import DeployedCrew
+from prefect_crew.records import Caller
+from prefect_crew.run_keys import RunIdentity
+from prefect_crew.waiting import WaitPolicy
+from proof.sim.loop import Process, SimLoop, current_process
+from proof.sim.person import settle_truly
+from proof.sim.prefect_api import SimPrefect
+from proof.sim.scenario import Call, Scenario
+from proof.sim.site import HOST, CrewSite
+from proof.sim.stage import on_stage
+
+__all__ = ["Ending", "World", "key_of"]
+
+REQUEST_TIMEOUT = 10.0
+TASK_RETRIES = (2.0, 10.0, 30.0)
+"""As the kickoff task's."""
+PATIENCE = 6 * 3600.0
+"""Simulated seconds after which a call that still waits is taken to hang."""
+
+
+def key_of(number: int) -> str:
+    """Return the run key of a scenario's key number."""
+    return f"purchase-{number}"
+
+
+class Ending(NamedTuple):
+    """How one call ended: a CrewResult, an error, or a cancellation."""
+
+    at: float
+    process: Process
+    call: Call
+    value: CrewResult | BaseException
+
+
+class World:
+    """One scenario, run once by `run()`; what came of it stays in its attributes."""
+
+    def __init__(self, scenario: Scenario) -> None:
+        self.scenario = scenario
+        self.loop = SimLoop()
+        rng = random.Random(scenario.seed)
+        self.prefect = SimPrefect(
+            latency=lambda: rng.uniform(0.002, 0.05),
+            faults=dict(scenario.prefect_faults),
+            outages=[(start, start + length) for start, length in scenario.outages],
+        )
+        self.site = CrewSite(scenario, self.prefect)
+        self.policy = WaitPolicy(
+            timeout=scenario.timeout,
+            human_timeout=600,
+            error_timeout=120,
+            on_timeout="stop" if scenario.stop_on_timeout else "leave",
+        )
+        self.crew = self._block(self.site.token)
+        self.processes: list[Process] = []
+        self.endings: list[Ending] = []
+        self.final: dict[str, list[CrewResult | BaseException]] = {}
+        self.events: dict[str, str] = {}
+        self.event_count: Counter[tuple[str, str]] = Counter()
+        self.owners: dict[str, Process] = {}
+        self.forced: set[tuple[str, str]] = set()
+        self.violations: list[str] = []
+        self.settled: list[str] = []
+        self.persons: set[str] = set()
+        self.trace: list[str] = []
+
+    # What the world is made of.
+
+    def _block(self, token: str) -> DeployedCrew:
+        return DeployedCrew(
+            url=f"https://{HOST}",
+            token=SecretStr(token),
+            request_timeout=REQUEST_TIMEOUT,
+            max_kickoffs=self.scenario.max_kickoffs,
+            wait=self.policy,
+        )
+
+    async def reloaded(self, crew: DeployedCrew) -> DeployedCrew | None:
+        """Stand in for reading the stored block."""
+        await asyncio.sleep(0.01)
+        stored = self._block(self.site.stored_token)
+        return stored if stored.token != crew.token else None
+
+    async def identify(self, label: str, inputs_digest: str, *, run_key: str, **_: Any) -> RunIdentity:
+        """Stand in for Prefect's contexts: who calls, from which flow run."""
+        del label, inputs_digest
+        process = current_process()
+        assert process is not None
+        facts = process.facts
+        facts["calls"] = facts.get("calls", 0) + 1
+        place = f"{facts['place']}/{facts['calls']}"
+        if facts["call"].force_new:
+            self.forced.add((run_key, place))
+        owner = str(uuid.uuid4())
+        self.owners[owner] = process
+        caller = Caller(owner=owner, flow_run_id=facts["flow_run_id"], flow_run_count=facts["count"])
+        return RunIdentity(run_key=run_key, place=place, caller=caller)
+
+    def emitted(self, *, event: str, payload: Mapping[str, Any], id: uuid.UUID | None = None, **_: Any) -> None:  # noqa: A002
+        """Stand in for the server's events, of which it keeps one for each id."""
+        key = str(id or uuid.uuid4())
+        if key not in self.events:
+            self.events[key] = event
+            self.event_count[event, str(payload["kickoff_id"])] += 1
+
+    # What happens.
+
+    def run(self) -> World:
+        """Let everything happen, then mend what is broken and ask for each purchase once more."""
+        random.seed(self.scenario.seed)
+        asyncio.set_event_loop(self.loop)
+        try:
+            with on_stage(self):
+                self.loop.run_until_complete(self._course())
+        finally:
+            asyncio.set_event_loop(None)
+            self.loop.close()
+        return self
+
+    async def _course(self) -> None:
+        await self.site.open()
+        lives = [self.loop.create_task(self._life(n, call)) for n, call in enumerate(self.scenario.calls)]
+        _, late = await asyncio.wait(lives, timeout=PATIENCE)
+        if late:
+            self.violations.append(f"{len(late)} calls still wait after {PATIENCE:g} s")
+        for life in lives:
+            if life.done() and not life.cancelled() and (error := life.exception()):
+                raise error
+        await self._aftermath()
+        await self._bury()
+
+    async def _life(self, number: int, call: Call) -> None:
+        """One process, and those that take its place after its end."""
+        await asyncio.sleep(call.at)
+        flow_run_id = str(uuid.UUID(int=1000 + number)) if call.flow else None
+        for attempt, delay in enumerate((*call.again, None)):
+            fresh = attempt > 0 and not call.same_flow_run
+            if fresh and call.flow:
+                flow_run_id = str(uuid.UUID(int=1000 * (attempt + 1) + number))
+            process = self._process(f"{number}.{attempt}", call if attempt == 0 else _unharmed(call))
+            place = f"{number}/{attempt}" if fresh or not call.flow else str(number)
+            count = 1 if fresh else attempt + 1
+            process.facts.update(call=call, flow_run_id=flow_run_id, count=count, place=place)
+            if flow_run_id:
+                self.prefect.flow_runs[flow_run_id] = "RUNNING"
+            good = await self._watch(process, call)
+            if flow_run_id and not process.dead and self.prefect.flow_runs[flow_run_id] != "CANCELLED":
+                self.prefect.flow_runs[flow_run_id] = "COMPLETED" if good else "FAILED"
+            if good or delay is None:
+                return
+            await asyncio.sleep(delay)
+            if flow_run_id and self.prefect.flow_runs[flow_run_id] == "CANCELLED" and call.same_flow_run:
+                return
+
+    def _process(self, name: str, call: Call) -> Process:
+        process = Process(
+            name,
+            kill_at=call.kill_at,
+            freeze_at=call.freeze_at,
+            freeze_for=call.freeze_for,
+            cancel_at=call.cancel_at,
+            on_cancel=functools.partial(self._cancelling, call),
+        )
+        self.processes.append(process)
+        return process
+
+    def _cancelling(self, call: Call, process: Process) -> None:
+        run_id = process.facts["flow_run_id"]
+        if call.asked and run_id:
+            self.prefect.flow_runs[run_id] = "CANCELLING"
+            self.loop.call_later(30, self._cancelled, run_id)
+
+    def _cancelled(self, run_id: str) -> None:
+        if self.prefect.flow_runs.get(run_id) == "CANCELLING":
+            self.prefect.flow_runs[run_id] = "CANCELLED"
+
+    async def _watch(self, process: Process, call: Call) -> bool:
+        """Run a process to its end or death; True if it brought a result."""
+        before = len(self.endings)
+        main = process.start(self._main(process, call))
+        died = self.loop.create_task(process.died.wait())
+        await asyncio.wait({main, died}, return_when=asyncio.FIRST_COMPLETED)
+        died.cancel()
+        run_id = process.facts["flow_run_id"]
+        if process.dead:
+            self.trace.append(f"{self.loop.time():8.2f} {process.name} was killed")
+            if run_id and call.crashed_after is not None:
+                self.loop.call_later(call.crashed_after, self._crashed, run_id, process.facts["count"])
+            return False
+        if not main.cancelled():
+            main.result()  # what nobody should see ends the test
+        mine = self.endings[before:]
+        return any(end.process is process and isinstance(end.value, CrewResult) for end in mine)
+
+    def _crashed(self, run_id: str, count: int) -> None:
+        later = any(p.facts["flow_run_id"] == run_id and p.facts["count"] > count for p in self.processes)
+        if not later:
+            self.prefect.flow_runs[run_id] = "CRASHED"
+
+    async def _main(self, process: Process, call: Call) -> None:
+        await asyncio.gather(*(self._call(process, call) for _ in range(call.at_once)))
+
+    async def _call(self, process: Process, call: Call) -> None:
+        try:
+            value: CrewResult | BaseException = await self.purchase(call)
+        except (CrewError, httpx.HTTPError, PrefectException) as error:
+            value = error
+        except asyncio.CancelledError as cancelled:
+            self._end(process, call, cancelled)
+            raise
+        self._end(process, call, value)
+
+    def _end(self, process: Process, call: Call, value: CrewResult | BaseException) -> None:
+        if process.buried:
+            return
+        self.endings.append(Ending(self.loop.time(), process, call, value))
+        if isinstance(value, KickoffUncertainError) and self.scenario.settle_after is not None:
+            self._send_person(key_of(call.key), value)
+        said = f"{value.output}" if isinstance(value, CrewResult) else f"{type(value).__name__}: {value}"
+        self.trace.append(f"{self.loop.time():8.2f} {process.name} ended with {said}")
+
+    def _send_person(self, run_key: str, said: KickoffUncertainError) -> None:
+        """Have a person settle a run, some time after it was reported, and well after whoever posted must know."""
+        known_by = datetime.fromisoformat(self.prefect.records(run_key)[-1]["known_by"]).timestamp()
+        wait = max(known_by - self.loop.wall(), 0.0) + 15 + (self.scenario.settle_after or 0.0)
+        if run_key not in self.persons:
+            self.persons.add(run_key)
+            self.loop.call_later(wait, lambda: self.loop.create_task(self._person(run_key, said)))
+
+    async def _person(self, run_key: str, said: KickoffUncertainError) -> None:
+        self.persons.discard(run_key)
+        with contextlib.suppress(CrewError, httpx.HTTPError, PrefectException):
+            await settle_truly(self, run_key, said)
+
+    async def purchase(self, call: Call) -> CrewResult:
+        """Do what the tasks of `run_crew` do, with the retries that Prefect makes of the first one."""
+        inputs = {"topic": "other" if call.other_inputs else f"topic-{call.key}"}
+        pauses = list(TASK_RETRIES)
+        while True:
+            try:
+                run = await kickoffs.open_run(
+                    self.crew, inputs, run_key=key_of(call.key), force_new=call.force_new, inside_own_task=True
+                )
+            except CrewError as error:
+                if not pauses or kickoff_fate(error) is not KickoffFate.RETRY:
+                    raise
+                await asyncio.sleep(pauses.pop(0))
+            else:
+                return await waits.wait_for_run(self.crew, run.kickoff_id)
+
+    # What is found when all is over.
+
+    async def _aftermath(self) -> None:
+        """Mend everything, wait until nothing is in flight, and ask for each purchase again, as a user would."""
+        self.site.faults.clear()
+        self.prefect.heal()
+        await asyncio.sleep(1800)
+        for run_id, state in self.prefect.flow_runs.items():
+            if state in ("RUNNING", "CANCELLING"):
+                self.prefect.flow_runs[run_id] = "CRASHED"
+        for number in sorted({call.key for call in self.scenario.calls}):
+            self.final[key_of(number)] = await self._ask_again(number)
+
+    async def _ask_again(self, number: int) -> list[CrewResult | BaseException]:
+        said: list[CrewResult | BaseException] = []
+        other = False
+        for attempt in range(8):
+            call = Call(key=number, other_inputs=other)
+            process = self._process(f"final {number}.{attempt}", call)
+            process.facts.update(call=call, flow_run_id=None, count=0, place=f"final/{number}/{attempt}")
+            before = len(self.endings)
+            await process.start(self._main(process, call))
+            value = self.endings[before].value
+            if isinstance(value, RunKeyConflictError):
+                other = not other  # what was bought had the others
+                continue
+            said.append(value)
+            if isinstance(value, CrewResult) or not await settle_truly(self, key_of(number), value):
+                break
+        return said
+
+    async def _bury(self) -> None:
+        """Cancel what is left of the dead, so that nothing is left over when the loop is closed."""
+        self.site.close()
+        self.prefect.closed = True
+        for process in self.processes:
+            process.bury()
+        rest = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+        while rest:
+            for task in rest:
+                task.cancel()
+            await asyncio.wait(rest, timeout=1000)
+            for task in rest:
+                if task.done() and not task.cancelled():
+                    task.exception()
+            rest = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+
+
+def _unharmed(call: Call) -> Call:
+    return Call(at=call.at, key=call.key, other_inputs=call.other_inputs, force_new=call.force_new, flow=call.flow)

@@ -1,0 +1,77 @@
+"""Worlds that once broke a promise, or lie on its edge. What they found is mended; here they stay."""
+
+from __future__ import annotations
+
+import pytest
+
+from prefect_crew.api.errors import CrewLostError, KickoffUncertainError
+from prefect_crew.api.models import CrewResult
+from proof.sim.oracle import broken_promises
+from proof.sim.scenario import Call, CrewRun, Scenario
+from proof.sim.world import World, key_of
+
+WORLDS = {
+    "nothing happens": Scenario(calls=(Call(),)),
+    "a run that was lost is still lost, not late, an hour afterwards": Scenario(
+        calls=(Call(),), runs=(CrewRun(seconds=15),), faults=("status:forgotten@4",)
+    ),
+    "a machine falls asleep over its claim and another buys meanwhile": Scenario(
+        calls=(Call(freeze_at=4, freeze_for=400), Call(at=0.2, again=(15.0, 50.0, 50.0))), settle_after=0.0
+    ),
+    "a machine falls asleep over its kickoff and wakes up to a bad answer": Scenario(
+        calls=(Call(freeze_at=7, freeze_for=400), Call(at=0.2, again=(15.0, 50.0, 50.0))),
+        faults=("kickoff:no-id@1",),
+        settle_after=0.0,
+    ),
+    "two stop one run at the same moment": Scenario(
+        calls=(Call(at_once=2),), runs=(CrewRun(end="stuck"),), stop_on_timeout=True
+    ),
+    "who stops a run tells automations of its end": Scenario(
+        calls=(Call(),), runs=(CrewRun(end="stuck"),), max_kickoffs=1, stop_on_timeout=True
+    ),
+    "an uncertain kickoff stays one behind a forced one that never started": Scenario(
+        calls=(Call(kill_at=6), Call(at=3.0, force_new=True)), faults=("kickoff:400-before-accept@2",), max_kickoffs=1
+    ),
+    "the id cannot be written down until the Prefect API is back": Scenario(
+        calls=(Call(),), runs=(CrewRun(seconds=3),), outages=((0.1, 200.0),)
+    ),
+    "the Prefect API is away for a quarter of an hour": Scenario(calls=(Call(again=(50.0,)),), outages=((0.1, 900.0),)),
+    "a claim is made twice by Prefect's own client": Scenario(
+        calls=(Call(),), prefect_faults=((1, "lost"), (2, "lost"))
+    ),
+    "the token is rotated while the crew runs": Scenario(
+        calls=(Call(again=(1.0, 3.0)),), runs=(CrewRun(seconds=15),), rotate_at=5.0, rotate_late=3.0
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WORLDS)
+def test_the_promises_hold_when(name: str) -> None:
+    world = World(WORLDS[name]).run()
+    assert not broken_promises(world), "\n".join(world.trace)
+
+
+@pytest.mark.parametrize("step", range(1, 31))
+def test_a_process_that_is_killed_before_each_of_its_steps_is_found_again(step: int) -> None:
+    scenario = Scenario(
+        calls=(Call(kill_at=step, crashed_after=0.5, again=(1.0,)),), runs=(CrewRun(seconds=3),), settle_after=None
+    )
+    world = World(scenario).run()
+    assert not broken_promises(world), "\n".join(world.trace)
+    assert world.site.counters.kickoffs == 1
+    assert isinstance(world.final[key_of(0)][-1], CrewResult)
+
+
+def test_only_between_claim_and_record_does_a_kill_leave_doubt() -> None:
+    doubts = []
+    for step in range(1, 31):
+        world = World(Scenario(calls=(Call(kill_at=step, crashed_after=0.5, again=(1.0,)),))).run()
+        doubts.append(any(isinstance(end.value, KickoffUncertainError) for end in world.endings))
+    first, last = doubts.index(True), len(doubts) - 1 - doubts[::-1].index(True)
+    assert all(doubts[first : last + 1]), "one stretch of steps, with nothing else in it"
+    assert last - first < 10
+
+
+def test_a_lost_run_is_reported_as_lost() -> None:
+    world = World(WORLDS["a run that was lost is still lost, not late, an hour afterwards"]).run()
+    assert [type(end.value) for end in world.endings] == [CrewLostError, CrewLostError]

@@ -1,0 +1,158 @@
+"""The simulated part of the Prefect API answers as a real Prefect server does, and the simulation can see a mistake."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from datetime import timedelta
+from typing import Any
+from unittest import mock
+
+import pytest
+
+from prefect_crew import purchases, record_store
+from prefect_crew.api.certainty import KickoffFate
+from prefect_crew.record_store import PrefectRecords
+from prefect_crew.records import RecordPhase, RunRecord, utcnow
+from proof.sim.loop import Process, SimLoop, StuckError
+from proof.sim.oracle import broken_promises
+from proof.sim.prefect_api import SimPrefect
+from proof.sim.scenario import Call, CrewRun, Scenario
+from proof.sim.world import World
+from support.prefect_server import PrefectServer
+
+KEY = uuid.uuid4().hex
+
+
+def record(attempt: int, owner: str, **fields: Any) -> RunRecord:
+    now = utcnow()
+    return RunRecord(
+        run_key=KEY,
+        attempt=attempt,
+        crew="c",
+        crew_url="https://c.test",
+        inputs_digest="d",
+        owner=owner,
+        claimed_at=now,
+        known_by=now + timedelta(seconds=5),
+        **fields,
+    )
+
+
+async def tour() -> list[Any]:
+    """Use everything that records use, and return what was seen of it."""
+    store, seen = PrefectRecords(), list[Any]()
+    first, second = record(1, "one", flow_run_id=str(uuid.UUID(int=7))), record(2, "two")
+    seen.append([await store.claim(first), await store.claim(first), await store.claim(record(1, "other"))])
+    seen.append(await store.owner_ended(first))
+    try:
+        await store.save(second)
+    except Exception as error:
+        seen.append(type(error).__name__)
+    seen.append(await store.claim(second))
+    first.phase, first.kickoff_id = RecordPhase.STARTED, f"run-of-{KEY}"
+    await store.save(first)
+    seen.append(await store.claim(first.model_copy(update={"phase": RecordPhase.CLAIMED})))
+    seen.append([(one.attempt, one.owner, one.phase) for one in await store.attempts(KEY)])
+    found = await store.of_kickoff(f"run-of-{KEY}")
+    seen += [found and found.attempt, await store.of_kickoff("nobody's")]
+    seen.append([one.attempt async for one in store.all(RecordPhase.CLAIMED) if one.run_key == KEY])
+    await store.add_waiter(first, str(uuid.UUID(int=8)))
+    await store.add_waiter(first, str(uuid.UUID(int=8)))
+    seen.append(await store.other_waiters(first, None))
+    await store.remove_waiter(first, str(uuid.UUID(int=8)))
+    await store.remove_waiter(first, str(uuid.UUID(int=8)))
+    for one in (first, second, second):
+        await store.delete(one)
+    seen.append(await store.attempts(KEY))
+    return seen
+
+
+def test_the_simulated_api_answers_as_a_real_server(prefect_api: PrefectServer) -> None:
+    real = asyncio.run(tour())
+    loop, simulated = SimLoop(), SimPrefect(latency=lambda: 0.01)
+    with mock.patch.object(record_store, "get_client", simulated.client):
+        assert loop.run_until_complete(tour()) == real
+    loop.close()
+    assert real[0] == [True, True, False], "and the answers are those that the design needs"
+
+
+def test_a_killed_process_does_nothing_any_more() -> None:
+    loop, said = SimLoop(), list[str]()
+
+    async def careful() -> None:
+        try:
+            await asyncio.sleep(1)
+            said.append("went on")
+            await asyncio.sleep(1)
+        finally:
+            said.append("cleaned up")
+
+    async def course() -> None:
+        process = Process("careful", kill_at=3)
+        process.start(careful())
+        await process.died.wait()
+        await asyncio.sleep(10)
+        assert said == ["went on"]
+        process.bury()
+        for task in process.tasks:
+            task.cancel()
+        await asyncio.wait(process.tasks)
+
+    loop.run_until_complete(course())
+    loop.close()
+    assert said == ["went on", "cleaned up"]
+
+
+def test_a_world_without_a_future_says_so() -> None:
+    loop = SimLoop()
+    with pytest.raises(StuckError):
+        loop.run_until_complete(loop.create_future())
+    loop.close()
+
+
+# What would be wrong with the core is seen. These are the mistakes that other clients make.
+
+
+def _claims_nothing() -> Any:
+    async def claim(self: PrefectRecords, record: RunRecord) -> bool:
+        try:
+            await self.save(record)
+        except Exception:
+            async with record_store.get_client() as client:
+                name = record_store.record_name(record.run_key, record.attempt)
+                await client.request(
+                    "POST", "/variables/", json={"name": name, "value": record.model_dump(mode="json")}
+                )
+        return True
+
+    return mock.patch.object(PrefectRecords, "claim", claim)
+
+
+def _sends_again() -> Any:
+    return mock.patch.object(purchases, "kickoff_fate", return_value=KickoffFate.RETRY)
+
+
+def _forgets_the_id() -> Any:
+    async def save(record: RunRecord, records: Any) -> None:
+        return None
+
+    return mock.patch.object(purchases, "_save", save)
+
+
+TWO = Scenario(calls=(Call(), Call()), runs=(CrewRun(seconds=3),))
+KILLED = Scenario(calls=(Call(kill_at=20, crashed_after=0.5, again=(1.0,)),), runs=(CrewRun(seconds=15),))
+DENIED = Scenario(calls=(Call(again=(1.0,)),), faults=("kickoff:500-after-accept@1",))
+MISTAKES = {
+    "a claim that anybody may overwrite": (_claims_nothing, TWO),
+    "a kickoff that is sent again after a 500": (_sends_again, DENIED),
+    "an id that is not written down": (_forgets_the_id, KILLED),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_seen(mistake: str) -> None:
+    make, scenario = MISTAKES[mistake]
+    assert not broken_promises(World(scenario).run())
+    with make():
+        assert broken_promises(World(scenario).run())
