@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import time
 from collections.abc import Callable, Mapping
@@ -11,9 +12,10 @@ from typing import Any, TypeVar
 from prefect.flows import load_flow_from_entrypoint
 
 from support.environment import program
+from support.processes import Process
 from support.seen import Seen
 
-__all__ = ["FINAL", "ROOT", "command", "load_flow", "wait_for_state", "wait_until"]
+__all__ = ["FINAL", "ROOT", "command", "flow_processes", "load_flow", "wait_for_state", "wait_until"]
 
 T = TypeVar("T")
 ROOT = Path(__file__).parents[2]
@@ -38,6 +40,22 @@ def command(*arguments: str | Path, env: Mapping[str, str], cwd: Path = ROOT, ti
     )
     assert done.returncode == 0, f"{arguments} ended with {done.returncode}:\n{done.stdout[-3000:]}"
     return done.stdout
+
+
+def flow_processes(process: Process, flow_run_id: Any) -> list[int]:
+    """Return the ids of the processes that a worker or a served flow runs a flow run in; empty before and after.
+
+    A worker names the flow run in their environment; a served flow sets it within, so that all its children count.
+    """
+    children = [pid for pid in process.family() if pid != process.pid]
+    return [pid for pid in children if str(flow_run_id) in _environ(pid)] or children
+
+
+def _environ(pid: int) -> str:
+    # It may end between two looks.
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/environ").read_text(errors="replace")
+    return ""
 
 
 def wait_until(look: Callable[[], T | None], *, seconds: float, what: str, pause: float = 0.2) -> T:
