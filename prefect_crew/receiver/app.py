@@ -113,15 +113,14 @@ def create_receiver(
             Route("/hooks/{kind}/{token}", receiver.take, methods=["POST"]),
             Route("/health", receiver.health, methods=["GET"]),
             Route("/ready", receiver.ready, methods=["GET"]),
-            Route("/{path:path}", receiver.nothing_here, methods=[*_METHODS]),
         ],
+        # Whatever is not there: another path, another method.
+        exception_handlers={404: receiver.nothing_here, 405: receiver.nothing_here},
         lifespan=lifespan,
     )
+    app.router.redirect_slashes = False
     app.state.hand_on = hand_on
     return app
-
-
-_METHODS = ("DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT")
 
 
 class _Receiver:
@@ -148,8 +147,8 @@ class _Receiver:
             {"ready": ready, "answers": answers, **self._hand_on.report()}, status_code=200 if ready else 503
         )
 
-    async def nothing_here(self, request: Request) -> Response:
-        del request
+    async def nothing_here(self, request: Request, error: Exception) -> Response:
+        del request, error
         return self._answer(404, "not found")
 
     async def take(self, request: Request) -> Response:

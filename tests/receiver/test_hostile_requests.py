@@ -1,0 +1,172 @@
+"""Ten thousand requests that nobody asked for, to a receiver in a process of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+from collections import Counter
+from collections.abc import Callable, Iterator
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+
+import httpx
+import pytest
+
+from prefect_crew.api.webhooks import Webhooks
+from support.environment import program
+from support.prefect_server import PrefectServer, free_port
+from support.processes import Process
+from support.webhooks import BODIES, SECRET, events_of, headers_of, until, url_of
+from support.wire import exchange, request
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+REQUESTS = 10_000
+AT_ONCE = 32
+MIB = 1024 * 1024
+Hostile = Callable[[random.Random], tuple[bytes, ...]]
+
+
+def hostile_requests(urls: Callable[..., Webhooks]) -> dict[str, Hostile]:  # noqa: C901 - a list of small ones
+    """Return what makes each kind of them; none may become an event."""
+    good, stale = urls(), urls(expires=datetime.now(timezone.utc) - timedelta(days=1))
+    forged = urls("another/run")
+
+    def path(hooks: Webhooks, kind: str) -> str:
+        return httpx.URL(url_of(hooks, kind)).path
+
+    def body(kind: str) -> bytes:
+        name = next(name for name in BODIES if name.startswith(kind))
+        return json.dumps(BODIES[name]).encode()
+
+    def mangled(rng: random.Random) -> tuple[bytes, ...]:
+        kind = rng.choice(["task", "step", "crew", "human_input", "stream"])
+        token = list(path(forged, kind))
+        at = rng.randrange(len(f"/hooks/{kind}/"), len(token))
+        token[at] = rng.choice("ABCDEFGHabcdefgh0123456789-_~!.".replace(token[at], ""))
+        return (request("POST", "".join(token), body(kind), headers_of(forged, kind)),)
+
+    def random_token(rng: random.Random) -> tuple[bytes, ...]:
+        token = "".join(rng.choices("ABCDEFGHIJabcdefghij0123456789-_%", k=rng.randrange(3000)))
+        return (request("POST", f"/hooks/{rng.choice(['crew', 'task', 'x', ''])}/{token}", b"{}"),)
+
+    def deep(rng: random.Random) -> tuple[bytes, ...]:
+        opening = rng.choice([b"[", b'{"kickoff_id":', b'{"meta":[', b'{"events":[{"data":'])
+        return (request("POST", path(good, "crew"), opening * (rng.randrange(1000, 500_000) // len(opening))),)
+
+    def oversize(rng: random.Random) -> tuple[bytes, ...]:
+        return (request("POST", path(good, "crew"), b" " * rng.randrange(MIB + 1, 3 * MIB)),)
+
+    def chunked(rng: random.Random) -> tuple[bytes, ...]:
+        head = request("POST", path(good, "crew"), b"", {"Content-Length": "", "Transfer-Encoding": "chunked"})
+        chunk = b"%x\r\n" % 65536 + b" " * 65536 + b"\r\n"
+        return (head, *[chunk] * 20)
+
+    def wrong_type(rng: random.Random) -> tuple[bytes, ...]:
+        kind = rng.choice(
+            ["text/plain", "application/xml", "multipart/form-data; boundary=x", "é", "application/jsonx"]
+        )
+        return (request("POST", path(good, "crew"), body("crew"), {"Content-Type": kind}),)
+
+    def no_body_of_ours(rng: random.Random) -> tuple[bytes, ...]:
+        return (
+            request("POST", path(good, "crew"), rng.choice([b"", b"[]", b"null", b"{}", b"\xff", b'"x"', b"1e999"])),
+        )
+
+    def cut_off(rng: random.Random) -> tuple[bytes, ...]:
+        whole = request("POST", path(good, "task"), body("task") + b" ")
+        return (whole[: rng.randrange(10, len(whole) - 1)],)
+
+    def garbage(rng: random.Random) -> tuple[bytes, ...]:
+        return (rng.randbytes(rng.randrange(1, 4000)) + b"\r\n\r\n",)
+
+    def of_method(rng: random.Random) -> tuple[bytes, ...]:
+        return (request(rng.choice(["GET", "PUT", "DELETE", "TRACE", "PROPFIND"]), path(good, "crew"), body("crew")),)
+
+    return {
+        "forged": mangled,
+        "random": random_token,
+        "stale": lambda rng: (request("POST", path(stale, "crew"), body("crew")),),
+        "wrong-kind": lambda rng: (request("POST", path(good, "crew").replace("/crew/", "/step/"), body("step")),),
+        "no-bearer": lambda rng: (request("POST", path(good, "human_input"), body("human_input")),),
+        "replayed": lambda rng: (request("POST", path(good, "step"), body("step")),),
+        "oversize": oversize,
+        "chunked": chunked,
+        "deep": deep,
+        "wrong-type": wrong_type,
+        "no-body-of-ours": no_body_of_ours,
+        "cut-off": cut_off,
+        "garbage": garbage,
+        "method": of_method,
+        "head": lambda rng: (request("POST", "/hooks/crew/x", b"", {"X-Long": "y" * rng.randrange(100_000)}),),
+    }
+
+
+@pytest.fixture
+def receiver(prefect_api: PrefectServer, tmp_path: Path) -> Iterator[tuple[Process, int]]:
+    port = free_port()
+    env = prefect_api.env(PREFECT_INTEGRATIONS_CREW_WEBHOOK_SECRET=SECRET)
+    with Process([program("prefect-crew"), "webhooks", "--port", str(port)], log=tmp_path / "log", env=env) as process:
+        yield process, port
+
+
+def resident(process: Process) -> float:
+    """Return the MiB of memory that a process holds."""
+    for line in Path(f"/proc/{process.pid}/status").read_text().splitlines():
+        if line.startswith("VmRSS:"):
+            return int(line.split()[1]) / 1024
+    raise AssertionError("the process has ended")
+
+
+async def test_none_of_ten_thousand_hostile_requests_does_anything(
+    receiver: tuple[Process, int], urls: Callable[..., Webhooks], notes: list[str]
+):
+    process, port = receiver
+    await until(lambda: "Taking webhooks" in process.output, "it listens", seconds=60)
+    rng = random.Random(20260501)
+    kinds = hostile_requests(lambda *key, **facts: urls(*(key or ("hostile/run",)), **facts))
+    answers: dict[str, Counter[int | None]] = {name: Counter() for name in kinds}
+    gate = asyncio.Semaphore(AT_ONCE)
+
+    async def attack(name: str, seed: int) -> None:
+        async with gate:
+            # Those that are cut off are left hanging for a moment: the receiver waits, nobody else does.
+            within = 0.05 if name == "cut-off" else 30.0
+            answers[name][await exchange(port, *kinds[name](random.Random(seed)), within=within)] += 1
+
+    async def attack_so_often(count: int) -> None:
+        await asyncio.gather(*(attack(rng.choice(list(kinds)), rng.randrange(2**32)) for _ in range(count)))
+
+    # What is replayed has to be genuine once.
+    first = await exchange(port, *kinds["replayed"](rng))
+    assert first == 200
+    await attack_so_often(2_000)
+    before = resident(process)
+    slow = [asyncio.create_task(exchange(port, b"POST /hooks/crew/x HTTP/1.1\r\n", within=30)) for _ in range(50)]
+    await attack_so_often(REQUESTS - 2_000)
+    after = resident(process)
+    assert await asyncio.gather(*slow) == [None] * 50, "heads that never come are not waited for"
+
+    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
+        ready = (await client.get("/ready")).json()
+    notes.append(f"receiver: {REQUESTS} hostile requests, {before:.0f} MiB before, {after:.0f} MiB after")
+    assert process.running, process.tail()
+    assert "Traceback" not in process.output, process.tail()
+    assert ready["taken"] == 1, "one was genuine, and it was taken once"
+    assert after - before < 15, f"{before:.0f} MiB grew to {after:.0f}"
+    allowed = {
+        "replayed": {200},
+        "oversize": {413, None},
+        "chunked": {413, None},
+        "deep": {400},
+        "wrong-type": {415},
+        "no-body-of-ours": {400},
+        "cut-off": {None},
+        "garbage": {400, None},
+        "head": {400, 404, 431, None},
+    }
+    for name, seen in answers.items():
+        assert set(seen) <= allowed.get(name, {404}), f"{name}: {seen}"
+    assert len(await events_of("hostile/run")) == 1
+    assert await exchange(port, request("GET", "/health")) == 200
