@@ -35,6 +35,8 @@ _STATES = {
 }
 # Characters that turn the direction of what follows them, beyond their own text.
 _TURNS = {ord(char): f"[U+{ord(char):04X}]" for char in "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"}
+# Of these, what no honest text needs: they show letters in an order in which they do not stand.
+_OVERRIDES = {ord(char): f"[U+{ord(char):04X}]" for char in "\u202d\u202e"}
 
 
 @dataclass(frozen=True)
@@ -176,7 +178,7 @@ def _reading(text: str) -> str:
     """
     lines: list[str] = []
     fence: str | None = None
-    for line in text.splitlines():
+    for line in text.translate(_OVERRIDES).splitlines():
         match = _FENCE.match(line)
         if fence is None and match:
             fence = match[1]
