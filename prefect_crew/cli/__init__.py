@@ -83,6 +83,11 @@ def _run(arguments: list[str], *, as_json: bool) -> int:
     except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - this is where every error becomes words
         with _undisturbed():
             return _report(error, as_json=as_json)
+    except BaseException as error:
+        # Within a flow SIGTERM is Prefect's, which raises its own.
+        if type(error).__name__ == "TerminationSignal":
+            return exits.TERMINATED
+        raise
 
 
 def _report(error: BaseException, *, as_json: bool) -> int:

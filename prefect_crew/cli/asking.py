@@ -114,6 +114,13 @@ def _show(found: CrewStatus) -> None:
         terminal.put_markdown(found.output or "")
 
 
+def _without_prefect(crew: str) -> bool:
+    """Return whether a command has to do without records: no Prefect server is started to look for one."""
+    from prefect.settings import get_current_settings
+
+    return is_url(crew) and not get_current_settings().api.url
+
+
 def resume(
     crew: Annotated[str, CREW],
     kickoff_id: Annotated[str, ID],
@@ -138,9 +145,27 @@ def resume(
     terminal.put(f"Run {kickoff_id}: {'approved' if approve else 'rejected'}{f' ({said})' if said else ''}.")
 
 
+async def _resume_only(
+    url: str, kickoff_id: str, access: CrewAccess, feedback: str, *, approve: bool, task_id: str | None
+) -> ResumeAnswer:
+    async with access.client(url) as client:
+        status = await client.status(kickoff_id)
+        if status.state.ended or status.state is CrewState.UNKNOWN:
+            raise CrewError(f"Run {kickoff_id} does not wait for a person: it is {status.state}.")
+        task = task_id or status.human_task_id or status.current_task
+        if task is None:
+            raise CrewError(
+                f"Run {kickoff_id} is {status.state}, and its status does not name the task that waits. Give its "
+                "--task-id: the crew's page shows it."
+            )
+        return await client.resume(kickoff_id, task, feedback, approve)
+
+
 async def _resume(
     crew: str, kickoff_id: str, access: CrewAccess, feedback: str, *, approve: bool, task_id: str | None
 ) -> ResumeAnswer:
+    if _without_prefect(crew):
+        return await _resume_only(crew, kickoff_id, access, feedback, approve=approve, task_id=task_id)
     from prefect_crew.actions import resume_run
 
     block = await access.load(crew)
@@ -181,10 +206,7 @@ def stop(
 
 
 async def _stop(crew: str, kickoff_id: str, access: CrewAccess) -> StopAnswer:
-    """Stop a run, on record where a Prefect server may have its record; none is started for it."""
-    from prefect.settings import get_current_settings
-
-    if is_url(crew) and not get_current_settings().api.url:
+    if _without_prefect(crew):
         async with access.client(crew) as client:
             return await client.stop(kickoff_id)
     from prefect_crew.actions import stop_run

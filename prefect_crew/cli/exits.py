@@ -140,7 +140,8 @@ def _refusal(error: Any) -> str | None:
     body: dict[str, Any] = cast("dict[str, Any]", answer) if isinstance(answer, dict) else {}
     told = body.get("detail") or body.get("exception_message")
     asked = f"{response.request.method} {response.request.url.path}"
-    return f"{asked} was answered with {response.status_code}{f', {told}' if told else ''}"
+    said = f"{asked} was answered with {response.status_code}"
+    return " ".join(f"{said}, {told}".split()) if told else said
 
 
 def _problems(error: Any) -> str:

@@ -1,0 +1,91 @@
+"""The program as a person runs it: in a process of its own, or in this one where nothing depends on that."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from prefect_crew.server import CrewServer
+from support.commands import TOKEN, Command, Finished, outside
+from support.prefect_server import PrefectServer
+
+SCRIPTS = {
+    "greet": """
+name: greet
+inputs: [who]
+tasks:
+  - {name: think, agent: Host, seconds: 0.1, output: "thinking of {{ who }}"}
+  - {name: speak, agent: Host, seconds: 0.1, output: "Hello {{ who }}"}
+output: "**Hello** {{ who }}"
+usage: {total_tokens: 1234}
+""",
+    "broken": """
+name: broken
+inputs: [who]
+tasks:
+  - {name: think, seconds: 0.05, fail: "no idea who {{ who }} is"}
+""",
+    "reviewed": """
+name: reviewed
+inputs: [who]
+tasks:
+  - {name: draft, seconds: 0.05, output: "draft {{ round }} for {{ who }}", human: true}
+  - {name: send, seconds: 0.05, output: "sent to {{ who }}"}
+""",
+    "slow": """
+name: slow
+inputs: [who]
+tasks:
+  - {name: wait, seconds: 60, output: "late"}
+""",
+}
+
+
+@pytest.fixture
+def here(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Command]:
+    """`here("status", url, "k1")`: the command in this process. `CREW_TOKEN` is set."""
+    from prefect_crew import cli
+    from prefect_crew.cli import prefect_side, terminal
+
+    monkeypatch.setenv("CREW_TOKEN", TOKEN)
+
+    def run(*arguments: str) -> Finished:
+        capsys.readouterr()
+        code = cli.main(arguments)
+        out, err = capsys.readouterr()
+        return Finished(code, out, err)
+
+    yield run
+    prefect_side.restore_logs()
+    terminal.forget()
+
+
+@pytest.fixture
+def alone(tmp_path: Path) -> Command:
+    """`alone("status", url, "k1")`: the command in a process of its own, without any Prefect server."""
+
+    def run(*arguments: str, **options: Any) -> Finished:
+        return outside(tmp_path / "home", *arguments, **options)
+
+    return run
+
+
+@pytest.fixture
+def apart(prefect_server: PrefectServer, tmp_path: Path) -> Command:
+    """`apart("run", "travel")`: the command in a process of its own, a client of the tests' Prefect server."""
+
+    def run(*arguments: str, env: Mapping[str, str] | None = None, **options: Any) -> Finished:
+        connected = {"PREFECT_API_URL": prefect_server.api_url, **(env or {})}
+        return outside(tmp_path / "home", *arguments, env=connected, **options)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def crews() -> Iterator[CrewServer]:
+    """Several crews on one port: `f"{crews.url}/greet"`, and broken, reviewed, slow."""
+    with CrewServer(SCRIPTS, token=TOKEN) as server:
+        yield server

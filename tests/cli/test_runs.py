@@ -1,0 +1,156 @@
+"""`runs`: what is open, settling what is uncertain, pruning what is old, on a real Prefect server."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import httpx
+import pytest
+
+from prefect_crew.record_store import PrefectRecords
+from prefect_crew.records import RecordPhase, RunRecord, utcnow
+from prefect_crew.server import CrewServer
+from support.prefect_server import PrefectServer
+
+Write = Callable[..., RunRecord]
+
+
+@pytest.fixture
+def write(prefect_api: PrefectServer, crews: CrewServer) -> Write:
+    """Write a record as it would stand after something; its key is a new one."""
+
+    def write(**facts: Any) -> RunRecord:
+        record = RunRecord(
+            **{
+                "run_key": f"key {uuid.uuid4()}",
+                "attempt": 1,
+                "crew": "greeting",
+                "crew_url": f"{crews.url}/greet",
+                "inputs_digest": "d" * 32,
+                "owner": uuid.uuid4().hex,
+                "claimed_at": utcnow() - timedelta(minutes=5),
+                "known_by": utcnow() - timedelta(minutes=4),
+                **facts,
+            }
+        )
+        assert asyncio.run(PrefectRecords().claim(record))
+        return record
+
+    return write
+
+
+def uncertain(**facts: Any) -> dict[str, Any]:
+    return {"phase": RecordPhase.UNCERTAIN, "reason": "the connection broke", **facts}
+
+
+def kicked_off(crews: CrewServer) -> str:
+    answer = httpx.post(f"{crews.url}/greet/kickoff", headers=crews.headers, json={"inputs": {"who": "Ada"}})
+    return answer.json()["kickoff_id"]
+
+
+def test_an_uncertain_run_is_listed_first_with_what_to_do(here, write: Write):
+    record = write(**uncertain())
+    started = write(phase=RecordPhase.STARTED, kickoff_id=f"k-{uuid.uuid4()}", kicked_off_at=utcnow())
+    listed = here("runs")
+    assert listed.code == 0
+    assert listed.out.startswith("UNCERTAIN")
+    about = listed.out[listed.out.index(record.run_key) :]
+    assert "the connection broke" in about
+    assert f"prefect-crew runs settle '{record.run_key}' --kickoff-id ID" in about
+    # Nobody waits for a run that no flow run has started.
+    about = listed.out[listed.out.index(started.run_key) :]
+    assert f"prefect-crew status greeting {started.kickoff_id}" in about
+    only = here("runs", "list", "--uncertain", "--json").json
+    assert {line["standing"] for line in only} == {"uncertain"}
+    assert record.run_key in {line["run_key"] for line in only}
+    assert started.run_key not in {line["run_key"] for line in only}
+
+
+def test_ended_runs_are_listed_when_asked_for(here, write: Write):
+    record = write(phase=RecordPhase.ENDED, state="failed", error="no idea", kickoff_id="k", ended_at=utcnow())
+    assert record.run_key not in here("runs").out
+    assert "no idea" in here("runs", "--all").out
+    (line,) = [line for line in here("runs", "--phase", "ended", "--json").json if line["run_key"] == record.run_key]
+    assert line["state"] == "failed"
+    shown = here("runs", "show", record.run_key)
+    assert "ENDED failed" in shown.out
+    assert record.inputs_digest in shown.out
+
+
+def test_show_finds_a_run_by_its_kickoff_id_too(here, write: Write):
+    record = write(phase=RecordPhase.STARTED, kickoff_id=f"k-{uuid.uuid4()}", kicked_off_at=utcnow())
+    assert here("runs", "show", str(record.kickoff_id), "--json").json[0]["run_key"] == record.run_key
+    assert here("runs", "show", "nobody used this").code == 27
+
+
+def test_a_settled_run_goes_on_as_if_nothing_had_happened(here, write: Write, crews: CrewServer, instant_polling: None):
+    from prefect_crew.api.inputs import inputs_digest
+
+    url, digest = f"{crews.url}/greet", inputs_digest({"who": "Ada"})
+    record = write(**uncertain(inputs_digest=digest))
+    ran = ("run", url, "-i", "who=Ada", "--run-key", record.run_key)
+    before = here(*ran)
+    assert before.code == 14
+    assert "prefect-crew runs settle" in before.err
+
+    unknown = here("runs", "settle", record.run_key, "--kickoff-id", "made up", "--crew", url)
+    assert unknown.code == 25
+    assert "does not know run made up" in unknown.err
+    kickoff_id = kicked_off(crews)
+    settled = here("runs", "settle", record.run_key, "--kickoff-id", kickoff_id, "--crew", url)
+    assert settled.code == 0, settled.err
+    assert f"is run {kickoff_id}" in settled.out
+
+    kickoffs = crews.kickoffs
+    after = here(*ran, "--json")
+    assert after.json["kickoff_id"] == kickoff_id
+    assert after.json["output"] == "**Hello** Ada"
+    assert crews.kickoffs == kickoffs
+
+    again = here("runs", "settle", record.run_key, "--never-started")
+    assert again.code == 27
+    assert "There is nothing to settle" in again.err
+    taken = write(**uncertain())
+    other = here("runs", "settle", taken.run_key, "--kickoff-id", kickoff_id, "--crew", url)
+    assert other.code == 25
+    assert f"belongs to the run key '{record.run_key}'" in other.err
+
+
+def test_a_run_that_never_started_is_bought_anew(here, write: Write, crews: CrewServer, instant_polling: None):
+    from prefect_crew.api.inputs import inputs_digest
+
+    record = write(**uncertain(inputs_digest=inputs_digest({"who": "Ada"})))
+    assert here("runs", "settle", record.run_key, "--never-started").code == 0
+    kickoffs = crews.kickoffs
+    assert here("run", f"{crews.url}/greet", "-i", "who=Ada", "--run-key", record.run_key).code == 0
+    assert crews.kickoffs == kickoffs + 1
+
+
+def test_without_its_crew_a_settlement_says_that_nobody_was_asked(here, write: Write):
+    record = write(**uncertain(crew="not-stored"))
+    done = here("runs", "settle", record.run_key, "--kickoff-id", f"k-{uuid.uuid4()}")
+    assert done.code == 0
+    assert "was not asked" in done.err
+
+
+def test_prune(here, write: Write):
+    long_ago = utcnow() - timedelta(days=100)
+    old = write(phase=RecordPhase.ENDED, state="completed", kickoff_id="k", claimed_at=long_ago, ended_at=long_ago)
+    open_ = write(phase=RecordPhase.STARTED, kickoff_id="k2", claimed_at=long_ago, kicked_off_at=long_ago)
+    counted = here("runs", "prune", "--dry-run", "--json").json
+    assert counted["runs"] >= 1
+    assert counted["dry_run"] is True
+    assert here("runs", "show", old.run_key).code == 0
+    assert here("runs", "prune").out.startswith(f"{counted['runs']} records removed")
+    assert here("runs", "show", old.run_key).code == 27
+    assert here("runs", "show", open_.run_key).code == 0
+
+
+def test_a_prefect_api_that_is_away(alone):
+    done = alone("runs", env={"PREFECT_API_URL": "http://127.0.0.1:1/api"})
+    assert done.code == 30
+    assert done.out == ""

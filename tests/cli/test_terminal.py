@@ -1,0 +1,86 @@
+"""What is written, and how: no token, nothing that steers a terminal, one JSON document whatever the encoding."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from prefect_crew.cli import terminal
+
+
+@pytest.fixture(autouse=True)
+def _no_secrets() -> Iterator[None]:
+    terminal.forget()
+    yield
+    terminal.forget()
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        pytest.param("a\x1b[31mred\x1b[0m", "a�[31mred�[0m", id="colour"),
+        pytest.param("a\x1b]0;title\x07b", "a�]0;title�b", id="title"),
+        pytest.param("over\rwritten", "over�written", id="carriage-return"),
+        pytest.param("evil\u202egpj.exe", "evil[U+202E]gpj.exe", id="turned-around"),
+        pytest.param("line\n\ttab مرحبا 🙂", "line\n\ttab مرحبا 🙂", id="harmless"),
+        pytest.param("c1\x9b31m", "c1�31m", id="c1-control"),
+    ],
+)
+def test_nothing_from_a_crew_steers_the_terminal(text: str, shown: str):
+    assert terminal.plain(text) == shown
+
+
+@pytest.mark.parametrize("token", ["token-1234", 'to"ken\\1234'], ids=["plain", "with-signs-that-json-escapes"])
+def test_a_token_is_written_nowhere(capsys: pytest.CaptureFixture[str], token: str):
+    terminal.secret(token)
+    terminal.put(f"with {token}")
+    terminal.note(f"with {token}")
+    terminal.put_markdown(f"# with {token}")
+    terminal.put_rows(["A"], [[token]])
+    terminal.put_json({"said": f"with {token}"})
+    out, err = capsys.readouterr()
+    assert token not in out + err
+    assert json.dumps(token)[1:-1] not in out + err
+    assert out.count("[hidden]") == 4
+
+
+def test_a_short_word_is_no_secret(capsys: pytest.CaptureFixture[str]):
+    terminal.secret("a")
+    terminal.secret("")
+    terminal.put("a banana")
+    assert capsys.readouterr().out == "a banana\n"
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii", "latin-1"])
+@pytest.mark.parametrize("value", [{"a": "grüße 🙂"}, {"a": "lone \ud800 surrogate"}], ids=["emoji", "surrogate"])
+def test_json_is_json_in_any_encoding(monkeypatch: pytest.MonkeyPatch, encoding: str, value: dict[str, Any]):
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding=encoding, errors="backslashreplace"))
+    terminal.put_json(value)
+    sys.stdout.flush()
+    assert json.loads(raw.getvalue().decode(encoding)) == value
+
+
+def test_text_for_a_file_is_left_as_it_is(capsys: pytest.CaptureFixture[str]):
+    terminal.put_markdown("# raw \x1b[31m text")
+    assert capsys.readouterr().out == "# raw \x1b[31m text\n"
+
+
+def test_a_table_has_tabs_where_nobody_looks(capsys: pytest.CaptureFixture[str]):
+    terminal.put_rows(["Input", "Needed"], [["topic", "required\nlater"]])
+    assert capsys.readouterr().out == "Input\tNeeded\ntopic\trequired later\n"
+
+
+def test_a_command_is_shown_as_it_can_be_typed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    here = Path(sys.executable).parent
+    monkeypatch.setenv("PATH", str(here))
+    assert terminal.command("prefect-crew run x") == "prefect-crew run x"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.chdir(here.parent)
+    assert terminal.command("prefect-crew run x") == f"{here.name}/prefect-crew run x"

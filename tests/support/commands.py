@@ -1,0 +1,52 @@
+"""Commands of `prefect-crew` in processes of their own."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from support.environment import isolated, program
+
+__all__ = ["TOKEN", "Command", "Finished", "environment", "outside"]
+
+TOKEN = "token-of-the-cli-tests"
+"""What `CREW_TOKEN` holds."""
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A command that has ended."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        """Standard output as the one JSON document that it is."""
+        return json.loads(self.out)
+
+
+Command = Callable[..., Finished]
+
+
+def environment(home: Path, env: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Return an environment without a Prefect server, in which none may be started, unless `env` says otherwise."""
+    return isolated(home, {"CREW_TOKEN": TOKEN, "PREFECT_SERVER_ALLOW_EPHEMERAL_MODE": "false", **(env or {})})
+
+
+def outside(home: Path, *arguments: str, env: Mapping[str, str] | None = None, timeout: float = 60) -> Finished:
+    """Run a command to its end, within `timeout` seconds."""
+    done = subprocess.run(
+        [program("prefect-crew"), *arguments],
+        env=environment(home, env),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        stdin=subprocess.DEVNULL,
+    )
+    return Finished(done.returncode, done.stdout, done.stderr)
