@@ -20,6 +20,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "prefect_crew"
 USERS = ("flows", "deployments", "examples", "benchmarks")
 LONGEST = 400
+LONGEST_TESTS = 650
 
 ARROWS = ("api", "records waiting artifacts events", "tasks", "runs", "pipelines batches", "cli")
 """Lowest first: a module imports its own line and those before it. What is not named here is free, but for cycles."""
@@ -113,7 +114,8 @@ def rank(module: str) -> int | None:
 
 def test_no_module_is_longer_than_a_person_reads():
     lines = {str(path.relative_to(ROOT)): path.read_text().count("\n") for path in tracked() if path.suffix == ".py"}
-    assert {name: count for name, count in lines.items() if count > LONGEST} == {}
+    longest = {name: LONGEST_TESTS if name.startswith("tests/") else LONGEST for name in lines}
+    assert {name: count for name, count in lines.items() if count > longest[name]} == {}
 
 
 @pytest.mark.parametrize(
