@@ -1,0 +1,26 @@
+"""A person who looks at the crew's page and settles what is uncertain."""
+
+from __future__ import annotations
+
+import asyncio
+
+from prefect_crew.record_store import PrefectRecords
+from prefect_crew.server.local import LocalServer
+from prefect_crew.settling import settle_never_started, settle_started, unsettled
+
+__all__ = ["settle"]
+
+
+def settle(server: LocalServer, run_key: str) -> None:
+    """Settle a run by what its server has accepted under its key."""
+    started = [id_ for id_, meta in server.counters.accepted.items() if meta["run_key"] == run_key]
+
+    async def say() -> None:
+        records = PrefectRecords()
+        record = await unsettled(run_key, records)
+        if started:
+            await settle_started(record, started[-1], records)
+        else:
+            await settle_never_started(record, records)
+
+    asyncio.run(say())
