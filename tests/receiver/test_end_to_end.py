@@ -1,0 +1,147 @@
+"""Real webhooks of a real crew server, to a receiver on a port, as events on a real Prefect server."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import uuid
+from collections import Counter
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+
+from prefect_crew import DeployedCrew, WaitPolicy, arun_crew
+from prefect_crew.actions import resume_run
+from prefect_crew.server import CrewScript, CrewServer
+from prefect_crew.webhooks import create_receiver
+from support.webhooks import SECRET, events_of, served
+
+pytestmark = pytest.mark.usefixtures("prefect_api")
+
+SCRIPT = CrewScript.model_validate(
+    {
+        "name": "report",
+        "inputs": ["customer"],
+        "tasks": [
+            {
+                "name": "research",
+                "agent": "Researcher",
+                "seconds": 0.2,
+                "output": "what was found about {{ customer }}",
+                "steps": [{"content": "think of {{ customer }}"}, {"tool": "search", "content": "a hit"}],
+            },
+            {
+                "name": "write",
+                "agent": "Writer",
+                "seconds": 0.2,
+                "output": "what was written for {{ customer }}",
+                "steps": [{"content": "write it down"}],
+            },
+        ],
+    }
+)
+QUICK = WaitPolicy(initial=0.2, max_interval=0.5)
+
+
+@pytest.fixture
+def key() -> str:
+    return f"end-to-end/{uuid.uuid4()}"
+
+
+@pytest.fixture
+async def receiver(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[str]:
+    async with served(create_receiver(SECRET)) as url:
+        monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_WEBHOOK_URL", url)
+        monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_WEBHOOK_SECRET", SECRET)
+        yield url
+
+
+async def webhooks_of(key: str, *, at_least: int) -> list[dict[str, Any]]:
+    """Return the events about webhooks of a run, once there are so many."""
+    wanted = at_least
+    while True:
+        events = await events_of(key, at_least=wanted)
+        found = [dict(event) for event in events if event["event"].startswith("crew.webhook.")]
+        if len(found) >= at_least:
+            return found
+        wanted = len(events) + 1
+
+
+def crew_of(server: CrewServer, **fields: Any) -> DeployedCrew:
+    return server.crew(wait=QUICK, **fields)
+
+
+@pytest.mark.parametrize("generation", ["first", "later"])
+async def test_a_run_tells_of_itself(generation: Any, receiver: str, key: str):
+    with CrewServer(SCRIPT, generation=generation) as server:
+        result = await arun_crew(crew_of(server), {"customer": "ACME"}, run_key=key)
+        events = await webhooks_of(key, at_least=6)
+    assert Counter(event["event"] for event in events) == {
+        "crew.webhook.task": 2,
+        "crew.webhook.step": 3,
+        "crew.webhook.crew": 1,
+    }
+    for event in events:
+        assert event["resource"]["prefect-crew.run-key"] == key
+        assert event["payload"]["said"]["kickoff_id"] == result.kickoff_id
+        roles = {related["prefect.resource.role"] for related in event["related"]}
+        assert {"crew", "flow-run"} <= roles
+    assert {"Researcher", "Writer"} <= {event["payload"]["said"].get("agent") for event in events}
+    assert "ACME" not in json.dumps(events)
+
+
+async def test_with_secret_inputs_no_name_is_told(receiver: str, key: str):
+    with CrewServer(SCRIPT) as server:
+        await arun_crew(crew_of(server, secret_inputs=["customer"]), {"customer": "ACME"}, run_key=key)
+        events = await webhooks_of(key, at_least=5)
+    assert "ACME" not in json.dumps(events)
+    assert "Researcher" not in json.dumps(events)
+
+
+async def test_the_same_question_asked_again_is_told_again(receiver: str, key: str):
+    script = SCRIPT.model_dump(mode="json")
+    script["tasks"][1]["human"] = True
+
+    async def question(number: int) -> dict[str, Any]:
+        """Return a question, counted from 1, once it is told."""
+        found: list[dict[str, Any]] = []
+        seen = 0
+        while len(found) < number:
+            events = await webhooks_of(key, at_least=seen + 1)
+            seen = len(events)
+            found = [event for event in events if event["event"] == "crew.webhook.human_input"]
+        return found[-1]["payload"]
+
+    with CrewServer(CrewScript.model_validate(script)) as server:
+        crew = crew_of(server)
+        running = asyncio.create_task(arun_crew(crew, {"customer": "ACME"}, run_key=key))
+        first = await question(1)
+        await resume_run(crew, first["kickoff_id"], feedback="again", approve=False)
+        second = await question(2)
+        await resume_run(crew, first["kickoff_id"], feedback="", approve=True)
+        assert (await running).output == "what was written for ACME"
+    assert (first["round"], second["round"]) == (0, 1)
+    assert first["said"] == second["said"] != {}
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        pytest.param("webhook:double", id="doubled"),
+        pytest.param("webhook:delay=0.3", id="delayed"),
+        pytest.param("webhook:lose%0.3", id="a-third-is-lost", marks=pytest.mark.slow),
+    ],
+)
+async def test_webhooks_that_come_twice_late_or_never_harm_nothing(fault: str, receiver: str):
+    keys = [f"end-to-end/{uuid.uuid4()}" for _ in range(5)]
+    with CrewServer(SCRIPT, faults=[fault], seed=1) as server:
+        crew = crew_of(server)
+        results = await asyncio.gather(*(arun_crew(crew, {"customer": "ACME"}, run_key=key) for key in keys))
+        assert {result.output for result in results} == {"what was written for ACME"}
+        assert server.kickoffs == 5
+        await asyncio.sleep(2)
+        events = [event["event"] for key in keys for event in await events_of(key)]
+    told = Counter(event for event in events if event.startswith("crew.webhook"))
+    if "lose" not in fault:
+        assert told == {"crew.webhook.task": 10, "crew.webhook.step": 15, "crew.webhook.crew": 5}
