@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import quote, unquote
 
 from prefect import Flow
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from prefect_crew.api.errors import ConfigurationError
 from prefect_crew.api.models import CrewInput, CrewResult
@@ -206,16 +206,24 @@ def deployment_of(crew: DeployedCrew, inputs: Sequence[CrewInput], plan: Plan) -
     if plan.run_key is not None:
         defaults[_run_key_name(names)] = plan.run_key
     made = crew_flow(crew.label, inputs, secret_inputs=crew.secret_inputs)
-    return RunnerDeployment.from_flow(
-        made,
-        name=plan.name,
-        schedule=_schedule(plan),
-        parameters=defaults,
-        concurrency_limit=plan.concurrency_limit,
-        tags=["prefect-crew", *(tag for tag in plan.tags if tag != "prefect-crew")],
-        work_pool_name=plan.work_pool,
-        entrypoint_type=EntrypointType.MODULE_PATH,
-    )
+    try:
+        return RunnerDeployment.from_flow(
+            made,
+            name=plan.name,
+            schedule=_schedule(plan),
+            parameters=defaults,
+            concurrency_limit=plan.concurrency_limit,
+            tags=["prefect-crew", *(tag for tag in plan.tags if tag != "prefect-crew")],
+            work_pool_name=plan.work_pool,
+            entrypoint_type=EntrypointType.MODULE_PATH,
+        )
+    except ValidationError as error:
+        problems = "; ".join(f"{problem['msg']}" for problem in error.errors(include_url=False, include_input=False))
+        raise ConfigurationError(f"The deployment cannot be made: {problems}.") from None
+    except ConfigurationError:
+        raise
+    except ValueError as error:
+        raise ConfigurationError(f"The deployment cannot be made: {error}") from error
 
 
 def _schedule(plan: Plan) -> Schedule | None:
@@ -223,11 +231,8 @@ def _schedule(plan: Plan) -> Schedule | None:
 
     if plan.cron is not None and plan.interval is not None:
         raise ConfigurationError("A deployment has a cron schedule or an interval here, not both.")
-    try:
-        if plan.cron is not None:
-            return Cron(plan.cron, timezone=plan.timezone)
-        if plan.interval is not None:
-            return Interval(timedelta(seconds=plan.interval), timezone=plan.timezone)
-    except ValueError as error:
-        raise ConfigurationError(f"The schedule cannot be used: {error}") from error
+    if plan.cron is not None:
+        return Cron(plan.cron, timezone=plan.timezone)
+    if plan.interval is not None:
+        return Interval(timedelta(seconds=plan.interval), timezone=plan.timezone)
     return None

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Annotated, Any
+import sys
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
@@ -79,10 +80,10 @@ def deploy(
     )
     block, found = asyncio.run(_ask(crew))
     deployment = deployment_of(block, found, plan)
+    deployment_id = asyncio.run(_apply(deployment))
     if serve:
         _serve(deployment)
         return
-    deployment_id = asyncio.run(_apply(deployment))
     _tell(deployment, deployment_id, plan, found)
 
 
@@ -138,7 +139,10 @@ def _tell(deployment: RunnerDeployment, deployment_id: str, plan: Plan, found: l
         terminal.put(f"Nothing runs it yet: give --work-pool POOL, or serve it from a process of yours: {again}")
 
 
-def _serve(deployment: Any) -> None:
+def _serve(deployment: RunnerDeployment) -> None:
     from prefect import serve
 
-    serve(deployment, print_starting_message=False)
+    terminal.put(f"Serving {deployment.full_name}: this process runs it until Ctrl-C.")
+    terminal.put(f"Run it: {terminal.command(f'prefect deployment run {deployment.full_name}')}")
+    sys.stdout.flush()  # whoever started this as a process reads the lines through a pipe
+    serve(deployment, print_starting_message=False)  # pyright: ignore[reportUnknownMemberType]

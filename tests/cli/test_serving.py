@@ -1,0 +1,80 @@
+"""`serve` as a process: what it says, what it answers, how it ends."""
+
+from __future__ import annotations
+
+import re
+import signal
+from pathlib import Path
+
+import httpx
+
+from support.commands import environment
+from support.environment import program
+from support.processes import Process
+
+
+def test_a_crew_is_served_until_ctrl_c(tmp_path: Path):
+    (tmp_path / "crew.yaml").write_text("name: mine\ninputs: [who]\ntasks: [{name: greet, output: 'Hello {{ who }}'}]")
+    command = [
+        program("prefect-crew"),
+        "serve",
+        "crew.yaml",
+        "--port",
+        "0",
+        "--token",
+        "given-token",
+        "--dialect",
+        "union",
+    ]
+    with Process(command, log=tmp_path / "log", env=environment(tmp_path), cwd=tmp_path) as process:
+        url = re.search(r"Serving the crew mine at (http://127\.0\.0\.1:\d+)", process.wait_for("Stop: Ctrl-C"))[1]  # type: ignore[index]
+        headers = {"Authorization": "Bearer given-token"}
+        assert httpx.get(f"{url}/inputs").status_code == 401
+        assert [one["name"] for one in httpx.get(f"{url}/inputs", headers=headers).json()["inputs"]] == ["who"]
+        kickoff_id = httpx.post(f"{url}/kickoff", headers=headers, json={"inputs": {"who": "Ada"}}).json()["kickoff_id"]
+        assert "state" in httpx.get(f"{url}/status/{kickoff_id}", headers=headers).json()
+        assert "given-token" not in process.output
+        process.send(signal.SIGINT)
+        assert process.wait(15) == 0
+        assert process.family() == []
+
+
+def test_the_token_of_the_environment_is_taken_and_a_random_one_shown(tmp_path: Path):
+    for env, shown in (({}, False), ({"CREW_TOKEN": ""}, True)):
+        command = [program("prefect-crew"), "serve", "echo", "--port", "0"]
+        with Process(command, log=tmp_path / f"log-{shown}", env=environment(tmp_path, env)) as process:
+            said = process.wait_for("Stop: Ctrl-C")
+            assert ("CREW_TOKEN=" in said) is shown
+            process.send(signal.SIGTERM)
+            assert process.wait(15) == 0
+
+
+def test_faults_are_the_servers(tmp_path: Path):
+    command = [
+        program("prefect-crew"),
+        "serve",
+        "echo",
+        "--port",
+        "0",
+        "--fault",
+        "inputs:500@1",
+        "--fault",
+        "inputs:403@2",
+    ]
+    with Process(command, log=tmp_path / "log", env=environment(tmp_path)) as process:
+        url = re.search(r"(http://\S+)", process.wait_for("Stop: Ctrl-C"))[1]  # type: ignore[index]
+        headers = {"Authorization": f"Bearer {environment(tmp_path)['CREW_TOKEN']}"}
+        assert [httpx.get(f"{url}/inputs", headers=headers).status_code for _ in range(3)] == [500, 403, 200]
+
+
+def test_a_port_that_is_taken(here):
+    import socket
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        done = here("serve", "echo", "--port", str(port))
+    assert done.code == 26
+    assert f"127.0.0.1:{port} cannot be listened on" in done.err
+    assert "--port 0" in done.err

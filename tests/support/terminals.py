@@ -1,0 +1,104 @@
+"""A program on a terminal of its own, as a person has it: it may draw, and Ctrl-C is a key."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import struct
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+
+from support.processes import MARK, ProcessError, survivors
+
+__all__ = ["Terminal"]
+
+
+class Terminal:
+    """A program that runs on a pseudo-terminal of 100 columns and 40 lines; a context manager that ends it.
+
+    Args:
+        command: The program and its arguments.
+        env: Its whole environment, but for the mark that finds its descendants.
+    """
+
+    def __init__(self, command: Sequence[str], *, env: Mapping[str, str]) -> None:
+        import fcntl
+        import pty
+        import termios
+
+        self.mark = uuid.uuid4().hex
+        self.output = ""
+        """All that it has written, escape sequences and all."""
+        self._code: int | None = None
+        marks = ",".join(filter(None, (os.environ.get(MARK), self.mark)))
+        environment = {**env, "TERM": "xterm-256color", MARK: marks}
+        self.pid, self._screen = pty.fork()
+        if self.pid == 0:
+            os.execvpe(command[0], list(command), environment)
+        fcntl.ioctl(self._screen, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
+
+    def press(self, keys: str) -> None:
+        """Type something; `\\x03` is Ctrl-C, which the terminal turns into SIGINT for all that it runs."""
+        os.write(self._screen, keys.encode())
+
+    def wait_for(self, text: str, timeout: float = 60.0) -> None:
+        """Read until it has written `text`.
+
+        Raises:
+            ProcessError: It ended or `timeout` seconds passed without it.
+        """
+        deadline = time.monotonic() + timeout
+        while text not in self.output:
+            if time.monotonic() > deadline or not self._read(0.2):
+                raise ProcessError(f"never wrote {text!r}:\n{self.output[-3000:]}")
+
+    def wait(self, timeout: float) -> int:
+        """Read until it has ended; return its exit code, negative for a signal.
+
+        Raises:
+            ProcessError: It still runs after `timeout` seconds.
+        """
+        deadline = time.monotonic() + timeout
+        while self._code is None:
+            if time.monotonic() > deadline:
+                raise ProcessError(f"still runs after {timeout:g} seconds:\n{self.output[-3000:]}")
+            self._read(0.1)
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                self._code = os.waitstatus_to_exitcode(status)
+        while self._read(0.0):
+            pass
+        return self._code
+
+    def family(self) -> dict[int, str]:
+        """Return what lives of it and its descendants."""
+        return survivors(self.mark)
+
+    def _read(self, timeout: float) -> bool:
+        """Read what is there; False once there will be no more."""
+        ready, _, _ = select.select([self._screen], [], [], timeout)
+        if not ready:
+            return timeout > 0
+        try:
+            data = os.read(self._screen, 65536)
+        except OSError:  # how Linux says that the last program on it has gone
+            return False
+        self.output += data.decode(errors="replace")
+        return bool(data)
+
+    def __enter__(self) -> Terminal:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for pid in [*self.family(), *([self.pid] if self._code is None else [])]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        if self._code is None:
+            os.waitpid(self.pid, 0)
+        os.close(self._screen)

@@ -1,0 +1,203 @@
+"""A crew's own deployment: its form, its entrypoint, and that it really runs, by `serve` and on a process worker."""
+
+from __future__ import annotations
+
+import inspect
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from prefect.deployments.runner import RunnerDeployment
+from prefect.flows import load_flow_from_entrypoint
+
+from prefect_crew import deploying
+from prefect_crew.api.errors import ConfigurationError
+from prefect_crew.api.models import CrewInput
+from prefect_crew.blocks import DeployedCrew
+from prefect_crew.deploying import Plan, crew_flow, deployment_of, entrypoint_attribute, parameter_names
+from prefect_crew.server import CrewServer
+from support.prefect_server import PrefectServer
+from support.workers import Worker
+
+TRAVEL = [CrewInput(name=name) for name in ("budget", "interests", "duration", "age")]
+ODD = ["first name", "class", "run_key", "a.b,c(d)", "2nd", "_private", "first_name", "schema", "copy", "été", "-"]
+
+
+def crew() -> DeployedCrew:
+    return DeployedCrew(url="https://travel.example.com", token="token-1").called("travel")  # type: ignore[arg-type]
+
+
+def test_parameters_are_named_as_the_inputs_where_python_allows_that():
+    names = parameter_names([item.name for item in TRAVEL])
+    assert list(names) == list(names.values())
+
+
+def test_any_input_gets_a_parameter_of_its_own():
+    names = parameter_names(ODD)
+    assert len(set(names.values())) == len(ODD)
+    for name in names.values():
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY)  # which refuses what is no name
+
+
+@pytest.mark.parametrize("inputs", [["budget", "interests"], ODD, []], ids=["plain", "odd", "none"])
+def test_the_entrypoint_alone_makes_the_flow_again(inputs: list[str]):
+    made = crew_flow("travel-2", [CrewInput(name=name) for name in inputs])
+    loaded = load_flow_from_entrypoint(f"{made.__module__}.{made.__name__}")
+    assert loaded.name == made.name == deploying.FLOW_NAME
+    assert list(inspect.signature(loaded.fn).parameters) == list(inspect.signature(made.fn).parameters)
+
+
+def test_an_entrypoint_can_be_read():
+    assert entrypoint_attribute("travel", ["budget", "age"]) == "travel(budget,age)"
+
+
+def test_a_name_that_is_no_flow_is_no_attribute():
+    with pytest.raises(AttributeError):
+        _ = deploying.nothing  # type: ignore[attr-defined]
+
+
+def schema_of(inputs: list[CrewInput], **options: Any) -> dict[str, Any]:
+    deployment = deployment_of(crew(), inputs, Plan("travel", {}, **options))
+    return deployment._parameter_openapi_schema.model_dump()
+
+
+def test_the_form_asks_for_each_input_by_its_name_and_says_what_it_is():
+    schema = schema_of(
+        [
+            CrewInput(name="budget", description="What it may cost."),
+            CrewInput(name="first name", required=False),
+            CrewInput(name="days", type="integer"),
+            CrewInput(name="odd", type="whatever"),
+        ]
+    )
+    assert schema["required"] == ["budget", "days", "odd"]
+    fields = schema["properties"]
+    assert (fields["budget"]["title"], fields["budget"]["type"]) == ("budget", "string")
+    assert fields["budget"]["description"] == "What it may cost."
+    assert fields["first_name"]["title"] == "first name"
+    assert (fields["days"]["type"], fields["odd"]["type"]) == ("integer", "string")
+    assert [field["position"] for field in fields.values()] == list(range(5))
+    assert fields["run_key"]["title"] == "Run key"
+
+
+def test_a_secret_input_is_asked_for_like_a_password():
+    secret = crew().model_copy(update={"secret_inputs": ["age"]})
+    fields = deployment_of(secret, TRAVEL, Plan("travel", {}))._parameter_openapi_schema.properties
+    assert fields["age"]["format"] == "password"
+    assert "format" not in fields["budget"]
+
+
+def test_a_schedule_needs_a_value_for_each_required_input():
+    given = {item.name: "x" for item in TRAVEL}
+    made = deployment_of(crew(), TRAVEL, Plan("travel", given, cron="0 6 * * *", timezone="Europe/Lisbon"))
+    assert made.schedules
+    assert made.parameters == given
+    with pytest.raises(ConfigurationError, match="Missing: budget, age"):
+        deployment_of(crew(), TRAVEL, Plan("travel", {"interests": "x", "duration": "x"}, interval=60))
+
+
+@pytest.mark.parametrize(
+    ("plan", "said"),
+    [
+        pytest.param(Plan("travel", {"colour": "red"}), "does not know the inputs colour", id="unknown-default"),
+        pytest.param(Plan("travel", {}, cron="0 6 * * *", interval=60), "not both", id="two-schedules"),
+        pytest.param(Plan("travel", {}, cron="0 6 x * *"), "cannot be made", id="no-cron"),
+        pytest.param(Plan("travel", {}, cron="0 6 * * *", timezone="Mars/Base"), "cannot be made", id="no-time-zone"),
+        pytest.param(Plan("travel", {}, interval=-5), "cannot be made", id="backwards"),
+    ],
+)
+def test_plans_that_make_no_sense(plan: Plan, said: str):
+    with pytest.raises(ConfigurationError, match=said):
+        deployment_of(crew(), [CrewInput(name="topic", required=False)], plan)
+
+
+# On a real Prefect server
+
+
+@pytest.fixture
+def travel() -> Iterator[CrewServer]:
+    with CrewServer("travel", speed=20) as server:
+        yield server
+
+
+@pytest.fixture
+def stored(prefect_api: PrefectServer, travel: CrewServer) -> DeployedCrew:
+    name = f"travel-{uuid.uuid4().hex[:8]}"
+    block: Any = travel.crew()
+    block.save(name)
+    return DeployedCrew.load(name)
+
+
+class Run:
+    """A flow run that the API was asked for."""
+
+    def __init__(self, server: PrefectServer, deployment_id: Any, parameters: dict[str, Any]) -> None:
+        self.api = server.api_url
+        for _ in range(20):
+            self.answer = httpx.post(
+                f"{self.api}/deployments/{deployment_id}/create_flow_run", json={"parameters": parameters}
+            )
+            if self.answer.status_code != httpx.codes.SERVICE_UNAVAILABLE:  # a busy SQLite, as Prefect's client knows
+                break
+            time.sleep(0.5)
+
+    def ended(self, timeout: float = 60) -> dict[str, Any]:
+        """Wait for its end and return it."""
+        deadline = time.monotonic() + timeout
+        run_id = self.answer.json()["id"]
+        while True:
+            run = httpx.get(f"{self.api}/flow_runs/{run_id}").json()
+            if run["state_type"] in ("COMPLETED", "FAILED", "CRASHED", "CANCELLED"):
+                return run
+            assert time.monotonic() < deadline, run["state"]
+            time.sleep(0.2)
+
+
+GOOD = {"budget": "1000 USD", "interests": "food", "duration": "2 days", "age": "35"}
+
+
+def applied(deployment: RunnerDeployment) -> Any:
+    return deployment.apply()
+
+
+@pytest.mark.parametrize(
+    ("parameters", "said"),
+    [
+        pytest.param({**GOOD, "age": None}, "age", id="null"),
+        pytest.param({**GOOD, "age": 35}, "35", id="number-for-text"),
+        pytest.param({"budget": "1000 USD"}, "required", id="missing"),
+    ],
+)
+def test_bad_parameters_are_refused_when_the_run_is_made(
+    prefect_api: PrefectServer, stored: DeployedCrew, parameters: dict[str, Any], said: str
+):
+    deployment_id = applied(deployment_of(stored, TRAVEL, Plan(stored.label, {})))
+    refused = Run(prefect_api, deployment_id, parameters).answer
+    assert refused.status_code in (409, 422)
+    assert said in refused.text
+
+
+def test_a_run_on_a_process_worker(
+    prefect_api: PrefectServer, stored: DeployedCrew, travel: CrewServer, tmp_path: Path
+):
+    pool = f"pool-{uuid.uuid4().hex[:8]}"
+    httpx.post(f"{prefect_api.api_url}/work_pools/", json={"name": pool, "type": "process"}).raise_for_status()
+    plan = Plan(stored.label, {}, work_pool=pool, run_key=f"{stored.label}-{{{{ scheduled_start:%Y }}}}", tags=["mine"])
+    deployment_id = applied(deployment_of(stored, TRAVEL, plan))
+    with Worker(prefect_api, pool, folder=tmp_path):
+        run = Run(prefect_api, deployment_id, GOOD)
+        assert run.answer.status_code == 201, run.answer.text
+        ended = run.ended()
+    assert ended["state_type"] == "COMPLETED", ended["state"]
+    assert ended["tags"] == ["mine", "prefect-crew"]
+    assert ended["parameters"].items() >= GOOD.items()
+    (only,) = travel.runs
+    assert only.inputs == GOOD
+    assert travel.kickoffs_by_run_key == {f"{stored.label}-{time.gmtime().tm_year}": 1}
+    # Tasks of that flow run, and no flow run within it.
+    made = httpx.post(f"{prefect_api.api_url}/flow_runs/filter", json={"flow_runs": {"id": {"any_": [ended["id"]]}}})
+    assert made.json()[0]["parent_task_run_id"] is None

@@ -1,0 +1,97 @@
+"""What the doctor finds: at real crew servers with something wrong, and at a real Prefect server."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from prefect_crew.api.client import CrewClient
+from prefect_crew.doctor import Finding, Level, check_crew, check_prefect, older
+from prefect_crew.record_store import PrefectRecords
+from prefect_crew.server import CrewServer
+from support.prefect_server import PrefectServer
+
+
+def findings(url: str, token: str) -> dict[str, Finding]:
+    async def collect() -> dict[str, Finding]:
+        return {finding.subject: finding async for finding in check_crew(CrewClient(url, token, request_timeout=5))}
+
+    return asyncio.run(collect())
+
+
+def problems(found: dict[str, Finding]) -> list[str]:
+    return [subject for subject, finding in found.items() if finding.level is Level.PROBLEM]
+
+
+def test_a_healthy_crew():
+    with CrewServer("travel") as server:
+        found = findings(server.url, server.token)
+        assert server.kickoffs == 0
+    assert {finding.level for finding in found.values()} == {Level.OK}
+    assert list(found) == ["URL", "server", "token", "inputs", "status"]
+    assert "budget, interests, duration, age" in found["inputs"].found
+
+
+def test_a_wrong_token_is_one_problem():
+    with CrewServer("travel") as server:
+        found = findings(server.url, "another-token")
+    assert problems(found) == ["token"]
+    assert "Status tab" in found["token"].mend
+    assert "another-token" not in str(found)
+
+
+def test_nobody_there():
+    found = findings("http://127.0.0.1:1", "token-1")
+    assert problems(found) == ["server"]
+    assert "online on its page" in found["server"].mend
+
+
+def test_https_where_there_is_only_http():
+    with CrewServer("echo") as server:
+        found = findings(server.url.replace("http:", "https:"), server.token)
+    assert problems(found) == ["TLS"]
+    assert "begin with http" in found["TLS"].mend
+
+
+@pytest.mark.parametrize(
+    ("fault", "subject", "level"),
+    [
+        pytest.param("inputs:404", "inputs", Level.WARNING, id="no-inputs"),
+        pytest.param("inputs:500", "inputs", Level.PROBLEM, id="failing-inputs"),
+        pytest.param("inputs:html", "inputs", Level.PROBLEM, id="html-for-inputs"),
+        pytest.param("status:500", "status", Level.PROBLEM, id="failing-status"),
+        pytest.param("status:401", "status", Level.PROBLEM, id="status-refused"),
+    ],
+)
+def test_a_crew_with_something_wrong(fault: str, subject: str, level: Level):
+    with CrewServer("echo", faults=[fault]) as server:
+        found = findings(server.url, server.token)
+    assert found[subject].level is level
+    assert found[subject].mend
+    others = {one.level for name, one in found.items() if name not in (subject, "token")}
+    assert others == {Level.OK}
+
+
+@pytest.mark.parametrize(
+    ("version", "than", "expected"),
+    [
+        ("3.7.0", "3.7.1", True),
+        ("3.7.1", "3.7.1", False),
+        ("3.10.0", "3.9.9", False),
+        ("3.8.0.dev4", "3.7.1", False),
+        ("3.9.1+2.g12ab", "3.9.1", False),
+    ],
+)
+def test_older(version: str, than: str, expected: bool):
+    assert older(version, than) is expected
+
+
+async def test_prefect(prefect_api: PrefectServer):
+    found = {finding.subject: finding async for finding in check_prefect()}
+    assert list(found) == ["Prefect", "Prefect server", "block type", "result storage", "record store", "horizon"]
+    assert not [one for one in found.values() if one.level is Level.PROBLEM]
+    assert found["record store"].level is Level.OK
+    assert "does not need them" in found["result storage"].found
+    assert "runs prune" in found["horizon"].found
+    assert not [record async for record in PrefectRecords().all() if record.crew == "doctor"]

@@ -1,0 +1,132 @@
+"""Settling an uncertain kickoff, on a real Prefect server: what is accepted, what is refused, and what then stands."""
+
+from __future__ import annotations
+
+import uuid
+from datetime import timedelta
+from typing import Any
+
+import pytest
+
+from prefect_crew.api.errors import ConfigurationError, CrewConnectionError, CrewError
+from prefect_crew.api.models import CrewState, CrewStatus
+from prefect_crew.record_store import PrefectRecords
+from prefect_crew.records import Caller, Decision, RecordPhase, RunRecord, decide, utcnow
+from prefect_crew.settling import settle_never_started, settle_started, unsettled
+
+pytestmark = pytest.mark.usefixtures("prefect_api")
+
+
+async def stored(**facts: Any) -> RunRecord:
+    now = utcnow()
+    record = RunRecord(
+        **{
+            "run_key": f"key {uuid.uuid4()}",
+            "attempt": 1,
+            "phase": RecordPhase.UNCERTAIN,
+            "crew": "travel",
+            "crew_url": "https://travel.example.com",
+            "inputs_digest": "d" * 32,
+            "owner": uuid.uuid4().hex,
+            "claimed_at": now - timedelta(minutes=5),
+            "known_by": now - timedelta(minutes=4),
+            "reason": "the connection broke",
+            **facts,
+        }
+    )
+    assert await PrefectRecords().claim(record)
+    return record
+
+
+def look(state: CrewState) -> Any:
+    async def look(kickoff_id: str) -> CrewStatus:
+        return CrewStatus(kickoff_id=kickoff_id, state=state)
+
+    return look
+
+
+async def latest(record: RunRecord) -> RunRecord:
+    return (await PrefectRecords().attempts(record.run_key))[-1]
+
+
+def decision(record: RunRecord) -> Decision:
+    return decide(record, caller=Caller(owner="somebody"), now=utcnow(), bought=1)
+
+
+@pytest.mark.parametrize("state", [CrewState.PENDING, CrewState.RUNNING, CrewState.COMPLETED, CrewState.FAILED])
+async def test_a_run_that_the_crew_knows_is_waited_for_from_then_on(state: CrewState):
+    record, store, kickoff_id = await stored(), PrefectRecords(), f"k-{uuid.uuid4()}"
+    assert decision(record) is Decision.UNCERTAIN
+    assert await settle_started(await unsettled(record.run_key, store), kickoff_id, store, look=look(state)) is state
+    settled = await latest(record)
+    assert (settled.phase, settled.kickoff_id, settled.reason) == (RecordPhase.STARTED, kickoff_id, None)
+    assert settled.kicked_off_at == record.claimed_at
+    assert decision(settled) is Decision.REATTACH
+    found = await store.of_kickoff(kickoff_id)
+    assert found is not None
+    assert found.run_key == record.run_key
+
+
+async def test_one_that_never_started_is_no_purchase():
+    record, store = await stored(), PrefectRecords()
+    await settle_never_started(await unsettled(record.run_key, store), store)
+    settled = await latest(record)
+    assert settled.counts is False
+    assert decision(settled) is Decision.START
+
+
+async def test_an_id_that_the_crew_does_not_know_changes_nothing():
+    record, store = await stored(), PrefectRecords()
+    with pytest.raises(ConfigurationError, match="does not know run k9"):
+        await settle_started(await unsettled(record.run_key, store), "k9", store, look=look(CrewState.UNKNOWN))
+    assert (await latest(record)).phase is RecordPhase.UNCERTAIN
+
+
+async def test_an_id_of_another_record_changes_nothing():
+    store, kickoff_id = PrefectRecords(), f"k-{uuid.uuid4()}"
+    other = await stored(phase=RecordPhase.STARTED, kickoff_id=kickoff_id)
+    record = await stored()
+    with pytest.raises(ConfigurationError, match=f"belongs to the run key '{other.run_key}'"):
+        await settle_started(await unsettled(record.run_key, store), kickoff_id, store, look=look(CrewState.RUNNING))
+    assert (await latest(record)).phase is RecordPhase.UNCERTAIN
+
+
+async def test_a_crew_that_cannot_be_asked_changes_nothing():
+    async def away(kickoff_id: str) -> CrewStatus:
+        raise CrewConnectionError(method="GET", url="https://x", reason="refused", sent=False, kickoff_id=kickoff_id)
+
+    record, store = await stored(), PrefectRecords()
+    with pytest.raises(CrewConnectionError):
+        await settle_started(await unsettled(record.run_key, store), "k1", store, look=away)
+    assert (await latest(record)).phase is RecordPhase.UNCERTAIN
+
+
+async def test_a_claim_that_nobody_holds_any_more_can_be_settled():
+    stale = await stored(phase=RecordPhase.CLAIMED)
+    assert (await unsettled(stale.run_key, PrefectRecords())).owner == stale.owner
+    orphan = await stored(
+        phase=RecordPhase.CLAIMED, known_by=utcnow() + timedelta(hours=1), flow_run_id=str(uuid.uuid4())
+    )
+    assert (await unsettled(orphan.run_key, PrefectRecords())).owner == orphan.owner
+
+
+@pytest.mark.parametrize(
+    ("facts", "said"),
+    [
+        pytest.param(
+            {"phase": "claimed", "known_by": utcnow() + timedelta(hours=1)}, "at this moment", id="posted-now"
+        ),
+        pytest.param({"phase": "started", "kickoff_id": "k1"}, "run k1 is started", id="started"),
+        pytest.param({"phase": "ended", "kickoff_id": "k1", "state": "failed"}, "run k1 is failed", id="ended"),
+        pytest.param({"phase": "not-started"}, "it is not-started", id="not-started"),
+    ],
+)
+async def test_there_is_nothing_to_settle(facts: dict[str, Any], said: str):
+    record = await stored(**facts)
+    with pytest.raises(CrewError, match=said):
+        await unsettled(record.run_key, PrefectRecords())
+
+
+async def test_nobody_used_the_key():
+    with pytest.raises(CrewError, match="No run has the key"):
+        await unsettled("never used", PrefectRecords())
