@@ -1,0 +1,58 @@
+"""The template for Prefect Cloud's own webhooks, rendered as Cloud documents it: Jinja, with the parsed body."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from prefect.events.schemas.events import Event
+
+from support.webhooks import BODIES, SAID_BY_NOBODY
+
+TEMPLATE = jinja2.Environment(autoescape=False).from_string(
+    Path(__file__).parents[2].joinpath("deployments", "cloud-webhook.jinja").read_text(encoding="utf-8")
+)
+CORPUS = Path(__file__).parents[1] / "api" / "corpus" / "webhook"
+
+
+def rendered(body: Any) -> Event:
+    return Event.model_validate(json.loads(TEMPLATE.render(method="POST", headers={}, body=body)))
+
+
+@pytest.mark.parametrize("which", BODIES)
+def test_it_makes_the_event_that_the_receiver_would(which: str):
+    event = rendered(BODIES[which])
+    kind = which.partition("-")[0]
+    assert event.event == ("crew.webhook.stream.crew_kickoff_started" if kind == "stream" else f"crew.webhook.{kind}")
+    assert event.resource.id == "prefect-crew.run.k-1"
+    meta = BODIES[which].get("meta")
+    assert event.resource.get("prefect-crew.run-key") == (meta["run_key"] if meta else None)
+    said = json.dumps(event.payload)
+    assert [word for word in SAID_BY_NOBODY if word in said] == []
+
+
+@pytest.mark.parametrize("path", sorted(CORPUS.glob("*.json")), ids=lambda path: path.stem)
+def test_it_knows_every_body_that_the_parser_knows(path: Path):
+    case = json.loads(path.read_text(encoding="utf-8"))
+    body = case["body"] if "body" in case else case["text"]  # which Cloud passes as text where it is no JSON
+    event = rendered(body)
+    if not path.stem.startswith("refused"):
+        kind = path.stem.partition("-")[0].replace("human", "human_input")
+        assert event.event.startswith(f"crew.webhook.{kind}")
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+)
+keys = st.sampled_from(["kickoff_id", "task_id", "status", "meta", "events", "result", "agent", "thought"])
+
+
+@given(json_values | st.dictionaries(keys, json_values | st.fixed_dictionaries({"run_key": json_values})))
+def test_whatever_the_body_it_gives_an_event(body: Any):
+    assert rendered(body).event.startswith("crew.webhook.")
