@@ -42,6 +42,8 @@ if TYPE_CHECKING:
         TokenUsage,
     )
     from prefect_crew.api.webhooks import BasicAuth, BearerAuth, HumanInputWebhook, StreamWebhook, Webhooks
+    from prefect_crew.batches.report import BatchFailedError, BatchPlan, BatchReport
+    from prefect_crew.batches.run import aplan_batch, arun_batch, plan_batch, run_batch
     from prefect_crew.blocks import CrewRun, DeployedCrew
     from prefect_crew.pipelines import (
         CrewStep,
@@ -61,6 +63,9 @@ if TYPE_CHECKING:
 __all__ = [
     "AuthenticationError",
     "BasicAuth",
+    "BatchFailedError",
+    "BatchPlan",
+    "BatchReport",
     "BearerAuth",
     "ConfigurationError",
     "CrewAPIError",
@@ -100,14 +105,18 @@ __all__ = [
     "TokenUsage",
     "WaitPolicy",
     "Webhooks",
+    "aplan_batch",
     "aplan_pipeline",
+    "arun_batch",
     "arun_crew",
     "arun_pipeline",
     "discover_inputs",
     "get_result",
     "kickoff_crew",
+    "plan_batch",
     "plan_pipeline",
     "resume_crew",
+    "run_batch",
     "run_crew",
     "run_deployed_crew",
     "run_pipeline",
@@ -118,6 +127,9 @@ __all__ = [
 _HOMES = {
     "AuthenticationError": "api.errors",
     "BasicAuth": "api.webhooks",
+    "BatchFailedError": "batches.report",
+    "BatchPlan": "batches.report",
+    "BatchReport": "batches.report",
     "BearerAuth": "api.webhooks",
     "ConfigurationError": "api.errors",
     "CrewAPIError": "api.errors",
@@ -157,14 +169,18 @@ _HOMES = {
     "TokenUsage": "api.models",
     "WaitPolicy": "waiting",
     "Webhooks": "api.webhooks",
+    "aplan_batch": "batches.run",
     "aplan_pipeline": "pipelines",
+    "arun_batch": "batches.run",
     "arun_crew": "runs",
     "arun_pipeline": "pipelines",
     "discover_inputs": "tasks",
     "get_result": "runs",
     "kickoff_crew": "tasks",
+    "plan_batch": "batches.run",
     "plan_pipeline": "pipelines",
     "resume_crew": "tasks",
+    "run_batch": "batches.run",
     "run_crew": "runs",
     "run_deployed_crew": "runs",
     "run_pipeline": "pipelines",

@@ -7,6 +7,8 @@ everything again.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, cast
 
 from prefect.client.orchestration import get_client
@@ -15,9 +17,10 @@ from prefect.exceptions import PrefectHTTPStatusError
 from prefect_crew.api.errors import CrewError
 from prefect_crew.batches.ledger import BatchEntry, Ledger
 
-__all__ = ["BatchChangedError", "LedgerMissingError", "bind", "binding_name"]
+__all__ = ["BatchChangedError", "Bound", "LedgerMissingError", "bind", "binding_name", "read_binding"]
 
 TAG = "prefect-crew-batch"
+VERSION = 1
 
 
 class LedgerMissingError(CrewError):
@@ -44,43 +47,68 @@ class BatchChangedError(CrewError):
         )
 
 
+@dataclass(frozen=True)
+class Bound:
+    """A batch that is bound to its ledger: the entry that stands, and the one from before this call."""
+
+    entry: BatchEntry
+    before: BatchEntry | None
+
+
 def binding_name(batch: str) -> str:
     """Return the name of the Variable that binds a batch."""
     return f"crew_batch_{hashlib.sha256(batch.encode()).hexdigest()[:32]}"
 
 
-async def bind(ledger: Ledger, *, crew_url: str, fingerprint: str, total: int, go_on: bool) -> BatchEntry:
+async def bind(
+    ledger: Ledger,
+    *,
+    crew_url: str,
+    fingerprint: str,
+    total: int,
+    go_on: bool,
+    place: str,
+    call: Mapping[str, Any] | None = None,
+) -> Bound:
     """Bind the batch to the ledger, or check that it is bound to this one.
 
     Args:
         ledger: The ledger at hand.
         crew_url, fingerprint, total: What the batch is run with now.
         go_on: Whether a batch whose rows or crew have changed goes on all the same.
+        place: Where the ledger is found again: its path, its URL without a password, or what stands for it.
+        call: What `batch retry` needs.
 
     Raises:
         LedgerMissingError: It is bound to another ledger.
         BatchChangedError: Its rows or its crew have changed.
     """
-    entry = await ledger.entry()
-    bound = await _bound(ledger.batch)
-    if bound is not None and (entry is None or bound.get("ledger_id") != entry.ledger_id):
+    before = await ledger.entry()
+    bound = await read_binding(ledger.batch)
+    if bound is not None and (before is None or bound.get("ledger_id") != before.ledger_id):
         raise LedgerMissingError(name=ledger.batch, ledger=str(bound.get("ledger")))
-    if entry is not None and not go_on:
-        _refuse_change(entry, crew_url, fingerprint, total)
-    entry = await ledger.enter(crew_url=crew_url, fingerprint=fingerprint, total=total)
+    if before is not None and not go_on:
+        _refuse_change(before, crew_url, fingerprint, total)
+    entry = await ledger.enter(crew_url=crew_url, fingerprint=fingerprint, total=total, call=call)
     if bound is None:
-        await _claim(ledger, entry)
-    return entry
+        await _claim(entry, place)
+    return Bound(entry, before)
 
 
 def _refuse_change(entry: BatchEntry, crew_url: str, fingerprint: str, total: int) -> None:
     if entry.crew_url != crew_url:
         raise BatchChangedError(name=entry.name, difference=f"crew {entry.crew_url}, not {crew_url}")
     if entry.fingerprint != fingerprint:
-        raise BatchChangedError(name=entry.name, difference=f"{entry.total} rows, not these {total}")
+        these = f"{total} others" if total == entry.total else f"these {total}"
+        raise BatchChangedError(name=entry.name, difference=f"{entry.total} rows, not {these}")
 
 
-async def _bound(batch: str) -> dict[str, Any] | None:
+async def read_binding(batch: str) -> dict[str, Any] | None:
+    """Return what the Prefect server knows of a batch: `ledger`, where its ledger is, and `ledger_id`; None if nothing.
+
+    Raises:
+        httpx.HTTPError, PrefectException: The Prefect API is away.
+    """
     async with get_client() as client:
         variable = await client.read_variable_by_name(binding_name(batch))
     if variable is None:
@@ -89,16 +117,15 @@ async def _bound(batch: str) -> dict[str, Any] | None:
     return cast("dict[str, Any]", value) if isinstance(value, dict) else {}
 
 
-async def _claim(ledger: Ledger, entry: BatchEntry) -> None:
-    value = {"version": 1, "batch": entry.name, "ledger_id": entry.ledger_id, "ledger": ledger.address}
+async def _claim(entry: BatchEntry, place: str) -> None:
+    value = {"version": VERSION, "batch": entry.name, "ledger_id": entry.ledger_id, "ledger": place}
+    body = {"name": binding_name(entry.name), "value": value, "tags": [TAG]}
     async with get_client() as client:
         try:
-            await client.request(
-                "POST", "/variables/", json={"name": binding_name(entry.name), "value": value, "tags": [TAG]}
-            )
+            await client.request("POST", "/variables/", json=body)
         except PrefectHTTPStatusError as error:
             if error.response.status_code != 409:
                 raise
-    bound = await _bound(entry.name)
+    bound = await read_binding(entry.name)
     if bound is None or bound.get("ledger_id") != entry.ledger_id:
         raise LedgerMissingError(name=entry.name, ledger=str((bound or {}).get("ledger")))

@@ -6,326 +6,395 @@ No Prefect task a row: what a row needs of Prefect's promises it gets from the l
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections import deque
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
+from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
+from pydantic import BaseModel
+
+from prefect_crew.api.certainty import KickoffFate, kickoff_fate
 from prefect_crew.api.errors import (
     AuthenticationError,
     CrewError,
-    CrewTimeoutError,
-    InvalidInputsError,
     KickoffUncertainError,
-    OutputTypeError,
+    RunKeyConflictError,
 )
-from prefect_crew.api.models import CrewState, CrewStatus
+from prefect_crew.batches.breaker import Breaker
+from prefect_crew.batches.ends import LOST, MISFIT, RowEnd, broken, ended, unsettled
 from prefect_crew.batches.ledger import Ledger, LedgerError
+from prefect_crew.batches.pacing import Pace
+from prefect_crew.batches.retries import STOPPED_WITH_BATCH, RetryRule, purchases
+from prefect_crew.batches.row_waits import RowWaiter
 from prefect_crew.batches.rows import RowJob
-from prefect_crew.blocks import DeployedCrew
 from prefect_crew.logs import run_logger
-from prefect_crew.outcomes import typed
-from prefect_crew.purchases import Purchase, purchase_run
-from prefect_crew.records import Caller, RecordPhase, RunRecord, StoredResult, utcnow
+from prefect_crew.purchases import Purchase, Purchased, purchase_run
+from prefect_crew.records import Caller, RecordPhase, RunRecord, latest_purchase, utcnow
 from prefect_crew.run_keys import RunIdentity
 from prefect_crew.sessions import CrewSession
+from prefect_crew.settings import CrewSettings
 from prefect_crew.stopping import close_stopped
-from prefect_crew.waiting import Phases, WaitPolicy, wait_until_ended
 
-__all__ = ["Engine", "EngineOptions", "RowEnd", "Stop"]
+if TYPE_CHECKING:
+    from prefect_crew.api.webhooks import Webhooks
 
-BREAKER = 20
-"""Failures in a row, without one row that ended, after which nothing more is bought."""
-
-
-class Stop(Exception):  # noqa: N818  it is no error: it says why a batch buys nothing more
-    """Why nothing more is bought. What is in flight is waited for."""
-
-
-@dataclass(frozen=True)
-class RowEnd:
-    """What became of a row in this call. `record` is its latest attempt, None if nothing was ever claimed."""
-
-    job: RowJob
-    record: RunRecord | None
-    error: CrewError | None = None
-    found: bool = False
-    """It had ended before this call."""
+__all__ = ["Engine", "EngineOptions", "Work"]
 
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """How rows are run. `retries` counts further purchases of a failed row, in all or by the class of its error."""
+    """How rows are run.
 
-    wait: WaitPolicy
+    `stop_when` gets the failed and the ended rows of this call, and says why nothing more is to be bought.
+    """
+
     max_in_flight: int
-    retries: int | Mapping[str, int] = 0
-    retry_failed: bool = False
+    rule: RetryRule = field(default_factory=RetryRule)
     max_kickoffs: int | None = None
     stop_when: Callable[[int, int], str | None] = lambda failed, ended: None
-    output_type: type | None = None
+    output_type: type[BaseModel] | None = None
     meta: Mapping[str, object] | None = None
+    webhooks: Webhooks | None = None
 
 
-@dataclass
-class Tally:
-    """Counts of one call, for progress and the report."""
+@dataclass(slots=True)
+class Work:
+    """A row, and what the ledger knows of it."""
 
-    in_flight: int = 0
-    kickoffs: int = 0
-    ended: int = 0
-    failed: int = 0
-    in_a_row: int = 0
-    seconds: list[float] = field(default_factory=list[float])
-    errors: Counter[str] = field(default_factory=Counter[str])
+    job: RowJob
+    attempts: Sequence[RunRecord] = ()
 
 
 class Engine:
-    """Runs rows. One per batch and process, on one event loop."""
+    """Runs rows. One per batch and process, on one event loop.
+
+    Attributes:
+        stopped: Why nothing more is bought, None while there is no reason.
+        shut: Whether nothing is waited for either.
+        kickoffs: How many this engine has bought.
+        failed, ended: Rows of this engine.
+        waiting: The runs that are waited for, by row key.
+    """
 
     def __init__(
         self,
-        crew: DeployedCrew,
         session: CrewSession,
         ledger: Ledger,
+        waiter: RowWaiter,
         options: EngineOptions,
         *,
-        ended: Callable[[RowEnd], Awaitable[None]],
-        flow_run_id: str | None = None,
-        flow_run_count: int = 0,
+        pace: Pace,
+        breaker: Breaker,
+        on_end: Callable[[RowEnd], Awaitable[None]],
+        flow_run: tuple[str | None, int] = (None, 0),
+        bought: int = 0,
     ) -> None:
-        self.crew = crew
         self.session = session
         self.ledger = ledger
         self.options = options
-        self.tally = Tally()
-        self.stopped: Stop | None = None
-        self.in_flight: dict[str, RunRecord] = {}
-        self._ended = ended
+        self.stopped: str | None = None
+        self.shut = False
+        self.kickoffs = 0
+        self.failed = 0
+        self.ended = 0
+        self.in_flight = 0
+        self.waiting: dict[str, RunRecord] = {}
+        self._waiter = waiter
+        self._pace = pace
+        self._breaker = breaker
+        self._on_end = on_end
+        self._flow_run = flow_run
+        self._bought = bought
+        self._buying = 0
         self._slots = asyncio.Semaphore(options.max_in_flight)
-        self._flow_run = (flow_run_id, flow_run_count)
-        # Until one kickoff has been taken they go one by one: a wrong token costs one row, not eight or a thousand.
-        self._opening = asyncio.Lock()
-        self._opened = False
+        self._settings = CrewSettings()
+        self._shut = asyncio.Event()
 
-    def stop(self, reason: str) -> None:
-        """Buy nothing more from now on."""
+    def stop(self, reason: str, *, shut: bool = False) -> None:
+        """Buy nothing more from now on; `shut`: wait for nothing new either."""
+        self.shut = self.shut or shut
         if self.stopped is None:
-            self.stopped = Stop(reason)
-            run_logger().warning("Nothing more is kicked off: %s What is in flight is waited for.", reason)
+            self.stopped = reason
+            self._breaker.release()
+            self._pace.close()
+            run_logger().warning("Nothing more is kicked off: %s", reason)
+        if self.shut:
+            self._shut.set()
 
-    async def stop_all(self, records: Mapping[str, RunRecord]) -> None:
-        """Ask the crew's server once for each run to stop it, and write down what came of it."""
+    async def bought_out(self) -> None:
+        """Wait until every kickoff that is under way has its id, or came to nothing."""
+        await self._pace.idle()
+
+    async def stop_all(self) -> None:
+        """Ask the crew's server once for each run in flight to stop it, and write down what came of it."""
+        unheard = 0
 
         async def stop(record: RunRecord) -> None:
+            nonlocal unheard
             try:
                 answer = await self.session.client.stop(str(record.kickoff_id))
+                record.reason = STOPPED_WITH_BATCH
                 await close_stopped(record, answer, self.ledger)
-            except CrewError as error:
-                run_logger().warning("Run %s could not be stopped: %s", record.kickoff_id, error)
+                if answer.accepted and record.phase is not RecordPhase.ENDED:
+                    record.reason = STOPPED_WITH_BATCH
+                    await self.ledger.save(record)
+                unheard += not answer.accepted
+            except CrewError:
+                unheard += 1
 
-        await asyncio.gather(*(stop(record) for record in records.values()))
+        records = list(self.waiting.values())
+        await asyncio.gather(*(stop(record) for record in records))
+        run_logger().info("%d runs were asked to stop, %d of them to no avail.", len(records), unheard)
 
-    async def run(self, jobs: Sequence[RowJob]) -> None:
+    # Rows that this call has nothing to do for.
+
+    async def settled(self, work: Work) -> bool:
+        """Report a row that the ledger alone settles, and return whether it does."""
+        job, latest = work.job, latest_purchase(work.attempts)
+        if latest is None:
+            return False
+        if latest.inputs_digest != job.digest:
+            await self._on_end(broken(job, latest, _other_inputs(job), batch=self.ledger.batch, found=True))
+            return True
+        if latest.phase is RecordPhase.UNCERTAIN:
+            await self._on_end(unsettled(job, latest, batch=self.ledger.batch))
+            return True
+        if latest.phase is not RecordPhase.ENDED:
+            return False
+        noted = latest.error
+        end = self._ended(job, latest, found=True)
+        count = purchases(work.attempts)
+        if self._again(end, count=count, before=count):
+            return False
+        if latest.error != noted:
+            await self.ledger.save(latest)  # another `output_type` than before
+        await self._on_end(end)
+        return True
+
+    # Rows that it has.
+
+    async def run(self, rows: deque[Work], launched: asyncio.Event) -> None:
         """Run some rows, each as soon as there is room, and return when all have ended or been left.
+
+        Args:
+            rows: The rows. They are taken away as they begin.
+            launched: Set once all have begun, so that the next rows can.
 
         Raises:
             LedgerError: The ledger cannot be used; nothing more is bought.
         """
-        known = await self.ledger.attempts_of([job.key for job in jobs])
-        rows: list[asyncio.Task[None]] = []
-        try:
-            for job in jobs:
-                attempts = known.get(job.key, [])
-                if await self._settled(job, attempts):
-                    continue
-                await self._slots.acquire()
-                task = asyncio.create_task(self._row(job, bool(attempts)))
-                task.add_done_callback(lambda _: self._slots.release())
-                rows.append(task)
-            await asyncio.gather(*rows)
-        finally:
-            # Cancelled, or the ledger failed: the runs stay in flight at the crew's server, to be found again.
-            for task in rows:
-                task.cancel()
-            await asyncio.gather(*rows, return_exceptions=True)
+        running: set[asyncio.Task[None]] = set()
+        broken_by: list[BaseException] = []
+        shut = asyncio.create_task(self._shut.wait())
 
-    async def _settled(self, job: RowJob, attempts: Sequence[RunRecord]) -> bool:
-        """Report a row that this call has nothing to do for, by its ledger alone."""
-        if not attempts:
-            return False
-        latest = attempts[-1]
-        if latest.inputs_digest != job.digest and latest.phase is not RecordPhase.NOT_STARTED:
-            error = CrewError(f"Row {job.key!r} was run with other inputs before: it is not bought again.")
-            await self._ended(RowEnd(job, latest, error, found=True))
-            return True
-        done = latest.phase is RecordPhase.ENDED and (
-            latest.state is CrewState.COMPLETED or not self.options.retry_failed
-        )
-        if done or latest.phase is RecordPhase.UNCERTAIN:
-            await self._ended(RowEnd(job, latest, found=True))
-            return True
+        def done(row: asyncio.Task[None]) -> None:
+            running.discard(row)
+            self._slots.release()
+            self.in_flight -= 1
+            if not row.cancelled() and (error := row.exception()) is not None:
+                broken_by.append(error)
+                self.stop(str(error))
+
+        try:
+            while rows and not broken_by:
+                await self._slots.acquire()
+                work = rows.popleft()
+                try:
+                    begun = await self._begin(work)
+                except BaseException:
+                    self._slots.release()
+                    raise
+                if begun is None:
+                    self._slots.release()
+                    continue
+                self.in_flight += 1
+                running.add(begun)
+                begun.add_done_callback(done)
+            launched.set()
+            while running and not broken_by and not self.shut:
+                await asyncio.wait({shut, *running}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            launched.set()
+            # Cancelled, shut, or the ledger failed: the runs stay in flight at the crew's server, to be found again.
+            left: list[asyncio.Task[Any]] = [shut, *running]
+            for one in left:
+                one.cancel()
+            await asyncio.gather(*left, return_exceptions=True)
+        if broken_by:
+            raise broken_by[0]
+
+    async def _begin(self, work: Work) -> asyncio.Task[None] | None:
+        latest = latest_purchase(work.attempts)
+        if latest is not None and latest.phase is RecordPhase.STARTED and latest.crew_url == self.session.crew.url:
+            return None if self.shut else asyncio.create_task(self._row(work, found=latest))
+        if latest is not None and latest.phase is RecordPhase.CLAIMED and not await self.ledger.owner_ended(latest):
+            return None if self.stopped else asyncio.create_task(self._row_of_others(work, latest))
+        tried = await self._breaker.admit()
+        if await self._enter():
+            return asyncio.create_task(self._row(work, entered=True, tried=tried))
+        if tried:
+            self._breaker.not_tried()
+        return None
+
+    async def _enter(self) -> bool:
+        """Wait for a kickoff's turn; False if there is none any more. After True, `_buy` has to follow."""
+        if self.stopped is None:
+            await self._pace.enter()
+            if self.stopped is None:
+                return True
+            self._pace.leave()
         return False
 
-    async def _row(self, job: RowJob, known: bool) -> None:
-        retries = 0
-        while True:
-            if self.stopped is not None and not known:
-                return
-            end = await self._attempt(job)
-            if end is None:
-                return
-            if not self._again(end, retries):
-                self._count(end)
-                await self._ended(end)
-                return
-            retries += 1
+    async def _row_of_others(self, work: Work, claimed: RunRecord) -> None:
+        """Wait until whoever has claimed a row must know its fate, without holding up any other row."""
+        while utcnow() < claimed.known_by and claimed.phase is RecordPhase.CLAIMED and self.stopped is None:
+            await asyncio.sleep(1.0)
+            work.attempts = await self.ledger.attempts(claimed.run_key)
+            claimed = latest_purchase(work.attempts) or claimed
+        await self._row(work, found=claimed if claimed.phase is RecordPhase.STARTED else None)
 
-    async def _attempt(self, job: RowJob) -> RowEnd | None:
+    async def _row(
+        self, work: Work, *, entered: bool = False, tried: bool = False, found: RunRecord | None = None
+    ) -> None:
+        end = await self._to_its_end(work, entered, found)
+        if end is None:
+            if tried:
+                self._breaker.not_tried()
+            return
+        self._count(end, tried)
+        await self._on_end(end)
+
+    async def _to_its_end(self, work: Work, entered: bool, found: RunRecord | None) -> RowEnd | None:
         """Buy or find a row's run and wait for it; None if it was left because the batch buys nothing more."""
+        job, before = work.job, purchases(work.attempts)
+        count, place = before, None
+        while True:
+            first_look = found is not None
+            if found is None:
+                if not entered and not await self._enter():
+                    return None
+                entered = False
+                bought = await self._buy(job, place)
+                if isinstance(bought, RowEnd):
+                    return bought
+                if bought is None:
+                    continue
+                found, first_look = bought.record, not bought.bought
+                count += bought.bought
+            record, found = found, None
+            end = await self._wait(job, record, first_look=first_look)
+            if not self._again(end, count=count, before=before):
+                return end
+            # A run that has completed, or that nobody knows any more, is bought again by force only.
+            place = f"{self.ledger.batch}/{job.key}/{record.attempt}" if end.state in (MISFIT, LOST) else None
+
+    async def _buy(self, job: RowJob, place: str | None) -> Purchased | RowEnd | None:
+        """Buy a row's run, or find the one that it has; None if it surely did not start, and may be tried again.
+
+        `place` is what a purchase by force is known by; None buys only where the record allows it.
+        """
+        if not self._reserve():
+            self._pace.leave()
+            await asyncio.sleep(0.05)  # those that are being bought tell whether any are left
+            return None
+        try:
+            bought = await purchase_run(self._purchase(job, place), self.ledger, self.session)
+        except LedgerError:
+            raise
+        except CrewError as error:
+            return await self._not_bought(job, error)
+        finally:
+            self._buying -= 1
+            self._pace.leave()
+        if bought.bought:
+            self._note_purchase()
+            self._pace.taken()
+        return bought
+
+    def _purchase(self, job: RowJob, place: str | None) -> Purchase:
         flow_run_id, flow_run_count = self._flow_run
-        purchase = Purchase(
-            crew=self.crew,
+        return Purchase(
+            crew=self.session.crew,
             identity=RunIdentity(
                 run_key=self.ledger.run_key(job.key),
-                place=self.ledger.batch,
+                place=place or self.ledger.batch,
                 caller=Caller(owner=str(uuid4()), flow_run_id=flow_run_id, flow_run_count=flow_run_count),
             ),
             inputs=job.inputs,
             digest=job.digest,
             name=None,
             meta=self.options.meta,
-            webhooks=None,
+            webhooks=self.options.webhooks,
+            force_new=place is not None,
             quiet=True,
+            settings=self._settings,
         )
-        problem: CrewError | None = None
-        self.tally.in_flight += 1
-        try:
-            async with self._one_by_one_at_first():
-                problem = self._no_more()
-                bought = await purchase_run(purchase, self.ledger, self.session, problem=problem)
-                self._opened = True
-            self.tally.kickoffs += bought.bought
-            record = bought.record
-            if record.phase is not RecordPhase.ENDED:
-                self.in_flight[job.key] = record
-                await self._wait(record, first_look=not bought.bought)
-            return RowEnd(job, record, self._misfit(record))
-        except LedgerError:
-            raise
-        except CrewError as error:
-            if error is problem:
-                return None
-            latest = await self.ledger.attempts(purchase.identity.run_key)
-            return RowEnd(job, latest[-1] if latest else None, error)
-        finally:
-            self.tally.in_flight -= 1
-            self.in_flight.pop(job.key, None)
 
-    @asynccontextmanager
-    async def _one_by_one_at_first(self) -> AsyncGenerator[None]:
-        if self._opened:
-            yield
-            return
-        async with self._opening:
-            try:
-                yield
-            except AuthenticationError as error:
-                self.stop(str(error))
-                raise
-
-    def _no_more(self) -> CrewError | None:
+    def _reserve(self) -> bool:
+        """Take one of the kickoffs that may be bought in all; False if there is none left."""
         limit = self.options.max_kickoffs
-        if self.stopped is None and limit is not None and self.tally.kickoffs + self.tally.in_flight >= limit:
-            self.stop(f"the limit of {limit} kickoffs is reached.")
-        return None if self.stopped is None else CrewError(str(self.stopped))
+        if limit is not None and self._bought + self._buying >= limit:
+            if self._bought >= limit:
+                self.stop(f"the limit of {limit} kickoffs is reached.")
+            return False
+        self._buying += 1
+        return True
 
-    async def _wait(self, record: RunRecord, *, first_look: bool) -> None:
-        kickoff_id = str(record.kickoff_id)
-        kicked_off_at = record.kicked_off_at or utcnow()
-        phases = Phases(
-            kicked_off_at=kicked_off_at.timestamp(),
-            human_seconds=record.human_seconds,
-            human_since=None if record.human_since is None else record.human_since.timestamp(),
-        )
-        status = await wait_until_ended(
-            lambda: self.session.client.status(kickoff_id),
-            kickoff_id=kickoff_id,
-            policy=self.options.wait,
-            phases=phases,
-            watcher=_Watcher(self.ledger, self.session, record),
-            first_look=first_look,
-        )
-        record.phase, record.state, record.ended_at = RecordPhase.ENDED, status.state, utcnow()
-        if status.state is CrewState.COMPLETED:
-            record.result = StoredResult.of(status.result())
-        else:
-            record.error = (status.error or "The crew gave no reason.")[:2000]
-        await self.ledger.save(record)
+    def _note_purchase(self) -> None:
+        self.kickoffs += 1
+        self._bought += 1
 
-    def _misfit(self, record: RunRecord) -> CrewError | None:
-        if self.options.output_type is None or record.result is None or record.kickoff_id is None:
+    async def _not_bought(self, job: RowJob, error: CrewError) -> RowEnd | None:
+        """Return the end of a row whose kickoff brought no run, None if it is to be tried again or left."""
+        if isinstance(error, AuthenticationError):
+            if self.shut:
+                return None
+            self.stop(str(error), shut=True)
+        elif isinstance(error, KickoffUncertainError):
+            self._note_purchase()
+        elif kickoff_fate(error) is KickoffFate.RETRY:
+            if reason := self._pace.refused(error):
+                self.stop(reason)
             return None
-        try:
-            typed(record.result.result(record.kickoff_id), self.options.output_type)
-        except OutputTypeError as error:
-            return error
-        return None
+        attempts = await self.ledger.attempts(self.ledger.run_key(job.key))
+        return broken(job, attempts[-1] if attempts else None, error, batch=self.ledger.batch)
 
-    def _again(self, end: RowEnd, retries: int) -> bool:
-        record = end.record
-        if self.stopped is not None or record is None or record.phase is not RecordPhase.ENDED:
-            return False
-        if record.state is CrewState.COMPLETED:
-            return False
-        allowed = self.options.retries
-        if not isinstance(allowed, int):
-            allowed = allowed.get("CrewFailedError" if record.state is CrewState.FAILED else "CrewStoppedError", 0)
-        return retries < allowed
+    async def _wait(self, job: RowJob, record: RunRecord, *, first_look: bool) -> RowEnd:
+        if record.phase is not RecordPhase.ENDED:
+            self.waiting[job.key] = record
+            try:
+                await self._waiter.wait(job, record, first_look=first_look)
+            except LedgerError:
+                raise
+            except AuthenticationError as error:
+                self.stop(str(error), shut=True)
+                return broken(job, record, error, batch=self.ledger.batch)
+            except CrewError as error:
+                if record.ended_at is None:
+                    return broken(job, record, error, batch=self.ledger.batch)
+            finally:
+                self.waiting.pop(job.key, None)
+        return self._ended(job, record)
 
-    def _count(self, end: RowEnd) -> None:
-        """Count an end, and stop buying where the policy says so or everything fails in a row."""
-        tally = self.tally
-        failed = end.error is not None or end.record is None or end.record.state is not CrewState.COMPLETED
-        tally.ended += 1
-        tally.failed += failed
-        if end.record is not None and end.record.kicked_off_at and end.record.ended_at:
-            tally.seconds.append((end.record.ended_at - end.record.kicked_off_at).total_seconds())
-        if not failed:
-            tally.in_a_row = 0
+    def _ended(self, job: RowJob, record: RunRecord, *, found: bool = False) -> RowEnd:
+        return ended(job, record, crew=self.session.crew, output_type=self.options.output_type, found=found)
+
+    def _again(self, end: RowEnd, *, count: int, before: int) -> bool:
+        most = self.session.crew.max_kickoffs
+        return self.stopped is None and self.options.rule.again(end, count=count, before=before, most=most)
+
+    def _count(self, end: RowEnd, tried: bool) -> None:
+        """Count an end, and stop buying where the policy says so, or pause where everything fails in a row."""
+        self.ended += 1
+        if end.completed:
+            self._breaker.worked()
             return
-        tally.in_a_row += 1
-        error = end.error or CrewError("failed")
-        tally.errors[type(error).__name__ if end.error else "CrewFailedError"] += 1
-        if reason := self.options.stop_when(tally.failed, tally.ended):
+        self.failed += 1
+        reason = self._breaker.failed(end.error or end.state, tried=tried)
+        if reason := self.options.stop_when(self.failed, self.ended) or reason:
             self.stop(reason)
-        refused = not isinstance(error, InvalidInputsError | KickoffUncertainError | CrewTimeoutError)
-        if tally.in_a_row >= BREAKER and refused and tally.in_a_row == tally.ended:
-            self.stop(f"the first {tally.in_a_row} rows all failed, the last one so: {error}")
 
 
-class _Watcher:
-    """What the wait for a row tells: only what its record must survive a restart with."""
-
-    def __init__(self, ledger: Ledger, session: CrewSession, record: RunRecord) -> None:
-        self._ledger = ledger
-        self._session = session
-        self._record = record
-
-    async def saw(self, status: CrewStatus) -> None:
-        del status
-
-    async def person_turn(self, phases: Phases) -> None:
-        self._record.human_seconds = phases.human_seconds
-        since = phases.human_since
-        self._record.human_since = None if since is None else datetime.fromtimestamp(since, timezone.utc)
-        await self._ledger.save(self._record)
-
-    async def trouble(self, error: CrewError, seconds: float) -> None:
-        del error, seconds
-
-    async def refused(self, error: AuthenticationError) -> bool:
-        del error
-        return await self._session.renew()
+def _other_inputs(job: RowJob) -> RunKeyConflictError:
+    return RunKeyConflictError(run_key=job.key, difference="the row of this key was run with other inputs before")

@@ -1,111 +1,111 @@
-"""One call of a batch: read the rows twice, keep the ledger, run the rows in chunks, write the output, report."""
+"""One call of a batch: read the rows twice, keep the ledger, run the rows, write the output, report."""
 
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
-from itertools import islice
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import httpx
-from prefect import task
-from prefect.cache_policies import NO_CACHE
 from prefect.client.orchestration import get_client
 from prefect.context import FlowRunContext
-from prefect.exceptions import ObjectNotFound, PrefectException
+from prefect.exceptions import ObjectNotFound
 
-from prefect_crew.api.errors import AuthenticationError, ConfigurationError, CrewError
+from prefect_crew.api.errors import AuthenticationError, ConfigurationError, CrewConnectionError, CrewError, ServerError
 from prefect_crew.api.models import CrewInput, CrewState
-from prefect_crew.batches.binding import bind
-from prefect_crew.batches.datasets import Dataset
-from prefect_crew.batches.engine import Engine, EngineOptions, RowEnd
-from prefect_crew.batches.ledger import Ledger, ledger_url
-from prefect_crew.batches.options import BatchOptions
-from prefect_crew.batches.output import OutputFile, line_of
-from prefect_crew.batches.pacing import BatchClient, Pace
-from prefect_crew.batches.report import BatchArtifacts, BatchReport, Standing
-from prefect_crew.batches.rows import BadRowsError, Checked, RowJob, RowPlan
+from prefect_crew.batches.artifacts import BatchArtifacts
+from prefect_crew.batches.binding import Bound, bind, binding_name
+from prefect_crew.batches.breaker import Breaker
+from prefect_crew.batches.cancelling import watched
+from prefect_crew.batches.database import open_url
+from prefect_crew.batches.datasets import Dataset, shown_address
+from prefect_crew.batches.ends import RowEnd
+from prefect_crew.batches.engine import Engine, EngineOptions
+from prefect_crew.batches.feed import feed
+from prefect_crew.batches.ledger import Ledger
+from prefect_crew.batches.locks import BatchBusyError, BatchLock
+from prefect_crew.batches.options import IN_FLIGHT, BatchOptions
+from prefect_crew.batches.output import Output, line_of
+from prefect_crew.batches.pacing import BatchSession, Pace
+from prefect_crew.batches.places import LedgerPlace
+from prefect_crew.batches.report import BatchReport
+from prefect_crew.batches.retries import RetryRule
+from prefect_crew.batches.row_waits import RowWaiter
+from prefect_crew.batches.rows import BadRowsError, Checked, RowPlan
+from prefect_crew.batches.standing import Failure, Standing
+from prefect_crew.batches.watching import tell_batch
 from prefect_crew.blocks import DeployedCrew
-from prefect_crew.interrupts import watch_ctrl_c
 from prefect_crew.logs import run_logger
-from prefect_crew.outcomes import typed
-from prefect_crew.records import RecordPhase
-from prefect_crew.redaction import MASK
+from prefect_crew.receiver.targets import webhooks_for
 from prefect_crew.sessions import CrewSession
-from prefect_crew.stopping import cancellation_asked, cancelled_meanwhile, flow_run_id
 
 __all__ = ["BatchJob", "expected_inputs"]
 
-TICK = 1.0
-"""Seconds between two looks at how the batch stands."""
-STOP_WITHIN = 20.0
-_ENDED = {str(state) for state in CrewState if state.ended}
+INPUT_TRIES = 3
 
 
 async def expected_inputs(session: CrewSession) -> list[CrewInput]:
     """Return what the crew names as its inputs; empty where it does not say.
 
     Raises:
-        AuthenticationError: The token is refused, also after a reload of a stored block.
+        AuthenticationError: The token is refused.
+        CrewConnectionError: The crew's server does not answer.
     """
-    try:
-        return await session.client.inputs()
-    except AuthenticationError:
-        if not await session.renew():
+    for left in reversed(range(INPUT_TRIES)):
+        try:
+            return await session.asked(lambda client: client.inputs())
+        except AuthenticationError:
             raise
-        return await session.client.inputs()
-    except CrewError as error:
-        run_logger().warning("The crew's inputs are not known, so rows are not checked for them: %s", error)
+        except (CrewConnectionError, ServerError) as error:
+            # What the inputs are decides what a row is, so a moment's trouble must not decide it.
+            if left:
+                await asyncio.sleep(1.0)
+                continue
+            if isinstance(error, CrewConnectionError):
+                raise
+            _not_known(error)
+        except CrewError as error:
+            _not_known(error)
         return []
+    return []
 
 
-class _Chunk:
-    """Rows for one task. A plain class, so that Prefect does not look through thousands of parameters."""
-
-    def __init__(self, engine: Engine, jobs: Sequence[RowJob]) -> None:
-        self.engine = engine
-        self.jobs = jobs
-
-    @property
-    def label(self) -> str:
-        first, last = self.jobs[0].number + 1, self.jobs[-1].number + 1
-        return f"row {first}" if first == last else f"rows {first}-{last}"
-
-
-def _chunk_name(parameters: dict[str, Any]) -> str:
-    return cast("_Chunk", parameters["chunk"]).label
-
-
-@task(cache_policy=NO_CACHE, tags=["prefect-crew"], task_run_name=cast("Any", _chunk_name))
-async def run_rows(chunk: _Chunk) -> None:
-    """Run some rows of a batch."""
-    await chunk.engine.run(chunk.jobs)
+def _not_known(error: CrewError) -> None:
+    run_logger().warning("The crew's inputs are not known, so rows are not checked for them: %s", error)
 
 
 class BatchJob:
     """A batch under way in this process."""
 
     def __init__(
-        self, crew: DeployedCrew, dataset: Dataset, options: BatchOptions, *, name: str, output: str, ledger: str | None
+        self,
+        crew: DeployedCrew,
+        dataset: Dataset,
+        options: BatchOptions,
+        *,
+        name: str,
+        output: str,
+        place: LedgerPlace,
+        call: Mapping[str, Any] | None = None,
     ) -> None:
         self.crew = crew
         self.dataset = dataset
         self.options = options
         self.name = name
         self.output = output
-        self.ledger_url = ledger_url(ledger, output)
-        self._held: dict[int, dict[str, Any]] = {}
-        self._next = 0
+        self.place = place
+        self.call = call
+
+    @property
+    def output_name(self) -> str:
+        """The output for people."""
+        return shown_address(self.output)
 
     @property
     def ledger_exists(self) -> bool:
-        """Whether there is a ledger to look into; one that is reached by URL may be there."""
-        if not self.ledger_url.startswith("sqlite"):
-            return True
-        return Path(self.ledger_url.partition(":///")[2]).exists()
+        """Whether a ledger that is a file is there."""
+        return self.place.local and Path(str(open_url(self.place.ledger).database)).exists()
 
     async def run(self) -> BatchReport:
         """Run it to its end and report.
@@ -113,43 +113,87 @@ class BatchJob:
         Raises:
             CrewError: It could not be begun, or the ledger or the output failed on the way.
         """
-        started = time.monotonic()
-        pace = Pace(kickoffs_per_second=self.options.kickoffs_per_second)
+        options = self.options
+        webhooks_for(self.crew, self.name)  # settings that make no sense are said before anything is bought
+        pace = Pace(kickoffs_per_second=options.kickoffs_per_second, requests=options.requests_at_once)
         async with AsyncExitStack() as stack:
-            session = await stack.enter_async_context(CrewSession(self.crew, lambda crew: BatchClient(crew, pace)))
+            session = BatchSession(self.crew, pace)
+            await stack.enter_async_context(session)
+            tell_batch(self.name, "checking")
             plan = self.plan(await expected_inputs(session))
             checked = await asyncio.to_thread(plan.check)
-            if checked.bad and self.options.on_bad_row == "refuse":
+            if checked.bad and options.on_bad_row == "refuse":
                 raise BadRowsError(checked.bad, checked.bad_count, source=self.dataset.name)
-            ledger = await stack.enter_async_context(Ledger(self.ledger_url, self.name))
-            await bind(
-                ledger,
-                crew_url=self.crew.url,
-                fingerprint=checked.fingerprint,
-                total=checked.total,
-                go_on=self.options.on_change == "continue",
-            )
-            await self._limit(stack)
-            output = OutputFile(self.output, spool=self._spool())
-            output.open(self._keeps)
-            standing = Standing(total=checked.total, set_aside=checked.bad_count)
-            artifacts = BatchArtifacts(self.name, self.crew.label)
-            engine = self._engine(session, ledger, standing, output)
+            ledger = await stack.enter_async_context(Ledger(self.place.ledger, self.name))
+            lock = await stack.enter_async_context(BatchLock(ledger.database, self.name))
+            if not await lock.take():
+                raise BatchBusyError(name=self.name)
+            ledger.sole = True
+            return await self._run(stack, session, ledger, lock, plan, checked, pace)
+
+    async def _run(
+        self,
+        stack: AsyncExitStack,
+        session: BatchSession,
+        ledger: Ledger,
+        lock: BatchLock,
+        plan: RowPlan,
+        checked: Checked,
+        pace: Pace,
+    ) -> BatchReport:
+        options = self.options
+        beside = ledger.database.path or Path.cwd() / binding_name(self.name)
+        output = Output(self.output, beside=beside, output_type=options.output_type)
+        bound = await self.bind(ledger, checked)
+        standing = Standing(total=checked.total, set_aside=checked.bad_count, duplicates=checked.duplicates)
+        artifacts = BatchArtifacts(self.name, self.crew.label, show=self.crew.show)
+        bought = 0 if bound.before is None else await ledger.bought()
+        engine: Engine | None = None
+        if self._is_done(bound, output):
+            await self._recall(ledger, standing)
+        else:
+            most = await self._limited(stack)
+            new = not await ledger.known()
+            engine = self.engine(session, ledger, standing, output, pace, most=most, bought=bought)
+            output.open(self._stays(bound), in_order=options.order == "input", fresh=new)
             try:
-                await self._watched(engine, plan.jobs(), standing, artifacts)
+                rows = feed(engine, plan.jobs(), chunk_size=self._chunk, new=new)
+                await watched(
+                    rows,
+                    engine,
+                    name=self.name,
+                    on_cancel=options.on_cancel,
+                    tick=lambda: self._tick(engine, standing, output, artifacts, lock),
+                )
+            except BaseException:
+                standing.in_flight = engine.in_flight
+                await artifacts.end(standing, self._report(standing, output, engine, bought))
+                raise
             finally:
-                self._write_held(output)
                 output.close()
-            await asyncio.to_thread(output.finish, output_type=self.options.output_type)
-            report = self._report(checked, standing, engine, time.monotonic() - started)
-            await artifacts.end(standing, report, self.crew.price)
+            standing.in_flight = 0
+            tell_batch(self.name, "finishing", standing)
+            await asyncio.to_thread(output.finish)
+            await ledger.note_standing({"done": standing.over, "lines": standing.total, **self._written})
+        report = self._report(standing, output, engine, bought)
+        tell_batch(self.name, "done", standing)
+        await artifacts.end(standing, report)
         run_logger().info("%s", report)
         return report
 
     def plan(self, expected: Sequence[CrewInput]) -> RowPlan:
-        """Return how the rows become runs."""
+        """Return how the rows become runs.
+
+        Raises:
+            ConfigurationError: A key that is a secret input, or a template that is none.
+        """
+        if isinstance(self.options.key, str) and self.options.key in self.crew.secret_inputs:
+            raise ConfigurationError(
+                f"The key column {self.options.key!r} is a secret input: keys stand in logs, artifacts and the ledger. "
+                "Take another column, or leave key out."
+            )
         return RowPlan(
-            dataset=self.dataset,
+            self.dataset,
             inputs=self.options.inputs,
             key=self.options.key,
             expected=expected,
@@ -157,175 +201,128 @@ class BatchJob:
             deduplicate=self.options.deduplicate,
         )
 
-    def _spool(self) -> Path | None:
-        """Return where the lines grow until the end, for an output that cannot grow in its place."""
-        if self.ledger_url.startswith("sqlite"):
-            return Path(self.ledger_url.partition(":///")[2]).with_suffix(".lines.jsonl")
-        return Path.cwd() / f".{self.name}.lines.jsonl".replace("/", "_")
+    async def bind(self, ledger: Ledger, checked: Checked) -> Bound:
+        """Bind the batch's name to its ledger."""
+        return await bind(
+            ledger,
+            crew_url=self.crew.url,
+            fingerprint=checked.fingerprint,
+            total=checked.total,
+            go_on=self.options.on_change == "continue",
+            place=self.place.told,
+            call=self.call,
+        )
 
-    def _keeps(self, key: str, state: str) -> bool:
-        """Say whether a line of an earlier call stays: only that of a row that is not run again."""
-        del key
-        return state in _ENDED and (state == str(CrewState.COMPLETED) or not self.options.retry_failed)
-
-    def _engine(self, session: CrewSession, ledger: Ledger, standing: Standing, output: OutputFile) -> Engine:
+    def engine(
+        self,
+        session: BatchSession,
+        ledger: Ledger,
+        standing: Standing,
+        output: Output | None,
+        pace: Pace,
+        *,
+        most: int,
+        bought: int,
+    ) -> Engine:
+        """Return what runs the rows; each end goes to `standing` and to `output`, if there is one."""
         options = self.options
         context = FlowRunContext.get()
         flow_run = None if context is None else context.flow_run
 
-        async def ended(end: RowEnd) -> None:
-            error = None if end.error is None else str(end.error)
-            kind = None if end.error is None else type(end.error).__name__
-            if error is None and end.record is not None:
-                error = end.record.error
-                kind = "CrewFailedError" if error else None
-            standing.take(end.job.key, end.record, error, kind, found=end.found)
-            self._put(end, error, output)
+        async def on_end(end: RowEnd) -> None:
+            standing.take(end)
+            if output is not None:
+                output.put(end.job.number, end.job.key, line_of(end, self.crew.secret_inputs))
 
         return Engine(
-            self.crew,
             session,
             ledger,
+            RowWaiter(session, ledger, options.wait or self.crew.wait, learn=options.wait is None),
             EngineOptions(
-                wait=options.wait or self.crew.wait,
-                max_in_flight=options.max_in_flight,
-                retries=options.retries,
-                retry_failed=options.retry_failed,
+                max_in_flight=most,
+                rule=RetryRule(options.retries, options.retry_failed),
                 max_kickoffs=options.max_kickoffs,
                 stop_when=options.stop_when,
                 output_type=options.output_type,
                 meta={**(options.meta or {}), "batch": self.name},
+                webhooks=options.webhooks,
             ),
-            ended=ended,
-            flow_run_id=None if flow_run is None else str(flow_run.id),
-            flow_run_count=0 if flow_run is None else flow_run.run_count,
+            pace=pace,
+            breaker=Breaker(options.breaker, options.breaker_pause),
+            on_end=on_end,
+            flow_run=(None, 0) if flow_run is None else (str(flow_run.id), flow_run.run_count),
+            bought=bought,
         )
 
-    # The output.
+    @property
+    def _chunk(self) -> int:
+        return 1 if self.options.task_per_row else self.options.chunk_size
 
-    def _put(self, end: RowEnd, error: str | None, output: OutputFile) -> None:
-        line = self._line(end, error)
-        if self.options.order == "ended":
-            if line is not None:
-                output.write(line)
-            return
-        self._held[end.job.number] = line or {}
-        while self._next in self._held:
-            held = self._held.pop(self._next)
-            self._next += 1
-            if held:
-                output.write(held)
-
-    def _write_held(self, output: OutputFile) -> None:
-        """Write what still waits for a row before it that did not end."""
-        for number in sorted(self._held):
-            if self._held[number]:
-                output.write(self._held[number])
-        self._held.clear()
-
-    def _line(self, end: RowEnd, error: str | None) -> dict[str, Any] | None:
-        """Return a row's line; None for an uncertain one, which has no end yet."""
-        record, job = end.record, end.job
-        if record is not None and record.phase is RecordPhase.UNCERTAIN:
-            return None
-        inputs = {name: MASK if name in self.crew.secret_inputs else value for name, value in job.inputs.items()}
-        if record is None:
-            return {"key": job.key, "inputs": inputs, "state": "not-started", "tasks": [], "error": error}
-        line = line_of(job.key, inputs, record)
-        if end.error is not None:
-            line["error"] = error
-            line["data"] = None
-        elif self.options.output_type is not None and record.result is not None and record.kickoff_id is not None:
-            data = typed(record.result.result(record.kickoff_id), self.options.output_type).data
-            line["data"] = data.model_dump(mode="json")
-        return line
-
-    # Running.
-
-    async def _watched(
-        self, engine: Engine, jobs: Iterator[RowJob], standing: Standing, artifacts: BatchArtifacts
-    ) -> None:
-        """Run all rows; on a cancellation do what `on_cancel` says, if somebody asked for it."""
-        work = asyncio.ensure_future(self._run_rows(engine, jobs))
-        watch = asyncio.ensure_future(self._tick(engine, standing, artifacts, work))
-        with watch_ctrl_c():
-            try:
-                await asyncio.shield(work)
-            except asyncio.CancelledError:
-                await self._cancelled(engine, work)
-                raise
-            finally:
-                watch.cancel()
-                await asyncio.gather(watch, return_exceptions=True)
-
-    async def _run_rows(self, engine: Engine, jobs: Iterator[RowJob]) -> None:
-        size = 1 if self.options.task_per_row else self.options.chunk_size
-        room = asyncio.Semaphore(self.options.max_in_flight // size + 2)
-        running: set[asyncio.Task[None]] = set()
-
-        async def chunk(rows: Sequence[RowJob]) -> None:
-            try:
-                await run_rows(_Chunk(engine, rows))
-            finally:
-                room.release()
-
-        try:
-            while engine.stopped is None:
-                await room.acquire()
-                rows = await asyncio.to_thread(lambda: list(islice(jobs, size)))
-                if not rows:
-                    break
-                failed = [one for one in running if one.done() and not one.cancelled() and one.exception()]
-                running = {one for one in running if not one.done() or one in failed}
-                if failed:
-                    break
-                running.add(asyncio.ensure_future(chunk(rows)))
-            await asyncio.gather(*running)
-        finally:
-            for one in running:
-                one.cancel()
-            await asyncio.gather(*running, return_exceptions=True)
+    def _stays(self, bound: Bound) -> Callable[[str], bool]:
+        """Return what says whether a line of an earlier call stays: that of a row neither run again nor judged anew."""
+        before = None if bound.before is None else bound.before.standing
+        noted: Mapping[str, Any] = before or {}
+        same = all(noted.get(name, value) == value for name, value in self._written.items() if name != "order")
+        states = {str(CrewState.COMPLETED)} if same else set[str]()
+        if same and not self.options.retry_failed and not self.options.retries:
+            states.add(str(CrewState.FAILED))
+        return states.__contains__
 
     async def _tick(
-        self, engine: Engine, standing: Standing, artifacts: BatchArtifacts, work: asyncio.Future[None]
+        self, engine: Engine, standing: Standing, output: Output, artifacts: BatchArtifacts, lock: BatchLock
     ) -> None:
-        own = flow_run_id()
-        while True:
-            await asyncio.sleep(TICK)
-            standing.in_flight = engine.tally.in_flight
-            await artifacts.progress(standing)
-            if await cancelled_meanwhile(own):
-                engine.stop("this flow run was cancelled.")
-                work.cancel()
-                return
+        """Show how the batch stands. About once a second."""
+        standing.in_flight, standing.kickoffs = engine.in_flight, engine.kickoffs
+        standing.tick()
+        tell_batch(self.name, "running", standing)
+        output.flush()
+        await artifacts.progress(standing)
+        if not await lock.still_held():
+            engine.stop("its lock was lost, and another process has taken the batch over.", shut=True)
 
-    async def _cancelled(self, engine: Engine, work: asyncio.Future[None]) -> None:
-        engine.stop("the batch was cancelled.")
-        try:
-            asked = await asyncio.wait_for(cancellation_asked(flow_run_id()), STOP_WITHIN / 2)
-        except (httpx.HTTPError, PrefectException, TimeoutError, asyncio.TimeoutError):
-            asked = False
-        if asked and self.options.on_cancel == "drain":
-            await asyncio.shield(work)
-            return
-        in_flight = dict(engine.in_flight)
-        work.cancel()
-        await asyncio.gather(work, return_exceptions=True)
-        if not asked or self.options.on_cancel != "stop":
-            run_logger().warning(
-                "%d rows of batch %s are left in flight; the same name finds them again.", len(in_flight), self.name
-            )
-            return
-        try:
-            await asyncio.wait_for(engine.stop_all(in_flight), STOP_WITHIN)
-        except (TimeoutError, asyncio.TimeoutError):
-            run_logger().warning("Not every row in flight could be stopped in %.0f s.", STOP_WITHIN)
+    # A batch that is done.
 
-    async def _limit(self, stack: AsyncExitStack) -> None:
-        """Hold slots of the crew's shared limit for as many rows as are in flight at once."""
-        limit = self.crew.concurrency_limit
+    @property
+    def _written(self) -> dict[str, Any]:
+        """What the lines depend on besides the rows."""
+        kind = self.options.output_type
+        return {
+            "output": self.output,
+            "order": self.options.order,
+            "typed": None if kind is None else f"{kind.__module__}.{kind.__qualname__}",
+            "masked": sorted(self.crew.secret_inputs),
+        }
+
+    def _is_done(self, bound: Bound, output: Output) -> bool:
+        """Return whether there is nothing left to do, not even a line."""
+        before = bound.before
+        if before is None or before.standing is None or self.options.retry_failed or self.options.retries:
+            return False
+        if before.fingerprint != bound.entry.fingerprint or before.total != bound.entry.total:
+            return False
+        noted = {"done": True, "lines": before.total, **self._written}
+        return dict(before.standing) == noted and output.count() == before.total
+
+    async def _recall(self, ledger: Ledger, standing: Standing) -> None:
+        """Take the standing of a batch that is done from its ledger, without a look at its rows."""
+        counts = await ledger.counts()
+        standing.completed = counts.get(str(CrewState.COMPLETED), 0)
+        standing.failed = standing.total - standing.completed
+        standing.add_durations(await ledger.durations())
+        standing.add_usage(await ledger.usage())
+        if standing.failed:
+            async for key, record in ledger.standing_attempts():
+                standing.failures.append(
+                    Failure(key, record.kickoff_id, str(record.state), record.error or str(record.state), None)
+                )
+                if len(standing.failures) == 100:
+                    break
+
+    async def _limited(self, stack: AsyncExitStack) -> int:
+        """Hold slots of the crew's shared limit for as many rows as are in flight at once; return how many that are."""
+        chosen, limit = self.options.max_in_flight, self.crew.concurrency_limit
         if limit is None:
-            return
+            return chosen or IN_FLIGHT
         from prefect.concurrency.asyncio import concurrency
 
         async with get_client() as client:
@@ -336,15 +333,19 @@ class BatchJob:
                     f"Crew {self.crew.label} names the concurrency limit {limit!r}, which does not exist: "
                     f"prefect gcl create {limit} --limit N."
                 ) from None
-        if self.options.max_in_flight > found.limit:
+        most = chosen or min(IN_FLIGHT, found.limit)
+        if most > found.limit:
             raise ConfigurationError(
-                f"max_in_flight is {self.options.max_in_flight}, and crew {self.crew.label} allows {found.limit} runs "
-                f"in flight in all (concurrency limit {limit!r}). Give max_in_flight={found.limit} or less."
+                f"max_in_flight is {most}, and crew {self.crew.label} allows {found.limit} runs in flight in all "
+                f"(concurrency limit {limit!r}). Give max_in_flight={found.limit} or less."
             )
-        await stack.enter_async_context(concurrency(limit, occupy=self.options.max_in_flight, strict=True))
+        run_logger().info("Waiting for %d slots of the concurrency limit %s.", most, limit)
+        await stack.enter_async_context(concurrency(limit, occupy=most, strict=True))
+        return most
 
-    def _report(self, checked: Checked, standing: Standing, engine: Engine, seconds: float) -> BatchReport:
-        total = checked.total + checked.bad_count
+    def _report(self, standing: Standing, output: Output, engine: Engine | None, bought: int) -> BatchReport:
+        total = standing.total + standing.set_aside
+        kickoffs = 0 if engine is None else engine.kickoffs
         return BatchReport(
             name=self.name,
             total=total,
@@ -352,11 +353,14 @@ class BatchJob:
             failed=standing.failed,
             uncertain=standing.uncertain,
             skipped=total - standing.done,
-            seconds=seconds,
-            output=self.output,
-            stopped=None if engine.stopped is None else str(engine.stopped),
-            kickoffs=engine.tally.kickoffs,
+            seconds=standing.seconds,
+            output=output.name,
+            stopped=None if engine is None else engine.stopped,
+            kickoffs=kickoffs,
+            set_aside=standing.set_aside,
+            duplicates=standing.duplicates,
             uncertain_keys=tuple(standing.uncertain_keys),
             errors=dict(standing.errors),
-            usage=standing.tokens,
+            usage=standing.usage,
+            cost=None if self.crew.price is None else self.crew.price * (bought + kickoffs),
         )

@@ -1,27 +1,31 @@
 """The output of a batch: a line a row, JSON Lines that grows, or Parquet at the end.
 
-The ledger is what counts; the file is written from it. So a crash costs nothing but the file's last half line, which is
-cut off, and rows that have ended but are not in the file are written again from the ledger.
+The ledger is what counts; the file is written from it. So a crash costs nothing: rows that have ended but are not in
+the file are written again from the ledger, and a line that a power cut left half is cut off.
 """
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import fsspec  # pyright: ignore[reportMissingTypeStubs]
 from pydantic import BaseModel
 from pydantic_core import to_json
 
-from prefect_crew.api.errors import CrewError
-from prefect_crew.batches.rows import Keys
-from prefect_crew.records import RunRecord
+from prefect_crew.api.errors import ConfigurationError, CrewError
+from prefect_crew.batches.datasets import COMPRESSED, is_remote, shown_address
+from prefect_crew.batches.ends import RowEnd
+from prefect_crew.batches.keys import Keys
+from prefect_crew.batches.lines import HeldLines, LineFile
+from prefect_crew.batches.parquet import check_parquet, write_parquet
+from prefect_crew.records import RecordPhase
+from prefect_crew.redaction import MASK
 
-__all__ = ["OutputError", "OutputFile", "line_of"]
+__all__ = ["COLUMNS", "Output", "OutputError", "line_of"]
 
 _files = cast("Any", fsspec)
 COLUMNS = ("key", "inputs", "state", "output", "data", "tasks", "kickoff_id", "seconds", "usage", "error")
@@ -31,179 +35,301 @@ class OutputError(CrewError):
     """The output cannot be written. What has ended is in the ledger: run the batch again with the same name."""
 
 
-def line_of(key: str, inputs: Mapping[str, Any], record: RunRecord, *, data: Any = None) -> dict[str, Any]:
-    """Return the line of a row that has ended. `seconds` is the server's execution time, else the time of the wait."""
-    result = record.result
-    seconds = None if result is None else result.execution_time
-    if seconds is None and record.ended_at is not None and record.kicked_off_at is not None:
-        seconds = round((record.ended_at - record.kicked_off_at).total_seconds(), 3)
-    return {
-        "key": key,
-        "inputs": dict(inputs),
-        "state": str(record.state or record.phase),
-        "output": None if result is None else result.output,
-        "data": data if data is not None else (None if result is None else result.data),
-        "tasks": [] if result is None else [task.model_dump(exclude_none=True) for task in result.tasks],
-        "kickoff_id": record.kickoff_id,
-        "seconds": seconds,
-        "usage": None if result is None or result.usage is None else result.usage.model_dump(exclude_none=True),
-        "error": record.error or record.reason,
-    }
+def line_of(end: RowEnd, secret_inputs: list[str]) -> bytes | None:
+    """Return the line of a row, None for an uncertain one, which has no end yet.
+
+    `seconds` is the server's execution time, else the time from the kickoff to the end that was seen.
+    """
+    if end.uncertain:
+        return None
+    job, record = end.job, end.record
+    line: dict[str, Any] = dict.fromkeys(COLUMNS)
+    line["key"], line["state"], line["error"] = job.key, end.state, end.error
+    line["inputs"] = {name: MASK if name in secret_inputs else value for name, value in job.inputs.items()}
+    line["tasks"] = []
+    if record is not None:
+        line["kickoff_id"] = record.kickoff_id
+        if record.phase is RecordPhase.ENDED and record.ended_at is not None and record.kicked_off_at is not None:
+            line["seconds"] = round((record.ended_at - record.kicked_off_at).total_seconds(), 3)
+    result = None if record is None else record.result
+    if result is not None:
+        line["output"], line["data"] = result.output, end.data
+        line["tasks"] = [task.model_dump(exclude_none=True) for task in result.tasks]
+        line["usage"] = None if result.usage is None else result.usage.model_dump(exclude_none=True)
+        line["seconds"] = line["seconds"] if result.execution_time is None else result.execution_time
+    return to_json(line, inf_nan_mode="null", serialize_unknown=True) + b"\n"
 
 
-class OutputFile:
-    """The file that grows. One process writes it.
+class _Lines(Protocol):
+    """How lines get into the file that grows."""
 
-    For an output that is Parquet or is not on this machine, the lines grow in a local file beside the ledger, and are
-    brought to their place by `finish`.
+    def put(self, number: int, key: str, line: bytes | None) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Output:
+    """The output of one batch, written by one process.
+
+    An output that is not on this machine, or is compressed or Parquet, is written at the end: until then its lines grow
+    in `path`, beside it or, for one elsewhere, beside the ledger.
+
+    Raises:
+        ConfigurationError: Such an output cannot be written here. This is known before anything is bought.
     """
 
-    def __init__(self, output: str, *, spool: Path | None = None) -> None:
+    def __init__(self, output: str, *, beside: Path, output_type: type[BaseModel] | None = None) -> None:
         self.output = output
-        self._final = output
-        local = "://" not in output or output.startswith("file://")
-        direct = local and not output.endswith((".parquet", ".pq"))
-        if not direct and spool is None:
-            raise OutputError(f"The output {output} needs a place for its lines until the end.")
-        self.path = Path(output.removeprefix("file://")) if direct else cast("Path", spool)
-        self._direct = direct
-        self.keys = Keys()
-        self._file: Any = None
-        self._unsynced = 0
+        self.name = shown_address(output)
+        self._output_type = output_type
+        self._parquet = output.endswith((".parquet", ".pq"))
+        local = Path(output.removeprefix("file://"))
+        self._remote = is_remote(output)
+        self.direct = not self._remote and not self._parquet and local.suffix.lower() not in COMPRESSED
+        self.path = local if self.direct else (beside if self._remote else local).with_name(f"{local.name}.lines.jsonl")
+        self._file: LineFile | None = None
+        self._lines: _Lines | None = None
+        if self._parquet:
+            check_parquet(output)
+        if self._remote:
+            _check_remote(output, self.name)
 
-    def open(self, keep: Callable[[str, str], bool]) -> None:
-        """Open the file, cut off a half line, and drop the lines of rows that are to be run again.
+    def open(self, keep: Callable[[str], bool], *, in_order: bool, fresh: bool) -> None:
+        """Open the file that grows.
 
         Args:
-            keep: Says of a row's key and state whether its line stays.
+            keep: Says of a state whether a line of an earlier call that has it stays.
+            in_order: Whether lines come in the order of the rows' numbers.
+            fresh: Whether the batch has no rows yet, so that whatever is there belongs to something else.
 
         Raises:
-            OutputError: It cannot be written, or holds what is no line of a batch.
+            OutputError: It cannot be written, or holds what is no line of this batch.
         """
-        try:
+        with _told(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            if self.path.exists():
-                self._take_over(keep)
-            self._file = self.path.open("ab")
-        except OSError as error:
-            raise OutputError(f"The output {self.path} cannot be written: {error.strerror or error}.") from error
+            _check(self.path, fresh)
+            if in_order:
+                self._file = LineFile(self.path)
+                self._lines = _InOrder(self.path, self._file)
+            else:
+                keys = _take_over(self.path, keep)
+                self._file = LineFile(self.path)
+                self._lines = _AsTheyEnd(self._file, keys)
 
-    def _take_over(self, keep: Callable[[str, str], bool]) -> None:
-        good = 0
-        dropped = False
-        with self.path.open("r+b") as file:
-            for number, line in enumerate(file, start=1):
-                if not line.endswith(b"\n"):
-                    break
-                key, state = self._key_of(line, number)
-                if key in self.keys or not keep(key, state):
-                    dropped = True
-                else:
-                    self.keys.put(key)
-                good += len(line)
-            file.truncate(good)
-        if dropped:
-            self._rewrite(keep)
+    def put(self, number: int, key: str, line: bytes | None) -> None:
+        """Add the line of a row, unless the file has it; None for a row that has no line.
 
-    def _rewrite(self, keep: Callable[[str, str], bool]) -> None:
-        """Write the file anew with one line for each key that is kept; a crash leaves the old one or the new one."""
-        fresh = self.path.with_name(f".{self.path.name}.new")
-        written = Keys()
-        with self.path.open("rb") as old, fresh.open("wb") as new:
-            for number, line in enumerate(old, start=1):
-                key, state = self._key_of(line, number)
-                if keep(key, state) and key not in written:
-                    written.put(key)
-                    new.write(line)
-            new.flush()
-            os.fsync(new.fileno())
-        written.close()
-        fresh.replace(self.path)
-
-    def _key_of(self, line: bytes, number: int) -> tuple[str, str]:
-        try:
-            value = json.loads(line)
-            return str(value["key"]), str(value["state"])
-        except (ValueError, KeyError, TypeError):
-            raise OutputError(
-                f"{self.path}, line {number} is no line of a batch. Choose another output, or move this file away."
-            ) from None
-
-    def write(self, line: Mapping[str, Any]) -> None:
-        """Add a line, unless the file has one of its key."""
-        key = str(line["key"])
-        if key in self.keys:
-            return
-        try:
-            self._file.write(to_json({name: line.get(name) for name in COLUMNS}, serialize_unknown=True) + b"\n")
-            self._unsynced += 1
-            if self._unsynced >= 100:
-                self.flush()
-        except OSError as error:
-            raise OutputError(f"The output {self.path} cannot be written: {error.strerror or error}.") from error
-        self.keys.put(key)
+        Raises:
+            OutputError: It cannot be written.
+        """
+        with _told(self.path):
+            if self._lines is not None:
+                self._lines.put(number, key, line)
 
     def flush(self) -> None:
-        """Hand the lines to the operating system, so that others can read them."""
-        self._file.flush()
-        self._unsynced = 0
+        """Let others read what has been added."""
+        with _told(self.path):
+            if self._file is not None:
+                self._file.flush()
 
     def close(self) -> None:
-        """Sync and close."""
-        if self._file is not None:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            self._file.close()
-            self._file = None
-        self.keys.close()
+        """Write what is left, sync and close. Idempotent."""
+        lines, file = self._lines, self._file
+        self._lines = self._file = None
+        with _told(self.path):
+            try:
+                if lines is not None:
+                    lines.close()
+            finally:
+                if file is not None:
+                    file.close()
 
-    def finish(self, *, output_type: type[BaseModel] | None = None) -> None:
-        """Bring the closed file to its place, where that is not a JSON Lines file on this machine.
+    def count(self) -> int:
+        """Return how many lines the file that grows has; 0 if there is none."""
+        try:
+            with self.path.open("rb") as file:
+                return sum(1 for line in file if line.endswith(b"\n"))
+        except FileNotFoundError:
+            return 0
+
+    def finish(self) -> None:
+        """Bring the closed file to its place, where it did not grow there.
 
         Raises:
-            OutputError: It cannot be written there, or the extra is missing for Parquet.
+            OutputError: It cannot be written there.
         """
-        if self._direct:
-            return
-        if self._final.endswith((".parquet", ".pq")):
-            self._to_parquet(output_type)
+        if self.direct:
             return
         try:
-            with self.path.open("rb") as source, _files.open(self._final, "wb") as target:
-                while chunk := source.read(1 << 20):
-                    target.write(chunk)
+            if self._remote:
+                with _files.open(self.output, "wb", compression="infer") as target:
+                    self._copy_to(target)
+                return
+            final = Path(self.output.removeprefix("file://"))
+            fresh = final.with_name(f".{final.name}.new")
+            compression = _files.utils.infer_compression(final.name)
+            with _files.open(str(fresh), "wb", compression=compression) as target:
+                self._copy_to(target)
+            fresh.replace(final)
         except (OSError, ImportError, ValueError) as error:
             raise OutputError(
-                f"The output {self._final} cannot be written: {error}. Its lines are in {self.path}."
+                f"The output {self.name} cannot be written: {type(error).__name__}: {error}. Its lines are in "
+                f"{self.path}; the same call again brings them there."
             ) from error
 
-    def _to_parquet(self, output_type: type[BaseModel] | None) -> None:
-        try:
-            polars: Any = importlib.import_module("polars")
-        except ImportError:
+    def _copy_to(self, target: Any) -> None:
+        if self._parquet:
+            write_parquet(self.path, target, COLUMNS, self._output_type)
+            return
+        with self.path.open("rb") as source:
+            while chunk := source.read(1 << 20):
+                target.write(chunk)
+
+
+def _check_remote(output: str, name: str) -> None:
+    try:
+        _files.core.url_to_fs(output)
+    except (ImportError, ValueError) as error:
+        raise ConfigurationError(f"The output {name} cannot be written: {error}. Nothing was started.") from None
+    if output.startswith(("http://", "https://")):
+        raise ConfigurationError(f"The output {name} is a web address, which nobody can write to. Nothing was started.")
+
+
+class _told:  # noqa: N801  used as a function
+    """Say that the output cannot be written, in our own words."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, OSError):
             raise OutputError(
-                f"Parquet needs polars: pip install 'prefect-crew[data]'. The lines are in {self.path}."
-            ) from None
-        columns: dict[str, list[Any]] = {name: [] for name in COLUMNS}
-        typed = list(output_type.model_fields) if output_type is not None else []
-        fields: dict[str, list[Any]] = {f"data_{name}": [] for name in typed}
-        for line in self._lines():
-            for name in COLUMNS:
-                value = line.get(name)
-                structured = name in ("inputs", "data", "tasks", "usage") and value is not None
-                columns[name].append(to_json(value).decode() if structured else value)
-            data = line.get("data")
-            for name in typed:
-                fields[f"data_{name}"].append(data.get(name) if isinstance(data, dict) else None)  # pyright: ignore
-        try:
-            with _files.open(self._final, "wb") as target:
-                polars.DataFrame({**columns, **fields}, strict=False).write_parquet(target)
-        except (OSError, ImportError, ValueError) as error:
-            raise OutputError(
-                f"The output {self._final} cannot be written: {error}. Its lines are in {self.path}."
+                f"The output {self._path} cannot be written: {error.strerror or error}. What has ended is in the "
+                "ledger: the same call again goes on."
             ) from error
 
-    def _lines(self) -> Iterator[dict[str, Any]]:
-        with self.path.open("rb") as file:
-            for line in file:
-                yield json.loads(line)
+
+def _key_of(path: Path, line: bytes, number: int) -> tuple[str, str]:
+    try:
+        value = json.loads(line)
+        return str(value["key"]), str(value["state"])
+    except (ValueError, KeyError, TypeError):
+        raise OutputError(
+            f"{path}, line {number} is no line of a batch. Choose another output, or move this file away."
+        ) from None
+
+
+def _check(path: Path, fresh: bool) -> None:
+    """Make sure that a file that is there is ours, by its first line."""
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        first = file.readline()
+    if first and fresh:
+        raise OutputError(
+            f"{path} is there already, and this batch has not begun. It is left as it is: choose another output, or "
+            "move it away."
+        )
+    if first.endswith(b"\n"):
+        _key_of(path, first, 1)
+
+
+def _take_over(path: Path, keep: Callable[[str], bool]) -> Keys:
+    """Cut off a half line, drop the lines that do not stay, and return the keys of those that do."""
+    keys = Keys()
+    if not path.exists():
+        return keys
+    good, dropped = 0, False
+    with path.open("r+b") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith(b"\n"):
+                break
+            key, state = _key_of(path, line, number)
+            if key in keys or not keep(state):
+                dropped = True
+            else:
+                keys.put(key, number)
+            good += len(line)
+        file.truncate(good)
+    if dropped:
+        _rewrite(path, keys)
+    return keys
+
+
+def _rewrite(path: Path, keys: Keys) -> None:
+    """Write the file anew with the lines that stay, each by its number; a crash leaves the old one or the new one."""
+    fresh = path.with_name(f".{path.name}.new")
+    with path.open("rb") as old, fresh.open("wb") as new:
+        for number, line in enumerate(old, start=1):
+            found = keys.find(_key_of(path, line, number)[0])
+            if found is not None and found[0] == number:
+                new.write(line)
+        new.flush()
+        os.fsync(new.fileno())
+    fresh.replace(path)
+
+
+class _AsTheyEnd:
+    def __init__(self, file: LineFile, keys: Keys) -> None:
+        self._file = file
+        self._keys = keys
+
+    def put(self, number: int, key: str, line: bytes | None) -> None:
+        del number
+        if line is not None and key not in self._keys:
+            self._file.add(line)
+            self._keys.put(key)
+
+    def close(self) -> None:
+        self._keys.close()
+
+
+class _InOrder:
+    """Lines in the order of the rows. What the file has stays as long as it is what would be written."""
+
+    def __init__(self, path: Path, file: LineFile) -> None:
+        self._file = file
+        self._old = path.open("rb")
+        self._same = True
+        self._at = 0
+        self._held = HeldLines()
+        self._next = 0
+
+    def put(self, number: int, key: str, line: bytes | None) -> None:
+        del key
+        if number != self._next:
+            self._held.put(number, line)
+            return
+        self._write(line)
+        self._next += 1
+        while self._held_next():
+            self._next += 1
+
+    def _held_next(self) -> bool:
+        there, line = self._held.take(self._next)
+        if there:
+            self._write(line)
+        return there
+
+    def _write(self, line: bytes | None) -> None:
+        if line is None:
+            return
+        if self._same:
+            if self._old.readline() == line:
+                self._at += len(line)
+                return
+            self._same = False
+            self._file.cut(self._at)
+        self._file.add(line)
+
+    def close(self) -> None:
+        """Write also what waits for a row that has not ended: the next call puts that in its place."""
+        while (first := self._held.first()) is not None:
+            self._write(self._held.take(first)[1])
+        if self._same and not self._old.readline().endswith(b"\n"):
+            self._file.cut(self._at)  # half a line, or nothing
+        self._old.close()
+        self._held.close()

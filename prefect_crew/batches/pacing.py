@@ -1,62 +1,155 @@
-"""How fast a batch may go: requests at a time, kickoffs a second, and what the server asks for."""
+"""How fast a batch may go: requests at a time, kickoffs a second, and what the server asks for.
+
+A row claims its place in the ledger only when it is about to post. So if the process dies, no more rows are uncertain
+than stood between their claim and their kickoff id: `2 * requests` at the most.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from prefect_crew.api.client import CrewClient
-from prefect_crew.api.errors import RateLimitedError, ServerError
+from prefect_crew.api.errors import AuthenticationError, CrewError, RateLimitedError, ServerError
+from prefect_crew.logs import run_logger
+from prefect_crew.sessions import CrewSession
 
 if TYPE_CHECKING:
+    from prefect_crew.api.models import CrewStatus
     from prefect_crew.api.webhooks import Webhooks
     from prefect_crew.blocks import DeployedCrew
 
-__all__ = ["BatchClient", "Pace"]
+__all__ = ["BatchClient", "BatchSession", "Pace", "Rhythm"]
 
 REQUESTS = 8
-"""Requests at a time: httpx's pool degrades with a long queue (1,000 rows: 17.6 s let loose, 3.0 s with eight)."""
+"""Requests of a kind at a time: httpx's pool degrades with a long queue (1,000 rows: 17.6 s let loose, 3.0 s with
+eight)."""
 RETRY_AFTER_CAP = 300.0
+REST = 60.0
+"""Seconds, at most, between two kickoffs of a batch whose server takes none."""
+PATIENCE = 600.0
+"""Seconds without one kickoff that was taken after which a batch gives up."""
 
 
 class Pace:
-    """The pace of one batch in one process: shared by all of its rows, on one event loop."""
+    """The pace of one batch in one process: shared by all of its rows, on one event loop.
+
+    Until one kickoff has been taken, and again while none is, they go one by one: a wrong token or a server that is
+    away costs one row's time, not a thousand's.
+    """
 
     def __init__(self, *, kickoffs_per_second: float | None = None, requests: int = REQUESTS) -> None:
-        self.gate = asyncio.Semaphore(requests)
+        self.posts = asyncio.Semaphore(requests)
+        self.polls = asyncio.Semaphore(requests)
+        self._most = 2 * requests
+        self._buying = 0
+        self._careful = True
+        self._free = asyncio.Event()
+        self._over = asyncio.Event()
         self._interval = 0.0 if kickoffs_per_second is None else 1.0 / kickoffs_per_second
         self._next_kickoff = 0.0
         self._not_before = 0.0
+        self._rest = 0.0
+        self._refused_since: float | None = None
 
-    async def before_kickoff(self) -> None:
-        """Wait for this kickoff's turn."""
+    async def enter(self) -> None:
+        """Wait for a kickoff's turn. `leave` follows."""
+        while not self._over.is_set():
+            await self._may_go_on()
+            if self._buying < (1 if self._careful else self._most):
+                break
+            self._free.clear()
+            await self._free.wait()
+        self._buying += 1
+        try:
+            await self._turn()
+            await self._may_go_on()
+        except BaseException:
+            self.leave()
+            raise
+
+    def leave(self) -> None:
+        """Say that a kickoff has its id, or came to nothing."""
+        self._buying -= 1
+        self._free.set()
+
+    async def idle(self) -> None:
+        """Wait until no kickoff is under way."""
+        while self._buying:
+            self._free.clear()
+            await self._free.wait()
+
+    def close(self) -> None:
+        """Let nobody wait for a turn any more: nothing more is bought."""
+        self._over.set()
+        self._free.set()
+
+    @property
+    def held_for(self) -> float:
+        """Seconds for which the server has asked the batch to stay away from now on; 0 or less if it has not."""
+        return self._not_before - asyncio.get_running_loop().time()
+
+    async def _may_go_on(self) -> None:
+        while (left := self.held_for) > 0 and not self._over.is_set():
+            await self._sleep(left)
+
+    async def _turn(self) -> None:
+        if not self._interval:
+            return
         loop = asyncio.get_running_loop()
-        while True:
-            now = loop.time()
-            if now < self._not_before:
-                await asyncio.sleep(self._not_before - now)
-                continue
-            if not self._interval:
-                return
-            turn = max(now, self._next_kickoff)
-            self._next_kickoff = turn + self._interval
-            if turn > now:
-                await asyncio.sleep(turn - now)
-            if loop.time() >= self._not_before:
-                return
+        turn = max(loop.time(), self._next_kickoff)
+        self._next_kickoff = turn + self._interval
+        await self._sleep(turn - loop.time())
 
-    def heed(self, error: Exception) -> None:
-        """Hold all kickoffs back where the server asked one request to come back later."""
-        if isinstance(error, RateLimitedError | ServerError) and error.retry_after is not None:
-            until = asyncio.get_running_loop().time() + min(error.retry_after, RETRY_AFTER_CAP)
-            self._not_before = max(self._not_before, until)
+    async def _sleep(self, seconds: float) -> None:
+        """Sleep, unless the batch is over."""
+        try:
+            await asyncio.wait_for(self._over.wait(), seconds)
+        except (TimeoutError, asyncio.TimeoutError):
+            return
+
+    def taken(self) -> None:
+        """Note that a kickoff was taken."""
+        if self._careful:
+            self._careful = False
+            self._free.set()
+        self._rest, self._refused_since = 0.0, None
+
+    def refused(self, error: CrewError) -> str | None:
+        """Note that a kickoff surely did not start, and may be tried again; rest before the next one.
+
+        Returns:
+            Why the batch gives up, None while it has patience.
+        """
+        now = asyncio.get_running_loop().time()
+        self._careful = True
+        if self._refused_since is None:
+            self._refused_since = now
+            run_logger().warning("%s The batch stands still and tries again.", error)
+        elif now - self._refused_since >= PATIENCE:
+            return f"no kickoff was taken for {PATIENCE / 60:.0f} minutes, the last one so: {error}"
+        if now >= self._not_before:
+            self._rest = min(max(self._rest * 2, 1.0), REST)
+            self._not_before = now + self._rest
+        return None
+
+    def heed(self, error: CrewError) -> None:
+        """Hold everything back where the server asked one request to come back later."""
+        if not isinstance(error, RateLimitedError | ServerError) or error.retry_after is None:
+            return
+        now = asyncio.get_running_loop().time()
+        delay = min(error.retry_after, RETRY_AFTER_CAP)
+        if delay > 1.0 and now >= self._not_before:
+            run_logger().info("The crew's server asks to come back in %.0f s: the whole batch waits.", delay)
+        self._not_before = max(self._not_before, now + delay)
 
 
 class BatchClient(CrewClient):
-    """A crew client that keeps to a pace."""
+    """A crew client that keeps to a pace, and goes on with a newer one where its token has been rotated."""
 
-    def __init__(self, crew: DeployedCrew, pace: Pace) -> None:
+    def __init__(self, crew: DeployedCrew, pace: Pace, fresher_than: Callable[[CrewClient], Any] | None = None) -> None:
         super().__init__(
             crew.url,
             crew.token,
@@ -65,6 +158,7 @@ class BatchClient(CrewClient):
             inputs_as_json=crew.inputs_as_json,
         )
         self._pace = pace
+        self._fresher_than = fresher_than
 
     async def kickoff(
         self,
@@ -74,14 +168,75 @@ class BatchClient(CrewClient):
         webhooks: Webhooks | None = None,
         secrets: Any = (),
     ) -> str:
-        """Start a run when it is its turn."""
-        await self._pace.before_kickoff()
+        """Start a run."""
         try:
             return await super().kickoff(inputs, meta=meta, webhooks=webhooks, secrets=secrets)
+        except AuthenticationError:
+            fresh = await self._fresher()
+            if fresh is None:
+                raise
+            return await fresh.kickoff(inputs, meta=meta, webhooks=webhooks, secrets=secrets)
         except (RateLimitedError, ServerError) as error:
             self._pace.heed(error)
             raise
 
+    async def status(self, kickoff_id: str) -> CrewStatus:
+        """Return where a run stands."""
+        try:
+            return await super().status(kickoff_id)
+        except AuthenticationError:
+            fresh = await self._fresher()
+            if fresh is None:
+                raise
+            return await fresh.status(kickoff_id)
+        except (RateLimitedError, ServerError) as error:
+            self._pace.heed(error)
+            raise
+
+    async def _fresher(self) -> CrewClient | None:
+        return None if self._fresher_than is None else await self._fresher_than(self)
+
     async def _send(self, call: Any, body: Mapping[str, Any] | None = None) -> Any:
-        async with self._pace.gate:
+        if call.method == "GET":
+            if (left := self._pace.held_for) > 0:
+                await asyncio.sleep(left)
+            async with self._pace.polls:
+                return await super()._send(call, body)
+        async with self._pace.posts:
             return await super()._send(call, body)
+
+
+class BatchSession(CrewSession):
+    """A session in which many rows meet a refused token at once, and the first of them renews it for all."""
+
+    def __init__(self, crew: DeployedCrew, pace: Pace) -> None:
+        super().__init__(crew, lambda fresh: BatchClient(fresh, pace, self.fresher_than))
+        self._renewing = asyncio.Lock()
+
+    async def fresher_than(self, client: CrewClient) -> CrewClient | None:
+        """Return the client that took the place of one whose token was refused, None if there is no newer token."""
+        async with self._renewing:
+            if self.client is not client or await self.renew():
+                return self.client
+        return None
+
+
+class Rhythm:
+    """How long runs take, learned from those that have ended, so that the first look does not come long before.
+
+    It waits for the fastest tenth of them: a run that takes longer is looked at as its policy says from then on.
+    """
+
+    def __init__(self) -> None:
+        self._seconds: deque[float] = deque(maxlen=200)
+        self._since = 0
+        self.first_look = 0.0
+        """Seconds after a kickoff; 0 while nothing is known."""
+
+    def take(self, seconds: float) -> None:
+        """Take in how long a run took, by the server's clock where it says so."""
+        self._seconds.append(seconds)
+        self._since += 1
+        if self._since >= 20 or len(self._seconds) in (5, 10):
+            self._since = 0
+            self.first_look = sorted(self._seconds)[len(self._seconds) // 10]

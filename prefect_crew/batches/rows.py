@@ -3,26 +3,36 @@
 from __future__ import annotations
 
 import hashlib
-import sqlite3
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, cast
 
-from prefect_crew.api.errors import ConfigurationError, CrewError
+from prefect_crew.api.errors import ConfigurationError
 from prefect_crew.api.inputs import encode_inputs, inputs_digest, missing_inputs
 from prefect_crew.api.models import CrewInput
 from prefect_crew.batches.datasets import Dataset, DatasetError, Row
-from prefect_crew.templates import names_in, render
+from prefect_crew.batches.keys import Keys
+from prefect_crew.templates import compiled, names_in
 
-__all__ = ["BadRow", "BadRowsError", "Checked", "InputsFrom", "Keys", "RowJob", "RowPlan"]
+__all__ = ["BadRow", "BadRowsError", "Checked", "InputsFrom", "KeyFrom", "RowJob", "RowPlan", "shard_of"]
 
-InputsFrom = Mapping[str, Any] | Callable[[Mapping[str, Any]], Mapping[str, Any]]
-"""Inputs by name: a template over the row's columns, a column's name, a function of the row, or any other constant."""
+Values = Mapping[str, Any]
+InputsFrom = Mapping[str, Any] | Callable[[Values], Values]
+"""A function of the row; or inputs by name, each a template over the row's columns, a column's name, a function of the
+row, or any constant that is no text."""
+KeyFrom = str | Callable[[Values], Any]
+"""The name of a column, or a function of the row."""
 SHOWN = 20
 """Bad rows that a message lists."""
+KEPT = 1000
+"""Bad rows that are kept."""
+MAX_KEY = 200
+"""Characters of a row's key."""
+_UNFIT = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class RowJob:
     """One row, ready to be bought. `inputs` are encoded, `digest` is theirs; `number` counts rows from 0."""
 
@@ -33,7 +43,7 @@ class RowJob:
     digest: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class BadRow:
     """A row that cannot be run, and why."""
 
@@ -49,43 +59,11 @@ class BadRowsError(DatasetError):
         self.count = count
         listed = "; ".join(f"line {row.line}: {row.reason}" for row in self.rows[:SHOWN])
         more = f"; and {count - SHOWN} more" if count > SHOWN else ""
+        rows_cannot = "A row cannot" if count == 1 else f"{count} rows cannot"
         super().__init__(
-            f"{count} rows cannot be run: {listed}{more}. Mend them, or set them aside with on_bad_row='set-aside'.",
+            f"{rows_cannot} be run: {listed}{more}. Mend them, or set them aside with on_bad_row='set-aside'.",
             source=source,
         )
-
-
-class Keys:
-    """A multiset of texts that lives in a temporary file once it is large, so that memory stays flat."""
-
-    def __init__(self) -> None:
-        # An empty name is SQLite's own temporary database, which spills to disk and goes with the connection. Rows are
-        # read in a thread, one at a time, but not always the same one.
-        self._database = sqlite3.connect("", isolation_level=None, check_same_thread=False)
-        self._database.execute("PRAGMA cache_size=-8000")
-        self._database.execute("CREATE TABLE keys (key TEXT PRIMARY KEY, value INTEGER) WITHOUT ROWID")
-        self._database.execute("BEGIN")
-
-    def __contains__(self, key: str) -> bool:
-        return self.value(key) is not None
-
-    def value(self, key: str) -> int | None:
-        """Return what is kept for a key, None if it is not there."""
-        found = self._database.execute("SELECT value FROM keys WHERE key = ?", (key,)).fetchone()
-        return None if found is None else int(found[0])
-
-    def put(self, key: str, value: int = 0) -> None:
-        """Keep a number for a key."""
-        self._database.execute("INSERT OR REPLACE INTO keys VALUES (?, ?)", (key, value))
-
-    def count(self, key: str) -> int:
-        """Note one more of a key and return how many there are now."""
-        query = "INSERT INTO keys VALUES (?, 1) ON CONFLICT (key) DO UPDATE SET value = value + 1 RETURNING value"
-        return int(self._database.execute(query, (key,)).fetchone()[0])
-
-    def close(self) -> None:
-        """Give the file back."""
-        self._database.close()
 
 
 @dataclass(frozen=True)
@@ -99,7 +77,11 @@ class Checked:
     fingerprint: str
 
 
-@dataclass(frozen=True)
+def shard_of(key: str, shards: int) -> int:
+    """Return which of some shards a row belongs to: a number from 0, the same in every process."""
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") % shards
+
+
 class RowPlan:
     """How a data set's rows become runs.
 
@@ -111,36 +93,48 @@ class RowPlan:
         expected: The crew's inputs.
         as_json: Whether inputs are sent as JSON values.
         deduplicate: Whether equal rows are one run.
+
+    Raises:
+        ConfigurationError: A template is none.
     """
 
-    dataset: Dataset
-    inputs: InputsFrom | None = None
-    key: str | Callable[[Mapping[str, Any]], str] | None = None
-    expected: Sequence[CrewInput] = ()
-    as_json: bool = False
-    deduplicate: bool = False
-    limit: int = field(default=1000, repr=False)
+    def __init__(
+        self,
+        dataset: Dataset,
+        *,
+        inputs: InputsFrom | None = None,
+        key: KeyFrom | None = None,
+        expected: Sequence[CrewInput] = (),
+        as_json: bool = False,
+        deduplicate: bool = False,
+    ) -> None:
+        self.dataset = dataset
+        self._inputs_of = _by_name(expected) if inputs is None else _chosen(inputs)
+        self._key_of = None if key is None else _keyed(key)
+        self._expected = expected
+        self._as_json = as_json
+        self._deduplicate = deduplicate
 
     def check(self) -> Checked:
         """Read every row once and note all that is wrong.
 
         Raises:
-            DatasetError: The data set cannot be read to its end.
+            DatasetError: The data set cannot be read to its end, or is empty.
         """
         bad: list[BadRow] = []
         count = total = duplicates = 0
         mark = 0
         for job in self._jobs():
-            if isinstance(job, BadRow):
-                count += 1
-                if len(bad) < self.limit:
-                    bad.append(job)
+            if isinstance(job, RowJob):
+                total += 1
+                seen = hashlib.sha256(f"{job.key}\0{job.digest}".encode()).digest()
+                mark = (mark + int.from_bytes(seen[:16], "big")) % (1 << 128)
             elif job is None:
                 duplicates += 1
             else:
-                total += 1
-                seen = hashlib.sha256(f"{job.key}\0{job.digest}".encode("utf-8", "surrogatepass")).digest()
-                mark = (mark + int.from_bytes(seen[:16], "big")) % (1 << 128)
+                count += 1
+                if len(bad) < KEPT:
+                    bad.append(job)
         if total == count == 0:
             raise DatasetError("has no rows.", source=self.dataset.name)
         return Checked(total, bad, count, duplicates, f"{mark:032x}")
@@ -151,81 +145,131 @@ class RowPlan:
             if isinstance(job, RowJob):
                 yield job
 
+    def bad_rows(self) -> Iterator[BadRow]:
+        """Yield the rows that cannot be run."""
+        for job in self._jobs():
+            if isinstance(job, BadRow):
+                yield job
+
     def _jobs(self) -> Iterator[RowJob | BadRow | None]:
         """Yield each row as a job, as a bad row, or as None for one that equals an earlier one."""
         keys = Keys()
         try:
             number = 0
             for row in self.dataset:
-                job = self._job(row, keys, number)
+                try:
+                    job = self._job(row, keys, number)
+                except Exception as error:  # noqa: BLE001  whatever a user's function raises is wrong with its row
+                    job = BadRow(row.line, _reason(error))
                 number += isinstance(job, RowJob)
                 yield job
         finally:
             keys.close()
 
     def _job(self, row: Row, keys: Keys, number: int) -> RowJob | BadRow | None:
-        try:
-            given = self._inputs_of(row.values)
-            encoded = encode_inputs(given, as_json=self.as_json)
-        except (CrewError, TypeError, ValueError, KeyError) as error:
-            return BadRow(row.line, f"{error}")
-        missing = missing_inputs(self.expected, encoded)
-        if missing:
+        encoded = encode_inputs(self._inputs_of(row.values), as_json=self._as_json)
+        if missing := missing_inputs(self._expected, encoded):
             return BadRow(row.line, f"lacks {', '.join(missing)}")
         digest = inputs_digest(encoded)
-        if self.key is None:
+        if self._key_of is None:
             occurrence = keys.count(digest)
-            if occurrence > 1 and self.deduplicate:
+            if occurrence > 1 and self._deduplicate:
                 return None
-            key = f"{digest}-{occurrence}"
-        else:
-            named = self._key_of(row)
-            if isinstance(named, BadRow):
-                return named
-            first = keys.value(named)
-            if first is not None:
-                return None if self.deduplicate else BadRow(row.line, f"has the key {named!r} of line {first} again")
-            keys.put(named, row.line)
-            key = named
-        return RowJob(number, row.line, key, encoded, digest)
+            return RowJob(number, row.line, f"{digest}-{occurrence}", encoded, digest)
+        key = self._key_of(row.values)
+        earlier = keys.find(key)
+        if earlier is None:
+            keys.put(key, row.line, digest)
+            return RowJob(number, row.line, key, encoded, digest)
+        line, mark = earlier
+        if not self._deduplicate:
+            return BadRow(row.line, f"has the key {key!r} of line {line} again")
+        return None if mark == digest else BadRow(row.line, f"has the key {key!r} of line {line}, and other inputs")
 
-    def _key_of(self, row: Row) -> str | BadRow:
-        if callable(self.key):
-            try:
-                value = self.key(row.values)
-            except (CrewError, TypeError, ValueError, KeyError) as error:
-                return BadRow(row.line, f"its key cannot be made: {type(error).__name__}: {error}")
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, ConfigurationError) or type(error) in (TypeError, ValueError):
+        return str(error)
+    return f"{type(error).__name__}: {error}"
+
+
+def _empty(value: Any) -> bool:
+    """Whether a column holds nothing: an empty field of a CSV is no text, and no value of a required input."""
+    return value is None or (isinstance(value, str) and not value.strip())
+
+
+def _by_name(expected: Sequence[CrewInput]) -> Callable[[Values], Values]:
+    names = {known.name for known in expected}
+
+    def inputs_of(values: Values) -> Values:
+        if names and names.isdisjoint(values):
+            raise ConfigurationError(f"has no column of the crew's inputs: {', '.join(sorted(names))}")
+        return {name: value for name, value in values.items() if (not names or name in names) and not _empty(value)}
+
+    return inputs_of
+
+
+def _chosen(inputs: InputsFrom) -> Callable[[Values], Values]:
+    if callable(inputs):
+        return inputs
+    sources = {name: _source(name, source) for name, source in inputs.items()}
+
+    def inputs_of(values: Values) -> Values:
+        return {name: value for name, source in sources.items() if not _empty(value := source(values))}
+
+    return inputs_of
+
+
+def _source(name: str, source: Any) -> Callable[[Values], Any]:
+    """Return what gives one input of a row."""
+    if callable(source):
+        return cast("Callable[[Values], Any]", source)
+    if not isinstance(source, str):
+        return lambda values: source
+    if "{{" in source or "{%" in source:
+        return _template(name, source)
+
+    def column(values: Values) -> Any:
+        if source not in values:
+            raise ConfigurationError(
+                f"input {name!r} is taken from column {source!r}, which is not there (for a constant text give a "
+                "function that returns it)"
+            )
+        return values[source]
+
+    return column
+
+
+def _template(name: str, source: str) -> Callable[[Values], Any]:
+    """Return what fills a template over the columns; `row["a name"]` is a column whose name is no word."""
+    needed = names_in(source, collections=frozenset({"row"}))
+    fill = compiled(source)
+
+    def rendered(values: Values) -> str:
+        if unknown := needed - set(values):
+            raise ConfigurationError(f"input {name!r} uses {', '.join(sorted(unknown))}, which is no column")
+        plain = {column: "" if value is None else value for column, value in values.items()}
+        return fill({"row": plain, **plain})
+
+    return rendered
+
+
+def _keyed(key: KeyFrom) -> Callable[[Values], str]:
+    def key_of(values: Values) -> str:
+        if callable(key):
+            value = key(values)
+        elif key in values:
+            value = values[key]
         else:
-            value = row.values.get(str(self.key))
+            raise ConfigurationError(f"has no column {key!r}, which is the key")
         text = "" if value is None else str(value)
         if not text.strip():
-            return BadRow(row.line, "its key is empty")
-        return text if len(text) <= 200 else BadRow(row.line, f"its key has {len(text)} characters, the limit is 200")
+            raise ConfigurationError("its key is empty")
+        if len(text) > MAX_KEY:
+            raise ConfigurationError(f"its key has {len(text)} characters, the limit is {MAX_KEY}")
+        # A ledger stores it: PostgreSQL takes no NUL, and no database half a character.
+        if _UNFIT.search(text):
+            raise ConfigurationError(f"its key {text!r} holds a character that no ledger can keep")
+        return text
 
-    def _inputs_of(self, values: Mapping[str, Any]) -> Mapping[str, Any]:
-        if self.inputs is None:
-            names = {known.name for known in self.expected}
-            # An empty field of a CSV is a missing value, which a required input must not have.
-            return {
-                name: value
-                for name, value in values.items()
-                if (not names or name in names) and value is not None and value != ""
-            }
-        if callable(self.inputs):
-            return self.inputs(values)
-        return {name: _value(name, source, values) for name, source in self.inputs.items()}
-
-
-def _value(name: str, source: Any, values: Mapping[str, Any]) -> Any:
-    if callable(source):
-        return source(values)
-    if not isinstance(source, str):
-        return source
-    if "{{" in source or "{%" in source:
-        unknown = names_in(source) - set(values)
-        if unknown:
-            raise ConfigurationError(f"input {name!r} uses {', '.join(sorted(unknown))}, which is no column")
-        return render(source, values)
-    if source not in values:
-        raise ConfigurationError(f"input {name!r} is taken from column {source!r}, which is not there")
-    return values[source]
+    return key_of

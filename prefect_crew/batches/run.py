@@ -3,29 +3,55 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Coroutine, Mapping
 from contextvars import ContextVar
-from typing import Annotated, Any, cast
+from functools import wraps
+from typing import TYPE_CHECKING, Annotated, Any, Literal, ParamSpec, TypeVar, cast
 
 from prefect import flow
 from prefect.context import FlowRunContext, TaskRunContext
-from pydantic import Field
+from pydantic import BaseModel, Field
 
 from prefect_crew.api.errors import ConfigurationError
+from prefect_crew.batches.calls import plain_call
 from prefect_crew.batches.datasets import Dataset, DatasetFormat, open_dataset
-from prefect_crew.batches.job import BatchJob, expected_inputs
-from prefect_crew.batches.ledger import Ledger
-from prefect_crew.batches.options import BatchOptions
+from prefect_crew.batches.job import BatchJob
+from prefect_crew.batches.options import BatchOptions, OnFailure
+from prefect_crew.batches.places import ledger_place
+from prefect_crew.batches.plans import plan_of
 from prefect_crew.batches.report import BatchPlan, BatchReport
+from prefect_crew.batches.retries import Retries
+from prefect_crew.batches.rows import InputsFrom, KeyFrom
 from prefect_crew.blocks import DeployedCrew
 from prefect_crew.dual import refuse_running_loop
 from prefect_crew.run_keys import render_run_key, scheduled_start
-from prefect_crew.sessions import CrewSession
 from prefect_crew.tasks import loaded
+from prefect_crew.waiting import WaitPolicy
 
-__all__ = ["aplan_batch", "arun_batch", "plan_batch", "run_batch", "run_rows_of"]
+if TYPE_CHECKING:
+    from prefect_crew.api.webhooks import Webhooks
+
+__all__ = ["aplan_batch", "arun_batch", "batch_job", "plan_batch", "run_batch", "run_rows_of"]
+
+P = ParamSpec("P")
+T = TypeVar("T")
+MAX_NAME = 200
+"""Characters of a batch's name."""
 
 _live: ContextVar[BatchJob | None] = ContextVar("prefect_crew_batch", default=None)
+
+
+def _blocking(function: Callable[P, Coroutine[Any, Any, T]], name: str) -> Callable[P, T]:
+    """Return the twin of an async function for sync code."""
+
+    @wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        refuse_running_loop(name, function.__name__)
+        return asyncio.run(function(*args, **kwargs))
+
+    call.__name__ = call.__qualname__ = name
+    call.__doc__ = f"`{function.__name__}` for sync code, with the same arguments.\n\n{function.__doc__}"
+    return call
 
 
 async def arun_batch(
@@ -35,68 +61,121 @@ async def arun_batch(
     name: str,
     output: str,
     ledger: str | None = None,
+    key: KeyFrom | None = None,
+    inputs: InputsFrom | None = None,
+    max_in_flight: int | None = None,
+    kickoffs_per_second: float | None = None,
+    requests_at_once: int = 8,
+    on_failure: OnFailure = "continue",
+    on_bad_row: Literal["refuse", "set-aside"] = "refuse",
+    on_change: Literal["refuse", "continue"] = "refuse",
+    on_cancel: Literal["stop", "drain", "leave"] = "stop",
+    breaker: int | None = 20,
+    breaker_pause: float = 30.0,
+    deduplicate: bool = False,
+    order: Literal["ended", "input"] = "ended",
+    retries: Retries = 0,
+    retry_failed: bool | Collection[str] = False,
+    max_kickoffs: int | None = None,
+    wait: WaitPolicy | None = None,
+    output_type: type[BaseModel] | None = None,
+    meta: Mapping[str, Any] | None = None,
+    webhooks: Webhooks | None = None,
     format: DatasetFormat | None = None,  # noqa: A002
     encoding: str = "utf-8-sig",
-    **options: Any,
+    chunk_size: int = 200,
+    task_per_row: bool = False,
 ) -> BatchReport:
     """Run a crew once for each row of a data set. A second call with the name goes on where the first stopped.
 
     Rows that are done are not run again, rows in flight are waited for, uncertain ones are listed and can be settled.
-    Every row is checked before anything is kicked off.
+    Every row is checked before anything is kicked off. Inside a flow its tasks are of that flow; outside of one it runs
+    a flow of its own.
 
     Args:
         crew: A crew, or the name of a stored block.
         dataset: CSV, TSV, JSON Lines, JSON or Parquet by path, URL or fsspec address; an iterable of mappings; a pandas
             or polars data frame; an Arrow table.
-        name: The batch's name, which may be a template over the scheduled time: `leads-{{ scheduled_start:%Y-%m-%d }}`.
+        name: The batch's name. It, `output` and a path as `dataset` may be templates over the scheduled time:
+            `leads-{{ scheduled_start:%Y-%m-%d }}`.
         output: The path or address of its lines: JSON Lines that grow, or `.parquet` at the end. A line has key,
             inputs, state, output, data, tasks, kickoff_id, seconds, usage and error.
-        ledger: A path or a URL of SQLite or PostgreSQL; left out, a file beside a local output.
+        ledger: A path, the URL of a PostgreSQL database, or `secret://NAME` for a Prefect Secret block that holds one;
+            left out, a file beside a local output.
+        key: A column or a function of the row; left out, a digest of the inputs and how many equal ones came before.
+        inputs: How a row becomes inputs: a function of the row, or by name a column, a template over the columns, a
+            function of the row, or a constant that is no text; left out, the columns of the crew's names.
+        max_in_flight: Runs in flight at once, 100 if left out.
+        kickoffs_per_second: A limit on the rate of kickoffs.
+        requests_at_once: Requests of a kind (kickoffs, status calls) at a time.
+        on_failure: "continue", "stop" at the first failed row, after how many failed rows, or after which share below 1
+            of the rows that ended.
+        on_bad_row: "refuse" the data set, or "set-aside" the rows that cannot be run.
+        on_change: "refuse" or "continue" when the rows or the crew are others than before.
+        on_cancel: "stop", "drain" or "leave" what is in flight when the flow run is cancelled.
+        breaker: Failed rows in a row after which the batch pauses; None never does. It then tries single rows, and
+            gives up after three that failed.
+        breaker_pause: Seconds of the first pause, each further one is twice as long.
+        deduplicate: Equal rows are one run.
+        order: Lines as rows have "ended", or in the order of the "input".
+        retries: Further purchases of a failed row, in all or by the class of its error (CrewFailedError,
+            CrewStoppedError, CrewLostError, OutputTypeError), never beyond the crew's `max_kickoffs`.
+        retry_failed: Buy the failed rows of earlier calls again: all, or those of these keys.
+        max_kickoffs: Kickoffs of all calls together.
+        wait: How to wait, in place of the crew's policy. Left out, a first look is also put off until runs are known to
+            end.
+        output_type: A pydantic model for `data`; a result that does not fit makes a failed row with its reason.
+        meta: Any JSON object for the crew's webhooks; run key and batch are added to it.
+        webhooks: Targets of your own for the crew's webhooks.
         format, encoding: Those of a file whose name does not tell.
-        options: As BatchOptions has them.
-
-            - `inputs`: how a row becomes inputs: by name, a template over its columns, a column's name, or a function
-              of the row; left out, the columns of the crew's names.
-            - `key`: a column or a function; left out, a digest of the inputs plus the occurrence number.
-              `deduplicate`: equal rows are one run.
-            - `max_in_flight` (100), `kickoffs_per_second`, `max_kickoffs` in all, `wait`, `meta`.
-            - `on_failure`: "continue", "stop", how many rows may fail, or which share below 1.
-            - `retries`: further purchases of a failed row, in all or by the class of its error, never beyond the crew's
-              `max_kickoffs`. `retry_failed`: buy the failed rows of earlier calls again.
-            - `on_bad_row`: "refuse" or "set-aside" rows that cannot be run.
-            - `on_change`: "refuse" or "continue" when the rows or the crew are others than before.
-            - `on_cancel`: "stop", "drain" or "leave" what is in flight when the flow run is cancelled.
-            - `order`: "ended" or "input".
-            - `output_type`: a pydantic model for `data`; what does not fit is a failed row with its reason.
-            - `chunk_size` (200) rows a Prefect task; `task_per_row` for small sets that people want to watch.
+        chunk_size: Rows a Prefect task.
+        task_per_row: A task a row, for small sets that people want to watch.
 
     Raises:
         DatasetError, BadRowsError: The data set cannot be read, or rows cannot be run. Nothing was started.
-        BatchChangedError, LedgerMissingError: The name belongs to something else. Nothing was started.
-        LedgerError, OutputError: They failed on the way; the same name goes on.
-        CrewError: The crew refused the token, or the options make no sense.
+        BatchChangedError, LedgerMissingError, BatchBusyError: The name belongs to something else. Nothing was started.
+        LedgerError, OutputError: They failed on the way; the same call goes on.
+        CrewError: The crew refused the token, or the options make no sense. Nothing was started.
     """
-    job = await _job(crew, dataset, name, output, ledger, format, encoding, options)
+    options = BatchOptions(
+        key=key,
+        inputs=inputs,
+        max_in_flight=max_in_flight,
+        kickoffs_per_second=kickoffs_per_second,
+        requests_at_once=requests_at_once,
+        on_failure=on_failure,
+        on_bad_row=on_bad_row,
+        on_change=on_change,
+        on_cancel=on_cancel,
+        breaker=breaker,
+        breaker_pause=breaker_pause,
+        deduplicate=deduplicate,
+        order=order,
+        retries=retries,
+        retry_failed=retry_failed,
+        max_kickoffs=max_kickoffs,
+        wait=wait,
+        output_type=output_type,
+        meta=meta,
+        webhooks=webhooks,
+        chunk_size=chunk_size,
+        task_per_row=task_per_row,
+    )
+    job = await batch_job(
+        crew, dataset, options, name=name, output=output, ledger=ledger, format=format, encoding=encoding
+    )
     if FlowRunContext.get() is not None or TaskRunContext.get() is not None:
         return await job.run()
     token = _live.set(job)
     try:
         return await cast("Any", run_rows_of)(
-            batch=job.name, crew=job.crew.label, dataset=job.dataset.name, output=output
+            batch=job.name, crew=job.crew.label, dataset=job.dataset.name, output=job.output_name
         )
     finally:
         _live.reset(token)
 
 
-def run_batch(crew: DeployedCrew | str, dataset: Any, *, name: str, output: str, **options: Any) -> BatchReport:
-    """Run a crew once for each row of a data set: `arun_batch` for sync code.
-
-    Raises:
-        RuntimeError: An event loop runs in this thread, which this call would block: await `arun_batch` there.
-        CrewError: As `arun_batch`.
-    """
-    refuse_running_loop("run_batch", "arun_batch")
-    return asyncio.run(arun_batch(crew, dataset, name=name, output=output, **options))
+run_batch = _blocking(arun_batch, "run_batch")
 
 
 @flow(name="run-batch", flow_run_name="{batch}")
@@ -121,65 +200,62 @@ async def aplan_batch(
     crew: DeployedCrew | str,
     dataset: Any,
     *,
-    name: str,
+    name: str = "plan",
     output: str = "batch.jsonl",
     ledger: str | None = None,
+    seconds_per_run: float | None = None,
     format: DatasetFormat | None = None,  # noqa: A002
     encoding: str = "utf-8-sig",
-    seconds_per_run: float | None = None,
     **options: Any,
 ) -> BatchPlan:
     """Read the data set, check every row, and say how many, how long and how much. Nothing is started.
 
     `seconds_per_run` is the duration of one run; left out, the mean of what the ledger has seen. The rest is as for
     `arun_batch`.
+
+    Raises:
+        DatasetError: The data set cannot be read. Rows that cannot be run are in the plan.
+        CrewError: The crew refused the token, or the options make no sense.
     """
-    job = await _job(crew, dataset, name, output, ledger, format, encoding, options)
-    async with CrewSession(job.crew) as session:
-        plan = job.plan(await expected_inputs(session))
-    checked = await asyncio.to_thread(plan.check)
-    done, seen = 0, None
-    if job.ledger_exists:
-        async with Ledger(job.ledger_url, job.name) as book:
-            done, seen = await book.past()
-    duration = seconds_per_run if seconds_per_run is not None else seen
-    left = max(checked.total - done, 0)
-    limit = job.options.max_in_flight
-    return BatchPlan(
-        name=job.name,
-        rows=checked.total,
-        done=done,
-        bad=checked.bad,
-        bad_count=checked.bad_count,
-        duplicates=checked.duplicates,
-        max_in_flight=limit,
-        seconds=None if duration is None else -(-left // limit) * duration,
-        price=None if job.crew.price is None else job.crew.price * left,
-    )
-
-
-def plan_batch(crew: DeployedCrew | str, dataset: Any, *, name: str, **options: Any) -> BatchPlan:
-    """`aplan_batch` for sync code."""
-    refuse_running_loop("plan_batch", "aplan_batch")
-    return asyncio.run(aplan_batch(crew, dataset, name=name, **options))
-
-
-async def _job(
-    crew: DeployedCrew | str,
-    dataset: Any,
-    name: str,
-    output: str,
-    ledger: str | None,
-    kind: DatasetFormat | None,
-    encoding: str,
-    options: Mapping[str, Any],
-) -> BatchJob:
     try:
         chosen = BatchOptions(**options)
     except TypeError as error:
-        raise ConfigurationError(f"run_batch: {str(error).replace('BatchOptions.__init__() ', '')}.") from None
-    rows = dataset if isinstance(dataset, Dataset) else open_dataset(dataset, format=kind, encoding=encoding)
-    full = render_run_key(name, await scheduled_start())
-    if not full.strip() or len(full) > 200:
-        raise ConfigurationError(f"A batch needs a name of 1 to 200 characters, {full[:60]!r} has {len(full)}.")
-    return BatchJob(await loaded(crew), rows, chosen, name=full, output=output, ledger=ledger)
+        raise TypeError(str(error).replace("BatchOptions.__init__()", "plan_batch()")) from None
+    job = await batch_job(
+        crew, dataset, chosen, name=name, output=output, ledger=ledger, format=format, encoding=encoding
+    )
+    return await plan_of(job, seconds_per_run)
+
+
+plan_batch = _blocking(aplan_batch, "plan_batch")
+
+
+async def batch_job(
+    crew: DeployedCrew | str,
+    dataset: Any,
+    options: BatchOptions,
+    *,
+    name: str,
+    output: str,
+    ledger: str | None,
+    format: DatasetFormat | None = None,  # noqa: A002
+    encoding: str = "utf-8-sig",
+) -> BatchJob:
+    """Return a batch that is ready to be run, or looked at.
+
+    Raises:
+        ConfigurationError: The name, the ledger or the output make no sense.
+        DatasetError: The data set is none.
+    """
+    moment = await scheduled_start()
+    full, where = render_run_key(name, moment), render_run_key(str(output), moment)
+    if not full.strip() or len(full) > MAX_NAME or not full.isprintable():
+        raise ConfigurationError(f"A batch needs a printable name of 1 to {MAX_NAME} characters, not {full[:60]!r}.")
+    if isinstance(dataset, str) and "{{" in dataset:
+        dataset = render_run_key(dataset, moment)
+    rows = dataset if isinstance(dataset, Dataset) else open_dataset(dataset, format=format, encoding=encoding)
+    place = await ledger_place(ledger, where)
+    block = await loaded(crew)
+    stored = cast("str | None", cast("Any", block)._block_document_name)  # noqa: SLF001  Prefect names no other way
+    call = plain_call(crew=stored, dataset=rows, output=where, ledger=place.told, options=options)
+    return BatchJob(block, rows, options, name=full, output=where, place=place, call=call)

@@ -1,0 +1,114 @@
+"""A call of a batch as plain values: what `batch retry` runs again, and what a shard on another machine is given."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+from collections.abc import Mapping
+from typing import Any, cast
+
+from pydantic import BaseModel
+
+from prefect_crew.api.errors import ConfigurationError
+from prefect_crew.batches.datasets import Dataset, is_remote, shown_address
+from prefect_crew.batches.options import BatchOptions
+from prefect_crew.waiting import WaitPolicy
+
+__all__ = ["options_from", "plain_call", "plain_options"]
+
+OF_ONE_CALL = ("retry_failed", "on_change")
+"""Options that are about one call only."""
+
+
+def plain_call(
+    *, crew: str | None, dataset: Dataset, output: str, ledger: str, options: BatchOptions
+) -> dict[str, Any]:
+    """Return a call as JSON values. Where that cannot be, its only key is `why_not`.
+
+    Args:
+        crew: The name of its stored block, None if it is not stored.
+        dataset: The data set.
+        output: Where the lines go.
+        ledger: Where the ledger is, without a password.
+        options: The options.
+    """
+    address = dataset.address
+    if crew is None:
+        return {"why_not": "its crew is no stored block"}
+    if address is None:
+        return {"why_not": "its data set was given by code"}
+    if is_remote(address) and shown_address(address) != address:
+        return {"why_not": "the address of its data set holds what is not for everyone"}
+    try:
+        chosen = plain_options(options, without=OF_ONE_CALL)
+    except ConfigurationError as error:
+        return {"why_not": str(error)}
+    return {
+        "crew": crew,
+        "dataset": address,
+        "format": dataset.format,
+        "encoding": dataset.encoding,
+        "output": output,
+        "ledger": ledger,
+        "options": chosen,
+    }
+
+
+def plain_options(options: BatchOptions, *, without: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Return the options that are not left at their defaults as JSON values.
+
+    Raises:
+        ConfigurationError: One of them is none, such as a function.
+    """
+    plain: dict[str, Any] = {}
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
+        if field.name in without or value == field.default:
+            continue
+        plain[field.name] = _plain(field.name, value)
+    return plain
+
+
+def _plain(name: str, value: Any) -> Any:
+    if isinstance(value, WaitPolicy):
+        return value.model_dump(mode="json")
+    if isinstance(value, type):
+        kind = cast("type[Any]", value)
+        where = f"{kind.__module__}:{kind.__qualname__}"
+        if kind.__module__ == "__main__" or "<" in where:
+            raise ConfigurationError(f"{name} {where} cannot be imported elsewhere")
+        return where
+    if isinstance(value, (set, frozenset, tuple)):
+        value = sorted(cast("set[str]", value))
+    if callable(value):
+        raise ConfigurationError(f"{name} is a function")
+    try:
+        return json.loads(json.dumps(value))
+    except (TypeError, ValueError):
+        raise ConfigurationError(f"{name} is no plain value") from None
+
+
+def options_from(plain: Mapping[str, Any], **more: Any) -> BatchOptions:
+    """Return the options again.
+
+    Raises:
+        ConfigurationError: The class of `output_type` cannot be imported here, or an option makes no sense.
+    """
+    given = {**plain, **more}
+    if isinstance(given.get("wait"), Mapping):
+        given["wait"] = WaitPolicy.model_validate(given["wait"])
+    if isinstance(given.get("output_type"), str):
+        given["output_type"] = _imported(given["output_type"])
+    return BatchOptions(**given)
+
+
+def _imported(where: str) -> type[BaseModel]:
+    module, _, name = where.partition(":")
+    try:
+        found: Any = importlib.import_module(module)
+        for part in name.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError) as error:
+        raise ConfigurationError(f"The output_type {where} cannot be imported here: {error}.") from None
+    return found

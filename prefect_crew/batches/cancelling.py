@@ -1,0 +1,129 @@
+"""A batch that is cancelled: kickoffs stop at once; what is in flight is stopped, seen to its end, or left."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any
+
+import httpx
+from prefect.exceptions import PrefectException
+
+from prefect_crew.api.errors import CrewError
+from prefect_crew.batches.engine import Engine
+from prefect_crew.interrupts import watch_ctrl_c
+from prefect_crew.logs import run_logger
+from prefect_crew.stopping import cancellation_asked, cancelled_meanwhile, flow_run_id, mark_cancelled
+
+__all__ = ["BatchCancelledError", "watched"]
+
+TICK = 1.0
+"""Seconds between two looks at how the batch stands."""
+ASK_WITHIN = 5.0
+BUY_WITHIN = 10.0
+STOP_WITHIN = 12.0
+"""Seconds for each step of a cancellation: Prefect kills a cancelled process after about 30."""
+
+
+class BatchCancelledError(CrewError):
+    """The flow run of a batch was cancelled. Attributes: name."""
+
+    def __init__(self, *, name: str) -> None:
+        self.name = name
+        super().__init__(f"Batch {name!r} was cancelled. The same call goes on where it stopped.")
+
+
+async def watched(
+    rows: Coroutine[Any, Any, None],
+    engine: Engine,
+    *,
+    name: str,
+    on_cancel: str,
+    tick: Callable[[], Awaitable[None]],
+) -> None:
+    """Run all rows; on a cancellation do what `on_cancel` says, if somebody asked for it.
+
+    Args:
+        rows: Runs the rows.
+        engine: What runs them.
+        name: The batch.
+        on_cancel: stop, drain or leave.
+        tick: Called about once a second.
+
+    Raises:
+        BatchCancelledError: This flow run was cancelled, and nobody else ends it.
+        asyncio.CancelledError: The task was cancelled. What is in flight was dealt with.
+        CrewError: What the rows raise.
+    """
+    own = flow_run_id()
+    work = asyncio.ensure_future(rows)
+    look = asyncio.ensure_future(_look(own, tick))
+    with watch_ctrl_c():
+        try:
+            await asyncio.wait({work, look}, return_when=asyncio.FIRST_COMPLETED)
+            if not work.done() and look.result():
+                await _cancelled(engine, work, name, on_cancel, asked=True)
+                if own is not None:
+                    await _mark(own)
+                raise BatchCancelledError(name=name)
+            work.result()
+        except asyncio.CancelledError:
+            if not work.done():
+                await _cancelled(engine, work, name, on_cancel, asked=await _asked(own))
+            raise
+        finally:
+            look.cancel()
+            work.cancel()
+            await asyncio.gather(look, work, return_exceptions=True)
+
+
+async def _look(own: str | None, tick: Callable[[], Awaitable[None]]) -> bool:
+    """Call `tick` until this flow run is found to be cancelled; then return True."""
+    while True:
+        await asyncio.sleep(TICK)
+        await tick()
+        if await cancelled_meanwhile(own):
+            return True
+
+
+async def _asked(own: str | None) -> bool:
+    try:
+        return await asyncio.wait_for(cancellation_asked(own), ASK_WITHIN)
+    except (httpx.HTTPError, PrefectException, TimeoutError, asyncio.TimeoutError):
+        return False
+
+
+async def _mark(own: str) -> None:
+    try:
+        await mark_cancelled(own)
+    except (httpx.HTTPError, PrefectException) as error:
+        run_logger().warning("This flow run stays in Cancelling: %s", error)
+
+
+async def _cancelled(engine: Engine, work: asyncio.Future[None], name: str, on_cancel: str, *, asked: bool) -> None:
+    engine.stop("the batch was cancelled.")
+    chosen = on_cancel if asked else "leave"
+    if chosen == "drain":
+        run_logger().info("%d runs of batch %s are in flight and seen to their end.", engine.in_flight, name)
+        await asyncio.wait({work})
+        work.result()
+        return
+    # A kickoff that is under way gets its id first: cut off, it would be uncertain.
+    await _within(engine.bought_out(), BUY_WITHIN)
+    if chosen == "stop":
+        if not await _within(engine.stop_all(), STOP_WITHIN):
+            run_logger().warning("Not every run in flight could be stopped in %.0f s.", STOP_WITHIN)
+    else:
+        run_logger().warning(
+            "%d runs of batch %s are left in flight; the same call finds them again.", engine.in_flight, name
+        )
+    work.cancel()
+    await asyncio.gather(work, return_exceptions=True)
+
+
+async def _within(waiting: Awaitable[None], seconds: float) -> bool:
+    try:
+        await asyncio.wait_for(waiting, seconds)
+    except (TimeoutError, asyncio.TimeoutError):
+        return False
+    return True

@@ -1,0 +1,248 @@
+"""Where ledgers live: tables in SQLite or PostgreSQL, and one way to work on them from an event loop."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+from sqlalchemy import (
+    URL,
+    Column,
+    Connection,
+    Engine,
+    Float,
+    Index,
+    Integer,
+    MetaData,
+    String,
+    Table,
+    Text,
+    create_engine,
+    event,
+    make_url,
+)
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
+
+from prefect_crew.api.errors import ConfigurationError, CrewError
+
+__all__ = ["Database", "LedgerError", "attempts", "batches", "default_ledger", "open_url", "short"]
+
+T = TypeVar("T")
+
+_metadata = MetaData()
+batches = Table(
+    "crew_batches",
+    _metadata,
+    Column("name", String(255), primary_key=True),
+    Column("version", Integer, nullable=False),
+    Column("ledger_id", String(36), nullable=False),
+    Column("crew_url", Text, nullable=False),
+    Column("fingerprint", String(64), nullable=False),
+    Column("total", Integer, nullable=False),
+    Column("call", Text),
+    Column("standing", Text),
+)
+"""A row a batch. `call` is what `batch retry` needs to run it again, `standing` how it stood at its last end: JSON."""
+attempts = Table(
+    "crew_attempts",
+    _metadata,
+    Column("batch", String(255), primary_key=True),
+    Column("row_key", String(255), primary_key=True),
+    Column("attempt", Integer, primary_key=True),
+    Column("phase", String(16), nullable=False),
+    Column("state", String(16)),
+    Column("kickoff", String(64)),
+    Column("owner", String(36), nullable=False),
+    Column("seconds", Float),
+    Column("usage", Text),
+    Column("record", Text, nullable=False),
+    Index("crew_attempts_kickoff", "kickoff"),
+    Index("crew_attempts_phase", "batch", "phase"),
+)
+"""A row an attempt. `record` is the whole of it, as JSON; the other columns are what is searched and added up.
+
+`kickoff` is a digest of the id, which may hold what PostgreSQL cannot (NUL); within JSON such characters are escaped.
+"""
+OPEN_TRIES = 5
+
+
+class LedgerError(CrewError):
+    """The ledger cannot be read or written. Attributes: ledger (its address without a password)."""
+
+    def __init__(self, reason: str, *, ledger: str) -> None:
+        self.ledger = ledger
+        super().__init__(
+            f"The ledger {ledger} {reason} No row is kicked off without it; mend it and run the batch again with the "
+            "same name, which goes on where it stopped."
+        )
+
+
+def default_ledger(output: str) -> str:
+    """Return the path of the ledger beside a local output.
+
+    Raises:
+        ConfigurationError: The output is remote, so there is no place beside it.
+    """
+    if "://" in output and not output.startswith("file://"):
+        raise ConfigurationError(
+            f"The output {output} is not on this machine, so there is no place for the ledger beside it: give a path "
+            "or the URL of a PostgreSQL database, ledger=…."
+        )
+    path = Path(output.removeprefix("file://"))
+    return str(path.with_name(f"{path.name}.ledger.db"))
+
+
+def open_url(ledger: str) -> URL:
+    """Return the SQLAlchemy URL of a ledger that is given as a path or a URL.
+
+    Raises:
+        ConfigurationError: It is neither SQLite nor PostgreSQL.
+    """
+    if "://" not in ledger:
+        return URL.create("sqlite", database=str(Path(ledger).absolute()))
+    try:
+        url = make_url(ledger)
+    except ArgumentError:
+        raise ConfigurationError("The ledger's URL cannot be read: postgresql://user@host/database.") from None
+    kind = url.drivername.partition("+")[0]
+    if kind == "sqlite" and url.database:
+        return URL.create("sqlite", database=str(Path(url.database).absolute()))
+    if kind in ("postgresql", "postgres"):
+        # asyncpg calls `ssl` what everybody else calls `sslmode`.
+        query = {"ssl" if name == "sslmode" else name: value for name, value in url.query.items()}
+        return url.set(drivername="postgresql+asyncpg", query=query)
+    raise ConfigurationError(f"A ledger lives in a SQLite file or in PostgreSQL, not in {kind!r}.")
+
+
+class Database:
+    """One database, as an async context manager on one event loop.
+
+    What is done in it is written once, as functions of a plain SQLAlchemy connection: SQLite runs them in one thread of
+    its own, which costs one change of threads and not one a statement; PostgreSQL runs them over asyncpg.
+    """
+
+    def __init__(self, ledger: str) -> None:
+        self.url = open_url(ledger)
+        self.address = _shown(self.url)
+        self._thread: ThreadPoolExecutor | None = None
+        self._file: Engine | None = None
+        self._connection: Connection | None = None
+        self._server: Any = None
+
+    @property
+    def path(self) -> Path | None:
+        """The SQLite file, None for PostgreSQL."""
+        return Path(str(self.url.database)) if self.url.drivername == "sqlite" else None
+
+    @property
+    def server(self) -> Any:
+        """SQLAlchemy's async engine of a PostgreSQL that is open; None for SQLite."""
+        return self._server
+
+    async def __aenter__(self) -> Database:
+        try:
+            await self._open()
+        except (SQLAlchemyError, OSError) as error:
+            await self._close()
+            raise LedgerError(f"cannot be opened: {short(error)}.", ledger=self.address) from error
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._close()
+
+    async def _open(self) -> None:
+        if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = _sqlite(self.url)
+            self._thread = ThreadPoolExecutor(1, thread_name_prefix="crew ledger")
+        else:
+            from sqlalchemy.ext.asyncio import create_async_engine
+
+            # Every process of a batch keeps two of them busy at most: its writer, and a reader.
+            self._server = create_async_engine(self.url, pool_size=2, max_overflow=2, pool_pre_ping=True)
+        for remaining in reversed(range(OPEN_TRIES)):
+            try:
+                await self.run(_metadata.create_all)
+                break
+            except DBAPIError:
+                # Of several processes that make the tables at once, all but one may fail, and then find them.
+                if not remaining:
+                    raise
+                await asyncio.sleep(0.2)
+
+    async def _close(self) -> None:
+        if self._thread is not None:
+            await asyncio.get_running_loop().run_in_executor(self._thread, self._close_file)
+            self._thread.shutdown()
+            self._thread = None
+        if self._server is not None:
+            await self._server.dispose()
+            self._server = None
+
+    def _close_file(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+        if self._file is not None:
+            self._file.dispose()
+
+    async def run(self, work: Callable[[Connection], T]) -> T:
+        """Do something in a transaction of its own, and return what it returns once that is committed.
+
+        Raises:
+            SQLAlchemyError, OSError: As the database does.
+        """
+        if self._server is not None:
+            async with self._server.begin() as connection:
+                return await connection.run_sync(work)
+        if self._thread is None:
+            raise RuntimeError("This ledger is not open: use it in `async with`.")
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self._in_file, work)
+
+    def _in_file(self, work: Callable[[Connection], T]) -> T:
+        if self._connection is None:
+            assert self._file is not None  # noqa: S101  _open made it
+            self._connection = self._file.connect()
+        try:
+            done = work(self._connection)
+            self._connection.commit()
+        except BaseException:
+            self._connection.rollback()
+            raise
+        return done
+
+    def insert(self, table: Table) -> Any:
+        """Return an INSERT of this database's dialect, which knows ON CONFLICT."""
+        return (sqlite if self.path is not None else postgresql).insert(table)
+
+
+def _sqlite(url: URL) -> Engine:
+    # The connection is made and used in the one thread; only its closing may happen elsewhere, at an interpreter's end.
+    engine = create_engine(url, connect_args={"timeout": 30, "check_same_thread": False})
+
+    def prepare(connection: Any, _: Any) -> None:
+        cursor = connection.cursor()
+        # A commit is on disk when it returns, which is what makes a claim a claim; readers do not wait for it.
+        cursor.execute("PRAGMA journal_mode=WAL")
+        cursor.execute("PRAGMA synchronous=FULL")
+        cursor.close()
+
+    event.listen(engine, "connect", prepare)
+    return engine
+
+
+def _shown(url: URL) -> str:
+    """Return an address for people: the path of a file, or a URL without password and options."""
+    if url.drivername == "sqlite":
+        return str(url.database)
+    return url.set(drivername="postgresql", query={}).render_as_string(hide_password=True)
+
+
+def short(error: Exception) -> str:
+    """Return the first line of a database's error."""
+    said = str(getattr(error, "orig", None) or error).splitlines()
+    return (said[0] if said else type(error).__name__)[:300].rstrip(".")

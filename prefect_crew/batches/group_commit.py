@@ -1,0 +1,181 @@
+"""Writes of attempts in groups: what comes in while one commit is under way goes into the next one together."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from sqlalchemy import Connection, bindparam, select, update
+from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError, SQLAlchemyError
+
+from prefect_crew.batches.database import Database, LedgerError, attempts, short
+from prefect_crew.logs import run_logger
+
+__all__ = ["KEYS_AT_ONCE", "GroupWriter"]
+
+KEYS_AT_ONCE = 400
+"""Row keys a query: an SQLite of old takes 999 bound values."""
+
+
+@dataclass(slots=True)
+class _Write:
+    """One write that waits for its commit. `values` are those of a row of the table."""
+
+    values: dict[str, Any]
+    new: bool
+    done: asyncio.Future[bool] = field(repr=False)
+
+
+class GroupWriter:
+    """Writes attempts of one batch; one event loop.
+
+    Attributes:
+        patience: Seconds for which a database that is away is written to again, before LedgerError.
+        commits, writes: How many there were. `seconds`: how long the commits took, in all.
+    """
+
+    def __init__(self, database: Database, batch: str) -> None:
+        self._database = database
+        self._batch = batch
+        self.patience = 120.0
+        self.commits = 0
+        self.writes = 0
+        self.seconds = 0.0
+        self._pending: list[_Write] = []
+        self._wake = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+        self._closing = False
+
+    def start(self) -> None:
+        """Begin to write, on the running loop."""
+        self._task = asyncio.create_task(self._write_on())
+
+    async def close(self) -> None:
+        """Write what is left, and end."""
+        self._closing = True
+        self._wake.set()
+        if self._task is not None:
+            await self._task
+
+    async def put(self, values: dict[str, Any], *, new: bool) -> bool:
+        """Write a row of the table and return once it is on disk.
+
+        Args:
+            values: All columns.
+            new: Whether it claims its place; False is returned where another owner stands in it. Else it replaces what
+                stands there.
+
+        Raises:
+            LedgerError: It could not be written for `patience` seconds.
+        """
+        write = _Write(values, new, asyncio.get_running_loop().create_future())
+        self._pending.append(write)
+        self._wake.set()
+        # Whoever is cancelled here leaves the write to its commit.
+        return await asyncio.shield(write.done)
+
+    async def _write_on(self) -> None:
+        loop = asyncio.get_running_loop()
+        while not self._closing or self._pending:
+            await self._wake.wait()
+            self._wake.clear()
+            group, self._pending = self._pending, []
+            if not group:
+                continue
+            started = loop.time()
+            try:
+                lost = await self._commit_or_try_again(group)
+            except (SQLAlchemyError, OSError) as error:
+                failure = LedgerError(f"cannot be written: {short(error)}.", ledger=self._database.address)
+                for write in group:
+                    if not write.done.done():
+                        write.done.set_exception(failure)
+                        write.done.exception()  # whoever was cancelled does not read it
+                continue
+            self.commits += 1
+            self.writes += len(group)
+            self.seconds += loop.time() - started
+            for write in group:
+                if not write.done.done():
+                    write.done.set_result(not (write.new and _identity(write.values) in lost))
+
+    async def _commit_or_try_again(self, group: Sequence[_Write]) -> set[tuple[str, int]]:
+        """Commit a group and return which claims of it stand for somebody else, also over a database that is away.
+
+        A commit of which nobody knows whether it took place can be made again: a claim that stands is known by its
+        owner, and an update says the same twice.
+        """
+        loop = asyncio.get_running_loop()
+        until, delay, told = loop.time() + self.patience, 0.5, False
+        while True:
+            try:
+                return await self._database.run(lambda connection: self._commit(connection, group))
+            except (DBAPIError, OSError) as error:
+                if not _may_pass(error) or loop.time() + delay > until:
+                    raise
+                if not told:
+                    told = True
+                    run_logger().warning(
+                        "The ledger %s cannot be written (%s). The batch stands still; it is tried again for %.0f s.",
+                        self._database.address,
+                        short(error),
+                        self.patience,
+                    )
+            await asyncio.sleep(delay)
+            delay = min(delay * 2, 5.0)
+
+    def _commit(self, connection: Connection, group: Sequence[_Write]) -> set[tuple[str, int]]:
+        new = [write.values for write in group if write.new]
+        # The last write of an attempt is the one that counts: one caller owns it, and its writes are in order.
+        changed = {_identity(write.values): write.values for write in group if not write.new}
+        lost: set[tuple[str, int]] = set()
+        if new:
+            inserted = connection.execute(self._database.insert(attempts).on_conflict_do_nothing(), new)
+            # SQLite counts them, and nearly always all are new.
+            if self._database.path is None or inserted.rowcount != len(new):
+                lost = self._lost(connection, new)
+        if changed:
+            connection.execute(_UPDATE, [_bound(values) for values in changed.values()])
+        return lost
+
+    def _lost(self, connection: Connection, new: Sequence[Mapping[str, Any]]) -> set[tuple[str, int]]:
+        owners = {_identity(values): values["owner"] for values in new}
+        keys = [key for key, _ in owners]
+        lost: set[tuple[str, int]] = set()
+        for start in range(0, len(keys), KEYS_AT_ONCE):
+            query = select(attempts.c.row_key, attempts.c.attempt, attempts.c.owner).where(
+                attempts.c.batch == self._batch, attempts.c.row_key.in_(keys[start : start + KEYS_AT_ONCE])
+            )
+            for key, attempt, owner in connection.execute(query):
+                if owners.get((key, attempt), owner) != owner:
+                    lost.add((key, attempt))
+        return lost
+
+
+def _may_pass(error: Exception) -> bool:
+    """Return whether a database may be back in a while: one that restarts, is locked, or whose disk is full."""
+    if isinstance(error, DBAPIError):
+        return isinstance(error, OperationalError | InterfaceError) or error.connection_invalidated
+    return isinstance(error, OSError)
+
+
+_CHANGING = ("phase", "state", "kickoff", "owner", "seconds", "usage", "record")
+_UPDATE = (
+    update(attempts)
+    .where(
+        attempts.c.batch == bindparam("b_batch"),
+        attempts.c.row_key == bindparam("b_row_key"),
+        attempts.c.attempt == bindparam("b_attempt"),
+    )
+    .values({name: bindparam(f"b_{name}") for name in _CHANGING})
+)
+
+
+def _bound(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {f"b_{name}": value for name, value in values.items()}
+
+
+def _identity(values: Mapping[str, Any]) -> tuple[str, int]:
+    return values["row_key"], values["attempt"]

@@ -1,0 +1,165 @@
+"""Waiting for the run of a row: the loop of `waiting`, with no more around it than its record needs."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from datetime import datetime, timezone
+from typing import TYPE_CHECKING
+
+from prefect_crew.api.errors import AuthenticationError, CrewError, CrewTimeoutError
+from prefect_crew.api.models import CrewState, CrewStatus
+from prefect_crew.batches.ledger import Ledger
+from prefect_crew.batches.pacing import Rhythm
+from prefect_crew.batches.rows import RowJob
+from prefect_crew.logs import run_logger
+from prefect_crew.records import RecordPhase, RunRecord, StoredResult, utcnow
+from prefect_crew.sessions import CrewSession
+from prefect_crew.stopping import close_stopped
+from prefect_crew.waiting import Phases, WaitPolicy, wait_until_ended
+from prefect_crew.wakeups import Waker, waker_for
+
+if TYPE_CHECKING:
+    from contextlib import AbstractAsyncContextManager
+
+__all__ = ["RowWaiter"]
+
+ERROR_CAP = 2_000
+SAY_EVERY = 60.0
+"""Seconds between two log lines about a status call that does not answer, however many rows ask it."""
+
+
+class RowWaiter:
+    """Waits for the rows of one batch.
+
+    Args:
+        session: A session for the crew.
+        ledger: Where the records live.
+        policy: How to wait.
+        learn: Whether the first look may be put off until some runs would have ended, as far as is known.
+    """
+
+    def __init__(self, session: CrewSession, ledger: Ledger, policy: WaitPolicy, *, learn: bool) -> None:
+        self.session = session
+        self.ledger = ledger
+        self.policy = policy
+        self.waiting_for_people = 0
+        self._rhythm = Rhythm() if learn else None
+        self._said_at = 0.0
+
+    async def wait(self, job: RowJob, record: RunRecord, *, first_look: bool) -> None:
+        """Wait until a run has ended, and write its end down.
+
+        Raises:
+            CrewTimeoutError, CrewLostError, AuthenticationError, CrewError: As `wait_until_ended`.
+            LedgerError: Its end cannot be written down.
+        """
+        kickoff_id = str(record.kickoff_id)
+        started = time.time() if record.kicked_off_at is None else record.kicked_off_at.timestamp()
+        phases = Phases(
+            kicked_off_at=started,
+            human_seconds=record.human_seconds,
+            human_since=None if record.human_since is None else record.human_since.timestamp(),
+        )
+        woken: AbstractAsyncContextManager[Waker | None]
+        woken = waker_for(record.run_key) if record.hooked else nullcontext()
+        async with woken as waker:
+            try:
+                status = await wait_until_ended(
+                    lambda: self.session.client.status(kickoff_id),
+                    kickoff_id=kickoff_id,
+                    policy=self.policy,
+                    phases=phases,
+                    watcher=_Watcher(self, record),
+                    pause=asyncio.sleep if waker is None else waker.pause,
+                    stretch=self._first_look() if waker is None else waker.stretch,
+                    first_look=first_look,
+                )
+            except CrewTimeoutError as error:
+                raise await self._timed_out(record, error) from error.__cause__
+        await self._close(job, record, status)
+
+    def _first_look(self) -> Callable[[float], float] | None:
+        """Return what makes the first pause of a wait as long as runs are known to take."""
+        known = 0.0 if self._rhythm is None else self._rhythm.first_look
+        if not known:
+            return None
+        once = [known]
+
+        def stretch(delay: float) -> float:
+            return max(delay, once.pop()) if once else delay
+
+        return stretch
+
+    async def _close(self, job: RowJob, record: RunRecord, status: CrewStatus) -> None:
+        record.phase, record.state, record.ended_at = RecordPhase.ENDED, status.state, utcnow()
+        record.human_since = None
+        if status.state is CrewState.COMPLETED:
+            record.result = StoredResult.of(status.result())
+            self._learn(record)
+        else:
+            redact = self.session.crew.redactor(job.inputs)
+            record.error = redact(status.error or "The crew gave no reason.")[:ERROR_CAP]
+        await self.ledger.save(record)
+
+    def _learn(self, record: RunRecord) -> None:
+        if self._rhythm is None or record.result is None:
+            return
+        seconds = record.result.execution_time
+        if seconds is None and record.ended_at is not None and record.kicked_off_at is not None:
+            # Seen too late by up to a pause: a little less each time leads to the truth from above.
+            seconds = 0.9 * (record.ended_at - record.kicked_off_at).total_seconds()
+        if seconds is not None:
+            self._rhythm.take(seconds)
+
+    async def _timed_out(self, record: RunRecord, error: CrewTimeoutError) -> CrewTimeoutError:
+        stopped = False
+        if self.policy.on_timeout == "stop":
+            try:
+                answer = await self.session.client.stop(str(record.kickoff_id))
+                await close_stopped(record, answer, self.ledger)
+                stopped = answer.accepted
+            except CrewError as trouble:
+                run_logger().warning("Run %s is over its time and could not be stopped: %s", record.kickoff_id, trouble)
+        return CrewTimeoutError(
+            kickoff_id=error.kickoff_id,
+            phase=error.phase,
+            budget=error.budget,
+            last_state=error.last_state,
+            crew=record.crew,
+            stopped=stopped,
+        )
+
+    def say_trouble(self, error: CrewError) -> None:
+        """Say in the log that the status call does not answer: once in a while, not for every row."""
+        now = time.monotonic()
+        if not self._said_at or now - self._said_at > SAY_EVERY:
+            self._said_at = now
+            run_logger().warning("%s This says nothing about the runs, which are asked for again.", error)
+
+
+class _Watcher:
+    """What the wait for a row tells: only what its record must survive a restart with."""
+
+    def __init__(self, waiter: RowWaiter, record: RunRecord) -> None:
+        self._waiter = waiter
+        self._record = record
+
+    async def saw(self, status: CrewStatus) -> None:
+        del status
+
+    async def person_turn(self, phases: Phases) -> None:
+        self._record.human_seconds = phases.human_seconds
+        since = phases.human_since
+        self._record.human_since = None if since is None else datetime.fromtimestamp(since, timezone.utc)
+        await self._waiter.ledger.save(self._record)
+
+    async def trouble(self, error: CrewError, seconds: float) -> None:
+        del seconds
+        self._waiter.say_trouble(error)
+
+    async def refused(self, error: AuthenticationError) -> bool:
+        del error
+        return False  # the batch's client has looked for a newer token already
