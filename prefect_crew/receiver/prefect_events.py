@@ -78,7 +78,8 @@ def transient(error: Exception) -> bool:
 class RecordCache:
     """Finds the records of runs, and remembers a bounded number of them for a while.
 
-    What an event needs of a record no longer changes once its kickoff id is known.
+    What an event needs of a record no longer changes once its kickoff id is known. One that is not there, though claims
+    are written before kickoffs, will not come: rows of a batch have theirs elsewhere.
     """
 
     def __init__(
@@ -87,14 +88,16 @@ class RecordCache:
         *,
         size: int = 1000,
         known: float = 600.0,
-        unknown: float = 1.0,
+        missing: float = 60.0,
+        unsettled: float = 1.0,
         at_once: int = 8,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._records = records
         self._size = size
         self._known = known
-        self._unknown = unknown
+        self._missing = missing
+        self._unsettled = unsettled
         self._gate = asyncio.Semaphore(at_once)
         self._clock = clock
         self._held: OrderedDict[tuple[str, int | None], tuple[float, RunRecord | None]] = OrderedDict()
@@ -118,14 +121,19 @@ class RecordCache:
             return record
         async with self._gate:
             record = attempt_of(await self._records.attempts(run_key), attempt)
-        lasting = record is not None and not unsettled(record) and attempt is not None
         if record is not None and record.result is not None:
             record = record.model_copy(update={"result": None})
-        self._held[run_key, attempt] = (self._clock() + (self._known if lasting else self._unknown), record)
+        self._held[run_key, attempt] = (self._clock() + self._lasting(record, attempt), record)
         self._held.move_to_end((run_key, attempt))
         if len(self._held) > self._size:
             self._held.popitem(last=False)
         return record
+
+    def _lasting(self, record: RunRecord | None, attempt: int | None) -> float:
+        """Return for how many seconds what was found is taken for true."""
+        if record is None:
+            return self._missing
+        return self._unsettled if attempt is None or unsettled(record) else self._known
 
     def forget(self, run_key: str, attempt: int | None) -> None:
         """Look this one up anew next time."""

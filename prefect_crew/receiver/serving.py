@@ -75,6 +75,8 @@ class ReceiverServer(uvicorn.Server):
                 access_log=False,
                 server_header=False,
                 proxy_headers=False,
+                # Longer than clients and proxies keep theirs: one that we close meets a webhook that is sent once.
+                timeout_keep_alive=75,
                 timeout_graceful_shutdown=2,
             )
         )

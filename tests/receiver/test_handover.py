@@ -211,7 +211,7 @@ class Counted(PrefectRecords):
 
 async def test_a_record_is_asked_for_once_until_something_may_have_changed(key: str, tmp_path: Path):
     records, now = Counted(), [0.0]
-    cache = RecordCache(records, known=600, unknown=1, clock=lambda: now[0])
+    cache = RecordCache(records, known=600, missing=60, unsettled=1, clock=lambda: now[0])
 
     async def phase() -> RecordPhase | None:
         found = (await cache.find([news_about(key)]))[key, 1]
@@ -221,7 +221,9 @@ async def test_a_record_is_asked_for_once_until_something_may_have_changed(key: 
     assert len(records.asked) == 1
     claimed = record(key, phase=RecordPhase.CLAIMED, kickoff_id=None)
     await records.claim(claimed)
-    now[0] += 2
+    now[0] += 50
+    assert await phase() is None
+    now[0] += 20
     assert await phase() is await phase() is RecordPhase.CLAIMED
     assert len(records.asked) == 2
     claimed.phase, claimed.kickoff_id = RecordPhase.STARTED, "k"
