@@ -22,7 +22,7 @@ from prefect_crew.api.models import CrewState, CrewStatus, ResumeAnswer
 from prefect_crew.events import emit
 from prefect_crew.logs import run_logger
 from prefect_crew.receiver.targets import webhooks_for
-from prefect_crew.records import RecordStore, SentReview, utcnow
+from prefect_crew.records import RecordStore, RunRecord, SentReview, utcnow
 
 if TYPE_CHECKING:
     from prefect_crew.api.webhooks import Webhooks
@@ -36,7 +36,7 @@ SETTLE = 10.0
 
 
 class ReviewRequest(BaseModel):
-    """What a crew asks of a person. `round` counts from 1; `output` is what is to be judged, where the status has it."""
+    """What a crew asks of a person. `round` counts from 1; `output` is what is to be judged, where it is known."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -98,7 +98,7 @@ async def send_review(
         at=utcnow(),
     )
     record.reviews.append(sent)
-    await records.save(record)
+    await _merge(record, records)
     hooks = webhooks
     if hooks is None and record.hooked:
         hooks = webhooks_for(run.crew, record.run_key, attempt=record.attempt, round=len(record.reviews))
@@ -120,9 +120,18 @@ async def send_review(
 async def _save(run: OpenRun, records: RecordStore) -> None:
     assert run.record is not None  # noqa: S101  the caller looked
     try:
-        await records.save(run.record)
+        await _merge(run.record, records)
     except (httpx.HTTPError, PrefectException) as error:
         run_logger().warning("What became of the answer to run %s is not on record: %s", run.kickoff_id, error)
+
+
+async def _merge(record: RunRecord, records: RecordStore) -> None:
+    """Write the answers into the record as it stands now: whoever waits for the run may have closed it meanwhile."""
+    standing = await records.of_kickoff(str(record.kickoff_id))
+    if standing is None:
+        standing = record
+    standing.reviews = record.reviews
+    await records.save(standing)
 
 
 @dataclass

@@ -35,8 +35,8 @@ from prefect_crew.record_store import PrefectRecords
 from prefect_crew.records import RecordPhase, RunRecord, utcnow
 from prefect_crew.server import CrewServer
 from prefect_crew.testing import CrewServerFactory
-from support.prefect_server import PrefectServer, environment, free_port
-from support.proxy import Proxy
+from support.prefect_server import PrefectServer, free_port
+from support.proxy import Proxy, through
 from support.scripts import FAILS, script, slow
 
 pytestmark = pytest.mark.usefixtures("prefect_api", "instant_polling")
@@ -151,9 +151,9 @@ async def test_the_kickoff_carries_the_run_key_the_users_meta_and_webhooks(crew_
 async def test_a_rotated_token_is_taken_from_the_stored_block_once(crew_server: CrewServerFactory):
     server, name = crew_server(TRIP), f"rotated-{uuid.uuid4().hex[:8]}"
     crew = server.crew()
-    await crew.save(name)
+    await crew.asave(name)
     server.token = "the-new-token"
-    await server.crew().save(name, overwrite=True)
+    await server.crew().asave(name, overwrite=True)
     run = await crew.trigger({"city": "Lisbon"})
     assert run.crew.token == SecretStr("the-new-token")
     assert server.counters.unauthorized == 1
@@ -163,12 +163,12 @@ async def test_a_rotated_token_is_taken_from_the_stored_block_once(crew_server: 
 async def test_a_token_that_is_rotated_between_the_check_and_the_kickoff_is_renewed_too(crew_server: CrewServerFactory):
     server, name = crew_server(TRIP, faults=["inputs:latency=1.0"]), f"rotated-{uuid.uuid4().hex[:8]}"
     crew = server.crew()
-    await crew.save(name)
+    await crew.asave(name)
     calling = asyncio.ensure_future(crew.trigger({"city": "Lisbon"}, run_key=(run_key := key())))
     while not server.requests["inputs"]:
         await asyncio.sleep(0.01)
     server.token = "the-new-token"
-    await server.crew().save(name, overwrite=True)
+    await server.crew().asave(name, overwrite=True)
     await calling
     assert (server.counters.unauthorized, server.kickoffs) == (1, 1)
     assert await phases(run_key) == [RecordPhase.STARTED]
@@ -177,8 +177,8 @@ async def test_a_token_that_is_rotated_between_the_check_and_the_kickoff_is_rene
 async def test_a_stored_token_that_is_refused_as_well_is_not_tried_for_ever(crew_server: CrewServerFactory):
     server, name = crew_server(TRIP), f"wrong-{uuid.uuid4().hex[:8]}"
     crew = server.crew(token="wrong")
-    await crew.save(name)
-    await server.crew(token="wrong-too").save(name, overwrite=True)
+    await crew.asave(name)
+    await server.crew(token="wrong-too").asave(name, overwrite=True)
     with pytest.raises(AuthenticationError):
         await crew.trigger({"city": "Lisbon"})
     assert server.counters.unauthorized == 2
@@ -562,7 +562,7 @@ async def test_the_decision_is_one_line_and_a_span_attribute(
 
 @pytest.fixture
 def proxy(prefect_server: PrefectServer) -> Iterator[Proxy]:
-    with Proxy(prefect_server.port) as way, environment({"PREFECT_API_URL": f"{way.url}/api"}):
+    with through(prefect_server) as way:
         yield way
 
 

@@ -8,7 +8,6 @@ import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -22,8 +21,8 @@ from prefect_crew.api.errors import CrewError
 from prefect_crew.api.models import CrewState, TaskResult
 from prefect_crew.record_store import PrefectRecords, record_name
 from prefect_crew.records import RecordPhase, RunRecord, StoredResult, utcnow
-from support.prefect_server import PrefectServer, environment
-from support.proxy import Proxy
+from support.prefect_server import PrefectServer
+from support.proxy import Proxy, through
 
 pytestmark = pytest.mark.usefixtures("prefect_api")
 
@@ -58,9 +57,9 @@ async def create_variable(name: str, value: Any, tags: list[str]) -> None:
 
 
 @pytest.fixture
-def proxy(prefect_server: PrefectServer, tmp_path: Path) -> Iterator[Proxy]:
+def proxy(prefect_server: PrefectServer) -> Iterator[Proxy]:
     """A way to the server that can be cut; this process takes it."""
-    with Proxy(prefect_server.port) as way, environment({"PREFECT_API_URL": f"{way.url}/api"}):
+    with through(prefect_server) as way:
         yield way
 
 

@@ -6,9 +6,12 @@ import contextlib
 import re
 import socket
 import threading
+from collections.abc import Iterator
 from types import TracebackType
 
-__all__ = ["Proxy"]
+from support.prefect_server import PrefectServer, drain, environment
+
+__all__ = ["Proxy", "through"]
 
 _REQUEST_LINE = re.compile(rb"(?:^|\r\n)(GET|POST|PUT|PATCH|DELETE) (\S+) HTTP/1\.1\r\n")
 
@@ -98,3 +101,14 @@ class Proxy:
         source.close()
         with self._lock:
             self._open.discard(source)
+
+
+@contextlib.contextmanager
+def through(server: PrefectServer) -> Iterator[Proxy]:
+    """Make this process a client of a Prefect server by way of a proxy. Not to be left on a running event loop."""
+    with Proxy(server.port) as proxy, environment({"PREFECT_API_URL": f"{proxy.url}/api"}):
+        try:
+            yield proxy
+        finally:
+            proxy.restore()
+            drain()

@@ -25,6 +25,7 @@ FAILS = script({"fail": "the search engine is down"})
 """A crew that fails at once."""
 
 ASKS = script(
-    {"name": "draft", "output": "a draft {{ feedback }}", "human": True}, {"name": "print", "output": "printed"}
+    {"name": "draft", "seconds": 0.3, "output": "a draft {{ feedback }}", "human": True},
+    {"name": "print", "seconds": 0.3, "output": "printed"},
 )
 """A crew that waits for a person once."""
