@@ -193,7 +193,7 @@ def test_a_run_on_a_process_worker(
         assert run.answer.status_code == 201, run.answer.text
         ended = run.ended()
     assert ended["state_type"] == "COMPLETED", ended["state"]
-    assert ended["tags"] == ["mine", "prefect-crew"]
+    assert sorted(ended["tags"]) == ["mine", "prefect-crew"]
     assert ended["parameters"].items() >= GOOD.items()
     (only,) = travel.runs
     assert only.inputs == GOOD

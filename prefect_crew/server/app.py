@@ -292,7 +292,8 @@ def _nothing_here(runtime: Runtime) -> Callable[[Request, Exception], Response]:
     def handler(request: Request, error: Exception) -> Response:
         code = getattr(error, "status_code", 404)
         title = "Not found" if code == 404 else "Method not allowed"
-        status, body = runtime.dialect.error(code, title, f"There is no route {request.method} {request.url.path} here.")
+        message = f"There is no route {request.method} {request.url.path} here."
+        status, body = runtime.dialect.error(code, title, message)
         return JSONAnswer(body, status, headers=getattr(error, "headers", None))
 
     return handler
