@@ -106,7 +106,7 @@ def open_url(ledger: str) -> URL:
         return URL.create("sqlite", database=str(Path(ledger).absolute()))
     try:
         url = make_url(ledger)
-    except ArgumentError:
+    except (ArgumentError, ValueError):
         raise ConfigurationError("The ledger's URL cannot be read: postgresql://user@host/database.") from None
     kind = url.drivername.partition("+")[0]
     if kind == "sqlite" and url.database:

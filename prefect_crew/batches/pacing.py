@@ -56,9 +56,9 @@ class Pace:
 
     async def enter(self) -> None:
         """Wait for a kickoff's turn. `leave` follows."""
-        while not self._over.is_set():
+        while True:
             await self._may_go_on()
-            if self._buying < (1 if self._careful else self._most):
+            if self._over.is_set() or self._buying < (1 if self._careful else self._most):
                 break
             self._free.clear()
             await self._free.wait()

@@ -1,0 +1,68 @@
+"""What the tests of batches share."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from support.batches import postgres_ledger
+from support.postgres import Postgres
+
+
+class FileServer:
+    """A web server of a few files, and what was asked of it."""
+
+    def __init__(self) -> None:
+        self.requests: list[str] = []
+        self._servers: list[ThreadingHTTPServer] = []
+
+    def __call__(self, files: dict[str, bytes]) -> str:
+        asked = self.requests
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                asked.append(self.path)
+                content = files.get(self.path.partition("?")[0])
+                self.send_response(404 if content is None else 200)
+                self.send_header("content-length", str(len(content or b"")))
+                self.end_headers()
+                self.wfile.write(content or b"")
+
+            def log_message(self, format: str, *args: object) -> None:  # noqa: A002
+                del format, args
+
+        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        self._servers.append(server)
+        return f"http://127.0.0.1:{server.server_address[1]}"
+
+    def stop(self) -> None:
+        for server in self._servers:
+            server.shutdown()
+            server.server_close()
+
+
+@pytest.fixture
+def httpserver() -> Iterator[FileServer]:
+    """Give a function that serves a mapping of paths to contents and returns its URL; `requests` are its paths."""
+    server = FileServer()
+    yield server
+    server.stop()
+
+
+@pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.postgres)])
+def ledger_address(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """Give the address of an empty ledger, in SQLite and in PostgreSQL."""
+    if request.param == "sqlite":
+        return str(tmp_path / "ledger.db")
+    return postgres_ledger(request.getfixturevalue("postgres"))
+
+
+@pytest.fixture
+def postgres_address(postgres: Postgres) -> str:
+    """Give the address of an empty ledger in PostgreSQL."""
+    return postgres_ledger(postgres)

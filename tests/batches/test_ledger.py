@@ -1,0 +1,343 @@
+"""The ledger: one claim a place whoever races, commits in groups, trouble with its database, what it knows of rows."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import sqlite3
+import subprocess
+import sys
+import uuid
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from prefect_crew.api.errors import ConfigurationError
+from prefect_crew.api.models import CrewState, TokenUsage
+from prefect_crew.batches.database import LedgerError, default_ledger, open_url
+from prefect_crew.batches.ledger import Ledger
+from prefect_crew.records import RecordPhase, StoredResult, utcnow
+from support.batches import record_of
+
+
+async def write(ledger: Ledger, *rows: tuple[str, RecordPhase, CrewState | None], **facts: Any) -> None:
+    for key, phase, state in rows:
+        record = record_of(ledger, key, **facts)
+        assert await ledger.claim(record)
+        record.phase, record.state = phase, state
+        await ledger.save(record)
+
+
+# The protocol
+
+
+async def test_what_is_written_is_read_again_by_another_process(ledger_address: str):
+    async with Ledger(ledger_address, "b") as ledger:
+        record = record_of(ledger, "k")
+        assert await ledger.claim(record)
+        record.phase, record.kickoff_id, record.kicked_off_at = RecordPhase.STARTED, "run 1", utcnow()
+        record.result = StoredResult(output="ü 🙂 \0 \u202e", data={"nul": "\0"}, usage=TokenUsage(total_tokens=3))
+        await ledger.save(record)
+    async with Ledger(ledger_address, "b") as ledger:
+        assert list(await ledger.attempts(record.run_key)) == [record]
+        assert await ledger.of_kickoff("run 1") == record
+        assert await ledger.of_kickoff("run 2") is None
+        assert await ledger.attempts(ledger.run_key("other")) == []
+
+
+@pytest.mark.parametrize("kickoff_id", ["a\0b", "\U0001f642" * 400, "../%2e"], ids=["nul", "long", "path"])
+async def test_a_kickoff_id_may_hold_anything(ledger_address: str, kickoff_id: str):
+    async with Ledger(ledger_address, "b") as ledger:
+        record = record_of(ledger, "k", kickoff_id=kickoff_id)
+        assert await ledger.claim(record)
+        assert await ledger.of_kickoff(kickoff_id) == record
+
+
+async def test_a_place_is_claimed_once_and_a_claim_that_is_made_again_is_still_ours(ledger_address: str):
+    async with Ledger(ledger_address, "b") as one, Ledger(ledger_address, "b") as two, Ledger(ledger_address, "c") as c:
+        mine, theirs = record_of(one, "k"), record_of(two, "k")
+        assert await one.claim(mine)
+        assert not await two.claim(theirs)
+        assert await one.claim(mine), "a commit of which nobody knew was made again"
+        assert await two.claim(record_of(two, "k", attempt=2))
+        assert await c.claim(record_of(c, "k")), "another batch has rows of its own"
+        assert [attempt.attempt for attempt in await one.attempts(one.run_key("k"))] == [1, 2]
+
+
+async def test_of_many_racers_in_one_process_one_wins(ledger_address: str):
+    async with Ledger(ledger_address, "b") as one, Ledger(ledger_address, "b") as two:
+        claims = [ledger.claim(record_of(ledger, f"k{key}")) for key in range(50) for ledger in (one, two)]
+        assert sum(await asyncio.gather(*claims)) == 50
+
+
+RACER = """
+import asyncio, sys
+from support.batches import record_of
+from prefect_crew.batches.ledger import Ledger
+
+async def main(address):
+    async with Ledger(address, "b") as ledger:
+        print("ready", flush=True)
+        sys.stdin.readline()
+        won = await asyncio.gather(*(ledger.claim(record_of(ledger, f"k{key}")) for key in range(200)))
+        print(sum(won))
+
+asyncio.run(main(sys.argv[1]))
+"""
+
+
+async def test_of_racing_processes_one_wins_each_row(ledger_address: str):
+    command = [sys.executable, "-c", RACER, ledger_address]
+    path = {"PYTHONPATH": str(Path(__file__).parents[1]), "PATH": ""}
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "env": path}
+    racers: list[Any] = [subprocess.Popen(command, **pipes) for _ in range(4)]
+    try:
+        for racer in racers:
+            assert racer.stdout.readline() == "ready\n"
+        for racer in racers:
+            racer.stdin.write("go\n")
+            racer.stdin.flush()
+        won = [int(racer.communicate(timeout=60)[0]) for racer in racers]
+    finally:
+        for racer in racers:
+            racer.kill()
+    assert sum(won) == 200
+
+
+async def test_writes_go_in_groups_and_each_is_told_its_own_fate(ledger_address: str):
+    async with Ledger(ledger_address, "b") as ledger:
+        taken = record_of(ledger, "k7")
+        await ledger.claim(taken)
+        before = ledger.writer.commits
+        records = [record_of(ledger, f"k{key}") for key in range(100)]
+        won = await asyncio.gather(*(ledger.claim(record) for record in records))
+        assert [key for key, mine in enumerate(won) if not mine] == [7]
+        assert ledger.writer.commits - before < 10
+        assert ledger.writer.writes == 101
+
+
+async def test_a_claim_and_what_came_of_it_may_be_in_one_group(ledger_address: str):
+    async with Ledger(ledger_address, "b") as ledger:
+        record = record_of(ledger, "k")
+        claim = asyncio.ensure_future(ledger.claim(record))
+        await asyncio.sleep(0)
+        record.phase, record.kickoff_id = RecordPhase.STARTED, "run 1"
+        save = asyncio.ensure_future(ledger.save(record))
+        assert await claim
+        await save
+        assert (await ledger.attempts(record.run_key))[0].kickoff_id == "run 1"
+
+
+async def test_a_write_whose_caller_is_cancelled_is_made_all_the_same(ledger_address: str):
+    async with Ledger(ledger_address, "b") as ledger:
+        claim = asyncio.ensure_future(ledger.claim(record_of(ledger, "k")))
+        await asyncio.sleep(0)
+        claim.cancel()
+    async with Ledger(ledger_address, "b") as ledger:
+        assert await ledger.attempts(ledger.run_key("k"))
+
+
+async def test_an_owner_has_ended_only_where_this_process_is_the_only_one(ledger_address: str):
+    async with Ledger(ledger_address, "b") as ledger:
+        theirs, mine = record_of(ledger, "theirs"), record_of(ledger, "mine")
+        assert await ledger.claim(mine)
+        assert not await ledger.owner_ended(theirs)
+        ledger.sole = True
+        assert await ledger.owner_ended(theirs)
+        assert not await ledger.owner_ended(mine)
+        mine.phase = RecordPhase.UNCERTAIN
+        await ledger.save(mine)
+        assert not ledger._mine
+
+
+# What it knows
+
+
+async def test_the_attempt_that_counts_is_the_last_purchase(ledger_address: str):
+    started, refused, ended = RecordPhase.STARTED, RecordPhase.NOT_STARTED, RecordPhase.ENDED
+    async with Ledger(ledger_address, "b") as ledger:
+        await write(ledger, ("done", ended, CrewState.COMPLETED), ("failed", ended, CrewState.FAILED))
+        await write(ledger, ("done", refused, None), attempt=2)
+        await write(ledger, ("failed", ended, CrewState.COMPLETED), attempt=2)
+        await write(ledger, ("refused", refused, None))
+        await write(ledger, ("refused", refused, None), ("open", started, None), attempt=2)
+        await write(ledger, ("misfit", ended, CrewState.COMPLETED), error="does not fit")
+        assert await ledger.counts() == {"completed": 2, "not-started": 1, "started": 1, "misfit": 1}
+        assert await ledger.bought() == 5
+        assert await ledger.known()
+        shown = [(key, record.attempt) async for key, record in ledger.standing_attempts()]
+        assert shown == [("misfit", 1), ("open", 2), ("refused", 2)]
+        assert len([key async for key, _ in ledger.standing_attempts(completed=True)]) == 5
+
+
+async def test_many_rows_are_read_in_pages(ledger_address: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("prefect_crew.batches.ledger._PAGE", 7)
+    keys = [f"ü{key:03}" for key in range(30)]
+    async with Ledger(ledger_address, "b") as ledger:
+        await asyncio.gather(*(ledger.claim(record_of(ledger, key)) for key in keys))
+        assert [key async for key, _ in ledger.standing_attempts()] == keys
+        found = await ledger.attempts_of([*keys, "other"])
+        assert sorted(found) == keys
+
+
+async def test_durations_and_usage_are_added_up_without_the_records(ledger_address: str):
+    async with Ledger(ledger_address, "b") as ledger:
+        record = record_of(ledger, "k")
+        await ledger.claim(record)
+        record.phase, record.state = RecordPhase.ENDED, CrewState.COMPLETED
+        record.kicked_off_at, record.ended_at = utcnow(), utcnow() + timedelta(seconds=90)
+        record.result = StoredResult(output="x", usage=TokenUsage(total_tokens=5))
+        await ledger.save(record)
+        await write(ledger, ("other", RecordPhase.STARTED, None))
+        assert [(key, round(seconds)) for key, seconds in await ledger.durations()] == [("k", 90)]
+        assert await ledger.usage() == [{"total_tokens": 5}]
+
+
+async def test_what_is_known_of_the_batch(ledger_address: str):
+    async with Ledger(ledger_address, "b") as ledger:
+        assert await ledger.entry() is None
+        first = await ledger.enter(crew_url="u", fingerprint="f", total=3, call={"crew": "x"})
+        again = await ledger.enter(crew_url="v", fingerprint="g", total=4)
+        assert (again.ledger_id, again.crew_url, again.total) == (first.ledger_id, "v", 4)
+        await ledger.note_standing({"done": True})
+    async with Ledger(ledger_address, "c") as ledger:
+        await ledger.enter(crew_url="u", fingerprint="f", total=3)
+        assert await ledger.names() == ["b", "c"]
+    async with Ledger(ledger_address, "b") as ledger:
+        entry = await ledger.entry()
+        assert entry is not None
+        assert entry.standing == {"done": True}
+
+
+async def test_several_processes_may_make_the_tables_at_once(ledger_address: str):
+    ledgers = [Ledger(ledger_address, f"b{number}") for number in range(6)]
+    await asyncio.gather(*(ledger.__aenter__() for ledger in ledgers))
+    await asyncio.gather(*(ledger.__aexit__() for ledger in ledgers))
+
+
+# Trouble
+
+
+async def test_a_ledger_of_a_later_version_is_not_touched(tmp_path: Path):
+    path = str(tmp_path / "ledger.db")
+    async with Ledger(path, "b") as ledger:
+        await ledger.enter(crew_url="u", fingerprint="f", total=3)
+    with sqlite3.connect(path) as database:
+        database.execute("UPDATE crew_batches SET version = 99")
+    database.close()
+    async with Ledger(path, "b") as ledger:
+        with pytest.raises(LedgerError, match="later version of prefect-crew: update this one"):
+            await ledger.entry()
+
+
+async def test_a_file_that_is_no_database_is_said(tmp_path: Path):
+    path = tmp_path / "ledger.db"
+    path.write_text("these are my notes, and no database at all " * 50)
+    with pytest.raises(LedgerError, match=r"ledger\.db cannot be opened: file is not a database"):
+        async with Ledger(str(path), "b"):
+            pass
+
+
+async def test_a_database_that_is_not_there_is_said_without_its_password():
+    address = "postgresql://me:sesame@127.0.0.1:9/leads"
+    with pytest.raises(LedgerError, match=r"postgresql://me:\*\*\*@127\.0\.0\.1:9/leads cannot be opened") as caught:
+        async with Ledger(address, "b"):
+            pass
+    assert "sesame" not in str(caught.value) + repr(caught.value)
+
+
+async def test_a_locked_database_is_written_once_it_is_free(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    path = str(tmp_path / "ledger.db")
+    async with Ledger(path, "b") as ledger:
+        await ledger.database.run(lambda connection: connection.exec_driver_sql("PRAGMA busy_timeout=10").close())
+        other = sqlite3.connect(path, isolation_level=None)
+        other.execute("BEGIN IMMEDIATE")
+        with caplog.at_level(logging.WARNING):
+            claims = [asyncio.ensure_future(ledger.claim(record_of(ledger, f"k{key}"))) for key in range(20)]
+            await asyncio.wait(claims, timeout=1.2)
+        assert not any(claim.done() for claim in claims)
+        other.execute("COMMIT")
+        other.close()
+        assert all(await asyncio.wait_for(asyncio.gather(*claims), 20))
+    told = [one.getMessage() for one in caplog.records if "cannot be written" in one.getMessage()]
+    assert len(told) == 1
+    assert "database is locked" in told[0]
+
+
+async def test_a_database_that_stays_away_fails_the_writes_and_the_id_is_in_the_log(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    path = str(tmp_path / "ledger.db")
+    async with Ledger(path, "b") as ledger:
+        record = record_of(ledger, "k")
+        assert await ledger.claim(record)
+        await ledger.database.run(lambda connection: connection.exec_driver_sql("PRAGMA busy_timeout=10").close())
+        ledger.writer.patience = 0.1
+        other = sqlite3.connect(path, isolation_level=None)
+        other.execute("BEGIN IMMEDIATE")
+        record.phase, record.kickoff_id = RecordPhase.STARTED, "run-77"
+        with pytest.raises(LedgerError, match="cannot be written: database is locked"):
+            await ledger.save(record)
+        other.close()
+    assert "prefect-crew batch settle 'b' 'k' --kickoff-id run-77" in caplog.text
+
+
+async def test_postgresql_may_close_all_connections_in_between(postgres_address: str):
+    address = postgres_address
+    async with Ledger(address, "b") as ledger, Ledger(address, "other") as other:
+        assert await ledger.claim(record_of(ledger, "k1"))
+        cut = (
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+            "WHERE datname = current_database() AND pid <> pg_backend_pid()"
+        )
+        await other.database.run(lambda connection: connection.exec_driver_sql(cut).close())
+        assert await ledger.claim(record_of(ledger, "k2"))
+        assert len(await ledger.attempts_of(["k1", "k2"])) == 2
+
+
+# Where it is
+
+
+def test_the_default_is_beside_a_local_output(tmp_path: Path):
+    assert default_ledger(str(tmp_path / "out.jsonl")) == str(tmp_path / "out.jsonl.ledger.db")
+    with pytest.raises(ConfigurationError, match="is not on this machine"):
+        default_ledger("s3://bucket/out.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("address", "driver"),
+    [
+        pytest.param("ledger.db", "sqlite", id="path"),
+        pytest.param("sqlite:///ledger.db", "sqlite", id="sqlite"),
+        pytest.param("sqlite+aiosqlite:///ledger.db", "sqlite", id="sqlite with a driver"),
+        pytest.param("postgres://host/db?sslmode=require", "postgresql+asyncpg", id="postgres"),
+        pytest.param("postgresql+psycopg2://host/db", "postgresql+asyncpg", id="postgres with a driver"),
+    ],
+)
+def test_addresses(address: str, driver: str):
+    url = open_url(address)
+    assert url.drivername == driver
+    assert "sslmode" not in url.query
+
+
+@pytest.mark.parametrize("address", ["mysql://host/db", "sqlite://", "postgresql://host:port/db"])
+def test_addresses_that_are_none(address: str):
+    with pytest.raises(ConfigurationError):
+        open_url(address)
+
+
+def test_the_record_is_kept_as_json(tmp_path: Path):
+    path = str(tmp_path / "ledger.db")
+
+    async def run() -> None:
+        async with Ledger(path, "b") as ledger:
+            await ledger.claim(record_of(ledger, "k", owner=str(uuid.uuid4())))
+
+    asyncio.run(run())
+    with sqlite3.connect(path) as database:
+        (text,) = database.execute("SELECT record FROM crew_attempts").fetchone()
+    database.close()
+    assert json.loads(text)["run_key"] == "batch/b/k"

@@ -1,0 +1,114 @@
+"""The pace of a batch: kickoffs a second, few claims at a time, rest while the server takes none."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import pytest
+
+from prefect_crew.api.errors import CrewConnectionError, RateLimitedError
+from prefect_crew.batches import pacing
+from prefect_crew.batches.pacing import Pace, Rhythm
+
+
+def refused() -> CrewConnectionError:
+    return CrewConnectionError(method="POST", url="http://crew/kickoff", reason="refused", sent=False)
+
+
+def limited(seconds: float) -> RateLimitedError:
+    return RateLimitedError(
+        status_code=429, method="POST", path="/kickoff", title=None, message=None, body="", retry_after=seconds
+    )
+
+
+async def entered(pace: Pace, count: int, seconds: float = 0.1) -> int:
+    """Return how many of so many are let in within some time."""
+    waiting = [asyncio.ensure_future(pace.enter()) for _ in range(count)]
+    await asyncio.wait(waiting, timeout=seconds)
+    there = sum(one.done() for one in waiting)
+    for one in waiting:
+        one.cancel()
+    await asyncio.gather(*waiting, return_exceptions=True)
+    return there
+
+
+async def test_until_one_kickoff_was_taken_they_go_one_by_one():
+    pace = Pace(requests=4)
+    assert await entered(pace, 10) == 1
+    pace.taken()
+    assert await entered(pace, 10) == 7  # of twice four, one is still there
+    for _ in range(8):
+        pace.leave()
+    await asyncio.wait_for(pace.idle(), 5)
+
+
+async def test_a_kickoff_that_leaves_makes_room():
+    pace = Pace(requests=1)
+    pace.taken()
+    assert await entered(pace, 5) == 2
+    waiting = asyncio.ensure_future(pace.enter())
+    await asyncio.sleep(0.01)
+    assert not waiting.done()
+    pace.leave()
+    await asyncio.wait_for(waiting, 5)
+
+
+async def test_kickoffs_keep_their_rate():
+    pace = Pace(kickoffs_per_second=50)
+    pace.taken()
+    began = time.monotonic()
+    for _ in range(11):
+        await pace.enter()
+        pace.leave()
+    assert time.monotonic() - began >= 0.19
+
+
+async def test_what_the_server_asks_of_one_holds_for_all():
+    pace = Pace()
+    pace.taken()
+    pace.heed(limited(0.4))
+    pace.heed(limited(0.1))
+    began = time.monotonic()
+    await pace.enter()
+    assert time.monotonic() - began >= 0.35
+    assert pace.held_for <= 0
+
+
+async def test_while_kickoffs_are_refused_it_rests_longer_and_longer_and_tries_one_by_one(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    pace = Pace()
+    pace.taken()
+    rests: list[float] = []
+    for _ in range(4):
+        assert pace.refused(refused()) is None
+        assert pace.refused(refused()) is None, "those that were under way at the same time count once"
+        rests.append(pace.held_for)
+        pace._not_before = 0.0  # instead of waiting
+    assert [round(rest) for rest in rests] == [1, 2, 4, 8]
+    assert await entered(pace, 10) == 1
+    monkeypatch.setattr(pacing, "PATIENCE", 0.0)
+    assert "no kickoff was taken" in (pace.refused(refused()) or "")
+    pace.taken()
+    assert pace.refused(refused()) is None, "one that is taken gives new patience"
+
+
+async def test_a_batch_that_is_over_lets_everybody_pass():
+    pace = Pace(kickoffs_per_second=0.001)
+    pace.heed(limited(200))
+    waiting = [asyncio.ensure_future(pace.enter()) for _ in range(3)]
+    await asyncio.sleep(0.01)
+    pace.close()
+    await asyncio.wait_for(asyncio.gather(*waiting), 5)
+
+
+def test_the_rhythm_is_that_of_the_fastest_tenth():
+    rhythm = Rhythm()
+    assert rhythm.first_look == 0
+    for seconds in range(100, 120):
+        rhythm.take(float(seconds))
+    assert 100 <= rhythm.first_look <= 102
+    for _ in range(200):
+        rhythm.take(5.0)
+    assert rhythm.first_look == 5.0

@@ -1,0 +1,199 @@
+"""What a batch may do: options, the retry rule, the circuit breaker. Clocks are real and short."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+from typing import Any
+
+import pytest
+
+from prefect_crew.api.errors import ConfigurationError
+from prefect_crew.batches.breaker import Breaker
+from prefect_crew.batches.ends import LOST, MISFIT, RowEnd
+from prefect_crew.batches.options import BatchOptions
+from prefect_crew.batches.retries import STOPPED_WITH_BATCH, RetryRule
+from prefect_crew.batches.rows import RowJob
+from prefect_crew.records import RecordPhase, RunRecord, utcnow
+
+JOB = RowJob(0, 1, "k", {}, "d")
+
+# Options
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({"max_in_flight": 0}, id="nothing in flight"),
+        pytest.param({"max_in_flight": 1.5}, id="half a run"),
+        pytest.param({"max_in_flight": True}, id="a switch"),
+        pytest.param({"kickoffs_per_second": 0}, id="no kickoffs"),
+        pytest.param({"kickoffs_per_second": float("nan")}, id="not a number"),
+        pytest.param({"on_failure": "halt"}, id="unknown policy"),
+        pytest.param({"on_failure": 0}, id="no failures"),
+        pytest.param({"on_failure": 2.5}, id="half a row"),
+        pytest.param({"on_failure": True}, id="policy as a switch"),
+        pytest.param({"on_cancel": "wait"}, id="unknown cancelling"),
+        pytest.param({"order": "random"}, id="unknown order"),
+        pytest.param({"retries": -1}, id="less than no retries"),
+        pytest.param({"retries": {"CrewFailedError": "2"}}, id="retries as text"),
+        pytest.param({"retries": {"KickoffUncertainError": 1}}, id="retry of the uncertain"),
+        pytest.param({"retry_failed": "key"}, id="a text for keys"),
+        pytest.param({"breaker": 0}, id="a breaker that is always open"),
+        pytest.param({"chunk_size": 0}, id="empty chunks"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(options: dict[str, Any]):
+    with pytest.raises(ConfigurationError, match=re.escape(next(iter(options)))):
+        BatchOptions(**options)
+
+
+@pytest.mark.parametrize(
+    ("policy", "failed", "ended", "stops"),
+    [
+        pytest.param("continue", 99, 100, False, id="continue"),
+        pytest.param("stop", 0, 100, False, id="stop without a failure"),
+        pytest.param("stop", 1, 1, True, id="stop"),
+        pytest.param(3, 2, 100, False, id="below the number"),
+        pytest.param(3, 3, 3, True, id="at the number"),
+        pytest.param(0.1, 5, 10, False, id="share of too few"),
+        pytest.param(0.1, 2, 20, False, id="at the share"),
+        pytest.param(0.1, 3, 20, True, id="above the share"),
+        pytest.param(1.0, 1, 50, True, id="one as a float is a number"),
+    ],
+)
+def test_when_a_policy_stops(policy: Any, failed: int, ended: int, stops: bool):
+    assert (BatchOptions(on_failure=policy).stop_when(failed, ended) is not None) is stops
+
+
+# Retries
+
+
+def end(kind: str | None, state: str = "failed", *, found: bool = False, reason: str | None = None) -> RowEnd:
+    now = utcnow()
+    record = RunRecord(
+        run_key="batch/b/k",
+        attempt=1,
+        phase=RecordPhase.ENDED,
+        crew="c",
+        crew_url="u",
+        inputs_digest="d",
+        owner="o",
+        claimed_at=now,
+        known_by=now,
+        reason=reason,
+    )
+    return RowEnd(JOB, state, record, "why", kind, found=found)
+
+
+FAILED = end("CrewFailedError")
+
+
+@pytest.mark.parametrize(
+    ("rule", "ended", "count", "before", "again"),
+    [
+        pytest.param(RetryRule(), FAILED, 1, 0, False, id="off by default"),
+        pytest.param(RetryRule(2), FAILED, 2, 0, True, id="second retry"),
+        pytest.param(RetryRule(2), FAILED, 3, 0, False, id="no third"),
+        pytest.param(RetryRule(9), FAILED, 3, 0, False, id="never beyond the crew's limit"),
+        pytest.param(RetryRule(1), FAILED, 1, 1, True, id="one that an earlier call still owed"),
+        pytest.param(RetryRule({"CrewFailedError": 1}), FAILED, 1, 0, True, id="by class"),
+        pytest.param(RetryRule({"CrewStoppedError": 1}), FAILED, 1, 0, False, id="another class"),
+        pytest.param(RetryRule(1), end("OutputTypeError", MISFIT), 1, 0, True, id="misfit"),
+        pytest.param(RetryRule(1), end("CrewLostError", LOST), 1, 0, False, id="lost is no number's business"),
+        pytest.param(RetryRule({"CrewLostError": 1}), end("CrewLostError", LOST), 1, 0, True, id="lost by class"),
+        pytest.param(RetryRule(2), end("CrewTimeoutError", "timed-out"), 1, 0, False, id="timed out: it may run on"),
+        pytest.param(RetryRule(2), end("KickoffUncertainError", "uncertain"), 1, 0, False, id="uncertain"),
+        pytest.param(RetryRule(2), end("InvalidInputsError", "not-started"), 0, 0, False, id="refused"),
+        pytest.param(RetryRule(0, True), FAILED, 1, 1, True, id="failed in an earlier call"),
+        pytest.param(RetryRule(0, True), FAILED, 2, 1, False, id="once a call"),
+        pytest.param(RetryRule(0, True), end("CrewLostError", LOST), 1, 1, False, id="lost is not among all failed"),
+        pytest.param(RetryRule(0, {"k"}), end("CrewLostError", LOST), 1, 1, True, id="lost by its key"),
+        pytest.param(RetryRule(0, {"other"}), FAILED, 1, 1, False, id="another key"),
+        pytest.param(
+            RetryRule(),
+            end("CrewStoppedError", "stopped", found=True, reason=STOPPED_WITH_BATCH),
+            1,
+            1,
+            True,
+            id="stopped with the batch",
+        ),
+    ],
+)
+def test_when_a_row_is_bought_again(rule: RetryRule, ended: RowEnd, count: int, before: int, again: bool):
+    assert rule.again(ended, count=count, before=before, most=3) is again
+
+
+# The breaker
+
+
+async def is_held(breaker: Breaker, seconds: float = 0.05) -> bool:
+    waiting = asyncio.ensure_future(breaker.admit())
+    done, _ = await asyncio.wait({waiting}, timeout=seconds)
+    waiting.cancel()
+    return not done
+
+
+async def test_it_opens_after_failures_in_a_row_only():
+    breaker = Breaker(3, 60)
+    for _ in range(5):
+        assert breaker.failed("x") is None
+        assert breaker.failed("x") is None
+        breaker.worked()
+    assert not breaker.open
+    for _ in range(3):
+        breaker.failed("x")
+    assert breaker.open
+    assert await is_held(breaker)
+
+
+async def test_without_a_limit_it_never_opens():
+    breaker = Breaker(None, 0.01)
+    assert [breaker.failed("x") for _ in range(1000)] == [None] * 1000
+    assert not await is_held(breaker)
+
+
+async def test_it_tries_one_row_at_a_time_with_longer_and_longer_pauses_and_gives_up():
+    breaker = Breaker(2, 0.1)
+    pauses: list[float] = []
+    breaker.failed("x")
+    breaker.failed("x")
+    for _ in range(3):
+        began = time.monotonic()
+        assert await breaker.admit() is True
+        pauses.append(time.monotonic() - began)
+        assert await is_held(breaker), "only one row is tried"
+        assert breaker.failed("in flight before") is None
+        reason = breaker.failed("the model is down", tried=True)
+    assert reason is not None
+    assert "the last one so: the model is down" in reason
+    assert 0.05 < pauses[0] < pauses[1] < pauses[2]
+
+
+async def test_a_row_that_completes_closes_it_for_all_who_wait():
+    breaker = Breaker(1, 60)
+    breaker.failed("x")
+    waiting = [asyncio.ensure_future(breaker.admit()) for _ in range(5)]
+    await asyncio.sleep(0.01)
+    breaker.worked()
+    assert await asyncio.wait_for(asyncio.gather(*waiting), 5) == [False] * 5
+    assert not breaker.open
+
+
+async def test_a_row_that_was_not_bought_after_all_makes_room_for_another_try():
+    breaker = Breaker(1, 0.01)
+    breaker.failed("x")
+    assert await breaker.admit()
+    assert await is_held(breaker)
+    breaker.not_tried()
+    assert await asyncio.wait_for(breaker.admit(), 5)
+
+
+async def test_a_batch_that_is_over_holds_nobody():
+    breaker = Breaker(1, 60)
+    breaker.failed("x")
+    waiting = asyncio.ensure_future(breaker.admit())
+    await asyncio.sleep(0.01)
+    breaker.release()
+    assert await asyncio.wait_for(waiting, 5) is False

@@ -1,0 +1,184 @@
+"""Rows as runs: their inputs, their keys, and all that is wrong with them, before anything is started."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+
+from prefect_crew.api.errors import ConfigurationError
+from prefect_crew.api.models import CrewInput
+from prefect_crew.batches.datasets import DatasetError, open_dataset
+from prefect_crew.batches.rows import BadRow, BadRowsError, Checked, RowJob, RowPlan, shard_of
+
+TOPIC = [CrewInput(name="topic"), CrewInput(name="tone", required=False)]
+
+
+def plan(rows: list[dict[str, Any]], **options: Any) -> RowPlan:
+    options.setdefault("expected", TOPIC)
+    return RowPlan(open_dataset(rows), **options)
+
+
+def inputs(rows: list[dict[str, Any]], **options: Any) -> list[dict[str, Any]]:
+    return [job.inputs for job in plan(rows, **options).jobs()]
+
+
+def keys(rows: list[dict[str, Any]], **options: Any) -> list[str]:
+    return [job.key for job in plan(rows, **options).jobs()]
+
+
+def reasons(rows: list[dict[str, Any]], **options: Any) -> list[tuple[int, str]]:
+    return [(row.line, row.reason) for row in plan(rows, **options).check().bad]
+
+
+# Inputs
+
+
+def test_columns_of_the_crews_names_become_inputs_and_empty_ones_are_missing():
+    rows = [{"topic": "tea", "tone": "", "id": 1}, {"topic": "coffee", "tone": "dry"}, {"topic": "milk", "tone": None}]
+    assert inputs(rows) == [{"topic": "tea"}, {"topic": "coffee", "tone": "dry"}, {"topic": "milk"}]
+
+
+def test_all_columns_become_inputs_of_a_crew_that_names_none():
+    assert inputs([{"a": 1, "b": "x", "c": None}], expected=[]) == [{"a": "1", "b": "x"}]
+
+
+def test_inputs_by_mapping():
+    given = {
+        "topic": "title",
+        "tone": "{{ mood }}, {{ row['how much'] }}",
+        "count": lambda values: len(values["title"]),
+        "language": lambda _: "English",
+        "limit": 5,
+    }
+    row = {"title": "tea", "mood": "dry", "how much": None}
+    assert inputs([row], inputs=given) == [
+        {"topic": "tea", "tone": "dry, ", "count": "3", "language": "English", "limit": "5"}
+    ]
+    assert inputs([row], inputs=given, as_json=True)[0]["limit"] == 5
+
+
+def test_inputs_by_function():
+    def of(values: Mapping[str, Any]) -> Mapping[str, Any]:
+        return {"topic": values["title"].upper()}
+
+    assert inputs([{"title": "tea"}], inputs=of) == [{"topic": "TEA"}]
+
+
+@pytest.mark.parametrize(
+    ("row", "options", "reason"),
+    [
+        pytest.param({"topic": "", "tone": "x"}, {}, "lacks topic", id="required and empty"),
+        pytest.param({"topic": None}, {}, "lacks topic", id="required and null"),
+        pytest.param({"tone": "dry"}, {}, "lacks topic", id="required and not there"),
+        pytest.param({"titel": "tea"}, {}, "has no column of the crew's inputs: tone, topic", id="no input at all"),
+        pytest.param({"topic": float("nan")}, {}, "Input 'topic' holds a number that is not finite", id="NaN"),
+        pytest.param({"topic": "\ud800"}, {}, "lone surrogate", id="half a character"),
+        pytest.param({"topic": b"x"}, {}, "bytes, which cannot be sent", id="bytes"),
+        pytest.param({"a": "x"}, {"inputs": {"topic": "b"}}, "taken from column 'b', which is not there", id="column"),
+        pytest.param({"a": ""}, {"inputs": {"topic": "a"}}, "lacks topic", id="empty column"),
+        pytest.param({"a": "x"}, {"inputs": {"topic": "{{ b }}"}}, "uses b, which is no column", id="template"),
+        pytest.param({"a": None}, {"inputs": {"topic": " {{ a }} "}}, "lacks topic", id="empty template"),
+        pytest.param({"a": 1}, {"inputs": {"topic": "{{ a.b.c }}"}}, "cannot be filled", id="attribute"),
+        pytest.param({"a": None}, {"inputs": lambda row: {"topic": row["a"].strip()}}, "AttributeError", id="function"),
+        pytest.param({"a": 0}, {"inputs": {"topic": lambda row: 1 / row["a"]}}, "ZeroDivisionError", id="raising"),
+        pytest.param({"topic": "x"}, {"key": "id"}, "has no column 'id', which is the key", id="no key column"),
+        pytest.param({"topic": "x", "id": " "}, {"key": "id"}, "its key is empty", id="empty key"),
+        pytest.param({"topic": "x", "id": "k" * 201}, {"key": "id"}, "201 characters, the limit is 200", id="long key"),
+        pytest.param({"topic": "x", "id": "a\0b"}, {"key": "id"}, "that no ledger can keep", id="NUL in the key"),
+        pytest.param({"topic": "x", "id": "\ud800"}, {"key": "id"}, "that no ledger can keep", id="half a key"),
+        pytest.param({"topic": "x"}, {"key": lambda row: row["id"]}, "KeyError: 'id'", id="key function"),
+    ],
+)
+def test_a_row_that_cannot_be_run_says_why(row: dict[str, Any], options: dict[str, Any], reason: str):
+    [(line, found)] = reasons([row], **options)
+    assert line == 1
+    assert reason in found
+
+
+def test_all_bad_rows_are_told_at_once_and_the_message_has_an_end():
+    rows = [{"topic": "" if number % 2 else "tea"} for number in range(100)]
+    checked = plan(rows).check()
+    assert (checked.total, checked.bad_count, len(checked.bad)) == (50, 50, 50)
+    error = BadRowsError(checked.bad, checked.bad_count, source="leads.csv")
+    assert error.rows[0] == BadRow(2, "lacks topic")
+    assert str(error).startswith("leads.csv: 50 rows cannot be run: line 2: lacks topic; line 4: lacks topic;")
+    assert "and 30 more. Mend them, or set them aside" in str(error)
+
+
+def test_a_template_that_is_none_is_no_fault_of_the_rows():
+    with pytest.raises(ConfigurationError, match="is no template"):
+        plan([{"a": 1}], inputs={"topic": "{{ a"})
+
+
+def test_an_empty_data_set_is_refused():
+    with pytest.raises(DatasetError, match="has no rows"):
+        plan([]).check()
+
+
+# Keys
+
+
+def test_equal_rows_are_told_apart_by_their_number_of_occurrence():
+    first, second, third = keys([{"topic": "tea"}, {"topic": "coffee"}, {"topic": "tea"}])
+    assert first.removesuffix("-1") == third.removesuffix("-2")
+    assert second.endswith("-1")
+    assert len({first, second, third}) == 3
+
+
+def test_default_keys_do_not_depend_on_other_columns_or_the_order_of_rows():
+    rows = [{"topic": "tea", "id": 1}, {"topic": "coffee", "id": 2}]
+    assert set(keys(rows)) == set(keys([{"topic": "coffee"}, {"topic": "tea", "more": 1}]))
+
+
+@pytest.mark.parametrize("key", ["id", lambda row: row["id"]], ids=["column", "function"])
+def test_keys_from_the_row(key: str | Callable[[Mapping[str, Any]], Any]):
+    rows = [{"topic": "tea", "id": 7}, {"topic": "coffee", "id": "ü 🙂"}]
+    assert keys(rows, key=key) == ["7", "ü 🙂"]
+
+
+def test_a_key_that_is_there_twice_names_both_lines():
+    rows = [{"topic": "tea", "id": 7}, {"topic": "coffee", "id": 8}, {"topic": "milk", "id": 7}]
+    assert reasons(rows, key="id") == [(3, "has the key '7' of line 1 again")]
+
+
+def test_deduplicating_makes_equal_rows_one_but_not_other_ones_of_the_same_key():
+    rows = [{"topic": "tea", "id": 7}, {"topic": "tea", "id": 7}, {"topic": "milk", "id": 7}]
+    assert plan(rows[:2], deduplicate=True).check() == Checked(1, [], 0, 1, plan(rows[:1]).check().fingerprint)
+    checked = plan(rows, key="id", deduplicate=True).check()
+    assert (checked.total, checked.duplicates) == (1, 1)
+    assert [row.reason for row in checked.bad] == ["has the key '7' of line 1, and other inputs"]
+
+
+def test_numbers_count_the_rows_that_can_be_run():
+    jobs = list(plan([{"topic": "a"}, {"topic": ""}, {"topic": "b"}]).jobs())
+    assert [(job.number, job.line) for job in jobs] == [(0, 1), (1, 3)]
+
+
+def test_the_fingerprint_is_that_of_the_rows_whatever_their_order():
+    rows = [{"topic": f"topic {number}"} for number in range(50)]
+    mark = plan(rows).check().fingerprint
+    assert plan(rows[::-1]).check().fingerprint == mark
+    assert plan(rows[1:]).check().fingerprint != mark
+    assert plan([*rows[1:], {"topic": "another"}]).check().fingerprint != mark
+    assert plan([*rows, rows[0]]).check().fingerprint != mark
+
+
+def test_both_readings_give_the_same(tmp_path: Any):
+    path = tmp_path / "rows.csv"
+    path.write_text("topic\n" + "tea\ncoffee\n" * 500)
+    rows = RowPlan(open_dataset(path), expected=TOPIC)
+    assert list(rows.jobs()) == list(rows.jobs())
+    assert rows.check() == rows.check()
+
+
+def test_every_row_belongs_to_one_shard_and_all_shards_get_some():
+    found = [shard_of(f"row {number}", 4) for number in range(4000)]
+    assert {shard: found.count(shard) > 900 for shard in range(4)} == dict.fromkeys(range(4), True)
+    assert shard_of("ü", 7) == shard_of("ü", 7)
+
+
+def test_a_job_is_small():
+    job = RowJob(0, 1, "k", {}, "d")
+    assert not hasattr(job, "__dict__")
