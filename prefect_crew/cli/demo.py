@@ -34,7 +34,7 @@ def demo(
         os.environ.setdefault(name, value)
     _introduce(given)
     with progress() as shown:
-        prefect = reach_prefect(shown)
+        prefect = reach_prefect(shown, meanwhile=("prefect_crew.runs", "prefect_crew.server.local"))
         shown.phase("Starting a crew server on this machine")
         answer = _run(shown, given)
     terminal.put()

@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -38,13 +38,16 @@ class Prefect(NamedTuple):
         return self.url is None
 
 
-def reach_prefect(progress: Progress, *, quiet: bool = True, lasting: bool = False) -> Prefect:
+def reach_prefect(
+    progress: Progress, *, quiet: bool = True, lasting: bool = False, meanwhile: Sequence[str] = ()
+) -> Prefect:
     """Import Prefect and make sure that its API answers: the one that is set, else Prefect's embedded server.
 
     Args:
         progress: Is told what is waited for.
         quiet: Whether Prefect's own logs are kept off this terminal.
         lasting: Whether the server has to outlast this command, so that the embedded one will not do.
+        meanwhile: Modules that are needed next, to be imported while the embedded server starts.
 
     Raises:
         PrefectAwayError: It does not answer, or none is set and Prefect may not start its own.
@@ -72,7 +75,7 @@ def reach_prefect(progress: Progress, *, quiet: bool = True, lasting: bool = Fal
         )
     else:
         progress.phase("Starting Prefect's embedded server", "10 to 20 seconds the first time")
-        _start_embedded()
+        _start_embedded(meanwhile)
     progress.done(f"Prefect answers at {url}" if url else "Prefect's embedded server is up")
     return Prefect(url)
 
@@ -128,26 +131,28 @@ def _quiet_server() -> Generator[None]:
     """
     from prefect_crew.cli import debugging
 
-    name = "PREFECT_SERVER_LOGGING_LEVEL"
-    if debugging() or name in os.environ:
-        yield
-        return
-    os.environ[name] = "CRITICAL"
+    # The first is the level of its own loggers, the second that of all that goes to its terminal.
+    names = ("PREFECT_SERVER_LOGGING_LEVEL", "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL")
+    missing = [] if debugging() else [name for name in names if name not in os.environ]
+    os.environ.update(dict.fromkeys(missing, "CRITICAL"))
     try:
         yield
     finally:
-        os.environ.pop(name, None)
+        for name in missing:
+            os.environ.pop(name, None)
 
 
 _embedded: _Embedded | None = None
 
 
-def _start_embedded() -> None:
+def _start_embedded(meanwhile: Sequence[str]) -> None:
     global _embedded
     if _embedded is not None:
         return
     _embedded = _Embedded()
     _embedded.start()
+    for module in meanwhile:
+        importlib.import_module(module)
     while not _embedded.ended.wait(0.1):  # short, so that a signal is handled soon on every platform
         pass
     if _embedded.error is not None:

@@ -11,6 +11,7 @@ import pytest
 from prefect_crew.server import CrewServer
 from support.commands import TOKEN, Command, Finished, outside
 from support.prefect_server import PrefectServer
+from support.prefect_server import environment as settings
 
 SCRIPTS = {
     "greet": """
@@ -89,3 +90,10 @@ def crews() -> Iterator[CrewServer]:
     """Several crews on one port: `f"{crews.url}/greet"`, and broken, reviewed, slow."""
     with CrewServer(SCRIPTS, token=TOKEN) as server:
         yield server
+
+
+@pytest.fixture
+def away(tmp_path: Path) -> Iterator[None]:
+    """Let this process be a client of a Prefect server that is not there."""
+    with settings({"PREFECT_API_URL": "http://127.0.0.1:1/api", "PREFECT_HOME": str(tmp_path / "home")}):
+        yield

@@ -110,9 +110,8 @@ def test_no_result_under_a_key_that_nobody_used(here, prefect_api: PrefectServer
     assert here("result", "never used").code == 27
 
 
-def test_a_prefect_api_that_is_away_is_a_paragraph(alone, crews: CrewServer):
-    url = f"{crews.url}/greet"
-    done = alone("run", url, "-i", "who=Ada", "--json", env={"PREFECT_API_URL": "http://127.0.0.1:1/api"})
+def test_a_prefect_api_that_is_away_is_a_paragraph(here, crews: CrewServer, away: None):
+    done = here("run", f"{crews.url}/greet", "-i", "who=Ada", "--json")
     assert done.code == 30
     assert done.json["error"]["exit_code"] == 30
     assert "http://127.0.0.1:1/api does not answer" in done.err
