@@ -26,12 +26,20 @@ class Seen:
 
     def get(self, path: str) -> Any:
         """Return the JSON of a GET."""
-        return self._client.get(path).raise_for_status().json()
+        return self._ask("GET", path)
 
     def post(self, path: str, body: Mapping[str, Any]) -> Any:
         """Return the JSON of a POST; None where the answer is empty."""
-        answer = self._client.post(path, json=body).raise_for_status()
-        return answer.json() if answer.content else None
+        return self._ask("POST", path, body)
+
+    def _ask(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
+        deadline = time.monotonic() + 30
+        while True:
+            answer = self._client.request(method, path, json=body)
+            # SQLite was locked for too long: nothing was done, and Prefect's own client asks again as well.
+            if answer.status_code != httpx.codes.SERVICE_UNAVAILABLE or time.monotonic() > deadline:
+                return answer.raise_for_status().json() if answer.content else None
+            time.sleep(0.1)
 
     def flow_run(self, flow_run_id: Any) -> dict[str, Any]:
         """Return a flow run."""
