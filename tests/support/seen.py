@@ -38,7 +38,8 @@ class Seen:
             answer = self._client.request(method, path, json=body)
             # SQLite was locked for too long: nothing was done, and Prefect's own client asks again as well.
             if answer.status_code != httpx.codes.SERVICE_UNAVAILABLE or time.monotonic() > deadline:
-                return answer.raise_for_status().json() if answer.content else None
+                answer.raise_for_status()
+                return answer.json() if answer.content else None
             time.sleep(0.1)
 
     def flow_run(self, flow_run_id: Any) -> dict[str, Any]:
