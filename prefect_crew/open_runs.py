@@ -12,6 +12,7 @@ from prefect_crew.artifacts import RunArtifact
 from prefect_crew.records import RunRecord
 from prefect_crew.redaction import Redactor
 from prefect_crew.rendering import RunView
+from prefect_crew.stopping import flow_run_id
 
 if TYPE_CHECKING:
     from prefect_crew.blocks import DeployedCrew
@@ -109,20 +110,21 @@ class OpenRun:
 
 
 _KEPT = 10_000
-_recent: OrderedDict[str, OpenRun] = OrderedDict()
+_recent: OrderedDict[tuple[str, str | None], OpenRun] = OrderedDict()
+# By the flow run as well: who only waits for another flow run's run must not be taken for its owner.
 
 
 def remember(run: OpenRun) -> None:
     """Keep an opened run at hand in this process, so that the wait after a kickoff need not ask for its record."""
-    _recent[run.kickoff_id] = run
-    _recent.move_to_end(run.kickoff_id)
+    _recent[run.kickoff_id, flow_run_id()] = run
+    _recent.move_to_end((run.kickoff_id, flow_run_id()))
     while len(_recent) > _KEPT:
         _recent.popitem(last=False)
 
 
 def recall(crew: DeployedCrew, kickoff_id: str, *, take: bool = True) -> OpenRun | None:
     """Return what `remember` kept. The wait takes it: whoever comes later has to read what stands on the server."""
-    run = _recent.get(kickoff_id)
+    run = _recent.get((kickoff_id, flow_run_id()))
     if run is None or run.crew.url != crew.url:
         return None
-    return _recent.pop(kickoff_id, None) if take else run
+    return _recent.pop((kickoff_id, flow_run_id()), None) if take else run

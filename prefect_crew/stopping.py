@@ -10,10 +10,13 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import OrderedDict
+from typing import Any
 from uuid import UUID
 
 import httpx
+from prefect import Flow, State
 from prefect.client.orchestration import get_client
+from prefect.client.schemas.objects import FlowRun
 from prefect.context import FlowRunContext
 from prefect.exceptions import ObjectNotFound, PrefectException
 from prefect.states import Cancelled
@@ -23,6 +26,7 @@ from prefect_crew.api.models import CrewState, StopAnswer, StopOutcome
 from prefect_crew.events import emit
 from prefect_crew.interrupts import ctrl_c_pressed, started_by_runner
 from prefect_crew.logs import run_logger
+from prefect_crew.patience import within
 from prefect_crew.record_store import PrefectRecords
 from prefect_crew.records import RecordPhase, RecordStore, RunRecord, utcnow
 from prefect_crew.sessions import CrewSession
@@ -119,7 +123,7 @@ async def cancelled_meanwhile(run_id: str | None) -> bool:
     while len(_looked) > 1000:
         _looked.popitem(last=False)
     try:
-        cancelled = await asyncio.wait_for(flow_run_cancelled(run_id), LOOK_WITHIN)
+        cancelled = await within(LOOK_WITHIN, flow_run_cancelled(run_id))
     except (httpx.HTTPError, PrefectException, TimeoutError, asyncio.TimeoutError):
         return False
     _looked[key] = (time.monotonic(), cancelled)
@@ -127,13 +131,45 @@ async def cancelled_meanwhile(run_id: str | None) -> bool:
 
 
 async def mark_cancelled(run_id: str) -> None:
-    """Bring a flow run, and those around it that are being cancelled, to Cancelled: no runner ends them."""
-    runs = [run_id, *(one for one in await cancelled_runs(run_id) if one != run_id)]
+    """See to it that a flow run, and those around it that are being cancelled, end as Cancelled: no runner ends them.
+
+    Prefect's engine would write Failed or Completed over Cancelled when the flow's function ends: so a hook sets it
+    after that.
+
+    Raises:
+        httpx.HTTPError, PrefectException: The Prefect API is away.
+    """
+    runs = {run_id, *await cancelled_runs(run_id)}
+    context: Any = FlowRunContext.get()
+    while isinstance(context, FlowRunContext):
+        if context.flow is not None and context.flow_run is not None and str(context.flow_run.id) in runs:
+            runs.remove(str(context.flow_run.id))
+            _end_by_hook(context.flow, context.flow_run.id)
+        token = context._token  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
+        context = None if token is None else token.old_value
+    for one in runs:
+        await _set_cancelled(UUID(one))
+
+
+def _end_by_hook(flow: Flow[Any, Any], run_id: UUID) -> None:
+    # A run that is Cancelling stays so when the engine proposes an end, and Prefect calls the hooks of that.
+    places = (flow.on_cancellation_hooks, flow.on_failure_hooks, flow.on_completion_hooks, flow.on_crashed_hooks)
+
+    async def end_as_cancelled(flow: Flow[Any, Any], flow_run: FlowRun, state: State[Any]) -> None:
+        del flow, state
+        if flow_run.id == run_id:
+            for hooks in places:
+                hooks.remove(end_as_cancelled)
+            await _set_cancelled(run_id)
+
+    for hooks in places:
+        hooks.append(end_as_cancelled)
+
+
+async def _set_cancelled(run_id: UUID) -> None:
+    message = "The wait for a crew ended with the cancellation of the flow run."
     async with get_client() as client:
-        for one in runs:
-            await client.set_flow_run_state(
-                UUID(one), Cancelled(message="The wait for a crew ended with the flow run's cancellation."), force=True
-            )
+        await client.set_flow_run_state(run_id, Cancelled(message=message), force=True)
 
 
 async def cancellation_asked(own: str | None) -> bool:
@@ -151,7 +187,7 @@ async def stop_if_asked(session: CrewSession, record: RunRecord, records: Record
     Raises nothing but a further cancellation.
     """
     try:
-        return await asyncio.wait_for(_stop_if_asked(session, record, records), STOP_WITHIN)
+        return await within(STOP_WITHIN, _stop_if_asked(session, record, records))
     except (CrewError, httpx.HTTPError, PrefectException, TimeoutError, asyncio.TimeoutError) as error:
         run_logger().warning(
             "Crew run %s could not be stopped (%s: %s): it runs on at %s.",

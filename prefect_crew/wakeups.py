@@ -20,6 +20,7 @@ from prefect.events.clients import get_events_subscriber
 from prefect.events.filters import EventFilter, EventNameFilter
 from websockets.exceptions import WebSocketException
 
+from prefect_crew.patience import within
 from prefect_crew.settings import CrewSettings
 
 __all__ = ["Waker", "hooks_are_on", "subscribe", "waker_for"]
@@ -69,7 +70,7 @@ class Waker:
     async def pause(self, seconds: float) -> None:
         """Sleep, until something has happened at the most."""
         try:
-            await asyncio.wait_for(self._event.wait(), seconds)
+            await within(seconds, self._event.wait())
             self.woken = True
         except (TimeoutError, asyncio.TimeoutError):
             self.woken = False

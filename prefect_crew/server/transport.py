@@ -59,14 +59,18 @@ class InProcessTransport(httpx.AsyncBaseTransport):
         except RuntimeError:  # the loop was closed in between
             raise httpx.ConnectError("Connection refused: the server has stopped", request=request) from None
         patience = request.extensions.get("timeout", {}).get("read")
+        answer = asyncio.wrap_future(call.answer)
         try:
-            status, headers, body = await asyncio.wait_for(asyncio.wrap_future(call.answer), patience)
-        except asyncio.TimeoutError:
-            raise httpx.ReadTimeout("The read operation timed out", request=request) from None
+            # Not wait_for: before Python 3.12 it swallows a cancellation that comes together with the answer.
+            done, _ = await asyncio.wait({answer}, timeout=patience)
+            if not done:
+                raise httpx.ReadTimeout("The read operation timed out", request=request)
+            status, headers, body = answer.result()
         except httpx.RequestError as error:
             error.request = request
             raise
         finally:
+            answer.cancel()
             with contextlib.suppress(RuntimeError):
                 loop.call_soon_threadsafe(call.leave)
         return httpx.Response(status, headers=headers, content=body, request=request)

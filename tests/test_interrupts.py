@@ -1,0 +1,111 @@
+"""Ctrl-C is noted, and does what it did before."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from prefect_crew.interrupts import ctrl_c_pressed, started_by_runner, watch_ctrl_c
+
+
+def press() -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.fixture(autouse=True)
+def _handler_is_put_back() -> Iterator[None]:
+    before = signal.getsignal(signal.SIGINT)
+    yield
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def press_in_a_watch() -> bool:
+    """Return whether the press was noted; it must interrupt as well."""
+    noted = False
+    with pytest.raises(KeyboardInterrupt), watch_ctrl_c():  # noqa: PT012  what is noted is gone after it
+        try:
+            press()
+        finally:
+            noted = ctrl_c_pressed()
+    return noted
+
+
+def test_it_is_noted_and_still_interrupts():
+    assert press_in_a_watch()
+
+
+def test_nothing_was_pressed():
+    with watch_ctrl_c():
+        assert not ctrl_c_pressed()
+
+
+def test_a_press_from_before_is_forgotten():
+    assert press_in_a_watch()
+    with watch_ctrl_c():
+        assert not ctrl_c_pressed()
+
+
+def test_waits_within_waits_share_what_was_noted():
+    heard: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: heard.append(number))
+    try:
+        with watch_ctrl_c():
+            with watch_ctrl_c():
+                press()
+                assert ctrl_c_pressed()
+            assert ctrl_c_pressed()
+            with watch_ctrl_c():
+                assert ctrl_c_pressed(), "a later wait of the same time knows it too"
+        assert heard == [signal.SIGINT], "the handler from before is called, once"
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_an_ignored_signal_stays_ignored():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with watch_ctrl_c():
+            press()
+            assert ctrl_c_pressed()
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_a_handler_that_somebody_sets_meanwhile_is_theirs_to_keep():
+    before = signal.getsignal(signal.SIGINT)
+
+    def theirs(number: int, frame: Any) -> None:
+        raise AssertionError("not called here")
+
+    try:
+        with watch_ctrl_c():
+            signal.signal(signal.SIGINT, theirs)
+        assert signal.getsignal(signal.SIGINT) is theirs
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_beside_the_main_thread_nothing_is_touched():
+    handlers: list[Any] = []
+
+    def wait() -> None:
+        with watch_ctrl_c():
+            handlers.append(signal.getsignal(signal.SIGINT))
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    thread.join()
+    assert handlers == [signal.getsignal(signal.SIGINT)]
+
+
+def test_a_runner_is_known_by_what_it_sets(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("PREFECT__FLOW_RUN_ID", raising=False)
+    assert not started_by_runner()
+    monkeypatch.setenv("PREFECT__FLOW_RUN_ID", "5a0c")
+    assert started_by_runner()
