@@ -49,7 +49,7 @@ def test_the_demo_shows_what_it_does_and_where_to_go(demo: Terminal):
     "moment",
     [
         pytest.param("Starting Prefect's embedded server", id="while-the-server-starts"),
-        pytest.param("(1 of 3 tasks done)", id="while-the-crew-runs"),
+        pytest.param("(1 of 3 tasks done)", id="while-the-crew-runs", marks=pytest.mark.slow),
     ],
 )
 def test_ctrl_c_leaves_no_process_behind(demo: Terminal, moment: str):
