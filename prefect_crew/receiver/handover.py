@@ -234,7 +234,12 @@ class Handover:
             return
         if key not in self._settling and len(self._settling) < SETTLING:
             self._settling[key] = asyncio.create_task(self._settle_in_time(news, news.kickoff_id))
-            self._settling[key].add_done_callback(lambda _: self._settling.pop(key, None))
+            self._settling[key].add_done_callback(lambda task: self._settled(key, task))
+
+    def _settled(self, key: tuple[str, int | None], task: asyncio.Task[None]) -> None:
+        self._settling.pop(key, None)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.error("Run key %s could not be settled by its webhook: %r", key[0], error)
 
     async def _settle_in_time(self, news: News, kickoff_id: str) -> None:
         hook, outcome = news.hook, Settlement.NOT_NEEDED

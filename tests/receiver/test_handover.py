@@ -173,6 +173,44 @@ async def test_one_that_prefect_refuses_holds_up_no_other(
     assert key in caplog.text
 
 
+async def test_refusals_fill_no_log(key: str, hand_on: Handover, caplog: pytest.LogCaptureFixture):
+    plain = news_about(key)
+    for number in range(15):
+        hand_on.put(News(**{**vars(plain), "id": uuid.uuid4(), "said": {"odd": object(), "number": number}}))
+    await until(lambda: hand_on.report()["refused"] == 15, "all are refused")
+    assert caplog.text.count("is no event") == module.LOGGED
+
+
+async def test_what_nobody_expected_of_prefect_is_said_and_tried_again(
+    key: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    genuine, asked = module.get_client, list[int]()
+
+    def odd() -> Any:
+        asked.append(1)
+        if len(asked) == 1:
+            raise RuntimeError("nobody expected this")
+        return genuine()
+
+    monkeypatch.setattr(module, "get_client", odd)
+    handover = Handover()
+    handover.put(news_about(key))
+    await events_of(key)
+    assert "nobody expected this" in caplog.text
+    await handover.aclose()
+
+
+async def test_a_kickoff_that_cannot_be_settled_is_left_to_a_person(
+    key: str, hand_on: Handover, caplog: pytest.LogCaptureFixture
+):
+    await PrefectRecords().claim(record(key, phase=RecordPhase.UNCERTAIN, kickoff_id=None, crew="no-such-block"))
+    hand_on.put(news_about(key, meta={"run_key": key}))
+    await events_of(key)
+    await until(lambda: "prefect-crew runs settle" in caplog.text, "it is said")
+    assert "no crew" in caplog.text
+    assert hand_on.report()["settled"] == 0
+
+
 async def test_the_end_hands_on_what_is_left(key: str):
     handover = Handover()
     for number in range(5):

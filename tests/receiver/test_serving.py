@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
@@ -100,6 +102,29 @@ async def test_a_client_that_leaves_harms_nothing(port: int, urls: Urls, kept: K
         writer.transport.abort()
     assert await exchange(port, raw(urls)) == 200
     assert len(kept.news) == 1
+
+
+def test_it_is_served_until_a_signal(kept: Kept, capsys: pytest.CaptureFixture[str]):
+    answers: list[int] = []
+
+    def ask(line: str) -> None:
+        answers.append(httpx.get(line.split()[-3]).status_code)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def announce(line: str) -> None:
+        threading.Thread(target=ask, args=(line,), daemon=True).start()
+
+    before = signal.getsignal(signal.SIGTERM)
+    assert serving.serve_receiver(create_receiver(SECRET, hand_on=kept), port=0, announce=announce) == 0
+    assert answers == [200]
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_port_that_is_taken_is_said(kept: Kept):
+    taken = serving.listener("127.0.0.1", 0)
+    taken.listen()
+    with taken, pytest.raises(OSError, match="in use"):
+        serving.serve_receiver(create_receiver(SECRET, hand_on=kept), port=taken.getsockname()[1])
 
 
 @pytest.fixture

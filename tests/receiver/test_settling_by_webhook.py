@@ -9,6 +9,7 @@ from typing import Any
 
 import httpx
 import pytest
+from pydantic import SecretStr
 
 from prefect_crew import DeployedCrew, KickoffUncertainError, arun_crew
 from prefect_crew.receiver import handover
@@ -148,6 +149,18 @@ async def test_a_crew_that_does_not_answer_settles_nothing():
     record = uncertain(crew)
     await RECORDS.claim(record)
     assert await settle_from_webhook(record.run_key, str(uuid.uuid4()), RECORDS) is Settlement.NO_ANSWER
+
+
+async def test_a_token_that_was_rotated_is_looked_up_anew(server: CrewServer, crew: DeployedCrew):
+    record, kickoff_id = uncertain(crew), await started(crew)
+    await RECORDS.claim(record)
+
+    async def stale(record: RunRecord) -> DeployedCrew:
+        loaded = await DeployedCrew.aload(record.crew)
+        loaded.token = SecretStr("the-token-of-yesterday")
+        return loaded
+
+    assert await settle_from_webhook(record.run_key, kickoff_id, RECORDS, load=stale) is Settlement.SETTLED
 
 
 @pytest.fixture

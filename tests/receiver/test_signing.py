@@ -74,6 +74,14 @@ def test_a_token_is_good_for_its_kind_its_secret_and_its_time_only(kind: Webhook
         assert read(hook, token, kind=other or "x") is None
 
 
+def test_a_token_of_a_version_that_is_yet_to_come_is_not_ours(monkeypatch: pytest.MonkeyPatch):
+    hook = Hook("crew", "key", LATER)
+    with monkeypatch.context() as later:
+        later.setattr("prefect_crew.receiver.signing._VERSION", 2)
+        token = token_of(hook, SECRET)
+    assert read(hook, token) is None
+
+
 @pytest.mark.parametrize("kind", ["human_input", "stream"])
 @pytest.mark.parametrize(
     "header",
