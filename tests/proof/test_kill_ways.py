@@ -1,0 +1,71 @@
+"""The same for flows that Prefect runs in processes of their own: killed there, and retried as a person does it.
+
+None of them names a run key: it is what Prefect keeps of a flow run that makes a retry find its runs again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from prefect_crew.server.local import CrewServer
+from proof.kills import Kill, order
+from proof.settle import settle
+from proof.test_kill_matrix import CREW
+from proof.ways import WAYS, Ways
+from support.prefect_server import PrefectServer
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.sampled,
+    pytest.mark.timeout(400),
+    pytest.mark.usefixtures("prefect_api"),
+]
+
+KILLS = {
+    "before the claim": Kill("claim", "before"),
+    "between answer and record": Kill("kickoff", "after"),
+    "after the record": Kill("save", "after"),
+    "while it waits": Kill("status", "after", 2),
+    "before the end is on record": Kill("save", "before", 2),
+}
+
+
+@pytest.fixture(scope="module")
+def ways(prefect_server: PrefectServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ways]:
+    with Ways(prefect_server, tmp_path_factory.mktemp("ways")) as running:
+        yield running
+
+
+@pytest.mark.parametrize("point", KILLS)
+@pytest.mark.parametrize("name", WAYS)
+def test_a_flow_run_that_was_killed_is_retried(name: str, point: str, ways: Ways, tmp_path: Path) -> None:
+    way = ways.way(name)
+    purchases = 2 if name == "subflow" else 1
+    with CrewServer(CREW) as server:
+        block = f"killable-{tmp_path.name}".replace("_", "-").lower()
+        server.crew(wait={"initial": 0.2, "max_interval": 0.5, "timeout": 60}).save(block, overwrite=True)
+        order(KILLS[point], tmp_path / "kill.json")
+        run_id = ways.start(way, {"crew": block, "kill_file": str(tmp_path / "kill.json")})
+        crashed = ways.crashed(way, run_id)
+        assert crashed["state_type"] == "CRASHED", crashed["state"]
+        assert not (tmp_path / "kill.json").exists()
+
+        ways.retry(run_id)
+        ended = ways.ended(run_id, "COMPLETED", "FAILED")
+        if point == "between answer and record":
+            assert ended["state_type"] == "FAILED"
+            assert "uncertain" in ended["state"]["message"]
+            assert server.kickoffs == purchases
+            settle(server, _uncertain_key(server))
+            ways.retry(run_id)
+            ended = ways.ended(run_id, "COMPLETED", "FAILED")
+        assert ended["state_type"] == "COMPLETED", ended["state"]
+        assert server.kickoffs == purchases
+        assert set(server.kickoffs_by_run_key.values()) == {1}
+
+
+def _uncertain_key(server: CrewServer) -> str:
+    return list(server.counters.accepted.values())[-1]["run_key"]
