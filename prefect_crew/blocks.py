@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import httpx
@@ -126,6 +126,11 @@ class DeployedCrew(JobBlock[CrewResult]):
         copy._called = name  # noqa: SLF001 - of the same class
         return copy
 
+    def hiding(self, names: Iterable[str]) -> DeployedCrew:
+        """Return a copy to which these inputs are secret as well; itself where they are already."""
+        more = [name for name in names if name not in self.secret_inputs]
+        return self.model_copy(update={"secret_inputs": [*self.secret_inputs, *more]}) if more else self
+
     def client(self, *, transport: httpx.AsyncBaseTransport | None = None) -> CrewClient:
         """Return a client for it, to be used as an async context manager."""
         from prefect_crew.api.client import CrewClient
@@ -149,7 +154,7 @@ class DeployedCrew(JobBlock[CrewResult]):
             return None
         # Whatever its author called it, the annotated class is what the store gives back for this slug.
         stored = await type(self).aload(self._block_document_name)
-        return stored if stored.token != self.token else None
+        return stored.hiding(self.secret_inputs) if stored.token != self.token else None
 
     async def _atrigger(
         self,

@@ -14,6 +14,7 @@ from prefect_crew.open_runs import OpenRun, remember
 from prefect_crew.purchases import Purchase, purchase_run
 from prefect_crew.record_store import PrefectRecords
 from prefect_crew.records import Decision, RecordStore
+from prefect_crew.redaction import holds_secret
 from prefect_crew.run_keys import identify
 from prefect_crew.sessions import CrewSession
 from prefect_crew.stopping import known_cancelled
@@ -49,6 +50,8 @@ async def open_run(
         CrewConnectionError, RateLimitedError, ServerError: The kickoff surely did not start a run; it may be retried.
         CrewAPIError: The server refused it; nothing was started.
     """
+    # Who gives one of pydantic's secrets has said that it is one.
+    crew = crew.hiding(name for name, value in inputs.items() if holds_secret(value))
     try:
         encoded = encode_inputs(inputs, as_json=crew.inputs_as_json)
     except (TypeError, ValueError) as error:

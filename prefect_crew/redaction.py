@@ -6,9 +6,11 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
+from pydantic import BaseModel, SecretBytes, SecretStr
+
 from prefect_crew.api.inputs import encode_inputs
 
-__all__ = ["MASK", "Redactor"]
+__all__ = ["MASK", "Redactor", "holds_secret"]
 
 MASK = "********"
 SHORTEST = 4
@@ -63,12 +65,41 @@ class Redactor:
         return self.tree(value) != value
 
 
+def holds_secret(value: Any) -> bool:
+    """Return whether a value is one of pydantic's secrets, or has one within it."""
+    if isinstance(value, SecretStr | SecretBytes):
+        return True
+    if isinstance(value, BaseModel):
+        value = value.model_dump(mode="python")
+    if isinstance(value, Mapping):
+        return any(holds_secret(item) for item in cast("Mapping[Any, Any]", value).values())
+    if isinstance(value, list | tuple | set | frozenset):
+        return any(holds_secret(item) for item in cast("Iterable[Any]", value))
+    return False
+
+
 def _texts(value: Any) -> list[str]:
-    """Return the texts inside a secret value: a crew may repeat one item of a list or an object."""
+    """Return the texts and numbers inside a secret value: a crew may repeat one item of a list or an object."""
+    if isinstance(value, SecretStr):
+        value = value.get_secret_value()
     if isinstance(value, str):
-        return [value]
+        return [value, *_texts(_structure(value))]
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return [str(value)]
+    if isinstance(value, BaseModel):
+        value = value.model_dump(mode="python")
     if isinstance(value, Mapping):
         return [text for item in cast("Mapping[Any, Any]", value).values() for text in _texts(item)]
     if isinstance(value, list | tuple):
         return [text for item in cast("list[Any]", value) for text in _texts(item)]
     return []
+
+
+def _structure(text: str) -> Any:
+    """Return the list or object that a text is in JSON, which is how inputs of such values are sent; else None."""
+    if text[:1] not in ("[", "{"):
+        return None
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None

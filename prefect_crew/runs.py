@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from contextvars import ContextVar
@@ -15,20 +16,26 @@ from prefect.context import FlowRunContext, TaskRunContext
 from prefect.exceptions import PrefectException
 from pydantic import BaseModel, Field
 
-from prefect_crew.api.errors import ConfigurationError, CrewError, CrewLostError
+from prefect_crew.api.errors import ConfigurationError, CrewError, CrewFailedError, CrewStoppedError
+from prefect_crew.api.inputs import encode_inputs
 from prefect_crew.api.models import CrewResult, CrewState
 from prefect_crew.blocks import DeployedCrew
 from prefect_crew.dual import dual, refuse_running_loop
+from prefect_crew.lookups import read_result
 from prefect_crew.open_runs import OpenRun
-from prefect_crew.outcomes import failure, typed
+from prefect_crew.outcomes import typed
 from prefect_crew.record_store import PrefectRecords
-from prefect_crew.redaction import MASK
+from prefect_crew.redaction import MASK, holds_secret
 from prefect_crew.reviews import ReviewFunction
 from prefect_crew.tasks import kickoff_crew, loaded, wait_for_crew
 from prefect_crew.waiting import WaitPolicy
 
 if TYPE_CHECKING:
     from prefect_crew.api.webhooks import Webhooks
+
+STORED_BYTES = 400_000
+"""Prefect takes 512 KiB of parameters for a flow run."""
+TOO_LARGE = "(too large to be stored with the flow run)"
 
 __all__ = ["arun_crew", "get_result", "run_crew", "run_deployed_crew"]
 
@@ -96,9 +103,7 @@ async def arun_crew(
     token = _live.set(call)
     try:
         return await cast("Callable[..., Awaitable[CrewResult]]", run_deployed_crew)(
-            crew=crew.label,
-            inputs={key: MASK if key in crew.secret_inputs else value for key, value in call.inputs.items()},
-            **options,
+            crew=crew.label, inputs=_stored(call), **options
         )
     finally:
         _live.reset(token)
@@ -140,6 +145,23 @@ def run_crew(
     )
 
 
+def _stored(call: _Call) -> dict[str, Any]:
+    """Return the inputs as Prefect may store them: plain values, no secret ones, none too large for it."""
+    try:
+        plain = encode_inputs(call.inputs, as_json=True)
+    except (TypeError, ValueError) as error:
+        raise ConfigurationError(f"{error} Nothing was started.") from None
+    for name, value in call.inputs.items():
+        if name in plain and (name in call.crew.secret_inputs or holds_secret(value)):
+            plain[name] = MASK
+    sizes = {name: len(json.dumps(value)) for name, value in plain.items()}
+    for name in sorted(sizes, key=sizes.__getitem__, reverse=True):
+        if sum(sizes.values()) <= STORED_BYTES:
+            break
+        plain[name], sizes[name] = TOO_LARGE, len(TOO_LARGE)
+    return plain
+
+
 async def _run(
     call: _Call, *, name: str | None, run_key: str | None, force_new: bool, wait: WaitPolicy | None
 ) -> CrewResult:
@@ -166,8 +188,9 @@ async def _limited(crew: DeployedCrew) -> AsyncGenerator[None]:
         return
     from prefect.concurrency.asyncio import concurrency
 
-    # Strict: a limit that does not exist would limit nothing, silently.
-    async with concurrency(crew.concurrency_limit, occupy=1, strict=True):
+    # Strict: a limit that does not exist would limit nothing, silently. A lease that cannot be renewed, because the
+    # Prefect API is away, is no reason to end a wait: the crew runs on, and holds its slot at its own server.
+    async with concurrency(crew.concurrency_limit, occupy=1, strict=True, raise_on_lease_renewal_failure=False):
         yield
 
 
@@ -195,11 +218,12 @@ async def run_deployed_crew(
             "it under that name, or call run_crew again with the crew and the same run key, which finds it again."
         ) from error
     given = dict(inputs or {})
-    masked = [key for key in stored.secret_inputs if given.get(key) == MASK]
-    if masked:
+    missing = [key for key, value in given.items() if value in (MASK, TOO_LARGE)]
+    if missing:
         raise ConfigurationError(
-            f"The secret inputs {', '.join(masked)} are not stored with a flow run, so this one cannot be made "
-            "from its parameters. Call run_crew again with the same run key: a run in flight is found again."
+            f"The inputs {', '.join(missing)} are secret or too large, and so not stored with a flow run: this one "
+            "cannot be made from its parameters. Call run_crew again with the same run key: a run in flight is found "
+            "again."
         )
     call = _Call(stored, given, None, None, None)
     return await _run(call, name=name, run_key=run_key, force_new=force_new, wait=wait)
@@ -227,25 +251,20 @@ async def get_result(
         raise CrewError(f"No run has the key {run_key!r}. prefect-crew runs lists those on record.")
     completed = [record for record in attempts if record.state is CrewState.COMPLETED]
     record = (completed or list(attempts))[-1]
-    if record.result is not None and record.kickoff_id is not None:
-        result = record.result.result(record.kickoff_id)
-        return result if output_type is None else typed(result, output_type)
-    if record.kickoff_id is None:
+    kickoff_id = record.kickoff_id
+    if kickoff_id is None:
         raise CrewError(f"Run {run_key!r} has no result: its kickoff is {record.phase}. {record.reason or ''}".strip())
-    block = await _crew_of(record.crew, crew, run_key)
-    run = OpenRun(crew=block, kickoff_id=record.kickoff_id, record=record)
-    if record.state is CrewState.FAILED or record.state is CrewState.STOPPED:
-        raise failure(run, record.state, record.error)
-    async with block.client() as client:
-        status = await client.status(record.kickoff_id)
-    if status.state is CrewState.COMPLETED:
-        result = status.result()
+    if record.state is CrewState.FAILED:
+        raise CrewFailedError(kickoff_id=kickoff_id, error=record.error or "", crew=record.crew, run_key=run_key)
+    if record.state is CrewState.STOPPED:
+        raise CrewStoppedError(kickoff_id=kickoff_id, crew=record.crew, run_key=run_key)
+    if record.result is not None:
+        # Only what may be shown is on record.
+        result = record.result.result(kickoff_id)
         return result if output_type is None else typed(result, output_type)
-    if status.state is CrewState.UNKNOWN:
-        raise CrewLostError(
-            kickoff_id=record.kickoff_id, crew=record.crew, run_key=run_key, last_state=str(record.state or "started")
-        )
-    raise failure(run, status.state, status.error)
+    run = OpenRun(crew=await _crew_of(record.crew, crew, run_key), kickoff_id=kickoff_id, record=record)
+    result = await read_result(run)
+    return result if output_type is None else typed(result, output_type, run=run)
 
 
 async def _crew_of(label: str, crew: DeployedCrew | str | None, run_key: str) -> DeployedCrew:
