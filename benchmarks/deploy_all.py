@@ -1,0 +1,45 @@
+"""How long the line of docs/deployments.md takes, part by part, and again when everything is there already.
+
+Needs PREFECT_API_URL: a server of its own, since it deploys everything that deployments/ has. Runs from the root of the
+repository, with `prefect` and `python` of the environment that runs it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+PARTS = {
+    "register the block": "prefect block register -m prefect_crew",
+    "make the pool": "prefect work-pool create crews --type process --overwrite",
+    "deploy --all": "prefect --no-prompt deploy --all --prefect-file deployments/prefect.yaml",
+    "set the automations up": "python deployments/automations.py",
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--runs", type=int, default=3)
+    runs = parser.parse_args().runs
+    if not os.environ.get("PREFECT_API_URL"):
+        raise SystemExit("Set PREFECT_API_URL to a server that may be deployed to.")
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    print("part | " + " | ".join(f"run {number} s" for number in range(1, runs + 1)))
+    times: dict[str, list[float]] = {part: [] for part in PARTS}
+    for _ in range(runs):
+        for part, line in PARTS.items():
+            started = time.perf_counter()
+            subprocess.run(line.split(), cwd=ROOT, env={**os.environ, "PATH": path}, check=True, capture_output=True)
+            times[part].append(time.perf_counter() - started)
+    for part, seconds in times.items():
+        print(f"{part} | " + " | ".join(f"{one:.1f}" for one in seconds))
+    print("all | " + " | ".join(f"{sum(one):.1f}" for one in zip(*times.values(), strict=True)))
+
+
+if __name__ == "__main__":
+    main()
