@@ -11,9 +11,17 @@ from prefect.exceptions import PrefectException
 
 from prefect_crew.api.errors import CrewError
 from prefect_crew.batches.engine import Engine
+from prefect_crew.batches.retries import STOPPED_WITH_BATCH
 from prefect_crew.interrupts import watch_ctrl_c
 from prefect_crew.logs import run_logger
-from prefect_crew.stopping import cancellation_asked, cancelled_meanwhile, flow_run_id, mark_cancelled
+from prefect_crew.records import RecordPhase, RunRecord
+from prefect_crew.stopping import (
+    cancellation_asked,
+    cancelled_meanwhile,
+    close_stopped,
+    flow_run_id,
+    mark_cancelled,
+)
 
 __all__ = ["BatchCancelledError", "watched"]
 
@@ -111,7 +119,7 @@ async def _cancelled(engine: Engine, work: asyncio.Future[None], name: str, on_c
     # A kickoff that is under way gets its id first: cut off, it would be uncertain.
     await _within(engine.bought_out(), BUY_WITHIN)
     if chosen == "stop":
-        if not await _within(engine.stop_all(), STOP_WITHIN):
+        if not await _within(_stop_runs(engine), STOP_WITHIN):
             run_logger().warning("Not every run in flight could be stopped in %.0f s.", STOP_WITHIN)
     else:
         run_logger().warning(
@@ -119,6 +127,28 @@ async def _cancelled(engine: Engine, work: asyncio.Future[None], name: str, on_c
         )
     work.cancel()
     await asyncio.gather(work, return_exceptions=True)
+
+
+async def _stop_runs(engine: Engine) -> None:
+    """Ask the crew's server once for each run in flight to stop it, and write down what came of it."""
+    unheard = 0
+
+    async def stop(record: RunRecord) -> None:
+        nonlocal unheard
+        try:
+            answer = await engine.session.client.stop(str(record.kickoff_id))
+            record.reason = STOPPED_WITH_BATCH
+            await close_stopped(record, answer, engine.ledger)
+            if answer.accepted and record.phase is not RecordPhase.ENDED:
+                record.reason = STOPPED_WITH_BATCH
+                await engine.ledger.save(record)
+            unheard += not answer.accepted
+        except CrewError:
+            unheard += 1
+
+    records = list(engine.waiting.values())
+    await asyncio.gather(*(stop(record) for record in records))
+    run_logger().info("%d runs were asked to stop, %d of them to no avail.", len(records), unheard)
 
 
 async def _within(waiting: Awaitable[None], seconds: float) -> bool:

@@ -25,7 +25,7 @@ from prefect_crew.batches.breaker import Breaker
 from prefect_crew.batches.ends import LOST, MISFIT, RowEnd, broken, ended, unsettled
 from prefect_crew.batches.ledger import Ledger, LedgerError
 from prefect_crew.batches.pacing import Pace
-from prefect_crew.batches.retries import STOPPED_WITH_BATCH, RetryRule, purchases
+from prefect_crew.batches.retries import RetryRule, purchases
 from prefect_crew.batches.row_waits import RowWaiter
 from prefect_crew.batches.rows import RowJob
 from prefect_crew.logs import run_logger
@@ -34,7 +34,6 @@ from prefect_crew.records import Caller, RecordPhase, RunRecord, latest_purchase
 from prefect_crew.run_keys import RunIdentity
 from prefect_crew.sessions import CrewSession
 from prefect_crew.settings import CrewSettings
-from prefect_crew.stopping import close_stopped
 
 if TYPE_CHECKING:
     from prefect_crew.api.webhooks import Webhooks
@@ -125,27 +124,6 @@ class Engine:
     async def bought_out(self) -> None:
         """Wait until every kickoff that is under way has its id, or came to nothing."""
         await self._pace.idle()
-
-    async def stop_all(self) -> None:
-        """Ask the crew's server once for each run in flight to stop it, and write down what came of it."""
-        unheard = 0
-
-        async def stop(record: RunRecord) -> None:
-            nonlocal unheard
-            try:
-                answer = await self.session.client.stop(str(record.kickoff_id))
-                record.reason = STOPPED_WITH_BATCH
-                await close_stopped(record, answer, self.ledger)
-                if answer.accepted and record.phase is not RecordPhase.ENDED:
-                    record.reason = STOPPED_WITH_BATCH
-                    await self.ledger.save(record)
-                unheard += not answer.accepted
-            except CrewError:
-                unheard += 1
-
-        records = list(self.waiting.values())
-        await asyncio.gather(*(stop(record) for record in records))
-        run_logger().info("%d runs were asked to stop, %d of them to no avail.", len(records), unheard)
 
     # Rows that this call has nothing to do for.
 
@@ -284,7 +262,7 @@ class Engine:
                 count += bought.bought
             record, found = found, None
             end = await self._wait(job, record, first_look=first_look)
-            if not self._again(end, count=count, before=before):
+            if end is None or not self._again(end, count=count, before=before):
                 return end
             # A run that has completed, or that nobody knows any more, is bought again by force only.
             place = f"{self.ledger.batch}/{job.key}/{record.attempt}" if end.state in (MISFIT, LOST) else None
@@ -347,20 +325,22 @@ class Engine:
 
     async def _not_bought(self, job: RowJob, error: CrewError) -> RowEnd | None:
         """Return the end of a row whose kickoff brought no run, None if it is to be tried again or left."""
-        if isinstance(error, AuthenticationError):
-            if self.shut:
-                return None
-            self.stop(str(error), shut=True)
-        elif isinstance(error, KickoffUncertainError):
+        first = self.stopped is None
+        if isinstance(error, KickoffUncertainError):
             self._note_purchase()
         elif kickoff_fate(error) is KickoffFate.RETRY:
             if reason := self._pace.refused(error):
                 self.stop(reason)
             return None
         attempts = await self.ledger.attempts(self.ledger.run_key(job.key))
+        if isinstance(error, AuthenticationError):
+            # After the look into the ledger: it ends the tasks of rows, but not before they wait for something again.
+            self.stop(str(error), shut=True)
+            if not first:
+                return None
         return broken(job, attempts[-1] if attempts else None, error, batch=self.ledger.batch)
 
-    async def _wait(self, job: RowJob, record: RunRecord, *, first_look: bool) -> RowEnd:
+    async def _wait(self, job: RowJob, record: RunRecord, *, first_look: bool) -> RowEnd | None:
         if record.phase is not RecordPhase.ENDED:
             self.waiting[job.key] = record
             try:
@@ -368,8 +348,8 @@ class Engine:
             except LedgerError:
                 raise
             except AuthenticationError as error:
-                self.stop(str(error), shut=True)
-                return broken(job, record, error, batch=self.ledger.batch)
+                self.stop(str(error), shut=True)  # the run is left in flight
+                return None
             except CrewError as error:
                 if record.ended_at is None:
                     return broken(job, record, error, batch=self.ledger.batch)
@@ -387,11 +367,12 @@ class Engine:
     def _count(self, end: RowEnd, tried: bool) -> None:
         """Count an end, and stop buying where the policy says so, or pause where everything fails in a row."""
         self.ended += 1
+        reason: str | None = None
         if end.completed:
             self._breaker.worked()
-            return
-        self.failed += 1
-        reason = self._breaker.failed(end.error or end.state, tried=tried)
+        else:
+            self.failed += 1
+            reason = self._breaker.failed(end.error or end.state, tried=tried)
         if reason := self.options.stop_when(self.failed, self.ended) or reason:
             self.stop(reason)
 

@@ -79,6 +79,7 @@ class RowWaiter:
                 )
             except CrewTimeoutError as error:
                 raise await self._timed_out(record, error) from error.__cause__
+        record.human_seconds = phases.human_seconds
         await self._close(job, record, status)
 
     def _first_look(self) -> Callable[[float], float] | None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from support.batches import postgres_ledger
+from support.batches import Batches, postgres_ledger
 from support.postgres import Postgres
 
 
@@ -66,3 +66,9 @@ def ledger_address(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 def postgres_address(postgres: Postgres) -> str:
     """Give the address of an empty ledger in PostgreSQL."""
     return postgres_ledger(postgres)
+
+
+@pytest.fixture
+def batch(prefect_api: object, tmp_path: Path) -> Batches:
+    """Give what runs batches, on a real Prefect server."""
+    return Batches(tmp_path)

@@ -2,14 +2,42 @@
 
 from __future__ import annotations
 
+import json
 import uuid
+from pathlib import Path
 from typing import Any
 
+from prefect_crew import BatchReport, DeployedCrew, WaitPolicy, arun_batch
 from prefect_crew.batches.ledger import Ledger
 from prefect_crew.records import RunRecord, known_by, utcnow
 from support.postgres import Postgres
 
-__all__ = ["postgres_ledger", "record_of"]
+__all__ = ["Batches", "postgres_ledger", "record_of"]
+
+
+class Batches:
+    """Runs batches whose outputs and ledgers are in a test's folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    async def __call__(self, crew: DeployedCrew, rows: Any, *, name: str | None = None, **options: Any) -> BatchReport:
+        """Run a batch; a name of its own unless one is given."""
+        options.setdefault("output", str(self.output))
+        options.setdefault("wait", WaitPolicy(initial=0.02, factor=1.0, jitter=0))
+        return await arun_batch(crew, rows, name=name or f"batch {uuid.uuid4().hex[:8]}", **options)
+
+    @property
+    def output(self) -> Path:
+        """Where the lines of its batches go."""
+        return self.folder / "out.jsonl"
+
+    def lines(self, path: Path | None = None) -> dict[str, dict[str, Any]]:
+        """Return the lines by their keys, after a check that no key is there twice."""
+        lines = [json.loads(line) for line in (path or self.output).read_text().splitlines()]
+        keys = [line["key"] for line in lines]
+        assert len(set(keys)) == len(keys), "a row is there twice"
+        return dict(zip(keys, lines, strict=True))
 
 
 def record_of(ledger: Ledger, key: str, *, attempt: int = 1, **facts: Any) -> RunRecord:

@@ -1,0 +1,160 @@
+"""A batch that is cancelled, killed or interrupted: what is stopped, what is left, and how it goes on."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import sys
+import uuid
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prefect import flow
+from prefect.client.orchestration import get_client
+from prefect.context import FlowRunContext
+from prefect.states import Cancelling
+
+from prefect_crew import BatchReport
+from prefect_crew.batches import BatchCancelledError
+from prefect_crew.server import CrewServer
+from prefect_crew.testing import CrewServerFactory
+from support.batches import Batches
+from support.prefect_server import PrefectServer
+from support.processes import Process
+from support.scripts import script, slow
+
+ROWS = [{"topic": str(number)} for number in range(40)]
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("prefect_crew.stopping.LOOK_EVERY", 0.2)
+    monkeypatch.setattr("prefect_crew.batches.cancelling.TICK", 0.2)
+
+
+async def cancelled(batch: Batches, server: Any, name: str, on_cancel: str) -> tuple[BaseException | None, str]:
+    """Cancel a batch by its flow run's state while it runs, as the page's button does; return its error and state."""
+    found: list[Any] = []
+
+    @flow
+    async def mine() -> BatchReport:
+        context = FlowRunContext.get()
+        assert context is not None
+        assert context.flow_run is not None
+        found.append(context.flow_run.id)
+        return await batch(server.crew(), ROWS, name=name, on_cancel=on_cancel, max_in_flight=10)
+
+    running = asyncio.ensure_future(mine())
+    while server.kickoffs < 10:
+        await asyncio.sleep(0.02)
+    async with get_client() as client:
+        await client.set_flow_run_state(found[0], Cancelling(), force=True)
+        [outcome] = await asyncio.gather(running, return_exceptions=True)
+        state = (await client.read_flow_run(found[0])).state
+    assert state is not None
+    return outcome if isinstance(outcome, BaseException) else None, state.type.value
+
+
+@pytest.mark.parametrize(
+    ("on_cancel", "states"),
+    [
+        pytest.param("stop", {"stopped"}, id="stop"),
+        pytest.param("drain", {"completed"}, id="drain"),
+        pytest.param("leave", {"running"}, id="leave"),
+    ],
+)
+async def test_cancelling_stops_kickoffs_at_once_and_goes_on_later(
+    batch: Batches, crew_server: CrewServerFactory, on_cancel: str, states: set[str]
+):
+    server = crew_server(slow(1.5))
+    name = f"cancelled {on_cancel}"
+    error, state = await cancelled(batch, server, name, on_cancel)
+    assert isinstance(error, BatchCancelledError)
+    assert state == "CANCELLED"
+    assert server.kickoffs == 10, "those in flight, and none after"
+    assert {str(run.state) for run in server.runs} == states
+    report = await batch(server.crew(), ROWS, name=name)
+    assert (report.completed, report.failed, report.uncertain) == (40, 0, 0)
+    # What we had stopped is bought again, the rest is not.
+    assert server.kickoffs == 40 + 10 * (on_cancel == "stop")
+    assert len(batch.lines()) == 40
+
+
+async def test_a_task_that_is_cancelled_leaves_the_runs_in_flight(batch: Batches, crew_server: CrewServerFactory):
+    server = crew_server(slow(1.0))
+    running = asyncio.ensure_future(batch(server.crew(), ROWS, name="evicted", max_in_flight=10))
+    while server.kickoffs < 10:
+        await asyncio.sleep(0.02)
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    assert {str(run.state) for run in server.runs} == {"running"}
+    report = await batch(server.crew(), ROWS, name="evicted")
+    assert (report.completed, report.uncertain, server.kickoffs) == (40, 0, 40)
+
+
+SCRIPT = """
+import sys
+from prefect_crew import DeployedCrew, WaitPolicy, run_batch
+
+url, token, name, output = sys.argv[1:5]
+report = run_batch(
+    DeployedCrew(url=url, token=token),
+    [{"topic": str(number)} for number in range(int(sys.argv[5]))],
+    name=name, output=output, max_in_flight=20, wait=WaitPolicy(initial=0.05, factor=1),
+)
+print("REPORT", report.completed, report.failed, report.uncertain, report.kickoffs)
+"""
+
+
+def start(folder: Path, api: PrefectServer, server: CrewServer, name: str, rows: int = 60) -> Process:
+    path = folder / "script.py"
+    path.write_text(SCRIPT)
+    command = [sys.executable, path, server.url, server.token, name, str(folder / "out.jsonl"), str(rows)]
+    return Process(command, log=folder / f"{uuid.uuid4().hex}.log", env=api.env())
+
+
+def test_a_killed_batch_is_gone_on_with_by_the_same_call(
+    prefect_api: PrefectServer, tmp_path: Path, crew_server: CrewServerFactory
+):
+    server = crew_server(script({"seconds": 0.3, "output": "x"}, inputs=["topic"]), port=True)
+    for kickoffs in (5, 30, 50):
+        with start(tmp_path, prefect_api, server, "killed") as process:
+            while server.kickoffs < kickoffs and process.running:
+                pass
+            process.kill()
+        out = tmp_path / "out.jsonl"
+        assert not out.exists() or out.read_bytes()[-1:] in (b"", b"\n"), "no half line"
+    with start(tmp_path, prefect_api, server, "killed") as process:
+        assert process.wait(60) == 0, process.tail()
+        counts = [int(word) for word in process.output.partition("REPORT ")[2].split()[:4]]
+    completed, failed, uncertain, _ = counts
+    assert completed + uncertain == 60
+    assert failed == 0
+    assert uncertain <= 3 * 16
+    assert max(server.kickoffs_by_run_key.values()) == 1
+    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert len(lines) == len({line["key"] for line in lines}) == completed
+
+
+def test_ctrl_c_stops_the_runs_in_flight(prefect_api: PrefectServer, tmp_path: Path, crew_server: CrewServerFactory):
+    server = crew_server(slow(30), port=True)
+    with start(tmp_path, prefect_api, server, "interrupted", rows=30) as process:
+        while server.kickoffs < 20 and process.running:
+            pass
+        process.send(signal.SIGINT)
+        process.wait(30)
+    assert {str(run.state) for run in server.runs} == {"stopped"}
+    assert server.kickoffs == 20
+
+
+def test_sigterm_leaves_them(prefect_api: PrefectServer, tmp_path: Path, crew_server: CrewServerFactory):
+    server = crew_server(slow(30), port=True)
+    with start(tmp_path, prefect_api, server, "terminated", rows=30) as process:
+        while server.kickoffs < 20 and process.running:
+            pass
+        process.send(signal.SIGTERM)
+        process.wait(30)
+    assert {str(run.state) for run in server.runs} == {"running"}

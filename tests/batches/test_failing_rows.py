@@ -1,0 +1,324 @@
+"""Rows that fail, a server that fails, a token that is refused: what it costs, and what becomes of the batch."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from typing import Any
+
+import pytest
+
+from prefect_crew import WaitPolicy
+from prefect_crew.api.models import CrewState
+from prefect_crew.batches import pacing
+from prefect_crew.batches.ledger import Ledger
+from prefect_crew.settling import settle_never_started, settle_started, unsettled
+from prefect_crew.testing import CrewServerFactory
+from support.batches import Batches
+from support.scripts import FAILS, script, slow
+
+ECHO = script({"output": "on {{ topic }}"}, inputs=["topic"])
+PICKY = script({"output": "on {{ topic }}", "fail": "{{ 'no ' + topic if 'bad' in topic }}"}, inputs=["topic"])
+
+
+def topics(count: int, bad: set[int] | None = None) -> list[dict[str, Any]]:
+    return [{"topic": f"{'bad' if number in (bad or ()) else 'topic'} {number}"} for number in range(count)]
+
+
+def ledger_of(batch: Batches, name: str) -> Ledger:
+    return Ledger(f"{batch.output}.ledger.db", name)
+
+
+# Crews that fail
+
+
+async def test_failed_rows_are_lines_with_the_crews_error(batch: Batches, crew_server: CrewServerFactory):
+    report = await batch(crew_server(PICKY).crew(), topics(10, {3, 7}))
+    assert (report.completed, report.failed, dict(report.errors)) == (8, 2, {"CrewFailedError": 2})
+    failed = [line for line in batch.lines().values() if line["state"] == "failed"]
+    assert sorted(line["error"] for line in failed) == ["no bad 3", "no bad 7"]
+
+
+@pytest.mark.parametrize(
+    ("policy", "kickoffs"),
+    [
+        pytest.param("continue", 60, id="continue"),
+        pytest.param("stop", 6, id="stop at the first"),
+        pytest.param(2, 11, id="stop after two"),
+        pytest.param(0.1, 20, id="stop after a share"),
+    ],
+)
+async def test_policies(batch: Batches, crew_server: CrewServerFactory, policy: Any, kickoffs: int):
+    server = crew_server(PICKY)
+    bad = {number for number in range(60) if number % 5 == 0 and number}
+    report = await batch(server.crew(), topics(60, bad), max_in_flight=1, on_failure=policy, name=f"policy {policy}")
+    assert server.kickoffs == kickoffs == report.kickoffs
+    assert (report.stopped is None) is (policy == "continue")
+    assert report.skipped == 60 - kickoffs
+    # The same call goes on: rows that were not reached are run, those that failed are not bought again.
+    again = await batch(server.crew(), topics(60, bad), name=f"policy {policy}")
+    assert (again.completed, again.failed, again.skipped) == (60 - len(bad), len(bad), 0)
+    assert server.kickoffs == 60
+    assert len(batch.lines()) == 60
+
+
+async def test_retries_are_further_purchases_that_are_counted(batch: Batches, crew_server: CrewServerFactory):
+    server = crew_server(PICKY)
+    report = await batch(server.crew(max_kickoffs=3), topics(5, {2}), retries=1, name="retried")
+    assert (report.kickoffs, server.kickoffs, report.failed) == (6, 6, 1)
+    report = await batch(server.crew(max_kickoffs=3), topics(5, {2}), retries=9, name="retried")
+    assert (report.kickoffs, report.failed) == (1, 1), "never beyond the crew's max_kickoffs"
+
+
+async def test_a_retry_that_works_is_a_completed_row(batch: Batches, crew_server: CrewServerFactory):
+    # The first run of each row fails: its kickoff ids are told apart by their number.
+    flaky = script(
+        {"output": "x", "fail": "{{ 'at first' if kickoff_id[-1] in '01234567' else '' }}"}, inputs=["topic"]
+    )
+    numbers = iter(range(1000))
+    server = crew_server(flaky, new_id=lambda: f"run-{next(numbers):04}")
+    report = await batch(server.crew(max_kickoffs=50), topics(3), max_in_flight=1, retries={"CrewFailedError": 20})
+    assert report.completed == 3
+    assert report.kickoffs == server.kickoffs == 19, "8 failures, 2 results, 8 failures, 1 result"
+    assert report.errors == {}
+
+
+async def test_failed_rows_of_earlier_calls_are_bought_again_when_asked(batch: Batches, crew_server: CrewServerFactory):
+    server = crew_server(PICKY)
+    await batch(server.crew(), topics(6, {1, 4}), name="again", key="topic")
+    report = await batch(server.crew(), topics(6, {1, 4}), name="again", key="topic", retry_failed=["bad 4"])
+    assert (report.kickoffs, report.failed) == (1, 2)
+    assert server.kickoffs_by_run_key["batch/again/bad 4"] == 2
+    report = await batch(server.crew(), topics(6, {1, 4}), name="again", key="topic", retry_failed=True)
+    assert (report.kickoffs, report.failed, len(batch.lines())) == (2, 2, 6)
+
+
+async def test_a_limit_on_kickoffs_holds_for_all_calls_together(batch: Batches, crew_server: CrewServerFactory):
+    server = crew_server(ECHO)
+    for limit, completed in ((7, 7), (7, 7), (12, 12)):
+        report = await batch(server.crew(), topics(20), max_kickoffs=limit, name="limited", max_in_flight=4)
+        assert (report.completed, server.kickoffs) == (completed, limit)
+        assert f"limit of {limit} kickoffs" in (report.stopped or "")
+    report = await batch(server.crew(), topics(20), name="limited")
+    assert report.ok
+    assert len(batch.lines()) == 20
+
+
+async def test_when_everything_fails_in_a_row_the_batch_pauses_tries_one_and_gives_up(
+    batch: Batches, crew_server: CrewServerFactory
+):
+    server = crew_server(FAILS)
+    rows = [{"topic": str(number)} for number in range(200)]
+    report = await batch(server.crew(), rows, max_in_flight=5, breaker=10, breaker_pause=0.2)
+    assert "rows failed in a row, the last one so: the search engine is down" in (report.stopped or "")
+    assert 13 <= server.kickoffs <= 18, "ten, those in flight beside them, and three that were tried"
+
+
+async def test_a_crew_that_works_again_is_gone_on_with(batch: Batches, crew_server: CrewServerFactory):
+    sick = script({"output": "x", "fail": "{{ 'sick' if kickoff_id|int < 12 else '' }}"}, inputs=["topic"])
+    numbers = iter(range(1000))
+    server = crew_server(sick, new_id=lambda: str(next(numbers)))
+    report = await batch(server.crew(), topics(50), max_in_flight=1, breaker=10, breaker_pause=0.1)
+    assert (report.completed, report.failed, report.stopped) == (38, 12, None)
+
+
+# Kickoffs that are refused
+
+
+async def test_a_wrong_token_costs_one_row(batch: Batches, crew_server: CrewServerFactory):
+    # This crew tells its inputs to anybody, so the first to meet the token is a kickoff.
+    server = crew_server(ECHO, faults=["kickoff:401"])
+    report = await batch(server.crew(), topics(1000), name="token")
+    assert (report.completed, report.failed, report.skipped) == (0, 1, 999)
+    assert "401" in (report.stopped or "")
+    assert server.requests["kickoff"] == 1
+    server.faults.clear()
+    report = await batch(server.crew(), topics(1000), name="token", max_in_flight=200)
+    assert (report.completed, server.kickoffs) == (1000, 1000)
+
+
+async def test_a_token_that_is_revoked_on_the_way_loses_nothing(batch: Batches, crew_server: CrewServerFactory):
+    server = crew_server(slow(0.6))
+    rows = [{"topic": str(number)} for number in range(100)]
+    good, crew = server.token, server.crew()
+    running = asyncio.ensure_future(batch(crew, rows, name="revoked", max_in_flight=30))
+    while server.kickoffs < 30:
+        await asyncio.sleep(0.02)
+    server.token = "another"
+    report = await running
+    assert report.stopped is not None
+    assert (report.failed, report.skipped) == (0, 100), "what is in flight is left there"
+    assert server.counters.unauthorized < 60, "not one for each row in flight again and again"
+    server.token = good
+    report = await batch(crew, rows, name="revoked")
+    assert (report.completed, server.kickoffs) == (100, 100)
+    assert len(batch.lines()) == 100
+
+
+async def test_a_rotated_token_is_taken_up_by_all_rows(batch: Batches, crew_server: CrewServerFactory):
+    server = crew_server(slow(0.5))
+    name = f"rotated-{uuid.uuid4().hex[:8]}"
+    crew = server.crew()
+    await crew.save(name)
+    rows = [{"topic": str(number)} for number in range(60)]
+    running = asyncio.ensure_future(batch(name_of(name), rows, max_in_flight=20))
+    while server.kickoffs < 20:
+        await asyncio.sleep(0.02)
+    await server.crew(token="fresh-token").save(name, overwrite=True)
+    server.token = "fresh-token"
+    report = await running
+    assert (report.completed, report.stopped, server.kickoffs) == (60, None, 60)
+
+
+def name_of(name: str) -> Any:
+    return name
+
+
+async def test_what_the_server_asks_of_one_row_holds_the_batch_back(batch: Batches, crew_server: CrewServerFactory):
+    server = crew_server(ECHO, faults=["kickoff:429=1.5@4"])
+    began = time.monotonic()
+    report = await batch(server.crew(), topics(100))
+    assert report.ok
+    assert server.kickoffs == 100
+    assert time.monotonic() - began >= 1.5
+    assert server.counters.answers["kickoff 429"] <= 1 if "kickoff 429" in server.counters.answers else True
+
+
+async def test_429_at_the_status_call_costs_time_only(batch: Batches, crew_server: CrewServerFactory):
+    server = crew_server(ECHO, faults=["status:429=0.3%0.2", "kickoff:503=0.2%0.1"], seed=7)
+    report = await batch(server.crew(), topics(60))
+    assert report.ok
+    assert server.kickoffs == 60
+
+
+async def test_kickoffs_keep_their_rate(batch: Batches, crew_server: CrewServerFactory):
+    server = crew_server(ECHO)
+    began = time.monotonic()
+    await batch(server.crew(), topics(30), kickoffs_per_second=20)
+    assert time.monotonic() - began >= 1.4
+
+
+async def test_a_server_that_is_away_for_a_while_fails_no_row(batch: Batches, crew_server: CrewServerFactory):
+    server = crew_server(slow(0.1), port=True)
+    rows = [{"topic": str(number)} for number in range(40)]
+    quick = WaitPolicy(initial=0.05, factor=1, grace=0.5)
+    running = asyncio.ensure_future(batch(server.crew(), rows, max_in_flight=2, wait=quick))
+    while server.kickoffs < 10:
+        await asyncio.sleep(0.02)
+    # All runs that it knows have ended before it goes, since it forgets them.
+    server.stop()
+    await asyncio.sleep(1.5)
+    server.start()
+    report = await running
+    assert report.stopped is None
+    # Runs that were in flight are unknown to it now, at most two; a kickoff that was cut off is uncertain.
+    assert report.completed >= 36
+    assert report.completed + report.failed + report.uncertain == 40
+
+
+async def test_a_server_that_stays_away_is_given_up_and_no_row_is_lost(
+    batch: Batches, crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(pacing, "PATIENCE", 1.0)
+    server = crew_server(ECHO, port=True)
+    crew = server.crew()
+
+    quick = WaitPolicy(initial=0.05, factor=1, grace=0.5, error_timeout=2)
+    running = asyncio.ensure_future(batch(crew, topics(50), name="away", kickoffs_per_second=20, wait=quick))
+    while server.kickoffs < 5:
+        await asyncio.sleep(0.02)
+    server.stop()
+    report = await asyncio.wait_for(running, 60)
+    assert "no kickoff was taken" in (report.stopped or "")
+    server.start()
+    again = await batch(crew, topics(50), name="away", wait=quick)
+    assert again.completed + again.failed + again.uncertain == 50
+    assert again.completed >= 45
+
+
+# Kickoffs of which nobody knows
+
+
+async def test_uncertain_rows_are_listed_never_sent_again_and_settled(batch: Batches, crew_server: CrewServerFactory):
+    server = crew_server(ECHO, faults=["kickoff:drop-after-accept@3", "kickoff:500-before-accept@5"])
+    report = await batch(server.crew(), topics(8), name="doubtful", key="topic", max_in_flight=1)
+    assert (report.completed, report.uncertain, list(report.uncertain_keys)) == (6, 2, ["topic 2", "topic 4"])
+    assert len(batch.lines()) == 6
+    report = await batch(server.crew(), topics(8), name="doubtful", key="topic")
+    assert (report.uncertain, server.kickoffs) == (2, 7)
+    started = next(run for run in server.runs if (run.meta or {})["run_key"] == "batch/doubtful/topic 2")
+    async with ledger_of(batch, "doubtful") as ledger:
+        await settle_started(await unsettled(ledger.run_key("topic 2"), ledger), started.id, ledger)
+        await settle_never_started(await unsettled(ledger.run_key("topic 4"), ledger), ledger)
+    report = await batch(server.crew(), topics(8), name="doubtful", key="topic")
+    assert (report.completed, report.uncertain, server.kickoffs) == (8, 0, 8)
+    assert len(batch.lines()) == 8
+
+
+async def test_a_server_that_leaves_everything_uncertain_is_paused_for(batch: Batches, crew_server: CrewServerFactory):
+    server = crew_server(ECHO, faults=["kickoff:500"])
+    report = await batch(server.crew(), topics(300), breaker=5, breaker_pause=0.1, max_in_flight=100)
+    assert report.stopped is not None
+    assert report.uncertain <= 5 + 3 + 16
+
+
+# Runs that do not end
+
+
+async def test_a_row_over_its_time_is_left_or_stopped(batch: Batches, crew_server: CrewServerFactory):
+    server = crew_server(slow(30))
+    rows = [{"topic": str(number)} for number in range(3)]
+    patient = WaitPolicy(initial=0.05, timeout=0.3)
+    report = await batch(server.crew(), rows, name="late", wait=patient)
+    assert (report.failed, dict(report.errors)) == (3, {"CrewTimeoutError": 3})
+    assert {line["state"] for line in batch.lines().values()} == {"timed-out"}
+    assert {str(run.state) for run in server.runs} == {"running"}
+    strict = WaitPolicy(initial=0.05, timeout=0.3, on_timeout="stop")
+    report = await batch(server.crew(), rows, name="late", wait=strict)
+    assert server.kickoffs == 3, "they were in flight"
+    assert {str(run.state) for run in server.runs} == {"stopped"}
+    report = await batch(server.crew(), rows, name="late")
+    assert (report.failed, {line["state"] for line in batch.lines().values()}) == (3, {"stopped"})
+
+
+async def test_a_run_that_the_server_forgets_is_lost_and_bought_again_only_by_its_key(
+    batch: Batches, crew_server: CrewServerFactory
+):
+    server = crew_server(slow(0.2), faults=["status:forgotten@2"])
+    rows = [{"topic": str(number)} for number in range(3)]
+    quick = WaitPolicy(initial=0.05, factor=1, grace=0.1)
+    report = await batch(server.crew(), rows, name="lost", wait=quick, max_in_flight=1)
+    assert (report.completed, dict(report.errors)) == (2, {"CrewLostError": 1})
+    [key] = [key for key, line in batch.lines().items() if line["state"] == "lost"]
+    report = await batch(server.crew(), rows, name="lost", wait=quick, retry_failed=True)
+    assert (report.completed, server.kickoffs) == (2, 3)
+    report = await batch(server.crew(), rows, name="lost", wait=quick, retry_failed=[key])
+    assert (report.completed, server.kickoffs) == (3, 4)
+
+
+async def test_status_calls_that_fail_say_nothing_about_a_row(batch: Batches, crew_server: CrewServerFactory):
+    faults = ["status:500%0.1", "status:drop%0.1", "status:html%0.1", "status:garbage%0.1", "kickoff:early-404=2"]
+    server = crew_server(script({"seconds": 0.1, "output": "x"}, inputs=["topic"]), faults=faults, seed=3)
+    report = await batch(server.crew(), topics(60))
+    assert report.ok
+    assert server.kickoffs == 60
+
+
+async def test_a_person_that_a_row_waits_for_is_not_timed_out(batch: Batches, crew_server: CrewServerFactory):
+    asks = script({"name": "draft", "output": "a draft", "human": True}, {"output": "printed"}, inputs=["topic"])
+    server = crew_server(asks)
+    crew = server.crew()
+    wait = WaitPolicy(initial=0.05, factor=1, timeout=0.5)
+    running = asyncio.ensure_future(batch(crew, topics(2), name="people", wait=wait))
+    while sum(str(run.state) == "waiting" for run in server.runs) < 2:
+        await asyncio.sleep(0.02)
+    await asyncio.sleep(0.8)
+    async with crew.client() as client:
+        for run in server.runs:
+            await client.resume(run.id, "draft", "fine", True)
+    report = await running
+    assert report.ok
+    async with ledger_of(batch, "people") as ledger:
+        records = [record async for _, record in ledger.standing_attempts(completed=True)]
+    assert all(record.human_seconds > 0.5 and record.state is CrewState.COMPLETED for record in records)

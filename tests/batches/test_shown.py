@@ -1,0 +1,206 @@
+"""What people see of a batch: the plan, three artifacts, the report; and what nobody sees: tokens and secret inputs."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sqlite3
+import uuid
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate
+from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
+
+from prefect_crew import aplan_batch
+from prefect_crew.api.errors import ConfigurationError
+from prefect_crew.artifacts import artifact_key
+from prefect_crew.batches.standing import Standing
+from prefect_crew.batches.watching import watch_batches
+from prefect_crew.testing import CrewServerFactory
+from support.batches import Batches
+from support.prefect_server import PrefectServer, drain
+from support.scripts import script, slow
+
+PICKY = script(
+    {"output": "on {{ topic }}", "fail": "{{ 'no | *' + topic if 'bad' in topic }}"},
+    inputs=["topic"],
+    usage={"total_tokens": 5},
+)
+
+
+async def artifacts(name: str) -> dict[str, list[str]]:
+    """Return the artifacts of a batch by their part."""
+    keys = {part: artifact_key(f"{name}-{part}", prefix="batch") for part in ("progress", "failures", "summary")}
+    async with get_client() as client:
+        found = await client.read_artifacts(
+            artifact_filter=ArtifactFilter(key=ArtifactFilterKey(any_=list(keys.values())))
+        )
+    return {part: [str(one.data) for one in found if one.key == key] for part, key in keys.items()}
+
+
+async def test_three_artifacts_a_batch(batch: Batches, crew_server: CrewServerFactory):
+    server = crew_server(PICKY, dialect="union", faults=["kickoff:drop-after-accept@2"])
+    rows = [{"topic": topic} for topic in ("tea", "milk", "bad `row`", "rye")]
+    await batch(server.crew(price=0.25), rows, name="shown leads", key="topic", max_in_flight=1)
+    shown = await artifacts("shown leads")
+    assert {part: len(texts) for part, texts in shown.items()} == {"progress": 1, "failures": 1, "summary": 1}
+    progress, failures, summary = (texts[0] for texts in shown.values())
+    assert "4 of 4 (100.0%)" in progress
+    assert "**Uncertain**, to be settled by a person (1): `milk`" in failures
+    assert "no \\| \\*bad \\`row\\`" in failures
+    for part in ("| Rows | 4 |", "| Completed | 2 |", "p90", "total tokens | 10", "Cost of all calls | 1", "Slowest"):
+        assert part in summary
+
+
+async def test_a_second_call_from_another_flow_run_has_artifacts_of_its_own_under_the_same_keys(
+    batch: Batches, crew_server: CrewServerFactory
+):
+    server = crew_server(PICKY)
+    for _ in range(2):
+        await batch(server.crew(), [{"topic": "tea"}], name="twice")
+    assert {len(texts) for texts in (await artifacts("twice")).values()} == {2}
+
+
+async def test_progress_moves_while_rows_run(
+    batch: Batches, crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("prefect_crew.batches.cancelling.TICK", 0.1)
+    monkeypatch.setattr("prefect_crew.batches.artifacts.SHOW_EVERY", 0.1)
+    seen: list[tuple[str, int, int]] = []
+
+    def watch(name: str, phase: str, standing: Standing | None) -> None:
+        if name == "watched" and standing is not None:
+            seen.append((phase, standing.done, standing.in_flight))
+
+    server = crew_server(slow(0.4))
+    with watch_batches(watch):
+        running = asyncio.ensure_future(
+            batch(server.crew(), [{"topic": str(n)} for n in range(30)], name="watched", max_in_flight=10)
+        )
+        texts: set[str] = set()
+        while not running.done():
+            await asyncio.sleep(0.1)
+            texts.update((await artifacts("watched"))["progress"])
+    await running
+    assert len(texts) > 1
+    assert any("| In flight | 10 |" in text for text in texts)
+    assert [phase for phase, *_ in seen][-2:] == ["finishing", "done"]
+    assert any(0 < done < 30 and in_flight == 10 for _, done, in_flight in seen)
+    assert seen[-1] == ("done", 30, 0)
+
+
+async def test_a_plan_says_how_many_how_long_and_how_much(batch: Batches, crew_server: CrewServerFactory):
+    server = crew_server(slow(0.2))
+    rows = [{"topic": str(number)} for number in range(10)]
+    crew = server.crew(price=0.5)
+    plan = await aplan_batch(crew, [*rows, *rows], seconds_per_run=60, max_in_flight=4, deduplicate=True)
+    assert (plan.rows, plan.done, plan.duplicates, plan.seconds, plan.price) == (10, 0, 10, 180, 5.0)
+    assert str(plan) == (
+        "Batch plan: 10 rows, 10 to run, 4 at a time.\n10 rows equal an earlier one and are left out.\n"
+        "It takes about 3 min 00 s.\nIt costs about 5."
+    )
+    assert server.kickoffs == 0
+    assert list(batch.folder.glob("*.db")) == []
+    await batch(crew, rows[:4], name="planned")
+    plan = await aplan_batch(crew, rows, name="planned", output=str(batch.output), max_in_flight=1)
+    assert (plan.rows, plan.done, plan.price) == (10, 4, 3.0)
+    assert plan.seconds is not None
+    assert 6 * 0.2 <= plan.seconds < 60
+    assert (await aplan_batch(crew, rows, kickoffs_per_second=2)).seconds == 5
+
+
+async def test_a_plan_lists_what_cannot_be_run(crew_server: CrewServerFactory, prefect_api: PrefectServer):
+    del prefect_api
+    rows = [{"topic": "tea"}, {"topic": ""}]
+    plan = await aplan_batch(crew_server(PICKY).crew(), rows)
+    assert (plan.rows, plan.bad_count) == (1, 1)
+    assert "Line 2 cannot be run: lacks topic." in str(plan)
+    assert plan.as_dict()["bad"] == [{"line": 2, "reason": "lacks topic"}]
+
+
+async def test_neither_token_nor_secret_inputs_are_seen(
+    batch: Batches, crew_server: CrewServerFactory, caplog: pytest.LogCaptureFixture, prefect_api: PrefectServer
+):
+    secret = f"iban-{uuid.uuid4().hex}"
+    spec = script({"output": "paid", "fail": "{{ 'no account ' + iban if 'bad' in topic }}"}, inputs=["topic", "iban"])
+    server = crew_server(spec, faults=["status:500@1", "kickoff:400@3"])
+    rows = [{"topic": topic, "iban": secret} for topic in ("tea", "bad", "milk", "rye")]
+    with caplog.at_level(logging.DEBUG):
+        report = await batch(server.crew(secret_inputs=["iban"]), rows, name="secret", max_in_flight=1)
+    assert (report.completed, report.failed) == (2, 2)
+    assert any("no account ********" in str(line["error"]) for line in batch.lines().values())
+    await asyncio.to_thread(drain)
+    places: dict[str, str] = {
+        "log": caplog.text,
+        "output": batch.output.read_text(),
+        "report": repr(report),
+        "artifacts": str(await artifacts("secret")),
+        "ledger": dump(Path(f"{batch.output}.ledger.db")),
+        "prefect": dump(prefect_api.database),
+    }
+    for hidden in (server.token, secret):
+        assert [place for place, text in places.items() if hidden in text] == []
+
+
+def dump(database: Path | None) -> str:
+    assert database is not None
+    connection = sqlite3.connect(f"file:{database}?mode=ro", uri=True)
+    try:
+        tables = [name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
+        return "".join(repr(connection.execute(f'SELECT * FROM "{table}"').fetchall()) for table in tables)
+    finally:
+        connection.close()
+
+
+async def test_with_show_none_the_failures_show_no_word_of_the_crews(batch: Batches, crew_server: CrewServerFactory):
+    await batch(crew_server(PICKY).crew(show="none"), [{"topic": "bad"}], name="quiet")
+    failures = (await artifacts("quiet"))["failures"][0]
+    assert "CrewFailedError" in failures
+    assert "no |" not in failures
+    assert "\\*bad" not in failures
+
+
+# The crew's shared limit
+
+
+async def limit(name: str, size: int) -> str:
+    async with get_client() as client:
+        await client.create_global_concurrency_limit(GlobalConcurrencyLimitCreate(name=name, limit=size))
+    return name
+
+
+async def test_the_crews_shared_limit_is_held_while_the_batch_runs(batch: Batches, crew_server: CrewServerFactory):
+    name = await limit(f"crew-{uuid.uuid4().hex[:8]}", 3)
+    server = crew_server(slow(0.3))
+    rows = [{"topic": str(number)} for number in range(9)]
+    running = asyncio.ensure_future(batch(server.crew(concurrency_limit=name), rows))
+    most = 0
+    while not running.done():
+        most = max(most, sum(str(run.state) == "running" for run in server.runs))
+        await asyncio.sleep(0.02)
+    assert (await running).completed == 9
+    assert most == 3
+    async with get_client() as client:
+        assert (await client.read_global_concurrency_limit_by_name(name)).active_slots == 0
+
+
+@pytest.mark.parametrize(
+    ("size", "options", "message"),
+    [
+        pytest.param(None, {}, "which does not exist: prefect gcl create", id="no such limit"),
+        pytest.param(3, {"max_in_flight": 5}, "Give max_in_flight=3 or less", id="more than the limit"),
+    ],
+)
+async def test_a_limit_that_cannot_be_kept_is_said(
+    batch: Batches, crew_server: CrewServerFactory, size: int | None, options: dict[str, Any], message: str
+):
+    name = f"crew-{uuid.uuid4().hex[:8]}"
+    if size is not None:
+        await limit(name, size)
+    server = crew_server(PICKY)
+    with pytest.raises(ConfigurationError, match=message):
+        await batch(server.crew(concurrency_limit=name), [{"topic": "tea"}], **options)
+    assert server.kickoffs == 0
