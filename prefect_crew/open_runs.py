@@ -93,7 +93,7 @@ class OpenRun:
             state=CrewState.PENDING if status is None else status.state,
             started_at=None if record is None else record.kicked_off_at,
             ended_at=None if record is None else record.ended_at,
-            inputs=self.inputs,
+            inputs=None if self.inputs is None else self.redact.tree(self.inputs),
             status=None if status is None else self.masked(status),
             show=self.show,
             secret_inputs=self.crew.secret_inputs,

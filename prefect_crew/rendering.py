@@ -167,36 +167,68 @@ def _result(view: RunView, output: str) -> str:
     return f"### Result\n\n{note}{text}"
 
 
-_FENCE = re.compile(r"^ {0,3}(`{3,}|~{3,})(.*)$")
-_IMAGE = re.compile(r"!(?=\[)")
+# With a bar in it, some take the line for the head of a table.
+_OPENS = re.compile(r"(?P<fence>`{3,})[^`|]*$|(?P<tildes>~{3,})[^|]*$")
+_MAY_OPEN = re.compile(r"[ \t>*+\-0-9.)]*(`{3,}|~{3,})")
+_CODE = re.compile(r"(?<!`)(`+)(?!`)(.*?)(?<!`)\1(?!`)")
+_IMAGE = re.compile(r"!+(?=\[)")
 
 
 def _reading(text: str) -> str:
     """Return a crew's Markdown for reading: its own formatting stays, its HTML shows as text, its images as links.
 
-    Nothing is loaded from elsewhere when somebody opens the page.
+    Nothing is loaded from elsewhere when somebody opens the page. A `<` stays as it is only where it surely stands in
+    code, in which an entity would show as such: in fences at the margin, and in inline code of paragraphs without a
+    backtick too many. After a fence within a list or a quotation nothing is sure any more.
     """
-    lines: list[str] = []
-    fence: str | None = None
+    shown: list[str] = []
+    paragraph: list[str] = []
+    closes: re.Pattern[str] | None = None
+    end, sure = "", True
     for line in text.translate(_OVERRIDES).splitlines():
-        match = _FENCE.match(line)
-        if fence is None and match:
-            fence = match[1]
-        elif fence is not None:
-            if match and match[1].startswith(fence) and not match[2].strip():
-                fence = None
+        opens = _OPENS.match(line) if sure and closes is None else None
+        if closes is not None:
+            shown.append(line)
+            closes = None if closes.fullmatch(line) else closes
+        elif opens:
+            shown += _escaped(paragraph, sure)
+            paragraph = []
+            shown.append(line)
+            fence = opens["fence"] or opens["tildes"]
+            closes = re.compile(rf" {{0,3}}{fence[0]}{{{len(fence)},}}[ \t]*")
+            end = fence
         else:
-            line = _IMAGE.sub("", _outside_code(line))
-        lines.append(line)
-    if fence is not None:
-        lines.append(fence)
-    return "\n".join(lines)
+            if not line.strip(" \t"):
+                shown += _escaped(paragraph, sure)
+                paragraph = []
+            if _MAY_OPEN.match(line):
+                sure = False
+            paragraph.append(line)
+    shown += _escaped(paragraph, sure)
+    return "\n".join([*shown, end] if closes else shown)
+
+
+def _escaped(paragraph: Sequence[str], sure: bool) -> list[str]:
+    """Return lines without markup from outside; with inline code as it is where it is sure where that ends."""
+    if sure and all(_is_balanced(line) for line in paragraph):
+        return [_outside_code(line) for line in paragraph]
+    return [_IMAGE.sub("", line.replace("<", "&lt;")) for line in paragraph]
+
+
+def _is_balanced(line: str) -> bool:
+    """Return whether every backtick of a line belongs to inline code that ends in it."""
+    if "|" in line or "\\" in line:  # table cells and escapes change where code ends
+        return "`" not in line
+    return "`" not in _CODE.sub("", line)
 
 
 def _outside_code(line: str) -> str:
-    """Escape `<` in a line, except within its inline code, where an entity would show as such."""
-    parts = re.split(r"(`+[^`]*`+)", line)
-    return "".join(part if part.startswith("`") else part.replace("<", "&lt;") for part in parts)
+    shown: list[str] = []
+    at = 0
+    for match in _CODE.finditer(line):
+        shown += [_IMAGE.sub("", line[at : match.start()].replace("<", "&lt;")), match[0]]
+        at = match.end()
+    return "".join([*shown, _IMAGE.sub("", line[at:].replace("<", "&lt;"))])
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
