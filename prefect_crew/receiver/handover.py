@@ -71,6 +71,7 @@ class Handover:
         self._stop = asyncio.Event()
         self._closing = False
         self._away: bool | None = None
+        self._in_hand = 0
         self._counts: Counter[str] = Counter()
         self._settling: dict[tuple[str, int | None], asyncio.Task[None]] = {}
 
@@ -100,7 +101,12 @@ class Handover:
         """Return counters: what was taken, handed on, shed for want of room, refused by Prefect, and waits."""
         prefect = {None: "not asked yet", True: "away", False: "answers"}[self._away]
         counts = {name: self._counts[name] for name in ("taken", "handed_on", "refused", "settled")}
-        return {"prefect": prefect, **counts, "waiting": len(self._queue), "shed": dict(self._queue.shed)}
+        return {
+            "prefect": prefect,
+            **counts,
+            "waiting": len(self._queue) + self._in_hand,
+            "shed": dict(self._queue.shed),
+        }
 
     async def aclose(self) -> None:
         """Hand on what is left, for five seconds at most, and end the thread."""
@@ -169,13 +175,16 @@ class Handover:
                 await self._news.wait()
                 self._news.clear()
                 continue
+            self._in_hand = len(batch)
             problem = await self._try(batch)
             self._note(problem)
-            if problem is None:
-                pauses = _pauses()
-            else:
+            if problem is not None:
                 self._queue.put_back(batch)
+            self._in_hand = 0
+            if problem is not None:
                 await self._pause(next(pauses))
+            else:
+                pauses = _pauses()
 
     async def _try(self, batch: Sequence[News]) -> Exception | None:
         """Hand a batch on; return why Prefect could not take it now, None once there is nothing to do about it."""
