@@ -91,21 +91,24 @@ class DeployedCrew(JobBlock[CrewResult]):
     def from_env(cls, prefix: str = "CREW", **fields: Any) -> DeployedCrew:
         """Return the crew that the environment names, without a stored block.
 
-        Reads `{prefix}_URL` and `{prefix}_TOKEN`, else the settings `PREFECT_INTEGRATIONS_CREW_URL` and `_TOKEN`.
+        Reads `{prefix}_URL` and `{prefix}_TOKEN`, else the settings `PREFECT_INTEGRATIONS_CREW_URL` and `_TOKEN`; never
+        one of each, since a token must not be sent to another crew.
         `fields` are further fields of the block.
 
         Raises:
             ValueError: No URL is set.
         """
         settings = CrewSettings()
-        url = os.environ.get(f"{prefix}_URL") or settings.url
+        named_url = os.environ.get(f"{prefix}_URL")
+        url = named_url or settings.url
         if not url:
             raise ValueError(
                 f"No crew in the environment: set {prefix}_URL and {prefix}_TOKEN "
                 "(the Status tab of the crew's page shows both), or PREFECT_INTEGRATIONS_CREW_URL and _TOKEN."
             )
         named = os.environ.get(f"{prefix}_TOKEN")
-        token = SecretStr(named) if named else settings.token
+        theirs = settings.token if url == settings.url else None
+        token = SecretStr(named) if named and named_url else theirs
         if token is None:
             raise ValueError(f"No token for {url} in the environment: set {prefix}_TOKEN.")
         return cls(url=url, token=token, **fields)

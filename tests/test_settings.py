@@ -1,0 +1,69 @@
+"""Settings are Prefect's: from the environment, a profile, or prefect.toml."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from prefect_crew import DeployedCrew
+from prefect_crew.settings import CrewSettings
+
+
+def test_nothing_is_set_by_default():
+    settings = CrewSettings()
+    assert (settings.url, settings.token) == (None, None)
+
+
+def test_the_environment_counts_at_each_use_and_secrets_do_not_show(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_URL", "https://travel.test")
+    monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_TOKEN", "the-token")
+    settings = CrewSettings()
+    assert settings.url == "https://travel.test"
+    assert settings.token is not None
+    assert settings.token.get_secret_value() == "the-token"
+    assert "the-token" not in repr(settings) + settings.model_dump_json()
+
+
+def test_a_prefect_toml_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    (tmp_path / "prefect.toml").write_text('[integrations.crew]\nurl = "https://from.toml.test"\n')
+    monkeypatch.chdir(tmp_path)
+    assert CrewSettings().url == "https://from.toml.test"
+
+
+# What stands in the environment, as a crew
+
+
+def test_a_crew_from_the_environment(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("CREW_URL", "https://travel.test/")
+    monkeypatch.setenv("CREW_TOKEN", "the-token")
+    crew = DeployedCrew.from_env(max_kickoffs=1)
+    assert (crew.url, crew.token.get_secret_value(), crew.max_kickoffs) == ("https://travel.test", "the-token", 1)
+
+
+def test_other_names_are_other_crews(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("NEWS_URL", "https://news.test")
+    monkeypatch.setenv("NEWS_TOKEN", "of-the-news")
+    monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_URL", "https://travel.test")
+    monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_TOKEN", "from-the-settings")
+    assert DeployedCrew.from_env("NEWS").token.get_secret_value() == "of-the-news"
+    assert DeployedCrew.from_env().token.get_secret_value() == "from-the-settings"
+
+
+def test_no_token_is_sent_to_another_crew(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("NEWS_URL", "https://news.test")
+    monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_URL", "https://travel.test")
+    monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_TOKEN", "of-travel")
+    with pytest.raises(ValueError, match="set NEWS_TOKEN"):
+        DeployedCrew.from_env("NEWS")
+    monkeypatch.delenv("NEWS_URL")
+    monkeypatch.setenv("NEWS_TOKEN", "of-the-news")
+    assert DeployedCrew.from_env("NEWS").token.get_secret_value() == "of-travel"
+
+
+def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch):
+    with pytest.raises(ValueError, match=r"set NEWS_URL and NEWS_TOKEN .* or PREFECT_INTEGRATIONS_CREW_URL"):
+        DeployedCrew.from_env("NEWS")
+    monkeypatch.setenv("NEWS_URL", "https://news.test")
+    with pytest.raises(ValueError, match=r"No token for https://news\.test .* set NEWS_TOKEN"):
+        DeployedCrew.from_env("NEWS")
