@@ -76,9 +76,11 @@ class FaultLayer:
         met = self._runtime.faults.draw(self._place, "any")
         scope[_RUN_FAULTS] = [fault for fault in met if fault.kind.group == "run"]
         here = [fault for fault in met if fault.kind.group == "answer"]
-        for fault in here:
-            if fault.kind.name == "latency":
-                await asyncio.sleep(fault.value or 0)
+        late = sum(fault.value or 0 for fault in here if fault.kind.name == "latency")
+        if late:
+            # A slow server has the request: it goes on with it after a client that has lost its patience.
+            receive = await _read(receive)
+            await asyncio.sleep(late)
         fault = next((fault for fault in here if fault.kind.name not in ("latency", "forgotten")), None)
         if any(fault.kind.name == "forgotten" for fault in here):
             self._forget(scope)
@@ -139,6 +141,19 @@ class _Request:
 
     async def respond(self, response: Response) -> None:
         await response(self.scope, self.receive, self.send)
+
+
+async def _read(receive: Receive) -> Receive:
+    """Read a request's body, and return what gives it once more."""
+    messages = [await receive()]
+    while messages[-1]["type"] == "http.request" and messages[-1].get("more_body"):
+        messages.append(await receive())
+    rest = iter(messages)
+
+    async def again() -> Message:
+        return next(rest, None) or await receive()
+
+    return again
 
 
 async def _body(receive: Receive) -> None:
