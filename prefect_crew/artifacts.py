@@ -5,6 +5,7 @@ An artifact is a view. It may be missing or cleaned away without any harm: the r
 
 from __future__ import annotations
 
+import asyncio
 import re
 from uuid import UUID
 
@@ -12,10 +13,12 @@ import httpx
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import ArtifactCreate
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId, ArtifactFilterKey
+from prefect.client.schemas.sorting import ArtifactSort
 from prefect.context import FlowRunContext, TaskRunContext
-from prefect.exceptions import PrefectException
+from prefect.exceptions import PrefectException, PrefectHTTPStatusError
 
 from prefect_crew.impatience import request_soon
+from prefect_crew.patience import within
 from prefect_crew.rendering import RunView, render_run
 
 __all__ = ["MarkdownArtifact", "RunArtifact", "artifact_key"]
@@ -23,6 +26,10 @@ __all__ = ["MarkdownArtifact", "RunArtifact", "artifact_key"]
 
 SHOW_FOR = 5.0
 """Seconds for which showing something outlasts a Prefect API that is busy."""
+PATIENCE = 15.0
+"""Seconds for all of it: one that is away must not keep a wait from looking at its run."""
+PAGE, PAGES = 200, 5
+"""How many artifacts under a key are looked through, the newest first, for one that another process made."""
 
 
 def artifact_key(label: str, *, prefix: str = "crew") -> str:
@@ -45,18 +52,31 @@ class MarkdownArtifact:
     async def put(self, data: str, *, new: bool = False) -> str | None:
         """Bring the artifact to `data`; make it if there is none (any more). `new`: it surely is not there yet."""
         try:
-            async with get_client() as client:
-                artifact_id = self._id or (None if new else await self._find())
-                if artifact_id is None:
-                    await self._create(data)
-                else:
-                    self._id = artifact_id
-                    await request_soon(
-                        client, "PATCH", f"/artifacts/{artifact_id}", json={"data": data}, patience=SHOW_FOR
-                    )
-        except (httpx.HTTPError, PrefectException) as error:
+            await within(PATIENCE, self._put(data, new))
+        except (httpx.HTTPError, PrefectException, ValueError) as error:
             return f"{type(error).__name__}: {error}".splitlines()[0]
+        except (TimeoutError, asyncio.TimeoutError):
+            return f"the Prefect API did not take it in {PATIENCE:g} s"
         return None
+
+    async def _put(self, data: str, new: bool) -> None:
+        if self._id is None and not new:
+            self._id = await self._find()
+        if self._id is not None and not await self._update(data):
+            self._id = None
+        if self._id is None:
+            await self._create(data)
+
+    async def _update(self, data: str) -> bool:
+        """Update the artifact; False if somebody has removed it."""
+        async with get_client() as client:
+            try:
+                await request_soon(client, "PATCH", f"/artifacts/{self._id}", json={"data": data}, patience=SHOW_FOR)
+            except PrefectHTTPStatusError as error:
+                if error.response.status_code != 404:
+                    raise
+                return False
+        return True
 
     async def _create(self, data: str) -> None:
         """Make the artifact, of the flow and task run that this is called from."""
@@ -77,16 +97,20 @@ class MarkdownArtifact:
 
     async def _find(self) -> UUID | None:
         """Return the artifact that another process, or an earlier attempt of this flow run, made for the same."""
-        if self._flow_run_id is None:
-            return None
+        wanted = ArtifactFilter(key=ArtifactFilterKey(any_=[self.key]))
+        if self._flow_run_id is not None:
+            wanted.flow_run_id = ArtifactFilterFlowRunId(any_=[UUID(self._flow_run_id)])
         async with get_client() as client:
-            found = await client.read_artifacts(
-                artifact_filter=ArtifactFilter(
-                    key=ArtifactFilterKey(any_=[self.key]),
-                    flow_run_id=ArtifactFilterFlowRunId(any_=[UUID(self._flow_run_id)]),
+            for page in range(PAGES):
+                found = await client.read_artifacts(
+                    artifact_filter=wanted, sort=ArtifactSort.CREATED_DESC, limit=PAGE, offset=page * PAGE
                 )
-            )
-        return next((artifact.id for artifact in found if artifact.description == self.description), None)
+                for artifact in found:
+                    if artifact.description == self.description:
+                        return artifact.id
+                if len(found) < PAGE:
+                    break
+        return None
 
 
 class RunArtifact:

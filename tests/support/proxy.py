@@ -21,10 +21,12 @@ class Proxy:
 
     Attributes:
         requests: Method and path of every request that came through, such as "POST /api/variables/".
+        refuse: A part of a method and path; such a request is answered 403, and goes no further.
     """
 
     def __init__(self, target_port: int) -> None:
         self.requests: list[str] = []
+        self.refuse: str | None = None
         self._target = target_port
         self._listener: socket.socket | None = None
         self._open: set[socket.socket] = set()
@@ -93,7 +95,11 @@ class Proxy:
             while data := source.recv(65_536):
                 if requests:
                     # A body never looks like a request line here, and a head comes in one piece on loopback.
-                    self.requests += [f"{m[1].decode()} {m[2].decode()}" for m in _REQUEST_LINE.finditer(data)]
+                    lines = [f"{m[1].decode()} {m[2].decode()}" for m in _REQUEST_LINE.finditer(data)]
+                    self.requests += lines
+                    if self.refuse and any(self.refuse in line for line in lines):
+                        source.sendall(b"HTTP/1.1 403 Forbidden\r\nConnection: close\r\nContent-Length: 0\r\n\r\n")
+                        break
                 sink.sendall(data)
         for one in (source, sink):
             with contextlib.suppress(OSError):
