@@ -28,7 +28,7 @@ HUNDREDS = settings(
 def holds(scenario: Scenario) -> None:
     world = World(scenario)
     try:
-        world.run()
+        world.play()
         broken = broken_promises(world)
     finally:
         note("\n".join([*world.trace, *map(str, world.site.faults.fired), *world.prefect.fired]))

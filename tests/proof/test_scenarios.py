@@ -47,7 +47,7 @@ WORLDS = {
 
 @pytest.mark.parametrize("name", WORLDS)
 def test_the_promises_hold_when(name: str) -> None:
-    world = World(WORLDS[name]).run()
+    world = World(WORLDS[name]).play()
     assert not broken_promises(world), "\n".join(world.trace)
 
 
@@ -56,7 +56,7 @@ def test_a_process_that_is_killed_before_each_of_its_steps_is_found_again(step: 
     scenario = Scenario(
         calls=(Call(kill_at=step, crashed_after=0.5, again=(1.0,)),), runs=(CrewRun(seconds=3),), settle_after=None
     )
-    world = World(scenario).run()
+    world = World(scenario).play()
     assert not broken_promises(world), "\n".join(world.trace)
     assert world.site.counters.kickoffs == 1
     assert isinstance(world.final[key_of(0)][-1], CrewResult)
@@ -65,7 +65,7 @@ def test_a_process_that_is_killed_before_each_of_its_steps_is_found_again(step: 
 def test_only_between_claim_and_record_does_a_kill_leave_doubt() -> None:
     doubts = []
     for step in range(1, 31):
-        world = World(Scenario(calls=(Call(kill_at=step, crashed_after=0.5, again=(1.0,)),))).run()
+        world = World(Scenario(calls=(Call(kill_at=step, crashed_after=0.5, again=(1.0,)),))).play()
         doubts.append(any(isinstance(end.value, KickoffUncertainError) for end in world.endings))
     first, last = doubts.index(True), len(doubts) - 1 - doubts[::-1].index(True)
     assert all(doubts[first : last + 1]), "one stretch of steps, with nothing else in it"
@@ -73,5 +73,5 @@ def test_only_between_claim_and_record_does_a_kill_leave_doubt() -> None:
 
 
 def test_a_lost_run_is_reported_as_lost() -> None:
-    world = World(WORLDS["a run that was lost is still lost, not late, an hour afterwards"]).run()
+    world = World(WORLDS["a run that was lost is still lost, not late, an hour afterwards"]).play()
     assert [type(end.value) for end in world.endings] == [CrewLostError, CrewLostError]

@@ -153,6 +153,6 @@ MISTAKES = {
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_is_seen(mistake: str) -> None:
     make, scenario = MISTAKES[mistake]
-    assert not broken_promises(World(scenario).run())
+    assert not broken_promises(World(scenario).play())
     with make():
-        assert broken_promises(World(scenario).run())
+        assert broken_promises(World(scenario).play())

@@ -31,6 +31,7 @@ class _Crew:
 
     runs: tuple[CrewRun, ...]
     name: str = "simulated"
+    unanswered: bool = False
     order: list[str] = field(default_factory=list[str])
 
     def inputs(self) -> list[CrewInput]:
@@ -49,7 +50,8 @@ class _Crew:
         if plan.end == "stuck":
             await asyncio.get_running_loop().create_future()
         if plan.end == "asks":
-            asyncio.get_running_loop().call_later(max(plan.seconds, 1.0), _approve, run)
+            if not self.unanswered:
+                asyncio.get_running_loop().call_later(max(plan.seconds, 1.0), _approve, run)
             await run.ask(task_id="review", output="Well?")
         if plan.end == "fails":
             raise ProgramError("it was asked to fail")

@@ -60,7 +60,7 @@ class Ending(NamedTuple):
 
 
 class World:
-    """One scenario, run once by `run()`; what came of it stays in its attributes."""
+    """One scenario, run once by `play()`; what came of it stays in its attributes."""
 
     def __init__(self, scenario: Scenario) -> None:
         self.scenario = scenario
@@ -132,7 +132,7 @@ class World:
 
     # What happens.
 
-    def run(self) -> World:
+    def play(self) -> World:
         """Let everything happen, then mend what is broken and ask for each purchase once more."""
         random.seed(self.scenario.seed)
         asyncio.set_event_loop(self.loop)
@@ -164,7 +164,7 @@ class World:
             fresh = attempt > 0 and not call.same_flow_run
             if fresh and call.flow:
                 flow_run_id = str(uuid.UUID(int=1000 * (attempt + 1) + number))
-            process = self._process(f"{number}.{attempt}", call if attempt == 0 else _unharmed(call))
+            process = self.process(f"{number}.{attempt}", call if attempt == 0 else _unharmed(call))
             place = f"{number}/{attempt}" if fresh or not call.flow else str(number)
             count = 1 if fresh else attempt + 1
             process.facts.update(call=call, flow_run_id=flow_run_id, count=count, place=place)
@@ -179,7 +179,8 @@ class World:
             if flow_run_id and self.prefect.flow_runs[flow_run_id] == "CANCELLED" and call.same_flow_run:
                 return
 
-    def _process(self, name: str, call: Call) -> Process:
+    def process(self, name: str, call: Call) -> Process:
+        """Make a process that has not begun."""
         process = Process(
             name,
             kill_at=call.kill_at,
@@ -188,6 +189,7 @@ class World:
             cancel_at=call.cancel_at,
             on_cancel=functools.partial(self._cancelling, call),
         )
+        process.facts.update(call=call, flow_run_id=None, count=0, place=name)
         self.processes.append(process)
         return process
 
@@ -293,8 +295,7 @@ class World:
         other = False
         for attempt in range(8):
             call = Call(key=number, other_inputs=other)
-            process = self._process(f"final {number}.{attempt}", call)
-            process.facts.update(call=call, flow_run_id=None, count=0, place=f"final/{number}/{attempt}")
+            process = self.process(f"final {number}.{attempt}", call)
             before = len(self.endings)
             await process.start(self._main(process, call))
             value = self.endings[before].value
