@@ -1,0 +1,194 @@
+"""The block: what Prefect asks of every block, and what this one is."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import uuid
+from typing import Any
+
+import pytest
+from prefect.blocks.abstract import JobBlock, JobRun
+from prefect.blocks.core import Block
+from prefect.testing.standard_test_suites import BlockStandardTestSuite
+from pydantic import SecretStr, ValidationError
+
+from prefect_crew import CrewError, CrewFailedError, CrewRun, DeployedCrew, InvalidInputsError, WaitPolicy
+from prefect_crew.testing import CrewServerFactory
+from support.scripts import FAILS, slow
+
+TOKEN = SecretStr("the-token")
+
+
+class TestDeployedCrewIsABlock(BlockStandardTestSuite):
+    @pytest.fixture
+    def block(self) -> type[DeployedCrew]:
+        return DeployedCrew
+
+    def test_has_a_valid_image(self, block: type[DeployedCrew]) -> None:
+        """Prefect's own asks the network for it."""
+        url = block._logo_url
+        assert url is not None
+        assert (url.scheme, url.host) == ("https", "raw.githubusercontent.com")
+        assert str(url).endswith(".png")
+
+
+def crew(**fields: Any) -> DeployedCrew:
+    return DeployedCrew(**{"url": "https://travel.test", "token": TOKEN, **fields})
+
+
+def test_it_is_prefects_job_block():
+    assert issubclass(DeployedCrew, JobBlock)
+    assert issubclass(CrewRun, JobRun)
+    assert DeployedCrew.get_block_type_slug() == "deployed-crew"
+
+
+@pytest.mark.parametrize(
+    ("url", "clean"),
+    [
+        ("https://travel.test/", "https://travel.test"),
+        (" https://travel.test ", "https://travel.test"),
+        ("https://travel.test/crews/1/", "https://travel.test/crews/1"),
+        ("http://127.0.0.1:8000", "http://127.0.0.1:8000"),
+        ("http://localhost:8000/", "http://localhost:8000"),
+    ],
+)
+def test_the_url_is_cleaned(url: str, clean: str):
+    assert crew(url=url).url == clean
+
+
+@pytest.mark.parametrize("url", ["", "travel.test", "ftp://travel.test", "http://travel.test", "https://"])
+def test_a_url_that_cannot_be_used_is_refused(url: str):
+    with pytest.raises(ValidationError):
+        crew(url=url)
+
+
+def test_plain_http_beyond_this_machine_has_to_be_allowed():
+    assert crew(url="http://travel.test", allow_http=True).url == "http://travel.test"
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"max_kickoffs": 0},
+        {"request_timeout": 0},
+        {"price": -1},
+        {"show": "everything"},
+        {"wait": {"initial": 20}},
+        {"token": None},
+    ],
+    ids=lambda fields: next(iter(fields)),
+)
+def test_a_field_that_makes_no_sense_is_refused(fields: dict[str, Any]):
+    with pytest.raises(ValidationError):
+        crew(**fields)
+
+
+def test_secret_inputs_are_names_in_any_collection():
+    assert crew(secret_inputs=("a", "b")).secret_inputs == ["a", "b"]
+    assert crew(secret_inputs={"a"}).secret_inputs == ["a"]
+
+
+def test_hiding_more_inputs_makes_another_crew_and_hiding_none_does_not():
+    known = crew(secret_inputs=["a"])
+    assert known.hiding(["b", "a"]).secret_inputs == ["a", "b"]
+    assert known.secret_inputs == ["a"]
+    assert known.hiding(["a"]) is known
+
+
+def test_the_token_shows_nowhere():
+    block = crew()
+    for shown in (repr(block), str(block), block.model_dump_json(), repr(block.client()), block.label):
+        assert "the-token" not in shown
+
+
+def test_people_call_it_by_its_name_else_by_its_address():
+    assert crew(url="https://travel.test:444/crews/1/").label == "travel.test:444/crews/1"
+    named = crew().called("travel")
+    assert named.label == "travel"
+    assert crew().label == "travel.test"
+
+
+@pytest.mark.usefixtures("prefect_api")
+async def test_it_is_stored_with_all_that_holds_for_its_runs_and_loaded_by_name():
+    name = f"travel-{uuid.uuid4().hex[:8]}"
+    block = crew(
+        wait=WaitPolicy(timeout=60, on_timeout="stop"), show="summary", secret_inputs=["pin"], price=0.5, max_kickoffs=2
+    )
+    await block.asave(name)
+    loaded = await DeployedCrew.aload(name)
+    assert (loaded.label, loaded.token.get_secret_value()) == (name, "the-token")
+    assert loaded.called("other").label == name
+    fields = set(DeployedCrew.model_fields)
+    assert loaded.model_dump(include=fields) == block.model_dump(include=fields)
+    assert type(await Block.aload(f"deployed-crew/{name}")) is DeployedCrew
+
+
+@pytest.mark.usefixtures("prefect_api")
+async def test_a_reload_tells_only_of_a_token_that_has_changed():
+    name = f"travel-{uuid.uuid4().hex[:8]}"
+    await crew().asave(name)
+    loaded = await DeployedCrew.aload(name)
+    assert await crew().reloaded() is None
+    assert await loaded.reloaded() is None
+    await crew(token=SecretStr("another")).asave(name, overwrite=True)
+    fresh = await loaded.reloaded()
+    assert fresh is not None
+    assert fresh.token.get_secret_value() == "another"
+
+
+# Prefect's JobBlock idiom
+
+
+@pytest.mark.usefixtures("prefect_api", "instant_polling")
+class TestIdiom:
+    def test_in_sync_code(self, crew_server: CrewServerFactory):
+        run = crew_server("echo").crew().trigger({"text": "a"})
+        assert isinstance(run, CrewRun)
+        run.wait_for_completion()
+        assert run.fetch_result().output == "a"
+
+    async def test_in_async_code(self, crew_server: CrewServerFactory):
+        run = await crew_server("echo").crew().trigger({"text": "a"})
+        await run.wait_for_completion()
+        assert (await run.fetch_result()).output == "a"
+
+    async def test_no_inputs_are_no_inputs(self, crew_server: CrewServerFactory):
+        assert (await crew_server(slow(0)).crew().trigger()).kickoff_id
+        with pytest.raises(InvalidInputsError):
+            await crew_server("echo").crew().trigger()
+
+    async def test_a_result_can_be_fetched_without_having_waited(self, crew_server: CrewServerFactory):
+        run = await crew_server(slow(0.3)).crew().trigger()
+        with pytest.raises(CrewError, match=f"Run {run.kickoff_id} .* has no result yet: it is running"):
+            await run.fetch_result()
+        await asyncio.sleep(0.5)
+        assert (await run.fetch_result()).output == "done"
+
+    async def test_looking_for_a_result_leaves_the_wait_what_it_needs(self, crew_server: CrewServerFactory):
+        server = crew_server(slow(0.3))
+        run = await server.crew(secret_inputs=["pin"]).trigger({"pin": "4711471"})
+        with pytest.raises(CrewError):
+            await run.fetch_result()
+        await run.wait_for_completion()
+        again = CrewRun(server.crew(), run.kickoff_id, run_key=run.run_key)
+        server.faults.add("status:forgotten")
+        assert (await again.fetch_result()).output == "done", "from the record"
+
+    async def test_a_failed_run_has_no_result(self, crew_server: CrewServerFactory):
+        run = await crew_server(FAILS).crew().trigger()
+        with pytest.raises(CrewFailedError):
+            await run.fetch_result()
+
+    async def test_a_wait_policy_of_its_own(self, crew_server: CrewServerFactory):
+        run = await crew_server(slow(60)).crew(wait=WaitPolicy(timeout=3600)).trigger()
+        with pytest.raises(CrewError, match=r"running time of 0\.3 s"):
+            await run.wait_for_completion(WaitPolicy(initial=0.1, timeout=0.3))
+
+
+def test_its_schema_is_a_form_that_people_can_fill_in():
+    schema = DeployedCrew.model_json_schema()
+    assert schema["properties"]["url"]["title"] == "URL"
+    assert schema["properties"]["token"]["format"] == "password"
+    assert "wait" in schema["properties"]
+    json.dumps(schema)
