@@ -1,0 +1,106 @@
+"""Twenty processes with one run key, at the same moment: one kickoff, twenty equal results, one event of its end.
+
+On SQLite and on PostgreSQL, where a Prefect server locks in other ways; and one kill there as well.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from prefect_crew.server.local import CrewServer
+from proof.kills import Kill
+from proof.settle import settle
+from proof.test_kill_matrix import CREW, records, script_of
+from proof.zygote import Zygote
+from support.prefect_server import PrefectServer, connected
+from support.seen import Seen
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+RACERS = 20
+
+
+def ends(seen: Seen, kickoff_id: str) -> list[dict[str, Any]]:
+    """Return the events about the end of a run, once the server has had time to write them down."""
+    wanted = {"event": {"name": ["crew.completed"]}, "resource": {"id": [f"prefect-crew.run.{kickoff_id}"]}}
+    deadline = time.monotonic() + 20
+    while not (found := seen.post("/events/filter", {"filter": wanted})["events"]) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    time.sleep(2)  # for a second one
+    return seen.post("/events/filter", {"filter": wanted})["events"] if found else []
+
+
+def race(zygote: Zygote, seen: Seen, run_key: str) -> None:
+    with CrewServer(CREW) as server:
+        ended = zygote.run(*[script_of(server, run_key) for _ in range(RACERS)])
+        assert {(one.output, one.error) for one in ended} == {("tea, done", None)}
+        assert len({one.kickoff_id for one in ended}) == 1
+        assert server.kickoffs_by_run_key == {run_key: 1}
+        assert server.requests["kickoff"] == 1, "nobody else even tried"
+        assert [record["phase"] for record in records(seen, run_key)] == ["ended"]
+        assert len(ends(seen, server.runs[0].id)) == 1
+
+
+def test_twenty_racers_buy_once(zygote: Zygote, seen: Seen, run_key: str) -> None:
+    race(zygote, seen, run_key)
+
+
+def test_twenty_racers_after_a_failure_buy_once_more(zygote: Zygote, seen: Seen, run_key: str) -> None:
+    """A failed run is bought again by a call that was told of the failure, and not by each of those that waited."""
+    crew = "name: c\ninputs: [text]\ntasks: [{name: t, seconds: 0.5, fail: the well is dry}]\n"
+    with CrewServer(crew) as server:
+        ended = zygote.run(*[script_of(server, run_key) for _ in range(RACERS)])
+        assert {one.error for one in ended} == {"CrewFailedError"}
+        assert server.kickoffs == len(records(seen, run_key))
+        assert server.kickoffs <= 3, "max_kickoffs"
+
+
+@pytest.fixture(scope="module")
+def zygote_on_postgres(
+    prefect_server_on_postgres: PrefectServer, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Zygote]:
+    folder = tmp_path_factory.mktemp("scripts-on-postgres")
+    with Zygote(prefect_server_on_postgres.env(home=folder / "home"), folder) as running:
+        yield running
+
+
+@pytest.fixture
+def seen_on_postgres(prefect_server_on_postgres: PrefectServer) -> Iterator[Seen]:
+    reader = Seen(prefect_server_on_postgres)
+    yield reader
+    reader.close()
+
+
+@pytest.mark.postgres
+def test_twenty_racers_buy_once_on_postgres(zygote_on_postgres: Zygote, seen_on_postgres: Seen, run_key: str) -> None:
+    race(zygote_on_postgres, seen_on_postgres, run_key)
+
+
+@pytest.mark.postgres
+@pytest.mark.parametrize("kill", [Kill("kickoff", "after"), Kill("status", "after", 2)], ids=str)
+def test_a_script_that_was_killed_goes_on_on_postgres(
+    kill: Kill,
+    zygote_on_postgres: Zygote,
+    seen_on_postgres: Seen,
+    prefect_server_on_postgres: PrefectServer,
+    run_key: str,
+    tmp_path: Path,
+) -> None:
+    with CrewServer(CREW) as server:
+        (first,) = zygote_on_postgres.run(script_of(server, run_key, kill))
+        assert first.killed
+        (record,) = records(seen_on_postgres, run_key)
+        seen_on_postgres.set_state(record["flow_run_id"], "CRASHED")
+        (second,) = zygote_on_postgres.run(script_of(server, run_key))
+        if kill.hook == "kickoff":
+            assert second.error == "KickoffUncertainError"
+            with connected(prefect_server_on_postgres, tmp_path / "home"):
+                settle(server, run_key)
+            (second,) = zygote_on_postgres.run(script_of(server, run_key))
+        assert second.output == "tea, done"
+        assert server.kickoffs_by_run_key == {run_key: 1}
