@@ -7,7 +7,7 @@ from typing import Any
 
 from cyclopts import App
 
-from prefect_crew.cli import asking, demo, deploy, doctor, exits, running, runs, saving, serving, webhooks
+from prefect_crew.cli import asking, backfill, demo, deploy, doctor, exits, running, runs, saving, serving, webhooks
 
 __all__ = ["app", "run"]
 
@@ -37,6 +37,7 @@ for _command in (
     asking.stop,
     saving.save,
     deploy.deploy,
+    backfill.backfill,
     webhooks.webhooks,
     doctor.doctor,
 ):
