@@ -25,7 +25,7 @@ class TestDeployedCrewIsABlock(BlockStandardTestSuite):
     def block(self) -> type[DeployedCrew]:
         return DeployedCrew
 
-    def test_has_a_valid_image(self, block: type[DeployedCrew]) -> None:
+    def test_has_a_valid_image(self, block: type[Block]) -> None:
         """Prefect's own asks the network for it."""
         url = block._logo_url
         assert url is not None

@@ -1,0 +1,302 @@
+"""The tasks, alone in anyone's flow."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from prefect import flow, task, unmapped
+from prefect.runtime import flow_run
+from prefect.states import State
+
+from prefect_crew import (
+    CrewConnectionError,
+    DeployedCrew,
+    NotFoundError,
+    discover_inputs,
+    kickoff_crew,
+    resume_crew,
+    stop_crew,
+    wait_for_crew,
+)
+from prefect_crew.tasks import CrewTask
+from prefect_crew.testing import CrewServerFactory
+from support.prefect_server import PrefectServer, free_port
+from support.scripts import slow
+from support.seen import Seen
+
+pytestmark = pytest.mark.usefixtures("prefect_api", "instant_polling")
+
+TASKS: list[CrewTask[Any, Any]] = [discover_inputs, kickoff_crew, wait_for_crew, resume_crew, stop_crew]
+
+
+@pytest.fixture
+def seen(prefect_api: PrefectServer) -> Iterator[Seen]:
+    reader = Seen(prefect_api)
+    yield reader
+    reader.close()
+
+
+def unreachable() -> DeployedCrew:
+    return DeployedCrew(url=f"http://127.0.0.1:{free_port()}", token="t")  # pyright: ignore[reportArgumentType]
+
+
+# Calls
+
+
+def test_a_sync_flow_calls_them_as_its_own(crew_server: CrewServerFactory):
+    crew = crew_server("echo").crew()
+
+    @flow
+    def trip() -> list[Any]:
+        (known,) = discover_inputs(crew)
+        kickoff_id = kickoff_crew(crew, {known.name: "a"})
+        return [kickoff_id, wait_for_crew(crew, kickoff_id)]
+
+    kickoff_id, result = trip()
+    assert (result.output, result.kickoff_id) == ("a", kickoff_id)
+
+
+async def test_an_async_flow_awaits_them(crew_server: CrewServerFactory):
+    crew = crew_server("echo").crew()
+
+    @flow
+    async def trip() -> Any:
+        (known,) = await discover_inputs(crew)
+        return await wait_for_crew(crew, await kickoff_crew(crew, {known.name: "a"}))
+
+    assert (await trip()).output == "a"
+
+
+def test_a_task_calls_them_as_well(crew_server: CrewServerFactory):
+    crew = crew_server("echo").crew()
+
+    @task
+    def run(text: str) -> str:
+        return wait_for_crew(crew, kickoff_crew(crew, {"text": text})).output
+
+    @task
+    async def arun(text: str) -> str:
+        return (await wait_for_crew(crew, await kickoff_crew(crew, {"text": text}))).output
+
+    @flow
+    async def trip() -> list[str]:
+        return [run("a"), await arun("b")]
+
+    assert asyncio.run(trip()) == ["a", "b"]
+
+
+def test_they_work_outside_of_any_flow(crew_server: CrewServerFactory):
+    crew = crew_server("echo").crew()
+    assert wait_for_crew(crew, kickoff_crew(crew, {"text": "a"})).output == "a"
+
+
+async def test_a_crew_may_be_given_by_the_name_of_its_block(crew_server: CrewServerFactory):
+    name = f"by-name-{uuid.uuid4().hex[:8]}"
+    await crew_server("echo").crew().asave(name)
+
+    @flow
+    async def trip() -> Any:
+        return await wait_for_crew(name, await kickoff_crew(name, {"text": "a"}))
+
+    assert (await trip()).output == "a"
+
+
+def test_they_are_submitted_and_mapped_and_wait_for_each_other(crew_server: CrewServerFactory):
+    crew = crew_server("echo").crew()
+
+    @flow
+    def trip() -> list[str]:
+        one = kickoff_crew.submit(crew, {"text": "z"})
+        first = wait_for_crew.submit(crew, one)  # takes the future's result
+        more = kickoff_crew.map(unmapped(crew), [{"text": text} for text in "abc"])
+        results = [first, *wait_for_crew.map(unmapped(crew), more)]
+        return [future.result().output for future in results]
+
+    assert trip() == ["z", "a", "b", "c"]
+
+
+async def test_a_state_is_returned_where_one_is_asked_for(crew_server: CrewServerFactory):
+    crew = crew_server("echo", faults=["kickoff:404@1"]).crew()
+
+    @flow
+    async def trip() -> list[State[Any]]:
+        failed = await kickoff_crew(crew, {"text": "a"}, return_state=True)
+        done = await kickoff_crew(crew, {"text": "a"}, return_state=True)
+        assert failed.is_failed()
+        assert done.is_completed()
+        return [failed, done]
+
+    failed, done = await trip()
+    with pytest.raises(NotFoundError):
+        await failed.aresult()
+    assert await done.aresult()
+
+
+# Names, tags, options
+
+
+def test_their_runs_say_which_crew_and_which_run(crew_server: CrewServerFactory, seen: Seen):
+    crew, ids = crew_server("echo").crew().called("travel"), list[Any]()
+
+    @flow
+    async def trip() -> str:
+        ids.append(flow_run.id)
+        await discover_inputs(crew)
+        kickoff_id = await kickoff_crew(crew, {"text": "a"}, name="research")
+        await wait_for_crew(crew, kickoff_id)
+        return kickoff_id
+
+    kickoff_id = asyncio.run(trip())
+    runs = seen.task_runs(ids[0], count=3)
+    assert {run["name"] for run in runs} == {
+        "inputs of travel",
+        "kick off travel research",
+        f"wait for travel {kickoff_id}",
+    }
+    assert all("prefect-crew" in run["tags"] for run in runs)
+
+
+def test_long_names_are_cut():
+    name: Any = kickoff_crew.task_run_name
+    assert len(name(parameters={"crew": "c" * 300})) == 200
+    assert name(parameters={"crew": "travel"}) == "kick off travel"
+
+
+@pytest.mark.parametrize("one", TASKS, ids=lambda one: one.name)
+def test_a_copy_with_other_options_is_one_of_them(one: CrewTask[Any, Any], crew_server: CrewServerFactory):
+    copy = one.with_options(name="mine", retries=7, timeout_seconds=5, tags=["mine"])
+    assert isinstance(copy, CrewTask)
+    assert (copy.name, copy.retries, copy.timeout_seconds, copy.tags) == ("mine", 7, 5, {"mine"})
+    assert (one.name, one.retries) != ("mine", 7)
+    assert copy.fn is one.fn
+
+
+def test_a_copy_can_be_called_from_sync_code(crew_server: CrewServerFactory):
+    crew = crew_server("echo").crew()
+    mine = kickoff_crew.with_options(name="mine").with_options(retries=0)
+
+    @flow
+    def trip() -> str:
+        return mine(crew, {"text": "a"})
+
+    assert isinstance(trip(), str)
+
+
+async def test_equal_calls_in_one_flow_are_not_one(crew_server: CrewServerFactory):
+    server = crew_server("echo")
+
+    @flow(persist_result=True)
+    async def trip() -> list[str]:
+        return [await kickoff_crew(server.crew(), {"text": "a"}) for _ in range(2)]
+
+    assert len({*await trip()}) == 2, "no cache takes one for the other"
+
+
+# Retries
+
+
+async def tries(one: CrewTask[Any, Any], crew: DeployedCrew) -> int:
+    """Return how often a kickoff that cannot reach its crew is tried."""
+    counts: list[int] = []
+
+    async def count(task: Any, task_run: Any, state: State[Any]) -> bool:
+        counts.append(task_run.run_count)
+        return True
+
+    counting = one.with_options(retry_condition_fn=count)
+
+    @flow
+    async def trip() -> None:
+        await counting(crew, {"text": "a"})
+
+    with pytest.raises(CrewConnectionError):
+        await trip()
+    return len(counts)
+
+
+async def test_what_surely_did_not_start_is_tried_as_often_as_asked():
+    assert await tries(kickoff_crew.with_options(retries=2, retry_delay_seconds=0), unreachable()) == 2
+    assert await tries(kickoff_crew.with_options(retries=0), unreachable()) == 0
+
+
+@pytest.mark.parametrize("kind", ["async", "sync"])
+@pytest.mark.parametrize("verdict", [True, False])
+async def test_a_condition_of_the_users_is_added_to_our_own(kind: str, verdict: bool):
+    asked: list[str] = []
+
+    def sync_condition(task: Any, task_run: Any, state: State[Any]) -> bool:
+        asked.append("sync")
+        return verdict
+
+    async def async_condition(task: Any, task_run: Any, state: State[Any]) -> bool:
+        asked.append("async")
+        return verdict
+
+    mine = kickoff_crew.with_options(
+        retries=2, retry_delay_seconds=0, retry_condition_fn=sync_condition if kind == "sync" else async_condition
+    )
+
+    @flow
+    async def trip() -> None:
+        await mine(unreachable(), {"text": "a"})
+
+    with pytest.raises(CrewConnectionError):
+        await trip()
+    assert asked == [kind] * (2 if verdict else 1)
+
+
+async def test_a_users_condition_cannot_make_a_purchase_repeat(crew_server: CrewServerFactory):
+    server = crew_server("echo", faults=["kickoff:500"])
+    eager = kickoff_crew.with_options(
+        retries=3, retry_delay_seconds=0, retry_condition_fn=lambda task, run, state: True
+    )
+
+    @flow
+    async def trip() -> None:
+        await eager(server.crew(), {"text": "a"})
+
+    with pytest.raises(Exception, match="uncertain"):
+        await trip()
+    assert server.requests["kickoff"] == 1
+
+
+async def test_a_condition_for_a_task_without_one_is_taken_as_it_is(crew_server: CrewServerFactory):
+    server = crew_server("echo", faults=["inputs:500@1"])
+    mine = discover_inputs.with_options(
+        retries=1, retry_delay_seconds=0, retry_condition_fn=lambda task, run, state: False
+    )
+
+    @flow
+    async def trip() -> None:
+        await mine(server.crew())
+
+    with pytest.raises(Exception, match="500"):
+        await trip()
+    assert server.requests["inputs"] == 1
+
+
+async def test_a_question_for_inputs_is_repeated(crew_server: CrewServerFactory):
+    server = crew_server("echo", faults=["inputs:500@1"])
+    patient = discover_inputs.with_options(retry_delay_seconds=0)
+
+    @flow
+    async def trip() -> Any:
+        return await patient(server.crew())
+
+    assert [known.name for known in await trip()] == ["text"]
+
+
+async def test_a_wait_is_as_often_repeated_as_anyone_likes(crew_server: CrewServerFactory):
+    server = crew_server(slow(0.2))
+
+    @flow
+    async def trip() -> set[str]:
+        kickoff_id = await kickoff_crew(server.crew())
+        return {(await wait_for_crew(server.crew(), kickoff_id)).output for _ in range(3)}
+
+    assert await trip() == {"done"}
+    assert server.kickoffs == 1
