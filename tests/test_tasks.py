@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 from prefect import flow, task, unmapped
+from prefect.client.schemas.objects import State
 from prefect.runtime import flow_run
-from prefect.states import State
 
 from prefect_crew import (
     CrewConnectionError,

@@ -1,0 +1,405 @@
+"""`run_crew` wherever it is called, what Prefect stores of it, and results that are read from anywhere."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import uuid
+from collections.abc import Iterator
+from datetime import date
+from typing import Any
+
+import pytest
+from prefect import flow, get_client, task
+from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate
+from prefect.concurrency.asyncio import ConcurrencySlotAcquisitionError
+from prefect.flow_engine import run_flow_async
+from prefect.runtime import flow_run
+from prefect.states import Scheduled
+from pydantic import BaseModel, SecretStr
+
+from prefect_crew import (
+    ConfigurationError,
+    CrewError,
+    CrewFailedError,
+    CrewLostError,
+    CrewStoppedError,
+    OutputTypeError,
+    WaitPolicy,
+    arun_crew,
+    get_result,
+    run_crew,
+    run_deployed_crew,
+)
+from prefect_crew.redaction import MASK
+from prefect_crew.testing import CrewServerFactory
+from support.prefect_server import PrefectServer
+from support.proxy import Proxy, through
+from support.scripts import FAILS, script, slow
+from support.seen import Seen
+
+pytestmark = pytest.mark.usefixtures("prefect_api", "instant_polling")
+
+FLOW = "run-deployed-crew"
+
+
+@pytest.fixture
+def seen(prefect_api: PrefectServer) -> Iterator[Seen]:
+    reader = Seen(prefect_api)
+    yield reader
+    reader.close()
+
+
+def key() -> str:
+    return f"run {uuid.uuid4()}"
+
+
+def name() -> str:
+    return f"crew-{uuid.uuid4().hex[:8]}"
+
+
+# Where it is called
+
+
+def test_in_a_sync_flow(crew_server: CrewServerFactory):
+    crew = crew_server("echo").crew()
+
+    @flow
+    def trip() -> str:
+        return run_crew(crew, {"text": "a"}).output
+
+    assert trip() == "a"
+
+
+async def test_in_an_async_flow(crew_server: CrewServerFactory):
+    crew = crew_server("echo").crew()
+
+    @flow
+    async def trip() -> str:
+        return (await arun_crew(crew, {"text": "a"})).output
+
+    assert await trip() == "a"
+
+
+def test_in_tasks_and_subflows(crew_server: CrewServerFactory):
+    crew = crew_server("echo").crew()
+
+    @task
+    def sync_task() -> str:
+        return run_crew(crew, {"text": "task"}).output
+
+    @flow
+    def subflow() -> str:
+        return run_crew(crew, {"text": "subflow"}).output
+
+    @flow
+    def trip() -> list[str]:
+        return [sync_task(), sync_task.submit().result(), subflow()]
+
+    assert trip() == ["task", "task", "subflow"]
+
+
+def test_in_a_script(crew_server: CrewServerFactory):
+    assert run_crew(crew_server("echo").crew(), {"text": "a"}).output == "a"
+
+
+async def test_in_a_running_loop_the_sync_one_names_the_async_one(crew_server: CrewServerFactory):
+    crew = crew_server("echo").crew()
+    with pytest.raises(RuntimeError, match=r"use `await arun_crew\(\.\.\.\)` instead"):
+        run_crew(crew, {"text": "a"})
+    assert (await arun_crew(crew, {"text": "a"})).output == "a"
+
+
+def test_a_loop_of_calls_leaves_no_subflows(crew_server: CrewServerFactory, seen: Seen):
+    server, ids = crew_server("echo"), list[Any]()
+
+    @flow
+    async def trips() -> list[str]:
+        ids.append(flow_run.id)
+        return [(await arun_crew(server.crew(), {"text": str(number)})).output for number in range(20)]
+
+    assert asyncio.run(trips()) == [str(number) for number in range(20)]
+    assert seen.subflow_runs(ids[0]) == []
+    assert len(seen.task_runs(ids[0], count=40)) == 40
+    assert server.kickoffs == 20
+
+
+def test_the_state_of_a_failed_flow_run_says_why_in_one_line(crew_server: CrewServerFactory, seen: Seen):
+    crew, ids = crew_server(FAILS).crew().called("travel"), list[Any]()
+
+    @flow
+    async def trip() -> None:
+        ids.append(flow_run.id)
+        await arun_crew(crew)
+
+    with pytest.raises(CrewFailedError):
+        asyncio.run(trip())
+    message = seen.flow_run(ids[0])["state"]["message"]
+    assert "of crew travel failed: the search engine is down." in message
+    assert "\n" not in message
+
+
+def test_all_that_a_call_can_say_arrives(crew_server: CrewServerFactory):
+    server, run_key = crew_server(slow(0.2)), key()
+
+    @flow
+    async def trip() -> None:
+        await arun_crew(
+            server.crew(), {"a": 1}, name="research", run_key=run_key, meta={"order": 7}, wait=WaitPolicy(timeout=30)
+        )
+
+    asyncio.run(trip())
+    (run,) = server.runs
+    assert run.meta == {"order": 7, "run_key": run_key}
+    with pytest.raises(CrewError, match=r"time of 0\.05 s"):
+        run_crew(server.crew(), {"a": 1}, run_key=key(), wait=WaitPolicy(initial=0.01, timeout=0.05))
+
+
+# What Prefect stores of a flow of its own
+
+
+class Login(BaseModel):
+    user: str
+    password: SecretStr
+
+
+def stored(seen: Seen, crew: str) -> dict[str, Any]:
+    """Return the flow run that a call outside of a flow has made for a crew of this name."""
+    (run,) = [run for run in seen.flow_runs(FLOW) if run["parameters"]["crew"] == crew]
+    return run
+
+
+def test_a_flow_of_its_own_stores_a_name_and_plain_values(crew_server: CrewServerFactory, seen: Seen):
+    server, called = crew_server(script({"output": "{{ inputs.when }} {{ inputs.pin }} {{ inputs.login }}"})), name()
+    crew = server.crew(secret_inputs=["pin"]).called(called)
+    inputs = {
+        "when": date(2026, 5, 1), "cities": ["Lisbon"], "days": 3, "pin": 4711471, "none": None,
+        "login": Login(user="me", password=SecretStr("hunter22")), "key": SecretStr("hidden-one"),
+    }  # fmt: skip
+    result = run_crew(crew, inputs, run_key=key(), output_type=None)
+    assert result.output == '2026-05-01 4711471 {"user":"me","password":"hunter22"}'
+    run = stored(seen, called)
+    assert run["name"] == called
+    assert run["parameters"]["inputs"] == {
+        "when": "2026-05-01", "cities": ["Lisbon"], "days": 3, "pin": MASK, "login": MASK, "key": MASK,
+    }  # fmt: skip
+    everything = json.dumps(run)
+    for secret in (server.token, "4711471", "hunter22", "hidden-one"):
+        assert secret not in everything
+
+
+def test_pydantics_own_secrets_are_secret_everywhere(crew_server: CrewServerFactory, seen: Seen):
+    called = name()
+    crew = crew_server(script({"output": "it was hunter22"})).crew().called(called)
+    assert run_crew(crew, {"password": SecretStr("hunter22")}).output == "it was hunter22"
+    (artifact,) = seen.artifacts(f"crew-{called}")
+    assert "hunter22" not in json.dumps([artifact, seen.variables()])
+
+
+def test_inputs_that_are_too_large_for_prefect_reach_the_crew(crew_server: CrewServerFactory, seen: Seen):
+    called = name()
+    crew = crew_server(script({"output": "{{ inputs.book | length }}"})).crew().called(called)
+    assert run_crew(crew, {"book": "語" * 300_000, "page": 3}).output == "300000"
+    assert stored(seen, called)["parameters"]["inputs"] == {
+        "book": "(too large to be stored with the flow run)",
+        "page": 3,
+    }
+
+
+def test_inputs_that_cannot_be_sent_make_no_flow_run(crew_server: CrewServerFactory, seen: Seen):
+    called = name()
+    with pytest.raises(ConfigurationError, match="Input 'x' holds a value of type object"):
+        run_crew(crew_server("echo").crew().called(called), {"x": object()})
+    assert called not in [run["parameters"]["crew"] for run in seen.flow_runs(FLOW)]
+
+
+async def run_again(run: dict[str, Any]) -> Any:
+    """Run a flow run with nothing but what stands in the database, as a retry by a worker does."""
+    async with get_client() as client:
+        planned = await client.read_flow_run(uuid.UUID(run["id"]))
+    return await run_flow_async(run_deployed_crew, flow_run=planned, parameters=planned.parameters)
+
+
+@pytest.mark.parametrize("given", ["block", "name"])
+async def test_a_stored_flow_run_can_be_run_again_for_a_stored_block(
+    crew_server: CrewServerFactory, seen: Seen, given: str
+):
+    server, block = crew_server("echo"), name()
+    crew = server.crew()
+    await crew.asave(block)
+    policy = WaitPolicy(timeout=77)
+    first = await arun_crew(crew if given == "block" else block, {"text": "a"}, name="step", wait=policy)
+    run = await asyncio.to_thread(stored, seen, block)
+    assert run["parameters"]["wait"]["timeout"] == 77
+    async with get_client() as client:
+        await client.set_flow_run_state(uuid.UUID(run["id"]), Scheduled(), force=True)
+    again = await run_again(run)
+    assert (again.output, again.kickoff_id, server.kickoffs) == ("a", first.kickoff_id, 1)
+
+
+async def test_a_flow_run_of_a_block_that_is_not_stored_says_why_it_cannot_be_run_again(crew_server: CrewServerFactory):
+    with pytest.raises(ConfigurationError, match=r"No block deployed-crew/nobody is stored.*and the same run key"):
+        await run_deployed_crew(crew="nobody", inputs={"text": "a"})
+
+
+async def test_a_flow_run_with_secret_inputs_says_why_it_cannot_be_run_again(crew_server: CrewServerFactory):
+    block = name()
+    server = crew_server(script({"output": "x"}))
+    await server.crew(secret_inputs=["pin"]).asave(block)
+    with pytest.raises(ConfigurationError, match="inputs pin, book are secret or too large"):
+        await run_deployed_crew(
+            crew=block, inputs={"pin": MASK, "city": "Lisbon", "book": "(too large to be stored with the flow run)"}
+        )
+    assert not server.requests
+
+
+async def test_the_flow_can_be_deployed_as_it_is(crew_server: CrewServerFactory):
+    block = name()
+    await crew_server("echo").crew().asave(block)
+    assert (await run_deployed_crew(crew=block, inputs={"text": "a"})).output == "a"
+
+
+# A limit that all flows share
+
+
+async def limit(slots: int) -> str:
+    made = f"limit-{uuid.uuid4().hex[:8]}"
+    async with get_client() as client:
+        await client.create_global_concurrency_limit(GlobalConcurrencyLimitCreate(name=made, limit=slots))
+    return made
+
+
+async def test_runs_in_flight_are_limited(crew_server: CrewServerFactory):
+    server = crew_server(slow(0.3))
+    crew = server.crew(concurrency_limit=await limit(1))
+    most: list[int] = []
+
+    @flow
+    async def trips() -> None:
+        running = asyncio.gather(*(arun_crew(crew, {"n": number}) for number in range(2)))
+        while not running.done():
+            most.append(sum(str(run.state) == "running" for run in server.runs))
+            await asyncio.sleep(0.02)
+        await running
+
+    await trips()
+    assert (max(most), server.kickoffs) == (1, 2)
+
+
+async def test_a_limit_that_does_not_exist_is_an_error_and_not_no_limit(crew_server: CrewServerFactory):
+    server = crew_server("echo")
+    with pytest.raises(ConcurrencySlotAcquisitionError):
+        await arun_crew(server.crew(concurrency_limit="nobody-made-it"), {"text": "a"})
+    assert server.kickoffs == 0
+
+
+# Results from anywhere
+
+
+async def test_a_result_is_read_by_its_key_without_the_crew(crew_server: CrewServerFactory):
+    server, run_key = crew_server("echo"), key()
+    first = await arun_crew(server.crew(), {"text": "a"}, run_key=run_key)
+    asked = server.requests.total()
+    again = await get_result(run_key)
+    assert again == first.model_copy(update={"raw": None, "tasks": again.tasks})
+    assert server.requests.total() == asked
+
+
+def test_it_is_read_in_sync_code(crew_server: CrewServerFactory):
+    run_key = key()
+    run_crew(crew_server("echo").crew(), {"text": "a"}, run_key=run_key)
+    assert get_result(run_key).output == "a"
+
+
+class Trip(BaseModel):
+    city: str
+
+
+async def test_it_becomes_a_model(crew_server: CrewServerFactory):
+    run_key = key()
+    await arun_crew(crew_server(script({"output": '{"city": "Lisbon"}'})).crew(), run_key=run_key)
+    assert (await get_result(run_key, output_type=Trip)).data == Trip(city="Lisbon")
+    with pytest.raises(OutputTypeError):
+        await get_result(run_key, output_type=Login)
+
+
+async def test_a_large_result_is_read_from_the_crew(crew_server: CrewServerFactory):
+    server, run_key, block = crew_server(script({"output": "{{ 'x' * 9000 }}"})), key(), name()
+    await server.crew().asave(block)
+    await arun_crew(block, run_key=run_key)
+    assert len((await get_result(run_key)).output) == 9000
+    assert len((await get_result(run_key, crew=server.crew())).output) == 9000
+    server.faults.add("status:forgotten")
+    with pytest.raises(CrewLostError):
+        await get_result(run_key)
+
+
+async def test_a_large_result_of_a_crew_that_is_not_stored_needs_the_crew(crew_server: CrewServerFactory):
+    server, run_key = crew_server(script({"output": "{{ 'x' * 9000 }}"})), key()
+    await arun_crew(server.crew(), run_key=run_key)
+    with pytest.raises(CrewError, match=r"Give the crew: get_result\(run_key, crew=…\)"):
+        await get_result(run_key)
+
+
+async def test_of_several_attempts_the_one_that_completed_counts(crew_server: CrewServerFactory):
+    fails_at_2 = script({"fail": "{{ 'no' if n == '2' else '' }}", "output": "{{ n }}"}, inputs=["n"])
+    server, run_key = crew_server(fails_at_2), key()
+    await arun_crew(server.crew(), {"n": 1}, run_key=run_key)
+    with pytest.raises(CrewFailedError):
+        await arun_crew(server.crew(), {"n": 2}, run_key=run_key, force_new=True)
+    assert (await get_result(run_key)).output == "1"
+
+
+async def test_a_key_without_a_result_says_where_it_stands(crew_server: CrewServerFactory):
+    with pytest.raises(CrewError, match="No run has the key 'nobody'"):
+        await get_result("nobody")
+    failed, stopped, uncertain, running = key(), key(), key(), key()
+    with pytest.raises(CrewFailedError):
+        await arun_crew(crew_server(FAILS).crew(), run_key=failed)
+    with pytest.raises(CrewFailedError, match="the search engine is down"):
+        await get_result(failed)
+    await (await crew_server(slow(60)).crew().trigger({}, run_key=stopped)).stop()
+    with pytest.raises(CrewStoppedError):
+        await get_result(stopped)
+    with pytest.raises(CrewError):
+        await crew_server("echo", faults=["kickoff:500"]).crew().trigger({"text": "a"}, run_key=uncertain)
+    with pytest.raises(CrewError, match=r"its kickoff is uncertain\. ServerError"):
+        await get_result(uncertain)
+    server = crew_server(slow(60))
+    await server.crew().trigger({}, run_key=running)
+    with pytest.raises(CrewError, match="has no result yet: it is running"):
+        await get_result(running, crew=server.crew())
+
+
+# What it costs
+
+
+@pytest.fixture
+def proxy(prefect_server: PrefectServer) -> Iterator[Proxy]:
+    with through(prefect_server) as way:
+        yield way
+
+
+@pytest.mark.parametrize("run_key", [None, "given"])
+def test_the_record_costs_three_requests(crew_server: CrewServerFactory, proxy: Proxy, run_key: str | None):
+    server = crew_server(slow(0.4))
+    counted: list[str] = []
+
+    @flow
+    async def trip() -> None:
+        await arun_crew(server.crew(), run_key=run_key and key())
+        before = len(proxy.requests)
+        await arun_crew(server.crew(), run_key=run_key and key())
+        counted.extend(proxy.requests[before:])
+
+    asyncio.run(trip())
+    # SQLite makes the server answer 503 when two write at once; such a request is sent again.
+    made = [one for one, before in zip(counted, ["", *counted], strict=False) if one != before]
+    shown = [request for request in made if "/artifacts" in request]
+    others = [one for one in made if one not in shown and not any(part in one for part in ("/logs", "/events", "csrf"))]
+    assert [request.partition("/api/")[2].split("/crew_run")[0] for request in others] == [
+        "variables/",
+        "variables/name",
+        "variables/name",
+    ]
+    assert len(shown) <= 3
