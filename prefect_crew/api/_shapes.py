@@ -36,6 +36,7 @@ _RESULT_KEYS = {*_TEXT_KEYS, *_TASK_LISTS, "json_dict", "pydantic", "token_usage
 """Keys that make an object under `result` a wrapping of the result rather than the result itself."""
 _FENCE = re.compile(r"\A\s*```[^\n`]*\n(.*?)\n?[ \t]*```\s*\Z", re.DOTALL)
 _DEPTH = 5
+_COUNTS = tuple(TokenUsage.model_fields)
 
 
 class State(NamedTuple):
@@ -178,7 +179,7 @@ def usage_of(body: Mapping[str, Any]) -> TokenUsage | None:
     """Return the tokens used, or None where nothing was reported."""
     inner = as_object(body.get("result"))
     for source in (as_object(body.get("token_usage")), as_object(inner.get("token_usage"))):
-        counts = {key: count for key in TokenUsage.model_fields if (count := as_count(source.get(key))) is not None}
+        counts = {key: count for key in _COUNTS if source and (count := as_count(source.get(key))) is not None}
         if counts:
             return TokenUsage(**counts)
     return None

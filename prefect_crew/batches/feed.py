@@ -13,6 +13,7 @@ from prefect.cache_policies import NO_CACHE
 
 from prefect_crew.batches.engine import Engine, Work
 from prefect_crew.batches.rows import RowJob
+from prefect_crew.logs import run_logger
 from prefect_crew.records import RecordPhase, latest_purchase
 
 __all__ = ["feed"]
@@ -28,6 +29,7 @@ class _Chunk:
         self.engine = engine
         self.rows = deque(rows)
         self.launched = asyncio.Event()
+        self.begun = False
         first, last = rows[0].job.number + 1, rows[-1].job.number + 1
         self.label = f"row {first}" if first == last else f"rows {first}-{last}"
 
@@ -36,10 +38,23 @@ def _name(parameters: dict[str, Any]) -> str:
     return cast("_Chunk", parameters["chunk"]).label
 
 
-@task(cache_policy=NO_CACHE, tags=["prefect-crew"], task_run_name=cast("Any", _name))
+# Without tags: for each task with any, Prefect asks its API for room, and the task fails if that has trouble.
+@task(cache_policy=NO_CACHE, task_run_name=cast("Any", _name))
 async def run_rows(chunk: _Chunk) -> None:
     """Run some rows of a batch."""
+    chunk.begun = True
     await chunk.engine.run(chunk.rows, chunk.launched)
+
+
+async def _run(chunk: _Chunk) -> None:
+    """Run a chunk as a Prefect task, or without one where Prefect cannot begin it: that is no reason to fail rows."""
+    try:
+        await run_rows(chunk)
+    except Exception as error:
+        if chunk.begun:
+            raise
+        run_logger().warning("Prefect could not begin the task of %s, which run without one: %s", chunk.label, error)
+        await chunk.engine.run(chunk.rows, chunk.launched)
 
 
 async def feed(engine: Engine, jobs: Iterator[RowJob], *, chunk_size: int, new: bool) -> None:
@@ -75,7 +90,7 @@ async def feed(engine: Engine, jobs: Iterator[RowJob], *, chunk_size: int, new: 
 
 async def _begin(chunk: _Chunk, running: set[asyncio.Task[None]]) -> None:
     """Start a chunk's task and wait until its last row has begun: only then is there room for the next chunk."""
-    begun = asyncio.ensure_future(run_rows(chunk))
+    begun = asyncio.ensure_future(_run(chunk))
     running.add(begun)
     launched = asyncio.ensure_future(chunk.launched.wait())
     try:

@@ -17,6 +17,8 @@ __all__ = ["KEYS_AT_ONCE", "GroupWriter"]
 
 KEYS_AT_ONCE = 400
 """Row keys a query: an SQLite of old takes 999 bound values."""
+SOON = 0.05
+"""Seconds that a write which nobody hurries may wait for company."""
 
 
 @dataclass(slots=True)
@@ -45,6 +47,7 @@ class GroupWriter:
         self.seconds = 0.0
         self._pending: list[_Write] = []
         self._wake = asyncio.Event()
+        self._soon: asyncio.TimerHandle | None = None
         self._task: asyncio.Task[None] | None = None
         self._closing = False
 
@@ -59,28 +62,35 @@ class GroupWriter:
         if self._task is not None:
             await self._task
 
-    async def put(self, values: dict[str, Any], *, new: bool) -> bool:
+    async def put(self, values: dict[str, Any], *, new: bool, urgent: bool = True) -> bool:
         """Write a row of the table and return once it is on disk.
 
         Args:
             values: All columns.
             new: Whether it claims its place; False is returned where another owner stands in it. Else it replaces what
                 stands there.
+            urgent: Whether a commit is begun for it; else it goes with the next one, or with one of its own soon.
 
         Raises:
             LedgerError: It could not be written for `patience` seconds.
         """
         write = _Write(values, new, asyncio.get_running_loop().create_future())
         self._pending.append(write)
-        self._wake.set()
-        # Whoever is cancelled here leaves the write to its commit.
-        return await asyncio.shield(write.done)
+        if urgent:
+            self._wake.set()
+        elif self._soon is None:
+            self._soon = asyncio.get_running_loop().call_later(SOON, self._wake.set)
+        # Whoever is cancelled here leaves the write to its commit: only the answer is not waited for any more.
+        return await write.done
 
     async def _write_on(self) -> None:
         loop = asyncio.get_running_loop()
         while not self._closing or self._pending:
             await self._wake.wait()
             self._wake.clear()
+            if self._soon is not None:
+                self._soon.cancel()
+                self._soon = None
             group, self._pending = self._pending, []
             if not group:
                 continue

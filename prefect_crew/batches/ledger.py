@@ -147,7 +147,8 @@ class Ledger:
         if record.phase is not RecordPhase.CLAIMED:
             self._mine.discard(record.owner)
         try:
-            await self.writer.put(self._values(record), new=False)
+            # Nothing is sent on the strength of an end, so it need not hurry.
+            await self.writer.put(self._values(record), new=False, urgent=record.phase is not RecordPhase.ENDED)
         except LedgerError:
             if record.kickoff_id is not None and record.phase is RecordPhase.STARTED:
                 # Nobody else knows it: what the ledger has is a claim, which the next call takes for uncertain.

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 from prefect_crew.api.client import CrewClient
@@ -41,8 +42,7 @@ class Pace:
     """
 
     def __init__(self, *, kickoffs_per_second: float | None = None, requests: int = REQUESTS) -> None:
-        self.posts = asyncio.Semaphore(requests)
-        self.polls = asyncio.Semaphore(requests)
+        self.requests = requests
         self._most = 2 * requests
         self._buying = 0
         self._careful = True
@@ -146,6 +146,31 @@ class Pace:
         self._not_before = max(self._not_before, now + delay)
 
 
+class _Lanes:
+    """Clients for one request at a time each, the one that was used last first.
+
+    httpcore looks through all connections of a pool, twice a request, each time for all the others: a request over one
+    pool of eight took 0.91 ms of CPU, over eight pools of one 0.50 ms.
+    """
+
+    def __init__(self, crew: DeployedCrew, number: int) -> None:
+        self._free = [crew.client() for _ in range(number)]
+        self._gate = asyncio.Semaphore(number)
+
+    async def open(self, stack: AsyncExitStack) -> None:
+        for lane in self._free:
+            await stack.enter_async_context(lane)
+
+    @asynccontextmanager
+    async def lane(self) -> AsyncGenerator[CrewClient]:
+        async with self._gate:
+            lane = self._free.pop()
+            try:
+                yield lane
+            finally:
+                self._free.append(lane)
+
+
 class BatchClient(CrewClient):
     """A crew client that keeps to a pace, and goes on with a newer one where its token has been rotated."""
 
@@ -159,6 +184,16 @@ class BatchClient(CrewClient):
         )
         self._pace = pace
         self._fresher_than = fresher_than
+        self._stack = AsyncExitStack()
+        self._polling, self._posting = _Lanes(crew, pace.requests), _Lanes(crew, pace.requests)
+
+    async def __aenter__(self) -> BatchClient:
+        for lanes in (self._polling, self._posting):
+            await lanes.open(self._stack)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._stack.aclose()
 
     async def kickoff(
         self,
@@ -200,10 +235,11 @@ class BatchClient(CrewClient):
         if call.method == "GET":
             if (left := self._pace.held_for) > 0:
                 await asyncio.sleep(left)
-            async with self._pace.polls:
-                return await super()._send(call, body)
-        async with self._pace.posts:
-            return await super()._send(call, body)
+            lanes = self._polling
+        else:
+            lanes = self._posting
+        async with lanes.lane() as lane:
+            return await lane._send(call, body)  # noqa: SLF001  a client like this one
 
 
 class BatchSession(CrewSession):

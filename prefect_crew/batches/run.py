@@ -257,5 +257,7 @@ async def batch_job(
     place = await ledger_place(ledger, where)
     block = await loaded(crew)
     stored = cast("str | None", cast("Any", block)._block_document_name)  # noqa: SLF001  Prefect names no other way
+    if stored is None:
+        block = block.called(block.label)  # its address need not be read anew for each row
     call = plain_call(crew=stored, dataset=rows, output=where, ledger=place.told, options=options)
     return BatchJob(block, rows, options, name=full, output=where, place=place, call=call)
