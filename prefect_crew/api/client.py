@@ -34,6 +34,7 @@ from prefect_crew.api.inputs import encode_inputs
 from prefect_crew.api.models import CrewInput, CrewState, CrewStatus, ResumeAnswer, StopAnswer
 from prefect_crew.api.parsing import parse_inputs, parse_kickoff, parse_resume, parse_status, parse_stop
 from prefect_crew.api.webhooks import Webhooks
+from prefect_crew.api.withholding import withheld
 
 __all__ = ["CrewClient", "in_process"]
 
@@ -244,7 +245,9 @@ class CrewClient:
         answer = await self._send(call)
         text = self._redacted(call, answer.text)
         found = self._shaped(call, answer, lambda _: parse_stop(text, kickoff_id, answer.status))
-        return found or self._refuse(call, answer)
+        if found is None:
+            self._refuse(call, answer)
+        return found.model_copy(update={"message": found.message and withheld(found.message)})
 
     async def health(self) -> bool:
         """Return whether `GET /` says that the server is healthy. A page of something else does not say so.
@@ -294,12 +297,12 @@ class CrewClient:
         except ResponseFormatError as error:
             expected = error.expected
         # From the whole body, not from the excerpt in that error: half a secret would not be found any more.
-        body = shown(self._redacted(call, answer.text))
+        body = shown(withheld(self._redacted(call, answer.text)))
         raise ResponseFormatError(expected=expected, body=body, status_code=answer.status, kickoff_id=call.kickoff_id)
 
     def _refuse(self, call: _Call, answer: Answer, kind: type[CrewAPIError] | None = None) -> NoReturn:
         """Raise the error for an answer that is none of 2xx."""
-        facts = parse_error(answer.status, answer.headers, self._redacted(call, answer.text))
+        facts = parse_error(answer.status, answer.headers, withheld(self._redacted(call, answer.text)))
         title, message = facts.title, facts.message
         if 300 <= answer.status < 400:
             title, message = "A redirect, not followed", _redirection(answer)
@@ -308,8 +311,8 @@ class CrewClient:
             "method": call.method,
             "path": f"{urlsplit(self.url).path}{call.path}",
             # Once more: what was escaped in the body is plain now.
-            "title": title and self._redacted(call, title),
-            "message": message and self._redacted(call, message),
+            "title": title and withheld(self._redacted(call, title)),
+            "message": message and withheld(self._redacted(call, message)),
             "body": facts.body,
             "kickoff_id": call.kickoff_id,
         }
