@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import html
 import json
 from collections.abc import Iterable, Mapping
 from typing import Any, cast
+from urllib.parse import quote
 
 from pydantic import BaseModel, SecretBytes, SecretStr
 
@@ -37,10 +39,11 @@ class Redactor:
         for value in named.values():
             values.extend(_texts(value))
         values.extend(str(value) for value in encode_inputs(named).values())
-        # As it stands within JSON that somebody quotes.
+        # As it stands within JSON that somebody quotes, on a page, in an address.
         values.extend(
             json.dumps(value, ensure_ascii=ascii_)[1:-1] for value in list(values) for ascii_ in (True, False)
         )
+        values.extend([html.escape(value) for value in values] + [quote(value, safe=safe) for value in values for safe in ("", "/")])
         return cls(values)
 
     def __call__(self, text: str) -> str:
