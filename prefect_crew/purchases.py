@@ -19,6 +19,7 @@ from prefect.exceptions import PrefectException
 
 from prefect_crew.api.certainty import KickoffFate, kickoff_delay, kickoff_fate
 from prefect_crew.api.errors import AuthenticationError, CrewError, KickoffUncertainError
+from prefect_crew.api.withholding import withholding
 from prefect_crew.events import emit
 from prefect_crew.logs import run_logger
 from prefect_crew.receiver.targets import webhooks_for
@@ -349,12 +350,9 @@ async def _post(purchase: Purchase, record: RunRecord, records: RecordStore, ses
             purchase.crew, record.run_key, attempt=record.attempt, settings=purchase.settings
         )
         record.hooked = webhooks is not None and purchase.webhooks is None
-        kickoff_id = await session.client.kickoff(
-            purchase.inputs,
-            meta={**(purchase.meta or {}), "run_key": record.run_key},
-            webhooks=webhooks,
-            secrets=redact.secrets,
-        )
+        with withholding(redact):
+            meta = {**(purchase.meta or {}), "run_key": record.run_key}
+            kickoff_id = await session.client.kickoff(purchase.inputs, meta=meta, webhooks=webhooks)
     except BaseException as error:
         if kickoff_fate(error) is not KickoffFate.UNCERTAIN:
             raise
