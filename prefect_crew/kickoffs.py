@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from prefect_crew.api.errors import AuthenticationError, ConfigurationError, CrewError, InvalidInputsError
 from prefect_crew.api.inputs import encode_inputs, inputs_digest, missing_inputs, unknown_inputs
 from prefect_crew.api.models import CrewState
+from prefect_crew.api.withholding import withholding
 from prefect_crew.interrupts import watch_ctrl_c
 from prefect_crew.logs import run_logger
 from prefect_crew.open_runs import OpenRun, remember
@@ -65,7 +66,7 @@ async def open_run(
     subscribe()
     async with CrewSession(crew) as session:
         # Open as long as the POST may be in flight, so that a Ctrl-C meanwhile stops what it started.
-        with watch_ctrl_c():
+        with watch_ctrl_c(), withholding(crew.redactor(encoded)):
             opened = await purchase_run(
                 purchase, store or PrefectRecords(), session, check=lambda: check_inputs(session, encoded)
             )
