@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from prefect_crew.api.models import CrewState, CrewStatus
+from prefect_crew.api.withholding import withholding
 from prefect_crew.artifacts import RunArtifact
 from prefect_crew.records import RunRecord
 from prefect_crew.redaction import Redactor
@@ -66,6 +68,10 @@ class OpenRun:
         if text is None:
             return None
         return WITHHELD if self.blind else self.redact(text)
+
+    def withholding(self) -> AbstractContextManager[None]:
+        """Let errors of the client that are made meanwhile tell of the server's answers what may be told."""
+        return withholding(lambda text: self.told(text) or "")
 
     def masked(self, status: CrewStatus) -> CrewStatus:
         """Return a status without its raw body, with every secret masked, and without texts where none can be."""
