@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from contextlib import AsyncExitStack
+from contextlib import AbstractContextManager, AsyncExitStack, nullcontext
 from typing import TYPE_CHECKING, TypeVar
 
 import httpx
@@ -23,16 +23,24 @@ T = TypeVar("T")
 class CrewSession:
     """Used as an async context manager; `client` is the one to use at this moment.
 
-    `connect` makes a client for a crew, in place of `crew.client()`.
+    `connect` makes a client for a crew, in place of `crew.client()`; `withhold` holds as long as the session is open.
     """
 
-    def __init__(self, crew: DeployedCrew, connect: Callable[[DeployedCrew], CrewClient] | None = None) -> None:
+    def __init__(
+        self,
+        crew: DeployedCrew,
+        connect: Callable[[DeployedCrew], CrewClient] | None = None,
+        *,
+        withhold: AbstractContextManager[None] | None = None,
+    ) -> None:
         self.crew = crew
+        self._withhold = withhold or nullcontext()
         self._connect = connect or _plain
         self._stack = AsyncExitStack()
         self._client: CrewClient | None = None
 
     async def __aenter__(self) -> CrewSession:
+        self._stack.enter_context(self._withhold)
         self._client = await self._stack.enter_async_context(self._connect(self.crew))
         return self
 
