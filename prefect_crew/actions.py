@@ -31,7 +31,7 @@ async def stop_run(crew: DeployedCrew, kickoff_id: str, *, run_key: str | None =
         CrewError: The server could not be asked. An ended run, an unknown one and a missing `/stop` are answers.
     """
     run = await find_run(crew, kickoff_id, run_key, take=False)
-    async with CrewSession(crew) as session:
+    async with CrewSession(crew, withhold=run.withholding()) as session:
         answer = await session.asked(lambda client: client.stop(kickoff_id))
     if run.record is not None and run.record.phase is RecordPhase.STARTED and answer.accepted:
         try:
@@ -61,7 +61,7 @@ async def resume_run(
         CrewAPIError, CrewConnectionError: As the server answered, or did not. It is not sent twice.
     """
     run = await find_run(crew, kickoff_id, take=False)
-    async with CrewSession(crew) as session:
+    async with CrewSession(crew, withhold=run.withholding()) as session:
         status = await session.asked(lambda client: client.status(kickoff_id))
         if status.state.ended or status.state is CrewState.UNKNOWN:
             raise CrewError(f"Run {kickoff_id} of crew {crew.label} does not wait for a person: it is {status.state}.")
