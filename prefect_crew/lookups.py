@@ -66,7 +66,7 @@ async def read_result(run: OpenRun) -> CrewResult:
     Raises:
         CrewError: It has not completed; the message says where it stands.
     """
-    async with CrewSession(run.crew) as session:
+    async with CrewSession(run.crew, withhold=run.withholding()) as session:
         if run.record is not None and run.record.phase is RecordPhase.ENDED:
             return await recorded_result(run, session)
         return await _asked(run, session, last_state=None if run.record is None else "started")
