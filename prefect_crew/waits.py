@@ -66,7 +66,7 @@ async def wait_for_run(
         CrewError: The status call gave no answer for too long.
     """
     run = await find_run(crew, kickoff_id, run_key)
-    async with CrewSession(crew) as session:
+    async with CrewSession(crew, withhold=run.withholding()) as session:
         if run.record is not None and run.record.phase is RecordPhase.ENDED:
             result = await recorded_result(run, session)
         else:
