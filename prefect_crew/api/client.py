@@ -318,7 +318,7 @@ class CrewClient:
         }
         kind = kind or _kind(answer.status)
         if issubclass(kind, InvalidInputsError):
-            told["missing_inputs"] = facts.missing_inputs
+            told["missing_inputs"] = [withheld(self._redacted(call, name)) for name in facts.missing_inputs]
         elif issubclass(kind, (RateLimitedError, ServerError)):
             told["retry_after"] = facts.retry_after
         raise kind(**told)
