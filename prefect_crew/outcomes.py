@@ -59,15 +59,17 @@ def typed(result: CrewResult, output_type: type[M], *, run: OpenRun | None = Non
             f"{'.'.join(str(part) for part in problem['loc']) or 'the text'}: {problem[reason]}"
             for problem in error.errors(include_url=False, include_input=False)
         ]
-        shown = None
-        if run is not None:
-            problems = [run.redact(problem) for problem in problems]
-            shown = run.redact(result.output) if run.show == "full" else "not shown"
-        raise OutputTypeError(
-            kickoff_id=result.kickoff_id,
-            output_type=output_type.__name__,
-            output=result.output,
-            problems=problems,
-            shown=shown,
-        ) from None
-    return result.model_copy(update={"data": data})
+    else:
+        return result.model_copy(update={"data": data})
+    shown = None
+    if run is not None:
+        problems = [run.redact(problem) for problem in problems]
+        shown = run.redact(result.output) if run.show == "full" else "not shown"
+    # Out here, since the validator's own error quotes the whole result and would come along as its context.
+    raise OutputTypeError(
+        kickoff_id=result.kickoff_id,
+        output_type=output_type.__name__,
+        output=result.output,
+        problems=problems,
+        shown=shown,
+    )
