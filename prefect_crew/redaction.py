@@ -43,7 +43,8 @@ class Redactor:
         values.extend(
             json.dumps(value, ensure_ascii=ascii_)[1:-1] for value in list(values) for ascii_ in (True, False)
         )
-        values.extend([html.escape(value) for value in values] + [quote(value, safe=safe) for value in values for safe in ("", "/")])
+        for value in list(values):
+            values.extend((html.escape(value), quote(value, safe=""), quote(value)))
         return cls(values)
 
     def __call__(self, text: str) -> str:
