@@ -189,11 +189,11 @@ def test_a_flow_of_its_own_stores_a_name_and_plain_values(crew_server: CrewServe
 
 
 def test_pydantics_own_secrets_are_secret_everywhere(crew_server: CrewServerFactory, seen: Seen):
-    called = name()
-    crew = crew_server(script({"output": "it was hunter22"})).crew().called(called)
-    assert run_crew(crew, {"password": SecretStr("hunter22")}).output == "it was hunter22"
+    called, secret = name(), uuid.uuid4().hex
+    crew = crew_server(script({"output": f"it was {secret}"})).crew().called(called)
+    assert run_crew(crew, {"password": SecretStr(secret)}).output == f"it was {secret}"
     (artifact,) = seen.artifacts(f"crew-{called}")
-    assert "hunter22" not in json.dumps([artifact, seen.variables()])
+    assert secret not in json.dumps([artifact, seen.variables()])
 
 
 def test_inputs_that_are_too_large_for_prefect_reach_the_crew(crew_server: CrewServerFactory, seen: Seen):
@@ -396,7 +396,9 @@ def test_the_record_costs_three_requests(crew_server: CrewServerFactory, proxy: 
     # SQLite makes the server answer 503 when two write at once; such a request is sent again.
     made = [one for one, before in zip(counted, ["", *counted], strict=False) if one != before]
     shown = [request for request in made if "/artifacts" in request]
-    others = [one for one in made if one not in shown and not any(part in one for part in ("/logs", "/events", "csrf"))]
+    # That of Prefect itself: what has to do with the record is in Variables, or asks after flow runs.
+    prefects = ("/logs", "/events", "csrf", "/concurrency_limits", "/admin")
+    others = [one for one in made if one not in shown and not any(part in one for part in prefects)]
     assert [request.partition("/api/")[2].split("/crew_run")[0] for request in others] == [
         "variables/",
         "variables/name",

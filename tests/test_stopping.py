@@ -18,6 +18,7 @@ from prefect import flow
 from prefect.runtime import flow_run
 
 from prefect_crew import CrewError, CrewStoppedError, arun_crew, run_crew, stopping
+from prefect_crew.record_store import record_name
 from prefect_crew.records import RunRecord
 from prefect_crew.server import CrewServer
 from prefect_crew.testing import CrewServerFactory
@@ -175,7 +176,7 @@ def test_a_crew_without_stop_is_said_to_run_on_and_where(crew_server: CrewServer
 
 @pytest.mark.usefixtures("quick_look")
 def test_a_run_that_another_flow_run_waits_for_is_left_running(crew_server: CrewServerFactory, seen: Seen):
-    server, run_key, ids = crew_server(slow(3)), key(), list[Any]()
+    server, run_key, ids = crew_server(slow(5)), key(), list[Any]()
 
     @flow
     async def first() -> None:
@@ -191,8 +192,13 @@ def test_a_run_that_another_flow_run_waits_for_is_left_running(crew_server: Crew
     async def both() -> list[Any]:
         return [*await asyncio.gather(first(), second(), return_exceptions=True)]
 
-    # Both look each 10 ms at a run that both know of by then.
-    thread = cancel_when(server, seen, ids, "CANCELLING", looks=100)
+    def cancel() -> None:
+        wait_until(lambda: server.requests["status"] and seen.variables(f"crew_wait_{digest}%"))
+        seen.set_state(ids[0], "CANCELLING")
+
+    digest = record_name(run_key, 1).split("_")[2]
+    thread = threading.Thread(target=cancel)
+    thread.start()
     error, output = asyncio.run(both())
     thread.join()
     assert output == "done"

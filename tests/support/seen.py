@@ -70,12 +70,17 @@ class Seen:
 
     def variables(self, name_like: str = "crew_%") -> list[dict[str, Any]]:
         """Return the Variables whose names are like that."""
-        body = {"variables": {"name": {"like_": name_like}}, "limit": 200, "sort": "NAME_ASC"}
-        return self.post("/variables/filter", body)
+        found: list[dict[str, Any]] = []
+        while True:
+            body = {"variables": {"name": {"like_": name_like}}, "limit": 200, "sort": "NAME_ASC", "offset": len(found)}
+            page = self.post("/variables/filter", body)
+            found += page
+            if len(page) < 200:
+                return found
 
     def record(self, run_key: str) -> dict[str, Any]:
         """Return the value of the latest record of a run key."""
-        found = [one["value"] for one in self.variables("crew_run_%") if one["value"]["run_key"] == run_key]
+        found = [one["value"] for one in self.variables("crew_run_%") if one["value"].get("run_key") == run_key]
         return max(found, key=lambda value: value["attempt"])
 
     def artifacts(self, key: str) -> list[dict[str, Any]]:
