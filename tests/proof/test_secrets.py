@@ -1,0 +1,341 @@
+"""Secrets stay secret, after every kind of failure and after a success.
+
+The crew's server says everything back, the token and the inputs, in every answer. Then the token is looked for in the
+Prefect database, in all logs at DEBUG, in artifacts and events, in errors with their causes, reprs, pickles and
+tracebacks, in local variables of our frames, and in what the command line writes; and so are the values of the secret
+inputs in everything of ours.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import logging
+import pickle
+import secrets
+import sqlite3
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import pytest
+from pydantic import BaseModel, SecretStr
+
+from prefect_crew import (
+    CrewError,
+    DeployedCrew,
+    OutputTypeError,
+    WaitPolicy,
+    kickoff_crew,
+    resume_crew,
+    run_crew,
+    stop_crew,
+)
+from prefect_crew.reviews import Review
+from proof.echoing import Echo, echoing
+from support.environment import program
+from support.prefect_server import PrefectServer, connected, drain, environment
+from support.processes import Process
+
+pytestmark = [pytest.mark.timeout(600)]
+
+FAST = {"initial": 0.05, "max_interval": 0.05, "timeout": 3.0, "human_timeout": 0.5, "error_timeout": 0.5, "grace": 0}
+
+
+class Number(BaseModel):
+    """What no echo fits."""
+
+    number: int
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kind of ending: what the server does, and what is done."""
+
+    echo: Callable[[], Echo]
+    act: str = "run"
+    options: dict[str, Any] = field(default_factory=dict[str, Any])
+
+
+CASES = {
+    "a success": Case(Echo),
+    "a success after a while": Case(lambda: Echo(states=("PENDING", "STARTED", "REFLECTING", "COMPLETED"))),
+    "a success with a summary": Case(Echo, options={"show": "summary"}),
+    "a result that does not fit": Case(Echo, act="typed"),
+    "a failed crew": Case(lambda: Echo(states=("STARTED", "FAILED"))),
+    "a stopped run": Case(lambda: Echo(states=("STARTED", "REVOKED"))),
+    "a lost run": Case(lambda: Echo(states=("STARTED", 404))),
+    "a run that takes too long": Case(lambda: Echo(states=("STARTED",))),
+    "a run that is stopped for taking too long": Case(
+        lambda: Echo(states=("STARTED",)), options={"wait": {**FAST, "on_timeout": "stop"}}
+    ),
+    "a run that waits for a person": Case(lambda: Echo(states=("STARTED", "PENDING_HUMAN_INPUT"))),
+    "a function that answers": Case(lambda: Echo(states=("PENDING_HUMAN_INPUT", "COMPLETED")), act="review"),
+    "an answer that fails": Case(lambda: Echo(states=("PENDING_HUMAN_INPUT",), resume=500), act="review"),
+    **{
+        f"inputs answered with {how}": Case(lambda how=how: Echo(inputs=how))
+        for how in (401, 403, 404, 422, 500, "html", "text")
+    },
+    **{
+        f"a kickoff answered with {how}": Case(lambda how=how: Echo(kickoff=how))
+        for how in (400, 401, 404, 408, 422, 500, 502, "html", "text", "empty", "drop")
+    },
+    **{
+        f"statuses answered with {how}": Case(lambda how=how: Echo(states=(how,)))
+        for how in (400, 401, 429, 500, 503, "html", "text", "empty")
+    },
+    **{
+        f"{place} answered with {how}": Case(lambda place=place, how=how: _acted(place, how), act=place)
+        for place in ("resume", "stop")
+        for how in (400, 401, 404, 422, 500, "html", "text", None)
+    },
+}
+
+
+def _acted(place: str, how: int | str | None) -> Echo:
+    echo = Echo(states=("PENDING_HUMAN_INPUT",))
+    setattr(echo, place, how)
+    return echo
+
+
+@dataclass(frozen=True)
+class Told:
+    """What must not be found: unlike anything else, and with all that has to be escaped somewhere."""
+
+    token: str
+    inputs: dict[str, Any]
+
+    @classmethod
+    def new(cls) -> Told:
+        word = secrets.token_hex(8)
+        tough = f'pass-{word} "ünï/cödé" <b>&\\'
+        return cls(f"token-{secrets.token_hex(12)}", {"topic": "tea", "secret": tough, "nested": {"key": f"k-{word}"}})
+
+    @property
+    def secret_values(self) -> list[str]:
+        return [self.inputs["secret"], self.inputs["nested"]["key"]]
+
+
+def forms(text: str) -> set[str]:
+    """Return the forms in which a text may stand somewhere."""
+    quoted = {json.dumps(text)[1:-1], json.dumps(text, ensure_ascii=False)[1:-1]}
+    return {text, html.escape(text), quote(text), quote(text, safe=""), repr(text)[1:-1], *quoted}
+
+
+def found(texts: list[str], place: str) -> list[str]:
+    """Return where a secret stands, with what is around it."""
+    hits: list[str] = []
+    for text in texts:
+        for form in forms(text):
+            at = place.find(form)
+            if at >= 0:
+                hits.append(f"{form!r} in …{place[max(0, at - 200) : at + 60]!r}…")
+    return hits
+
+
+class Everything(logging.Handler):
+    """Keeps all that is logged anywhere, as text, with tracebacks."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.DEBUG)
+        self.setFormatter(logging.Formatter("%(name)s %(message)s"))
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(self.format(record))
+
+
+@pytest.fixture(scope="module")
+def own_server(tmp_path_factory: pytest.TempPathFactory, prefect_template: Path | None) -> Iterator[PrefectServer]:
+    """A Prefect server whose database nobody else writes to."""
+    with PrefectServer(tmp_path_factory.mktemp("secrets"), template=prefect_template) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def client(own_server: PrefectServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The home of this process as a client of it, at DEBUG."""
+    home = tmp_path_factory.mktemp("home")
+    with environment({"PREFECT_LOGGING_LEVEL": "DEBUG"}), connected(own_server, home):
+        yield home
+
+
+@pytest.fixture
+def logged() -> Iterator[Everything]:
+    handler = Everything()
+    loggers = [logging.getLogger(name) for name in (None, "prefect", "prefect_crew", "httpx", "httpcore")]
+    before = [log.level for log in loggers]
+    for log in loggers:
+        log.setLevel(logging.DEBUG)
+    # Prefect's own loggers hand nothing on to the root.
+    for log in loggers[:2]:
+        log.addHandler(handler)
+    yield handler
+    for log, level in zip(loggers, before, strict=True):
+        log.setLevel(level)
+        log.removeHandler(handler)
+
+
+def act(case: Case, echo: Echo, told: Told, name: str) -> BaseException | None:
+    """Do it; return what it raised."""
+    fields = {"wait": FAST, **case.options}
+    crew = DeployedCrew(
+        url=echo.url, token=SecretStr(told.token), request_timeout=1.0, secret_inputs=["secret", "nested"], **fields
+    )
+    crew.save(name, overwrite=True)
+    wait = WaitPolicy(**FAST)
+    try:
+        if case.act == "run":
+            run_crew(name, told.inputs)
+        elif case.act == "typed":
+            run_crew(name, told.inputs, output_type=Number)
+        elif case.act == "review":
+            run_crew(name, told.inputs, review=lambda request: Review(approve=False, feedback=str(request.output)))
+        else:
+            kickoff_id = kickoff_crew(name, told.inputs, run_key=f"key of {name}")
+            if case.act == "resume":
+                resume_crew(name, kickoff_id, approve=True, feedback="fine")
+            else:
+                stop_crew(name, kickoff_id)
+            run_crew(name, told.inputs, run_key=f"key of {name}", wait=wait)
+    except Exception as error:
+        return error
+    return None
+
+
+def of_error(error: BaseException) -> str:
+    """Return everything that an error can show of itself and of those behind it."""
+    parts: list[str] = ["".join(traceback.format_exception(error))]
+    seen: set[int] = set()
+    chain: list[BaseException | None] = [error]
+    while chain:
+        one = chain.pop()
+        if one is None or id(one) in seen:
+            continue
+        seen.add(id(one))
+        facts = dict(one.__dict__)
+        if isinstance(one, OutputTypeError):
+            facts.pop("output")  # the whole result, which its caller has paid for
+        parts += [str(one), repr(one), repr(facts), repr(one.args)]
+        if isinstance(one, CrewError):
+            parts.append(str(pickle.loads(pickle.dumps(one))))
+        chain += [one.__cause__, one.__context__]
+    return "\n".join(parts)
+
+
+def locals_of(error: BaseException) -> str:
+    """Return the local variables of all frames but those of this file, as error reporters show them."""
+    shown: list[str] = []
+    chain: list[BaseException | None] = [error]
+    seen: set[int] = set()
+    while chain:
+        one = chain.pop()
+        if one is None or id(one) in seen:
+            continue
+        seen.add(id(one))
+        stack = traceback.StackSummary.extract(traceback.walk_tb(one.__traceback__), capture_locals=True)
+        shown += [f"{frame.filename}:{frame.name} {frame.locals}" for frame in stack if frame.filename != __file__]
+        chain += [one.__cause__, one.__context__]
+    return "\n".join(shown)
+
+
+LEFT: dict[str, Told] = {}
+"""What was told in each case, for the look into the database when all are over."""
+
+
+def _slow(name: str) -> bool:
+    """Whether it is one more of a kind: `make test` has one or two of each."""
+    return " answered with " in name and not name.endswith((" 401", " 500", " html", " drop", " None"))
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * _slow(name)) for name in CASES])
+def test_no_secret_is_shown_by(name: str, client: Path, logged: Everything) -> None:
+    case, told = CASES[name], Told.new()
+    LEFT[name] = told
+    block = "echo-" + "".join(letter if letter.isalnum() else "-" for letter in name.lower())
+    with echoing(case.echo()) as echo:
+        error = act(case, echo, told, block)
+    drain()
+    every = [told.token, *told.secret_values]
+    assert not found(every, "\n".join(logged.lines))
+    assert logged.lines
+    if error is not None:
+        assert not found(every, of_error(error))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in CASES if not _slow(name)])
+def test_no_token_is_in_a_local_variable_after(name: str, client: Path) -> None:
+    """Error reporters show them. A caller's own frames hold its inputs; the token is in nobody's."""
+    case, told = CASES[name], Told.new()
+    with echoing(case.echo()) as echo:
+        echo.discreet = True
+        error = act(case, echo, told, "discreet")
+    assert error is None or not found([told.token], locals_of(error))
+
+
+ON_THE_COMMAND_LINE = {
+    "a success": (lambda: Echo(), ["--json"]),
+    "a failed crew": (lambda: Echo(states=("STARTED", "FAILED")), []),
+    "a refused token": (lambda: Echo(inputs=401), ["--debug"]),
+    "a kickoff answered with 422": (lambda: Echo(kickoff=422), []),
+    "a kickoff answered with 500": (lambda: Echo(kickoff=500), ["--debug"]),
+    "statuses answered with 500": (lambda: Echo(states=(500,)), ["--debug"]),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ON_THE_COMMAND_LINE)
+def test_no_secret_is_written_by_the_command_line(
+    name: str, own_server: PrefectServer, client: Path, tmp_path: Path
+) -> None:
+    make, options = ON_THE_COMMAND_LINE[name]
+    told, block = Told.new(), f"cli-{name.replace(' ', '-')}"
+    LEFT[f"{name}, on the command line"] = told
+    with echoing(make()) as echo:
+        fields = {"url": echo.url, "token": told.token, "secret_inputs": ["secret", "nested"], "wait": FAST}
+        DeployedCrew(**fields).save(block, overwrite=True)
+        (tmp_path / "inputs.json").write_text(json.dumps(told.inputs))
+        command = [program("prefect-crew"), "run", block, "--inputs", tmp_path / "inputs.json", *options]
+        log = tmp_path / "log"
+        with Process(command, log=log, env=own_server.env(home=client, PREFECT_LOGGING_LEVEL="DEBUG")) as process:
+            process.wait(120)
+    written = log.read_text(errors="replace")
+    assert written
+    every = [told.token, *told.secret_values]
+    if name == "a success":
+        every = [told.token]  # the result is the caller's own, and says what the crew said
+    assert not found(every, written)
+
+
+def test_no_secret_is_in_the_database(own_server: PrefectServer, client: Path) -> None:
+    if not LEFT:
+        pytest.skip("looks at what the tests before it have left, and none of them ran")
+    drain()
+    time.sleep(3)  # the server writes events and logs late
+    assert own_server.database is not None
+    with closing(sqlite3.connect(own_server.database)) as database:
+        dump = "\n".join(
+            str(row) for table in _tables(database) for row in database.execute(f'SELECT * FROM "{table}"')
+        )
+    raw = b"".join(path.read_bytes() for path in own_server.database.parent.glob("prefect.db*"))
+    files = [path.read_bytes() for path in client.rglob("*") if path.is_file()]
+    assert "run-deployed-crew" in dump
+    for name, told in LEFT.items():
+        every = [told.token, *told.secret_values]
+        assert not found(every, dump), name
+        for content in (raw, *files):
+            assert not [form for text in every for form in forms(text) if form.encode() in content], name
+    # They are where they belong: the blocks give them back.
+    if "a success" in LEFT:
+        block: Any = DeployedCrew.load("echo-a-success")
+        assert block.token.get_secret_value() == LEFT["a success"].token
+
+
+def _tables(database: sqlite3.Connection) -> list[str]:
+    return [name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
