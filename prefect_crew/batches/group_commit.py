@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +20,8 @@ KEYS_AT_ONCE = 400
 """Row keys a query: an SQLite of old takes 999 bound values."""
 SOON = 0.05
 """Seconds that a write which nobody hurries may wait for company."""
+LINGER = 40.0
+"""Seconds for which a cancelled writer waits for more: longer than a kickoff that is cancelled is seen to its end."""
 
 
 @dataclass(slots=True)
@@ -50,6 +53,7 @@ class GroupWriter:
         self._soon: asyncio.TimerHandle | None = None
         self._task: asyncio.Task[None] | None = None
         self._closing = False
+        self._cancelled = False
 
     def start(self) -> None:
         """Begin to write, on the running loop."""
@@ -84,32 +88,55 @@ class GroupWriter:
         return await write.done
 
     async def _write_on(self) -> None:
-        loop = asyncio.get_running_loop()
+        """Write until `close`, also when this task is cancelled with all others, as at the end of a process.
+
+        What is to be written then matters most: the ids of kickoffs whose POST was just answered.
+        """
         while not self._closing or self._pending:
-            await self._wake.wait()
-            self._wake.clear()
-            if self._soon is not None:
-                self._soon.cancel()
-                self._soon = None
+            if not await self._something_to_write():
+                return
             group, self._pending = self._pending, []
-            if not group:
-                continue
-            started = loop.time()
+            if group:
+                await self._written(group)
+
+    async def _something_to_write(self) -> bool:
+        """Wait for a write, or for `close`; False if this task was cancelled and nobody has come for long."""
+        try:
+            if self._cancelled:
+                await asyncio.wait_for(self._wake.wait(), LINGER)
+            else:
+                await self._wake.wait()
+        except asyncio.CancelledError:
+            self._cancelled = True
+        except (TimeoutError, asyncio.TimeoutError):
+            return False
+        self._wake.clear()
+        if self._soon is not None:
+            self._soon.cancel()
+            self._soon = None
+        return True
+
+    async def _written(self, group: Sequence[_Write]) -> None:
+        started = time.monotonic()
+        while True:
             try:
                 lost = await self._commit_or_try_again(group)
+                break
+            except asyncio.CancelledError:
+                self._cancelled = True  # nobody knows whether it was committed: it can be made again
             except (SQLAlchemyError, OSError) as error:
                 failure = LedgerError(f"cannot be written: {short(error)}.", ledger=self._database.address)
                 for write in group:
                     if not write.done.done():
                         write.done.set_exception(failure)
                         write.done.exception()  # whoever was cancelled does not read it
-                continue
-            self.commits += 1
-            self.writes += len(group)
-            self.seconds += loop.time() - started
-            for write in group:
-                if not write.done.done():
-                    write.done.set_result(not (write.new and _identity(write.values) in lost))
+                return
+        self.commits += 1
+        self.writes += len(group)
+        self.seconds += time.monotonic() - started
+        for write in group:
+            if not write.done.done():
+                write.done.set_result(not (write.new and _identity(write.values) in lost))
 
     async def _commit_or_try_again(self, group: Sequence[_Write]) -> set[tuple[str, int]]:
         """Commit a group and return which claims of it stand for somebody else, also over a database that is away.

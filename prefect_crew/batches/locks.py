@@ -17,10 +17,12 @@ from sqlalchemy.exc import SQLAlchemyError
 from prefect_crew.api.errors import CrewError
 from prefect_crew.batches.database import Database, LedgerError, short
 
-__all__ = ["BatchBusyError", "BatchLock"]
+__all__ = ["PARENT", "WHOLE", "BatchBusyError", "BatchLock"]
 
 WHOLE = ""
 """The part that a process holds for the whole batch, and a parent and its shards share."""
+PARENT = "parent"
+"""The part of whoever watches over shards."""
 
 
 class BatchBusyError(CrewError):

@@ -94,20 +94,40 @@ class Output:
         if self._remote:
             _check_remote(output, self.name)
 
-    def open(self, keep: Callable[[str], bool], *, in_order: bool, fresh: bool) -> None:
+    def check(self, *, fresh: bool) -> None:
+        """Make sure that a file that is there is ours, by its first line; and that one can be.
+
+        Args:
+            fresh: Whether the batch has no rows yet, so that whatever is there belongs to something else.
+
+        Raises:
+            OutputError: It is not, or cannot be.
+        """
+        with _told(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            if not self.path.exists():
+                return
+            with self.path.open("rb") as file:
+                first = file.readline()
+            if first and fresh:
+                raise OutputError(
+                    f"{self.path} is there already, and this batch has not begun. It is left as it is: choose another "
+                    "output, or move it away."
+                )
+            if first.endswith(b"\n"):
+                _key_of(self.path, first, 1)
+
+    def open(self, keep: Callable[[str], bool], *, in_order: bool) -> None:
         """Open the file that grows.
 
         Args:
             keep: Says of a state whether a line of an earlier call that has it stays.
             in_order: Whether lines come in the order of the rows' numbers.
-            fresh: Whether the batch has no rows yet, so that whatever is there belongs to something else.
 
         Raises:
             OutputError: It cannot be written, or holds what is no line of this batch.
         """
         with _told(self.path):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            _check(self.path, fresh)
             if in_order:
                 self._file = LineFile(self.path)
                 self._lines = _InOrder(self.path, self._file)
@@ -220,21 +240,6 @@ def _key_of(path: Path, line: bytes, number: int) -> tuple[str, str]:
         raise OutputError(
             f"{path}, line {number} is no line of a batch. Choose another output, or move this file away."
         ) from None
-
-
-def _check(path: Path, fresh: bool) -> None:
-    """Make sure that a file that is there is ours, by its first line."""
-    if not path.exists():
-        return
-    with path.open("rb") as file:
-        first = file.readline()
-    if first and fresh:
-        raise OutputError(
-            f"{path} is there already, and this batch has not begun. It is left as it is: choose another output, or "
-            "move it away."
-        )
-    if first.endswith(b"\n"):
-        _key_of(path, first, 1)
 
 
 def _take_over(path: Path, keep: Callable[[str], bool]) -> Keys:

@@ -247,6 +247,7 @@ class BatchSession(CrewSession):
 
     def __init__(self, crew: DeployedCrew, pace: Pace) -> None:
         super().__init__(crew, lambda fresh: BatchClient(fresh, pace, self.fresher_than))
+        self.pace = pace
         self._renewing = asyncio.Lock()
 
     async def fresher_than(self, client: CrewClient) -> CrewClient | None:

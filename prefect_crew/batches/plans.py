@@ -7,7 +7,8 @@ import statistics
 
 from prefect_crew.api.models import CrewState
 from prefect_crew.batches.ends import MISFIT
-from prefect_crew.batches.job import BatchJob, expected_inputs
+from prefect_crew.batches.expecting import expected_inputs
+from prefect_crew.batches.job import BatchJob
 from prefect_crew.batches.ledger import Ledger
 from prefect_crew.batches.options import IN_FLIGHT
 from prefect_crew.batches.report import BatchPlan

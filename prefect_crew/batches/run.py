@@ -16,6 +16,7 @@ from prefect_crew.api.errors import ConfigurationError
 from prefect_crew.batches.calls import plain_call
 from prefect_crew.batches.datasets import Dataset, DatasetFormat, open_dataset
 from prefect_crew.batches.job import BatchJob
+from prefect_crew.batches.opened import open_batch
 from prefect_crew.batches.options import BatchOptions, OnFailure
 from prefect_crew.batches.places import ledger_place
 from prefect_crew.batches.plans import plan_of
@@ -165,7 +166,7 @@ async def arun_batch(
         crew, dataset, options, name=name, output=output, ledger=ledger, format=format, encoding=encoding
     )
     if FlowRunContext.get() is not None or TaskRunContext.get() is not None:
-        return await job.run()
+        return await run_job(job)
     token = _live.set(job)
     try:
         return await cast("Any", run_rows_of)(
@@ -193,7 +194,13 @@ async def run_rows_of(
             f"Batch {batch!r} was given by code and cannot be made from this run's parameters. Call run_batch again "
             "with the same name, which goes on where it stopped, or write a flow around it and retry that."
         )
-    return await job.run()
+    return await run_job(job)
+
+
+async def run_job(job: BatchJob) -> BatchReport:
+    """Run a batch in this process."""
+    async with open_batch(job) as batch:
+        return await batch.run()
 
 
 async def aplan_batch(

@@ -6,6 +6,7 @@ import asyncio
 import json
 import signal
 import sys
+import time
 import uuid
 from pathlib import Path
 from typing import Any
@@ -123,7 +124,7 @@ def test_a_killed_batch_is_gone_on_with_by_the_same_call(
     for kickoffs in (5, 30, 50):
         with start(tmp_path, prefect_api, server, "killed") as process:
             while server.kickoffs < kickoffs and process.running:
-                pass
+                time.sleep(0.01)
             process.kill()
         out = tmp_path / "out.jsonl"
         assert not out.exists() or out.read_bytes()[-1:] in (b"", b"\n"), "no half line"
@@ -143,7 +144,7 @@ def test_ctrl_c_stops_the_runs_in_flight(prefect_api: PrefectServer, tmp_path: P
     server = crew_server(slow(30), port=True)
     with start(tmp_path, prefect_api, server, "interrupted", rows=30) as process:
         while server.kickoffs < 20 and process.running:
-            pass
+            time.sleep(0.01)
         process.send(signal.SIGINT)
         process.wait(30)
     assert {str(run.state) for run in server.runs} == {"stopped"}
@@ -154,7 +155,7 @@ def test_sigterm_leaves_them(prefect_api: PrefectServer, tmp_path: Path, crew_se
     server = crew_server(slow(30), port=True)
     with start(tmp_path, prefect_api, server, "terminated", rows=30) as process:
         while server.kickoffs < 20 and process.running:
-            pass
+            time.sleep(0.01)
         process.send(signal.SIGTERM)
         process.wait(30)
     assert {str(run.state) for run in server.runs} == {"running"}

@@ -140,6 +140,27 @@ async def test_a_write_whose_caller_is_cancelled_is_made_all_the_same(ledger_add
         assert await ledger.attempts(ledger.run_key("k"))
 
 
+async def test_a_writer_that_is_cancelled_with_everything_else_writes_what_comes_in_the_end(ledger_address: str):
+    ledger = Ledger(ledger_address, "b")
+    await ledger.__aenter__()
+    record = record_of(ledger, "k")
+    assert await ledger.claim(record)
+    # As asyncio.run does at the end of a process: every task at once, and once.
+    task = ledger.writer._task
+    assert task is not None
+    record.phase, record.kickoff_id = RecordPhase.STARTED, "run 1"
+    save = asyncio.ensure_future(ledger.save(record))
+    await asyncio.sleep(0.001)
+    task.cancel()
+    await asyncio.wait_for(save, 20)
+    task.cancel()
+    record.kickoff_id = "run 2"
+    await asyncio.wait_for(ledger.save(record), 20)
+    await asyncio.wait_for(ledger.__aexit__(), 20)
+    async with Ledger(ledger_address, "b") as ledger:
+        assert (await ledger.attempts(record.run_key))[0].kickoff_id == "run 2"
+
+
 async def test_an_owner_has_ended_only_where_this_process_is_the_only_one(ledger_address: str):
     async with Ledger(ledger_address, "b") as ledger:
         theirs, mine = record_of(ledger, "theirs"), record_of(ledger, "mine")

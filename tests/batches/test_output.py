@@ -72,7 +72,8 @@ def keys(path: Path) -> list[str]:
 
 def opened(path: Path, *, in_order: bool = False, stays: set[str] = COMPLETED, fresh: bool = False) -> Output:
     output = Output(str(path), beside=path)
-    output.open(stays.__contains__, in_order=in_order, fresh=fresh)
+    output.check(fresh=fresh)
+    output.open(stays.__contains__, in_order=in_order)
     return output
 
 
@@ -276,7 +277,8 @@ def test_parquet_has_a_column_for_each_field_of_the_type(tmp_path: Path):
     seen = datetime(2026, 1, 1, 12, tzinfo=timezone.utc)
     place = Place(city="Lisbon", people=545_000, area=100.05, founded=date(1147, 10, 25), seen=seen, tags=["sea"])
     output = Output(str(path), beside=path, output_type=Place)
-    output.open(COMPLETED.__contains__, in_order=False, fresh=True)
+    output.check(fresh=True)
+    output.open(COMPLETED.__contains__, in_order=False)
     put(output, end(0, data=place.model_dump(mode="json")), end(1, "failed", error="no"), end(2, data="text"))
     output.close()
     assert not path.exists()
@@ -315,7 +317,8 @@ def test_parquet_without_the_extra_is_refused_before_anything_is_bought(
 
 def test_another_place_gets_the_lines_at_the_end(tmp_path: Path):
     output = Output("memory://results/out.jsonl", beside=tmp_path / "ledger.db")
-    output.open(COMPLETED.__contains__, in_order=False, fresh=True)
+    output.check(fresh=True)
+    output.open(COMPLETED.__contains__, in_order=False)
     put(output, end(0), end(1))
     output.close()
     output.finish()
@@ -340,7 +343,8 @@ def test_a_place_that_cannot_be_written_to_is_refused_before_anything_is_bought(
 
 def test_a_place_that_fails_at_the_end_keeps_the_lines(tmp_path: Path):
     output = Output(str(tmp_path / "out.jsonl.gz"), beside=tmp_path / "x")
-    output.open(COMPLETED.__contains__, in_order=False, fresh=True)
+    output.check(fresh=True)
+    output.open(COMPLETED.__contains__, in_order=False)
     put(output, end(0))
     output.close()
     (tmp_path / ".out.jsonl.gz.new").mkdir()

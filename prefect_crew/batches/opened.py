@@ -1,0 +1,235 @@
+"""A batch that is open in this process: checked, locked, bound to its ledger; then its rows are run, and reported."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prefect_crew.api.models import CrewInput, CrewState
+from prefect_crew.batches.artifacts import BatchArtifacts
+from prefect_crew.batches.binding import Bound, bind, binding_name
+from prefect_crew.batches.cancelling import watched
+from prefect_crew.batches.ends import RowEnd
+from prefect_crew.batches.engine import Engine
+from prefect_crew.batches.engines import engine_of, limited
+from prefect_crew.batches.expecting import expected_inputs
+from prefect_crew.batches.feed import feed
+from prefect_crew.batches.job import BatchJob
+from prefect_crew.batches.ledger import Ledger, LedgerError
+from prefect_crew.batches.locks import PARENT, WHOLE, BatchBusyError, BatchLock
+from prefect_crew.batches.output import Output, line_of
+from prefect_crew.batches.pacing import BatchSession, Pace
+from prefect_crew.batches.report import BatchReport
+from prefect_crew.batches.rows import BadRowsError, Checked, RowPlan
+from prefect_crew.batches.standing import FAILURES, Failure, Standing
+from prefect_crew.batches.watching import tell_batch
+from prefect_crew.logs import run_logger
+from prefect_crew.receiver.targets import webhooks_for
+
+__all__ = ["OpenBatch", "open_batch"]
+
+
+@asynccontextmanager
+async def open_batch(job: BatchJob, *, shared: bool = False) -> AsyncGenerator[OpenBatch]:
+    """Check the rows of a batch, lock it, and bind its name to its ledger.
+
+    Args:
+        job: The call.
+        shared: Whether shards in other processes will work on it as well.
+
+    Raises:
+        CrewError: It cannot be begun. Nothing was started.
+    """
+    options = job.options
+    webhooks_for(job.crew, job.name)  # settings that make no sense are said before anything is bought
+    pace = Pace(kickoffs_per_second=options.kickoffs_per_second, requests=options.requests_at_once)
+    async with AsyncExitStack() as stack:
+        session = BatchSession(job.crew, pace)
+        await stack.enter_async_context(session)
+        tell_batch(job.name, "checking")
+        expected = await expected_inputs(session)
+        plan = job.plan(expected)
+        checked = await asyncio.to_thread(plan.check)
+        if checked.bad and options.on_bad_row == "refuse":
+            raise BadRowsError(checked.bad, checked.bad_count, source=job.dataset.name)
+        ledger = await stack.enter_async_context(Ledger(job.place.ledger, job.name))
+        lock = await stack.enter_async_context(BatchLock(ledger.database, job.name))
+        if not await lock.take(WHOLE, shared=shared) or (shared and not await lock.take(PARENT)):
+            raise BatchBusyError(name=job.name)
+        ledger.sole = not shared
+        beside = ledger.database.path or Path.cwd() / binding_name(job.name)
+        output = Output(job.output, beside=beside, output_type=options.output_type)
+        output.check(fresh=not await ledger.known())
+        bound = await bind(
+            ledger,
+            crew_url=job.crew.url,
+            fingerprint=checked.fingerprint,
+            total=checked.total,
+            go_on=options.on_change == "continue",
+            place=job.place.told,
+            call=job.call,
+        )
+        yield OpenBatch(
+            job,
+            session,
+            ledger,
+            lock,
+            expected,
+            plan,
+            checked,
+            output,
+            bound,
+            Standing(total=checked.total, set_aside=checked.bad_count, duplicates=checked.duplicates),
+            BatchArtifacts(job.name, job.crew.label, show=job.crew.show),
+            bought=0 if bound.before is None else await ledger.bought(),
+        )
+
+
+@dataclass
+class OpenBatch:
+    """A batch that is open.
+
+    Attributes:
+        bought: Kickoffs of earlier calls.
+        stopped: Why nothing more is bought, None while there is no reason.
+    """
+
+    job: BatchJob
+    session: BatchSession
+    ledger: Ledger
+    lock: BatchLock
+    expected: Sequence[CrewInput]
+    plan: RowPlan
+    checked: Checked
+    output: Output
+    bound: Bound
+    standing: Standing
+    artifacts: BatchArtifacts
+    bought: int
+    stopped: str | None = None
+
+    async def run(self) -> BatchReport:
+        """Run the rows that are not done, write all lines, and report.
+
+        Raises:
+            CrewError: The ledger or the output failed on the way.
+        """
+        name, ledger, standing, output = self.job.name, self.ledger, self.standing, self.output
+        if self._is_done():
+            await self._recall()
+        else:
+            try:
+                await self._run_rows()
+            except BaseException:
+                await self.artifacts.end(standing, await self._report())
+                raise
+            finally:
+                output.close()
+            tell_batch(name, "finishing", standing)
+            await asyncio.to_thread(output.finish)
+            await ledger.note_standing({"done": standing.over, "lines": standing.total, **self.job.written})
+        report = await self._report()
+        tell_batch(name, "done", standing)
+        await self.artifacts.end(standing, report)
+        run_logger().info("%s", report)
+        return report
+
+    async def _run_rows(self) -> None:
+        options, standing = self.job.options, self.standing
+        async with AsyncExitStack() as stack:
+            most = await limited(self.session, options, stack)
+            new = not await self.ledger.known()
+            bought = await self.ledger.bought()
+            engine = engine_of(self.session, self.ledger, options, on_end=self._take, most=most, bought=bought)
+            self.output.open(self._stays(), in_order=options.order == "input")
+            rows = feed(engine, self.plan.jobs(), chunk_size=1 if options.task_per_row else options.chunk_size, new=new)
+            try:
+                await watched(
+                    rows, engine, name=self.job.name, on_cancel=options.on_cancel, tick=lambda: self._tick(engine)
+                )
+            finally:
+                self.stopped = self.stopped or engine.stopped
+                standing.in_flight = len(engine.waiting)
+
+    async def _take(self, end: RowEnd) -> None:
+        self.standing.take(end)
+        self.output.put(end.job.number, end.job.key, line_of(end, self.job.crew.secret_inputs))
+
+    async def _tick(self, engine: Engine) -> None:
+        """Show how the batch stands. About once a second."""
+        standing = self.standing
+        standing.in_flight, standing.kickoffs = engine.in_flight, engine.kickoffs
+        standing.tick()
+        tell_batch(self.job.name, "running", standing)
+        self.output.flush()
+        await self.artifacts.progress(standing)
+        if not await self.lock.still_held():
+            engine.stop("its lock was lost, and another process has taken the batch over.", shut=True)
+
+    def _stays(self) -> Callable[[str], bool]:
+        """Return what says whether a line of an earlier call stays: that of a row neither run again nor judged anew."""
+        options, before = self.job.options, self.bound.before
+        noted: Mapping[str, Any] = (None if before is None else before.standing) or {}
+        same = all(noted.get(name, value) == value for name, value in self.job.written.items() if name != "order")
+        states = {str(CrewState.COMPLETED)} if same else set[str]()
+        if same and not options.retry_failed and not options.retries:
+            states.add(str(CrewState.FAILED))
+        return states.__contains__
+
+    # A batch that is done.
+
+    def _is_done(self) -> bool:
+        """Return whether there was nothing left to do when it was opened, not even a line."""
+        before, entry, options = self.bound.before, self.bound.entry, self.job.options
+        if before is None or before.standing is None or options.retry_failed or options.retries:
+            return False
+        if before.fingerprint != entry.fingerprint or before.total != entry.total:
+            return False
+        noted = {"done": True, "lines": before.total, **self.job.written}
+        return dict(before.standing) == noted and self.output.count() == before.total
+
+    async def _recall(self) -> None:
+        """Take the standing of a batch that is done from its ledger, without a look at its rows."""
+        standing, ledger = self.standing, self.ledger
+        counts = await ledger.counts()
+        standing.completed = counts.get(str(CrewState.COMPLETED), 0)
+        standing.failed = standing.total - standing.completed
+        standing.add_durations(await ledger.durations())
+        standing.add_usage(await ledger.usage())
+        if not standing.failed:
+            return
+        async for key, record in ledger.standing_attempts():
+            state = str(record.state)
+            standing.failures.append(Failure(key, record.kickoff_id, state, record.error or state, None))
+            if len(standing.failures) == FAILURES:
+                break
+
+    async def _report(self) -> BatchReport:
+        standing, job = self.standing, self.job
+        total = standing.total + standing.set_aside
+        try:
+            bought = await self.ledger.bought()
+        except LedgerError:
+            bought = self.bought + standing.kickoffs  # what ended the batch is told; this is only how it stands
+        return BatchReport(
+            name=job.name,
+            total=total,
+            completed=standing.completed,
+            failed=standing.failed,
+            uncertain=standing.uncertain,
+            skipped=total - standing.done,
+            seconds=standing.seconds,
+            output=self.output.name,
+            stopped=self.stopped,
+            kickoffs=bought - self.bought,
+            set_aside=standing.set_aside,
+            duplicates=standing.duplicates,
+            uncertain_keys=tuple(standing.uncertain_keys),
+            errors=dict(standing.errors),
+            usage=standing.usage,
+            cost=None if job.crew.price is None else job.crew.price * bought,
+        )
