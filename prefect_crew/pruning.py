@@ -71,7 +71,7 @@ def parse_age(text: str) -> timedelta:
 def prunable(records: Iterable[RunRecord], before: datetime) -> list[RunRecord]:
     """Return the records that may go: of keys whose every attempt has ended, or never started, before that time. Pure.
 
-    The latest attempt at a key comes last, so that an interrupted removal leaves the one that decides.
+    The first attempt at a key comes last: as long as it stands, nobody claims it anew before later ones that are left.
     """
     by_key: defaultdict[str, list[RunRecord]] = defaultdict(list)
     for record in records:
@@ -80,7 +80,7 @@ def prunable(records: Iterable[RunRecord], before: datetime) -> list[RunRecord]:
         attempt
         for attempts in by_key.values()
         if all(_old(attempt, before) for attempt in attempts)
-        for attempt in sorted(attempts, key=lambda attempt: attempt.attempt)
+        for attempt in sorted(attempts, key=lambda attempt: attempt.attempt, reverse=True)
     ]
 
 
