@@ -60,9 +60,9 @@ def test_a_key_goes_as_a_whole_or_not_at_all(later: RecordPhase):
     assert prunable([second, other, first], BEFORE) == [other]
 
 
-def test_the_attempt_that_decides_goes_last():
+def test_the_first_attempt_which_a_new_call_would_claim_goes_last():
     attempts = [record("a", RecordPhase.ENDED, OLD, attempt=number) for number in (3, 1, 2)]
-    assert [going.attempt for going in prunable(attempts, BEFORE)] == [1, 2, 3]
+    assert [going.attempt for going in prunable(attempts, BEFORE)] == [3, 2, 1]
 
 
 @pytest.mark.parametrize(
