@@ -19,7 +19,7 @@ from pydantic_core import to_json
 
 from prefect_crew.api.errors import CrewError
 from prefect_crew.impatience import request_soon
-from prefect_crew.records import RecordPhase, RunRecord
+from prefect_crew.records import RecordPhase, RunRecord, SentReview
 
 __all__ = ["PrefectRecords", "record_name"]
 
@@ -49,6 +49,10 @@ def _waiter_prefix(record: RunRecord) -> str:
 
 _SHORTER = {"result": None, "step": 100, "error": 200, "reason": 200, "crew": 100}
 """What gives way in a record that is too large, in this order: dropped, or cut to so many characters."""
+
+
+def _answer_prefix(record: RunRecord) -> str:
+    return f"crew_answer_{_digest(record.run_key)}_{record.attempt}_"
 
 
 def _value(record: RunRecord) -> dict[str, Any]:
@@ -163,12 +167,12 @@ class PrefectRecords:
             yield record
 
     async def delete(self, record: RunRecord) -> None:
-        """Forget an attempt. A later call with its key is then a new purchase."""
-        async with get_client() as client:
-            try:
-                await client.delete_variable_by_name(record_name(record.run_key, record.attempt))
-            except ObjectNotFound:
-                return
+        """Forget an attempt, and what people answered. A later call with its key is then a new purchase."""
+        answers = [
+            str(value["name"]) async for value in self._values({"name": {"like_": _answer_prefix(record) + "%"}})
+        ]
+        for name in (*answers, record_name(record.run_key, record.attempt)):
+            await self.delete_note(name)
 
     async def owner_ended(self, record: RunRecord) -> bool:
         """Return whether the owner's flow run has ended or is gone; False where there is none to ask about."""
@@ -221,6 +225,43 @@ class PrefectRecords:
                 await client.delete_variable_by_name(name)
             except ObjectNotFound:
                 return
+
+    async def reviews(self, record: RunRecord) -> list[SentReview]:
+        """Return what people have answered to a run, in order.
+
+        It stands apart from the record, which whoever waits for the run writes at the same moment: a Variable is
+        replaced, not compared.
+        """
+        found = [value async for value in self._values({"name": {"like_": _answer_prefix(record) + "%"}})]
+        return [SentReview.model_validate(value["value"]) for value in sorted(found, key=lambda value: value["name"])]
+
+    async def add_review(self, record: RunRecord, number: int, review: SentReview) -> bool:
+        """Write down an answer that is about to be sent; False if somebody else's of this number stands there."""
+        value = review.model_dump(mode="json")
+        async with get_client() as client:
+            try:
+                await client.request(
+                    "POST", "/variables/", json={"name": self._answer_name(record, number), "value": value, "tags": []}
+                )
+            except PrefectHTTPStatusError as error:
+                if error.response.status_code != 409:
+                    raise
+                return False
+        return True
+
+    async def save_review(self, record: RunRecord, number: int, review: SentReview) -> None:
+        """Write down what became of it."""
+        path = f"/variables/name/{self._answer_name(record, number)}"
+        value = review.model_dump(mode="json")
+        async with get_client() as client:
+            await request_soon(client, "PATCH", path, json={"value": value}, patience=SAVE_FOR)
+
+    async def remove_review(self, record: RunRecord, number: int) -> None:
+        """Take back an answer that the crew's server refused."""
+        await self.delete_note(self._answer_name(record, number))
+
+    def _answer_name(self, record: RunRecord, number: int) -> str:
+        return f"{_answer_prefix(record)}{number:04}"
 
     async def _alive(self, flow_run_id: str) -> bool:
         async with get_client() as client:

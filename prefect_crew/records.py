@@ -130,7 +130,6 @@ class RunRecord(BaseModel):
     running_since: datetime | None = None
     human_since: datetime | None = None
     human_seconds: float = 0.0
-    reviews: list[SentReview] = Field(default_factory=list[SentReview])
     state: CrewState | None = None
     ended_at: datetime | None = None
     error: str | None = None

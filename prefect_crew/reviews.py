@@ -1,14 +1,14 @@
 """People in the loop: what asks, what answers, and an answer that is sent once a round.
 
 `/resume` is no more repeatable than `/kickoff`: a second one might answer the next question. So each answer is written
-into the run's record before it is sent, and what became of it after.
+down before it is sent, beside the run's record, and what became of it after.
 """
 
 from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,8 @@ from prefect_crew.api.models import CrewState, CrewStatus, ResumeAnswer
 from prefect_crew.events import emit
 from prefect_crew.logs import run_logger
 from prefect_crew.receiver.targets import webhooks_for
-from prefect_crew.records import RecordStore, RunRecord, SentReview, utcnow
+from prefect_crew.record_store import PrefectRecords
+from prefect_crew.records import SentReview, utcnow
 
 if TYPE_CHECKING:
     from prefect_crew.api.webhooks import Webhooks
@@ -67,7 +68,7 @@ def waiting_task(status: CrewStatus) -> str | None:
 async def send_review(
     run: OpenRun,
     session: CrewSession,
-    records: RecordStore,
+    records: PrefectRecords,
     *,
     task_id: str,
     review: Review,
@@ -77,13 +78,15 @@ async def send_review(
     """Send an answer once, on record before it leaves.
 
     Raises:
-        CrewError: An earlier answer of this round is on record and nobody knows whether it arrived.
+        CrewError: An earlier answer of this round is on record and nobody knows whether it arrived, or somebody else
+            answers at this moment.
         CrewAPIError, CrewConnectionError: As the server answered, or did not. It is not sent again by itself.
     """
     record = run.record
     if record is None:
         return await session.client.resume(run.kickoff_id, task_id, review.feedback, review.approve, webhooks=webhooks)
-    last = record.reviews[-1] if record.reviews else None
+    before = await records.reviews(record)
+    last = before[-1] if before else None
     if last is not None and last.task_id == task_id and last.outcome in ("intended", "uncertain"):
         raise CrewError(
             f"The answer to run {run.kickoff_id}, task {task_id}, round {last.round} was sent and nobody knows whether "
@@ -91,47 +94,38 @@ async def send_review(
         )
     sent = SentReview(
         task_id=task_id,
-        round=sum(earlier.task_id == task_id for earlier in record.reviews) + 1,
+        round=sum(earlier.task_id == task_id for earlier in before) + 1,
         approve=review.approve,
         feedback=run.redact(review.feedback)[:200] if run.show == "full" else "",
         by=by,
         at=utcnow(),
     )
-    record.reviews.append(sent)
-    await _merge(record, records)
+    number = len(before) + 1
+    if not await records.add_review(record, number, sent):
+        raise CrewError(f"Somebody else answers run {run.kickoff_id} at this moment. Look at what became of it first.")
     hooks = webhooks
     if hooks is None and record.hooked:
-        hooks = webhooks_for(run.crew, record.run_key, attempt=record.attempt, round=len(record.reviews))
+        hooks = webhooks_for(run.crew, record.run_key, attempt=record.attempt, round=number)
     try:
         answer = await session.client.resume(run.kickoff_id, task_id, review.feedback, review.approve, webhooks=hooks)
     except BaseException as error:
         if kickoff_fate(error) is KickoffFate.UNCERTAIN:
             sent.outcome = "uncertain"
+            await _settled(run, records.save_review(record, number, sent))
         else:
-            record.reviews.remove(sent)
-        await _save(run, records)
+            await _settled(run, records.remove_review(record, number))
         raise
     sent.outcome = "sent"
-    await _save(run, records)
+    await _settled(run, records.save_review(record, number, sent))
     emit("reviewed", record, task_id=task_id, round=sent.round, approve=review.approve, by=by)
     return answer
 
 
-async def _save(run: OpenRun, records: RecordStore) -> None:
-    assert run.record is not None  # noqa: S101  the caller looked
+async def _settled(run: OpenRun, writing: Coroutine[Any, Any, None]) -> None:
     try:
-        await _merge(run.record, records)
+        await writing
     except (httpx.HTTPError, PrefectException) as error:
         run_logger().warning("What became of the answer to run %s is not on record: %s", run.kickoff_id, error)
-
-
-async def _merge(record: RunRecord, records: RecordStore) -> None:
-    """Write the answers into the record as it stands now: whoever waits for the run may have closed it meanwhile."""
-    standing = await records.of_kickoff(str(record.kickoff_id))
-    if standing is None:
-        standing = record
-    standing.reviews = record.reviews
-    await records.save(standing)
 
 
 @dataclass
@@ -140,7 +134,7 @@ class Reviewer:
 
     run: OpenRun
     session: CrewSession
-    records: RecordStore
+    records: PrefectRecords
     answer: ReviewFunction
     meta: Mapping[str, Any] | None = None
     _sent: dict[str, tuple[float, str | None]] = field(default_factory=dict[str, tuple[float, str | None]])
@@ -158,7 +152,8 @@ class Reviewer:
         if at and output == status.output and time.monotonic() - at < SETTLE:
             return
         record = self.run.record
-        earlier = 0 if record is None else sum(sent.task_id == task_id for sent in record.reviews)
+        sent = [] if record is None else await self.records.reviews(record)
+        earlier = sum(one.task_id == task_id for one in sent)
         request = ReviewRequest(
             kickoff_id=self.run.kickoff_id,
             task_id=task_id,

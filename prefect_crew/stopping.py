@@ -151,13 +151,21 @@ async def mark_cancelled(run_id: str) -> None:
         await _set_cancelled(UUID(one))
 
 
+_ending: set[UUID] = set()
+"""Flow runs with such a hook: a second one would outlive the first, and cancel a later attempt."""
+
+
 def _end_by_hook(flow: Flow[Any, Any], run_id: UUID) -> None:
+    if run_id in _ending:
+        return
+    _ending.add(run_id)
     # A run that is Cancelling stays so when the engine proposes an end, and Prefect calls the hooks of that.
     places = (flow.on_cancellation_hooks, flow.on_failure_hooks, flow.on_completion_hooks, flow.on_crashed_hooks)
 
     async def end_as_cancelled(flow: Flow[Any, Any], flow_run: FlowRun, state: State[Any]) -> None:
         del flow, state
         if flow_run.id == run_id:
+            _ending.discard(run_id)
             for hooks in places:
                 hooks.remove(end_as_cancelled)
             await _set_cancelled(run_id)

@@ -19,7 +19,7 @@ from prefect_crew.lookups import find_run, recorded_result
 from prefect_crew.open_runs import OpenRun
 from prefect_crew.outcomes import result_of, typed
 from prefect_crew.record_store import PrefectRecords
-from prefect_crew.records import RecordPhase, RunRecord, StoredResult, utcnow
+from prefect_crew.records import RecordPhase, StoredResult, utcnow
 from prefect_crew.reviews import Reviewer, ReviewFunction
 from prefect_crew.sessions import CrewSession
 from prefect_crew.stopping import (
@@ -43,8 +43,6 @@ __all__ = ["wait_for_run"]
 
 SHOW_EVERY = 5.0
 """Seconds, at least, between two updates of the artifact of a run that goes on."""
-ANSWERED = 5.0
-"""Seconds after a person's turn until its end is written down: until then whoever answered writes the same record."""
 _ENDS = {CrewState.COMPLETED: "completed", CrewState.FAILED: "failed", CrewState.STOPPED: "stopped"}
 
 
@@ -97,7 +95,6 @@ class _Waiter:
         # A run that was kicked off right here has just been shown.
         self._shown_at = time.monotonic() if run.owned else 0.0
         self._stale = False
-        self._turn_over: float | None = None
         self._artifact_trouble = False
 
     async def result(self) -> CrewResult:
@@ -173,8 +170,6 @@ class _Waiter:
             await self._show(status, force=state_changed and status.state is CrewState.WAITING)
         if self.reviewer is not None:
             await self.reviewer.saw(status)
-        if self._turn_over is not None and time.monotonic() - self._turn_over >= ANSWERED and self.run.record:
-            await self._save_turn(self.run.record)
         if await cancelled_meanwhile(self.own):
             raise _CancelledOnServerError
 
@@ -204,19 +199,9 @@ class _Waiter:
         record.human_seconds = phases.human_seconds
         record.human_since = _utc(phases.human_since)
         emit("waiting" if waiting else "resumed", record)
-        if waiting:
-            await self._save_turn(record)
-        else:
-            self._turn_over = time.monotonic()
-
-    async def _save_turn(self, record: RunRecord) -> None:
-        self._turn_over = None
         try:
-            standing = await self.records.of_kickoff(self.run.kickoff_id)
-            if standing is not None and standing.phase is RecordPhase.ENDED:
-                return
-            _take_reviews(record, standing)
-            await self.records.save(record)
+            if not await self._closed_already():
+                await self.records.save(record)
         except (httpx.HTTPError, PrefectException) as error:
             self.log.warning("Whether run %s waits for a person is not on record: %s", self.run.kickoff_id, error)
 
@@ -294,15 +279,13 @@ class _Waiter:
         await self._show(status, force=True)
 
     async def _closed_already(self) -> bool:
-        """Return whether another waiter has closed the record; take over what others wrote into it."""
-        record = self.run.record
-        if record is None or (self.run.owned and not record.human_seconds and not record.reviews):
+        """Return whether another waiter has closed the record of a run that is not ours."""
+        if self.run.record is None or self.run.owned:
             return False
         try:
             standing = await self.records.of_kickoff(self.run.kickoff_id)
         except (httpx.HTTPError, PrefectException):
             return False
-        _take_reviews(record, standing)
         return standing is not None and standing.phase is RecordPhase.ENDED
 
     async def _stopped_by_cancellation(self) -> CrewError:
@@ -345,7 +328,7 @@ class _Waiter:
         record = self.run.record
         try:
             if record is None:
-                return (await self.session.client.stop(self.run.kickoff_id)).accepted
+                return (await self.session.asked(lambda client: client.stop(self.run.kickoff_id))).accepted
             if others := await self.records.other_waiters(record, self.own):
                 self.log.warning("Crew run %s is left running: %s wait for it too.", self.run.kickoff_id, others)
                 return False
@@ -377,12 +360,6 @@ class _Waiter:
         if trouble and not self._artifact_trouble:
             self._artifact_trouble = True
             self.log.warning("The artifact of run %s could not be updated: %s", self.run.kickoff_id, trouble)
-
-
-def _take_reviews(record: RunRecord, standing: RunRecord | None) -> None:
-    """Take over the answers on record: they are written by whoever sends them, from elsewhere for the most part."""
-    if standing is not None and len(standing.reviews) >= len(record.reviews):
-        record.reviews = standing.reviews
 
 
 def _progress(status: CrewStatus) -> str:

@@ -22,10 +22,13 @@ from prefect_crew import (
     resume_crew,
     stop_crew,
 )
+from prefect_crew.actions import stop_run
 from prefect_crew.api.models import CrewState, StopOutcome
 from prefect_crew.record_store import PrefectRecords
 from prefect_crew.records import RecordPhase
 from prefect_crew.testing import CrewServerFactory
+from support.prefect_server import PrefectServer
+from support.proxy import through
 from support.scripts import ASKS, slow
 
 pytestmark = pytest.mark.usefixtures("prefect_api", "instant_polling")
@@ -108,6 +111,20 @@ async def test_stop_and_resume_take_up_a_rotated_token(crew_server: CrewServerFa
     await server.crew().asave(name, overwrite=True)
     assert (await run.resume("fine", approve=True)).status == "resumed"
     assert (await run.stop()).accepted
+
+
+async def test_a_stop_that_cannot_be_written_down_is_told(
+    crew_server: CrewServerFactory, prefect_server: PrefectServer, caplog: pytest.LogCaptureFixture
+):
+    run = await crew_server(slow(60)).crew().trigger({})
+
+    def refused() -> Any:
+        with through(prefect_server) as proxy:
+            proxy.refuse = "PATCH /api/variables"
+            return asyncio.run(stop_run(run.crew, run.kickoff_id))
+
+    assert (await asyncio.to_thread(refused)).accepted
+    assert f"That run {run.kickoff_id} was stopped is not on record" in caplog.text
 
 
 # Resume

@@ -16,7 +16,7 @@ from opentelemetry import trace
 from prefect import flow
 from pydantic import SecretStr
 
-from prefect_crew import DeployedCrew, Webhooks, kickoff_crew, purchases, record_store
+from prefect_crew import DeployedCrew, Webhooks, kickoff_crew, purchases, record_store, records
 from prefect_crew.api.errors import (
     AuthenticationError,
     ConfigurationError,
@@ -32,8 +32,10 @@ from prefect_crew.api.errors import (
 from prefect_crew.api.inputs import inputs_digest
 from prefect_crew.api.models import CrewState
 from prefect_crew.record_store import PrefectRecords
-from prefect_crew.records import RecordPhase, RunRecord, utcnow
+from prefect_crew.records import Caller, RecordPhase, RunRecord, utcnow
+from prefect_crew.run_keys import RunIdentity
 from prefect_crew.server import CrewServer
+from prefect_crew.sessions import CrewSession
 from prefect_crew.testing import CrewServerFactory
 from support.prefect_server import PrefectServer, free_port
 from support.proxy import Proxy, through
@@ -476,6 +478,87 @@ async def test_a_claim_of_a_flow_run_that_is_gone_is_uncertain_at_once(crew_serv
         await asyncio.wait_for(server.crew().trigger({"text": "a"}, run_key=run_key), 20)
 
 
+# Claims that grew old before their kickoff was sent
+
+
+@pytest.fixture
+def old_claims(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every claim is as old as after a long sleep of the machine."""
+    monkeypatch.setattr(records, "MARGIN", -1000.0)
+
+
+async def settled(crew_server: CrewServerFactory, **fields: Any) -> tuple[Any, Any]:
+    """Kick a crew off, and settle the claim while its inputs are checked."""
+    server, run_key = crew_server("echo", faults=["inputs:latency=1"]), key()
+    calling = asyncio.ensure_future(server.crew().trigger({"text": "a"}, run_key=run_key))
+    while not server.requests["inputs"]:
+        await asyncio.sleep(0.01)
+    (standing,) = await attempts(run_key)
+    for name, value in fields.items():
+        setattr(standing, name, value)
+    await RECORDS.save(standing)
+    try:
+        return (await calling).kickoff_id, server
+    except CrewError as error:
+        return error, server
+
+
+@pytest.mark.usefixtures("old_claims")
+async def test_an_old_claim_that_still_stands_is_used(crew_server: CrewServerFactory):
+    server, run_key = crew_server("echo", faults=["kickoff:429=0.1@1"]), key()
+    await server.crew().trigger({"text": "a"}, run_key=run_key)
+    assert (server.requests["kickoff"], server.kickoffs) == (2, 1)
+
+
+@pytest.mark.usefixtures("old_claims")
+async def test_an_old_claim_of_an_uncertain_kickoff_says_so(crew_server: CrewServerFactory):
+    server, run_key = crew_server("echo", faults=["kickoff:500"]), key()
+    with pytest.raises(KickoffUncertainError):
+        await server.crew().trigger({"text": "a"}, run_key=run_key)
+    assert await phases(run_key) == [RecordPhase.UNCERTAIN]
+
+
+@pytest.mark.usefixtures("old_claims")
+async def test_an_old_claim_that_was_settled_meanwhile_is_not_posted(crew_server: CrewServerFactory):
+    started, server = await settled(
+        crew_server, phase=RecordPhase.STARTED, kickoff_id=f"theirs {uuid.uuid4()}", kicked_off_at=utcnow()
+    )
+    assert str(started).startswith("theirs ")
+    assert server.requests["kickoff"] == 0
+    doubtful, server = await settled(crew_server, phase=RecordPhase.UNCERTAIN, reason="somebody looked")
+    assert isinstance(doubtful, KickoffUncertainError)
+    assert server.requests["kickoff"] == 0
+
+
+# Where nothing more is to be bought
+
+
+async def only_found(server: Any, run_key: str) -> purchases.Purchased:
+    crew = server.crew()
+    purchase = purchases.Purchase(
+        crew=crew,
+        identity=RunIdentity(run_key=run_key, place="here", caller=Caller(owner=str(uuid.uuid4()))),
+        inputs={"text": "a"},
+        digest=inputs_digest({"text": "a"}),
+        name=None,
+        meta=None,
+        webhooks=None,
+        quiet=True,
+    )
+    async with CrewSession(crew) as session:
+        return await purchases.purchase_run(purchase, RECORDS, session, problem=CrewError("the budget is spent"))
+
+
+async def test_what_runs_or_is_done_is_found_and_nothing_is_bought(crew_server: CrewServerFactory):
+    server, run_key = crew_server("echo"), key()
+    with pytest.raises(CrewError, match="the budget is spent"):
+        await only_found(server, run_key)
+    run = await server.crew().trigger({"text": "a"}, run_key=run_key)
+    found = await only_found(server, run_key)
+    assert (found.record.kickoff_id, found.bought) == (run.kickoff_id, False)
+    assert server.kickoffs == 1
+
+
 # Cancelled callers
 
 
@@ -604,3 +687,14 @@ async def test_a_kickoff_costs_the_prefect_api_two_requests_and_the_end_one(
     await run.wait_for_completion()
     assert proxy.count("/variables") == 3
     assert proxy.count("/flow_runs") == proxy.count("/task_runs") == 0
+
+
+async def test_a_claim_that_cannot_be_kept_fresh_is_used_all_the_same(
+    crew_server: CrewServerFactory, proxy: Proxy, caplog: pytest.LogCaptureFixture
+):
+    server, run_key = crew_server("echo", faults=["kickoff:429=0.2@1"]), key()
+    proxy.refuse = "PATCH /api/variables"
+    run = await server.crew().trigger({"text": "a"}, run_key=run_key)
+    assert f"Others may take the claim of run {run_key} for given up" in caplog.text
+    assert f"--kickoff-id {run.kickoff_id}" in caplog.text
+    assert server.kickoffs == 1

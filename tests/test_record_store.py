@@ -20,7 +20,7 @@ from prefect_crew import record_store
 from prefect_crew.api.errors import CrewError
 from prefect_crew.api.models import CrewState, TaskResult
 from prefect_crew.record_store import PrefectRecords, record_name
-from prefect_crew.records import RecordPhase, RunRecord, StoredResult, utcnow
+from prefect_crew.records import RecordPhase, RunRecord, SentReview, StoredResult, utcnow
 from support.prefect_server import PrefectServer
 from support.proxy import Proxy, through
 
@@ -280,3 +280,44 @@ async def test_a_save_gives_up_in_the_end(proxy: Proxy, monkeypatch: pytest.Monk
 async def test_saving_what_was_deleted_is_an_error_at_once():
     with pytest.raises(httpx.HTTPStatusError):
         await asyncio.wait_for(RECORDS.save(new()), 10)
+
+
+async def test_what_the_api_refuses_is_raised_and_not_taken_for_a_conflict(proxy: Proxy):
+    proxy.refuse = "POST /api/variables/"
+    with pytest.raises(httpx.HTTPStatusError):
+        await RECORDS.claim(new())
+    with pytest.raises(httpx.HTTPStatusError):
+        await RECORDS.add_waiter(new(), str(uuid.uuid4()))
+
+
+async def test_notes_are_listed_and_taken_away():
+    record = new()
+    await RECORDS.add_waiter(record, str(uuid.uuid4()))
+    (note,) = [name async for name in RECORDS.waiter_notes() if name.startswith(RECORDS.notes_of(record))]
+    await RECORDS.delete_note(note)
+    await RECORDS.delete_note(note)
+    assert note not in [name async for name in RECORDS.waiter_notes()]
+
+
+def review(**fields: Any) -> SentReview:
+    return SentReview(task_id="draft", round=1, approve=True, by="me", at=utcnow(), **fields)
+
+
+async def test_answers_stand_beside_the_record_each_written_by_one():
+    record = new()
+    await RECORDS.claim(record)
+    assert await RECORDS.add_review(record, 1, review())
+    assert not await RECORDS.add_review(record, 1, review(feedback="somebody else's")), "one answers at a time"
+    assert await RECORDS.add_review(record, 2, review())
+    await RECORDS.save_review(record, 1, review(outcome="sent"))
+    await RECORDS.remove_review(record, 2)
+    assert [(one.outcome, one.feedback) for one in await RECORDS.reviews(record)] == [("sent", "")]
+    assert await RECORDS.reviews(record.model_copy(update={"attempt": 2})) == []
+    await RECORDS.delete(record)
+    assert await RECORDS.reviews(record) == []
+
+
+async def test_an_answer_that_cannot_be_written_down_is_an_error(proxy: Proxy):
+    proxy.refuse = "POST /api/variables/"
+    with pytest.raises(httpx.HTTPStatusError):
+        await RECORDS.add_review(new(), 1, review())

@@ -59,7 +59,9 @@ async def test_a_function_answers_each_round_once(dialect: str) -> None:
         assert server.kickoffs == 1
         record = await PrefectRecords().of_kickoff(kickoff_id)
         assert record is not None
-        assert [(sent.round, sent.approve, sent.outcome, sent.by) for sent in record.reviews] == [
+        assert [
+            (sent.round, sent.approve, sent.outcome, sent.by) for sent in await PrefectRecords().reviews(record)
+        ] == [
             (1, False, "sent", "judge"),
             (2, True, "sent", "judge"),
         ]

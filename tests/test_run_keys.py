@@ -19,7 +19,7 @@ from prefect.flows import Flow
 from prefect.runtime import flow_run
 from prefect.states import Scheduled
 
-from prefect_crew import arun_crew, kickoff_crew, run_crew, wait_for_crew
+from prefect_crew import arun_crew, kickoff_crew, run_crew, run_keys, wait_for_crew
 from prefect_crew.api.errors import ConfigurationError
 from prefect_crew.records import MAX_RUN_KEY
 from prefect_crew.run_keys import _Attempt, _Occurrences, render_run_key
@@ -237,7 +237,7 @@ async def test_a_task_that_a_retried_task_calls_finds_its_run_again(bought: Any)
 
     @task(retries=1)
     async def plan() -> list[str]:
-        outputs = await asyncio.gather(research("a"), research("b"))
+        outputs = [*await asyncio.gather(research("a"), research("b"))]
         fail()
         return outputs
 
@@ -435,3 +435,32 @@ async def test_the_scheduled_time_stays_the_same_over_retries_and_runs_late(boug
 def test_a_template_in_a_script_is_of_now(bought: Any):
     run_crew(bought.crew(), {"text": "a"}, run_key="daily-{{ scheduled_start:%Y }}")
     assert keys(bought) == [f"daily-{datetime.now(timezone.utc):%Y}"]
+
+
+async def test_a_long_lived_process_forgets_the_numbers_of_old_flow_runs(bought: Any, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(run_keys, "_KEPT", 2)
+    crew = bought.crew()
+
+    @flow
+    async def trip() -> None:
+        await arun_crew(crew, {"text": "a"})
+
+    for _ in range(4):
+        await trip()
+    assert len(run_keys._occurrences) <= 2
+    assert len(run_keys._roots) <= 2
+
+
+async def test_the_scheduled_time_can_be_asked_for(bought: Any):
+    before = datetime.now(timezone.utc)
+    assert await run_keys.scheduled_start() >= before
+    seen: list[datetime] = []
+
+    @flow
+    async def trip() -> None:
+        seen.append(await run_keys.scheduled_start())
+
+    async with get_client() as client:
+        planned = await client.read_flow_run(await scheduled(trip, datetime(2026, 5, 1, 6, tzinfo=timezone.utc)))
+    await run_flow_async(trip, flow_run=planned, parameters={})
+    assert [f"{one:%Y-%m-%d %H:%M}" for one in seen] == ["2026-05-01 06:00"]

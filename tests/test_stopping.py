@@ -14,16 +14,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from prefect import flow
+from prefect import flow, get_client
+from prefect.flow_engine import run_flow_async
 from prefect.runtime import flow_run
+from prefect.states import Scheduled
 
-from prefect_crew import CrewError, CrewStoppedError, arun_crew, run_crew, stopping
+from prefect_crew import CrewError, CrewStoppedError, arun_crew, kickoff_crew, run_crew, stopping, wait_for_crew
 from prefect_crew.record_store import record_name
 from prefect_crew.records import RunRecord
 from prefect_crew.server import CrewServer
 from prefect_crew.testing import CrewServerFactory
 from support.prefect_server import PrefectServer
 from support.processes import Process
+from support.proxy import through
 from support.scripts import slow
 from support.seen import Seen
 
@@ -205,6 +208,53 @@ def test_a_run_that_another_flow_run_waits_for_is_left_running(crew_server: Crew
     assert "runs on" in str(error)
     assert server.requests["stop"] == 0
     assert "waits for it too" in seen.logs(ids[0])
+
+
+@pytest.mark.usefixtures("quick_look")
+def test_a_prefect_api_that_does_not_say_is_no_cancellation(
+    crew_server: CrewServerFactory, prefect_server: PrefectServer
+):
+    server = crew_server(slow(1))
+
+    @flow
+    async def trip() -> str:
+        kickoff_id = await kickoff_crew(server.crew())
+        proxy.refuse = "GET /api/flow_runs"
+        try:
+            return (await wait_for_crew(server.crew(), kickoff_id)).output
+        finally:
+            proxy.refuse = None
+
+    with through(prefect_server) as proxy:
+        assert asyncio.run(trip()) == "done"
+        assert proxy.count("GET /api/flow_runs") > 2
+
+
+@pytest.mark.usefixtures("quick_look")
+def test_a_flow_run_that_is_retried_after_its_cancellation_may_complete(crew_server: CrewServerFactory, seen: Seen):
+    server, ids, texts = crew_server(slow(60)), list[Any](), list[str]()
+
+    @flow
+    async def trips() -> str:
+        ids.append(flow_run.id)
+        if len(ids) == 1:
+            await asyncio.gather(*(arun_crew(server.crew(), {"n": number}) for number in range(2)))
+        return (await arun_crew(crew_server("echo").crew(), {"text": "again"})).output
+
+    thread = cancel_when(server, seen, ids, "CANCELLING")
+    with pytest.raises(CrewError):
+        asyncio.run(trips())
+    thread.join()
+
+    async def again() -> Any:
+        async with get_client() as client:
+            await client.set_flow_run_state(uuid.UUID(ids[0]), Scheduled(), force=True)
+            planned = await client.read_flow_run(uuid.UUID(ids[0]))
+        return await run_flow_async(trips, flow_run=planned, parameters={})
+
+    texts.append(asyncio.run(again()))
+    assert texts == ["again"]
+    assert seen.flow_run(ids[0])["state"]["type"] == "COMPLETED"
 
 
 def test_short_waits_ask_prefect_nothing(crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch):

@@ -28,9 +28,9 @@ from prefect_crew import (
     WaitPolicy,
     arun_crew,
     kickoff_crew,
+    open_runs,
     resume_crew,
     wait_for_crew,
-    waits,
 )
 from prefect_crew.api.client import in_process
 from prefect_crew.api.models import CrewState
@@ -332,17 +332,14 @@ async def test_a_person_is_told_of_once_a_turn_and_their_time_is_on_record(
     record = await record_of(run)
     assert record.human_since is None
     assert record.human_seconds >= 1.2
-    assert [(sent.task_id, sent.approve, sent.outcome) for sent in record.reviews] == [
+    assert [(sent.task_id, sent.approve, sent.outcome) for sent in await RECORDS.reviews(record)] == [
         ("draft", False, "sent"),
         ("draft", True, "sent"),
     ]
 
 
-async def test_the_end_of_a_persons_turn_is_on_record_once_the_answer_is(
-    crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr(waits, "ANSWERED", 0.5)
-    steps = {"name": "draft", "output": "a draft", "human": True}, {"seconds": 3, "output": "printed"}
+async def test_the_end_of_a_persons_turn_is_on_record_beside_the_answer(crew_server: CrewServerFactory):
+    steps = {"name": "draft", "output": "a draft", "human": True}, {"seconds": 2, "output": "printed"}
     run = await crew_server(script(*steps), dialect="union").crew().trigger({})
     waiting = asyncio.ensure_future(run.wait_for_completion())
     while (await record_of(run)).human_since is None:
@@ -351,7 +348,7 @@ async def test_the_end_of_a_persons_turn_is_on_record_once_the_answer_is(
     while (await record_of(run)).human_since is not None:
         await asyncio.sleep(0.05)
     assert not waiting.done()
-    (sent,) = (await record_of(run)).reviews
+    (sent,) = await RECORDS.reviews(await record_of(run))
     assert sent.outcome == "sent"
     await waiting
 
@@ -561,3 +558,153 @@ async def test_a_run_is_waited_for_although_its_record_cannot_be_read(
     proxy.cut()
     assert (await ended(CrewRun(server.crew(), kickoff_id))).output == "a"
     assert f"The record of run {kickoff_id} could not be read" in caplog.text
+
+
+async def test_notes_of_who_waits_may_fail(
+    crew_server: CrewServerFactory, proxy: Proxy, caplog: pytest.LogCaptureFixture
+):
+    server, run_key = crew_server(slow(0.5)), key()
+    await server.crew().trigger({}, run_key=run_key)
+
+    @flow
+    async def trip() -> str:
+        return (await arun_crew(server.crew(), run_key=run_key)).output
+
+    proxy.refuse = "DELETE /api/variables"
+    assert await trip() == "done"
+    proxy.refuse = None
+
+
+@pytest.mark.parametrize(
+    ("refused", "says"),
+    [
+        ("PATCH /api/variables", "is not on record"),
+        ("POST /api/variables/filter", "could not be read"),
+        ("/artifacts", "could not be updated"),
+    ],
+    ids=["saving", "finding", "showing"],
+)
+async def test_whatever_prefect_refuses_the_result_is_there(
+    crew_server: CrewServerFactory, proxy: Proxy, caplog: pytest.LogCaptureFixture, refused: str, says: str
+):
+    server = crew_server(slow(0.2))
+    run = await server.crew().trigger({})
+    open_runs._recent.clear()  # as in another process
+    proxy.refuse = refused
+    assert (await ended(run)).output == "done"
+    assert says in caplog.text
+
+
+async def test_a_persons_turn_that_cannot_be_written_down_is_told(
+    crew_server: CrewServerFactory, proxy: Proxy, caplog: pytest.LogCaptureFixture
+):
+    server = crew_server(ASKS, dialect="union")
+    run = await server.crew().trigger({})
+    proxy.refuse = "PATCH /api/variables"
+    with pytest.raises(CrewTimeoutError):
+        await run.wait_for_completion(WaitPolicy(initial=0.1, human_timeout=0.3))
+    assert f"Whether run {run.kickoff_id} waits for a person is not on record" in caplog.text
+
+
+async def test_a_wait_that_cannot_join_goes_on(crew_server: CrewServerFactory, proxy: Proxy):
+    server, run_key = crew_server(slow(0.5)), key()
+    await server.crew().trigger({}, run_key=run_key)
+
+    @flow
+    async def trip() -> str:
+        kickoff_id = await kickoff_crew(server.crew(), run_key=run_key)
+        proxy.refuse = "POST /api/variables/"
+        return (await wait_for_crew(server.crew(), kickoff_id)).output
+
+    assert await trip() == "done"
+
+
+# Runs without a record
+
+
+async def foreign(crew_server: CrewServerFactory, text: str, **options: Any) -> tuple[Any, CrewRun]:
+    """Kick a crew off as somebody else would, who leaves no record."""
+    server = crew_server(text, **options)
+    async with server.crew().client() as client:
+        return server, CrewRun(server.crew(), await client.kickoff({}))
+
+
+async def test_without_a_record_a_person_is_told_of_as_well(
+    crew_server: CrewServerFactory, caplog: pytest.LogCaptureFixture
+):
+    _, run = await foreign(crew_server, ASKS, dialect="union")
+    with pytest.raises(CrewTimeoutError):
+        await run.wait_for_completion(WaitPolicy(initial=0.1, human_timeout=0.3))
+    assert "waits for a person" in caplog.text
+
+
+async def test_without_a_record_a_late_crew_can_be_stopped(crew_server: CrewServerFactory):
+    server, run = await foreign(crew_server, slow(60))
+    with pytest.raises(CrewTimeoutError, match="It was stopped"):
+        await run.wait_for_completion(BRIEF.model_copy(update={"on_timeout": "stop"}))
+    assert server.requests["stop"] == 1
+
+
+async def test_without_a_record_a_loss_is_a_loss(crew_server: CrewServerFactory):
+    _, run = await foreign(crew_server, slow(60), faults=["status:forgotten@2"])
+    with pytest.raises(CrewLostError, match="last seen running"):
+        await run.wait_for_completion()
+
+
+async def test_without_a_record_a_cancelled_wait_leaves_the_crew_alone(crew_server: CrewServerFactory):
+    server, run = await foreign(crew_server, slow(60))
+    waiting = asyncio.ensure_future(run.wait_for_completion())
+    while not server.requests["status"]:
+        await asyncio.sleep(0.01)
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    assert server.requests["stop"] == 0
+
+
+# Others
+
+
+async def test_a_late_crew_that_another_flow_run_waits_for_is_not_stopped(
+    crew_server: CrewServerFactory, caplog: pytest.LogCaptureFixture
+):
+    server, run_key = crew_server(slow(3)), key()
+
+    @flow
+    async def patient() -> str:
+        return (await arun_crew(server.crew(), run_key=run_key)).output
+
+    running = asyncio.ensure_future(patient())
+    while not server.requests["status"]:
+        await asyncio.sleep(0.02)
+    late = await server.crew().trigger({}, run_key=run_key)
+    with pytest.raises(CrewTimeoutError, match="It was left running"):
+        await late.wait_for_completion(WaitPolicy(initial=0.1, timeout=0.2, on_timeout="stop"))
+    assert "wait for it too" in caplog.text
+    assert server.requests["stop"] == 0
+    assert await running == "done"
+
+
+async def test_a_person_who_ends_the_run_has_had_their_time(crew_server: CrewServerFactory):
+    run = await crew_server(script({"name": "draft", "human": True, "output": "x"}), dialect="union").crew().trigger({})
+    waiting = asyncio.ensure_future(run.wait_for_completion())
+    while (await record_of(run)).human_since is None:
+        await asyncio.sleep(0.05)
+    await run.resume("fine", approve=True)
+    await waiting
+    record = await record_of(run)
+    assert record.human_since is None
+    assert record.human_seconds > 0
+
+
+async def test_progress_may_be_a_share(caplog: pytest.LogCaptureFixture):
+    """The local server counts tasks; others give a share."""
+    answers = iter([{"state": "RUNNING", "progress": 0.5, "current_task": "plan"}, {"state": "SUCCESS", "result": "x"}])
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        return httpx.Response(200, json=next(answers))
+
+    with in_process("share.test", httpx.MockTransport(answer)):
+        run = CrewRun(DeployedCrew(url="https://share.test", token="t"), "r1")  # pyright: ignore[reportArgumentType]
+        await run.wait_for_completion()
+    assert "Crew run r1: plan (50%)" in caplog.text
