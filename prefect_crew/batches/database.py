@@ -45,8 +45,11 @@ batches = Table(
     Column("total", Integer, nullable=False),
     Column("call", Text),
     Column("standing", Text),
+    Column("halt", Text),
 )
-"""A row a batch. `call` is what `batch retry` needs to run it again, `standing` how it stood at its last end: JSON."""
+"""A row a batch. `call` is what `batch retry` needs to run it again, `standing` how it stood at its last end: JSON.
+
+`halt` is why its shards are to buy nothing more."""
 attempts = Table(
     "crew_attempts",
     _metadata,

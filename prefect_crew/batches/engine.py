@@ -73,6 +73,7 @@ class Engine:
         shut: Whether nothing is waited for either.
         kickoffs: How many this engine has bought.
         failed, ended: Rows of this engine.
+        exhausted: Whether it has stopped since it may buy no more kickoffs.
         waiting: The runs that are waited for, by row key.
     """
 
@@ -94,6 +95,7 @@ class Engine:
         self.options = options
         self.stopped: str | None = None
         self.shut = False
+        self.exhausted = False
         self.kickoffs = 0
         self.failed = 0
         self.ended = 0
@@ -314,6 +316,7 @@ class Engine:
         limit = self.options.max_kickoffs
         if limit is not None and self._bought + self._buying >= limit:
             if self._bought >= limit:
+                self.exhausted = True
                 self.stop(f"the limit of {limit} kickoffs is reached.")
             return False
         self._buying += 1

@@ -46,6 +46,7 @@ class BatchEntry:
     total: int
     call: Mapping[str, Any] | None = None
     standing: Mapping[str, Any] | None = None
+    halt: str | None = None
 
 
 class Ledger:
@@ -116,6 +117,7 @@ class Ledger:
             "fingerprint": fingerprint,
             "total": total,
             "call": None if call is None else json.dumps(call),
+            "halt": None,
         }
         insert = self.database.insert(batches).values(name=self.batch, ledger_id=str(uuid4()), **values)
         statement = insert.on_conflict_do_update(index_elements=["name"], set_=values)
@@ -129,6 +131,16 @@ class Ledger:
         """Write down how the batch stands at the end of a call."""
         statement = update(batches).where(batches.c.name == self.batch).values(standing=json.dumps(standing))
         await self._write(self.database.run(lambda connection: connection.execute(statement).close()))
+
+    async def halt(self, reason: str) -> None:
+        """Let no shard of the batch buy anything more; the next call begins anew."""
+        statement = update(batches).where(batches.c.name == self.batch).values(halt=reason)
+        await self._write(self.database.run(lambda connection: connection.execute(statement).close()))
+
+    async def halted(self) -> str | None:
+        """Return why no shard is to buy anything more, None if there is no reason."""
+        rows = await self._rows(select(batches.c.halt).where(batches.c.name == self.batch))
+        return rows[0][0] if rows else None
 
     async def names(self) -> list[str]:
         """Return the names of all batches in this ledger."""

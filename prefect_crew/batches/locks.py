@@ -84,6 +84,24 @@ class BatchLock:
         if shared is not None:
             await self._connection.execute(text(_function("unlock", shared)), {"key": self._key(part)})
 
+    async def is_held(self, part: str) -> bool:
+        """Return whether anybody holds a part, without taking it. Only for PostgreSQL.
+
+        Raises:
+            LedgerError: The database cannot be reached.
+        """
+        # A key of 64 bits stands there in two halves (PostgreSQL's documentation of pg_locks).
+        query = text(
+            "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND granted AND objsubid = 1 "
+            "AND database = (SELECT oid FROM pg_database WHERE datname = current_database()) "
+            "AND ((classid::bigint << 32) | objid::bigint) = :key"
+        )
+        try:
+            async with self._database.server.connect() as connection:
+                return bool((await connection.execute(query, {"key": self._key(part)})).scalar())
+        except (SQLAlchemyError, OSError) as error:
+            raise LedgerError(f"cannot be read: {short(error)}.", ledger=self._database.address) from error
+
     async def still_held(self) -> bool:
         """Return False if a connection was lost, and somebody else has taken over meanwhile."""
         if self._connection is None:

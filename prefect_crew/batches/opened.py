@@ -119,7 +119,7 @@ class OpenBatch:
             CrewError: The ledger or the output failed on the way.
         """
         name, ledger, standing, output = self.job.name, self.ledger, self.standing, self.output
-        if self._is_done():
+        if self.is_done:
             await self._recall()
         else:
             try:
@@ -145,6 +145,8 @@ class OpenBatch:
             new = not await self.ledger.known()
             bought = await self.ledger.bought()
             engine = engine_of(self.session, self.ledger, options, on_end=self._take, most=most, bought=bought)
+            if self.stopped is not None:
+                engine.stop(self.stopped)
             self.output.open(self._stays(), in_order=options.order == "input")
             rows = feed(engine, self.plan.jobs(), chunk_size=1 if options.task_per_row else options.chunk_size, new=new)
             try:
@@ -182,7 +184,8 @@ class OpenBatch:
 
     # A batch that is done.
 
-    def _is_done(self) -> bool:
+    @property
+    def is_done(self) -> bool:
         """Return whether there was nothing left to do when it was opened, not even a line."""
         before, entry, options = self.bound.before, self.bound.entry, self.job.options
         if before is None or before.standing is None or options.retry_failed or options.retries:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Collection, Coroutine, Mapping
 from contextvars import ContextVar
-from functools import wraps
+from functools import partial, wraps
 from typing import TYPE_CHECKING, Annotated, Any, Literal, ParamSpec, TypeVar, cast
 
 from prefect import flow
@@ -39,7 +39,9 @@ T = TypeVar("T")
 MAX_NAME = 200
 """Characters of a batch's name."""
 
-_live: ContextVar[BatchJob | None] = ContextVar("prefect_crew_batch", default=None)
+_live: ContextVar[Callable[[], Coroutine[Any, Any, BatchReport]] | None] = ContextVar(
+    "prefect_crew_batch", default=None
+)
 
 
 def _blocking(function: Callable[P, Coroutine[Any, Any, T]], name: str) -> Callable[P, T]:
@@ -86,6 +88,8 @@ async def arun_batch(
     encoding: str = "utf-8-sig",
     chunk_size: int = 200,
     task_per_row: bool = False,
+    shards: int = 1,
+    deployment: str | None = None,
 ) -> BatchReport:
     """Run a crew once for each row of a data set. A second call with the name goes on where the first stopped.
 
@@ -131,6 +135,9 @@ async def arun_batch(
         format, encoding: Those of a file whose name does not tell.
         chunk_size: Rows a Prefect task.
         task_per_row: A task a row, for small sets that people want to watch.
+        shards: Flow runs of `deployment` that the rows are split over by their keys. The crew is then a stored block,
+            the data set a file that every machine reads, the ledger a PostgreSQL that every machine reaches.
+        deployment: A deployment of the flow `batch_shard` of `flows/batch.py`, as `flow/deployment`.
 
     Raises:
         DatasetError, BadRowsError: The data set cannot be read, or rows cannot be run. Nothing was started.
@@ -165,9 +172,14 @@ async def arun_batch(
     job = await batch_job(
         crew, dataset, options, name=name, output=output, ledger=ledger, format=format, encoding=encoding
     )
+    if (shards > 1) is not (deployment is not None):
+        raise ConfigurationError(
+            "Shards are runs of a deployment: give both, shards=N and deployment='flow/deployment'."
+        )
+    run = partial(run_job, job, shards=shards, deployment=deployment)
     if FlowRunContext.get() is not None or TaskRunContext.get() is not None:
-        return await run_job(job)
-    token = _live.set(job)
+        return await run()
+    token = _live.set(run)
     try:
         return await cast("Any", run_rows_of)(
             batch=job.name, crew=job.crew.label, dataset=job.dataset.name, output=job.output_name
@@ -188,18 +200,26 @@ async def run_rows_of(
 ) -> BatchReport:
     """Run a batch that `run_batch` was called with outside of a flow."""
     del crew, dataset, output
-    job = _live.get()
-    if job is None:
+    run = _live.get()
+    if run is None:
         raise ConfigurationError(
             f"Batch {batch!r} was given by code and cannot be made from this run's parameters. Call run_batch again "
             "with the same name, which goes on where it stopped, or write a flow around it and retry that."
         )
-    return await run_job(job)
+    return await run()
 
 
-async def run_job(job: BatchJob) -> BatchReport:
-    """Run a batch in this process."""
-    async with open_batch(job) as batch:
+async def run_job(job: BatchJob, *, shards: int = 1, deployment: str | None = None) -> BatchReport:
+    """Run a batch in this process, or watch its shards and then finish it here."""
+    if deployment is None:
+        async with open_batch(job) as batch:
+            return await batch.run()
+    from prefect_crew.batches.parents import Parent, check_parent
+
+    await check_parent(job, shards=shards, deployment=deployment)
+    async with open_batch(job, shared=True) as batch:
+        if not batch.is_done:
+            await Parent(batch, shards=shards, deployment=deployment).run()
         return await batch.run()
 
 

@@ -24,6 +24,7 @@ class Worker:
         home: Its PREFECT_HOME, so where its flow runs store results; one in `folder` if left out.
         poll: Seconds between two looks for work.
         env: More variables, for it and its flow runs.
+        limit: How many flow runs it has at once; no limit if left out.
 
     Attributes:
         log: The file with its output and that of its flow runs.
@@ -39,6 +40,7 @@ class Worker:
         home: Path | None = None,
         poll: float = 1.0,
         env: Mapping[str, str] | None = None,
+        limit: int | None = None,
     ) -> None:
         self.pool = pool
         self.name = name or pool
@@ -52,6 +54,7 @@ class Worker:
             PYTHONUNBUFFERED="1",
             **(env or {}),
         )
+        self._limit = [] if limit is None else ["--limit", str(limit)]
         self._process: Process | None = None
 
     @property
@@ -68,7 +71,10 @@ class Worker:
             ProcessError: It ended, or did not start within `timeout` seconds; with the end of its log.
         """
         self._process = Process(
-            [program("prefect"), "worker", "start", "--pool", self.pool, "--type", "process", "--name", self.name],
+            [
+                *(program("prefect"), "worker", "start", "--pool", self.pool, "--type", "process", "--name", self.name),
+                *self._limit,
+            ],
             log=self.log,
             env=self._env,
             cwd=self._folder,

@@ -1,0 +1,117 @@
+"""Batches to deploy: a crew over the rows of a file, a folder whose new files are picked up, and the shards of both.
+
+`batch_file` runs one file; `watch_folder` is for a schedule: it runs every new file of a folder once, and never twice;
+`batch_shard` is what `run_batch(…, shards=N, deployment="batch-shard/shards")` starts on a work pool.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from pathlib import Path
+from typing import Any
+
+from prefect import flow, get_run_logger
+
+from prefect_crew import BatchReport, arun_batch
+from prefect_crew.batches import BatchBusyError, DatasetError
+from prefect_crew.batches.shards import batch_shard
+
+__all__ = ["batch_file", "batch_shard", "watch_folder"]
+
+
+@flow(flow_run_name="{name}")
+async def batch_file(
+    crew: str,
+    dataset: str,
+    name: str,
+    output: str,
+    ledger: str | None = None,
+    options: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Run a crew once for each row of a file. Retried or scheduled again, it goes on where it stopped.
+
+    Args:
+        crew: The name of the crew's block, as under Blocks.
+        dataset: The file: a path, a URL, or any fsspec address.
+        name: The batch's name. On a schedule: leads-{{ scheduled_start:%Y-%m-%d }}.
+        output: Where its lines go. On a schedule with the same placeholder.
+        ledger: A path, the URL of a PostgreSQL, or secret://NAME; empty: a file beside a local output.
+        options: More of run_batch's options, such as {"max_in_flight": 500, "key": "id"}.
+    """
+    report = await arun_batch(crew, dataset, name=name, output=output, ledger=ledger, **(options or {}))
+    report.raise_for_failures()
+    return report.as_dict()
+
+
+@flow(flow_run_name="{folder}")
+async def watch_folder(
+    crew: str,
+    folder: str,
+    output: str,
+    pattern: str = "*.csv",
+    settled_seconds: float = 30.0,
+    ledger: str | None = None,
+    options: dict[str, Any] | None = None,
+) -> list[dict[str, Any]]:
+    """Run the crew over every new file of a folder, and move each file to its subfolder `done`.
+
+    The name of a file's batch is made of its name and its content, so that a file that was not moved in time, since the
+    machine went down, is gone on with and not run again. One that cannot be read is moved to the subfolder `refused`.
+
+    Args:
+        crew: The name of the crew's block, as under Blocks.
+        folder: Where new files come in.
+        output: The folder for the lines: one file for each that came in, and its ledger unless one is given.
+        pattern: Which files.
+        settled_seconds: Seconds for which a file must not have changed: until then somebody may still be writing it.
+        ledger: A path, the URL of a PostgreSQL, or secret://NAME, for all of them.
+        options: More of run_batch's options.
+    """
+    log, reports = get_run_logger(), list[dict[str, Any]]()
+    for path in new_files(Path(folder), pattern, settled_seconds):
+        name = f"{path.name}-{digest(path)[:12]}"
+        lines = Path(output) / f"{name}.jsonl"
+        try:
+            report = await arun_batch(crew, path, name=name, output=str(lines), ledger=ledger, **(options or {}))
+        except BatchBusyError as error:
+            log.info("%s", error)
+        except DatasetError as error:
+            log.warning("%s It is moved to the folder refused.", error)
+            move(path, "refused")
+        else:
+            if is_through(report):
+                move(path, "done")
+            else:
+                log.warning("%s The next look goes on with it.", report)
+            reports.append(report.as_dict())
+    return reports
+
+
+def new_files(folder: Path, pattern: str, settled_seconds: float) -> list[Path]:
+    """Return the files that nobody is still writing."""
+    files = [path for path in sorted(folder.glob(pattern)) if path.is_file()]
+    return [path for path in files if time.time() - path.stat().st_mtime >= settled_seconds]
+
+
+def is_through(report: BatchReport) -> bool:
+    """Return whether another call would buy nothing: what failed is in the lines, what is uncertain is a person's."""
+    return report.stopped is None and report.skipped == report.set_aside
+
+
+def digest(path: Path) -> str:
+    """Return the SHA-256 of a file."""
+    with path.open("rb") as file:
+        found = hashlib.sha256()
+        while chunk := file.read(1 << 20):
+            found.update(chunk)
+    return found.hexdigest()
+
+
+def move(path: Path, subfolder: str) -> None:
+    """Move a file to a subfolder beside it, under a name that is free there."""
+    target = path.parent / subfolder / path.name
+    target.parent.mkdir(exist_ok=True)
+    while target.exists():
+        target = target.with_name(f"{target.stem}-again{target.suffix}")
+    path.rename(target)

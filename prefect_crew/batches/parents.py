@@ -1,0 +1,315 @@
+"""Whoever watches the shards of a batch: starts them, counts for all of them, and finishes what a dead one left."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass
+from typing import Any, cast
+from uuid import UUID
+
+import httpx
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId, FlowRunFilterTags
+from prefect.client.schemas.objects import FlowRun, State
+from prefect.deployments import run_deployment
+from prefect.exceptions import ObjectNotFound, PrefectException
+from prefect.states import Cancelled, Cancelling, Crashed
+
+from prefect_crew.api.errors import ConfigurationError
+from prefect_crew.api.models import CrewState
+from prefect_crew.batches.binding import binding_name
+from prefect_crew.batches.cancelling import BatchCancelledError
+from prefect_crew.batches.ends import MISFIT, UNCERTAIN, RowEnd
+from prefect_crew.batches.engines import engine_of
+from prefect_crew.batches.feed import feed
+from prefect_crew.batches.job import BatchJob
+from prefect_crew.batches.locks import WHOLE, BatchBusyError
+from prefect_crew.batches.opened import OpenBatch
+from prefect_crew.batches.options import IN_FLIGHT
+from prefect_crew.batches.shards import check_shards, rows_of_shard, shard_call, shard_part
+from prefect_crew.batches.standing import Standing
+from prefect_crew.batches.watching import tell_batch
+from prefect_crew.logs import run_logger
+from prefect_crew.records import RecordPhase
+from prefect_crew.stopping import cancellation_asked, cancelled_meanwhile, flow_run_id, mark_cancelled
+
+__all__ = ["Parent", "check_parent"]
+
+LOOK_EVERY = 2.0
+"""Seconds between two looks at the shards."""
+RUNNING_WITHIN = 60.0
+"""Seconds within which a shard whose flow run is running must hold its lock: it has Prefect to import."""
+BEGUN_WITHIN = 120.0
+"""Seconds after which a shard that no worker has begun is done here, once no other shard runs."""
+AWAY = (httpx.HTTPError, PrefectException)
+
+
+@dataclass
+class _Shard:
+    """A shard as its parent sees it. `locked`: it has been seen with its lock. `over`: its flow run is done with."""
+
+    number: int
+    flow_run_id: UUID
+    name: str
+    since: float
+    running_since: float | None = None
+    locked: bool = False
+    over: bool = False
+    told: bool = False
+
+
+async def check_parent(job: BatchJob, *, shards: int, deployment: str) -> None:
+    """Check that a batch can be split over runs of a deployment, before its name is bound to anything.
+
+    Raises:
+        ConfigurationError: It cannot, or there is no such deployment.
+    """
+    check_shards(job, shards)
+    async with get_client() as client:
+        try:
+            await client.read_deployment_by_name(deployment)
+        except (ObjectNotFound, ValueError):
+            raise ConfigurationError(
+                f"There is no deployment {deployment!r}. Deploy the flow batch_shard of flows/batch.py, as "
+                "deployments/prefect.yaml does, and name it as flow/deployment: batch-shard/shards."
+            ) from None
+
+
+class Parent:
+    """Watches the shards of one batch.
+
+    Args:
+        batch: The batch, opened to be shared.
+        shards: How many there are.
+        deployment: The name of a deployment of `batch_shard`, as `flow/deployment`.
+    """
+
+    def __init__(self, batch: OpenBatch, *, shards: int, deployment: str) -> None:
+        self._batch = batch
+        self._count = shards
+        self._deployment = deployment
+        self._tag = binding_name(batch.job.name)
+        self._shards: list[_Shard] = []
+        self._dead: list[_Shard] = []
+        self._finishing: asyncio.Task[None] | None = None
+        self._before: dict[str, int] = {}
+
+    async def run(self) -> None:
+        """Start the shards, and return when all of their rows have ended or been left. The batch is then ours alone.
+
+        Raises:
+            ConfigurationError: There is less than one kickoff left for each shard. Nothing was started.
+            BatchCancelledError: This flow run was cancelled, and its shards with it.
+        """
+        own = flow_run_id()
+        calls = [shard_call(self._batch, number, self._count) for number in range(self._count)]
+        self._before = await self._batch.ledger.counts()
+        try:
+            await self._begin(calls)
+            await self._watch(own)
+        except asyncio.CancelledError:
+            if await self._asked(own):
+                await self._cancel()
+            raise
+        finally:
+            if self._finishing is not None:
+                self._finishing.cancel()
+                await asyncio.gather(self._finishing, return_exceptions=True)
+        self._batch.stopped = await self._batch.ledger.halted()
+        self._batch.standing = Standing(
+            total=self._batch.standing.total,
+            set_aside=self._batch.standing.set_aside,
+            duplicates=self._batch.standing.duplicates,
+            started=self._batch.standing.started,
+        )
+        await self._become_sole()
+
+    async def _begin(self, calls: list[dict[str, Any]]) -> None:
+        """Start the shards that do not run already, left by an earlier parent."""
+        name, there = self._batch.job.name, await self._there()
+        for number, call in enumerate(calls):
+            run = there.get(number)
+            if run is None:
+                run = await self._start(number, call)
+            self._shards.append(_Shard(number, run.id, run.name, since=time.monotonic()))
+        run_logger().info(
+            "Batch %s runs in %d shards of deployment %s, %d of which were there already.",
+            *(name, self._count, self._deployment, len(there)),
+        )
+
+    async def _there(self) -> dict[int, FlowRun]:
+        tagged = FlowRunFilter(tags=FlowRunFilterTags(all_=[self._tag]))
+        async with get_client() as client:
+            runs = [run for run in await client.read_flow_runs(flow_run_filter=tagged) if not _is_final(run.state)]
+        if any(run.parameters.get("shards") != self._count for run in runs):
+            raise BatchBusyError(
+                name=self._batch.job.name, what=f"Batch {self._batch.job.name!r}, split into another number of shards,"
+            )
+        return {int(run.parameters["shard"]): run for run in runs}
+
+    async def _start(self, number: int, call: dict[str, Any]) -> FlowRun:
+        name, own = self._batch.job.name, flow_run_id() or f"{time.time()}"
+        # Awaited here, it is the async one, whatever Prefect's types say of it.
+        return await cast("Any", run_deployment)(
+            name=self._deployment,
+            parameters={"batch": name, "shard": number, "shards": self._count, "call": call},
+            flow_run_name=f"{name} shard {number} of {self._count}",
+            timeout=0,
+            tags=[self._tag],
+            idempotency_key=f"{self._tag} {own} {time.time()} {number}",
+        )
+
+    async def _watch(self, own: str | None) -> None:
+        while any(not shard.over for shard in self._shards) or self._dead or self._finishing is not None:
+            await asyncio.sleep(LOOK_EVERY)
+            await self._look()
+            await self._count_rows()
+            self._finish_dead()
+            if await cancelled_meanwhile(own):
+                await self._cancel()
+                if own is not None:
+                    await mark_cancelled(own)
+                raise BatchCancelledError(name=self._batch.job.name)
+
+    # The shards.
+
+    async def _look(self) -> None:
+        """Look at the shards' flow runs, and, where those tell too little, at their locks."""
+        ids = FlowRunFilter(id=FlowRunFilterId(any_=[shard.flow_run_id for shard in self._shards]))
+        try:
+            async with get_client() as client:
+                runs = await client.read_flow_runs(flow_run_filter=ids)
+        except AWAY as error:
+            run_logger().warning("The shards' flow runs cannot be looked at now: %s", error)
+            return
+        states = {run.id: run.state for run in runs}
+        for shard in self._shards:
+            if not shard.over:
+                await self._look_at(shard, states.get(shard.flow_run_id))
+        waiting = [shard for shard in self._shards if not shard.over and shard.running_since is None]
+        if not any(shard.running_since for shard in self._shards if not shard.over):
+            for shard in waiting:
+                await self._late(shard)
+
+    async def _look_at(self, shard: _Shard, state: State | None) -> None:
+        if state is None or _is_final(state):
+            shard.over = True
+            if state is None or not state.is_completed():
+                told = "is gone" if state is None else f"ended as {state.name}"
+                await self._died(shard, told)
+        elif state.is_running():
+            if shard.running_since is None:
+                shard.running_since = time.monotonic()
+            if await self._batch.lock.is_held(shard_part(shard.number, self._count)):
+                shard.locked = True
+                return
+            slow = time.monotonic() - shard.running_since > RUNNING_WITHIN
+            if (shard.locked or slow) and await self._takes(shard):
+                shard.over = True
+                await self._died(shard, "says that it runs, and nobody holds its lock")
+                await self._set_state(shard, Crashed(message="Its process has died. The parent finishes its rows."))
+
+    async def _late(self, shard: _Shard) -> None:
+        """Do a shard here that no worker has begun, when no other runs."""
+        waited = time.monotonic() - shard.since
+        if waited > BEGUN_WITHIN / 2 and not shard.told:
+            shard.told = True
+            run_logger().warning(
+                "No worker has begun %s for %.0f s. Is there one for its work pool?", shard.name, waited
+            )
+        if waited > BEGUN_WITHIN and self._finishing is None and not self._dead and await self._takes(shard):
+            shard.over = True
+            await self._died(shard, f"was begun by no worker for {waited:.0f} s")
+            await self._set_state(shard, Cancelled(message="The parent does its rows."))
+
+    async def _takes(self, shard: _Shard) -> bool:
+        return await self._batch.lock.take(shard_part(shard.number, self._count))
+
+    async def _died(self, shard: _Shard, told: str) -> None:
+        run_logger().warning("%s %s: its rows are finished here.", shard.name, told)
+        self._dead.append(shard)
+
+    async def _set_state(self, shard: _Shard, state: State) -> None:
+        try:
+            async with get_client() as client:
+                await client.set_flow_run_state(shard.flow_run_id, state, force=True)
+        except AWAY as error:
+            run_logger().warning("The state of %s stays as it is: %s", shard.name, error)
+
+    # Its rows.
+
+    def _finish_dead(self) -> None:
+        """Finish the rows of dead shards, one shard after another, while the others go on."""
+        if self._finishing is not None and self._finishing.done():
+            done, self._finishing = self._finishing, None
+            done.result()
+        if self._finishing is None and self._dead:
+            self._finishing = asyncio.ensure_future(self._finish(self._dead.pop(0)))
+
+    async def _finish(self, shard: _Shard) -> None:
+        options = self._batch.job.options
+        if options.max_kickoffs is not None:
+            return  # how many are left is known once all shards have ended: the batch is then gone on with here
+        if not await self._takes(shard):
+            run_logger().warning("%s still runs, whatever its state says; it is left alone.", shard.name)
+            return
+
+        async def on_end(end: RowEnd) -> None:
+            del end  # its line is written at the end, from the ledger
+
+        most = max(1, (options.max_in_flight or IN_FLIGHT) // self._count)
+        session, ledger = self._batch.session, self._batch.ledger
+        engine = engine_of(session, ledger, options, on_end=on_end, most=most, bought=0)
+        rows = rows_of_shard(self._batch.plan, shard.number, self._count)
+        await feed(engine, rows, chunk_size=options.chunk_size, new=False)
+        if engine.stopped is not None:
+            await ledger.halt(engine.stopped)
+
+    async def _count_rows(self) -> None:
+        """Count the rows of all shards, show them, and stop all where the policy says so."""
+        batch, standing = self._batch, self._batch.standing
+        counts = await batch.ledger.counts()
+        bad = (str(CrewState.FAILED), str(CrewState.STOPPED), MISFIT)
+        standing.completed = counts.get(str(CrewState.COMPLETED), 0)
+        standing.failed = sum(counts.get(word, 0) for word in bad)
+        standing.uncertain = counts.get(UNCERTAIN, 0)
+        standing.in_flight = counts.get(str(RecordPhase.STARTED), 0)
+        before = self._before
+        failed = standing.failed - sum(before.get(word, 0) for word in bad)
+        ended = failed + standing.completed - before.get(str(CrewState.COMPLETED), 0)
+        standing.ended_here = max(ended, 0)
+        standing.tick()
+        tell_batch(batch.job.name, "running", standing)
+        await batch.artifacts.progress(standing)
+        if (reason := batch.job.options.stop_when(failed, ended)) and await batch.ledger.halted() is None:
+            run_logger().warning("No shard kicks anything off any more: %s", reason)
+            await batch.ledger.halt(reason)
+
+    async def _become_sole(self) -> None:
+        """Take the whole batch, now that no shard works on it."""
+        lock = self._batch.lock
+        await lock.give_back(WHOLE)
+        if await lock.take(WHOLE):
+            self._batch.ledger.sole = True
+        elif not await lock.take(WHOLE, shared=True):
+            raise BatchBusyError(name=self._batch.job.name)
+
+    # Cancelling.
+
+    async def _asked(self, own: str | None) -> bool:
+        try:
+            return await asyncio.wait_for(cancellation_asked(own), 5.0)
+        except (*AWAY, TimeoutError, asyncio.TimeoutError):
+            return False
+
+    async def _cancel(self) -> None:
+        """Cancel the shards' flow runs: each does with its runs what `on_cancel` says."""
+        for shard in self._shards:
+            if not shard.over:
+                waiting = shard.running_since is None
+                await self._set_state(shard, Cancelled() if waiting else Cancelling())
+
+
+def _is_final(state: State | None) -> bool:
+    return state is not None and state.is_final()

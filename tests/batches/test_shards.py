@@ -1,0 +1,291 @@
+"""Batches beyond one machine: what a shard is given, how rows are split, and two workers of which one dies."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+import uuid
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+from prefect.blocks.system import Secret
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterTags
+
+from prefect_crew import WaitPolicy, arun_batch
+from prefect_crew.api.errors import ConfigurationError
+from prefect_crew.batches import BatchBusyError, LedgerMissingError
+from prefect_crew.batches.binding import binding_name, read_binding
+from prefect_crew.batches.ledger import Ledger
+from prefect_crew.batches.locks import WHOLE, BatchLock
+from prefect_crew.batches.opened import open_batch
+from prefect_crew.batches.options import BatchOptions
+from prefect_crew.batches.run import batch_job
+from prefect_crew.batches.shards import batch_shard, shard_call, shard_options, shard_part
+from prefect_crew.server import CrewServer
+from prefect_crew.testing import CrewServerFactory
+from support.batches import Batches, postgres_ledger
+from support.deployed import ROOT, command, wait_until
+from support.postgres import Postgres
+from support.prefect_server import PrefectServer, connected
+from support.scripts import script
+from support.workers import Worker
+
+ECHO = script({"seconds": 0.05, "output": "on {{ topic }}"}, inputs=["topic"])
+WAIT = WaitPolicy(initial=0.05, factor=1, jitter=0)
+
+# What a shard is given
+
+
+def test_what_holds_for_the_batch_is_split_evenly():
+    options = BatchOptions(max_in_flight=11, kickoffs_per_second=9, max_kickoffs=20, on_failure=3, order="input")
+    shares = [shard_options(options, shard, 3, bought=6) for shard in range(3)]
+    assert [share["max_in_flight"] for share in shares] == [4, 4, 3]
+    assert [share["max_kickoffs"] for share in shares] == [5, 5, 4]
+    assert {share["kickoffs_per_second"] for share in shares} == {3}
+    assert {share["on_failure"] for share in shares} == {"continue"}
+    assert "order" not in shares[0]
+    assert json.dumps(shares)
+
+
+def test_less_than_one_for_each_shard_is_refused():
+    with pytest.raises(ConfigurationError, match="max_in_flight is 2, less than one for each of 3 shards"):
+        shard_options(BatchOptions(max_in_flight=2), 2, 3, bought=0)
+
+
+@pytest.fixture
+def stored(prefect_api: PrefectServer, crew_server: CrewServerFactory) -> tuple[CrewServer, str]:
+    """A crew server, and the name of its stored block."""
+    del prefect_api
+    server = crew_server(ECHO, port=True)
+    name = f"crew-{uuid.uuid4().hex[:8]}"
+    server.crew().save(name, _sync=True)  # pyright: ignore
+    return server, name  # pyright: ignore
+
+
+def rows_file(folder: Path, count: int) -> str:
+    path = folder / "rows.csv"
+    path.write_text("topic\n" + "".join(f"topic {number}\n" for number in range(count)))
+    return str(path)
+
+
+def without_password(address: str) -> str:
+    """Return the address of a PostgreSQL of ours, which lets everybody in, without its password."""
+    return address.replace(":unused@", "@")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        pytest.param({"crew": "block"}, "its crew is no stored block", id="crew"),
+        pytest.param({"dataset": [{"topic": "tea"}]}, "its data set was given by code", id="data set"),
+        pytest.param({"key": lambda row: row["topic"]}, "key is a function", id="function"),
+        pytest.param({"ledger": None}, "Shards need a ledger in PostgreSQL", id="SQLite"),
+        pytest.param({"ledger": "password"}, r"holds a password.*secret://batch-ledger", id="password"),
+    ],
+)
+async def test_what_another_machine_could_not_have_is_refused_before_anything_is_bought(
+    stored: tuple[CrewServer, str], tmp_path: Path, postgres_address: str, change: dict[str, Any], message: str
+):
+    server, name = stored
+    ledger = without_password(postgres_address)
+    given: dict[str, Any] = {"crew": name, "dataset": rows_file(tmp_path, 3), "ledger": ledger}
+    given.update(change)
+    if given["crew"] == "block":
+        given["crew"] = server.crew()
+    if given["ledger"] == "password":
+        given["ledger"] = postgres_address.replace(":unused@", ":sesame@")
+    crew, dataset = given.pop("crew"), given.pop("dataset")
+    with pytest.raises(ConfigurationError, match=message) as caught:
+        await arun_batch(
+            crew, dataset, name="x", output=str(tmp_path / "o.jsonl"), shards=2, deployment="batch-shard/none", **given
+        )
+    assert "sesame" not in str(caught.value)
+    assert server.kickoffs == 0
+    assert await read_binding("x") is None, "a batch that was refused has taken its name"
+
+
+async def test_shards_and_deployment_go_together(stored: tuple[CrewServer, str], tmp_path: Path, postgres_address: str):
+    _, name = stored
+    ledger = without_password(postgres_address)
+    given: dict[str, Any] = {"name": "x", "output": str(tmp_path / "o.jsonl"), "ledger": ledger}
+    with pytest.raises(ConfigurationError, match="give both"):
+        await arun_batch(name, rows_file(tmp_path, 3), shards=2, **given)
+    with pytest.raises(ConfigurationError, match=r"no deployment 'batch-shard/none'. Deploy the flow batch_shard"):
+        await arun_batch(name, rows_file(tmp_path, 3), shards=2, deployment="batch-shard/none", **given)
+
+
+# Shards in this process
+
+
+async def test_shards_run_their_own_rows_once_and_the_batch_is_finished_from_the_ledger(
+    stored: tuple[CrewServer, str], tmp_path: Path, postgres_address: str
+):
+    server, name = stored
+    secret = f"ledger-{uuid.uuid4().hex[:8]}"
+    await cast("Any", Secret(value=cast("Any", postgres_address)).save(secret))
+    given: dict[str, Any] = {"name": "split", "output": str(tmp_path / "out.jsonl"), "ledger": f"secret://{secret}"}
+    job = await batch_job(name, rows_file(tmp_path, 60), BatchOptions(wait=WAIT), **given)
+    async with open_batch(job, shared=True) as batch:
+        calls = [shard_call(batch, shard, 3) for shard in range(3)]
+        assert postgres_address not in json.dumps(calls)
+        with pytest.raises(LedgerMissingError):
+            await batch_shard("split", 0, 3, {**calls[0], "ledger_id": "another"})
+        first = await batch_shard("split", 0, 3, calls[0])
+        assert 0 < first["completed"] < 60
+        assert server.kickoffs == first["completed"]
+        rest = await asyncio.gather(batch_shard("split", 1, 3, calls[1]), batch_shard("split", 2, 3, calls[2]))
+        assert first["completed"] + sum(one["completed"] for one in rest) == 60
+        again = await batch_shard("split", 0, 3, calls[0])
+        assert again == first
+        async with BatchLock(batch.ledger.database, "split") as other:
+            assert await other.take(shard_part(1, 3))
+            assert await batch.lock.is_held(shard_part(1, 3))
+            with pytest.raises(BatchBusyError, match="Shard 1 of 3 of batch 'split'"):
+                await batch_shard("split", 1, 3, calls[1])
+        assert not await batch.lock.is_held(shard_part(1, 3))
+        with pytest.raises(BatchBusyError):
+            await arun_batch(name, rows_file(tmp_path, 60), **given)
+    report = await arun_batch(name, rows_file(tmp_path, 60), wait=WAIT, **given)
+    assert (report.completed, report.kickoffs, server.kickoffs) == (60, 0, 60)
+    assert len(Batches(tmp_path).lines()) == 60
+
+
+async def test_a_shard_that_stops_halts_the_others(
+    stored: tuple[CrewServer, str], tmp_path: Path, postgres_address: str
+):
+    server, name = stored
+    server.faults.add("kickoff:401@1")
+    given: dict[str, Any] = {"name": "halted", "output": str(tmp_path / "out.jsonl"), "ledger": postgres_address}
+    job = await batch_job(name, rows_file(tmp_path, 20), BatchOptions(wait=WAIT), **given)
+    async with open_batch(job, shared=True) as batch:
+        found = await batch_shard("halted", 0, 2, shard_call(batch, 0, 2))
+        assert "401" in found["stopped"]
+        assert await batch.ledger.halted() == found["stopped"]
+    report = await arun_batch(name, rows_file(tmp_path, 20), wait=WAIT, **given)
+    assert report.ok, "the next call begins anew"
+
+
+async def test_locks_are_shared_taken_and_freed_with_their_connection(postgres_address: str):
+    async with Ledger(postgres_address, "b") as ledger:
+        async with BatchLock(ledger.database, "b") as one:
+            assert await one.take(WHOLE, shared=True)
+            async with BatchLock(ledger.database, "b") as two:
+                assert await two.take(WHOLE, shared=True)
+                assert not await two.take(WHOLE)
+                await one.give_back(WHOLE)
+                await two.give_back(WHOLE)
+                assert await two.take(WHOLE)
+                assert not await one.take(WHOLE, shared=True)
+            assert await one.take(WHOLE)
+            # Its connection breaks, and somebody else comes first.
+            pid = (await one._connection.exec_driver_sql("SELECT pg_backend_pid()")).scalar()
+            kill = f"SELECT pg_terminate_backend({pid})"
+            await ledger.database.run(lambda connection: connection.exec_driver_sql(kill).close())
+            async with BatchLock(ledger.database, "b") as three:
+                while not await three.take(WHOLE):
+                    await asyncio.sleep(0.05)
+                assert not await one.still_held()
+            await three.__aexit__()
+        async with BatchLock(ledger.database, "b") as four:
+            assert await four.take(WHOLE)
+            assert await four.still_held()
+
+
+# Two workers
+
+
+@pytest.fixture
+def deployed(prefect_server_on_postgres: PrefectServer, tmp_path: Path, crew_server: CrewServerFactory) -> Any:
+    """A crew stored on a Prefect server on PostgreSQL, with the shards' flow deployed on a pool of its own."""
+    server = prefect_server_on_postgres
+    env = server.env(home=tmp_path / "home")
+    command("prefect", "work-pool", "create", "shards", "--type", "process", "--overwrite", env=env)
+    command(
+        *("prefect", "--no-prompt", "deploy", "flows/batch.py:batch_shard", "--name", "shards", "--pool", "shards"),
+        env=env,
+        cwd=ROOT,
+    )
+    crew = crew_server(script({"seconds": 1.0, "output": "on {{ topic }}"}, inputs=["topic"]), port=True)
+    with connected(server, tmp_path / "home"):
+        crew.crew().save("shard-crew", overwrite=True, _sync=True)  # pyright: ignore
+        yield server, crew
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_of_two_workers_one_dies_and_its_rows_are_finished(
+    deployed: tuple[PrefectServer, CrewServer], tmp_path: Path, postgres: Postgres, notes: list[str]
+):
+    api, crew = deployed
+    folders = [tmp_path / name for name in ("one", "two")]
+    for folder in folders:
+        folder.mkdir()
+    workers = [Worker(api, "shards", folder=folder, name=folder.name, limit=1) for folder in folders]
+    ledger = without_password(postgres_ledger(postgres))
+
+    async def parent() -> Any:
+        return await arun_batch(
+            "shard-crew",
+            rows_file(tmp_path, 400),
+            name="sharded",
+            output=str(tmp_path / "out.jsonl"),
+            ledger=ledger,
+            max_in_flight=20,
+            shards=2,
+            deployment="batch-shard/shards",
+            wait=WaitPolicy(initial=0.2, factor=1, max_interval=1.0),
+        )
+
+    async def both() -> Any:
+        running = asyncio.ensure_future(parent())
+        await asyncio.to_thread(lambda: wait_until(lambda: crew.kickoffs >= 60, seconds=150, what="both shards"))
+        dead = next(worker for worker in workers if "shard 1 of 2" in worker.log.read_text())
+        await asyncio.to_thread(dead.kill)
+        killed, bought = time.monotonic(), crew.kickoffs
+        report = await running
+        notes.append(
+            f"shards: {bought} of 400 rows bought when a worker died; all ended {time.monotonic() - killed:.0f} s later"
+        )
+        return report
+
+    with workers[0], workers[1]:
+        report = asyncio.run(both())
+    assert report.completed + report.uncertain == 400
+    assert report.uncertain <= 16
+    assert max(crew.kickoffs_by_run_key.values()) == 1
+    assert crew.kickoffs <= 400
+    assert len(Batches(tmp_path).lines()) == report.completed
+    assert sorted(asyncio.run(states("sharded"))) == ["COMPLETED", "CRASHED"]
+
+
+async def states(batch: str) -> list[str]:
+    async with get_client() as client:
+        found = await client.read_flow_runs(
+            flow_run_filter=FlowRunFilter(tags=FlowRunFilterTags(all_=[binding_name(batch)]))
+        )
+    return [run.state.type.value for run in found if run.state is not None]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_without_a_worker_the_parent_does_the_rows_itself(
+    deployed: tuple[PrefectServer, CrewServer], tmp_path: Path, postgres: Postgres, monkeypatch: pytest.MonkeyPatch
+):
+    _, crew = deployed
+    monkeypatch.setattr("prefect_crew.batches.parents.BEGUN_WITHIN", 2.0)
+    report = asyncio.run(
+        arun_batch(
+            "shard-crew",
+            rows_file(tmp_path, 20),
+            name="alone",
+            output=str(tmp_path / "out.jsonl"),
+            ledger=without_password(postgres_ledger(postgres)),
+            shards=2,
+            deployment="batch-shard/shards",
+        )
+    )
+    assert (report.completed, crew.kickoffs) == (20, 20)
+    assert asyncio.run(states("alone")) == ["CANCELLED", "CANCELLED"]
