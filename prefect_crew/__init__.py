@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         PipelineFailedError,
         RateLimitedError,
         ResponseFormatError,
+        ReviewLimitError,
         RunKeyConflictError,
         ServerError,
     )
@@ -96,6 +97,7 @@ __all__ = [
     "ResponseFormatError",
     "ResumeAnswer",
     "Review",
+    "ReviewLimitError",
     "ReviewRequest",
     "RunKeyConflictError",
     "ServerError",
@@ -160,6 +162,7 @@ _HOMES = {
     "ResponseFormatError": "api.errors",
     "ResumeAnswer": "api.models",
     "Review": "reviews",
+    "ReviewLimitError": "api.errors",
     "ReviewRequest": "reviews",
     "RunKeyConflictError": "api.errors",
     "ServerError": "api.errors",

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from prefect_crew.api.models import CrewState, CrewStatus
 from prefect_crew.api.withholding import withholding
 from prefect_crew.artifacts import RunArtifact
-from prefect_crew.records import RunRecord
+from prefect_crew.records import RunRecord, SentReview
 from prefect_crew.redaction import Redactor
 from prefect_crew.rendering import RunView
 from prefect_crew.stopping import flow_run_id
@@ -89,7 +89,9 @@ class OpenRun:
         texts = {name: tree(getattr(status, name)) for name in (*_TEXTS, "data", "output", "error")}
         return status.model_copy(update={**texts, "tasks": tasks, "raw": None})
 
-    def view(self, status: CrewStatus | None, *, notes: Sequence[str] = ()) -> RunView:
+    def view(
+        self, status: CrewStatus | None, *, notes: Sequence[str] = (), reviews: Sequence[SentReview] = ()
+    ) -> RunView:
         """Return what the artifact shows; `status` is None right after the kickoff."""
         record = self.record
         return RunView(
@@ -105,6 +107,7 @@ class OpenRun:
             secret_inputs=self.crew.secret_inputs,
             price=self.crew.price,
             notes=notes,
+            reviews=reviews,
         )
 
     def shown_by(self) -> RunArtifact:

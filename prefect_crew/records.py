@@ -87,7 +87,11 @@ class StoredResult(BaseModel):
 
 
 class SentReview(BaseModel):
-    """An answer for a person, written down before it was sent. `outcome` says what became of it."""
+    """An answer for a person, written down before it was sent. `outcome` says what became of it.
+
+    `asked` is a digest of what was to be judged, which tells the next question from the same one; None where that was
+    not known.
+    """
 
     task_id: str
     round: int
@@ -95,6 +99,7 @@ class SentReview(BaseModel):
     feedback: str = ""
     by: str
     at: datetime
+    asked: str | None = None
     outcome: Literal["intended", "sent", "uncertain"] = "intended"
 
 
@@ -130,6 +135,8 @@ class RunRecord(BaseModel):
     running_since: datetime | None = None
     human_since: datetime | None = None
     human_seconds: float = 0.0
+    human_task: str | None = None
+    """The task that waits for a person, or was the last to do so."""
     state: CrewState | None = None
     ended_at: datetime | None = None
     error: str | None = None

@@ -14,9 +14,10 @@ from typing import Any
 
 from prefect_crew.api.inputs import encode_inputs
 from prefect_crew.api.models import CrewState, CrewStatus, TaskResult, TokenUsage
+from prefect_crew.records import SentReview
 from prefect_crew.redaction import MASK
 
-__all__ = ["RunView", "cell", "code", "duration", "prose", "render_run", "table"]
+__all__ = ["RunView", "cell", "code", "duration", "prose", "reading", "render_run", "table"]
 
 OUTPUT_CAP = 60_000
 """Characters of a result that an artifact shows; Prefect Cloud refuses bodies over 5 MiB."""
@@ -55,6 +56,7 @@ class RunView:
     secret_inputs: Sequence[str] = ()
     price: float | None = None
     notes: Sequence[str] = field(default_factory=tuple)
+    reviews: Sequence[SentReview] = ()
 
 
 def render_run(view: RunView) -> str:
@@ -63,6 +65,8 @@ def render_run(view: RunView) -> str:
     parts += [f"> {prose(note)}" for note in view.notes]
     if view.inputs is not None and view.show == "full" and view.inputs:
         parts.append(_inputs(view))
+    if view.reviews:
+        parts.append(_reviews(view))
     status = view.status
     if status is not None and view.show != "none":
         if status.tasks:
@@ -150,6 +154,23 @@ def _tasks(tasks: Sequence[TaskResult]) -> str:
     return "### Tasks\n\n" + table(header, rows)
 
 
+def _reviews(view: RunView) -> str:
+    header = ["Task", "Round", "Answer", "By", "When"] + (["Feedback"] if view.show == "full" else [])
+    rows: list[Sequence[str]] = []
+    for review in view.reviews:
+        answer = "approved" if review.approve else "rejected"
+        unsure = "" if review.outcome == "sent" else " (nobody knows whether it arrived)"
+        row = [
+            "–" if view.show == "none" else cell(review.task_id, 80),
+            str(review.round),
+            answer + unsure,
+            cell(review.by, 60),
+            f"{review.at:%Y-%m-%d %H:%M:%S} UTC",
+        ]
+        rows.append([*row, cell(review.feedback)] if view.show == "full" else row)
+    return "### Answers\n\n" + table(header, rows)
+
+
 def _usage(usage: TokenUsage) -> str:
     counts = [(name.replace("_", " "), count) for name, count in usage if count is not None]
     if not counts:
@@ -161,7 +182,7 @@ def _result(view: RunView, output: str) -> str:
     if view.show == "summary":
         return f"### Result\n\n{len(output):,} characters. Read it with `prefect-crew result` and the run key."
     cut = len(output) > OUTPUT_CAP
-    text = _reading(output[:OUTPUT_CAP] if cut else output)
+    text = reading(output[:OUTPUT_CAP] if cut else output)
     whole = "The whole text: `prefect-crew result` and the run key."
     note = f"_The first {OUTPUT_CAP:,} of {len(output):,} characters. {whole}_\n\n" if cut else ""
     return f"### Result\n\n{note}{text}"
@@ -174,7 +195,7 @@ _CODE = re.compile(r"(?<!`)(`+)(?!`)(.*?)(?<!`)\1(?!`)")
 _IMAGE = re.compile(r"!+(?=\[)")
 
 
-def _reading(text: str) -> str:
+def reading(text: str) -> str:
     """Return a crew's Markdown for reading: its own formatting stays, its HTML shows as text, its images as links.
 
     Nothing is loaded from elsewhere when somebody opens the page. A `<` stays as it is only where it surely stands in

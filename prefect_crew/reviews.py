@@ -1,4 +1,4 @@
-"""People in the loop: what asks, what answers, and an answer that is sent once a round.
+"""People in the loop: what is asked, what is answered, and an answer that is sent once a round.
 
 `/resume` is no more repeatable than `/kickoff`: a second one might answer the next question. So each answer is written
 down before it is sent, beside the run's record, and what became of it after.
@@ -6,11 +6,9 @@ down before it is sent, beside the run's record, and what became of it after.
 
 from __future__ import annotations
 
-import inspect
-import time
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+import hashlib
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
 import httpx
 from prefect.exceptions import PrefectException
@@ -18,7 +16,7 @@ from pydantic import BaseModel, ConfigDict
 
 from prefect_crew.api.certainty import KickoffFate, kickoff_fate
 from prefect_crew.api.errors import CrewError
-from prefect_crew.api.models import CrewState, CrewStatus, ResumeAnswer
+from prefect_crew.api.models import CrewStatus, ResumeAnswer
 from prefect_crew.events import emit
 from prefect_crew.logs import run_logger
 from prefect_crew.receiver.targets import webhooks_for
@@ -30,10 +28,23 @@ if TYPE_CHECKING:
     from prefect_crew.open_runs import OpenRun
     from prefect_crew.sessions import CrewSession
 
-__all__ = ["Review", "ReviewFunction", "ReviewRequest", "Reviewer", "send_review", "waiting_task"]
+__all__ = [
+    "Review",
+    "ReviewChoice",
+    "ReviewFunction",
+    "ReviewRequest",
+    "asked_of",
+    "is_late",
+    "judged",
+    "round_of",
+    "send_review",
+    "waiting_task",
+]
 
 SETTLE = 10.0
 """Seconds after an accepted answer for which the same question still counts as that one, not as the next round."""
+FEEDBACK_KEPT = 200
+"""Characters of an answer that its record keeps."""
 
 
 class ReviewRequest(BaseModel):
@@ -58,11 +69,37 @@ class Review(BaseModel):
 
 
 ReviewFunction = Callable[[ReviewRequest], "Review | Awaitable[Review]"]
+ReviewChoice = ReviewFunction | Literal["form"]
+"""What answers: a function, or a person in Prefect's input form."""
 
 
 def waiting_task(status: CrewStatus) -> str | None:
     """Return the task that waits, by its id, else by the name that the documented status has in `current_task`."""
     return status.human_task_id or status.current_task
+
+
+def judged(status: CrewStatus) -> str | None:
+    """Return what a person is to judge: the last task's output, where the status shows any."""
+    return next((task.output for task in reversed(status.tasks) if task.output), None)
+
+
+def asked_of(status: CrewStatus) -> str:
+    """Return a digest of what a status asks a person, to tell one question from the next."""
+    facts = (waiting_task(status), judged(status), status.output, status.message)
+    return hashlib.sha256(repr(facts).encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+def round_of(before: Sequence[SentReview], task_id: str) -> int:
+    """Return which round of a task's questions comes after these answers, counted from 1."""
+    return sum(earlier.task_id == task_id for earlier in before) + 1
+
+
+def is_late(before: Sequence[SentReview], task_id: str, asked: str) -> bool:
+    """Return whether a question is most likely the one that was answered a moment ago: the server moves on slowly."""
+    last = before[-1] if before else None
+    if last is None or last.task_id != task_id or last.asked != asked or last.outcome != "sent":
+        return False
+    return (utcnow() - last.at).total_seconds() < SETTLE
 
 
 async def send_review(
@@ -73,32 +110,39 @@ async def send_review(
     task_id: str,
     review: Review,
     by: str,
+    round: int | None = None,  # noqa: A002 - the word of the domain
+    asked: str | None = None,
     webhooks: Webhooks | None = None,
 ) -> ResumeAnswer:
     """Send an answer once, on record before it leaves.
 
+    Args:
+        run, session, records: The run, and what it is reached by.
+        task_id: The task that waits.
+        review: The answer.
+        by: Who answers, for the record.
+        round: The round that was looked at; where another answer of that round is on record, this one is not sent.
+        asked: What `asked_of` gave for the question.
+        webhooks: The kickoff's webhooks again, where they are not this package's own.
+
     Raises:
-        CrewError: An earlier answer of this round is on record and nobody knows whether it arrived, or somebody else
-            answers at this moment.
+        CrewError: An earlier answer of this round is on record, or one of which nobody knows whether it arrived, or
+            somebody else answers at this moment.
         CrewAPIError, CrewConnectionError: As the server answered, or did not. It is not sent again by itself.
     """
     record = run.record
     if record is None:
         return await session.client.resume(run.kickoff_id, task_id, review.feedback, review.approve, webhooks=webhooks)
     before = await records.reviews(record)
-    last = before[-1] if before else None
-    if last is not None and last.task_id == task_id and last.outcome in ("intended", "uncertain"):
-        raise CrewError(
-            f"The answer to run {run.kickoff_id}, task {task_id}, round {last.round} was sent and nobody knows whether "
-            "it arrived. It is not sent again on a guess: look at the crew's page and answer there."
-        )
+    _refuse_second(run.kickoff_id, before, task_id, round=round, asked=asked)
     sent = SentReview(
         task_id=task_id,
-        round=sum(earlier.task_id == task_id for earlier in before) + 1,
+        round=round_of(before, task_id),
         approve=review.approve,
-        feedback=run.redact(review.feedback)[:200] if run.show == "full" else "",
-        by=by,
+        feedback=(run.told(review.feedback) or "")[:FEEDBACK_KEPT] if run.show == "full" else "",
+        by=by[:100],
         at=utcnow(),
+        asked=asked,
     )
     number = len(before) + 1
     if not await records.add_review(record, number, sent):
@@ -117,8 +161,34 @@ async def send_review(
         raise
     sent.outcome = "sent"
     await _settled(run, records.save_review(record, number, sent))
-    emit("reviewed", record, task_id=task_id, round=sent.round, approve=review.approve, by=by)
+    emit("reviewed", record, task_id=task_id, round=sent.round, approve=review.approve, by=sent.by)
     return answer
+
+
+def _refuse_second(
+    kickoff_id: str,
+    before: Sequence[SentReview],
+    task_id: str,
+    *,
+    round: int | None,  # noqa: A002
+    asked: str | None,
+) -> None:
+    last = before[-1] if before else None
+    if last is None or last.task_id != task_id:
+        return
+    when = f"{last.at:%Y-%m-%d %H:%M:%S} UTC, by {last.by}"
+    another = asked is not None and last.asked is not None and asked != last.asked
+    # A question with another output shows that the one before was answered, whoever did it.
+    if last.outcome in ("intended", "uncertain") and not another:
+        raise CrewError(
+            f"The answer to run {kickoff_id}, task {task_id}, round {last.round} ({when}) was sent and nobody knows "
+            "whether it arrived. It is not sent again on a guess: look at the crew's page and answer there."
+        )
+    if round is not None and round < round_of(before, task_id):
+        raise CrewError(
+            f"Round {round} of run {kickoff_id}, task {task_id}, has its answer on record: "
+            f"{'approved' if last.approve else 'rejected'} ({when}). Nothing was sent."
+        )
 
 
 async def _settled(run: OpenRun, writing: Coroutine[Any, Any, None]) -> None:
@@ -126,57 +196,3 @@ async def _settled(run: OpenRun, writing: Coroutine[Any, Any, None]) -> None:
         await writing
     except (httpx.HTTPError, PrefectException) as error:
         run_logger().warning("What became of the answer to run %s is not on record: %s", run.kickoff_id, error)
-
-
-@dataclass
-class Reviewer:
-    """Answers the questions of one run with a function, once a round."""
-
-    run: OpenRun
-    session: CrewSession
-    records: PrefectRecords
-    answer: ReviewFunction
-    meta: Mapping[str, Any] | None = None
-    _sent: dict[str, tuple[float, str | None]] = field(default_factory=dict[str, tuple[float, str | None]])
-
-    async def saw(self, status: CrewStatus) -> None:
-        """Answer if the status asks something new. An error of the function, or of the sending, ends the wait."""
-        if status.state is not CrewState.WAITING:
-            self._sent.clear()
-            return
-        task_id = waiting_task(status)
-        if task_id is None:
-            return
-        at, output = self._sent.get(task_id, (0.0, None))
-        # The server may take a moment to move on; the same question after that is the next round.
-        if at and output == status.output and time.monotonic() - at < SETTLE:
-            return
-        record = self.run.record
-        sent = [] if record is None else await self.records.reviews(record)
-        earlier = sum(one.task_id == task_id for one in sent)
-        request = ReviewRequest(
-            kickoff_id=self.run.kickoff_id,
-            task_id=task_id,
-            output=_judged(status),
-            round=earlier + 1,
-            meta=self.meta,
-        )
-        given = self.answer(request)
-        review = await given if inspect.isawaitable(given) else given
-        if not isinstance(review, Review):  # pyright: ignore[reportUnnecessaryIsInstance]  users' functions
-            raise CrewError(f"The review function returned a {type(review).__name__}, not a Review.")
-        run_logger().info(
-            "Crew run %s: task %s, round %d: %s.",
-            self.run.kickoff_id,
-            task_id,
-            request.round,
-            "approved" if review.approve else "rejected",
-        )
-        by = getattr(self.answer, "__name__", "a function")
-        await send_review(self.run, self.session, self.records, task_id=task_id, review=review, by=by)
-        self._sent[task_id] = (time.monotonic(), status.output)
-
-
-def _judged(status: CrewStatus) -> str | None:
-    """Return what a person is to judge: the last task's output, where the status shows any."""
-    return next((task.output for task in reversed(status.tasks) if task.output), None)

@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import httpx
 from prefect import flow
@@ -26,7 +26,7 @@ from prefect_crew.open_runs import OpenRun
 from prefect_crew.outcomes import typed
 from prefect_crew.record_store import PrefectRecords
 from prefect_crew.redaction import MASK, holds_secret
-from prefect_crew.reviews import ReviewFunction
+from prefect_crew.reviews import ReviewChoice
 from prefect_crew.tasks import kickoff_crew, loaded, wait_for_crew
 from prefect_crew.waiting import WaitPolicy
 
@@ -49,7 +49,7 @@ class _Call:
     meta: Mapping[str, Any] | None
     output_type: type[BaseModel] | None
     webhooks: Webhooks | None
-    review: ReviewFunction | None = None
+    review: ReviewChoice | None = None
 
 
 _live: ContextVar[_Call | None] = ContextVar("prefect_crew_call", default=None)
@@ -65,7 +65,7 @@ async def arun_crew(
     meta: Mapping[str, Any] | None = None,
     wait: WaitPolicy | None = None,
     output_type: type[BaseModel] | None = None,
-    review: ReviewFunction | None = None,
+    review: ReviewChoice | None = None,
     webhooks: Webhooks | None = None,
 ) -> CrewResult:
     """Run a deployed crew and return its result, never paying twice for one run.
@@ -83,8 +83,9 @@ async def arun_crew(
         meta: Any JSON object for the crew's webhooks; the run key is added to it.
         wait: How to wait, in place of the block's policy.
         output_type: A pydantic model; `result.data` is then an instance of it.
-        review: A function, sync or async, from ReviewRequest to Review, that answers when the crew waits for a person.
-            Left out, the wait goes on while the log, the artifact and an event say who is waited for.
+        review: What answers when the crew waits for a person: "form" asks in a form on the flow run's page; a function,
+            sync or async, goes from ReviewRequest to Review. Left out, the wait goes on while the log, the artifact
+            and an event say who is waited for and how to answer.
         webhooks: Targets of your own for the crew's webhooks.
 
     Raises:
@@ -103,7 +104,7 @@ async def arun_crew(
     token = _live.set(call)
     try:
         return await cast("Callable[..., Awaitable[CrewResult]]", run_deployed_crew)(
-            crew=crew.label, inputs=_stored(call), **options
+            crew=crew.label, inputs=_stored(call), **options, review="form" if review == "form" else None
         )
     finally:
         _live.reset(token)
@@ -119,7 +120,7 @@ def run_crew(
     meta: Mapping[str, Any] | None = None,
     wait: WaitPolicy | None = None,
     output_type: type[BaseModel] | None = None,
-    review: ReviewFunction | None = None,
+    review: ReviewChoice | None = None,
     webhooks: Webhooks | None = None,
 ) -> CrewResult:
     """Run a deployed crew and return its result: `arun_crew` for sync code.
@@ -205,6 +206,9 @@ async def run_deployed_crew(
     ] = None,
     force_new: Annotated[bool, Field(description="Buy a new run whatever was bought under this key before.")] = False,
     wait: Annotated[WaitPolicy | None, Field(description="How to wait, in place of the block's policy.")] = None,
+    review: Annotated[
+        Literal["form"] | None, Field(description="Where people are asked: in a form on this flow run's page.")
+    ] = None,
 ) -> CrewResult:
     """Run one deployed crew. What `run_crew` runs outside of a flow, and a flow to deploy as it is."""
     live = _live.get()
@@ -225,7 +229,7 @@ async def run_deployed_crew(
             "cannot be made from its parameters. Call run_crew again with the same run key: a run in flight is found "
             "again."
         )
-    call = _Call(stored, given, None, None, None)
+    call = _Call(stored, given, None, None, None, review)
     return await _run(call, name=name, run_key=run_key, force_new=force_new, wait=wait)
 
 

@@ -22,7 +22,7 @@ from prefect_crew.api.webhooks import Webhooks
 from prefect_crew.blocks import DeployedCrew
 from prefect_crew.dual import in_async_context, run_sync
 from prefect_crew.kickoffs import open_run
-from prefect_crew.reviews import ReviewFunction
+from prefect_crew.reviews import ReviewChoice
 from prefect_crew.run_keys import calling_task
 from prefect_crew.sessions import CrewSession
 from prefect_crew.waiting import WaitPolicy
@@ -181,7 +181,7 @@ async def wait_for_crew(
     name: str | None = None,
     wait: WaitPolicy | None = None,
     output_type: type[BaseModel] | None = None,
-    review: ReviewFunction | None = None,
+    review: ReviewChoice | None = None,
 ) -> CrewResult:
     """Wait until a run has ended and return its result. It may be called as often as wanted.
 
@@ -192,7 +192,7 @@ async def wait_for_crew(
         name: The step's name, for the task run's.
         wait: How to wait, in place of the block's policy.
         output_type: A pydantic model that `result.data` is to be an instance of.
-        review: A function, sync or async, from ReviewRequest to Review, that answers for a person.
+        review: What answers for a person: "form", or a function, sync or async, from ReviewRequest to Review.
 
     Raises:
         CrewFailedError, CrewStoppedError, CrewLostError: How the run ended instead.

@@ -73,12 +73,39 @@ class WaitPolicy(BaseModel):
     on_timeout: Literal["leave", "stop"] = Field(
         default="leave", description="Whether a crew that is over its time is left running or stopped."
     )
+    on_human_timeout: Literal["leave", "reject", "stop"] | None = Field(
+        default=None,
+        description="What happens when people's time is over: the crew is left waiting, its question is rejected once "
+        "with `human_message` and the time begins anew, or the crew is stopped. Empty: as `on_timeout` says.",
+    )
+    human_message: str = Field(
+        default="Nobody answered in time.", description="The feedback of a rejection that nobody made."
+    )
+    max_rounds: int | None = Field(
+        default=None,
+        ge=1,
+        description="How often one task may ask. When it asks once more the wait ends, and the crew is left waiting, "
+        "or stopped where `on_human_timeout` says so. Empty: no limit.",
+    )
+    mode: Literal["poll", "suspend"] = Field(
+        default="poll",
+        description="Whether the flow run's process waits, or the flow run is suspended meanwhile and its process ends.",
+    )
+    suspend_fallback: Literal["refuse", "poll"] = Field(
+        default="refuse",
+        description="What happens where a flow run cannot be suspended: nothing is started, or its process waits.",
+    )
 
     @model_validator(mode="after")
     def _pauses_grow(self) -> WaitPolicy:
         if self.initial > self.max_interval:
             raise ValueError(f"initial ({self.initial:g} s) must not be above max_interval ({self.max_interval:g} s)")
         return self
+
+    @property
+    def polling(self) -> WaitPolicy:
+        """The same policy, waiting within its process."""
+        return self.model_copy(update={"mode": "poll"})
 
 
 # Process-wide: a context variable would not reach the threads of a sync flow's task runner.
@@ -114,6 +141,8 @@ class Phases:
     running_since: float | None = None
     human_seconds: float = 0.0
     human_since: float | None = None
+    human_extra: float = 0.0
+    """Seconds that people have got beyond the budget."""
 
     def see(self, state: CrewState, now: float) -> bool:
         """Note the state seen at `now`; True if a person's turn began or ended with it."""
@@ -134,11 +163,18 @@ class Phases:
         """Return the seconds that people have had, with the turn that is under way."""
         return self.human_seconds + (max(0.0, now - self.human_since) if self.human_since is not None else 0.0)
 
+    def most_left(self, policy: WaitPolicy, now: float) -> float | None:
+        """Return for how many seconds more the run may be waited for, whoever's turn it is; None without a limit."""
+        if policy.timeout is None or policy.human_timeout is None:
+            return None
+        spent = now - self.kicked_off_at - self.human_time(now)
+        return max(0.0, policy.timeout - spent) + max(0.0, policy.human_timeout - self.human_time(now))
+
     def left(self, policy: WaitPolicy, state: CrewState, now: float) -> tuple[str, float, float] | None:
         """Return the phase whose budget ends first, that budget and the seconds left of it; None without a limit."""
         if state is CrewState.WAITING:
             limit = policy.human_timeout
-            return None if limit is None else ("human", limit, limit - self.human_time(now))
+            return None if limit is None else ("human", limit, limit + self.human_extra - self.human_time(now))
         budgets: list[tuple[str, float, float]] = []
         if policy.timeout is not None:
             spent = now - self.kicked_off_at - self.human_time(now)
@@ -178,6 +214,7 @@ async def wait_until_ended(
     watcher: Watcher,
     pause: Callable[[float], Awaitable[None]] = asyncio.sleep,
     stretch: Callable[[float], float] | None = None,
+    more_time: Callable[[], Awaitable[float]] | None = None,
     now: Callable[[], float] = time.time,
     first_look: bool = False,
     rng: Callable[[], float] = random.random,
@@ -195,7 +232,8 @@ async def wait_until_ended(
         phases: When the run was kicked off, and what people have taken so far. It is changed as the wait goes on.
         watcher: Is told what is seen.
         pause: Sleeps for some seconds; may return early when something has happened.
-        stretch: Makes a pause longer where `pause` is sure to end early; a budget still cuts it.
+        stretch: Makes a pause longer where `pause` is sure to end early, or shorter; a budget still cuts it.
+        more_time: Is asked when people's time is over, and returns how many more seconds they get; 0 ends the wait.
         now: The clock that `phases` is in, in seconds.
         first_look: Look at once instead of after `initial` seconds: for a run that was kicked off some time ago.
         rng: Numbers in [0, 1) for the jitter.
@@ -206,7 +244,7 @@ async def wait_until_ended(
         AuthenticationError: The token was refused and there is no other.
         CrewError: No look succeeded for `error_timeout` seconds: the last look's error.
     """
-    wait = _Wait(kickoff_id, policy, phases, watcher, now, rng, stretch)
+    wait = _Wait(kickoff_id, policy, phases, watcher, now, rng, stretch, more_time)
     if not first_look:
         await pause(wait.next_pause())
     while True:
@@ -239,8 +277,10 @@ class _Wait:
         now: Callable[[], float],
         rng: Callable[[], float],
         stretch: Callable[[float], float] | None,
+        more_time: Callable[[], Awaitable[float]] | None,
     ) -> None:
         self.stretch = stretch
+        self.more_time = more_time
         self.kickoff_id = kickoff_id
         self.policy = policy
         self.phases = phases
@@ -289,9 +329,16 @@ class _Wait:
         if self.unknown and not self._in_grace:
             return False  # the second look tells whether it is lost, which is worth more than what the clock says
         left = self.left
-        if left is not None and left[2] <= 0:
+        if left is not None and left[2] <= 0 and not await self._given_more(left):
             raise self._timed_out(left)
         return False
+
+    async def _given_more(self, left: tuple[str, float, float]) -> bool:
+        if left[0] != "human" or self.more_time is None:
+            return False
+        more = await self.more_time()
+        self.phases.human_extra += more
+        return more > 0
 
     async def failed_to_look(self, error: CrewError) -> None:
         """Raise if there has been no answer for too long."""

@@ -18,9 +18,10 @@ from prefect_crew.logs import run_logger
 from prefect_crew.lookups import find_run, recorded_result
 from prefect_crew.open_runs import OpenRun
 from prefect_crew.outcomes import result_of, typed
+from prefect_crew.people import People, TooManyRoundsError
 from prefect_crew.record_store import PrefectRecords
 from prefect_crew.records import RecordPhase, StoredResult, utcnow
-from prefect_crew.reviews import Reviewer, ReviewFunction
+from prefect_crew.reviews import ReviewChoice
 from prefect_crew.sessions import CrewSession
 from prefect_crew.stopping import (
     cancelled_meanwhile,
@@ -53,7 +54,7 @@ async def wait_for_run(
     run_key: str | None = None,
     wait: WaitPolicy | None = None,
     output_type: type[BaseModel] | None = None,
-    review: ReviewFunction | None = None,
+    review: ReviewChoice | None = None,
 ) -> CrewResult:
     """Wait until a run has ended and return its result. `review` answers when it waits for a person.
 
@@ -80,13 +81,13 @@ class _Waiter:
     """One wait for one run: what `wait_until_ended` tells, and what is done at its end."""
 
     def __init__(
-        self, run: OpenRun, session: CrewSession, policy: WaitPolicy, review: ReviewFunction | None = None
+        self, run: OpenRun, session: CrewSession, policy: WaitPolicy, review: ReviewChoice | None = None
     ) -> None:
         self.run = run
         self.session = session
         self.policy = policy
         self.records = PrefectRecords()
-        self.reviewer = None if review is None else Reviewer(run, session, self.records, review)
+        self.people = People(run, session, self.records, policy, review)
         self.log = run_logger()
         self.own = flow_run_id()
         self.last: CrewStatus | None = None
@@ -111,9 +112,13 @@ class _Waiter:
                 raise await self._stopped_by_cancellation() from None
             except CrewTimeoutError as error:
                 raise await self._timed_out(error) from error.__cause__
+            except TooManyRoundsError as error:
+                stopped = self.policy.on_human_timeout == "stop" and await self._stop_late()
+                raise self.people.too_often(error.question, stopped=stopped) from None
             except CrewLostError as error:
                 raise await self._lost(error) from None
             finally:
+                await self.people.aclose()
                 if joined:
                     await self._leave()
         await self._close(status)
@@ -139,7 +144,8 @@ class _Waiter:
                 watcher=self,
                 first_look=not self.run.owned,
                 pause=asyncio.sleep if waker is None else waker.pause,
-                stretch=None if waker is None else waker.stretch,
+                stretch=self.people.stretching(waker, relying=True),
+                more_time=lambda: self.people.more_time(self.last),
             )
 
     # What wait_until_ended tells.
@@ -161,15 +167,15 @@ class _Waiter:
         )
         if task_changed:
             self.log.info("Crew run %s: %s%s", self.run.kickoff_id, self._task(status), _progress(status))
+        asked = await self.people.ask(status)
         if status.state.ended:
             return
         state_changed = before is None or before.state is not status.state
         if state_changed or task_changed or (before is not None and before.progress != status.progress):
             self._stale = True
-        if self._stale:
-            await self._show(status, force=state_changed and status.state is CrewState.WAITING)
-        if self.reviewer is not None:
-            await self.reviewer.saw(status)
+        if self._stale or asked:
+            await self._show(status, force=asked)
+        await self.people.answer()
         if await cancelled_meanwhile(self.own):
             raise _CancelledOnServerError
 
@@ -187,18 +193,12 @@ class _Waiter:
     async def person_turn(self, phases: Phases) -> None:
         record = self.run.record
         waiting = phases.human_since is not None
-        if waiting and self.reviewer is None:
-            self.log.warning(
-                "Crew run %s waits for a person. Answer on the crew's page, or: prefect-crew resume CREW %s "
-                "--approve or --reject, with --feedback TEXT.",
-                self.run.kickoff_id,
-                self.run.kickoff_id,
-            )
         if record is None:
             return
         record.human_seconds = phases.human_seconds
         record.human_since = _utc(phases.human_since)
-        emit("waiting" if waiting else "resumed", record)
+        if not waiting:
+            emit("resumed", record)
         try:
             if not await self._closed_already():
                 await self.records.save(record)
@@ -307,7 +307,7 @@ class _Waiter:
     async def _timed_out(self, error: CrewTimeoutError) -> CrewTimeoutError:
         run, record = self.run, self.run.record
         stopped = False
-        if self.policy.on_timeout == "stop":
+        if self.people.stops_late(error):
             stopped = await self._stop_late()
         full = CrewTimeoutError(
             kickoff_id=run.kickoff_id,
@@ -355,7 +355,8 @@ class _Waiter:
         if not force and now - self._shown_at < SHOW_EVERY:
             return
         self._shown_at, self._stale = now, False
-        view = self.run.view(status, notes=[self.run.redact(note)] if note else [])
+        notes = [self.run.redact(one) for one in (*self.people.notes, *([note] if note else []))]
+        view = self.run.view(status, notes=notes, reviews=self.people.given)
         trouble = await self.run.shown_by().update(view)
         if trouble and not self._artifact_trouble:
             self._artifact_trouble = True

@@ -16,6 +16,7 @@ from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 
 import httpx
+from prefect.events import Event
 from prefect.events.clients import get_events_subscriber
 from prefect.events.filters import EventFilter, EventNameFilter
 from websockets.exceptions import WebSocketException
@@ -25,8 +26,10 @@ from prefect_crew.settings import CrewSettings
 
 __all__ = ["Waker", "hooks_are_on", "subscribe", "waker_for"]
 
-WAKING = ("crew.webhook.crew", "crew.webhook.human_input")
-"""What wakes: an end, and a person's turn. Tasks and steps do not, or every one of them would cost a status call."""
+ASKED = "crew.webhook.human_input"
+ANSWERED = "crew.reviewed"
+WAKING = ("crew.webhook.crew", ASKED, "crew.webhook.stream.crew_kickoff_failed", ANSWERED)
+"""What wakes: an end, a person's turn, an answer. Tasks and steps do not, or every one would cost a status call."""
 RUN_KEY = "prefect-crew.run-key"
 SAFETY = (15.0, 30.0, 60.0)
 """Seconds between two looks while webhooks are trusted: the first, the second, all further ones."""
@@ -35,6 +38,8 @@ DISTRUST = 600.0
 KEPT = 300.0
 """Seconds for which an event is remembered for a waiter that begins to wait after it."""
 RECONNECT = 5.0
+Question = tuple[int, int]
+"""The attempt at the run key, and how many answers of people came before, modulo 256."""
 
 
 def hooks_are_on() -> bool:
@@ -50,14 +55,24 @@ class Waker:
         self._loop = asyncio.get_running_loop()
         self._event = asyncio.Event()
         self._looks = 0
+        self._asked: set[Question] = set()
         self.woken = False
 
-    def wake(self) -> None:
-        """End the pause; from any thread."""
+    def wake(self, asked: Question | None = None) -> None:
+        """End the pause; from any thread. `asked`: what a person is asked, if that is why."""
+        if asked is not None:
+            self._asked.add(asked)
         try:
             self._loop.call_soon_threadsafe(self._event.set)
         except RuntimeError:  # the loop of a waiter that has just left is closed
             return
+
+    def asked_after(self, attempt: int, answers: int) -> bool:
+        """Return whether a webhook told of a question that came after so many answers of people in this attempt.
+
+        Each answer brings new URLs, which hold how many there were: so this is no late delivery of the question before.
+        """
+        return (attempt, answers % 256) in self._asked
 
     def stretch(self, delay: float) -> float:
         """Return the pause before the next look, in seconds: a long one while a webhook is sure to end it."""
@@ -89,7 +104,7 @@ class _Hub:
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
         self._wakers: defaultdict[str, set[Waker]] = defaultdict(set)
-        self._seen: OrderedDict[str, float] = OrderedDict()
+        self._seen: OrderedDict[str, tuple[float, Question | None]] = OrderedDict()
         self._connected = False
         self._distrusted_until = 0.0
 
@@ -113,9 +128,9 @@ class _Hub:
     def add(self, run_key: str, waker: Waker) -> None:
         with self._lock:
             self._wakers[run_key].add(waker)
-            early = run_key in self._seen and time.monotonic() - self._seen[run_key] < KEPT
-        if early:
-            waker.wake()
+            at, asked = self._seen.get(run_key, (float("-inf"), None))
+        if time.monotonic() - at < KEPT:
+            waker.wake(asked)
 
     def remove(self, run_key: str, waker: Waker) -> None:
         with self._lock:
@@ -131,26 +146,36 @@ class _Hub:
                 async with get_events_subscriber(filter=names, reconnection_attempts=0) as events:
                     self._connected = True
                     async for event in events:
-                        self._tell(event.resource.get(RUN_KEY))
+                        self._tell(event)
             except (WebSocketException, httpx.HTTPError, OSError, ValueError, TimeoutError, asyncio.TimeoutError):
                 # Away: the waiters look by themselves until it is back.
                 self._connected = False
             self._connected = False
             await asyncio.sleep(RECONNECT)
 
-    def _tell(self, run_key: str | None) -> None:
+    def _tell(self, event: Event) -> None:
+        run_key = event.resource.get(RUN_KEY)
         if run_key is None:
             return
+        asked = _question(event)
         with self._lock:
-            self._seen[run_key] = time.monotonic()
+            self._seen[run_key] = time.monotonic(), asked or self._seen.get(run_key, (0.0, None))[1]
             self._seen.move_to_end(run_key)
             while len(self._seen) > 10_000:
                 self._seen.popitem(last=False)
             wakers = list(self._wakers.get(run_key, ()))
-            # Webhooks do come.
-            self._distrusted_until = 0.0
+            if event.event != ANSWERED:  # webhooks do come
+                self._distrusted_until = 0.0
         for waker in wakers:
-            waker.wake()
+            waker.wake(asked)
+
+
+def _question(event: Event) -> Question | None:
+    """Return which question a human-input webhook tells of; None for another event, or one that does not say."""
+    if event.event != ASKED:
+        return None
+    attempt, answers = event.payload.get("attempt"), event.payload.get("round")
+    return (attempt, answers) if isinstance(attempt, int) and isinstance(answers, int) else None
 
 
 _hub = _Hub()

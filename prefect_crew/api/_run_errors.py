@@ -15,6 +15,7 @@ __all__ = [
     "KickoffUncertainError",
     "OutputTypeError",
     "PipelineFailedError",
+    "ReviewLimitError",
     "RunKeyConflictError",
 ]
 
@@ -178,6 +179,38 @@ class CrewTimeoutError(_EndedError):
             f"{_of(kickoff_id, crew)} was still {last_state or 'unseen'} "
             f"when its {phase} time of {budget:g} s was over. {after}"
             f"{go_on}{', or look' if go_on else ' Look'}: prefect-crew status CREW {kickoff_id}.",
+            kickoff_id=kickoff_id,
+            crew=crew,
+            run_key=run_key,
+        )
+
+
+class ReviewLimitError(_EndedError):
+    """A task asked for a person's answer more often than the policy's `max_rounds`. The crew may wait on.
+
+    Attributes:
+        task_id: The task.
+        max_rounds: How often it may ask.
+        stopped: Whether the crew was stopped (`on_human_timeout="stop"`).
+    """
+
+    def __init__(
+        self,
+        *,
+        kickoff_id: str,
+        task_id: str,
+        max_rounds: int,
+        crew: str | None = None,
+        run_key: str | None = None,
+        stopped: bool = False,
+    ) -> None:
+        self.task_id = task_id
+        self.max_rounds = max_rounds
+        self.stopped = stopped
+        after = "It was stopped." if stopped else "It still waits: answer it on the crew's page, or stop it there."
+        super().__init__(
+            f"{_of(kickoff_id, crew)} asks once more for a person's answer to task {task_id}, beyond its limit of "
+            f"{max_rounds} rounds. {after}",
             kickoff_id=kickoff_id,
             crew=crew,
             run_key=run_key,

@@ -17,6 +17,7 @@
     ├── CrewStoppedError             the run was stopped
     ├── CrewLostError                the server no longer knows the run
     ├── CrewTimeoutError             our patience ended; the crew may run on
+    ├── ReviewLimitError             a task asked for a person's answer too often
     └── PipelineFailedError          at least one step of a pipeline failed
 
 Each message says what happened, to which run, and what to do next. The facts are attributes too, so that code never
@@ -44,6 +45,7 @@ from prefect_crew.api._run_errors import (
     KickoffUncertainError,
     OutputTypeError,
     PipelineFailedError,
+    ReviewLimitError,
     RunKeyConflictError,
 )
 
@@ -64,6 +66,7 @@ __all__ = [
     "PipelineFailedError",
     "RateLimitedError",
     "ResponseFormatError",
+    "ReviewLimitError",
     "RunKeyConflictError",
     "ServerError",
 ]

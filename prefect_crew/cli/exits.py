@@ -24,6 +24,7 @@ from prefect_crew.api.errors import (
     PipelineFailedError,
     RateLimitedError,
     ResponseFormatError,
+    ReviewLimitError,
     RunKeyConflictError,
     ServerError,
 )
@@ -73,6 +74,7 @@ EXITS = (
     Exit(29, "doctor found something to mend"),
     Exit(30, "the Prefect API does not answer", (PrefectAwayError,)),
     Exit(31, "the Prefect API refused", ()),
+    Exit(32, "a task asked for a person's answer too often", (ReviewLimitError,)),
     Exit(130, "interrupted by Ctrl-C", (KeyboardInterrupt,)),
     Exit(143, "ended by SIGTERM or SIGHUP", ()),
 )

@@ -1,0 +1,171 @@
+"""People in one wait: what is asked, who answers it, what is told of it, and what happens when their time is over."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import httpx
+from prefect.exceptions import PrefectException
+
+from prefect_crew.api.errors import CrewError, CrewTimeoutError, ReviewLimitError
+from prefect_crew.api.models import CrewStatus
+from prefect_crew.logs import run_logger
+from prefect_crew.questions import Question, Questions, how_to_answer
+from prefect_crew.record_store import PrefectRecords
+from prefect_crew.records import SentReview
+from prefect_crew.review_form import FormReviewer
+from prefect_crew.reviewers import FunctionReviewer, Reviewer, reject_late
+from prefect_crew.reviews import ReviewChoice
+from prefect_crew.waiting import WaitPolicy
+
+if TYPE_CHECKING:
+    from prefect_crew.open_runs import OpenRun
+    from prefect_crew.sessions import CrewSession
+    from prefect_crew.wakeups import Waker
+
+__all__ = ["People", "TooManyRoundsError", "stops_late"]
+
+
+class TooManyRoundsError(Exception):
+    """A task asks more often than the policy allows. Ends the wait; never seen outside of this package."""
+
+    def __init__(self, question: Question) -> None:
+        super().__init__(question.task_id)
+        self.question = question
+
+
+def stops_late(policy: WaitPolicy, phase: str) -> bool:
+    """Return whether a crew is stopped when its budget of this phase is over, "human" among them."""
+    if phase == "human" and policy.on_human_timeout is not None:
+        return policy.on_human_timeout == "stop"
+    return policy.on_timeout == "stop"
+
+
+class People:
+    """What the wait for one run does about people.
+
+    Args:
+        run, session, records: The run, and what it is reached by.
+        policy: How long people may take, and how often they may be asked.
+        review: What answers; None leaves that to whoever comes by.
+    """
+
+    def __init__(
+        self,
+        run: OpenRun,
+        session: CrewSession,
+        records: PrefectRecords,
+        policy: WaitPolicy,
+        review: ReviewChoice | None,
+    ) -> None:
+        self.run = run
+        self.session = session
+        self.records = records
+        self.policy = policy
+        self.questions = Questions(run, records)
+        self.question: Question | None = None
+        self.reviewer: Reviewer | None = None
+        self._function = callable(review)
+        self._page: str | None = None
+        self._extra_given = False
+        if review == "form":
+            form = FormReviewer(run, session, records, self.questions, policy)
+            self.reviewer, self._page = form, form.page
+        elif review is not None:
+            self.reviewer = FunctionReviewer(run, session, records, self.questions, review)
+
+    @property
+    def given(self) -> list[SentReview]:
+        """What people have answered so far, as far as it was looked up."""
+        return self.questions.given
+
+    @property
+    def notes(self) -> list[str]:
+        """What the artifact says about who is waited for."""
+        if self.question is None or self._function:
+            return []
+        form = "The form is on this flow run's page: Resume. " if self.reviewer is not None else ""
+        return [
+            f"Task {self.question.task_id} waits for a person, round {self.question.round}. {form}"
+            f"Answer: {how_to_answer(self.run.kickoff_id)}"
+        ]
+
+    async def ask(self, status: CrewStatus) -> bool:
+        """Take in a status; True if a person is asked something new, of which everybody was told, or is done with it.
+
+        Raises:
+            TooManyRoundsError: It is asked once too often.
+        """
+        before, self.question = self.question, await self.questions.saw(status)
+        if self.question is None or self.question is before:
+            return before is not self.question
+        most = self.policy.max_rounds
+        if most is not None and self.question.round > most:
+            raise TooManyRoundsError(self.question)
+        self.questions.tell(self.question, function=self._function, page=self._page)
+        return True
+
+    async def answer(self) -> None:
+        """Have what is asked answered, where there is somebody to do so here.
+
+        Raises:
+            CrewError: The answer could not be given or sent.
+        """
+        if self.reviewer is not None:
+            await self.reviewer.saw(self.question)
+
+    async def more_time(self, status: CrewStatus | None) -> float:
+        """Return how many more seconds people get, whose time is over: a rejection that nobody made begins it anew."""
+        budget = self.policy.human_timeout
+        if self.policy.on_human_timeout != "reject" or status is None or budget is None or self._extra_given:
+            return 0.0
+        self._extra_given = True
+        try:
+            if not await reject_late(self.run, self.session, self.records, status, self.policy.human_message):
+                # Another process has done it, and the time that began anew is over as well, or this one begins with it.
+                return budget
+        except (CrewError, httpx.HTTPError, PrefectException) as error:
+            run_logger().warning(
+                "Run %s could not be rejected for lack of an answer: %s",
+                self.run.kickoff_id,
+                self.run.redact(str(error)),
+            )
+            return 0.0
+        if self.question is not None:
+            self.questions.answered(self.question)
+        return budget
+
+    def stretching(self, waker: Waker | None, *, relying: bool) -> Callable[[float], float]:
+        """Return what makes pauses longer while webhooks are trusted, and shorter while an answer is on its way.
+
+        `relying`: whether the waker ends the pauses.
+        """
+        self.questions.waker = waker
+
+        def stretch(delay: float) -> float:
+            longer = waker.stretch(delay) if relying and waker is not None else delay
+            wishes = [self.questions.soon(), None if self.reviewer is None else self.reviewer.soon()]
+            return min([longer, *(wish for wish in wishes if wish is not None)])
+
+        return stretch
+
+    def stops_late(self, error: CrewTimeoutError) -> bool:
+        """Return whether the crew is stopped now that a budget is over."""
+        return stops_late(self.policy, error.phase)
+
+    def too_often(self, question: Question, *, stopped: bool) -> ReviewLimitError:
+        """Return the error that tells of one round too many."""
+        return ReviewLimitError(
+            kickoff_id=self.run.kickoff_id,
+            task_id=question.task_id,
+            max_rounds=question.round - 1,
+            crew=self.run.crew.label,
+            run_key=self.run.run_key,
+            stopped=stopped,
+        )
+
+    async def aclose(self) -> None:
+        """The wait is over."""
+        if self.reviewer is not None:
+            await self.reviewer.aclose()

@@ -1,0 +1,117 @@
+"""What answers while a run is waited for: a function, or, when people's time is over, nobody."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from prefect_crew.api.errors import CrewError
+from prefect_crew.api.models import CrewStatus
+from prefect_crew.logs import run_logger
+from prefect_crew.questions import Question, Questions
+from prefect_crew.record_store import PrefectRecords
+from prefect_crew.reviews import Review, ReviewFunction, ReviewRequest, asked_of, send_review, waiting_task
+
+if TYPE_CHECKING:
+    from prefect_crew.open_runs import OpenRun
+    from prefect_crew.sessions import CrewSession
+
+__all__ = ["NOBODY", "FunctionReviewer", "Reviewer", "reject_late"]
+
+NOBODY = "nobody, in time"
+"""Who answered, in the record of a rejection by `on_human_timeout`."""
+
+
+class Reviewer(Protocol):
+    """Answers the questions of one run."""
+
+    async def saw(self, question: Question | None) -> None:
+        """Take what is asked now, None where nothing is. An error of the answering or the sending ends the wait."""
+        ...
+
+    def soon(self) -> float | None:
+        """Return after how many seconds a look would be welcome, None for no wish."""
+        ...
+
+    async def aclose(self) -> None:
+        """The wait is over: take back what was put up for an answer."""
+        ...
+
+
+@dataclass
+class FunctionReviewer:
+    """Answers with a function, once a round."""
+
+    run: OpenRun
+    session: CrewSession
+    records: PrefectRecords
+    questions: Questions
+    answer: ReviewFunction
+    meta: Mapping[str, Any] | None = None
+
+    async def saw(self, question: Question | None) -> None:
+        """Answer at once."""
+        if question is None:
+            return
+        request = ReviewRequest(
+            kickoff_id=question.kickoff_id,
+            task_id=question.task_id,
+            output=question.output,
+            round=question.round,
+            meta=self.meta,
+        )
+        given = self.answer(request)
+        review = await given if inspect.isawaitable(given) else given
+        if not isinstance(review, Review):  # pyright: ignore[reportUnnecessaryIsInstance]  users' functions
+            raise CrewError(f"The review function returned a {type(review).__name__}, not a Review.")
+        run_logger().info(
+            "Crew run %s: task %s, round %d: %s.",
+            self.run.kickoff_id,
+            question.task_id,
+            question.round,
+            "approved" if review.approve else "rejected",
+        )
+        await send_review(
+            self.run,
+            self.session,
+            self.records,
+            task_id=question.task_id,
+            review=review,
+            by=getattr(self.answer, "__name__", "a function"),
+            asked=question.asked,
+        )
+        self.questions.answered(question)
+
+    def soon(self) -> float | None:
+        """A function answers at once."""
+        return None
+
+    async def aclose(self) -> None:
+        """Nothing was put up."""
+
+
+async def reject_late(
+    run: OpenRun, session: CrewSession, records: PrefectRecords, status: CrewStatus, message: str
+) -> bool:
+    """Reject what a run asks, since people's time for it is over; False if that was done before, or cannot be.
+
+    Raises:
+        CrewError: The rejection could not be sent, or somebody answers at this moment.
+    """
+    task_id = waiting_task(status)
+    given = [] if run.record is None else await records.reviews(run.record)
+    if task_id is None or any(review.by == NOBODY for review in given):
+        return False
+    await send_review(
+        run,
+        session,
+        records,
+        task_id=task_id,
+        review=Review(approve=False, feedback=message),
+        by=NOBODY,
+        asked=asked_of(status),
+    )
+    run_logger().warning("Crew run %s: nobody answered task %s in time, so it was rejected.", run.kickoff_id, task_id)
+    return True
