@@ -6,15 +6,17 @@ program's own terminal means that the person wants the crew stopped, so the sign
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
+import sys
 import threading
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-__all__ = ["ctrl_c_pressed", "started_by_runner", "watch_ctrl_c"]
+__all__ = ["ctrl_c_cancels_this_task", "ctrl_c_pressed", "started_by_runner", "watch_ctrl_c"]
 
 
 class _Watch:
@@ -22,10 +24,13 @@ class _Watch:
         self.users = 0
         self.pressed = False
         self.previous: Any = None
+        self.cancel: Callable[[], None] | None = None
 
     def handle(self, signum: int, frame: FrameType | None) -> None:
-        self.pressed = True
-        if callable(self.previous):
+        first, self.pressed = not self.pressed, True
+        if first and self.cancel is not None:
+            self.cancel()
+        elif callable(self.previous):
             self.previous(signum, frame)
 
 
@@ -40,6 +45,38 @@ def started_by_runner() -> bool:
 def ctrl_c_pressed() -> bool:
     """Return whether Ctrl-C was pressed since the first of the waits that are under way began."""
     return _watch.pressed
+
+
+@contextmanager
+def ctrl_c_cancels_this_task() -> Generator[None]:
+    """Have Ctrl-C cancel this task first and no other while this and a `watch_ctrl_c` are open.
+
+    From Python 3.11 on asyncio does so itself. Before, it cancels all tasks at once, and whoever wants to end its own
+    in order finds them gone.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C cancelled this task.
+    """
+    loop, task = asyncio.get_running_loop(), asyncio.current_task()
+    if sys.version_info >= (3, 11) or threading.current_thread() is not threading.main_thread() or task is None:
+        yield
+        return
+    cancelled = False
+
+    def cancel() -> None:
+        nonlocal cancelled
+        cancelled = True
+        loop.call_soon_threadsafe(task.cancel)
+
+    _watch.cancel = cancel
+    try:
+        yield
+    except asyncio.CancelledError:
+        if cancelled:
+            raise KeyboardInterrupt from None
+        raise
+    finally:
+        _watch.cancel = None
 
 
 @contextmanager

@@ -58,6 +58,7 @@ class _Attempt:
     task_key: str
     task_run_id: str
     count: int
+    flow_run_id: str | None = None
 
 
 _Attempts = tuple[_Attempt, ...]
@@ -68,7 +69,9 @@ def _attempts() -> _Attempts:
     found: list[_Attempt] = []
     context: Any = TaskRunContext.get()
     while isinstance(context, TaskRunContext):
-        found.append(_Attempt(context.task.task_key, str(context.task_run.id), context.task_run.run_count))
+        run = context.task_run
+        in_flow = None if run.flow_run_id is None else str(run.flow_run_id)
+        found.append(_Attempt(context.task.task_key, str(run.id), run.run_count, in_flow))
         # Prefect shows the innermost task only; what it replaced stands in the token that will bring it back.
         token = context._token  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
         context = None if token is None else token.old_value
@@ -250,12 +253,15 @@ async def _root_of(flow_run: FlowRun) -> _Root:
     if known is not None:
         return known
     path: list[str] = []
+    called_from_tasks_of = {task.flow_run_id for task in _attempts()}
     at = flow_run
     while at.parent_task_run_id is not None:
         async with get_client() as client:
             tracker = await client.read_task_run(at.parent_task_run_id)
-            # A subflow that was called from a task has a random key instead of a number: only its name holds.
-            path.insert(0, tracker.name if tracker.dynamic_key.isdigit() else tracker.task_key.rpartition("-")[0])
+            # A retried task makes its subflows anew, under a random key or, before Prefect 3.9, the next number: only
+            # the name of such a subflow holds.
+            numbered = tracker.dynamic_key.isdigit() and str(tracker.flow_run_id) not in called_from_tasks_of
+            path.insert(0, tracker.name if numbered else tracker.task_key.rpartition("-")[0])
             if tracker.flow_run_id is None:
                 break
             at = await client.read_flow_run(UUID(str(tracker.flow_run_id)))

@@ -12,7 +12,7 @@ from prefect.exceptions import PrefectException
 from prefect_crew.api.errors import CrewError
 from prefect_crew.batches.engine import Engine
 from prefect_crew.batches.retries import STOPPED_WITH_BATCH
-from prefect_crew.interrupts import watch_ctrl_c
+from prefect_crew.interrupts import ctrl_c_cancels_this_task, watch_ctrl_c
 from prefect_crew.logs import run_logger
 from prefect_crew.records import RecordPhase, RunRecord
 from prefect_crew.stopping import (
@@ -66,7 +66,7 @@ async def watched(
     own = flow_run_id()
     work = asyncio.ensure_future(rows)
     look = asyncio.ensure_future(_look(own, tick))
-    with watch_ctrl_c():
+    with watch_ctrl_c(), ctrl_c_cancels_this_task():
         try:
             await asyncio.wait({work, look}, return_when=asyncio.FIRST_COMPLETED)
             if not work.done() and look.result():

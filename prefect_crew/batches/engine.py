@@ -137,7 +137,9 @@ class Engine:
         if latest.inputs_digest != job.digest:
             await self._on_end(broken(job, latest, _other_inputs(job), batch=self.ledger.batch, found=True))
             return True
-        if latest.phase is RecordPhase.UNCERTAIN:
+        if latest.phase is RecordPhase.UNCERTAIN or (
+            latest.phase is RecordPhase.CLAIMED and await self.ledger.owner_ended(latest)
+        ):
             await self._on_end(unsettled(job, latest, batch=self.ledger.batch))
             return True
         if latest.phase is not RecordPhase.ENDED:
@@ -208,7 +210,7 @@ class Engine:
         latest = latest_purchase(work.attempts)
         if latest is not None and latest.phase is RecordPhase.STARTED and latest.crew_url == self.session.crew.url:
             return None if self.shut else asyncio.create_task(self._row(work, found=latest))
-        if latest is not None and latest.phase is RecordPhase.CLAIMED and not await self.ledger.owner_ended(latest):
+        if latest is not None and latest.phase is RecordPhase.CLAIMED:
             return None if self.stopped else asyncio.create_task(self._row_of_others(work, latest))
         tried = await self._breaker.admit()
         if await self._enter():
@@ -232,6 +234,10 @@ class Engine:
             await asyncio.sleep(1.0)
             work.attempts = await self.ledger.attempts(claimed.run_key)
             claimed = latest_purchase(work.attempts) or claimed
+        if claimed.phase is RecordPhase.UNCERTAIN or (claimed.phase is RecordPhase.CLAIMED and self.stopped is None):
+            # Not a failure of the crew at this moment, which is what the breaker counts.
+            await self._on_end(unsettled(work.job, claimed, batch=self.ledger.batch))
+            return
         await self._row(work, found=claimed if claimed.phase is RecordPhase.STARTED else None)
 
     async def _row(
