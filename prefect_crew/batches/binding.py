@@ -17,7 +17,7 @@ from prefect.exceptions import PrefectHTTPStatusError
 from prefect_crew.api.errors import CrewError
 from prefect_crew.batches.ledger import BatchEntry, Ledger
 
-__all__ = ["BatchChangedError", "Bound", "LedgerMissingError", "bind", "binding_name", "read_binding"]
+__all__ = ["TAG", "BatchChangedError", "Bound", "LedgerMissingError", "bind", "binding_name", "read_binding"]
 
 TAG = "prefect-crew-batch"
 VERSION = 1

@@ -11,7 +11,7 @@ from typing import Any, cast
 from pydantic import BaseModel
 
 from prefect_crew.api.errors import ConfigurationError
-from prefect_crew.batches.datasets import Dataset, is_remote, shown_address
+from prefect_crew.batches.datasets import Dataset, is_remote, shown_address, whole_address
 from prefect_crew.batches.options import BatchOptions
 from prefect_crew.waiting import WaitPolicy
 
@@ -46,10 +46,10 @@ def plain_call(
         return {"why_not": str(error)}
     return {
         "crew": crew,
-        "dataset": address,
+        "dataset": whole_address(address),
         "format": dataset.format,
         "encoding": dataset.encoding,
-        "output": output,
+        "output": whole_address(output),
         "ledger": ledger,
         "options": chosen,
     }

@@ -26,7 +26,16 @@ import httpx
 from prefect_crew.batches.frames import frame_reader, read_parquet
 from prefect_crew.batches.readers import TEXT_FORMATS, DatasetError, Row, mapping_row, read_text
 
-__all__ = ["Dataset", "DatasetError", "DatasetFormat", "Row", "is_remote", "open_dataset", "shown_address"]
+__all__ = [
+    "Dataset",
+    "DatasetError",
+    "DatasetFormat",
+    "Row",
+    "is_remote",
+    "open_dataset",
+    "shown_address",
+    "whole_address",
+]
 
 DatasetFormat = Literal["csv", "tsv", "jsonl", "json", "parquet"]
 ENDINGS: dict[str, DatasetFormat] = {
@@ -97,6 +106,11 @@ def open_dataset(source: Any, *, format: DatasetFormat | None = None, encoding: 
 def is_remote(address: str) -> bool:
     """Return whether an address is no path on this machine."""
     return "://" in address and not address.startswith("file://")
+
+
+def whole_address(address: str) -> str:
+    """Return an address that means the same in every working directory of this machine."""
+    return address if is_remote(address) else str(Path(address.removeprefix("file://")).absolute())
 
 
 def shown_address(address: str) -> str:

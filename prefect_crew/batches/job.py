@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from prefect_crew.api.errors import ConfigurationError
 from prefect_crew.api.models import CrewInput
-from prefect_crew.batches.database import open_url
-from prefect_crew.batches.datasets import Dataset, shown_address
+from prefect_crew.batches.datasets import Dataset, shown_address, whole_address
 from prefect_crew.batches.options import BatchOptions
 from prefect_crew.batches.places import LedgerPlace
 from prefect_crew.batches.rows import RowPlan
@@ -44,11 +42,6 @@ class BatchJob:
         """The output for people."""
         return shown_address(self.output)
 
-    @property
-    def ledger_exists(self) -> bool:
-        """Whether a ledger that is a file is there."""
-        return self.place.local and Path(str(open_url(self.place.ledger).database)).exists()
-
     def plan(self, expected: Sequence[CrewInput]) -> RowPlan:
         """Return how the rows become runs.
 
@@ -74,7 +67,7 @@ class BatchJob:
         """What the lines depend on besides the rows."""
         kind = self.options.output_type
         return {
-            "output": self.output,
+            "output": whole_address(self.output),
             "order": self.options.order,
             "typed": None if kind is None else f"{kind.__module__}.{kind.__qualname__}",
             "masked": sorted(self.crew.secret_inputs),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 from prefect.blocks.system import Secret
@@ -29,6 +30,11 @@ class LedgerPlace:
     def local(self) -> bool:
         """Whether it is a file on this machine."""
         return open_url(self.ledger).drivername == "sqlite"
+
+    @property
+    def exists(self) -> bool:
+        """Whether a ledger that is a file is there."""
+        return self.local and Path(str(open_url(self.ledger).database)).exists()
 
     @property
     def open_to_all(self) -> bool:

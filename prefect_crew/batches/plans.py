@@ -28,7 +28,7 @@ async def plan_of(job: BatchJob, seconds_per_run: float | None) -> BatchPlan:
         plan = job.plan(await expected_inputs(session))
     checked = await asyncio.to_thread(plan.check)
     done, seen = 0, list[float]()
-    if not job.place.local or job.ledger_exists:
+    if not job.place.local or job.place.exists:
         async with Ledger(job.place.ledger, job.name) as ledger:
             counts = await ledger.counts()
             done = sum(counts.get(str(state), 0) for state in CrewState if state.ended) + counts.get(MISFIT, 0)

@@ -7,7 +7,21 @@ from typing import Any
 
 from cyclopts import App
 
-from prefect_crew.cli import asking, backfill, demo, deploy, doctor, exits, running, runs, saving, serving, webhooks
+from prefect_crew.cli import (
+    asking,
+    backfill,
+    batch_known,
+    demo,
+    deploy,
+    doctor,
+    exits,
+    reviews,
+    running,
+    runs,
+    saving,
+    serving,
+    webhooks,
+)
 
 __all__ = ["app", "run"]
 
@@ -43,6 +57,8 @@ for _command in (
 ):
     app.command(_command, help_epilogue="", sort_key=len(tuple(app)))
 app.command(runs.app)
+app.command(reviews.app)
+app.command(batch_known.app)
 
 
 def run(arguments: list[str]) -> int:

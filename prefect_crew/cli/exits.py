@@ -75,12 +75,27 @@ EXITS = (
     Exit(30, "the Prefect API does not answer", (PrefectAwayError,)),
     Exit(31, "the Prefect API refused", ()),
     Exit(32, "a task asked for a person's answer too often", (ReviewLimitError,)),
+    Exit(33, "rows of a batch failed, are uncertain, were not run, or cannot be run"),
+    Exit(34, "a data set cannot be read, or rows of it cannot be run; nothing was sent"),
+    Exit(35, "the batch has other rows or another ledger, or is run elsewhere"),
+    Exit(36, "the ledger or the output of a batch cannot be used"),
     Exit(130, "interrupted by Ctrl-C", (KeyboardInterrupt,)),
     Exit(143, "ended by SIGTERM or SIGHUP", ()),
 )
 
-UNEXPECTED, USAGE, FOUND, AWAY, REFUSED, INTERRUPTED, TERMINATED = 1, 2, 29, 30, 31, 130, 143
+UNEXPECTED, USAGE, FOUND, AWAY, REFUSED, ROWS, INTERRUPTED, TERMINATED = 1, 2, 29, 30, 31, 33, 130, 143
 _CODES: dict[type[BaseException], int] = {kind: line.code for line in EXITS for kind in line.errors}
+_BATCHES = {
+    "report.BatchFailedError": ROWS,
+    "cancelling.BatchCancelledError": 11,
+    "readers.DatasetError": 34,
+    "binding.BatchChangedError": 35,
+    "binding.LedgerMissingError": 35,
+    "locks.BatchBusyError": 35,
+    "database.LedgerError": 36,
+    "output.OutputError": 36,
+}
+"""Those of batches, by name: their modules bring what most commands do not need."""
 
 
 def _kinds(error: BaseException) -> dict[str, type[BaseException]]:
@@ -101,6 +116,9 @@ def exit_code(error: BaseException) -> int:
         return AWAY
     if any(name.startswith("prefect.exceptions.") for name in kinds):
         return REFUSED
+    for name in kinds:
+        if code := _BATCHES.get(name.removeprefix("prefect_crew.batches.")):
+            return code
     return next((_CODES[kind] for kind in type(error).__mro__ if kind in _CODES), UNEXPECTED)
 
 

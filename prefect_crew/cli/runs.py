@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from prefect_crew.record_store import PrefectRecords
     from prefect_crew.records import RunRecord
 
-__all__ = ["app"]
+__all__ = ["ago", "app", "crew_of"]
 
 KEY = Parameter(name="KEY", help="The run key, whole, as `runs` shows it.")
 
@@ -89,7 +89,8 @@ async def _lines(records: PrefectRecords, *, with_done: bool) -> list[RunLine]:
     return sorted(lines, key=lambda line: (first.get(line.standing, 3 + order.index(line.standing)), line.since))
 
 
-def _ago(since: datetime) -> str:
+def ago(since: datetime) -> str:
+    """Return how long ago a moment was, as people say it."""
     from prefect_crew.records import utcnow
 
     seconds = max(0.0, (utcnow() - since).total_seconds())
@@ -107,7 +108,7 @@ def _about(line: RunLine) -> list[str]:
     facts = [
         f"crew {record.crew}{attempt}",
         f"run {record.kickoff_id}" if record.kickoff_id else "no kickoff id",
-        f"since {line.since:%Y-%m-%d %H:%M:%S} UTC ({_ago(line.since)})",
+        f"since {line.since:%Y-%m-%d %H:%M:%S} UTC ({ago(line.since)})",
     ]
     page = flow_run_url(record.flow_run_id)
     if page or record.flow_run_id:
@@ -185,7 +186,7 @@ async def _settle(
         await settle_never_started(record, records)
         terminal.put(f"Settled: {key} never started. Run again with this key to start it.")
         return
-    block = await _crew_of(record, crew, access)
+    block = await crew_of(record, crew, access)
     if block is None:
         terminal.note(
             f"Crew {record.crew} is no stored block, so its server was not asked whether it knows run {kickoff_id}. "
@@ -201,7 +202,8 @@ async def _settle(
     )
 
 
-async def _crew_of(record: RunRecord, crew: str | None, access: CrewAccess) -> DeployedCrew | None:
+async def crew_of(record: RunRecord, crew: str | None, access: CrewAccess) -> DeployedCrew | None:
+    """Return the crew of a run: the one that is given, else the stored one; None where neither is its."""
     try:
         block = await access.load(crew or record.crew)
     except (ConfigurationError, UsageError):

@@ -13,6 +13,16 @@ from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
 from pydantic import BaseModel, SecretStr
 
 from prefect_crew.api import errors
+from prefect_crew.batches import (
+    BadRowsError,
+    BatchBusyError,
+    BatchCancelledError,
+    BatchChangedError,
+    DatasetError,
+    LedgerError,
+    LedgerMissingError,
+    OutputError,
+)
 from prefect_crew.cli.exits import EXITS, PrefectAwayError, UsageError, exit_code, paragraph
 
 TABLE = {line.code: line.meaning for line in EXITS}
@@ -65,6 +75,14 @@ def _answer(status: int, body: dict[str, str] | None = None) -> PrefectHTTPStatu
         pytest.param(RuntimeError("Failed to reach API at http://x."), 30, id="prefect-says-so"),
         pytest.param(_answer(409, {"detail": "taken"}), 31, id="prefect-conflict"),
         pytest.param(ObjectNotFound(_answer(404)), 31, id="prefect-not-found"),
+        pytest.param(DatasetError("is empty.", source="x"), 34, id="data-set"),
+        pytest.param(BadRowsError([], 1, source="x"), 34, id="bad-rows"),
+        pytest.param(BatchBusyError(name="x"), 35, id="busy"),
+        pytest.param(BatchChangedError(name="x", difference="y"), 35, id="changed"),
+        pytest.param(LedgerMissingError(name="x", ledger="y"), 35, id="other-ledger"),
+        pytest.param(LedgerError("is gone.", ledger="x"), 36, id="ledger"),
+        pytest.param(OutputError("no"), 36, id="output"),
+        pytest.param(BatchCancelledError(name="x"), 11, id="batch-cancelled"),
         pytest.param(KeyboardInterrupt(), 130, id="interrupted"),
         pytest.param(KeyError("x"), 1, id="unexpected"),
     ],

@@ -1,0 +1,189 @@
+"""A batch by its name alone: where its ledger is, how it stands, and how it is called again."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from collections.abc import AsyncGenerator, AsyncIterator, Collection, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import asdict, dataclass
+from typing import Any, cast
+
+from prefect.client.orchestration import get_client
+
+from prefect_crew.api.errors import ConfigurationError
+from prefect_crew.api.models import CrewState
+from prefect_crew.batches.binding import TAG, LedgerMissingError, read_binding
+from prefect_crew.batches.calls import options_from
+from prefect_crew.batches.ends import MISFIT
+from prefect_crew.batches.ledger import BatchEntry, Ledger
+from prefect_crew.batches.places import LedgerPlace, ledger_place
+from prefect_crew.records import RecordPhase, RunRecord, utcnow
+
+__all__ = ["BatchStanding", "KnownBatch", "all_batches", "known_batch"]
+
+_FAILED = (str(CrewState.FAILED), str(CrewState.STOPPED), MISFIT)
+_PAGE = 200
+
+
+@dataclass(frozen=True)
+class BatchStanding:
+    """How a batch stands, as its ledger knows it.
+
+    Attributes:
+        name: The batch.
+        total: Its rows that can be run.
+        completed, failed, uncertain, in_flight: How they stand; in flight is what had not ended at the last look.
+        left: Rows of which nothing was bought yet.
+        kickoffs: How many were, or may have been, bought in all.
+        states: The same by the words of the ledger.
+        median, slowest: Seconds of the rows that have ended, None where there is none.
+        output, ledger: Where they are; `output` is None where the call is not on record.
+    """
+
+    name: str
+    total: int
+    completed: int
+    failed: int
+    uncertain: int
+    in_flight: int
+    left: int
+    kickoffs: int
+    states: Mapping[str, int]
+    median: float | None
+    slowest: float | None
+    output: str | None
+    ledger: str
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return it as JSON values."""
+        return {**asdict(self), "states": dict(self.states)}
+
+
+@dataclass(frozen=True)
+class KnownBatch:
+    """A batch whose ledger is open. `entry` is what that knows of it as a whole."""
+
+    name: str
+    place: LedgerPlace
+    ledger: Ledger
+    entry: BatchEntry
+
+    async def standing(self) -> BatchStanding:
+        """Return how it stands."""
+        counts = await self.ledger.counts()
+        if counts.get(str(RecordPhase.CLAIMED)):
+            # What its sender must know of by now, and has not written down, is uncertain: the next call says so too.
+            lost = [key async for key, record in self.failures() if record.phase is RecordPhase.CLAIMED]
+            counts[str(RecordPhase.CLAIMED)] -= len(lost)
+            counts[str(RecordPhase.UNCERTAIN)] = counts.get(str(RecordPhase.UNCERTAIN), 0) + len(lost)
+        seconds = [one for _, one in await self.ledger.durations()]
+        return BatchStanding(
+            name=self.name,
+            total=self.entry.total,
+            completed=counts.get(str(CrewState.COMPLETED), 0),
+            failed=sum(counts.get(word, 0) for word in _FAILED),
+            uncertain=counts.get(str(RecordPhase.UNCERTAIN), 0),
+            in_flight=counts.get(str(RecordPhase.STARTED), 0),
+            left=max(0, self.entry.total - sum(counts.values()) + counts.get(str(RecordPhase.NOT_STARTED), 0)),
+            kickoffs=await self.ledger.bought(),
+            states={word: count for word, count in counts.items() if count},
+            median=statistics.median(seconds) if seconds else None,
+            slowest=max(seconds, default=None),
+            output=None if self.entry.call is None else self.entry.call.get("output"),
+            ledger=self.ledger.address,
+        )
+
+    async def failures(self) -> AsyncIterator[tuple[str, RunRecord]]:
+        """Yield row key and record of each row that failed or is uncertain, in the order of the keys."""
+        async for key, record in self.ledger.standing_attempts():
+            failed = record.phase is RecordPhase.ENDED and (
+                record.state is not CrewState.COMPLETED or record.error is not None
+            )
+            lost = record.phase is RecordPhase.CLAIMED and utcnow() >= record.known_by
+            if failed or lost or record.phase is RecordPhase.UNCERTAIN:
+                yield key, record
+
+    async def check_failed(self, keys: Collection[str]) -> None:
+        """Make sure that rows can be bought again.
+
+        Raises:
+            ConfigurationError: One of them is unknown, or has not failed.
+        """
+        found = await self.ledger.attempts_of(list(keys))
+        for key in keys:
+            if key not in found:
+                raise ConfigurationError(f"Batch {self.name!r} has bought nothing for a row {key!r}.")
+            last = found[key][-1]
+            if last.phase in (RecordPhase.UNCERTAIN, RecordPhase.CLAIMED):
+                raise ConfigurationError(
+                    f"Row {key!r} of batch {self.name!r} is uncertain. Settle it first: prefect-crew batch settle "
+                    f"{self.name!r} {key!r} --kickoff-id ID, or --never-started."
+                )
+            if last.state is CrewState.COMPLETED and last.error is None:
+                raise ConfigurationError(f"Row {key!r} of batch {self.name!r} has completed.")
+
+    def call(self, **more: Any) -> dict[str, Any]:
+        """Return what `arun_batch` is called with to go on with it. `more` are options over those of its last call.
+
+        Raises:
+            ConfigurationError: Its last call had what cannot be written down, such as a function.
+        """
+        call = self.entry.call or {"why_not": "its call is not on record"}
+        if why_not := call.get("why_not"):
+            raise ConfigurationError(
+                f"Batch {self.name!r} cannot be run by its name alone: {why_not}. Make the same call again, with the "
+                "same name; it goes on where it stopped."
+            )
+        options = options_from(cast("Mapping[str, Any]", call["options"]), **more)
+        return {
+            "crew": call["crew"],
+            "dataset": call["dataset"],
+            "name": self.name,
+            "output": call["output"],
+            "ledger": self.place.ledger,
+            "format": call["format"],
+            "encoding": call["encoding"],
+            **{field.name: getattr(options, field.name) for field in dataclasses.fields(options)},
+        }
+
+
+@asynccontextmanager
+async def known_batch(name: str, ledger: str | None = None) -> AsyncGenerator[KnownBatch]:
+    """Open the ledger of a batch.
+
+    Args:
+        name: The batch.
+        ledger: Where its ledger is, if what the Prefect server knows does not do, such as a URL without its password.
+
+    Raises:
+        ConfigurationError: There is no such batch.
+        LedgerMissingError: Its ledger is not the one here, or not on this machine.
+        LedgerError: Its ledger cannot be opened.
+    """
+    bound = await read_binding(name)
+    if bound is None:
+        raise ConfigurationError(f"The Prefect server knows no batch {name!r}. prefect-crew batch list shows all.")
+    told = str(bound.get("ledger"))
+    place = await ledger_place(ledger or told, "")
+    # Opening it would make the file.
+    if place.local and not place.exists:
+        raise LedgerMissingError(name=name, ledger=told)
+    async with Ledger(place.ledger, name) as opened:
+        entry = await opened.entry()
+        if entry is None or entry.ledger_id != bound.get("ledger_id"):
+            raise LedgerMissingError(name=name, ledger=told)
+        yield KnownBatch(name, place, opened, entry)
+
+
+async def all_batches() -> list[tuple[str, str]]:
+    """Return name and ledger of every batch that the Prefect server knows, by name."""
+    found: list[tuple[str, str]] = []
+    body: dict[str, Any] = {"variables": {"tags": {"all_": [TAG]}}, "limit": _PAGE, "sort": "NAME_ASC"}
+    async with get_client() as client:
+        while True:
+            answer = await client.request("POST", "/variables/filter", json={**body, "offset": len(found)})
+            page = cast("list[dict[str, Any]]", answer.json())
+            found += [(str(one["value"]["batch"]), str(one["value"]["ledger"])) for one in page]
+            if len(page) < _PAGE:
+                return sorted(found)

@@ -1,0 +1,266 @@
+"""`prefect-crew batch`: a crew for every row of a data set, how a batch stands, and what became of its rows."""
+
+from __future__ import annotations
+
+import asyncio
+import shlex
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from cyclopts import App, Parameter
+
+from prefect_crew.cli import terminal
+from prefect_crew.cli.batch_progress import BatchProgress, batch_progress
+from prefect_crew.cli.crews import CREW, JSON, CrewAccess, flag
+from prefect_crew.cli.exits import ROWS, UsageError
+from prefect_crew.cli.prefect_side import flow_run_url, reach_prefect
+from prefect_crew.cli.progress import progress
+
+if TYPE_CHECKING:
+    from prefect_crew.batches.report import BatchReport
+
+__all__ = ["DATASET", "LEDGER", "NAME", "BatchChoices", "app", "go_on", "put_report", "started"]
+
+DATASET = Parameter(
+    name="DATASET",
+    help="CSV, TSV, JSON Lines, JSON or Parquet: a path, a URL, any fsspec address; compressed or not.",
+)
+NAME = Parameter(name="NAME", help="The batch's name.")
+LEDGER = Parameter(help="Its ledger, where the one on record does not do: a path, a PostgreSQL URL, or secret://NAME.")
+
+app = App(name="batch", help="Batches: a crew for every row of a data set.", help_epilogue="")
+
+
+@Parameter(name="*")
+@dataclass
+class BatchChoices:
+    """How rows become runs."""
+
+    ledger: Annotated[
+        str | None,
+        Parameter(help="A path, a PostgreSQL URL, or secret://NAME. Left out: a file beside a local output."),
+    ] = None
+    key: Annotated[str | None, Parameter(help="The column that tells rows apart. Left out: a digest of inputs.")] = None
+    input_: Annotated[
+        list[str] | None,
+        Parameter(
+            name=["--input", "-i"],
+            help="An input, as name=COLUMN or name='text with {{ COLUMN }}'; may be given again.",
+            negative=(),
+        ),
+    ] = None
+    format: Annotated[
+        Literal["csv", "tsv", "jsonl", "json", "parquet"] | None, Parameter(help="Where the name does not tell.")
+    ] = None
+    encoding: Annotated[str, Parameter(help="Of a text file.")] = "utf-8-sig"
+    max_in_flight: Annotated[int | None, Parameter(help="Runs at a time; 100 if left out.")] = None
+    kickoffs_per_second: Annotated[float | None, Parameter(help="A limit on the rate of kickoffs.")] = None
+    on_bad_row: Annotated[
+        Literal["refuse", "set-aside"], Parameter(help="Refuse the data set, or set rows aside that cannot be run.")
+    ] = "refuse"
+    deduplicate: Annotated[bool, flag("Equal rows are one run.")] = False
+
+    def options(self) -> dict[str, Any]:
+        """Return them as `arun_batch` and `aplan_batch` take them."""
+        inputs: dict[str, str] = {}
+        for pair in self.input_ or ():
+            name, sign, source = pair.partition("=")
+            if not sign or not name.strip():
+                raise UsageError(f"-i {pair!r}: give an input as name=COLUMN, or as a template over the columns.")
+            inputs[name] = source
+        return {
+            "ledger": self.ledger,
+            "key": self.key,
+            "inputs": inputs or None,
+            "format": self.format,
+            "encoding": self.encoding,
+            "max_in_flight": self.max_in_flight,
+            "kickoffs_per_second": self.kickoffs_per_second,
+            "on_bad_row": self.on_bad_row,
+            "deduplicate": self.deduplicate,
+        }
+
+
+@app.command
+def run(
+    crew: Annotated[str, CREW],
+    dataset: Annotated[str, DATASET],
+    /,
+    *,
+    name: Annotated[str, Parameter(help="The batch's name: the same call with it goes on where it stopped.")],
+    output: Annotated[str, Parameter(help="Where the lines go: JSON Lines that grow, or .parquet at the end.")],
+    on_failure: Annotated[
+        str, Parameter(help="continue, stop at the first failed row, after how many, or after which share below 1.")
+    ] = "continue",
+    on_change: Annotated[
+        Literal["refuse", "continue"], Parameter(help="What to do when rows or crew are others than before.")
+    ] = "refuse",
+    on_cancel: Annotated[
+        Literal["stop", "drain", "leave"], Parameter(help="What becomes of runs in flight at Ctrl-C or a cancellation.")
+    ] = "stop",
+    order: Annotated[Literal["ended", "input"], Parameter(help="The order of the lines.")] = "ended",
+    retries: Annotated[int, Parameter(help="Further purchases of a row that fails.")] = 0,
+    retry_failed: Annotated[bool, flag("Buy the failed rows of earlier calls again.")] = False,
+    max_kickoffs: Annotated[int | None, Parameter(help="A limit on kickoffs, of all calls together.")] = None,
+    timeout: Annotated[float | None, Parameter(help="Seconds that a run may take, pending and running.")] = None,
+    task_per_row: Annotated[bool, flag("A Prefect task for each row, for small sets that people watch.")] = False,
+    shards: Annotated[int, Parameter(help="Flow runs of --deployment that the rows are split over.")] = 1,
+    deployment: Annotated[str | None, Parameter(help="A deployment of batch_shard, as flow/deployment.")] = None,
+    json: Annotated[bool, JSON] = False,
+    choices: BatchChoices = BatchChoices(),  # noqa: B008 - never changed
+    access: CrewAccess = CrewAccess(),  # noqa: B008
+) -> int:
+    """Run a crew once for every row of a data set; call it again to go on where it stopped."""
+    options: dict[str, Any] = {
+        **choices.options(),
+        "name": name,
+        "output": output,
+        "on_failure": _limit(on_failure),
+        "on_change": on_change,
+        "on_cancel": on_cancel,
+        "order": order,
+        "retries": retries,
+        "retry_failed": retry_failed,
+        "max_kickoffs": max_kickoffs,
+        "task_per_row": task_per_row,
+        "shards": shards,
+        "deployment": deployment,
+    }
+
+    async def call() -> BatchReport:
+        from prefect_crew.batches.run import arun_batch
+        from prefect_crew.waiting import WaitPolicy
+
+        block = await access.load(crew)
+        if timeout is not None:
+            options["wait"] = WaitPolicy.model_validate({**block.wait.model_dump(), "timeout": timeout})
+        return await arun_batch(block, dataset, **options)
+
+    with batch_progress() as shown:
+        reach_prefect(shown)
+        report = started(shown, call)
+    return put_report(report, shown, as_json=json)
+
+
+def _limit(text: str) -> Any:
+    """Read what `on_failure` is."""
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def started(shown: BatchProgress, call: Any) -> BatchReport:
+    """Run a batch while its progress is shown."""
+    from prefect_crew.batches.watching import watch_batches
+
+    with watch_batches(shown.watch_batch):
+        return asyncio.run(call())
+
+
+def put_report(report: BatchReport, shown: BatchProgress, *, as_json: bool) -> int:
+    """Write what a batch came to; return the exit code."""
+    page = flow_run_url(shown.flow_run_id)
+    if as_json:
+        terminal.put_json({**report.as_dict(), "flow_run_id": shown.flow_run_id, "flow_run_url": page})
+    else:
+        terminal.put(str(report))
+        if page:
+            terminal.note(page, "dim")
+    if report.ok:
+        return 0
+    batch = shlex.quote(report.name)
+    if report.uncertain:
+        terminal.note(
+            f"{report.uncertain:,} rows are uncertain, to be settled by a person: {_program('failures', batch)}"
+        )
+    elif report.failed:
+        terminal.note(f"What failed: {_program('failures', batch)}. To buy it again: {_program('retry', batch)}")
+    return ROWS
+
+
+def _program(command: str, batch: str) -> str:
+    return f"{terminal.command('prefect-crew batch')} {command} {batch}"
+
+
+@app.command
+def plan(
+    crew: Annotated[str, CREW],
+    dataset: Annotated[str, DATASET],
+    /,
+    *,
+    name: Annotated[str, Parameter(help="The batch, to see what is left of it.")] = "plan",
+    output: Annotated[str, Parameter(help="Its output, beside which its ledger is.")] = "batch.jsonl",
+    seconds_per_run: Annotated[
+        float | None, Parameter(help="How long one run takes. Left out: the mean of what the ledger has seen.")
+    ] = None,
+    json: Annotated[bool, JSON] = False,
+    choices: BatchChoices = BatchChoices(),  # noqa: B008
+    access: CrewAccess = CrewAccess(),  # noqa: B008
+) -> int:
+    """Check every row, and say how many runs, how long and how much. Nothing is started."""
+    options = choices.options()
+    with progress(quiet=True) as shown:
+        reach_prefect(shown)
+
+    async def planned() -> Any:
+        from prefect_crew.batches.run import aplan_batch
+
+        block = await access.load(crew)
+        return await aplan_batch(block, dataset, name=name, output=output, seconds_per_run=seconds_per_run, **options)
+
+    found = asyncio.run(planned())
+    if json:
+        terminal.put_json(found.as_dict())
+    else:
+        terminal.put(str(found))
+    return ROWS if found.bad_count and choices.on_bad_row == "refuse" else 0
+
+
+@app.command
+def retry(
+    name: Annotated[str, NAME],
+    /,
+    *,
+    key: Annotated[list[str] | None, Parameter(help="Only this row; may be given again.", negative=())] = None,
+    ledger: Annotated[str | None, LEDGER] = None,
+    json: Annotated[bool, JSON] = False,
+) -> int:
+    """Buy the failed rows of a batch again, with the options of its last call, and go on with what is left."""
+    return go_on(name, ledger, retry_failed=tuple(key) if key else True, json=json)
+
+
+@app.command
+def resume(
+    name: Annotated[str, NAME],
+    /,
+    *,
+    ledger: Annotated[str | None, LEDGER] = None,
+    json: Annotated[bool, JSON] = False,
+) -> int:
+    """Go on with a batch where it stopped, with the options of its last call."""
+    return go_on(name, ledger, retry_failed=False, json=json)
+
+
+def go_on(name: str, ledger: str | None, *, retry_failed: bool | tuple[str, ...], json: bool) -> int:
+    """Call a batch again by its name."""
+
+    async def call() -> BatchReport:
+        from prefect_crew.batches.known import known_batch
+        from prefect_crew.batches.run import arun_batch
+
+        async with known_batch(name, ledger) as batch:
+            if isinstance(retry_failed, tuple):
+                await batch.check_failed(retry_failed)
+            again = batch.call(retry_failed=retry_failed)
+        return await arun_batch(again.pop("crew"), again.pop("dataset"), **again)
+
+    with batch_progress() as shown:
+        reach_prefect(shown)
+        report = started(shown, call)
+    code = put_report(report, shown, as_json=json)
+    if retry_failed and report.failed and not report.kickoffs and report.stopped is None:
+        terminal.note("No row was bought again: each had as many kickoffs as max_kickoffs of the crew's block allows.")
+    return code

@@ -1,0 +1,192 @@
+"""`prefect-crew batch list | status | failures | settle`: what the ledger of a batch knows."""
+
+from __future__ import annotations
+
+import asyncio
+import shlex
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import Parameter
+
+from prefect_crew.api.errors import ConfigurationError
+from prefect_crew.cli import terminal
+from prefect_crew.cli.batch import LEDGER, NAME, app
+from prefect_crew.cli.crews import JSON, CrewAccess, flag
+from prefect_crew.cli.exits import UsageError
+from prefect_crew.cli.prefect_side import reach_prefect
+from prefect_crew.cli.progress import progress
+from prefect_crew.cli.runs import crew_of
+
+if TYPE_CHECKING:
+    from prefect_crew.batches.known import BatchStanding
+    from prefect_crew.records import RunRecord
+
+__all__ = ["app"]
+
+
+def _reach() -> None:
+    with progress(quiet=True) as shown:
+        reach_prefect(shown)
+
+
+@app.default
+@app.command(name="list")
+def list_batches(*, json: Annotated[bool, JSON] = False) -> None:
+    """List the batches that the Prefect server knows, and where their ledgers are."""
+    _reach()
+    from prefect_crew.batches.known import all_batches
+
+    found = asyncio.run(all_batches())
+    if json:
+        terminal.put_json([{"name": name, "ledger": ledger} for name, ledger in found])
+    else:
+        terminal.put_rows(("Batch", "Ledger"), found, empty="The Prefect server knows no batch.")
+
+
+@app.command
+def status(
+    name: Annotated[str, NAME],
+    /,
+    *,
+    ledger: Annotated[str | None, LEDGER] = None,
+    json: Annotated[bool, JSON] = False,
+) -> None:
+    """Show how a batch stands: also while it runs, in whichever process."""
+    _reach()
+
+    async def look() -> BatchStanding:
+        from prefect_crew.batches.known import known_batch
+
+        async with known_batch(name, ledger) as batch:
+            return await batch.standing()
+
+    found = asyncio.run(look())
+    if json:
+        terminal.put_json(found.as_dict())
+        return
+    for line in _about(found):
+        terminal.put(line)
+
+
+def _about(found: BatchStanding) -> list[str]:
+    from prefect_crew.rendering import duration
+
+    lines = [f"Batch {found.name}: {found.completed:,} of {found.total:,} rows completed"]
+    parts = (("failed", found.failed), ("uncertain", found.uncertain), ("in flight", found.in_flight))
+    counts = [f"{count:,} {word}" for word, count in (*parts, ("not bought yet", found.left)) if count]
+    lines += [f"  {' · '.join(counts)}"] if counts else []
+    seconds = ""
+    if found.median is not None and found.slowest is not None:
+        seconds = f" · a row takes {duration(found.median)} (median), at most {duration(found.slowest)}"
+    lines.append(f"  {found.kickoffs:,} kickoffs{seconds}")
+    lines += [f"  Output: {found.output}"] if found.output else []
+    lines.append(f"  Ledger: {found.ledger}")
+    return lines
+
+
+@app.command
+def failures(
+    name: Annotated[str, NAME],
+    /,
+    *,
+    limit: Annotated[int, Parameter(help="How many are shown; with --json all are.")] = 100,
+    ledger: Annotated[str | None, LEDGER] = None,
+    json: Annotated[bool, JSON] = False,
+) -> None:
+    """List the rows that failed or are uncertain, with their runs and why."""
+    _reach()
+    most = None if json else limit
+    found = asyncio.run(_failures(name, ledger, most))
+    if json:
+        terminal.put_json([_as_json(key, record) for key, record in found])
+        return
+    rows = [(key, record.kickoff_id or "", _state(record), _why(record)) for key, record in found]
+    terminal.put_rows(("Row", "Run", "State", "Error"), rows, empty=f"No row of batch {name} failed.")
+    if most is not None and len(found) == most:
+        terminal.note(f"The first {most}. --limit shows more, --json all.")
+    if any(_state(record) == "uncertain" for _, record in found):
+        terminal.note(
+            f"An uncertain row is settled after a look at the crew's page: "
+            f"{terminal.command('prefect-crew batch settle')} NAME ROW --kickoff-id ID, or --never-started."
+        )
+
+
+async def _failures(name: str, ledger: str | None, most: int | None) -> list[tuple[str, RunRecord]]:
+    from prefect_crew.batches.known import known_batch
+
+    found: list[tuple[str, RunRecord]] = []
+    async with known_batch(name, ledger) as batch:
+        async for key, record in batch.failures():
+            found.append((key, record))
+            if len(found) == most:
+                break
+    return found
+
+
+def _state(record: RunRecord) -> str:
+    if record.state is None:
+        return "uncertain"  # or a claim that nobody holds any more, which is the same
+    return "misfit" if str(record.state) == "completed" else str(record.state)
+
+
+def _why(record: RunRecord) -> str:
+    return record.error or record.reason or ""
+
+
+def _as_json(key: str, record: RunRecord) -> dict[str, Any]:
+    about = record.model_dump(mode="json", include={"run_key", "kickoff_id", "attempt", "kicked_off_at", "ended_at"})
+    return {"key": key, "state": _state(record), "error": _why(record) or None, **about}
+
+
+@app.command
+def settle(
+    name: Annotated[str, NAME],
+    row: Annotated[str, Parameter(name="ROW", help="The row's key.")],
+    /,
+    *,
+    kickoff_id: Annotated[str | None, Parameter(help="The run that the kickoff did start.")] = None,
+    never_started: Annotated[bool, flag("The kickoff did not start a run.")] = False,
+    crew: Annotated[
+        str | None, Parameter(help="The crew to ask about the id, where its block is not stored: a block or a URL.")
+    ] = None,
+    ledger: Annotated[str | None, LEDGER] = None,
+    access: CrewAccess = CrewAccess(),  # noqa: B008 - never changed
+) -> None:
+    """Say what became of an uncertain row's kickoff, after a look at the crew's page."""
+    if (kickoff_id is None) is not never_started:
+        raise UsageError("Say either --kickoff-id ID or --never-started.")
+    _reach()
+    asyncio.run(_settle(name, row, kickoff_id, crew, ledger, access))
+
+
+async def _settle(
+    name: str, row: str, kickoff_id: str | None, crew: str | None, ledger: str | None, access: CrewAccess
+) -> None:
+    from prefect_crew.batches.known import known_batch
+    from prefect_crew.batches.locks import BatchLock
+    from prefect_crew.settling import settle_never_started, settle_started, unsettled
+
+    async with known_batch(name, ledger) as batch, BatchLock(batch.ledger.database, name) as lock:
+        # While nobody works on the batch, a claim has lost its owner and need not be waited for.
+        batch.ledger.sole = await lock.take()
+        if not await batch.ledger.attempts(batch.ledger.run_key(row)):
+            raise ConfigurationError(f"Batch {name!r} has bought nothing for a row {row!r}.")
+        record = await unsettled(batch.ledger.run_key(row), batch.ledger)
+        again = f"{terminal.command('prefect-crew batch resume')} {shlex.quote(name)}"
+        if kickoff_id is None:
+            await settle_never_started(record, batch.ledger)
+            terminal.put(f"Settled: row {row} never started. {again} buys it.")
+            return
+        block = await crew_of(record, crew, access)
+        if block is None:
+            terminal.note(
+                f"Crew {record.crew} is no stored block, so its server was not asked whether it knows run "
+                f"{kickoff_id}. Give --crew to have it asked."
+            )
+            state = await settle_started(record, kickoff_id, batch.ledger)
+        else:
+            async with block.client() as client:
+                state = await settle_started(record, kickoff_id, batch.ledger, look=client.status)
+        terminal.put(
+            f"Settled: row {row} is run {kickoff_id}{f', {state} now' if state else ''}. {again} waits for it."
+        )

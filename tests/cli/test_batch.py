@@ -1,0 +1,214 @@
+"""`batch`: a crew for every row, how it stands, what failed, and going on by the name alone."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from prefect_crew.server import CrewServer
+from prefect_crew.testing import CrewServerFactory
+from support.commands import TOKEN, environment
+from support.environment import program
+from support.prefect_server import PrefectServer
+from support.scripts import script
+from support.terminals import Terminal
+
+PICKY = script({"output": "on {{ topic }}", "fail": "{{ 'no ' + topic if 'bad' in topic }}"}, inputs=["topic"])
+
+pytestmark = pytest.mark.usefixtures("prefect_api", "instant_polling")
+
+
+@pytest.fixture
+def name() -> str:
+    return f"leads {uuid.uuid4().hex[:8]}"
+
+
+@pytest.fixture
+def leads(tmp_path: Path) -> str:
+    path = tmp_path / "leads.csv"
+    path.write_text("id,topic\na,tea\nb,bad milk\nc,cake\n")
+    return str(path)
+
+
+@pytest.fixture
+def output(tmp_path: Path) -> str:
+    return str(tmp_path / "out.jsonl")
+
+
+@pytest.fixture
+def picky(crew_server: CrewServerFactory) -> Callable[..., tuple[CrewServer, str]]:
+    """Serve a crew that fails for what is bad, and store its block, which looks at once whether a run has ended."""
+
+    def serve(**options: Any) -> tuple[CrewServer, str]:
+        server = crew_server(PICKY, port=True, **options)
+        block = f"picky-{uuid.uuid4().hex[:8]}"
+        crew = server.crew().model_copy(update={"max_kickoffs": 2})
+        crew.save(block, _sync=True)  # pyright: ignore
+        return server, block
+
+    return serve
+
+
+def lines(output: str) -> dict[str, str]:
+    found = [json.loads(line) for line in Path(output).read_text().splitlines()]
+    assert len({line["key"] for line in found}) == len(found)
+    return {line["key"]: line["state"] for line in found}
+
+
+def test_a_batch_from_its_plan_to_the_rows_that_failed(here, picky, name: str, leads: str, output: str):
+    server, crew = picky()
+    planned = here("batch", "plan", crew, leads, "--key", "id", "--seconds-per-run", "90", "--json")
+    assert (planned.code, planned.json["rows"], planned.json["seconds"], server.kickoffs) == (0, 3, 90, 0)
+
+    ran = here("batch", "run", crew, leads, "--name", name, "--output", output, "--key", "id", "--json")
+    assert ran.code == 33, "a row failed"
+    assert (ran.json["completed"], ran.json["failed"], ran.json["kickoffs"]) == (2, 1, 3)
+    assert ran.json["flow_run_url"].endswith(ran.json["flow_run_id"])
+    assert f"Batch {name}: checking every row" in ran.err
+    assert lines(output) == {"a": "completed", "b": "failed", "c": "completed"}
+
+    told = here("batch", "status", name)
+    assert told.code == 0
+    assert "2 of 3 rows completed\n  1 failed\n  3 kickoffs" in told.out
+    assert output in told.out
+    assert here("batch", "status", name, "--json").json["states"] == {"completed": 2, "failed": 1}
+    assert name in {batch["name"] for batch in here("batch", "--json").json}
+
+    (failed,) = here("batch", "failures", name, "--json").json
+    assert (failed["key"], failed["state"], failed["error"]) == ("b", "failed", "no bad milk")
+    assert here("batch", "failures", name).out.splitlines()[1].startswith("b\t")
+
+
+def test_failed_rows_are_bought_again_by_the_name_alone_up_to_the_crews_limit(
+    here, picky, name: str, leads: str, output: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    server, crew = picky()
+    monkeypatch.chdir(tmp_path)
+    here("batch", "run", crew, "leads.csv", "--name", name, "--output", "out.jsonl", "--key", "id")
+    monkeypatch.chdir("/")
+    resumed = here("batch", "resume", name)
+    assert (resumed.code, server.kickoffs) == (33, 3)
+    assert "prefect-crew batch retry" in resumed.err
+    again = here("batch", "retry", name, "--key", "b", "--json")
+    assert (again.code, again.json["kickoffs"], server.kickoffs) == (33, 1, 4)
+    more = here("batch", "retry", name)
+    assert server.kickoffs == 4
+    assert "max_kickoffs" in more.err
+    assert lines(output) == {"a": "completed", "b": "failed", "c": "completed"}
+    for row, why in (("a", "has completed"), ("z", "has bought nothing for a row 'z'")):
+        refused = here("batch", "retry", name, "--key", row)
+        assert refused.code == 25
+        assert why in refused.err
+
+
+def test_what_cannot_be_run_is_said_by_line_before_anything_is_bought(here, picky, name: str, tmp_path: Path):
+    server, crew = picky()
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"topic": "tea"}\n{"theme": "milk"}\n')
+    planned = here("batch", "plan", crew, str(path))
+    assert planned.code == 33
+    assert "Line 2 cannot be run: has no column of the crew's inputs: topic." in planned.out
+    output = str(tmp_path / "out.jsonl")
+    refused = here("batch", "run", crew, str(path), "--name", name, "--output", output, "--json")
+    assert (refused.code, server.kickoffs) == (34, 0)
+    assert "line 2" in refused.json["error"]["message"]
+    taken = here("batch", "run", crew, str(path), "--name", name, "--output", output, "--on-bad-row", "set-aside")
+    assert (taken.code, server.kickoffs) == (33, 1)
+    asked = here("batch", "run", crew, str(path), "--name", name, "--output", output, "-i", "topic")
+    assert asked.code == 2
+
+
+def test_inputs_come_from_columns_and_templates(here, picky, name: str, tmp_path: Path, output: str):
+    _, crew = picky()
+    path = tmp_path / "rows.csv"
+    path.write_text("what;how\n", encoding="utf-8")
+    path.write_text("what,how\ntea,hot\n", encoding="utf-16")
+    ran = here(
+        *("batch", "run", crew, str(path), "--name", name, "--output", output, "--encoding", "utf-16"),
+        *("-i", "topic={{ how }} {{ what }}", "--on-failure", "stop", "--max-in-flight", "3", "--timeout", "30"),
+    )
+    assert ran.code == 0, ran.err
+    assert ran.out.startswith(f"Batch {name}: 1 of 1 rows completed in ")
+    assert json.loads(Path(output).read_text())["output"] == "on hot tea"
+
+
+def test_a_crew_that_is_given_by_its_address_needs_the_same_call_again(
+    here, crews: CrewServer, name: str, tmp_path: Path, output: str
+):
+    path = tmp_path / "rows.csv"
+    path.write_text("who\nAda\n")
+    call = ("batch", "run", f"{crews.url}/greet", str(path), "--name", name, "--output", output)
+    assert here(*call).code == 0
+    refused = here("batch", "resume", name)
+    assert refused.code == 25
+    assert "its crew is no stored block. Make the same call again" in refused.err
+    again = here(*call, "--json")
+    assert (again.code, again.json["kickoffs"]) == (0, 0)
+    assert TOKEN not in again.out + again.err
+
+
+def test_a_ledger_that_is_not_here_is_missed_and_not_made_anew(here, picky, name: str, leads: str, output: str):
+    server, crew = picky()
+    call = ("batch", "run", crew, leads, "--name", name, "--output", output)
+    here(*call)
+    ledger = Path(f"{output}.ledger.db")
+    ledger.rename(ledger.with_name("elsewhere.db"))
+    for command in (("status", name), ("failures", name), ("retry", name)):
+        missed = here("batch", *command)
+        assert missed.code == 35
+        assert str(ledger) in missed.err
+        assert not ledger.exists()
+    Path(output).unlink()
+    assert (here(*call).code, server.kickoffs) == (35, 3)
+    assert here("batch", "status", name, "--ledger", str(ledger.with_name("elsewhere.db"))).code == 0
+    assert here("batch", "status", "nobody's").code == 25
+
+
+@pytest.mark.parametrize("started", [pytest.param(True, id="it-started"), pytest.param(False, id="it-never-did")])
+def test_an_uncertain_row_is_settled_and_gone_on_with(here, picky, name: str, leads: str, output: str, started: bool):
+    server, crew = picky(faults=["kickoff:drop-after-accept@1"])
+    ran = here("batch", "run", crew, leads, "--name", name, "--output", output, "--key", "id", "--json")
+    (row,) = ran.json["uncertain_keys"]
+    assert (ran.code, server.kickoffs) == (33, 3)
+    listed = here("batch", "failures", name)
+    assert f"{row}\t\tuncertain\t" in listed.out
+    assert "prefect-crew batch settle" in listed.err
+    assert here("batch", "retry", name, "--key", row).code == 25
+    assert here("batch", "settle", name, row).code == 2
+    assert here("batch", "settle", name, "z", "--never-started").code == 25
+    if started:
+        assert here("batch", "settle", name, row, "--kickoff-id", "made up").code == 25
+        known = {line["kickoff_id"] for line in map(json.loads, Path(output).read_text().splitlines())}
+        (run,) = {run.id for run in server.runs} - known
+        settled = here("batch", "settle", name, row, "--kickoff-id", run)
+    else:
+        settled = here("batch", "settle", name, row, "--never-started")
+    assert settled.code == 0, settled.err
+    assert f"batch resume '{name}'" in settled.out
+    here("batch", "resume", name)
+    assert lines(output).keys() == {"a", "b", "c"}
+    assert server.kickoffs == (3 if started else 4)
+
+
+@pytest.mark.slow
+def test_on_a_terminal_a_bar_is_drawn_and_ctrl_c_stops_what_is_in_flight(
+    prefect_api: PrefectServer, crew_server: CrewServerFactory, name: str, tmp_path: Path, output: str, here
+):
+    server = crew_server(script({"seconds": 60, "output": "late"}, inputs=["topic"]), port=True, token=TOKEN)
+    path = tmp_path / "rows.csv"
+    path.write_text("topic\n" + "".join(f"topic {number}\n" for number in range(30)))
+    command = ["batch", "run", server.url, str(path), "--name", name, "--output", output, "--max-in-flight", "12"]
+    env = environment(tmp_path / "home", {"PREFECT_API_URL": prefect_api.api_url})
+    with Terminal([program("prefect-crew"), *command], env=env) as screen:
+        screen.wait_for("12 in flight")
+        assert "0 of 30" in screen.output
+        screen.press("\x03")
+        assert screen.wait(60) == 130
+    assert "Traceback" not in screen.output
+    assert server.kickoffs == 12
+    assert here("batch", "status", name, "--json").json["states"] == {"stopped": 12}
