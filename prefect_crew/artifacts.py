@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import re
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from contextvars import ContextVar
 from uuid import UUID
 
 import httpx
@@ -17,12 +20,13 @@ from prefect.client.schemas.sorting import ArtifactSort
 from prefect.context import FlowRunContext, TaskRunContext
 from prefect.exceptions import PrefectException, PrefectHTTPStatusError
 
-from prefect_crew.impatience import request_soon
+from prefect_crew.impatience import busy, request_soon
+from prefect_crew.logs import run_logger
 from prefect_crew.patience import within
 from prefect_crew.rendering import RunView, render_run
+from prefect_crew.turns import Rank
 
-__all__ = ["MarkdownArtifact", "RunArtifact", "artifact_key"]
-
+__all__ = ["MarkdownArtifact", "RunArtifact", "artifact_key", "showing_beside"]
 
 SHOW_FOR = 5.0
 """Seconds for which showing something outlasts a Prefect API that is busy."""
@@ -59,9 +63,20 @@ class MarkdownArtifact:
             return f"the Prefect API did not take it in {PATIENCE:g} s"
         return None
 
-    async def _put(self, data: str, new: bool) -> None:
-        if self._id is None and not new:
+    @property
+    def known_id(self) -> UUID | None:
+        """Its id, as far as it is known here."""
+        return self._id
+
+    async def find(self) -> UUID | None:
+        """Return its id; None where there is none. Raises what the Prefect API does."""
+        if self._id is None:
             self._id = await self._find()
+        return self._id
+
+    async def _put(self, data: str, new: bool) -> None:
+        if not new:
+            await self.find()
         if self._id is not None and not await self._update(data):
             self._id = None
         if self._id is None:
@@ -71,7 +86,8 @@ class MarkdownArtifact:
         """Update the artifact; False if somebody has removed it."""
         async with get_client() as client:
             try:
-                await request_soon(client, "PATCH", f"/artifacts/{self._id}", json={"data": data}, patience=SHOW_FOR)
+                path, json = f"/artifacts/{self._id}", {"data": data}
+                await request_soon(client, "PATCH", path, json=json, patience=SHOW_FOR, rank=Rank.VIEW)
             except PrefectHTTPStatusError as error:
                 if error.response.status_code != 404:
                     raise
@@ -82,18 +98,21 @@ class MarkdownArtifact:
         """Make the artifact, of the flow and task run that this is called from."""
         flow_context, task_context = FlowRunContext.get(), TaskRunContext.get()
         flow_run = None if flow_context is None else flow_context.flow_run
+        artifact = ArtifactCreate(
+            key=self.key,
+            type="markdown",
+            description=self.description,
+            data=data,
+            flow_run_id=None if flow_run is None else flow_run.id,
+            task_run_id=None if task_context is None else task_context.task_run.id,
+        )
+        body = artifact.model_dump(mode="json", exclude_unset=True)
         async with get_client() as client:
-            made = await client.create_artifact(
-                ArtifactCreate(
-                    key=self.key,
-                    type="markdown",
-                    description=self.description,
-                    data=data,
-                    flow_run_id=None if flow_run is None else flow_run.id,
-                    task_run_id=None if task_context is None else task_context.task_run.id,
-                )
+            # Nothing but busy is repeated: who knows whether a request that was lost has made one.
+            made = await request_soon(
+                client, "POST", "/artifacts/", json=body, patience=SHOW_FOR, rank=Rank.VIEW, again=busy
             )
-        self._id = made.id
+        self._id = UUID(made.json()["id"])
 
     async def _find(self) -> UUID | None:
         """Return the artifact that another process, or an earlier attempt of this flow run, made for the same."""
@@ -113,18 +132,92 @@ class MarkdownArtifact:
         return None
 
 
+class _Beside:
+    """The artifacts that are brought up to date beside the work of one event loop."""
+
+    def __init__(self) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.jobs: set[asyncio.Task[None]] = set()
+
+
+_beside: ContextVar[_Beside | None] = ContextVar("prefect_crew_beside", default=None)
+
+
+@asynccontextmanager
+async def showing_beside() -> AsyncGenerator[None]:
+    """Bring runs' artifacts up to date beside the work meanwhile, and wait for them at the end only.
+
+    What a run waits for goes before them. Within another one, that one's end is the end.
+    """
+    if _here() is not None:
+        yield
+        return
+    beside = _Beside()
+    token = _beside.set(beside)
+    try:
+        yield
+    finally:
+        _beside.reset(token)
+        if beside.jobs:
+            await asyncio.wait(set(beside.jobs), timeout=PATIENCE)
+
+
+def _here() -> _Beside | None:
+    beside = _beside.get()
+    # A sync call from within runs on a loop of its own, which ends before ours.
+    return beside if beside is not None and beside.loop is asyncio.get_running_loop() else None
+
+
 class RunArtifact:
     """The artifact of one run."""
 
     def __init__(self, crew: str, kickoff_id: str, *, flow_run_id: str | None) -> None:
+        self._kickoff_id = kickoff_id
         self._artifact = MarkdownArtifact(
             artifact_key(crew), f"Run {kickoff_id} of crew {crew}", flow_run_id=flow_run_id
         )
+        self._next: tuple[str, bool] | None = None
+        self._job: asyncio.Task[None] | None = None
+        self._told: set[str] = set()
 
     async def create(self, view: RunView) -> str | None:
         """Make the artifact; return the trouble, if any."""
-        return await self._artifact.put(render_run(view), new=True)
+        return await self._show(render_run(view), new=True)
 
     async def update(self, view: RunView) -> str | None:
         """Bring the artifact up to date, or make it; return the trouble, if any."""
-        return await self._artifact.put(render_run(view))
+        return await self._show(render_run(view), new=False)
+
+    @property
+    def known_id(self) -> UUID | None:
+        """Its id, as far as it is known here."""
+        return self._artifact.known_id
+
+    async def artifact_id(self) -> UUID | None:
+        """Return its id, asking the server where another process made it; None where there is none.
+
+        Raises:
+            httpx.HTTPError, PrefectException: The Prefect API is away.
+        """
+        return await self._artifact.find()
+
+    async def _show(self, data: str, *, new: bool) -> str | None:
+        beside = _here()
+        if beside is None:
+            return await self._artifact.put(data, new=new)
+        # Of what is not written yet, the newest will do.
+        self._next = (data, new or (self._next is not None and self._next[1]))
+        if self._job is None or self._job.done():
+            self._job = asyncio.ensure_future(self._catch_up())
+            beside.jobs.add(self._job)
+            self._job.add_done_callback(beside.jobs.discard)
+        return None
+
+    async def _catch_up(self) -> None:
+        while self._next is not None:
+            (data, new), self._next = self._next, None
+            trouble = await self._artifact.put(data, new=new)
+            said = "Run %s has no artifact: %s" if new else "The artifact of run %s could not be updated: %s"
+            if trouble and said not in self._told:
+                self._told.add(said)
+                run_logger().warning(said, self._kickoff_id, trouble)

@@ -10,13 +10,16 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections.abc import Callable
 from typing import Any, cast
 
 import httpx
 from prefect.client.orchestration import PrefectClient
 from prefect.exceptions import PrefectHTTPStatusError
 
-__all__ = ["request_once", "request_soon", "transient"]
+from prefect_crew.turns import Rank, line_here
+
+__all__ = ["busy", "request_once", "request_soon", "transient"]
 
 
 def transient(error: Exception) -> bool:
@@ -26,20 +29,41 @@ def transient(error: Exception) -> bool:
     return isinstance(error, httpx.TransportError)
 
 
-async def request_soon(client: PrefectClient, method: str, path: str, *, json: Any, patience: float) -> httpx.Response:
+def busy(error: Exception) -> bool:
+    """Return whether the Prefect API has done nothing because it was busy: asking again is safe, whatever is asked."""
+    return isinstance(error, PrefectHTTPStatusError) and error.response.status_code == 503
+
+
+async def request_soon(
+    client: PrefectClient,
+    method: str,
+    path: str,
+    *,
+    json: Any,
+    patience: float,
+    rank: Rank = Rank.RECORD,
+    again: Callable[[Exception], bool] = transient,
+) -> httpx.Response:
     """Make one request, again and again for `patience` seconds while the Prefect API is away or busy.
+
+    `again` tells which errors are worth another attempt. Changes that meet on a locked database go in turns afterwards,
+    by `rank`.
 
     Raises:
         PrefectHTTPStatusError, httpx.TransportError: The last attempt's.
     """
     loop = asyncio.get_running_loop()
+    line = line_here()
     until = loop.time() + patience
     delay = 0.02
     while True:
         try:
-            return await request_once(client, method, path, json=json)
+            async with line.turn(rank):
+                return await request_once(client, method, path, json=json)
         except (PrefectHTTPStatusError, httpx.TransportError) as error:
-            if not transient(error) or loop.time() + delay > until:
+            if busy(error):
+                line.form()
+            if not again(error) or loop.time() + delay > until:
                 raise
         # At random, so that those who met on a locked database do not meet again.
         await asyncio.sleep(delay * (0.5 + random.random()))  # noqa: S311  no secret depends on it

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 from prefect_crew.api.errors import AuthenticationError, ConfigurationError, CrewError, InvalidInputsError
 from prefect_crew.api.inputs import encode_inputs, inputs_digest, missing_inputs, unknown_inputs
-from prefect_crew.api.models import CrewState
+from prefect_crew.api.models import CrewInput, CrewState
 from prefect_crew.api.withholding import withholding
 from prefect_crew.interrupts import watch_ctrl_c
 from prefect_crew.logs import run_logger
@@ -18,6 +20,7 @@ from prefect_crew.records import Decision, RecordStore
 from prefect_crew.redaction import holds_secret
 from prefect_crew.run_keys import identify
 from prefect_crew.sessions import CrewSession
+from prefect_crew.settings import CrewSettings
 from prefect_crew.stopping import known_cancelled
 from prefect_crew.wakeups import subscribe
 from prefect_crew.watching import tell
@@ -26,7 +29,7 @@ if TYPE_CHECKING:
     from prefect_crew.api.webhooks import Webhooks
     from prefect_crew.blocks import DeployedCrew
 
-__all__ = ["check_inputs", "open_run"]
+__all__ = ["check_inputs", "knowing_inputs", "open_run"]
 
 
 async def open_run(
@@ -59,11 +62,13 @@ async def open_run(
         raise ConfigurationError(f"{error} Nothing was started.") from None
     digest = inputs_digest(encoded)
     identity = await identify(crew.label, digest, run_key=run_key, name=name, inside_own_task=inside_own_task)
-    purchase = Purchase(crew, identity, encoded, digest, name, meta, webhooks, force_new)
+    settings = CrewSettings()
+    purchase = Purchase(crew, identity, encoded, digest, name, meta, webhooks, force_new, settings=settings)
     if known_cancelled(purchase.identity.caller.flow_run_id):
         # A flow that catches the end of one wait must not go on buying.
         raise CrewError(f"Flow run {purchase.identity.caller.flow_run_id} was cancelled: it kicks off nothing more.")
-    subscribe()
+    if settings.webhook_url:
+        subscribe()
     async with CrewSession(crew) as session:
         # Open as long as the POST may be in flight, so that a Ctrl-C meanwhile stops what it started.
         with watch_ctrl_c(), withholding(crew.redactor(encoded)):
@@ -87,6 +92,19 @@ async def open_run(
     return run
 
 
+_known: ContextVar[Mapping[str, Sequence[CrewInput]] | None] = ContextVar("prefect_crew_known_inputs", default=None)
+
+
+@contextmanager
+def knowing_inputs(expected: Mapping[str, Sequence[CrewInput]]) -> Generator[None]:
+    """Take the inputs that crews name, by their URLs, as told: whoever has just asked need not ask again."""
+    token = _known.set(expected)
+    try:
+        yield
+    finally:
+        _known.reset(token)
+
+
 async def check_inputs(session: CrewSession, inputs: Mapping[str, Any]) -> None:
     """Check inputs against `GET /inputs`. A crew that does not say what it needs is no obstacle.
 
@@ -94,8 +112,9 @@ async def check_inputs(session: CrewSession, inputs: Mapping[str, Any]) -> None:
         InvalidInputsError: Some are missing.
         AuthenticationError: The token is refused, also after a reload of a stored block.
     """
+    known = (_known.get() or {}).get(session.crew.url)
     try:
-        expected = await session.client.inputs()
+        expected = await session.client.inputs() if known is None else known
     except AuthenticationError:
         if not await session.renew():
             raise

@@ -12,21 +12,26 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 from uuid import UUID
 
-from prefect.client.orchestration import get_client
+import httpx
+from prefect.client.orchestration import PrefectClient, get_client
 from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
 from pydantic import ValidationError
 from pydantic_core import to_json
 
 from prefect_crew.api.errors import CrewError
-from prefect_crew.impatience import request_soon
+from prefect_crew.impatience import busy, request_soon
 from prefect_crew.records import RecordPhase, RunRecord, SentReview
 
-__all__ = ["PrefectRecords", "record_name"]
+__all__ = ["SUSPENDED", "PrefectRecords", "record_name", "suspended_prefix"]
 
 TAG = "prefect-crew"
 VALUE_LIMIT = 4900
 """Bytes of JSON; Prefect refuses more than 5,000."""
 PAGE = 200
+BUSY_FOR = 10.0
+"""Seconds for which a claim is repeated by us while the Prefect API is busy."""
+CLIENTS_OWN = (408, 429, 502, 503)
+"""Answers after which Prefect's client sends a request again by itself."""
 SAVE_FOR = 300.0
 """Seconds for which saving a record outlasts a Prefect API that is away."""
 
@@ -45,6 +50,15 @@ _NOTE = "crew_wait_"
 
 def _waiter_prefix(record: RunRecord) -> str:
     return f"{_NOTE}{_digest(record.run_key)}_{record.attempt}_"
+
+
+SUSPENDED = "crew_suspended_"
+"""What the names of all notes begin with that a suspended flow run waits for a run."""
+
+
+def suspended_prefix(run_key: str, attempt: int) -> str:
+    """Return what the names of those notes about one attempt begin with."""
+    return f"{SUSPENDED}{_digest(run_key)}_{attempt}_"
 
 
 _SHORTER = {"result": None, "step": 100, "error": 200, "reason": 200, "crew": 100}
@@ -83,6 +97,26 @@ def _parse(variable: Mapping[str, Any]) -> RunRecord | None:
         return None
 
 
+async def _created(client: PrefectClient, variable: dict[str, Any]) -> bool:
+    """Create a Variable; False if there is one of its name.
+
+    While the server is busy it has done nothing, and is asked again soon. All else is for Prefect's client to repeat,
+    which does not tell whether the conflict is with its own first attempt.
+    """
+    try:
+        try:
+            await request_soon(client, "POST", "/variables/", json=variable, patience=BUSY_FOR, again=busy)
+        except (PrefectHTTPStatusError, httpx.TransportError) as error:
+            if isinstance(error, PrefectHTTPStatusError) and error.response.status_code not in CLIENTS_OWN:
+                raise
+            await client.request("POST", "/variables/", json=variable)
+    except PrefectHTTPStatusError as error:
+        if error.response.status_code != 409:
+            raise
+        return False
+    return True
+
+
 def _unacceptable(error: Exception) -> bool:
     return isinstance(error, PrefectHTTPStatusError) and error.response.status_code in (400, 413, 422)
 
@@ -102,14 +136,7 @@ class PrefectRecords:
         """
         name = record_name(record.run_key, record.attempt)
         async with get_client() as client:
-            try:
-                await client.request(
-                    "POST", "/variables/", json={"name": name, "value": _value(record), "tags": _tags(record)}
-                )
-            except PrefectHTTPStatusError as error:
-                if error.response.status_code != 409:
-                    raise
-            else:
+            if await _created(client, {"name": name, "value": _value(record), "tags": _tags(record)}):
                 return True
             # Prefect's client sends a request again after a read timeout or a 502: the conflict may be our own claim.
             variable = await client.read_variable_by_name(name)
@@ -167,11 +194,16 @@ class PrefectRecords:
             yield record
 
     async def delete(self, record: RunRecord) -> None:
-        """Forget an attempt, and what people answered. A later call with its key is then a new purchase."""
-        answers = [
-            str(value["name"]) async for value in self._values({"name": {"like_": _answer_prefix(record) + "%"}})
+        """Forget an attempt, what people answered, and who is suspended for it.
+
+        A later call with its key is then a new purchase.
+        """
+        beside = [
+            str(value["name"])
+            for prefix in (_answer_prefix(record), suspended_prefix(record.run_key, record.attempt))
+            async for value in self.notes(prefix)
         ]
-        for name in (*answers, record_name(record.run_key, record.attempt)):
+        for name in (*beside, record_name(record.run_key, record.attempt)):
             await self.delete_note(name)
 
     async def owner_ended(self, record: RunRecord) -> bool:
@@ -184,13 +216,7 @@ class PrefectRecords:
         """Note that a flow run other than the owner waits for the run. A second note of the same is no error."""
         name = _waiter_prefix(record) + flow_run_id.replace("-", "")
         async with get_client() as client:
-            try:
-                await client.request(
-                    "POST", "/variables/", json={"name": name, "value": {"flow_run_id": flow_run_id}, "tags": []}
-                )
-            except PrefectHTTPStatusError as error:
-                if error.response.status_code != 409:
-                    raise
+            await _created(client, {"name": name, "value": {"flow_run_id": flow_run_id}, "tags": []})
 
     async def remove_waiter(self, record: RunRecord, flow_run_id: str) -> None:
         """Take that note away."""
@@ -218,6 +244,24 @@ class PrefectRecords:
         """Return what the names of a record's notes begin with."""
         return _waiter_prefix(record)
 
+    async def notes(self, prefix: str) -> AsyncIterator[dict[str, Any]]:
+        """Yield what stands beside the records under names that begin so, as `name` and `value`."""
+        async for value in self._values({"name": {"like_": prefix + "%"}}):
+            if str(value["name"]).startswith(prefix):  # `_` is a wildcard of LIKE
+                yield value
+
+    async def put_note(self, name: str, value: Mapping[str, Any]) -> None:
+        """Write something down beside a record, in place of what stands under that name."""
+        async with get_client() as client:
+            try:
+                await client.request("POST", "/variables/", json={"name": name, "value": dict(value), "tags": []})
+            except PrefectHTTPStatusError as error:
+                if error.response.status_code != 409:
+                    raise
+                await request_soon(
+                    client, "PATCH", f"/variables/name/{name}", json={"value": dict(value)}, patience=SAVE_FOR
+                )
+
     async def delete_note(self, name: str) -> None:
         """Take a note away by its name."""
         async with get_client() as client:
@@ -239,15 +283,7 @@ class PrefectRecords:
         """Write down an answer that is about to be sent; False if somebody else's of this number stands there."""
         value = review.model_dump(mode="json")
         async with get_client() as client:
-            try:
-                await client.request(
-                    "POST", "/variables/", json={"name": self._answer_name(record, number), "value": value, "tags": []}
-                )
-            except PrefectHTTPStatusError as error:
-                if error.response.status_code != 409:
-                    raise
-                return False
-        return True
+            return await _created(client, {"name": self._answer_name(record, number), "value": value, "tags": []})
 
     async def save_review(self, record: RunRecord, number: int, review: SentReview) -> None:
         """Write down what became of it."""
