@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import time
+from asyncio import to_thread
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +58,9 @@ async def watch_folder(
 ) -> list[dict[str, Any]]:
     """Run the crew over every new file of a folder, and move each file to its subfolder `done`.
 
-    The name of a file's batch is made of its name and its content, so that a file that was not moved in time, since the
-    machine went down, is gone on with and not run again. One that cannot be read is moved to the subfolder `refused`.
+    The name of a file's batch is made of its name and its content: a file that was not moved in time, since the machine
+    went down, is gone on with and not bought again, and neither is one that comes in a second time. Runs of this flow
+    may overlap. A file that cannot be read, or holds a row that cannot be run, is moved to the subfolder `refused`.
 
     Args:
         crew: The name of the crew's block, as under Blocks.
@@ -68,17 +71,21 @@ async def watch_folder(
         ledger: A path, the URL of a PostgreSQL, or secret://NAME, for all of them.
         options: More of run_batch's options.
     """
-    log, reports = get_run_logger(), list[dict[str, Any]]()
-    for path in new_files(Path(folder), pattern, settled_seconds):
-        name = f"{path.name}-{digest(path)[:12]}"
-        lines = Path(output) / f"{name}.jsonl"
+    log, reports, inbox = get_run_logger(), list[dict[str, Any]](), Path(folder)
+    if not await to_thread(inbox.is_dir):
+        log.warning("There is no folder %s here, so nothing can come in.", folder)
+    for path in new_files(inbox, pattern, settled_seconds):
         try:
+            name = f"{path.name}-{digest(path)[:12]}"
+            lines = Path(output) / f"{name}.jsonl"
             report = await arun_batch(crew, path, name=name, output=str(lines), ledger=ledger, **(options or {}))
         except BatchBusyError as error:
-            log.info("%s", error)
-        except DatasetError as error:
-            log.warning("%s It is moved to the folder refused.", error)
-            move(path, "refused")
+            log.info("%s", error)  # another run of this flow has the file
+        except (DatasetError, FileNotFoundError) as error:
+            # Gone: another run of this flow was just done with it.
+            if path.exists():
+                log.warning("%s It is moved to the folder refused.", error)
+                move(path, "refused")
         else:
             if is_through(report):
                 move(path, "done")
@@ -89,9 +96,14 @@ async def watch_folder(
 
 
 def new_files(folder: Path, pattern: str, settled_seconds: float) -> list[Path]:
-    """Return the files that nobody is still writing."""
-    files = [path for path in sorted(folder.glob(pattern)) if path.is_file()]
-    return [path for path in files if time.time() - path.stat().st_mtime >= settled_seconds]
+    """Return the files that nobody is still writing, the oldest first."""
+    found: list[tuple[float, Path]] = []
+    for path in folder.glob(pattern):
+        with suppress(FileNotFoundError):  # another run of this flow was just done with it
+            changed = path.stat().st_mtime
+            if path.is_file() and time.time() - changed >= settled_seconds:
+                found.append((changed, path))
+    return [path for _, path in sorted(found)]
 
 
 def is_through(report: BatchReport) -> bool:
@@ -114,4 +126,5 @@ def move(path: Path, subfolder: str) -> None:
     target.parent.mkdir(exist_ok=True)
     while target.exists():
         target = target.with_name(f"{target.stem}-again{target.suffix}")
-    path.rename(target)
+    with suppress(FileNotFoundError):  # another run of this flow has moved it
+        path.rename(target)

@@ -10,10 +10,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator, Mapping
 from contextlib import AsyncExitStack
-from typing import Annotated, Any
+from typing import Any
 
 from prefect import flow
-from pydantic import Field
 
 from prefect_crew.api.errors import ConfigurationError
 from prefect_crew.api.models import CrewInput
@@ -118,12 +117,18 @@ def shard_call(batch: OpenBatch, shard: int, shards: int) -> dict[str, Any]:
 
 @flow(name="batch-shard", flow_run_name="{batch} shard {shard} of {shards}")
 async def batch_shard(
-    batch: Annotated[str, Field(description="The batch's name.")],
-    shard: Annotated[int, Field(description="Which shard this is, from 0.")],
-    shards: Annotated[int, Field(description="How many there are.")],
-    call: Annotated[dict[str, Any], Field(description="What the parent gives it.")],
+    batch: str,
+    shard: int,
+    shards: int,
+    call: dict[str, Any],
 ) -> dict[str, Any]:
     """Run one shard of a batch. `run_batch(…, shards=N, deployment=…)` starts it; deploy this flow as it is.
+
+    Args:
+        batch: The batch's name.
+        shard: Which shard this is, from 0.
+        shards: How many there are.
+        call: What its parent gives it.
 
     Returns:
         How many of its rows completed, failed and are uncertain, and why it stopped buying, if it did.

@@ -1,0 +1,136 @@
+"""A crew over the rows of a file, and a folder whose new files are picked up once and never twice."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from prefect_crew import BatchFailedError
+from prefect_crew.server.local import InProcessCrewServer
+from support.deployed import load_flow
+from support.scripts import script
+
+ECHO = script({"seconds": 0.2, "output": "on {{ topic }}"}, inputs=["topic"])
+PICKY = script({"output": "on {{ topic }}", "fail": "{{ 'no ' + topic if 'bad' in topic }}"}, inputs=["topic"])
+
+
+class Folder:
+    """A folder that the flow watches."""
+
+    def __init__(self, place: Path) -> None:
+        self.inbox, self.outbox = place / "inbox", place / "outbox"
+        self.inbox.mkdir()
+
+    def receive(self, name: str, text: str, *, age: float = 60.0) -> Path:
+        path = self.inbox / name
+        path.write_text(text)
+        past = path.stat().st_mtime - age
+        os.utime(path, (past, past))
+        return path
+
+    async def look(self, crew: str, **more: Any) -> list[dict[str, Any]]:
+        return await load_flow("batch.py:watch_folder")(crew, str(self.inbox), str(self.outbox), **more)
+
+    @property
+    def files(self) -> set[str]:
+        return {str(path.relative_to(self.inbox)) for path in self.inbox.rglob("*") if path.is_file()}
+
+    def lines(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for path in self.outbox.glob("*.jsonl") for line in path.read_text().splitlines()]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Folder:
+    return Folder(tmp_path)
+
+
+@pytest.fixture
+def echo(save_crew: Any) -> InProcessCrewServer:
+    return save_crew("batch-echo", ECHO)
+
+
+async def test_a_file_is_run_and_what_failed_fails_the_flow(save_crew: Any, tmp_path: Path):
+    server = save_crew("batch-picky", PICKY)
+    (tmp_path / "rows.csv").write_text("topic\ntea\nbad milk\n")
+    flow = load_flow("batch.py:batch_file")
+    call = ("batch-picky", str(tmp_path / "rows.csv"), "of a file", str(tmp_path / "out.jsonl"))
+    for _ in range(2):
+        with pytest.raises(BatchFailedError, match="1 of 2 rows completed, 1 failed"):
+            await flow(*call)
+        assert server.kickoffs == 2
+    more = {"inputs": {"topic": "{{ topic | length }}"}, "max_in_flight": 1}
+    report = await flow(*call[:2], "with options", str(tmp_path / "other.jsonl"), options=more)
+    assert report["completed"] == 2
+
+
+async def test_a_new_file_is_run_once_and_moved(echo: InProcessCrewServer, folder: Folder):
+    assert await folder.look("batch-echo") == []
+    folder.receive("a.csv", "topic\ntea\nmilk\n")
+    folder.receive("b.csv", "topic\ncake\n")
+    folder.receive("fresh.csv", "topic\nstill being writ", age=0)
+    folder.receive("notes.txt", "no rows")
+    reports = await folder.look("batch-echo")
+    assert [report["completed"] for report in reports] == [2, 1]
+    assert folder.files == {"done/a.csv", "done/b.csv", "fresh.csv", "notes.txt"}
+    assert await folder.look("batch-echo") == []
+    assert echo.kickoffs == 3
+    # The same file once more is no new purchase; another one of its name is.
+    folder.receive("a.csv", "topic\ntea\nmilk\n")
+    await folder.look("batch-echo")
+    assert echo.kickoffs == 3
+    folder.receive("a.csv", "topic\nwine\n")
+    await folder.look("batch-echo")
+    assert echo.kickoffs == 4
+    assert folder.files >= {"done/a.csv", "done/a-again.csv", "done/a-again-again.csv"}
+    assert sorted(line["output"] for line in folder.lines()) == ["on cake", "on milk", "on tea", "on wine"]
+
+
+async def test_two_looks_at_once_buy_nothing_twice(echo: InProcessCrewServer, folder: Folder):
+    for number in range(3):
+        folder.receive(f"{number}.csv", f"topic\ntea {number}\nmilk {number}\n")
+    looks = await asyncio.gather(*(folder.look("batch-echo") for _ in range(3)))
+    assert sum(report["kickoffs"] for look in looks for report in look) == echo.kickoffs == 6
+    await folder.look("batch-echo")
+    assert folder.files == {"done/0.csv", "done/1.csv", "done/2.csv"}
+    assert echo.kickoffs == len(folder.lines()) == 6
+
+
+async def test_a_look_that_is_cut_off_is_gone_on_with(save_crew: Any, folder: Folder):
+    slow = save_crew("batch-slow", script({"seconds": 20, "output": "on {{ topic }}"}, inputs=["topic"]))
+    folder.receive("a.csv", "topic\n" + "".join(f"topic {number}\n" for number in range(8)))
+    looking = asyncio.ensure_future(folder.look("batch-slow", options={"max_in_flight": 5}))
+    while slow.kickoffs < 5:
+        await asyncio.sleep(0.02)
+    looking.cancel()  # by nobody who asked for a stop, as when a machine goes down
+    await asyncio.gather(looking, return_exceptions=True)
+    assert folder.files == {"a.csv"}
+    (report,) = await folder.look("batch-slow")
+    assert (report["completed"], slow.kickoffs) == (8, 8)
+    assert folder.files == {"done/a.csv"}
+    assert len(folder.lines()) == 8
+
+
+async def test_what_cannot_be_run_is_set_apart_and_the_others_go_on(echo: InProcessCrewServer, folder: Folder):
+    folder.receive("bad.csv", "subject\ntea\n")
+    folder.receive("empty.csv", "")
+    folder.receive("good.csv", "topic\ntea\n")
+    (report,) = await folder.look("batch-echo")
+    assert (report["completed"], echo.kickoffs) == (1, 1)
+    assert folder.files == {"refused/bad.csv", "refused/empty.csv", "done/good.csv"}
+
+
+async def test_a_batch_that_stopped_buying_stays_for_the_next_look(save_crew: Any, folder: Folder):
+    server = save_crew("batch-picky", PICKY)
+    folder.receive("a.csv", "topic\nbad\n" + "".join(f"tea {number}\n" for number in range(5)))
+    stop = {"on_failure": "stop", "max_in_flight": 1}
+    await folder.look("batch-picky", options=stop)
+    assert folder.files == {"a.csv"}
+    bought = server.kickoffs
+    assert bought < 6
+    await folder.look("batch-picky")
+    assert (folder.files, server.kickoffs) == ({"done/a.csv"}, 6)
