@@ -115,9 +115,7 @@ def _todo(record: RunRecord, standing: Standing) -> str:
             f"prefect-crew status {_crew(record)} {record.kickoff_id}."
         )
     if standing is Standing.WAITING:
-        return (
-            f"Answer: prefect-crew resume {_crew(record)} {record.kickoff_id} --approve, or --reject --feedback TEXT."
-        )
+        return f"Answer: prefect-crew reviews approve {record.kickoff_id}, or reject ID --feedback TEXT."
     if standing is Standing.ENDED and record.state is not CrewState.COMPLETED:
         return "Run again with its key to buy another."
     return ""

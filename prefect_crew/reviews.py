@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict
 from prefect_crew.api.certainty import KickoffFate, kickoff_fate
 from prefect_crew.api.errors import CrewError
 from prefect_crew.api.models import CrewStatus, ResumeAnswer
+from prefect_crew.api.parsing import waiting_output
 from prefect_crew.events import emit
 from prefect_crew.logs import run_logger
 from prefect_crew.receiver.targets import webhooks_for
@@ -79,8 +80,13 @@ def waiting_task(status: CrewStatus) -> str | None:
 
 
 def judged(status: CrewStatus) -> str | None:
-    """Return what a person is to judge: the last task's output, where the status shows any."""
-    return next((task.output for task in reversed(status.tasks) if task.output), None)
+    """Return what a person is to judge, where the status shows it: the documented one does not.
+
+    That is the output of the task that waits, else the last step of it. An earlier task's output is none.
+    """
+    task_id = waiting_task(status)
+    of_task = next((task.output for task in reversed(status.tasks) if task.name == task_id and task.output), None)
+    return of_task or waiting_output(status.raw) or status.last_step
 
 
 def asked_of(status: CrewStatus) -> str:

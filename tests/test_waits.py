@@ -236,7 +236,7 @@ async def test_a_person_is_told_of_once_a_turn_and_their_time_is_on_record(
     await asyncio.sleep(1.2)
     assert not waiting.done(), "a person's time does not count against the timeout"
     assert caplog.text.count(f"Crew run {run.kickoff_id} waits for a person") == 1
-    assert "prefect-crew resume CREW" in caplog.text
+    assert f"prefect-crew reviews approve {run.kickoff_id}" in caplog.text
     await run.resume("shorter", approve=False)
     while len([one for one in caplog.records if "waits for a person" in one.getMessage()]) < 2:
         await asyncio.sleep(0.05)

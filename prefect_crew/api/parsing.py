@@ -46,6 +46,7 @@ __all__ = [
     "parse_status",
     "parse_stop",
     "parse_webhook",
+    "waiting_output",
 ]
 
 _KICKOFF_KEYS = (*RUN_KEYS, "id", "task_id")
@@ -186,6 +187,14 @@ def _step(value: Any) -> str | None:
 def _human_task(source: Mapping[str, Any]) -> str | None:
     parts = (source, *(as_object(source.get(key)) for key in _HUMAN_PARTS))
     return next((found for part in parts if (found := id_of(part, _HUMAN_TASK_KEYS))), None)
+
+
+def waiting_output(body: Any) -> str | None:
+    """Return what the status of a run that waits for a person shows to be judged, None where it shows nothing."""
+    source = as_object(body)
+    parts = (*(as_object(source.get(key)) for key in _HUMAN_PARTS), source)
+    found = (shapes.text_of(part.get(key)) for part in parts for key in ("task_output", "output", "prompt"))
+    return next(shapes.filled_texts(found), None)
 
 
 def parse_resume(body: Any) -> ResumeAnswer:

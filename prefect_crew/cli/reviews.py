@@ -1,0 +1,260 @@
+"""`prefect-crew reviews`: which runs wait for a person, and answering for one."""
+
+from __future__ import annotations
+
+import asyncio
+import getpass
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import App, Parameter
+
+from prefect_crew.api.errors import CrewError
+from prefect_crew.cli import terminal
+from prefect_crew.cli.crews import JSON, CrewAccess
+from prefect_crew.cli.exits import UsageError
+from prefect_crew.cli.prefect_side import flow_run_url, reach_prefect
+from prefect_crew.cli.progress import progress
+from prefect_crew.cli.runs import ago, crew_of
+
+if TYPE_CHECKING:
+    from prefect_crew.blocks import DeployedCrew
+    from prefect_crew.record_store import PrefectRecords
+    from prefect_crew.records import RunRecord, SentReview
+    from prefect_crew.review_desk import AskedRun
+
+__all__ = ["app"]
+
+EXCERPT = 300
+"""Characters of an output that the list shows."""
+ID = Parameter(name="ID", help="The run: its kickoff id, or the beginning of it, or its run key.")
+CREW = Parameter(help="The crew, where its block is not stored under the name on record: a block or a URL.")
+BY = Parameter(help="Who answers, for the record. Left out, this machine's user.")
+TASK = Parameter(help="The task, where the status does not name it.")
+ROUND = Parameter(help="Answer only if it is at this round of questions.")
+
+app = App(name="reviews", help="Runs that wait for a person, and answering for one.", help_epilogue="")
+
+
+def _records() -> PrefectRecords:
+    with progress(quiet=True) as shown:
+        reach_prefect(shown)
+    from prefect_crew.record_store import PrefectRecords
+
+    return PrefectRecords()
+
+
+@app.default
+@app.command(name="list")
+def list_reviews(*, json: Annotated[bool, JSON] = False) -> None:
+    """List the runs that wait for a person, with what is to be judged and how to answer."""
+    found = asyncio.run(_asked(_records()))
+    if json:
+        terminal.put_json([_as_json(line, excerpt=True) for line in found])
+        return
+    if not found:
+        terminal.put("No run waits for a person.")
+        return
+    for line in found:
+        for text in _about(line):
+            terminal.put(text)
+        _put_output(line, EXCERPT)
+        terminal.put(f"  → prefect-crew reviews approve {line.kickoff_id}, or reject with --feedback TEXT")
+
+
+async def _asked(records: PrefectRecords) -> list[AskedRun]:
+    from prefect_crew.review_desk import asked_runs
+
+    stored: dict[tuple[str, str], DeployedCrew | None] = {}
+
+    async def crew(record: RunRecord) -> DeployedCrew | None:
+        name = record.crew, record.crew_url
+        if name not in stored:
+            stored[name] = await _crew(record, None, CrewAccess())
+        return stored[name]
+
+    return await asked_runs(records, crew)
+
+
+async def _crew(record: RunRecord, crew: str | None, access: CrewAccess) -> DeployedCrew | None:
+    try:
+        return await crew_of(record, crew, access)
+    except CrewError:
+        if crew is not None:
+            raise
+        return None
+
+
+@app.command
+def show(
+    run: Annotated[str, ID],
+    /,
+    *,
+    crew: Annotated[str | None, CREW] = None,
+    json: Annotated[bool, JSON] = False,
+    access: CrewAccess = CrewAccess(),  # noqa: B008 - never changed
+) -> None:
+    """Show all of what one run asks, and what was answered before."""
+    line = asyncio.run(_one(run, crew, access, _records()))
+    if json:
+        terminal.put_json(_as_json(line, excerpt=False))
+        return
+    for text in _about(line):
+        terminal.put(text)
+    for review in line.given:
+        terminal.put(f"  {_told(review)}")
+    terminal.put()
+    _put_output(line, None)
+
+
+async def _one(given: str, crew: str | None, access: CrewAccess, records: PrefectRecords) -> AskedRun:
+    from prefect_crew.review_desk import find_asked, look_at_question
+
+    record = await find_asked(given, records)
+    line = await look_at_question(record, records, lambda record: _crew(record, crew, access))
+    if line is None:
+        raise CrewError(f"Run {record.kickoff_id} of crew {record.crew} does not wait for a person.")
+    return line
+
+
+@app.command
+def approve(
+    run: Annotated[str, ID],
+    /,
+    *,
+    feedback: Annotated[str, Parameter(help="Something for the crew to know as it goes on.")] = "",
+    by: Annotated[str | None, BY] = None,
+    task: Annotated[str | None, TASK] = None,
+    round: Annotated[int | None, ROUND] = None,  # noqa: A002 - the word of the domain
+    crew: Annotated[str | None, CREW] = None,
+    json: Annotated[bool, JSON] = False,
+    access: CrewAccess = CrewAccess(),  # noqa: B008
+) -> None:
+    """Approve what a run asks: the crew goes on. Whoever waits for the run goes on by itself."""
+    _answer(run, True, feedback, by=by, task=task, round=round, crew=crew, json=json, access=access)
+
+
+@app.command
+def reject(
+    run: Annotated[str, ID],
+    /,
+    *,
+    feedback: Annotated[str, Parameter(help="What is to be done better, for the crew.")],
+    by: Annotated[str | None, BY] = None,
+    task: Annotated[str | None, TASK] = None,
+    round: Annotated[int | None, ROUND] = None,  # noqa: A002
+    crew: Annotated[str | None, CREW] = None,
+    json: Annotated[bool, JSON] = False,
+    access: CrewAccess = CrewAccess(),  # noqa: B008
+) -> None:
+    """Reject what a run asks: the task is done again with the feedback."""
+    _answer(run, False, feedback, by=by, task=task, round=round, crew=crew, json=json, access=access)
+
+
+def _answer(
+    run: str,
+    approve: bool,
+    feedback: str,
+    *,
+    by: str | None,
+    task: str | None,
+    round: int | None,  # noqa: A002
+    crew: str | None,
+    json: bool,
+    access: CrewAccess,
+) -> None:
+    if not approve and not feedback.strip():
+        raise UsageError("--feedback is empty: the crew needs to know what to do better.")
+    record, sent = asyncio.run(
+        _send(run, approve, feedback, by=by or _user(), task=task, round=round, crew=crew, access=access)
+    )
+    if json:
+        terminal.put_json({"run_key": record.run_key, "kickoff_id": record.kickoff_id, **sent.model_dump(mode="json")})
+    else:
+        terminal.put(f"Run {record.kickoff_id}: {_told(sent)}")
+
+
+async def _send(
+    given: str,
+    approve: bool,
+    feedback: str,
+    *,
+    by: str,
+    task: str | None,
+    round: int | None,  # noqa: A002
+    crew: str | None,
+    access: CrewAccess,
+) -> tuple[RunRecord, SentReview]:
+    records = _records()
+    from prefect_crew.review_desk import answer_run, find_asked
+    from prefect_crew.reviews import Review
+
+    record = await find_asked(given, records)
+    block = await _crew(record, crew, access)
+    if block is None:
+        raise CrewError(
+            f"The crew of run {record.kickoff_id}, {record.crew}, is no stored block of that address. Give --crew: a "
+            "block, or the crew's URL with CREW_TOKEN."
+        )
+    review = Review(approve=approve, feedback=feedback)
+    return record, await answer_run(record, block, records, review, by=by, task_id=task, round=round)
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError):  # a container's user without a name
+        return "the command line"
+
+
+def _about(line: AskedRun) -> list[str]:
+    record = line.record
+    facts = [
+        f"crew {record.crew}",
+        f"run {record.kickoff_id}",
+        f"since {line.since:%Y-%m-%d %H:%M:%S} UTC ({ago(line.since)})" if line.since else "since when nobody noted",
+    ]
+    if page := flow_run_url(record.flow_run_id):
+        facts.append(page)
+    asked = "" if line.seen else " (as was noted; its server was not asked)"
+    return [
+        f"{record.run_key}: task {line.task_id or 'not named'}, round {line.round}{asked}",
+        "  " + " · ".join(facts),
+    ]
+
+
+def _put_output(line: AskedRun, most: int | None) -> None:
+    if line.output is None:
+        terminal.put(f"  What is to be judged is not shown: {line.withheld}.")
+    elif most is None:
+        terminal.put_markdown(line.output)
+    else:
+        flat = " ".join(line.output.split())
+        terminal.put(f"  {flat if len(flat) <= most else flat[:most] + '…'}")
+
+
+def _told(review: SentReview) -> str:
+    verb = "approved" if review.approve else "rejected"
+    unsure = "" if review.outcome == "sent" else ", and nobody knows whether that arrived"
+    said = f": {review.feedback}" if review.feedback else ""
+    when = f"{review.at:%Y-%m-%d %H:%M:%S} UTC"
+    return f"task {review.task_id}, round {review.round} {verb} by {review.by}, {when}{unsure}{said}"
+
+
+def _as_json(line: AskedRun, *, excerpt: bool) -> dict[str, Any]:
+    record, output = line.record, line.output
+    if output is not None and excerpt:
+        output = output[:EXCERPT]
+    return {
+        "crew": record.crew,
+        "run_key": record.run_key,
+        "kickoff_id": record.kickoff_id,
+        "task_id": line.task_id,
+        "round": line.round,
+        "since": line.since.isoformat() if line.since else None,
+        "output": output,
+        "withheld": line.withheld,
+        "seen": line.seen,
+        "answers": [review.model_dump(mode="json") for review in line.given],
+        "flow_run_id": record.flow_run_id,
+        "page": flow_run_url(record.flow_run_id),
+    }

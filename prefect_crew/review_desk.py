@@ -1,0 +1,196 @@
+"""Answering for people from outside of a wait: what waits, over all records in flight, and an answer once a round."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import TYPE_CHECKING
+
+import httpx
+from prefect.exceptions import PrefectException
+
+from prefect_crew.api.errors import CrewError
+from prefect_crew.api.models import CrewState, CrewStatus
+from prefect_crew.open_runs import OpenRun
+from prefect_crew.record_store import PrefectRecords
+from prefect_crew.records import RecordPhase, RunRecord, SentReview
+from prefect_crew.reviews import Review, asked_of, is_late, judged, round_of, send_review, waiting_task
+from prefect_crew.sessions import CrewSession
+
+if TYPE_CHECKING:
+    from prefect_crew.blocks import DeployedCrew
+
+__all__ = ["AskedRun", "CrewOf", "answer_run", "asked_runs", "find_asked", "look_at_question"]
+
+AT_ONCE = 8
+"""Status calls at a time."""
+CrewOf = Callable[[RunRecord], "Awaitable[DeployedCrew | None]"]
+"""Gives the crew of a record, None where its block is not stored."""
+
+
+@dataclass(frozen=True)
+class AskedRun:
+    """A run that waits for a person.
+
+    `output` is what is to be judged as it may be shown, None where it may not, or is not known; `withheld` says why.
+    `round` counts the task's questions from 1; `since` is UTC, None where nobody has noted it; `given` is what was
+    answered before. `seen`: whether the crew's server was asked, else it is as whoever waits for the run has noted.
+    """
+
+    record: RunRecord
+    task_id: str | None
+    round: int
+    since: datetime | None
+    output: str | None = field(default=None, repr=False)
+    withheld: str | None = None
+    given: tuple[SentReview, ...] = ()
+    seen: bool = True
+
+    @property
+    def kickoff_id(self) -> str:
+        """The run's id."""
+        return str(self.record.kickoff_id)
+
+
+async def asked_runs(records: PrefectRecords, crew_of: CrewOf) -> list[AskedRun]:
+    """Return the runs in flight that wait for a person, the longest waiting first.
+
+    Each crew's server is asked, where its block is stored; else what the record has counts.
+
+    Raises:
+        httpx.HTTPError: The Prefect API is away.
+    """
+    gate = asyncio.Semaphore(AT_ONCE)
+
+    async def one(record: RunRecord) -> AskedRun | None:
+        async with gate:
+            return await look_at_question(record, records, crew_of)
+
+    found = [record async for record in records.all(RecordPhase.STARTED)]
+    lines = [line for line in await asyncio.gather(*map(one, found)) if line is not None]
+    return sorted(lines, key=lambda line: line.since or line.record.kicked_off_at or line.record.claimed_at)
+
+
+async def look_at_question(record: RunRecord, records: PrefectRecords, crew_of: CrewOf) -> AskedRun | None:
+    """Return what a run in flight asks, None if it asks nothing."""
+    crew = await crew_of(record)
+    status: CrewStatus | None = None
+    run: OpenRun | None = None
+    if crew is not None:
+        run = OpenRun(crew=crew, kickoff_id=str(record.kickoff_id), record=record)
+        try:
+            async with CrewSession(crew, withhold=run.withholding()) as session:
+                status = await session.asked(lambda client: client.status(str(record.kickoff_id)))
+        except CrewError:
+            status = None  # then what is on record has to do
+    waits = record.human_since is not None if status is None else status.state is CrewState.WAITING
+    if not waits:
+        return None
+    given = await records.reviews(record)
+    task_id = record.human_task if status is None else waiting_task(status)
+    output, withheld = _shown(run, status)
+    return AskedRun(
+        record=record,
+        task_id=task_id,
+        round=1 if task_id is None else round_of(given, task_id),
+        since=record.human_since,
+        output=output,
+        withheld=withheld,
+        given=tuple(given),
+        seen=status is not None,
+    )
+
+
+def _shown(run: OpenRun | None, status: CrewStatus | None) -> tuple[str | None, str | None]:
+    if run is None or status is None:
+        return None, "its crew's server was not asked"
+    output = judged(status)
+    if output is None:
+        return None, "the status does not show it: look at the crew's page"
+    if run.show != "full":
+        return None, f"{len(output):,} characters that this crew does not show: look at the crew's page"
+    return run.redact(output), None
+
+
+async def find_asked(given: str, records: PrefectRecords) -> RunRecord:
+    """Return the run in flight that a run key, a kickoff id or the beginning of one names.
+
+    Raises:
+        CrewError: There is none, several begin so, or it has ended.
+    """
+    attempts = await records.attempts(given)
+    record = attempts[-1] if attempts else await records.of_kickoff(given)
+    if record is None:
+        started = [one async for one in records.all(RecordPhase.STARTED)]
+        found = [one for one in started if str(one.kickoff_id).startswith(given) or one.run_key.startswith(given)]
+        if len(found) > 1:
+            ids = ", ".join(str(one.kickoff_id) for one in found[:5])
+            raise CrewError(f"{len(found)} runs in flight begin with {given!r}: {ids}. Give more of it.")
+        record = found[0] if found else None
+    if record is None:
+        raise CrewError(f"No run in flight is {given!r}. prefect-crew reviews lists those that wait for a person.")
+    if record.phase is RecordPhase.ENDED:
+        raise CrewError(f"Run {record.run_key!r} does not wait for a person: it has ended ({record.state}).")
+    if record.phase is not RecordPhase.STARTED or record.kickoff_id is None:
+        raise CrewError(f"Run {record.run_key!r} does not wait for a person: its kickoff is {record.phase}.")
+    return record
+
+
+async def answer_run(
+    record: RunRecord,
+    crew: DeployedCrew,
+    records: PrefectRecords,
+    review: Review,
+    *,
+    by: str,
+    task_id: str | None = None,
+    round: int | None = None,  # noqa: A002 - the word of the domain
+) -> SentReview:
+    """Answer for the person that a run waits for, once a round, and return what is on record of it.
+
+    Args:
+        record: The run.
+        crew: Its crew.
+        records: Where it is on record.
+        review: The answer.
+        by: Who answers.
+        task_id: The task; left out, the one that the status names. Given, a status that does not say that anybody is
+            waited for is taken as it is: not every server's does.
+        round: The round that was looked at. Another one is not answered.
+
+    Raises:
+        CrewError: Nothing waits, the round has its answer on record, or nobody knows whether that has arrived.
+        CrewAPIError, CrewConnectionError: As the server answered, or did not.
+    """
+    kickoff_id = str(record.kickoff_id)
+    run = OpenRun(crew=crew, kickoff_id=kickoff_id, record=record)
+    async with CrewSession(crew, withhold=run.withholding()) as session:
+        status = await session.asked(lambda client: client.status(kickoff_id))
+        said = status.state is CrewState.WAITING or (task_id is not None and not status.state.ended)
+        if not said or status.state is CrewState.UNKNOWN:
+            raise CrewError(f"Run {kickoff_id} of crew {crew.label} does not wait for a person: it is {status.state}.")
+        task = task_id or waiting_task(status)
+        if task is None:
+            raise CrewError(
+                f"Run {kickoff_id} of crew {crew.label} waits, and its status does not name the task. Give --task: the "
+                "crew's page and the human-input webhook show it."
+            )
+        before = await records.reviews(record)
+        asked = asked_of(status)
+        if is_late(before, task, asked):
+            last = before[-1]
+            raise CrewError(
+                f"Round {last.round} of run {kickoff_id}, task {task}, has its answer on record: "
+                f"{'approved' if last.approve else 'rejected'} by {last.by}, {last.at:%H:%M:%S} UTC, a moment ago. "
+                "Nothing was sent. Look again in some seconds: prefect-crew reviews."
+            )
+        now = round_of(before, task)
+        if round is not None and round != now:
+            raise CrewError(f"Run {kickoff_id}, task {task}, is at round {now}, not {round}. Nothing was sent.")
+        await send_review(run, session, records, task_id=task, review=review, by=by, round=now, asked=asked)
+    try:
+        return (await records.reviews(record))[-1]
+    except (httpx.HTTPError, PrefectException, IndexError) as error:
+        raise CrewError(f"The answer to run {kickoff_id} was sent; it cannot be read back now: {error}") from error

@@ -1,0 +1,199 @@
+"""`reviews`: what waits for a person, and answers once a round, on a real Prefect server."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import uuid
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+from prefect import flow
+
+from prefect_crew import DeployedCrew, arun_crew, reviews
+from prefect_crew.record_store import PrefectRecords
+from prefect_crew.records import RecordPhase, RunRecord, SentReview, utcnow
+from prefect_crew.server import CrewServer
+from support.commands import TOKEN
+from support.deployed import wait_until
+from support.prefect_server import PrefectServer
+
+pytestmark = pytest.mark.usefixtures("prefect_api", "instant_polling")
+
+
+@pytest.fixture(autouse=True)
+def quick_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This server's status does not show the output: an equal question counts as the next one after this time."""
+    monkeypatch.setattr(reviews, "SETTLE", 1.0)
+
+
+@pytest.fixture
+def block(prefect_api: PrefectServer, crews: CrewServer) -> Iterator[str]:
+    """The reviewed crew, stored; its status shows what is to be judged."""
+    name = f"reviewed-{uuid.uuid4().hex[:8]}"
+    DeployedCrew(url=f"{crews.url}/reviewed", token=TOKEN).save(name)
+    yield name
+    DeployedCrew.delete(name)
+
+
+class Asking:
+    """A flow run, in a thread, whose crew waits for a person."""
+
+    def __init__(self, block: str, **options: Any) -> None:
+        self.run_key = f"asking {uuid.uuid4()}"
+        self.outcome: Any = None
+
+        @flow
+        async def asking() -> str:
+            crew = await DeployedCrew.aload(block)
+            return (await arun_crew(crew, {"who": "Ada"}, run_key=self.run_key, **options)).output
+
+        def run() -> None:
+            try:
+                self.outcome = asyncio.run(asking())
+            except BaseException as error:
+                self.outcome = error
+
+        self._thread = threading.Thread(target=run, daemon=True)
+        self._thread.start()
+
+    @property
+    def record(self) -> RunRecord:
+        return asyncio.run(PrefectRecords().attempts(self.run_key))[-1]
+
+    def until_asked(self) -> RunRecord:
+        """Wait until a person is asked, and return what is on record then."""
+
+        def asked() -> bool:
+            attempts = asyncio.run(PrefectRecords().attempts(self.run_key))
+            return bool(attempts) and attempts[-1].human_since is not None
+
+        wait_until(asked, seconds=60, what="a person is waited for")
+        return self.record
+
+    def result(self) -> Any:
+        self._thread.join(60)
+        assert not self._thread.is_alive()
+        return self.outcome
+
+
+def test_what_waits_is_listed_answered_and_goes_on(here: Any, block: str) -> None:
+    asking = Asking(block)
+    record = asking.until_asked()
+
+    (line,) = [one for one in here("reviews", "--json").json if one["run_key"] == asking.run_key]
+    assert (line["crew"], line["task_id"], line["round"], line["answers"]) == (block, "draft", 1, [])
+    assert line["flow_run_id"] == record.flow_run_id
+    assert line["since"]
+    listed = here("reviews").out
+    assert f"prefect-crew reviews approve {record.kickoff_id}" in listed
+    assert "task draft, round 1" in listed
+
+    rejected = here("reviews", "reject", str(record.kickoff_id)[:12], "--feedback", "warmer", "--by", "Grace")
+    assert rejected.code == 0, rejected.err
+    assert "task draft, round 1 rejected by Grace" in rejected.out
+
+    def second() -> bool:
+        lines = [one for one in here("reviews", "list", "--json").json if one["run_key"] == asking.run_key]
+        return bool(lines) and lines[0]["round"] == 2
+
+    wait_until(second, seconds=60, what="the next question")
+    shown = here("reviews", "show", asking.run_key)
+    assert "round 1 rejected by Grace" in shown.out
+    approved = wait_until(
+        lambda: (done := here("reviews", "approve", asking.run_key, "--round", "2", "--json")).code == 0 and done,
+        seconds=60,
+        what="the answer, once the question counts as the next one",
+    )
+    assert (approved.json["round"], approved.json["approve"], approved.json["outcome"]) == (2, True, "sent")
+    assert asking.result() == "sent to Ada"
+    assert [(one.round, one.approve, one.outcome) for one in asyncio.run(PrefectRecords().reviews(record))] == [
+        (1, False, "sent"),
+        (2, True, "sent"),
+    ]
+    again = here("reviews", "approve", asking.run_key)
+    assert again.code == 27
+    assert "does not wait for a person: it has ended (completed)" in again.err
+
+
+def write(crews: CrewServer, **facts: Any) -> RunRecord:
+    """Write a record as somebody else would have left it."""
+    record = RunRecord(
+        **{
+            "run_key": f"key {uuid.uuid4()}",
+            "attempt": 1,
+            "crew": "not-stored",
+            "crew_url": f"{crews.url}/reviewed",
+            "inputs_digest": "d" * 32,
+            "owner": uuid.uuid4().hex,
+            "claimed_at": utcnow(),
+            "known_by": utcnow(),
+            "phase": RecordPhase.STARTED,
+            "kickoff_id": f"k-{uuid.uuid4()}",
+            "human_since": utcnow(),
+            "human_task": "draft",
+            **facts,
+        }
+    )
+    assert asyncio.run(PrefectRecords().claim(record))
+    return record
+
+
+def asked(crews: CrewServer) -> str:
+    """Kick the reviewed crew off without Prefect, and return its id once it waits."""
+    kicked = httpx.post(f"{crews.url}/reviewed/kickoff", headers=crews.headers, json={"inputs": {"who": "Ada"}})
+    kickoff_id = kicked.json()["kickoff_id"]
+
+    def waits() -> bool:
+        status = httpx.get(f"{crews.url}/reviewed/status/{kickoff_id}", headers=crews.headers).json()
+        return status["status"] == "Pending Human Input"
+
+    wait_until(waits, seconds=30, what="a person is waited for")
+    return kickoff_id
+
+
+def test_an_answer_whose_fate_is_unknown_is_not_given_again(here: Any, block: str, crews: CrewServer) -> None:
+    record = write(crews, crew=block, kickoff_id=asked(crews))
+    sent = SentReview(task_id="draft", round=1, approve=True, by="Grace", at=utcnow(), outcome="uncertain")
+    assert asyncio.run(PrefectRecords().add_review(record, 1, sent))
+    resumes = crews.requests["resume"]
+    refused = here("reviews", "approve", str(record.kickoff_id))
+    assert refused.code == 27
+    assert "nobody knows whether it arrived" in refused.err
+    assert "by Grace" in refused.err
+    assert crews.requests["resume"] == resumes
+    assert "nobody knows whether that arrived" in here("reviews", "show", record.run_key).out
+
+
+def test_a_round_that_was_not_looked_at_is_not_answered(here: Any, block: str, crews: CrewServer) -> None:
+    record = write(crews, crew=block, kickoff_id=asked(crews))
+    resumes = crews.requests["resume"]
+    refused = here("reviews", "approve", record.run_key, "--round", "2")
+    assert refused.code == 27
+    assert "is at round 1, not 2" in refused.err
+    assert crews.requests["resume"] == resumes
+
+
+def test_a_crew_that_is_not_stored_is_listed_as_noted_and_asked_for(here: Any, crews: CrewServer) -> None:
+    record = write(crews, kickoff_id=asked(crews))
+    (line,) = [one for one in here("reviews", "--json").json if one["run_key"] == record.run_key]
+    assert (line["seen"], line["task_id"], line["output"]) == (False, "draft", None)
+    refused = here("reviews", "approve", record.run_key)
+    assert refused.code == 27
+    assert "Give --crew" in refused.err
+    done = here("reviews", "approve", record.run_key, "--crew", f"{crews.url}/reviewed", "--by", "Ada")
+    assert done.code == 0, done.err
+    assert "approved by Ada" in done.out
+
+
+def test_what_names_no_run_or_several_is_refused(here: Any, crews: CrewServer) -> None:
+    first = write(crews, kickoff_id=f"twin-{uuid.uuid4()}")
+    write(crews, kickoff_id=f"twin-{uuid.uuid4()}")
+    assert "2 runs in flight begin with 'twin-'" in here("reviews", "approve", "twin-").err
+    assert here("reviews", "approve", "nobody has this").code == 27
+    gone = write(crews, phase=RecordPhase.ENDED, state="failed", ended_at=utcnow(), kickoff_id="ended")
+    assert "has ended (failed)" in here("reviews", "show", gone.run_key).err
+    assert here("reviews", "reject", str(first.kickoff_id)).code == 2
+    assert here("reviews", "reject", str(first.kickoff_id), "--feedback", " ").code == 2
