@@ -23,10 +23,11 @@ WIDTH = 32
 """Characters of the timeline."""
 SHOW_EVERY = 2.0
 """Seconds, at least, between two updates while the pipeline runs."""
-StepState = Literal["waiting", "running", "completed", "failed", "skipped"]
+StepState = Literal["waiting", "running", "suspended", "completed", "failed", "skipped"]
 _MARKS: dict[StepState, str] = {
     "waiting": "○ waiting",
     "running": "● running",
+    "suspended": "◌ running, the flow run is suspended",
     "completed": "✓ completed",
     "failed": "✗ failed",
     "skipped": "– not run",

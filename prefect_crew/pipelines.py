@@ -15,6 +15,7 @@ from typing import Annotated, Any, cast
 
 from prefect import flow
 from prefect.context import FlowRunContext, TaskRunContext
+from prefect.exceptions import Pause
 from pydantic import Field
 
 from prefect_crew.api.errors import ConfigurationError, CrewError, NotFoundError, PipelineFailedError
@@ -29,6 +30,7 @@ from prefect_crew.redaction import MASK
 from prefect_crew.run_keys import identify
 from prefect_crew.runs import arun_crew
 from prefect_crew.sessions import CrewSession
+from prefect_crew.suspension import checked_wait, standstill_here
 from prefect_crew.tasks import loaded
 from prefect_crew.waiting import WaitPolicy
 
@@ -111,6 +113,11 @@ class _Pipeline:
         self.expected = {name: answers[crew.url] for name, crew in self.crews.items()}
         self.graph.check_inputs(self.expected)
 
+    def check_waits(self) -> None:
+        """Raise ConfigurationError if a step is to suspend the flow run around this call, which cannot be."""
+        for step in self.graph.steps:
+            checked_wait(step.wait or self.wait or self.crews[step.name].wait, f"Step {step.name!r}")
+
     async def _ask(self, crew: DeployedCrew) -> list[CrewInput]:
         async with CrewSession(crew) as session:
             try:
@@ -182,8 +189,10 @@ async def arun_pipeline(
             of the flow run, starts with what failed and pays for nothing again.
     """
     pipeline = _Pipeline(PipelineGraph(steps, dict(inputs or {})), wait)
-    await pipeline.check()
-    pipeline.graph.refuse_problems()
+    with standstill_here().work():
+        await pipeline.check()
+        pipeline.graph.refuse_problems()
+        pipeline.check_waits()
     if FlowRunContext.get() is not None or TaskRunContext.get() is not None:
         return await _run(pipeline, name=name, run_key=run_key)
     token = _live.set(pipeline)
@@ -292,8 +301,12 @@ class _Work:
             run_logger().error("Step %s failed: %s", step.name, error)
             self.errors[step.name] = error
             times.end("failed", kickoff_id=getattr(error, "kickoff_id", None))
+        except Pause:
+            times.state = "suspended"
+            raise
         finally:
-            self._done[step.name].set()
+            if times.state != "suspended":  # the steps after it are for when the flow run goes on
+                self._done[step.name].set()
         await self.artifact.show(self._times)
 
     async def _crew(self, step: CrewStep) -> CrewResult:

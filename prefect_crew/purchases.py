@@ -37,6 +37,7 @@ from prefect_crew.records import (
 from prefect_crew.run_keys import RunIdentity
 from prefect_crew.sessions import CrewSession
 from prefect_crew.stopping import stop_if_asked
+from prefect_crew.suspended import SuspendedWaits
 
 if TYPE_CHECKING:
     from prefect_crew.api.webhooks import Webhooks
@@ -211,6 +212,9 @@ async def _decide(
         force_new=force_new,
         asked_at=purchase.asked_at,
     )
+    if decision is Decision.BUY_AGAIN and record is not None and not purchase.quiet:
+        resumed = await SuspendedWaits().waits(record, purchase.identity.caller.flow_run_id)
+        decision = Decision.RETURN if resumed else decision
     return decision, record
 
 

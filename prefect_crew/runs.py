@@ -28,6 +28,7 @@ from prefect_crew.outcomes import typed
 from prefect_crew.record_store import PrefectRecords
 from prefect_crew.redaction import MASK, holds_secret
 from prefect_crew.reviews import ReviewChoice
+from prefect_crew.suspension import checked_wait, standstill_here
 from prefect_crew.tasks import kickoff_crew, loaded, wait_for_crew
 from prefect_crew.waiting import WaitPolicy
 
@@ -82,7 +83,7 @@ async def arun_crew(
             retries of this flow run find again; outside a flow every call is a new purchase.
         force_new: Buy whatever the record of the key says.
         meta: Any JSON object for the crew's webhooks; the run key is added to it.
-        wait: How to wait, in place of the block's policy.
+        wait: How to wait, in place of the block's policy. With mode="suspend" the flow run is suspended meanwhile.
         output_type: A pydantic model; `result.data` is then an instance of it.
         review: What answers when the crew waits for a person: "form" asks in a form on the flow run's page; a function,
             sync or async, goes from ReviewRequest to Review. Left out, the wait goes on while the log, the artifact
@@ -99,9 +100,12 @@ async def arun_crew(
     """
     crew = await loaded(crew)
     call = _Call(crew, inputs or {}, meta, output_type, webhooks, review)
+    if (wait or crew.wait).mode != "poll":
+        wait = checked_wait(wait or crew.wait, f"Crew {crew.label}")
     options: dict[str, Any] = {"name": name, "run_key": run_key, "force_new": force_new, "wait": wait}
     if FlowRunContext.get() is not None or TaskRunContext.get() is not None:
-        return await _run(call, **options)
+        with standstill_here().work():  # also while it waits for a slot of the crew's limit
+            return await _run(call, **options)
     token = _live.set(call)
     try:
         return await cast("Callable[..., Awaitable[CrewResult]]", run_deployed_crew)(
@@ -231,6 +235,7 @@ async def run_deployed_crew(
             "again."
         )
     call = _Call(stored, given, None, None, None, review)
+    checked_wait(wait or stored.wait, f"Crew {stored.label}")
     return await _run(call, name=name, run_key=run_key, force_new=force_new, wait=wait)
 
 

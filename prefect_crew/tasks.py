@@ -6,12 +6,14 @@ that surely did not start a run. What makes a retried flow find its runs again i
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Coroutine, Mapping
 from typing import Any, Generic, ParamSpec, TypeVar, cast
 
 from prefect import Task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
+from prefect.states import Completed
 from pydantic import BaseModel
 
 from prefect_crew.actions import resume_run, stop_run
@@ -25,6 +27,7 @@ from prefect_crew.kickoffs import open_run
 from prefect_crew.reviews import ReviewChoice
 from prefect_crew.run_keys import calling_task
 from prefect_crew.sessions import CrewSession
+from prefect_crew.suspension import StillRunningError, checked_wait, standstill_here, suspend_together
 from prefect_crew.waiting import WaitPolicy
 from prefect_crew.waits import wait_for_run
 
@@ -32,6 +35,8 @@ __all__ = ["CrewTask", "discover_inputs", "kickoff_crew", "resume_crew", "stop_c
 
 P = ParamSpec("P")
 R = TypeVar("R")
+STILL_RUNNING = "StillRunning"
+"""The name of the state of a wait that was left."""
 Condition = Callable[[Task[..., Any], TaskRun, State[Any]], Coroutine[Any, Any, bool]]
 
 
@@ -48,6 +53,10 @@ class CrewTask(Task[P, Any], Generic[P, R]):
 
     async def acall(self, *args: Any, **kwargs: Any) -> Any:
         """Run the task from a coroutine, whatever kind of flow is around it."""
+        with standstill_here().work():
+            return await self._acall(*args, **kwargs)
+
+    async def _acall(self, *args: Any, **kwargs: Any) -> Any:
         with calling_task():
             return await cast("Coroutine[Any, Any, Any]", super().__call__(*args, **kwargs))
 
@@ -70,6 +79,29 @@ class CrewTask(Task[P, Any], Generic[P, R]):
         # Prefect makes a plain Task here whatever the subclass, which differs from ours in its methods only.
         copy.__class__ = type(self)
         return cast("CrewTask[P, R]", copy)
+
+
+class WaitTask(CrewTask[P, R], Generic[P, R]):
+    """A task that waits for a run, or has its flow run suspended meanwhile, where the policy says so."""
+
+    async def acall(self, *args: Any, **kwargs: Any) -> Any:
+        """Wait for the run; where the flow run is suspended for it, this raises Prefect's signal and runs again."""
+        given = inspect.signature(self.fn).bind(*args, **kwargs)
+        crew = await loaded(given.arguments["crew"])
+        policy = given.arguments.get("wait") or crew.wait
+        wait = checked_wait(policy, f"The wait for run {given.arguments['kickoff_id']}")
+        given.arguments["wait"] = wait
+        if wait.mode == "poll":
+            return await super().acall(*given.args, **given.kwargs)
+        with standstill_here().wait() as branch:
+            while _still_running(outcome := await self._acall(*given.args, **given.kwargs)):
+                await suspend_together(branch)
+            return outcome
+
+
+def _still_running(outcome: Any) -> bool:
+    """Whether a wait was left. A task that returns a state gives that state to its caller."""
+    return isinstance(outcome, State) and outcome.name == STILL_RUNNING
 
 
 def _both(ours: Condition, theirs: Any) -> Condition:
@@ -103,9 +135,11 @@ def _named(verb: str) -> Callable[..., str]:
     return task_run_name
 
 
-def _task(verb: str, **options: Any) -> Callable[[Callable[P, Coroutine[Any, Any, R]]], CrewTask[P, R]]:
+def _task(
+    verb: str, kind: type[CrewTask[..., Any]] | None = None, **options: Any
+) -> Callable[[Callable[P, Coroutine[Any, Any, R]]], CrewTask[P, R]]:
     def decorate(function: Callable[P, Coroutine[Any, Any, R]]) -> CrewTask[P, R]:
-        return CrewTask(
+        return (kind or CrewTask)(
             fn=function, cache_policy=NO_CACHE, tags=["prefect-crew"], task_run_name=_named(verb), **options
         )
 
@@ -172,7 +206,7 @@ async def kickoff_crew(
     return run.kickoff_id
 
 
-@_task("wait for")
+@_task("wait for", WaitTask)
 async def wait_for_crew(
     crew: DeployedCrew | str,
     kickoff_id: str,
@@ -201,9 +235,13 @@ async def wait_for_crew(
         CrewError: The status call gave no answer for too long.
     """
     del name
-    return await wait_for_run(
-        await loaded(crew), kickoff_id, run_key=run_key, wait=wait, output_type=output_type, review=review
-    )
+    try:
+        return await wait_for_run(
+            await loaded(crew), kickoff_id, run_key=run_key, wait=wait, output_type=output_type, review=review
+        )
+    except StillRunningError:
+        # A task run of its own, since one that Prefect's signal went through would stay Running for ever.
+        return cast("Any", Completed(name=STILL_RUNNING, message="The crew goes on; its flow run is suspended."))
 
 
 @_task("resume", retry_condition_fn=_surely_not_done)

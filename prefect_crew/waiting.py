@@ -89,7 +89,7 @@ class WaitPolicy(BaseModel):
     )
     mode: Literal["poll", "suspend"] = Field(
         default="poll",
-        description="Whether the flow run's process waits, or the flow run is suspended meanwhile and its process ends.",
+        description="Whether the flow run's process waits, or it ends and the flow run is suspended meanwhile.",
     )
     suspend_fallback: Literal["refuse", "poll"] = Field(
         default="refuse",
@@ -168,7 +168,8 @@ class Phases:
         if policy.timeout is None or policy.human_timeout is None:
             return None
         spent = now - self.kicked_off_at - self.human_time(now)
-        return max(0.0, policy.timeout - spent) + max(0.0, policy.human_timeout - self.human_time(now))
+        people = policy.human_timeout + self.human_extra - self.human_time(now)
+        return max(0.0, policy.timeout - spent) + max(0.0, people)
 
     def left(self, policy: WaitPolicy, state: CrewState, now: float) -> tuple[str, float, float] | None:
         """Return the phase whose budget ends first, that budget and the seconds left of it; None without a limit."""

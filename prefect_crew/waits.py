@@ -14,6 +14,7 @@ from prefect_crew.api.errors import AuthenticationError, CrewError, CrewLostErro
 from prefect_crew.api.models import CrewResult, CrewState, CrewStatus
 from prefect_crew.events import emit
 from prefect_crew.interrupts import watch_ctrl_c
+from prefect_crew.leaving import leaving_here
 from prefect_crew.logs import run_logger
 from prefect_crew.lookups import find_run, recorded_result
 from prefect_crew.open_runs import OpenRun
@@ -31,6 +32,7 @@ from prefect_crew.stopping import (
     stop_if_asked,
     stop_once,
 )
+from prefect_crew.suspension import StillRunningError, polling_only
 from prefect_crew.waiting import Phases, WaitPolicy, wait_until_ended
 from prefect_crew.wakeups import Waker, waker_for
 from prefect_crew.watching import tell
@@ -66,10 +68,11 @@ async def wait_for_run(
     """
     run = await find_run(crew, kickoff_id, run_key)
     async with CrewSession(crew, withhold=run.withholding()) as session:
+        waiter = _Waiter(run, session, wait or crew.wait, review)
         if run.record is not None and run.record.phase is RecordPhase.ENDED:
-            result = await recorded_result(run, session)
+            result = await waiter.recorded()
         else:
-            result = await _Waiter(run, session, wait or crew.wait, review).result()
+            result = await waiter.result()
     return result if output_type is None else typed(result, output_type, run=run)
 
 
@@ -90,6 +93,10 @@ class _Waiter:
         self.people = People(run, session, self.records, policy, review)
         self.log = run_logger()
         self.own = flow_run_id()
+        self.leaving = leaving_here(run, policy, asks=review is not None)
+        if self.leaving is None:
+            self.policy = polling_only(policy, f"The wait for run {run.kickoff_id}")
+        self.phases = Phases(kicked_off_at=time.time())
         self.last: CrewStatus | None = None
         self.troubled = False
         self.waker: Waker | None = None
@@ -98,8 +105,15 @@ class _Waiter:
         self._stale = False
         self._artifact_trouble = False
 
+    async def recorded(self) -> CrewResult:
+        """Return what is on record of a run that has ended."""
+        try:
+            return await recorded_result(self.run, self.session)
+        finally:
+            await self._leave(joined=False)
+
     async def result(self) -> CrewResult:
-        run = self.run
+        run, left = self.run, False
         with watch_ctrl_c():
             joined = await self._join()
             try:
@@ -107,6 +121,9 @@ class _Waiter:
             except asyncio.CancelledError:
                 if run.record is not None:
                     await stop_if_asked(self.session, run.record, self.records)
+                raise
+            except StillRunningError:
+                left = True
                 raise
             except _CancelledOnServerError:
                 raise await self._stopped_by_cancellation() from None
@@ -119,16 +136,15 @@ class _Waiter:
                 raise await self._lost(error) from None
             finally:
                 await self.people.aclose()
-                if joined:
-                    await self._leave()
+                if not left:
+                    await self._leave(joined)
         await self._close(status)
         return result_of(run, status)
 
     async def _wait(self) -> CrewStatus:
         record = self.run.record
-        phases = Phases(kicked_off_at=time.time())
         if record is not None and record.kicked_off_at is not None:
-            phases = Phases(
+            self.phases = Phases(
                 kicked_off_at=record.kicked_off_at.timestamp(),
                 human_seconds=record.human_seconds,
                 human_since=None if record.human_since is None else record.human_since.timestamp(),
@@ -136,15 +152,18 @@ class _Waiter:
         hooked = record is not None and record.hooked
         async with waker_for(self.run.run_key if hooked else None) as waker:
             self.waker = waker
+            pause = asyncio.sleep if waker is None else waker.pause
+            if self.leaving is not None:
+                pause = self.leaving.pausing(pause, lambda: waker is not None and waker.woken)
             return await wait_until_ended(
                 lambda: self.session.client.status(self.run.kickoff_id),
                 kickoff_id=self.run.kickoff_id,
                 policy=self.policy,
-                phases=phases,
+                phases=self.phases,
                 watcher=self,
                 first_look=not self.run.owned,
-                pause=asyncio.sleep if waker is None else waker.pause,
-                stretch=self.people.stretching(waker, relying=True),
+                pause=pause,
+                stretch=self.people.stretching(waker, relying=self.leaving is None),
                 more_time=lambda: self.people.more_time(self.last),
             )
 
@@ -178,6 +197,8 @@ class _Waiter:
         await self.people.answer()
         if await cancelled_meanwhile(self.own):
             raise _CancelledOnServerError
+        if self.leaving is not None:
+            await self.leaving.saw(status, self.phases)
 
     def _task(self, status: CrewStatus) -> str:
         return "" if self.run.show == "none" or self.run.blind else self.run.redact(str(status.current_task))[:200]
@@ -236,7 +257,11 @@ class _Waiter:
             return False
         return True
 
-    async def _leave(self) -> None:
+    async def _leave(self, joined: bool) -> None:
+        if self.leaving is not None:
+            await self.leaving.forget()
+        if not joined:
+            return
         assert self.run.record is not None  # noqa: S101  only who joined leaves
         assert self.own is not None  # noqa: S101
         try:

@@ -20,6 +20,7 @@ from prefect_crew.batches.retries import RetryRule
 from prefect_crew.batches.row_waits import RowWaiter
 from prefect_crew.logs import run_logger
 from prefect_crew.sessions import CrewSession
+from prefect_crew.suspension import polling_only, standstill_here
 
 __all__ = ["engine_of", "limited"]
 
@@ -48,7 +49,9 @@ def engine_of(
     return Engine(
         session,
         ledger,
-        RowWaiter(session, ledger, options.wait or session.crew.wait, learn=options.wait is None),
+        RowWaiter(
+            session, ledger, polling_only(options.wait or session.crew.wait, "A batch"), learn=options.wait is None
+        ),
         EngineOptions(
             max_in_flight=most,
             rule=RetryRule(options.retries, options.retry_failed),
@@ -72,6 +75,7 @@ async def limited(session: CrewSession, options: BatchOptions, stack: AsyncExitS
     Raises:
         ConfigurationError: There is no such limit, or it is smaller than what was asked for.
     """
+    stack.enter_context(standstill_here().work())  # so that nothing beside it suspends the flow run
     crew, chosen = session.crew, options.max_in_flight
     limit = crew.concurrency_limit
     if limit is None:

@@ -1,0 +1,101 @@
+"""Leaving a wait whose crew goes on, so that its flow run can be suspended: when, and what is written down before."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING
+
+import httpx
+from prefect.exceptions import PrefectException
+
+from prefect_crew.api.models import CrewState, CrewStatus
+from prefect_crew.logs import run_logger
+from prefect_crew.standstill import Branch, branch_here
+from prefect_crew.stopping import flow_run_id
+from prefect_crew.suspended import SuspendedWaits
+from prefect_crew.suspension import StillRunningError, write_down
+from prefect_crew.waiting import Phases, WaitPolicy
+
+if TYPE_CHECKING:
+    from prefect_crew.open_runs import OpenRun
+
+__all__ = ["Leaving", "leaving_here"]
+
+SLICE = 0.25
+"""Seconds between two looks at whether all that the flow run waits for is waiting."""
+
+
+class Leaving:
+    """What one wait does to be left. `asks`: somebody is asked in this process when the crew waits for a person."""
+
+    def __init__(self, branch: Branch, run: OpenRun, policy: WaitPolicy, own: str, *, asks: bool) -> None:
+        self._branch = branch
+        self._run = run
+        self._policy = policy
+        self._own = own
+        self._asks = asks
+        self._noted = False
+        self._hurried = False
+
+    async def saw(self, status: CrewStatus, phases: Phases) -> None:
+        """Take in a status of a run that goes on.
+
+        Raises:
+            StillRunningError: The wait is left. The status is one that was read after it was written down who waits:
+                whatever happens from then on reaches whoever resumes the flow run.
+        """
+        record = self._run.record
+        person = self._asks and status.state is CrewState.WAITING
+        if record is None or person or status.state is CrewState.UNKNOWN or not self._branch.may_leave():
+            return
+        if self._noted:
+            self._branch.seconds = phases.most_left(self._policy, time.time())
+            raise StillRunningError(self._run.kickoff_id)
+        self._noted = await write_down(record, self._own, self._policy, asks=self._asks, human_extra=phases.human_extra)
+        self._hurried = not self._noted
+
+    def pausing(
+        self, pause: Callable[[float], Awaitable[None]], woken: Callable[[], bool]
+    ) -> Callable[..., Awaitable[None]]:
+        """Return a pause that ends early, once, when the flow run could be suspended."""
+
+        async def sleep(seconds: float) -> None:
+            loop = asyncio.get_running_loop()
+            until = loop.time() + seconds
+            while (left := until - loop.time()) > 0:
+                if not self._branch.may_leave():
+                    self._hurried = False
+                elif not self._hurried:
+                    # Once to write down who waits, and once more to look after that.
+                    self._hurried = self._noted
+                    return
+                await pause(min(left, SLICE))
+                if woken():
+                    return
+
+        return sleep
+
+    async def forget(self) -> None:
+        """Take away what was written down, now or by an earlier attempt of this flow run: the wait has ended."""
+        if self._run.record is not None:
+            await forget(self._run, self._own)
+
+
+async def forget(run: OpenRun, own: str) -> None:
+    """Take away that a flow run is suspended for a run. One that stays is taken away by whoever finds it."""
+    if run.record is None:
+        return
+    try:
+        await SuspendedWaits().forget(run.record, own)
+    except (httpx.HTTPError, PrefectException) as error:
+        run_logger().debug("The note that this flow run was suspended for run %s stays: %s", run.kickoff_id, error)
+
+
+def leaving_here(run: OpenRun, policy: WaitPolicy, *, asks: bool) -> Leaving | None:
+    """Return what leaves the wait around this call, None where it is to be waited out."""
+    branch, own = branch_here(), flow_run_id()
+    if branch is None or own is None or policy.mode == "poll":
+        return None
+    return Leaving(branch, run, policy, own, asks=asks)
