@@ -17,7 +17,8 @@ __all__ = ["SuspendedWait", "SuspendedWaits"]
 class SuspendedWait(BaseModel):
     """One flow run that is suspended, or about to be, until a run needs it. `since` is UTC.
 
-    `policy` tells when its time is over, and `human_extra` how many seconds people got beyond it. `asks`: whether it has somebody to ask when the crew waits for a person.
+    `policy` tells when its time is over, and `human_extra` how many seconds people got beyond it. `asks`: whether it
+    has somebody to ask when the crew waits for a person.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
