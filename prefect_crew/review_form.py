@@ -96,8 +96,9 @@ class _Form:
         facts = (question.kickoff_id, question.task_id, question.round)
         digest = hashlib.sha256(repr(facts).encode("utf-8", "surrogatepass")).hexdigest()[:16]
         # The same in every process and attempt, so that an answer is found by whoever comes after a crash.
-        self._keyset = keyset_from_base_key(f"crew-review-{digest}")
-        self._key = f"crew-review-{digest}-{uuid4().hex[:8]}"
+        self._base = f"crew-review-{digest}"
+        self._keyset = keyset_from_base_key(self._base)
+        self._key = self._base
         self._model = model
         self._until = None if policy.human_timeout is None else timedelta(seconds=policy.human_timeout) + MARGIN
 
@@ -118,6 +119,7 @@ class _Form:
 
     async def put_up(self) -> bool:
         """Pause the flow run with the form; False if it cannot be paused now, since another form is up."""
+        self._key = f"{self._base}-{uuid4().hex[:8]}"  # Prefect pauses once for each key
         expires = None if self._until is None else utcnow() + self._until
         state: State[Any] = Paused(pause_expiration_time=expires, reschedule=False, pause_key=self._key)
         state.message = f"Waits for a person: run {self.question.kickoff_id}, task {self.question.task_id}."

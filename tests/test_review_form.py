@@ -1,0 +1,309 @@
+"""A person answers in Prefect's own form: on the page of the flow run that waits, one question at a time."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+from prefect import flow, get_client
+from prefect.client.schemas.objects import State
+from prefect.runtime import flow_run as this_flow_run
+
+from prefect_crew import CrewTimeoutError, DeployedCrew, WaitPolicy, arun_crew, resume_crew, review_form, reviews
+from prefect_crew.artifacts import artifact_key
+from prefect_crew.record_store import PrefectRecords
+from prefect_crew.server import CrewScript, InProcessCrewServer
+from support.chromium import Chromium, Page
+from support.deployed import wait_until
+from support.prefect_server import PrefectServer
+from support.seen import Seen
+
+SCRIPT = CrewScript.model_validate(
+    {
+        "name": "reviewed",
+        "inputs": ["topic"],
+        "tasks": [
+            {
+                "name": "draft",
+                "agent": "Writer",
+                "human": True,
+                "output": "# On {{ topic }}\n\nDraft *number {{ round }}* <b>for you</b>. {{ feedback }}",
+            },
+            {"name": "print", "agent": "Printer", "output": "Printed: {{ tasks.draft.output }}"},
+        ],
+    }
+)
+pytestmark = pytest.mark.usefixtures("prefect_api", "instant_polling")
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(review_form, "LOOK_EVERY", 0.2)
+    monkeypatch.setattr(reviews, "SETTLE", 1.0)
+
+
+@pytest.fixture
+def seen(prefect_api: PrefectServer) -> Iterator[Seen]:
+    reader = Seen(prefect_api)
+    yield reader
+    reader.close()
+
+
+@pytest.fixture
+def server() -> Iterator[InProcessCrewServer]:
+    with InProcessCrewServer(SCRIPT, dialect="union") as server:
+        yield server
+
+
+def crew_of(server: InProcessCrewServer, **fields: Any) -> DeployedCrew:
+    return DeployedCrew(url=server.url, token=server.token, **fields)
+
+
+class FlowRun:
+    """A flow run in a thread of its own, in which a coroutine function is called."""
+
+    def __init__(self, work: Callable[[], Any], **options: Any) -> None:
+        self.id: Any = None
+        self._outcome: Any = None
+
+        @flow(**options)
+        async def reviewed() -> Any:
+            self.id = this_flow_run.id
+            return await work()
+
+        def run() -> None:
+            try:
+                self._outcome = asyncio.run(reviewed())
+            except BaseException as error:
+                self._outcome = error
+
+        self._thread = threading.Thread(target=run, daemon=True)
+        self._thread.start()
+
+    @property
+    def state(self) -> State[Any] | None:
+        with get_client(sync_client=True) as client:
+            return client.read_flow_run(self.id).state if self.id else None
+
+    def form(self, *, not_key: str | None = None) -> str:
+        """Wait until a form is up, another one than that of the key, and return its key."""
+
+        def up() -> str | None:
+            state = self.state
+            if state is None or not state.is_paused() or state.state_details.pause_key == not_key:
+                return None
+            with get_client(sync_client=True) as client:
+                # A form is there once its fields are stored, a moment after the pause.
+                found = client.request(
+                    "POST",
+                    "/flow_runs/{id}/input/filter",
+                    path_params={"id": self.id},
+                    json={"prefix": "crew-review-", "limit": 20, "exclude_keys": []},
+                ).json()
+            return state.state_details.pause_key if any("description" in one["key"] for one in found) else None
+
+        return wait_until(up, seconds=60, what="a form")
+
+    def description(self) -> str:
+        state = self.state
+        assert state is not None
+        keyset: Any = state.state_details.run_input_keyset
+        with get_client(sync_client=True) as client:
+            return client.request(
+                "GET", "/flow_runs/{id}/input/{key}", path_params={"id": self.id, "key": keyset["description"]}
+            ).json()
+
+    def fill_in(self, **fields: Any) -> Any:
+        """Submit the form as Prefect's page does, and return its answer."""
+        with get_client(sync_client=True) as client:
+            return client.request(
+                "POST", "/flow_runs/{id}/resume", path_params={"id": self.id}, json={"run_input": fields}
+            ).json()
+
+    def result(self) -> Any:
+        self._thread.join(90)
+        assert not self._thread.is_alive(), self.state
+        if isinstance(self._outcome, BaseException):
+            raise self._outcome
+        return self._outcome
+
+
+def test_the_form_shows_the_output_and_takes_each_answer_once(server: InProcessCrewServer, seen: Seen) -> None:
+    crew = crew_of(server)
+    run = FlowRun(lambda: arun_crew(crew, {"topic": "tea"}, review="form"))
+    first = run.form()
+    text = run.description()
+    assert "Draft *number 1* &lt;b>for you" in text
+    assert "round 1" in text
+    assert run.fill_in(decision="maybe")["status"] == "REJECT"
+    assert run.fill_in(decision="reject", feedback="Warmer.", name="Grace | <b>")["status"] == "ACCEPT"
+    run.form(not_key=first)
+    assert "Draft *number 2*" in run.description()
+    assert run.fill_in(decision="approve", name="Ada")["status"] == "ACCEPT"
+    result = run.result()
+    assert "Warmer." in result.output
+    assert server.requests["resume"] == 2
+
+    async def answers() -> list[tuple[Any, ...]]:
+        record = await PrefectRecords().of_kickoff(result.kickoff_id)
+        assert record is not None
+        return [(one.round, one.approve, one.by, one.feedback) for one in await PrefectRecords().reviews(record)]
+
+    assert asyncio.run(answers()) == [(1, False, "Grace | <b>", "Warmer."), (2, True, "Ada", "")]
+    (page,) = seen.artifacts(artifact_key(crew.label))
+    assert "### Answers" in page["data"]
+    assert "| draft | 1 | rejected | Grace \\| &lt;b&gt; |" in page["data"]
+    assert "| draft | 2 | approved | Ada |" in page["data"]
+    state = run.state
+    assert state is not None
+    assert state.is_completed()
+
+
+def test_two_questions_of_one_flow_run_stand_in_line_while_other_runs_go_on(server: InProcessCrewServer) -> None:
+    crew = crew_of(server)
+    ended: list[str] = []
+
+    async def one(topic: str, review: Any) -> str:
+        output = (await arun_crew(crew, {"topic": topic}, review=review)).output
+        ended.append(topic)
+        return output
+
+    async def work() -> list[str]:
+        return await asyncio.gather(
+            one("tea", "form"), one("coffee", "form"), one("milk", lambda _: reviews.Review(approve=True))
+        )
+
+    run = FlowRun(work)
+    first = run.form()
+    wait_until(lambda: "milk" in ended, seconds=60, what="the run that needs nobody")
+    asked = [run.description()]
+    run.fill_in(decision="approve")
+    second = run.form(not_key=first)
+    assert second != first
+    asked.append(run.description())
+    run.fill_in(decision="approve")
+    assert len(run.result()) == 3
+    assert {"tea" in text for text in asked} == {True, False}
+    assert server.requests["resume"] == 3
+
+
+def test_an_answer_from_elsewhere_takes_the_form_back(server: InProcessCrewServer) -> None:
+    crew = crew_of(server)
+    run = FlowRun(lambda: arun_crew(crew, {"topic": "tea"}, review="form", run_key=f"elsewhere {server.url}"))
+    run.form()
+
+    async def answer() -> None:
+        record = (await PrefectRecords().attempts(f"elsewhere {server.url}"))[-1]
+        await resume_crew(crew, str(record.kickoff_id), approve=True)
+
+    asyncio.run(answer())
+    assert run.result().output.startswith("Printed")
+    assert server.requests["resume"] == 1
+    state = run.state
+    assert state is not None
+    assert state.is_completed()
+
+
+def test_a_form_that_was_resumed_without_an_answer_comes_back(server: InProcessCrewServer) -> None:
+    from prefect.states import Running
+
+    crew = crew_of(server)
+    run = FlowRun(lambda: arun_crew(crew, {"topic": "tea"}, review="form"))
+    first = run.form()
+    with get_client(sync_client=True) as client:
+        client.set_flow_run_state(run.id, Running(), force=True)
+    run.form(not_key=first)
+    run.fill_in(decision="approve")
+    assert run.result().output.startswith("Printed")
+
+
+def test_nobody_answers_in_time(server: InProcessCrewServer) -> None:
+    crew = crew_of(server)
+    policy = WaitPolicy(human_timeout=1.5)
+    run = FlowRun(lambda: arun_crew(crew, {"topic": "tea"}, review="form", wait=policy))
+    with pytest.raises(CrewTimeoutError, match=r"human time of 1\.5 s"):
+        run.result()
+    state = run.state
+    assert state is not None
+    assert state.is_failed()
+    assert server.requests["resume"] == 0
+
+
+def test_what_may_not_be_shown_is_not_in_the_form(server: InProcessCrewServer) -> None:
+    crew = crew_of(server, secret_inputs=["topic"])
+    run = FlowRun(lambda: arun_crew(crew, {"topic": "correct horse"}, review="form"))
+    run.form()
+    text = run.description()
+    assert "correct horse" not in text
+    assert "Draft *number 1*" in text
+    run.fill_in(decision="approve")
+    run.result()
+
+    crew = crew_of(server, show="summary")
+    run = FlowRun(lambda: arun_crew(crew, {"topic": "tea"}, review="form"))
+    run.form()
+    assert "Draft" not in run.description()
+    run.fill_in(decision="approve")
+    run.result()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ui", ["v1", "v2"], ids=["older-interface", "newer-interface"])
+def test_a_person_rejects_once_and_approves_on_the_page(
+    prefect_server: PrefectServer,
+    server: InProcessCrewServer,
+    chromium: Chromium,
+    ui: Literal["v1", "v2"],
+    tmp_path: Path,
+) -> None:
+    crew = crew_of(server)
+    run = FlowRun(lambda: arun_crew(crew, {"topic": "tea"}, review="form"), name="reviewed-report")
+    first = run.form()
+    with chromium.page(height=1100) as page:
+        _answer(page, prefect_server, run, ui, "reject", "Warmer, please.", tmp_path / f"{ui}-rejecting.png", round=1)
+        run.form(not_key=first)
+        _answer(page, prefect_server, run, ui, "approve", "", tmp_path / f"{ui}-approving.png", round=2)
+    assert "Warmer, please." in run.result().output
+    assert server.requests["resume"] == 2
+    state = run.state
+    assert state is not None
+    assert state.is_completed()
+
+
+def _answer(
+    page: Page,
+    server: PrefectServer,
+    run: FlowRun,
+    ui: str,
+    decision: str,
+    feedback: str,
+    screenshot: Path,
+    *,
+    round: int,  # noqa: A002 - the word of the domain
+) -> None:
+    """Open the flow run's page, its form, read it, fill it in and submit it."""
+    page.open(f"{server.ui_url}{'/v2' if ui == 'v2' else ''}/runs/flow-run/{run.id}")
+    if ui == "v1":
+        page.click('role=button[name="Resume"]')
+        select, submit = ".p-select-button__control", "Submit"
+    else:
+        page.click("button[aria-haspopup='menu']")
+        page.click('role=menuitem[name="Resume"]')
+        select, submit = '[aria-label="Select Decision"]', "Resume"
+    dialog = ".p-modal__card" if ui == "v1" else '[role="dialog"]'
+    page.wait_for_text(f"number {round}")
+    shown = page.text(dialog)
+    assert f"asks about task draft, round {round}." in " ".join(shown.split())
+    assert "<b>for you</b>" in shown, "the crew's markup is text"
+    assert "number 1" not in shown or round == 1
+    page.raw(lambda playwright: playwright.locator(f"{dialog} {select}").first.press("Space"))  # as with the keyboard
+    page.raw(lambda playwright: playwright.get_by_text(decision, exact=True).last.click())
+    page.fill(f"{dialog} textarea >> nth=0", feedback)
+    page.fill(f"{dialog} textarea >> nth=1", "Grace")
+    page.screenshot(screenshot, whole=False)
+    page.click(f'{dialog} >> role=button[name="{submit}"]')
+    page.raw(lambda playwright: playwright.locator(dialog).first.wait_for(state="hidden"))
