@@ -3,7 +3,8 @@
 #   make demo        a crew through Prefect, on this machine, without an account
 #   make test        the tests, but for the slow ones
 #
-# Variables: PYTHON=python3.12 to choose the interpreter, VENV=folder for the environment, ARGS="-k name" for pytest.
+# Variables: PYTHON=python3.12 to choose the interpreter, VENV=folder for the environment, ARGS="-k name" for pytest,
+# WORKERS=0 to run the tests one after the other.
 
 VENV ?= .venv
 OLDEST_VENV ?= .venv-oldest
@@ -11,7 +12,11 @@ BIN := $(VENV)/bin
 UV := $(BIN)/uv
 SAMPLE ?= 20
 TIME ?= 900
+WORKERS ?= 3
 ARGS ?=
+
+# Most tests wait: for servers, crews, processes. So two cores are best used by three that run at once.
+AT_ONCE = -n $(WORKERS) --dist worksteal
 
 # 3.14 comes last since CrewAI does not install on it: the tests of real crews would be skipped.
 PYTHONS = $(or $(PYTHON),python3.13 python3.12 python3.11 python3.10 python3 python3.14)
@@ -30,7 +35,7 @@ demo: $(VENV)/.core
 	@exec $(BIN)/prefect-crew demo $(ARGS)
 
 test: $(VENV)/.tests
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest $(AT_ONCE) -m "not slow" $(ARGS)
 
 prove: $(VENV)/.tests
 	$(BIN)/python -m pytest $(ARGS)
@@ -101,7 +106,7 @@ oldest:
 # The documentation is run on the newest only: its pages take minutes.
 .PHONY: oldest-tests
 oldest-tests: $(OLDEST_VENV)/.tests
-	$(OLDEST_VENV)/bin/python -m pytest -m "not slow and not crewai and not browser and not postgres" \
+	$(OLDEST_VENV)/bin/python -m pytest $(AT_ONCE) -m "not slow and not crewai and not browser and not postgres" \
 	    --ignore tests/test_docs.py $(ARGS)
 
 $(OLDEST_VENV)/.tests: pyproject.toml constraints.txt constraints-oldest.txt

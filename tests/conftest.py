@@ -93,15 +93,26 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     sampling.skip_if_late(item.config)
 
 
+@pytest.hookimpl(trylast=True)  # after pytest-xdist has ended its workers, which bear the mark as well
 def pytest_sessionfinish(session: pytest.Session) -> None:
     left = survivors(SESSION)
     for pid in left:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-    if left:
-        session.config.stash[LEFT_BEHIND] = left
+    told = session.config.stash.setdefault(LEFT_BEHIND, {})
+    told.update(left)
+    if told:
         session.exitstatus = session.exitstatus or pytest.ExitCode.TESTS_FAILED
+    if hasattr(session.config, "workeroutput"):  # a worker of pytest-xdist, whose end goes to pytest_testnodedown
+        session.config.workeroutput["told"] = ([*told.items()], session.config.stash.get(NOTES, []))
     shutil.rmtree(HOME, ignore_errors=True)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    left, notes = getattr(node, "workeroutput", {}).get("told", ((), ()))
+    node.config.stash.setdefault(LEFT_BEHIND, {}).update(left)
+    node.config.stash.setdefault(NOTES, []).extend(notes)
 
 
 LEFT_BEHIND = pytest.StashKey[dict[int, str]]()

@@ -166,7 +166,7 @@ class TestIdiom:
         assert (await run.fetch_result()).output == "done"
 
     async def test_looking_for_a_result_leaves_the_wait_what_it_needs(self, crew_server: CrewServerFactory):
-        server = crew_server(slow(0.3))
+        server = crew_server(slow(1.5))
         run = await server.crew(secret_inputs=["pin"]).trigger({"pin": "4711471"})
         with pytest.raises(CrewError):
             await run.fetch_result()

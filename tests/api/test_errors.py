@@ -82,6 +82,16 @@ ERRORS: dict[str, tuple[CrewError, list[str], str]] = {
         ["k1", "unseen", "It was stopped"],
         "prefect-crew status CREW k1",
     ),
+    "too-many-rounds": (
+        errors.ReviewLimitError(kickoff_id="k1", task_id="t1", max_rounds=3, crew="travel"),
+        ["k1", "travel", "task t1", "3 rounds"],
+        "answer it on the crew's page",
+    ),
+    "too-many-rounds-stopped": (
+        errors.ReviewLimitError(kickoff_id="k1", task_id="t1", max_rounds=3, stopped=True),
+        ["k1", "3 rounds"],
+        "It was stopped",
+    ),
     "pipeline": (
         errors.PipelineFailedError(
             failed=["write"], skipped=["post"], results={"research": 1}, errors={"write": ValueError("b")}, run_key="r"

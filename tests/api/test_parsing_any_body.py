@@ -112,7 +112,11 @@ def test_written_objects(parser: str, body: Any):
         str(error).encode()
 
 
-@pytest.mark.parametrize("odd", [object(), {1, 2}, {1: 2}, {("a",): 1}, range(3), 1j, b"", bytearray(b"{}")], ids=repr)
+@pytest.mark.parametrize(
+    "odd",
+    [object(), {1, 2}, {1: 2}, {("a",): 1}, range(3), 1j, b"", bytearray(b"{}")],
+    ids=lambda odd: type(odd).__name__,
+)
 @pytest.mark.parametrize("parser", PARSERS)
 def test_what_is_no_json_at_all(parser: str, odd: Any):
     try:
