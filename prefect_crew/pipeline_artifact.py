@@ -1,6 +1,6 @@
-"""What people look at of a pipeline: its steps, what needs what, and a timeline of what ran beside what.
+"""What people look at of a pipeline: its graph, its steps with links to their runs, and what ran beside what.
 
-It is a Markdown table with a timeline of characters, since only the newest of Prefect's interfaces draws Mermaid.
+Both pictures are made of characters, since only the newest of Prefect's interfaces draws Mermaid.
 """
 
 from __future__ import annotations
@@ -10,20 +10,27 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
+from uuid import UUID
+
+import httpx
+from prefect.exceptions import PrefectException
 
 from prefect_crew.artifacts import MarkdownArtifact, artifact_key
 from prefect_crew.logs import run_logger
+from prefect_crew.open_runs import OpenRun
+from prefect_crew.pipeline_drawing import draw_graph
 from prefect_crew.pipeline_graph import PipelineGraph
-from prefect_crew.rendering import cell, code, duration, prose, table
+from prefect_crew.records import RecordPhase
+from prefect_crew.rendering import cell, code, duration, fenced, prose, table
 from prefect_crew.stopping import flow_run_id
 
-__all__ = ["PipelineArtifact", "StepTimes", "render_pipeline"]
+__all__ = ["PipelineArtifact", "StepState", "StepView", "render_pipeline"]
 
 WIDTH = 32
 """Characters of the timeline."""
 SHOW_EVERY = 2.0
 """Seconds, at least, between two updates while the pipeline runs."""
-StepState = Literal["waiting", "running", "suspended", "completed", "failed", "skipped"]
+StepState = Literal["waiting", "running", "suspended", "completed", "failed", "skipped", "cancelled"]
 _MARKS: dict[StepState, str] = {
     "waiting": "○ waiting",
     "running": "● running",
@@ -31,54 +38,60 @@ _MARKS: dict[StepState, str] = {
     "completed": "✓ completed",
     "failed": "✗ failed",
     "skipped": "– not run",
+    "cancelled": "■ cancelled",
 }
 
 
 @dataclass
-class StepTimes:
-    """When a step ran, in seconds since the epoch, and what came of it."""
+class StepView:
+    """A step as it is shown. Times are seconds since the epoch.
 
+    `earlier`: how long a run took that had ended before this pipeline came to it; None for one that it waited for.
+    """
+
+    crew: str
     state: StepState = "waiting"
     started: float | None = None
     ended: float | None = None
     kickoff_id: str | None = None
-
-    def start(self) -> None:
-        """Note that the step runs."""
-        self.state, self.started = "running", time.time()
-
-    def end(self, state: StepState, *, kickoff_id: str | None) -> None:
-        """Note what came of it."""
-        self.state, self.ended, self.kickoff_id = state, time.time(), kickoff_id
+    artifact_id: UUID | None = None
+    earlier: float | None = None
 
 
-def render_pipeline(name: str, run_key: str, graph: PipelineGraph, times: Mapping[str, StepTimes], now: float) -> str:
+def render_pipeline(name: str, run_key: str, graph: PipelineGraph, views: Mapping[str, StepView], now: float) -> str:
     """Return the Markdown of a pipeline."""
     order = [step for layer in graph.layers() for step in layer]
-    begun = [entry.started for entry in times.values() if entry.started is not None]
-    start = min(begun, default=now)
-    end = max([entry.ended or now for entry in times.values() if entry.started is not None], default=now)
-    rows = [_row(step, graph, times[step], start, max(end - start, 1e-9), now) for step in order]
-    states = [times[step].state for step in order]
-    done = states.count("completed")
-    failed = states.count("failed")
+    begun = [view for view in views.values() if view.started is not None]
+    start = min([view.started or now for view in begun], default=now)
+    end = max([view.ended or now for view in begun], default=now)
+    states = [views[step].state for step in order]
+    done, failed = states.count("completed"), states.count("failed")
     head = f"## {prose(name)}: {done} of {len(order)} steps completed" + (f", {failed} failed" if failed else "")
     facts = table(("", ""), [("Run key", code(run_key)), ("Time", duration(end - start))])
-    header = ("Step", "Crew", "Needs", "State", "Time", "Timeline", "Run")
-    return f"{head}\n\n{facts}\n\n### Steps\n\n{table(header, rows)}\n"
+    rows = [_row(step, views[step], start, max(end - start, 1e-9), now) for step in order]
+    steps = table(("Step", "State", "Time", "Timeline", "Crew", "Run"), rows)
+    labels = {step: f"{_MARKS[views[step].state][0]} {' '.join(step.split())}" for step in order}
+    drawn = fenced("\n".join(draw_graph(order, graph.needs, labels)))
+    return f"{head}\n\n{facts}\n\n### Graph\n\n{drawn}\n\n### Steps\n\n{steps}\n"
 
 
-def _row(step: str, graph: PipelineGraph, times: StepTimes, start: float, span: float, now: float) -> list[str]:
-    crew = next(one.crew for one in graph.steps if one.name == step)
-    label = crew if isinstance(crew, str) else crew.label
+def _row(step: str, view: StepView, start: float, span: float, now: float) -> list[str]:
     took, bar = "–", ""
-    if times.started is not None:
-        ended = times.ended or now
-        took = duration(ended - times.started)
-        bar = f"`{_bar((times.started - start) / span, (ended - start) / span)}`"
-    run = code(times.kickoff_id) if times.kickoff_id else ""
-    needs = ", ".join(cell(name) for name in sorted(graph.needs[step])) or "–"
-    return [f"**{cell(step)}**", cell(label), needs, _MARKS[times.state], took, bar, run]
+    if view.earlier is not None:
+        took, bar = duration(view.earlier), "bought earlier"
+    elif view.started is not None:
+        ended = view.ended or now
+        took = duration(ended - view.started)
+        bar = f"`{_bar((view.started - start) / span, (ended - start) / span)}`"
+    return [f"**{cell(step)}**", _MARKS[view.state], took, bar, cell(view.crew), _link(view)]
+
+
+def _link(view: StepView) -> str:
+    """Return a link to the artifact of a step's run. Relative, since nobody here knows where the page is looked at."""
+    if view.kickoff_id is None:
+        return ""
+    shown = code(view.kickoff_id if len(view.kickoff_id) <= 13 else f"{view.kickoff_id[:12]}…")
+    return shown if view.artifact_id is None else f"[{shown}](../artifact/{view.artifact_id})"
 
 
 def _bar(begin: float, end: float) -> str:
@@ -88,27 +101,86 @@ def _bar(begin: float, end: float) -> str:
 
 
 class PipelineArtifact:
-    """The artifact of one pipeline run. It never fails the pipeline; trouble is logged once."""
+    """The artifact of one pipeline run, kept up to date beside the work; an async context manager.
+
+    It never fails the pipeline; trouble is logged once.
+    """
 
     def __init__(self, name: str, run_key: str, graph: PipelineGraph) -> None:
         self._name = name
         self._run_key = run_key
         self._graph = graph
+        self._views = {step.name: StepView(_label(step.crew)) for step in graph.steps}
+        self._runs: dict[str, OpenRun] = {}
         self._artifact = MarkdownArtifact(
             artifact_key(name, prefix="pipeline"), f"Pipeline {name}, run key {run_key}", flow_run_id=flow_run_id()
         )
-        self._lock = asyncio.Lock()
-        self._shown_at = 0.0
+        self._changed = asyncio.Event()
+        self._over = asyncio.Event()
+        self._keeper: asyncio.Task[None] | None = None
         self._troubled = False
 
-    async def show(self, times: Mapping[str, StepTimes], *, last: bool = False) -> None:
-        """Bring it up to date, every few seconds at most."""
-        if not last and time.monotonic() - self._shown_at < SHOW_EVERY:
-            return
-        self._shown_at = time.monotonic()
-        async with self._lock:
-            data = render_pipeline(self._name, self._run_key, self._graph, times, time.time())
-            trouble = await self._artifact.put(data)
+    async def __aenter__(self) -> PipelineArtifact:
+        self._keeper = asyncio.ensure_future(self._keep())
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        assert self._keeper is not None  # noqa: S101  __aenter__ made it
+        # What waits while the flow run is suspended is for when it goes on.
+        suspended = any(view.state == "suspended" for view in self._views.values())
+        for view in self._views.values():
+            if view.state == "waiting" and not suspended:
+                view.state = "skipped"
+        self._over.set()
+        self._changed.set()
+        await self._keeper
+        await self._find_artifacts()
+        await self._put()
+
+    def started(self, step: str) -> None:
+        """Note that a step runs."""
+        self._views[step].state, self._views[step].started = "running", time.time()
+        self._changed.set()
+
+    def opened(self, step: str, run: OpenRun) -> None:
+        """Note which run a step's is."""
+        view, record = self._views[step], run.record
+        self._runs[step], view.kickoff_id = run, run.kickoff_id
+        if record is not None and not run.owned and record.phase is RecordPhase.ENDED:
+            seconds = (record.ended_at or record.claimed_at) - (record.kicked_off_at or record.claimed_at)
+            view.earlier, view.started = seconds.total_seconds(), None
+        self._changed.set()
+
+    def ended(self, step: str, state: StepState) -> None:
+        """Note what came of a step."""
+        self._views[step].state = state
+        self._views[step].ended = None if state == "suspended" else time.time()
+        self._changed.set()
+
+    async def _keep(self) -> None:
+        while not self._over.is_set():
+            await self._changed.wait()
+            self._changed.clear()
+            if not self._over.is_set():
+                await self._put()
+                await asyncio.wait({asyncio.ensure_future(self._over.wait())}, timeout=SHOW_EVERY)
+
+    async def _put(self) -> None:
+        for step, run in self._runs.items():
+            self._views[step].artifact_id = None if run.artifact is None else run.artifact.known_id
+        data = render_pipeline(self._name, self._run_key, self._graph, self._views, time.time())
+        trouble = await self._artifact.put(data)
         if trouble and not self._troubled:
             self._troubled = True
             run_logger().warning("The artifact of pipeline %s could not be updated: %s", self._name, trouble)
+
+    async def _find_artifacts(self) -> None:
+        """Find what other processes have made for the runs that were found."""
+        try:
+            await asyncio.gather(*(run.shown_by().artifact_id() for run in self._runs.values()))
+        except (httpx.HTTPError, PrefectException) as error:
+            run_logger().debug("The artifacts of earlier runs are not linked: %s", error)
+
+
+def _label(crew: object) -> str:
+    return crew if isinstance(crew, str) else str(getattr(crew, "label", crew))

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from graphlib import CycleError, TopologicalSorter
-from typing import Any
+from typing import Any, cast
 
 from prefect_crew.api.errors import ConfigurationError
 from prefect_crew.api.inputs import missing_inputs
 from prefect_crew.api.models import CrewInput, CrewResult
 from prefect_crew.blocks import DeployedCrew
-from prefect_crew.templates import names_in, render
+from prefect_crew.templates import GLOBALS, attributes_in, names_in, render
 from prefect_crew.waiting import WaitPolicy
 
 __all__ = ["CrewStep", "PipelineContext", "PipelineGraph", "StepInputs"]
 
 _RESERVED = frozenset({"inputs", "steps"})
+_OF_A_RESULT = frozenset({*dir(CrewResult), *CrewResult.model_fields})
 
 StepInputs = Mapping[str, Any] | Callable[["PipelineContext"], Mapping[str, Any]]
 """Inputs by name, each a plain value, a template, or a function of the context; or one function that gives them all."""
@@ -31,7 +32,8 @@ class CrewStep:
         crew: A crew, or the name of a stored block.
         inputs: Its inputs by name. A text is a template over the pipeline's inputs and earlier steps:
             `"{{ topic }}"`, `"{{ research.output }}"`, `"{{ research.data.title }}"`,
-            `"{{ research.tasks[0].output }}"`, `"{{ steps['a b'].output }}"`. A function is called with the context.
+            `"{{ research.tasks[0].output }}"`, `"{{ steps['a b'].output }}"`. Texts within lists and mappings are
+            templates too. A function is called with the context.
             Left out, the pipeline's inputs of the crew's names.
         after: Names of steps to wait for, besides those that its templates use. A function sees these steps only.
         wait: How to wait for it, in place of the block's policy.
@@ -70,6 +72,8 @@ class PipelineGraph:
     inputs: Mapping[str, Any]
     needs: dict[str, set[str]] = field(default_factory=dict[str, set[str]])
     problems: list[str] = field(default_factory=list[str])
+    sorts: bool = True
+    """Whether the steps have an order; else there are no `layers`."""
 
     def __post_init__(self) -> None:
         names = [step.name for step in self.steps]
@@ -77,8 +81,9 @@ class PipelineGraph:
             self.problems.append("the pipeline has no steps")
         self.problems += [f"two steps are named {name!r}" for name in sorted({n for n in names if names.count(n) > 1})]
         for name in names:
-            if name in _RESERVED or name in self.inputs:
-                what = "a reserved name" if name in _RESERVED else "the name of an input"
+            reserved = name in _RESERVED or name in GLOBALS
+            if reserved or name in self.inputs:
+                what = "a reserved name" if reserved else "the name of an input"
                 self.problems.append(f"step {name!r} has {what}: call it something else")
             if not name.strip() or "/" in name:
                 self.problems.append(f"a step cannot be named {name!r}: give it a word without slashes")
@@ -89,7 +94,7 @@ class PipelineGraph:
     def _needed_by(self, step: CrewStep) -> set[str]:
         known = {other.name for other in self.steps}
         needed: set[str] = set()
-        for name in step.after:
+        for name in (step.after,) if isinstance(step.after, str) else step.after:
             if name in known:
                 needed.add(name)
             else:
@@ -97,41 +102,44 @@ class PipelineGraph:
         if step.inputs is None or callable(step.inputs):
             return needed
         for key, value in step.inputs.items():
-            if not isinstance(value, str):
-                continue
-            try:
-                used = names_in(value, collections=_RESERVED)
-            except ConfigurationError as error:
-                self.problems.append(f"step {step.name!r}, input {key!r}: {error}")
-                continue
-            needed |= used & known
-            self.problems += [
-                f"step {step.name!r}, input {key!r}: {name!r} is neither an input of the pipeline nor a step"
-                for name in sorted(used - known - set(self.inputs))
-            ]
+            for text in _texts(value):
+                needed |= self._read_by(text, f"step {step.name!r}, input {key!r}", known)
         return needed
+
+    def _read_by(self, text: str, where: str, steps: set[str]) -> set[str]:
+        """Return the steps that a template reads, and note what it names that is not there."""
+        try:
+            used = names_in(text, collections=_RESERVED)
+            read = attributes_in(text, steps, collection="steps")
+        except ConfigurationError as error:
+            self.problems.append(f"{where}: {error}")
+            return set()
+        for name in sorted(used - steps - set(self.inputs)):
+            self.problems.append(f"{where}: {name!r} is neither an input of the pipeline nor a step")
+        for name, attribute in sorted(read):
+            # What the sandbox forbids anyway is for it to say.
+            if attribute not in _OF_A_RESULT and not attribute.startswith("_"):
+                self.problems.append(
+                    f"{where}: a step has no {attribute!r}, but output, data, tasks and so on ({name})"
+                )
+        return used & steps
 
     def _check_cycles(self) -> None:
         try:
             TopologicalSorter(self.needs).prepare()
         except CycleError as error:
+            self.sorts = False
             self.problems.append(f"the steps go round in a circle: {' -> '.join(map(str, error.args[1]))}")
 
     def check_inputs(self, expected: Mapping[str, Sequence[CrewInput]]) -> None:
         """Note the inputs that each step's crew requires and its step does not give. Functions tell theirs later."""
-        for step in self.steps:
+        for step in {step.name: step for step in self.steps}.values():
             if callable(step.inputs):
                 continue
             given = self.inputs if step.inputs is None else step.inputs
             missing = missing_inputs(expected.get(step.name, ()), given)
             if missing:
                 self.problems.append(f"step {step.name!r} lacks the inputs {', '.join(missing)} of its crew")
-
-    def refuse_problems(self) -> None:
-        """Raise one ConfigurationError with all that is wrong, before anything is started."""
-        if self.problems:
-            listed = "; ".join(self.problems)
-            raise ConfigurationError(f"The pipeline cannot run, nothing was started: {listed}.")
 
     def layers(self) -> list[list[str]]:
         """Return the steps in layers: each needs only steps of the layers before it."""
@@ -168,29 +176,72 @@ class PipelineGraph:
         if step.inputs is None:
             names = {known.name for known in expected}
             return {key: value for key, value in self.inputs.items() if not names or key in names}
-        if callable(step.inputs):
-            return step.inputs(context)
         values = {**self.inputs, **seen, "inputs": self.inputs, "steps": seen}
-        return {key: _filled(value, values, context) for key, value in step.inputs.items()}
+        if callable(step.inputs):
+            return _mapping(_called(step.inputs, context), step.inputs)
+        return {
+            key: _called(value, context) if callable(value) else _filled(value, values)
+            for key, value in step.inputs.items()
+        }
 
     def known_inputs_of(self, step: CrewStep) -> dict[str, str]:
         """Return what is known of a step's inputs before anything has run, for people."""
         if step.inputs is None:
             return {key: str(value) for key, value in self.inputs.items()}
         if callable(step.inputs):
-            return {"…": f"from {getattr(step.inputs, '__name__', 'a function')}()"}
+            return {"…": f"from {_called_name(step.inputs)}"}
         known: dict[str, str] = {}
         for key, value in step.inputs.items():
             if callable(value):
-                known[key] = f"from {getattr(value, '__name__', 'a function')}()"
-            elif isinstance(value, str) and not (names_in(value, collections=_RESERVED) & set(self.needs)):
-                known[key] = render(value, {**self.inputs, "inputs": self.inputs})
-            else:
+                known[key] = f"from {_called_name(value)}"
+                continue
+            try:
+                later = any(names_in(text, collections=_RESERVED) & set(self.needs) for text in _texts(value))
+                known[key] = str(value if later else _filled(value, {**self.inputs, "inputs": self.inputs}))
+            except ConfigurationError:  # told among the problems
                 known[key] = str(value)
         return known
 
 
-def _filled(value: Any, values: Mapping[str, Any], context: PipelineContext) -> Any:
+def _texts(value: Any) -> Iterator[str]:
+    """Yield the texts in a value, each a template."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in cast("Mapping[Any, Any]", value).values():
+            yield from _texts(item)
+    elif isinstance(value, list | tuple):
+        for item in cast("Sequence[Any]", value):
+            yield from _texts(item)
+
+
+def _filled(value: Any, values: Mapping[str, Any]) -> Any:
     if isinstance(value, str):
         return render(value, values)
-    return value(context) if callable(value) else value
+    if isinstance(value, Mapping):
+        return {key: _filled(item, values) for key, item in cast("Mapping[Any, Any]", value).items()}
+    if isinstance(value, list | tuple):
+        return [_filled(item, values) for item in cast("Sequence[Any]", value)]
+    return value
+
+
+def _called(function: Callable[[PipelineContext], Any], context: PipelineContext) -> Any:
+    try:
+        return function(context)
+    except ConfigurationError:
+        raise
+    except Exception as error:
+        said = f"{type(error).__name__}: {error}"
+        raise ConfigurationError(f"{_called_name(function)} gave no inputs: {said}. Nothing was started.") from error
+
+
+def _mapping(given: Any, function: Any) -> Mapping[str, Any]:
+    if isinstance(given, Mapping):
+        return cast("Mapping[str, Any]", given)
+    kind = type(given).__name__
+    raise ConfigurationError(f"{_called_name(function)} gave a {kind} instead of inputs by name. Nothing was started.")
+
+
+def _called_name(function: Any) -> str:
+    name = getattr(function, "__name__", "a function")
+    return "a function" if name == "<lambda>" else f"{name}()"

@@ -10,7 +10,7 @@ import asyncio
 import time
 from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Annotated, Any, cast
 
 from prefect import flow
@@ -18,21 +18,23 @@ from prefect.context import FlowRunContext, TaskRunContext
 from prefect.exceptions import Pause
 from pydantic import Field
 
-from prefect_crew.api.errors import ConfigurationError, CrewError, NotFoundError, PipelineFailedError
+from prefect_crew.api.errors import ConfigurationError, PipelineFailedError
 from prefect_crew.api.inputs import encode_inputs, inputs_digest
-from prefect_crew.api.models import CrewInput, CrewResult
-from prefect_crew.blocks import DeployedCrew
+from prefect_crew.api.models import CrewResult, CrewStatus
+from prefect_crew.artifacts import showing_beside
 from prefect_crew.dual import refuse_running_loop
+from prefect_crew.kickoffs import knowing_inputs
 from prefect_crew.logs import run_logger
-from prefect_crew.pipeline_artifact import PipelineArtifact, StepTimes
+from prefect_crew.open_runs import OpenRun
+from prefect_crew.pipeline_artifact import PipelineArtifact
+from prefect_crew.pipeline_crews import PipelineCrews, PipelinePlan, step_key
 from prefect_crew.pipeline_graph import CrewStep, PipelineContext, PipelineGraph
 from prefect_crew.redaction import MASK
 from prefect_crew.run_keys import identify
 from prefect_crew.runs import arun_crew
-from prefect_crew.sessions import CrewSession
 from prefect_crew.suspension import checked_wait, standstill_here
-from prefect_crew.tasks import loaded
 from prefect_crew.waiting import WaitPolicy
+from prefect_crew.watching import watch_runs
 
 __all__ = [
     "CrewStep",
@@ -58,102 +60,14 @@ class PipelineResult:
         return self.results[step]
 
 
-@dataclass(frozen=True)
-class PlannedStep:
-    """A step as far as it is known before anything runs. `layer` counts from 0; `inputs` are for people."""
-
-    name: str
-    crew: str
-    layer: int
-    needs: Sequence[str]
-    inputs: Mapping[str, str]
-
-
-@dataclass(frozen=True)
-class PipelinePlan:
-    """What a pipeline would do. Printing it shows it; nothing was started."""
-
-    steps: Sequence[PlannedStep]
-    problems: Sequence[str]
-
-    def __str__(self) -> str:
-        lines: list[str] = []
-        for step in self.steps:
-            needs = f" after {', '.join(step.needs)}" if step.needs else ""
-            lines.append(f"{step.layer + 1}. {step.name} ({step.crew}){needs}")
-            lines += [f"     {key} = {value}" for key, value in step.inputs.items()]
-        lines += [f"Problem: {problem}" for problem in self.problems]
-        return "\n".join(lines)
-
-
-@dataclass
-class _Pipeline:
-    """One call: its graph, with the crews loaded and asked for their inputs."""
-
-    graph: PipelineGraph
-    wait: WaitPolicy | None
-    crews: dict[str, DeployedCrew] = field(default_factory=dict[str, DeployedCrew])
-    expected: dict[str, list[CrewInput]] = field(default_factory=dict[str, list[CrewInput]])
-
-    @property
-    def secret_inputs(self) -> set[str]:
-        return {name for crew in self.crews.values() for name in crew.secret_inputs}
-
-    async def check(self) -> None:
-        """Load the crews, ask each for its inputs, and note all that is wrong."""
-        if self.graph.problems:
-            return
-        for step in self.graph.steps:
-            try:
-                self.crews[step.name] = await loaded(step.crew)
-            except ValueError as error:
-                self.graph.problems.append(f"step {step.name!r}: {error}")
-        asked = {crew.url: crew for crew in self.crews.values()}
-        answers = dict(zip(asked, await asyncio.gather(*map(self._ask, asked.values())), strict=True))
-        self.expected = {name: answers[crew.url] for name, crew in self.crews.items()}
-        self.graph.check_inputs(self.expected)
-
-    def check_waits(self) -> None:
-        """Raise ConfigurationError if a step is to suspend the flow run around this call, which cannot be."""
-        for step in self.graph.steps:
-            checked_wait(step.wait or self.wait or self.crews[step.name].wait, f"Step {step.name!r}")
-
-    async def _ask(self, crew: DeployedCrew) -> list[CrewInput]:
-        async with CrewSession(crew) as session:
-            try:
-                return await session.client.inputs()
-            except NotFoundError:
-                return []
-            except CrewError as error:
-                self.graph.problems.append(f"crew {crew.label} cannot be asked for its inputs: {error}")
-                return []
-
-
-_live: ContextVar[_Pipeline | None] = ContextVar("prefect_crew_pipeline", default=None)
+_live: ContextVar[tuple[PipelineCrews, WaitPolicy | None] | None] = ContextVar("prefect_crew_pipeline", default=None)
 
 
 async def aplan_pipeline(steps: Sequence[CrewStep], inputs: Mapping[str, Any] | None = None) -> PipelinePlan:
     """Return what a pipeline would do, with all that is wrong with it. Nothing is started."""
-    pipeline = _Pipeline(PipelineGraph(steps, inputs or {}), None)
-    await pipeline.check()
-    graph = pipeline.graph
-    if any(name not in pipeline.crews for name in graph.needs) or not graph.steps:
-        return PipelinePlan([], graph.problems)
-    layer_of = {name: number for number, layer in enumerate(graph.layers()) for name in layer}
-    planned = [
-        PlannedStep(
-            name=step.name,
-            crew=pipeline.crews[step.name].label,
-            layer=layer_of[step.name],
-            needs=sorted(graph.needs[step.name]),
-            inputs={
-                key: MASK if key in pipeline.crews[step.name].secret_inputs else value
-                for key, value in graph.known_inputs_of(step).items()
-            },
-        )
-        for step in graph.steps
-    ]
-    return PipelinePlan(sorted(planned, key=lambda step: step.layer), graph.problems)
+    crews = PipelineCrews(PipelineGraph(steps, dict(inputs or {})))
+    await crews.check()
+    return crews.plan()
 
 
 def plan_pipeline(steps: Sequence[CrewStep], inputs: Mapping[str, Any] | None = None) -> PipelinePlan:
@@ -188,15 +102,16 @@ async def arun_pipeline(
         PipelineFailedError: A step failed. The independent ones were finished; a second call with the key, or a retry
             of the flow run, starts with what failed and pays for nothing again.
     """
-    pipeline = _Pipeline(PipelineGraph(steps, dict(inputs or {})), wait)
+    crews = PipelineCrews(PipelineGraph(steps, dict(inputs or {})))
     with standstill_here().work():
-        await pipeline.check()
-        pipeline.graph.refuse_problems()
-        pipeline.check_waits()
+        await crews.check()
+        await crews.refuse_problems()
+        for step in steps:
+            checked_wait(step.wait or wait or crews.crews[step.name].wait, f"Step {step.name!r}")
     if FlowRunContext.get() is not None or TaskRunContext.get() is not None:
-        return await _run(pipeline, name=name, run_key=run_key)
-    token = _live.set(pipeline)
-    shown = {key: MASK if key in pipeline.secret_inputs else value for key, value in pipeline.graph.inputs.items()}
+        return await _run(crews, wait, name=name, run_key=run_key)
+    token = _live.set((crews, wait))
+    shown = {key: MASK if key in crews.secret_inputs else value for key, value in crews.graph.inputs.items()}
     try:
         return await cast("Any", run_steps)(
             pipeline=name, steps=[step.name for step in steps], inputs=encode_inputs(shown), run_key=run_key
@@ -238,19 +153,21 @@ async def run_steps(
             "This run's steps were given by code and cannot be made from its parameters. Call run_pipeline again with "
             "the same steps and run key, which finds again what was bought, or write a flow around it and retry that."
         )
-    return await _run(live, name=pipeline, run_key=run_key)
+    crews, wait = live
+    return await _run(crews, wait, name=pipeline, run_key=run_key)
 
 
-async def _run(pipeline: _Pipeline, *, name: str, run_key: str | None) -> PipelineResult:
-    digest = inputs_digest(encode_inputs(pipeline.graph.inputs))
-    identity = await identify(name, digest, run_key=run_key, name=name)
+async def _run(crews: PipelineCrews, wait: WaitPolicy | None, *, name: str, run_key: str | None) -> PipelineResult:
+    graph = crews.graph
+    identity = await identify(name, inputs_digest(encode_inputs(graph.inputs)), run_key=run_key, name=name)
+    await crews.refuse_problems(identity.run_key)
     started = time.perf_counter()
-    work = _Work(pipeline, identity.run_key, PipelineArtifact(name, identity.run_key, pipeline.graph))
+    work = _Work(crews, wait, identity.run_key, PipelineArtifact(name, identity.run_key, graph))
     await work.run()
     if work.errors:
         raise PipelineFailedError(
-            failed=[step.name for step in pipeline.graph.steps if step.name in work.errors],
-            skipped=[step.name for step in pipeline.graph.steps if step.name in work.skipped],
+            failed=[step.name for step in graph.steps if step.name in work.errors],
+            skipped=[step.name for step in graph.steps if step.name in work.skipped],
             results=work.results,
             errors=work.errors,
             run_key=identity.run_key,
@@ -261,62 +178,69 @@ async def _run(pipeline: _Pipeline, *, name: str, run_key: str | None) -> Pipeli
 class _Work:
     """The steps under way: each waits for those that it needs, then runs its crew."""
 
-    def __init__(self, pipeline: _Pipeline, run_key: str, artifact: PipelineArtifact) -> None:
-        self.pipeline = pipeline
+    def __init__(self, crews: PipelineCrews, wait: WaitPolicy | None, run_key: str, artifact: PipelineArtifact) -> None:
+        self.crews = crews
+        self.graph = crews.graph
+        self.wait = wait
         self.run_key = run_key
         self.artifact = artifact
         self.results: dict[str, CrewResult] = {}
-        self.errors: dict[str, CrewError] = {}
+        self.errors: dict[str, Exception] = {}
         self.skipped: set[str] = set()
-        self._done = {step.name: asyncio.Event() for step in pipeline.graph.steps}
-        self._times = {step.name: StepTimes() for step in pipeline.graph.steps}
+        self._done = {step.name: asyncio.Event() for step in self.graph.steps}
+        self._by_key = {step_key(run_key, step): step.name for step in self.graph.steps}
 
     async def run(self) -> None:
-        """Run all steps that can run. A cancellation, or an error that is none of a crew's, ends them all."""
-        await self.artifact.show(self._times)
-        jobs = [asyncio.ensure_future(self._step(step)) for step in self.pipeline.graph.steps]
-        try:
-            await asyncio.gather(*jobs)
-        finally:
-            for job in jobs:
-                job.cancel()
-            await asyncio.gather(*jobs, return_exceptions=True)
-            await self.artifact.show(self._times, last=True)
+        """Run all steps that can run. A cancellation ends them all."""
+        with watch_runs(self._saw), knowing_inputs(self.crews.known):
+            async with self.artifact, showing_beside():
+                jobs = [asyncio.ensure_future(self._step(step)) for step in self.graph.steps]
+                try:
+                    await asyncio.gather(*jobs)
+                finally:
+                    for job in jobs:
+                        job.cancel()
+                    await asyncio.gather(*jobs, return_exceptions=True)
+
+    def _saw(self, run: OpenRun, status: CrewStatus | None) -> None:
+        # Of every run of this process; once each, when it is known which run a step's is.
+        step = self._by_key.get(run.run_key or "")
+        if step is not None and status is None:
+            self.artifact.opened(step, run)
 
     async def _step(self, step: CrewStep) -> None:
-        needs = self.pipeline.graph.needs[step.name]
+        needs = self.graph.needs[step.name]
         for name in sorted(needs):
             await self._done[name].wait()
-        times = self._times[step.name]
+        if needs - set(self.results):
+            self.skipped.add(step.name)
+            self.artifact.ended(step.name, "skipped")
+            self._done[step.name].set()
+            return
+        self.artifact.started(step.name)
         try:
-            if needs - set(self.results):
-                self.skipped.add(step.name)
-                times.state = "skipped"
-                return
-            times.start()
-            await self.artifact.show(self._times)
             self.results[step.name] = await self._crew(step)
-            times.end("completed", kickoff_id=self.results[step.name].kickoff_id)
-        except CrewError as error:
+            self.artifact.ended(step.name, "completed")
+        except asyncio.CancelledError:
+            self.artifact.ended(step.name, "cancelled")
+            raise
+        except Exception as error:  # noqa: BLE001  whatever it is, it is this step's: the independent ones are finished
             run_logger().error("Step %s failed: %s", step.name, error)
             self.errors[step.name] = error
-            times.end("failed", kickoff_id=getattr(error, "kickoff_id", None))
+            self.artifact.ended(step.name, "failed")
         except Pause:
-            times.state = "suspended"
+            # The steps after it are for when the flow run goes on.
+            self.artifact.ended(step.name, "suspended")
             raise
-        finally:
-            if times.state != "suspended":  # the steps after it are for when the flow run goes on
-                self._done[step.name].set()
-        await self.artifact.show(self._times)
+        self._done[step.name].set()
 
     async def _crew(self, step: CrewStep) -> CrewResult:
-        pipeline = self.pipeline
-        inputs = pipeline.graph.inputs_of(step, self.results, pipeline.expected[step.name])
+        inputs = self.graph.inputs_of(step, self.results, self.crews.expected.get(step.name, ()))
         return await arun_crew(
-            pipeline.crews[step.name],
+            self.crews.crews[step.name],
             inputs,
             name=step.name,
-            run_key=f"{self.run_key}/{step.name}",
-            wait=step.wait or pipeline.wait,
+            run_key=step_key(self.run_key, step),
+            wait=step.wait or self.wait,
             output_type=step.output_type,
         )

@@ -17,7 +17,7 @@ from prefect_crew.api.models import CrewState, CrewStatus, TaskResult, TokenUsag
 from prefect_crew.records import SentReview
 from prefect_crew.redaction import MASK
 
-__all__ = ["RunView", "cell", "code", "duration", "prose", "reading", "render_run", "table"]
+__all__ = ["RunView", "cell", "code", "duration", "fenced", "prose", "reading", "render_run", "table"]
 
 OUTPUT_CAP = 60_000
 """Characters of a result that an artifact shows; Prefect Cloud refuses bodies over 5 MiB."""
@@ -74,7 +74,7 @@ def render_run(view: RunView) -> str:
         if status.usage is not None:
             parts.append(_usage(status.usage))
         if view.state is CrewState.FAILED:
-            parts.append(f"### Error\n\n{_fenced(status.error or 'The crew gave no reason.')}")
+            parts.append(f"### Error\n\n{fenced(status.error or 'The crew gave no reason.')}")
         elif status.output is not None and view.state is CrewState.COMPLETED:
             parts.append(_result(view, status.output))
     return "\n\n".join(parts) + "\n"
@@ -106,7 +106,8 @@ def code(text: str) -> str:
     return f"{fence}{pad}{flat}{pad}{fence}"
 
 
-def _fenced(text: str, cap: int = OUTPUT_CAP) -> str:
+def fenced(text: str, cap: int = OUTPUT_CAP) -> str:
+    """Return text as a block of code, capped, whatever backticks it holds."""
     shown = text if len(text) <= cap else f"{text[:cap]}…"
     fence = "`" * max(3, max((len(run) for run in re.findall(r"`+", shown)), default=0) + 1)
     return f"{fence}text\n{shown.translate(_TURNS)}\n{fence}"

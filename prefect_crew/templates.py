@@ -6,8 +6,8 @@ wrote.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, cast
 
 from jinja2 import StrictUndefined, TemplateError, nodes
 from jinja2.meta import find_undeclared_variables
@@ -17,7 +17,7 @@ from pydantic_core import to_json
 
 from prefect_crew.api.errors import ConfigurationError
 
-__all__ = ["compiled", "names_in", "render"]
+__all__ = ["GLOBALS", "attributes_in", "compiled", "names_in", "render"]
 
 
 def _readable(value: Any) -> Any:
@@ -31,26 +31,54 @@ def _environment() -> SandboxedEnvironment:
     return ImmutableSandboxedEnvironment(undefined=StrictUndefined, finalize=_readable, keep_trailing_newline=True)
 
 
+_METHODS = frozenset(dir(dict))
+"""What a collection has besides its names: `steps.items()`."""
+GLOBALS = frozenset(cast("dict[str, Any]", cast("Any", _environment()).globals))
+"""Names that Jinja brings, such as `range`. `names_in` takes them for those, whatever values there are."""
+
+
 def names_in(template: str, *, collections: frozenset[str] = frozenset()) -> set[str]:
     """Return the names that a template needs: its own, and those looked up in a collection such as `steps["a b"]`.
 
     Raises:
         ConfigurationError: It is no template.
     """
-    try:
-        tree = _environment().parse(template)
-    except TemplateError as error:
-        raise ConfigurationError(f"{template!r} is no template: {error}") from None
+    tree = _parsed(template)
     needed = find_undeclared_variables(tree)
     for lookup in tree.find_all((nodes.Getitem, nodes.Getattr)):
         inside = lookup.node
         if not isinstance(inside, nodes.Name) or inside.name not in collections:
             continue
         if isinstance(lookup, nodes.Getattr):
-            needed.add(lookup.attr)
+            needed |= {lookup.attr} - _METHODS
         elif isinstance(lookup.arg, nodes.Const):
             needed.add(str(lookup.arg.value))
     return needed - collections
+
+
+def attributes_in(template: str, names: Collection[str], *, collection: str) -> set[tuple[str, str]]:
+    """Return what a template reads of these names, as name and attribute: `a.output`, or `collection["a"].output`.
+
+    Raises:
+        ConfigurationError: It is no template.
+    """
+    found: set[tuple[str, str]] = set()
+    for lookup in _parsed(template).find_all(nodes.Getattr):
+        inside = lookup.node
+        if isinstance(inside, nodes.Name) and inside.name in names:
+            found.add((inside.name, lookup.attr))
+        elif isinstance(inside, nodes.Getitem | nodes.Getattr) and isinstance(inside.node, nodes.Name):
+            key = inside.attr if isinstance(inside, nodes.Getattr) else getattr(inside.arg, "value", None)
+            if inside.node.name == collection and key in names:
+                found.add((str(key), lookup.attr))
+    return found
+
+
+def _parsed(template: str) -> nodes.Template:
+    try:
+        return _environment().parse(template)
+    except TemplateError as error:
+        raise ConfigurationError(f"{template!r} is no template: {error}") from None
 
 
 def render(template: str, values: Mapping[str, Any]) -> str:
@@ -78,5 +106,8 @@ def compiled(template: str) -> Callable[[Mapping[str, Any]], str]:
             return ready.render(values)
         except TemplateError as error:
             raise ConfigurationError(f"The template {template!r} cannot be filled: {error}") from None
+        except Exception as error:  # noqa: BLE001  a number added to a text, too long a range: whatever operators raise
+            said = f"{type(error).__name__}: {error}"
+            raise ConfigurationError(f"The template {template!r} cannot be filled: {said}") from None
 
     return fill

@@ -1,0 +1,171 @@
+"""The crews of a pipeline, loaded and asked for their inputs before anything is paid for, and what it would do."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from prefect_crew.api.errors import AuthenticationError, ConfigurationError, CrewError, NotFoundError
+from prefect_crew.api.models import CrewInput
+from prefect_crew.blocks import DeployedCrew
+from prefect_crew.pipeline_drawing import draw_graph
+from prefect_crew.pipeline_graph import CrewStep, PipelineGraph
+from prefect_crew.record_store import PrefectRecords
+from prefect_crew.redaction import MASK
+from prefect_crew.sessions import CrewSession
+from prefect_crew.tasks import loaded
+
+__all__ = ["PipelineCrews", "PipelinePlan", "PlannedStep", "step_key"]
+
+TOLD = 30
+"""Problems that one error tells."""
+
+
+@dataclass(frozen=True)
+class PlannedStep:
+    """A step as far as it is known before anything runs. `layer` counts from 0; `inputs` are for people."""
+
+    name: str
+    crew: str
+    layer: int
+    needs: Sequence[str]
+    inputs: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class PipelinePlan:
+    """What a pipeline would do. Printing it shows it; nothing was started."""
+
+    steps: Sequence[PlannedStep]
+    problems: Sequence[str]
+
+    def __str__(self) -> str:
+        lines = draw_graph([step.name for step in self.steps], {step.name: set(step.needs) for step in self.steps})
+        for step in self.steps:
+            lines += ["", f"{step.name}: crew {step.crew}"]
+            lines += [f"  {key} = {value}" for key, value in step.inputs.items()]
+        lines += ["", *(f"Problem: {problem}" for problem in self.problems)] if self.problems else []
+        return "\n".join(lines).strip("\n")
+
+
+@dataclass
+class PipelineCrews:
+    """The crews of a graph's steps, by the steps' names: loaded, and asked for their inputs by `check`.
+
+    `silent` says which could not be asked. That is a problem like the others, but not for a pipeline that goes on: what
+    it has bought is found without them.
+    """
+
+    graph: PipelineGraph
+    crews: dict[str, DeployedCrew] = field(default_factory=dict[str, DeployedCrew])
+    expected: dict[str, list[CrewInput]] = field(default_factory=dict[str, list[CrewInput]])
+    silent: list[str] = field(default_factory=list[str])
+
+    @property
+    def secret_inputs(self) -> set[str]:
+        """The names of all inputs that are secret to one of the crews."""
+        return {name for crew in self.crews.values() for name in crew.secret_inputs}
+
+    @property
+    def known(self) -> dict[str, list[CrewInput]]:
+        """The inputs of those that were asked, by their URLs."""
+        return {crew.url: self.expected[name] for name, crew in self.crews.items() if name in self.expected}
+
+    async def check(self) -> None:
+        """Load the crews, ask each for its inputs, and note on the graph all that is wrong."""
+        blocks = {step.crew for step in self.graph.steps if isinstance(step.crew, str)}
+        stored = dict(zip(blocks, await asyncio.gather(*map(_block, blocks)), strict=True))
+        for step in self.graph.steps:
+            crew = stored[step.crew] if isinstance(step.crew, str) else step.crew
+            if isinstance(crew, DeployedCrew):
+                self.crews[step.name] = crew
+            else:
+                self.graph.problems.append(f"step {step.name!r}: {crew}")
+        # One question a crew, however many steps it has; with another token it is another question.
+        asked = {_asked(crew): crew for crew in self.crews.values()}
+        answers = dict(zip(asked, await asyncio.gather(*map(self._ask, asked.values())), strict=True))
+        for name, crew in self.crews.items():
+            answer = answers[_asked(crew)]
+            if answer is not None:
+                fresh, self.expected[name] = answer
+                # Of two blocks for one crew each keeps what else it says.
+                self.crews[name] = crew if fresh is None else crew.model_copy(update={"token": fresh.token})
+        self.graph.check_inputs(self.expected)
+
+    async def _ask(self, crew: DeployedCrew) -> tuple[DeployedCrew | None, list[CrewInput]] | None:
+        """Return a crew's inputs, and the crew with its new token if that was rotated since it was loaded."""
+        async with CrewSession(crew) as session:
+            try:
+                inputs = await session.asked(lambda client: client.inputs())
+            except NotFoundError:
+                inputs = list[CrewInput]()
+            except AuthenticationError as error:
+                self.graph.problems.append(f"crew {crew.label} cannot be asked for its inputs: {error}")
+                return None
+            except CrewError as error:
+                self.silent.append(f"crew {crew.label} cannot be asked for its inputs: {error}")
+                return None
+            return None if session.crew is crew else session.crew, inputs
+
+    async def refuse_problems(self, run_key: str | None = None) -> None:
+        """Raise one ConfigurationError with all that is wrong, before anything is started.
+
+        With a run key, a crew that is silent is none, if something was bought under the key before.
+        """
+        problems = [*self.graph.problems, *self.silent]
+        if run_key is not None and self.silent and not self.graph.problems and await self._goes_on(run_key):
+            return
+        if problems and (run_key is not None or self.graph.problems):
+            more = [f"and {len(problems) - TOLD} more, which plan_pipeline tells"] if len(problems) > TOLD else []
+            listed = "; ".join([*problems[:TOLD], *more])
+            raise ConfigurationError(f"The pipeline cannot run, nothing was started: {listed}.")
+
+    async def _goes_on(self, run_key: str) -> bool:
+        if any(step.inputs is None and step.name not in self.expected for step in self.graph.steps):
+            return False  # which of the pipeline's inputs it took is not known
+        records = PrefectRecords()
+        for step in self.graph.steps:
+            if await records.attempts(step_key(run_key, step)):
+                return True
+        return False
+
+    def plan(self) -> PipelinePlan:
+        """Return what the pipeline would do, once it was checked."""
+        graph = self.graph
+        problems = [*graph.problems, *self.silent]
+        if not graph.sorts:
+            return PipelinePlan([], problems)
+        steps = {step.name: step for step in graph.steps}
+        planned = [
+            PlannedStep(name, self._label(steps[name]), number, sorted(graph.needs[name]), self._shown(steps[name]))
+            for number, layer in enumerate(graph.layers())
+            for name in layer
+        ]
+        return PipelinePlan(planned, problems)
+
+    def _label(self, step: CrewStep) -> str:
+        crew = self.crews.get(step.name)
+        return str(step.crew) if crew is None else crew.label
+
+    def _shown(self, step: CrewStep) -> dict[str, str]:
+        crew = self.crews.get(step.name)
+        secret = set(crew.secret_inputs) if crew else set[str]()
+        return {key: MASK if key in secret else value for key, value in self.graph.known_inputs_of(step).items()}
+
+
+def step_key(run_key: str, step: CrewStep) -> str:
+    """Return the run key of a step: its pipeline's, a slash and its name."""
+    return f"{run_key}/{step.name}"
+
+
+def _asked(crew: DeployedCrew) -> tuple[str, str]:
+    return crew.url, crew.token.get_secret_value()
+
+
+async def _block(name: str) -> DeployedCrew | str:
+    """Return a stored crew, or why there is none."""
+    try:
+        return await loaded(name)
+    except ValueError as error:
+        return str(error)

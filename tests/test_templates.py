@@ -1,0 +1,114 @@
+"""Templates: a sandbox, strict about names, whatever the values hold."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import BaseModel
+
+from prefect_crew import ConfigurationError
+from prefect_crew.api.models import CrewResult, CrewState, TaskResult
+from prefect_crew.templates import attributes_in, names_in, render
+
+RESULT = CrewResult(
+    kickoff_id="1",
+    state=CrewState.COMPLETED,
+    output="found",
+    data={"title": "Tiles", "list": [1, 2]},
+    tasks=[TaskResult(name="t", output="first")],
+)
+COLLECTIONS = frozenset({"inputs", "steps"})
+
+
+class Trip(BaseModel):
+    city: str
+
+
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [
+        pytest.param("{{ topic }}", "tea", id="an-input"),
+        pytest.param("{{ research.output }}", "found", id="output"),
+        pytest.param("{{ research.data.title }}", "Tiles", id="part-of-data"),
+        pytest.param("{{ research.data.list[1] }}", "2", id="item-of-data"),
+        pytest.param("{{ research.data }}", '{"title":"Tiles","list":[1,2]}', id="data-as-json"),
+        pytest.param("{{ research.tasks[0].output }}", "first", id="a-task"),
+        pytest.param("{{ trip }} {{ yes }} {{ nothing }}", '{"city":"Porto"} true null', id="values-as-json"),
+        pytest.param("{% for i in range(3) %}{{ i }}{% endfor %}", "012", id="what-jinja-brings"),
+        pytest.param("{{ topic | upper }}\n", "TEA\n", id="filters-and-the-last-line-break"),
+        pytest.param("{{ '{{ topic }}' }}", "{{ topic }}", id="once-only"),
+        pytest.param("no braces", "no braces", id="plain"),
+    ],
+)
+def test_a_template_is_filled(template: str, text: str):
+    values = {"topic": "tea", "research": RESULT, "trip": Trip(city="Porto"), "yes": True, "nothing": None}
+    assert render(template, values) == text
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        pytest.param("{{ research.__class__ }}", id="class"),
+        pytest.param("{{ research.__class__.__mro__[1].__subclasses__() }}", id="subclasses"),
+        pytest.param("{{ topic.__len__() }}", id="method"),
+        pytest.param("{{ research['__class__'] }}", id="by-item"),
+        pytest.param("{{ research | attr('__class__') }}", id="by-filter"),
+        pytest.param("{{ '{0.__class__}'.format(research) }}", id="by-format"),
+        pytest.param("{{ research.data.update({'title': 1}) }}", id="a-change"),
+        pytest.param("{{ research.tasks.append(1) }}", id="another-change"),
+        pytest.param("{% for i in range(10 ** 9) %}{% endfor %}", id="a-long-range"),
+        pytest.param("{{ topic + 1 }}", id="an-error-of-python"),
+        pytest.param("{{ topik }}", id="an-unknown-name"),
+        pytest.param("{{ research.outptu }}", id="an-unknown-attribute"),
+        pytest.param("{{ research.data.nothing.at.all }}", id="an-unknown-part"),
+        pytest.param("{{ research.tasks[7].output }}", id="an-unknown-task"),
+    ],
+)
+def test_what_is_not_there_or_not_allowed_is_an_error(template: str):
+    with pytest.raises(ConfigurationError, match="cannot be filled"):
+        render(template, {"topic": "tea", "research": RESULT})
+    assert RESULT.data == {"title": "Tiles", "list": [1, 2]}
+
+
+@pytest.mark.parametrize("template", ["{{ open", "{% if %}", "{{ a b }}", "{% nonsense %}"])
+def test_what_is_no_template_says_so(template: str):
+    for use in (lambda: render(template, {}), lambda: names_in(template)):
+        with pytest.raises(ConfigurationError, match="is no template"):
+            use()
+
+
+@given(st.text())
+def test_values_are_never_templates(text: str):
+    assert render("{{ topic }}", {"topic": text}) == text
+
+
+@pytest.mark.parametrize(
+    ("template", "names"),
+    [
+        ("{{ a }} {{ b.output }}", {"a", "b"}),
+        ("{{ steps['a b'].output }}", {"a b"}),
+        ("{{ steps.a.output }} {{ inputs.topic }}", {"a", "topic"}),
+        ("{% for name, step in steps.items() %}{{ name }}{% endfor %}", set[str]()),
+        ("{% set a = 1 %}{{ a }}", set[str]()),
+        ("plain", set[str]()),
+    ],
+)
+def test_names_are_found(template: str, names: set[str]):
+    assert names_in(template, collections=COLLECTIONS) == names
+
+
+@pytest.mark.parametrize(
+    ("template", "found"),
+    [
+        ("{{ a.output }}", {("a", "output")}),
+        ("{{ a.data.title }}", {("a", "data")}),
+        ("{{ steps['a'].tasks[0].output }}", {("a", "tasks")}),
+        ("{{ steps.a.output }}", {("a", "output")}),
+        ("{{ other.output }}", set[Any]()),
+    ],
+)
+def test_what_is_read_of_a_name_is_found(template: str, found: set[Any]):
+    assert attributes_in(template, {"a"}, collection="steps") == found
