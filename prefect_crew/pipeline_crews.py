@@ -95,18 +95,21 @@ class PipelineCrews:
 
     async def _ask(self, crew: DeployedCrew) -> tuple[DeployedCrew | None, list[CrewInput]] | None:
         """Return a crew's inputs, and the crew with its new token if that was rotated since it was loaded."""
-        async with CrewSession(crew) as session:
-            try:
+        said = f"crew {crew.label} cannot be asked for its inputs"
+        fresh: DeployedCrew | None = None
+        try:
+            async with CrewSession(crew) as session:
                 inputs = await session.asked(lambda client: client.inputs())
-            except NotFoundError:
-                inputs = list[CrewInput]()
-            except AuthenticationError as error:
-                self.graph.problems.append(f"crew {crew.label} cannot be asked for its inputs: {error}")
-                return None
-            except CrewError as error:
-                self.silent.append(f"crew {crew.label} cannot be asked for its inputs: {error}")
-                return None
-            return None if session.crew is crew else session.crew, inputs
+                fresh = None if session.crew is crew else session.crew
+        except NotFoundError:
+            return None, []
+        except (AuthenticationError, ConfigurationError) as error:
+            self.graph.problems.append(f"{said}: {error}")
+        except CrewError as error:
+            self.silent.append(f"{said}: {error}")
+        else:
+            return fresh, inputs
+        return None
 
     async def refuse_problems(self, run_key: str | None = None) -> None:
         """Raise one ConfigurationError with all that is wrong, before anything is started.

@@ -186,6 +186,7 @@ async def test_all_that_is_wrong_is_told_at_once_and_nothing_is_started(crew_ser
         CrewStep("c", server.crew(), {"topic": "x", "tone": "y"}, after=["b", "nowhere"]),
         CrewStep("d", "no-such-block", {}),
         CrewStep("e", refused, {}),
+        CrewStep("f", DeployedCrew(url=server.url, token="two words"), {}),
     ]
     with pytest.raises(ConfigurationError) as raised:
         await arun_pipeline(steps, {"topic": "tea"})
@@ -198,6 +199,7 @@ async def test_all_that_is_wrong_is_told_at_once_and_nothing_is_started(crew_ser
         "comes after 'nowhere'",
         "no-such-block",
         "401",
+        "blanks or letters that no HTTP header can carry",
     ):
         assert part in told, part
     assert server.kickoffs == 0
@@ -212,7 +214,7 @@ async def test_a_rotated_token_is_no_problem(crew_server: CrewServerFactory):
     server = crew_server("echo")
     await server.crew().asave(name := f"rotated-{uuid.uuid4().hex[:8]}")
     old = await DeployedCrew.aload(name)
-    old.token = SecretStr("of last year")
+    old.token = SecretStr("of-last-year")
     assert (await arun_pipeline([CrewStep("a", old, {"text": "a"})]))["a"].output == "a"
 
 
