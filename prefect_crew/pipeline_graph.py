@@ -11,6 +11,7 @@ from prefect_crew.api.errors import ConfigurationError
 from prefect_crew.api.inputs import missing_inputs
 from prefect_crew.api.models import CrewInput, CrewResult
 from prefect_crew.blocks import DeployedCrew
+from prefect_crew.reviews import ReviewChoice
 from prefect_crew.templates import GLOBALS, attributes_in, names_in, render
 from prefect_crew.waiting import WaitPolicy
 
@@ -38,6 +39,7 @@ class CrewStep:
         after: Names of steps to wait for, besides those that its templates use. A function sees these steps only.
         wait: How to wait for it, in place of the block's policy.
         output_type: A pydantic model that its `data` is to be an instance of.
+        review: What answers when it waits for a person, as for `run_crew`, in place of the pipeline's.
     """
 
     name: str
@@ -46,6 +48,7 @@ class CrewStep:
     after: Sequence[str] = ()
     wait: WaitPolicy | None = None
     output_type: Any = None
+    review: ReviewChoice | None = None
 
 
 @dataclass(frozen=True)

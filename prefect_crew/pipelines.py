@@ -30,6 +30,7 @@ from prefect_crew.pipeline_artifact import PipelineArtifact
 from prefect_crew.pipeline_crews import PipelineCrews, PipelinePlan, step_key
 from prefect_crew.pipeline_graph import CrewStep, PipelineContext, PipelineGraph
 from prefect_crew.redaction import MASK
+from prefect_crew.reviews import ReviewChoice
 from prefect_crew.run_keys import identify
 from prefect_crew.runs import arun_crew
 from prefect_crew.suspension import checked_wait, standstill_here
@@ -60,7 +61,16 @@ class PipelineResult:
         return self.results[step]
 
 
-_live: ContextVar[tuple[PipelineCrews, WaitPolicy | None] | None] = ContextVar("prefect_crew_pipeline", default=None)
+@dataclass(frozen=True)
+class _Call:
+    """What a call gives that Prefect's stored parameters do not hold. `wait` and `review` are for steps without."""
+
+    crews: PipelineCrews
+    wait: WaitPolicy | None
+    review: ReviewChoice | None
+
+
+_live: ContextVar[_Call | None] = ContextVar("prefect_crew_pipeline", default=None)
 
 
 async def aplan_pipeline(steps: Sequence[CrewStep], inputs: Mapping[str, Any] | None = None) -> PipelinePlan:
@@ -83,6 +93,7 @@ async def arun_pipeline(
     name: str = "pipeline",
     run_key: str | None = None,
     wait: WaitPolicy | None = None,
+    review: ReviewChoice | None = None,
 ) -> PipelineResult:
     """Run crews that feed each other and return all their results.
 
@@ -96,6 +107,7 @@ async def arun_pipeline(
         run_key: The identity of the whole purchase; each step's key is this one, a slash and its name. May be a
             template over the scheduled time. Left out, the retries of this flow run find it again.
         wait: How to wait, in place of the blocks' policies, for steps without one of their own.
+        review: What answers when a crew waits for a person, as for `run_crew`, for steps without one of their own.
 
     Raises:
         ConfigurationError: The pipeline cannot run; the message has all that is wrong. Nothing was started.
@@ -108,9 +120,10 @@ async def arun_pipeline(
         await crews.refuse_problems()
         for step in steps:
             checked_wait(step.wait or wait or crews.crews[step.name].wait, f"Step {step.name!r}")
+    call = _Call(crews, wait, review)
     if FlowRunContext.get() is not None or TaskRunContext.get() is not None:
-        return await _run(crews, wait, name=name, run_key=run_key)
-    token = _live.set((crews, wait))
+        return await _run(call, name=name, run_key=run_key)
+    token = _live.set(call)
     shown = {key: MASK if key in crews.secret_inputs else value for key, value in crews.graph.inputs.items()}
     try:
         return await cast("Any", run_steps)(
@@ -127,6 +140,7 @@ def run_pipeline(
     name: str = "pipeline",
     run_key: str | None = None,
     wait: WaitPolicy | None = None,
+    review: ReviewChoice | None = None,
 ) -> PipelineResult:
     """Run crews that feed each other: `arun_pipeline` for sync code.
 
@@ -135,7 +149,7 @@ def run_pipeline(
         CrewError: As `arun_pipeline`.
     """
     refuse_running_loop("run_pipeline", "arun_pipeline")
-    return asyncio.run(arun_pipeline(steps, inputs, name=name, run_key=run_key, wait=wait))
+    return asyncio.run(arun_pipeline(steps, inputs, name=name, run_key=run_key, wait=wait, review=review))
 
 
 @flow(name="run-pipeline", flow_run_name="{pipeline}")
@@ -153,16 +167,15 @@ async def run_steps(
             "This run's steps were given by code and cannot be made from its parameters. Call run_pipeline again with "
             "the same steps and run key, which finds again what was bought, or write a flow around it and retry that."
         )
-    crews, wait = live
-    return await _run(crews, wait, name=pipeline, run_key=run_key)
+    return await _run(live, name=pipeline, run_key=run_key)
 
 
-async def _run(crews: PipelineCrews, wait: WaitPolicy | None, *, name: str, run_key: str | None) -> PipelineResult:
-    graph = crews.graph
+async def _run(call: _Call, *, name: str, run_key: str | None) -> PipelineResult:
+    crews, graph = call.crews, call.crews.graph
     identity = await identify(name, inputs_digest(encode_inputs(graph.inputs)), run_key=run_key, name=name)
     await crews.refuse_problems(identity.run_key)
     started = time.perf_counter()
-    work = _Work(crews, wait, identity.run_key, PipelineArtifact(name, identity.run_key, graph))
+    work = _Work(call, identity.run_key, PipelineArtifact(name, identity.run_key, graph))
     await work.run()
     if work.errors:
         raise PipelineFailedError(
@@ -178,10 +191,10 @@ async def _run(crews: PipelineCrews, wait: WaitPolicy | None, *, name: str, run_
 class _Work:
     """The steps under way: each waits for those that it needs, then runs its crew."""
 
-    def __init__(self, crews: PipelineCrews, wait: WaitPolicy | None, run_key: str, artifact: PipelineArtifact) -> None:
-        self.crews = crews
-        self.graph = crews.graph
-        self.wait = wait
+    def __init__(self, call: _Call, run_key: str, artifact: PipelineArtifact) -> None:
+        self.call = call
+        self.crews = call.crews
+        self.graph = call.crews.graph
         self.run_key = run_key
         self.artifact = artifact
         self.results: dict[str, CrewResult] = {}
@@ -241,6 +254,7 @@ class _Work:
             inputs,
             name=step.name,
             run_key=step_key(self.run_key, step),
-            wait=step.wait or self.wait,
+            wait=step.wait or self.call.wait,
             output_type=step.output_type,
+            review=step.review or self.call.review,
         )

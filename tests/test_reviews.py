@@ -8,15 +8,24 @@ from prefect import flow
 
 from prefect_crew import (
     CrewError,
+    CrewFailedError,
+    CrewStep,
+    CrewTimeoutError,
     DeployedCrew,
     Review,
+    ReviewLimitError,
     ReviewRequest,
+    WaitPolicy,
     arun_crew,
+    arun_pipeline,
     kickoff_crew,
     resume_crew,
+    reviews,
     wait_for_crew,
 )
 from prefect_crew.record_store import PrefectRecords
+from prefect_crew.records import SentReview
+from prefect_crew.reviewers import NOBODY
 from prefect_crew.server import CrewScript, InProcessCrewServer
 
 SCRIPT = CrewScript.model_validate(
@@ -29,8 +38,19 @@ SCRIPT = CrewScript.model_validate(
 pytestmark = pytest.mark.usefixtures("prefect_api", "instant_polling")
 
 
-def crew_of(server: InProcessCrewServer) -> DeployedCrew:
-    return DeployedCrew(url=server.url, token=server.token)
+@pytest.fixture(autouse=True)
+def quick_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An equal question counts as the next one after this time, without webhooks."""
+    monkeypatch.setattr(reviews, "SETTLE", 0.5)
+
+
+def crew_of(server: InProcessCrewServer, **fields: Any) -> DeployedCrew:
+    return DeployedCrew(url=server.url, token=server.token, **fields)
+
+
+async def answers(run_key: str) -> list[SentReview]:
+    records = PrefectRecords()
+    return await records.reviews((await records.attempts(run_key))[-1])
 
 
 @pytest.mark.parametrize("dialect", ["documented", "union", "live"])
@@ -109,3 +129,160 @@ async def test_what_is_no_review_is_refused_before_it_is_sent() -> None:
         with pytest.raises(CrewError, match="not a Review"):
             await reviewed()
         assert server.requests["resume"] == 0
+
+
+def run_with(server: InProcessCrewServer, review: Any = None, **policy: Any) -> Any:
+    """A flow around one run whose key is the server's address."""
+
+    @flow
+    async def reviewed() -> str:
+        wait = WaitPolicy(**policy)
+        return (await arun_crew(crew_of(server), {}, run_key=server.url, review=review, wait=wait)).output
+
+    return reviewed()
+
+
+async def test_nobody_in_time_is_one_rejection_and_time_anew() -> None:
+    asked: list[int] = []
+
+    with InProcessCrewServer(SCRIPT, dialect="union") as server:
+        crew = crew_of(server)
+
+        async def come_late() -> None:
+            """Answer once the rejection is on record."""
+            while True:
+                attempts = await PrefectRecords().attempts(server.url)
+                given = await PrefectRecords().reviews(attempts[-1]) if attempts else []
+                if given and given[-1].outcome == "sent":
+                    asked.append(len(given))
+                    return
+                await asyncio.sleep(0.1)
+
+        late = asyncio.ensure_future(come_late())
+        policy = {"human_timeout": 2.0, "on_human_timeout": "reject", "human_message": "Too late for today."}
+        running = asyncio.ensure_future(run_with(server, **policy))
+        await late
+        record = (await PrefectRecords().attempts(server.url))[-1]
+        await resume_crew(crew, str(record.kickoff_id), approve=True)
+        assert "Too late for today." in await running
+        assert [(one.by == NOBODY, one.approve) for one in await answers(server.url)] == [(True, False), (False, True)]
+
+
+async def test_a_second_time_nobody_answers_the_crew_is_left() -> None:
+    with InProcessCrewServer(SCRIPT, dialect="union") as server:
+        with pytest.raises(CrewTimeoutError) as raised:
+            await run_with(server, human_timeout=1.0, on_human_timeout="reject")
+        assert raised.value.phase == "human"
+        assert server.requests["resume"] == 1
+        assert server.requests["stop"] == 0
+
+
+@pytest.mark.parametrize("choice", ["leave", "stop", None])
+@pytest.mark.parametrize("on_timeout", ["leave", "stop"])
+async def test_what_happens_when_peoples_time_is_over_is_a_choice(choice: Any, on_timeout: Any) -> None:
+    with InProcessCrewServer(SCRIPT) as server:
+        with pytest.raises(CrewTimeoutError) as raised:
+            await run_with(server, human_timeout=0.3, on_human_timeout=choice, on_timeout=on_timeout)
+        stops = (choice or on_timeout) == "stop"
+        assert raised.value.stopped is stops
+        assert server.requests["stop"] == int(stops)
+        assert server.requests["resume"] == 0
+
+
+@pytest.mark.parametrize("choice", ["leave", "stop"])
+async def test_rounds_are_limited_by_choice(choice: Any) -> None:
+    with InProcessCrewServer(SCRIPT, dialect="union") as server:
+        asked: list[int] = []
+
+        def never(request: ReviewRequest) -> Review:
+            asked.append(request.round)
+            return Review(approve=False, feedback=f"no {request.round}")
+
+        with pytest.raises(ReviewLimitError, match="limit of 2 rounds") as raised:
+            await run_with(server, never, max_rounds=2, on_human_timeout=choice)
+        assert asked == [1, 2]
+        assert raised.value.stopped is (choice == "stop")
+        assert server.requests["stop"] == int(choice == "stop")
+
+
+async def test_a_crew_that_gives_up_after_rejections_has_failed() -> None:
+    with InProcessCrewServer(SCRIPT, dialect="union") as server:
+        with pytest.raises(CrewFailedError, match="rejected 3 times"):
+            await run_with(server, lambda request: Review(approve=False, feedback=f"no {request.round}"))
+        assert [one.round for one in await answers(server.url)] == [1, 2, 3]
+
+
+async def test_what_is_judged_is_the_output_of_the_task_that_waits() -> None:
+    script = SCRIPT.model_copy(
+        update={"tasks": [SCRIPT.tasks[0].model_copy(update={"name": "research", "human": False, "output": "facts"})]}
+    )
+    script = script.model_copy(update={"tasks": [*script.tasks, *SCRIPT.tasks]})
+    seen: list[str | None] = []
+
+    def look(request: ReviewRequest) -> Review:
+        seen.append(request.output)
+        return Review(approve=True)
+
+    for dialect in ("union", "documented"):
+        with InProcessCrewServer(script, dialect=dialect) as server:
+            await run_with(server, look)
+    assert seen == ["Draft. ", None], "the documented status shows none, and an earlier task's is not taken for it"
+
+
+async def test_every_step_of_a_pipeline_can_be_reviewed() -> None:
+    asked: list[str] = []
+
+    def judge(name: str) -> Any:
+        def answer(request: ReviewRequest) -> Review:
+            asked.append(f"{name} {request.task_id}")
+            return Review(approve=True)
+
+        return answer
+
+    with InProcessCrewServer(SCRIPT) as server:
+
+        @flow
+        async def reviewed() -> None:
+            first = CrewStep("first", crew_of(server))
+            second = CrewStep("second", crew_of(server), after=["first"], review=judge("own"))
+            await arun_pipeline([first, second], {}, review=judge("shared"))
+
+        await reviewed()
+    assert asked == ["shared draft", "own draft"]
+
+
+async def test_whoever_answers_a_round_that_has_its_answer_is_told() -> None:
+    """A form, or a second person, that still shows the round before."""
+    from prefect_crew.open_runs import OpenRun
+    from prefect_crew.reviews import send_review
+    from prefect_crew.sessions import CrewSession
+
+    with InProcessCrewServer(SCRIPT, dialect="union") as server:
+        crew = crew_of(server)
+
+        @flow
+        async def asked() -> None:
+            kickoff_id = await kickoff_crew(crew, {}, run_key=server.url)
+            record = (await PrefectRecords().attempts(server.url))[-1]
+            run = OpenRun(crew=crew, kickoff_id=kickoff_id, record=record)
+            async with CrewSession(crew) as session:
+                while (await session.client.status(kickoff_id)).state != "waiting":
+                    await asyncio.sleep(0.05)
+
+                async def answer(round_: int, approve: bool) -> None:
+                    await send_review(
+                        run,
+                        session,
+                        PrefectRecords(),
+                        task_id="draft",
+                        review=Review(approve=approve, feedback="again"),
+                        by="Ada",
+                        round=round_,
+                    )
+
+                await answer(1, False)
+                with pytest.raises(CrewError, match=r"Round 1 .* has its answer on record: rejected .* by Ada"):
+                    await answer(1, True)
+                assert server.requests["resume"] == 1
+
+        await asked()

@@ -10,7 +10,18 @@ import pytest
 import uvicorn
 from prefect import flow
 
-from prefect_crew import DeployedCrew, Webhooks, arun_crew, kickoff_crew, wait_for_crew, wakeups
+from prefect_crew import (
+    CrewFailedError,
+    DeployedCrew,
+    Review,
+    ReviewRequest,
+    Webhooks,
+    arun_crew,
+    kickoff_crew,
+    reviews,
+    wait_for_crew,
+    wakeups,
+)
 from prefect_crew.server import CrewScript, CrewServer
 from prefect_crew.server.web import listener
 from prefect_crew.waiting import WaitPolicy
@@ -91,6 +102,56 @@ async def test_a_lost_webhook_costs_time_and_then_trust(receiver: str, monkeypat
         assert not wakeups._hub.trusted, "the receiver has been found silent"
         assert await once() == "done"
         assert server.requests["status"] - few > few, "polling is as often as without webhooks again"
+
+
+async def test_a_failed_crew_ends_the_pause_too(receiver: str) -> None:
+    failing = CrewScript.model_validate(
+        {"name": "failing", "inputs": [], "tasks": [{"name": "work", "seconds": 1.5, "fail": "no idea"}]}
+    )
+    with CrewServer(failing) as server:
+
+        @flow
+        async def once() -> None:
+            await arun_crew(crew_of(server), {})
+
+        started = time.monotonic()
+        with pytest.raises(CrewFailedError, match="no idea"):
+            await once()
+        assert time.monotonic() - started < 30, "polling alone takes a minute"
+
+
+async def test_the_same_question_asked_again_is_told_by_its_webhook(
+    receiver: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither the status nor the clock tells it from the one before: only the number of answers in its URL."""
+    monkeypatch.setattr(reviews, "SETTLE", 3600.0)
+    asking = CrewScript.model_validate(
+        {"name": "asking", "inputs": [], "tasks": [{"name": "draft", "human": True, "output": "always the same"}]}
+    )
+    asked: list[int] = []
+
+    def judge(request: ReviewRequest) -> Review:
+        asked.append(request.round)
+        return Review(approve=request.round == 3, feedback="again")
+
+    with CrewServer(asking) as server:
+
+        @flow
+        async def once() -> None:
+            await arun_crew(crew_of(server), {}, review=judge)
+
+        await once()
+        assert asked == [1, 2, 3]
+        assert server.requests["resume"] == 3
+
+
+def test_a_question_of_another_attempt_is_another() -> None:
+    async def ask() -> list[bool]:
+        waker = wakeups.Waker(wakeups._Hub())
+        waker.wake((1, 2))
+        return [waker.asked_after(1, 2), waker.asked_after(2, 2), waker.asked_after(1, 1), waker.asked_after(1, 258)]
+
+    assert asyncio.run(ask()) == [True, False, False, True]
 
 
 async def test_own_targets_and_a_run_without_hooks_are_polled_for(receiver: str) -> None:

@@ -21,6 +21,8 @@ __all__ = ["hooks_expire", "names_shown", "webhooks_for"]
 CLOUD = "api.prefect.cloud"
 MARGIN = 86_400.0
 """Seconds for which a webhook is still taken after all budgets of its run are spent."""
+FAILED = "crew_kickoff_failed"
+"""The event of a stream that tells of a crew's failure, of which no plain webhook does."""
 UNLIMITED = 30 * 86_400.0
 """Seconds that count for a budget without a limit."""
 
@@ -61,6 +63,8 @@ def webhooks_for(
         attempt=attempt,
         names=names_shown(crew),
         round=round,
+        stream_events=[FAILED],
+        realtime=True,
     )
 
 

@@ -37,7 +37,10 @@ def test_address_and_secret_switch_them_on(monkeypatch: pytest.MonkeyPatch):
     settings(monkeypatch, WEBHOOK_URL="https://h.example/crews", WEBHOOK_SECRET=SECRET)
     hooks = webhooks_for(crew(), "key", attempt=2, round=1)
     assert hooks is not None
-    assert set(hooks.for_kickoff()) == {"taskWebhookUrl", "stepWebhookUrl", "crewWebhookUrl", "humanInputWebhook"}
+    body = hooks.for_kickoff()
+    assert set(body) == {"taskWebhookUrl", "stepWebhookUrl", "crewWebhookUrl", "humanInputWebhook", "webhooks"}
+    # No plain webhook tells of a failure.
+    assert (body["webhooks"]["events"], body["webhooks"]["realtime"]) == (["crew_kickoff_failed"], True)
     token = url_of(hooks, "crew").removeprefix("https://h.example/crews/hooks/crew/")
     hook = read_token("crew", token, SECRET, now=datetime.now(timezone.utc))
     assert hook is not None
