@@ -10,8 +10,8 @@ Recovery is for flow runs of deployments with the tag recover-crashed, and for c
   so run this again when you tag another.
 - recover: a crashed run goes to the deployment `recover/crashed`, which begins it again unless it has had its attempts.
 
-Alerts are about crews, whatever flow they run in: failed, uncertain, lost, over their time, waiting for a person too
-long. They need a block that can notify; its type and name are what `prefect block ls` shows.
+Alerts are about crews, whatever flow they run in: failed, uncertain, lost, over their time, waiting for a person, and
+waiting for one too long. They need a block that can notify; its type and name are what `prefect block ls` shows.
 """
 
 from __future__ import annotations
@@ -120,9 +120,9 @@ ALERTS = {
     "timed_out": "Its {{ event.payload.phase }} time of {{ event.payload.budget }} s is over. The crew may run on.",
 }
 """The body of the alert for each event, in the Jinja that Prefect fills."""
-ANSWER = (
-    f"On the crew's page, or: prefect-crew resume {CREW} {{{{ event.payload.kickoff_id }}}} --approve or --reject, "
-    "with --feedback TEXT."
+ASKED = (
+    "Task {{ event.payload.task_id }}, round {{ event.payload.round }}."
+    "{% if event.payload.page %} The form: {{ event.payload.page }}{% endif %}\n\n{{ event.payload.answer }}"
 )
 
 
@@ -143,9 +143,15 @@ def alerts(block_id: UUID, *, waiting: timedelta) -> Iterator[AutomationCore]:
         yield automation(f"alert {word}", reactive(f"crew.{event}", CREW_RUNS), notify(word, body))
     ends = [f"crew.{end}" for end in ("resumed", "completed", "failed", "stopped", "lost", "timed_out")]
     yield automation(
+        "alert asked",
+        reactive("crew.waiting", CREW_RUNS),
+        notify("asks a person", ASKED),
+        "Each question once, as soon as whoever waits for the run has seen it. Disable it where that is too much.",
+    )
+    yield automation(
         "alert waiting",
         proactive("crew.waiting", ends, CREW_RUNS, waiting),
-        notify("waiting for a person", f"For {waiting} nobody has answered. {ANSWER}"),
+        notify("waiting for a person", f"For {waiting} nobody has answered. {ASKED}"),
     )
 
 

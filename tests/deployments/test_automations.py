@@ -130,4 +130,6 @@ def test_a_person_who_lets_a_crew_wait_is_told_about_it(site: Site, alerted: Rec
         run_badly(site, "patient", crew, human_timeout=40)
     # Told while the crew still waited, not because of its end.
     body = wait_for_alert(alerted, "Crew patient: waiting for a person", seconds=5)
-    assert "prefect-crew resume patient" in body
+    assert "prefect-crew reviews approve" in body
+    asked = wait_for_alert(alerted, "Crew patient: asks a person", seconds=5)
+    assert "round 1" in asked

@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 
+from prefect_crew.settings import CrewSettings
 from support import compose
 from support.deployed import ROOT
 
 SERVICES = compose.services()
-OURS = ["server", "deploy", "worker"]
+OURS = ["server", "deploy", "worker", "receiver"]
 VOLUMES = set(compose.read()["volumes"])
 
 
@@ -25,7 +26,7 @@ def dockerfile() -> list[list[str]]:
 
 
 def test_the_services_are_those_of_the_docs():
-    assert set(SERVICES) == {"postgres", "server", "deploy", "worker"}
+    assert set(SERVICES) == {"postgres", "server", "deploy", "worker", "receiver"}
     assert SERVICES["worker"]["deploy"]["replicas"] == 2
 
 
@@ -44,7 +45,7 @@ def test_each_has_a_health_check(name: str):
 @pytest.mark.parametrize("name", SERVICES)
 def test_secrets_come_from_the_environment_and_are_demanded(name: str):
     for variable, value in SERVICES[name].get("environment", {}).items():
-        if re.search("PASSWORD|AUTH|ENCRYPTION_KEY", variable):
+        if re.search("PASSWORD|AUTH|ENCRYPTION_KEY|SECRET", variable):
             assert re.fullmatch(r"\$\{\w+:\?[^}]+\}", value), variable
 
 
@@ -64,6 +65,7 @@ def test_prefect_knows_each_setting(name: str):
     from prefect.settings.legacy import _get_settings_fields
 
     known = set(_get_settings_fields(prefect.settings.Settings))
+    known |= {f"PREFECT_INTEGRATIONS_CREW_{field.upper()}" for field in CrewSettings.model_fields}
     no_settings = {"PREFECT_SERVER_ENCRYPTION_KEY"}  # read from the environment by the server itself
     assert set(SERVICES[name]["environment"]) - known - no_settings == set()
 

@@ -66,7 +66,7 @@ def api(postgres: Postgres, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 
 def client_env(folder: Path, port: str, service: str) -> dict[str, str]:
-    declared = compose.environment(service, PREFECT_AUTH=AUTH)
+    declared = compose.environment(service, PREFECT_AUTH=AUTH, WEBHOOK_SECRET="s" * 40, WEBHOOK_URL="")
     return isolated(folder, {**declared, "PREFECT_API_URL": f"http://127.0.0.1:{port}/api"})
 
 
@@ -96,3 +96,13 @@ def test_the_one_line_deploys_everything_twice_over_and_a_worker_is_healthy(api:
     started = compose.services()["worker"]["command"]
     with Process([program(started[0]), *started[1:]], log=tmp_path / "worker.log", env=env) as process:
         wait_until(lambda: health("worker", p8080=port), seconds=60, what=f"a healthy worker: {process.tail(500)}")
+
+
+def test_the_receiver_is_healthy_and_knows_its_secret(api: str, tmp_path: Path):
+    port = str(free_port())
+    env = client_env(tmp_path, api, "receiver")
+    started = [
+        {"0.0.0.0": "127.0.0.1", "8001": port}.get(part, part) for part in compose.services()["receiver"]["command"]
+    ]
+    with Process([program(started[0]), *started[1:]], log=tmp_path / "receiver.log", env=env) as process:
+        wait_until(lambda: health("receiver", p8001=port), seconds=60, what=f"a healthy receiver: {process.tail(500)}")

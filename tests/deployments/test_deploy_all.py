@@ -16,6 +16,7 @@ DEPLOYMENTS = [
     "one-crew/every-six-hours",
     "report-pipeline/weekly",
     "report-by-hand/by-hand",
+    "reviewed-report/by-form",
     "fan-out-async/cities",
     "batch-file/by-hand",
     "watch-folder/inbox",

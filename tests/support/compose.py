@@ -12,7 +12,7 @@ from support.deployed import ROOT
 __all__ = ["PATH", "environment", "read", "services"]
 
 PATH = ROOT / "deployments" / "compose.yaml"
-_VARIABLE = re.compile(r"\$\{(?P<name>\w+)(:\?[^}]*)?\}")
+_VARIABLE = re.compile(r"\$\{(?P<name>\w+)(:[?-][^}]*)?\}")
 
 
 def read() -> dict[str, Any]:
