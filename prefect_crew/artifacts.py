@@ -30,6 +30,8 @@ __all__ = ["MarkdownArtifact", "RunArtifact", "artifact_key", "showing_beside"]
 
 SHOW_FOR = 5.0
 """Seconds for which showing something outlasts a Prefect API that is busy."""
+SOON = 0.5
+"""Seconds after which a new artifact is made beside the work: a run that is over by then costs one request, not two."""
 PATIENCE = 15.0
 """Seconds for all of it: one that is away must not keep a wait from looking at its run."""
 PAGE, PAGES = 200, 5
@@ -138,6 +140,15 @@ class _Beside:
     def __init__(self) -> None:
         self.loop = asyncio.get_running_loop()
         self.jobs: set[asyncio.Task[None]] = set()
+        self.ending = asyncio.Event()
+
+    async def rest(self, seconds: float) -> None:
+        """Wait so long, or until the end of the work."""
+        ending = asyncio.ensure_future(self.ending.wait())
+        try:
+            await asyncio.wait({ending}, timeout=seconds)
+        finally:
+            ending.cancel()
 
 
 _beside: ContextVar[_Beside | None] = ContextVar("prefect_crew_beside", default=None)
@@ -158,6 +169,7 @@ async def showing_beside() -> AsyncGenerator[None]:
         yield
     finally:
         _beside.reset(token)
+        beside.ending.set()
         if beside.jobs:
             await asyncio.wait(set(beside.jobs), timeout=PATIENCE)
 
@@ -208,13 +220,15 @@ class RunArtifact:
         # Of what is not written yet, the newest will do.
         self._next = (data, new or (self._next is not None and self._next[1]))
         if self._job is None or self._job.done():
-            self._job = asyncio.ensure_future(self._catch_up())
+            self._job = asyncio.ensure_future(self._catch_up(beside))
             beside.jobs.add(self._job)
             self._job.add_done_callback(beside.jobs.discard)
         return None
 
-    async def _catch_up(self) -> None:
+    async def _catch_up(self, beside: _Beside) -> None:
         while self._next is not None:
+            if self._next[1]:
+                await beside.rest(SOON)
             (data, new), self._next = self._next, None
             trouble = await self._artifact.put(data, new=new)
             said = "Run %s has no artifact: %s" if new else "The artifact of run %s could not be updated: %s"

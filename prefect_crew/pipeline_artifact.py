@@ -83,21 +83,23 @@ def _row(step: str, view: StepView, start: float, span: float, now: float) -> li
         ended = view.ended or now
         took = duration(ended - view.started)
         bar = f"`{_bar((view.started - start) / span, (ended - start) / span)}`"
-    return [f"**{cell(step)}**", _MARKS[view.state], took, bar, cell(view.crew), _link(view)]
+    state = _MARKS[view.state].replace(" ", "\u00a0", 1)  # the newer interface would break the line there
+    return [f"**{cell(step)}**", state, took, bar, cell(view.crew), _link(view)]
 
 
 def _link(view: StepView) -> str:
     """Return a link to the artifact of a step's run. Relative, since nobody here knows where the page is looked at."""
     if view.kickoff_id is None:
         return ""
-    shown = code(view.kickoff_id if len(view.kickoff_id) <= 13 else f"{view.kickoff_id[:12]}…")
+    # Not as code: the older interface shows the backticks of code within a link.
+    shown = cell(view.kickoff_id, 8)
     return shown if view.artifact_id is None else f"[{shown}](../artifact/{view.artifact_id})"
 
 
 def _bar(begin: float, end: float) -> str:
     first = min(int(begin * WIDTH), WIDTH - 1)
     last = max(first + 1, min(WIDTH, round(end * WIDTH)))
-    return f"{'·' * first}{'█' * (last - first)}{'·' * (WIDTH - last)}"
+    return f"{'░' * first}{'█' * (last - first)}{'░' * (WIDTH - last)}"
 
 
 class PipelineArtifact:
