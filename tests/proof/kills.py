@@ -34,6 +34,13 @@ HOOKS = {
     "show": ("prefect_crew.artifacts", "RunArtifact.update"),
     "event": ("prefect_crew.events", "emit_event"),
     "request": ("httpx", "AsyncClient.send"),
+    "ledger-claim": ("prefect_crew.batches.ledger", "Ledger.claim"),
+    "ledger-save": ("prefect_crew.batches.ledger", "Ledger.save"),
+    "ledger-commit": ("prefect_crew.batches.group_commit", "GroupWriter._commit"),
+    "batch-kickoff": ("prefect_crew.batches.pacing", "BatchClient.kickoff"),
+    "batch-status": ("prefect_crew.batches.pacing", "BatchClient.status"),
+    "line-put": ("prefect_crew.batches.output", "Output.put"),
+    "line-flush": ("prefect_crew.batches.lines", "LineFile.flush"),
 }
 """The functions by the names that points use. A request is one of either server, made by the process's main thread."""
 

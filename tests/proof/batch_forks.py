@@ -1,0 +1,149 @@
+"""A process that has imported everything and forks one that runs a batch, and dies in it where it is told to.
+
+    python batch_forks.py < orders
+
+An order is one line of JSON; its answer is a line with the exit status. See `zygote.py`, which does it for single runs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import traceback
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from proof.kills import Kill, arm
+
+__all__ = ["KILLS", "BatchForks", "Call", "Report"]
+
+KILLS = ("ledger-claim", "ledger-save", "ledger-commit", "batch-kickoff", "batch-status", "line-put", "line-flush")
+"""Points of a batch's life at which it may die, by their names in `kills.HOOKS`."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call of `run_batch`.
+
+    Attributes:
+        crew: Fields of its block.
+        dataset, options: As `run_batch` takes them, plain values only; `wait` is a WaitPolicy's fields.
+        kill: Where it dies. `kill_after`: after how many seconds it does.
+    """
+
+    crew: Mapping[str, Any]
+    dataset: str
+    options: Mapping[str, Any]
+    kill: Kill | None = None
+    kill_after: float | None = None
+
+
+@dataclass(frozen=True)
+class Report:
+    """How a call ended: killed, with a report, or with an error."""
+
+    killed: bool = False
+    report: dict[str, Any] = field(default_factory=dict[str, Any])
+    error: str = ""
+
+
+class BatchForks:
+    """The process; a context manager. `env` makes it a client of a Prefect server, `folder` gets outcomes and logs."""
+
+    def __init__(self, env: Mapping[str, str], folder: Path) -> None:
+        self.folder = folder
+        self._env = {**env, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        self._orders = 0
+
+    def __enter__(self) -> BatchForks:
+        self._running = subprocess.Popen(
+            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=self._env
+        )
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self._running.stdin
+        assert self._running.stdout
+        self._running.stdin.close()
+        self._running.wait(30)
+        self._running.stdout.close()
+
+    def run(self, call: Call) -> Report:
+        """Run a batch in a process of its own, and return how that ended."""
+        assert self._running.stdin
+        assert self._running.stdout
+        self._orders += 1
+        file = self.folder / f"batch-{self._orders}"
+        self._running.stdin.write(json.dumps({**asdict(call), "file": str(file)}) + "\n")
+        self._running.stdin.flush()
+        answer = self._running.stdout.readline()
+        assert answer, "the process that forks died"
+        if int(answer) == -signal.SIGKILL:
+            return Report(killed=True)
+        said = file.with_suffix(".json")
+        assert said.exists(), f"a batch ended with {answer}:\n{file.with_suffix('.log').read_text()}"
+        return Report(**json.loads(said.read_text()))
+
+
+def main() -> None:
+    """Take orders until standard input ends."""
+    import prefect_crew.cli  # noqa: F401  imports nothing that a script would not
+    from prefect_crew.batches import run  # noqa: F401
+
+    assert threading.active_count() == 1, threading.enumerate()
+    for line in sys.stdin:
+        pid = os.fork()
+        if not pid:
+            _child(json.loads(line))
+        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+
+
+def _child(order: dict[str, Any]) -> None:
+    status = 1
+    try:
+        _batch(order)
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(status)  # what atexit would do is the parent's
+
+
+def _batch(order: dict[str, Any]) -> None:
+    import random
+
+    from prefect_crew import CrewError, DeployedCrew, WaitPolicy, run_batch
+    from support.prefect_server import drain
+
+    file = Path(order["file"])
+    log = os.open(file.with_suffix(".log"), os.O_CREAT | os.O_WRONLY)
+    for stream in (1, 2):
+        os.dup2(log, stream)
+    random.seed()  # the fork has its parent's
+    if order["kill"]:
+        arm(Kill(**order["kill"]))
+    if order["kill_after"] is not None:
+        timer = threading.Timer(order["kill_after"], os.kill, (os.getpid(), signal.SIGKILL))
+        timer.daemon = True
+        timer.start()
+    options = order["options"]
+    try:
+        report = run_batch(
+            DeployedCrew(**order["crew"]), order["dataset"], **{**options, "wait": WaitPolicy(**options["wait"])}
+        )
+        said: dict[str, Any] = {"report": report.as_dict()}
+    except CrewError as error:
+        said = {"error": f"{type(error).__name__}: {error}"}
+    drain()
+    file.with_suffix(".json").write_text(json.dumps(said))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,320 @@
+"""Batches over random data sets, faults and kills: every row ends once, in the output or as uncertain, and costs once.
+
+Counted where it costs, on the crew's server: at most one kickoff for each row and attempt. Three small ones without a
+kill run each time; `make prove` adds hundreds that die at random moments, 2,000 rows killed twenty times, and a soak.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import csv
+import json
+import random
+import time
+import uuid
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, Phase, given, note, seed, settings
+from hypothesis import strategies as st
+
+from prefect_crew import DeployedCrew, WaitPolicy, arun_batch
+from prefect_crew.batches.ledger import Ledger
+from prefect_crew.records import RecordPhase
+from prefect_crew.server import CrewServer
+from proof.batch_forks import KILLS, BatchForks, Call
+from proof.kills import Kill
+from support.prefect_server import PrefectServer
+from support.scripts import script
+
+PICKY = {"output": "on {{ topic }}", "fail": "{{ 'no ' + topic if 'bad' in topic }}"}
+WAIT = {"initial": 0.05, "factor": 1.5, "max_interval": 0.3, "jitter": 0, "timeout": 60}
+KICKOFF_FAULTS = (
+    *(
+        "400",
+        "404",
+        "408",
+        "422",
+        "429=0.1",
+        "429-bare",
+        "500",
+        "500-after-accept",
+        "502",
+        "503=0.1",
+        "503-bare",
+        "504",
+    ),
+    *(
+        "drop",
+        "drop-after-accept",
+        "reset",
+        "reset-after-accept",
+        "redirect",
+        "html",
+        "garbage",
+        "empty",
+        "cut",
+        "no-id",
+    ),
+    *("timeout-after-accept=1.5", "early-404=2", "early-404-seconds=0.3"),
+)
+STATUS_FAULTS = (
+    *("429=0.1", "429-bare", "500", "502", "503=0.1", "503-bare", "504", "408", "drop", "reset", "timeout=1.5"),
+    *("html", "garbage", "empty", "cut", "forgotten"),
+)
+FAULTS = (*(f"kickoff:{name}" for name in KICKOFF_FAULTS), *(f"status:{name}" for name in STATUS_FAULTS))
+
+QUICK = ("kickoff:drop-after-accept%0.3", "kickoff:500%0.3", "kickoff:cut%0.3", "kickoff:422%0.3", "status:html%0.3")
+
+
+@dataclass(frozen=True)
+class World:
+    """One batch and all that happens to it."""
+
+    topics: list[str]
+    keyed: bool
+    faults: list[str] = field(default_factory=list[str])
+    kills: list[Kill] = field(default_factory=list[Kill])
+    max_in_flight: int = 10
+    chunk_size: int = 7
+    order: str = "ended"
+    retries: int = 0
+    seconds: float = 0.05
+
+    @property
+    def spec(self) -> str:
+        return script({**PICKY, "seconds": self.seconds}, inputs=["topic"])
+
+
+topics = st.lists(st.sampled_from(["tea", "milk", "bad milk", "ü 🙂", "a\nb", 'say "x", y']), min_size=1, max_size=25)
+faults = st.lists(
+    st.builds("{}%{}".format, st.sampled_from(FAULTS), st.sampled_from([0.1, 0.3])), max_size=3, unique=True
+)
+kills = st.builds(Kill, st.sampled_from(KILLS), st.sampled_from(["before", "after"]), st.integers(1, 25))
+worlds = st.builds(
+    World,
+    topics=topics,
+    keyed=st.booleans(),
+    faults=faults,
+    max_in_flight=st.integers(1, 12),
+    chunk_size=st.integers(1, 30),
+    order=st.sampled_from(["ended", "input"]),
+    retries=st.integers(0, 1),
+)
+# Without those after which a batch rests.
+quick = worlds.map(lambda world: World(**{**world.__dict__, "faults": [QUICK[len(world.topics) % len(QUICK)]]}))
+deadly = st.builds(
+    lambda world, deaths: World(**{**world.__dict__, "kills": deaths}), worlds, st.lists(kills, max_size=3)
+)
+
+
+class Place:
+    """Where a world's files are, and what its batch is called with."""
+
+    def __init__(self, world: World, server: CrewServer, folder: Path) -> None:
+        folder.mkdir()
+        self.server = server
+        self.name = f"proof {uuid.uuid4().hex[:12]}"
+        self.output = folder / "out.jsonl"
+        self.dataset = folder / "rows.csv"
+        with self.dataset.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(["id", "topic"])
+            writer.writerows([(f"row {number}", topic) for number, topic in enumerate(world.topics)])
+        self.crew = {"url": server.url, "token": server.token, "request_timeout": 1.0}
+        self.options: dict[str, Any] = {
+            "name": self.name,
+            "output": str(self.output),
+            "key": "id" if world.keyed else None,
+            "max_in_flight": world.max_in_flight,
+            "chunk_size": world.chunk_size,
+            "order": world.order,
+            "retries": world.retries,
+            "breaker": None,
+            "wait": WAIT,
+        }
+
+    def call(self, **more: Any) -> Call:
+        return Call(self.crew, str(self.dataset), self.options, **more)
+
+    def lines(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.output.read_text(encoding="utf-8").splitlines()]
+
+    async def purchases(self) -> tuple[Counter[str], set[str]]:
+        """Return how many attempts of each row may have been a purchase, and the rows that are uncertain."""
+        bought, uncertain = Counter[str](), set[str]()
+        async with Ledger(f"{self.output}.ledger.db", self.name) as ledger:
+            async for key, record in ledger.standing_attempts(completed=True):
+                attempts = await ledger.attempts(record.run_key)
+                bought[record.run_key] = sum(one.phase is not RecordPhase.NOT_STARTED for one in attempts)
+                if record.phase in (RecordPhase.UNCERTAIN, RecordPhase.CLAIMED):
+                    uncertain.add(key)
+        return bought, uncertain
+
+    def check(self, world: World, report: dict[str, Any]) -> None:
+        """Every promise, once the last call has ended."""
+        lines, (bought, uncertain) = self.lines(), asyncio.run(self.purchases())
+        keys = [line["key"] for line in lines]
+        assert len(keys) == len(set(keys)), "a row is in the output twice"
+        assert not set(keys) & uncertain, "a row is in the output and uncertain"
+        assert len(keys) + len(uncertain) == len(world.topics), "a row is missing"
+        assert report["uncertain"] == len(uncertain)
+        assert report["completed"] + report["failed"] + report["uncertain"] == report["total"] == len(world.topics)
+        cost = self.server.kickoffs_by_run_key
+        assert self.server.kickoffs == cost.total()
+        assert {key: count for key, count in cost.items() if count > bought[key]} == {}, "an attempt was bought twice"
+        assert max(bought.values(), default=0) <= 1 + world.retries
+        for line in lines:
+            if line["kickoff_id"] is not None:
+                told = self.server.counters.accepted[line["kickoff_id"]]
+                assert told["run_key"] == f"batch/{self.name}/{line['key']}", "a row has another row's run"
+            if line["state"] == "completed":
+                assert line["output"] == f"on {line['inputs']['topic']}"
+        if world.keyed:
+            rows = {f"row {number}": topic for number, topic in enumerate(world.topics)}
+            assert all(rows[line["key"]] == line["inputs"]["topic"] for line in lines)
+            if world.order == "input":
+                assert keys == [key for key in rows if key in set(keys)]
+        else:
+            inputs = Counter(line["inputs"]["topic"] for line in lines)
+            assert not inputs - Counter(world.topics), "a row was run that is not there"
+
+
+QUIET = settings(
+    deadline=None,
+    database=None,
+    suppress_health_check=(HealthCheck.too_slow, HealthCheck.function_scoped_fixture),
+    phases=(Phase.generate,),
+    report_multiple_bugs=False,
+)
+
+
+@seed(5)
+@settings(QUIET, max_examples=3)
+@given(world=quick)
+@pytest.mark.usefixtures("prefect_api")
+def test_every_row_ends_once_whatever_the_server_answers(world: World, tmp_path: Path) -> None:
+    with CrewServer(world.spec, faults=world.faults, seed=1) as server:
+        place = Place(world, server, tmp_path / uuid.uuid4().hex)
+        options = {**place.options, "wait": WaitPolicy(**WAIT)}
+        crew = DeployedCrew(**place.crew)  # type: ignore[arg-type]
+        asyncio.run(arun_batch(crew, str(place.dataset), **options))
+        server.faults.clear()
+        report = asyncio.run(arun_batch(crew, str(place.dataset), **options))
+        place.check(world, report.as_dict())
+
+
+@pytest.fixture(scope="session")
+def forks(prefect_server: PrefectServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[BatchForks]:
+    folder = tmp_path_factory.mktemp("batches")
+    with BatchForks(prefect_server.env(home=folder / "home"), folder) as running:
+        yield running
+
+
+def lives(world: World, forks: BatchForks, folder: Path, faults_seed: int = 1) -> None:
+    with CrewServer(world.spec, faults=world.faults, seed=faults_seed) as server:
+        place = Place(world, server, folder)
+        for kill in world.kills:
+            ended = forks.run(place.call(kill=kill))
+            note(f"{kill}: {ended}")
+        server.faults.clear()
+        time.sleep(0.2)  # what was sent last arrives
+        ended = forks.run(place.call())
+        note(f"{ended}; kickoffs {dict(server.kickoffs_by_run_key)}; log in {forks.folder}")
+        assert not ended.error
+        place.check(world, ended.report)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(20))
+@pytest.mark.sampled
+@pytest.mark.timeout(900)
+def test_every_row_ends_once_wherever_its_batch_dies(
+    number: int, forks: BatchForks, tmp_path: Path, notes: list[str]
+) -> None:
+    chosen = random.SystemRandom().randrange(10**6)
+    notes.append(f"batches at random: 10 with @seed({chosen})")
+
+    def dies(world: World) -> None:
+        lives(world, forks, tmp_path / uuid.uuid4().hex, number)
+
+    seed(chosen)(settings(QUIET, max_examples=10)(given(deadly)(dies)))()
+
+
+def only_when_all_are_run(request: pytest.FixtureRequest) -> None:
+    if request.config.getoption("sample") is not None:
+        pytest.skip("takes minutes: make prove runs it")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(("rows", "deaths"), [pytest.param(300, 3, id="a-few"), pytest.param(2000, 20, id="many")])
+def test_rows_of_a_batch_that_is_killed_again_and_again(
+    rows: int, deaths: int, request: pytest.FixtureRequest, forks: BatchForks, tmp_path: Path, notes: list[str]
+) -> None:
+    if rows > 300:
+        only_when_all_are_run(request)
+    chosen = random.SystemRandom().randrange(10**6)
+    luck, began = random.Random(chosen), time.monotonic()
+    world = World(
+        [f"topic {number}" for number in range(rows)], keyed=True, max_in_flight=300, chunk_size=50, seconds=0.3
+    )
+    with CrewServer(world.spec) as server:
+        place = Place(world, server, tmp_path / "batch")
+        for _ in range(deaths):
+            # Three writes and a line a row: twenty times 100 of them do not make an end of it.
+            kill = Kill(luck.choice(KILLS[:-1]), luck.choice(("before", "after")), luck.randint(20, 100))
+            if kill.hook == "ledger-commit":
+                kill = Kill(kill.hook, "before" if kill.when == "before" else "after", luck.randint(5, 20))
+            assert forks.run(place.call(kill=kill)).killed, f"seed {chosen}: it ended before {kill}"
+        _, uncertain = asyncio.run(place.purchases())
+        ended = forks.run(place.call())
+        assert not ended.error
+        place.check(world, ended.report)
+        assert server.kickoffs_by_run_key.most_common(1)[0][1] == 1
+        assert ended.report["uncertain"] <= deaths * 16, "more than could have been on their way"
+        notes.append(
+            f"{rows:,} rows killed {deaths} times (seed {chosen}): {len(uncertain)} uncertain, "
+            f"{server.kickoffs} kickoffs, {time.monotonic() - began:.0f} s"
+        )
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(2400)
+def test_a_soak_of_twenty_thousand_rows(
+    request: pytest.FixtureRequest, forks: BatchForks, tmp_path: Path, notes: list[str]
+) -> None:
+    only_when_all_are_run(request)
+    began = time.monotonic()
+    rows = [f"topic {number}" if number % 50 else f"bad {number}" for number in range(20_000)]
+    world = World(rows, keyed=True, max_in_flight=1000, chunk_size=200, seconds=1.0)
+    share = {name: 0.02 / len(kinds) for kinds in (KICKOFF_FAULTS, STATUS_FAULTS) for name in kinds}
+    every = [
+        *(f"kickoff:{name}%{share[name]:.5f}" for name in KICKOFF_FAULTS),
+        *(f"status:{name}%{share[name]:.5f}" for name in STATUS_FAULTS),
+        *("kickoff:401@5000", "status:403@9000"),
+    ]
+    with CrewServer(world.spec, faults=every, seed=7) as server:
+        place = Place(world, server, tmp_path / "batch")
+        place.options["wait"] = {**WAIT, "initial": 1.0, "max_interval": 2.0}
+        calls = 0
+        while calls < 8:
+            calls += 1
+            if calls > 4:
+                server.faults.clear()
+            ended = forks.run(place.call())
+            assert not ended.error, ended.error
+            if not ended.report["skipped"] and calls > 4:
+                break
+        place.check(world, ended.report)
+        assert server.kickoffs_by_run_key.most_common(1)[0][1] == 1
+        report = ended.report
+        assert report["completed"] > 19_000
+        notes.append(
+            f"soak: 20,000 rows, {report['completed']} completed, {report['failed']} failed, {report['uncertain']} "
+            f"uncertain, {server.kickoffs} kickoffs in {calls} calls, {time.monotonic() - began:.0f} s"
+        )
