@@ -6,8 +6,9 @@ starts, and what needs no Prefect (the client, the local server, `prefect-crew -
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from prefect_crew.lazy import lazy_names
 
 if TYPE_CHECKING:
     from prefect_crew.api.client import CrewClient
@@ -191,15 +192,4 @@ _HOMES = {
     "wait_for_crew": "tasks",
 }
 
-
-def __getattr__(name: str) -> Any:
-    home = _HOMES.get(name)
-    if home is None:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{home}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazy_names(__name__, _HOMES)

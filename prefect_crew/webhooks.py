@@ -17,8 +17,9 @@ A webhook is news, not proof: whoever is woken by one asks the status call.
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from prefect_crew.lazy import lazy_names
 
 if TYPE_CHECKING:
     from prefect_crew.receiver.app import HandsOn, create_receiver
@@ -61,11 +62,4 @@ _HOMES = {
     "webhooks_for": "targets",
 }
 
-
-def __getattr__(name: str) -> Any:
-    home = _HOMES.get(name)
-    if home is None:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"prefect_crew.receiver.{home}"), name)
-    globals()[name] = value
-    return value
+__getattr__, __dir__ = lazy_names(__name__, _HOMES, package="prefect_crew.receiver")

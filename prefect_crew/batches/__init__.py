@@ -5,8 +5,9 @@ Names are loaded when they are first used: data sets and ledgers bring more than
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from prefect_crew.lazy import lazy_names
 
 if TYPE_CHECKING:
     from prefect_crew.batches.binding import BatchChangedError, LedgerMissingError
@@ -61,15 +62,4 @@ _HOMES = {
     "run_batch": "run",
 }
 
-
-def __getattr__(name: str) -> Any:
-    home = _HOMES.get(name)
-    if home is None:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{home}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazy_names(__name__, _HOMES)

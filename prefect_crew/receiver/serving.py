@@ -6,18 +6,15 @@ import asyncio
 import contextlib
 import gc
 import logging
-import signal
 import socket
-import sys
-import threading
 from collections.abc import Callable, Generator
-from types import FrameType
-from typing import Any, cast
+from typing import cast
 
 import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
+from prefect_crew.server.signals import to_stdout, until_signalled
 from prefect_crew.server.web import listener
 
 __all__ = ["HEAD_TIMEOUT", "ReceiverServer", "serve_receiver"]
@@ -123,36 +120,12 @@ def serve_receiver(
         # What Prefect's modules hold need never be looked through again: it would stop every answer for 0.05 to 0.2 s.
         gc.collect()
         gc.freeze()
-        (announce or _to_stdout)(line)
+        (announce or to_stdout)(line)
 
     server = ReceiverServer(app, on_started=started)
     try:
-        with contextlib.closing(bound), _until_signalled(server):
+        with contextlib.closing(bound), until_signalled(server):
             asyncio.run(server.serve(sockets=[bound]))
     finally:
         gc.unfreeze()
     return 0
-
-
-def _to_stdout(line: str) -> None:
-    sys.stdout.write(line + "\n")
-    sys.stdout.flush()  # whoever started this as a process reads the line through a pipe
-
-
-@contextlib.contextmanager
-def _until_signalled(server: ReceiverServer) -> Generator[None, None, None]:
-    """Stop the server at the first signal, and at once at the second."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # signals belong to the main thread; whoever runs this elsewhere stops it in another way
-        return
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        server.force_exit = server.should_exit
-        server.should_exit = True
-
-    before: dict[int, Any] = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

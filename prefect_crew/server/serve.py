@@ -6,13 +6,8 @@ import asyncio
 import contextlib
 import os
 import secrets
-import signal
 import socket
-import sys
-import threading
-from collections.abc import Callable, Generator, Iterable
-from types import FrameType
-from typing import Any
+from collections.abc import Callable, Iterable
 
 from prefect_crew.server.app import STATUS_PATHS, create_app
 from prefect_crew.server.bodies import Generation
@@ -22,6 +17,7 @@ from prefect_crew.server.local import CrewServer, InProcessCrewServer
 from prefect_crew.server.program import Program
 from prefect_crew.server.programs import load_program
 from prefect_crew.server.scripted import ScriptedProgram
+from prefect_crew.server.signals import to_stdout, until_signalled
 from prefect_crew.server.web import WebServer, listener
 
 __all__ = ["CrewServer", "InProcessCrewServer", "load_program", "serve"]
@@ -87,8 +83,8 @@ def serve(
         Journal(journal).check()
     bound = listener(host, port)
     line = _line(program, _url(bound), None if token else app.state.runtime.token)
-    server = WebServer(app, on_started=lambda: (announce or _to_stdout)(line))
-    with contextlib.closing(bound), _until_signalled(server):
+    server = WebServer(app, on_started=lambda: (announce or to_stdout)(line))
+    with contextlib.closing(bound), until_signalled(server):
         asyncio.run(server.serve(sockets=[bound]))
     return 0
 
@@ -104,27 +100,3 @@ def _line(program: Program, url: str, token: str | None) -> str:
     inputs = "".join(f" -i {name}=…" for name in needed)
     before = f"CREW_TOKEN={token} " if token else ""
     return f"Serving the crew {program.name} at {url}  Try: {before}prefect-crew run {url}{inputs}  Stop: Ctrl-C"
-
-
-def _to_stdout(line: str) -> None:
-    sys.stdout.write(line + "\n")
-    sys.stdout.flush()  # whoever started this as a process reads the line through a pipe
-
-
-@contextlib.contextmanager
-def _until_signalled(server: WebServer) -> Generator[None, None, None]:
-    """Stop the server at the first signal, and at once at the second."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # signals belong to the main thread; whoever runs this elsewhere stops it in another way
-        return
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        server.force_exit = server.should_exit
-        server.should_exit = True
-
-    before: dict[int, Any] = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
