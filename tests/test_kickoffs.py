@@ -155,7 +155,7 @@ async def test_a_rotated_token_is_taken_from_the_stored_block_once(crew_server: 
 
 
 async def test_a_token_that_is_rotated_between_the_check_and_the_kickoff_is_renewed_too(crew_server: CrewServerFactory):
-    server, name = crew_server(TRIP, faults=["inputs:latency=1.0"]), f"rotated-{uuid.uuid4().hex[:8]}"
+    server, name = crew_server(TRIP, faults=["inputs:latency=2.5"]), f"rotated-{uuid.uuid4().hex[:8]}"
     crew = server.crew()
     await crew.asave(name)
     calling = asyncio.ensure_future(crew.trigger({"city": "Lisbon"}, run_key=(run_key := key())))
