@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import subprocess
 import sys
 import uuid
@@ -27,41 +28,48 @@ __all__ = ["FLOWS", "Stage"]
 POOL = "suspending"
 FLOWS = """
 import asyncio
+import json
+from pathlib import Path
 
-from prefect import flow, task
+from prefect import flow, runtime, task
 
 from prefect_crew import CrewStep, WaitPolicy, arun_crew, arun_pipeline, kickoff_crew, run_crew, wait_for_crew
 
 SUSPEND = WaitPolicy(mode="suspend", initial=0.3, max_interval=1.0)
 
 
+def kept(result):
+    Path(__file__).with_name(f"{runtime.flow_run.id}.json").write_text(json.dumps(result))
+    return result
+
+
 @flow
 async def one(crew: str, topic: str, run_key: str | None = None, wait: WaitPolicy = SUSPEND) -> str:
-    return (await arun_crew(crew, {"topic": topic}, run_key=run_key, wait=wait)).output
+    return kept((await arun_crew(crew, {"topic": topic}, run_key=run_key, wait=wait)).output)
 
 
 @flow
 async def several(crew: str, topics: list[str]) -> list[str]:
     runs = [arun_crew(crew, {"topic": topic}, wait=SUSPEND) for topic in topics]
-    return [result.output for result in await asyncio.gather(*runs)]
+    return kept([result.output for result in await asyncio.gather(*runs)])
 
 
 @flow
 async def several_with_exceptions(crew: str, topics: list[str]) -> list[str]:
     runs = [arun_crew(crew, {"topic": topic}, wait=SUSPEND) for topic in topics]
     results = await asyncio.gather(*runs, return_exceptions=True)
-    return [getattr(result, "output", type(result).__name__) for result in results]
+    return kept([getattr(result, "output", type(result).__name__) for result in results])
 
 
 @flow
 def in_turn(crew: str, topics: list[str]) -> list[str]:
-    return [run_crew(crew, {"topic": topic}, wait=SUSPEND).output for topic in topics]
+    return kept([run_crew(crew, {"topic": topic}, wait=SUSPEND).output for topic in topics])
 
 
 @flow
 async def by_tasks(crew: str, topic: str) -> str:
     kickoff_id = await kickoff_crew(crew, {"topic": topic})
-    return (await wait_for_crew(crew, kickoff_id, wait=SUSPEND)).output
+    return kept((await wait_for_crew(crew, kickoff_id, wait=SUSPEND)).output)
 
 
 @flow
@@ -75,7 +83,7 @@ async def steps(crew: str, topic: str) -> str:
         {"topic": topic},
         wait=SUSPEND,
     )
-    return result["end"].output
+    return kept(result["end"].output)
 
 
 @task
@@ -121,9 +129,9 @@ class Stage:
         self.server = PrefectServer(folder / "server", template=template)
         self.receiver_port = free_port()
         self.receiver: Process | None = None
-        self._hooks = {"PREFECT_INTEGRATIONS_CREW_WEBHOOK_SECRET": SECRET} if hooked else {}
+        self.hooks = {"PREFECT_INTEGRATIONS_CREW_WEBHOOK_SECRET": SECRET} if hooked else {}
         if hooked:
-            self._hooks["PREFECT_INTEGRATIONS_CREW_WEBHOOK_URL"] = f"http://127.0.0.1:{self.receiver_port}"
+            self.hooks["PREFECT_INTEGRATIONS_CREW_WEBHOOK_URL"] = f"http://127.0.0.1:{self.receiver_port}"
         self._open = contextlib.ExitStack()
         self._receivers = 0
 
@@ -170,7 +178,7 @@ class Stage:
     def worker(self, name: str = "worker", *, poll: float = 1.0, **env: str) -> Worker:
         """Return a worker, started; it ends with the stage if it still runs then."""
         return self._open.enter_context(
-            Worker(self.server, POOL, name=name, folder=self.folder, poll=poll, env={**self._hooks, **env})
+            Worker(self.server, POOL, name=name, folder=self.folder, poll=poll, env={**self.hooks, **env})
         )
 
     def start_receiver(self) -> Process:
@@ -179,7 +187,7 @@ class Stage:
         self.receiver = Process(
             [program("prefect-crew"), "webhooks", "--port", str(self.receiver_port)],
             log=self.folder / f"receiver-{self._receivers}.log",
-            env={**self.env, **self._hooks},
+            env={**self.env, **self.hooks},
         )
         self.receiver.wait_for("Taking webhooks", 60)
         return self.receiver
@@ -231,19 +239,8 @@ class Stage:
         return wait_until(look, seconds=seconds, what=f"flow run {flow_run_id} in {names}")
 
     def result_of(self, flow_run_id: str) -> Any:
-        """Return a completed flow run's result."""
-        code = (
-            "import asyncio, json, sys\nfrom prefect import get_client\n"
-            "async def main():\n"
-            "    async with get_client() as client:\n"
-            "        run = await client.read_flow_run(sys.argv[1])\n"
-            "        print(json.dumps(await run.state.aresult()))\n"
-            "asyncio.run(main())"
-        )
-        done = subprocess.run(
-            [sys.executable, "-c", code, flow_run_id], env=self.env, capture_output=True, text=True, timeout=120
-        )
-        return done.stdout or done.stderr
+        """Return what a flow run has returned."""
+        return json.loads((self.folder / f"{flow_run_id}.json").read_text())
 
     def notes(self) -> list[str]:
         """Return the names of all notes of who is suspended for what."""

@@ -115,9 +115,7 @@ def test_stars_in_parameters_are_secrets_that_prefect_did_not_keep(value: Any, m
 
 
 def test_it_is_refused_outside_of_a_flow_unless_polling_is_allowed():
-    with pytest.raises(
-        ConfigurationError, match=r"outside of a flow run.*Nothing was started"
-    ):
+    with pytest.raises(ConfigurationError, match=r"outside of a flow run.*Nothing was started"):
         checked_wait(SUSPEND, "Crew travel")
     allowed = SUSPEND.model_copy(update={"suspend_fallback": "poll"})
     assert checked_wait(allowed, "Crew travel") == allowed.polling
