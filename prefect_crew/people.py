@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import asyncio
+from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
 
 import httpx
@@ -97,6 +98,8 @@ class People:
         Raises:
             TooManyRoundsError: It is asked once too often.
         """
+        if self.reviewer is not None:
+            await self.reviewer.settle()
         before, self.question = self.question, await self.questions.saw(status)
         if self.question is None or self.question is before:
             return before is not self.question
@@ -145,10 +148,30 @@ class People:
 
         def stretch(delay: float) -> float:
             longer = waker.stretch(delay) if relying and waker is not None else delay
-            wishes = [self.questions.soon(), None if self.reviewer is None else self.reviewer.soon()]
-            return min([longer, *(wish for wish in wishes if wish is not None)])
+            soon = self.questions.soon()
+            return longer if soon is None else min(longer, soon)
 
         return stretch
+
+    def pausing(self, pause: Callable[[float], Awaitable[None]]) -> Callable[[float], Awaitable[None]]:
+        """Return a pause that ends early when an answer has been given here."""
+
+        async def sleep(seconds: float) -> None:
+            answering = None if self.reviewer is None else self.reviewer.answering
+            if answering is None:
+                await pause(seconds)
+                return
+            sleeping = asyncio.ensure_future(pause(seconds))
+            try:
+                await asyncio.wait({sleeping, answering}, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                if not sleeping.done():
+                    sleeping.cancel()
+                    await asyncio.wait({sleeping})
+            if not sleeping.cancelled():
+                sleeping.result()
+
+        return sleep
 
     def stops_late(self, error: CrewTimeoutError) -> bool:
         """Return whether the crew is stopped now that a budget is over."""

@@ -103,6 +103,11 @@ async def look_at_question(record: RunRecord, records: PrefectRecords, crew_of: 
     )
 
 
+def _asked_since(record: RunRecord, last: SentReview) -> bool:
+    """Return whether whoever waits for the run has seen a person's turn begin after an answer."""
+    return record.human_since is not None and record.human_since > last.at
+
+
 def _shown(run: OpenRun | None, status: CrewStatus | None) -> tuple[str | None, str | None]:
     if run is None or status is None:
         return None, "its crew's server was not asked"
@@ -179,7 +184,7 @@ async def answer_run(
             )
         before = await records.reviews(record)
         asked = asked_of(status)
-        if is_late(before, task, asked):
+        if is_late(before, task, asked) and not _asked_since(record, before[-1]):
             last = before[-1]
             raise CrewError(
                 f"Round {last.round} of run {kickoff_id}, task {task}, has its answer on record: "

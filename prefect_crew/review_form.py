@@ -46,6 +46,8 @@ LOOK_EVERY = 2.0
 """Seconds between two looks at whether the form was filled in."""
 SHOWN = 20_000
 """Characters of an output that the form shows."""
+SENT_WITHIN = 20.0
+"""Seconds that the end of a wait has for an answer under way; Prefect kills a cancelled process after about 30."""
 MARGIN = timedelta(days=1)
 """How long a flow run stays paused after people's time is over, should its process have died meanwhile."""
 
@@ -179,6 +181,7 @@ class FormReviewer:
         self.own = own
         self._asking: asyncio.Task[None] | None = None
         self._asked: Question | None = None
+        self._sending = False
 
     @property
     def page(self) -> str | None:
@@ -198,9 +201,15 @@ class FormReviewer:
             asking, self._asking, self._asked = self._asking, None, None
             asking.result()
 
-    def soon(self) -> float | None:
-        """A form that is up is looked at by itself; what it came to is taken in at the next look at the run."""
-        return LOOK_EVERY if self._asking is not None else None
+    @property
+    def answering(self) -> asyncio.Task[None] | None:
+        """What waits for the form to be filled in, and sends the answer."""
+        return self._asking
+
+    async def settle(self) -> None:
+        """Wait until an answer that is being sent is on record as sent: it may be what the crew has moved on by."""
+        if self._sending and self._asking is not None:
+            await asyncio.wait({self._asking}, timeout=SENT_WITHIN)
 
     async def aclose(self) -> None:
         """Take the form back."""
@@ -210,6 +219,8 @@ class FormReviewer:
         asking, self._asking, self._asked = self._asking, None, None
         if asking is None:
             return
+        if self._sending:
+            await asyncio.wait({asking}, timeout=SENT_WITHIN)
         if asking.done():
             if not asking.cancelled() and (error := asking.exception()) is not None:
                 run_logger().warning("The form's answer to run %s came to nothing: %s", self.run.kickoff_id, error)
@@ -225,7 +236,11 @@ class FormReviewer:
         finally:
             _line.leave(self.own, form)
             await self._take_down(form)
-        await self._send(question, filled)
+        self._sending = True
+        try:
+            await self._send(question, filled)
+        finally:
+            self._sending = False
 
     async def _filled(self, form: _Form) -> ReviewForm:
         """Return what a person fills in. A Prefect API that is away is asked again."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -31,8 +32,13 @@ class Reviewer(Protocol):
         """Take what is asked now, None where nothing is. An error of the answering or the sending ends the wait."""
         ...
 
-    def soon(self) -> float | None:
-        """Return after how many seconds a look would be welcome, None for no wish."""
+    @property
+    def answering(self) -> asyncio.Task[None] | None:
+        """What is under way until an answer has been given, if anything is."""
+        ...
+
+    async def settle(self) -> None:
+        """Wait until an answer that is being sent is on record as sent."""
         ...
 
     async def aclose(self) -> None:
@@ -84,9 +90,13 @@ class FunctionReviewer:
         )
         self.questions.answered(question)
 
-    def soon(self) -> float | None:
+    @property
+    def answering(self) -> asyncio.Task[None] | None:
         """A function answers at once."""
         return None
+
+    async def settle(self) -> None:
+        """It was waited for when it was given."""
 
     async def aclose(self) -> None:
         """Nothing was put up."""

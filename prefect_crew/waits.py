@@ -152,7 +152,7 @@ class _Waiter:
         hooked = record is not None and record.hooked
         async with waker_for(self.run.run_key if hooked else None) as waker:
             self.waker = waker
-            pause = asyncio.sleep if waker is None else waker.pause
+            pause = self.people.pausing(asyncio.sleep if waker is None else waker.pause)
             if self.leaving is not None:
                 pause = self.leaving.pausing(pause, lambda: waker is not None and waker.woken)
             return await wait_until_ended(
