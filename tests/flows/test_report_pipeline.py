@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+import yaml
 
 from prefect_crew.api.models import CrewInput
 from prefect_crew.server.local import InProcessCrewServer
 from prefect_crew.server.program import Outcome, ProgramError, Run
 from prefect_crew.server.programs import load_program
 from support.deployed import ROOT, load_flow
+from support.prefect_server import environment
 from support.seen import Seen
 
 SaveCrew = Callable[..., InProcessCrewServer]
@@ -80,6 +82,14 @@ def test_the_report_by_hand_has_a_page_of_its_own(report_crews: Crews, seen: See
     text = asyncio.run(load_flow("report_pipeline.py:report_by_hand")("oolong"))
     page = next(one for one in seen.artifacts("report") if one["description"] == "Report on oolong")
     assert page["data"] == text
+
+
+def test_the_weekly_one_is_retried_once_as_its_deployment_says():
+    deployments = yaml.safe_load((ROOT / "deployments" / "prefect.yaml").read_text())["deployments"]
+    (weekly,) = [one for one in deployments if one["name"] == "weekly"]
+    with environment(weekly["work_pool"]["job_variables"]["env"]):
+        flow = load_flow("report_pipeline.py:report_pipeline")
+    assert (flow.retries, flow.retry_delay_seconds) == (1, 60)
 
 
 def test_key_points_keep_the_points_or_else_everything():
