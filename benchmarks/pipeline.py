@@ -1,6 +1,7 @@
 """What a pipeline costs on top of its crews: 20 steps in 5 layers of a 0.2 s crew, against a running Prefect server.
 
-The critical path is 5 × 0.2 s = 1.0 s; each step of it should cost at most 150 ms on top. Needs PREFECT_API_URL.
+The critical path is 5 × 0.2 s = 1.0 s; each step of it should cost at most 150 ms on top. Beside it stands the floor: the
+same shape of Prefect's own tasks, two a step as a crew has, that sleep for as long. Needs PREFECT_API_URL.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ import asyncio
 import statistics
 import time
 
-from prefect import flow
+from prefect import flow, task
+from prefect.cache_policies import NO_CACHE
 
 from prefect_crew import CrewStep, DeployedCrew, WaitPolicy, arun_pipeline
 from prefect_crew.server import CrewScript, CrewServer
@@ -25,6 +27,25 @@ def steps(crew: DeployedCrew) -> list[CrewStep]:
         text = " ".join(f"{{{{ {name}.output }}}}" for name in before) or "{{ topic }}"
         made += [CrewStep(f"s{layer}x{column}", crew, {"text": text[:2000]}) for column in range(WIDE)]
     return made
+
+
+@task(cache_policy=NO_CACHE)
+async def sleeping(seconds: float) -> None:
+    await asyncio.sleep(seconds)
+
+
+@flow
+async def floor() -> float:
+    """Return the seconds of the same shape without crews."""
+
+    async def step() -> None:
+        await sleeping(0.0)
+        await sleeping(SECONDS)
+
+    started = time.perf_counter()
+    for _ in range(LAYERS):
+        await asyncio.gather(*(step() for _ in range(WIDE)))
+    return time.perf_counter() - started
 
 
 async def main() -> None:
@@ -45,9 +66,11 @@ async def main() -> None:
                 times.append(time.perf_counter() - started)
 
         await measured()
+        floors = [await floor() for _ in range(runs + 1)][1:]
         assert server.kickoffs == (runs + 1) * LAYERS * WIDE
     critical = LAYERS * SECONDS
-    for name, wall in {"median": statistics.median(times[1:]), "best": min(times[1:])}.items():
+    walls = {"median": statistics.median(times[1:]), "best": min(times[1:]), "floor": statistics.median(floors)}
+    for name, wall in walls.items():
         print(f"{name}: {wall:.2f} s, {(wall - critical) / LAYERS * 1000:.0f} ms a step of the critical path on top")
 
 
