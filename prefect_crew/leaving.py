@@ -37,6 +37,7 @@ class Leaving:
         self._own = own
         self._asks = asks
         self._noted = False
+        self._able = False
         self._hurried = False
 
     async def saw(self, status: CrewStatus, phases: Phases) -> None:
@@ -47,8 +48,10 @@ class Leaving:
                 whatever happens from then on reaches whoever resumes the flow run.
         """
         record = self._run.record
-        person = self._asks and status.state is CrewState.WAITING
-        if record is None or person or status.state is CrewState.UNKNOWN or not self._branch.may_leave():
+        # Somebody is asked in this process, or the run may be lost: that is to be seen to the end here.
+        here = (self._asks and status.state is CrewState.WAITING) or status.state is CrewState.UNKNOWN
+        self._able = record is not None and not here
+        if record is None or here or not self._branch.may_leave():
             return
         if self._noted:
             self._branch.seconds = phases.most_left(self._policy, time.time())
@@ -67,9 +70,9 @@ class Leaving:
             while (left := until - loop.time()) > 0:
                 if not self._branch.may_leave():
                     self._hurried = False
-                elif not self._hurried:
-                    # Once to write down who waits, and once more to look after that.
-                    self._hurried = self._noted
+                elif self._able and not self._hurried:
+                    # Once to write down who waits; `saw` then asks for one more look.
+                    self._hurried = True
                     return
                 await pause(min(left, SLICE))
                 if woken():

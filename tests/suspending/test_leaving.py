@@ -1,0 +1,82 @@
+"""Leaving a wait: two looks close together, one before and one after who waits is written down, and no more."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import pytest
+
+from prefect_crew import leaving as module
+from prefect_crew.api.models import CrewState, CrewStatus
+from prefect_crew.leaving import Leaving
+from prefect_crew.suspension import StillRunningError
+from prefect_crew.waiting import Phases, WaitPolicy
+
+
+class Branch:
+    free = True
+    seconds: float | None = None
+
+    def may_leave(self) -> bool:
+        return self.free
+
+
+class Run:
+    kickoff_id = "k"
+    record = object()
+
+
+@pytest.fixture
+def written(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """What writing down who waits comes to, one after the other; True once it is empty."""
+    outcomes: list[bool] = []
+
+    async def write_down(*_: Any, **__: Any) -> bool:
+        return outcomes.pop(0) if outcomes else True
+
+    monkeypatch.setattr(module, "write_down", write_down)
+    return outcomes
+
+
+def leaving(branch: Branch, *, asks: bool = False) -> Leaving:
+    return Leaving(cast("Any", branch), cast("Any", Run()), WaitPolicy(mode="suspend"), "flow-run", asks=asks)
+
+
+async def looks(wait: Leaving, state: CrewState, *, pause: float = 0.6, most: int = 5) -> list[bool]:
+    """Look until the wait is left or `most` times; return for each pause before a look whether it ended early."""
+    early: list[bool] = []
+    slept = 0.0
+
+    async def sleep(seconds: float) -> None:
+        nonlocal slept
+        slept += seconds
+        await module.asyncio.sleep(seconds / 20)
+
+    pausing = wait.pausing(sleep, lambda: False)
+    for _ in range(most):
+        await wait.saw(CrewStatus(kickoff_id="k", state=state), Phases(kicked_off_at=0.0))
+        slept = 0.0
+        await pausing(pause / 10)
+        early.append(slept == 0.0)
+    return early
+
+
+async def test_it_is_left_after_a_look_that_follows_the_note(written: list[bool]):
+    with pytest.raises(StillRunningError):
+        await looks(leaving(Branch()), CrewState.RUNNING)
+
+
+async def test_it_is_not_left_while_something_else_works(written: list[bool]):
+    branch = Branch()
+    branch.free = False
+    assert await looks(leaving(branch), CrewState.RUNNING) == [False] * 5
+
+
+@pytest.mark.parametrize("state", [CrewState.WAITING, CrewState.UNKNOWN])
+async def test_what_is_seen_to_the_end_here_is_looked_at_no_more_often(state: CrewState, written: list[bool]):
+    assert await looks(leaving(Branch(), asks=True), state) == [False] * 5
+
+
+async def test_a_prefect_api_that_is_away_makes_no_hot_loop(written: list[bool]):
+    written += [False, False, False]
+    assert await looks(leaving(Branch()), CrewState.RUNNING, most=3) == [False] * 3
