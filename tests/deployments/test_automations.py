@@ -17,7 +17,7 @@ from support.receiver import Receiver
 from support.site import Site
 
 SCRIPT = ROOT / "deployments" / "automations.py"
-ALERTS = {f"prefect-crew: alert {what}" for what in ("failed", "uncertain", "lost", "timed out", "waiting")}
+ALERTS = {f"prefect-crew: alert {what}" for what in ("failed", "uncertain", "lost", "timed out", "asked", "waiting")}
 RECOVERY = {"prefect-crew: no heartbeat", "prefect-crew: recover"}
 BROKEN = "name: broken\ntasks: [{name: t, fail: the well is dry}]\n"
 PATIENT = "name: patient\ntasks: [{name: t, output: the draft, human: true}]\n"
