@@ -169,6 +169,8 @@ class Engine:
         running: set[asyncio.Task[None]] = set()
         broken_by: list[BaseException] = []
         shut = asyncio.create_task(self._shut.wait())
+        over = asyncio.Event()
+        ended = asyncio.create_task(over.wait())
 
         def done(row: asyncio.Task[None]) -> None:
             running.discard(row)
@@ -177,6 +179,8 @@ class Engine:
             if not row.cancelled() and (error := row.exception()) is not None:
                 broken_by.append(error)
                 self.stop(str(error))
+            if launched.is_set() and (broken_by or not running):
+                over.set()
 
         try:
             while rows and not broken_by:
@@ -194,12 +198,13 @@ class Engine:
                 running.add(begun)
                 begun.add_done_callback(done)
             launched.set()
-            while running and not broken_by and not self.shut:
-                await asyncio.wait({shut, *running}, return_when=asyncio.FIRST_COMPLETED)
+            if running and not broken_by and not self.shut:
+                # Not for each row: `asyncio.wait` looks at all of them each time that it is called.
+                await asyncio.wait({shut, ended}, return_when=asyncio.FIRST_COMPLETED)
         finally:
             launched.set()
             # Cancelled, shut, or the ledger failed: the runs stay in flight at the crew's server, to be found again.
-            left: list[asyncio.Task[Any]] = [shut, *running]
+            left: list[asyncio.Task[Any]] = [shut, ended, *running]
             for one in left:
                 one.cancel()
             await asyncio.gather(*left, return_exceptions=True)
