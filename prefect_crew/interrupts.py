@@ -16,7 +16,13 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-__all__ = ["ctrl_c_cancels_this_task", "ctrl_c_pressed", "started_by_runner", "watch_ctrl_c"]
+from prefect.exceptions import ExternalSignal
+
+__all__ = ["ENDINGS", "ctrl_c_cancels_this_task", "ctrl_c_pressed", "started_by_runner", "watch_ctrl_c"]
+
+
+ENDINGS = (asyncio.CancelledError, KeyboardInterrupt, SystemExit, ExternalSignal)
+"""How a task is ended from outside: cancelled, or by a signal whose exception was raised in the midst of it."""
 
 
 class _Watch:

@@ -1,8 +1,7 @@
 """One purchase: decide by the record, and where it says so, claim, post once, and write the id down.
 
-This is the only place that kicks a crew off, and it knows its store only by protocol: the records on the Prefect server
-for single runs, a batch's ledger for rows. What is promised: never a second POST for one claim unless the first surely
-did not start a run.
+The only place that kicks a crew off. It knows its store by protocol: records on the Prefect server or a ledger.
+What is promised: never a second POST for one claim unless the first surely did not start a run.
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ from prefect_crew.api.certainty import KickoffFate, kickoff_delay, kickoff_fate
 from prefect_crew.api.errors import AuthenticationError, CrewError, KickoffUncertainError
 from prefect_crew.api.withholding import withholding
 from prefect_crew.events import emit
+from prefect_crew.interrupts import ENDINGS
 from prefect_crew.logs import run_logger
 from prefect_crew.receiver.targets import webhooks_for
 from prefect_crew.records import (
@@ -322,7 +322,7 @@ async def _pause(record: RunRecord, records: RecordStore, delay: float, request_
         except (httpx.HTTPError, PrefectException) as error:
             run_logger().warning("Others may take the claim of run %s for given up: %s", record.run_key, error)
         await asyncio.sleep(delay)
-    except asyncio.CancelledError as cancelled:
+    except ENDINGS as cancelled:
         await _not_started(record, records, cancelled)
         raise
 
@@ -334,11 +334,12 @@ async def _post_shielded(
     post = asyncio.ensure_future(_post(purchase, record, records, session))
     try:
         return await asyncio.shield(post)
-    except asyncio.CancelledError:
+    except ENDINGS:
         if not post.done():
             await asyncio.wait({post}, timeout=FINISH)
         if post.done() and not post.cancelled() and (error := post.exception()) is not None:
-            if record.phase is RecordPhase.CLAIMED:
+            # Of anything else, such as a signal raised within it, nobody knows whether it came before the POST.
+            if record.phase is RecordPhase.CLAIMED and isinstance(error, CrewError):
                 await _not_started(record, records, error)
         elif post.done() and not post.cancelled():
             await stop_if_asked(session, record, records)
@@ -350,9 +351,8 @@ async def _post(purchase: Purchase, record: RunRecord, records: RecordStore, ses
     redact = purchase.crew.redactor(purchase.inputs)
     await _keep_claim(purchase, record, records)
     try:
-        webhooks = purchase.webhooks or webhooks_for(
-            purchase.crew, record.run_key, attempt=record.attempt, settings=purchase.settings
-        )
+        crew, attempt, settings = purchase.crew, record.attempt, purchase.settings
+        webhooks = purchase.webhooks or webhooks_for(crew, record.run_key, attempt=attempt, settings=settings)
         record.hooked = webhooks is not None and purchase.webhooks is None
         with withholding(redact):
             meta = {**(purchase.meta or {}), "run_key": record.run_key}

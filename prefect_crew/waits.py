@@ -13,7 +13,7 @@ from prefect.exceptions import PrefectException
 from prefect_crew.api.errors import AuthenticationError, CrewError, CrewLostError, CrewStoppedError, CrewTimeoutError
 from prefect_crew.api.models import CrewResult, CrewState, CrewStatus
 from prefect_crew.events import emit
-from prefect_crew.interrupts import watch_ctrl_c
+from prefect_crew.interrupts import ENDINGS, watch_ctrl_c
 from prefect_crew.leaving import leaving_here
 from prefect_crew.logs import run_logger
 from prefect_crew.lookups import find_run, recorded_result
@@ -118,7 +118,7 @@ class _Waiter:
             joined = await self._join()
             try:
                 status = await self._wait()
-            except asyncio.CancelledError:
+            except ENDINGS:
                 if run.record is not None:
                     await stop_if_asked(self.session, run.record, self.records)
                 raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import signal
 import uuid
 from collections.abc import Iterator
 from datetime import timedelta
@@ -12,6 +13,7 @@ from typing import Any
 
 import httpx
 import pytest
+from prefect.exceptions import TerminationSignal
 
 from prefect_crew import DeployedCrew, purchases, record_store, records
 from prefect_crew.api.errors import (
@@ -22,6 +24,7 @@ from prefect_crew.api.inputs import inputs_digest
 from prefect_crew.record_store import PrefectRecords
 from prefect_crew.records import Caller, RecordPhase, RunRecord, utcnow
 from prefect_crew.run_keys import RunIdentity
+from prefect_crew.server.local import InProcessCrewServer
 from prefect_crew.sessions import CrewSession
 from prefect_crew.testing import CrewServerFactory
 from support.prefect_server import PrefectServer
@@ -189,9 +192,12 @@ async def test_what_runs_or_is_done_is_found_and_nothing_is_bought(crew_server: 
 # Cancelled callers
 
 
-async def cancelled_after(seconds: float, crew: DeployedCrew, run_key: str) -> None:
-    calling = asyncio.ensure_future(crew.trigger({"text": "a"}, run_key=run_key))
-    await asyncio.sleep(seconds)
+async def cancelled_at(request: str, server: InProcessCrewServer, run_key: str) -> None:
+    """Cancel a call shortly after the server got a request of it."""
+    calling = asyncio.ensure_future(server.crew().trigger({"text": "a"}, run_key=run_key))
+    while not server.requests[request]:
+        await asyncio.sleep(0.01)
+    await asyncio.sleep(0.3)
     calling.cancel()
     with pytest.raises(asyncio.CancelledError):
         await calling
@@ -201,7 +207,7 @@ async def test_a_kickoff_in_flight_is_seen_to_its_end_although_its_caller_is_can
     crew_server: CrewServerFactory, caplog: pytest.LogCaptureFixture
 ):
     server, run_key = crew_server("echo", faults=["kickoff:latency=1.0@1"]), key()
-    await cancelled_after(0.5, server.crew(), run_key)
+    await cancelled_at("kickoff", server, run_key)
     (record,) = await attempts(run_key)
     assert (record.phase, record.kickoff_id) == (RecordPhase.STARTED, server.runs[0].id)
     assert "is left running" in caplog.text
@@ -212,22 +218,26 @@ async def test_a_kickoff_in_flight_is_seen_to_its_end_although_its_caller_is_can
 
 async def test_a_refused_kickoff_of_a_cancelled_caller_did_not_start(crew_server: CrewServerFactory):
     server, run_key = crew_server("echo", faults=["kickoff:latency=1.0@1", "kickoff:404@1"]), key()
-    await cancelled_after(0.5, server.crew(), run_key)
+    await cancelled_at("kickoff", server, run_key)
     assert await phases(run_key) == [RecordPhase.NOT_STARTED]
 
 
 async def test_an_uncertain_kickoff_of_a_cancelled_caller_is_uncertain(crew_server: CrewServerFactory):
     server, run_key = crew_server("echo", faults=["kickoff:latency=1.0@1", "kickoff:500@1"]), key()
-    await cancelled_after(0.5, server.crew(), run_key)
+    await cancelled_at("kickoff", server, run_key)
     assert await phases(run_key) == [RecordPhase.UNCERTAIN]
 
 
-@pytest.mark.parametrize("fault", ["inputs:latency=30", "kickoff:429=30"], ids=["at the check", "in a pause"])
+@pytest.mark.parametrize(
+    ("fault", "request_of_it"),
+    [("inputs:latency=30", "inputs"), ("kickoff:429=30", "kickoff")],
+    ids=["at the check", "in a pause"],
+)
 async def test_a_caller_that_is_cancelled_before_its_kickoff_gives_the_claim_back(
-    crew_server: CrewServerFactory, fault: str
+    crew_server: CrewServerFactory, fault: str, request_of_it: str
 ):
     server, run_key = crew_server("echo", faults=[fault]), key()
-    await cancelled_after(1.0, server.crew(), run_key)
+    await cancelled_at(request_of_it, server, run_key)
     assert await phases(run_key) == [RecordPhase.NOT_STARTED]
     assert server.kickoffs == 0
 
@@ -237,7 +247,20 @@ async def test_a_post_that_does_not_end_is_not_waited_for_for_ever(
 ):
     monkeypatch.setattr(purchases, "FINISH", 0.2)
     server, run_key = crew_server("echo", faults=["kickoff:timeout"]), key()
-    await asyncio.wait_for(cancelled_after(0.5, server.crew(), run_key), 10)
+    await asyncio.wait_for(cancelled_at("kickoff", server, run_key), 10)
+    assert await phases(run_key) == [RecordPhase.CLAIMED]
+
+
+async def test_a_signal_in_the_midst_of_a_kickoff_is_not_taken_for_a_refusal(
+    crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch
+):
+    async def interrupted(*_: Any) -> None:
+        raise TerminationSignal(signal.SIGTERM)
+
+    monkeypatch.setattr(purchases, "_keep_claim", interrupted)
+    server, run_key = crew_server("echo"), key()
+    with pytest.raises(TerminationSignal):
+        await server.crew().trigger({"text": "a"}, run_key=run_key)
     assert await phases(run_key) == [RecordPhase.CLAIMED]
 
 
