@@ -112,4 +112,5 @@ def test_served_by_the_command_itself(prefect_api: PrefectServer, crews: CrewSer
         process.send(signal.SIGINT)
         assert process.wait(30) in (0, 130)
         assert process.family() == []
-    assert "Traceback" not in process.output
+    # Before 3.11 asyncio raises KeyboardInterrupt wherever Prefect's runner happens to be, which may print it.
+    assert "Traceback" not in process.output or sys.version_info < (3, 11)
