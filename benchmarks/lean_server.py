@@ -90,9 +90,9 @@ async def serve(seconds: float, port: int) -> None:
 
 
 @contextlib.contextmanager
-def lean_server(seconds: float) -> Iterator[str]:
-    """Run one in a process of its own; give its URL."""
-    command = [sys.executable, __file__, "--seconds", str(seconds)]
+def lean_server(seconds: float, port: int = 0) -> Iterator[str]:
+    """Run one in a process of its own, on a free port unless one is given; give its URL."""
+    command = [sys.executable, __file__, "--seconds", str(seconds), "--port", str(port)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
