@@ -17,7 +17,7 @@ from prefect_crew.record_store import PrefectRecords
 from prefect_crew.records import SentReview
 from prefect_crew.review_form import FormReviewer
 from prefect_crew.reviewers import FunctionReviewer, Reviewer, reject_late
-from prefect_crew.reviews import ReviewChoice
+from prefect_crew.reviews import AnsweredError, ReviewChoice
 from prefect_crew.waiting import WaitPolicy
 
 if TYPE_CHECKING:
@@ -128,6 +128,8 @@ class People:
             if not await reject_late(self.run, self.session, self.records, status, self.policy.human_message):
                 # Another process has done it, and the time that began anew is over as well, or this one begins with it.
                 return budget
+        except AnsweredError:
+            return budget
         except (CrewError, httpx.HTTPError, PrefectException) as error:
             run_logger().warning(
                 "Run %s could not be rejected for lack of an answer: %s",

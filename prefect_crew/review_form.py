@@ -32,7 +32,7 @@ from prefect_crew.questions import Question, Questions
 from prefect_crew.record_store import PrefectRecords
 from prefect_crew.records import utcnow
 from prefect_crew.rendering import reading
-from prefect_crew.reviews import Review, asked_of, send_review
+from prefect_crew.reviews import AnsweredError, Review, asked_of, send_review
 from prefect_crew.stopping import flow_run_id
 from prefect_crew.waiting import WaitPolicy
 
@@ -274,6 +274,9 @@ class FormReviewer:
                 round=question.round,
                 asked=question.asked,
             )
+        except AnsweredError as error:
+            self._too_late(filled, str(error))
+            return
         except CrewAPIError as error:
             if error.status_code not in (400, 404, 409):
                 raise

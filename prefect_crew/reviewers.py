@@ -13,7 +13,15 @@ from prefect_crew.api.models import CrewStatus
 from prefect_crew.logs import run_logger
 from prefect_crew.questions import Question, Questions
 from prefect_crew.record_store import PrefectRecords
-from prefect_crew.reviews import Review, ReviewFunction, ReviewRequest, asked_of, send_review, waiting_task
+from prefect_crew.reviews import (
+    AnsweredError,
+    Review,
+    ReviewFunction,
+    ReviewRequest,
+    asked_of,
+    send_review,
+    waiting_task,
+)
 
 if TYPE_CHECKING:
     from prefect_crew.open_runs import OpenRun
@@ -79,15 +87,21 @@ class FunctionReviewer:
             question.round,
             "approved" if review.approve else "rejected",
         )
-        await send_review(
-            self.run,
-            self.session,
-            self.records,
-            task_id=question.task_id,
-            review=review,
-            by=getattr(self.answer, "__name__", "a function"),
-            asked=question.asked,
-        )
+        try:
+            await send_review(
+                self.run,
+                self.session,
+                self.records,
+                task_id=question.task_id,
+                review=review,
+                by=getattr(self.answer, "__name__", "a function"),
+                round=question.round,
+                asked=question.asked,
+            )
+        except AnsweredError as error:
+            run_logger().warning("Crew run %s: the function's answer was not sent. %s", self.run.kickoff_id, error)
+            self.questions.forget()
+            return
         self.questions.answered(question)
 
     @property

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from prefect_crew.sessions import CrewSession
 
 __all__ = [
+    "AnsweredError",
     "Review",
     "ReviewChoice",
     "ReviewFunction",
@@ -46,6 +47,10 @@ SETTLE = 10.0
 """Seconds after an accepted answer for which the same question still counts as that one, not as the next round."""
 FEEDBACK_KEPT = 200
 """Characters of an answer that its record keeps."""
+
+
+class AnsweredError(CrewError):
+    """A question has its answer already, or is being answered at this moment. Nothing was sent."""
 
 
 class ReviewRequest(BaseModel):
@@ -132,8 +137,8 @@ async def send_review(
         webhooks: The kickoff's webhooks again, where they are not this package's own.
 
     Raises:
-        CrewError: An earlier answer of this round is on record, or one of which nobody knows whether it arrived, or
-            somebody else answers at this moment.
+        AnsweredError: An answer of this round is on record, or somebody else answers at this moment.
+        CrewError: There is one of which nobody knows whether it arrived.
         CrewAPIError, CrewConnectionError: As the server answered, or did not. It is not sent again by itself.
     """
     record = run.record
@@ -152,7 +157,9 @@ async def send_review(
     )
     number = len(before) + 1
     if not await records.add_review(record, number, sent):
-        raise CrewError(f"Somebody else answers run {run.kickoff_id} at this moment. Look at what became of it first.")
+        raise AnsweredError(
+            f"Somebody else answers run {run.kickoff_id} at this moment. Look at what became of it first."
+        )
     hooks = webhooks
     if hooks is None and record.hooked:
         hooks = webhooks_for(run.crew, record.run_key, attempt=record.attempt, round=number)
@@ -191,7 +198,7 @@ def _refuse_second(
             "whether it arrived. It is not sent again on a guess: look at the crew's page and answer there."
         )
     if round is not None and round < round_of(before, task_id):
-        raise CrewError(
+        raise AnsweredError(
             f"Round {round} of run {kickoff_id}, task {task_id}, has its answer on record: "
             f"{'approved' if last.approve else 'rejected'} ({when}). Nothing was sent."
         )

@@ -286,3 +286,24 @@ async def test_whoever_answers_a_round_that_has_its_answer_is_told() -> None:
                 assert server.requests["resume"] == 1
 
         await asked()
+
+
+async def test_an_answer_from_elsewhere_in_the_same_moment_is_not_the_end_of_the_wait() -> None:
+    with InProcessCrewServer(SCRIPT, dialect="union") as server:
+        crew = crew_of(server)
+        asked: list[int] = []
+
+        async def slow(request: ReviewRequest) -> Review:
+            asked.append(request.round)
+            if request.round == 1:
+                # While this one thinks, a person answers.
+                await resume_crew(crew, request.kickoff_id, approve=False, feedback="by hand")
+            return Review(approve=True)
+
+        assert "by hand" in await run_with(server, slow)
+        assert asked == [1, 2]
+        assert server.requests["resume"] == 2
+        assert [(one.round, one.approve, one.by) for one in await answers(server.url)] == [
+            (1, False, "resume_crew"),
+            (2, True, "slow"),
+        ]
