@@ -103,8 +103,9 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     told.update(left)
     if told:
         session.exitstatus = session.exitstatus or pytest.ExitCode.TESTS_FAILED
-    if hasattr(session.config, "workeroutput"):  # a worker of pytest-xdist, whose end goes to pytest_testnodedown
-        session.config.workeroutput["told"] = ([*told.items()], session.config.stash.get(NOTES, []))
+    output: dict[str, Any] | None = getattr(session.config, "workeroutput", None)
+    if output is not None:  # a worker of pytest-xdist, whose end goes to pytest_testnodedown
+        output["told"] = ([*told.items()], session.config.stash.get(NOTES, []))
     shutil.rmtree(HOME, ignore_errors=True)
 
 

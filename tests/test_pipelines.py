@@ -67,7 +67,7 @@ def texts(server: InProcessCrewServer) -> list[str]:
 def artifact(seen: Seen, name: str, run_key: str) -> str:
     found = [one for one in seen.artifacts(f"pipeline-{name}") if one["description"].endswith(f"run key {run_key}")]
     assert len(found) == 1, "one artifact a pipeline"
-    return found[0]["data"]
+    return found[0]["data"].replace("\u00a0", " ")
 
 
 # What runs

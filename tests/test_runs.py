@@ -399,9 +399,7 @@ def test_the_record_costs_three_requests(crew_server: CrewServerFactory, proxy: 
     # That of Prefect itself: what has to do with the record is in Variables, or asks after flow runs.
     prefects = ("/logs", "/events", "csrf", "/concurrency_limits", "/admin")
     others = [one for one in made if one not in shown and not any(part in one for part in prefects)]
-    assert [request.partition("/api/")[2].split("/crew_run")[0] for request in others] == [
-        "variables/",
-        "variables/name",
-        "variables/name",
-    ]
+    first, *more = [request.partition("/api/")[2].split("/crew_run")[0] for request in others]
+    assert (first, {*more}) == ("variables/", {"variables/name"})
+    assert len(more) <= 2, "the id, and the end: equal requests next to each other count as one"
     assert len(shown) <= 3

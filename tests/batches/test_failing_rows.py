@@ -229,12 +229,13 @@ async def test_a_server_that_stays_away_is_given_up_and_no_row_is_lost(
     while server.kickoffs < 5:
         await asyncio.sleep(0.02)
     server.stop()
+    bought = server.kickoffs  # it forgets them
     report = await asyncio.wait_for(running, 60)
     assert "no kickoff was taken" in (report.stopped or "")
     server.start()
     again = await batch(crew, topics(50), name="away", wait=quick)
     assert again.completed + again.failed + again.uncertain == 50
-    assert again.completed >= 45
+    assert again.completed >= 50 - bought
 
 
 # Kickoffs of which nobody knows

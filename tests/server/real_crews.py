@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
 from crewai import Agent, Crew, Task
 from crewai.flow import HumanFeedbackPending
-from crewai.flow.flow import Flow, listen, start
+from crewai.flow.flow import Flow, and_, listen, start
 from crewai.flow.human_feedback import human_feedback
 from crewai.project import CrewBase, agent, crew, task
 from crewai.tools import tool
@@ -151,7 +151,7 @@ class Wide(Flow):
         answer = await worker("Right").kickoff_async(f"Write about {self.state['topic']}.")
         return answer.raw
 
-    @listen(left)
+    @listen(and_(left, right))  # what ends last is the flow's result
     def last(self) -> list[str]:
         return ["a", "b"]
 

