@@ -15,7 +15,6 @@ from support.deployed import flow_processes, wait_for_state, wait_until
 from support.postgres import Postgres
 from support.prefect_server import PrefectServer
 from support.site import Site
-from support.workers import Worker
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
