@@ -247,7 +247,7 @@ def test_every_row_ends_once_wherever_its_batch_dies(
 
 def only_when_all_are_run(request: pytest.FixtureRequest) -> None:
     if request.config.getoption("sample") is not None:
-        pytest.skip("takes minutes: make prove runs it")
+        pytest.skip("needs minutes more than a sample has: make prove runs it")
 
 
 @pytest.mark.slow

@@ -159,10 +159,15 @@ def own_server(tmp_path_factory: pytest.TempPathFactory, prefect_template: Path 
 
 @pytest.fixture(scope="module")
 def client(own_server: PrefectServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The home of this process as a client of it, at DEBUG."""
+    """The home of this process as a client of it, at DEBUG. What its tests have left there is looked at when they end.
+
+    Not in a test of its own: those that run at once have a server and a database each.
+    """
     home = tmp_path_factory.mktemp("home")
     with environment({"PREFECT_LOGGING_LEVEL": "DEBUG"}), connected(own_server, home):
         yield home
+        assert LEFT
+        assert_no_secret_is_left(own_server, home)
 
 
 @pytest.fixture
@@ -313,9 +318,7 @@ def test_no_secret_is_written_by_the_command_line(
     assert not found(every, written)
 
 
-def test_no_secret_is_in_the_database(own_server: PrefectServer, client: Path) -> None:
-    if not LEFT:
-        pytest.skip("looks at what the tests before it have left, and none of them ran")
+def assert_no_secret_is_left(own_server: PrefectServer, client: Path) -> None:
     drain()
     time.sleep(3)  # the server writes events and logs late
     assert own_server.database is not None
