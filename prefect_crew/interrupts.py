@@ -18,7 +18,14 @@ from typing import Any
 
 from prefect.exceptions import ExternalSignal
 
-__all__ = ["ENDINGS", "ctrl_c_cancels_this_task", "ctrl_c_pressed", "started_by_runner", "watch_ctrl_c"]
+__all__ = [
+    "ENDINGS",
+    "ctrl_c_cancels_this_task",
+    "ctrl_c_pressed",
+    "started_by_runner",
+    "to_be_seen_to_its_end",
+    "watch_ctrl_c",
+]
 
 
 ENDINGS = (asyncio.CancelledError, KeyboardInterrupt, SystemExit, ExternalSignal)
@@ -30,12 +37,16 @@ class _Watch:
         self.users = 0
         self.pressed = False
         self.previous: Any = None
+        self.loop: asyncio.AbstractEventLoop | None = None
         self.cancel: Callable[[], None] | None = None
 
     def handle(self, signum: int, frame: FrameType | None) -> None:
         first, self.pressed = not self.pressed, True
         if first and self.cancel is not None:
             self.cancel()
+        elif first and self.loop is not None and self.previous is signal.default_int_handler:
+            # Between two steps of the loop: in the midst of one it could cut off what writes down a kickoff.
+            self.loop.call_soon_threadsafe(signal.default_int_handler, signum, None)
         elif callable(self.previous):
             self.previous(signum, frame)
 
@@ -51,6 +62,16 @@ def started_by_runner() -> bool:
 def ctrl_c_pressed() -> bool:
     """Return whether Ctrl-C was pressed since the first of the waits that are under way began."""
     return _watch.pressed
+
+
+def to_be_seen_to_its_end(task: asyncio.Task[Any]) -> None:
+    """Let Ctrl-C end whoever waits for a task, and not the task: it holds a request that must not be cut off.
+
+    From Python 3.11 on asyncio cancels the main task alone. Before, `asyncio.run` cancels every task that the loop
+    knows of, shielded or not; so the loop is not to know of this one. Whoever calls this waits for it.
+    """
+    if sys.version_info < (3, 11):
+        asyncio.tasks._unregister_task(task)  # noqa: SLF001  # documented, for those who extend asyncio
 
 
 @contextmanager
@@ -85,9 +106,17 @@ def ctrl_c_cancels_this_task() -> Generator[None]:
         _watch.cancel = None
 
 
+def _running_loop() -> asyncio.AbstractEventLoop | None:
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None
+
+
 @contextmanager
 def watch_ctrl_c() -> Generator[None]:
-    """Note Ctrl-C while this is open, for `ctrl_c_pressed`. The handler that was there is called as before.
+    """Note Ctrl-C while this is open, for `ctrl_c_pressed`. The handler that was there is called as before; Python's
+    own, which raises KeyboardInterrupt wherever the program is, by the loop, and at once when pressed again.
 
     Outside the main thread, where Python allows no handlers, it does nothing.
     """
@@ -96,6 +125,7 @@ def watch_ctrl_c() -> Generator[None]:
         if _watch.users == 0:
             _watch.pressed = False
             _watch.previous = signal.getsignal(signal.SIGINT)
+            _watch.loop = _running_loop()
             signal.signal(signal.SIGINT, _watch.handle)
         _watch.users += 1
     try:
@@ -106,3 +136,4 @@ def watch_ctrl_c() -> Generator[None]:
             # Somebody may have set another handler on top meanwhile, which is then theirs to keep.
             if _watch.users == 0 and signal.getsignal(signal.SIGINT) == _watch.handle:
                 signal.signal(signal.SIGINT, _watch.previous)
+                _watch.loop = None

@@ -20,7 +20,7 @@ from prefect_crew.api.certainty import KickoffFate, kickoff_delay, kickoff_fate
 from prefect_crew.api.errors import AuthenticationError, CrewError, KickoffUncertainError
 from prefect_crew.api.withholding import withholding
 from prefect_crew.events import emit
-from prefect_crew.interrupts import ENDINGS
+from prefect_crew.interrupts import ENDINGS, to_be_seen_to_its_end
 from prefect_crew.logs import run_logger
 from prefect_crew.receiver.targets import webhooks_for
 from prefect_crew.records import (
@@ -69,8 +69,8 @@ class Purchased:
 class Purchase:
     """What is to be bought, the same for every attempt. `inputs` are encoded, `digest` is theirs.
 
-    `quiet`: no log line, event or span attribute about the decision, for one row among thousands. `settings`: those
-    that say whether there are webhooks, read by whoever makes many purchases: reading them takes 3 ms.
+    `quiet`: no log line, event or span attribute about the decision, for one row among thousands. `settings`: read by
+    whoever makes many purchases, since reading them takes 3 ms.
     """
 
     crew: DeployedCrew
@@ -271,8 +271,7 @@ class _ClaimLostError(Exception):
 async def _keep_claim(purchase: Purchase, record: RunRecord, records: RecordStore) -> None:
     """Make sure of a claim that has grown old before its kickoff is sent: a machine slept, or `/inputs` was slow.
 
-    A claim is good until its owner must know the outcome. What is sent after that may be bought by others meanwhile.
-    Raises _ClaimLostError if it is ours no more.
+    What is sent after its owner must know the outcome may be bought by others meanwhile. Raises _ClaimLostError then.
     """
     patience = timedelta(seconds=purchase.crew.request_timeout)
     if utcnow() + patience < record.known_by:
@@ -331,7 +330,8 @@ async def _post_shielded(
     purchase: Purchase, record: RunRecord, records: RecordStore, session: CrewSession
 ) -> RunRecord:
     """See a POST that is in flight to its end even if the caller is cancelled, so that its id is written down."""
-    post = asyncio.ensure_future(_post(purchase, record, records, session))
+    post = asyncio.create_task(_post(purchase, record, records, session))
+    to_be_seen_to_its_end(post)
     try:
         return await asyncio.shield(post)
     except ENDINGS:
@@ -348,10 +348,10 @@ async def _post_shielded(
 
 async def _post(purchase: Purchase, record: RunRecord, records: RecordStore, session: CrewSession) -> RunRecord:
     """Make one POST and write down what became of it. What surely did not start a run raises and writes nothing."""
-    redact = purchase.crew.redactor(purchase.inputs)
+    crew, attempt, settings = purchase.crew, record.attempt, purchase.settings
+    redact = crew.redactor(purchase.inputs)
     await _keep_claim(purchase, record, records)
     try:
-        crew, attempt, settings = purchase.crew, record.attempt, purchase.settings
         webhooks = purchase.webhooks or webhooks_for(crew, record.run_key, attempt=attempt, settings=settings)
         record.hooked = webhooks is not None and purchase.webhooks is None
         with withholding(redact):

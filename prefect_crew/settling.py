@@ -61,7 +61,7 @@ async def settle_started(
 
     Raises:
         ConfigurationError: Another record holds the id, or the crew's server does not know it. Nothing is changed.
-        CrewError: The status call failed. Nothing is changed.
+        CrewError: The status call failed, or somebody else has settled it meanwhile. Nothing is changed.
     """
     holder = await records.of_kickoff(kickoff_id)
     if holder is not None and (holder.run_key, holder.attempt) != (record.run_key, record.attempt):
@@ -78,6 +78,7 @@ async def settle_started(
                 f"The server of crew {record.crew} does not know run {kickoff_id}. Nothing was changed. Check the id "
                 "on the crew's page; say --never-started if there is no such run."
             )
+    await _not_settled_meanwhile(record, records)
     record.phase, record.kickoff_id, record.reason = RecordPhase.STARTED, kickoff_id, None
     # The kickoff was sent right after the claim; nobody knows the moment better.
     record.kicked_off_at = record.kicked_off_at or record.claimed_at
@@ -86,6 +87,22 @@ async def settle_started(
 
 
 async def settle_never_started(record: RunRecord, records: RecordStore) -> None:
-    """Write down that the kickoff started no run. The next call with its key buys one."""
+    """Write down that the kickoff started no run. The next call with its key buys one.
+
+    Raises:
+        CrewError: Somebody else has settled it meanwhile. Nothing is changed.
+    """
+    await _not_settled_meanwhile(record, records)
     record.phase, record.reason = RecordPhase.NOT_STARTED, SETTLED_BY_PERSON
     await records.save(record)
+
+
+async def _not_settled_meanwhile(record: RunRecord, records: RecordStore) -> None:
+    """Raise CrewError unless the record still stands as it was read: a webhook may settle what a person looks at."""
+    attempts = await records.attempts(record.run_key)
+    standing = next((one for one in attempts if one.attempt == record.attempt), None)
+    if standing is None or (standing.owner, standing.phase) != (record.owner, record.phase):
+        told = "gone" if standing is None else f"{standing.phase}, run {standing.kickoff_id or 'unknown'}"
+        raise CrewError(
+            f"Run {record.run_key!r} was settled by somebody else meanwhile: it is {told} now. Nothing was changed."
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import threading
@@ -37,6 +38,51 @@ def press_in_a_watch() -> bool:
 
 def test_it_is_noted_and_still_interrupts():
     assert press_in_a_watch()
+
+
+def test_the_loop_raises_what_would_cut_a_step_in_two():
+    steps: list[str] = []
+
+    async def step() -> None:
+        with watch_ctrl_c():
+            press()
+            steps.append("to its end")
+            await asyncio.sleep(0)
+            steps.append("the loop had ended before")
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    loop = asyncio.new_event_loop()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            loop.run_until_complete(step())
+        assert steps == ["to its end"]
+    finally:
+        for task in asyncio.all_tasks(loop):
+            task.cancel()
+        loop.run_until_complete(asyncio.sleep(0))
+        loop.close()
+        signal.signal(signal.SIGINT, before)
+
+
+def test_a_second_press_interrupts_at_once():
+    async def stubborn() -> None:
+        with watch_ctrl_c():
+            press()
+            with pytest.raises(KeyboardInterrupt):
+                press()
+            await asyncio.sleep(0.01)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    loop = asyncio.new_event_loop()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            loop.run_until_complete(stubborn())
+    finally:
+        for task in asyncio.all_tasks(loop):
+            task.cancel()
+        loop.run_until_complete(asyncio.sleep(0))
+        loop.close()
+        signal.signal(signal.SIGINT, before)
 
 
 def test_nothing_was_pressed():

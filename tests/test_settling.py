@@ -75,6 +75,16 @@ async def test_one_that_never_started_is_no_purchase():
     assert decision(settled) is Decision.START
 
 
+@pytest.mark.parametrize("told", ["started", "never started"])
+async def test_who_was_slower_is_told_so(told: str):
+    record, store = await stored(), PrefectRecords()
+    read = await unsettled(record.run_key, store)
+    await settle_started(await unsettled(record.run_key, store), f"k-{uuid.uuid4()}", store)
+    with pytest.raises(CrewError, match="was settled by somebody else meanwhile: it is started, run k-"):
+        await (settle_started(read, "other", store) if told == "started" else settle_never_started(read, store))
+    assert (await latest(record)).phase is RecordPhase.STARTED
+
+
 async def test_an_id_that_the_crew_does_not_know_changes_nothing():
     record, store = await stored(), PrefectRecords()
     with pytest.raises(ConfigurationError, match="does not know run k9"):

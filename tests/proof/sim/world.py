@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import functools
 import random
 import uuid
@@ -259,7 +260,9 @@ class World:
         wait = max(known_by - self.loop.wall(), 0.0) + 15 + (self.scenario.settle_after or 0.0)
         if run_key not in self.persons:
             self.persons.add(run_key)
-            self.loop.call_later(wait, lambda: self.loop.create_task(self._person(run_key, said)))
+            # Not in the context of the process that told: a person does not fall asleep with its machine.
+            send = contextvars.Context().run
+            self.loop.call_later(wait, lambda: send(self.loop.create_task, self._person(run_key, said)))
 
     async def _person(self, run_key: str, said: KickoffUncertainError) -> None:
         self.persons.discard(run_key)
