@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import httpx
@@ -120,8 +121,7 @@ class DeployedCrew(JobBlock[CrewResult]):
             return self._block_document_name
         if self._called:
             return self._called
-        parts = httpx.URL(self.url)
-        return f"{parts.netloc.decode()}{parts.path.rstrip('/')}"
+        return _address(self.url)
 
     def called(self, name: str) -> DeployedCrew:
         """Return a copy that people see under `name`, not under its address, as long as it is not stored."""
@@ -238,3 +238,10 @@ class CrewRun(JobRun[CrewResult]):
         return await resume_run(
             self.crew, self.kickoff_id, feedback=feedback, approve=approve, task_id=task_id, webhooks=webhooks
         )
+
+
+@lru_cache(maxsize=64)
+def _address(url: str) -> str:
+    """Return an address for people: without the scheme. A batch asks for it at each of its rows."""
+    parts = httpx.URL(url)
+    return f"{parts.netloc.decode()}{parts.path.rstrip('/')}"

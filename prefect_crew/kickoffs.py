@@ -14,7 +14,8 @@ from prefect_crew.api.withholding import withholding
 from prefect_crew.interrupts import watch_ctrl_c
 from prefect_crew.logs import run_logger
 from prefect_crew.open_runs import OpenRun, remember
-from prefect_crew.purchases import Purchase, purchase_run
+from prefect_crew.posting import Purchase
+from prefect_crew.purchases import purchase_run
 from prefect_crew.record_store import PrefectRecords
 from prefect_crew.records import Decision, RecordStore
 from prefect_crew.redaction import holds_secret

@@ -10,9 +10,9 @@ import json
 import os
 import ssl
 import time
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import AsyncIterable, Callable, Generator, Iterable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 from urllib.parse import quote, urlsplit
 
 import httpx
@@ -23,7 +23,6 @@ from prefect_crew.api.errors import ConfigurationError, ResponseFormatError
 
 __all__ = [
     "Answer",
-    "Bearer",
     "Shared",
     "checked_token",
     "checked_url",
@@ -81,18 +80,6 @@ class Shared(httpx.AsyncBaseTransport):
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         """Pass the request on."""
         return await self._transport.handle_async_request(request)
-
-
-class Bearer(httpx.Auth):
-    """Puts the token on each request at the last moment, so that no default header or local variable holds it."""
-
-    def __init__(self, token: SecretStr) -> None:
-        self._token = token
-
-    def auth_flow(self, request: httpx.Request) -> Generator[httpx.Request, httpx.Response, None]:
-        """Set the header and send."""
-        request.headers["Authorization"] = f"Bearer {self._token.get_secret_value()}"
-        yield request
 
 
 def checked_token(token: str | SecretStr) -> SecretStr:
@@ -215,7 +202,9 @@ async def read_answer(response: httpx.Response, *, kickoff_id: str | None, timeo
     size = 0
     problem = None
     try:
-        async for chunk in response.aiter_bytes():
+        # What is not encoded need not go through httpx's decoders.
+        encoded = "content-encoding" in response.headers
+        async for chunk in response.aiter_bytes() if encoded else cast("AsyncIterable[bytes]", response.stream):
             chunks.append(chunk)
             size += len(chunk)
             if size > limit:

@@ -8,7 +8,6 @@ import re
 import ssl
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from typing import Any, NoReturn, TypeVar
 from urllib.parse import urlsplit
 
@@ -19,6 +18,7 @@ from prefect_crew.api import _http
 from prefect_crew.api._decode import shown
 from prefect_crew.api._http import Answer, in_process
 from prefect_crew.api._refusals import parse_error
+from prefect_crew.api._wire import Wire
 from prefect_crew.api.errors import (
     AuthenticationError,
     ConfigurationError,
@@ -53,8 +53,6 @@ class _Call:
 
 _STATUS_PATHS = ("/status/{id}", "/{id}/status")
 _HEALTHY = re.compile(r"\A[^<]*\bhealthy\b", re.IGNORECASE)
-_CONNECT = 10.0
-"""Seconds, at most, for a connection: a host that is down should not cost a whole request's time."""
 _POLL_KEEPALIVE = 60.0
 """Seconds that an idle connection is kept for the next poll: longer than the longest usual interval."""
 _ONCE_KEEPALIVE = 1.0
@@ -117,8 +115,8 @@ class CrewClient:
         self._verify = verify
         self._proxy = proxy
         self._transport = transport or _http.served_here(self.url)
-        self._polls: httpx.AsyncClient | None = None
-        self._once: httpx.AsyncClient | None = None
+        self._polls: Wire | None = None
+        self._once: Wire | None = None
         self._status_path: str | None = None
 
     def __repr__(self) -> str:
@@ -132,27 +130,20 @@ class CrewClient:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        clients, self._polls, self._once = (self._polls, self._once), None, None
-        for client in filter(None, clients):
-            await client.aclose()
+        wires, self._polls, self._once = (self._polls, self._once), None, None
+        for wire in filter(None, wires):
+            await wire.aclose()
 
-    def _open(self, keepalive: float) -> httpx.AsyncClient:
-        timeout = self.request_timeout
-        # httpx ignores proxies beside a transport, and says so only by not using them.
-        carried: dict[str, Any] = {"transport": _http.Shared(self._transport)} if self._transport else {}
-        try:
-            return httpx.AsyncClient(
-                auth=_http.Bearer(self._token),
-                headers={"User-Agent": f"prefect-crew/{_version()}", "Accept": "application/json"},
-                timeout=httpx.Timeout(timeout, connect=min(_CONNECT, timeout / 2)),
-                limits=httpx.Limits(max_connections=100, max_keepalive_connections=20, keepalive_expiry=keepalive),
-                follow_redirects=False,
-                verify=_http.tls_context(self._verify),
-                proxy=self._proxy if not carried else None,
-                **carried,
-            )
-        except (ValueError, ImportError) as error:  # an unknown scheme, or SOCKS without its package
-            raise ConfigurationError(f"The proxy cannot be used: {type(error).__name__}. Check its URL.") from None
+    def _open(self, keepalive: float) -> Wire:
+        return Wire(
+            self.url,
+            self._token,
+            timeout=self.request_timeout,
+            keepalive=keepalive,
+            verify=self._verify,
+            proxy=self._proxy,
+            transport=self._transport,
+        )
 
     async def inputs(self) -> list[CrewInput]:
         """Return the inputs that the crew names.
@@ -264,22 +255,27 @@ class CrewClient:
         return 200 <= answer.status < 300 and _HEALTHY.search(answer.text[:1000]) is not None
 
     async def _send(self, call: _Call, body: Mapping[str, Any] | None = None) -> Answer:
-        client = self._polls if call.method == "GET" else self._once
-        if client is None:
+        wire = self._polls if call.method == "GET" else self._once
+        if wire is None:
             raise RuntimeError("This CrewClient is not open: use it in `async with CrewClient(…) as client`.")
-        url = f"{self.url}{call.path}"
         content = None if body is None else _encoded(body)
-        headers = None if body is None else {"Content-Type": "application/json"}
         try:
-            async with client.stream(call.method, url, content=content, headers=headers) as response:
+            response = await wire.send(call.method, call.path, content)
+            try:
                 return await _http.read_answer(response, kickoff_id=call.kickoff_id, timeout=self.request_timeout)
+            finally:
+                await response.aclose()
         except httpx.InvalidURL:
             raise ConfigurationError(f"{call.method} {call.path[:100]}… makes no URL. Check the id.") from None
         except (httpx.HTTPError, OSError) as error:
             cause = _http.quiet(error, functools.partial(self._redacted, call))
             reason, may_have_left = _http.told(cause)
             raise CrewConnectionError(
-                method=call.method, url=url, reason=reason, sent=may_have_left, kickoff_id=call.kickoff_id
+                method=call.method,
+                url=f"{self.url}{call.path}",
+                reason=reason,
+                sent=may_have_left,
+                kickoff_id=call.kickoff_id,
             ) from cause
 
     def _redacted(self, call: _Call, text: str) -> str:
@@ -351,8 +347,3 @@ def _encoded(body: Mapping[str, Any]) -> bytes:
         raise ConfigurationError(
             f"The request's body cannot be written as JSON: {type(error).__name__}. Check meta and feedback."
         ) from None
-
-
-@functools.lru_cache(maxsize=1)
-def _version() -> str:
-    return version("prefect-crew")

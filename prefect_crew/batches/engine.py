@@ -29,7 +29,8 @@ from prefect_crew.batches.retries import RetryRule, purchases
 from prefect_crew.batches.row_waits import RowWaiter
 from prefect_crew.batches.rows import RowJob
 from prefect_crew.logs import run_logger
-from prefect_crew.purchases import Purchase, Purchased, purchase_run
+from prefect_crew.posting import Purchase
+from prefect_crew.purchases import Purchased, purchase_run
 from prefect_crew.records import Caller, RecordPhase, RunRecord, latest_purchase, utcnow
 from prefect_crew.run_keys import RunIdentity
 from prefect_crew.sessions import CrewSession

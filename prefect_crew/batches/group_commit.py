@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from pydantic_core import to_json
 from sqlalchemy import Connection, bindparam, select, update
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError, SQLAlchemyError
 
@@ -168,12 +169,18 @@ class GroupWriter:
         # The last write of an attempt is the one that counts: one caller owns it, and its writes are in order.
         changed = {_identity(write.values): write.values for write in group if not write.new}
         lost: set[tuple[str, int]] = set()
+        in_file = self._database.path is not None
         if new:
-            inserted = connection.execute(self._database.insert(attempts).on_conflict_do_nothing(), new)
-            # SQLite counts them, and nearly always all are new.
-            if self._database.path is None or inserted.rowcount != len(new):
+            if in_file:
+                inserted = connection.exec_driver_sql(_INSERT_IN_FILE, (_as_json(new),)).rowcount
+            else:
+                connection.execute(self._database.insert(attempts).on_conflict_do_nothing(), new)
+                inserted = -1  # PostgreSQL's driver does not count them
+            if inserted != len(new):  # nearly always all are new
                 lost = self._lost(connection, new)
-        if changed:
+        if changed and in_file:
+            connection.exec_driver_sql(_UPDATE_IN_FILE, (_as_json(changed.values()),))
+        elif changed:
             connection.execute(_UPDATE, [_bound(values) for values in changed.values()])
         return lost
 
@@ -208,6 +215,25 @@ _UPDATE = (
     )
     .values({name: bindparam(f"b_{name}") for name in _CHANGING})
 )
+
+
+# SQLite takes a whole group as one value. A statement a row would give Python's lock away and take it again for each,
+# which costs a busy event loop more than the writing does.
+_COLUMNS = tuple(column.name for column in attempts.columns)
+_TAKEN = ", ".join(f"json_extract(value, '$[{number}]') AS {name}" for number, name in enumerate(_COLUMNS))
+_INSERT_IN_FILE = (
+    f"INSERT INTO {attempts.name} ({', '.join(_COLUMNS)}) SELECT {_TAKEN} FROM json_each(?) WHERE true "  # noqa: S608
+    "ON CONFLICT DO NOTHING"
+)
+_UPDATE_IN_FILE = (
+    f"UPDATE {attempts.name} SET {', '.join(f'{name} = now.{name}' for name in _CHANGING)} "  # noqa: S608
+    f"FROM (SELECT {_TAKEN} FROM json_each(?)) AS now WHERE {attempts.name}.batch = now.batch "
+    f"AND {attempts.name}.row_key = now.row_key AND {attempts.name}.attempt = now.attempt"
+)
+
+
+def _as_json(rows: Iterable[Mapping[str, Any]]) -> str:
+    return to_json([[row[name] for name in _COLUMNS] for row in rows]).decode()
 
 
 def _bound(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -434,3 +434,20 @@ async def test_many_calls_at_once(crew: tuple[str, list[str]]):
         states = await asyncio.gather(*map(client.status, runs))
     assert len(set(runs)) == 50
     assert {status.state for status in states} == {CrewState.RUNNING}
+
+
+async def test_no_log_at_any_level_shows_the_token(caplog: pytest.LogCaptureFixture):
+    async def repeats(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while True:
+            head = await read_request(reader)
+            writer.write(answer(head.decode(), "500 Oops"))
+
+    caplog.set_level(logging.DEBUG)
+    for name in ("httpx", "httpcore", "h11", "asyncio", "prefect_crew"):
+        caplog.set_level(logging.DEBUG, logger=name)
+    async with raw_server(repeats) as url, CrewClient(url, TOKEN) as client:
+        for call in (client.inputs(), client.kickoff({}), client.status("k1"), client.resume("k1", "t", "f", True)):
+            with pytest.raises(ServerError):
+                await call
+    assert "send_request_headers.started" in caplog.text  # httpcore did log
+    assert TOKEN not in caplog.text

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import html
 import json
-import logging
 import pickle
 import string
 import traceback
@@ -159,14 +158,3 @@ def test_any_token(token: str, writer: str):
     write, kind = WRITERS[writer]
     for error in asyncio.run(failures(echo(500, write, kind), token)):
         assert token not in f"{error!r} {error} {vars(error)}"
-
-
-async def test_no_log_at_any_level_shows_it(caplog: pytest.LogCaptureFixture):
-    caplog.set_level(logging.DEBUG)
-    for name in ("httpx", "httpcore", "h11", "asyncio", "prefect_crew"):
-        caplog.set_level(logging.DEBUG, logger=name)
-    write, kind = WRITERS["text"]
-    await failures(echo(500, write, kind), TOKEN)
-    assert "crew.example.com" in caplog.text  # httpx did log
-    for form in forms(TOKEN):
-        assert form not in caplog.text

@@ -10,7 +10,7 @@ from unittest import mock
 
 import pytest
 
-from prefect_crew import purchases, record_store
+from prefect_crew import posting, record_store
 from prefect_crew.api.certainty import KickoffFate
 from prefect_crew.record_store import PrefectRecords
 from prefect_crew.records import RecordPhase, RunRecord, utcnow
@@ -130,14 +130,14 @@ def _claims_nothing() -> Any:
 
 
 def _sends_again() -> Any:
-    return mock.patch.object(purchases, "kickoff_fate", return_value=KickoffFate.RETRY)
+    return mock.patch.object(posting, "kickoff_fate", return_value=KickoffFate.RETRY)
 
 
 def _forgets_the_id() -> Any:
     async def save(record: RunRecord, records: Any) -> None:
         return None
 
-    return mock.patch.object(purchases, "_save", save)
+    return mock.patch.object(posting, "_save", save)
 
 
 TWO = Scenario(calls=(Call(), Call()), runs=(CrewRun(seconds=3),))
