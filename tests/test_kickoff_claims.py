@@ -15,7 +15,7 @@ import httpx
 import pytest
 from prefect.exceptions import TerminationSignal
 
-from prefect_crew import DeployedCrew, purchases, record_store, records
+from prefect_crew import DeployedCrew, posting, purchases, record_store, records
 from prefect_crew.api.errors import (
     CrewError,
     KickoffUncertainError,
@@ -165,7 +165,7 @@ async def test_an_old_claim_that_was_settled_meanwhile_is_not_posted(crew_server
 
 async def only_found(server: Any, run_key: str) -> purchases.Purchased:
     crew = server.crew()
-    purchase = purchases.Purchase(
+    purchase = posting.Purchase(
         crew=crew,
         identity=RunIdentity(run_key=run_key, place="here", caller=Caller(owner=str(uuid.uuid4()))),
         inputs={"text": "a"},
@@ -245,7 +245,7 @@ async def test_a_caller_that_is_cancelled_before_its_kickoff_gives_the_claim_bac
 async def test_a_post_that_does_not_end_is_not_waited_for_for_ever(
     crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(purchases, "FINISH", 0.2)
+    monkeypatch.setattr(posting, "FINISH", 0.2)
     server, run_key = crew_server("echo", faults=["kickoff:timeout"]), key()
     await asyncio.wait_for(cancelled_at("kickoff", server, run_key), 10)
     assert await phases(run_key) == [RecordPhase.CLAIMED]
@@ -257,7 +257,7 @@ async def test_a_signal_in_the_midst_of_a_kickoff_is_not_taken_for_a_refusal(
     async def interrupted(*_: Any) -> None:
         raise TerminationSignal(signal.SIGTERM)
 
-    monkeypatch.setattr(purchases, "_keep_claim", interrupted)
+    monkeypatch.setattr(posting, "_keep_claim", interrupted)
     server, run_key = crew_server("echo"), key()
     with pytest.raises(TerminationSignal):
         await server.crew().trigger({"text": "a"}, run_key=run_key)

@@ -12,7 +12,7 @@ from opentelemetry import trace
 from prefect import flow
 from pydantic import SecretStr
 
-from prefect_crew import Webhooks, kickoff_crew, purchases
+from prefect_crew import Webhooks, kickoff_crew, posting
 from prefect_crew.api.errors import (
     AuthenticationError,
     ConfigurationError,
@@ -256,7 +256,7 @@ async def test_a_server_that_asks_to_come_back_is_come_back_to(
 async def test_a_server_that_asks_for_too_much_time_is_left_alone(
     crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(purchases, "LIMITED_FOR", 1.0)
+    monkeypatch.setattr(posting, "LIMITED_FOR", 1.0)
     server, run_key = crew_server("echo", faults=["kickoff:429=3600@1"]), key()
     with pytest.raises(RateLimitedError) as caught:
         await server.crew().trigger({"text": "a"}, run_key=run_key)
