@@ -15,14 +15,21 @@ from prefect_crew.batches.datasets import Dataset, is_remote, shown_address, who
 from prefect_crew.batches.options import BatchOptions
 from prefect_crew.waiting import WaitPolicy
 
-__all__ = ["options_from", "plain_call", "plain_options"]
+__all__ = ["imported_model", "options_from", "plain_call", "plain_options"]
 
 OF_ONE_CALL = ("retry_failed", "on_change")
 """Options that are about one call only."""
 
 
 def plain_call(
-    *, crew: str | None, dataset: Dataset, output: str, ledger: str, options: BatchOptions
+    *,
+    crew: str | None,
+    dataset: Dataset,
+    output: str,
+    ledger: str,
+    options: BatchOptions,
+    shards: int = 1,
+    deployment: str | None = None,
 ) -> dict[str, Any]:
     """Return a call as JSON values. Where that cannot be, its only key is `why_not`.
 
@@ -32,6 +39,7 @@ def plain_call(
         output: Where the lines go.
         ledger: Where the ledger is, without a password.
         options: The options.
+        shards, deployment: How it was split.
     """
     address = dataset.address
     if crew is None:
@@ -52,6 +60,7 @@ def plain_call(
         "output": whole_address(output),
         "ledger": ledger,
         "options": chosen,
+        **({} if deployment is None else {"shards": shards, "deployment": deployment}),
     }
 
 
@@ -99,16 +108,25 @@ def options_from(plain: Mapping[str, Any], **more: Any) -> BatchOptions:
     if isinstance(given.get("wait"), Mapping):
         given["wait"] = WaitPolicy.model_validate(given["wait"])
     if isinstance(given.get("output_type"), str):
-        given["output_type"] = _imported(given["output_type"])
+        given["output_type"] = imported_model(given["output_type"])
     return BatchOptions(**given)
 
 
-def _imported(where: str) -> type[BaseModel]:
+def imported_model(where: str) -> type[BaseModel]:
+    """Return the pydantic model that `module:Model` names.
+
+    Raises:
+        ConfigurationError: It cannot be imported here, or is none.
+    """
     module, _, name = where.partition(":")
+    if not module or not name:
+        raise ConfigurationError(f"output_type {where!r} is to be module:Model.")
     try:
         found: Any = importlib.import_module(module)
         for part in name.split("."):
             found = getattr(found, part)
     except (ImportError, AttributeError) as error:
         raise ConfigurationError(f"The output_type {where} cannot be imported here: {error}.") from None
+    if not (isinstance(found, type) and issubclass(found, BaseModel)):
+        raise ConfigurationError(f"The output_type {where} is no pydantic model.")
     return found

@@ -145,13 +145,10 @@ class Engine:
             return True
         if latest.phase is not RecordPhase.ENDED:
             return False
-        noted = latest.error
-        end = self._ended(job, latest, found=True)
+        end = await self._ended(job, latest, found=True)
         count = purchases(work.attempts)
         if self._again(end, count=count, before=count):
             return False
-        if latest.error != noted:
-            await self.ledger.save(latest)  # another `output_type` than before
         await self._on_end(end)
         return True
 
@@ -370,10 +367,14 @@ class Engine:
                     return broken(job, record, error, batch=self.ledger.batch)
             finally:
                 self.waiting.pop(job.key, None)
-        return self._ended(job, record)
+        return await self._ended(job, record)
 
-    def _ended(self, job: RowJob, record: RunRecord, *, found: bool = False) -> RowEnd:
-        return ended(job, record, crew=self.session.crew, output_type=self.options.output_type, found=found)
+    async def _ended(self, job: RowJob, record: RunRecord, *, found: bool = False) -> RowEnd:
+        noted = record.error
+        end = ended(job, record, crew=self.session.crew, output_type=self.options.output_type, found=found)
+        if record.error != noted:
+            await self.ledger.save(record)  # what does not fit, or did not with another `output_type`
+        return end
 
     def _again(self, end: RowEnd, *, count: int, before: int) -> bool:
         most = self.session.crew.max_kickoffs

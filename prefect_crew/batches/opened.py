@@ -21,6 +21,7 @@ from prefect_crew.batches.feed import feed
 from prefect_crew.batches.job import BatchJob
 from prefect_crew.batches.ledger import Ledger, LedgerError
 from prefect_crew.batches.locks import PARENT, WHOLE, BatchBusyError, BatchLock
+from prefect_crew.batches.options import BatchOptions
 from prefect_crew.batches.output import Output, line_of
 from prefect_crew.batches.pacing import BatchSession, Pace
 from prefect_crew.batches.report import BatchReport
@@ -96,6 +97,7 @@ class OpenBatch:
     Attributes:
         bought: Kickoffs of earlier calls.
         stopped: Why nothing more is bought, None while there is no reason.
+        options: What rows are run with here, where shards have done a part of what was asked for; else the job's.
     """
 
     job: BatchJob
@@ -111,6 +113,7 @@ class OpenBatch:
     artifacts: BatchArtifacts
     bought: int
     stopped: str | None = None
+    options: BatchOptions | None = None
 
     async def run(self) -> BatchReport:
         """Run the rows that are not done, write all lines, and report.
@@ -139,7 +142,7 @@ class OpenBatch:
         return report
 
     async def _run_rows(self) -> None:
-        options, standing = self.job.options, self.standing
+        options, standing = self.options or self.job.options, self.standing
         async with AsyncExitStack() as stack:
             most = await limited(self.session, options, stack)
             new = not await self.ledger.known()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import time
 from dataclasses import dataclass
 from typing import Any, cast
@@ -26,7 +27,7 @@ from prefect_crew.batches.feed import feed
 from prefect_crew.batches.job import BatchJob
 from prefect_crew.batches.locks import WHOLE, BatchBusyError
 from prefect_crew.batches.opened import OpenBatch
-from prefect_crew.batches.options import IN_FLIGHT
+from prefect_crew.batches.options import IN_FLIGHT, BatchOptions
 from prefect_crew.batches.shards import check_shards, rows_of_shard, shard_call, shard_part
 from prefect_crew.batches.standing import Standing
 from prefect_crew.batches.watching import tell_batch
@@ -94,6 +95,7 @@ class Parent:
         self._dead: list[_Shard] = []
         self._finishing: asyncio.Task[None] | None = None
         self._before: dict[str, int] = {}
+        self._failed: dict[str, int] = {}
 
     async def run(self) -> None:
         """Start the shards, and return when all of their rows have ended or been left. The batch is then ours alone.
@@ -105,6 +107,7 @@ class Parent:
         own = flow_run_id()
         calls = [shard_call(self._batch, number, self._count) for number in range(self._count)]
         self._before = await self._batch.ledger.counts()
+        self._failed = await self._to_be_retried()
         try:
             await self._begin(calls)
             await self._watch(own)
@@ -117,6 +120,7 @@ class Parent:
                 self._finishing.cancel()
                 await asyncio.gather(self._finishing, return_exceptions=True)
         self._batch.stopped = await self._batch.ledger.halted()
+        self._batch.options = await self._options_left()
         self._batch.standing = Standing(
             total=self._batch.standing.total,
             set_aside=self._batch.standing.set_aside,
@@ -260,11 +264,36 @@ class Parent:
 
         most = max(1, (options.max_in_flight or IN_FLIGHT) // self._count)
         session, ledger = self._batch.session, self._batch.ledger
-        engine = engine_of(session, ledger, options, on_end=on_end, most=most, bought=0)
+        left = await self._options_left()
+        engine = engine_of(session, ledger, left, on_end=on_end, most=most, bought=0)
         rows = rows_of_shard(self._batch.plan, shard.number, self._count)
         await feed(engine, rows, chunk_size=options.chunk_size, new=False)
         if engine.stopped is not None:
             await ledger.halt(engine.stopped)
+
+    async def _to_be_retried(self) -> dict[str, int]:
+        """Return the rows that `retry_failed` is about, by their key the number of their last attempt."""
+        chosen = self._batch.job.options.retry_failed
+        if not chosen:
+            return {}
+        found: dict[str, int] = {}
+        async for key, record in self._batch.ledger.standing_attempts():
+            # All of them is all but lost ones, which have no end.
+            if record.phase is RecordPhase.ENDED if isinstance(chosen, bool) else key in chosen:
+                found[key] = record.attempt
+        return found
+
+    async def _options_left(self) -> BatchOptions:
+        """Return the options for what shards have left: `retry_failed` is once a call, whichever process does it."""
+        options = self._batch.job.options
+        if not self._failed:
+            return options
+        left = [
+            key
+            async for key, record in self._batch.ledger.standing_attempts()
+            if self._failed.get(key) == record.attempt
+        ]
+        return dataclasses.replace(options, retry_failed=left)
 
     async def _count_rows(self) -> None:
         """Count the rows of all shards, show them, and stop all where the policy says so."""

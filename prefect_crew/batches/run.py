@@ -169,13 +169,20 @@ async def arun_batch(
         chunk_size=chunk_size,
         task_per_row=task_per_row,
     )
-    job = await batch_job(
-        crew, dataset, options, name=name, output=output, ledger=ledger, format=format, encoding=encoding
-    )
     if (shards > 1) is not (deployment is not None):
         raise ConfigurationError(
             "Shards are runs of a deployment: give both, shards=N and deployment='flow/deployment'."
         )
+    job = await batch_job(
+        *(crew, dataset, options),
+        name=name,
+        output=output,
+        ledger=ledger,
+        format=format,
+        encoding=encoding,
+        shards=shards,
+        deployment=deployment,
+    )
     run = partial(run_job, job, shards=shards, deployment=deployment)
     if FlowRunContext.get() is not None or TaskRunContext.get() is not None:
         return await run()
@@ -267,6 +274,8 @@ async def batch_job(
     ledger: str | None,
     format: DatasetFormat | None = None,  # noqa: A002
     encoding: str = "utf-8-sig",
+    shards: int = 1,
+    deployment: str | None = None,
 ) -> BatchJob:
     """Return a batch that is ready to be run, or looked at.
 
@@ -286,5 +295,13 @@ async def batch_job(
     stored = cast("str | None", cast("Any", block)._block_document_name)  # noqa: SLF001  Prefect names no other way
     if stored is None:
         block = block.called(block.label)  # its address need not be read anew for each row
-    call = plain_call(crew=stored, dataset=rows, output=where, ledger=place.told, options=options)
+    call = plain_call(
+        crew=stored,
+        dataset=rows,
+        output=where,
+        ledger=place.told,
+        options=options,
+        shards=shards,
+        deployment=deployment,
+    )
     return BatchJob(block, rows, options, name=full, output=where, place=place, call=call)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import shlex
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import App, Parameter
@@ -17,6 +19,8 @@ from prefect_crew.cli.prefect_side import flow_run_url, reach_prefect
 from prefect_crew.cli.progress import progress
 
 if TYPE_CHECKING:
+    from pydantic import BaseModel
+
     from prefect_crew.batches.report import BatchReport
 
 __all__ = ["DATASET", "LEDGER", "NAME", "BatchChoices", "app", "go_on", "put_report", "started"]
@@ -27,6 +31,7 @@ DATASET = Parameter(
 )
 NAME = Parameter(name="NAME", help="The batch's name.")
 LEDGER = Parameter(help="Its ledger, where the one on record does not do: a path, a PostgreSQL URL, or secret://NAME.")
+HERE = flag("In this process alone, also where the last call was split over shards.")
 
 app = App(name="batch", help="Batches: a crew for every row of a data set.", help_epilogue="")
 
@@ -100,9 +105,20 @@ def run(
     ] = "stop",
     order: Annotated[Literal["ended", "input"], Parameter(help="The order of the lines.")] = "ended",
     retries: Annotated[int, Parameter(help="Further purchases of a row that fails.")] = 0,
+    retry_on: Annotated[
+        list[str] | None,
+        Parameter(
+            help="Only after errors of this class (CrewFailedError, CrewStoppedError, CrewLostError, OutputTypeError); "
+            "may be given again; CLASS=N for a number of its own.",
+            negative=(),
+        ),
+    ] = None,
     retry_failed: Annotated[bool, flag("Buy the failed rows of earlier calls again.")] = False,
     max_kickoffs: Annotated[int | None, Parameter(help="A limit on kickoffs, of all calls together.")] = None,
     timeout: Annotated[float | None, Parameter(help="Seconds that a run may take, pending and running.")] = None,
+    output_type: Annotated[
+        str | None, Parameter(help="A pydantic model that results have to fit, as module:Model.")
+    ] = None,
     task_per_row: Annotated[bool, flag("A Prefect task for each row, for small sets that people watch.")] = False,
     shards: Annotated[int, Parameter(help="Flow runs of --deployment that the rows are split over.")] = 1,
     deployment: Annotated[str | None, Parameter(help="A deployment of batch_shard, as flow/deployment.")] = None,
@@ -119,13 +135,15 @@ def run(
         "on_change": on_change,
         "on_cancel": on_cancel,
         "order": order,
-        "retries": retries,
+        "retries": _retries(retries, retry_on),
         "retry_failed": retry_failed,
         "max_kickoffs": max_kickoffs,
         "task_per_row": task_per_row,
         "shards": shards,
         "deployment": deployment,
     }
+    if output_type is not None:
+        options["output_type"] = model_here(output_type)
 
     async def call() -> BatchReport:
         from prefect_crew.batches.run import arun_batch
@@ -150,6 +168,34 @@ def _limit(text: str) -> Any:
         except ValueError:
             continue
     return text
+
+
+def _retries(count: int, classes: list[str] | None) -> int | dict[str, int]:
+    """Read --retries and --retry-on: a count for all errors, or one for each class."""
+    if not classes:
+        return count
+    found: dict[str, int] = {}
+    for given in classes:
+        kind, sign, number = given.partition("=")
+        if sign and not number.isdecimal():
+            raise UsageError(f"--retry-on {given!r}: give CLASS, or CLASS=N with how often.")
+        # Whoever names a class and no number wants it bought again.
+        found[kind.strip()] = int(number) if sign else count or 1
+    return found
+
+
+def model_here(where: str) -> type[BaseModel]:
+    """Return a model by module:Model, of a module that is installed or lies in the working directory."""
+    from prefect_crew.batches.calls import imported_model
+
+    look_here()
+    return imported_model(where)
+
+
+def look_here() -> None:
+    """Let modules in the working directory be imported, as `python -m` does."""
+    if (here := str(Path.cwd())) not in sys.path:
+        sys.path.insert(0, here)
 
 
 def started(shown: BatchProgress, call: Any) -> BatchReport:
@@ -226,10 +272,11 @@ def retry(
     *,
     key: Annotated[list[str] | None, Parameter(help="Only this row; may be given again.", negative=())] = None,
     ledger: Annotated[str | None, LEDGER] = None,
+    here: Annotated[bool, HERE] = False,
     json: Annotated[bool, JSON] = False,
 ) -> int:
     """Buy the failed rows of a batch again, with the options of its last call, and go on with what is left."""
-    return go_on(name, ledger, retry_failed=tuple(key) if key else True, json=json)
+    return go_on(name, ledger, retry_failed=tuple(key) if key else True, here=here, json=json)
 
 
 @app.command
@@ -238,13 +285,14 @@ def resume(
     /,
     *,
     ledger: Annotated[str | None, LEDGER] = None,
+    here: Annotated[bool, HERE] = False,
     json: Annotated[bool, JSON] = False,
 ) -> int:
     """Go on with a batch where it stopped, with the options of its last call."""
-    return go_on(name, ledger, retry_failed=False, json=json)
+    return go_on(name, ledger, retry_failed=False, here=here, json=json)
 
 
-def go_on(name: str, ledger: str | None, *, retry_failed: bool | tuple[str, ...], json: bool) -> int:
+def go_on(name: str, ledger: str | None, *, retry_failed: bool | tuple[str, ...], here: bool, json: bool) -> int:
     """Call a batch again by its name."""
 
     async def call() -> BatchReport:
@@ -255,8 +303,11 @@ def go_on(name: str, ledger: str | None, *, retry_failed: bool | tuple[str, ...]
             if isinstance(retry_failed, tuple):
                 await batch.check_failed(retry_failed)
             again = batch.call(retry_failed=retry_failed)
+        if here:
+            again |= {"shards": 1, "deployment": None}
         return await arun_batch(again.pop("crew"), again.pop("dataset"), **again)
 
+    look_here()  # for an output_type
     with batch_progress() as shown:
         reach_prefect(shown)
         report = started(shown, call)

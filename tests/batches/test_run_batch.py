@@ -243,6 +243,8 @@ async def test_typed_results_become_columns_and_misfits_have_their_reason(
     assert (lines[1]["state"], lines[1]["data"]) == ("misfit", None)
     assert "score" in lines[1]["error"]
     assert '"high"' in lines[1]["output"], "what the crew wrote is kept"
+    async with Ledger(f"{batch.output}.ledger.db", "typed") as ledger:
+        assert await ledger.counts() == {"completed": 1, "misfit": 1}, "known to whoever asks the ledger alone"
     # Mending the type costs nothing.
     report = await batch(server.crew(), topics(2), name="typed", output_type=Loose)
     assert (report.completed, report.failed, server.kickoffs) == (1, 1, 2)

@@ -18,6 +18,7 @@ from prefect_crew import WaitPolicy, arun_batch
 from prefect_crew.api.errors import ConfigurationError
 from prefect_crew.batches import BatchBusyError, LedgerMissingError
 from prefect_crew.batches.binding import binding_name, read_binding
+from prefect_crew.batches.known import known_batch
 from prefect_crew.batches.ledger import Ledger
 from prefect_crew.batches.locks import WHOLE, BatchLock
 from prefect_crew.batches.opened import open_batch
@@ -289,3 +290,40 @@ def test_without_a_worker_the_parent_does_the_rows_itself(
     )
     assert (report.completed, crew.kickoffs) == (20, 20)
     assert asyncio.run(states("alone")) == ["CANCELLED", "CANCELLED"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_a_failed_row_is_bought_again_once_a_call_and_the_name_alone_goes_on_with_shards(
+    deployed: tuple[PrefectServer, CrewServer],
+    tmp_path: Path,
+    postgres: Postgres,
+    crew_server: CrewServerFactory,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    picky = script({"output": "x", "fail": "{{ 'no' if topic in ('topic 3', 'topic 4') else '' }}"}, inputs=["topic"])
+    crew = crew_server(picky, port=True)
+    block: Any = crew.crew().model_copy(update={"max_kickoffs": 9})
+    block.save("picky-crew", overwrite=True)
+    monkeypatch.setattr("prefect_crew.batches.parents.BEGUN_WITHIN", 2.0)
+    given: dict[str, Any] = {
+        "name": "again",
+        "output": str(tmp_path / "out.jsonl"),
+        "ledger": without_password(postgres_ledger(postgres)),
+        "wait": WAIT,
+        "shards": 2,
+        "deployment": "batch-shard/shards",
+    }
+    first = asyncio.run(arun_batch("picky-crew", rows_file(tmp_path, 8), **given))
+    assert (first.completed, first.failed, crew.kickoffs) == (6, 2, 8)
+    again = asyncio.run(arun_batch("picky-crew", rows_file(tmp_path, 8), retry_failed=True, **given))
+    assert (again.failed, again.kickoffs, crew.kickoffs) == (2, 2, 10)
+
+    async def by_name() -> Any:
+        async with known_batch("again") as known:
+            call = known.call(retry_failed=True)
+        return await arun_batch(call.pop("crew"), call.pop("dataset"), **call)
+
+    third = asyncio.run(by_name())
+    assert (third.failed, third.kickoffs, crew.kickoffs) == (2, 2, 12)
+    assert len(asyncio.run(states("again"))) == 6, "two flow runs a call"

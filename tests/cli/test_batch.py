@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -135,6 +136,34 @@ def test_inputs_come_from_columns_and_templates(here, picky, name: str, tmp_path
     assert ran.code == 0, ran.err
     assert ran.out.startswith(f"Batch {name}: 1 of 1 rows completed in ")
     assert json.loads(Path(output).read_text())["output"] == "on hot tea"
+
+
+def test_results_have_to_fit_a_model_and_rows_are_bought_again_by_the_class_of_their_error(
+    here, picky, name: str, leads: str, output: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    server, crew = picky()
+    module = f"models_{uuid.uuid4().hex[:8]}"
+    (tmp_path / f"{module}.py").write_text("import pydantic\nclass Tea(pydantic.BaseModel):\n    cups: int\nx = 1\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [entry for entry in sys.path if entry])
+    call = ("batch", "run", crew, leads, "--name", name, "--output", output, "--key", "id", "--json")
+    for wrong, why in ((module, "is to be module:Model"), (f"{module}:x", "is no pydantic model")):
+        refused = here(*call, "--output-type", wrong)
+        assert (refused.code, server.kickoffs) == (25, 0)
+        assert why in refused.json["error"]["message"]
+    refused = here(*call, "--retry-on", "SomeError")
+    assert (refused.code, server.kickoffs) == (25, 0)
+    assert "SomeError" in refused.json["error"]["message"]
+    assert here(*call, "--retry-on", "CrewFailedError=often").code == 2
+
+    ran = here(*call, "--output-type", f"{module}:Tea", "--retry-on", "CrewFailedError=1")
+    assert ran.code == 33, ran.err
+    assert lines(output) == {"a": "misfit", "b": "failed", "c": "misfit"}
+    assert server.kickoffs_by_run_key == {f"batch/{name}/{key}": count for key, count in (("a", 1), ("b", 2), ("c", 1))}
+    # The model and the class go with the name.
+    again = here("batch", "retry", name, "--key", "a", "--json")
+    assert (again.json["kickoffs"], server.kickoffs_by_run_key[f"batch/{name}/a"]) == (1, 2)
+    assert lines(output)["a"] == "misfit"
 
 
 def test_a_crew_that_is_given_by_its_address_needs_the_same_call_again(
