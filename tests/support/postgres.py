@@ -55,6 +55,12 @@ class Postgres:
         self._folder = Path(tempfile.mkdtemp(prefix="prefect-crew-postgres-"))
         self.log = self._folder / "postgres.log"
 
+    @property
+    def process(self) -> Process:
+        """The server's process; `family()` tells its backends too."""
+        assert self._process is not None, "PostgreSQL does not run"
+        return self._process
+
     def start(self, timeout: float = 60.0) -> Postgres:
         """Make the database cluster and start it; about 3 seconds.
 
