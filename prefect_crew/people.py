@@ -13,8 +13,7 @@ from prefect_crew.api.errors import CrewError, CrewTimeoutError, ReviewLimitErro
 from prefect_crew.api.models import CrewStatus
 from prefect_crew.logs import run_logger
 from prefect_crew.questions import Question, Questions, how_to_answer
-from prefect_crew.record_store import PrefectRecords
-from prefect_crew.records import SentReview
+from prefect_crew.records import ReviewStore, SentReview
 from prefect_crew.review_form import FormReviewer
 from prefect_crew.reviewers import FunctionReviewer, Reviewer, reject_late
 from prefect_crew.reviews import AnsweredError, ReviewChoice
@@ -50,15 +49,18 @@ class People:
         run, session, records: The run, and what it is reached by.
         policy: How long people may take, and how often they may be asked.
         review: What answers; None leaves that to whoever comes by.
+        quiet: Write no log line about each question: somebody else does, about many.
     """
 
     def __init__(
         self,
         run: OpenRun,
         session: CrewSession,
-        records: PrefectRecords,
+        records: ReviewStore,
         policy: WaitPolicy,
         review: ReviewChoice | None,
+        *,
+        quiet: bool = False,
     ) -> None:
         self.run = run
         self.session = session
@@ -68,6 +70,7 @@ class People:
         self.question: Question | None = None
         self.reviewer: Reviewer | None = None
         self._function = callable(review)
+        self._quiet = quiet
         self._page: str | None = None
         self._extra_given = False
         if review == "form":
@@ -106,7 +109,7 @@ class People:
         most = self.policy.max_rounds
         if most is not None and self.question.round > most:
             raise TooManyRoundsError(self.question)
-        self.questions.tell(self.question, function=self._function, page=self._page)
+        self.questions.tell(self.question, quiet=self._function or self._quiet, page=self._page)
         return True
 
     async def answer(self) -> None:

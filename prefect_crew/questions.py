@@ -13,8 +13,7 @@ from prefect_crew import reviews
 from prefect_crew.api.models import CrewState, CrewStatus
 from prefect_crew.events import emit
 from prefect_crew.logs import run_logger
-from prefect_crew.record_store import PrefectRecords
-from prefect_crew.records import SentReview
+from prefect_crew.records import ReviewStore, SentReview
 from prefect_crew.reviews import asked_of, is_late, judged, round_of, waiting_task
 
 if TYPE_CHECKING:
@@ -54,7 +53,7 @@ class Questions:
     `given` is what people have answered so far, as far as it was looked up.
     """
 
-    def __init__(self, run: OpenRun, records: PrefectRecords) -> None:
+    def __init__(self, run: OpenRun, records: ReviewStore) -> None:
         self.run = run
         self.waker: Waker | None = None
         self.given: list[SentReview] = []
@@ -111,8 +110,8 @@ class Questions:
         since = time.monotonic() - self._answered[1]
         return max(1.0, since) if since < 2 * reviews.SETTLE else None
 
-    def tell(self, question: Question, *, function: bool, page: str | None = None) -> None:
-        """Tell automations who is waited for, and people as well unless a function answers.
+    def tell(self, question: Question, *, quiet: bool, page: str | None = None) -> None:
+        """Tell automations who is waited for, and people as well unless that is to be `quiet`.
 
         `page` is where a form waits for the answer.
         """
@@ -127,7 +126,7 @@ class Questions:
                 answer=how_to_answer(run.kickoff_id),
                 page=page,
             )
-        if not function:
+        if not quiet:
             run_logger().warning(
                 "Crew run %s waits for a person: task %s, round %d. %sprefect-crew reviews show %s has what is to be "
                 "judged. Answer: %s",

@@ -193,6 +193,10 @@ class PrefectRecords:
         async for record in self._filter({"tags": {"all_": tags}}):
             yield record
 
+    def may_ask(self) -> AsyncIterator[RunRecord]:
+        """Yield the runs in flight: any of them may wait for a person."""
+        return self.all(RecordPhase.STARTED)
+
     async def delete(self, record: RunRecord) -> None:
         """Forget an attempt, what people answered, and who is suspended for it.
 

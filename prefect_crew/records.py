@@ -26,6 +26,7 @@ __all__ = [
     "Decision",
     "RecordPhase",
     "RecordStore",
+    "ReviewStore",
     "RunRecord",
     "SentReview",
     "StoredResult",
@@ -271,6 +272,26 @@ def known_by(now: datetime, request_timeout: float, delay: float = 0.0) -> datet
 def utcnow() -> datetime:
     """Return the time, UTC, aware."""
     return datetime.now(timezone.utc)
+
+
+class ReviewStore(Protocol):
+    """Where people's answers live, beside the record of the run that they are about."""
+
+    async def reviews(self, record: RunRecord) -> list[SentReview]:
+        """Return what people have answered to a run, in order."""
+        ...
+
+    async def add_review(self, record: RunRecord, number: int, review: SentReview) -> bool:
+        """Write down an answer that is about to be sent; False if somebody else's of this number stands there."""
+        ...
+
+    async def save_review(self, record: RunRecord, number: int, review: SentReview) -> None:
+        """Write down what became of it."""
+        ...
+
+    async def remove_review(self, record: RunRecord, number: int) -> None:
+        """Take back an answer that the crew's server refused."""
+        ...
 
 
 class RecordStore(Protocol):

@@ -1,12 +1,15 @@
-"""Answering for people from outside of a wait: what waits, over all records in flight, and an answer once a round."""
+"""Answering for people from outside of a wait: what waits, over all records in flight, and an answer once a round.
+
+Records live on the Prefect server, and those of a batch's rows in its ledger: each of them is a store here.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import httpx
 from prefect.exceptions import PrefectException
@@ -14,20 +17,35 @@ from prefect.exceptions import PrefectException
 from prefect_crew.api.errors import CrewError
 from prefect_crew.api.models import CrewState, CrewStatus
 from prefect_crew.open_runs import OpenRun
-from prefect_crew.record_store import PrefectRecords
-from prefect_crew.records import RecordPhase, RunRecord, SentReview
+from prefect_crew.records import RecordPhase, ReviewStore, RunRecord, SentReview
 from prefect_crew.reviews import Review, asked_of, is_late, judged, round_of, send_review, waiting_task
 from prefect_crew.sessions import CrewSession
 
 if TYPE_CHECKING:
     from prefect_crew.blocks import DeployedCrew
 
-__all__ = ["AskedRun", "CrewOf", "answer_run", "asked_runs", "find_asked", "look_at_question"]
+__all__ = ["AskedRun", "AskedStore", "CrewOf", "answer_run", "asked_runs", "find_asked", "look_at_question"]
 
 AT_ONCE = 8
 """Status calls at a time."""
 CrewOf = Callable[[RunRecord], "Awaitable[DeployedCrew | None]"]
 """Gives the crew of a record, None where its block is not stored."""
+
+
+class AskedStore(ReviewStore, Protocol):
+    """What is asked of a place where records live."""
+
+    def may_ask(self) -> AsyncIterator[RunRecord]:
+        """Yield the runs in flight, or those of them that are known to have waited for a person."""
+        ...
+
+    async def attempts(self, run_key: str) -> Sequence[RunRecord]:
+        """Return all attempts at a key, the first one first."""
+        ...
+
+    async def of_kickoff(self, kickoff_id: str) -> RunRecord | None:
+        """Return the record that holds a kickoff id, if any."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -54,26 +72,27 @@ class AskedRun:
         return str(self.record.kickoff_id)
 
 
-async def asked_runs(records: PrefectRecords, crew_of: CrewOf) -> list[AskedRun]:
+async def asked_runs(stores: Sequence[AskedStore], crew_of: CrewOf) -> list[AskedRun]:
     """Return the runs in flight that wait for a person, the longest waiting first.
 
     Each crew's server is asked, where its block is stored; else what the record has counts.
 
     Raises:
         httpx.HTTPError: The Prefect API is away.
+        LedgerError: The ledger of a batch cannot be read.
     """
     gate = asyncio.Semaphore(AT_ONCE)
 
-    async def one(record: RunRecord) -> AskedRun | None:
+    async def one(record: RunRecord, store: AskedStore) -> AskedRun | None:
         async with gate:
-            return await look_at_question(record, records, crew_of)
+            return await look_at_question(record, store, crew_of)
 
-    found = [record async for record in records.all(RecordPhase.STARTED)]
-    lines = [line for line in await asyncio.gather(*map(one, found)) if line is not None]
+    found = [one(record, store) for store in stores async for record in store.may_ask()]
+    lines = [line for line in await asyncio.gather(*found) if line is not None]
     return sorted(lines, key=lambda line: line.since or line.record.kicked_off_at or line.record.claimed_at)
 
 
-async def look_at_question(record: RunRecord, records: PrefectRecords, crew_of: CrewOf) -> AskedRun | None:
+async def look_at_question(record: RunRecord, records: ReviewStore, crew_of: CrewOf) -> AskedRun | None:
     """Return what a run in flight asks, None if it asks nothing."""
     crew = await crew_of(record)
     status: CrewStatus | None = None
@@ -119,34 +138,48 @@ def _shown(run: OpenRun | None, status: CrewStatus | None) -> tuple[str | None, 
     return run.redact(output), None
 
 
-async def find_asked(given: str, records: PrefectRecords) -> RunRecord:
-    """Return the run in flight that a run key, a kickoff id or the beginning of one names.
+async def find_asked(given: str, stores: Sequence[AskedStore]) -> tuple[RunRecord, AskedStore]:
+    """Return the run in flight that a run key, a kickoff id or the beginning of one names, and where it is on record.
 
     Raises:
         CrewError: There is none, several begin so, or it has ended.
     """
-    attempts = await records.attempts(given)
-    record = attempts[-1] if attempts else await records.of_kickoff(given)
-    if record is None:
-        started = [one async for one in records.all(RecordPhase.STARTED)]
-        found = [one for one in started if str(one.kickoff_id).startswith(given) or one.run_key.startswith(given)]
-        if len(found) > 1:
-            ids = ", ".join(str(one.kickoff_id) for one in found[:5])
-            raise CrewError(f"{len(found)} runs in flight begin with {given!r}: {ids}. Give more of it.")
-        record = found[0] if found else None
-    if record is None:
+    named = await _named(given, stores)
+    if named is None:
         raise CrewError(f"No run in flight is {given!r}. prefect-crew reviews lists those that wait for a person.")
+    record = named[0]
     if record.phase is RecordPhase.ENDED:
         raise CrewError(f"Run {record.run_key!r} does not wait for a person: it has ended ({record.state}).")
     if record.phase is not RecordPhase.STARTED or record.kickoff_id is None:
         raise CrewError(f"Run {record.run_key!r} does not wait for a person: its kickoff is {record.phase}.")
-    return record
+    return named
+
+
+async def _named(given: str, stores: Sequence[AskedStore]) -> tuple[RunRecord, AskedStore] | None:
+    for store in stores:
+        if attempts := await store.attempts(given):
+            return attempts[-1], store
+    for store in stores:
+        record = await store.of_kickoff(given)
+        # A ledger knows the runs of all batches that are kept in it.
+        if record is not None and await store.attempts(record.run_key):
+            return record, store
+    found = [
+        (one, store)
+        for store in stores
+        async for one in store.may_ask()
+        if str(one.kickoff_id).startswith(given) or one.run_key.startswith(given)
+    ]
+    if len(found) > 1:
+        ids = ", ".join(str(one.kickoff_id) for one, _ in found[:5])
+        raise CrewError(f"{len(found)} runs in flight begin with {given!r}: {ids}. Give more of it.")
+    return found[0] if found else None
 
 
 async def answer_run(
     record: RunRecord,
     crew: DeployedCrew,
-    records: PrefectRecords,
+    records: ReviewStore,
     review: Review,
     *,
     by: str,

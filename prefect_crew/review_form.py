@@ -29,8 +29,7 @@ from pydantic import Field, ValidationError
 from prefect_crew.api.errors import ConfigurationError, CrewAPIError
 from prefect_crew.logs import run_logger
 from prefect_crew.questions import Question, Questions
-from prefect_crew.record_store import PrefectRecords
-from prefect_crew.records import utcnow
+from prefect_crew.records import ReviewStore, utcnow
 from prefect_crew.rendering import reading
 from prefect_crew.reviews import AnsweredError, Review, asked_of, send_review
 from prefect_crew.stopping import flow_run_id
@@ -165,7 +164,7 @@ class FormReviewer:
     """
 
     def __init__(
-        self, run: OpenRun, session: CrewSession, records: PrefectRecords, questions: Questions, policy: WaitPolicy
+        self, run: OpenRun, session: CrewSession, records: ReviewStore, questions: Questions, policy: WaitPolicy
     ) -> None:
         own = flow_run_id()
         if own is None:

@@ -12,7 +12,7 @@ from prefect_crew.api.errors import CrewError
 from prefect_crew.api.models import CrewStatus
 from prefect_crew.logs import run_logger
 from prefect_crew.questions import Question, Questions
-from prefect_crew.record_store import PrefectRecords
+from prefect_crew.records import ReviewStore
 from prefect_crew.reviews import (
     AnsweredError,
     Review,
@@ -60,7 +60,7 @@ class FunctionReviewer:
 
     run: OpenRun
     session: CrewSession
-    records: PrefectRecords
+    records: ReviewStore
     questions: Questions
     answer: ReviewFunction
     meta: Mapping[str, Any] | None = None
@@ -117,7 +117,7 @@ class FunctionReviewer:
 
 
 async def reject_late(
-    run: OpenRun, session: CrewSession, records: PrefectRecords, status: CrewStatus, message: str
+    run: OpenRun, session: CrewSession, records: ReviewStore, status: CrewStatus, message: str
 ) -> bool:
     """Reject what a run asks, since people's time for it is over; False if that was done before, or cannot be.
 

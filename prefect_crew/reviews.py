@@ -21,8 +21,7 @@ from prefect_crew.api.parsing import waiting_output
 from prefect_crew.events import emit
 from prefect_crew.logs import run_logger
 from prefect_crew.receiver.targets import webhooks_for
-from prefect_crew.record_store import PrefectRecords
-from prefect_crew.records import SentReview, utcnow
+from prefect_crew.records import ReviewStore, SentReview, utcnow
 
 if TYPE_CHECKING:
     from prefect_crew.api.webhooks import Webhooks
@@ -116,7 +115,7 @@ def is_late(before: Sequence[SentReview], task_id: str, asked: str) -> bool:
 async def send_review(
     run: OpenRun,
     session: CrewSession,
-    records: PrefectRecords,
+    records: ReviewStore,
     *,
     task_id: str,
     review: Review,
@@ -207,5 +206,5 @@ def _refuse_second(
 async def _settled(run: OpenRun, writing: Coroutine[Any, Any, None]) -> None:
     try:
         await writing
-    except (httpx.HTTPError, PrefectException) as error:
+    except (httpx.HTTPError, PrefectException, CrewError) as error:
         run_logger().warning("What became of the answer to run %s is not on record: %s", run.kickoff_id, error)

@@ -74,6 +74,7 @@ class BatchArtifacts:
             ("Failed", f"{standing.failed:,}"),
             ("Uncertain", f"{standing.uncertain:,}"),
             ("In flight", f"{standing.in_flight:,}"),
+            *([("Wait for a person", f"{standing.people:,} · `prefect-crew reviews`")] if standing.people else []),
             ("Rate", f"{standing.rate:.1f} rows/s"),
             ("Time so far", duration(standing.seconds)),
             ("Time left", "–" if left is None else duration(left)),

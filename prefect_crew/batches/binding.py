@@ -17,9 +17,21 @@ from prefect.exceptions import PrefectHTTPStatusError
 from prefect_crew.api.errors import CrewError
 from prefect_crew.batches.ledger import BatchEntry, Ledger
 
-__all__ = ["TAG", "BatchChangedError", "Bound", "LedgerMissingError", "bind", "binding_name", "read_binding"]
+__all__ = [
+    "ASKS",
+    "TAG",
+    "BatchChangedError",
+    "Bound",
+    "LedgerMissingError",
+    "bind",
+    "binding_name",
+    "note_asking",
+    "read_binding",
+]
 
 TAG = "prefect-crew-batch"
+ASKS = "prefect-crew-batch-asks"
+"""The tag of a batch of which some rows wait for people, or did when they were last looked at."""
 VERSION = 1
 
 
@@ -115,6 +127,21 @@ async def read_binding(batch: str) -> dict[str, Any] | None:
         return None
     value: Any = variable.value
     return cast("dict[str, Any]", value) if isinstance(value, dict) else {}
+
+
+async def note_asking(batch: str, asks: bool) -> None:
+    """Note on the Prefect server whether rows of a batch wait for people, so that not every ledger has to be opened.
+
+    Raises:
+        httpx.HTTPError, PrefectException: The Prefect API is away.
+    """
+    name = binding_name(batch)
+    async with get_client() as client:
+        variable = await client.read_variable_by_name(name)
+        if variable is None or asks is (ASKS in variable.tags):
+            return
+        tags = [TAG, ASKS] if asks else [TAG]
+        await client.request("PATCH", "/variables/name/{name}", path_params={"name": name}, json={"tags": tags})
 
 
 async def _claim(entry: BatchEntry, place: str) -> None:

@@ -29,7 +29,7 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
 
 from prefect_crew.api.errors import ConfigurationError, CrewError
 
-__all__ = ["Database", "LedgerError", "attempts", "batches", "default_ledger", "open_url", "short"]
+__all__ = ["Database", "LedgerError", "answers", "attempts", "batches", "default_ledger", "open_url", "short"]
 
 T = TypeVar("T")
 
@@ -70,6 +70,16 @@ attempts = Table(
 
 `kickoff` is a digest of the id, which may hold what PostgreSQL cannot (NUL); within JSON such characters are escaped.
 """
+answers = Table(
+    "crew_answers",
+    _metadata,
+    Column("batch", String(255), primary_key=True),
+    Column("row_key", String(255), primary_key=True),
+    Column("attempt", Integer, primary_key=True),
+    Column("number", Integer, primary_key=True),
+    Column("review", Text, nullable=False),
+)
+"""A row for each answer of a person to an attempt, counted from 1. `review` is all of it, as JSON."""
 OPEN_TRIES = 5
 
 

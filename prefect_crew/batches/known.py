@@ -5,22 +5,22 @@ from __future__ import annotations
 import dataclasses
 import statistics
 from collections.abc import AsyncGenerator, AsyncIterator, Collection, Mapping
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
 from prefect.client.orchestration import get_client
 
-from prefect_crew.api.errors import ConfigurationError
+from prefect_crew.api.errors import ConfigurationError, CrewError
 from prefect_crew.api.models import CrewState
-from prefect_crew.batches.binding import TAG, LedgerMissingError, read_binding
+from prefect_crew.batches.binding import ASKS, TAG, LedgerMissingError, read_binding
 from prefect_crew.batches.calls import options_from
 from prefect_crew.batches.ends import MISFIT
 from prefect_crew.batches.ledger import BatchEntry, Ledger
 from prefect_crew.batches.places import LedgerPlace, ledger_place
 from prefect_crew.records import RecordPhase, RunRecord, utcnow
 
-__all__ = ["BatchStanding", "KnownBatch", "all_batches", "known_batch"]
+__all__ = ["BatchStanding", "KnownBatch", "all_batches", "asking_batches", "known_batch"]
 
 _FAILED = (str(CrewState.FAILED), str(CrewState.STOPPED), MISFIT)
 _PAGE = 200
@@ -34,6 +34,7 @@ class BatchStanding:
         name: The batch.
         total: Its rows that can be run.
         completed, failed, uncertain, in_flight: How they stand; in flight is what had not ended at the last look.
+        people: Those in flight that waited for a person then.
         left: Rows of which nothing was bought yet.
         kickoffs: How many were, or may have been, bought in all.
         states: The same by the words of the ledger.
@@ -47,6 +48,7 @@ class BatchStanding:
     failed: int
     uncertain: int
     in_flight: int
+    people: int
     left: int
     kickoffs: int
     states: Mapping[str, int]
@@ -85,6 +87,7 @@ class KnownBatch:
             failed=sum(counts.get(word, 0) for word in _FAILED),
             uncertain=counts.get(str(RecordPhase.UNCERTAIN), 0),
             in_flight=counts.get(str(RecordPhase.STARTED), 0),
+            people=len([record async for record in self.ledger.may_ask()]),
             left=max(0, self.entry.total - sum(counts.values()) + counts.get(str(RecordPhase.NOT_STARTED), 0)),
             kickoffs=await self.ledger.bought(),
             states={word: count for word, count in counts.items() if count},
@@ -181,10 +184,28 @@ async def known_batch(name: str, ledger: str | None = None) -> AsyncGenerator[Kn
         yield KnownBatch(name, place, opened, entry)
 
 
-async def all_batches() -> list[tuple[str, str]]:
-    """Return name and ledger of every batch that the Prefect server knows, by name."""
+@asynccontextmanager
+async def asking_batches() -> AsyncGenerator[tuple[list[KnownBatch], list[str]]]:
+    """Open the ledgers of all batches of which rows wait for people.
+
+    Yields:
+        The batches, and for each whose ledger cannot be opened here a sentence that says so.
+    """
+    opened: list[KnownBatch] = []
+    missed: list[str] = []
+    async with AsyncExitStack() as stack:
+        for name, ledger in await all_batches(ASKS):
+            try:
+                opened.append(await stack.enter_async_context(known_batch(name)))
+            except CrewError:
+                missed.append(f"Rows of batch {name!r} wait for people, and its ledger cannot be had here: {ledger}.")
+        yield opened, missed
+
+
+async def all_batches(*tags: str) -> list[tuple[str, str]]:
+    """Return name and ledger of every batch that the Prefect server knows, by name; of those with some tags only."""
     found: list[tuple[str, str]] = []
-    body: dict[str, Any] = {"variables": {"tags": {"all_": [TAG]}}, "limit": _PAGE, "sort": "NAME_ASC"}
+    body: dict[str, Any] = {"variables": {"tags": {"all_": [TAG, *tags]}}, "limit": _PAGE, "sort": "NAME_ASC"}
     async with get_client() as client:
         while True:
             answer = await client.request("POST", "/variables/filter", json={**body, "offset": len(found)})

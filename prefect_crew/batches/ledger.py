@@ -13,14 +13,15 @@ from hashlib import sha256
 from typing import Any, TypeVar
 from uuid import uuid4
 
-from sqlalchemy import ColumnElement, Connection, and_, exists, func, or_, select, update
+from sqlalchemy import ColumnElement, Connection, delete, func, select, update
 from sqlalchemy.exc import SQLAlchemyError
 
 from prefect_crew.api.models import CrewState
-from prefect_crew.batches.database import Database, LedgerError, attempts, batches, short
+from prefect_crew.batches.database import Database, LedgerError, answers, attempts, batches, short
 from prefect_crew.batches.group_commit import KEYS_AT_ONCE, GroupWriter
+from prefect_crew.batches.latest import Place, latest, places, places_of_row, standing_attempts
 from prefect_crew.logs import run_logger
-from prefect_crew.records import RecordPhase, RunRecord
+from prefect_crew.records import RecordPhase, RunRecord, SentReview
 
 __all__ = ["LEDGER_VERSION", "BatchEntry", "Ledger", "LedgerError"]
 
@@ -173,7 +174,9 @@ class Ledger:
             raise
 
     async def attempts(self, run_key: str) -> Sequence[RunRecord]:
-        """Return all attempts at a row, the first one first."""
+        """Return all attempts at a row, the first one first; none for a run key that is of no row of this batch."""
+        if not run_key.startswith(self.run_key("")):
+            return []
         key = self.row_key(run_key)
         return (await self.attempts_of([key])).get(key, [])
 
@@ -186,6 +189,53 @@ class Ledger:
     async def owner_ended(self, record: RunRecord) -> bool:
         """Return whether whoever claimed the record is surely gone; else its age alone tells."""
         return self.sole and record.owner not in self._mine
+
+    # People's answers to rows.
+
+    async def may_ask(self) -> AsyncIterator[RunRecord]:
+        """Yield the runs in flight that waited for a person when they were last looked at."""
+        phase = str(RecordPhase.STARTED)
+        query = select(attempts.c.record).where(attempts.c.batch == self.batch, attempts.c.phase == phase)
+        for (text,) in await self._rows(query):
+            record = _record(text)
+            if record.human_since is not None:
+                yield record
+
+    async def reviews(self, record: RunRecord) -> list[SentReview]:
+        """Return what people have answered to a run, in order."""
+        query = select(answers.c.review).where(*self._answered(record)).order_by(answers.c.number)
+        return [SentReview.model_validate_json(text) for (text,) in await self._rows(query)]
+
+    async def add_review(self, record: RunRecord, number: int, review: SentReview) -> bool:
+        """Write down an answer that is about to be sent; False if somebody else's of this number stands there."""
+        values = {
+            "batch": self.batch,
+            "row_key": self.row_key(record.run_key),
+            "attempt": record.attempt,
+            "number": number,
+            "review": review.model_dump_json(),
+        }
+        statement = self.database.insert(answers).values(values).on_conflict_do_nothing()
+
+        def write(connection: Connection) -> bool:
+            return connection.execute(statement).rowcount == 1
+
+        return await self._write(self.database.run(write))
+
+    async def save_review(self, record: RunRecord, number: int, review: SentReview) -> None:
+        """Write down what became of it."""
+        where = (*self._answered(record), answers.c.number == number)
+        statement = update(answers).where(*where).values(review=review.model_dump_json())
+        await self._write(self.database.run(lambda connection: connection.execute(statement).close()))
+
+    async def remove_review(self, record: RunRecord, number: int) -> None:
+        """Take back an answer that the crew's server refused."""
+        statement = delete(answers).where(*self._answered(record), answers.c.number == number)
+        await self._write(self.database.run(lambda connection: connection.execute(statement).close()))
+
+    def _answered(self, record: RunRecord) -> tuple[ColumnElement[bool], ...]:
+        row = answers.c.row_key == self.row_key(record.run_key)
+        return answers.c.batch == self.batch, row, answers.c.attempt == record.attempt
 
     # Many rows at once.
 
@@ -212,23 +262,32 @@ class Ledger:
 
     async def standing_attempts(self, *, completed: bool = False) -> AsyncIterator[tuple[str, RunRecord]]:
         """Yield the attempt that counts of each row, in the order of the row keys; the completed ones only if asked."""
-        query = select(attempts.c.row_key, attempts.c.record).where(self._standing()).order_by(attempts.c.row_key)
-        if not completed:
-            query = query.where(func.coalesce(attempts.c.state, "") != str(CrewState.COMPLETED))
         after = ""
         while True:
-            page = query.where(attempts.c.row_key > after).limit(_PAGE)
-            rows = await self._rows(page)
-            for key, text in rows:
-                yield key, _record(text)
-            if len(rows) < _PAGE:
+            rows = await self._page(after)
+            standing = {key: place for key, place in latest(rows).items() if completed or not place.completed}
+            keys = list(standing)
+            for start in range(0, len(keys), KEYS_AT_ONCE):
+                found = await self.attempts_of(keys[start : start + KEYS_AT_ONCE])
+                for key in keys[start : start + KEYS_AT_ONCE]:
+                    yield key, next(one for one in found[key] if one.attempt == standing[key].attempt)
+            if not rows:
                 return
-            after = rows[-1][0]
+            after = rows[-1].row_key
+
+    async def _page(self, after: str) -> list[Place]:
+        """Return where the attempts at some rows stand, in the order of their keys; whole rows, empty at the end."""
+        rows = [Place(*row) for row in await self._rows(places(self.batch, after).limit(_PAGE))]
+        if len(rows) == _PAGE:  # then of the last row there may be more
+            rest = places_of_row(self.batch, rows[-1].row_key, after=rows[-1].attempt)
+            rows += [Place(*row) for row in await self._rows(rest)]
+        return rows
 
     async def counts(self) -> dict[str, int]:
         """Return how many rows stand in each state, or, where they have not ended, in each phase."""
-        word = func.coalesce(attempts.c.state, attempts.c.phase)
-        rows = await self._rows(select(word, func.count()).where(self._standing()).group_by(word))
+        standing = standing_attempts(self.batch, attempts.c.state, attempts.c.phase)
+        word = func.coalesce(standing.c.state, standing.c.phase)
+        rows = await self._rows(select(word, func.count()).where(standing.c.place == 1).group_by(word))
         return {str(key): int(count) for key, count in rows}
 
     async def bought(self) -> int:
@@ -244,25 +303,16 @@ class Ledger:
 
     async def durations(self) -> list[tuple[str, float]]:
         """Return row key and seconds, from the recorded kickoff to the end that was seen, of all ended rows."""
-        query = select(attempts.c.row_key, attempts.c.seconds).where(self._standing(), attempts.c.seconds.is_not(None))
+        standing = standing_attempts(self.batch, attempts.c.row_key, attempts.c.seconds)
+        query = select(standing.c.row_key, standing.c.seconds).where(
+            standing.c.place == 1, standing.c.seconds.is_not(None)
+        )
         return [(str(key), float(seconds)) for key, seconds in await self._rows(query)]
 
     async def usage(self) -> list[Mapping[str, int]]:
         """Return the usage of every run that reported one."""
         query = select(attempts.c.usage).where(attempts.c.batch == self.batch, attempts.c.usage.is_not(None))
         return [json.loads(usage) for (usage,) in await self._rows(query)]
-
-    def _standing(self) -> ColumnElement[bool]:
-        """Return the condition for the attempt that counts of each row: its last purchase, else its last attempt."""
-        other = attempts.alias("other")
-        same = and_(other.c.batch == attempts.c.batch, other.c.row_key == attempts.c.row_key)
-        refused = str(RecordPhase.NOT_STARTED)
-        later = other.c.attempt > attempts.c.attempt
-        return and_(
-            attempts.c.batch == self.batch,
-            ~exists(select(1).where(same, later, or_(other.c.phase != refused, attempts.c.phase == refused))),
-            or_(attempts.c.phase != refused, ~exists(select(1).where(same, other.c.phase != refused))),
-        )
 
     async def _rows(self, query: Any) -> list[Any]:
         def read(connection: Connection) -> list[Any]:

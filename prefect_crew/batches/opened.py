@@ -9,9 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
+from prefect.exceptions import PrefectException
+
 from prefect_crew.api.models import CrewInput, CrewState
 from prefect_crew.batches.artifacts import BatchArtifacts
-from prefect_crew.batches.binding import Bound, bind, binding_name
+from prefect_crew.batches.binding import Bound, bind, binding_name, note_asking
 from prefect_crew.batches.cancelling import watched
 from prefect_crew.batches.ends import RowEnd
 from prefect_crew.batches.engine import Engine
@@ -135,6 +138,7 @@ class OpenBatch:
             tell_batch(name, "finishing", standing)
             await asyncio.to_thread(output.finish)
             await ledger.note_standing({"done": standing.over, "lines": standing.total, **self.job.written})
+        await self._note_people()
         report = await self._report()
         tell_batch(name, "done", standing)
         await self.artifacts.end(standing, report)
@@ -168,12 +172,21 @@ class OpenBatch:
         """Show how the batch stands. About once a second."""
         standing = self.standing
         standing.in_flight, standing.kickoffs = engine.in_flight, engine.kickoffs
+        standing.people = sum(record.human_since is not None for record in engine.waiting.values())
         standing.tick()
         tell_batch(self.job.name, "running", standing)
         self.output.flush()
         await self.artifacts.progress(standing)
         if not await self.lock.still_held():
             engine.stop("its lock was lost, and another process has taken the batch over.", shut=True)
+
+    async def _note_people(self) -> None:
+        """Note on the Prefect server whether rows are left that wait for people."""
+        asks = bool([record async for record in self.ledger.may_ask()])
+        try:
+            await note_asking(self.job.name, asks)
+        except (httpx.HTTPError, PrefectException) as error:
+            run_logger().debug("Whether rows of batch %s wait for people is not noted: %s", self.job.name, error)
 
     def _stays(self) -> Callable[[str], bool]:
         """Return what says whether a line of an earlier call stays: that of a row neither run again nor judged anew."""

@@ -9,12 +9,19 @@ from contextlib import nullcontext
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING
 
+import httpx
+from prefect.exceptions import PrefectException
+
 from prefect_crew.api.errors import AuthenticationError, CrewError, CrewTimeoutError
 from prefect_crew.api.models import CrewState, CrewStatus
+from prefect_crew.batches.binding import note_asking
 from prefect_crew.batches.ledger import Ledger
 from prefect_crew.batches.pacing import Rhythm
 from prefect_crew.batches.rows import RowJob
+from prefect_crew.events import emit
 from prefect_crew.logs import run_logger
+from prefect_crew.open_runs import OpenRun
+from prefect_crew.people import People, TooManyRoundsError, stops_late
 from prefect_crew.records import RecordPhase, RunRecord, StoredResult, utcnow
 from prefect_crew.sessions import CrewSession
 from prefect_crew.stopping import close_stopped
@@ -45,15 +52,17 @@ class RowWaiter:
         self.session = session
         self.ledger = ledger
         self.policy = policy
-        self.waiting_for_people = 0
         self._rhythm = Rhythm() if learn else None
         self._said_at = 0.0
+        self._asked_at = 0.0
+        self._asks = False
 
     async def wait(self, job: RowJob, record: RunRecord, *, first_look: bool) -> None:
         """Wait until a run has ended, and write its end down.
 
         Raises:
             CrewTimeoutError, CrewLostError, AuthenticationError, CrewError: As `wait_until_ended`.
+            ReviewLimitError: A task asks once too often.
             LedgerError: Its end cannot be written down.
         """
         kickoff_id = str(record.kickoff_id)
@@ -65,20 +74,26 @@ class RowWaiter:
         )
         woken: AbstractAsyncContextManager[Waker | None]
         woken = waker_for(record.run_key) if record.hooked else nullcontext()
+        watcher = _Watcher(self, job, record)
         async with woken as waker:
+            watcher.waker = waker
             try:
                 status = await wait_until_ended(
                     lambda: self.session.client.status(kickoff_id),
                     kickoff_id=kickoff_id,
                     policy=self.policy,
                     phases=phases,
-                    watcher=_Watcher(self, record),
+                    watcher=watcher,
                     pause=asyncio.sleep if waker is None else waker.pause,
                     stretch=self._first_look() if waker is None else waker.stretch,
+                    more_time=watcher.more_time,
                     first_look=first_look,
                 )
             except CrewTimeoutError as error:
                 raise await self._timed_out(record, error) from error.__cause__
+            except TooManyRoundsError as error:
+                stopped = self.policy.on_human_timeout == "stop" and await self._stop_late(record)
+                raise watcher.people.too_often(error.question, stopped=stopped) from None
         record.human_seconds = phases.human_seconds
         await self._close(job, record, status)
 
@@ -116,14 +131,7 @@ class RowWaiter:
             self._rhythm.take(seconds)
 
     async def _timed_out(self, record: RunRecord, error: CrewTimeoutError) -> CrewTimeoutError:
-        stopped = False
-        if self.policy.on_timeout == "stop":
-            try:
-                answer = await self.session.client.stop(str(record.kickoff_id))
-                await close_stopped(record, answer, self.ledger)
-                stopped = answer.accepted
-            except CrewError as trouble:
-                run_logger().warning("Run %s is over its time and could not be stopped: %s", record.kickoff_id, trouble)
+        stopped = stops_late(self.policy, error.phase) and await self._stop_late(record)
         return CrewTimeoutError(
             kickoff_id=error.kickoff_id,
             phase=error.phase,
@@ -132,6 +140,32 @@ class RowWaiter:
             crew=record.crew,
             stopped=stopped,
         )
+
+    async def _stop_late(self, record: RunRecord) -> bool:
+        """Stop a run that is over its time, and return whether it was."""
+        try:
+            answer = await self.session.client.stop(str(record.kickoff_id))
+            await close_stopped(record, answer, self.ledger)
+        except CrewError as trouble:
+            run_logger().warning("Run %s is over its time and could not be stopped: %s", record.kickoff_id, trouble)
+            return False
+        return answer.accepted
+
+    async def say_asked(self, record: RunRecord) -> None:
+        """Say that a row waits for a person: to whoever asks the Prefect server, and once in a while in the log."""
+        now = time.monotonic()
+        if not self._asked_at or now - self._asked_at > SAY_EVERY:
+            self._asked_at = now
+            run_logger().warning(
+                "Row %r of batch %s waits for a person: task %s of run %s. prefect-crew reviews lists all that do.",
+                *(self.ledger.row_key(record.run_key), self.ledger.batch, record.human_task, record.kickoff_id),
+            )
+        if not self._asks:
+            try:
+                await note_asking(self.ledger.batch, True)
+                self._asks = True
+            except (httpx.HTTPError, PrefectException) as error:
+                run_logger().debug("That rows of batch %s wait for people is not noted: %s", self.ledger.batch, error)
 
     def say_trouble(self, error: CrewError) -> None:
         """Say in the log that the status call does not answer: once in a while, not for every row."""
@@ -142,20 +176,50 @@ class RowWaiter:
 
 
 class _Watcher:
-    """What the wait for a row tells: only what its record must survive a restart with."""
+    """What the wait for a row tells: what its record must survive a restart with, and who is waited for."""
 
-    def __init__(self, waiter: RowWaiter, record: RunRecord) -> None:
+    def __init__(self, waiter: RowWaiter, job: RowJob, record: RunRecord) -> None:
         self._waiter = waiter
+        self._job = job
         self._record = record
+        self.waker: Waker | None = None
+        self._people: People | None = None
+        self._last: CrewStatus | None = None
+
+    @property
+    def people(self) -> People:
+        """What is done about people, where the crew asks any: most rows never do."""
+        if self._people is None:
+            waiter, record = self._waiter, self._record
+            run = OpenRun(waiter.session.crew, str(record.kickoff_id), record, self._job.inputs, owned=True)
+            self._people = People(run, waiter.session, waiter.ledger, waiter.policy, None, quiet=True)
+            self._people.questions.waker = self.waker
+        return self._people
 
     async def saw(self, status: CrewStatus) -> None:
-        del status
+        self._last = status
+        if status.state is CrewState.WAITING:
+            task = self._record.human_task
+            await self.people.ask(status)
+            if self._record.human_task != task:
+                await self._waiter.ledger.save(self._record)
+            await self._waiter.say_asked(self._record)
+        elif status.state.ended:
+            if self._record.human_since is not None:
+                emit("resumed", self._record)  # the turn after the answer was too short to be seen
+        elif self._people is not None:
+            await self._people.ask(status)
+
+    async def more_time(self) -> float:
+        return await self.people.more_time(self._last)
 
     async def person_turn(self, phases: Phases) -> None:
         self._record.human_seconds = phases.human_seconds
         since = phases.human_since
         self._record.human_since = None if since is None else datetime.fromtimestamp(since, timezone.utc)
         await self._waiter.ledger.save(self._record)
+        if since is None:
+            emit("resumed", self._record)
 
     async def trouble(self, error: CrewError, seconds: float) -> None:
         del seconds

@@ -75,6 +75,8 @@ def _about(found: BatchStanding) -> list[str]:
     parts = (("failed", found.failed), ("uncertain", found.uncertain), ("in flight", found.in_flight))
     counts = [f"{count:,} {word}" for word, count in (*parts, ("not bought yet", found.left)) if count]
     lines += [f"  {' · '.join(counts)}"] if counts else []
+    if found.people:
+        lines.append(f"  {found.people:,} in flight wait for a person: {terminal.command('prefect-crew reviews')}")
     seconds = ""
     if found.median is not None and found.slowest is not None:
         seconds = f" · a row takes {duration(found.median)} (median), at most {duration(found.slowest)}"

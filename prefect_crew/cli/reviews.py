@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import getpass
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import App, Parameter
@@ -18,9 +20,8 @@ from prefect_crew.cli.runs import ago, crew_of
 
 if TYPE_CHECKING:
     from prefect_crew.blocks import DeployedCrew
-    from prefect_crew.record_store import PrefectRecords
     from prefect_crew.records import RunRecord, SentReview
-    from prefect_crew.review_desk import AskedRun
+    from prefect_crew.review_desk import AskedRun, AskedStore
 
 __all__ = ["app"]
 
@@ -35,19 +36,29 @@ ROUND = Parameter(help="Answer only if it is at this round of questions.")
 app = App(name="reviews", help="Runs that wait for a person, and answering for one.", help_epilogue="")
 
 
-def _records() -> PrefectRecords:
+def _reach() -> None:
     with progress(quiet=True) as shown:
         reach_prefect(shown)
+
+
+@asynccontextmanager
+async def _desk() -> AsyncGenerator[tuple[list[AskedStore], list[str]]]:
+    """Open all places where runs that wait are on record; give them, and a sentence for each that cannot be opened."""
+    from prefect_crew.batches.known import asking_batches
     from prefect_crew.record_store import PrefectRecords
 
-    return PrefectRecords()
+    async with asking_batches() as (batches, missed):
+        yield [PrefectRecords(), *(batch.ledger for batch in batches)], missed
 
 
 @app.default
 @app.command(name="list")
 def list_reviews(*, json: Annotated[bool, JSON] = False) -> None:
     """List the runs that wait for a person, with what is to be judged and how to answer."""
-    found = asyncio.run(_asked(_records()))
+    _reach()
+    found, missed = asyncio.run(_asked())
+    for sentence in missed:
+        terminal.note(sentence)
     if json:
         terminal.put_json([_as_json(line, excerpt=True) for line in found])
         return
@@ -61,7 +72,7 @@ def list_reviews(*, json: Annotated[bool, JSON] = False) -> None:
         terminal.put(f"  → prefect-crew reviews approve {line.kickoff_id}, or reject with --feedback TEXT")
 
 
-async def _asked(records: PrefectRecords) -> list[AskedRun]:
+async def _asked() -> tuple[list[AskedRun], list[str]]:
     from prefect_crew.review_desk import asked_runs
 
     stored: dict[tuple[str, str], DeployedCrew | None] = {}
@@ -72,7 +83,8 @@ async def _asked(records: PrefectRecords) -> list[AskedRun]:
             stored[name] = await _crew(record, None, CrewAccess())
         return stored[name]
 
-    return await asked_runs(records, crew)
+    async with _desk() as (stores, missed):
+        return await asked_runs(stores, crew), missed
 
 
 async def _crew(record: RunRecord, crew: str | None, access: CrewAccess) -> DeployedCrew | None:
@@ -94,7 +106,8 @@ def show(
     access: CrewAccess = CrewAccess(),  # noqa: B008 - never changed
 ) -> None:
     """Show all of what one run asks, and what was answered before."""
-    line = asyncio.run(_one(run, crew, access, _records()))
+    _reach()
+    line = asyncio.run(_one(run, crew, access))
     if json:
         terminal.put_json(_as_json(line, excerpt=False))
         return
@@ -106,11 +119,12 @@ def show(
     _put_output(line, None)
 
 
-async def _one(given: str, crew: str | None, access: CrewAccess, records: PrefectRecords) -> AskedRun:
+async def _one(given: str, crew: str | None, access: CrewAccess) -> AskedRun:
     from prefect_crew.review_desk import find_asked, look_at_question
 
-    record = await find_asked(given, records)
-    line = await look_at_question(record, records, lambda record: _crew(record, crew, access))
+    async with _desk() as (stores, _):
+        record, records = await find_asked(given, stores)
+        line = await look_at_question(record, records, lambda record: _crew(record, crew, access))
     if line is None:
         raise CrewError(f"Run {record.kickoff_id} of crew {record.crew} does not wait for a person.")
     return line
@@ -164,6 +178,7 @@ def _answer(
 ) -> None:
     if not approve and not feedback.strip():
         raise UsageError("--feedback is empty: the crew needs to know what to do better.")
+    _reach()
     record, sent = asyncio.run(
         _send(run, approve, feedback, by=by or _user(), task=task, round=round, crew=crew, access=access)
     )
@@ -184,19 +199,19 @@ async def _send(
     crew: str | None,
     access: CrewAccess,
 ) -> tuple[RunRecord, SentReview]:
-    records = _records()
     from prefect_crew.review_desk import answer_run, find_asked
     from prefect_crew.reviews import Review
 
-    record = await find_asked(given, records)
-    block = await _crew(record, crew, access)
-    if block is None:
-        raise CrewError(
-            f"The crew of run {record.kickoff_id}, {record.crew}, is no stored block of that address. Give --crew: a "
-            "block, or the crew's URL with CREW_TOKEN."
-        )
-    review = Review(approve=approve, feedback=feedback)
-    return record, await answer_run(record, block, records, review, by=by, task_id=task, round=round)
+    async with _desk() as (stores, _):
+        record, records = await find_asked(given, stores)
+        block = await _crew(record, crew, access)
+        if block is None:
+            raise CrewError(
+                f"The crew of run {record.kickoff_id}, {record.crew}, is no stored block of that address. Give --crew: "
+                "a block, or the crew's URL with CREW_TOKEN."
+            )
+        review = Review(approve=approve, feedback=feedback)
+        return record, await answer_run(record, block, records, review, by=by, task_id=task, round=round)
 
 
 def _user() -> str:

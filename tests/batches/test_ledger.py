@@ -19,7 +19,7 @@ from prefect_crew.api.errors import ConfigurationError
 from prefect_crew.api.models import CrewState, TokenUsage
 from prefect_crew.batches.database import LedgerError, default_ledger, open_url
 from prefect_crew.batches.ledger import Ledger
-from prefect_crew.records import RecordPhase, StoredResult, utcnow
+from prefect_crew.records import RecordPhase, SentReview, StoredResult, utcnow
 from support.batches import record_of
 
 
@@ -32,6 +32,33 @@ async def write(ledger: Ledger, *rows: tuple[str, RecordPhase, CrewState | None]
 
 
 # The protocol
+
+
+async def test_an_answer_of_a_number_is_on_record_once_beside_its_attempt(ledger_address: str):
+    async with Ledger(ledger_address, "b") as one, Ledger(ledger_address, "b") as two:
+        record, other = record_of(one, "k"), record_of(one, "k", attempt=2)
+        review = SentReview(task_id="draft", round=1, approve=False, feedback="wärmer \0", by="Grace", at=utcnow())
+        won = await asyncio.gather(*(ledger.add_review(record, 1, review) for ledger in (one, two) * 4))
+        assert sorted(won) == [False] * 7 + [True]
+        assert await two.reviews(record) == [review]
+        assert await two.reviews(other) == []
+        later = review.model_copy(update={"round": 2, "outcome": "sent"})
+        assert await one.add_review(record, 2, review)
+        await two.save_review(record, 2, later)
+        assert await one.reviews(record) == [review, later]
+        await one.remove_review(record, 1)
+        assert await one.reviews(record) == [later]
+
+
+async def test_rows_that_wait_for_people_are_found(ledger_address: str):
+    async with Ledger(ledger_address, "b") as ledger, Ledger(ledger_address, "c") as another:
+        await write(ledger, ("asks", RecordPhase.STARTED, None), human_since=utcnow())
+        await write(ledger, ("works", RecordPhase.STARTED, None))
+        await write(ledger, ("ended", RecordPhase.ENDED, CrewState.COMPLETED), human_since=utcnow())
+        await write(another, ("asks", RecordPhase.STARTED, None), human_since=utcnow())
+        assert [record.run_key async for record in ledger.may_ask()] == ["batch/b/asks"]
+        assert len(await ledger.attempts("batch/b/asks")) == 1
+        assert await ledger.attempts("batch/c/asks") == await ledger.attempts("asks") == []
 
 
 async def test_what_is_written_is_read_again_by_another_process(ledger_address: str):
