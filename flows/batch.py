@@ -17,6 +17,7 @@ from prefect import flow, get_run_logger
 
 from prefect_crew import BatchReport, arun_batch
 from prefect_crew.batches import BatchBusyError, DatasetError
+from prefect_crew.batches.calls import from_plain
 from prefect_crew.batches.shards import batch_shard
 
 __all__ = ["batch_file", "batch_shard", "watch_folder"]
@@ -39,9 +40,9 @@ async def batch_file(
         name: The batch's name. On a schedule: leads-{{ scheduled_start:%Y-%m-%d }}.
         output: Where its lines go. On a schedule with the same placeholder.
         ledger: A path, the URL of a PostgreSQL, or secret://NAME; empty: a file beside a local output.
-        options: More of run_batch's options, such as {"max_in_flight": 500, "key": "id"}.
+        options: More of run_batch's options, such as {"max_in_flight": 500, "key": "id", "wait": {"timeout": 600}}.
     """
-    report = await arun_batch(crew, dataset, name=name, output=output, ledger=ledger, **(options or {}))
+    report = await arun_batch(crew, dataset, name=name, output=output, ledger=ledger, **from_plain(options or {}))
     report.raise_for_failures()
     return report.as_dict()
 
@@ -71,14 +72,14 @@ async def watch_folder(
         ledger: A path, the URL of a PostgreSQL, or secret://NAME, for all of them.
         options: More of run_batch's options.
     """
-    log, reports, inbox = get_run_logger(), list[dict[str, Any]](), Path(folder)
+    log, reports, inbox, more = get_run_logger(), list[dict[str, Any]](), Path(folder), from_plain(options or {})
     if not await to_thread(inbox.is_dir):
         log.warning("There is no folder %s here, so nothing can come in.", folder)
     for path in new_files(inbox, pattern, settled_seconds):
         try:
             name = f"{path.name}-{digest(path)[:12]}"
             lines = Path(output) / f"{name}.jsonl"
-            report = await arun_batch(crew, path, name=name, output=str(lines), ledger=ledger, **(options or {}))
+            report = await arun_batch(crew, path, name=name, output=str(lines), ledger=ledger, **more)
         except BatchBusyError as error:
             log.info("%s", error)  # another run of this flow has the file
         except (DatasetError, FileNotFoundError) as error:

@@ -8,14 +8,14 @@ import json
 from collections.abc import Mapping
 from typing import Any, cast
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from prefect_crew.api.errors import ConfigurationError
 from prefect_crew.batches.datasets import Dataset, is_remote, shown_address, whole_address
 from prefect_crew.batches.options import BatchOptions
 from prefect_crew.waiting import WaitPolicy
 
-__all__ = ["imported_model", "options_from", "plain_call", "plain_options"]
+__all__ = ["from_plain", "imported_model", "options_from", "plain_call", "plain_options"]
 
 OF_ONE_CALL = ("retry_failed", "on_change")
 """Options that are about one call only."""
@@ -104,12 +104,27 @@ def options_from(plain: Mapping[str, Any], **more: Any) -> BatchOptions:
     Raises:
         ConfigurationError: The class of `output_type` cannot be imported here, or an option makes no sense.
     """
-    given = {**plain, **more}
-    if isinstance(given.get("wait"), Mapping):
-        given["wait"] = WaitPolicy.model_validate(given["wait"])
-    if isinstance(given.get("output_type"), str):
-        given["output_type"] = imported_model(given["output_type"])
-    return BatchOptions(**given)
+    return BatchOptions(**from_plain({**plain, **more}))
+
+
+def from_plain(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return keyword arguments of `run_batch` from JSON values, as a deployment's parameters hold them.
+
+    `wait` may be the fields of a `WaitPolicy`, `output_type` is `module:Model`.
+
+    Raises:
+        ConfigurationError: One of these two makes no sense.
+    """
+    found = dict(given)
+    if isinstance(found.get("wait"), Mapping):
+        try:
+            found["wait"] = WaitPolicy.model_validate(found["wait"])
+        except ValidationError as error:
+            said = (f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors())
+            raise ConfigurationError(f"wait makes no sense: {'; '.join(said)}.") from None
+    if isinstance(found.get("output_type"), str):
+        found["output_type"] = imported_model(found["output_type"])
+    return found
 
 
 def imported_model(where: str) -> type[BaseModel]:

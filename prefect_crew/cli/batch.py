@@ -115,6 +115,10 @@ def run(
     ] = None,
     retry_failed: Annotated[bool, flag("Buy the failed rows of earlier calls again.")] = False,
     max_kickoffs: Annotated[int | None, Parameter(help="A limit on kickoffs, of all calls together.")] = None,
+    breaker: Annotated[
+        int, Parameter(help="Failed rows in a row after which it pauses, then tries one at a time; 0 never does.")
+    ] = 20,
+    requests_at_once: Annotated[int, Parameter(help="Requests of a kind at a time.")] = 8,
     timeout: Annotated[float | None, Parameter(help="Seconds that a run may take, pending and running.")] = None,
     output_type: Annotated[
         str | None, Parameter(help="A pydantic model that results have to fit, as module:Model.")
@@ -138,6 +142,8 @@ def run(
         "retries": _retries(retries, retry_on),
         "retry_failed": retry_failed,
         "max_kickoffs": max_kickoffs,
+        "breaker": breaker or None,
+        "requests_at_once": requests_at_once,
         "task_per_row": task_per_row,
         "shards": shards,
         "deployment": deployment,

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import signal
+import sys
 import time
 import uuid
 from pathlib import Path
@@ -31,6 +34,7 @@ from support.batches import Batches, postgres_ledger
 from support.deployed import ROOT, command, wait_until
 from support.postgres import Postgres
 from support.prefect_server import PrefectServer, connected
+from support.processes import Process
 from support.scripts import script
 from support.workers import Worker
 
@@ -260,6 +264,63 @@ def test_of_two_workers_one_dies_and_its_rows_are_finished(
     assert crew.kickoffs <= 400
     assert len(Batches(tmp_path).lines()) == report.completed
     assert sorted(asyncio.run(states("sharded"))) == ["COMPLETED", "CRASHED"]
+
+
+PARENT = """
+import sys
+from prefect_crew import WaitPolicy, run_batch
+
+rows, output, ledger = sys.argv[1:]
+run_batch("shard-crew", rows, name="orphaned", output=output, ledger=ledger, max_in_flight=20, shards=2,
+    deployment="batch-shard/shards", wait=WaitPolicy(initial=0.2, factor=1, max_interval=1.0))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("with_shards", [False, True], ids=["parent", "parent-and-shards"])
+def test_a_batch_whose_parent_was_killed_goes_on_with_its_shards(
+    deployed: tuple[PrefectServer, CrewServer], tmp_path: Path, postgres: Postgres, with_shards: bool
+):
+    api, crew = deployed
+    folders = [tmp_path / name for name in ("one", "two")]
+    for folder in folders:
+        folder.mkdir()
+    workers = [Worker(api, "shards", folder=folder, name=folder.name, limit=1) for folder in folders]
+    output, ledger = str(tmp_path / "out.jsonl"), without_password(postgres_ledger(postgres))
+    arguments = [rows_file(tmp_path, 400), output, ledger]
+    parent = Process(
+        [sys.executable, "-c", PARENT, *arguments], log=tmp_path / "parent.log", env=api.env(home=tmp_path / "home")
+    )
+    with workers[0], workers[1]:
+        with parent:
+            wait_until(lambda: crew.kickoffs >= 60, seconds=150, what="both shards")
+            parent.kill()
+        if with_shards:
+            for worker in workers:
+                for pid in set(worker.process.family()) - {worker.process.pid}:
+                    os.kill(pid, signal.SIGKILL)
+            bought = crew.kickoffs
+            assert bought < 400
+        report = asyncio.run(
+            arun_batch(
+                *("shard-crew", arguments[0]),
+                name="orphaned",
+                output=output,
+                ledger=ledger,
+                max_in_flight=20,
+                shards=2,
+                deployment="batch-shard/shards",
+                wait=WaitPolicy(initial=0.2, factor=1, max_interval=1.0),
+            )
+        )
+    assert report.completed + report.uncertain == 400
+    assert report.uncertain <= (32 if with_shards else 0), "a shard that goes on loses nothing"
+    assert max(crew.kickoffs_by_run_key.values()) == 1
+    assert len(Batches(tmp_path).lines()) == report.completed
+    runs = asyncio.run(states("orphaned"))
+    assert runs.count("COMPLETED") == 2, "it is gone on with in shards, not in one process"
+    assert len(runs) == (4 if with_shards else 2)
 
 
 async def states(batch: str) -> list[str]:

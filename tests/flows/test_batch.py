@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from prefect_crew import BatchFailedError
+from prefect_crew.api.errors import ConfigurationError
 from prefect_crew.server.local import InProcessCrewServer
 from support.deployed import load_flow
 from support.scripts import script
@@ -63,7 +64,10 @@ async def test_a_file_is_run_and_what_failed_fails_the_flow(save_crew: Any, tmp_
         with pytest.raises(BatchFailedError, match="1 of 2 rows completed, 1 failed"):
             await flow(*call)
         assert server.kickoffs == 2
-    more = {"inputs": {"topic": "{{ topic | length }}"}, "max_in_flight": 1}
+    more: dict[str, Any] = {"inputs": {"topic": "{{ topic | length }}"}, "max_in_flight": 1}
+    with pytest.raises(ConfigurationError, match="wait makes no sense: initial"):
+        await flow(*call[:2], "with options", str(tmp_path / "other.jsonl"), options={"wait": {"initial": -1}})
+    more["wait"] = {"initial": 0.1, "timeout": 60}
     report = await flow(*call[:2], "with options", str(tmp_path / "other.jsonl"), options=more)
     assert report["completed"] == 2
 
