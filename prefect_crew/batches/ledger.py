@@ -283,6 +283,12 @@ class Ledger:
             rows += [Place(*row) for row in await self._rows(rest)]
         return rows
 
+    async def unsettled(self) -> list[RunRecord]:
+        """Return the attempts of which nobody has written down what became of their kickoffs."""
+        phases = (str(RecordPhase.UNCERTAIN), str(RecordPhase.CLAIMED))
+        query = select(attempts.c.record).where(attempts.c.batch == self.batch, attempts.c.phase.in_(phases))
+        return [_record(text) for (text,) in await self._rows(query)]
+
     async def counts(self) -> dict[str, int]:
         """Return how many rows stand in each state, or, where they have not ended, in each phase."""
         standing = standing_attempts(self.batch, attempts.c.state, attempts.c.phase)

@@ -29,6 +29,7 @@ from prefect_crew.batches.output import Output, line_of
 from prefect_crew.batches.pacing import BatchSession, Pace
 from prefect_crew.batches.report import BatchReport
 from prefect_crew.batches.rows import BadRowsError, Checked, RowPlan
+from prefect_crew.batches.settling import settle_by_webhooks
 from prefect_crew.batches.standing import FAILURES, Failure, Standing
 from prefect_crew.batches.watching import tell_batch
 from prefect_crew.logs import run_logger
@@ -77,6 +78,8 @@ async def open_batch(job: BatchJob, *, shared: bool = False) -> AsyncGenerator[O
             place=job.place.told,
             call=job.call,
         )
+        if bound.before is not None:
+            await settle_by_webhooks(ledger, session.crew)
         yield OpenBatch(
             job,
             session,

@@ -1,0 +1,57 @@
+"""Uncertain rows of a batch, settled by the webhooks of the runs that their kickoffs did start."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from prefect_crew import WaitPolicy, arun_batch
+from prefect_crew.batches.ledger import Ledger
+from prefect_crew.records import RecordPhase
+from prefect_crew.testing import CrewServerFactory
+from prefect_crew.webhooks import create_receiver
+from support.scripts import script
+from support.webhooks import SECRET, events_of, served, until
+
+pytestmark = pytest.mark.usefixtures("prefect_api")
+
+SLOW = script({"seconds": 0.2, "output": "on {{ topic }}"}, inputs=["topic"])
+ROWS = [{"id": f"row {number}", "topic": f"topic {number}"} for number in range(4)]
+
+
+async def test_a_row_is_settled_by_its_webhook_when_the_batch_is_gone_on_with(
+    crew_server: CrewServerFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    server = crew_server(SLOW, port=True, faults=["kickoff:drop-after-accept@2"])
+    name = f"hooked {uuid.uuid4().hex[:8]}"
+    given: dict[str, Any] = {
+        "name": name, "key": "id", "output": str(tmp_path / "out.jsonl"), "max_in_flight": 1,
+        "wait": WaitPolicy(initial=0.1, max_interval=0.5),
+    }  # fmt: skip
+    receiver = create_receiver(SECRET)
+    async with served(receiver) as url:
+        monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_WEBHOOK_URL", url)
+        monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_WEBHOOK_SECRET", SECRET)
+        first = await arun_batch(server.crew(), ROWS, **given)
+        (key,) = first.uncertain_keys
+        assert (first.completed, first.uncertain, server.kickoffs) == (3, 1, 4)
+        run_key = f"batch/{name}/{key}"
+        known = {json.loads(line)["kickoff_id"] for line in (tmp_path / "out.jsonl").read_text().splitlines()}
+        (lost,) = [run for run in server.runs if run.id not in known]
+        await events_of(run_key, at_least=2)
+        await until(lambda: receiver.state.hand_on.report()["waiting"] == 0, "all is handed on")
+        # Nobody has checked what comes without a secret.
+        monkeypatch.delenv("PREFECT_INTEGRATIONS_CREW_WEBHOOK_SECRET")
+        monkeypatch.delenv("PREFECT_INTEGRATIONS_CREW_WEBHOOK_URL")
+        assert (await arun_batch(server.crew(), ROWS, **given)).uncertain == 1
+        monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_WEBHOOK_URL", url)
+        monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_WEBHOOK_SECRET", SECRET)
+        again = await arun_batch(server.crew(), ROWS, **given)
+    assert (again.completed, again.uncertain, again.kickoffs, server.kickoffs) == (4, 0, 0, 4)
+    async with Ledger(f"{given['output']}.ledger.db", name) as ledger:
+        (record,) = await ledger.attempts(run_key)
+    assert (record.phase, record.kickoff_id) == (RecordPhase.ENDED, lost.id)
