@@ -72,7 +72,7 @@ async def _told(record: RunRecord) -> list[str]:
     found: dict[str, None] = {}
     for event in cast("list[dict[str, Any]]", answer.json()["events"]):
         payload: dict[str, Any] = event["payload"]
-        said = (payload.get("said") or {}).get("kickoff_id")
-        if payload.get("attempt") == record.attempt and said:
-            found[str(said)] = None
+        said: dict[str, Any] = payload.get("said") or {}
+        if payload.get("attempt") == record.attempt and said.get("kickoff_id"):
+            found[str(said["kickoff_id"])] = None
     return list(found)
