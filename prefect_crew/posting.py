@@ -100,7 +100,21 @@ async def _keep_claim(purchase: Purchase, record: RunRecord, records: RecordStor
         return
     await _look_at_claim(record, records)
     record.known_by = known_by(utcnow(), purchase.crew.request_timeout)
+    await _save_claim(record, records)
+
+
+async def _save_claim(record: RunRecord, records: RecordStore) -> None:
+    """Write a claim down anew, in time for others to go by it.
+
+    A record is replaced, not compared. A machine that slept over the write may have put the claim where somebody has
+    settled it meanwhile, and bought anew: then it is given back, since it surely started nothing, and ClaimLostError is
+    raised.
+    """
     await records.save(record)
+    if utcnow() >= record.known_by:
+        lost = ClaimLostError()
+        await give_back(record, records, lost)
+        raise lost
 
 
 async def _look_at_claim(record: RunRecord, records: RecordStore) -> None:
@@ -145,7 +159,7 @@ async def _pause(record: RunRecord, records: RecordStore, delay: float, request_
     record.known_by = known_by(utcnow(), request_timeout, delay)
     try:
         try:
-            await records.save(record)
+            await _save_claim(record, records)
         except (httpx.HTTPError, PrefectException) as error:
             run_logger().warning("Others may take the claim of run %s for given up: %s", record.run_key, error)
         await asyncio.sleep(delay)

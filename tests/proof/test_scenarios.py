@@ -62,6 +62,14 @@ def test_a_process_that_is_killed_before_each_of_its_steps_is_found_again(step: 
     assert isinstance(world.final[key_of(0)][-1], CrewResult)
 
 
+@pytest.mark.parametrize("fault", ["503-before-accept", "no-id", "429"])
+@pytest.mark.parametrize("step", range(1, 31))
+def test_a_machine_that_falls_asleep_before_each_of_its_steps_buys_nothing_twice(step: int, fault: str) -> None:
+    sleeper, other = Call(flow=False, freeze_at=step, freeze_for=400.0), Call(flow=False, again=(15.0, 50.0, 50.0))
+    world = World(Scenario(calls=(sleeper, other), faults=(f"kickoff:{fault}@1",), settle_after=0.0)).play()
+    assert not broken_promises(world), "\n".join(world.trace)
+
+
 def test_only_between_claim_and_record_does_a_kill_leave_doubt() -> None:
     doubts = []
     for step in range(1, 31):
