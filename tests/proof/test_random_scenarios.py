@@ -43,6 +43,7 @@ def test_two_hundred_worlds_keep_the_promises(scenario: Scenario) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.sampled
 @pytest.mark.timeout(900)
 def test_two_thousand_new_worlds_keep_the_promises(notes: list[str]) -> None:
     number = random.SystemRandom().randrange(10**6)

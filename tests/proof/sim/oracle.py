@@ -211,7 +211,7 @@ def _records(world: World) -> Iterator[str]:
     stale = any("writing" in process.frozen_in for process in world.processes)
     for change in world.prefect.changes:
         before, now = latest.get(change.name), dict(change.value)
-        if before is not None and not (stale and now["phase"] in ("claimed", "started", "uncertain")):
+        if before is not None and not (stale and now["phase"] != "ended"):
             if now["phase"] not in _NEXT[before["phase"]] and not (late and now["phase"] == "started"):
                 yield f"records: {change.name} went from {before['phase']} to {now['phase']} at {change.at:.2f}"
             if before.get("kickoff_id") and now.get("kickoff_id") != before["kickoff_id"]:
