@@ -19,7 +19,9 @@ from prefect_crew.suspension import StillRunningError, write_down
 from prefect_crew.waiting import Phases, WaitPolicy
 
 if TYPE_CHECKING:
+    from prefect_crew.forms import Form
     from prefect_crew.open_runs import OpenRun
+    from prefect_crew.questions import Question
 
 __all__ = ["Leaving", "leaving_here"]
 
@@ -28,7 +30,7 @@ SLICE = 0.25
 
 
 class Leaving:
-    """What one wait does to be left. `asks`: somebody is asked in this process when the crew waits for a person."""
+    """What one wait does to be left. `asks`: somebody is asked by this flow run when the crew waits for a person."""
 
     def __init__(self, branch: Branch, run: OpenRun, policy: WaitPolicy, own: str, *, asks: bool) -> None:
         self._branch = branch
@@ -36,12 +38,24 @@ class Leaving:
         self._policy = policy
         self._own = own
         self._asks = asks
-        self._noted = False
+        self._noted: tuple[bool, Question | None] = (False, None)
         self._able = False
         self._hurried = False
 
-    async def saw(self, status: CrewStatus, phases: Phases) -> None:
-        """Take in a status of a run that goes on.
+    async def asked_before(self, question: Question) -> bool:
+        """Return whether this flow run was suspended with this question, of which everybody was told then."""
+        record = self._run.record
+        if record is None:
+            return False
+        try:
+            waits = await SuspendedWaits().of(record.run_key, record.attempt, self._own)
+        except (httpx.HTTPError, PrefectException) as error:
+            run_logger().debug("Whether run %s was asked about before could not be read: %s", record.kickoff_id, error)
+            return False
+        return any(wait.asks_for(question.asked, len(question.before)) for wait in waits)
+
+    async def saw(self, status: CrewStatus, phases: Phases, form: Form | None = None) -> None:
+        """Take in a status of a run that goes on, and the form by which a person can be asked meanwhile.
 
         Raises:
             StillRunningError: The wait is left. The status is one that was read after it was written down who waits:
@@ -49,15 +63,20 @@ class Leaving:
         """
         record = self._run.record
         # Somebody is asked in this process, or the run may be lost: that is to be seen to the end here.
-        here = (self._asks and status.state is CrewState.WAITING) or status.state is CrewState.UNKNOWN
+        asking = self._asks and status.state is CrewState.WAITING
+        here = (asking and form is None) or status.state is CrewState.UNKNOWN
         self._able = record is not None and not here
         if record is None or here or not self._branch.may_leave():
             return
-        if self._noted:
+        question = form.question if form is not None and asking else None
+        if self._noted == (True, question):
             self._branch.seconds = phases.most_left(self._policy, time.time())
+            self._branch.form = form if asking else None
             raise StillRunningError(self._run.kickoff_id)
-        self._noted = await write_down(record, self._own, self._policy, asks=self._asks, human_extra=phases.human_extra)
-        self._hurried = not self._noted
+        noted = await write_down(
+            record, self._own, self._policy, asks=self._asks, question=question, human_extra=phases.human_extra
+        )
+        self._noted, self._hurried = (noted, question), not noted
 
     def pausing(
         self, pause: Callable[[float], Awaitable[None]], woken: Callable[[], bool]

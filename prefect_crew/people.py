@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import httpx
 from prefect.exceptions import PrefectException
 
+from prefect_crew import reviews
 from prefect_crew.api.errors import CrewError, CrewTimeoutError, ReviewLimitError
 from prefect_crew.api.models import CrewStatus
 from prefect_crew.logs import run_logger
@@ -20,6 +21,8 @@ from prefect_crew.reviews import AnsweredError, ReviewChoice
 from prefect_crew.waiting import WaitPolicy
 
 if TYPE_CHECKING:
+    from prefect_crew.forms import Form
+    from prefect_crew.leaving import Leaving
     from prefect_crew.open_runs import OpenRun
     from prefect_crew.sessions import CrewSession
     from prefect_crew.wakeups import Waker
@@ -49,6 +52,7 @@ class People:
         run, session, records: The run, and what it is reached by.
         policy: How long people may take, and how often they may be asked.
         review: What answers; None leaves that to whoever comes by.
+        leaving: What leaves the wait, where the flow run may be suspended meanwhile.
         quiet: Write no log line about each question: somebody else does, about many.
     """
 
@@ -59,6 +63,7 @@ class People:
         records: ReviewStore,
         policy: WaitPolicy,
         review: ReviewChoice | None,
+        leaving: Leaving | None = None,
         *,
         quiet: bool = False,
     ) -> None:
@@ -73,8 +78,10 @@ class People:
         self._quiet = quiet
         self._page: str | None = None
         self._extra_given = False
+        self._leaving = leaving
+        self._noticed: asyncio.Task[None] | None = None
         if review == "form":
-            form = FormReviewer(run, session, records, self.questions, policy)
+            form = FormReviewer(run, session, records, self.questions, policy, suspends=leaving is not None)
             self.reviewer, self._page = form, form.page
         elif review is not None:
             self.reviewer = FunctionReviewer(run, session, records, self.questions, review)
@@ -109,8 +116,14 @@ class People:
         most = self.policy.max_rounds
         if most is not None and self.question.round > most:
             raise TooManyRoundsError(self.question)
-        self.questions.tell(self.question, quiet=self._function or self._quiet, page=self._page)
+        told = self._leaving is not None and await self._leaving.asked_before(self.question)
+        self.questions.tell(self.question, quiet=self._function or self._quiet, page=self._page, told=told)
         return True
+
+    @property
+    def form(self) -> Form | None:
+        """What the flow run may be suspended with until somebody has answered, if anything."""
+        return None if self.reviewer is None else self.reviewer.form
 
     async def answer(self) -> None:
         """Have what is asked answered, where there is somebody to do so here.
@@ -124,6 +137,8 @@ class People:
     async def more_time(self, status: CrewStatus | None) -> float:
         """Return how many more seconds people get, whose time is over: a rejection that nobody made begins it anew."""
         budget = self.policy.human_timeout
+        if self.reviewer is not None and await self.reviewer.last_call():
+            return 2 * reviews.SETTLE  # for the crew to go on
         if self.policy.on_human_timeout != "reject" or status is None or budget is None or self._extra_given:
             return 0.0
         self._extra_given = True
@@ -163,7 +178,7 @@ class People:
 
         async def sleep(seconds: float) -> None:
             answering = None if self.reviewer is None else self.reviewer.answering
-            if answering is None:
+            if answering is None or answering.done():
                 await pause(seconds)
                 return
             sleeping = asyncio.ensure_future(pause(seconds))
@@ -177,6 +192,14 @@ class People:
                 sleeping.result()
 
         return sleep
+
+    def woken(self) -> bool:
+        """Return whether a pause is to end early: a webhook came, or, once, an answer was given here."""
+        answering = None if self.reviewer is None else self.reviewer.answering
+        if answering is not None and answering.done() and answering is not self._noticed:
+            self._noticed = answering
+            return True
+        return self.questions.waker is not None and self.questions.waker.woken
 
     def stops_late(self, error: CrewTimeoutError) -> bool:
         """Return whether the crew is stopped now that a budget is over."""
@@ -193,7 +216,7 @@ class People:
             stopped=stopped,
         )
 
-    async def aclose(self) -> None:
-        """The wait is over."""
+    async def aclose(self, *, ended: bool) -> None:
+        """The wait is over, and so is the run if it has `ended`."""
         if self.reviewer is not None:
-            await self.reviewer.aclose()
+            await self.reviewer.aclose(ended=ended)

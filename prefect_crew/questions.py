@@ -110,14 +110,17 @@ class Questions:
         since = time.monotonic() - self._answered[1]
         return max(1.0, since) if since < 2 * reviews.SETTLE else None
 
-    def tell(self, question: Question, *, quiet: bool, page: str | None = None) -> None:
+    def tell(self, question: Question, *, quiet: bool, page: str | None = None, told: bool = False) -> None:
         """Tell automations who is waited for, and people as well unless that is to be `quiet`.
 
-        `page` is where a form waits for the answer.
+        `page` is where a form waits for the answer; `told`, whether an earlier process has told of it.
         """
         run = self.run
         if run.record is not None:
             run.record.human_task = question.task_id
+        if told:
+            return
+        if run.record is not None:
             emit(
                 "waiting",
                 run.record,

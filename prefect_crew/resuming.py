@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter, defaultdict
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from enum import Enum
@@ -24,11 +24,13 @@ from prefect.exceptions import ObjectNotFound, PrefectException
 from prefect_crew.api.errors import CrewError
 from prefect_crew.api.models import CrewState, CrewStatus
 from prefect_crew.events import emit
+from prefect_crew.forms import excuse, shown_with
 from prefect_crew.logs import run_logger
 from prefect_crew.open_runs import OpenRun
 from prefect_crew.receiver.settling import load_crew
 from prefect_crew.record_store import PrefectRecords
 from prefect_crew.records import RecordPhase, RunRecord, utcnow
+from prefect_crew.reviews import asked_of
 from prefect_crew.sessions import CrewSession
 from prefect_crew.stopping import close_stopped, stop_once
 from prefect_crew.suspended import SuspendedWait, SuspendedWaits
@@ -66,24 +68,36 @@ class Attended(str, Enum):
 
 @dataclass(frozen=True)
 class _Look:
-    """What is known of a run: its record, None where it was pruned; its status, None where nobody could be asked."""
+    """What is known of a run: its record, None where it was pruned; its status, None where nobody could be asked.
+
+    `answers`: how many answers of people are on record, as far as somebody needs to know.
+    """
 
     record: RunRecord | None
     status: CrewStatus | None
     blind: bool = False
+    answers: int = 0
 
 
-def due(wait: SuspendedWait, record: RunRecord | None, status: CrewStatus | None, now: datetime) -> bool:
+def due(
+    wait: SuspendedWait, record: RunRecord | None, status: CrewStatus | None, now: datetime, answers: int = 0
+) -> bool:
     """Return whether a run needs a flow run that is suspended for it. Pure.
 
-    That is so when it has ended, is lost, waits for a person whom the flow run can ask, is over its time, or is not on
-    record any more: the flow run then finds out, and fails as it would have without being suspended.
+    That is so when it has ended, is lost, waits for a person whom the flow run can ask and does not ask already, goes
+    on since somebody has answered what it asks, is over its time, or is not on record any more: the flow run then finds
+    out, and fails as it would have without being suspended.
     """
     if record is None or record.phase is not RecordPhase.STARTED:
         return True
     if status is None:
         return False
-    if status.state.ended or (status.state is CrewState.WAITING and wait.asks):
+    if status.state.ended:
+        return True
+    waiting = status.state is CrewState.WAITING
+    if waiting and wait.asks and not wait.asks_for(asked_of(status), answers):
+        return True
+    if wait.asked is not None and not waiting and status.state is not CrewState.UNKNOWN:
         return True
     phases = _phases(record)
     phases.human_extra = wait.human_extra
@@ -116,15 +130,24 @@ async def resume_once(flow_run_id: str) -> Attended:
             return Attended.OVER
         if not _ours(flow_run.state):
             return Attended.NOT_YET
+        await excuse(flow_run.state, flow_run_id)
         answer = await client.resume_flow_run(UUID(flow_run_id))
     if answer.status is SetStateStatus.ACCEPT:
         return Attended.RESUMED
     # It was resumed by somebody else meanwhile, or Prefect's own timeout has just ended it.
-    return Attended.NOT_YET if answer.status is SetStateStatus.ABORT else Attended.OVER
+    over = answer.state is not None and answer.state.is_final()
+    return Attended.OVER if over else Attended.NOT_YET
 
 
 def _ours(state: State) -> bool:
     return state.is_paused() and (state.state_details.pause_key or "").startswith(PAUSE_KEY)
+
+
+async def _asks_in_vain(flow_run_id: str) -> bool:
+    """Return whether a flow run is suspended with a question and without a form: its process died in between."""
+    flow_run = await _flow_run(flow_run_id)
+    state = None if flow_run is None else flow_run.state
+    return state is not None and _ours(state) and not await shown_with(state, flow_run_id)
 
 
 async def _flow_run(flow_run_id: str) -> FlowRun | None:
@@ -139,8 +162,7 @@ async def _flow_run(flow_run_id: str) -> FlowRun | None:
 
 
 async def _look(
-    run_key: str,
-    attempt: int,
+    waits: Sequence[SuspendedWait],
     records: PrefectRecords,
     load: Callable[[RunRecord], Awaitable[DeployedCrew | None]],
 ) -> _Look:
@@ -150,6 +172,7 @@ async def _look(
         CrewError: The crew's server gave no answer.
         httpx.HTTPError, PrefectException: The Prefect API is away or refuses.
     """
+    run_key, attempt = waits[0].run_key, waits[0].attempt
     record = next((one for one in await records.attempts(run_key) if one.attempt == attempt), None)
     if record is None or record.phase is not RecordPhase.STARTED:
         return _Look(record, None)
@@ -160,12 +183,18 @@ async def _look(
     async with CrewSession(crew, withhold=run.withholding()) as session:
         status = await session.asked(lambda client: client.status(run.kickoff_id))
     if not status.state.ended and status.state is not CrewState.UNKNOWN:
-        await _note_turn(run, record, status, records)
-    return _Look(record, status)
+        await _note_turn(run, record, status, records, asks=any(wait.asks for wait in waits))
+    asked = status.state is CrewState.WAITING and any(wait.asked is not None for wait in waits)
+    return _Look(record, status, answers=len(await records.reviews(record)) if asked else 0)
 
 
-async def _note_turn(run: OpenRun, record: RunRecord, status: CrewStatus, records: PrefectRecords) -> None:
-    """Write down that a person's turn began or ended: their time is not the crew's, and somebody has to be told."""
+async def _note_turn(
+    run: OpenRun, record: RunRecord, status: CrewStatus, records: PrefectRecords, *, asks: bool
+) -> None:
+    """Write down that a person's turn began or ended: their time is not the crew's, and somebody has to be told.
+
+    `asks`: a flow run does that itself, once it is resumed to ask.
+    """
     phases = _phases(record)
     if not phases.see(status.state, utcnow().timestamp()):
         return
@@ -173,6 +202,8 @@ async def _note_turn(run: OpenRun, record: RunRecord, status: CrewStatus, record
     record.human_seconds = phases.human_seconds
     record.human_since = utcnow() if waiting else None
     await records.save(record)
+    if waiting and asks:
+        return
     emit("waiting" if waiting else "resumed", record)
     if waiting:
         run_logger().warning(
@@ -214,7 +245,7 @@ async def attend(
         found = dict.fromkeys((wait.flow_run_id for wait in waits), Attended.OVER)
         if not alive:
             return found
-        look = await _look(waits[0].run_key, waits[0].attempt, records, load)
+        look = await _look(waits, records, load)
         for wait in alive:
             found[wait.flow_run_id] = await _decide(wait, look, eager)
     except (CrewError, httpx.HTTPError, PrefectException) as error:
@@ -225,7 +256,8 @@ async def attend(
 
 async def _decide(wait: SuspendedWait, look: _Look, eager: bool) -> Attended:
     blind = look.blind and (eager or (utcnow() - wait.since).total_seconds() >= BLIND_AFTER)
-    if blind or due(wait, look.record, look.status, utcnow()):
+    needed = blind or due(wait, look.record, look.status, utcnow(), look.answers)
+    if needed or (wait.asked is not None and await _asks_in_vain(wait.flow_run_id)):
         return await resume_once(wait.flow_run_id)
     waiting = look.status is not None and look.status.state is CrewState.WAITING
     return Attended.PERSON if waiting else Attended.LEFT

@@ -1,35 +1,25 @@
-"""Asking a person in Prefect's own input form, on the page of the flow run.
+"""Asking a person in a form: when it is put up, when it is taken back, and an answer that is sent once.
 
-A flow run shows one form at a time: it is paused, and its page's Resume button opens the form (read in Prefect 3.9.1's
-source, and seen in both of its interfaces). So questions of one flow run stand in line, while its other runs go on.
-Prefect's `pause_flow_run` is not used: two at once raise, and nothing but the form could end it. Here the answer may
-come from elsewhere as well; then the form is taken back.
+Questions of one flow run stand in line, while its other runs go on. The answer may come from elsewhere as well; then
+the form is taken back. Where the flow run may be suspended, the form is left for whoever suspends it.
 """
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import threading
 from collections import defaultdict
-from datetime import timedelta
-from typing import TYPE_CHECKING, Any, Literal, cast
-from uuid import UUID, uuid4
+from typing import TYPE_CHECKING
 
 import httpx
-from prefect.client.orchestration import PrefectClient, get_client
-from prefect.client.schemas.objects import State
-from prefect.client.schemas.responses import SetStateStatus
-from prefect.exceptions import ObjectNotFound, PrefectException
-from prefect.input import RunInput, keyset_from_base_key
-from prefect.states import Paused, Running
+from prefect.exceptions import PrefectException
 from prefect.utilities.urls import url_for
-from pydantic import Field, ValidationError
 
 from prefect_crew.api.errors import ConfigurationError, CrewAPIError
+from prefect_crew.forms import Form, ReviewForm, unread
 from prefect_crew.logs import run_logger
 from prefect_crew.questions import Question, Questions
-from prefect_crew.records import ReviewStore, utcnow
+from prefect_crew.records import ReviewStore
 from prefect_crew.rendering import reading
 from prefect_crew.reviews import AnsweredError, Review, asked_of, send_review
 from prefect_crew.stopping import flow_run_id
@@ -39,26 +29,17 @@ if TYPE_CHECKING:
     from prefect_crew.open_runs import OpenRun
     from prefect_crew.sessions import CrewSession
 
-__all__ = ["FormReviewer", "ReviewForm"]
+__all__ = ["FormReviewer"]
 
 LOOK_EVERY = 2.0
 """Seconds between two looks at whether the form was filled in."""
+HELD_AFTER = 10.0
+"""Seconds after which the process holds a form itself, in a flow run that may be suspended: something else works in it
+for longer than it takes to suspend it."""
 SHOWN = 20_000
 """Characters of an output that the form shows."""
 SENT_WITHIN = 20.0
 """Seconds that the end of a wait has for an answer under way; Prefect kills a cancelled process after about 30."""
-MARGIN = timedelta(days=1)
-"""How long a flow run stays paused after people's time is over, should its process have died meanwhile."""
-
-
-class ReviewForm(RunInput):
-    """What the form asks for."""
-
-    decision: Literal["approve", "reject"] = Field(
-        title="Decision", description="Approve: the crew goes on. Reject: the task is done again with the feedback."
-    )
-    feedback: str = Field(default="", title="Feedback", description="For the crew, in your words.")
-    name: str = Field(default="", title="Your name", description="For the record of who answered.")
 
 
 class _Line:
@@ -88,83 +69,24 @@ class _Line:
 _line = _Line()
 
 
-class _Form:
-    """One question's form on the page of a flow run."""
-
-    def __init__(self, own: str, question: Question, model: type[ReviewForm], policy: WaitPolicy) -> None:
-        self.own = UUID(own)
-        self.question = question
-        facts = (question.kickoff_id, question.task_id, question.round)
-        digest = hashlib.sha256(repr(facts).encode("utf-8", "surrogatepass")).hexdigest()[:16]
-        # The same in every process and attempt, so that an answer is found by whoever comes after a crash.
-        self._base = f"crew-review-{digest}"
-        self._keyset = keyset_from_base_key(self._base)
-        self._key = self._base
-        self._model = model
-        self._until = None if policy.human_timeout is None else timedelta(seconds=policy.human_timeout) + MARGIN
-
-    async def answer(self) -> ReviewForm | None:
-        """Return what was filled in, None if nothing was."""
-        async with get_client() as client:
-            return await self._answer(client)
-
-    async def _answer(self, client: PrefectClient) -> ReviewForm | None:
-        from prefect.input.actions import aread_flow_run_input
-
-        value = await aread_flow_run_input(self._keyset["response"], flow_run_id=self.own)
-        try:
-            return None if value is None else ReviewForm.model_validate(value)
-        except ValidationError as error:
-            run_logger().warning("What was filled into the form about run %s cannot be used: %s", self.question, error)
-            return None
-
-    async def put_up(self) -> bool:
-        """Pause the flow run with the form; False if it cannot be paused now, since another form is up."""
-        self._key = f"{self._base}-{uuid4().hex[:8]}"  # Prefect pauses once for each key
-        expires = None if self._until is None else utcnow() + self._until
-        state: State[Any] = Paused(pause_expiration_time=expires, reschedule=False, pause_key=self._key)
-        state.message = f"Waits for a person: run {self.question.kickoff_id}, task {self.question.task_id}."
-        state.state_details.run_input_keyset = cast("dict[str, str]", self._keyset)
-        async with get_client() as client:
-            answer = await client.set_flow_run_state(self.own, state)
-            if answer.status is not SetStateStatus.ACCEPT:
-                return False
-            await self._model.asave(self._keyset, flow_run_id=self.own)
-        return True
-
-    async def is_up(self) -> bool:
-        """Return whether the flow run is paused with this form."""
-        async with get_client() as client:
-            return await self._is_up(client)
-
-    async def _is_up(self, client: PrefectClient) -> bool:
-        try:
-            state = (await client.read_flow_run(self.own)).state
-        except ObjectNotFound:
-            return False
-        return state is not None and state.is_paused() and state.state_details.pause_key == self._key
-
-    async def take_down(self) -> None:
-        """Let the flow run be Running again if it is paused with this form, and forget what was filled in."""
-        async with get_client() as client:
-            if await self._is_up(client):
-                await client.set_flow_run_state(self.own, Running())
-            for key in self._keyset.values():
-                try:
-                    await client.delete_flow_run_input(self.own, key)
-                except ObjectNotFound:
-                    continue
-
-
 class FormReviewer:
     """Asks a person in the form of the flow run that waits, one question at a time.
+
+    `suspends`: the flow run is suspended with the form as soon as it can be.
 
     Raises:
         ConfigurationError: There is no flow run, and so no page to ask on.
     """
 
     def __init__(
-        self, run: OpenRun, session: CrewSession, records: ReviewStore, questions: Questions, policy: WaitPolicy
+        self,
+        run: OpenRun,
+        session: CrewSession,
+        records: ReviewStore,
+        questions: Questions,
+        policy: WaitPolicy,
+        *,
+        suspends: bool = False,
     ) -> None:
         own = flow_run_id()
         if own is None:
@@ -178,8 +100,9 @@ class FormReviewer:
         self.questions = questions
         self.policy = policy
         self.own = own
+        self.held_after = HELD_AFTER if suspends else 0.0
         self._asking: asyncio.Task[None] | None = None
-        self._asked: Question | None = None
+        self._form: Form | None = None
         self._sending = False
 
     @property
@@ -189,15 +112,16 @@ class FormReviewer:
 
     async def saw(self, question: Question | None) -> None:
         """Put the form up, take it back where it was answered elsewhere, and raise what its answering came to."""
-        if self._asked is not question:
+        if self._form is not None and self._form.question is not question:
             await self._withdraw()
         if question is None:
             return
         if self._asking is None:
-            self._asked = question
-            self._asking = asyncio.create_task(self._ask(question), name=f"form for {question.kickoff_id}")
+            since = None if self.run.record is None else self.run.record.human_since
+            form = self._form = Form(self.own, question, self._model(question), self.policy, since)
+            self._asking = asyncio.create_task(self._ask(form), name=f"form for {question.kickoff_id}")
         elif self._asking.done():
-            asking, self._asking, self._asked = self._asking, None, None
+            asking, self._asking, self._form = self._asking, None, None
             asking.result()
 
     @property
@@ -205,17 +129,48 @@ class FormReviewer:
         """What waits for the form to be filled in, and sends the answer."""
         return self._asking
 
+    @property
+    def form(self) -> Form | None:
+        """What the flow run can be suspended with, None while an answer is being sent."""
+        form = self._form
+        return None if form is None or form.sent or self._sending else form
+
     async def settle(self) -> None:
         """Wait until an answer that is being sent is on record as sent: it may be what the crew has moved on by."""
         if self._sending and self._asking is not None:
             await asyncio.wait({self._asking}, timeout=SENT_WITHIN)
 
-    async def aclose(self) -> None:
-        """Take the form back."""
+    async def last_call(self) -> bool:
+        """Have an answer sent that was given in time, though nobody has read it yet; True if there was one."""
+        form, asking = self._form, self._asking
+        if form is None or asking is None:
+            return False
+        try:
+            if not await form.answered():
+                return False
+        except (httpx.HTTPError, PrefectException) as error:
+            run_logger().warning("Whether run %s has an answer could not be read: %s", self.run.kickoff_id, error)
+            return False
+        await asyncio.wait({asking}, timeout=SENT_WITHIN)
+        return form.sent
+
+    async def aclose(self, *, ended: bool) -> None:
+        """Take the form back. Where the run has ended, what was filled in too late is of no use any more."""
         await self._withdraw()
+        if not ended:
+            return
+        try:
+            for decision in await unread(self.own, self.run.kickoff_id):
+                run_logger().warning(
+                    "Crew run %s: an answer in the form (%s) was not needed, since its question had one already.",
+                    self.run.kickoff_id,
+                    decision,
+                )
+        except (httpx.HTTPError, PrefectException) as error:
+            run_logger().debug("What is left of forms about run %s stays: %s", self.run.kickoff_id, error)
 
     async def _withdraw(self) -> None:
-        asking, self._asking, self._asked = self._asking, None, None
+        asking, self._asking, self._form = self._asking, None, None
         if asking is None:
             return
         if self._sending:
@@ -227,8 +182,7 @@ class FormReviewer:
         asking.cancel()
         await asyncio.wait({asking})
 
-    async def _ask(self, question: Question) -> None:
-        form = _Form(self.own, question, self._model(question), self.policy)
+    async def _ask(self, form: Form) -> None:
         _line.enter(self.own, form)
         try:
             filled = await self._filled(form)
@@ -237,30 +191,34 @@ class FormReviewer:
             await self._take_down(form)
         self._sending = True
         try:
-            await self._send(question, filled)
+            await self._send(form.question, filled)
+            form.sent = True
+            # Not before: should this process end here, the next one finds what was filled in.
+            await self._forget(form)
         finally:
             self._sending = False
 
-    async def _filled(self, form: _Form) -> ReviewForm:
+    async def _filled(self, form: Form) -> ReviewForm:
         """Return what a person fills in. A Prefect API that is away is asked again."""
-        up = False
+        up, loop = False, asyncio.get_running_loop()
+        held_at = loop.time() + self.held_after
         while True:
             try:
                 if not (up and await form.is_up()):
-                    # Also what was filled in during an earlier attempt, whose process has died.
+                    # Also what was filled in while no process was there.
                     filled = await form.answer()
                     if filled is not None:
                         return filled
-                    up = _line.is_first(self.own, form) and await form.put_up()
+                    up = loop.time() >= held_at and _line.is_first(self.own, form) and await form.put_up()
             except (httpx.HTTPError, PrefectException) as error:
-                run_logger().debug("The form for run %s: %s", self.run.kickoff_id, error)
+                run_logger().debug("The form for run %s: %r", self.run.kickoff_id, error)
             await asyncio.sleep(LOOK_EVERY)
 
     async def _send(self, question: Question, filled: ReviewForm) -> None:
         review = Review(approve=filled.decision == "approve", feedback=filled.feedback)
         status = await self.session.asked(lambda client: client.status(self.run.kickoff_id))
         if asked_of(status) != question.asked:
-            self._too_late(filled, "the crew has gone on meanwhile")
+            self._too_late(filled.decision, "the crew has gone on meanwhile")
             return
         try:
             await send_review(
@@ -274,12 +232,12 @@ class FormReviewer:
                 asked=question.asked,
             )
         except AnsweredError as error:
-            self._too_late(filled, str(error))
+            self._too_late(filled.decision, str(error))
             return
         except CrewAPIError as error:
             if error.status_code not in (400, 404, 409):
                 raise
-            self._too_late(filled, str(error))
+            self._too_late(filled.decision, str(error))
             return
         self.questions.answered(question)
         run_logger().info(
@@ -291,20 +249,26 @@ class FormReviewer:
             filled.name.strip() or "somebody",
         )
 
-    def _too_late(self, filled: ReviewForm, why: str) -> None:
+    def _too_late(self, decision: str, why: str) -> None:
         self.questions.forget()
         run_logger().warning(
             "Crew run %s: the form's answer (%s) was not sent, since the question had its answer already: %s",
             self.run.kickoff_id,
-            filled.decision,
+            decision,
             self.run.redact(why),
         )
 
-    async def _take_down(self, form: _Form) -> None:
+    async def _take_down(self, form: Form) -> None:
         try:
             await form.take_down()
         except (httpx.HTTPError, PrefectException) as error:
             run_logger().warning("The form for run %s could not be taken back: %s", self.run.kickoff_id, error)
+
+    async def _forget(self, form: Form) -> None:
+        try:
+            await form.forget()
+        except (httpx.HTTPError, PrefectException) as error:
+            run_logger().debug("What was filled in about run %s stays: %s", self.run.kickoff_id, error)
 
     def _model(self, question: Question) -> type[ReviewForm]:
         run = self.run

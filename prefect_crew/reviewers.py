@@ -24,6 +24,7 @@ from prefect_crew.reviews import (
 )
 
 if TYPE_CHECKING:
+    from prefect_crew.forms import Form
     from prefect_crew.open_runs import OpenRun
     from prefect_crew.sessions import CrewSession
 
@@ -45,12 +46,21 @@ class Reviewer(Protocol):
         """What is under way until an answer has been given, if anything is."""
         ...
 
+    @property
+    def form(self) -> Form | None:
+        """What the flow run may be suspended with until somebody has answered; None where it is needed here."""
+        ...
+
     async def settle(self) -> None:
         """Wait until an answer that is being sent is on record as sent."""
         ...
 
-    async def aclose(self) -> None:
-        """The wait is over: take back what was put up for an answer."""
+    async def last_call(self) -> bool:
+        """Have an answer sent that was given before people's time was over; True if there was one."""
+        ...
+
+    async def aclose(self, *, ended: bool) -> None:
+        """The wait is over, and so is the run if it has `ended`: take back what was put up for an answer."""
         ...
 
 
@@ -109,10 +119,19 @@ class FunctionReviewer:
         """A function answers at once."""
         return None
 
+    @property
+    def form(self) -> Form | None:
+        """It shows none."""
+        return None
+
     async def settle(self) -> None:
         """It was waited for when it was given."""
 
-    async def aclose(self) -> None:
+    async def last_call(self) -> bool:
+        """It answered at once."""
+        return False
+
+    async def aclose(self, *, ended: bool) -> None:
         """Nothing was put up."""
 
 

@@ -13,6 +13,10 @@ from collections import OrderedDict
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from prefect_crew.forms import Form
 
 __all__ = ["SEE_FIRST", "Branch", "Standstill", "branch_here", "standstill_of"]
 
@@ -25,13 +29,14 @@ class Branch:
     """One wait of a flow run.
 
     `ready_at` is when it left its wait to be suspended, None while it looks; `seconds`, how long it may go on, None
-    without a limit.
+    without a limit; `form`, what it asks a person meanwhile, if anything.
     """
 
     def __init__(self, standstill: Standstill) -> None:
         self.standstill = standstill
         self.ready_at: float | None = None
         self.seconds: float | None = None
+        self.form: Form | None = None
 
     def may_leave(self) -> bool:
         """Return whether the flow run may be suspended as far as this branch can see."""
@@ -101,6 +106,12 @@ class Standstill:
         """Return for how long each branch may go on."""
         with self._lock:
             return [branch.seconds for branch in self._branches]
+
+    def forms(self) -> list[Form]:
+        """Return what people are to be asked, the oldest question first: a flow run shows one form at a time."""
+        with self._lock:
+            forms = [branch.form for branch in self._branches if branch.form is not None]
+        return sorted(forms, key=lambda form: form.since)
 
     def left(self, branch: Branch) -> None:
         """Note that a branch has left its wait, to be suspended."""

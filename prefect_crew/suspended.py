@@ -18,7 +18,8 @@ class SuspendedWait(BaseModel):
     """One flow run that is suspended, or about to be, until a run needs it. `since` is UTC.
 
     `policy` tells when its time is over, and `human_extra` how many seconds people got beyond it. `asks`: whether it
-    has somebody to ask when the crew waits for a person.
+    has somebody to ask when the crew waits for a person. `asked` is the digest of the question that is in its form, or
+    stands in line for it, and `answers` how many answers came before.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
@@ -29,12 +30,18 @@ class SuspendedWait(BaseModel):
     since: datetime
     policy: WaitPolicy
     asks: bool = False
+    asked: str | None = None
+    answers: int = 0
     human_extra: float = 0.0
 
     @property
     def name(self) -> str:
         """The name of its note."""
         return suspended_prefix(self.run_key, self.attempt) + self.flow_run_id.replace("-", "")
+
+    def asks_for(self, asked: str, answers: int) -> bool:
+        """Return whether this question, after so many answers, is the one that it asks."""
+        return (self.asked, self.answers) == (asked, answers)
 
 
 class SuspendedWaits:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 from uuid import uuid4
 
 import httpx
@@ -24,6 +24,10 @@ from prefect_crew.records import RunRecord, utcnow
 from prefect_crew.standstill import Branch, Standstill, standstill_of
 from prefect_crew.suspended import SuspendedWait, SuspendedWaits
 from prefect_crew.waiting import WaitPolicy
+
+if TYPE_CHECKING:
+    from prefect_crew.forms import Form
+    from prefect_crew.questions import Question
 
 __all__ = [
     "PAUSE_KEY",
@@ -137,7 +141,13 @@ def standstill_here() -> Standstill:
 
 
 async def write_down(
-    record: RunRecord, flow_run_id: str, policy: WaitPolicy, *, asks: bool, human_extra: float = 0.0
+    record: RunRecord,
+    flow_run_id: str,
+    policy: WaitPolicy,
+    *,
+    asks: bool,
+    question: Question | None = None,
+    human_extra: float = 0.0,
 ) -> bool:
     """Note that a flow run is about to be suspended for a run; False if that cannot be written down now."""
     wait = SuspendedWait(
@@ -147,6 +157,8 @@ async def write_down(
         since=utcnow(),
         policy=policy,
         asks=asks,
+        asked=None if question is None else question.asked,
+        answers=0 if question is None else len(question.before),
         human_extra=human_extra,
     )
     try:
@@ -181,7 +193,11 @@ async def suspend_together(branch: Branch) -> None:
         standstill.back(branch)
         return
     try:
-        await asuspend_flow_run(timeout=suspend_timeout(standstill.seconds()), key=f"{PAUSE_KEY}{uuid4()}")
+        forms = standstill.forms()
+        if any([await form.answered() for form in forms]):
+            standstill.worked()
+        else:
+            await _suspend(suspend_timeout(standstill.seconds()), forms[0] if forms else None)
     except Pause as signal:
         standstill.signal = Pause(state=signal.state)
         raise
@@ -190,3 +206,16 @@ async def suspend_together(branch: Branch) -> None:
         run_logger().warning("The flow run could not be suspended now, and waits in its process: %s", error)
         standstill.worked()
     standstill.back(branch)
+
+
+async def _suspend(seconds: int, form: Form | None) -> None:
+    key = f"{PAUSE_KEY}{uuid4()}"
+    if form is None:
+        await asuspend_flow_run(timeout=seconds, key=key)
+        return
+    run_logger().info("The flow run is suspended with a form about run %s.", form.question.kickoff_id)
+    state = await form.suspend(seconds, key)
+    # As asuspend_flow_run does: whatever else the flow begins meanwhile ends with it.
+    if (context := FlowRunContext.get()) is not None:
+        context.flow_run_suspension_request.mark_requested(state)
+    raise Pause(state=state)

@@ -90,10 +90,10 @@ class _Waiter:
         self.session = session
         self.policy = policy
         self.records = PrefectRecords()
-        self.people = People(run, session, self.records, policy, review)
         self.log = run_logger()
         self.own = flow_run_id()
         self.leaving = leaving_here(run, policy, asks=review is not None)
+        self.people = People(run, session, self.records, policy, review, self.leaving)
         if self.leaving is None:
             self.policy = polling_only(policy, f"The wait for run {run.kickoff_id}")
         self.phases = Phases(kicked_off_at=time.time())
@@ -110,14 +110,16 @@ class _Waiter:
         try:
             return await recorded_result(self.run, self.session)
         finally:
+            await self.people.aclose(ended=True)
             await self._leave(joined=False)
 
     async def result(self) -> CrewResult:
-        run, left = self.run, False
+        run, left, ended = self.run, False, False
         with watch_ctrl_c():
             joined = await self._join()
             try:
                 status = await self._wait()
+                ended = True
             except ENDINGS:
                 if run.record is not None:
                     await stop_if_asked(self.session, run.record, self.records)
@@ -135,7 +137,7 @@ class _Waiter:
             except CrewLostError as error:
                 raise await self._lost(error) from None
             finally:
-                await self.people.aclose()
+                await self.people.aclose(ended=ended)
                 if not left:
                     await self._leave(joined)
         await self._close(status)
@@ -154,7 +156,7 @@ class _Waiter:
             self.waker = waker
             pause = self.people.pausing(asyncio.sleep if waker is None else waker.pause)
             if self.leaving is not None:
-                pause = self.leaving.pausing(pause, lambda: waker is not None and waker.woken)
+                pause = self.leaving.pausing(pause, self.people.woken)
             return await wait_until_ended(
                 lambda: self.session.client.status(self.run.kickoff_id),
                 kickoff_id=self.run.kickoff_id,
@@ -198,7 +200,7 @@ class _Waiter:
         if await cancelled_meanwhile(self.own):
             raise _CancelledOnServerError
         if self.leaving is not None:
-            await self.leaving.saw(status, self.phases)
+            await self.leaving.saw(status, self.phases, self.people.form)
 
     def _task(self, status: CrewStatus) -> str:
         return "" if self.run.show == "none" or self.run.blind else self.run.redact(str(status.current_task))[:200]

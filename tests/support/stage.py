@@ -7,10 +7,10 @@ import json
 import subprocess
 import sys
 import uuid
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import httpx
 
@@ -23,7 +23,7 @@ from support.seen import Seen
 from support.webhooks import SECRET
 from support.workers import Worker
 
-__all__ = ["FLOWS", "Stage"]
+__all__ = ["FLOWS", "Asked", "Stage"]
 
 POOL = "suspending"
 FLOWS = """
@@ -35,6 +35,7 @@ from prefect import flow, runtime, task
 
 from prefect_crew import CrewStep, WaitPolicy, arun_crew, arun_pipeline, kickoff_crew, run_crew, wait_for_crew
 
+HELD = WaitPolicy(initial=0.3, max_interval=1.0)
 SUSPEND = WaitPolicy(mode="suspend", initial=0.3, max_interval=1.0)
 
 
@@ -86,6 +87,28 @@ async def steps(crew: str, topic: str) -> str:
     return kept(result["end"].output)
 
 
+@flow
+def reviewed(crew: str, topic: str, run_key: str | None = None, wait: WaitPolicy = SUSPEND) -> str:
+    return kept(run_crew(crew, {"topic": topic}, run_key=run_key, wait=wait, review="form").output)
+
+
+@flow
+async def several_reviewed(crew: str, topics: list[str], beside: str | None = None) -> list[str]:
+    runs = [arun_crew(crew, {"topic": topic}, wait=SUSPEND, review="form") for topic in topics]
+    if beside is not None:
+        runs.append(arun_crew(beside, {"topic": "beside"}, wait=SUSPEND))
+    return kept([result.output for result in await asyncio.gather(*runs)])
+
+
+@flow
+async def reviewed_beside_work(crew: str, beside: str) -> list[str]:
+    runs = [
+        arun_crew(crew, {"topic": "tea"}, wait=SUSPEND, review="form"),
+        arun_crew(beside, {"topic": "beside"}, wait=HELD),
+    ]
+    return kept([result.output for result in await asyncio.gather(*runs)])
+
+
 @task
 async def in_a_task(crew: str) -> str:
     return (await arun_crew(crew, {"topic": "in a task"}, wait=SUSPEND)).output
@@ -111,8 +134,17 @@ deployments:
 {deployments}
 """
 DEPLOYED = (
-    "one", "several", "several_with_exceptions", "in_turn", "by_tasks", "steps", "around_a_task", "around_a_subflow"
+    "one", "several", "several_with_exceptions", "in_turn", "by_tasks", "steps", "around_a_task", "around_a_subflow",
+    "reviewed", "several_reviewed", "reviewed_beside_work",
 )  # fmt: skip
+
+
+class Asked(NamedTuple):
+    """A form that is up: in which state of its flow run, under which pause key, and its text."""
+
+    state: str
+    key: str
+    text: str
 
 
 class Stage:
@@ -132,6 +164,7 @@ class Stage:
         self.hooks = {"PREFECT_INTEGRATIONS_CREW_WEBHOOK_SECRET": SECRET} if hooked else {}
         if hooked:
             self.hooks["PREFECT_INTEGRATIONS_CREW_WEBHOOK_URL"] = f"http://127.0.0.1:{self.receiver_port}"
+        self.workers: list[Worker] = []
         self._open = contextlib.ExitStack()
         self._receivers = 0
 
@@ -177,9 +210,18 @@ class Stage:
 
     def worker(self, name: str = "worker", *, poll: float = 1.0, **env: str) -> Worker:
         """Return a worker, started; it ends with the stage if it still runs then."""
-        return self._open.enter_context(
-            Worker(self.server, POOL, name=name, folder=self.folder, poll=poll, env={**self.hooks, **env})
-        )
+        worker = Worker(self.server, POOL, name=name, folder=self.folder, poll=poll, env={**self.hooks, **env})
+        self.workers.append(self._open.enter_context(worker))
+        return worker
+
+    @contextlib.contextmanager
+    def without_work(self) -> Generator[None]:
+        """Give no worker anything to do meanwhile."""
+        self.call("PATCH", f"/work_pools/{POOL}", {"is_paused": True})
+        try:
+            yield
+        finally:
+            self.call("PATCH", f"/work_pools/{POOL}", {"is_paused": False})
 
     def start_receiver(self) -> Process:
         """Start `prefect-crew webhooks`, with a log of its own each time."""
@@ -228,6 +270,35 @@ class Stage:
     def resume(self, flow_run_id: str) -> Any:
         """Resume a flow run as a person on Prefect's page does."""
         return self.call("POST", f"/flow_runs/{flow_run_id}/resume", {})
+
+    def form(self, flow_run_id: str, *, not_key: str | None = None, seconds: float = 120.0) -> Asked:
+        """Wait until a form is up on a flow run's page, another one than that of the pause key."""
+
+        def look() -> Asked | None:
+            run = self.seen.flow_run(flow_run_id)
+            details = run["state"]["state_details"]
+            keyset, key = details.get("run_input_keyset"), details.get("pause_key")
+            if run["state_type"] != "PAUSED" or not keyset or key == not_key:
+                return None
+            text = self._input(flow_run_id, keyset["description"])
+            return None if text is None else Asked(run["state_name"], key, text)
+
+        return wait_until(look, seconds=seconds, what=f"a form of flow run {flow_run_id}")
+
+    def _input(self, flow_run_id: str, key: str) -> str | None:
+        found = self.call(
+            "POST", f"/flow_runs/{flow_run_id}/input/filter", {"prefix": key, "limit": 1, "exclude_keys": []}
+        )
+        return json.loads(found[0]["value"]) if found else None
+
+    def inputs(self, flow_run_id: str) -> list[str]:
+        """Return the names of all that is left of forms."""
+        body = {"prefix": "crew-review-", "limit": 200, "exclude_keys": []}
+        return [one["key"] for one in self.call("POST", f"/flow_runs/{flow_run_id}/input/filter", body)]
+
+    def fill_in(self, flow_run_id: str, **fields: str) -> str:
+        """Submit the form as Prefect's page does, and return what Prefect makes of it."""
+        return self.call("POST", f"/flow_runs/{flow_run_id}/resume", {"run_input": fields})["status"]
 
     def wait_for(self, flow_run_id: str, *names: str, seconds: float = 90.0) -> dict[str, Any]:
         """Wait until a flow run is in a state of one of these names, and return it."""
