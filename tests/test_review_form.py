@@ -17,9 +17,10 @@ from prefect_crew import CrewTimeoutError, DeployedCrew, WaitPolicy, arun_crew, 
 from prefect_crew.artifacts import artifact_key
 from prefect_crew.record_store import PrefectRecords
 from prefect_crew.server import CrewScript, InProcessCrewServer
-from support.chromium import Chromium, Page
+from support.chromium import Chromium
 from support.deployed import wait_until
 from support.prefect_server import PrefectServer
+from support.review_page import answer_on_page
 from support.seen import Seen
 
 SCRIPT = CrewScript.model_validate(
@@ -264,46 +265,22 @@ def test_a_person_rejects_once_and_approves_on_the_page(
     run = FlowRun(lambda: arun_crew(crew, {"topic": "tea"}, review="form"), name="reviewed-report")
     first = run.form()
     with chromium.page(height=1100) as page:
-        _answer(page, prefect_server, run, ui, "reject", "Warmer, please.", tmp_path / f"{ui}-rejecting.png", round=1)
+        answer_on_page(
+            page,
+            prefect_server.ui_url,
+            run.id,
+            ui,
+            "reject",
+            "Warmer, please.",
+            tmp_path / f"{ui}-rejecting.png",
+            round=1,
+        )
         run.form(not_key=first)
-        _answer(page, prefect_server, run, ui, "approve", "", tmp_path / f"{ui}-approving.png", round=2)
+        answer_on_page(
+            page, prefect_server.ui_url, run.id, ui, "approve", "", tmp_path / f"{ui}-approving.png", round=2
+        )
     assert "Warmer, please." in run.result().output
     assert server.requests["resume"] == 2
     state = run.state
     assert state is not None
     assert state.is_completed()
-
-
-def _answer(
-    page: Page,
-    server: PrefectServer,
-    run: FlowRun,
-    ui: str,
-    decision: str,
-    feedback: str,
-    screenshot: Path,
-    *,
-    round: int,  # noqa: A002 - the word of the domain
-) -> None:
-    """Open the flow run's page, its form, read it, fill it in and submit it."""
-    page.open(f"{server.ui_url}{'/v2' if ui == 'v2' else ''}/runs/flow-run/{run.id}")
-    if ui == "v1":
-        page.click('role=button[name="Resume"]')
-        select, submit = ".p-select-button__control", "Submit"
-    else:
-        page.click("button[aria-haspopup='menu']")
-        page.click('role=menuitem[name="Resume"]')
-        select, submit = '[aria-label="Select Decision"]', "Resume"
-    dialog = ".p-modal__card" if ui == "v1" else '[role="dialog"]'
-    page.wait_for_text(f"number {round}")
-    shown = page.text(dialog)
-    assert f"asks about task draft, round {round}." in " ".join(shown.split())
-    assert "<b>for you</b>" in shown, "the crew's markup is text"
-    assert "number 1" not in shown or round == 1
-    page.raw(lambda playwright: playwright.locator(f"{dialog} {select}").first.press("Space"))  # as with the keyboard
-    page.raw(lambda playwright: playwright.get_by_text(decision, exact=True).last.click())
-    page.fill(f"{dialog} textarea >> nth=0", feedback)
-    page.fill(f"{dialog} textarea >> nth=1", "Grace")
-    page.screenshot(screenshot, whole=False)
-    page.click(f'{dialog} >> role=button[name="{submit}"]')
-    page.raw(lambda playwright: playwright.locator(dialog).first.wait_for(state="hidden"))
