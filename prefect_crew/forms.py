@@ -22,7 +22,7 @@ from prefect.exceptions import ObjectNotFound, PrefectException, PrefectHTTPStat
 from prefect.input import RunInput, keyset_from_base_key
 from prefect.input.actions import aread_flow_run_input
 from prefect.states import Paused, Running, Suspended
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, create_model
 
 from prefect_crew.logs import run_logger
 from prefect_crew.questions import Question
@@ -45,6 +45,19 @@ class ReviewForm(RunInput):
     )
     feedback: str = Field(default="", title="Feedback", description="For the crew, in your words.")
     name: str = Field(default="", title="Your name", description="For the record of who answered.")
+    question: str = Field(default="", title="Question", description="What this form is about: leave it as it is.")
+
+    @classmethod
+    def about(cls, question: Question, text: str) -> type[ReviewForm]:
+        """Return the form of one question, with the text that stands above its fields.
+
+        Prefect takes what is submitted for the form that is up at that moment, also from a page that still shows the
+        one before. So each form names its question, and Prefect's server refuses the name of another.
+        """
+        named = f"{question.task_id}, round {question.round}, run {question.kickoff_id}"
+        its = cls.model_fields["question"]
+        only = Field(default=named, title=its.title, description=its.description, json_schema_extra={"enum": [named]})
+        return create_model(cls.__name__, __base__=cls, question=(str, only)).with_initial_data(description=text)
 
 
 def _digest(*facts: object) -> str:

@@ -281,4 +281,4 @@ class FormReviewer:
             cut = "\n\n_Cut here; the whole text is on the crew's page._" if len(output) > SHOWN else ""
             text = f"{reading(output[:SHOWN])}{cut}"
         head = f"**{run.crew.label}** asks about task **{question.task_id}**, round {question.round}."
-        return ReviewForm.with_initial_data(description=f"{head}\n\n---\n\n{text}")
+        return ReviewForm.about(question, f"{head}\n\n---\n\n{text}")

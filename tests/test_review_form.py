@@ -141,10 +141,14 @@ def test_the_form_shows_the_output_and_takes_each_answer_once(server: InProcessC
     assert "Draft *number 1* &lt;b>for you" in text
     assert "round 1" in text
     assert run.fill_in(decision="maybe")["status"] == "REJECT"
+    kickoff_id = next(iter(server.runs)).id
+    another = f"draft, round 7, run {kickoff_id}"
+    assert run.fill_in(decision="approve", question=another)["status"] == "REJECT", "from a page that is out of date"
     assert run.fill_in(decision="reject", feedback="Warmer.", name="Grace | <b>")["status"] == "ACCEPT"
     run.form(not_key=first)
     assert "Draft *number 2*" in run.description()
-    assert run.fill_in(decision="approve", name="Ada")["status"] == "ACCEPT"
+    its = f"draft, round 2, run {kickoff_id}"
+    assert run.fill_in(decision="approve", name="Ada", question=its)["status"] == "ACCEPT"
     result = run.result()
     assert "Warmer." in result.output
     assert server.requests["resume"] == 2
@@ -232,6 +236,31 @@ def test_nobody_answers_in_time(server: InProcessCrewServer) -> None:
     assert state is not None
     assert state.is_failed()
     assert server.requests["resume"] == 0
+
+
+def test_an_answer_in_time_counts_though_it_is_read_after_that(
+    server: InProcessCrewServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(review_form, "LOOK_EVERY", 8.0)
+    crew = crew_of(server)
+    policy = WaitPolicy(human_timeout=6, on_human_timeout="reject")
+    run = FlowRun(lambda: arun_crew(crew, {"topic": "tea"}, review="form", wait=policy))
+    run.form()
+    run.fill_in(decision="approve")
+    assert run.result().output.startswith("Printed")
+    assert server.requests["resume"] == 1
+
+
+def test_an_answer_that_could_not_be_sent_is_kept_for_the_retry(server: InProcessCrewServer) -> None:
+    crew = crew_of(server)
+    server.faults.add("resume:401-before-accept@1")
+    # Two, since Prefect counts the form as one of them.
+    run = FlowRun(lambda: arun_crew(crew, {"topic": "tea"}, review="form"), retries=2, retry_delay_seconds=1)
+    run.form()
+    run.fill_in(decision="approve")
+    assert run.result().output.startswith("Printed")
+    assert server.requests["resume"] == 2, "the first of them was refused"
+    assert server.kickoffs == 1
 
 
 def test_what_may_not_be_shown_is_not_in_the_form(server: InProcessCrewServer) -> None:

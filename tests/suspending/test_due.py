@@ -12,6 +12,7 @@ from prefect_crew.api.errors import ConfigurationError
 from prefect_crew.api.models import CrewState, CrewStatus
 from prefect_crew.records import RecordPhase, RunRecord
 from prefect_crew.resuming import due
+from prefect_crew.reviews import asked_of
 from prefect_crew.suspended import SuspendedWait
 from prefect_crew.suspension import AT_MOST, MARGIN, _masked, checked_wait, polling_only, suspend_timeout
 from prefect_crew.waiting import Phases, WaitPolicy
@@ -46,6 +47,10 @@ def status(state: CrewState) -> CrewStatus:
     return CrewStatus(kickoff_id="k", state=state)
 
 
+QUESTION = asked_of(status(CrewState.WAITING))
+ASKED = {"asks": True, "asked": QUESTION, "answers": 1}
+
+
 CASES = {
     "completed": (wait(), record(), CrewState.COMPLETED, True),
     "failed": (wait(), record(), CrewState.FAILED, True),
@@ -71,6 +76,18 @@ CASES = {
         CrewState.WAITING,
         False,
     ),
+    "its form asks that already": (wait(**ASKED), record(), CrewState.WAITING, False),
+    "its form asks something else": (wait(**ASKED | {"asked": "another"}), record(), CrewState.WAITING, True),
+    "its form asks an earlier round": (wait(**ASKED | {"answers": 0}), record(), CrewState.WAITING, True),
+    "what its form asks was answered elsewhere": (wait(**ASKED), record(), CrewState.RUNNING, True),
+    "ended with its form up": (wait(**ASKED), record(), CrewState.COMPLETED, True),
+    "not known for a moment with its form up": (wait(**ASKED), record(age=20), CrewState.UNKNOWN, False),
+    "people are over their time with a form": (
+        wait(**ASKED),
+        record(age=8000, human_since=NOW - timedelta(seconds=7201)),
+        CrewState.WAITING,
+        True,
+    ),
     "closed by another waiter": (wait(), record(phase=RecordPhase.ENDED), None, True),
     "pruned": (wait(), None, None, True),
 }
@@ -79,7 +96,7 @@ CASES = {
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_a_flow_run_is_resumed_when_its_run_needs_it(case: tuple[SuspendedWait, RunRecord | None, Any, bool]):
     who, of, state, expected = case
-    assert due(who, of, None if state is None else status(state), NOW) is expected
+    assert due(who, of, None if state is None else status(state), NOW, answers=1) is expected
 
 
 def test_prefects_timeout_comes_after_all_budgets():

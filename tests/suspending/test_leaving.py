@@ -16,9 +16,14 @@ from prefect_crew.waiting import Phases, WaitPolicy
 class Branch:
     free = True
     seconds: float | None = None
+    form: Any = None
 
     def may_leave(self) -> bool:
         return self.free
+
+
+class Form:
+    question = object()
 
 
 class Run:
@@ -42,7 +47,7 @@ def leaving(branch: Branch, *, asks: bool = False) -> Leaving:
     return Leaving(cast("Any", branch), cast("Any", Run()), WaitPolicy(mode="suspend"), "flow-run", asks=asks)
 
 
-async def looks(wait: Leaving, state: CrewState, *, pause: float = 0.6, most: int = 5) -> list[bool]:
+async def looks(wait: Leaving, state: CrewState, *, form: Any = None, pause: float = 0.6, most: int = 5) -> list[bool]:
     """Look until the wait is left or `most` times; return for each pause before a look whether it ended early."""
     early: list[bool] = []
     slept = 0.0
@@ -54,7 +59,7 @@ async def looks(wait: Leaving, state: CrewState, *, pause: float = 0.6, most: in
 
     pausing = wait.pausing(sleep, lambda: False)
     for _ in range(most):
-        await wait.saw(CrewStatus(kickoff_id="k", state=state), Phases(kicked_off_at=0.0))
+        await wait.saw(CrewStatus(kickoff_id="k", state=state), Phases(kicked_off_at=0.0), form)
         slept = 0.0
         await pausing(pause / 10)
         early.append(slept == 0.0)
@@ -75,6 +80,25 @@ async def test_it_is_not_left_while_something_else_works(written: list[bool]):
 @pytest.mark.parametrize("state", [CrewState.WAITING, CrewState.UNKNOWN])
 async def test_what_is_seen_to_the_end_here_is_looked_at_no_more_often(state: CrewState, written: list[bool]):
     assert await looks(leaving(Branch(), asks=True), state) == [False] * 5
+
+
+async def test_a_question_is_left_to_a_form(written: list[bool]):
+    branch, form = Branch(), Form()
+    with pytest.raises(StillRunningError):
+        await looks(leaving(branch, asks=True), CrewState.WAITING, form=form)
+    assert branch.form is form
+
+
+async def test_what_was_written_down_about_one_question_does_not_do_for_the_next(written: list[bool]):
+    branch = Branch()
+    wait = leaving(branch, asks=True)
+    for form in (Form(), None, Form()):
+        question = CrewState.RUNNING if form is None else CrewState.WAITING
+        if form is not None:
+            form.question = object()
+        assert len(await looks(wait, question, form=form, most=1)) == 1
+    with pytest.raises(StillRunningError):
+        await looks(wait, CrewState.WAITING, form=form, most=1)
 
 
 async def test_a_prefect_api_that_is_away_makes_no_hot_loop(written: list[bool]):

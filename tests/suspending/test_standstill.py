@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
@@ -34,6 +36,14 @@ def test_a_branch_leaves_after_some_quiet_seconds(standstill: Standstill, clock:
         assert not branch.may_leave()
         clock.now += 0.2
         assert branch.may_leave()
+
+
+def test_the_oldest_question_comes_first(standstill: Standstill):
+    with ExitStack() as stack:
+        branches = [stack.enter_context(standstill.wait()) for _ in range(3)]
+        newer, older = SimpleNamespace(since=2), SimpleNamespace(since=1)
+        branches[0].form, branches[2].form = cast("Any", newer), cast("Any", older)
+        assert standstill.forms() == [older, newer]
 
 
 def test_work_beside_it_keeps_a_branch_from_leaving_and_its_end_begins_the_count_anew(
