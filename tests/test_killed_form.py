@@ -13,14 +13,14 @@ from prefect.client.schemas.objects import FlowRun
 from prefect.flow_engine import run_flow_async
 from prefect.states import Scheduled
 
-from prefect_crew import arun_crew, reviews
+from prefect_crew import arun_crew
 from prefect_crew.server import CrewServer
 from support.deployed import wait_until
 from support.prefect_server import PrefectServer
 from support.processes import Process
 from support.scripts import ASKS
 
-pytestmark = [pytest.mark.usefixtures("prefect_api", "instant_polling")]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("prefect_api", "instant_polling")]
 
 SCRIPT = """
 import asyncio, sys, uuid
@@ -79,9 +79,8 @@ def fill_in(flow_run_id: Any, **fields: str) -> str:
 def test_a_process_is_killed_with_its_form_up(
     answered: bool, prefect_api: PrefectServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reviews, "SETTLE", 1.0)
     monkeypatch.setattr("prefect_crew.review_form.LOOK_EVERY", 0.2)
-    with CrewServer(ASKS) as server:
+    with CrewServer(ASKS, dialect="union") as server:
         server.crew().save(f"killed-{answered}".lower(), overwrite=True)
         flow_run_id = asyncio.run(planned(f"killed-{answered}".lower())).id
         env = {**prefect_api.env(), "PYTHONPATH": str(Path(__file__).parent)}

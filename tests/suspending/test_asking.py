@@ -90,6 +90,7 @@ def test_a_person_rejects_and_approves_while_no_process_waits(stage: Stage, work
     assert rounds == [1, 2], "each question is told of once"
 
 
+@pytest.mark.sampled
 def test_an_answer_from_elsewhere_brings_the_flow_run_back(stage: Stage, worker: Worker):
     crew = stage.crew("elsewhere", asking("elsewhere"))
     run_id = stage.start("reviewed", {"crew": "elsewhere", "topic": "tea", "run_key": "elsewhere"})
@@ -108,6 +109,7 @@ def test_an_answer_from_elsewhere_brings_the_flow_run_back(stage: Stage, worker:
     assert [crew.requests["resume"], crew.kickoffs] == [2, 1]
 
 
+@pytest.mark.sampled
 def test_two_questions_and_a_crew_that_ends_meanwhile(stage: Stage, worker: Worker):
     crew = stage.crew("twice", asking("twice"), dialect="union")
     beside = stage.crew("beside", working("beside", 25))
@@ -134,6 +136,7 @@ def test_two_questions_and_a_crew_that_ends_meanwhile(stage: Stage, worker: Work
     assert [crew.requests["resume"], crew.kickoffs, beside.kickoffs] == [2, 2, 1]
 
 
+@pytest.mark.sampled
 def test_a_form_is_held_while_something_else_works_and_suspended_after_that(stage: Stage, worker: Worker):
     crew = stage.crew("beside-work", asking("beside-work"), dialect="union")
     stage.crew("long-work", working("long-work", 30))
@@ -148,6 +151,7 @@ def test_a_form_is_held_while_something_else_works_and_suspended_after_that(stag
     assert [crew.requests["resume"], crew.kickoffs] == [1, 1]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("late", ["leave", "reject"])
 def test_nobody_answers_in_time(late: str, stage: Stage, worker: Worker):
     crew = stage.crew(f"late-{late}", asking(f"late-{late}"))
@@ -170,6 +174,7 @@ def test_nobody_answers_in_time(late: str, stage: Stage, worker: Worker):
     assert [crew.requests["resume"], crew.kickoffs] == [2, 1]
 
 
+@pytest.mark.sampled
 def test_an_answer_in_time_counts_though_no_worker_was_there_to_take_it(stage: Stage, worker: Worker):
     crew = stage.crew("in-time", asking("in-time"))
     wait = {"mode": "suspend", "initial": 0.3, "max_interval": 1, "human_timeout": 40, "on_human_timeout": "reject"}
@@ -183,6 +188,7 @@ def test_an_answer_in_time_counts_though_no_worker_was_there_to_take_it(stage: S
     assert [crew.requests["resume"], crew.kickoffs] == [1, 1]
 
 
+@pytest.mark.sampled
 def test_a_form_whose_process_died_while_putting_it_up_is_put_up_by_the_sweep(stage: Stage, worker: Worker):
     crew = stage.crew("in-vain", asking("in-vain"))
     run_id = stage.start("reviewed", {"crew": "in-vain", "topic": "tea"})

@@ -12,7 +12,7 @@ from prefect import flow, get_client
 from prefect.client.schemas.objects import FlowRun, State
 from prefect.flow_engine import run_flow_async
 
-from prefect_crew import WaitPolicy, arun_crew, forms, reviews, standstill
+from prefect_crew import WaitPolicy, arun_crew, forms, standstill
 from prefect_crew.resuming import Attended, attend, resume_once
 from prefect_crew.server import InProcessCrewServer
 from prefect_crew.suspended import SuspendedWaits
@@ -34,10 +34,9 @@ SERVERS: dict[str, InProcessCrewServer] = {}
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[InProcessCrewServer]:
-    monkeypatch.setattr(reviews, "SETTLE", 0.5)
     monkeypatch.setattr("prefect_crew.review_form.LOOK_EVERY", 0.1)
     monkeypatch.setitem(standstill.Standstill.__init__.__kwdefaults__, "see_first", 0.5)
-    with InProcessCrewServer(ASKS) as server:
+    with InProcessCrewServer(ASKS, dialect="union") as server:
         SERVERS[server.url] = server
         yield server
 
@@ -87,6 +86,14 @@ async def looked_after(server: InProcessCrewServer) -> list[Attended]:
     return list((await attend(waits, load=load)).values())
 
 
+async def ended(flow_run_id: UUID, server: InProcessCrewServer) -> str | None:
+    """Begin a flow run until it has ended: on a busy machine it is suspended once more while its crew prints."""
+    while (state := await begun(flow_run_id)).name == "Suspended":
+        while await looked_after(server) != [Attended.RESUMED]:
+            await asyncio.sleep(0.1)
+    return state.name
+
+
 async def test_it_asks_and_goes_on_with_the_answer(server: InProcessCrewServer):
     flow_run_id = await planned(server.url)
     state = await begun(flow_run_id)
@@ -95,7 +102,7 @@ async def test_it_asks_and_goes_on_with_the_answer(server: InProcessCrewServer):
     assert await looked_after(server) == [Attended.PERSON]
     assert await fill_in(flow_run_id) == "REJECT"
     assert await fill_in(flow_run_id, decision="approve", name="Ada") == "ACCEPT"
-    assert (await begun(flow_run_id)).name == "Completed"
+    assert await ended(flow_run_id, server) == "Completed"
     assert [server.requests["resume"], server.kickoffs] == [1, 1]
     assert await looked_after(server) == []
 
@@ -113,7 +120,7 @@ async def test_it_is_brought_back_without_an_answer_and_asks_again(server: InPro
     assert await fill_in(flow_run_id, decision="reject", feedback="Warmer.") == "ACCEPT"
     assert (await begun(flow_run_id)).name == "Suspended"
     assert await fill_in(flow_run_id, decision="approve") == "ACCEPT"
-    assert (await begun(flow_run_id)).name == "Completed"
+    assert await ended(flow_run_id, server) == "Completed"
     assert [server.requests["resume"], server.kickoffs] == [2, 1]
 
 
@@ -138,7 +145,7 @@ async def test_an_answer_that_came_too_late_is_taken_away(
         run = server.runs[0]
         await client.resume(run.id, "draft", "", True)
     assert await fill_in(flow_run_id, decision="reject") == "ACCEPT"
-    assert (await begun(flow_run_id)).name == "Completed"
+    assert await ended(flow_run_id, server) == "Completed"
     assert "an answer in the form (reject) was not needed" in caplog.text
     assert server.requests["resume"] == 1
     async with get_client() as client:
