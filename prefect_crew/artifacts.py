@@ -7,9 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager
-from contextvars import ContextVar
 from uuid import UUID
 
 import httpx
@@ -20,18 +17,19 @@ from prefect.client.schemas.sorting import ArtifactSort
 from prefect.context import FlowRunContext, TaskRunContext
 from prefect.exceptions import PrefectException, PrefectHTTPStatusError
 
+from prefect_crew.beside import Beside, beside_here
 from prefect_crew.impatience import busy, request_soon
 from prefect_crew.logs import run_logger
 from prefect_crew.patience import within
 from prefect_crew.rendering import RunView, render_run
 from prefect_crew.turns import Rank
 
-__all__ = ["MarkdownArtifact", "RunArtifact", "artifact_key", "showing_beside"]
+__all__ = ["SOON", "MarkdownArtifact", "RunArtifact", "artifact_key"]
 
 SHOW_FOR = 5.0
 """Seconds for which showing something outlasts a Prefect API that is busy."""
 SOON = 0.5
-"""Seconds after which a new artifact is made beside the work: a run that is over by then costs one request, not two."""
+"""Seconds after which a new artifact is made beside the work: what is over by then costs one request, not two."""
 PATIENCE = 15.0
 """Seconds for all of it: one that is away must not keep a wait from looking at its run."""
 PAGE, PAGES = 200, 5
@@ -134,52 +132,6 @@ class MarkdownArtifact:
         return None
 
 
-class _Beside:
-    """The artifacts that are brought up to date beside the work of one event loop."""
-
-    def __init__(self) -> None:
-        self.loop = asyncio.get_running_loop()
-        self.jobs: set[asyncio.Task[None]] = set()
-        self.ending = asyncio.Event()
-
-    async def rest(self, seconds: float) -> None:
-        """Wait so long, or until the end of the work."""
-        ending = asyncio.ensure_future(self.ending.wait())
-        try:
-            await asyncio.wait({ending}, timeout=seconds)
-        finally:
-            ending.cancel()
-
-
-_beside: ContextVar[_Beside | None] = ContextVar("prefect_crew_beside", default=None)
-
-
-@asynccontextmanager
-async def showing_beside() -> AsyncGenerator[None]:
-    """Bring runs' artifacts up to date beside the work meanwhile, and wait for them at the end only.
-
-    What a run waits for goes before them. Within another one, that one's end is the end.
-    """
-    if _here() is not None:
-        yield
-        return
-    beside = _Beside()
-    token = _beside.set(beside)
-    try:
-        yield
-    finally:
-        _beside.reset(token)
-        beside.ending.set()
-        if beside.jobs:
-            await asyncio.wait(set(beside.jobs), timeout=PATIENCE)
-
-
-def _here() -> _Beside | None:
-    beside = _beside.get()
-    # A sync call from within runs on a loop of its own, which ends before ours.
-    return beside if beside is not None and beside.loop is asyncio.get_running_loop() else None
-
-
 class RunArtifact:
     """The artifact of one run."""
 
@@ -190,15 +142,16 @@ class RunArtifact:
         )
         self._next: tuple[str, bool] | None = None
         self._job: asyncio.Task[None] | None = None
+        self._over = asyncio.Event()
         self._told: set[str] = set()
 
     async def create(self, view: RunView) -> str | None:
         """Make the artifact; return the trouble, if any."""
-        return await self._show(render_run(view), new=True)
+        return await self._show(view, new=True)
 
     async def update(self, view: RunView) -> str | None:
         """Bring the artifact up to date, or make it; return the trouble, if any."""
-        return await self._show(render_run(view), new=False)
+        return await self._show(view, new=False)
 
     @property
     def known_id(self) -> UUID | None:
@@ -213,22 +166,23 @@ class RunArtifact:
         """
         return await self._artifact.find()
 
-    async def _show(self, data: str, *, new: bool) -> str | None:
-        beside = _here()
+    async def _show(self, view: RunView, *, new: bool) -> str | None:
+        beside, data = beside_here(), render_run(view)
         if beside is None:
             return await self._artifact.put(data, new=new)
         # Of what is not written yet, the newest will do.
         self._next = (data, new or (self._next is not None and self._next[1]))
         if self._job is None or self._job.done():
-            self._job = asyncio.ensure_future(self._catch_up(beside))
-            beside.jobs.add(self._job)
-            self._job.add_done_callback(beside.jobs.discard)
+            self._over = asyncio.Event()
+            self._job = beside.show(self._catch_up(beside, self._over))
+        if view.state.ended:
+            self._over.set()
         return None
 
-    async def _catch_up(self, beside: _Beside) -> None:
+    async def _catch_up(self, beside: Beside, over: asyncio.Event) -> None:
         while self._next is not None:
             if self._next[1]:
-                await beside.rest(SOON)
+                await beside.rest(SOON, over)
             (data, new), self._next = self._next, None
             trouble = await self._artifact.put(data, new=new)
             said = "Run %s has no artifact: %s" if new else "The artifact of run %s could not be updated: %s"

@@ -11,15 +11,19 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, cast
 
 import httpx
 from prefect.client.orchestration import PrefectClient
 from prefect.exceptions import PrefectHTTPStatusError
 
-from prefect_crew.turns import Rank, line_here
+from prefect_crew.turns import Line, Rank, line_here
 
 __all__ = ["busy", "request_once", "request_soon", "transient"]
+
+CLOSING = 0.003
+"""Seconds after which a connection that the server closes is seen to be closed."""
 
 
 def transient(error: Exception) -> bool:
@@ -41,13 +45,13 @@ async def request_soon(
     *,
     json: Any,
     patience: float,
-    rank: Rank = Rank.RECORD,
+    rank: Rank | None = Rank.RECORD,
     again: Callable[[Exception], bool] = transient,
 ) -> httpx.Response:
     """Make one request, again and again for `patience` seconds while the Prefect API is away or busy.
 
     `again` tells which errors are worth another attempt. Changes that meet on a locked database go in turns afterwards,
-    by `rank`.
+    by `rank`; None for one that is never refused, since the server only writes for it: that takes no turn.
 
     Raises:
         PrefectHTTPStatusError, httpx.TransportError: The last attempt's.
@@ -58,16 +62,26 @@ async def request_soon(
     delay = 0.02
     while True:
         try:
-            async with line.turn(rank):
-                return await request_once(client, method, path, json=json)
+            async with line.turn(rank) if rank is not None else nullcontext():
+                return await _alone(client, method, path, json=json, line=line)
         except (PrefectHTTPStatusError, httpx.TransportError) as error:
-            if busy(error):
-                line.form()
             if not again(error) or loop.time() + delay > until:
                 raise
         # At random, so that those who met on a locked database do not meet again.
         await asyncio.sleep(delay * (0.5 + random.random()))  # noqa: S311  no secret depends on it
         delay = min(delay * 1.7, 10.0)
+
+
+async def _alone(client: PrefectClient, method: str, path: str, *, json: Any, line: Line) -> httpx.Response:
+    try:
+        return await request_once(client, method, path, json=json)
+    except PrefectHTTPStatusError as error:
+        if busy(error):
+            line.form()
+            # The server closes the connection after such an answer (its exception goes on to uvicorn): whoever sent
+            # the next request on it at this moment would lose that.
+            await asyncio.sleep(CLOSING)
+        raise
 
 
 async def request_once(client: PrefectClient, method: str, path: str, *, json: Any) -> httpx.Response:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from prefect_crew.api.errors import AuthenticationError, ConfigurationError, CrewError, InvalidInputsError
@@ -63,7 +64,8 @@ async def open_run(
         raise ConfigurationError(f"{error} Nothing was started.") from None
     digest = inputs_digest(encoded)
     identity = await identify(crew.label, digest, run_key=run_key, name=name, inside_own_task=inside_own_task)
-    settings = CrewSettings()
+    known = _known.get()
+    settings = CrewSettings() if known is None else known.settings
     purchase = Purchase(crew, identity, encoded, digest, name, meta, webhooks, force_new, settings=settings)
     if known_cancelled(purchase.identity.caller.flow_run_id):
         # A flow that catches the end of one wait must not go on buying.
@@ -93,13 +95,24 @@ async def open_run(
     return run
 
 
-_known: ContextVar[Mapping[str, Sequence[CrewInput]] | None] = ContextVar("prefect_crew_known_inputs", default=None)
+@dataclass(frozen=True)
+class _Known:
+    """What whoever makes many purchases has asked once for all of them."""
+
+    inputs: Mapping[str, Sequence[CrewInput]]
+    settings: CrewSettings
+
+
+_known: ContextVar[_Known | None] = ContextVar("prefect_crew_known", default=None)
 
 
 @contextmanager
 def knowing_inputs(expected: Mapping[str, Sequence[CrewInput]]) -> Generator[None]:
-    """Take the inputs that crews name, by their URLs, as told: whoever has just asked need not ask again."""
-    token = _known.set(expected)
+    """Take the inputs that crews name, by their URLs, as told, and the settings as they are now, meanwhile.
+
+    Whoever has just asked the crews need not ask again; and reading the settings takes 3 ms.
+    """
+    token = _known.set(_Known(expected, CrewSettings()))
     try:
         yield
     finally:
@@ -113,9 +126,10 @@ async def check_inputs(session: CrewSession, inputs: Mapping[str, Any]) -> None:
         InvalidInputsError: Some are missing.
         AuthenticationError: The token is refused, also after a reload of a stored block.
     """
-    known = (_known.get() or {}).get(session.crew.url)
+    known = _known.get()
+    told = None if known is None else known.inputs.get(session.crew.url)
     try:
-        expected = await session.client.inputs() if known is None else known
+        expected = await session.client.inputs() if told is None else told
     except AuthenticationError:
         if not await session.renew():
             raise

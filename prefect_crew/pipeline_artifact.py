@@ -15,7 +15,7 @@ from uuid import UUID
 import httpx
 from prefect.exceptions import PrefectException
 
-from prefect_crew.artifacts import MarkdownArtifact, artifact_key
+from prefect_crew.artifacts import SOON, MarkdownArtifact, artifact_key
 from prefect_crew.logs import run_logger
 from prefect_crew.open_runs import OpenRun
 from prefect_crew.pipeline_drawing import draw_graph
@@ -160,12 +160,15 @@ class PipelineArtifact:
         self._changed.set()
 
     async def _keep(self) -> None:
-        while not self._over.is_set():
+        over = asyncio.ensure_future(self._over.wait())
+        # Not at once: the first kickoffs go before it.
+        await asyncio.wait({over}, timeout=SOON)
+        while not over.done():
             await self._changed.wait()
             self._changed.clear()
-            if not self._over.is_set():
+            if not over.done():
                 await self._put()
-                await asyncio.wait({asyncio.ensure_future(self._over.wait())}, timeout=SHOW_EVERY)
+                await asyncio.wait({over}, timeout=SHOW_EVERY)
 
     async def _put(self) -> None:
         for step, run in self._runs.items():

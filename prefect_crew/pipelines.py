@@ -21,7 +21,7 @@ from pydantic import Field
 from prefect_crew.api.errors import ConfigurationError, PipelineFailedError
 from prefect_crew.api.inputs import encode_inputs, inputs_digest
 from prefect_crew.api.models import CrewResult, CrewStatus
-from prefect_crew.artifacts import showing_beside
+from prefect_crew.beside import work_beside
 from prefect_crew.dual import refuse_running_loop
 from prefect_crew.kickoffs import knowing_inputs
 from prefect_crew.logs import run_logger
@@ -206,7 +206,7 @@ class _Work:
     async def run(self) -> None:
         """Run all steps that can run. A cancellation ends them all."""
         with watch_runs(self._saw), knowing_inputs(self.crews.known):
-            async with self.artifact, showing_beside():
+            async with self.artifact, work_beside():
                 jobs = [asyncio.ensure_future(self._step(step)) for step in self.graph.steps]
                 try:
                     await asyncio.gather(*jobs)

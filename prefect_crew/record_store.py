@@ -21,6 +21,7 @@ from pydantic_core import to_json
 from prefect_crew.api.errors import CrewError
 from prefect_crew.impatience import busy, request_soon
 from prefect_crew.records import RecordPhase, RunRecord, SentReview
+from prefect_crew.turns import Rank
 
 __all__ = ["SUSPENDED", "PrefectRecords", "record_name", "suspended_prefix"]
 
@@ -105,7 +106,8 @@ async def _created(client: PrefectClient, variable: dict[str, Any]) -> bool:
     """
     try:
         try:
-            await request_soon(client, "POST", "/variables/", json=variable, patience=BUSY_FOR, again=busy)
+            # No turn: the server reads nothing before it writes this, so that a locked database makes it wait instead.
+            await request_soon(client, "POST", "/variables/", json=variable, patience=BUSY_FOR, rank=None, again=busy)
         except (PrefectHTTPStatusError, httpx.TransportError) as error:
             if isinstance(error, PrefectHTTPStatusError) and error.response.status_code not in CLIENTS_OWN:
                 raise
@@ -171,6 +173,7 @@ class PrefectRecords:
                 f"/variables/name/{record_name(record.run_key, record.attempt)}",
                 json={"value": value, "tags": _tags(record)},
                 patience=SAVE_FOR,
+                rank=Rank.END if record.phase is RecordPhase.ENDED else Rank.RECORD,
             )
 
     async def attempts(self, run_key: str) -> Sequence[RunRecord]:

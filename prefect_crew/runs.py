@@ -19,7 +19,7 @@ from pydantic import BaseModel, Field
 from prefect_crew.api.errors import ConfigurationError, CrewError, CrewFailedError, CrewStoppedError
 from prefect_crew.api.inputs import encode_inputs
 from prefect_crew.api.models import CrewResult, CrewState
-from prefect_crew.artifacts import showing_beside
+from prefect_crew.beside import work_beside
 from prefect_crew.blocks import DeployedCrew
 from prefect_crew.dual import dual, refuse_running_loop
 from prefect_crew.lookups import read_result
@@ -171,7 +171,7 @@ def _stored(call: _Call) -> dict[str, Any]:
 async def _run(
     call: _Call, *, name: str | None, run_key: str | None, force_new: bool, wait: WaitPolicy | None
 ) -> CrewResult:
-    async with _limited(call.crew), showing_beside():
+    async with _limited(call.crew), work_beside():
         kickoff_id = await kickoff_crew.acall(
             call.crew,
             call.inputs,

@@ -2,7 +2,8 @@
 
 On SQLite a change that meets another one is refused (see `impatience`), so that four steps that begin side by side
 spend most of their time on asking again. Once a server has shown that, the changes of one event loop go one after the
-other: what a run waits for first, what people look at last. A server on PostgreSQL never shows it, and nothing waits.
+other: what a run waits for first, then the ends of runs, what people look at last. A server on PostgreSQL never shows
+it, and nothing waits.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ class Rank(IntEnum):
     """What goes first."""
 
     RECORD = 0
-    VIEW = 1
+    END = 1
+    VIEW = 2
 
 
 class Line:

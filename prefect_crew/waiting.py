@@ -247,7 +247,7 @@ async def wait_until_ended(
     """
     wait = _Wait(kickoff_id, policy, phases, watcher, now, rng, stretch, more_time)
     if not first_look:
-        await pause(wait.next_pause())
+        await pause(wait.first_pause())
     while True:
         at_least = 0.0
         try:
@@ -311,6 +311,11 @@ class _Wait:
             return delay
         # Not less than a clock of seconds since the epoch can show: the look must not fall just before the end.
         return min(delay, max(left[2], 0.001))
+
+    def first_pause(self) -> float:
+        """Count the first delay from the kickoff: what was written down since is no reason to look later."""
+        since = self.now() - self.phases.kicked_off_at
+        return max(0.0, self.next_pause() - max(0.0, since))
 
     async def take(self, status: CrewStatus) -> bool:
         """Take a good answer in; True if the run has ended. First its end, then the clock."""

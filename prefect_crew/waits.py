@@ -12,6 +12,7 @@ from prefect.exceptions import PrefectException
 
 from prefect_crew.api.errors import AuthenticationError, CrewError, CrewLostError, CrewStoppedError, CrewTimeoutError
 from prefect_crew.api.models import CrewResult, CrewState, CrewStatus
+from prefect_crew.beside import beside_here
 from prefect_crew.events import emit
 from prefect_crew.interrupts import ENDINGS, watch_ctrl_c
 from prefect_crew.leaving import leaving_here
@@ -140,7 +141,13 @@ class _Waiter:
                 await self.people.aclose(ended=ended)
                 if not left:
                     await self._leave(joined)
-        await self._close(status)
+        self.log.info("Crew run %s %s.", run.kickoff_id, _ENDS[status.state])
+        beside = beside_here()
+        if beside is None or status.state is not CrewState.COMPLETED:
+            # A failure is on record before anybody hears of it, since whoever does may buy again.
+            await self._close(status)
+        else:
+            beside.write_down(self._close(status))
         return result_of(run, status)
 
     async def _wait(self) -> CrewStatus:
@@ -215,12 +222,12 @@ class _Waiter:
 
     async def person_turn(self, phases: Phases) -> None:
         record = self.run.record
-        waiting = phases.human_since is not None
+        since = phases.human_since
         if record is None:
             return
         record.human_seconds = phases.human_seconds
-        record.human_since = _utc(phases.human_since)
-        if not waiting:
+        record.human_since = None if since is None else datetime.fromtimestamp(since, timezone.utc)
+        if since is None:
             emit("resumed", record)
         try:
             if not await self._closed_already():
@@ -280,7 +287,6 @@ class _Waiter:
                 record.human_seconds += max(0.0, (record.ended_at - record.human_since).total_seconds())
                 record.human_since = None
             if await self._closed_already():
-                self.log.info("Crew run %s %s.", run.kickoff_id, _ENDS[status.state])
                 return
             masked = run.masked(status)
             record.phase, record.state = RecordPhase.ENDED, status.state
@@ -302,7 +308,6 @@ class _Waiter:
                 error=record.error,
                 execution_time=status.execution_time,
             )
-        self.log.info("Crew run %s %s.", run.kickoff_id, _ENDS[status.state])
         await self._show(status, force=True)
 
     async def _closed_already(self) -> bool:
@@ -394,7 +399,3 @@ def _progress(status: CrewStatus) -> str:
     if status.total_tasks:
         return f" ({status.completed_tasks or 0} of {status.total_tasks} tasks done)"
     return f" ({status.progress:.0%})" if status.progress is not None else ""
-
-
-def _utc(seconds: float | None) -> datetime | None:
-    return None if seconds is None else datetime.fromtimestamp(seconds, timezone.utc)

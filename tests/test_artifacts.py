@@ -19,6 +19,7 @@ from prefect_crew import (
     artifacts,
     arun_crew,
     kickoff_crew,
+    run_crew,
     wait_for_crew,
 )
 from prefect_crew.artifacts import MarkdownArtifact, artifact_key
@@ -90,6 +91,17 @@ def test_an_artifact_shows_the_kickoff_and_then_the_end(crew_server: CrewServerF
     assert artifact["task_run_id"]
     for part in ("✓ completed", "# Lisbon\n\nby tram", "| **city** | Lisbon |", "| task\\_1 |"):
         assert part in artifact["data"]
+
+
+def test_a_run_of_a_sync_flow_has_one_too(crew_server: CrewServerFactory, seen: Seen, name: str):
+    crew = crew_server(script({"seconds": 0.1, "output": "by tram"})).crew().called(name)
+
+    @flow
+    def trip() -> str:
+        return run_crew(crew, {}).output
+
+    assert trip() == "by tram"
+    assert "✓ completed" in shown(seen, name)
 
 
 def test_a_failure_and_its_error_are_shown(crew_server: CrewServerFactory, seen: Seen, name: str):

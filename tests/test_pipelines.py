@@ -23,13 +23,17 @@ from prefect_crew import (
     PipelineFailedError,
     RunKeyConflictError,
     aplan_pipeline,
+    arun_crew,
     arun_pipeline,
     get_result,
     pipeline_artifact,
     plan_pipeline,
     run_pipeline,
 )
-from prefect_crew.api.models import CrewInput
+from prefect_crew.api.models import CrewInput, CrewState
+from prefect_crew.beside import work_beside
+from prefect_crew.record_store import PrefectRecords
+from prefect_crew.records import RecordPhase, RunRecord
 from prefect_crew.server.local import InProcessCrewServer
 from prefect_crew.server.program import Outcome, ProgramError, Run
 from prefect_crew.server.programs import load_program
@@ -117,6 +121,46 @@ async def test_steps_without_a_path_between_them_run_side_by_side(crew_server: C
     assert spans["c"][0] > max(spans["a"][1], spans["b"][1])
     shown = await asyncio.to_thread(artifact, seen, "beside", run_key)
     assert "3 of 3 steps completed" in shown
+
+
+async def test_the_next_step_does_not_wait_until_an_end_is_written_down_and_the_pipeline_does(
+    echo: InProcessCrewServer, monkeypatch: pytest.MonkeyPatch
+):
+    save, run_key, kicked_off = PrefectRecords.save, key(), list[int]()
+
+    async def late(records: PrefectRecords, record: RunRecord) -> None:
+        if record.phase is RecordPhase.ENDED and record.step == "a":
+            for _ in range(2000):
+                if echo.kickoffs > 1:
+                    break
+                await asyncio.sleep(0.01)
+            kicked_off.append(echo.kickoffs)
+        await save(records, record)
+
+    monkeypatch.setattr(PrefectRecords, "save", late)
+    steps = [CrewStep("a", echo.crew(), {"text": "a"}), CrewStep("b", echo.crew(), {"text": "{{ a.output }}b"})]
+    await arun_pipeline(steps, run_key=run_key)
+    assert kicked_off == [2]
+    for step in "ab":
+        (record,) = await PrefectRecords().attempts(f"{run_key}/{step}")
+        assert (record.phase, record.state) == (RecordPhase.ENDED, CrewState.COMPLETED)
+
+
+async def test_a_failure_is_on_record_before_anybody_hears_of_it(
+    crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch
+):
+    save, run_key = PrefectRecords.save, key()
+
+    async def slowly(records: PrefectRecords, record: RunRecord) -> None:
+        await asyncio.sleep(0.5 if record.phase is RecordPhase.ENDED else 0)
+        await save(records, record)
+
+    monkeypatch.setattr(PrefectRecords, "save", slowly)
+    async with work_beside():  # as within a pipeline: whoever catches it there may buy again
+        with pytest.raises(CrewFailedError):
+            await arun_crew(crew_server(FAILS).crew(), run_key=run_key)
+        (record,) = await PrefectRecords().attempts(run_key)
+    assert (record.phase, record.state) == (RecordPhase.ENDED, CrewState.FAILED)
 
 
 async def test_each_step_has_a_crew_and_a_token_of_its_own(crew_server: CrewServerFactory):

@@ -16,11 +16,12 @@ from prefect.client.orchestration import get_client
 from prefect.flows import Flow
 from prefect.states import Cancelled, Cancelling, Completed, Running
 
-from prefect_crew import record_store
+from prefect_crew import record_store, turns
 from prefect_crew.api.errors import CrewError
 from prefect_crew.api.models import CrewState, TaskResult
 from prefect_crew.record_store import PrefectRecords, record_name
 from prefect_crew.records import RecordPhase, RunRecord, SentReview, StoredResult, utcnow
+from prefect_crew.turns import Rank, line_here
 from support.prefect_server import PrefectServer
 from support.proxy import Proxy, through
 
@@ -90,6 +91,14 @@ def test_of_twenty_racers_one_wins():
 
     with ThreadPoolExecutor(20) as racers:
         assert sorted(racers.map(race, range(20))) == [False] * 19 + [True]
+
+
+async def test_a_claim_waits_for_nobodys_turn(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(turns, "LONGEST", 600.0)
+    line = line_here()
+    line.form()
+    async with line.turn(Rank.RECORD):
+        assert await asyncio.wait_for(RECORDS.claim(new()), 60)
 
 
 async def test_attempts_are_claims_of_their_own_in_order():

@@ -1,4 +1,4 @@
-"""Turns: changes of one event loop go one after the other once that is needed, records before views."""
+"""Turns: changes of one event loop go one after the other once that is needed, records before ends before views."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ async def test_nothing_waits_before_the_server_was_crowded():
     assert max(inside) == 3
 
 
-async def test_afterwards_one_goes_after_the_other_and_views_last():
+async def test_afterwards_one_goes_after_the_other_ends_late_and_views_last():
     line, done, inside = Line(), list[str](), [0]
     line.form()
-    kinds = [("view", Rank.VIEW), ("a", Rank.RECORD), ("other view", Rank.VIEW), ("b", Rank.RECORD), ("c", Rank.RECORD)]
-    await asyncio.gather(*(change(line, rank, name, done, inside) for name, rank in kinds))
+    kinds = {"view": Rank.VIEW, "a": Rank.RECORD, "other view": Rank.VIEW, "end": Rank.END, "b": Rank.RECORD}
+    await asyncio.gather(*(change(line, rank, name, done, inside) for name, rank in kinds.items()))
     assert max(inside) == 1
     # The first one found nobody there.
-    assert done == ["view", "a", "b", "c", "other view"]
+    assert done == ["view", "a", "b", "end", "other view"]
 
 
 async def test_who_gives_up_waiting_takes_no_turn_away(monkeypatch: pytest.MonkeyPatch):

@@ -167,6 +167,13 @@ async def test_the_first_look_comes_after_the_initial_pause_and_at_once_for_a_ru
     assert (bought.looks, found.looks) == ([10], [0])
 
 
+@pytest.mark.parametrize(("passed", "looks"), [(0, 10), (4, 6), (10, 0), (3600, 0), (-5, 10)], ids=str)
+async def test_the_first_pause_is_counted_from_the_kickoff(passed: float, looks: float):
+    world = World(each([COMPLETED]))
+    await world.wait(phases=Phases(kicked_off_at=world.started - passed))
+    assert world.looks == [looks]
+
+
 async def test_a_change_of_state_makes_it_look_often_again():
     policy = STEADY.model_copy(update={"initial": 1.0, "factor": 3.0})
     world = World(steps((14, PENDING), (30, RUNNING)))
