@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import httpx
 from prefect.blocks.abstract import JobBlock, JobRun
-from pydantic import Field, HttpUrl, SecretStr, field_validator, model_validator
+from pydantic import ConfigDict, Field, HttpUrl, SecretStr, field_validator, model_validator
 
 from prefect_crew.api._http import checked_url
 from prefect_crew.api.models import CrewResult, ResumeAnswer, StopAnswer
@@ -37,6 +37,9 @@ class DeployedCrew(JobBlock[CrewResult]):
         result = run_crew(crew, {"topic": "Lisbon"})
         ```
     """
+
+    # A value that is refused is shown with the token beside it, as it was given, unless this is said.
+    model_config = ConfigDict(hide_input_in_errors=True)
 
     _block_type_name = "Deployed Crew"
     _block_type_slug = "deployed-crew"

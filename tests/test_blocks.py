@@ -63,6 +63,23 @@ def test_a_url_that_cannot_be_used_is_refused(url: str):
         crew(url=url)
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        pytest.param({"url": "http://travel.test"}, id="plain http"),
+        pytest.param({"url": "https://me:hunter2@travel.test"}, id="credentials"),
+        pytest.param({"url": None}, id="no url"),
+        pytest.param({"wait": {"initial": -1}}, id="another field"),
+    ],
+)
+def test_a_refusal_does_not_show_the_token_that_was_given_with_what_it_refuses(fields: dict[str, Any]):
+    with pytest.raises(ValidationError) as caught:
+        crew(**{"token": "plain-text-token", **fields})
+    for shown in (str(caught.value), repr(caught.value)):
+        assert "text-token" not in shown
+        assert "hunter2" not in shown
+
+
 def test_plain_http_beyond_this_machine_has_to_be_allowed():
     assert crew(url="http://travel.test", allow_http=True).url == "http://travel.test"
 
