@@ -17,7 +17,7 @@ import keyword
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import datetime, timedelta, timezone
 from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import quote, unquote
 
@@ -26,6 +26,7 @@ from pydantic import Field, ValidationError
 
 from prefect_crew.api.errors import ConfigurationError
 from prefect_crew.api.models import CrewInput, CrewResult
+from prefect_crew.run_keys import render_run_key
 from prefect_crew.runs import arun_crew
 
 if TYPE_CHECKING:
@@ -185,7 +186,7 @@ def deployment_of(crew: DeployedCrew, inputs: Sequence[CrewInput], plan: Plan) -
 
     Raises:
         ConfigurationError: Defaults for inputs that the crew does not know, a schedule without a default for each
-            required input, or one that is none.
+            required input, or one that is none; a run key whose template is none, or on a schedule has no time in it.
     """
     from prefect.deployments.runner import RunnerDeployment
     from prefect.types.entrypoint import EntrypointType
@@ -204,6 +205,7 @@ def deployment_of(crew: DeployedCrew, inputs: Sequence[CrewInput], plan: Plan) -
         )
     defaults = {names[name]: value for name, value in plan.inputs.items()}
     if plan.run_key is not None:
+        _check_run_key(plan.run_key, scheduled=plan.scheduled)
         defaults[_run_key_name(names)] = plan.run_key
     made = crew_flow(crew.label, inputs, secret_inputs=crew.secret_inputs)
     try:
@@ -224,6 +226,15 @@ def deployment_of(crew: DeployedCrew, inputs: Sequence[CrewInput], plan: Plan) -
         raise
     except ValueError as error:
         raise ConfigurationError(f"The deployment cannot be made: {error}") from error
+
+
+def _check_run_key(run_key: str, *, scheduled: bool) -> None:
+    """Say now what each of the runs would say, or what none of them would."""
+    if render_run_key(run_key, datetime.now(timezone.utc)) == run_key and scheduled:
+        raise ConfigurationError(
+            f"The run key {run_key!r} is the same for every time of the schedule, so that all would get the "
+            "first one's result. Put the time into it, such as daily-{{ scheduled_start:%Y-%m-%d }}."
+        )
 
 
 def _schedule(plan: Plan) -> Schedule | None:

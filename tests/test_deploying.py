@@ -108,6 +108,8 @@ def test_a_schedule_needs_a_value_for_each_required_input():
         pytest.param(Plan("travel", {}, cron="0 6 x * *"), "cannot be made", id="no-cron"),
         pytest.param(Plan("travel", {}, cron="0 6 * * *", timezone="Mars/Base"), "cannot be made", id="no-time-zone"),
         pytest.param(Plan("travel", {}, interval=-5), "cannot be made", id="backwards"),
+        pytest.param(Plan("travel", {}, "trip-{{ start }}"), "'{{ start }}' is not known", id="no-template"),
+        pytest.param(Plan("travel", {}, "trip", cron="0 6 * * *"), "the same for every time", id="one-key-for-all"),
     ],
 )
 def test_plans_that_make_no_sense(plan: Plan, said: str):
