@@ -143,7 +143,7 @@ async def check_inputs(session: CrewSession, inputs: Mapping[str, Any]) -> None:
     unknown = unknown_inputs(expected, inputs) if expected else []
     if unknown:
         run_logger().warning(
-            "Crew %s does not know the inputs %s; it takes %s.",
+            "Crew %s does not name the inputs %s, only %s. They are sent all the same.",
             session.crew.label,
             ", ".join(unknown),
             ", ".join(known.name for known in expected),

@@ -75,7 +75,7 @@ async def test_unknown_inputs_are_warned_of_once_and_sent(
     server = crew_server(TRIP)
     run = await server.crew().trigger({"city": "Lisbon", "color": "red", "size": 3})
     (warning,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-    assert "does not know the inputs color, size; it takes city." in warning
+    assert "does not name the inputs color, size, only city. They are sent all the same." in warning
     assert server.run(run.kickoff_id).inputs == {"city": "Lisbon", "color": "red", "size": "3"}
 
 
