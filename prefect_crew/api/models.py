@@ -87,7 +87,7 @@ class CrewResult(_Model):
     """What a completed run gave.
 
     `output` is the text; `data` the structured result, or None; `execution_time` is in seconds, as the server
-    measured it; `raw` the whole body of the last status answer.
+    measured it; `raw` the whole body of the last status answer, None where the result is read from a record.
     """
 
     output: str
