@@ -13,12 +13,13 @@ from typing import Any, Generic, ParamSpec, TypeVar, cast
 from prefect import Task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
+from prefect.exceptions import ObjectNotFound
 from prefect.states import Completed
 from pydantic import BaseModel
 
 from prefect_crew.actions import resume_run, stop_run
 from prefect_crew.api.certainty import KickoffFate, kickoff_fate
-from prefect_crew.api.errors import CrewError
+from prefect_crew.api.errors import ConfigurationError, CrewError
 from prefect_crew.api.models import CrewInput, CrewResult, ResumeAnswer, StopAnswer
 from prefect_crew.api.webhooks import Webhooks
 from prefect_crew.blocks import DeployedCrew
@@ -147,8 +148,22 @@ def _task(
 
 
 async def loaded(crew: DeployedCrew | str) -> DeployedCrew:
-    """Return a crew, loading the block that a text names."""
-    return crew if isinstance(crew, DeployedCrew) else await DeployedCrew.aload(crew)
+    """Return a crew, loading the block that a text names.
+
+    Raises:
+        ConfigurationError: There is no such block.
+    """
+    if isinstance(crew, DeployedCrew):
+        return crew
+    try:
+        return await DeployedCrew.aload(crew)
+    except ValueError as error:
+        if not isinstance(error.__cause__, ObjectNotFound):
+            raise
+        raise ConfigurationError(
+            f"No crew is stored under the name {crew!r}. Store it: prefect-crew save NAME --url URL, or "
+            "DeployedCrew(url=…, token=…).save(NAME). Or give a DeployedCrew in its place."
+        ) from error
 
 
 @_task("inputs of", retries=2, retry_delay_seconds=2)

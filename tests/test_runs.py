@@ -30,6 +30,7 @@ from prefect_crew import (
     get_result,
     run_crew,
     run_deployed_crew,
+    wait_for_crew,
 )
 from prefect_crew.redaction import MASK
 from prefect_crew.testing import CrewServerFactory
@@ -235,6 +236,14 @@ async def test_a_stored_flow_run_can_be_run_again_for_a_stored_block(
         await client.set_flow_run_state(uuid.UUID(run["id"]), Scheduled(), force=True)
     again = await run_again(run)
     assert (again.output, again.kickoff_id, server.kickoffs) == ("a", first.kickoff_id, 1)
+
+
+async def test_a_name_under_which_no_crew_is_stored():
+    with pytest.raises(ConfigurationError, match="No crew is stored under the name 'nobody'") as caught:
+        await arun_crew("nobody", {})
+    assert isinstance(caught.value, CrewError)
+    with pytest.raises(ConfigurationError, match="'nobody'"):
+        await wait_for_crew("nobody", "an-id")
 
 
 async def test_a_flow_run_of_a_block_that_is_not_stored_says_why_it_cannot_be_run_again(crew_server: CrewServerFactory):
