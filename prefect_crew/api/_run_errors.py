@@ -59,7 +59,7 @@ class KickoffUncertainError(CrewError):
         self.sent = dict(sent or {})
         facts = ", ".join(f"{key} {value}" for key, value in self.sent.items())
         super().__init__(
-            f"The kickoff of run {run_key!r} is uncertain: {reason}.{f' Sent: {facts}.' if facts else ''} "
+            f"The kickoff of run {run_key!r} is uncertain: {reason.rstrip('.')}.{f' Sent: {facts}.' if facts else ''} "
             "It may be running and is not started again. Look at the crew's page, then say which it was: "
             f"prefect-crew runs settle {run_key!r} --kickoff-id ID, or --never-started; "
             "then run again with the same key."
@@ -174,11 +174,15 @@ class CrewTimeoutError(_EndedError):
         self.last_state = last_state
         self.stopped = stopped
         after = "It was stopped." if stopped else "It was left running."
-        go_on = f" To go on waiting, run again with run key {run_key!r} and a larger timeout" if run_key else ""
+        if run_key is None:
+            go_on = "Look"
+        elif stopped:
+            go_on = f"Run key {run_key!r} buys another, which may want a larger timeout; or look"
+        else:
+            go_on = f"To go on waiting, run again with run key {run_key!r} and a larger timeout, or look"
         super().__init__(
             f"{_of(kickoff_id, crew)} was still {last_state or 'unseen'} "
-            f"when its {phase} time of {budget:g} s was over. {after}"
-            f"{go_on}{', or look' if go_on else ' Look'}: prefect-crew status CREW {kickoff_id}.",
+            f"when its {phase} time of {budget:g} s was over. {after} {go_on}: prefect-crew status CREW {kickoff_id}.",
             kickoff_id=kickoff_id,
             crew=crew,
             run_key=run_key,

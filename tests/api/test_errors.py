@@ -54,7 +54,7 @@ ERRORS: dict[str, tuple[CrewError, list[str], str]] = {
         "mend the type",
     ),
     "uncertain": (
-        errors.KickoffUncertainError(run_key="daily", reason="timeout", sent={"crew": "travel"}),
+        errors.KickoffUncertainError(run_key="daily", reason="timeout. Look.", sent={"crew": "travel"}),
         ["'daily'", "timeout", "crew travel"],
         "prefect-crew runs settle 'daily'",
     ),
@@ -82,6 +82,13 @@ ERRORS: dict[str, tuple[CrewError, list[str], str]] = {
         ["k1", "unseen", "It was stopped"],
         "prefect-crew status CREW k1",
     ),
+    "timeout-stopped-with-a-key": (
+        errors.CrewTimeoutError(
+            kickoff_id="k1", phase="running", budget=60, last_state="running", run_key="daily", stopped=True
+        ),
+        ["k1", "It was stopped"],
+        "'daily' buys another",
+    ),
     "too-many-rounds": (
         errors.ReviewLimitError(kickoff_id="k1", task_id="t1", max_rounds=3, crew="travel"),
         ["k1", "travel", "task t1", "3 rounds"],
@@ -107,6 +114,7 @@ def test_text_says_what_and_to_which_run_and_what_to_do(case: str):
     error, facts, advice = ERRORS[case]
     for part in (*facts, advice):
         assert part in str(error)
+    assert ".." not in str(error)
 
 
 @pytest.mark.parametrize("again", [lambda error: pickle.loads(pickle.dumps(error)), copy.copy], ids=["pickle", "copy"])
