@@ -42,10 +42,10 @@ class InProcessTransport(httpx.AsyncBaseTransport):
             call.drop()
 
     def crash(self) -> None:
-        """Answer no more; requests in flight are reset. On the server's event loop."""
+        """Answer no more; requests in flight are reset, and the app is at work on none. On the server's event loop."""
         self._app = None
         for call in list(self._calls):
-            call.reset()
+            call.die()
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         """Send one request and return its answer."""
@@ -123,6 +123,11 @@ class _Call:
 
     def reset(self) -> None:
         self._break(httpx.ReadError("Connection reset by peer"))
+
+    def die(self) -> None:
+        self.reset()
+        if self._task is not None and self._task is not asyncio.current_task():
+            self._task.cancel()
 
     def _break(self, error: httpx.TransportError) -> None:
         with contextlib.suppress(concurrent.futures.InvalidStateError):

@@ -39,6 +39,12 @@ WORLDS = {
     "a claim is made twice by Prefect's own client": Scenario(
         calls=(Call(),), prefect_faults=((1, "lost"), (2, "lost"))
     ),
+    "the crew's server crashes while it takes its time over a kickoff": Scenario(
+        calls=(Call(flow=False), Call(key=1, flow=False)),
+        faults=("kickoff:latency=4@1", "status:crash@1"),
+        down_for=0.5,
+        max_kickoffs=1,
+    ),
     "the token is rotated while the crew runs": Scenario(
         calls=(Call(again=(1.0, 3.0)),), runs=(CrewRun(seconds=15),), rotate_at=5.0, rotate_late=3.0
     ),
