@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from enum import Enum
 from typing import Protocol
 
 from prefect_crew.api.models import CrewState
-from prefect_crew.records import RecordPhase, RunRecord
+from prefect_crew.records import RecordPhase, RunRecord, latest_purchase
 
 __all__ = ["Lookout", "RunLine", "Standing", "classify", "look_at"]
 
@@ -57,15 +58,20 @@ class Lookout(Protocol):
         """Return the flow runs other than `flow_run_id` that wait for the run and have not ended."""
         ...
 
+    async def attempts(self, run_key: str) -> Sequence[RunRecord]:
+        """Return all attempts at a key, the first one first."""
+        ...
+
 
 async def look_at(record: RunRecord, store: Lookout, now: datetime) -> RunLine:
     """Return the line of a record, asking after its flow runs only where that matters."""
     owner_ended = record.phase is RecordPhase.CLAIMED and await store.owner_ended(record)
     attended = record.phase is not RecordPhase.STARTED or bool(await store.other_waiters(record, None))
-    return classify(record, now, owner_ended=owner_ended, attended=attended)
+    passed = not attended and latest_purchase(await store.attempts(record.run_key)) != record
+    return classify(record, now, owner_ended=owner_ended, attended=attended, passed=passed)
 
 
-def classify(record: RunRecord, now: datetime, *, owner_ended: bool, attended: bool) -> RunLine:
+def classify(record: RunRecord, now: datetime, *, owner_ended: bool, attended: bool, passed: bool = False) -> RunLine:
     """Return the line of a record. Pure.
 
     Args:
@@ -73,13 +79,14 @@ def classify(record: RunRecord, now: datetime, *, owner_ended: bool, attended: b
         now: The time, UTC.
         owner_ended: Whether the owner's flow run is known to have ended, for one that is claimed.
         attended: Whether a flow run that goes on waits for it, for one that is started.
+        passed: Whether its key leads to a later attempt.
     """
     standing = _standing(record, now, owner_ended, attended)
     since = {
         Standing.WAITING: record.human_since,
         Standing.ENDED: record.ended_at,
     }.get(standing, record.kicked_off_at)
-    return RunLine(record, standing, since or record.claimed_at, _todo(record, standing))
+    return RunLine(record, standing, since or record.claimed_at, _todo(record, standing, passed))
 
 
 def _standing(record: RunRecord, now: datetime, owner_ended: bool, attended: bool) -> Standing:
@@ -102,7 +109,7 @@ def _crew(record: RunRecord) -> str:
     return record.crew_url if record.crew == address else record.crew
 
 
-def _todo(record: RunRecord, standing: Standing) -> str:
+def _todo(record: RunRecord, standing: Standing, passed: bool) -> str:
     if standing is Standing.UNCERTAIN:
         return (
             f"Look at the crew's page, then: prefect-crew runs settle {record.run_key!r} --kickoff-id ID, "
@@ -110,9 +117,10 @@ def _todo(record: RunRecord, standing: Standing) -> str:
         )
     if standing is Standing.ORPHANED:
         person = " It waits for a person." if record.human_since is not None else ""
+        goes_on = "Its key leads to a later attempt; look" if passed else "Run again with its key to go on, or look"
         return (
-            f"Nobody waits for it.{person} Run again with its key to go on, or look: "
-            f"prefect-crew status {_crew(record)} {record.kickoff_id}."
+            f"Nobody waits for it.{person} {goes_on}: prefect-crew status {_crew(record)} {record.kickoff_id}. "
+            f"If the crew's server has forgotten it: prefect-crew runs settle {record.run_key!r} --lost."
         )
     if standing is Standing.WAITING:
         return f"Answer: prefect-crew reviews approve {record.kickoff_id}, or reject ID --feedback TEXT."

@@ -133,7 +133,6 @@ class RunRecord(BaseModel):
     """Whether its kickoff asked for webhooks to this package's receiver."""
     kickoff_id: str | None = None
     kicked_off_at: datetime | None = None
-    running_since: datetime | None = None
     human_since: datetime | None = None
     human_seconds: float = 0.0
     human_task: str | None = None

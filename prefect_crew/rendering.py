@@ -17,7 +17,7 @@ from prefect_crew.api.models import CrewState, CrewStatus, TaskResult, TokenUsag
 from prefect_crew.records import SentReview
 from prefect_crew.redaction import MASK
 
-__all__ = ["RunView", "cell", "code", "duration", "fenced", "prose", "reading", "render_run", "table"]
+__all__ = ["RunView", "cell", "code", "duration", "fenced", "progress", "prose", "reading", "render_run", "table"]
 
 OUTPUT_CAP = 60_000
 """Characters of a result that an artifact shows; Prefect Cloud refuses bodies over 5 MiB."""
@@ -272,3 +272,10 @@ def duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s"
+
+
+def progress(status: CrewStatus) -> str:
+    """Return how far a run is, as far as its status tells, for the end of a line."""
+    if status.total_tasks:
+        return f" ({status.completed_tasks or 0} of {status.total_tasks} tasks done)"
+    return f" ({status.progress:.0%})" if status.progress is not None else ""

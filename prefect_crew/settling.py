@@ -12,9 +12,10 @@ from prefect_crew.api.errors import ConfigurationError, CrewError
 from prefect_crew.api.models import CrewState, CrewStatus
 from prefect_crew.records import RecordPhase, RecordStore, RunRecord, latest_purchase, utcnow
 
-__all__ = ["SETTLED_BY_PERSON", "settle_never_started", "settle_started", "unsettled"]
+__all__ = ["SETTLED_BY_PERSON", "in_flight", "settle_lost", "settle_never_started", "settle_started", "unsettled"]
 
 SETTLED_BY_PERSON = "settled: it never started"
+LOST = "settled: the crew's server has forgotten it"
 
 
 async def unsettled(run_key: str, records: RecordStore) -> RunRecord:
@@ -94,6 +95,49 @@ async def settle_never_started(record: RunRecord, records: RecordStore) -> None:
     """
     await _not_settled_meanwhile(record, records)
     record.phase, record.reason = RecordPhase.NOT_STARTED, SETTLED_BY_PERSON
+    await records.save(record)
+
+
+async def in_flight(run_key: str, records: RecordStore) -> RunRecord:
+    """Return the latest attempt at a key that was started and has not been seen to end.
+
+    Raises:
+        CrewError: There is none.
+    """
+    attempts = await records.attempts(run_key)
+    started = [one for one in attempts if one.phase is RecordPhase.STARTED]
+    if not started:
+        told = f"it is {attempts[-1].state or attempts[-1].phase}" if attempts else "no run has this key"
+        raise CrewError(f"Run {run_key!r} is not in flight: {told}. Nothing can be said to be lost.")
+    return started[-1]
+
+
+async def settle_lost(
+    record: RunRecord, records: RecordStore, *, look: Callable[[str], Awaitable[CrewStatus]] | None = None
+) -> None:
+    """Write down that a run's end will never be known: the crew's server has forgotten it. It stays a purchase.
+
+    The next call with its key buys another, up to the crew's `max_kickoffs`, as after a failure.
+
+    Args:
+        record: As `in_flight` returns it.
+        records: Where the record lives.
+        look: Asks the crew's status call; None where the crew cannot be asked.
+
+    Raises:
+        ConfigurationError: The crew's server knows the run. Nothing is changed.
+        CrewError: The status call failed, or the record says something else by now. Nothing is changed.
+    """
+    if look is not None:
+        state = (await look(str(record.kickoff_id))).state
+        if state is not CrewState.UNKNOWN:
+            raise ConfigurationError(
+                f"The server of crew {record.crew} knows run {record.kickoff_id}: it is {state}. Nothing was changed. "
+                "Run again with its key to wait for it and get its result."
+            )
+    await _not_settled_meanwhile(record, records)
+    record.phase, record.state, record.ended_at = RecordPhase.ENDED, CrewState.UNKNOWN, utcnow()
+    record.reason, record.human_since = LOST, None
     await records.save(record)
 
 

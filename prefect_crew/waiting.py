@@ -138,7 +138,6 @@ class Phases:
     """
 
     kicked_off_at: float
-    running_since: float | None = None
     human_seconds: float = 0.0
     human_since: float | None = None
     human_extra: float = 0.0
@@ -151,8 +150,6 @@ class Phases:
                 self.human_since = now
                 return True
             return False
-        if state is CrewState.RUNNING and self.running_since is None:
-            self.running_since = now
         if self.human_since is not None:
             self.human_seconds += max(0.0, now - self.human_since)
             self.human_since = None

@@ -23,6 +23,7 @@ from prefect_crew.outcomes import result_of, typed
 from prefect_crew.people import People, TooManyRoundsError
 from prefect_crew.record_store import PrefectRecords
 from prefect_crew.records import RecordPhase, StoredResult, utcnow
+from prefect_crew.rendering import progress
 from prefect_crew.reviews import ReviewChoice
 from prefect_crew.sessions import CrewSession
 from prefect_crew.stopping import (
@@ -194,7 +195,7 @@ class _Waiter:
             before is None or before.current_task != status.current_task
         )
         if task_changed:
-            self.log.info("Crew run %s: %s%s", self.run.kickoff_id, self._task(status), _progress(status))
+            self.log.info("Crew run %s: %s%s", self.run.kickoff_id, self._task(status), progress(status))
         asked = await self.people.ask(status)
         if status.state.ended:
             return
@@ -393,9 +394,3 @@ class _Waiter:
         if trouble and not self._artifact_trouble:
             self._artifact_trouble = True
             self.log.warning("The artifact of run %s could not be updated: %s", self.run.kickoff_id, trouble)
-
-
-def _progress(status: CrewStatus) -> str:
-    if status.total_tasks:
-        return f" ({status.completed_tasks or 0} of {status.total_tasks} tasks done)"
-    return f" ({status.progress:.0%})" if status.progress is not None else ""

@@ -84,6 +84,7 @@ class Flows:
 
     def __init__(self, *, ended: bool = False, waiters: list[str] | None = None) -> None:
         self.ended, self.waiters, self.asked = ended, waiters or [], 0
+        self.tried: list[RunRecord] = []
 
     async def owner_ended(self, record: RunRecord) -> bool:
         self.asked += 1
@@ -93,11 +94,20 @@ class Flows:
         self.asked += 1
         return self.waiters
 
+    async def attempts(self, run_key: str) -> list[RunRecord]:
+        return self.tried
+
 
 async def test_flow_runs_are_asked_about_only_where_that_matters():
     for facts, asked in (({}, 1), (STARTED, 1), ({"phase": RecordPhase.UNCERTAIN}, 0), ({"phase": "ended"}, 0)):
         store = Flows(waiters=["f1"])
         await look_at(record(**facts), store, NOW)
         assert store.asked == asked
-    assert (await look_at(record(**STARTED), Flows(), NOW)).standing is Standing.ORPHANED
+    orphans = Flows()
+    orphans.tried = [record(**STARTED)]
+    alone = await look_at(record(**STARTED), orphans, NOW)
+    assert alone.standing is Standing.ORPHANED
+    assert "Run again with its key" in alone.todo
+    orphans.tried.append(record(attempt=2))
+    assert "Its key leads to a later attempt" in (await look_at(record(**STARTED), orphans, NOW)).todo
     assert (await look_at(record(), Flows(ended=True), NOW)).standing is Standing.UNCERTAIN

@@ -397,7 +397,7 @@ async def test_an_unknown_run_is_waited_for_in_its_grace():
         await never.wait(policy)
     assert never.looks[-1] == 60
     assert caught.value.last_state is None
-    assert "never became visible" in str(caught.value)
+    assert "has never seen it" in str(caught.value)
 
 
 async def test_a_run_that_was_seen_alive_is_lost_at_the_second_unknown():

@@ -138,10 +138,11 @@ class CrewLostError(_EndedError):
         self, *, kickoff_id: str, crew: str | None = None, run_key: str | None = None, last_state: str | None = None
     ) -> None:
         self.last_state = last_state
-        seen = f"it was last seen {last_state}" if last_state else "it never became visible after its kickoff"
+        seen = f"it was last seen {last_state}" if last_state else "this wait for it has never seen it"
         super().__init__(
             f"{_of(kickoff_id, crew)} is not known to the server: {seen}. "
-            "Check the URL, then the crew's page. It is not bought again on a guess: force_new=True buys another.",
+            "Check the URL, then the crew's page. It is not bought again on a guess: force_new=True buys another"
+            + (f", and so does the key after prefect-crew runs settle {run_key!r} --lost." if run_key else "."),
             kickoff_id=kickoff_id,
             crew=crew,
             run_key=run_key,

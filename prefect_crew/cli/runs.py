@@ -165,15 +165,36 @@ def settle(
     *,
     kickoff_id: Annotated[str | None, Parameter(help="The run that the kickoff did start.")] = None,
     never_started: Annotated[bool, flag("The kickoff did not start a run.")] = False,
+    lost: Annotated[bool, flag("The run was started, and the crew's server has forgotten it.")] = False,
     crew: Annotated[
         str | None, Parameter(help="The crew to ask about the id, where its block is not stored: a block or a URL.")
     ] = None,
     access: CrewAccess = CrewAccess(),  # noqa: B008 - never changed
 ) -> None:
-    """Say what became of an uncertain kickoff, after a look at the crew's page."""
-    if (kickoff_id is None) is not never_started:
-        raise UsageError("Say either --kickoff-id ID or --never-started.")
-    asyncio.run(_settle(key, kickoff_id, crew, access, _records()))
+    """Say what became of an uncertain kickoff, or of a lost run, after a look at the crew's page."""
+    if [kickoff_id is not None, never_started, lost].count(True) != 1:
+        raise UsageError("Say one of --kickoff-id ID, --never-started and --lost.")
+    if lost:
+        asyncio.run(_settle_lost(key, crew, access, _records()))
+    else:
+        asyncio.run(_settle(key, kickoff_id, crew, access, _records()))
+
+
+async def _settle_lost(key: str, crew: str | None, access: CrewAccess, records: PrefectRecords) -> None:
+    from prefect_crew.settling import in_flight, settle_lost
+
+    record = await in_flight(key, records)
+    block = await crew_of(record, crew, access)
+    if block is None:
+        terminal.note(
+            f"Crew {record.crew} is no stored block, so its server was not asked whether it knows run "
+            f"{record.kickoff_id}. Give --crew to have it asked."
+        )
+        await settle_lost(record, records)
+    else:
+        async with block.client() as client:
+            await settle_lost(record, records, look=client.status)
+    terminal.put(f"Settled: run {record.kickoff_id} of {key} is lost. Run again with this key to buy another.")
 
 
 async def _settle(

@@ -71,7 +71,7 @@ ERRORS: dict[str, tuple[CrewError, list[str], str]] = {
     "failed-without-a-reason": (errors.CrewFailedError(kickoff_id="k1", error=""), ["k1", "no reason"], "run again"),
     "stopped": (errors.CrewStoppedError(kickoff_id="k1", crew="travel"), ["k1", "travel"], "Run again"),
     "lost": (errors.CrewLostError(kickoff_id="k1", last_state="running"), ["k1", "running"], "Check the URL"),
-    "lost-at-once": (errors.CrewLostError(kickoff_id="k1"), ["k1", "never became visible"], "Check the URL"),
+    "lost-at-once": (errors.CrewLostError(kickoff_id="k1"), ["k1", "has never seen it"], "Check the URL"),
     "timeout": (
         errors.CrewTimeoutError(kickoff_id="k1", phase="running", budget=60, last_state="running", run_key="daily"),
         ["k1", "running time of 60 s", "left running"],

@@ -130,6 +130,38 @@ def test_a_run_that_never_started_is_bought_anew(here, write: Write, crews: Crew
     assert crews.kickoffs == kickoffs + 1
 
 
+def test_a_run_that_the_server_has_forgotten_can_be_given_up(
+    here, write: Write, crews: CrewServer, instant_polling: None
+):
+    from prefect_crew.api.inputs import inputs_digest
+
+    url = f"{crews.url}/greet"
+    facts = {"inputs_digest": inputs_digest({"who": "Ada"}), "kicked_off_at": utcnow() - timedelta(minutes=5)}
+    record = write(phase=RecordPhase.STARTED, kickoff_id=f"gone-{uuid.uuid4()}", **facts)
+    ran = ("run", url, "-i", "who=Ada", "--run-key", record.run_key)
+    lost = here(*ran)
+    assert lost.code == 12
+    assert f"prefect-crew runs settle '{record.run_key}' --lost" in lost.err
+    assert f"prefect-crew runs settle '{record.run_key}' --lost" in here("runs", "show", record.run_key).out
+
+    known = write(phase=RecordPhase.STARTED, kickoff_id=kicked_off(crews), **facts)
+    refused = here("runs", "settle", known.run_key, "--lost", "--crew", url)
+    assert (refused.code, "Nothing was changed" in refused.err) == (25, True), refused.err
+
+    assert here("runs", "settle", record.run_key, "--lost", "--crew", url).code == 0
+    assert here("runs", "settle", record.run_key, "--lost").code == 27
+    kickoffs = crews.kickoffs
+    assert here(*ran).code == 0
+    assert crews.kickoffs == kickoffs + 1
+    assert "ORPHANED" not in here("runs", "show", record.run_key).out
+
+
+def test_an_orphan_that_its_key_leads_past_says_so(here, write: Write):
+    first = write(phase=RecordPhase.STARTED, kickoff_id=f"k-{uuid.uuid4()}", kicked_off_at=utcnow())
+    write(run_key=first.run_key, attempt=2, phase=RecordPhase.ENDED, state="completed", ended_at=utcnow())
+    assert "Its key leads to a later attempt" in here("runs", "show", first.run_key).out
+
+
 def test_without_its_crew_a_settlement_says_that_nobody_was_asked(here, write: Write):
     record = write(**uncertain(crew="not-stored"))
     done = here("runs", "settle", record.run_key, "--kickoff-id", f"k-{uuid.uuid4()}")
