@@ -113,8 +113,15 @@ async def test_a_claim_of_a_flow_run_that_is_gone_is_uncertain_at_once(crew_serv
 
 @pytest.fixture
 def old_claims(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every claim is as old as after a long sleep of the machine."""
-    monkeypatch.setattr(records, "MARGIN", -1000.0)
+    """Every claim is as old, when it has been made, as after a long sleep of the machine."""
+    make = posting.Purchase.record
+
+    def old(purchase: posting.Purchase, attempt: int, *, delay: float = 0.0) -> records.RunRecord:
+        record = make(purchase, attempt, delay=delay)
+        record.known_by = utcnow() - timedelta(seconds=1)
+        return record
+
+    monkeypatch.setattr(posting.Purchase, "record", old)
 
 
 async def settled(crew_server: CrewServerFactory, **fields: Any) -> tuple[Any, Any]:
