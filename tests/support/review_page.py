@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from support.chromium import Page
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Response
 
 __all__ = ["answer_on_page"]
 
@@ -44,5 +47,31 @@ def answer_on_page(
     page.fill(f"{dialog} textarea >> nth=0", feedback)
     page.fill(f"{dialog} textarea >> nth=1", "Grace")
     page.screenshot(screenshot, whole=False)
-    page.click(f'{dialog} >> role=button[name="{submit}"]')
-    page.raw(lambda playwright: playwright.locator(dialog).first.wait_for(state="hidden"))
+    answers = _answers(page)
+    for _ in range(3):  # a database that was busy for too long is one click for nothing
+        page.click(f'{dialog} >> role=button[name="{submit}"]')
+        if _is_gone(page, dialog):
+            return
+    raise AssertionError(f"the form stays, after {answers}")
+
+
+def _answers(page: Page) -> list[str]:
+    """Return what the server answers to the page's POSTs from now on."""
+    answers: list[str] = []
+
+    def note(response: Response) -> None:
+        if response.request.method == "POST":
+            answers.append(f"{response.status} {response.url}")
+
+    page.raw(lambda playwright: playwright.on("response", note))
+    return answers
+
+
+def _is_gone(page: Page, dialog: str) -> bool:
+    from playwright.sync_api import TimeoutError as PlaywrightTimeoutError
+
+    try:
+        page.raw(lambda playwright: playwright.locator(dialog).first.wait_for(state="hidden", timeout=15_000))
+    except PlaywrightTimeoutError:
+        return False
+    return True
