@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from types import FrameType
@@ -39,9 +40,12 @@ class _Watch:
         self.previous: Any = None
         self.loop: asyncio.AbstractEventLoop | None = None
         self.cancel: Callable[[], None] | None = None
+        self.kept: weakref.WeakSet[asyncio.Task[Any]] = weakref.WeakSet()
 
     def handle(self, signum: int, frame: FrameType | None) -> None:
         first, self.pressed = not self.pressed, True
+        for task in tuple(self.kept):
+            asyncio.tasks._unregister_task(task)  # noqa: SLF001  # documented, for those who extend asyncio
         if first and self.cancel is not None:
             self.cancel()
         elif first and self.loop is not None and self.previous is signal.default_int_handler:
@@ -68,10 +72,11 @@ def to_be_seen_to_its_end(task: asyncio.Task[Any]) -> None:
     """Let Ctrl-C end whoever waits for a task, and not the task: it holds a request that must not be cut off.
 
     From Python 3.11 on asyncio cancels the main task alone. Before, `asyncio.run` cancels every task that the loop
-    knows of, shielded or not; so the loop is not to know of this one. Whoever calls this waits for it.
+    knows of, shielded or not; so once Ctrl-C is pressed the loop is not to know of this one. Whoever calls this waits
+    for it.
     """
     if sys.version_info < (3, 11):
-        asyncio.tasks._unregister_task(task)  # noqa: SLF001  # documented, for those who extend asyncio
+        _watch.kept.add(task)
 
 
 @contextmanager
