@@ -84,7 +84,7 @@ async def test_cancelling_stops_kickoffs_at_once_and_goes_on_later(
 
 
 async def test_a_task_that_is_cancelled_leaves_the_runs_in_flight(batch: Batches, crew_server: CrewServerFactory):
-    server = crew_server(slow(1.0))
+    server = crew_server(slow(4.0))
     running = asyncio.ensure_future(batch(server.crew(), ROWS, name="evicted", max_in_flight=10))
     while server.kickoffs < 10:
         await asyncio.sleep(0.02)

@@ -18,7 +18,7 @@ from prefect_crew.server import InProcessCrewServer
 from prefect_crew.suspended import SuspendedWaits
 from support.scripts import ASKS
 
-pytestmark = pytest.mark.usefixtures("prefect_api", "instant_polling")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("prefect_api", "instant_polling")]
 
 SUSPEND = WaitPolicy(mode="suspend")
 
