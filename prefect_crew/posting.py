@@ -157,14 +157,19 @@ async def post_claimed(purchase: Purchase, record: RunRecord, records: RecordSto
 async def _pause(record: RunRecord, records: RecordStore, delay: float, request_timeout: float) -> None:
     """Wait between two posts of one claim, with the claim kept fresh for others who look at it."""
     record.known_by = known_by(utcnow(), request_timeout, delay)
+    keeping = asyncio.create_task(_save_claim(record, records))
+    to_be_seen_to_its_end(keeping)
     try:
         try:
-            await _save_claim(record, records)
+            await asyncio.shield(keeping)
         except (httpx.HTTPError, PrefectException) as error:
             run_logger().warning("Others may take the claim of run %s for given up: %s", record.run_key, error)
         await asyncio.sleep(delay)
     except ENDINGS as cancelled:
-        await give_back(record, records, cancelled)
+        # A write that is cut off may still arrive, and then after the one that gives the claim back.
+        await asyncio.wait({keeping}, timeout=FINISH)
+        if not (keeping.done() and isinstance(keeping.exception(), ClaimLostError)):
+            await give_back(record, records, cancelled)
         raise
 
 

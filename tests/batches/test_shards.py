@@ -270,8 +270,8 @@ PARENT = """
 import sys
 from prefect_crew import WaitPolicy, run_batch
 
-rows, output, ledger = sys.argv[1:]
-run_batch("shard-crew", rows, name="orphaned", output=output, ledger=ledger, max_in_flight=20, shards=2,
+name, rows, output, ledger = sys.argv[1:]
+run_batch("shard-crew", rows, name=name, output=output, ledger=ledger, max_in_flight=20, shards=2,
     deployment="batch-shard/shards", wait=WaitPolicy(initial=0.2, factor=1, max_interval=1.0))
 """
 
@@ -288,13 +288,15 @@ def test_a_batch_whose_parent_was_killed_goes_on_with_its_shards(
         folder.mkdir()
     workers = [Worker(api, "shards", folder=folder, name=folder.name, limit=1) for folder in folders]
     output, ledger = str(tmp_path / "out.jsonl"), without_password(postgres_ledger(postgres))
-    arguments = [rows_file(tmp_path, 400), output, ledger]
+    name = "orphaned-with-shards" if with_shards else "orphaned"
+    arguments = [name, rows_file(tmp_path, 400), output, ledger]
     parent = Process(
         [sys.executable, "-c", PARENT, *arguments], log=tmp_path / "parent.log", env=api.env(home=tmp_path / "home")
     )
     with workers[0], workers[1]:
         with parent:
-            wait_until(lambda: crew.kickoffs >= 60, seconds=300, what="both shards")
+            wait_until(lambda: crew.kickoffs >= 60 or not parent.running, seconds=300, what="both shards")
+            assert parent.running, parent.tail()
             parent.kill()
         if with_shards:
             for worker in workers:
@@ -304,8 +306,8 @@ def test_a_batch_whose_parent_was_killed_goes_on_with_its_shards(
             assert bought < 400
         report = asyncio.run(
             arun_batch(
-                *("shard-crew", arguments[0]),
-                name="orphaned",
+                *("shard-crew", arguments[1]),
+                name=name,
                 output=output,
                 ledger=ledger,
                 max_in_flight=20,
@@ -318,7 +320,7 @@ def test_a_batch_whose_parent_was_killed_goes_on_with_its_shards(
     assert report.uncertain <= (32 if with_shards else 0), "a shard that goes on loses nothing"
     assert max(crew.kickoffs_by_run_key.values()) == 1
     assert len(Batches(tmp_path).lines()) == report.completed
-    runs = asyncio.run(states("orphaned"))
+    runs = asyncio.run(states(name))
     assert runs.count("COMPLETED") == 2, "it is gone on with in shards, not in one process"
     assert len(runs) == (4 if with_shards else 2)
 

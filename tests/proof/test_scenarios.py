@@ -23,6 +23,9 @@ WORLDS = {
         faults=("kickoff:no-id@1",),
         settle_after=0.0,
     ),
+    "whoever is cancelled over the write that keeps a claim gives it back after that": Scenario(
+        calls=(Call(flow=False, cancel_at=9),), faults=("kickoff:429-before-accept@1",), seed=17
+    ),
     "two stop one run at the same moment": Scenario(
         calls=(Call(at_once=2),), runs=(CrewRun(end="stuck"),), stop_on_timeout=True
     ),

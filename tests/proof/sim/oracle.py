@@ -209,10 +209,11 @@ def _records(world: World) -> Iterator[str]:
     # Prefect's client may send an older write once more, over a newer one, and a machine that wakes up may write the id
     # that somebody else has told meanwhile. It is the same run: its end is seen again.
     late = bool(world.prefect.fired) or any(process.was_frozen for process in world.processes)
-    # Nor can a machine take back the write over which it fell asleep.
-    stale = any("writing" in process.frozen_in for process in world.processes)
     for change in world.prefect.changes:
         before, now = latest.get(change.name), dict(change.value)
+        # Nor can a machine take back the write over which it fell asleep: of its own claim, once it is awake.
+        owner = world.owners[now["owner"]]
+        stale = "writing" in owner.frozen_in and change.at >= owner.frozen_until
         if before is not None and not (stale and now["phase"] != "ended"):
             if now["phase"] not in _NEXT[before["phase"]] and not (late and now["phase"] == "started"):
                 yield f"records: {change.name} went from {before['phase']} to {now['phase']} at {change.at:.2f}"
