@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -80,6 +81,16 @@ class DeployedCrew(JobBlock[CrewResult]):
     )
 
     _called: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_names(cls, values: Any) -> Any:
+        # Prefect's blocks take any field, and a limit whose name is misspelt would be none.
+        for name in cast("dict[str, Any]", values) if isinstance(values, dict) else ():
+            near = get_close_matches(name, cls.model_fields, n=1, cutoff=0.8)
+            if near and name not in cls.model_fields:
+                raise ValueError(f"a deployed crew has no field {name!r}: do you mean {near[0]!r}?")
+        return cast("Any", values)
 
     @field_validator("secret_inputs", mode="before")
     @classmethod

@@ -29,6 +29,9 @@ PREFECT_FLOOR = "3.7.1"
 """The oldest Prefect that this package works with."""
 
 
+_NO_INPUTS = "GET /inputs is answered with 404."
+
+
 class Level(str, Enum):
     """How much a finding matters."""
 
@@ -77,11 +80,21 @@ async def check_crew(client: CrewClient) -> AsyncIterator[Finding]:
         yield reached
         if reached.level is Level.PROBLEM:
             return
+        no_inputs = False
         async for finding in _inputs(client):
             yield finding
             if finding.subject == "token" and finding.level is Level.PROBLEM:
                 return
-        yield await _status(client)
+            no_inputs = no_inputs or finding.found == _NO_INPUTS
+        status = await _status(client)
+        yield status
+        if no_inputs and reached.level is Level.NOTE and status.level is Level.OK:
+            yield Finding(
+                Level.PROBLEM,
+                "crew",
+                "Whatever was asked was answered with 404: nothing there looks like a crew.",
+                "Copy the URL again from the Status tab of the crew's page.",
+            )
 
 
 def _of_url(url: str) -> Finding:
@@ -146,7 +159,7 @@ async def _inputs(client: CrewClient) -> AsyncIterator[Finding]:
         yield Finding(
             Level.WARNING,
             "inputs",
-            "GET /inputs is answered with 404.",
+            _NO_INPUTS,
             "If the URL is the crew's own, it has none: inputs are then not checked before a kickoff. "
             "If the URL has more than a host, leave the rest away.",
         )

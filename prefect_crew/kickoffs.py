@@ -56,12 +56,12 @@ async def open_run(
         CrewConnectionError, RateLimitedError, ServerError: The kickoff surely did not start a run; it may be retried.
         CrewAPIError: The server refused it; nothing was started.
     """
-    # Who gives one of pydantic's secrets has said that it is one.
-    crew = crew.hiding(name for name, value in inputs.items() if holds_secret(value))
     try:
         encoded = encode_inputs(inputs, as_json=crew.inputs_as_json)
     except (TypeError, ValueError) as error:
         raise ConfigurationError(f"{error} Nothing was started.") from None
+    # Who gives one of pydantic's secrets has said that it is one.
+    crew = crew.hiding(name for name, value in inputs.items() if holds_secret(value))
     digest = inputs_digest(encoded)
     identity = await identify(crew.label, digest, run_key=run_key, name=name, inside_own_task=inside_own_task)
     known = _known.get()
@@ -84,7 +84,7 @@ async def open_run(
     if opened.decision is Decision.RETURN and record.state is not CrewState.COMPLETED and refused_again:
         run.advice = (
             f"It is not bought again: crew {crew.label} allows {crew.max_kickoffs} kickoffs under one run key "
-            "(max_kickoffs). force_new=True buys another."
+            "(max_kickoffs). force_new=True (--force-new) buys another."
         )
     if opened.bought:
         trouble = await run.shown_by().create(run.view(None))

@@ -69,6 +69,13 @@ class OpenRun:
             return None
         return WITHHELD if self.blind else self.redact(text)
 
+    @property
+    def once_it_answers(self) -> str:
+        """What to do about it when its server gave no usable answer for too long."""
+        if self.run_key is None:
+            return f"The run may go on there; see later: prefect-crew status CREW {self.kickoff_id}."
+        return f"The run may go on there: run again with run key {self.run_key!r} to wait for it, and buy nothing."
+
     def withholding(self) -> AbstractContextManager[None]:
         """Let errors of the client that are made meanwhile tell of the server's answers what may be told."""
         return withholding(lambda text: self.told(text) or "")

@@ -125,5 +125,5 @@ def _todo(record: RunRecord, standing: Standing, passed: bool) -> str:
     if standing is Standing.WAITING:
         return f"Answer: prefect-crew reviews approve {record.kickoff_id}, or reject ID --feedback TEXT."
     if standing is Standing.ENDED and record.state is not CrewState.COMPLETED:
-        return "Run again with its key to buy another."
+        return "Run again with its key to buy another, as far as the crew's max_kickoffs allows."
     return ""

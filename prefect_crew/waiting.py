@@ -28,10 +28,12 @@ from prefect_crew.api.errors import (
 )
 from prefect_crew.api.models import CrewState, CrewStatus
 
-__all__ = ["Phases", "WaitPolicy", "Watcher", "fast_polling", "poll_delays", "wait_until_ended"]
+__all__ = ["NO_ANSWER", "Phases", "WaitPolicy", "Watcher", "fast_polling", "poll_delays", "wait_until_ended"]
 
 RETRY_AFTER_CAP = 300.0
 """Seconds. A server that asks for more than this is asked again after this long."""
+NO_ANSWER = (CrewConnectionError, ResponseFormatError, CrewAPIError)
+"""What a look that tells nothing about the run raises."""
 
 
 class WaitPolicy(BaseModel):
@@ -253,7 +255,7 @@ async def wait_until_ended(
             if not await watcher.refused(error):
                 raise
             continue
-        except (CrewConnectionError, ResponseFormatError, CrewAPIError) as error:
+        except NO_ANSWER as error:
             at_least = min(getattr(error, "retry_after", None) or 0.0, RETRY_AFTER_CAP)
             await wait.failed_to_look(error)
             await pause(max(wait.next_delay(), at_least))

@@ -35,7 +35,7 @@ from prefect_crew.stopping import (
     stop_once,
 )
 from prefect_crew.suspension import StillRunningError, polling_only
-from prefect_crew.waiting import Phases, WaitPolicy, wait_until_ended
+from prefect_crew.waiting import NO_ANSWER, Phases, WaitPolicy, wait_until_ended
 from prefect_crew.wakeups import Waker, waker_for
 from prefect_crew.watching import tell
 
@@ -138,6 +138,9 @@ class _Waiter:
                 raise self.people.too_often(error.question, stopped=stopped) from None
             except CrewLostError as error:
                 raise await self._lost(error) from None
+            except NO_ANSWER as error:
+                error.add(run.once_it_answers)
+                raise
             finally:
                 await self.people.aclose(ended=ended)
                 if not left:

@@ -101,6 +101,11 @@ def test_a_field_that_makes_no_sense_is_refused(fields: dict[str, Any]):
         crew(**fields)
 
 
+def test_a_misspelt_field_is_refused_and_the_right_one_named():
+    with pytest.raises(ValidationError, match="no field 'max_kickoff': do you mean 'max_kickoffs'"):
+        crew(max_kickoff=1)
+
+
 def test_secret_inputs_are_names_in_any_collection():
     assert crew(secret_inputs=("a", "b")).secret_inputs == ["a", "b"]
     assert crew(secret_inputs={"a"}).secret_inputs == ["a"]

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 
@@ -45,6 +49,23 @@ def test_nobody_there():
     found = findings("http://127.0.0.1:1", "token-1")
     assert problems(found) == ["server"]
     assert "online on its page" in found["server"].mend
+
+
+def test_a_server_that_is_no_crew(tmp_path: Path):
+    files = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Files, directory=str(tmp_path)))
+    threading.Thread(target=files.serve_forever).start()
+    try:
+        found = findings(f"http://127.0.0.1:{files.server_port}", "token-1")
+    finally:
+        files.shutdown()
+        files.server_close()
+    assert problems(found) == ["crew"]
+    assert "Status tab" in found["crew"].mend
+
+
+class _Files(SimpleHTTPRequestHandler):
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002
+        """Not on stderr."""
 
 
 def test_https_where_there_is_only_http():

@@ -109,7 +109,9 @@ async def test_a_refused_token_stops_a_run_before_its_kickoff(crew_server: CrewS
 
 
 @pytest.mark.parametrize(
-    "inputs", [{"city": object()}, {"city": float("nan")}, {3: "x"}], ids=["no JSON", "not a number", "name"]
+    "inputs",
+    [{"city": object()}, {"city": float("nan")}, {3: "x"}, ["city"]],
+    ids=["no JSON", "not a number", "name", "list"],
 )
 async def test_inputs_that_cannot_be_sent_start_nothing(crew_server: CrewServerFactory, inputs: Any):
     server = crew_server(TRIP)

@@ -93,6 +93,7 @@ async def test_errors_end_the_wait_in_the_end_and_the_run_is_found_again(crew_se
     with pytest.raises(CrewError, match="500") as caught:
         await run.wait_for_completion(WaitPolicy(initial=0.1, error_timeout=0.3))
     assert run.kickoff_id in str(caught.value)
+    assert f"run again with run key {run_key!r} to wait for it" in str(caught.value)
     server.faults.clear()
     assert (await ended(await server.crew().trigger({"text": "a"}, run_key=run_key))).output == "a"
     assert server.kickoffs == 1

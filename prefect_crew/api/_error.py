@@ -25,6 +25,10 @@ def excerpt(text: str, limit: int = EXCERPT) -> str:
 class CrewError(Exception):
     """Root of all errors of this package. Catch it to catch everything that can go wrong with a crew."""
 
+    def add(self, text: str) -> None:
+        """Say something more after its text."""
+        self.args = (f"{self} {text}",)
+
     def __reduce__(self) -> Any:
         # The subclasses take keyword arguments only, which BaseException's own reduce cannot replay.
         return copyreg.__newobj__, (type(self), *self.args), self.__dict__  # type: ignore[attr-defined]

@@ -122,7 +122,7 @@ def checked_url(url: str, *, allow_http: bool) -> str:
     if parts.scheme == "http" and not (allow_http or _loopback(host) or served_here(url)):
         raise ConfigurationError(
             f"The crew's URL http://{host} would send the token in plain text. "
-            "Use https, or allow it with allow_http=True where the network is trusted."
+            "Use https, or allow it with allow_http=True (--allow-http) where the network is trusted."
         )
     return url.strip().rstrip("/")
 

@@ -141,7 +141,8 @@ class CrewLostError(_EndedError):
         seen = f"it was last seen {last_state}" if last_state else "this wait for it has never seen it"
         super().__init__(
             f"{_of(kickoff_id, crew)} is not known to the server: {seen}. "
-            "Check the URL, then the crew's page. It is not bought again on a guess: force_new=True buys another"
+            "Check the URL, then the crew's page. It is not bought again on a guess: force_new=True (--force-new) buys "
+            "another"
             + (f", and so does the key after prefect-crew runs settle {run_key!r} --lost." if run_key else "."),
             kickoff_id=kickoff_id,
             crew=crew,
@@ -246,9 +247,7 @@ class PipelineFailedError(CrewError):
         self.results = dict(results)
         self.errors = dict(errors)
         self.run_key = run_key
-        why = "; ".join(
-            f"{name}: {excerpt(str(errors[name]), 200).rstrip('.')}" for name in self.failed if name in errors
-        )
+        why = "; ".join(f"{name}: {excerpt(str(errors[name])).rstrip('.')}" for name in self.failed if name in errors)
         not_run = f" Not run because of it: {', '.join(self.skipped)}." if self.skipped else ""
         again = f" with run key {run_key!r}" if run_key else ""
         super().__init__(

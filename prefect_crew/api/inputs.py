@@ -42,10 +42,12 @@ def encode_inputs(inputs: Mapping[str, Any], *, as_json: bool = False) -> dict[s
     within a list or an object. A secret is sent as what it hides: its stars are nothing that a crew could use.
 
     Raises:
-        TypeError: A value's type has no JSON form, or a name is no text.
+        TypeError: They are no mapping, a value's type has no JSON form, or a name is no text.
         ValueError: NaN, an infinity, text that is not Unicode, or a value that contains itself.
     Both name the input, and not its value.
     """
+    if not isinstance(inputs, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]  # not everybody has types
+        raise TypeError(f"Inputs are a mapping of names to values, not a {type(inputs).__name__}.")
     encoded: dict[str, Any] = {}
     for name, value in cast("Mapping[Any, Any]", inputs).items():
         if not isinstance(name, str):

@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
-from cyclopts import Parameter
+from cyclopts import Parameter, validators
 
 from prefect_crew.api.errors import ConfigurationError
 from prefect_crew.cli import terminal
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from prefect_crew.api.client import CrewClient
     from prefect_crew.blocks import DeployedCrew
 
-__all__ = ["CREW", "JSON", "TOKEN_VARIABLE", "CrewAccess", "find", "flag", "is_url"]
+__all__ = ["CREW", "JSON", "PORT", "TOKEN_VARIABLE", "CrewAccess", "find", "flag", "is_url"]
 
 
 def flag(text: str, *, name: str | None = None) -> Parameter:
@@ -26,6 +26,7 @@ def flag(text: str, *, name: str | None = None) -> Parameter:
 
 CREW = Parameter(name="CREW", help="The name of a stored block, or the crew's URL.")
 JSON = flag("Write one JSON document to standard output, and nothing else.")
+PORT = Parameter(help="The port; 0 takes a free one.", validator=validators.Number(gte=0, lte=65535))
 TOKEN_VARIABLE = "CREW_TOKEN"  # noqa: S105 - the name of a variable, not a token
 
 

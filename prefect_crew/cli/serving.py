@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 
 from prefect_crew.api.errors import ConfigurationError
-from prefect_crew.cli.crews import flag
+from prefect_crew.cli.crews import PORT, flag
 
 __all__ = ["serve"]
 
@@ -22,7 +22,7 @@ def serve(
     /,
     *,
     host: Annotated[str, Parameter(help="The address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, Parameter(help="The port; 0 takes a free one.")] = 8000,
+    port: Annotated[int, PORT] = 8000,
     token: Annotated[
         str | None, Parameter(help="The bearer token. Left out: that in CREW_TOKEN, else a random one, which is shown.")
     ] = None,

@@ -9,6 +9,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from prefect_crew.cli import terminal
+from prefect_crew.cli.crews import PORT
 
 __all__ = ["webhooks"]
 
@@ -18,7 +19,7 @@ MIB = 1024 * 1024
 def webhooks(
     *,
     host: Annotated[str, Parameter(help="The address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, Parameter(help="The port; 0 takes a free one.")] = 8001,
+    port: Annotated[int, PORT] = 8001,
     max_body: Annotated[float, Parameter(help="MiB of a webhook's body; the crew's whole result is in one.")] = 1.0,
     queue: Annotated[int, Parameter(help="How many webhooks wait while the Prefect API is away.")] = 2000,
 ) -> int:
