@@ -13,6 +13,7 @@ from prefect_crew import reviews
 from prefect_crew.api.errors import CrewError, CrewTimeoutError, ReviewLimitError
 from prefect_crew.api.models import CrewStatus
 from prefect_crew.logs import run_logger
+from prefect_crew.patience import end
 from prefect_crew.questions import Question, Questions, how_to_answer
 from prefect_crew.records import ReviewStore, SentReview
 from prefect_crew.review_form import FormReviewer
@@ -186,8 +187,7 @@ class People:
                 await asyncio.wait({sleeping, answering}, return_when=asyncio.FIRST_COMPLETED)
             finally:
                 if not sleeping.done():
-                    sleeping.cancel()
-                    await asyncio.wait({sleeping})
+                    await end(sleeping)
             if not sleeping.cancelled():
                 sleeping.result()
 

@@ -18,6 +18,7 @@ from prefect.utilities.urls import url_for
 from prefect_crew.api.errors import ConfigurationError, CrewAPIError
 from prefect_crew.forms import Form, ReviewForm, unread
 from prefect_crew.logs import run_logger
+from prefect_crew.patience import end
 from prefect_crew.questions import Question, Questions
 from prefect_crew.records import ReviewStore
 from prefect_crew.rendering import reading
@@ -179,8 +180,7 @@ class FormReviewer:
             if not asking.cancelled() and (error := asking.exception()) is not None:
                 run_logger().warning("The form's answer to run %s came to nothing: %s", self.run.kickoff_id, error)
             return
-        asking.cancel()
-        await asyncio.wait({asking})
+        await end(asking)
 
     async def _ask(self, form: Form) -> None:
         _line.enter(self.own, form)

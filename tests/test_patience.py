@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from prefect_crew.patience import within
+from prefect_crew.patience import end, within
 
 
 async def soon(seconds: float, ended: list[str]) -> str:
@@ -57,3 +57,23 @@ async def test_a_cancellation_at_the_moment_at_which_the_work_is_done_is_not_los
     waiting.cancel()
     with pytest.raises(asyncio.CancelledError):
         await waiting
+
+
+async def test_what_loses_a_cancellation_is_cancelled_once_more(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("prefect_crew.patience.AGAIN", 0.05)
+    lost: list[str] = []
+
+    async def deaf() -> None:
+        while True:
+            try:
+                await asyncio.sleep(60)
+            except asyncio.CancelledError:
+                if lost:
+                    raise
+                lost.append("once")
+
+    task = asyncio.ensure_future(deaf())
+    await asyncio.sleep(0)
+    await asyncio.wait_for(end(task), 5)
+    assert task.cancelled()
+    assert lost == ["once"]

@@ -9,7 +9,7 @@ import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from uuid import uuid4
 
 from pydantic import BaseModel
@@ -29,6 +29,7 @@ from prefect_crew.batches.retries import RetryRule, purchases
 from prefect_crew.batches.row_waits import RowWaiter
 from prefect_crew.batches.rows import RowJob
 from prefect_crew.logs import run_logger
+from prefect_crew.patience import FINISHED, end
 from prefect_crew.posting import Purchase
 from prefect_crew.purchases import Purchased, purchase_run
 from prefect_crew.records import Caller, RecordPhase, RunRecord, latest_purchase, utcnow
@@ -202,10 +203,7 @@ class Engine:
         finally:
             launched.set()
             # Cancelled, shut, or the ledger failed: the runs stay in flight at the crew's server, to be found again.
-            left: list[asyncio.Task[Any]] = [shut, ended, *running]
-            for one in left:
-                one.cancel()
-            await asyncio.gather(*left, return_exceptions=True)
+            await end(shut, ended, *running, again=FINISHED)
         if broken_by:
             raise broken_by[0]
 

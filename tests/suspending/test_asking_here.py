@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Iterator
 from typing import Any
 from uuid import UUID, uuid4
@@ -86,17 +87,35 @@ async def looked_after(server: InProcessCrewServer) -> list[Attended]:
     return list((await attend(waits, load=load)).values())
 
 
+async def brought_back(server: InProcessCrewServer) -> None:
+    """Wait until a sweep brings the suspended flow run back."""
+    until = time.monotonic() + 60
+    while (found := await looked_after(server)) != [Attended.RESUMED]:
+        assert time.monotonic() < until, f"it is not brought back: {found}, its crew is {server.runs[0].state}"
+        await asyncio.sleep(0.1)
+
+
+# On a busy machine a flow run is suspended once more while its crew prints.
+
+
+async def asked(flow_run_id: UUID, server: InProcessCrewServer) -> State[Any]:
+    """Begin a flow run until it is suspended with a form, and return that state."""
+    while not (state := await begun(flow_run_id)).state_details.run_input_keyset:
+        assert state.name == "Suspended"
+        await brought_back(server)
+    return state
+
+
 async def ended(flow_run_id: UUID, server: InProcessCrewServer) -> str | None:
-    """Begin a flow run until it has ended: on a busy machine it is suspended once more while its crew prints."""
+    """Begin a flow run until it has ended."""
     while (state := await begun(flow_run_id)).name == "Suspended":
-        while await looked_after(server) != [Attended.RESUMED]:
-            await asyncio.sleep(0.1)
+        await brought_back(server)
     return state.name
 
 
 async def test_it_asks_and_goes_on_with_the_answer(server: InProcessCrewServer):
     flow_run_id = await planned(server.url)
-    state = await begun(flow_run_id)
+    state = await asked(flow_run_id, server)
     assert state.name == "Suspended"
     assert await forms.shown_with(state, str(flow_run_id))
     assert await looked_after(server) == [Attended.PERSON]
@@ -109,16 +128,16 @@ async def test_it_asks_and_goes_on_with_the_answer(server: InProcessCrewServer):
 
 async def test_it_is_brought_back_without_an_answer_and_asks_again(server: InProcessCrewServer):
     flow_run_id = await planned(server.url)
-    first = await begun(flow_run_id)
+    first = await asked(flow_run_id, server)
     assert await resume_once(str(flow_run_id)) is Attended.RESUMED
     assert await resume_once(str(flow_run_id)) is Attended.NOT_YET
-    again = await begun(flow_run_id)
+    again = await asked(flow_run_id, server)
     assert again.name == "Suspended"
     assert again.state_details.pause_key != first.state_details.pause_key
     assert again.state_details.run_input_keyset == first.state_details.run_input_keyset
     assert await fill_in(flow_run_id) == "REJECT", "a decision is required again"
     assert await fill_in(flow_run_id, decision="reject", feedback="Warmer.") == "ACCEPT"
-    assert (await begun(flow_run_id)).name == "Suspended"
+    await asked(flow_run_id, server)
     assert await fill_in(flow_run_id, decision="approve") == "ACCEPT"
     assert await ended(flow_run_id, server) == "Completed"
     assert [server.requests["resume"], server.kickoffs] == [2, 1]
@@ -126,12 +145,12 @@ async def test_it_is_brought_back_without_an_answer_and_asks_again(server: InPro
 
 async def test_a_form_that_is_missing_is_put_up_by_whoever_looks_after_it(server: InProcessCrewServer):
     flow_run_id = await planned(server.url)
-    state = await begun(flow_run_id)
+    state = await asked(flow_run_id, server)
     async with get_client() as client:
         await client.delete_flow_run_input(flow_run_id, (state.state_details.run_input_keyset or {})["schema"])
     assert not await forms.shown_with(state, str(flow_run_id))
     assert await looked_after(server) == [Attended.RESUMED]
-    state = await begun(flow_run_id)
+    state = await asked(flow_run_id, server)
     assert await forms.shown_with(state, str(flow_run_id))
     assert await looked_after(server) == [Attended.PERSON]
 
@@ -140,7 +159,7 @@ async def test_an_answer_that_came_too_late_is_taken_away(
     server: InProcessCrewServer, caplog: pytest.LogCaptureFixture
 ):
     flow_run_id = await planned(server.url)
-    await begun(flow_run_id)
+    await asked(flow_run_id, server)
     async with server.crew().client() as client:
         run = server.runs[0]
         await client.resume(run.id, "draft", "", True)
