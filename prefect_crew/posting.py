@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from prefect_crew.blocks import DeployedCrew
     from prefect_crew.settings import CrewSettings
 
-__all__ = ["ClaimLostError", "Purchase", "give_back", "post_claimed", "uncertain"]
+__all__ = ["LIMITED_FOR", "ClaimLostError", "Purchase", "give_back", "post_claimed", "uncertain"]
 
 LIMITED_FOR = 600.0
 """Seconds for which a kickoff is tried again while the server answers 429, or 503 with a time to come back."""

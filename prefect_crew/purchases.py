@@ -14,7 +14,7 @@ from opentelemetry import trace
 from prefect_crew.api.errors import CrewError
 from prefect_crew.events import emit
 from prefect_crew.logs import run_logger
-from prefect_crew.posting import ClaimLostError, Purchase, give_back, post_claimed, uncertain
+from prefect_crew.posting import LIMITED_FOR, ClaimLostError, Purchase, give_back, post_claimed, uncertain
 from prefect_crew.records import (
     Decision,
     RecordPhase,
@@ -73,6 +73,8 @@ async def purchase_run(
             raise problem
         run_logger().warning("%s", problem)
         opened = found
+    loop = asyncio.get_running_loop()
+    until = loop.time() + LIMITED_FOR
     while True:
         _announce(purchase, opened)
         if not opened.bought:
@@ -82,6 +84,12 @@ async def purchase_run(
         try:
             return Purchased(opened.decision, await post_claimed(purchase, opened.record, records, session))
         except ClaimLostError:
+            if loop.time() > until:
+                raise CrewError(
+                    f"Run {opened.record.run_key!r} was not started: for {LIMITED_FOR / 60:g} minutes each claim of it "
+                    "has grown old before its kickoff could be sent. The Prefect API answers too slowly, or this "
+                    "machine sleeps. Mend that, then run again with the same key."
+                ) from None
             run_logger().warning(
                 "Run %s was settled by somebody while this process was asleep, or away: what is on record now counts.",
                 opened.record.run_key,

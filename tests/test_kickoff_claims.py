@@ -167,6 +167,25 @@ async def test_an_old_claim_that_was_settled_meanwhile_is_not_posted(crew_server
     assert server.requests["kickoff"] == 0
 
 
+@pytest.mark.usefixtures("old_claims")
+async def test_claims_that_are_lost_again_and_again_end_in_an_error(
+    crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(purchases, "LIMITED_FOR", 0.5)
+    server, run_key = crew_server("echo", faults=["inputs:latency=0.3"]), key()
+    calling = asyncio.ensure_future(server.crew().trigger({"text": "a"}, run_key=run_key))
+    while not calling.done():
+        for standing in await attempts(run_key):
+            if standing.phase is RecordPhase.CLAIMED:
+                standing.phase = RecordPhase.NOT_STARTED
+                await RECORDS.save(standing)
+        await asyncio.sleep(0.01)
+    with pytest.raises(CrewError, match="each claim of it has grown old"):
+        await calling
+    assert server.requests["inputs"] >= 2
+    assert server.requests["kickoff"] == 0
+
+
 # Where nothing more is to be bought
 
 
