@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from prefect import flow, get_run_logger
 
-from prefect_crew.resuming import sweep
+from prefect_crew.suspending.resuming import sweep
 
 
 @flow(retries=2, retry_delay_seconds=10)

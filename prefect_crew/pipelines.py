@@ -34,7 +34,7 @@ from prefect_crew.redaction import MASK
 from prefect_crew.reviews import ReviewChoice
 from prefect_crew.run_keys import identify
 from prefect_crew.runs import arun_crew
-from prefect_crew.suspension import checked_wait, standstill_here
+from prefect_crew.suspending.suspension import checked_wait, standstill_here
 from prefect_crew.waiting import WaitPolicy
 from prefect_crew.watching import watch_runs
 

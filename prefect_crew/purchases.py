@@ -26,7 +26,7 @@ from prefect_crew.records import (
     utcnow,
 )
 from prefect_crew.sessions import CrewSession
-from prefect_crew.suspended import SuspendedWaits
+from prefect_crew.suspending.suspended import SuspendedWaits
 
 __all__ = ["Purchased", "purchase_run"]
 

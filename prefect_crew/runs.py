@@ -28,7 +28,7 @@ from prefect_crew.outcomes import typed
 from prefect_crew.record_store import PrefectRecords
 from prefect_crew.redaction import MASK, holds_secret
 from prefect_crew.reviews import ReviewChoice
-from prefect_crew.suspension import checked_wait, standstill_here
+from prefect_crew.suspending.suspension import checked_wait, standstill_here
 from prefect_crew.tasks import kickoff_crew, loaded, wait_for_crew
 from prefect_crew.waiting import WaitPolicy
 

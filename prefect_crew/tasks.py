@@ -28,7 +28,7 @@ from prefect_crew.kickoffs import open_run
 from prefect_crew.reviews import ReviewChoice
 from prefect_crew.run_keys import calling_task
 from prefect_crew.sessions import CrewSession
-from prefect_crew.suspension import StillRunningError, checked_wait, standstill_here, suspend_together
+from prefect_crew.suspending.suspension import StillRunningError, checked_wait, standstill_here, suspend_together
 from prefect_crew.waiting import WaitPolicy
 from prefect_crew.waits import wait_for_run
 

@@ -15,15 +15,14 @@ from prefect_crew.api.models import CrewResult, CrewState, CrewStatus
 from prefect_crew.beside import beside_here
 from prefect_crew.events import emit
 from prefect_crew.interrupts import ENDINGS, watch_ctrl_c
-from prefect_crew.leaving import leaving_here
 from prefect_crew.logs import run_logger
 from prefect_crew.lookups import find_run, recorded_result
 from prefect_crew.open_runs import OpenRun
 from prefect_crew.outcomes import result_of, typed
-from prefect_crew.people import People, TooManyRoundsError
 from prefect_crew.record_store import PrefectRecords
 from prefect_crew.records import RecordPhase, StoredResult, utcnow
 from prefect_crew.rendering import progress
+from prefect_crew.reviewing.people import People, TooManyRoundsError
 from prefect_crew.reviews import ReviewChoice
 from prefect_crew.sessions import CrewSession
 from prefect_crew.stopping import (
@@ -34,7 +33,8 @@ from prefect_crew.stopping import (
     stop_if_asked,
     stop_once,
 )
-from prefect_crew.suspension import StillRunningError, polling_only
+from prefect_crew.suspending.leaving import leaving_here
+from prefect_crew.suspending.suspension import StillRunningError, polling_only
 from prefect_crew.waiting import NO_ANSWER, Phases, WaitPolicy, wait_until_ended
 from prefect_crew.wakeups import Waker, waker_for
 from prefect_crew.watching import tell

@@ -79,7 +79,7 @@ def fill_in(flow_run_id: Any, **fields: str) -> str:
 def test_a_process_is_killed_with_its_form_up(
     answered: bool, prefect_api: PrefectServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("prefect_crew.review_form.LOOK_EVERY", 0.2)
+    monkeypatch.setattr("prefect_crew.reviewing.review_form.LOOK_EVERY", 0.2)
     with CrewServer(ASKS, dialect="union") as server:
         server.crew().save(f"killed-{answered}".lower(), overwrite=True)
         flow_run_id = asyncio.run(planned(f"killed-{answered}".lower())).id

@@ -25,7 +25,7 @@ from prefect_crew import (
 )
 from prefect_crew.record_store import PrefectRecords
 from prefect_crew.records import SentReview
-from prefect_crew.reviewers import NOBODY
+from prefect_crew.reviewing.reviewers import NOBODY
 from prefect_crew.server import CrewScript, InProcessCrewServer
 
 SCRIPT = CrewScript.model_validate(

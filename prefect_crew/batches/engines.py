@@ -20,7 +20,7 @@ from prefect_crew.batches.retries import RetryRule
 from prefect_crew.batches.row_waits import RowWaiter
 from prefect_crew.logs import run_logger
 from prefect_crew.sessions import CrewSession
-from prefect_crew.suspension import polling_only, standstill_here
+from prefect_crew.suspending.suspension import polling_only, standstill_here
 
 __all__ = ["engine_of", "limited"]
 

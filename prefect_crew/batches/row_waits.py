@@ -21,8 +21,8 @@ from prefect_crew.batches.rows import RowJob
 from prefect_crew.events import emit
 from prefect_crew.logs import run_logger
 from prefect_crew.open_runs import OpenRun
-from prefect_crew.people import People, TooManyRoundsError, stops_late
 from prefect_crew.records import RecordPhase, RunRecord, StoredResult, utcnow
+from prefect_crew.reviewing.people import People, TooManyRoundsError, stops_late
 from prefect_crew.sessions import CrewSession
 from prefect_crew.stopping import close_stopped
 from prefect_crew.waiting import Phases, WaitPolicy, wait_until_ended

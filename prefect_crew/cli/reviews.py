@@ -21,7 +21,7 @@ from prefect_crew.cli.runs import ago, crew_of
 if TYPE_CHECKING:
     from prefect_crew.blocks import DeployedCrew
     from prefect_crew.records import RunRecord, SentReview
-    from prefect_crew.review_desk import AskedRun, AskedStore
+    from prefect_crew.reviewing.review_desk import AskedRun, AskedStore
 
 __all__ = ["app"]
 
@@ -73,7 +73,7 @@ def list_reviews(*, json: Annotated[bool, JSON] = False) -> None:
 
 
 async def _asked() -> tuple[list[AskedRun], list[str]]:
-    from prefect_crew.review_desk import asked_runs
+    from prefect_crew.reviewing.review_desk import asked_runs
 
     stored: dict[tuple[str, str], DeployedCrew | None] = {}
 
@@ -120,7 +120,7 @@ def show(
 
 
 async def _one(given: str, crew: str | None, access: CrewAccess) -> AskedRun:
-    from prefect_crew.review_desk import find_asked, look_at_question
+    from prefect_crew.reviewing.review_desk import find_asked, look_at_question
 
     async with _desk() as (stores, _):
         record, records = await find_asked(given, stores)
@@ -199,7 +199,7 @@ async def _send(
     crew: str | None,
     access: CrewAccess,
 ) -> tuple[RunRecord, SentReview]:
-    from prefect_crew.review_desk import answer_run, find_asked
+    from prefect_crew.reviewing.review_desk import answer_run, find_asked
     from prefect_crew.reviews import Review
 
     async with _desk() as (stores, _):

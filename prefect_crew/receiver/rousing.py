@@ -15,8 +15,8 @@ from prefect.exceptions import PrefectException
 
 from prefect_crew.record_store import PrefectRecords
 from prefect_crew.records import RunRecord
-from prefect_crew.resuming import Attended, attend
-from prefect_crew.suspended import SuspendedWaits
+from prefect_crew.suspending.resuming import Attended, attend
+from prefect_crew.suspending.suspended import SuspendedWaits
 
 __all__ = ["Rouser"]
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from prefect_crew import review_form, reviews
+from prefect_crew import reviews
+from prefect_crew.reviewing import review_form
 from prefect_crew.server.local import InProcessCrewServer
 from support.deployed import ROOT, load_flow, wait_until
 from support.seen import Seen

@@ -262,7 +262,7 @@ class Stage:
 
     def sweep(self) -> str:
         """Sweep once, in a process of its own, and return what it said."""
-        code = "import asyncio; from prefect_crew.resuming import sweep; print(dict(asyncio.run(sweep())))"
+        code = "import asyncio; from prefect_crew.suspending.resuming import sweep; print(dict(asyncio.run(sweep())))"
         return subprocess.run(
             [sys.executable, "-c", code], env=self.env, capture_output=True, text=True, check=True, timeout=120
         ).stdout

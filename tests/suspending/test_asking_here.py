@@ -13,10 +13,12 @@ from prefect import flow, get_client
 from prefect.client.schemas.objects import FlowRun, State
 from prefect.flow_engine import run_flow_async
 
-from prefect_crew import WaitPolicy, arun_crew, forms, standstill
-from prefect_crew.resuming import Attended, attend, resume_once
+from prefect_crew import WaitPolicy, arun_crew
+from prefect_crew.reviewing import forms
 from prefect_crew.server import InProcessCrewServer
-from prefect_crew.suspended import SuspendedWaits
+from prefect_crew.suspending import standstill
+from prefect_crew.suspending.resuming import Attended, attend, resume_once
+from prefect_crew.suspending.suspended import SuspendedWaits
 from support.scripts import ASKS
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("prefect_api", "instant_polling")]
@@ -35,7 +37,7 @@ SERVERS: dict[str, InProcessCrewServer] = {}
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[InProcessCrewServer]:
-    monkeypatch.setattr("prefect_crew.review_form.LOOK_EVERY", 0.1)
+    monkeypatch.setattr("prefect_crew.reviewing.review_form.LOOK_EVERY", 0.1)
     monkeypatch.setitem(standstill.Standstill.__init__.__kwdefaults__, "see_first", 0.5)
     with InProcessCrewServer(ASKS, dialect="union") as server:
         SERVERS[server.url] = server

@@ -11,10 +11,10 @@ from pydantic import SecretStr
 from prefect_crew.api.errors import ConfigurationError
 from prefect_crew.api.models import CrewState, CrewStatus
 from prefect_crew.records import RecordPhase, RunRecord
-from prefect_crew.resuming import due
 from prefect_crew.reviews import asked_of
-from prefect_crew.suspended import SuspendedWait
-from prefect_crew.suspension import AT_MOST, MARGIN, _masked, checked_wait, polling_only, suspend_timeout
+from prefect_crew.suspending.resuming import due
+from prefect_crew.suspending.suspended import SuspendedWait
+from prefect_crew.suspending.suspension import AT_MOST, MARGIN, _masked, checked_wait, polling_only, suspend_timeout
 from prefect_crew.waiting import Phases, WaitPolicy
 
 NOW = datetime(2030, 1, 1, 12, tzinfo=timezone.utc)

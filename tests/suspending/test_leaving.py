@@ -6,10 +6,10 @@ from typing import Any, cast
 
 import pytest
 
-from prefect_crew import leaving as module
 from prefect_crew.api.models import CrewState, CrewStatus
-from prefect_crew.leaving import Leaving
-from prefect_crew.suspension import StillRunningError
+from prefect_crew.suspending import leaving as module
+from prefect_crew.suspending.leaving import Leaving
+from prefect_crew.suspending.suspension import StillRunningError
 from prefect_crew.waiting import Phases, WaitPolicy
 
 

@@ -8,8 +8,8 @@ import pytest
 
 from prefect_crew.record_store import PrefectRecords
 from prefect_crew.records import RunRecord, utcnow
-from prefect_crew.resuming import Attended, attend
-from prefect_crew.suspended import SuspendedWait, SuspendedWaits
+from prefect_crew.suspending.resuming import Attended, attend
+from prefect_crew.suspending.suspended import SuspendedWait, SuspendedWaits
 from prefect_crew.waiting import WaitPolicy
 
 pytestmark = pytest.mark.usefixtures("prefect_api")

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import pytest
 
-from prefect_crew.standstill import Standstill, branch_here, standstill_of
+from prefect_crew.suspending.standstill import Standstill, branch_here, standstill_of
 
 
 class Clock:

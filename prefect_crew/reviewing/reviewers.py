@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 from prefect_crew.api.errors import CrewError
 from prefect_crew.api.models import CrewStatus
 from prefect_crew.logs import run_logger
-from prefect_crew.questions import Question, Questions
 from prefect_crew.records import ReviewStore
+from prefect_crew.reviewing.questions import Question, Questions
 from prefect_crew.reviews import (
     AnsweredError,
     Review,
@@ -24,8 +24,8 @@ from prefect_crew.reviews import (
 )
 
 if TYPE_CHECKING:
-    from prefect_crew.forms import Form
     from prefect_crew.open_runs import OpenRun
+    from prefect_crew.reviewing.forms import Form
     from prefect_crew.sessions import CrewSession
 
 __all__ = ["NOBODY", "FunctionReviewer", "Reviewer", "reject_late"]

@@ -16,12 +16,12 @@ from prefect.exceptions import PrefectException
 from prefect.utilities.urls import url_for
 
 from prefect_crew.api.errors import ConfigurationError, CrewAPIError
-from prefect_crew.forms import Form, ReviewForm, unread
 from prefect_crew.logs import run_logger
 from prefect_crew.patience import end
-from prefect_crew.questions import Question, Questions
 from prefect_crew.records import ReviewStore
 from prefect_crew.rendering import reading
+from prefect_crew.reviewing.forms import Form, ReviewForm, unread
+from prefect_crew.reviewing.questions import Question, Questions
 from prefect_crew.reviews import AnsweredError, Review, asked_of, send_review
 from prefect_crew.stopping import flow_run_id
 from prefect_crew.waiting import WaitPolicy

@@ -21,13 +21,13 @@ from pydantic import BaseModel, SecretStr
 from prefect_crew.api.errors import ConfigurationError
 from prefect_crew.logs import run_logger
 from prefect_crew.records import RunRecord, utcnow
-from prefect_crew.standstill import Branch, Standstill, standstill_of
-from prefect_crew.suspended import SuspendedWait, SuspendedWaits
+from prefect_crew.suspending.standstill import Branch, Standstill, standstill_of
+from prefect_crew.suspending.suspended import SuspendedWait, SuspendedWaits
 from prefect_crew.waiting import WaitPolicy
 
 if TYPE_CHECKING:
-    from prefect_crew.forms import Form
-    from prefect_crew.questions import Question
+    from prefect_crew.reviewing.forms import Form
+    from prefect_crew.reviewing.questions import Question
 
 __all__ = [
     "PAUSE_KEY",

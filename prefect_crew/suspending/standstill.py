@@ -16,7 +16,7 @@ from contextvars import ContextVar
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from prefect_crew.forms import Form
+    from prefect_crew.reviewing.forms import Form
 
 __all__ = ["SEE_FIRST", "Branch", "Standstill", "branch_here", "standstill_of"]
 

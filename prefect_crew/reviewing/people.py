@@ -14,18 +14,18 @@ from prefect_crew.api.errors import CrewError, CrewTimeoutError, ReviewLimitErro
 from prefect_crew.api.models import CrewStatus
 from prefect_crew.logs import run_logger
 from prefect_crew.patience import end
-from prefect_crew.questions import Question, Questions, how_to_answer
 from prefect_crew.records import ReviewStore, SentReview
-from prefect_crew.review_form import FormReviewer
-from prefect_crew.reviewers import FunctionReviewer, Reviewer, reject_late
+from prefect_crew.reviewing.questions import Question, Questions, how_to_answer
+from prefect_crew.reviewing.review_form import FormReviewer
+from prefect_crew.reviewing.reviewers import FunctionReviewer, Reviewer, reject_late
 from prefect_crew.reviews import AnsweredError, ReviewChoice
 from prefect_crew.waiting import WaitPolicy
 
 if TYPE_CHECKING:
-    from prefect_crew.forms import Form
-    from prefect_crew.leaving import Leaving
     from prefect_crew.open_runs import OpenRun
+    from prefect_crew.reviewing.forms import Form
     from prefect_crew.sessions import CrewSession
+    from prefect_crew.suspending.leaving import Leaving
     from prefect_crew.wakeups import Waker
 
 __all__ = ["People", "TooManyRoundsError", "stops_late"]

@@ -13,9 +13,10 @@ from prefect import flow, get_client
 from prefect.client.schemas.objects import State
 from prefect.runtime import flow_run as this_flow_run
 
-from prefect_crew import CrewTimeoutError, DeployedCrew, WaitPolicy, arun_crew, resume_crew, review_form, reviews
+from prefect_crew import CrewTimeoutError, DeployedCrew, WaitPolicy, arun_crew, resume_crew, reviews
 from prefect_crew.artifacts import artifact_key
 from prefect_crew.record_store import PrefectRecords
+from prefect_crew.reviewing import review_form
 from prefect_crew.server import CrewScript, InProcessCrewServer
 from support.chromium import Chromium
 from support.deployed import wait_until

@@ -12,16 +12,16 @@ from prefect.exceptions import PrefectException
 
 from prefect_crew.api.models import CrewState, CrewStatus
 from prefect_crew.logs import run_logger
-from prefect_crew.standstill import Branch, branch_here
 from prefect_crew.stopping import flow_run_id
-from prefect_crew.suspended import SuspendedWaits
-from prefect_crew.suspension import StillRunningError, write_down
+from prefect_crew.suspending.standstill import Branch, branch_here
+from prefect_crew.suspending.suspended import SuspendedWaits
+from prefect_crew.suspending.suspension import StillRunningError, write_down
 from prefect_crew.waiting import Phases, WaitPolicy
 
 if TYPE_CHECKING:
-    from prefect_crew.forms import Form
     from prefect_crew.open_runs import OpenRun
-    from prefect_crew.questions import Question
+    from prefect_crew.reviewing.forms import Form
+    from prefect_crew.reviewing.questions import Question
 
 __all__ = ["Leaving", "leaving_here"]
 

@@ -24,17 +24,17 @@ from prefect.exceptions import ObjectNotFound, PrefectException
 from prefect_crew.api.errors import CrewError
 from prefect_crew.api.models import CrewState, CrewStatus
 from prefect_crew.events import emit
-from prefect_crew.forms import excuse, shown_with
 from prefect_crew.logs import run_logger
 from prefect_crew.open_runs import OpenRun
 from prefect_crew.receiver.settling import load_crew
 from prefect_crew.record_store import PrefectRecords
 from prefect_crew.records import RecordPhase, RunRecord, utcnow
+from prefect_crew.reviewing.forms import excuse, shown_with
 from prefect_crew.reviews import asked_of
 from prefect_crew.sessions import CrewSession
 from prefect_crew.stopping import close_stopped, stop_once
-from prefect_crew.suspended import SuspendedWait, SuspendedWaits
-from prefect_crew.suspension import PAUSE_KEY
+from prefect_crew.suspending.suspended import SuspendedWait, SuspendedWaits
+from prefect_crew.suspending.suspension import PAUSE_KEY
 from prefect_crew.waiting import Phases
 
 if TYPE_CHECKING:
