@@ -26,7 +26,7 @@ def debugging() -> bool:
     return _debug
 
 
-class _TerminatedError(SystemExit):
+class TerminatedError(SystemExit):
     """SIGTERM or SIGHUP arrived. It leaves as an exit does, so that what was started is ended."""
 
 
@@ -74,20 +74,15 @@ def _run(arguments: list[str], *, as_json: bool) -> int:
         from prefect_crew.cli.app import run
 
         return run(arguments)
-    except _TerminatedError:
-        return exits.TERMINATED
     except BrokenPipeError:
         # Whoever read our output has gone, as `head` does. Python would complain once more when it flushes.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return exits.TERMINATED
-    except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - this is where every error becomes words
-        with _undisturbed():
-            return _report(error, as_json=as_json)
     except BaseException as error:
-        # Within a flow SIGTERM is Prefect's, which raises its own.
-        if type(error).__name__ == "TerminationSignal":
-            return exits.TERMINATED
-        raise
+        if not isinstance(error, Exception) and not exits.signalled(error):
+            raise
+        with _undisturbed():  # this is where every error becomes words
+            return _report(error, as_json=as_json)
 
 
 def _report(error: BaseException, *, as_json: bool) -> int:
@@ -97,7 +92,7 @@ def _report(error: BaseException, *, as_json: bool) -> int:
     code, said = exits.exit_code(error), exits.paragraph(error)
     if _debug:
         sys.stderr.write(terminal.redact("".join(traceback.format_exception(error))))
-    terminal.note(said, "bold" if code == exits.INTERRUPTED else "red")
+    terminal.note(said, "bold" if exits.signalled(error) else "red")
     if code == exits.USAGE:
         terminal.note("prefect-crew --help lists the commands; prefect-crew COMMAND --help their options.")
     if as_json:
@@ -112,7 +107,7 @@ def _signals() -> Generator[None]:
     """Let SIGTERM and SIGHUP leave as an error does: with what was started ended first."""
 
     def leave(number: int, frame: FrameType | None) -> None:
-        raise _TerminatedError(143)
+        raise TerminatedError(143)
 
     before: dict[int, Any] = {}
     for name in ("SIGTERM", "SIGHUP"):

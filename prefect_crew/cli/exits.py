@@ -29,7 +29,7 @@ from prefect_crew.api.errors import (
     ServerError,
 )
 
-__all__ = ["EXITS", "Exit", "PrefectAwayError", "UsageError", "exit_code", "paragraph"]
+__all__ = ["EXITS", "Exit", "PrefectAwayError", "UsageError", "exit_code", "paragraph", "signalled"]
 
 
 class UsageError(Exception):
@@ -103,11 +103,18 @@ def _kinds(error: BaseException) -> dict[str, type[BaseException]]:
     return {f"{kind.__module__}.{kind.__name__}": kind for kind in type(error).__mro__}
 
 
+def signalled(error: BaseException) -> bool:
+    """Return whether a signal ended the command: Ctrl-C, or SIGTERM, of which Prefect within a flow raises its own."""
+    return isinstance(error, KeyboardInterrupt) or type(error).__name__ in ("TerminatedError", "TerminationSignal")
+
+
 def exit_code(error: BaseException) -> int:
     """Return the exit code of an error. The most special of its classes that has one decides."""
     kinds = _kinds(error)
     if "cyclopts.exceptions.CycloptsError" in kinds:
         return USAGE
+    if signalled(error):
+        return INTERRUPTED if isinstance(error, KeyboardInterrupt) else TERMINATED
     if "httpx.HTTPStatusError" in kinds:
         status: int = getattr(getattr(error, "response", None), "status_code", 0)
         return AWAY if status in (502, 503, 504) else REFUSED
@@ -129,8 +136,8 @@ def _away(error: BaseException) -> bool:
 def paragraph(error: BaseException) -> str:
     """Return what a person reads about an error: what happened and what to do, without a traceback."""
     kinds, code = _kinds(error), exit_code(error)
-    if isinstance(error, KeyboardInterrupt):
-        return "Interrupted."
+    if signalled(error):
+        return "Interrupted." if code == INTERRUPTED else "Ended by a signal."
     if "pydantic_core._pydantic_core.ValidationError" in kinds:
         return _problems(error)
     said = " ".join(str(error).split()) or type(error).__name__

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -52,10 +54,23 @@ def run(
     with progress() as shown:
         reach_prefect(shown)
         options: dict[str, Any] = {"name": name, "run_key": run_key, "force_new": force_new}
-        answer = asyncio.run(_run(shown, crew, access, given, timeout, options))
+        with _said_of(shown):
+            answer = asyncio.run(_run(shown, crew, access, given, timeout, options))
     if output_file is not None:
         output_file.write_text(answer.output, encoding="utf-8", errors="backslashreplace")
     put_result(answer, shown, as_json=json)
+
+
+@contextmanager
+def _said_of(shown: Progress) -> Generator[None]:
+    """Have whatever ends the command, a signal too, name the run as far as it is known."""
+    try:
+        yield
+    except BaseException as error:
+        for name in ("kickoff_id", "run_key"):
+            if shown.board is not None and getattr(error, name, None) is None:
+                setattr(error, name, getattr(shown.board, name))
+        raise
 
 
 async def _run(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import time
 from pathlib import Path
@@ -126,7 +127,7 @@ def test_only_ctrl_c_stops_the_crew(
 ):
     url, key = f"{crews.url}/slow", f"{number}-{time.time()}"
     env = environment(tmp_path / "home", {"PREFECT_API_URL": prefect_server.api_url})
-    command = [program("prefect-crew"), "run", url, "-i", "who=Ada", "--run-key", key]
+    command = [program("prefect-crew"), "run", url, "-i", "who=Ada", "--run-key", key, "--json"]
     with Process(command, log=tmp_path / "log", env=env) as process:
         process.wait_for("(0 of 1 tasks done)")
         process.send(number)
@@ -137,4 +138,6 @@ def test_only_ctrl_c_stops_the_crew(
     here("stop", url, run.id)
     assert told == state, process.output
     assert "Traceback" not in process.output
+    document, _ = json.JSONDecoder().raw_decode(process.output, process.output.index('{\n  "error"'))
+    assert document["error"].items() >= {"kickoff_id": run.id, "run_key": key, "exit_code": code}.items()
     assert ("was asked to stop: stopped" if number == signal.SIGINT else "is left running") in process.output
