@@ -1,4 +1,4 @@
-"""README.md and docs/ are true: every code block in them is run.
+"""README.md, docs/ and examples/README.md are true: every code block in them is run.
 
 A page is done from top to bottom as a reader would do it: in one folder (a copy of the clone, so that its examples can
 be named), one terminal and one Python, against a Prefect server of its own. Every fenced block names its language:
@@ -50,7 +50,7 @@ from support.pages import PageRun, copy_clone
 from support.prefect_server import PrefectServer, connected
 
 ROOT = Path(__file__).parents[1]
-PATHS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PATHS = [ROOT / "README.md", ROOT / "examples" / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def _parameters() -> list[object]:
