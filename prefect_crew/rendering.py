@@ -6,6 +6,7 @@ escaped where it would become markup, and shown capped: the whole of it is one c
 
 from __future__ import annotations
 
+import html
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -194,12 +195,15 @@ _OPENS = re.compile(r"(?P<fence>`{3,})[^`|]*$|(?P<tildes>~{3,})[^|]*$")
 _MAY_OPEN = re.compile(r"[ \t>*+\-0-9.)]*(`{3,}|~{3,})")
 _CODE = re.compile(r"(?<!`)(`+)(?!`)(.*?)(?<!`)\1(?!`)")
 _IMAGE = re.compile(r"!+(?=\[)")
+# A link's target, or that of a reference; it may stand on the next line, which is then not looked at.
+_TARGET = re.compile(r"\](?P<mark>[(:])(?=(?P<target>\s*[^\s)]*))")
 
 
 def reading(text: str) -> str:
     """Return a crew's Markdown for reading: its own formatting stays, its HTML shows as text, its images as links.
 
-    Nothing is loaded from elsewhere when somebody opens the page. A `<` stays as it is only where it surely stands in
+    Nothing is loaded from elsewhere when somebody opens the page, and nothing runs when somebody clicks: a link to
+    anything but a page or a mail address shows as text. A `<` stays as it is only where it surely stands in
     code, in which an entity would show as such: in fences at the margin, and in inline code of paragraphs without a
     backtick too many. After a fence within a list or a quotation nothing is sure any more.
     """
@@ -234,7 +238,7 @@ def _escaped(paragraph: Sequence[str], sure: bool) -> list[str]:
     """Return lines without markup from outside; with inline code as it is where it is sure where that ends."""
     if sure and all(_is_balanced(line) for line in paragraph):
         return [_outside_code(line) for line in paragraph]
-    return [_IMAGE.sub("", line.replace("<", "&lt;")) for line in paragraph]
+    return [_tame(line) for line in paragraph]
 
 
 def _is_balanced(line: str) -> bool:
@@ -248,9 +252,22 @@ def _outside_code(line: str) -> str:
     shown: list[str] = []
     at = 0
     for match in _CODE.finditer(line):
-        shown += [_IMAGE.sub("", line[at : match.start()].replace("<", "&lt;")), match[0]]
+        shown += [_tame(line[at : match.start()]), match[0]]
         at = match.end()
-    return "".join([*shown, _IMAGE.sub("", line[at:].replace("<", "&lt;"))])
+    return "".join([*shown, _tame(line[at:])])
+
+
+def _tame(text: str) -> str:
+    """Return Markdown whose HTML is text, whose images are links, and whose links lead to pages and nowhere else."""
+    return _TARGET.sub(_led_to, _IMAGE.sub("", text.replace("<", "&lt;")))
+
+
+def _led_to(link: re.Match[str]) -> str:
+    # As a renderer reads it: without escapes, entities, and what stands before the scheme.
+    target = re.sub(r"[\x00-\x20\\]", "", html.unescape(link["target"]))
+    scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*):", target)
+    harmless = target and (scheme is None or scheme[1].lower() in ("http", "https", "mailto"))
+    return link[0] if harmless else f"]\\{link['mark']}"
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -98,5 +98,6 @@ def test_a_run_renders_as_meant(prefect_server: Any, chromium: Any, artifact_id:
             markup for markup in ("**strength**", "*emphasis*", "`code with", "| place", "&lt;") if markup in text
         ]
         assert page.count("img[src='x']") == 0
+        assert page.count("a[href^='javascript']") == 0
         assert page.evaluate("window.pwned ?? null") is None
         assert not [url for url in page.requests if "tracker" in url], "opening the page loads nothing from elsewhere"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from datetime import datetime, timezone
 from typing import Any
 
@@ -17,13 +18,16 @@ from prefect_crew.rendering import OUTPUT_CAP, RunView, cell, code, duration, pr
 
 MARKDOWN = MarkdownIt("commonmark", {"html": True}).enable("table")
 NOON = datetime(2026, 5, 1, 12, tzinfo=timezone.utc)
+# Renderers differ in which links they refuse: this one refuses none.
+MARKDOWN.validateLink = lambda url: True  # type: ignore[method-assign]
 DANGEROUS = ("html_block", "html_inline", "image")
 
 # What changes where code, quotations, lists and HTML begin and end.
 PIECES = [
     "`", "``", "```", "````", "~~~", "\n", "\n\n", "\r", "\u2028", "\u00a0", " ", "   ", "    ", "\t", "- ", "> ",
     "1. ", "* ", "\\", "|", "| - |\n", "&", "#", "---\n", "===\n", "text", "a b", "[a]", "(b)", "![a](b)", "!", "[",
-    "]", "]: ",
+    "]", "]: ", "](", "]:", ")", "javascript:x", "[a](javascript:x)", "[a](<javascript:x>)", "java&#x73;cript:x",
+    "javascript\\:x", "JavaScript&colon;x", "[a]:\n", "[b](/c:d)", "https://x.test", "data:x", " 'title'",
     "<img src=x onerror=y>", "<script>", "</b>", "<!--", "-->", "<?x", "<![CDATA[", "<http://x.test>", "<a@b.test>",
     "<div>\n", "*", "_", "\u202e", "```\n", "~~~\n", "``` a`b\n",
 ]  # fmt: skip
@@ -66,6 +70,31 @@ def text_of(markdown: str) -> str:
 def test_a_result_holds_no_html_and_loads_no_image(output: str):
     types = {token.type for token in parsed(render_run(view(output=output)))}
     assert not types & {*DANGEROUS}
+
+
+@settings(max_examples=1000)
+@given(MARKUP)
+@example("[a](javascript:x)")
+@example("[a](\njavascript:x)")
+@example("[a]( java&#x73;cript\\:x 'title')")
+@example("[a]\n\n[a]: JavaScript:x")
+@example("[a]\n\n[a]:\njavascript:x")
+@example("[`a](javascript:x)")
+@example("| [a](javascript:x) | `b |\n| - | - |")
+def test_a_link_of_a_result_leads_to_a_page_or_an_address(output: str):
+    links = [token.attrs["href"] for token in parsed(render_run(view(output=output))) if token.type == "link_open"]
+    schemes = {
+        str(link).lower().partition(":")[0]
+        for link in links
+        if re.match(r"[a-z][a-z0-9+.-]*:", str(link), re.IGNORECASE)
+    }
+    assert schemes <= {"http", "https", "mailto"}
+
+
+def test_honest_links_stay():
+    output = "[a](https://x.test/a_(b)) [b](/c:d) [c](#e) [f](mailto:g@x.test) [h][i]\n\n[i]: http://x.test\n"
+    links = [token.attrs["href"] for token in parsed(render_run(view(output=output))) if token.type == "link_open"]
+    assert links == ["https://x.test/a_(b)", "/c:d", "#e", "mailto:g@x.test", "http://x.test"]
 
 
 @given(MARKUP)
