@@ -13,6 +13,7 @@ from typing import Any
 
 import httpx
 
+from prefect_crew.api._http import tls_context
 from prefect_crew.api.models import TaskResult
 from prefect_crew.server import bodies
 from prefect_crew.server.bodies import Generation
@@ -96,7 +97,7 @@ class WebhookSender:
         await asyncio.sleep(delay)
         async with self._gate:
             if self._client is None:
-                self._client = httpx.AsyncClient(timeout=_TIMEOUT, trust_env=False)
+                self._client = httpx.AsyncClient(verify=tls_context(True), timeout=_TIMEOUT, trust_env=False)
             headers, auth = _credentials(target.authentication)
             try:
                 answer = await self._client.post(target.url, content=to_json(body), headers=headers, auth=auth)

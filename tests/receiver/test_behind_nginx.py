@@ -1,0 +1,109 @@
+"""The receiver behind nginx, with the configuration that docs/webhooks.md shows."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import uuid
+from pathlib import Path
+
+import httpx
+import pytest
+
+from prefect_crew import WaitPolicy, arun_crew
+from prefect_crew.server import CrewServer
+from prefect_crew.webhooks import create_receiver
+from support.deployed import ROOT, wait_until
+from support.docs import read_page
+from support.prefect_server import free_port
+from support.processes import Process
+from support.scripts import script
+from support.webhooks import SECRET, events_of, served
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("prefect_api")]
+
+FRAME = """
+daemon off;
+pid {folder}/pid;
+error_log {folder}/nginx.log;
+{user}
+events {{}}
+http {{
+    access_log {folder}/access.log;
+    client_body_temp_path {folder}/body;
+    proxy_temp_path {folder}/proxy;
+    fastcgi_temp_path {folder}/fastcgi;
+    uwsgi_temp_path {folder}/uwsgi;
+    scgi_temp_path {folder}/scgi;
+{server}
+}}
+"""
+
+
+def configuration(folder: Path, *, port: int, receiver: str) -> str:
+    """Return the server of the page, listening on a port here, in front of a receiver."""
+    page = read_page(ROOT, ROOT / "docs" / "webhooks.md")
+    (server,) = [block.code for block in page.blocks if block.code.startswith("server {")]
+    for there, here in (
+        ("listen 443 ssl", f"listen 127.0.0.1:{port} ssl"),
+        ("hooks.example.com;", "localhost;"),
+        ("/etc/ssl/hooks.example.com", f"{folder}/localhost"),
+        ("/var/log/nginx", str(folder)),
+        ("http://127.0.0.1:8001", receiver),
+    ):
+        assert there in server
+        server = server.replace(there, here)
+    return FRAME.format(folder=folder, server=server, user="user root;" if os.geteuid() == 0 else "")
+
+
+def certify(folder: Path) -> Path:
+    """Make a certificate for localhost that signs itself."""
+    certificate = folder / "localhost.pem"
+    about = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost", "-days", "2"]
+    made = ["-keyout", str(folder / "localhost.key"), "-out", str(certificate)]
+    subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", *about, *made], check=True)
+    return certificate
+
+
+async def test_a_run_is_told_of_through_nginx_and_nothing_else_gets_through(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    for program in ("nginx", "openssl"):
+        if shutil.which(program) is None:
+            pytest.skip(f"needs {program} (Debian: apt-get install {program})")
+    port, key = free_port(), f"nginx/{uuid.uuid4()}"
+    certificate = certify(tmp_path)
+    base = f"https://localhost:{port}"
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_WEBHOOK_URL", f"{base}/crews")
+    monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_WEBHOOK_SECRET", SECRET)
+    async with served(create_receiver(SECRET)) as receiver:
+        (tmp_path / "nginx.conf").write_text(configuration(tmp_path, port=port, receiver=receiver))
+        command = [str(shutil.which("nginx")), "-p", str(tmp_path), "-c", str(tmp_path / "nginx.conf")]
+        with (
+            Process(command, log=tmp_path / "said.log"),
+            CrewServer(script({"seconds": 1.0, "output": "done"})) as crew,
+        ):
+            wait_until(lambda: answers(base), seconds=20, what="nginx")
+            # Polling alone would see the end half a minute later.
+            wait = WaitPolicy(initial=30, max_interval=30)
+            result = await arun_crew(crew.crew(wait=wait), {}, run_key=key)
+            assert result.output == "done"
+            told = {str(event["event"]) for event in await events_of(key, at_least=3)}
+            assert "crew.webhook.crew" in told
+            async with httpx.AsyncClient(base_url=base) as client:
+                assert (await client.get("/ready")).status_code == 404
+                assert (await client.post("/crews/hooks/crew/forged", json={})).status_code == 404
+                assert (await client.post("/crews/hooks/crew/forged", content=b" " * 2_000_000)).status_code == 413
+    logs = "".join(path.read_text() for path in tmp_path.glob("*.log"))
+    assert "/ready" in logs
+    assert not re.search(r"/hooks/\w", logs), "what protects a hook stands in its URL"
+
+
+def answers(base: str) -> bool:
+    try:
+        return httpx.get(base).status_code == 404
+    except httpx.TransportError:
+        return False
