@@ -33,7 +33,7 @@ HOOKS = {
     "status": ("prefect_crew.api.client", "CrewClient.status"),
     "show": ("prefect_crew.artifacts", "RunArtifact.update"),
     "event": ("prefect_crew.events", "emit_event"),
-    "request": ("httpx", "AsyncClient.send"),
+    "request": ("httpx", "AsyncHTTPTransport.handle_async_request"),
     "ledger-claim": ("prefect_crew.batches.ledger", "Ledger.claim"),
     "ledger-save": ("prefect_crew.batches.ledger", "Ledger.save"),
     "ledger-commit": ("prefect_crew.batches.group_commit", "GroupWriter._commit"),
