@@ -37,8 +37,9 @@ demo: $(VENV)/.core
 test: $(VENV)/.tests
 	$(BIN)/python -m pytest $(AT_ONCE) -m "not slow" $(ARGS)
 
-prove: $(VENV)/.tests
-	$(BIN)/python -m pytest $(ARGS)
+# All of them: the quick ones side by side, then the slow ones, which measure, kill and load, one after the other.
+prove: test
+	$(BIN)/python -m pytest -m slow $(ARGS)
 
 # Some of the slow tests: SAMPLE of those that come in large numbers, chosen by SEED, none begun after TIME seconds.
 sample: $(VENV)/.tests
