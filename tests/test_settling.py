@@ -123,9 +123,7 @@ async def test_a_claim_that_nobody_holds_any_more_can_be_settled():
 @pytest.mark.parametrize(
     ("facts", "said"),
     [
-        pytest.param(
-            {"phase": "claimed", "known_by": utcnow() + timedelta(hours=1)}, "at this moment", id="posted-now"
-        ),
+        pytest.param({"phase": "claimed", "known_by": utcnow() + timedelta(days=1)}, "at this moment", id="posted-now"),
         pytest.param({"phase": "started", "kickoff_id": "k1"}, "run k1 is started", id="started"),
         pytest.param({"phase": "ended", "kickoff_id": "k1", "state": "failed"}, "run k1 is failed", id="ended"),
         pytest.param({"phase": "not-started"}, "it is not-started", id="not-started"),

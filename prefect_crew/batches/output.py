@@ -296,15 +296,19 @@ class _InOrder:
     """Lines in the order of the rows. What the file has stays as long as it is what would be written."""
 
     def __init__(self, path: Path, file: LineFile) -> None:
+        self._path = path
         self._file = file
         self._old = path.open("rb")
         self._same = True
         self._at = 0
         self._held = HeldLines()
         self._next = 0
+        self._without = set[str]()
+        """Keys of rows that have no line: they are uncertain. One of an earlier call may have been tried again."""
 
     def put(self, number: int, key: str, line: bytes | None) -> None:
-        del key
+        if line is None:
+            self._without.add(key)
         if number != self._next:
             self._held.put(number, line)
             return
@@ -334,7 +338,24 @@ class _InOrder:
         """Write also what waits for a row that has not ended: the next call puts that in its place."""
         while (first := self._held.first()) is not None:
             self._write(self._held.take(first)[1])
-        if self._same and not self._old.readline().endswith(b"\n"):
-            self._file.cut(self._at)  # half a line, or nothing
+        if self._same:
+            self._leave_rest()
         self._old.close()
         self._held.close()
+
+    def _leave_rest(self) -> None:
+        """Leave what this call has not come to as it is, but for half a line, and the lines of rows without one."""
+        kept, cut, number = HeldLines(), False, 0
+        while (line := self._old.readline()).endswith(b"\n"):
+            if self._without and _key_of(self._path, line, 0)[0] in self._without:
+                cut = True
+            elif cut:
+                kept.put(number, line)
+                number += 1
+            else:
+                self._at += len(line)
+        if cut or line:
+            self._file.cut(self._at)
+        for place in range(number):
+            self._file.add(kept.take(place)[1] or b"")
+        kept.close()

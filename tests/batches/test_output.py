@@ -243,6 +243,18 @@ def test_a_call_that_ends_early_loses_no_line_of_an_earlier_one(tmp_path: Path):
     assert path.read_bytes() == whole
 
 
+@pytest.mark.parametrize("last", [4, 6], ids=["the call ends early", "all rows"])
+def test_a_row_that_is_uncertain_now_has_no_line_any_more(tmp_path: Path, last: int):
+    path = tmp_path / "lines.jsonl"
+    output = opened(path, in_order=True)
+    put(output, *[end(number) for number in range(6)])
+    output.close()
+    output = opened(path, in_order=True)
+    put(output, *[end(number, "uncertain") if number >= 2 else end(number) for number in range(last)])
+    output.close()
+    assert keys(path) == (["k0", "k1"] if last == 6 else ["k0", "k1", "k4", "k5"])
+
+
 def test_held_lines_are_given_once(tmp_path: Path):
     held = HeldLines()
     held.put(5, b"five\n")

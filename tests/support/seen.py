@@ -42,13 +42,22 @@ class Seen:
                 return answer.json() if answer.content else None
             time.sleep(0.1)
 
+    def _pages(self, path: str, body: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """Return all that a filter finds: the server gives 200 at once."""
+        found: list[dict[str, Any]] = []
+        while True:
+            page = self.post(path, {**body, "limit": 200, "offset": len(found)})
+            found += page
+            if len(page) < 200:
+                return found
+
     def flow_run(self, flow_run_id: Any) -> dict[str, Any]:
         """Return a flow run."""
         return self.get(f"/flow_runs/{flow_run_id}")
 
     def flow_runs(self, name: str) -> list[dict[str, Any]]:
         """Return all runs of a flow, the first one first."""
-        return self.post("/flow_runs/filter", {"flows": {"name": {"any_": [name]}}, "sort": "START_TIME_ASC"})
+        return self._pages("/flow_runs/filter", {"flows": {"name": {"any_": [name]}}, "sort": "START_TIME_ASC"})
 
     def subflow_runs(self, flow_run_id: Any) -> list[dict[str, Any]]:
         """Return the flow runs that a flow run has made."""
@@ -70,13 +79,7 @@ class Seen:
 
     def variables(self, name_like: str = "crew_%") -> list[dict[str, Any]]:
         """Return the Variables whose names are like that."""
-        found: list[dict[str, Any]] = []
-        while True:
-            body = {"variables": {"name": {"like_": name_like}}, "limit": 200, "sort": "NAME_ASC", "offset": len(found)}
-            page = self.post("/variables/filter", body)
-            found += page
-            if len(page) < 200:
-                return found
+        return self._pages("/variables/filter", {"variables": {"name": {"like_": name_like}}, "sort": "NAME_ASC"})
 
     def record(self, run_key: str) -> dict[str, Any]:
         """Return the value of the latest record of a run key."""
