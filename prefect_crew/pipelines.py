@@ -26,7 +26,7 @@ from prefect_crew.dual import refuse_running_loop
 from prefect_crew.kickoffs import knowing_inputs
 from prefect_crew.logs import run_logger
 from prefect_crew.open_runs import OpenRun
-from prefect_crew.patience import FINISHED, end
+from prefect_crew.patience import end
 from prefect_crew.pipeline_artifact import PipelineArtifact
 from prefect_crew.pipeline_crews import PipelineCrews, PipelinePlan, step_key
 from prefect_crew.pipeline_graph import CrewStep, PipelineContext, PipelineGraph
@@ -212,7 +212,7 @@ class _Work:
                 try:
                     await asyncio.gather(*jobs)
                 finally:
-                    await end(*jobs, again=FINISHED)
+                    await end(*jobs, finishing=True)
 
     def _saw(self, run: OpenRun, status: CrewStatus | None) -> None:
         # Of every run of this process; once each, when it is known which run a step's is.

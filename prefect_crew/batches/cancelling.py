@@ -14,7 +14,7 @@ from prefect_crew.batches.engine import Engine
 from prefect_crew.batches.retries import STOPPED_WITH_BATCH
 from prefect_crew.interrupts import ctrl_c_cancels_this_task, watch_ctrl_c
 from prefect_crew.logs import run_logger
-from prefect_crew.patience import FINISHED, end
+from prefect_crew.patience import end
 from prefect_crew.records import RecordPhase, RunRecord
 from prefect_crew.stopping import (
     cancellation_asked,
@@ -81,7 +81,7 @@ async def watched(
                 await _cancelled(engine, work, name, on_cancel, asked=await _asked(own))
             raise
         finally:
-            await end(look, work, again=FINISHED)
+            await end(look, work, finishing=True)
 
 
 async def _look(own: str | None, tick: Callable[[], Awaitable[None]]) -> bool:
@@ -124,7 +124,7 @@ async def _cancelled(engine: Engine, work: asyncio.Future[None], name: str, on_c
         run_logger().warning(
             "%d runs of batch %s are left in flight; the same call finds them again.", engine.in_flight, name
         )
-    await end(work, again=FINISHED)
+    await end(work, finishing=True)
 
 
 async def _stop_runs(engine: Engine) -> None:

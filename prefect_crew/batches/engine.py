@@ -29,7 +29,7 @@ from prefect_crew.batches.retries import RetryRule, purchases
 from prefect_crew.batches.row_waits import RowWaiter
 from prefect_crew.batches.rows import RowJob
 from prefect_crew.logs import run_logger
-from prefect_crew.patience import FINISHED, end
+from prefect_crew.patience import end
 from prefect_crew.posting import Purchase
 from prefect_crew.purchases import Purchased, purchase_run
 from prefect_crew.records import Caller, RecordPhase, RunRecord, latest_purchase, utcnow
@@ -203,7 +203,7 @@ class Engine:
         finally:
             launched.set()
             # Cancelled, shut, or the ledger failed: the runs stay in flight at the crew's server, to be found again.
-            await end(shut, ended, *running, again=FINISHED)
+            await end(shut, ended, *running, finishing=True)
         if broken_by:
             raise broken_by[0]
 

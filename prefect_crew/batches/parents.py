@@ -32,7 +32,7 @@ from prefect_crew.batches.shards import check_shards, rows_of_shard, shard_call,
 from prefect_crew.batches.standing import Standing
 from prefect_crew.batches.watching import tell_batch
 from prefect_crew.logs import run_logger
-from prefect_crew.patience import FINISHED, end
+from prefect_crew.patience import end
 from prefect_crew.records import RecordPhase
 from prefect_crew.stopping import cancellation_asked, cancelled_meanwhile, flow_run_id, mark_cancelled
 
@@ -118,7 +118,7 @@ class Parent:
             raise
         finally:
             if self._finishing is not None:
-                await end(self._finishing, again=FINISHED)
+                await end(self._finishing, finishing=True)
         self._batch.stopped = await self._batch.ledger.halted()
         self._batch.options = await self._options_left()
         self._batch.standing = Standing(
