@@ -1,4 +1,5 @@
-"""The examples do what their README says: its lines are what these tests serve and run."""
+"""The examples do what their README says: its lines are what these tests serve and run, without Prefect. The whole page
+is done as a reader would by tests/test_docs.py."""
 
 from __future__ import annotations
 
@@ -7,7 +8,6 @@ import shlex
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 README = (ROOT / "examples" / "README.md").read_text(encoding="utf-8")
 
 
-def commands(language: str = "sh") -> list[list[str]]:
+def commands(language: str = "bash") -> list[list[str]]:
     blocks = re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
     return [shlex.split(line) for block in blocks for line in block.replace("\\\n", " ").splitlines()]
 
@@ -76,10 +76,13 @@ def test_an_example_runs_as_the_readme_says(port: str, monkeypatch: pytest.Monke
 
 
 def answer_as_the_readme(client: httpx.Client, kickoff_id: str, task_id: str, *, approve: bool) -> None:
-    (curl,) = [line for line in commands() if line[0] == "curl"]
-    body: dict[str, Any] = httpx.Response(200, content=curl[curl.index("-d") + 1]).json()
-    assert set(body) == {"execution_id", "task_id", "is_approve", "human_feedback"}
-    body |= {"execution_id": kickoff_id, "task_id": task_id, "is_approve": approve}
+    (reject,) = [line for line in commands() if line[:3] == ["prefect-crew", "reviews", "reject"]]
+    body = {
+        "execution_id": kickoff_id,
+        "task_id": task_id,
+        "is_approve": approve,
+        "human_feedback": reject[reject.index("--feedback") + 1],
+    }
     answer = client.post("/resume", json=body)
     assert answer.status_code == 200, answer.text
 
@@ -87,7 +90,7 @@ def answer_as_the_readme(client: httpx.Client, kickoff_id: str, task_id: str, *,
 def test_without_the_server_they_are_plain_crewai_code(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    code = next(block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "travel_crew" in block)
+    (code,) = [line[2] for line in commands() if line[:2] == ["python", "-c"]]
     monkeypatch.setenv("CREWAI_STORAGE_DIR", str(tmp_path))
     monkeypatch.syspath_prepend(str(ROOT / "examples"))
     sys.modules.pop("travel_crew", None)
