@@ -22,6 +22,8 @@ from prefect_crew.api.models import CrewInput
 __all__ = ["encode_inputs", "inputs_digest", "missing_inputs", "unknown_inputs"]
 
 DIGEST_BYTES = 16
+_ARRAY_KINDS = frozenset("biufUO")
+"""NumPy's kinds of booleans, numbers, text and objects."""
 
 
 class _UnsupportedError(TypeError):
@@ -108,6 +110,11 @@ def _container(value: Any) -> Any:
         return sorted((_plain(item) for item in cast("Set[Any]", value)), key=_as_text)
     if isinstance(value, Sequence) and not isinstance(value, (bytes, bytearray, memoryview, SecretBytes)):
         return [_plain(item) for item in cast("Sequence[Any]", value)]
+    # An array of NumPy, as pandas has for a list that it read from Parquet, or a boolean of it. Its times are left out:
+    # `tolist` makes bare numbers of those in nanoseconds.
+    kind = getattr(getattr(cast("Any", value), "dtype", None), "kind", None)
+    if isinstance(kind, str) and kind in _ARRAY_KINDS:
+        return _plain(cast("Any", value).tolist())
     raise _UnsupportedError(type(cast("object", value)).__name__)
 
 

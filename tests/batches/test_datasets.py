@@ -18,6 +18,7 @@ from typing import Any
 import fsspec
 import pytest
 
+from prefect_crew.api.inputs import encode_inputs
 from prefect_crew.batches import readers
 from prefect_crew.batches.datasets import Dataset, DatasetError, Row, open_dataset, shown_address
 
@@ -85,6 +86,37 @@ def test_pandas_and_its_empty_cells():
     pandas = pytest.importorskip("pandas", reason="needs pandas")
     frame = pandas.DataFrame({"topic": ["tea", None], "count": [1, float("nan")]})
     assert values(open_dataset(frame)) == [{"topic": "tea", "count": 1}, {"topic": None, "count": None}]
+    assert values(open_dataset(frame.iloc[:0])) == []
+    with pytest.raises(DatasetError, match="'topic' are there twice"):
+        values(open_dataset(pandas.concat([frame, frame], axis="columns")))
+
+
+def test_what_pandas_has_in_its_cells_can_be_sent():
+    pandas, numpy = (pytest.importorskip(name, reason=f"needs {name}") for name in ("pandas", "numpy"))
+    days = pandas.to_datetime(["2026-01-01", None])
+    frame = pandas.DataFrame(
+        {
+            "count": pandas.array([1, None], dtype="Int64"),
+            "day": days,
+            "kind": pandas.Categorical(["a", None]),
+            "list": [numpy.array(["a", "b"], dtype=object), numpy.array([1.5, 2])],
+            "nested": [{"yes": numpy.bool_(True), "number": numpy.int64(1)}, None],
+            7: [True, False],
+        }
+    )
+    assert [encode_inputs(row) for row in values(open_dataset(frame))] == [
+        {
+            "count": "1",
+            "day": "2026-01-01T00:00:00",
+            "kind": "a",
+            "list": '["a","b"]',
+            "nested": '{"yes":true,"number":1}',
+            "7": "true",
+        },
+        {"list": "[1.5,2.0]", "7": "false"},
+    ]
+    with pytest.raises(TypeError, match=r"'days' holds a value of type DatetimeIndex, which cannot be sent"):
+        encode_inputs({"days": days})
 
 
 def test_arrow():
