@@ -100,18 +100,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=100)
     parser.add_argument("--resumes", type=int, default=10)
+    parser.add_argument("--worker-log", type=Path, help="a file for what the worker and its runs print")
     given = parser.parse_args()
     if not os.environ.get("PREFECT_API_URL"):
         raise SystemExit("Set PREFECT_API_URL to a server that may be deployed to.")
     env = {**os.environ, "PATH": f"{BIN}{os.pathsep}{os.environ.get('PATH', '')}", "PREFECT_WORKER_QUERY_SECONDS": "2"}
-    with tempfile.TemporaryDirectory() as folder, CrewServer(CrewScript.model_validate(SCRIPT)) as server:
+    printed = given.worker_log.open("w") if given.worker_log else contextlib.nullcontext(subprocess.DEVNULL)
+    crew_server = CrewServer(CrewScript.model_validate(SCRIPT))
+    with tempfile.TemporaryDirectory() as folder, crew_server as server, printed as log:
         block: Any = server.crew(wait=WaitPolicy(mode="suspend"))
         block.save("suspend-benchmark", overwrite=True)
         file = Path(folder, "prefect.yaml")
         file.write_text(YAML)
         worker = subprocess.Popen(
             ["prefect", "worker", "start", "--pool", POOL, "--type", "process", "--limit", "4"],
-            env=env, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            env=env, cwd=folder, stdout=log, stderr=log,
         )  # fmt: skip
         deployment = None
         try:
@@ -135,6 +138,9 @@ def main() -> None:
                 f"they hold {len(left)} processes, {sum(left.values()):.0f} MB",
                 flush=True,
             )
+            for run in runs_of(deployment):
+                if run["state_name"] != "Suspended":
+                    print(f"{run['name']}: {run['state_name']}: {run['state']['message']}", flush=True)
             runs = [run["id"] for run in runs_of(deployment) if run["state_name"] == "Suspended"][: given.resumes]
             lags = [resumed(server, run_id) for run_id in runs]
             print(
