@@ -44,7 +44,14 @@ if TYPE_CHECKING:
         TokenUsage,
     )
     from prefect_crew.api.webhooks import BasicAuth, BearerAuth, HumanInputWebhook, StreamWebhook, Webhooks
+    from prefect_crew.batches.binding import BatchChangedError, LedgerMissingError
+    from prefect_crew.batches.cancelling import BatchCancelledError
+    from prefect_crew.batches.database import LedgerError
+    from prefect_crew.batches.datasets import DatasetError
+    from prefect_crew.batches.locks import BatchBusyError
+    from prefect_crew.batches.output import OutputError
     from prefect_crew.batches.report import BatchFailedError, BatchPlan, BatchReport
+    from prefect_crew.batches.rows import BadRowsError
     from prefect_crew.batches.run import aplan_batch, arun_batch, plan_batch, run_batch
     from prefect_crew.blocks import CrewRun, DeployedCrew
     from prefect_crew.pipelines import (
@@ -64,7 +71,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AuthenticationError",
+    "BadRowsError",
     "BasicAuth",
+    "BatchBusyError",
+    "BatchCancelledError",
+    "BatchChangedError",
     "BatchFailedError",
     "BatchPlan",
     "BatchReport",
@@ -84,11 +95,15 @@ __all__ = [
     "CrewStep",
     "CrewStoppedError",
     "CrewTimeoutError",
+    "DatasetError",
     "DeployedCrew",
     "HumanInputWebhook",
     "InvalidInputsError",
     "KickoffUncertainError",
+    "LedgerError",
+    "LedgerMissingError",
     "NotFoundError",
+    "OutputError",
     "OutputTypeError",
     "PipelineContext",
     "PipelineFailedError",
@@ -129,7 +144,11 @@ __all__ = [
 
 _HOMES = {
     "AuthenticationError": "api.errors",
+    "BadRowsError": "batches.rows",
     "BasicAuth": "api.webhooks",
+    "BatchBusyError": "batches.locks",
+    "BatchCancelledError": "batches.cancelling",
+    "BatchChangedError": "batches.binding",
     "BatchFailedError": "batches.report",
     "BatchPlan": "batches.report",
     "BatchReport": "batches.report",
@@ -149,11 +168,15 @@ _HOMES = {
     "CrewStep": "pipelines",
     "CrewStoppedError": "api.errors",
     "CrewTimeoutError": "api.errors",
+    "DatasetError": "batches.datasets",
     "DeployedCrew": "blocks",
     "HumanInputWebhook": "api.webhooks",
     "InvalidInputsError": "api.errors",
     "KickoffUncertainError": "api.errors",
+    "LedgerError": "batches.database",
+    "LedgerMissingError": "batches.binding",
     "NotFoundError": "api.errors",
+    "OutputError": "batches.output",
     "OutputTypeError": "api.errors",
     "PipelineContext": "pipelines",
     "PipelineFailedError": "api.errors",

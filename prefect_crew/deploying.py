@@ -169,11 +169,17 @@ class Plan:
     timezone: str | None = None
     concurrency_limit: int | None = None
     tags: Sequence[str] = ()
+    has_schedule: bool = False
+
+    @property
+    def new_schedule(self) -> bool:
+        """Whether it gets a schedule, in place of any that it has."""
+        return self.cron is not None or self.interval is not None
 
     @property
     def scheduled(self) -> bool:
         """Whether it runs by itself."""
-        return self.cron is not None or self.interval is not None
+        return self.has_schedule or self.new_schedule
 
 
 def deployment_of(crew: DeployedCrew, inputs: Sequence[CrewInput], plan: Plan) -> RunnerDeployment:
@@ -199,9 +205,10 @@ def deployment_of(crew: DeployedCrew, inputs: Sequence[CrewInput], plan: Plan) -
         )
     missing = [item.name for item in inputs if item.required and item.name not in plan.inputs]
     if plan.scheduled and missing:
+        stays = "" if plan.new_schedule else f" The schedule that {FLOW_NAME}/{plan.name} has stays: delete it, or"
         raise ConfigurationError(
             "A schedule asks nobody, so it needs a default for each required input of the crew. Missing: "
-            f"{', '.join(missing)}."
+            f"{', '.join(missing)}.{f'{stays} give them.' if stays else ''}"
         )
     defaults = {names[name]: value for name, value in plan.inputs.items()}
     if plan.run_key is not None:
@@ -209,7 +216,7 @@ def deployment_of(crew: DeployedCrew, inputs: Sequence[CrewInput], plan: Plan) -
         defaults[_run_key_name(names)] = plan.run_key
     made = crew_flow(crew.label, inputs, secret_inputs=crew.secret_inputs)
     try:
-        return RunnerDeployment.from_flow(
+        deployment = RunnerDeployment.from_flow(
             made,
             name=plan.name,
             schedule=_schedule(plan),
@@ -226,6 +233,10 @@ def deployment_of(crew: DeployedCrew, inputs: Sequence[CrewInput], plan: Plan) -
         raise
     except ValueError as error:
         raise ConfigurationError(f"The deployment cannot be made: {error}") from error
+    if not plan.new_schedule:
+        # Prefect says that an empty list was given, and takes the schedules away that a deployment has.
+        deployment.model_fields_set.discard("schedules")
+    return deployment
 
 
 def _check_run_key(run_key: str, *, scheduled: bool) -> None:

@@ -12,6 +12,7 @@ from prefect_crew.api.errors import AuthenticationError, ConfigurationError, Cre
 from prefect_crew.api.inputs import encode_inputs, inputs_digest, missing_inputs, unknown_inputs
 from prefect_crew.api.models import CrewInput, CrewState
 from prefect_crew.api.withholding import withholding
+from prefect_crew.choices import check_choices
 from prefect_crew.interrupts import watch_ctrl_c
 from prefect_crew.logs import run_logger
 from prefect_crew.open_runs import OpenRun, remember
@@ -56,6 +57,7 @@ async def open_run(
         CrewConnectionError, RateLimitedError, ServerError: The kickoff surely did not start a run; it may be retried.
         CrewAPIError: The server refused it; nothing was started.
     """
+    check_choices(meta=meta, webhooks=webhooks)
     try:
         encoded = encode_inputs(inputs, as_json=crew.inputs_as_json)
     except (TypeError, ValueError) as error:
@@ -75,11 +77,17 @@ async def open_run(
     async with CrewSession(crew) as session:
         # Open as long as the POST may be in flight, so that a Ctrl-C meanwhile stops what it started.
         with watch_ctrl_c(), withholding(crew.redactor(encoded)):
-            opened = await purchase_run(
-                purchase, store or PrefectRecords(), session, check=lambda: check_inputs(session, encoded)
-            )
+            try:
+                opened = await purchase_run(
+                    purchase, store or PrefectRecords(), session, check=lambda: check_inputs(session, encoded)
+                )
+            except CrewError as error:
+                error.about(identity.run_key, crew.label)
+                raise
         record = opened.record
-        run = OpenRun(session.crew, str(record.kickoff_id), record, encoded, owned=opened.bought)
+        run = OpenRun(
+            session.crew, str(record.kickoff_id), record, encoded, owned=opened.bought, webhooks=purchase.webhooks
+        )
     refused_again = record.ended_at is not None and record.ended_at <= purchase.asked_at
     if opened.decision is Decision.RETURN and record.state is not CrewState.COMPLETED and refused_again:
         run.advice = (

@@ -17,6 +17,7 @@ from prefect_crew.rendering import RunView
 from prefect_crew.stopping import flow_run_id
 
 if TYPE_CHECKING:
+    from prefect_crew.api.webhooks import Webhooks
     from prefect_crew.blocks import DeployedCrew
 
 __all__ = ["OpenRun", "recall", "remember"]
@@ -42,6 +43,8 @@ class OpenRun:
     artifact: RunArtifact | None = None
     advice: str | None = None
     """What to do about a failure, where that is not the usual."""
+    webhooks: Webhooks | None = None
+    """The user's own targets, which a resume has to name again. They hold secrets, so no record does."""
 
     @property
     def run_key(self) -> str | None:

@@ -43,7 +43,8 @@ class PipelinePlan:
     def __str__(self) -> str:
         lines = draw_graph([step.name for step in self.steps], {step.name: set(step.needs) for step in self.steps})
         for step in self.steps:
-            lines += ["", f"{step.name}: crew {step.crew}"]
+            after = ", ".join(other.name for other in self.steps if other.name in step.needs)
+            lines += ["", f"{step.name}: crew {step.crew}{f', after {after}' if after else ''}"]
             lines += [f"  {key} = {value}" for key, value in step.inputs.items()]
         lines += ["", *(f"Problem: {problem}" for problem in self.problems)] if self.problems else []
         return "\n".join(lines).strip("\n")

@@ -11,6 +11,7 @@ from prefect_crew.api.errors import ConfigurationError
 from prefect_crew.api.inputs import missing_inputs
 from prefect_crew.api.models import CrewInput, CrewResult
 from prefect_crew.blocks import DeployedCrew
+from prefect_crew.choices import check_choices
 from prefect_crew.reviews import ReviewChoice
 from prefect_crew.templates import GLOBALS, attributes_in, names_in, render
 from prefect_crew.waiting import WaitPolicy
@@ -92,6 +93,10 @@ class PipelineGraph:
                 self.problems.append(f"a step cannot be named {name!r}: give it a word without slashes")
         for step in self.steps:
             self.needs[step.name] = self._needed_by(step)
+            try:
+                check_choices(wait=step.wait, output_type=step.output_type, review=step.review)
+            except ConfigurationError as error:
+                self.problems.append(f"step {step.name!r}: {str(error).removesuffix(' Nothing was started.')}")
         self._check_cycles()
 
     def _needed_by(self, step: CrewStep) -> set[str]:

@@ -22,6 +22,7 @@ from prefect_crew.api.errors import ConfigurationError, PipelineFailedError
 from prefect_crew.api.inputs import encode_inputs, inputs_digest
 from prefect_crew.api.models import CrewResult, CrewStatus
 from prefect_crew.beside import work_beside
+from prefect_crew.choices import check_choices
 from prefect_crew.dual import refuse_running_loop
 from prefect_crew.kickoffs import knowing_inputs
 from prefect_crew.logs import run_logger
@@ -115,6 +116,7 @@ async def arun_pipeline(
         PipelineFailedError: A step failed. The independent ones were finished; a second call with the key, or a retry
             of the flow run, starts with what failed and pays for nothing again.
     """
+    check_choices(wait=wait, review=review)
     crews = PipelineCrews(PipelineGraph(steps, dict(inputs or {})))
     with standstill_here().work():
         await crews.check()

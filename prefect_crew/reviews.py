@@ -133,7 +133,8 @@ async def send_review(
         by: Who answers, for the record.
         round: The round that was looked at; where another answer of that round is on record, this one is not sent.
         asked: What `asked_of` gave for the question.
-        webhooks: The kickoff's webhooks again, where they are not this package's own.
+        webhooks: The kickoff's webhooks again, where they are not this package's own; left out, those that the run was
+            opened with in this process.
 
     Raises:
         AnsweredError: An answer of this round is on record, or somebody else answers at this moment.
@@ -141,6 +142,7 @@ async def send_review(
         CrewAPIError, CrewConnectionError: As the server answered, or did not. It is not sent again by itself.
     """
     record = run.record
+    webhooks = webhooks or run.webhooks
     if record is None:
         return await session.client.resume(run.kickoff_id, task_id, review.feedback, review.approve, webhooks=webhooks)
     before = await records.reviews(record)

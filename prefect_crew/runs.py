@@ -21,6 +21,7 @@ from prefect_crew.api.inputs import encode_inputs
 from prefect_crew.api.models import CrewResult, CrewState
 from prefect_crew.beside import work_beside
 from prefect_crew.blocks import DeployedCrew
+from prefect_crew.choices import check_choices
 from prefect_crew.dual import dual, refuse_running_loop
 from prefect_crew.lookups import read_result
 from prefect_crew.open_runs import OpenRun
@@ -98,6 +99,7 @@ async def arun_crew(
         OutputTypeError: The result does not fit `output_type`.
         CrewError: Anything else that the crew's server did.
     """
+    check_choices(wait=wait, output_type=output_type, review=review, meta=meta, webhooks=webhooks)
     crew = await loaded(crew)
     call = _Call(crew, inputs or {}, meta, output_type, webhooks, review)
     if (wait or crew.wait).mode != "poll":
@@ -256,6 +258,7 @@ async def get_result(
         CrewFailedError, CrewStoppedError: The run has no result.
         CrewError: There is no such run, or it has not ended.
     """
+    check_choices(output_type=output_type)
     attempts = await PrefectRecords().attempts(run_key)
     if not attempts:
         raise CrewError(f"No run has the key {run_key!r}. prefect-crew runs lists those on record.")

@@ -105,18 +105,18 @@ def known_cancelled(run_id: str | None) -> bool:
     return run_id is not None and _looked.get(_attempt(run_id), (0.0, False))[1]
 
 
-async def cancelled_meanwhile(run_id: str | None) -> bool:
+async def cancelled_meanwhile(run_id: str | None, *, every: float | None = None) -> bool:
     """Return whether a flow run was cancelled while nobody tells this process so.
 
-    The server is asked each ten seconds at most, and no sooner than that: most waits are shorter, and each question is
-    a request. An API that is away is no cancellation.
+    The server is asked once in so many seconds at most, and no sooner than that: most waits are shorter, and each
+    question is a request. An API that is away is no cancellation.
     """
     if run_id is None or started_by_runner():
         # A runner sends a signal, and ends the run itself.
         return False
     key = _attempt(run_id)
     at, cancelled = _looked.setdefault(key, (time.monotonic(), False))
-    if cancelled or time.monotonic() - at < LOOK_EVERY:
+    if cancelled or time.monotonic() - at < (LOOK_EVERY if every is None else every):
         return cancelled
     _looked[key] = (time.monotonic(), False)
     _looked.move_to_end(key)

@@ -23,6 +23,7 @@ from prefect_crew.api.errors import ConfigurationError, CrewError
 from prefect_crew.api.models import CrewInput, CrewResult, ResumeAnswer, StopAnswer
 from prefect_crew.api.webhooks import Webhooks
 from prefect_crew.blocks import DeployedCrew
+from prefect_crew.choices import check_choices
 from prefect_crew.dual import in_async_context, run_sync
 from prefect_crew.kickoffs import open_run
 from prefect_crew.reviews import ReviewChoice
@@ -88,6 +89,7 @@ class WaitTask(CrewTask[P, R], Generic[P, R]):
     async def acall(self, *args: Any, **kwargs: Any) -> Any:
         """Wait for the run; where the flow run is suspended for it, this raises Prefect's signal and runs again."""
         given = inspect.signature(self.fn).bind(*args, **kwargs)
+        check_choices(**{name: given.arguments.get(name) for name in ("wait", "output_type", "review")})
         crew = await loaded(given.arguments["crew"])
         policy = given.arguments.get("wait") or crew.wait
         wait = checked_wait(policy, f"The wait for run {given.arguments['kickoff_id']}")

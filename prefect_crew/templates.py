@@ -75,10 +75,31 @@ def attributes_in(template: str, names: Collection[str], *, collection: str) -> 
 
 
 def _parsed(template: str) -> nodes.Template:
+    environment = _environment()
     try:
-        return _environment().parse(template)
+        tree = environment.parse(template)
     except TemplateError as error:
         raise ConfigurationError(f"{template!r} is no template: {error}") from None
+    for node in tree.find_all((nodes.Filter, nodes.Test, nodes.Getattr, *_OTHERS)):
+        if problem := _problem(node, environment):
+            raise ConfigurationError(f"{template!r} cannot be filled: {problem}.")
+    return tree
+
+
+_OTHERS = (nodes.Include, nodes.Import, nodes.FromImport, nodes.Extends)
+
+
+def _problem(node: nodes.Node, environment: Any) -> str | None:
+    """Return what is wrong with a part of a template that Jinja would speak of when it comes to it, if at all."""
+    if isinstance(node, nodes.Filter) and node.name not in environment.filters:
+        return f"there is no filter {node.name!r}"
+    if isinstance(node, nodes.Test) and node.name not in environment.tests:
+        return f"there is no test {node.name!r}"
+    if isinstance(node, nodes.Getattr) and node.attr.startswith("__"):
+        return f"the sandbox does not give {node.attr!r} away"
+    if isinstance(node, _OTHERS):
+        return "it asks for another template, and there is none"
+    return None
 
 
 def render(template: str, values: Mapping[str, Any]) -> str:
@@ -97,7 +118,7 @@ def compiled(template: str) -> Callable[[Mapping[str, Any]], str]:
         ConfigurationError: It is no template.
     """
     try:
-        ready = _environment().from_string(template)
+        ready = _environment().from_string(_parsed(template))
     except TemplateError as error:
         raise ConfigurationError(f"{template!r} is no template: {error}") from None
 

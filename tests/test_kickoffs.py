@@ -64,6 +64,8 @@ async def test_missing_inputs_start_nothing_and_may_be_mended_under_the_same_key
     with pytest.raises(InvalidInputsError, match=r"Missing inputs: city. Nothing was started") as caught:
         await server.crew().trigger({"days": 3}, run_key=run_key)
     assert (caught.value.missing_inputs, caught.value.before_kickoff) == (["city"], True)
+    assert str(caught.value).endswith(f"This was about run {run_key!r} of crew {server.crew().label}.")
+    assert caught.value.run_key == run_key
     assert server.requests["kickoff"] == 0
     await server.crew().trigger({"city": "Lisbon"}, run_key=run_key)
     assert await phases(run_key) == [RecordPhase.NOT_STARTED, RecordPhase.STARTED]

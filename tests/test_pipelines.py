@@ -298,11 +298,11 @@ def test_a_plan_starts_nothing_and_shows_all(crew_server: CrewServerFactory):
         "  text = on tea",
         "  password = ********",
         "",
-        "write: crew travel",
+        "write: crew travel, after research",
         "  text = {{ research.output }}",
         "  password = ********",
         "",
-        "send: crew travel",
+        "send: crew travel, after write",
         "  … = from a function",
     ]
     assert server.kickoffs == 0

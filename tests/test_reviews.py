@@ -16,6 +16,7 @@ from prefect_crew import (
     ReviewLimitError,
     ReviewRequest,
     WaitPolicy,
+    Webhooks,
     arun_crew,
     arun_pipeline,
     kickoff_crew,
@@ -51,6 +52,23 @@ def crew_of(server: InProcessCrewServer, **fields: Any) -> DeployedCrew:
 async def answers(run_key: str) -> list[SentReview]:
     records = PrefectRecords()
     return await records.reviews((await records.attempts(run_key))[-1])
+
+
+async def test_each_answer_names_the_users_own_webhooks_again() -> None:
+    """The server does not carry them over."""
+    own = Webhooks(task="http://127.0.0.1:9/t", step="http://127.0.0.1:9/s", crew="http://127.0.0.1:9/c")
+    after: list[dict[str, Any]] = []
+
+    def judge(request: ReviewRequest) -> Review:
+        after.append(server.run(request.kickoff_id).hooks.as_body())
+        return Review(approve=request.round > 1, feedback="again")
+
+    with InProcessCrewServer(SCRIPT) as server:
+        result = await arun_crew(crew_of(server), {}, review=judge, webhooks=own)
+        after.append(server.run(result.kickoff_id).hooks.as_body())
+    assert len(after) == 3
+    assert [body["crewWebhookUrl"] for body in after] == [own.crew] * 3
+    assert after[0] == after[1] == after[2]
 
 
 @pytest.mark.parametrize("dialect", ["documented", "union", "live"])

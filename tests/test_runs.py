@@ -207,6 +207,35 @@ def test_inputs_that_are_too_large_for_prefect_reach_the_crew(crew_server: CrewS
     }
 
 
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        pytest.param({"meta": "text"}, "meta is a value of type str; it has to be a mapping", id="meta"),
+        pytest.param({"webhooks": "https://x"}, "webhooks is a value of type str; it has to be Web", id="webhooks"),
+        pytest.param({"output_type": dict}, "output_type is the class dict; it has to be a pydantic", id="class"),
+        pytest.param({"output_type": list[int]}, "output_type is .*; it has to be a pydantic", id="alias"),
+        pytest.param({"review": "from"}, "review is 'from'; it has to be 'form' or a function", id="review"),
+        pytest.param({"wait": {"timeout": 5}}, "wait is a value of type dict; it has to be a WaitPolicy", id="wait"),
+    ],
+)
+@pytest.mark.parametrize("inside", [False, True], ids=["outside", "inside"])
+async def test_what_cannot_be_meant_buys_nothing(
+    crew_server: CrewServerFactory, given: dict[str, Any], wanted: str, inside: bool
+):
+    server, run_key = crew_server("echo"), key()
+
+    @flow
+    async def around() -> None:
+        await arun_crew(server.crew(), {"text": "a"}, run_key=run_key, **given)
+
+    call = around if inside else around.fn
+    with pytest.raises(ConfigurationError, match=f"{wanted}.* Nothing was started"):
+        await call()
+    assert server.kickoffs == 0
+    # Nor is the key used up.
+    assert (await arun_crew(server.crew(), {"text": "a"}, run_key=run_key)).output == "a"
+
+
 def test_inputs_that_cannot_be_sent_make_no_flow_run(crew_server: CrewServerFactory, seen: Seen):
     called = name()
     with pytest.raises(ConfigurationError, match="Input 'x' holds a value of type object"):
@@ -341,6 +370,20 @@ async def test_a_large_result_is_read_from_the_crew(crew_server: CrewServerFacto
     server.faults.add("status:forgotten")
     with pytest.raises(CrewLostError):
         await get_result(run_key)
+
+
+async def test_a_large_result_that_the_crew_has_forgotten_can_only_be_bought_anew(crew_server: CrewServerFactory):
+    server = crew_server(script({"output": "x" * 20_000}))
+    run_key = key()
+    await arun_crew(server.crew(), {}, run_key=run_key)
+    server.faults.add("status:forgotten")
+    with pytest.raises(CrewLostError, match=r"has completed, but .* has forgotten.*force_new=True") as caught:
+        await arun_crew(server.crew(), {}, run_key=run_key)
+    assert "--lost" not in str(caught.value)
+    assert server.kickoffs == 1
+    server.faults.clear()
+    assert (await arun_crew(server.crew(), {}, run_key=run_key, force_new=True)).output == "x" * 20_000
+    assert server.kickoffs == 2
 
 
 async def test_a_large_result_of_a_crew_that_is_not_stored_needs_the_crew(crew_server: CrewServerFactory):

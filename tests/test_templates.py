@@ -11,7 +11,7 @@ from pydantic import BaseModel
 
 from prefect_crew import ConfigurationError
 from prefect_crew.api.models import CrewResult, CrewState, TaskResult
-from prefect_crew.templates import attributes_in, names_in, render
+from prefect_crew.templates import attributes_in, compiled, names_in, render
 
 RESULT = CrewResult(
     kickoff_id="1",
@@ -46,6 +46,26 @@ class Trip(BaseModel):
 def test_a_template_is_filled(template: str, text: str):
     values = {"topic": "tea", "research": RESULT, "trip": Trip(city="Porto"), "yes": True, "nothing": None}
     assert render(template, values) == text
+
+
+@pytest.mark.parametrize(
+    ("template", "problem"),
+    [
+        pytest.param("{{ topic | nofilter }}", "there is no filter 'nofilter'", id="filter"),
+        pytest.param("{% if 0 %}{{ topic | nofilter }}{% endif %}", "there is no filter 'nofilter'", id="not-reached"),
+        pytest.param("{% if topic is notest %}{% endif %}", "there is no test 'notest'", id="test"),
+        pytest.param("{{ ''.__class__ }}", "does not give '__class__' away", id="sandbox"),
+        pytest.param("{% include 'x' %}", "asks for another template", id="include"),
+        pytest.param("{% extends 'x' %}", "asks for another template", id="extends"),
+        pytest.param("{% import 'x' as x %}", "asks for another template", id="import"),
+        pytest.param("{% from 'x' import y %}", "asks for another template", id="from"),
+        pytest.param("{{ topic", "is no template", id="syntax"),
+    ],
+)
+def test_what_can_never_be_filled_is_known_before_there_are_values(template: str, problem: str):
+    for look in (lambda: names_in(template), lambda: compiled(template)):
+        with pytest.raises(ConfigurationError, match=problem):
+            look()
 
 
 @pytest.mark.parametrize(

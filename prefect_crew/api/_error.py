@@ -23,11 +23,23 @@ def excerpt(text: str, limit: int = EXCERPT) -> str:
 
 
 class CrewError(Exception):
-    """Root of all errors of this package. Catch it to catch everything that can go wrong with a crew."""
+    """Root of all errors of this package. Catch it to catch everything that can go wrong with a crew.
+
+    Attributes:
+        run_key: The run's key, where the error is about a run that has one.
+    """
+
+    run_key: str | None = None
 
     def add(self, text: str) -> None:
         """Say something more after its text."""
         self.args = (f"{self} {text}",)
+
+    def about(self, run_key: str, crew: str) -> None:
+        """Name the run that it is about, where its text does not."""
+        self.run_key = run_key
+        if run_key not in str(self):
+            self.add(f"This was about run {run_key!r} of crew {crew}.")
 
     def __reduce__(self) -> Any:
         # The subclasses take keyword arguments only, which BaseException's own reduce cannot replay.

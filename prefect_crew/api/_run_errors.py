@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from prefect_crew.api._error import CrewError, excerpt
+from prefect_crew.api.models import CrewState
 
 __all__ = [
     "CrewFailedError",
@@ -132,18 +133,24 @@ class CrewStoppedError(_EndedError):
 
 
 class CrewLostError(_EndedError):
-    """The server does not know the run (any more). Attributes: kickoff_id, crew, run_key, last_state."""
+    """The server does not know the run (any more).
+
+    Attributes: kickoff_id, crew, run_key, last_state. `last_state` is "completed" where only the result is lost.
+    """
 
     def __init__(
         self, *, kickoff_id: str, crew: str | None = None, run_key: str | None = None, last_state: str | None = None
     ) -> None:
         self.last_state = last_state
         seen = f"it was last seen {last_state}" if last_state else "this wait for it has never seen it"
+        again = "force_new=True (--force-new) buys another"
+        if last_state == CrewState.COMPLETED:
+            seen = "it has completed, but its record does not hold the result, which the server has forgotten"
+        elif run_key:
+            again += f", and so does the key after prefect-crew runs settle {run_key!r} --lost"
         super().__init__(
             f"{_of(kickoff_id, crew)} is not known to the server: {seen}. "
-            "Check the URL, then the crew's page. It is not bought again on a guess: force_new=True (--force-new) buys "
-            "another"
-            + (f", and so does the key after prefect-crew runs settle {run_key!r} --lost." if run_key else "."),
+            f"Check the URL, then the crew's page. It is not bought again on a guess: {again}.",
             kickoff_id=kickoff_id,
             crew=crew,
             run_key=run_key,

@@ -193,7 +193,11 @@ def waiting_output(body: Any) -> str | None:
     """Return what the status of a run that waits for a person shows to be judged, None where it shows nothing."""
     source = as_object(body)
     parts = (*(as_object(source.get(key)) for key in _HUMAN_PARTS), source)
-    found = (shapes.text_of(part.get(key)) for part in parts for key in ("task_output", "output", "prompt"))
+    found = [shapes.text_of(part.get(key)) for part in parts for key in ("task_output", "output", "prompt")]
+    last = as_object(source.get("last_executed_task"))
+    waits = _human_task(source) or as_text(source.get("current_task"))
+    if waits is None or waits in (id_of(last, _HUMAN_TASK_KEYS), last.get("name")):
+        found.append(shapes.text_of(last.get("output")))  # what it says of another task is not what is to be judged
     return next(shapes.filled_texts(found), None)
 
 
@@ -238,7 +242,7 @@ def parse_stop(body: Any, kickoff_id: str, status_code: int = 200) -> StopAnswer
     if 200 <= status_code < 300:
         return _stopped(body, kickoff_id)
     facts = parse_error(status_code, {}, _as_str(body))
-    said = " ".join(part for part in (facts.title, facts.message) if part)
+    said = ": ".join(part for part in (facts.title, facts.message) if part)
     if status_code in (400, 409) and (found := _CURRENT_STATE.search(said)):
         word = found.group(1).strip()
         outcome = StopOutcome.NOT_STOPPABLE

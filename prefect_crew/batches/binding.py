@@ -22,9 +22,11 @@ __all__ = [
     "TAG",
     "BatchChangedError",
     "Bound",
+    "Kept",
     "LedgerMissingError",
     "bind",
     "binding_name",
+    "kept_here",
     "note_asking",
     "read_binding",
 ]
@@ -67,13 +69,35 @@ class Bound:
     before: BatchEntry | None
 
 
+@dataclass(frozen=True)
+class Kept:
+    """What is known of a batch before a call: the ledger's entry, and whether the Prefect server knows the batch."""
+
+    before: BatchEntry | None
+    is_bound: bool
+
+
 def binding_name(batch: str) -> str:
     """Return the name of the Variable that binds a batch."""
     return f"crew_batch_{hashlib.sha256(batch.encode()).hexdigest()[:32]}"
 
 
+async def kept_here(ledger: Ledger) -> Kept:
+    """Return what the ledger at hand and the Prefect server know of the batch.
+
+    Raises:
+        LedgerMissingError: It is bound to another ledger.
+    """
+    before = await ledger.entry()
+    bound = await read_binding(ledger.batch)
+    if bound is not None and (before is None or bound.get("ledger_id") != before.ledger_id):
+        raise LedgerMissingError(name=ledger.batch, ledger=str(bound.get("ledger")))
+    return Kept(before, is_bound=bound is not None)
+
+
 async def bind(
     ledger: Ledger,
+    kept: Kept,
     *,
     crew_url: str,
     fingerprint: str,
@@ -82,27 +106,25 @@ async def bind(
     place: str,
     call: Mapping[str, Any] | None = None,
 ) -> Bound:
-    """Bind the batch to the ledger, or check that it is bound to this one.
+    """Bind the batch to the ledger that keeps it.
 
     Args:
         ledger: The ledger at hand.
+        kept: What is known of the batch.
         crew_url, fingerprint, total: What the batch is run with now.
         go_on: Whether a batch whose rows or crew have changed goes on all the same.
         place: Where the ledger is found again: its path, its URL without a password, or what stands for it.
         call: What `batch retry` needs.
 
     Raises:
-        LedgerMissingError: It is bound to another ledger.
+        LedgerMissingError: Somebody binds it to another ledger at this moment.
         BatchChangedError: Its rows or its crew have changed.
     """
-    before = await ledger.entry()
-    bound = await read_binding(ledger.batch)
-    if bound is not None and (before is None or bound.get("ledger_id") != before.ledger_id):
-        raise LedgerMissingError(name=ledger.batch, ledger=str(bound.get("ledger")))
+    before = kept.before
     if before is not None and not go_on:
         _refuse_change(before, crew_url, fingerprint, total)
     entry = await ledger.enter(crew_url=crew_url, fingerprint=fingerprint, total=total, call=call)
-    if bound is None:
+    if not kept.is_bound:
         await _claim(entry, place)
     return Bound(entry, before)
 

@@ -28,6 +28,8 @@ __all__ = ["BatchCancelledError", "watched"]
 
 TICK = 1.0
 """Seconds between two looks at how the batch stands."""
+LOOK_EVERY = 2.0
+"""Seconds between two looks at whether the flow run was cancelled: each of them may let many kickoffs pass."""
 ASK_WITHIN = 5.0
 BUY_WITHIN = 10.0
 STOP_WITHIN = 12.0
@@ -89,7 +91,7 @@ async def _look(own: str | None, tick: Callable[[], Awaitable[None]]) -> bool:
     while True:
         await asyncio.sleep(TICK)
         await tick()
-        if await cancelled_meanwhile(own):
+        if await cancelled_meanwhile(own, every=LOOK_EVERY):
             return True
 
 

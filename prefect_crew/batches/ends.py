@@ -8,7 +8,14 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from prefect_crew.api.errors import CrewError, CrewLostError, CrewTimeoutError, KickoffUncertainError, OutputTypeError
+from prefect_crew.api.errors import (
+    CrewError,
+    CrewLostError,
+    CrewTimeoutError,
+    KickoffUncertainError,
+    OutputTypeError,
+    RunKeyConflictError,
+)
 from prefect_crew.api.models import CrewState
 from prefect_crew.batches.rows import RowJob
 from prefect_crew.blocks import DeployedCrew
@@ -16,7 +23,23 @@ from prefect_crew.open_runs import OpenRun
 from prefect_crew.outcomes import typed
 from prefect_crew.records import RecordPhase, RunRecord
 
-__all__ = ["FINAL", "LOST", "MISFIT", "NOT_STARTED", "TIMED_OUT", "UNCERTAIN", "RowEnd", "broken", "ended", "unsettled"]
+__all__ = [
+    "FAILED",
+    "FINAL",
+    "LOST",
+    "MISFIT",
+    "NOT_STARTED",
+    "REFUSED",
+    "TIMED_OUT",
+    "UNCERTAIN",
+    "UNSEEN",
+    "RowEnd",
+    "broken",
+    "ended",
+    "note",
+    "standing_word",
+    "unsettled",
+]
 
 MISFIT = "misfit"
 """Completed, with a result of another type than was asked for."""
@@ -24,8 +47,14 @@ UNCERTAIN = "uncertain"
 NOT_STARTED = "not-started"
 TIMED_OUT = "timed-out"
 LOST = "lost"
+REFUSED = "refused"
+"""The ledger's word for a row that was not started for a reason; "not-started" alone is one that is still to be."""
+UNSEEN = "unseen"
+"""The ledger's word for a run that is in flight as far as is known, and whose end no look has brought."""
 FINAL = {str(state) for state in CrewState if state.ended}
 """States after which a row is not looked at again. After any other, the next call goes on with it."""
+FAILED = (str(CrewState.FAILED), str(CrewState.STOPPED), MISFIT, LOST, TIMED_OUT, REFUSED, UNSEEN)
+"""The ledger's words for rows without a result, but for those that are uncertain or that somebody waits for."""
 ERROR_CAP = 2_000
 
 
@@ -100,19 +129,56 @@ def broken(job: RowJob, record: RunRecord | None, error: CrewError, *, batch: st
     state, reason = NOT_STARTED, str(error)
     if isinstance(error, KickoffUncertainError):
         state, reason = UNCERTAIN, _uncertain(job, error.reason, batch)
+    elif isinstance(error, RunKeyConflictError):
+        reason = (
+            f"Not started: {error.difference}. What it brought then stays on record. Give the row another key, or the "
+            "batch another name."
+        )
     elif isinstance(error, CrewTimeoutError):
         state = TIMED_OUT
     elif isinstance(error, CrewLostError):
-        state = LOST
+        state, reason = LOST, _lost(job, error, batch)
     elif record is not None and record.phase is RecordPhase.STARTED:
         state = str(RecordPhase.STARTED)
     return RowEnd(job, state, record, reason[:ERROR_CAP], type(error).__name__, found=found)
+
+
+def note(record: RunRecord | None, end: RowEnd) -> bool:
+    """Write into a record why its row has no result, where nothing there says so; return whether that changed it."""
+    if record is None or record.error is not None or end.uncertain:
+        return False
+    record.error = end.error
+    if record.reason is None:
+        record.reason = end.kind
+    return True
+
+
+_OUT_OF_SIGHT = {CrewLostError.__name__: LOST, CrewTimeoutError.__name__: TIMED_OUT}
+
+
+def standing_word(record: RunRecord) -> str | None:
+    """Return the word for how a row stands by its record; None where only the phase tells."""
+    if record.state is CrewState.COMPLETED and record.error is not None:
+        return MISFIT
+    if record.state is not None or record.error is None:
+        return None if record.state is None else str(record.state)
+    if record.phase is RecordPhase.NOT_STARTED:
+        return REFUSED
+    return _OUT_OF_SIGHT.get(record.reason or "", UNSEEN) if record.phase is RecordPhase.STARTED else None
 
 
 def unsettled(job: RowJob, record: RunRecord, *, batch: str) -> RowEnd:
     """Return the end of a row that was found uncertain."""
     reason = record.reason or "whoever sent it ended before its answer was written down"
     return RowEnd(job, UNCERTAIN, record, _uncertain(job, reason, batch), KickoffUncertainError.__name__, found=True)
+
+
+def _lost(job: RowJob, error: CrewLostError, batch: str) -> str:
+    seen = f", last seen {error.last_state}," if error.last_state else ""
+    return (
+        f"Run {error.kickoff_id}{seen} is not known to the crew's server. "
+        f"It is not bought again on a guess: prefect-crew batch retry {batch!r} --key {job.key!r} does."
+    )
 
 
 def _uncertain(job: RowJob, reason: str, batch: str) -> str:

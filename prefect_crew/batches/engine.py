@@ -7,12 +7,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from collections.abc import Awaitable, Callable
 from uuid import uuid4
-
-from pydantic import BaseModel
 
 from prefect_crew.api.certainty import KickoffFate, kickoff_fate
 from prefect_crew.api.errors import (
@@ -22,12 +18,13 @@ from prefect_crew.api.errors import (
     RunKeyConflictError,
 )
 from prefect_crew.batches.breaker import Breaker
-from prefect_crew.batches.ends import LOST, MISFIT, RowEnd, broken, ended, unsettled
+from prefect_crew.batches.ends import LOST, MISFIT, RowEnd, broken, ended, note, unsettled
 from prefect_crew.batches.ledger import Ledger, LedgerError
 from prefect_crew.batches.pacing import Pace
-from prefect_crew.batches.retries import RetryRule, purchases
+from prefect_crew.batches.retries import STOPPED_WITH_BATCH, purchases
 from prefect_crew.batches.row_waits import RowWaiter
 from prefect_crew.batches.rows import RowJob
+from prefect_crew.batches.work import EngineOptions, Work
 from prefect_crew.logs import run_logger
 from prefect_crew.patience import end
 from prefect_crew.posting import Purchase
@@ -37,34 +34,7 @@ from prefect_crew.run_keys import RunIdentity
 from prefect_crew.sessions import CrewSession
 from prefect_crew.settings import CrewSettings
 
-if TYPE_CHECKING:
-    from prefect_crew.api.webhooks import Webhooks
-
-__all__ = ["Engine", "EngineOptions", "Work"]
-
-
-@dataclass(frozen=True)
-class EngineOptions:
-    """How rows are run.
-
-    `stop_when` gets the failed and the ended rows of this call, and says why nothing more is to be bought.
-    """
-
-    max_in_flight: int
-    rule: RetryRule = field(default_factory=RetryRule)
-    max_kickoffs: int | None = None
-    stop_when: Callable[[int, int], str | None] = lambda failed, ended: None
-    output_type: type[BaseModel] | None = None
-    meta: Mapping[str, object] | None = None
-    webhooks: Webhooks | None = None
-
-
-@dataclass(slots=True)
-class Work:
-    """A row, and what the ledger knows of it."""
-
-    job: RowJob
-    attempts: Sequence[RunRecord] = ()
+__all__ = ["Engine"]
 
 
 class Engine:
@@ -137,7 +107,7 @@ class Engine:
         if latest is None:
             return False
         if latest.inputs_digest != job.digest:
-            await self._on_end(broken(job, latest, _other_inputs(job), batch=self.ledger.batch, found=True))
+            await self._on_end(await self._broken(job, latest, _other_inputs(job)))
             return True
         if latest.phase is RecordPhase.UNCERTAIN or (
             latest.phase is RecordPhase.CLAIMED and await self.ledger.owner_ended(latest)
@@ -343,17 +313,27 @@ class Engine:
                 self.stop(reason)
             return None
         attempts = await self.ledger.attempts(self.ledger.run_key(job.key))
+        end = None
+        if first or not isinstance(error, AuthenticationError):
+            end = await self._broken(job, attempts[-1] if attempts else None, error)
         if isinstance(error, AuthenticationError):
-            # After the look into the ledger: it ends the tasks of rows, but not before they wait for something again.
+            # After what is done in the ledger: it ends the tasks of rows, once they wait for something again.
             self.stop(str(error), shut=True)
-            if not first:
-                return None
-        return broken(job, attempts[-1] if attempts else None, error, batch=self.ledger.batch)
+        return end
+
+    async def _broken(self, job: RowJob, record: RunRecord | None, error: CrewError) -> RowEnd:
+        """Return the end of a row that has none, and write down why, for those who ask the ledger."""
+        end = broken(job, record, error, batch=self.ledger.batch)
+        if record is not None and note(record, end):
+            await self.ledger.save(record)
+        return end
 
     async def _wait(self, job: RowJob, record: RunRecord, *, first_look: bool) -> RowEnd | None:
         if record.phase is not RecordPhase.ENDED:
             self.waiting[job.key] = record
             try:
+                if record.error is not None:
+                    await self._forget(record)
                 await self._waiter.wait(job, record, first_look=first_look)
             except LedgerError:
                 raise
@@ -362,10 +342,17 @@ class Engine:
                 return None
             except CrewError as error:
                 if record.ended_at is None:
-                    return broken(job, record, error, batch=self.ledger.batch)
+                    return await self._broken(job, record, error)
             finally:
                 self.waiting.pop(job.key, None)
         return await self._ended(job, record)
+
+    async def _forget(self, record: RunRecord) -> None:
+        """Take back what an earlier call noted of a run that it left: it is waited for again."""
+        record.error = None
+        if record.reason != STOPPED_WITH_BATCH:
+            record.reason = None
+        await self.ledger.save(record)
 
     async def _ended(self, job: RowJob, record: RunRecord, *, found: bool = False) -> RowEnd:
         noted = record.error

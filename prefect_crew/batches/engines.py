@@ -12,12 +12,13 @@ from prefect.exceptions import ObjectNotFound
 from prefect_crew.api.errors import ConfigurationError
 from prefect_crew.batches.breaker import Breaker
 from prefect_crew.batches.ends import RowEnd
-from prefect_crew.batches.engine import Engine, EngineOptions
+from prefect_crew.batches.engine import Engine
 from prefect_crew.batches.ledger import Ledger
 from prefect_crew.batches.options import IN_FLIGHT, BatchOptions
 from prefect_crew.batches.pacing import BatchSession
 from prefect_crew.batches.retries import RetryRule
 from prefect_crew.batches.row_waits import RowWaiter
+from prefect_crew.batches.work import EngineOptions
 from prefect_crew.logs import run_logger
 from prefect_crew.sessions import CrewSession
 from prefect_crew.suspending.suspension import polling_only, standstill_here
@@ -50,7 +51,11 @@ def engine_of(
         session,
         ledger,
         RowWaiter(
-            session, ledger, polling_only(options.wait or session.crew.wait, "A batch"), learn=options.wait is None
+            session,
+            ledger,
+            polling_only(options.wait or session.crew.wait, "A batch"),
+            learn=options.wait is None,
+            webhooks=options.webhooks,
         ),
         EngineOptions(
             max_in_flight=most,

@@ -11,8 +11,9 @@ from typing import Any, cast
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from prefect_crew.batches.engine import Engine, Work
+from prefect_crew.batches.engine import Engine
 from prefect_crew.batches.rows import RowJob
+from prefect_crew.batches.work import Work
 from prefect_crew.logs import run_logger
 from prefect_crew.patience import end
 from prefect_crew.records import RecordPhase, latest_purchase

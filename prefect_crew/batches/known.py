@@ -15,14 +15,13 @@ from prefect_crew.api.errors import ConfigurationError, CrewError
 from prefect_crew.api.models import CrewState
 from prefect_crew.batches.binding import ASKS, TAG, LedgerMissingError, read_binding
 from prefect_crew.batches.calls import options_from
-from prefect_crew.batches.ends import MISFIT
+from prefect_crew.batches.ends import FAILED, standing_word
 from prefect_crew.batches.ledger import BatchEntry, Ledger
 from prefect_crew.batches.places import LedgerPlace, ledger_place
 from prefect_crew.records import RecordPhase, RunRecord, utcnow
 
 __all__ = ["BatchStanding", "KnownBatch", "all_batches", "asking_batches", "known_batch"]
 
-_FAILED = (str(CrewState.FAILED), str(CrewState.STOPPED), MISFIT)
 _PAGE = 200
 
 
@@ -34,6 +33,7 @@ class BatchStanding:
         name: The batch.
         total: Its rows that can be run.
         completed, failed, uncertain, in_flight: How they stand; in flight is what had not ended at the last look.
+            Failed are also those that no call has brought to an end so far: lost, over their time, refused.
         people: Those in flight that waited for a person then.
         left: Rows of which nothing was bought yet.
         kickoffs: How many were, or may have been, bought in all.
@@ -84,7 +84,7 @@ class KnownBatch:
             name=self.name,
             total=self.entry.total,
             completed=counts.get(str(CrewState.COMPLETED), 0),
-            failed=sum(counts.get(word, 0) for word in _FAILED),
+            failed=sum(counts.get(word, 0) for word in FAILED),
             uncertain=counts.get(str(RecordPhase.UNCERTAIN), 0),
             in_flight=counts.get(str(RecordPhase.STARTED), 0),
             people=len([record async for record in self.ledger.may_ask()]),
@@ -100,9 +100,7 @@ class KnownBatch:
     async def failures(self) -> AsyncIterator[tuple[str, RunRecord]]:
         """Yield row key and record of each row that failed or is uncertain, in the order of the keys."""
         async for key, record in self.ledger.standing_attempts():
-            failed = record.phase is RecordPhase.ENDED and (
-                record.state is not CrewState.COMPLETED or record.error is not None
-            )
+            failed = standing_word(record) in FAILED
             lost = record.phase is RecordPhase.CLAIMED and utcnow() >= record.known_by
             if failed or lost or record.phase is RecordPhase.UNCERTAIN:
                 yield key, record

@@ -16,8 +16,8 @@ from uuid import uuid4
 from sqlalchemy import ColumnElement, Connection, delete, func, select, update
 from sqlalchemy.exc import SQLAlchemyError
 
-from prefect_crew.api.models import CrewState
 from prefect_crew.batches.database import Database, LedgerError, answers, attempts, batches, short
+from prefect_crew.batches.ends import standing_word
 from prefect_crew.batches.group_commit import KEYS_AT_ONCE, GroupWriter
 from prefect_crew.batches.latest import Place, latest, places, places_of_row, standing_attempts
 from prefect_crew.logs import run_logger
@@ -27,8 +27,6 @@ __all__ = ["LEDGER_VERSION", "BatchEntry", "Ledger", "LedgerError"]
 
 T = TypeVar("T")
 LEDGER_VERSION = 1
-MISFIT = "misfit"
-"""The state, in the ledger's columns, of a run that completed with a result of another type than was asked for."""
 _PAGE = 1_000
 
 
@@ -341,19 +339,16 @@ class Ledger:
 
     def _values(self, record: RunRecord) -> dict[str, Any]:
         seconds = usage = None
-        state = None if record.state is None else str(record.state)
         if record.phase is RecordPhase.ENDED and record.kicked_off_at is not None and record.ended_at is not None:
             seconds = (record.ended_at - record.kicked_off_at).total_seconds()
         if record.result is not None and record.result.usage is not None:
             usage = record.result.usage.model_dump_json(exclude_none=True)
-        if record.state is CrewState.COMPLETED and record.error is not None:
-            state = MISFIT
         return {
             "batch": self.batch,
             "row_key": self.row_key(record.run_key),
             "attempt": record.attempt,
             "phase": str(record.phase),
-            "state": state,
+            "state": standing_word(record),
             "kickoff": None if record.kickoff_id is None else _digest(record.kickoff_id),
             "owner": record.owner,
             "seconds": seconds,

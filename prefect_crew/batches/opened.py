@@ -14,7 +14,7 @@ from prefect.exceptions import PrefectException
 
 from prefect_crew.api.models import CrewInput, CrewState
 from prefect_crew.batches.artifacts import BatchArtifacts
-from prefect_crew.batches.binding import Bound, bind, binding_name, note_asking
+from prefect_crew.batches.binding import Bound, bind, binding_name, kept_here, note_asking
 from prefect_crew.batches.cancelling import watched
 from prefect_crew.batches.ends import RowEnd
 from prefect_crew.batches.engine import Engine
@@ -68,9 +68,11 @@ async def open_batch(job: BatchJob, *, shared: bool = False) -> AsyncGenerator[O
         ledger.sole = not shared
         beside = ledger.database.path or Path.cwd() / binding_name(job.name)
         output = Output(job.output, beside=beside, output_type=options.output_type)
+        kept = await kept_here(ledger)
         output.check(fresh=not await ledger.known())
         bound = await bind(
             ledger,
+            kept,
             crew_url=job.crew.url,
             fingerprint=checked.fingerprint,
             total=checked.total,

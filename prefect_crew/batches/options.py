@@ -11,6 +11,7 @@ from pydantic import BaseModel
 from prefect_crew.api.errors import ConfigurationError
 from prefect_crew.batches.retries import RETRYABLE, Retries
 from prefect_crew.batches.rows import InputsFrom, KeyFrom
+from prefect_crew.choices import check_choices
 from prefect_crew.waiting import WaitPolicy
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ class BatchOptions:
     task_per_row: bool = False
 
     def __post_init__(self) -> None:
+        check_choices(wait=self.wait, output_type=self.output_type, meta=self.meta, webhooks=self.webhooks)
         for name in ("max_in_flight", "requests_at_once", "breaker", "max_kickoffs", "chunk_size"):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
@@ -79,14 +81,14 @@ class BatchOptions:
         self._check_retries()
 
     def _check_on_failure(self) -> None:
-        limit = self.on_failure
+        limit: Any = self.on_failure
         if isinstance(limit, str):
             if limit not in ("continue", "stop"):
                 raise ConfigurationError(
                     f"on_failure is {limit!r}: say 'continue', 'stop', after how many failed rows to stop, or after "
                     "which share below 1."
                 )
-        elif isinstance(limit, bool) or limit <= 0 or (limit > 1 and limit != int(limit)):
+        elif type(limit) not in (int, float) or limit <= 0 or (limit > 1 and limit != int(limit)):
             raise ConfigurationError(
                 f"on_failure is {limit!r}: as a number it is a count of failed rows, or a share of rows below 1."
             )

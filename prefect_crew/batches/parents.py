@@ -21,7 +21,7 @@ from prefect_crew.api.errors import ConfigurationError
 from prefect_crew.api.models import CrewState
 from prefect_crew.batches.binding import binding_name
 from prefect_crew.batches.cancelling import BatchCancelledError
-from prefect_crew.batches.ends import MISFIT, UNCERTAIN, RowEnd
+from prefect_crew.batches.ends import FAILED, UNCERTAIN, RowEnd
 from prefect_crew.batches.engines import engine_of
 from prefect_crew.batches.feed import feed
 from prefect_crew.batches.job import BatchJob
@@ -299,13 +299,12 @@ class Parent:
         """Count the rows of all shards, show them, and stop all where the policy says so."""
         batch, standing = self._batch, self._batch.standing
         counts = await batch.ledger.counts()
-        bad = (str(CrewState.FAILED), str(CrewState.STOPPED), MISFIT)
         standing.completed = counts.get(str(CrewState.COMPLETED), 0)
-        standing.failed = sum(counts.get(word, 0) for word in bad)
+        standing.failed = sum(counts.get(word, 0) for word in FAILED)
         standing.uncertain = counts.get(UNCERTAIN, 0)
         standing.in_flight = counts.get(str(RecordPhase.STARTED), 0)
         before = self._before
-        failed = standing.failed - sum(before.get(word, 0) for word in bad)
+        failed = standing.failed - sum(before.get(word, 0) for word in FAILED)
         ended = failed + standing.completed - before.get(str(CrewState.COMPLETED), 0)
         standing.ended_here = max(ended, 0)
         standing.tick()

@@ -31,6 +31,8 @@ from prefect_crew.wakeups import Waker, waker_for
 if TYPE_CHECKING:
     from contextlib import AbstractAsyncContextManager
 
+    from prefect_crew.api.webhooks import Webhooks
+
 __all__ = ["RowWaiter"]
 
 ERROR_CAP = 2_000
@@ -46,12 +48,22 @@ class RowWaiter:
         ledger: Where the records live.
         policy: How to wait.
         learn: Whether the first look may be put off until some runs would have ended, as far as is known.
+        webhooks: The user's own targets, for answers.
     """
 
-    def __init__(self, session: CrewSession, ledger: Ledger, policy: WaitPolicy, *, learn: bool) -> None:
+    def __init__(
+        self,
+        session: CrewSession,
+        ledger: Ledger,
+        policy: WaitPolicy,
+        *,
+        learn: bool,
+        webhooks: Webhooks | None = None,
+    ) -> None:
         self.session = session
         self.ledger = ledger
         self.policy = policy
+        self.webhooks = webhooks
         self._rhythm = Rhythm() if learn else None
         self._said_at = 0.0
         self._asked_at = 0.0
@@ -191,7 +203,14 @@ class _Watcher:
         """What is done about people, where the crew asks any: most rows never do."""
         if self._people is None:
             waiter, record = self._waiter, self._record
-            run = OpenRun(waiter.session.crew, str(record.kickoff_id), record, self._job.inputs, owned=True)
+            run = OpenRun(
+                waiter.session.crew,
+                str(record.kickoff_id),
+                record,
+                self._job.inputs,
+                owned=True,
+                webhooks=waiter.webhooks,
+            )
             self._people = People(run, waiter.session, waiter.ledger, waiter.policy, None, quiet=True)
             self._people.questions.waker = self.waker
         return self._people

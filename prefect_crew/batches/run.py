@@ -169,7 +169,7 @@ async def arun_batch(
         chunk_size=chunk_size,
         task_per_row=task_per_row,
     )
-    if (shards > 1) is not (deployment is not None):
+    if shards < 1 or (shards > 1) is not (deployment is not None):
         raise ConfigurationError(
             "Shards are runs of a deployment: give both, shards=N and deployment='flow/deployment'."
         )

@@ -319,5 +319,8 @@ def go_on(name: str, ledger: str | None, *, retry_failed: bool | tuple[str, ...]
         report = started(shown, call)
     code = put_report(report, shown, as_json=json)
     if retry_failed and report.failed and not report.kickoffs and report.stopped is None:
-        terminal.note("No row was bought again: each had as many kickoffs as max_kickoffs of the crew's block allows.")
+        terminal.note(
+            "No row was bought again: that is so once a row had as many kickoffs as max_kickoffs of the crew's block "
+            "allows, where its run is lost and it is not named (--key KEY), and where its key had other inputs before."
+        )
     return code

@@ -126,9 +126,9 @@ async def _failures(name: str, ledger: str | None, most: int | None) -> list[tup
 
 
 def _state(record: RunRecord) -> str:
-    if record.state is None:
-        return "uncertain"  # or a claim that nobody holds any more, which is the same
-    return "misfit" if str(record.state) == "completed" else str(record.state)
+    from prefect_crew.batches.ends import standing_word
+
+    return standing_word(record) or "uncertain"  # or a claim that nobody holds any more, which is the same
 
 
 def _why(record: RunRecord) -> str:

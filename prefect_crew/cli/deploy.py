@@ -67,6 +67,7 @@ def deploy(
         reach_prefect(shown, quiet=not serve, lasting=True)
     from prefect_crew.deploying import Plan, deployment_of
 
+    block, found, has_schedule = asyncio.run(_ask(crew, name or crew))
     plan = Plan(
         name=name or crew,
         inputs=given,
@@ -77,14 +78,14 @@ def deploy(
         timezone=timezone,
         concurrency_limit=concurrency_limit,
         tags=tag or (),
+        has_schedule=has_schedule,
     )
-    block, found = asyncio.run(_ask(crew))
     deployment = deployment_of(block, found, plan)
     deployment_id = asyncio.run(_apply(deployment))
     if serve:
         _serve(deployment)
         return
-    _tell(deployment, deployment_id, plan, found)
+    _tell(deployment, deployment_id, plan, found, crew)
 
 
 def _default_pool() -> str | None:
@@ -93,10 +94,22 @@ def _default_pool() -> str | None:
     return get_current_settings().deployments.default_work_pool_name
 
 
-async def _ask(crew: str) -> tuple[DeployedCrew, list[CrewInput]]:
+async def _ask(crew: str, name: str) -> tuple[DeployedCrew, list[CrewInput], bool]:
+    """Return the crew, its inputs, and whether its deployment of this name has a schedule already."""
+    from prefect.client.orchestration import get_client
+    from prefect.exceptions import ObjectNotFound
+
+    from prefect_crew.deploying import FLOW_NAME
+
     block = await CrewAccess().load(crew)
     async with block.client() as client:
-        return block, await client.inputs()
+        inputs = await client.inputs()
+    async with get_client() as prefect:
+        try:
+            earlier = await prefect.read_deployment_by_name(f"{FLOW_NAME}/{name}")
+        except ObjectNotFound:
+            return block, inputs, False
+    return block, inputs, bool(earlier.schedules)
 
 
 async def _apply(deployment: RunnerDeployment) -> str:
@@ -119,7 +132,7 @@ async def _apply(deployment: RunnerDeployment) -> str:
         raise ConfigurationError(f"The deployment was not made: {error}") from error
 
 
-def _tell(deployment: RunnerDeployment, deployment_id: str, plan: Plan, found: list[CrewInput]) -> None:
+def _tell(deployment: RunnerDeployment, deployment_id: str, plan: Plan, found: list[CrewInput], crew: str) -> None:
     from prefect_crew.deploying import parameter_names
 
     names = parameter_names([item.name for item in found])
@@ -129,13 +142,16 @@ def _tell(deployment: RunnerDeployment, deployment_id: str, plan: Plan, found: l
     page = deployment_url(deployment_id)
     if page:
         terminal.put(page)
+    if plan.has_schedule and not plan.new_schedule:
+        terminal.put("The schedule that it has stays.")
     needed = [names[item.name] for item in found if item.required and item.name not in plan.inputs]
     options = "".join(f" -p {parameter}=…" for parameter in needed)
     terminal.put(f"Run it: {terminal.command(f'prefect deployment run {deployment.full_name}')}{options}")
     if plan.work_pool:
         terminal.put(f"Its runs need a worker: {terminal.command(f'prefect worker start --pool {plan.work_pool}')}")
     else:
-        again = terminal.command(f"prefect-crew deploy {plan.name} --serve")
+        named = f" --name {plan.name}" if plan.name != crew else ""
+        again = terminal.command(f"prefect-crew deploy {crew}{named} --serve")
         terminal.put(f"Nothing runs it yet: give --work-pool POOL, or serve it from a process of yours: {again}")
 
 

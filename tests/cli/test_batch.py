@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from prefect_crew import WaitPolicy
 from prefect_crew.server import CrewServer
 from prefect_crew.testing import CrewServerFactory
 from support.commands import TOKEN, environment
@@ -20,6 +21,9 @@ from support.scripts import script
 from support.terminals import Terminal
 
 PICKY = script({"output": "on {{ topic }}", "fail": "{{ 'no ' + topic if 'bad' in topic }}"}, inputs=["topic"])
+
+AT_ONCE = WaitPolicy(initial=0.02, max_interval=0.02, grace=0.01)
+"""Takes a run that its server does not know for lost at once."""
 
 pytestmark = pytest.mark.usefixtures("prefect_api", "instant_polling")
 
@@ -45,10 +49,10 @@ def output(tmp_path: Path) -> str:
 def picky(crew_server: CrewServerFactory) -> Callable[..., tuple[CrewServer, str]]:
     """Serve a crew that fails for what is bad, and store its block, which looks at once whether a run has ended."""
 
-    def serve(**options: Any) -> tuple[CrewServer, str]:
+    def serve(*, wait: WaitPolicy | None = None, **options: Any) -> tuple[CrewServer, str]:
         server = crew_server(PICKY, port=True, **options)
         block = f"picky-{uuid.uuid4().hex[:8]}"
-        crew = server.crew().model_copy(update={"max_kickoffs": 2})
+        crew = server.crew().model_copy(update={"max_kickoffs": 2, **({"wait": wait} if wait else {})})
         crew.save(block, _sync=True)  # pyright: ignore
         return server, block
 
@@ -105,6 +109,68 @@ def test_failed_rows_are_bought_again_by_the_name_alone_up_to_the_crews_limit(
         refused = here("batch", "retry", name, "--key", row)
         assert refused.code == 25
         assert why in refused.err
+
+
+def test_rows_that_no_call_has_brought_to_an_end_are_among_the_failed(here, picky, name: str, leads: str, output: str):
+    server, crew = picky(faults=["kickoff:422@1", "status:404"], wait=AT_ONCE)
+    given = ("batch", "run", crew, leads, "--name", name, "--output", output, "--key", "id", "--max-in-flight", "1")
+    ran = here(*given, "--json")
+    assert (ran.code, ran.json["failed"], ran.json["errors"]) == (33, 3, {"InvalidInputsError": 1, "CrewLostError": 2})
+    assert lines(output) == {"a": "not-started", "b": "lost", "c": "lost"}
+    told = here("batch", "status", name, "--json").json
+    assert (told["failed"], told["in_flight"], told["left"]) == (3, 0, 0)
+    assert told["states"] == {"refused": 1, "lost": 2}
+    failed = {row["key"]: (row["state"], row["error"]) for row in here("batch", "failures", name, "--json").json}
+    assert {key: state for key, (state, _) in failed.items()} == {"a": "refused", "b": "lost", "c": "lost"}
+    assert "422" in failed["a"][1]
+    assert f"prefect-crew batch retry '{name}' --key 'b' does" in failed["b"][1]
+    again = here("batch", "retry", name)
+    assert (server.kickoffs, "not named (--key KEY)" in again.err) == (3, False), "the one that was refused was bought"
+    assert here("batch", "status", name, "--json").json["states"] == {"lost": 3}
+    server.faults.clear()
+    # The crew's server knows them again: nothing has to be bought for them.
+    assert here("batch", "resume", name).code == 33
+    assert (server.kickoffs, lines(output)) == (3, {"a": "completed", "b": "failed", "c": "completed"})
+    assert here("batch", "status", name, "--json").json["states"] == {"completed": 2, "failed": 1}
+
+
+def test_a_lost_row_is_bought_again_by_its_name_only(here, picky, name: str, leads: str, output: str):
+    server, crew = picky(faults=["status:forgotten"], wait=AT_ONCE)
+    here("batch", "run", crew, leads, "--name", name, "--output", output, "--key", "id")
+    server.faults.clear()  # what is forgotten stays so
+    assert "it is not named (--key KEY)" in here("batch", "retry", name).err
+    assert server.kickoffs == 3
+    here("batch", "retry", name, "--key", "a")
+    assert (server.kickoffs, lines(output)) == (4, {"a": "completed", "b": "lost", "c": "lost"})
+
+
+def test_a_row_with_other_inputs_under_its_key_is_told_of(here, picky, name: str, leads: str, output: str):
+    server, crew = picky()
+    given = ("batch", "run", crew, leads, "--name", name, "--output", output, "--key", "id", "--on-change", "continue")
+    here(*given)
+    before = Path(leads).read_text()
+    Path(leads).write_text(before.replace("a,tea", "a,coffee"))
+    ran = here(*given, "--json")
+    assert (ran.code, ran.json["failed"], ran.json["errors"]) == (33, 2, {"RunKeyConflictError": 1})
+    assert (server.kickoffs, lines(output)["a"]) == (3, "completed")
+    told = {row["key"]: row["error"] for row in here("batch", "failures", name, "--json").json}
+    assert "was run with other inputs before" in told["a"]
+    assert "Give the row another key" in told["a"]
+    assert here("batch", "status", name, "--json").json["failed"] == 2
+    Path(leads).write_text(before)
+    assert here(*given, "--json").json["failed"] == 1
+    assert here("batch", "status", name, "--json").json["states"] == {"completed": 2, "failed": 1}
+    assert server.kickoffs == 3
+
+
+def test_a_batch_whose_ledger_is_gone_says_so_beside_its_output(here, picky, name: str, leads: str, output: str):
+    server, crew = picky()
+    given = ("batch", "run", crew, leads, "--name", name, "--output", output, "--key", "id")
+    here(*given)
+    Path(f"{output}.ledger.db").rename(f"{output}.elsewhere")
+    refused = here(*given)
+    assert (refused.code, server.kickoffs) == (35, 3)
+    assert "is kept in another ledger" in refused.err
 
 
 def test_what_cannot_be_run_is_said_by_line_before_anything_is_bought(here, picky, name: str, tmp_path: Path):

@@ -62,6 +62,27 @@ def test_a_schedule_and_defaults(here, name: str):
     assert found.schedules[0].schedule.timezone == "Europe/Lisbon"
 
 
+def test_a_schedule_stays_until_another_is_given(here, name: str):
+    line, defaults = ("deploy", name, "--name", f"daily {name}"), ("-i", "who=Ada")
+    assert here(*line, *defaults, "--cron", "0 6 * * *").code == 0
+    again = here(*line, "-i", "who=Grace")
+    assert again.code == 0, again.err
+    assert "The schedule that it has stays." in again.out
+    found = deployment(f"deployed-crew/daily {name}")
+    assert [one.schedule.cron for one in found.schedules] == ["0 6 * * *"]
+    assert found.parameters == {"who": "Grace"}
+    without = here(*line)
+    assert without.code == 25
+    assert f"The schedule that deployed-crew/daily {name} has stays: delete it, or give them." in without.err
+    same = here(*line, *defaults, "--run-key", "always")
+    assert same.code == 25
+    assert "is the same for every time of the schedule" in same.err
+    assert here(*line, *defaults, "--interval", "3600").code == 0
+    assert [one.schedule.interval.total_seconds() for one in deployment(f"deployed-crew/daily {name}").schedules] == [
+        3600
+    ]
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [

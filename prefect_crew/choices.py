@@ -1,0 +1,46 @@
+"""What a call was given beside its crew and inputs, checked before anything is bought."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import BaseModel
+
+from prefect_crew.api.errors import ConfigurationError
+from prefect_crew.waiting import WaitPolicy
+
+__all__ = ["check_choices"]
+
+
+def check_choices(
+    *, wait: Any = None, output_type: Any = None, review: Any = None, meta: Any = None, webhooks: Any = None
+) -> None:
+    """Refuse what can be known not to work: not everybody has types, and a kickoff cannot be undone.
+
+    Raises:
+        ConfigurationError: One of them is of a kind that it cannot be; the message says which it should be.
+    """
+    _check(wait is None or isinstance(wait, WaitPolicy), "wait", "a WaitPolicy, such as WaitPolicy(timeout=600)", wait)
+    model = output_type is None or (isinstance(output_type, type) and issubclass(output_type, BaseModel))
+    _check(model, "output_type", "a pydantic model: a class that inherits from pydantic.BaseModel", output_type)
+    _check(review is None or review == "form" or callable(review), "review", "'form' or a function", review)
+    _check(meta is None or isinstance(meta, Mapping), "meta", "a mapping: an object of JSON", meta)
+    if webhooks is not None:
+        from prefect_crew.api.webhooks import Webhooks
+
+        _check(isinstance(webhooks, Webhooks), "webhooks", "Webhooks(task=…, crew=…)", webhooks)
+
+
+def _check(fits: bool, name: str, wanted: str, given: Any) -> None:
+    if fits:
+        return
+    # A text that was meant for a choice is shown; of anything else the type says enough, and holds no secret.
+    shown = repr(given[:40]) if name == "review" and isinstance(given, str) else _kind(given)
+    raise ConfigurationError(f"{name} is {shown}; it has to be {wanted}. Nothing was started.")
+
+
+def _kind(given: Any) -> str:
+    if isinstance(given, type):
+        return f"the class {given.__name__}"
+    return f"a value of type {type(given).__name__}"
