@@ -298,7 +298,7 @@ async def test_a_large_result_is_whole_for_the_caller_and_read_again_from_the_st
     assert (await record_of(run)).result is None
     assert (await ended(run)).output == first.output
     server.faults.add("status:forgotten")
-    with pytest.raises(CrewLostError, match="is not known to the server: it was last seen completed"):
+    with pytest.raises(CrewLostError, match="it has completed, but its record does not hold the result"):
         await ended(await server.crew().trigger({}, run_key=run_key))
 
 
