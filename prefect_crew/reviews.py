@@ -142,7 +142,8 @@ async def send_review(
         CrewAPIError, CrewConnectionError: As the server answered, or did not. It is not sent again by itself.
     """
     record = run.record
-    webhooks = webhooks or run.webhooks
+    if webhooks is None and not (record is not None and record.hooked):
+        webhooks = run.webhooks
     if record is None:
         return await session.client.resume(run.kickoff_id, task_id, review.feedback, review.approve, webhooks=webhooks)
     before = await records.reviews(record)

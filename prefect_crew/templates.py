@@ -95,7 +95,8 @@ def _problem(node: nodes.Node, environment: Any) -> str | None:
         return f"there is no filter {node.name!r}"
     if isinstance(node, nodes.Test) and node.name not in environment.tests:
         return f"there is no test {node.name!r}"
-    if isinstance(node, nodes.Getattr) and node.attr.startswith("__"):
+    # What every object has, such as `__class__`, and a mapping's own `__typename` is not.
+    if isinstance(node, nodes.Getattr) and hasattr(object, node.attr):
         return f"the sandbox does not give {node.attr!r} away"
     if isinstance(node, _OTHERS):
         return "it asks for another template, and there is none"

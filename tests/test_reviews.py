@@ -71,6 +71,24 @@ async def test_each_answer_names_the_users_own_webhooks_again() -> None:
     assert after[0] == after[1] == after[2]
 
 
+async def test_an_answer_to_a_run_with_the_receivers_webhooks_names_those(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever finds a run that somebody else has bought does not take its webhooks away."""
+    monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_WEBHOOK_URL", "http://127.0.0.1:9/hooks")
+    monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_WEBHOOK_SECRET", "a-secret-of-thirty-two-characters")
+    with InProcessCrewServer(SCRIPT) as server:
+        crew = crew_of(server)
+        kickoff_id = await kickoff_crew(crew, {}, run_key="hooked")
+        result = await arun_crew(
+            crew,
+            {},
+            run_key="hooked",
+            review=lambda _: Review(approve=True),
+            webhooks=Webhooks(crew="http://127.0.0.1:9/mine"),
+        )
+        assert result.kickoff_id == kickoff_id
+        assert server.run(kickoff_id).hooks.as_body()["crewWebhookUrl"].startswith("http://127.0.0.1:9/hooks/")
+
+
 @pytest.mark.parametrize("dialect", ["documented", "union", "live"])
 async def test_a_function_answers_each_round_once(dialect: str) -> None:
     asked: list[ReviewRequest] = []

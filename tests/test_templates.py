@@ -36,6 +36,7 @@ class Trip(BaseModel):
         pytest.param("{{ research.data.list[1] }}", "2", id="item-of-data"),
         pytest.param("{{ research.data }}", '{"title":"Tiles","list":[1,2]}', id="data-as-json"),
         pytest.param("{{ research.tasks[0].output }}", "first", id="a-task"),
+        pytest.param("{{ row.__typename }} {{ row._id }}", "Lead 7", id="a-part-with-a-line-before-it"),
         pytest.param("{{ trip }} {{ yes }} {{ nothing }}", '{"city":"Porto"} true null', id="values-as-json"),
         pytest.param("{% for i in range(3) %}{{ i }}{% endfor %}", "012", id="what-jinja-brings"),
         pytest.param("{{ topic | upper }}\n", "TEA\n", id="filters-and-the-last-line-break"),
@@ -45,6 +46,7 @@ class Trip(BaseModel):
 )
 def test_a_template_is_filled(template: str, text: str):
     values = {"topic": "tea", "research": RESULT, "trip": Trip(city="Porto"), "yes": True, "nothing": None}
+    values["row"] = {"__typename": "Lead", "_id": 7}
     assert render(template, values) == text
 
 

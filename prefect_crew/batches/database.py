@@ -98,7 +98,7 @@ def default_ledger(output: str) -> str:
     """Return the path of the ledger beside a local output.
 
     Raises:
-        ConfigurationError: The output is remote, so there is no place beside it.
+        ConfigurationError: The output is remote, so there is no place beside it; or it names no file.
     """
     if "://" in output and not output.startswith("file://"):
         raise ConfigurationError(
@@ -106,6 +106,8 @@ def default_ledger(output: str) -> str:
             "or the URL of a PostgreSQL database, ledger=…."
         )
     path = Path(output.removeprefix("file://"))
+    if not path.name:
+        raise ConfigurationError(f"The output {output!r} names no file. Nothing was started.")
     return str(path.with_name(f"{path.name}.ledger.db"))
 
 

@@ -37,6 +37,9 @@ from prefect_crew.settings import CrewSettings
 __all__ = ["Engine"]
 
 
+_OVER = (RecordPhase.NOT_STARTED, RecordPhase.ENDED)
+
+
 class Engine:
     """Runs rows. One per batch and process, on one event loop.
 
@@ -324,7 +327,9 @@ class Engine:
     async def _broken(self, job: RowJob, record: RunRecord | None, error: CrewError) -> RowEnd:
         """Return the end of a row that has none, and write down why, for those who ask the ledger."""
         end = broken(job, record, error, batch=self.ledger.batch)
-        if record is not None and note(record, end):
+        # What goes on may be another process's to write: of that only its own wait notes anything.
+        ours = record is not None and (record.phase in _OVER or job.key in self.waiting)
+        if record is not None and ours and note(record, end):
             await self.ledger.save(record)
         return end
 

@@ -13,6 +13,7 @@ from prefect_crew import WaitPolicy
 from prefect_crew.api.models import CrewState
 from prefect_crew.batches import pacing
 from prefect_crew.batches.ledger import Ledger
+from prefect_crew.records import RecordPhase
 from prefect_crew.settling import settle_never_started, settle_started, unsettled
 from prefect_crew.testing import CrewServerFactory
 from support.batches import Batches
@@ -28,6 +29,22 @@ def topics(count: int, bad: set[int] | None = None) -> list[dict[str, Any]]:
 
 def ledger_of(batch: Batches, name: str) -> Ledger:
     return Ledger(f"{batch.output}.ledger.db", name)
+
+
+async def test_a_run_of_other_inputs_that_goes_on_is_told_of_and_left_to_whoever_waits_for_it(
+    batch: Batches, crew_server: CrewServerFactory
+):
+    server, name = crew_server(ECHO), "other inputs"
+    await batch(server.crew(), [{"id": "a", "topic": "tea"}], name=name, key="id")
+    async with ledger_of(batch, name) as ledger:
+        (record,) = await ledger.attempts(ledger.run_key("a"))
+        record.phase, record.state, record.result, record.ended_at = RecordPhase.STARTED, None, None, None
+        await ledger.save(record)
+        before = await ledger.attempts(record.run_key)
+    report = await batch(server.crew(), [{"id": "a", "topic": "milk"}], name=name, key="id", on_change="continue")
+    assert (report.failed, dict(report.errors), server.kickoffs) == (1, {"RunKeyConflictError": 1}, 1)
+    async with ledger_of(batch, name) as ledger:
+        assert await ledger.attempts(record.run_key) == before
 
 
 # Crews that fail

@@ -353,6 +353,8 @@ def test_the_default_is_beside_a_local_output(tmp_path: Path):
     assert default_ledger(str(tmp_path / "out.jsonl")) == str(tmp_path / "out.jsonl.ledger.db")
     with pytest.raises(ConfigurationError, match="is not on this machine"):
         default_ledger("s3://bucket/out.jsonl")
+    with pytest.raises(ConfigurationError, match="names no file"):
+        default_ledger(".")
 
 
 @pytest.mark.parametrize(
