@@ -74,6 +74,7 @@ class Purchase:
             forced_by=self.identity.place if self.force_new else None,
             flow_run_id=caller.flow_run_id,
             flow_run_count=caller.flow_run_count,
+            process=caller.process,
             step=self.name,
         )
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import AsyncIterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 from uuid import UUID
 
 import httpx
@@ -20,7 +20,8 @@ from pydantic_core import to_json
 
 from prefect_crew.api.errors import CrewError
 from prefect_crew.impatience import busy, request_soon
-from prefect_crew.records import RecordPhase, RunRecord, SentReview
+from prefect_crew.logs import run_logger
+from prefect_crew.records import RECORD_VERSION, RecordPhase, RunRecord, SentReview
 from prefect_crew.turns import Rank
 
 __all__ = ["SUSPENDED", "PrefectRecords", "record_name", "suspended_prefix"]
@@ -91,9 +92,21 @@ def _tags(record: RunRecord) -> list[str]:
 
 
 def _parse(variable: Mapping[str, Any]) -> RunRecord | None:
-    """Return the record in a Variable, None if it holds none: somebody else may use our tag."""
+    """Return the record in a Variable, None if it holds none: somebody else may use our tag.
+
+    Raises:
+        CrewError: A later version wrote it. What its fields mean is not known here, so nothing is decided by them.
+    """
+    value = variable["value"]
+    version = cast("dict[str, Any]", value).get("version") if isinstance(value, dict) else None
+    if isinstance(version, int) and version > RECORD_VERSION:
+        raise CrewError(
+            f"The record of run {cast('dict[str, Any]', value).get('run_key')!r} was written by a later version of "
+            f"prefect-crew (record version {version}, this one reads up to {RECORD_VERSION}). Nothing was started. "
+            "Upgrade prefect-crew here, then run again with the same key."
+        )
     try:
-        return RunRecord.model_validate(variable["value"])
+        return RunRecord.model_validate(value)
     except ValidationError:
         return None
 
@@ -191,10 +204,19 @@ class PrefectRecords:
         return None
 
     async def all(self, phase: RecordPhase | None = None) -> AsyncIterator[RunRecord]:
-        """Yield every record, or those in one phase, in no promised order."""
+        """Yield every record that this version can read, or those in one phase, in no promised order."""
         tags = [TAG, *([f"phase:{phase}"] if phase else [])]
-        async for record in self._filter({"tags": {"all_": tags}}):
-            yield record
+        later: CrewError | None = None
+        async for variable in self._values({"tags": {"all_": tags}}):
+            try:
+                record = _parse(variable)
+            except CrewError as error:
+                later = error
+                continue
+            if record is not None:
+                yield record
+        if later is not None:
+            run_logger().warning("Left out of this list: %s", later)
 
     def may_ask(self) -> AsyncIterator[RunRecord]:
         """Yield the runs in flight: any of them may wait for a person."""

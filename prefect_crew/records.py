@@ -128,6 +128,8 @@ class RunRecord(BaseModel):
     forced_by: str | None = None
     flow_run_id: str | None = None
     flow_run_count: int = 0
+    process: str | None = None
+    """The operating system process of the owner's flow run, as `processes.this_process` names it."""
     step: str | None = None
     hooked: bool = False
     """Whether its kickoff asked for webhooks to this package's receiver."""
@@ -167,6 +169,7 @@ class Caller(BaseModel):
     owner: str
     flow_run_id: str | None = None
     flow_run_count: int = 0
+    process: str | None = None
 
 
 class Decision(str, Enum):

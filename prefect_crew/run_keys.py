@@ -24,6 +24,7 @@ from prefect.client.schemas.objects import FlowRun
 from prefect.context import FlowRunContext, TaskRunContext
 
 from prefect_crew.api.errors import ConfigurationError
+from prefect_crew.processes import this_process
 from prefect_crew.records import MAX_RUN_KEY, Caller, utcnow
 
 __all__ = ["RunIdentity", "calling_task", "identify", "render_run_key", "scheduled_start"]
@@ -169,7 +170,12 @@ async def identify(
         root = await _root_of(flow_run)
         top, start = f"{root.flow_run_id}{root.path}", root.scheduled_start or utcnow()
         counted_in = (str(flow_run.id), flow_run.run_count)
-        caller = Caller(owner=str(uuid4()), flow_run_id=str(flow_run.id), flow_run_count=flow_run.run_count)
+        caller = Caller(
+            owner=str(uuid4()),
+            flow_run_id=str(flow_run.id),
+            flow_run_count=flow_run.run_count,
+            process=_process_of_flow_run(),
+        )
     else:
         # A task without a flow is retried under its own id; any other call is new.
         task = callers[0].task_run_id if callers else own
@@ -237,6 +243,12 @@ def _whereabouts(inside_own_task: bool) -> tuple[FlowRun | None, str | None, _At
     flow_run = None if context is None else context.flow_run
     around = _attempts()
     return (flow_run, around[-1].task_run_id, _calling_tasks.get()) if inside_own_task else (flow_run, None, around)
+
+
+def _process_of_flow_run() -> str | None:
+    """Return the process of the flow run around this call; a task runner may have brought its task to another one."""
+    context = FlowRunContext.get()
+    return None if context is None or context.detached else this_process()
 
 
 def _numbers_of(counted_in: tuple[str, int]) -> _Occurrences:

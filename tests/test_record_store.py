@@ -20,7 +20,7 @@ from prefect_crew import record_store, turns
 from prefect_crew.api.errors import CrewError
 from prefect_crew.api.models import CrewState, TaskResult
 from prefect_crew.record_store import PrefectRecords, record_name
-from prefect_crew.records import RecordPhase, RunRecord, SentReview, StoredResult, utcnow
+from prefect_crew.records import RECORD_VERSION, RecordPhase, RunRecord, SentReview, StoredResult, utcnow
 from prefect_crew.turns import Rank, line_here
 from support.prefect_server import PrefectServer
 from support.proxy import Proxy, through
@@ -133,10 +133,15 @@ async def test_what_is_no_record_is_passed_over():
     record = new(kickoff_id=f"r {uuid.uuid4()}")
     assert await RECORDS.claim(record)
     await create_variable(f"ours_{uuid.uuid4().hex}", "a text of somebody who likes our tag", ["prefect-crew"])
-    later = record.model_dump(mode="json") | {"attempt": 2, "version": 9, "new": [1]}
-    await create_variable(record_name(record.run_key, 2), later, ["prefect-crew"])
     assert record in [found async for found in RECORDS.all()]
-    assert [found.version for found in await RECORDS.attempts(record.run_key)] == [1, 9]
+
+
+async def test_a_field_that_is_not_known_is_passed_over_as_long_as_the_version_is():
+    record = new()
+    assert await RECORDS.claim(record)
+    second = record.model_dump(mode="json") | {"attempt": 2, "new": [1]}
+    await create_variable(record_name(record.run_key, 2), second, ["prefect-crew"])
+    assert [found.attempt for found in await RECORDS.attempts(record.run_key)] == [1, 2]
 
 
 # Finding
@@ -330,3 +335,33 @@ async def test_an_answer_that_cannot_be_written_down_is_an_error(proxy: Proxy):
     proxy.refuse = "POST /api/variables/"
     with pytest.raises(httpx.HTTPStatusError):
         await RECORDS.add_review(new(), 1, review())
+
+
+# Versions
+
+
+async def later(record: RunRecord, **fields: Any) -> None:
+    """Put a record where a later version of this package would, with a word in it that this one does not know."""
+    value = record.model_dump(mode="json", exclude_none=True) | {"version": RECORD_VERSION + 1, **fields}
+    await create_variable(record_name(record.run_key, record.attempt), value, ["prefect-crew", "kickoff:of-the-future"])
+
+
+@pytest.mark.parametrize("phase", ["started", "a word of the future"])
+async def test_a_record_of_a_later_version_is_never_taken_for_one_of_this(phase: str):
+    record = new()
+    await later(record, phase=phase)
+    with pytest.raises(CrewError, match=r"later version of prefect-crew \(record version 2.*Upgrade prefect-crew"):
+        await RECORDS.attempts(record.run_key)
+    with pytest.raises(CrewError, match="Nothing was started"):
+        await RECORDS.claim(record)
+
+
+async def test_a_record_of_a_later_version_is_left_out_of_lists_which_say_so(caplog: pytest.LogCaptureFixture):
+    mine, theirs = new(), new()
+    assert await RECORDS.claim(mine)
+    await later(theirs)
+    listed = [record.run_key async for record in RECORDS.all()]
+    assert mine.run_key in listed
+    assert theirs.run_key not in listed
+    assert f"Left out of this list: The record of run {theirs.run_key!r}" in caplog.text
+    await RECORDS.delete(theirs)
