@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import httpx
 from prefect.exceptions import PrefectException
 
-from prefect_crew.api.certainty import KickoffFate, kickoff_delay, kickoff_fate
+from prefect_crew.api.certainty import KickoffFate, kickoff_delay, kickoff_fate, post_deadline
 from prefect_crew.api.errors import AuthenticationError, CrewError, KickoffUncertainError
 from prefect_crew.api.withholding import withholding
 from prefect_crew.events import emit
@@ -96,7 +96,7 @@ async def _keep_claim(purchase: Purchase, record: RunRecord, records: RecordStor
     A claim is good until its owner must know the outcome. What is sent after that may be bought by others meanwhile.
     Raises ClaimLostError if it is ours no more.
     """
-    patience = timedelta(seconds=purchase.crew.request_timeout)
+    patience = timedelta(seconds=post_deadline(purchase.crew.request_timeout))
     if utcnow() + patience < record.known_by:
         return
     await _look_at_claim(record, records)

@@ -16,6 +16,7 @@ from typing import Any, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from prefect_crew.api.certainty import post_deadline
 from prefect_crew.api.errors import RunKeyConflictError
 from prefect_crew.api.models import CrewResult, CrewState, TaskResult, TokenUsage
 
@@ -39,7 +40,7 @@ RECORD_VERSION = 1
 MAX_RUN_KEY = 500
 """Characters of a run key."""
 MARGIN = 10.0
-"""Seconds on top of the request's timeout after which the owner of a claim must know whether it started a run."""
+"""Seconds on top of the deadline of a POST after which the owner of a claim must know whether it started a run."""
 
 
 class RecordPhase(str, Enum):
@@ -268,7 +269,7 @@ def check_same_run(record: RunRecord, *, crew_url: str, inputs_digest: str) -> N
 
 def known_by(now: datetime, request_timeout: float, delay: float = 0.0) -> datetime:
     """Return when the owner of a claim made at `now`, posting after `delay` seconds, must know its outcome."""
-    return now + timedelta(seconds=delay + request_timeout + MARGIN)
+    return now + timedelta(seconds=delay + post_deadline(request_timeout) + MARGIN)
 
 
 def utcnow() -> datetime:

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from prefect_crew.api.certainty import post_deadline
 from prefect_crew.api.errors import RunKeyConflictError
 from prefect_crew.api.models import CrewResult, CrewState, TaskResult, TokenUsage
 from prefect_crew.records import (
@@ -168,8 +169,8 @@ def test_refused_inputs_may_be_mended_under_the_same_key():
 
 
 def test_the_owner_of_a_claim_has_the_requests_time_and_a_margin():
-    assert known_by(NOON, 30) == NOON + timedelta(seconds=30 + MARGIN)
-    assert known_by(NOON, 30, delay=60) == NOON + timedelta(seconds=90 + MARGIN)
+    assert known_by(NOON, 30) == NOON + timedelta(seconds=post_deadline(30) + MARGIN)
+    assert known_by(NOON, 30, delay=60) == NOON + timedelta(seconds=60 + post_deadline(30) + MARGIN)
     assert utcnow().utcoffset() == timedelta(0)
 
 

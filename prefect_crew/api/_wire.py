@@ -16,7 +16,7 @@ from prefect_crew.api.errors import ConfigurationError
 __all__ = ["Wire"]
 
 _CONNECT = 10.0
-"""Seconds, at most, for a connection: a host that is down should not cost a whole request's time."""
+"""Seconds, at most, for a free connection, and for making one: a host that is down should not cost a request's time."""
 
 
 class Wire:
@@ -64,7 +64,8 @@ class Wire:
             raise ConfigurationError(f"The proxy cannot be used: {type(error).__name__}. Check its URL.") from None
         base = httpx.URL(url)
         self._url = url
-        self._extensions = {"timeout": httpx.Timeout(timeout, connect=min(_CONNECT, timeout / 2)).as_dict()}
+        connect = min(_CONNECT, timeout / 2)
+        self._extensions = {"timeout": httpx.Timeout(timeout, connect=connect, pool=connect).as_dict()}
         # Made once, whole: httpx builds a request from its parts for a third of what it costs to send. Their repr hides
         # the token.
         self._headers = httpx.Headers([(b"Host", base.netloc), *self._client.headers.raw])

@@ -13,7 +13,7 @@ from prefect_crew.api.errors import (
     ServerError,
 )
 
-__all__ = ["KickoffFate", "kickoff_delay", "kickoff_fate"]
+__all__ = ["KickoffFate", "kickoff_delay", "kickoff_fate", "post_deadline"]
 
 DELAY_CAP = 120.0
 BARE_DELAY = 5.0
@@ -64,6 +64,15 @@ def kickoff_fate(error: BaseException) -> KickoffFate:
     if 400 <= status < 500 and status != 408:
         return KickoffFate.REFUSED
     return KickoffFate.UNCERTAIN
+
+
+def post_deadline(request_timeout: float) -> float:
+    """Return the seconds after which a POST of a client with this `request_timeout` has ended, one way or the other.
+
+    That is everything from the call on: a free connection, connecting, sending, the answer. Half of it suffices for a
+    server that answers at all within `request_timeout`; the rest is for connecting and for large inputs.
+    """
+    return 2 * request_timeout
 
 
 def kickoff_delay(error: BaseException) -> float | None:

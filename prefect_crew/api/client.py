@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn, TypeVar
 from urllib.parse import urlsplit
 
+import anyio
 import httpx
 from pydantic import SecretStr
 
@@ -19,6 +20,7 @@ from prefect_crew.api._decode import shown
 from prefect_crew.api._http import Answer, in_process
 from prefect_crew.api._refusals import parse_error
 from prefect_crew.api._wire import Wire
+from prefect_crew.api.certainty import post_deadline
 from prefect_crew.api.errors import (
     AuthenticationError,
     ConfigurationError,
@@ -77,8 +79,8 @@ class CrewClient:
     Args:
         url: The crew's base URL. Plain http is refused beyond loopback.
         token: The crew's bearer token.
-        request_timeout: Seconds that the server may be silent. Connecting gets half of that, 10 at most; a whole answer
-            ten times that.
+        request_timeout: Seconds that the server may be silent. Connecting gets half of that, 10 at most. A whole GET
+            gets ten times that, a whole POST `certainty.post_deadline`; a POST that took longer counts as sent.
         allow_http: Allow plain http beyond loopback: the token then crosses the network in plain text.
         inputs_as_json: Send inputs as JSON values rather than as the text that the API documents.
         verify: True, False, an SSL context, or the path of a file or folder of CA certificates.
@@ -260,11 +262,7 @@ class CrewClient:
             raise RuntimeError("This CrewClient is not open: use it in `async with CrewClient(…) as client`.")
         content = None if body is None else _encoded(body)
         try:
-            response = await wire.send(call.method, call.path, content)
-            try:
-                return await _http.read_answer(response, kickoff_id=call.kickoff_id, timeout=self.request_timeout)
-            finally:
-                await response.aclose()
+            return await self._exchange(wire, call, content)
         except httpx.InvalidURL:
             raise ConfigurationError(f"{call.method} {call.path[:100]}… makes no URL. Check the id.") from None
         except (httpx.HTTPError, OSError) as error:
@@ -277,6 +275,20 @@ class CrewClient:
                 sent=may_have_left,
                 kickoff_id=call.kickoff_id,
             ) from cause
+
+    async def _exchange(self, wire: Wire, call: _Call, content: bytes | None) -> Answer:
+        """Send a request and read its answer, within the one deadline of the whole call."""
+        seconds = _http.GET_DEADLINE * self.request_timeout
+        if call.method == "POST":
+            seconds = post_deadline(self.request_timeout)
+        # httpx's timeouts count between two pieces; a head, 1xx answers and a body may come in any number of pieces.
+        with anyio.move_on_after(seconds):
+            response = await wire.send(call.method, call.path, content)
+            try:
+                return await _http.read_answer(response, kickoff_id=call.kickoff_id)
+            finally:
+                await response.aclose()
+        raise httpx.ReadTimeout(f"the answer was not complete after {seconds:g} s")
 
     def _redacted(self, call: _Call, text: str) -> str:
         return _http.redacted(text, (self._token.get_secret_value(), *call.secrets))

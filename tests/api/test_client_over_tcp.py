@@ -29,7 +29,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, RedirectRespons
 from starlette.routing import Route
 
 from prefect_crew.api import _http
-from prefect_crew.api.certainty import KickoffFate, kickoff_fate
+from prefect_crew.api.certainty import KickoffFate, kickoff_fate, post_deadline
 from prefect_crew.api.client import CrewClient
 from prefect_crew.api.errors import CrewAPIError, CrewConnectionError, ResponseFormatError, ServerError
 from prefect_crew.api.models import CrewState, StopOutcome
@@ -291,21 +291,54 @@ async def test_an_answer_beyond_the_cap_is_not_swallowed():
         assert len(failed.value.body) < 600
 
 
-async def test_an_answer_that_trickles_for_ever(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(_http, "TRICKLE", 0.2)
+async def trickling_head(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    await read_request(reader)
+    writer.write(b"HTTP/1.1 200 OK\r\nX-Slow: ")
+    while True:
+        writer.write(b"x")
+        await writer.drain()
+        await asyncio.sleep(0.05)
 
-    async def trickle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await read_request(reader)
-        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n")
-        while True:
-            writer.write(b" ")
-            await writer.drain()
-            await asyncio.sleep(0.05)
 
-    async with raw_server(trickle) as url, CrewClient(url, TOKEN, request_timeout=5.0) as client:
-        with pytest.raises(CrewConnectionError, match="still arriving after 1 s") as caught:
-            await client.status("k1")
+async def endless_1xx(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    await read_request(reader)
+    while True:
+        writer.write(b"HTTP/1.1 102 Processing\r\n\r\n")
+        await writer.drain()
+        await asyncio.sleep(0.05)
+
+
+async def trickling_body(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    await read_request(reader)
+    writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n")
+    while True:
+        writer.write(b" ")
+        await writer.drain()
+        await asyncio.sleep(0.05)
+
+
+ENDLESS = pytest.mark.parametrize(
+    "handler", [trickling_head, endless_1xx, trickling_body], ids=lambda handler: handler.__name__
+)
+
+
+@ENDLESS
+async def test_an_answer_that_never_ends(monkeypatch: pytest.MonkeyPatch, handler: Handler):
+    monkeypatch.setattr(_http, "GET_DEADLINE", 0.2)
+    async with raw_server(handler) as url, CrewClient(url, TOKEN, request_timeout=5.0) as client:
+        with pytest.raises(CrewConnectionError, match="not complete after 1 s") as caught:
+            await asyncio.wait_for(client.status("k1"), 30)
     assert caught.value.sent
+    assert_quiet(caught.value)
+
+
+@ENDLESS
+async def test_a_kickoff_that_is_answered_without_end_may_have_started(handler: Handler):
+    async with raw_server(handler) as url, CrewClient(url, TOKEN, request_timeout=0.5) as client:
+        with pytest.raises(CrewConnectionError, match=f"not complete after {post_deadline(0.5):g} s") as caught:
+            await asyncio.wait_for(client.kickoff({"topic": "Lisbon"}), 30)
+    assert caught.value.sent
+    assert kickoff_fate(caught.value) is KickoffFate.UNCERTAIN
 
 
 async def test_a_body_that_is_not_the_gzip_it_says():
