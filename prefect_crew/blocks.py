@@ -14,8 +14,8 @@ from pydantic import ConfigDict, Field, HttpUrl, SecretStr, field_validator, mod
 
 from prefect_crew.api._http import checked_url
 from prefect_crew.api.models import CrewResult, ResumeAnswer, StopAnswer
+from prefect_crew.api.redaction import Redactor
 from prefect_crew.dual import dual
-from prefect_crew.redaction import Redactor
 from prefect_crew.settings import CrewSettings
 from prefect_crew.waiting import WaitPolicy
 
@@ -81,6 +81,8 @@ class DeployedCrew(JobBlock[CrewResult]):
     )
 
     _called: str | None = None
+    _hidden: tuple[str, ...] = ()
+    """Texts that are secret in whatever a run of this crew says, besides the values of its own secret inputs."""
 
     @model_validator(mode="before")
     @classmethod
@@ -143,10 +145,15 @@ class DeployedCrew(JobBlock[CrewResult]):
         copy._called = name  # noqa: SLF001 - of the same class
         return copy
 
-    def hiding(self, names: Iterable[str]) -> DeployedCrew:
-        """Return a copy to which these inputs are secret as well; itself where they are already."""
+    def hiding(self, names: Iterable[str], *, texts: Iterable[str] = ()) -> DeployedCrew:
+        """Return a copy to which these inputs, and these texts, are secret as well; itself where they are already."""
         more = [name for name in names if name not in self.secret_inputs]
-        return self.model_copy(update={"secret_inputs": [*self.secret_inputs, *more]}) if more else self
+        hidden = (*self._hidden, *(text for text in texts if text not in self._hidden))
+        if not more and hidden == self._hidden:
+            return self
+        copy = self.model_copy(update={"secret_inputs": [*self.secret_inputs, *more]})
+        copy._hidden = hidden  # noqa: SLF001 - of the same class
+        return copy
 
     def client(self, *, transport: httpx.AsyncBaseTransport | None = None) -> CrewClient:
         """Return a client for it, to be used as an async context manager."""
@@ -163,7 +170,9 @@ class DeployedCrew(JobBlock[CrewResult]):
 
     def redactor(self, inputs: Mapping[str, Any] | None = None) -> Redactor:
         """Return what masks the token and, of these inputs, the secret ones."""
-        return Redactor.of(self.token.get_secret_value(), inputs or {}, self.secret_inputs)
+        given = inputs or {}
+        secret = [given[name] for name in self.secret_inputs if name in given]
+        return Redactor([*secret, *self._hidden], tokens=[self.token.get_secret_value()])
 
     async def reloaded(self) -> DeployedCrew | None:
         """Return the stored block as it is now if its token has changed since this one was loaded, else None."""
@@ -171,7 +180,7 @@ class DeployedCrew(JobBlock[CrewResult]):
             return None
         # Whatever its author called it, the annotated class is what the store gives back for this slug.
         stored = await type(self).aload(self._block_document_name)
-        return stored.hiding(self.secret_inputs) if stored.token != self.token else None
+        return stored.hiding(self.secret_inputs, texts=self._hidden) if stored.token != self.token else None
 
     async def _atrigger(
         self,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from prefect_crew.api.errors import AuthenticationError, ConfigurationError, CrewError, InvalidInputsError
 from prefect_crew.api.inputs import encode_inputs, inputs_digest, missing_inputs, unknown_inputs
 from prefect_crew.api.models import CrewInput, CrewState
-from prefect_crew.api.withholding import withholding
+from prefect_crew.api.redaction import holds_secret, withholding
 from prefect_crew.choices import check_choices
 from prefect_crew.interrupts import watch_ctrl_c
 from prefect_crew.logs import run_logger
@@ -20,7 +20,6 @@ from prefect_crew.posting import Purchase
 from prefect_crew.purchases import purchase_run
 from prefect_crew.record_store import PrefectRecords
 from prefect_crew.records import Decision, RecordStore
-from prefect_crew.redaction import holds_secret
 from prefect_crew.run_keys import identify
 from prefect_crew.sessions import CrewSession
 from prefect_crew.settings import CrewSettings

@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from prefect_crew.api.models import CrewState, CrewStatus
-from prefect_crew.api.withholding import withholding
+from prefect_crew.api.redaction import Redactor, withholding
 from prefect_crew.artifacts import RunArtifact
 from prefect_crew.records import RunRecord, SentReview
-from prefect_crew.redaction import Redactor
 from prefect_crew.rendering import RunView
 from prefect_crew.stopping import flow_run_id
 

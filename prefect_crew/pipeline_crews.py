@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 
 from prefect_crew.api.errors import AuthenticationError, ConfigurationError, CrewError, NotFoundError
 from prefect_crew.api.models import CrewInput
+from prefect_crew.api.redaction import MASK
 from prefect_crew.blocks import DeployedCrew
 from prefect_crew.pipeline_drawing import draw_graph
 from prefect_crew.pipeline_graph import CrewStep, PipelineGraph
 from prefect_crew.record_store import PrefectRecords
-from prefect_crew.redaction import MASK
 from prefect_crew.sessions import CrewSession
 from prefect_crew.tasks import loaded
 

@@ -21,6 +21,7 @@ from pydantic import Field
 from prefect_crew.api.errors import ConfigurationError, PipelineFailedError
 from prefect_crew.api.inputs import encode_inputs, inputs_digest
 from prefect_crew.api.models import CrewResult, CrewStatus
+from prefect_crew.api.redaction import MASK
 from prefect_crew.beside import work_beside
 from prefect_crew.choices import check_choices
 from prefect_crew.dual import refuse_running_loop
@@ -31,7 +32,6 @@ from prefect_crew.patience import end
 from prefect_crew.pipeline_artifact import PipelineArtifact
 from prefect_crew.pipeline_crews import PipelineCrews, PipelinePlan, step_key
 from prefect_crew.pipeline_graph import CrewStep, PipelineContext, PipelineGraph
-from prefect_crew.redaction import MASK
 from prefect_crew.reviews import ReviewChoice
 from prefect_crew.run_keys import identify
 from prefect_crew.runs import arun_crew

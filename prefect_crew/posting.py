@@ -16,7 +16,7 @@ from prefect.exceptions import PrefectException
 
 from prefect_crew.api.certainty import KickoffFate, kickoff_delay, kickoff_fate, post_deadline
 from prefect_crew.api.errors import AuthenticationError, CrewError, KickoffUncertainError
-from prefect_crew.api.withholding import withholding
+from prefect_crew.api.redaction import withholding
 from prefect_crew.events import emit
 from prefect_crew.interrupts import ENDINGS, to_be_seen_to_its_end
 from prefect_crew.logs import run_logger

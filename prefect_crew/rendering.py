@@ -15,8 +15,8 @@ from typing import Any
 
 from prefect_crew.api.inputs import encode_inputs
 from prefect_crew.api.models import CrewState, CrewStatus, TaskResult, TokenUsage
+from prefect_crew.api.redaction import MASK
 from prefect_crew.records import SentReview
-from prefect_crew.redaction import MASK
 
 __all__ = ["RunView", "cell", "code", "duration", "fenced", "progress", "prose", "reading", "render_run", "table"]
 

@@ -19,6 +19,7 @@ from pydantic import BaseModel, Field
 from prefect_crew.api.errors import ConfigurationError, CrewError, CrewFailedError, CrewStoppedError
 from prefect_crew.api.inputs import encode_inputs
 from prefect_crew.api.models import CrewResult, CrewState
+from prefect_crew.api.redaction import MASK, holds_secret
 from prefect_crew.beside import work_beside
 from prefect_crew.blocks import DeployedCrew
 from prefect_crew.choices import check_choices
@@ -27,7 +28,6 @@ from prefect_crew.lookups import read_result
 from prefect_crew.open_runs import OpenRun
 from prefect_crew.outcomes import typed
 from prefect_crew.record_store import PrefectRecords
-from prefect_crew.redaction import MASK, holds_secret
 from prefect_crew.reviews import ReviewChoice
 from prefect_crew.suspending.suspension import checked_wait, standstill_here
 from prefect_crew.tasks import kickoff_crew, loaded, wait_for_crew

@@ -11,10 +11,10 @@ from pydantic import SecretStr
 
 from prefect_crew import open_runs
 from prefect_crew.api.models import CrewState, CrewStatus, TaskResult
+from prefect_crew.api.redaction import MASK
 from prefect_crew.blocks import DeployedCrew
 from prefect_crew.open_runs import OpenRun, recall, remember
 from prefect_crew.records import RunRecord
-from prefect_crew.redaction import MASK
 from prefect_crew.rendering import render_run
 
 NOON = datetime(2026, 5, 1, 12, tzinfo=timezone.utc)

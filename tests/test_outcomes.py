@@ -16,10 +16,10 @@ from prefect_crew.api.errors import (
     OutputTypeError,
 )
 from prefect_crew.api.models import CrewResult, CrewState, CrewStatus
+from prefect_crew.api.redaction import MASK
 from prefect_crew.blocks import DeployedCrew
 from prefect_crew.open_runs import OpenRun
 from prefect_crew.outcomes import failure, result_of, typed
-from prefect_crew.redaction import MASK
 
 
 def run(inputs: Any = None, **fields: Any) -> OpenRun:

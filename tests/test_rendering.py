@@ -13,7 +13,7 @@ from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
 from prefect_crew.api.models import CrewState, CrewStatus, TaskResult, TokenUsage
-from prefect_crew.redaction import MASK
+from prefect_crew.api.redaction import MASK
 from prefect_crew.rendering import OUTPUT_CAP, RunView, cell, code, duration, prose, render_run, table
 
 MARKDOWN = MarkdownIt("commonmark", {"html": True}).enable("table")

@@ -32,7 +32,7 @@ from prefect_crew import (
     run_deployed_crew,
     wait_for_crew,
 )
-from prefect_crew.redaction import MASK
+from prefect_crew.api.redaction import MASK
 from prefect_crew.testing import CrewServerFactory
 from support.prefect_server import PrefectServer
 from support.proxy import Proxy, through

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import html
 import ipaddress
-import json
 import os
 import ssl
-from collections.abc import AsyncIterable, Callable, Generator, Iterable, Mapping
+from collections.abc import AsyncIterable, Callable, Generator, Mapping
 from pathlib import Path
 from typing import NamedTuple, cast
 from urllib.parse import quote, urlsplit
@@ -28,7 +26,6 @@ __all__ = [
     "in_process",
     "quiet",
     "read_answer",
-    "redacted",
     "segment",
     "served_here",
     "tls_context",
@@ -260,11 +257,3 @@ def quiet(error: Exception, redact: Callable[[str], str]) -> Exception:
     error.args = tuple(redact(part) if isinstance(part, str) else part for part in error.args)
     error.__cause__ = error.__context__ = None
     return error.with_traceback(None)
-
-
-def redacted(text: str, secrets: Iterable[str]) -> str:
-    """Return `text` with every secret in it hidden, also where it is escaped for JSON, HTML or a URL."""
-    for secret in secrets:
-        for form in {secret, json.dumps(secret)[1:-1], quote(secret, safe=""), html.escape(secret)}:
-            text = text.replace(form, "[hidden]") if form else text
-    return text

@@ -35,8 +35,8 @@ from prefect_crew.api.errors import (
 from prefect_crew.api.inputs import encode_inputs
 from prefect_crew.api.models import CrewInput, CrewState, CrewStatus, ResumeAnswer, StopAnswer
 from prefect_crew.api.parsing import parse_inputs, parse_kickoff, parse_resume, parse_status, parse_stop
+from prefect_crew.api.redaction import Redactor, withheld
 from prefect_crew.api.webhooks import Webhooks
-from prefect_crew.api.withholding import withheld
 
 __all__ = ["CrewClient", "in_process"]
 
@@ -200,7 +200,7 @@ class CrewClient:
                 status = self._parsed(call, answer, lambda body: parse_status(body, kickoff_id))
                 self._status_path = template
                 return status
-            text = self._redacted(call, answer.text)
+            text = self._without_token(call, answer.text)
         facts = parse_error(404, {}, text)
         return CrewStatus(
             kickoff_id=kickoff_id, state=CrewState.UNKNOWN, message=facts.message or facts.title, raw=facts.raw
@@ -236,11 +236,13 @@ class CrewClient:
         """
         call = _Call("POST", f"/stop/{_http.segment(kickoff_id, what='kickoff id')}", kickoff_id)
         answer = await self._send(call)
-        text = self._redacted(call, answer.text)
+        text = self._without_token(call, answer.text)
         found = self._shaped(call, answer, lambda _: parse_stop(text, kickoff_id, answer.status))
         if found is None:
             self._refuse(call, answer)
-        return found.model_copy(update={"message": found.message and withheld(found.message)})
+        # Of this answer nothing but its outcome is of use, so it is masked where the others are given as they are.
+        words = {name: said and withheld(said) for name in ("message", "raw_state") if (said := getattr(found, name))}
+        return found.model_copy(update={**words, "raw": found.raw if withheld(text) == text else None})
 
     async def health(self) -> bool:
         """Return whether `GET /` says that the server is healthy. A page of something else does not say so.
@@ -266,7 +268,9 @@ class CrewClient:
         except httpx.InvalidURL:
             raise ConfigurationError(f"{call.method} {call.path[:100]}… makes no URL. Check the id.") from None
         except (httpx.HTTPError, OSError) as error:
-            cause = _http.quiet(error, functools.partial(self._redacted, call))
+            # What came instead of HTTP is the server's own text, and may repeat what it was sent.
+            theirs = isinstance(error, httpx.RemoteProtocolError)
+            cause = _http.quiet(error, functools.partial(self._redacted if theirs else self._without_token, call))
             reason, may_have_left = _http.told(cause)
             raise CrewConnectionError(
                 method=call.method,
@@ -290,8 +294,12 @@ class CrewClient:
                 await response.aclose()
         raise httpx.ReadTimeout(f"the answer was not complete after {seconds:g} s")
 
+    def _without_token(self, call: _Call, text: str) -> str:
+        return Redactor(call.secrets, tokens=[self._token.get_secret_value()])(text)
+
     def _redacted(self, call: _Call, text: str) -> str:
-        return _http.redacted(text, (self._token.get_secret_value(), *call.secrets))
+        """Return what may be told of a text that the server has sent."""
+        return withheld(self._without_token(call, text))
 
     def _parsed(self, call: _Call, answer: Answer, parse: Callable[[bytes], T]) -> T:
         """Return the model of a 2xx, or raise the error that the status means."""
@@ -305,12 +313,12 @@ class CrewClient:
         except ResponseFormatError as error:
             expected = error.expected
         # From the whole body, not from the excerpt in that error: half a secret would not be found any more.
-        body = shown(withheld(self._redacted(call, answer.text)))
+        body = shown(self._redacted(call, answer.text))
         raise ResponseFormatError(expected=expected, body=body, status_code=answer.status, kickoff_id=call.kickoff_id)
 
     def _refuse(self, call: _Call, answer: Answer, kind: type[CrewAPIError] | None = None) -> NoReturn:
         """Raise the error for an answer that is none of 2xx."""
-        facts = parse_error(answer.status, answer.headers, withheld(self._redacted(call, answer.text)))
+        facts = parse_error(answer.status, answer.headers, self._redacted(call, answer.text))
         title, message = facts.title, facts.message
         if 300 <= answer.status < 400:
             title, message = "A redirect, not followed", _redirection(answer)
@@ -319,14 +327,14 @@ class CrewClient:
             "method": call.method,
             "path": f"{urlsplit(self.url).path}{call.path}",
             # Once more: what was escaped in the body is plain now.
-            "title": title and withheld(self._redacted(call, title)),
-            "message": message and withheld(self._redacted(call, message)),
+            "title": title and self._redacted(call, title),
+            "message": message and self._redacted(call, message),
             "body": facts.body,
             "kickoff_id": call.kickoff_id,
         }
         kind = kind or _kind(answer.status)
         if issubclass(kind, InvalidInputsError):
-            told["missing_inputs"] = [withheld(self._redacted(call, name)) for name in facts.missing_inputs]
+            told["missing_inputs"] = [self._redacted(call, name) for name in facts.missing_inputs]
         elif issubclass(kind, (RateLimitedError, ServerError)):
             told["retry_after"] = facts.retry_after
         raise kind(**told)

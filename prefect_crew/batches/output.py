@@ -17,13 +17,13 @@ from pydantic import BaseModel
 from pydantic_core import to_json
 
 from prefect_crew.api.errors import ConfigurationError, CrewError
+from prefect_crew.api.redaction import MASK
 from prefect_crew.batches.datasets import COMPRESSED, is_remote, shown_address
 from prefect_crew.batches.ends import RowEnd
 from prefect_crew.batches.keys import Keys
 from prefect_crew.batches.lines import HeldLines, LineFile
 from prefect_crew.batches.parquet import check_parquet, write_parquet
 from prefect_crew.records import RecordPhase
-from prefect_crew.redaction import MASK
 
 __all__ = ["COLUMNS", "Output", "OutputError", "line_of"]
 

@@ -28,8 +28,7 @@ __all__ = [
     "secret",
 ]
 
-_MASK = "[hidden]"
-_secrets: set[str] = set()
+_tokens: set[str] = set()
 # What could move the cursor, change the title or turn the direction of a line, in text from a crew.
 _CONTROLS = {
     code: "\N{REPLACEMENT CHARACTER}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"
@@ -38,22 +37,23 @@ _CONTROLS = {
 
 def secret(value: str) -> str:
     """Keep a token out of everything that is written from now on, and return it."""
-    stripped = value.strip()
-    if len(stripped) >= 4:
-        _secrets.update((stripped, json.dumps(stripped)[1:-1]))
+    if value.strip():
+        _tokens.add(value.strip())
     return value
 
 
 def forget() -> None:
     """Forget the secrets, for a process that runs several commands."""
-    _secrets.clear()
+    _tokens.clear()
 
 
 def redact(text: str) -> str:
-    """Return the text without any secret."""
-    for value in sorted(_secrets, key=len, reverse=True):
-        text = text.replace(value, _MASK)
-    return text
+    """Return the text without any token that this command was given."""
+    if not _tokens:
+        return text
+    from prefect_crew.api.redaction import Redactor
+
+    return Redactor(tokens=_tokens)(text)
 
 
 def plain(text: str) -> str:

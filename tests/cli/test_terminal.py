@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import html
 import io
 import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 
+from prefect_crew.api.redaction import MASK
 from prefect_crew.cli import terminal
 
 
@@ -47,7 +50,13 @@ def test_a_token_is_written_nowhere(capsys: pytest.CaptureFixture[str], token: s
     out, err = capsys.readouterr()
     assert token not in out + err
     assert json.dumps(token)[1:-1] not in out + err
-    assert out.count("[hidden]") == 4
+    assert out.count(MASK) == 4
+
+
+def test_a_token_is_found_as_it_stands_in_an_address_or_on_a_page():
+    terminal.secret("pa/ss&word+1")
+    for text in (quote("pa/ss&word+1"), quote("pa/ss&word+1", safe=""), html.escape("pa/ss&word+1")):
+        assert terminal.redact(f"?token={text}") == f"?token={MASK}"
 
 
 def test_a_short_word_is_no_secret(capsys: pytest.CaptureFixture[str]):
