@@ -7,7 +7,7 @@ that surely did not start a run. What makes a retried flow find its runs again i
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any, Generic, ParamSpec, TypeVar, cast
 
 from prefect import Task
@@ -39,6 +39,8 @@ P = ParamSpec("P")
 R = TypeVar("R")
 STILL_RUNNING = "StillRunning"
 """The name of the state of a wait that was left."""
+PREFECTS_OWN = ("return_state", "wait_for")
+"""The keywords of a call that Prefect takes for itself, and that are none of the function's."""
 Condition = Callable[[Task[..., Any], TaskRun, State[Any]], Coroutine[Any, Any, bool]]
 
 
@@ -88,18 +90,34 @@ class WaitTask(CrewTask[P, R], Generic[P, R]):
 
     async def acall(self, *args: Any, **kwargs: Any) -> Any:
         """Wait for the run; where the flow run is suspended for it, this raises Prefect's signal and runs again."""
-        given = inspect.signature(self.fn).bind(*args, **kwargs)
-        check_choices(**{name: given.arguments.get(name) for name in ("wait", "output_type", "review")})
-        crew = await loaded(given.arguments["crew"])
-        policy = given.arguments.get("wait") or crew.wait
-        wait = checked_wait(policy, f"The wait for run {given.arguments['kickoff_id']}")
-        given.arguments["wait"] = wait
+        policy = await self._policy(args, kwargs)
+        if policy.mode == "poll":
+            return await super().acall(*args, **kwargs)
+        wait = checked_wait(policy, "The wait for a run")
+        kwargs["wait"] = wait
         if wait.mode == "poll":
-            return await super().acall(*given.args, **given.kwargs)
+            return await super().acall(*args, **kwargs)
         with standstill_here().wait() as branch:
-            while _still_running(outcome := await self._acall(*given.args, **given.kwargs)):
+            while _still_running(outcome := await self._acall(*args, **kwargs)):
                 await suspend_together(branch)
             return outcome
+
+    async def _policy(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> WaitPolicy:
+        """Return how a call waits. Whatever is wrong with its arguments is for the task run to tell, as of any task."""
+        own = {name: value for name, value in kwargs.items() if name not in PREFECTS_OWN}
+        try:
+            given = inspect.signature(self.fn).bind(*args, **own).arguments
+        except TypeError:
+            return WaitPolicy()
+        wait, crew = given.get("wait"), given["crew"]
+        if isinstance(wait, WaitPolicy):
+            return wait
+        if isinstance(crew, str):
+            try:
+                crew = await loaded(crew)
+            except ConfigurationError:
+                return WaitPolicy()
+        return crew.wait if isinstance(crew, DeployedCrew) else WaitPolicy()
 
 
 def _still_running(outcome: Any) -> bool:
@@ -252,6 +270,7 @@ async def wait_for_crew(
         CrewError: The status call gave no answer for too long.
     """
     del name
+    check_choices(wait=wait, output_type=output_type, review=review)
     try:
         return await wait_for_run(
             await loaded(crew), kickoff_id, run_key=run_key, wait=wait, output_type=output_type, review=review
