@@ -53,12 +53,16 @@ class _Model(BaseModel):
 
 
 class CrewInput(_Model):
-    """One input of a crew, as `GET /inputs` names it."""
+    """One input of a crew, as `GET /inputs` names it. An optional one that is left out has the crew's own default.
+
+    `default` is that default where the server tells it, else None.
+    """
 
     name: str
     type: str | None = None
     description: str | None = None
     required: bool = True
+    default: Any = None
 
 
 class TokenUsage(_Model):

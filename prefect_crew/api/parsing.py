@@ -58,48 +58,66 @@ _HUMAN_PARTS = ("human_input", "human_feedback", "human_input_request", "pending
 def parse_inputs(body: Any) -> list[CrewInput]:
     """Return the inputs that `GET /inputs` names, in its order, each once.
 
-    Accepted under `inputs`: a list of names, a list of `{name, type, required, description}`, an object of name to
-    description (or to such an object), null; and a bare list.
+    Accepted under `inputs`: a list of names, a list of `{name, type, required, description, default}`, an object of
+    name to description (or to such an object), null; and a bare list. `required_inputs` beside it takes the same forms:
+    an input that it does not name is optional.
 
     Raises:
         ResponseFormatError: The body is none of these.
     """
     expected = "the crew's inputs"
     value = decode(body, expected=expected)
-    if is_object(value) and "inputs" in value:
-        value = value["inputs"]
-        if value is None:
-            return []
-        if is_object(value):
-            value = [_described(name, about) for name, about in as_object(value).items()]
-    if not isinstance(value, list):
+    source = as_object(value)
+    items = _items(source["inputs"]) if "inputs" in source else _items(value) if isinstance(value, list) else None
+    needed = _items(source.get("required_inputs"))
+    if items is None or needed is None:
         raise ResponseFormatError(expected=expected, body=shown(value))
+    names = None if source.get("required_inputs") is None else {as_text(item.get("name")) for item in needed}
     found: dict[str, CrewInput] = {}
-    for item in cast("list[Any]", value):
-        crew_input = _input(item)
+    for item in [*items, *needed]:
+        crew_input = _input(item, names)
         if crew_input is None:
             raise ResponseFormatError(expected=expected, body=shown(value))
         found.setdefault(crew_input.name, crew_input)
     return list(found.values())
 
 
+def _items(value: Any) -> list[dict[str, Any]] | None:
+    """Return a list of inputs in any of its forms as objects, None where it is no such list."""
+    if value is None:
+        return []
+    if is_object(value):
+        return [_described(name, about) for name, about in as_object(value).items()]
+    if not isinstance(value, list):
+        return None
+    return [{"name": item} if isinstance(item, str) else as_object(item) for item in cast("list[Any]", value)]
+
+
 def _described(name: str, about: Any) -> dict[str, Any]:
     return {**as_object(about), "name": name} if is_object(about) else {"name": name, "description": about}
 
 
-def _input(item: Any) -> CrewInput | None:
-    source = {"name": item} if isinstance(item, str) else as_object(item)
+def _input(source: dict[str, Any], required: set[str | None] | None) -> CrewInput | None:
     name = as_text(source.get("name"))
     if name is None:
         return None
-    required = source.get("required")
     return CrewInput(
         name=name,
         type=as_text(source.get("type")),
         description=as_text(source.get("description")),
-        # Anything but a clear no is a yes: to ask for one input too many is the cheaper mistake.
-        required=not (required is False or (isinstance(required, str) and required.strip().casefold() == "false")),
+        required=_is_required(source, listed=None if required is None else name in required),
+        default=source.get("default"),
     )
+
+
+def _is_required(source: dict[str, Any], *, listed: bool | None) -> bool:
+    """Anything but a clear no is a yes: to ask for one input too many is the cheaper mistake."""
+    said = source.get("required")
+    if listed:
+        return True
+    if said is None:
+        return listed is None and source.get("default") is None
+    return not (said is False or (isinstance(said, str) and said.strip().casefold() == "false"))
 
 
 def parse_kickoff(body: Any) -> str:

@@ -20,7 +20,7 @@ from pydantic_core import to_jsonable_python
 
 from prefect_crew.api.models import CrewInput, TaskResult, TokenUsage
 
-__all__ = ["inputs_of", "name_of", "result_of", "share_a_model", "task_label", "task_result", "token_usage"]
+__all__ = ["inputs_of", "is_flow", "name_of", "result_of", "share_a_model", "task_label", "task_result", "token_usage"]
 
 _PLACEHOLDER = re.compile(r"[A-Za-z_][A-Za-z0-9_\-]*")
 """What CrewAI fills in. `fetch_inputs` also reports other text in braces, such as JSON in a prompt."""
@@ -36,9 +36,10 @@ def name_of(made: Crew | Flow[Any]) -> str | None:
 def inputs_of(made: Crew | Flow[Any]) -> list[CrewInput]:
     """Return the inputs of a crew or flow that has not run.
 
-    A crew's are the placeholders of its tasks and agents. A flow's are the fields of its state model; there are none
-    where the state is a dictionary. CrewAI cannot make a state whose fields lack a default, so a field is required
-    where it says so: `topic: str = Field(default="", json_schema_extra={"required": True})`.
+    A crew's are the placeholders of its tasks and agents, all required. A flow's are the fields of its state model that
+    are required or have a description, or all of them where none has one; there are none where the state is a
+    dictionary. CrewAI cannot make a state whose fields lack a default, so a field is required where it says so:
+    `topic: str = Field(default="", json_schema_extra={"required": True})`.
     """
     if isinstance(made, Crew):
         return [CrewInput(name=name) for name in sorted(made.fetch_inputs()) if _PLACEHOLDER.fullmatch(name)]
@@ -46,14 +47,26 @@ def inputs_of(made: Crew | Flow[Any]) -> list[CrewInput]:
     if not isinstance(state, BaseModel):
         return []
     inputs: list[CrewInput] = []
-    for name, field in type(state).model_fields.items():
-        if name == "id":  # the run's own, not an input
-            continue
+    fields = {
+        name: field for name, field in type(state).model_fields.items() if name != "id"
+    }  # which is the state's own
+    described = any(field.description for field in fields.values())
+    for name, field in fields.items():
         extra: Any = field.json_schema_extra
         required = field.is_required() or (isinstance(extra, dict) and extra.get("required") is True)  # pyright: ignore[reportUnknownMemberType]
+        if described and not (required or field.description):  # a field that the flow keeps for itself
+            continue
         kind = getattr(field.annotation, "__name__", None) or str(field.annotation)
-        inputs.append(CrewInput(name=name, type=kind, description=field.description, required=required))
+        default = None if required else _jsonable(field.get_default(call_default_factory=True))
+        inputs.append(
+            CrewInput(name=name, type=kind, description=field.description, required=required, default=default)
+        )
     return inputs
+
+
+def is_flow(made: Crew | Flow[Any]) -> bool:
+    """Return whether it is a flow, and no crew."""
+    return isinstance(made, Flow)
 
 
 def share_a_model(first: Crew | Flow[Any], second: Crew | Flow[Any]) -> bool:

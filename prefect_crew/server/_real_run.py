@@ -95,7 +95,8 @@ def _run_flow(flow: Any, bridge: Bridge) -> Outcome:
     watch = _FlowWatch(flow, bridge)
     add_stream_sink(watch.see)
     usage = UsageMetrics()
-    result = flow.kickoff(inputs=dict(bridge.run.inputs))
+    restored = {} if bridge.run.restore_from is None else {"restore_from_state_id": bridge.run.restore_from}
+    result = flow.kickoff(inputs=dict(bridge.run.inputs), **restored)
     usage.add_usage_metrics(flow.usage_metrics)
     while isinstance(result, HumanFeedbackPending):
         # A provider of the flow's own has let go of the thread; the person answers here all the same.

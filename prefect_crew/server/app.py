@@ -13,6 +13,7 @@ import json
 import math
 import os
 import time
+import uuid
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
 from typing import Any, Literal
 
@@ -196,8 +197,14 @@ class _Endpoints:
         if missing := [name for name in needed if given.get(name) is None]:
             message = f"Missing required inputs: {', '.join(missing)}"
             return self._error(422, "Validation error", message, {"missing_inputs": missing})
+        restore_from = body.get("restoreFromStateId")
+        ids = {"inputs.id": given.get("id") if self._executions.flow else None, "restoreFromStateId": restore_from}
+        if wrong := [name for name, value in ids.items() if value is not None and not _is_uuid(value)]:
+            return self._error(422, "Validation Error", f"'{wrong[0]}' must be a valid UUID.")
         faults = {fault.kind.name: fault for fault in faults_of_run(request.scope)}
-        run = self._executions.start(given, meta=body.get("meta"), hooks=hooks, stuck="stuck" in faults)
+        run = self._executions.start(
+            given, meta=body.get("meta"), hooks=hooks, restore_from=restore_from, stuck="stuck" in faults
+        )
         self._runtime.counters.accepted[run.id] = run.meta
         if early := faults.get("early-404"):
             run.hidden_polls = math.ceil(early.value or 0)
@@ -255,6 +262,14 @@ def _text(body: dict[str, Any], name: str) -> str:
     if not isinstance(value, str):
         raise _BadRequestError(400, "Invalid request", f"The body needs `{name}`, a text.")
     return value
+
+
+def _is_uuid(value: Any) -> bool:
+    try:
+        uuid.UUID(value)
+    except (AttributeError, TypeError, ValueError):
+        return False
+    return True
 
 
 def _still_hidden(run: Execution) -> bool:

@@ -78,9 +78,9 @@ def human_body(run: Execution, question: Question, generation: Generation) -> di
     return {**asked, "meta": run.meta}
 
 
-def stream_types(what: str) -> tuple[str, ...]:
+def stream_types(run: Execution, what: str) -> tuple[str, ...]:
     """Return the types of CrewAI's events that tell of something that `execution.Listener` is told."""
-    return _TYPES.get(what, ())
+    return (*_TYPES.get(what, ()), *(_FLOW_TYPES.get(what, ()) if run.flow else ()))
 
 
 def stream_event(run: Execution, type_: str, value: Any) -> dict[str, Any]:
@@ -103,14 +103,19 @@ _TYPES = {
     "completed": ("crew_kickoff_completed",),
     "failed": ("crew_kickoff_failed",),
 }
+_FLOW_TYPES = {"completed": ("flow_finished",), "failed": ("method_execution_failed",)}
+"""What a Flow's server sends besides."""
 
 
 def _data(run: Execution, type_: str, value: Any) -> dict[str, Any]:
     if type_ == "crew_kickoff_started":
         return {"inputs": dict(run.inputs)}
     if type_ == "crew_kickoff_completed":
-        return {"output": run.output or ""}
-    if type_ == "crew_kickoff_failed":
+        total = run.usage.total_tokens if run.usage else None
+        return {"output": run.output or "", **({} if total is None else {"total_tokens": total})}
+    if type_ == "flow_finished":
+        return {"result": run.output or ""}
+    if type_ in ("crew_kickoff_failed", "method_execution_failed"):
         return {"error": run.error or ""}
     if isinstance(value, TaskResult):
         return {"task_name": value.name, "agent_role": value.agent, "output": value.output or ""}

@@ -8,7 +8,8 @@ union
     `output` and `tasks`, `progress`, `last_step` and so on: everything at once.
 live
     As CrewAI's hosted crews answer clients in the field: `state` and `result`, no progress, no times; errors as
-    `{"detail": …}`; an unknown run is a 200 with the state NOT FOUND.
+    `{"detail": …}`; an unknown run is a 200 with the state NOT FOUND. `GET /inputs` says of each input what is known
+    of it; the other two name the inputs, and which of them are required.
 """
 
 from __future__ import annotations
@@ -90,7 +91,8 @@ class _Documented:
     name: DialectName = "documented"
 
     def inputs(self, inputs: list[CrewInput]) -> Any:
-        return {"inputs": [item.name for item in inputs if item.required]}
+        required = [item.name for item in inputs if item.required]
+        return {"inputs": [item.name for item in inputs], "required_inputs": required}
 
     def status(self, run: Execution) -> dict[str, Any]:
         status = _LOWER[run.state]
@@ -113,9 +115,6 @@ class _Documented:
 
 class _Union(_Documented):
     name: DialectName = "union"
-
-    def inputs(self, inputs: list[CrewInput]) -> Any:
-        return {"inputs": [item.model_dump() for item in inputs]}
 
     def status(self, run: Execution) -> dict[str, Any]:
         last = run.tasks[-1] if run.tasks else None
@@ -145,7 +144,7 @@ class _Live:
     name: DialectName = "live"
 
     def inputs(self, inputs: list[CrewInput]) -> Any:
-        return {"inputs": [item.name for item in inputs if item.required]}
+        return {"inputs": [item.model_dump(exclude_none=True) for item in inputs]}
 
     def status(self, run: Execution) -> dict[str, Any]:
         body: dict[str, Any] = {"state": _UPPER[run.state]}

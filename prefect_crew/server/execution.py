@@ -58,7 +58,8 @@ class Execution:
     """One run. It is the `Run` that a program sees, and what the dialects read.
 
     Attributes:
-        id, inputs, meta, hooks: What the kickoff brought; `hooks` is what the last `/resume` left of it.
+        id, inputs, meta, restore_from, hooks: What the kickoff brought; `hooks` is what the last `/resume` left of it.
+        flow: Whether it runs a Flow.
         state: One of CrewState, never UNKNOWN.
         planned: Names of all tasks, where the program said so.
         tasks: What the ended tasks gave.
@@ -67,10 +68,21 @@ class Execution:
         forgotten, hidden_polls, hidden_until: Faults; whether and for how long the status call denies the run.
     """
 
-    def __init__(self, id: str, inputs: Mapping[str, Any], *, meta: Any = None, hooks: Hooks | None = None) -> None:  # noqa: A002 - the crew API's word
+    def __init__(
+        self,
+        id: str,  # noqa: A002 - the crew API's word
+        inputs: Mapping[str, Any],
+        *,
+        meta: Any = None,
+        hooks: Hooks | None = None,
+        restore_from: str | None = None,
+        flow: bool = False,
+    ) -> None:
         self._id = id
         self._inputs = dict(inputs)
         self.meta = meta
+        self.restore_from = restore_from
+        self.flow = flow
         self.hooks = hooks or Hooks()
         self.state = CrewState.PENDING
         self.created_at = datetime.now(timezone.utc)

@@ -56,15 +56,26 @@ class Executions:
     def __iter__(self) -> Iterator[Execution]:
         return iter(list(self._runs.values()))
 
+    @property
+    def flow(self) -> bool:
+        """Whether the program is a Flow."""
+        return getattr(self.program, "flow", False)
+
     def get(self, id: str) -> Execution | None:  # noqa: A002 - the crew API's word
         """Return the run, whatever its faults hide from clients, or None."""
         return self._runs.get(id)
 
     def start(
-        self, inputs: Mapping[str, Any], *, meta: Any = None, hooks: Hooks | None = None, stuck: bool = False
+        self,
+        inputs: Mapping[str, Any],
+        *,
+        meta: Any = None,
+        hooks: Hooks | None = None,
+        restore_from: str | None = None,
+        stuck: bool = False,
     ) -> Execution:
         """Accept a run: it is in the journal when this returns, and runs by itself from then on."""
-        execution = Execution(self._new_id(), inputs, meta=meta, hooks=hooks)
+        execution = Execution(self._new_id(), inputs, meta=meta, hooks=hooks, restore_from=restore_from, flow=self.flow)
         execution.stuck = stuck
         if self._journal:
             self._journal.append(
@@ -76,6 +87,7 @@ class Executions:
                     "inputs": dict(inputs),
                     "meta": meta,
                     "hooks": execution.hooks.as_body(),
+                    "restore_from": restore_from,
                 }
             )
         self._launch(execution)
@@ -98,7 +110,14 @@ class Executions:
         for entry in self._journal.read() if self._journal else []:
             if entry["event"] == "accepted" and entry["crew"] == self.program.name:
                 hooks = Hooks.of(entry.get("hooks") or {})
-                self._runs[entry["id"]] = Execution(entry["id"], entry["inputs"], meta=entry.get("meta"), hooks=hooks)
+                self._runs[entry["id"]] = Execution(
+                    entry["id"],
+                    entry["inputs"],
+                    meta=entry.get("meta"),
+                    hooks=hooks,
+                    restore_from=entry.get("restore_from"),
+                    flow=self.flow,
+                )
             elif entry["event"] == "ended" and entry["id"] in self._runs:
                 self._runs[entry["id"]].restore(entry)
         for execution in self:

@@ -69,7 +69,7 @@ class Hooks(_Part):
         Raises:
             HooksError: A target is not an http(s) URL, or its authentication is incomplete.
         """
-        fields = {name: body[name] for name in _FIELDS if body.get(name) not in (None, "", [])}
+        fields = {name: body[name] for name in _FIELDS if body.get(name) not in (None, [])}
         if isinstance(fields.get("webhooks"), dict):
             fields["webhooks"] = [fields["webhooks"]]
         try:

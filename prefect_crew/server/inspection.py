@@ -19,7 +19,8 @@ def inspect_route(runtime: Runtime) -> Route:
     """Return the route of the page.
 
     Its body: `requests` by place, `answers` by "PLACE STATUS", `unauthorized`, `kickoffs`, `kickoffs_by_run_key`,
-    `faults` that came ("FAULT" and its occurrence), `webhooks` by "KIND STATUS", and `runs` (id, state, meta, inputs).
+    `faults` that came ("FAULT" and its occurrence), `webhooks` by "KIND STATUS", and `runs` (id, state, meta, inputs,
+    restore_from).
     """
 
     async def requests(request: Request) -> Response:
@@ -34,7 +35,13 @@ def inspect_route(runtime: Runtime) -> Route:
                 "faults": [{"fault": str(it.fault), "occurrence": it.occurrence} for it in runtime.faults.fired],
                 "webhooks": {f"{kind} {status}": count for (kind, status), count in runtime.sender.sent.items()},
                 "runs": [
-                    {"id": run.id, "state": str(run.state), "meta": run.meta, "inputs": dict(run.inputs)}
+                    {
+                        "id": run.id,
+                        "state": str(run.state),
+                        "meta": run.meta,
+                        "inputs": dict(run.inputs),
+                        "restore_from": run.restore_from,
+                    }
                     for run in runtime.runs
                 ],
             }

@@ -3,7 +3,8 @@
 One JSON object a line, flushed to the disk before the server answers, so that a server which is killed and started
 again with the same file still knows what it promised. A line cut off by the crash is ignored.
 
-    {"event": "accepted", "id": …, "crew": …, "at": …, "inputs": {…}, "meta": {…}, "hooks": {…}}
+    {"event": "accepted", "id": …, "crew": …, "at": …, "inputs": {…}, "meta": {…}, "hooks": {…},
+     "restore_from": …}
     {"event": "ended", "id": …, "state": …, "planned": […], "output": …, "data": …, "tasks": […], "usage": {…},
      "error": …, "seconds": …}
 

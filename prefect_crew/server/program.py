@@ -52,6 +52,11 @@ class Run(Protocol):
         ...
 
     @property
+    def restore_from(self) -> str | None:
+        """The state that a Flow is to start from, as the kickoff's `restoreFromStateId` names it."""
+        ...
+
+    @property
     def stop_requested(self) -> bool:
         """True once `/stop` was accepted. Safe to read from any thread."""
         ...
@@ -78,7 +83,7 @@ class Run(Protocol):
 
 
 class Program(Protocol):
-    """A crew that can be run many times at once."""
+    """A crew that can be run many times at once. One that is a Flow says so by an attribute `flow` that is true."""
 
     @property
     def name(self) -> str:

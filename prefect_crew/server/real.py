@@ -74,7 +74,7 @@ def load_real(spec: str, *, max_runs: int = MAX_RUNS) -> Program:
             spec,
         )
     name = results.name_of(first) or module
-    return RealProgram(name, factory, results.inputs_of(first), max_runs=max_runs)
+    return RealProgram(name, factory, results.inputs_of(first), flow=results.is_flow(first), max_runs=max_runs)
 
 
 class RealProgram:
@@ -84,15 +84,23 @@ class RealProgram:
         name: What the server calls it.
         factory: Builds the Crew or Flow of one run.
         inputs: What it takes.
+        flow: Whether it is a Flow.
         max_runs: At most this many runs work at once.
     """
 
     def __init__(
-        self, name: str, factory: Callable[[], Any], inputs: list[CrewInput], *, max_runs: int = MAX_RUNS
+        self,
+        name: str,
+        factory: Callable[[], Any],
+        inputs: list[CrewInput],
+        *,
+        flow: bool = False,
+        max_runs: int = MAX_RUNS,
     ) -> None:
         self._name = name
         self._factory = factory
         self._inputs = inputs
+        self.flow = flow
         self._max_runs = max_runs
         # A semaphore belongs to one event loop, a program to none.
         self._slots: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore] = WeakKeyDictionary()

@@ -118,6 +118,9 @@ class CrewScript(_Part):
 
     name: str = Field(min_length=1, description="Name of the crew.")
     description: str | None = Field(default=None, description="What the crew does.")
+    flow: bool = Field(
+        default=False, description="Whether it is a Flow: its input `id` must be a UUID, and its end is streamed."
+    )
     inputs: list[Annotated[InputSpec, BeforeValidator(_named, json_schema_input_type=str | InputSpec)]] = Field(
         default_factory=list[InputSpec], description="Names of the inputs, or more about each."
     )
@@ -154,7 +157,13 @@ class ScriptedProgram:
         self.script = script
         self.speed = speed
         self._inputs = [
-            CrewInput(name=spec.name, type=spec.type, description=spec.description, required=spec.required)
+            CrewInput(
+                name=spec.name,
+                type=spec.type,
+                description=spec.description,
+                required=spec.required,
+                default=spec.default if "default" in spec.model_fields_set else None,
+            )
             for spec in script.inputs
         ]
 
@@ -162,6 +171,11 @@ class ScriptedProgram:
     def name(self) -> str:
         """The script's name."""
         return self.script.name
+
+    @property
+    def flow(self) -> bool:
+        """Whether the script is a Flow."""
+        return self.script.flow
 
     def inputs(self) -> list[CrewInput]:
         """The script's inputs."""

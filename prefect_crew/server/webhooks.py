@@ -62,7 +62,7 @@ class WebhookSender:
         elif what == "completed" and hooks.crew:
             self._send("crew", Target(url=hooks.crew), bodies.crew_body(run, self._generation))
         for index, stream in enumerate(hooks.streams):
-            for type_ in bodies.stream_types(what):
+            for type_ in bodies.stream_types(run, what):
                 if not stream.events or type_ in stream.events:
                     self._stream(run, index, stream, bodies.stream_event(run, type_, value))
             if run.state.ended:

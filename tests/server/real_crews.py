@@ -11,8 +11,9 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
 from crewai import Agent, Crew, Task
 from crewai.flow import HumanFeedbackPending
-from crewai.flow.flow import Flow, and_, listen, start
+from crewai.flow.flow import Flow, FlowState, and_, listen, start
 from crewai.flow.human_feedback import human_feedback
+from crewai.flow.persistence import persist
 from crewai.project import CrewBase, agent, crew, task
 from crewai.tools import tool
 from offline_llm import OfflineLLM
@@ -243,3 +244,17 @@ class Speechless(Flow):
     @start()
     def fail(self) -> None:
         raise KeyError
+
+
+class Counted(FlowState):
+    count: int = 0
+
+
+@persist()
+class Counting(Flow[Counted]):
+    """Counts its runs in a state that it keeps."""
+
+    @start()
+    def go_on(self) -> dict[str, Any]:
+        self.state.count += 1
+        return {"id": self.state.id, "count": self.state.count}

@@ -34,10 +34,25 @@ tasks:
 """
 
 
+FLOW = """
+name: flow
+flow: true
+inputs: [topic, {name: tone, required: false, default: dry}]
+tasks:
+  - {name: write, output: "{{ topic }}, {{ tone }}"}
+"""
+
+
 @pytest.fixture(scope="module")
 def server() -> Iterator[CrewServer]:
-    with CrewServer({"travel": "travel", "reviewed": REVIEWED, "slow": SLOW}, speed=20) as running:
+    with CrewServer({"travel": "travel", "reviewed": REVIEWED, "slow": SLOW, "flow": FLOW}, speed=20) as running:
         yield running
+
+
+@pytest.fixture
+def flow(server: CrewServer) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=f"{server.url}/flow", headers=server.headers) as client:
+        yield client
 
 
 @pytest.fixture
@@ -61,7 +76,48 @@ def slow(server: CrewServer) -> Iterator[httpx.Client]:
 def test_inputs(travel: httpx.Client) -> None:
     answer = travel.get("/inputs")
     assert answer.status_code == 200
-    assert answer.json() == {"inputs": ["budget", "interests", "duration", "age"]}
+    names = ["budget", "interests", "duration", "age"]
+    assert answer.json() == {"inputs": names, "required_inputs": names}
+
+
+def test_optional_inputs_are_not_among_the_required_ones(flow: httpx.Client) -> None:
+    assert flow.get("/inputs").json() == {"inputs": ["topic", "tone"], "required_inputs": ["topic"]}
+    assert flow.post("/kickoff", json={"inputs": {"topic": "tea"}}).status_code == 200
+
+
+STATE = "3f2b8c1e-9d47-4a6b-8f0e-5c1d2a7b9e64"
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        pytest.param({"inputs": {"topic": "tea", "id": "42"}}, "'inputs.id' must be a valid UUID", id="id"),
+        pytest.param({"inputs": {"topic": "tea", "id": 42}}, "'inputs.id' must be a valid UUID", id="number"),
+        pytest.param(
+            {"inputs": {"topic": "tea"}, "restoreFromStateId": "42"},
+            "'restoreFromStateId' must be a valid UUID",
+            id="restore",
+        ),
+    ],
+)
+def test_a_state_that_is_no_uuid_is_refused_without_details(
+    flow: httpx.Client, body: dict[str, object], said: str
+) -> None:
+    answer = flow.post("/kickoff", json=body)
+    assert answer.status_code == 422
+    assert answer.json().keys() == {"error", "message"}
+    assert answer.json()["message"].startswith(said)
+
+
+def test_a_flow_takes_the_id_of_its_state_and_a_state_to_restore(flow: httpx.Client, server: CrewServer) -> None:
+    body = {"inputs": {"topic": "tea", "id": STATE}, "restoreFromStateId": STATE}
+    kickoff_id = flow.post("/kickoff", json=body).json()["kickoff_id"]
+    run = server.run(kickoff_id)
+    assert (run.inputs["id"], run.restore_from) == (STATE, STATE)
+
+
+def test_a_crew_may_have_an_input_called_id(travel: httpx.Client) -> None:
+    assert travel.post("/kickoff", json={"inputs": {**INPUTS, "id": "42"}}).status_code == 200
 
 
 def test_kickoff_answers_with_an_id_and_nothing_else(travel: httpx.Client) -> None:
@@ -151,6 +207,10 @@ def test_missing_inputs(travel: httpx.Client, server: CrewServer, given: dict[st
         pytest.param(b'{"inputs": ["budget"]}', id="inputs-as-list"),
         pytest.param(b'{"inputs": null}', id="inputs-null"),
         pytest.param(b'{"inputs": {}, "taskWebhookUrl": "ftp://x"}', id="webhook-not-http"),
+        pytest.param(b'{"inputs": {}, "crewWebhookUrl": ""}', id="webhook-empty"),
+        pytest.param(b'{"inputs": {}, "humanInputWebhook": {"url": ""}}', id="human-webhook-empty"),
+        pytest.param(b'{"inputs": {}, "webhooks": {"url": "", "events": ["task_started"]}}', id="stream-empty"),
+        pytest.param(b'{"inputs": {}, "humanInputWebhook": ""}', id="human-webhook-text"),
         pytest.param(b'{"inputs": {}, "humanInputWebhook": {"authentication": {}}}', id="webhook-without-url"),
         pytest.param(
             b'{"inputs": {}, "humanInputWebhook": {"url": "http://x", "authentication": {"strategy": "bearer"}}}',

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import httpx
 import pytest
 
 from prefect_crew.server import CrewServer
@@ -22,15 +23,18 @@ tasks:
 
 
 def tool_for(server: CrewServer, **options: Any) -> Any:
+    """Return the tool with the inputs that the server names, as the API's pages have it: a list of names."""
     from crewai_tools import InvokeCrewAIAutomationTool
     from pydantic import Field
+
+    named = httpx.get(f"{server.url}/inputs", headers=server.headers).json()["inputs"]
 
     return InvokeCrewAIAutomationTool(
         crew_api_url=server.url,
         crew_bearer_token=server.token,
         crew_name="State of AI Report",
         crew_description="Reports on the state of AI in a year.",
-        crew_inputs={"year": Field(..., description="Year of the report")},
+        crew_inputs={name: Field(..., description=f"The {name} of the report") for name in named},
         **options,
     )
 
@@ -54,7 +58,6 @@ def test_it_runs_a_crew(year: str, said: str) -> None:
 
 def test_it_says_that_a_kickoff_was_refused() -> None:
     with CrewServer(SCRIPT, dialect="union") as server:
-        server.token = "another"
         tool = tool_for(server)
         server.token = "rotated"
         assert tool.run(year="2025").startswith("Error: Failed to kickoff crew. Response: {'error': 'Unauthorized'")

@@ -5,16 +5,17 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+import httpx
 import pytest
 
 from prefect_crew.api.client import CrewClient
 from prefect_crew.api.models import CrewState, CrewStatus
-from prefect_crew.server import InProcessCrewServer
+from prefect_crew.server import CrewServer, InProcessCrewServer
 from prefect_crew.server.dialects import dialect_named
 
 SCRIPT = """
 name: speaking
-inputs: [kind, {name: tone, required: false, type: text, description: How it sounds.}]
+inputs: [kind, {name: tone, required: false, type: text, description: How it sounds., default: dry}]
 tasks:
   - {name: one, agent: A, description: the first, output: "out: {{ kind }}"}
   - {name: two, agent: B, seconds: "{{ 60 if kind == 'slow' else 0 }}", output: two, data: {n: 1}, human: true}
@@ -125,16 +126,27 @@ async def test_our_client_reads_every_state(dialect: str, kind: str, state: Crew
         assert status.error == "it broke"
 
 
-@pytest.mark.parametrize(
-    ("dialect", "names"), [("documented", ["kind"]), ("union", ["kind", "tone"]), ("live", ["kind"])]
-)
-async def test_inputs(dialect: str, names: list[str]) -> None:
-    """Only `union` can say that an input is optional; the others name the required ones, as the contract has it."""
+@pytest.mark.parametrize("dialect", DIALECTS)
+async def test_inputs(dialect: str) -> None:
     with InProcessCrewServer(SCRIPT, dialect=dialect) as server:
         async with CrewClient(server.url, server.token) as client:
             inputs = await client.inputs()
-    assert [item.name for item in inputs] == names
-    assert [item.required for item in inputs] == [True, False][: len(names)]
+    assert [(item.name, item.required) for item in inputs] == [("kind", True), ("tone", False)]
+    if dialect == "live":
+        assert inputs[1].model_dump() == {
+            "name": "tone",
+            "type": "text",
+            "description": "How it sounds.",
+            "required": False,
+            "default": "dry",
+        }
+
+
+@pytest.mark.parametrize("dialect", ["documented", "union"])
+def test_inputs_are_answered_as_names(dialect: str) -> None:
+    with CrewServer(SCRIPT, dialect=dialect) as server:
+        answer = httpx.get(f"{server.url}/inputs", headers=server.headers)
+    assert answer.json() == {"inputs": ["kind", "tone"], "required_inputs": ["kind"]}
 
 
 async def test_a_queue_is_pending() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import threading
 import time
@@ -14,6 +15,7 @@ import httpx
 import pytest
 
 from prefect_crew.server.local import CrewServer
+from prefect_crew.server.programs import load_program
 from support.servers import ClientOf, Finished
 
 pytestmark = [pytest.mark.crewai, pytest.mark.filterwarnings("ignore::DeprecationWarning:crewai")]
@@ -85,7 +87,7 @@ def test_a_crew_gives_its_text_tasks_agents_and_usage(serve: Serve, finished: Fi
 
 def test_missing_inputs_start_nothing(serve: Serve) -> None:
     server, client = serve("travel_crew.py:build")
-    assert {item["name"] for item in client.get("/inputs").json()["inputs"]} == {"topic", "audience"}
+    assert set(client.get("/inputs").json()["required_inputs"]) == {"topic", "audience"}
     answer = client.post("/kickoff", json={"inputs": {"topic": "Lisbon"}})
     assert answer.status_code == 422
     assert answer.json()["details"] == {"missing_inputs": ["audience"]}
@@ -170,22 +172,48 @@ def test_a_flow_gives_its_result_and_its_methods_as_tasks(serve: Serve, finished
 
 def test_a_flow_needs_what_its_state_marks_as_required(serve: Serve) -> None:
     _, client = serve("report_flow.py:ReportFlow")
-    inputs = {item["name"]: item for item in client.get("/inputs").json()["inputs"]}
-    assert inputs["topic"] == {
-        "name": "topic",
-        "type": "str",
-        "description": "What the report is about.",
-        "required": True,
-    }
-    assert inputs["sections"]["required"] is False
-    assert "id" not in inputs
+    assert client.get("/inputs").json() == {"inputs": ["topic", "sections"], "required_inputs": ["topic"]}, (
+        "of the state's fields those that are required or described"
+    )
     answer = client.post("/kickoff", json={"inputs": {"sections": "1"}})
     assert (answer.status_code, answer.json()["details"]) == (422, {"missing_inputs": ["topic"]})
+    answer = client.post("/kickoff", json={"inputs": {"topic": "rent", "id": "1"}})
+    assert (answer.status_code, "details" in answer.json()) == (422, False)
+
+
+def test_what_a_flow_tells_of_its_inputs() -> None:
+    program = load_program(str(EXAMPLES / "report_flow.py:ReportFlow"))
+    assert [item.model_dump() for item in program.inputs()] == [
+        {
+            "name": "topic",
+            "type": "str",
+            "description": "What the report is about.",
+            "required": True,
+            "default": None,
+        },
+        {
+            "name": "sections",
+            "type": "int",
+            "description": "How many sections it has, at most three.",
+            "required": False,
+            "default": 2,
+        },
+    ]
+
+
+def test_a_flow_starts_from_a_state_that_it_is_told_to_restore(serve: Serve, finished: Finished) -> None:
+    _, client = serve("Counting")
+    first = finished(client, kickoff(client))
+    state = json.loads(first["result"])["id"]
+    answer = client.post("/kickoff", json={"inputs": {}, "restoreFromStateId": state})
+    assert json.loads(finished(client, answer.json()["kickoff_id"])["result"])["count"] == 2
 
 
 def test_methods_at_the_same_time_have_their_own_agents(serve: Serve, finished: Finished) -> None:
     _, client = serve("Wide")
-    assert client.get("/inputs").json() == {"inputs": []}, "a state that is a dictionary declares nothing"
+    assert client.get("/inputs").json() == {"inputs": [], "required_inputs": []}, (
+        "a state that is a dictionary declares nothing"
+    )
     body = finished(client, kickoff(client, topic="rent"))
     agents = {task["name"]: task["agent"] for task in body["tasks"]}
     assert agents == {"left": "Left", "right": "Right", "last": None}

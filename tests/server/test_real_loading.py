@@ -25,7 +25,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
     ("spec", "name", "inputs"),
     [
         (f"{EXAMPLES}/travel_crew.py:build", "travel_crew", ["audience", "topic"]),
-        (f"{EXAMPLES}/report_flow.py:ReportFlow", "ReportFlow", ["topic", "sections", "notes"]),
+        (f"{EXAMPLES}/report_flow.py:ReportFlow", "ReportFlow", ["topic", "sections"]),
         (f"{CREWS}:Classic", "Classic", ["topic"]),
         (f"{CREWS}:with_json_in_prompt", "real_crews", ["topic"]),
         (f"{CREWS}:Wide", "Wide", []),

@@ -237,7 +237,7 @@ def test_lost_and_doubled(
 ) -> None:
     with CrewServer("name: x\ntasks: [{name: t}, {name: u}]", faults=faults) as server:
         client = client_of(server)
-        hooks = plain(receiver) | {"stepWebhookUrl": ""}
+        hooks = {**plain(receiver), "stepWebhookUrl": None}
         finished(client, client.post("/kickoff", json={"inputs": {}, **hooks}).json()["kickoff_id"])
         receiver.wait_for(lambda it: len(it.at("/task")) >= tasks and len(it.at("/crew")) >= crews)
         time.sleep(0.1)
