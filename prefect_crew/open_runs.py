@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from prefect_crew.api.models import CrewState, CrewStatus
@@ -21,7 +23,10 @@ if TYPE_CHECKING:
 
 __all__ = ["OpenRun", "recall", "remember"]
 
-_TEXTS = ("message", "current_task", "last_task", "last_step")
+_TEXTS = ("raw_state", "message", "current_task", "last_task", "last_step", "human_task_id")
+_ID = re.compile(r"[\w.-]{1,80}", re.ASCII)
+"""What an id looks like: nothing that somebody would write an input into."""
+WITHHELD_WORD = "(withheld)"
 _TASK_TEXTS = ("name", "agent", "output", "data", "description")
 WITHHELD = "withheld: this crew has secret inputs, and their values, which may stand in it, are not known here"
 
@@ -50,7 +55,7 @@ class OpenRun:
         """Its run key, where a record holds it."""
         return None if self.record is None else self.record.run_key
 
-    @property
+    @cached_property
     def redact(self) -> Redactor:
         """What masks the token and the secret inputs."""
         return self.crew.redactor(self.inputs)
@@ -70,6 +75,12 @@ class OpenRun:
         if text is None:
             return None
         return WITHHELD if self.blind else self.redact(text)
+
+    def named(self, word: str) -> str:
+        """Return a word that the crew gave, such as the name of a task, as logs, events and records may hold it."""
+        if self.blind:
+            return word if _ID.fullmatch(word) else WITHHELD_WORD
+        return self.redact(word)
 
     @property
     def once_it_answers(self) -> str:

@@ -92,10 +92,11 @@ class SentReview(BaseModel):
     """An answer for a person, written down before it was sent. `outcome` says what became of it.
 
     `asked` is a digest of what was to be judged, which tells the next question from the same one; None where that was
-    not known.
+    not known. `task_id` is masked, as all that is stored; `mark` is a digest of the crew's own id where that differs.
     """
 
     task_id: str
+    mark: str | None = None
     round: int
     approve: bool
     feedback: str = ""

@@ -99,15 +99,24 @@ def asked_of(status: CrewStatus) -> str:
     return hashlib.sha256(repr(facts).encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
+def _mark_of(task_id: str) -> str:
+    return hashlib.sha256(task_id.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+def _is_about(review: SentReview, task_id: str) -> bool:
+    """Return whether an answer on record is about a task, by the id of the crew's server or as it may be shown."""
+    return task_id == review.task_id or review.mark == _mark_of(task_id)
+
+
 def round_of(before: Sequence[SentReview], task_id: str) -> int:
     """Return which round of a task's questions comes after these answers, counted from 1."""
-    return sum(earlier.task_id == task_id for earlier in before) + 1
+    return sum(_is_about(earlier, task_id) for earlier in before) + 1
 
 
 def is_late(before: Sequence[SentReview], task_id: str, asked: str) -> bool:
     """Return whether a question is most likely the one that was answered a moment ago: the server moves on slowly."""
     last = before[-1] if before else None
-    if last is None or last.task_id != task_id or last.asked != asked or last.outcome != "sent":
+    if last is None or not _is_about(last, task_id) or last.asked != asked or last.outcome != "sent":
         return False
     return (utcnow() - last.at).total_seconds() < SETTLE
 
@@ -147,9 +156,11 @@ async def send_review(
     if record is None:
         return await session.client.resume(run.kickoff_id, task_id, review.feedback, review.approve, webhooks=webhooks)
     before = await records.reviews(record)
-    _refuse_second(run.kickoff_id, before, task_id, round=round, asked=asked)
+    shown = run.named(task_id)
+    _refuse_second(run, before, task_id, round=round, asked=asked)
     sent = SentReview(
-        task_id=task_id,
+        task_id=shown,
+        mark=None if shown == task_id else _mark_of(task_id),
         round=round_of(before, task_id),
         approve=review.approve,
         feedback=(run.told(review.feedback) or "")[:FEEDBACK_KEPT] if run.show == "full" else "",
@@ -176,12 +187,12 @@ async def send_review(
         raise
     sent.outcome = "sent"
     await _settled(run, records.save_review(record, number, sent))
-    emit("reviewed", record, task_id=task_id, round=sent.round, approve=review.approve, by=sent.by)
+    emit("reviewed", record, task_id=shown, round=sent.round, approve=review.approve, by=sent.by)
     return answer
 
 
 def _refuse_second(
-    kickoff_id: str,
+    run: OpenRun,
     before: Sequence[SentReview],
     task_id: str,
     *,
@@ -189,19 +200,19 @@ def _refuse_second(
     asked: str | None,
 ) -> None:
     last = before[-1] if before else None
-    if last is None or last.task_id != task_id:
+    if last is None or not _is_about(last, task_id):
         return
     when = f"{last.at:%Y-%m-%d %H:%M:%S} UTC, by {last.by}"
     another = asked is not None and last.asked is not None and asked != last.asked
     # A question with another output shows that the one before was answered, whoever did it.
     if last.outcome in ("intended", "uncertain") and not another:
         raise CrewError(
-            f"The answer to run {kickoff_id}, task {task_id}, round {last.round} ({when}) was sent and nobody knows "
-            "whether it arrived. It is not sent again on a guess: look at the crew's page and answer there."
+            f"The answer to run {run.kickoff_id}, task {last.task_id}, round {last.round} ({when}) was sent and nobody "
+            "knows whether it arrived. It is not sent again on a guess: look at the crew's page and answer there."
         )
     if round is not None and round < round_of(before, task_id):
         raise AnsweredError(
-            f"Round {round} of run {kickoff_id}, task {task_id}, has its answer on record: "
+            f"Round {round} of run {run.kickoff_id}, task {last.task_id}, has its answer on record: "
             f"{'approved' if last.approve else 'rejected'} ({when}). Nothing was sent."
         )
 

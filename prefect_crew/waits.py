@@ -221,7 +221,7 @@ class _Waiter:
             self.log.warning(
                 "Crew run %s has the state %r, which nobody has documented: it counts as running.",
                 self.run.kickoff_id,
-                status.raw_state,
+                self.run.named(status.raw_state or ""),
             )
 
     async def person_turn(self, phases: Phases) -> None:

@@ -131,7 +131,7 @@ class Progress(AbstractContextManager["Progress"]):
             what = "kicked off" if board.bought else "found"
             self.run_changed(board, [f"{what} run {board.kickoff_id}"])
         if status is not None:
-            task = None if status.current_task is None or run.show == "none" else run.redact(status.current_task)
+            task = None if status.current_task is None or run.show == "none" else run.named(status.current_task)
             self.run_changed(board, board.see(status, task and " ".join(task.split())[:80]))
 
     def result(self, result: CrewResult) -> None:

@@ -54,7 +54,7 @@ class ReviewForm(RunInput):
         Prefect takes what is submitted for the form that is up at that moment, also from a page that still shows the
         one before. So each form names its question, and Prefect's server refuses the name of another.
         """
-        named = f"{question.task_id}, round {question.round}, run {question.kickoff_id}"
+        named = f"{question.task}, round {question.round}, run {question.kickoff_id}"
         its = cls.model_fields["question"]
         only = Field(default=named, title=its.title, description=its.description, json_schema_extra={"enum": [named]})
         return create_model(cls.__name__, __base__=cls, question=(str, only)).with_initial_data(description=text)
@@ -134,7 +134,7 @@ class Form:
         return state
 
     async def _set(self, client: PrefectClient, state: State[Any]) -> State[Any] | None:
-        state.message = f"Waits for a person: run {self.question.kickoff_id}, task {self.question.task_id}."
+        state.message = f"Waits for a person: run {self.question.kickoff_id}, task {self.question.task}."
         state.state_details.run_input_keyset = cast("dict[str, str]", self._keyset)
         answer = await client.set_flow_run_state(self.own, state)
         return (answer.state or state) if answer.status is SetStateStatus.ACCEPT else None

@@ -35,7 +35,7 @@ class TooManyRoundsError(Exception):
     """A task asks more often than the policy allows. Ends the wait; never seen outside of this package."""
 
     def __init__(self, question: Question) -> None:
-        super().__init__(question.task_id)
+        super().__init__(question.task)
         self.question = question
 
 
@@ -99,7 +99,7 @@ class People:
             return []
         form = "The form is on this flow run's page: Resume. " if self.reviewer is not None else ""
         return [
-            f"Task {self.question.task_id} waits for a person, round {self.question.round}. {form}"
+            f"Task {self.question.task} waits for a person, round {self.question.round}. {form}"
             f"Answer: {how_to_answer(self.run.kickoff_id)}"
         ]
 
@@ -209,7 +209,7 @@ class People:
         """Return the error that tells of one round too many."""
         return ReviewLimitError(
             kickoff_id=self.run.kickoff_id,
-            task_id=question.task_id,
+            task_id=question.task,
             max_rounds=question.round - 1,
             crew=self.run.crew.label,
             run_key=self.run.run_key,

@@ -27,16 +27,18 @@ __all__ = ["Question", "Questions", "how_to_answer"]
 class Question:
     """What a run asks at this moment, the same object as long as it is the same question.
 
-    `round` counts the task's questions from 1; `asked` is the digest that tells it from the next; `output` is what is
-    to be judged, unmasked; `before` is what was answered already.
+    `task_id` and `output`, what is to be judged, are the crew's own: they go to the crew and to whoever answers. `task`
+    is the task as it may be shown. `round` counts the task's questions from 1; `asked` is the digest that tells it from
+    the next; `before` is what was answered already.
     """
 
     kickoff_id: str
-    task_id: str
+    task_id: str = field(repr=False)
     round: int
     asked: str
     output: str | None = field(repr=False)
     before: tuple[SentReview, ...] = field(default=(), repr=False)
+    task: str = ""
 
 
 def how_to_answer(kickoff_id: str) -> str:
@@ -90,7 +92,13 @@ class Questions:
         if is_late(self.given, task_id, asked) and not self._asked_after(len(self.given)):
             return None
         self._open = Question(
-            self.run.kickoff_id, task_id, round_of(self.given, task_id), asked, judged(status), tuple(self.given)
+            self.run.kickoff_id,
+            task_id,
+            round_of(self.given, task_id),
+            asked,
+            judged(status),
+            tuple(self.given),
+            task=self.run.named(task_id),
         )
         return self._open
 
@@ -117,14 +125,14 @@ class Questions:
         """
         run = self.run
         if run.record is not None:
-            run.record.human_task = question.task_id
+            run.record.human_task = question.task
         if told:
             return
         if run.record is not None:
             emit(
                 "waiting",
                 run.record,
-                task_id=question.task_id,
+                task_id=question.task,
                 round=question.round,
                 answer=how_to_answer(run.kickoff_id),
                 page=page,
@@ -134,7 +142,7 @@ class Questions:
                 "Crew run %s waits for a person: task %s, round %d. %sprefect-crew reviews show %s has what is to be "
                 "judged. Answer: %s",
                 run.kickoff_id,
-                question.task_id,
+                question.task,
                 question.round,
                 f"The form is on {page} (Resume). " if page else "",
                 run.kickoff_id,

@@ -112,7 +112,7 @@ async def look_at_question(record: RunRecord, records: ReviewStore, crew_of: Cre
     output, withheld = _shown(run, status)
     return AskedRun(
         record=record,
-        task_id=task_id,
+        task_id=task_id if task_id is None or run is None or status is None else run.named(task_id),
         round=1 if task_id is None else round_of(given, task_id),
         since=record.human_since,
         output=output,
@@ -220,13 +220,15 @@ async def answer_run(
         if is_late(before, task, asked) and not _asked_since(record, before[-1]):
             last = before[-1]
             raise CrewError(
-                f"Round {last.round} of run {kickoff_id}, task {task}, has its answer on record: "
+                f"Round {last.round} of run {kickoff_id}, task {run.named(task)}, has its answer on record: "
                 f"{'approved' if last.approve else 'rejected'} by {last.by}, {last.at:%H:%M:%S} UTC, a moment ago. "
                 "Nothing was sent. Look again in some seconds: prefect-crew reviews."
             )
         now = round_of(before, task)
         if round is not None and round != now:
-            raise CrewError(f"Run {kickoff_id}, task {task}, is at round {now}, not {round}. Nothing was sent.")
+            raise CrewError(
+                f"Run {kickoff_id}, task {run.named(task)}, is at round {now}, not {round}. Nothing was sent."
+            )
         await send_review(run, session, records, task_id=task, review=review, by=by, round=now, asked=asked)
     try:
         return (await records.reviews(record))[-1]

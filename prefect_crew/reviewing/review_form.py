@@ -243,7 +243,7 @@ class FormReviewer:
         run_logger().info(
             "Crew run %s: task %s, round %d: %s by %s in the form.",
             self.run.kickoff_id,
-            question.task_id,
+            question.task,
             question.round,
             "approved" if review.approve else "rejected",
             filled.name.strip() or "somebody",
@@ -280,5 +280,5 @@ class FormReviewer:
             output = run.redact(question.output)
             cut = "\n\n_Cut here; the whole text is on the crew's page._" if len(output) > SHOWN else ""
             text = f"{reading(output[:SHOWN])}{cut}"
-        head = f"**{run.crew.label}** asks about task **{question.task_id}**, round {question.round}."
+        head = f"**{run.crew.label}** asks about task **{question.task}**, round {question.round}."
         return ReviewForm.about(question, f"{head}\n\n---\n\n{text}")

@@ -93,7 +93,7 @@ class FunctionReviewer:
         run_logger().info(
             "Crew run %s: task %s, round %d: %s.",
             self.run.kickoff_id,
-            question.task_id,
+            question.task,
             question.round,
             "approved" if review.approve else "rejected",
         )
@@ -156,5 +156,7 @@ async def reject_late(
         by=NOBODY,
         asked=asked_of(status),
     )
-    run_logger().warning("Crew run %s: nobody answered task %s in time, so it was rejected.", run.kickoff_id, task_id)
+    run_logger().warning(
+        "Crew run %s: nobody answered task %s in time, so it was rejected.", run.kickoff_id, run.named(task_id)
+    )
     return True

@@ -288,7 +288,8 @@ async def _stop(
     if crew is None or await records.other_waiters(record, wait.flow_run_id):
         run_logger().warning("Crew run %s is left running at %s.", record.kickoff_id, record.crew_url)
         return
-    async with CrewSession(crew) as session:
+    run = OpenRun(crew=crew, kickoff_id=str(record.kickoff_id), record=record)
+    async with CrewSession(crew, withhold=run.withholding()) as session:
         await close_stopped(record, await stop_once(session, record), records)
 
 

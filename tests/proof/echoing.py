@@ -30,7 +30,9 @@ class Echo:
 
     Attributes:
         inputs, kickoff, resume, stop: A status code, or "html", "text" or "empty" with 200; None is a good answer.
-        states: Of the status call, in turn; the last one again and again. A code is an error, a word a state.
+        states: Of the status call, in turn; the last one again and again. A code is an error, a word a state, "{said}"
+            a state of which nobody has heard.
+        task: The task that waits for a person; "{said}" is all that it was told.
         told: The inputs that it was told, in one text.
         discreet: Whether it keeps the token to itself.
     """
@@ -40,6 +42,7 @@ class Echo:
     resume: int | str | None = None
     stop: int | str | None = None
     states: Sequence[int | str] = ("COMPLETED",)
+    task: str = "review"
     url: str = ""
     told: str = ""
     asked: int = 0
@@ -86,11 +89,11 @@ class Echo:
         task = {"task_id": said, "name": said, "agent": said, "output": said, "description": said}
         ended = {"result": {"output": said, "tasks": [task], "json_dict": {said: [said]}}, "execution_time": 1.0}
         running = {"current_task": said, "last_step": said, "progress": {"completed_tasks": 0, "total_tasks": 2}}
-        body = {"state": state, "status": said, **(ended if state == "COMPLETED" else running)}
+        body = {"state": state.replace("{said}", said), "status": said, **(ended if state == "COMPLETED" else running)}
         if state == "FAILED":
             body |= {"error": said, "result": said}
         if state == "PENDING_HUMAN_INPUT":
-            body |= {"task_id": "review", "output": said}
+            body |= {"task_id": self.task.replace("{said}", said), "output": said}
         return JSONResponse(body)
 
     async def post_resume(self, request: Request) -> Response:

@@ -74,6 +74,14 @@ CASES = {
     "a run that is stopped for taking too long": Case(
         lambda: Echo(states=("STARTED",)), options={"wait": {**FAST, "on_timeout": "stop"}}
     ),
+    "a state of which nobody has heard": Case(lambda: Echo(states=("{said}", "COMPLETED"))),
+    "a question about a task that holds a secret": Case(
+        lambda: Echo(states=("PENDING_HUMAN_INPUT", "COMPLETED"), task="{said}"), act="review"
+    ),
+    "an answer about such a task that nobody gives": Case(
+        lambda: Echo(states=("STARTED", "PENDING_HUMAN_INPUT"), task="{said}"),
+        options={"wait": {**FAST, "on_human_timeout": "reject"}},
+    ),
     "a run that waits for a person": Case(lambda: Echo(states=("STARTED", "PENDING_HUMAN_INPUT"))),
     "a function that answers": Case(lambda: Echo(states=("PENDING_HUMAN_INPUT", "COMPLETED")), act="review"),
     "an answer that fails": Case(lambda: Echo(states=("PENDING_HUMAN_INPUT",), resume=500), act="review"),
