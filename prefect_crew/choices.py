@@ -14,13 +14,26 @@ __all__ = ["check_choices"]
 
 
 def check_choices(
-    *, wait: Any = None, output_type: Any = None, review: Any = None, meta: Any = None, webhooks: Any = None
+    *,
+    run_key: Any = None,
+    name: Any = None,
+    wait: Any = None,
+    output_type: Any = None,
+    review: Any = None,
+    meta: Any = None,
+    webhooks: Any = None,
 ) -> None:
     """Refuse what can be known not to work: not everybody has types, and a kickoff cannot be undone.
 
     Raises:
         ConfigurationError: One of them is of a kind that it cannot be; the message says which it should be.
     """
+    for of, text in (("run_key", run_key), ("name", name)):
+        _check(text is None or isinstance(text, str), of, "a text", text)
+        if text is not None and not _sendable(text):
+            raise ConfigurationError(
+                f"{of} {text!r} holds half a character (a lone surrogate), which cannot be stored. Nothing was started."
+            )
     _check(wait is None or isinstance(wait, WaitPolicy), "wait", "a WaitPolicy, such as WaitPolicy(timeout=600)", wait)
     model = output_type is None or (isinstance(output_type, type) and issubclass(output_type, BaseModel))
     _check(model, "output_type", "a pydantic model: a class that inherits from pydantic.BaseModel", output_type)
@@ -38,6 +51,14 @@ def _check(fits: bool, name: str, wanted: str, given: Any) -> None:
     # A text that was meant for a choice is shown; of anything else the type says enough, and holds no secret.
     shown = repr(given[:40]) if name == "review" and isinstance(given, str) else _kind(given)
     raise ConfigurationError(f"{name} is {shown}; it has to be {wanted}. Nothing was started.")
+
+
+def _sendable(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _kind(given: Any) -> str:

@@ -56,7 +56,7 @@ async def open_run(
         CrewConnectionError, RateLimitedError, ServerError: The kickoff surely did not start a run; it may be retried.
         CrewAPIError: The server refused it; nothing was started.
     """
-    check_choices(meta=meta, webhooks=webhooks)
+    check_choices(run_key=run_key, name=name, meta=meta, webhooks=webhooks)
     try:
         encoded = encode_inputs(inputs, as_json=crew.inputs_as_json)
     except (TypeError, ValueError) as error:

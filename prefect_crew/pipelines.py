@@ -116,7 +116,7 @@ async def arun_pipeline(
         PipelineFailedError: A step failed. The independent ones were finished; a second call with the key, or a retry
             of the flow run, starts with what failed and pays for nothing again.
     """
-    check_choices(wait=wait, review=review)
+    check_choices(run_key=run_key, name=name, wait=wait, review=review)
     crews = PipelineCrews(PipelineGraph(steps, dict(inputs or {})))
     with standstill_here().work():
         await crews.check()

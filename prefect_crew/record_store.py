@@ -22,6 +22,7 @@ from prefect_crew.api.errors import CrewError
 from prefect_crew.impatience import busy, request_soon
 from prefect_crew.logs import run_logger
 from prefect_crew.records import RECORD_VERSION, RecordPhase, RunRecord, SentReview
+from prefect_crew.run_keys import normal_run_key
 from prefect_crew.turns import Rank
 
 __all__ = ["SUSPENDED", "PrefectRecords", "record_name", "suspended_prefix"]
@@ -191,6 +192,7 @@ class PrefectRecords:
 
     async def attempts(self, run_key: str) -> Sequence[RunRecord]:
         """Return all attempts at a key, the first one first."""
+        run_key = normal_run_key(run_key)
         # `_` is a wildcard of LIKE; the digest around it makes a chance match impossible.
         found = [record async for record in self._filter({"name": {"like_": f"crew_run_{_digest(run_key)}_%"}})]
         return sorted((r for r in found if r.run_key == run_key), key=lambda record: record.attempt)

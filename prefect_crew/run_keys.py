@@ -1,8 +1,9 @@
 """The identity of one purchase: which run key a call has, so that a retry of it finds the same run again.
 
-A key that the user gives holds everywhere. Left out, it is made of what stays the same when Prefect retries: the root
-flow run, the path of subflows below it (a parent's retry makes a subflow anew under another id, but with the same
-number), the step's name or the crew, a digest of the inputs, and how many equal calls came before.
+A key that the user gives holds everywhere, without the blanks around it and in Unicode's form NFC. Left out, it is made
+of what stays the same when Prefect retries: the root flow run, the path of subflows below it (a parent's retry makes a
+subflow anew under another id, but with the same number), the step's name or the crew, a digest of the inputs, and how
+many equal calls came before. A slash stands between these parts, and is written %2F within one.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import re
 import threading
+import unicodedata
 from collections import OrderedDict, defaultdict
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -27,7 +29,15 @@ from prefect_crew.api.errors import ConfigurationError
 from prefect_crew.processes import this_process
 from prefect_crew.records import MAX_RUN_KEY, Caller, utcnow
 
-__all__ = ["RunIdentity", "calling_task", "identify", "render_run_key", "scheduled_start"]
+__all__ = [
+    "RunIdentity",
+    "calling_task",
+    "escaped",
+    "identify",
+    "normal_run_key",
+    "render_run_key",
+    "scheduled_start",
+]
 
 TEMPLATE = re.compile(r"\{\{(?P<inner>.*?)\}\}", re.DOTALL)
 LONGEST_NAME = 200
@@ -219,21 +229,38 @@ def render_run_key(template: str, scheduled_start: datetime) -> str:
     return TEMPLATE.sub(fill, template)
 
 
+def escaped(name: str) -> str:
+    """Return a name as a part of a key that is made: without the separator, and each name in a way of its own."""
+    return name.replace("%", "%25").replace("/", "%2F")
+
+
+def normal_run_key(run_key: str) -> str:
+    """Return a key as it is stored and looked for: two that look the same in print are one.
+
+    Blanks around it are left out, and letters with accents are composed (NFC).
+    """
+    return unicodedata.normalize("NFC", run_key.strip())
+
+
 def _short(name: str) -> str:
+    name = escaped(name)
     if len(name) <= LONGEST_NAME:
         return name
     return f"{name[:LONGEST_NAME]}~{hashlib.sha256(name.encode('utf-8', 'surrogatepass')).hexdigest()[:16]}"
 
 
 def _checked(key: str) -> str:
-    if not key.strip():
+    key = normal_run_key(key)
+    if not key:
         raise ConfigurationError("run_key must not be empty: give it the name of one purchase, or leave it out.")
     if len(key) > MAX_RUN_KEY:
         raise ConfigurationError(f"run_key has {len(key)} characters, the limit is {MAX_RUN_KEY}: {key[:60]!r}…")
     try:
         key.encode()
     except UnicodeEncodeError:
-        raise ConfigurationError(f"run_key {key!r} holds half a character, which cannot be stored.") from None
+        raise ConfigurationError(
+            f"run_key {key!r} holds half a character (a lone surrogate), which cannot be stored."
+        ) from None
     return key
 
 
@@ -273,7 +300,7 @@ async def _root_of(flow_run: FlowRun) -> _Root:
             # A retried task makes its subflows anew, under a random key or, before Prefect 3.9, the next number: only
             # the name of such a subflow holds.
             numbered = tracker.dynamic_key.isdigit() and str(tracker.flow_run_id) not in called_from_tasks_of
-            path.insert(0, tracker.name if numbered else tracker.task_key.rpartition("-")[0])
+            path.insert(0, escaped(tracker.name if numbered else tracker.task_key.rpartition("-")[0]))
             if tracker.flow_run_id is None:
                 break
             at = await client.read_flow_run(UUID(str(tracker.flow_run_id)))

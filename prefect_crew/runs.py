@@ -99,7 +99,15 @@ async def arun_crew(
         OutputTypeError: The result does not fit `output_type`.
         CrewError: Anything else that the crew's server did.
     """
-    check_choices(wait=wait, output_type=output_type, review=review, meta=meta, webhooks=webhooks)
+    check_choices(
+        run_key=run_key,
+        name=name,
+        wait=wait,
+        output_type=output_type,
+        review=review,
+        meta=meta,
+        webhooks=webhooks,
+    )
     crew = await loaded(crew)
     call = _Call(crew, inputs or {}, meta, output_type, webhooks, review)
     if (wait or crew.wait).mode != "poll":
@@ -258,7 +266,7 @@ async def get_result(
         CrewFailedError, CrewStoppedError: The run has no result.
         CrewError: There is no such run, or it has not ended.
     """
-    check_choices(output_type=output_type)
+    check_choices(run_key=run_key, output_type=output_type)
     attempts = await PrefectRecords().attempts(run_key)
     if not attempts:
         raise CrewError(f"No run has the key {run_key!r}. prefect-crew runs lists those on record.")

@@ -19,7 +19,16 @@ from prefect.flows import Flow
 from prefect.runtime import flow_run
 from prefect.states import Scheduled
 
-from prefect_crew import arun_crew, kickoff_crew, run_crew, run_keys, wait_for_crew
+from prefect_crew import (
+    CrewStep,
+    arun_crew,
+    arun_pipeline,
+    get_result,
+    kickoff_crew,
+    run_crew,
+    run_keys,
+    wait_for_crew,
+)
 from prefect_crew.api.errors import ConfigurationError
 from prefect_crew.records import MAX_RUN_KEY
 from prefect_crew.run_keys import _Attempt, _Occurrences, render_run_key
@@ -464,3 +473,67 @@ async def test_the_scheduled_time_can_be_asked_for(bought: Any):
         planned = await client.read_flow_run(await scheduled(trip, datetime(2026, 5, 1, 6, tzinfo=timezone.utc)))
     await run_flow_async(trip, flow_run=planned, parameters={})
     assert [f"{one:%Y-%m-%d %H:%M}" for one in seen] == ["2026-05-01 06:00"]
+
+
+@pytest.mark.parametrize("call", ["run_crew", "pipeline", "result"])
+@pytest.mark.parametrize("run_key", ["half a \ud800", 7], ids=["surrogate", "number"])
+async def test_what_is_no_key_is_a_mistake_of_the_caller_outside_of_a_flow_as_well(
+    bought: Any, call: str, run_key: Any
+):
+    crew = bought.crew()
+    calls: dict[str, Callable[[], Any]] = {
+        "run_crew": lambda: arun_crew(crew, {"text": "a"}, run_key=run_key),
+        "pipeline": lambda: arun_pipeline([CrewStep("a", crew, {"text": "a"})], run_key=run_key),
+        "result": lambda: get_result(run_key),
+    }
+    with pytest.raises(ConfigurationError, match="run_key"):
+        await calls[call]()
+    assert bought.kickoffs == 0
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        pytest.param("café {} ", id="a blank after it"),
+        pytest.param("\n\tcafé {}\u00a0", id="other blanks around it"),
+        pytest.param("cafe\u0301 {}", id="another way to write the accent"),
+    ],
+)
+async def test_keys_that_look_the_same_are_one(bought: Any, other: str):
+    number = uuid.uuid4()
+    mine, theirs = f"café {number}", other.format(number)
+    first = await bought.crew().trigger({"text": "a"}, run_key=mine)
+    second = await bought.crew().trigger({"text": "a"}, run_key=theirs)
+    assert first.kickoff_id == second.kickoff_id
+    await second.wait_for_completion()
+    assert (await get_result(theirs)).kickoff_id == first.kickoff_id
+    assert bought.kickoffs == 1
+
+
+async def test_a_step_whose_name_holds_a_slash_is_not_the_step_of_a_subflow(bought: Any):
+    crew = bought.crew()
+
+    @flow
+    async def child() -> None:
+        await arun_crew(crew, {"text": "a"}, name="b")
+
+    @flow
+    async def trip() -> None:
+        await child()
+        await arun_crew(crew, {"text": "a"}, name="child-0/b")
+        await arun_crew(crew, {"text": "a"}, name="child-0%2Fb")
+
+    await trip()
+    assert bought.kickoffs == 3
+    parts = [key.split("/")[1:-2] for key in keys(bought)]
+    assert sorted(parts) == [["child-0", "b"], ["child-0%252Fb"], ["child-0%2Fb"]]
+
+
+@given(st.lists(st.text(max_size=5), min_size=1, max_size=4), st.lists(st.text(max_size=5), min_size=1, max_size=4))
+def test_parts_of_a_key_are_told_apart_whatever_they_hold(one: list[str], other: list[str]):
+    assert ("/".join(map(run_keys.escaped, one)) == "/".join(map(run_keys.escaped, other))) == (one == other)
+
+
+@given(st.text(st.characters(exclude_characters="/%")))
+def test_a_part_without_a_separator_stays_as_it_is(name: str):
+    assert run_keys.escaped(name) == name
