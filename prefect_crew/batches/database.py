@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,6 +24,7 @@ from sqlalchemy import (
     Text,
     create_engine,
     event,
+    inspect,
     make_url,
 )
 from sqlalchemy.dialects import postgresql, sqlite
@@ -46,10 +49,12 @@ batches = Table(
     Column("call", Text),
     Column("standing", Text),
     Column("halt", Text),
+    Column("generation", Integer),
 )
 """A row a batch. `call` is what `batch retry` needs to run it again, `standing` how it stood at its last end: JSON.
 
-`halt` is why its shards are to buy nothing more."""
+`halt` is why its shards are to buy nothing more. `generation` grows while rows are started; the Prefect server has it
+as well, by which an older copy of the ledger is known."""
 attempts = Table(
     "crew_attempts",
     _metadata,
@@ -81,6 +86,8 @@ answers = Table(
 )
 """A row for each answer of a person to an attempt, counted from 1. `review` is all of it, as JSON."""
 OPEN_TRIES = 5
+MOUNTS = Path("/proc/self/mountinfo")
+"""Where Linux tells what is mounted; elsewhere it is not there."""
 
 
 class LedgerError(CrewError):
@@ -143,6 +150,10 @@ class Database:
     def __init__(self, ledger: str) -> None:
         self.url = open_url(ledger)
         self.address = _shown(self.url)
+        if self.url.drivername == "sqlite":
+            # One ledger has one lock, by whatever name it is reached.
+            self.url = self.url.set(database=os.path.realpath(str(self.url.database)))
+        self._stat: os.stat_result | None = None
         self._thread: ThreadPoolExecutor | None = None
         self._file: Engine | None = None
         self._connection: Connection | None = None
@@ -152,6 +163,14 @@ class Database:
     def path(self) -> Path | None:
         """The SQLite file, None for PostgreSQL."""
         return Path(str(self.url.database)) if self.url.drivername == "sqlite" else None
+
+    @property
+    def stands(self) -> bool:
+        """Whether the SQLite file that is open is the one at its path; it may have been removed or replaced."""
+        try:
+            return self.path is None or self._stat is None or os.path.samestat(self._stat, self.path.stat())
+        except OSError:
+            return False
 
     @property
     def server(self) -> Any:
@@ -172,6 +191,7 @@ class Database:
     async def _open(self) -> None:
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._check_names(self.path)
             self._file = _sqlite(self.url)
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="crew ledger")
         else:
@@ -181,13 +201,35 @@ class Database:
             self._server = create_async_engine(self.url, pool_size=2, max_overflow=2, pool_pre_ping=True)
         for remaining in reversed(range(OPEN_TRIES)):
             try:
-                await self.run(_metadata.create_all)
+                await self.run(_make_tables)
                 break
             except DBAPIError:
                 # Of several processes that make the tables at once, all but one may fail, and then find them.
                 if not remaining:
                     raise
                 await asyncio.sleep(0.2)
+        if self.path is not None:
+            self._stat = self.path.stat()
+
+    def _check_names(self, path: Path) -> None:
+        """Refuse a file with names that are no symlinks: SQLite keeps its last commits in a file beside each of them.
+
+        Whoever opens it by another name does not see these commits.
+        """
+        if not path.exists():
+            return
+        if (names := path.stat().st_nlink) > 1:
+            raise LedgerError(
+                f"has {names} names (hard links), and what is written by one of them is not seen by the others. Copy "
+                "it to a file of its own.",
+                ledger=self.address,
+            )
+        if _is_mounted(path):
+            raise LedgerError(
+                "is mounted as a single file, and SQLite keeps its last commits in another file beside it. Mount its "
+                "folder instead.",
+                ledger=self.address,
+            )
 
     async def _close(self) -> None:
         if self._thread is not None:
@@ -248,6 +290,31 @@ def _sqlite(url: URL) -> Engine:
 
     event.listen(engine, "connect", prepare)
     return engine
+
+
+def _make_tables(connection: Connection) -> None:
+    """Make the tables, and the columns that tables of an earlier version do not have."""
+    _metadata.create_all(connection)
+    known = inspect(connection)
+    for table in _metadata.tables.values():
+        there = {column["name"] for column in known.get_columns(table.name)}
+        for column in table.columns:
+            if column.name not in there:
+                kind = column.type.compile(connection.dialect)
+                connection.exec_driver_sql(f"ALTER TABLE {table.name} ADD COLUMN {column.name} {kind}").close()
+
+
+def _is_mounted(path: Path) -> bool:
+    """Return whether a file is a mount of its own, where the system tells."""
+    try:
+        mounts = MOUNTS.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+    except OSError:
+        return False
+    return any(_unescaped(mount.split(" ")[4]) == str(path) for mount in mounts)
+
+
+def _unescaped(name: str) -> str:
+    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), name)
 
 
 def _shown(url: URL) -> str:

@@ -46,6 +46,7 @@ class BatchEntry:
     call: Mapping[str, Any] | None = None
     standing: Mapping[str, Any] | None = None
     halt: str | None = None
+    generation: int | None = None
 
 
 class Ledger:
@@ -125,6 +126,17 @@ class Ledger:
         if entry is None:
             raise LedgerError("lost what was just written.", ledger=self.address)
         return entry
+
+    async def advance(self) -> int:
+        """Begin the next generation of the batch, and return its number."""
+
+        def write(connection: Connection) -> int:
+            ours = batches.c.name == self.batch
+            grown = func.coalesce(batches.c.generation, 0) + 1
+            connection.execute(update(batches).where(ours).values(generation=grown)).close()
+            return int(connection.execute(select(batches.c.generation).where(ours)).scalar_one())
+
+        return await self._write(self.database.run(write))
 
     async def note_standing(self, standing: Mapping[str, Any]) -> None:
         """Write down how the batch stands at the end of a call."""

@@ -2,20 +2,27 @@
 
 A lock goes with its holder: that of a file when the process ends, that of PostgreSQL when its connection breaks. So it
 tells the dead from the living, and a claim in the ledger whose owner is dead need not be waited for.
+
+No lock is what makes a kickoff happen once: that is the claim, and the rule that nobody resolves one that may still be
+posted. A lock can be lost without a word, by a file that is removed or a connection that breaks.
 """
 
 from __future__ import annotations
 
 import hashlib
+import importlib
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
-from sqlalchemy import text
+from sqlalchemy import select, text
 from sqlalchemy.exc import SQLAlchemyError
 
 from prefect_crew.api.errors import CrewError
-from prefect_crew.batches.database import Database, LedgerError, short
+from prefect_crew.batches.database import Database, LedgerError, batches, short
+from prefect_crew.logs import run_logger
 
 __all__ = ["PARENT", "WHOLE", "BatchBusyError", "BatchLock"]
 
@@ -37,14 +44,22 @@ class BatchBusyError(CrewError):
 
 
 class BatchLock:
-    """The lock of one batch, as an async context manager: all that it holds is given back at its end."""
+    """The lock of one batch, as an async context manager: all that it holds is given back at its end.
+
+    Attributes:
+        proves: Whether holding it proves that nobody else works on the batch; False where there are no locks.
+        generation: That of the batch, as its holder has last written it; None if the holder has written none.
+    """
 
     def __init__(self, database: Database, batch: str) -> None:
         self._database = database
         self._batch = batch
+        self.proves = True
+        self.generation: int | None = None
         self._file: int | None = None
         self._path = Path()
         self._connection: Any = None
+        self._session: int | None = None
         self._held: dict[str, bool] = {}
 
     async def __aenter__(self) -> BatchLock:
@@ -68,9 +83,9 @@ class BatchLock:
         Raises:
             LedgerError: The database cannot be reached.
         """
-        if self._database.path is not None:
-            return self._take_file(self._database.path)
         try:
+            if self._database.path is not None:
+                return self._take_file(self._database.path)
             taken = await self._take_on_server(part, shared)
         except (SQLAlchemyError, OSError) as error:
             raise LedgerError(f"cannot be locked: {short(error)}.", ledger=self._database.address) from error
@@ -103,51 +118,81 @@ class BatchLock:
             raise LedgerError(f"cannot be read: {short(error)}.", ledger=self._database.address) from error
 
     async def still_held(self) -> bool:
-        """Return False if a connection was lost, and somebody else has taken over meanwhile."""
+        """Return False if the lock was lost, and somebody else has, or may have, taken over meanwhile."""
+        if self._file is not None:
+            return self._file_still_held()
         if self._connection is None:
             return True
         try:
-            await self._connection.execute(text("SELECT 1"))
+            session = (await self._connection.execute(text(_SESSION))).scalar()
         except (SQLAlchemyError, OSError):
-            held, self._held, self._connection = dict(self._held), {}, None
-            try:
-                taken = [await self._take_on_server(part, shared) for part, shared in held.items()]
-            except (SQLAlchemyError, OSError):
-                self._held, self._connection = held, _Gone()  # nobody else can take it either
-                return True
-            self._held = held
-            return all(taken)
-        return True
+            return await self._held_again()
+        return session == self._session
+
+    async def _held_again(self) -> bool:
+        """Take the locks of a connection that was lost once more; False if somebody has run the batch meanwhile."""
+        held, self._held, self._connection = dict(self._held), {}, None
+        try:
+            taken = [await self._take_on_server(part, shared) for part, shared in held.items()]
+            generation = await self._generation()
+        except (SQLAlchemyError, OSError):
+            self._held, self._connection = held, _Gone()  # nothing is claimed either while it is away
+            return True
+        self._held = held
+        return all(taken) and self.generation in (None, generation)
+
+    async def _generation(self) -> int | None:
+        query = select(batches.c.generation).where(batches.c.name == self._batch)
+        return (await self._connection.execute(query)).scalar()
 
     # SQLite: a file beside the ledger.
 
     def _take_file(self, ledger: Path) -> bool:
         if self._file is not None:
             return True
-        try:
-            import fcntl
-        except ImportError:  # Windows: nobody is kept out
-            return True
         digest = hashlib.sha256(self._batch.encode()).hexdigest()[:8]
         path = ledger.with_name(f"{ledger.name}.{digest}.lock")
         while True:
-            file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+            file = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+            locked = _try_lock(file)
+            if locked is False:
                 os.close(file)
                 return False
             # Whoever held it before may have removed the file in between: then this lock is on nothing.
-            if path.exists() and os.path.samestat(os.fstat(file), path.stat()):
-                self._file, self._path = file, path
-                return True
+            if _is_at(file, path):
+                break
             os.close(file)
+        self._file, self._path = file, path
+        if locked is None and self.proves:
+            self.proves = False
+            run_logger().warning(
+                "The ledger %s cannot be locked here: this system, or its file system, has no locks. Make sure that no "
+                "other process works on batch %s. A claim that another process made is waited for.",
+                *(self._database.address, self._batch),
+            )
+        return True
+
+    def _file_still_held(self) -> bool:
+        ledger = self._database.path
+        if ledger is None or self._file is None or not self._database.stands:
+            return False
+        if _is_at(self._file, self._path):
+            return True
+        os.close(self._file)
+        self._file = None
+        with suppress(OSError):
+            return self._take_file(ledger)
+        return False
 
     def _close_file(self) -> None:
-        if self._file is not None:
-            self._path.unlink(missing_ok=True)
-            os.close(self._file)
-            self._file = None
+        if self._file is None:
+            return
+        ours = _is_at(self._file, self._path)
+        with suppress(PermissionError):  # Windows removes no file that is open
+            if ours:
+                self._path.unlink(missing_ok=True)
+        os.close(self._file)
+        self._file = None
 
     # PostgreSQL: advisory locks of a session of our own.
 
@@ -158,12 +203,32 @@ class BatchLock:
             # A machine that vanishes must not hold its locks for hours.
             for setting, seconds in (("idle", 30), ("interval", 10), ("count", 3)):
                 await self._connection.execute(text(f"SET tcp_keepalives_{setting} = {seconds}"))
+            # Two that are given one session in turns would both be given its locks.
+            if (await self._connection.execute(text(_HOLDER))).scalar():
+                raise self._pooled()
+            await self._connection.execute(text(_HOLD), {"holder": str(uuid4())})
+            self._session = (await self._connection.execute(text(_SESSION))).scalar()
         answer = await self._connection.execute(text(_function("try", shared)), {"key": self._key(part)})
-        return bool(answer.scalar())
+        taken, session = answer.one()
+        if session != self._session:
+            raise self._pooled()
+        return bool(taken)
+
+    def _pooled(self) -> LedgerError:
+        return LedgerError(
+            "is reached through a pooler that shares PostgreSQL's sessions, such as PgBouncer in transaction mode: a "
+            "lock belongs to nobody there. Give the address of PostgreSQL itself, or of a pooler in session mode.",
+            ledger=self._database.address,
+        )
 
     def _key(self, part: str) -> int:
         digest = hashlib.sha256(f"prefect-crew/batch/{self._batch}\n{part}".encode()).digest()
         return int.from_bytes(digest[:8], "big", signed=True)
+
+
+_SESSION = "SELECT pg_backend_pid()"
+_HOLDER = "SELECT current_setting('prefect_crew.holder', true)"
+_HOLD = "SELECT set_config('prefect_crew.holder', :holder, false)"
 
 
 class _Gone:
@@ -181,4 +246,41 @@ class _Gone:
 
 def _function(verb: str, shared: bool) -> str:
     name = "pg_try_advisory_lock" if verb == "try" else "pg_advisory_unlock"
-    return f"SELECT {name}{'_shared' if shared else ''}(:key)"
+    return f"SELECT {name}{'_shared' if shared else ''}(:key), pg_backend_pid()"
+
+
+def _try_lock(file: int) -> bool | None:
+    """Lock an open file; False if another process holds it, None where this system or its file system has no locks."""
+    try:
+        import fcntl
+    except ImportError:
+        return _try_lock_on_windows(file)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
+    except OSError:
+        return None
+    return True
+
+
+def _try_lock_on_windows(file: int) -> bool | None:
+    try:
+        msvcrt: Any = importlib.import_module("msvcrt")
+    except ImportError:
+        return None
+    try:
+        msvcrt.locking(file, msvcrt.LK_NBLCK, 1)
+    except PermissionError:
+        return False
+    except OSError:
+        return None
+    return True
+
+
+def _is_at(file: int, path: Path) -> bool:
+    """Return whether an open file is the one at a path."""
+    try:
+        return os.path.samestat(os.fstat(file), path.stat())
+    except OSError:
+        return False

@@ -65,7 +65,7 @@ async def open_batch(job: BatchJob, *, shared: bool = False) -> AsyncGenerator[O
         lock = await stack.enter_async_context(BatchLock(ledger.database, job.name))
         if not await lock.take(WHOLE, shared=shared) or (shared and not await lock.take(PARENT)):
             raise BatchBusyError(name=job.name)
-        ledger.sole = not shared
+        ledger.sole = lock.proves and not shared
         beside = ledger.database.path or Path.cwd() / binding_name(job.name)
         output = Output(job.output, beside=beside, output_type=options.output_type)
         kept = await kept_here(ledger)
@@ -183,7 +183,11 @@ class OpenBatch:
         self.output.flush()
         await self.artifacts.progress(standing)
         if not await self.lock.still_held():
-            engine.stop("its lock was lost, and another process has taken the batch over.", shut=True)
+            engine.stop(
+                "its lock was lost: another process has taken the batch over, or the ledger's file was removed or "
+                "replaced.",
+                shut=True,
+            )
 
     async def _note_people(self) -> None:
         """Note on the Prefect server whether rows are left that wait for people."""
