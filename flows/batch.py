@@ -16,7 +16,8 @@ from typing import Any
 from prefect import flow, get_run_logger
 
 from prefect_crew import BatchReport, arun_batch
-from prefect_crew.batches import BatchBusyError, DatasetError
+from prefect_crew.api.errors import CrewError
+from prefect_crew.batches import BatchBusyError, BatchCancelledError, DatasetError
 from prefect_crew.batches.calls import from_plain
 from prefect_crew.batches.shards import batch_shard
 
@@ -61,7 +62,8 @@ async def watch_folder(
 
     The name of a file's batch is made of its name and its content: a file that was not moved in time, since the machine
     went down, is gone on with and not bought again, and neither is one that comes in a second time. Runs of this flow
-    may overlap. A file that cannot be read, or holds a row that cannot be run, is moved to the subfolder `refused`.
+    may overlap. A file that cannot be read, or holds a row that cannot be run, is moved to the subfolder `refused`. A
+    file whose batch fails for another reason stays, the others are run, and this flow fails in the end and names it.
 
     Args:
         crew: The name of the crew's block, as under Blocks.
@@ -71,28 +73,42 @@ async def watch_folder(
         settled_seconds: Seconds for which a file must not have changed: until then somebody may still be writing it.
         ledger: A path, the URL of a PostgreSQL, or secret://NAME, for all of them.
         options: More of run_batch's options.
+
+    Raises:
+        CrewError: Files whose batches failed. All others were run.
     """
     log, reports, inbox, more = get_run_logger(), list[dict[str, Any]](), Path(folder), from_plain(options or {})
     if not await to_thread(inbox.is_dir):
         log.warning("There is no folder %s here, so nothing can come in.", folder)
-    for path in new_files(inbox, pattern, settled_seconds):
+    found, failed = new_files(inbox, pattern, settled_seconds), list[str]()
+    for path in found:
         try:
             name = f"{path.name}-{digest(path)[:12]}"
             lines = Path(output) / f"{name}.jsonl"
             report = await arun_batch(crew, path, name=name, output=str(lines), ledger=ledger, **more)
         except BatchBusyError as error:
             log.info("%s", error)  # another run of this flow has the file
+        except BatchCancelledError:
+            raise  # it is this flow run that was cancelled
         except (DatasetError, FileNotFoundError) as error:
             # Gone: another run of this flow was just done with it.
             if path.exists():
                 log.warning("%s It is moved to the folder refused.", error)
                 move(path, "refused")
+        except Exception as error:  # noqa: BLE001  whatever is wrong with one file, the next one is run
+            log.error("%s: %s: %s", path.name, type(error).__name__, error)
+            failed.append(f"{path.name} ({type(error).__name__}: {error})")
         else:
             if is_through(report):
                 move(path, "done")
             else:
                 log.warning("%s The next look goes on with it.", report)
             reports.append(report.as_dict())
+    if failed:
+        raise CrewError(
+            f"The batches of {len(failed)} of {len(found)} files in {folder} failed, the others were run: "
+            f"{'; '.join(failed)}. The next look goes on with them."
+        )
     return reports
 
 

@@ -68,31 +68,39 @@ async def watched(
     """
     own = flow_run_id()
     work = asyncio.ensure_future(rows)
-    look = asyncio.ensure_future(_look(own, tick))
+    look = asyncio.ensure_future(_look(own))
+    ticking = asyncio.ensure_future(_tick_on(tick))  # to the end of the rows, also while a cancelled batch drains
     with watch_ctrl_c(), ctrl_c_cancels_this_task():
         try:
-            await asyncio.wait({work, look}, return_when=asyncio.FIRST_COMPLETED)
-            if not work.done() and look.result():
-                await _cancelled(engine, work, name, on_cancel, asked=True)
-                if own is not None:
-                    await _mark(own)
-                raise BatchCancelledError(name=name)
-            work.result()
+            await asyncio.wait({work, look, ticking}, return_when=asyncio.FIRST_COMPLETED)
+            if work.done():
+                work.result()
+                return
+            if ticking.done():
+                ticking.result()
+            look.result()
+            await _cancelled(engine, work, ticking, name, on_cancel, asked=True)
+            if own is not None:
+                await _mark(own)
+            raise BatchCancelledError(name=name)
         except asyncio.CancelledError:
             if not work.done():
-                await _cancelled(engine, work, name, on_cancel, asked=await _asked(own))
+                await _cancelled(engine, work, ticking, name, on_cancel, asked=await _asked(own))
             raise
         finally:
-            await end(look, work, finishing=True)
+            await end(look, ticking, work, finishing=True)
 
 
-async def _look(own: str | None, tick: Callable[[], Awaitable[None]]) -> bool:
-    """Call `tick` until this flow run is found to be cancelled; then return True."""
+async def _tick_on(tick: Callable[[], Awaitable[None]]) -> None:
     while True:
         await asyncio.sleep(TICK)
         await tick()
-        if await cancelled_meanwhile(own, every=LOOK_EVERY):
-            return True
+
+
+async def _look(own: str | None) -> None:
+    """Return once this flow run is found to be cancelled."""
+    while not await cancelled_meanwhile(own, every=LOOK_EVERY):
+        await asyncio.sleep(TICK)
 
 
 async def _asked(own: str | None) -> bool:
@@ -109,13 +117,22 @@ async def _mark(own: str) -> None:
         run_logger().warning("This flow run stays in Cancelling: %s", error)
 
 
-async def _cancelled(engine: Engine, work: asyncio.Future[None], name: str, on_cancel: str, *, asked: bool) -> None:
+async def _cancelled(
+    engine: Engine,
+    work: asyncio.Future[None],
+    ticking: asyncio.Future[None],
+    name: str,
+    on_cancel: str,
+    *,
+    asked: bool,
+) -> None:
     engine.stop("the batch was cancelled.")
     chosen = on_cancel if asked else "leave"
     if chosen == "drain":
         run_logger().info("%d runs of batch %s are in flight and seen to their end.", engine.in_flight, name)
-        await asyncio.wait({work})
-        work.result()
+        done, _ = await asyncio.wait({work, ticking}, return_when=asyncio.FIRST_COMPLETED)
+        for one in done:
+            one.result()
         return
     # A kickoff that is under way gets its id first: cut off, it would be uncertain.
     await _within(engine.bought_out(), BUY_WITHIN)

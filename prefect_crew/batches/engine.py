@@ -217,26 +217,38 @@ class Engine:
     async def _row(
         self, work: Work, *, entered: bool = False, tried: bool = False, found: RunRecord | None = None
     ) -> None:
-        end = await self._to_its_end(work, entered, found)
+        end = await self._to_its_end(work, entered, tried, found)
         if end is None:
-            if tried:
-                self._breaker.not_tried()
             return
-        self._count(end, tried)
+        self._count(end)
         await self._on_end(end)
 
-    async def _to_its_end(self, work: Work, entered: bool, found: RunRecord | None) -> RowEnd | None:
-        """Buy or find a row's run and wait for it; None if it was left because the batch buys nothing more."""
+    async def _to_its_end(self, work: Work, entered: bool, tried: bool, found: RunRecord | None) -> RowEnd | None:
+        """Start or find a row's run and wait for it, once more for each retry.
+
+        Args:
+            work: The row.
+            entered: Whether it has a kickoff's turn already.
+            tried: Whether it is the row that the circuit breaker tries.
+            found: Its run, if it has one.
+
+        Returns:
+            How its last run has ended; None if there is none since the batch starts nothing more.
+        """
         job, before = work.job, purchases(work.attempts)
-        count, place = before, None
+        count, place, end = before, None, None
         while True:
             first_look = found is not None
             if found is None:
-                if not entered and not await self._enter():
-                    return None
+                if not entered:
+                    tried = tried or await self._breaker.admit()
+                    if not await self._enter():
+                        self._not_tried(tried)
+                        return end
                 entered = False
                 bought = await self._buy(job, place)
                 if isinstance(bought, RowEnd):
+                    self._judge(bought, tried)
                     return bought
                 if bought is None:
                     continue
@@ -244,7 +256,12 @@ class Engine:
                 count += bought.bought
             record, found = found, None
             end = await self._wait(job, record, first_look=first_look)
-            if end is None or not self._again(end, count=count, before=before):
+            if end is None:
+                self._not_tried(tried)
+                return None
+            self._judge(end, tried)
+            tried = False
+            if not self._again(end, count=count, before=before):
                 return end
             # A run that has completed, or that nobody knows any more, is bought again by force only.
             place = f"{self.ledger.batch}/{job.key}/{record.attempt}" if end.state in (MISFIT, LOST) else None
@@ -370,16 +387,22 @@ class Engine:
         most = self.session.crew.max_kickoffs
         return self.stopped is None and self.options.rule.again(end, count=count, before=before, most=most)
 
-    def _count(self, end: RowEnd, tried: bool) -> None:
-        """Count an end, and stop buying where the policy says so, or pause where everything fails in a row."""
-        self.ended += 1
-        reason: str | None = None
+    def _judge(self, end: RowEnd, tried: bool) -> None:
+        """Tell the circuit breaker how a run has ended, that of a retry too, and stop where it gives up."""
         if end.completed:
             self._breaker.worked()
-        else:
-            self.failed += 1
-            reason = self._breaker.failed(end.error or end.state, tried=tried)
-        if reason := self.options.stop_when(self.failed, self.ended) or reason:
+        elif reason := self._breaker.failed(end.error or end.state, tried=tried):
+            self.stop(reason)
+
+    def _not_tried(self, tried: bool) -> None:
+        if tried:
+            self._breaker.not_tried()
+
+    def _count(self, end: RowEnd) -> None:
+        """Count a row that has ended, and stop where the policy says so."""
+        self.ended += 1
+        self.failed += not end.completed
+        if reason := self.options.stop_when(self.failed, self.ended):
             self.stop(reason)
 
 

@@ -18,7 +18,7 @@ from prefect_crew.batches.calls import options_from
 from prefect_crew.batches.ends import FAILED, standing_word
 from prefect_crew.batches.ledger import BatchEntry, Ledger
 from prefect_crew.batches.places import LedgerPlace, ledger_place
-from prefect_crew.records import RecordPhase, RunRecord, utcnow
+from prefect_crew.records import RecordPhase, RunRecord, latest_purchase, utcnow
 
 __all__ = ["BatchStanding", "KnownBatch", "all_batches", "asking_batches", "known_batch"]
 
@@ -115,7 +115,7 @@ class KnownBatch:
         for key in keys:
             if key not in found:
                 raise ConfigurationError(f"Batch {self.name!r} has bought nothing for a row {key!r}.")
-            last = found[key][-1]
+            last = latest_purchase(found[key]) or found[key][-1]
             if last.phase in (RecordPhase.UNCERTAIN, RecordPhase.CLAIMED):
                 raise ConfigurationError(
                     f"Row {key!r} of batch {self.name!r} is uncertain. Settle it first: prefect-crew batch settle "

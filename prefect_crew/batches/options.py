@@ -77,6 +77,9 @@ class BatchOptions:
                 raise ConfigurationError(f"{name} is {getattr(self, name)!r}: say {', '.join(map(repr, choices))}.")
         if isinstance(self.retry_failed, str):
             raise ConfigurationError("retry_failed is True, or a list of keys.")
+        if not isinstance(self.retry_failed, bool):
+            # Every failed row looks itself up in it.
+            object.__setattr__(self, "retry_failed", frozenset(self.retry_failed))
         self._check_on_failure()
         self._check_retries()
 

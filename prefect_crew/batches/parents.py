@@ -11,8 +11,15 @@ from uuid import UUID
 
 import httpx
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId, FlowRunFilterTags
-from prefect.client.schemas.objects import FlowRun, State
+from prefect.client.schemas.filters import (
+    FlowRunFilter,
+    FlowRunFilterId,
+    FlowRunFilterState,
+    FlowRunFilterStateType,
+    FlowRunFilterTags,
+)
+from prefect.client.schemas.objects import TERMINAL_STATES, FlowRun, State
+from prefect.client.schemas.sorting import FlowRunSort
 from prefect.deployments import run_deployment
 from prefect.exceptions import ObjectNotFound, PrefectException
 from prefect.states import Cancelled, Cancelling, Crashed
@@ -36,8 +43,9 @@ from prefect_crew.patience import end
 from prefect_crew.records import RecordPhase
 from prefect_crew.stopping import cancellation_asked, cancelled_meanwhile, flow_run_id, mark_cancelled
 
-__all__ = ["Parent", "check_parent"]
+__all__ = ["Parent", "check_parent", "flow_runs", "open_shard_runs"]
 
+_PAGE = 200
 LOOK_EVERY = 2.0
 """Seconds between two looks at the shards."""
 RUNNING_WITHIN = 60.0
@@ -143,9 +151,7 @@ class Parent:
         )
 
     async def _there(self) -> dict[int, FlowRun]:
-        tagged = FlowRunFilter(tags=FlowRunFilterTags(all_=[self._tag]))
-        async with get_client() as client:
-            runs = [run for run in await client.read_flow_runs(flow_run_filter=tagged) if not _is_final(run.state)]
+        runs = await open_shard_runs(self._tag)
         if any(run.parameters.get("shards") != self._count for run in runs):
             raise BatchBusyError(
                 name=self._batch.job.name, what=f"Batch {self._batch.job.name!r}, split into another number of shards,"
@@ -182,8 +188,7 @@ class Parent:
         """Look at the shards' flow runs, and, where those tell too little, at their locks."""
         ids = FlowRunFilter(id=FlowRunFilterId(any_=[shard.flow_run_id for shard in self._shards]))
         try:
-            async with get_client() as client:
-                runs = await client.read_flow_runs(flow_run_filter=ids)
+            runs = await flow_runs(ids)
         except AWAY as error:
             run_logger().warning("The shards' flow runs cannot be looked at now: %s", error)
             return
@@ -337,6 +342,27 @@ class Parent:
             if not shard.over:
                 waiting = shard.running_since is None
                 await self._set_state(shard, Cancelled() if waiting else Cancelling())
+
+
+async def open_shard_runs(tag: str) -> list[FlowRun]:
+    """Return the flow runs with a tag that have not ended."""
+    over = FlowRunFilterState(type=FlowRunFilterStateType(not_any_=sorted(TERMINAL_STATES)))
+    return await flow_runs(FlowRunFilter(tags=FlowRunFilterTags(all_=[tag]), state=over))
+
+
+async def flow_runs(chosen: FlowRunFilter) -> list[FlowRun]:
+    """Return all flow runs that a filter chooses: the server gives 200 at a time."""
+    found: dict[UUID, FlowRun] = {}
+    async with get_client() as client:
+        offset = 0
+        while True:
+            page = await client.read_flow_runs(
+                flow_run_filter=chosen, sort=FlowRunSort.ID_DESC, limit=_PAGE, offset=offset
+            )
+            found |= {run.id: run for run in page}
+            if len(page) < _PAGE:
+                return list(found.values())
+            offset += _PAGE
 
 
 def _is_final(state: State | None) -> bool:

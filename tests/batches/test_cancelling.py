@@ -9,7 +9,7 @@ import sys
 import time
 import uuid
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from prefect import flow
@@ -18,7 +18,8 @@ from prefect.context import FlowRunContext
 from prefect.states import Cancelling
 
 from prefect_crew import BatchReport
-from prefect_crew.batches import BatchCancelledError
+from prefect_crew.batches import BatchCancelledError, OutputError
+from prefect_crew.batches.cancelling import watched
 from prefect_crew.server import CrewServer
 from prefect_crew.testing import CrewServerFactory
 from support.batches import Batches
@@ -82,6 +83,54 @@ async def test_cancelling_stops_kickoffs_at_once_and_goes_on_later(
     # What we had stopped is bought again, the rest is not.
     assert server.kickoffs == 40 + 10 * (on_cancel == "stop")
     assert len(batch.lines()) == 40
+
+
+class Draining:
+    """Rows that end once the batch was looked at twice after it was cancelled; in the place of an engine."""
+
+    in_flight = 1
+
+    def __init__(self) -> None:
+        self.stopped: str | None = None
+        self.looks = 0
+        self.over = asyncio.Event()
+
+    def stop(self, reason: str) -> None:
+        self.stopped = reason
+
+    async def tick(self) -> None:
+        self.looks += self.stopped is not None
+        if self.looks == 2:
+            self.over.set()
+
+    async def rows(self) -> None:
+        await self.over.wait()
+
+
+async def is_cancelled(*_: object, **__: object) -> bool:
+    return True
+
+
+async def test_a_batch_that_drains_is_still_looked_after(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("prefect_crew.batches.cancelling.cancelled_meanwhile", is_cancelled)
+    drained = Draining()
+    watching = watched(drained.rows(), cast("Any", drained), name="drained", on_cancel="drain", tick=drained.tick)
+    with pytest.raises(BatchCancelledError):
+        await asyncio.wait_for(watching, 20)
+    assert drained.looks >= 2
+
+
+async def test_what_goes_wrong_while_a_batch_drains_ends_it(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("prefect_crew.batches.cancelling.cancelled_meanwhile", is_cancelled)
+    drained = Draining()
+
+    async def full() -> None:
+        if drained.stopped is not None:
+            raise OutputError("the disk is full")
+
+    watching = watched(drained.rows(), cast("Any", drained), name="drained", on_cancel="drain", tick=full)
+    with pytest.raises(OutputError, match="the disk is full"):
+        await asyncio.wait_for(watching, 20)
 
 
 async def test_a_task_that_is_cancelled_leaves_the_runs_in_flight(batch: Batches, crew_server: CrewServerFactory):

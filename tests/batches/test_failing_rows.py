@@ -132,6 +132,29 @@ async def test_when_everything_fails_in_a_row_the_batch_pauses_tries_one_and_giv
     assert 13 <= server.kickoffs <= 18, "ten, those in flight beside them, and three that were tried"
 
 
+async def test_retries_wait_for_the_circuit_breaker_and_are_counted_by_it(
+    batch: Batches, crew_server: CrewServerFactory
+):
+    server = crew_server(FAILS)
+    rows = [{"topic": str(number)} for number in range(200)]
+    options: dict[str, Any] = {"name": "down", "max_in_flight": 20, "breaker": 5, "breaker_pause": 0.1}
+    report = await batch(server.crew(max_kickoffs=3), rows, retries=2, **options)
+    assert "rows failed in a row" in (report.stopped or "")
+    assert server.kickoffs <= 5 + 20 + 3, "the five, those in flight beside them, and three that were tried"
+    assert report.failed + report.skipped == 200
+    assert len(batch.lines()) == report.failed, "a row whose retry was not sent any more has failed"
+
+
+async def test_a_retry_that_works_closes_the_circuit_breaker(batch: Batches, crew_server: CrewServerFactory):
+    sick = script({"output": "x", "fail": "{{ 'sick' if kickoff_id|int < 4 else '' }}"}, inputs=["topic"])
+    numbers = iter(range(1000))
+    server = crew_server(sick, new_id=lambda: str(next(numbers)))
+    report = await batch(
+        server.crew(max_kickoffs=9), topics(10), max_in_flight=1, retries=8, breaker=3, breaker_pause=0.05
+    )
+    assert (report.completed, report.stopped, server.kickoffs) == (10, None, 14)
+
+
 async def test_a_crew_that_works_again_is_gone_on_with(batch: Batches, crew_server: CrewServerFactory):
     sick = script({"output": "x", "fail": "{{ 'sick' if kickoff_id|int < 12 else '' }}"}, inputs=["topic"])
     numbers = iter(range(1000))

@@ -18,7 +18,9 @@ import pytest
 from prefect_crew.api.errors import ConfigurationError
 from prefect_crew.api.models import CrewState, TokenUsage
 from prefect_crew.batches.database import LedgerError, default_ledger, open_url
+from prefect_crew.batches.known import KnownBatch
 from prefect_crew.batches.ledger import Ledger
+from prefect_crew.batches.places import ledger_place
 from prefect_crew.records import RecordPhase, SentReview, StoredResult, utcnow
 from support.batches import record_of
 
@@ -219,6 +221,19 @@ async def test_the_attempt_that_counts_is_the_last_purchase(ledger_address: str)
         shown = [(key, record.attempt) async for key, record in ledger.standing_attempts()]
         assert shown == [("misfit", 1), ("open", 2), ("refused", 2)]
         assert len([key async for key, _ in ledger.standing_attempts(completed=True)]) == 5
+
+
+async def test_a_completed_row_is_not_taken_for_failed_because_of_a_later_attempt_that_did_not_start(tmp_path: Path):
+    async with Ledger(str(tmp_path / "ledger.db"), "b") as ledger:
+        entry = await ledger.enter(crew_url="u", fingerprint="f", total=3)
+        ended, refused = RecordPhase.ENDED, RecordPhase.NOT_STARTED
+        await write(ledger, ("done", ended, CrewState.COMPLETED), ("failed", ended, CrewState.FAILED))
+        await write(ledger, ("done", refused, None), ("failed", refused, None), attempt=2)
+        await write(ledger, ("refused", refused, None))
+        batch = KnownBatch("b", await ledger_place(str(tmp_path / "ledger.db"), ""), ledger, entry)
+        await batch.check_failed(["failed", "refused"])
+        with pytest.raises(ConfigurationError, match="Row 'done' of batch 'b' has completed"):
+            await batch.check_failed(["done"])
 
 
 async def test_many_rows_are_read_in_pages(ledger_address: str, monkeypatch: pytest.MonkeyPatch):

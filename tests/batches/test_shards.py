@@ -11,11 +11,13 @@ import time
 import uuid
 from pathlib import Path
 from typing import Any, cast
+from uuid import UUID
 
 import pytest
 from prefect.blocks.system import Secret
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterTags
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId, FlowRunFilterTags
+from prefect.states import Completed, Scheduled
 
 from prefect_crew import WaitPolicy, arun_batch
 from prefect_crew.api.errors import ConfigurationError
@@ -26,6 +28,7 @@ from prefect_crew.batches.ledger import Ledger
 from prefect_crew.batches.locks import WHOLE, BatchLock
 from prefect_crew.batches.opened import open_batch
 from prefect_crew.batches.options import BatchOptions
+from prefect_crew.batches.parents import flow_runs, open_shard_runs
 from prefect_crew.batches.run import batch_job
 from prefect_crew.batches.shards import batch_shard, shard_call, shard_options, shard_part
 from prefect_crew.server import CrewServer
@@ -58,6 +61,23 @@ def test_what_holds_for_the_batch_is_split_evenly():
 def test_less_than_one_for_each_shard_is_refused():
     with pytest.raises(ConfigurationError, match="max_in_flight is 2, less than one for each of 3 shards"):
         shard_options(BatchOptions(max_in_flight=2), 2, 3, bought=0)
+
+
+async def test_of_many_flow_runs_all_are_read_and_those_that_have_ended_are_left_out(prefect_api: PrefectServer):
+    del prefect_api
+    tag = f"many {uuid.uuid4().hex}"
+    async with get_client() as client:
+
+        async def make(number: int) -> UUID:
+            state: Any = Completed() if number < 205 else Scheduled()
+            parameters = {"shard": number - 205, "shards": 210}
+            return (await client.create_flow_run(batch_shard, parameters=parameters, tags=[tag], state=state)).id
+
+        made: list[UUID] = []
+        for start in range(0, 415, 83):
+            made += await asyncio.gather(*(make(number) for number in range(start, start + 83)))
+        assert {run.id for run in await open_shard_runs(tag)} == set(made[205:])
+        assert len(await flow_runs(FlowRunFilter(id=FlowRunFilterId(any_=made)))) == 415
 
 
 @pytest.fixture

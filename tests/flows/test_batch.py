@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 
 from prefect_crew import BatchFailedError
-from prefect_crew.api.errors import ConfigurationError
+from prefect_crew.api.errors import ConfigurationError, CrewError
 from prefect_crew.server.local import InProcessCrewServer
 from support.deployed import load_flow
 from support.scripts import script
@@ -126,6 +127,26 @@ async def test_what_cannot_be_run_is_set_apart_and_the_others_go_on(echo: InProc
     (report,) = await folder.look("batch-echo")
     assert (report["completed"], echo.kickoffs) == (1, 1)
     assert folder.files == {"refused/bad.csv", "refused/empty.csv", "done/good.csv"}
+
+
+async def test_a_file_whose_batch_fails_does_not_keep_the_others_from_being_run(
+    echo: InProcessCrewServer, folder: Folder
+):
+    first = folder.receive("a.csv", "topic\ntea\n", age=120)
+    folder.receive("b.csv", "topic\nmilk\n", age=90)
+    folder.receive("c.csv", "topic\nrye\n", age=60)
+    # The lines of the oldest cannot be written: something else is there.
+    taken = folder.outbox / f"a.csv-{hashlib.sha256(first.read_bytes()).hexdigest()[:12]}.jsonl"
+    taken.mkdir(parents=True)
+    for looks in (1, 2):
+        with pytest.raises(CrewError, match=r"batches of 1 of \d files in .*a\.csv \(OutputError: .*The next look") as caught:
+            await folder.look("batch-echo")
+        assert "b.csv" not in str(caught.value)
+        assert echo.kickoffs == 2, f"after {looks} looks"
+        assert folder.files == {"a.csv", "done/b.csv", "done/c.csv"}
+    taken.rmdir()
+    (report,) = await folder.look("batch-echo")
+    assert (report["completed"], folder.files) == (1, {"done/a.csv", "done/b.csv", "done/c.csv"})
 
 
 async def test_a_batch_that_stopped_buying_stays_for_the_next_look(save_crew: Any, folder: Folder):
