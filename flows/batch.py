@@ -95,8 +95,12 @@ async def watch_folder(
             if path.exists():
                 log.warning("%s It is moved to the folder refused.", error)
                 move(path, "refused")
-        except Exception as error:  # noqa: BLE001  whatever is wrong with one file, the next one is run
-            log.error("%s: %s: %s", path.name, type(error).__name__, error)
+        except Exception as error:
+            log.error(  # noqa: TRY400  a traceback only where the error is none of ours
+                "%s: %s: %s",
+                *(path.name, type(error).__name__, error),
+                exc_info=not isinstance(error, CrewError),
+            )
             failed.append(f"{path.name} ({type(error).__name__}: {error})")
         else:
             if is_through(report):

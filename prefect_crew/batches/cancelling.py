@@ -99,8 +99,10 @@ async def _tick_on(tick: Callable[[], Awaitable[None]]) -> None:
 
 async def _look(own: str | None) -> None:
     """Return once this flow run is found to be cancelled."""
-    while not await cancelled_meanwhile(own, every=LOOK_EVERY):
+    while True:
         await asyncio.sleep(TICK)
+        if await cancelled_meanwhile(own, every=LOOK_EVERY):
+            return
 
 
 async def _asked(own: str | None) -> bool:

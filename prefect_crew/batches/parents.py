@@ -45,7 +45,8 @@ from prefect_crew.stopping import cancellation_asked, cancelled_meanwhile, flow_
 
 __all__ = ["Parent", "check_parent", "flow_runs", "open_shard_runs"]
 
-_PAGE = 200
+PAGE = 200
+"""Flow runs that the server gives at a time."""
 LOOK_EVERY = 2.0
 """Seconds between two looks at the shards."""
 RUNNING_WITHIN = 60.0
@@ -357,12 +358,12 @@ async def flow_runs(chosen: FlowRunFilter) -> list[FlowRun]:
         offset = 0
         while True:
             page = await client.read_flow_runs(
-                flow_run_filter=chosen, sort=FlowRunSort.ID_DESC, limit=_PAGE, offset=offset
+                flow_run_filter=chosen, sort=FlowRunSort.ID_DESC, limit=PAGE, offset=offset
             )
             found |= {run.id: run for run in page}
-            if len(page) < _PAGE:
+            if len(page) < PAGE:
                 return list(found.values())
-            offset += _PAGE
+            offset += PAGE
 
 
 def _is_final(state: State | None) -> bool:

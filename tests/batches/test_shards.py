@@ -17,7 +17,7 @@ import pytest
 from prefect.blocks.system import Secret
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId, FlowRunFilterTags
-from prefect.states import Completed, Scheduled
+from prefect.states import Cancelled, Cancelling, Completed, Failed, Pending, Running, Scheduled
 
 from prefect_crew import WaitPolicy, arun_batch
 from prefect_crew.api.errors import ConfigurationError
@@ -63,21 +63,20 @@ def test_less_than_one_for_each_shard_is_refused():
         shard_options(BatchOptions(max_in_flight=2), 2, 3, bought=0)
 
 
-async def test_of_many_flow_runs_all_are_read_and_those_that_have_ended_are_left_out(prefect_api: PrefectServer):
+async def test_flow_runs_are_read_to_the_last_page_and_those_that_have_ended_are_left_out(
+    prefect_api: PrefectServer, monkeypatch: pytest.MonkeyPatch
+):
     del prefect_api
+    monkeypatch.setattr("prefect_crew.batches.parents.PAGE", 2)
     tag = f"many {uuid.uuid4().hex}"
     async with get_client() as client:
-
-        async def make(number: int) -> UUID:
-            state: Any = Completed() if number < 205 else Scheduled()
-            parameters = {"shard": number - 205, "shards": 210}
-            return (await client.create_flow_run(batch_shard, parameters=parameters, tags=[tag], state=state)).id
-
-        made: list[UUID] = []
-        for start in range(0, 415, 83):
-            made += await asyncio.gather(*(make(number) for number in range(start, start + 83)))
-        assert {run.id for run in await open_shard_runs(tag)} == set(made[205:])
-        assert len(await flow_runs(FlowRunFilter(id=FlowRunFilterId(any_=made)))) == 415
+        over, open_ = (Completed(), Failed(), Cancelled()), (Scheduled(), Running(), Cancelling(), Pending(), Running())
+        made: list[UUID] = [
+            (await client.create_flow_run(batch_shard, tags=[tag], state=cast("Any", state))).id
+            for state in (*over, *open_)
+        ]
+    assert {run.id for run in await open_shard_runs(tag)} == set(made[3:])
+    assert len(await flow_runs(FlowRunFilter(id=FlowRunFilterId(any_=made)))) == len(made)
 
 
 @pytest.fixture

@@ -139,7 +139,9 @@ async def test_a_file_whose_batch_fails_does_not_keep_the_others_from_being_run(
     taken = folder.outbox / f"a.csv-{hashlib.sha256(first.read_bytes()).hexdigest()[:12]}.jsonl"
     taken.mkdir(parents=True)
     for looks in (1, 2):
-        with pytest.raises(CrewError, match=r"batches of 1 of \d files in .*a\.csv \(OutputError: .*The next look") as caught:
+        with pytest.raises(
+            CrewError, match=r"batches of 1 of \d files in .*a\.csv \(OutputError: .*The next look"
+        ) as caught:
             await folder.look("batch-echo")
         assert "b.csv" not in str(caught.value)
         assert echo.kickoffs == 2, f"after {looks} looks"
