@@ -54,6 +54,9 @@ class InProcessTransport(httpx.AsyncBaseTransport):
         if app is None or loop is None:
             raise httpx.ConnectError("Connection refused: the server is not running", request=request)
         call = _Call(app, request, content, self._calls)
+        if (trace := request.extensions.get("trace")) is not None:
+            # As httpcore calls it right before the first byte; what it raises is raised, and nothing was sent.
+            await trace("http11.send_request_headers.started", {"request": request})
         try:
             loop.call_soon_threadsafe(call.start)
         except RuntimeError:  # the loop was closed in between

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from datetime import timedelta
+from datetime import datetime, timedelta
+from email.utils import parsedate_to_datetime
 from typing import Any
 from unittest import mock
 
+import httpx
 import pytest
+from prefect.exceptions import PrefectHTTPStatusError
 
 from prefect_crew import posting, record_store
 from prefect_crew.api.certainty import KickoffFate
@@ -68,11 +71,58 @@ async def tour() -> list[Any]:
     return seen
 
 
+async def by_id() -> list[Any]:
+    """Use what the API itself offers around a Variable, and return what was seen of it."""
+    name, seen = f"by_id_{KEY}", list[Any]()
+    async with record_store.get_client() as client:
+
+        async def ask(method: str, path: str, **json: Any) -> httpx.Response:
+            try:
+                response = await client.request(method, f"/variables/{path}", json=json or None)
+            except PrefectHTTPStatusError as error:
+                response = error.response
+            age = parsedate_to_datetime(response.headers["Date"]).timestamp() - utcnow().timestamp()
+            seen.append((method, response.status_code, -3 < age <= 0))
+            return response
+
+        made = (await ask("POST", "", name=name, value={"n": 1}, tags=["one", "two"])).json()
+        await ask("POST", "", name=name, value={"n": 2}, tags=[])
+        seen.append(sorted(made))
+        created = datetime.fromisoformat(made["created"].replace("Z", "+00:00"))
+        seen.append(abs((utcnow() - created).total_seconds()) < 60)
+        await ask("PATCH", made["id"], value={"n": 3})
+        seen.append((await ask("GET", made["id"])).json()["value"])
+        seen.append((await ask("GET", f"name/{name}")).json()["created"] == made["created"])
+        for wanted in (
+            {"name": {"any_": [name, "other"]}},
+            {"name": {"like_": f"BY_ID_{KEY[:20]}"}},
+            {"name": {"like_": f"d_{KEY[:20]}%"}, "tags": {"all_": ["one"]}},
+            {"operator": "or_", "name": {"any_": ["other"]}, "tags": {"all_": ["one", "two"]}},
+            {"id": {"any_": [made["id"]]}, "tags": {"all_": ["three"]}},
+        ):
+            found = (await ask("POST", "filter", variables=wanted, limit=10, offset=0)).json()
+            seen.append([one["value"] for one in found])
+        await ask("DELETE", made["id"])
+        await asyncio.sleep(0.1)
+        again = (await ask("POST", "", name=name, value={"n": 4}, tags=[])).json()
+        for method in ("PATCH", "GET", "DELETE"):
+            await ask(method, made["id"], **({"value": {"n": 5}} if method == "PATCH" else {}))
+        seen.append((await ask("GET", f"name/{name}")).json()["value"])
+        await ask("PATCH", f"name/{name}", value={"n": 6})
+        seen.append((await ask("GET", again["id"])).json()["value"])
+        await ask("DELETE", f"name/{name}")
+        await asyncio.sleep(0.1)
+        for method in ("PATCH", "GET", "DELETE"):
+            await ask(method, f"name/{name}", **({"value": {"n": 7}} if method == "PATCH" else {}))
+    return seen
+
+
 def test_the_simulated_api_answers_as_a_real_server(prefect_api: PrefectServer) -> None:
-    real = asyncio.run(tour())
+    real, real_by_id = asyncio.run(tour()), asyncio.run(by_id())
     loop, simulated = SimLoop(), SimPrefect(latency=lambda: 0.01)
     with mock.patch.object(record_store, "get_client", simulated.client):
         assert loop.run_until_complete(tour()) == real
+        assert loop.run_until_complete(by_id()) == real_by_id
     loop.close()
     assert real[0] == [True, True, False], "and the answers are those that the design needs"
 

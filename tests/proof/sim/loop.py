@@ -11,7 +11,9 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import inspect
+import random
 import selectors
+from collections import deque
 from collections.abc import Callable, Coroutine, Generator
 from typing import Any
 
@@ -42,6 +44,7 @@ class Process:
         kill_at: The step before which it dies.
         freeze_at, freeze_for: The step before which it stands still (a closed laptop), and for how many seconds.
         cancel_at: The step before which its main coroutine is cancelled; `on_cancel` is told just before.
+        skew, skew_at: By how many seconds its wall clock is wrong, and from which step on; None: always.
     """
 
     def __init__(
@@ -53,6 +56,8 @@ class Process:
         freeze_for: float = 0.0,
         cancel_at: int | None = None,
         on_cancel: Callable[[Process], None] | None = None,
+        skew: float = 0.0,
+        skew_at: int | None = None,
     ) -> None:
         self.name = name
         self.steps = 0
@@ -60,6 +65,7 @@ class Process:
         self.died_at = 0.0
         self.frozen_until = 0.0
         self.was_frozen = False
+        self.slept = 0.0
         self.frozen_in: set[str] = set()
         self.was_cancelled = False
         self.died: asyncio.Event = asyncio.Event()
@@ -72,10 +78,17 @@ class Process:
         self._freeze_for = freeze_for
         self._cancel_at = cancel_at
         self._on_cancel = on_cancel
+        self._skew = skew
+        self._skew_at = skew_at
         self.buried = False
 
     def __repr__(self) -> str:
         return f"<{self.name}{' dead' if self.dead else ''} at step {self.steps}>"
+
+    @property
+    def clock_error(self) -> float:
+        """By how many seconds its wall clock is wrong at this moment."""
+        return self._skew if self._skew_at is None or self.steps >= self._skew_at else 0.0
 
     def start(self, coroutine: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         """Run a coroutine as this process's main one."""
@@ -111,6 +124,7 @@ class Process:
             self.was_frozen = True
             self.frozen_in = {what for what in ("posting", "writing") if self.facts.get(what)}
             self.frozen_until = asyncio.get_running_loop().time() + self._freeze_for
+            self.slept += self._freeze_for
         if self.steps == self._cancel_at and self.main is not None:
             self.was_cancelled = True
             if self._on_cancel:
@@ -177,14 +191,39 @@ class _Selector(selectors.SelectSelector):
         return []
 
 
-class SimLoop(asyncio.SelectorEventLoop):
-    """The loop. `time()` are seconds since the scenario began; `wall()` are seconds since 1970."""
+class _Shuffled(deque[Any]):
+    """Gives what is ready in an order that a seed draws."""
 
-    def __init__(self) -> None:
+    def __init__(self, rng: random.Random) -> None:
+        super().__init__()
+        self._rng = rng
+
+    def popleft(self) -> Any:
+        if len(self) > 1:
+            place = self._rng.randrange(len(self))
+            self.rotate(-place)
+            first = super().popleft()
+            self.rotate(place)
+            return first
+        return super().popleft()
+
+
+class SimLoop(asyncio.SelectorEventLoop):
+    """The loop. `time()` are seconds since the scenario began; `wall()` are seconds since 1970.
+
+    Args:
+        order: A seed of the order in which callbacks run that are ready at one moment; 0: first in, first out.
+    """
+
+    _ready: deque[Any]
+
+    def __init__(self, order: int = 0) -> None:
         self._now = 0.0
         self._servers = contextvars.Context()
         super().__init__(_Selector(self._pass))
         self.set_task_factory(_make_task)
+        if order:
+            self._ready = _Shuffled(random.Random(order))
 
     def _pass(self, seconds: float) -> None:
         self._now += seconds
@@ -193,6 +232,7 @@ class SimLoop(asyncio.SelectorEventLoop):
         return self._now
 
     def wall(self) -> float:
+        """Return the right time, whatever the clock of a machine says."""
         return EPOCH + self._now
 
     def call_soon_threadsafe(self, callback: Any, *args: Any, context: Any = None) -> asyncio.Handle:  # type: ignore[override]

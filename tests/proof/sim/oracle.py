@@ -33,11 +33,24 @@ WRITTEN_WITHIN = 1.0
 FINAL_EVENTS = ("crew.completed", "crew.failed", "crew.stopped", "crew.lost")
 
 
-def broken_promises(world: World) -> list[str]:
-    """Return every broken promise, empty if all were kept."""
-    checks = (_never_twice, _never_lost, _certain, _true_results, _events, _honest_stops, _timeouts, _records)
+def broken_promises(world: World, *, strict: bool = False) -> list[str]:
+    """Return every broken promise, empty if all were kept.
+
+    Without `strict` it excuses what a machine wrote or sent that fell asleep over it, and what a write did that came
+    late over a newer one.
+    """
+    checks = (
+        *(_never_twice, _never_two_at_once, _never_lost, _certain, _true_results, _events, _honest_stops, _timeouts),
+        *(_records, _prunes),
+    )
     unclaimed = [f"a kickoff of {key} arrived and no claim of it stood" for key in world.site.unclaimed]
+    world.excusing = not strict
     return [*world.violations, *unclaimed, *(problem for check in checks for problem in check(world))]
+
+
+def _asleep(world: World, key: str, over: str) -> int:
+    """Return how many of a key's processes fell asleep over something that nobody can take back then."""
+    return sum(over in process.frozen_in for process in _processes(world, key)) if world.excusing else 0
 
 
 def _keys(world: World) -> list[str]:
@@ -70,12 +83,26 @@ def _never_twice(world: World) -> Iterator[str]:
         runs = [world.site.run(id_) for id_ in world.site.accepted(key)]
         ended_badly = sum(run is not None and run.state in (CrewState.FAILED, CrewState.STOPPED) for run in runs)
         # Nobody can take back a request that is on its way when its machine falls asleep.
-        asleep = sum("posting" in process.frozen_in for process in _processes(world, key))
-        extra = _forced(world, key) + _lies(world) + asleep
+        asleep = _asleep(world, key, "posting")
+        # What is pruned is promised no more.
+        pruned = sum(value["phase"] == "ended" for value in world.prefect.gone(key))
+        extra = _forced(world, key) + _lies(world) + asleep + pruned
         if len(runs) > 1 + ended_badly + extra:
             yield f"never twice: {key} was bought {len(runs)} times, {1 + ended_badly + extra} were asked for"
         if len(runs) > world.scenario.max_kickoffs + extra:
             yield f"never twice: {key} was bought {len(runs)} times, more than max_kickoffs"
+
+
+def _never_two_at_once(world: World) -> Iterator[str]:
+    """Of a key's runs that nobody forced, one at a time is in flight, also where its records are pruned meanwhile."""
+    for key in _keys(world):
+        asleep = _asleep(world, key, "posting")
+        most = 1 + _forced(world, key) + _lies(world) + asleep
+        began, ended = world.site.accepted_at, world.site.ended_at
+        for id_ in (ids := world.site.accepted(key)):
+            others = [one for one in ids if one != id_ and began[one] <= began[id_] < ended.get(one, float("inf"))]
+            if 1 + len(others) > most:
+                yield f"never twice: of {key}, {id_} was started at {began[id_]:.2f} while {others} were in flight"
 
 
 def _never_lost(world: World) -> Iterator[str]:
@@ -97,10 +124,10 @@ def _never_lost(world: World) -> Iterator[str]:
         )
         if not fine:
             yield f"never lost: in the end {key} gives {type(last).__name__}: {last}; the server has {runs}"
-        held = {record.get("kickoff_id") for record in world.prefect.records(key)}
+        held = {record.get("kickoff_id") for record in [*world.prefect.records(key), *world.prefect.gone(key)]}
         unknown = {run.id for run in runs} - held
         # A record is replaced, not compared: a machine that slept over "uncertain" writes that over what was settled.
-        asleep = sum("writing" in process.frozen_in for process in _processes(world, key))
+        asleep = _asleep(world, key, "writing")
         if len(unknown) > _lies(world) + _forced(world, key) + asleep:
             yield f"never lost: {unknown} of {key} are on no record"
 
@@ -114,11 +141,13 @@ def _certain(world: World) -> Iterator[str]:
 
 def _may_be_uncertain(world: World, end: Ending, error: KickoffUncertainError) -> bool:
     about = (error.run_key, int(error.sent["attempt"]))
-    written = [change.value for change in world.prefect.changes if change.at <= end.at]
+    written = [change.value for change in world.prefect.changes if change.at <= end.at and change.value is not None]
     record = [value for value in written if (value["run_key"], value["attempt"]) == about][-1]
     owner = world.owners[record["owner"]]
     if owner.was_frozen or owner.was_cancelled or end.process.was_frozen:  # what a sleeper has read is old
         return True
+    if (crashed := owner.facts["call"].crashed_at) is not None and end.at >= owner.facts["began"] + crashed:
+        return True  # the Prefect server said so
     if owner.dead and owner.died_at - owner.facts.get("done posting", owner.died_at) < WRITTEN_WITHIN:
         return True
     fired = [fired.fault for fired in world.site.faults.fired if fired.where == "kickoff"]
@@ -176,7 +205,7 @@ def _honest_stops(world: World) -> Iterator[str]:
 
 def _timeouts(world: World) -> Iterator[str]:
     """Patience ends by the recorded kickoff, not by when somebody began to wait."""
-    if any(process.was_frozen for process in world.processes):
+    if any(process.was_frozen or process.facts["call"].skew for process in world.processes):
         return  # the moment of a kickoff is when its answer was read
     for end in world.endings:
         if not isinstance(end.value, CrewTimeoutError) or end.value.phase == "human":
@@ -208,12 +237,15 @@ def _records(world: World) -> Iterator[str]:
     latest: dict[str, dict[str, Any]] = {}
     # Prefect's client may send an older write once more, over a newer one, and a machine that wakes up may write the id
     # that somebody else has told meanwhile. It is the same run: its end is seen again.
-    late = bool(world.prefect.fired) or any(process.was_frozen for process in world.processes)
+    late = world.excusing and (bool(world.prefect.fired) or any(process.was_frozen for process in world.processes))
     for change in world.prefect.changes:
+        if change.value is None:
+            latest.pop(change.name, None)
+            continue
         before, now = latest.get(change.name), dict(change.value)
         # Nor can a machine take back the write over which it fell asleep: of its own claim, once it is awake.
         owner = world.owners[now["owner"]]
-        stale = "writing" in owner.frozen_in and change.at >= owner.frozen_until
+        stale = world.excusing and "writing" in owner.frozen_in and change.at >= owner.frozen_until
         if before is not None and not (stale and now["phase"] != "ended"):
             if now["phase"] not in _NEXT[before["phase"]] and not (late and now["phase"] == "started"):
                 yield f"records: {change.name} went from {before['phase']} to {now['phase']} at {change.at:.2f}"
@@ -227,3 +259,11 @@ def _records(world: World) -> Iterator[str]:
         run = world.site.run(str(value.get("kickoff_id")))
         if value["phase"] == "ended" and (run is None or str(run.state) != value["state"]):
             yield f"records: {name} says {value['state']}, the server {run}"
+
+
+def _prunes(world: World) -> Iterator[str]:
+    """Only what has ended, or never started, is pruned."""
+    for change in world.prefect.changes:
+        phase = None if change.before is None else change.before["phase"]
+        if change.value is None and change.by in world.clerks and phase not in ("ended", "not-started"):
+            yield f"prune: {change.name} was removed while it was {phase}"

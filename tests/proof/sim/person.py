@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from prefect_crew.api.models import CrewResult
     from proof.sim.world import World
 
-__all__ = ["settle_truly"]
+__all__ = ["resolve_if_allowed", "settle_truly"]
 
 
 async def settle_truly(world: World, run_key: str, said: CrewResult | BaseException) -> bool:
@@ -27,9 +27,20 @@ async def settle_truly(world: World, run_key: str, said: CrewResult | BaseExcept
         return True
     if not isinstance(said, KickoffUncertainError):
         return False
+    await resolve_if_allowed(world, run_key)
+    return True
+
+
+async def resolve_if_allowed(world: World, run_key: str) -> None:
+    """Resolve a run by what the crew's page shows at this moment.
+
+    Raises:
+        CrewError: There is nothing to settle (any more), or it is too early.
+        httpx.HTTPError: The Prefect API is away.
+    """
     records = PrefectRecords()
     record = await unsettled(run_key, records)
-    held = {one.get("kickoff_id") for one in world.prefect.records(run_key)}
+    held = {one.get("kickoff_id") for one in [*world.prefect.records(run_key), *world.prefect.gone(run_key)]}
     unknown = [
         run.id
         for run in world.site.runs
@@ -42,4 +53,3 @@ async def settle_truly(world: World, run_key: str, said: CrewResult | BaseExcept
     else:
         await settle_never_started(record, records)
     world.settled.append(run_key)
-    return True

@@ -10,30 +10,53 @@ import asyncio
 import fnmatch
 import json
 import ssl
+import time
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from email.utils import formatdate
 from typing import Any
 
 import httpx
 from prefect.client.orchestration import PrefectClient
 
-__all__ = ["PREFECT_FAULTS", "Change", "SimPrefect"]
+from proof.sim.loop import Process, current_process
 
-PREFECT_FAULTS = ("refused", "500", "503", "lost", "500-after", "timeout")
+__all__ = ["PREFECT_FAULTS", "Change", "SimPrefect", "plain_records"]
+
+PREFECT_FAULTS = ("refused", "500", "503", "lost", "500-after", "timeout", "slow", "late")
 """What can become of one request: not connected; 500 or 503 instead of the work; done and the connection lost; done and
-answered 500; nothing done and no answer."""
+answered 500; nothing done and no answer; done and answered after `SLOW` seconds; no answer, and done after `LATE`."""
+SLOW = 40.0
+LATE = 90.0
+NO_ANSWER = 60.0
+"""Seconds after which a connection is given up that brings no answer."""
+TWICE = 0.02
+"""Seconds within which a second DELETE is answered like the first one, as PostgreSQL has been seen to do."""
 
 _UNVERIFIED = ssl.create_default_context()  # made once: it takes 20 ms, and nothing leaves this process
+
+Variable = Mapping[str, Any]
+
+
+def plain_records(variables: Iterable[Variable]) -> list[dict[str, Any]]:
+    """Return the attempts that Variables hold, each in one of them."""
+    return [dict(one["value"]) for one in variables if isinstance(one["value"], dict) and "run_key" in one["value"]]
 
 
 @dataclass(frozen=True)
 class Change:
-    """A record as it was written, and when."""
+    """An attempt as it stands from some moment on, None once it is gone, and as it stood until then.
+
+    `by` is the process whose request changed it, None if it is nobody's.
+    """
 
     at: float
     name: str
-    value: Mapping[str, Any]
+    value: Mapping[str, Any] | None
+    before: Mapping[str, Any] | None = None
+    by: Process | None = None
 
 
 @dataclass
@@ -41,20 +64,32 @@ class SimPrefect:
     """Variables and flow runs.
 
     Args:
-        faults: By the number of the request, from 1.
-        outages: Spans of time, in seconds from the beginning, during which nobody is at home.
         latency: Seconds that a request takes to arrive, and its answer to come back; called for each.
+        wall: The server's clock, in seconds since 1970.
+        faults: By the number of the request, from 1, or as `write@3` by that of the change of a Variable.
+        outages: Spans of time, in seconds from the beginning, during which nobody is at home.
+        read: What the Variables say about attempts, as this package's record store reads them.
+
+    Attributes:
+        changes: What became of each attempt, in order.
+        asked: Who made each request, and when; None is nobody's process.
     """
 
     latency: Callable[[], float]
-    faults: Mapping[int, str] = field(default_factory=dict[int, str])
+    wall: Callable[[], float] = time.time
+    faults: Mapping[int | str, str] = field(default_factory=dict[int | str, str])
     outages: Iterable[tuple[float, float]] = ()
+    read: Callable[[Iterable[Variable]], list[dict[str, Any]]] = plain_records
     variables: dict[str, dict[str, Any]] = field(default_factory=dict[str, dict[str, Any]])
     flow_runs: dict[str, str] = field(default_factory=dict[str, str])
     changes: list[Change] = field(default_factory=list[Change])
+    asked: list[tuple[float, Process | None]] = field(default_factory=list[tuple[float, "Process | None"]])
     requests: int = 0
+    writes: int = 0
     fired: list[str] = field(default_factory=list[str])
     closed: bool = False
+    _standing: dict[str, Mapping[str, Any]] = field(default_factory=dict[str, Mapping[str, Any]])
+    _deleted: dict[str, float] = field(default_factory=dict[str, float])
 
     def client(self, **_: Any) -> PrefectClient:
         """Return a client of it, in place of `get_client()`."""
@@ -67,93 +102,143 @@ class SimPrefect:
 
     def records(self, run_key: str) -> list[dict[str, Any]]:
         """Return the attempts at a run key, as they stand."""
-        values = [one["value"] for one in self.variables.values() if one["value"].get("run_key") == run_key]
+        values = [value for value in self.read(self.variables.values()) if value["run_key"] == run_key]
         return sorted(values, key=lambda value: value["attempt"])
 
-    async def take(self, request: httpx.Request) -> httpx.Response:
+    def gone(self, run_key: str) -> list[Mapping[str, Any]]:
+        """Return the attempts at a run key that were deleted, as they stood then."""
+        deleted = [change.before for change in self.changes if change.value is None and change.before is not None]
+        return [value for value in deleted if value["run_key"] == run_key]
+
+    async def take(self, request: httpx.Request, by: Process | None) -> httpx.Response:
         """Do what a request asks for, well or badly."""
         if self.closed:
             raise httpx.ConnectError("The world is over", request=request)
+        loop = asyncio.get_running_loop()
         self.requests += 1
-        number = self.requests
-        fault = self.faults.get(number)
-        now = asyncio.get_running_loop().time()
-        if any(start <= now < end for start, end in self.outages):
+        self.asked.append((loop.time(), by))
+        path = request.url.path.removeprefix("/api")
+        fault = self.faults.get(self.requests)
+        if path.startswith("/variables") and not path.endswith("/filter") and request.method != "GET":
+            self.writes += 1
+            fault = fault or self.faults.get(f"write@{self.writes}")
+        if any(start <= loop.time() < end for start, end in self.outages):
             fault = "refused"
         if fault:
-            self.fired.append(f"{fault} at request {number} ({request.method} {request.url.path})")
+            self.fired.append(f"{fault} at request {self.requests} ({request.method} {request.url.path})")
         if fault == "refused":
             raise httpx.ConnectError("Connection refused", request=request)
         await asyncio.sleep(self.latency())
-        if fault == "timeout":
-            await asyncio.sleep(60)
+        if fault == "late":
+            loop.call_later(LATE, lambda: self.closed or self.do(request.method, path, request.content, by))
+        if fault in ("timeout", "late"):
+            await asyncio.sleep(NO_ANSWER)
             raise httpx.ReadTimeout("The read operation timed out", request=request)
         if fault in ("500", "503"):
-            return httpx.Response(int(fault), json={"detail": "asked for"}, request=request)
-        answer = self.do(request.method, request.url.path.removeprefix("/api"), request.content)
-        answer.request = request
+            return self._answer(int(fault), {"detail": "asked for"}, request)
+        if fault == "slow":
+            await asyncio.sleep(SLOW)
+        status, body = self.do(request.method, path, request.content, by)
+        answer = self._answer(status, body, request)
         await asyncio.sleep(self.latency())
         if fault == "lost":
             raise httpx.ReadError("Connection reset by peer", request=request)
         if fault == "500-after":
-            return httpx.Response(500, json={"detail": "asked for"}, request=request)
+            return self._answer(500, {"detail": "asked for"}, request)
         return answer
 
-    def do(self, method: str, path: str, content: bytes) -> httpx.Response:
-        """Carry a request out, at one moment."""
+    def _answer(self, status: int, body: Any, request: httpx.Request) -> httpx.Response:
+        # uvicorn writes the date down once a second, so that it may be a second old.
+        headers = {"Date": formatdate(int(self.wall() - 0.9), usegmt=True)}
+        if body is None:
+            return httpx.Response(status, headers=headers, request=request)
+        return httpx.Response(status, headers=headers, json=body, request=request)
+
+    def do(self, method: str, path: str, content: bytes, by: Process | None = None) -> tuple[int, Any]:
+        """Carry a request out, at one moment; return the status and body of the answer."""
         body: Any = json.loads(content) if content else None
         parts = path.strip("/").split("/")
         if parts == ["csrf-token"]:
-            return httpx.Response(422, json={"detail": "CSRF protection is disabled."})
+            return 422, {"detail": "CSRF protection is disabled."}
         if parts[0] == "flow_runs":
             return self._flow_run(method, parts[1], body)
         if parts == ["variables", "filter"]:
-            return httpx.Response(200, json=self._filter(body))
+            return 200, self._filter(body)
         if parts == ["variables"] and method == "POST":
             if body["name"] in self.variables:
-                return httpx.Response(409, json={"detail": "A variable with this name already exists."})
-            self.variables[body["name"]] = {"id": str(uuid.uuid4()), **body}
-            self._note(body["name"])
-            return httpx.Response(201, json=self.variables[body["name"]])
-        return self._named(method, parts[2], body)
+                return 409, {"detail": f"A variable with the name {body['name']!r} already exists."}
+            now = self._now()
+            self.variables[body["name"]] = {"id": str(uuid.uuid4()), "created": now, "updated": now, "tags": [], **body}
+            self._note(by)
+            return 201, self.variables[body["name"]]
+        return self._one(method, parts[1:], body, by)
 
-    def _named(self, method: str, name: str, body: Any) -> httpx.Response:
-        if name not in self.variables:
-            return httpx.Response(404, json={"detail": "Variable not found."})
+    def _now(self) -> str:
+        return datetime.fromtimestamp(self.wall(), timezone.utc).isoformat().replace("+00:00", "Z")
+
+    def _one(self, method: str, place: list[str], body: Any, by: Process | None) -> tuple[int, Any]:
+        """Read, change or delete the Variable at `name/NAME` or at its id."""
+        if place[0] == "name":
+            found = self.variables.get(place[1])
+        else:
+            found = next((one for one in self.variables.values() if one["id"] == place[0]), None)
+        now = asyncio.get_running_loop().time()
+        if found is None:
+            if method == "DELETE" and now - self._deleted.get("/".join(place), -TWICE) < TWICE:
+                return 204, None
+            return 404, {"detail": "Variable not found."}
         if method == "DELETE":
-            del self.variables[name]
-            return httpx.Response(204)
+            del self.variables[found["name"]]
+            self._deleted[f"name/{found['name']}"] = self._deleted[found["id"]] = now
+            self._note(by)
+            return 204, None
         if method == "PATCH":
-            self.variables[name].update(body)
-            self._note(name)
-            return httpx.Response(204)
-        return httpx.Response(200, json=self.variables[name])
+            found.update(body, updated=self._now())
+            self._note(by)
+            return 204, None
+        return 200, found
 
-    def _note(self, name: str) -> None:
-        value = self.variables[name]["value"]
-        if isinstance(value, dict) and "run_key" in value:
-            self.changes.append(Change(asyncio.get_running_loop().time(), name, dict(value)))
+    def _note(self, by: Process | None) -> None:
+        """Note what has become of attempts."""
+        now = asyncio.get_running_loop().time()
+        standing: dict[str, Mapping[str, Any]] = {}
+        for value in self.read(self.variables.values()):
+            standing[f"{value['run_key']}/{value['attempt']}"] = value
+        for name in {**self._standing, **standing}:
+            if (before := self._standing.get(name)) != (value := standing.get(name)):
+                self.changes.append(Change(now, name, value, before, by))
+        self._standing = standing
 
     def _filter(self, body: Any) -> list[dict[str, Any]]:
-        wanted = body["variables"]
-        like, tags = wanted.get("name", {}).get("like_"), wanted.get("tags", {}).get("all_", [])
-        found = [
-            one
-            for name, one in sorted(self.variables.items())
-            if (like is None or fnmatch.fnmatchcase(name, like.replace("%", "*").replace("_", "?")))
-            and set(tags) <= set(one["tags"])
-        ]
+        wanted = body["variables"] or {}
+        some = any if wanted.get("operator") == "or_" else all
+        found = [one for _, one in sorted(self.variables.items()) if some(_conditions(wanted, one))]
         return found[body["offset"] : body["offset"] + body["limit"]]
 
-    def _flow_run(self, method: str, run_id: str, body: Any) -> httpx.Response:
+    def _flow_run(self, method: str, run_id: str, body: Any) -> tuple[int, Any]:
         if run_id not in self.flow_runs:
-            return httpx.Response(404, json={"detail": "Flow run not found"})
+            return 404, {"detail": "Flow run not found"}
         if method == "POST":
             self.flow_runs[run_id] = body["state"]["type"]
             state = {"type": self.flow_runs[run_id], "name": self.flow_runs[run_id].title()}
-            return httpx.Response(201, json={"state": state, "status": "ACCEPT", "details": {"type": "accept_details"}})
+            return 201, {"state": state, "status": "ACCEPT", "details": {"type": "accept_details"}}
         state = {"type": self.flow_runs[run_id], "name": self.flow_runs[run_id].title()}
-        return httpx.Response(200, json={"id": run_id, "flow_id": run_id, "name": "simulated", "state": state})
+        return 200, {"id": run_id, "flow_id": run_id, "name": "simulated", "state": state}
+
+
+def _conditions(wanted: Mapping[str, Any], one: Variable) -> Iterator[bool]:
+    """Yield whether a Variable meets each condition of a filter."""
+    name, tags = wanted.get("name") or {}, wanted.get("tags") or {}
+    for what in ("id", "name"):
+        if (among := (wanted.get(what) or {}).get("any_")) is not None:
+            yield one[what] in among
+    if like := name.get("like_"):
+        # Anywhere in the name, of either case; `_` is any one character.
+        yield fnmatch.fnmatchcase(one["name"].lower(), f"*{like.lower()}*".replace("%", "*").replace("_", "?"))
+    if (all_ := tags.get("all_")) is not None:
+        yield set(all_) <= set(one["tags"])
+    if not any(wanted.get(what) for what in ("id", "name", "tags")):
+        yield True
 
 
 class _Transport(httpx.AsyncBaseTransport):
@@ -164,10 +249,11 @@ class _Transport(httpx.AsyncBaseTransport):
         await request.aread()
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[httpx.Response] = loop.create_future()
+        by = current_process()
 
         async def serve() -> None:
             try:
-                response = await self._server.take(request)
+                response = await self._server.take(request, by)
             except Exception as error:
                 if not answer.done():
                     answer.set_exception(error)
@@ -178,7 +264,10 @@ class _Transport(httpx.AsyncBaseTransport):
 
         # On the server's side: it goes on when the client that asked is killed.
         loop.call_soon_threadsafe(_spawn, loop, serve)
-        return await answer
+        done, _ = await asyncio.wait({answer}, timeout=request.extensions.get("timeout", {}).get("read"))
+        if not done:
+            raise httpx.ReadTimeout("The read operation timed out", request=request)
+        return answer.result()
 
 
 def _spawn(loop: asyncio.AbstractEventLoop, serve: Any) -> None:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from proof.sim.prefect_api import PREFECT_FAULTS
 
-__all__ = ["Call", "CrewRun", "Scenario", "scenarios"]
+__all__ = ["Call", "CrewRun", "Prune", "Scenario", "scenarios"]
 
 End = Literal["completes", "fails", "stuck", "asks"]
 
@@ -50,6 +50,9 @@ class Call(_Short):
         freeze_for: Seconds.
         asked: Whether the cancellation was asked for (the flow run is Cancelling) or is a worker's shutdown.
         crashed_after: Seconds from its death until the Prefect server knows of it; None: it never does.
+        crashed_at: Seconds after its start at which the Prefect server says so although it may be alive; the next
+            attempt counts from then on.
+        skew, skew_at: By how many seconds its wall clock is wrong, and from which of its steps on; None: always.
         again: Seconds after the end of each attempt after which the next one begins, if there was no result.
         same_flow_run: Whether those are retries of the flow run, or new ones.
     """
@@ -66,8 +69,22 @@ class Call(_Short):
     cancel_at: int | None = None
     asked: bool = False
     crashed_after: float | None = None
+    crashed_at: float | None = None
+    skew: float = 0.0
+    skew_at: int | None = None
     again: tuple[float, ...] = ()
     same_flow_run: bool = True
+
+
+@dataclass(frozen=True, repr=False)
+class Prune(_Short):
+    """A clean-up that begins `at` seconds; the rest is as in `Call`. `older_than` are seconds."""
+
+    at: float = 0.0
+    older_than: float = 0.0
+    freeze_at: int | None = None
+    freeze_for: float = 0.0
+    skew: float = 0.0
 
 
 @dataclass(frozen=True, repr=False)
@@ -78,18 +95,22 @@ class Scenario(_Short):
         calls: The processes.
         runs: What the accepted kickoffs do, in order; later ones complete at once.
         faults: Of the crew's server, in its own text form.
-        prefect_faults: Number of the request and kind.
+        prefect_faults: Number of the request, or `write@3` for the third change of a Variable, and kind.
         outages: Start and length, in seconds, of the Prefect API being away.
         down_for: Seconds until a crew server that has crashed is back.
         rotate_at: When the crew's token changes; the stored block has the new one `rotate_late` seconds later.
         stop_on_timeout: As in WaitPolicy.
+        prunes: The clean-ups.
+        resolve_every: Seconds between the looks of a person who resolves each key as soon as that is allowed, by what
+            the crew's page shows at that moment; None: there is nobody like that.
+        order: As SimLoop's.
         settle_after: Seconds after which a person settles what is uncertain; None: only when all is over.
     """
 
     calls: tuple[Call, ...]
     runs: tuple[CrewRun, ...] = ()
     faults: tuple[str, ...] = ()
-    prefect_faults: tuple[tuple[int, str], ...] = ()
+    prefect_faults: tuple[tuple[int | str, str], ...] = ()
     outages: tuple[tuple[float, float], ...] = ()
     down_for: float = 5.0
     rotate_at: float | None = None
@@ -98,7 +119,10 @@ class Scenario(_Short):
     timeout: float = 120.0
     stop_on_timeout: bool = False
     settle_after: float | None = None
+    resolve_every: float | None = None
+    prunes: tuple[Prune, ...] = ()
     seed: int = 0
+    order: int = 0
 
 
 _CODES = ("400", "401", "403", "404", "405", "408", "422", "429", "429-bare", "500", "502", "503", "503-bare", "504")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -63,13 +65,31 @@ def _approve(run: Any) -> None:
         run.answer("review", Answer(approve=True, feedback=""), run.hooks)
 
 
+class _Accepted(dict[str, Any]):
+    """The accepted kickoffs, with the moment of each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.at: dict[str, float] = {}
+
+    def __setitem__(self, id_: str, meta: Any) -> None:
+        self.at[id_] = asyncio.get_running_loop().time()
+        super().__setitem__(id_, meta)
+
+
 class CrewSite:
-    """The server, with what it was asked. `stored_token` is what the block on the Prefect server holds."""
+    """The server, with what it was asked. `stored_token` is what the block on the Prefect server holds.
+
+    `accepted_at` and `ended_at` are when each run began and ended, in seconds since the scenario began.
+    """
 
     def __init__(self, scenario: Scenario, prefect: SimPrefect) -> None:
         self.program = _Crew(scenario.runs)
         self.faults = Faults(scenario.faults, seed=scenario.seed)
-        self.counters = Counters()
+        accepted = _Accepted()
+        self.counters = Counters(accepted=accepted)
+        self.accepted_at = accepted.at
+        self.ended_at: dict[str, float] = {}
         self.transport = InProcessTransport()
         self.token = self.stored_token = TOKENS[0]
         self.crashes = 0
@@ -91,6 +111,17 @@ class CrewSite:
     def accepted(self, run_key: str) -> list[str]:
         """Return the ids of all runs that were ever started under a run key."""
         return [id_ for id_, meta in self.counters.accepted.items() if meta["run_key"] == run_key]
+
+    def noting_end(self, end: Callable[..., None]) -> Callable[..., None]:
+        """Return `Execution.end`, with a note of the moment."""
+
+        @functools.wraps(end)
+        def noted(run: Execution, *args: Any, **kwargs: Any) -> None:
+            if not run.state.ended:
+                self.ended_at[run.id] = asyncio.get_running_loop().time()
+            end(run, *args, **kwargs)
+
+        return noted
 
     async def open(self) -> None:
         """Start the server, for the first time or after a crash; schedule the rotation of its token."""

@@ -19,6 +19,7 @@ from prefect_crew.api.client import CrewClient, in_process
 from prefect_crew.artifacts import RunArtifact
 from prefect_crew.blocks import DeployedCrew
 from prefect_crew.records import utcnow
+from prefect_crew.server.execution import Execution
 from proof.sim.loop import current_process
 from proof.sim.site import HOST
 
@@ -33,20 +34,29 @@ def on_stage(world: World) -> Iterator[None]:
     """Let this package's core run in a world; what it logs becomes the world's trace."""
     loop = world.loop
 
+    def wall() -> float:
+        process = current_process()
+        return loop.wall() + (0.0 if process is None else process.clock_error)
+
+    def monotonic() -> float:
+        # As on Linux: it stands still while the machine sleeps.
+        process = current_process()
+        return 1000.0 + loop.time() - (0.0 if process is None else process.slept)
+
     def now() -> datetime:
-        return datetime.fromtimestamp(loop.wall(), timezone.utc)
+        return datetime.fromtimestamp(wall(), timezone.utc)
 
     def flow_run_id() -> str | None:
         process = current_process()
         return None if process is None else process.facts["flow_run_id"]
 
-    clock = mock.Mock(time=loop.wall, monotonic=lambda: 1000.0 + loop.time())
+    clock = mock.Mock(time=wall, monotonic=monotonic)
     nothing = mock.AsyncMock(return_value=None)
     replaced: list[tuple[Any, str, Any]] = [
         (record_store, "get_client", world.prefect.client),
         (stopping, "get_client", world.prefect.client),
         (kickoffs, "identify", world.identify),
-        (waits, "wait_until_ended", functools.partial(waiting.wait_until_ended, now=loop.wall)),
+        (waits, "wait_until_ended", functools.partial(waiting.wait_until_ended, now=wall)),
         (waits, "flow_run_id", flow_run_id),
         (stopping, "flow_run_id", flow_run_id),
         (open_runs, "_recent", _PerProcess("recent")),
@@ -54,6 +64,7 @@ def on_stage(world: World) -> Iterator[None]:
         (events, "emit_event", world.emitted),
         (RunArtifact, "create", nothing),
         (RunArtifact, "update", nothing),
+        (Execution, "end", world.site.noting_end(Execution.end)),
         (CrewClient, "kickoff", _noting("posting", CrewClient.kickoff)),
         (record_store.PrefectRecords, "save", _noting("writing", record_store.PrefectRecords.save)),
         (DeployedCrew, "reloaded", lambda crew: world.reloaded(crew)),

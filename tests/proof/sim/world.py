@@ -14,8 +14,8 @@ import functools
 import random
 import uuid
 from collections import Counter
-from collections.abc import Mapping
-from datetime import datetime
+from collections.abc import Coroutine, Mapping
+from datetime import datetime, timedelta
 from typing import Any, NamedTuple
 
 import httpx
@@ -27,13 +27,15 @@ from prefect_crew.api.certainty import KickoffFate, kickoff_fate
 from prefect_crew.api.errors import CrewError, KickoffUncertainError, RunKeyConflictError
 from prefect_crew.api.models import CrewResult
 from prefect_crew.blocks import DeployedCrew
+from prefect_crew.pruning import prune
+from prefect_crew.record_store import PrefectRecords
 from prefect_crew.records import Caller
 from prefect_crew.run_keys import RunIdentity
 from prefect_crew.waiting import WaitPolicy
 from proof.sim.loop import Process, SimLoop, current_process
-from proof.sim.person import settle_truly
+from proof.sim.person import resolve_if_allowed, settle_truly
 from proof.sim.prefect_api import SimPrefect
-from proof.sim.scenario import Call, Scenario
+from proof.sim.scenario import Call, Prune, Scenario
 from proof.sim.site import HOST, CrewSite
 from proof.sim.stage import on_stage
 
@@ -70,10 +72,11 @@ class World:
 
     def __init__(self, scenario: Scenario) -> None:
         self.scenario = scenario
-        self.loop = SimLoop()
+        self.loop = SimLoop(scenario.order)
         rng = random.Random(scenario.seed)
         self.prefect = SimPrefect(
             latency=lambda: rng.uniform(0.002, 0.05),
+            wall=self.loop.wall,
             faults=dict(scenario.prefect_faults),
             outages=[(start, start + length) for start, length in scenario.outages],
         )
@@ -86,12 +89,15 @@ class World:
         )
         self.crew = self._block(self.site.token)
         self.processes: list[Process] = []
+        self.clerks: list[Process] = []  # who prunes and resolves
+        self.outlived: list[asyncio.Task[Any]] = []  # what runs on although its flow run is Crashed
         self.endings: list[Ending] = []
         self.final: dict[str, list[CrewResult | BaseException]] = {}
         self.events: dict[str, str] = {}
         self.event_count: Counter[tuple[str, str]] = Counter()
         self.owners: dict[str, Process] = {}
         self.forced: set[tuple[str, str]] = set()
+        self.excusing = True  # as the oracle judges it at this moment
         self.violations: list[str] = []
         self.settled: list[str] = []
         self.persons: set[str] = set()
@@ -153,10 +159,15 @@ class World:
     async def _course(self) -> None:
         await self.site.open()
         lives = [self.loop.create_task(self._life(n, call)) for n, call in enumerate(self.scenario.calls)]
+        lives += [self.loop.create_task(self._prune(n, plan)) for n, plan in enumerate(self.scenario.prunes)]
+        if self.scenario.resolve_every is not None:
+            self._clerk("resolver").start(self._resolve(self.scenario.resolve_every))
         _, late = await asyncio.wait(lives, timeout=PATIENCE)
+        if self.outlived:
+            late |= (await asyncio.wait(self.outlived, timeout=PATIENCE))[1]
         if late:
             self.violations.append(f"{len(late)} calls still wait after {PATIENCE:g} s")
-        for life in lives:
+        for life in [*lives, *self.outlived]:
             if life.done() and not life.cancelled() and (error := life.exception()):
                 raise error
         await self._aftermath()
@@ -173,11 +184,12 @@ class World:
             process = self.process(f"{number}.{attempt}", call if attempt == 0 else _unharmed(call))
             place = f"{number}/{attempt}" if fresh or not call.flow else str(number)
             count = 1 if fresh else attempt + 1
-            process.facts.update(call=call, flow_run_id=flow_run_id, count=count, place=place)
+            process.facts.update(call=call, flow_run_id=flow_run_id, count=count, place=place, first=attempt == 0)
             if flow_run_id:
                 self.prefect.flow_runs[flow_run_id] = "RUNNING"
             good = await self._watch(process, call)
-            if flow_run_id and not process.dead and self.prefect.flow_runs[flow_run_id] != "CANCELLED":
+            gone = process.dead or self.prefect.flow_runs.get(flow_run_id or "") == "CRASHED"
+            if flow_run_id and not gone and self.prefect.flow_runs[flow_run_id] != "CANCELLED":
                 self.prefect.flow_runs[flow_run_id] = "COMPLETED" if good else "FAILED"
             if good or delay is None:
                 return
@@ -194,8 +206,10 @@ class World:
             freeze_for=call.freeze_for,
             cancel_at=call.cancel_at,
             on_cancel=functools.partial(self._cancelling, call),
+            skew=call.skew,
+            skew_at=call.skew_at,
         )
-        process.facts.update(call=call, flow_run_id=None, count=0, place=name)
+        process.facts.update(call=call, flow_run_id=None, count=0, place=name, first=False, began=self.loop.time())
         self.processes.append(process)
         return process
 
@@ -210,13 +224,19 @@ class World:
             self.prefect.flow_runs[run_id] = "CANCELLED"
 
     async def _watch(self, process: Process, call: Call) -> bool:
-        """Run a process to its end or death; True if it brought a result."""
+        """Run a process to its end, death, or until its flow run is Crashed; True if it brought a result."""
         before = len(self.endings)
         main = process.start(self._main(process, call))
         died = self.loop.create_task(process.died.wait())
-        await asyncio.wait({main, died}, return_when=asyncio.FIRST_COMPLETED)
-        died.cancel()
         run_id = process.facts["flow_run_id"]
+        unseen = call.crashed_at if run_id and process.facts["first"] else None
+        ended, _ = await asyncio.wait({main, died}, timeout=unseen, return_when=asyncio.FIRST_COMPLETED)
+        died.cancel()
+        if not ended and run_id:
+            self.trace.append(f"{self.loop.time():8.2f} {process.name} is said to have crashed")
+            self.prefect.flow_runs[run_id] = "CRASHED"
+            self.outlived.append(main)
+            return False
         if process.dead:
             self.trace.append(f"{self.loop.time():8.2f} {process.name} was killed")
             if run_id and call.crashed_after is not None:
@@ -264,10 +284,29 @@ class World:
             send = contextvars.Context().run
             self.loop.call_later(wait, lambda: send(self.loop.create_task, self._person(run_key, said)))
 
+    # Who is about besides.
+
+    def _clerk(self, name: str, **fate: Any) -> Process:
+        process = Process(name, **fate)
+        process.facts.update(call=None, flow_run_id=None, count=0, place=name)
+        self.clerks.append(process)
+        return process
+
+    async def _prune(self, number: int, plan: Prune) -> None:
+        await asyncio.sleep(plan.at)
+        clerk = self._clerk(f"prune {number}", freeze_at=plan.freeze_at, freeze_for=plan.freeze_for, skew=plan.skew)
+        await clerk.start(_quietly(prune(PrefectRecords(), older_than=timedelta(seconds=plan.older_than))))
+
+    async def _resolve(self, every: float) -> None:
+        while True:
+            # The longer the world lasts, the longer the pauses.
+            await asyncio.sleep(max(every, self.loop.time() / 20))
+            for number in sorted({call.key for call in self.scenario.calls}):
+                await _quietly(resolve_if_allowed(self, key_of(number)))
+
     async def _person(self, run_key: str, said: KickoffUncertainError) -> None:
         self.persons.discard(run_key)
-        with contextlib.suppress(CrewError, httpx.HTTPError, PrefectException):
-            await settle_truly(self, run_key, said)
+        await _quietly(settle_truly(self, run_key, said))
 
     async def purchase(self, call: Call) -> CrewResult:
         """Do what the tasks of `run_crew` do, with the retries that Prefect makes of the first one."""
@@ -291,6 +330,8 @@ class World:
         """Mend everything, wait until nothing is in flight, and ask for each purchase again, as a user would."""
         self.site.faults.clear()
         self.prefect.heal()
+        for clerk in self.clerks:
+            clerk.kill()
         await asyncio.sleep(1800)
         for run_id, state in self.prefect.flow_runs.items():
             if state in ("RUNNING", "CANCELLING"):
@@ -319,7 +360,7 @@ class World:
         """Cancel what is left of the dead, so that nothing is left over when the loop is closed."""
         self.site.close()
         self.prefect.closed = True
-        for process in self.processes:
+        for process in [*self.processes, *self.clerks]:
             process.bury()
         rest = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
         while rest:
@@ -330,6 +371,12 @@ class World:
                 if task.done() and not task.cancelled():
                     task.exception()
             rest = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+
+
+async def _quietly(work: Coroutine[Any, Any, object]) -> None:
+    """Do what a person does who takes an error for an answer."""
+    with contextlib.suppress(CrewError, httpx.HTTPError, PrefectException):
+        await work
 
 
 def _unharmed(call: Call) -> Call:
