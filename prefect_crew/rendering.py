@@ -23,6 +23,8 @@ __all__ = ["RunView", "cell", "code", "duration", "fenced", "progress", "prose",
 OUTPUT_CAP = 60_000
 """Characters of a result that an artifact shows; Prefect Cloud refuses bodies over 5 MiB."""
 CELL_CAP = 300
+TASKS_CAP = 200
+"""Tasks of a run that an artifact lists."""
 SUMMARY_CAP = 400
 BAR = 12
 # Signs that every font has: not every machine has one for emoji.
@@ -148,12 +150,13 @@ def _tasks(tasks: Sequence[TaskResult]) -> str:
     if timed:
         header += ["Time", "Share"]
     rows: list[Sequence[str]] = []
-    for task, seconds in zip(tasks, times, strict=True):
+    for task, seconds in zip(tasks[:TASKS_CAP], times, strict=False):
         row = [cell(task.name or "–", 80), cell(task.agent or "–", 60)]
         if timed:
             row += ["–", ""] if seconds is None else [duration(seconds), _bar(seconds / total)]
         rows.append(row)
-    return "### Tasks\n\n" + table(header, rows)
+    more = f"\n\n_and {len(tasks) - TASKS_CAP:,} more_" if len(tasks) > TASKS_CAP else ""
+    return "### Tasks\n\n" + table(header, rows) + more
 
 
 def _reviews(view: RunView) -> str:
@@ -190,13 +193,15 @@ def _result(view: RunView, output: str) -> str:
     return f"### Result\n\n{note}{text}"
 
 
-# With a bar in it, some take the line for the head of a table.
-_OPENS = re.compile(r"(?P<fence>`{3,})[^`|]*$|(?P<tildes>~{3,})[^|]*$")
 _MAY_OPEN = re.compile(r"[ \t>*+\-0-9.)]*(`{3,}|~{3,})")
-_CODE = re.compile(r"(?<!`)(`+)(?!`)(.*?)(?<!`)\1(?!`)")
-_IMAGE = re.compile(r"!+(?=\[)")
+_BACKTICKS = re.compile(r"`+")
+# Every pattern here begins anew at places that it cannot pass twice, or is bounded: a text may repeat anything.
+_IMAGE = re.compile(r"(?<!!)!+(?=\[)")
+_LOOK = 300
+"""Characters of a link's target in which its scheme must stand."""
 # A link's target, or that of a reference; it may stand on the next line, which is then not looked at.
-_TARGET = re.compile(r"\](?P<mark>[(:])(?=(?P<target>\s*[^\s)]*))")
+_TARGET = re.compile(rf"\](?P<mark>[(:])(?=\s{{0,20}}(?P<target>[^\s)]{{0,{_LOOK + 1}}}))")
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)(:?)")
 
 
 def reading(text: str) -> str:
@@ -212,7 +217,7 @@ def reading(text: str) -> str:
     closes: re.Pattern[str] | None = None
     end, sure = "", True
     for line in text.translate(_OVERRIDES).splitlines():
-        opens = _OPENS.match(line) if sure and closes is None else None
+        opens = _fence(line) if sure and closes is None else ""
         if closes is not None:
             shown.append(line)
             closes = None if closes.fullmatch(line) else closes
@@ -220,9 +225,8 @@ def reading(text: str) -> str:
             shown += _escaped(paragraph, sure)
             paragraph = []
             shown.append(line)
-            fence = opens["fence"] or opens["tildes"]
-            closes = re.compile(rf" {{0,3}}{fence[0]}{{{len(fence)},}}[ \t]*")
-            end = fence
+            closes = re.compile(rf" {{0,3}}{opens[0]}{{{len(opens)},}}[ \t]*")
+            end = opens
         else:
             if not line.strip(" \t"):
                 shown += _escaped(paragraph, sure)
@@ -232,6 +236,42 @@ def reading(text: str) -> str:
             paragraph.append(line)
     shown += _escaped(paragraph, sure)
     return "\n".join([*shown, end] if closes else shown)
+
+
+def _fence(line: str) -> str:
+    """Return the fence with which a line opens code at the margin, "" where it opens none.
+
+    With a bar in the line, some take it for the head of a table.
+    """
+    for sign in "`~":
+        rest = line.lstrip(sign)
+        fence = line[: len(line) - len(rest)]
+        if len(fence) >= 3 and "|" not in rest and (sign == "~" or "`" not in rest):
+            return fence
+    return ""
+
+
+def _code_spans(line: str) -> tuple[list[tuple[int, int]], bool]:
+    """Return where inline code stands in a line, and whether every backtick belongs to some."""
+    runs = [match.span() for match in _BACKTICKS.finditer(line)]
+    closing: list[int | None] = []
+    later: dict[int, int] = {}  # by length, the next run: each is met once, whatever lengths there are
+    for number in range(len(runs) - 1, -1, -1):
+        length = runs[number][1] - runs[number][0]
+        closing.append(later.get(length))
+        later[length] = number
+    closing.reverse()
+    spans: list[tuple[int, int]] = []
+    at, balanced = 0, True
+    while at < len(runs):
+        until = closing[at]
+        if until is None:
+            balanced = False
+            at += 1
+        else:
+            spans.append((runs[at][0], runs[until][1]))
+            at = until + 1
+    return spans, balanced
 
 
 def _escaped(paragraph: Sequence[str], sure: bool) -> list[str]:
@@ -245,15 +285,15 @@ def _is_balanced(line: str) -> bool:
     """Return whether every backtick of a line belongs to inline code that ends in it."""
     if "|" in line or "\\" in line:  # table cells and escapes change where code ends
         return "`" not in line
-    return "`" not in _CODE.sub("", line)
+    return _code_spans(line)[1]
 
 
 def _outside_code(line: str) -> str:
     shown: list[str] = []
     at = 0
-    for match in _CODE.finditer(line):
-        shown += [_tame(line[at : match.start()]), match[0]]
-        at = match.end()
+    for start, end in _code_spans(line)[0]:
+        shown += [_tame(line[at:start]), line[start:end]]
+        at = end
     return "".join([*shown, _tame(line[at:])])
 
 
@@ -263,11 +303,24 @@ def _tame(text: str) -> str:
 
 
 def _led_to(link: re.Match[str]) -> str:
+    return link[0] if _is_harmless(link["target"]) else f"]\\{link['mark']}"
+
+
+def _is_harmless(target: str) -> bool:
+    """Return whether a link leads to a page or a mail address. Where its start does not tell, it counts as harmful."""
+    cut = len(target) > _LOOK
+    if cut:
+        entity = target.rfind("&")
+        if entity >= 0 and ";" not in target[entity:]:
+            target = target[:entity]  # half an entity is another character
     # As a renderer reads it: without escapes, entities, and what stands before the scheme.
-    target = re.sub(r"[\x00-\x20\\]", "", html.unescape(link["target"]))
-    scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*):", target)
-    harmless = target and (scheme is None or scheme[1].lower() in ("http", "https", "mailto"))
-    return link[0] if harmless else f"]\\{link['mark']}"
+    target = re.sub(r"[\x00-\x20\\]", "", html.unescape(target))
+    scheme = _SCHEME.match(target)
+    if scheme is None:
+        return bool(target)
+    if scheme[2]:
+        return scheme[1].lower() in ("http", "https", "mailto")
+    return not cut or scheme.end() < len(target)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

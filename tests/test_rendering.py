@@ -215,6 +215,39 @@ def test_the_tasks_have_their_share_of_the_time_as_a_bar():
     assert "| 1,234 | 0 |" in markdown
 
 
+def test_of_very_many_tasks_the_first_are_listed():
+    shown = render_run(view(tasks=[TaskResult(name=f"task {number}", execution_time=1.0) for number in range(1_000)]))
+    assert "task 199 " in shown
+    assert "task 200 " not in shown
+    assert "_and 800 more_" in shown
+
+
+def long_link(target: str) -> str:
+    return f"[read this]({target})"
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        pytest.param("&Tab;" * 70 + "javascript:alert(1)", id="after-what-is-left-out"),
+        pytest.param("javascript" + "&NewLine;" * 40 + ":alert(1)", id="with-its-colon-far-away"),
+        pytest.param("a" * 1000 + ":alert(1)", id="a-long-scheme"),
+        pytest.param("javascript" + "&Tab;" * 57 + "&colon;alert(1)" + "x" * 1000, id="with-its-colon-cut-in-two"),
+        pytest.param("javascript&#" + "0" * 6 + "58;alert(1)" + "x" * 1000, id="with-its-colon-as-a-number"),
+        pytest.param("&#" + "9" * 5000 + ";", id="a-number-without-end"),
+        pytest.param("\\" * 400 + "javascript:alert(1)", id="after-escapes"),
+    ],
+)
+def test_a_long_target_hides_no_scheme(target: str):
+    links = [token for token in parsed(render_run(view(output=long_link(target)))) if token.type == "link_open"]
+    assert links == []
+
+
+def test_a_long_honest_link_stays():
+    for target in ("https://example.com/?" + "x" * 3000, "/" + "y" * 3000, "a%20" + "z" * 3000):
+        assert f"]({target})" in render_run(view(output=long_link(target)))
+
+
 def test_tasks_without_times_and_usage_without_counts_show_neither():
     markdown = render_run(view(output="x", tasks=[TaskResult(name="a")], usage=TokenUsage()))
     assert "| Task | Agent |\n" in markdown

@@ -40,7 +40,8 @@ class ErrorFacts(NamedTuple):
 
 
 _HTML = re.compile(r"\A\s*<(?:!doctype|html|head|body|\?xml|!--)", re.IGNORECASE)
-_HEADING = re.compile(r"<(title|h1)[^>]*>(.{1,500}?)</\1\s*>", re.IGNORECASE | re.DOTALL)
+# Bounded repeats: each place where it may begin costs so much and no more.
+_HEADING = re.compile(r"<(title|h1)[^<>]{0,200}>(.{1,500}?)</\1\s{0,20}>", re.IGNORECASE | re.DOTALL)
 _LONG = 2000
 """Characters of a title or message, at most: a plain text body is all message, and may be anything."""
 _TAG = re.compile(r"<[^>]*>")

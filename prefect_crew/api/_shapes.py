@@ -6,7 +6,6 @@ several places the order of the places is the order of preference. None of them 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, cast
 
@@ -34,7 +33,6 @@ _TEXT_KEYS = ("output", "raw", "result")
 _TASK_LISTS = ("tasks", "tasks_output", "task_outputs")
 _RESULT_KEYS = {*_TEXT_KEYS, *_TASK_LISTS, "json_dict", "pydantic", "token_usage"}
 """Keys that make an object under `result` a wrapping of the result rather than the result itself."""
-_FENCE = re.compile(r"\A\s*```[^\n`]*\n(.*?)\n?[ \t]*```\s*\Z", re.DOTALL)
 _DEPTH = 5
 _COUNTS = tuple(TokenUsage.model_fields)
 
@@ -120,8 +118,15 @@ def structured(value: Any) -> Any:
     """Return a structure as it is, and one that is written as text (in a code fence or not) decoded."""
     if not isinstance(value, str):
         return value
-    fenced = _FENCE.match(value)
-    return try_json((fenced.group(1) if fenced else value).strip())
+    return try_json(_without_fence(value.strip()))
+
+
+def _without_fence(text: str) -> str:
+    """Return what stands in a code fence if a text is one, else the text. No pattern: models write endless blanks."""
+    if not text.startswith("```"):
+        return text
+    info, line_break, inside = text[3:].partition("\n")
+    return inside[:-3].strip() if line_break and "`" not in info and inside.endswith("```") else text
 
 
 def tasks_of(body: Mapping[str, Any]) -> list[TaskResult]:
