@@ -82,7 +82,6 @@ class DeployedCrew(JobBlock[CrewResult]):
 
     _called: str | None = None
     _hidden: tuple[str, ...] = ()
-    """Texts that are secret in whatever a run of this crew says, besides the values of its own secret inputs."""
 
     @model_validator(mode="before")
     @classmethod
@@ -173,6 +172,16 @@ class DeployedCrew(JobBlock[CrewResult]):
         given = inputs or {}
         secret = [given[name] for name in self.secret_inputs if name in given]
         return Redactor([*secret, *self._hidden], tokens=[self.token.get_secret_value()])
+
+    @property
+    def hidden_texts(self) -> tuple[str, ...]:
+        """Texts that are secret in whatever a run of this crew says, besides the values of its secret inputs."""
+        return self._hidden
+
+    def secret_among(self, inputs: Mapping[str, Any]) -> list[str]:
+        """Return which of these inputs, as they are sent, are secret or hold a text that is."""
+        hides = Redactor(self._hidden).hides
+        return [name for name, value in inputs.items() if name in self.secret_inputs or hides(value)]
 
     async def reloaded(self) -> DeployedCrew | None:
         """Return the stored block as it is now if its token has changed since this one was loaded, else None."""

@@ -10,7 +10,7 @@ from prefect.exceptions import PrefectException
 from prefect_crew.api.errors import CrewLostError
 from prefect_crew.api.models import CrewResult, CrewState
 from prefect_crew.logs import run_logger
-from prefect_crew.open_runs import OpenRun, recall
+from prefect_crew.open_runs import OpenRun, recall, reopened
 from prefect_crew.outcomes import failure, result_of
 from prefect_crew.record_store import PrefectRecords
 from prefect_crew.records import RecordPhase
@@ -40,7 +40,7 @@ async def find_run(crew: DeployedCrew, kickoff_id: str, run_key: str | None = No
     except (httpx.HTTPError, PrefectException) as error:
         run_logger().warning("The record of run %s could not be read (%s): going on without it.", kickoff_id, error)
         record = None
-    return OpenRun(crew=crew, kickoff_id=kickoff_id, record=record)
+    return reopened(crew, kickoff_id, record)
 
 
 async def recorded_result(run: OpenRun, session: CrewSession) -> CrewResult:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from prefect_crew.api.webhooks import Webhooks
     from prefect_crew.blocks import DeployedCrew
 
-__all__ = ["OpenRun", "recall", "remember"]
+__all__ = ["OpenRun", "recall", "remember", "reopened"]
 
 _TEXTS = ("raw_state", "message", "current_task", "last_task", "last_step", "human_task_id")
 _ID = re.compile(r"[\w.-]{1,80}", re.ASCII)
@@ -50,10 +50,22 @@ class OpenRun:
     webhooks: Webhooks | None = None
     """The user's own targets, which a resume has to name again. They hold secrets, so no record does."""
 
+    def __post_init__(self) -> None:
+        """Take up which inputs are secret, where only the record says so: a caller may have given a `SecretStr`."""
+        if self.inputs is None and self.record is not None:
+            self.crew = self.crew.hiding(self.record.secret_inputs)
+
     @property
     def run_key(self) -> str | None:
         """Its run key, where a record holds it."""
         return None if self.record is None else self.record.run_key
+
+    def renewed(self, crew: DeployedCrew) -> None:
+        """Take up the crew with its new token; the old one stays a secret."""
+        old = self.crew.token.get_secret_value()
+        if crew.token.get_secret_value() != old:
+            self.crew = crew.hiding(self.crew.secret_inputs, texts=[*self.crew.hidden_texts, old])
+            self.__dict__.pop("redact", None)
 
     @cached_property
     def redact(self) -> Redactor:
@@ -139,6 +151,8 @@ class OpenRun:
 
 
 _KEPT = 10_000
+_WAITED_KEPT = 500
+_waited: OrderedDict[tuple[str, str | None], OpenRun] = OrderedDict()
 _recent: OrderedDict[tuple[str, str | None], OpenRun] = OrderedDict()
 # By the flow run as well: who only waits for another flow run's run must not be taken for its owner.
 
@@ -153,7 +167,24 @@ def remember(run: OpenRun) -> None:
 
 def recall(crew: DeployedCrew, kickoff_id: str, *, take: bool = True) -> OpenRun | None:
     """Return what `remember` kept. The wait takes it: whoever comes later has to read what stands on the server."""
-    run = _recent.get((kickoff_id, flow_run_id()))
+    key = kickoff_id, flow_run_id()
+    run = _recent.get(key)
     if run is None or run.crew.url != crew.url:
         return None
-    return _recent.pop((kickoff_id, flow_run_id()), None) if take else run
+    if take:
+        _waited[key] = _recent.pop(key)
+        while len(_waited) > _WAITED_KEPT:
+            _waited.popitem(last=False)
+    return run
+
+
+def reopened(crew: DeployedCrew, kickoff_id: str, record: RunRecord | None) -> OpenRun:
+    """Return a run with the record that was read of it, and with what no record has, where this process waited for it.
+
+    That is its inputs, without which secrets could not be masked, and the user's own webhooks.
+    """
+    run = _waited.get((kickoff_id, flow_run_id()))
+    if run is None or run.crew.url != crew.url:
+        return OpenRun(crew, kickoff_id, record)
+    hiding = crew.hiding(run.crew.secret_inputs, texts=run.crew.hidden_texts)
+    return OpenRun(hiding, kickoff_id, record, run.inputs, webhooks=run.webhooks)

@@ -76,6 +76,7 @@ class Purchase:
             flow_run_count=caller.flow_run_count,
             process=caller.process,
             step=self.name,
+            secret_inputs=self.crew.secret_among(self.inputs),
         )
 
 

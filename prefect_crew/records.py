@@ -133,6 +133,8 @@ class RunRecord(BaseModel):
     process: str | None = None
     """The operating system process of the owner's flow run, as `processes.this_process` names it."""
     step: str | None = None
+    secret_inputs: list[str] = Field(default_factory=list[str])
+    """Names of the inputs that hold a secret: without their values, nothing that the crew says may be shown."""
     hooked: bool = False
     """Whether its kickoff asked for webhooks to this package's receiver."""
     kickoff_id: str | None = None

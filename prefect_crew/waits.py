@@ -251,6 +251,7 @@ class _Waiter:
     async def refused(self, error: AuthenticationError) -> bool:
         renewed = await self.session.renew()
         if renewed:
+            self.run.renewed(self.session.crew)
             self.log.info(
                 "Crew run %s: the stored block has a new token, which is used from now on.", self.run.kickoff_id
             )

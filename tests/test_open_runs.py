@@ -12,8 +12,9 @@ from pydantic import SecretStr
 from prefect_crew import open_runs
 from prefect_crew.api.models import CrewState, CrewStatus, TaskResult
 from prefect_crew.api.redaction import MASK
+from prefect_crew.api.webhooks import Webhooks
 from prefect_crew.blocks import DeployedCrew
-from prefect_crew.open_runs import OpenRun, recall, remember
+from prefect_crew.open_runs import OpenRun, recall, remember, reopened
 from prefect_crew.records import RunRecord
 from prefect_crew.rendering import render_run
 
@@ -34,8 +35,10 @@ def record() -> RunRecord:
 @pytest.fixture(autouse=True)
 def _nothing_remembered() -> Iterator[None]:
     open_runs._recent.clear()
+    open_runs._waited.clear()
     yield
     open_runs._recent.clear()
+    open_runs._waited.clear()
 
 
 # Memory
@@ -144,3 +147,31 @@ def test_a_view_has_what_the_record_knows():
 def test_a_run_has_one_artifact():
     run = OpenRun(crew(), "r1")
     assert run.shown_by() is run.shown_by()
+
+
+def test_a_second_wait_still_knows_what_no_record_has():
+    webhooks = Webhooks(crew="https://hooks.test/mine")
+    run = OpenRun(crew(), "r1", record(), {"pin": "4711"}, webhooks=webhooks)
+    run.crew = run.crew.hiding(["pin"], texts=["hunter22"])
+    remember(run)
+    assert recall(crew(), "r1") is run
+    again = reopened(crew(), "r1", record())
+    assert again is not run
+    assert (again.inputs, again.webhooks, again.owned) == ({"pin": "4711"}, webhooks, False)
+    assert again.told("4711 and hunter22") == f"{MASK} and {MASK}"
+    assert reopened(crew(), "r2", None).inputs is None
+
+
+def test_whoever_does_not_know_the_inputs_shows_nothing_of_a_run_whose_record_says_that_some_are_secret():
+    kept = record().model_copy(update={"secret_inputs": ["pin"]})
+    run = OpenRun(crew(), "r1", kept)
+    assert (run.blind, run.show) == (True, "summary")
+    assert run.named("task-1") == "task-1"
+    assert run.named("log in as 4711") == "(withheld)"
+
+
+def test_a_new_token_is_a_secret_as_well_as_the_old_one():
+    run = OpenRun(crew(), "r1", inputs={})
+    assert run.redact("the-token, the-other-token") == f"{MASK}, the-other-token"
+    run.renewed(DeployedCrew(url="https://travel.test", token=SecretStr("the-other-token")))
+    assert run.redact("the-token, the-other-token") == f"{MASK}, {MASK}"

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 from pydantic import BaseModel, ValidationError
@@ -13,6 +14,7 @@ from pydantic import BaseModel, ValidationError
 from prefect_crew.api.errors import ConfigurationError
 from prefect_crew.batches.datasets import Dataset, is_remote, shown_address, whole_address
 from prefect_crew.batches.options import BatchOptions
+from prefect_crew.batches.rows import InputsFrom
 from prefect_crew.waiting import WaitPolicy
 
 __all__ = ["from_plain", "imported_model", "options_from", "plain_call", "plain_options"]
@@ -24,6 +26,7 @@ OF_ONE_CALL = ("retry_failed", "on_change")
 def plain_call(
     *,
     crew: str | None,
+    secret_inputs: Sequence[str],
     dataset: Dataset,
     output: str,
     ledger: str,
@@ -35,6 +38,7 @@ def plain_call(
 
     Args:
         crew: The name of its stored block, None if it is not stored.
+        secret_inputs: Its secret inputs. A call that has the value of one is not stored.
         dataset: The data set.
         output: Where the lines go.
         ledger: Where the ledger is, without a password.
@@ -48,6 +52,10 @@ def plain_call(
         return {"why_not": "its data set was given by code"}
     if is_remote(address) and shown_address(address) != address:
         return {"why_not": "the address of its data set holds what is not for everyone"}
+    if is_remote(output) and shown_address(output) != output:
+        return {"why_not": "the address of its output holds what is not for everyone"}
+    if given := [name for name in secret_inputs if _holds_value(options.inputs, name)]:
+        return {"why_not": f"the secret inputs {', '.join(given)} were given by code and not by a column"}
     try:
         chosen = plain_options(options, without=OF_ONE_CALL)
     except ConfigurationError as error:
@@ -62,6 +70,17 @@ def plain_call(
         "options": chosen,
         **({} if deployment is None else {"shards": shards, "deployment": deployment}),
     }
+
+
+def _holds_value(inputs: InputsFrom | None, name: str) -> bool:
+    """Return whether options say what an input is, rather than which column it comes from."""
+    if inputs is None or callable(inputs):
+        return False
+    source = inputs.get(name)
+    if not isinstance(source, str):
+        return source is not None
+    # Of a template, what is not within its braces, or is quoted there.
+    return "{{" in source and (re.sub(r"\{\{[^'\"]*?\}\}", "", source).strip() != "")
 
 
 def plain_options(options: BatchOptions, *, without: tuple[str, ...] = ()) -> dict[str, Any]:

@@ -31,6 +31,8 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
 
 from prefect_crew.api.errors import ConfigurationError, CrewError
+from prefect_crew.batches.datasets import shown_address
+from prefect_crew.files import create_private
 
 __all__ = ["Database", "LedgerError", "answers", "attempts", "batches", "default_ledger", "open_url", "short"]
 
@@ -109,8 +111,8 @@ def default_ledger(output: str) -> str:
     """
     if "://" in output and not output.startswith("file://"):
         raise ConfigurationError(
-            f"The output {output} is not on this machine, so there is no place for the ledger beside it: give a path "
-            "or the URL of a PostgreSQL database, ledger=…."
+            f"The output {shown_address(output)} is not on this machine, so there is no place for the ledger beside "
+            "it: give a path or the URL of a PostgreSQL database, ledger=…."
         )
     path = Path(output.removeprefix("file://"))
     if not path.name:
@@ -192,6 +194,7 @@ class Database:
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._check_names(self.path)
+            create_private(self.path)  # SQLite's other files get the mode of this one
             self._file = _sqlite(self.url)
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="crew ledger")
         else:

@@ -114,10 +114,17 @@ def whole_address(address: str) -> str:
 
 
 def shown_address(address: str) -> str:
-    """Return an address for people: without user, password, and a query, which may be a signature."""
-    if not is_remote(address):
-        return address
-    parts = urlsplit(address)
+    """Return an address for people: without user, password, and a query, which may be a signature.
+
+    fsspec chains addresses, as in `simplecache::https://user:password@host/rows.csv`.
+    """
+    return "::".join(_shown_link(link) for link in address.split("::")) if is_remote(address) else address
+
+
+def _shown_link(link: str) -> str:
+    if "://" not in link:
+        return link
+    parts = urlsplit(link)
     return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
 
 

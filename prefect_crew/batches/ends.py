@@ -114,7 +114,7 @@ def ended(
         record.error = None
         data = None if record.result is None else record.result.data
         return RowEnd(job, str(record.state), record, data=data, found=found)
-    run = OpenRun(crew, str(record.kickoff_id), record, job.inputs)
+    run = OpenRun(crew.hiding(job.hidden), str(record.kickoff_id), record, job.inputs)
     try:
         data = typed(record.result.result(run.kickoff_id), output_type, run=run).data
     except OutputTypeError as error:

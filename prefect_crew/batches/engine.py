@@ -292,7 +292,7 @@ class Engine:
     def _purchase(self, job: RowJob, place: str | None) -> Purchase:
         flow_run_id, flow_run_count = self._flow_run
         return Purchase(
-            crew=self.session.crew,
+            crew=self.session.crew.hiding(job.hidden),
             identity=RunIdentity(
                 run_key=self.ledger.run_key(job.key),
                 place=place or self.ledger.batch,

@@ -60,6 +60,7 @@ class BatchJob:
             expected=expected,
             as_json=self.crew.inputs_as_json,
             deduplicate=self.options.deduplicate,
+            secret=self.crew.secret_inputs,
         )
 
     @property
@@ -67,7 +68,7 @@ class BatchJob:
         """What the lines depend on besides the rows."""
         kind = self.options.output_type
         return {
-            "output": whole_address(self.output),
+            "output": shown_address(whole_address(self.output)),
             "order": self.options.order,
             "typed": None if kind is None else f"{kind.__module__}.{kind.__qualname__}",
             "masked": sorted(self.crew.secret_inputs),

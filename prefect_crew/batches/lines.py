@@ -7,6 +7,8 @@ import sqlite3
 from pathlib import Path
 from types import TracebackType
 
+from prefect_crew.files import PRIVATE
+
 __all__ = ["HeldLines", "LineFile"]
 
 LINES = 200
@@ -17,7 +19,7 @@ class LineFile:
     """A file to which whole lines are added, many with one write: killing the process leaves no half one."""
 
     def __init__(self, path: Path) -> None:
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o644)
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), PRIVATE)
         self._end = os.lseek(self._file, 0, os.SEEK_END)
         self._waiting: list[bytes] = []
         self._size = 0

@@ -171,7 +171,7 @@ class OpenBatch:
 
     async def _take(self, end: RowEnd) -> None:
         self.standing.take(end)
-        self.output.put(end.job.number, end.job.key, line_of(end, self.job.crew.secret_inputs))
+        self.output.put(end.job.number, end.job.key, line_of(end, self.job.crew))
 
     async def _tick(self, engine: Engine) -> None:
         """Show how the batch stands. About once a second."""

@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import fsspec  # pyright: ignore[reportMissingTypeStubs]
 from pydantic import BaseModel
@@ -23,7 +23,11 @@ from prefect_crew.batches.ends import RowEnd
 from prefect_crew.batches.keys import Keys
 from prefect_crew.batches.lines import HeldLines, LineFile
 from prefect_crew.batches.parquet import check_parquet, write_parquet
+from prefect_crew.files import create_private
 from prefect_crew.records import RecordPhase
+
+if TYPE_CHECKING:
+    from prefect_crew.blocks import DeployedCrew
 
 __all__ = ["COLUMNS", "Output", "OutputError", "line_of"]
 
@@ -35,8 +39,8 @@ class OutputError(CrewError):
     """The output cannot be written. What has ended is in the ledger: run the batch again with the same name."""
 
 
-def line_of(end: RowEnd, secret_inputs: list[str]) -> bytes | None:
-    """Return the line of a row, None for an uncertain one, which has no end yet.
+def line_of(end: RowEnd, crew: DeployedCrew) -> bytes | None:
+    """Return the line of a row, None for an uncertain one, which has no end yet. No secret of `crew` stands in it.
 
     `seconds` is the server's execution time, else the time from the kickoff to the end that was seen.
     """
@@ -45,7 +49,10 @@ def line_of(end: RowEnd, secret_inputs: list[str]) -> bytes | None:
     job, record = end.job, end.record
     line: dict[str, Any] = dict.fromkeys(COLUMNS)
     line["key"], line["state"], line["error"] = job.key, end.state, end.error
-    line["inputs"] = {name: MASK if name in secret_inputs else value for name, value in job.inputs.items()}
+    crew = crew.hiding(job.hidden)
+    shown = {name: MASK if name in crew.secret_inputs else value for name, value in job.inputs.items()}
+    # What the crew said is masked in the ledger already.
+    line["inputs"] = crew.redactor(job.inputs).tree(shown) if crew.secret_inputs else shown
     line["tasks"] = []
     if record is not None:
         line["kickoff_id"] = record.kickoff_id
@@ -188,6 +195,7 @@ class Output:
             final = Path(self.output.removeprefix("file://"))
             fresh = final.with_name(f".{final.name}.new")
             compression = _files.utils.infer_compression(final.name)
+            create_private(fresh)
             with _files.open(str(fresh), "wb", compression=compression) as target:
                 self._copy_to(target)
             fresh.replace(final)
@@ -267,6 +275,7 @@ def _take_over(path: Path, keep: Callable[[str], bool]) -> Keys:
 def _rewrite(path: Path, keys: Keys) -> None:
     """Write the file anew with the lines that stay, each by its number; a crash leaves the old one or the new one."""
     fresh = path.with_name(f".{path.name}.new")
+    create_private(fresh)
     with path.open("rb") as old, fresh.open("wb") as new:
         for number, line in enumerate(old, start=1):
             found = keys.find(_key_of(path, line, number)[0])

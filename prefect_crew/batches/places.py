@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import Any, cast
 
 from prefect.blocks.system import Secret
+from sqlalchemy import URL
 
 from prefect_crew.api.errors import ConfigurationError
 from prefect_crew.batches.database import default_ledger, open_url
 
 __all__ = ["SECRET", "LedgerPlace", "ledger_place"]
 
+_HARMLESS = {"ssl", "sslmode", "host", "port", "target_session_attrs", "application_name", "connect_timeout"}
+"""Options of a URL that hold no secret. asyncpg also takes `password`, `passfile`, `sslpassword` and any `options`."""
 SECRET = "secret://"  # noqa: S105  the beginning of a name, not a secret
 
 
@@ -39,7 +42,7 @@ class LedgerPlace:
     @property
     def open_to_all(self) -> bool:
         """Whether `told` is all that another machine needs."""
-        return self.told.startswith(SECRET) or open_url(self.ledger).password is None
+        return self.told.startswith(SECRET) or not _is_secret(open_url(self.ledger))
 
 
 async def ledger_place(ledger: str | None, output: str) -> LedgerPlace:
@@ -57,7 +60,7 @@ async def ledger_place(ledger: str | None, output: str) -> LedgerPlace:
     if not given.startswith(SECRET):
         url = open_url(given)
         told = str(url.database) if url.drivername == "sqlite" else given
-        if url.password is not None:
+        if _is_secret(url):
             told = url.set(drivername="postgresql", password=None, query={}).render_as_string()
         return LedgerPlace(given, told)
     name = given.removeprefix(SECRET)
@@ -73,3 +76,8 @@ async def ledger_place(ledger: str | None, output: str) -> LedgerPlace:
         raise ConfigurationError(f"The Prefect Secret block {name!r} holds no text, and so no ledger.")
     open_url(value)
     return LedgerPlace(value, given)
+
+
+def _is_secret(url: URL) -> bool:
+    """Return whether a URL holds what is not for everyone: a password, or an option that may."""
+    return url.password is not None or any(name.lower() not in _HARMLESS for name in url.query)

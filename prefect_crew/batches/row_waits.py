@@ -86,28 +86,33 @@ class RowWaiter:
         )
         woken: AbstractAsyncContextManager[Waker | None]
         woken = waker_for(record.run_key) if record.hooked else nullcontext()
-        watcher = _Watcher(self, job, record)
-        async with woken as waker:
-            watcher.waker = waker
-            try:
-                status = await wait_until_ended(
-                    lambda: self.session.client.status(kickoff_id),
-                    kickoff_id=kickoff_id,
-                    policy=self.policy,
-                    phases=phases,
-                    watcher=watcher,
-                    pause=asyncio.sleep if waker is None else waker.pause,
-                    stretch=self._first_look() if waker is None else waker.stretch,
-                    more_time=watcher.more_time,
-                    first_look=first_look,
-                )
-            except CrewTimeoutError as error:
-                raise await self._timed_out(record, error) from error.__cause__
-            except TooManyRoundsError as error:
-                stopped = self.policy.on_human_timeout == "stop" and await self._stop_late(record)
-                raise watcher.people.too_often(error.question, stopped=stopped) from None
+        run = OpenRun(
+            self.session.crew.hiding(job.hidden), kickoff_id, record, job.inputs, owned=True, webhooks=self.webhooks
+        )
+        watcher = _Watcher(self, run, record)
+        with run.withholding():
+            async with woken as waker:
+                watcher.waker = waker
+                try:
+                    status = await wait_until_ended(
+                        lambda: self.session.client.status(kickoff_id),
+                        kickoff_id=kickoff_id,
+                        policy=self.policy,
+                        phases=phases,
+                        watcher=watcher,
+                        pause=asyncio.sleep if waker is None else waker.pause,
+                        stretch=self._first_look() if waker is None else waker.stretch,
+                        more_time=watcher.more_time,
+                        first_look=first_look,
+                    )
+                except CrewTimeoutError as error:
+                    raise await self._timed_out(record, error) from error.__cause__
+                except TooManyRoundsError as error:
+                    stopped = self.policy.on_human_timeout == "stop" and await self._stop_late(record)
+                    raise watcher.people.too_often(error.question, stopped=stopped) from None
         record.human_seconds = phases.human_seconds
-        await self._close(job, record, status)
+        run.renewed(self.session.crew)
+        await self._close(run, record, status)
 
     def _first_look(self) -> Callable[[float], float] | None:
         """Return what makes the first pause of a wait as long as runs are known to take."""
@@ -121,15 +126,14 @@ class RowWaiter:
 
         return stretch
 
-    async def _close(self, job: RowJob, record: RunRecord, status: CrewStatus) -> None:
+    async def _close(self, run: OpenRun, record: RunRecord, status: CrewStatus) -> None:
         record.phase, record.state, record.ended_at = RecordPhase.ENDED, status.state, utcnow()
         record.human_since = None
         if status.state is CrewState.COMPLETED:
-            record.result = StoredResult.of(status.result())
+            record.result = run.redact.model(StoredResult.of(status.result()))
             self._learn(record)
         else:
-            redact = self.session.crew.redactor(job.inputs)
-            record.error = redact(status.error or "The crew gave no reason.")[:ERROR_CAP]
+            record.error = run.redact(status.error or "The crew gave no reason.")[:ERROR_CAP]
         await self.ledger.save(record)
 
     def _learn(self, record: RunRecord) -> None:
@@ -190,9 +194,9 @@ class RowWaiter:
 class _Watcher:
     """What the wait for a row tells: what its record must survive a restart with, and who is waited for."""
 
-    def __init__(self, waiter: RowWaiter, job: RowJob, record: RunRecord) -> None:
+    def __init__(self, waiter: RowWaiter, run: OpenRun, record: RunRecord) -> None:
         self._waiter = waiter
-        self._job = job
+        self._run = run
         self._record = record
         self.waker: Waker | None = None
         self._people: People | None = None
@@ -202,16 +206,8 @@ class _Watcher:
     def people(self) -> People:
         """What is done about people, where the crew asks any: most rows never do."""
         if self._people is None:
-            waiter, record = self._waiter, self._record
-            run = OpenRun(
-                waiter.session.crew,
-                str(record.kickoff_id),
-                record,
-                self._job.inputs,
-                owned=True,
-                webhooks=waiter.webhooks,
-            )
-            self._people = People(run, waiter.session, waiter.ledger, waiter.policy, None, quiet=True)
+            waiter = self._waiter
+            self._people = People(self._run, waiter.session, waiter.ledger, waiter.policy, None, quiet=True)
             self._people.questions.waker = self.waker
         return self._people
 

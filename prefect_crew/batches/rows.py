@@ -11,6 +11,7 @@ from typing import Any, cast
 from prefect_crew.api.errors import ConfigurationError
 from prefect_crew.api.inputs import encode_inputs, inputs_digest, missing_inputs
 from prefect_crew.api.models import CrewInput
+from prefect_crew.api.redaction import Redactor, holds_secret
 from prefect_crew.batches.datasets import Dataset, DatasetError, Row
 from prefect_crew.batches.keys import Keys
 from prefect_crew.templates import compiled, names_in
@@ -34,13 +35,17 @@ _UNFIT = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")
 
 @dataclass(frozen=True, slots=True)
 class RowJob:
-    """One row, ready to be bought. `inputs` are encoded, `digest` is theirs; `number` counts rows from 0."""
+    """One row, ready to be bought. `inputs` are encoded, `digest` is theirs; `number` counts rows from 0.
+
+    `hidden` names the inputs that were given as one of pydantic's secrets.
+    """
 
     number: int
     line: int
     key: str
     inputs: dict[str, Any]
     digest: str
+    hidden: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +98,7 @@ class RowPlan:
         expected: The crew's inputs.
         as_json: Whether inputs are sent as JSON values.
         deduplicate: Whether equal rows are one run.
+        secret: Names of inputs that are secret. No reason of a bad row shows them, and no key may hold one.
 
     Raises:
         ConfigurationError: A template is none.
@@ -107,6 +113,7 @@ class RowPlan:
         expected: Sequence[CrewInput] = (),
         as_json: bool = False,
         deduplicate: bool = False,
+        secret: Sequence[str] = (),
     ) -> None:
         self.dataset = dataset
         self._inputs_of = _by_name(expected) if inputs is None else _chosen(inputs)
@@ -114,6 +121,8 @@ class RowPlan:
         self._expected = expected
         self._as_json = as_json
         self._deduplicate = deduplicate
+        self._secret = secret
+        self._secret_columns = _columns_of(secret, inputs)
 
     def check(self) -> Checked:
         """Read every row once and note all that is wrong.
@@ -160,14 +169,16 @@ class RowPlan:
                 try:
                     job = self._job(row, keys, number)
                 except Exception as error:  # noqa: BLE001  whatever a user's function raises is wrong with its row
-                    job = BadRow(row.line, _reason(error))
+                    job = BadRow(row.line, self._without_secrets(row.values)(_reason(error)))
                 number += isinstance(job, RowJob)
                 yield job
         finally:
             keys.close()
 
     def _job(self, row: Row, keys: Keys, number: int) -> RowJob | BadRow | None:
-        encoded = encode_inputs(self._inputs_of(row.values), as_json=self._as_json)
+        given = self._inputs_of(row.values)
+        encoded = encode_inputs(given, as_json=self._as_json)
+        hidden = tuple(name for name, value in given.items() if holds_secret(value))
         if missing := missing_inputs(self._expected, encoded):
             return BadRow(row.line, f"lacks {', '.join(missing)}")
         digest = inputs_digest(encoded)
@@ -175,16 +186,41 @@ class RowPlan:
             occurrence = keys.count(digest)
             if occurrence > 1 and self._deduplicate:
                 return None
-            return RowJob(number, row.line, f"{digest}-{occurrence}", encoded, digest)
+            return RowJob(number, row.line, f"{digest}-{occurrence}", encoded, digest, hidden)
         key = self._key_of(row.values)
+        secret = [encoded[name] for name in (*self._secret, *hidden) if name in encoded]
+        if secret and Redactor(secret).hides(key):
+            raise ConfigurationError("its key holds a secret input, and keys stand in logs, artifacts and the ledger")
         earlier = keys.find(key)
         if earlier is None:
             keys.put(key, row.line, digest)
-            return RowJob(number, row.line, key, encoded, digest)
+            return RowJob(number, row.line, key, encoded, digest, hidden)
         line, mark = earlier
         if not self._deduplicate:
             return BadRow(row.line, f"has the key {key!r} of line {line} again")
         return None if mark == digest else BadRow(row.line, f"has the key {key!r} of line {line}, and other inputs")
+
+    def _without_secrets(self, values: Values) -> Redactor:
+        columns = values if self._secret_columns is None else self._secret_columns
+        secret = [value for name, value in values.items() if name in columns or holds_secret(value)]
+        return Redactor(secret)
+
+
+def _columns_of(secret: Sequence[str], inputs: InputsFrom | None) -> set[str] | None:
+    """Return the columns that secret inputs are made of, None where that may be any of them."""
+    columns = set(secret)
+    if inputs is None or not secret:
+        return columns
+    if callable(inputs):
+        return None
+    for name in secret:
+        source = inputs.get(name)
+        if callable(source):
+            return None
+        if isinstance(source, str):
+            templated = "{{" in source or "{%" in source
+            columns |= names_in(source, collections=frozenset({"row"})) if templated else {source}
+    return columns
 
 
 def _reason(error: Exception) -> str:

@@ -297,6 +297,7 @@ async def batch_job(
         block = block.called(block.label)  # its address need not be read anew for each row
     call = plain_call(
         crew=stored,
+        secret_inputs=block.secret_inputs,
         dataset=rows,
         output=where,
         ledger=place.told,

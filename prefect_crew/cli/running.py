@@ -16,6 +16,7 @@ from prefect_crew.cli.crews import CREW, JSON, CrewAccess, flag
 from prefect_crew.cli.given import gather_inputs
 from prefect_crew.cli.prefect_side import flow_run_url, reach_prefect
 from prefect_crew.cli.progress import Progress, progress
+from prefect_crew.files import create_private
 
 if TYPE_CHECKING:
     from prefect_crew.api.models import CrewResult
@@ -57,6 +58,7 @@ def run(
         with _said_of(shown):
             answer = asyncio.run(_run(shown, crew, access, given, timeout, options))
     if output_file is not None:
+        create_private(output_file)
         output_file.write_text(answer.output, encoding="utf-8", errors="backslashreplace")
     put_result(answer, shown, as_json=json)
 
@@ -151,6 +153,7 @@ def result(
     if json:
         terminal.put_json({"run_key": run_key, **_body(answer)})
     elif output_file is not None:
+        create_private(output_file)
         output_file.write_text(answer.output, encoding="utf-8", errors="backslashreplace")
     else:
         terminal.put_markdown(answer.output)
