@@ -1,9 +1,10 @@
 """A crew server for benchmarks, in a process of its own: as little as the crew API allows, so that it is no bottleneck.
 
-    python benchmarks/lean_server.py --seconds 2 --port 0
+    python benchmarks/lean_server.py --seconds 2 --port 0 --latency 0.2
 
-It speaks the documented dialect over plain asyncio, holds no tasks (a run has ended once its time is over), and counts.
-`GET /_counts` gives kickoffs, distinct run keys, status calls and the CPU seconds that this process has used.
+`--latency` is how many seconds each answer takes, as over a network. It speaks the documented dialect over plain
+asyncio, holds no tasks (a run has ended once its time is over), and counts. `GET /_counts` gives kickoffs, distinct
+run keys, status calls and the CPU seconds that this process has used.
 """
 
 from __future__ import annotations
@@ -58,8 +59,9 @@ class Crew:
 class Connection(asyncio.Protocol):
     """Reads requests one after another and answers each at once."""
 
-    def __init__(self, crew: Crew) -> None:
+    def __init__(self, crew: Crew, latency: float) -> None:
         self._crew = crew
+        self._latency = latency
         self._buffer = b""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -76,23 +78,28 @@ class Connection(asyncio.Protocol):
             body, self._buffer = self._buffer[end + 4 : size], self._buffer[size:]
             method, path, _ = head.split(b" ", 2)
             answer = self._crew.answer(method, path, body)
-            self._transport.write(  # type: ignore[attr-defined]
-                b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n%s"
-                % (len(answer), answer)
-            )
+            if self._latency:
+                asyncio.get_running_loop().call_later(self._latency, self._write, answer)
+            else:
+                self._write(answer)
+
+    def _write(self, answer: bytes) -> None:
+        self._transport.write(  # type: ignore[attr-defined]
+            b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n%s" % (len(answer), answer)
+        )
 
 
-async def serve(seconds: float, port: int) -> None:
-    crew = Crew(seconds)
-    server = await asyncio.get_running_loop().create_server(lambda: Connection(crew), "127.0.0.1", port, backlog=1000)
+async def serve(seconds: float, port: int, latency: float = 0.0) -> None:
+    crew, loop = Crew(seconds), asyncio.get_running_loop()
+    server = await loop.create_server(lambda: Connection(crew, latency), "127.0.0.1", port, backlog=1000)
     print(server.sockets[0].getsockname()[1], flush=True)
     await server.serve_forever()
 
 
 @contextlib.contextmanager
-def lean_server(seconds: float, port: int = 0) -> Iterator[str]:
+def lean_server(seconds: float, port: int = 0, latency: float = 0.0) -> Iterator[str]:
     """Run one in a process of its own, on a free port unless one is given; give its URL."""
-    command = [sys.executable, __file__, "--seconds", str(seconds), "--port", str(port)]
+    command = [sys.executable, __file__, "--seconds", str(seconds), "--port", str(port), "--latency", str(latency)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
@@ -106,6 +113,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=2.0)
     parser.add_argument("--port", type=int, default=0)
+    parser.add_argument("--latency", type=float, default=0.0)
     given = parser.parse_args()
     with contextlib.suppress(KeyboardInterrupt):
-        asyncio.run(serve(given.seconds, given.port))
+        asyncio.run(serve(given.seconds, given.port, given.latency))

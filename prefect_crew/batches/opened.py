@@ -51,16 +51,14 @@ async def open_batch(job: BatchJob, *, shared: bool = False) -> AsyncGenerator[O
     """
     options = job.options
     webhooks_for(job.crew, job.name)  # settings that make no sense are said before anything is bought
-    pace = Pace(kickoffs_per_second=options.kickoffs_per_second, requests=options.requests_at_once)
+    pace = Pace(kickoffs_per_second=options.kickoffs_per_second, kickoffs_at_once=options.kickoffs_at_once)
     async with AsyncExitStack() as stack:
         session = BatchSession(job.crew, pace)
         await stack.enter_async_context(session)
         tell_batch(job.name, "checking")
         expected = await expected_inputs(session)
         plan = job.plan(expected)
-        checked = await asyncio.to_thread(plan.check)
-        if checked.bad and options.on_bad_row == "refuse":
-            raise BadRowsError(checked.bad, checked.bad_count, source=job.dataset.name)
+        # Whether the batch is ours is known before its rows are read, which may take minutes.
         ledger = await stack.enter_async_context(Ledger(job.place.ledger, job.name))
         lock = await stack.enter_async_context(BatchLock(ledger.database, job.name))
         if not await lock.take(WHOLE, shared=shared) or (shared and not await lock.take(PARENT)):
@@ -70,6 +68,11 @@ async def open_batch(job: BatchJob, *, shared: bool = False) -> AsyncGenerator[O
         output = Output(job.output, beside=beside, output_type=options.output_type)
         kept = await kept_here(ledger)
         output.check(fresh=not await ledger.known())
+        checked = await asyncio.to_thread(plan.check)
+        if checked.bad and options.on_bad_row == "refuse":
+            raise BadRowsError(checked.bad, checked.bad_count, source=job.dataset.name)
+        if not await lock.still_held():
+            raise BatchBusyError(name=job.name)
         bound = await bind(
             ledger,
             kept,
@@ -132,6 +135,8 @@ class OpenBatch:
         name, ledger, standing, output = self.job.name, self.ledger, self.standing, self.output
         if self.is_done:
             await self._recall()
+            if not await asyncio.to_thread(output.is_there):
+                await asyncio.to_thread(output.finish)
         else:
             try:
                 await self._run_rows()

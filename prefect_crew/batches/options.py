@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel
 
 from prefect_crew.api.errors import ConfigurationError
+from prefect_crew.batches.pacing import KICKOFFS_AT_ONCE
 from prefect_crew.batches.retries import RETRYABLE, Retries
 from prefect_crew.batches.rows import InputsFrom, KeyFrom
 from prefect_crew.choices import check_choices
@@ -43,7 +44,7 @@ class BatchOptions:
     inputs: InputsFrom | None = None
     max_in_flight: int | None = None
     kickoffs_per_second: float | None = None
-    requests_at_once: int = 8
+    kickoffs_at_once: int = KICKOFFS_AT_ONCE
     on_failure: OnFailure = "continue"
     on_bad_row: Literal["refuse", "set-aside"] = "refuse"
     on_change: Literal["refuse", "continue"] = "refuse"
@@ -64,7 +65,7 @@ class BatchOptions:
 
     def __post_init__(self) -> None:
         check_choices(wait=self.wait, output_type=self.output_type, meta=self.meta, webhooks=self.webhooks)
-        for name in ("max_in_flight", "requests_at_once", "breaker", "max_kickoffs", "chunk_size"):
+        for name in ("max_in_flight", "kickoffs_at_once", "breaker", "max_kickoffs", "chunk_size"):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ConfigurationError(f"{name} is {value!r}: give a number of 1 or more.")

@@ -6,6 +6,7 @@ the file are written again from the ledger, and a line that a power cut left hal
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Callable
@@ -79,7 +80,7 @@ class Output:
     """The output of one batch, written by one process.
 
     An output that is not on this machine, or is compressed or Parquet, is written at the end: until then its lines grow
-    in `path`, beside it or, for one elsewhere, beside the ledger.
+    in `path`, beside it or, for one elsewhere, beside the ledger. That file stays: the next call goes on with it.
 
     Raises:
         ConfigurationError: Such an output cannot be written here. This is known before anything is bought.
@@ -93,7 +94,14 @@ class Output:
         local = Path(output.removeprefix("file://"))
         self._remote = is_remote(output)
         self.direct = not self._remote and not self._parquet and local.suffix.lower() not in COMPRESSED
-        self.path = local if self.direct else (beside if self._remote else local).with_name(f"{local.name}.lines.jsonl")
+        if self.direct:
+            self.path = local
+        elif self._remote:
+            # Many addresses end in the same name, such as one for each day.
+            known = hashlib.sha256(output.encode()).hexdigest()[:8]
+            self.path = beside.with_name(f"{Path(self.name).name}.{known}.lines.jsonl")
+        else:
+            self.path = local.with_name(f"{local.name}.lines.jsonl")
         self._file: LineFile | None = None
         self._lines: _Lines | None = None
         if self._parquet:
@@ -178,6 +186,16 @@ class Output:
                 return sum(1 for line in file if line.endswith(b"\n"))
         except FileNotFoundError:
             return 0
+
+    def is_there(self) -> bool:
+        """Return whether the output is in its place; False for one elsewhere that cannot be looked at."""
+        if not self._remote:
+            return Path(self.output.removeprefix("file://")).exists()
+        try:
+            filesystem, path = _files.core.url_to_fs(self.output)
+            return bool(filesystem.exists(path))
+        except (OSError, ImportError, ValueError):
+            return False
 
     def finish(self) -> None:
         """Bring the closed file to its place, where it did not grow there.

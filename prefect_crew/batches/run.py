@@ -18,6 +18,7 @@ from prefect_crew.batches.datasets import Dataset, DatasetFormat, open_dataset
 from prefect_crew.batches.job import BatchJob
 from prefect_crew.batches.opened import open_batch
 from prefect_crew.batches.options import BatchOptions, OnFailure
+from prefect_crew.batches.pacing import KICKOFFS_AT_ONCE
 from prefect_crew.batches.places import ledger_place
 from prefect_crew.batches.plans import plan_of
 from prefect_crew.batches.report import BatchPlan, BatchReport
@@ -68,7 +69,7 @@ async def arun_batch(
     inputs: InputsFrom | None = None,
     max_in_flight: int | None = None,
     kickoffs_per_second: float | None = None,
-    requests_at_once: int = 8,
+    kickoffs_at_once: int = KICKOFFS_AT_ONCE,
     on_failure: OnFailure = "continue",
     on_bad_row: Literal["refuse", "set-aside"] = "refuse",
     on_change: Literal["refuse", "continue"] = "refuse",
@@ -112,7 +113,7 @@ async def arun_batch(
             function of the row, or a constant that is no text; left out, the columns of the crew's names.
         max_in_flight: Runs in flight at once, 100 if left out.
         kickoffs_per_second: A limit on the rate of kickoffs.
-        requests_at_once: Requests of a kind (kickoffs, status calls) at a time.
+        kickoffs_at_once: Kickoffs under way at a time, in each process. If it dies, at most so many rows are uncertain.
         on_failure: "continue", "stop" at the first failed row, after how many failed rows, or after which share below 1
             of the rows that ended.
         on_bad_row: "refuse" the data set, or "set-aside" the rows that cannot be run.
@@ -150,7 +151,7 @@ async def arun_batch(
         inputs=inputs,
         max_in_flight=max_in_flight,
         kickoffs_per_second=kickoffs_per_second,
-        requests_at_once=requests_at_once,
+        kickoffs_at_once=kickoffs_at_once,
         on_failure=on_failure,
         on_bad_row=on_bad_row,
         on_change=on_change,

@@ -179,7 +179,7 @@ async def _run_shard(
     if checked.fingerprint != job.call["fingerprint"]:
         raise BatchChangedError(name=job.name, difference="the data set that its parent has read is not the one here")
     standing = Standing(total=checked.total)
-    pace = Pace(kickoffs_per_second=options.kickoffs_per_second, requests=options.requests_at_once)
+    pace = Pace(kickoffs_per_second=options.kickoffs_per_second, kickoffs_at_once=options.kickoffs_at_once)
 
     async def on_end(end: RowEnd) -> None:
         standing.take(end)

@@ -118,7 +118,9 @@ def run(
     breaker: Annotated[
         int, Parameter(help="Failed rows in a row after which it pauses, then tries one at a time; 0 never does.")
     ] = 20,
-    requests_at_once: Annotated[int, Parameter(help="Requests of a kind at a time.")] = 8,
+    kickoffs_at_once: Annotated[
+        int, Parameter(help="Kickoffs under way at a time: at most so many rows are uncertain after a crash.")
+    ] = 16,
     timeout: Annotated[float | None, Parameter(help="Seconds that a run may take, pending and running.")] = None,
     output_type: Annotated[
         str | None, Parameter(help="A pydantic model that results have to fit, as module:Model.")
@@ -143,7 +145,7 @@ def run(
         "retry_failed": retry_failed,
         "max_kickoffs": max_kickoffs,
         "breaker": breaker or None,
-        "requests_at_once": requests_at_once,
+        "kickoffs_at_once": kickoffs_at_once,
         "task_per_row": task_per_row,
         "shards": shards,
         "deployment": deployment,

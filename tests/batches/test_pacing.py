@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import re
 import time
 
 import pytest
+from pydantic import SecretStr
 
+from prefect_crew import DeployedCrew
+from prefect_crew.api.client import CrewClient
 from prefect_crew.api.errors import CrewConnectionError, RateLimitedError
 from prefect_crew.batches import pacing
-from prefect_crew.batches.pacing import Pace, Rhythm
+from prefect_crew.batches.pacing import BatchClient, Pace, Rhythm
 
 
 def refused() -> CrewConnectionError:
@@ -34,17 +39,17 @@ async def entered(pace: Pace, count: int, seconds: float = 0.1) -> int:
 
 
 async def test_until_one_kickoff_was_taken_they_go_one_by_one():
-    pace = Pace(requests=4)
+    pace = Pace(kickoffs_at_once=8)
     assert await entered(pace, 10) == 1
     pace.taken()
-    assert await entered(pace, 10) == 7  # of twice four, one is still there
+    assert await entered(pace, 10) == 7  # of eight, one is still there
     for _ in range(8):
         pace.leave()
     await asyncio.wait_for(pace.idle(), 5)
 
 
 async def test_a_kickoff_that_leaves_makes_room():
-    pace = Pace(requests=1)
+    pace = Pace(kickoffs_at_once=2)
     pace.taken()
     assert await entered(pace, 5) == 2
     waiting = asyncio.ensure_future(pace.enter())
@@ -52,6 +57,76 @@ async def test_a_kickoff_that_leaves_makes_room():
     assert not waiting.done()
     pace.leave()
     await asyncio.wait_for(waiting, 5)
+
+
+class Far:
+    """A crew server that answers a request only once so many of its kind are there; on a port of its own."""
+
+    def __init__(self, **together: int) -> None:
+        self.together = together
+        self.most = dict.fromkeys(together, 0)
+        self._there = dict.fromkeys(together, 0)
+        self._ready = {method: asyncio.Event() for method in together}
+
+    async def __aenter__(self) -> Far:
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._server.close()
+        for ready in self._ready.values():
+            ready.set()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+            while True:
+                head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
+                size = re.search(r"content-length: (\d+)", head)
+                await reader.readexactly(int(size[1]) if size else 0)
+                method = head.split()[0].upper()
+                self._there[method] += 1
+                self.most[method] = max(self.most[method], self._there[method])
+                if self._there[method] >= self.together[method]:
+                    self._ready[method].set()
+                await self._ready[method].wait()
+                self._there[method] -= 1
+                answer = b'{"kickoff_id": "run"}' if method == "POST" else b'{"status": "running"}'
+                writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: ")
+                writer.write(b"%d\r\n\r\n%s" % (len(answer), answer))
+        writer.close()
+
+
+def crew_of(server: Far) -> DeployedCrew:
+    return DeployedCrew(url=server.url, token=SecretStr("token-of-8"))
+
+
+async def test_many_more_polls_than_kickoffs_are_on_their_way_at_once():
+    async with Far(GET=64, POST=16) as server:
+        pace = Pace()
+        async with BatchClient(crew_of(server), pace) as client:
+            polls = [asyncio.ensure_future(client.status("run")) for _ in range(200)]
+            kickoffs = [asyncio.ensure_future(client.kickoff({"topic": "tea"})) for _ in range(50)]
+            await asyncio.wait_for(asyncio.gather(*polls, *kickoffs), 20)
+    assert server.most == {"GET": 64, "POST": 16}
+
+
+async def test_a_connection_is_made_only_when_it_is_needed(monkeypatch: pytest.MonkeyPatch):
+    made: list[CrewClient] = []
+    make = DeployedCrew.client
+
+    def counted(crew: DeployedCrew) -> CrewClient:
+        made.append(make(crew))
+        return made[-1]
+
+    monkeypatch.setattr(DeployedCrew, "client", counted)
+    async with Far(GET=1) as server, BatchClient(crew_of(server), Pace()) as client:
+        for _ in range(5):
+            await client.status("run")
+        assert len(made) == 1
 
 
 async def test_kickoffs_keep_their_rate():

@@ -9,6 +9,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 from prefect import flow
 from prefect.client.orchestration import get_client
@@ -132,6 +133,57 @@ async def test_an_output_of_another_batch_is_left_as_it_is(batch: Batches, crew_
     with pytest.raises(OutputError, match=r"is there already, and this batch has not begun"):
         await batch(server.crew(), topics(3), name="second")
     assert (server.kickoffs, batch.output.read_bytes()) == (3, before)
+
+
+@pytest.mark.parametrize("place", ["out.jsonl", "out.jsonl.gz", "out.parquet", "memory://lost/out.jsonl"])
+async def test_an_output_that_is_gone_is_written_again(batch: Batches, crew_server: CrewServerFactory, place: str):
+    server, name = crew_server(ECHO), f"gone {place}"
+    output = place if "://" in place else str(batch.folder / place)
+    files: Any = fsspec
+    ledger = str(batch.folder / "ledger.db")
+    await batch(server.crew(), topics(3), name=name, output=output, ledger=ledger)
+    with files.open(output) as file:
+        before = file.read()
+    filesystem, path = files.core.url_to_fs(output)
+    filesystem.rm(path)
+    report = await batch(server.crew(), topics(3), name=name, output=output, ledger=ledger)
+    assert (report.completed, server.kickoffs) == (3, 3)
+    with files.open(output) as file:
+        after = file.read()
+    if not place.endswith((".gz", ".parquet")):  # where the time of writing is in it
+        assert sorted(after.splitlines()) == sorted(before.splitlines())
+    assert len(after) > 0
+
+
+async def test_outputs_elsewhere_of_one_base_name_are_two(batch: Batches, crew_server: CrewServerFactory):
+    server = crew_server(ECHO)
+    files: Any = fsspec
+    for day in ("2026-01-01", "2026-01-02"):
+        output = f"memory://{day}/out.jsonl"
+        for _ in range(2):
+            report = await batch(
+                server.crew(), topics(2), name=f"leads {day}", output=output, ledger=str(batch.folder / "ledger.db")
+            )
+            assert report.ok
+        with files.open(output) as file:
+            assert len(file.read().splitlines()) == 2
+    assert server.kickoffs == 4
+
+
+async def test_who_comes_second_hears_so_before_it_reads_the_data_set(batch: Batches, crew_server: CrewServerFactory):
+    server = crew_server(ECHO, faults=["status:500"])
+    first = asyncio.ensure_future(batch(server.crew(), topics(5), name="read"))
+    while not server.kickoffs:
+        await asyncio.sleep(0.02)
+
+    class Unread(list[Any]):
+        def __iter__(self) -> Any:
+            raise AssertionError("the data set was read")
+
+    with pytest.raises(BatchBusyError):
+        await batch(server.crew(), Unread(topics(5)), name="read")
+    server.faults.clear()
+    assert (await first).ok
 
 
 async def test_two_calls_at_once_are_one_and_a_refusal(batch: Batches, crew_server: CrewServerFactory):
