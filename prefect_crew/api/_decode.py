@@ -38,6 +38,8 @@ RUN_KEYS = ("kickoff_id", "kickoffId", "execution_id", "executionId")
 MAX_ID = 1000
 """Characters of a usable id. Longer ones fit neither a URL nor the record of a run."""
 MAX_COUNT = 2**63 - 1
+MAX_CONTAINERS = 2_000_000
+"""Lists and objects of a body. Each takes up to 200 bytes of memory where its text takes two."""
 _SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
 _MISSING = object()
 
@@ -68,6 +70,9 @@ def try_json(text: str) -> Any:
 
 
 def _loads(text: str) -> Any:
+    # Brackets in texts count as well: a text may be JSON, and is then parsed by itself.
+    if len(text) > MAX_CONTAINERS and text.count("[") + text.count("{") > MAX_CONTAINERS:
+        return _MISSING
     try:
         value = json.loads(
             text.removeprefix("\ufeff"), parse_constant=lambda _: None, parse_float=_float, parse_int=_int

@@ -33,7 +33,7 @@ def parse_webhook(kind: WebhookKind, body: Any) -> WebhookBody:
         return _stream(value, expected)
     source = as_object(value)
     kickoff_id = id_of(source, RUN_KEYS)
-    if kickoff_id is None:
+    if kickoff_id is None or not kickoff_id.isprintable():  # no run of ours has such an id
         raise ResponseFormatError(expected=f"{expected} that names its run", body=shown(value))
     found = shapes.state_of(source)
     facts: dict[str, Any] = {

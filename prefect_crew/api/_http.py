@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import functools
 import ipaddress
 import os
 import ssl
+import zlib
 from collections.abc import AsyncIterable, Callable, Generator, Mapping
 from pathlib import Path
 from typing import NamedTuple, cast
@@ -33,8 +35,16 @@ __all__ = [
 ]
 
 MAX_BODY = 64 * 1024 * 1024
-"""Bytes of a decoded answer. A crew's result has no business to be larger, and memory has an end."""
+"""Bytes of an answer, also of a compressed one once it is decoded.
+
+Results of 12 MB were seen, and some servers write a result four times into one answer: as the result, as the output, as
+that of the last task, and in the list of tasks.
+"""
 MAX_ERROR_BODY = 64 * 1024
+AT_ONCE = 256 * 1024
+"""Bytes that are parsed on the event loop. Larger bodies are parsed in a thread: nothing else would go on meanwhile."""
+UNPACKED_AT_ONCE = AT_ONCE // 1024
+"""Bytes of a compressed body that are decoded on the event loop: gzip makes at most a thousand of one."""
 GET_DEADLINE = 10
 """A GET may take this many times the request timeout in all, for results of many megabytes over a slow network.
 
@@ -195,18 +205,22 @@ async def read_answer(response: httpx.Response, *, kickoff_id: str | None) -> An
     limit = MAX_BODY if good else MAX_ERROR_BODY
     chunks: list[bytes] = []
     size = 0
+    # What comes, not what httpx's decoders make of it: those know no limit.
+    async for chunk in cast("AsyncIterable[bytes]", response.stream):
+        chunks.append(chunk)
+        size += len(chunk)
+        if size > limit:
+            break
+    body = b"".join(chunks)
+    coding = response.headers.get("content-encoding", "").strip().lower()
     problem = None
-    try:
-        # What is not encoded need not go through httpx's decoders.
-        encoded = "content-encoding" in response.headers
-        async for chunk in response.aiter_bytes() if encoded else cast("AsyncIterable[bytes]", response.stream):
-            chunks.append(chunk)
-            size += len(chunk)
-            if size > limit:
-                problem = f"an answer of more than {limit // 1024**2} MiB"
-                break
-    except httpx.DecodingError:
-        problem = f"a body that is not the {response.headers.get('content-encoding', '')} that it says it is"
+    if coding not in ("", "identity"):
+        if len(body) > UNPACKED_AT_ONCE:
+            body, problem = await asyncio.to_thread(_unpacked, body, coding, limit)
+        else:
+            body, problem = _unpacked(body, coding, limit)
+    if len(body) > limit:
+        problem = f"an answer of more than {limit // 1024**2} MiB"
     if problem and good:
         raise ResponseFormatError(
             expected="an answer that can be read",
@@ -214,7 +228,20 @@ async def read_answer(response: httpx.Response, *, kickoff_id: str | None) -> An
             status_code=response.status_code,
             kickoff_id=kickoff_id,
         )
-    return Answer(response.status_code, response.headers, b"".join(chunks)[:limit])
+    return Answer(response.status_code, response.headers, body[:limit])
+
+
+def _unpacked(body: bytes, coding: str, limit: int) -> tuple[bytes, str | None]:
+    """Return a body decoded, a little more than `limit` bytes of it at most, and what is wrong with it, if anything."""
+    if coding not in ("gzip", "x-gzip"):
+        return b"", "a body that is encoded in a way that was not asked for"
+    decoder = zlib.decompressobj(16 + zlib.MAX_WBITS)
+    try:
+        plain = decoder.decompress(body, limit + 1)
+    except zlib.error:
+        return b"", "a body that is not the gzip that it says it is"
+    whole = decoder.eof or len(plain) > limit
+    return plain, None if whole else "a compressed body that was cut short"
 
 
 _NOT_SENT = (

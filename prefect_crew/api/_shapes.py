@@ -15,6 +15,7 @@ from prefect_crew.api.models import CrewState, TaskResult, TokenUsage
 
 __all__ = [
     "State",
+    "agreed_state",
     "data_of",
     "error_of",
     "error_text",
@@ -33,6 +34,7 @@ _TEXT_KEYS = ("output", "raw", "result")
 _TASK_LISTS = ("tasks", "tasks_output", "task_outputs")
 _RESULT_KEYS = {*_TEXT_KEYS, *_TASK_LISTS, "json_dict", "pydantic", "token_usage"}
 """Keys that make an object under `result` a wrapping of the result rather than the result itself."""
+_ERROR_KEYS = {"error", "error_message", "message", "detail", "details", "type", "code", "status", "state", "traceback"}
 _DEPTH = 5
 _COUNTS = tuple(TokenUsage.model_fields)
 
@@ -52,6 +54,29 @@ def state_of(body: Mapping[str, Any]) -> State | None:
         return None
     state = known_state(word)
     return State(state or CrewState.RUNNING, word, state is not None)
+
+
+def agreed_state(body: Mapping[str, Any], found: State) -> CrewState:
+    """Return the state of a run on which all of its status agrees: what is said to have failed has not completed.
+
+    Completed contradicts a `status` beside `state` that means failed or stopped, an error where there is no result, and
+    a result that is an error and nothing else.
+    """
+    if found.state is not CrewState.COMPLETED:
+        return found.state
+    other = known_state(as_text(body.get("status")) or "")
+    if other in (CrewState.FAILED, CrewState.STOPPED):
+        return other
+    inner = as_object(body.get("result"))
+    if error_text(inner.get("error")) and inner.keys() <= _ERROR_KEYS:
+        return CrewState.FAILED
+    if error_text(body.get("error")) or error_text(body.get("error_message")):
+        # What the last task wrote is no result of a run that names its error.
+        own = {key: value for key, value in body.items() if key != "last_executed_task"}
+        data = data_of(own)
+        if data is None and not output_of(own, data):
+            return CrewState.FAILED
+    return CrewState.COMPLETED
 
 
 def message_of(body: Mapping[str, Any]) -> str | None:
@@ -197,12 +222,14 @@ def error_of(body: Mapping[str, Any], state: CrewState) -> str | None:
             return text
     if state is not CrewState.FAILED:
         return None
+    inner = as_object(body.get("result"))
+    if text := error_text(inner.get("error")):
+        return text
     if text := error_text(body.get("message")):
         return text
     if text := _status_sentence(body):
         return text
-    inner = as_object(body.get("result"))
-    for value in (*(inner.get(key) for key in ("error", *_TEXT_KEYS)), body.get("result"), body.get("output")):
+    for value in (*(inner.get(key) for key in _TEXT_KEYS), body.get("result"), body.get("output")):
         if text := error_text(value):
             return text
     return None

@@ -55,7 +55,11 @@ class Wire:
         limits = httpx.Limits(max_connections=100, max_keepalive_connections=20, keepalive_expiry=keepalive)
         try:
             self._client = httpx.AsyncClient(
-                headers={"User-Agent": f"prefect-crew/{_version()}", "Accept": "application/json"},
+                headers={
+                    "User-Agent": f"prefect-crew/{_version()}",
+                    "Accept": "application/json",
+                    "Accept-Encoding": "gzip",
+                },
                 limits=limits,
                 verify=_http.tls_context(verify),
                 **carried,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import json
 import re
@@ -92,7 +93,8 @@ class CrewClient:
         RateLimitedError, ServerError: 429 and 5xx, with `retry_after` in seconds where the server asks for it.
         CrewAPIError: Any other status that is an error, a redirect too.
         CrewConnectionError: No answer; `sent` is False only where the request surely did not leave.
-        ResponseFormatError: An answer that is none of the known shapes, or larger than 64 MiB.
+        ResponseFormatError: An answer that is none of the known shapes, larger than 64 MiB, or of more
+            than two million lists and objects.
         ConfigurationError: URL, token, id or inputs cannot be used. Nothing was sent.
     """
 
@@ -154,7 +156,7 @@ class CrewClient:
             NotFoundError: The crew's server has no `/inputs`, or there is no crew at this URL.
         """
         call = _Call("GET", "/inputs")
-        return self._parsed(call, await self._send(call), parse_inputs)
+        return await self._parsed(call, await self._send(call), parse_inputs)
 
     async def kickoff(
         self,
@@ -183,7 +185,7 @@ class CrewClient:
         answer = await self._send(call, body)
         if answer.status in (400, 422):
             self._refuse(call, answer, InvalidInputsError)
-        return self._parsed(call, answer, parse_kickoff)
+        return await self._parsed(call, answer, parse_kickoff)
 
     async def status(self, kickoff_id: str) -> CrewStatus:
         """Return where a run stands. A 404 is a status too: CrewState.UNKNOWN.
@@ -197,7 +199,7 @@ class CrewClient:
             call = _Call("GET", template.replace("{id}", encoded), kickoff_id)
             answer = await self._send(call)
             if answer.status not in (404, 405):
-                status = self._parsed(call, answer, lambda body: parse_status(body, kickoff_id))
+                status = await self._parsed(call, answer, lambda body: parse_status(body, kickoff_id))
                 self._status_path = template
                 return status
             text = self._without_token(call, answer.text)
@@ -227,7 +229,7 @@ class CrewClient:
             **(webhooks.for_resume() if webhooks else {}),
         }
         call = _Call("POST", "/resume", kickoff_id, tuple(webhooks.secrets()) if webhooks else ())
-        return self._parsed(call, await self._send(call, body), parse_resume)
+        return await self._parsed(call, await self._send(call, body), parse_resume)
 
     async def stop(self, kickoff_id: str) -> StopAnswer:
         """Ask the server to stop a run, and return what came of it. `/stop` is not documented and may be missing.
@@ -236,6 +238,9 @@ class CrewClient:
         """
         call = _Call("POST", f"/stop/{_http.segment(kickoff_id, what='kickoff id')}", kickoff_id)
         answer = await self._send(call)
+        return await _apart(answer, lambda: self._stopped(call, answer, kickoff_id))
+
+    def _stopped(self, call: _Call, answer: Answer, kickoff_id: str) -> StopAnswer:
         text = self._without_token(call, answer.text)
         found = self._shaped(call, answer, lambda _: parse_stop(text, kickoff_id, answer.status))
         if found is None:
@@ -256,7 +261,7 @@ class CrewClient:
             return False
         if answer.status in (401, 403):
             self._refuse(call, answer)
-        return 200 <= answer.status < 300 and _HEALTHY.search(answer.text[:1000]) is not None
+        return 200 <= answer.status < 300 and _HEALTHY.search(answer.body[:1000].decode("utf-8", "replace")) is not None
 
     async def _send(self, call: _Call, body: Mapping[str, Any] | None = None) -> Answer:
         wire = self._polls if call.method == "GET" else self._once
@@ -301,11 +306,11 @@ class CrewClient:
         """Return what may be told of a text that the server has sent."""
         return withheld(self._without_token(call, text))
 
-    def _parsed(self, call: _Call, answer: Answer, parse: Callable[[bytes], T]) -> T:
+    async def _parsed(self, call: _Call, answer: Answer, parse: Callable[[bytes], T]) -> T:
         """Return the model of a 2xx, or raise the error that the status means."""
         if not 200 <= answer.status < 300:
             self._refuse(call, answer)
-        return self._shaped(call, answer, parse)
+        return await _apart(answer, lambda: self._shaped(call, answer, parse))
 
     def _shaped(self, call: _Call, answer: Answer, parse: Callable[[bytes], T]) -> T:
         try:
@@ -338,6 +343,11 @@ class CrewClient:
         elif issubclass(kind, (RateLimitedError, ServerError)):
             told["retry_after"] = facts.retry_after
         raise kind(**told)
+
+
+async def _apart(answer: Answer, work: Callable[[], T]) -> T:
+    """Return what `work` makes of an answer; of a large one in a thread, so that all else goes on meanwhile."""
+    return await asyncio.to_thread(work) if len(answer.body) > _http.AT_ONCE else work()
 
 
 def _kind(status: int) -> type[CrewAPIError]:

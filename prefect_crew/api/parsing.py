@@ -14,6 +14,7 @@ from prefect_crew.api import _shapes as shapes
 from prefect_crew.api._decode import (
     RUN_KEYS,
     as_count,
+    as_id,
     as_number,
     as_object,
     as_text,
@@ -124,12 +125,14 @@ def parse_kickoff(body: Any) -> str:
     """Return the id of the run that a kickoff started.
 
     Raises:
-        ResponseFormatError: There is no usable id in the body. The run may have started all the same.
+        ResponseFormatError: There is no usable id in the body, or it has control characters. The run may have
+            started all the same.
     """
     expected = "the id of the run that was started"
     value = decode(body, expected=expected)
     kickoff_id = id_of(as_object(value), _KICKOFF_KEYS)
-    if kickoff_id is None:
+    # It goes into logs, commands and records, where a line break or an escape of a terminal is more than an id.
+    if kickoff_id is None or not kickoff_id.isprintable():
         raise ResponseFormatError(expected=expected, body=shown(value))
     return kickoff_id
 
@@ -138,11 +141,11 @@ def parse_status(body: Any, kickoff_id: str) -> CrewStatus:
     """Return where run `kickoff_id` stands.
 
     Output and data are set only on a completed run, an error only on a failed or stopped one, whatever else the body
-    holds. A body without a state says nothing of the run, even beside a result: every known server gives one, and
-    unknown is not success.
+    holds. A run that is said to be completed and failed at once counts as failed. A body without a state says nothing
+    of the run, even beside a result: every known server gives one, and unknown is not success.
 
     Raises:
-        ResponseFormatError: The body is no object, or has no state.
+        ResponseFormatError: The body is no object, has no state, or names another run.
     """
     expected = "the status of a run"
     value = decode(body, expected=expected, kickoff_id=kickoff_id)
@@ -150,7 +153,11 @@ def parse_status(body: Any, kickoff_id: str) -> CrewStatus:
     found = shapes.state_of(source)
     if found is None:
         raise ResponseFormatError(expected=expected, body=shown(value), kickoff_id=kickoff_id)
-    state = found.state
+    named = {own for key in RUN_KEYS if (own := as_id(source.get(key)))}
+    if named and kickoff_id.casefold() not in {own.casefold() for own in named}:
+        expected = "the status of this run, not that of another one"
+        raise ResponseFormatError(expected=expected, body=shown(value), kickoff_id=kickoff_id)
+    state = shapes.agreed_state(source, found)
     completed, total, progress = _progress(source)
     data = shapes.data_of(source) if state is CrewState.COMPLETED else None
     return CrewStatus(

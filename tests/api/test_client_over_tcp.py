@@ -9,8 +9,10 @@ import logging
 import socket
 import ssl
 import struct
+import threading
 import traceback
-from collections.abc import AsyncIterator, Awaitable, Callable
+import tracemalloc
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from datetime import datetime, timedelta, timezone
 from ipaddress import ip_address
 from pathlib import Path
@@ -29,10 +31,11 @@ from starlette.responses import JSONResponse, PlainTextResponse, RedirectRespons
 from starlette.routing import Route
 
 from prefect_crew.api import _http
+from prefect_crew.api import client as api_client
 from prefect_crew.api.certainty import KickoffFate, kickoff_fate, post_deadline
 from prefect_crew.api.client import CrewClient
 from prefect_crew.api.errors import CrewAPIError, CrewConnectionError, ResponseFormatError, ServerError
-from prefect_crew.api.models import CrewState, StopOutcome
+from prefect_crew.api.models import CrewState, CrewStatus, StopOutcome
 
 TOKEN = "t0ken-0123456789"
 JSON_HEADERS = "Content-Type: application/json\r\n"
@@ -289,6 +292,80 @@ async def test_an_answer_beyond_the_cap_is_not_swallowed():
         with pytest.raises(ServerError) as failed:
             await client.inputs()
         assert len(failed.value.body) < 600
+
+
+@pytest.mark.parametrize("layers", [1, 2], ids=["gzip", "gzip-in-gzip"])
+async def test_a_compressed_bomb_takes_no_more_memory_than_the_cap(layers: int):
+    packed = b" " * 400 * 1024**2
+    coding = ", ".join(["gzip"] * layers)
+    for _ in range(layers):
+        packed = gzip.compress(packed, compresslevel=1)
+
+    async def bomb(request: Request) -> Response:
+        return Response(packed, headers={"content-encoding": coding})
+
+    async with app_server(Route("/{rest:path}", bomb)) as url, CrewClient(url, TOKEN) as client:
+        with pytest.raises(ResponseFormatError) as caught, traced() as peak:
+            await client.status("k1")
+    assert caught.value.kickoff_id == "k1"
+    assert peak() < 3 * _http.MAX_BODY
+
+
+@contextlib.contextmanager
+def traced() -> Iterator[Callable[[], int]]:
+    """Measure the most memory that is held at a time meanwhile, in bytes."""
+    tracemalloc.start()
+    peak = 0
+    try:
+        yield lambda: peak
+    finally:
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+
+
+async def test_a_compressed_answer_that_was_cut_short():
+    packed = gzip.compress(b'{"state": "SUCCESS", "result": "done"}' + b" " * 1000)
+
+    async def cut(request: Request) -> Response:
+        return Response(packed[:-9], headers={"content-encoding": "gzip"})
+
+    async with app_server(Route("/{rest:path}", cut)) as url, CrewClient(url, TOKEN) as client:
+        with pytest.raises(ResponseFormatError, match="cut short"):
+            await client.status("k1")
+
+
+async def test_an_encoding_that_was_not_asked_for():
+    asked: list[str] = []
+
+    async def odd(request: Request) -> Response:
+        asked.append(request.headers["accept-encoding"])
+        return Response(b"?", headers={"content-encoding": "br"})
+
+    async with app_server(Route("/{rest:path}", odd)) as url, CrewClient(url, TOKEN) as client:
+        with pytest.raises(ResponseFormatError, match="not asked for"):
+            await client.status("k1")
+    assert asked == ["gzip"]
+
+
+async def test_a_large_answer_is_parsed_apart_from_the_event_loop(monkeypatch: pytest.MonkeyPatch):
+    threads: dict[int, int] = {}
+    parse = api_client.parse_status
+
+    def seen(body: bytes, kickoff_id: str) -> CrewStatus:
+        threads[len(body)] = threading.get_ident()
+        return parse(body, kickoff_id)
+
+    monkeypatch.setattr(api_client, "parse_status", seen)
+    bodies = {f"/status/{size}": f'{{"state":"SUCCESS","result":"{"x" * size}"}}' for size in (10, _http.AT_ONCE)}
+
+    async def result(request: Request) -> Response:
+        return Response(bodies[request.url.path], media_type="application/json")
+
+    async with app_server(Route("/status/{id}", result)) as url, CrewClient(url, TOKEN) as client:
+        for path in bodies:
+            assert (await client.status(path.rpartition("/")[2])).state is CrewState.COMPLETED
+    small, large = (threads[len(body)] for body in bodies.values())
+    assert small == threading.get_ident() != large
 
 
 async def trickling_head(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

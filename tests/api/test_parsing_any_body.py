@@ -155,7 +155,10 @@ def test_only_a_known_word_of_success_completes(body: dict[str, Any]):
     except ResponseFormatError:
         return
     word = "".join(character for character in found.raw_state or "" if character not in " \t\n-_").casefold()
-    assert (found.state is CrewState.COMPLETED) == (word in {"success", "completed"})
+    if word in {"success", "completed"}:  # unless the same body says that it failed or was stopped
+        assert found.state in (CrewState.COMPLETED, CrewState.FAILED, CrewState.STOPPED)
+    else:
+        assert found.state is not CrewState.COMPLETED
     if found.state is not CrewState.COMPLETED:
         assert (found.output, found.data) == (None, None)
     if found.state not in (CrewState.FAILED, CrewState.STOPPED):
