@@ -62,6 +62,10 @@ class DeployedCrew(JobBlock[CrewResult]):
         title="Inputs as JSON",
         description="Whether numbers, lists and objects are sent as JSON values instead of as text.",
     )
+    allow_extra_inputs: bool = Field(
+        default=False,
+        description="Whether inputs that the crew does not name are sent. Otherwise a run that has any is not started.",
+    )
     wait: WaitPolicy = Field(default=WaitPolicy(), description="How to wait for this crew's runs.")
     max_kickoffs: int = Field(
         default=3, ge=1, description="How many runs may be bought under one run key, the failed ones included."
@@ -212,7 +216,7 @@ class DeployedCrew(JobBlock[CrewResult]):
         `options` are `run_key`, `force_new`, `meta` and `webhooks`, as those of `run_crew`. Awaited in async code.
 
         Raises:
-            InvalidInputsError: Inputs are missing; nothing was started.
+            InvalidInputsError: Inputs are missing or unknown; nothing was started.
             KickoffUncertainError: Nobody knows whether a run was started.
             CrewError: As `run_crew`.
         """

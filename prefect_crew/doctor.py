@@ -18,6 +18,7 @@ from prefect_crew.api.errors import (
     CrewError,
     NotFoundError,
 )
+from prefect_crew.api.inputs import STATE_ID
 from prefect_crew.api.models import CrewState
 
 if TYPE_CHECKING:
@@ -151,7 +152,8 @@ async def _inputs(client: CrewClient) -> AsyncIterator[Finding]:
             Level.PROBLEM,
             "token",
             f"It is refused with {error.status_code}.",
-            "Copy it again from the Status tab of the crew's page; every crew has its own. "
+            "Copy it again from the Status tab of the crew's page; every crew has its own. Of the two kinds, a User "
+            "Bearer Token may do less than the organisation's Bearer Token. "
             "Then: prefect-crew save NAME --url URL --overwrite.",
         )
         return
@@ -171,6 +173,14 @@ async def _inputs(client: CrewClient) -> AsyncIterator[Finding]:
     if found:
         names = ", ".join(f"{item.name}{'' if item.required else ' (optional)'}" for item in found)
         yield _ok("inputs", f"the crew takes {names}")
+        if any(item.name == STATE_ID for item in found):
+            yield Finding(
+                Level.WARNING,
+                "inputs",
+                f"One of them is called {STATE_ID}, which a Flow takes for the id of its state.",
+                "In a Flow give it a UUID, and a new one for each run; a batch takes it from a column only where it is "
+                "mapped.",
+            )
     else:
         yield Finding(Level.NOTE, "inputs", "The crew names none.")
 

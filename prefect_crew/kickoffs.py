@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from prefect_crew.api.errors import AuthenticationError, ConfigurationError, CrewError, InvalidInputsError
-from prefect_crew.api.inputs import encode_inputs, inputs_digest, missing_inputs, unknown_inputs
+from prefect_crew.api.inputs import STATE_ID, encode_inputs, inputs_digest, is_uuid, missing_inputs, unknown_inputs
 from prefect_crew.api.models import CrewInput, CrewState
 from prefect_crew.api.redaction import holds_secret, withholding
 from prefect_crew.choices import check_choices
@@ -50,7 +50,7 @@ async def open_run(
 
     Raises:
         ConfigurationError: The inputs cannot be sent, or the run key cannot be used; nothing was started.
-        InvalidInputsError: Inputs are missing; nothing was started.
+        InvalidInputsError: Inputs are missing or unknown; nothing was started.
         RunKeyConflictError: The key belongs to another crew or other inputs; nothing was started.
         KickoffUncertainError: A kickoff was sent and nobody knows whether it started a run.
         CrewConnectionError, RateLimitedError, ServerError: The kickoff surely did not start a run; it may be retried.
@@ -78,7 +78,10 @@ async def open_run(
         with watch_ctrl_c(), withholding(crew.redactor(encoded)):
             try:
                 opened = await purchase_run(
-                    purchase, store or PrefectRecords(), session, check=lambda: check_inputs(session, encoded)
+                    purchase,
+                    store or PrefectRecords(),
+                    session,
+                    check=lambda: check_inputs(session, encoded, allow_extra=crew.allow_extra_inputs),
                 )
             except CrewError as error:
                 error.about(identity.run_key, crew.label)
@@ -126,33 +129,43 @@ def knowing_inputs(expected: Mapping[str, Sequence[CrewInput]]) -> Generator[Non
         _known.reset(token)
 
 
-async def check_inputs(session: CrewSession, inputs: Mapping[str, Any]) -> None:
+async def check_inputs(session: CrewSession, inputs: Mapping[str, Any], *, allow_extra: bool = False) -> None:
     """Check inputs against `GET /inputs`. A crew that does not say what it needs is no obstacle.
 
     Raises:
-        InvalidInputsError: Some are missing.
+        InvalidInputsError: Some are missing, or the crew does not name them and extra ones are not allowed.
         AuthenticationError: The token is refused, also after a reload of a stored block.
     """
+    expected = await _expected_inputs(session)
+    missing = missing_inputs(expected, inputs)
+    unknown = [] if allow_extra else unknown_inputs(expected, inputs)
+    if missing or unknown:
+        raise InvalidInputsError(
+            missing_inputs=missing,
+            unknown_inputs=unknown,
+            known_inputs=[item.name for item in expected],
+            before_kickoff=True,
+            method="GET",
+            path="/inputs",
+        )
+    if (state_id := inputs.get(STATE_ID)) is not None and not is_uuid(state_id):
+        # Not refused: a crew that is no Flow may well have an input of that name.
+        run_logger().warning(
+            "The input %s is no UUID. A Flow takes it for the id of its state and refuses the run; a crew takes it as "
+            "any other input.",
+            STATE_ID,
+        )
+
+
+async def _expected_inputs(session: CrewSession) -> Sequence[CrewInput]:
     known = _known.get()
     told = None if known is None else known.inputs.get(session.crew.url)
+    if told is not None:
+        return told
     try:
-        expected = await session.client.inputs() if told is None else told
+        return await session.asked(lambda client: client.inputs())
     except AuthenticationError:
-        if not await session.renew():
-            raise
-        return await check_inputs(session, inputs)
+        raise
     except CrewError as error:
         run_logger().warning("The crew's inputs could not be checked before the kickoff: %s", error)
-        return None
-    missing = missing_inputs(expected, inputs)
-    if missing:
-        raise InvalidInputsError(missing_inputs=missing, before_kickoff=True, method="GET", path="/inputs")
-    unknown = unknown_inputs(expected, inputs) if expected else []
-    if unknown:
-        run_logger().warning(
-            "Crew %s does not name the inputs %s, only %s. They are sent all the same.",
-            session.crew.label,
-            ", ".join(unknown),
-            ", ".join(known.name for known in expected),
-        )
-    return None
+        return []

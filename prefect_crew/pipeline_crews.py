@@ -92,7 +92,9 @@ class PipelineCrews:
                 fresh, self.expected[name] = answer
                 # Of two blocks for one crew each keeps what else it says.
                 self.crews[name] = crew if fresh is None else crew.model_copy(update={"token": fresh.token})
-        self.graph.check_inputs(self.expected)
+        self.graph.check_inputs(
+            self.expected, extra=[name for name, crew in self.crews.items() if crew.allow_extra_inputs]
+        )
 
     async def _ask(self, crew: DeployedCrew) -> tuple[DeployedCrew | None, list[CrewInput]] | None:
         """Return a crew's inputs, and the crew with its new token if that was rotated since it was loaded."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from graphlib import CycleError, TopologicalSorter
 from typing import Any, cast
 
+from prefect_crew.api._error import listed_names, with_guesses
 from prefect_crew.api.errors import ConfigurationError
-from prefect_crew.api.inputs import missing_inputs
+from prefect_crew.api.inputs import missing_inputs, unknown_inputs
 from prefect_crew.api.models import CrewInput, CrewResult
 from prefect_crew.blocks import DeployedCrew
 from prefect_crew.choices import check_choices
@@ -139,15 +140,23 @@ class PipelineGraph:
             self.sorts = False
             self.problems.append(f"the steps go round in a circle: {' -> '.join(map(str, error.args[1]))}")
 
-    def check_inputs(self, expected: Mapping[str, Sequence[CrewInput]]) -> None:
-        """Note the inputs that each step's crew requires and its step does not give. Functions tell theirs later."""
+    def check_inputs(self, expected: Mapping[str, Sequence[CrewInput]], extra: Collection[str] = ()) -> None:
+        """Note the inputs that each step lacks, and those that its crew does not name, but for the steps in `extra`.
+
+        Functions tell theirs later.
+        """
         for step in {step.name: step for step in self.steps}.values():
             if callable(step.inputs):
                 continue
             given = self.inputs if step.inputs is None else step.inputs
-            missing = missing_inputs(expected.get(step.name, ()), given)
+            known = expected.get(step.name, ())
+            missing = missing_inputs(known, given)
             if missing:
                 self.problems.append(f"step {step.name!r} lacks the inputs {', '.join(missing)} of its crew")
+            if step.inputs is not None and step.name not in extra and (unknown := unknown_inputs(known, given)):
+                names = [item.name for item in known]
+                guessed = f"{with_guesses(unknown, names)}; its crew takes {listed_names(names)}"
+                self.problems.append(f"step {step.name!r} gives the unknown inputs {guessed}")
 
     def layers(self) -> list[list[str]]:
         """Return the steps in layers: each needs only steps of the layers before it."""

@@ -223,7 +223,7 @@ async def kickoff_crew(
         webhooks: Targets of your own.
 
     Raises:
-        InvalidInputsError: Inputs are missing; nothing was started.
+        InvalidInputsError: Inputs are missing or unknown; nothing was started.
         RunKeyConflictError: The key belongs to another run; nothing was started.
         KickoffUncertainError: Nobody knows whether a run was started; it is not sent again.
         CrewConnectionError, RateLimitedError, ServerError: It surely did not start; Prefect retries this.

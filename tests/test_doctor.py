@@ -37,11 +37,29 @@ def test_a_healthy_crew():
     assert "budget, interests, duration, age" in found["inputs"].found
 
 
+def test_what_is_optional_and_an_input_that_is_reserved():
+    named = "name: x\ninputs: [topic, {name: id, required: false}]\ntasks: [{name: t, output: x}]"
+    with CrewServer(named) as server:
+        found = asyncio.run(_all(server.url, server.token))
+    assert [one.found for one in found if one.level is Level.OK and one.subject == "inputs"] == [
+        "the crew takes topic, id (optional)"
+    ]
+    (warning,) = [one for one in found if one.level is Level.WARNING]
+    assert warning.subject == "inputs"
+    assert "id" in warning.found
+    assert "UUID" in warning.mend
+
+
+async def _all(url: str, token: str) -> list[Finding]:
+    return [finding async for finding in check_crew(CrewClient(url, token, request_timeout=5))]
+
+
 def test_a_wrong_token_is_one_problem():
     with CrewServer("travel") as server:
         found = findings(server.url, "another-token")
     assert problems(found) == ["token"]
     assert "Status tab" in found["token"].mend
+    assert "User Bearer Token" in found["token"].mend
     assert "another-token" not in str(found)
 
 

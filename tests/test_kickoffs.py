@@ -37,6 +37,7 @@ pytestmark = pytest.mark.usefixtures("prefect_api", "instant_polling")
 
 RECORDS = PrefectRecords()
 TRIP = script({"output": "{{ city }}"}, inputs=["city"])
+TONED = script({"output": "{{ city }}"}, inputs=["city", {"name": "tone", "required": False, "default": "dry"}])
 
 
 def key() -> str:
@@ -61,7 +62,10 @@ def _log_all(caplog: pytest.LogCaptureFixture) -> None:
 
 async def test_missing_inputs_start_nothing_and_may_be_mended_under_the_same_key(crew_server: CrewServerFactory):
     server, run_key = crew_server(TRIP), key()
-    with pytest.raises(InvalidInputsError, match=r"Missing inputs: city. Nothing was started") as caught:
+    with pytest.raises(
+        InvalidInputsError,
+        match=r"Missing inputs: city\. Unknown inputs: days\. The crew takes: city\. Nothing was started",
+    ) as caught:
         await server.crew().trigger({"days": 3}, run_key=run_key)
     assert (caught.value.missing_inputs, caught.value.before_kickoff) == (["city"], True)
     assert str(caught.value).endswith(f"This was about run {run_key!r} of crew {server.crew().label}.")
@@ -71,14 +75,72 @@ async def test_missing_inputs_start_nothing_and_may_be_mended_under_the_same_key
     assert await phases(run_key) == [RecordPhase.NOT_STARTED, RecordPhase.STARTED]
 
 
-async def test_unknown_inputs_are_warned_of_once_and_sent(
+async def test_an_unknown_input_starts_nothing_and_is_told_with_the_one_that_may_be_meant(
+    crew_server: CrewServerFactory,
+):
+    server, run_key = crew_server(TONED), key()
+    with pytest.raises(InvalidInputsError) as caught:
+        await server.crew().trigger({"city": "Lisbon", "tones": "dry", "size": 3}, run_key=run_key)
+    said = "Unknown inputs: tones (did you mean tone?), size. The crew takes: city, tone. Nothing was started."
+    assert str(caught.value).startswith(said)
+    assert "allow_extra_inputs=True" in str(caught.value)
+    assert (caught.value.unknown_inputs, caught.value.known_inputs) == (["tones", "size"], ["city", "tone"])
+    assert (caught.value.missing_inputs, caught.value.before_kickoff) == ([], True)
+    assert server.requests["kickoff"] == 0
+    await server.crew().trigger({"city": "Lisbon", "tone": "dry"}, run_key=run_key)
+    assert await phases(run_key) == [RecordPhase.NOT_STARTED, RecordPhase.STARTED]
+
+
+async def test_an_optional_input_may_be_left_out_and_given(crew_server: CrewServerFactory):
+    server = crew_server(TONED)
+    for given in ({"city": "Lisbon"}, {"city": "Lisbon", "tone": "dry"}):
+        run = await server.crew().trigger(given)
+        assert server.run(run.kickoff_id).inputs == given
+
+
+async def test_extra_inputs_are_sent_where_the_block_allows_them(
     crew_server: CrewServerFactory, caplog: pytest.LogCaptureFixture
 ):
     server = crew_server(TRIP)
-    run = await server.crew().trigger({"city": "Lisbon", "color": "red", "size": 3})
-    (warning,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-    assert "does not name the inputs color, size, only city. They are sent all the same." in warning
+    crew: Any = server.crew(allow_extra_inputs=True)
+    run = await crew.trigger({"city": "Lisbon", "color": "red", "size": 3})
     assert server.run(run.kickoff_id).inputs == {"city": "Lisbon", "color": "red", "size": "3"}
+    with pytest.raises(InvalidInputsError, match=r"Missing inputs: city\. Nothing was started"):
+        await crew.trigger({"color": "red"})
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+async def test_what_the_platform_injects_is_no_unknown_input(
+    crew_server: CrewServerFactory, caplog: pytest.LogCaptureFixture
+):
+    server = crew_server(TRIP)
+    given = {"city": "Lisbon", "crewai_trigger_payload": "{}", "id": str(uuid.uuid4())}
+    run = await server.crew().trigger(given)
+    assert server.run(run.kickoff_id).inputs == given
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+@pytest.mark.parametrize("known", ["id", "city"])
+async def test_an_id_that_is_no_uuid_is_warned_of_and_sent(
+    crew_server: CrewServerFactory, caplog: pytest.LogCaptureFixture, known: str
+):
+    server = crew_server(script({"output": "done"}, inputs=[known]))
+    run = await server.crew().trigger({known: "Lisbon", "id": "42"})
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert "The input id is no UUID" in warning
+    assert "42" not in warning
+    assert server.run(run.kickoff_id).inputs == {known: "Lisbon"} | {"id": "42"}
+
+
+async def test_a_flow_that_refuses_its_id_has_started_nothing_and_its_message_is_shown(crew_server: CrewServerFactory):
+    server, run_key = crew_server(script({"output": "{{ city }}"}, inputs=["city"], flow=True)), key()
+    with pytest.raises(
+        InvalidInputsError, match=r"'inputs\.id' must be a valid UUID\. Nothing was started\."
+    ) as caught:
+        await server.crew().trigger({"city": "Lisbon", "id": "42"}, run_key=run_key)
+    assert caught.value.missing_inputs == []
+    assert "Give every required input" not in str(caught.value)
+    assert (server.kickoffs, await phases(run_key)) == (0, [RecordPhase.NOT_STARTED])
 
 
 async def test_a_crew_that_names_no_inputs_takes_any(crew_server: CrewServerFactory, caplog: pytest.LogCaptureFixture):
@@ -124,8 +186,10 @@ async def test_inputs_that_cannot_be_sent_start_nothing(crew_server: CrewServerF
 
 async def test_inputs_go_as_text_or_as_json_values(crew_server: CrewServerFactory):
     server = crew_server(TRIP)
-    as_text = await server.crew().trigger({"city": ["Lisbon", "Porto"], "days": 3})
-    as_json = await server.crew(inputs_as_json=True).trigger({"city": ["Lisbon", "Porto"], "days": 3})
+    as_text = await server.crew(allow_extra_inputs=True).trigger({"city": ["Lisbon", "Porto"], "days": 3})
+    as_json = await server.crew(inputs_as_json=True, allow_extra_inputs=True).trigger(
+        {"city": ["Lisbon", "Porto"], "days": 3}
+    )
     assert server.run(as_text.kickoff_id).inputs == {"city": '["Lisbon","Porto"]', "days": "3"}
     assert server.run(as_json.kickoff_id).inputs == {"city": ["Lisbon", "Porto"], "days": 3}
 
@@ -372,8 +436,10 @@ async def test_another_crew_or_other_inputs_under_a_key_are_a_conflict(crew_serv
 
 async def test_equal_inputs_are_equal_whatever_their_order_and_form(crew_server: CrewServerFactory):
     server, run_key = crew_server(TRIP), key()
-    first = await server.crew().trigger({"city": "Lisbon", "days": 3}, run_key=run_key)
-    second = await server.crew(inputs_as_json=True).trigger({"days": 3, "city": "Lisbon"}, run_key=run_key)
+    first = await server.crew(allow_extra_inputs=True).trigger({"city": "Lisbon", "days": 3}, run_key=run_key)
+    second = await server.crew(inputs_as_json=True, allow_extra_inputs=True).trigger(
+        {"days": 3, "city": "Lisbon"}, run_key=run_key
+    )
     assert second.kickoff_id == first.kickoff_id
 
 

@@ -102,6 +102,24 @@ def test_what_jinja_brings_is_no_unknown_name_and_no_name_for_a_step():
     assert "'range' has a reserved name" in graph(CrewStep("range", "c")).problems[0]
 
 
+def test_unknown_inputs_are_told_for_each_step_that_names_its_own():
+    made = graph(
+        CrewStep("a", "c", {"x": 1, "way": 2}),
+        CrewStep("b", "c", {"x": 1, "size": 2, "crewai_trigger_payload": "{}"}),
+        CrewStep("d", "c"),
+        CrewStep("e", "c", {"anything": 1}),
+        CrewStep("f", "c", {"x": 1, "size": 2}),
+        x=1,
+        z=2,
+    )
+    expected = [CrewInput(name="x"), CrewInput(name="ways", required=False)]
+    made.check_inputs({"a": expected, "b": expected, "d": expected, "e": [], "f": expected}, extra=["f"])
+    assert made.problems == [
+        "step 'a' gives the unknown inputs way (did you mean ways?); its crew takes x, ways",
+        "step 'b' gives the unknown inputs size; its crew takes x, ways",
+    ]
+
+
 def test_missing_inputs_are_told_for_each_step_but_for_functions():
     made = graph(CrewStep("a", "c", {"x": 1}), CrewStep("b", "c", lambda _: {}), CrewStep("d", "c"), z=1)
     expected = [CrewInput(name="x"), CrewInput(name="y"), CrewInput(name="o", required=False)]

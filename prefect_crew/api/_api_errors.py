@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from prefect_crew.api._error import CrewError, excerpt
+from prefect_crew.api._error import CrewError, excerpt, listed_names, with_guesses
 
 __all__ = [
     "AuthenticationError",
@@ -63,8 +63,9 @@ class AuthenticationError(CrewAPIError):
     """401 or 403: the token is missing, wrong or not allowed. Nothing was started by that request."""
 
     advice = (
-        "Check the bearer token: it stands on the Status tab of the crew's page, and every crew has its own. "
-        "Then store it: prefect-crew save NAME --url URL."
+        "Check the bearer token: it stands on the Status tab of the crew's page, and every crew has its own. A User "
+        "Bearer Token may do less than the organisation's Bearer Token. Then store it: prefect-crew save NAME --url "
+        "URL."
     )
 
 
@@ -79,14 +80,19 @@ class InvalidInputsError(CrewAPIError):
 
     Attributes:
         missing_inputs: Names of the required inputs that were not given; empty if the server did not say.
+        unknown_inputs: Names that were given and that the crew does not name in `known_inputs`. Only ever found before
+            the kickoff.
+        before_kickoff: Whether no kickoff was sent.
     """
 
-    advice = "Give every required input: prefect-crew inputs CREW lists them."
+    advice = "Nothing was started. prefect-crew inputs CREW lists what the crew takes."
 
     def __init__(
         self,
         *,
         missing_inputs: Sequence[str] = (),
+        unknown_inputs: Sequence[str] = (),
+        known_inputs: Sequence[str] = (),
         status_code: int = 422,
         method: str = "POST",
         path: str = "/kickoff",
@@ -97,6 +103,8 @@ class InvalidInputsError(CrewAPIError):
         before_kickoff: bool = False,
     ) -> None:
         self.missing_inputs = list(missing_inputs)
+        self.unknown_inputs = list(unknown_inputs)
+        self.known_inputs = list(known_inputs)
         self.before_kickoff = before_kickoff
         super().__init__(
             status_code=status_code,
@@ -109,11 +117,15 @@ class InvalidInputsError(CrewAPIError):
         )
 
     def _text(self) -> str:
-        names = ", ".join(self.missing_inputs)
-        if self.before_kickoff:
-            return f"Missing inputs: {names}. Nothing was started. {self.advice}"
-        missing = f" Missing: {names}." if names else ""
-        return f"{super()._text()}{missing}"
+        missing = listed_names(self.missing_inputs)
+        if not self.before_kickoff:
+            return f"{super()._text()}{f' Missing: {missing}.' if missing else ''}"
+        text = f"Missing inputs: {missing}. " if missing else ""
+        if self.unknown_inputs:
+            unknown = with_guesses(self.unknown_inputs, self.known_inputs)
+            text += f"Unknown inputs: {unknown}. The crew takes: {listed_names(self.known_inputs)}. "
+        extra = " To send them all the same: allow_extra_inputs=True on the block, or --allow-extra."
+        return f"{text}{self.advice}{extra if self.unknown_inputs else ''}"
 
 
 class RateLimitedError(CrewAPIError):

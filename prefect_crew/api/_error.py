@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copyreg
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
+from itertools import islice
 from typing import Any
 
 __all__ = [
@@ -10,6 +13,8 @@ __all__ = [
     "ConfigurationError",
     "CrewError",
     "excerpt",
+    "listed_names",
+    "with_guesses",
 ]
 
 EXCERPT = 500
@@ -20,6 +25,27 @@ def excerpt(text: str, limit: int = EXCERPT) -> str:
     """Return `text` on one line, cut to `limit` characters with a note of how much is missing."""
     flat = " ".join(text.split())
     return flat if len(flat) <= limit else f"{flat[:limit]}… ({len(flat) - limit} more characters)"
+
+
+_NAMES, _NAME = 30, 80
+"""Names that an error lists, and characters of each: a server may name any number of any length."""
+
+
+def listed_names(names: Sequence[str]) -> str:
+    """Return names for people, on one line and not too many."""
+    more = f" and {len(names) - _NAMES:,} more" if len(names) > _NAMES else ""
+    return f"{', '.join(excerpt(name, _NAME) for name in names[:_NAMES])}{more}"
+
+
+def with_guesses(unknown: Sequence[str], known: Iterable[str]) -> str:
+    """Return unknown names for people, each with the known one that is nearest to it, if one is near."""
+    near = [name for name in islice(known, 200) if len(name) <= _NAME]  # what it costs grows with all of these
+
+    def guessed(name: str) -> str:
+        found = get_close_matches(name, near, n=1) if len(name) <= _NAME else []
+        return f"{name} (did you mean {found[0]}?)" if found else name
+
+    return listed_names([guessed(name) for name in unknown[:_NAMES]] + [*unknown[_NAMES:]])
 
 
 class CrewError(Exception):

@@ -19,7 +19,13 @@ from pydantic import BaseModel, SecretBytes, SecretStr
 
 from prefect_crew.api.models import CrewInput
 
-__all__ = ["encode_inputs", "inputs_digest", "missing_inputs", "unknown_inputs"]
+__all__ = ["NEVER_UNKNOWN", "STATE_ID", "encode_inputs", "inputs_digest", "is_uuid", "missing_inputs", "unknown_inputs"]
+
+STATE_ID = "id"
+"""The input that a Flow takes for the id of its state. It must be a UUID there, and one that was used before leads to
+the existing execution: no two runs may share it by accident."""
+NEVER_UNKNOWN = frozenset({STATE_ID, "crewai_trigger_payload"})
+"""Inputs that a crew takes without naming them. The second is what the platform gives a run that a trigger starts."""
 
 DIGEST_BYTES = 16
 _ARRAY_KINDS = frozenset("biufUO")
@@ -158,9 +164,18 @@ def missing_inputs(expected: Iterable[CrewInput], given: Mapping[str, Any]) -> l
 
 
 def unknown_inputs(expected: Iterable[CrewInput], given: Mapping[str, Any]) -> list[str]:
-    """Return the names in `given` that the crew does not know, in the given order."""
+    """Return the names in `given` that the crew does not name, in the given order; none where it names no inputs."""
     known = {item.name for item in expected}
-    return [name for name in given if name not in known]
+    return [name for name in given if name not in known and name not in NEVER_UNKNOWN] if known else []
+
+
+def is_uuid(value: Any) -> bool:
+    """Return whether an encoded value is the text of a UUID."""
+    try:
+        UUID(value)
+    except (AttributeError, TypeError, ValueError):
+        return False
+    return True
 
 
 def inputs_digest(inputs: Mapping[str, Any]) -> str:

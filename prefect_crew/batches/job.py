@@ -61,6 +61,7 @@ class BatchJob:
             as_json=self.crew.inputs_as_json,
             deduplicate=self.options.deduplicate,
             secret=self.crew.secret_inputs,
+            allow_extra=self.crew.allow_extra_inputs,
         )
 
     @property

@@ -69,6 +69,8 @@ async def open_batch(job: BatchJob, *, shared: bool = False) -> AsyncGenerator[O
         kept = await kept_here(ledger)
         output.check(fresh=not await ledger.known())
         checked = await asyncio.to_thread(plan.check)
+        for told in plan.notes():
+            run_logger().warning("Batch %s: %s", job.name, told)
         if checked.bad and options.on_bad_row == "refuse":
             raise BadRowsError(checked.bad, checked.bad_count, source=job.dataset.name)
         if not await lock.still_held():

@@ -49,4 +49,5 @@ async def plan_of(job: BatchJob, seconds_per_run: float | None) -> BatchPlan:
         max_in_flight=most,
         seconds=seconds,
         price=None if job.crew.price is None else job.crew.price * left,
+        notes=plan.notes(),
     )

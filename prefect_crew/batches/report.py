@@ -103,6 +103,7 @@ class BatchPlan:
         duplicates: Rows that equal an earlier one.
         max_in_flight: How many would run at once.
         seconds: How long it would take, `price` how much it would cost; None where nothing tells.
+        notes: What to know of all rows.
     """
 
     name: str
@@ -114,10 +115,11 @@ class BatchPlan:
     max_in_flight: int
     seconds: float | None
     price: float | None
+    notes: Sequence[str] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """Return it as JSON values."""
-        return {**asdict(self), "bad": [asdict(row) for row in self.bad]}
+        return {**asdict(self), "notes": list(self.notes), "bad": [asdict(row) for row in self.bad]}
 
     def __str__(self) -> str:
         left = self.rows - self.done
@@ -132,4 +134,5 @@ class BatchPlan:
             lines.append(f"It takes about {duration(self.seconds)}.")
         if self.price is not None:
             lines.append(f"It costs about {self.price:,.10g}.")
+        lines += self.notes
         return "\n".join(lines)

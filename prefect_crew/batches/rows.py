@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
+from prefect_crew.api._error import listed_names, with_guesses
 from prefect_crew.api.errors import ConfigurationError
-from prefect_crew.api.inputs import encode_inputs, inputs_digest, missing_inputs
+from prefect_crew.api.inputs import STATE_ID, encode_inputs, inputs_digest, missing_inputs, unknown_inputs
 from prefect_crew.api.models import CrewInput
 from prefect_crew.api.redaction import Redactor, holds_secret
 from prefect_crew.batches.datasets import Dataset, DatasetError, Row
@@ -93,15 +94,16 @@ class RowPlan:
     Args:
         dataset: The rows.
         inputs: How a row becomes inputs; None takes the crew's inputs from the columns of their names, or all columns
-            of a crew that does not name its inputs.
+            of a crew that does not name its inputs. Only the input `id` is never taken so.
         key: A column, or a function of the row; None makes a digest of the inputs and how many equal ones came before.
         expected: The crew's inputs.
         as_json: Whether inputs are sent as JSON values.
         deduplicate: Whether equal rows are one run.
         secret: Names of inputs that are secret. No reason of a bad row shows them, and no key may hold one.
+        allow_extra: Whether `inputs` may give what the crew does not name.
 
     Raises:
-        ConfigurationError: A template is none.
+        ConfigurationError: A template is none, or the mapping gives inputs that the crew does not name.
     """
 
     def __init__(
@@ -114,6 +116,7 @@ class RowPlan:
         as_json: bool = False,
         deduplicate: bool = False,
         secret: Sequence[str] = (),
+        allow_extra: bool = False,
     ) -> None:
         self.dataset = dataset
         self._inputs_of = _by_name(expected) if inputs is None else _chosen(inputs)
@@ -123,6 +126,30 @@ class RowPlan:
         self._deduplicate = deduplicate
         self._secret = secret
         self._secret_columns = _columns_of(secret, inputs)
+        self._allow_extra = allow_extra
+        self._names = [item.name for item in expected]
+        self._id_mapped = inputs is not None and not callable(inputs) and STATE_ID in inputs
+        self._id_by_name = inputs is None and (not expected or STATE_ID in self._names)
+        self._id_left_out = False
+        if inputs is not None and not callable(inputs) and (unknown := self._unknown(inputs)):
+            raise ConfigurationError(
+                f"The mapping of inputs {unknown}. Nothing was started. To send them all the same: "
+                "allow_extra_inputs=True on the block."
+            )
+
+    def notes(self) -> list[str]:
+        """Return what is to be said of all rows, once they were read."""
+        if self._id_mapped:
+            return [
+                "The rows give the input id. To a Flow it is the id of its state: it must be a UUID, and another one "
+                "in each row, since one that was used before leads to the run that used it."
+            ]
+        if self._id_left_out:
+            return [
+                "The column id is not sent: to a Flow an input of that name is the id of its state. Map it where the "
+                "crew takes it for something else."
+            ]
+        return []
 
     def check(self) -> Checked:
         """Read every row once and note all that is wrong.
@@ -179,8 +206,13 @@ class RowPlan:
         given = self._inputs_of(row.values)
         encoded = encode_inputs(given, as_json=self._as_json)
         hidden = tuple(name for name, value in given.items() if holds_secret(value))
+        self._id_left_out = self._id_left_out or (self._id_by_name and STATE_ID in row.values)
         if missing := missing_inputs(self._expected, encoded):
-            return BadRow(row.line, f"lacks {', '.join(missing)}")
+            by_name = STATE_ID in missing and self._id_by_name
+            mapped = ", which is never taken from a column by its name alone: map it" if by_name else ""
+            return BadRow(row.line, f"lacks {', '.join(missing)}{mapped}")
+        if unknown := self._unknown(encoded):
+            raise ConfigurationError(unknown)
         digest = inputs_digest(encoded)
         if self._key_of is None:
             occurrence = keys.count(digest)
@@ -199,6 +231,13 @@ class RowPlan:
         if not self._deduplicate:
             return BadRow(row.line, f"has the key {key!r} of line {line} again")
         return None if mark == digest else BadRow(row.line, f"has the key {key!r} of line {line}, and other inputs")
+
+    def _unknown(self, inputs: Mapping[str, Any]) -> str | None:
+        unknown = [] if self._allow_extra else unknown_inputs(self._expected, inputs)
+        if not unknown:
+            return None
+        guessed = with_guesses(unknown, self._names)
+        return f"gives the unknown inputs {guessed}; the crew takes {listed_names(self._names)}"
 
     def _without_secrets(self, values: Values) -> Redactor:
         columns = values if self._secret_columns is None else self._secret_columns
@@ -235,12 +274,16 @@ def _empty(value: Any) -> bool:
 
 
 def _by_name(expected: Sequence[CrewInput]) -> Callable[[Values], Values]:
-    names = {known.name for known in expected}
+    names = {known.name for known in expected} - {STATE_ID}
 
     def inputs_of(values: Values) -> Values:
         if names and names.isdisjoint(values):
             raise ConfigurationError(f"has no column of the crew's inputs: {', '.join(sorted(names))}")
-        return {name: value for name, value in values.items() if (not names or name in names) and not _empty(value)}
+        return {
+            name: value
+            for name, value in values.items()
+            if name != STATE_ID and (not expected or name in names) and not _empty(value)
+        }
 
     return inputs_of
 

@@ -58,7 +58,7 @@ EXITS = (
     Exit(13, "a time budget is over; the crew may run on", (CrewTimeoutError,)),
     Exit(14, "nobody knows whether the kickoff started a run", (KickoffUncertainError,)),
     Exit(15, "the run key belongs to another crew or other inputs", (RunKeyConflictError,)),
-    Exit(16, "inputs are missing or were refused", (InvalidInputsError,)),
+    Exit(16, "inputs are missing, unknown or were refused", (InvalidInputsError,)),
     Exit(17, "the token was refused (401, 403)", (AuthenticationError,)),
     Exit(18, "no such crew or run (404)", (NotFoundError,)),
     Exit(19, "too many requests (429)", (RateLimitedError,)),

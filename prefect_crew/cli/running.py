@@ -41,6 +41,7 @@ def run(
     ] = None,
     name: Annotated[str | None, Parameter(help="The step's name, in task names and in a key that is left out.")] = None,
     force_new: Annotated[bool, flag("Buy a new run whatever the key's record says.")] = False,
+    allow_extra: Annotated[bool, flag("Send inputs that the crew does not name, too.")] = False,
     timeout: Annotated[
         float | None, Parameter(help="Seconds that the run may take, pending and running together.")
     ] = None,
@@ -56,7 +57,7 @@ def run(
         reach_prefect(shown)
         options: dict[str, Any] = {"name": name, "run_key": run_key, "force_new": force_new}
         with _said_of(shown):
-            answer = asyncio.run(_run(shown, crew, access, given, timeout, options))
+            answer = asyncio.run(_run(shown, crew, access, given, timeout, allow_extra, options))
     if output_file is not None:
         create_private(output_file)
         output_file.write_text(answer.output, encoding="utf-8", errors="backslashreplace")
@@ -81,12 +82,15 @@ async def _run(
     access: CrewAccess,
     given: dict[str, Any],
     timeout: float | None,
+    allow_extra: bool,
     options: dict[str, Any],
 ) -> CrewResult:
     from prefect_crew.runs import arun_crew
     from prefect_crew.watching import watch_runs
 
     block = await access.load(crew)
+    if allow_extra:
+        block = block.model_copy(update={"allow_extra_inputs": True})
     wait = None if timeout is None else _patience(block, timeout)
     shown.phase(f"Kicking off crew {block.label}")
     with watch_runs(shown.watch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shlex
 import sys
 from getpass import getpass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -36,6 +37,7 @@ def save(
     timeout: Annotated[float | None, Parameter(help="Seconds that a run may take, pending and running.")] = None,
     human_timeout: Annotated[float | None, Parameter(help="Seconds that people may take to answer.")] = None,
     inputs_as_json: Annotated[bool, flag("Send JSON values instead of text.")] = False,
+    allow_extra: Annotated[bool, flag("Send inputs that the crew does not name, too.")] = False,
     max_kickoffs: Annotated[int | None, Parameter(help="How many runs may be bought under one run key.")] = None,
     concurrency_limit: Annotated[str | None, Parameter(help="The Prefect concurrency limit of its runs.")] = None,
     show: Annotated[
@@ -52,6 +54,7 @@ def save(
     given: dict[str, Any] = {
         "request_timeout": request_timeout,
         "inputs_as_json": inputs_as_json,
+        "allow_extra_inputs": allow_extra,
         "max_kickoffs": max_kickoffs,
         "concurrency_limit": concurrency_limit,
         "show": show,
@@ -101,5 +104,5 @@ async def _try_out(name: str, access: CrewAccess, url: str) -> None:
     except CrewError as error:
         terminal.note(f"It could not be asked for its inputs: {error}", "yellow")
         return
-    options = " ".join(f"-i {item.name}=…" for item in found if item.required)
+    options = " ".join(f"-i {shlex.quote(item.name)}=…" for item in found if item.required)
     terminal.put(f"Run it: {terminal.command(f'prefect-crew run {name} {options}'.strip())}")

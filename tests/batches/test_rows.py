@@ -53,10 +53,62 @@ def test_inputs_by_mapping():
         "limit": 5,
     }
     row = {"title": "tea", "mood": "dry", "how much": None}
-    assert inputs([row], inputs=given) == [
+    assert inputs([row], inputs=given, allow_extra=True) == [
         {"topic": "tea", "tone": "dry, ", "count": "3", "language": "English", "limit": "5"}
     ]
-    assert inputs([row], inputs=given, as_json=True)[0]["limit"] == 5
+    assert inputs([row], inputs=given, as_json=True, allow_extra=True)[0]["limit"] == 5
+
+
+def test_an_optional_input_is_not_missed():
+    expected = [CrewInput(name="topic"), CrewInput(name="tone", required=False, default="dry")]
+    assert inputs([{"topic": "tea"}], expected=expected) == [{"topic": "tea"}]
+
+
+NAMES_ID = [CrewInput(name="topic"), CrewInput(name="id", required=False)]
+
+
+@pytest.mark.parametrize("expected", [[], NAMES_ID], ids=["names none", "names it"])
+def test_the_input_id_is_never_taken_from_a_column_by_its_name_alone(expected: list[CrewInput]):
+    made = plan([{"topic": "tea", "id": 1}], expected=expected)
+    assert [job.inputs for job in made.jobs()] == [{"topic": "tea"}]
+    (note,) = made.notes()
+    assert "The column id is not sent" in note
+    mapped = plan([{"topic": "tea", "id": 1}], expected=expected, inputs={"topic": "topic", "id": "id"})
+    assert [job.inputs for job in mapped.jobs()] == [{"topic": "tea", "id": "1"}]
+    (note,) = mapped.notes()
+    assert "must be a UUID" in note
+
+
+def test_a_column_id_that_would_not_be_sent_anyway_is_no_news():
+    made = plan([{"topic": "tea", "id": 1}])
+    assert (len(list(made.jobs())), made.notes()) == (1, [])
+    made = plan([{"topic": "tea"}], expected=NAMES_ID)
+    assert (len(list(made.jobs())), made.notes()) == (1, [])
+
+
+def test_a_required_id_has_to_be_mapped():
+    [(_, reason)] = reasons([{"topic": "tea", "id": 1}], expected=[CrewInput(name="topic"), CrewInput(name="id")])
+    assert reason.startswith("lacks id")
+    assert "never taken from a column by its name" in reason
+    [(_, reason)] = reasons([{"id": 1}], expected=[CrewInput(name="id")])
+    assert "never taken from a column by its name" in reason
+
+
+def test_an_unknown_input_of_a_mapping_is_told_once_unless_extra_ones_are_allowed():
+    given = {"topic": "title", "tones": lambda _: "dry"}
+    with pytest.raises(ConfigurationError, match=r"tones \(did you mean tone\?\).*the crew takes topic, tone"):
+        plan([{"title": "tea"}], inputs=given)
+    assert inputs([{"title": "tea"}], inputs=given, allow_extra=True) == [{"topic": "tea", "tones": "dry"}]
+    assert inputs([{"title": "tea"}], inputs=given, expected=[]) == [{"topic": "tea", "tones": "dry"}]
+
+
+def test_an_unknown_input_of_a_function_is_told_with_its_row():
+    def of(values: Mapping[str, Any]) -> Mapping[str, Any]:
+        return {"topic": "tea", values["name"]: 1}
+
+    rows = [{"name": "tone"}, {"name": "colour"}, {"name": "crewai_trigger_payload"}]
+    [(line, reason)] = reasons(rows, inputs=of)
+    assert (line, reason) == (2, "gives the unknown inputs colour; the crew takes topic, tone")
 
 
 def test_inputs_by_function():

@@ -121,6 +121,19 @@ async def test_a_plan_lists_what_cannot_be_run(crew_server: CrewServerFactory, p
     assert plan.as_dict()["bad"] == [{"line": 2, "reason": "lacks topic"}]
 
 
+async def test_a_column_id_is_told_of_by_the_plan_and_by_the_batch(
+    batch: Batches, crew_server: CrewServerFactory, caplog: pytest.LogCaptureFixture
+):
+    server = crew_server(script({"output": "done"}))
+    rows = [{"topic": "tea", "id": 7}]
+    plan = await aplan_batch(server.crew(), rows)
+    assert "The column id is not sent" in str(plan).splitlines()[-1]
+    assert plan.as_dict()["notes"] == list(plan.notes)
+    await batch(server.crew(), rows, name="with id")
+    assert [run.inputs for run in server.runs] == [{"topic": "tea"}]
+    assert "Batch with id: The column id is not sent" in caplog.text
+
+
 async def test_neither_token_nor_secret_inputs_are_seen(
     batch: Batches, crew_server: CrewServerFactory, caplog: pytest.LogCaptureFixture, prefect_api: PrefectServer
 ):

@@ -77,6 +77,18 @@ def test_missing_inputs_start_nothing(here, greet: str, crews: CrewServer):
     assert crews.kickoffs == before
 
 
+def test_an_unknown_input_starts_nothing_unless_extra_ones_are_allowed(here, greet: str, crews: CrewServer):
+    before = crews.kickoffs
+    line = ("run", greet, "-i", "who=Ada", "-i", "colour=red")
+    done = here(*line)
+    assert done.code == 16
+    assert "Unknown inputs: colour. The crew takes: who. Nothing was started." in done.err
+    assert "--allow-extra" in done.err
+    assert crews.kickoffs == before
+    assert here(*line, "--allow-extra").code == 0
+    assert [*crews.runs][-1].inputs == {"who": "Ada", "colour": "red"}
+
+
 def test_a_failed_crew(here, prefect_api: PrefectServer, crews: CrewServer):
     done = here("run", f"{crews.url}/broken", "-i", "who=Ada")
     assert done.code == 10
