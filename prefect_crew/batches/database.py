@@ -70,12 +70,14 @@ attempts = Table(
     Column("seconds", Float),
     Column("usage", Text),
     Column("record", Text, nullable=False),
+    Column("posts_until", Float),
     Index("crew_attempts_kickoff", "kickoff"),
     Index("crew_attempts_phase", "batch", "phase"),
 )
 """A row an attempt. `record` is the whole of it, as JSON; the other columns are what is searched and added up.
 
 `kickoff` is a digest of the id, which may hold what PostgreSQL cannot (NUL); within JSON such characters are escaped.
+`posts_until` is when a claim may be posted no more, in seconds since 1970 by the clock of the database.
 """
 answers = Table(
     "crew_answers",

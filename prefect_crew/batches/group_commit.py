@@ -1,4 +1,8 @@
-"""Writes of attempts in groups: what comes in while one commit is under way goes into the next one together."""
+"""Writes of attempts in groups: what comes in while one commit is under way goes into the next one together.
+
+What stands in the ledger never goes backwards. A write is made only where it follows from what stands there, in the
+statement that makes it: it may land late, after others have written, and nobody can call it back.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pydantic_core import to_json
-from sqlalchemy import Connection, bindparam, select, update
+from sqlalchemy import Connection, TextClause, select, text
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError, SQLAlchemyError
 
 from prefect_crew.batches.database import Database, LedgerError, attempts, short
@@ -25,9 +29,13 @@ LINGER = 40.0
 """Seconds for which a cancelled writer waits for more: longer than a kickoff that is cancelled is seen to its end."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Write:
-    """One write that waits for its commit. `values` are those of a row of the table."""
+    """One write that waits for its commit.
+
+    `values` are those of a row of the table, and besides `good_for`, for how many more seconds a claim may be posted,
+    and `mine`, whether whoever writes has claimed it.
+    """
 
     values: dict[str, Any]
     new: bool
@@ -68,12 +76,13 @@ class GroupWriter:
             await self._task
 
     async def put(self, values: dict[str, Any], *, new: bool, urgent: bool = True) -> bool:
-        """Write a row of the table and return once it is on disk.
+        """Write a row of the table, and return once it is on disk whether it was written.
+
+        It is not where somebody else's claim stands in its place, or what stands there is later than it.
 
         Args:
-            values: All columns.
-            new: Whether it claims its place; False is returned where another owner stands in it. Else it replaces what
-                stands there.
+            values: All columns but `posts_until`; `good_for` and `mine`.
+            new: Whether it claims its place; else it replaces what stands there.
             urgent: Whether a commit is begun for it; else it goes with the next one, or with one of its own soon.
 
         Raises:
@@ -121,7 +130,7 @@ class GroupWriter:
         started = time.monotonic()
         while True:
             try:
-                lost = await self._commit_or_try_again(group)
+                refused = await self._commit_or_try_again(group)
                 break
             except asyncio.CancelledError:
                 self._cancelled = True  # nobody knows whether it was committed: it can be made again
@@ -137,13 +146,13 @@ class GroupWriter:
         self.seconds += time.monotonic() - started
         for write in group:
             if not write.done.done():
-                write.done.set_result(not (write.new and _identity(write.values) in lost))
+                write.done.set_result(write not in refused)
 
-    async def _commit_or_try_again(self, group: Sequence[_Write]) -> set[tuple[str, int]]:
-        """Commit a group and return which claims of it stand for somebody else, also over a database that is away.
+    async def _commit_or_try_again(self, group: Sequence[_Write]) -> set[_Write]:
+        """Commit a group and return the writes of it that were not made, also over a database that is away.
 
         A commit of which nobody knows whether it took place can be made again: a claim that stands is known by its
-        owner, and an update says the same twice.
+        owner, and an update follows from itself.
         """
         loop = asyncio.get_running_loop()
         until, delay, told = loop.time() + self.patience, 0.5, False
@@ -164,38 +173,47 @@ class GroupWriter:
             await asyncio.sleep(delay)
             delay = min(delay * 2, 5.0)
 
-    def _commit(self, connection: Connection, group: Sequence[_Write]) -> set[tuple[str, int]]:
-        new = [write.values for write in group if write.new]
-        # The last write of an attempt is the one that counts: one caller owns it, and its writes are in order.
-        changed = {_identity(write.values): write.values for write in group if not write.new}
-        lost: set[tuple[str, int]] = set()
-        in_file = self._database.path is not None
-        if new:
-            if in_file:
-                inserted = connection.exec_driver_sql(_INSERT_IN_FILE, (_as_json(new),)).rowcount
-            else:
-                connection.execute(self._database.insert(attempts).on_conflict_do_nothing(), new)
-                inserted = -1  # PostgreSQL's driver does not count them
-            if inserted != len(new):  # nearly always all are new
-                lost = self._lost(connection, new)
-        if changed and in_file:
-            connection.exec_driver_sql(_UPDATE_IN_FILE, (_as_json(changed.values()),))
-        elif changed:
-            connection.execute(_UPDATE, [_bound(values) for values in changed.values()])
-        return lost
+    def _commit(self, connection: Connection, group: Sequence[_Write]) -> set[_Write]:
+        insert, update = _IN_FILE if self._database.path is not None else _ON_SERVER
+        new = [write for write in group if write.new]
+        refused = self._made(connection, insert, new, ("owner", "phase")) if new else set[_Write]()
+        for turn in _turns(write for write in group if not write.new):
+            refused |= self._made(connection, update, turn, ("record",))
+        return refused
 
-    def _lost(self, connection: Connection, new: Sequence[Mapping[str, Any]]) -> set[tuple[str, int]]:
-        owners = {_identity(values): values["owner"] for values in new}
-        keys = [key for key, _ in owners]
-        lost: set[tuple[str, int]] = set()
+    def _made(
+        self, connection: Connection, statement: TextClause, writes: Sequence[_Write], same: Sequence[str]
+    ) -> set[_Write]:
+        """Make some writes, and return those in whose places something else stands, by the columns `same`."""
+        rows = to_json([[write.values[name] for name in _GIVEN] for write in writes]).decode()
+        if connection.execute(statement, {"rows": rows}).rowcount == len(writes):  # nearly always
+            return set()
+        keys = [write.values["row_key"] for write in writes]
+        found: dict[tuple[str, int], tuple[Any, ...]] = {}
         for start in range(0, len(keys), KEYS_AT_ONCE):
-            query = select(attempts.c.row_key, attempts.c.attempt, attempts.c.owner).where(
+            query = select(attempts.c.row_key, attempts.c.attempt, *(attempts.c[name] for name in same)).where(
                 attempts.c.batch == self._batch, attempts.c.row_key.in_(keys[start : start + KEYS_AT_ONCE])
             )
-            for key, attempt, owner in connection.execute(query):
-                if owners.get((key, attempt), owner) != owner:
-                    lost.add((key, attempt))
-        return lost
+            rows_found: Any = connection.execute(query)
+            for key, attempt, *standing in rows_found:
+                found[key, attempt] = tuple(standing)
+        return {
+            write
+            for write in writes
+            if found.get(_identity(write.values)) != tuple(write.values[name] for name in same)
+        }
+
+
+def _turns(writes: Iterable[_Write]) -> list[list[_Write]]:
+    """Return writes in turns, so that those of one attempt are made in their order."""
+    turns: list[dict[tuple[str, int], _Write]] = []
+    for write in writes:
+        identity = _identity(write.values)
+        turn = next((turn for turn in turns if identity not in turn), None)
+        if turn is None:
+            turns.append(turn := dict[tuple[str, int], _Write]())
+        turn[identity] = write
+    return [list(turn.values()) for turn in turns]
 
 
 def _may_pass(error: Exception) -> bool:
@@ -205,39 +223,55 @@ def _may_pass(error: Exception) -> bool:
     return isinstance(error, OSError)
 
 
-_CHANGING = ("phase", "state", "kickoff", "owner", "seconds", "usage", "record")
-_UPDATE = (
-    update(attempts)
-    .where(
-        attempts.c.batch == bindparam("b_batch"),
-        attempts.c.row_key == bindparam("b_row_key"),
-        attempts.c.attempt == bindparam("b_attempt"),
+_COLUMNS = ("batch", "row_key", "attempt", "phase", "state", "kickoff", "owner", "seconds", "usage", "record")
+_GIVEN = (*_COLUMNS, "good_for", "mine")
+_NUMBERS = {"attempt": "integer", "seconds": "double precision", "good_for": "double precision", "mine": "integer"}
+_CHANGING = ("phase", "state", "kickoff", "seconds", "usage", "record")
+
+_FOLLOWS = """
+    CASE stands.phase
+        WHEN 'claimed' THEN now.mine = 1 OR (now.phase <> 'claimed' AND coalesce(stands.posts_until, 0) <= {clock})
+        WHEN 'not-started' THEN now.phase IN ('not-started', 'started', 'ended')
+        WHEN 'uncertain' THEN now.phase <> 'claimed'
+        ELSE now.phase IN (stands.phase, 'ended') AND coalesce(stands.kickoff, '') = coalesce(now.kickoff, '')
+    END
+"""
+"""Whether `now` may follow what stands there. The age of a claim is told by the database's clock alone."""
+
+
+def _statements(rows: str, clock: str) -> tuple[TextClause, TextClause]:
+    """Return what claims and what changes attempts, for a database whose way to take rows, and whose clock, these are.
+
+    A whole group is one value. In SQLite a statement a row would give Python's lock away and take it again for each,
+    which costs a busy event loop more than the writing does.
+    """
+    until = f"CASE WHEN now.phase = 'claimed' THEN {clock} + coalesce(now.good_for, 0) END"
+    insert = (
+        f"INSERT INTO {attempts.name} ({', '.join(_COLUMNS)}, posts_until) "  # noqa: S608
+        f"SELECT {', '.join(f'now.{name}' for name in _COLUMNS)}, {until} FROM ({rows}) AS now WHERE true "
+        "ON CONFLICT DO NOTHING"
     )
-    .values({name: bindparam(f"b_{name}") for name in _CHANGING})
+    update = (
+        f"UPDATE {attempts.name} AS stands "  # noqa: S608
+        f"SET {', '.join(f'{name} = now.{name}' for name in _CHANGING)}, posts_until = {until} FROM ({rows}) AS now "
+        "WHERE stands.batch = now.batch AND stands.row_key = now.row_key AND stands.attempt = now.attempt "
+        f"AND stands.owner = now.owner AND {_FOLLOWS.format(clock=clock)}"
+    )
+    return text(insert), text(update)
+
+
+_TAKEN_IN_FILE = ", ".join(f"json_extract(value, '$[{at}]') AS {name}" for at, name in enumerate(_GIVEN))
+_TAKEN_ON_SERVER = ", ".join(
+    f"CAST(value ->> {at} AS {_NUMBERS.get(name, 'text')}) AS {name}" for at, name in enumerate(_GIVEN)
 )
-
-
-# SQLite takes a whole group as one value. A statement a row would give Python's lock away and take it again for each,
-# which costs a busy event loop more than the writing does.
-_COLUMNS = tuple(column.name for column in attempts.columns)
-_TAKEN = ", ".join(f"json_extract(value, '$[{number}]') AS {name}" for number, name in enumerate(_COLUMNS))
-_INSERT_IN_FILE = (
-    f"INSERT INTO {attempts.name} ({', '.join(_COLUMNS)}) SELECT {_TAKEN} FROM json_each(?) WHERE true "  # noqa: S608
-    "ON CONFLICT DO NOTHING"
+_IN_FILE = _statements(
+    f"SELECT {_TAKEN_IN_FILE} FROM json_each(:rows)",  # noqa: S608
+    clock="((julianday('now') - 2440587.5) * 86400.0)",
 )
-_UPDATE_IN_FILE = (
-    f"UPDATE {attempts.name} SET {', '.join(f'{name} = now.{name}' for name in _CHANGING)} "  # noqa: S608
-    f"FROM (SELECT {_TAKEN} FROM json_each(?)) AS now WHERE {attempts.name}.batch = now.batch "
-    f"AND {attempts.name}.row_key = now.row_key AND {attempts.name}.attempt = now.attempt"
+_ON_SERVER = _statements(
+    f"SELECT {_TAKEN_ON_SERVER} FROM json_array_elements(CAST(:rows AS json)) AS value",  # noqa: S608
+    clock="extract(epoch FROM clock_timestamp())",
 )
-
-
-def _as_json(rows: Iterable[Mapping[str, Any]]) -> str:
-    return to_json([[row[name] for name in _COLUMNS] for row in rows]).decode()
-
-
-def _bound(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {f"b_{name}": value for name, value in values.items()}
 
 
 def _identity(values: Mapping[str, Any]) -> tuple[str, int]:

@@ -9,19 +9,22 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from hashlib import sha256
 from typing import Any, TypeVar
 from uuid import uuid4
 
-from sqlalchemy import ColumnElement, Connection, delete, func, select, update
+from sqlalchemy import ColumnElement, Connection, Table, delete, func, select, update
 from sqlalchemy.exc import SQLAlchemyError
 
+from prefect_crew.api.errors import CrewError
 from prefect_crew.batches.database import Database, LedgerError, answers, attempts, batches, short
 from prefect_crew.batches.ends import standing_word
 from prefect_crew.batches.group_commit import KEYS_AT_ONCE, GroupWriter
 from prefect_crew.batches.latest import Place, latest, places, places_of_row, standing_attempts
 from prefect_crew.logs import run_logger
-from prefect_crew.records import RecordPhase, RunRecord, SentReview
+from prefect_crew.posting import ClaimLostError
+from prefect_crew.records import RecordPhase, RunRecord, SentReview, utcnow
 
 __all__ = ["LEDGER_VERSION", "BatchEntry", "Ledger", "LedgerError"]
 
@@ -161,27 +164,66 @@ class Ledger:
     # The record protocol.
 
     async def claim(self, record: RunRecord) -> bool:
-        """Write a new attempt; False if somebody else's stands in its place."""
+        """Write a new attempt, with the permit to post it until `known_by`; False if something else stands there.
+
+        What stands there is somebody else's attempt, or our own that somebody has resolved.
+        """
         self._mine.add(record.owner)
         return await self.writer.put(self._values(record), new=True)
 
     async def save(self, record: RunRecord) -> None:
-        """Replace an attempt that this caller owns."""
-        if record.phase is not RecordPhase.CLAIMED:
-            self._mine.discard(record.owner)
+        """Write down what is known of an attempt by now, unless the ledger knows more already.
+
+        Raises:
+            ClaimLostError: It is a claim that is to be kept, and somebody has resolved it.
+            CrewError: This process did not claim the attempt, and nothing was changed: whoever did may still post it,
+                or somebody else was there before.
+        """
+        mine = record.owner in self._mine
         try:
             # Nothing is sent on the strength of an end, so it need not hurry.
-            await self.writer.put(self._values(record), new=False, urgent=record.phase is not RecordPhase.ENDED)
+            urgent = record.phase is not RecordPhase.ENDED
+            saved = await self.writer.put(self._values(record), new=False, urgent=urgent)
         except LedgerError:
-            if record.kickoff_id is not None and record.phase is RecordPhase.STARTED:
-                # Nobody else knows it: what the ledger has is a claim, which the next call takes for uncertain.
-                run_logger().error(
-                    "Row %r of batch %s is run %s, and that could not be written down. Once the ledger is back: "
-                    "prefect-crew batch settle %r %r --kickoff-id %s",
-                    *(self.row_key(record.run_key), self.batch, record.kickoff_id),
-                    *(self.batch, self.row_key(record.run_key), record.kickoff_id),
-                )
+            self._say_unsaved(record, "that could not be written down. Once the ledger is back: ")
             raise
+        finally:
+            if record.phase is not RecordPhase.CLAIMED:
+                self._mine.discard(record.owner)
+        if not saved:
+            await self._refused(record, mine)
+
+    async def _refused(self, record: RunRecord, mine: bool) -> None:
+        if record.phase is RecordPhase.CLAIMED and mine:
+            raise ClaimLostError
+        columns = (attempts.c.record, attempts.c.posts_until)
+        found = await self._rows(select(*columns).where(*self._attempt(attempts, record)))
+        what = f"row {self.row_key(record.run_key)!r} of batch {self.batch!r}"
+        if not found:
+            raise CrewError(f"Attempt {record.attempt} at {what} is not in the ledger {self.address}.")
+        standing, until = _record(found[0][0]), found[0][1] or 0.0
+        if standing.phase is RecordPhase.CLAIMED and standing.owner == record.owner:
+            moment = datetime.fromtimestamp(until, timezone.utc)
+            raise CrewError(
+                f"The kickoff of {what} may still be sent until {moment:%H:%M:%S} UTC. Nothing was changed. Resolve it "
+                "after that."
+            )
+        known = f"{standing.phase}{f', run {standing.kickoff_id}' if standing.kickoff_id else ''}"
+        if not mine:
+            raise CrewError(f"{what[:1].upper()}{what[1:]} is {known} in the ledger. Nothing was changed.")
+        if record.kickoff_id is not None and record.kickoff_id != standing.kickoff_id:
+            self._say_unsaved(record, f"the ledger says meanwhile that it is {known}. ")
+        else:
+            run_logger().warning("The ledger says meanwhile that %s is %s. That stays.", what, known)
+
+    def _say_unsaved(self, record: RunRecord, why: str) -> None:
+        """Tell the id of a run that is in no ledger: nobody else knows it."""
+        if record.kickoff_id is not None and record.phase is RecordPhase.STARTED:
+            run_logger().error(
+                "Row %r of batch %s is run %s, and %sprefect-crew batch settle %r %r --kickoff-id %s",
+                *(self.row_key(record.run_key), self.batch, record.kickoff_id, why),
+                *(self.batch, self.row_key(record.run_key), record.kickoff_id),
+            )
 
     async def attempts(self, run_key: str) -> Sequence[RunRecord]:
         """Return all attempts at a row, the first one first; none for a run key that is of no row of this batch."""
@@ -213,7 +255,7 @@ class Ledger:
 
     async def reviews(self, record: RunRecord) -> list[SentReview]:
         """Return what people have answered to a run, in order."""
-        query = select(answers.c.review).where(*self._answered(record)).order_by(answers.c.number)
+        query = select(answers.c.review).where(*self._attempt(answers, record)).order_by(answers.c.number)
         return [SentReview.model_validate_json(text) for (text,) in await self._rows(query)]
 
     async def add_review(self, record: RunRecord, number: int, review: SentReview) -> bool:
@@ -234,18 +276,18 @@ class Ledger:
 
     async def save_review(self, record: RunRecord, number: int, review: SentReview) -> None:
         """Write down what became of it."""
-        where = (*self._answered(record), answers.c.number == number)
+        where = (*self._attempt(answers, record), answers.c.number == number)
         statement = update(answers).where(*where).values(review=review.model_dump_json())
         await self._write(self.database.run(lambda connection: connection.execute(statement).close()))
 
     async def remove_review(self, record: RunRecord, number: int) -> None:
         """Take back an answer that the crew's server refused."""
-        statement = delete(answers).where(*self._answered(record), answers.c.number == number)
+        statement = delete(answers).where(*self._attempt(answers, record), answers.c.number == number)
         await self._write(self.database.run(lambda connection: connection.execute(statement).close()))
 
-    def _answered(self, record: RunRecord) -> tuple[ColumnElement[bool], ...]:
-        row = answers.c.row_key == self.row_key(record.run_key)
-        return answers.c.batch == self.batch, row, answers.c.attempt == record.attempt
+    def _attempt(self, table: Table, record: RunRecord) -> tuple[ColumnElement[bool], ...]:
+        row = table.c.row_key == self.row_key(record.run_key)
+        return table.c.batch == self.batch, row, table.c.attempt == record.attempt
 
     # Many rows at once.
 
@@ -366,6 +408,8 @@ class Ledger:
             "seconds": seconds,
             "usage": usage,
             "record": record.model_dump_json(exclude_none=True),
+            "good_for": max(0.0, (record.known_by - utcnow()).total_seconds()),
+            "mine": int(record.owner in self._mine),
         }
 
 

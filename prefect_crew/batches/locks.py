@@ -38,8 +38,8 @@ class BatchBusyError(CrewError):
     def __init__(self, *, name: str, what: str = "") -> None:
         self.name = name
         super().__init__(
-            f"{what or f'Batch {name!r}'} is being run by another process at this moment. Nothing was started here. "
-            "Wait for it, or end it; the same name then goes on."
+            f"{what or f'Batch {name!r}'} is being run by another process at this moment. Nothing was started or "
+            "changed here. Wait for it, or end it; then do the same again."
         )
 
 

@@ -165,12 +165,13 @@ async def _settle(
     name: str, row: str, kickoff_id: str | None, crew: str | None, ledger: str | None, access: CrewAccess
 ) -> None:
     from prefect_crew.batches.known import known_batch
-    from prefect_crew.batches.locks import BatchLock
+    from prefect_crew.batches.locks import BatchBusyError, BatchLock
     from prefect_crew.settling import settle_never_started, settle_started, unsettled
 
     async with known_batch(name, ledger) as batch, BatchLock(batch.ledger.database, name) as lock:
-        # While nobody works on the batch, a claim has lost its owner and need not be waited for.
-        batch.ledger.sole = await lock.take()
+        if not await lock.take():
+            raise BatchBusyError(name=name)
+        batch.ledger.sole = lock.proves
         if not await batch.ledger.attempts(batch.ledger.run_key(row)):
             raise ConfigurationError(f"Batch {name!r} has bought nothing for a row {row!r}.")
         record = await unsettled(batch.ledger.run_key(row), batch.ledger)

@@ -16,7 +16,7 @@ from prefect_crew.batches.ledger import Ledger
 from prefect_crew.records import RecordPhase
 from prefect_crew.settling import settle_never_started, settle_started, unsettled
 from prefect_crew.testing import CrewServerFactory
-from support.batches import Batches
+from support.batches import Batches, put
 from support.scripts import FAILS, script, slow
 
 ECHO = script({"output": "on {{ topic }}"}, inputs=["topic"])
@@ -39,7 +39,7 @@ async def test_a_run_of_other_inputs_that_goes_on_is_told_of_and_left_to_whoever
     async with ledger_of(batch, name) as ledger:
         (record,) = await ledger.attempts(ledger.run_key("a"))
         record.phase, record.state, record.result, record.ended_at = RecordPhase.STARTED, None, None, None
-        await ledger.save(record)
+        await put(ledger, record)
         before = await ledger.attempts(record.run_key)
     report = await batch(server.crew(), [{"id": "a", "topic": "milk"}], name=name, key="id", on_change="continue")
     assert (report.failed, dict(report.errors), server.kickoffs) == (1, {"RunKeyConflictError": 1}, 1)

@@ -183,11 +183,11 @@ async def test_a_writer_that_is_cancelled_with_everything_else_writes_what_comes
     task.cancel()
     await asyncio.wait_for(save, 20)
     task.cancel()
-    record.kickoff_id = "run 2"
+    record.human_task = "draft"
     await asyncio.wait_for(ledger.save(record), 20)
     await asyncio.wait_for(ledger.__aexit__(), 20)
     async with Ledger(ledger_address, "b") as ledger:
-        assert (await ledger.attempts(record.run_key))[0].kickoff_id == "run 2"
+        assert (await ledger.attempts(record.run_key))[0].human_task == "draft"
 
 
 async def test_an_owner_has_ended_only_where_this_process_is_the_only_one(ledger_address: str):

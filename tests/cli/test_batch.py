@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import sys
 import uuid
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from prefect_crew import WaitPolicy
+from prefect_crew.batches.database import Database
+from prefect_crew.batches.ledger import Ledger
+from prefect_crew.batches.locks import BatchLock
 from prefect_crew.server import CrewServer
 from prefect_crew.testing import CrewServerFactory
+from support.batches import record_of
 from support.commands import TOKEN, environment
 from support.environment import program
 from support.prefect_server import PrefectServer
@@ -288,6 +293,40 @@ def test_an_uncertain_row_is_settled_and_gone_on_with(here, picky, name: str, le
     here("batch", "resume", name)
     assert lines(output).keys() == {"a", "b", "c"}
     assert server.kickoffs == (3 if started else 4)
+
+
+def test_no_row_is_resolved_while_somebody_works_on_the_batch_or_may_still_send_it(
+    here, picky, name: str, leads: str, output: str
+):
+    _, crew = picky(faults=["kickoff:drop-after-accept@1"])
+    ran = here("batch", "run", crew, leads, "--name", name, "--output", output, "--key", "id", "--json")
+    (row,) = ran.json["uncertain_keys"]
+    settle = ("batch", "settle", name, row, "--never-started")
+    path = f"{output}.ledger.db"
+
+    async def owned() -> AsyncGenerator[None]:
+        async with Database(path) as database, BatchLock(database, name) as lock:
+            assert await lock.take()
+            yield
+
+    loop = asyncio.new_event_loop()
+    owner = owned()
+    loop.run_until_complete(anext(owner))
+    busy = here(*settle)
+    loop.run_until_complete(owner.aclose())
+    assert busy.code == 35
+    assert f"Batch '{name}' is being run by another process" in busy.err
+
+    async def claim(key: str) -> None:
+        async with Ledger(path, name) as ledger:
+            assert await ledger.claim(record_of(ledger, key))
+
+    loop.run_until_complete(claim("killed"))
+    loop.close()
+    early = here("batch", "settle", name, "killed", "--never-started")
+    assert early.code != 0
+    assert "may still be sent until" in early.err
+    assert here(*settle).code == 0
 
 
 @pytest.mark.slow

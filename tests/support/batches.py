@@ -7,12 +7,15 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+from sqlalchemy import delete
+
 from prefect_crew import BatchReport, DeployedCrew, WaitPolicy, arun_batch
+from prefect_crew.batches.database import attempts
 from prefect_crew.batches.ledger import Ledger
 from prefect_crew.records import RunRecord, known_by, utcnow
 from support.postgres import Postgres
 
-__all__ = ["Batches", "postgres_ledger", "record_of"]
+__all__ = ["Batches", "postgres_ledger", "put", "record_of"]
 
 
 class Batches:
@@ -43,15 +46,25 @@ class Batches:
 def record_of(ledger: Ledger, key: str, *, attempt: int = 1, **facts: Any) -> RunRecord:
     """Return the claim of a row; `facts` are more fields of the record."""
     now = utcnow()
-    given = {"run_key": ledger.run_key(key), "attempt": attempt, "owner": uuid.uuid4().hex, **facts}
-    return RunRecord(
-        crew="c",
-        crew_url="https://crew.example",
-        inputs_digest="d",
-        claimed_at=now,
-        known_by=known_by(now, 30),
-        **given,
-    )
+    given: dict[str, Any] = {
+        "run_key": ledger.run_key(key),
+        "attempt": attempt,
+        "owner": uuid.uuid4().hex,
+        "crew": "c",
+        "crew_url": "https://crew.example",
+        "inputs_digest": "d",
+        "claimed_at": now,
+        "known_by": known_by(now, 30),
+    }
+    return RunRecord(**given | facts)
+
+
+async def put(ledger: Ledger, record: RunRecord) -> None:
+    """Have an attempt stand in a ledger as this record says, whatever stands there: a ledger itself never goes back."""
+    where = (attempts.c.batch == ledger.batch, attempts.c.row_key == ledger.row_key(record.run_key))
+    statement = delete(attempts).where(*where, attempts.c.attempt == record.attempt)
+    await ledger.database.run(lambda connection: connection.execute(statement).close())
+    assert await ledger.claim(record)
 
 
 def postgres_ledger(postgres: Postgres) -> str:

@@ -1,0 +1,159 @@
+"""What the ledger says of an attempt never goes backwards, however late a write lands and whoever makes it."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+from datetime import timedelta
+from typing import Any
+
+import pytest
+
+from prefect_crew.api.errors import CrewError
+from prefect_crew.api.models import CrewState
+from prefect_crew.batches.ledger import Ledger
+from prefect_crew.posting import ClaimLostError
+from prefect_crew.records import RecordPhase, RunRecord, utcnow
+from prefect_crew.settling import settle_never_started, settle_started, unsettled
+from support.batches import record_of
+
+CLAIMED, NOT_STARTED, UNCERTAIN = RecordPhase.CLAIMED, RecordPhase.NOT_STARTED, RecordPhase.UNCERTAIN
+STARTED, ENDED = RecordPhase.STARTED, RecordPhase.ENDED
+FORWARD = {
+    CLAIMED: {CLAIMED, NOT_STARTED, UNCERTAIN, STARTED, ENDED},
+    NOT_STARTED: {NOT_STARTED, STARTED, ENDED},
+    UNCERTAIN: {UNCERTAIN, NOT_STARTED, STARTED, ENDED},
+    STARTED: {STARTED, ENDED},
+    ENDED: {ENDED},
+}
+"""What may follow what. An id beats "not started": whoever has it knows better."""
+
+
+def at(record: RunRecord, phase: RecordPhase, **facts: Any) -> RunRecord:
+    """Return what is known of an attempt at a later time."""
+    if phase in (STARTED, ENDED):
+        facts.setdefault("kickoff_id", "run 1")
+    if phase is ENDED:
+        facts.setdefault("state", CrewState.COMPLETED)
+    return record.model_copy(update={"phase": phase, **facts})
+
+
+async def standing(ledger: Ledger, record: RunRecord) -> RunRecord:
+    (found,) = [one for one in await ledger.attempts(record.run_key) if one.attempt == record.attempt]
+    return found
+
+
+async def save_anyhow(ledger: Ledger, record: RunRecord) -> bool:
+    """Save, and return whether it was told that nothing was changed."""
+    try:
+        await ledger.save(record)
+    except (ClaimLostError, CrewError):
+        return True
+    return False
+
+
+@pytest.mark.parametrize("by_owner", [True, False], ids=["owner", "another"])
+async def test_no_phase_is_followed_by_an_earlier_one(ledger_address: str, by_owner: bool):
+    async with Ledger(ledger_address, "b") as ledger, Ledger(ledger_address, "b") as other:
+        for number, (before, after) in enumerate(itertools.product(RecordPhase, RecordPhase)):
+            record = record_of(ledger, f"k{number}", known_by=utcnow() - timedelta(seconds=1))
+            assert await ledger.claim(record)
+            await ledger.save(at(record, before))
+            ledger._mine.add(record.owner)  # as one that is still under way
+            forward = after in FORWARD[before] and (by_owner or after is not CLAIMED)
+            told = await save_anyhow(ledger if by_owner else other, at(record, after, reason="later"))
+            found = await standing(ledger, record)
+            assert (found.phase, found.reason) == ((after, "later") if forward else (before, None)), (before, after)
+            assert forward or by_owner is not told or after is CLAIMED, "who does not own it is told"
+
+
+async def test_a_late_write_of_the_owner_does_not_undo_what_a_person_resolved(
+    ledger_address: str, caplog: pytest.LogCaptureFixture
+):
+    async with Ledger(ledger_address, "b") as ledger, Ledger(ledger_address, "b") as person:
+        for key, late in (("k1", NOT_STARTED), ("k2", UNCERTAIN), ("k3", STARTED)):
+            record = record_of(ledger, key, known_by=utcnow() - timedelta(seconds=1))
+            assert await ledger.claim(record)
+            found = await unsettled(record.run_key, person)
+            await settle_started(found, f"seen {key}", person)
+            with caplog.at_level(logging.WARNING):
+                await ledger.save(at(record, late, kickoff_id="answered" if late is STARTED else None))
+            assert (await standing(person, record)).kickoff_id == f"seen {key}"
+        record = record_of(ledger, "k4", known_by=utcnow() - timedelta(seconds=1))
+        assert await ledger.claim(record)
+        await settle_never_started(await unsettled(record.run_key, person), person)
+        with pytest.raises(ClaimLostError):
+            await ledger.save(at(record, CLAIMED, known_by=utcnow() + timedelta(seconds=60)))
+        assert (await standing(person, record)).phase is NOT_STARTED
+        await ledger.save(at(record, STARTED))
+        assert (await standing(person, record)).kickoff_id == "run 1", "an id beats a verdict"
+    assert "answered" in caplog.text, "the id that was not written down"
+
+
+async def test_a_claim_that_may_still_be_posted_is_not_resolved(ledger_address: str):
+    async with Ledger(ledger_address, "b") as ledger, Ledger(ledger_address, "b") as person:
+        person.sole = True  # as one who has taken the lock of an owner that lives, and has lost it
+        record = record_of(ledger, "k")
+        assert await ledger.claim(record)
+        found = await unsettled(record.run_key, person)
+        with pytest.raises(
+            CrewError, match=r"row 'k' of batch 'b' may still be sent until .* UTC\. Nothing was changed"
+        ):
+            await settle_never_started(found, person)
+        with pytest.raises(CrewError, match="may still be sent"):
+            await settle_started(await unsettled(record.run_key, person), "run 7", person)
+        assert (await standing(ledger, record)).phase is CLAIMED
+        # The owner has been told to wait by the crew's server, and claims it for longer, by its own clock.
+        old = record_of(ledger, "old", known_by=utcnow() - timedelta(seconds=1))
+        assert await ledger.claim(old)
+        found = await unsettled(old.run_key, person)
+        await ledger.save(at(old, CLAIMED, known_by=utcnow() + timedelta(seconds=60)))
+        with pytest.raises(CrewError, match="may still be sent"):
+            await settle_never_started(found, person)
+
+
+async def test_the_age_of_a_claim_is_told_by_the_ledgers_clock_alone(
+    ledger_address: str, monkeypatch: pytest.MonkeyPatch
+):
+    """The machine of whoever resolves may be hours ahead of that of the owner, or behind."""
+    async with Ledger(ledger_address, "b") as ledger, Ledger(ledger_address, "b") as person:
+        ahead = utcnow() + timedelta(hours=2)
+        record = record_of(ledger, "k")
+        assert await ledger.claim(record)
+        monkeypatch.setattr("prefect_crew.settling.utcnow", lambda: ahead)
+        found = await unsettled(record.run_key, person)
+        with pytest.raises(CrewError, match="may still be sent"):
+            await settle_never_started(found, person)
+
+
+async def test_writes_of_one_attempt_that_share_a_commit_are_made_in_their_order(ledger_address: str):
+    async with Ledger(ledger_address, "b") as ledger:
+        record = record_of(ledger, "k")
+        writes = [
+            ledger.claim(record),
+            ledger.save(at(record, UNCERTAIN)),
+            ledger.save(at(record, STARTED)),
+            ledger.save(at(record, ENDED)),
+        ]
+        tasks = [asyncio.ensure_future(write) for write in writes]
+        await asyncio.gather(*tasks)
+        assert ledger.writer.commits < 3
+        assert (await standing(ledger, record)).phase is ENDED
+
+
+async def test_a_claim_that_was_resolved_before_its_owner_knew_of_it_is_not_its_own(ledger_address: str):
+    """Its commit was made again since nobody knew of the first: in between somebody has resolved it."""
+    async with Ledger(ledger_address, "b") as ledger, Ledger(ledger_address, "b") as person:
+        record = record_of(ledger, "k", known_by=utcnow() - timedelta(seconds=1))
+        assert await ledger.claim(record)
+        await settle_never_started(await unsettled(record.run_key, person), person)
+        assert not await ledger.claim(record)
+        assert (await standing(person, record)).phase is NOT_STARTED
+
+
+async def test_an_attempt_that_is_not_in_the_ledger_is_not_made_by_a_save(ledger_address: str):
+    async with Ledger(ledger_address, "b") as ledger:
+        with pytest.raises(CrewError, match=r"is not in the ledger"):
+            await ledger.save(record_of(ledger, "k", phase=UNCERTAIN))
+        assert not await ledger.attempts(ledger.run_key("k"))
