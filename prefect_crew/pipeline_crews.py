@@ -5,10 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
 
 from prefect_crew.api.errors import AuthenticationError, ConfigurationError, CrewError, NotFoundError
+from prefect_crew.api.inputs import encode_inputs
 from prefect_crew.api.models import CrewInput
-from prefect_crew.api.redaction import MASK
+from prefect_crew.api.redaction import MASK, Redactor, holds_secret
 from prefect_crew.blocks import DeployedCrew
 from prefect_crew.pipeline_drawing import draw_graph
 from prefect_crew.pipeline_graph import CrewStep, PipelineGraph
@@ -63,10 +66,31 @@ class PipelineCrews:
     expected: dict[str, list[CrewInput]] = field(default_factory=dict[str, list[CrewInput]])
     silent: list[str] = field(default_factory=list[str])
 
-    @property
+    @cached_property
     def secret_inputs(self) -> set[str]:
-        """The names of all inputs that are secret to one of the crews."""
-        return {name for crew in self.crews.values() for name in crew.secret_inputs}
+        """The names of the pipeline's inputs that are secret: given as such, or going into a secret input of a crew.
+
+        To be asked for once the crews are loaded.
+        """
+        graph = self.graph
+        found = {name for name, value in graph.inputs.items() if holds_secret(value)}
+        for step in graph.steps:
+            if crew := self.crews.get(step.name):
+                found |= graph.behind(step, crew.secret_inputs) | (set(graph.inputs) & set(crew.secret_inputs))
+        return found
+
+    @cached_property
+    def redact(self) -> Redactor:
+        """What masks the pipeline's secret inputs."""
+        return Redactor(self.graph.inputs[name] for name in self.secret_inputs)
+
+    def stored_inputs(self) -> dict[str, Any]:
+        """Return the pipeline's inputs as Prefect may store them."""
+        encoded, secret = encode_inputs(self.graph.inputs), self.secret_inputs
+        steps = {step.name: step for step in self.graph.steps}
+        if any(self.graph.has_function_for(steps[name], crew.secret_inputs) for name, crew in self.crews.items()):
+            secret = set(encoded)  # any of them may be what the function gives
+        return {name: MASK if name in secret else self.redact(text) for name, text in encoded.items()}
 
     @property
     def known(self) -> dict[str, list[CrewInput]]:
@@ -156,8 +180,9 @@ class PipelineCrews:
 
     def _shown(self, step: CrewStep) -> dict[str, str]:
         crew = self.crews.get(step.name)
-        secret = set(crew.secret_inputs) if crew else set[str]()
-        return {key: MASK if key in secret else value for key, value in self.graph.known_inputs_of(step).items()}
+        secret = {*(crew.secret_inputs if crew else ()), *self.graph.made_of(step, self.secret_inputs)}
+        known = self.graph.known_inputs_of(step)
+        return {key: MASK if key in secret else self.redact(value) for key, value in known.items()}
 
 
 def step_key(run_key: str, step: CrewStep) -> str:

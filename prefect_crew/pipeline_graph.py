@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from graphlib import CycleError, TopologicalSorter
@@ -11,6 +12,7 @@ from prefect_crew.api._error import listed_names, with_guesses
 from prefect_crew.api.errors import ConfigurationError
 from prefect_crew.api.inputs import missing_inputs, unknown_inputs
 from prefect_crew.api.models import CrewInput, CrewResult
+from prefect_crew.api.redaction import revealed
 from prefect_crew.blocks import DeployedCrew
 from prefect_crew.choices import check_choices
 from prefect_crew.reviews import ReviewChoice
@@ -20,6 +22,7 @@ from prefect_crew.waiting import WaitPolicy
 __all__ = ["CrewStep", "PipelineContext", "PipelineGraph", "StepInputs"]
 
 _RESERVED = frozenset({"inputs", "steps"})
+_LOOKUP = re.compile(r"""\binputs\s*(\.\s*\w+|\[\s*("[^"]*"|'[^']*')\s*\])""")
 _OF_A_RESULT = frozenset({*dir(CrewResult), *CrewResult.model_fields})
 
 StepInputs = Mapping[str, Any] | Callable[["PipelineContext"], Mapping[str, Any]]
@@ -180,6 +183,41 @@ class PipelineGraph:
                 open_names += self.needs[other]
         return found
 
+    def behind(self, step: CrewStep, names: Collection[str]) -> set[str]:
+        """Return the pipeline's inputs that go into some inputs of a step by their names or by templates."""
+        if step.inputs is None:
+            return {name for name in names if name in self.inputs}
+        if callable(step.inputs):
+            return set()
+        return {read for name in names for read in self._read_in(step.inputs.get(name))}
+
+    def has_function_for(self, step: CrewStep, names: Collection[str]) -> bool:
+        """Return whether a function gives one of these inputs of a step, or may: nobody knows what it reads."""
+        if step.inputs is None:
+            return False
+        return bool(names) if callable(step.inputs) else any(callable(step.inputs.get(name)) for name in names)
+
+    def made_of(self, step: CrewStep, names: Collection[str]) -> set[str]:
+        """Return the inputs of a step that some of the pipeline's inputs go into by their names or by templates."""
+        if step.inputs is None:
+            return {name for name in names if name in self.inputs}
+        if callable(step.inputs):
+            return set()
+        return {name for name, value in step.inputs.items() if not self._read_in(value).isdisjoint(names)}
+
+    def _read_in(self, value: Any) -> set[str]:
+        """Return the pipeline's inputs that the templates in a value read."""
+        found: set[str] = set()
+        for text in _texts(value):
+            try:
+                found |= names_in(text, collections=_RESERVED)
+                at_random = "inputs" in names_in(_LOOKUP.sub("0", text))
+            except ConfigurationError:  # told among the problems
+                continue
+            if at_random:  # such as `inputs[name]`
+                return set(self.inputs)
+        return found & set(self.inputs)
+
     def inputs_of(
         self, step: CrewStep, results: Mapping[str, CrewResult], expected: Sequence[CrewInput]
     ) -> Mapping[str, Any]:
@@ -193,7 +231,8 @@ class PipelineGraph:
         if step.inputs is None:
             names = {known.name for known in expected}
             return {key: value for key, value in self.inputs.items() if not names or key in names}
-        values = {**self.inputs, **seen, "inputs": self.inputs, "steps": seen}
+        given = {name: revealed(value) for name, value in self.inputs.items()}
+        values = {**given, **seen, "inputs": given, "steps": seen}
         if callable(step.inputs):
             return _mapping(_called(step.inputs, context), step.inputs)
         return {

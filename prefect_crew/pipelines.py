@@ -21,7 +21,7 @@ from pydantic import Field
 from prefect_crew.api.errors import ConfigurationError, PipelineFailedError
 from prefect_crew.api.inputs import encode_inputs, inputs_digest
 from prefect_crew.api.models import CrewResult, CrewStatus
-from prefect_crew.api.redaction import MASK
+from prefect_crew.api.redaction import Redactor, holds_secret, revealed
 from prefect_crew.beside import work_beside
 from prefect_crew.choices import check_choices
 from prefect_crew.dual import refuse_running_loop
@@ -127,10 +127,9 @@ async def arun_pipeline(
     if FlowRunContext.get() is not None or TaskRunContext.get() is not None:
         return await _run(call, name=name, run_key=run_key)
     token = _live.set(call)
-    shown = {key: MASK if key in crews.secret_inputs else value for key, value in crews.graph.inputs.items()}
     try:
         return await cast("Any", run_steps)(
-            pipeline=name, steps=[step.name for step in steps], inputs=encode_inputs(shown), run_key=run_key
+            pipeline=name, steps=[step.name for step in steps], inputs=crews.stored_inputs(), run_key=run_key
         )
     finally:
         _live.reset(token)
@@ -203,6 +202,8 @@ class _Work:
         self.results: dict[str, CrewResult] = {}
         self.errors: dict[str, Exception] = {}
         self.skipped: set[str] = set()
+        self.secrets = [self.graph.inputs[name] for name in self.crews.secret_inputs]
+        """Secret values that steps have been given so far: an earlier one may repeat them to a later one."""
         self._done = {step.name: asyncio.Event() for step in self.graph.steps}
         self._by_key = {step_key(run_key, step): step.name for step in self.graph.steps}
 
@@ -249,9 +250,20 @@ class _Work:
         self._done[step.name].set()
 
     async def _crew(self, step: CrewStep) -> CrewResult:
-        inputs = self.graph.inputs_of(step, self.results, self.crews.expected.get(step.name, ()))
+        crew = self.crews.crews[step.name]
+        try:
+            inputs = self.graph.inputs_of(step, self.results, self.crews.expected.get(step.name, ()))
+        except ConfigurationError as error:
+            masked = Redactor(self.secrets)(str(error))
+            if masked == str(error):
+                raise
+            raise ConfigurationError(masked) from None  # its cause says it too
+        self.secrets += [revealed(inputs[name]) for name in inputs if name in crew.secret_inputs]
+        self.secrets += [revealed(value) for value in inputs.values() if holds_secret(value)]
+        # The crew knows its own secrets. Those of the pipeline may come to it in a template, or from a step before it.
+        made = self.graph.made_of(step, self.crews.secret_inputs)
         return await arun_crew(
-            self.crews.crews[step.name],
+            crew.hiding(made, texts=Redactor(self.secrets).texts),
             inputs,
             name=step.name,
             run_key=step_key(self.run_key, step),

@@ -45,6 +45,11 @@ class Redactor:
         self._values = tuple(values)
         self._tokens = tuple(tokens)
 
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The texts and numbers within its values."""
+        return tuple({text for value in self._values for text in _texts(value) if len(text) >= SHORTEST})
+
     # On demand: one is made for each kickoff, and most of them have nothing to mask.
     @cached_property
     def secrets(self) -> tuple[str, ...]:

@@ -149,7 +149,7 @@ def test_an_address_is_shown_without_what_is_secret(address: str, shown: str):
         "postgresql://u:pa55word@h/db",
         "postgresql://u@h/db?password=pa55word",
         "postgresql://u@h/db?sslpassword=pa55word&sslmode=require",
-        "postgresql://u@h/db?passfile=/home/pa55word",
+        "postgresql://u@h/db?passfile=pa55word",
         "postgresql://u@h/db?options=-c%20my.secret%3Dpa55word",
         "postgresql://u@h/db?user=u&Password=pa55word",
     ],
