@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
+from uuid import UUID
 
 import httpx
 from prefect.exceptions import PrefectException
 
 from prefect_crew.api.errors import CrewError
 from prefect_crew.api.models import CrewState, ResumeAnswer, StopAnswer
+from prefect_crew.limits import Slots
 from prefect_crew.logs import run_logger
 from prefect_crew.lookups import find_run
 from prefect_crew.record_store import PrefectRecords
@@ -38,6 +40,8 @@ async def stop_run(crew: DeployedCrew, kickoff_id: str, *, run_key: str | None =
             await close_stopped(run.record, answer, PrefectRecords())
         except (httpx.HTTPError, PrefectException) as error:
             run_logger().warning("That run %s was stopped is not on record: %s", kickoff_id, error)
+        if run.record.slot is not None:
+            await Slots(crew, UUID(run.record.slot)).release()
     return answer
 
 

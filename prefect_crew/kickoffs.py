@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from prefect_crew.api.errors import AuthenticationError, ConfigurationError, CrewError, InvalidInputsError
+from prefect_crew.api.errors import (
+    AuthenticationError,
+    ConfigurationError,
+    CrewError,
+    InvalidInputsError,
+    KickoffUncertainError,
+)
 from prefect_crew.api.inputs import STATE_ID, encode_inputs, inputs_digest, is_uuid, missing_inputs, unknown_inputs
 from prefect_crew.api.models import CrewInput, CrewState
 from prefect_crew.api.redaction import holds_secret, withholding
 from prefect_crew.choices import check_choices
 from prefect_crew.interrupts import watch_ctrl_c
+from prefect_crew.limits import take_slots
 from prefect_crew.logs import run_logger
 from prefect_crew.open_runs import OpenRun, remember
 from prefect_crew.posting import Purchase
-from prefect_crew.purchases import purchase_run
+from prefect_crew.purchases import Purchased, purchase_run
 from prefect_crew.record_store import PrefectRecords
-from prefect_crew.records import Decision, RecordStore
+from prefect_crew.records import Decision, RecordPhase, RecordStore, latest_purchase
 from prefect_crew.run_keys import identify
 from prefect_crew.sessions import CrewSession
 from prefect_crew.settings import CrewSettings
@@ -68,34 +75,21 @@ async def open_run(
     known = _known.get()
     settings = CrewSettings() if known is None else known.settings
     purchase = Purchase(crew, identity, encoded, digest, name, meta, webhooks, force_new, settings=settings)
-    if known_cancelled(purchase.identity.caller.flow_run_id):
-        # A flow that catches the end of one wait must not go on buying.
-        raise CrewError(f"Flow run {purchase.identity.caller.flow_run_id} was cancelled: it kicks off nothing more.")
-    if settings.webhook_url:
-        subscribe()
-    async with CrewSession(crew) as session:
-        # Open as long as the POST may be in flight, so that a Ctrl-C meanwhile stops what it started.
-        with watch_ctrl_c(), withholding(crew.redactor(encoded)):
-            try:
-                opened = await purchase_run(
-                    purchase,
-                    store or PrefectRecords(),
-                    session,
-                    check=lambda: check_inputs(session, encoded, allow_extra=crew.allow_extra_inputs),
-                )
-            except CrewError as error:
-                error.about(identity.run_key, crew.label)
-                raise
-        record = opened.record
-        run = OpenRun(
-            session.crew, str(record.kickoff_id), record, encoded, owned=opened.bought, webhooks=purchase.webhooks
-        )
-    refused_again = record.ended_at is not None and record.ended_at <= purchase.asked_at
-    if opened.decision is Decision.RETURN and record.state is not CrewState.COMPLETED and refused_again:
-        run.advice = (
-            f"It is not bought again: crew {crew.label} allows {crew.max_kickoffs} kickoffs under one run key "
-            "(max_kickoffs). force_new=True (--force-new) buys another."
-        )
+    records = store or PrefectRecords()
+    slots = await take_slots(crew) if await _may_start(purchase, records) else None
+    if slots is not None:
+        purchase = replace(purchase, slot=str(slots.lease))
+    try:
+        async with nullcontext() if slots is None else slots.kept():
+            run, opened = await _opened(purchase, records)
+    except KickoffUncertainError:
+        raise  # it may be in flight, and counts until its slot's lease ends
+    except CrewError:
+        if slots is not None:
+            await slots.release()
+        raise
+    if slots is not None and not opened.bought:
+        await slots.release()
     if opened.bought:
         trouble = await run.shown_by().create(run.view(None))
         if trouble:
@@ -103,6 +97,54 @@ async def open_run(
     remember(run)
     tell(run, None)
     return run
+
+
+async def _may_start(purchase: Purchase, records: RecordStore) -> bool:
+    """Return whether a call may start a run, and so needs a slot: what is in flight or completed needs none."""
+    if purchase.crew.concurrency_limit is None:
+        return False
+    latest = latest_purchase(await records.attempts(purchase.identity.run_key))
+    if latest is None or purchase.force_new:
+        return True
+    return latest.phase is RecordPhase.ENDED and latest.state is not CrewState.COMPLETED
+
+
+async def _opened(purchase: Purchase, records: RecordStore) -> tuple[OpenRun, Purchased]:
+    crew, identity = purchase.crew, purchase.identity
+    if known_cancelled(purchase.identity.caller.flow_run_id):
+        # A flow that catches the end of one wait must not go on buying.
+        raise CrewError(f"Flow run {purchase.identity.caller.flow_run_id} was cancelled: it kicks off nothing more.")
+    if purchase.settings is not None and purchase.settings.webhook_url:
+        subscribe()
+    async with CrewSession(crew) as session:
+        # Open as long as the POST may be in flight, so that a Ctrl-C meanwhile stops what it started.
+        with watch_ctrl_c(), withholding(crew.redactor(purchase.inputs)):
+            try:
+                opened = await purchase_run(
+                    purchase,
+                    records,
+                    session,
+                    check=lambda: check_inputs(session, purchase.inputs, allow_extra=crew.allow_extra_inputs),
+                )
+            except CrewError as error:
+                error.about(identity.run_key, crew.label)
+                raise
+        record = opened.record
+        run = OpenRun(
+            session.crew,
+            str(record.kickoff_id),
+            record,
+            purchase.inputs,
+            owned=opened.bought,
+            webhooks=purchase.webhooks,
+        )
+    refused_again = record.ended_at is not None and record.ended_at <= purchase.asked_at
+    if opened.decision is Decision.RETURN and record.state is not CrewState.COMPLETED and refused_again:
+        run.advice = (
+            f"It is not bought again: crew {crew.label} allows {crew.max_kickoffs} kickoffs under one run key "
+            "(max_kickoffs). force_new=True (--force-new) buys another."
+        )
+    return run, opened
 
 
 @dataclass(frozen=True)

@@ -58,6 +58,7 @@ class Purchase:
     quiet: bool = False
     settings: CrewSettings | None = None
     asked_at: datetime = field(default_factory=utcnow)
+    slot: str | None = None
 
     def record(self, attempt: int, *, delay: float = 0.0) -> RunRecord:
         """Return the record that claims an attempt, which is posted after at most `delay` seconds."""
@@ -75,6 +76,7 @@ class Purchase:
             flow_run_id=caller.flow_run_id,
             flow_run_count=caller.flow_run_count,
             process=caller.process,
+            slot=self.slot,
             step=self.name,
             secret_inputs=self.crew.secret_among(self.inputs),
         )

@@ -132,6 +132,8 @@ class RunRecord(BaseModel):
     flow_run_count: int = 0
     process: str | None = None
     """The operating system process of the owner's flow run, as `processes.this_process` names it."""
+    slot: str | None = None
+    """The lease of its slot in the crew's shared limit, for whoever waits for the run."""
     step: str | None = None
     secret_inputs: list[str] = Field(default_factory=list[str])
     """Names of the inputs that hold a secret: without their values, nothing that the crew says may be shown."""

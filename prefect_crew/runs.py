@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
@@ -181,7 +180,7 @@ def _stored(call: _Call) -> dict[str, Any]:
 async def _run(
     call: _Call, *, name: str | None, run_key: str | None, force_new: bool, wait: WaitPolicy | None
 ) -> CrewResult:
-    async with _limited(call.crew), work_beside():
+    async with work_beside():
         kickoff_id = await kickoff_crew.acall(
             call.crew,
             call.inputs,
@@ -194,20 +193,6 @@ async def _run(
         return await wait_for_crew.acall(
             call.crew, kickoff_id, name=name, wait=wait, output_type=call.output_type, review=call.review
         )
-
-
-@asynccontextmanager
-async def _limited(crew: DeployedCrew) -> AsyncGenerator[None]:
-    """Hold a slot of the crew's shared limit while a run is in flight."""
-    if crew.concurrency_limit is None:
-        yield
-        return
-    from prefect.concurrency.asyncio import concurrency
-
-    # Strict: a limit that does not exist would limit nothing, silently. A lease that cannot be renewed, because the
-    # Prefect API is away, is no reason to end a wait: the crew runs on, and holds its slot at its own server.
-    async with concurrency(crew.concurrency_limit, occupy=1, strict=True, raise_on_lease_renewal_failure=False):
-        yield
 
 
 @flow(name="run-deployed-crew", flow_run_name="{crew}", validate_parameters=True)

@@ -10,11 +10,19 @@ from typing import TYPE_CHECKING
 import httpx
 from prefect.exceptions import PrefectException
 
-from prefect_crew.api.errors import AuthenticationError, CrewError, CrewLostError, CrewStoppedError, CrewTimeoutError
+from prefect_crew.api.errors import (
+    AuthenticationError,
+    CrewError,
+    CrewFailedError,
+    CrewLostError,
+    CrewStoppedError,
+    CrewTimeoutError,
+)
 from prefect_crew.api.models import CrewResult, CrewState, CrewStatus
 from prefect_crew.beside import beside_here
 from prefect_crew.events import emit
 from prefect_crew.interrupts import ENDINGS, watch_ctrl_c
+from prefect_crew.limits import Slots, slot_of
 from prefect_crew.logs import run_logger
 from prefect_crew.lookups import find_run, recorded_result
 from prefect_crew.open_runs import OpenRun
@@ -74,8 +82,24 @@ async def wait_for_run(
         if run.record is not None and run.record.phase is RecordPhase.ENDED:
             result = await waiter.recorded()
         else:
-            result = await waiter.result()
+            async with slot_of(crew, run.record) as slots:
+                result = await _with_slots(waiter, slots)
     return result if output_type is None else typed(result, output_type, run=run)
+
+
+async def _with_slots(waiter: _Waiter, slots: Slots | None) -> CrewResult:
+    """Wait, and give the run's slot back once it is not in flight any more, or its flow run is suspended for it."""
+    over = True
+    try:
+        return await waiter.result()
+    except BaseException as error:
+        ended = isinstance(error, CrewFailedError | CrewStoppedError | CrewLostError | StillRunningError)
+        record = waiter.run.record
+        over = ended or getattr(error, "stopped", False) or (record is not None and record.phase is RecordPhase.ENDED)
+        raise
+    finally:
+        if slots is not None and over:
+            await slots.release()
 
 
 class _CancelledOnServerError(Exception):

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 from prefect import flow, get_client, task
 from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate
-from prefect.concurrency.asyncio import ConcurrencySlotAcquisitionError
 from prefect.flow_engine import run_flow_async
 from prefect.runtime import flow_run
 from prefect.states import Scheduled
@@ -326,7 +325,7 @@ async def test_runs_in_flight_are_limited(crew_server: CrewServerFactory):
 
 async def test_a_limit_that_does_not_exist_is_an_error_and_not_no_limit(crew_server: CrewServerFactory):
     server = crew_server("echo")
-    with pytest.raises(ConcurrencySlotAcquisitionError):
+    with pytest.raises(ConfigurationError, match="'nobody-made-it', which does not exist"):
         await arun_crew(server.crew(concurrency_limit="nobody-made-it"), {"text": "a"})
     assert server.kickoffs == 0
 

@@ -19,7 +19,7 @@ from prefect_crew.batches.pacing import BatchSession
 from prefect_crew.batches.retries import RetryRule
 from prefect_crew.batches.row_waits import RowWaiter
 from prefect_crew.batches.work import EngineOptions
-from prefect_crew.logs import run_logger
+from prefect_crew.limits import missing_limit, take_slots
 from prefect_crew.sessions import CrewSession
 from prefect_crew.suspending.suspension import polling_only, standstill_here
 
@@ -85,22 +85,19 @@ async def limited(session: CrewSession, options: BatchOptions, stack: AsyncExitS
     limit = crew.concurrency_limit
     if limit is None:
         return chosen or IN_FLIGHT
-    from prefect.concurrency.asyncio import concurrency
-
     async with get_client() as client:
         try:
             found = await client.read_global_concurrency_limit_by_name(limit)
         except ObjectNotFound:
-            raise ConfigurationError(
-                f"Crew {crew.label} names the concurrency limit {limit!r}, which does not exist: "
-                f"prefect gcl create {limit} --limit N."
-            ) from None
+            raise missing_limit(crew) from None
     most = chosen or min(IN_FLIGHT, found.limit)
     if most > found.limit:
         raise ConfigurationError(
             f"max_in_flight is {most}, and crew {crew.label} allows {found.limit} runs in flight in all "
             f"(concurrency limit {limit!r}). Give max_in_flight={found.limit} or less."
         )
-    run_logger().info("Waiting for %d slots of the concurrency limit %s.", most, limit)
-    await stack.enter_async_context(concurrency(limit, occupy=most, strict=True))
+    slots = await take_slots(crew, most)
+    if slots is not None:
+        stack.push_async_callback(slots.release)
+        await stack.enter_async_context(slots.kept())
     return most

@@ -203,7 +203,7 @@ async def test_the_crews_shared_limit_is_held_while_the_batch_runs(batch: Batche
 @pytest.mark.parametrize(
     ("size", "options", "message"),
     [
-        pytest.param(None, {}, "which does not exist: prefect gcl create", id="no such limit"),
+        pytest.param(None, {}, "which does not exist", id="no such limit"),
         pytest.param(3, {"max_in_flight": 5}, "Give max_in_flight=3 or less", id="more than the limit"),
     ],
 )
