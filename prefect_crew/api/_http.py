@@ -26,6 +26,7 @@ __all__ = [
     "checked_token",
     "checked_url",
     "in_process",
+    "is_loopback",
     "quiet",
     "read_answer",
     "segment",
@@ -125,7 +126,7 @@ def checked_url(url: str, *, allow_http: bool) -> str:
         raise ConfigurationError(f"The crew's URL {bare!r} does not start with https:// and a host.")
     if parts.query or parts.fragment:
         raise ConfigurationError(f"The crew's URL (host {host}) has a query or a fragment. Give the bare URL.")
-    if parts.scheme == "http" and not (allow_http or _loopback(host) or served_here(url)):
+    if parts.scheme == "http" and not (allow_http or is_loopback(host) or served_here(url)):
         raise ConfigurationError(
             f"The crew's URL http://{host} would send the token in plain text. "
             "Use https, or allow it with allow_http=True (--allow-http) where the network is trusted."
@@ -133,8 +134,9 @@ def checked_url(url: str, *, allow_http: bool) -> str:
     return url.strip().rstrip("/")
 
 
-def _loopback(host: str) -> bool:
-    if host == "localhost" or host.endswith(".localhost"):
+def is_loopback(host: str) -> bool:
+    """Return whether a host is this machine: `localhost` or an address. Any other name may lead elsewhere."""
+    if host == "localhost":
         return True
     try:
         return ipaddress.ip_address(host).is_loopback

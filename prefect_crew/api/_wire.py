@@ -34,9 +34,10 @@ class Wire:
         verify: What checks the server's certificate.
         proxy: The URL of a proxy, in place of the environment's.
         transport: How requests are carried, in place of the network. Not closed.
+        allow_http: Allow plain http beyond this machine, and so through a proxy.
 
     Raises:
-        ConfigurationError: The proxy cannot be used.
+        ConfigurationError: The proxy cannot be used, or would be sent the token in plain text.
     """
 
     def __init__(
@@ -49,7 +50,14 @@ class Wire:
         verify: ssl.SSLContext | str | bool,
         proxy: str | httpx.Proxy | None,
         transport: httpx.AsyncBaseTransport | None,
+        allow_http: bool,
     ) -> None:
+        base = httpx.URL(url)
+        if proxy is not None and base.scheme == "http" and not allow_http:
+            raise ConfigurationError(
+                "A proxy would be sent the token in plain text, since the crew's URL is http. "
+                "Use https, or allow it with allow_http=True where the network up to the proxy is trusted."
+            )
         # httpx ignores proxies beside a transport, and says so only by not using them.
         carried: dict[str, Any] = {"transport": _http.Shared(transport)} if transport else {"proxy": proxy}
         limits = httpx.Limits(max_connections=100, max_keepalive_connections=20, keepalive_expiry=keepalive)
@@ -62,11 +70,12 @@ class Wire:
                 },
                 limits=limits,
                 verify=_http.tls_context(verify),
+                # httpx takes the environment's proxies for this machine too, where NO_PROXY does not name it.
+                trust_env=not _http.is_loopback(base.host),
                 **carried,
             )
         except (ValueError, ImportError) as error:  # an unknown scheme, or SOCKS without its package
             raise ConfigurationError(f"The proxy cannot be used: {type(error).__name__}. Check its URL.") from None
-        base = httpx.URL(url)
         self._url = url
         connect = min(_CONNECT, timeout / 2)
         self._extensions = {"timeout": httpx.Timeout(timeout, connect=connect, pool=connect).as_dict()}

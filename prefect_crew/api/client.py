@@ -75,7 +75,8 @@ class CrewClient:
             status = await client.status(kickoff_id)
 
     Nothing is retried here, and redirects are not followed: the token would go with them. One client belongs to one
-    event loop. Proxies and CAs come from the environment as httpx reads it, or from `proxy` and `verify`.
+    event loop. Proxies and CAs come from the environment as httpx reads it, or from `proxy` and `verify`. Loopback is
+    asked through a proxy only where `proxy` is given, and plain http through one only with `allow_http`.
 
     Args:
         url: The crew's base URL. Plain http is refused beyond loopback.
@@ -117,6 +118,7 @@ class CrewClient:
         self.inputs_as_json = inputs_as_json
         self._token = _http.checked_token(token)
         self._verify = verify
+        self._allow_http = allow_http
         self._proxy = proxy
         self._transport = transport or _http.served_here(self.url)
         self._polls: Wire | None = None
@@ -147,6 +149,7 @@ class CrewClient:
             verify=self._verify,
             proxy=self._proxy,
             transport=self._transport,
+            allow_http=self._allow_http,
         )
 
     async def inputs(self) -> list[CrewInput]:

@@ -387,7 +387,6 @@ async def test_what_cannot_be_written_is_never_sent(
         "http://localhost:8000",
         "http://127.0.0.1/x",
         "http://[::1]:1",
-        "http://crew.localhost",
         "https://a.example.com/p/",
     ],
 )
@@ -399,6 +398,9 @@ def test_urls_that_are_taken(url: str):
     ("url", "says"),
     [
         pytest.param("http://crew.example.com", "allow_http", id="plain-http"),
+        pytest.param("http://crew.localhost", "allow_http", id="a-name-that-only-looks-like-loopback"),
+        pytest.param("http://evil.example.com%2f.localhost", "allow_http", id="an-escaped-slash"),
+        pytest.param("http://127.0.0.1%2f.example.com", "allow_http", id="an-escaped-slash-after-loopback"),
         pytest.param("http://127.0.0.1.example.com", "allow_http", id="loopback-in-a-name"),
         pytest.param("http://10.0.0.1", "allow_http", id="private-network"),
         pytest.param("crew.example.com", "https://", id="no-scheme"),

@@ -34,7 +34,13 @@ from prefect_crew.api import _http
 from prefect_crew.api import client as api_client
 from prefect_crew.api.certainty import KickoffFate, kickoff_fate, post_deadline
 from prefect_crew.api.client import CrewClient
-from prefect_crew.api.errors import CrewAPIError, CrewConnectionError, ResponseFormatError, ServerError
+from prefect_crew.api.errors import (
+    ConfigurationError,
+    CrewAPIError,
+    CrewConnectionError,
+    ResponseFormatError,
+    ServerError,
+)
 from prefect_crew.api.models import CrewState, CrewStatus, StopOutcome
 
 TOKEN = "t0ken-0123456789"
@@ -225,6 +231,52 @@ async def test_a_proxy_that_does_not_connect_is_not_sent(monkeypatch: pytest.Mon
             assert not caught.value.sent
     assert [head.split()[:2] for head in heads] == [[b"CONNECT", b"crew.invalid:443"]] * 2
     assert TOKEN.encode() not in b"".join(heads)
+
+
+@contextlib.asynccontextmanager
+async def proxied() -> AsyncIterator[tuple[str, list[bytes]]]:
+    """Give the URL of a proxy that answers everything itself, and the heads of what it was sent."""
+    heads: list[bytes] = []
+
+    async def proxy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        heads.append(await read_request(reader))
+        writer.write(answer('{"inputs": ["from the proxy"]}'))
+        await writer.drain()
+
+    async with raw_server(proxy) as url:
+        yield url, heads
+
+
+@pytest.mark.parametrize("allow_http", [False, True])
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+async def test_loopback_is_not_asked_through_a_proxy_of_the_environment(
+    host: str, allow_http: bool, monkeypatch: pytest.MonkeyPatch
+):
+    async def crew(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await read_request(reader)
+        writer.write(answer('{"inputs": ["from the crew"]}'))
+        await writer.drain()
+
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    async with proxied() as (url, heads), raw_server(crew) as base:
+        for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+            monkeypatch.setenv(name, url)
+        base = base.replace("127.0.0.1", host)
+        async with CrewClient(base, TOKEN, allow_http=allow_http) as client:
+            assert [item.name for item in await client.inputs()] == ["from the crew"]
+    assert heads == []
+
+
+async def test_no_token_goes_to_a_proxy_in_clear_text():
+    async with proxied() as (url, heads):
+        with pytest.raises(ConfigurationError, match="allow_http=True") as caught:
+            async with CrewClient("http://127.0.0.1:1", TOKEN, proxy=url) as client:
+                await client.inputs()
+        assert heads == []
+        assert TOKEN not in str(caught.value)
+        async with CrewClient("http://127.0.0.1:1", TOKEN, proxy=url, allow_http=True) as client:
+            assert [item.name for item in await client.inputs()] == ["from the proxy"]
 
 
 # Connections that stay open
