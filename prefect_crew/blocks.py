@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal, cast
+from uuid import UUID
 
 import httpx
 from prefect.blocks.abstract import JobBlock, JobRun
@@ -203,17 +204,27 @@ class DeployedCrew(JobBlock[CrewResult]):
         force_new: bool = False,
         meta: Mapping[str, Any] | None = None,
         webhooks: Webhooks | None = None,
+        restore_from: str | UUID | None = None,
     ) -> CrewRun:
         from prefect_crew.kickoffs import open_run
 
-        run = await open_run(self, inputs or {}, run_key=run_key, force_new=force_new, meta=meta, webhooks=webhooks)
+        run = await open_run(
+            self,
+            inputs or {},
+            run_key=run_key,
+            force_new=force_new,
+            meta=meta,
+            webhooks=webhooks,
+            restore_from=restore_from,
+        )
         return CrewRun(run.crew, run.kickoff_id, run_key=run.run_key)
 
     @dual
     async def trigger(self, inputs: Mapping[str, Any] | None = None, **options: Any) -> CrewRun:
         """Kick the crew off and return the run, without waiting for it.
 
-        `options` are `run_key`, `force_new`, `meta` and `webhooks`, as those of `run_crew`. Awaited in async code.
+        `options` are `run_key`, `force_new`, `meta`, `webhooks` and `restore_from`, as those of `run_crew`. Awaited in
+        async code.
 
         Raises:
             InvalidInputsError: Inputs are missing or unknown; nothing was started.

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
+from uuid import UUID
 
 from pydantic import BaseModel
 
 from prefect_crew.api.errors import ConfigurationError
+from prefect_crew.api.inputs import is_uuid
 from prefect_crew.waiting import WaitPolicy
 
 __all__ = ["check_choices"]
@@ -22,6 +24,7 @@ def check_choices(
     review: Any = None,
     meta: Any = None,
     webhooks: Any = None,
+    restore_from: Any = None,
 ) -> None:
     """Refuse what can be known not to work: not everybody has types, and a kickoff cannot be undone.
 
@@ -39,6 +42,8 @@ def check_choices(
     _check(model, "output_type", "a pydantic model: a class that inherits from pydantic.BaseModel", output_type)
     _check(review is None or review == "form" or callable(review), "review", "'form' or a function", review)
     _check(meta is None or isinstance(meta, Mapping), "meta", "a mapping: an object of JSON", meta)
+    state = restore_from is None or isinstance(restore_from, UUID) or is_uuid(restore_from)
+    _check(state, "restore_from", "the UUID of a Flow's state", restore_from)
     if webhooks is not None:
         from prefect_crew.api.webhooks import Webhooks
 
@@ -49,7 +54,7 @@ def _check(fits: bool, name: str, wanted: str, given: Any) -> None:
     if fits:
         return
     # A text that was meant for a choice is shown; of anything else the type says enough, and holds no secret.
-    shown = repr(given[:40]) if name == "review" and isinstance(given, str) else _kind(given)
+    shown = repr(given[:40]) if name in ("review", "restore_from") and isinstance(given, str) else _kind(given)
     raise ConfigurationError(f"{name} is {shown}; it has to be {wanted}. Nothing was started.")
 
 

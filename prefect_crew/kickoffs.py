@@ -7,6 +7,7 @@ from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
+from uuid import UUID
 
 from prefect_crew.api.errors import (
     AuthenticationError,
@@ -50,6 +51,7 @@ async def open_run(
     force_new: bool = False,
     meta: Mapping[str, Any] | None = None,
     webhooks: Webhooks | None = None,
+    restore_from: str | UUID | None = None,
     inside_own_task: bool = False,
     store: RecordStore | None = None,
 ) -> OpenRun:
@@ -63,18 +65,19 @@ async def open_run(
         CrewConnectionError, RateLimitedError, ServerError: The kickoff surely did not start a run; it may be retried.
         CrewAPIError: The server refused it; nothing was started.
     """
-    check_choices(run_key=run_key, name=name, meta=meta, webhooks=webhooks)
+    check_choices(run_key=run_key, name=name, meta=meta, webhooks=webhooks, restore_from=restore_from)
     try:
         encoded = encode_inputs(inputs, as_json=crew.inputs_as_json)
     except (TypeError, ValueError) as error:
         raise ConfigurationError(f"{error} Nothing was started.") from None
     # Who gives one of pydantic's secrets has said that it is one.
     crew = crew.hiding(name for name, value in inputs.items() if holds_secret(value))
-    digest = inputs_digest(encoded)
+    state = None if restore_from is None else str(UUID(str(restore_from)))
+    digest = inputs_digest(encoded, restore_from=state)
     identity = await identify(crew.label, digest, run_key=run_key, name=name, inside_own_task=inside_own_task)
     known = _known.get()
     settings = CrewSettings() if known is None else known.settings
-    purchase = Purchase(crew, identity, encoded, digest, name, meta, webhooks, force_new, settings=settings)
+    purchase = Purchase(crew, identity, encoded, digest, name, meta, webhooks, force_new, state, settings=settings)
     records = store or PrefectRecords()
     slots = await take_slots(crew) if await _may_start(purchase, records) else None
     if slots is not None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from graphlib import CycleError, TopologicalSorter
 from typing import Any, cast
+from uuid import UUID
 
 from prefect_crew.api._error import listed_names, with_guesses
 from prefect_crew.api.errors import ConfigurationError
@@ -45,6 +46,7 @@ class CrewStep:
         wait: How to wait for it, in place of the block's policy.
         output_type: A pydantic model that its `data` is to be an instance of.
         review: What answers when it waits for a person, as for `run_crew`, in place of the pipeline's.
+        restore_from: The id of a state of a Flow that it starts from, as for `run_crew`.
     """
 
     name: str
@@ -54,6 +56,7 @@ class CrewStep:
     wait: WaitPolicy | None = None
     output_type: Any = None
     review: ReviewChoice | None = None
+    restore_from: str | UUID | None = None
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,12 @@ class PipelineGraph:
         for step in self.steps:
             self.needs[step.name] = self._needed_by(step)
             try:
-                check_choices(wait=step.wait, output_type=step.output_type, review=step.review)
+                check_choices(
+                    wait=step.wait,
+                    output_type=step.output_type,
+                    review=step.review,
+                    restore_from=step.restore_from,
+                )
             except ConfigurationError as error:
                 self.problems.append(f"step {step.name!r}: {str(error).removesuffix(' Nothing was started.')}")
         self._check_cycles()

@@ -270,4 +270,5 @@ class _Work:
             wait=step.wait or self.call.wait,
             output_type=step.output_type,
             review=step.review or self.call.review,
+            restore_from=step.restore_from,
         )

@@ -41,7 +41,8 @@ FINISH = 25.0
 
 @dataclass(frozen=True)
 class Purchase:
-    """What is to be bought, the same for every attempt. `inputs` are encoded, `digest` is theirs.
+    """What is to be bought, the same for every attempt. `inputs` are encoded, `digest` is theirs and that of
+    `restore_from`.
 
     `quiet`: no log line, event or span attribute about the decision, for one row among thousands. `settings`: those
     that say whether there are webhooks, read by whoever makes many purchases: reading them takes 3 ms.
@@ -55,6 +56,7 @@ class Purchase:
     meta: Mapping[str, Any] | None
     webhooks: Webhooks | None
     force_new: bool = False
+    restore_from: str | None = None
     quiet: bool = False
     settings: CrewSettings | None = None
     asked_at: datetime = field(default_factory=utcnow)
@@ -210,7 +212,9 @@ async def _post(purchase: Purchase, record: RunRecord, records: RecordStore, ses
         record.hooked = webhooks is not None and purchase.webhooks is None
         with withholding(redact):
             meta = {**(purchase.meta or {}), "run_key": record.run_key}
-            kickoff_id = await session.client.kickoff(purchase.inputs, meta=meta, webhooks=webhooks)
+            kickoff_id = await session.client.kickoff(
+                purchase.inputs, meta=meta, webhooks=webhooks, restore_from=purchase.restore_from
+            )
     except BaseException as error:
         if kickoff_fate(error) is not KickoffFate.UNCERTAIN:
             raise

@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+from uuid import UUID
 
 import httpx
 from prefect import flow
@@ -69,6 +70,7 @@ async def arun_crew(
     output_type: type[BaseModel] | None = None,
     review: ReviewChoice | None = None,
     webhooks: Webhooks | None = None,
+    restore_from: str | UUID | None = None,
 ) -> CrewResult:
     """Run a deployed crew and return its result, never paying twice for one run.
 
@@ -89,6 +91,8 @@ async def arun_crew(
             sync or async, goes from ReviewRequest to Review. Left out, the wait goes on while the log, the artifact
             and an event say who is waited for and how to answer.
         webhooks: Targets of your own for the crew's webhooks.
+        restore_from: The id of a state of a Flow, a UUID, that the run starts from: the API's `restoreFromStateId`. It
+            is part of what tells runs apart. The API takes one that it does not know for none, and says nothing.
 
     Raises:
         InvalidInputsError, RunKeyConflictError: Nothing was started.
@@ -106,12 +110,19 @@ async def arun_crew(
         review=review,
         meta=meta,
         webhooks=webhooks,
+        restore_from=restore_from,
     )
     crew = await loaded(crew)
     call = _Call(crew, inputs or {}, meta, output_type, webhooks, review)
     if (wait or crew.wait).mode != "poll":
         wait = checked_wait(wait or crew.wait, f"Crew {crew.label}")
-    options: dict[str, Any] = {"name": name, "run_key": run_key, "force_new": force_new, "wait": wait}
+    options: dict[str, Any] = {
+        "name": name,
+        "run_key": run_key,
+        "force_new": force_new,
+        "wait": wait,
+        "restore_from": None if restore_from is None else str(UUID(str(restore_from))),
+    }
     if FlowRunContext.get() is not None or TaskRunContext.get() is not None:
         with standstill_here().work():  # also while it waits for a slot of the crew's limit
             return await _run(call, **options)
@@ -136,6 +147,7 @@ def run_crew(
     output_type: type[BaseModel] | None = None,
     review: ReviewChoice | None = None,
     webhooks: Webhooks | None = None,
+    restore_from: str | UUID | None = None,
 ) -> CrewResult:
     """Run a deployed crew and return its result: `arun_crew` for sync code.
 
@@ -156,6 +168,7 @@ def run_crew(
             output_type=output_type,
             review=review,
             webhooks=webhooks,
+            restore_from=restore_from,
         )
     )
 
@@ -178,7 +191,13 @@ def _stored(call: _Call) -> dict[str, Any]:
 
 
 async def _run(
-    call: _Call, *, name: str | None, run_key: str | None, force_new: bool, wait: WaitPolicy | None
+    call: _Call,
+    *,
+    name: str | None,
+    run_key: str | None,
+    force_new: bool,
+    wait: WaitPolicy | None,
+    restore_from: str | None,
 ) -> CrewResult:
     async with work_beside():
         kickoff_id = await kickoff_crew.acall(
@@ -189,6 +208,7 @@ async def _run(
             force_new=force_new,
             meta=call.meta,
             webhooks=call.webhooks,
+            restore_from=restore_from,
         )
         return await wait_for_crew.acall(
             call.crew, kickoff_id, name=name, wait=wait, output_type=call.output_type, review=call.review
@@ -209,11 +229,14 @@ async def run_deployed_crew(
     review: Annotated[
         Literal["form"] | None, Field(description="Where people are asked: in a form on this flow run's page.")
     ] = None,
+    restore_from: Annotated[
+        str | None, Field(description="The id of a state of a Flow, a UUID, that the run starts from.")
+    ] = None,
 ) -> CrewResult:
     """Run one deployed crew. What `run_crew` runs outside of a flow, and a flow to deploy as it is."""
     live = _live.get()
     if live is not None and live.crew.label == crew:
-        return await _run(live, name=name, run_key=run_key, force_new=force_new, wait=wait)
+        return await _run(live, name=name, run_key=run_key, force_new=force_new, wait=wait, restore_from=restore_from)
     try:
         stored = await DeployedCrew.aload(crew)
     except ValueError as error:
@@ -231,7 +254,7 @@ async def run_deployed_crew(
         )
     call = _Call(stored, given, None, None, None, review)
     checked_wait(wait or stored.wait, f"Crew {stored.label}")
-    return await _run(call, name=name, run_key=run_key, force_new=force_new, wait=wait)
+    return await _run(call, name=name, run_key=run_key, force_new=force_new, wait=wait, restore_from=restore_from)
 
 
 @dual

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any, Generic, ParamSpec, TypeVar, cast
+from uuid import UUID
 
 from prefect import Task
 from prefect.cache_policies import NO_CACHE
@@ -210,6 +211,7 @@ async def kickoff_crew(
     force_new: bool = False,
     meta: Mapping[str, Any] | None = None,
     webhooks: Webhooks | None = None,
+    restore_from: str | UUID | None = None,
 ) -> str:
     """Kick a crew off, or find the run that its key already has, and return the kickoff id.
 
@@ -221,6 +223,7 @@ async def kickoff_crew(
         force_new: Buy whatever the record says.
         meta: Any JSON object for the crew's webhooks; the run key is added to it.
         webhooks: Targets of your own.
+        restore_from: As for `run_crew`.
 
     Raises:
         InvalidInputsError: Inputs are missing or unknown; nothing was started.
@@ -236,6 +239,7 @@ async def kickoff_crew(
         force_new=force_new,
         meta=meta,
         webhooks=webhooks,
+        restore_from=restore_from,
         inside_own_task=True,
     )
     return run.kickoff_id

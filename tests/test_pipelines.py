@@ -437,6 +437,15 @@ async def test_equal_pipelines_in_one_flow_are_told_apart(echo: InProcessCrewSer
     assert echo.kickoffs == 2
 
 
+async def test_a_step_may_start_from_a_state(echo: InProcessCrewServer):
+    state = "3f2b8c1e-9d47-4a6b-8f0e-5c1d2a7b9e64"
+    steps = [CrewStep("a", echo.crew(), {"text": "x"}, restore_from=state), CrewStep("b", echo.crew(), {"text": "y"})]
+    await arun_pipeline(steps, run_key=key())
+    assert {run.inputs["text"]: run.restore_from for run in echo.runs} == {"x": state, "y": None}
+    with pytest.raises(ConfigurationError, match="step 'a': restore_from is '42'"):
+        await arun_pipeline([CrewStep("a", echo.crew(), {"text": "x"}, restore_from="42")])
+
+
 async def test_other_inputs_under_the_same_key_start_nothing(echo: InProcessCrewServer):
     steps, run_key = [CrewStep("a", echo.crew(), {"text": "{{ topic }}"})], key()
     await arun_pipeline(steps, {"topic": "tea"}, run_key=run_key)

@@ -31,6 +31,8 @@ from prefect_crew import (
     run_deployed_crew,
     wait_for_crew,
 )
+from prefect_crew.api.errors import RunKeyConflictError
+from prefect_crew.api.models import CrewResult
 from prefect_crew.api.redaction import MASK
 from prefect_crew.testing import CrewServerFactory
 from support.prefect_server import PrefectServer
@@ -155,6 +157,41 @@ def test_all_that_a_call_can_say_arrives(crew_server: CrewServerFactory):
         run_crew(server.crew(), {"a": 1}, run_key=key(), wait=WaitPolicy(initial=0.01, timeout=0.05))
 
 
+STATE = "3f2b8c1e-9d47-4a6b-8f0e-5c1d2a7b9e64"
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["outside", "inside"])
+async def test_a_state_to_start_from_is_sent_and_makes_it_another_run(crew_server: CrewServerFactory, inside: bool):
+    server, run_key = crew_server("echo"), key()
+
+    @flow
+    async def around(**given: Any) -> CrewResult:
+        return await arun_crew(server.crew(), {"text": "a"}, run_key=run_key, **given)
+
+    call: Any = around if inside else around.fn
+    first = await call(restore_from=STATE)
+    assert (await call(restore_from=uuid.UUID(STATE))).kickoff_id == first.kickoff_id
+    assert (await call(restore_from=STATE.upper())).kickoff_id == first.kickoff_id
+    assert server.run(first.kickoff_id).restore_from == STATE
+    for other in ({}, {"restore_from": str(uuid.uuid4())}):
+        with pytest.raises(RunKeyConflictError):
+            await call(**other)
+    assert server.kickoffs == 1
+
+
+async def test_a_state_to_start_from_is_part_of_a_key_that_is_left_out(crew_server: CrewServerFactory):
+    server = crew_server("echo")
+
+    @flow
+    async def twice() -> list[str]:
+        states = (STATE, None)
+        found = [await arun_crew(server.crew(), {"text": "a"}, name="step", restore_from=state) for state in states]
+        return [result.kickoff_id for result in found]
+
+    one, other = await twice()
+    assert [server.run(one).restore_from, server.run(other).restore_from] == [STATE, None]
+
+
 # What Prefect stores of a flow of its own
 
 
@@ -214,6 +251,8 @@ def test_inputs_that_are_too_large_for_prefect_reach_the_crew(crew_server: CrewS
         pytest.param({"output_type": dict}, "output_type is the class dict; it has to be a pydantic", id="class"),
         pytest.param({"output_type": list[int]}, "output_type is .*; it has to be a pydantic", id="alias"),
         pytest.param({"review": "from"}, "review is 'from'; it has to be 'form' or a function", id="review"),
+        pytest.param({"restore_from": "state-1"}, "restore_from is 'state-1'; it has to be the UUID", id="state"),
+        pytest.param({"restore_from": 7}, "restore_from is a value of type int; it has to be the UUID", id="number"),
         pytest.param({"wait": {"timeout": 5}}, "wait is a value of type dict; it has to be a WaitPolicy", id="wait"),
     ],
 )
@@ -257,9 +296,12 @@ async def test_a_stored_flow_run_can_be_run_again_for_a_stored_block(
     crew = server.crew()
     await crew.asave(block)
     policy = WaitPolicy(timeout=77)
-    first = await arun_crew(crew if given == "block" else block, {"text": "a"}, name="step", wait=policy)
+    first = await arun_crew(
+        crew if given == "block" else block, {"text": "a"}, name="step", wait=policy, restore_from=STATE
+    )
     run = await asyncio.to_thread(stored, seen, block)
     assert run["parameters"]["wait"]["timeout"] == 77
+    assert run["parameters"]["restore_from"] == STATE
     async with get_client() as client:
         await client.set_flow_run_state(uuid.UUID(run["id"]), Scheduled(), force=True)
     again = await run_again(run)

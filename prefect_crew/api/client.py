@@ -33,7 +33,7 @@ from prefect_crew.api.errors import (
     ResponseFormatError,
     ServerError,
 )
-from prefect_crew.api.inputs import encode_inputs
+from prefect_crew.api.inputs import encode_inputs, is_uuid
 from prefect_crew.api.models import CrewInput, CrewState, CrewStatus, ResumeAnswer, StopAnswer
 from prefect_crew.api.parsing import parse_inputs, parse_kickoff, parse_resume, parse_status, parse_stop
 from prefect_crew.api.redaction import Redactor, withheld
@@ -167,12 +167,14 @@ class CrewClient:
         *,
         meta: Mapping[str, Any] | None = None,
         webhooks: Webhooks | None = None,
+        restore_from: str | None = None,
         secrets: Sequence[str] = (),
     ) -> str:
         """Start a run, which is a purchase, and return its id. `certainty.kickoff_fate` reads what this raises.
 
-        `meta` is any JSON object; webhooks bring it back. `secrets` are texts that no error may show, in case the
-        server's answer repeats what it was sent; the webhooks' own secrets are among them anyway.
+        `meta` is any JSON object; webhooks bring it back. `restore_from` is the id of a state of a Flow, a UUID, that
+        the run starts from; the API takes one that it does not know for none. `secrets` are texts that no error may
+        show, in case the server's answer repeats what it was sent; the webhooks' own secrets are among them anyway.
 
         Raises:
             InvalidInputsError: 400 or 422; `missing_inputs` where the server says which.
@@ -181,6 +183,10 @@ class CrewClient:
             body: dict[str, Any] = {"inputs": encode_inputs(inputs, as_json=self.inputs_as_json)}
         except (TypeError, ValueError) as error:
             raise ConfigurationError(f"{error} Nothing was started.") from None
+        if restore_from is not None:
+            if not is_uuid(restore_from):
+                raise ConfigurationError("The state to restore is named by a UUID. Nothing was started.")
+            body["restoreFromStateId"] = restore_from
         if meta is not None:
             body["meta"] = dict(meta)
         body.update(webhooks.for_kickoff() if webhooks else {})

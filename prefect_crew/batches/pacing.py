@@ -202,16 +202,18 @@ class BatchClient(CrewClient):
         *,
         meta: Mapping[str, Any] | None = None,
         webhooks: Webhooks | None = None,
+        restore_from: str | None = None,
         secrets: Any = (),
     ) -> str:
         """Start a run."""
+        given: dict[str, Any] = {"meta": meta, "webhooks": webhooks, "restore_from": restore_from, "secrets": secrets}
         try:
-            return await super().kickoff(inputs, meta=meta, webhooks=webhooks, secrets=secrets)
+            return await super().kickoff(inputs, **given)
         except AuthenticationError:
             fresh = await self._fresher()
             if fresh is None:
                 raise
-            return await fresh.kickoff(inputs, meta=meta, webhooks=webhooks, secrets=secrets)
+            return await fresh.kickoff(inputs, **given)
         except (RateLimitedError, ServerError) as error:
             self._pace.heed(error)
             raise

@@ -41,6 +41,7 @@ def run(
     ] = None,
     name: Annotated[str | None, Parameter(help="The step's name, in task names and in a key that is left out.")] = None,
     force_new: Annotated[bool, flag("Buy a new run whatever the key's record says.")] = False,
+    restore_from: Annotated[str | None, Parameter(help="The id of a state of a Flow that the run starts from.")] = None,
     allow_extra: Annotated[bool, flag("Send inputs that the crew does not name, too.")] = False,
     timeout: Annotated[
         float | None, Parameter(help="Seconds that the run may take, pending and running together.")
@@ -55,7 +56,12 @@ def run(
         raise FileNotFoundError(f"{output_file} cannot be written: there is no folder {output_file.parent}.")
     with progress() as shown:
         reach_prefect(shown)
-        options: dict[str, Any] = {"name": name, "run_key": run_key, "force_new": force_new}
+        options: dict[str, Any] = {
+            "name": name,
+            "run_key": run_key,
+            "force_new": force_new,
+            "restore_from": restore_from,
+        }
         with _said_of(shown):
             answer = asyncio.run(_run(shown, crew, access, given, timeout, allow_extra, options))
     if output_file is not None:

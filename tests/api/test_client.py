@@ -72,6 +72,16 @@ async def test_kickoff_sends_json_values_where_asked(router: respx.MockRouter):
     assert sent(router).headers["authorization"] == f"Bearer {TOKEN}"
 
 
+async def test_kickoff_sends_a_state_to_restore(router: respx.MockRouter, client: CrewClient):
+    router.post("/kickoff").respond(json={"kickoff_id": "k1"})
+    state = "3f2b8c1e-9d47-4a6b-8f0e-5c1d2a7b9e64"
+    await client.kickoff({"topic": "tea"}, restore_from=state)
+    assert json.loads(sent(router).content) == {"inputs": {"topic": "tea"}, "restoreFromStateId": state}
+    with pytest.raises(ConfigurationError, match="UUID"):
+        await client.kickoff({"topic": "tea"}, restore_from="42")
+    assert len(router.calls) == 1
+
+
 WEBHOOKS = Webhooks(
     task="https://hooks.example.com/t",
     human_input=HumanInputWebhook(

@@ -170,6 +170,13 @@ def test_expected_beside_given(given_inputs: dict[str, Any], missing: list[str],
     assert unknown_inputs(EXPECTED, given_inputs) == unknown
 
 
+def test_a_state_to_restore_makes_another_digest_and_none_makes_no_other():
+    inputs, state = {"topic": "Lisbon"}, "3f2b8c1e-9d47-4a6b-8f0e-5c1d2a7b9e64"
+    assert inputs_digest(inputs, restore_from=None) == inputs_digest(inputs)
+    assert inputs_digest(inputs, restore_from=state) == "b694c1a96265d09d329abf5976dba7df"
+    assert inputs_digest({**inputs, "restoreFromStateId": state}) != inputs_digest(inputs, restore_from=state)
+
+
 def test_digest_is_stable():
     # A digest stands in records that outlive this version: the figure must never change.
     assert inputs_digest({"topic": "Lisbon", "days": 3, "when": date(2025, 1, 2)}) == "ac79fdfa3001cab39457346ccaaf7a5f"

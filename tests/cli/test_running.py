@@ -89,6 +89,15 @@ def test_an_unknown_input_starts_nothing_unless_extra_ones_are_allowed(here, gre
     assert [*crews.runs][-1].inputs == {"who": "Ada", "colour": "red"}
 
 
+def test_a_state_to_restore(here, greet: str, crews: CrewServer):
+    state = "3f2b8c1e-9d47-4a6b-8f0e-5c1d2a7b9e64"
+    assert here("run", greet, "-i", "who=Ada", "--restore-from", state).code == 0
+    assert [*crews.runs][-1].restore_from == state
+    wrong = here("run", greet, "-i", "who=Ada", "--restore-from", "42")
+    assert wrong.code == 25
+    assert "restore_from is '42'" in wrong.err
+
+
 def test_a_failed_crew(here, prefect_api: PrefectServer, crews: CrewServer):
     done = here("run", f"{crews.url}/broken", "-i", "who=Ada")
     assert done.code == 10
