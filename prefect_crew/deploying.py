@@ -15,7 +15,7 @@ from __future__ import annotations
 import inspect
 import keyword
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from typing import TYPE_CHECKING, Annotated, Any
@@ -28,6 +28,8 @@ from prefect_crew.api.errors import ConfigurationError
 from prefect_crew.api.models import CrewInput, CrewResult
 from prefect_crew.run_keys import render_run_key
 from prefect_crew.runs import arun_crew
+from prefect_crew.secret_blocks import values_of_blocks
+from prefect_crew.tasks import loaded
 
 if TYPE_CHECKING:
     from prefect.deployments.runner import RunnerDeployment
@@ -50,6 +52,8 @@ _RUN_KEY = "run_key"
 _RUN_KEY_HELP = (
     "The identity of one purchase, such as daily-{{ scheduled_start:%Y-%m-%d }}. Left out, every flow run buys its own."
 )
+_BY_BLOCK = "*"
+_BLOCK_HELP = "The name of the Prefect Secret block that holds it: a value would be stored with the flow run."
 # Prefect refuses these as names of a flow's parameters, or reads them as something else.
 _TAKEN = {"self", "cls", "return_state", "wait_for"}
 
@@ -75,22 +79,25 @@ def _run_key_name(names: Mapping[str, str]) -> str:
     return name
 
 
-def entrypoint_attribute(crew: str, inputs: Sequence[str]) -> str:
-    """Return the attribute of this module that is the flow of a crew with these inputs."""
+def entrypoint_attribute(crew: str, inputs: Sequence[str], *, secret_inputs: Collection[str] = ()) -> str:
+    """Return the attribute of this module that is the flow of a crew with these inputs; a star marks a secret one."""
 
     def encoded(text: str) -> str:
         return quote(text, safe="").replace(".", "%2E")  # dots would part it, as they do all attributes
 
-    return f"{encoded(crew)}({','.join(map(encoded, inputs))})"
+    marked = (f"{_BY_BLOCK if name in secret_inputs else ''}{encoded(name)}" for name in inputs)
+    return f"{encoded(crew)}({','.join(marked)})"
 
 
 def __getattr__(name: str) -> Any:
     match = _ATTRIBUTE.fullmatch(name)
     if match is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    inputs = [unquote(part) for part in match["inputs"].split(",") if part]
+    parts = [part for part in match["inputs"].split(",") if part]
+    inputs = [CrewInput(name=unquote(part.removeprefix(_BY_BLOCK)), required=False) for part in parts]
+    secret = [item.name for item, part in zip(inputs, parts, strict=True) if part.startswith(_BY_BLOCK)]
     # What is required and of which type was checked by the server, by the deployment's schema.
-    return crew_flow(unquote(match["crew"]), [CrewInput(name=one, required=False) for one in inputs], typed=False)
+    return crew_flow(unquote(match["crew"]), inputs, secret_inputs=secret, typed=False)
 
 
 def crew_flow(
@@ -101,25 +108,30 @@ def crew_flow(
     Args:
         crew: The name of the crew's stored block.
         inputs: What the crew takes.
-        secret_inputs: Inputs that Prefect's form asks for as it asks for passwords.
+        secret_inputs: Inputs that are given as the name of a Prefect Secret block, since Prefect stores parameters.
         typed: Whether the signature says of which type an input is, and which ones are required.
     """
     names = parameter_names([item.name for item in inputs])
     run_key = _run_key_name(names)
 
     async def run(**given: Any) -> CrewResult:
-        values = {name: given.get(parameter) for name, parameter in names.items()}
-        return await arun_crew(
-            crew,
-            {name: value for name, value in values.items() if value is not None},
-            run_key=given.get(run_key) or None,
-        )
+        values = {name: given[parameter] for name, parameter in names.items() if given.get(parameter) is not None}
+        block = (await loaded(crew)).hiding(secret_inputs)
+        stored = [name for name in block.secret_inputs if name in values and name not in secret_inputs]
+        if stored:
+            raise ConfigurationError(
+                f"The inputs {', '.join(stored)} are secret to crew {crew} by now, and this deployment asks for their "
+                f"values. Nothing was started. Deploy it again, so that it asks for the names of Secret blocks: "
+                f"prefect-crew deploy {crew}."
+            )
+        values = await values_of_blocks(values, secret_inputs)
+        return await arun_crew(block, values, run_key=given.get(run_key) or None)
 
     parameters = [_parameter(item, names[item.name], item.name in secret_inputs, typed) for item in inputs]
     key = _described(str | None, "Run key", _RUN_KEY_HELP)
     parameters.append(inspect.Parameter(run_key, _KIND, default=None, annotation=key))
     signature = inspect.Signature(parameters, return_annotation=CrewResult)
-    attribute = entrypoint_attribute(crew, [item.name for item in inputs])
+    attribute = entrypoint_attribute(crew, [item.name for item in inputs], secret_inputs=secret_inputs)
     run.__name__ = run.__qualname__ = attribute
     run.__module__ = __name__
     run.__doc__ = f"Run the crew {crew}. The parameters are its inputs."
@@ -132,22 +144,19 @@ def crew_flow(
 _KIND = inspect.Parameter.KEYWORD_ONLY
 
 
-def _described(kind: Any, title: str, description: str | None, **extra: Any) -> Any:
+def _described(kind: Any, title: str, description: str | None) -> Any:
     """Return a type with what a form shows of it. As extras, since Prefect gives every field its name as title."""
     texts = {"title": title, "description": description}
-    return Annotated[kind, Field(json_schema_extra={**{key: text for key, text in texts.items() if text}, **extra})]
+    return Annotated[kind, Field(json_schema_extra={key: text for key, text in texts.items() if text})]
 
 
 def _parameter(item: CrewInput, name: str, secret: bool, typed: bool) -> inspect.Parameter:
     if not typed:
         return inspect.Parameter(name, _KIND, default=None, annotation=Any)
-    base = _TYPES.get((item.type or "").lower(), str)
-    about = _described(
-        base if item.required else base | None,
-        item.name,
-        item.description,
-        **({"format": "password", "writeOnly": True} if secret else {}),
-    )
+    base, description = _TYPES.get((item.type or "").lower(), str), item.description
+    if secret:
+        base, description = str, f"{_BLOCK_HELP} {description or ''}".strip()
+    about = _described(base if item.required else base | None, item.name, description)
     default: Any = inspect.Parameter.empty if item.required else None
     return inspect.Parameter(name, _KIND, default=default, annotation=about)
 
@@ -156,8 +165,9 @@ def _parameter(item: CrewInput, name: str, secret: bool, typed: bool) -> inspect
 class Plan:
     """What a deployment is to be, beside its crew.
 
-    `inputs` are the defaults of its parameters, by the inputs' own names; a schedule needs one for each required
-    input. `interval` is in seconds. `run_key` may be a template over the scheduled time.
+    `inputs` are the defaults of its parameters, by the inputs' own names, of a secret one the name of its Secret block;
+    a schedule needs one for each required input. `interval` is in seconds. `run_key` may be a template over the
+    scheduled time.
     """
 
     name: str

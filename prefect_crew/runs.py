@@ -29,6 +29,7 @@ from prefect_crew.open_runs import OpenRun
 from prefect_crew.outcomes import typed
 from prefect_crew.record_store import PrefectRecords
 from prefect_crew.reviews import ReviewChoice
+from prefect_crew.secret_blocks import values_of_blocks
 from prefect_crew.suspending.suspension import checked_wait, standstill_here
 from prefect_crew.tasks import kickoff_crew, loaded, wait_for_crew
 from prefect_crew.waiting import WaitPolicy
@@ -218,7 +219,10 @@ async def _run(
 @flow(name="run-deployed-crew", flow_run_name="{crew}", validate_parameters=True)
 async def run_deployed_crew(
     crew: Annotated[str, Field(description="The name of the crew's block, under Blocks.")],
-    inputs: Annotated[dict[str, Any] | None, Field(description="The crew's inputs by name.")] = None,
+    inputs: Annotated[
+        dict[str, Any] | None,
+        Field(description="The crew's inputs by name; of a secret one the name of the Secret block that holds it."),
+    ] = None,
     name: Annotated[str | None, Field(description="A name for the step, for task names and the run key.")] = None,
     run_key: Annotated[
         str | None,
@@ -252,6 +256,7 @@ async def run_deployed_crew(
             "cannot be made from its parameters. Call run_crew again with the same run key: a run in flight is found "
             "again."
         )
+    given = await values_of_blocks(given, stored.secret_inputs)
     call = _Call(stored, given, None, None, None, review)
     checked_wait(wait or stored.wait, f"Crew {stored.label}")
     return await _run(call, name=name, run_key=run_key, force_new=force_new, wait=wait, restore_from=restore_from)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
+import sqlite3
 import time
 import uuid
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import httpx
 import pytest
+from prefect.blocks.system import Secret
 from prefect.deployments.runner import RunnerDeployment
 from prefect.flows import load_flow_from_entrypoint
 
@@ -20,7 +24,7 @@ from prefect_crew.api.models import CrewInput
 from prefect_crew.blocks import DeployedCrew
 from prefect_crew.deploying import Plan, crew_flow, deployment_of, entrypoint_attribute, parameter_names
 from prefect_crew.server import CrewServer
-from support.prefect_server import PrefectServer
+from support.prefect_server import PrefectServer, drain
 from support.workers import Worker
 
 TRAVEL = [CrewInput(name=name) for name in ("budget", "interests", "duration", "age")]
@@ -84,11 +88,17 @@ def test_the_form_asks_for_each_input_by_its_name_and_says_what_it_is():
     assert fields["run_key"]["title"] == "Run key"
 
 
-def test_a_secret_input_is_asked_for_like_a_password():
+def test_a_secret_input_is_asked_for_by_the_name_of_a_secret_block():
     secret = crew().model_copy(update={"secret_inputs": ["age"]})
-    fields = deployment_of(secret, TRAVEL, Plan("travel", {}))._parameter_openapi_schema.properties
-    assert fields["age"]["format"] == "password"
-    assert "format" not in fields["budget"]
+    inputs = [*TRAVEL[:3], CrewInput(name="age", type="integer", description="In years.")]
+    made = deployment_of(secret, inputs, Plan("travel", {}))
+    fields = made._parameter_openapi_schema.properties
+    assert fields["age"]["type"] == "string"
+    assert fields["age"]["description"] == (
+        "The name of the Prefect Secret block that holds it: a value would be stored with the flow run. In years."
+    )
+    assert "description" not in fields["budget"]
+    assert str(made.entrypoint).endswith(".travel(budget,interests,duration,*age)")
 
 
 def test_a_schedule_needs_a_value_for_each_required_input():
@@ -132,6 +142,49 @@ def stored(prefect_api: PrefectServer, travel: CrewServer) -> DeployedCrew:
     block: Any = travel.crew()
     block.save(name)
     return DeployedCrew.load(name)
+
+
+async def texts_of(server: PrefectServer) -> str:
+    """Return all that the Prefect database holds."""
+    await asyncio.to_thread(drain)
+    assert server.database is not None
+    with closing(sqlite3.connect(server.database)) as database:
+        tables = [name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
+        return "\n".join(str(row) for table in tables for row in database.execute(f'SELECT * FROM "{table}"'))
+
+
+async def test_a_secret_input_is_loaded_in_the_run_and_stored_nowhere(
+    prefect_api: PrefectServer, stored: DeployedCrew, travel: CrewServer
+):
+    secret, block = f"age-{uuid.uuid4().hex}", f"age-{uuid.uuid4().hex[:8]}"
+    await cast("Any", Secret(value=secret)).save(block)  # pyright: ignore[reportUnknownMemberType]
+    await cast("Any", stored.model_copy(update={"secret_inputs": ["age"]})).save(stored.label, overwrite=True)
+    crew = await DeployedCrew.aload(stored.label)
+    deployment: Any = deployment_of(crew, TRAVEL, Plan(crew.label, {"age": block}))
+    assert deployment.parameters == {"age": block}
+    loaded: Any = load_flow_from_entrypoint(deployment.entrypoint)
+    await loaded(**{**GOOD, "age": block})
+    assert [run.inputs for run in travel.runs] == [{**GOOD, "age": secret}]
+    kept = await texts_of(prefect_api)
+    assert block in kept
+    assert secret not in kept
+
+
+async def test_what_is_no_name_of_a_secret_block_is_refused_and_not_shown(stored: DeployedCrew, travel: CrewServer):
+    secret = f"age-{uuid.uuid4().hex}"
+    loaded: Any = crew_flow(stored.label, TRAVEL, secret_inputs=["age"])
+    with pytest.raises(ConfigurationError, match=r"'age' is secret.*Nothing was started") as raised:
+        await loaded(**{**GOOD, "age": secret})
+    assert secret not in str(raised.value)
+    assert not travel.runs
+
+
+async def test_a_deployment_from_before_an_input_was_secret_is_refused(stored: DeployedCrew, travel: CrewServer):
+    loaded: Any = crew_flow(stored.label, TRAVEL)
+    await cast("Any", stored.model_copy(update={"secret_inputs": ["age"]})).save(stored.label, overwrite=True)
+    with pytest.raises(ConfigurationError, match=r"inputs age are secret.*Deploy it again"):
+        await loaded(**GOOD)
+    assert not travel.runs
 
 
 class Run:

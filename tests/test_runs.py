@@ -7,10 +7,11 @@ import json
 import uuid
 from collections.abc import Iterator
 from datetime import date
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from prefect import flow, get_client, task
+from prefect.blocks.system import Secret
 from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate
 from prefect.flow_engine import run_flow_async
 from prefect.runtime import flow_run
@@ -336,6 +337,18 @@ async def test_the_flow_can_be_deployed_as_it_is(crew_server: CrewServerFactory)
     block = name()
     await crew_server("echo").crew().asave(block)
     assert (await run_deployed_crew(crew=block, inputs={"text": "a"})).output == "a"
+
+
+async def test_a_secret_input_of_the_deployed_flow_is_the_name_of_a_secret_block(crew_server: CrewServerFactory):
+    block, secret = name(), name()
+    server = crew_server(script({"output": "x"}, inputs=["pin"]))
+    await server.crew(secret_inputs=["pin"]).asave(block)
+    await cast("Any", Secret(value={"code": 4711})).save(secret)  # pyright: ignore[reportUnknownMemberType]
+    await run_deployed_crew(crew=block, inputs={"pin": secret})
+    assert server.runs[0].inputs == {"pin": '{"code":4711}'}
+    with pytest.raises(ConfigurationError, match="'pin' is secret") as raised:
+        await run_deployed_crew(crew=block, inputs={"pin": "hunter22"})
+    assert "hunter22" not in str(raised.value)
 
 
 # A limit that all flows share

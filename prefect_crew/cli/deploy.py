@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
@@ -67,7 +68,7 @@ def deploy(
         reach_prefect(shown, quiet=not serve, lasting=True)
     from prefect_crew.deploying import Plan, deployment_of
 
-    block, found, has_schedule = asyncio.run(_ask(crew, name or crew))
+    block, found, has_schedule = asyncio.run(_ask(crew, name or crew, given))
     plan = Plan(
         name=name or crew,
         inputs=given,
@@ -94,14 +95,16 @@ def _default_pool() -> str | None:
     return get_current_settings().deployments.default_work_pool_name
 
 
-async def _ask(crew: str, name: str) -> tuple[DeployedCrew, list[CrewInput], bool]:
+async def _ask(crew: str, name: str, given: Mapping[str, Any]) -> tuple[DeployedCrew, list[CrewInput], bool]:
     """Return the crew, its inputs, and whether its deployment of this name has a schedule already."""
     from prefect.client.orchestration import get_client
     from prefect.exceptions import ObjectNotFound
 
     from prefect_crew.deploying import FLOW_NAME
+    from prefect_crew.secret_blocks import values_of_blocks
 
     block = await CrewAccess().load(crew)
+    await values_of_blocks(given, block.secret_inputs)  # before they are stored as the deployment's defaults
     async with block.client() as client:
         inputs = await client.inputs()
     async with get_client() as prefect:
