@@ -64,15 +64,16 @@ class BatchArtifacts:
         return f"## {what} of batch {prose(self._name)} · {prose(self._crew)}"
 
     def _progress(self, standing: Standing) -> str:
-        share = standing.done / standing.total if standing.total else 1.0
+        share = standing.done / standing.whole if standing.whole else 1.0
         full = round(share * BAR)
         over = standing.done >= standing.total
         left = None if over else standing.seconds_left
         rows = [
-            ("Done", f"{'█' * full}{'░' * (BAR - full)} {standing.done:,} of {standing.total:,} ({share:.1%})"),
+            ("Done", f"{'█' * full}{'░' * (BAR - full)} {standing.done:,} of {standing.whole:,} ({share:.1%})"),
             ("Completed", f"{standing.completed:,}"),
             ("Failed", f"{standing.failed:,}"),
             ("Uncertain", f"{standing.uncertain:,}"),
+            *([("Set aside", f"{standing.set_aside.count:,}")] if standing.set_aside.count else []),
             ("In flight", f"{standing.in_flight:,}"),
             *([("Wait for a person", f"{standing.people:,} · `prefect-crew reviews`")] if standing.people else []),
             ("Rate", f"{standing.rate:.1f} rows/s"),
@@ -82,7 +83,8 @@ class BatchArtifacts:
         return f"{self._head('Progress')}\n\n{table(('', ''), rows)}\n"
 
     def _failures(self, standing: Standing) -> str:
-        if not standing.failures and not standing.uncertain_keys:
+        aside = standing.set_aside
+        if not standing.failures and not standing.uncertain_keys and not aside.count:
             return f"{self._head('Failures')}\n\nNone.\n"
         parts = [self._head("Failures")]
         if standing.uncertain_keys:
@@ -99,6 +101,13 @@ class BatchArtifacts:
                 for one in standing.failures
             ]
             parts += [f"The first {len(rows):,} of {standing.failed:,}:", table(("Row", "Run", "State", "Error"), rows)]
+        if aside.count:
+            bad = [(f"{row.line:,}", cell(row.reason)) for row in aside.rows[:FAILURES]]
+            parts += [
+                f"**Set aside**, since they cannot be run: {len(bad):,} of {aside.count:,}. All are in "
+                f"{code(aside.output or '')}.",
+                table(("Line", "Why"), bad),
+            ]
         return "\n\n".join(parts) + "\n"
 
     def _summary(self, standing: Standing, report: BatchReport) -> str:
@@ -107,7 +116,8 @@ class BatchArtifacts:
             ("Completed", f"{report.completed:,}"),
             ("Failed", f"{report.failed:,}"),
             ("Uncertain", f"{report.uncertain:,}"),
-            ("Not run", f"{report.skipped:,}"),
+            ("Not run", f"{report.skipped - report.set_aside:,}"),
+            *([("Set aside", f"{report.set_aside:,}")] if report.set_aside else []),
             ("Kickoffs of this call", f"{report.kickoffs:,}"),
             ("Time of this call", duration(report.seconds)),
         ]

@@ -34,7 +34,17 @@ from prefect_crew.api.errors import ConfigurationError, CrewError
 from prefect_crew.batches.datasets import shown_address
 from prefect_crew.files import create_private
 
-__all__ = ["Database", "LedgerError", "answers", "attempts", "batches", "default_ledger", "open_url", "short"]
+__all__ = [
+    "Database",
+    "LedgerError",
+    "answers",
+    "attempts",
+    "batches",
+    "default_ledger",
+    "open_url",
+    "set_aside",
+    "short",
+]
 
 T = TypeVar("T")
 
@@ -89,6 +99,15 @@ answers = Table(
     Column("review", Text, nullable=False),
 )
 """A row for each answer of a person to an attempt, counted from 1. `review` is all of it, as JSON."""
+set_aside = Table(
+    "crew_set_aside",
+    _metadata,
+    Column("batch", String(255), primary_key=True),
+    Column("count", Integer, nullable=False),
+    Column("rows", Text, nullable=False),
+    Column("output", Text),
+)
+"""A row a batch of which rows cannot be run. `rows` are the first of them, their lines and why: JSON."""
 OPEN_TRIES = 5
 MOUNTS = Path("/proc/self/mountinfo")
 """Where Linux tells what is mounted; elsewhere it is not there."""

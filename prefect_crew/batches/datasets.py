@@ -58,6 +58,9 @@ _UNREADABLE = (OSError, EOFError, ImportError, ValueError, zlib.error, lzma.LZMA
 class Dataset:
     """Rows that can be read again and again. `name` is for people, without any secret of an address.
 
+    `rows` gives all of them, also what stands in the place of a row and is none, with its `fault`; who iterates over
+    the data set itself gets a DatasetError there.
+
     `address` is where another machine would read it, with its format and encoding; None for what only this process has.
     """
 
@@ -68,7 +71,10 @@ class Dataset:
     encoding: str = "utf-8-sig"
 
     def __iter__(self) -> Iterator[Row]:
-        return self.rows()
+        for row in self.rows():
+            if row.fault is not None:
+                raise DatasetError(f"{row.fault}.", source=self.name, line=row.line)
+            yield row
 
 
 def open_dataset(source: Any, *, format: DatasetFormat | None = None, encoding: str = "utf-8-sig") -> Dataset:  # noqa: A002
@@ -99,7 +105,7 @@ def open_dataset(source: Any, *, format: DatasetFormat | None = None, encoding: 
     rows = cast("Iterable[Any]", source)
     name = f"{kind_name} of rows"
     if isinstance(rows, list | tuple):
-        return Dataset(name, lambda: _of_mappings(rows, name))
+        return Dataset(name, lambda: _of_mappings(rows))
     return Dataset(name, _spooled(rows, name))
 
 
@@ -254,15 +260,15 @@ def _check_compression(ending_of: str, name: str) -> None:
         raise DatasetError("needs zstandard to be decompressed: pip install zstandard.", source=name)
 
 
-def _of_mappings(rows: Iterable[Any], name: str) -> Iterator[Row]:
+def _of_mappings(rows: Iterable[Any]) -> Iterator[Row]:
     for number, value in enumerate(rows, start=1):
-        yield mapping_row(value, name, number)
+        yield mapping_row(value, number)
 
 
 def _spooled(rows: Iterable[Any], name: str) -> Callable[[], Iterator[Row]]:
     """Keep rows that can be read only once in a file that goes with this process."""
     spool = tempfile.TemporaryFile("w+b", prefix="prefect-crew-")  # noqa: SIM115  lives as long as the data set
-    for row in _of_mappings(rows, name):
+    for row in _of_mappings(rows):
         try:
             pickle.dump(row, spool, pickle.HIGHEST_PROTOCOL)
         except (pickle.PicklingError, TypeError, AttributeError) as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-from collections.abc import AsyncGenerator, AsyncIterator, Collection, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Collection, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, cast
@@ -18,6 +18,7 @@ from prefect_crew.batches.calls import options_from
 from prefect_crew.batches.ends import FAILED, standing_word
 from prefect_crew.batches.ledger import BatchEntry, Ledger
 from prefect_crew.batches.places import LedgerPlace, ledger_place
+from prefect_crew.batches.rows import BadRow
 from prefect_crew.records import RecordPhase, RunRecord, latest_purchase, utcnow
 
 __all__ = ["BatchStanding", "KnownBatch", "all_batches", "asking_batches", "known_batch"]
@@ -31,7 +32,9 @@ class BatchStanding:
 
     Attributes:
         name: The batch.
-        total: Its rows that can be run.
+        total: Its rows, also those that were set aside.
+        set_aside: Rows that cannot be run. `set_aside_rows`: the first 1,000 of them, `set_aside_output`: the file that
+            all of them are in.
         completed, failed, uncertain, in_flight: How they stand; in flight is what had not ended at the last look.
             Failed are also those that no call has brought to an end so far: lost, over their time, refused.
         people: Those in flight that waited for a person then.
@@ -56,6 +59,9 @@ class BatchStanding:
     slowest: float | None
     output: str | None
     ledger: str
+    set_aside: int = 0
+    set_aside_rows: Sequence[BadRow] = ()
+    set_aside_output: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Return it as JSON values."""
@@ -73,7 +79,7 @@ class KnownBatch:
 
     async def standing(self) -> BatchStanding:
         """Return how it stands."""
-        counts = await self.ledger.counts()
+        counts, aside = await self.ledger.counts(), await self.ledger.set_aside()
         if counts.get(str(RecordPhase.CLAIMED)):
             # What its sender must know of by now, and has not written down, is uncertain: the next call says so too.
             lost = [key async for key, record in self.failures() if record.phase is RecordPhase.CLAIMED]
@@ -82,7 +88,7 @@ class KnownBatch:
         seconds = [one for _, one in await self.ledger.durations()]
         return BatchStanding(
             name=self.name,
-            total=self.entry.total,
+            total=self.entry.total + aside.count,
             completed=counts.get(str(CrewState.COMPLETED), 0),
             failed=sum(counts.get(word, 0) for word in FAILED),
             uncertain=counts.get(str(RecordPhase.UNCERTAIN), 0),
@@ -95,6 +101,9 @@ class KnownBatch:
             slowest=max(seconds, default=None),
             output=None if self.entry.call is None else self.entry.call.get("output"),
             ledger=self.ledger.address,
+            set_aside=aside.count,
+            set_aside_rows=aside.rows,
+            set_aside_output=aside.output,
         )
 
     async def failures(self) -> AsyncIterator[tuple[str, RunRecord]]:

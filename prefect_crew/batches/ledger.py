@@ -18,10 +18,12 @@ from sqlalchemy import ColumnElement, Connection, Table, delete, func, select, u
 from sqlalchemy.exc import SQLAlchemyError
 
 from prefect_crew.api.errors import CrewError
-from prefect_crew.batches.database import Database, LedgerError, answers, attempts, batches, short
+from prefect_crew.batches.database import Database, LedgerError, answers, attempts, batches, set_aside, short
 from prefect_crew.batches.ends import standing_word
 from prefect_crew.batches.group_commit import KEYS_AT_ONCE, GroupWriter
 from prefect_crew.batches.latest import Place, latest, places, places_of_row, standing_attempts
+from prefect_crew.batches.rows import BadRow
+from prefect_crew.batches.set_aside import SetAside
 from prefect_crew.logs import run_logger
 from prefect_crew.posting import ClaimLostError
 from prefect_crew.records import RecordPhase, RunRecord, SentReview, utcnow
@@ -145,6 +147,23 @@ class Ledger:
         """Write down how the batch stands at the end of a call."""
         statement = update(batches).where(batches.c.name == self.batch).values(standing=json.dumps(standing))
         await self._write(self.database.run(lambda connection: connection.execute(statement).close()))
+
+    async def note_set_aside(self, found: SetAside) -> None:
+        """Write down which rows of the batch cannot be run."""
+        rows = json.dumps([[row.line, row.reason] for row in found.rows])
+        values = {"count": found.count, "rows": rows, "output": found.output}
+        insert = self.database.insert(set_aside).values(batch=self.batch, **values)
+        statement = insert.on_conflict_do_update(index_elements=["batch"], set_=values)
+        await self._write(self.database.run(lambda connection: connection.execute(statement).close()))
+
+    async def set_aside(self) -> SetAside:
+        """Return which rows of the batch cannot be run, as its last call found them."""
+        columns = (set_aside.c.count, set_aside.c.rows, set_aside.c.output)
+        found = await self._rows(select(*columns).where(set_aside.c.batch == self.batch))
+        if not found:
+            return SetAside()
+        count, rows, output = found[0]
+        return SetAside(int(count), [BadRow(line, reason) for line, reason in json.loads(rows)], output)
 
     async def halt(self, reason: str) -> None:
         """Let no shard of the batch buy anything more; the next call begins anew."""

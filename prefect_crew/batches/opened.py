@@ -29,6 +29,7 @@ from prefect_crew.batches.output import Output, line_of
 from prefect_crew.batches.pacing import BatchSession, Pace
 from prefect_crew.batches.report import BatchReport
 from prefect_crew.batches.rows import BadRowsError, Checked, RowPlan
+from prefect_crew.batches.set_aside import SetAside, SetAsideFile, rejected_name
 from prefect_crew.batches.settling import settle_by_webhooks
 from prefect_crew.batches.standing import FAILURES, Failure, Standing
 from prefect_crew.batches.watching import tell_batch
@@ -68,11 +69,14 @@ async def open_batch(job: BatchJob, *, shared: bool = False) -> AsyncGenerator[O
         output = Output(job.output, beside=beside, output_type=options.output_type)
         kept = await kept_here(ledger)
         output.check(fresh=not await ledger.known())
-        checked = await asyncio.to_thread(plan.check)
+        rejected = SetAsideFile()
+        stack.callback(rejected.close)
+        checked = await asyncio.to_thread(plan.check, rejected.put)
         for told in plan.notes():
             run_logger().warning("Batch %s: %s", job.name, told)
-        if checked.bad and options.on_bad_row == "refuse":
-            raise BadRowsError(checked.bad, checked.bad_count, source=job.dataset.name)
+        if checked.bad and (options.on_bad_row == "refuse" or not checked.total):
+            alone = not checked.total
+            raise BadRowsError(checked.bad, checked.bad_count, source=job.dataset.name, alone=alone)
         if not await lock.still_held():
             raise BatchBusyError(name=job.name)
         bound = await bind(
@@ -85,6 +89,10 @@ async def open_batch(job: BatchJob, *, shared: bool = False) -> AsyncGenerator[O
             place=job.place.told,
             call=job.call,
         )
+        aside = SetAside(checked.bad_count, checked.bad, rejected_name(output.name) if checked.bad_count else None)
+        if aside.count or (await ledger.set_aside()).count:
+            await asyncio.to_thread(output.put_rejected, rejected.file if aside.count else None)
+            await ledger.note_set_aside(aside)
         if bound.before is not None:
             await settle_by_webhooks(ledger, session.crew)
         yield OpenBatch(
@@ -97,7 +105,7 @@ async def open_batch(job: BatchJob, *, shared: bool = False) -> AsyncGenerator[O
             checked,
             output,
             bound,
-            Standing(total=checked.total, set_aside=checked.bad_count, duplicates=checked.duplicates),
+            Standing(total=checked.total, set_aside=aside, duplicates=checked.duplicates),
             BatchArtifacts(job.name, job.crew.label, show=job.crew.show),
             bought=0 if bound.before is None else await ledger.bought(),
         )
@@ -245,7 +253,7 @@ class OpenBatch:
 
     async def _report(self) -> BatchReport:
         standing, job = self.standing, self.job
-        total = standing.total + standing.set_aside
+        total, aside = standing.whole, standing.set_aside
         try:
             bought = await self.ledger.bought()
         except LedgerError:
@@ -261,7 +269,9 @@ class OpenBatch:
             output=self.output.name,
             stopped=self.stopped,
             kickoffs=bought - self.bought,
-            set_aside=standing.set_aside,
+            set_aside=aside.count,
+            set_aside_rows=tuple(aside.rows[:FAILURES]),
+            set_aside_output=aside.output,
             duplicates=standing.duplicates,
             uncertain_keys=tuple(standing.uncertain_keys),
             errors=dict(standing.errors),

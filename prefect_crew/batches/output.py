@@ -9,9 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import IO, TYPE_CHECKING, Any, Protocol, cast
 
 import fsspec  # pyright: ignore[reportMissingTypeStubs]
 from pydantic import BaseModel
@@ -24,6 +25,7 @@ from prefect_crew.batches.ends import RowEnd
 from prefect_crew.batches.keys import Keys
 from prefect_crew.batches.lines import HeldLines, LineFile
 from prefect_crew.batches.parquet import check_parquet, write_parquet
+from prefect_crew.batches.set_aside import rejected_name
 from prefect_crew.files import create_private
 from prefect_crew.records import RecordPhase
 
@@ -98,7 +100,7 @@ class Output:
             self.path = local
         elif self._remote:
             # Many addresses end in the same name, such as one for each day.
-            known = hashlib.sha256(output.encode()).hexdigest()[:8]
+            known = hashlib.sha256(self.name.encode()).hexdigest()[:8]
             self.path = beside.with_name(f"{Path(self.name).name}.{known}.lines.jsonl")
         else:
             self.path = local.with_name(f"{local.name}.lines.jsonl")
@@ -221,6 +223,35 @@ class Output:
             raise OutputError(
                 f"The output {self.name} cannot be written: {type(error).__name__}: {error}. Its lines are in "
                 f"{self.path}; the same call again brings them there."
+            ) from error
+
+    def put_rejected(self, lines: IO[bytes] | None) -> None:
+        """Write the rows that were set aside beside the output; None removes those of an earlier call.
+
+        Raises:
+            OutputError: They cannot be written there.
+        """
+        place, fresh = rejected_name(self.output), None
+        try:
+            if not self._remote:
+                place = place.removeprefix("file://")
+                fresh = Path(place).with_name(f".{Path(place).name}.new")
+            if lines is None:
+                filesystem, path = _files.core.url_to_fs(place)
+                if filesystem.exists(path):
+                    filesystem.rm(path)
+                return
+            if fresh is not None:
+                create_private(fresh)
+            lines.seek(0)
+            with _files.open(str(fresh or place), "wb") as target:
+                shutil.copyfileobj(lines, target)
+            if fresh is not None:
+                fresh.replace(place)
+        except (OSError, ImportError, ValueError) as error:
+            raise OutputError(
+                f"The rows that were set aside cannot be written to {rejected_name(self.name)}: "
+                f"{type(error).__name__}: {error}. Nothing was started."
             ) from error
 
     def _copy_to(self, target: Any) -> None:

@@ -12,7 +12,7 @@ from typing import IO, Any, cast
 
 from prefect_crew.api.errors import CrewError
 
-__all__ = ["TEXT_FORMATS", "DatasetError", "Row", "mapping_row", "read_text"]
+__all__ = ["TEXT_FORMATS", "DatasetError", "Row", "faulty", "mapping_row", "read_text"]
 
 CHUNK = 1 << 20
 ROW_LIMIT = 1 << 28
@@ -35,10 +35,20 @@ class DatasetError(CrewError):
 
 @dataclass(frozen=True)
 class Row:
-    """One row. `line` is that of the file, 1-based, or the row's number where there is no file."""
+    """One row. `line` is that of the file, 1-based, or the row's number where there is no file.
+
+    `fault` is why it is no row of this data set, None where it is one; `raw` is then what stands there.
+    """
 
     line: int
     values: Mapping[str, Any]
+    fault: str | None = None
+    raw: Any = None
+
+
+def faulty(line: int, fault: str, raw: Any = None) -> Row:
+    """Return what stands in the place of a row and is none."""
+    return Row(line, {}, fault, raw)
 
 
 def read_text(file: IO[bytes], kind: str, name: str, encoding: str) -> Iterator[Row]:
@@ -51,19 +61,15 @@ def read_text(file: IO[bytes], kind: str, name: str, encoding: str) -> Iterator[
         encoding: Any that Python knows.
 
     Raises:
-        DatasetError: Something is wrong with it. Rows before that may have been yielded.
+        DatasetError: It cannot be read to its end. Rows before that may have been yielded.
     """
     return TEXT_FORMATS[kind](_lines(file, name, encoding), name)
 
 
-def mapping_row(value: Any, name: str, line: int) -> Row:
-    """Return a mapping as a row.
-
-    Raises:
-        DatasetError: It is none.
-    """
+def mapping_row(value: Any, line: int) -> Row:
+    """Return a mapping as a row."""
     if not isinstance(value, Mapping):
-        raise DatasetError(f"holds a {type(value).__name__}, not an object with inputs.", source=name, line=line)
+        return faulty(line, f"holds a {type(value).__name__}, not an object with inputs", value)
     return Row(line, {str(key): item for key, item in cast("Mapping[Any, Any]", value).items()})
 
 
@@ -126,17 +132,33 @@ def _csv(lines: Iterable[str], name: str, delimiter: str) -> Iterator[Row]:
             raise DatasetError("is empty: it has no header line.", source=name)
         _check_header(header, name)
         start = reader.line_num + 1
-        for fields in reader:
-            line, start, size = start, reader.line_num + 1, 0
-            if not fields:
-                continue
-            if len(fields) != len(header):
-                raise DatasetError(f"has {len(fields)} fields, the header has {len(header)}.", source=name, line=line)
-            yield Row(line, dict(zip(header, fields, strict=True)))
     except csv.Error as error:
-        open_quote = "unexpected end of data" in str(error)
-        reason = "a quote that opens in this row is never closed" if open_quote else str(error)
-        raise DatasetError(f"is no CSV: {reason}.", source=name, line=start) from None
+        raise DatasetError(f"is no CSV: {_csv_reason(error)}.", source=name, line=start) from None
+    while True:
+        try:
+            fields = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            if _OPEN_QUOTE in str(error):  # it has taken all lines to the end of the file with it
+                raise DatasetError(f"is no CSV: {_csv_reason(error)}.", source=name, line=start) from None
+            line, start, size = start, reader.line_num + 1, 0
+            yield faulty(line, f"is no CSV: {_csv_reason(error)}")
+            continue
+        line, start, size = start, reader.line_num + 1, 0
+        if not fields:
+            continue
+        if len(fields) != len(header):
+            yield faulty(line, f"has {len(fields)} fields, the header has {len(header)}", fields)
+        else:
+            yield Row(line, dict(zip(header, fields, strict=True)))
+
+
+_OPEN_QUOTE = "unexpected end of data"
+
+
+def _csv_reason(error: csv.Error) -> str:
+    return "a quote that opens in this row is never closed" if _OPEN_QUOTE in str(error) else str(error)
 
 
 def _check_header(header: list[str], name: str) -> None:
@@ -163,6 +185,7 @@ _decoder = json.JSONDecoder(object_pairs_hook=_object)
 
 
 def _jsonl(lines: Iterable[str], name: str) -> Iterator[Row]:
+    del name
     for number, line in enumerate(lines, start=1):
         text = line.strip()
         if not text:
@@ -170,8 +193,9 @@ def _jsonl(lines: Iterable[str], name: str) -> Iterator[Row]:
         try:
             value = _decoder.decode(text)
         except (ValueError, RecursionError) as error:
-            raise DatasetError(f"is no JSON: {error}.", source=name, line=number) from None
-        yield mapping_row(value, name, number)
+            yield faulty(number, f"is no JSON: {error}", text)
+        else:
+            yield mapping_row(value, number)
 
 
 def _json(lines: Iterable[str], name: str) -> Iterator[Row]:
@@ -244,7 +268,7 @@ class _Text:
 
     def row(self) -> Row:
         line = self.line
-        return mapping_row(self._value(), self._name, line)
+        return mapping_row(self._value(), line)
 
     def _value(self) -> Any:
         while True:

@@ -8,7 +8,7 @@ from typing import Any
 
 from prefect_crew.api.errors import CrewError
 from prefect_crew.api.models import TokenUsage
-from prefect_crew.batches.rows import BadRow
+from prefect_crew.batches.rows import BadRow, by_reason
 from prefect_crew.rendering import duration
 
 __all__ = ["BatchFailedError", "BatchPlan", "BatchReport"]
@@ -36,7 +36,9 @@ class BatchReport:
         output: Where the lines are.
         stopped: Why the batch stopped buying, None if it did not.
         kickoffs: Runs that this call bought.
-        set_aside: Rows that cannot be run. `duplicates`: rows that equal an earlier one, which are not in `total`.
+        set_aside: Rows that cannot be run. `set_aside_rows`: the first 100 of them, their lines and why;
+            `set_aside_output`: the file that all of them are in, None where there are none.
+        duplicates: Rows that equal an earlier one, which are not in `total`.
         uncertain_keys: The keys of the uncertain rows, up to 1,000.
         errors: Failures of this call by the class of their error.
         usage: The sum of what the server reported, None where it reported nothing.
@@ -54,6 +56,8 @@ class BatchReport:
     stopped: str | None = None
     kickoffs: int = 0
     set_aside: int = 0
+    set_aside_rows: Sequence[BadRow] = ()
+    set_aside_output: str | None = None
     duplicates: int = 0
     uncertain_keys: Sequence[str] = ()
     errors: Mapping[str, int] = field(default_factory=dict[str, int])
@@ -80,15 +84,23 @@ class BatchReport:
         return {
             **asdict(self),
             "uncertain_keys": list(self.uncertain_keys),
+            "set_aside_rows": [asdict(row) for row in self.set_aside_rows],
             "errors": dict(self.errors),
             "usage": usage,
         }
 
     def __str__(self) -> str:
         parts = [f"{self.completed:,} of {self.total:,} rows completed"]
-        rest = (("failed", self.failed), ("uncertain", self.uncertain), ("not run", self.skipped))
+        rest = (
+            ("failed", self.failed),
+            ("uncertain", self.uncertain),
+            ("not run", self.skipped - self.set_aside),
+            ("set aside", self.set_aside),
+        )
         parts += [f"{count:,} {word}" for word, count in rest if count]
         text = f"Batch {self.name}: {', '.join(parts)} in {duration(self.seconds)}. Output: {self.output}"
+        if self.set_aside_output:
+            text += f". Set aside: {self.set_aside_output}"
         return f"{text}. It stopped buying: {self.stopped}" if self.stopped else text
 
 
@@ -127,9 +139,10 @@ class BatchPlan:
         lines = [f"Batch {self.name}: {self.rows:,} rows, {done}, {self.max_in_flight:,} at a time."]
         if self.duplicates:
             lines.append(f"{self.duplicates:,} rows equal an earlier one and are left out.")
-        lines += [f"Line {row.line} cannot be run: {row.reason}." for row in self.bad[:20]]
-        if self.bad_count > 20:
-            lines.append(f"And {self.bad_count - 20:,} more that cannot be run.")
+        listed, more = by_reason(self.bad, self.bad_count)
+        lines += [f"{where[:1].upper()}{where[1:]} cannot be run: {reason}." for where, reason in listed]
+        if more:
+            lines.append(f"And {more:,} more rows that cannot be run.")
         if self.seconds is not None:
             lines.append(f"It takes about {duration(self.seconds)}.")
         if self.price is not None:

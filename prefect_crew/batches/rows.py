@@ -12,12 +12,12 @@ from prefect_crew.api._error import listed_names, with_guesses
 from prefect_crew.api.errors import ConfigurationError
 from prefect_crew.api.inputs import STATE_ID, encode_inputs, inputs_digest, missing_inputs, unknown_inputs
 from prefect_crew.api.models import CrewInput
-from prefect_crew.api.redaction import Redactor, holds_secret
+from prefect_crew.api.redaction import MASK, Redactor, holds_secret
 from prefect_crew.batches.datasets import Dataset, DatasetError, Row
 from prefect_crew.batches.keys import Keys
 from prefect_crew.templates import compiled, names_in
 
-__all__ = ["BadRow", "BadRowsError", "Checked", "InputsFrom", "KeyFrom", "RowJob", "RowPlan", "shard_of"]
+__all__ = ["BadRow", "BadRowsError", "Checked", "InputsFrom", "KeyFrom", "RowJob", "RowPlan", "by_reason", "shard_of"]
 
 Values = Mapping[str, Any]
 InputsFrom = Mapping[str, Any] | Callable[[Values], Values]
@@ -26,7 +26,9 @@ row, or any constant that is no text."""
 KeyFrom = str | Callable[[Values], Any]
 """The name of a column, or a function of the row."""
 SHOWN = 20
-"""Bad rows that a message lists."""
+"""Reasons that a message lists, and columns."""
+LINES = 10
+"""Lines that a message names for each reason."""
 KEPT = 1000
 """Bad rows that are kept."""
 MAX_KEY = 200
@@ -60,16 +62,44 @@ class BadRow:
 class BadRowsError(DatasetError):
     """Rows of a data set cannot be run. Attributes: rows (all of them, up to 1,000), count."""
 
-    def __init__(self, rows: Sequence[BadRow], count: int, *, source: str) -> None:
+    def __init__(self, rows: Sequence[BadRow], count: int, *, source: str, alone: bool = False) -> None:
         self.rows = list(rows)
         self.count = count
-        listed = "; ".join(f"line {row.line}: {row.reason}" for row in self.rows[:SHOWN])
-        more = f"; and {count - SHOWN} more" if count > SHOWN else ""
-        rows_cannot = "A row cannot" if count == 1 else f"{count} rows cannot"
-        super().__init__(
-            f"{rows_cannot} be run: {listed}{more}. Mend them, or set them aside with on_bad_row='set-aside'.",
-            source=source,
-        )
+        cannot = "a row cannot be run" if count == 1 else f"{count:,} rows cannot be run"
+        what = f"{cannot}{', which are all' if alone else ''}: {_listed(self.rows, count)}."
+        advice = "" if alone else " Correct them, or set them aside with on_bad_row='set-aside'."
+        super().__init__(f"{what}{advice}", source=source)
+
+
+def by_reason(rows: Sequence[BadRow], count: int) -> tuple[list[tuple[str, str]], int]:
+    """Return where and why rows cannot be run, a reason at a time, and how many more there are beside these.
+
+    Args:
+        rows: The rows that are kept.
+        count: How many there are in all.
+    """
+    groups: dict[str, list[int]] = {}
+    for row in rows:
+        groups.setdefault(row.reason, []).append(row.line)
+    found: list[tuple[str, str]] = []
+    more = count
+    for reason, lines in list(groups.items())[:SHOWN]:
+        most = count if len(groups) == 1 else len(lines)
+        found.append((_lines(lines[:LINES], most - len(lines[:LINES])), reason))
+        more -= most
+    return found, more
+
+
+def _listed(rows: Sequence[BadRow], count: int) -> str:
+    found, more = by_reason(rows, count)
+    return "; ".join([f"{where}: {reason}" for where, reason in found] + ([f"and {more:,} more rows"] if more else []))
+
+
+def _lines(lines: Sequence[int], more: int) -> str:
+    words = [str(line) for line in lines] + ([f"{more:,} more"] if more else [])
+    if len(words) == 1:
+        return f"line {words[0]}"
+    return f"lines {', '.join(words[:-1])} and {words[-1]}"
 
 
 @dataclass(frozen=True)
@@ -151,16 +181,28 @@ class RowPlan:
             ]
         return []
 
-    def check(self) -> Checked:
+    def check(self, set_aside: Callable[[BadRow, Any], None] = lambda bad, shown: None) -> Checked:
         """Read every row once and note all that is wrong.
+
+        Args:
+            set_aside: Called with each row that cannot be run, and what stands there, without secrets.
 
         Raises:
             DatasetError: The data set cannot be read to its end, or is empty.
         """
         bad: list[BadRow] = []
+        try:
+            return self._check(bad, set_aside)
+        except DatasetError as error:
+            if not bad:
+                raise
+            reason = f"{error.reason} Rows before it cannot be run: {_listed(bad, len(bad))}."
+            raise DatasetError(reason, source=error.source, line=error.line) from error
+
+    def _check(self, bad: list[BadRow], set_aside: Callable[[BadRow, Any], None]) -> Checked:
         count = total = duplicates = 0
         mark = 0
-        for job in self._jobs():
+        for row, job in self._jobs():
             if isinstance(job, RowJob):
                 total += 1
                 seen = hashlib.sha256(f"{job.key}\0{job.digest}".encode()).digest()
@@ -169,6 +211,7 @@ class RowPlan:
                 duplicates += 1
             else:
                 count += 1
+                set_aside(job, self._shown(row))
                 if len(bad) < KEPT:
                     bad.append(job)
         if total == count == 0:
@@ -177,32 +220,28 @@ class RowPlan:
 
     def jobs(self) -> Iterator[RowJob]:
         """Yield the rows that can be run, in the order of the data set."""
-        for job in self._jobs():
+        for _, job in self._jobs():
             if isinstance(job, RowJob):
                 yield job
 
-    def bad_rows(self) -> Iterator[BadRow]:
-        """Yield the rows that cannot be run."""
-        for job in self._jobs():
-            if isinstance(job, BadRow):
-                yield job
-
-    def _jobs(self) -> Iterator[RowJob | BadRow | None]:
-        """Yield each row as a job, as a bad row, or as None for one that equals an earlier one."""
+    def _jobs(self) -> Iterator[tuple[Row, RowJob | BadRow | None]]:
+        """Yield each row, and with it its job, why it is bad, or None for one that equals an earlier one."""
         keys = Keys()
         try:
             number = 0
-            for row in self.dataset:
+            for row in self.dataset.rows():
                 try:
                     job = self._job(row, keys, number)
                 except Exception as error:  # noqa: BLE001  whatever a user's function raises is wrong with its row
                     job = BadRow(row.line, self._without_secrets(row.values)(_reason(error)))
                 number += isinstance(job, RowJob)
-                yield job
+                yield row, job
         finally:
             keys.close()
 
     def _job(self, row: Row, keys: Keys, number: int) -> RowJob | BadRow | None:
+        if row.fault is not None:
+            return BadRow(row.line, row.fault)
         given = self._inputs_of(row.values)
         encoded = encode_inputs(given, as_json=self._as_json)
         hidden = tuple(name for name, value in given.items() if holds_secret(value))
@@ -239,6 +278,15 @@ class RowPlan:
         guessed = with_guesses(unknown, self._names)
         return f"gives the unknown inputs {guessed}; the crew takes {listed_names(self._names)}"
 
+    def _shown(self, row: Row) -> Any:
+        """Return what stands in a row, with secret columns masked; None where nobody can tell which they are."""
+        if self._secret_columns is None or (self._secret and row.fault is not None):
+            return None
+        if row.fault is not None:
+            return row.raw
+        secret = self._secret_columns
+        return {name: MASK if name in secret or holds_secret(value) else value for name, value in row.values.items()}
+
     def _without_secrets(self, values: Values) -> Redactor:
         columns = values if self._secret_columns is None else self._secret_columns
         secret = [value for name, value in values.items() if name in columns or holds_secret(value)]
@@ -266,6 +314,12 @@ def _reason(error: Exception) -> str:
     if isinstance(error, ConfigurationError) or type(error) in (TypeError, ValueError):
         return str(error)
     return f"{type(error).__name__}: {error}"
+
+
+def _its_columns(values: Values) -> str:
+    names = [str(name) for name in values]
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return f"its columns are {', '.join(names[:SHOWN])}{more}" if names else "it has none"
 
 
 def _empty(value: Any) -> bool:
@@ -340,7 +394,7 @@ def _keyed(key: KeyFrom) -> Callable[[Values], str]:
         elif key in values:
             value = values[key]
         else:
-            raise ConfigurationError(f"has no column {key!r}, which is the key")
+            raise ConfigurationError(f"has no column {key!r}, which is the key; {_its_columns(values)}")
         text = "" if value is None else str(value)
         if not text.strip():
             raise ConfigurationError("its key is empty")

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from prefect_crew.api.models import TokenUsage
 from prefect_crew.batches.ends import FINAL, RowEnd
+from prefect_crew.batches.set_aside import SetAside
 
 __all__ = ["FAILURES", "Failure", "Standing"]
 
@@ -39,7 +40,7 @@ class Standing:
     """The counts of all calls of a batch so far. Durations are seconds from a kickoff to the end that was seen.
 
     Attributes:
-        total: Rows that can be run. `set_aside`: those that cannot, `duplicates`: those that equal an earlier one.
+        total: Rows that can be run. `set_aside`: those that cannot; `duplicates`: how many equal an earlier one.
         completed, failed, uncertain: How they stand.
         in_flight: Runs that are waited for. `people`: those of them that wait for a person.
         ended_here: Rows that ended in this call.
@@ -48,7 +49,7 @@ class Standing:
     """
 
     total: int
-    set_aside: int = 0
+    set_aside: SetAside = field(default_factory=SetAside)
     duplicates: int = 0
     completed: int = 0
     failed: int = 0
@@ -73,6 +74,11 @@ class Standing:
     def done(self) -> int:
         """Rows of which nothing more is expected."""
         return self.completed + self.failed + self.uncertain
+
+    @property
+    def whole(self) -> int:
+        """All rows of the data set but duplicates, also those that cannot be run."""
+        return self.total + self.set_aside.count
 
     @property
     def over(self) -> bool:

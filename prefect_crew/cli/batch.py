@@ -232,6 +232,8 @@ def put_report(report: BatchReport, shown: BatchProgress, *, as_json: bool) -> i
         )
     elif report.failed:
         terminal.note(f"What failed: {_program('failures', batch)}. To buy it again: {_program('retry', batch)}")
+    if report.set_aside:
+        terminal.note(f"What was set aside: {_program('failures', batch)}")
     return ROWS
 
 

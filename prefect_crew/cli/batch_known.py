@@ -19,9 +19,12 @@ from prefect_crew.cli.runs import crew_of
 
 if TYPE_CHECKING:
     from prefect_crew.batches.known import BatchStanding
+    from prefect_crew.batches.set_aside import SetAside
     from prefect_crew.records import RunRecord
 
 __all__ = ["app"]
+
+SET_ASIDE = "set-aside"
 
 
 def _reach() -> None:
@@ -69,14 +72,19 @@ def status(
 
 
 def _about(found: BatchStanding) -> list[str]:
+    from prefect_crew.batches.set_aside import SetAside
     from prefect_crew.rendering import duration
 
     lines = [f"Batch {found.name}: {found.completed:,} of {found.total:,} rows completed"]
     parts = (("failed", found.failed), ("uncertain", found.uncertain), ("in flight", found.in_flight))
-    counts = [f"{count:,} {word}" for word, count in (*parts, ("not bought yet", found.left)) if count]
+    more = (("not started yet", found.left), ("set aside", found.set_aside))
+    counts = [f"{count:,} {word}" for word, count in (*parts, *more) if count]
     lines += [f"  {' · '.join(counts)}"] if counts else []
     if found.people:
         lines.append(f"  {found.people:,} in flight wait for a person: {terminal.command('prefect-crew reviews')}")
+    if found.set_aside:
+        aside = SetAside(found.set_aside, found.set_aside_rows)
+        lines.append(f"  Set aside: {'; '.join(aside.shown(5))}. All are in {found.set_aside_output}")
     seconds = ""
     if found.median is not None and found.slowest is not None:
         seconds = f" · a row takes {duration(found.median)} (median), at most {duration(found.slowest)}"
@@ -95,17 +103,21 @@ def failures(
     ledger: Annotated[str | None, LEDGER] = None,
     json: Annotated[bool, JSON] = False,
 ) -> None:
-    """List the rows that failed or are uncertain, with their runs and why."""
+    """List the rows that failed, are uncertain or were set aside, with their runs and why."""
     _reach()
     most = None if json else limit
-    found = asyncio.run(_failures(name, ledger, most))
+    found, aside = asyncio.run(_failures(name, ledger, most))
     if json:
-        terminal.put_json([_as_json(key, record) for key, record in found])
+        bad = [{"key": None, "line": row.line, "state": SET_ASIDE, "error": row.reason} for row in aside.rows]
+        terminal.put_json([*(_as_json(key, record) for key, record in found), *bad])
         return
     rows = [(key, record.kickoff_id or "", _state(record), _why(record)) for key, record in found]
+    rows += [(f"line {row.line}", "", SET_ASIDE, row.reason) for row in aside.rows[:limit]]
     terminal.put_rows(("Row", "Run", "State", "Error"), rows, empty=f"No row of batch {name} failed.")
     if most is not None and len(found) == most:
         terminal.note(f"The first {most}. --limit shows more, --json all.")
+    if aside.count:
+        terminal.note(f"Rows that were set aside cannot be run. All {aside.count:,} are in {aside.output}.")
     if any(_state(record) == "uncertain" for _, record in found):
         terminal.note(
             f"An uncertain row is settled after a look at the crew's page: "
@@ -113,7 +125,7 @@ def failures(
         )
 
 
-async def _failures(name: str, ledger: str | None, most: int | None) -> list[tuple[str, RunRecord]]:
+async def _failures(name: str, ledger: str | None, most: int | None) -> tuple[list[tuple[str, RunRecord]], SetAside]:
     from prefect_crew.batches.known import known_batch
 
     found: list[tuple[str, RunRecord]] = []
@@ -122,7 +134,7 @@ async def _failures(name: str, ledger: str | None, most: int | None) -> list[tup
             found.append((key, record))
             if len(found) == most:
                 break
-    return found
+        return found, await batch.ledger.set_aside()
 
 
 def _state(record: RunRecord) -> str:

@@ -358,3 +358,32 @@ def test_a_compression_that_needs_a_package_names_it(tmp_path: Path):
     (tmp_path / "rows.csv.zst").write_bytes(b"(\xb5/\xfd")
     with pytest.raises(DatasetError, match="pip install zstandard"):
         values(open_dataset(tmp_path / "rows.csv.zst"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "faults"),
+    [
+        pytest.param(
+            "x.csv",
+            'a,b\n1,2\n3\n4,5,6\n7,"x"y\n8,9\n',
+            [None, "has 1 fields, the header has 2", "has 3 fields, the header has 2", "is no CSV: ", None],
+            id="csv",
+        ),
+        pytest.param(
+            "x.jsonl", '{"a": 1}\n{"a": \n[1]\n{"a": 2}\n', [None, "is no JSON", "holds a list", None], id="jsonl"
+        ),
+        pytest.param("x.json", '[{"a": 1}, 7, {"a": 2}]', [None, "holds a int", None], id="json"),
+    ],
+)
+def test_a_line_that_is_no_row_is_a_fault_of_its_own(tmp_path: Path, name: str, content: str, faults: list[str | None]):
+    (tmp_path / name).write_text(content)
+    rows = list(open_dataset(tmp_path / name).rows())
+    assert [row.fault if row.fault is None else row.fault[:10] for row in rows] == [
+        fault if fault is None else fault[:10] for fault in faults
+    ]
+
+
+def test_an_iterator_of_what_is_no_row_is_kept_with_its_fault():
+    dataset = open_dataset(iter([{"a": 1}, ["x"]]))
+    assert [row.fault for row in dataset.rows()] == [None, "holds a list, not an object with inputs"]
+    assert [row.raw for row in dataset.rows()] == [None, ["x"]]

@@ -339,7 +339,7 @@ def test_another_place_gets_the_lines_at_the_end(tmp_path: Path):
     output.close()
     output.finish()
     with fsspec.open("memory://results/out.jsonl") as file:
-        assert file.read() == (tmp_path / "out.jsonl.lines.jsonl").read_bytes()
+        assert file.read() == output.path.read_bytes()
 
 
 def test_a_compressed_output_is_compressed(tmp_path: Path):

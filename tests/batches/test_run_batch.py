@@ -7,7 +7,7 @@ import json
 import time
 import uuid
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import fsspec
 import pytest
@@ -27,6 +27,7 @@ from prefect_crew.batches import (
     LedgerMissingError,
     OutputError,
 )
+from prefect_crew.batches.known import known_batch
 from prefect_crew.batches.ledger import Ledger
 from prefect_crew.testing import CrewServerFactory
 from support.batches import Batches
@@ -229,13 +230,114 @@ async def test_a_file_of_rows_with_inputs_by_template_and_keys_by_column(
 async def test_bad_rows_are_told_before_anything_is_bought(batch: Batches, crew_server: CrewServerFactory):
     server = crew_server(ECHO)
     rows = [*topics(3), {"topic": ""}, {"topic": None}]
-    with pytest.raises(BadRowsError, match=r"2 rows cannot be run: line 4: lacks topic; line 5: lacks topic"):
+    with pytest.raises(BadRowsError, match=r"2 rows cannot be run: lines 4 and 5: lacks topic"):
         await batch(server.crew(), rows, name="bad")
     assert server.kickoffs == 0
     assert not batch.output.exists()
     report = await batch(server.crew(), rows, name="bad", on_bad_row="set-aside")
     assert (report.total, report.completed, report.set_aside, report.skipped) == (5, 3, 2, 2)
     assert not report.ok
+
+
+DIRTY = 'id,topic,note\n1,tea,x\n2,,x\n3,milk,x,y,z\n4,rye\n5,cake,"x"y\n6,"bread, white",x\n7,"two\nlines",x\n8,pie\n'
+WRONG = [
+    (3, "lacks topic"),
+    (4, "has 5 fields, the header has 3"),
+    (5, "has 2 fields, the header has 3"),
+    (6, "is no CSV: ',' expected after '\"'"),
+    (10, "has 2 fields, the header has 3"),
+]
+
+
+async def test_one_error_lists_every_line_that_cannot_be_run(
+    batch: Batches, crew_server: CrewServerFactory, tmp_path: Path
+):
+    server = crew_server(ECHO)
+    (tmp_path / "dirty.csv").write_text(DIRTY)
+    with pytest.raises(BadRowsError) as caught:
+        await batch(server.crew(), tmp_path / "dirty.csv", name="dirty", key="id")
+    assert [(row.line, row.reason) for row in caught.value.rows] == WRONG
+    for part in (
+        "5 rows cannot be run: line 3: lacks topic; line 4: has 5",
+        "lines 5 and 10: has 2 fields",
+        "line 6: ",
+    ):
+        assert part in str(caught.value)
+    assert server.kickoffs == 0
+
+
+async def test_what_is_set_aside_is_counted_listed_and_written_out_in_every_later_report(
+    batch: Batches, crew_server: CrewServerFactory, tmp_path: Path
+):
+    server, name = crew_server(ECHO), "set aside"
+    (tmp_path / "dirty.csv").write_text(DIRTY)
+    rejected = Path(f"{batch.output}.rejected.jsonl")
+    for _ in range(2):
+        report = await batch(server.crew(), tmp_path / "dirty.csv", name=name, key="id", on_bad_row="set-aside")
+        assert (report.total, report.completed, report.set_aside, report.skipped, report.ok) == (8, 3, 5, 5, False)
+        assert [(row.line, row.reason) for row in report.set_aside_rows] == WRONG
+        assert "3 of 8 rows completed, 5 set aside in " in str(report)
+        assert str(report).endswith(f"Set aside: {rejected}")
+        written = [json.loads(line) for line in rejected.read_text().splitlines()]
+        assert [(line["line"], line["reason"]) for line in written] == WRONG
+        assert [line["row"] for line in written[:3]] == [
+            {"id": "2", "topic": "", "note": "x"},
+            ["3", "milk", "x", "y", "z"],
+            ["4", "rye"],
+        ]
+    assert server.kickoffs == 3
+    async with known_batch(name) as known:
+        found = await known.standing()
+    assert (found.total, found.completed, found.set_aside, found.left) == (8, 3, 5, 0)
+    assert [(row.line, row.reason) for row in found.set_aside_rows] == WRONG
+    assert found.set_aside_output == str(rejected)
+    # Once the file is mended nothing is left of it.
+    (tmp_path / "dirty.csv").write_text("id,topic,note\n1,tea,x\n")
+    report = await batch(server.crew(), tmp_path / "dirty.csv", name=name, key="id", on_change="continue")
+    assert (report.total, report.set_aside, report.ok, rejected.exists()) == (1, 0, True, False)
+    async with known_batch(name) as known:
+        assert (await known.standing()).set_aside == 0
+
+
+async def test_rows_of_a_file_elsewhere_are_set_aside_beside_its_output(batch: Batches, crew_server: CrewServerFactory):
+    output, files = "memory://aside/out.jsonl", cast("Any", fsspec)
+    rows = [{"topic": "tea"}, "milk", {"topic": ""}]
+    report = await batch(
+        *(crew_server(ECHO).crew(), rows),
+        output=output,
+        ledger=str(batch.folder / "ledger.db"),
+        on_bad_row="set-aside",
+    )
+    assert (report.completed, report.set_aside, report.set_aside_output) == (1, 2, f"{output}.rejected.jsonl")
+    with files.open(f"{output}.rejected.jsonl") as file:
+        written = [json.loads(line) for line in file.read().splitlines()]
+    assert [line["row"] for line in written] == ["milk", {"topic": ""}]
+
+
+async def test_no_secret_is_written_out_with_a_row_that_was_set_aside(
+    batch: Batches, crew_server: CrewServerFactory, tmp_path: Path
+):
+    server = crew_server(script({"output": "paid"}, inputs=["topic", "iban"]))
+    (tmp_path / "rows.csv").write_text("topic,account\ntea,PT50\n,PT51\nmilk,PT52,x\n")
+    await batch(
+        *(server.crew(secret_inputs=["iban"]), tmp_path / "rows.csv"),
+        inputs={"topic": "topic", "iban": "{{ account }}"},
+        on_bad_row="set-aside",
+    )
+    text = Path(f"{batch.output}.rejected.jsonl").read_text()
+    assert "PT5" not in text
+    assert [json.loads(line)["row"] for line in text.splitlines()] == [{"topic": "", "account": "********"}, None]
+
+
+async def test_where_no_row_can_be_run_nothing_is_set_aside(batch: Batches, crew_server: CrewServerFactory):
+    rows = topics(300)
+    with pytest.raises(BadRowsError) as caught:
+        await batch(crew_server(ECHO).crew(), rows, key="idd", on_bad_row="set-aside")
+    assert str(caught.value) == (
+        "list of rows: 300 rows cannot be run, which are all: lines 1, 2, 3, 4, 5, 6, 7, 8, 9, 10 and 290 more: has no "
+        "column 'idd', which is the key; its columns are topic. Nothing of this data set was started."
+    )
+    assert not batch.output.exists()
 
 
 async def test_equal_rows_are_as_many_runs_unless_they_are_to_be_one(batch: Batches, crew_server: CrewServerFactory):

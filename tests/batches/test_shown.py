@@ -55,6 +55,21 @@ async def test_three_artifacts_a_batch(batch: Batches, crew_server: CrewServerFa
         assert part in summary
 
 
+async def test_artifacts_tell_of_rows_that_were_set_aside(batch: Batches, crew_server: CrewServerFactory):
+    rows = [{"topic": "tea"}, {"topic": ""}, "milk"]
+    for _ in range(2):
+        await batch(crew_server(PICKY).crew(), rows, name="aside", on_bad_row="set-aside", on_change="continue")
+    for texts in (await artifacts("aside")).values():
+        assert len(texts) == 2
+    progress, failures, summary = ((await artifacts("aside"))[part][-1] for part in ("progress", "failures", "summary"))
+    assert "1 of 3 (33.3%)" in progress
+    assert "| Set aside | 2 |" in progress
+    assert "| 2 | lacks topic |" in failures
+    assert "| 3 | holds a str, not an object with inputs |" in failures
+    assert f"{batch.output}.rejected.jsonl" in failures
+    assert "| Set aside | 2 |" in summary
+
+
 async def test_a_second_call_from_another_flow_run_has_artifacts_of_its_own_under_the_same_keys(
     batch: Batches, crew_server: CrewServerFactory
 ):

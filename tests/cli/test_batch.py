@@ -94,6 +94,45 @@ def test_a_batch_from_its_plan_to_the_rows_that_failed(here, picky, name: str, l
     assert here("batch", "failures", name).out.splitlines()[1].startswith("b\t")
 
 
+def test_rows_that_are_set_aside_are_in_every_later_report(here, picky, name: str, tmp_path: Path, output: str):
+    server, crew = picky()
+    path = tmp_path / "dirty.csv"
+    path.write_text("id,topic\na,tea\nb\nc,\nd,cake,x\n")
+    planned = here("batch", "plan", crew, str(path), "--key", "id", "--on-bad-row", "set-aside")
+    assert planned.code == 0
+    for part in ("1 rows, 1 to run", "Line 3 cannot be run: has 1 fields", "Line 4 cannot be run: lacks topic"):
+        assert part in planned.out
+    call = ("batch", "run", crew, str(path), "--name", name, "--output", output, "--key", "id")
+    refused = here(*call)
+    assert refused.code == 34
+    assert "--on-bad-row set-aside" in refused.err
+    assert "on_bad_row" not in refused.err
+    ran = here(*call, "--on-bad-row", "set-aside")
+    assert ran.code == 33
+    assert "1 of 4 rows completed, 3 set aside in" in ran.out
+    assert "batch failures" in ran.err
+    told = here("batch", "status", name)
+    assert "1 of 4 rows completed\n  3 set aside\n  Set aside: line 3: has 1 fields" in told.out
+    assert f"{output}.rejected.jsonl" in told.out
+    assert here("batch", "status", name, "--json").json["set_aside_rows"][1] == {"line": 4, "reason": "lacks topic"}
+    listed = here("batch", "failures", name)
+    assert "line 4\t\tset-aside\tlacks topic" in listed.out
+    assert [row["line"] for row in here("batch", "failures", name, "--json").json] == [3, 4, 5]
+    assert server.kickoffs == 1
+
+
+def test_a_key_column_that_is_not_there_is_one_line(here, picky, name: str, tmp_path: Path, output: str):
+    _, crew = picky()
+    path = tmp_path / "rows.csv"
+    path.write_text("id,topic\n" + "".join(f"{number},tea\n" for number in range(300)))
+    for command in (("plan",), ("run", "--name", name, "--output", output)):
+        refused = here("batch", command[0], crew, str(path), *command[1:], "--key", "idd")
+        assert refused.code in (33, 34)
+        text = refused.out + refused.err
+        assert text.count("has no column 'idd', which is the key; its columns are id, topic") == 1
+        assert "290 more" in text
+
+
 def test_failed_rows_are_bought_again_by_the_name_alone_up_to_the_crews_limit(
     here, picky, name: str, leads: str, output: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
