@@ -14,7 +14,7 @@ from cyclopts import App, Parameter
 from prefect_crew.cli import terminal
 from prefect_crew.cli.batch_progress import BatchProgress, batch_progress
 from prefect_crew.cli.crews import CREW, JSON, CrewAccess, flag
-from prefect_crew.cli.exits import ROWS, UsageError
+from prefect_crew.cli.exits import ROWS, UsageError, by_options
 from prefect_crew.cli.prefect_side import flow_run_url, reach_prefect
 from prefect_crew.cli.progress import progress
 
@@ -220,7 +220,7 @@ def put_report(report: BatchReport, shown: BatchProgress, *, as_json: bool) -> i
     if as_json:
         terminal.put_json({**report.as_dict(), "flow_run_id": shown.flow_run_id, "flow_run_url": page})
     else:
-        terminal.put(str(report))
+        terminal.put(by_options(str(report)))
         if page:
             terminal.note(page, "dim")
     if report.ok:

@@ -5,6 +5,7 @@ This table is what `prefect-crew --help` shows, and docs/cli.md too; a test keep
 
 from __future__ import annotations
 
+import re
 from typing import Any, NamedTuple, cast
 
 from prefect_crew.api.errors import (
@@ -29,7 +30,7 @@ from prefect_crew.api.errors import (
     ServerError,
 )
 
-__all__ = ["EXITS", "Exit", "PrefectAwayError", "UsageError", "exit_code", "paragraph", "signalled"]
+__all__ = ["EXITS", "Exit", "PrefectAwayError", "UsageError", "by_options", "exit_code", "paragraph", "signalled"]
 
 
 class UsageError(Exception):
@@ -133,6 +134,26 @@ def _away(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and "Failed to reach API" in str(error)
 
 
+_OPTIONS = (
+    "on_change|on_bad_row|on_failure|on_cancel|max_in_flight|kickoffs_per_second|kickoffs_at_once|max_kickoffs|"
+    "retry_failed|task_per_row|output_type"
+)
+_ARGUMENT = re.compile(
+    rf"\b(?:(?P<set>{_OPTIONS}|shards|deployment|ledger|format|encoding)=(?P<value>'[^']*'|True|\w+|…)|"
+    rf"(?P<told>{_OPTIONS})(?= is ))"
+)
+
+
+def by_options(text: str) -> str:
+    """Return a text that names arguments of `run_batch` with the options of the command line in their place."""
+
+    def option(found: re.Match[str]) -> str:
+        name = f"--{(found['set'] or found['told']).replace('_', '-')}"
+        return name if found["value"] in (None, "True") else f"{name} {found['value'].strip(chr(39))}"
+
+    return _ARGUMENT.sub(option, text)
+
+
 def paragraph(error: BaseException) -> str:
     """Return what a person reads about an error: what happened and what to do, without a traceback."""
     kinds, code = _kinds(error), exit_code(error)
@@ -142,7 +163,7 @@ def paragraph(error: BaseException) -> str:
         return _problems(error)
     said = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, CrewError) or code == USAGE:
-        return said
+        return by_options(said)
     if code == AWAY:
         return (
             f"The Prefect API does not answer ({type(error).__name__}: {said}). Start a server with "

@@ -376,7 +376,8 @@ def test_a_compression_that_needs_a_package_names_it(tmp_path: Path):
     ],
 )
 def test_a_line_that_is_no_row_is_a_fault_of_its_own(tmp_path: Path, name: str, content: str, faults: list[str | None]):
-    (tmp_path / name).write_text(content)
+    path = tmp_path / name
+    path.write_text(content)
     rows = list(open_dataset(tmp_path / name).rows())
     assert [row.fault if row.fault is None else row.fault[:10] for row in rows] == [
         fault if fault is None else fault[:10] for fault in faults

@@ -23,7 +23,7 @@ from prefect_crew.batches import (
     LedgerMissingError,
     OutputError,
 )
-from prefect_crew.cli.exits import EXITS, PrefectAwayError, UsageError, exit_code, paragraph
+from prefect_crew.cli.exits import EXITS, PrefectAwayError, UsageError, by_options, exit_code, paragraph
 
 TABLE = {line.code: line.meaning for line in EXITS}
 DOCS = Path(__file__).parents[2] / "docs" / "cli.md"
@@ -114,3 +114,21 @@ def test_what_is_only_prefects_is_known_without_importing_prefect():
     from prefect_crew.cli import exits
 
     assert not re.search(r"^(from|import) (prefect|httpx|cyclopts|pydantic)\b", inspect.getsource(exits), re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("said", "shown"),
+    [
+        pytest.param("say on_change='continue'; x", "say --on-change continue; x", id="a choice"),
+        pytest.param("Give max_in_flight=3 or less.", "Give --max-in-flight 3 or less.", id="a number"),
+        pytest.param("Give that ledger (ledger=…).", "Give that ledger (--ledger …).", id="a blank"),
+        pytest.param("Give the file's encoding=….", "Give the file's --encoding ….", id="an encoding"),
+        pytest.param("again with retry_failed=True.", "again with --retry-failed.", id="a switch"),
+        pytest.param("and on_failure is 'stop'.", "and --on-failure is 'stop'.", id="an option that is told"),
+        pytest.param("ledger='secret://batch-ledger'.", "--ledger secret://batch-ledger.", id="an address"),
+        pytest.param("The ledger is away; my_key='x'", "The ledger is away; my_key='x'", id="nothing of the kind"),
+    ],
+)
+def test_arguments_are_named_as_the_command_line_has_them(said: str, shown: str):
+    assert by_options(said) == shown
+    assert paragraph(errors.ConfigurationError(said)) == shown
