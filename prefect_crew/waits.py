@@ -192,7 +192,7 @@ class _Waiter:
             pause = self.people.pausing(asyncio.sleep if waker is None else waker.pause)
             if self.leaving is not None:
                 pause = self.leaving.pausing(pause, self.people.woken)
-            return await wait_until_ended(
+            status = await wait_until_ended(
                 lambda: self.session.client.status(self.run.kickoff_id),
                 kickoff_id=self.run.kickoff_id,
                 policy=self.policy,
@@ -203,6 +203,7 @@ class _Waiter:
                 stretch=self.people.stretching(waker, relying=self.leaving is None),
                 more_time=lambda: self.people.more_time(self.last),
             )
+            return status if waker is None else waker.counted(status)
 
     # What wait_until_ended tells.
 

@@ -21,6 +21,9 @@ from prefect.events.clients import get_events_subscriber
 from prefect.events.filters import EventFilter, EventNameFilter
 from websockets.exceptions import WebSocketException
 
+from prefect_crew.api._decode import as_object
+from prefect_crew.api.models import CrewState, CrewStatus, TokenUsage
+from prefect_crew.api.webhooks import RUN_ENDS
 from prefect_crew.patience import within
 from prefect_crew.settings import CrewSettings
 
@@ -28,7 +31,8 @@ __all__ = ["Waker", "hooks_are_on", "subscribe", "waker_for"]
 
 ASKED = "crew.webhook.human_input"
 ANSWERED = "crew.reviewed"
-WAKING = ("crew.webhook.crew", ASKED, "crew.webhook.stream.crew_kickoff_failed", ANSWERED)
+COMPLETED = "crew.webhook.crew"
+WAKING = (COMPLETED, ASKED, *(f"crew.webhook.stream.{kind}" for kind in RUN_ENDS), ANSWERED)
 """What wakes: an end, a person's turn, an answer. Tasks and steps do not, or every one would cost a status call."""
 RUN_KEY = "prefect-crew.run-key"
 SAFETY = (15.0, 30.0, 60.0)
@@ -50,8 +54,9 @@ def hooks_are_on() -> bool:
 class Waker:
     """Ends the pauses of one waiter. Of the event loop that made it."""
 
-    def __init__(self, hub: _Hub) -> None:
+    def __init__(self, hub: _Hub, run_key: str) -> None:
         self._hub = hub
+        self._run_key = run_key
         self._loop = asyncio.get_running_loop()
         self._event = asyncio.Event()
         self._looks = 0
@@ -73,6 +78,13 @@ class Waker:
         Each answer brings new URLs, which hold how many there were: so this is no late delivery of the question before.
         """
         return (attempt, answers % 256) in self._asked
+
+    def counted(self, status: CrewStatus) -> CrewStatus:
+        """Return the status of a completed run with the tokens that webhooks told of, where it tells of none itself."""
+        if status.state is not CrewState.COMPLETED or status.usage is not None:
+            return status
+        total = self._hub.tokens(self._run_key, status.kickoff_id)
+        return status if total is None else status.model_copy(update={"usage": TokenUsage(total_tokens=total)})
 
     def stretch(self, delay: float) -> float:
         """Return the pause before the next look, in seconds: a long one while a webhook is sure to end it."""
@@ -105,6 +117,7 @@ class _Hub:
         self._thread: threading.Thread | None = None
         self._wakers: defaultdict[str, set[Waker]] = defaultdict(set)
         self._seen: OrderedDict[str, tuple[float, Question | None]] = OrderedDict()
+        self._tokens: OrderedDict[str, dict[tuple[str, str], int]] = OrderedDict()
         self._connected = False
         self._distrusted_until = 0.0
 
@@ -138,6 +151,17 @@ class _Hub:
             if not self._wakers[run_key]:
                 del self._wakers[run_key]
                 self._seen.pop(run_key, None)
+                self._tokens.pop(run_key, None)
+
+    def tokens(self, run_key: str, kickoff_id: str) -> int | None:
+        """Return the tokens of a run as far as webhooks told, None where none did.
+
+        The crew's own webhook has those of the whole run. An event of the stream has those of one crew, of which a Flow
+        may run several.
+        """
+        with self._lock:
+            told = {event: count for (run, event), count in self._tokens.get(run_key, {}).items() if run == kickoff_id}
+        return told.get(COMPLETED, sum(told.values()) if told else None)
 
     async def _listen(self) -> None:
         names = EventFilter(event=EventNameFilter(name=list(WAKING)))
@@ -163,11 +187,24 @@ class _Hub:
             self._seen.move_to_end(run_key)
             while len(self._seen) > 10_000:
                 self._seen.popitem(last=False)
+            self._count(run_key, event)
             wakers = list(self._wakers.get(run_key, ()))
             if event.event != ANSWERED:  # webhooks do come
                 self._distrusted_until = 0.0
         for waker in wakers:
             waker.wake(asked)
+
+    def _count(self, run_key: str, event: Event) -> None:
+        said = as_object(event.payload.get("said"))
+        run, count = said.get("kickoff_id"), said.get("total_tokens")
+        if not isinstance(run, str) or not isinstance(count, int):
+            return
+        counts = self._tokens.setdefault(run_key, {})
+        if len(counts) < 1_000:
+            counts[run, COMPLETED if event.event == COMPLETED else str(event.id)] = count
+        self._tokens.move_to_end(run_key)
+        while len(self._tokens) > 10_000:
+            self._tokens.popitem(last=False)
 
 
 def _question(event: Event) -> Question | None:
@@ -194,7 +231,7 @@ async def waker_for(run_key: str | None) -> AsyncGenerator[Waker | None]:
         yield None
         return
     _hub.start()
-    waker = Waker(_hub)
+    waker = Waker(_hub, run_key)
     _hub.add(run_key, waker)
     try:
         yield waker

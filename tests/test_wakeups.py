@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import uvicorn
 from prefect import flow
+from prefect.events import Event
 
 from prefect_crew import (
     CrewFailedError,
@@ -22,6 +23,7 @@ from prefect_crew import (
     wait_for_crew,
     wakeups,
 )
+from prefect_crew.api.models import CrewResult, CrewState, CrewStatus, TokenUsage
 from prefect_crew.server import CrewScript, CrewServer
 from prefect_crew.server.web import listener
 from prefect_crew.waiting import WaitPolicy
@@ -120,6 +122,75 @@ async def test_a_failed_crew_ends_the_pause_too(receiver: str) -> None:
         assert time.monotonic() - started < 30, "polling alone takes a minute"
 
 
+@pytest.mark.parametrize("lost", ["webhook-crew:lose", "webhook-stream:lose"], ids=["stream-alone", "webhook-alone"])
+async def test_tokens_that_only_a_webhook_tells_are_the_usage_of_the_result(receiver: str, lost: str) -> None:
+    counting = SCRIPT.model_copy(update={"usage": TokenUsage(total_tokens=1234)})
+    with CrewServer(counting, faults=[lost], generation="later") as server:
+
+        @flow
+        async def once() -> CrewResult:
+            return await arun_crew(crew_of(server), {})
+
+        result = await once()
+        assert "token_usage" not in result.raw, "the status does not tell it"
+        assert result.usage == TokenUsage(total_tokens=1234)
+        assert server.requests["status"] <= 2
+
+
+async def test_the_end_of_a_flow_ends_the_pause(receiver: str) -> None:
+    a_flow = SCRIPT.model_copy(update={"flow": True})
+    with CrewServer(a_flow, faults=["webhook-crew:lose"]) as server:
+
+        @flow
+        async def once() -> float:
+            started = time.monotonic()
+            await arun_crew(crew_of(server), {})
+            return time.monotonic() - started
+
+        assert await once() < 30, "polling alone takes a minute"
+
+
+def ending(type_: str, tokens: int | None, *, kickoff_id: str = "k-1", run_key: str = "key") -> Event:
+    """Return what the receiver makes of a webhook about the end of a run, in the words of the hub's filter."""
+    said = {"kickoff_id": kickoff_id, **({} if tokens is None else {"total_tokens": tokens})}
+    resource = {"prefect.resource.id": "prefect-crew.run.k-1", "prefect-crew.run-key": run_key}
+    return Event(event=f"crew.webhook.{type_}", resource=resource, payload={"said": said})  # type: ignore[arg-type]
+
+
+COMPLETED = "stream.crew_kickoff_completed"
+
+
+@pytest.mark.parametrize(
+    ("events", "total"),
+    [
+        pytest.param([ending(COMPLETED, 7)], 7, id="one-crew"),
+        pytest.param([ending(COMPLETED, 7), ending(COMPLETED, 5)], 12, id="crews-of-a-flow"),
+        pytest.param([ending(COMPLETED, 7), ending("crew", 9), ending(COMPLETED, 5)], 9, id="the-crew-webhook-has-all"),
+        pytest.param([ending(COMPLETED, 7), ending(COMPLETED, 5, kickoff_id="k-0")], 7, id="another-attempt"),
+        pytest.param([ending(COMPLETED, 7, run_key="other")], None, id="another-run"),
+        pytest.param([ending(COMPLETED, None), ending("crew", None)], None, id="none-is-not-0"),
+    ],
+)
+def test_tokens_are_counted_once_for_each_event(events: list[Event], total: int | None) -> None:
+    async def count() -> list[CrewStatus]:
+        hub = wakeups._Hub()
+        waker = wakeups.Waker(hub, "key")
+        hub.add("key", waker)
+        for event in [*events, *events]:
+            hub._tell(event)
+        counted = [waker.counted(CrewStatus(kickoff_id="k-1", state=state)) for state in (DONE, CrewState.RUNNING)]
+        told = CrewStatus(kickoff_id="k-1", state=DONE, usage=TokenUsage(total_tokens=1))
+        return [*counted, waker.counted(told)]
+
+    done, running, told = asyncio.run(count())
+    assert done.usage == (None if total is None else TokenUsage(total_tokens=total))
+    assert running.usage is None
+    assert told.usage == TokenUsage(total_tokens=1)
+
+
+DONE = CrewState.COMPLETED
+
+
 async def test_the_same_question_asked_again_is_told_by_its_webhook(
     receiver: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -147,7 +218,7 @@ async def test_the_same_question_asked_again_is_told_by_its_webhook(
 
 def test_a_question_of_another_attempt_is_another() -> None:
     async def ask() -> list[bool]:
-        waker = wakeups.Waker(wakeups._Hub())
+        waker = wakeups.Waker(wakeups._Hub(), "key")
         waker.wake((1, 2))
         return [waker.asked_after(1, 2), waker.asked_after(2, 2), waker.asked_after(1, 1), waker.asked_after(1, 258)]
 

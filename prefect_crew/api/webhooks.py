@@ -8,7 +8,11 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr
 
-__all__ = ["BasicAuth", "BearerAuth", "HumanInputWebhook", "StreamWebhook", "Webhooks"]
+__all__ = ["RUN_ENDS", "BasicAuth", "BearerAuth", "HumanInputWebhook", "StreamWebhook", "Webhooks"]
+
+RUN_ENDS = ("crew_kickoff_completed", "crew_kickoff_failed", "flow_finished", "method_execution_failed")
+"""Events of a stream after which a run may have ended: no plain webhook tells of a failure, and which of these a server
+sends differs between crews and Flows. They come in no certain order, and some before the end."""
 
 
 def _check_url(url: str) -> str:

@@ -110,6 +110,7 @@ class RowWaiter:
                 except TooManyRoundsError as error:
                     stopped = self.policy.on_human_timeout == "stop" and await self._stop_late(record)
                     raise watcher.people.too_often(error.question, stopped=stopped) from None
+                status = status if waker is None else waker.counted(status)
         record.human_seconds = phases.human_seconds
         run.renewed(self.session.crew)
         await self._close(run, record, status)

@@ -16,7 +16,7 @@ from enum import IntEnum
 from typing import Any
 from uuid import NAMESPACE_URL, UUID, uuid5
 
-from prefect_crew.api._decode import as_object
+from prefect_crew.api._decode import as_count, as_object
 from prefect_crew.api.models import StreamEvent, WebhookBody
 from prefect_crew.receiver.signing import Hook
 
@@ -27,7 +27,9 @@ MAX_STREAMED = 200
 _MAX_ID = 300
 _MAX_NAME = 100
 _TYPE = re.compile(r"[a-z0-9_][a-z0-9_.-]{0,99}")
-_ENDS = re.compile(r"(crew|flow)(_kickoff|_execution)?_(completed|failed|finished|paused|stopped)|.*human_.*")
+_ENDS = re.compile(
+    r"(crew|flow)(_kickoff|_execution)?_(completed|failed|finished|paused|stopped)|method_execution_failed|.*human_.*"
+)
 """Types of streamed events that say as much as a crew or human-input webhook."""
 
 
@@ -102,6 +104,7 @@ def _streamed(hook: Hook, event: StreamEvent, digest: bytes, number: int, receiv
     type_ = lowered if _TYPE.fullmatch(lowered) else "other"
     data = as_object(event.data)
     said: dict[str, Any] = {"id": _id(event.id), "kickoff_id": _id(event.execution_id), "at": event.timestamp}
+    said["total_tokens"] = as_count(data.get("total_tokens"))
     if hook.names:
         said |= {"name": data.get("task_name"), "agent": data.get("agent_role")}
     # An event that comes once more in another batch is still the same.

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from prefect_crew.api.errors import ConfigurationError
-from prefect_crew.api.webhooks import HumanInputWebhook, Webhooks
+from prefect_crew.api.webhooks import RUN_ENDS, HumanInputWebhook, Webhooks
 from prefect_crew.receiver.signing import hook_urls
 from prefect_crew.records import utcnow
 from prefect_crew.settings import CrewSettings
@@ -21,8 +21,6 @@ __all__ = ["hooks_expire", "names_shown", "webhooks_for"]
 CLOUD = "api.prefect.cloud"
 MARGIN = 86_400.0
 """Seconds for which a webhook is still taken after all budgets of its run are spent."""
-FAILED = "crew_kickoff_failed"
-"""The event of a stream that tells of a crew's failure, of which no plain webhook does."""
 UNLIMITED = 30 * 86_400.0
 """Seconds that count for a budget without a limit."""
 
@@ -63,7 +61,7 @@ def webhooks_for(
         attempt=attempt,
         names=names_shown(crew),
         round=round,
-        stream_events=[FAILED],
+        stream_events=RUN_ENDS,
         realtime=True,
     )
 

@@ -73,11 +73,27 @@ def test_each_event_of_a_stream_is_told_by_itself():
 
 
 @pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        pytest.param({"total_tokens": 1234, "output": "secret"}, 1234, id="number"),
+        pytest.param({"total_tokens": -1}, None, id="below-none"),
+        pytest.param({"total_tokens": [1]}, None, id="list"),
+        pytest.param({}, None, id="nothing"),
+    ],
+)
+def test_the_end_of_a_crew_tells_its_tokens(data: dict[str, Any], said: int | None):
+    event = {"id": "e-1", "execution_id": "k-1", "type": "crew_kickoff_completed", "data": data}
+    (news,) = told("stream", {"events": [event]})
+    assert news.said == {"id": "e-1", "kickoff_id": "k-1", **({} if said is None else {"total_tokens": said})}
+
+
+@pytest.mark.parametrize(
     ("type_", "name", "rank"),
     [
         pytest.param("crew_kickoff_completed", "crew_kickoff_completed", Rank.CREW, id="end"),
         pytest.param("crew_kickoff_failed", "crew_kickoff_failed", Rank.CREW, id="failure"),
         pytest.param("flow_finished", "flow_finished", Rank.CREW, id="end-of-a-flow"),
+        pytest.param("method_execution_failed", "method_execution_failed", Rank.CREW, id="failure-of-a-flow"),
         pytest.param("human_feedback_requested", "human_feedback_requested", Rank.CREW, id="question"),
         pytest.param("agent_execution_completed", "agent_execution_completed", Rank.STREAM, id="an-agent"),
         pytest.param("LLM_Call_Started", "llm_call_started", Rank.STREAM, id="case"),

@@ -39,8 +39,9 @@ def test_address_and_secret_switch_them_on(monkeypatch: pytest.MonkeyPatch):
     assert hooks is not None
     body = hooks.for_kickoff()
     assert set(body) == {"taskWebhookUrl", "stepWebhookUrl", "crewWebhookUrl", "humanInputWebhook", "webhooks"}
-    # No plain webhook tells of a failure.
-    assert (body["webhooks"]["events"], body["webhooks"]["realtime"]) == (["crew_kickoff_failed"], True)
+    # No plain webhook tells of a failure, or of the end of a Flow.
+    events = ["crew_kickoff_completed", "crew_kickoff_failed", "flow_finished", "method_execution_failed"]
+    assert (body["webhooks"]["events"], body["webhooks"]["realtime"]) == (events, True)
     token = url_of(hooks, "crew").removeprefix("https://h.example/crews/hooks/crew/")
     hook = read_token("crew", token, SECRET, now=datetime.now(timezone.utc))
     assert hook is not None
