@@ -26,7 +26,7 @@ async def values_of_blocks(given: Mapping[str, Any], secret_inputs: Collection[s
 
 async def _value(name: str, block: Any) -> Any:
     try:
-        return cast("Any", await cast("Any", Secret).aload(str(block))).get()
+        return (await cast("Any", Secret).aload(str(block))).get()
     except ValueError:
         raise ConfigurationError(
             f"The input {name!r} is secret, so it is given as the name of a Prefect Secret block, and no block has the "

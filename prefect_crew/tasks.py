@@ -22,6 +22,7 @@ from prefect_crew.actions import resume_run, stop_run
 from prefect_crew.api.certainty import KickoffFate, kickoff_fate
 from prefect_crew.api.errors import ConfigurationError, CrewError
 from prefect_crew.api.models import CrewInput, CrewResult, ResumeAnswer, StopAnswer
+from prefect_crew.api.redaction import holds_secret
 from prefect_crew.api.webhooks import Webhooks
 from prefect_crew.blocks import DeployedCrew
 from prefect_crew.choices import check_choices
@@ -74,6 +75,19 @@ class CrewTask(Task[P, Any], Generic[P, R]):
         """Map the task over iterables on the flow's task runner, as Prefect's own."""
         with calling_task():
             return cast("Any", super()).map(*args, **kwargs)
+
+    def apply_async(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, args: tuple[Any, ...] | None = None, kwargs: dict[str, Any] | None = None, **options: Any
+    ) -> Any:
+        """Have a task worker run the task, as Prefect's own does; `delay` is this one too.
+
+        Prefect stores the parameters as they are. So a crew is given by its block's name there.
+
+        Raises:
+            ConfigurationError: The crew is no stored block, or an input is secret. Nothing was stored.
+        """
+        given = inspect.signature(self.fn).bind(*(args or ()), **(kwargs or {})).arguments
+        return cast("Any", super()).apply_async((), run_sync(_storable(given)), **options)
 
     def with_options(self, **options: Any) -> CrewTask[P, R]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Return a copy with other options, as Prefect's own does."""
@@ -185,6 +199,36 @@ async def loaded(crew: DeployedCrew | str) -> DeployedCrew:
             f"No crew is stored under the name {crew!r}. Store it: prefect-crew save NAME --url URL, or "
             "DeployedCrew(url=…, token=…).save(NAME). Or give a DeployedCrew in its place."
         ) from error
+
+
+async def _storable(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a task without a token or any other secret.
+
+    Raises:
+        ConfigurationError: One of them is a secret.
+    """
+    crew = given["crew"]
+    label = crew.label if isinstance(crew, DeployedCrew) else str(crew)
+    name = cast("Any", crew)._block_document_name if isinstance(crew, DeployedCrew) else label  # noqa: SLF001
+    if name is None:
+        raise ConfigurationError(
+            f"Crew {label} is no stored block, and Prefect would store its token with this task run's parameters. "
+            "Nothing was stored. Save it, and give its name: crew.save('NAME')."
+        )
+    crew = crew if isinstance(crew, DeployedCrew) else await loaded(crew)
+    inputs = cast("Mapping[str, Any]", given.get("inputs") or {})
+    secret = [key for key, value in inputs.items() if key in crew.secret_inputs or holds_secret(value)]
+    secret += [key for key in ("meta", "webhooks") if key in given and _is_secret(given[key])]
+    if secret:
+        raise ConfigurationError(
+            f"{', '.join(secret)}: Prefect would store these with this task run's parameters, and they are secret. "
+            "Nothing was stored. Call the task in a flow instead."
+        )
+    return {**given, "crew": name}
+
+
+def _is_secret(value: Any) -> bool:
+    return bool(value.secrets()) if isinstance(value, Webhooks) else holds_secret(value)
 
 
 @_task("inputs of", retries=2, retry_delay_seconds=2)

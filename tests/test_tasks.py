@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import contextlib
+import re
 import uuid
 from collections.abc import Iterator
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import pytest
 from prefect import flow, task, unmapped
 from prefect.client.schemas.objects import State
 from prefect.runtime import flow_run
+from prefect.settings import PREFECT_LOCAL_STORAGE_PATH, temporary_settings
+from pydantic import SecretStr
 
 from prefect_crew import (
+    ConfigurationError,
     CrewConnectionError,
     DeployedCrew,
     NotFoundError,
+    Webhooks,
     discover_inputs,
     kickoff_crew,
     resume_crew,
@@ -300,3 +308,60 @@ async def test_a_wait_is_as_often_repeated_as_anyone_likes(crew_server: CrewServ
 
     assert await trip() == {"done"}
     assert server.kickoffs == 1
+
+
+# Deferred tasks: Prefect keeps their parameters on disk
+
+
+def kept(prefect_home: Path, prefect_api: PrefectServer) -> bytes:
+    """Return what lies on disk, with what is in base64 read."""
+    assert prefect_api.database is not None
+    files = [path for path in prefect_home.rglob("*") if path.is_file()]
+    files += prefect_api.database.parent.glob("prefect.db*")
+    raw = b"".join(path.read_bytes() for path in files)
+    read: list[bytes] = []
+    for found in re.findall(rb"[A-Za-z0-9+/\n]{40,}={0,2}", raw.replace(b"\\n", b"")):
+        with contextlib.suppress(ValueError):
+            read.append(base64.b64decode(found))
+    return raw + b"".join(read)
+
+
+def test_a_deferred_task_keeps_the_name_of_a_stored_crew(
+    crew_server: CrewServerFactory, prefect_api: PrefectServer, tmp_path: Path
+):
+    server = crew_server("echo")
+    name, topic = f"deferred-{uuid.uuid4().hex[:8]}", f"tea-{uuid.uuid4().hex}"
+    block: Any = server.crew()
+    block.save(name)
+    stored: Any = DeployedCrew.load(name)
+    with temporary_settings({PREFECT_LOCAL_STORAGE_PATH: tmp_path}):
+        for crew in (name, stored):
+            kickoff_crew.delay(crew, {"text": topic})
+            cast("Any", kickoff_crew).with_options(name="mine").apply_async((crew,), {"inputs": {"text": topic}})
+    assert len(list(tmp_path.rglob("*"))) >= 4
+    on_disk = kept(tmp_path, prefect_api)
+    assert topic.encode() in on_disk
+    assert name.encode() in on_disk
+    assert server.token.encode() not in on_disk
+    assert server.kickoffs == 0
+
+
+def test_what_is_secret_is_refused_by_a_deferred_task(
+    crew_server: CrewServerFactory, prefect_api: PrefectServer, tmp_path: Path
+):
+    name, secret = f"deferred-{uuid.uuid4().hex[:8]}", f"hunter-{uuid.uuid4().hex}"
+    crew = crew_server("echo").crew(secret_inputs=["pin"])
+    hooks = Webhooks(crew=f"https://hooks.test/{secret}")
+    cast("Any", crew.model_copy()).save(name)
+    with temporary_settings({PREFECT_LOCAL_STORAGE_PATH: tmp_path}):
+        for given, said in (
+            ((DeployedCrew(url=crew.url, token=SecretStr(secret), allow_http=True), {"text": "a"}), "no stored block"),
+            ((name, {"pin": secret}), "pin: Prefect would store"),
+            ((name, {"text": SecretStr(secret)}), "text: Prefect would store"),
+        ):
+            with pytest.raises(ConfigurationError, match=said) as raised:
+                kickoff_crew.delay(*given)
+            assert secret not in str(raised.value)
+        with pytest.raises(ConfigurationError, match="webhooks: Prefect would store"):
+            kickoff_crew.delay(name, {"text": "a"}, webhooks=hooks)
+    assert secret.encode() not in kept(tmp_path, prefect_api)
