@@ -65,7 +65,7 @@ def agreed_state(body: Mapping[str, Any], found: State) -> CrewState:
     if found.state is not CrewState.COMPLETED:
         return found.state
     other = known_state(as_text(body.get("status")) or "")
-    if other in (CrewState.FAILED, CrewState.STOPPED):
+    if other is CrewState.FAILED or other is CrewState.STOPPED:
         return other
     inner = as_object(body.get("result"))
     if error_text(inner.get("error")) and inner.keys() <= _ERROR_KEYS:
