@@ -112,10 +112,12 @@ HEAD = (
     "Run {{ event.payload.kickoff_id or 'without an id' }}, key {{ event.payload.run_key }}"
     "{% if flow_run %}, in flow run {{ flow_run.name }} {{ flow_run | ui_url or '' }}{% endif %}\n\n"
 )
+# As a shell takes it, whatever is in it: people paste what an alert says.
+QUOTED_KEY = """'{{ event.payload.run_key | replace("'", '\\'"\\'"\\'') }}'"""
 ALERTS = {
     "failed": "{{ event.payload.error or 'The crew gave no reason.' }}",
     "uncertain": "Nobody knows whether the kickoff started a run: {{ event.payload.reason }}. Look at the crew's page, "
-    "then: prefect-crew runs settle '{{ event.payload.run_key }}' --kickoff-id ID, or --never-started.",
+    f"then: prefect-crew runs settle {QUOTED_KEY} --kickoff-id ID, or --never-started.",
     "lost": "The crew's server no longer knows the run. Look at the crew's page.",
     "timed_out": "Its {{ event.payload.phase }} time of {{ event.payload.budget }} s is over. The crew may run on.",
 }

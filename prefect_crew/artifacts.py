@@ -21,7 +21,7 @@ from prefect_crew.beside import Beside, beside_here
 from prefect_crew.impatience import busy, request_soon
 from prefect_crew.logs import run_logger
 from prefect_crew.patience import within
-from prefect_crew.rendering import RunView, render_run
+from prefect_crew.rendering import RunView, prose, render_run
 from prefect_crew.turns import Rank
 
 __all__ = ["SOON", "MarkdownArtifact", "RunArtifact", "artifact_key"]
@@ -138,7 +138,7 @@ class RunArtifact:
     def __init__(self, crew: str, kickoff_id: str, *, flow_run_id: str | None) -> None:
         self._kickoff_id = kickoff_id
         self._artifact = MarkdownArtifact(
-            artifact_key(crew), f"Run {kickoff_id} of crew {crew}", flow_run_id=flow_run_id
+            artifact_key(crew), f"Run {prose(kickoff_id)} of crew {prose(crew)}", flow_run_id=flow_run_id
         )
         self._next: tuple[str, bool] | None = None
         self._job: asyncio.Task[None] | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -98,7 +99,7 @@ class OpenRun:
     def once_it_answers(self) -> str:
         """What to do about it when its server gave no usable answer for too long."""
         if self.run_key is None:
-            return f"The run may go on there; see later: prefect-crew status CREW {self.kickoff_id}."
+            return f"The run may go on there; see later: prefect-crew status CREW {shlex.quote(self.kickoff_id)}."
         return f"The run may go on there: run again with run key {self.run_key!r} to wait for it, and buy nothing."
 
     def withholding(self) -> AbstractContextManager[None]:

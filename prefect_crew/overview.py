@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -110,20 +111,21 @@ def _crew(record: RunRecord) -> str:
 
 
 def _todo(record: RunRecord, standing: Standing, passed: bool) -> str:
+    crew, kickoff_id = shlex.quote(_crew(record)), shlex.quote(record.kickoff_id or "ID")
     if standing is Standing.UNCERTAIN:
         return (
-            f"Look at the crew's page, then: prefect-crew runs settle {record.run_key!r} --kickoff-id ID, "
+            f"Look at the crew's page, then: prefect-crew runs settle {shlex.quote(record.run_key)} --kickoff-id ID, "
             "or --never-started."
         )
     if standing is Standing.ORPHANED:
         person = " It waits for a person." if record.human_since is not None else ""
         goes_on = "Its key leads to a later attempt; look" if passed else "Run again with its key to go on, or look"
         return (
-            f"Nobody waits for it.{person} {goes_on}: prefect-crew status {_crew(record)} {record.kickoff_id}. "
-            f"If the crew's server has forgotten it: prefect-crew runs settle {record.run_key!r} --lost."
+            f"Nobody waits for it.{person} {goes_on}: prefect-crew status {crew} {kickoff_id}. "
+            f"If the crew's server has forgotten it: prefect-crew runs settle {shlex.quote(record.run_key)} --lost."
         )
     if standing is Standing.WAITING:
-        return f"Answer: prefect-crew reviews approve {record.kickoff_id}, or reject ID --feedback TEXT."
+        return f"Answer: prefect-crew reviews approve {kickoff_id}, or reject ID --feedback TEXT."
     if standing is Standing.ENDED and record.state is not CrewState.COMPLETED:
         return "Run again with its key to buy another, as far as the crew's max_kickoffs allows."
     return ""

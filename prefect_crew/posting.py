@@ -6,6 +6,7 @@ What is promised: never a second POST for one claim unless the first surely did 
 from __future__ import annotations
 
 import asyncio
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
@@ -249,11 +250,11 @@ async def _save(record: RunRecord, records: RecordStore) -> None:
     except (httpx.HTTPError, PrefectException) as error:
         run_logger().error(
             "Run %s is %s%s, and that could not be written down (%s). Once the Prefect API is back: "
-            "prefect-crew runs settle %r %s",
+            "prefect-crew runs settle %s %s",
             record.run_key,
             record.phase,
             f", kickoff id {record.kickoff_id}" if record.kickoff_id else "",
             type(error).__name__,
-            record.run_key,
-            f"--kickoff-id {record.kickoff_id}" if record.kickoff_id else "--never-started",
+            shlex.quote(record.run_key),
+            f"--kickoff-id {shlex.quote(record.kickoff_id)}" if record.kickoff_id else "--never-started",
         )

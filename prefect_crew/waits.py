@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shlex
 import time
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING
@@ -363,7 +364,8 @@ class _Waiter:
             return CrewStoppedError(kickoff_id=kickoff_id, crew=label, run_key=self.run.run_key)
         return CrewError(
             f"The flow run was cancelled, and with it the wait for run {kickoff_id} of crew {label}, which runs on at "
-            f"{self.run.crew.url}. Its result is there for whoever waits for it: prefect-crew status CREW {kickoff_id}."
+            f"{self.run.crew.url}. Its result is there for whoever waits for it: "
+            f"prefect-crew status CREW {shlex.quote(kickoff_id)}."
         )
 
     async def _timed_out(self, error: CrewTimeoutError) -> CrewTimeoutError:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from markdown_it import MarkdownIt
 from prefect import flow
 from prefect.runtime import flow_run
 
@@ -22,7 +23,7 @@ from prefect_crew import (
     run_crew,
     wait_for_crew,
 )
-from prefect_crew.artifacts import MarkdownArtifact, artifact_key
+from prefect_crew.artifacts import MarkdownArtifact, RunArtifact, artifact_key
 from prefect_crew.testing import CrewServerFactory
 from support.prefect_server import PrefectServer
 from support.proxy import Proxy, through
@@ -255,3 +256,12 @@ def test_an_api_that_is_away_costs_a_little_time_and_is_told(proxy: Proxy, monke
     began = time.monotonic()
     assert asyncio.run(put()) == [None, "the Prefect API did not take it in 1 s"]
     assert time.monotonic() - began < 20
+
+
+def test_a_description_is_no_markup_whatever_the_id():
+    artifact = RunArtifact("travel", "<img src=http://evil.test> ![x](http://evil.test)\n# big", flow_run_id=None)
+    description = artifact._artifact.description
+    assert "\n" not in description
+    tokens = MarkdownIt("commonmark").parse(description)
+    assert {child.type for token in tokens for child in token.children or []} <= {"text", "text_special"}
+    assert RunArtifact("travel", "5f0c-1", flow_run_id=None)._artifact.description == "Run 5f0c-1 of crew travel"

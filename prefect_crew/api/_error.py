@@ -14,16 +14,33 @@ __all__ = [
     "CrewError",
     "excerpt",
     "listed_names",
+    "one_line",
+    "plain",
     "with_guesses",
 ]
+
+# What could move the cursor, change the title or turn the direction of a line, in text from a crew.
+_CONTROLS = {
+    code: "\N{REPLACEMENT CHARACTER}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"
+} | {ord(char): f"[U+{ord(char):04X}]" for char in "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"}
 
 EXCERPT = 500
 """Characters of an error body that an error keeps."""
 
 
+def plain(text: str) -> str:
+    """Return text from outside fit for a terminal: nothing in it steers the terminal."""
+    return text.translate(_CONTROLS)
+
+
+def one_line(text: str) -> str:
+    """Return text from outside as part of one line, of a log or of a terminal."""
+    return " ".join(plain(text).split())
+
+
 def excerpt(text: str, limit: int = EXCERPT) -> str:
     """Return `text` on one line, cut to `limit` characters with a note of how much is missing."""
-    flat = " ".join(text.split())
+    flat = one_line(text)
     return flat if len(flat) <= limit else f"{flat[:limit]}… ({len(flat) - limit} more characters)"
 
 
@@ -57,9 +74,13 @@ class CrewError(Exception):
 
     run_key: str | None = None
 
+    def __init__(self, *args: Any) -> None:
+        # A crew's words stand in most errors, and errors are printed to terminals and logs by others than us.
+        super().__init__(*(plain(part) if isinstance(part, str) else part for part in args))
+
     def add(self, text: str) -> None:
         """Say something more after its text."""
-        self.args = (f"{self} {text}",)
+        self.args = (plain(f"{self} {text}"),)
 
     def about(self, run_key: str, crew: str) -> None:
         """Name the run that it is about, where its text does not."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -62,7 +63,7 @@ class KickoffUncertainError(CrewError):
         super().__init__(
             f"The kickoff of run {run_key!r} is uncertain: {reason.rstrip('.')}.{f' Sent: {facts}.' if facts else ''} "
             "It may be running and is not started again. Look at the crew's page, then say which it was: "
-            f"prefect-crew runs settle {run_key!r} --kickoff-id ID, or --never-started; "
+            f"prefect-crew runs settle {shlex.quote(run_key)} --kickoff-id ID, or --never-started; "
             "then run again with the same key."
         )
 
@@ -76,7 +77,7 @@ class RunKeyConflictError(CrewError):
         self.kickoff_id = kickoff_id
         super().__init__(
             f"Run key {run_key!r} belongs to another run: {difference}. Nothing was started. "
-            f"Use another key, or look at that run: prefect-crew runs show {run_key!r}."
+            f"Use another key, or look at that run: prefect-crew runs show {shlex.quote(run_key)}."
         )
 
 
@@ -147,7 +148,7 @@ class CrewLostError(_EndedError):
         if last_state == CrewState.COMPLETED:
             seen = "it has completed, but its record does not hold the result, which the server has forgotten"
         elif run_key:
-            again += f", and so does the key after prefect-crew runs settle {run_key!r} --lost"
+            again += f", and so does the key after prefect-crew runs settle {shlex.quote(run_key)} --lost"
         super().__init__(
             f"{_of(kickoff_id, crew)} is not known to the server: {seen}. "
             f"Check the URL, then the crew's page. It is not bought again on a guess: {again}.",
@@ -191,7 +192,8 @@ class CrewTimeoutError(_EndedError):
             go_on = f"To go on waiting, run again with run key {run_key!r} and a larger timeout, or look"
         super().__init__(
             f"{_of(kickoff_id, crew)} was still {last_state or 'unseen'} "
-            f"when its {phase} time of {budget:g} s was over. {after} {go_on}: prefect-crew status CREW {kickoff_id}.",
+            f"when its {phase} time of {budget:g} s was over. {after} {go_on}: "
+            f"prefect-crew status CREW {shlex.quote(kickoff_id)}.",
             kickoff_id=kickoff_id,
             crew=crew,
             run_key=run_key,
@@ -222,8 +224,8 @@ class ReviewLimitError(_EndedError):
         self.stopped = stopped
         after = "It was stopped." if stopped else "It still waits: answer it on the crew's page, or stop it there."
         super().__init__(
-            f"{_of(kickoff_id, crew)} asks once more for a person's answer to task {task_id}, beyond its limit of "
-            f"{max_rounds} rounds. {after}",
+            f"{_of(kickoff_id, crew)} asks once more for a person's answer to task {excerpt(task_id, 100)}, "
+            f"beyond its limit of {max_rounds} rounds. {after}",
             kickoff_id=kickoff_id,
             crew=crew,
             run_key=run_key,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -177,12 +178,13 @@ def _lost(job: RowJob, error: CrewLostError, batch: str) -> str:
     seen = f", last seen {error.last_state}," if error.last_state else ""
     return (
         f"Run {error.kickoff_id}{seen} is not known to the crew's server. "
-        f"It is not bought again on a guess: prefect-crew batch retry {batch!r} --key {job.key!r} does."
+        f"It is not bought again on a guess: "
+        f"prefect-crew batch retry {shlex.quote(batch)} --key {shlex.quote(job.key)} does."
     )
 
 
 def _uncertain(job: RowJob, reason: str, batch: str) -> str:
     return (
         f"Nobody knows whether its kickoff started a run: {reason.rstrip('.')}. Look at the crew's page, then: "
-        f"prefect-crew batch settle {batch!r} {job.key!r} --kickoff-id ID, or --never-started."
+        f"prefect-crew batch settle {shlex.quote(batch)} {shlex.quote(job.key)} --kickoff-id ID, or --never-started."
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 import statistics
 from collections.abc import AsyncGenerator, AsyncIterator, Collection, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -128,7 +129,7 @@ class KnownBatch:
             if last.phase in (RecordPhase.UNCERTAIN, RecordPhase.CLAIMED):
                 raise ConfigurationError(
                     f"Row {key!r} of batch {self.name!r} is uncertain. Settle it first: prefect-crew batch settle "
-                    f"{self.name!r} {key!r} --kickoff-id ID, or --never-started."
+                    f"{shlex.quote(self.name)} {shlex.quote(key)} --kickoff-id ID, or --never-started."
                 )
             if last.state is CrewState.COMPLETED and last.error is None:
                 raise ConfigurationError(f"Row {key!r} of batch {self.name!r} has completed.")

@@ -7,6 +7,7 @@ the POST leaves. `group_commit` makes that cheap: a row pays a share of a commit
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -239,9 +240,9 @@ class Ledger:
         """Tell the id of a run that is in no ledger: nobody else knows it."""
         if record.kickoff_id is not None and record.phase is RecordPhase.STARTED:
             run_logger().error(
-                "Row %r of batch %s is run %s, and %sprefect-crew batch settle %r %r --kickoff-id %s",
+                "Row %r of batch %s is run %s, and %sprefect-crew batch settle %s %s --kickoff-id %s",
                 *(self.row_key(record.run_key), self.batch, record.kickoff_id, why),
-                *(self.batch, self.row_key(record.run_key), record.kickoff_id),
+                *map(shlex.quote, (self.batch, self.row_key(record.run_key), record.kickoff_id)),
             )
 
     async def attempts(self, run_key: str) -> Sequence[RunRecord]:

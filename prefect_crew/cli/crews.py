@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -90,7 +91,8 @@ class CrewAccess:
         except (ValueError, ObjectNotFound) as error:
             if isinstance(error.__cause__, ObjectNotFound) or isinstance(error, ObjectNotFound):
                 raise ConfigurationError(
-                    f"No crew is stored under the name {crew!r}. Store it: prefect-crew save {crew} --url URL. "
+                    f"No crew is stored under the name {crew!r}. Store it: "
+                    f"prefect-crew save {shlex.quote(crew)} --url URL. "
                     "Or give the crew's URL in its place, with CREW_TOKEN."
                 ) from None
             raise ConfigurationError(f"The block {crew!r} cannot be loaded: {paragraph(error)}") from None

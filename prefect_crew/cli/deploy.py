@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shlex
 import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any
@@ -57,7 +58,7 @@ def deploy(
     if is_url(crew):
         raise ConfigurationError(
             "A deployment needs a stored crew, whose token its runs can load: prefect-crew save NAME --url "
-            f"{crew}, then prefect-crew deploy NAME."
+            f"{shlex.quote(crew)}, then prefect-crew deploy NAME."
         )
     if serve and work_pool:
         raise UsageError("Say either --serve or --work-pool: a served deployment has no pool.")
@@ -148,13 +149,15 @@ def _tell(deployment: RunnerDeployment, deployment_id: str, plan: Plan, found: l
     if plan.has_schedule and not plan.new_schedule:
         terminal.put("The schedule that it has stays.")
     needed = [names[item.name] for item in found if item.required and item.name not in plan.inputs]
-    options = "".join(f" -p {parameter}=…" for parameter in needed)
-    terminal.put(f"Run it: {terminal.command(f'prefect deployment run {deployment.full_name}')}{options}")
+    options = "".join(f" -p {shlex.quote(parameter)}=…" for parameter in needed)
+    terminal.put(f"Run it: {terminal.command(f'prefect deployment run {shlex.quote(deployment.full_name)}')}{options}")
     if plan.work_pool:
-        terminal.put(f"Its runs need a worker: {terminal.command(f'prefect worker start --pool {plan.work_pool}')}")
+        terminal.put(
+            f"Its runs need a worker: {terminal.command(f'prefect worker start --pool {shlex.quote(plan.work_pool)}')}"
+        )
     else:
-        named = f" --name {plan.name}" if plan.name != crew else ""
-        again = terminal.command(f"prefect-crew deploy {crew}{named} --serve")
+        named = f" --name {shlex.quote(plan.name)}" if plan.name != crew else ""
+        again = terminal.command(f"prefect-crew deploy {shlex.quote(crew)}{named} --serve")
         terminal.put(f"Nothing runs it yet: give --work-pool POOL, or serve it from a process of yours: {again}")
 
 
@@ -162,6 +165,6 @@ def _serve(deployment: RunnerDeployment) -> None:
     from prefect import serve
 
     terminal.put(f"Serving {deployment.full_name}: this process runs it until Ctrl-C.")
-    terminal.put(f"Run it: {terminal.command(f'prefect deployment run {deployment.full_name}')}")
+    terminal.put(f"Run it: {terminal.command(f'prefect deployment run {shlex.quote(deployment.full_name)}')}")
     sys.stdout.flush()  # whoever started this as a process reads the lines through a pipe
     serve(deployment, print_starting_message=False)  # pyright: ignore[reportUnknownMemberType]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import getpass
+import shlex
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Annotated, Any
@@ -69,7 +70,7 @@ def list_reviews(*, json: Annotated[bool, JSON] = False) -> None:
         for text in _about(line):
             terminal.put(text)
         _put_output(line, EXCERPT)
-        terminal.put(f"  → prefect-crew reviews approve {line.kickoff_id}, or reject with --feedback TEXT")
+        terminal.put(f"  → prefect-crew reviews approve {shlex.quote(line.kickoff_id)}, or reject with --feedback TEXT")
 
 
 async def _asked() -> tuple[list[AskedRun], list[str]]:

@@ -105,4 +105,4 @@ async def _try_out(name: str, access: CrewAccess, url: str) -> None:
         terminal.note(f"It could not be asked for its inputs: {error}", "yellow")
         return
     options = " ".join(f"-i {shlex.quote(item.name)}=…" for item in found if item.required)
-    terminal.put(f"Run it: {terminal.command(f'prefect-crew run {name} {options}'.strip())}")
+    terminal.put(f"Run it: {terminal.command(f'prefect-crew run {shlex.quote(name)} {options}'.strip())}")

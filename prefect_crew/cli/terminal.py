@@ -9,6 +9,8 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from prefect_crew.api._error import plain
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -29,10 +31,6 @@ __all__ = [
 ]
 
 _tokens: set[str] = set()
-# What could move the cursor, change the title or turn the direction of a line, in text from a crew.
-_CONTROLS = {
-    code: "\N{REPLACEMENT CHARACTER}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"
-} | {ord(char): f"[U+{ord(char):04X}]" for char in "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"}
 
 
 def secret(value: str) -> str:
@@ -54,11 +52,6 @@ def redact(text: str) -> str:
     from prefect_crew.api.redaction import Redactor
 
     return Redactor(tokens=_tokens)(text)
-
-
-def plain(text: str) -> str:
-    """Return text from outside fit for a terminal: nothing in it steers the terminal."""
-    return text.translate(_CONTROLS)
 
 
 def results() -> Console:

@@ -21,6 +21,7 @@ from prefect.exceptions import PrefectException
 from prefect.settings import get_current_settings
 
 from prefect_crew.api.errors import ConfigurationError
+from prefect_crew.logs import OneLine
 from prefect_crew.receiver.news import News, Rank
 from prefect_crew.receiver.prefect_events import RecordCache, event_of, send_events, settled_event, transient
 from prefect_crew.receiver.rousing import Rouser
@@ -31,7 +32,7 @@ from prefect_crew.records import RecordStore, RunRecord
 
 __all__ = ["QUEUE", "Handover"]
 
-logger = logging.getLogger("prefect_crew.receiver")
+logger = OneLine(logging.getLogger("prefect_crew.receiver"), {})
 
 QUEUE = 2000
 """Pieces of news that wait at most; about 3 KB each."""

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import httpx
 from prefect.exceptions import PrefectException
 
+from prefect_crew.logs import OneLine
 from prefect_crew.record_store import PrefectRecords
 from prefect_crew.records import RunRecord
 from prefect_crew.suspending.resuming import Attended, attend
@@ -20,7 +21,7 @@ from prefect_crew.suspending.suspended import SuspendedWaits
 
 __all__ = ["Rouser"]
 
-logger = logging.getLogger("prefect_crew.receiver")
+logger = OneLine(logging.getLogger("prefect_crew.receiver"), {})
 
 PAUSES = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 60.0)
 """Seconds before each attempt."""

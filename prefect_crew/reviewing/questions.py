@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -43,8 +44,9 @@ class Question:
 
 def how_to_answer(kickoff_id: str) -> str:
     """Return the commands that answer, for logs, artifacts and events."""
+    quoted = shlex.quote(kickoff_id)
     return (
-        f"prefect-crew reviews approve {kickoff_id}, or: prefect-crew reviews reject {kickoff_id} --feedback TEXT. "
+        f"prefect-crew reviews approve {quoted}, or: prefect-crew reviews reject {quoted} --feedback TEXT. "
         "The crew's own page takes answers too."
     )
 
@@ -145,7 +147,7 @@ class Questions:
                 question.task,
                 question.round,
                 f"The form is on {page} (Resume). " if page else "",
-                run.kickoff_id,
+                shlex.quote(run.kickoff_id),
                 how_to_answer(run.kickoff_id),
             )
 

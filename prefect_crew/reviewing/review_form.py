@@ -19,7 +19,7 @@ from prefect_crew.api.errors import ConfigurationError, CrewAPIError
 from prefect_crew.logs import run_logger
 from prefect_crew.patience import end
 from prefect_crew.records import ReviewStore
-from prefect_crew.rendering import reading
+from prefect_crew.rendering import prose, reading
 from prefect_crew.reviewing.forms import Form, ReviewForm, unread
 from prefect_crew.reviewing.questions import Question, Questions
 from prefect_crew.reviews import AnsweredError, Review, asked_of, send_review
@@ -280,5 +280,5 @@ class FormReviewer:
             output = run.redact(question.output)
             cut = "\n\n_Cut here; the whole text is on the crew's page._" if len(output) > SHOWN else ""
             text = f"{reading(output[:SHOWN])}{cut}"
-        head = f"**{run.crew.label}** asks about task **{question.task}**, round {question.round}."
+        head = f"**{prose(run.crew.label)}** asks about task **{prose(question.task)}**, round {question.round}."
         return ReviewForm.about(question, f"{head}\n\n---\n\n{text}")

@@ -7,6 +7,7 @@ harmless to do twice or for nothing: the flow run looks at its run, and is suspe
 from __future__ import annotations
 
 import asyncio
+import shlex
 from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -210,8 +211,8 @@ async def _note_turn(
             "Crew run %s waits for a person, and its flow run is suspended. Answer on the crew's page, or: "
             "prefect-crew resume %s %s --approve or --reject, with --feedback TEXT.",
             run.kickoff_id,
-            run.crew.label,
-            run.kickoff_id,
+            shlex.quote(run.crew.label),
+            shlex.quote(run.kickoff_id),
         )
     if (trouble := await run.shown_by().update(run.view(status))) is not None:
         run_logger().warning("The artifact of run %s could not be updated: %s", run.kickoff_id, trouble)

@@ -56,7 +56,7 @@ ERRORS: dict[str, tuple[CrewError, list[str], str]] = {
     "uncertain": (
         errors.KickoffUncertainError(run_key="daily", reason="timeout. Look.", sent={"crew": "travel"}),
         ["'daily'", "timeout", "crew travel"],
-        "prefect-crew runs settle 'daily'",
+        "prefect-crew runs settle daily",
     ),
     "conflict": (
         errors.RunKeyConflictError(run_key="daily", difference="other inputs", kickoff_id="k1"),

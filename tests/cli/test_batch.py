@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shlex
 import sys
 import uuid
 from collections.abc import AsyncGenerator, Callable
@@ -167,7 +168,7 @@ def test_rows_that_no_call_has_brought_to_an_end_are_among_the_failed(here, pick
     failed = {row["key"]: (row["state"], row["error"]) for row in here("batch", "failures", name, "--json").json}
     assert {key: state for key, (state, _) in failed.items()} == {"a": "refused", "b": "lost", "c": "lost"}
     assert "422" in failed["a"][1]
-    assert f"prefect-crew batch retry '{name}' --key 'b' does" in failed["b"][1]
+    assert f"prefect-crew batch retry {shlex.quote(name)} --key b does" in failed["b"][1]
     again = here("batch", "retry", name)
     assert (server.kickoffs, "not named (--key KEY)" in again.err) == (3, False), "the one that was refused was bought"
     assert here("batch", "status", name, "--json").json["states"] == {"lost": 3}
