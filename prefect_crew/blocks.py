@@ -14,6 +14,7 @@ from prefect.blocks.abstract import JobBlock, JobRun
 from pydantic import ConfigDict, Field, HttpUrl, SecretStr, field_validator, model_validator
 
 from prefect_crew.api._http import checked_url
+from prefect_crew.api.errors import ConfigurationError
 from prefect_crew.api.models import CrewResult, ResumeAnswer, StopAnswer
 from prefect_crew.api.redaction import Redactor
 from prefect_crew.dual import dual
@@ -117,13 +118,13 @@ class DeployedCrew(JobBlock[CrewResult]):
         `fields` are further fields of the block.
 
         Raises:
-            ValueError: No URL is set.
+            ConfigurationError: No URL is set, or no token for it.
         """
         settings = CrewSettings()
         named_url = os.environ.get(f"{prefix}_URL")
         url = named_url or settings.url
         if not url:
-            raise ValueError(
+            raise ConfigurationError(
                 f"No crew in the environment: set {prefix}_URL and {prefix}_TOKEN "
                 "(the Status tab of the crew's page shows both), or PREFECT_INTEGRATIONS_CREW_URL and _TOKEN."
             )
@@ -131,7 +132,7 @@ class DeployedCrew(JobBlock[CrewResult]):
         theirs = settings.token if url == settings.url else None
         token = SecretStr(named) if named and named_url else theirs
         if token is None:
-            raise ValueError(f"No token for {url} in the environment: set {prefix}_TOKEN.")
+            raise ConfigurationError(f"No token for {url} in the environment: set {prefix}_TOKEN.")
         return cls(url=url, token=token, **fields)
 
     @property

@@ -11,6 +11,8 @@ from typing import Any, ParamSpec, TypeVar
 
 from prefect.context import FlowRunContext, TaskRunContext
 
+from prefect_crew.api.errors import InvalidCallError
+
 __all__ = ["dual", "in_async_context", "refuse_running_loop", "run_sync"]
 
 P = ParamSpec("P")
@@ -33,10 +35,10 @@ def refuse_running_loop(sync_name: str, async_name: str) -> None:
     """Raise if an event loop runs in this thread, which a sync call would block.
 
     Raises:
-        RuntimeError: It names the async one.
+        InvalidCallError: It names the async one.
     """
     if _loop_runs():
-        raise RuntimeError(
+        raise InvalidCallError(
             f"{sync_name}() would block the event loop that runs here: use `await {async_name}(...)` instead."
         )
 

@@ -147,7 +147,7 @@ def run_pipeline(
     """Run crews that feed each other: `arun_pipeline` for sync code.
 
     Raises:
-        RuntimeError: An event loop runs in this thread, which this call would block: await `arun_pipeline` there.
+        InvalidCallError: An event loop runs in this thread, which this call would block: await `arun_pipeline` there.
         CrewError: As `arun_pipeline`.
     """
     refuse_running_loop("run_pipeline", "arun_pipeline")

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Protocol
 
+from prefect_crew.api.errors import ConfigurationError
 from prefect_crew.records import RecordPhase, RunRecord, utcnow
 
 __all__ = ["OLDER_THAN", "Pruned", "parse_age", "prunable", "prune"]
@@ -60,11 +61,11 @@ def parse_age(text: str) -> timedelta:
     """Return an age such as `90d`, `12h` or `2w`; a bare number is days.
 
     Raises:
-        ValueError: It is none.
+        ConfigurationError: It is none.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([smhdw]?)\s*", text)
     if match is None:
-        raise ValueError(f"{text!r} is no age: give a number and s, m, h, d or w, such as 90d.")
+        raise ConfigurationError(f"{text!r} is no age: give a number and s, m, h, d or w, such as 90d.")
     return timedelta(seconds=float(match[1]) * _UNITS[match[2] or "d"])
 
 

@@ -15,7 +15,7 @@ from prefect.exceptions import PrefectException
 from pydantic import BaseModel, ConfigDict
 
 from prefect_crew.api.certainty import KickoffFate, kickoff_fate
-from prefect_crew.api.errors import CrewError
+from prefect_crew.api.errors import AnsweredError, CrewError
 from prefect_crew.api.models import CrewStatus, ResumeAnswer
 from prefect_crew.api.parsing import waiting_output
 from prefect_crew.events import emit
@@ -46,10 +46,6 @@ SETTLE = 10.0
 """Seconds after an accepted answer for which the same question still counts as that one, not as the next round."""
 FEEDBACK_KEPT = 200
 """Characters of an answer that its record keeps."""
-
-
-class AnsweredError(CrewError):
-    """A question has its answer already, or is being answered at this moment. Nothing was sent."""
 
 
 class ReviewRequest(BaseModel):

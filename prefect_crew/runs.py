@@ -153,7 +153,7 @@ def run_crew(
     """Run a deployed crew and return its result: `arun_crew` for sync code.
 
     Raises:
-        RuntimeError: An event loop runs in this thread, which this call would block: `await arun_crew(…)` there.
+        InvalidCallError: An event loop runs in this thread, which this call would block: `await arun_crew(…)` there.
         CrewError: As `arun_crew`.
     """
     refuse_running_loop("run_crew", "arun_crew")

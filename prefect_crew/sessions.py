@@ -10,7 +10,7 @@ import httpx
 from prefect.exceptions import PrefectException
 
 from prefect_crew.api.client import CrewClient
-from prefect_crew.api.errors import AuthenticationError
+from prefect_crew.api.errors import AuthenticationError, InvalidCallError
 
 if TYPE_CHECKING:
     from prefect_crew.blocks import DeployedCrew
@@ -51,7 +51,7 @@ class CrewSession:
     def client(self) -> CrewClient:
         """The client with the newest token."""
         if self._client is None:
-            raise RuntimeError("This CrewSession is not open: use it in `async with CrewSession(crew) as session`.")
+            raise InvalidCallError("This CrewSession is not open: use it in `async with CrewSession(crew) as session`.")
         return self._client
 
     async def renew(self) -> bool:

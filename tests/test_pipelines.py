@@ -541,3 +541,15 @@ async def test_a_prefect_that_refuses_artifacts_fails_nothing(
     monkeypatch.setattr(pipeline_artifact, "artifact_key", lambda *_, **__: "NOT A KEY")
     assert (await arun_pipeline([CrewStep("a", echo.crew(), {"text": "a"})]))["a"].output == "a"
     assert caplog.text.count("The artifact of pipeline pipeline could not be updated") == 1
+
+
+@pytest.mark.parametrize("inside", [True, False], ids=["in a flow", "in a script"])
+async def test_an_input_that_cannot_be_sent_is_a_mistake_of_the_caller_also_where_only_a_function_takes_it(
+    echo: InProcessCrewServer, inside: bool
+):
+    async def trip() -> None:
+        await arun_pipeline([CrewStep("a", echo.crew(), lambda context: {"text": "a"})], {"o": object()})
+
+    with pytest.raises(ConfigurationError, match="Input 'o' holds a value of type object, which cannot be sent"):
+        await (flow(trip)() if inside else trip())
+    assert echo.kickoffs == 0

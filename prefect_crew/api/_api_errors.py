@@ -13,6 +13,7 @@ __all__ = [
     "CrewConnectionError",
     "InvalidInputsError",
     "NotFoundError",
+    "PrefectAwayError",
     "RateLimitedError",
     "ResponseFormatError",
     "ServerError",
@@ -154,6 +155,10 @@ class ServerError(CrewAPIError):
     def __init__(self, *, retry_after: float | None = None, **facts: Any) -> None:
         self.retry_after = retry_after
         super().__init__(**facts)
+
+
+class PrefectAwayError(CrewError):
+    """The Prefect API does not answer, or there is none."""
 
 
 class CrewConnectionError(CrewError):

@@ -12,6 +12,7 @@ __all__ = [
     "EXCERPT",
     "ConfigurationError",
     "CrewError",
+    "InvalidCallError",
     "excerpt",
     "listed_names",
     "one_line",
@@ -91,6 +92,10 @@ class CrewError(Exception):
     def __reduce__(self) -> Any:
         # The subclasses take keyword arguments only, which BaseException's own reduce cannot replay.
         return copyreg.__newobj__, (type(self), *self.args), self.__dict__  # type: ignore[attr-defined]
+
+
+class InvalidCallError(CrewError, RuntimeError):
+    """A function or an object was used where, or when, it cannot be: a mistake in the code that calls it."""
 
 
 class ConfigurationError(CrewError, ValueError):

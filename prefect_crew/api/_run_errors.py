@@ -10,6 +10,7 @@ from prefect_crew.api._error import CrewError, excerpt
 from prefect_crew.api.models import CrewState
 
 __all__ = [
+    "AnsweredError",
     "CrewFailedError",
     "CrewLostError",
     "CrewStoppedError",
@@ -44,6 +45,10 @@ class OutputTypeError(CrewError):
             f"The text: {excerpt(output if shown is None else shown) or 'empty'}. Nothing has to be bought again: mend "
             "the type, or leave output_type out, and run again with the same key."
         )
+
+
+class AnsweredError(CrewError):
+    """A question has its answer already, or is being answered at this moment. Nothing was sent."""
 
 
 class KickoffUncertainError(CrewError):

@@ -27,6 +27,7 @@ from prefect_crew.api.errors import (
     ConfigurationError,
     CrewAPIError,
     CrewConnectionError,
+    InvalidCallError,
     InvalidInputsError,
     NotFoundError,
     RateLimitedError,
@@ -130,7 +131,7 @@ class CrewClient:
 
     async def __aenter__(self) -> CrewClient:
         if self._polls is not None:
-            raise RuntimeError("This CrewClient is open already: open another one.")
+            raise InvalidCallError("This CrewClient is open already: open another one.")
         self._polls = self._open(_POLL_KEEPALIVE)
         self._once = self._open(_ONCE_KEEPALIVE)
         return self
@@ -275,7 +276,7 @@ class CrewClient:
     async def _send(self, call: _Call, body: Mapping[str, Any] | None = None) -> Answer:
         wire = self._polls if call.method == "GET" else self._once
         if wire is None:
-            raise RuntimeError("This CrewClient is not open: use it in `async with CrewClient(…) as client`.")
+            raise InvalidCallError("This CrewClient is not open: use it in `async with CrewClient(…) as client`.")
         content = None if body is None else _encoded(body)
         try:
             return await self._exchange(wire, call, content)

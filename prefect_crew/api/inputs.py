@@ -17,6 +17,7 @@ from uuid import UUID
 
 from pydantic import BaseModel, SecretBytes, SecretStr
 
+from prefect_crew.api._error import ConfigurationError
 from prefect_crew.api.models import CrewInput
 
 __all__ = ["NEVER_UNKNOWN", "STATE_ID", "encode_inputs", "inputs_digest", "is_uuid", "missing_inputs", "unknown_inputs"]
@@ -50,29 +51,28 @@ def encode_inputs(inputs: Mapping[str, Any], *, as_json: bool = False) -> dict[s
     within a list or an object. A secret is sent as what it hides: its stars are nothing that a crew could use.
 
     Raises:
-        TypeError: They are no mapping, a value's type has no JSON form, or a name is no text.
-        ValueError: NaN, an infinity, text that is not Unicode, or a value that contains itself.
-    Both name the input, and not its value.
+        ConfigurationError: They are no mapping, a name is no text, or a value cannot be sent: its type has no JSON
+            form, or it is NaN, an infinity, no Unicode, or contains itself. It names the input, and not its value.
     """
     if not isinstance(inputs, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]  # not everybody has types
-        raise TypeError(f"Inputs are a mapping of names to values, not a {type(inputs).__name__}.")
+        raise ConfigurationError(f"Inputs are a mapping of names to values, not a {type(inputs).__name__}.")
     encoded: dict[str, Any] = {}
     for name, value in cast("Mapping[Any, Any]", inputs).items():
         if not isinstance(name, str):
-            raise TypeError(f"The name of an input is text, not {type(name).__name__}.")
+            raise ConfigurationError(f"The name of an input is text, not {type(name).__name__}.")
         try:
             plain = _plain(value)
             if plain is None:
                 continue
             encoded[_text(name)] = plain if as_json else _as_text(plain)
         except _UnsupportedError as error:
-            raise TypeError(
+            raise ConfigurationError(
                 f"Input {name!r} holds a value of type {error}, which cannot be sent. Give text, numbers, "
                 "booleans, dates, lists, objects, dataclasses or pydantic models."
             ) from None
         except (_BadValueError, RecursionError) as error:
             why = str(error) if isinstance(error, _BadValueError) else "a value that is nested too deeply"
-            raise ValueError(f"Input {name!r} holds {why}, which cannot be sent.") from None
+            raise ConfigurationError(f"Input {name!r} holds {why}, which cannot be sent.") from None
     return encoded
 
 
@@ -186,7 +186,7 @@ def inputs_digest(inputs: Mapping[str, Any], *, restore_from: str | None = None)
     It is that of the text form, so that the switch to JSON values does not make another run of the same inputs.
 
     Raises:
-        TypeError, ValueError: As `encode_inputs`.
+        ConfigurationError: As `encode_inputs`.
     """
     canonical = json.dumps(encode_inputs(inputs), ensure_ascii=False, separators=(",", ":"), sort_keys=True)
     if restore_from is not None:

@@ -11,6 +11,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from prefect_crew.api._error import InvalidCallError
+
 __all__ = [
     "CrewInput",
     "CrewResult",
@@ -141,7 +143,7 @@ class CrewStatus(_Model):
             ValueError: In any other state; a run that did not complete has no result.
         """
         if self.state is not CrewState.COMPLETED:
-            raise ValueError(f"run {self.kickoff_id} is {self.state}, not completed: it has no result")
+            raise InvalidCallError(f"Run {self.kickoff_id} is {self.state}, not completed: it has no result.")
         return CrewResult(
             output=self.output or "",
             data=self.data,

@@ -14,7 +14,7 @@ from typing import Any, cast
 from prefect.client.orchestration import get_client
 from prefect.exceptions import PrefectHTTPStatusError
 
-from prefect_crew.api.errors import CrewError
+from prefect_crew.api.errors import BatchChangedError, LedgerMissingError
 from prefect_crew.batches.ledger import BatchEntry, Ledger
 
 __all__ = [
@@ -35,30 +35,6 @@ TAG = "prefect-crew-batch"
 ASKS = "prefect-crew-batch-asks"
 """The tag of a batch of which some rows wait for people, or did when they were last looked at."""
 VERSION = 1
-
-
-class LedgerMissingError(CrewError):
-    """The batch is kept in another ledger than the one at hand. Attributes: name, ledger (where it is kept)."""
-
-    def __init__(self, *, name: str, ledger: str) -> None:
-        self.name = name
-        self.ledger = ledger
-        super().__init__(
-            f"Batch {name!r} is kept in another ledger, {ledger}, which is not the one here. Going on without it would "
-            "buy every row again, so nothing was started. Give that ledger (ledger=…), or choose another name."
-        )
-
-
-class BatchChangedError(CrewError):
-    """The rows or the crew are not those that the batch was begun with. Attributes: name, difference."""
-
-    def __init__(self, *, name: str, difference: str) -> None:
-        self.name = name
-        self.difference = difference
-        super().__init__(
-            f"Batch {name!r} was begun with something else: {difference}. Nothing was started. To run what is new and "
-            "keep what is done, say on_change='continue'; for a new purchase of everything choose another name."
-        )
 
 
 @dataclass(frozen=True)

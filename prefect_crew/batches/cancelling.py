@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 from prefect.exceptions import PrefectException
 
-from prefect_crew.api.errors import CrewError
+from prefect_crew.api.errors import BatchCancelledError, CrewError
 from prefect_crew.batches.engine import Engine
 from prefect_crew.batches.retries import STOPPED_WITH_BATCH
 from prefect_crew.interrupts import ctrl_c_cancels_this_task, watch_ctrl_c
@@ -34,14 +34,6 @@ ASK_WITHIN = 5.0
 BUY_WITHIN = 10.0
 STOP_WITHIN = 12.0
 """Seconds for each step of a cancellation: Prefect kills a cancelled process after about 30."""
-
-
-class BatchCancelledError(CrewError):
-    """The flow run of a batch was cancelled. Attributes: name."""
-
-    def __init__(self, *, name: str) -> None:
-        self.name = name
-        super().__init__(f"Batch {name!r} was cancelled. The same call goes on where it stopped.")
 
 
 async def watched(

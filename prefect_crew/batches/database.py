@@ -30,7 +30,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
 
-from prefect_crew.api.errors import ConfigurationError, CrewError
+from prefect_crew.api.errors import ConfigurationError, InvalidCallError, LedgerError
 from prefect_crew.batches.datasets import shown_address
 from prefect_crew.files import create_private
 
@@ -111,17 +111,6 @@ set_aside = Table(
 OPEN_TRIES = 5
 MOUNTS = Path("/proc/self/mountinfo")
 """Where Linux tells what is mounted; elsewhere it is not there."""
-
-
-class LedgerError(CrewError):
-    """The ledger cannot be read or written. Attributes: ledger (its address without a password)."""
-
-    def __init__(self, reason: str, *, ledger: str) -> None:
-        self.ledger = ledger
-        super().__init__(
-            f"The ledger {ledger} {reason} No row is kicked off without it; mend it and run the batch again with the "
-            "same name, which goes on where it stopped."
-        )
 
 
 def default_ledger(output: str) -> str:
@@ -281,7 +270,7 @@ class Database:
             async with self._server.begin() as connection:
                 return await connection.run_sync(work)
         if self._thread is None:
-            raise RuntimeError("This ledger is not open: use it in `async with`.")
+            raise InvalidCallError("This ledger is not open: use it in `async with`.")
         return await asyncio.get_running_loop().run_in_executor(self._thread, self._in_file, work)
 
     def _in_file(self, work: Callable[[Connection], T]) -> T:

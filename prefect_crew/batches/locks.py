@@ -20,7 +20,7 @@ from uuid import uuid4
 from sqlalchemy import select, text
 from sqlalchemy.exc import SQLAlchemyError
 
-from prefect_crew.api.errors import CrewError
+from prefect_crew.api.errors import BatchBusyError
 from prefect_crew.batches.database import Database, LedgerError, batches, short
 from prefect_crew.logs import run_logger
 
@@ -30,17 +30,6 @@ WHOLE = ""
 """The part that a process holds for the whole batch, and a parent and its shards share."""
 PARENT = "parent"
 """The part of whoever watches over shards."""
-
-
-class BatchBusyError(CrewError):
-    """Another process works on the batch at this moment. Attributes: name."""
-
-    def __init__(self, *, name: str, what: str = "") -> None:
-        self.name = name
-        super().__init__(
-            f"{what or f'Batch {name!r}'} is being run by another process at this moment. Nothing was started or "
-            "changed here. Wait for it, or end it; then do the same again."
-        )
 
 
 class BatchLock:

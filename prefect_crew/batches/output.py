@@ -18,7 +18,7 @@ import fsspec  # pyright: ignore[reportMissingTypeStubs]
 from pydantic import BaseModel
 from pydantic_core import to_json
 
-from prefect_crew.api.errors import ConfigurationError, CrewError
+from prefect_crew.api.errors import ConfigurationError, OutputError
 from prefect_crew.api.redaction import MASK
 from prefect_crew.batches.datasets import COMPRESSED, is_remote, shown_address
 from prefect_crew.batches.ends import RowEnd
@@ -36,10 +36,6 @@ __all__ = ["COLUMNS", "Output", "OutputError", "line_of"]
 
 _files = cast("Any", fsspec)
 COLUMNS = ("key", "inputs", "state", "output", "data", "tasks", "kickoff_id", "seconds", "usage", "error")
-
-
-class OutputError(CrewError):
-    """The output cannot be written. What has ended is in the ledger: run the batch again with the same name."""
 
 
 def line_of(end: RowEnd, crew: DeployedCrew) -> bytes | None:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import IO, Any, cast
 
-from prefect_crew.api.errors import CrewError
+from prefect_crew.api.errors import DatasetError
 
 __all__ = ["TEXT_FORMATS", "DatasetError", "Row", "faulty", "mapping_row", "read_text"]
 
@@ -20,17 +20,6 @@ ROW_LIMIT = 1 << 28
 _SPACE = re.compile(r"[ \t\r\n]*")
 _CUT = 16
 """Characters before the end of what was read within which an error may be the end's own."""
-
-
-class DatasetError(CrewError):
-    """A data set cannot be read. Attributes: source (its name), line (1-based, None where there is none), reason."""
-
-    def __init__(self, reason: str, *, source: str, line: int | None = None) -> None:
-        self.reason = reason
-        self.source = source
-        self.line = line
-        where = source if line is None else f"{source}, line {line}"
-        super().__init__(f"{where}: {reason} Nothing of this data set was started.")
 
 
 @dataclass(frozen=True)

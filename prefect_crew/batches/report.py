@@ -6,21 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from prefect_crew.api.errors import CrewError
+from prefect_crew.api.errors import BatchFailedError
 from prefect_crew.api.models import TokenUsage
 from prefect_crew.batches.rows import BadRow, by_reason
 from prefect_crew.rendering import duration
 
 __all__ = ["BatchFailedError", "BatchPlan", "BatchReport"]
-
-
-class BatchFailedError(CrewError):
-    """A batch did not come to a full end. Attributes: report."""
-
-    def __init__(self, report: BatchReport) -> None:
-        self.report = report
-        advice = "The same call goes on with what is left; failed rows are bought again with retry_failed=True."
-        super().__init__(f"{str(report).rstrip('.')}. {advice}")
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
+from prefect_crew.api._batch_errors import by_reason
 from prefect_crew.api._error import listed_names, with_guesses
-from prefect_crew.api.errors import ConfigurationError
+from prefect_crew.api.errors import BadRowsError, ConfigurationError
 from prefect_crew.api.inputs import STATE_ID, encode_inputs, inputs_digest, missing_inputs, unknown_inputs
 from prefect_crew.api.models import CrewInput
 from prefect_crew.api.redaction import MASK, Redactor, holds_secret
@@ -25,10 +26,6 @@ InputsFrom = Mapping[str, Any] | Callable[[Values], Values]
 row, or any constant that is no text."""
 KeyFrom = str | Callable[[Values], Any]
 """The name of a column, or a function of the row."""
-SHOWN = 20
-"""Reasons that a message lists, and columns."""
-LINES = 10
-"""Lines that a message names for each reason."""
 KEPT = 1000
 """Bad rows that are kept."""
 MAX_KEY = 200
@@ -57,49 +54,6 @@ class BadRow:
 
     line: int
     reason: str
-
-
-class BadRowsError(DatasetError):
-    """Rows of a data set cannot be run. Attributes: rows (all of them, up to 1,000), count."""
-
-    def __init__(self, rows: Sequence[BadRow], count: int, *, source: str, alone: bool = False) -> None:
-        self.rows = list(rows)
-        self.count = count
-        cannot = "a row cannot be run" if count == 1 else f"{count:,} rows cannot be run"
-        what = f"{cannot}{', which are all' if alone else ''}: {_listed(self.rows, count)}."
-        advice = "" if alone else " Correct them, or set them aside with on_bad_row='set-aside'."
-        super().__init__(f"{what}{advice}", source=source)
-
-
-def by_reason(rows: Sequence[BadRow], count: int) -> tuple[list[tuple[str, str]], int]:
-    """Return where and why rows cannot be run, a reason at a time, and how many more there are beside these.
-
-    Args:
-        rows: The rows that are kept.
-        count: How many there are in all.
-    """
-    groups: dict[str, list[int]] = {}
-    for row in rows:
-        groups.setdefault(row.reason, []).append(row.line)
-    found: list[tuple[str, str]] = []
-    more = count
-    for reason, lines in list(groups.items())[:SHOWN]:
-        most = count if len(groups) == 1 else len(lines)
-        found.append((_lines(lines[:LINES], most - len(lines[:LINES])), reason))
-        more -= most
-    return found, more
-
-
-def _listed(rows: Sequence[BadRow], count: int) -> str:
-    found, more = by_reason(rows, count)
-    return "; ".join([f"{where}: {reason}" for where, reason in found] + ([f"and {more:,} more rows"] if more else []))
-
-
-def _lines(lines: Sequence[int], more: int) -> str:
-    words = [str(line) for line in lines] + ([f"{more:,} more"] if more else [])
-    if len(words) == 1:
-        return f"line {words[0]}"
-    return f"lines {', '.join(words[:-1])} and {words[-1]}"
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,13 @@ import re
 from typing import Any, NamedTuple, cast
 
 from prefect_crew.api.errors import (
+    AnsweredError,
     AuthenticationError,
+    BadRowsError,
+    BatchBusyError,
+    BatchCancelledError,
+    BatchChangedError,
+    BatchFailedError,
     ConfigurationError,
     CrewAPIError,
     CrewConnectionError,
@@ -18,11 +24,17 @@ from prefect_crew.api.errors import (
     CrewLostError,
     CrewStoppedError,
     CrewTimeoutError,
+    DatasetError,
+    InvalidCallError,
     InvalidInputsError,
     KickoffUncertainError,
+    LedgerError,
+    LedgerMissingError,
     NotFoundError,
+    OutputError,
     OutputTypeError,
     PipelineFailedError,
+    PrefectAwayError,
     RateLimitedError,
     ResponseFormatError,
     ReviewLimitError,
@@ -37,10 +49,6 @@ class UsageError(Exception):
     """The command line itself makes no sense."""
 
 
-class PrefectAwayError(CrewError):
-    """The Prefect API does not answer, or there is none."""
-
-
 class Exit(NamedTuple):
     """One exit code, what it means, and the errors that it stands for."""
 
@@ -51,10 +59,10 @@ class Exit(NamedTuple):
 
 EXITS = (
     Exit(0, "done"),
-    Exit(1, "an error that nobody expected: --debug shows where"),
+    Exit(1, "an error that nobody expected: --debug shows where", (InvalidCallError,)),
     Exit(2, "the command line is wrong", (UsageError,)),
     Exit(10, "the crew failed", (CrewFailedError,)),
-    Exit(11, "the run was stopped", (CrewStoppedError,)),
+    Exit(11, "the run was stopped", (CrewStoppedError, BatchCancelledError)),
     Exit(12, "the crew's server does not know the run any more", (CrewLostError,)),
     Exit(13, "a time budget is over; the crew may run on", (CrewTimeoutError,)),
     Exit(14, "nobody knows whether the kickoff started a run", (KickoffUncertainError,)),
@@ -70,33 +78,26 @@ EXITS = (
     Exit(24, "another error answer of the crew's server", (CrewAPIError,)),
     Exit(25, "what was given cannot be used; nothing was sent", (ConfigurationError, ValueError)),
     Exit(26, "a file or a port cannot be used", (OSError,)),
-    Exit(27, "asked for what the run, as it stands, does not allow", (CrewError,)),
+    Exit(27, "asked for what the run, as it stands, does not allow", (CrewError, AnsweredError)),
     Exit(28, "steps of a pipeline failed", (PipelineFailedError,)),
     Exit(29, "doctor found something to mend"),
     Exit(30, "the Prefect API does not answer", (PrefectAwayError,)),
     Exit(31, "the Prefect API refused", ()),
     Exit(32, "a task asked for a person's answer too often", (ReviewLimitError,)),
-    Exit(33, "rows of a batch failed, are uncertain, were not run, or cannot be run"),
-    Exit(34, "a data set cannot be read, or rows of it cannot be run; nothing was sent"),
-    Exit(35, "the batch has other rows or another ledger, or is run elsewhere"),
-    Exit(36, "the ledger or the output of a batch cannot be used"),
+    Exit(33, "rows of a batch failed, are uncertain, were not run, or cannot be run", (BatchFailedError,)),
+    Exit(34, "a data set cannot be read, or rows of it cannot be run; nothing was sent", (DatasetError, BadRowsError)),
+    Exit(
+        35,
+        "the batch has other rows or another ledger, or is run elsewhere",
+        (BatchChangedError, LedgerMissingError, BatchBusyError),
+    ),
+    Exit(36, "the ledger or the output of a batch cannot be used", (LedgerError, OutputError)),
     Exit(130, "interrupted by Ctrl-C", (KeyboardInterrupt,)),
     Exit(143, "ended by SIGTERM or SIGHUP", ()),
 )
 
 UNEXPECTED, USAGE, FOUND, AWAY, REFUSED, ROWS, INTERRUPTED, TERMINATED = 1, 2, 29, 30, 31, 33, 130, 143
 _CODES: dict[type[BaseException], int] = {kind: line.code for line in EXITS for kind in line.errors}
-_BATCHES = {
-    "report.BatchFailedError": ROWS,
-    "cancelling.BatchCancelledError": 11,
-    "readers.DatasetError": 34,
-    "binding.BatchChangedError": 35,
-    "binding.LedgerMissingError": 35,
-    "locks.BatchBusyError": 35,
-    "database.LedgerError": 36,
-    "output.OutputError": 36,
-}
-"""Those of batches, by name: their modules bring what most commands do not need."""
 
 
 def _kinds(error: BaseException) -> dict[str, type[BaseException]]:
@@ -124,9 +125,6 @@ def exit_code(error: BaseException) -> int:
         return AWAY
     if any(name.startswith("prefect.exceptions.") for name in kinds):
         return REFUSED
-    for name in kinds:
-        if code := _BATCHES.get(name.removeprefix("prefect_crew.batches.")):
-            return code
     return next((_CODES[kind] for kind in type(error).__mro__ if kind in _CODES), UNEXPECTED)
 
 

@@ -13,6 +13,7 @@ import pytest
 from prefect_crew.api import errors
 from prefect_crew.api._error import excerpt
 from prefect_crew.api.errors import CrewAPIError, CrewError
+from prefect_crew.batches.rows import BadRow
 
 ANSWER: dict[str, Any] = {"method": "POST", "path": "/kickoff", "title": "Short", "message": "Long", "body": "{}"}
 # Each error, what its text must name, and what it must say to do.
@@ -99,6 +100,30 @@ ERRORS: dict[str, tuple[CrewError, list[str], str]] = {
         ["k1", "3 rounds"],
         "It was stopped",
     ),
+    "answered": (errors.AnsweredError("Run k1 has its answer. Nothing was sent. Wait for it."), ["k1"], "Wait"),
+    "call": (errors.InvalidCallError("f() would block: use `await af()`."), ["f()"], "use `await"),
+    "prefect-away": (errors.PrefectAwayError("No Prefect API at x. Start a server."), ["at x"], "Start"),
+    "batch-failed": (
+        errors.BatchFailedError("batch b: 3 of 4 rows completed, 1 failed."),
+        ["3 of 4"],
+        "The same call goes on",
+    ),
+    "batch-cancelled": (errors.BatchCancelledError(name="b"), ["'b'"], "The same call goes on"),
+    "batch-busy": (errors.BatchBusyError(name="b"), ["'b'", "Nothing was started"], "Wait for it"),
+    "batch-changed": (errors.BatchChangedError(name="b", difference="row 3"), ["'b'", "row 3"], "on_change='continue'"),
+    "dataset": (
+        errors.DatasetError("It is odd.", source="a.csv", line=3),
+        ["a.csv, line 3"],
+        "Nothing of this data set",
+    ),
+    "bad-rows": (
+        errors.BadRowsError([BadRow(3, "lacks name")], 2, source="a.csv"),
+        ["2 rows", "line 3: lacks name"],
+        "set-aside",
+    ),
+    "ledger": (errors.LedgerError("cannot be read.", ledger="l.db"), ["l.db cannot be read"], "mend it"),
+    "ledger-missing": (errors.LedgerMissingError(name="b", ledger="l.db"), ["'b'", "l.db"], "Give that ledger"),
+    "output": (errors.OutputError("o.jsonl cannot be written. Free some space."), ["o.jsonl"], "Free"),
     "pipeline": (
         errors.PipelineFailedError(
             failed=["write"], skipped=["post"], results={"research": 1}, errors={"write": ValueError("b")}, run_key="r"

@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, SecretStr
 
+from prefect_crew.api.errors import ConfigurationError
 from prefect_crew.api.inputs import encode_inputs, inputs_digest, missing_inputs, unknown_inputs
 from prefect_crew.api.models import CrewInput
 
@@ -123,22 +124,22 @@ SECRET = "sk-12345"
 @pytest.mark.parametrize(
     ("value", "kind"),
     [
-        pytest.param(float("nan"), ValueError, id="nan"),
-        pytest.param([1, {"a": float("inf")}], ValueError, id="nested-infinity"),
-        pytest.param(Decimal("NaN"), ValueError, id="decimal-nan"),
-        pytest.param(10**5000, ValueError, id="too-many-digits"),
-        pytest.param(f"{SECRET}\ud800", ValueError, id="lone-surrogate"),
-        pytest.param(CYCLE, ValueError, id="cycle"),
-        pytest.param(NotATime(2025, 1, 1), ValueError, id="not-a-time"),
-        pytest.param(SECRET.encode(), TypeError, id="bytes"),
-        pytest.param([bytearray(b"x")], TypeError, id="nested-bytes"),
-        pytest.param(timedelta(1), TypeError, id="timedelta"),
-        pytest.param(1j, TypeError, id="complex"),
-        pytest.param(object(), TypeError, id="object"),
-        pytest.param(Trip, TypeError, id="class"),
-        pytest.param({("a",): 1}, TypeError, id="tuple-as-a-key"),
-        pytest.param({None: 1}, TypeError, id="none-as-a-key"),
-        pytest.param(lambda: SECRET, TypeError, id="function"),
+        pytest.param(float("nan"), ConfigurationError, id="nan"),
+        pytest.param([1, {"a": float("inf")}], ConfigurationError, id="nested-infinity"),
+        pytest.param(Decimal("NaN"), ConfigurationError, id="decimal-nan"),
+        pytest.param(10**5000, ConfigurationError, id="too-many-digits"),
+        pytest.param(f"{SECRET}\ud800", ConfigurationError, id="lone-surrogate"),
+        pytest.param(CYCLE, ConfigurationError, id="cycle"),
+        pytest.param(NotATime(2025, 1, 1), ConfigurationError, id="not-a-time"),
+        pytest.param(SECRET.encode(), ConfigurationError, id="bytes"),
+        pytest.param([bytearray(b"x")], ConfigurationError, id="nested-bytes"),
+        pytest.param(timedelta(1), ConfigurationError, id="timedelta"),
+        pytest.param(1j, ConfigurationError, id="complex"),
+        pytest.param(object(), ConfigurationError, id="object"),
+        pytest.param(Trip, ConfigurationError, id="class"),
+        pytest.param({("a",): 1}, ConfigurationError, id="tuple-as-a-key"),
+        pytest.param({None: 1}, ConfigurationError, id="none-as-a-key"),
+        pytest.param(lambda: SECRET, ConfigurationError, id="function"),
     ],
 )
 def test_what_cannot_be_sent_names_the_input_and_not_its_value(value: Any, kind: type[Exception], as_json: bool):
@@ -148,9 +149,9 @@ def test_what_cannot_be_sent_names_the_input_and_not_its_value(value: Any, kind:
 
 
 def test_names_must_be_text():
-    with pytest.raises(TypeError, match="name of an input"):
+    with pytest.raises(ConfigurationError, match="name of an input"):
         encode_inputs({1: "x"})  # type: ignore[dict-item]
-    with pytest.raises(ValueError, match="surrogate"):
+    with pytest.raises(ConfigurationError, match="surrogate"):
         encode_inputs({"\ud800": "x"})
 
 

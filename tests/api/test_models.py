@@ -5,6 +5,7 @@ import pickle
 import pytest
 from pydantic import ValidationError
 
+from prefect_crew.api.errors import InvalidCallError
 from prefect_crew.api.models import CrewState, CrewStatus, TaskResult, TokenUsage
 
 COMPLETED = CrewStatus(
@@ -31,7 +32,7 @@ def test_a_completed_status_is_a_result():
 
 @pytest.mark.parametrize("state", [state for state in CrewState if state is not CrewState.COMPLETED], ids=str)
 def test_no_other_status_is(state: CrewState):
-    with pytest.raises(ValueError, match=f"k1 is {state}, not completed"):
+    with pytest.raises(InvalidCallError, match=f"k1 is {state}, not completed"):
         COMPLETED.model_copy(update={"state": state}).result()
 
 
