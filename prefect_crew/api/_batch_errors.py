@@ -18,6 +18,7 @@ __all__ = [
     "LedgerMissingError",
     "OutputError",
     "by_reason",
+    "listed_rows",
 ]
 
 SHOWN = 20
@@ -84,7 +85,7 @@ class BadRowsError(DatasetError):
         self.rows = list(rows)
         self.count = count
         cannot = "a row cannot be run" if count == 1 else f"{count:,} rows cannot be run"
-        what = f"{cannot}{', which are all' if alone else ''}: {_listed(self.rows, count)}."
+        what = f"{cannot}{', which are all' if alone else ''}: {listed_rows(self.rows, count)}."
         advice = "" if alone else " Correct them, or set them aside with on_bad_row='set-aside'."
         super().__init__(f"{what}{advice}", source=source)
 
@@ -108,7 +109,8 @@ def by_reason(rows: Sequence[Any], count: int) -> tuple[list[tuple[str, str]], i
     return found, more
 
 
-def _listed(rows: Sequence[Any], count: int) -> str:
+def listed_rows(rows: Sequence[Any], count: int) -> str:
+    """Return where and why rows cannot be run, as one text."""
     found, more = by_reason(rows, count)
     return "; ".join([f"{where}: {reason}" for where, reason in found] + ([f"and {more:,} more rows"] if more else []))
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-from prefect_crew.api._batch_errors import by_reason
+from prefect_crew.api._batch_errors import SHOWN, by_reason, listed_rows
 from prefect_crew.api._error import listed_names, with_guesses
 from prefect_crew.api.errors import BadRowsError, ConfigurationError
 from prefect_crew.api.inputs import STATE_ID, encode_inputs, inputs_digest, missing_inputs, unknown_inputs
@@ -150,7 +150,7 @@ class RowPlan:
         except DatasetError as error:
             if not bad:
                 raise
-            reason = f"{error.reason} Rows before it cannot be run: {_listed(bad, len(bad))}."
+            reason = f"{error.reason} Rows before it cannot be run: {listed_rows(bad, len(bad))}."
             raise DatasetError(reason, source=error.source, line=error.line) from error
 
     def _check(self, bad: list[BadRow], set_aside: Callable[[BadRow, Any], None]) -> Checked:
