@@ -117,8 +117,8 @@ ERRORS: dict[str, tuple[CrewError, list[str], str]] = {
         "Nothing of this data set",
     ),
     "bad-rows": (
-        errors.BadRowsError([BadRow(3, "lacks name")], 2, source="a.csv"),
-        ["2 rows", "line 3: lacks name"],
+        errors.BadRowsError([BadRow(3, "lacks name")], 1, source="a.csv"),
+        ["a row", "line 3: lacks name"],
         "set-aside",
     ),
     "ledger": (errors.LedgerError("cannot be read.", ledger="l.db"), ["l.db cannot be read"], "mend it"),
