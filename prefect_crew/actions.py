@@ -8,22 +8,24 @@ from uuid import UUID
 import httpx
 from prefect.exceptions import PrefectException
 
-from prefect_crew.api.errors import CrewError
-from prefect_crew.api.models import CrewState, ResumeAnswer, StopAnswer
+from prefect_crew.api.models import ResumeAnswer, StopAnswer
 from prefect_crew.limits import Slots
 from prefect_crew.logs import run_logger
 from prefect_crew.lookups import find_run
 from prefect_crew.record_store import PrefectRecords
-from prefect_crew.records import RecordPhase
-from prefect_crew.reviews import Review, send_review, waiting_task
+from prefect_crew.records import RecordPhase, ReviewStore
+from prefect_crew.reviews import LOOKS, Review, answer_question
 from prefect_crew.sessions import CrewSession
 from prefect_crew.stopping import close_stopped
 
 if TYPE_CHECKING:
     from prefect_crew.api.webhooks import Webhooks
     from prefect_crew.blocks import DeployedCrew
+    from prefect_crew.open_runs import OpenRun
 
 __all__ = ["resume_run", "stop_run"]
+
+RECORDS = PrefectRecords()
 
 
 async def stop_run(crew: DeployedCrew, kickoff_id: str, *, run_key: str | None = None) -> StopAnswer:
@@ -53,29 +55,36 @@ async def resume_run(
     approve: bool,
     task_id: str | None = None,
     webhooks: Webhooks | None = None,
+    by: str = "resume_crew",
+    run: OpenRun | None = None,
+    records: ReviewStore | None = RECORDS,
+    call: str | None = None,
 ) -> ResumeAnswer:
     """Answer for the person that a run waits for: approve a task's output, or have it done again with the feedback.
 
     Args:
         task_id: The task; left out, the one that the status names.
         webhooks: The kickoff's webhooks again: the server does not carry them over.
+        by: Who answers, for the record.
+        call: As for `answer_question`.
+        run, records: The run and where its answers are kept, where the caller knows them; `records` None keeps none.
 
     Raises:
-        CrewError: The run does not wait for a person, or its task is not known.
+        CrewError: As `answer_question`: it is sent once for each question.
         CrewAPIError, CrewConnectionError: As the server answered, or did not. It is not sent twice.
     """
-    run = await find_run(crew, kickoff_id, take=False)
+    run = run or await find_run(crew, kickoff_id, take=False)
     async with CrewSession(crew, withhold=run.withholding()) as session:
-        status = await session.asked(lambda client: client.status(kickoff_id))
-        if status.state.ended or status.state is CrewState.UNKNOWN:
-            raise CrewError(f"Run {kickoff_id} of crew {crew.label} does not wait for a person: it is {status.state}.")
-        task = task_id or waiting_task(status)
-        if task is None:
-            raise CrewError(
-                f"Run {kickoff_id} of crew {crew.label} is {status.state}, and its status does not name the task that "
-                "waits. Give its task_id: the crew's page and the human-input webhook show it."
-            )
-        review = Review(approve=approve, feedback=feedback)
-        return await send_review(
-            run, session, PrefectRecords(), task_id=task, review=review, by="resume_crew", webhooks=webhooks
+        answer, _ = await answer_question(
+            run,
+            session,
+            records,
+            Review(approve=approve, feedback=feedback),
+            by=by,
+            task_id=task_id,
+            next_round_after=crew.wait.next_round_after,
+            webhooks=webhooks,
+            looks=LOOKS,
+            call=call,
         )
+    return answer

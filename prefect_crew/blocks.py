@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal, cast
+from urllib.parse import urlsplit
 from uuid import UUID
 
 import httpx
@@ -85,6 +86,11 @@ class DeployedCrew(JobBlock[CrewResult]):
     price: float | None = Field(
         default=None, ge=0, description="What one run costs, in your currency, for artifacts and reports."
     )
+    page_url: str | None = Field(
+        default=None,
+        title="Page URL",
+        description="The crew's page for people, shown where they have to look there, as at a run that asks them.",
+    )
 
     _called: str | None = None
     _hidden: tuple[str, ...] = ()
@@ -103,6 +109,17 @@ class DeployedCrew(JobBlock[CrewResult]):
     @classmethod
     def _as_list(cls, value: Any) -> Any:
         return list(cast("tuple[Any, ...]", value)) if isinstance(value, tuple | set | frozenset) else value
+
+    @field_validator("page_url")
+    @classmethod
+    def _is_page(cls, value: str | None) -> str | None:
+        # It is shown as a link, so nothing but the address of a page may stand there.
+        if value is None or not value.strip():
+            return None
+        parts = urlsplit(value.strip())
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.password is not None:
+            raise ValueError("page_url starts with http:// or https://, names a host and holds no password")
+        return value.strip()
 
     @model_validator(mode="after")
     def _check_url(self) -> DeployedCrew:
@@ -143,6 +160,11 @@ class DeployedCrew(JobBlock[CrewResult]):
         if self._called:
             return self._called
         return _address(self.url)
+
+    @property
+    def is_stored(self) -> bool:
+        """Whether it is a stored block, which others find under its name."""
+        return self._block_document_name is not None
 
     def called(self, name: str) -> DeployedCrew:
         """Return a copy that people see under `name`, not under its address, as long as it is not stored."""

@@ -139,6 +139,7 @@ async def _opened(purchase: Purchase, records: RecordStore) -> tuple[OpenRun, Pu
             record,
             purchase.inputs,
             owned=opened.bought,
+            meta=purchase.meta,
             webhooks=purchase.webhooks,
         )
     refused_again = record.ended_at is not None and record.ended_at <= purchase.asked_at

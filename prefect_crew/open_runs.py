@@ -48,6 +48,8 @@ class OpenRun:
     artifact: RunArtifact | None = None
     advice: str | None = None
     """What to do about a failure, where that is not the usual."""
+    meta: Mapping[str, Any] | None = None
+    """What the kickoff's caller gave for the crew's webhooks, where that is known here."""
     webhooks: Webhooks | None = None
     """The user's own targets, which a resume has to name again. They hold secrets, so no record does."""
 

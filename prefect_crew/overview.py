@@ -12,7 +12,7 @@ from typing import Protocol
 from prefect_crew.api.models import CrewState
 from prefect_crew.records import RecordPhase, RunRecord, latest_purchase
 
-__all__ = ["Lookout", "RunLine", "Standing", "classify", "look_at"]
+__all__ = ["Lookout", "RunLine", "Standing", "classify", "crew_argument", "look_at"]
 
 
 class Standing(str, Enum):
@@ -104,14 +104,14 @@ def _standing(record: RunRecord, now: datetime, owner_ended: bool, attended: boo
     return Standing.WAITING if record.human_since is not None else Standing.IN_FLIGHT
 
 
-def _crew(record: RunRecord) -> str:
+def crew_argument(record: RunRecord) -> str:
     """Return the crew as a command takes it: its block, or its URL where the record has only an address."""
     address = record.crew_url.partition("://")[2].rstrip("/")
     return record.crew_url if record.crew == address else record.crew
 
 
 def _todo(record: RunRecord, standing: Standing, passed: bool) -> str:
-    crew, kickoff_id = shlex.quote(_crew(record)), shlex.quote(record.kickoff_id or "ID")
+    crew, kickoff_id = shlex.quote(crew_argument(record)), shlex.quote(record.kickoff_id or "ID")
     if standing is Standing.UNCERTAIN:
         return (
             f"Look at the crew's page, then: prefect-crew runs settle {shlex.quote(record.run_key)} --kickoff-id ID, "
@@ -125,7 +125,8 @@ def _todo(record: RunRecord, standing: Standing, passed: bool) -> str:
             f"If the crew's server has forgotten it: prefect-crew runs settle {shlex.quote(record.run_key)} --lost."
         )
     if standing is Standing.WAITING:
-        return f"Answer: prefect-crew reviews approve {kickoff_id}, or reject ID --feedback TEXT."
+        of_url = f" --crew {crew}" if crew_argument(record) == record.crew_url else ""
+        return f"Answer: prefect-crew reviews approve {kickoff_id}{of_url}, or reject ID --feedback TEXT."
     if standing is Standing.ENDED and record.state is not CrewState.COMPLETED:
         return "Run again with its key to buy another, as far as the crew's max_kickoffs allows."
     return ""

@@ -69,7 +69,8 @@ _SHORTER = {"result": None, "step": 100, "error": 200, "reason": 200, "crew": 10
 
 
 def _answer_prefix(record: RunRecord) -> str:
-    return f"crew_answer_{_digest(record.run_key)}_{record.attempt}_"
+    # By the run and not by its key: also whoever finds no record of it, or cannot read it, finds its answers.
+    return f"crew_answer_{_digest(f'{record.crew_url} {record.kickoff_id}')}_"
 
 
 def _value(record: RunRecord) -> dict[str, Any]:

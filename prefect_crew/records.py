@@ -92,7 +92,10 @@ class SentReview(BaseModel):
     """An answer for a person, written down before it was sent. `outcome` says what became of it.
 
     `asked` is a digest of what was to be judged, which tells the next question from the same one; None where that was
-    not known. `task_id` is masked, as all that is stored; `mark` is a digest of the crew's own id where that differs.
+    not known. `task_id` is masked, as all that is stored; `mark` is a digest of the crew's own id where that differs,
+    and `shown_mark` one of the task as the status named it. `moved_on`: the crew was seen in another state after it, so
+    that whatever it asks then is another question. `call` names the call of a flow that gave it, the same on every
+    retry.
     """
 
     task_id: str
@@ -103,6 +106,9 @@ class SentReview(BaseModel):
     by: str
     at: datetime
     asked: str | None = None
+    shown_mark: str | None = None
+    moved_on: bool = False
+    call: str | None = None
     outcome: Literal["intended", "sent", "uncertain"] = "intended"
 
 

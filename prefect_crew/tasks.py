@@ -6,6 +6,7 @@ that surely did not start a run. What makes a retried flow find its runs again i
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any, Generic, ParamSpec, TypeVar, cast
@@ -29,7 +30,7 @@ from prefect_crew.choices import check_choices
 from prefect_crew.dual import in_async_context, run_sync
 from prefect_crew.kickoffs import open_run
 from prefect_crew.reviews import ReviewChoice
-from prefect_crew.run_keys import calling_task
+from prefect_crew.run_keys import calling_task, identify
 from prefect_crew.sessions import CrewSession
 from prefect_crew.suspending.suspension import StillRunningError, checked_wait, standstill_here, suspend_together
 from prefect_crew.waiting import WaitPolicy
@@ -340,12 +341,22 @@ async def resume_crew(
 ) -> ResumeAnswer:
     """Answer for the person that a run waits for; `task_id` left out is the one that the status names.
 
+    A retry of the flow run finds that this call has answered, and answers nothing more.
+
     Raises:
-        CrewError: The run does not wait, or its task is not known.
+        CrewError: The run does not wait, its task is not known, or its question has an answer on record.
         CrewAPIError, CrewConnectionError: As the server answered, or did not.
     """
+    # By the run alone, since what a retry finds to say about it may differ.
+    identity = await identify("answer", kickoff_id, run_key=None, name=None, inside_own_task=True)
     return await resume_run(
-        await loaded(crew), kickoff_id, feedback=feedback, approve=approve, task_id=task_id, webhooks=webhooks
+        await loaded(crew),
+        kickoff_id,
+        feedback=feedback,
+        approve=approve,
+        task_id=task_id,
+        webhooks=webhooks,
+        call=hashlib.sha256(identity.run_key.encode()).hexdigest()[:32],
     )
 
 

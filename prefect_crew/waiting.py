@@ -89,6 +89,12 @@ class WaitPolicy(BaseModel):
         description="How often one task may ask. When it asks once more the wait ends, and the crew is left waiting, "
         "or stopped where `on_human_timeout` says so. Empty: no limit.",
     )
+    next_round_after: float | None = Field(
+        default=300.0,
+        ge=0,
+        description="Seconds after an accepted answer from which an equal question, where nothing else tells the two "
+        "apart, counts as the next one, which people may answer; a function is never asked so. Empty: never.",
+    )
     mode: Literal["poll", "suspend"] = Field(
         default="poll",
         description="Whether the flow run's process waits, or it ends and the flow run is suspended meanwhile.",

@@ -21,13 +21,13 @@ from prefect_crew import (
     arun_pipeline,
     kickoff_crew,
     resume_crew,
-    reviews,
     wait_for_crew,
 )
 from prefect_crew.record_store import PrefectRecords
 from prefect_crew.records import SentReview
 from prefect_crew.reviewing.reviewers import NOBODY
 from prefect_crew.server import CrewScript, InProcessCrewServer
+from support.asking import Asking
 
 SCRIPT = CrewScript.model_validate(
     {
@@ -37,12 +37,6 @@ SCRIPT = CrewScript.model_validate(
     }
 )
 pytestmark = pytest.mark.usefixtures("prefect_api", "instant_polling")
-
-
-@pytest.fixture(autouse=True)
-def quick_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An equal question counts as the next one after this time, without webhooks."""
-    monkeypatch.setattr(reviews, "SETTLE", 0.5)
 
 
 def crew_of(server: InProcessCrewServer, **fields: Any) -> DeployedCrew:
@@ -63,7 +57,7 @@ async def test_each_answer_names_the_users_own_webhooks_again() -> None:
         after.append(server.run(request.kickoff_id).hooks.as_body())
         return Review(approve=request.round > 1, feedback="again")
 
-    with InProcessCrewServer(SCRIPT) as server:
+    with InProcessCrewServer(SCRIPT, dialect="union") as server:
         result = await arun_crew(crew_of(server), {}, review=judge, webhooks=own)
         after.append(server.run(result.kickoff_id).hooks.as_body())
     assert len(after) == 3
@@ -97,7 +91,9 @@ async def test_a_function_answers_each_round_once(dialect: str) -> None:
         asked.append(request)
         return Review(approve=request.round > 1, feedback=f"round {request.round}")
 
-    with InProcessCrewServer(SCRIPT, dialect=dialect) as server:
+    asking = Asking()
+    with InProcessCrewServer(SCRIPT if dialect == "union" else asking, dialect=dialect) as server:
+        asking.polls = lambda: server.requests["status"]
 
         @flow
         async def reviewed() -> tuple[str, str]:
@@ -290,7 +286,7 @@ async def test_every_step_of_a_pipeline_can_be_reviewed() -> None:
 async def test_whoever_answers_a_round_that_has_its_answer_is_told() -> None:
     """A form, or a second person, that still shows the round before."""
     from prefect_crew.open_runs import OpenRun
-    from prefect_crew.reviews import send_review
+    from prefect_crew.reviews import answer_question
     from prefect_crew.sessions import CrewSession
 
     with InProcessCrewServer(SCRIPT, dialect="union") as server:
@@ -306,18 +302,17 @@ async def test_whoever_answers_a_round_that_has_its_answer_is_told() -> None:
                     await asyncio.sleep(0.05)
 
                 async def answer(round_: int, approve: bool) -> None:
-                    await send_review(
+                    await answer_question(
                         run,
                         session,
                         PrefectRecords(),
-                        task_id="draft",
-                        review=Review(approve=approve, feedback="again"),
+                        Review(approve=approve, feedback="again"),
                         by="Ada",
                         round=round_,
                     )
 
                 await answer(1, False)
-                with pytest.raises(CrewError, match=r"Round 1 .* has its answer on record: rejected .* by Ada"):
+                with pytest.raises(CrewError, match=r"is at round 2, not 1\. Nothing was sent"):
                     await answer(1, True)
                 assert server.requests["resume"] == 1
 

@@ -19,7 +19,6 @@ from prefect_crew import (
     Webhooks,
     arun_crew,
     kickoff_crew,
-    reviews,
     wait_for_crew,
     wakeups,
 )
@@ -195,7 +194,6 @@ async def test_the_same_question_asked_again_is_told_by_its_webhook(
     receiver: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Neither the status nor the clock tells it from the one before: only the number of answers in its URL."""
-    monkeypatch.setattr(reviews, "SETTLE", 3600.0)
     asking = CrewScript.model_validate(
         {"name": "asking", "inputs": [], "tasks": [{"name": "draft", "human": True, "output": "always the same"}]}
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
@@ -12,6 +12,7 @@ from prefect_crew.api.models import CrewState, StopOutcome
 from prefect_crew.cli import terminal
 from prefect_crew.cli.crews import CREW, JSON, CrewAccess, find, flag, is_url
 from prefect_crew.cli.exits import UsageError
+from prefect_crew.cli.reviews import open_stores, user_name
 
 if TYPE_CHECKING:
     from prefect_crew.api.client import CrewClient
@@ -145,31 +146,25 @@ def resume(
     terminal.put(f"Run {kickoff_id}: {'approved' if approve else 'rejected'}{f' ({said})' if said else ''}.")
 
 
-async def _resume_only(
-    url: str, kickoff_id: str, access: CrewAccess, feedback: str, *, approve: bool, task_id: str | None
-) -> ResumeAnswer:
-    async with access.client(url) as client:
-        status = await client.status(kickoff_id)
-        if status.state.ended or status.state is CrewState.UNKNOWN:
-            raise CrewError(f"Run {kickoff_id} does not wait for a person: it is {status.state}.")
-        task = task_id or status.human_task_id or status.current_task
-        if task is None:
-            raise CrewError(
-                f"Run {kickoff_id} is {status.state}, and its status does not name the task that waits. Give its "
-                "--task-id: the crew's page shows it."
-            )
-        return await client.resume(kickoff_id, task, feedback, approve)
-
-
 async def _resume(
     crew: str, kickoff_id: str, access: CrewAccess, feedback: str, *, approve: bool, task_id: str | None
 ) -> ResumeAnswer:
-    if _without_prefect(crew):
-        return await _resume_only(crew, kickoff_id, access, feedback, approve=approve, task_id=task_id)
     from prefect_crew.actions import resume_run
+    from prefect_crew.open_runs import OpenRun
 
+    answer: dict[str, Any] = {"feedback": feedback, "approve": approve, "task_id": task_id, "by": user_name()}
     block = await access.load(crew)
-    return await resume_run(block, kickoff_id, feedback=feedback, approve=approve, task_id=task_id)
+    if _without_prefect(crew):
+        # Nothing outlasts this command that could know of the answer, so no Prefect server is started for it.
+        return await resume_run(block, kickoff_id, run=OpenRun(block, kickoff_id), records=None, **answer)
+    async with open_stores() as (stores, _):
+        for store in stores:
+            # The run of a batch's row is on record in the batch's ledger, and so are its answers.
+            record = await store.of_kickoff(kickoff_id)
+            if record is not None and record.crew_url == block.url and await store.attempts(record.run_key):
+                run = OpenRun(block, kickoff_id, record)
+                return await resume_run(block, kickoff_id, run=run, records=store, **answer)
+    return await resume_run(block, kickoff_id, **answer)
 
 
 def stop(

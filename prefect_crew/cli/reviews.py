@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from prefect_crew.records import RunRecord, SentReview
     from prefect_crew.reviewing.review_desk import AskedRun, AskedStore
 
-__all__ = ["app"]
+__all__ = ["app", "open_stores", "user_name"]
 
 EXCERPT = 300
 """Characters of an output that the list shows."""
@@ -43,7 +43,7 @@ def _reach() -> None:
 
 
 @asynccontextmanager
-async def _desk() -> AsyncGenerator[tuple[list[AskedStore], list[str]]]:
+async def open_stores() -> AsyncGenerator[tuple[list[AskedStore], list[str]]]:
     """Open all places where runs that wait are on record; give them, and a sentence for each that cannot be opened."""
     from prefect_crew.batches.known import asking_batches
     from prefect_crew.record_store import PrefectRecords
@@ -70,7 +70,17 @@ def list_reviews(*, json: Annotated[bool, JSON] = False) -> None:
         for text in _about(line):
             terminal.put(text)
         _put_output(line, EXCERPT)
-        terminal.put(f"  → prefect-crew reviews approve {shlex.quote(line.kickoff_id)}, or reject with --feedback TEXT")
+        named = _named(line)
+        terminal.put(f"  → prefect-crew reviews approve {named}, or reject {named} --feedback TEXT")
+
+
+def _named(line: AskedRun) -> str:
+    """Return the arguments that name a run in a command: with the URL of its crew where that is no stored block."""
+    from prefect_crew.overview import crew_argument
+
+    of_url = crew_argument(line.record) == line.record.crew_url
+    crew = f" --crew {shlex.quote(line.record.crew_url)}" if of_url else ""
+    return f"{shlex.quote(line.kickoff_id)}{crew}"
 
 
 async def _asked() -> tuple[list[AskedRun], list[str]]:
@@ -84,7 +94,7 @@ async def _asked() -> tuple[list[AskedRun], list[str]]:
             stored[name] = await _crew(record, None, CrewAccess())
         return stored[name]
 
-    async with _desk() as (stores, missed):
+    async with open_stores() as (stores, missed):
         return await asked_runs(stores, crew), missed
 
 
@@ -123,7 +133,7 @@ def show(
 async def _one(given: str, crew: str | None, access: CrewAccess) -> AskedRun:
     from prefect_crew.reviewing.review_desk import find_asked, look_at_question
 
-    async with _desk() as (stores, _):
+    async with open_stores() as (stores, _):
         record, records = await find_asked(given, stores)
         line = await look_at_question(record, records, lambda record: _crew(record, crew, access))
     if line is None:
@@ -181,7 +191,7 @@ def _answer(
         raise UsageError("--feedback is empty: the crew needs to know what to do better.")
     _reach()
     record, sent = asyncio.run(
-        _send(run, approve, feedback, by=by or _user(), task=task, round=round, crew=crew, access=access)
+        _send(run, approve, feedback, by=by or user_name(), task=task, round=round, crew=crew, access=access)
     )
     if json:
         terminal.put_json({"run_key": record.run_key, "kickoff_id": record.kickoff_id, **sent.model_dump(mode="json")})
@@ -203,7 +213,7 @@ async def _send(
     from prefect_crew.reviewing.review_desk import answer_run, find_asked
     from prefect_crew.reviews import Review
 
-    async with _desk() as (stores, _):
+    async with open_stores() as (stores, _):
         record, records = await find_asked(given, stores)
         block = await _crew(record, crew, access)
         if block is None:
@@ -215,7 +225,8 @@ async def _send(
         return record, await answer_run(record, block, records, review, by=by, task_id=task, round=round)
 
 
-def _user() -> str:
+def user_name() -> str:
+    """Return who answers, as this machine knows that person."""
     try:
         return getpass.getuser()
     except (OSError, KeyError):  # a container's user without a name
@@ -240,7 +251,7 @@ def _about(line: AskedRun) -> list[str]:
 
 def _put_output(line: AskedRun, most: int | None) -> None:
     if line.output is None:
-        terminal.put(f"  What is to be judged is not shown: {line.withheld}.")
+        terminal.put(f"  What is to be judged is not shown: {line.withheld}")
     elif most is None:
         terminal.put_markdown(line.output)
     else:

@@ -26,7 +26,7 @@ from pydantic import Field, ValidationError, create_model
 
 from prefect_crew.logs import run_logger
 from prefect_crew.records import utcnow
-from prefect_crew.reviewing.questions import Question
+from prefect_crew.reviews import Question
 from prefect_crew.waiting import WaitPolicy
 
 __all__ = ["Form", "ReviewForm", "excuse", "shown_with", "unread"]

@@ -9,16 +9,15 @@ from typing import TYPE_CHECKING
 import httpx
 from prefect.exceptions import PrefectException
 
-from prefect_crew import reviews
 from prefect_crew.api.errors import CrewError, CrewTimeoutError, ReviewLimitError
 from prefect_crew.api.models import CrewStatus
 from prefect_crew.logs import run_logger
 from prefect_crew.patience import end
 from prefect_crew.records import ReviewStore, SentReview
-from prefect_crew.reviewing.questions import Question, Questions, how_to_answer
+from prefect_crew.reviewing.questions import Questions
 from prefect_crew.reviewing.review_form import FormReviewer
 from prefect_crew.reviewing.reviewers import FunctionReviewer, Reviewer, reject_late
-from prefect_crew.reviews import AnsweredError, ReviewChoice
+from prefect_crew.reviews import AnsweredError, Question, ReviewChoice, uncertain_error
 from prefect_crew.waiting import WaitPolicy
 
 if TYPE_CHECKING:
@@ -72,7 +71,7 @@ class People:
         self.session = session
         self.records = records
         self.policy = policy
-        self.questions = Questions(run, records)
+        self.questions = Questions(run, records, policy)
         self.question: Question | None = None
         self.reviewer: Reviewer | None = None
         self._function = callable(review)
@@ -95,13 +94,11 @@ class People:
     @property
     def notes(self) -> list[str]:
         """What the artifact says about who is waited for."""
-        if self.question is None or self._function:
+        question = self.question
+        if question is None or (self._function and not (question.by_time or question.uncertain)):
             return []
-        form = "The form is on this flow run's page: Resume. " if self.reviewer is not None else ""
-        return [
-            f"Task {self.question.task} waits for a person, round {self.question.round}. {form}"
-            f"Answer: {how_to_answer(self.run.kickoff_id)}"
-        ]
+        form = "The form is on this flow run's page: Resume. " if self._page is not None else ""
+        return [f"{form}It {self.questions.about(question)}"]
 
     async def ask(self, status: CrewStatus) -> bool:
         """Take in a status; True if a person is asked something new, of which everybody was told, or is done with it.
@@ -114,6 +111,8 @@ class People:
         before, self.question = self.question, await self.questions.saw(status)
         if self.question is None or self.question is before:
             return before is not self.question
+        if before is not None and before.same_as(self.question):
+            return True  # what is to be judged came to be known
         most = self.policy.max_rounds
         if most is not None and self.question.round > most:
             raise TooManyRoundsError(self.question)
@@ -132,19 +131,30 @@ class People:
         Raises:
             CrewError: The answer could not be given or sent.
         """
-        if self.reviewer is not None:
-            await self.reviewer.saw(self.question)
+        if self.reviewer is None:
+            return
+        if self.question is not None and self.question.uncertain:
+            raise uncertain_error(self.run, self.question.before[-1])
+        # What may be the question that was answered is for people alone: a function would approve what it has not seen.
+        await self.reviewer.saw(None if self._function and self.question and self.question.by_time else self.question)
 
     async def more_time(self, status: CrewStatus | None) -> float:
         """Return how many more seconds people get, whose time is over: a rejection that nobody made begins it anew."""
         budget = self.policy.human_timeout
         if self.reviewer is not None and await self.reviewer.last_call():
-            return 2 * reviews.SETTLE  # for the crew to go on
+            return 20.0  # for the crew to go on
         if self.policy.on_human_timeout != "reject" or status is None or budget is None or self._extra_given:
             return 0.0
         self._extra_given = True
         try:
-            if not await reject_late(self.run, self.session, self.records, status, self.policy.human_message):
+            if not await reject_late(
+                self.run,
+                self.session,
+                self.records,
+                status,
+                self.policy.human_message,
+                next_round_after=self.policy.next_round_after,
+            ):
                 # Another process has done it, and the time that began anew is over as well, or this one begins with it.
                 return budget
         except AnsweredError:
@@ -156,8 +166,7 @@ class People:
                 self.run.redact(str(error)),
             )
             return 0.0
-        if self.question is not None:
-            self.questions.answered(self.question)
+        self.questions.forget()
         return budget
 
     def stretching(self, waker: Waker | None, *, relying: bool) -> Callable[[float], float]:

@@ -3,52 +3,59 @@
 from __future__ import annotations
 
 import shlex
-import time
-from dataclasses import dataclass, field
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import httpx
 from prefect.exceptions import PrefectException
 
-from prefect_crew import reviews
 from prefect_crew.api.models import CrewState, CrewStatus
 from prefect_crew.events import emit
 from prefect_crew.logs import run_logger
-from prefect_crew.records import ReviewStore, SentReview
-from prefect_crew.reviews import asked_of, is_late, judged, round_of, waiting_task
+from prefect_crew.records import ReviewStore, SentReview, utcnow
+from prefect_crew.reviews import (
+    Question,
+    Standing,
+    asked_of,
+    judged,
+    kept_beside,
+    note_moved_on,
+    round_of,
+    same_output,
+    standing_of,
+    waiting_task,
+)
 
 if TYPE_CHECKING:
     from prefect_crew.open_runs import OpenRun
+    from prefect_crew.waiting import WaitPolicy
     from prefect_crew.wakeups import Waker
 
-__all__ = ["Question", "Questions", "how_to_answer"]
+__all__ = ["Questions", "how_to_answer", "named_run", "where_to_look"]
+
+SOON = 120.0
+"""Seconds after an answer for which the status is read more often than the policy says, to see the crew go on."""
 
 
-@dataclass(frozen=True)
-class Question:
-    """What a run asks at this moment, the same object as long as it is the same question.
-
-    `task_id` and `output`, what is to be judged, are the crew's own: they go to the crew and to whoever answers. `task`
-    is the task as it may be shown. `round` counts the task's questions from 1; `asked` is the digest that tells it from
-    the next; `before` is what was answered already.
-    """
-
-    kickoff_id: str
-    task_id: str = field(repr=False)
-    round: int
-    asked: str
-    output: str | None = field(repr=False)
-    before: tuple[SentReview, ...] = field(default=(), repr=False)
-    task: str = ""
-
-
-def how_to_answer(kickoff_id: str) -> str:
+def how_to_answer(run: OpenRun) -> str:
     """Return the commands that answer, for logs, artifacts and events."""
-    quoted = shlex.quote(kickoff_id)
+    which = named_run(run)
+    token = "" if run.crew.is_stored else "The crew's token goes into CREW_TOKEN. "
     return (
-        f"prefect-crew reviews approve {quoted}, or: prefect-crew reviews reject {quoted} --feedback TEXT. "
-        "The crew's own page takes answers too."
+        f"prefect-crew reviews approve {which}, or: prefect-crew reviews reject {which} --feedback TEXT. {token}"
+        f"The crew's own page takes answers too{f': {run.crew.page_url}' if run.crew.page_url else '.'}"
     )
+
+
+def named_run(run: OpenRun) -> str:
+    """Return the arguments that name a run on the command line: with its crew where that is no stored block."""
+    crew = "" if run.crew.is_stored else f" --crew {shlex.quote(run.crew.url)}"
+    return f"{shlex.quote(run.kickoff_id)}{crew}"
+
+
+def where_to_look(run: OpenRun) -> str:
+    """Return where a person finds what is not known here."""
+    return f"Look at the crew's page: {run.crew.page_url}" if run.crew.page_url else "Look at the crew's page."
 
 
 class Questions:
@@ -57,42 +64,65 @@ class Questions:
     `given` is what people have answered so far, as far as it was looked up.
     """
 
-    def __init__(self, run: OpenRun, records: ReviewStore) -> None:
+    def __init__(self, run: OpenRun, records: ReviewStore, policy: WaitPolicy) -> None:
         self.run = run
+        self.policy = policy
         self.waker: Waker | None = None
         self.given: list[SentReview] = []
         self._records = records
         self._open: Question | None = None
-        self._answered: tuple[str, float, int] | None = None
+        self._answered: SentReview | None = None
+        """The answer to what the status still shows."""
         record = run.record
         # Also those that another process has seen.
+        self._waited = record is not None and record.human_since is not None
         self._stale = record is not None and bool(record.human_seconds or record.human_since)
+        self._looked_at = utcnow()
 
     async def saw(self, status: CrewStatus) -> Question | None:
-        """Return what is asked; None if nothing is, or nothing that could be answered.
+        """Return what is asked, the same object as long as it is the same question; None if nothing is.
 
-        An answered question that the server still shows is none. The next round is told from it by another output, by a
-        webhook, which says how many answers came before, or by time, since servers move on within seconds.
+        An answered question that the server still shows is none. The next round is told from it by another output, by
+        another state in between, or by a webhook, which says how many answers came before. Where nothing tells it, time
+        does in the end, for people.
         """
-        waiting = status.state is CrewState.WAITING
-        if not waiting:
+        try:
+            return await self._saw(status)
+        finally:
+            self._looked_at = utcnow()
+
+    async def _saw(self, status: CrewStatus) -> Question | None:
+        if status.state is not CrewState.WAITING:
             self._open, self._answered = None, None
-        if self._stale and not waiting:
-            await self._look_up()
-        task_id = waiting_task(status)
-        if not waiting or task_id is None:
+            if self._stale or self._waited:
+                await self._look_up()
+            if self._waited and status.state is not CrewState.UNKNOWN:
+                self._waited = not await self._went_on()
             return None
-        asked = asked_of(status)
-        if self._lingers(asked):
+        self._waited = True
+        task_id, asked = waiting_task(status), asked_of(status)
+        if task_id is None:
             return None
         open_ = self._open
-        if open_ is not None and open_.asked == asked and not self._asked_after(len(open_.before) + 1):
+        if open_ is not None and self._still(open_, task_id, asked):
+            if open_.asked is None and asked is not None:
+                open_ = self._open = replace(open_, asked=asked, output=judged(status))
             return open_
-        if not await self._look_up():
+        if (self._answered is None or self._stale) and not await self._look_up():
             return open_
-        self._stale = True  # there will be an answer
-        if is_late(self.given, task_id, asked) and not self._asked_after(len(self.given)):
+        standing = standing_of(
+            self.given,
+            task_id,
+            asked,
+            now=utcnow(),
+            next_round_after=self.policy.next_round_after,
+            told=self.told(len(self.given)),
+        )
+        self._open, self._answered = None, None
+        if standing is Standing.ANSWERED:
+            self._answered = self.given[-1]
             return None
+        self._stale = True  # there will be an answer
         self._open = Question(
             self.run.kickoff_id,
             task_id,
@@ -100,25 +130,49 @@ class Questions:
             asked,
             judged(status),
             tuple(self.given),
+            by_time=standing is Standing.BY_TIME,
+            uncertain=standing is Standing.UNCERTAIN,
             task=self.run.named(task_id),
         )
         return self._open
 
-    def answered(self, question: Question) -> None:
-        """Note that a question has its answer."""
-        self._open = None
-        self._answered = (question.asked, time.monotonic(), len(question.before) + 1)
+    def _still(self, open_: Question, task_id: str, asked: str | None) -> bool:
+        if open_.task_id != task_id or not same_output(open_.asked, asked):
+            return False
+        answers = len(open_.before)
+        return not self.told(answers + 1) and not (open_.by_time and self.told(answers))
+
+    async def _went_on(self) -> bool:
+        """Note that the crew has gone on after the last answer; False if that is to be tried again.
+
+        The status may have been read before an answer that was given since the look before: it proves nothing of that.
+        """
+        if self._stale or (self.given and self.given[-1].at > self._looked_at):
+            return False
+        return await note_moved_on(self.run, self._records, self.given)
+
+    def answered(self, sent: SentReview) -> None:
+        """Note that what is asked has its answer."""
+        self.given = [*(self._open.before if self._open is not None else self.given), sent]
+        self._open, self._answered, self._stale = None, None if sent.moved_on else sent, False
 
     def forget(self) -> None:
         """Look anew at what is asked: it was answered elsewhere."""
-        self._open = None
+        self._open, self._stale = None, True
 
     def soon(self) -> float | None:
         """Return after how many seconds a look would be welcome, since an answer has just been given; else None."""
         if self._answered is None:
             return None
-        since = time.monotonic() - self._answered[1]
-        return max(1.0, since) if since < 2 * reviews.SETTLE else None
+        since = (utcnow() - self._answered.at).total_seconds()
+        return max(1.0, since) if since < SOON else None
+
+    def told(self, answers: int) -> bool:
+        """Return whether a webhook has told of a question that came after so many answers."""
+        record = self.run.record
+        if not answers or record is None or self.waker is None:
+            return False
+        return self.waker.asked_after(record.attempt, answers)
 
     def tell(self, question: Question, *, quiet: bool, page: str | None = None, told: bool = False) -> None:
         """Tell automations who is waited for, and people as well unless that is to be `quiet`.
@@ -136,40 +190,41 @@ class Questions:
                 run.record,
                 task_id=question.task,
                 round=question.round,
-                answer=how_to_answer(run.kickoff_id),
+                answer=how_to_answer(run),
                 page=page,
+                crew_page=run.crew.page_url,
             )
-        if not quiet:
-            run_logger().warning(
-                "Crew run %s waits for a person: task %s, round %d. %sprefect-crew reviews show %s has what is to be "
-                "judged. Answer: %s",
-                run.kickoff_id,
-                question.task,
-                question.round,
-                f"The form is on {page} (Resume). " if page else "",
-                shlex.quote(run.kickoff_id),
-                how_to_answer(run.kickoff_id),
+        if quiet and not (question.by_time or question.uncertain):
+            return
+        run_logger().warning("Crew run %s %s", run.kickoff_id, self.about(question, page))
+
+    def about(self, question: Question, page: str | None = None) -> str:
+        """Return what people are told about a question, as it goes on after the run's name."""
+        run = self.run
+        if question.uncertain:
+            return (
+                f"may wait for a person: task {question.task}, round {question.round}. An answer was sent "
+                f"({question.before[-1].by}, {question.before[-1].at:%Y-%m-%d %H:%M:%S} UTC) and nobody knows whether "
+                f"it arrived; it is not sent again. {where_to_look(run)} If the run still waits, answer there."
             )
+        shown = question.output is not None and run.show == "full"
+        look = f"See what is to be judged: prefect-crew reviews show {named_run(run)}." if shown else where_to_look(run)
+        again = (
+            "Nothing but time tells this question from the one that was answered last, so that no function is asked. "
+            if question.by_time
+            else ""
+        )
+        form = f"The form is on {page} (Resume). " if page else ""
+        return (
+            f"waits for a person: task {question.task}, round {question.round}. {again}{form}{look} "
+            f"Answer: {how_to_answer(run)}"
+        )
 
     async def _look_up(self) -> bool:
-        if self.run.record is None:
-            return True
         try:
-            self.given = await self._records.reviews(self.run.record)
+            self.given = await self._records.reviews(kept_beside(self.run))
         except (httpx.HTTPError, PrefectException) as error:
             run_logger().debug("The answers to run %s could not be read: %s", self.run.kickoff_id, error)
             return False
         self._stale = False
         return True
-
-    def _lingers(self, asked: str) -> bool:
-        if self._answered is None:
-            return False
-        answered, at, answers = self._answered
-        return answered == asked and time.monotonic() - at < reviews.SETTLE and not self._asked_after(answers)
-
-    def _asked_after(self, answers: int) -> bool:
-        record = self.run.record
-        if not answers or record is None or self.waker is None:
-            return False
-        return self.waker.asked_after(record.attempt, answers)

@@ -11,14 +11,12 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import TYPE_CHECKING, Protocol
 
-import httpx
-from prefect.exceptions import PrefectException
-
 from prefect_crew.api.errors import CrewError
 from prefect_crew.api.models import CrewState, CrewStatus
 from prefect_crew.open_runs import OpenRun
 from prefect_crew.records import RecordPhase, ReviewStore, RunRecord, SentReview
-from prefect_crew.reviews import Review, asked_of, is_late, judged, round_of, send_review, waiting_task
+from prefect_crew.reviewing.questions import where_to_look
+from prefect_crew.reviews import LOOKS, Review, answer_question, judged, round_of, waiting_task
 from prefect_crew.sessions import CrewSession
 
 if TYPE_CHECKING:
@@ -122,19 +120,14 @@ async def look_at_question(record: RunRecord, records: ReviewStore, crew_of: Cre
     )
 
 
-def _asked_since(record: RunRecord, last: SentReview) -> bool:
-    """Return whether whoever waits for the run has seen a person's turn begin after an answer."""
-    return record.human_since is not None and record.human_since > last.at
-
-
 def _shown(run: OpenRun | None, status: CrewStatus | None) -> tuple[str | None, str | None]:
     if run is None or status is None:
-        return None, "its crew's server was not asked"
+        return None, "its crew's server was not asked. Look at the crew's page, or give --crew."
     output = judged(status)
     if output is None:
-        return None, "the status does not show it: look at the crew's page"
+        return None, f"the status does not show it. {where_to_look(run)}"
     if run.show != "full":
-        return None, f"{len(output):,} characters that this crew does not show: look at the crew's page"
+        return None, f"{len(output):,} characters that this crew does not show. {where_to_look(run)}"
     return run.redact(output), None
 
 
@@ -194,43 +187,23 @@ async def answer_run(
         records: Where it is on record.
         review: The answer.
         by: Who answers.
-        task_id: The task; left out, the one that the status names. Given, a status that does not say that anybody is
-            waited for is taken as it is: not every server's does.
+        task_id: The task, where the status does not name it.
         round: The round that was looked at. Another one is not answered.
 
     Raises:
-        CrewError: Nothing waits, the round has its answer on record, or nobody knows whether that has arrived.
-        CrewAPIError, CrewConnectionError: As the server answered, or did not.
+        CrewError: As `answer_question`.
     """
-    kickoff_id = str(record.kickoff_id)
-    run = OpenRun(crew=crew, kickoff_id=kickoff_id, record=record)
+    run = OpenRun(crew=crew, kickoff_id=str(record.kickoff_id), record=record)
     async with CrewSession(crew, withhold=run.withholding()) as session:
-        status = await session.asked(lambda client: client.status(kickoff_id))
-        said = status.state is CrewState.WAITING or (task_id is not None and not status.state.ended)
-        if not said or status.state is CrewState.UNKNOWN:
-            raise CrewError(f"Run {kickoff_id} of crew {crew.label} does not wait for a person: it is {status.state}.")
-        task = task_id or waiting_task(status)
-        if task is None:
-            raise CrewError(
-                f"Run {kickoff_id} of crew {crew.label} waits, and its status does not name the task. Give --task: the "
-                "crew's page and the human-input webhook show it."
-            )
-        before = await records.reviews(record)
-        asked = asked_of(status)
-        if is_late(before, task, asked) and not _asked_since(record, before[-1]):
-            last = before[-1]
-            raise CrewError(
-                f"Round {last.round} of run {kickoff_id}, task {run.named(task)}, has its answer on record: "
-                f"{'approved' if last.approve else 'rejected'} by {last.by}, {last.at:%H:%M:%S} UTC, a moment ago. "
-                "Nothing was sent. Look again in some seconds: prefect-crew reviews."
-            )
-        now = round_of(before, task)
-        if round is not None and round != now:
-            raise CrewError(
-                f"Run {kickoff_id}, task {run.named(task)}, is at round {now}, not {round}. Nothing was sent."
-            )
-        await send_review(run, session, records, task_id=task, review=review, by=by, round=now, asked=asked)
-    try:
-        return (await records.reviews(record))[-1]
-    except (httpx.HTTPError, PrefectException, IndexError) as error:
-        raise CrewError(f"The answer to run {kickoff_id} was sent; it cannot be read back now: {error}") from error
+        _, sent = await answer_question(
+            run,
+            session,
+            records,
+            review,
+            by=by,
+            task_id=task_id,
+            round=round,
+            next_round_after=crew.wait.next_round_after,
+            looks=LOOKS,
+        )
+    return sent

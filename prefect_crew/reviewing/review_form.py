@@ -21,8 +21,8 @@ from prefect_crew.patience import end
 from prefect_crew.records import ReviewStore
 from prefect_crew.rendering import prose, reading
 from prefect_crew.reviewing.forms import Form, ReviewForm, unread
-from prefect_crew.reviewing.questions import Question, Questions
-from prefect_crew.reviews import AnsweredError, Review, asked_of, send_review
+from prefect_crew.reviewing.questions import Questions, where_to_look
+from prefect_crew.reviews import AnsweredError, Question, Review, answer_question
 from prefect_crew.stopping import flow_run_id
 from prefect_crew.waiting import WaitPolicy
 
@@ -216,20 +216,16 @@ class FormReviewer:
 
     async def _send(self, question: Question, filled: ReviewForm) -> None:
         review = Review(approve=filled.decision == "approve", feedback=filled.feedback)
-        status = await self.session.asked(lambda client: client.status(self.run.kickoff_id))
-        if asked_of(status) != question.asked:
-            self._too_late(filled.decision, "the crew has gone on meanwhile")
-            return
         try:
-            await send_review(
+            _, sent = await answer_question(
                 self.run,
                 self.session,
                 self.records,
-                task_id=question.task_id,
-                review=review,
+                review,
                 by=filled.name.strip() or "the form",
-                round=question.round,
-                asked=question.asked,
+                seen=question,
+                told=self.questions.told,
+                next_round_after=self.policy.next_round_after,
             )
         except AnsweredError as error:
             self._too_late(filled.decision, str(error))
@@ -239,7 +235,7 @@ class FormReviewer:
                 raise
             self._too_late(filled.decision, str(error))
             return
-        self.questions.answered(question)
+        self.questions.answered(sent)
         run_logger().info(
             "Crew run %s: task %s, round %d: %s by %s in the form.",
             self.run.kickoff_id,
@@ -273,9 +269,9 @@ class FormReviewer:
     def _model(self, question: Question) -> type[ReviewForm]:
         run = self.run
         if question.output is None:
-            text = "_The status call does not show what is to be judged: look at the crew's page._"
+            text = f"_What is to be judged is not known here. {where_to_look(run)}_"
         elif run.show != "full":
-            text = f"_{len(question.output):,} characters, which are not shown here: look at the crew's page._"
+            text = f"_{len(question.output):,} characters, which are not shown here. {where_to_look(run)}_"
         else:
             output = run.redact(question.output)
             cut = "\n\n_Cut here; the whole text is on the crew's page._" if len(output) > SHOWN else ""

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from prefect_crew.api.errors import CrewError
 from prefect_crew.api.models import CrewStatus
 from prefect_crew.logs import run_logger
 from prefect_crew.records import ReviewStore
-from prefect_crew.reviewing.questions import Question, Questions
+from prefect_crew.reviewing.questions import Questions
 from prefect_crew.reviews import (
     AnsweredError,
+    Question,
     Review,
     ReviewFunction,
     ReviewRequest,
-    asked_of,
-    send_review,
+    answer_question,
+    kept_beside,
     waiting_task,
 )
 
@@ -73,7 +73,6 @@ class FunctionReviewer:
     records: ReviewStore
     questions: Questions
     answer: ReviewFunction
-    meta: Mapping[str, Any] | None = None
 
     async def saw(self, question: Question | None) -> None:
         """Answer at once."""
@@ -84,7 +83,7 @@ class FunctionReviewer:
             task_id=question.task_id,
             output=question.output,
             round=question.round,
-            meta=self.meta,
+            meta=self.run.meta,
         )
         given = self.answer(request)
         review = await given if inspect.isawaitable(given) else given
@@ -98,21 +97,20 @@ class FunctionReviewer:
             "approved" if review.approve else "rejected",
         )
         try:
-            await send_review(
+            _, sent = await answer_question(
                 self.run,
                 self.session,
                 self.records,
-                task_id=question.task_id,
-                review=review,
+                review,
                 by=getattr(self.answer, "__name__", "a function"),
-                round=question.round,
-                asked=question.asked,
+                seen=question,
+                told=self.questions.told,
             )
         except AnsweredError as error:
             run_logger().warning("Crew run %s: the function's answer was not sent. %s", self.run.kickoff_id, error)
             self.questions.forget()
             return
-        self.questions.answered(question)
+        self.questions.answered(sent)
 
     @property
     def answering(self) -> asyncio.Task[None] | None:
@@ -136,7 +134,13 @@ class FunctionReviewer:
 
 
 async def reject_late(
-    run: OpenRun, session: CrewSession, records: ReviewStore, status: CrewStatus, message: str
+    run: OpenRun,
+    session: CrewSession,
+    records: ReviewStore,
+    status: CrewStatus,
+    message: str,
+    *,
+    next_round_after: float | None,
 ) -> bool:
     """Reject what a run asks, since people's time for it is over; False if that was done before, or cannot be.
 
@@ -144,17 +148,16 @@ async def reject_late(
         CrewError: The rejection could not be sent, or somebody answers at this moment.
     """
     task_id = waiting_task(status)
-    given = [] if run.record is None else await records.reviews(run.record)
+    given = await records.reviews(kept_beside(run))
     if task_id is None or any(review.by == NOBODY for review in given):
         return False
-    await send_review(
+    await answer_question(
         run,
         session,
         records,
-        task_id=task_id,
-        review=Review(approve=False, feedback=message),
+        Review(approve=False, feedback=message),
         by=NOBODY,
-        asked=asked_of(status),
+        next_round_after=next_round_after,
     )
     run_logger().warning(
         "Crew run %s: nobody answered task %s in time, so it was rejected.", run.kickoff_id, run.named(task_id)

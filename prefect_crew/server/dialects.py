@@ -126,6 +126,7 @@ class _Union(_Documented):
             "status": _LOWER[run.state],
             "current_task": _current(run),
             "task_id": next(iter(run.questions), None),
+            "task_output": next((question.output for question in run.questions.values()), None),
             "progress": _progress(run),
             "last_step": {"agent": step.agent, "type": step.kind, "content": step.content} if step else None,
             "last_executed_task": _last(last),

@@ -21,7 +21,7 @@ from prefect_crew.waiting import Phases, WaitPolicy
 if TYPE_CHECKING:
     from prefect_crew.open_runs import OpenRun
     from prefect_crew.reviewing.forms import Form
-    from prefect_crew.reviewing.questions import Question
+    from prefect_crew.reviews import Question
 
 __all__ = ["Leaving", "leaving_here"]
 

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from prefect_crew.record_store import SUSPENDED, PrefectRecords, suspended_prefix
 from prefect_crew.records import RunRecord
+from prefect_crew.reviews import same_output
 from prefect_crew.waiting import WaitPolicy
 
 __all__ = ["SuspendedWait", "SuspendedWaits"]
@@ -19,7 +20,7 @@ class SuspendedWait(BaseModel):
 
     `policy` tells when its time is over, and `human_extra` how many seconds people got beyond it. `asks`: whether it
     has somebody to ask when the crew waits for a person. `asked` is the digest of the question that is in its form, or
-    stands in line for it, and `answers` how many answers came before.
+    stands in line for it, empty where the status shows nothing to judge, and `answers` how many answers came before.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
@@ -39,9 +40,9 @@ class SuspendedWait(BaseModel):
         """The name of its note."""
         return suspended_prefix(self.run_key, self.attempt) + self.flow_run_id.replace("-", "")
 
-    def asks_for(self, asked: str, answers: int) -> bool:
+    def asks_for(self, asked: str | None, answers: int) -> bool:
         """Return whether this question, after so many answers, is the one that it asks."""
-        return (self.asked, self.answers) == (asked, answers)
+        return self.asked is not None and self.answers == answers and same_output(self.asked or None, asked)
 
 
 class SuspendedWaits:

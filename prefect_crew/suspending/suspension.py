@@ -27,7 +27,7 @@ from prefect_crew.waiting import WaitPolicy
 
 if TYPE_CHECKING:
     from prefect_crew.reviewing.forms import Form
-    from prefect_crew.reviewing.questions import Question
+    from prefect_crew.reviews import Question
 
 __all__ = [
     "PAUSE_KEY",
@@ -157,7 +157,7 @@ async def write_down(
         since=utcnow(),
         policy=policy,
         asks=asks,
-        asked=None if question is None else question.asked,
+        asked=None if question is None else question.asked or "",
         answers=0 if question is None else len(question.before),
         human_extra=human_extra,
     )

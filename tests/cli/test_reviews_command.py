@@ -12,7 +12,7 @@ import httpx
 import pytest
 from prefect import flow
 
-from prefect_crew import DeployedCrew, arun_crew, reviews
+from prefect_crew import DeployedCrew, WaitPolicy, arun_crew
 from prefect_crew.record_store import PrefectRecords
 from prefect_crew.records import RecordPhase, RunRecord, SentReview, utcnow
 from prefect_crew.server import CrewServer
@@ -23,17 +23,13 @@ from support.prefect_server import PrefectServer
 pytestmark = pytest.mark.usefixtures("prefect_api", "instant_polling")
 
 
-@pytest.fixture(autouse=True)
-def quick_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    """This server's status does not show the output: an equal question counts as the next one after this time."""
-    monkeypatch.setattr(reviews, "SETTLE", 1.0)
-
-
 @pytest.fixture
 def block(prefect_api: PrefectServer, crews: CrewServer) -> Iterator[str]:
     """The reviewed crew, stored; its status shows what is to be judged."""
     name = f"reviewed-{uuid.uuid4().hex[:8]}"
-    DeployedCrew(url=f"{crews.url}/reviewed", token=TOKEN).save(name)
+    # Its status does not show the output, and its next round comes at once: only time tells the two apart.
+    wait = WaitPolicy(next_round_after=1)
+    DeployedCrew(url=f"{crews.url}/reviewed", token=TOKEN, wait=wait).save(name)
     yield name
     DeployedCrew.delete(name)
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from prefect_crew import BatchReport, DeployedCrew, WaitPolicy, reviews, run_batch
+from prefect_crew import BatchReport, DeployedCrew, WaitPolicy, run_batch
 from prefect_crew.batches.binding import ASKS
 from prefect_crew.batches.known import all_batches, known_batch
 from prefect_crew.server import CrewServer
@@ -22,20 +22,16 @@ from support.prefect_server import PrefectServer
 
 pytestmark = pytest.mark.usefixtures("prefect_api")
 
-WAIT = WaitPolicy(initial=0.1, factor=1, jitter=0)
-
-
-@pytest.fixture(autouse=True)
-def quick_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    """This server's status does not show the output: an equal question counts as the next one after this time."""
-    monkeypatch.setattr(reviews, "SETTLE", 1.0)
+WAIT = WaitPolicy(initial=0.1, factor=1, jitter=0, next_round_after=1)
 
 
 @pytest.fixture
 def block(prefect_api: PrefectServer, crews: CrewServer) -> Iterator[str]:
     """The reviewed crew, stored."""
     name = f"reviewed-{uuid.uuid4().hex[:8]}"
-    DeployedCrew(url=f"{crews.url}/reviewed", token=TOKEN).save(name)
+    # Its status does not show the output, and its next round comes at once: only time tells the two apart.
+    wait = WaitPolicy(next_round_after=1)
+    DeployedCrew(url=f"{crews.url}/reviewed", token=TOKEN, wait=wait).save(name)
     yield name
     DeployedCrew.delete(name)
 

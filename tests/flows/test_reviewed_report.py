@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from prefect_crew import reviews
 from prefect_crew.reviewing import review_form
 from prefect_crew.server.local import InProcessCrewServer
 from support.deployed import ROOT, load_flow, wait_until
@@ -20,7 +19,6 @@ SaveCrew = Callable[..., InProcessCrewServer]
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(review_form, "LOOK_EVERY", 0.2)
-    monkeypatch.setattr(reviews, "SETTLE", 1.0)
 
 
 def test_the_draft_is_what_a_person_approved(save_crew: SaveCrew, seen: Seen) -> None:

@@ -45,7 +45,6 @@ pytestmark = pytest.mark.usefixtures("prefect_api", "instant_polling")
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(review_form, "LOOK_EVERY", 0.2)
-    monkeypatch.setattr(reviews, "SETTLE", 1.0)
 
 
 @pytest.fixture

@@ -47,7 +47,7 @@ def status(state: CrewState) -> CrewStatus:
     return CrewStatus(kickoff_id="k", state=state)
 
 
-QUESTION = asked_of(status(CrewState.WAITING))
+QUESTION = asked_of(status(CrewState.WAITING)) or ""
 ASKED = {"asks": True, "asked": QUESTION, "answers": 1}
 
 

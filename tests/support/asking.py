@@ -1,0 +1,116 @@
+"""Crews that ask a person: what the local crew server's own states cannot show, such as a server that lags.
+
+`AskingServer` speaks the crew API over HTTP on loopback and keeps showing a question for as long as the test says.
+`Asking` is a program for the local crew server whose next round begins once the state in between was read.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from prefect_crew.api.models import CrewInput
+from prefect_crew.server.program import Outcome, Run
+
+__all__ = ["Asking", "AskingServer"]
+
+
+class AskingServer:
+    """One crew that asks `rounds` times. Each run goes on `lag` status calls after an answer.
+
+    `changing`: the sentence for people and the last step change with every status call, as on servers that count
+    seconds. `shown`: the status shows the output. `fails`: the answer to `/resume`, by its number, instead of 200;
+    the answer of the person is taken all the same.
+    """
+
+    def __init__(
+        self,
+        *,
+        rounds: int = 1,
+        lag: int = 0,
+        changing: bool = False,
+        shown: bool = False,
+        between: bool = True,
+        fails: dict[int, int] | None = None,
+    ) -> None:
+        self.rounds = rounds
+        self.lag = lag
+        self.changing = changing
+        self.shown = shown
+        self.between = between
+        self.fails = fails or {}
+        self.resumes: list[dict[str, Any]] = []
+        self.kickoffs = 0
+        self.polls = 0
+        self._left: int | None = None
+        self._round = 1
+
+    def app(self) -> Starlette:
+        return Starlette(
+            routes=[
+                Route("/inputs", self._inputs),
+                Route("/kickoff", self._kickoff, methods=["POST"]),
+                Route("/status/{id}", self._status),
+                Route("/resume", self._resume, methods=["POST"]),
+            ]
+        )
+
+    async def _inputs(self, request: Request) -> Response:
+        return JSONResponse({"inputs": []})
+
+    async def _kickoff(self, request: Request) -> Response:
+        self.kickoffs += 1
+        return JSONResponse({"kickoff_id": f"asking-{id(self)}"})
+
+    async def _status(self, request: Request) -> Response:
+        self.polls += 1
+        if self._left is not None:
+            self._left -= 1
+            if self._left < 0:
+                self._left, self._round = None, self._round + 1
+                if self.between and self._round <= self.rounds:
+                    return JSONResponse({"state": "RUNNING"})
+        if self._round > self.rounds:
+            return JSONResponse({"state": "SUCCESS", "result": "done"})
+        body: dict[str, Any] = {"state": "PENDING_HUMAN_INPUT", "task_id": "draft"}
+        if self.changing:
+            body |= {"status": f"Waiting for human input, {self.polls} s", "last_step": f"thought {self.polls}"}
+        if self.shown:
+            body["task_output"] = f"draft {self._round}"
+        return JSONResponse(body)
+
+    async def _resume(self, request: Request) -> Response:
+        self.resumes.append(await request.json())
+        if self._left is None:
+            self._left = self.lag
+        status = self.fails.get(len(self.resumes))
+        return Response("broken", status) if status else JSONResponse({"status": "resumed"})
+
+
+class Asking:
+    """A program that asks until it is approved, always the same. The next round waits for a read of the status."""
+
+    name = "asking"
+
+    def __init__(self, *, output: str = "always the same") -> None:
+        self.output = output
+        self.polls: Callable[[], int] = lambda: 0
+
+    def inputs(self) -> list[CrewInput]:
+        return []
+
+    async def execute(self, run: Run) -> Outcome:
+        run.plan(["draft"])
+        run.task_started("draft")
+        while not (await run.ask(task_id="draft", output=self.output)).approve:
+            # Two: one may have been under way.
+            seen = self.polls()
+            while self.polls() < seen + 2:
+                await asyncio.sleep(0.005)
+        return Outcome(output=self.output)
