@@ -44,7 +44,7 @@ def wait(**fields: Any) -> SuspendedWait:
 
 
 def status(state: CrewState) -> CrewStatus:
-    return CrewStatus(kickoff_id="k", state=state)
+    return CrewStatus(kickoff_id="k", state=state, human_task_id="draft", raw={"task_output": "to be judged"})
 
 
 QUESTION = asked_of(status(CrewState.WAITING)) or ""
