@@ -267,11 +267,19 @@ class Database:
             SQLAlchemyError, OSError: As the database does.
         """
         if self._server is not None:
-            async with self._server.begin() as connection:
-                return await connection.run_sync(work)
+            return await self._on_server(work)
         if self._thread is None:
             raise InvalidCallError("This ledger is not open: use it in `async with`.")
         return await asyncio.get_running_loop().run_in_executor(self._thread, self._in_file, work)
+
+    async def _on_server(self, work: Callable[[Connection], T]) -> T:
+        from asyncpg import PostgresError
+
+        try:
+            async with self._server.begin() as connection:
+                return await connection.run_sync(work)
+        except PostgresError as error:  # of connecting, to one that starts or stops: SQLAlchemy leaves that as it is
+            raise OSError(short(error)) from error
 
     def _in_file(self, work: Callable[[Connection], T]) -> T:
         if self._connection is None:

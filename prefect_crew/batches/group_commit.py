@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic_core import to_json
 from sqlalchemy import Connection, TextClause, select, text
@@ -21,6 +21,7 @@ from prefect_crew.logs import run_logger
 
 __all__ = ["KEYS_AT_ONCE", "GroupWriter"]
 
+T = TypeVar("T")
 KEYS_AT_ONCE = 400
 """Row keys a query: an SQLite of old takes 999 bound values."""
 SOON = 0.05
@@ -46,7 +47,7 @@ class GroupWriter:
     """Writes attempts of one batch; one event loop.
 
     Attributes:
-        patience: Seconds for which a database that is away is written to again, before LedgerError.
+        patience: Seconds for which a database that is away is tried again, before LedgerError.
         commits, writes: How many there were. `seconds`: how long the commits took, in all.
     """
 
@@ -154,21 +155,31 @@ class GroupWriter:
         A commit of which nobody knows whether it took place can be made again: a claim that stands is known by its
         owner, and an update follows from itself.
         """
+        return await self.keep_trying(lambda connection: self._commit(connection, group), "written")
+
+    async def keep_trying(self, work: Callable[[Connection], T], what: str) -> T:
+        """Do something in the database that can be done twice, and try again while it is away.
+
+        Args:
+            work: What is done, in a transaction of its own.
+            what: What cannot be done meanwhile, for the log: "read" or "written".
+
+        Raises:
+            SQLAlchemyError, OSError: It could not be done for `patience` seconds, or never can.
+        """
         loop = asyncio.get_running_loop()
         until, delay, told = loop.time() + self.patience, 0.5, False
         while True:
             try:
-                return await self._database.run(lambda connection: self._commit(connection, group))
+                return await self._database.run(work)
             except (DBAPIError, OSError) as error:
                 if not _may_pass(error) or loop.time() + delay > until:
                     raise
                 if not told:
                     told = True
                     run_logger().warning(
-                        "The ledger %s cannot be written (%s). The batch stands still; it is tried again for %.0f s.",
-                        self._database.address,
-                        short(error),
-                        self.patience,
+                        "The ledger %s cannot be %s (%s). The batch stands still; it is tried again for %.0f s.",
+                        *(self._database.address, what, short(error), self.patience),
                     )
             await asyncio.sleep(delay)
             delay = min(delay * 2, 5.0)
@@ -219,6 +230,8 @@ def _turns(writes: Iterable[_Write]) -> list[list[_Write]]:
 def _may_pass(error: Exception) -> bool:
     """Return whether a database may be back in a while: one that restarts, is locked, or whose disk is full."""
     if isinstance(error, DBAPIError):
+        if "no such" in str(error.orig):  # SQLite's word for a table or a column that is not there
+            return False
         return isinstance(error, OperationalError | InterfaceError) or error.connection_invalidated
     return isinstance(error, OSError)
 

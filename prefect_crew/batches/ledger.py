@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from hashlib import sha256
@@ -103,7 +103,7 @@ class Ledger:
             row = connection.execute(select(batches).where(batches.c.name == self.batch)).mappings().first()
             return None if row is None else {str(name): value for name, value in row.items()}
 
-        values = await self._read(self.database.run(read))
+        values = await self._read(read)
         if values is None:
             return None
         for name in ("call", "standing"):
@@ -179,7 +179,7 @@ class Ledger:
     async def names(self) -> list[str]:
         """Return the names of all batches in this ledger."""
         query = select(batches.c.name).order_by(batches.c.name)
-        return await self._read(self.database.run(lambda connection: list(connection.execute(query).scalars())))
+        return await self._read(lambda connection: list(connection.execute(query).scalars()))
 
     # The record protocol.
 
@@ -255,7 +255,7 @@ class Ledger:
     async def of_kickoff(self, kickoff_id: str) -> RunRecord | None:
         """Return the attempt that holds a kickoff id, if any, of whichever batch."""
         query = select(attempts.c.record).where(attempts.c.kickoff == _digest(kickoff_id))
-        found = await self._read(self.database.run(lambda connection: connection.execute(query).scalars().first()))
+        found = await self._read(lambda connection: connection.execute(query).scalars().first())
         return None if found is None else _record(found)
 
     async def owner_ended(self, record: RunRecord) -> bool:
@@ -328,7 +328,7 @@ class Ledger:
             return rows
 
         found: dict[str, list[RunRecord]] = {}
-        for key, text in await self._read(self.database.run(read)):
+        for key, text in await self._read(read):
             found.setdefault(key, []).append(_record(text))
         return found
 
@@ -397,11 +397,11 @@ class Ledger:
             found: Any = connection.execute(query)
             return list(found)
 
-        return await self._read(self.database.run(read))
+        return await self._read(read)
 
-    async def _read(self, reading: Awaitable[T]) -> T:
+    async def _read(self, work: Callable[[Connection], T]) -> T:
         try:
-            return await reading
+            return await self.writer.keep_trying(work, "read")
         except (SQLAlchemyError, OSError) as error:
             raise LedgerError(f"cannot be read: {short(error)}.", ledger=self.address) from error
 

@@ -32,6 +32,7 @@ from prefect_crew.batches.ends import FAILED, UNCERTAIN, RowEnd
 from prefect_crew.batches.engines import engine_of
 from prefect_crew.batches.feed import feed
 from prefect_crew.batches.job import BatchJob
+from prefect_crew.batches.ledger import LedgerError
 from prefect_crew.batches.locks import WHOLE, BatchBusyError
 from prefect_crew.batches.opened import OpenBatch
 from prefect_crew.batches.options import IN_FLIGHT, BatchOptions
@@ -211,7 +212,12 @@ class Parent:
         elif state.is_running():
             if shard.running_since is None:
                 shard.running_since = time.monotonic()
-            if await self._batch.lock.is_held(shard_part(shard.number, self._count)):
+            try:
+                held = await self._batch.lock.is_held(shard_part(shard.number, self._count))
+            except LedgerError as error:  # it says nothing about the shard, which is looked at again
+                run_logger().warning("Whether %s is alive cannot be seen now: %s", shard.name, error)
+                return
+            if held:
                 shard.locked = True
                 return
             slow = time.monotonic() - shard.running_since > RUNNING_WITHIN

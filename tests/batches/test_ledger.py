@@ -22,7 +22,8 @@ from prefect_crew.batches.known import KnownBatch
 from prefect_crew.batches.ledger import Ledger
 from prefect_crew.batches.places import ledger_place
 from prefect_crew.records import RecordPhase, SentReview, StoredResult, utcnow
-from support.batches import record_of
+from support.batches import postgres_ledger, record_of
+from support.postgres import Postgres, find_postgres
 
 
 async def write(ledger: Ledger, *rows: tuple[str, RecordPhase, CrewState | None], **facts: Any) -> None:
@@ -346,6 +347,57 @@ async def test_a_database_that_stays_away_fails_the_writes_and_the_id_is_in_the_
             await ledger.save(record)
         other.close()
     assert "prefect-crew batch settle b k --kickoff-id run-77" in caplog.text
+
+
+async def test_a_database_that_is_away_for_a_while_is_read_once_it_is_back(
+    ledger_address: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    async with Ledger(ledger_address, "b") as ledger:
+        await ledger.enter(crew_url="u", fingerprint="f", total=3)
+        assert await ledger.claim(record_of(ledger, "k"))
+        run, left = ledger.database.run, 0
+
+        async def away(work: Any) -> Any:
+            nonlocal left
+            if left:
+                left -= 1
+                raise ConnectionRefusedError("connection refused")
+            return await run(work)
+
+        monkeypatch.setattr(ledger.database, "run", away)
+        with caplog.at_level(logging.WARNING):
+            for read in (ledger.counts, ledger.entry, ledger.known, lambda: ledger.attempts_of(["k"])):
+                left = 2
+                assert await asyncio.wait_for(read(), 20)
+        left = 1000
+        ledger.writer.patience = 0.1
+        with pytest.raises(LedgerError, match="cannot be read: connection refused"):
+            await ledger.counts()
+    assert "cannot be read (connection refused). The batch stands still" in caplog.text
+
+
+@pytest.mark.slow
+@pytest.mark.postgres
+async def test_a_restart_of_postgresql_ends_neither_reads_nor_writes():
+    programs = find_postgres()
+    assert programs is not None
+    server = Postgres(programs)
+    try:
+        await asyncio.to_thread(server.start)
+        address = await asyncio.to_thread(postgres_ledger, server)
+        async with Ledger(address, "b") as ledger:
+            assert await ledger.claim(record_of(ledger, "k1"))
+            await asyncio.to_thread(server.process.kill)
+            reading = asyncio.ensure_future(ledger.counts())
+            writing = asyncio.ensure_future(ledger.claim(record_of(ledger, "k2")))
+            await asyncio.wait({reading, writing}, timeout=2)
+            assert not reading.done()
+            assert not writing.done()
+            await asyncio.to_thread(server.serve)
+            assert (await asyncio.wait_for(reading, 60)).keys() == {"claimed"}
+            assert await asyncio.wait_for(writing, 60)
+    finally:
+        await asyncio.to_thread(server.stop)
 
 
 async def test_postgresql_may_close_all_connections_in_between(postgres_address: str):

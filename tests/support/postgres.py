@@ -83,6 +83,15 @@ class Postgres:
         )  # fmt: skip
         if made.wait(timeout) != 0:
             raise ProcessError(f"initdb failed:\n{made.tail()}")
+        return self.serve(timeout)
+
+    def serve(self, timeout: float = 60.0) -> Postgres:
+        """Start it over its data, also once more after it was killed.
+
+        Raises:
+            ProcessError: It did not answer within `timeout` seconds; with the end of its log.
+        """
+        data = self._folder / "data"
         options = {
             "listen_addresses": "127.0.0.1",
             "port": str(self.port),
