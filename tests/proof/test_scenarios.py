@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from prefect_crew.api.errors import CrewLostError, KickoffUncertainError
@@ -54,9 +56,10 @@ WORLDS = {
 }
 
 
+@pytest.mark.parametrize("order", range(3))
 @pytest.mark.parametrize("name", WORLDS)
-def test_the_promises_hold_when(name: str) -> None:
-    world = World(WORLDS[name]).play()
+def test_the_promises_hold_when(name: str, order: int) -> None:
+    world = World(replace(WORLDS[name], order=order)).play()
     assert not broken_promises(world), "\n".join(world.trace)
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import uuid
 from datetime import datetime, timedelta
 from email.utils import parsedate_to_datetime
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -13,18 +15,20 @@ import httpx
 import pytest
 from prefect.exceptions import PrefectHTTPStatusError
 
-from prefect_crew import posting, record_store
+from prefect_crew import posting, purchases, record_store, records
 from prefect_crew.api.certainty import KickoffFate
 from prefect_crew.record_store import PrefectRecords
-from prefect_crew.records import RecordPhase, RunRecord, utcnow
+from prefect_crew.records import Decision, RecordPhase, RunRecord, utcnow
 from proof.sim.loop import Process, SimLoop, StuckError
 from proof.sim.oracle import broken_promises
 from proof.sim.prefect_api import SimPrefect
 from proof.sim.scenario import Call, CrewRun, Scenario
+from proof.sim.shrink import shrunk
 from proof.sim.world import World
 from support.prefect_server import PrefectServer
 
 KEY = uuid.uuid4().hex
+IDS = re.compile(r"[0-9a-f]{8}-[0-9a-f-]{27}")
 
 
 def record(attempt: int, owner: str, **fields: Any) -> RunRecord:
@@ -183,6 +187,24 @@ def _sends_again() -> Any:
     return mock.patch.object(posting, "kickoff_fate", return_value=KickoffFate.RETRY)
 
 
+def _never_pauses() -> Any:
+    async def at_once(seconds: float) -> None:
+        await asyncio.sleep(0)
+
+    return mock.patch.object(purchases, "asyncio", SimpleNamespace(**{**vars(asyncio), "sleep": at_once}))
+
+
+def _starts_a_failed_run_again() -> Any:
+    def decide(record: RunRecord | None, **known: Any) -> Decision:
+        return records.decide(record, **{**known, "asked_at": None})
+
+    return mock.patch.object(purchases, "decide", decide)
+
+
+def _is_never_sure() -> Any:
+    return mock.patch.object(posting, "kickoff_fate", return_value=KickoffFate.UNCERTAIN)
+
+
 def _forgets_the_id() -> Any:
     async def save(record: RunRecord, records: Any) -> None:
         return None
@@ -192,10 +214,18 @@ def _forgets_the_id() -> Any:
 
 TWO = Scenario(calls=(Call(), Call()), runs=(CrewRun(seconds=3),))
 KILLED = Scenario(calls=(Call(kill_at=20, crashed_after=0.5, again=(1.0,)),), runs=(CrewRun(seconds=15),))
+SLOW = Scenario(calls=(Call(), Call(at=0.2)), faults=("kickoff:429-before-accept=15@1",))
+FAILING = Scenario(calls=(Call(), Call(at=0.03, freeze_at=5, freeze_for=30.0)), runs=(CrewRun(end="fails"),))
+REFUSED = Scenario(calls=(Call(again=(1.0,)),), faults=("kickoff:400-before-accept@1",))
+MISCONFIGURED = Scenario(calls=(Call(misconfigured=True, again=(1.0,)),))
 DENIED = Scenario(calls=(Call(again=(1.0,)),), faults=("kickoff:500-after-accept@1",))
 MISTAKES = {
     "a claim that anybody may overwrite": (_claims_nothing, TWO),
     "a kickoff that is sent again after a 500": (_sends_again, DENIED),
+    "a wait without pauses": (_never_pauses, SLOW),
+    "a failed run that is started again by who waited for it": (_starts_a_failed_run_again, FAILING),
+    "a refused kickoff that is made uncertain": (_is_never_sure, REFUSED),
+    "a mistake of the user that is made uncertain": (_is_never_sure, MISCONFIGURED),
     "an id that is not written down": (_forgets_the_id, KILLED),
 }
 
@@ -206,3 +236,22 @@ def test_a_mistake_is_seen(mistake: str) -> None:
     assert not broken_promises(World(scenario).play())
     with make():
         assert broken_promises(World(scenario).play())
+
+
+def test_the_order_of_what_is_ready_is_drawn_by_the_seed() -> None:
+    def course(order: int) -> list[str]:
+        return World(Scenario(calls=(Call(), Call(), Call()), order=order)).play().trace
+
+    assert len({tuple(course(order)[:2]) for order in range(8)}) > 1
+    assert [re.sub(IDS, "", line) for line in course(5)] == [re.sub(IDS, "", line) for line in course(5)]
+
+
+def test_a_failing_world_is_made_small() -> None:
+    large = Scenario(
+        calls=(Call(at=3.0, flow=False, again=(1.0, 3.0)), Call(kill_at=5)),
+        runs=(CrewRun("fails", 15), CrewRun()),
+        faults=("kickoff:500-after-accept@1", "status:500@1"),
+        max_kickoffs=1,
+    )
+    small = shrunk(large, lambda one: "kickoff:500-after-accept@1" in one.faults and any(c.again for c in one.calls))
+    assert small == Scenario(calls=(Call(again=(3.0,)),), faults=("kickoff:500-after-accept@1",))

@@ -21,6 +21,8 @@ __all__ = ["EPOCH", "Process", "SimLoop", "StuckError", "current_process"]
 
 EPOCH = 1_750_000_000.0
 """When simulated time begins, in seconds since 1970."""
+FOREVER = 1e6
+"""Seconds; longer than any world lasts."""
 
 _current: contextvars.ContextVar[Process | None] = contextvars.ContextVar("proof_process", default=None)
 
@@ -44,6 +46,7 @@ class Process:
         kill_at: The step before which it dies.
         freeze_at, freeze_for: The step before which it stands still (a closed laptop), and for how many seconds.
         cancel_at: The step before which its main coroutine is cancelled; `on_cancel` is told just before.
+        on_fate: Is told when one of these comes, and its name: "killed", "asleep" or "cancelled".
         skew, skew_at: By how many seconds its wall clock is wrong, and from which step on; None: always.
     """
 
@@ -56,6 +59,7 @@ class Process:
         freeze_for: float = 0.0,
         cancel_at: int | None = None,
         on_cancel: Callable[[Process], None] | None = None,
+        on_fate: Callable[[Process, str], None] | None = None,
         skew: float = 0.0,
         skew_at: int | None = None,
     ) -> None:
@@ -78,6 +82,7 @@ class Process:
         self._freeze_for = freeze_for
         self._cancel_at = cancel_at
         self._on_cancel = on_cancel
+        self._on_fate = on_fate or (lambda process, fate: None)
         self._skew = skew
         self._skew_at = skew_at
         self.buried = False
@@ -118,14 +123,17 @@ class Process:
             return "dead"
         self.steps += 1
         if self.steps == self._kill_at:
+            self._on_fate(self, "killed")
             self.kill()
             return "dead"
         if self.steps == self._freeze_at:
+            self._on_fate(self, "asleep")
             self.was_frozen = True
             self.frozen_in = {what for what in ("posting", "writing") if self.facts.get(what)}
             self.frozen_until = asyncio.get_running_loop().time() + self._freeze_for
             self.slept += self._freeze_for
         if self.steps == self._cancel_at and self.main is not None:
+            self._on_fate(self, "cancelled")
             self.was_cancelled = True
             if self._on_cancel:
                 self._on_cancel(self)
@@ -234,6 +242,34 @@ class SimLoop(asyncio.SelectorEventLoop):
     def wall(self) -> float:
         """Return the right time, whatever the clock of a machine says."""
         return EPOCH + self._now
+
+    # anyio cancels a task again and again, in no time, until that has heard of it: what is dead or asleep never does.
+    # So its callbacks wait as well. Those of tasks do not, since `_Guarded` sees to them.
+
+    def call_soon(self, callback: Any, *args: Any, context: Any = None) -> asyncio.Handle:  # type: ignore[override]
+        if inspect.ismethod(callback) and (until := self._held(context)) is not None:
+            return self.call_at(until, callback, *args, context=context)
+        return super().call_soon(callback, *args, context=context)
+
+    def call_at(self, when: float, callback: Any, *args: Any, context: Any = None) -> asyncio.TimerHandle:  # type: ignore[override]
+        if inspect.ismethod(callback):
+            return super().call_at(when, self._due, callback, args, context=context)
+        return super().call_at(when, callback, *args, context=context)
+
+    def _due(self, callback: Any, args: tuple[Any, ...]) -> None:
+        if (until := self._held(None)) is None:
+            callback(*args)
+        else:
+            self.call_at(until, callback, *args)
+
+    def _held(self, context: contextvars.Context | None) -> float | None:
+        """Return until when a process does nothing, None if it is awake."""
+        process = _current.get() if context is None else context.get(_current)
+        if process is None or process.buried:
+            return None
+        if process.dead:
+            return self._now + FOREVER
+        return process.frozen_until if self._now < process.frozen_until else None
 
     def call_soon_threadsafe(self, callback: Any, *args: Any, context: Any = None) -> asyncio.Handle:  # type: ignore[override]
         # With one thread, this is how a client hands over to a server: what that does is not the client's.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
 
@@ -30,6 +31,9 @@ LIES = frozenset({"400", "401", "403", "404", "405", "422", "429", "429-bare", "
 is bought again: no client can tell."""
 WRITTEN_WITHIN = 1.0
 """Simulated seconds, on a good day, from the answer to a kickoff to its id being on record."""
+WINDOW = 5.0
+MOST_REQUESTS = {"Prefect": 45, "crew": 20}
+"""What one call may ask of each server within so many simulated seconds: a wait without pauses asks a hundred times."""
 FINAL_EVENTS = ("crew.completed", "crew.failed", "crew.stopped", "crew.lost")
 
 
@@ -41,7 +45,7 @@ def broken_promises(world: World, *, strict: bool = False) -> list[str]:
     """
     checks = (
         *(_never_twice, _never_two_at_once, _never_lost, _certain, _true_results, _events, _honest_stops, _timeouts),
-        *(_records, _prunes),
+        *(_records, _prunes, _starts_after_failures, _needlessly_uncertain, _requests),
     )
     unclaimed = [f"a kickoff of {key} arrived and no claim of it stood" for key in world.site.unclaimed]
     world.excusing = not strict
@@ -267,3 +271,57 @@ def _prunes(world: World) -> Iterator[str]:
         phase = None if change.before is None else change.before["phase"]
         if change.value is None and change.by in world.clerks and phase not in ("ended", "not-started"):
             yield f"prune: {change.name} was removed while it was {phase}"
+
+
+def _starts_after_failures(world: World) -> Iterator[str]:
+    """A run that failed is started again only by those who asked after its end: who waited for it takes the failure."""
+    if any(process.facts["call"].skew for process in world.processes):
+        return  # who asked first is told by clocks
+    for key in _keys(world):
+        ids = world.site.accepted(key)
+        extra = _forced(world, key) + _lies(world) + _asleep(world, key, "posting") + len(world.prefect.gone(key))
+        for failed in ids:
+            run = world.site.run(failed)
+            if run is None or run.state not in (CrewState.FAILED, CrewState.STOPPED):
+                continue
+            end = world.site.ended_at[failed]
+            starts = sorted(at for id_ in ids if (at := world.site.accepted_at[id_]) > end)
+            for number, at in enumerate(starts, 1):
+                asked = sum(ask.key == key and end <= ask.at <= at for ask in world.asks)
+                if number > asked + extra:
+                    yield f"failures: {key} was started {number} times after {failed} had failed, {asked} asked for it"
+                    break
+
+
+def _needlessly_uncertain(world: World) -> Iterator[str]:
+    """A record is made uncertain by its own kickoff, and only if that may have started a run."""
+    for change in world.prefect.changes:
+        record = change.value
+        if record is None or record["phase"] != "uncertain" or (change.before or {}).get("phase") == "uncertain":
+            continue
+        owner = world.owners[record["owner"]]
+        began = moment(record["claimed_at"]).timestamp() - EPOCH - owner.clock_error
+        met = [
+            fired.fault
+            for at, key, fired in world.site.kickoff_faults
+            if key == record["run_key"] and began - 1 <= at <= change.at
+        ]
+        slow = any(fault.kind.name == "latency" and (fault.value or 0) >= REQUEST_TIMEOUT for fault in met)
+        unclear = slow or any(fault.kind.name in UNCLEAR for fault in met) or world.site.crashes > 0
+        if not (unclear or owner.was_frozen or owner.was_cancelled):
+            yield f"certain: {change.name} was made uncertain at {change.at:.2f}, and its kickoff was answered clearly"
+
+
+def _requests(world: World) -> Iterator[str]:
+    """Nobody asks a server again and again without a pause."""
+    for server, asked in (("Prefect", world.prefect.asked), ("crew", world.site.transport.asked)):
+        by: defaultdict[Process, list[float]] = defaultdict(list)
+        for at, process in asked:
+            if process is not None:
+                by[process].append(at)
+        for process, ats in by.items():
+            call = process.facts["call"]
+            most = MOST_REQUESTS[server] * (1 if call is None else call.at_once)
+            busy = next((at for at, later in zip(ats, ats[most:], strict=False) if later - at < WINDOW), None)
+            if busy is not None:
+                yield f"requests: {process.name} asked {server} more than {most} times in {WINDOW:g} s from {busy:.2f}"

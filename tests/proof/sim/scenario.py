@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-from hypothesis import strategies as st
-
-from proof.sim.prefect_api import PREFECT_FAULTS
-
-__all__ = ["Call", "CrewRun", "Prune", "Scenario", "scenarios"]
+__all__ = ["Call", "CrewRun", "Prune", "Scenario"]
 
 End = Literal["completes", "fails", "stuck", "asks"]
 
@@ -45,6 +40,7 @@ class Call(_Short):
         other_inputs: Give other inputs than the key's first call should have.
         at_once: Calls made side by side in this process.
         force_new: As `run_crew`'s.
+        misconfigured: Give a `meta` that is no JSON, so that nothing can be sent; mended for the attempts after that.
         flow: Whether it is a flow run on the Prefect server.
         kill_at, freeze_at, cancel_at: The step of the process before which that happens.
         freeze_for: Seconds.
@@ -62,6 +58,7 @@ class Call(_Short):
     other_inputs: bool = False
     at_once: int = 1
     force_new: bool = False
+    misconfigured: bool = False
     flow: bool = True
     kill_at: int | None = None
     freeze_at: int | None = None
@@ -123,103 +120,3 @@ class Scenario(_Short):
     prunes: tuple[Prune, ...] = ()
     seed: int = 0
     order: int = 0
-
-
-_CODES = ("400", "401", "403", "404", "405", "408", "422", "429", "429-bare", "500", "502", "503", "503-bare", "504")
-_BROKEN = ("drop", "reset", "timeout", "redirect", "html", "garbage", "empty", "cut", "crash")
-_WHEN = ("@1", "@2", "@1-2", "@3", "@2-4")
-
-_seconds = st.sampled_from((0.0, 0.2, 1.0, 3.0, 15.0, 50.0))
-_phase = st.sampled_from(("-before-accept", "-after-accept"))
-_when = st.sampled_from(_WHEN)
-_kickoff_fault = st.one_of(
-    st.builds(
-        lambda name, phase, when: f"kickoff:{name}{phase}{when}", st.sampled_from(_CODES + _BROKEN), _phase, _when
-    ),
-    st.builds(lambda seconds, when: f"kickoff:latency={seconds}{when}", st.sampled_from((0.5, 4, 20)), _when),
-    st.sampled_from(("kickoff:no-id@1", "kickoff:stuck@1", "status:early-404=3", "status:early-404-seconds=20")),
-)
-_other_fault = st.builds(
-    lambda where, name, when: f"{where}:{name}{when}",
-    st.sampled_from(("status", "status", "inputs", "stop")),
-    st.sampled_from((*_CODES, *_BROKEN, "latency=2")),
-    _when,
-)
-_forgotten = st.just("status:forgotten@4")
-_fault = st.one_of(_kickoff_fault, _kickoff_fault, _other_fault, _forgotten)
-# One latency at most: who settles a kickoff while it is still on its way has looked too early.
-_faults = st.lists(_fault, max_size=3, unique_by=lambda fault: re.split("[@=]", fault)[0]).map(tuple)
-
-_maybe_step = st.one_of(st.none(), st.integers(1, 30), st.integers(1, 200))  # an undisturbed run has about 30 steps
-_call = st.builds(
-    Call,
-    at=_seconds,
-    key=st.sampled_from((0, 0, 0, 1)),
-    other_inputs=st.sampled_from((False,) * 9 + (True,)),
-    at_once=st.sampled_from((1, 1, 1, 2)),
-    force_new=st.sampled_from((False,) * 7 + (True,)),
-    flow=st.booleans(),
-    kill_at=_maybe_step,
-    freeze_at=st.one_of(st.none(), st.none(), _maybe_step),
-    freeze_for=st.sampled_from((1.0, 30.0, 400.0)),
-    cancel_at=st.one_of(st.none(), _maybe_step),
-    asked=st.booleans(),
-    crashed_after=st.sampled_from((None, 0.5, 70.0)),
-    again=st.lists(_seconds, max_size=3).map(tuple),
-    same_flow_run=st.booleans(),
-)
-_run = st.builds(
-    CrewRun,
-    end=st.sampled_from(("completes", "completes", "completes", "fails", "fails", "stuck", "asks")),
-    seconds=_seconds,
-)
-
-_anything = st.builds(
-    Scenario,
-    calls=st.lists(_call, min_size=1, max_size=4).map(tuple),
-    runs=st.lists(_run, max_size=3).map(tuple),
-    faults=_faults,
-    prefect_faults=st.lists(
-        st.tuples(st.integers(1, 40), st.sampled_from(PREFECT_FAULTS)), max_size=2, unique_by=lambda fault: fault[0]
-    ).map(tuple),
-    outages=st.lists(st.tuples(_seconds, st.sampled_from((1.0, 60.0, 900.0))), max_size=1).map(tuple),
-    down_for=st.sampled_from((0.5, 5.0, 60.0)),
-    rotate_at=st.sampled_from((None, None, None, 0.3, 5.0)),
-    rotate_late=st.sampled_from((0.0, 3.0)),
-    max_kickoffs=st.sampled_from((1, 3)),
-    stop_on_timeout=st.booleans(),
-    settle_after=st.sampled_from((None, 0.0, 100.0)),
-    seed=st.integers(0, 3),
-)
-_sleepers = st.builds(
-    Scenario,
-    # One falls asleep somewhere around its kickoff, another asks for the same run meanwhile, and a person settles it.
-    calls=st.tuples(
-        st.builds(Call, freeze_at=st.integers(1, 30), freeze_for=st.sampled_from((30.0, 400.0)), flow=st.booleans()),
-        st.builds(Call, at=_seconds, again=st.just((15.0, 50.0, 50.0)), flow=st.booleans()),
-    ),
-    runs=st.lists(_run, max_size=1).map(tuple),
-    faults=_faults,
-    settle_after=st.sampled_from((0.0, 20.0)),
-    seed=st.integers(0, 3),
-)
-_retries = st.builds(
-    Scenario,
-    # One flow run that is killed again and again.
-    calls=st.tuples(
-        st.builds(
-            Call,
-            kill_at=st.integers(1, 30),
-            crashed_after=st.sampled_from((0.5, None)),
-            again=st.lists(_seconds, min_size=1, max_size=4).map(tuple),
-            force_new=st.booleans(),
-        )
-    ),
-    runs=st.lists(_run, max_size=3).map(tuple),
-    faults=_faults,
-    settle_after=st.sampled_from((None, 0.0)),
-    seed=st.integers(0, 3),
-)
-
-scenarios = st.one_of(_anything, _anything, _sleepers, _retries)
-"""Worlds at random. Hypothesis shrinks one that breaks a promise to its bones."""

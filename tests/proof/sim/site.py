@@ -11,13 +11,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import httpx
+
 from prefect_crew.api.models import CrewInput
 from prefect_crew.server.app import create_app, runtime_of
 from prefect_crew.server.execution import Execution
-from prefect_crew.server.faults import Faults
+from prefect_crew.server.faults import Faults, Fired
 from prefect_crew.server.program import Answer, Outcome, ProgramError, Run
 from prefect_crew.server.runtime import Counters
 from prefect_crew.server.transport import InProcessTransport
+from proof.sim.loop import Process, current_process
 from proof.sim.prefect_api import SimPrefect
 from proof.sim.scenario import CrewRun, Scenario
 
@@ -65,6 +68,30 @@ def _approve(run: Any) -> None:
         run.answer("review", Answer(approve=True, feedback=""), run.hooks)
 
 
+class _Counting(InProcessTransport):
+    """Notes who makes each request, and when."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[tuple[float, Process | None]] = []
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        self.asked.append((asyncio.get_running_loop().time(), current_process()))
+        return await super().handle_async_request(request)
+
+
+class _Noted(list[Fired]):
+    """A list that tells of what is added to it."""
+
+    def __init__(self, note: Callable[[Fired], None]) -> None:
+        super().__init__()
+        self._note = note
+
+    def append(self, fired: Fired) -> None:
+        self._note(fired)
+        super().append(fired)
+
+
 class _Accepted(dict[str, Any]):
     """The accepted kickoffs, with the moment of each."""
 
@@ -80,7 +107,8 @@ class _Accepted(dict[str, Any]):
 class CrewSite:
     """The server, with what it was asked. `stored_token` is what the block on the Prefect server holds.
 
-    `accepted_at` and `ended_at` are when each run began and ended, in seconds since the scenario began.
+    `accepted_at` and `ended_at` are when each run began and ended, in seconds since the scenario began;
+    `kickoff_faults` are those that came, with the moment and the run key of the kickoff.
     """
 
     def __init__(self, scenario: Scenario, prefect: SimPrefect) -> None:
@@ -90,10 +118,13 @@ class CrewSite:
         self.counters = Counters(accepted=accepted)
         self.accepted_at = accepted.at
         self.ended_at: dict[str, float] = {}
-        self.transport = InProcessTransport()
+        self.transport = _Counting()
         self.token = self.stored_token = TOKENS[0]
         self.crashes = 0
         self.unclaimed: list[str] = []
+        self.kickoff_faults: list[tuple[float, str, Fired]] = []
+        self.faults.fired = _Noted(self._note_fault)
+        self._arriving = ""
         self._scenario = scenario
         self._prefect = prefect
         self._app: Any = None
@@ -155,12 +186,18 @@ class CrewSite:
         key = json.loads(message["body"])["meta"]["run_key"]
         if not any(record["phase"] == "claimed" for record in self._prefect.records(key)):
             self.unclaimed.append(key)
+        self._arriving = key
         given = iter((message,))
 
         async def again() -> Any:
             return next(given, None) or await receive()
 
         await self._app(scope, again, send)
+
+    def _note_fault(self, fired: Fired) -> None:
+        # It is drawn as soon as the request has arrived.
+        if fired.where == "kickoff":
+            self.kickoff_faults.append((asyncio.get_running_loop().time(), self._arriving, fired))
 
     def _crash(self) -> None:
         loop = asyncio.get_running_loop()

@@ -14,10 +14,11 @@ from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
-from prefect_crew import events, kickoffs, open_runs, record_store, stopping, waiting, waits
+from prefect_crew import events, kickoffs, open_runs, purchases, record_store, stopping, waiting, waits
 from prefect_crew.api.client import CrewClient, in_process
 from prefect_crew.artifacts import RunArtifact
 from prefect_crew.blocks import DeployedCrew
+from prefect_crew.posting import Purchase
 from prefect_crew.records import utcnow
 from prefect_crew.server.execution import Execution
 from proof.sim.loop import current_process
@@ -56,6 +57,9 @@ def on_stage(world: World) -> Iterator[None]:
         (record_store, "get_client", world.prefect.client),
         (stopping, "get_client", world.prefect.client),
         (kickoffs, "identify", world.identify),
+        # Its default was bound to the real clock when the class was made.
+        (kickoffs, "Purchase", lambda *args, **fields: Purchase(*args, **{"asked_at": now(), **fields})),
+        (purchases, "decide", world.deciding(purchases.decide)),
         (waits, "wait_until_ended", functools.partial(waiting.wait_until_ended, now=wall)),
         (waits, "flow_run_id", flow_run_id),
         (stopping, "flow_run_id", flow_run_id),

@@ -14,7 +14,7 @@ import functools
 import random
 import uuid
 from collections import Counter
-from collections.abc import Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from datetime import datetime, timedelta
 from typing import Any, NamedTuple
 
@@ -29,7 +29,7 @@ from prefect_crew.api.models import CrewResult
 from prefect_crew.blocks import DeployedCrew
 from prefect_crew.pruning import prune
 from prefect_crew.record_store import PrefectRecords
-from prefect_crew.records import Caller
+from prefect_crew.records import Caller, RunRecord
 from prefect_crew.run_keys import RunIdentity
 from prefect_crew.waiting import WaitPolicy
 from proof.sim.loop import Process, SimLoop, current_process
@@ -67,6 +67,24 @@ class Ending(NamedTuple):
     value: CrewResult | BaseException
 
 
+class Ask(NamedTuple):
+    """A call with a key, at the moment at which it was made; whether in the aftermath."""
+
+    at: float
+    key: str
+    process: Process
+    over: bool
+
+
+class Decided(NamedTuple):
+    """A decision, and the phase of the record that it was made about, "nothing" where there was none."""
+
+    at: float
+    key: str
+    phase: str
+    decision: str
+
+
 class World:
     """One scenario, run once by `play()`; what came of it stays in its attributes."""
 
@@ -96,6 +114,9 @@ class World:
         self.events: dict[str, str] = {}
         self.event_count: Counter[tuple[str, str]] = Counter()
         self.owners: dict[str, Process] = {}
+        self.asks: list[Ask] = []
+        self.decisions: list[Decided] = []
+        self.over = False  # what happens from here on is the aftermath
         self.forced: set[tuple[str, str]] = set()
         self.excusing = True  # as the oracle judges it at this moment
         self.violations: list[str] = []
@@ -126,6 +147,7 @@ class World:
         process = current_process()
         assert process is not None
         facts = process.facts
+        self.asks.append(Ask(self.loop.time(), run_key, process, self.over))
         facts["calls"] = facts.get("calls", 0) + 1
         place = f"{facts['place']}/{facts['calls']}"
         if facts["call"].force_new:
@@ -134,6 +156,19 @@ class World:
         self.owners[owner] = process
         caller = Caller(owner=owner, flow_run_id=facts["flow_run_id"], flow_run_count=facts["count"])
         return RunIdentity(run_key=run_key, place=place, caller=caller)
+
+    def deciding(self, decide: Callable[..., Any]) -> Callable[..., Any]:
+        """Return `decide`, with a note of what it says."""
+
+        def noted(record: RunRecord | None, **known: Any) -> Any:
+            decision = decide(record, **known)
+            process = current_process()
+            if process is not None and not self.over:
+                key, phase = key_of(process.facts["call"].key), "nothing" if record is None else str(record.phase)
+                self.decisions.append(Decided(self.loop.time(), key, phase, str(decision)))
+            return decision
+
+        return noted
 
     def emitted(self, *, event: str, payload: Mapping[str, Any], id: uuid.UUID | None = None, **_: Any) -> None:  # noqa: A002
         """Stand in for the server's events, of which it keeps one for each id."""
@@ -206,12 +241,21 @@ class World:
             freeze_for=call.freeze_for,
             cancel_at=call.cancel_at,
             on_cancel=functools.partial(self._cancelling, call),
+            on_fate=functools.partial(self._befell, call),
             skew=call.skew,
             skew_at=call.skew_at,
         )
         process.facts.update(call=call, flow_run_id=None, count=0, place=name, first=False, began=self.loop.time())
         self.processes.append(process)
         return process
+
+    def _befell(self, call: Call, process: Process, fate: str) -> None:
+        """Note what befalls a process, and how far its run has got."""
+        if fate == "cancelled" and not call.asked:
+            fate = "shut down"
+        records = self.prefect.records(key_of(call.key))
+        moment = "posting" if process.facts.get("posting") else records[-1]["phase"] if records else "nothing"
+        process.facts["fate"] = (fate, moment)
 
     def _cancelling(self, call: Call, process: Process) -> None:
         run_id = process.facts["flow_run_id"]
@@ -315,7 +359,12 @@ class World:
         while True:
             try:
                 run = await kickoffs.open_run(
-                    self.crew, inputs, run_key=key_of(call.key), force_new=call.force_new, inside_own_task=True
+                    self.crew,
+                    inputs,
+                    run_key=key_of(call.key),
+                    force_new=call.force_new,
+                    meta={"nothing": float("nan")} if call.misconfigured else None,
+                    inside_own_task=True,
                 )
             except CrewError as error:
                 if not pauses or kickoff_fate(error) is not KickoffFate.RETRY:
@@ -328,6 +377,7 @@ class World:
 
     async def _aftermath(self) -> None:
         """Mend everything, wait until nothing is in flight, and ask for each purchase again, as a user would."""
+        self.over = True
         self.site.faults.clear()
         self.prefect.heal()
         for clerk in self.clerks:
