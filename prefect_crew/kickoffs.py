@@ -24,6 +24,7 @@ from prefect_crew.interrupts import watch_ctrl_c
 from prefect_crew.limits import take_slots
 from prefect_crew.logs import run_logger
 from prefect_crew.open_runs import OpenRun, remember
+from prefect_crew.owners import crash_dead_owner
 from prefect_crew.posting import Purchase
 from prefect_crew.purchases import Purchased, purchase_run
 from prefect_crew.record_store import PrefectRecords
@@ -93,6 +94,8 @@ async def open_run(
         raise
     if slots is not None and not opened.bought:
         await slots.release()
+    if not opened.bought:
+        await crash_dead_owner(opened.record)
     if opened.bought:
         trouble = await run.shown_by().create(run.view(None))
         if trouble:

@@ -52,14 +52,17 @@ class RunBoard:
     @classmethod
     def of(cls, run: OpenRun) -> RunBoard:
         """Begin the board of a run that has just been kicked off or found."""
+        from prefect_crew.stopping import flow_run_id  # Prefect is loaded by now
+
         record = run.record
+        own = flow_run_id()
         return cls(
             label=run.crew.label,
             kickoff_id=run.kickoff_id,
             since=time.monotonic(),
             bought=run.owned,
             run_key=run.run_key,
-            flow_run_id=None if record is None else record.flow_run_id,
+            flow_run_id=own or (None if record is None else record.flow_run_id),
         )
 
     def see(self, status: CrewStatus, current_task: str | None) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import time
 from pathlib import Path
@@ -54,6 +55,8 @@ def test_a_key_finds_its_run_and_its_result_again(here, greet: str, crews: CrewS
     assert crews.kickoffs_by_run_key["key of eve"] == 1
     assert "kicked off run" in first.err
     assert "found run" in again.err
+    pages = [re.findall(r"/runs/flow-run/[0-9a-f-]+", done.err) for done in (first, again)]
+    assert pages[0] != pages[1], "each prints its own flow run"
     assert (tmp_path / "eve.md").read_text() == "**Hello** Eve"
     assert here("result", "key of eve").out == "**Hello** Eve\n"
     assert here("result", "key of eve", "--json").json["output"] == "**Hello** Eve"
