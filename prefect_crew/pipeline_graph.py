@@ -17,14 +17,13 @@ from prefect_crew.api.redaction import revealed
 from prefect_crew.blocks import DeployedCrew
 from prefect_crew.choices import check_choices
 from prefect_crew.reviews import ReviewChoice
-from prefect_crew.templates import GLOBALS, attributes_in, names_in, render
+from prefect_crew.templates import GLOBALS, RESULT_FIELDS, attributes_in, names_in, render
 from prefect_crew.waiting import WaitPolicy
 
 __all__ = ["CrewStep", "PipelineContext", "PipelineGraph", "StepInputs"]
 
 _RESERVED = frozenset({"inputs", "steps"})
 _LOOKUP = re.compile(r"""\binputs\s*(\.\s*\w+|\[\s*("[^"]*"|'[^']*')\s*\])""")
-_OF_A_RESULT = frozenset({*dir(CrewResult), *CrewResult.model_fields})
 
 StepInputs = Mapping[str, Any] | Callable[["PipelineContext"], Mapping[str, Any]]
 """Inputs by name, each a plain value, a template, or a function of the context; or one function that gives them all."""
@@ -138,7 +137,7 @@ class PipelineGraph:
             self.problems.append(f"{where}: {name!r} is neither an input of the pipeline nor a step")
         for name, attribute in sorted(read):
             # What the sandbox forbids anyway is for it to say.
-            if attribute not in _OF_A_RESULT and not attribute.startswith("_"):
+            if attribute not in RESULT_FIELDS and not attribute.startswith("_"):
                 self.problems.append(
                     f"{where}: a step has no {attribute!r}, but output, data, tasks and so on ({name})"
                 )

@@ -7,17 +7,23 @@ wrote.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from datetime import date, time, timedelta
+from decimal import Decimal
+from types import BuiltinMethodType
 from typing import Any, cast
 
 from jinja2 import StrictUndefined, TemplateError, nodes
 from jinja2.meta import find_undeclared_variables
+from jinja2.runtime import LoopContext, Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SandboxedEnvironment
+from jinja2.utils import Cycler, Joiner
 from pydantic import BaseModel
 from pydantic_core import to_json
 
 from prefect_crew.api.errors import ConfigurationError
+from prefect_crew.api.models import CrewResult, TaskResult
 
-__all__ = ["GLOBALS", "attributes_in", "compiled", "names_in", "render"]
+__all__ = ["GLOBALS", "RESULT_FIELDS", "attributes_in", "compiled", "names_in", "render"]
 
 
 def _readable(value: Any) -> Any:
@@ -27,8 +33,40 @@ def _readable(value: Any) -> Any:
     return value
 
 
+RESULT_FIELDS = frozenset({"output", "data", "tasks", "usage", "execution_time", "kickoff_id", "state"})
+"""What a template sees of a step's result."""
+_FIELDS: dict[type[BaseModel], frozenset[str]] = {
+    CrewResult: RESULT_FIELDS,
+    TaskResult: frozenset({"name", "agent", "output", "data", "execution_time", "description"}),
+}
+_HARMLESS = (str, bytes, int, float, list, tuple, dict, set, frozenset, date, time, timedelta, Decimal)
+"""Of these, Python's own methods may be called, as far as they change nothing."""
+
+
+class _Sandbox(ImmutableSandboxedEnvironment):
+    """Jinja's sandbox, which by itself lets a template call whatever public method a value has.
+
+    Of a model a template sees its fields: pydantic's classmethods read files, and run what is pickled.
+    """
+
+    def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
+        if isinstance(obj, BaseModel):
+            return attr in _FIELDS.get(type(obj), type(obj).model_fields)
+        return super().is_safe_attribute(obj, attr, value)
+
+    def is_safe_callable(self, obj: Any) -> bool:
+        if not super().is_safe_callable(obj):
+            return False
+        owner = getattr(obj, "__self__", None)
+        if isinstance(obj, BuiltinMethodType) and isinstance(owner, _HARMLESS):
+            return True
+        brought = cast("dict[str, Any]", cast("Any", self).globals).values()  # `range`, `dict` and so on
+        kinds = (Macro, LoopContext, Joiner)
+        return isinstance(obj, kinds) or isinstance(owner, (LoopContext, Cycler)) or any(obj is one for one in brought)
+
+
 def _environment() -> SandboxedEnvironment:
-    return ImmutableSandboxedEnvironment(undefined=StrictUndefined, finalize=_readable, keep_trailing_newline=True)
+    return _Sandbox(undefined=StrictUndefined, finalize=_readable, keep_trailing_newline=True)
 
 
 _METHODS = frozenset(dir(dict))

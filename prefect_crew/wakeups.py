@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import logging
 import threading
 import time
 from collections import OrderedDict, defaultdict
@@ -22,6 +23,7 @@ from prefect.events.filters import EventFilter, EventNameFilter
 from websockets.exceptions import WebSocketException
 
 from prefect_crew.api._decode import as_object
+from prefect_crew.api._error import one_line
 from prefect_crew.api.models import CrewState, CrewStatus, TokenUsage
 from prefect_crew.api.webhooks import RUN_ENDS
 from prefect_crew.patience import within
@@ -119,6 +121,7 @@ class _Hub:
         self._seen: OrderedDict[str, tuple[float, Question | None]] = OrderedDict()
         self._tokens: OrderedDict[str, dict[tuple[str, str], int]] = OrderedDict()
         self._connected = False
+        self._refused = False
         self._distrusted_until = 0.0
 
     @property
@@ -168,12 +171,21 @@ class _Hub:
         while True:
             try:
                 async with get_events_subscriber(filter=names, reconnection_attempts=0) as events:
-                    self._connected = True
+                    self._connected, self._refused = True, False
                     async for event in events:
                         self._tell(event)
             except (WebSocketException, httpx.HTTPError, OSError, ValueError, TimeoutError, asyncio.TimeoutError):
                 # Away: the waiters look by themselves until it is back.
                 self._connected = False
+            except Exception as error:
+                if type(error) is not Exception:
+                    raise
+                # Prefect's subscriber raises a plain Exception where its server refuses the credentials.
+                if not self._refused:
+                    logging.getLogger("prefect_crew").warning(
+                        "Webhooks do not shorten waits in this process: %s", one_line(str(error))
+                    )
+                self._refused = True
             self._connected = False
             await asyncio.sleep(RECONNECT)
 

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from typing import Any
 
 import pytest
 from prefect import flow
+from prefect.runtime import flow_run as this_flow_run
 
 from prefect_crew import (
     CrewError,
@@ -117,6 +119,31 @@ async def test_a_function_answers_each_round_once(dialect: str) -> None:
             (1, False, "sent", "judge"),
             (2, True, "sent", "judge"),
         ]
+
+
+async def test_a_plain_function_takes_its_time_beside_everything_else() -> None:
+    others_went_on = threading.Event()
+    logged_by: list[str] = []
+
+    def judge(request: ReviewRequest) -> Review:
+        del request
+        logged_by.append(str(this_flow_run.id))  # it is called in the context of the wait
+        assert others_went_on.wait(60), "nothing else went on meanwhile"
+        return Review(approve=True)
+
+    async def another() -> None:
+        while not logged_by:
+            await asyncio.sleep(0.01)
+        others_went_on.set()
+
+    with InProcessCrewServer(SCRIPT) as server:
+
+        @flow
+        async def reviewed() -> str:
+            await asyncio.gather(arun_crew(crew_of(server), {}, review=judge), another())
+            return str(this_flow_run.id)
+
+        assert [await reviewed()] == logged_by
 
 
 async def test_an_answer_that_may_have_arrived_is_not_sent_again() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import datetime, timezone
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -42,10 +44,22 @@ class Trip(BaseModel):
         pytest.param("{{ topic | upper }}\n", "TEA\n", id="filters-and-the-last-line-break"),
         pytest.param("{{ '{{ topic }}' }}", "{{ topic }}", id="once-only"),
         pytest.param("no braces", "no braces", id="plain"),
+        pytest.param("{{ topic.upper() }} {{ '%s' % topic }} {{ topic[:1] }}", "TEA tea t", id="methods-of-texts"),
+        pytest.param("{{ research.data.get('x', 7) }} {{ research.data.list.index(2) }}", "7 1", id="of-collections"),
+        pytest.param(
+            "{% for k, v in row.items() %}{{ k }}{{ loop.cycle(1, 2) }}{% endfor %}", "__typename1_id2", id="loop"
+        ),
+        pytest.param("{% macro m(x) %}<{{ x }}>{% endmacro %}{{ m(topic) }}", "<tea>", id="a-macro"),
+        pytest.param("{{ day.strftime('%Y') }} {{ day.year }}", "2026 2026", id="a-date"),
+        pytest.param("{% set j = joiner('-') %}{{ j() }}a{{ j() }}b {{ dict(a=1).a }}", "a-b 1", id="jinjas-own"),
+        pytest.param(
+            "{{ research.kickoff_id }} {{ research.usage }} {{ research.state }}", "1 null completed", id="rest"
+        ),
     ],
 )
 def test_a_template_is_filled(template: str, text: str):
     values = {"topic": "tea", "research": RESULT, "trip": Trip(city="Porto"), "yes": True, "nothing": None}
+    values["day"] = datetime(2026, 1, 2, tzinfo=timezone.utc)
     values["row"] = {"__typename": "Lead", "_id": 7}
     assert render(template, values) == text
 
@@ -70,6 +84,18 @@ def test_what_can_never_be_filled_is_known_before_there_are_values(template: str
             look()
 
 
+CALLED: list[Any] = []
+
+
+def called(word: str) -> None:
+    CALLED.append(word)
+
+
+class Called:
+    def __call__(self, word: str) -> None:
+        CALLED.append(word)
+
+
 @pytest.mark.parametrize(
     "template",
     [
@@ -83,6 +109,23 @@ def test_what_can_never_be_filled_is_known_before_there_are_values(template: str
         pytest.param("{{ research.tasks.append(1) }}", id="another-change"),
         pytest.param("{% for i in range(10 ** 9) %}{% endfor %}", id="a-long-range"),
         pytest.param("{{ topic + 1 }}", id="an-error-of-python"),
+        pytest.param("{{ research.parse_raw('{}') }}", id="a-classmethod"),
+        pytest.param(
+            "{{ research.parse_raw('c' ~ module ~ '\\ncalled\\n(Vx\ntR.', proto='pickle', allow_pickle=True) }}",
+            id="a-pickle",
+        ),
+        pytest.param("{{ research.parse_file(path) }}", id="a-file"),
+        pytest.param("{{ research['parse_file'](path) }}", id="a-file-by-item"),
+        pytest.param("{{ (research | attr('parse_file'))(path) }}", id="a-file-by-filter"),
+        pytest.param("{{ research.tasks[0].model_validate_json('{}') }}", id="of-a-task"),
+        pytest.param("{{ [research] | map(attribute='parse_file') | first }}", id="by-map"),
+        pytest.param("{{ trip.model_construct() }}", id="of-another-model"),
+        pytest.param("{{ research.model_dump() }}", id="a-method-of-the-model"),
+        pytest.param("{{ research.raw }}", id="what-is-not-for-templates"),
+        pytest.param("{{ path.read_text() }}", id="a-path"),
+        pytest.param("{{ call('x') }}", id="a-function"),
+        pytest.param("{{ called('x') }}", id="an-object-that-is-called"),
+        pytest.param("{{ ''.maketrans('a', 'b') }}", id="a-method-of-a-type"),
         pytest.param("{{ topik }}", id="an-unknown-name"),
         pytest.param("{{ research.outptu }}", id="an-unknown-attribute"),
         pytest.param("{{ research.data.nothing.at.all }}", id="an-unknown-part"),
@@ -90,8 +133,10 @@ def test_what_can_never_be_filled_is_known_before_there_are_values(template: str
     ],
 )
 def test_what_is_not_there_or_not_allowed_is_an_error(template: str):
+    values = {"topic": "tea", "research": RESULT, "trip": Trip(city="Porto"), "path": Path(__file__), "call": called}
     with pytest.raises(ConfigurationError, match="cannot be filled"):
-        render(template, {"topic": "tea", "research": RESULT})
+        render(template, {**values, "called": Called(), "module": __name__})
+    assert CALLED == []
     assert RESULT.data == {"title": "Tiles", "list": [1, 2]}
 
 

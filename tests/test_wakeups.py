@@ -240,3 +240,45 @@ async def test_own_targets_and_a_run_without_hooks_are_polled_for(receiver: str)
 def test_webhooks_are_off_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PREFECT_INTEGRATIONS_CREW_WEBHOOK_URL", raising=False)
     assert not wakeups.hooks_are_on()
+
+
+class Subscriber:
+    """What Prefect gives, as far as it fails: a plain Exception for credentials that its server refuses."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+        self.times = 0
+
+    def __call__(self, **_: Any) -> Subscriber:
+        return self
+
+    async def __aenter__(self) -> Subscriber:
+        self.times += 1
+        raise self.error
+
+    async def __aexit__(self, *_: object) -> None:
+        return None
+
+
+async def test_refused_credentials_do_not_end_the_listener(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    refused = Subscriber(Exception("Unable to authenticate to the event stream.\nReason: no"))
+    monkeypatch.setattr(wakeups, "get_events_subscriber", refused)
+    monkeypatch.setattr(wakeups, "RECONNECT", 0.0)
+    hub = wakeups._Hub()
+    listening = asyncio.create_task(hub._listen())
+    while refused.times < 5 and not listening.done():
+        await asyncio.sleep(0)
+    assert not listening.done()
+    assert not hub.trusted
+    listening.cancel()
+    said = [record.getMessage() for record in caplog.records if "Unable to authenticate" in record.getMessage()]
+    assert len(said) == 1, "once, not at each attempt"
+    assert "\n" not in said[0]
+
+
+async def test_any_other_error_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wakeups, "get_events_subscriber", Subscriber(KeyError("a mistake")))
+    with pytest.raises(KeyError, match="a mistake"):
+        await asyncio.wait_for(wakeups._Hub()._listen(), 30)

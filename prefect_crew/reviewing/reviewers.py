@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from prefect_crew.api.errors import CrewError
 from prefect_crew.api.models import CrewStatus
@@ -64,6 +64,12 @@ class Reviewer(Protocol):
         ...
 
 
+async def _called(answer: ReviewFunction, request: ReviewRequest) -> Any:
+    """Return what a function answers; a plain one in a thread: it may take its time, and other runs do not wait."""
+    given = answer(request) if inspect.iscoroutinefunction(answer) else await asyncio.to_thread(answer, request)
+    return await given if inspect.isawaitable(given) else given
+
+
 @dataclass
 class FunctionReviewer:
     """Answers with a function, once a round."""
@@ -85,8 +91,7 @@ class FunctionReviewer:
             round=question.round,
             meta=self.run.meta,
         )
-        given = self.answer(request)
-        review = await given if inspect.isawaitable(given) else given
+        review = await _called(self.answer, request)
         if not isinstance(review, Review):  # pyright: ignore[reportUnnecessaryIsInstance]  users' functions
             raise CrewError(f"The review function returned a {type(review).__name__}, not a Review.")
         run_logger().info(
