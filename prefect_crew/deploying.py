@@ -24,6 +24,7 @@ from urllib.parse import quote, unquote
 from prefect import Flow
 from pydantic import Field, ValidationError
 
+from prefect_crew.api._error import excerpt
 from prefect_crew.api.errors import ConfigurationError
 from prefect_crew.api.models import CrewInput, CrewResult
 from prefect_crew.run_keys import render_run_key
@@ -48,6 +49,8 @@ _TYPES: dict[str, Any] = {
     **dict.fromkeys(("array", "list"), list[Any]),
     **dict.fromkeys(("object", "dict"), dict[str, Any]),
 }
+# A number of JSON is as good as its text: `prefect deployment run … -p age=34` gives one.
+_TEXT: Any = str | float | bool
 _RUN_KEY = "run_key"
 _RUN_KEY_HELP = (
     "The identity of one purchase, such as daily-{{ scheduled_start:%Y-%m-%d }}. Left out, every flow run buys its own."
@@ -153,12 +156,17 @@ def _described(kind: Any, title: str, description: str | None) -> Any:
 def _parameter(item: CrewInput, name: str, secret: bool, typed: bool) -> inspect.Parameter:
     if not typed:
         return inspect.Parameter(name, _KIND, default=None, annotation=Any)
-    base, description = _TYPES.get((item.type or "").lower(), str), item.description
-    if secret:
-        base, description = str, f"{_BLOCK_HELP} {description or ''}".strip()
+    base = str if secret else _TYPES.get((item.type or "").lower(), _TEXT)
+    said = [_BLOCK_HELP if secret else None, item.description, None if item.required else _left_out(item, secret)]
+    description = " ".join(part for part in said if part)
     about = _described(base if item.required else base | None, item.name, description)
     default: Any = inspect.Parameter.empty if item.required else None
     return inspect.Parameter(name, _KIND, default=default, annotation=about)
+
+
+def _left_out(item: CrewInput, secret: bool) -> str:
+    default = "" if secret or item.default is None else f": {excerpt(str(item.default), 200)}"
+    return f"Left out, the crew takes its own default{default}."
 
 
 @dataclass(frozen=True)

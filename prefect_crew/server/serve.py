@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import secrets
+import shlex
 import socket
 from collections.abc import Callable, Iterable
 
@@ -97,6 +98,6 @@ def _url(bound: socket.socket) -> str:
 
 def _line(program: Program, url: str, token: str | None) -> str:
     needed = [item.name for item in program.inputs() if item.required]
-    inputs = "".join(f" -i {name}=…" for name in needed)
+    inputs = "".join(f" -i {shlex.quote(name)}=…" for name in needed)
     before = f"CREW_TOKEN={token} " if token else ""
     return f"Serving the crew {program.name} at {url}  Try: {before}prefect-crew run {url}{inputs}  Stop: Ctrl-C"

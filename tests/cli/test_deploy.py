@@ -51,6 +51,13 @@ def test_a_deployment_asks_for_the_inputs_of_its_crew(here, name: str):
     assert found.tags == ["prefect-crew", "mine"]
 
 
+def test_the_commands_that_it_prints_are_quoted_for_a_shell(here, name: str):
+    made = here("deploy", name, "--name", "daily trip; date")
+    assert made.code == 0, made.err
+    assert "prefect deployment run 'deployed-crew/daily trip; date' -p who=…" in made.out
+    assert f"prefect-crew deploy {name} --name 'daily trip; date' --serve" in made.out
+
+
 def test_a_schedule_and_defaults(here, name: str):
     line = ("deploy", name, "--name", "daily", "--cron", "0 6 * * *", "--timezone", "Europe/Lisbon")
     without = here(*line)
