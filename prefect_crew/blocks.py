@@ -12,12 +12,12 @@ from uuid import UUID
 
 import httpx
 from prefect.blocks.abstract import JobBlock, JobRun
-from pydantic import ConfigDict, Field, HttpUrl, SecretStr, field_validator, model_validator
+from pydantic import ConfigDict, Field, HttpUrl, Secret, SecretStr, field_validator, model_validator
 
 from prefect_crew.api._http import checked_url
 from prefect_crew.api.errors import ConfigurationError
 from prefect_crew.api.models import CrewResult, ResumeAnswer, StopAnswer
-from prefect_crew.api.redaction import Redactor
+from prefect_crew.api.redaction import Redactor, holds_secret
 from prefect_crew.dual import dual
 from prefect_crew.settings import CrewSettings
 from prefect_crew.waiting import WaitPolicy
@@ -200,6 +200,16 @@ class DeployedCrew(JobBlock[CrewResult]):
         given = inputs or {}
         secret = [given[name] for name in self.secret_inputs if name in given]
         return Redactor([*secret, *self._hidden], tokens=[self.token.get_secret_value()])
+
+    def sealed(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Return inputs with the secret ones as pydantic's secrets, whose repr shows nothing.
+
+        Error reporters show the local variables of all frames, those of Prefect's engine as well.
+        """
+        return {
+            name: Secret(value) if name in self.secret_inputs and not holds_secret(value) else value
+            for name, value in inputs.items()
+        }
 
     @property
     def hidden_texts(self) -> tuple[str, ...]:

@@ -79,6 +79,8 @@ async def open_run(
     known = _known.get()
     settings = CrewSettings() if known is None else known.settings
     purchase = Purchase(crew, identity, encoded, digest, name, meta, webhooks, force_new, state, settings=settings)
+    inputs = crew.sealed(inputs)
+    del encoded, meta, webhooks
     records = store or PrefectRecords()
     slots = await take_slots(crew) if await _may_start(purchase, records) else None
     if slots is not None:
@@ -130,7 +132,7 @@ async def _opened(purchase: Purchase, records: RecordStore) -> tuple[OpenRun, Pu
                     purchase,
                     records,
                     session,
-                    check=lambda: check_inputs(session, purchase.inputs, allow_extra=crew.allow_extra_inputs),
+                    check=lambda: check_inputs(session, purchase),
                 )
             except CrewError as error:
                 error.about(identity.run_key, crew.label)
@@ -178,7 +180,7 @@ def knowing_inputs(expected: Mapping[str, Sequence[CrewInput]]) -> Generator[Non
         _known.reset(token)
 
 
-async def check_inputs(session: CrewSession, inputs: Mapping[str, Any], *, allow_extra: bool = False) -> None:
+async def check_inputs(session: CrewSession, purchase: Purchase) -> None:
     """Check inputs against `GET /inputs`. A crew that does not say what it needs is no obstacle.
 
     Raises:
@@ -186,8 +188,8 @@ async def check_inputs(session: CrewSession, inputs: Mapping[str, Any], *, allow
         AuthenticationError: The token is refused, also after a reload of a stored block.
     """
     expected = await _expected_inputs(session)
-    missing = missing_inputs(expected, inputs)
-    unknown = [] if allow_extra else unknown_inputs(expected, inputs)
+    missing = missing_inputs(expected, purchase.inputs)
+    unknown = [] if purchase.crew.allow_extra_inputs else unknown_inputs(expected, purchase.inputs)
     if missing or unknown:
         raise InvalidInputsError(
             missing_inputs=missing,
@@ -197,7 +199,7 @@ async def check_inputs(session: CrewSession, inputs: Mapping[str, Any], *, allow
             method="GET",
             path="/inputs",
         )
-    if (state_id := inputs.get(STATE_ID)) is not None and not is_uuid(state_id):
+    if (state_id := purchase.inputs.get(STATE_ID)) is not None and not is_uuid(state_id):
         # Not refused: a crew that is no Flow may well have an input of that name.
         run_logger().warning(
             "The input %s is no UUID. A Flow takes it for the id of its state and refuses the run; a crew takes it as "

@@ -7,7 +7,7 @@ import shlex
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -43,14 +43,14 @@ class OpenRun:
     crew: DeployedCrew
     kickoff_id: str
     record: RunRecord | None = None
-    inputs: Mapping[str, Any] | None = None
+    inputs: Mapping[str, Any] | None = field(default=None, repr=False)
     owned: bool = False
     artifact: RunArtifact | None = None
     advice: str | None = None
     """What to do about a failure, where that is not the usual."""
-    meta: Mapping[str, Any] | None = None
+    meta: Mapping[str, Any] | None = field(default=None, repr=False)
     """What the kickoff's caller gave for the crew's webhooks, where that is known here."""
-    webhooks: Webhooks | None = None
+    webhooks: Webhooks | None = field(default=None, repr=False)
     """The user's own targets, which a resume has to name again. They hold secrets, so no record does."""
 
     def __post_init__(self) -> None:

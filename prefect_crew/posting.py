@@ -51,11 +51,11 @@ class Purchase:
 
     crew: DeployedCrew
     identity: RunIdentity
-    inputs: dict[str, Any]
+    inputs: dict[str, Any] = field(repr=False)
     digest: str
     name: str | None
-    meta: Mapping[str, Any] | None
-    webhooks: Webhooks | None
+    meta: Mapping[str, Any] | None = field(repr=False)
+    webhooks: Webhooks | None = field(repr=False)
     force_new: bool = False
     restore_from: str | None = None
     quiet: bool = False

@@ -6,7 +6,7 @@ import asyncio
 import json
 from collections.abc import Awaitable, Callable, Mapping
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 from uuid import UUID
 
@@ -49,10 +49,10 @@ class _Call:
     """What a call gives that Prefect's stored parameters must not or cannot hold."""
 
     crew: DeployedCrew
-    inputs: Mapping[str, Any]
-    meta: Mapping[str, Any] | None
+    inputs: Mapping[str, Any] = field(repr=False)
+    meta: Mapping[str, Any] | None = field(repr=False)
     output_type: type[BaseModel] | None
-    webhooks: Webhooks | None
+    webhooks: Webhooks | None = field(repr=False)
     review: ReviewChoice | None = None
 
 
@@ -114,7 +114,8 @@ async def arun_crew(
         restore_from=restore_from,
     )
     crew = await loaded(crew)
-    call = _Call(crew, inputs or {}, meta, output_type, webhooks, review)
+    inputs = crew.sealed(inputs or {})
+    call = _Call(crew, inputs, meta, output_type, webhooks, review)
     if (wait or crew.wait).mode != "poll":
         wait = checked_wait(wait or crew.wait, f"Crew {crew.label}")
     options: dict[str, Any] = {
@@ -157,21 +158,21 @@ def run_crew(
         CrewError: As `arun_crew`.
     """
     refuse_running_loop("run_crew", "arun_crew")
-    return asyncio.run(
-        arun_crew(
-            crew,
-            inputs,
-            name=name,
-            run_key=run_key,
-            force_new=force_new,
-            meta=meta,
-            wait=wait,
-            output_type=output_type,
-            review=review,
-            webhooks=webhooks,
-            restore_from=restore_from,
-        )
+    running = arun_crew(
+        crew,
+        inputs,
+        name=name,
+        run_key=run_key,
+        force_new=force_new,
+        meta=meta,
+        wait=wait,
+        output_type=output_type,
+        review=review,
+        webhooks=webhooks,
+        restore_from=restore_from,
     )
+    del inputs, meta, webhooks  # error reporters show the local variables of all frames
+    return asyncio.run(running)
 
 
 def _stored(call: _Call) -> dict[str, Any]:

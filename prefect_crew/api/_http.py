@@ -10,8 +10,9 @@ import os
 import ssl
 import zlib
 from collections.abc import AsyncIterable, Callable, Generator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import cast
 from urllib.parse import quote, urlsplit
 
 import httpx
@@ -183,12 +184,13 @@ def _default_context(verify: bool, *_environment: str | None) -> ssl.SSLContext:
     return httpx.create_ssl_context(verify=verify)
 
 
-class Answer(NamedTuple):
-    """One answer, read in full."""
+@dataclass(frozen=True)
+class Answer:
+    """One answer, read in full. Its repr shows none of it: a server may say back what it was sent."""
 
     status: int
-    headers: Mapping[str, str]
-    body: bytes
+    headers: Mapping[str, str] = field(repr=False)
+    body: bytes = field(repr=False)
 
     @property
     def text(self) -> str:

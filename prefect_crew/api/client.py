@@ -47,12 +47,16 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class _Call:
-    """One call, as its errors tell of it; `secrets` are texts that they must not tell."""
+    """One call, as its errors tell of it; `secrets` are texts that they must not tell.
+
+    What is sent stands here and in no local variable: error reporters show those of every frame.
+    """
 
     method: str
     path: str
     kickoff_id: str | None = None
     secrets: tuple[str, ...] = field(default=(), repr=False)
+    content: bytes | None = field(default=None, repr=False)
 
 
 _STATUS_PATHS = ("/status/{id}", "/{id}/status")
@@ -180,6 +184,21 @@ class CrewClient:
         Raises:
             InvalidInputsError: 400 or 422; `missing_inputs` where the server says which.
         """
+        call = self._kickoff(inputs, meta, webhooks, restore_from, secrets)
+        del inputs, meta, webhooks, secrets
+        answer = await self._send(call)
+        if answer.status in (400, 422):
+            self._refuse(call, answer, InvalidInputsError)
+        return await self._parsed(call, answer, parse_kickoff)
+
+    def _kickoff(
+        self,
+        inputs: Mapping[str, Any],
+        meta: Mapping[str, Any] | None,
+        webhooks: Webhooks | None,
+        restore_from: str | None,
+        secrets: Sequence[str],
+    ) -> _Call:
         try:
             body: dict[str, Any] = {"inputs": encode_inputs(inputs, as_json=self.inputs_as_json)}
         except (TypeError, ValueError) as error:
@@ -191,11 +210,8 @@ class CrewClient:
         if meta is not None:
             body["meta"] = dict(meta)
         body.update(webhooks.for_kickoff() if webhooks else {})
-        call = _Call("POST", "/kickoff", secrets=(*secrets, *(webhooks.secrets() if webhooks else ())))
-        answer = await self._send(call, body)
-        if answer.status in (400, 422):
-            self._refuse(call, answer, InvalidInputsError)
-        return await self._parsed(call, answer, parse_kickoff)
+        hidden = (*secrets, *(webhooks.secrets() if webhooks else ()))
+        return _Call("POST", "/kickoff", secrets=hidden, content=_encoded(body))
 
     async def status(self, kickoff_id: str) -> CrewStatus:
         """Return where a run stands. A 404 is a status too: CrewState.UNKNOWN.
@@ -238,8 +254,10 @@ class CrewClient:
             "is_approve": approve,
             **(webhooks.for_resume() if webhooks else {}),
         }
-        call = _Call("POST", "/resume", kickoff_id, tuple(webhooks.secrets()) if webhooks else ())
-        return await self._parsed(call, await self._send(call, body), parse_resume)
+        hidden = tuple(webhooks.secrets()) if webhooks else ()
+        call = _Call("POST", "/resume", kickoff_id, hidden, _encoded(body))
+        del body, hidden, webhooks
+        return await self._parsed(call, await self._send(call), parse_resume)
 
     async def stop(self, kickoff_id: str) -> StopAnswer:
         """Ask the server to stop a run, and return what came of it. `/stop` is not documented and may be missing.
@@ -251,12 +269,15 @@ class CrewClient:
         return await _apart(answer, lambda: self._stopped(call, answer, kickoff_id))
 
     def _stopped(self, call: _Call, answer: Answer, kickoff_id: str) -> StopAnswer:
-        text = self._without_token(call, answer.text)
-        found = self._shaped(call, answer, lambda _: parse_stop(text, kickoff_id, answer.status))
+        def parse(_: bytes) -> StopAnswer | None:
+            return parse_stop(self._without_token(call, answer.text), kickoff_id, answer.status)
+
+        found = self._shaped(call, answer, parse)
         if found is None:
             self._refuse(call, answer)
         # Of this answer nothing but its outcome is of use, so it is masked where the others are given as they are.
         words = {name: said and withheld(said) for name in ("message", "raw_state") if (said := getattr(found, name))}
+        text = self._without_token(call, answer.text)
         return found.model_copy(update={**words, "raw": found.raw if withheld(text) == text else None})
 
     async def health(self) -> bool:
@@ -273,13 +294,12 @@ class CrewClient:
             self._refuse(call, answer)
         return 200 <= answer.status < 300 and _HEALTHY.search(answer.body[:1000].decode("utf-8", "replace")) is not None
 
-    async def _send(self, call: _Call, body: Mapping[str, Any] | None = None) -> Answer:
+    async def _send(self, call: _Call) -> Answer:
         wire = self._polls if call.method == "GET" else self._once
         if wire is None:
             raise InvalidCallError("This CrewClient is not open: use it in `async with CrewClient(…) as client`.")
-        content = None if body is None else _encoded(body)
         try:
-            return await self._exchange(wire, call, content)
+            return await self._exchange(wire, call)
         except httpx.InvalidURL:
             raise ConfigurationError(f"{call.method} {call.path[:100]}… makes no URL. Check the id.") from None
         except (httpx.HTTPError, OSError) as error:
@@ -295,14 +315,14 @@ class CrewClient:
                 kickoff_id=call.kickoff_id,
             ) from cause
 
-    async def _exchange(self, wire: Wire, call: _Call, content: bytes | None) -> Answer:
+    async def _exchange(self, wire: Wire, call: _Call) -> Answer:
         """Send a request and read its answer, within the one deadline of the whole call."""
         seconds = _http.GET_DEADLINE * self.request_timeout
         if call.method == "POST":
             seconds = post_deadline(self.request_timeout)
         # httpx's timeouts count between two pieces; a head, 1xx answers and a body may come in any number of pieces.
         with anyio.move_on_after(seconds):
-            response = await wire.send(call.method, call.path, content)
+            response = await wire.send(call.method, call.path, call.content)
             try:
                 return await _http.read_answer(response, kickoff_id=call.kickoff_id)
             finally:

@@ -15,7 +15,7 @@ from pathlib import PurePath
 from typing import Any, cast
 from uuid import UUID
 
-from pydantic import BaseModel, SecretBytes, SecretStr
+from pydantic import BaseModel, Secret, SecretBytes, SecretStr
 
 from prefect_crew.api._error import ConfigurationError
 from prefect_crew.api.models import CrewInput
@@ -99,8 +99,8 @@ def _plain(value: Any) -> Any:
         return _text(value.isoformat())
     if isinstance(value, (UUID, PurePath)):
         return _text(str(value))
-    if isinstance(value, SecretStr):
-        return _text(value.get_secret_value())
+    if isinstance(value, (SecretStr, Secret)):
+        return _plain(cast("Any", value).get_secret_value())
     return _container(value)
 
 

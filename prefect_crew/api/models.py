@@ -111,27 +111,27 @@ class CrewStatus(_Model):
 
     `raw_state` is the server's own word, kept because an unheard-of one counts as running. `progress` is 0..1.
     `human_task_id` names the task that waits for a person, where the server says so. `output` and `data` are None
-    until there is a result; an output that the server left empty is "".
+    until there is a result; an output that the server left empty is "". The repr shows nothing that the crew wrote.
     """
 
     kickoff_id: str
     state: CrewState
-    raw_state: str | None = None
+    raw_state: str | None = Field(default=None, repr=False)
     known_state: bool = True
     """False where `raw_state` is a word that nobody has documented."""
-    message: str | None = None
-    current_task: str | None = None
-    last_task: str | None = None
+    message: str | None = Field(default=None, repr=False)
+    current_task: str | None = Field(default=None, repr=False)
+    last_task: str | None = Field(default=None, repr=False)
     """The task that ended last, where the server names that one rather than the current one."""
-    last_step: str | None = None
+    last_step: str | None = Field(default=None, repr=False)
     completed_tasks: int | None = None
     total_tasks: int | None = None
     progress: float | None = None
-    human_task_id: str | None = None
-    tasks: list[TaskResult] = Field(default_factory=list[TaskResult])
-    output: str | None = None
-    data: Any = None
-    error: str | None = None
+    human_task_id: str | None = Field(default=None, repr=False)
+    tasks: list[TaskResult] = Field(default_factory=list[TaskResult], repr=False)
+    output: str | None = Field(default=None, repr=False)
+    data: Any = Field(default=None, repr=False)
+    error: str | None = Field(default=None, repr=False)
     execution_time: float | None = None
     usage: TokenUsage | None = None
     raw: Any = Field(default=None, repr=False)

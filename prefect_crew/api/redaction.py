@@ -15,7 +15,7 @@ from functools import cached_property
 from typing import Any, TypeVar, cast
 from urllib.parse import quote
 
-from pydantic import BaseModel, SecretBytes, SecretStr
+from pydantic import BaseModel, Secret, SecretBytes, SecretStr
 
 from prefect_crew.api.inputs import encode_inputs
 
@@ -96,15 +96,15 @@ class Redactor:
 
 def holds_secret(value: Any) -> bool:
     """Return whether a value is one of pydantic's secrets, or has one within it."""
-    if isinstance(value, SecretStr | SecretBytes):
+    if isinstance(value, SecretStr | SecretBytes | Secret):
         return True
     return any(holds_secret(item) for item in _parts(value))
 
 
 def revealed(value: Any) -> Any:
     """Return a value with its secrets as what they hide. A value without any is returned as it is."""
-    if isinstance(value, SecretStr):
-        return value.get_secret_value()
+    if isinstance(value, SecretStr | Secret):
+        return cast("Any", value).get_secret_value()
     return encode_inputs({"": value}, as_json=True).get("") if holds_secret(value) else value
 
 

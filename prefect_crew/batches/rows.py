@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 from prefect_crew.api._batch_errors import SHOWN, by_reason, listed_rows
@@ -43,7 +43,7 @@ class RowJob:
     number: int
     line: int
     key: str
-    inputs: dict[str, Any]
+    inputs: dict[str, Any] = field(repr=False)
     digest: str
     hidden: tuple[str, ...] = ()
 
