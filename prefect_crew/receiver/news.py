@@ -26,6 +26,8 @@ MAX_STREAMED = 200
 """Events of one stream delivery that are passed on."""
 _MAX_ID = 300
 _MAX_NAME = 100
+_ID = re.compile(r"[\w.:-]{1,80}", re.ASCII)
+_TIME = re.compile(r"[\d.:+TZ -]{1,40}", re.ASCII)
 _TYPE = re.compile(r"[a-z0-9_][a-z0-9_.-]{0,99}")
 _ENDS = re.compile(
     r"(crew|flow)(_kickoff|_execution)?_(completed|failed|finished|paused|stopped)|method_execution_failed|.*human_.*"
@@ -77,8 +79,8 @@ def news_of(hook: Hook, body: WebhookBody, *, digest: bytes, received: datetime)
             _streamed(hook, event, digest, number, received) for number, event in enumerate(body.events[:MAX_STREAMED])
         ]
     said: dict[str, Any] = {
-        "kickoff_id": _id(body.kickoff_id),
-        "task_id": _id(body.task_id),
+        "kickoff_id": _id(hook, body.kickoff_id),
+        "task_id": _id(hook, body.task_id),
         "state": str(body.state) if body.state else None,
         "execution_time": body.execution_time,
         "total_tokens": body.usage.total_tokens if body.usage else None,
@@ -103,7 +105,11 @@ def _streamed(hook: Hook, event: StreamEvent, digest: bytes, number: int, receiv
     lowered = (event.type or "").lower()
     type_ = lowered if _TYPE.fullmatch(lowered) else "other"
     data = as_object(event.data)
-    said: dict[str, Any] = {"id": _id(event.id), "kickoff_id": _id(event.execution_id), "at": event.timestamp}
+    said: dict[str, Any] = {
+        "id": _id(hook, event.id),
+        "kickoff_id": _id(hook, event.execution_id),
+        "at": event.timestamp if hook.names or _TIME.fullmatch(event.timestamp or "") else None,
+    }
     said["total_tokens"] = as_count(data.get("total_tokens"))
     if hook.names:
         said |= {"name": data.get("task_name"), "agent": data.get("agent_role")}
@@ -132,8 +138,11 @@ def _filled(said: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
             yield key, value
 
 
-def _id(value: str | None) -> str | None:
-    return value if value is not None and len(value) <= _MAX_ID else None
+def _id(hook: Hook, value: str | None) -> str | None:
+    """Return an id; None for what may be a sentence with a secret in it, where the crew has secret inputs."""
+    if value is None or len(value) > _MAX_ID:
+        return None
+    return value if hook.names or _ID.fullmatch(value) else None
 
 
 def _run_key(meta: Any) -> str | None:

@@ -113,6 +113,27 @@ def test_a_delivery_to_the_stream_tells_so_much_and_no_more():
     assert len(told("stream", {"events": events})) == MAX_STREAMED
 
 
+@pytest.mark.parametrize("names", [True, False])
+def test_where_values_are_not_known_ids_and_times_look_like_such_or_are_left_out(names: bool):
+    sentence = "log in with hunter22 please"
+    (task,) = told("task", {"kickoff_id": sentence, "task_id": sentence, "status": "completed"}, names=names)
+    (event,) = told(
+        "stream",
+        {
+            "events": [
+                {"id": sentence, "execution_id": sentence, "timestamp": sentence, "type": "task_failed", "data": {}}
+            ]
+        },
+        names=names,
+    )
+    assert ("hunter22" in str(task.said) + str(event.said)) is names
+    (task,) = told("task", {"kickoff_id": "run-1", "task_id": "ns:task.1_a"}, names=names)
+    assert (task.said["kickoff_id"], task.said["task_id"]) == ("run-1", "ns:task.1_a")
+    at = {"id": "e-1", "execution_id": "r-1", "timestamp": "2026-05-01T12:00:00.5+00:00", "type": "x", "data": {}}
+    (event,) = told("stream", {"events": [at]}, names=names)
+    assert (event.said["id"], event.said["at"]) == ("e-1", "2026-05-01T12:00:00.5+00:00")
+
+
 def test_long_names_are_cut_and_long_ids_left_out():
     body = {"kickoff_id": "k" * 301, "task_id": "t" * 301, "agent": "a\n" * 1000, "status": "done"}
     (news,) = told("task", body)
