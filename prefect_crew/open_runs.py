@@ -190,4 +190,4 @@ def reopened(crew: DeployedCrew, kickoff_id: str, record: RunRecord | None) -> O
     if run is None or run.crew.url != crew.url:
         return OpenRun(crew, kickoff_id, record)
     hiding = crew.hiding(run.crew.secret_inputs, texts=run.crew.hidden_texts)
-    return OpenRun(hiding, kickoff_id, record, run.inputs, webhooks=run.webhooks)
+    return OpenRun(hiding, kickoff_id, record, run.inputs, meta=run.meta, webhooks=run.webhooks)
