@@ -19,6 +19,7 @@ from pydantic import ValidationError
 from pydantic_core import to_json
 
 from prefect_crew.api.errors import CrewError
+from prefect_crew.asked_notes import forget_notes
 from prefect_crew.impatience import busy, request_soon
 from prefect_crew.logs import run_logger
 from prefect_crew.records import RECORD_VERSION, RecordPhase, RunRecord, SentReview
@@ -235,6 +236,8 @@ class PrefectRecords:
             for prefix in (_answer_prefix(record), suspended_prefix(record.run_key, record.attempt))
             async for value in self.notes(prefix)
         ]
+        if record.hooked:
+            await forget_notes(record)
         for name in (*beside, record_name(record.run_key, record.attempt)):
             await self.delete_note(name)
 

@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import Enum
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import httpx
 from prefect.exceptions import PrefectException
@@ -46,6 +46,7 @@ __all__ = [
     "judged",
     "kept_beside",
     "note_moved_on",
+    "outputs_so_far",
     "round_of",
     "same_output",
     "standing_of",
@@ -97,7 +98,7 @@ class Question:
     """What a run asks at this moment.
 
     `task_id` and `output`, what is to be judged, are the crew's own: they go to the crew and to whoever answers. `task`
-    is the task as it may be shown. `round` counts the task's questions from 1; `asked` is the digest of what the status
+    is the task as it may be shown, `so_far` what other tasks have given. `round` counts the task's questions from 1; `asked` is the digest of what the status
     shows to be judged, None where it shows nothing; `before` is what was answered already. `by_time`: only the time
     since the last answer says that this is another question than the one before. `uncertain`: it was answered, and
     nobody knows whether the answer arrived.
@@ -110,6 +111,7 @@ class Question:
     output: str | None = field(default=None, repr=False)
     before: tuple[SentReview, ...] = field(default=(), repr=False)
     task: str = ""
+    so_far: str | None = field(default=None, repr=False)
     by_time: bool = False
     uncertain: bool = False
 
@@ -137,6 +139,17 @@ def judged(status: CrewStatus) -> str | None:
     That is the output of the task that waits, else the last step of it. An earlier task's output is none.
     """
     return _shown_output(status) or status.last_step
+
+
+def outputs_so_far(status: CrewStatus) -> str | None:
+    """Return what tasks have given so far, for whoever cannot be shown what is to be judged; None if nothing is known."""
+    done = [(task.name or "task", task.output) for task in status.tasks if task.output]
+    raw: Any = status.raw
+    last: Any = cast("dict[str, Any]", raw).get("last_executed_task") if isinstance(raw, dict) else None
+    text: Any = cast("dict[str, Any]", last).get("output") if isinstance(last, dict) else None
+    if not done and isinstance(text, str) and text:
+        done = [(status.last_task or "last task", text)]
+    return "\n\n".join(f"### {name}\n\n{output}" for name, output in done) or None
 
 
 def asked_of(status: CrewStatus) -> str | None:

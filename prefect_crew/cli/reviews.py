@@ -251,7 +251,8 @@ def _about(line: AskedRun) -> list[str]:
 
 def _put_output(line: AskedRun, most: int | None) -> None:
     if line.output is None:
-        terminal.put(f"  What is to be judged is not shown: {line.withheld}")
+        why = line.withheld or ""
+        terminal.put(f"  What is to be judged is not shown: {why if most is None else why.partition(chr(10))[0]}")
     elif most is None:
         terminal.put_markdown(line.output)
     else:

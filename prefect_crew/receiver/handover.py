@@ -21,6 +21,7 @@ from prefect.exceptions import PrefectException
 from prefect.settings import get_current_settings
 
 from prefect_crew.api.errors import ConfigurationError
+from prefect_crew.asked_notes import keep_output
 from prefect_crew.logs import OneLine
 from prefect_crew.receiver.news import News, Rank
 from prefect_crew.receiver.prefect_events import RecordCache, event_of, send_events, settled_event, transient
@@ -212,6 +213,10 @@ class Handover:
     async def _deliver(self, batch: Sequence[News]) -> None:
         found = await self._cache.find(batch)
         records = [found[news.hook.run_key, news.hook.attempt] for news in batch]
+        for news in batch:
+            # Before the event, which wakes whoever waits for it.
+            if news.output is not None and news.hook.attempt is not None:
+                await keep_output(news.hook.run_key, news.hook.attempt, news.hook.round, news.output)
         await send_events([event_of(news, record) for news, record in zip(batch, records, strict=True)])
         self._counts["handed_on"] += len(batch)
         for news, record in zip(batch, records, strict=True):

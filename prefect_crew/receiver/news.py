@@ -2,7 +2,8 @@
 
 A body is never believed: which run it is about stands in the signed URL, and what the body says of itself is passed on
 as said. Outputs, thoughts, errors, descriptions, inputs and `meta` stay behind, since any of them may hold a secret
-that only the caller could have masked.
+that only the caller could have masked. What a person is to judge goes apart from the event, to where secrets are kept,
+and only of a run whose crew has no secret inputs.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from enum import IntEnum
 from typing import Any
@@ -54,6 +55,7 @@ class News:
 
     `name` follows `crew.webhook.`. `said` is what the body says, by nobody confirmed. `id` is the same for the same
     delivery, so that the server keeps one of two. `said_run_key` is the run key in the body's `meta`, if it has one.
+    `output` is what a person is to judge.
     """
 
     hook: Hook
@@ -64,6 +66,7 @@ class News:
     said: Mapping[str, Any]
     kickoff_id: str | None = None
     said_run_key: str | None = None
+    output: str | None = field(default=None, repr=False)
 
 
 def digest_of(hook: Hook, body: bytes) -> bytes:
@@ -97,6 +100,7 @@ def news_of(hook: Hook, body: WebhookBody, *, digest: bytes, received: datetime)
             said=dict(_filled(said)),
             kickoff_id=body.kickoff_id,
             said_run_key=_run_key(body.meta),
+            output=body.output if hook.kind == "human_input" and hook.names else None,
         )
     ]
 

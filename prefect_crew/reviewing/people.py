@@ -11,6 +11,7 @@ from prefect.exceptions import PrefectException
 
 from prefect_crew.api.errors import CrewError, CrewTimeoutError, ReviewLimitError
 from prefect_crew.api.models import CrewStatus
+from prefect_crew.asked_notes import forget_notes
 from prefect_crew.logs import run_logger
 from prefect_crew.patience import end
 from prefect_crew.records import ReviewStore, SentReview
@@ -227,5 +228,10 @@ class People:
 
     async def aclose(self, *, ended: bool) -> None:
         """The wait is over, and so is the run if it has `ended`."""
+        if ended and self.run.record is not None and self.run.record.hooked and self.questions.given:
+            try:
+                await forget_notes(self.run.record)
+            except (httpx.HTTPError, PrefectException) as error:
+                run_logger().debug("What run %s asked about stays: %s", self.run.kickoff_id, error)
         if self.reviewer is not None:
             await self.reviewer.aclose(ended=ended)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import time
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,7 @@ import httpx
 from prefect.exceptions import PrefectException
 
 from prefect_crew.api.models import CrewState, CrewStatus
+from prefect_crew.asked_notes import kept_output
 from prefect_crew.events import emit
 from prefect_crew.logs import run_logger
 from prefect_crew.records import ReviewStore, SentReview, utcnow
@@ -20,6 +22,7 @@ from prefect_crew.reviews import (
     judged,
     kept_beside,
     note_moved_on,
+    outputs_so_far,
     round_of,
     same_output,
     standing_of,
@@ -33,6 +36,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Questions", "how_to_answer", "named_run", "where_to_look"]
 
+OUTPUT_WITHIN = 5.0
+"""Seconds for which a question of which the status shows nothing waits for what its webhook brings."""
 SOON = 120.0
 """Seconds after an answer for which the status is read more often than the policy says, to see the crew go on."""
 
@@ -78,6 +83,8 @@ class Questions:
         self._waited = record is not None and record.human_since is not None
         self._stale = record is not None and bool(record.human_seconds or record.human_since)
         self._looked_at = utcnow()
+        self._without_output: float | None = None
+        """Since when a question is held back because nothing to judge is known; monotonic."""
 
     async def saw(self, status: CrewStatus) -> Question | None:
         """Return what is asked, the same object as long as it is the same question; None if nothing is.
@@ -93,7 +100,7 @@ class Questions:
 
     async def _saw(self, status: CrewStatus) -> Question | None:
         if status.state is not CrewState.WAITING:
-            self._open, self._answered = None, None
+            self._open, self._answered, self._without_output = None, None, None
             if self._stale or self._waited:
                 await self._look_up()
             if self._waited and status.state is not CrewState.UNKNOWN:
@@ -107,6 +114,8 @@ class Questions:
         if open_ is not None and self._still(open_, task_id, asked):
             if open_.asked is None and asked is not None:
                 open_ = self._open = replace(open_, asked=asked, output=judged(status))
+            elif open_.asked is None and open_.output == judged(status) and (kept := await self._kept()):
+                open_ = self._open = replace(open_, output=kept)
             return open_
         if (self._answered is None or self._stale) and not await self._look_up():
             return open_
@@ -122,17 +131,24 @@ class Questions:
         if standing is Standing.ANSWERED:
             self._answered = self.given[-1]
             return None
+        output = judged(status)
+        if asked is None and self._hooked:
+            output = await self._kept() or output
+            if output is None and self._held_back():
+                return None
+        self._without_output = None
         self._stale = True  # there will be an answer
         self._open = Question(
             self.run.kickoff_id,
             task_id,
             round_of(self.given, task_id),
             asked,
-            judged(status),
+            output,
             tuple(self.given),
             by_time=standing is Standing.BY_TIME,
             uncertain=standing is Standing.UNCERTAIN,
             task=self.run.named(task_id),
+            so_far=outputs_so_far(status),
         )
         return self._open
 
@@ -151,6 +167,28 @@ class Questions:
             return False
         return await note_moved_on(self.run, self._records, self.given)
 
+    @property
+    def _hooked(self) -> bool:
+        return self.run.record is not None and self.run.record.hooked
+
+    async def _kept(self) -> str | None:
+        """Return what a webhook brought of what is asked now."""
+        if not self._hooked or self.run.record is None:
+            return None
+        answers = len(self.given if self._open is None else self._open.before)
+        try:
+            return await kept_output(self.run.record, answers)
+        except (httpx.HTTPError, PrefectException) as error:
+            run_logger().debug("What run %s asks about could not be read: %s", self.run.kickoff_id, error)
+            return None
+
+    def _held_back(self) -> bool:
+        """Return whether a question waits a moment longer for its webhook, which may be on its way."""
+        now = time.monotonic()
+        if self._without_output is None:
+            self._without_output = now
+        return now - self._without_output < OUTPUT_WITHIN
+
     def answered(self, sent: SentReview) -> None:
         """Note that what is asked has its answer."""
         self.given = [*(self._open.before if self._open is not None else self.given), sent]
@@ -162,6 +200,8 @@ class Questions:
 
     def soon(self) -> float | None:
         """Return after how many seconds a look would be welcome, since an answer has just been given; else None."""
+        if self._without_output is not None:
+            return 1.0
         if self._answered is None:
             return None
         since = (utcnow() - self._answered.at).total_seconds()

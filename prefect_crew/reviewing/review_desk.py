@@ -13,10 +13,20 @@ from typing import TYPE_CHECKING, Protocol
 
 from prefect_crew.api.errors import CrewError
 from prefect_crew.api.models import CrewState, CrewStatus
+from prefect_crew.asked_notes import kept_output
 from prefect_crew.open_runs import OpenRun
 from prefect_crew.records import RecordPhase, ReviewStore, RunRecord, SentReview
 from prefect_crew.reviewing.questions import where_to_look
-from prefect_crew.reviews import LOOKS, Review, answer_question, judged, round_of, waiting_task
+from prefect_crew.reviews import (
+    LOOKS,
+    Review,
+    answer_question,
+    asked_of,
+    judged,
+    outputs_so_far,
+    round_of,
+    waiting_task,
+)
 from prefect_crew.sessions import CrewSession
 
 if TYPE_CHECKING:
@@ -107,7 +117,7 @@ async def look_at_question(record: RunRecord, records: ReviewStore, crew_of: Cre
         return None
     given = await records.reviews(record)
     task_id = record.human_task if status is None else waiting_task(status)
-    output, withheld = _shown(run, status)
+    output, withheld = await _shown(run, status, len(given))
     return AskedRun(
         record=record,
         task_id=task_id if task_id is None or run is None or status is None else run.named(task_id),
@@ -120,10 +130,15 @@ async def look_at_question(record: RunRecord, records: ReviewStore, crew_of: Cre
     )
 
 
-def _shown(run: OpenRun | None, status: CrewStatus | None) -> tuple[str | None, str | None]:
+async def _shown(run: OpenRun | None, status: CrewStatus | None, answers: int) -> tuple[str | None, str | None]:
     if run is None or status is None:
         return None, "its crew's server was not asked. Look at the crew's page, or give --crew."
     output = judged(status)
+    if asked_of(status) is None and run.record is not None and run.record.hooked:
+        output = await kept_output(run.record, answers) or output
+    if output is None and run.show == "full" and (so_far := outputs_so_far(status)) is not None:
+        # Not what is to be judged, so it is not given as that.
+        return None, f"the status does not show it. {where_to_look(run)} Other tasks gave:\n\n{run.redact(so_far)}"
     if output is None:
         return None, f"the status does not show it. {where_to_look(run)}"
     if run.show != "full":

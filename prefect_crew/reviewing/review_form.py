@@ -270,6 +270,8 @@ class FormReviewer:
         run = self.run
         if question.output is None:
             text = f"_What is to be judged is not known here. {where_to_look(run)}_"
+            if question.so_far is not None and run.show == "full":
+                text += f"\n\nOther tasks gave:\n\n{reading(run.redact(question.so_far)[:SHOWN])}"
         elif run.show != "full":
             text = f"_{len(question.output):,} characters, which are not shown here. {where_to_look(run)}_"
         else:
