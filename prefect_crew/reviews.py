@@ -98,10 +98,10 @@ class Question:
     """What a run asks at this moment.
 
     `task_id` and `output`, what is to be judged, are the crew's own: they go to the crew and to whoever answers. `task`
-    is the task as it may be shown, `so_far` what other tasks have given. `round` counts the task's questions from 1; `asked` is the digest of what the status
-    shows to be judged, None where it shows nothing; `before` is what was answered already. `by_time`: only the time
-    since the last answer says that this is another question than the one before. `uncertain`: it was answered, and
-    nobody knows whether the answer arrived.
+    is the task as it may be shown, `so_far` what other tasks have given. `round` counts the task's questions from 1;
+    `asked` is the digest of what the status shows to be judged, None where it shows nothing; `before` is what was
+    answered already. `by_time`: only the time since the last answer says that this is another question than the one
+    before. `uncertain`: it was answered, and nobody knows whether the answer arrived.
     """
 
     kickoff_id: str
@@ -142,7 +142,7 @@ def judged(status: CrewStatus) -> str | None:
 
 
 def outputs_so_far(status: CrewStatus) -> str | None:
-    """Return what tasks have given so far, for whoever cannot be shown what is to be judged; None if nothing is known."""
+    """Return what tasks have given so far, for whoever cannot be shown what is to be judged; None if nothing did."""
     done = [(task.name or "task", task.output) for task in status.tasks if task.output]
     raw: Any = status.raw
     last: Any = cast("dict[str, Any]", raw).get("last_executed_task") if isinstance(raw, dict) else None

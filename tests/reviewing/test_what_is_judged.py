@@ -90,9 +90,12 @@ async def test_where_nothing_is_known_the_page_is_linked_and_nothing_is_promised
 
 
 async def test_where_it_is_known_the_command_that_shows_it_is_named(caplog: pytest.LogCaptureFixture) -> None:
-    with CrewServer(SCRIPT, dialect="union") as server, caplog.at_level(logging.WARNING):
-        with pytest.raises(CrewTimeoutError):
-            await reviewed(server.crew(), None, f"judged/{uuid.uuid4()}", human_timeout=0.3)
+    with (
+        CrewServer(SCRIPT, dialect="union") as server,
+        caplog.at_level(logging.WARNING),
+        pytest.raises(CrewTimeoutError),
+    ):
+        await reviewed(server.crew(), None, f"judged/{uuid.uuid4()}", human_timeout=0.3)
     assert "See what is to be judged: prefect-crew reviews show" in caplog.text
 
 
