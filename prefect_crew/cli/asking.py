@@ -41,11 +41,17 @@ def inputs(
         terminal.put_json([item.model_dump(mode="json") for item in found])
         return
     rows = [
-        (item.name, "required" if item.required else "optional", item.type or "", item.description or "")
+        (
+            item.name,
+            "required" if item.required else "optional",
+            "" if item.default is None else str(item.default),
+            item.type or "",
+            item.description or "",
+        )
         for item in found
     ]
-    columns = [0, 1, *(index for index in (2, 3) if any(row[index] for row in rows))]
-    header = ("Input", "Needed", "Type", "Description")
+    columns = [0, 1, *(index for index in (2, 3, 4) if any(row[index] for row in rows))]
+    header = ("Input", "Needed", "Default", "Type", "Description")
     terminal.put_rows(
         [header[index] for index in columns],
         [[row[index] for index in columns] for row in rows],

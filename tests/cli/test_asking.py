@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from prefect_crew.server import CrewServer
-from support.commands import Finished
+from support.commands import TOKEN, Finished
 
 
 def kicked_off(crews: CrewServer, crew: str) -> str:
@@ -29,6 +29,21 @@ def until(crews: CrewServer, crew: str, kickoff_id: str, *words: str) -> None:
 def test_inputs(alone, crews: CrewServer):
     listed = alone("inputs", f"{crews.url}/greet")
     assert (listed.code, listed.out, listed.err) == (0, "Input\tNeeded\nwho\trequired\n", "")
+
+
+def test_optional_inputs_are_listed_with_what_is_known_of_them(here):
+    script = """
+name: toned
+inputs: [topic, {name: tone, required: false, description: How it sounds., default: dry}]
+tasks: [{name: t, output: x}]
+"""
+    with CrewServer(script, token=TOKEN) as server:
+        names = here("inputs", server.url).out
+    assert names == "Input\tNeeded\ntopic\trequired\ntone\toptional\n"
+    with CrewServer(script, token=TOKEN, dialect="live") as server:
+        listed = here("inputs", server.url).out.splitlines()
+    assert listed[0] == "Input\tNeeded\tDefault\tType\tDescription"
+    assert listed[2] == "tone\toptional\tdry\tstring\tHow it sounds."
 
 
 def test_inputs_as_json(here, crews: CrewServer):
