@@ -123,14 +123,16 @@ def _lines(lines: Sequence[int], more: int) -> str:
 
 
 class LedgerError(CrewError):
-    """The ledger cannot be read or written. Attributes: ledger (its address without a password)."""
+    """The ledger cannot be used. Attributes: ledger (its address without a password)."""
 
-    def __init__(self, reason: str, *, ledger: str) -> None:
+    def __init__(self, reason: str, *, ledger: str, advice: str | None = None) -> None:
         self.ledger = ledger
-        super().__init__(
-            f"The ledger {ledger} {reason} No row is kicked off without it; mend it and run the batch again with the "
-            "same name, which goes on where it stopped."
-        )
+        if advice is None:
+            advice = (
+                "No row is kicked off without it; mend it and run the batch again with the same name, which goes on "
+                "where it stopped."
+            )
+        super().__init__(f"The ledger {ledger} {reason} {advice}")
 
 
 class LedgerMissingError(CrewError):

@@ -1,7 +1,9 @@
 """The claim that binds a batch's name to its ledger, on the Prefect server.
 
 Without it, a batch that is gone on with on a machine that does not have its ledger would find nothing done and buy
-everything again.
+everything again. The same holds for an older copy of the ledger, such as a backup: so both know a generation, which
+grows before rows are started, while they are, and once they have been. It is written to the ledger first: whatever dies
+in between, the ledger that is in use never knows a smaller one than the Prefect server.
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ from prefect.client.orchestration import get_client
 from prefect.exceptions import PrefectHTTPStatusError
 
 from prefect_crew.api.errors import BatchChangedError, LedgerMissingError
-from prefect_crew.batches.ledger import BatchEntry, Ledger
+from prefect_crew.batches.ledger import BatchEntry, Ledger, LedgerError
+from prefect_crew.impatience import request_soon
 
 __all__ = [
     "ASKS",
@@ -24,8 +27,10 @@ __all__ = [
     "Bound",
     "Kept",
     "LedgerMissingError",
+    "begin_generation",
     "bind",
     "binding_name",
+    "check_age",
     "kept_here",
     "note_asking",
     "read_binding",
@@ -63,11 +68,14 @@ async def kept_here(ledger: Ledger) -> Kept:
 
     Raises:
         LedgerMissingError: It is bound to another ledger.
+        LedgerError: The ledger at hand is an older copy.
     """
     before = await ledger.entry()
     bound = await read_binding(ledger.batch)
-    if bound is not None and (before is None or bound.get("ledger_id") != before.ledger_id):
-        raise LedgerMissingError(name=ledger.batch, ledger=str(bound.get("ledger")))
+    if bound is not None:
+        if before is None or bound.get("ledger_id") != before.ledger_id:
+            raise LedgerMissingError(name=ledger.batch, ledger=str(bound.get("ledger")))
+        check_age(before, bound.get("generation"), ledger=ledger.address)
     return Kept(before, is_bound=bound is not None)
 
 
@@ -103,6 +111,61 @@ async def bind(
     if not kept.is_bound:
         await _claim(entry, place)
     return Bound(entry, before)
+
+
+def check_age(entry: BatchEntry, known: Any, *, ledger: str) -> None:
+    """Make sure that a ledger is not older than what is known of it elsewhere.
+
+    Args:
+        entry: What the ledger knows of the batch.
+        known: The generation that is known elsewhere, None for none.
+        ledger: Its address.
+
+    Raises:
+        LedgerError: It is.
+    """
+    generation, here = known if isinstance(known, int) else 0, entry.generation or 0
+    if here < generation:
+        raise LedgerError(
+            f"is an older copy: it knows batch {entry.name!r} up to generation {here}, and the batch has reached "
+            f"{generation}. Rows that were started since are not in it, so nothing was started.",
+            ledger=ledger,
+            advice=(
+                "Use the newer ledger. If that is lost, and its rows may be started again: prefect variable unset "
+                f"{binding_name(entry.name)}, then run the batch with this one."
+            ),
+        )
+
+
+async def begin_generation(ledger: Ledger, place: str, *, patience: float) -> int:
+    """Begin the next generation of a batch that is bound, in its ledger and then on the Prefect server; return it.
+
+    Args:
+        ledger: The ledger that keeps it.
+        place: Where that is found again, as for `bind`.
+        patience: Seconds for which a Prefect API that is away or busy is asked again.
+
+    Raises:
+        LedgerError: The ledger cannot be written.
+        LedgerMissingError: The batch was bound to another ledger meanwhile.
+        httpx.HTTPError, PrefectException: The Prefect API is away.
+    """
+    generation = await ledger.advance()
+    entry = await ledger.entry()
+    if entry is None:
+        raise LedgerError("knows the batch no more.", ledger=ledger.address)
+    async with get_client() as client:
+        variable = await client.read_variable_by_name(binding_name(ledger.batch))
+        if variable is not None:
+            value = cast("dict[str, Any]", variable.value) if isinstance(variable.value, dict) else {}
+            if value.get("ledger_id") != entry.ledger_id:
+                raise LedgerMissingError(name=ledger.batch, ledger=str(value.get("ledger")))
+            body = {"value": {**value, "generation": generation}}
+            # By its id: one that was made anew under the name is not this one.
+            await request_soon(client, "PATCH", f"/variables/{variable.id}", json=body, patience=patience)
+            return generation
+    await _claim(entry, place)
+    return generation
 
 
 def _refuse_change(entry: BatchEntry, crew_url: str, fingerprint: str, total: int) -> None:
@@ -143,7 +206,8 @@ async def note_asking(batch: str, asks: bool) -> None:
 
 
 async def _claim(entry: BatchEntry, place: str) -> None:
-    value = {"version": VERSION, "batch": entry.name, "ledger_id": entry.ledger_id, "ledger": place}
+    value: dict[str, Any] = {"version": VERSION, "batch": entry.name, "ledger_id": entry.ledger_id, "ledger": place}
+    value["generation"] = entry.generation or 0
     body = {"name": binding_name(entry.name), "value": value, "tags": [TAG]}
     async with get_client() as client:
         try:

@@ -14,7 +14,7 @@ from prefect.client.orchestration import get_client
 
 from prefect_crew.api.errors import ConfigurationError, CrewError
 from prefect_crew.api.models import CrewState
-from prefect_crew.batches.binding import ASKS, TAG, LedgerMissingError, read_binding
+from prefect_crew.batches.binding import ASKS, TAG, LedgerMissingError, check_age, read_binding
 from prefect_crew.batches.calls import options_from
 from prefect_crew.batches.ends import FAILED, standing_word
 from prefect_crew.batches.ledger import BatchEntry, Ledger
@@ -175,7 +175,7 @@ async def known_batch(name: str, ledger: str | None = None) -> AsyncGenerator[Kn
     Raises:
         ConfigurationError: There is no such batch.
         LedgerMissingError: Its ledger is not the one here, or not on this machine.
-        LedgerError: Its ledger cannot be opened.
+        LedgerError: Its ledger cannot be opened, or is an older copy.
     """
     bound = await read_binding(name)
     if bound is None:
@@ -189,6 +189,7 @@ async def known_batch(name: str, ledger: str | None = None) -> AsyncGenerator[Kn
         entry = await opened.entry()
         if entry is None or entry.ledger_id != bound.get("ledger_id"):
             raise LedgerMissingError(name=name, ledger=told)
+        check_age(entry, bound.get("generation"), ledger=opened.address)
         yield KnownBatch(name, place, opened, entry)
 
 

@@ -32,7 +32,7 @@ from prefect_crew.records import RecordPhase, RunRecord, SentReview, utcnow
 __all__ = ["LEDGER_VERSION", "BatchEntry", "Ledger", "LedgerError"]
 
 T = TypeVar("T")
-LEDGER_VERSION = 1
+LEDGER_VERSION = 2
 _PAGE = 1_000
 
 
@@ -40,7 +40,8 @@ _PAGE = 1_000
 class BatchEntry:
     """What a ledger knows of a batch as a whole. `fingerprint` is that of its rows' keys and inputs.
 
-    `call` is how it was called, where that are plain values; `standing` how it stood at its last end.
+    `call` is how it was called, where that are plain values; `standing` how it stood at its last end. `generation`
+    grows while rows are started.
     """
 
     name: str

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -12,9 +13,10 @@ from typing import Any
 import httpx
 from prefect.exceptions import PrefectException
 
+from prefect_crew.api.errors import CrewError
 from prefect_crew.api.models import CrewInput, CrewState
 from prefect_crew.batches.artifacts import BatchArtifacts
-from prefect_crew.batches.binding import Bound, bind, binding_name, kept_here, note_asking
+from prefect_crew.batches.binding import Bound, begin_generation, bind, binding_name, kept_here, note_asking
 from prefect_crew.batches.cancelling import watched
 from prefect_crew.batches.ends import RowEnd
 from prefect_crew.batches.engine import Engine
@@ -37,6 +39,13 @@ from prefect_crew.logs import run_logger
 from prefect_crew.receiver.targets import webhooks_for
 
 __all__ = ["OpenBatch", "open_batch"]
+
+BEGIN_FOR = 60.0
+"""Seconds for which a Prefect API that is away or busy is told of a call before its first row is started."""
+BEGIN_EVERY = 5.0
+"""Seconds between two generations while rows are started: a copy of the ledger that is older is known for one."""
+SOON = 2.0
+"""Seconds for which the Prefect API is told of a further one."""
 
 
 @asynccontextmanager
@@ -135,6 +144,37 @@ class OpenBatch:
     bought: int
     stopped: str | None = None
     options: BatchOptions | None = None
+    _begun: int = 0
+    _begin_after: float = 0.0
+
+    async def begin(self) -> int:
+        """Begin a generation of the batch, before any row of it is started; return its number.
+
+        Raises:
+            CrewError: The ledger cannot be written, or is not that of the batch any more.
+            httpx.HTTPError, PrefectException: The Prefect API is away.
+        """
+        generation = await begin_generation(self.ledger, self.job.place.told, patience=BEGIN_FOR)
+        self.lock.generation = generation
+        self._begin_after = time.monotonic() + BEGIN_EVERY
+        return generation
+
+    async def begin_again(self, begun: int, *, over: bool = False) -> None:
+        """Begin another generation once in a while, so that a copy made meanwhile is known for an older one.
+
+        Args:
+            begun: How many rows were begun so far; nothing is done where that is as it was.
+            over: No more will be.
+        """
+        if begun == self._begun or (time.monotonic() < self._begin_after and not over):
+            return
+        try:
+            self.lock.generation = await begin_generation(self.ledger, self.job.place.told, patience=SOON)
+        except (httpx.HTTPError, PrefectException, CrewError) as error:
+            run_logger().warning("That batch %s has gone on cannot be noted: %s", self.job.name, error)
+        else:
+            self._begun = begun
+        self._begin_after = time.monotonic() + BEGIN_EVERY
 
     async def run(self) -> BatchReport:
         """Run the rows that are not done, write all lines, and report.
@@ -174,6 +214,9 @@ class OpenBatch:
             engine = engine_of(self.session, self.ledger, options, on_end=self._take, most=most, bought=bought)
             if self.stopped is not None:
                 engine.stop(self.stopped)
+            if engine.stopped is None:
+                await self.begin()
+                self._begun = 0
             self.output.open(self._stays(), in_order=options.order == "input")
             rows = feed(engine, self.plan.jobs(), chunk_size=1 if options.task_per_row else options.chunk_size, new=new)
             try:
@@ -181,6 +224,7 @@ class OpenBatch:
                     rows, engine, name=self.job.name, on_cancel=options.on_cancel, tick=lambda: self._tick(engine)
                 )
             finally:
+                await self.begin_again(engine.kickoffs, over=True)
                 self.stopped = self.stopped or engine.stopped
                 standing.in_flight = len(engine.waiting)
 
@@ -197,6 +241,7 @@ class OpenBatch:
         tell_batch(self.job.name, "running", standing)
         self.output.flush()
         await self.artifacts.progress(standing)
+        await self.begin_again(engine.kickoffs)
         if not await self.lock.still_held():
             engine.stop(
                 "its lock was lost: another process has taken the batch over, or the ledger's file was removed or "

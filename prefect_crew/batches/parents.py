@@ -116,7 +116,8 @@ class Parent:
             BatchCancelledError: This flow run was cancelled, and its shards with it.
         """
         own = flow_run_id()
-        calls = [shard_call(self._batch, number, self._count) for number in range(self._count)]
+        generation = await self._batch.begin()
+        calls = [shard_call(self._batch, number, self._count, generation) for number in range(self._count)]
         self._before = await self._batch.ledger.counts()
         self._failed = await self._to_be_retried()
         try:
@@ -322,6 +323,7 @@ class Parent:
         standing.tick()
         tell_batch(batch.job.name, "running", standing)
         await batch.artifacts.progress(standing)
+        await batch.begin_again(sum(counts.values()))
         if (reason := batch.job.options.stop_when(failed, ended)) and await batch.ledger.halted() is None:
             run_logger().warning("No shard kicks anything off any more: %s", reason)
             await batch.ledger.halt(reason)

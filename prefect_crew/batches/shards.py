@@ -16,7 +16,7 @@ from prefect import flow
 
 from prefect_crew.api.errors import ConfigurationError
 from prefect_crew.api.models import CrewInput
-from prefect_crew.batches.binding import BatchChangedError, LedgerMissingError
+from prefect_crew.batches.binding import BatchChangedError, LedgerMissingError, check_age
 from prefect_crew.batches.calls import options_from, plain_options
 from prefect_crew.batches.cancelling import watched
 from prefect_crew.batches.datasets import open_dataset
@@ -95,8 +95,10 @@ def check_shards(job: BatchJob, shards: int) -> None:
     shard_options(job.options, shards - 1, shards, bought=0)
 
 
-def shard_call(batch: OpenBatch, shard: int, shards: int) -> dict[str, Any]:
+def shard_call(batch: OpenBatch, shard: int, shards: int, generation: int) -> dict[str, Any]:
     """Return what a shard on another machine is given. It holds no secret.
+
+    `generation` is that of the batch: a ledger that has not reached it is an older copy.
 
     Raises:
         ConfigurationError: There is less than one kickoff left for each shard.
@@ -109,6 +111,7 @@ def shard_call(batch: OpenBatch, shard: int, shards: int) -> dict[str, Any]:
         "encoding": job.call["encoding"],
         "ledger": job.place.told,
         "ledger_id": batch.bound.entry.ledger_id,
+        "generation": generation,
         "fingerprint": batch.checked.fingerprint,
         "expected": [item.model_dump(mode="json") for item in batch.expected],
         "options": shard_options(job.options, shard, shards, bought=batch.bought),
@@ -168,6 +171,7 @@ async def _check_ledger(ledger: Ledger, call: Mapping[str, Any]) -> None:
     entry = await ledger.entry()
     if entry is None or entry.ledger_id != call["ledger_id"]:
         raise LedgerMissingError(name=ledger.batch, ledger="that of the parent")
+    check_age(entry, call.get("generation"), ledger=ledger.address)
 
 
 async def _run_shard(
