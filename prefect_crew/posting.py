@@ -209,7 +209,9 @@ async def _post(purchase: Purchase, record: RunRecord, records: RecordStore, ses
         return crew.redactor(purchase.inputs)(text)  # hardly ever needed, and the dearest part of a purchase
 
     try:
-        webhooks = purchase.webhooks or webhooks_for(crew, record.run_key, attempt=attempt, settings=settings)
+        webhooks = purchase.webhooks or webhooks_for(
+            crew, record.run_key, attempt=attempt, owner=record.owner, settings=settings
+        )
         record.hooked = webhooks is not None and purchase.webhooks is None
         with withholding(redact):
             meta = {**(purchase.meta or {}), "run_key": record.run_key}

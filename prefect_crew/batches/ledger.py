@@ -28,6 +28,7 @@ from prefect_crew.batches.set_aside import SetAside
 from prefect_crew.logs import run_logger
 from prefect_crew.posting import ClaimLostError
 from prefect_crew.records import RecordPhase, RunRecord, SentReview, utcnow
+from prefect_crew.run_keys import escaped
 
 __all__ = ["LEDGER_VERSION", "BatchEntry", "Ledger", "LedgerError"]
 
@@ -59,7 +60,8 @@ class BatchEntry:
 class Ledger:
     """The ledger of one batch, as an async context manager; one event loop, any number of processes.
 
-    It implements the record protocol: a record's run key is `batch/NAME/ROW KEY`.
+    It implements the record protocol: a record's run key is `batch/NAME/ROW KEY`, with NAME's own
+    slashes escaped.
 
     Attributes:
         sole: Whether this process alone works on the batch, so that a claim that it does not hold has lost its owner.
@@ -84,12 +86,12 @@ class Ledger:
         await self.database.__aexit__()
 
     def run_key(self, row_key: str) -> str:
-        """Return the run key of a row."""
-        return f"batch/{self.batch}/{row_key}"
+        """Return the run key of a row: no other of any batch has the same."""
+        return f"batch/{escaped(self.batch)}/{row_key}"
 
     def row_key(self, run_key: str) -> str:
         """Return the row of a run key."""
-        return run_key.removeprefix(f"batch/{self.batch}/")
+        return run_key.removeprefix(self.run_key(""))
 
     # The batch as a whole.
 

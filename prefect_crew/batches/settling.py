@@ -17,6 +17,7 @@ from prefect_crew.blocks import DeployedCrew
 from prefect_crew.events import emit
 from prefect_crew.logs import run_logger
 from prefect_crew.receiver.settling import Settlement, settle_from_webhook
+from prefect_crew.receiver.signing import claim_of
 from prefect_crew.record_store import PrefectRecords
 from prefect_crew.records import RunRecord
 from prefect_crew.settings import CrewSettings
@@ -61,7 +62,7 @@ async def _same(crew: DeployedCrew, record: RunRecord) -> DeployedCrew | None:
 
 
 async def _told(record: RunRecord) -> list[str]:
-    """Return the kickoff ids that webhooks of one attempt have named, each once."""
+    """Return the kickoff ids that webhooks of this very claim have named, each once."""
     about = {
         "resource": {"labels": {"prefect-crew.run-key": [record.run_key]}},
         "event": {"prefix": ["crew.webhook."]},
@@ -73,6 +74,6 @@ async def _told(record: RunRecord) -> list[str]:
     for event in cast("list[dict[str, Any]]", answer.json()["events"]):
         payload: dict[str, Any] = event["payload"]
         said: dict[str, Any] = payload.get("said") or {}
-        if payload.get("attempt") == record.attempt and said.get("kickoff_id"):
+        if payload.get("claim") == claim_of(record.owner) and said.get("kickoff_id"):
             found[str(said["kickoff_id"])] = None
     return list(found)

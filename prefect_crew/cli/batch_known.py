@@ -178,6 +178,7 @@ async def _settle(
 ) -> None:
     from prefect_crew.batches.known import known_batch
     from prefect_crew.batches.locks import BatchBusyError, BatchLock
+    from prefect_crew.record_store import PrefectRecords
     from prefect_crew.settling import settle_never_started, settle_started, unsettled
 
     async with known_batch(name, ledger) as batch, BatchLock(batch.ledger.database, name) as lock:
@@ -192,6 +193,13 @@ async def _settle(
             await settle_never_started(record, batch.ledger)
             terminal.put(f"Settled: row {row} never started. {again} buys it.")
             return
+        holder = await PrefectRecords().of_kickoff(kickoff_id)
+        if holder is not None:
+            raise ConfigurationError(
+                f"Run {kickoff_id} belongs to the run key {holder.run_key!r} (attempt {holder.attempt}): it cannot be "
+                f"that of row {row!r} too. Nothing was changed. Look for another run on the crew's page, or say "
+                "--never-started if there is none."
+            )
         block = await crew_of(record, crew, access)
         if block is None:
             terminal.note(

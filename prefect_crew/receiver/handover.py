@@ -269,7 +269,10 @@ class Handover:
             await asyncio.sleep(pause)
             try:
                 outcome = await settle_from_webhook(
-                    hook.run_key, kickoff_id, self._records, attempt=hook.attempt, said_run_key=news.said_run_key
+                    *(hook.run_key, kickoff_id, self._records),
+                    attempt=hook.attempt,
+                    claim=hook.claim,
+                    said_run_key=news.said_run_key,
                 )
             except (httpx.HTTPError, PrefectException):
                 outcome = Settlement.NO_ANSWER

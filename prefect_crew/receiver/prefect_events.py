@@ -45,6 +45,7 @@ def event_of(news: News, record: RunRecord | None) -> dict[str, Any]:
         "payload": {
             "run_key": hook.run_key,
             "attempt": hook.attempt if record is None else record.attempt,
+            "claim": hook.claim,
             "kickoff_id": None if record is None else record.kickoff_id,
             "round": hook.round,
             "said": dict(news.said),

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from prefect_crew.api.errors import AuthenticationError, ConfigurationError, CrewError
 from prefect_crew.api.models import CrewState, CrewStatus
+from prefect_crew.receiver.signing import claim_of
 from prefect_crew.records import RecordPhase, RecordStore, RunRecord, utcnow
 from prefect_crew.sessions import CrewSession
 from prefect_crew.settling import settle_started
@@ -41,7 +42,7 @@ class Settlement(str, Enum):
     NO_ANSWER = "no answer"
     """The status call failed."""
     REFUSED = "refused"
-    """Another record holds the id, or the webhook itself names another run key."""
+    """Another record holds the id, or the webhook is of another claim or names another run key itself."""
 
     def __str__(self) -> str:
         return self.value
@@ -87,6 +88,7 @@ async def settle_from_webhook(
     records: RecordStore,
     *,
     attempt: int | None = None,
+    claim: str | None = None,
     said_run_key: str | None = None,
     load: Callable[[RunRecord], Awaitable[DeployedCrew | None]] = load_crew,
 ) -> Settlement:
@@ -97,6 +99,7 @@ async def settle_from_webhook(
         kickoff_id: The id in the webhook's body.
         records: Where records live.
         attempt: The attempt at the run key, from the URL; left out, the latest purchase.
+        claim: The claim that the URL was made for, from the URL.
         said_run_key: The run key in the body's `meta`, if there is one.
         load: Finds the crew that the status call is made to.
 
@@ -106,6 +109,8 @@ async def settle_from_webhook(
     record = attempt_of(await records.attempts(run_key), attempt)
     if record is None or not unsettled(record):
         return Settlement.NOT_NEEDED
+    if claim is not None and claim != claim_of(record.owner):
+        return Settlement.REFUSED
     if said_run_key is not None and said_run_key != run_key:
         return Settlement.REFUSED
     if record.phase is RecordPhase.CLAIMED and utcnow() < record.known_by and not await records.owner_ended(record):

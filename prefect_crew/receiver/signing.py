@@ -4,10 +4,11 @@ The crew API's three plain webhooks carry no authentication, so what stands in t
 `{base}/hooks/{kind}/{token}`. A token is base64url, without padding, of
 
     1 byte   version, 1
-    1 byte   bit 0: names of tasks and agents may be shown; bit 1: the run key is packed
+    1 byte   bit 0: names of tasks and agents may be shown; bit 1: the run key is packed; bit 2: there is a claim
     5 bytes  when it expires, seconds since the epoch, big-endian
     3 bytes  the attempt at the run key, 0 where it is not known
     1 byte   how many answers of people came before, modulo 256
+    8 bytes  the claim whose kickoff gave the URL away, if there is one: the beginning of the SHA-256 of its owner
     n bytes  the run key
     32 bytes HMAC-SHA256 over the kind and all bytes before, keyed by the secret
 
@@ -20,6 +21,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import hashlib
 import hmac
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -41,6 +43,7 @@ __all__ = [
     "bearer_of",
     "checked_base_url",
     "checked_secret",
+    "claim_of",
     "hook_urls",
     "read_token",
     "token_of",
@@ -51,12 +54,13 @@ BEARER_KINDS: tuple[WebhookKind, ...] = ("human_input", "stream")
 SHORTEST_SECRET = 32
 """Characters. Whoever has one URL can try secrets against it without asking anybody."""
 MAX_TOKEN = 2048
-"""Characters of a token: the longest run key takes 1,732."""
+"""Characters of a token: the longest run key takes 1,743."""
 
 _VERSION = 1
 _HEAD = 11
 _MAC = 32
-_NAMES, _PACKED = 1, 2
+_NAMES, _PACKED, _CLAIM = 1, 2, 4
+_CLAIM_BYTES = 8
 _CODE_POINTS = 0x110000
 _MAX_EXPIRY = 2**40 - 1
 _MAX_ATTEMPT = 2**24 - 1
@@ -67,7 +71,9 @@ class Hook:
     """What a URL is for: one kind of webhook of one run, until `expires` (aware).
 
     `attempt` is the attempt at the run key, None where the signer did not know it. `names`: whether the names of tasks
-    and agents may stand in events. `round` is how many answers of people the run had when this was signed.
+    and agents may stand in events. `round` is how many answers of people the run had when this was signed. `claim` is
+    that of the attempt, as `claim_of` gives it: two records may have one run key, such as those of two ledgers, or one
+    that was deleted and another that took its place.
     """
 
     kind: WebhookKind
@@ -76,6 +82,12 @@ class Hook:
     attempt: int | None = None
     names: bool = True
     round: int = 0
+    claim: str | None = None
+
+
+def claim_of(owner: str) -> str:
+    """Return what a URL says of the claim that it was made for."""
+    return hashlib.sha256(owner.encode("utf-8", "surrogatepass")).hexdigest()[: 2 * _CLAIM_BYTES]
 
 
 def hook_urls(
@@ -85,6 +97,7 @@ def hook_urls(
     *,
     expires: datetime,
     attempt: int | None = None,
+    claim: str | None = None,
     names: bool = True,
     round: int = 0,  # noqa: A002 - the word of the domain
     kinds: Sequence[WebhookKind] = (*PLAIN_KINDS, "human_input"),
@@ -99,6 +112,7 @@ def hook_urls(
         run_key: The run. It can be read from the URLs.
         expires: When the receiver stops to accept them; aware.
         attempt: Which attempt at the run key, so that a late webhook of an earlier one is not taken for this one's.
+        claim: Whose claim, so that no webhook of another's run resolves it; as `claim_of` gives it.
         names: Whether names of tasks and agents, which may repeat an input, may stand in Prefect's events.
         round: How many answers of people came before: each resume has URLs of its own, so that the same question asked
             again is not taken for a delivery that came twice.
@@ -111,7 +125,7 @@ def hook_urls(
     base, key = checked_base_url(base_url), checked_secret(secret)
 
     def hook(kind: WebhookKind) -> Hook:
-        return Hook(kind, run_key, expires, attempt, names, round)
+        return Hook(kind, run_key, expires, attempt, names, round, claim)
 
     def url(kind: WebhookKind) -> str | None:
         return f"{base}/hooks/{kind}/{token_of(hook(kind), key)}" if kind in kinds else None
@@ -238,9 +252,10 @@ def _payload(hook: Hook) -> bytes:
     if not (0 <= seconds <= _MAX_EXPIRY and 0 <= attempt <= _MAX_ATTEMPT and hook.run_key):
         raise ConfigurationError("A webhook's run key is empty, or its expiry or attempt is out of range.")
     form, key = _packed_key(hook.run_key)
-    flags = form | (_NAMES if hook.names else 0)
+    flags = form | (_NAMES if hook.names else 0) | (_CLAIM if hook.claim else 0)
+    claim = bytes.fromhex(hook.claim) if hook.claim else b""
     numbers = seconds.to_bytes(5, "big") + attempt.to_bytes(3, "big") + bytes((hook.round % 256,))
-    return bytes((_VERSION, flags)) + numbers + key
+    return bytes((_VERSION, flags)) + numbers + claim + key
 
 
 def _read(kind: WebhookKind, payload: bytes) -> Hook | None:
@@ -248,7 +263,8 @@ def _read(kind: WebhookKind, payload: bytes) -> Hook | None:
     version, flags = payload[0], payload[1]
     if version != _VERSION:
         return None
-    key = payload[_HEAD:]
+    head = _HEAD + (_CLAIM_BYTES if flags & _CLAIM else 0)
+    key = payload[head:]
     return Hook(
         kind=kind,
         run_key=_unpacked(key) if flags & _PACKED else key.decode("utf-8"),
@@ -256,6 +272,7 @@ def _read(kind: WebhookKind, payload: bytes) -> Hook | None:
         attempt=int.from_bytes(payload[7:10], "big") or None,
         names=bool(flags & _NAMES),
         round=payload[10],
+        claim=payload[_HEAD:head].hex() or None,
     )
 
 

@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 
 from prefect_crew.api.errors import ConfigurationError
 from prefect_crew.api.webhooks import RUN_ENDS, HumanInputWebhook, Webhooks
-from prefect_crew.receiver.signing import hook_urls
+from prefect_crew.receiver.signing import claim_of, hook_urls
 from prefect_crew.records import utcnow
 from prefect_crew.settings import CrewSettings
 
@@ -30,6 +30,7 @@ def webhooks_for(
     run_key: str,
     *,
     attempt: int | None = None,
+    owner: str | None = None,
     round: int = 0,  # noqa: A002 - the word of the domain
     wait: WaitPolicy | None = None,
     settings: CrewSettings | None = None,
@@ -38,6 +39,8 @@ def webhooks_for(
 
     They are for its kickoff, and for each `/resume` again, the first of which is round 1. With an address of Prefect
     Cloud's own webhooks, all kinds go there and no secret is needed.
+
+    `owner` is that of the attempt's record, which no webhook of another's run can then resolve.
 
     Raises:
         ConfigurationError: The address is set without a secret, or one of them cannot be used.
@@ -59,6 +62,7 @@ def webhooks_for(
         run_key,
         expires=hooks_expire(wait or crew.wait, utcnow()),
         attempt=attempt,
+        claim=None if owner is None else claim_of(owner),
         names=names_shown(crew),
         round=round,
         stream_events=RUN_ENDS,

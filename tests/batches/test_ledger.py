@@ -64,6 +64,19 @@ async def test_rows_that_wait_for_people_are_found(ledger_address: str):
         assert await ledger.attempts("batch/c/asks") == await ledger.attempts("asks") == []
 
 
+async def test_no_two_rows_of_any_batches_have_one_run_key(tmp_path: Path):
+    path = str(tmp_path / "ledger.db")
+    names = ("a", "a/b", "a%2Fb", "a%2fb", "a/", "/a", "%", "%25", "2026/7")
+    ledgers = [Ledger(path, name) for name in names]
+    keys = [(ledger, key) for ledger in ledgers for key in ("c", "b/c", "2Fb/c", "/c", "%2Fc", "7/c")]
+    assert len({ledger.run_key(key) for ledger, key in keys}) == len(keys)
+    assert all(ledger.row_key(ledger.run_key(key)) == key for ledger, key in keys)
+    assert Ledger(path, "leads 2026").run_key("a/b") == "batch/leads 2026/a/b"
+    async with Ledger(path, "a") as one, Ledger(path, "a/b") as two:
+        assert await two.claim(record_of(two, "c"))
+        assert await one.attempts(two.run_key("c")) == []
+
+
 async def test_what_is_written_is_read_again_by_another_process(ledger_address: str):
     async with Ledger(ledger_address, "b") as ledger:
         record = record_of(ledger, "k")

@@ -160,6 +160,6 @@ async def test_a_ledger_of_before_there_were_generations_is_gone_on_with(
         assert variable is not None
         assert isinstance(variable.value, dict)
         value = {key: said for key, said in variable.value.items() if key != "generation"}
-        await client.request("PATCH", f"/variables/{variable.id}", json={"value": value})
+        await client.request("PATCH", "/variables/{id}", path_params={"id": variable.id}, json={"value": value})
     assert (await batch(server.crew(), topics(4), name=name)).completed == 4
     assert server.kickoffs == 4

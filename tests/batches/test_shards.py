@@ -153,7 +153,8 @@ async def test_shards_run_their_own_rows_once_and_the_batch_is_finished_from_the
     given: dict[str, Any] = {"name": "split", "output": str(tmp_path / "out.jsonl"), "ledger": f"secret://{secret}"}
     job = await batch_job(name, rows_file(tmp_path, 60), BatchOptions(wait=WAIT), **given)
     async with open_batch(job, shared=True) as batch:
-        calls = [shard_call(batch, shard, 3) for shard in range(3)]
+        generation = await batch.begin()
+        calls = [shard_call(batch, shard, 3, generation) for shard in range(3)]
         assert postgres_address not in json.dumps(calls)
         with pytest.raises(LedgerMissingError):
             await batch_shard("split", 0, 3, {**calls[0], "ledger_id": "another"})
@@ -185,7 +186,7 @@ async def test_a_shard_that_stops_halts_the_others(
     given: dict[str, Any] = {"name": "halted", "output": str(tmp_path / "out.jsonl"), "ledger": postgres_address}
     job = await batch_job(name, rows_file(tmp_path, 20), BatchOptions(wait=WAIT), **given)
     async with open_batch(job, shared=True) as batch:
-        found = await batch_shard("halted", 0, 2, shard_call(batch, 0, 2))
+        found = await batch_shard("halted", 0, 2, shard_call(batch, 0, 2, await batch.begin()))
         assert "401" in found["stopped"]
         assert await batch.ledger.halted() == found["stopped"]
     report = await arun_batch(name, rows_file(tmp_path, 20), wait=WAIT, **given)

@@ -13,6 +13,7 @@ from pydantic import SecretStr
 
 from prefect_crew import DeployedCrew, KickoffUncertainError, arun_crew
 from prefect_crew.receiver import handover
+from prefect_crew.receiver.signing import claim_of
 from prefect_crew.record_store import PrefectRecords
 from prefect_crew.records import RecordPhase, RunRecord, utcnow
 from prefect_crew.server import CrewScript, CrewServer
@@ -199,3 +200,19 @@ async def test_a_webhook_that_comes_before_its_time_settles_later(receiver: str,
     events = await events_of(record.run_key, at_least=2)
     assert [event["event"] for event in events] == ["crew.webhook.crew", "crew.settled"]
     assert events[1]["payload"]["kickoff_id"] == kickoff_id
+
+
+async def test_a_webhook_of_another_claim_of_the_same_key_resolves_nothing(crew: DeployedCrew):
+    """A record that was deleted, or stood on another Prefect server, had the same key and attempt."""
+    record = uncertain(crew)
+    await RECORDS.claim(record)
+    kickoff_id = await started(crew)
+    about: dict[str, Any] = {"attempt": 1, "load": lambda _: _crew(crew)}
+    other = await settle_from_webhook(record.run_key, kickoff_id, RECORDS, claim=claim_of("another"), **about)
+    assert other is Settlement.REFUSED
+    ours = await settle_from_webhook(record.run_key, kickoff_id, RECORDS, claim=claim_of(record.owner), **about)
+    assert ours is Settlement.SETTLED
+
+
+async def _crew(crew: DeployedCrew) -> DeployedCrew:
+    return crew

@@ -14,6 +14,7 @@ from prefect_crew.batches.ledger import Ledger
 from prefect_crew.records import RecordPhase
 from prefect_crew.testing import CrewServerFactory
 from prefect_crew.webhooks import create_receiver
+from support.batches import put
 from support.scripts import script
 from support.webhooks import SECRET, events_of, served, until
 
@@ -50,6 +51,13 @@ async def test_a_row_is_settled_by_its_webhook_when_the_batch_is_gone_on_with(
         assert (await arun_batch(server.crew(), ROWS, **given)).uncertain == 1
         monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_WEBHOOK_URL", url)
         monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_WEBHOOK_SECRET", SECRET)
+        # A row of another ledger has the same key and number: its webhooks say nothing of this one.
+        async with Ledger(f"{given['output']}.ledger.db", name) as ledger:
+            (ours,) = await ledger.attempts(run_key)
+            await put(ledger, ours.model_copy(update={"owner": str(uuid.uuid4())}))
+        assert (await arun_batch(server.crew(), ROWS, **given)).uncertain == 1
+        async with Ledger(f"{given['output']}.ledger.db", name) as ledger:
+            await put(ledger, ours)
         again = await arun_batch(server.crew(), ROWS, **given)
     assert (again.completed, again.uncertain, again.kickoffs, server.kickoffs) == (4, 0, 0, 4)
     async with Ledger(f"{given['output']}.ledger.db", name) as ledger:

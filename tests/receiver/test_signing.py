@@ -13,7 +13,7 @@ from pydantic import SecretStr
 from prefect_crew.api.errors import ConfigurationError
 from prefect_crew.api.parsing import WebhookKind
 from prefect_crew.api.webhooks import Webhooks
-from prefect_crew.receiver.signing import MAX_TOKEN, Hook, bearer_of, hook_urls, read_token, token_of
+from prefect_crew.receiver.signing import MAX_TOKEN, Hook, bearer_of, claim_of, hook_urls, read_token, token_of
 from support.webhooks import SECRET, headers_of, url_of
 
 KINDS = get_args(WebhookKind)
@@ -29,9 +29,14 @@ def read(hook: Hook, token: str, *, kind: str | None = None, secret: str = SECRE
     return read_token(kind or hook.kind, token, secret, now=now, authorization=bearer)
 
 
-@given(any_key, kinds, st.none() | st.integers(1, 2**24 - 1), st.booleans(), st.integers(0, 255))
-def test_what_was_signed_is_read_again(run_key: str, kind: WebhookKind, attempt: int | None, names: bool, number: int):
-    hook = Hook(kind, run_key, LATER, attempt, names, number)
+claims = st.none() | st.text(max_size=40).map(claim_of)
+
+
+@given(any_key, kinds, st.none() | st.integers(1, 2**24 - 1), st.booleans(), st.integers(0, 255), claims)
+def test_what_was_signed_is_read_again(
+    run_key: str, kind: WebhookKind, attempt: int | None, names: bool, number: int, claim: str | None
+):
+    hook = Hook(kind, run_key, LATER, attempt, names, number, claim)
     token = token_of(hook, SECRET)
     assert read(hook, token) == hook
     assert len(token) < MAX_TOKEN
@@ -42,7 +47,9 @@ def test_what_was_signed_is_read_again(run_key: str, kind: WebhookKind, attempt:
     "char", [pytest.param("a", id="ascii"), pytest.param("語", id="chinese"), pytest.param("\U0010fffd", id="astral")]
 )
 def test_the_longest_run_key_fits_into_a_url(char: str):
-    hooks = hook_urls("https://hooks.example.com/a/path/of/its/own", SECRET, char * 500, expires=LATER)
+    hooks = hook_urls(
+        "https://hooks.example.com/a/path/of/its/own", SECRET, char * 500, expires=LATER, claim=claim_of("o")
+    )
     assert all(len(url_of(hooks, kind)) < 2000 for kind in ("task", "step", "crew", "human_input"))
 
 
