@@ -56,7 +56,7 @@ async def test_a_ledger_that_is_mounted_as_a_single_file_is_refused(tmp_path: Pa
     written = str(path).replace(" ", r"\040")
     mounts.write_text(
         "2127 2093 0:24 / /proc rw,relatime - proc proc rw\n"
-        f"2140 2100 254:0 /tmp/ledger.db {written} rw,relatime - ext4 /dev/vda rw,discard\n"
+        f"2140 2100 254:0 /srv/ledger.db {written} rw,relatime - ext4 /dev/vda rw,discard\n"
     )
     monkeypatch.setattr("prefect_crew.batches.database.MOUNTS", mounts)
     with pytest.raises(LedgerError, match="is mounted as a single file"):

@@ -17,6 +17,8 @@ from prefect_crew import WaitPolicy
 from prefect_crew.batches.database import Database
 from prefect_crew.batches.ledger import Ledger
 from prefect_crew.batches.locks import BatchLock
+from prefect_crew.record_store import PrefectRecords
+from prefect_crew.records import RecordPhase, RunRecord
 from prefect_crew.server import CrewServer
 from prefect_crew.testing import CrewServerFactory
 from support.batches import record_of
@@ -309,6 +311,12 @@ def test_a_ledger_that_is_not_here_is_missed_and_not_made_anew(here, picky, name
     assert here("batch", "status", "nobody's").code == 25
 
 
+def _record(kickoff_id: str) -> dict[str, Any]:
+    """Return the fields of a run record that holds an id."""
+    record = record_of(Ledger("ledger.db", "b"), "k", phase=RecordPhase.STARTED, kickoff_id=kickoff_id)
+    return {**dict(record), "run_key": f"key {kickoff_id}"}
+
+
 @pytest.mark.parametrize("started", [pytest.param(True, id="it-started"), pytest.param(False, id="it-never-did")])
 def test_an_uncertain_row_is_settled_and_gone_on_with(here, picky, name: str, leads: str, output: str, started: bool):
     server, crew = picky(faults=["kickoff:drop-after-accept@1"])
@@ -323,6 +331,10 @@ def test_an_uncertain_row_is_settled_and_gone_on_with(here, picky, name: str, le
     assert here("batch", "settle", name, "z", "--never-started").code == 25
     if started:
         assert here("batch", "settle", name, row, "--kickoff-id", "made up").code == 25
+        other = RunRecord(**_record(kickoff_id := f"k-{uuid.uuid4()}"))
+        assert asyncio.run(PrefectRecords().claim(other))
+        taken = here("batch", "settle", name, row, "--kickoff-id", kickoff_id)
+        assert f"belongs to the run key '{other.run_key}'" in taken.err
         known = {line["kickoff_id"] for line in map(json.loads, Path(output).read_text().splitlines())}
         (run,) = {run.id for run in server.runs} - known
         settled = here("batch", "settle", name, row, "--kickoff-id", run)
