@@ -307,9 +307,7 @@ async def answer_question(
     )
     number = len(before) + 1
     if webhooks is None and record.hooked:
-        webhooks = webhooks_for(
-            run.crew, record.run_key, attempt=record.attempt, owner=record.owner, round=number
-        )
+        webhooks = webhooks_for(run.crew, record.run_key, attempt=record.attempt, owner=record.owner, round=number)
     elif webhooks is None:
         webhooks = run.webhooks
     sending = session.client.resume(kickoff_id, task, review.feedback, review.approve, webhooks=webhooks)
