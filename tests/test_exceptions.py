@@ -35,6 +35,7 @@ CAUGHT: dict[str, str] = {
 BUILTIN: dict[tuple[str, str], str] = {
     ("prefect_crew.api.client", "ReadTimeout"): "the client makes a CrewConnectionError of it",
     ("prefect_crew.api.webhooks", "ValueError"): "a validator of pydantic",
+    ("prefect_crew.batches.database", "OSError"): "the ledger is tried again, or the batch ends with a LedgerError",
     ("prefect_crew.batches.locks", "OSError"): "the lock is taken anew, or the batch ends with a LedgerError",
     ("prefect_crew.batches.run", "TypeError"): "a keyword that a function does not have",
     ("prefect_crew.blocks", "ValueError"): "a validator of pydantic",
