@@ -273,7 +273,7 @@ class Database:
         return await asyncio.get_running_loop().run_in_executor(self._thread, self._in_file, work)
 
     async def _on_server(self, work: Callable[[Connection], T]) -> T:
-        from asyncpg import PostgresError
+        from asyncpg import PostgresError  # pyright: ignore[reportMissingTypeStubs]
 
         try:
             async with self._server.begin() as connection:

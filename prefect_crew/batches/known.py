@@ -18,6 +18,7 @@ from prefect_crew.batches.binding import ASKS, TAG, LedgerMissingError, check_ag
 from prefect_crew.batches.calls import options_from
 from prefect_crew.batches.ends import FAILED, standing_word
 from prefect_crew.batches.ledger import BatchEntry, Ledger
+from prefect_crew.batches.locks import BatchLock
 from prefect_crew.batches.places import LedgerPlace, ledger_place
 from prefect_crew.batches.rows import BadRow
 from prefect_crew.records import RecordPhase, RunRecord, latest_purchase, utcnow
@@ -25,6 +26,7 @@ from prefect_crew.records import RecordPhase, RunRecord, latest_purchase, utcnow
 __all__ = ["BatchStanding", "KnownBatch", "all_batches", "asking_batches", "known_batch"]
 
 _PAGE = 200
+_NO_CALL = {"why_not": "its call is not on record"}
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,10 @@ class BatchStanding:
         left: Rows of which nothing was bought yet.
         kickoffs: How many were, or may have been, bought in all.
         states: The same by the words of the ledger.
-        median, slowest: Seconds of the rows that have ended, None where there is none.
+        median, slowest: Seconds of the runs that have ended, None where there is none. Of many runs the median is that
+            of a sample.
+        running: Whether a process runs it at this moment; None where nobody can tell.
+        why_not: Why it cannot be gone on with by its name alone; None if it can.
         output, ledger: Where they are; `output` is None where the call is not on record.
     """
 
@@ -60,6 +65,8 @@ class BatchStanding:
     slowest: float | None
     output: str | None
     ledger: str
+    running: bool | None = None
+    why_not: str | None = None
     set_aside: int = 0
     set_aside_rows: Sequence[BadRow] = ()
     set_aside_output: str | None = None
@@ -83,10 +90,12 @@ class KnownBatch:
         counts, aside = await self.ledger.counts(), await self.ledger.set_aside()
         if counts.get(str(RecordPhase.CLAIMED)):
             # What its sender must know of by now, and has not written down, is uncertain: the next call says so too.
-            lost = [key async for key, record in self.failures() if record.phase is RecordPhase.CLAIMED]
-            counts[str(RecordPhase.CLAIMED)] -= len(lost)
-            counts[str(RecordPhase.UNCERTAIN)] = counts.get(str(RecordPhase.UNCERTAIN), 0) + len(lost)
-        seconds = [one for _, one in await self.ledger.durations()]
+            now, claimed = utcnow(), RecordPhase.CLAIMED
+            old = sum(one.phase is claimed and now >= one.known_by for one in await self.ledger.unsettled())
+            lost = min(old, counts[str(claimed)])
+            counts[str(claimed)] -= lost
+            counts[str(RecordPhase.UNCERTAIN)] = counts.get(str(RecordPhase.UNCERTAIN), 0) + lost
+        times = await self.ledger.run_times()
         return BatchStanding(
             name=self.name,
             total=self.entry.total + aside.count,
@@ -98,10 +107,12 @@ class KnownBatch:
             left=max(0, self.entry.total - sum(counts.values()) + counts.get(str(RecordPhase.NOT_STARTED), 0)),
             kickoffs=await self.ledger.bought(),
             states={word: count for word, count in counts.items() if count},
-            median=statistics.median(seconds) if seconds else None,
-            slowest=max(seconds, default=None),
+            median=statistics.median(times.sample) if times.sample else None,
+            slowest=times.slowest[0][0] if times.slowest else None,
             output=None if self.entry.call is None else self.entry.call.get("output"),
             ledger=self.ledger.address,
+            running=await BatchLock(self.ledger.database, self.name).is_taken(),
+            why_not=(self.entry.call or _NO_CALL).get("why_not"),
             set_aside=aside.count,
             set_aside_rows=aside.rows,
             set_aside_output=aside.output,
@@ -142,7 +153,7 @@ class KnownBatch:
         Raises:
             ConfigurationError: Its last call had what cannot be written down, such as a function.
         """
-        call = self.entry.call or {"why_not": "its call is not on record"}
+        call = self.entry.call or _NO_CALL
         if why_not := call.get("why_not"):
             raise ConfigurationError(
                 f"Batch {self.name!r} cannot be run by its name alone: {why_not}. Make the same call again, with the "

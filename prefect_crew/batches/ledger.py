@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -30,11 +31,14 @@ from prefect_crew.posting import ClaimLostError
 from prefect_crew.records import RecordPhase, RunRecord, SentReview, utcnow
 from prefect_crew.run_keys import escaped
 
-__all__ = ["LEDGER_VERSION", "BatchEntry", "Ledger", "LedgerError"]
+__all__ = ["LEDGER_VERSION", "BatchEntry", "Ledger", "LedgerError", "RunTimes"]
 
 T = TypeVar("T")
 LEDGER_VERSION = 2
 _PAGE = 1_000
+SAMPLE = 10_000
+"""Durations of runs that are read for a median and for percentiles."""
+SLOWEST = 10
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,22 @@ class BatchEntry:
     standing: Mapping[str, Any] | None = None
     halt: str | None = None
     generation: int | None = None
+
+
+@dataclass(frozen=True)
+class RunTimes:
+    """How long the runs of a batch took, in seconds.
+
+    Attributes:
+        count, mean: Of all that have ended; `mean` is None where there is none.
+        slowest: The longest first, each with the key of its row.
+        sample: All of them, or about 10,000 chosen at random.
+    """
+
+    count: int = 0
+    mean: float | None = None
+    slowest: Sequence[tuple[float, str]] = ()
+    sample: Sequence[float] = ()
 
 
 class Ledger:
@@ -382,18 +402,35 @@ class Ledger:
         """Return whether there is any attempt of this batch at all."""
         return bool(await self._rows(select(attempts.c.row_key).where(attempts.c.batch == self.batch).limit(1)))
 
-    async def durations(self) -> list[tuple[str, float]]:
-        """Return row key and seconds, from the recorded kickoff to the end that was seen, of all ended rows."""
-        standing = standing_attempts(self.batch, attempts.c.row_key, attempts.c.seconds)
-        query = select(standing.c.row_key, standing.c.seconds).where(
-            standing.c.place == 1, standing.c.seconds.is_not(None)
+    async def run_times(self) -> RunTimes:
+        """Return how long runs took that have ended, from their recorded kickoffs to the ends that were seen."""
+        ended = (attempts.c.batch == self.batch, attempts.c.seconds.is_not(None))
+        count, mean = (await self._rows(select(func.count(), func.avg(attempts.c.seconds)).where(*ended)))[0]
+        if not count:
+            return RunTimes()
+        longest = select(attempts.c.seconds, attempts.c.row_key).where(*ended).order_by(attempts.c.seconds.desc())
+        sample = select(attempts.c.seconds).where(*ended)
+        if count > SAMPLE:
+            # An owner is a random UUID, so its first digits choose a share of the attempts.
+            sample = sample.where(func.substr(attempts.c.owner, 1, 4) < f"{0x10000 * SAMPLE // count:04x}")
+        return RunTimes(
+            int(count),
+            float(mean),
+            [(float(seconds), str(key)) for seconds, key in await self._rows(longest.limit(SLOWEST))],
+            [float(seconds) for (seconds,) in await self._rows(sample.limit(2 * SAMPLE))],
         )
-        return [(str(key), float(seconds)) for key, seconds in await self._rows(query)]
 
-    async def usage(self) -> list[Mapping[str, int]]:
-        """Return the usage of every run that reported one."""
+    async def usage(self) -> Mapping[str, int]:
+        """Return the usage of all runs that reported one, added up."""
         query = select(attempts.c.usage).where(attempts.c.batch == self.batch, attempts.c.usage.is_not(None))
-        return [json.loads(usage) for (usage,) in await self._rows(query)]
+
+        def read(connection: Connection) -> Counter[str]:
+            total = Counter[str]()
+            for (usage,) in connection.execute(query, execution_options={"yield_per": _PAGE}):
+                total.update(json.loads(usage))
+            return total
+
+        return await self._read(read)
 
     async def _rows(self, query: Any) -> list[Any]:
         def read(connection: Connection) -> list[Any]:

@@ -106,6 +106,16 @@ class BatchLock:
         except (SQLAlchemyError, OSError) as error:
             raise LedgerError(f"cannot be read: {short(error)}.", ledger=self._database.address) from error
 
+    async def is_taken(self) -> bool | None:
+        """Return whether anybody works on the batch, without taking its lock; None where nobody can tell.
+
+        Raises:
+            LedgerError: The database cannot be reached.
+        """
+        if self._database.path is not None:
+            return self._file_is_taken(self._database.path)
+        return await self.is_held(WHOLE)
+
     async def still_held(self) -> bool:
         """Return False if the lock was lost, and somebody else has, or may have, taken over meanwhile."""
         if self._file is not None:
@@ -139,8 +149,7 @@ class BatchLock:
     def _take_file(self, ledger: Path) -> bool:
         if self._file is not None:
             return True
-        digest = hashlib.sha256(self._batch.encode()).hexdigest()[:8]
-        path = ledger.with_name(f"{ledger.name}.{digest}.lock")
+        path = self._lock_path(ledger)
         while True:
             file = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
             locked = _try_lock(file)
@@ -160,6 +169,23 @@ class BatchLock:
                 *(self._database.address, self._batch),
             )
         return True
+
+    def _lock_path(self, ledger: Path) -> Path:
+        digest = hashlib.sha256(self._batch.encode()).hexdigest()[:8]
+        return ledger.with_name(f"{ledger.name}.{digest}.lock")
+
+    def _file_is_taken(self, ledger: Path) -> bool | None:
+        try:
+            file = os.open(self._lock_path(ledger), os.O_RDWR)
+        except FileNotFoundError:
+            return False
+        except OSError:
+            return None
+        try:
+            free = _try_lock(file)
+        finally:
+            os.close(file)
+        return None if free is None else not free
 
     def _file_still_held(self) -> bool:
         ledger = self._database.path

@@ -286,7 +286,8 @@ class OpenBatch:
         counts = await ledger.counts()
         standing.completed = counts.get(str(CrewState.COMPLETED), 0)
         standing.failed = standing.total - standing.completed
-        standing.add_durations(await ledger.durations())
+        times = await ledger.run_times()
+        standing.recall(times.sample, times.slowest)
         standing.add_usage(await ledger.usage())
         if not standing.failed:
             return

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import statistics
 
 from prefect_crew.api.models import CrewState
 from prefect_crew.batches.ends import MISFIT
@@ -27,13 +26,13 @@ async def plan_of(job: BatchJob, seconds_per_run: float | None) -> BatchPlan:
     async with CrewSession(job.crew) as session:
         plan = job.plan(await expected_inputs(session))
     checked = await asyncio.to_thread(plan.check)
-    done, seen = 0, list[float]()
+    done, mean = 0, None
     if not job.place.local or job.place.exists:
         async with Ledger(job.place.ledger, job.name) as ledger:
             counts = await ledger.counts()
             done = sum(counts.get(str(state), 0) for state in CrewState if state.ended) + counts.get(MISFIT, 0)
-            seen = [seconds for _, seconds in await ledger.durations()]
-    duration = seconds_per_run if seconds_per_run is not None else statistics.fmean(seen) if seen else None
+            mean = (await ledger.run_times()).mean
+    duration = mean if seconds_per_run is None else seconds_per_run
     left = max(checked.total - done, 0)
     most = job.options.max_in_flight or IN_FLIGHT
     seconds = None if duration is None else -(-left // most) * duration

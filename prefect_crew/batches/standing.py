@@ -141,14 +141,18 @@ class Standing:
         if record is None:
             return
         if record.result is not None and record.result.usage is not None:
-            self.add_usage([{name: count for name, count in record.result.usage if count is not None}])
+            self.add_usage({name: count for name, count in record.result.usage if count is not None})
         if record.kicked_off_at is not None and record.ended_at is not None:
             self.add_durations([(end.job.key, (record.ended_at - record.kicked_off_at).total_seconds())])
 
-    def add_usage(self, reported: Iterable[Mapping[str, int]]) -> None:
+    def add_usage(self, reported: Mapping[str, int]) -> None:
         """Add what runs have used."""
-        for usage in reported:
-            self._usage.update(usage)
+        self._usage.update(reported)
+
+    def recall(self, sample: Iterable[float], slowest: Iterable[tuple[float, str]]) -> None:
+        """Take how long rows took from a batch that is done."""
+        self._durations = array("d", sample)
+        self.slowest = list(slowest)
 
     def add_durations(self, rows: Iterable[tuple[str, float]]) -> None:
         """Add how long rows took, by their keys."""

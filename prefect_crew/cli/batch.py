@@ -164,7 +164,7 @@ def run(
 
     with batch_progress() as shown:
         reach_prefect(shown)
-        report = started(shown, call)
+        report = started(shown, name, call)
     return put_report(report, shown, as_json=json)
 
 
@@ -206,12 +206,16 @@ def look_here() -> None:
         sys.path.insert(0, here)
 
 
-def started(shown: BatchProgress, call: Any) -> BatchReport:
+def started(shown: BatchProgress, name: str, call: Any) -> BatchReport:
     """Run a batch while its progress is shown."""
     from prefect_crew.batches.watching import watch_batches
 
     with watch_batches(shown.watch_batch):
-        return asyncio.run(call())
+        try:
+            return asyncio.run(call())
+        except KeyboardInterrupt:
+            terminal.note(f"To go on where it stopped: {_program('resume', shlex.quote(name))}")
+            raise
 
 
 def put_report(report: BatchReport, shown: BatchProgress, *, as_json: bool) -> int:
@@ -320,7 +324,7 @@ def go_on(name: str, ledger: str | None, *, retry_failed: bool | tuple[str, ...]
     look_here()  # for an output_type
     with batch_progress() as shown:
         reach_prefect(shown)
-        report = started(shown, call)
+        report = started(shown, name, call)
     code = put_report(report, shown, as_json=json)
     if retry_failed and report.failed and not report.kickoffs and report.stopped is None:
         terminal.note(

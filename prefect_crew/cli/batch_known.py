@@ -80,6 +80,13 @@ def _about(found: BatchStanding) -> list[str]:
     more = (("not started yet", found.left), ("set aside", found.set_aside))
     counts = [f"{count:,} {word}" for word, count in (*parts, *more) if count]
     lines += [f"  {' · '.join(counts)}"] if counts else []
+    if found.running:
+        lines.append("  A process runs it now")
+    elif found.running is False and (found.left or found.in_flight):
+        resume = f"{terminal.command('prefect-crew batch resume')} {shlex.quote(found.name)}"
+        if found.why_not is not None:
+            resume = f"make the same call again ({found.why_not})"
+        lines.append(f"  No process runs it. To go on where it stopped: {resume}")
     if found.people:
         lines.append(f"  {found.people:,} in flight wait for a person: {terminal.command('prefect-crew reviews')}")
     if found.set_aside:

@@ -269,8 +269,43 @@ async def test_durations_and_usage_are_added_up_without_the_records(ledger_addre
         record.result = StoredResult(output="x", usage=TokenUsage(total_tokens=5))
         await ledger.save(record)
         await write(ledger, ("other", RecordPhase.STARTED, None))
-        assert [(key, round(seconds)) for key, seconds in await ledger.durations()] == [("k", 90)]
-        assert await ledger.usage() == [{"total_tokens": 5}]
+        times = await ledger.run_times()
+        assert (times.count, round(times.mean or 0), len(times.sample)) == (1, 90, 1)
+        assert [(round(seconds), key) for seconds, key in times.slowest] == [(90, "k")]
+        assert await ledger.usage() == {"total_tokens": 5}
+
+
+async def test_what_is_told_of_a_batch_does_not_read_all_of_its_rows(
+    ledger_address: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("prefect_crew.batches.ledger.SAMPLE", 50)
+    async with Ledger(ledger_address, "b") as ledger:
+        entry = await ledger.enter(crew_url="u", fingerprint="f", total=601)
+        records = [record_of(ledger, f"k{key:03}") for key in range(601)]
+        await asyncio.gather(*(ledger.claim(record) for record in records))
+        for number, record in enumerate(records[1:], start=1):
+            record.phase, record.state = RecordPhase.ENDED, CrewState.COMPLETED
+            record.kicked_off_at = utcnow()
+            record.ended_at = record.kicked_off_at + timedelta(seconds=number)
+            record.result = StoredResult(output="x", usage=TokenUsage(total_tokens=number))
+        await asyncio.gather(*(ledger.save(record) for record in records[1:]))
+        rows, read = ledger._rows, 0
+
+        async def counted(query: Any) -> list[Any]:
+            nonlocal read
+            found = await rows(query)
+            read += len(found)
+            return found
+
+        monkeypatch.setattr(ledger, "_rows", counted)
+        told = await KnownBatch("b", await ledger_place(ledger_address, ""), ledger, entry).standing()
+        assert (told.completed, told.states, told.slowest) == (600, {"completed": 600, "claimed": 1}, 600)
+        assert 100 < (told.median or 0) < 500
+        times = await ledger.run_times()
+        assert (times.count, times.mean, 10 < len(times.sample) <= 100) == (600, 300.5, True)
+        assert [seconds for seconds, _ in times.slowest] == list(range(600, 590, -1))
+        assert read < 300
+        assert await ledger.usage() == {"total_tokens": sum(range(601))}
 
 
 async def test_what_is_known_of_the_batch(ledger_address: str):

@@ -6,6 +6,7 @@ import asyncio
 import json
 import shlex
 import sys
+import time
 import uuid
 from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
@@ -25,6 +26,7 @@ from support.batches import record_of
 from support.commands import TOKEN, environment
 from support.environment import program
 from support.prefect_server import PrefectServer
+from support.processes import Process
 from support.scripts import script
 from support.terminals import Terminal
 
@@ -122,6 +124,28 @@ def test_rows_that_are_set_aside_are_in_every_later_report(here, picky, name: st
     assert "line 4\t\tset-aside\tlacks topic" in listed.out
     assert [row["line"] for row in here("batch", "failures", name, "--json").json] == [3, 4, 5]
     assert server.kickoffs == 1
+
+
+def test_status_says_of_a_batch_that_was_killed_that_nobody_runs_it_and_how_to_go_on(
+    prefect_api: PrefectServer, crew_server: CrewServerFactory, name: str, tmp_path: Path, output: str, here
+):
+    server = crew_server(script({"seconds": 60, "output": "late"}, inputs=["topic"]), port=True, token=TOKEN)
+    block = f"late-{uuid.uuid4().hex[:8]}"
+    server.crew().save(block, _sync=True)  # pyright: ignore
+    path = tmp_path / "rows.csv"
+    path.write_text("topic\n" + "".join(f"topic {number}\n" for number in range(30)))
+    command = ["batch", "run", block, str(path), "--name", name, "--output", output, "--max-in-flight", "5"]
+    env = environment(tmp_path / "home", {"PREFECT_API_URL": prefect_api.api_url})
+    with Process([program("prefect-crew"), *command], log=tmp_path / "log", env=env) as running:
+        while server.kickoffs < 5 and running.running:
+            time.sleep(0.05)
+        assert "A process runs it now" in here("batch", "status", name).out
+        assert here("batch", "status", name, "--json").json["running"] is True
+        running.kill()
+    told = here("batch", "status", name)
+    assert "No process runs it. To go on where it stopped: " in told.out
+    assert f"batch resume '{name}'" in told.out
+    assert here("batch", "status", name, "--json").json["running"] is False
 
 
 def test_a_key_column_that_is_not_there_is_one_line(here, picky, name: str, tmp_path: Path, output: str):
