@@ -34,6 +34,8 @@ __all__ = ["MAX_BODY", "HandsOn", "create_receiver"]
 
 MAX_BODY = 1024 * 1024
 """Bytes."""
+PARSED_AT_ONCE = 256 * 1024
+"""Bytes of a body that is parsed on the event loop; a larger one holds up no other answer."""
 BODY_TIMEOUT = 10.0
 """Seconds for a whole body."""
 REMEMBERED = 20_000
@@ -171,15 +173,20 @@ class _Receiver:
             return self._answer(400, "the connection was closed")
         if body is None:
             return self._answer(413, f"a webhook's body has at most {self._max_body} bytes")
-        return self._taken(hook, body)
+        return await self._taken(hook, body)
 
-    def _taken(self, hook: Hook, body: bytes) -> Response:
+    async def _taken(self, hook: Hook, body: bytes) -> Response:
         digest = digest_of(hook, body)
         if digest not in self._seen:
             try:
-                parsed = parse_webhook(hook.kind, body)
+                if len(body) > PARSED_AT_ONCE:
+                    parsed = await asyncio.to_thread(parse_webhook, hook.kind, body)
+                else:
+                    parsed = parse_webhook(hook.kind, body)
             except ResponseFormatError:
                 return self._answer(400, f"this is no {hook.kind} webhook's body")
+            if digest in self._seen:  # it came twice at once
+                return self._answer(200, None)
             for news in news_of(hook, parsed, digest=digest, received=self._now()):
                 self._hand_on.put(news)
             self._seen[digest] = None
