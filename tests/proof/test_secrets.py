@@ -8,6 +8,7 @@ inputs in everything of ours.
 
 from __future__ import annotations
 
+import asyncio
 import html
 import json
 import logging
@@ -24,18 +25,30 @@ from typing import Any
 from urllib.parse import quote
 
 import pytest
+from prefect import flow
+from prefect.blocks.system import Secret
+from prefect.settings import get_current_settings
 from pydantic import BaseModel, SecretStr
 
 from prefect_crew import (
+    ConfigurationError,
     CrewError,
+    CrewStep,
+    CrewTimeoutError,
     DeployedCrew,
     OutputTypeError,
+    PipelineFailedError,
     WaitPolicy,
     kickoff_crew,
     resume_crew,
+    run_batch,
     run_crew,
+    run_pipeline,
     stop_crew,
+    wait_for_crew,
 )
+from prefect_crew.api.models import CrewInput
+from prefect_crew.deploying import crew_flow
 from prefect_crew.reviews import Review
 from proof.echoing import Echo, echoing
 from support.environment import program
@@ -85,6 +98,24 @@ CASES = {
     "a run that waits for a person": Case(lambda: Echo(states=("STARTED", "PENDING_HUMAN_INPUT"))),
     "a function that answers": Case(lambda: Echo(states=("PENDING_HUMAN_INPUT", "COMPLETED")), act="review"),
     "an answer that fails": Case(lambda: Echo(states=("PENDING_HUMAN_INPUT",), resume=500), act="review"),
+    # The other ways in and out, each with a crew that says everything back.
+    "inputs of pydantic's secret type": Case(Echo, act="typed secrets", options={"secret_inputs": []}),
+    "a question about inputs of that type": Case(
+        lambda: Echo(states=("PENDING_HUMAN_INPUT", "COMPLETED"), task="{said}"),
+        act="typed secrets",
+        options={"secret_inputs": []},
+    ),
+    "a second wait": Case(lambda: Echo(states=("STARTED",)), act="second wait"),
+    "a pipeline": Case(Echo, act="pipeline"),
+    "a pipeline that fails": Case(lambda: Echo(states=("COMPLETED", "FAILED")), act="pipeline"),
+    "a batch": Case(lambda: Echo(states=("COMPLETED", "FAILED")), act="batch"),
+    "a batch that asks": Case(
+        lambda: Echo(states=("{said}", "PENDING_HUMAN_INPUT", "COMPLETED"), task="{said}"), act="batch"
+    ),
+    "a batch whose kickoffs are answered with 500": Case(lambda: Echo(kickoff=500), act="batch"),
+    "a batch whose statuses are answered with 500": Case(lambda: Echo(states=(500,)), act="batch"),
+    "a deployment's form": Case(Echo, act="deployed"),
+    "a deferred task": Case(Echo, act="deferred"),
     **{
         f"inputs answered with {how}": Case(lambda how=how: Echo(inputs=how))
         for how in (401, 403, 404, 422, 500, "html", "text")
@@ -194,12 +225,72 @@ def logged() -> Iterator[Everything]:
         log.removeHandler(handler)
 
 
+def typed_secrets(name: str, told: Told) -> None:
+    """Who gives one of pydantic's secrets has said that it is one, whatever the block says."""
+    nested = {"key": SecretStr(told.inputs["nested"]["key"])}
+    inputs = {**told.inputs, "secret": SecretStr(told.inputs["secret"]), "nested": nested}
+    run_crew(name, inputs, review=lambda request: Review(approve=True))
+
+
+def second_wait(name: str, told: Told) -> None:
+    @flow
+    def waits() -> None:
+        kickoff_id = kickoff_crew(name, told.inputs)
+        for _ in range(2):
+            with pytest.raises(CrewTimeoutError):
+                wait_for_crew(name, kickoff_id, wait=WaitPolicy(**{**FAST, "timeout": 0.2}))
+
+    waits()
+
+
+def pipeline(name: str, told: Told) -> None:
+    """By a template, of a type, and in the output of a step that a crew without secret inputs is given."""
+    block: Any = DeployedCrew.load(name)
+    other = DeployedCrew(url=block.url, token=block.token, request_timeout=1.0, wait=WaitPolicy(**FAST))
+    steps = [
+        CrewStep("first", name, {"topic": "tea", "secret": "{{ login }}", "nested": "{{ inputs.nested }}"}),
+        CrewStep("second", other, {"topic": "{{ first.output }}", "secret": "none", "nested": "none"}),
+    ]
+    run_pipeline(steps, {"login": SecretStr(told.inputs["secret"]), "nested": told.inputs["nested"]}, name=name)
+
+
+def batch(name: str, told: Told) -> None:
+    """Its files are in the home of this process, which is looked through like all else."""
+    rows = [{"number": number, **told.inputs} for number in range(2)]
+    inputs = {key: key for key in ("topic", "secret", "nested")}
+    output = get_current_settings().home / f"{name}.jsonl"
+    run_batch(name, rows, name=name, key="number", inputs=inputs, output=str(output), max_in_flight=1)
+
+
+def deployed(name: str, told: Told) -> None:
+    for key in ("secret", "nested"):
+        block: Any = Secret(value=told.inputs[key])
+        block.save(f"{name}-{key}")
+    known = [CrewInput(name=key) for key in told.inputs]
+    made: Any = crew_flow(name, known, secret_inputs=["secret", "nested"])
+    asyncio.run(made(topic="tea", secret=f"{name}-secret", nested=f"{name}-nested"))
+
+
+def deferred(name: str, told: Told) -> None:
+    kickoff_crew.delay(DeployedCrew.load(name), {"topic": "tea"})
+    with pytest.raises(ConfigurationError, match="secret, nested: Prefect would store"):
+        kickoff_crew.delay(name, told.inputs)
+
+
+OTHER_WAYS: dict[str, Callable[[str, Told], None]] = {
+    "typed secrets": typed_secrets,
+    "second wait": second_wait,
+    "pipeline": pipeline,
+    "batch": batch,
+    "deployed": deployed,
+    "deferred": deferred,
+}
+
+
 def act(case: Case, echo: Echo, told: Told, name: str) -> BaseException | None:
     """Do it; return what it raised."""
-    fields = {"wait": FAST, **case.options}
-    crew = DeployedCrew(
-        url=echo.url, token=SecretStr(told.token), request_timeout=1.0, secret_inputs=["secret", "nested"], **fields
-    )
+    fields = {"wait": FAST, "secret_inputs": ["secret", "nested"], **case.options}
+    crew = DeployedCrew(url=echo.url, token=SecretStr(told.token), request_timeout=1.0, **fields)
     crew.save(name, overwrite=True)
     wait = WaitPolicy(**FAST)
     try:
@@ -209,6 +300,8 @@ def act(case: Case, echo: Echo, told: Told, name: str) -> BaseException | None:
             run_crew(name, told.inputs, output_type=Number)
         elif case.act == "review":
             run_crew(name, told.inputs, review=lambda request: Review(approve=False, feedback=str(request.output)))
+        elif case.act in OTHER_WAYS:
+            OTHER_WAYS[case.act](name, told)
         else:
             kickoff_id = kickoff_crew(name, told.inputs, run_key=f"key of {name}")
             if case.act == "resume":
@@ -234,6 +327,8 @@ def of_error(error: BaseException) -> str:
         facts = dict(one.__dict__)
         if isinstance(one, OutputTypeError):
             facts.pop("output")  # the whole result, which its caller has paid for
+        if isinstance(one, PipelineFailedError):
+            facts.pop("results")  # and so are these
         parts += [str(one), repr(one), repr(facts), repr(one.args)]
         if isinstance(one, CrewError):
             parts.append(str(pickle.loads(pickle.dumps(one))))
