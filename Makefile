@@ -12,6 +12,7 @@ BIN := $(VENV)/bin
 UV := $(BIN)/uv
 SAMPLE ?= 20
 TIME ?= 900
+MUTANTS ?= 30
 WORKERS ?= 3
 ARGS ?=
 
@@ -22,12 +23,12 @@ AT_ONCE = -n $(WORKERS) --dist worksteal
 PYTHONS = $(or $(PYTHON),python3.13 python3.12 python3.11 python3.10 python3 python3.14)
 SUITABLE = import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_info < (3, 15))
 
-.PHONY: help demo test prove sample coverage oldest lint format constraints clean
+.PHONY: help demo test prove sample mutate coverage oldest lint format constraints clean
 .DELETE_ON_ERROR:
 
 help:
 	@sed -n 's/^#   make/make/p' Makefile
-	@echo "Also: prove (all tests), sample (some of the slow ones), coverage, oldest, lint, format, constraints, clean."
+	@echo "Also: prove (all tests), sample (some of the slow ones), mutate, coverage, oldest, lint, format, constraints, clean."
 
 # Running
 
@@ -44,6 +45,11 @@ prove: test
 # Some of the slow tests: SAMPLE of those that come in large numbers, chosen by SEED, none begun after TIME seconds.
 sample: $(VENV)/.tests
 	$(BIN)/python -m pytest -m slow --sample $(SAMPLE) --time-limit $(TIME) $(if $(SEED),--sample-seed $(SEED)) $(ARGS)
+
+# Single mistakes in the modules that decide and post, MUTANTS of them (30) chosen by SEED, all in one MODULE if that is
+# said (such as records.py): who sees each.
+mutate: $(VENV)/.tests
+	$(BIN)/python tests/proof/mutate.py --mutants $(MUTANTS) $(if $(SEED),--seed $(SEED)) $(if $(MODULE),--module $(MODULE))
 
 # `coverage run`, not a plugin: pytest imports parts of the package, through its own plugin, before any other begins.
 coverage: $(VENV)/.tests

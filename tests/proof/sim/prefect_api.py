@@ -82,6 +82,7 @@ class SimPrefect:
     read: Callable[[Iterable[Variable]], list[dict[str, Any]]] = plain_records
     variables: dict[str, dict[str, Any]] = field(default_factory=dict[str, dict[str, Any]])
     flow_runs: dict[str, str] = field(default_factory=dict[str, str])
+    run_counts: dict[str, int] = field(default_factory=dict[str, int])
     changes: list[Change] = field(default_factory=list[Change])
     asked: list[tuple[float, Process | None]] = field(default_factory=list[tuple[float, "Process | None"]])
     requests: int = 0
@@ -160,6 +161,8 @@ class SimPrefect:
         parts = path.strip("/").split("/")
         if parts == ["csrf-token"]:
             return 422, {"detail": "CSRF protection is disabled."}
+        if parts == ["events", "filter"]:
+            return 200, {"events": [], "total": 0, "next_page": None}  # no flow run sends heartbeats
         if parts[0] == "flow_runs":
             return self._flow_run(method, parts[1], body)
         if parts == ["variables", "filter"]:
@@ -223,7 +226,8 @@ class SimPrefect:
             state = {"type": self.flow_runs[run_id], "name": self.flow_runs[run_id].title()}
             return 201, {"state": state, "status": "ACCEPT", "details": {"type": "accept_details"}}
         state = {"type": self.flow_runs[run_id], "name": self.flow_runs[run_id].title()}
-        return 200, {"id": run_id, "flow_id": run_id, "name": "simulated", "state": state}
+        count = self.run_counts.get(run_id, 0)
+        return 200, {"id": run_id, "flow_id": run_id, "name": "simulated", "state": state, "run_count": count}
 
 
 def _conditions(wanted: Mapping[str, Any], one: Variable) -> Iterator[bool]:

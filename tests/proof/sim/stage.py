@@ -14,6 +14,8 @@ from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
+from prefect.client.orchestration import get_client
+
 from prefect_crew import events, kickoffs, open_runs, purchases, record_store, stopping, waiting, waits
 from prefect_crew.api.client import CrewClient, in_process
 from prefect_crew.artifacts import RunArtifact
@@ -54,15 +56,11 @@ def on_stage(world: World) -> Iterator[None]:
     clock = mock.Mock(time=wall, monotonic=monotonic)
     nothing = mock.AsyncMock(return_value=None)
     replaced: list[tuple[Any, str, Any]] = [
-        (record_store, "get_client", world.prefect.client),
-        (stopping, "get_client", world.prefect.client),
         (kickoffs, "identify", world.identify),
         # Its default was bound to the real clock when the class was made.
         (kickoffs, "Purchase", lambda *args, **fields: Purchase(*args, **{"asked_at": now(), **fields})),
         (purchases, "decide", world.deciding(purchases.decide)),
         (waits, "wait_until_ended", functools.partial(waiting.wait_until_ended, now=wall)),
-        (waits, "flow_run_id", flow_run_id),
-        (stopping, "flow_run_id", flow_run_id),
         (open_runs, "_recent", _PerProcess("recent")),
         (stopping, "_looked", _PerProcess("looked")),
         (events, "emit_event", world.emitted),
@@ -73,6 +71,8 @@ def on_stage(world: World) -> Iterator[None]:
         (record_store.PrefectRecords, "save", _noting("writing", record_store.PrefectRecords.save)),
         (DeployedCrew, "reloaded", lambda crew: world.reloaded(crew)),
         *((module, "time", clock) for module in _modules_with("time", time)),
+        *((module, "get_client", world.prefect.client) for module in _modules_with("get_client", get_client)),
+        *((module, "flow_run_id", flow_run_id) for module in _modules_with("flow_run_id", stopping.flow_run_id)),
         *((module, "utcnow", now) for module in _modules_with("utcnow", utcnow)),
     ]
     log, handler = logging.getLogger("prefect_crew"), _Trace(world)

@@ -222,6 +222,7 @@ class World:
             process.facts.update(call=call, flow_run_id=flow_run_id, count=count, place=place, first=attempt == 0)
             if flow_run_id:
                 self.prefect.flow_runs[flow_run_id] = "RUNNING"
+                self.prefect.run_counts[flow_run_id] = count
             good = await self._watch(process, call)
             gone = process.dead or self.prefect.flow_runs.get(flow_run_id or "") == "CRASHED"
             if flow_run_id and not gone and self.prefect.flow_runs[flow_run_id] != "CANCELLED":

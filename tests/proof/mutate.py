@@ -1,0 +1,148 @@
+"""Mistakes, one at a time, in the modules that decide and post: each has to be seen. `make mutate` makes some.
+
+The simulation of `make test` looks first, then the own tests of the module. Nothing is changed here, only in a
+copy of the tree. A mistake with which a run can be started twice must never be seen by nobody.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import copy
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+SIMULATION = [f"tests/proof/test_{name}.py" for name in ("scenarios", "permit_worlds", "random_scenarios")]
+OWN_TESTS = {
+    "records.py": ["tests/test_records.py", "tests/test_kickoffs.py"],
+    "api/certainty.py": ["tests/api/test_certainty.py"],
+    "purchases.py": ["tests/test_kickoffs.py", "tests/test_kickoff_claims.py", "tests/test_racing.py"],
+    "posting.py": ["tests/test_kickoffs.py", "tests/test_kickoff_claims.py"],
+    "record_store.py": ["tests/test_record_store.py", "tests/test_kickoff_claims.py"],
+    "waiting.py": ["tests/test_waiting.py", "tests/test_waits.py", "tests/test_waits_in_trouble.py"],
+    "settling.py": ["tests/test_settling.py", "tests/cli/test_runs.py"],
+    "pruning.py": ["tests/test_pruning.py"],
+}
+"""The modules that decide and post, and what tests each of them besides the simulation."""
+LONGEST = 300.0
+"""Seconds; who takes longer has been held up by the mistake, which counts as seen."""
+COMPARISONS: dict[type[ast.cmpop], type[ast.cmpop]] = {
+    one: other
+    for pair in ((ast.Lt, ast.LtE), (ast.Gt, ast.GtE), (ast.Eq, ast.NotEq), (ast.Is, ast.IsNot), (ast.In, ast.NotIn))
+    for one, other in (pair, reversed(pair))
+}
+
+
+def changed(node: ast.AST) -> Iterator[ast.AST]:
+    """Yield what could stand in a node's place by mistake."""
+    match node:
+        case ast.Compare(left=left, ops=[op], comparators=comparators) if type(op) in COMPARISONS:
+            yield ast.Compare(left, [COMPARISONS[type(op)]()], comparators)
+        case ast.BoolOp(op=op, values=values):
+            yield ast.BoolOp(ast.Or() if isinstance(op, ast.And) else ast.And(), values)
+            yield from values  # all but one are forgotten
+        case ast.UnaryOp(op=ast.Not(), operand=operand):
+            yield operand
+        case ast.If(test=test, body=body, orelse=orelse):
+            yield ast.If(ast.Constant(value=False), body, orelse)
+            if not isinstance(test, ast.Compare | ast.UnaryOp):
+                yield ast.If(ast.UnaryOp(ast.Not(), test), body, orelse)
+        case ast.BinOp(left=left, op=ast.Add() | ast.Sub() as op, right=right):
+            yield ast.BinOp(left, ast.Sub() if isinstance(op, ast.Add) else ast.Add(), right)
+        case ast.Return(value=ast.expr() as value) if not isinstance(value, ast.Constant):
+            yield ast.Return(ast.Constant(value=None))
+        case ast.Return(value=None):
+            yield ast.Pass()
+        case ast.Constant(value=bool() as value):
+            yield ast.Constant(value=not value)
+        case ast.Constant(value=(int() | float()) as value):
+            yield ast.Constant(value=value * 2 + 1)
+        case _:
+            return
+
+
+def mutants(source: str) -> Iterator[tuple[int, str, str]]:
+    """Yield every module that differs from a source by one mistake: its line, what was changed, and its text."""
+    tree = ast.parse(source)
+    sites = [node for node in ast.walk(tree) if isinstance(node, (ast.expr, ast.stmt))]
+    for number, site in enumerate(sites):
+        for choice, _ in enumerate(changed(site)):
+            other = copy.deepcopy(tree)
+            old = [node for node in ast.walk(other) if isinstance(node, (ast.expr, ast.stmt))][number]
+            new = list(changed(old))[choice]
+            told = f"{_short(old)}  ->  {_short(new)}"
+            _Replace(old, new).visit(other)
+            yield site.lineno, told, ast.unparse(ast.fix_missing_locations(other))
+
+
+class _Replace(ast.NodeTransformer):
+    def __init__(self, old: ast.AST, new: ast.AST) -> None:
+        self._old, self._new = old, new
+
+    def visit(self, node: ast.AST) -> Any:
+        return self._new if node is self._old else self.generic_visit(node)
+
+
+def _short(node: ast.AST) -> str:
+    lines = ast.unparse(node).splitlines()
+    return lines[0] if len(lines) < 2 or not isinstance(node, ast.If) else f"{lines[0]} …"
+
+
+def passes(tree: Path, tests: list[str]) -> bool:
+    """Whether some tests pass in a copy of the tree, in time."""
+    environment = {**os.environ, "PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1", "PROOF_UNSHRUNK": "1"}
+    command = [sys.executable, "-m", "pytest", "-qx", "-p", "no:cacheprovider", "-m", "not slow", *tests]
+    with subprocess.Popen(
+        command, cwd=tree, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    ) as running:
+        try:
+            return running.wait(LONGEST) == 0
+        except subprocess.TimeoutExpired:
+            os.killpg(running.pid, 9)
+            return False
+
+
+def main() -> None:
+    """Make mistakes and tell who saw them."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--mutants", type=int, default=30)
+    parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**6))
+    parser.add_argument("--module", choices=OWN_TESTS, help="only this one")
+    asked = parser.parse_args()
+    modules = [asked.module] if asked.module else list(OWN_TESTS)
+    found = [(m, *one) for m in modules for one in mutants((ROOT / "prefect_crew" / m).read_text("utf-8"))]
+    chosen = sorted(random.Random(asked.seed).sample(found, min(asked.mutants, len(found))))
+    print(f"{len(chosen)} of {len(found)} mutants, SEED={asked.seed}", flush=True)
+    with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
+        tree = Path(folder) / "tree"
+        skipped = shutil.ignore_patterns(".*", "__pycache__", "build", "dist")
+        shutil.copytree(ROOT, tree, ignore=skipped)
+        if not passes(tree, SIMULATION):
+            sys.exit("The simulation fails without any mistake: mend that first.")
+        survivors = 0
+        for module, line, told, text in chosen:
+            began = time.monotonic()
+            (tree / "prefect_crew" / module).write_text(text, "utf-8")
+            who = next((name for name, tests in _killers(tree, module) if not passes(tree, tests)), "NOBODY")
+            shutil.copy(ROOT / "prefect_crew" / module, tree / "prefect_crew" / module)
+            survivors += who == "NOBODY"
+            print(f"{who:10} {time.monotonic() - began:4.0f} s  {module}:{line}  {told}", flush=True)
+    print(f"{survivors} of {len(chosen)} were seen by nobody.")
+
+
+def _killers(tree: Path, module: str) -> list[tuple[str, list[str]]]:
+    own = [test for test in OWN_TESTS[module] if (tree / test).exists()]
+    return [("simulation", SIMULATION), *([("own tests", own)] if own else [])]
+
+
+if __name__ == "__main__":
+    main()
