@@ -212,6 +212,7 @@ class Database:
 
             # Every process of a batch keeps two of them busy at most: its writer, and a reader.
             self._server = create_async_engine(self.url, pool_size=2, max_overflow=2, pool_pre_ping=True)
+            event.listen(self._server.sync_engine, "connect", _flush_commits)
         for remaining in reversed(range(OPEN_TRIES)):
             try:
                 await self.run(_make_tables)
@@ -311,6 +312,16 @@ def _sqlite(url: URL) -> Engine:
 
     event.listen(engine, "connect", prepare)
     return engine
+
+
+def _flush_commits(connection: Any, _: Any) -> None:
+    """Have a commit be on disk when it returns, where the server does not say so by itself."""
+    cursor = connection.cursor()
+    cursor.execute(
+        "SELECT set_config('synchronous_commit', 'on', false) WHERE current_setting('synchronous_commit') = 'off'"
+    )
+    cursor.close()
+    connection.commit()
 
 
 def _make_tables(connection: Connection) -> None:

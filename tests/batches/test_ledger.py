@@ -461,6 +461,19 @@ async def test_postgresql_may_close_all_connections_in_between(postgres_address:
         assert len(await ledger.attempts_of(["k1", "k2"])) == 2
 
 
+async def test_a_claim_is_on_disk_also_where_postgresql_is_told_not_to_wait_for_it(postgres_address: str):
+    def told(connection: Any) -> None:
+        name = connection.exec_driver_sql("SELECT current_database()").scalar()
+        connection.exec_driver_sql(f"ALTER DATABASE {name} SET synchronous_commit = off").close()
+
+    async with Ledger(postgres_address, "b") as ledger:
+        await ledger.database.run(told)
+    async with Ledger(postgres_address, "b") as ledger:
+        for _ in range(2):
+            found = await ledger.database.run(lambda one: one.exec_driver_sql("SHOW synchronous_commit").scalar())
+            assert found == "on"
+
+
 # Where it is
 
 
