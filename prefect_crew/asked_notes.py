@@ -13,10 +13,12 @@ from prefect.blocks.system import Secret
 from prefect.client.orchestration import get_client
 from prefect.exceptions import ObjectNotFound
 
+from prefect_crew.api.callbacks import FeedbackRequest
+
 if TYPE_CHECKING:
     from prefect_crew.records import RunRecord
 
-__all__ = ["forget_notes", "keep_output", "kept_output"]
+__all__ = ["forget_notes", "forget_request", "keep_output", "keep_request", "kept_output", "kept_requests"]
 
 MAX_OUTPUT = 200_000
 """Characters of what is to be judged; of a longer one nothing is kept, since half of it is not what is judged."""
@@ -56,6 +58,56 @@ async def kept_output(record: RunRecord, answers: int) -> str | None:
     value: Any = found.data.get("value")
     output: Any = cast("dict[str, Any]", value).get("output") if isinstance(value, dict) else None
     return output if isinstance(output, str) else None
+
+
+def _requests_of(kickoff_id: str) -> str:
+    return f"crew-request-{_digest(kickoff_id)}-"
+
+
+async def keep_request(request: FeedbackRequest) -> None:
+    """Keep what a Flow asks, with the URL that takes the answer.
+
+    Raises:
+        httpx.HTTPError, PrefectException: The Prefect API is away or refuses.
+    """
+    value = request.model_dump(mode="json")
+    value["callback_url"] = request.callback_url.get_secret_value()
+    if len(request.output or "") > MAX_OUTPUT:
+        value["output"] = None
+    block: Any = Secret(value=cast("Any", value))
+    await block.save(f"{_requests_of(request.kickoff_id)}{request.id}", overwrite=True, _sync=False)
+
+
+async def kept_requests(kickoff_id: str | None = None) -> list[FeedbackRequest]:
+    """Return what a Flow asks and has no answer that was sent from here, or what all Flows ask.
+
+    Raises:
+        httpx.HTTPError, PrefectException: The Prefect API is away or refuses.
+    """
+    prefix = "crew-request-" if kickoff_id is None else _requests_of(kickoff_id)
+    async with get_client() as client:
+        wanted = {"block_documents": {"name": {"like_": f"{prefix}%"}}, "include_secrets": True, "limit": 200}
+        answer = await client.request("POST", "/block_documents/filter", json=wanted)
+    return [
+        FeedbackRequest.model_validate(one["data"]["value"])
+        for one in answer.json()
+        if str(one["name"]).startswith(prefix)
+    ]
+
+
+async def forget_request(request: FeedbackRequest) -> None:
+    """Forget what was asked: it has its answer.
+
+    Raises:
+        httpx.HTTPError, PrefectException: The Prefect API is away or refuses.
+    """
+    async with get_client() as client:
+        try:
+            name = f"{_requests_of(request.kickoff_id)}{request.id}"
+            found = await client.read_block_document_by_name(name, "secret", include_secrets=False)
+        except ObjectNotFound:
+            return
+        await client.delete_block_document(found.id)
 
 
 async def forget_notes(record: RunRecord) -> None:

@@ -95,7 +95,7 @@ class SentReview(BaseModel):
     not known. `task_id` is masked, as all that is stored; `mark` is a digest of the crew's own id where that differs,
     and `shown_mark` one of the task as the status named it. `moved_on`: the crew was seen in another state after it, so
     that whatever it asks then is another question. `call` names the call of a flow that gave it, the same on every
-    retry.
+    retry. `request` and `option`: which request of a Flow it answers at its callback, and with which outcome.
     """
 
     task_id: str
@@ -109,6 +109,8 @@ class SentReview(BaseModel):
     shown_mark: str | None = None
     moved_on: bool = False
     call: str | None = None
+    request: str | None = None
+    option: str | None = None
     outcome: Literal["intended", "sent", "uncertain"] = "intended"
 
 

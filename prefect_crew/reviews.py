@@ -18,10 +18,12 @@ import httpx
 from prefect.exceptions import PrefectException
 from pydantic import BaseModel, ConfigDict
 
+from prefect_crew.api.callbacks import FeedbackRequest, feedback_text, post_feedback
 from prefect_crew.api.certainty import KickoffFate, kickoff_fate
-from prefect_crew.api.errors import AnsweredError, CrewError
+from prefect_crew.api.errors import AnsweredError, CrewAPIError, CrewError
 from prefect_crew.api.models import CrewState, CrewStatus, ResumeAnswer
 from prefect_crew.api.parsing import waiting_output
+from prefect_crew.asked_notes import forget_request, kept_requests
 from prefect_crew.events import emit
 from prefect_crew.logs import run_logger
 from prefect_crew.receiver.targets import webhooks_for
@@ -46,10 +48,12 @@ __all__ = [
     "judged",
     "kept_beside",
     "note_moved_on",
+    "open_request",
     "outputs_so_far",
     "round_of",
     "same_output",
     "standing_of",
+    "standing_of_request",
     "uncertain_error",
     "waiting_task",
 ]
@@ -68,6 +72,7 @@ class ReviewRequest(BaseModel):
     """What a crew asks of a person.
 
     `round` counts from 1; `output` is what is to be judged, where it is known; `meta` is what the kickoff was given.
+    `options` are the outcomes that a Flow can go on with, and `message` is its question.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -77,15 +82,21 @@ class ReviewRequest(BaseModel):
     output: str | None = None
     round: int = 1
     meta: Mapping[str, Any] | None = None
+    options: tuple[str, ...] = ()
+    message: str | None = None
 
 
 class Review(BaseModel):
-    """An answer: approve the task's output, or have it done again with the feedback."""
+    """An answer: approve the task's output, or have it done again with the feedback.
+
+    `option` is one of the request's options. Left out, it is the one that says what `approve` does, if there is one.
+    """
 
     model_config = ConfigDict(frozen=True)
 
     approve: bool
     feedback: str = ""
+    option: str | None = None
 
 
 ReviewFunction = Callable[[ReviewRequest], "Review | Awaitable[Review]"]
@@ -101,7 +112,8 @@ class Question:
     is the task as it may be shown, `so_far` what other tasks have given. `round` counts the task's questions from 1;
     `asked` is the digest of what the status shows to be judged, None where it shows nothing; `before` is what was
     answered already. `by_time`: only the time since the last answer says that this is another question than the one
-    before. `uncertain`: it was answered, and nobody knows whether the answer arrived.
+    before. `uncertain`: it was answered, and nobody knows whether the answer arrived. `request` is what a Flow asks,
+    which is answered at its callback.
     """
 
     kickoff_id: str
@@ -112,6 +124,7 @@ class Question:
     before: tuple[SentReview, ...] = field(default=(), repr=False)
     task: str = ""
     so_far: str | None = field(default=None, repr=False)
+    request: FeedbackRequest | None = field(default=None, repr=False)
     by_time: bool = False
     uncertain: bool = False
 
@@ -229,6 +242,24 @@ def standing_of(
     return Standing.BY_TIME if late else Standing.ANSWERED
 
 
+def standing_of_request(before: Sequence[SentReview], request: FeedbackRequest) -> Standing:
+    """Return how a Flow's request stands to the answers on record: each has an id of its own. Pure."""
+    given = [one for one in before if one.request == request.id]
+    if not given:
+        return Standing.OPEN
+    return Standing.ANSWERED if given[-1].outcome == "sent" else Standing.UNCERTAIN
+
+
+async def open_request(kickoff_id: str, before: Sequence[SentReview]) -> FeedbackRequest | None:
+    """Return what a Flow asks and nobody has answered from here, the first of several; None if it asks nothing so.
+
+    Raises:
+        httpx.HTTPError, PrefectException: The Prefect API is away or refuses.
+    """
+    kept = await kept_requests(kickoff_id)
+    return next((one for one in kept if standing_of_request(before, one) is not Standing.ANSWERED), None)
+
+
 async def answer_question(
     run: OpenRun,
     session: CrewSession,
@@ -276,8 +307,9 @@ async def answer_question(
     before = [] if records is None else await _answers(kickoff_id, records, record)
     if earlier := next((one for one in before if call is not None and one.call == call), None):
         return _given_before(run, earlier), earlier
+    request = None if records is None else await _request(kickoff_id, before)
     status = await session.asked(lambda client: client.status(kickoff_id))
-    task = _task_of(run, status, task_id, seen)
+    task = _task_of(run, status, task_id, seen, request)
     asked, named, shown = asked_of(status), waiting_task(status), run.named(task)
     standing = standing_of(
         before,
@@ -287,11 +319,17 @@ async def answer_question(
         next_round_after=next_round_after,
         told=told is not None and told(len(before)),
     )
+    if request is not None:
+        standing = standing_of_request(before, request)
     _refuse_answered(run, before, standing)
     now = round_of(before, task)
     if round is not None and round != now:
         raise CrewError(f"Run {kickoff_id}, task {shown}, is at round {now}, not {round}. Nothing was sent.")
-    if seen is not None and (len(seen.before) != len(before) or not same_output(seen.asked, asked)):
+    if seen is not None and (
+        len(seen.before) != len(before)
+        or not same_output(seen.asked, asked)
+        or (seen.request and seen.request.id) != (request and request.id)
+    ):
         raise AnsweredError(f"Run {kickoff_id}, task {shown}, asks something else by now. Nothing was sent.")
     sent = SentReview(
         task_id=shown,
@@ -304,13 +342,19 @@ async def answer_question(
         asked=asked,
         shown_mark=None if named is None else _mark_of(named),
         call=call,
+        request=None if request is None else request.id,
+        option=review.option,
     )
     number = len(before) + 1
     if webhooks is None and record.hooked:
         webhooks = webhooks_for(run.crew, record.run_key, attempt=record.attempt, owner=record.owner, round=number)
     elif webhooks is None:
         webhooks = run.webhooks
-    sending = session.client.resume(kickoff_id, task, review.feedback, review.approve, webhooks=webhooks)
+    if request is None:
+        sending = session.client.resume(kickoff_id, task, review.feedback, review.approve, webhooks=webhooks)
+    else:
+        text = feedback_text(request, approve=review.approve, feedback=review.feedback, option=review.option)
+        sending = _posted(run, request, text, by)
     answer = await _recorded(run, None if records is None else _Place(records, record, number, sent), sending)
     sent.outcome = "sent"
     if records is not None:
@@ -326,9 +370,39 @@ def _given_before(run: OpenRun, earlier: SentReview) -> ResumeAnswer:
     return ResumeAnswer(kickoff_id=run.kickoff_id, message=said)
 
 
-def _task_of(run: OpenRun, status: CrewStatus, task_id: str | None, seen: Question | None) -> str:
+async def _posted(run: OpenRun, request: FeedbackRequest, text: str, by: str) -> ResumeAnswer:
+    try:
+        answer = await post_feedback(request, text, source=by[:100], allow_http=run.crew.allow_http)
+    except CrewAPIError as error:
+        if error.status_code in (401, 403, 404, 409, 410):
+            # Its token is used up, or was never one: it was answered elsewhere, and nothing more can be done with it.
+            await _forgotten(run, request)
+        raise
+    await _forgotten(run, request)
+    return answer
+
+
+async def _forgotten(run: OpenRun, request: FeedbackRequest) -> None:
+    try:
+        await forget_request(request)
+    except (httpx.HTTPError, PrefectException) as error:
+        run_logger().debug("What run %s asked stays: %s", run.kickoff_id, error)
+
+
+async def _request(kickoff_id: str, before: Sequence[SentReview]) -> FeedbackRequest | None:
+    try:
+        return await open_request(kickoff_id, before)
+    except (httpx.HTTPError, PrefectException) as error:
+        raise CrewError(f"What run {kickoff_id} asks cannot be read now ({error!r}). Nothing was sent.") from error
+
+
+def _task_of(
+    run: OpenRun, status: CrewStatus, task_id: str | None, seen: Question | None, request: FeedbackRequest | None
+) -> str:
     """Return the task that an answer is for, where the run can be answered."""
     kickoff_id, label = run.kickoff_id, run.crew.label
+    if request is not None and not status.state.ended and status.state is not CrewState.UNKNOWN:
+        return request.task_id  # the request says that somebody is waited for, whatever the status calls it
     if seen is not None and status.state is not CrewState.WAITING:
         raise AnsweredError(f"Run {kickoff_id} does not wait any more: it is {status.state}. Nothing was sent.")
     waits = status.state is CrewState.WAITING or (task_id is not None and not status.state.ended)

@@ -24,3 +24,7 @@ class CrewSettings(PrefectBaseSettings):
     webhook_secret: SecretStr | None = Field(
         default=None, description="What signs the webhooks' URLs; the receiver has the same. At least 32 characters."
     )
+    review_secret: SecretStr | None = Field(
+        default=None,
+        description="The signing secrets of Flows' review webhooks, as the platform shows them, separated by blanks.",
+    )

@@ -32,6 +32,7 @@ ID = Parameter(name="ID", help="The run: its kickoff id, or the beginning of it,
 CREW = Parameter(help="The crew, where its block is not stored under the name on record: a block or a URL.")
 BY = Parameter(help="Who answers, for the record. Left out, this machine's user.")
 TASK = Parameter(help="The task, where the status does not name it.")
+OPTION = Parameter(help="The outcome, where a Flow goes on with one of several; the list shows them.")
 ROUND = Parameter(help="Answer only if it is at this round of questions.")
 
 app = App(name="reviews", help="Runs that wait for a person, and answering for one.", help_epilogue="")
@@ -71,7 +72,8 @@ def list_reviews(*, json: Annotated[bool, JSON] = False) -> None:
             terminal.put(text)
         _put_output(line, EXCERPT)
         named = _named(line)
-        terminal.put(f"  → prefect-crew reviews approve {named}, or reject {named} --feedback TEXT")
+        option = f" (--option {' | '.join(map(shlex.quote, line.options))})" if line.options else ""
+        terminal.put(f"  → prefect-crew reviews approve {named}, or reject {named} --feedback TEXT{option}")
 
 
 def _named(line: AskedRun) -> str:
@@ -131,11 +133,12 @@ def show(
 
 
 async def _one(given: str, crew: str | None, access: CrewAccess) -> AskedRun:
-    from prefect_crew.reviewing.review_desk import find_asked, look_at_question
+    from prefect_crew.reviewing.review_desk import find_asked, look_at_question, requests_by_run
 
     async with open_stores() as (stores, _):
         record, records = await find_asked(given, stores)
-        line = await look_at_question(record, records, lambda record: _crew(record, crew, access))
+        requests = await requests_by_run()
+        line = await look_at_question(record, records, lambda record: _crew(record, crew, access), requests)
     if line is None:
         raise CrewError(f"Run {record.kickoff_id} of crew {record.crew} does not wait for a person.")
     return line
@@ -149,13 +152,14 @@ def approve(
     feedback: Annotated[str, Parameter(help="Something for the crew to know as it goes on.")] = "",
     by: Annotated[str | None, BY] = None,
     task: Annotated[str | None, TASK] = None,
+    option: Annotated[str | None, OPTION] = None,
     round: Annotated[int | None, ROUND] = None,  # noqa: A002 - the word of the domain
     crew: Annotated[str | None, CREW] = None,
     json: Annotated[bool, JSON] = False,
     access: CrewAccess = CrewAccess(),  # noqa: B008
 ) -> None:
     """Approve what a run asks: the crew goes on. Whoever waits for the run goes on by itself."""
-    _answer(run, True, feedback, by=by, task=task, round=round, crew=crew, json=json, access=access)
+    _answer(run, True, feedback, by=by, task=task, option=option, round=round, crew=crew, json=json, access=access)
 
 
 @app.command
@@ -166,13 +170,14 @@ def reject(
     feedback: Annotated[str, Parameter(help="What is to be done better, for the crew.")],
     by: Annotated[str | None, BY] = None,
     task: Annotated[str | None, TASK] = None,
+    option: Annotated[str | None, OPTION] = None,
     round: Annotated[int | None, ROUND] = None,  # noqa: A002
     crew: Annotated[str | None, CREW] = None,
     json: Annotated[bool, JSON] = False,
     access: CrewAccess = CrewAccess(),  # noqa: B008
 ) -> None:
     """Reject what a run asks: the task is done again with the feedback."""
-    _answer(run, False, feedback, by=by, task=task, round=round, crew=crew, json=json, access=access)
+    _answer(run, False, feedback, by=by, task=task, option=option, round=round, crew=crew, json=json, access=access)
 
 
 def _answer(
@@ -182,6 +187,7 @@ def _answer(
     *,
     by: str | None,
     task: str | None,
+    option: str | None,
     round: int | None,  # noqa: A002
     crew: str | None,
     json: bool,
@@ -191,7 +197,17 @@ def _answer(
         raise UsageError("--feedback is empty: the crew needs to know what to do better.")
     _reach()
     record, sent = asyncio.run(
-        _send(run, approve, feedback, by=by or user_name(), task=task, round=round, crew=crew, access=access)
+        _send(
+            run,
+            approve,
+            feedback,
+            by=by or user_name(),
+            task=task,
+            option=option,
+            round=round,
+            crew=crew,
+            access=access,
+        )
     )
     if json:
         terminal.put_json({"run_key": record.run_key, "kickoff_id": record.kickoff_id, **sent.model_dump(mode="json")})
@@ -206,6 +222,7 @@ async def _send(
     *,
     by: str,
     task: str | None,
+    option: str | None,
     round: int | None,  # noqa: A002
     crew: str | None,
     access: CrewAccess,
@@ -221,7 +238,7 @@ async def _send(
                 f"The crew of run {record.kickoff_id}, {record.crew}, is no stored block of that address. Give --crew: "
                 "a block, or the crew's URL with CREW_TOKEN."
             )
-        review = Review(approve=approve, feedback=feedback)
+        review = Review(approve=approve, feedback=feedback, option=option)
         return record, await answer_run(record, block, records, review, by=by, task_id=task, round=round)
 
 
@@ -282,6 +299,7 @@ def _as_json(line: AskedRun, *, excerpt: bool) -> dict[str, Any]:
         "output": output,
         "withheld": line.withheld,
         "seen": line.seen,
+        "options": list(line.options),
         "answers": [review.model_dump(mode="json") for review in line.given],
         "flow_run_id": record.flow_run_id,
         "page": flow_run_url(record.flow_run_id),

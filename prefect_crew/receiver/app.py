@@ -1,5 +1,6 @@
 """The receiver as an ASGI app: it verifies, cuts down, hands on and answers. It knows nothing of Prefect.
 
+    POST /requests               200; 404 for whatever is not signed by the platform: what a Flow asks a person
     POST /hooks/{kind}/{token}   200; 404 for whatever is not ours, 415, 413, 400, 408
     GET  /health                 200 while it runs
     GET  /ready                  200 while what it takes reaches somebody, 503 else; with counters
@@ -23,6 +24,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from prefect_crew.api.callbacks import FeedbackRequest, parse_request, signed
 from prefect_crew.api.errors import ConfigurationError, ResponseFormatError
 from prefect_crew.api.parsing import parse_webhook
 from prefect_crew.receiver.news import News, digest_of, news_of
@@ -47,6 +49,10 @@ class HandsOn(Protocol):
 
     def start(self) -> None:
         """Begin to hand on; harmless if it has begun."""
+        ...
+
+    def keep(self, request: FeedbackRequest) -> None:
+        """Take what a Flow asks of a person."""
         ...
 
     def put(self, news: News) -> None:
@@ -113,6 +119,7 @@ def create_receiver(
     app = Starlette(
         routes=[
             Route("/hooks/{kind}/{token}", receiver.take, methods=["POST"]),
+            Route("/requests", receiver.ask, methods=["POST"]),
             Route("/health", receiver.health, methods=["GET"]),
             Route("/ready", receiver.ready, methods=["GET"]),
         ],
@@ -152,6 +159,29 @@ class _Receiver:
     async def nothing_here(self, request: Request, error: Exception) -> Response:
         del request, error
         return self._answer(404, "not found")
+
+    async def ask(self, request: Request) -> Response:
+        """Take what a Flow asks a person, from a webhook that its platform has signed."""
+        secret, headers = CrewSettings().review_secret, request.headers
+        timestamp = headers.get("x-timestamp") or headers.get("x-crewai-timestamp")
+        signature = headers.get("x-signature") or headers.get("x-crewai-signature")
+        if secret is None or not timestamp or not signature or not _is_json(request):
+            return self._answer(404, "not found")
+        try:
+            body = await asyncio.wait_for(self._body(request), self._body_timeout)
+        except (asyncio.TimeoutError, ClientDisconnect):
+            return self._answer(408, "the body did not come in time")
+        if body is None:
+            return self._answer(413, f"a webhook's body has at most {self._max_body} bytes")
+        if not signed(secret, timestamp, signature, body, now=self._now().timestamp()):
+            return self._answer(404, "not found")
+        try:
+            asked = parse_request(body)
+        except ResponseFormatError:
+            return self._answer(400, "this names no run, or no callback URL")
+        if asked is not None:
+            self._hand_on.keep(asked)
+        return self._answer(200, None)
 
     async def take(self, request: Request) -> Response:
         hook = read_token(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from typing import Any
@@ -20,8 +20,9 @@ from prefect.context import AsyncClientContext
 from prefect.exceptions import PrefectException
 from prefect.settings import get_current_settings
 
+from prefect_crew.api.callbacks import FeedbackRequest
 from prefect_crew.api.errors import ConfigurationError
-from prefect_crew.asked_notes import keep_output
+from prefect_crew.asked_notes import keep_output, keep_request
 from prefect_crew.logs import OneLine
 from prefect_crew.receiver.news import News, Rank
 from prefect_crew.receiver.prefect_events import RecordCache, event_of, send_events, settled_event, transient
@@ -35,6 +36,8 @@ __all__ = ["QUEUE", "Handover"]
 
 logger = OneLine(logging.getLogger("prefect_crew.receiver"), {})
 
+REQUESTS = 1000
+"""What Flows ask that waits at most while the Prefect API is away; the oldest goes."""
 QUEUE = 2000
 """Pieces of news that wait at most; about 3 KB each."""
 BATCH = 50
@@ -66,6 +69,7 @@ class Handover:
                 "http://127.0.0.1:4200/api, or choose a profile that has it."
             )
         self._queue = SheddingQueue(limit)
+        self._requests: deque[FeedbackRequest] = deque(maxlen=REQUESTS)
         self._records = records or PrefectRecords()
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
@@ -86,6 +90,14 @@ class Handover:
             if self._thread is None and not self._closing:
                 self._thread = threading.Thread(target=self._run, name="prefect-crew webhooks", daemon=True)
                 self._thread.start()
+
+    def keep(self, request: FeedbackRequest) -> None:
+        """Take what a Flow asks of a person; from any thread."""
+        self._counts["taken"] += 1
+        self._requests.append(request)
+        if self._thread is None:
+            self.start()
+        self._call(self._news.set)
 
     def put(self, news: News) -> None:
         """Take a piece of news; from any thread."""
@@ -175,7 +187,12 @@ class Handover:
         while until is None or now() < until:
             if self._closing and until is None:
                 until = now() + CLOSE_WITHIN
-            batch = self._queue.take(BATCH)
+            problem = await self._keep_requests()
+            batch = [] if problem is not None else self._queue.take(BATCH)
+            if problem is not None:
+                self._note(problem)
+                await self._pause(next(pauses))
+                continue
             if not batch:
                 if self._closing:
                     return
@@ -192,6 +209,19 @@ class Handover:
                 await self._pause(next(pauses))
             else:
                 pauses = _pauses()
+
+    async def _keep_requests(self) -> Exception | None:
+        """Keep what Flows ask; return why Prefect could not take it now. Nobody sends it a second time."""
+        while self._requests:
+            request = self._requests[0]
+            try:
+                await asyncio.wait_for(keep_request(request), ATTEMPT)
+            except Exception as error:  # noqa: BLE001 - one odd request must not end the keeping of all others
+                if transient(error):
+                    return error
+                logger.warning("What run %r asks a person cannot be kept: %s", request.kickoff_id, _what(error))
+            self._requests.popleft()
+        return None
 
     async def _try(self, batch: Sequence[News]) -> Exception | None:
         """Hand a batch on; return why Prefect could not take it now, None once there is nothing to do about it."""

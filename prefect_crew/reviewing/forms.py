@@ -57,7 +57,15 @@ class ReviewForm(RunInput):
         named = f"{question.task}, round {question.round}, run {question.kickoff_id}"
         its = cls.model_fields["question"]
         only = Field(default=named, title=its.title, description=its.description, json_schema_extra={"enum": [named]})
-        return create_model(cls.__name__, __base__=cls, question=(str, only)).with_initial_data(description=text)
+        fields: dict[str, Any] = {"question": (str, only)}
+        if question.request is not None and question.request.options:
+            # A Flow goes on with one of these, and with nothing else.
+            options: list[Any] = list(question.request.options)
+            outcome = Field(
+                title="Decision", description="What the Flow goes on with.", json_schema_extra={"enum": options}
+            )
+            fields["decision"] = (str, outcome)
+        return create_model(cls.__name__, __base__=cls, **fields).with_initial_data(description=text)
 
 
 def _digest(*facts: object) -> str:
@@ -93,7 +101,7 @@ class Form:
         """Return what was filled in, None if nothing was, or nothing that can be used."""
         value = await aread_flow_run_input(self._keyset["response"], flow_run_id=self.own)
         try:
-            return None if value is None else ReviewForm.model_validate(value)
+            return None if value is None else self._model.model_validate(value)
         except ValidationError as error:
             run_logger().warning("A form about run %s cannot be used: %s", self.question.kickoff_id, error)
             await self.forget()

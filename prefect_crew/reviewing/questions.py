@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import httpx
 from prefect.exceptions import PrefectException
 
+from prefect_crew.api.callbacks import FeedbackRequest
 from prefect_crew.api.models import CrewState, CrewStatus
 from prefect_crew.asked_notes import kept_output
 from prefect_crew.events import emit
@@ -22,12 +23,15 @@ from prefect_crew.reviews import (
     judged,
     kept_beside,
     note_moved_on,
+    open_request,
     outputs_so_far,
     round_of,
     same_output,
     standing_of,
+    standing_of_request,
     waiting_task,
 )
+from prefect_crew.settings import CrewSettings
 
 if TYPE_CHECKING:
     from prefect_crew.open_runs import OpenRun
@@ -108,9 +112,11 @@ class Questions:
             return None
         self._waited = True
         task_id, asked = waiting_task(status), asked_of(status)
-        if task_id is None:
-            return None
         open_ = self._open
+        if task_id is None:
+            # A Flow's status may name none, and its request does.
+            request = await self._request() if open_ is None and await self._look_up() else None
+            return open_ if request is None else self._of_request(request, status)
         if open_ is not None and self._still(open_, task_id, asked):
             if open_.asked is None and asked is not None:
                 open_ = self._open = replace(open_, asked=asked, output=judged(status))
@@ -119,6 +125,8 @@ class Questions:
             return open_
         if (self._answered is None or self._stale) and not await self._look_up():
             return open_
+        if (request := await self._request()) is not None:
+            return self._of_request(request, status)
         standing = standing_of(
             self.given,
             task_id,
@@ -131,11 +139,9 @@ class Questions:
         if standing is Standing.ANSWERED:
             self._answered = self.given[-1]
             return None
-        output = judged(status)
-        if asked is None and self._hooked:
-            output = await self._kept() or output
-            if output is None and self._held_back():
-                return None
+        output, wait = await self._to_judge(status, asked)
+        if wait:
+            return None
         self._without_output = None
         self._stale = True  # there will be an answer
         self._open = Question(
@@ -152,7 +158,42 @@ class Questions:
         )
         return self._open
 
+    async def _to_judge(self, status: CrewStatus, asked: str | None) -> tuple[str | None, bool]:
+        """Return what is to be judged, and whether the question waits a moment for a webhook that may bring it."""
+        output = judged(status)
+        if asked is not None:
+            return output, False
+        if self._hooked:
+            output = await self._kept() or output
+        expects = (self._hooked and output is None) or CrewSettings().review_secret is not None
+        return output, expects and self._held_back()
+
+    async def _request(self) -> FeedbackRequest | None:
+        try:
+            return await open_request(self.run.kickoff_id, self.given)
+        except (httpx.HTTPError, PrefectException) as error:
+            run_logger().debug("What run %s asks could not be read: %s", self.run.kickoff_id, error)
+            return None
+
+    def _of_request(self, request: FeedbackRequest, status: CrewStatus) -> Question:
+        self._answered, self._without_output, self._stale = None, None, True
+        self._open = Question(
+            self.run.kickoff_id,
+            request.task_id,
+            round_of(self.given, request.task_id),
+            None,
+            request.output,
+            tuple(self.given),
+            uncertain=standing_of_request(self.given, request) is Standing.UNCERTAIN,
+            task=self.run.named(request.task_id),
+            so_far=outputs_so_far(status),
+            request=request,
+        )
+        return self._open
+
     def _still(self, open_: Question, task_id: str, asked: str | None) -> bool:
+        if open_.request is not None:
+            return True  # until the state changes, or somebody has answered it
         if open_.task_id != task_id or not same_output(open_.asked, asked):
             return False
         answers = len(open_.before)

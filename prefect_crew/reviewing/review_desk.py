@@ -6,25 +6,28 @@ Records live on the Prefect server, and those of a batch's rows in its ledger: e
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import TYPE_CHECKING, Protocol
 
+from prefect_crew.api.callbacks import FeedbackRequest
 from prefect_crew.api.errors import CrewError
 from prefect_crew.api.models import CrewState, CrewStatus
-from prefect_crew.asked_notes import kept_output
+from prefect_crew.asked_notes import kept_output, kept_requests
 from prefect_crew.open_runs import OpenRun
 from prefect_crew.records import RecordPhase, ReviewStore, RunRecord, SentReview
 from prefect_crew.reviewing.questions import where_to_look
 from prefect_crew.reviews import (
     LOOKS,
     Review,
+    Standing,
     answer_question,
     asked_of,
     judged,
     outputs_so_far,
     round_of,
+    standing_of_request,
     waiting_task,
 )
 from prefect_crew.sessions import CrewSession
@@ -32,7 +35,16 @@ from prefect_crew.sessions import CrewSession
 if TYPE_CHECKING:
     from prefect_crew.blocks import DeployedCrew
 
-__all__ = ["AskedRun", "AskedStore", "CrewOf", "answer_run", "asked_runs", "find_asked", "look_at_question"]
+__all__ = [
+    "AskedRun",
+    "AskedStore",
+    "CrewOf",
+    "answer_run",
+    "asked_runs",
+    "find_asked",
+    "look_at_question",
+    "requests_by_run",
+]
 
 AT_ONCE = 8
 """Status calls at a time."""
@@ -73,6 +85,7 @@ class AskedRun:
     withheld: str | None = None
     given: tuple[SentReview, ...] = ()
     seen: bool = True
+    options: tuple[str, ...] = ()
 
     @property
     def kickoff_id(self) -> str:
@@ -93,15 +106,44 @@ async def asked_runs(stores: Sequence[AskedStore], crew_of: CrewOf) -> list[Aske
 
     async def one(record: RunRecord, store: AskedStore) -> AskedRun | None:
         async with gate:
-            return await look_at_question(record, store, crew_of)
+            return await look_at_question(record, store, crew_of, requests)
 
+    requests = await requests_by_run()
     found = [one(record, store) for store in stores async for record in store.may_ask()]
     lines = [line for line in await asyncio.gather(*found) if line is not None]
     return sorted(lines, key=lambda line: line.since or line.record.kicked_off_at or line.record.claimed_at)
 
 
-async def look_at_question(record: RunRecord, records: ReviewStore, crew_of: CrewOf) -> AskedRun | None:
-    """Return what a run in flight asks, None if it asks nothing."""
+async def requests_by_run() -> dict[str, FeedbackRequest]:
+    """Return what Flows ask at callbacks, by kickoff id.
+
+    Raises:
+        httpx.HTTPError, PrefectException: The Prefect API is away or refuses.
+    """
+    return {one.kickoff_id: one for one in await kept_requests()}
+
+
+def _of_request(
+    record: RunRecord, run: OpenRun | None, request: FeedbackRequest, given: Sequence[SentReview]
+) -> AskedRun:
+    output = None if run is None or run.show != "full" or request.output is None else run.redact(request.output)
+    return AskedRun(
+        record=record,
+        task_id=request.task_id if run is None else run.named(request.task_id),
+        round=round_of(given, request.task_id),
+        since=record.human_since,
+        output=output,
+        withheld=None if output is not None else "its crew is not known here, or does not show it.",
+        given=tuple(given),
+        seen=run is not None,
+        options=request.options,
+    )
+
+
+async def look_at_question(
+    record: RunRecord, records: ReviewStore, crew_of: CrewOf, requests: Mapping[str, FeedbackRequest]
+) -> AskedRun | None:
+    """Return what a run in flight asks, None if it asks nothing. `requests` are what Flows ask, by kickoff id."""
     crew = await crew_of(record)
     status: CrewStatus | None = None
     run: OpenRun | None = None
@@ -113,9 +155,15 @@ async def look_at_question(record: RunRecord, records: ReviewStore, crew_of: Cre
         except CrewError:
             status = None  # then what is on record has to do
     waits = record.human_since is not None if status is None else status.state is CrewState.WAITING
-    if not waits:
+    ended = status is not None and (status.state.ended or status.state is CrewState.UNKNOWN)
+    request = None if ended else requests.get(str(record.kickoff_id))
+    if not waits and request is None:
         return None
     given = await records.reviews(record)
+    if request is not None and standing_of_request(given, request) is not Standing.ANSWERED:
+        return _of_request(record, run, request, given)
+    if not waits:
+        return None
     task_id = record.human_task if status is None else waiting_task(status)
     output, withheld = await _shown(run, status, len(given))
     return AskedRun(

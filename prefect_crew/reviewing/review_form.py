@@ -215,7 +215,10 @@ class FormReviewer:
             await asyncio.sleep(LOOK_EVERY)
 
     async def _send(self, question: Question, filled: ReviewForm) -> None:
-        review = Review(approve=filled.decision == "approve", feedback=filled.feedback)
+        options = () if question.request is None else question.request.options
+        decision = str(filled.decision)
+        option = decision if decision in options else None
+        review = Review(approve=decision in ("approve", *options[:1]), feedback=filled.feedback, option=option)
         try:
             _, sent = await answer_question(
                 self.run,

@@ -90,6 +90,8 @@ class FunctionReviewer:
             output=question.output,
             round=question.round,
             meta=self.run.meta,
+            options=() if question.request is None else question.request.options,
+            message=None if question.request is None else question.request.message,
         )
         review = await _called(self.answer, request)
         if not isinstance(review, Review):  # pyright: ignore[reportUnnecessaryIsInstance]  users' functions

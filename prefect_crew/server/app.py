@@ -34,7 +34,7 @@ from prefect_crew.server.journal import Journal
 from prefect_crew.server.layers import FaultLayer, TokenLayer, faults_of_run
 from prefect_crew.server.program import Answer, Program
 from prefect_crew.server.runtime import Counters, Runtime, die
-from prefect_crew.server.webhooks import WebhookSender
+from prefect_crew.server.webhooks import CALLBACKS, ReviewWebhook, WebhookSender
 from prefect_crew.server.wire import JSONAnswer
 
 __all__ = ["BODY_LIMIT", "STATUS_PATHS", "create_app", "runtime_of"]
@@ -62,6 +62,7 @@ def create_app(
     new_id: Callable[[], str] | None = None,
     counters: Counters | None = None,
     crash: Callable[[], None] = die,
+    review_webhook: ReviewWebhook | None = None,
 ) -> Starlette:
     """Return an ASGI app that serves one crew, or several: a mapping mounts each under `/NAME`.
 
@@ -80,6 +81,7 @@ def create_app(
         new_id: Makes the ids of runs; UUIDs by default.
         counters: Counts on where an earlier app stopped.
         crash: What the fault `crash` does; by default it ends the process.
+        review_webhook: Asks people as a Flow does: by a signed webhook there, answered at its callback URL.
 
     Raises:
         ValueError: An unknown dialect, fault or status path, or an empty token.
@@ -90,7 +92,7 @@ def create_app(
     if not paths or set(paths) - set(STATUS_PATHS):
         raise ValueError(f"status_paths must be one or both of {', '.join(STATUS_PATHS)}, not {paths!r}.")
     faults = faults if isinstance(faults, Faults) else Faults(faults or ())
-    sender = WebhookSender(faults, generation=generation)
+    sender = WebhookSender(faults, generation=generation, review=review_webhook)
     book = Journal(journal) if journal else None
     programs = dict(program) if isinstance(program, Mapping) else {"": program}
     crews = {
@@ -154,6 +156,7 @@ class _Endpoints:
             self._route("/inputs", "GET", "inputs", self.inputs),
             self._route("/kickoff", "POST", "kickoff", self.kickoff),
             self._route("/resume", "POST", "resume", self.resume),
+            self._route(f"{CALLBACKS}{{token}}", "POST", "resume", self.callback),
         ]
         if stop:
             routes.append(self._route("/stop/{id:path}", "POST", "stop", self.stop))
@@ -206,6 +209,7 @@ class _Endpoints:
             given, meta=body.get("meta"), hooks=hooks, restore_from=restore_from, stuck="stuck" in faults
         )
         self._runtime.counters.accepted[run.id] = run.meta
+        run.base_url = str(request.base_url).rstrip("/")
         if early := faults.get("early-404"):
             run.hidden_polls = math.ceil(early.value or 0)
         if early := faults.get("early-404-seconds"):
@@ -227,12 +231,27 @@ class _Endpoints:
             raise _BadRequestError(400, "Invalid request", "The body needs `is_approve`, true or false.")
         run = self._known(id_)
         hooks = _hooks(body)
+        if self._runtime.sender.review is not None:
+            raise _BadRequestError(400, "Execution not pending", "A Flow takes its answer at the callback URL.")
         try:
             word = run.answer(task_id, Answer(approve=approve, feedback=feedback), hooks)
         except NotWaitingError:
             message = f"The execution is not pending human input for task {task_id}."
             raise _BadRequestError(400, "Execution not pending", message) from None
         return JSONAnswer({"status": word, "message": _RESUMED[word]})
+
+    async def callback(self, request: Request) -> Response:
+        body = await _json_body(request)
+        feedback, asked = _text(body, "feedback"), self._runtime.sender.asked.get(request.path_params["token"])
+        if asked is None:
+            raise _BadRequestError(401, "unauthorized", "Invalid response token")
+        run, question = asked
+        options = self._runtime.sender.review.options if self._runtime.sender.review else ()
+        approve = not options or feedback.casefold().startswith(options[0].casefold())
+        if run.questions.get(question.task_id) is not question or run.state.ended:
+            raise _BadRequestError(409, "already_responded", "Feedback was already provided.")
+        run.answer(question.task_id, Answer(approve=approve, feedback=feedback), run.hooks)
+        return JSONAnswer({"status": "accepted", "request": {"status": "responded", "feedback": feedback}})
 
     async def stop(self, request: Request) -> Response:
         run = self._known(request.path_params["id"])

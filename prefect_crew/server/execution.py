@@ -96,6 +96,7 @@ class Execution:
         self.data: Any = None
         self.usage: TokenUsage | None = None
         self.error: str | None = None
+        self.base_url = ""
         self.stuck = False
         self.forgotten = False
         self.hidden_polls = 0

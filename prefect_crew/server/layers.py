@@ -17,6 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from prefect_crew.server.connection import connection_of
 from prefect_crew.server.faults import Fault
 from prefect_crew.server.runtime import Runtime
+from prefect_crew.server.webhooks import CALLBACKS
 from prefect_crew.server.wire import JSONAnswer
 
 __all__ = ["FaultLayer", "TokenLayer", "faults_of_run"]
@@ -26,7 +27,8 @@ _FOREVER = 3.15e7
 
 
 class TokenLayer:
-    """Answers 401 to everything without the token, before anything else; only the health page is open."""
+    """Answers 401 to everything without the token, before anything else; only the health page is open, and the
+    callbacks of reviews, whose URLs hold a token of their own."""
 
     def __init__(self, app: ASGIApp, *, runtime: Runtime) -> None:
         self._app = app
@@ -34,7 +36,7 @@ class TokenLayer:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let the request pass, or answer 401."""
-        if scope["type"] != "http" or scope["path"] in ("", "/") or self._allowed(scope):
+        if scope["type"] != "http" or scope["path"] in ("", "/") or CALLBACKS in scope["path"] or self._allowed(scope):
             await self._app(scope, receive, send)
             return
         self._runtime.counters.unauthorized += 1

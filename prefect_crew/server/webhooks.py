@@ -7,8 +7,14 @@ are carried out here.
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import hmac
 import logging
+import secrets
+import time
+import uuid
 from collections import Counter
+from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
@@ -22,15 +28,32 @@ from prefect_crew.server.faults import Faults
 from prefect_crew.server.hooks import Authentication, Stream, Target
 from prefect_crew.server.wire import to_json
 
-__all__ = ["BATCH_SECONDS", "WebhookSender"]
+__all__ = ["BATCH_SECONDS", "CALLBACKS", "ReviewWebhook", "WebhookSender"]
 
 logger = logging.getLogger(__name__)
 
 BATCH_SECONDS = 0.2
 """How long events of a stream that is not `realtime` are gathered; the end of the run sends them too."""
 
+CALLBACKS = "/human_feedback_requests/"
+"""What the path of a callback URL begins with; a token follows."""
 _AT_ONCE = 32
 _TIMEOUT = 10.0
+
+
+@dataclass(frozen=True)
+class ReviewWebhook:
+    """Where a Flow's platform asks a person, and what it signs with. The first option approves."""
+
+    url: str
+    secret: str = field(repr=False)
+    options: tuple[str, ...] = ("approve", "reject")
+
+    def signature(self, body: bytes) -> dict[str, str]:
+        """Return the headers that prove where a body comes from, and when."""
+        now = str(int(time.time()))
+        digest = hmac.new(self.secret.encode(), now.encode() + b"." + body, hashlib.sha256).hexdigest()
+        return {"X-Timestamp": now, "X-Signature": f"sha256={digest}"}
 
 
 class WebhookSender:
@@ -40,7 +63,11 @@ class WebhookSender:
         sent: Deliveries by kind (task, step, crew, human, stream) and the HTTP status that answered; 0 for none.
     """
 
-    def __init__(self, faults: Faults, *, generation: Generation = "first") -> None:
+    def __init__(
+        self, faults: Faults, *, generation: Generation = "first", review: ReviewWebhook | None = None
+    ) -> None:
+        self.review = review
+        self.asked: dict[str, tuple[Execution, Question]] = {}
         self.sent: Counter[tuple[str, int]] = Counter()
         self._faults = faults
         self._generation: Generation = generation
@@ -53,6 +80,8 @@ class WebhookSender:
     def __call__(self, run: Execution, what: str, value: Any) -> None:
         """Send what this means for the targets of the run."""
         hooks = run.hooks
+        if isinstance(value, Question) and self.review is not None:
+            self._ask(run, value, self.review)
         if isinstance(value, TaskResult) and hooks.task:
             self._send("task", Target(url=hooks.task), bodies.task_body(run, value, self._generation))
         elif isinstance(value, Step) and hooks.step:
@@ -81,6 +110,23 @@ class WebhookSender:
         if batch := self._batches.pop((run_id, index), None):
             self._send("stream", stream, {"events": batch})
 
+    def _ask(self, run: Execution, question: Question, review: ReviewWebhook) -> None:
+        token = secrets.token_urlsafe(24)
+        self.asked[token] = run, question
+        body = {
+            "event_type": "new_request",
+            "id": str(uuid.uuid4()),
+            "status": "pending",
+            "method_name": question.task_id,
+            "message": f"Please review {question.task_id}.",
+            "output": question.output,
+            "emit_options": list(review.options),
+            "state": dict(run.inputs),
+            "flow_execution_id": run.id,
+            "callback_url": f"{run.base_url}{CALLBACKS}{token}",
+        }
+        self._send("review", Target(url=review.url), body)
+
     def _send(self, kind: str, target: Target, body: dict[str, Any]) -> None:
         if self._closed:
             return
@@ -99,8 +145,11 @@ class WebhookSender:
             if self._client is None:
                 self._client = httpx.AsyncClient(verify=tls_context(True), timeout=_TIMEOUT, trust_env=False)
             headers, auth = _credentials(target.authentication)
+            content = to_json(body)
+            if kind == "review" and self.review is not None:
+                headers |= self.review.signature(content)
             try:
-                answer = await self._client.post(target.url, content=to_json(body), headers=headers, auth=auth)
+                answer = await self._client.post(target.url, content=content, headers=headers, auth=auth)
             except httpx.HTTPError as error:
                 self.sent[kind, 0] += 1
                 # Without the URL: whatever protects the receiver stands in it.

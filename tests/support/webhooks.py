@@ -11,6 +11,7 @@ from typing import Any
 from prefect.client.orchestration import get_client
 from starlette.types import ASGIApp
 
+from prefect_crew.api.callbacks import FeedbackRequest
 from prefect_crew.api.webhooks import BearerAuth, HumanInputWebhook, StreamWebhook, Webhooks
 from prefect_crew.receiver.news import News
 from prefect_crew.receiver.serving import ReceiverServer
@@ -126,10 +127,15 @@ class Kept:
 
     def __init__(self) -> None:
         self.news: list[News] = []
+        self.requests: list[FeedbackRequest] = []
         self.ready = True
 
     def start(self) -> None:
         """Do nothing."""
+
+    def keep(self, request: FeedbackRequest) -> None:
+        """Keep it."""
+        self.requests.append(request)
 
     def put(self, news: News) -> None:
         """Keep it."""
