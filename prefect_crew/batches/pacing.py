@@ -234,7 +234,7 @@ class BatchClient(CrewClient):
     async def _fresher(self) -> CrewClient | None:
         return None if self._fresher_than is None else await self._fresher_than(self)
 
-    async def _send(self, call: Any, body: Mapping[str, Any] | None = None) -> Any:
+    async def _send(self, call: Any) -> Any:
         if call.method == "GET":
             if (left := self._pace.held_for) > 0:
                 await asyncio.sleep(left)
@@ -242,7 +242,7 @@ class BatchClient(CrewClient):
         else:
             lanes = self._posting
         async with lanes.lane() as lane:
-            return await lane._send(call, body)  # noqa: SLF001  a client like this one
+            return await lane._send(call)  # noqa: SLF001  a client like this one
 
 
 class BatchSession(CrewSession):

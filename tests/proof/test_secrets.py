@@ -259,7 +259,8 @@ def batch(name: str, told: Told) -> None:
     rows = [{"number": number, **told.inputs} for number in range(2)]
     inputs = {key: key for key in ("topic", "secret", "nested")}
     output = get_current_settings().home / f"{name}.jsonl"
-    run_batch(name, rows, name=name, key="number", inputs=inputs, output=str(output), max_in_flight=1)
+    report = run_batch(name, rows, name=name, key="number", inputs=inputs, output=str(output), max_in_flight=1)
+    assert report.total == 2
 
 
 def deployed(name: str, told: Told) -> None:
@@ -272,7 +273,8 @@ def deployed(name: str, told: Told) -> None:
 
 
 def deferred(name: str, told: Told) -> None:
-    kickoff_crew.delay(DeployedCrew.load(name), {"topic": "tea"})
+    block: Any = DeployedCrew.load(name)
+    kickoff_crew.delay(block, {"topic": "tea"})
     with pytest.raises(ConfigurationError, match="secret, nested: Prefect would store"):
         kickoff_crew.delay(name, told.inputs)
 
@@ -373,6 +375,7 @@ def test_no_secret_is_shown_by(name: str, client: Path, logged: Everything) -> N
     assert not found(every, "\n".join(logged.lines))
     assert logged.lines
     if error is not None:
+        assert isinstance(error, CrewError), error
         assert not found(every, of_error(error))
 
 
