@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
+from prefect_crew.advice import all_used
 from prefect_crew.api.errors import (
     AuthenticationError,
     ConfigurationError,
@@ -149,10 +150,7 @@ async def _opened(purchase: Purchase, records: RecordStore) -> tuple[OpenRun, Pu
         )
     refused_again = record.ended_at is not None and record.ended_at <= purchase.asked_at
     if opened.decision is Decision.RETURN and record.state is not CrewState.COMPLETED and refused_again:
-        run.advice = (
-            f"It is not bought again: crew {crew.label} allows {crew.max_kickoffs} kickoffs under one run key "
-            "(max_kickoffs). force_new=True (--force-new) buys another."
-        )
+        run.advice = all_used(crew.label, crew.max_kickoffs)
     return run, opened
 
 

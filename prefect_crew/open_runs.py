@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from prefect_crew.advice import after_failure, attempt_of
 from prefect_crew.api.models import CrewState, CrewStatus
 from prefect_crew.api.redaction import Redactor, withholding
 from prefect_crew.artifacts import RunArtifact
@@ -48,6 +49,8 @@ class OpenRun:
     artifact: RunArtifact | None = None
     advice: str | None = None
     """What to do about a failure, where that is not the usual."""
+    task_seen: str | None = None
+    """The task that the crew was last seen at."""
     meta: Mapping[str, Any] | None = field(default=None, repr=False)
     """What the kickoff's caller gave for the crew's webhooks, where that is known here."""
     webhooks: Webhooks | None = field(default=None, repr=False)
@@ -129,6 +132,7 @@ class OpenRun:
     ) -> RunView:
         """Return what the artifact shows; `status` is None right after the kickoff."""
         record = self.record
+        failed = None if status is None or self.blind else status.current_task or self.task_seen
         return RunView(
             crew=self.crew.label,
             kickoff_id=self.kickoff_id,
@@ -143,6 +147,9 @@ class OpenRun:
             price=self.crew.price,
             notes=notes,
             reviews=reviews,
+            failed_task=None if failed is None else self.redact(failed),
+            attempt=attempt_of(record, self.crew.max_kickoffs),
+            advice=self.advice or after_failure(self.crew.label, record, self.crew.max_kickoffs),
         )
 
     def shown_by(self) -> RunArtifact:

@@ -6,6 +6,7 @@ from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
 
+from prefect_crew.advice import after_failure
 from prefect_crew.api.errors import CrewError, CrewFailedError, CrewLostError, CrewStoppedError, OutputTypeError
 from prefect_crew.api.models import CrewResult, CrewState, CrewStatus
 from prefect_crew.open_runs import OpenRun
@@ -30,10 +31,11 @@ def result_of(run: OpenRun, status: CrewStatus) -> CrewResult:
 def failure(run: OpenRun, state: CrewState | None, error: str | None) -> CrewError:
     """Return the error for a run that has no result; `error` is the crew's own as it may be told."""
     label, run_key, kickoff_id = run.crew.label, run.run_key, run.kickoff_id
+    advice = run.advice or after_failure(label, run.record, run.crew.max_kickoffs)
     if state is CrewState.FAILED:
-        return CrewFailedError(kickoff_id=kickoff_id, error=error or "", crew=label, run_key=run_key, advice=run.advice)
+        return CrewFailedError(kickoff_id=kickoff_id, error=error or "", crew=label, run_key=run_key, advice=advice)
     if state is CrewState.STOPPED:
-        return CrewStoppedError(kickoff_id=kickoff_id, crew=label, run_key=run_key, advice=run.advice)
+        return CrewStoppedError(kickoff_id=kickoff_id, crew=label, run_key=run_key, advice=advice)
     if state is CrewState.UNKNOWN:
         return CrewLostError(kickoff_id=kickoff_id, crew=label, run_key=run_key)
     return CrewError(

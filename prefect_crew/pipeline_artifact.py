@@ -15,6 +15,7 @@ from uuid import UUID
 import httpx
 from prefect.exceptions import PrefectException
 
+from prefect_crew.advice import attempt_of
 from prefect_crew.artifacts import SOON, MarkdownArtifact, artifact_key
 from prefect_crew.logs import run_logger
 from prefect_crew.open_runs import OpenRun
@@ -46,7 +47,8 @@ _MARKS: dict[StepState, str] = {
 class StepView:
     """A step as it is shown. Times are seconds since the epoch.
 
-    `earlier`: how long a run took that had ended before this pipeline came to it; None for one that it waited for.
+    `error` is why it failed, with what to do; `attempt`, which start under its key it was. `earlier`: how long a run
+    took that had ended before this pipeline came to it; None for one that it waited for.
     """
 
     crew: str
@@ -56,6 +58,8 @@ class StepView:
     kickoff_id: str | None = None
     artifact_id: UUID | None = None
     earlier: float | None = None
+    attempt: str | None = None
+    error: str | None = None
 
 
 def render_pipeline(name: str, run_key: str, graph: PipelineGraph, views: Mapping[str, StepView], now: float) -> str:
@@ -67,12 +71,18 @@ def render_pipeline(name: str, run_key: str, graph: PipelineGraph, views: Mappin
     states = [views[step].state for step in order]
     done, failed = states.count("completed"), states.count("failed")
     head = f"## {prose(name)}: {done} of {len(order)} steps completed" + (f", {failed} failed" if failed else "")
+    why = "".join(_failure(step, views[step]) for step in order if views[step].error is not None)
     facts = table(("", ""), [("Run key", code(run_key)), ("Time", duration(end - start))])
     rows = [_row(step, views[step], start, max(end - start, 1e-9), now) for step in order]
     steps = table(("Step", "State", "Time", "Timeline", "Crew", "Run"), rows)
     labels = {step: f"{_MARKS[views[step].state][0]} {' '.join(step.split())}" for step in order}
     drawn = fenced("\n".join(draw_graph(order, graph.needs, labels)))
-    return f"{head}\n\n{facts}\n\n### Graph\n\n{drawn}\n\n### Steps\n\n{steps}\n"
+    return f"{head}\n\n{why}{facts}\n\n### Graph\n\n{drawn}\n\n### Steps\n\n{steps}\n"
+
+
+def _failure(step: str, view: StepView) -> str:
+    attempt = f" ({view.attempt})" if view.attempt else ""
+    return f"### Step {prose(step)} failed{attempt}\n\n{fenced(view.error or '')}\n\n"
 
 
 def _row(step: str, view: StepView, start: float, span: float, now: float) -> list[str]:
@@ -148,13 +158,15 @@ class PipelineArtifact:
         """Note which run a step's is."""
         view, record = self._views[step], run.record
         self._runs[step], view.kickoff_id = run, run.kickoff_id
+        view.attempt = attempt_of(record, run.crew.max_kickoffs)
         if record is not None and not run.owned and record.phase is RecordPhase.ENDED:
             seconds = (record.ended_at or record.claimed_at) - (record.kicked_off_at or record.claimed_at)
             view.earlier, view.started = seconds.total_seconds(), None
         self._changed.set()
 
-    def ended(self, step: str, state: StepState) -> None:
-        """Note what came of a step."""
+    def ended(self, step: str, state: StepState, error: str | None = None) -> None:
+        """Note what came of a step, and why it failed."""
+        self._views[step].error = error
         self._views[step].state = state
         self._views[step].ended = None if state == "suspended" else time.time()
         self._changed.set()

@@ -242,7 +242,7 @@ class _Work:
         except Exception as error:  # noqa: BLE001  whatever it is, it is this step's: the independent ones are finished
             run_logger().error("Step %s failed: %s", step.name, error)
             self.errors[step.name] = error
-            self.artifact.ended(step.name, "failed")
+            self.artifact.ended(step.name, "failed", str(error))
         except Pause:
             # The steps after it are for when the flow run goes on.
             self.artifact.ended(step.name, "suspended")

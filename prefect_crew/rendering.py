@@ -60,11 +60,17 @@ class RunView:
     price: float | None = None
     notes: Sequence[str] = field(default_factory=tuple)
     reviews: Sequence[SentReview] = ()
+    failed_task: str | None = None
+    attempt: str | None = None
+    advice: str | None = None
 
 
 def render_run(view: RunView) -> str:
     """Return the Markdown of a run. The result comes last, so that nothing in it can swallow what is ours."""
-    parts = [f"## {_STATES[view.state]} · {prose(view.crew)}", _facts(view)]
+    parts = [f"## {_STATES[view.state]} · {prose(view.crew)}"]
+    if view.state is CrewState.FAILED:
+        parts += _failure(view)
+    parts.append(_facts(view))
     parts += [f"> {prose(note)}" for note in view.notes]
     if view.inputs is not None and view.show == "full" and view.inputs:
         parts.append(_inputs(view))
@@ -76,11 +82,19 @@ def render_run(view: RunView) -> str:
             parts.append(_tasks(status.tasks))
         if status.usage is not None:
             parts.append(_usage(status.usage))
-        if view.state is CrewState.FAILED:
-            parts.append(f"### Error\n\n{fenced(status.error or 'The crew gave no reason.')}")
-        elif status.output is not None and view.state is CrewState.COMPLETED:
+        if status.output is not None and view.state is CrewState.COMPLETED:
             parts.append(_result(view, status.output))
     return "\n\n".join(parts) + "\n"
+
+
+def _failure(view: RunView) -> list[str]:
+    """Return why a run failed, where, and what to do: that is what people come for."""
+    shown = view.status is not None and view.show != "none"
+    error = (view.status.error if shown and view.status else None) or "The crew gave no reason."
+    parts = ["### Error", fenced(error)] if shown else []
+    where = f"It failed in task **{cell(view.failed_task, 80)}**." if shown and view.failed_task else ""
+    parts.append(" ".join(filter(None, (where, prose(view.advice or "")))))
+    return [part for part in parts if part]
 
 
 def cell(text: str, cap: int = CELL_CAP) -> str:
@@ -120,6 +134,8 @@ def _facts(view: RunView) -> str:
     rows = [("Run", code(view.kickoff_id))]
     if view.run_key:
         rows.append(("Run key", code(view.run_key)))
+    if view.attempt and view.state is CrewState.FAILED:
+        rows.append(("Attempt", view.attempt.removeprefix("attempt ")))
     if view.started_at:
         rows.append(("Kicked off", f"{view.started_at:%Y-%m-%d %H:%M:%S} UTC"))
     if view.ended_at:

@@ -213,6 +213,7 @@ class _Waiter:
             self.troubled = False
             self.log.info("Crew run %s: the status call answers again.", self.run.kickoff_id)
         before, self.last = self.last, status
+        self.run.task_seen = status.current_task or self.run.task_seen
         tell(self.run, status)
         # A failed crew sends no webhook, so that one was not missed.
         hooked = status.state in (CrewState.COMPLETED, CrewState.WAITING)

@@ -64,7 +64,7 @@ def test_a_failure_holds_the_crews_own_error_and_what_to_do():
     error = failure(run(), CrewState.FAILED, "no search engine")
     assert isinstance(error, CrewFailedError)
     assert error.error == "no search engine"
-    assert "once it is mended" in str(error)
+    assert "Correct the crew, then start another run." in str(error)
 
 
 def test_advice_takes_the_place_of_the_usual():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from datetime import datetime, timezone
 from typing import Any
@@ -109,8 +110,21 @@ def test_whatever_the_result_is_what_is_ours_stays_as_it_is(output: str):
 def test_an_error_is_one_block_of_text(error: str):
     tokens = parsed(render_run(view(CrewState.FAILED, error=error)))
     (fence,) = [token for token in tokens if token.type == "fence"]
-    assert tokens[-1] is fence
+    assert "table_open" in [token.type for token in tokens[tokens.index(fence) :]], "the facts come after it, whole"
     assert not {token.type for token in tokens} & {*DANGEROUS}
+
+
+@pytest.mark.parametrize(("show", "told"), [("full", True), ("summary", True), ("none", False)])
+def test_a_failed_run_says_first_why_and_where_it_failed_and_what_to_do(show: str, told: bool):
+    shown = view(CrewState.FAILED, show=show, error="no search engine")
+    markdown = render_run(
+        dataclasses.replace(shown, failed_task="write", attempt="attempt 2 of at most 3", advice="Retry the flow run.")
+    )
+    assert ("no search engine" in markdown, "It failed in task **write**." in markdown) == (told, told)
+    head, _, facts = markdown.partition("Retry the flow run.")
+    assert "no search engine" not in facts
+    assert "Kicked off" not in head
+    assert "| Attempt | 2 of at most 3 |" in facts
 
 
 @given(MARKUP, MARKUP)

@@ -103,7 +103,7 @@ def _of(kickoff_id: str, crew: str | None) -> str:
 class CrewFailedError(_EndedError):
     """The crew ran and failed. Attributes: kickoff_id, crew, run_key, error (the crew's own)."""
 
-    advice = "It is not bought again by itself: retry the flow run, or run again with the same key, once it is mended."
+    advice = "Correct the crew, then run again with the same key, which starts another."
 
     def __init__(
         self,

@@ -87,19 +87,36 @@ def _run(arguments: list[str], *, as_json: bool) -> int:
 
 def _report(error: BaseException, *, as_json: bool) -> int:
     """Write an error for people, and with `--json` for programs; return its exit code."""
+    from prefect_crew.api.errors import CrewError
     from prefect_crew.cli import exits, terminal
 
     code, said = exits.exit_code(error), exits.paragraph(error)
     if _debug:
         sys.stderr.write(terminal.redact("".join(traceback.format_exception(error))))
     terminal.note(said, "bold" if exits.signalled(error) else "red")
+    page = _page_of(error)
+    if (task := getattr(error, "task", None)) is not None and isinstance(error, CrewError):
+        terminal.note(f"The crew was last seen at task {task}.", "dim")
+    if page:
+        terminal.note(page, "dim")
     if code == exits.USAGE:
         terminal.note("prefect-crew --help lists the commands; prefect-crew COMMAND --help their options.")
     if as_json:
-        facts = {name: getattr(error, name, None) for name in ("run_key", "kickoff_id")}
+        facts = {name: getattr(error, name, None) for name in ("run_key", "kickoff_id", "task", "flow_run_id")}
+        facts["flow_run_url"] = page
         about = {name: value for name, value in facts.items() if value is not None}
         terminal.put_json({"error": {"type": type(error).__name__, "message": said, "exit_code": code, **about}})
     return code
+
+
+def _page_of(error: BaseException) -> str | None:
+    """Return the page of the flow run that an error is about, where it names one."""
+    its_id = getattr(error, "flow_run_id", None)
+    if not isinstance(its_id, str):
+        return None
+    from prefect_crew.cli.prefect_side import flow_run_url
+
+    return flow_run_url(its_id)
 
 
 @contextmanager

@@ -87,6 +87,11 @@ class RunBoard:
             lines.append(f"{self.state} after {self.ended_after:.1f} s")
         return lines
 
+    @property
+    def task(self) -> str | None:
+        """The task that the crew was last seen at."""
+        return self.tasks[-1].name if self.tasks else None
+
     def share(self) -> str:
         """Return how far it is, as text to go behind another; empty where nobody says."""
         if self.total:

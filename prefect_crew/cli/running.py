@@ -76,7 +76,7 @@ def _said_of(shown: Progress) -> Generator[None]:
     try:
         yield
     except BaseException as error:
-        for name in ("kickoff_id", "run_key"):
+        for name in ("kickoff_id", "run_key", "flow_run_id", "task"):
             if shown.board is not None and getattr(error, name, None) is None:
                 setattr(error, name, getattr(shown.board, name))
         raise

@@ -105,6 +105,8 @@ def test_a_failed_crew(here, prefect_api: PrefectServer, crews: CrewServer):
     done = here("run", f"{crews.url}/broken", "-i", "who=Ada")
     assert done.code == 10
     assert "no idea who Ada is" in done.err
+    assert "attempt 1 of at most 3" in done.err
+    assert "/runs/flow-run/" in done.err
     assert done.out == ""
     assert "Traceback" not in done.err
 
