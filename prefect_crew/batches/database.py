@@ -274,12 +274,13 @@ class Database:
         return await asyncio.get_running_loop().run_in_executor(self._thread, self._in_file, work)
 
     async def _on_server(self, work: Callable[[Connection], T]) -> T:
-        from asyncpg import PostgresError  # pyright: ignore[reportMissingTypeStubs]
-
         try:
             async with self._server.begin() as connection:
                 return await connection.run_sync(work)
-        except PostgresError as error:  # of connecting, to one that starts or stops: SQLAlchemy leaves that as it is
+        except Exception as error:
+            # Of connecting to a server that starts or stops: SQLAlchemy leaves the driver's own error as it is.
+            if type(error).__module__.partition(".")[0] != "asyncpg":
+                raise
             raise OSError(short(error)) from error
 
     def _in_file(self, work: Callable[[Connection], T]) -> T:
