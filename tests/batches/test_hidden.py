@@ -66,8 +66,7 @@ async def test_files_of_a_batch_are_for_its_owner_only(batch: Batches, crew_serv
 
 
 def bad(rows: list[dict[str, Any]], **options: Any) -> list[str]:
-    found = RowPlan(open_dataset(rows), secret=["pin"], **options).bad_rows()
-    return [one.reason for one in found]
+    return [one.reason for one in RowPlan(open_dataset(rows), secret=["pin"], **options).check().bad]
 
 
 def test_no_reason_of_a_bad_row_has_a_secret_input():
