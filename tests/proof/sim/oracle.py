@@ -295,16 +295,19 @@ def _starts_after_failures(world: World) -> Iterator[str]:
 
 def _needlessly_uncertain(world: World) -> Iterator[str]:
     """A record is made uncertain by its own kickoff, and only if that may have started a run."""
+    claimed: dict[tuple[str, str], float] = {}
     for change in world.prefect.changes:
         record = change.value
+        if record is not None:
+            claimed.setdefault((change.name, record["owner"]), change.at)
         if record is None or record["phase"] != "uncertain" or (change.before or {}).get("phase") == "uncertain":
             continue
         owner = world.owners[record["owner"]]
-        began = moment(record["claimed_at"]).timestamp() - EPOCH - owner.clock_error
+        began = claimed[change.name, record["owner"]]
         met = [
             fired.fault
             for at, key, fired in world.site.kickoff_faults
-            if key == record["run_key"] and began - 1 <= at <= change.at
+            if key == record["run_key"] and began <= at <= change.at
         ]
         slow = any(fault.kind.name == "latency" and (fault.value or 0) >= REQUEST_TIMEOUT for fault in met)
         unclear = slow or any(fault.kind.name in UNCLEAR for fault in met) or world.site.crashes > 0

@@ -280,7 +280,7 @@ class World:
         if not ended and run_id:
             self.trace.append(f"{self.loop.time():8.2f} {process.name} is said to have crashed")
             self.prefect.flow_runs[run_id] = "CRASHED"
-            self.outlived.append(main)
+            self.outlived.append(self.loop.create_task(self._outlive(process, main)))
             return False
         if process.dead:
             self.trace.append(f"{self.loop.time():8.2f} {process.name} was killed")
@@ -291,6 +291,14 @@ class World:
             main.result()  # what nobody should see ends the test
         mine = self.endings[before:]
         return any(end.process is process and isinstance(end.value, CrewResult) for end in mine)
+
+    async def _outlive(self, process: Process, main: asyncio.Task[Any]) -> None:
+        """Wait for the end or death of a process whose flow run is Crashed."""
+        died = self.loop.create_task(process.died.wait())
+        await asyncio.wait({main, died}, return_when=asyncio.FIRST_COMPLETED)
+        died.cancel()
+        if not process.dead and not main.cancelled():
+            main.result()  # what nobody should see ends the test
 
     def _crashed(self, run_id: str, count: int) -> None:
         later = any(p.facts["flow_run_id"] == run_id and p.facts["count"] > count for p in self.processes)
