@@ -9,6 +9,7 @@ from pathlib import Path
 
 import jinja2
 import pytest
+from pydantic import SecretStr
 
 from prefect_crew.api.errors import (
     CrewLostError,
@@ -19,6 +20,8 @@ from prefect_crew.api.errors import (
 )
 from prefect_crew.batches import ends
 from prefect_crew.batches.rows import RowJob
+from prefect_crew.blocks import DeployedCrew
+from prefect_crew.open_runs import OpenRun
 from prefect_crew.overview import Standing, _todo
 from prefect_crew.records import RecordPhase, RunRecord
 from prefect_crew.reviewing.questions import how_to_answer
@@ -39,12 +42,13 @@ def record(**fields: object) -> RunRecord:
     )  # fmt: skip
 
 
+CREW = DeployedCrew(url="https://x.test", token=SecretStr("a-token-of-tests"))
 TEXTS = {
     "uncertain": str(KickoffUncertainError(run_key=HOSTILE, reason="x")),
     "conflict": str(RunKeyConflictError(run_key=HOSTILE, difference="x")),
     "lost": str(CrewLostError(kickoff_id="k", run_key=HOSTILE)),
     "timed out": str(CrewTimeoutError(kickoff_id=HOSTILE, phase="running", budget=1, last_state="running")),
-    "answer": how_to_answer(HOSTILE),
+    "answer": how_to_answer(OpenRun(crew=CREW, kickoff_id=HOSTILE)),
     "overview uncertain": _todo(record(), Standing.UNCERTAIN, False),
     "overview orphaned": _todo(record(), Standing.ORPHANED, False),
     "overview waiting": _todo(record(), Standing.WAITING, False),
