@@ -140,7 +140,7 @@ class CrewStatus(_Model):
         """Return the result of a completed run.
 
         Raises:
-            ValueError: In any other state; a run that did not complete has no result.
+            InvalidCallError: In any other state; a run that did not complete has no result.
         """
         if self.state is not CrewState.COMPLETED:
             raise InvalidCallError(f"Run {self.kickoff_id} is {self.state}, not completed: it has no result.")

@@ -203,5 +203,5 @@ def test_no_failed_or_unknown_body_becomes_a_result():
             for body in forms(case):
                 found = parse_status(body, RUN)
                 assert (found.output, found.data) == (None, None)
-                with pytest.raises(ValueError, match="not completed"):
+                with pytest.raises(errors.InvalidCallError, match="not completed"):
                     found.result()
