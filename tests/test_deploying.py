@@ -181,7 +181,7 @@ async def test_a_secret_input_is_loaded_in_the_run_and_stored_nowhere(
     prefect_api: PrefectServer, stored: DeployedCrew, travel: CrewServer
 ):
     secret, block = f"age-{uuid.uuid4().hex}", f"age-{uuid.uuid4().hex[:8]}"
-    await cast("Any", Secret(value=secret)).save(block)  # pyright: ignore[reportUnknownMemberType]
+    await cast("Any", Secret)(value=secret).save(block)
     await cast("Any", stored.model_copy(update={"secret_inputs": ["age"]})).save(stored.label, overwrite=True)
     crew = await DeployedCrew.aload(stored.label)
     deployment: Any = deployment_of(crew, TRAVEL, Plan(crew.label, {"age": block}))

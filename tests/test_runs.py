@@ -343,7 +343,7 @@ async def test_a_secret_input_of_the_deployed_flow_is_the_name_of_a_secret_block
     block, secret = name(), name()
     server = crew_server(script({"output": "x"}, inputs=["pin"]))
     await server.crew(secret_inputs=["pin"]).asave(block)
-    await cast("Any", Secret(value={"code": 4711})).save(secret)  # pyright: ignore[reportUnknownMemberType]
+    await cast("Any", Secret)(value={"code": 4711}).save(secret)
     await run_deployed_crew(crew=block, inputs={"pin": secret})
     assert server.runs[0].inputs == {"pin": '{"code":4711}'}
     with pytest.raises(ConfigurationError, match="'pin' is secret") as raised:
