@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager, suppress
 from io import TextIOWrapper
+from itertools import zip_longest
 from types import FrameType
 from typing import Any
 
@@ -60,7 +61,7 @@ def _hide_tokens(arguments: list[str]) -> None:
 
     terminal.forget()
     terminal.secret(os.environ.get("CREW_TOKEN", ""))
-    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+    for argument, following in zip_longest(arguments, arguments[1:], fillvalue=""):
         if argument == "--token":
             terminal.secret(following)
         elif argument.startswith("--token="):
@@ -68,8 +69,9 @@ def _hide_tokens(arguments: list[str]) -> None:
 
 
 def _run(arguments: list[str], *, as_json: bool) -> int:
-    from prefect_crew.cli import exits
+    from prefect_crew.cli import exits, progress
 
+    progress.forget()
     try:
         from prefect_crew.cli.app import run
 
@@ -77,8 +79,10 @@ def _run(arguments: list[str], *, as_json: bool) -> int:
     except BrokenPipeError:
         # Whoever read our output has gone, as `head` does. Python would complain once more when it flushes.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return exits.TERMINATED
+        return exits.CLOSED
     except BaseException as error:
+        if isinstance(error, SystemExit) and isinstance(error.__context__, BrokenPipeError):
+            return exits.CLOSED  # so Rich leaves, which draws the help
         if not isinstance(error, Exception) and not exits.signalled(error):
             raise
         with _undisturbed():  # this is where every error becomes words
@@ -88,30 +92,34 @@ def _run(arguments: list[str], *, as_json: bool) -> int:
 def _report(error: BaseException, *, as_json: bool) -> int:
     """Write an error for people, and with `--json` for programs; return its exit code."""
     from prefect_crew.api.errors import CrewError
-    from prefect_crew.cli import exits, terminal
+    from prefect_crew.cli import exits, progress, terminal
 
-    code, said = exits.exit_code(error), exits.paragraph(error)
+    run = progress.latest_run()
+    code = exits.exit_code(error, started=run is not None)
+    said = exits.paragraph(error, run)
     if _debug:
         sys.stderr.write(terminal.redact("".join(traceback.format_exception(error))))
     terminal.note(said, "bold" if exits.signalled(error) else "red")
-    page = _page_of(error)
-    if (task := getattr(error, "task", None)) is not None and isinstance(error, CrewError):
+    facts = {
+        name: getattr(error, name, None) or getattr(run, name, None)
+        for name in ("run_key", "kickoff_id", "task", "flow_run_id")
+    }
+    page = _page_of(facts["flow_run_id"])
+    if (task := facts["task"]) is not None and isinstance(error, CrewError):
         terminal.note(f"The crew was last seen at task {task}.", "dim")
     if page:
         terminal.note(page, "dim")
     if code == exits.USAGE:
         terminal.note("prefect-crew --help lists the commands; prefect-crew COMMAND --help their options.")
     if as_json:
-        facts = {name: getattr(error, name, None) for name in ("run_key", "kickoff_id", "task", "flow_run_id")}
         facts["flow_run_url"] = page
         about = {name: value for name, value in facts.items() if value is not None}
         terminal.put_json({"error": {"type": type(error).__name__, "message": said, "exit_code": code, **about}})
     return code
 
 
-def _page_of(error: BaseException) -> str | None:
-    """Return the page of the flow run that an error is about, where it names one."""
-    its_id = getattr(error, "flow_run_id", None)
+def _page_of(its_id: object) -> str | None:
+    """Return the page of the flow run that an error is about, where it is known."""
     if not isinstance(its_id, str):
         return None
     from prefect_crew.cli.prefect_side import flow_run_url

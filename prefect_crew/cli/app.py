@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from importlib.metadata import version
 from typing import Any
 
@@ -70,4 +71,5 @@ def run(arguments: list[str]) -> int:
     """
     command, bound, _ = app.parse_args(arguments, exit_on_error=False, print_error=False)
     answer: Any = command(*bound.args, **bound.kwargs)
+    sys.stdout.flush()  # so that a pipe that is closed is noticed here at the latest
     return answer if isinstance(answer, int) else 0

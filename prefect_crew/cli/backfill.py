@@ -19,6 +19,7 @@ __all__ = ["backfill"]
 
 def backfill(
     deployment: Annotated[str, Parameter(name="DEPLOYMENT", help="Its name, flow/deployment.")],
+    /,
     *,
     from_: Annotated[str, Parameter(name="--from", help="The first day or time, such as 2026-01-01; UTC.")],
     to: Annotated[str, Parameter(name="--to", help="The last one; a day means the whole of it.")],

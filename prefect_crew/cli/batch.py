@@ -17,6 +17,7 @@ from prefect_crew.cli.crews import CREW, JSON, CrewAccess, flag
 from prefect_crew.cli.exits import ROWS, UsageError, by_options
 from prefect_crew.cli.prefect_side import flow_run_url, reach_prefect
 from prefect_crew.cli.progress import progress
+from prefect_crew.cli.running import wait_policy
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -155,11 +156,10 @@ def run(
 
     async def call() -> BatchReport:
         from prefect_crew.batches.run import arun_batch
-        from prefect_crew.waiting import WaitPolicy
 
         block = await access.load(crew)
         if timeout is not None:
-            options["wait"] = WaitPolicy.model_validate({**block.wait.model_dump(), "timeout": timeout})
+            options["wait"] = wait_policy(block, timeout)
         return await arun_batch(block, dataset, **options)
 
     with batch_progress() as shown:

@@ -11,7 +11,7 @@ from cyclopts import Parameter, validators
 
 from prefect_crew.api.errors import ConfigurationError
 from prefect_crew.cli import terminal
-from prefect_crew.cli.exits import UsageError, paragraph
+from prefect_crew.cli.exits import UsageError, reason
 
 if TYPE_CHECKING:
     from prefect_crew.api.client import CrewClient
@@ -70,7 +70,7 @@ class CrewAccess:
         try:
             return DeployedCrew(url=url, token=SecretStr(self._token(url)), allow_http=self.allow_http, **fields)
         except ValidationError as error:
-            raise ConfigurationError(paragraph(error)) from None
+            raise ConfigurationError(reason(error)) from None
 
     async def load(self, crew: str) -> DeployedCrew:
         """Return the block of this name, from the Prefect API, or an unsaved one for a URL.
@@ -95,7 +95,7 @@ class CrewAccess:
                     f"prefect-crew save {shlex.quote(crew)} --url URL. "
                     "Or give the crew's URL in its place, with CREW_TOKEN."
                 ) from None
-            raise ConfigurationError(f"The block {crew!r} cannot be loaded: {paragraph(error)}") from None
+            raise ConfigurationError(f"The block {crew!r} cannot be loaded: {reason(error)}") from None
         terminal.secret(block.token.get_secret_value())
         return block
 

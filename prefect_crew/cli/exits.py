@@ -6,7 +6,8 @@ This table is what `prefect-crew --help` shows, and docs/cli.md too; a test keep
 from __future__ import annotations
 
 import re
-from typing import Any, NamedTuple, cast
+import shlex
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from prefect_crew.api.errors import (
     AnsweredError,
@@ -42,7 +43,20 @@ from prefect_crew.api.errors import (
     ServerError,
 )
 
-__all__ = ["EXITS", "Exit", "PrefectAwayError", "UsageError", "by_options", "exit_code", "paragraph", "signalled"]
+if TYPE_CHECKING:
+    from prefect_crew.cli.progress import RunBoard
+
+__all__ = [
+    "EXITS",
+    "Exit",
+    "PrefectAwayError",
+    "UsageError",
+    "by_options",
+    "exit_code",
+    "paragraph",
+    "reason",
+    "signalled",
+]
 
 
 class UsageError(Exception):
@@ -76,7 +90,7 @@ EXITS = (
     Exit(22, "an answer that is none of the known shapes", (ResponseFormatError,)),
     Exit(23, "the result does not fit the type that was asked for", (OutputTypeError,)),
     Exit(24, "another error answer of the crew's server", (CrewAPIError,)),
-    Exit(25, "what was given cannot be used; nothing was sent", (ConfigurationError, ValueError)),
+    Exit(25, "what was given cannot be used; nothing was sent", (ConfigurationError,)),
     Exit(26, "a file or a port cannot be used", (OSError,)),
     Exit(27, "asked for what the run, as it stands, does not allow", (CrewError, AnsweredError)),
     Exit(28, "steps of a pipeline failed", (PipelineFailedError,)),
@@ -93,10 +107,12 @@ EXITS = (
     ),
     Exit(36, "the ledger or the output of a batch cannot be used", (LedgerError, OutputError)),
     Exit(130, "interrupted by Ctrl-C", (KeyboardInterrupt,)),
+    Exit(141, "whoever read the output has gone (a closed pipe)", (BrokenPipeError,)),
     Exit(143, "ended by SIGTERM or SIGHUP", ()),
 )
 
-UNEXPECTED, USAGE, FOUND, AWAY, REFUSED, ROWS, INTERRUPTED, TERMINATED = 1, 2, 29, 30, 31, 33, 130, 143
+UNEXPECTED, USAGE, UNUSABLE, NOT_ALLOWED, FOUND, AWAY, REFUSED, ROWS = 1, 2, 25, 27, 29, 30, 31, 33
+INTERRUPTED, CLOSED, TERMINATED = 130, 141, 143
 _CODES: dict[type[BaseException], int] = {kind: line.code for line in EXITS for kind in line.errors}
 
 
@@ -110,8 +126,18 @@ def signalled(error: BaseException) -> bool:
     return isinstance(error, KeyboardInterrupt) or type(error).__name__ in ("TerminatedError", "TerminationSignal")
 
 
-def exit_code(error: BaseException) -> int:
-    """Return the exit code of an error. The most special of its classes that has one decides."""
+def exit_code(error: BaseException, *, started: bool = False) -> int:
+    """Return the exit code of an error. The most special of its classes that has one decides.
+
+    Args:
+        error: The error.
+        started: Whether the command has kicked off or found a run: then no error means that nothing was sent.
+    """
+    code = _code(error)
+    return NOT_ALLOWED if started and code == UNUSABLE else code
+
+
+def _code(error: BaseException) -> int:
     kinds = _kinds(error)
     if "cyclopts.exceptions.CycloptsError" in kinds:
         return USAGE
@@ -152,14 +178,17 @@ def by_options(text: str) -> str:
     return _ARGUMENT.sub(option, text)
 
 
-def paragraph(error: BaseException) -> str:
-    """Return what a person reads about an error: what happened and what to do, without a traceback."""
-    kinds, code = _kinds(error), exit_code(error)
+def paragraph(error: BaseException, run: RunBoard | None = None) -> str:
+    """Return what a person reads about an error: what happened and what to do, without a traceback.
+
+    Args:
+        error: The error.
+        run: The run that the command had kicked off or found by then.
+    """
+    code = exit_code(error)
     if signalled(error):
         return "Interrupted." if code == INTERRUPTED else "Ended by a signal."
-    if "pydantic_core._pydantic_core.ValidationError" in kinds:
-        return _problems(error)
-    said = " ".join(str(error).split()) or type(error).__name__
+    said = reason(error)
     if isinstance(error, CrewError) or code == USAGE:
         return by_options(said)
     if code == AWAY:
@@ -170,8 +199,23 @@ def paragraph(error: BaseException) -> str:
     if code == REFUSED:
         return f"The Prefect API refused: {_refusal(error) or said}. prefect-crew doctor looks at what it needs."
     if code == UNEXPECTED:
-        return f"{type(error).__name__}: {said}. Nobody expected this; --debug shows where it comes from."
+        about = "" if run is None else f" {_on_record(run)}"
+        return f"{type(error).__name__}: {said}.{about} Nobody expected this error; --debug shows where it comes from."
     return said
+
+
+def _on_record(run: RunBoard) -> str:
+    """Return which run an unexpected error is about, and how its result is had all the same."""
+    if run.run_key is None:
+        return f"Run {run.kickoff_id} was started."
+    return f"Run {run.kickoff_id} was started and is on record: prefect-crew result {shlex.quote(run.run_key)}."
+
+
+def reason(error: BaseException) -> str:
+    """Return an error's own text on one line; of a pydantic error without the values, one of which may be a token."""
+    if "pydantic_core._pydantic_core.ValidationError" in _kinds(error):
+        return _problems(error)
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _refusal(error: Any) -> str | None:
@@ -191,7 +235,6 @@ def _refusal(error: Any) -> str | None:
 
 
 def _problems(error: Any) -> str:
-    """Return the texts of a pydantic error without the values: one of them may be a token."""
     problems: list[dict[str, Any]] = error.errors(include_url=False, include_input=False, include_context=False)
     return "; ".join(
         ": ".join(filter(None, (".".join(map(str, problem["loc"])), problem["msg"].removeprefix("Value error, "))))

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from prefect_crew.api.models import CrewResult, CrewStatus
     from prefect_crew.open_runs import OpenRun
 
-__all__ = ["LiveProgress", "PlainProgress", "Progress", "RunBoard", "progress"]
+__all__ = ["LiveProgress", "PlainProgress", "Progress", "RunBoard", "forget", "latest_run", "progress"]
 
 
 @dataclass
@@ -104,6 +104,20 @@ class RunBoard:
         return time.monotonic() - self.since if self.ended_after is None else self.ended_after
 
 
+_latest: RunBoard | None = None
+
+
+def latest_run() -> RunBoard | None:
+    """Return the run that this command has kicked off or found last: what any error after that is about."""
+    return _latest
+
+
+def forget() -> None:
+    """Forget that run, for a process that runs several commands."""
+    global _latest
+    _latest = None
+
+
 class Progress(AbstractContextManager["Progress"]):
     """Phases, notes and runs; it goes on showing the last of them until something else happens or it is closed.
 
@@ -133,9 +147,10 @@ class Progress(AbstractContextManager["Progress"]):
 
     def watch(self, run: OpenRun, status: CrewStatus | None) -> None:
         """Take in what `watch_runs` tells."""
+        global _latest
         board = self.board
         if board is None or board.kickoff_id != run.kickoff_id:
-            board = self.board = RunBoard.of(run)
+            board = _latest = self.board = RunBoard.of(run)
             what = "kicked off" if board.bought else "found"
             self.run_changed(board, [f"{what} run {board.kickoff_id}"])
         if status is not None:

@@ -4,25 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Generator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
+from prefect_crew.api.errors import ConfigurationError
 from prefect_crew.cli import terminal
 from prefect_crew.cli.crews import CREW, JSON, CrewAccess, flag
+from prefect_crew.cli.exits import reason
 from prefect_crew.cli.given import gather_inputs
 from prefect_crew.cli.prefect_side import flow_run_url, reach_prefect
 from prefect_crew.cli.progress import Progress, progress
-from prefect_crew.files import create_private
+from prefect_crew.files import check_writable, create_private
 
 if TYPE_CHECKING:
     from prefect_crew.api.models import CrewResult
     from prefect_crew.blocks import DeployedCrew
+    from prefect_crew.waiting import WaitPolicy
 
-__all__ = ["put_result", "result", "run"]
+__all__ = ["put_result", "result", "run", "wait_policy"]
 
 
 def run(
@@ -52,8 +53,8 @@ def run(
 ) -> None:
     """Run a crew through Prefect, wait, and write its result."""
     given = gather_inputs(input_ or (), inputs)
-    if output_file is not None and not output_file.parent.is_dir():
-        raise FileNotFoundError(f"{output_file} cannot be written: there is no folder {output_file.parent}.")
+    if output_file is not None:
+        check_writable(output_file)
     with progress() as shown:
         reach_prefect(shown)
         options: dict[str, Any] = {
@@ -62,24 +63,20 @@ def run(
             "force_new": force_new,
             "restore_from": restore_from,
         }
-        with _said_of(shown):
-            answer = asyncio.run(_run(shown, crew, access, given, timeout, allow_extra, options))
-    if output_file is not None:
-        create_private(output_file)
-        output_file.write_text(answer.output, encoding="utf-8", errors="backslashreplace")
-    put_result(answer, shown, as_json=json)
-
-
-@contextmanager
-def _said_of(shown: Progress) -> Generator[None]:
-    """Have whatever ends the command, a signal too, name the run as far as it is known."""
+        answer = asyncio.run(_run(shown, crew, access, given, timeout, allow_extra, options))
     try:
-        yield
-    except BaseException as error:
-        for name in ("kickoff_id", "run_key", "flow_run_id", "task"):
-            if shown.board is not None and getattr(error, name, None) is None:
-                setattr(error, name, getattr(shown.board, name))
-        raise
+        if output_file is not None:
+            _write(answer, output_file)
+    finally:  # a disk that has filled up does not cost the result
+        put_result(answer, shown, as_json=json)
+
+
+def _write(answer: CrewResult, path: Path) -> None:
+    try:
+        create_private(path)
+        path.write_text(answer.output, encoding="utf-8", errors="backslashreplace")
+    except OSError as error:
+        raise OSError(f"{path} cannot be written: {error.strerror or error}.") from error
 
 
 async def _run(
@@ -97,7 +94,7 @@ async def _run(
     block = await access.load(crew)
     if allow_extra:
         block = block.model_copy(update={"allow_extra_inputs": True})
-    wait = None if timeout is None else _patience(block, timeout)
+    wait = None if timeout is None else wait_policy(block, timeout)
     shown.phase(f"Kicking off crew {block.label}")
     with watch_runs(shown.watch):
         answer = await arun_crew(block, given, wait=wait, **options)
@@ -105,11 +102,21 @@ async def _run(
     return answer
 
 
-def _patience(block: DeployedCrew, timeout: float) -> Any:
+def wait_policy(block: DeployedCrew, timeout: float) -> WaitPolicy:
+    """Return the block's way to wait, with the command's timeout.
+
+    Raises:
+        ConfigurationError: It is none.
+    """
+    from pydantic import ValidationError
+
     from prefect_crew.waiting import WaitPolicy
 
-    # Not model_copy, which checks nothing.
-    return WaitPolicy.model_validate({**block.wait.model_dump(), "timeout": timeout})
+    try:
+        # Not model_copy, which checks nothing.
+        return WaitPolicy.model_validate({**block.wait.model_dump(), "timeout": timeout})
+    except ValidationError as error:
+        raise ConfigurationError(f"{reason(error)} Nothing was started.") from None
 
 
 def put_result(answer: CrewResult, shown: Progress, *, as_json: bool) -> None:
@@ -157,14 +164,15 @@ def result(
     access: CrewAccess = CrewAccess(),  # noqa: B008
 ) -> None:
     """Write the whole result of a run that has completed, from its record or from the crew's server."""
+    if output_file is not None:
+        check_writable(output_file)
     with progress(quiet=True) as shown:
         reach_prefect(shown)
     answer = asyncio.run(_result(run_key, crew, access))
     if json:
         terminal.put_json({"run_key": run_key, **_body(answer)})
     elif output_file is not None:
-        create_private(output_file)
-        output_file.write_text(answer.output, encoding="utf-8", errors="backslashreplace")
+        _write(answer, output_file)
     else:
         terminal.put_markdown(answer.output)
 

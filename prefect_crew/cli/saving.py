@@ -14,7 +14,7 @@ from cyclopts import Parameter
 from prefect_crew.api.errors import AuthenticationError, ConfigurationError, CrewError
 from prefect_crew.cli import terminal
 from prefect_crew.cli.crews import TOKEN_VARIABLE, CrewAccess, flag
-from prefect_crew.cli.exits import paragraph
+from prefect_crew.cli.exits import reason
 from prefect_crew.cli.prefect_side import reach_prefect
 from prefect_crew.cli.progress import progress
 
@@ -79,7 +79,7 @@ async def _save(block: DeployedCrew, name: str, *, overwrite: bool) -> None:
     except ValueError as error:
         if "already in use" in str(error):
             raise ConfigurationError(f"There is a crew {name!r} already. Give --overwrite to replace it.") from None
-        raise ConfigurationError(f"The block {name!r} was not stored: {paragraph(error)}") from None
+        raise ConfigurationError(f"The block {name!r} was not stored: {reason(error)}") from None
 
 
 def _token(url: str, token: str | None) -> str:

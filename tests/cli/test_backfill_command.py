@@ -63,3 +63,7 @@ def test_a_deployment_that_is_not_there_is_said(here: Command, prefect_api: Pref
     refused = here("backfill", "filled/nowhere", *RANGE)
     assert refused.code not in (0, 1)
     assert "filled/nowhere" in refused.err
+
+
+def test_the_deployment_is_named_by_its_place_alone(here: Command):
+    assert "--DEPLOYMENT" not in here("backfill", "--help").out

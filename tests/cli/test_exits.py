@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import re
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from prefect_crew.batches import (
     LedgerMissingError,
     OutputError,
 )
-from prefect_crew.cli.exits import EXITS, PrefectAwayError, UsageError, by_options, exit_code, paragraph
+from prefect_crew.cli.exits import EXITS, PrefectAwayError, UsageError, by_options, exit_code, paragraph, reason
 
 TABLE = {line.code: line.meaning for line in EXITS}
 DOCS = Path(__file__).parents[2] / "docs" / "cli.md"
@@ -67,7 +68,9 @@ def _answer(status: int, body: dict[str, str] | None = None) -> PrefectHTTPStatu
         pytest.param(errors.NotFoundError(status_code=404, method="GET", path="/"), 18, id="not-found"),
         pytest.param(errors.CrewAPIError(status_code=418, method="GET", path="/"), 24, id="any-answer"),
         pytest.param(errors.ConfigurationError("no"), 25, id="configuration"),
-        pytest.param(ValueError("no"), 25, id="value"),
+        pytest.param(ValueError("no"), 1, id="value"),
+        pytest.param(json.JSONDecodeError("no", "", 0), 1, id="json"),
+        pytest.param(BrokenPipeError(), 141, id="closed-pipe"),
         pytest.param(FileNotFoundError(2, "no such file", "x"), 26, id="file"),
         pytest.param(PrefectAwayError("no"), 30, id="away"),
         pytest.param(httpx.ConnectError("refused"), 30, id="prefect-refuses-connections"),
@@ -104,8 +107,9 @@ def test_a_paragraph_about_wrong_fields_shows_no_value():
 
     with pytest.raises(ValueError, match="price") as caught:
         Crew(token="hush-hush", price="dear")  # type: ignore[arg-type]
-    said = paragraph(caught.value)
+    said = reason(caught.value)
     assert said.startswith("price: ")
+    assert said in paragraph(caught.value)
     assert "hush-hush" not in said
     assert "dear" not in said
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import time
@@ -65,6 +66,47 @@ def test_a_key_finds_its_run_and_its_result_again(here, greet: str, crews: CrewS
     other = here("run", greet, "-i", "who=Bob", "--run-key", "key of eve")
     assert other.code == 15
     assert "prefect-crew runs show 'key of eve'" in other.err
+
+
+READ_ONLY = [] if os.geteuid() == 0 else ["read-only"]  # root may write to any file
+
+
+@pytest.mark.parametrize("kind", ["folder", "nowhere", "below-a-file", *READ_ONLY])
+def test_an_output_file_that_cannot_be_written_starts_nothing(
+    here, greet: str, crews: CrewServer, tmp_path: Path, kind: str
+):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "read-only").write_text("old")
+    (tmp_path / "read-only").chmod(0o400)
+    path = {"nowhere": tmp_path / "nowhere" / "x.md", "below-a-file": tmp_path / "read-only" / "x.md"}.get(
+        kind, tmp_path / kind
+    )
+    before = crews.kickoffs
+    for line in (("run", greet, "-i", "who=Ada"), ("result", "any key")):
+        done = here(*line, "--output-file", str(path))
+        assert done.code == 26
+        assert f"{path} cannot be written" in done.err
+    assert crews.kickoffs == before
+
+
+def test_no_empty_file_is_left_where_the_run_is_refused(here, greet: str, tmp_path: Path):
+    assert here("run", greet, "--output-file", str(tmp_path / "x.md")).code == 16
+    assert not (tmp_path / "x.md").exists()
+    (tmp_path / "old.md").write_text("old")
+    assert here("run", greet, "--output-file", str(tmp_path / "old.md")).code == 16
+    assert (tmp_path / "old.md").read_text() == "old"
+
+
+def test_a_result_that_cannot_be_written_after_all_is_shown(
+    here, greet: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def full(path: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("prefect_crew.cli.running.create_private", full)
+    done = here("run", greet, "-i", "who=Ada", "--output-file", str(tmp_path / "x.md"))
+    assert (done.code, done.out) == (26, "**Hello** Ada\n")
+    assert "x.md cannot be written: No space left on device" in done.err
 
 
 def test_inputs_from_a_file(here, greet: str, tmp_path: Path):
