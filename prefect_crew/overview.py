@@ -98,7 +98,9 @@ def _standing(record: RunRecord, now: datetime, owner_ended: bool, attended: boo
     if record.phase is RecordPhase.UNCERTAIN:
         return Standing.UNCERTAIN
     if record.phase is RecordPhase.CLAIMED:
-        return Standing.UNCERTAIN if owner_ended or now >= record.known_by else Standing.CLAIMED
+        if not (owner_ended or record.still_open(now) == 0):
+            return Standing.CLAIMED
+        return Standing.UNCERTAIN if record.permit else Standing.NOT_STARTED
     if not attended:
         return Standing.ORPHANED
     return Standing.WAITING if record.human_since is not None else Standing.IN_FLIGHT

@@ -9,7 +9,7 @@ import asyncio
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -22,7 +22,7 @@ from prefect_crew.events import emit
 from prefect_crew.interrupts import ENDINGS, to_be_seen_to_its_end
 from prefect_crew.logs import run_logger
 from prefect_crew.receiver.targets import webhooks_for
-from prefect_crew.records import RecordPhase, RecordStore, RunRecord, known_by, utcnow
+from prefect_crew.records import Lease, RecordPhase, RecordStore, RunRecord, known_by, utcnow
 from prefect_crew.run_keys import RunIdentity
 from prefect_crew.sessions import CrewSession
 from prefect_crew.stopping import stop_if_asked
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 __all__ = ["LIMITED_FOR", "ClaimLostError", "Purchase", "give_back", "post_claimed", "uncertain"]
 
+PERMIT_GOOD_FOR = 30.0
+"""Seconds from asking for a permit to the first byte of its kickoff: a connection has to be made in between."""
 LIMITED_FOR = 600.0
 """Seconds for which a kickoff is tried again while the server answers 429, or 503 with a time to come back."""
 FINISH = 25.0
@@ -63,8 +65,8 @@ class Purchase:
     asked_at: datetime = field(default_factory=utcnow)
     slot: str | None = None
 
-    def record(self, attempt: int, *, delay: float = 0.0) -> RunRecord:
-        """Return the record that claims an attempt, which is posted after at most `delay` seconds."""
+    def record(self, attempt: int, good_for: float = 0.0) -> RunRecord:
+        """Return the record that claims an attempt, of which a permit is asked for within `good_for` seconds."""
         now, caller = utcnow(), self.identity.caller
         return RunRecord(
             run_key=self.identity.run_key,
@@ -74,7 +76,9 @@ class Purchase:
             inputs_digest=self.digest,
             owner=caller.owner,
             claimed_at=now,
-            known_by=known_by(now, self.crew.request_timeout, delay),
+            known_by=known_by(now, self.crew.request_timeout, good_for),
+            good_for=good_for,
+            post_deadline=post_deadline(self.crew.request_timeout),
             forced_by=self.identity.place if self.force_new else None,
             flow_run_id=caller.flow_run_id,
             flow_run_count=caller.flow_run_count,
@@ -93,98 +97,86 @@ def uncertain(record: RunRecord) -> KickoffUncertainError:
 
 
 class ClaimLostError(Exception):
-    """Somebody took the owner of this claim for dead, and settled it."""
+    """The claim is not ours any more, or was decided by what is not on record any more. Nothing was sent since."""
 
 
-async def _keep_claim(purchase: Purchase, record: RunRecord, records: RecordStore) -> None:
-    """Make sure of a claim that has grown old before its kickoff is sent: a machine slept, or `/inputs` was slow.
-
-    A claim is good until its owner must know the outcome. What is sent after that may be bought by others meanwhile.
-    Raises ClaimLostError if it is ours no more.
-    """
-    patience = timedelta(seconds=post_deadline(purchase.crew.request_timeout))
-    if utcnow() + patience < record.known_by:
-        return
-    await _look_at_claim(record, records)
-    record.known_by = known_by(utcnow(), purchase.crew.request_timeout)
-    await _save_claim(record, records)
+class PermitOverError(Exception):
+    """A permit was too old for its kickoff to be sent. Nothing was sent."""
 
 
-async def _save_claim(record: RunRecord, records: RecordStore) -> None:
-    """Write a claim down anew, in time for others to go by it.
-
-    A record is replaced, not compared. A machine that slept over the write may have put the claim where somebody has
-    settled it meanwhile, and bought anew: then it is given back, since it surely started nothing, and ClaimLostError is
-    raised.
-    """
-    await records.save(record)
-    if utcnow() >= record.known_by:
-        lost = ClaimLostError()
-        await give_back(record, records, lost)
-        raise lost
-
-
-async def _look_at_claim(record: RunRecord, records: RecordStore) -> None:
-    attempts = await records.attempts(record.run_key)
-    standing = next((one for one in attempts if one.attempt == record.attempt), None)
-    if standing is None or standing.owner != record.owner or standing.phase is not RecordPhase.CLAIMED:
-        record.phase = RecordPhase.NOT_STARTED  # here alone: what stands there is not ours to write
-        raise ClaimLostError
-
-
-async def post_claimed(purchase: Purchase, record: RunRecord, records: RecordStore, session: CrewSession) -> RunRecord:
+async def post_claimed(
+    purchase: Purchase, record: RunRecord, records: RecordStore, session: CrewSession, lease: Lease
+) -> RunRecord:
     """Post a claimed run and write its id down; POST again only what surely did not start a run.
 
+    `lease` is the claim's.
+
     Raises:
-        ClaimLostError: Somebody else has settled the claim meanwhile. Nothing was posted since.
+        ClaimLostError: Somebody else has resolved the claim meanwhile. Nothing was posted since.
         KickoffUncertainError: It was posted, and nobody knows what became of it. That is on record.
         CrewError: It surely did not start a run. The claim is given back.
     """
     loop = asyncio.get_running_loop()
     until = loop.time() + LIMITED_FOR
+    lease = await _take_permit(record, records, lease)
     while True:
         try:
-            return await _post_shielded(purchase, record, records, session)
+            return await _post_shielded(purchase, record, records, session, lease)
+        except PermitOverError:
+            lease = await _take_permit(record, records, lease, until=until)
         except CrewError as error:
             if record.phase is not RecordPhase.CLAIMED:
                 raise
-            if utcnow() >= record.known_by:
-                await _look_at_claim(record, records)
             if isinstance(error, AuthenticationError) and await session.renew():
-                continue
-            delay = kickoff_delay(error)
-            if delay is None or loop.time() + delay > until:
-                await give_back(record, records, error)
-                raise
-            if not purchase.quiet:
-                run_logger().warning("%s It is sent again in %.0f s.", error, delay)
-            await _pause(record, records, delay, purchase.crew.request_timeout)
+                delay = 0.0
+            else:
+                delay = kickoff_delay(error)
+                if delay is None or loop.time() + delay > until:
+                    await give_back(record, records, error)
+                    raise
+                if not purchase.quiet:
+                    run_logger().warning("%s It is sent again in %.0f s.", error, delay)
+            # Before the pause, so that nobody resolves the claim during it.
+            lease = await _take_permit(record, records, lease, pause=delay)
 
 
-async def _pause(record: RunRecord, records: RecordStore, delay: float, request_timeout: float) -> None:
-    """Wait between two posts of one claim, with the claim kept fresh for others who look at it."""
-    record.known_by = known_by(utcnow(), request_timeout, delay)
-    keeping = asyncio.create_task(_save_claim(record, records))
-    to_be_seen_to_its_end(keeping)
+async def _take_permit(
+    record: RunRecord, records: RecordStore, lease: Lease, *, pause: float = 0.0, until: float | None = None
+) -> Lease:
+    """Take the next permit of a claim, wait for `pause` seconds, and return how long it is good for.
+
+    `lease` is that of the claim, or of the permit before. Gives the claim back where it fails or is cancelled.
+
+    Raises:
+        ClaimLostError: Somebody else has resolved the claim, or `until`, a time of the loop, is over.
+    """
+    new = Lease(pause + PERMIT_GOOD_FOR)
+    taking = asyncio.create_task(records.permit(record, new.seconds, late=lease.over))
+    to_be_seen_to_its_end(taking)
     try:
-        try:
-            await asyncio.shield(keeping)
-        except (httpx.HTTPError, PrefectException) as error:
-            run_logger().warning("Others may take the claim of run %s for given up: %s", record.run_key, error)
-        await asyncio.sleep(delay)
-    except ENDINGS as cancelled:
-        # A write that is cut off may still arrive, and then after the one that gives the claim back.
-        await asyncio.wait({keeping}, timeout=FINISH)
-        if not (keeping.done() and isinstance(keeping.exception(), ClaimLostError)):
-            await give_back(record, records, cancelled)
+        taken = await asyncio.shield(taking)
+        if taken and (until is None or asyncio.get_running_loop().time() <= until):
+            await asyncio.sleep(pause)
+            return new
+    except BaseException as problem:
+        if isinstance(problem, ENDINGS):
+            # What is cut off may still arrive. It then says less than what gives the claim back.
+            await asyncio.wait({taking}, timeout=FINISH)
+        await give_back(record, records, problem)
         raise
+    if taken:
+        lost = ClaimLostError("each permit of it grew too old before its kickoff could be sent.")
+        await give_back(record, records, lost)
+        raise lost
+    record.phase = RecordPhase.NOT_STARTED  # here alone: what stands there is not ours to write
+    raise ClaimLostError("somebody resolved its claim while this process was asleep, or away.")
 
 
 async def _post_shielded(
-    purchase: Purchase, record: RunRecord, records: RecordStore, session: CrewSession
+    purchase: Purchase, record: RunRecord, records: RecordStore, session: CrewSession, lease: Lease
 ) -> RunRecord:
     """See a POST that is in flight to its end even if the caller is cancelled, so that its id is written down."""
-    post = asyncio.create_task(_post(purchase, record, records, session))
+    post = asyncio.create_task(_post(purchase, record, records, session, lease))
     to_be_seen_to_its_end(post)
     try:
         return await asyncio.shield(post)
@@ -193,20 +185,25 @@ async def _post_shielded(
             await asyncio.wait({post}, timeout=FINISH)
         if post.done() and not post.cancelled() and (error := post.exception()) is not None:
             # Of anything else, such as a signal raised within it, nobody knows whether it came before the POST.
-            if record.phase is RecordPhase.CLAIMED and isinstance(error, CrewError):
+            if record.phase is RecordPhase.CLAIMED and isinstance(error, (CrewError, PermitOverError)):
                 await give_back(record, records, error)
         elif post.done() and not post.cancelled():
             await stop_if_asked(session, record, records)
         raise
 
 
-async def _post(purchase: Purchase, record: RunRecord, records: RecordStore, session: CrewSession) -> RunRecord:
+async def _post(
+    purchase: Purchase, record: RunRecord, records: RecordStore, session: CrewSession, lease: Lease
+) -> RunRecord:
     """Make one POST and write down what became of it. What surely did not start a run raises and writes nothing."""
     crew, attempt, settings = purchase.crew, record.attempt, purchase.settings
-    await _keep_claim(purchase, record, records)
 
     def redact(text: str) -> str:
-        return crew.redactor(purchase.inputs)(text)  # hardly ever needed, and the dearest part of a purchase
+        return crew.redactor(purchase.inputs)(text)  # hardly ever needed, and slow to make
+
+    def last_look() -> None:
+        if lease.over:
+            raise PermitOverError
 
     try:
         webhooks = purchase.webhooks or webhooks_for(
@@ -216,24 +213,48 @@ async def _post(purchase: Purchase, record: RunRecord, records: RecordStore, ses
         with withholding(redact):
             meta = {**(purchase.meta or {}), "run_key": record.run_key}
             kickoff_id = await session.client.kickoff(
-                purchase.inputs, meta=meta, webhooks=webhooks, restore_from=purchase.restore_from
+                purchase.inputs,
+                meta=meta,
+                webhooks=webhooks,
+                restore_from=purchase.restore_from,
+                before_sending=last_look,
             )
+        reason = await _held_by_another(record, kickoff_id, records)
+    except PermitOverError:
+        raise
     except BaseException as error:
         if kickoff_fate(error) is not KickoffFate.UNCERTAIN:
             raise
-        if utcnow() >= record.known_by:
-            await _look_at_claim(record, records)
         record.phase, record.reason = RecordPhase.UNCERTAIN, redact(f"{type(error).__name__}: {error}")[:500]
         await _save(record, records)
         if not isinstance(error, Exception):
             raise
         raise uncertain(record) from error
+    if reason is not None:
+        record.phase, record.reason = RecordPhase.UNCERTAIN, reason
+        await _save(record, records)
+        raise uncertain(record)
     record.phase, record.kickoff_id, record.kicked_off_at = RecordPhase.STARTED, kickoff_id, utcnow()
     if not purchase.quiet:
         # Before it is written down: whatever fails from here on, a person finds the id in a log.
         run_logger().info("Crew %s was kicked off: run %s", record.crew, kickoff_id)
     await _save(record, records)
     return record
+
+
+async def _held_by_another(record: RunRecord, kickoff_id: str, records: RecordStore) -> str | None:
+    """Return why a kickoff id cannot be that of this run, None if no other record holds it.
+
+    A proxy that caches or deduplicates kickoffs gives one id to two of them.
+    """
+    try:
+        holders = await records.holders(kickoff_id)
+    except (httpx.HTTPError, PrefectException):
+        return None  # nor can it be written down: `_save` tells of that
+    others = [key for key, attempt in holders if (key, attempt) != (record.run_key, record.attempt)]
+    return (
+        f"the crew's server answered with run {kickoff_id}, which is that of run key {others[0]!r}" if others else None
+    )
 
 
 async def give_back(record: RunRecord, records: RecordStore, error: BaseException) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Protocol
@@ -38,6 +38,10 @@ class PrunableStore(Protocol):
 
     def all(self, phase: RecordPhase | None = None) -> AsyncIterator[RunRecord]:
         """Yield every record."""
+        ...
+
+    async def attempts(self, run_key: str) -> Sequence[RunRecord]:
+        """Return all attempts at a key."""
         ...
 
     async def delete(self, record: RunRecord) -> None:
@@ -105,12 +109,16 @@ async def prune(
     # The notes first: a run that is claimed and joined meanwhile then has a record that we know of.
     notes = [name async for name in store.waiter_notes()]
     records = [record async for record in store.all()]
-    going = prunable(records, (now or utcnow()) - older_than)
+    before = (now or utcnow()) - older_than
+    going = prunable(records, before)
     needed = tuple(store.notes_of(record) for record in records if record.phase is RecordPhase.STARTED)
     left_over = [name for name in notes if not name.startswith(needed)]
     if not dry_run:
-        for record in going:
-            await store.delete(record)
+        for run_key in dict.fromkeys(record.run_key for record in going):
+            # Read again: since the list was made, the key may have been used. Whoever claims it from here on sees that
+            # attempts are gone which it decided by, and decides again.
+            for record in prunable(await store.attempts(run_key), before):
+                await store.delete(record)
         for name in left_over:
             await store.delete_note(name)
     return Pruned(runs=len(going), notes=len(left_over), kept=len(records) - len(going))

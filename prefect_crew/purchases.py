@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from opentelemetry import trace
 
@@ -17,6 +17,7 @@ from prefect_crew.logs import run_logger
 from prefect_crew.posting import LIMITED_FOR, ClaimLostError, Purchase, give_back, post_claimed, uncertain
 from prefect_crew.records import (
     Decision,
+    Lease,
     RecordPhase,
     RecordStore,
     RunRecord,
@@ -31,17 +32,30 @@ from prefect_crew.suspending.suspended import SuspendedWaits
 __all__ = ["Purchased", "purchase_run"]
 
 
+CLAIM_GOOD_FOR = 30.0
+"""Seconds, on top of the check of the inputs, after which a claim without a permit is taken for given up."""
+
+
 @dataclass(frozen=True)
 class Purchased:
-    """What a call with a run key came to. Within this module, a fresh claim has no kickoff id yet."""
+    """What a call with a run key came to."""
 
     decision: Decision
     record: RunRecord
 
     @property
     def bought(self) -> bool:
-        """Whether this call bought it, or is about to."""
+        """Whether this call bought it."""
         return self.decision in (Decision.START, Decision.BUY_AGAIN)
+
+
+@dataclass(frozen=True)
+class _Claim(Purchased):
+    """A claim that is ours, which nothing was sent for yet."""
+
+    known: Sequence[RunRecord] = ()
+    """The attempts that it was decided by."""
+    lease: Lease = field(default_factory=lambda: Lease(0))
 
 
 async def purchase_run(
@@ -49,7 +63,6 @@ async def purchase_run(
     records: RecordStore,
     session: CrewSession,
     *,
-    problem: CrewError | None = None,
     check: Callable[[], Awaitable[None]] | None = None,
 ) -> Purchased:
     """Find the run of a purchase's key, or buy it. What it returns has a kickoff id.
@@ -58,84 +71,86 @@ async def purchase_run(
         purchase: What is to be bought.
         records: The store of records.
         session: A client for the crew.
-        problem: Why nothing can be bought at this moment. A run that is in flight or done is found all the same.
         check: Raises a CrewError where the kickoff would be in vain. It is asked once the claim stands: a run that is
             found needs no check, and costs the crew's server no request.
 
     Raises:
-        CrewError: As `open_run`, or `problem` where only a purchase would do.
+        CrewError: As `open_run`.
     """
-    if problem is None:
-        opened = await _decide_and_claim(purchase, records)
-    else:
-        found = await _find_only(purchase, records)
-        if found is None:
-            raise problem
-        run_logger().warning("%s", problem)
-        opened = found
     loop = asyncio.get_running_loop()
     until = loop.time() + LIMITED_FOR
     while True:
+        opened = await _decide_and_claim(purchase, records)
         _announce(purchase, opened)
-        if not opened.bought:
+        if not isinstance(opened, _Claim):
             return opened
-        if check is not None:
-            await _checked(check, opened.record, records)
         try:
-            return Purchased(opened.decision, await post_claimed(purchase, opened.record, records, session))
-        except ClaimLostError:
+            await _make_sure(opened, records, check)
+            record = await post_claimed(purchase, opened.record, records, session, opened.lease)
+            return Purchased(opened.decision, record)
+        except ClaimLostError as lost:
             if loop.time() > until:
                 raise CrewError(
                     f"Run {opened.record.run_key!r} was not started: for {LIMITED_FOR / 60:g} minutes each claim of it "
-                    "has grown old before its kickoff could be sent. The Prefect API answers too slowly, or this "
-                    "machine sleeps. Mend that, then run again with the same key."
+                    "was lost before its kickoff could be sent. The Prefect API answers too slowly, or this machine "
+                    "sleeps. See to that, then run again with the same key."
                 ) from None
-            run_logger().warning(
-                "Run %s was settled by somebody while this process was asleep, or away: what is on record now counts.",
-                opened.record.run_key,
-            )
-            opened = await _decide_and_claim(purchase, records)
+            run_logger().warning("Run %s: %s What is on record now counts.", opened.record.run_key, lost)
 
 
-async def _checked(check: Callable[[], Awaitable[None]], record: RunRecord, records: RecordStore) -> None:
-    """Give the claim back where the check fails, however it fails: nothing was posted."""
+async def _make_sure(claim: _Claim, records: RecordStore, check: Callable[[], Awaitable[None]] | None) -> None:
+    """Check the kickoff, and meanwhile that the claim was decided by what is still on record.
+
+    Gives the claim back where either fails, however it fails: nothing was sent. Raises ClaimLostError for the second.
+    """
+    confirmed = asyncio.ensure_future(records.confirm(claim.record, claim.known))
+    confirmed.add_done_callback(lambda done: done.cancelled() or done.exception())  # the check may fail first
     try:
-        await check()
+        if check is not None:
+            await check()
+        sure = await confirmed
     except BaseException as problem:
-        await give_back(record, records, problem)
+        await give_back(claim.record, records, problem)
         raise
-
-
-async def _find_only(purchase: Purchase, records: RecordStore) -> Purchased | None:
-    """Return what the record alone gives, None if that would be a purchase."""
-    attempts = await records.attempts(purchase.identity.run_key)
-    decision, record = await _decide(purchase, attempts, records)
-    if decision in (Decision.START, Decision.BUY_AGAIN) or record is None:
-        return None
-    return await _follow(purchase, decision, record, records)
+    finally:
+        confirmed.cancel()
+    if not sure:
+        lost = ClaimLostError("another call claimed it, or its earlier attempts were removed, at the same time.")
+        await give_back(claim.record, records, lost)
+        raise lost
 
 
 async def _decide_and_claim(purchase: Purchase, records: RecordStore) -> Purchased:
-    """Return a decision with the record that it is about; START and BUY_AGAIN come with a claim that is ours."""
+    """Return a decision with the record that it is about; START and BUY_AGAIN come as a claim that is ours."""
     if not purchase.force_new:
         # The common case in one request: nobody knows the key yet.
-        first = _claim(purchase, 1)
-        if await records.claim(first):
-            return Purchased(Decision.START, first)
+        first = await _claim(purchase, records, Decision.START, ())
+        if first is not None:
+            return first
     while True:
         attempts = await records.attempts(purchase.identity.run_key)
         decision, record = await _decide(purchase, attempts, records)
         if decision in (Decision.START, Decision.BUY_AGAIN):
-            claim = _claim(purchase, attempts[-1].attempt + 1 if attempts else 1)
-            if await records.claim(claim):
-                return Purchased(decision, claim)
-        elif record is not None:
-            return await _follow(purchase, decision, record, records)
+            claim = await _claim(purchase, records, decision, attempts)
+            if claim is not None:
+                return claim
+        elif decision is Decision.VOID and record is not None:
+            await records.resolve(record, RecordPhase.NOT_STARTED, reason="its owner gave it up")
+        elif record is not None and (followed := await _follow(purchase, decision, record, records)) is not None:
+            return followed
 
 
-def _claim(purchase: Purchase, attempt: int) -> RunRecord:
+async def _claim(
+    purchase: Purchase, records: RecordStore, decision: Decision, known: Sequence[RunRecord]
+) -> _Claim | None:
+    """Claim the next attempt; None if somebody else has."""
     # The check of the inputs comes before the POST, twice where a token was rotated.
-    return purchase.record(attempt, delay=2 * purchase.crew.request_timeout)
+    good_for = 2 * purchase.crew.request_timeout + CLAIM_GOOD_FOR
+    lease = Lease(good_for)
+    record = purchase.record(known[-1].attempt + 1 if known else 1, good_for)
+    if not await records.claim(record):
+        return None
+    return _Claim(decision, record, known, lease)
 
 
 async def _decide(
@@ -166,8 +181,8 @@ async def _decide(
     return decision, record
 
 
-async def _follow(purchase: Purchase, decision: Decision, record: RunRecord, records: RecordStore) -> Purchased:
-    """Return the run that a record leads to, waiting for its id where somebody else is posting."""
+async def _follow(purchase: Purchase, decision: Decision, record: RunRecord, records: RecordStore) -> Purchased | None:
+    """Return the run that a record leads to, waiting for its id where somebody else is posting; None if it has none."""
     delay = 0.1
     looked_again = False
     while decision is Decision.CLAIMED_ELSEWHERE or (
@@ -180,8 +195,8 @@ async def _follow(purchase: Purchase, decision: Decision, record: RunRecord, rec
             delay = min(delay * 1.5, 2.0)
         attempts = await records.attempts(record.run_key)
         decision, latest = await _decide(purchase, attempts, records)
-        if latest is None or decision in (Decision.START, Decision.BUY_AGAIN):
-            return await _decide_and_claim(purchase, records)
+        if latest is None or decision in (Decision.START, Decision.BUY_AGAIN, Decision.VOID):
+            return None
         record = latest
     if decision is Decision.UNCERTAIN:
         _announce(purchase, Purchased(decision, record))

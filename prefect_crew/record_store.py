@@ -2,15 +2,26 @@
 
 A Variable's name is unique on the server, so creating one is an atomic claim; its value holds 5,000 bytes of JSON and
 is replaced, not compared; nobody's clean-up of flow runs or artifacts removes it (read in Prefect 3.9.1's source and
-measured: 20 racers, one winner). The attempt's number is part of the name, so that buying again is a claim as well.
+measured: 20 racers, one winner). The attempt's number is part of the name, so that starting again is a claim as well.
+
+- `crew_run_KEY_ATTEMPT` is the claim. The call that made it changes it if it gives it back without a permit; after that
+  only whoever sees the run's end does.
+- `crew_run_KEY_ATTEMPT_CLAIM_NUMBER` is a permit of that claim. Whoever created it changes it: the claim's owner, or
+  somebody who resolved it. Whoever waits for the run notes there whose turn it is.
+
+`records.folded` says what they mean together. Changes go by the Variable's id: by its name they could reach another one
+that was created under it since.
 """
 
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import AsyncIterator, Mapping, Sequence
-from typing import Any, cast
-from uuid import UUID
+from datetime import datetime
+from email.utils import parsedate_to_datetime
+from typing import Any, NamedTuple, TypeVar, cast
+from uuid import UUID, uuid4
 
 import httpx
 from prefect.client.orchestration import PrefectClient, get_client
@@ -22,13 +33,14 @@ from prefect_crew.api.errors import CrewError
 from prefect_crew.asked_notes import forget_notes
 from prefect_crew.impatience import busy, request_soon
 from prefect_crew.logs import run_logger
-from prefect_crew.records import RECORD_VERSION, RecordPhase, RunRecord, SentReview
+from prefect_crew.records import RECORD_VERSION, TOLD, Permit, RecordPhase, RunRecord, SentReview, folded
 from prefect_crew.run_keys import normal_run_key
 from prefect_crew.turns import Rank
 
 __all__ = ["SUSPENDED", "PrefectRecords", "record_name", "suspended_prefix"]
 
 TAG = "prefect-crew"
+PERMIT_TAG = "prefect-crew-permit"
 VALUE_LIMIT = 4900
 """Bytes of JSON; Prefect refuses more than 5,000."""
 PAGE = 200
@@ -38,6 +50,16 @@ CLIENTS_OWN = (408, 429, 502, 503)
 """Answers after which Prefect's client sends a request again by itself."""
 SAVE_FOR = 300.0
 """Seconds for which saving a record outlasts a Prefect API that is away."""
+USUAL = 3
+"""Permits of a claim that are looked for by their names where many records are read; those with more are read whole."""
+_OWN_TAG = {
+    RecordPhase.CLAIMED: ("phase:claimed",),
+    RecordPhase.UNCERTAIN: ("phase:claimed",),
+    RecordPhase.STARTED: ("phase:claimed",),
+    RecordPhase.ENDED: ("phase:ended",),
+}
+"""How records of a phase are tagged themselves: until a run has ended, only their permits tell more than the claim."""
+_NAME = re.compile(r"(crew_run_[0-9a-f]{32}_\d+)(?:_([0-9a-f]{32})_(\d+))?")
 
 
 def _digest(text: str) -> str:
@@ -87,35 +109,98 @@ def _value(record: RunRecord) -> dict[str, Any]:
     return value
 
 
-def _tags(record: RunRecord) -> list[str]:
-    tags = [TAG, f"phase:{record.phase}"]
+def _tags(record: RunRecord | Permit) -> list[str]:
+    tags = [TAG if isinstance(record, RunRecord) else PERMIT_TAG, f"phase:{record.phase}"]
     if record.kickoff_id is not None:
-        tags.append(f"kickoff:{_digest(record.kickoff_id)}")
+        tags.append(_kickoff_tag(record.kickoff_id))
     return tags
 
 
-def _parse(variable: Mapping[str, Any]) -> RunRecord | None:
-    """Return the record in a Variable, None if it holds none: somebody else may use our tag.
+def _kickoff_tag(kickoff_id: str) -> str:
+    return f"kickoff:{_digest(kickoff_id)}"
+
+
+def _permit_name(record: RunRecord, number: int) -> str:
+    return f"{record_name(record.run_key, record.attempt)}_{str(record.ref).replace('-', '')}_{number}"
+
+
+class _Found(NamedTuple):
+    """A Variable as it was read, and its age in seconds by the server's clock at that moment."""
+
+    id: str
+    name: str
+    value: Any
+    age: float
+
+
+def _found(response: httpx.Response) -> list[_Found]:
+    """Return the Variables in an answer. Where it does not tell the server's time, they count as new."""
+    told = response.headers.get("Date")
+    now = None if told is None else parsedate_to_datetime(told)
+    ages = [0.0 if now is None else max(0.0, (now - _moment(one)).total_seconds()) for one in response.json()]
+    return [_Found(one["id"], one["name"], one["value"], age) for one, age in zip(response.json(), ages, strict=True)]
+
+
+def _moment(variable: Mapping[str, Any]) -> datetime:
+    return datetime.fromisoformat(variable["created"].replace("Z", "+00:00"))  # Python 3.10 does not read the Z
+
+
+def _folded(variables: Sequence[_Found]) -> list[RunRecord]:
+    """Return the records among some Variables, each with what its permits among them say, the first attempt first."""
+    permits: dict[tuple[str, str], list[tuple[int, Permit]]] = {}
+    claims: list[tuple[str, _Found, RunRecord]] = []
+    for variable in variables:
+        parts = _NAME.fullmatch(variable.name)
+        if parts is None:
+            continue
+        name, claim, number = parts.groups()
+        if claim is None:
+            record = _parse(variable.value, RunRecord)
+            if record is not None:
+                claims.append((name, variable, record))
+        elif (permit := _parse(variable.value, Permit)) is not None:
+            permit = permit.model_copy(update={"ref": variable.id, "age": variable.age})
+            permits.setdefault((name, claim), []).append((int(number), permit))
+    records: list[RunRecord] = []
+    for name, variable, record in claims:
+        theirs = sorted(permits.get((name, variable.id.replace("-", "")), ()), key=lambda permit: permit[0])
+        record = record.model_copy(update={"ref": variable.id})
+        records.append(folded(record, [permit for _, permit in theirs], age=variable.age))
+    return sorted(records, key=lambda record: record.attempt)
+
+
+_Model = TypeVar("_Model", RunRecord, Permit)
+
+
+def _parse(value: Any, model: type[_Model]) -> _Model | None:
+    """Return what a Variable holds, None if it is not this: somebody else may use our names.
 
     Raises:
         CrewError: A later version wrote it. What its fields mean is not known here, so nothing is decided by them.
     """
-    value = variable["value"]
-    version = cast("dict[str, Any]", value).get("version") if isinstance(value, dict) else None
-    if isinstance(version, int) and version > RECORD_VERSION:
-        raise CrewError(
-            f"The record of run {cast('dict[str, Any]', value).get('run_key')!r} was written by a later version of "
-            f"prefect-crew (record version {version}, this one reads up to {RECORD_VERSION}). Nothing was started. "
-            "Upgrade prefect-crew here, then run again with the same key."
-        )
+    later = _later(value)
+    if later is not None:
+        raise later
     try:
-        return RunRecord.model_validate(value)
+        return model.model_validate(value)
     except ValidationError:
         return None
 
 
-async def _created(client: PrefectClient, variable: dict[str, Any]) -> bool:
-    """Create a Variable; False if there is one of its name.
+def _later(value: Any) -> CrewError | None:
+    """Return the error about a record that a later version wrote, None for any other."""
+    version = cast("dict[str, Any]", value).get("version") if isinstance(value, dict) else None
+    if not isinstance(version, int) or version <= RECORD_VERSION:
+        return None
+    return CrewError(
+        f"The record of run {cast('dict[str, Any]', value).get('run_key')!r} was written by a later version of "
+        f"prefect-crew (record version {version}, this one reads up to {RECORD_VERSION}). Nothing was started. "
+        "Upgrade prefect-crew here, then run again with the same key."
+    )
+
+
+async def _created(client: PrefectClient, variable: dict[str, Any]) -> str | None:
+    """Create a Variable and return its id; None if there is one of its name.
 
     While the server is busy it has done nothing, and is asked again soon. All else is for Prefect's client to repeat,
     which does not tell whether the conflict is with its own first attempt.
@@ -123,16 +208,18 @@ async def _created(client: PrefectClient, variable: dict[str, Any]) -> bool:
     try:
         try:
             # No turn: the server reads nothing before it writes this, so that a locked database makes it wait instead.
-            await request_soon(client, "POST", "/variables/", json=variable, patience=BUSY_FOR, rank=None, again=busy)
+            answer = await request_soon(
+                client, "POST", "/variables/", json=variable, patience=BUSY_FOR, rank=None, again=busy
+            )
         except (PrefectHTTPStatusError, httpx.TransportError) as error:
             if isinstance(error, PrefectHTTPStatusError) and error.response.status_code not in CLIENTS_OWN:
                 raise
-            await client.request("POST", "/variables/", json=variable)
+            answer = await client.request("POST", "/variables/", json=variable)
     except PrefectHTTPStatusError as error:
         if error.response.status_code != 409:
             raise
-        return False
-    return True
+        return None
+    return str(answer.json()["id"])
 
 
 def _unacceptable(error: Exception) -> bool:
@@ -154,73 +241,183 @@ class PrefectRecords:
         """
         name = record_name(record.run_key, record.attempt)
         async with get_client() as client:
-            if await _created(client, {"name": name, "value": _value(record), "tags": _tags(record)}):
+            record.ref = await _created(client, {"name": name, "value": _value(record), "tags": _tags(record)})
+            if record.ref is not None:
                 return True
             # Prefect's client sends a request again after a read timeout or a 502: the conflict may be our own claim.
             variable = await client.read_variable_by_name(name)
         if variable is None:  # deleted meanwhile
             return False
-        standing = _parse({"value": variable.value})
+        standing = _parse(variable.value, RunRecord)
         if standing is None:
             raise CrewError(
                 f"The Variable {name} stands where the record of run {record.run_key!r} belongs, and holds none that "
                 "this version can read. Nothing was started. Upgrade prefect-crew if a later version wrote it; else "
                 "delete the Variable."
             )
-        # One that somebody has settled since is a claim no more, whoever made it.
-        return standing.owner == record.owner and standing.phase is record.phase
+        record.ref = str(variable.id)
+        # One that was resolved or voided since is a claim no more, whoever made it: its permits tell.
+        found = next((one for one in await self.attempts(record.run_key) if one.ref == record.ref), None)
+        return found is not None and (found.owner, found.phase, found.permit) == (record.owner, record.phase, 0)
+
+    async def confirm(self, record: RunRecord, known: Sequence[RunRecord]) -> bool:
+        """Return whether the attempts at the key are a claim and those that it was decided by, and no others.
+
+        One that was pruned meanwhile, or that somebody claimed who did not see this one, may belong to a run.
+        """
+        found = await self.attempts(record.run_key)
+        others = [(one.attempt, one.owner) for one in found if one.ref != record.ref]
+        return others == [(one.attempt, one.owner) for one in known] and len(found) > len(others)
+
+    async def permit(self, record: RunRecord, good_for: float, *, late: bool) -> bool:
+        """Create the next permit of a claim; False if somebody else did, or the record is gone or resolved."""
+        number = record.permit + 1
+        permit = Permit(run_key=record.run_key, attempt=record.attempt, owner=record.owner, good_for=good_for)
+        ref = await self._create_permit(record, number, permit)
+        if ref is None:
+            return False
+        record.permit, record.permit_ref = number, ref
+        if not late:
+            return True
+        # Others may have resolved and pruned the record since, and its permits with it: what stands there tells.
+        found = next((one for one in await self.attempts(record.run_key) if one.ref == record.ref), None)
+        return found is not None and found.phase is RecordPhase.CLAIMED and found.permit == number
+
+    async def resolve(
+        self, record: RunRecord, phase: RecordPhase, *, kickoff_id: str | None = None, reason: str | None = None
+    ) -> bool:
+        """Create the next permit of a record as it was read, with what was found out; False if somebody else did."""
+        started = phase is RecordPhase.STARTED
+        verdict = Permit(
+            run_key=record.run_key,
+            attempt=record.attempt,
+            owner=str(uuid4()),
+            phase=phase,
+            kickoff_id=kickoff_id,
+            # The kickoff was sent right after the claim; nobody knows the moment better.
+            kicked_off_at=(record.kicked_off_at or record.claimed_at) if started else None,
+            hooked=record.hooked,
+            reason=reason,
+        )
+        number = record.permit + 1
+        ref = await self._create_permit(record, number, verdict)
+        if ref is None:
+            return False
+        update = {name: getattr(verdict, name) for name in TOLD}
+        for name, value in {**update, "permit": number, "permit_ref": ref, "open_for": 0.0}.items():
+            setattr(record, name, value)
+        return True
+
+    async def _create_permit(self, record: RunRecord, number: int, permit: Permit) -> str | None:
+        """Create a permit and return its id; None if another owner's of this number stands there."""
+        name = _permit_name(record, number)
+        value = permit.model_dump(mode="json", exclude_none=True)
+        async with get_client() as client:
+            ref = await _created(client, {"name": name, "value": value, "tags": _tags(permit)})
+            if ref is not None:
+                return ref
+            variable = await client.read_variable_by_name(name)
+        if variable is None:
+            return None
+        standing = _parse(variable.value, Permit)
+        return None if standing is None or standing.owner != permit.owner else str(variable.id)
 
     async def save(self, record: RunRecord) -> None:
-        """Replace the attempt's Variable, again and again for five minutes while the Prefect API is away."""
+        """Write down what became of a run, again and again for five minutes while the Prefect API is away.
+
+        The end stands in the record itself; what comes before it, in the permit of whoever found it out.
+        """
+        if record.permit_ref is not None and record.phase is not RecordPhase.ENDED:
+            permit = Permit(
+                run_key=record.run_key,
+                attempt=record.attempt,
+                owner=record.owner,
+                **{name: getattr(record, name) for name in TOLD},
+            )
+            value = permit.model_dump(mode="json", exclude_none=True)
+            await self._patch(record.permit_ref, value, _tags(permit), Rank.RECORD)
+            return
+        ref = record.ref or await self._ref(record)
         value = _value(record)
+        rank = Rank.END if record.phase is RecordPhase.ENDED else Rank.RECORD
         try:
-            await self._patch(record, value)
+            await self._patch(ref, value, _tags(record), rank)
         except PrefectHTTPStatusError as error:
             if not _unacceptable(error) or value.pop("result", None) is None:
                 raise
             # Numbers beyond 64 bits, too deep a nesting: what Prefect cannot hold is read elsewhere.
-            await self._patch(record, value)
+            await self._patch(ref, value, _tags(record), rank)
 
-    async def _patch(self, record: RunRecord, value: Mapping[str, Any]) -> None:
+    async def _ref(self, record: RunRecord) -> str:
+        """Return the id of a record that was not read here.
+
+        Raises:
+            PrefectHTTPStatusError: It is gone.
+        """
+        name = record_name(record.run_key, record.attempt)
+        async with get_client() as client:
+            response = await client.request("GET", "/variables/name/{name}", path_params={"name": name})
+        return str(response.json()["id"])
+
+    async def _patch(self, ref: str, value: Mapping[str, Any], tags: list[str], rank: Rank) -> None:
         async with get_client() as client:
             await request_soon(
-                client,
-                "PATCH",
-                f"/variables/name/{record_name(record.run_key, record.attempt)}",
-                json={"value": value, "tags": _tags(record)},
-                patience=SAVE_FOR,
-                rank=Rank.END if record.phase is RecordPhase.ENDED else Rank.RECORD,
+                client, "PATCH", f"/variables/{ref}", json={"value": value, "tags": tags}, patience=SAVE_FOR, rank=rank
             )
 
     async def attempts(self, run_key: str) -> Sequence[RunRecord]:
         """Return all attempts at a key, the first one first."""
         run_key = normal_run_key(run_key)
         # `_` is a wildcard of LIKE; the digest around it makes a chance match impossible.
-        found = [record async for record in self._filter({"name": {"like_": f"crew_run_{_digest(run_key)}_%"}})]
-        return sorted((r for r in found if r.run_key == run_key), key=lambda record: record.attempt)
+        like = {"name": {"like_": f"crew_run_{_digest(run_key)}_%"}}
+        found = [variable async for page in self._pages(like) for variable in page]
+        return [record for record in _folded(found) if record.run_key == run_key]
 
     async def of_kickoff(self, kickoff_id: str) -> RunRecord | None:
         """Return the record that holds a kickoff id, if any."""
-        tag = f"kickoff:{_digest(kickoff_id)}"
-        async for record in self._filter({"tags": {"all_": [TAG, tag]}}):
-            if record.kickoff_id == kickoff_id:
-                return record
+        for run_key, attempt in await self.holders(kickoff_id):
+            for record in await self.attempts(run_key):
+                if record.attempt == attempt and record.kickoff_id == kickoff_id:
+                    return record
         return None
+
+    async def holders(self, kickoff_id: str) -> list[tuple[str, int]]:
+        """Return the run keys and attempts that a kickoff id is on record for, in no promised order."""
+        holders: dict[tuple[str, int], None] = {}
+        async for page in self._pages({"tags": {"all_": [_kickoff_tag(kickoff_id)]}}):
+            for variable in page:
+                held = _parse(variable.value, Permit)  # what it reads of a record is the same
+                if held is not None and held.kickoff_id == kickoff_id:
+                    holders[held.run_key, held.attempt] = None
+        return list(holders)
 
     async def all(self, phase: RecordPhase | None = None) -> AsyncIterator[RunRecord]:
         """Yield every record that this version can read, or those in one phase, in no promised order."""
-        tags = [TAG, *([f"phase:{phase}"] if phase else [])]
         later: CrewError | None = None
-        async for variable in self._values({"tags": {"all_": tags}}):
-            try:
-                record = _parse(variable)
-            except CrewError as error:
-                later = error
-                continue
-            if record is not None:
-                yield record
+        async for page in self._pages({"tags": {"all_": [TAG, *(_OWN_TAG.get(phase, ()) if phase else ())]}}):
+            problems = {variable.id: problem for variable in page if (problem := _later(variable.value)) is not None}
+            later = next(iter(problems.values()), later)
+            for record in await self._with_permits([one for one in page if one.id not in problems]):
+                if phase is None or record.phase is phase:
+                    yield record
         if later is not None:
             run_logger().warning("Left out of this list: %s", later)
+
+    async def _with_permits(self, variables: Sequence[_Found]) -> list[RunRecord]:
+        """Return the records in Variables, with what their permits say: one request for sixty that have not ended."""
+        alone = _folded(variables)
+        open_ones = [record for record in alone if record.phase is RecordPhase.CLAIMED]
+        permits: list[_Found] = []
+        for start in range(0, len(open_ones), PAGE // USUAL):
+            some = open_ones[start : start + PAGE // USUAL]
+            names = [_permit_name(record, number + 1) for record in some for number in range(USUAL)]
+            permits += [one async for page in self._pages({"name": {"any_": names}}) for one in page]
+        records = {str(record.ref): record for record in _folded([*variables, *permits])} if permits else {}
+        for record in open_ones:
+            if (known := records.get(str(record.ref))) is not None and known.permit == USUAL:
+                whole = [one for one in await self.attempts(record.run_key) if one.ref == record.ref]
+                records.update({str(one.ref): one for one in whole})
+        return [records.get(str(record.ref), record) for record in alone]
 
     def may_ask(self) -> AsyncIterator[RunRecord]:
         """Yield the runs in flight: any of them may wait for a person."""
@@ -229,17 +426,33 @@ class PrefectRecords:
     async def delete(self, record: RunRecord) -> None:
         """Forget an attempt, what people answered, and who is suspended for it.
 
-        A later call with its key is then a new purchase.
+        A later call with its key is then a new start.
         """
-        beside = [
+        notes = [
             str(value["name"])
             for prefix in (_answer_prefix(record), suspended_prefix(record.run_key, record.attempt))
             async for value in self.notes(prefix)
         ]
         if record.hooked:
             await forget_notes(record)
-        for name in (*beside, record_name(record.run_key, record.attempt)):
+        for name in notes:
             await self.delete_note(name)
+        # By id: under the name somebody may have made a claim anew.
+        try:
+            ref, name = record.ref or await self._ref(record), record_name(record.run_key, record.attempt)
+        except PrefectHTTPStatusError as error:
+            if error.response.status_code != 404:
+                raise
+            return
+        permits = [one async for page in self._pages({"name": {"like_": f"{name}_%"}}) for one in page]
+        ours = [one for one in permits if (parts := _NAME.fullmatch(one.name)) and parts[2] == ref.replace("-", "")]
+        for gone in (*(one.id for one in ours), ref):
+            async with get_client() as client:
+                try:
+                    await client.request("DELETE", "/variables/{id}", path_params={"id": gone})
+                except PrefectHTTPStatusError as error:
+                    if error.response.status_code != 404:
+                        raise
 
     async def owner_ended(self, record: RunRecord) -> bool:
         """Return whether the owner's flow run has ended or is gone; False where there is none to ask about."""
@@ -318,7 +531,8 @@ class PrefectRecords:
         """Write down an answer that is about to be sent; False if somebody else's of this number stands there."""
         value = review.model_dump(mode="json")
         async with get_client() as client:
-            return await _created(client, {"name": self._answer_name(record, number), "value": value, "tags": []})
+            answer: dict[str, Any] = {"name": self._answer_name(record, number), "value": value, "tags": []}
+            return await _created(client, answer) is not None
 
     async def save_review(self, record: RunRecord, number: int, review: SentReview) -> None:
         """Write down what became of it."""
@@ -343,13 +557,12 @@ class PrefectRecords:
         state = flow_run.state
         return state is not None and not state.is_final() and not state.is_cancelling()
 
-    async def _filter(self, variables: Mapping[str, Any]) -> AsyncIterator[RunRecord]:
-        async for variable in self._values(variables):
-            record = _parse(variable)
-            if record is not None:
-                yield record
-
     async def _values(self, variables: Mapping[str, Any]) -> AsyncIterator[dict[str, Any]]:
+        async for page in self._pages(variables):
+            for variable in page:
+                yield {"name": variable.name, "value": variable.value}
+
+    async def _pages(self, variables: Mapping[str, Any]) -> AsyncIterator[list[_Found]]:
         offset = 0
         while True:
             async with get_client() as client:
@@ -358,9 +571,8 @@ class PrefectRecords:
                     "/variables/filter",
                     json={"variables": variables, "limit": PAGE, "offset": offset, "sort": "NAME_ASC"},
                 )
-            page: list[dict[str, Any]] = response.json()
-            for variable in page:
-                yield variable
+            page = _found(response)
+            yield page
             if len(page) < PAGE:
                 return
             offset += PAGE

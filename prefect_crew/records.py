@@ -4,12 +4,26 @@ A kickoff cannot be undone, so what is known about it is written down: the claim
 the answer, the end when it is seen. Whoever comes later with the same run key, in another process or on another
 machine, decides by the record and by nothing else. Nothing here does any I/O: stores are behind `RecordStore`.
 
+How one run is started at most once:
+
+1. A caller claims an attempt, and then reads the attempts again. It goes on only if they are those it decided by.
+2. It takes a permit of its claim, which one caller at a time can create, and sends one kickoff under it. Before another
+   kickoff (after a 429, say) it takes the next permit.
+3. What is found out about a claim that nobody answers for is written as the next permit as well. So a caller that is
+   still alive and one that resolves cannot both succeed.
+4. A claim without a permit surely sent nothing: the next caller voids it. A permit without an outcome is uncertain: it
+   may be resolved once its owner can no longer send, by the clock of the store and not of any caller.
+5. Each permit is written by whoever created it, and what they say is put together by rank (`folded`). So a write that
+   arrives late takes nothing back.
+
 Facts behind the design: the crew API has no idempotency key; Prefect retries flows, tasks and even its own requests.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
 from enum import Enum
 from typing import Any, Literal, Protocol
@@ -25,6 +39,8 @@ __all__ = [
     "RECORD_VERSION",
     "Caller",
     "Decision",
+    "Lease",
+    "Permit",
     "RecordPhase",
     "RecordStore",
     "ReviewStore",
@@ -33,14 +49,18 @@ __all__ = [
     "StoredResult",
     "check_same_run",
     "decide",
+    "folded",
     "latest_purchase",
 ]
 
-RECORD_VERSION = 1
+RECORD_VERSION = 2
 MAX_RUN_KEY = 500
 """Characters of a run key."""
 MARGIN = 10.0
 """Seconds on top of the deadline of a POST after which the owner of a claim must know whether it started a run."""
+SPARE = 5.0
+"""Seconds on top of what a permit's owner may take, after which it may be resolved: the store tells its time in whole
+seconds, and one late."""
 
 
 class RecordPhase(str, Enum):
@@ -135,6 +155,10 @@ class RunRecord(BaseModel):
     owner: str
     claimed_at: datetime
     known_by: datetime
+    good_for: float = 0.0
+    """Seconds from the claim within which its owner asks for a permit."""
+    post_deadline: float = 0.0
+    """Seconds that one kickoff takes at most."""
     forced_by: str | None = None
     flow_run_id: str | None = None
     flow_run_count: int = 0
@@ -159,6 +183,27 @@ class RunRecord(BaseModel):
     reason: str | None = None
     result: StoredResult | None = None
 
+    # What the store found when it read the record. It is no part of what is stored.
+    ref: str | None = Field(default=None, exclude=True)
+    """What the store knows this claim by: another claim of the same attempt has another."""
+    permit: int = Field(default=0, exclude=True)
+    """How many permits there are."""
+    permit_ref: str | None = Field(default=None, exclude=True)
+    """What the store knows the permit by that this record's owner writes to."""
+    open_for: float | None = Field(default=None, exclude=True)
+    """Seconds for which the kickoff may still be sent, or on its way, by the store's clock; None: `known_by` tells."""
+
+    def __eq__(self, other: object) -> bool:
+        """Return whether both say the same, whenever they were read."""
+        return isinstance(other, RunRecord) and self.model_dump() == other.model_dump()
+
+    __hash__ = None  # pyright: ignore[reportAssignmentType, reportIncompatibleMethodOverride]
+
+    def still_open(self, now: datetime) -> float:
+        """Return the seconds for which the kickoff of a claim may still be sent or on its way; 0 if it is not."""
+        left = (self.known_by - now).total_seconds() if self.open_for is None else self.open_for
+        return max(0.0, left)
+
     @property
     def counts(self) -> bool:
         """Whether this attempt is, or may be, a purchase."""
@@ -173,6 +218,89 @@ class RunRecord(BaseModel):
             "inputs digest": self.inputs_digest,
             "attempt": str(self.attempt),
         }
+
+
+class Permit(BaseModel):
+    """The right to send one kickoff of a claim, and what became of it; or what somebody else found out about the claim.
+
+    Only whoever created it writes to it. `phase`: CLAIMED is the right itself, the others are an outcome.
+    """
+
+    model_config = ConfigDict(extra="ignore")
+
+    version: int = RECORD_VERSION
+    run_key: str
+    attempt: int
+    owner: str
+    good_for: float = 0.0
+    """Seconds from its creation within which the kickoff begins to be sent."""
+    phase: RecordPhase = RecordPhase.CLAIMED
+    kickoff_id: str | None = None
+    kicked_off_at: datetime | None = None
+    hooked: bool = False
+    human_since: datetime | None = None
+    human_seconds: float = 0.0
+    human_task: str | None = None
+    reason: str | None = None
+
+    ref: str | None = Field(default=None, exclude=True)
+    age: float = Field(default=0.0, exclude=True)
+    """Seconds since it was created, by the store's clock, as of when it was read."""
+
+
+_RANK = {
+    RecordPhase.CLAIMED: 0,
+    RecordPhase.UNCERTAIN: 1,
+    RecordPhase.NOT_STARTED: 2,
+    RecordPhase.STARTED: 3,
+    RecordPhase.ENDED: 4,
+}
+"""What counts where two say different things of one claim: an id is stronger than a word that there is none."""
+TOLD = ("phase", "kickoff_id", "kicked_off_at", "hooked", "human_since", "human_seconds", "human_task", "reason")
+"""What a permit tells of its claim's run."""
+
+
+def folded(record: RunRecord, permits: Sequence[Permit], *, age: float) -> RunRecord:
+    """Return what a claim and its permits, in the order of their numbers, say together. Pure.
+
+    The highest rank counts, and of equal ones the first, so that no write that arrives late takes anything back.
+
+    Args:
+        record: The claim.
+        permits: Its permits.
+        age: Seconds since the claim was made, by the store's clock.
+    """
+    strongest = max(permits, key=lambda permit: _RANK[permit.phase], default=None)
+    update: dict[str, Any] = {"permit": len(permits)}
+    if strongest is not None:
+        last = permits[-1]
+        update["permit_ref"] = strongest.ref
+        update["open_for"] = last.good_for + record.post_deadline + SPARE - last.age
+        if _RANK[strongest.phase] > _RANK[record.phase]:
+            update |= {name: getattr(strongest, name) for name in TOLD}
+    else:
+        update["open_for"] = record.good_for - age
+    if update.get("phase", record.phase) is not RecordPhase.CLAIMED:
+        update["open_for"] = 0.0
+    return record.model_copy(update=update)
+
+
+@dataclass
+class Lease:
+    """For how long a claim or a permit may be used by whoever asked for it. Make it before asking.
+
+    Of the wall clock and the monotonic clock the one counts that says more: the one stands still while a machine
+    sleeps, the other can be set back.
+    """
+
+    seconds: float
+    _wall: float = field(default_factory=lambda: time.time())
+    _monotonic: float = field(default_factory=lambda: time.monotonic())
+
+    @property
+    def over(self) -> bool:
+        """Whether it may be used no more."""
+        return max(time.time() - self._wall, time.monotonic() - self._monotonic) > self.seconds
 
 
 class Caller(BaseModel):
@@ -201,6 +329,8 @@ class Decision(str, Enum):
     """A kickoff was sent and nobody knows its fate: a person has to settle it."""
     CLAIMED_ELSEWHERE = "claimed elsewhere"
     """Another call is posting at this moment: wait for its id."""
+    VOID = "void"
+    """Another call claimed it and surely sent nothing: void its claim, and decide again."""
 
     def __str__(self) -> str:
         return self.value
@@ -252,9 +382,9 @@ def decide(
         record.flow_run_id == caller.flow_run_id and record.flow_run_count < caller.flow_run_count
     )
     if record.phase is RecordPhase.CLAIMED:
-        if earlier or owner_ended or now >= record.known_by:
-            return Decision.UNCERTAIN
-        return Decision.CLAIMED_ELSEWHERE
+        if not (earlier or owner_ended) and record.still_open(now):
+            return Decision.CLAIMED_ELSEWHERE
+        return Decision.UNCERTAIN if record.permit else Decision.VOID
     if record.state is CrewState.COMPLETED or bought >= max_kickoffs:
         return Decision.RETURN
     if asked_at is not None and record.ended_at is not None and record.ended_at > asked_at and not earlier:
@@ -314,11 +444,33 @@ class RecordStore(Protocol):
     """Where records live. Every method may raise whatever its storage raises."""
 
     async def claim(self, record: RunRecord) -> bool:
-        """Write a new record; False if somebody else's stands in its place. Atomic among all callers."""
+        """Write a new record, and note its `ref` in it; False if somebody else's stands in its place. Atomic."""
+        ...
+
+    async def confirm(self, record: RunRecord, known: Sequence[RunRecord]) -> bool:
+        """Return whether the attempts at the key are a claim and those that it was decided by, and no others."""
+        ...
+
+    async def permit(self, record: RunRecord, good_for: float, *, late: bool) -> bool:
+        """Take the right to send the kickoff of a claim that this caller owns; False if somebody has resolved it.
+
+        Atomic among all callers. `late`: the caller has not been heard of for longer than it may; the record may be
+        gone.
+        """
+        ...
+
+    async def resolve(
+        self, record: RunRecord, phase: RecordPhase, *, kickoff_id: str | None = None, reason: str | None = None
+    ) -> bool:
+        """Write down what was found out about the kickoff of a record as it was read, STARTED or NOT_STARTED.
+
+        False if anybody has written to it since. It is for the caller to see that its owner can send no more
+        (`RunRecord.still_open`); where nothing was sent yet, it needs no waiting.
+        """
         ...
 
     async def save(self, record: RunRecord) -> None:
-        """Replace a record that this caller owns."""
+        """Write down what became of a run that this caller started, waits for or closes."""
         ...
 
     async def attempts(self, run_key: str) -> Sequence[RunRecord]:
@@ -327,6 +479,10 @@ class RecordStore(Protocol):
 
     async def of_kickoff(self, kickoff_id: str) -> RunRecord | None:
         """Return the record that holds a kickoff id, if any."""
+        ...
+
+    async def holders(self, kickoff_id: str) -> Sequence[tuple[str, int]]:
+        """Return the run keys and attempts that a kickoff id is on record for."""
         ...
 
     async def owner_ended(self, record: RunRecord) -> bool:

@@ -32,12 +32,13 @@ async def unsettled(run_key: str, records: RecordStore) -> RunRecord:
     if record.phase is RecordPhase.UNCERTAIN:
         return record
     if record.phase is RecordPhase.CLAIMED:
-        if utcnow() >= record.known_by or await records.owner_ended(record):
-            return record
-        raise CrewError(
-            f"The kickoff of run {run_key!r} is being sent at this moment: whoever sends it knows by "
-            f"{record.known_by:%H:%M:%S} UTC whether it started a run. Settle it after that."
-        )
+        if (left := record.still_open(utcnow())) > 0:
+            # Whatever the state of its flow run: the process may be alive.
+            raise CrewError(
+                f"The kickoff of run {run_key!r} may still be sent, or on its way. Resolve it in {left:.0f} s, if it "
+                "is still uncertain then."
+            )
+        return record
     told = f"run {record.kickoff_id} is {record.state or 'started'}" if record.kickoff_id else f"it is {record.phase}"
     raise CrewError(f"Run {run_key!r} is not uncertain: {told}. There is nothing to settle.")
 
@@ -79,11 +80,7 @@ async def settle_started(
                 f"The server of crew {record.crew} does not know run {kickoff_id}. Nothing was changed. Check the id "
                 "on the crew's page; say --never-started if there is no such run."
             )
-    await _not_settled_meanwhile(record, records)
-    record.phase, record.kickoff_id, record.reason = RecordPhase.STARTED, kickoff_id, None
-    # The kickoff was sent right after the claim; nobody knows the moment better.
-    record.kicked_off_at = record.kicked_off_at or record.claimed_at
-    await records.save(record)
+    await _resolve(record, records, RecordPhase.STARTED, kickoff_id=kickoff_id)
     return state
 
 
@@ -93,9 +90,7 @@ async def settle_never_started(record: RunRecord, records: RecordStore) -> None:
     Raises:
         CrewError: Somebody else has settled it meanwhile. Nothing is changed.
     """
-    await _not_settled_meanwhile(record, records)
-    record.phase, record.reason = RecordPhase.NOT_STARTED, SETTLED_BY_PERSON
-    await records.save(record)
+    await _resolve(record, records, RecordPhase.NOT_STARTED, reason=SETTLED_BY_PERSON)
 
 
 async def in_flight(run_key: str, records: RecordStore) -> RunRecord:
@@ -141,11 +136,30 @@ async def settle_lost(
     await records.save(record)
 
 
-async def _not_settled_meanwhile(record: RunRecord, records: RecordStore) -> None:
+async def _resolve(
+    record: RunRecord,
+    records: RecordStore,
+    phase: RecordPhase,
+    *,
+    kickoff_id: str | None = None,
+    reason: str | None = None,
+) -> None:
+    if record.phase is RecordPhase.CLAIMED and record.still_open(utcnow()):
+        raise CrewError(f"The kickoff of run {record.run_key!r} may still be sent, or on its way. Nothing was changed.")
+    if phase is RecordPhase.STARTED and record.phase is RecordPhase.CLAIMED and not record.permit:
+        raise ConfigurationError(
+            f"The kickoff of run {record.run_key!r} was never sent: whoever claimed it ended before that. So run "
+            f"{kickoff_id} is another one. Nothing was changed. Run again with the same key."
+        )
+    if not await records.resolve(record, phase, kickoff_id=kickoff_id, reason=reason):
+        await _not_settled_meanwhile(record, records, changed=True)
+
+
+async def _not_settled_meanwhile(record: RunRecord, records: RecordStore, *, changed: bool = False) -> None:
     """Raise CrewError unless the record still stands as it was read: a webhook may settle what a person looks at."""
     attempts = await records.attempts(record.run_key)
     standing = next((one for one in attempts if one.attempt == record.attempt), None)
-    if standing is None or (standing.owner, standing.phase) != (record.owner, record.phase):
+    if changed or standing is None or (standing.owner, standing.phase) != (record.owner, record.phase):
         told = "gone" if standing is None else f"{standing.phase}, run {standing.kickoff_id or 'unknown'}"
         raise CrewError(
             f"Run {record.run_key!r} was settled by somebody else meanwhile: it is {told} now. Nothing was changed."

@@ -4,31 +4,29 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import signal
 import uuid
 from collections.abc import Iterator
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from unittest.mock import AsyncMock
 
 import httpx
 import pytest
 from prefect.exceptions import TerminationSignal
 
-from prefect_crew import DeployedCrew, posting, purchases, record_store, records
-from prefect_crew.api.errors import (
-    CrewError,
-    KickoffUncertainError,
-)
+from prefect_crew import DeployedCrew, posting, purchases, record_store
+from prefect_crew.api.client import CrewClient
+from prefect_crew.api.errors import CrewError, KickoffUncertainError
 from prefect_crew.api.inputs import inputs_digest
 from prefect_crew.record_store import PrefectRecords
-from prefect_crew.records import Caller, RecordPhase, RunRecord, utcnow
-from prefect_crew.run_keys import RunIdentity
+from prefect_crew.records import Lease, RecordPhase, RunRecord, utcnow
 from prefect_crew.server.local import InProcessCrewServer
-from prefect_crew.sessions import CrewSession
 from prefect_crew.testing import CrewServerFactory
 from support.prefect_server import PrefectServer
 from support.proxy import Proxy, through
+from support.records import LONG_AGO, put
 
 pytestmark = pytest.mark.usefixtures("prefect_api", "instant_polling")
 
@@ -55,20 +53,19 @@ def _log_all(caplog: pytest.LogCaptureFixture) -> None:
 # Claims of others
 
 
-async def claim(run_key: str, crew: DeployedCrew, **fields: Any) -> RunRecord:
-    """Claim a run with the input text: a, as somebody else."""
+async def claim(run_key: str, crew: DeployedCrew, *, permit: float | None = None, **fields: Any) -> RunRecord:
+    """Claim a run with the input text: a, as somebody else; with a permit that is good for so many seconds."""
     now = utcnow()
-    known: dict[str, Any] = {"claimed_at": now, "known_by": now + timedelta(seconds=60), "owner": "somebody else"}
+    known: dict[str, Any] = {"claimed_at": now, "known_by": now, "good_for": 60.0, "owner": "theirs"}
+    known["attempt"] = 1
     record = RunRecord(
         run_key=run_key,
-        attempt=1,
         crew=crew.label,
         crew_url=crew.url,
         inputs_digest=inputs_digest({"text": "a"}),
         **known | fields,
     )
-    assert await RECORDS.claim(record)
-    return record
+    return await put(record, permit=permit)
 
 
 async def test_who_finds_a_claim_waits_for_its_id(crew_server: CrewServerFactory):
@@ -77,9 +74,11 @@ async def test_who_finds_a_claim_waits_for_its_id(crew_server: CrewServerFactory
     finding = asyncio.ensure_future(server.crew().trigger({"text": "a"}, run_key=run_key))
     done, _ = await asyncio.wait({finding}, timeout=0.5)
     assert not done
-    standing.phase, standing.kickoff_id, standing.kicked_off_at = RecordPhase.STARTED, "theirs", utcnow()
+    theirs = f"theirs {uuid.uuid4()}"
+    assert await RECORDS.permit(standing, 30, late=False)
+    standing.phase, standing.kickoff_id, standing.kicked_off_at = RecordPhase.STARTED, theirs, utcnow()
     await RECORDS.save(standing)
-    assert (await finding).kickoff_id == "theirs"
+    assert (await finding).kickoff_id == theirs
 
 
 async def test_who_waits_for_a_claim_buys_where_it_was_given_back(crew_server: CrewServerFactory):
@@ -93,126 +92,115 @@ async def test_who_waits_for_a_claim_buys_where_it_was_given_back(crew_server: C
     assert await phases(run_key) == [RecordPhase.NOT_STARTED, RecordPhase.STARTED]
 
 
-async def test_a_claim_whose_time_is_up_is_uncertain(crew_server: CrewServerFactory):
+@pytest.mark.parametrize(
+    "fields", [{"good_for": LONG_AGO}, {"flow_run_id": str(uuid.uuid4())}], ids=["time is up", "flow run is gone"]
+)
+async def test_a_claim_that_nothing_was_sent_for_is_voided_and_the_run_is_started(
+    crew_server: CrewServerFactory, fields: dict[str, Any]
+):
     server, run_key = crew_server("echo"), key()
-    await claim(run_key, server.crew(), known_by=utcnow() + timedelta(seconds=0.3))
+    theirs = await claim(run_key, server.crew(), **fields)
+    run = await server.crew().trigger({"text": "a"}, run_key=run_key)
+    assert [run.kickoff_id] == [one.id for one in server.runs]
+    assert await phases(run_key) == [RecordPhase.NOT_STARTED, RecordPhase.STARTED]
+    # Its owner, were it alive, would be told so.
+    assert not await RECORDS.permit(theirs, 30, late=False)
+
+
+async def test_a_kickoff_that_may_have_been_sent_is_uncertain_when_its_time_is_up(crew_server: CrewServerFactory):
+    server, run_key = crew_server("echo"), key()
+    await claim(run_key, server.crew(), permit=LONG_AGO)
     with pytest.raises(KickoffUncertainError, match="ended before its answer was written down"):
         await server.crew().trigger({"text": "a"}, run_key=run_key)
     assert server.requests["kickoff"] == 0
 
 
-async def test_a_claim_of_a_flow_run_that_is_gone_is_uncertain_at_once(crew_server: CrewServerFactory):
+async def test_a_kickoff_of_a_flow_run_that_is_gone_is_uncertain_at_once(crew_server: CrewServerFactory):
     server, run_key = crew_server("echo"), key()
-    await claim(run_key, server.crew(), flow_run_id=str(uuid.uuid4()))
+    await claim(run_key, server.crew(), permit=60.0, flow_run_id=str(uuid.uuid4()))
     with pytest.raises(KickoffUncertainError):
         await asyncio.wait_for(server.crew().trigger({"text": "a"}, run_key=run_key), 20)
 
 
-# Claims that grew old before their kickoff was sent
+# Claims and permits that are used too late, or not at all
 
 
-@pytest.fixture
-def old_claims(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every claim is as old, when it has been made, as after a long sleep of the machine."""
-    make = posting.Purchase.record
-
-    def old(purchase: posting.Purchase, attempt: int, *, delay: float = 0.0) -> records.RunRecord:
-        record = make(purchase, attempt, delay=delay)
-        record.known_by = utcnow() - timedelta(seconds=1)
-        return record
-
-    monkeypatch.setattr(posting.Purchase, "record", old)
-
-
-async def settled(crew_server: CrewServerFactory, **fields: Any) -> tuple[Any, Any]:
-    """Kick a crew off, and settle the claim while its inputs are checked."""
+async def resolved(crew_server: CrewServerFactory, phase: RecordPhase, **said: Any) -> tuple[Any, Any]:
+    """Kick a crew off, and resolve the claim while its inputs are checked."""
     server, run_key = crew_server("echo", faults=["inputs:latency=1"]), key()
     calling = asyncio.ensure_future(server.crew().trigger({"text": "a"}, run_key=run_key))
     while not server.requests["inputs"]:
         await asyncio.sleep(0.01)
     (standing,) = await attempts(run_key)
-    for name, value in fields.items():
-        setattr(standing, name, value)
-    await RECORDS.save(standing)
-    try:
-        return (await calling).kickoff_id, server
-    except CrewError as error:
-        return error, server
+    assert await RECORDS.resolve(standing, phase, **said)
+    return (await calling).kickoff_id, server
 
 
-@pytest.mark.usefixtures("old_claims")
-async def test_an_old_claim_that_still_stands_is_used(crew_server: CrewServerFactory):
-    server, run_key = crew_server("echo", faults=["kickoff:429=0.1@1"]), key()
-    await server.crew().trigger({"text": "a"}, run_key=run_key)
-    assert (server.requests["kickoff"], server.kickoffs) == (2, 1)
+async def test_a_claim_that_was_resolved_meanwhile_is_not_posted(crew_server: CrewServerFactory):
+    theirs = f"theirs {uuid.uuid4()}"
+    found, server = await resolved(crew_server, RecordPhase.STARTED, kickoff_id=theirs)
+    assert (found, server.requests["kickoff"]) == (theirs, 0)
+    started, server = await resolved(crew_server, RecordPhase.NOT_STARTED)
+    assert [started] == [run.id for run in server.runs]
 
 
-@pytest.mark.usefixtures("old_claims")
-async def test_an_old_claim_of_an_uncertain_kickoff_says_so(crew_server: CrewServerFactory):
-    server, run_key = crew_server("echo", faults=["kickoff:500"]), key()
-    with pytest.raises(KickoffUncertainError):
+async def test_a_claim_beside_another_that_it_was_not_decided_by_is_given_back(crew_server: CrewServerFactory):
+    # As prune leaves a key whose earlier attempts it deletes while somebody starts a later one.
+    server, run_key = crew_server("echo", faults=["inputs:latency=1@1"]), key()
+    theirs = f"theirs {uuid.uuid4()}"
+    await claim(run_key, server.crew(), attempt=2, phase=RecordPhase.STARTED, kickoff_id=theirs)
+    run = await server.crew().trigger({"text": "a"}, run_key=run_key)
+    assert (run.kickoff_id, server.requests["kickoff"]) == (theirs, 0)
+    assert await phases(run_key) == [RecordPhase.NOT_STARTED, RecordPhase.STARTED]
+
+
+async def test_an_earlier_attempt_that_goes_missing_starts_nothing_more(crew_server: CrewServerFactory):
+    server, run_key = crew_server("echo"), key()
+    await claim(run_key, server.crew(), attempt=2, phase=RecordPhase.STARTED, kickoff_id=f"theirs {uuid.uuid4()}")
+    for _ in range(3):
         await server.crew().trigger({"text": "a"}, run_key=run_key)
-    assert await phases(run_key) == [RecordPhase.UNCERTAIN]
-
-
-@pytest.mark.usefixtures("old_claims")
-async def test_an_old_claim_that_was_settled_meanwhile_is_not_posted(crew_server: CrewServerFactory):
-    started, server = await settled(
-        crew_server, phase=RecordPhase.STARTED, kickoff_id=f"theirs {uuid.uuid4()}", kicked_off_at=utcnow()
-    )
-    assert str(started).startswith("theirs ")
-    assert server.requests["kickoff"] == 0
-    doubtful, server = await settled(crew_server, phase=RecordPhase.UNCERTAIN, reason="somebody looked")
-    assert isinstance(doubtful, KickoffUncertainError)
     assert server.requests["kickoff"] == 0
 
 
-@pytest.mark.usefixtures("old_claims")
-async def test_claims_that_are_lost_again_and_again_end_in_an_error(
+async def test_a_kickoff_whose_permit_is_over_takes_another_before_it_is_sent(
+    crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch
+):
+    leases: list[Lease] = []
+
+    def lease(seconds: float) -> Lease:
+        leases.append(Lease(LONG_AGO if len(leases) == 0 else seconds))
+        return leases[-1]
+
+    monkeypatch.setattr(posting, "Lease", lease)
+    server, run_key = crew_server("echo"), key()
+    await server.crew().trigger({"text": "a"}, run_key=run_key)
+    assert len(leases) == 2
+    assert (server.requests["kickoff"], server.kickoffs) == (1, 1)
+    assert (await attempts(run_key))[0].permit == 2
+
+
+async def test_permits_that_are_over_again_and_again_end_in_an_error(
     crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(purchases, "LIMITED_FOR", 0.5)
-    server, run_key = crew_server("echo", faults=["inputs:latency=0.3"]), key()
-    calling = asyncio.ensure_future(server.crew().trigger({"text": "a"}, run_key=run_key))
-    while not calling.done():
-        for standing in await attempts(run_key):
-            if standing.phase is RecordPhase.CLAIMED:
-                standing.phase = RecordPhase.NOT_STARTED
-                await RECORDS.save(standing)
-        await asyncio.sleep(0.01)
-    with pytest.raises(CrewError, match="each claim of it has grown old"):
-        await calling
-    assert server.requests["inputs"] >= 2
-    assert server.requests["kickoff"] == 0
-
-
-# Where nothing more is to be bought
-
-
-async def only_found(server: Any, run_key: str) -> purchases.Purchased:
-    crew = server.crew()
-    purchase = posting.Purchase(
-        crew=crew,
-        identity=RunIdentity(run_key=run_key, place="here", caller=Caller(owner=str(uuid.uuid4()))),
-        inputs={"text": "a"},
-        digest=inputs_digest({"text": "a"}),
-        name=None,
-        meta=None,
-        webhooks=None,
-        quiet=True,
-    )
-    async with CrewSession(crew) as session:
-        return await purchases.purchase_run(purchase, RECORDS, session, problem=CrewError("the budget is spent"))
-
-
-async def test_what_runs_or_is_done_is_found_and_nothing_is_bought(crew_server: CrewServerFactory):
+    monkeypatch.setattr(posting, "LIMITED_FOR", 0.1)
+    monkeypatch.setattr(posting, "Lease", lambda seconds: Lease(LONG_AGO))
     server, run_key = crew_server("echo"), key()
-    with pytest.raises(CrewError, match="the budget is spent"):
-        await only_found(server, run_key)
-    run = await server.crew().trigger({"text": "a"}, run_key=run_key)
-    found = await only_found(server, run_key)
-    assert (found.record.kickoff_id, found.bought) == (run.kickoff_id, False)
-    assert server.kickoffs == 1
+    with pytest.raises(CrewError, match="each claim of it was lost before its kickoff could be sent"):
+        await server.crew().trigger({"text": "a"}, run_key=run_key)
+    assert server.requests["kickoff"] == 0
+    assert set(await phases(run_key)) == {RecordPhase.NOT_STARTED}
+
+
+async def test_an_id_that_another_record_holds_is_uncertain(crew_server: CrewServerFactory):
+    # A proxy that caches or deduplicates kickoffs gives one id to two of them.
+    server, first, second = crew_server("echo"), key(), key()
+    run = await server.crew().trigger({"text": "a"}, run_key=first)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CrewClient, "kickoff", AsyncMock(return_value=run.kickoff_id))
+        with pytest.raises(KickoffUncertainError, match=f"which is that of run key '{first}'"):
+            await server.crew().trigger({"text": "a"}, run_key=second)
+    assert await phases(second) == [RecordPhase.UNCERTAIN]
 
 
 # Cancelled callers
@@ -280,14 +268,14 @@ async def test_a_post_that_does_not_end_is_not_waited_for_for_ever(
 async def test_a_signal_in_the_midst_of_a_kickoff_is_not_taken_for_a_refusal(
     crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch
 ):
-    async def interrupted(*_: Any) -> None:
+    async def interrupted(*_: Any, **__: Any) -> None:
         raise TerminationSignal(signal.SIGTERM)
 
-    monkeypatch.setattr(posting, "_keep_claim", interrupted)
+    monkeypatch.setattr(CrewClient, "kickoff", interrupted)
     server, run_key = crew_server("echo"), key()
     with pytest.raises(TerminationSignal):
         await server.crew().trigger({"text": "a"}, run_key=run_key)
-    assert await phases(run_key) == [RecordPhase.CLAIMED]
+    assert await phases(run_key) == [RecordPhase.UNCERTAIN]
 
 
 # A Prefect API that is away
@@ -327,24 +315,26 @@ async def test_an_id_that_cannot_be_written_down_is_told_with_what_to_do(
     assert await phases(run_key) == [RecordPhase.CLAIMED]
 
 
-async def test_a_kickoff_costs_the_prefect_api_two_requests_and_the_end_one(
-    crew_server: CrewServerFactory, proxy: Proxy
-):
+async def test_what_a_run_costs_the_prefect_api(crew_server: CrewServerFactory, proxy: Proxy):
     server = crew_server("echo")
     run = await server.crew().trigger({"text": "a"}, run_key=key())
-    made = [request.rpartition("/")[0] for request in proxy.requests if "/variables" in request]
-    assert made == ["POST /api/variables", "PATCH /api/variables/name"]
+    made = [re.sub("/[0-9a-f-]{36}", "", request) for request in proxy.requests if "/variables" in request]
+    # The claim, the second reading beside the check of the inputs, the permit, whether the id is another run's, the id.
+    create, read, change = "POST /api/variables/", "POST /api/variables/filter", "PATCH /api/variables"
+    assert made == [create, read, create, read, change]
     await run.wait_for_completion()
-    assert proxy.count("/variables") == 3
+    assert proxy.count("/variables") == 6
     assert proxy.count("/flow_runs") == proxy.count("/task_runs") == 0
 
 
-async def test_a_claim_that_cannot_be_kept_fresh_is_used_all_the_same(
-    crew_server: CrewServerFactory, proxy: Proxy, caplog: pytest.LogCaptureFixture
-):
+async def test_without_a_new_permit_nothing_is_sent_again(crew_server: CrewServerFactory, proxy: Proxy):
     server, run_key = crew_server("echo", faults=["kickoff:429=0.2@1"]), key()
-    proxy.refuse = "PATCH /api/variables"
-    run = await server.crew().trigger({"text": "a"}, run_key=run_key)
-    assert f"Others may take the claim of run {run_key} for given up" in caplog.text
-    assert f"--kickoff-id {run.kickoff_id}" in caplog.text
-    assert server.kickoffs == 1
+    calling = asyncio.ensure_future(server.crew().trigger({"text": "a"}, run_key=run_key))
+    while not server.requests["kickoff"]:
+        await asyncio.sleep(0.005)
+    proxy.refuse = "POST /api/variables/"
+    with pytest.raises(httpx.HTTPError):
+        await calling
+    proxy.refuse = None
+    assert server.requests["kickoff"] == 1
+    assert await phases(run_key) == [RecordPhase.NOT_STARTED]

@@ -37,8 +37,10 @@ TURN = NOW - timedelta(seconds=5)
     ("facts", "owner_ended", "attended", "standing"),
     [
         pytest.param({}, False, True, Standing.CLAIMED, id="being-posted"),
-        pytest.param({}, True, True, Standing.UNCERTAIN, id="claimed-by-a-dead-flow-run"),
-        pytest.param({"known_by": NOW}, False, True, Standing.UNCERTAIN, id="claimed-too-long-ago"),
+        pytest.param({}, True, True, Standing.NOT_STARTED, id="claimed-by-a-dead-flow-run"),
+        pytest.param({"known_by": NOW}, False, True, Standing.NOT_STARTED, id="claimed-too-long-ago"),
+        pytest.param({"permit": 1}, True, True, Standing.UNCERTAIN, id="sent-by-a-dead-flow-run"),
+        pytest.param({"permit": 1, "known_by": NOW}, False, True, Standing.UNCERTAIN, id="sent-too-long-ago"),
         pytest.param({"phase": RecordPhase.UNCERTAIN}, False, True, Standing.UNCERTAIN, id="uncertain"),
         pytest.param(STARTED, False, True, Standing.IN_FLIGHT, id="in-flight"),
         pytest.param({**STARTED, "human_since": TURN}, False, True, Standing.WAITING, id="waiting"),
@@ -110,4 +112,4 @@ async def test_flow_runs_are_asked_about_only_where_that_matters():
     assert "Run again with its key" in alone.todo
     orphans.tried.append(record(attempt=2))
     assert "Its key leads to a later attempt" in (await look_at(record(**STARTED), orphans, NOW)).todo
-    assert (await look_at(record(), Flows(ended=True), NOW)).standing is Standing.UNCERTAIN
+    assert (await look_at(record(permit=1), Flows(ended=True), NOW)).standing is Standing.UNCERTAIN

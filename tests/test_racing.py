@@ -53,7 +53,7 @@ def test_twenty_callers_in_one_loop(crew_server: CrewServerFactory, seen: Seen, 
     assert {one.output for one in results} == {"done"}
     (kickoff_id,) = {one.kickoff_id for one in results}
     assert told_once(seen, kickoff_id, "crew.completed")
-    assert len([one for one in seen.variables() if one["value"].get("run_key") == run_key]) == 1
+    assert len(seen.records(run_key)) == 1
 
 
 def test_twenty_threads_with_loops_of_their_own(crew_server: CrewServerFactory, seen: Seen):

@@ -118,7 +118,7 @@ async def test_any_key_makes_a_record_of_its_own(key: str):
     record = new(key)
     assert await RECORDS.claim(record)
     assert await RECORDS.attempts(key) == [record]
-    assert await RECORDS.attempts(key + " ") == []
+    assert await RECORDS.attempts(key + "x") == []
 
 
 async def test_a_foreign_variable_in_the_records_place_is_an_error_that_names_it():
@@ -152,11 +152,18 @@ async def test_a_record_is_found_by_its_kickoff_id_and_by_its_phase():
     await RECORDS.claim(record)
     kickoff_id = f"an id / with % everything {uuid.uuid4()}"
     assert await RECORDS.of_kickoff(kickoff_id) is None
+    assert await RECORDS.permit(record, 30, late=False)
     record.phase, record.kickoff_id = RecordPhase.STARTED, kickoff_id
     await RECORDS.save(record)
     assert await RECORDS.of_kickoff(kickoff_id) == record
+    assert await RECORDS.holders(kickoff_id) == [(record.run_key, 1)]
     assert record in [found async for found in RECORDS.all(RecordPhase.STARTED)]
     assert record not in [found async for found in RECORDS.all(RecordPhase.CLAIMED)]
+    record.phase, record.state = RecordPhase.ENDED, CrewState.COMPLETED
+    await RECORDS.save(record)
+    assert record in [found async for found in RECORDS.all(RecordPhase.ENDED)]
+    assert record not in [found async for found in RECORDS.all(RecordPhase.STARTED)]
+    assert await RECORDS.holders(kickoff_id) == [(record.run_key, 1)]
 
 
 async def test_more_records_than_fit_on_a_page_are_all_found(monkeypatch: pytest.MonkeyPatch):
@@ -326,7 +333,7 @@ async def test_answers_stand_beside_the_record_each_written_by_one():
     await RECORDS.save_review(record, 1, review(outcome="sent"))
     await RECORDS.remove_review(record, 2)
     assert [(one.outcome, one.feedback) for one in await RECORDS.reviews(record)] == [("sent", "")]
-    assert await RECORDS.reviews(record.model_copy(update={"attempt": 2})) == []
+    assert await RECORDS.reviews(record.model_copy(update={"kickoff_id": "another"})) == []
     await RECORDS.delete(record)
     assert await RECORDS.reviews(record) == []
 
@@ -350,10 +357,11 @@ async def later(record: RunRecord, **fields: Any) -> None:
 async def test_a_record_of_a_later_version_is_never_taken_for_one_of_this(phase: str):
     record = new()
     await later(record, phase=phase)
-    with pytest.raises(CrewError, match=r"later version of prefect-crew \(record version 2.*Upgrade prefect-crew"):
+    with pytest.raises(CrewError, match=r"later version of prefect-crew \(record version 3.*Upgrade prefect-crew"):
         await RECORDS.attempts(record.run_key)
     with pytest.raises(CrewError, match="Nothing was started"):
         await RECORDS.claim(record)
+    await RECORDS.delete(record)
 
 
 async def test_a_record_of_a_later_version_is_left_out_of_lists_which_say_so(caplog: pytest.LogCaptureFixture):

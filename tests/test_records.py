@@ -83,10 +83,29 @@ def decided(standing: RunRecord | None, **options: Any) -> Decision:
         ),
         pytest.param(record(RecordPhase.UNCERTAIN), {}, Decision.UNCERTAIN, id="uncertain"),
         pytest.param(record(), {}, Decision.CLAIMED_ELSEWHERE, id="claimed by another, who has time"),
-        pytest.param(record(), {"now": NOON + MINUTE}, Decision.UNCERTAIN, id="claimed by another, whose time is up"),
-        pytest.param(record(), {"owner_ended": True}, Decision.UNCERTAIN, id="claimed by a flow run that has ended"),
+        pytest.param(record(), {"now": NOON + MINUTE}, Decision.VOID, id="claimed by another, whose time is up"),
+        pytest.param(record(), {"owner_ended": True}, Decision.VOID, id="claimed by a flow run that has ended"),
         pytest.param(
-            record(flow_run_id="flow-1", flow_run_count=1), {}, Decision.UNCERTAIN, id="claimed by our own last attempt"
+            record(flow_run_id="flow-1", flow_run_count=1), {}, Decision.VOID, id="claimed by our own last attempt"
+        ),
+        pytest.param(record(permit=1), {}, Decision.CLAIMED_ELSEWHERE, id="sent by another, who has time"),
+        pytest.param(
+            record(permit=1), {"now": NOON + MINUTE}, Decision.UNCERTAIN, id="sent by another, whose time is up"
+        ),
+        pytest.param(
+            record(permit=1), {"owner_ended": True}, Decision.UNCERTAIN, id="sent by a flow run that has ended"
+        ),
+        pytest.param(
+            record(permit=1, flow_run_id="flow-1", flow_run_count=1),
+            {},
+            Decision.UNCERTAIN,
+            id="sent by our own last attempt",
+        ),
+        pytest.param(
+            record(permit=1, open_for=1.0),
+            {"now": NOON + MINUTE},
+            Decision.CLAIMED_ELSEWHERE,
+            id="the store's clock counts, not ours",
         ),
         pytest.param(
             record(flow_run_id="flow-1", flow_run_count=2),
@@ -212,5 +231,6 @@ def test_words_are_plain():
         "buy again",
         "uncertain",
         "claimed elsewhere",
+        "void",
     ]
     assert str(RecordPhase.NOT_STARTED) == "not-started"

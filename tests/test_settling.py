@@ -13,11 +13,12 @@ from prefect_crew.api.models import CrewState, CrewStatus
 from prefect_crew.record_store import PrefectRecords
 from prefect_crew.records import Caller, Decision, RecordPhase, RunRecord, decide, utcnow
 from prefect_crew.settling import settle_never_started, settle_started, unsettled
+from support.records import LONG_AGO, put
 
 pytestmark = pytest.mark.usefixtures("prefect_api")
 
 
-async def stored(**facts: Any) -> RunRecord:
+async def stored(*, permit: float | None = None, **facts: Any) -> RunRecord:
     now = utcnow()
     record = RunRecord(
         **{
@@ -34,8 +35,7 @@ async def stored(**facts: Any) -> RunRecord:
             **facts,
         }
     )
-    assert await PrefectRecords().claim(record)
-    return record
+    return await put(record, permit=permit)
 
 
 def look(state: CrewState) -> Any:
@@ -112,21 +112,71 @@ async def test_a_crew_that_cannot_be_asked_changes_nothing():
 
 
 async def test_a_claim_that_nobody_holds_any_more_can_be_settled():
-    stale = await stored(phase=RecordPhase.CLAIMED)
-    assert (await unsettled(stale.run_key, PrefectRecords())).owner == stale.owner
-    orphan = await stored(
-        phase=RecordPhase.CLAIMED, known_by=utcnow() + timedelta(hours=1), flow_run_id=str(uuid.uuid4())
-    )
-    assert (await unsettled(orphan.run_key, PrefectRecords())).owner == orphan.owner
+    store = PrefectRecords()
+    stale = await stored(phase=RecordPhase.CLAIMED, permit=LONG_AGO)
+    assert (await unsettled(stale.run_key, store)).owner == stale.owner
+    await settle_never_started(await unsettled(stale.run_key, store), store)
+    assert decision(await latest(stale)) is Decision.START
+
+
+async def test_a_kickoff_that_may_still_be_sent_is_not_settled_whatever_its_flow_run_says():
+    gone = str(uuid.uuid4())
+    orphan = await stored(phase=RecordPhase.CLAIMED, permit=60.0, flow_run_id=gone)
+    store = PrefectRecords()
+    assert await store.owner_ended(orphan)
+    with pytest.raises(CrewError, match=r"may still be sent, or on its way\. Resolve it in \d+ s"):
+        await unsettled(orphan.run_key, store)
+    with pytest.raises(CrewError, match="may still be sent"):
+        await settle_never_started(await latest(orphan), store)
+    assert (await latest(orphan)).phase is RecordPhase.CLAIMED
+
+
+async def test_a_claim_whose_kickoff_was_never_sent_is_no_run():
+    store = PrefectRecords()
+    record = await stored(phase=RecordPhase.CLAIMED, good_for=LONG_AGO)
+    with pytest.raises(ConfigurationError, match="was never sent: whoever claimed it ended before that"):
+        await settle_started(await unsettled(record.run_key, store), "k1", store)
+
+
+async def test_whoever_resolves_and_an_owner_that_lives_cannot_both_succeed():
+    store = PrefectRecords()
+    owner = await stored(phase=RecordPhase.CLAIMED, good_for=LONG_AGO)
+    await settle_never_started(await unsettled(owner.run_key, store), store)
+    assert not await store.permit(owner, 30, late=False)
+    other = await stored(phase=RecordPhase.CLAIMED, good_for=LONG_AGO)
+    read = await unsettled(other.run_key, store)
+    assert await store.permit(other, 30, late=False)
+    with pytest.raises(CrewError, match="by somebody else meanwhile"):
+        await settle_never_started(read, store)
+
+
+async def test_a_late_write_takes_nothing_back():
+    store = PrefectRecords()
+    late = await stored(phase=RecordPhase.CLAIMED, permit=LONG_AGO)
+    await settle_started(await unsettled(late.run_key, store), kickoff_id := f"k-{uuid.uuid4()}", store)
+    late.phase = RecordPhase.UNCERTAIN
+    await store.save(late)
+    late.phase = RecordPhase.NOT_STARTED
+    await store.save(late)
+    now = await latest(late)
+    assert (now.phase, now.kickoff_id) == (RecordPhase.STARTED, kickoff_id)
+    ended = now.model_copy(update={"phase": RecordPhase.ENDED, "state": CrewState.COMPLETED})
+    await store.save(ended)
+    await store.save(now)
+    late.phase, late.kickoff_id = RecordPhase.STARTED, kickoff_id
+    await store.save(late)
+    assert (await latest(late)).phase is RecordPhase.ENDED
 
 
 @pytest.mark.parametrize(
     ("facts", "said"),
     [
-        pytest.param({"phase": "claimed", "known_by": utcnow() + timedelta(days=1)}, "at this moment", id="posted-now"),
-        pytest.param({"phase": "started", "kickoff_id": "k1"}, "run k1 is started", id="started"),
-        pytest.param({"phase": "ended", "kickoff_id": "k1", "state": "failed"}, "run k1 is failed", id="ended"),
-        pytest.param({"phase": "not-started"}, "it is not-started", id="not-started"),
+        pytest.param({"phase": RecordPhase.CLAIMED, "permit": 60.0}, "may still be sent", id="posted-now"),
+        pytest.param({"phase": RecordPhase.STARTED, "kickoff_id": "k1"}, "run k1 is started", id="started"),
+        pytest.param(
+            {"phase": RecordPhase.ENDED, "kickoff_id": "k1", "state": "failed"}, "run k1 is failed", id="ended"
+        ),
+        pytest.param({"phase": RecordPhase.NOT_STARTED}, "it is not-started", id="not-started"),
     ],
 )
 async def test_there_is_nothing_to_settle(facts: dict[str, Any], said: str):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import ssl
+from collections.abc import Awaitable, Callable
 from importlib.metadata import version
 from typing import Any
 
@@ -89,8 +90,12 @@ class Wire:
     def __repr__(self) -> str:
         return f"Wire({self._url!r})"
 
-    async def send(self, method: str, path: str, content: bytes | None = None) -> httpx.Response:
+    async def send(
+        self, method: str, path: str, content: bytes | None = None, before_sending: Callable[[], None] | None = None
+    ) -> httpx.Response:
         """Send a request with a JSON body, or with none, and return the response with its body unread: close it.
+
+        `before_sending` is called right before the first byte; where it raises, nothing is sent.
 
         Raises:
             httpx.InvalidURL: URL and path make no URL.
@@ -101,7 +106,9 @@ class Wire:
             httpx.URL(self._url + path),
             headers=self._headers,
             stream=httpx.ByteStream(content or b""),
-            extensions=self._extensions,
+            extensions=self._extensions
+            if before_sending is None
+            else {**self._extensions, "trace": _trace(before_sending)},
         )
         if content is not None:
             request.headers["Content-Type"] = "application/json"
@@ -114,6 +121,16 @@ class Wire:
     async def aclose(self) -> None:
         """Close all connections."""
         await self._client.aclose()
+
+
+def _trace(before_sending: Callable[[], None]) -> Callable[[str, Any], Awaitable[None]]:
+    """Return what httpx calls at each step of a request."""
+
+    async def trace(event: str, _: Any) -> None:
+        if event.endswith("send_request_headers.started"):
+            before_sending()
+
+    return trace
 
 
 @functools.lru_cache(maxsize=1)

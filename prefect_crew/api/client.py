@@ -8,7 +8,7 @@ import json
 import re
 import ssl
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn, TypeVar
 from urllib.parse import urlsplit
 
@@ -57,6 +57,7 @@ class _Call:
     kickoff_id: str | None = None
     secrets: tuple[str, ...] = field(default=(), repr=False)
     content: bytes | None = field(default=None, repr=False)
+    before_sending: Callable[[], None] | None = field(default=None, repr=False)
 
 
 _STATUS_PATHS = ("/status/{id}", "/{id}/status")
@@ -174,17 +175,20 @@ class CrewClient:
         webhooks: Webhooks | None = None,
         restore_from: str | None = None,
         secrets: Sequence[str] = (),
+        before_sending: Callable[[], None] | None = None,
     ) -> str:
         """Start a run, which is a purchase, and return its id. `certainty.kickoff_fate` reads what this raises.
 
         `meta` is any JSON object; webhooks bring it back. `restore_from` is the id of a state of a Flow, a UUID, that
         the run starts from; the API takes one that it does not know for none. `secrets` are texts that no error may
         show, in case the server's answer repeats what it was sent; the webhooks' own secrets are among them anyway.
+        `before_sending` is called once there is a connection, right before the first byte. What it raises is raised,
+        and nothing was sent.
 
         Raises:
             InvalidInputsError: 400 or 422; `missing_inputs` where the server says which.
         """
-        call = self._kickoff(inputs, meta, webhooks, restore_from, secrets)
+        call = replace(self._kickoff(inputs, meta, webhooks, restore_from, secrets), before_sending=before_sending)
         del inputs, meta, webhooks, secrets
         answer = await self._send(call)
         if answer.status in (400, 422):
@@ -322,7 +326,7 @@ class CrewClient:
             seconds = post_deadline(self.request_timeout)
         # httpx's timeouts count between two pieces; a head, 1xx answers and a body may come in any number of pieces.
         with anyio.move_on_after(seconds):
-            response = await wire.send(call.method, call.path, call.content)
+            response = await wire.send(call.method, call.path, call.content, call.before_sending)
             try:
                 return await _http.read_answer(response, kickoff_id=call.kickoff_id)
             finally:

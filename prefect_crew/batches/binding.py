@@ -157,7 +157,7 @@ async def begin_generation(ledger: Ledger, place: str, *, patience: float) -> in
     async with get_client() as client:
         variable = await client.read_variable_by_name(binding_name(ledger.batch))
         if variable is not None:
-            value = cast("dict[str, Any]", variable.value) if isinstance(variable.value, dict) else {}
+            value = variable.value if isinstance(variable.value, dict) else {}
             if value.get("ledger_id") != entry.ledger_id:
                 raise LedgerMissingError(name=ledger.batch, ledger=str(value.get("ledger")))
             body = {"value": {**value, "generation": generation}}

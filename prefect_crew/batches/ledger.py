@@ -11,7 +11,7 @@ import shlex
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from hashlib import sha256
 from typing import Any, TypeVar
 from uuid import uuid4
@@ -28,7 +28,7 @@ from prefect_crew.batches.rows import BadRow
 from prefect_crew.batches.set_aside import SetAside
 from prefect_crew.logs import run_logger
 from prefect_crew.posting import ClaimLostError
-from prefect_crew.records import RecordPhase, RunRecord, SentReview, utcnow
+from prefect_crew.records import MARGIN, RecordPhase, RunRecord, SentReview, utcnow
 from prefect_crew.run_keys import escaped
 
 __all__ = ["LEDGER_VERSION", "BatchEntry", "Ledger", "LedgerError", "RunTimes"]
@@ -214,6 +214,37 @@ class Ledger:
         self._mine.add(record.owner)
         return await self.writer.put(self._values(record), new=True)
 
+    async def confirm(self, record: RunRecord, known: Sequence[RunRecord]) -> bool:
+        """Return True: one process at a time works on a batch, and nobody prunes its ledger."""
+        return True
+
+    async def permit(self, record: RunRecord, good_for: float, *, late: bool) -> bool:
+        """Take the right to send the kickoff of a claim; False if somebody has resolved it. The first is the claim."""
+        first, record.permit = record.permit == 0, record.permit + 1
+        if first and not late:
+            return True
+        record.known_by = utcnow() + timedelta(seconds=good_for + record.post_deadline + MARGIN)
+        try:
+            await self.save(record)
+        except ClaimLostError:
+            return False
+        return True
+
+    async def resolve(
+        self, record: RunRecord, phase: RecordPhase, *, kickoff_id: str | None = None, reason: str | None = None
+    ) -> bool:
+        """Write down what was found out about the kickoff of an attempt.
+
+        Raises:
+            CrewError: Whoever claimed it may still post it, or somebody else was there before.
+        """
+        record.phase, record.kickoff_id, record.reason = phase, kickoff_id, reason
+        if phase is RecordPhase.STARTED:
+            # The kickoff was sent right after the claim; nobody knows the moment better.
+            record.kicked_off_at = record.kicked_off_at or record.claimed_at
+        await self.save(record)
+        return True
+
     async def save(self, record: RunRecord) -> None:
         """Write down what is known of an attempt by now, unless the ledger knows more already.
 
@@ -280,6 +311,12 @@ class Ledger:
         query = select(attempts.c.record).where(attempts.c.kickoff == _digest(kickoff_id))
         found = await self._read(lambda connection: connection.execute(query).scalars().first())
         return None if found is None else _record(found)
+
+    async def holders(self, kickoff_id: str) -> Sequence[tuple[str, int]]:
+        """Return the run keys and attempts that hold a kickoff id, of whichever batch."""
+        query = select(attempts.c.record).where(attempts.c.kickoff == _digest(kickoff_id))
+        held = [_record(text) for (text,) in await self._rows(query)]
+        return [(record.run_key, record.attempt) for record in held]
 
     async def owner_ended(self, record: RunRecord) -> bool:
         """Return whether whoever claimed the record is surely gone; else its age alone tells."""
@@ -478,4 +515,5 @@ def _digest(kickoff_id: str) -> str:
 
 
 def _record(text: str) -> RunRecord:
-    return RunRecord.model_validate_json(text)
+    # Here a claim is its permit as well: one write a row less.
+    return RunRecord.model_validate_json(text).model_copy(update={"permit": 1})

@@ -204,9 +204,11 @@ class BatchClient(CrewClient):
         webhooks: Webhooks | None = None,
         restore_from: str | None = None,
         secrets: Any = (),
+        before_sending: Callable[[], None] | None = None,
     ) -> str:
         """Start a run."""
         given: dict[str, Any] = {"meta": meta, "webhooks": webhooks, "restore_from": restore_from, "secrets": secrets}
+        given["before_sending"] = before_sending
         try:
             return await super().kickoff(inputs, **given)
         except AuthenticationError:

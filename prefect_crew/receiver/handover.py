@@ -49,8 +49,8 @@ LOGGED = 10
 """Refused webhooks with a log line each; after these, every thousandth."""
 SETTLING = 100
 """Runs that are being settled at the same time."""
-SETTLE_PAUSES = (0.0, 2.0, 10.0, 45.0, 120.0)
-"""Seconds before each attempt to settle: a claim takes 40 s by default to become stale."""
+SETTLE_PAUSES = (0.0, 2.0, 10.0, 45.0, 45.0, 120.0)
+"""Seconds before each attempt to resolve: by default a kickoff may be on its way for 95 s, and longer after a 429."""
 
 
 class Handover:

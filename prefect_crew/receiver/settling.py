@@ -113,7 +113,7 @@ async def settle_from_webhook(
         return Settlement.REFUSED
     if said_run_key is not None and said_run_key != run_key:
         return Settlement.REFUSED
-    if record.phase is RecordPhase.CLAIMED and utcnow() < record.known_by and not await records.owner_ended(record):
+    if record.phase is RecordPhase.CLAIMED and record.still_open(utcnow()):
         return Settlement.TOO_EARLY
     crew = await load(record)
     if crew is None:

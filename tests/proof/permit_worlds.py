@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from proof.sim.scenario import Call, CrewRun, Prune, Scenario
 
-__all__ = ["HELD", "WORLDS"]
+__all__ = ["WORLDS"]
 
 LIMITED = ("kickoff:429-before-accept=15@1",)
 LIMITED_TWICE = ("kickoff:429-before-accept@1-2",)
@@ -145,10 +145,3 @@ for step in range(1, 15):
             prunes=(Prune(at=4.0, freeze_at=step, freeze_for=15.0), Prune(at=6.0)),
         ),
     }
-
-HELD = (
-    "an owner that is said to have crashed falls asleep over its claim",
-    "a forced run is started beside an owner that is said to have crashed and sleeps",
-    "a caller whose clock is two minutes slow meets an owner that died",
-)
-"""The names of those that keep every promise already. Once all do, this goes, and the test takes all of `WORLDS`."""

@@ -15,9 +15,10 @@ from prefect_crew import DeployedCrew, KickoffUncertainError, arun_crew
 from prefect_crew.receiver import handover
 from prefect_crew.receiver.signing import claim_of
 from prefect_crew.record_store import PrefectRecords
-from prefect_crew.records import RecordPhase, RunRecord, utcnow
+from prefect_crew.records import SPARE, RecordPhase, RunRecord, utcnow
 from prefect_crew.server import CrewScript, CrewServer
 from prefect_crew.webhooks import Settlement, create_receiver, hook_urls, settle_from_webhook
+from support.records import LONG_AGO, put
 from support.webhooks import SECRET, events_of, served
 
 pytestmark = pytest.mark.usefixtures("prefect_api")
@@ -65,7 +66,7 @@ async def started(crew: DeployedCrew) -> str:
 
 async def test_the_first_webhook_settles_an_uncertain_kickoff(crew: DeployedCrew):
     record, kickoff_id = uncertain(crew), await started(crew)
-    await RECORDS.claim(record)
+    await put(record)
     said = {"attempt": 1, "said_run_key": record.run_key}
     assert await settle_from_webhook(record.run_key, kickoff_id, RECORDS, **said) is Settlement.SETTLED
     (settled,) = await RECORDS.attempts(record.run_key)
@@ -77,20 +78,17 @@ async def test_the_first_webhook_settles_an_uncertain_kickoff(crew: DeployedCrew
 @pytest.mark.parametrize(
     ("fields", "outcome"),
     [
-        pytest.param({"phase": RecordPhase.CLAIMED}, Settlement.SETTLED, id="a-claim-whose-time-is-over"),
         pytest.param(
-            {"phase": RecordPhase.CLAIMED, "known_by": utcnow() + timedelta(hours=1)},
+            {"phase": RecordPhase.CLAIMED, "permit": LONG_AGO}, Settlement.SETTLED, id="a-claim-whose-time-is-over"
+        ),
+        pytest.param({"phase": RecordPhase.CLAIMED, "permit": 60.0}, Settlement.TOO_EARLY, id="a-fresh-claim"),
+        pytest.param(
+            {"phase": RecordPhase.CLAIMED, "permit": 60.0, "flow_run_id": str(uuid.uuid4())},
             Settlement.TOO_EARLY,
-            id="a-fresh-claim",
+            id="a-fresh-claim-of-a-flow-run-that-is-gone",
         ),
         pytest.param(
-            {
-                "phase": RecordPhase.CLAIMED,
-                "known_by": utcnow() + timedelta(hours=1),
-                "flow_run_id": str(uuid.uuid4()),
-            },
-            Settlement.SETTLED,
-            id="a-fresh-claim-of-a-flow-run-that-is-gone",
+            {"phase": RecordPhase.CLAIMED, "good_for": LONG_AGO}, Settlement.REFUSED, id="a-claim-that-sent-nothing"
         ),
         pytest.param({"phase": RecordPhase.NOT_STARTED}, Settlement.NOT_NEEDED, id="said-never-to-have-started"),
         pytest.param({"phase": RecordPhase.STARTED, "kickoff_id": "k"}, Settlement.NOT_NEEDED, id="started"),
@@ -101,8 +99,10 @@ async def test_the_first_webhook_settles_an_uncertain_kickoff(crew: DeployedCrew
     ],
 )
 async def test_which_records_are_settled(fields: dict[str, Any], outcome: Settlement, crew: DeployedCrew):
+    permit = fields.get("permit")
     record, kickoff_id = uncertain(crew, **fields), await started(crew)
-    await RECORDS.claim(record)
+    record.permit = 0
+    await put(record, permit=permit)
     assert await settle_from_webhook(record.run_key, kickoff_id, RECORDS, attempt=1) is outcome
     (now,) = await RECORDS.attempts(record.run_key)
     assert (now.kickoff_id == kickoff_id) is (outcome is Settlement.SETTLED)
@@ -112,22 +112,22 @@ async def test_which_records_are_settled(fields: dict[str, Any], outcome: Settle
 
 async def test_an_id_that_the_crew_does_not_know_settles_nothing(crew: DeployedCrew):
     record = uncertain(crew)
-    await RECORDS.claim(record)
+    await put(record)
     assert await settle_from_webhook(record.run_key, "made-up", RECORDS) is Settlement.NOT_KNOWN
     assert (await RECORDS.attempts(record.run_key))[0].phase is RecordPhase.UNCERTAIN
 
 
 async def test_an_id_that_another_record_holds_settles_nothing(crew: DeployedCrew):
     record, kickoff_id = uncertain(crew), await started(crew)
-    await RECORDS.claim(record)
-    await RECORDS.claim(uncertain(crew, phase=RecordPhase.STARTED, kickoff_id=kickoff_id))
+    await put(record)
+    await put(uncertain(crew, phase=RecordPhase.STARTED, kickoff_id=kickoff_id))
     assert await settle_from_webhook(record.run_key, kickoff_id, RECORDS) is Settlement.REFUSED
     assert (await RECORDS.attempts(record.run_key))[0].phase is RecordPhase.UNCERTAIN
 
 
 async def test_a_webhook_that_names_another_run_key_settles_nothing(crew: DeployedCrew):
     record, kickoff_id = uncertain(crew), await started(crew)
-    await RECORDS.claim(record)
+    await put(record)
     outcome = await settle_from_webhook(record.run_key, kickoff_id, RECORDS, said_run_key="another")
     assert outcome is Settlement.REFUSED
 
@@ -136,7 +136,7 @@ async def test_a_late_webhook_of_the_attempt_before_does_not_settle_this_one(cre
     first = uncertain(crew, phase=RecordPhase.NOT_STARTED)
     second = uncertain(crew, run_key=first.run_key, attempt=2)
     for record in (first, second):
-        await RECORDS.claim(record)
+        await put(record)
     kickoff_id = await started(crew)
     assert await settle_from_webhook(first.run_key, kickoff_id, RECORDS, attempt=1) is Settlement.NOT_NEEDED
     assert (await RECORDS.attempts(first.run_key))[1].phase is RecordPhase.UNCERTAIN
@@ -148,13 +148,13 @@ async def test_a_crew_that_does_not_answer_settles_nothing():
         crew = server.crew()
         await crew.asave(f"settled-{uuid.uuid4().hex[:8]}")
     record = uncertain(crew)
-    await RECORDS.claim(record)
+    await put(record)
     assert await settle_from_webhook(record.run_key, str(uuid.uuid4()), RECORDS) is Settlement.NO_ANSWER
 
 
 async def test_a_token_that_was_rotated_is_looked_up_anew(server: CrewServer, crew: DeployedCrew):
     record, kickoff_id = uncertain(crew), await started(crew)
-    await RECORDS.claim(record)
+    await put(record)
 
     async def stale(record: RunRecord) -> DeployedCrew:
         loaded = await DeployedCrew.aload(record.crew)
@@ -191,8 +191,7 @@ async def test_a_run_whose_kickoff_got_no_answer_goes_on_by_itself(generation: A
 
 
 async def test_a_webhook_that_comes_before_its_time_settles_later(receiver: str, crew: DeployedCrew):
-    record = uncertain(crew, phase=RecordPhase.CLAIMED, known_by=utcnow() + timedelta(seconds=1.5))
-    await RECORDS.claim(record)
+    record = await put(uncertain(crew, phase=RecordPhase.CLAIMED), permit=1.5 - SPARE)
     kickoff_id = await started(crew)
     hooks = hook_urls(receiver, SECRET, record.run_key, expires=utcnow() + timedelta(hours=1), attempt=1)
     async with httpx.AsyncClient() as client:

@@ -10,6 +10,7 @@ from typing import Any
 import httpx
 
 from support.prefect_server import PrefectServer, drain
+from support.records import stored_records
 
 __all__ = ["Seen"]
 
@@ -83,8 +84,11 @@ class Seen:
 
     def record(self, run_key: str) -> dict[str, Any]:
         """Return the value of the latest record of a run key."""
-        found = [one["value"] for one in self.variables("crew_run_%") if one["value"].get("run_key") == run_key]
-        return max(found, key=lambda value: value["attempt"])
+        return self.records(run_key)[-1]
+
+    def records(self, run_key: str) -> list[dict[str, Any]]:
+        """Return all attempts at a run key, the first one first."""
+        return [one for one in stored_records(self.variables("crew_run_%")) if one["run_key"] == run_key]
 
     def artifacts(self, key: str) -> list[dict[str, Any]]:
         """Return all artifacts under a key, the first one first."""

@@ -28,6 +28,7 @@ DECISIONS = frozenset(
         ("uncertain", "claimed"),
         ("uncertain", "uncertain"),
         ("claimed elsewhere", "claimed"),
+        ("void", "claimed"),
     }
 )
 """What is decided, and in which phase the record is that it is decided about."""

@@ -109,8 +109,9 @@ def _world(deal: _Decks, fault: str, fate: str, rng: random.Random) -> Scenario:
 
 
 def _victim(deal: _Decks, fate: str) -> Call:
-    """Return the call that something befalls, most often around its kickoff: an undisturbed one has 30 steps."""
-    step = deal("step", *range(1, 25), *range(2, 16), 30, 45, 80, 150)
+    """Return the call that something befalls, most often around its kickoff: an undisturbed one has 30 steps, of which
+    the 16th sends it."""
+    step = deal(f"step of {fate}", *range(1, 31), *range(4, 28), *(16,) * 10, 45, 80, 150)
     befalls: dict[str, Any] = {
         "none": {},
         "killed": {"kill_at": step, "crashed_after": deal("crashed after", None, 0.5, 70.0)},

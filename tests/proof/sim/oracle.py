@@ -32,7 +32,7 @@ is bought again: no client can tell."""
 WRITTEN_WITHIN = 1.0
 """Simulated seconds, on a good day, from the answer to a kickoff to its id being on record."""
 WINDOW = 5.0
-MOST_REQUESTS = {"Prefect": 45, "crew": 20}
+MOST_REQUESTS = {"Prefect": 30, "crew": 20}
 """What one call may ask of each server within so many simulated seconds: a wait without pauses asks a hundred times."""
 FINAL_EVENTS = ("crew.completed", "crew.failed", "crew.stopped", "crew.lost")
 

@@ -22,8 +22,9 @@ import httpx
 from prefect.client.orchestration import PrefectClient
 
 from proof.sim.loop import Process, current_process
+from support.records import stored_records
 
-__all__ = ["PREFECT_FAULTS", "Change", "SimPrefect", "plain_records"]
+__all__ = ["PREFECT_FAULTS", "Change", "SimPrefect"]
 
 PREFECT_FAULTS = ("refused", "500", "503", "lost", "500-after", "timeout", "slow", "late")
 """What can become of one request: not connected; 500 or 503 instead of the work; done and the connection lost; done and
@@ -38,11 +39,6 @@ TWICE = 0.02
 _UNVERIFIED = ssl.create_default_context()  # made once: it takes 20 ms, and nothing leaves this process
 
 Variable = Mapping[str, Any]
-
-
-def plain_records(variables: Iterable[Variable]) -> list[dict[str, Any]]:
-    """Return the attempts that Variables hold, each in one of them."""
-    return [dict(one["value"]) for one in variables if isinstance(one["value"], dict) and "run_key" in one["value"]]
 
 
 @dataclass(frozen=True)
@@ -79,7 +75,7 @@ class SimPrefect:
     wall: Callable[[], float] = time.time
     faults: Mapping[int | str, str] = field(default_factory=dict[int | str, str])
     outages: Iterable[tuple[float, float]] = ()
-    read: Callable[[Iterable[Variable]], list[dict[str, Any]]] = plain_records
+    read: Callable[[Iterable[Variable]], list[dict[str, Any]]] = stored_records
     variables: dict[str, dict[str, Any]] = field(default_factory=dict[str, dict[str, Any]])
     flow_runs: dict[str, str] = field(default_factory=dict[str, str])
     run_counts: dict[str, int] = field(default_factory=dict[str, int])
@@ -117,8 +113,9 @@ class SimPrefect:
             raise httpx.ConnectError("The world is over", request=request)
         loop = asyncio.get_running_loop()
         self.requests += 1
-        self.asked.append((loop.time(), by))
         path = request.url.path.removeprefix("/api")
+        # A client of Prefect's asks for a token once, before its first change: that is no request of ours.
+        self.asked += [(loop.time(), by)] * (path != "/csrf-token")
         fault = self.faults.get(self.requests)
         if path.startswith("/variables") and not path.endswith("/filter") and request.method != "GET":
             self.writes += 1

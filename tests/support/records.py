@@ -1,0 +1,46 @@
+"""Records as runs leave them on the Prefect server."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from prefect_crew import record_store
+from prefect_crew.record_store import PrefectRecords
+from prefect_crew.records import RecordPhase, RunRecord
+
+__all__ = ["LONG_AGO", "put", "stored_records"]
+
+LONG_AGO = -1000.0
+"""As what a claim or permit is good for: it is over, however little time has passed."""
+
+
+def stored_records(variables: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return the attempts that Variables hold, as the record store reads them; `permit` is the number of permits."""
+    found = [
+        record_store._Found(one["id"], one["name"], one["value"], 0.0)
+        for one in variables
+        if record_store._later(one["value"]) is None
+    ]
+    return [
+        {**record.model_dump(mode="json", exclude_none=True), "permit": record.permit}
+        for record in record_store._folded(found)
+    ]
+
+
+async def put(record: RunRecord, *, permit: float | None = None) -> RunRecord:
+    """Write a record down as its run does: the claim, a permit of it, and what became of that.
+
+    Args:
+        record: How it is to stand.
+        permit: How many seconds its permit is good for; a record that is merely claimed has none if that is left out.
+    """
+    store, phase = PrefectRecords(), record.phase
+    record.phase = RecordPhase.CLAIMED
+    assert await store.claim(record)
+    if permit is not None or phase in (RecordPhase.UNCERTAIN, RecordPhase.STARTED):
+        assert await store.permit(record, LONG_AGO if permit is None else permit, late=False)
+    record.phase = phase
+    if phase is not RecordPhase.CLAIMED:
+        await store.save(record)
+    return record
