@@ -15,6 +15,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Generator
+from operator import attrgetter
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -84,9 +85,13 @@ def resolve_factory(spec: str) -> tuple[str, Callable[[], Any]]:
         if isinstance(error, KeyboardInterrupt):
             raise
         raise ProgramNotFoundError(f"{path} cannot be imported: {type(error).__name__}: {error}.") from error
-    factory = getattr(module, name, None)
+    try:
+        factory: Any = attrgetter(name)(module)  # a name with dots is a function of a class
+    except AttributeError:
+        factory, wrong = None, "does not exist"
+    else:
+        wrong = "is not a function"
     if not callable(factory):
-        wrong = "is not a function" if hasattr(module, name) else "does not exist"
         raise ProgramNotFoundError(
             f"{name!r} of {path} {wrong}. Name a function without arguments that returns a new Crew or Flow at each "
             f"call, since each serves one run at a time."

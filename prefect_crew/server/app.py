@@ -68,7 +68,7 @@ def create_app(
 
     Args:
         program: What is run.
-        token: The bearer token that every request but `GET /` must carry.
+        token: The bearer token that every request but `GET /` (and `GET /NAME` of a crew) must carry.
         dialect: documented, union or live; see `dialects`.
         generation: Of the webhooks' bodies: first or later; see `bodies`.
         faults: What goes wrong; see `faults`.
@@ -96,7 +96,10 @@ def create_app(
     book = Journal(journal) if journal else None
     programs = dict(program) if isinstance(program, Mapping) else {"": program}
     crews = {
-        name: Executions(one, listener=sender, max_runs=max_runs, journal=book, on_crash=on_crash, new_id=new_id)
+        # Two mounts may serve one script: what tells their runs apart in the journal is the mount.
+        name: Executions(
+            one, name=name, listener=sender, max_runs=max_runs, journal=book, on_crash=on_crash, new_id=new_id
+        )
         for name, one in programs.items()
     }
     runtime = Runtime(
@@ -120,8 +123,10 @@ def create_app(
 
     routes: list[BaseRoute] = [inspect_route(runtime)] if inspect else []
     for name, executions in crews.items():
-        one = _Endpoints(runtime, executions).routes(paths, stop=stop)
-        routes += [Mount(f"/{name}", routes=one)] if name else one
+        endpoints = _Endpoints(runtime, executions)
+        one = endpoints.routes(paths, stop=stop)
+        # Within a mount no path is empty: its health page without a slash at the end, and the server's own, come first.
+        routes += [endpoints.page(f"/{name}"), endpoints.page("/"), Mount(f"/{name}", routes=one)] if name else one
     app = Starlette(
         routes=routes,
         middleware=[Middleware(TokenLayer, runtime=runtime)],
@@ -165,6 +170,10 @@ class _Endpoints:
             self._route(path.replace("{id}", "{id:path}"), "GET", "status", self.status) for path in status_paths
         ]
         return routes
+
+    def page(self, path: str) -> BaseRoute:
+        """Return a further path of the health page."""
+        return self._route(path, "GET", "health", self.health)
 
     def _route(self, path: str, method: str, place: str, endpoint: Callable[[Request], Any]) -> BaseRoute:
         layer = Middleware(FaultLayer, place=place, runtime=self._runtime)

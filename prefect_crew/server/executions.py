@@ -26,6 +26,7 @@ class Executions:
 
     Args:
         program: The crew.
+        name: What tells its runs from others in the journal; the program's name by default.
         max_runs: At most this many run at once; later ones are pending. None: no limit.
         journal: Where to remember them, so that `recover` finds them again.
         on_crash: What becomes of runs that were in flight when the journal ends: "rerun" starts them again under
@@ -37,6 +38,7 @@ class Executions:
         self,
         program: Program,
         *,
+        name: str = "",
         listener: Listener = nobody,
         max_runs: int | None = None,
         journal: Journal | None = None,
@@ -44,6 +46,7 @@ class Executions:
         new_id: Callable[[], str] | None = None,
     ) -> None:
         self.program = program
+        self._name = name or program.name
         self._listener = listener
         self._gate = asyncio.Semaphore(max_runs) if max_runs else contextlib.nullcontext()
         self._journal = journal
@@ -82,7 +85,7 @@ class Executions:
                 {
                     "event": "accepted",
                     "id": execution.id,
-                    "crew": self.program.name,
+                    "crew": self._name,
                     "at": execution.created_at.isoformat(),
                     "inputs": dict(inputs),
                     "meta": meta,
@@ -108,7 +111,7 @@ class Executions:
     def recover(self) -> None:
         """Read the journal: ended runs are known again, and those in flight start again, or are lost."""
         for entry in self._journal.read() if self._journal else []:
-            if entry["event"] == "accepted" and entry["crew"] == self.program.name:
+            if entry["event"] == "accepted" and entry["crew"] == self._name:
                 hooks = Hooks.of(entry.get("hooks") or {})
                 self._runs[entry["id"]] = Execution(
                     entry["id"],

@@ -27,16 +27,18 @@ _FOREVER = 3.15e7
 
 
 class TokenLayer:
-    """Answers 401 to everything without the token, before anything else; only the health page is open, and the
+    """Answers 401 to everything without the token, before anything else; only the health pages are open, and the
     callbacks of reviews, whose URLs hold a token of their own."""
 
     def __init__(self, app: ASGIApp, *, runtime: Runtime) -> None:
         self._app = app
         self._runtime = runtime
+        mounts = ["", *(f"/{name}" for name in runtime.crews if name)]
+        self._open = {f"{mount}{slash}" for mount in mounts for slash in ("", "/")}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let the request pass, or answer 401."""
-        if scope["type"] != "http" or scope["path"] in ("", "/") or CALLBACKS in scope["path"] or self._allowed(scope):
+        if scope["type"] != "http" or scope["path"] in self._open or CALLBACKS in scope["path"] or self._allowed(scope):
             await self._app(scope, receive, send)
             return
         self._runtime.counters.unauthorized += 1

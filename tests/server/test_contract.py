@@ -261,8 +261,15 @@ def test_401_comes_before_anything_else(server: CrewServer, method: str, path: s
 
 def test_health_needs_no_token(server: CrewServer) -> None:
     with CrewServer("echo") as alone:
-        answer = httpx.get(alone.url)
-    assert (answer.status_code, answer.text) == (200, "Healthy")
+        urls = [alone.url, f"{alone.url}/", server.url, f"{server.url}/travel", f"{server.url}/travel/"]
+        answers = [httpx.get(url) for url in urls]
+    assert [(answer.status_code, answer.text) for answer in answers] == [(200, "Healthy")] * len(urls)
+
+
+def test_only_what_is_there_is_open(server: CrewServer) -> None:
+    assert [httpx.get(f"{server.url}{path}").status_code for path in ("/nothing", "/nothing/", "/travel//")] == [
+        401
+    ] * 3
 
 
 def test_what_is_not_there(travel: httpx.Client) -> None:

@@ -133,3 +133,14 @@ def test_a_crew_finds_only_its_own_runs(tmp_path: Path, client_of: ClientOf) -> 
         kickoff(client_of(server), text="x")
     with CrewServer("echo", journal=path) as other:
         assert other.runs == []
+
+
+def test_a_mount_finds_only_its_own_runs(tmp_path: Path, client_of: ClientOf) -> None:
+    """Also where two mounts serve the same script."""
+    with CrewServer({"a": SCRIPT, "b": SCRIPT}, journal=tmp_path / "journal") as server:
+        client = client_of(server)
+        body = {"inputs": {"text": "x", "seconds": 60}}
+        kickoff_id = client.post("/a/kickoff", json=body).json()["kickoff_id"]
+        server.restart()
+        found = [client.get(f"/{name}/status/{kickoff_id}").status_code for name in "ab"]
+        assert (found, len(server.runs)) == ([200, 404], 1)

@@ -178,3 +178,19 @@ def test_crewai_s_surroundings_are_set_unless_the_user_has(tmp_path: Path) -> No
     assert said == "false yes, please"
     assert Path(storage).name.startswith("prefect-crew-")
     assert not Path(storage).exists(), "it goes with the process"
+
+
+def test_a_factory_may_be_a_method_of_a_class(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "crews_of_mine.py").write_text(
+        f"import sys; sys.path.insert(0, {str(EXAMPLES)!r})\n"
+        "import travel_crew\n"
+        "class Crews:\n"
+        "    class Travel:\n"
+        "        @staticmethod\n"
+        "        def build():\n"
+        "            return travel_crew.build()\n"
+    )
+    assert load_program(f"{tmp_path}/crews_of_mine.py:Crews.Travel.build").name == "crews_of_mine"
+    with pytest.raises(ProgramNotFoundError, match=r"'Crews\.Tavel\.build' of .* does not exist"):
+        load_program(f"{tmp_path}/crews_of_mine.py:Crews.Tavel.build")
