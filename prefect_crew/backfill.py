@@ -136,9 +136,9 @@ def _schedule(target: DeploymentResponse, slug: str | None, *, required: bool) -
             raise ConfigurationError(f"{target.name} has no schedule {slug!r}. It has: {_slugs(known) or 'none'}.")
         return found[0]
     if len(known) > 1:
-        raise ConfigurationError(f"{target.name} has several schedules, say which one is meant: {_slugs(known)}.")
+        raise ConfigurationError(f"{target.name} has several schedules. Give schedule=…, one of: {_slugs(known)}.")
     if not known and required:
-        raise ConfigurationError(f"{target.name} has no schedule to take the times from: say how often (every).")
+        raise ConfigurationError(f"{target.name} has no schedule to take the times from. Give every=….")
     return known[0] if known else None
 
 

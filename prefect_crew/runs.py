@@ -310,5 +310,5 @@ async def _crew_of(label: str, crew: DeployedCrew | str | None, run_key: str) ->
     except (ValueError, httpx.HTTPError, PrefectException) as error:
         raise CrewError(
             f"The record of run {run_key!r} does not hold its result, and crew {label} is no stored block to ask "
-            "for it. Give the crew: get_result(run_key, crew=…)."
+            "for it. Give the crew (crew=…, --crew)."
         ) from error

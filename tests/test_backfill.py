@@ -143,7 +143,7 @@ HOURLY = SIX.model_copy(update={"schedule": CronSchedule(cron="0 * * * *")})
         pytest.param((HOURLY,), {"end": date(2024, 5, 1)}, f"more than {MOST}", id="too-many-by-schedule"),
         pytest.param((SIX,), {"schedule": "seven"}, "no schedule 'seven'. It has: six", id="unknown-schedule"),
         pytest.param(TWO, {}, "several schedules.*six, other|several schedules.*other, six", id="which-schedule"),
-        pytest.param((), {}, "say how often", id="no-schedule"),
+        pytest.param((), {}, r"Give every=…\.", id="no-schedule"),
         pytest.param((SAME_KEY,), {}, "same for every time", id="one-key-for-all"),
     ],
 )

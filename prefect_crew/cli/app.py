@@ -23,6 +23,7 @@ from prefect_crew.cli import (
     serving,
     webhooks,
 )
+from prefect_crew.server.faults import FAULTS, HTTP_PLACES, WEBHOOK_PLACES
 
 __all__ = ["app", "run"]
 
@@ -41,6 +42,20 @@ app = App(
     version_flags=["--version"],
     help_flags=["--help", "-h"],
 )
+
+
+def _faults() -> str:
+    """Return what `serve --fault` takes."""
+    phases = "[-before-accept|-after-accept]"
+    kinds = "\n".join(
+        f"  {kind.name + (phases if kind.phases else ''):<{len(phases) + 10}}{kind.text}" for kind in FAULTS.values()
+    )
+    return (
+        f"Faults: PLACE:NAME[=VALUE][@WHEN][%PROBABILITY], such as kickoff:500@1 or status:latency=2@3-5%0.1.\n"
+        f"Places of requests: {', '.join(HTTP_PLACES)}.\nPlaces of deliveries: {', '.join(WEBHOOK_PLACES)}.\n{kinds}"
+    )
+
+
 for _command in (
     demo.demo,
     serving.serve,
@@ -56,7 +71,8 @@ for _command in (
     webhooks.webhooks,
     doctor.doctor,
 ):
-    app.command(_command, help_epilogue="", sort_key=len(tuple(app)))
+    _epilogue_of = _faults() if _command is serving.serve else ""
+    app.command(_command, help_epilogue=_epilogue_of, sort_key=len(tuple(app)))
 app.command(runs.app)
 app.command(reviews.app)
 app.command(batch_known.app)

@@ -8,6 +8,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
+from prefect_crew.api.errors import ConfigurationError
 from prefect_crew.cli import terminal
 from prefect_crew.cli.crews import JSON, flag
 from prefect_crew.cli.exits import UsageError
@@ -35,7 +36,10 @@ def backfill(
     from prefect_crew import backfill as logic
     from prefect_crew.pruning import parse_age
 
-    pause = None if every is None else parse_age(every)
+    try:
+        pause = None if every is None else parse_age(every)
+    except ConfigurationError as error:
+        raise UsageError(f"--every {error}") from None
     runs = asyncio.run(logic.backfill(deployment, first, last, pause, schedule=schedule, dry_run=dry_run))
     if json:
         terminal.put_json(

@@ -163,19 +163,24 @@ _OPTIONS = (
     "retry_failed|task_per_row|output_type"
 )
 _ARGUMENT = re.compile(
-    rf"\b(?:(?P<set>{_OPTIONS}|shards|deployment|ledger|format|encoding)=(?P<value>'[^']*'|True|\w+|…)|"
+    rf"\b(?:(?P<set>{_OPTIONS}|shards|deployment|ledger|format|encoding|every|schedule|allow_http)=(?P<value>'[^']*'|True|\w+|…)|"
     rf"(?P<told>{_OPTIONS})(?= is ))"
 )
+_BOTH = re.compile(r"\b\w+=(?:True|…)(?:, | \()(?P<option>--[\w-]+)(?P<end>\)?)")
 
 
 def by_options(text: str) -> str:
-    """Return a text that names arguments of `run_batch` with the options of the command line in their place."""
+    """Return a text that names arguments of functions with the options of the command line in their place."""
 
     def option(found: re.Match[str]) -> str:
         name = f"--{(found['set'] or found['told']).replace('_', '-')}"
         return name if found["value"] in (None, "True") else f"{name} {found['value'].strip(chr(39))}"
 
-    return _ARGUMENT.sub(option, text)
+    def alone(found: re.Match[str]) -> str:
+        # Of `(name=…, --name)` the bracket stays, that of `name=True (--name)` goes.
+        return found["option"] + ("" if "(" in found[0] else found["end"])
+
+    return _ARGUMENT.sub(option, _BOTH.sub(alone, text))
 
 
 def paragraph(error: BaseException, run: RunBoard | None = None) -> str:

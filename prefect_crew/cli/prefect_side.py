@@ -186,19 +186,23 @@ def _drain() -> None:
 
 
 _PACKAGE = str(Path(__file__).parent.parent)
+SAY_AGAIN_AFTER = 300.0
+"""Seconds after which a command says the same sentence of a log again."""
 _ENGINES = ("flow_engine.py", "task_engine.py", "engine.py")
 
 
 class _Route(logging.Filter):
     """Takes Prefect's console logs over: warnings of ours and errors of Prefect's become notes, the rest goes unseen.
 
-    The logs that Prefect's pages show are not touched. What the engines log about a failed flow is left out: the
-    command says it once, in its own words.
+    The logs that Prefect's pages show are not touched. What the engines log about a failed flow is left out, since the
+    command says it once, in its own words; but for retries, which somebody has to wait for. What every retry says again
+    is said once.
     """
 
     def __init__(self, say: Callable[[str], None]) -> None:
         super().__init__()
         self._say = say
+        self._said: dict[str, float] = {}
 
     def filter(self, record: logging.LogRecord) -> bool:
         ours = record.pathname.startswith(_PACKAGE)
@@ -206,8 +210,26 @@ class _Route(logging.Filter):
         # Whether a crew that was to be stopped has stopped is news at any level.
         news = record.levelno >= (logging.INFO if record.module == "stopping" else logging.WARNING)
         if (ours and news) or (record.levelno >= logging.ERROR and not engine):
-            self._say(record.getMessage().splitlines()[0] if record.getMessage() else "")
+            self._once(record.getMessage().partition("\n")[0])
+        elif engine and (retry := _retry(record)):
+            self._say(retry)
         return False
+
+    def _once(self, text: str) -> None:
+        now = time.monotonic()
+        if now - self._said.get(text, -SAY_AGAIN_AFTER) >= SAY_AGAIN_AFTER:
+            self._said[text] = now
+            self._say(text)
+
+
+def _retry(record: logging.LogRecord) -> str | None:
+    """Return what to say of a task that Prefect is about to retry; None of any other record."""
+    if "Retry %s/%s will start" not in str(record.msg) or not isinstance(record.args, tuple) or len(record.args) != 5:
+        return None
+    _, error, number, most, start = record.args
+    when = f"in {str(start).split(' ')[0]} s" if "second" in str(start) else "now"
+    task: str = getattr(record, "task_run_name", "A task")
+    return f"{task[:1].upper()}{task[1:]} failed ({type(error).__name__}). Retry {number} of {most} {when}."
 
 
 def quiet_logs(say: Callable[[str], None]) -> None:

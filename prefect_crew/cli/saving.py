@@ -19,6 +19,7 @@ from prefect_crew.cli.prefect_side import reach_prefect
 from prefect_crew.cli.progress import progress
 
 if TYPE_CHECKING:
+    from prefect_crew.api.models import CrewInput
     from prefect_crew.blocks import DeployedCrew
 
 __all__ = ["save"]
@@ -68,9 +69,14 @@ def save(
     block = access.of_url(url, **fields)
     with progress(quiet=True) as shown:
         reach_prefect(shown)
+    found = asyncio.run(_try_out(name, access, url))
     asyncio.run(_save(block, name, overwrite=overwrite))
     terminal.put(f"Stored crew {name} ({block.url}) as the block deployed-crew/{name}.")
-    asyncio.run(_try_out(name, access, url))
+    if isinstance(found, CrewError):
+        terminal.note(f"It could not be asked for its inputs: {found}", "yellow")
+        return
+    options = " ".join(f"-i {shlex.quote(item.name)}=…" for item in found if item.required)
+    terminal.put(f"Run it: {terminal.command(f'prefect-crew run {shlex.quote(name)} {options}'.strip())}")
 
 
 async def _save(block: DeployedCrew, name: str, *, overwrite: bool) -> None:
@@ -93,16 +99,17 @@ def _token(url: str, token: str | None) -> str:
     return token
 
 
-async def _try_out(name: str, access: CrewAccess, url: str) -> None:
-    """Say what the crew takes; a crew that does not answer now is stored all the same."""
+async def _try_out(name: str, access: CrewAccess, url: str) -> list[CrewInput] | CrewError:
+    """Return what the crew takes, or why it does not say so now: it can be stored all the same.
+
+    Raises:
+        AuthenticationError: It refuses the token, which no run could use either.
+    """
     try:
         async with access.client(url) as client:
-            found = await client.inputs()
-    except AuthenticationError as error:
-        terminal.note(f"But: {error}", "yellow")
-        return
+            return await client.inputs()
+    except AuthenticationError:
+        terminal.note(f"The block {name} was not stored: the crew's server refused the token.")
+        raise
     except CrewError as error:
-        terminal.note(f"It could not be asked for its inputs: {error}", "yellow")
-        return
-    options = " ".join(f"-i {shlex.quote(item.name)}=…" for item in found if item.required)
-    terminal.put(f"Run it: {terminal.command(f'prefect-crew run {shlex.quote(name)} {options}'.strip())}")
+        return error

@@ -67,3 +67,12 @@ def test_a_deployment_that_is_not_there_is_said(here: Command, prefect_api: Pref
 
 def test_the_deployment_is_named_by_its_place_alone(here: Command):
     assert "--DEPLOYMENT" not in here("backfill", "--help").out
+
+
+def test_errors_name_the_options_of_the_command(here: Command, deployment: str):
+    without = here("backfill", deployment, *RANGE[:4])
+    assert without.code == 25
+    assert "no schedule to take the times from. Give --every …" in without.err
+    unreadable = here("backfill", deployment, *RANGE[:4], "--every", "daily")
+    assert unreadable.code == 2
+    assert "--every 'daily' is no age" in unreadable.err

@@ -130,6 +130,11 @@ def test_what_is_only_prefects_is_known_without_importing_prefect():
         pytest.param("again with retry_failed=True.", "again with --retry-failed.", id="a switch"),
         pytest.param("and on_failure is 'stop'.", "and --on-failure is 'stop'.", id="an option that is told"),
         pytest.param("ledger='secret://batch-ledger'.", "--ledger secret://batch-ledger.", id="an address"),
+        pytest.param("Give schedule=…, one of: a.", "Give --schedule …, one of: a.", id="of-a-backfill"),
+        pytest.param(
+            "allow it with allow_http=True (--allow-http) where", "allow it with --allow-http where", id="both"
+        ),
+        pytest.param("Choose one (option=…, --option). No", "Choose one (--option). No", id="both in brackets"),
         pytest.param("The ledger is away; my_key='x'", "The ledger is away; my_key='x'", id="nothing of the kind"),
     ],
 )

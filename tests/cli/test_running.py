@@ -153,6 +153,20 @@ def test_a_failed_crew(here, prefect_api: PrefectServer, crews: CrewServer):
     assert "Traceback" not in done.err
 
 
+def test_a_server_that_is_down_is_tried_again_and_it_is_said(
+    here, prefect_api: PrefectServer, monkeypatch: pytest.MonkeyPatch
+):
+    from prefect_crew.tasks import kickoff_crew
+
+    monkeypatch.setattr(kickoff_crew, "retry_delay_seconds", [0.05, 0.1, 0.15])
+    done = here("run", "http://127.0.0.1:1", "-i", "who=Ada")
+    assert done.code == 21
+    retries = re.findall(r"failed \(CrewConnectionError\)\. (Retry \d of 3 in [\d.]+ s)\.", done.err)
+    assert retries == ["Retry 1 of 3 in 0.05 s", "Retry 2 of 3 in 0.1 s", "Retry 3 of 3 in 0.15 s"]
+    assert done.err.count("The crew's inputs could not be checked before the kickoff") == 1
+    assert done.err.count("POST http://127.0.0.1:1/kickoff got no answer") == 1
+
+
 def test_a_timeout_leaves_the_crew_running(here, prefect_api: PrefectServer, crews: CrewServer):
     done = here("run", f"{crews.url}/slow", "-i", "who=Ada", "--timeout", "0.3", "--json")
     assert done.code == 13

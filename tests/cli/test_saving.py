@@ -38,11 +38,25 @@ def test_a_name_is_not_taken_over_by_chance(here, prefect_api: PrefectServer, cr
     assert DeployedCrew.load(name).url.endswith("/broken")
 
 
-def test_a_wrong_token_is_stored_and_said(here, prefect_api: PrefectServer, crews: CrewServer, name: str):
-    saved = here("save", name, "--url", f"{crews.url}/greet", "--token", "wrong-token")
+def test_a_refused_token_is_not_stored(here, prefect_api: PrefectServer, crews: CrewServer, name: str):
+    url = f"{crews.url}/greet"
+    assert here("save", name, "--url", url).code == 0
+    for line in ((name, "--overwrite"), (f"{name}-new",)):
+        saved = here("save", *line, "--url", url, "--token", "wrong-token")
+        assert saved.code == 17
+        assert "answered 401" in saved.err
+        assert f"The block {line[0]} was not stored" in saved.err
+        assert "wrong-token" not in saved.out + saved.err
+        assert saved.out == ""
+    assert DeployedCrew.load(name).token.get_secret_value() == TOKEN
+    assert here("inputs", f"{name}-new").code == 25
+
+
+def test_a_crew_that_does_not_answer_is_stored(here, prefect_api: PrefectServer, name: str):
+    saved = here("save", name, "--url", "http://127.0.0.1:1")
     assert saved.code == 0
-    assert "answered 401" in saved.err
-    assert "wrong-token" not in saved.out + saved.err
+    assert "could not be asked for its inputs" in saved.err
+    assert DeployedCrew.load(name).url == "http://127.0.0.1:1"
 
 
 @pytest.mark.parametrize(

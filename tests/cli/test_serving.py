@@ -84,3 +84,12 @@ def test_a_port_that_there_is_not_is_said_to_be_one(tmp_path: Path):
     finished = outside(tmp_path, "serve", "--port", "99999")
     assert finished.code == 2
     assert "65535" in finished.err
+
+
+def test_the_help_lists_the_faults(here):
+    from prefect_crew.server.faults import FAULTS, PLACES
+
+    shown = here("serve", "--help").out.partition("Faults: ")[2]
+    assert [name for name in (*PLACES, *FAULTS) if not re.search(rf"(?<![\w-]){name}(?![\w-])", shown)] == []
+    assert "drop[-before-accept|-after-accept]" in shown
+    assert max(map(len, shown.splitlines())) <= 120
