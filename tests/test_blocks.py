@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import uuid
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,10 +15,18 @@ from prefect.testing.standard_test_suites import BlockStandardTestSuite
 from pydantic import SecretStr, ValidationError
 
 from prefect_crew import CrewError, CrewFailedError, CrewRun, DeployedCrew, InvalidInputsError, WaitPolicy
+from prefect_crew.api.models import CrewState
 from prefect_crew.testing import CrewServerFactory
+from support.held import Held
 from support.scripts import FAILS, slow
 
 TOKEN = SecretStr("the-token")
+
+
+async def until(true: Callable[[], bool]) -> None:
+    """Wait for what a server does by itself; the test's own time limit is the only one."""
+    while not true():
+        await asyncio.sleep(0.01)
 
 
 class TestDeployedCrewIsABlock(BlockStandardTestSuite):
@@ -181,17 +190,22 @@ class TestIdiom:
             await crew_server("echo").crew().trigger()
 
     async def test_a_result_can_be_fetched_without_having_waited(self, crew_server: CrewServerFactory):
-        run = await crew_server(slow(0.3)).crew().trigger()
+        held = Held()
+        run = await (server := crew_server(held)).crew().trigger()
+        await until(lambda: server.run(run.kickoff_id).state is CrewState.RUNNING)
         with pytest.raises(CrewError, match=f"Run {run.kickoff_id} .* has no result yet: it is running"):
             await run.fetch_result()
-        await asyncio.sleep(0.5)
+        held.release()
+        await until(lambda: server.run(run.kickoff_id).state.ended)
         assert (await run.fetch_result()).output == "done"
 
     async def test_looking_for_a_result_leaves_the_wait_what_it_needs(self, crew_server: CrewServerFactory):
-        server = crew_server(slow(1.5))
+        held = Held()
+        server = crew_server(held)
         run = await server.crew(secret_inputs=["pin"]).trigger({"pin": "4711471"})
         with pytest.raises(CrewError):
             await run.fetch_result()
+        held.release()
         await run.wait_for_completion()
         again = CrewRun(server.crew(), run.kickoff_id, run_key=run.run_key)
         server.faults.add("status:forgotten")

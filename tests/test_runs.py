@@ -155,7 +155,7 @@ def test_all_that_a_call_can_say_arrives(crew_server: CrewServerFactory):
     (run,) = server.runs
     assert run.meta == {"order": 7, "run_key": run_key}
     with pytest.raises(CrewError, match=r"time of 0\.05 s"):
-        run_crew(server.crew(), {"a": 1}, run_key=key(), wait=WaitPolicy(initial=0.01, timeout=0.05))
+        run_crew(crew_server(slow(60)).crew(), {"a": 1}, run_key=key(), wait=WaitPolicy(initial=0.01, timeout=0.05))
 
 
 STATE = "3f2b8c1e-9d47-4a6b-8f0e-5c1d2a7b9e64"

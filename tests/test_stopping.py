@@ -24,6 +24,7 @@ from prefect_crew.record_store import record_name
 from prefect_crew.records import RunRecord
 from prefect_crew.server import CrewServer
 from prefect_crew.testing import CrewServerFactory
+from support.held import Held
 from support.prefect_server import PrefectServer
 from support.processes import Process
 from support.proxy import through
@@ -214,7 +215,7 @@ def test_a_run_that_another_flow_run_waits_for_is_left_running(crew_server: Crew
 def test_a_prefect_api_that_does_not_say_is_no_cancellation(
     crew_server: CrewServerFactory, prefect_server: PrefectServer
 ):
-    server = crew_server(slow(1))
+    server = crew_server(Held(until=lambda _: proxy.count("GET /api/flow_runs") > 2))
 
     @flow
     async def trip() -> str:

@@ -34,6 +34,7 @@ from prefect_crew.api.models import CrewState
 from prefect_crew.record_store import PrefectRecords
 from prefect_crew.records import RecordPhase, RunRecord
 from prefect_crew.testing import CrewServerFactory
+from support.held import Held
 from support.prefect_server import PrefectServer
 from support.scripts import ASKS, FAILS, script, slow
 from support.seen import Seen
@@ -129,7 +130,8 @@ async def test_a_run_that_the_server_forgets_is_lost_and_not_bought_again(crew_s
 
 
 async def test_a_timeout_leaves_the_crew_running_and_says_how_to_go_on(crew_server: CrewServerFactory):
-    server, run_key = crew_server(slow(1.0)), key()
+    held = Held()
+    server, run_key = crew_server(held), key()
     run = await server.crew().trigger({}, run_key=run_key)
     with pytest.raises(CrewTimeoutError, match=r"was still running when its running time of 0\.5 s was over") as caught:
         await run.wait_for_completion(BRIEF)
@@ -137,6 +139,7 @@ async def test_a_timeout_leaves_the_crew_running_and_says_how_to_go_on(crew_serv
     assert (error.phase, error.budget, error.last_state, error.stopped) == ("running", 0.5, "running", False)
     assert f"run again with run key {run_key!r} and a larger timeout" in str(error)
     assert server.requests["stop"] == 0
+    held.release()
     result = await ended(await server.crew().trigger({}, run_key=run_key))
     assert (result.output, server.kickoffs) == ("done", 1)
 
@@ -252,8 +255,8 @@ async def test_a_person_is_told_of_once_a_turn_and_their_time_is_on_record(
 
 
 async def test_the_end_of_a_persons_turn_is_on_record_beside_the_answer(crew_server: CrewServerFactory):
-    steps = {"name": "draft", "output": "a draft", "human": True}, {"seconds": 2, "output": "printed"}
-    run = await crew_server(script(*steps), dialect="union").crew().trigger({})
+    held = Held("draft", "print")
+    run = await crew_server(held, dialect="union").crew().trigger({})
     waiting = asyncio.ensure_future(run.wait_for_completion())
     while (await record_of(run)).human_since is None:
         await asyncio.sleep(0.05)
@@ -263,6 +266,7 @@ async def test_the_end_of_a_persons_turn_is_on_record_beside_the_answer(crew_ser
     assert not waiting.done()
     (sent,) = await RECORDS.reviews(await record_of(run))
     assert sent.outcome == "sent"
+    held.release()
     await waiting
 
 
@@ -406,7 +410,9 @@ def test_a_timeout_and_a_loss_are_events(crew_server: CrewServerFactory, seen: S
 async def test_the_log_tells_each_task_once_and_no_poll(
     crew_server: CrewServerFactory, caplog: pytest.LogCaptureFixture
 ):
-    server = crew_server(script({"seconds": 0.3}, {"seconds": 0.3}, {"seconds": 0.3}))
+    # Each task goes on until it has been seen several times.
+    seen_often = Held("task_1", "task_2", "task_3", until=lambda number: server.requests["status"] >= 5 * number)
+    server = crew_server(seen_often)
     run = await server.crew().trigger({})
     await run.wait_for_completion()
     lines = [one.getMessage() for one in caplog.records if one.getMessage().startswith(f"Crew run {run.kickoff_id}")]

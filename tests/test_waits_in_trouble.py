@@ -28,9 +28,10 @@ from prefect_crew import (
 from prefect_crew.record_store import PrefectRecords
 from prefect_crew.records import RecordPhase
 from prefect_crew.testing import CrewServerFactory
+from support.held import Held
 from support.prefect_server import PrefectServer
 from support.proxy import Proxy, through
-from support.scripts import ASKS, script, slow
+from support.scripts import ASKS, slow
 
 pytestmark = pytest.mark.usefixtures("prefect_api", "instant_polling")
 
@@ -148,7 +149,8 @@ def proxy(prefect_server: PrefectServer) -> Iterator[Proxy]:
 async def test_a_prefect_api_that_is_away_for_a_while_does_not_end_the_wait(
     crew_server: CrewServerFactory, proxy: Proxy
 ):
-    server = crew_server(script({"seconds": 0.4}, {"seconds": 0.4}, {"seconds": 0.4, "output": "done"}))
+    held = Held("task_1", "task_2", "task_3")
+    server = crew_server(held)
 
     @flow
     async def trip() -> str:
@@ -158,7 +160,10 @@ async def test_a_prefect_api_that_is_away_for_a_while_does_not_end_the_wait(
     while not server.requests["status"]:
         await asyncio.sleep(0.01)
     proxy.cut()
-    await asyncio.sleep(2.0)
+    held.release()
+    while not server.runs[0].state.ended:
+        await asyncio.sleep(0.01)
+    await asyncio.sleep(1.0)  # for what must not happen
     assert not running.done()
     proxy.restore()
     assert await asyncio.wait_for(running, 60) == "done"

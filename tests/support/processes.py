@@ -198,12 +198,26 @@ def _bearers(mark: str) -> Iterator[int]:
     for folder in PROC.iterdir():
         if not folder.name.isdigit():
             continue
-        # A process may end between two reads, or belong to someone else: then it is none of ours. A zombie's environ
-        # reads as empty.
+        # A process may end between two reads, or belong to someone else: then it is none of ours.
         with contextlib.suppress(OSError):
-            environment = (folder / "environ").read_bytes()
+            environment = _environment(folder)
             if any(line.startswith(MARK.encode() + b"=") and needle in line for line in environment.split(b"\0")):
                 yield int(folder.name)
+
+
+def _environment(folder: Path) -> bytes:
+    """Return a process's environment. A zombie and a thread of the kernel have none: OSError.
+
+    It reads as empty for a moment also while a program is being loaded, after whoever started it has been told that it
+    was: on a busy machine that moment is long enough for a scan that then misses a process for good.
+    """
+    for _ in range(20):
+        environment = (folder / "environ").read_bytes()
+        if environment:
+            return environment
+        (folder / "exe").readlink()  # raises OSError for those whose environment stays empty
+        time.sleep(0.005)
+    return b""
 
 
 def alive(pid: int) -> bool:

@@ -1,0 +1,50 @@
+"""A crew that goes on when the test says so, however slow the machine is."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable
+
+from prefect_crew.api.models import CrewInput, TaskResult
+from prefect_crew.server.program import Outcome, Run
+
+__all__ = ["Held"]
+
+
+class Held:
+    """A crew whose tasks run until `release()`, and whose output is "done". Serve it as any other: `crew_server(held)`.
+
+    Args:
+        tasks: The names of its tasks. One named "draft" waits for a person instead.
+        until: When a task may end, by its number from 1, in place of `release()`. It is asked often, on the server's
+            thread.
+    """
+
+    name = "held"
+
+    def __init__(self, *tasks: str, until: Callable[[int], bool] | None = None) -> None:
+        self._tasks = tasks or ("task_1",)
+        self._released = threading.Event()
+        self._until = until or (lambda _: self._released.is_set())
+
+    def release(self) -> None:
+        """Let all runs go on, those that are still to come as well."""
+        self._released.set()
+
+    def inputs(self) -> list[CrewInput]:
+        """Return none: any run will do."""
+        return []
+
+    async def execute(self, run: Run) -> Outcome:
+        """Run the tasks one after the other."""
+        run.plan([*self._tasks])
+        for number, name in enumerate(self._tasks, start=1):
+            run.task_started(name)
+            if name == "draft":
+                await run.ask(task_id=name, output="a draft")
+            else:
+                while not self._until(number):
+                    await asyncio.sleep(0.005)
+            run.task_ended(TaskResult(name=name, output="done"))
+        return Outcome("done")
