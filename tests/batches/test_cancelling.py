@@ -23,6 +23,7 @@ from prefect_crew.batches.cancelling import watched
 from prefect_crew.server import CrewServer
 from prefect_crew.testing import CrewServerFactory
 from support.batches import Batches
+from support.held import Held
 from support.prefect_server import PrefectServer
 from support.processes import Process, ProcessError
 from support.scripts import script, slow
@@ -71,13 +72,15 @@ async def cancelled(batch: Batches, server: Any, name: str, on_cancel: str) -> t
 async def test_cancelling_stops_kickoffs_at_once_and_goes_on_later(
     batch: Batches, crew_server: CrewServerFactory, on_cancel: str, states: set[str]
 ):
-    server = crew_server(slow(1.5))
+    held = Held()
+    server = crew_server(slow(1.5) if on_cancel == "drain" else held)
     name = f"cancelled {on_cancel}"
     error, state = await cancelled(batch, server, name, on_cancel)
     assert isinstance(error, BatchCancelledError)
     assert state == "CANCELLED"
     assert server.kickoffs == 10, "those in flight, and none after"
     assert {str(run.state) for run in server.runs} == states
+    held.release()
     report = await batch(server.crew(), ROWS, name=name)
     assert (report.completed, report.failed, report.uncertain) == (40, 0, 0)
     # What we had stopped is bought again, the rest is not.

@@ -17,6 +17,7 @@ from prefect_crew.records import RecordPhase
 from prefect_crew.settling import settle_never_started, settle_started, unsettled
 from prefect_crew.testing import CrewServerFactory
 from support.batches import Batches, put
+from support.held import Held
 from support.scripts import FAILS, script, slow
 
 ECHO = script({"output": "on {{ topic }}"}, inputs=["topic"])
@@ -179,7 +180,8 @@ async def test_a_wrong_token_costs_one_row(batch: Batches, crew_server: CrewServ
 
 
 async def test_a_token_that_is_revoked_on_the_way_loses_nothing(batch: Batches, crew_server: CrewServerFactory):
-    server = crew_server(slow(0.6))
+    held = Held()
+    server = crew_server(held)
     rows = [{"topic": str(number)} for number in range(100)]
     good, crew = server.token, server.crew()
     running = asyncio.ensure_future(batch(crew, rows, name="revoked", max_in_flight=30))
@@ -191,6 +193,7 @@ async def test_a_token_that_is_revoked_on_the_way_loses_nothing(batch: Batches, 
     assert (report.failed, report.skipped) == (0, 100), "what is in flight is left there"
     assert server.counters.unauthorized < 60, "not one for each row in flight again and again"
     server.token = good
+    held.release()
     report = await batch(crew, rows, name="revoked")
     assert (report.completed, server.kickoffs) == (100, 100)
     assert len(batch.lines()) == 100

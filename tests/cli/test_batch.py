@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import shlex
+import signal
 import sys
 import time
 import uuid
@@ -124,6 +125,22 @@ def test_rows_that_are_set_aside_are_in_every_later_report(here, picky, name: st
     assert "line 4\t\tset-aside\tlacks topic" in listed.out
     assert [row["line"] for row in here("batch", "failures", name, "--json").json] == [3, 4, 5]
     assert server.kickoffs == 1
+
+
+def test_ctrl_c_says_how_to_go_on(
+    prefect_api: PrefectServer, crew_server: CrewServerFactory, name: str, tmp_path: Path, output: str, leads: str
+):
+    server = crew_server(script({"seconds": 60, "output": "late"}, inputs=["topic"]), port=True, token=TOKEN)
+    command = ["batch", "run", server.url, leads, "--name", name, "--output", output, "--key", "id"]
+    env = environment(tmp_path / "home", {"PREFECT_API_URL": prefect_api.api_url})
+    with Process([program("prefect-crew"), *command], log=tmp_path / "log", env=env) as running:
+        while server.kickoffs < 3 and running.running:
+            time.sleep(0.05)
+        running.send(signal.SIGINT)
+        assert running.wait(60) == 130, running.output
+    assert "To go on where it stopped: " in running.output
+    assert f"prefect-crew batch resume {shlex.quote(name)}" in running.output.replace("\n", " ")
+    assert "Traceback" not in running.output
 
 
 def test_status_says_of_a_batch_that_was_killed_that_nobody_runs_it_and_how_to_go_on(
