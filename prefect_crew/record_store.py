@@ -276,7 +276,7 @@ class PrefectRecords:
         ref = await self._create_permit(record, number, permit)
         if ref is None:
             return False
-        record.permit, record.permit_ref = number, ref
+        record.permit, record.permit_ref, record.permit_good_for = number, ref, good_for
         if not late:
             return True
         # Others may have resolved and pruned the record since, and its permits with it: what stands there tells.
@@ -304,7 +304,8 @@ class PrefectRecords:
         if ref is None:
             return False
         update = {name: getattr(verdict, name) for name in TOLD}
-        for name, value in {**update, "permit": number, "permit_ref": ref, "open_for": 0.0}.items():
+        found = {**update, "permit": number, "permit_ref": ref, "permit_good_for": 0.0, "open_for": 0.0}
+        for name, value in found.items():
             setattr(record, name, value)
         return True
 
@@ -332,6 +333,7 @@ class PrefectRecords:
                 run_key=record.run_key,
                 attempt=record.attempt,
                 owner=record.owner,
+                good_for=record.permit_good_for,
                 **{name: getattr(record, name) for name in TOLD},
             )
             value = permit.model_dump(mode="json", exclude_none=True)
@@ -446,7 +448,8 @@ class PrefectRecords:
             return
         permits = [one async for page in self._pages({"name": {"like_": f"{name}_%"}}) for one in page]
         ours = [one for one in permits if (parts := _NAME.fullmatch(one.name)) and parts[2] == ref.replace("-", "")]
-        for gone in (*(one.id for one in ours), ref):
+        # The record first: without its permits it would seem to be claimed.
+        for gone in (ref, *(one.id for one in ours)):
             async with get_client() as client:
                 try:
                     await client.request("DELETE", "/variables/{id}", path_params={"id": gone})

@@ -190,6 +190,8 @@ class RunRecord(BaseModel):
     """How many permits there are."""
     permit_ref: str | None = Field(default=None, exclude=True)
     """What the store knows the permit by that this record's owner writes to."""
+    permit_good_for: float = Field(default=0.0, exclude=True)
+    """Seconds that this permit is, or was, good for."""
     open_for: float | None = Field(default=None, exclude=True)
     """Seconds for which the kickoff may still be sent, or on its way, by the store's clock; None: `known_by` tells."""
 
@@ -274,13 +276,13 @@ def folded(record: RunRecord, permits: Sequence[Permit], *, age: float) -> RunRe
     update: dict[str, Any] = {"permit": len(permits)}
     if strongest is not None:
         last = permits[-1]
-        update["permit_ref"] = strongest.ref
+        update |= {"permit_ref": strongest.ref, "permit_good_for": strongest.good_for}
         update["open_for"] = last.good_for + record.post_deadline + SPARE - last.age
         if _RANK[strongest.phase] > _RANK[record.phase]:
             update |= {name: getattr(strongest, name) for name in TOLD}
     else:
         update["open_for"] = record.good_for - age
-    if update.get("phase", record.phase) is not RecordPhase.CLAIMED:
+    if update.get("phase", record.phase) not in (RecordPhase.CLAIMED, RecordPhase.UNCERTAIN):
         update["open_for"] = 0.0
     return record.model_copy(update=update)
 

@@ -144,8 +144,13 @@ async def _resolve(
     kickoff_id: str | None = None,
     reason: str | None = None,
 ) -> None:
-    if record.phase is RecordPhase.CLAIMED and record.still_open(utcnow()):
-        raise CrewError(f"The kickoff of run {record.run_key!r} may still be sent, or on its way. Nothing was changed.")
+    # Who sent it may know by now that it is uncertain: the request may be on its way all the same.
+    waits = record.phase is RecordPhase.CLAIMED or phase is RecordPhase.NOT_STARTED
+    if waits and (left := record.still_open(utcnow())) > 0:
+        raise CrewError(
+            f"The kickoff of run {record.run_key!r} may still be on its way. Nothing was changed. Resolve it in "
+            f"{left:.0f} s, if it is still uncertain then."
+        )
     if phase is RecordPhase.STARTED and record.phase is RecordPhase.CLAIMED and not record.permit:
         raise ConfigurationError(
             f"The kickoff of run {record.run_key!r} was never sent: whoever claimed it ended before that. So run "

@@ -16,7 +16,7 @@ from proof.sim.scenario import Call, CrewRun, Prune, Scenario
 
 __all__ = ["FATES", "KICKOFF_FAULTS", "PERMITS", "ROUND", "dealt"]
 
-PERMITS = False
+PERMITS = True
 """Whether a start takes a permit. Then clocks may differ, records be pruned at any time, people resolve as soon as they
 may, writes land late, and the Prefect server take the living for dead."""
 
@@ -46,7 +46,15 @@ _ENDS = (
     *((CrewRun("fails"),), (CrewRun("fails", 3), CrewRun(seconds=15)), (CrewRun("fails"), CrewRun("fails", 15))),
     *((CrewRun("stuck"),), (CrewRun("asks"),), (CrewRun("asks", 15), CrewRun("fails", 1))),
 )
-_AGAIN = ((), (0.2,), (1.0, 3.0), (15.0, 50.0), (3.0,), (50.0, 50.0, 50.0))
+_STEPS = {
+    "nothing": range(1, 4),
+    "claimed": (*range(4, 16), *range(17, 20)),
+    "posting": (16,),
+    "started": range(20, 29),
+    "any": (*range(1, 40), 45, 80, 150),
+}
+"""The steps of an undisturbed call by how far its run has got, as `campaign.FATES` names it."""
+_AGAIN = ((0.2,), (1.0, 3.0), (15.0, 50.0), (3.0,), (50.0, 50.0, 50.0))
 
 
 class _Decks:
@@ -109,9 +117,9 @@ def _world(deal: _Decks, fault: str, fate: str, rng: random.Random) -> Scenario:
 
 
 def _victim(deal: _Decks, fate: str) -> Call:
-    """Return the call that something befalls, most often around its kickoff: an undisturbed one has 30 steps, of which
-    the 16th sends it."""
-    step = deal(f"step of {fate}", *range(1, 31), *range(4, 28), *(16,) * 10, 45, 80, 150)
+    """Return the call that something befalls."""
+    moment = deal(f"moment of {fate}", "nothing", "claimed", "claimed", "posting", "started", "started", "any")
+    step = deal(f"step {moment}", *_STEPS[moment])
     befalls: dict[str, Any] = {
         "none": {},
         "killed": {"kill_at": step, "crashed_after": deal("crashed after", None, 0.5, 70.0)},
