@@ -407,7 +407,7 @@ async def test_a_failed_run_is_bought_again_up_to_the_limit_and_then_raised_with
         (1, CrewState.FAILED),
         (2, CrewState.FAILED),
     ]
-    assert "once it is mended" in errors[1]
+    assert "This was attempt 2 of at most 2" in errors[1]
     assert all("allows 2 kickoffs under one run key" in error and "force_new" in error for error in errors[2:])
 
 

@@ -11,10 +11,10 @@ from typing import Any
 import httpx
 import pytest
 
-from prefect_crew.record_store import PrefectRecords
 from prefect_crew.records import RecordPhase, RunRecord, utcnow
 from prefect_crew.server import CrewServer
 from support.prefect_server import PrefectServer
+from support.records import put
 
 Write = Callable[..., RunRecord]
 
@@ -37,8 +37,7 @@ def write(prefect_api: PrefectServer, crews: CrewServer) -> Write:
                 **facts,
             }
         )
-        assert asyncio.run(PrefectRecords().claim(record))
-        return record
+        return asyncio.run(put(record))
 
     return write
 
