@@ -444,7 +444,7 @@ async def test_a_large_result_that_the_crew_has_forgotten_can_only_be_bought_ane
 async def test_a_large_result_of_a_crew_that_is_not_stored_needs_the_crew(crew_server: CrewServerFactory):
     server, run_key = crew_server(script({"output": "{{ 'x' * 9000 }}"})), key()
     await arun_crew(server.crew(), run_key=run_key)
-    with pytest.raises(CrewError, match=r"Give the crew: get_result\(run_key, crew=…\)"):
+    with pytest.raises(CrewError, match=r"Give the crew \(crew=…, --crew\)"):
         await get_result(run_key)
 
 
