@@ -18,6 +18,7 @@ from typing import Any
 import fsspec
 import pytest
 
+from prefect_crew import ConfigurationError
 from prefect_crew.api.inputs import encode_inputs
 from prefect_crew.batches import readers
 from prefect_crew.batches.datasets import Dataset, DatasetError, Row, open_dataset, shown_address
@@ -115,7 +116,7 @@ def test_what_pandas_has_in_its_cells_can_be_sent():
         },
         {"list": "[1.5,2.0]", "7": "false"},
     ]
-    with pytest.raises(TypeError, match=r"'days' holds a value of type DatetimeIndex, which cannot be sent"):
+    with pytest.raises(ConfigurationError, match=r"'days' holds a value of type DatetimeIndex, which cannot be sent"):
         encode_inputs({"days": days})
 
 

@@ -64,7 +64,7 @@ def test_an_error_after_the_kickoff_never_says_that_nothing_was_sent(
     done = here("run", f"{crews.url}/greet", "-i", "who=Ada", "--json")
     assert crews.kickoffs == before + 1
     assert done.code == 1
-    kickoff_id = [*crews.runs][-1].id
+    kickoff_id = [*crews.runtime.crews["greet"]][-1].id
     assert f"Run {kickoff_id}" in done.err
     assert "prefect-crew result" in done.err
     assert "--debug shows where" in done.err

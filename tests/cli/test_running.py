@@ -131,13 +131,13 @@ def test_an_unknown_input_starts_nothing_unless_extra_ones_are_allowed(here, gre
     assert "--allow-extra" in done.err
     assert crews.kickoffs == before
     assert here(*line, "--allow-extra").code == 0
-    assert [*crews.runs][-1].inputs == {"who": "Ada", "colour": "red"}
+    assert [*crews.runtime.crews["greet"]][-1].inputs == {"who": "Ada", "colour": "red"}
 
 
 def test_a_state_to_restore(here, greet: str, crews: CrewServer):
     state = "3f2b8c1e-9d47-4a6b-8f0e-5c1d2a7b9e64"
     assert here("run", greet, "-i", "who=Ada", "--restore-from", state).code == 0
-    assert [*crews.runs][-1].restore_from == state
+    assert [*crews.runtime.crews["greet"]][-1].restore_from == state
     wrong = here("run", greet, "-i", "who=Ada", "--restore-from", "42")
     assert wrong.code == 25
     assert "restore_from is '42'" in wrong.err

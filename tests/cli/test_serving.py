@@ -30,7 +30,7 @@ def test_a_crew_is_served_until_ctrl_c(tmp_path: Path):
         url = re.search(r"Serving the crew mine at (http://127\.0\.0\.1:\d+)", process.wait_for("Stop: Ctrl-C"))[1]  # type: ignore[index]
         headers = {"Authorization": "Bearer given-token"}
         assert httpx.get(f"{url}/inputs").status_code == 401
-        assert [one["name"] for one in httpx.get(f"{url}/inputs", headers=headers).json()["inputs"]] == ["who"]
+        assert httpx.get(f"{url}/inputs", headers=headers).json()["inputs"] == ["who"]
         kickoff_id = httpx.post(f"{url}/kickoff", headers=headers, json={"inputs": {"who": "Ada"}}).json()["kickoff_id"]
         assert "state" in httpx.get(f"{url}/status/{kickoff_id}", headers=headers).json()
         assert "given-token" not in process.output

@@ -76,11 +76,12 @@ def crew_of(server: CrewServer, **fields: Any) -> DeployedCrew:
 async def test_a_run_tells_of_itself(generation: Any, receiver: str, key: str):
     with CrewServer(SCRIPT, generation=generation) as server:
         result = await arun_crew(crew_of(server), {"customer": "ACME"}, run_key=key)
-        events = await webhooks_of(key, at_least=6)
+        events = await webhooks_of(key, at_least=7)
     assert Counter(event["event"] for event in events) == {
         "crew.webhook.task": 2,
         "crew.webhook.step": 3,
         "crew.webhook.crew": 1,
+        "crew.webhook.stream.crew_kickoff_completed": 1,
     }
     for event in events:
         assert event["resource"]["prefect-crew.run-key"] == key
@@ -144,4 +145,9 @@ async def test_webhooks_that_come_twice_late_or_never_harm_nothing(fault: str, r
         events = [event["event"] for key in keys for event in await events_of(key)]
     told = Counter(event for event in events if event.startswith("crew.webhook"))
     if "lose" not in fault:
-        assert told == {"crew.webhook.task": 6, "crew.webhook.step": 9, "crew.webhook.crew": 3}
+        assert told == {
+            "crew.webhook.task": 6,
+            "crew.webhook.step": 9,
+            "crew.webhook.crew": 3,
+            "crew.webhook.stream.crew_kickoff_completed": 3,
+        }

@@ -22,6 +22,7 @@ class Recording:
     """A run that writes down what it is told, in order."""
 
     stop_requested = False
+    restore_from = None
 
     def __init__(self, **inputs: Any) -> None:
         self.id = "recorded"

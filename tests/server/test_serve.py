@@ -113,7 +113,15 @@ def test_a_given_token_is_not_shown_and_all_options_count(served: dict[str, Any]
     assert seen["requests"] == {"kickoff": 1, "status": 2}
     assert seen["answers"] == {"kickoff 200": 1, "status 500": 1, "status 200": 1}
     assert {"fault": "status:500@1", "occurrence": 1} in seen["faults"]
-    assert seen["runs"] == [{"id": kickoff_id, "state": "completed", "meta": {"run_key": "a"}, "inputs": {"text": "x"}}]
+    assert seen["runs"] == [
+        {
+            "id": kickoff_id,
+            "state": "completed",
+            "meta": {"run_key": "a"},
+            "inputs": {"text": "x"},
+            "restore_from": None,
+        }
+    ]
     assert httpx.get(f"{one.url}/_test/requests").status_code == 401
 
 
