@@ -24,6 +24,9 @@ HOOKS = {
     "open": ("prefect_crew.tasks", "open_run"),
     "identify": ("prefect_crew.kickoffs", "identify"),
     "claim": ("prefect_crew.record_store", "PrefectRecords.claim"),
+    "confirm": ("prefect_crew.record_store", "PrefectRecords.confirm"),
+    "permit": ("prefect_crew.record_store", "PrefectRecords.permit"),
+    "holders": ("prefect_crew.record_store", "PrefectRecords.holders"),
     "inputs": ("prefect_crew.api.client", "CrewClient.inputs"),
     "kickoff": ("prefect_crew.api.client", "CrewClient.kickoff"),
     "save": ("prefect_crew.record_store", "PrefectRecords.save"),
@@ -70,7 +73,10 @@ class Kill:
 
 
 def _points() -> Iterator[Kill]:
-    for hook in ("open", "identify", "claim", "inputs", "kickoff", "save", "artifact", "remember", "wait"):
+    for hook in (
+        *("open", "identify", "claim", "confirm", "inputs", "permit", "kickoff", "holders", "save", "artifact"),
+        *("remember", "wait"),
+    ):
         yield Kill(hook, "before")
         if hook not in ("open", "wait"):
             yield Kill(hook, "after")

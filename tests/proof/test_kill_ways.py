@@ -46,7 +46,9 @@ def test_a_flow_run_that_was_killed_is_retried(name: str, point: str, ways: Ways
     purchases = 2 if name == "subflow" else 1
     with CrewServer(CREW) as server:
         block = f"killable-{tmp_path.name}".replace("_", "-").lower()
-        server.crew(wait={"initial": 0.2, "max_interval": 0.5, "timeout": 60}).save(block, overwrite=True)
+        server.crew(request_timeout=5, wait={"initial": 0.2, "max_interval": 0.5, "timeout": 60}).save(
+            block, overwrite=True
+        )
         order(KILLS[point], tmp_path / "kill.json")
         run_id = ways.start(way, {"crew": block, "kill_file": str(tmp_path / "kill.json")})
         crashed = ways.crashed(way, run_id)
