@@ -206,8 +206,12 @@ def test_a_question_is_known_by_its_task_and_what_is_to_be_judged() -> None:
     assert first != asked_of(waiting(task_output="another"))
 
 
+NOW = utcnow()
+"""When the cases below are looked at: they are made when this module is loaded, which may be long before they run."""
+
+
 def sent(**fields: Any) -> SentReview:
-    at = utcnow() - timedelta(seconds=fields.pop("age", 1))
+    at = NOW - timedelta(seconds=fields.pop("age", 1))
     given = {
         "task_id": "draft",
         "round": 1,
@@ -243,4 +247,4 @@ CASES: dict[str, tuple[list[SentReview], dict[str, Any], Standing]] = {
 def test_how_a_question_stands_to_the_answers_on_record(case: tuple[Any, dict[str, Any], Standing]) -> None:
     before, given, expected = case
     facts: dict[str, Any] = {"task": "draft", "asked": None, "next_round_after": 300.0, **given}
-    assert standing_of(before, facts.pop("task"), facts.pop("asked"), now=utcnow(), **facts) is expected
+    assert standing_of(before, facts.pop("task"), facts.pop("asked"), now=NOW, **facts) is expected

@@ -8,7 +8,7 @@ import hmac
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import httpx
@@ -141,26 +141,26 @@ def ask(*, at: float | None = None, secret: str = REVIEW_SECRET, names: str = "X
 @pytest.mark.parametrize(
     ("given", "status", "kept"),
     [
-        pytest.param(ask(), 200, 1, id="signed"),
-        pytest.param(ask(names="X-CrewAI-"), 200, 1, id="signed-with-the-longer-names"),
-        pytest.param(ask(secret="another"), 404, 0, id="another-secret"),
-        pytest.param(ask(at=time.time() - 100_000), 404, 0, id="old"),
-        pytest.param(ask(at=time.time() + 100_000), 404, 0, id="from-the-future"),
-        pytest.param({**ask(), "content": b"{}"}, 404, 0, id="another-body"),
-        pytest.param({"content": b"{}"}, 404, 0, id="unsigned"),
-        pytest.param(ask(callback_url="javascript:alert(1)"), 400, 0, id="no-address"),
-        pytest.param(ask(flow_execution_id=None), 400, 0, id="no-run"),
-        pytest.param(ask(event_type="other"), 200, 0, id="another-event"),
+        pytest.param(ask, 200, 1, id="signed"),
+        pytest.param(lambda: ask(names="X-CrewAI-"), 200, 1, id="signed-with-the-longer-names"),
+        pytest.param(lambda: ask(secret="another"), 404, 0, id="another-secret"),
+        pytest.param(lambda: ask(at=time.time() - 100_000), 404, 0, id="old"),
+        pytest.param(lambda: ask(at=time.time() + 100_000), 404, 0, id="from-the-future"),
+        pytest.param(lambda: {**ask(), "content": b"{}"}, 404, 0, id="another-body"),
+        pytest.param(lambda: {"content": b"{}"}, 404, 0, id="unsigned"),
+        pytest.param(lambda: ask(callback_url="javascript:alert(1)"), 400, 0, id="no-address"),
+        pytest.param(lambda: ask(flow_execution_id=None), 400, 0, id="no-run"),
+        pytest.param(lambda: ask(event_type="other"), 200, 0, id="another-event"),
     ],
 )
 async def test_only_what_the_platform_has_signed_is_kept(
-    given: dict[str, Any], status: int, kept: int, monkeypatch: pytest.MonkeyPatch
+    given: Callable[[], dict[str, Any]], status: int, kept: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_REVIEW_SECRET", REVIEW_SECRET)
     hand_on = Kept()
     transport = httpx.ASGITransport(create_receiver(SECRET, hand_on=hand_on))
     async with httpx.AsyncClient(transport=transport, base_url="http://receiver") as client:
-        assert (await client.post("/requests", **given)).status_code == status
+        assert (await client.post("/requests", **given())).status_code == status
     assert len(hand_on.requests) == kept
 
 
