@@ -156,7 +156,7 @@ async def test_a_task_that_the_status_does_not_name_has_to_be_given(crew_server:
     server = crew_server(ASKS, dialect="live")
     run = await server.crew().trigger({})
     await waits(server, run)
-    with pytest.raises(CrewError, match=r"does not name the task that waits\. Give its task_id"):
+    with pytest.raises(CrewError, match=r"does not name the task\. Give it \(task_id=…, --task\)"):
         await run.resume("fine", approve=True)
     assert (await run.resume("fine", approve=True, task_id="draft")).status == "resumed"
 

@@ -19,6 +19,7 @@ from prefect_crew.server import CrewServer
 from support.commands import TOKEN
 from support.deployed import wait_until
 from support.prefect_server import PrefectServer
+from support.records import put
 
 pytestmark = pytest.mark.usefixtures("prefect_api", "instant_polling")
 
@@ -133,8 +134,7 @@ def write(crews: CrewServer, **facts: Any) -> RunRecord:
             **facts,
         }
     )
-    assert asyncio.run(PrefectRecords().claim(record))
-    return record
+    return asyncio.run(put(record))
 
 
 def asked(crews: CrewServer) -> str:
