@@ -5,15 +5,17 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
+from datetime import timedelta
 from typing import Any
 
 import pytest
 
 from prefect_crew import WaitPolicy
+from prefect_crew.api.errors import CrewError
 from prefect_crew.api.models import CrewState
 from prefect_crew.batches import pacing
 from prefect_crew.batches.ledger import Ledger
-from prefect_crew.records import RecordPhase
+from prefect_crew.records import RecordPhase, utcnow
 from prefect_crew.settling import settle_never_started, settle_started, unsettled
 from prefect_crew.testing import CrewServerFactory
 from support.batches import Batches, put
@@ -284,7 +286,9 @@ async def test_a_server_that_stays_away_is_given_up_and_no_row_is_lost(
 # Kickoffs of which nobody knows
 
 
-async def test_uncertain_rows_are_listed_never_sent_again_and_settled(batch: Batches, crew_server: CrewServerFactory):
+async def test_uncertain_rows_are_listed_never_sent_again_and_settled(
+    batch: Batches, crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch
+):
     server = crew_server(ECHO, faults=["kickoff:drop-after-accept@3", "kickoff:500-before-accept@5"])
     report = await batch(server.crew(), topics(8), name="doubtful", key="topic", max_in_flight=1)
     assert (report.completed, report.uncertain, list(report.uncertain_keys)) == (6, 2, ["topic 2", "topic 4"])
@@ -294,6 +298,9 @@ async def test_uncertain_rows_are_listed_never_sent_again_and_settled(batch: Bat
     started = next(run for run in server.runs if (run.meta or {})["run_key"] == "batch/doubtful/topic 2")
     async with ledger_of(batch, "doubtful") as ledger:
         await settle_started(await unsettled(ledger.run_key("topic 2"), ledger), started.id, ledger)
+        with pytest.raises(CrewError, match="may still be on its way"):
+            await settle_never_started(await unsettled(ledger.run_key("topic 4"), ledger), ledger)
+        monkeypatch.setattr("prefect_crew.settling.utcnow", lambda: utcnow() + timedelta(hours=1))
         await settle_never_started(await unsettled(ledger.run_key("topic 4"), ledger), ledger)
     report = await batch(server.crew(), topics(8), name="doubtful", key="topic")
     assert (report.completed, report.uncertain, server.kickoffs) == (8, 0, 8)

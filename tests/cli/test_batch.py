@@ -10,6 +10,7 @@ import sys
 import time
 import uuid
 from collections.abc import AsyncGenerator, Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from prefect_crew.batches.database import Database
 from prefect_crew.batches.ledger import Ledger
 from prefect_crew.batches.locks import BatchLock
 from prefect_crew.record_store import PrefectRecords
-from prefect_crew.records import RecordPhase, RunRecord
+from prefect_crew.records import RecordPhase, RunRecord, utcnow
 from prefect_crew.server import CrewServer
 from prefect_crew.testing import CrewServerFactory
 from support.batches import record_of
@@ -68,6 +69,16 @@ def picky(crew_server: CrewServerFactory) -> Callable[..., tuple[CrewServer, str
         return server, block
 
     return serve
+
+
+@pytest.fixture
+def later(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Let so much time pass, for whoever resolves, that no kickoff that was sent before can still be on its way."""
+
+    def pass_by() -> None:
+        monkeypatch.setattr("prefect_crew.settling.utcnow", lambda: utcnow() + timedelta(hours=1))
+
+    return pass_by
 
 
 def lines(output: str) -> dict[str, str]:
@@ -359,7 +370,9 @@ def _record(kickoff_id: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("started", [pytest.param(True, id="it-started"), pytest.param(False, id="it-never-did")])
-def test_an_uncertain_row_is_settled_and_gone_on_with(here, picky, name: str, leads: str, output: str, started: bool):
+def test_an_uncertain_row_is_settled_and_gone_on_with(
+    here, picky, later, name: str, leads: str, output: str, started: bool
+):
     server, crew = picky(faults=["kickoff:drop-after-accept@1"])
     ran = here("batch", "run", crew, leads, "--name", name, "--output", output, "--key", "id", "--json")
     (row,) = ran.json["uncertain_keys"]
@@ -380,6 +393,10 @@ def test_an_uncertain_row_is_settled_and_gone_on_with(here, picky, name: str, le
         (run,) = {run.id for run in server.runs} - known
         settled = here("batch", "settle", name, row, "--kickoff-id", run)
     else:
+        early = here("batch", "settle", name, row, "--never-started")
+        assert early.code == 27
+        assert "may still be on its way. Nothing was changed." in early.err
+        later()
         settled = here("batch", "settle", name, row, "--never-started")
     assert settled.code == 0, settled.err
     assert f"batch resume '{name}'" in settled.out
@@ -389,7 +406,7 @@ def test_an_uncertain_row_is_settled_and_gone_on_with(here, picky, name: str, le
 
 
 def test_no_row_is_resolved_while_somebody_works_on_the_batch_or_may_still_send_it(
-    here, picky, name: str, leads: str, output: str
+    here, picky, later, name: str, leads: str, output: str
 ):
     _, crew = picky(faults=["kickoff:drop-after-accept@1"])
     ran = here("batch", "run", crew, leads, "--name", name, "--output", output, "--key", "id", "--json")
@@ -419,6 +436,7 @@ def test_no_row_is_resolved_while_somebody_works_on_the_batch_or_may_still_send_
     early = here("batch", "settle", name, "killed", "--never-started")
     assert early.code != 0
     assert "may still be sent" in early.err
+    later()
     assert here(*settle).code == 0
 
 
