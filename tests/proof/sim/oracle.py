@@ -324,7 +324,7 @@ def _requests(world: World) -> Iterator[str]:
                 by[process].append(at)
         for process, ats in by.items():
             call = process.facts["call"]
-            most = MOST_REQUESTS[server] * (1 if call is None else call.at_once)
+            most = MOST_REQUESTS[server] * (2 if call is None else call.at_once)  # prune has several records to delete
             busy = next((at for at, later in zip(ats, ats[most:], strict=False) if later - at < WINDOW), None)
             if busy is not None:
                 yield f"requests: {process.name} asked {server} more than {most} times in {WINDOW:g} s from {busy:.2f}"
