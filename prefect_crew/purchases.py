@@ -80,7 +80,7 @@ async def purchase_run(
     loop = asyncio.get_running_loop()
     until = loop.time() + LIMITED_FOR
     while True:
-        opened = await _decide_and_claim(purchase, records)
+        opened = await _decide_and_claim(purchase, records, checked=check is not None)
         _announce(purchase, opened)
         if not isinstance(opened, _Claim):
             return opened
@@ -120,18 +120,23 @@ async def _make_sure(claim: _Claim, records: RecordStore, check: Callable[[], Aw
         raise lost
 
 
-async def _decide_and_claim(purchase: Purchase, records: RecordStore) -> Purchased:
-    """Return a decision with the record that it is about; START and BUY_AGAIN come as a claim that is ours."""
+async def _decide_and_claim(purchase: Purchase, records: RecordStore, *, checked: bool) -> Purchased:
+    """Return a decision with the record that it is about; START and BUY_AGAIN come as a claim that is ours.
+
+    `checked`: whether its inputs are checked before a permit is asked for.
+    """
+    # Twice, where a token was rotated.
+    good_for = CLAIM_GOOD_FOR + (2 * purchase.crew.request_timeout if checked else 0.0)
     if not purchase.force_new:
         # The common case in one request: nobody knows the key yet.
-        first = await _claim(purchase, records, Decision.START, ())
+        first = await _claim(purchase, records, Decision.START, (), good_for)
         if first is not None:
             return first
     while True:
         attempts = await records.attempts(purchase.identity.run_key)
         decision, record = await _decide(purchase, attempts, records)
         if decision in (Decision.START, Decision.BUY_AGAIN):
-            claim = await _claim(purchase, records, decision, attempts)
+            claim = await _claim(purchase, records, decision, attempts, good_for)
             if claim is not None:
                 return claim
         elif decision is Decision.VOID and record is not None:
@@ -141,11 +146,9 @@ async def _decide_and_claim(purchase: Purchase, records: RecordStore) -> Purchas
 
 
 async def _claim(
-    purchase: Purchase, records: RecordStore, decision: Decision, known: Sequence[RunRecord]
+    purchase: Purchase, records: RecordStore, decision: Decision, known: Sequence[RunRecord], good_for: float
 ) -> _Claim | None:
     """Claim the next attempt; None if somebody else has."""
-    # The check of the inputs comes before the POST, twice where a token was rotated.
-    good_for = 2 * purchase.crew.request_timeout + CLAIM_GOOD_FOR
     lease = Lease(good_for)
     record = purchase.record(known[-1].attempt + 1 if known else 1, good_for)
     if not await records.claim(record):
