@@ -33,7 +33,7 @@ from prefect_crew.api.errors import CrewError
 from prefect_crew.asked_notes import forget_notes
 from prefect_crew.impatience import busy, request_soon
 from prefect_crew.logs import run_logger
-from prefect_crew.records import RECORD_VERSION, TOLD, Permit, RecordPhase, RunRecord, SentReview, folded
+from prefect_crew.records import RECORD_VERSION, TOLD, Permit, RecordPhase, RunRecord, SentReview, folded, utcnow
 from prefect_crew.run_keys import normal_run_key
 from prefect_crew.turns import Rank
 
@@ -134,10 +134,11 @@ class _Found(NamedTuple):
 
 
 def _found(response: httpx.Response) -> list[_Found]:
-    """Return the Variables in an answer. Where it does not tell the server's time, they count as new."""
+    """Return the Variables in an answer, with their ages by the clock of the server that gave it."""
     told = response.headers.get("Date")
-    now = None if told is None else parsedate_to_datetime(told)
-    ages = [0.0 if now is None else max(0.0, (now - _moment(one)).total_seconds()) for one in response.json()]
+    # A proxy that takes it away leaves our own clock: without any, a claim of somebody who died would never grow old.
+    now = utcnow() if told is None else parsedate_to_datetime(told)
+    ages = [max(0.0, (now - _moment(one)).total_seconds()) for one in response.json()]
     return [_Found(one["id"], one["name"], one["value"], age) for one, age in zip(response.json(), ages, strict=True)]
 
 
