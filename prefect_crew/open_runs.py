@@ -49,8 +49,8 @@ class OpenRun:
     artifact: RunArtifact | None = None
     advice: str | None = None
     """What to do about a failure, where that is not the usual."""
-    task_seen: str | None = None
-    """The task that the crew was last seen at."""
+    task_seen: str | None = field(default=None, repr=False)
+    """The task that the crew was last seen at, in the crew's own words: they may repeat a secret."""
     meta: Mapping[str, Any] | None = field(default=None, repr=False)
     """What the kickoff's caller gave for the crew's webhooks, where that is known here."""
     webhooks: Webhooks | None = field(default=None, repr=False)

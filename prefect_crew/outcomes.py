@@ -68,10 +68,12 @@ def typed(result: CrewResult, output_type: type[M], *, run: OpenRun | None = Non
         problems = [run.redact(problem) for problem in problems]
         shown = run.redact(result.output) if run.show == "full" else "not shown"
     # Out here, since the validator's own error quotes the whole result and would come along as its context.
-    raise OutputTypeError(
+    refusal = OutputTypeError(
         kickoff_id=result.kickoff_id,
         output_type=output_type.__name__,
         output=result.output,
         problems=problems,
         shown=shown,
     )
+    del result, source  # error reporters show the local variables of all frames
+    raise refusal

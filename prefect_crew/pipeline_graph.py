@@ -50,7 +50,7 @@ class CrewStep:
 
     name: str
     crew: DeployedCrew | str
-    inputs: StepInputs | None = None
+    inputs: StepInputs | None = field(default=None, repr=False)
     after: Sequence[str] = ()
     wait: WaitPolicy | None = None
     output_type: Any = None
@@ -62,7 +62,7 @@ class CrewStep:
 class PipelineContext:
     """What a step's function sees: `context.inputs["topic"]`, `context["research"].output`."""
 
-    inputs: Mapping[str, Any]
+    inputs: Mapping[str, Any] = field(repr=False)
     results: Mapping[str, CrewResult]
 
     def __getitem__(self, step: str) -> CrewResult:
@@ -79,7 +79,7 @@ class PipelineGraph:
     """The steps of one pipeline, checked as far as that needs no request. `problems` has all that is wrong."""
 
     steps: Sequence[CrewStep]
-    inputs: Mapping[str, Any]
+    inputs: Mapping[str, Any] = field(repr=False)
     needs: dict[str, set[str]] = field(default_factory=dict[str, set[str]])
     problems: list[str] = field(default_factory=list[str])
     sorts: bool = True

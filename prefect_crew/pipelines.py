@@ -21,7 +21,7 @@ from pydantic import Field
 from prefect_crew.api.errors import ConfigurationError, PipelineFailedError
 from prefect_crew.api.inputs import encode_inputs, inputs_digest
 from prefect_crew.api.models import CrewResult, CrewStatus
-from prefect_crew.api.redaction import Redactor, holds_secret, revealed
+from prefect_crew.api.redaction import HiddenValues, Redactor, holds_secret, revealed
 from prefect_crew.beside import work_beside
 from prefect_crew.choices import check_choices
 from prefect_crew.dual import refuse_running_loop
@@ -77,13 +77,15 @@ _live: ContextVar[_Call | None] = ContextVar("prefect_crew_pipeline", default=No
 
 async def aplan_pipeline(steps: Sequence[CrewStep], inputs: Mapping[str, Any] | None = None) -> PipelinePlan:
     """Return what a pipeline would do, with all that is wrong with it. Nothing is started."""
-    crews = PipelineCrews(PipelineGraph(steps, dict(inputs or {})))
+    inputs = HiddenValues(inputs or {})
+    crews = PipelineCrews(PipelineGraph(steps, dict(inputs)))
     await crews.check()
     return crews.plan()
 
 
 def plan_pipeline(steps: Sequence[CrewStep], inputs: Mapping[str, Any] | None = None) -> PipelinePlan:
     """`aplan_pipeline` for sync code."""
+    inputs = HiddenValues(inputs or {})
     refuse_running_loop("plan_pipeline", "aplan_pipeline")
     return asyncio.run(aplan_pipeline(steps, inputs))
 
@@ -116,8 +118,9 @@ async def arun_pipeline(
         PipelineFailedError: A step failed. The independent ones were finished; a second call with the key, or a retry
             of the flow run, starts with what failed and pays for nothing again.
     """
+    inputs = HiddenValues(inputs or {})
     check_choices(run_key=run_key, name=name, wait=wait, review=review)
-    crews = PipelineCrews(PipelineGraph(steps, dict(inputs or {})))
+    crews = PipelineCrews(PipelineGraph(steps, dict(inputs)))
     with standstill_here().work():
         await crews.check()
         await crews.refuse_problems()
@@ -150,6 +153,7 @@ def run_pipeline(
         InvalidCallError: An event loop runs in this thread, which this call would block: await `arun_pipeline` there.
         CrewError: As `arun_pipeline`.
     """
+    inputs = HiddenValues(inputs or {})
     refuse_running_loop("run_pipeline", "arun_pipeline")
     return asyncio.run(arun_pipeline(steps, inputs, name=name, run_key=run_key, wait=wait, review=review))
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import httpx
 from prefect.exceptions import PrefectException
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from prefect_crew.api.callbacks import FeedbackRequest, feedback_text, post_feedback
 from prefect_crew.api.certainty import KickoffFate, kickoff_fate
@@ -79,11 +79,11 @@ class ReviewRequest(BaseModel):
 
     kickoff_id: str
     task_id: str
-    output: str | None = None
+    output: str | None = Field(default=None, repr=False)
     round: int = 1
-    meta: Mapping[str, Any] | None = None
+    meta: Mapping[str, Any] | None = Field(default=None, repr=False)
     options: tuple[str, ...] = ()
-    message: str | None = None
+    message: str | None = Field(default=None, repr=False)
 
 
 class Review(BaseModel):
@@ -95,7 +95,7 @@ class Review(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     approve: bool
-    feedback: str = ""
+    feedback: str = Field(default="", repr=False)
     option: str | None = None
 
 

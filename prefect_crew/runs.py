@@ -298,8 +298,8 @@ async def get_result(
         result = record.result.result(kickoff_id)
         return result if output_type is None else typed(result, output_type)
     run = OpenRun(crew=await _crew_of(record.crew, crew, run_key), kickoff_id=kickoff_id, record=record)
-    result = await read_result(run)
-    return result if output_type is None else typed(result, output_type, run=run)
+    # No variable holds the result: error reporters show the local variables of all frames.
+    return await read_result(run) if output_type is None else typed(await read_result(run), output_type, run=run)
 
 
 async def _crew_of(label: str, crew: DeployedCrew | str | None, run_key: str) -> DeployedCrew:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any, Generic, ParamSpec, TypeVar, cast
 from uuid import UUID
 
-from prefect import Task
+from prefect import Task, unmapped
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.exceptions import ObjectNotFound
@@ -23,7 +23,7 @@ from prefect_crew.actions import resume_run, stop_run
 from prefect_crew.api.certainty import KickoffFate, kickoff_fate
 from prefect_crew.api.errors import ConfigurationError, CrewError
 from prefect_crew.api.models import CrewInput, CrewResult, ResumeAnswer, StopAnswer
-from prefect_crew.api.redaction import holds_secret
+from prefect_crew.api.redaction import HiddenValues, holds_secret
 from prefect_crew.api.webhooks import Webhooks
 from prefect_crew.blocks import DeployedCrew
 from prefect_crew.choices import check_choices
@@ -55,11 +55,13 @@ class CrewTask(Task[P, Any], Generic[P, R]):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Run the task: the result in sync code, an awaitable of it in async code."""
+        args, kwargs = _hidden(args), _hidden_each(kwargs)
         coroutine = self.acall(*args, **kwargs)
         return coroutine if in_async_context() else run_sync(coroutine)
 
     async def acall(self, *args: Any, **kwargs: Any) -> Any:
         """Run the task from a coroutine, whatever kind of flow is around it."""
+        args, kwargs = _hidden(args), _hidden_each(kwargs)
         with standstill_here().work():
             return await self._acall(*args, **kwargs)
 
@@ -69,26 +71,34 @@ class CrewTask(Task[P, Any], Generic[P, R]):
 
     def submit(self, *args: Any, **kwargs: Any) -> Any:
         """Submit the task to the flow's task runner, as Prefect's own."""
+        args, kwargs = _hidden(args), _hidden_each(kwargs)
         with calling_task():
             return cast("Any", super()).submit(*args, **kwargs)
 
     def map(self, *args: Any, **kwargs: Any) -> Any:
         """Map the task over iterables on the flow's task runner, as Prefect's own."""
+        args, kwargs = _hidden(args), _hidden_each(kwargs)
         with calling_task():
             return cast("Any", super()).map(*args, **kwargs)
 
     def apply_async(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, args: tuple[Any, ...] | None = None, kwargs: dict[str, Any] | None = None, **options: Any
     ) -> Any:
-        """Have a task worker run the task, as Prefect's own does; `delay` is this one too.
+        """Have a task worker run the task, as Prefect's own does. `delay` calls it.
 
         Prefect stores the parameters as they are. So a crew is given by its block's name there.
 
         Raises:
             ConfigurationError: The crew is no stored block, or an input is secret. Nothing was stored.
         """
-        given = inspect.signature(self.fn).bind(*(args or ()), **(kwargs or {})).arguments
+        args, kwargs = _hidden(args), _hidden_each(kwargs or {})
+        given = inspect.signature(self.fn).bind(*(args or ()), **kwargs).arguments
         return cast("Any", super()).apply_async((), run_sync(_storable(given)), **options)
+
+    def delay(self, *args: Any, **kwargs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Have a task worker run the task, as Prefect's own does."""
+        args, kwargs = _hidden(args), _hidden_each(kwargs)
+        return cast("Any", super()).delay(*args, **kwargs)
 
     def with_options(self, **options: Any) -> CrewTask[P, R]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Return a copy with other options, as Prefect's own does."""
@@ -99,6 +109,25 @@ class CrewTask(Task[P, Any], Generic[P, R]):
         # Prefect makes a plain Task here whatever the subclass, which differs from ours in its methods only.
         copy.__class__ = type(self)
         return cast("CrewTask[P, R]", copy)
+
+
+def _hidden(value: Any) -> Any:
+    """Return an argument, or several, with dicts whose repr hides their values: a task's inputs may be secret.
+
+    Which ones are, only the crew's block says, and it is not loaded yet. The frames of Prefect's engine hold all of
+    them, and error reporters show those.
+    """
+    if isinstance(value, unmapped):
+        return unmapped(_hidden(cast("Any", value).unwrap()))
+    if isinstance(value, Mapping):
+        return HiddenValues(cast("Mapping[Any, Any]", value))
+    if type(value) in (list, tuple):
+        return type(value)(_hidden(item) for item in value)
+    return value
+
+
+def _hidden_each(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: _hidden(value) for name, value in kwargs.items()}
 
 
 class WaitTask(CrewTask[P, R], Generic[P, R]):
@@ -225,7 +254,8 @@ async def _storable(given: Mapping[str, Any]) -> dict[str, Any]:
             f"{', '.join(secret)}: Prefect would store these with this task run's parameters, and they are secret. "
             "Nothing was stored. Call the task in a flow instead."
         )
-    return {**given, "crew": name}
+    plain = {key: dict(value) if isinstance(value, HiddenValues) else value for key, value in given.items()}
+    return {**plain, "crew": name}
 
 
 def _is_secret(value: Any) -> bool:

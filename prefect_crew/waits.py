@@ -78,14 +78,18 @@ async def wait_for_run(
         CrewError: The status call gave no answer for too long.
     """
     run = await find_run(crew, kickoff_id, run_key)
+    waiting = _result_of(crew, run, wait or crew.wait, review)
+    # No variable holds the result: error reporters show the local variables of all frames.
+    return await waiting if output_type is None else typed(await waiting, output_type, run=run)
+
+
+async def _result_of(crew: DeployedCrew, run: OpenRun, wait: WaitPolicy, review: ReviewChoice | None) -> CrewResult:
     async with CrewSession(crew, withhold=run.withholding()) as session:
-        waiter = _Waiter(run, session, wait or crew.wait, review)
+        waiter = _Waiter(run, session, wait, review)
         if run.record is not None and run.record.phase is RecordPhase.ENDED:
-            result = await waiter.recorded()
-        else:
-            async with slot_of(crew, run.record) as slots:
-                result = await _with_slots(waiter, slots)
-    return result if output_type is None else typed(result, output_type, run=run)
+            return await waiter.recorded()
+        async with slot_of(crew, run.record) as slots:
+            return await _with_slots(waiter, slots)
 
 
 async def _with_slots(waiter: _Waiter, slots: Slots | None) -> CrewResult:

@@ -175,3 +175,12 @@ def test_a_new_token_is_a_secret_as_well_as_the_old_one():
     assert run.redact("the-token, the-other-token") == f"{MASK}, the-other-token"
     run.renewed(DeployedCrew(url="https://travel.test", token=SecretStr("the-other-token")))
     assert run.redact("the-token, the-other-token") == f"{MASK}, {MASK}"
+
+
+def test_the_repr_of_a_run_has_nothing_that_its_crew_or_its_caller_said():
+    run = OpenRun(
+        crew(), "r1", record(), {"text": "pass-1234"}, task_seen="pass-1234", meta={"a": "pass-1234"},
+        webhooks=Webhooks(task="https://hooks.test/pass-1234"),
+    )  # fmt: skip
+    assert "'r1'" in repr(run)
+    assert "pass-1234" not in repr(run)

@@ -6,8 +6,9 @@ import asyncio
 import base64
 import contextlib
 import re
+import traceback
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,6 +22,7 @@ from pydantic import SecretStr
 from prefect_crew import (
     ConfigurationError,
     CrewConnectionError,
+    CrewError,
     DeployedCrew,
     NotFoundError,
     Webhooks,
@@ -365,3 +367,52 @@ def test_what_is_secret_is_refused_by_a_deferred_task(
         with pytest.raises(ConfigurationError, match="webhooks: Prefect would store"):
             kickoff_crew.delay(name, {"text": "a"}, webhooks=hooks)
     assert secret.encode() not in kept(tmp_path, prefect_api)
+
+
+# Secret inputs
+
+
+def shown_with(error: BaseException) -> str:
+    """Return the local variables of the frames of an error, but for those of this file."""
+    stack = traceback.StackSummary.extract(traceback.walk_tb(error.__traceback__), capture_locals=True)
+    return "\n".join(f"{frame.filename}:{frame.lineno} {frame.locals}" for frame in stack if frame.filename != __file__)
+
+
+WAYS: dict[str, Callable[[Any, Any], Any]] = {
+    "a call": lambda crew, given: kickoff_crew.with_options(retries=0)(crew, given),
+    "a call by keywords": lambda crew, given: kickoff_crew.with_options(retries=0)(crew=crew, inputs=given),
+    "a future": lambda crew, given: kickoff_crew.with_options(retries=0).submit(crew, given).result(),
+    "a map": lambda crew, given: kickoff_crew.with_options(retries=0).map(unmapped(crew), [given]).result(),
+    "a map to one": lambda crew, given: kickoff_crew.with_options(retries=0).map([crew], unmapped(given)).result(),
+    "a deferred call": lambda crew, given: kickoff_crew.delay(crew, given),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_no_frame_of_a_task_that_fails_shows_its_inputs(way: str):
+    crew = unreachable().hiding(["text", "list"])
+
+    @flow
+    def trip() -> Any:
+        try:
+            WAYS[way](crew, {"text": "pass-1234", "list": [{"of": "pass-1234"}]})
+        except CrewError as error:
+            return shown_with(error)
+
+    shown = trip()
+    assert "_crew" in shown
+    assert not [line for line in shown.splitlines() if "pass-1234" in line]
+
+
+def test_futures_within_inputs_are_resolved(crew_server: CrewServerFactory):
+    crew = crew_server("echo").crew()
+
+    @task
+    def says() -> str:
+        return "a"
+
+    @flow
+    def trip() -> str | None:
+        return wait_for_crew(crew, kickoff_crew(crew, {"text": says.submit()})).output
+
+    assert trip() == "a"

@@ -260,7 +260,7 @@ class CrewClient:
         }
         hidden = tuple(webhooks.secrets()) if webhooks else ()
         call = _Call("POST", "/resume", kickoff_id, hidden, _encoded(body))
-        del body, hidden, webhooks
+        del feedback, body, hidden, webhooks
         return await self._parsed(call, await self._send(call), parse_resume)
 
     async def stop(self, kickoff_id: str) -> StopAnswer:

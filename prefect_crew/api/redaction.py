@@ -19,7 +19,7 @@ from pydantic import BaseModel, Secret, SecretBytes, SecretStr
 
 from prefect_crew.api.inputs import encode_inputs
 
-__all__ = ["MASK", "Redactor", "holds_secret", "revealed", "withheld", "withholding"]
+__all__ = ["MASK", "HiddenValues", "Redactor", "holds_secret", "revealed", "withheld", "withholding"]
 
 MASK = "********"
 SHORTEST = 4
@@ -92,6 +92,16 @@ class Redactor:
     def hides(self, value: Any) -> bool:
         """Return whether a secret stands in a text, or anywhere in a JSON-like value."""
         return self.tree(value) != value
+
+
+class HiddenValues(dict[Any, Any]):
+    """A dict whose repr shows its keys alone, for frames that hold values before it is known which are secret.
+
+    Error reporters show the local variables of all frames by their repr.
+    """
+
+    def __repr__(self) -> str:
+        return f"HiddenValues({list(self)})"
 
 
 def holds_secret(value: Any) -> bool:

@@ -51,7 +51,9 @@ def _blocking(function: Callable[P, Coroutine[Any, Any, T]], name: str) -> Calla
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
         refuse_running_loop(name, function.__name__)
-        return asyncio.run(function(*args, **kwargs))
+        running = function(*args, **kwargs)
+        args, kwargs = (), {}  # pyright: ignore[reportAssignmentType]  error reporters show the variables of frames
+        return asyncio.run(running)
 
     call.__name__ = call.__qualname__ = name
     call.__doc__ = f"`{function.__name__}` for sync code, with the same arguments.\n\n{function.__doc__}"
@@ -184,6 +186,7 @@ async def arun_batch(
         shards=shards,
         deployment=deployment,
     )
+    del dataset  # its rows may hold secrets, and error reporters show the local variables of all frames
     run = partial(run_job, job, shards=shards, deployment=deployment)
     if FlowRunContext.get() is not None or TaskRunContext.get() is not None:
         return await run()
