@@ -52,14 +52,21 @@ LOOK_EVERY = 2.0
 """Seconds between two looks at the shards."""
 RUNNING_WITHIN = 60.0
 """Seconds within which a shard whose flow run is running must hold its lock: it has Prefect to import."""
+LEFT_LOOKS = 10
+"""Looks in a row at which nobody holds the lock of a running shard before it counts as dead: one that is done has given
+its lock back, and Prefect takes a moment to end its flow run."""
 BEGUN_WITHIN = 120.0
 """Seconds after which a shard that no worker has begun is done here, once no other shard runs."""
 AWAY = (httpx.HTTPError, PrefectException)
 
 
 @dataclass
-class _Shard:
-    """A shard as its parent sees it. `locked`: it has been seen with its lock. `over`: its flow run is done with."""
+class Shard:
+    """A shard as its parent sees it.
+
+    `locked`: it has been seen with its lock; `left`: at how many looks in a row without it since. `over`: its flow run
+    is done with.
+    """
 
     number: int
     flow_run_id: UUID
@@ -67,6 +74,7 @@ class _Shard:
     since: float
     running_since: float | None = None
     locked: bool = False
+    left: int = 0
     over: bool = False
     told: bool = False
 
@@ -102,8 +110,8 @@ class Parent:
         self._count = shards
         self._deployment = deployment
         self._tag = binding_name(batch.job.name)
-        self._shards: list[_Shard] = []
-        self._dead: list[_Shard] = []
+        self._shards: list[Shard] = []
+        self._dead: list[Shard] = []
         self._finishing: asyncio.Task[None] | None = None
         self._before: dict[str, int] = {}
         self._failed: dict[str, int] = {}
@@ -147,7 +155,7 @@ class Parent:
             run = there.get(number)
             if run is None:
                 run = await self._start(number, call)
-            self._shards.append(_Shard(number, run.id, run.name, since=time.monotonic()))
+            self._shards.append(Shard(number, run.id, run.name, since=time.monotonic()))
         run_logger().info(
             "Batch %s runs in %d shards of deployment %s, %d of which were there already.",
             *(name, self._count, self._deployment, len(there)),
@@ -204,7 +212,7 @@ class Parent:
             for shard in waiting:
                 await self._late(shard)
 
-    async def _look_at(self, shard: _Shard, state: State | None) -> None:
+    async def _look_at(self, shard: Shard, state: State | None) -> None:
         if state is None or _is_final(state):
             shard.over = True
             if state is None or not state.is_completed():
@@ -219,15 +227,16 @@ class Parent:
                 run_logger().warning("Whether %s is alive cannot be seen now: %s", shard.name, error)
                 return
             if held:
-                shard.locked = True
+                shard.locked, shard.left = True, 0
                 return
+            shard.left += 1
             slow = time.monotonic() - shard.running_since > RUNNING_WITHIN
-            if (shard.locked or slow) and await self._takes(shard):
+            if (shard.left >= LEFT_LOOKS if shard.locked else slow) and await self._takes(shard):
                 shard.over = True
                 await self._died(shard, "says that it runs, and nobody holds its lock")
                 await self._set_state(shard, Crashed(message="Its process has died. The parent finishes its rows."))
 
-    async def _late(self, shard: _Shard) -> None:
+    async def _late(self, shard: Shard) -> None:
         """Do a shard here that no worker has begun, when no other runs."""
         waited = time.monotonic() - shard.since
         if waited > BEGUN_WITHIN / 2 and not shard.told:
@@ -240,14 +249,14 @@ class Parent:
             await self._died(shard, f"was begun by no worker for {waited:.0f} s")
             await self._set_state(shard, Cancelled(message="The parent does its rows."))
 
-    async def _takes(self, shard: _Shard) -> bool:
+    async def _takes(self, shard: Shard) -> bool:
         return await self._batch.lock.take(shard_part(shard.number, self._count))
 
-    async def _died(self, shard: _Shard, told: str) -> None:
+    async def _died(self, shard: Shard, told: str) -> None:
         run_logger().warning("%s %s: its rows are finished here.", shard.name, told)
         self._dead.append(shard)
 
-    async def _set_state(self, shard: _Shard, state: State) -> None:
+    async def _set_state(self, shard: Shard, state: State) -> None:
         try:
             async with get_client() as client:
                 await client.set_flow_run_state(shard.flow_run_id, state, force=True)
@@ -264,7 +273,7 @@ class Parent:
         if self._finishing is None and self._dead:
             self._finishing = asyncio.ensure_future(self._finish(self._dead.pop(0)))
 
-    async def _finish(self, shard: _Shard) -> None:
+    async def _finish(self, shard: Shard) -> None:
         options = self._batch.job.options
         if options.max_kickoffs is not None:
             return  # how many are left is known once all shards have ended: the batch is then gone on with here

@@ -7,9 +7,10 @@ queue. What cannot be handed on now waits in it, and the lowest rank is given up
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 import threading
-from collections import Counter, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from typing import Any
@@ -43,6 +44,10 @@ QUEUE = 2000
 BATCH = 50
 ATTEMPT = 10.0
 """Seconds for one attempt to hand a batch on: Prefect's client would retry for a minute by itself."""
+NOTES_AT_ONCE = 8
+"""Notes of questions that are written at the same time: each takes several requests."""
+NOTES = 2000
+"""Questions whose notes are remembered as written."""
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 10.0
 CLOSE_WITHIN = 5.0
 LOGGED = 10
@@ -81,6 +86,7 @@ class Handover:
         self._in_hand = 0
         self._counts: Counter[str] = Counter()
         self._settling: dict[tuple[str, int | None], asyncio.Task[None]] = {}
+        self._kept: OrderedDict[tuple[str, int, int, str | None], str] = OrderedDict()
 
     # From the receiver
 
@@ -243,16 +249,34 @@ class Handover:
     async def _deliver(self, batch: Sequence[News]) -> None:
         found = await self._cache.find(batch)
         records = [found[news.hook.run_key, news.hook.attempt] for news in batch]
-        for news in batch:
-            # Before the event, which wakes whoever waits for it.
-            if news.output is not None and news.hook.attempt is not None:
-                await keep_output(news.hook.run_key, news.hook.attempt, news.hook.round, news.output)
+        await self._keep_outputs(batch)  # before the events, which wake whoever waits for them
         await send_events([event_of(news, record) for news, record in zip(batch, records, strict=True)])
         self._counts["handed_on"] += len(batch)
         for news, record in zip(batch, records, strict=True):
             self._settle(news, record)
             if record is not None and news.rank is Rank.CREW and self._rouser is not None:
                 self._rouser.rouse(record)
+
+    async def _keep_outputs(self, batch: Sequence[News]) -> None:
+        """Keep what people are to judge: each text of a question once, also if a batch is tried again."""
+        asked = {
+            (news.hook.run_key, news.hook.attempt, news.hook.round, news.hook.claim): news.output
+            for news in batch
+            if news.output is not None and news.hook.attempt is not None
+        }
+        gate = asyncio.Semaphore(NOTES_AT_ONCE)
+
+        async def keep(question: tuple[str, int, int, str | None], output: str) -> None:
+            digest = hashlib.sha256(output.encode("utf-8", "surrogatepass")).hexdigest()
+            if self._kept.get(question) == digest:
+                return
+            async with gate:
+                await keep_output(*question[:3], output)
+            self._kept[question] = digest
+            if len(self._kept) > NOTES:
+                self._kept.popitem(last=False)
+
+        await asyncio.gather(*(keep(question, output) for question, output in asked.items()))
 
     def _refused(self, news: News, error: Exception) -> None:
         self._counts["refused"] += 1

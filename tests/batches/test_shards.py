@@ -28,7 +28,7 @@ from prefect_crew.batches.ledger import Ledger
 from prefect_crew.batches.locks import WHOLE, BatchLock
 from prefect_crew.batches.opened import open_batch
 from prefect_crew.batches.options import BatchOptions
-from prefect_crew.batches.parents import flow_runs, open_shard_runs
+from prefect_crew.batches.parents import LEFT_LOOKS, LOOK_EVERY, Parent, Shard, flow_runs, open_shard_runs
 from prefect_crew.batches.run import batch_job
 from prefect_crew.batches.shards import batch_shard, shard_call, shard_options, shard_part
 from prefect_crew.server import CrewServer
@@ -217,6 +217,36 @@ async def test_locks_are_shared_taken_and_freed_with_their_connection(postgres_a
         async with BatchLock(ledger.database, "b") as four:
             assert await four.take(WHOLE)
             assert await four.still_held()
+
+
+@pytest.mark.parametrize("dead", [False, True], ids=["done", "dead"])
+async def test_a_shard_that_has_given_its_lock_back_is_not_dead_while_its_flow_run_ends(
+    stored: tuple[CrewServer, str], tmp_path: Path, postgres_address: str, dead: bool
+):
+    _, name = stored
+    batch_name = f"ending {dead}"
+    given: dict[str, Any] = {"name": batch_name, "output": str(tmp_path / "out.jsonl"), "ledger": postgres_address}
+    job = await batch_job(name, rows_file(tmp_path, 4), BatchOptions(wait=WAIT), **given)
+    async with open_batch(job, shared=True) as batch, get_client() as client:
+        run = await client.create_flow_run(batch_shard, state=cast("Any", Running()))
+        shard = Shard(0, run.id, f"{batch_name} shard 0 of 1", since=time.monotonic())
+        parent = Parent(batch, shards=1, deployment="batch-shard/shards")
+        parent._shards.append(shard)
+        async with BatchLock(batch.ledger.database, batch_name) as lock:
+            assert await lock.take(shard_part(0, 1))
+            await parent._look()
+            assert shard.locked
+            await lock.give_back(shard_part(0, 1))
+        assert LEFT_LOOKS * LOOK_EVERY >= 10, "Prefect writes logs and the result before it ends a flow run"
+        for _ in range(LEFT_LOOKS - 1):
+            await parent._look()
+            assert not shard.over
+        if not dead:
+            await client.set_flow_run_state(run.id, Completed())
+        await parent._look()
+        assert shard.over
+        state = (await client.read_flow_run(run.id)).state
+        assert (bool(parent._dead), state and state.type.value) == (dead, "CRASHED" if dead else "COMPLETED")
 
 
 # Two workers

@@ -161,6 +161,30 @@ async def test_what_comes_while_the_connection_is_cut_waits(
         await handover.aclose()
 
 
+async def test_what_is_to_be_judged_is_kept_once_also_if_the_rest_is_tried_again(
+    key: str, monkeypatch: pytest.MonkeyPatch
+):
+    genuine, begun, kept = module.keep_output, list[str](), list[str]()
+
+    async def keep(run_key: str, attempt: int, answers: int, output: str) -> None:
+        begun.append(run_key)
+        if len(begun) == 5:
+            await asyncio.Event().wait()
+        await genuine(run_key, attempt, answers, output)
+        kept.append(run_key)
+
+    monkeypatch.setattr(module, "keep_output", keep)
+    monkeypatch.setattr(module, "ATTEMPT", 5.0)
+    handover = Handover()
+    for number in range(10):
+        for task in ("one", "two"):
+            handover._queue.put(news_about(f"{key}/{number}", "human_input-first", task_id=task))
+    handover.start()
+    await until(lambda: handover.report()["handed_on"] == 20, "all are handed on", seconds=60)
+    assert sorted(kept) == [f"{key}/{number}" for number in range(10)]
+    await handover.aclose()
+
+
 async def test_one_that_prefect_refuses_holds_up_no_other(
     key: str, hand_on: Handover, caplog: pytest.LogCaptureFixture
 ):
