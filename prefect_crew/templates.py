@@ -6,7 +6,7 @@ wrote.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import date, time, timedelta
 from decimal import Decimal
 from types import BuiltinMethodType
@@ -17,11 +17,11 @@ from jinja2.meta import find_undeclared_variables
 from jinja2.runtime import LoopContext, Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SandboxedEnvironment
 from jinja2.utils import Cycler, Joiner
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 from pydantic_core import to_json
 
 from prefect_crew.api.errors import ConfigurationError
-from prefect_crew.api.models import CrewResult, TaskResult
+from prefect_crew.api.models import CrewResult, CrewState, TaskResult, TokenUsage
 
 __all__ = ["GLOBALS", "RESULT_FIELDS", "attributes_in", "compiled", "names_in", "render"]
 
@@ -33,12 +33,56 @@ def _readable(value: Any) -> Any:
     return value
 
 
-RESULT_FIELDS = frozenset({"output", "data", "tasks", "usage", "execution_time", "kickoff_id", "state"})
+class TaskView(BaseModel):
+    """What a template sees of one task of a result."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str | None
+    agent: str | None
+    output: str | None
+    data: Any
+    execution_time: float | None
+    description: str | None
+
+
+class ResultView(BaseModel):
+    """What a template sees of a result, also where it prints or iterates the whole of it."""
+
+    model_config = ConfigDict(frozen=True)
+
+    output: str
+    data: Any
+    tasks: list[TaskView]
+    usage: TokenUsage | None
+    execution_time: float | None
+    kickoff_id: str
+    state: CrewState
+
+
+RESULT_FIELDS = frozenset(ResultView.model_fields)
 """What a template sees of a step's result."""
-_FIELDS: dict[type[BaseModel], frozenset[str]] = {
-    CrewResult: RESULT_FIELDS,
-    TaskResult: frozenset({"name", "agent", "output", "data", "execution_time", "description"}),
-}
+
+
+def _viewed(value: Any) -> Any:
+    """Return `value` with a view in the place of each result, and itself where it holds none."""
+    if isinstance(value, CrewResult | TaskResult):
+        view = ResultView if isinstance(value, CrewResult) else TaskView
+        parts = {name: getattr(value, name) for name in view.model_fields}
+        if "tasks" in parts:
+            parts["tasks"] = _viewed(parts["tasks"])
+        return view.model_construct(**parts)
+    if isinstance(value, Mapping):
+        given = cast("Mapping[Any, Any]", value)
+        seen = {key: _viewed(item) for key, item in given.items()}
+        return seen if any(seen[key] is not item for key, item in given.items()) else given
+    if isinstance(value, list | tuple):
+        items = cast("Sequence[Any]", value)
+        views = [_viewed(item) for item in items]
+        return views if any(new is not old for new, old in zip(views, items, strict=True)) else items
+    return value
+
+
 _HARMLESS = (str, bytes, int, float, list, tuple, dict, set, frozenset, date, time, timedelta, Decimal)
 """Of these, Python's own methods may be called, as far as they change nothing."""
 
@@ -51,7 +95,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
         if isinstance(obj, BaseModel):
-            return attr in _FIELDS.get(type(obj), type(obj).model_fields)
+            return attr in type(_viewed(obj)).model_fields
         return super().is_safe_attribute(obj, attr, value)
 
     def is_safe_callable(self, obj: Any) -> bool:
@@ -163,7 +207,7 @@ def compiled(template: str) -> Callable[[Mapping[str, Any]], str]:
 
     def fill(values: Mapping[str, Any]) -> str:
         try:
-            return ready.render(values)
+            return ready.render(_viewed(values))
         except TemplateError as error:
             raise ConfigurationError(f"The template {template!r} cannot be filled: {error}") from None
         except Exception as error:  # noqa: BLE001  a number added to a text, too long a range: whatever operators raise

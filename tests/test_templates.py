@@ -64,6 +64,36 @@ def test_a_template_is_filled(template: str, text: str):
     assert render(template, values) == text
 
 
+HIDDEN = CrewResult(
+    kickoff_id="1",
+    output="found",
+    tasks=[TaskResult(name="t", output="first", raw={"prompt": "unread"})],
+    raw={"body": "unread"},
+)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        pytest.param("{{ research }}", id="printed"),
+        pytest.param("{{ research.tasks }} {{ research.tasks[0] }}", id="its-tasks"),
+        pytest.param("{{ steps }} {{ {'a': [research]} }}", id="within-a-collection"),
+        pytest.param("{{ given }} {{ given[0]['a'] }}", id="given-as-an-input"),
+        pytest.param("{% for part in research %}{{ part }}{% endfor %}", id="iterated"),
+        pytest.param(
+            "{{ research | list }} {{ dict(research) }} {{ research.tasks | map('list') | list }}", id="listed"
+        ),
+        pytest.param("{{ research | string }} {{ research | pprint }} {{ '%s' % research }}", id="as-python-writes-it"),
+    ],
+)
+def test_a_whole_result_shows_no_more_than_its_documented_fields(template: str):
+    values = {"research": HIDDEN, "steps": {"research": HIDDEN}, "given": [{"a": HIDDEN}]}
+    text = render(template, values)
+    assert "first" in text
+    assert "raw" not in text
+    assert "unread" not in text
+
+
 @pytest.mark.parametrize(
     ("template", "problem"),
     [
