@@ -55,7 +55,6 @@ async def open_run(
     webhooks: Webhooks | None = None,
     restore_from: str | UUID | None = None,
     inside_own_task: bool = False,
-    store: RecordStore | None = None,
 ) -> OpenRun:
     """Find the run of a key, or buy it. What it returns has a kickoff id.
 
@@ -82,7 +81,7 @@ async def open_run(
     purchase = Purchase(crew, identity, encoded, digest, name, meta, webhooks, force_new, state, settings=settings)
     inputs = crew.sealed(inputs)
     del encoded, meta, webhooks
-    records = store or PrefectRecords()
+    records = PrefectRecords()
     slots = await take_slots(crew) if await _may_start(purchase, records) else None
     if slots is not None:
         purchase = replace(purchase, slot=str(slots.lease))

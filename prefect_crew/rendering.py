@@ -25,7 +25,6 @@ OUTPUT_CAP = 60_000
 CELL_CAP = 300
 TASKS_CAP = 200
 """Tasks of a run that an artifact lists."""
-SUMMARY_CAP = 400
 BAR = 12
 # Signs that every font has: not every machine has one for emoji.
 _STATES = {

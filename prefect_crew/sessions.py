@@ -23,25 +23,18 @@ T = TypeVar("T")
 class CrewSession:
     """Used as an async context manager; `client` is the one to use at this moment.
 
-    `connect` makes a client for a crew, in place of `crew.client()`; `withhold` holds as long as the session is open.
+    `withhold` holds as long as the session is open.
     """
 
-    def __init__(
-        self,
-        crew: DeployedCrew,
-        connect: Callable[[DeployedCrew], CrewClient] | None = None,
-        *,
-        withhold: AbstractContextManager[None] | None = None,
-    ) -> None:
+    def __init__(self, crew: DeployedCrew, *, withhold: AbstractContextManager[None] | None = None) -> None:
         self.crew = crew
         self._withhold = withhold or nullcontext()
-        self._connect = connect or _plain
         self._stack = AsyncExitStack()
         self._client: CrewClient | None = None
 
     async def __aenter__(self) -> CrewSession:
         self._stack.enter_context(self._withhold)
-        self._client = await self._stack.enter_async_context(self._connect(self.crew))
+        self._client = await self._stack.enter_async_context(self.crew.client())
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -60,7 +53,7 @@ class CrewSession:
             fresh = await self.crew.reloaded()
             if fresh is None:
                 return False
-            client = await self._stack.enter_async_context(self._connect(fresh))
+            client = await self._stack.enter_async_context(fresh.client())
         except (httpx.HTTPError, PrefectException, ValueError):
             return False
         self.crew, self._client = fresh, client
@@ -77,7 +70,3 @@ class CrewSession:
             if not await self.renew():
                 raise
         return await call(self.client)
-
-
-def _plain(crew: DeployedCrew) -> CrewClient:
-    return crew.client()

@@ -95,7 +95,8 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
         if isinstance(obj, BaseModel):
-            return attr in type(_viewed(obj)).model_fields
+            seen: BaseModel = _viewed(obj)
+            return attr in type(seen).model_fields
         return super().is_safe_attribute(obj, attr, value)
 
     def is_safe_callable(self, obj: Any) -> bool:

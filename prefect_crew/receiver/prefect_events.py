@@ -8,9 +8,9 @@ Sending twice is harmless, since the server keeps one event of each id.
 from __future__ import annotations
 
 import asyncio
-import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
+from time import monotonic
 from typing import Any
 from uuid import uuid5
 
@@ -25,6 +25,12 @@ from prefect_crew.records import RecordStore, RunRecord, utcnow
 __all__ = ["RecordCache", "event_of", "send_events", "settled_event", "transient"]
 
 PREFIX = "crew.webhook."
+HELD = 1000
+"""Records that are remembered."""
+KNOWN, MISSING, UNSETTLED = 600.0, 60.0, 1.0
+"""Seconds for which a record, that there is none, and one that may soon say more are taken for true."""
+AT_ONCE = 8
+"""Records that are asked for at a time."""
 
 
 def event_of(news: News, record: RunRecord | None) -> dict[str, Any]:
@@ -83,24 +89,9 @@ class RecordCache:
     are written before kickoffs, will not come: rows of a batch have theirs elsewhere.
     """
 
-    def __init__(
-        self,
-        records: RecordStore,
-        *,
-        size: int = 1000,
-        known: float = 600.0,
-        missing: float = 60.0,
-        unsettled: float = 1.0,
-        at_once: int = 8,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
+    def __init__(self, records: RecordStore) -> None:
         self._records = records
-        self._size = size
-        self._known = known
-        self._missing = missing
-        self._unsettled = unsettled
-        self._gate = asyncio.Semaphore(at_once)
-        self._clock = clock
+        self._gate = asyncio.Semaphore(AT_ONCE)
         self._held: OrderedDict[tuple[str, int | None], tuple[float, RunRecord | None]] = OrderedDict()
 
     def __len__(self) -> int:
@@ -118,24 +109,25 @@ class RecordCache:
 
     async def _find(self, run_key: str, attempt: int | None) -> RunRecord | None:
         until, record = self._held.get((run_key, attempt), (0.0, None))
-        if self._clock() < until:
+        if monotonic() < until:
             return record
         async with self._gate:
             record = attempt_of(await self._records.attempts(run_key), attempt)
         if record is not None and record.result is not None:
             record = record.model_copy(update={"result": None})
-        self._held[run_key, attempt] = (self._clock() + self._lasting(record, attempt), record)
+        self._held[run_key, attempt] = (monotonic() + _lasting(record, attempt), record)
         self._held.move_to_end((run_key, attempt))
-        if len(self._held) > self._size:
+        if len(self._held) > HELD:
             self._held.popitem(last=False)
         return record
-
-    def _lasting(self, record: RunRecord | None, attempt: int | None) -> float:
-        """Return for how many seconds what was found is taken for true."""
-        if record is None:
-            return self._missing
-        return self._unsettled if attempt is None or unsettled(record) else self._known
 
     def forget(self, run_key: str, attempt: int | None) -> None:
         """Look this one up anew next time."""
         self._held.pop((run_key, attempt), None)
+
+
+def _lasting(record: RunRecord | None, attempt: int | None) -> float:
+    """Return for how many seconds what was found is taken for true."""
+    if record is None:
+        return MISSING
+    return UNSETTLED if attempt is None or unsettled(record) else KNOWN

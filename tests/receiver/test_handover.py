@@ -8,13 +8,13 @@ import logging
 import uuid
 from collections.abc import AsyncIterator, Sequence
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from prefect_crew.api.parsing import WebhookKind, parse_webhook
 from prefect_crew.receiver import handover as module
+from prefect_crew.receiver import prefect_events
 from prefect_crew.receiver.handover import Handover
 from prefect_crew.receiver.news import News, digest_of, news_of
 from prefect_crew.receiver.prefect_events import RecordCache
@@ -271,9 +271,10 @@ class Counted(PrefectRecords):
         return await super().attempts(run_key)
 
 
-async def test_a_record_is_asked_for_once_until_something_may_have_changed(key: str, tmp_path: Path):
+async def test_a_record_is_asked_for_once_until_something_may_have_changed(key: str, monkeypatch: pytest.MonkeyPatch):
     records, now = Counted(), [0.0]
-    cache = RecordCache(records, known=600, missing=60, unsettled=1, clock=lambda: now[0])
+    monkeypatch.setattr(prefect_events, "monotonic", lambda: now[0])
+    cache = RecordCache(records)
 
     async def phase() -> RecordPhase | None:
         found = (await cache.find([news_about(key)]))[key, 1]
@@ -300,7 +301,8 @@ async def test_a_record_is_asked_for_once_until_something_may_have_changed(key: 
     assert len(records.asked) == 4
 
 
-async def test_what_is_remembered_of_records_is_bounded():
-    cache = RecordCache(PrefectRecords(), size=3)
+async def test_what_is_remembered_of_records_is_bounded(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(prefect_events, "HELD", 3)
+    cache = RecordCache(PrefectRecords())
     await cache.find([news_about(f"none/{number}") for number in range(10)])
     assert len(cache) == 3
