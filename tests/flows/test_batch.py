@@ -13,8 +13,8 @@ import pytest
 
 from prefect_crew import BatchFailedError
 from prefect_crew.api.errors import ConfigurationError, CrewError
+from prefect_crew.operations import batch_file, watch_folder
 from prefect_crew.server.local import InProcessCrewServer
-from support.deployed import load_flow
 from support.scripts import script
 
 ECHO = script({"seconds": 0.2, "output": "on {{ topic }}"}, inputs=["topic"])
@@ -36,7 +36,7 @@ class Folder:
         return path
 
     async def look(self, crew: str, **more: Any) -> list[dict[str, Any]]:
-        return await load_flow("batch.py:watch_folder")(crew, str(self.inbox), str(self.outbox), **more)
+        return await watch_folder(crew, str(self.inbox), str(self.outbox), **more)
 
     @property
     def files(self) -> set[str]:
@@ -59,7 +59,7 @@ def echo(save_crew: Any) -> InProcessCrewServer:
 async def test_a_file_is_run_and_what_failed_fails_the_flow(save_crew: Any, tmp_path: Path):
     server = save_crew("batch-picky", PICKY)
     (tmp_path / "rows.csv").write_text("topic\ntea\nbad milk\n")
-    flow = load_flow("batch.py:batch_file")
+    flow: Any = batch_file
     call = ("batch-picky", str(tmp_path / "rows.csv"), "of a file", str(tmp_path / "out.jsonl"))
     for _ in range(2):
         with pytest.raises(BatchFailedError, match="1 of 2 rows completed, 1 failed"):

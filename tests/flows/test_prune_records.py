@@ -6,9 +6,9 @@ from collections.abc import Callable
 from datetime import timedelta
 
 from prefect_crew import arun_crew
+from prefect_crew.operations import prune_records
 from prefect_crew.record_store import PrefectRecords
 from prefect_crew.server.local import InProcessCrewServer
-from support.deployed import load_flow
 
 SaveCrew = Callable[..., InProcessCrewServer]
 
@@ -26,7 +26,6 @@ async def test_old_ended_runs_go_and_a_dry_run_only_counts(save_crew: SaveCrew):
     for key in ("prune-old", "prune-young"):
         await arun_crew("prune-echo", {"text": key}, run_key=key)
     await grow_old("prune-old", 91)
-    prune_records = load_flow("prune_records.py:prune_records")
 
     assert "would go" in await prune_records(dry_run=True)
     assert await PrefectRecords().attempts("prune-old")

@@ -1,0 +1,171 @@
+"""Flows to deploy as they are: a batch of a file, of a folder's new files, and the pruning of old records.
+
+Each is asynchronous and has plain values as parameters, so that any work pool can run it by its import path, such as
+`prefect_crew.operations.batch_file`, where this package is installed. Nothing has to be pulled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from asyncio import to_thread
+from contextlib import suppress
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from prefect import flow, get_run_logger
+
+from prefect_crew.api.errors import CrewError
+from prefect_crew.batches import BatchBusyError, BatchCancelledError, DatasetError
+from prefect_crew.batches.calls import from_plain
+from prefect_crew.batches.report import BatchReport
+from prefect_crew.batches.run import arun_batch
+from prefect_crew.pruning import prune
+from prefect_crew.record_store import PrefectRecords
+
+__all__ = ["batch_file", "prune_records", "watch_folder"]
+
+
+@flow(flow_run_name="{name}")
+async def batch_file(
+    crew: str,
+    dataset: str,
+    name: str,
+    output: str,
+    ledger: str | None = None,
+    options: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Run a crew once for each row of a file. Retried or scheduled again, it goes on where it stopped.
+
+    Args:
+        crew: The name of the crew's block, as under Blocks.
+        dataset: The file: a path, a URL, or any fsspec address.
+        name: The batch's name. On a schedule: leads-{{ scheduled_start:%Y-%m-%d }}.
+        output: Where its lines go. On a schedule with the same placeholder.
+        ledger: A path, the URL of a PostgreSQL, or secret://NAME; empty: a file beside a local output.
+        options: More of run_batch's options, such as {"max_in_flight": 500, "key": "id", "wait": {"timeout": 600}}.
+    """
+    report = await arun_batch(crew, dataset, name=name, output=output, ledger=ledger, **from_plain(options or {}))
+    report.raise_for_failures()
+    return report.as_dict()
+
+
+@flow(flow_run_name="{folder}")
+async def watch_folder(
+    crew: str,
+    folder: str,
+    output: str,
+    pattern: str = "*.csv",
+    settled_seconds: float = 30.0,
+    ledger: str | None = None,
+    options: dict[str, Any] | None = None,
+) -> list[dict[str, Any]]:
+    """Run the crew over every new file of a folder, and move each file to its subfolder `done`.
+
+    The name of a file's batch is made of its name and its content. So a file that was not moved, since the machine
+    went down, is continued, and neither it nor one that comes in a second time starts a run twice. Runs of this flow
+    may overlap. A file that cannot be read, or holds a row that cannot be run, is moved to the subfolder `refused`. A
+    file whose batch fails for another reason stays, the others are run, and this flow fails in the end and names it.
+
+    Args:
+        crew: The name of the crew's block, as under Blocks.
+        folder: Where new files come in.
+        output: The folder for the lines: one file for each that came in, and its ledger unless one is given.
+        pattern: Which files.
+        settled_seconds: Seconds for which a file must not have changed: until then somebody may still be writing it.
+        ledger: A path, the URL of a PostgreSQL, or secret://NAME, for all of them.
+        options: More of run_batch's options.
+
+    Raises:
+        CrewError: Files whose batches failed. All others were run.
+    """
+    log, reports, inbox, more = get_run_logger(), list[dict[str, Any]](), Path(folder), from_plain(options or {})
+    if not await to_thread(inbox.is_dir):
+        log.warning("There is no folder %s here, so nothing can come in.", folder)
+    found, failed = await to_thread(_new_files, inbox, pattern, settled_seconds), list[str]()
+    for path in found:
+        try:
+            name = f"{path.name}-{(await to_thread(_digest, path))[:12]}"
+            lines = Path(output) / f"{name}.jsonl"
+            report = await arun_batch(crew, path, name=name, output=str(lines), ledger=ledger, **more)
+        except BatchBusyError as error:
+            log.info("%s", error)  # another run of this flow has the file
+        except BatchCancelledError:
+            raise  # it is this flow run that was cancelled
+        except (DatasetError, FileNotFoundError) as error:
+            # Gone: another run of this flow was just done with it.
+            if await to_thread(path.exists):
+                log.warning("%s It is moved to the folder refused.", error)
+                await to_thread(_move, path, "refused")
+        except Exception as error:
+            log.error(  # noqa: TRY400  a traceback only where the error is none of ours
+                "%s: %s: %s",
+                *(path.name, type(error).__name__, error),
+                exc_info=not isinstance(error, CrewError),
+            )
+            failed.append(f"{path.name} ({type(error).__name__}: {error})")
+        else:
+            if _is_through(report):
+                await to_thread(_move, path, "done")
+            else:
+                log.warning("%s The next look goes on with it.", report)
+            reports.append(report.as_dict())
+    if failed:
+        raise CrewError(
+            f"The batches of {len(failed)} of {len(found)} files in {folder} failed, the others were run: "
+            f"{'; '.join(failed)}. The next look goes on with them."
+        )
+    return reports
+
+
+@flow(retries=2, retry_delay_seconds=60)
+async def prune_records(older_than_days: int = 90, dry_run: bool = False) -> str:
+    """Remove old records of ended runs, and say how many.
+
+    A record keeps a run from being started twice, and `get_result` reads it. Choose an age beyond the oldest run key
+    that anybody may use again, backfills included. Runs in flight and uncertain ones are never removed.
+
+    Args:
+        older_than_days: The age, in days since a run's end. A later call with a removed run's key starts a new run.
+        dry_run: Only count.
+    """
+    pruned = await prune(PrefectRecords(), older_than=timedelta(days=older_than_days), dry_run=dry_run)
+    said = f"{pruned.runs} records {'would go' if dry_run else 'removed'}, {pruned.kept} kept"
+    get_run_logger().info("%s", said)
+    return said
+
+
+def _new_files(folder: Path, pattern: str, settled_seconds: float) -> list[Path]:
+    """Return the files that nobody is still writing, the oldest first."""
+    found: list[tuple[float, Path]] = []
+    for path in folder.glob(pattern):
+        with suppress(FileNotFoundError):  # another run of this flow was just done with it
+            changed = path.stat().st_mtime
+            if path.is_file() and time.time() - changed >= settled_seconds:
+                found.append((changed, path))
+    return [path for _, path in sorted(found)]
+
+
+def _is_through(report: BatchReport) -> bool:
+    """Return whether another call would start nothing: failed rows have lines, uncertain ones wait for a person."""
+    return report.stopped is None and report.skipped == report.set_aside
+
+
+def _digest(path: Path) -> str:
+    """Return the SHA-256 of a file."""
+    with path.open("rb") as file:
+        found = hashlib.sha256()
+        while chunk := file.read(1 << 20):
+            found.update(chunk)
+    return found.hexdigest()
+
+
+def _move(path: Path, subfolder: str) -> None:
+    """Move a file to a subfolder beside it, under a name that is free there."""
+    target = path.parent / subfolder / path.name
+    target.parent.mkdir(exist_ok=True)
+    while target.exists():
+        target = target.with_name(f"{target.stem}-again{target.suffix}")
+    with suppress(FileNotFoundError):  # another run of this flow has moved it
+        path.rename(target)
