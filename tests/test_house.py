@@ -22,7 +22,16 @@ USERS = ("flows", "deployments", "examples", "benchmarks")
 LONGEST = 700
 LONGEST_TESTS = 900
 
-ARROWS = ("api", "records waiting artifacts events", "tasks", "runs", "pipelines batches", "operations", "deploying", "cli")
+ARROWS = (
+    "api",
+    "records waiting artifacts events",
+    "tasks",
+    "runs",
+    "pipelines batches",
+    "operations",
+    "deploying",
+    "cli",
+)
 """Lowest first: a module imports its own line and those before it. What is not named here is free, but for cycles."""
 
 EXCEPTIONS = {
