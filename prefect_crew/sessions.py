@@ -23,18 +23,25 @@ T = TypeVar("T")
 class CrewSession:
     """Used as an async context manager; `client` is the one to use at this moment.
 
-    `withhold` holds as long as the session is open.
+    `connect` makes a client for a crew, in place of `crew.client()`; `withhold` holds as long as the session is open.
     """
 
-    def __init__(self, crew: DeployedCrew, *, withhold: AbstractContextManager[None] | None = None) -> None:
+    def __init__(
+        self,
+        crew: DeployedCrew,
+        connect: Callable[[DeployedCrew], CrewClient] | None = None,
+        *,
+        withhold: AbstractContextManager[None] | None = None,
+    ) -> None:
         self.crew = crew
         self._withhold = withhold or nullcontext()
+        self._connect = connect or _plain
         self._stack = AsyncExitStack()
         self._client: CrewClient | None = None
 
     async def __aenter__(self) -> CrewSession:
         self._stack.enter_context(self._withhold)
-        self._client = await self._stack.enter_async_context(self.crew.client())
+        self._client = await self._stack.enter_async_context(self._connect(self.crew))
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -53,7 +60,7 @@ class CrewSession:
             fresh = await self.crew.reloaded()
             if fresh is None:
                 return False
-            client = await self._stack.enter_async_context(fresh.client())
+            client = await self._stack.enter_async_context(self._connect(fresh))
         except (httpx.HTTPError, PrefectException, ValueError):
             return False
         self.crew, self._client = fresh, client
@@ -70,3 +77,7 @@ class CrewSession:
             if not await self.renew():
                 raise
         return await call(self.client)
+
+
+def _plain(crew: DeployedCrew) -> CrewClient:
+    return crew.client()
