@@ -67,6 +67,7 @@ if TYPE_CHECKING:
         aplan_pipeline,
         arun_pipeline,
         plan_pipeline,
+        run_deployed_pipeline,
         run_pipeline,
     )
     from prefect_crew.reviews import Review, ReviewRequest
@@ -145,6 +146,7 @@ __all__ = [
     "run_batch",
     "run_crew",
     "run_deployed_crew",
+    "run_deployed_pipeline",
     "run_pipeline",
     "stop_crew",
     "wait_for_crew",
@@ -221,6 +223,7 @@ _HOMES = {
     "run_batch": "batches.run",
     "run_crew": "runs",
     "run_deployed_crew": "runs",
+    "run_deployed_pipeline": "pipelines",
     "run_pipeline": "pipelines",
     "stop_crew": "tasks",
     "wait_for_crew": "tasks",

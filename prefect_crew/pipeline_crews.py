@@ -97,8 +97,8 @@ class PipelineCrews:
         """The inputs of those that were asked, by their URLs."""
         return {crew.url: self.expected[name] for name, crew in self.crews.items() if name in self.expected}
 
-    async def check(self) -> None:
-        """Load the crews, ask each for its inputs, and note on the graph all that is wrong."""
+    async def load(self) -> None:
+        """Load the crews, and note on the graph those that are not stored."""
         blocks = {step.crew for step in self.graph.steps if isinstance(step.crew, str)}
         stored = dict(zip(blocks, await asyncio.gather(*map(_block, blocks)), strict=True))
         for step in self.graph.steps:
@@ -107,6 +107,10 @@ class PipelineCrews:
                 self.crews[step.name] = crew
             else:
                 self.graph.problems.append(f"step {step.name!r}: {crew}")
+
+    async def check(self) -> None:
+        """Load the crews, ask each for its inputs, and note on the graph all that is wrong."""
+        await self.load()
         # One question a crew, however many steps it has; with another token it is another question.
         asked = {_asked(crew): crew for crew in self.crews.values()}
         answers = dict(zip(asked, await asyncio.gather(*map(self._ask, asked.values())), strict=True))

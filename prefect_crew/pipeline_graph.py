@@ -20,9 +20,10 @@ from prefect_crew.reviews import ReviewChoice
 from prefect_crew.templates import GLOBALS, RESULT_FIELDS, attributes_in, names_in, render
 from prefect_crew.waiting import WaitPolicy
 
-__all__ = ["CrewStep", "PipelineContext", "PipelineGraph", "StepInputs"]
+__all__ = ["RESERVED", "CrewStep", "PipelineContext", "PipelineGraph", "StepInputs", "texts_in"]
 
-_RESERVED = frozenset({"inputs", "steps"})
+RESERVED = frozenset({"inputs", "steps"})
+"""What templates call the mappings of all inputs and of all results."""
 _LOOKUP = re.compile(r"""\binputs\s*(\.\s*\w+|\[\s*("[^"]*"|'[^']*')\s*\])""")
 
 StepInputs = Mapping[str, Any] | Callable[["PipelineContext"], Mapping[str, Any]]
@@ -91,7 +92,7 @@ class PipelineGraph:
             self.problems.append("the pipeline has no steps")
         self.problems += [f"two steps are named {name!r}" for name in sorted({n for n in names if names.count(n) > 1})]
         for name in names:
-            reserved = name in _RESERVED or name in GLOBALS
+            reserved = name in RESERVED or name in GLOBALS
             if reserved or name in self.inputs:
                 what = "a reserved name" if reserved else "the name of an input"
                 self.problems.append(f"step {name!r} has {what}: call it something else")
@@ -121,14 +122,14 @@ class PipelineGraph:
         if step.inputs is None or callable(step.inputs):
             return needed
         for key, value in step.inputs.items():
-            for text in _texts(value):
+            for text in texts_in(value):
                 needed |= self._read_by(text, f"step {step.name!r}, input {key!r}", known)
         return needed
 
     def _read_by(self, text: str, where: str, steps: set[str]) -> set[str]:
         """Return the steps that a template reads, and note what it names that is not there."""
         try:
-            used = names_in(text, collections=_RESERVED)
+            used = names_in(text, collections=RESERVED)
             read = attributes_in(text, steps, collection="steps")
         except ConfigurationError as error:
             self.problems.append(f"{where}: {error}")
@@ -215,9 +216,9 @@ class PipelineGraph:
     def _read_in(self, value: Any) -> set[str]:
         """Return the pipeline's inputs that the templates in a value read."""
         found: set[str] = set()
-        for text in _texts(value):
+        for text in texts_in(value):
             try:
-                found |= names_in(text, collections=_RESERVED)
+                found |= names_in(text, collections=RESERVED)
                 at_random = "inputs" in names_in(_LOOKUP.sub("0", text))
             except ConfigurationError:  # told among the problems
                 continue
@@ -259,23 +260,23 @@ class PipelineGraph:
                 known[key] = f"from {_called_name(value)}"
                 continue
             try:
-                later = any(names_in(text, collections=_RESERVED) & set(self.needs) for text in _texts(value))
+                later = any(names_in(text, collections=RESERVED) & set(self.needs) for text in texts_in(value))
                 known[key] = str(value if later else _filled(value, {**self.inputs, "inputs": self.inputs}))
             except ConfigurationError:  # told among the problems
                 known[key] = str(value)
         return known
 
 
-def _texts(value: Any) -> Iterator[str]:
+def texts_in(value: Any) -> Iterator[str]:
     """Yield the texts in a value, each a template."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
         for item in cast("Mapping[Any, Any]", value).values():
-            yield from _texts(item)
+            yield from texts_in(item)
     elif isinstance(value, list | tuple):
         for item in cast("Sequence[Any]", value):
-            yield from _texts(item)
+            yield from texts_in(item)
 
 
 def _filled(value: Any, values: Mapping[str, Any]) -> Any:

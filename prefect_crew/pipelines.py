@@ -10,13 +10,13 @@ import asyncio
 import time
 from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, cast
 
 from prefect import flow
 from prefect.context import FlowRunContext, TaskRunContext
 from prefect.exceptions import Pause
-from pydantic import Field
+from pydantic import Field, Secret
 
 from prefect_crew.api.errors import ConfigurationError, PipelineFailedError
 from prefect_crew.api.inputs import encode_inputs, inputs_digest
@@ -31,10 +31,12 @@ from prefect_crew.open_runs import OpenRun
 from prefect_crew.patience import end
 from prefect_crew.pipeline_artifact import PipelineArtifact
 from prefect_crew.pipeline_crews import PipelineCrews, PipelinePlan, step_key
+from prefect_crew.pipeline_definition import PipelineDefinition
 from prefect_crew.pipeline_graph import CrewStep, PipelineContext, PipelineGraph
 from prefect_crew.reviews import ReviewChoice
 from prefect_crew.run_keys import identify
 from prefect_crew.runs import arun_crew
+from prefect_crew.secret_blocks import values_of_blocks
 from prefect_crew.suspending.suspension import checked_wait, standstill_here
 from prefect_crew.waiting import WaitPolicy
 from prefect_crew.watching import watch_runs
@@ -47,6 +49,7 @@ __all__ = [
     "aplan_pipeline",
     "arun_pipeline",
     "plan_pipeline",
+    "run_deployed_pipeline",
     "run_pipeline",
 ]
 
@@ -174,6 +177,44 @@ async def run_steps(
             "the same steps and run key, which finds again what was bought, or write a flow around it and retry that."
         )
     return await _run(live, name=pipeline, run_key=run_key)
+
+
+@flow(name="deployed-pipeline", flow_run_name="{pipeline.name}", validate_parameters=True)
+async def run_deployed_pipeline(
+    pipeline: Annotated[PipelineDefinition, Field(description="The pipeline: its name, its inputs and its steps.")],
+    inputs: Annotated[
+        dict[str, Any] | None,
+        Field(description="Its inputs by name; of a secret one the name of the Secret block that holds it."),
+    ] = None,
+    run_key: Annotated[
+        str | None,
+        Field(description="The identity of the whole pipeline, such as report-{{ scheduled_start:%Y-%m-%d }}."),
+    ] = None,
+) -> PipelineResult:
+    """Run a pipeline that is given as plain values: a flow to deploy as it is, for pipelines without Python code.
+
+    Raises:
+        ConfigurationError: The pipeline cannot run; the message has all that is wrong. Nothing was started.
+        PipelineFailedError: A step failed, as for `run_pipeline`.
+    """
+    given = pipeline.values(inputs or {})
+    crews = PipelineCrews(PipelineGraph(pipeline.crew_steps(), given))
+    await crews.load()
+    blocks = {name: list(crew.secret_inputs) for name, crew in crews.crews.items()}
+    if stored := pipeline.stored_secrets(blocks):
+        raise ConfigurationError(f"The pipeline cannot run, nothing was started: {'; '.join(stored)}.")
+    secret = crews.secret_inputs | {name for name, item in pipeline.inputs.items() if item.secret}
+    hidden = await values_of_blocks({name: given[name] for name in given if name in secret}, secret)
+    # Those that were loaded, so that each is loaded once; one that is not stored is refused with all other problems.
+    steps = [replace(step, crew=crews.crews.get(step.name, step.crew)) for step in crews.graph.steps]
+    return await arun_pipeline(
+        steps,
+        {**given, **{name: Secret(value) for name, value in hidden.items()}},
+        name=pipeline.name,
+        run_key=run_key,
+        wait=pipeline.wait,
+        review=pipeline.review,
+    )
 
 
 async def _run(call: _Call, *, name: str, run_key: str | None) -> PipelineResult:
