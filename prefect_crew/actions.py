@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncGenerator
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TYPE_CHECKING
 from uuid import UUID
 
 import httpx
 from prefect.exceptions import PrefectException
 
+from prefect_crew.api.errors import CrewError
 from prefect_crew.api.models import ResumeAnswer, StopAnswer
 from prefect_crew.limits import Slots
 from prefect_crew.logs import run_logger
 from prefect_crew.lookups import find_run
+from prefect_crew.open_runs import OpenRun
 from prefect_crew.record_store import PrefectRecords
 from prefect_crew.records import RecordPhase, ReviewStore
 from prefect_crew.reviews import LOOKS, Review, answer_question
@@ -21,7 +25,6 @@ from prefect_crew.stopping import close_stopped
 if TYPE_CHECKING:
     from prefect_crew.api.webhooks import Webhooks
     from prefect_crew.blocks import DeployedCrew
-    from prefect_crew.open_runs import OpenRun
 
 __all__ = ["resume_run", "stop_run"]
 
@@ -70,11 +73,15 @@ async def resume_run(
         run, records: The run and where its answers are kept, where the caller knows them; `records` None keeps none.
 
     Raises:
-        CrewError: As `answer_question`: it is sent once for each question.
+        CrewError: As `answer_question`: it is sent once for each question. Or the run may be a row of a batch whose
+            ledger cannot be opened here.
         CrewAPIError, CrewConnectionError: As the server answered, or did not. It is not sent twice.
     """
     run = run or await find_run(crew, kickoff_id, take=False)
-    async with CrewSession(crew, withhold=run.withholding()) as session:
+    async with AsyncExitStack() as stack:
+        if run.record is None and records is not None:
+            run, records = await stack.enter_async_context(_row_of_a_batch(run, records))
+        session = await stack.enter_async_context(CrewSession(crew, withhold=run.withholding()))
         answer, _ = await answer_question(
             run,
             session,
@@ -88,3 +95,36 @@ async def resume_run(
             call=call,
         )
     return answer
+
+
+@asynccontextmanager
+async def _row_of_a_batch(run: OpenRun, records: ReviewStore) -> AsyncGenerator[tuple[OpenRun, ReviewStore]]:
+    """Give a run that has no record on the Prefect server as the ledger of its batch knows it, and where answers go.
+
+    A run that is no row is given as it is. Which rows wait for people is what their batches' processes have seen.
+
+    Raises:
+        CrewError: A ledger that may know it cannot be opened here: whether it was answered is not known.
+    """
+    from prefect_crew.batches.known import asking_batches
+
+    async with AsyncExitStack() as stack:
+        try:
+            batches, missed = await stack.enter_async_context(asking_batches(run.crew.url))
+        except (httpx.HTTPError, PrefectException) as error:
+            raise CrewError(
+                f"Whether run {run.kickoff_id} is a row of a batch cannot be read now ({error!r}). Nothing was sent."
+            ) from error
+        for batch in batches:
+            record = await batch.ledger.of_kickoff(run.kickoff_id)
+            # A ledger knows the runs of all batches that are kept in it.
+            if record is not None and await batch.ledger.attempts(record.run_key):
+                yield OpenRun(run.crew, run.kickoff_id, record), batch.ledger
+                return
+        if missed:
+            raise CrewError(
+                f"Run {run.kickoff_id} has no record on the Prefect server. {missed[0]} It may be one of them, so "
+                "nothing was sent. Answer where that ledger can be opened: prefect-crew reviews. Or answer on the "
+                "crew's own page."
+            )
+        yield run, records

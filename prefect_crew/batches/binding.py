@@ -160,7 +160,7 @@ async def begin_generation(ledger: Ledger, place: str, *, patience: float) -> in
             value = variable.value if isinstance(variable.value, dict) else {}
             if value.get("ledger_id") != entry.ledger_id:
                 raise LedgerMissingError(name=ledger.batch, ledger=str(value.get("ledger")))
-            body = {"value": {**value, "generation": generation}}
+            body = {"value": {**value, "crew_url": entry.crew_url, "generation": generation}}
             # By its id: one that was made anew under the name is not this one.
             await request_soon(client, "PATCH", f"/variables/{variable.id}", json=body, patience=patience)
             return generation
@@ -207,7 +207,7 @@ async def note_asking(batch: str, asks: bool) -> None:
 
 async def _claim(entry: BatchEntry, place: str) -> None:
     value: dict[str, Any] = {"version": VERSION, "batch": entry.name, "ledger_id": entry.ledger_id, "ledger": place}
-    value["generation"] = entry.generation or 0
+    value |= {"crew_url": entry.crew_url, "generation": entry.generation or 0}
     body = {"name": binding_name(entry.name), "value": value, "tags": [TAG]}
     async with get_client() as client:
         try:

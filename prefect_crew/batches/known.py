@@ -205,8 +205,8 @@ async def known_batch(name: str, ledger: str | None = None) -> AsyncGenerator[Kn
 
 
 @asynccontextmanager
-async def asking_batches() -> AsyncGenerator[tuple[list[KnownBatch], list[str]]]:
-    """Open the ledgers of all batches of which rows wait for people.
+async def asking_batches(crew_url: str | None = None) -> AsyncGenerator[tuple[list[KnownBatch], list[str]]]:
+    """Open the ledgers of all batches of which rows wait for people, or of those with a crew.
 
     Yields:
         The batches, and for each whose ledger cannot be opened here a sentence that says so.
@@ -214,7 +214,7 @@ async def asking_batches() -> AsyncGenerator[tuple[list[KnownBatch], list[str]]]
     opened: list[KnownBatch] = []
     missed: list[str] = []
     async with AsyncExitStack() as stack:
-        for name, ledger in await all_batches(ASKS):
+        for name, ledger in await all_batches(ASKS, crew_url=crew_url):
             try:
                 opened.append(await stack.enter_async_context(known_batch(name)))
             except CrewError:
@@ -222,14 +222,26 @@ async def asking_batches() -> AsyncGenerator[tuple[list[KnownBatch], list[str]]]
         yield opened, missed
 
 
-async def all_batches(*tags: str) -> list[tuple[str, str]]:
-    """Return name and ledger of every batch that the Prefect server knows, by name; of those with some tags only."""
+async def all_batches(*tags: str, crew_url: str | None = None) -> list[tuple[str, str]]:
+    """Return name and ledger of every batch that the Prefect server knows, by name.
+
+    Args:
+        tags: Only those with all these tags.
+        crew_url: Only those whose crew has this address, or is not known.
+    """
     found: list[tuple[str, str]] = []
+    offset = 0
     body: dict[str, Any] = {"variables": {"tags": {"all_": [TAG, *tags]}}, "limit": _PAGE, "sort": "NAME_ASC"}
     async with get_client() as client:
         while True:
-            answer = await client.request("POST", "/variables/filter", json={**body, "offset": len(found)})
+            answer = await client.request("POST", "/variables/filter", json={**body, "offset": offset})
             page = cast("list[dict[str, Any]]", answer.json())
-            found += [(str(one["value"]["batch"]), str(one["value"]["ledger"])) for one in page]
+            offset += len(page)
+            values = [one["value"] for one in page]
+            found += [
+                (str(value["batch"]), str(value["ledger"]))
+                for value in values
+                if crew_url is None or value.get("crew_url", crew_url) == crew_url
+            ]
             if len(page) < _PAGE:
                 return sorted(found)

@@ -12,7 +12,7 @@ from prefect_crew.api.models import CrewState, StopOutcome
 from prefect_crew.cli import terminal
 from prefect_crew.cli.crews import CREW, JSON, CrewAccess, find, flag, is_url
 from prefect_crew.cli.exits import UsageError
-from prefect_crew.cli.reviews import open_stores, user_name
+from prefect_crew.cli.reviews import user_name
 
 if TYPE_CHECKING:
     from prefect_crew.api.client import CrewClient
@@ -163,13 +163,6 @@ async def _resume(
     if _without_prefect(crew):
         # Nothing outlasts this command that could know of the answer, so no Prefect server is started for it.
         return await resume_run(block, kickoff_id, run=OpenRun(block, kickoff_id), records=None, **answer)
-    async with open_stores() as (stores, _):
-        for store in stores:
-            # The run of a batch's row is on record in the batch's ledger, and so are its answers.
-            record = await store.of_kickoff(kickoff_id)
-            if record is not None and record.crew_url == block.url and await store.attempts(record.run_key):
-                run = OpenRun(block, kickoff_id, record)
-                return await resume_run(block, kickoff_id, run=run, records=store, **answer)
     return await resume_run(block, kickoff_id, **answer)
 
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from prefect_crew.records import RunRecord, SentReview
     from prefect_crew.reviewing.review_desk import AskedRun, AskedStore
 
-__all__ = ["app", "open_stores", "user_name"]
+__all__ = ["app", "user_name"]
 
 EXCERPT = 300
 """Characters of an output that the list shows."""
