@@ -1,32 +1,43 @@
-"""A deployment of one crew whose parameters are that crew's inputs, so that Prefect's form asks for them by name.
+"""Deployments of a crew, a pipeline or a flow of one's own, whose flow a worker imports by its path.
 
-Prefect runs a deployed flow by the flow function's signature, and every crew has another. So the deployment's
-entrypoint holds what the signature is made of, and needs neither storage nor the crew's server when the flow is loaded:
+None needs code storage or a pull step: wherever the packages are installed, a worker can run them. The run form asks
+for the inputs of the crew or the pipeline by name.
+
+Prefect runs a deployed flow by the flow function's signature, and every crew has another. So the entrypoint of a
+crew's deployment holds what the signature is made of, and the crew's server is not needed when the flow is loaded:
 
     prefect_crew.deploying.travel(budget,interests,duration,age)
 
-reads as the attribute `travel(budget,interests,duration,age)` of this module, which makes that flow. Wherever this
-package is installed, a worker can run it. (Read in Prefect 3.7.1's and 3.9.1's source: an entrypoint without a colon
-is imported as `module.attribute`, without any pull step.)
+reads as the attribute `travel(budget,interests,duration,age)` of this module, which makes that flow. (Read in Prefect
+3.7.1's and 3.9.1's source: an entrypoint without a colon is imported as `module.attribute`, without any pull step.)
+
+All deployed pipelines are runs of one flow, `prefect_crew.run_deployed_pipeline`. The steps are a parameter that the
+deployment holds and the form leaves out; the pipeline's inputs are the fields of the parameter `inputs`.
 """
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import keyword
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 from urllib.parse import quote, unquote
 
 from prefect import Flow
-from pydantic import Field, ValidationError
+from prefect.utilities.callables import parameter_schema
+from pydantic import Field, TypeAdapter, ValidationError, WithJsonSchema
 
 from prefect_crew.api._error import excerpt
 from prefect_crew.api.errors import ConfigurationError
 from prefect_crew.api.models import CrewInput, CrewResult
+from prefect_crew.pipeline_crews import PipelineCrews
+from prefect_crew.pipeline_definition import PipelineDefinition, PipelineInput
+from prefect_crew.pipeline_graph import PipelineGraph
+from prefect_crew.pipelines import PipelineResult, run_deployed_pipeline
 from prefect_crew.run_keys import render_run_key
 from prefect_crew.runs import arun_crew
 from prefect_crew.secret_blocks import values_of_blocks
@@ -38,7 +49,19 @@ if TYPE_CHECKING:
 
     from prefect_crew.blocks import DeployedCrew
 
-__all__ = ["FLOW_NAME", "Plan", "crew_flow", "deployment_of", "entrypoint_attribute", "parameter_names"]
+__all__ = [
+    "FLOW_NAME",
+    "Plan",
+    "crew_flow",
+    "deployment_of",
+    "entrypoint_attribute",
+    "flow_deployment",
+    "load_flow",
+    "needed_parameters",
+    "parameter_names",
+    "pipeline_deployment",
+    "resolved_pipeline",
+]
 
 FLOW_NAME = "deployed-crew"
 _ATTRIBUTE = re.compile(r"(?P<crew>[^()]+)\((?P<inputs>[^()]*)\)")
@@ -212,33 +235,31 @@ def deployment_of(crew: DeployedCrew, inputs: Sequence[CrewInput], plan: Plan) -
         ConfigurationError: Defaults for inputs that the crew does not know, a schedule without a default for each
             required input, or one that is none; a run key whose template is none, or on a schedule has no time in it.
     """
-    from prefect.deployments.runner import RunnerDeployment
-    from prefect.types.entrypoint import EntrypointType
-
     names = parameter_names([item.name for item in inputs])
     unknown = [name for name in plan.inputs if name not in names]
     if unknown:
         raise ConfigurationError(
             f"The crew does not know the inputs {', '.join(unknown)}; it takes {', '.join(names)}."
         )
-    missing = [item.name for item in inputs if item.required and item.name not in plan.inputs]
-    if plan.scheduled and missing:
-        stays = "" if plan.new_schedule else f" The schedule that {FLOW_NAME}/{plan.name} has stays: delete it, or"
-        raise ConfigurationError(
-            "A schedule asks nobody, so it needs a default for each required input of the crew. Missing: "
-            f"{', '.join(missing)}.{f'{stays} give them.' if stays else ''}"
-        )
-    defaults = {names[name]: value for name, value in plan.inputs.items()}
+    _check_schedule(plan, FLOW_NAME, [item.name for item in inputs if item.required and item.name not in plan.inputs])
+    kinds = {item.name: _TYPES.get((item.type or "").lower()) for item in inputs if item.name not in crew.secret_inputs}
+    defaults = {names[name]: _read_as(kinds.get(name), name, value) for name, value in plan.inputs.items()}
     if plan.run_key is not None:
         _check_run_key(plan.run_key, scheduled=plan.scheduled)
         defaults[_run_key_name(names)] = plan.run_key
-    made = crew_flow(crew.label, inputs, secret_inputs=crew.secret_inputs)
+    return _deployment(crew_flow(crew.label, inputs, secret_inputs=crew.secret_inputs), plan, defaults)
+
+
+def _deployment(made: Flow[..., Any], plan: Plan, parameters: Mapping[str, Any]) -> RunnerDeployment:
+    from prefect.deployments.runner import RunnerDeployment
+    from prefect.types.entrypoint import EntrypointType
+
     try:
         deployment = RunnerDeployment.from_flow(
             made,
             name=plan.name,
             schedule=_schedule(plan),
-            parameters=defaults,
+            parameters=dict(parameters),
             concurrency_limit=plan.concurrency_limit,
             tags=["prefect-crew", *(tag for tag in plan.tags if tag != "prefect-crew")],
             work_pool_name=plan.work_pool,
@@ -255,6 +276,26 @@ def deployment_of(crew: DeployedCrew, inputs: Sequence[CrewInput], plan: Plan) -
         # Prefect says that an empty list was given, and takes the schedules away that a deployment has.
         deployment.model_fields_set.discard("schedules")
     return deployment
+
+
+def _check_schedule(plan: Plan, flow_name: str, missing: Sequence[str]) -> None:
+    if plan.scheduled and missing:
+        stays = "" if plan.new_schedule else f" The schedule that {flow_name}/{plan.name} has stays: delete it, or"
+        raise ConfigurationError(
+            "A schedule asks nobody, so it needs a default for each required input. Missing: "
+            f"{', '.join(missing)}.{f'{stays} give them.' if stays else ''}"
+        )
+
+
+def _read_as(kind: Any, name: str, value: Any) -> Any:
+    """Return a default as a value of its input's type: on the command line all are text."""
+    if kind is None or not isinstance(value, str):
+        return value
+    try:
+        return TypeAdapter(kind).validate_json(value)
+    except ValidationError:
+        said = next((said for said, one in _TYPES.items() if one == kind), str(kind))
+        raise ConfigurationError(f"The default of the input {name} is to be JSON of the type {said}.") from None
 
 
 def _check_run_key(run_key: str, *, scheduled: bool) -> None:
@@ -276,3 +317,169 @@ def _schedule(plan: Plan) -> Schedule | None:
     if plan.interval is not None:
         return Interval(timedelta(seconds=plan.interval), timezone=plan.timezone)
     return None
+
+
+# Pipelines
+
+
+async def resolved_pipeline(pipeline: PipelineDefinition, defaults: Mapping[str, Any]) -> PipelineDefinition:
+    """Return a pipeline as it is deployed: with all its inputs, their defaults, and the secret ones marked.
+
+    Args:
+        pipeline: What its file says.
+        defaults: Values for its inputs, laid over those of the file; of a secret one the name of its Secret block.
+
+    Raises:
+        ConfigurationError: The pipeline cannot run, with all that is wrong; or a default is for no input of it.
+    """
+    steps = pipeline.crew_steps()
+    bare = PipelineGraph(steps, {})
+    own = len(bare.problems)  # it knows no inputs yet, so what it says itself is not the last word
+    crews = PipelineCrews(bare)
+    await crews.load()
+    await crews.ask()
+    unasked = [*bare.problems[own:], *crews.silent]
+    pipeline = pipeline.with_inputs(crews.expected)
+    unknown = [name for name in defaults if name not in pipeline.inputs]
+    if unknown:
+        raise ConfigurationError(
+            f"Pipeline {pipeline.name!r} does not know the inputs {', '.join(unknown)}; it takes "
+            f"{', '.join(pipeline.inputs) or 'none'}."
+        )
+    # The graph is checked with what every run has: all but the inputs that may be left out and have no default.
+    names = [name for name, item in pipeline.inputs.items() if item.required or item.default is not None]
+    crews = PipelineCrews(PipelineGraph(steps, dict.fromkeys(names, "")), crews.crews, crews.expected)
+    crews.check_inputs()
+    every = PipelineCrews(PipelineGraph(steps, dict.fromkeys(pipeline.inputs, "")), crews.crews)
+    secret = every.secret_inputs | {name for name, item in pipeline.inputs.items() if item.secret}
+    blocks = {name: list(crew.secret_inputs) for name, crew in crews.crews.items()}
+    problems = [*unasked, *crews.graph.problems, *pipeline.stored_secrets(blocks)]
+    if problems:
+        raise ConfigurationError(f"The pipeline cannot run, nothing was deployed: {'; '.join(problems)}.")
+    inputs = {name: _with_default(name, item, name in secret, defaults) for name, item in pipeline.inputs.items()}
+    pipeline = pipeline.model_copy(update={"inputs": inputs})
+    named = {name: item.default for name, item in inputs.items() if item.secret and item.default is not None}
+    await values_of_blocks(named, set(named))  # before they are stored with the deployment
+    return pipeline
+
+
+def _with_default(name: str, item: PipelineInput, secret: bool, defaults: Mapping[str, Any]) -> PipelineInput:
+    update: dict[str, Any] = {"secret": secret}
+    if name in defaults:
+        update["default"] = _read_as(None if secret else _TYPES.get(item.type or ""), name, defaults[name])
+    return item.model_copy(update=update)
+
+
+def pipeline_deployment(pipeline: PipelineDefinition, plan: Plan) -> RunnerDeployment:
+    """Return the deployment of a pipeline, ready to be applied or served.
+
+    Args:
+        pipeline: It as `resolved_pipeline` returns it.
+        plan: The rest; its `inputs` are in the pipeline already.
+
+    Raises:
+        ConfigurationError: As for `deployment_of`.
+    """
+    needed = [name for name, item in pipeline.inputs.items() if item.needed]
+    _check_schedule(plan, run_deployed_pipeline.name, needed)
+    # It is stored as short as it was written.
+    parameters: dict[str, Any] = {"pipeline": pipeline.model_dump(mode="json", exclude_defaults=True)}
+    if plan.run_key is not None:
+        _check_run_key(plan.run_key, scheduled=plan.scheduled)
+        parameters[_RUN_KEY] = plan.run_key
+    return _deployment(_pipeline_form(pipeline, needed), plan, parameters)
+
+
+def _pipeline_form(pipeline: PipelineDefinition, needed: Sequence[str]) -> Flow[..., Any]:
+    """Return a flow that stands for `run_deployed_pipeline` where Prefect makes the form: it has its path."""
+
+    async def run(**_: Any) -> PipelineResult:
+        raise NotImplementedError
+
+    fields = {name: _field_of(name, item, number) for number, (name, item) in enumerate(pipeline.inputs.items())}
+    schema = {"type": "object", "properties": fields, "required": list(needed), "additionalProperties": False}
+    inputs: Any = Annotated[dict[str, Any], WithJsonSchema(schema)]
+    default: Any = inspect.Parameter.empty if needed else {}
+    key = _described(str | None, "Run key", _RUN_KEY_HELP)
+    parameters = [inspect.Parameter("inputs", _KIND, default=default, annotation=inputs)] if fields else []
+    parameters.append(inspect.Parameter(_RUN_KEY, _KIND, default=None, annotation=key))
+    run.__module__, run.__name__ = "prefect_crew", "run_deployed_pipeline"
+    run.__doc__ = pipeline.description or f"Run the pipeline {pipeline.name}."
+    run.__signature__ = inspect.Signature(parameters, return_annotation=PipelineResult)  # type: ignore[attr-defined]
+    return Flow(run, name=run_deployed_pipeline.name, validate_parameters=False)
+
+
+def _field_of(name: str, item: PipelineInput, position: int) -> dict[str, Any]:
+    kinds = ["string"] if item.secret else [item.type] if item.type and item.type != "string" else _TEXT_IN_JSON
+    kinds = kinds if item.needed else [*kinds, "null"]
+    one = {"type": kinds[0]} if len(kinds) == 1 else {"anyOf": [{"type": kind} for kind in kinds]}
+    said = " ".join(part for part in (_BLOCK_HELP if item.secret else None, item.description) if part)
+    about = {"title": name, "position": position, **({"description": said} if said else {})}
+    return {**about, **one, **({} if item.needed else {"default": item.default})}
+
+
+# As for a crew's input: a number of JSON is as good as its text.
+_TEXT_IN_JSON = ["string", "number", "boolean"]
+
+
+# Flows of one's own
+
+
+def load_flow(entrypoint: str) -> Flow[..., Any]:
+    """Import an asynchronous flow by its path.
+
+    Raises:
+        ConfigurationError: It cannot be imported, or is no asynchronous flow.
+    """
+    module, _, name = entrypoint.rpartition(".")
+    if not module or ":" in module or "/" in module:
+        raise ConfigurationError(
+            f"{entrypoint!r} is no import path of a flow, such as my_package.flows.my_flow. Deploy a flow in a file to "
+            "a process work pool: prefect deploy."
+        )
+    try:
+        flow = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ConfigurationError(
+            f"The flow {entrypoint} cannot be imported ({error}): install its package here and where the worker runs."
+        ) from error
+    if not isinstance(flow, Flow):
+        raise ConfigurationError(f"{entrypoint} is no flow: decorate the function with @flow.")
+    if not flow.isasync or flow.isgenerator:
+        raise ConfigurationError(
+            f"The flow {entrypoint} is synchronous, and a crew worker runs asynchronous ones only: write it as `async "
+            "def`, or deploy it to a process work pool: prefect deploy."
+        )
+    return cast("Flow[..., Any]", flow)
+
+
+def needed_parameters(flow: Flow[..., Any]) -> tuple[list[str], list[str]]:
+    """Return the names of a flow's parameters, and of those that have to be given."""
+    schema = parameter_schema(flow)
+    return list(schema.properties), list(schema.required or ())
+
+
+def flow_deployment(entrypoint: str, plan: Plan) -> RunnerDeployment:
+    """Return the deployment of an asynchronous flow that can be imported, ready to be applied or served.
+
+    Args:
+        entrypoint: Its import path, such as `my_package.flows.my_flow`.
+        plan: The rest; its `inputs` are defaults of the flow's parameters.
+
+    Raises:
+        ConfigurationError: It cannot be imported, or is synchronous; otherwise as for `deployment_of`.
+    """
+    made = load_flow(entrypoint)
+    names, needed = needed_parameters(made)
+    unknown = [name for name in plan.inputs if name not in names]
+    if unknown:
+        raise ConfigurationError(
+            f"The flow has no parameters {', '.join(unknown)}; it has {', '.join(names) or 'none'}."
+        )
+    _check_schedule(plan, made.name, [name for name in needed if name not in plan.inputs])
+    fields = parameter_schema(made).properties
+    kinds = {name: _TYPES.get(fields[name].get("type", "")) for name in names}
+    defaults = {name: _read_as(kinds[name], name, value) for name, value in plan.inputs.items()}
+    deployment = _deployment(made, plan, defaults)
+    deployment.entrypoint = entrypoint  # whatever the function is called within its module
+    return deployment

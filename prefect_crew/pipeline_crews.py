@@ -111,6 +111,11 @@ class PipelineCrews:
     async def check(self) -> None:
         """Load the crews, ask each for its inputs, and note on the graph all that is wrong."""
         await self.load()
+        await self.ask()
+        self.check_inputs()
+
+    async def ask(self) -> None:
+        """Ask each crew that was loaded for its inputs."""
         # One question a crew, however many steps it has; with another token it is another question.
         asked = {_asked(crew): crew for crew in self.crews.values()}
         answers = dict(zip(asked, await asyncio.gather(*map(self._ask, asked.values())), strict=True))
@@ -120,6 +125,9 @@ class PipelineCrews:
                 fresh, self.expected[name] = answer
                 # Of two blocks for one crew each keeps what else it says.
                 self.crews[name] = crew if fresh is None else crew.model_copy(update={"token": fresh.token})
+
+    def check_inputs(self) -> None:
+        """Note on the graph what its steps lack of their crews' inputs, and give besides."""
         self.graph.check_inputs(
             self.expected, extra=[name for name, crew in self.crews.items() if crew.allow_extra_inputs]
         )

@@ -1,12 +1,15 @@
-"""`prefect-crew deploy`: a Prefect deployment of one crew, whose form asks for that crew's inputs."""
+"""`prefect-crew deploy`: a Prefect deployment of a crew or a pipeline whose form asks for its inputs, or of a flow."""
 
 from __future__ import annotations
 
 import asyncio
+import json
 import shlex
 import sys
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
@@ -21,19 +24,22 @@ from prefect_crew.cli.progress import progress
 if TYPE_CHECKING:
     from prefect.deployments.runner import RunnerDeployment
 
-    from prefect_crew.api.models import CrewInput
-    from prefect_crew.blocks import DeployedCrew
     from prefect_crew.deploying import Plan
 
 __all__ = ["deploy"]
 
 
 def deploy(
-    crew: Annotated[str, Parameter(name="CREW", help="The name of a stored block.")],
+    crew: Annotated[str | None, Parameter(name="CREW", help="The name of a stored block.")] = None,
     /,
     *,
-    name: Annotated[str | None, Parameter(help="The deployment's name, if not the crew's.")] = None,
-    work_pool: Annotated[
+    pipeline: Annotated[str | None, Parameter(help="In place of a crew: a file with a pipeline, YAML or JSON.")] = None,
+    flow: Annotated[
+        str | None,
+        Parameter(help="In place of a crew: the import path of an asynchronous flow, my_package.flows.my_flow."),
+    ] = None,
+    name: Annotated[str | None, Parameter(help="The deployment's name, if not that of the crew or pipeline.")] = None,
+    pool: Annotated[
         str | None, Parameter(help="The work pool whose workers run it; this package has to be installed there.")
     ] = None,
     serve: Annotated[bool, flag("Run it in this process, until Ctrl-C, instead of on a work pool.")] = False,
@@ -54,40 +60,64 @@ def deploy(
     concurrency_limit: Annotated[int | None, Parameter(help="How many of its runs may go on at once.")] = None,
     tag: Annotated[list[str] | None, Parameter(help="A tag; may be given again.", negative=())] = None,
 ) -> None:
-    """Make a Prefect deployment of a crew whose form asks for that crew's inputs."""
-    if is_url(crew):
-        raise ConfigurationError(
-            "A deployment needs a stored crew, whose token its runs can load: prefect-crew save NAME --url "
-            f"{shlex.quote(crew)}, then prefect-crew deploy NAME."
-        )
-    if serve and work_pool:
-        raise UsageError("Say either --serve or --work-pool: a served deployment has no pool.")
+    """Make a Prefect deployment of a crew or a pipeline whose form asks for its inputs, or of a flow."""
+    _check(crew, pipeline, flow, run_key)
+    if serve and pool:
+        raise UsageError("Say either --serve or --pool: a served deployment has no pool.")
     if timezone and cron is None and interval is None:
         raise UsageError("--timezone is that of a schedule: give --cron or --interval too.")
     given = gather_inputs(input_ or (), inputs)
+    text = None if pipeline is None else _read(pipeline)
     with progress(quiet=True) as shown:
         reach_prefect(shown, quiet=not serve, lasting=True)
-    from prefect_crew.deploying import Plan, deployment_of
+    from prefect_crew.deploying import Plan
 
-    block, found, has_schedule = asyncio.run(_ask(crew, name or crew, given))
     plan = Plan(
-        name=name or crew,
+        name=name or "",
         inputs=given,
         run_key=run_key,
-        work_pool=None if serve else work_pool or _default_pool(),
+        work_pool=None if serve else pool or _default_pool(),
         cron=cron,
         interval=interval,
         timezone=timezone,
         concurrency_limit=concurrency_limit,
         tags=tag or (),
-        has_schedule=has_schedule,
     )
-    deployment = deployment_of(block, found, plan)
-    deployment_id = asyncio.run(_apply(deployment))
+    if crew is not None:
+        made = asyncio.run(_of_crew(crew, plan))
+    elif pipeline is not None:
+        made = asyncio.run(_of_pipeline(text or "", pipeline, plan))
+    else:
+        made = asyncio.run(_of_flow(flow or "", plan))
+    deployment_id, kind = asyncio.run(_apply(made.deployment))
     if serve:
-        _serve(deployment)
+        _serve(made.deployment)
         return
-    _tell(deployment, deployment_id, plan, found, crew)
+    _tell(made, deployment_id)
+    if flow is not None and kind == "crew" and not flow.startswith("prefect_crew."):
+        module = shlex.quote(flow.rpartition(".")[0])
+        terminal.put(f"Its workers have to allow the module: PREFECT_INTEGRATIONS_CREW_WORKER_MODULES={module}")
+
+
+def _check(crew: str | None, pipeline: str | None, flow: str | None, run_key: str | None) -> None:
+    if len([one for one in (crew, pipeline, flow) if one is not None]) != 1:
+        raise UsageError("Say what to deploy: CREW, --pipeline FILE or --flow PATH, one of them.")
+    if crew is not None and is_url(crew):
+        raise ConfigurationError(
+            "A deployment needs a stored crew, whose token its runs can load: prefect-crew save NAME --url "
+            f"{shlex.quote(crew)}, then prefect-crew deploy NAME."
+        )
+    if flow is not None and run_key is not None:
+        raise UsageError("--run-key is for crews and pipelines. Give a flow its own parameter with -i.")
+
+
+def _read(file: str) -> str:
+    try:
+        return Path(file).read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise ConfigurationError(f"The pipeline in {file} cannot be read: {error.strerror or error}.") from None
+    except UnicodeDecodeError:
+        raise ConfigurationError(f"The pipeline in {file} cannot be read: it is not text in UTF-8.") from None
 
 
 def _default_pool() -> str | None:
@@ -96,69 +126,130 @@ def _default_pool() -> str | None:
     return get_current_settings().deployments.default_work_pool_name
 
 
-async def _ask(crew: str, name: str, given: Mapping[str, Any]) -> tuple[DeployedCrew, list[CrewInput], bool]:
-    """Return the crew, its inputs, and whether its deployment of this name has a schedule already."""
-    from prefect.client.orchestration import get_client
-    from prefect.exceptions import ObjectNotFound
+@dataclass(frozen=True)
+class _Made:
+    """A deployment that is ready to be applied, and what is said of it."""
 
-    from prefect_crew.deploying import FLOW_NAME
+    deployment: RunnerDeployment
+    plan: Plan
+    command: str
+    """What deploys the same again, as far as the name of what is deployed goes."""
+    asks: Sequence[str]
+    """The names of the inputs that it asks for."""
+    example: Sequence[str]
+    """Options of `prefect deployment run` for those that have to be given."""
+
+
+async def _of_crew(crew: str, plan: Plan) -> _Made:
+    from prefect_crew.deploying import FLOW_NAME, deployment_of, parameter_names
     from prefect_crew.secret_blocks import values_of_blocks
 
     block = await CrewAccess().load(crew)
-    await values_of_blocks(given, block.secret_inputs)  # before they are stored as the deployment's defaults
+    await values_of_blocks(plan.inputs, block.secret_inputs)  # before they are stored as the deployment's defaults
     async with block.client() as client:
         inputs = await client.inputs()
+    plan = await _named(plan, FLOW_NAME, crew)
+    names = parameter_names([item.name for item in inputs])
+    needed = [names[item.name] for item in inputs if item.required and item.name not in plan.inputs]
+    return _Made(
+        deployment_of(block, inputs, plan),
+        plan,
+        f"{shlex.quote(crew)}{_renamed(plan, crew)}",
+        [item.name for item in inputs],
+        [f"{parameter}=…" for parameter in needed],
+    )
+
+
+async def _of_pipeline(text: str, file: str, plan: Plan) -> _Made:
+    from prefect_crew.deploying import pipeline_deployment, resolved_pipeline
+    from prefect_crew.pipeline_definition import read_pipeline
+    from prefect_crew.pipelines import run_deployed_pipeline
+
+    pipeline = await resolved_pipeline(read_pipeline(text, file), plan.inputs)
+    plan = await _named(plan, run_deployed_pipeline.name, pipeline.name)
+    needed = {name: "…" for name, item in pipeline.inputs.items() if item.needed}
+    return _Made(
+        pipeline_deployment(pipeline, plan),
+        plan,
+        f"--pipeline {shlex.quote(file)}{_renamed(plan, pipeline.name)}",
+        list(pipeline.inputs),
+        [shlex.quote(f"inputs={json.dumps(needed, ensure_ascii=False)}")] if needed else [],
+    )
+
+
+async def _of_flow(entrypoint: str, plan: Plan) -> _Made:
+    from prefect_crew.deploying import flow_deployment, load_flow, needed_parameters
+
+    flow = load_flow(entrypoint)
+    own = entrypoint.rpartition(".")[2]
+    plan = await _named(plan, flow.name, own)
+    parameters, needed = needed_parameters(flow)
+    return _Made(
+        flow_deployment(entrypoint, plan),
+        plan,
+        f"--flow {shlex.quote(entrypoint)}{_renamed(plan, own)}",
+        parameters,
+        [f"{parameter}=…" for parameter in needed if parameter not in plan.inputs],
+    )
+
+
+def _renamed(plan: Plan, own: str) -> str:
+    return f" --name {shlex.quote(plan.name)}" if plan.name != own else ""
+
+
+async def _named(plan: Plan, flow_name: str, own: str) -> Plan:
+    """Return the plan with a name, and whether the deployment of that name has a schedule already."""
+    from prefect.client.orchestration import get_client
+    from prefect.exceptions import ObjectNotFound
+
+    plan = replace(plan, name=plan.name or own)
     async with get_client() as prefect:
         try:
-            earlier = await prefect.read_deployment_by_name(f"{FLOW_NAME}/{name}")
+            earlier = await prefect.read_deployment_by_name(f"{flow_name}/{plan.name}")
         except ObjectNotFound:
-            return block, inputs, False
-    return block, inputs, bool(earlier.schedules)
+            return plan
+    return replace(plan, has_schedule=bool(earlier.schedules))
 
 
-async def _apply(deployment: RunnerDeployment) -> str:
+async def _apply(deployment: RunnerDeployment) -> tuple[str, str | None]:
+    """Store a deployment; return its id and the type of its work pool."""
     from prefect.client.orchestration import get_client
     from prefect.deployments.runner import DeploymentApplyError
     from prefect.exceptions import ObjectNotFound
 
+    kind: str | None = None
     try:
         if deployment.work_pool_name:
             async with get_client() as client:
-                await client.read_work_pool(deployment.work_pool_name)
+                kind = (await client.read_work_pool(deployment.work_pool_name)).type
     except ObjectNotFound:
-        pool = deployment.work_pool_name
+        pool = shlex.quote(deployment.work_pool_name or "")
         raise ConfigurationError(
-            f"There is no work pool {pool!r}. Make one: prefect work-pool create {pool} --type process."
+            f"There is no work pool {pool}. Make one: prefect work-pool create {pool} --type crew."
         ) from None
     try:
-        return str(await deployment.aapply())
+        return str(await deployment.aapply()), kind
     except DeploymentApplyError as error:
         raise ConfigurationError(f"The deployment was not made: {error}") from error
 
 
-def _tell(deployment: RunnerDeployment, deployment_id: str, plan: Plan, found: list[CrewInput], crew: str) -> None:
-    from prefect_crew.deploying import parameter_names
-
-    names = parameter_names([item.name for item in found])
-    terminal.put(
-        f"Deployed {deployment.full_name}, which asks for {', '.join(item.name for item in found) or 'nothing'}."
-    )
+def _tell(made: _Made, deployment_id: str) -> None:
+    deployment, plan = made.deployment, made.plan
+    terminal.put(f"Deployed {deployment.full_name}, which asks for {', '.join(made.asks) or 'nothing'}.")
     page = deployment_url(deployment_id)
     if page:
         terminal.put(page)
     if plan.has_schedule and not plan.new_schedule:
         terminal.put("The schedule that it has stays.")
-    needed = [names[item.name] for item in found if item.required and item.name not in plan.inputs]
-    options = "".join(f" -p {shlex.quote(parameter)}=…" for parameter in needed)
+    options = "".join(f" -p {option}" for option in made.example)
     terminal.put(f"Run it: {terminal.command(f'prefect deployment run {shlex.quote(deployment.full_name)}')}{options}")
     if plan.work_pool:
         terminal.put(
             f"Its runs need a worker: {terminal.command(f'prefect worker start --pool {shlex.quote(plan.work_pool)}')}"
         )
     else:
-        named = f" --name {shlex.quote(plan.name)}" if plan.name != crew else ""
-        again = terminal.command(f"prefect-crew deploy {shlex.quote(crew)}{named} --serve")
-        terminal.put(f"Nothing runs it yet: give --work-pool POOL, or serve it from a process of yours: {again}")
+        again = terminal.command(f"prefect-crew deploy {made.command} --serve")
+        terminal.put(f"Nothing runs it yet: give --pool POOL, or serve it from a process of yours: {again}")
 
 
 def _serve(deployment: RunnerDeployment) -> None:

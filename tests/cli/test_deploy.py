@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import signal
 import sys
 import time
@@ -93,7 +94,7 @@ def test_a_schedule_stays_until_another_is_given(here, name: str):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        pytest.param(["--work-pool", "no-such-pool"], "prefect work-pool create no-such-pool", id="pool"),
+        pytest.param(["--pool", "no-such-pool"], "prefect work-pool create no-such-pool", id="pool"),
         pytest.param(["-i", "colour=red"], "does not know the inputs colour", id="default"),
         pytest.param(["--cron", "now and then", "-i", "who=Ada"], "cron", id="cron"),
     ],
@@ -142,3 +143,242 @@ def test_served_by_the_command_itself(prefect_api: PrefectServer, crews: CrewSer
         assert process.family() == []
     # Before 3.11 asyncio raises KeyboardInterrupt wherever Prefect's runner happens to be, which may print it.
     assert "Traceback" not in process.output or sys.version_info < (3, 11)
+
+
+# Pipelines
+
+STEPS = """
+name: {name}
+description: Greets twice.
+inputs:
+  who: {{description: Whom to greet.}}
+  times: {{type: integer, default: 2}}
+  tone: {{default: warm}}
+steps:
+  - {{name: first, crew: {crew}, inputs: {{who: "{{{{ who }}}}"}}}}
+  - {{name: second, crew: {crew}, inputs: {{who: "{{{{ first.output }}}}, {{{{ times }}}} times, {{{{ tone }}}}"}}}}
+"""
+
+
+@pytest.fixture
+def file(name: str, tmp_path: Path) -> Path:
+    """A file with a pipeline over that crew. The pipeline is called as the crew is."""
+    path = tmp_path / "greet.yaml"
+    path.write_text(STEPS.format(name=name, crew=name))
+    return path
+
+
+def test_a_pipeline_asks_for_its_inputs(here, prefect_api: PrefectServer, crews: CrewServer, name: str, file: Path):
+    pool = f"pool-{uuid.uuid4().hex[:8]}"
+    httpx.post(f"{prefect_api.api_url}/work_pools/", json={"name": pool, "type": "crew"}).raise_for_status()
+    made = here("deploy", "--pipeline", str(file), "--pool", pool, "--tag", "mine", "-i", "times=3")
+    assert made.code == 0, made.err
+    assert f"Deployed deployed-pipeline/{name}, which asks for who, times, tone." in made.out
+    assert f"""prefect deployment run deployed-pipeline/{name} -p 'inputs={{"who": "…"}}'""" in made.out
+    assert f"prefect worker start --pool {pool}" in made.out
+    found = deployment(f"deployed-pipeline/{name}")
+    assert (found.entrypoint, found.pull_steps) == ("prefect_crew.run_deployed_pipeline", [])
+    assert (found.work_pool_name, found.tags) == (pool, ["prefect-crew", "mine"])
+    assert found.description == "Greets twice."
+    schema = found.parameter_openapi_schema
+    assert (list(schema["properties"]), schema["required"]) == (["inputs", "run_key"], ["inputs"])
+    inputs = schema["properties"]["inputs"]
+    assert (list(inputs["properties"]), inputs["required"]) == (["who", "times", "tone"], ["who"])
+    who, times, tone = inputs["properties"].values()
+    assert (who["title"], who["description"], [kind["type"] for kind in who["anyOf"]]) == (
+        "who",
+        "Whom to greet.",
+        ["string", "number", "boolean"],
+    )
+    assert (times["default"], times["anyOf"]) == (3, [{"type": "integer"}, {"type": "null"}])
+    assert tone["default"] == "warm"
+
+
+@pytest.mark.parametrize(
+    ("inputs", "said"),
+    [
+        pytest.param(None, "required", id="none"),
+        pytest.param({"times": 2}, "'who' is a required property", id="one-missing"),
+        pytest.param({"who": "Ada", "times": "x"}, "'x'", id="type"),
+        pytest.param({"who": "Ada", "colour": "red"}, "colour", id="unknown"),
+    ],
+)
+def test_prefect_refuses_a_run_of_a_pipeline_whose_inputs_do_not_fit(
+    here, prefect_api: PrefectServer, name: str, file: Path, inputs: Any, said: str
+):
+    assert here("deploy", "--pipeline", str(file)).code == 0
+    found = deployment(f"deployed-pipeline/{name}")
+    parameters = {} if inputs is None else {"inputs": inputs}
+    refused = httpx.post(
+        f"{prefect_api.api_url}/deployments/{found.id}/create_flow_run", json={"parameters": parameters}
+    )
+    assert refused.status_code in (409, 422), refused.text
+    assert said in refused.text
+
+
+def test_a_deployed_pipeline_runs_by_its_entrypoint(
+    here, prefect_api: PrefectServer, crews: CrewServer, name: str, file: Path
+):
+    assert here("deploy", "--pipeline", str(file), "-i", "tone=dry").code == 0
+    found = deployment(f"deployed-pipeline/{name}")
+    who = f"Ada of {name}"
+    state = asyncio.run(run_of(found, {"inputs": {"who": who}}))
+    assert state.is_completed(), state
+    runs = [run.inputs["who"] for run in crews.runs if who in run.inputs["who"]]
+    assert runs == [who, f"**Hello** {who}, 2 times, dry"]
+
+
+async def run_of(deployment: Any, parameters: dict[str, Any]) -> Any:
+    """Make a flow run of a deployment and run it here, as a worker of a pool of the type `crew` does."""
+    from prefect.client.orchestration import get_client
+    from prefect.flow_engine import run_flow_async
+
+    module, _, name = deployment.entrypoint.rpartition(".")
+    async with get_client() as client:
+        made = await client.create_flow_run_from_deployment(deployment.id, parameters=parameters)
+        flow_run = await client.read_flow_run(made.id)
+    flow: Any = getattr(importlib.import_module(module), name)
+    return await run_flow_async(flow, flow_run=flow_run, parameters=flow_run.parameters, return_type="state")
+
+
+def test_a_schedule_of_a_pipeline_needs_its_inputs(here, name: str, file: Path):
+    line = ("deploy", "--pipeline", str(file), "--cron", "0 6 * * *")
+    without = here(*line)
+    assert without.code == 25
+    assert "Missing: who" in without.err
+    made = here(*line, "-i", "who=Ada", "--run-key", "greet-{{ scheduled_start:%Y-%m-%d }}")
+    assert made.code == 0, made.err
+    found = deployment(f"deployed-pipeline/{name}")
+    assert found.schedules[0].schedule.cron == "0 6 * * *"
+    assert found.parameters["run_key"] == "greet-{{ scheduled_start:%Y-%m-%d }}"
+    assert "required" not in found.parameter_openapi_schema
+
+
+def test_the_inputs_of_a_pipeline_that_declares_none_are_found(here, name: str, tmp_path: Path):
+    path = tmp_path / "found.yaml"
+    path.write_text(
+        f"name: found-{name}\nsteps: [{{name: a, crew: {name}}}, {{name: b, crew: {name}, inputs: "
+        "{who: '{{ a.output }} and {{ whom }}'}}]"
+    )
+    assert here("deploy", "--pipeline", str(path)).code == 0
+    found = deployment(f"deployed-pipeline/found-{name}")
+    assert found.parameter_openapi_schema["properties"]["inputs"]["required"] == ["who", "whom"]
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "said"),
+    [
+        pytest.param("{{ who }}", "{{ whom }}", "'whom' is neither an input of the pipeline nor a step", id="template"),
+        pytest.param("inputs: {who:", "inputs: {whom:", "gives the unknown inputs whom", id="input-of-a-crew"),
+        pytest.param("crew: ", "crew: never-", "No crew is stored under the name", id="crew"),
+        pytest.param("name: second", "name: first", "two steps are named 'first'", id="step"),
+        pytest.param("steps:", "stpes:", "stpes: there is no such field", id="field"),
+    ],
+)
+def test_a_pipeline_that_cannot_run_is_not_deployed(here, name: str, file: Path, before: str, after: str, said: str):
+    text = file.read_text()
+    assert before in text
+    file.write_text(text.replace(before, after))
+    done = here("deploy", "--pipeline", str(file))
+    assert done.code == 25
+    assert said in done.err
+
+
+def test_a_default_that_the_pipeline_does_not_know(here, file: Path):
+    done = here("deploy", "--pipeline", str(file), "-i", "colour=red")
+    assert done.code == 25
+    assert "does not know the inputs colour; it takes who, times, tone." in done.err
+    done = here("deploy", "--pipeline", str(file), "-i", "times=two")
+    assert done.code == 25
+    assert "The default of the input times is to be JSON of the type integer." in done.err
+
+
+def test_a_file_that_is_not_there(here):
+    done = here("deploy", "--pipeline", "nowhere.yaml")
+    assert done.code == 25
+    assert "The pipeline in nowhere.yaml cannot be read" in done.err
+
+
+def test_a_secret_input_of_a_pipeline_is_the_name_of_a_block(here, crews: CrewServer, name: str, file: Path):
+    from prefect.blocks.system import Secret
+
+    block: Any = crews.crew(url=f"{crews.url}/greet", secret_inputs=["who"])
+    block.save(name, overwrite=True)
+    text = file.read_text()
+    only = "\n".join(line for line in text.splitlines() if "second" not in line)
+    file.write_text(only)
+    done = here("deploy", "--pipeline", str(file), "-i", "who=hunter2")
+    assert done.code == 25
+    assert "The input 'who' is secret" in done.err
+    assert "hunter2" not in done.err
+    secret: Any = Secret(value="hunter2")
+    secret.save(f"who-{name}")
+    assert here("deploy", "--pipeline", str(file), "-i", f"who=who-{name}").code == 0
+    found = deployment(f"deployed-pipeline/{name}")
+    who = found.parameter_openapi_schema["properties"]["inputs"]["properties"]["who"]
+    assert who["description"].startswith("The name of the Prefect Secret block that holds it")
+    assert found.parameters["pipeline"]["inputs"]["who"]["secret"] is True
+    file.write_text(only.replace("{{ who }}", "hunter2"))
+    done = here("deploy", "--pipeline", str(file))
+    assert done.code == 25
+    assert "step 'first', input 'who': it is secret" in done.err
+
+
+# Flows
+
+
+@pytest.fixture
+def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A module of a user's own, which can be imported."""
+    name = f"flows_{uuid.uuid4().hex[:8]}"
+    (tmp_path / f"{name}.py").write_text(
+        "from prefect import flow\n\n\n"
+        "@flow(name='greet-them')\nasync def greet(who: str, times: int = 1) -> str:\n    return f'{who} {times}'\n\n\n"
+        "@flow\ndef plain() -> None:\n    pass\n\n\n"
+        "async def no_flow() -> None:\n    pass\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return name
+
+
+def test_a_flow_is_deployed_by_its_import_path(here, prefect_api: PrefectServer, module: str):
+    pool = f"pool-{uuid.uuid4().hex[:8]}"
+    httpx.post(f"{prefect_api.api_url}/work_pools/", json={"name": pool, "type": "crew"}).raise_for_status()
+    made = here("deploy", "--flow", f"{module}.greet", "--pool", pool, "-i", "times=3")
+    assert made.code == 0, made.err
+    assert "Deployed greet-them/greet, which asks for who, times." in made.out
+    assert "prefect deployment run greet-them/greet -p who=…" in made.out
+    assert f"PREFECT_INTEGRATIONS_CREW_WORKER_MODULES={module}" in made.out
+    found = deployment("greet-them/greet")
+    assert (found.entrypoint, found.parameters, found.pull_steps) == (f"{module}.greet", {"times": 3}, [])
+    state = asyncio.run(run_of(found, {"who": "Ada"}))
+    assert state.is_completed(), state
+
+
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        pytest.param("{}.plain", "is synchronous, and a crew worker runs asynchronous ones only", id="synchronous"),
+        pytest.param("{}.no_flow", "is no flow: decorate the function with @flow.", id="no-flow"),
+        pytest.param("{}.nothing", "cannot be imported", id="no-name"),
+        pytest.param("never_installed.greet", "No module named 'never_installed'", id="no-module"),
+        pytest.param("flows/greet.py:greet", "is no import path of a flow", id="a-file"),
+    ],
+)
+def test_a_flow_that_a_crew_worker_cannot_run_is_not_deployed(
+    here, prefect_api: PrefectServer, module: str, path: str, said: str
+):
+    done = here("deploy", "--flow", path.format(module))
+    assert done.code == 25
+    assert said in done.err
+
+
+@pytest.mark.parametrize(
+    "line",
+    [["deploy"], ["deploy", "x", "--flow", "a.b"], ["deploy", "--pipeline", "x.yaml", "--flow", "a.b"]],
+    ids=["nothing", "crew-and-flow", "pipeline-and-flow"],
+)
+def test_one_thing_is_deployed(here, line: list[str]):
+    done = here(*line)
+    assert done.code == 2
+    assert "CREW, --pipeline FILE or --flow PATH" in done.err

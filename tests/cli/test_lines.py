@@ -69,7 +69,7 @@ def test_version(here):
         pytest.param(["runs", "settle", "key"], id="settled-as-what"),
         pytest.param(["runs", "--phase", "odd"], id="no-such-phase"),
         pytest.param(["runs", "prune", "--older-than", "long"], id="no-age"),
-        pytest.param(["deploy", "x", "--serve", "--work-pool", "p"], id="served-on-a-pool"),
+        pytest.param(["deploy", "x", "--serve", "--pool", "p"], id="served-on-a-pool"),
         pytest.param(["deploy", "x", "--timezone", "UTC"], id="time-zone-of-no-schedule"),
         pytest.param(["inputs", "block", "--token", "t-1234"], id="token-for-a-block"),
     ],
