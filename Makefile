@@ -1,4 +1,4 @@
-# A bare machine needs python3 (3.10 to 3.14, with venv), git, make and the package registries; the rest is built here.
+# A bare machine needs python3 (3.11 to 3.14, with venv), git, make and the package registries; the rest is built here.
 #
 #   make demo        a crew through Prefect, on this machine, without an account
 #   make test        the tests, but for the slow ones
@@ -20,8 +20,8 @@ ARGS ?=
 AT_ONCE = -n $(WORKERS) --dist worksteal
 
 # 3.14 comes last since CrewAI does not install on it: the tests of real crews would be skipped.
-PYTHONS = $(or $(PYTHON),python3.13 python3.12 python3.11 python3.10 python3 python3.14)
-SUITABLE = import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_info < (3, 15))
+PYTHONS = $(or $(PYTHON),python3.13 python3.12 python3.11 python3 python3.14)
+SUITABLE = import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info < (3, 15))
 
 .PHONY: help demo test prove sample mutate coverage oldest lint format constraints clean
 .DELETE_ON_ERROR:
@@ -74,7 +74,7 @@ $(UV):
 	    if $$python -c '$(SUITABLE)' 2>/dev/null; then found=$$python; break; fi; \
 	done; \
 	if [ -z "$$found" ]; then \
-	    echo "None of $(PYTHONS) is a Python 3.10 to 3.14 with venv. Install one (Debian: python3-venv), or say PYTHON=…" >&2; \
+	    echo "None of $(PYTHONS) is a Python 3.11 to 3.14 with venv. Install one (Debian: python3-venv), or say PYTHON=…" >&2; \
 	    exit 1; \
 	fi; \
 	echo "Building $(VENV) with $$($$found --version) …"; \
@@ -97,15 +97,15 @@ $(VENV)/.lint: pyproject.toml constraints.txt | $(VENV)/.tests
 
 # The oldest Python and Prefect, with the oldest of everything else that pyproject.toml admits.
 
-FIND_OLDEST = for python in $(OLDEST_PYTHON) python3.10 \
-    "$${PYENV_ROOT:-$$(pyenv root 2>/dev/null)}"/versions/3.10*/bin/python; do \
-    $$python -c 'import sys, venv, ensurepip; sys.exit(sys.version_info[:2] != (3, 10))' 2>/dev/null && \
+FIND_OLDEST = for python in $(OLDEST_PYTHON) python3.11 \
+    "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/3.11*/bin/python; do \
+    $$python -c 'import sys, venv, ensurepip; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null && \
     echo $$python && break; done
 
 oldest:
 	@python=$$($(FIND_OLDEST)); \
 	if [ -z "$$python" ]; then \
-	    echo "!! SKIPPED: make oldest found no Python 3.10 with venv, on PATH or under pyenv. Say OLDEST_PYTHON=… !!" >&2; \
+	    echo "!! SKIPPED: make oldest found no Python 3.11 with venv, on PATH or under pyenv. Say OLDEST_PYTHON=… !!" >&2; \
 	else \
 	    $(MAKE) --no-print-directory oldest-tests OLDEST_PYTHON=$$python; \
 	fi
@@ -118,23 +118,23 @@ oldest-tests: $(OLDEST_VENV)/.tests
 
 $(OLDEST_VENV)/.tests: pyproject.toml constraints.txt constraints-oldest.txt
 	@echo "Building $(OLDEST_VENV) with $$($(OLDEST_PYTHON) --version) and $$(grep '^prefect==' constraints-oldest.txt) …"
-	@$(OLDEST_PYTHON) -m venv $(OLDEST_VENV)
+	@$(OLDEST_PYTHON) -m venv --clear $(OLDEST_VENV)
 	@$(OLDEST_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt uv
 	@$(OLDEST_VENV)/bin/uv pip install --quiet --python $(OLDEST_VENV)/bin/python -c constraints-oldest.txt \
 	    -e '.[data]' --group test
 	@touch $@
 
-# The pins. The first file serves every supported Python; the second Python 3.10 only: the floors of pyproject.toml, the
-# rest as of the days after Prefect 3.7.1 (which does not start with today's FastAPI), and today's test tools.
+# The pins. The first file serves every supported Python; the second Python 3.11 only: the floors of pyproject.toml, the
+# rest as of the days after Prefect 3.8.0, and today's test tools.
 
 COMPILE = $(UV) pip compile --quiet --upgrade --no-annotate --custom-compile-command "make constraints"
 FLOORS := $(VENV)/floors.txt
 
 constraints: | $(UV)
-	$(COMPILE) --universal --python-version 3.10 --extra all --group dev pyproject.toml --output-file constraints.txt
-	$(COMPILE) --python-version 3.10 --extra data pyproject.toml --output-file $(FLOORS) \
-	    --resolution lowest-direct --exclude-newer 2026-06-01
-	$(COMPILE) --python-version 3.10 --extra data --group test pyproject.toml --output-file constraints-oldest.txt \
+	$(COMPILE) --universal --python-version 3.11 --extra all --group dev pyproject.toml --output-file constraints.txt
+	$(COMPILE) --python-version 3.11 --extra data pyproject.toml --output-file $(FLOORS) \
+	    --resolution lowest-direct --exclude-newer 2026-07-27
+	$(COMPILE) --python-version 3.11 --extra data --group test pyproject.toml --output-file constraints-oldest.txt \
 	    --constraints $(FLOORS)
 
 clean:

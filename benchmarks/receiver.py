@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from datetime import datetime, timedelta, timezone
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from statistics import quantiles
 from urllib.parse import urlsplit
@@ -65,7 +65,7 @@ class Deliveries:
     """Makes requests that all differ, over a number of runs."""
 
     def __init__(self, url: str) -> None:
-        expires = datetime.now(timezone.utc) + timedelta(hours=1)
+        expires = datetime.now(UTC) + timedelta(hours=1)
         hooks = [hook_urls(url, SECRET, f"benchmark/{number}", expires=expires, attempt=1) for number in range(RUNS)]
         self.paths = [urlsplit(str(hook.task)).path for hook in hooks]
         self.number = 0

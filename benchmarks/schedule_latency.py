@@ -71,7 +71,7 @@ def scheduled_time(deployment: str, run_key: str) -> float:
     (expected,) = [
         run["expected_start_time"] for run in runs if f"latency-{run['expected_start_time'][:19]}" == run_key
     ]
-    return datetime.fromisoformat(expected.replace("Z", "+00:00")).timestamp()
+    return datetime.fromisoformat(expected).timestamp()
 
 
 def main() -> None:

@@ -148,10 +148,7 @@ def task_ends(flow_run_id: str, runs: int) -> dict[str, float]:
         found = httpx.post(f"{os.environ['PREFECT_API_URL']}/task_runs/filter", json=body, timeout=30).json()
         ended = [run for run in found if run["end_time"]]
         if len(ended) >= runs:
-            return {
-                run["name"].split()[-1]: datetime.fromisoformat(run["end_time"].replace("Z", "+00:00")).timestamp()
-                for run in ended
-            }
+            return {run["name"].split()[-1]: datetime.fromisoformat(run["end_time"]).timestamp() for run in ended}
         time.sleep(1)
 
 

@@ -59,7 +59,7 @@ class MarkdownArtifact:
             await within(PATIENCE, self._put(data, new))
         except (httpx.HTTPError, PrefectException, ValueError) as error:
             return f"{type(error).__name__}: {error}".splitlines()[0]
-        except (TimeoutError, asyncio.TimeoutError):
+        except TimeoutError:
             return f"the Prefect API did not take it in {PATIENCE:g} s"
         return None
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import date, datetime, time, timedelta, timezone
+from datetime import UTC, date, datetime, time, timedelta
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
@@ -116,7 +116,7 @@ def _last(end: date) -> datetime:
 
 
 def _utc(moment: datetime) -> datetime:
-    return moment.replace(tzinfo=timezone.utc) if moment.tzinfo is None else moment.astimezone(timezone.utc)
+    return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
 
 
 async def _deployment(client: PrefectClient, name: str) -> DeploymentResponse:
@@ -176,7 +176,7 @@ def _refuse_trouble(target: DeploymentResponse, parameters: Mapping[str, Any], t
     """Raise what would go wrong silently."""
     if len(times) > MOST:
         raise ConfigurationError(f"That are more than {MOST} times: fill a shorter range first.")
-    if times and times[-1] > datetime.now(timezone.utc):
+    if times and times[-1] > datetime.now(UTC):
         raise ConfigurationError(
             f"{times[-1]:%Y-%m-%d %H:%M} UTC has not come yet: a backfill is for times that have gone by."
         )

@@ -23,7 +23,7 @@ import keyword
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta, timezone
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Annotated, Any, cast
 from urllib.parse import quote, unquote
 
@@ -300,7 +300,7 @@ def _read_as(kind: Any, name: str, value: Any) -> Any:
 
 def _check_run_key(run_key: str, *, scheduled: bool) -> None:
     """Say now what each of the runs would say, or what none of them would."""
-    if render_run_key(run_key, datetime.now(timezone.utc)) == run_key and scheduled:
+    if render_run_key(run_key, datetime.now(UTC)) == run_key and scheduled:
         raise ConfigurationError(
             f"The run key {run_key!r} is the same for every time of the schedule, so that all would get the "
             "first one's result. Put the time into it, such as daily-{{ scheduled_start:%Y-%m-%d }}."

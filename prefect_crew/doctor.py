@@ -7,7 +7,7 @@ from __future__ import annotations
 import re
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 from uuid import uuid4
@@ -26,14 +26,14 @@ if TYPE_CHECKING:
 
 __all__ = ["PREFECT_FLOOR", "Finding", "Level", "check_crew", "check_prefect", "older"]
 
-PREFECT_FLOOR = "3.7.1"
+PREFECT_FLOOR = "3.8.0"
 """The oldest Prefect that this package works with."""
 
 
 _NO_INPUTS = "GET /inputs is answered with 404."
 
 
-class Level(str, Enum):
+class Level(StrEnum):
     """How much a finding matters."""
 
     OK = "ok"
@@ -42,9 +42,6 @@ class Level(str, Enum):
     WARNING = "warning"
     """It works, and may not do what one expects."""
     PROBLEM = "problem"
-
-    def __str__(self) -> str:
-        return self.value
 
 
 @dataclass(frozen=True)
@@ -62,7 +59,7 @@ def _ok(subject: str, found: str) -> Finding:
 
 
 def older(version: str, than: str) -> bool:
-    """Return whether a version such as 3.7.1 or 3.8.0.dev4 is older than another; by its numbers only."""
+    """Return whether a version such as 3.8.0 or 3.9.0.dev4 is older than another; by its numbers only."""
 
     def numbers(text: str) -> list[int]:
         return [int(part) for part in re.findall(r"\d+", text.partition("+")[0])[:3]]

@@ -75,8 +75,6 @@ def to_be_seen_to_its_end(task: asyncio.Task[Any]) -> None:
     knows of, shielded or not; so once Ctrl-C is pressed the loop is not to know of this one. Whoever calls this waits
     for it.
     """
-    if sys.version_info < (3, 11):
-        _watch.kept.add(task)
 
 
 @contextmanager

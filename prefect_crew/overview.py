@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from enum import Enum
+from enum import StrEnum
 from typing import Protocol
 
 from prefect_crew.api.models import CrewState
@@ -15,7 +15,7 @@ from prefect_crew.records import RecordPhase, RunRecord, latest_purchase
 __all__ = ["Lookout", "RunLine", "Standing", "classify", "crew_argument", "look_at"]
 
 
-class Standing(str, Enum):
+class Standing(StrEnum):
     """Where a run stands, as far as its record and the flow runs around it tell."""
 
     CLAIMED = "claimed"
@@ -29,9 +29,6 @@ class Standing(str, Enum):
     """A kickoff was sent and nobody knows its fate."""
     ENDED = "ended"
     NOT_STARTED = "not started"
-
-    def __str__(self) -> str:
-        return self.value
 
 
 OPEN = (Standing.UNCERTAIN, Standing.ORPHANED, Standing.WAITING, Standing.IN_FLIGHT, Standing.CLAIMED)

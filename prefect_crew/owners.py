@@ -83,7 +83,7 @@ async def _is_silent(client: PrefectClient, owner: UUID) -> bool:
         },
     )
     events: list[dict[str, Any]] = response.json()["events"]
-    beats = sorted(datetime.fromisoformat(str(event["received"]).replace("Z", "+00:00")) for event in events)
+    beats = sorted(datetime.fromisoformat(str(event["received"])) for event in events)
     if not beats or "Date" not in response.headers:
         return False
     gaps = [(after - before).total_seconds() for before, after in pairwise(beats)]

@@ -42,7 +42,7 @@ async def within(seconds: float, work: Coroutine[Any, Any, T]) -> T:
     """Return what `work` gives, within so many seconds; where it takes longer, it is cancelled.
 
     Raises:
-        asyncio.TimeoutError: It took longer.
+        TimeoutError: It took longer.
     """
     task = asyncio.ensure_future(work)
     try:
@@ -52,5 +52,5 @@ async def within(seconds: float, work: Coroutine[Any, Any, T]) -> T:
         if over:
             await end(task)
     if over:
-        raise asyncio.TimeoutError
+        raise TimeoutError
     return task.result()

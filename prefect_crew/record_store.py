@@ -143,7 +143,7 @@ def _found(response: httpx.Response) -> list[_Found]:
 
 
 def _moment(variable: Mapping[str, Any]) -> datetime:
-    return datetime.fromisoformat(variable["created"].replace("Z", "+00:00"))  # Python 3.10 does not read the Z
+    return datetime.fromisoformat(variable["created"])
 
 
 def _folded(variables: Sequence[_Found]) -> list[RunRecord]:

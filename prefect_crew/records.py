@@ -24,8 +24,8 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta, timezone
-from enum import Enum
+from datetime import UTC, datetime, timedelta
+from enum import StrEnum
 from typing import Any, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -63,7 +63,7 @@ SPARE = 5.0
 seconds, and one late."""
 
 
-class RecordPhase(str, Enum):
+class RecordPhase(StrEnum):
     """How far the purchase got."""
 
     CLAIMED = "claimed"
@@ -76,9 +76,6 @@ class RecordPhase(str, Enum):
     """Posted, and nobody knows what became of it."""
     NOT_STARTED = "not-started"
     """The kickoff surely did not start a run. It does not count as a purchase."""
-
-    def __str__(self) -> str:
-        return self.value
 
 
 class StoredResult(BaseModel):
@@ -316,7 +313,7 @@ class Caller(BaseModel):
     process: str | None = None
 
 
-class Decision(str, Enum):
+class Decision(StrEnum):
     """What to do about a run key."""
 
     START = "start"
@@ -333,9 +330,6 @@ class Decision(str, Enum):
     """Another call is posting at this moment: wait for its id."""
     VOID = "void"
     """Another call claimed it and surely sent nothing: void its claim, and decide again."""
-
-    def __str__(self) -> str:
-        return self.value
 
 
 def latest_purchase(attempts: Sequence[RunRecord]) -> RunRecord | None:
@@ -419,7 +413,7 @@ def known_by(now: datetime, request_timeout: float, delay: float = 0.0) -> datet
 
 def utcnow() -> datetime:
     """Return the time, UTC, aware."""
-    return datetime.now(timezone.utc)
+    return datetime.now(UTC)
 
 
 class ReviewStore(Protocol):

@@ -17,7 +17,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -213,7 +213,7 @@ def render_run_key(template: str, scheduled_start: datetime) -> str:
         ConfigurationError: A placeholder names something else, is not closed, or has a format without a directive:
             left as it stands, it would make the same key for every schedule, and so the same run.
     """
-    moment = scheduled_start.astimezone(timezone.utc)
+    moment = scheduled_start.astimezone(UTC)
     usage = "Use {{ scheduled_start:%Y-%m-%d }}, the time that the flow run was scheduled for, in UTC."
 
     def fill(match: re.Match[str]) -> str:

@@ -7,7 +7,6 @@ down or evicted leaves the crew running: the run is found again.
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections import OrderedDict
 from typing import Any
@@ -124,7 +123,7 @@ async def cancelled_meanwhile(run_id: str | None, *, every: float | None = None)
         _looked.popitem(last=False)
     try:
         cancelled = await within(LOOK_WITHIN, flow_run_cancelled(run_id))
-    except (httpx.HTTPError, PrefectException, TimeoutError, asyncio.TimeoutError):
+    except (httpx.HTTPError, PrefectException, TimeoutError):
         return False
     _looked[key] = (time.monotonic(), cancelled)
     return cancelled
@@ -196,7 +195,7 @@ async def stop_if_asked(session: CrewSession, record: RunRecord, records: Record
     """
     try:
         return await within(STOP_WITHIN, _stop_if_asked(session, record, records))
-    except (CrewError, httpx.HTTPError, PrefectException, TimeoutError, asyncio.TimeoutError) as error:
+    except (CrewError, httpx.HTTPError, PrefectException, TimeoutError) as error:
         run_logger().warning(
             "Crew run %s could not be stopped (%s: %s): it runs on at %s.",
             record.kickoff_id,

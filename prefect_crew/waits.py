@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import shlex
 import time
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 import httpx
@@ -261,7 +261,7 @@ class _Waiter:
         if record is None:
             return
         record.human_seconds = phases.human_seconds
-        record.human_since = None if since is None else datetime.fromtimestamp(since, timezone.utc)
+        record.human_since = None if since is None else datetime.fromtimestamp(since, UTC)
         if since is None:
             emit("resumed", record)
         try:

@@ -101,7 +101,7 @@ class Waker:
         try:
             await within(seconds, self._event.wait())
             self.woken = True
-        except (TimeoutError, asyncio.TimeoutError):
+        except TimeoutError:
             self.woken = False
         self._event.clear()
 
@@ -174,7 +174,7 @@ class _Hub:
                     self._connected, self._refused = True, False
                     async for event in events:
                         self._tell(event)
-            except (WebSocketException, httpx.HTTPError, OSError, ValueError, TimeoutError, asyncio.TimeoutError):
+            except (WebSocketException, httpx.HTTPError, OSError, ValueError):
                 # Away: the waiters look by themselves until it is back.
                 self._connected = False
             except Exception as error:

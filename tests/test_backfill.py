@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from datetime import date, datetime, timedelta, timezone
+from datetime import UTC, date, datetime, timedelta, timezone
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -114,7 +114,7 @@ async def test_schedules_in_other_time_zones_and_intervals_are_followed(prefect_
     tokyo = SIX.model_copy(update={"schedule": CronSchedule(cron="0 6 * * *", timezone="Asia/Tokyo")})
     name, _ = await deploy(tokyo)
     assert moments(await backfill(name, FIRST, date(2024, 2, 28), dry_run=True)) == ["02-27 21:00", "02-28 21:00"]
-    anchor = datetime(2024, 1, 1, 1, tzinfo=timezone.utc)
+    anchor = datetime(2024, 1, 1, 1, tzinfo=UTC)
     hourly = SIX.model_copy(update={"schedule": IntervalSchedule(interval=timedelta(hours=1), anchor_date=anchor)})
     name, _ = await deploy(hourly)
     # More than Prefect gives in one go.

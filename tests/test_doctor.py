@@ -115,10 +115,10 @@ def test_a_crew_with_something_wrong(fault: str, subject: str, level: Level):
 @pytest.mark.parametrize(
     ("version", "than", "expected"),
     [
-        ("3.7.0", "3.7.1", True),
-        ("3.7.1", "3.7.1", False),
+        ("3.7.8", "3.8.0", True),
+        ("3.8.0", "3.8.0", False),
         ("3.10.0", "3.9.9", False),
-        ("3.8.0.dev4", "3.7.1", False),
+        ("3.9.0.dev4", "3.8.0", False),
         ("3.9.1+2.g12ab", "3.9.1", False),
     ],
 )

@@ -8,13 +8,12 @@ import importlib.metadata
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
 import pytest
-
-from support.docs import tomllib
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "prefect_crew"
@@ -187,7 +186,7 @@ def _declared() -> tuple[set[str], set[str]]:
 
 @cache
 def _distributions() -> dict[str, set[str]]:
-    """Map top-level modules to the packages that install them; Python 3.10's packages_distributions() misses some."""
+    """Map top-level modules to the packages that install them."""
     found: dict[str, set[str]] = {}
     for distribution in importlib.metadata.distributions():
         for file in distribution.files or ():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
@@ -18,7 +18,7 @@ from prefect_crew.open_runs import OpenRun, recall, remember, reopened
 from prefect_crew.records import RunRecord
 from prefect_crew.rendering import render_run
 
-NOON = datetime(2026, 5, 1, 12, tzinfo=timezone.utc)
+NOON = datetime(2026, 5, 1, 12, tzinfo=UTC)
 
 
 def crew(**fields: Any) -> DeployedCrew:

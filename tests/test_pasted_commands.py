@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 
 import jinja2
@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "deployments"))
 from automations import ALERTS
 
 HOSTILE = "r1;touch 'pwned' $(touch x) `y` \"z\" \\"
-NOW = datetime(2026, 1, 1, tzinfo=timezone.utc)
+NOW = datetime(2026, 1, 1, tzinfo=UTC)
 
 
 def record(**fields: object) -> RunRecord:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from datetime import datetime, timedelta, timezone
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
@@ -13,7 +13,7 @@ from prefect_crew.record_store import PrefectRecords
 from prefect_crew.records import RecordPhase, RunRecord
 from support.prefect_server import PrefectServer
 
-NOW = datetime(2026, 5, 1, 12, tzinfo=timezone.utc)
+NOW = datetime(2026, 5, 1, 12, tzinfo=UTC)
 BEFORE = NOW - timedelta(days=90)
 OLD, NEW = BEFORE - timedelta(days=1), BEFORE + timedelta(days=1)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
@@ -18,7 +18,7 @@ from prefect_crew.api.redaction import MASK
 from prefect_crew.rendering import OUTPUT_CAP, RunView, cell, code, duration, prose, render_run, table
 
 MARKDOWN = MarkdownIt("commonmark", {"html": True}).enable("table")
-NOON = datetime(2026, 5, 1, 12, tzinfo=timezone.utc)
+NOON = datetime(2026, 5, 1, 12, tzinfo=UTC)
 # Renderers differ in which links they refuse: this one refuses none.
 MARKDOWN.validateLink = lambda url: True  # type: ignore[method-assign]
 DANGEROUS = ("html_block", "html_inline", "image")

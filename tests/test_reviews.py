@@ -103,7 +103,7 @@ async def test_a_function_answers_each_round_once(dialect: str) -> None:
             return result.kickoff_id, result.output
 
         if dialect == "live":  # its status names no task: nothing can be answered, so nothing is
-            with pytest.raises(asyncio.TimeoutError):
+            with pytest.raises(TimeoutError):
                 await asyncio.wait_for(reviewed(), 3)
             assert server.requests["resume"] == 0
             return

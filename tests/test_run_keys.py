@@ -7,7 +7,7 @@ import threading
 import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from datetime import datetime, timedelta, timezone
+from datetime import UTC, datetime, timedelta, timezone
 from typing import Any
 
 import pytest
@@ -35,7 +35,7 @@ from prefect_crew.run_keys import _Attempt, _Occurrences, render_run_key
 from prefect_crew.testing import CrewServerFactory
 from support.scripts import slow
 
-START = datetime(2026, 5, 1, 23, 30, 5, tzinfo=timezone.utc)
+START = datetime(2026, 5, 1, 23, 30, 5, tzinfo=UTC)
 
 
 # Templates
@@ -435,7 +435,7 @@ async def test_the_scheduled_time_stays_the_same_over_retries_and_runs_late(boug
 
     for day in (1, 2, 2):
         async with get_client() as client:
-            planned = await client.read_flow_run(await scheduled(daily, datetime(2026, 5, day, 6, tzinfo=timezone.utc)))
+            planned = await client.read_flow_run(await scheduled(daily, datetime(2026, 5, day, 6, tzinfo=UTC)))
         await run_flow_async(daily, flow_run=planned, parameters={})
     assert keys(bought) == ["daily-2026-05-01", "daily-2026-05-02"]
     assert len(seen) == 4, "the first of the three was retried"
@@ -443,7 +443,7 @@ async def test_the_scheduled_time_stays_the_same_over_retries_and_runs_late(boug
 
 def test_a_template_in_a_script_is_of_now(bought: Any):
     run_crew(bought.crew(), {"text": "a"}, run_key="daily-{{ scheduled_start:%Y }}")
-    assert keys(bought) == [f"daily-{datetime.now(timezone.utc):%Y}"]
+    assert keys(bought) == [f"daily-{datetime.now(UTC):%Y}"]
 
 
 async def test_a_long_lived_process_forgets_the_numbers_of_old_flow_runs(bought: Any, monkeypatch: pytest.MonkeyPatch):
@@ -461,7 +461,7 @@ async def test_a_long_lived_process_forgets_the_numbers_of_old_flow_runs(bought:
 
 
 async def test_the_scheduled_time_can_be_asked_for(bought: Any):
-    before = datetime.now(timezone.utc)
+    before = datetime.now(UTC)
     assert await run_keys.scheduled_start() >= before
     seen: list[datetime] = []
 
@@ -470,7 +470,7 @@ async def test_the_scheduled_time_can_be_asked_for(bought: Any):
         seen.append(await run_keys.scheduled_start())
 
     async with get_client() as client:
-        planned = await client.read_flow_run(await scheduled(trip, datetime(2026, 5, 1, 6, tzinfo=timezone.utc)))
+        planned = await client.read_flow_run(await scheduled(trip, datetime(2026, 5, 1, 6, tzinfo=UTC)))
     await run_flow_async(trip, flow_run=planned, parameters={})
     assert [f"{one:%Y-%m-%d %H:%M}" for one in seen] == ["2026-05-01 06:00"]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,7 @@ class Trip(BaseModel):
 )
 def test_a_template_is_filled(template: str, text: str):
     values = {"topic": "tea", "research": RESULT, "trip": Trip(city="Porto"), "yes": True, "nothing": None}
-    values["day"] = datetime(2026, 1, 2, tzinfo=timezone.utc)
+    values["day"] = datetime(2026, 1, 2, tzinfo=UTC)
     values["row"] = {"__typename": "Lead", "_id": 7}
     assert render(template, values) == text
 

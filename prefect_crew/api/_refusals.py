@@ -6,7 +6,7 @@ import html
 import math
 import re
 from collections.abc import Iterable, Mapping
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any, NamedTuple, cast
 
@@ -113,7 +113,7 @@ def parse_retry_after(headers: Mapping[str, str], *, now: datetime | None = None
         pass
     try:
         when = parsedate_to_datetime(value)
-        when = when if when.tzinfo else when.replace(tzinfo=timezone.utc)
-        return max((when - (now or datetime.now(timezone.utc))).total_seconds(), 0.0)
+        when = when if when.tzinfo else when.replace(tzinfo=UTC)
+        return max((when - (now or datetime.now(UTC))).total_seconds(), 0.0)
     except (ValueError, TypeError, OverflowError, IndexError):
         return None

@@ -121,7 +121,7 @@ async def post_feedback(
         try:
             sending = _posted(client, url, content, request.kickoff_id)
             answer = await asyncio.wait_for(sending, ANSWER_WITHIN)
-        except asyncio.TimeoutError:
+        except TimeoutError:
             reason = f"no answer within {ANSWER_WITHIN:g} s"
             raise CrewConnectionError(reason=reason, sent=True, **where) from None
         except (httpx.HTTPError, OSError) as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from enum import Enum
+from enum import StrEnum
 
 from prefect_crew.api.errors import (
     ConfigurationError,
@@ -20,7 +20,7 @@ BARE_DELAY = 5.0
 """Seconds after a 429 that names no time to come back."""
 
 
-class KickoffFate(str, Enum):
+class KickoffFate(StrEnum):
     """What may be done after a kickoff that brought no id."""
 
     RETRY = "retry"
@@ -29,9 +29,6 @@ class KickoffFate(str, Enum):
     """It surely did not start a run, and would fail the same way again: raise at once."""
     UNCERTAIN = "uncertain"
     """It may have started a run. It is never sent again on a guess."""
-
-    def __str__(self) -> str:
-        return self.value
 
 
 def kickoff_fate(error: BaseException) -> KickoffFate:

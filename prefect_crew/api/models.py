@@ -6,7 +6,7 @@ maps every known variant to these.
 
 from __future__ import annotations
 
-from enum import Enum
+from enum import StrEnum
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -28,7 +28,7 @@ __all__ = [
 ]
 
 
-class CrewState(str, Enum):
+class CrewState(StrEnum):
     """Where a run stands. `str(state)` is the plain word."""
 
     PENDING = "pending"
@@ -40,9 +40,6 @@ class CrewState(str, Enum):
     STOPPED = "stopped"
     UNKNOWN = "unknown"
     """The server does not know the run."""
-
-    def __str__(self) -> str:
-        return self.value
 
     @property
     def ended(self) -> bool:
@@ -168,7 +165,7 @@ class ResumeAnswer(_Model):
     raw: Any = Field(default=None, repr=False)
 
 
-class StopOutcome(str, Enum):
+class StopOutcome(StrEnum):
     """What became of a `/stop`."""
 
     STOPPED = "stopped"
@@ -181,9 +178,6 @@ class StopOutcome(str, Enum):
     """The server has `/stop`, and does not know the run."""
     UNSUPPORTED = "unsupported"
     """The server has no `/stop`: the run goes on."""
-
-    def __str__(self) -> str:
-        return self.value
 
 
 class StopAnswer(_Model):

@@ -99,5 +99,5 @@ class Breaker:
 async def _wait(event: asyncio.Event, seconds: float) -> None:
     try:
         await asyncio.wait_for(event.wait(), seconds)
-    except (TimeoutError, asyncio.TimeoutError):
+    except TimeoutError:
         return

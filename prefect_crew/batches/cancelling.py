@@ -100,7 +100,7 @@ async def _look(own: str | None) -> None:
 async def _asked(own: str | None) -> bool:
     try:
         return await asyncio.wait_for(cancellation_asked(own), ASK_WITHIN)
-    except (httpx.HTTPError, PrefectException, TimeoutError, asyncio.TimeoutError):
+    except (httpx.HTTPError, PrefectException, TimeoutError):
         return False
 
 
@@ -165,6 +165,6 @@ async def _stop_runs(engine: Engine) -> None:
 async def _within(waiting: Awaitable[None], seconds: float) -> bool:
     try:
         await asyncio.wait_for(waiting, seconds)
-    except (TimeoutError, asyncio.TimeoutError):
+    except TimeoutError:
         return False
     return True

@@ -119,7 +119,7 @@ class GroupWriter:
                 await self._wake.wait()
         except asyncio.CancelledError:
             self._cancelled = True
-        except (TimeoutError, asyncio.TimeoutError):
+        except TimeoutError:
             return False
         self._wake.clear()
         if self._soon is not None:

@@ -11,7 +11,7 @@ import shlex
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta, timezone
+from datetime import UTC, datetime, timedelta
 from hashlib import sha256
 from typing import Any, TypeVar
 from uuid import uuid4
@@ -277,7 +277,7 @@ class Ledger:
             raise CrewError(f"Attempt {record.attempt} at {what} is not in the ledger {self.address}.")
         standing, until = _record(found[0][0]), found[0][1] or 0.0
         if standing.phase is RecordPhase.CLAIMED and standing.owner == record.owner:
-            moment = datetime.fromtimestamp(until, timezone.utc)
+            moment = datetime.fromtimestamp(until, UTC)
             raise CrewError(
                 f"The kickoff of {what} may still be sent until {moment:%H:%M:%S} UTC. Nothing was changed. Resolve it "
                 "after that."

@@ -109,7 +109,7 @@ class Pace:
         """Sleep, unless the batch is over."""
         try:
             await asyncio.wait_for(self._over.wait(), seconds)
-        except (TimeoutError, asyncio.TimeoutError):
+        except TimeoutError:
             return
 
     def taken(self) -> None:

@@ -351,7 +351,7 @@ class Parent:
     async def _asked(self, own: str | None) -> bool:
         try:
             return await asyncio.wait_for(cancellation_asked(own), 5.0)
-        except (*AWAY, TimeoutError, asyncio.TimeoutError):
+        except (*AWAY, TimeoutError):
             return False
 
     async def _cancel(self) -> None:

@@ -10,7 +10,7 @@ import tempfile
 import types
 import typing
 from collections.abc import Iterator, Sequence
-from datetime import date, datetime, timezone
+from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -109,8 +109,8 @@ def _cell(data: Any, name: str, kind: type) -> Any:
     if kind is date:
         return date.fromisoformat(str(value))
     if kind is datetime:
-        moment = datetime.fromisoformat(str(value).replace("Z", "+00:00"))
-        return moment.astimezone(timezone.utc) if moment.tzinfo else moment.replace(tzinfo=timezone.utc)
+        moment = datetime.fromisoformat(str(value))
+        return moment.astimezone(UTC) if moment.tzinfo else moment.replace(tzinfo=UTC)
     if kind is str:
         return value if isinstance(value, str) else to_json(value).decode()
     return value

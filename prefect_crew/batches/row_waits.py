@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 import httpx
@@ -232,7 +232,7 @@ class _Watcher:
     async def person_turn(self, phases: Phases) -> None:
         self._record.human_seconds = phases.human_seconds
         since = phases.human_since
-        self._record.human_since = None if since is None else datetime.fromtimestamp(since, timezone.utc)
+        self._record.human_since = None if since is None else datetime.fromtimestamp(since, UTC)
         await self._waiter.ledger.save(self._record)
         if since is None:
             emit("resumed", self._record)

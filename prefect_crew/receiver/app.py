@@ -169,7 +169,7 @@ class _Receiver:
             return self._answer(404, "not found")
         try:
             body = await asyncio.wait_for(self._body(request), self._body_timeout)
-        except (asyncio.TimeoutError, ClientDisconnect):
+        except (TimeoutError, ClientDisconnect):
             return self._answer(408, "the body did not come in time")
         if body is None:
             return self._answer(413, f"a webhook's body has at most {self._max_body} bytes")
@@ -197,7 +197,7 @@ class _Receiver:
             return self._answer(415, "a webhook's body is JSON, not compressed")
         try:
             body = await asyncio.wait_for(self._body(request), self._body_timeout)
-        except asyncio.TimeoutError:
+        except TimeoutError:
             return self._answer(408, "the body did not come in time")
         except ClientDisconnect:
             return self._answer(400, "the connection was closed")

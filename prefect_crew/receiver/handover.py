@@ -182,9 +182,9 @@ class Handover:
         async with get_client() as client:
             try:
                 problem = await asyncio.wait_for(client.api_healthcheck(), ATTEMPT)
-            except asyncio.TimeoutError as error:
+            except TimeoutError as error:
                 problem = error
-        self._note(problem if isinstance(problem, httpx.TransportError | asyncio.TimeoutError) else None)
+        self._note(problem if isinstance(problem, httpx.TransportError | TimeoutError) else None)
         return not self._away
 
     async def _hand_on(self) -> None:
@@ -298,7 +298,7 @@ class Handover:
         if self._closing:
             await asyncio.sleep(min(seconds, FIRST_PAUSE))
             return
-        with suppress(asyncio.TimeoutError):
+        with suppress(TimeoutError):
             await asyncio.wait_for(self._stop.wait(), seconds)
 
     # Uncertain kickoffs

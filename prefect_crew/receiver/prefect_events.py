@@ -79,7 +79,7 @@ def transient(error: Exception) -> bool:
     """Return whether the Prefect API may take the same a little later: it is away, overloaded, or refuses our key."""
     if isinstance(error, httpx.HTTPStatusError):
         return error.response.status_code >= 500 or error.response.status_code in (401, 403, 408, 429)
-    return isinstance(error, httpx.TransportError | asyncio.TimeoutError)
+    return isinstance(error, httpx.TransportError | TimeoutError)
 
 
 class RecordCache:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Awaitable, Callable, Sequence
-from enum import Enum
+from enum import StrEnum
 from typing import TYPE_CHECKING
 
 from prefect_crew.api.errors import AuthenticationError, ConfigurationError, CrewError
@@ -26,7 +26,7 @@ __all__ = ["Settlement", "attempt_of", "load_crew", "settle_from_webhook", "unse
 _BLOCK_NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 
 
-class Settlement(str, Enum):
+class Settlement(StrEnum):
     """What became of an attempt to settle."""
 
     SETTLED = "settled"
@@ -43,9 +43,6 @@ class Settlement(str, Enum):
     """The status call failed."""
     REFUSED = "refused"
     """Another record holds the id, or the webhook is of another claim or names another run key itself."""
-
-    def __str__(self) -> str:
-        return self.value
 
     @property
     def may_change(self) -> bool:

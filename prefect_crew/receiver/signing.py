@@ -25,7 +25,7 @@ import hashlib
 import hmac
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from typing import get_args
 from urllib.parse import urlsplit
 
@@ -268,7 +268,7 @@ def _read(kind: WebhookKind, payload: bytes) -> Hook | None:
     return Hook(
         kind=kind,
         run_key=_unpacked(key) if flags & _PACKED else key.decode("utf-8"),
-        expires=datetime.fromtimestamp(int.from_bytes(payload[2:7], "big"), timezone.utc),
+        expires=datetime.fromtimestamp(int.from_bytes(payload[2:7], "big"), UTC),
         attempt=int.from_bytes(payload[7:10], "big") or None,
         names=bool(flags & _NAMES),
         round=payload[10],

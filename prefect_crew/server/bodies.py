@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Mapping
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from typing import Any, Literal, cast
 
 from prefect_crew.api.models import TaskResult
@@ -88,7 +88,7 @@ def stream_event(run: Execution, type_: str, value: Any) -> dict[str, Any]:
     return {
         "id": str(uuid.uuid4()),
         "execution_id": run.id,
-        "timestamp": datetime.now(timezone.utc).isoformat(),
+        "timestamp": datetime.now(UTC).isoformat(),
         "type": type_,
         "data": {"meta": run.meta, **_data(run, type_, value)},
     }

@@ -12,7 +12,7 @@ import asyncio
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from typing import Any, Literal, cast
 
 from prefect_crew.api.models import CrewState, TaskResult, TokenUsage
@@ -85,7 +85,7 @@ class Execution:
         self.flow = flow
         self.hooks = hooks or Hooks()
         self.state = CrewState.PENDING
-        self.created_at = datetime.now(timezone.utc)
+        self.created_at = datetime.now(UTC)
         self.planned: list[str] = []
         self.tasks: list[TaskResult] = []
         self.current_task: str | None = None

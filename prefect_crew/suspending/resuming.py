@@ -12,7 +12,7 @@ from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from enum import Enum
+from enum import StrEnum
 from typing import TYPE_CHECKING
 from uuid import UUID
 
@@ -49,7 +49,7 @@ BLIND_AFTER = 300.0
 """Seconds after which a flow run is resumed to look for itself, where its crew cannot be asked from here."""
 
 
-class Attended(str, Enum):
+class Attended(StrEnum):
     """What became of one suspended flow run."""
 
     RESUMED = "resumed"
@@ -62,9 +62,6 @@ class Attended(str, Enum):
     """The flow run has ended, or is gone."""
     NO_ANSWER = "no answer"
     """The crew's server, or the Prefect API, gave none."""
-
-    def __str__(self) -> str:
-        return self.value
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import string
-from datetime import date, datetime, time, timedelta, timezone
+from datetime import UTC, date, datetime, time, timedelta
 from decimal import Decimal
 from enum import Enum, IntEnum
 from fractions import Fraction
@@ -21,7 +21,7 @@ from prefect_crew.api.inputs import encode_inputs, inputs_digest, missing_inputs
 from prefect_crew.api.models import CrewInput
 
 
-class Pace(str, Enum):
+class Pace(str, Enum):  # noqa: UP042  # its str() is not its value
     SLOW = "slow"
 
 
@@ -58,7 +58,7 @@ CASES: dict[str, tuple[Any, str, Any]] = {
     "false": (False, "false", False),
     "date": (date(2025, 1, 2), "2025-01-02", "2025-01-02"),
     "datetime": (
-        datetime(2025, 1, 2, 3, tzinfo=timezone.utc),
+        datetime(2025, 1, 2, 3, tzinfo=UTC),
         "2025-01-02T03:00:00+00:00",
         "2025-01-02T03:00:00+00:00",
     ),

@@ -7,7 +7,7 @@ import json
 import resource
 import subprocess
 import sys
-from datetime import date, datetime, timezone
+from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -290,7 +290,7 @@ class Place(BaseModel):
 def test_parquet_has_a_column_for_each_field_of_the_type(tmp_path: Path):
     polars = pytest.importorskip("polars", reason="needs the extra `data`")
     path = tmp_path / "out.parquet"
-    seen = datetime(2026, 1, 1, 12, tzinfo=timezone.utc)
+    seen = datetime(2026, 1, 1, 12, tzinfo=UTC)
     place = Place(city="Lisbon", people=545_000, area=100.05, founded=date(1147, 10, 25), seen=seen, tags=["sea"])
     output = Output(str(path), beside=path, output_type=Place)
     output.check(fresh=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import importlib
 import signal
-import sys
 import time
 import uuid
 from pathlib import Path
@@ -141,8 +140,7 @@ def test_served_by_the_command_itself(prefect_api: PrefectServer, crews: CrewSer
         process.send(signal.SIGINT)
         assert process.wait(30) in (0, 130)
         assert process.family() == []
-    # Before 3.11 asyncio raises KeyboardInterrupt wherever Prefect's runner happens to be, which may print it.
-    assert "Traceback" not in process.output or sys.version_info < (3, 11)
+    assert "Traceback" not in process.output
 
 
 # Pipelines

@@ -66,7 +66,7 @@ def test_a_pipeline_whose_worker_dies_ends_on_the_other_one_and_nothing_is_paid_
         step: {f"two-workers/{step}": 1} for step in ("research", "write", "review")
     }
     states = site.call("GET", f"/flow_run_states/?flow_run_id={run_id}")
-    states.sort(key=lambda state: datetime.fromisoformat(state["timestamp"].replace("Z", "+00:00")))
+    states.sort(key=lambda state: datetime.fromisoformat(state["timestamp"]))
     names = [state["name"] for state in states]
     assert names.count("Running") == 2
     assert names.index("Crashed") > names.index("Running")

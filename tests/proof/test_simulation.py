@@ -92,7 +92,7 @@ async def by_id() -> list[Any]:
         made = (await ask("POST", "", name=name, value={"n": 1}, tags=["one", "two"])).json()
         await ask("POST", "", name=name, value={"n": 2}, tags=[])
         seen.append(sorted(made))
-        created = datetime.fromisoformat(made["created"].replace("Z", "+00:00"))
+        created = datetime.fromisoformat(made["created"])
         seen.append(abs((utcnow() - created).total_seconds()) < 60)
         await ask("PATCH", made["id"], value={"n": 3})
         seen.append((await ask("GET", made["id"])).json()["value"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
-from datetime import datetime, timedelta, timezone
+from datetime import UTC, datetime, timedelta
 
 import httpx
 import pytest
@@ -32,7 +32,7 @@ def urls() -> Callable[..., Webhooks]:
     """Make the webhooks of a run, for a day unless told otherwise."""
 
     def make(run_key: str = "city/lisbon", *, base: str = "http://receiver", **options: object) -> Webhooks:
-        known = {"expires": datetime.now(timezone.utc) + timedelta(days=1), "attempt": 1, "stream_events": ["x"]}
+        known = {"expires": datetime.now(UTC) + timedelta(days=1), "attempt": 1, "stream_events": ["x"]}
         return hook_urls(base, SECRET, run_key, **known | options)
 
     return make

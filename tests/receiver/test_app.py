@@ -4,7 +4,7 @@ import asyncio
 import gzip
 import json
 from collections.abc import AsyncIterator, Callable
-from datetime import datetime, timedelta, timezone
+from datetime import UTC, datetime, timedelta
 
 import httpx
 import pytest
@@ -58,7 +58,7 @@ async def test_the_same_question_of_the_next_round_is_another(client: httpx.Asyn
     assert [news.hook.round for news in kept.news] == [0, 1]
 
 
-STALE = {"expires": datetime.now(timezone.utc) - timedelta(seconds=1)}
+STALE = {"expires": datetime.now(UTC) - timedelta(seconds=1)}
 
 
 async def test_whatever_is_not_ours_gets_the_same_404(client: httpx.AsyncClient, kept: Kept, urls: Urls):

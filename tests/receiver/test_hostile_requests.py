@@ -7,7 +7,7 @@ import json
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator
-from datetime import datetime, timedelta, timezone
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import httpx
@@ -30,7 +30,7 @@ Hostile = Callable[[random.Random], tuple[bytes, ...]]
 
 def hostile_requests(urls: Callable[..., Webhooks]) -> dict[str, Hostile]:  # noqa: C901 - a list of small ones
     """Return what makes each kind of them; none may become an event."""
-    good, stale = urls(), urls(expires=datetime.now(timezone.utc) - timedelta(days=1))
+    good, stale = urls(), urls(expires=datetime.now(UTC) - timedelta(days=1))
     forged = urls("another/run")
 
     def path(hooks: Webhooks, kind: str) -> str:

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import json
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
@@ -14,7 +14,7 @@ from prefect_crew.receiver.news import MAX_STREAMED, News, Rank, digest_of, news
 from prefect_crew.receiver.signing import Hook
 from support.webhooks import BODIES, SAID_BY_NOBODY
 
-NOW = datetime(2026, 5, 1, tzinfo=timezone.utc)
+NOW = datetime(2026, 5, 1, tzinfo=UTC)
 
 
 def told(kind: WebhookKind, body: Any, *, names: bool = True, **facts: Any) -> list[News]:

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import threading
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from uuid import uuid4
 
 import pytest
@@ -13,7 +13,7 @@ from prefect_crew.receiver.shedding import SheddingQueue
 from prefect_crew.receiver.signing import Hook
 
 KINDS = {Rank.STEP: "step", Rank.STREAM: "stream", Rank.TASK: "task", Rank.CREW: "crew"}
-NOW = datetime(2026, 5, 1, tzinfo=timezone.utc)
+NOW = datetime(2026, 5, 1, tzinfo=UTC)
 
 
 def news(rank: Rank, name: str = "") -> News:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Callable
-from datetime import datetime, timedelta, timezone
+from datetime import UTC, datetime, timedelta
 from typing import get_args
 
 import pytest
@@ -17,7 +17,7 @@ from prefect_crew.receiver.signing import MAX_TOKEN, Hook, bearer_of, claim_of, 
 from support.webhooks import SECRET, headers_of, url_of
 
 KINDS = get_args(WebhookKind)
-NOW = datetime(2026, 5, 1, 12, tzinfo=timezone.utc)
+NOW = datetime(2026, 5, 1, 12, tzinfo=UTC)
 LATER = NOW + timedelta(hours=1)
 
 any_key = st.text(st.characters(), min_size=1, max_size=500)  # halves of surrogate pairs, too
@@ -163,7 +163,7 @@ def test_the_base_may_have_a_path(base: str, url: str):
         pytest.param({"base_url": "https://h.example?a=b"}, "query", id="query"),
         pytest.param({"secret": "short"}, "5 characters", id="short-secret"),
         pytest.param({"expires": datetime(2026, 1, 1)}, "time zone", id="naive"),  # noqa: DTZ001
-        pytest.param({"expires": datetime(1960, 1, 1, tzinfo=timezone.utc)}, "range", id="before-the-epoch"),
+        pytest.param({"expires": datetime(1960, 1, 1, tzinfo=UTC)}, "range", id="before-the-epoch"),
         pytest.param({"attempt": -1}, "range", id="negative-attempt"),
         pytest.param({"run_key": ""}, "empty", id="no-run-key"),
     ],

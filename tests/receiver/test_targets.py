@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from datetime import datetime, timedelta, timezone
+from datetime import UTC, datetime, timedelta
 
 import pytest
 
@@ -10,7 +10,7 @@ from prefect_crew.settings import CrewSettings
 from prefect_crew.webhooks import hooks_expire, names_shown, read_token, webhooks_for
 from support.webhooks import SECRET, url_of
 
-NOW = datetime(2026, 5, 1, tzinfo=timezone.utc)
+NOW = datetime(2026, 5, 1, tzinfo=UTC)
 CLOUD = "https://api.prefect.cloud/hooks/AbCdEf"
 
 
@@ -43,7 +43,7 @@ def test_address_and_secret_switch_them_on(monkeypatch: pytest.MonkeyPatch):
     events = ["crew_kickoff_completed", "crew_kickoff_failed", "flow_finished", "method_execution_failed"]
     assert (body["webhooks"]["events"], body["webhooks"]["realtime"]) == (events, True)
     token = url_of(hooks, "crew").removeprefix("https://h.example/crews/hooks/crew/")
-    hook = read_token("crew", token, SECRET, now=datetime.now(timezone.utc))
+    hook = read_token("crew", token, SECRET, now=datetime.now(UTC))
     assert hook is not None
     assert (hook.run_key, hook.attempt, hook.round, hook.names) == ("key", 2, 1, True)
 

@@ -5,19 +5,14 @@ from __future__ import annotations
 import json
 import re
 import shlex
-import sys
 import textwrap
+import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
-__all__ = ["Block", "DocsError", "Page", "check_data", "matches", "read_page", "strip_code", "tomllib"]
+__all__ = ["Block", "DocsError", "Page", "check_data", "matches", "read_page", "strip_code"]
 
 RUNS = frozenset({"python", "bash", "console"})
 DATA = frozenset({"yaml", "json", "jsonl", "toml"})

@@ -120,7 +120,7 @@ class PrefectServer:
     def artifact_url(self, artifact_id: str, *, ui: Literal["v1", "v2"]) -> str:
         """Return the address of an artifact's page in one of Prefect's two interfaces.
 
-        `v1` is the one that it showed until 3.8, `v2` the newer. Every version since 3.7.1 has both.
+        `v1` is the one that it showed until 3.8, `v2` the newer. Every version since 3.8 has both.
         """
         return f"{self.ui_url}{'/v2' if ui == 'v2' else ''}/artifacts/artifact/{artifact_id}"
 

@@ -30,7 +30,7 @@ async def exchange(port: int, *parts: bytes, pause: float = 0.0, within: float =
             writer.write(part)
             await writer.drain()
         head = await asyncio.wait_for(reader.readline(), within)
-    except (OSError, ValueError, asyncio.TimeoutError):
+    except (OSError, ValueError):
         # Answered before all was sent, the connection may be closed with the answer unread.
         return None
     finally:

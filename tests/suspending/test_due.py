@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import datetime, timedelta, timezone
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
@@ -17,7 +17,7 @@ from prefect_crew.suspending.suspended import SuspendedWait
 from prefect_crew.suspending.suspension import AT_MOST, MARGIN, _masked, checked_wait, polling_only, suspend_timeout
 from prefect_crew.waiting import Phases, WaitPolicy
 
-NOW = datetime(2030, 1, 1, 12, tzinfo=timezone.utc)
+NOW = datetime(2030, 1, 1, 12, tzinfo=UTC)
 SUSPEND = WaitPolicy(mode="suspend", timeout=3600, human_timeout=7200, grace=30)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
+from datetime import datetime
 from typing import Any
 
 from prefect_crew.api.errors import (
@@ -17,7 +18,7 @@ from prefect_crew.api.errors import (
 from prefect_crew.api.models import CrewResult, CrewState
 from prefect_crew.server.faults import Fired
 from proof.sim.loop import EPOCH, Process
-from proof.sim.world import REQUEST_TIMEOUT, Ending, World, key_of, moment
+from proof.sim.world import REQUEST_TIMEOUT, Ending, World, key_of
 
 __all__ = ["broken_promises"]
 
@@ -216,7 +217,7 @@ def _timeouts(world: World) -> Iterator[str]:
             continue
         for record in world.prefect.records(key_of(end.call.key)):
             if record.get("kickoff_id") == end.value.kickoff_id:
-                waited = EPOCH + end.at - moment(record["kicked_off_at"]).timestamp()
+                waited = EPOCH + end.at - datetime.fromisoformat(record["kicked_off_at"]).timestamp()
                 if waited < end.value.budget - 0.001:
                     yield f"{end.process.name} gave up after {waited:.1f} s, its time was {end.value.budget:g} s"
 

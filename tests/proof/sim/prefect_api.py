@@ -14,7 +14,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from email.utils import formatdate
 from typing import Any
 
@@ -176,7 +176,7 @@ class SimPrefect:
         return self._one(method, parts[1:], body, by)
 
     def _now(self) -> str:
-        return datetime.fromtimestamp(self.wall(), timezone.utc).isoformat().replace("+00:00", "Z")
+        return datetime.fromtimestamp(self.wall(), UTC).isoformat().replace("+00:00", "Z")
 
     def _one(self, method: str, place: list[str], body: Any, by: Process | None) -> tuple[int, Any]:
         """Read, change or delete the Variable at `name/NAME` or at its id."""

@@ -10,7 +10,7 @@ import sys
 import time
 from collections import OrderedDict
 from collections.abc import Iterator
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
@@ -47,7 +47,7 @@ def on_stage(world: World) -> Iterator[None]:
         return 1000.0 + loop.time() - (0.0 if process is None else process.slept)
 
     def now() -> datetime:
-        return datetime.fromtimestamp(wall(), timezone.utc)
+        return datetime.fromtimestamp(wall(), UTC)
 
     def flow_run_id() -> str | None:
         process = current_process()

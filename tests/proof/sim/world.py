@@ -53,11 +53,6 @@ def key_of(number: int) -> str:
     return f"purchase-{number}"
 
 
-def moment(text: str) -> datetime:
-    """Return the time that a record gives; Python 3.10 does not read its Z."""
-    return datetime.fromisoformat(text.replace("Z", "+00:00"))
-
-
 class Ending(NamedTuple):
     """How one call ended: a CrewResult, an error, or a cancellation."""
 
@@ -329,7 +324,7 @@ class World:
 
     def _send_person(self, run_key: str, said: KickoffUncertainError) -> None:
         """Have a person settle a run, some time after it was reported, and well after whoever posted must know."""
-        known_by = moment(self.prefect.records(run_key)[-1]["known_by"]).timestamp()
+        known_by = datetime.fromisoformat(self.prefect.records(run_key)[-1]["known_by"]).timestamp()
         wait = max(known_by - self.loop.wall(), 0.0) + 15 + (self.scenario.settle_after or 0.0)
         if run_key not in self.persons:
             self.persons.add(run_key)
