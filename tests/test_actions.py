@@ -27,6 +27,7 @@ from prefect_crew.api.models import CrewState, StopOutcome
 from prefect_crew.record_store import PrefectRecords
 from prefect_crew.records import RecordPhase
 from prefect_crew.testing import CrewServerFactory
+from support.held import Held
 from support.prefect_server import PrefectServer
 from support.proxy import through
 from support.scripts import ASKS, slow
@@ -101,7 +102,7 @@ async def test_a_server_that_cannot_be_asked_is_an_error(crew_server: CrewServer
 
 
 async def test_stop_and_resume_take_up_a_rotated_token(crew_server: CrewServerFactory):
-    server, name = crew_server(ASKS, dialect="union"), f"actions-{uuid.uuid4().hex[:8]}"
+    server, name = crew_server(Held("draft", "print"), dialect="union"), f"actions-{uuid.uuid4().hex[:8]}"
     await server.crew().asave(name)
     run = await (await DeployedCrew.aload(name)).trigger({})
     await waits(server, run)
@@ -185,7 +186,7 @@ async def test_an_answer_that_may_have_arrived_is_not_sent_again(crew_server: Cr
 
 
 def test_both_are_tasks_of_anyones_flow(crew_server: CrewServerFactory):
-    server = crew_server(ASKS, dialect="union")
+    server = crew_server(Held("draft", "print"), dialect="union")
 
     @flow
     def trip() -> list[Any]:
