@@ -12,7 +12,7 @@ from uuid import UUID
 
 import httpx
 from prefect.blocks.abstract import JobBlock, JobRun
-from pydantic import ConfigDict, Field, HttpUrl, Secret, SecretStr, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, HttpUrl, Secret, SecretStr, field_validator, model_validator
 
 from prefect_crew.api._http import checked_url
 from prefect_crew.api.errors import ConfigurationError
@@ -99,11 +99,15 @@ class DeployedCrew(JobBlock[CrewResult]):
     @classmethod
     def _check_names(cls, values: Any) -> Any:
         # Prefect's blocks take any field, and a limit whose name is misspelt would be none.
-        for name in cast("dict[str, Any]", values) if isinstance(values, dict) else ():
-            near = get_close_matches(name, cls.model_fields, n=1, cutoff=0.8)
-            if near and name not in cls.model_fields:
-                raise ValueError(f"a deployed crew has no field {name!r}: do you mean {near[0]!r}?")
+        if isinstance(values, dict):
+            _known(cast("dict[str, Any]", values), cls, "a deployed crew")
         return cast("Any", values)
+
+    @field_validator("wait", mode="before")
+    @classmethod
+    def _of_any_version(cls, value: Any) -> Any:
+        # What is stored may have been written by another version, whose other fields keep nobody from loading it.
+        return _known(cast("dict[str, Any]", value), WaitPolicy, "a crew's wait") if isinstance(value, dict) else value
 
     @field_validator("secret_inputs", mode="before")
     @classmethod
@@ -318,6 +322,20 @@ class CrewRun(JobRun[CrewResult]):
         return await resume_run(
             self.crew, self.kickoff_id, feedback=feedback, approve=approve, task_id=task_id, webhooks=webhooks
         )
+
+
+def _known(values: Mapping[str, Any], model: type[BaseModel], what: str) -> dict[str, Any]:
+    """Return the values that a model has fields for.
+
+    Raises:
+        ValueError: One of the others is nearly the name of a field, and so misspelt.
+    """
+    fields = model.model_fields
+    for name in values:
+        near = [] if name in fields else get_close_matches(name, fields, n=1, cutoff=0.8)
+        if near:
+            raise ValueError(f"{what} has no field {name!r}: do you mean {near[0]!r}?")
+    return {name: value for name, value in values.items() if name in fields}
 
 
 @lru_cache(maxsize=64)

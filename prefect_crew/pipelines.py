@@ -37,7 +37,6 @@ from prefect_crew.reviews import ReviewChoice
 from prefect_crew.run_keys import identify
 from prefect_crew.runs import arun_crew
 from prefect_crew.secret_blocks import values_of_blocks
-from prefect_crew.suspending.suspension import checked_wait, standstill_here
 from prefect_crew.waiting import WaitPolicy
 from prefect_crew.watching import watch_runs
 
@@ -124,11 +123,8 @@ async def arun_pipeline(
     inputs = HiddenValues(inputs or {})
     check_choices(run_key=run_key, name=name, wait=wait, review=review)
     crews = PipelineCrews(PipelineGraph(steps, dict(inputs)))
-    with standstill_here().work():
-        await crews.check()
-        await crews.refuse_problems()
-        for step in steps:
-            checked_wait(step.wait or wait or crews.crews[step.name].wait, f"Step {step.name!r}")
+    await crews.check()
+    await crews.refuse_problems()
     call = _Call(crews, wait, review)
     if FlowRunContext.get() is not None or TaskRunContext.get() is not None:
         return await _run(call, name=name, run_key=run_key)

@@ -27,7 +27,6 @@ from prefect_crew.records import (
     utcnow,
 )
 from prefect_crew.sessions import CrewSession
-from prefect_crew.suspending.suspended import SuspendedWaits
 
 __all__ = ["Purchased", "purchase_run"]
 
@@ -178,9 +177,6 @@ async def _decide(
         force_new=force_new,
         asked_at=purchase.asked_at,
     )
-    if decision is Decision.BUY_AGAIN and record is not None and not purchase.quiet:
-        resumed = await SuspendedWaits().waits(record, purchase.identity.caller.flow_run_id)
-        decision = Decision.RETURN if resumed else decision
     return decision, record
 
 

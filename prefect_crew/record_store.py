@@ -37,7 +37,7 @@ from prefect_crew.records import RECORD_VERSION, TOLD, Permit, RecordPhase, RunR
 from prefect_crew.run_keys import normal_run_key
 from prefect_crew.turns import Rank
 
-__all__ = ["SUSPENDED", "PrefectRecords", "record_name", "suspended_prefix"]
+__all__ = ["PrefectRecords", "record_name"]
 
 TAG = "prefect-crew"
 PERMIT_TAG = "prefect-crew-permit"
@@ -76,15 +76,6 @@ _NOTE = "crew_wait_"
 
 def _waiter_prefix(record: RunRecord) -> str:
     return f"{_NOTE}{_digest(record.run_key)}_{record.attempt}_"
-
-
-SUSPENDED = "crew_suspended_"
-"""What the names of all notes begin with that a suspended flow run waits for a run."""
-
-
-def suspended_prefix(run_key: str, attempt: int) -> str:
-    """Return what the names of those notes about one attempt begin with."""
-    return f"{SUSPENDED}{_digest(run_key)}_{attempt}_"
 
 
 _SHORTER = {"result": None, "step": 100, "error": 200, "reason": 200, "crew": 100}
@@ -427,18 +418,15 @@ class PrefectRecords:
         return self.all(RecordPhase.STARTED)
 
     async def delete(self, record: RunRecord) -> None:
-        """Forget an attempt, what people answered, and who is suspended for it.
-
-        A later call with its key is then a new start.
-        """
-        notes = [
-            str(value["name"])
-            for prefix in (_answer_prefix(record), suspended_prefix(record.run_key, record.attempt))
-            async for value in self.notes(prefix)
+        """Forget an attempt, and what people answered. A later call with its key is then a new start."""
+        answers = [
+            name
+            async for value in self._values({"name": {"like_": _answer_prefix(record) + "%"}})
+            if (name := str(value["name"])).startswith(_answer_prefix(record))  # `_` is a wildcard of LIKE
         ]
         if record.hooked:
             await forget_notes(record)
-        for name in notes:
+        for name in answers:
             await self.delete_note(name)
         # By id: under the name somebody may have made a claim anew.
         try:
@@ -495,24 +483,6 @@ class PrefectRecords:
     def notes_of(self, record: RunRecord) -> str:
         """Return what the names of a record's notes begin with."""
         return _waiter_prefix(record)
-
-    async def notes(self, prefix: str) -> AsyncIterator[dict[str, Any]]:
-        """Yield what stands beside the records under names that begin so, as `name` and `value`."""
-        async for value in self._values({"name": {"like_": prefix + "%"}}):
-            if str(value["name"]).startswith(prefix):  # `_` is a wildcard of LIKE
-                yield value
-
-    async def put_note(self, name: str, value: Mapping[str, Any]) -> None:
-        """Write something down beside a record, in place of what stands under that name."""
-        async with get_client() as client:
-            try:
-                await client.request("POST", "/variables/", json={"name": name, "value": dict(value), "tags": []})
-            except PrefectHTTPStatusError as error:
-                if error.response.status_code != 409:
-                    raise
-                await request_soon(
-                    client, "PATCH", f"/variables/name/{name}", json={"value": dict(value)}, patience=SAVE_FOR
-                )
 
     async def delete_note(self, name: str) -> None:
         """Take a note away by its name."""

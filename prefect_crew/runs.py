@@ -30,7 +30,6 @@ from prefect_crew.outcomes import typed
 from prefect_crew.record_store import PrefectRecords
 from prefect_crew.reviews import ReviewChoice
 from prefect_crew.secret_blocks import values_of_blocks
-from prefect_crew.suspending.suspension import checked_wait, standstill_here
 from prefect_crew.tasks import kickoff_crew, loaded, wait_for_crew
 from prefect_crew.waiting import WaitPolicy
 
@@ -86,7 +85,7 @@ async def arun_crew(
             retries of this flow run find again; outside a flow every call is a new purchase.
         force_new: Buy whatever the record of the key says.
         meta: Any JSON object for the crew's webhooks; the run key is added to it.
-        wait: How to wait, in place of the block's policy. With mode="suspend" the flow run is suspended meanwhile.
+        wait: How to wait, in place of the block's policy.
         output_type: A pydantic model; `result.data` is then an instance of it.
         review: What answers when the crew waits for a person: "form" asks in a form on the flow run's page; a function,
             sync or async, goes from ReviewRequest to Review. Left out, the wait goes on while the log, the artifact
@@ -116,8 +115,6 @@ async def arun_crew(
     crew = await loaded(crew)
     inputs = crew.sealed(inputs or {})
     call = _Call(crew, inputs, meta, output_type, webhooks, review)
-    if (wait or crew.wait).mode != "poll":
-        wait = checked_wait(wait or crew.wait, f"Crew {crew.label}")
     options: dict[str, Any] = {
         "name": name,
         "run_key": run_key,
@@ -126,8 +123,7 @@ async def arun_crew(
         "restore_from": None if restore_from is None else str(UUID(str(restore_from))),
     }
     if FlowRunContext.get() is not None or TaskRunContext.get() is not None:
-        with standstill_here().work():  # also while it waits for a slot of the crew's limit
-            return await _run(call, **options)
+        return await _run(call, **options)
     token = _live.set(call)
     try:
         return await cast("Callable[..., Awaitable[CrewResult]]", run_deployed_crew)(
@@ -259,7 +255,6 @@ async def run_deployed_crew(
         )
     given = await values_of_blocks(given, stored.secret_inputs)
     call = _Call(stored, given, None, None, None, review)
-    checked_wait(wait or stored.wait, f"Crew {stored.label}")
     return await _run(call, name=name, run_key=run_key, force_new=force_new, wait=wait, restore_from=restore_from)
 
 

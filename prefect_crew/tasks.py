@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping
 from typing import Any, Generic, ParamSpec, TypeVar, cast
 from uuid import UUID
 
@@ -16,7 +16,6 @@ from prefect import Task, unmapped
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.exceptions import ObjectNotFound
-from prefect.states import Completed
 from pydantic import BaseModel
 
 from prefect_crew.actions import resume_run, stop_run
@@ -32,7 +31,6 @@ from prefect_crew.kickoffs import open_run
 from prefect_crew.reviews import ReviewChoice
 from prefect_crew.run_keys import calling_task, identify
 from prefect_crew.sessions import CrewSession
-from prefect_crew.suspending.suspension import StillRunningError, checked_wait, standstill_here, suspend_together
 from prefect_crew.waiting import WaitPolicy
 from prefect_crew.waits import wait_for_run
 
@@ -40,10 +38,6 @@ __all__ = ["CrewTask", "discover_inputs", "kickoff_crew", "resume_crew", "stop_c
 
 P = ParamSpec("P")
 R = TypeVar("R")
-STILL_RUNNING = "StillRunning"
-"""The name of the state of a wait that was left."""
-PREFECTS_OWN = ("return_state", "wait_for")
-"""The keywords of a call that Prefect takes for itself, and that are none of the function's."""
 Condition = Callable[[Task[..., Any], TaskRun, State[Any]], Coroutine[Any, Any, bool]]
 
 
@@ -62,10 +56,6 @@ class CrewTask(Task[P, Any], Generic[P, R]):
     async def acall(self, *args: Any, **kwargs: Any) -> Any:
         """Run the task from a coroutine, whatever kind of flow is around it."""
         args, kwargs = _hidden(args), _hidden_each(kwargs)
-        with standstill_here().work():
-            return await self._acall(*args, **kwargs)
-
-    async def _acall(self, *args: Any, **kwargs: Any) -> Any:
         with calling_task():
             return await cast("Coroutine[Any, Any, Any]", super().__call__(*args, **kwargs))
 
@@ -130,46 +120,6 @@ def _hidden_each(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     return {name: _hidden(value) for name, value in kwargs.items()}
 
 
-class WaitTask(CrewTask[P, R], Generic[P, R]):
-    """A task that waits for a run, or has its flow run suspended meanwhile, where the policy says so."""
-
-    async def acall(self, *args: Any, **kwargs: Any) -> Any:
-        """Wait for the run; where the flow run is suspended for it, this raises Prefect's signal and runs again."""
-        policy = await self._policy(args, kwargs)
-        if policy.mode == "poll":
-            return await super().acall(*args, **kwargs)
-        wait = checked_wait(policy, "The wait for a run")
-        kwargs["wait"] = wait
-        if wait.mode == "poll":
-            return await super().acall(*args, **kwargs)
-        with standstill_here().wait() as branch:
-            while _still_running(outcome := await self._acall(*args, **kwargs)):
-                await suspend_together(branch)
-            return outcome
-
-    async def _policy(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> WaitPolicy:
-        """Return how a call waits. Whatever is wrong with its arguments is for the task run to tell, as of any task."""
-        own = {name: value for name, value in kwargs.items() if name not in PREFECTS_OWN}
-        try:
-            given = inspect.signature(self.fn).bind(*args, **own).arguments
-        except TypeError:
-            return WaitPolicy()
-        wait, crew = given.get("wait"), given["crew"]
-        if isinstance(wait, WaitPolicy):
-            return wait
-        if isinstance(crew, str):
-            try:
-                crew = await loaded(crew)
-            except ConfigurationError:
-                return WaitPolicy()
-        return crew.wait if isinstance(crew, DeployedCrew) else WaitPolicy()
-
-
-def _still_running(outcome: Any) -> bool:
-    """Whether a wait was left. A task that returns a state gives that state to its caller."""
-    return isinstance(outcome, State) and outcome.name == STILL_RUNNING
-
-
 def _both(ours: Condition, theirs: Any) -> Condition:
     async def condition(task: Task[..., Any], task_run: TaskRun, state: State[Any]) -> bool:
         if not await ours(task, task_run, state):
@@ -201,11 +151,9 @@ def _named(verb: str) -> Callable[..., str]:
     return task_run_name
 
 
-def _task(
-    verb: str, kind: type[CrewTask[..., Any]] | None = None, **options: Any
-) -> Callable[[Callable[P, Coroutine[Any, Any, R]]], CrewTask[P, R]]:
+def _task(verb: str, **options: Any) -> Callable[[Callable[P, Coroutine[Any, Any, R]]], CrewTask[P, R]]:
     def decorate(function: Callable[P, Coroutine[Any, Any, R]]) -> CrewTask[P, R]:
-        return (kind or CrewTask)(
+        return CrewTask(
             fn=function, cache_policy=NO_CACHE, tags=["prefect-crew"], task_run_name=_named(verb), **options
         )
 
@@ -320,7 +268,7 @@ async def kickoff_crew(
     return run.kickoff_id
 
 
-@_task("wait for", WaitTask)
+@_task("wait for")
 async def wait_for_crew(
     crew: DeployedCrew | str,
     kickoff_id: str,
@@ -350,13 +298,9 @@ async def wait_for_crew(
     """
     del name
     check_choices(wait=wait, output_type=output_type, review=review)
-    try:
-        return await wait_for_run(
-            await loaded(crew), kickoff_id, run_key=run_key, wait=wait, output_type=output_type, review=review
-        )
-    except StillRunningError:
-        # A task run of its own, since one that Prefect's signal went through would stay Running for ever.
-        return cast("Any", Completed(name=STILL_RUNNING, message="The crew goes on; its flow run is suspended."))
+    return await wait_for_run(
+        await loaded(crew), kickoff_id, run_key=run_key, wait=wait, output_type=output_type, review=review
+    )
 
 
 @_task("resume", retry_condition_fn=_surely_not_done)

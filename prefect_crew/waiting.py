@@ -95,25 +95,12 @@ class WaitPolicy(BaseModel):
         description="Seconds after an accepted answer from which an equal question, where nothing else tells the two "
         "apart, counts as the next one, which people may answer; a function is never asked so. Empty: never.",
     )
-    mode: Literal["poll", "suspend"] = Field(
-        default="poll",
-        description="Whether the flow run's process waits, or it ends and the flow run is suspended meanwhile.",
-    )
-    suspend_fallback: Literal["refuse", "poll"] = Field(
-        default="refuse",
-        description="What happens where a flow run cannot be suspended: nothing is started, or its process waits.",
-    )
 
     @model_validator(mode="after")
     def _pauses_grow(self) -> WaitPolicy:
         if self.initial > self.max_interval:
             raise ValueError(f"initial ({self.initial:g} s) must not be above max_interval ({self.max_interval:g} s)")
         return self
-
-    @property
-    def polling(self) -> WaitPolicy:
-        """The same policy, waiting within its process."""
-        return self.model_copy(update={"mode": "poll"})
 
 
 # Process-wide: a context variable would not reach the threads of a sync flow's task runner.
@@ -167,14 +154,6 @@ class Phases:
     def human_time(self, now: float) -> float:
         """Return the seconds that people have had, with the turn that is under way."""
         return self.human_seconds + (max(0.0, now - self.human_since) if self.human_since is not None else 0.0)
-
-    def most_left(self, policy: WaitPolicy, now: float) -> float | None:
-        """Return for how many seconds more the run may be waited for, whoever's turn it is; None without a limit."""
-        if policy.timeout is None or policy.human_timeout is None:
-            return None
-        spent = now - self.kicked_off_at - self.human_time(now)
-        people = policy.human_timeout + self.human_extra - self.human_time(now)
-        return max(0.0, policy.timeout - spent) + max(0.0, people)
 
     def left(self, policy: WaitPolicy, state: CrewState, now: float) -> tuple[str, float, float] | None:
         """Return the phase whose budget ends first, that budget and the seconds left of it; None without a limit."""

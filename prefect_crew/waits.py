@@ -42,8 +42,6 @@ from prefect_crew.stopping import (
     stop_if_asked,
     stop_once,
 )
-from prefect_crew.suspending.leaving import leaving_here
-from prefect_crew.suspending.suspension import StillRunningError, polling_only
 from prefect_crew.waiting import NO_ANSWER, Phases, WaitPolicy, wait_until_ended
 from prefect_crew.wakeups import Waker, waker_for
 from prefect_crew.watching import tell
@@ -93,12 +91,12 @@ async def _result_of(crew: DeployedCrew, run: OpenRun, wait: WaitPolicy, review:
 
 
 async def _with_slots(waiter: _Waiter, slots: Slots | None) -> CrewResult:
-    """Wait, and give the run's slot back once it is not in flight any more, or its flow run is suspended for it."""
+    """Wait, and give the run's slot back once it is not in flight any more."""
     over = True
     try:
         return await waiter.result()
     except BaseException as error:
-        ended = isinstance(error, CrewFailedError | CrewStoppedError | CrewLostError | StillRunningError)
+        ended = isinstance(error, CrewFailedError | CrewStoppedError | CrewLostError)
         record = waiter.run.record
         over = ended or getattr(error, "stopped", False) or (record is not None and record.phase is RecordPhase.ENDED)
         raise
@@ -123,10 +121,7 @@ class _Waiter:
         self.records = PrefectRecords()
         self.log = run_logger()
         self.own = flow_run_id()
-        self.leaving = leaving_here(run, policy, asks=review is not None)
-        self.people = People(run, session, self.records, policy, review, self.leaving)
-        if self.leaving is None:
-            self.policy = polling_only(policy, f"The wait for run {run.kickoff_id}")
+        self.people = People(run, session, self.records, policy, review)
         self.phases = Phases(kicked_off_at=time.time())
         self.last: CrewStatus | None = None
         self.troubled = False
@@ -142,10 +137,9 @@ class _Waiter:
             return await recorded_result(self.run, self.session)
         finally:
             await self.people.aclose(ended=True)
-            await self._leave(joined=False)
 
     async def result(self) -> CrewResult:
-        run, left, ended = self.run, False, False
+        run, ended = self.run, False
         with watch_ctrl_c():
             joined = await self._join()
             try:
@@ -154,9 +148,6 @@ class _Waiter:
             except ENDINGS:
                 if run.record is not None:
                     await stop_if_asked(self.session, run.record, self.records)
-                raise
-            except StillRunningError:
-                left = True
                 raise
             except _CancelledOnServerError:
                 raise await self._stopped_by_cancellation() from None
@@ -172,8 +163,7 @@ class _Waiter:
                 raise
             finally:
                 await self.people.aclose(ended=ended)
-                if not left:
-                    await self._leave(joined)
+                await self._leave(joined)
         self.log.info("Crew run %s %s.", run.kickoff_id, _ENDS[status.state])
         beside = beside_here()
         if beside is None or status.state is not CrewState.COMPLETED:
@@ -195,8 +185,6 @@ class _Waiter:
         async with waker_for(self.run.run_key if hooked else None) as waker:
             self.waker = waker
             pause = self.people.pausing(asyncio.sleep if waker is None else waker.pause)
-            if self.leaving is not None:
-                pause = self.leaving.pausing(pause, self.people.woken)
             status = await wait_until_ended(
                 lambda: self.session.client.status(self.run.kickoff_id),
                 kickoff_id=self.run.kickoff_id,
@@ -205,7 +193,7 @@ class _Waiter:
                 watcher=self,
                 first_look=not self.run.owned,
                 pause=pause,
-                stretch=self.people.stretching(waker, relying=self.leaving is None),
+                stretch=self.people.stretching(waker),
                 more_time=lambda: self.people.more_time(self.last),
             )
             return status if waker is None else waker.counted(status)
@@ -241,8 +229,6 @@ class _Waiter:
         await self.people.answer()
         if await cancelled_meanwhile(self.own):
             raise _CancelledOnServerError
-        if self.leaving is not None:
-            await self.leaving.saw(status, self.phases, self.people.form)
 
     def _task(self, status: CrewStatus) -> str:
         return "" if self.run.show == "none" or self.run.blind else self.run.redact(str(status.current_task))[:200]
@@ -303,8 +289,6 @@ class _Waiter:
         return True
 
     async def _leave(self, joined: bool) -> None:
-        if self.leaving is not None:
-            await self.leaving.forget()
         if not joined:
             return
         assert self.run.record is not None  # noqa: S101  only who joined leaves

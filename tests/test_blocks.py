@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 from prefect.blocks.abstract import JobBlock, JobRun
 from prefect.blocks.core import Block
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.actions import BlockDocumentUpdate
 from prefect.testing.standard_test_suites import BlockStandardTestSuite
 from pydantic import SecretStr, ValidationError
 
@@ -166,6 +168,26 @@ async def test_a_reload_tells_only_of_a_token_that_has_changed():
     fresh = await loaded.reloaded()
     assert fresh is not None
     assert fresh.token.get_secret_value() == "another"
+
+
+@pytest.mark.usefixtures("prefect_api")
+async def test_a_stored_block_whose_wait_has_fields_of_another_version_is_loaded():
+    name = f"travel-{uuid.uuid4().hex[:8]}"
+    document = await crew(wait=WaitPolicy(timeout=60)).asave(name)
+    async with get_client() as client:
+        stored = await client.read_block_document(document, include_secrets=True)
+        data = {**stored.data, "wait": {**stored.data["wait"], "mode": "suspend", "suspend_fallback": "refuse"}}
+        await client.update_block_document(
+            document, BlockDocumentUpdate(block_schema_id=stored.block_schema_id, data=data)
+        )
+    assert (await DeployedCrew.aload(name)).wait == WaitPolicy(timeout=60)
+
+
+def test_what_is_no_field_of_a_wait_is_refused_in_code():
+    with pytest.raises(ValidationError, match=r"WaitPolicy\nmode\n"):
+        WaitPolicy(mode="suspend")  # pyright: ignore[reportCallIssue]
+    with pytest.raises(ValidationError, match="a crew's wait has no field 'timeot': do you mean 'timeout'"):
+        crew(wait={"timeot": 60})
 
 
 # Prefect's JobBlock idiom

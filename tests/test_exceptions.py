@@ -29,7 +29,6 @@ CAUGHT: dict[str, str] = {
     "prefect_crew.posting.PermitOverError": "posting takes another permit",
     "prefect_crew.receiver.settling._NotKnownError": "the receiver takes it for an answer",
     "prefect_crew.reviewing.people.TooManyRoundsError": "waits raises ReviewLimitError in its place",
-    "prefect_crew.suspending.suspension.StillRunningError": "the task ends as still running",
     "prefect_crew.waits._CancelledOnServerError": "waits raises what became of the run",
 }
 """Exceptions that never leave this package, and who catches them."""
@@ -48,7 +47,6 @@ BUILTIN: dict[tuple[str, str], str] = {
     ("prefect_crew.interrupts", "KeyboardInterrupt"): "Ctrl-C, passed on",
     ("prefect_crew.lazy", "AttributeError"): "a module's __getattr__",
     ("prefect_crew.patience", "TimeoutError"): "as asyncio.timeout, which Python 3.10 lacks",
-    ("prefect_crew.reviewing.forms", "RuntimeError"): "suspension waits in its process instead",
     ("prefect_crew.waiting", "ValueError"): "a validator of pydantic",
 }
 """Exceptions of Python's own that are raised on purpose, by module, and why."""

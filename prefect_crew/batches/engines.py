@@ -21,7 +21,6 @@ from prefect_crew.batches.row_waits import RowWaiter
 from prefect_crew.batches.work import EngineOptions
 from prefect_crew.limits import missing_limit, take_slots
 from prefect_crew.sessions import CrewSession
-from prefect_crew.suspending.suspension import polling_only, standstill_here
 
 __all__ = ["engine_of", "limited"]
 
@@ -53,7 +52,7 @@ def engine_of(
         RowWaiter(
             session,
             ledger,
-            polling_only(options.wait or session.crew.wait, "A batch"),
+            options.wait or session.crew.wait,
             learn=options.wait is None,
             webhooks=options.webhooks,
         ),
@@ -80,7 +79,6 @@ async def limited(session: CrewSession, options: BatchOptions, stack: AsyncExitS
     Raises:
         ConfigurationError: There is no such limit, or it is smaller than what was asked for.
     """
-    stack.enter_context(standstill_here().work())  # so that nothing beside it suspends the flow run
     crew, chosen = session.crew, options.max_in_flight
     limit = crew.concurrency_limit
     if limit is None:

@@ -25,9 +25,8 @@ from prefect_crew.api.callbacks import FeedbackRequest
 from prefect_crew.api.errors import ConfigurationError
 from prefect_crew.asked_notes import keep_output, keep_request
 from prefect_crew.logs import OneLine
-from prefect_crew.receiver.news import News, Rank
+from prefect_crew.receiver.news import News
 from prefect_crew.receiver.prefect_events import RecordCache, event_of, send_events, settled_event, transient
-from prefect_crew.receiver.rousing import Rouser
 from prefect_crew.receiver.settling import Settlement, attempt_of, settle_from_webhook, unsettled
 from prefect_crew.receiver.shedding import SheddingQueue
 from prefect_crew.record_store import PrefectRecords
@@ -154,8 +153,6 @@ class Handover:
 
     async def _main(self) -> None:
         self._cache = RecordCache(self._records)
-        # Rows of a batch have their records elsewhere, and no flow run is suspended for one.
-        self._rouser = Rouser(self._records) if isinstance(self._records, PrefectRecords) else None
         self._loop = asyncio.get_running_loop()
         pauses = _pauses()
         try:
@@ -174,8 +171,6 @@ class Handover:
             self._loop = None
             for task in self._settling.values():
                 task.cancel()
-            if self._rouser is not None:
-                self._rouser.close()
 
     async def _answers(self) -> bool:
         """Whether the Prefect API answers at all; a client of its own, since an unanswered start leaves one open."""
@@ -254,8 +249,6 @@ class Handover:
         self._counts["handed_on"] += len(batch)
         for news, record in zip(batch, records, strict=True):
             self._settle(news, record)
-            if record is not None and news.rank is Rank.CREW and self._rouser is not None:
-                self._rouser.rouse(record)
 
     async def _keep_outputs(self, batch: Sequence[News]) -> None:
         """Keep what people are to judge: each text of a question once, also if a batch is tried again."""

@@ -1,4 +1,4 @@
-"""A question's form on the page of a flow run: up while its process waits, or while the flow run is suspended.
+"""A question's form on the page of a flow run, up while its process waits.
 
 A flow run shows one form at a time: it is paused, and its page's Resume button opens the form (read in the source of
 Prefect 3.7.1 and 3.9.1, and seen in both of its interfaces). Prefect's `pause_flow_run` is not used: two at once raise,
@@ -8,20 +8,18 @@ and nothing but the form could end it. Nor is its `suspend_flow_run`: it has ano
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable
-from datetime import datetime, timedelta
+from datetime import timedelta
 from typing import Any, Literal, cast
 from uuid import UUID, uuid4
 
-import httpx
 from prefect.client.orchestration import PrefectClient, get_client
 from prefect.client.schemas.objects import State
 from prefect.client.schemas.responses import SetStateStatus
-from prefect.exceptions import ObjectNotFound, PrefectException, PrefectHTTPStatusError
+from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
 from prefect.input import RunInput, keyset_from_base_key
 from prefect.input.actions import aread_flow_run_input
-from prefect.states import Paused, Running, Suspended
+from prefect.states import Paused, Running
 from pydantic import Field, ValidationError, create_model
 
 from prefect_crew.logs import run_logger
@@ -29,7 +27,7 @@ from prefect_crew.records import utcnow
 from prefect_crew.reviews import Question
 from prefect_crew.waiting import WaitPolicy
 
-__all__ = ["Form", "ReviewForm", "excuse", "shown_with", "unread"]
+__all__ = ["Form", "ReviewForm", "unread"]
 
 MARGIN = timedelta(days=1)
 """How long a flow run stays paused after people's time is over, should its process have died meanwhile."""
@@ -78,19 +76,12 @@ def _of_run(kickoff_id: str) -> str:
 
 
 class Form:
-    """One question's form.
+    """One question's form. `sent`: an answer was sent, and the form is of no use any more."""
 
-    `sent`: an answer was sent, and the form is of no use any more; `since`: when the question came up, for the order of
-    several.
-    """
-
-    def __init__(
-        self, own: str, question: Question, model: type[ReviewForm], policy: WaitPolicy, since: datetime | None = None
-    ) -> None:
+    def __init__(self, own: str, question: Question, model: type[ReviewForm], policy: WaitPolicy) -> None:
         self.own = UUID(own)
         self.question = question
         self.sent = False
-        self.since = since or utcnow()
         # The same in every process and attempt, so that an answer is found by whoever comes after.
         self._base = _of_run(question.kickoff_id) + _digest(question.task_id, question.round)[:16]
         self._keyset = keyset_from_base_key(self._base)
@@ -122,24 +113,6 @@ class Form:
                     return False
             await self._store(client)
         return True
-
-    async def suspend(self, seconds: int, key: str) -> State[Any]:
-        """Suspend the flow run with the form, for so many seconds, and return its state.
-
-        Raises:
-            RuntimeError: It cannot be suspended now.
-            httpx.HTTPError, PrefectException: The Prefect API is away or refuses.
-        """
-        async with get_client() as client:
-            state = await self._set(client, Suspended(timeout_seconds=seconds, pause_key=key))
-            if state is None:
-                raise RuntimeError("Prefect did not accept the state")
-            try:
-                await self._store(client)
-            except (httpx.HTTPError, PrefectException) as error:
-                # Suspended it is, so this process has to end. The sweep finds that there is no form.
-                run_logger().warning("The form about run %s is not up: %s", self.question.kickoff_id, error)
-        return state
 
     async def _set(self, client: PrefectClient, state: State[Any]) -> State[Any] | None:
         state.message = f"Waits for a person: run {self.question.kickoff_id}, task {self.question.task}."
@@ -196,32 +169,3 @@ async def unread(own: str, kickoff_id: str) -> list[str]:
         )
         await _delete(client, UUID(own), (one.key for one in left))
     return [str(one.decoded_value.get("decision")) for one in left if one.key.endswith("-response")]
-
-
-# For whoever brings a suspended flow run back.
-
-
-def _keyset_of(state: State[Any]) -> dict[str, str]:
-    return state.state_details.run_input_keyset or {}
-
-
-async def shown_with(state: State[Any], flow_run_id: str) -> bool:
-    """Return whether a flow run in this state shows a form that can be filled in."""
-    key = _keyset_of(state).get("schema")
-    return key is not None and await aread_flow_run_input(key, flow_run_id=UUID(flow_run_id)) is not None
-
-
-async def excuse(state: State[Any], flow_run_id: str) -> None:
-    """Let a flow run in this state be resumed without an answer: nothing in its form is required any more.
-
-    Prefect's server resumes a flow run with a form only with what fits the form. Setting its state instead is no way:
-    that may hit a flow run which somebody has just resumed, and begin it twice.
-    """
-    own, key = UUID(flow_run_id), _keyset_of(state).get("schema")
-    if key is None:
-        return
-    schema: Any = await aread_flow_run_input(key, flow_run_id=own)
-    optional: dict[str, Any] = {"type": "object", "properties": {}, **(schema or {}), "required": []}
-    async with get_client() as client:
-        await _delete(client, own, [key])
-        await client.create_flow_run_input(flow_run_id=own, key=key, value=json.dumps(optional))

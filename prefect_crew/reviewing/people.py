@@ -23,9 +23,7 @@ from prefect_crew.waiting import WaitPolicy
 
 if TYPE_CHECKING:
     from prefect_crew.open_runs import OpenRun
-    from prefect_crew.reviewing.forms import Form
     from prefect_crew.sessions import CrewSession
-    from prefect_crew.suspending.leaving import Leaving
     from prefect_crew.wakeups import Waker
 
 __all__ = ["People", "TooManyRoundsError", "stops_late"]
@@ -53,7 +51,6 @@ class People:
         run, session, records: The run, and what it is reached by.
         policy: How long people may take, and how often they may be asked.
         review: What answers; None leaves that to whoever comes by.
-        leaving: What leaves the wait, where the flow run may be suspended meanwhile.
         quiet: Write no log line about each question: somebody else does, about many.
     """
 
@@ -64,7 +61,6 @@ class People:
         records: ReviewStore,
         policy: WaitPolicy,
         review: ReviewChoice | None,
-        leaving: Leaving | None = None,
         *,
         quiet: bool = False,
     ) -> None:
@@ -79,10 +75,8 @@ class People:
         self._quiet = quiet
         self._page: str | None = None
         self._extra_given = False
-        self._leaving = leaving
-        self._noticed: asyncio.Task[None] | None = None
         if review == "form":
-            form = FormReviewer(run, session, records, self.questions, policy, suspends=leaving is not None)
+            form = FormReviewer(run, session, records, self.questions, policy)
             self.reviewer, self._page = form, form.page
         elif review is not None:
             self.reviewer = FunctionReviewer(run, session, records, self.questions, review)
@@ -117,14 +111,8 @@ class People:
         most = self.policy.max_rounds
         if most is not None and self.question.round > most:
             raise TooManyRoundsError(self.question)
-        told = self._leaving is not None and await self._leaving.asked_before(self.question)
-        self.questions.tell(self.question, quiet=self._function or self._quiet, page=self._page, told=told)
+        self.questions.tell(self.question, quiet=self._function or self._quiet, page=self._page)
         return True
-
-    @property
-    def form(self) -> Form | None:
-        """What the flow run may be suspended with until somebody has answered, if anything."""
-        return None if self.reviewer is None else self.reviewer.form
 
     async def answer(self) -> None:
         """Have what is asked answered, where there is somebody to do so here.
@@ -170,15 +158,12 @@ class People:
         self.questions.forget()
         return budget
 
-    def stretching(self, waker: Waker | None, *, relying: bool) -> Callable[[float], float]:
-        """Return what makes pauses longer while webhooks are trusted, and shorter while an answer is on its way.
-
-        `relying`: whether the waker ends the pauses.
-        """
+    def stretching(self, waker: Waker | None) -> Callable[[float], float]:
+        """Return what makes pauses longer while webhooks are trusted, and shorter while an answer is on its way."""
         self.questions.waker = waker
 
         def stretch(delay: float) -> float:
-            longer = waker.stretch(delay) if relying and waker is not None else delay
+            longer = delay if waker is None else waker.stretch(delay)
             soon = self.questions.soon()
             return longer if soon is None else min(longer, soon)
 
@@ -202,14 +187,6 @@ class People:
                 sleeping.result()
 
         return sleep
-
-    def woken(self) -> bool:
-        """Return whether a pause is to end early: a webhook came, or, once, an answer was given here."""
-        answering = None if self.reviewer is None else self.reviewer.answering
-        if answering is not None and answering.done() and answering is not self._noticed:
-            self._noticed = answering
-            return True
-        return self.questions.waker is not None and self.questions.waker.woken
 
     def stops_late(self, error: CrewTimeoutError) -> bool:
         """Return whether the crew is stopped now that a budget is over."""

@@ -255,17 +255,14 @@ class Questions:
             return False
         return self.waker.asked_after(record.attempt, answers)
 
-    def tell(self, question: Question, *, quiet: bool, page: str | None = None, told: bool = False) -> None:
+    def tell(self, question: Question, *, quiet: bool, page: str | None = None) -> None:
         """Tell automations who is waited for, and people as well unless that is to be `quiet`.
 
-        `page` is where a form waits for the answer; `told`, whether an earlier process has told of it.
+        `page` is where a form waits for the answer.
         """
         run = self.run
         if run.record is not None:
             run.record.human_task = question.task
-        if told:
-            return
-        if run.record is not None:
             emit(
                 "waiting",
                 run.record,

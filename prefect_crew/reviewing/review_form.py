@@ -1,7 +1,7 @@
 """Asking a person in a form: when it is put up, when it is taken back, and an answer that is sent once.
 
 Questions of one flow run stand in line, while its other runs go on. The answer may come from elsewhere as well; then
-the form is taken back. Where the flow run may be suspended, the form is left for whoever suspends it.
+the form is taken back.
 """
 
 from __future__ import annotations
@@ -34,9 +34,6 @@ __all__ = ["FormReviewer"]
 
 LOOK_EVERY = 2.0
 """Seconds between two looks at whether the form was filled in."""
-HELD_AFTER = 10.0
-"""Seconds after which the process holds a form itself, in a flow run that may be suspended: something else works in it
-for longer than it takes to suspend it."""
 SHOWN = 20_000
 """Characters of an output that the form shows."""
 SENT_WITHIN = 20.0
@@ -73,8 +70,6 @@ _line = _Line()
 class FormReviewer:
     """Asks a person in the form of the flow run that waits, one question at a time.
 
-    `suspends`: the flow run is suspended with the form as soon as it can be.
-
     Raises:
         ConfigurationError: There is no flow run, and so no page to ask on.
     """
@@ -86,8 +81,6 @@ class FormReviewer:
         records: ReviewStore,
         questions: Questions,
         policy: WaitPolicy,
-        *,
-        suspends: bool = False,
     ) -> None:
         own = flow_run_id()
         if own is None:
@@ -101,7 +94,6 @@ class FormReviewer:
         self.questions = questions
         self.policy = policy
         self.own = own
-        self.held_after = HELD_AFTER if suspends else 0.0
         self._asking: asyncio.Task[None] | None = None
         self._form: Form | None = None
         self._sending = False
@@ -118,8 +110,7 @@ class FormReviewer:
         if question is None:
             return
         if self._asking is None:
-            since = None if self.run.record is None else self.run.record.human_since
-            form = self._form = Form(self.own, question, self._model(question), self.policy, since)
+            form = self._form = Form(self.own, question, self._model(question), self.policy)
             self._asking = asyncio.create_task(self._ask(form), name=f"form for {question.kickoff_id}")
         elif self._asking.done():
             asking, self._asking, self._form = self._asking, None, None
@@ -129,12 +120,6 @@ class FormReviewer:
     def answering(self) -> asyncio.Task[None] | None:
         """What waits for the form to be filled in, and sends the answer."""
         return self._asking
-
-    @property
-    def form(self) -> Form | None:
-        """What the flow run can be suspended with, None while an answer is being sent."""
-        form = self._form
-        return None if form is None or form.sent or self._sending else form
 
     async def settle(self) -> None:
         """Wait until an answer that is being sent is on record as sent: it may be what the crew has moved on by."""
@@ -200,8 +185,7 @@ class FormReviewer:
 
     async def _filled(self, form: Form) -> ReviewForm:
         """Return what a person fills in. A Prefect API that is away is asked again."""
-        up, loop = False, asyncio.get_running_loop()
-        held_at = loop.time() + self.held_after
+        up = False
         while True:
             try:
                 if not (up and await form.is_up()):
@@ -209,7 +193,7 @@ class FormReviewer:
                     filled = await form.answer()
                     if filled is not None:
                         return filled
-                    up = loop.time() >= held_at and _line.is_first(self.own, form) and await form.put_up()
+                    up = _line.is_first(self.own, form) and await form.put_up()
             except (httpx.HTTPError, PrefectException) as error:
                 run_logger().debug("The form for run %s: %r", self.run.kickoff_id, error)
             await asyncio.sleep(LOOK_EVERY)

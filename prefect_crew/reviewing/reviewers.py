@@ -25,7 +25,6 @@ from prefect_crew.reviews import (
 
 if TYPE_CHECKING:
     from prefect_crew.open_runs import OpenRun
-    from prefect_crew.reviewing.forms import Form
     from prefect_crew.sessions import CrewSession
 
 __all__ = ["NOBODY", "FunctionReviewer", "Reviewer", "reject_late"]
@@ -44,11 +43,6 @@ class Reviewer(Protocol):
     @property
     def answering(self) -> asyncio.Task[None] | None:
         """What is under way until an answer has been given, if anything is."""
-        ...
-
-    @property
-    def form(self) -> Form | None:
-        """What the flow run may be suspended with until somebody has answered; None where it is needed here."""
         ...
 
     async def settle(self) -> None:
@@ -122,11 +116,6 @@ class FunctionReviewer:
     @property
     def answering(self) -> asyncio.Task[None] | None:
         """A function answers at once."""
-        return None
-
-    @property
-    def form(self) -> Form | None:
-        """It shows none."""
         return None
 
     async def settle(self) -> None:

@@ -24,7 +24,6 @@ DEPLOYMENTS = [
     "follow-up/after-research",
     "recover/crashed",
     "prune-records/sweep",
-    "resume-suspended/each-minute",
 ]
 
 
@@ -77,6 +76,6 @@ def test_a_second_deploy_changes_nothing_and_doubles_nothing(site: Site):
 
 def test_what_mends_crashes_is_not_mended_itself(site: Site):
     tagged = {name for name in DEPLOYMENTS if "recover-crashed" in site.deployment(name)["tags"]}
-    theirs = {"recover/crashed", "prune-records/sweep", "resume-suspended/each-minute"}
+    theirs = {"recover/crashed", "prune-records/sweep"}
     mended_by_its_parent = "batch-shard/shards"
     assert tagged == set(DEPLOYMENTS) - theirs - {mended_by_its_parent}
