@@ -76,7 +76,8 @@ _TYPES: dict[str, Any] = {
 _TEXT: Any = str | float | bool
 _RUN_KEY = "run_key"
 _RUN_KEY_HELP = (
-    "The identity of one purchase, such as daily-{{ scheduled_start:%Y-%m-%d }}. Left out, every flow run buys its own."
+    "The identity under which runs are started at most once, such as daily-{{ scheduled_start:%Y-%m-%d }}. Left out, "
+    "every flow run starts its own."
 )
 _BY_BLOCK = "*"
 _BLOCK_HELP = "The name of the Prefect Secret block that holds it: a value would be stored with the flow run."
