@@ -12,6 +12,7 @@ from prefect.exceptions import PrefectException
 
 from prefect_crew.api.errors import CrewError
 from prefect_crew.api.models import ResumeAnswer, StopAnswer
+from prefect_crew.crew import Crew, CrewSession
 from prefect_crew.limits import Slots
 from prefect_crew.logs import run_logger
 from prefect_crew.lookups import find_run
@@ -19,19 +20,17 @@ from prefect_crew.open_runs import OpenRun
 from prefect_crew.record_store import PrefectRecords
 from prefect_crew.records import RecordPhase, ReviewStore
 from prefect_crew.reviews import LOOKS, Review, answer_question
-from prefect_crew.sessions import CrewSession
 from prefect_crew.stopping import close_stopped
 
 if TYPE_CHECKING:
     from prefect_crew.api.webhooks import Webhooks
-    from prefect_crew.blocks import DeployedCrew
 
 __all__ = ["resume_run", "stop_run"]
 
 RECORDS = PrefectRecords()
 
 
-async def stop_run(crew: DeployedCrew, kickoff_id: str, *, run_key: str | None = None) -> StopAnswer:
+async def stop_run(crew: Crew, kickoff_id: str, *, run_key: str | None = None) -> StopAnswer:
     """Ask the crew's server to stop a run, and write down what came of it.
 
     Raises:
@@ -51,7 +50,7 @@ async def stop_run(crew: DeployedCrew, kickoff_id: str, *, run_key: str | None =
 
 
 async def resume_run(
-    crew: DeployedCrew,
+    crew: Crew,
     kickoff_id: str,
     *,
     feedback: str,

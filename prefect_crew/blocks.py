@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Mapping
 from difflib import get_close_matches
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, Literal, cast
 from urllib.parse import urlsplit
 from uuid import UUID
 
 import httpx
 from prefect.blocks.abstract import JobBlock, JobRun
-from pydantic import BaseModel, ConfigDict, Field, HttpUrl, Secret, SecretStr, field_validator, model_validator
+from prefect.exceptions import ObjectNotFound
+from pydantic import BaseModel, ConfigDict, Field, HttpUrl, SecretStr, field_validator, model_validator
 
 from prefect_crew.api._http import checked_url
 from prefect_crew.api.errors import ConfigurationError
 from prefect_crew.api.models import CrewResult, ResumeAnswer, StopAnswer
-from prefect_crew.api.redaction import Redactor, holds_secret
+from prefect_crew.crew import Crew
 from prefect_crew.dual import dual
 from prefect_crew.settings import CrewSettings
 from prefect_crew.waiting import WaitPolicy
@@ -25,8 +27,11 @@ from prefect_crew.waiting import WaitPolicy
 if TYPE_CHECKING:
     from prefect_crew.api.client import CrewClient
     from prefect_crew.api.webhooks import Webhooks
+    from prefect_crew.records import RunRecord
 
-__all__ = ["CrewRun", "DeployedCrew"]
+__all__ = ["CrewRun", "DeployedCrew", "find_crew", "load_crew"]
+
+_BLOCK_NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 
 
 class DeployedCrew(JobBlock[CrewResult]):
@@ -92,9 +97,6 @@ class DeployedCrew(JobBlock[CrewResult]):
         description="The crew's page for people, shown where they have to look there, as at a run that asks them.",
     )
 
-    _called: str | None = None
-    _hidden: tuple[str, ...] = ()
-
     @model_validator(mode="before")
     @classmethod
     def _check_names(cls, values: Any) -> Any:
@@ -158,80 +160,36 @@ class DeployedCrew(JobBlock[CrewResult]):
 
     @property
     def label(self) -> str:
-        """What people call it: the block's name, what `called` has said, or its address."""
-        if self._block_document_name:
-            return self._block_document_name
-        if self._called:
-            return self._called
-        return _address(self.url)
+        """What people call it: the block's name, else its address."""
+        return self._block_document_name or _address(self.url)
 
     @property
-    def is_stored(self) -> bool:
-        """Whether it is a stored block, which others find under its name."""
-        return self._block_document_name is not None
-
-    def called(self, name: str) -> DeployedCrew:
-        """Return a copy that people see under `name`, not under its address, as long as it is not stored."""
-        copy = self.model_copy()
-        copy._called = name  # noqa: SLF001 - of the same class
-        return copy
-
-    def hiding(self, names: Iterable[str], *, texts: Iterable[str] = ()) -> DeployedCrew:
-        """Return a copy to which these inputs, and these texts, are secret as well; itself where they are already."""
-        more = [name for name in names if name not in self.secret_inputs]
-        hidden = (*self._hidden, *(text for text in texts if text not in self._hidden))
-        if not more and hidden == self._hidden:
-            return self
-        copy = self.model_copy(update={"secret_inputs": [*self.secret_inputs, *more]})
-        copy._hidden = hidden  # noqa: SLF001 - of the same class
-        return copy
-
-    def client(self, *, transport: httpx.AsyncBaseTransport | None = None) -> CrewClient:
-        """Return a client for it, to be used as an async context manager."""
-        from prefect_crew.api.client import CrewClient
-
-        return CrewClient(
-            self.url,
-            self.token,
+    def crew(self) -> Crew:
+        """The crew as plain values, as everything that runs it takes it."""
+        name = self._block_document_name
+        return Crew(
+            label=self.label,
+            url=self.url,
+            token=self.token,
             request_timeout=self.request_timeout,
             allow_http=self.allow_http,
             inputs_as_json=self.inputs_as_json,
-            transport=transport,
+            allow_extra_inputs=self.allow_extra_inputs,
+            wait=self.wait,
+            max_kickoffs=self.max_kickoffs,
+            concurrency_limit=self.concurrency_limit,
+            show=self.show,
+            secret_inputs=tuple(self.secret_inputs),
+            price=self.price,
+            page_url=self.page_url,
+            block=name,
+            # Whatever its author called it, this very class is what the store gives back for its slug.
+            reload=None if name is None else partial(_load_block, type(self), name),
         )
 
-    def redactor(self, inputs: Mapping[str, Any] | None = None) -> Redactor:
-        """Return what masks the token and, of these inputs, the secret ones."""
-        given = inputs or {}
-        secret = [given[name] for name in self.secret_inputs if name in given]
-        return Redactor([*secret, *self._hidden], tokens=[self.token.get_secret_value()])
-
-    def sealed(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """Return inputs with the secret ones as pydantic's secrets, whose repr shows nothing.
-
-        Error reporters show the local variables of all frames, those of Prefect's engine as well.
-        """
-        return {
-            name: Secret(value) if name in self.secret_inputs and not holds_secret(value) else value
-            for name, value in inputs.items()
-        }
-
-    @property
-    def hidden_texts(self) -> tuple[str, ...]:
-        """Texts that are secret in whatever a run of this crew says, besides the values of its secret inputs."""
-        return self._hidden
-
-    def secret_among(self, inputs: Mapping[str, Any]) -> list[str]:
-        """Return which of these inputs, as they are sent, are secret or hold a text that is."""
-        hides = Redactor(self._hidden).hides
-        return [name for name, value in inputs.items() if name in self.secret_inputs or hides(value)]
-
-    async def reloaded(self) -> DeployedCrew | None:
-        """Return the stored block as it is now if its token has changed since this one was loaded, else None."""
-        if not self._block_document_name:
-            return None
-        # Whatever its author called it, the annotated class is what the store gives back for this slug.
-        stored = await type(self).aload(self._block_document_name)
-        return stored.hiding(self.secret_inputs, texts=self._hidden) if stored.token != self.token else None
+    def client(self, *, transport: httpx.AsyncBaseTransport | None = None) -> CrewClient:
+        """Return a client for it, to be used as an async context manager."""
+        return self.crew.client(transport=transport)
 
     async def _atrigger(
         self,
@@ -246,7 +204,7 @@ class DeployedCrew(JobBlock[CrewResult]):
         from prefect_crew.kickoffs import open_run
 
         run = await open_run(
-            self,
+            self.crew,
             inputs or {},
             run_key=run_key,
             force_new=force_new,
@@ -274,8 +232,8 @@ class DeployedCrew(JobBlock[CrewResult]):
 class CrewRun(JobRun[CrewResult]):
     """A run that `DeployedCrew.trigger` started or found. Each method is awaited in async code."""
 
-    def __init__(self, crew: DeployedCrew, kickoff_id: str, *, run_key: str | None = None) -> None:
-        self.crew = crew
+    def __init__(self, crew: DeployedCrew | Crew, kickoff_id: str, *, run_key: str | None = None) -> None:
+        self.crew = crew if isinstance(crew, Crew) else crew.crew
         self.kickoff_id = kickoff_id
         self.run_key = run_key
         self._result: CrewResult | None = None
@@ -343,3 +301,39 @@ def _address(url: str) -> str:
     """Return an address for people: without the scheme. A batch asks for it at each of its rows."""
     parts = httpx.URL(url)
     return f"{parts.netloc.decode()}{parts.path.rstrip('/')}"
+
+
+async def load_crew(crew: DeployedCrew | Crew | str) -> Crew:
+    """Return a crew as plain values, loading the block that a text names.
+
+    Raises:
+        ConfigurationError: There is no such block.
+    """
+    if isinstance(crew, Crew):
+        return crew
+    if isinstance(crew, DeployedCrew):
+        return crew.crew
+    try:
+        return await _load_block(DeployedCrew, crew)
+    except ValueError as error:
+        if not isinstance(error.__cause__, ObjectNotFound):
+            raise
+        raise ConfigurationError(
+            f"No crew is stored under the name {crew!r}. Store it: prefect-crew save NAME --url URL, or "
+            "DeployedCrew(url=…, token=…).save(NAME). Or give a DeployedCrew in its place."
+        ) from error
+
+
+async def find_crew(record: RunRecord) -> Crew | None:
+    """Return the stored crew of a record, None where no block of that name has the record's address."""
+    if not _BLOCK_NAME.fullmatch(record.crew):
+        return None
+    try:
+        crew = await _load_block(DeployedCrew, record.crew)
+    except ValueError:
+        return None
+    return crew if crew.url == record.crew_url else None
+
+
+async def _load_block(kind: type[DeployedCrew], name: str) -> Crew:
+    return (await kind.aload(name)).crew

@@ -34,6 +34,7 @@ from pydantic import Field, TypeAdapter, ValidationError, WithJsonSchema
 from prefect_crew.api._error import excerpt
 from prefect_crew.api.errors import ConfigurationError
 from prefect_crew.api.models import CrewInput, CrewResult
+from prefect_crew.blocks import load_crew
 from prefect_crew.pipeline_crews import PipelineCrews
 from prefect_crew.pipeline_definition import PipelineDefinition, PipelineInput
 from prefect_crew.pipeline_graph import PipelineGraph
@@ -41,13 +42,12 @@ from prefect_crew.pipelines import PipelineResult, run_deployed_pipeline
 from prefect_crew.run_keys import render_run_key
 from prefect_crew.runs import arun_crew
 from prefect_crew.secret_blocks import values_of_blocks
-from prefect_crew.tasks import loaded
 
 if TYPE_CHECKING:
     from prefect.deployments.runner import RunnerDeployment
     from prefect.schedules import Schedule
 
-    from prefect_crew.blocks import DeployedCrew
+    from prefect_crew.crew import Crew
 
 __all__ = [
     "FLOW_NAME",
@@ -143,8 +143,8 @@ def crew_flow(
 
     async def run(**given: Any) -> CrewResult:
         values = {name: given[parameter] for name, parameter in names.items() if given.get(parameter) is not None}
-        block = (await loaded(crew)).hiding(secret_inputs)
-        stored = [name for name in block.secret_inputs if name in values and name not in secret_inputs]
+        found = (await load_crew(crew)).hiding(secret_inputs)
+        stored = [name for name in found.secret_inputs if name in values and name not in secret_inputs]
         if stored:
             raise ConfigurationError(
                 f"The inputs {', '.join(stored)} are secret to crew {crew} by now, and this deployment asks for their "
@@ -152,7 +152,7 @@ def crew_flow(
                 f"prefect-crew deploy {crew}."
             )
         values = await values_of_blocks(values, secret_inputs)
-        return await arun_crew(block, values, run_key=given.get(run_key) or None)
+        return await arun_crew(found, values, run_key=given.get(run_key) or None)
 
     parameters = [_parameter(item, names[item.name], item.name in secret_inputs, typed) for item in inputs]
     key = _described(str | None, "Run key", _RUN_KEY_HELP)
@@ -224,11 +224,11 @@ class Plan:
         return self.has_schedule or self.new_schedule
 
 
-def deployment_of(crew: DeployedCrew, inputs: Sequence[CrewInput], plan: Plan) -> RunnerDeployment:
+def deployment_of(crew: Crew, inputs: Sequence[CrewInput], plan: Plan) -> RunnerDeployment:
     """Return the deployment of a stored crew, ready to be applied or served.
 
     Args:
-        crew: A block that was loaded by its name.
+        crew: The crew of a stored block.
         inputs: What `GET /inputs` says.
         plan: The rest.
 

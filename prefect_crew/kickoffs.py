@@ -21,6 +21,7 @@ from prefect_crew.api.inputs import STATE_ID, encode_inputs, inputs_digest, is_u
 from prefect_crew.api.models import CrewInput, CrewState
 from prefect_crew.api.redaction import holds_secret, withholding
 from prefect_crew.choices import check_choices
+from prefect_crew.crew import Crew, CrewSession
 from prefect_crew.interrupts import watch_ctrl_c
 from prefect_crew.limits import take_slots
 from prefect_crew.logs import run_logger
@@ -31,7 +32,6 @@ from prefect_crew.purchases import Purchased, purchase_run
 from prefect_crew.record_store import PrefectRecords
 from prefect_crew.records import Decision, RecordPhase, RecordStore, latest_purchase
 from prefect_crew.run_keys import identify
-from prefect_crew.sessions import CrewSession
 from prefect_crew.settings import CrewSettings
 from prefect_crew.stopping import known_cancelled
 from prefect_crew.wakeups import subscribe
@@ -39,13 +39,12 @@ from prefect_crew.watching import tell
 
 if TYPE_CHECKING:
     from prefect_crew.api.webhooks import Webhooks
-    from prefect_crew.blocks import DeployedCrew
 
 __all__ = ["check_inputs", "knowing_inputs", "open_run"]
 
 
 async def open_run(
-    crew: DeployedCrew,
+    crew: Crew,
     inputs: Mapping[str, Any],
     *,
     run_key: str | None = None,

@@ -27,7 +27,7 @@ from prefect_crew.logs import run_logger
 from prefect_crew.stopping import flow_run_id
 
 if TYPE_CHECKING:
-    from prefect_crew.blocks import DeployedCrew
+    from prefect_crew.crew import Crew
     from prefect_crew.records import RunRecord
 
 __all__ = ["LEASE", "Slots", "missing_limit", "slot_of", "take_slots"]
@@ -45,7 +45,7 @@ _LOCKED, _GONE = 423, 410
 class Slots:
     """Slots that are held. `lease` changes where one ran out and another was taken in its place."""
 
-    crew: DeployedCrew
+    crew: Crew
     lease: UUID
     count: int = 1
 
@@ -103,7 +103,7 @@ class Slots:
                 )
 
 
-async def take_slots(crew: DeployedCrew, count: int = 1) -> Slots | None:
+async def take_slots(crew: Crew, count: int = 1) -> Slots | None:
     """Take slots of a crew's limit, once that many are free; None if it has no limit.
 
     Raises:
@@ -128,7 +128,7 @@ def _first(limit: str) -> asyncio.Lock:
     return _queues.setdefault(asyncio.get_running_loop(), {}).setdefault(limit, asyncio.Lock())
 
 
-async def _taken(crew: DeployedCrew, count: int) -> UUID | None:
+async def _taken(crew: Crew, count: int) -> UUID | None:
     """Return the lease of slots that are free, None if there are not enough."""
     assert crew.concurrency_limit is not None  # noqa: S101  the callers looked
     own = flow_run_id()
@@ -151,7 +151,7 @@ async def _taken(crew: DeployedCrew, count: int) -> UUID | None:
     return answer.lease_id
 
 
-def missing_limit(crew: DeployedCrew) -> ConfigurationError:
+def missing_limit(crew: Crew) -> ConfigurationError:
     """Return the error about a limit that does not exist, and so would limit nothing."""
     limit = crew.concurrency_limit
     return ConfigurationError(
@@ -161,7 +161,7 @@ def missing_limit(crew: DeployedCrew) -> ConfigurationError:
 
 
 @asynccontextmanager
-async def slot_of(crew: DeployedCrew, record: RunRecord | None) -> AsyncGenerator[Slots | None]:
+async def slot_of(crew: Crew, record: RunRecord | None) -> AsyncGenerator[Slots | None]:
     """Keep the slot of a run that is waited for, or one in its place if there is a free one. The caller gives it back.
 
     A run in flight that finds no free slot is waited for all the same, and so is one of a crew whose limit is gone.
@@ -179,7 +179,7 @@ async def slot_of(crew: DeployedCrew, record: RunRecord | None) -> AsyncGenerato
         yield slots
 
 
-async def _found(crew: DeployedCrew, record: RunRecord | None) -> Slots | None:
+async def _found(crew: Crew, record: RunRecord | None) -> Slots | None:
     if record is not None and record.slot is not None:
         slots = Slots(crew, UUID(record.slot))
         if await slots.renew():

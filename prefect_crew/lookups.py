@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import httpx
 from prefect.exceptions import PrefectException
 
 from prefect_crew.api.errors import CrewLostError
 from prefect_crew.api.models import CrewResult, CrewState
+from prefect_crew.crew import Crew, CrewSession
 from prefect_crew.logs import run_logger
 from prefect_crew.open_runs import OpenRun, recall, reopened
 from prefect_crew.outcomes import failure, result_of
 from prefect_crew.record_store import PrefectRecords
 from prefect_crew.records import RecordPhase
-from prefect_crew.sessions import CrewSession
-
-if TYPE_CHECKING:
-    from prefect_crew.blocks import DeployedCrew
 
 __all__ = ["find_run", "read_result", "recorded_result"]
 
 
-async def find_run(crew: DeployedCrew, kickoff_id: str, run_key: str | None = None, *, take: bool = True) -> OpenRun:
+async def find_run(crew: Crew, kickoff_id: str, run_key: str | None = None, *, take: bool = True) -> OpenRun:
     """Return a run by its id, with its record where one is found. A Prefect API that is away leaves it without.
 
     `take`: what this process remembers of it is for the caller alone, who waits for its end and closes its record.

@@ -21,7 +21,7 @@ from prefect_crew.stopping import flow_run_id
 
 if TYPE_CHECKING:
     from prefect_crew.api.webhooks import Webhooks
-    from prefect_crew.blocks import DeployedCrew
+    from prefect_crew.crew import Crew
 
 __all__ = ["OpenRun", "recall", "remember", "reopened"]
 
@@ -41,7 +41,7 @@ class OpenRun:
     are None where only the id is known. `owned`: this process bought it, so nobody else closes it.
     """
 
-    crew: DeployedCrew
+    crew: Crew
     kickoff_id: str
     record: RunRecord | None = None
     inputs: Mapping[str, Any] | None = field(default=None, repr=False)
@@ -66,11 +66,11 @@ class OpenRun:
         """Its run key, where a record holds it."""
         return None if self.record is None else self.record.run_key
 
-    def renewed(self, crew: DeployedCrew) -> None:
+    def renewed(self, crew: Crew) -> None:
         """Take up the crew with its new token; the old one stays a secret."""
-        old = self.crew.token.get_secret_value()
-        if crew.token.get_secret_value() != old:
-            self.crew = crew.hiding(self.crew.secret_inputs, texts=[*self.crew.hidden_texts, old])
+        old = self.crew.token
+        if crew.token != old:
+            self.crew = crew.hiding(self.crew.secret_inputs, texts=[*self.crew.hidden, old])
             self.__dict__.pop("redact", None)
 
     @cached_property
@@ -175,7 +175,7 @@ def remember(run: OpenRun) -> None:
         _recent.popitem(last=False)
 
 
-def recall(crew: DeployedCrew, kickoff_id: str, *, take: bool = True) -> OpenRun | None:
+def recall(crew: Crew, kickoff_id: str, *, take: bool = True) -> OpenRun | None:
     """Return what `remember` kept. The wait takes it: whoever comes later has to read what stands on the server."""
     key = kickoff_id, flow_run_id()
     run = _recent.get(key)
@@ -188,7 +188,7 @@ def recall(crew: DeployedCrew, kickoff_id: str, *, take: bool = True) -> OpenRun
     return run
 
 
-def reopened(crew: DeployedCrew, kickoff_id: str, record: RunRecord | None) -> OpenRun:
+def reopened(crew: Crew, kickoff_id: str, record: RunRecord | None) -> OpenRun:
     """Return a run with the record that was read of it, and with what no record has, where this process waited for it.
 
     That is its inputs, without which secrets could not be masked, and the user's own webhooks.
@@ -196,5 +196,5 @@ def reopened(crew: DeployedCrew, kickoff_id: str, record: RunRecord | None) -> O
     run = _waited.get((kickoff_id, flow_run_id()))
     if run is None or run.crew.url != crew.url:
         return OpenRun(crew, kickoff_id, record)
-    hiding = crew.hiding(run.crew.secret_inputs, texts=run.crew.hidden_texts)
+    hiding = crew.hiding(run.crew.secret_inputs, texts=run.crew.hidden)
     return OpenRun(hiding, kickoff_id, record, run.inputs, meta=run.meta, webhooks=run.webhooks)

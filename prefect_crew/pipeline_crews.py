@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -12,12 +12,11 @@ from prefect_crew.api.errors import AuthenticationError, ConfigurationError, Cre
 from prefect_crew.api.inputs import encode_inputs
 from prefect_crew.api.models import CrewInput
 from prefect_crew.api.redaction import MASK, Redactor, holds_secret
-from prefect_crew.blocks import DeployedCrew
+from prefect_crew.blocks import load_crew
+from prefect_crew.crew import Crew, CrewSession
 from prefect_crew.pipeline_drawing import draw_graph
 from prefect_crew.pipeline_graph import CrewStep, PipelineGraph
 from prefect_crew.record_store import PrefectRecords
-from prefect_crew.sessions import CrewSession
-from prefect_crew.tasks import loaded
 
 __all__ = ["PipelineCrews", "PipelinePlan", "PlannedStep", "step_key"]
 
@@ -62,7 +61,7 @@ class PipelineCrews:
     """
 
     graph: PipelineGraph
-    crews: dict[str, DeployedCrew] = field(default_factory=dict[str, DeployedCrew])
+    crews: dict[str, Crew] = field(default_factory=dict[str, Crew])
     expected: dict[str, list[CrewInput]] = field(default_factory=dict[str, list[CrewInput]])
     silent: list[str] = field(default_factory=list[str])
 
@@ -99,11 +98,11 @@ class PipelineCrews:
 
     async def load(self) -> None:
         """Load the crews, and note on the graph those that are not stored."""
-        blocks = {step.crew for step in self.graph.steps if isinstance(step.crew, str)}
-        stored = dict(zip(blocks, await asyncio.gather(*map(_block, blocks)), strict=True))
+        names = {step.crew for step in self.graph.steps if isinstance(step.crew, str)}
+        stored = dict(zip(names, await asyncio.gather(*map(_stored, names)), strict=True))
         for step in self.graph.steps:
-            crew = stored[step.crew] if isinstance(step.crew, str) else step.crew
-            if isinstance(crew, DeployedCrew):
+            crew = stored[step.crew] if isinstance(step.crew, str) else await load_crew(step.crew)
+            if isinstance(crew, Crew):
                 self.crews[step.name] = crew
             else:
                 self.graph.problems.append(f"step {step.name!r}: {crew}")
@@ -124,7 +123,7 @@ class PipelineCrews:
             if answer is not None:
                 fresh, self.expected[name] = answer
                 # Of two blocks for one crew each keeps what else it says.
-                self.crews[name] = crew if fresh is None else crew.model_copy(update={"token": fresh.token})
+                self.crews[name] = crew if fresh is None else replace(crew, token=fresh.token)
 
     def check_inputs(self) -> None:
         """Note on the graph what its steps lack of their crews' inputs, and give besides."""
@@ -132,10 +131,10 @@ class PipelineCrews:
             self.expected, extra=[name for name, crew in self.crews.items() if crew.allow_extra_inputs]
         )
 
-    async def _ask(self, crew: DeployedCrew) -> tuple[DeployedCrew | None, list[CrewInput]] | None:
+    async def _ask(self, crew: Crew) -> tuple[Crew | None, list[CrewInput]] | None:
         """Return a crew's inputs, and the crew with its new token if that was rotated since it was loaded."""
         said = f"crew {crew.label} cannot be asked for its inputs"
-        fresh: DeployedCrew | None = None
+        fresh: Crew | None = None
         try:
             async with CrewSession(crew) as session:
                 inputs = await session.asked(lambda client: client.inputs())
@@ -202,13 +201,13 @@ def step_key(run_key: str, step: CrewStep) -> str:
     return f"{run_key}/{step.name}"
 
 
-def _asked(crew: DeployedCrew) -> tuple[str, str]:
+def _asked(crew: Crew) -> tuple[str, str]:
     return crew.url, crew.token.get_secret_value()
 
 
-async def _block(name: str) -> DeployedCrew | str:
+async def _stored(name: str) -> Crew | str:
     """Return a stored crew, or why there is none."""
     try:
-        return await loaded(name)
+        return await load_crew(name)
     except ValueError as error:
         return str(error)

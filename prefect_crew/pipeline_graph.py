@@ -16,6 +16,7 @@ from prefect_crew.api.models import CrewInput, CrewResult
 from prefect_crew.api.redaction import revealed
 from prefect_crew.blocks import DeployedCrew
 from prefect_crew.choices import check_choices
+from prefect_crew.crew import Crew
 from prefect_crew.reviews import ReviewChoice
 from prefect_crew.templates import GLOBALS, RESULT_FIELDS, attributes_in, names_in, render
 from prefect_crew.waiting import WaitPolicy
@@ -50,7 +51,7 @@ class CrewStep:
     """
 
     name: str
-    crew: DeployedCrew | str
+    crew: DeployedCrew | Crew | str
     inputs: StepInputs | None = field(default=None, repr=False)
     after: Sequence[str] = ()
     wait: WaitPolicy | None = None

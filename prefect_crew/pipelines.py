@@ -16,7 +16,7 @@ from typing import Annotated, Any, cast
 from prefect import flow
 from prefect.context import FlowRunContext, TaskRunContext
 from prefect.exceptions import Pause
-from pydantic import Field, Secret
+from pydantic import Field, Secret, SecretStr
 
 from prefect_crew.api.errors import ConfigurationError, PipelineFailedError
 from prefect_crew.api.inputs import encode_inputs, inputs_digest
@@ -304,7 +304,7 @@ class _Work:
         # The crew knows its own secrets. Those of the pipeline may come to it in a template, or from a step before it.
         made = self.graph.made_of(step, self.crews.secret_inputs)
         return await arun_crew(
-            crew.hiding(made, texts=Redactor(self.secrets).texts),
+            crew.hiding(made, texts=map(SecretStr, Redactor(self.secrets).texts)),
             inputs,
             name=step.name,
             run_key=step_key(self.run_key, step),

@@ -18,18 +18,17 @@ from prefect.exceptions import PrefectException
 from prefect_crew.api.certainty import KickoffFate, kickoff_delay, kickoff_fate, post_deadline
 from prefect_crew.api.errors import AuthenticationError, CrewError, KickoffUncertainError
 from prefect_crew.api.redaction import withholding
+from prefect_crew.crew import Crew, CrewSession
 from prefect_crew.events import emit
 from prefect_crew.interrupts import ENDINGS, to_be_seen_to_its_end
 from prefect_crew.logs import run_logger
 from prefect_crew.receiver.targets import webhooks_for
 from prefect_crew.records import Lease, RecordPhase, RecordStore, RunRecord, known_by, utcnow
 from prefect_crew.run_keys import RunIdentity
-from prefect_crew.sessions import CrewSession
 from prefect_crew.stopping import stop_if_asked
 
 if TYPE_CHECKING:
     from prefect_crew.api.webhooks import Webhooks
-    from prefect_crew.blocks import DeployedCrew
     from prefect_crew.settings import CrewSettings
 
 __all__ = ["LIMITED_FOR", "ClaimLostError", "Purchase", "give_back", "post_claimed", "uncertain"]
@@ -51,7 +50,7 @@ class Purchase:
     that say whether there are webhooks, read by whoever makes many purchases: reading them takes 3 ms.
     """
 
-    crew: DeployedCrew
+    crew: Crew
     identity: RunIdentity
     inputs: dict[str, Any] = field(repr=False)
     digest: str

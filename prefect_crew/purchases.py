@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from opentelemetry import trace
 
 from prefect_crew.api.errors import CrewError
+from prefect_crew.crew import CrewSession
 from prefect_crew.events import emit
 from prefect_crew.logs import run_logger
 from prefect_crew.posting import LIMITED_FOR, ClaimLostError, Purchase, give_back, post_claimed, uncertain
@@ -26,7 +27,6 @@ from prefect_crew.records import (
     latest_purchase,
     utcnow,
 )
-from prefect_crew.sessions import CrewSession
 
 __all__ = ["Purchased", "purchase_run"]
 

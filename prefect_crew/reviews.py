@@ -31,8 +31,8 @@ from prefect_crew.records import ReviewStore, RunRecord, SentReview, utcnow
 
 if TYPE_CHECKING:
     from prefect_crew.api.webhooks import Webhooks
+    from prefect_crew.crew import CrewSession
     from prefect_crew.open_runs import OpenRun
-    from prefect_crew.sessions import CrewSession
 
 __all__ = [
     "LOOKS",

@@ -21,8 +21,9 @@ from prefect_crew.api.inputs import encode_inputs
 from prefect_crew.api.models import CrewResult, CrewState
 from prefect_crew.api.redaction import MASK, holds_secret
 from prefect_crew.beside import work_beside
-from prefect_crew.blocks import DeployedCrew
+from prefect_crew.blocks import DeployedCrew, load_crew
 from prefect_crew.choices import check_choices
+from prefect_crew.crew import Crew
 from prefect_crew.dual import dual, refuse_running_loop
 from prefect_crew.lookups import read_result
 from prefect_crew.open_runs import OpenRun
@@ -30,7 +31,7 @@ from prefect_crew.outcomes import typed
 from prefect_crew.record_store import PrefectRecords
 from prefect_crew.reviews import ReviewChoice
 from prefect_crew.secret_blocks import values_of_blocks
-from prefect_crew.tasks import kickoff_crew, loaded, wait_for_crew
+from prefect_crew.tasks import kickoff_crew, wait_for_crew
 from prefect_crew.waiting import WaitPolicy
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ __all__ = ["arun_crew", "get_result", "run_crew", "run_deployed_crew"]
 class _Call:
     """What a call gives that Prefect's stored parameters must not or cannot hold."""
 
-    crew: DeployedCrew
+    crew: Crew
     inputs: Mapping[str, Any] = field(repr=False)
     meta: Mapping[str, Any] | None = field(repr=False)
     output_type: type[BaseModel] | None
@@ -59,7 +60,7 @@ _live: ContextVar[_Call | None] = ContextVar("prefect_crew_call", default=None)
 
 
 async def arun_crew(
-    crew: DeployedCrew | str,
+    crew: DeployedCrew | Crew | str,
     inputs: Mapping[str, Any] | None = None,
     *,
     name: str | None = None,
@@ -112,7 +113,7 @@ async def arun_crew(
         webhooks=webhooks,
         restore_from=restore_from,
     )
-    crew = await loaded(crew)
+    crew = await load_crew(crew)
     inputs = crew.sealed(inputs or {})
     call = _Call(crew, inputs, meta, output_type, webhooks, review)
     options: dict[str, Any] = {
@@ -134,7 +135,7 @@ async def arun_crew(
 
 
 def run_crew(
-    crew: DeployedCrew | str,
+    crew: DeployedCrew | Crew | str,
     inputs: Mapping[str, Any] | None = None,
     *,
     name: str | None = None,
@@ -239,7 +240,7 @@ async def run_deployed_crew(
     if live is not None and live.crew.label == crew:
         return await _run(live, name=name, run_key=run_key, force_new=force_new, wait=wait, restore_from=restore_from)
     try:
-        stored = await DeployedCrew.aload(crew)
+        stored = await load_crew(crew)
     except ValueError as error:
         raise ConfigurationError(
             f"No block deployed-crew/{crew} is stored, so this run cannot be made from its parameters. Save "
@@ -260,7 +261,7 @@ async def run_deployed_crew(
 
 @dual
 async def get_result(
-    run_key: str, *, crew: DeployedCrew | str | None = None, output_type: type[BaseModel] | None = None
+    run_key: str, *, crew: DeployedCrew | Crew | str | None = None, output_type: type[BaseModel] | None = None
 ) -> CrewResult:
     """Return the result of a completed run from anywhere that shares the Prefect server. Awaited in async code.
 
@@ -297,11 +298,11 @@ async def get_result(
     return await read_result(run) if output_type is None else typed(await read_result(run), output_type, run=run)
 
 
-async def _crew_of(label: str, crew: DeployedCrew | str | None, run_key: str) -> DeployedCrew:
+async def _crew_of(label: str, crew: DeployedCrew | Crew | str | None, run_key: str) -> Crew:
     if crew is not None:
-        return await loaded(crew)
+        return await load_crew(crew)
     try:
-        return await DeployedCrew.aload(label)
+        return await load_crew(label)
     except (ValueError, httpx.HTTPError, PrefectException) as error:
         raise CrewError(
             f"The record of run {run_key!r} does not hold its result, and crew {label} is no stored block to ask "

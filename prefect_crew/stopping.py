@@ -22,13 +22,13 @@ from prefect.states import Cancelled
 
 from prefect_crew.api.errors import CrewError
 from prefect_crew.api.models import CrewState, StopAnswer, StopOutcome
+from prefect_crew.crew import CrewSession
 from prefect_crew.events import emit
 from prefect_crew.interrupts import ctrl_c_pressed, started_by_runner
 from prefect_crew.logs import run_logger
 from prefect_crew.patience import within
 from prefect_crew.record_store import PrefectRecords
 from prefect_crew.records import RecordPhase, RecordStore, RunRecord, utcnow
-from prefect_crew.sessions import CrewSession
 
 __all__ = [
     "cancellation_asked",

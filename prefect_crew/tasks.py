@@ -15,7 +15,6 @@ from uuid import UUID
 from prefect import Task, unmapped
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
-from prefect.exceptions import ObjectNotFound
 from pydantic import BaseModel
 
 from prefect_crew.actions import resume_run, stop_run
@@ -24,13 +23,13 @@ from prefect_crew.api.errors import ConfigurationError, CrewError
 from prefect_crew.api.models import CrewInput, CrewResult, ResumeAnswer, StopAnswer
 from prefect_crew.api.redaction import HiddenValues, holds_secret
 from prefect_crew.api.webhooks import Webhooks
-from prefect_crew.blocks import DeployedCrew
+from prefect_crew.blocks import DeployedCrew, load_crew
 from prefect_crew.choices import check_choices
+from prefect_crew.crew import Crew, CrewSession
 from prefect_crew.dual import in_async_context, run_sync
 from prefect_crew.kickoffs import open_run
 from prefect_crew.reviews import ReviewChoice
 from prefect_crew.run_keys import calling_task, identify
-from prefect_crew.sessions import CrewSession
 from prefect_crew.waiting import WaitPolicy
 from prefect_crew.waits import wait_for_run
 
@@ -139,7 +138,7 @@ async def _surely_not_done(task: Task[..., Any], task_run: TaskRun, state: State
 
 def _name(parameters: dict[str, Any], verb: str) -> str:
     crew = parameters.get("crew")
-    label = crew.label if isinstance(crew, DeployedCrew) else str(crew)
+    label = crew.label if isinstance(crew, DeployedCrew | Crew) else str(crew)
     run = parameters.get("name") or parameters.get("kickoff_id") or ""
     return f"{verb} {label} {run}".strip()[:200]
 
@@ -160,40 +159,18 @@ def _task(verb: str, **options: Any) -> Callable[[Callable[P, Coroutine[Any, Any
     return decorate
 
 
-async def loaded(crew: DeployedCrew | str) -> DeployedCrew:
-    """Return a crew, loading the block that a text names.
-
-    Raises:
-        ConfigurationError: There is no such block.
-    """
-    if isinstance(crew, DeployedCrew):
-        return crew
-    try:
-        return await DeployedCrew.aload(crew)
-    except ValueError as error:
-        if not isinstance(error.__cause__, ObjectNotFound):
-            raise
-        raise ConfigurationError(
-            f"No crew is stored under the name {crew!r}. Store it: prefect-crew save NAME --url URL, or "
-            "DeployedCrew(url=…, token=…).save(NAME). Or give a DeployedCrew in its place."
-        ) from error
-
-
 async def _storable(given: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments of a task without a token or any other secret.
 
     Raises:
         ConfigurationError: One of them is a secret.
     """
-    crew = given["crew"]
-    label = crew.label if isinstance(crew, DeployedCrew) else str(crew)
-    name = cast("Any", crew)._block_document_name if isinstance(crew, DeployedCrew) else label  # noqa: SLF001
-    if name is None:
+    crew = await load_crew(given["crew"])
+    if crew.block is None:
         raise ConfigurationError(
-            f"Crew {label} is no stored block, and Prefect would store its token with this task run's parameters. "
+            f"Crew {crew.label} is no stored block, and Prefect would store its token with this task run's parameters. "
             "Nothing was stored. Save it, and give its name: crew.save('NAME')."
         )
-    crew = crew if isinstance(crew, DeployedCrew) else await loaded(crew)
     inputs = cast("Mapping[str, Any]", given.get("inputs") or {})
     secret = [key for key, value in inputs.items() if key in crew.secret_inputs or holds_secret(value)]
     secret += [key for key in ("meta", "webhooks") if key in given and _is_secret(given[key])]
@@ -203,7 +180,7 @@ async def _storable(given: Mapping[str, Any]) -> dict[str, Any]:
             "Nothing was stored. Call the task in a flow instead."
         )
     plain = {key: dict(value) if isinstance(value, HiddenValues) else value for key, value in given.items()}
-    return {**plain, "crew": name}
+    return {**plain, "crew": crew.block}
 
 
 def _is_secret(value: Any) -> bool:
@@ -211,7 +188,7 @@ def _is_secret(value: Any) -> bool:
 
 
 @_task("inputs of", retries=2, retry_delay_seconds=2)
-async def discover_inputs(crew: DeployedCrew | str) -> list[CrewInput]:
+async def discover_inputs(crew: DeployedCrew | Crew | str) -> list[CrewInput]:
     """Return the inputs that a crew names; empty where it names none.
 
     Args:
@@ -220,13 +197,13 @@ async def discover_inputs(crew: DeployedCrew | str) -> list[CrewInput]:
     Raises:
         CrewError: `GET /inputs` failed; a crew without it raises NotFoundError.
     """
-    async with CrewSession(await loaded(crew)) as session:
+    async with CrewSession(await load_crew(crew)) as session:
         return await session.client.inputs()
 
 
 @_task("kick off", retries=3, retry_delay_seconds=[2, 10, 30], retry_condition_fn=_surely_not_done)
 async def kickoff_crew(
-    crew: DeployedCrew | str,
+    crew: DeployedCrew | Crew | str,
     inputs: Mapping[str, Any] | None = None,
     *,
     run_key: str | None = None,
@@ -255,7 +232,7 @@ async def kickoff_crew(
         CrewConnectionError, RateLimitedError, ServerError: It surely did not start; Prefect retries this.
     """
     run = await open_run(
-        await loaded(crew),
+        await load_crew(crew),
         inputs or {},
         run_key=run_key,
         name=name,
@@ -270,7 +247,7 @@ async def kickoff_crew(
 
 @_task("wait for")
 async def wait_for_crew(
-    crew: DeployedCrew | str,
+    crew: DeployedCrew | Crew | str,
     kickoff_id: str,
     *,
     run_key: str | None = None,
@@ -299,13 +276,13 @@ async def wait_for_crew(
     del name
     check_choices(wait=wait, output_type=output_type, review=review)
     return await wait_for_run(
-        await loaded(crew), kickoff_id, run_key=run_key, wait=wait, output_type=output_type, review=review
+        await load_crew(crew), kickoff_id, run_key=run_key, wait=wait, output_type=output_type, review=review
     )
 
 
 @_task("resume", retry_condition_fn=_surely_not_done)
 async def resume_crew(
-    crew: DeployedCrew | str,
+    crew: DeployedCrew | Crew | str,
     kickoff_id: str,
     *,
     feedback: str = "",
@@ -324,7 +301,7 @@ async def resume_crew(
     # By the run alone, since what a retry finds to say about it may differ.
     identity = await identify("answer", kickoff_id, run_key=None, name=None, inside_own_task=True)
     return await resume_run(
-        await loaded(crew),
+        await load_crew(crew),
         kickoff_id,
         feedback=feedback,
         approve=approve,
@@ -335,10 +312,10 @@ async def resume_crew(
 
 
 @_task("stop")
-async def stop_crew(crew: DeployedCrew | str, kickoff_id: str, *, run_key: str | None = None) -> StopAnswer:
+async def stop_crew(crew: DeployedCrew | Crew | str, kickoff_id: str, *, run_key: str | None = None) -> StopAnswer:
     """Ask the crew's server to stop a run. An ended run and a missing `/stop` are answers, not errors.
 
     Raises:
         CrewError: The server could not be asked.
     """
-    return await stop_run(await loaded(crew), kickoff_id, run_key=run_key)
+    return await stop_run(await load_crew(crew), kickoff_id, run_key=run_key)

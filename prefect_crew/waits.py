@@ -21,6 +21,7 @@ from prefect_crew.api.errors import (
 )
 from prefect_crew.api.models import CrewResult, CrewState, CrewStatus
 from prefect_crew.beside import beside_here
+from prefect_crew.crew import Crew, CrewSession
 from prefect_crew.events import emit
 from prefect_crew.interrupts import ENDINGS, watch_ctrl_c
 from prefect_crew.limits import Slots, slot_of
@@ -33,7 +34,6 @@ from prefect_crew.records import RecordPhase, StoredResult, utcnow
 from prefect_crew.rendering import progress
 from prefect_crew.reviewing.people import People, TooManyRoundsError
 from prefect_crew.reviews import ReviewChoice
-from prefect_crew.sessions import CrewSession
 from prefect_crew.stopping import (
     cancelled_meanwhile,
     close_stopped,
@@ -49,7 +49,6 @@ from prefect_crew.watching import tell
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
-    from prefect_crew.blocks import DeployedCrew
 
 __all__ = ["wait_for_run"]
 
@@ -59,7 +58,7 @@ _ENDS = {CrewState.COMPLETED: "completed", CrewState.FAILED: "failed", CrewState
 
 
 async def wait_for_run(
-    crew: DeployedCrew,
+    crew: Crew,
     kickoff_id: str,
     *,
     run_key: str | None = None,
@@ -81,7 +80,7 @@ async def wait_for_run(
     return await waiting if output_type is None else typed(await waiting, output_type, run=run)
 
 
-async def _result_of(crew: DeployedCrew, run: OpenRun, wait: WaitPolicy, review: ReviewChoice | None) -> CrewResult:
+async def _result_of(crew: Crew, run: OpenRun, wait: WaitPolicy, review: ReviewChoice | None) -> CrewResult:
     async with CrewSession(crew, withhold=run.withholding()) as session:
         waiter = _Waiter(run, session, wait, review)
         if run.record is not None and run.record.phase is RecordPhase.ENDED:

@@ -76,7 +76,7 @@ async def test_that_it_is_not_started_again_is_said_where_no_retry_follows(
 
 async def test_at_the_limit_it_names_what_can_be_done_in_each_place(crew_server: CrewServerFactory):
     server, run_key = crew_server(FAILS), str(uuid.uuid4())
-    crew = server.crew(max_kickoffs=1).called("travel")
+    crew = server.crew(max_kickoffs=1).crew.called("travel")
     last, none = [
         (await pytest_raises(lambda: arun_crew(crew, run_key=run_key))),
         (await pytest_raises(lambda: arun_crew(crew, run_key=run_key))),
@@ -105,7 +105,7 @@ def seen(prefect_api: PrefectServer) -> Any:
 
 async def test_artifacts_of_failures_say_first_why_and_what_to_do(crew_server: CrewServerFactory, seen: Seen):
     name = f"failing-{uuid.uuid4().hex[:8]}"
-    crew = crew_server(FAILS).crew().called(name)
+    crew = crew_server(FAILS).crew().crew.called(name)
     run_key = str(uuid.uuid4())
     for _ in range(2):
         with pytest.raises(PipelineFailedError):

@@ -15,6 +15,7 @@ from prefect.runtime import flow_run
 
 from prefect_crew import (
     CrewFailedError,
+    CrewRun,
     CrewTimeoutError,
     WaitPolicy,
     artifacts,
@@ -24,6 +25,8 @@ from prefect_crew import (
     wait_for_crew,
 )
 from prefect_crew.artifacts import MarkdownArtifact, RunArtifact, artifact_key
+from prefect_crew.crew import Crew
+from prefect_crew.kickoffs import open_run
 from prefect_crew.testing import CrewServerFactory
 from support.prefect_server import PrefectServer
 from support.proxy import Proxy, through
@@ -52,6 +55,12 @@ def name() -> str:
     return f"crew {uuid.uuid4().hex[:8]}"
 
 
+def kicked_off(crew: Crew, inputs: dict[str, Any] | None = None, **options: Any) -> CrewRun:
+    """Do what `DeployedCrew.trigger` does, for a crew that is named and not stored."""
+    run = asyncio.run(open_run(crew, inputs or {}, **options))
+    return CrewRun(run.crew, run.kickoff_id, run_key=run.run_key)
+
+
 def shown(seen: Seen, name: str) -> str:
     """Return the text of the only artifact of a crew."""
     (artifact,) = seen.artifacts(artifact_key(name))
@@ -73,7 +82,7 @@ def test_a_key_is_what_prefect_takes(label: str, key: str):
 
 
 def test_an_artifact_shows_the_kickoff_and_then_the_end(crew_server: CrewServerFactory, seen: Seen, name: str):
-    crew = crew_server(script({"output": "# Lisbon\n\nby tram"}, inputs=["city"])).crew().called(name)
+    crew = crew_server(script({"output": "# Lisbon\n\nby tram"}, inputs=["city"])).crew().crew.called(name)
     ids: list[Any] = []
     at_kickoff: list[str] = []
 
@@ -95,7 +104,7 @@ def test_an_artifact_shows_the_kickoff_and_then_the_end(crew_server: CrewServerF
 
 
 def test_a_run_of_a_sync_flow_has_one_too(crew_server: CrewServerFactory, seen: Seen, name: str):
-    crew = crew_server(script({"seconds": 0.1, "output": "by tram"})).crew().called(name)
+    crew = crew_server(script({"seconds": 0.1, "output": "by tram"})).crew().crew.called(name)
 
     @flow
     def trip() -> str:
@@ -106,7 +115,7 @@ def test_a_run_of_a_sync_flow_has_one_too(crew_server: CrewServerFactory, seen: 
 
 
 def test_a_failure_and_its_error_are_shown(crew_server: CrewServerFactory, seen: Seen, name: str):
-    crew = crew_server(FAILS).crew().called(name)
+    crew = crew_server(FAILS).crew().crew.called(name)
 
     async def run() -> None:
         with pytest.raises(CrewFailedError):
@@ -118,8 +127,7 @@ def test_a_failure_and_its_error_are_shown(crew_server: CrewServerFactory, seen:
 
 
 def test_a_timeout_is_shown_with_how_to_go_on(crew_server: CrewServerFactory, seen: Seen, name: str):
-    crew = crew_server(slow(60)).crew().called(name)
-    run = crew.trigger({})
+    run = kicked_off(crew_server(slow(60)).crew().crew.called(name))
     with pytest.raises(CrewTimeoutError):
         run.wait_for_completion(WaitPolicy(initial=0.1, timeout=0.4))
     assert "● running" in shown(seen, name)
@@ -130,15 +138,14 @@ def test_progress_is_shown_while_the_run_goes_on(
     crew_server: CrewServerFactory, seen: Seen, name: str, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr("prefect_crew.waits.SHOW_EVERY", 0.1)
-    crew = crew_server(script({"seconds": 0.6}, {"seconds": 60})).crew().called(name)
-    run = crew.trigger({})
+    run = kicked_off(crew_server(script({"seconds": 0.6}, {"seconds": 60})).crew().crew.called(name))
     with pytest.raises(CrewTimeoutError):
         run.wait_for_completion(WaitPolicy(initial=0.1, timeout=3))
     assert "| Current task | task\\_2 |" in shown(seen, name)
 
 
 def test_each_run_has_its_own_under_the_key_of_its_crew(crew_server: CrewServerFactory, seen: Seen, name: str):
-    crew = crew_server("echo").crew().called(name)
+    crew = crew_server("echo").crew().crew.called(name)
 
     @flow
     async def trips() -> list[str]:
@@ -153,7 +160,7 @@ def test_each_run_has_its_own_under_the_key_of_its_crew(crew_server: CrewServerF
 def test_whoever_finds_a_run_again_updates_its_artifact(
     crew_server: CrewServerFactory, seen: Seen, name: str, owner: str
 ):
-    crew = crew_server(slow(1.0)).crew().called(name)
+    crew = crew_server(slow(1.0)).crew().crew.called(name)
 
     @flow
     async def first() -> None:
@@ -166,14 +173,14 @@ def test_whoever_finds_a_run_again_updates_its_artifact(
     if owner == "flow":
         asyncio.run(first())
     else:
-        crew.trigger({}, run_key=name)
+        kicked_off(crew, run_key=name)
     assert "○ pending" in shown(seen, name)
     assert asyncio.run(second()) == "done"
     assert "✓ completed" in shown(seen, name)
 
 
 def test_one_that_was_cleaned_away_is_made_again(crew_server: CrewServerFactory, seen: Seen, name: str):
-    run = crew_server("echo").crew().called(name).trigger({"text": "a"})
+    run = kicked_off(crew_server("echo").crew().crew.called(name), {"text": "a"})
     (artifact,) = seen.artifacts(artifact_key(name))
     seen._client.delete(f"/artifacts/{artifact['id']}").raise_for_status()
     run.wait_for_completion()
@@ -212,7 +219,7 @@ def test_show_and_secret_inputs_decide_what_is_seen(
     not_there: list[str],
 ):
     server = crew_server(script({"output": "{{ city }} by tram with {{ password }}"}, inputs=["city", "password"]))
-    result = asyncio.run(arun_crew(server.crew(**fields).called(name), {"city": "Lisbon", "password": "hunter22"}))
+    result = asyncio.run(arun_crew(server.crew(**fields).crew.called(name), {"city": "Lisbon", "password": "hunter22"}))
     assert result.output == "Lisbon by tram with hunter22"
     assert all(part in shown(seen, name) for part in there)
     assert not any(part in shown(seen, name) for part in not_there)

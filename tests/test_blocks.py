@@ -122,13 +122,6 @@ def test_secret_inputs_are_names_in_any_collection():
     assert crew(secret_inputs={"a"}).secret_inputs == ["a"]
 
 
-def test_hiding_more_inputs_makes_another_crew_and_hiding_none_does_not():
-    known = crew(secret_inputs=["a"])
-    assert known.hiding(["b", "a"]).secret_inputs == ["a", "b"]
-    assert known.secret_inputs == ["a"]
-    assert known.hiding(["a"]) is known
-
-
 def test_the_token_shows_nowhere():
     block = crew()
     for shown in (repr(block), str(block), block.model_dump_json(), repr(block.client()), block.label):
@@ -137,8 +130,6 @@ def test_the_token_shows_nowhere():
 
 def test_people_call_it_by_its_name_else_by_its_address():
     assert crew(url="https://travel.test:444/crews/1/").label == "travel.test:444/crews/1"
-    named = crew().called("travel")
-    assert named.label == "travel"
     assert crew().label == "travel.test"
 
 
@@ -151,23 +142,9 @@ async def test_it_is_stored_with_all_that_holds_for_its_runs_and_loaded_by_name(
     await block.asave(name)
     loaded = await DeployedCrew.aload(name)
     assert (loaded.label, loaded.token.get_secret_value()) == (name, "the-token")
-    assert loaded.called("other").label == name
     fields = set(DeployedCrew.model_fields)
     assert loaded.model_dump(include=fields) == block.model_dump(include=fields)
     assert type(await Block.aload(f"deployed-crew/{name}")) is DeployedCrew
-
-
-@pytest.mark.usefixtures("prefect_api")
-async def test_a_reload_tells_only_of_a_token_that_has_changed():
-    name = f"travel-{uuid.uuid4().hex[:8]}"
-    await crew().asave(name)
-    loaded = await DeployedCrew.aload(name)
-    assert await crew().reloaded() is None
-    assert await loaded.reloaded() is None
-    await crew(token=SecretStr("another")).asave(name, overwrite=True)
-    fresh = await loaded.reloaded()
-    assert fresh is not None
-    assert fresh.token.get_secret_value() == "another"
 
 
 @pytest.mark.usefixtures("prefect_api")

@@ -9,6 +9,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,6 +23,7 @@ from prefect_crew import deploying
 from prefect_crew.api.errors import ConfigurationError
 from prefect_crew.api.models import CrewInput
 from prefect_crew.blocks import DeployedCrew
+from prefect_crew.crew import Crew
 from prefect_crew.deploying import Plan, crew_flow, deployment_of, entrypoint_attribute, parameter_names
 from prefect_crew.server import CrewServer
 from support.prefect_server import PrefectServer, drain
@@ -31,8 +33,8 @@ TRAVEL = [CrewInput(name=name) for name in ("budget", "interests", "duration", "
 ODD = ["first name", "class", "run_key", "a.b,c(d)", "2nd", "_private", "first_name", "schema", "copy", "été", "-"]
 
 
-def crew() -> DeployedCrew:
-    return DeployedCrew(url="https://travel.example.com", token="token-1").called("travel")  # type: ignore[arg-type]
+def crew() -> Crew:
+    return DeployedCrew(url="https://travel.example.com", token="token-1").crew.called("travel")  # type: ignore[arg-type]
 
 
 def test_parameters_are_named_as_the_inputs_where_python_allows_that():
@@ -113,7 +115,7 @@ def test_the_form_asks_for_each_input_by_its_name_and_says_what_it_is():
 
 
 def test_a_secret_input_is_asked_for_by_the_name_of_a_secret_block():
-    secret = crew().model_copy(update={"secret_inputs": ["age"]})
+    secret = replace(crew(), secret_inputs=("age",))
     inputs = [*TRAVEL[:3], CrewInput(name="age", type="integer", description="In years.")]
     made = deployment_of(secret, inputs, Plan("travel", {}))
     fields = made._parameter_openapi_schema.properties
@@ -184,7 +186,7 @@ async def test_a_secret_input_is_loaded_in_the_run_and_stored_nowhere(
     await cast("Any", Secret)(value=secret).save(block)
     await cast("Any", stored.model_copy(update={"secret_inputs": ["age"]})).save(stored.label, overwrite=True)
     crew = await DeployedCrew.aload(stored.label)
-    deployment: Any = deployment_of(crew, TRAVEL, Plan(crew.label, {"age": block}))
+    deployment: Any = deployment_of(crew.crew, TRAVEL, Plan(crew.label, {"age": block}))
     assert deployment.parameters == {"age": block}
     loaded: Any = load_flow_from_entrypoint(deployment.entrypoint)
     await loaded(**{**GOOD, "age": block})
@@ -254,7 +256,7 @@ def applied(deployment: RunnerDeployment) -> Any:
 def test_bad_parameters_are_refused_when_the_run_is_made(
     prefect_api: PrefectServer, stored: DeployedCrew, parameters: dict[str, Any], said: str
 ):
-    deployment_id = applied(deployment_of(stored, TRAVEL, Plan(stored.label, {})))
+    deployment_id = applied(deployment_of(stored.crew, TRAVEL, Plan(stored.label, {})))
     refused = Run(prefect_api, deployment_id, parameters).answer
     assert refused.status_code in (409, 422)
     assert said in refused.text
@@ -266,7 +268,7 @@ def test_a_run_on_a_process_worker(
     pool = f"pool-{uuid.uuid4().hex[:8]}"
     httpx.post(f"{prefect_api.api_url}/work_pools/", json={"name": pool, "type": "process"}).raise_for_status()
     plan = Plan(stored.label, {}, work_pool=pool, run_key=f"{stored.label}-{{{{ scheduled_start:%Y }}}}", tags=["mine"])
-    deployment_id = applied(deployment_of(stored, TRAVEL, plan))
+    deployment_id = applied(deployment_of(stored.crew, TRAVEL, plan))
     with Worker(prefect_api, pool, folder=tmp_path):
         # `prefect deployment run … -p age=35` gives a number, as JSON has it.
         run = Run(prefect_api, deployment_id, {**GOOD, "age": 35})

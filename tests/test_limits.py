@@ -116,7 +116,7 @@ async def test_a_run_that_is_only_kicked_off_keeps_its_slot_until_its_lease_ends
     await asyncio.sleep(0.3)
     assert (server.kickoffs, await held(name), second.done()) == (1, 1, False)
     (record,) = await PrefectRecords().attempts(str(first.run_key))
-    await Slots(crew, uuid.UUID(record.slot)).release()  # as the server does at its end
+    await Slots(crew.crew, uuid.UUID(record.slot)).release()  # as the server does at its end
     assert (await second).kickoff_id != first.kickoff_id
 
 
@@ -163,7 +163,7 @@ async def test_what_is_found_needs_no_slot(crew_server: CrewServerFactory):
     server, name, run_key = crew_server(slow(0.2)), await limit(1), str(uuid.uuid4())
     crew = server.crew(concurrency_limit=name)
     first, second = await asyncio.gather(*(arun_crew(crew, {"a": 1}, run_key=run_key) for _ in range(2)))
-    blocked = await take_slots(crew)
+    blocked = await take_slots(crew.crew)
     assert blocked is not None
     third = await arun_crew(crew, {"a": 1}, run_key=run_key)
     assert first.kickoff_id == second.kickoff_id == third.kickoff_id
@@ -177,8 +177,8 @@ async def test_a_wait_does_not_queue_for_a_slot_that_was_lost(
     crew = server.crew(concurrency_limit=name)
     run = await crew.trigger({"a": 1})
     (record,) = await PrefectRecords().attempts(str(run.run_key))
-    await Slots(crew, uuid.UUID(record.slot)).release()
-    taken = await take_slots(crew)
+    await Slots(crew.crew, uuid.UUID(record.slot)).release()
+    taken = await take_slots(crew.crew)
     assert taken is not None
     await run.wait_for_completion()
     assert await held(name) == 1, "that of somebody else"
@@ -189,7 +189,7 @@ async def test_a_lease_is_renewed_and_taken_again_where_it_ran_out(
 ):
     monkeypatch.setattr(limits, "RENEW", 0.02)
     crew = crew_server("echo").crew(concurrency_limit=await limit(1))
-    slots = await take_slots(crew)
+    slots = await take_slots(crew.crew)
     assert slots is not None
     first = slots.lease
 
@@ -202,7 +202,7 @@ async def test_a_lease_is_renewed_and_taken_again_where_it_ran_out(
         await slots.release()  # as the server does when it has not heard of it for too long
         await until(lambda: slots.lease != first)
         await slots.release()
-        other = await take_slots(crew)
+        other = await take_slots(crew.crew)
         assert other is not None
         caplog.set_level(logging.WARNING)
         await until(lambda: "were lost and others have taken them" in caplog.text)

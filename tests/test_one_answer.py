@@ -73,7 +73,7 @@ async def test_an_answer_that_arrived_without_a_word_is_not_sent_again_and_the_r
             await run_of(crew, judge, retries=1)
         record = (await PrefectRecords().attempts(crew.url))[-1]
         with pytest.raises(CrewError, match="not sent again on a guess"):
-            await resume_run(crew, str(record.kickoff_id), feedback="", approve=True)
+            await resume_run(crew.crew, str(record.kickoff_id), feedback="", approve=True)
         assert len(server.resumes) == 1
         assert asked == [1], "nobody is asked what could not be answered"
         assert [one.outcome for one in await answers(crew)] == ["uncertain"]
@@ -107,9 +107,9 @@ async def test_a_function_is_not_asked_again_because_of_time_alone_and_a_person_
         kickoff_id = str((await PrefectRecords().attempts(crew.url))[-1].kickoff_id)
         patient = DeployedCrew(url=crew.url, token="secret-token")
         with pytest.raises(CrewError, match="still shows the same question"):
-            await resume_run(patient, kickoff_id, feedback="", approve=True)
+            await resume_run(patient.crew, kickoff_id, feedback="", approve=True)
         soon = DeployedCrew(url=crew.url, token="secret-token", wait=WaitPolicy(next_round_after=0.2))
-        await resume_run(soon, kickoff_id, feedback="", approve=True)
+        await resume_run(soon.crew, kickoff_id, feedback="", approve=True)
         assert len(server.resumes) == 2
 
 
@@ -135,7 +135,7 @@ async def test_a_retried_flow_does_not_answer_the_next_round_with_the_answer_of_
 async def test_of_several_who_answer_at_once_one_does() -> None:
     async with asking(lag=30) as (server, crew):
         kickoff_id = await _kicked_off(crew)
-        answered = [resume_run(crew, kickoff_id, feedback=str(n), approve=True) for n in range(5)]
+        answered = [resume_run(crew.crew, kickoff_id, feedback=str(n), approve=True) for n in range(5)]
         outcomes = await asyncio.gather(*answered, return_exceptions=True)
         assert len(server.resumes) == 1
         assert sum(isinstance(one, CrewError) for one in outcomes) == 4, outcomes
@@ -153,9 +153,9 @@ async def test_a_run_without_a_record_is_answered_once_as_well() -> None:
     async with asking(lag=30) as (server, crew):
         async with crew.client() as client:
             kickoff_id = await client.kickoff({})
-        await resume_run(crew, kickoff_id, feedback="", approve=True)
+        await resume_run(crew.crew, kickoff_id, feedback="", approve=True)
         with pytest.raises(CrewError, match="has its answer on record"):
-            await resume_run(crew, kickoff_id, feedback="", approve=True)
+            await resume_run(crew.crew, kickoff_id, feedback="", approve=True)
         assert len(server.resumes) == 1
 
 
@@ -169,7 +169,7 @@ async def test_nothing_is_sent_while_the_answers_on_record_cannot_be_read(monkey
         kickoff_id = await _kicked_off(crew)
         monkeypatch.setattr(PrefectRecords, "reviews", away)
         with pytest.raises(CrewError, match="Nothing was sent"):
-            await resume_run(crew, kickoff_id, feedback="", approve=True)
+            await resume_run(crew.crew, kickoff_id, feedback="", approve=True)
         assert server.resumes == []
 
 

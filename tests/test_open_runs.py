@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -14,6 +15,7 @@ from prefect_crew.api.models import CrewState, CrewStatus, TaskResult
 from prefect_crew.api.redaction import MASK
 from prefect_crew.api.webhooks import Webhooks
 from prefect_crew.blocks import DeployedCrew
+from prefect_crew.crew import Crew
 from prefect_crew.open_runs import OpenRun, recall, remember, reopened
 from prefect_crew.records import RunRecord
 from prefect_crew.rendering import render_run
@@ -21,8 +23,8 @@ from prefect_crew.rendering import render_run
 NOON = datetime(2026, 5, 1, 12, tzinfo=UTC)
 
 
-def crew(**fields: Any) -> DeployedCrew:
-    return DeployedCrew(url="https://travel.test", token=SecretStr("the-token"), **fields).called("travel")
+def crew(**fields: Any) -> Crew:
+    return DeployedCrew(url="https://travel.test", token=SecretStr("the-token"), **fields).crew.called("travel")
 
 
 def record() -> RunRecord:
@@ -152,7 +154,7 @@ def test_a_run_has_one_artifact():
 def test_a_second_wait_still_knows_what_no_record_has():
     webhooks = Webhooks(crew="https://hooks.test/mine")
     run = OpenRun(crew(), "r1", record(), {"pin": "4711"}, webhooks=webhooks)
-    run.crew = run.crew.hiding(["pin"], texts=["hunter22"])
+    run.crew = run.crew.hiding(["pin"], texts=[SecretStr("hunter22")])
     remember(run)
     assert recall(crew(), "r1") is run
     again = reopened(crew(), "r1", record())
@@ -173,7 +175,7 @@ def test_whoever_does_not_know_the_inputs_shows_nothing_of_a_run_whose_record_sa
 def test_a_new_token_is_a_secret_as_well_as_the_old_one():
     run = OpenRun(crew(), "r1", inputs={})
     assert run.redact("the-token, the-other-token") == f"{MASK}, the-other-token"
-    run.renewed(DeployedCrew(url="https://travel.test", token=SecretStr("the-other-token")))
+    run.renewed(replace(crew(), token=SecretStr("the-other-token")))
     assert run.redact("the-token, the-other-token") == f"{MASK}, {MASK}"
 
 

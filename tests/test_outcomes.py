@@ -24,7 +24,7 @@ from prefect_crew.outcomes import failure, result_of, typed
 
 def run(inputs: Any = None, **fields: Any) -> OpenRun:
     crew = DeployedCrew(url="https://travel.test", token=SecretStr("the-token"), **fields)
-    return OpenRun(crew.called("travel"), "r1", inputs=inputs)
+    return OpenRun(crew.crew.called("travel"), "r1", inputs=inputs)
 
 
 def status(state: CrewState, **fields: Any) -> CrewStatus:

@@ -48,7 +48,7 @@ TEXTS = {
     "conflict": str(RunKeyConflictError(run_key=HOSTILE, difference="x")),
     "lost": str(CrewLostError(kickoff_id="k", run_key=HOSTILE)),
     "timed out": str(CrewTimeoutError(kickoff_id=HOSTILE, phase="running", budget=1, last_state="running")),
-    "answer": how_to_answer(OpenRun(crew=CREW, kickoff_id=HOSTILE)),
+    "answer": how_to_answer(OpenRun(crew=CREW.crew, kickoff_id=HOSTILE)),
     "overview uncertain": _todo(record(), Standing.UNCERTAIN, False),
     "overview orphaned": _todo(record(), Standing.ORPHANED, False),
     "overview waiting": _todo(record(), Standing.WAITING, False),

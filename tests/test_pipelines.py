@@ -284,7 +284,7 @@ async def test_a_crew_without_inputs_is_no_obstacle(crew_server: CrewServerFacto
 
 def test_a_plan_starts_nothing_and_shows_all(crew_server: CrewServerFactory):
     server = crew_server(script({"output": "ok"}, inputs=["text", "password"]))
-    crew = server.crew(secret_inputs=["password"]).called("travel")
+    crew = server.crew(secret_inputs=["password"]).crew.called("travel")
     steps = [
         CrewStep("write", crew, {"text": "{{ research.output }}", "password": "{{ code }}"}),
         CrewStep("research", crew, {"text": "on {{ topic }}", "password": lambda _: "x"}),

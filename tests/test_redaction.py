@@ -40,18 +40,19 @@ def crew(*secret_inputs: str) -> DeployedCrew:
 
 
 def test_the_token_is_always_a_secret():
-    assert crew().redactor()("Bearer the-token!") == f"Bearer {MASK}!"
+    assert crew().crew.redactor()("Bearer the-token!") == f"Bearer {MASK}!"
 
 
 def test_only_inputs_that_are_named_are_secret():
-    redact = crew("password", "not given").redactor({"password": "hunter22", "city": "Lisbon"})
+    redact = crew("password", "not given").crew.redactor({"password": "hunter22", "city": "Lisbon"})
     assert redact("hunter22 goes to Lisbon") == f"{MASK} goes to Lisbon"
 
 
 def test_what_is_hidden_besides_the_inputs_is_masked_too():
-    redact = crew().hiding([], texts=["hunter22"]).hiding(["pin"], texts=["hunter22", "swordfish"])
+    hunter, fish = SecretStr("hunter22"), SecretStr("swordfish")
+    redact = crew().crew.hiding([], texts=[hunter]).hiding(["pin"], texts=[hunter, fish])
     assert redact.redactor({"pin": "4711"})("hunter22, swordfish, 4711") == f"{MASK}, {MASK}, {MASK}"
-    assert redact.hiding(["pin"], texts=["swordfish"]) is redact
+    assert redact.hiding(["pin"], texts=[fish]) is redact
 
 
 @pytest.mark.parametrize("token", ["wrong", "test"])

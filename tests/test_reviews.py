@@ -312,9 +312,9 @@ async def test_every_step_of_a_pipeline_can_be_reviewed() -> None:
 
 async def test_whoever_answers_a_round_that_has_its_answer_is_told() -> None:
     """A form, or a second person, that still shows the round before."""
+    from prefect_crew.crew import CrewSession
     from prefect_crew.open_runs import OpenRun
     from prefect_crew.reviews import answer_question
-    from prefect_crew.sessions import CrewSession
 
     with InProcessCrewServer(SCRIPT, dialect="union") as server:
         crew = crew_of(server)
@@ -323,8 +323,8 @@ async def test_whoever_answers_a_round_that_has_its_answer_is_told() -> None:
         async def asked() -> None:
             kickoff_id = await kickoff_crew(crew, {}, run_key=server.url)
             record = (await PrefectRecords().attempts(server.url))[-1]
-            run = OpenRun(crew=crew, kickoff_id=kickoff_id, record=record)
-            async with CrewSession(crew) as session:
+            run = OpenRun(crew=crew.crew, kickoff_id=kickoff_id, record=record)
+            async with CrewSession(crew.crew) as session:
                 while (await session.client.status(kickoff_id)).state != "waiting":
                     await asyncio.sleep(0.05)
 

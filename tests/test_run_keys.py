@@ -361,7 +361,7 @@ async def test_the_name_of_a_step_takes_the_crews_place(bought: Any):
     async def trip() -> None:
         await arun_crew(crew, {"text": "a"}, name="research")
         await arun_crew(crew, {"text": "a"}, name="check")
-        await arun_crew(crew.called("travel"), {"text": "a"})
+        await arun_crew(crew.crew.called("travel"), {"text": "a"})
 
     await trip()
     assert [key.split("/")[1] for key in keys(bought)] == ["research", "check", "travel"]

@@ -129,7 +129,7 @@ def test_a_loop_of_calls_leaves_no_subflows(crew_server: CrewServerFactory, seen
 
 
 def test_the_state_of_a_failed_flow_run_says_why_in_one_line(crew_server: CrewServerFactory, seen: Seen):
-    crew, ids = crew_server(FAILS).crew().called("travel"), list[Any]()
+    crew, ids = crew_server(FAILS).crew().crew.called("travel"), list[Any]()
 
     @flow
     async def trip() -> None:
@@ -210,7 +210,7 @@ def stored(seen: Seen, crew: str) -> dict[str, Any]:
 
 def test_a_flow_of_its_own_stores_a_name_and_plain_values(crew_server: CrewServerFactory, seen: Seen):
     server, called = crew_server(script({"output": "{{ inputs.when }} {{ inputs.pin }} {{ inputs.login }}"})), name()
-    crew = server.crew(secret_inputs=["pin"]).called(called)
+    crew = server.crew(secret_inputs=["pin"]).crew.called(called)
     inputs = {
         "when": date(2026, 5, 1), "cities": ["Lisbon"], "days": 3, "pin": 4711471, "none": None,
         "login": Login(user="me", password=SecretStr("hunter22")), "key": SecretStr("hidden-one"),
@@ -229,7 +229,7 @@ def test_a_flow_of_its_own_stores_a_name_and_plain_values(crew_server: CrewServe
 
 def test_pydantics_own_secrets_are_secret_everywhere(crew_server: CrewServerFactory, seen: Seen):
     called, secret = name(), uuid.uuid4().hex
-    crew = crew_server(script({"output": f"it was {secret}"})).crew().called(called)
+    crew = crew_server(script({"output": f"it was {secret}"})).crew().crew.called(called)
     assert run_crew(crew, {"password": SecretStr(secret)}).output == f"it was {secret}"
     (artifact,) = seen.artifacts(f"crew-{called}")
     assert secret not in json.dumps([artifact, seen.variables()])
@@ -237,7 +237,7 @@ def test_pydantics_own_secrets_are_secret_everywhere(crew_server: CrewServerFact
 
 def test_inputs_that_are_too_large_for_prefect_reach_the_crew(crew_server: CrewServerFactory, seen: Seen):
     called = name()
-    crew = crew_server(script({"output": "{{ inputs.book | length }}"})).crew().called(called)
+    crew = crew_server(script({"output": "{{ inputs.book | length }}"})).crew().crew.called(called)
     assert run_crew(crew, {"book": "語" * 300_000, "page": 3}).output == "300000"
     assert stored(seen, called)["parameters"]["inputs"] == {
         "book": "(too large to be stored with the flow run)",
@@ -279,7 +279,7 @@ async def test_what_cannot_be_meant_buys_nothing(
 def test_inputs_that_cannot_be_sent_make_no_flow_run(crew_server: CrewServerFactory, seen: Seen):
     called = name()
     with pytest.raises(ConfigurationError, match="Input 'x' holds a value of type object"):
-        run_crew(crew_server("echo").crew().called(called), {"x": object()})
+        run_crew(crew_server("echo").crew().crew.called(called), {"x": object()})
     assert called not in [run["parameters"]["crew"] for run in seen.flow_runs(FLOW)]
 
 

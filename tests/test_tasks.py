@@ -150,7 +150,7 @@ async def test_a_state_is_returned_where_one_is_asked_for(crew_server: CrewServe
 
 
 def test_their_runs_say_which_crew_and_which_run(crew_server: CrewServerFactory, seen: Seen):
-    crew, ids = crew_server("echo").crew().called("travel"), list[Any]()
+    crew, ids = crew_server("echo").crew().crew.called("travel"), list[Any]()
 
     @flow
     async def trip() -> str:
@@ -390,7 +390,7 @@ WAYS: dict[str, Callable[[Any, Any], Any]] = {
 
 @pytest.mark.parametrize("way", WAYS)
 def test_no_frame_of_a_task_that_fails_shows_its_inputs(way: str):
-    crew = unreachable().hiding(["text", "list"])
+    crew = unreachable().crew.hiding(["text", "list"])
 
     @flow
     def trip() -> Any:

@@ -380,7 +380,7 @@ def test_an_end_is_an_event_with_what_automations_need(crew_server: CrewServerFa
 
     @flow
     async def trip() -> None:
-        await arun_crew(server.crew().called("travel"), name="research")
+        await arun_crew(server.crew().crew.called("travel"), name="research")
 
     with pytest.raises(CrewFailedError) as caught:
         asyncio.run(trip())

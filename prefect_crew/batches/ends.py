@@ -19,7 +19,7 @@ from prefect_crew.api.errors import (
 )
 from prefect_crew.api.models import CrewState
 from prefect_crew.batches.rows import RowJob
-from prefect_crew.blocks import DeployedCrew
+from prefect_crew.crew import Crew
 from prefect_crew.open_runs import OpenRun
 from prefect_crew.outcomes import typed
 from prefect_crew.records import RecordPhase, RunRecord
@@ -103,7 +103,7 @@ def ended(
     job: RowJob,
     record: RunRecord,
     *,
-    crew: DeployedCrew,
+    crew: Crew,
     output_type: type[BaseModel] | None,
     found: bool = False,
 ) -> RowEnd:

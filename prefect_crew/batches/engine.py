@@ -25,13 +25,13 @@ from prefect_crew.batches.retries import STOPPED_WITH_BATCH, purchases
 from prefect_crew.batches.row_waits import RowWaiter
 from prefect_crew.batches.rows import RowJob
 from prefect_crew.batches.work import EngineOptions, Work
+from prefect_crew.crew import CrewSession
 from prefect_crew.logs import run_logger
 from prefect_crew.patience import end
 from prefect_crew.posting import Purchase
 from prefect_crew.purchases import Purchased, purchase_run
 from prefect_crew.records import Caller, RecordPhase, RunRecord, latest_purchase, utcnow
 from prefect_crew.run_keys import RunIdentity
-from prefect_crew.sessions import CrewSession
 from prefect_crew.settings import CrewSettings
 
 __all__ = ["Engine"]

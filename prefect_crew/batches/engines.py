@@ -19,8 +19,8 @@ from prefect_crew.batches.pacing import BatchSession
 from prefect_crew.batches.retries import RetryRule
 from prefect_crew.batches.row_waits import RowWaiter
 from prefect_crew.batches.work import EngineOptions
+from prefect_crew.crew import CrewSession
 from prefect_crew.limits import missing_limit, take_slots
-from prefect_crew.sessions import CrewSession
 
 __all__ = ["engine_of", "limited"]
 

@@ -6,8 +6,8 @@ import asyncio
 
 from prefect_crew.api.errors import AuthenticationError, CrewConnectionError, CrewError, ServerError
 from prefect_crew.api.models import CrewInput
+from prefect_crew.crew import CrewSession
 from prefect_crew.logs import run_logger
-from prefect_crew.sessions import CrewSession
 
 __all__ = ["expected_inputs"]
 

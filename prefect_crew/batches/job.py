@@ -12,7 +12,7 @@ from prefect_crew.batches.datasets import Dataset, shown_address, whole_address
 from prefect_crew.batches.options import BatchOptions
 from prefect_crew.batches.places import LedgerPlace
 from prefect_crew.batches.rows import RowPlan
-from prefect_crew.blocks import DeployedCrew
+from prefect_crew.crew import Crew
 
 __all__ = ["BatchJob"]
 
@@ -29,7 +29,7 @@ class BatchJob:
         call: The call as plain values, or why it has none.
     """
 
-    crew: DeployedCrew
+    crew: Crew
     dataset: Dataset
     options: BatchOptions
     name: str

@@ -30,7 +30,7 @@ from prefect_crew.files import create_private
 from prefect_crew.records import RecordPhase
 
 if TYPE_CHECKING:
-    from prefect_crew.blocks import DeployedCrew
+    from prefect_crew.crew import Crew
 
 __all__ = ["COLUMNS", "Output", "OutputError", "line_of"]
 
@@ -38,7 +38,7 @@ _files = cast("Any", fsspec)
 COLUMNS = ("key", "inputs", "state", "output", "data", "tasks", "kickoff_id", "seconds", "usage", "error")
 
 
-def line_of(end: RowEnd, crew: DeployedCrew) -> bytes | None:
+def line_of(end: RowEnd, crew: Crew) -> bytes | None:
     """Return the line of a row, None for an uncertain one, which has no end yet. No secret of `crew` stands in it.
 
     `seconds` is the server's execution time, else the time from the kickoff to the end that was seen.

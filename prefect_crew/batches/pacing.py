@@ -15,13 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 from prefect_crew.api.client import CrewClient
 from prefect_crew.api.errors import AuthenticationError, CrewError, RateLimitedError, ServerError
+from prefect_crew.crew import Crew, CrewSession
 from prefect_crew.logs import run_logger
-from prefect_crew.sessions import CrewSession
 
 if TYPE_CHECKING:
     from prefect_crew.api.models import CrewStatus
     from prefect_crew.api.webhooks import Webhooks
-    from prefect_crew.blocks import DeployedCrew
 
 __all__ = ["KICKOFFS_AT_ONCE", "BatchClient", "BatchSession", "Pace", "Rhythm"]
 
@@ -155,7 +154,7 @@ class _Lanes:
     pool of eight took 0.91 ms of CPU, over eight pools of one 0.50 ms.
     """
 
-    def __init__(self, crew: DeployedCrew, number: int) -> None:
+    def __init__(self, crew: Crew, number: int) -> None:
         self._crew = crew
         self._free: list[CrewClient] = []
         self._gate = asyncio.Semaphore(number)
@@ -177,7 +176,7 @@ class _Lanes:
 class BatchClient(CrewClient):
     """A crew client that keeps to a pace, and goes on with a newer one where its token has been rotated."""
 
-    def __init__(self, crew: DeployedCrew, pace: Pace, fresher_than: Callable[[CrewClient], Any] | None = None) -> None:
+    def __init__(self, crew: Crew, pace: Pace, fresher_than: Callable[[CrewClient], Any] | None = None) -> None:
         super().__init__(
             crew.url,
             crew.token,
@@ -250,7 +249,7 @@ class BatchClient(CrewClient):
 class BatchSession(CrewSession):
     """A session in which many rows meet a refused token at once, and the first of them renews it for all."""
 
-    def __init__(self, crew: DeployedCrew, pace: Pace) -> None:
+    def __init__(self, crew: Crew, pace: Pace) -> None:
         super().__init__(crew, lambda fresh: BatchClient(fresh, pace, self.fresher_than))
         self.pace = pace
         self._renewing = asyncio.Lock()

@@ -11,7 +11,7 @@ from prefect_crew.batches.job import BatchJob
 from prefect_crew.batches.ledger import Ledger
 from prefect_crew.batches.options import IN_FLIGHT
 from prefect_crew.batches.report import BatchPlan
-from prefect_crew.sessions import CrewSession
+from prefect_crew.crew import CrewSession
 
 __all__ = ["plan_of"]
 

@@ -18,12 +18,12 @@ from prefect_crew.batches.binding import note_asking
 from prefect_crew.batches.ledger import Ledger
 from prefect_crew.batches.pacing import Rhythm
 from prefect_crew.batches.rows import RowJob
+from prefect_crew.crew import CrewSession
 from prefect_crew.events import emit
 from prefect_crew.logs import run_logger
 from prefect_crew.open_runs import OpenRun
 from prefect_crew.records import RecordPhase, RunRecord, StoredResult, utcnow
 from prefect_crew.reviewing.people import People, TooManyRoundsError, stops_late
-from prefect_crew.sessions import CrewSession
 from prefect_crew.stopping import close_stopped
 from prefect_crew.waiting import Phases, WaitPolicy, wait_until_ended
 from prefect_crew.wakeups import Waker, waker_for

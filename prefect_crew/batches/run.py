@@ -24,10 +24,10 @@ from prefect_crew.batches.plans import plan_of
 from prefect_crew.batches.report import BatchPlan, BatchReport
 from prefect_crew.batches.retries import Retries
 from prefect_crew.batches.rows import InputsFrom, KeyFrom
-from prefect_crew.blocks import DeployedCrew
+from prefect_crew.blocks import DeployedCrew, load_crew
+from prefect_crew.crew import Crew
 from prefect_crew.dual import refuse_running_loop
 from prefect_crew.run_keys import render_run_key, scheduled_start
-from prefect_crew.tasks import loaded
 from prefect_crew.waiting import WaitPolicy
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def _blocking(function: Callable[P, Coroutine[Any, Any, T]], name: str) -> Calla
 
 
 async def arun_batch(
-    crew: DeployedCrew | str,
+    crew: DeployedCrew | Crew | str,
     dataset: Any,
     *,
     name: str,
@@ -235,7 +235,7 @@ async def run_job(job: BatchJob, *, shards: int = 1, deployment: str | None = No
 
 
 async def aplan_batch(
-    crew: DeployedCrew | str,
+    crew: DeployedCrew | Crew | str,
     dataset: Any,
     *,
     name: str = "plan",
@@ -269,7 +269,7 @@ plan_batch = _blocking(aplan_batch, "plan_batch")
 
 
 async def batch_job(
-    crew: DeployedCrew | str,
+    crew: DeployedCrew | Crew | str,
     dataset: Any,
     options: BatchOptions,
     *,
@@ -295,13 +295,10 @@ async def batch_job(
         dataset = render_run_key(dataset, moment)
     rows = dataset if isinstance(dataset, Dataset) else open_dataset(dataset, format=format, encoding=encoding)
     place = await ledger_place(ledger, where)
-    block = await loaded(crew)
-    stored = cast("str | None", cast("Any", block)._block_document_name)  # noqa: SLF001  Prefect names no other way
-    if stored is None:
-        block = block.called(block.label)  # its address need not be read anew for each row
+    chosen = await load_crew(crew)
     call = plain_call(
-        crew=stored,
-        secret_inputs=block.secret_inputs,
+        crew=chosen.block,
+        secret_inputs=chosen.secret_inputs,
         dataset=rows,
         output=where,
         ledger=place.told,
@@ -309,4 +306,4 @@ async def batch_job(
         shards=shards,
         deployment=deployment,
     )
-    return BatchJob(block, rows, options, name=full, output=where, place=place, call=call)
+    return BatchJob(chosen, rows, options, name=full, output=where, place=place, call=call)

@@ -13,7 +13,7 @@ from prefect.client.orchestration import get_client
 from prefect.exceptions import PrefectException
 
 from prefect_crew.batches.ledger import Ledger
-from prefect_crew.blocks import DeployedCrew
+from prefect_crew.crew import Crew
 from prefect_crew.events import emit
 from prefect_crew.logs import run_logger
 from prefect_crew.receiver.settling import Settlement, settle_from_webhook
@@ -28,7 +28,7 @@ MOST = 200
 """Uncertain rows that are looked for. A process that dies leaves 16."""
 
 
-async def settle_by_webhooks(ledger: Ledger, crew: DeployedCrew) -> None:
+async def settle_by_webhooks(ledger: Ledger, crew: Crew) -> None:
     """Settle what webhooks have told of, under the conditions of `settle_from_webhook`. An error leaves it uncertain.
 
     Without a secret nobody has checked where a webhook came from, so none is believed.
@@ -57,7 +57,7 @@ async def settle_by_webhooks(ledger: Ledger, crew: DeployedCrew) -> None:
                 break
 
 
-async def _same(crew: DeployedCrew, record: RunRecord) -> DeployedCrew | None:
+async def _same(crew: Crew, record: RunRecord) -> Crew | None:
     return crew if record.crew_url == crew.url else None
 
 

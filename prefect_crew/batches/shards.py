@@ -33,8 +33,8 @@ from prefect_crew.batches.pacing import BatchSession, Pace
 from prefect_crew.batches.places import ledger_place
 from prefect_crew.batches.rows import RowJob, RowPlan, shard_of
 from prefect_crew.batches.standing import Standing
+from prefect_crew.blocks import load_crew
 from prefect_crew.logs import run_logger
-from prefect_crew.tasks import loaded
 
 __all__ = ["batch_shard", "check_shards", "rows_of_shard", "shard_call", "shard_options", "shard_part"]
 
@@ -139,7 +139,7 @@ async def batch_shard(
     options = options_from(call["options"])
     place = await ledger_place(call["ledger"], "")
     job = BatchJob(
-        await loaded(call["crew"]),
+        await load_crew(call["crew"]),
         open_dataset(call["dataset"], format=call["format"], encoding=call["encoding"]),
         options,
         name=batch,

@@ -159,11 +159,11 @@ async def _resume(
     from prefect_crew.open_runs import OpenRun
 
     answer: dict[str, Any] = {"feedback": feedback, "approve": approve, "task_id": task_id, "by": user_name()}
-    block = await access.load(crew)
+    found = await access.load(crew)
     if _without_prefect(crew):
         # Nothing outlasts this command that could know of the answer, so no Prefect server is started for it.
-        return await resume_run(block, kickoff_id, run=OpenRun(block, kickoff_id), records=None, **answer)
-    return await resume_run(block, kickoff_id, **answer)
+        return await resume_run(found, kickoff_id, run=OpenRun(found, kickoff_id), records=None, **answer)
+    return await resume_run(found, kickoff_id, **answer)
 
 
 def stop(

@@ -157,10 +157,10 @@ def run(
     async def call() -> BatchReport:
         from prefect_crew.batches.run import arun_batch
 
-        block = await access.load(crew)
+        found = await access.load(crew)
         if timeout is not None:
-            options["wait"] = wait_policy(block, timeout)
-        return await arun_batch(block, dataset, **options)
+            options["wait"] = wait_policy(found, timeout)
+        return await arun_batch(found, dataset, **options)
 
     with batch_progress() as shown:
         reach_prefect(shown)
@@ -268,8 +268,8 @@ def plan(
     async def planned() -> Any:
         from prefect_crew.batches.run import aplan_batch
 
-        block = await access.load(crew)
-        return await aplan_batch(block, dataset, name=name, output=output, seconds_per_run=seconds_per_run, **options)
+        found = await access.load(crew)
+        return await aplan_batch(found, dataset, name=name, output=output, seconds_per_run=seconds_per_run, **options)
 
     found = asyncio.run(planned())
     if json:

@@ -207,15 +207,15 @@ async def _settle(
                 f"that of row {row!r} too. Nothing was changed. Look for another run on the crew's page, or say "
                 "--never-started if there is none."
             )
-        block = await crew_of(record, crew, access)
-        if block is None:
+        found = await crew_of(record, crew, access)
+        if found is None:
             terminal.note(
                 f"Crew {record.crew} is no stored block, so its server was not asked whether it knows run "
                 f"{kickoff_id}. Give --crew to have it asked."
             )
             state = await settle_started(record, kickoff_id, batch.ledger)
         else:
-            async with block.client() as client:
+            async with found.client() as client:
                 state = await settle_started(record, kickoff_id, batch.ledger, look=client.status)
         terminal.put(
             f"Settled: row {row} is run {kickoff_id}{f', {state} now' if state else ''}. {again} waits for it."

@@ -16,6 +16,7 @@ from prefect_crew.cli.exits import UsageError, reason
 if TYPE_CHECKING:
     from prefect_crew.api.client import CrewClient
     from prefect_crew.blocks import DeployedCrew
+    from prefect_crew.crew import Crew
 
 __all__ = ["CREW", "JSON", "PORT", "TOKEN_VARIABLE", "CrewAccess", "find", "flag", "is_url"]
 
@@ -72,32 +73,30 @@ class CrewAccess:
         except ValidationError as error:
             raise ConfigurationError(reason(error)) from None
 
-    async def load(self, crew: str) -> DeployedCrew:
-        """Return the block of this name, from the Prefect API, or an unsaved one for a URL.
+    async def load(self, crew: str) -> Crew:
+        """Return the crew of the block of this name, from the Prefect API, or of a URL.
 
         Raises:
             ConfigurationError: There is none.
         """
         if is_url(crew):
-            return self.of_url(crew)
+            return self.of_url(crew).crew
         if self.token is not None:
             raise UsageError(f"--token goes with a URL; {crew!r} is a block's name, and the block holds its token.")
-        from prefect.exceptions import ObjectNotFound
-
-        from prefect_crew.blocks import DeployedCrew
+        from prefect_crew.blocks import load_crew
 
         try:
-            block = await DeployedCrew.aload(crew)
-        except (ValueError, ObjectNotFound) as error:
-            if isinstance(error.__cause__, ObjectNotFound) or isinstance(error, ObjectNotFound):
-                raise ConfigurationError(
-                    f"No crew is stored under the name {crew!r}. Store it: "
-                    f"prefect-crew save {shlex.quote(crew)} --url URL. "
-                    "Or give the crew's URL in its place, with CREW_TOKEN."
-                ) from None
+            found = await load_crew(crew)
+        except ConfigurationError:
+            raise ConfigurationError(
+                f"No crew is stored under the name {crew!r}. Store it: "
+                f"prefect-crew save {shlex.quote(crew)} --url URL. "
+                "Or give the crew's URL in its place, with CREW_TOKEN."
+            ) from None
+        except ValueError as error:
             raise ConfigurationError(f"The block {crew!r} cannot be loaded: {reason(error)}") from None
-        terminal.secret(block.token.get_secret_value())
-        return block
+        terminal.secret(found.token.get_secret_value())
+        return found
 
 
 def find(crew: str) -> None:

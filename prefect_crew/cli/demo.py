@@ -61,7 +61,7 @@ def _run(shown: Progress, given: dict[str, Any]) -> CrewResult:
     with CrewServer("travel") as server, watch_runs(shown.watch):
         terminal.secret(server.token)
         shown.phase(f"Kicking off the crew at {server.url}")
-        answer = run_crew(server.crew(wait=often).called("travel"), given)
+        answer = run_crew(server.crew(wait=often).crew.called("travel"), given)
     shown.result(answer)
     return answer
 

@@ -144,15 +144,15 @@ async def _of_crew(crew: str, plan: Plan) -> _Made:
     from prefect_crew.deploying import FLOW_NAME, deployment_of, parameter_names
     from prefect_crew.secret_blocks import values_of_blocks
 
-    block = await CrewAccess().load(crew)
-    await values_of_blocks(plan.inputs, block.secret_inputs)  # before they are stored as the deployment's defaults
-    async with block.client() as client:
+    found = await CrewAccess().load(crew)
+    await values_of_blocks(plan.inputs, found.secret_inputs)  # before they are stored as the deployment's defaults
+    async with found.client() as client:
         inputs = await client.inputs()
     plan = await _named(plan, FLOW_NAME, crew)
     names = parameter_names([item.name for item in inputs])
     needed = [names[item.name] for item in inputs if item.required and item.name not in plan.inputs]
     return _Made(
-        deployment_of(block, inputs, plan),
+        deployment_of(found, inputs, plan),
         plan,
         f"{shlex.quote(crew)}{_renamed(plan, crew)}",
         [item.name for item in inputs],

@@ -20,7 +20,7 @@ from prefect_crew.cli.progress import progress
 from prefect_crew.cli.runs import ago, crew_of
 
 if TYPE_CHECKING:
-    from prefect_crew.blocks import DeployedCrew
+    from prefect_crew.crew import Crew
     from prefect_crew.records import RunRecord, SentReview
     from prefect_crew.reviewing.review_desk import AskedRun, AskedStore
 
@@ -88,9 +88,9 @@ def _named(line: AskedRun) -> str:
 async def _asked() -> tuple[list[AskedRun], list[str]]:
     from prefect_crew.reviewing.review_desk import asked_runs
 
-    stored: dict[tuple[str, str], DeployedCrew | None] = {}
+    stored: dict[tuple[str, str], Crew | None] = {}
 
-    async def crew(record: RunRecord) -> DeployedCrew | None:
+    async def crew(record: RunRecord) -> Crew | None:
         name = record.crew, record.crew_url
         if name not in stored:
             stored[name] = await _crew(record, None, CrewAccess())
@@ -100,7 +100,7 @@ async def _asked() -> tuple[list[AskedRun], list[str]]:
         return await asked_runs(stores, crew), missed
 
 
-async def _crew(record: RunRecord, crew: str | None, access: CrewAccess) -> DeployedCrew | None:
+async def _crew(record: RunRecord, crew: str | None, access: CrewAccess) -> Crew | None:
     try:
         return await crew_of(record, crew, access)
     except CrewError:
@@ -232,14 +232,14 @@ async def _send(
 
     async with open_stores() as (stores, _):
         record, records = await find_asked(given, stores)
-        block = await _crew(record, crew, access)
-        if block is None:
+        found = await _crew(record, crew, access)
+        if found is None:
             raise CrewError(
                 f"The crew of run {record.kickoff_id}, {record.crew}, is no stored block of that address. Give --crew: "
                 "a block, or the crew's URL with CREW_TOKEN."
             )
         review = Review(approve=approve, feedback=feedback, option=option)
-        return record, await answer_run(record, block, records, review, by=by, task_id=task, round=round)
+        return record, await answer_run(record, found, records, review, by=by, task_id=task, round=round)
 
 
 def user_name() -> str:

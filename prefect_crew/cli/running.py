@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,7 +21,7 @@ from prefect_crew.files import check_writable, create_private
 
 if TYPE_CHECKING:
     from prefect_crew.api.models import CrewResult
-    from prefect_crew.blocks import DeployedCrew
+    from prefect_crew.crew import Crew
     from prefect_crew.waiting import WaitPolicy
 
 __all__ = ["put_result", "result", "run", "wait_policy"]
@@ -91,19 +92,19 @@ async def _run(
     from prefect_crew.runs import arun_crew
     from prefect_crew.watching import watch_runs
 
-    block = await access.load(crew)
+    found = await access.load(crew)
     if allow_extra:
-        block = block.model_copy(update={"allow_extra_inputs": True})
-    wait = None if timeout is None else wait_policy(block, timeout)
-    shown.phase(f"Kicking off crew {block.label}")
+        found = replace(found, allow_extra_inputs=True)
+    wait = None if timeout is None else wait_policy(found, timeout)
+    shown.phase(f"Kicking off crew {found.label}")
     with watch_runs(shown.watch):
-        answer = await arun_crew(block, given, wait=wait, **options)
+        answer = await arun_crew(found, given, wait=wait, **options)
     shown.result(answer)
     return answer
 
 
-def wait_policy(block: DeployedCrew, timeout: float) -> WaitPolicy:
-    """Return the block's way to wait, with the command's timeout.
+def wait_policy(crew: Crew, timeout: float) -> WaitPolicy:
+    """Return the crew's way to wait, with the command's timeout.
 
     Raises:
         ConfigurationError: It is none.
@@ -114,7 +115,7 @@ def wait_policy(block: DeployedCrew, timeout: float) -> WaitPolicy:
 
     try:
         # Not model_copy, which checks nothing.
-        return WaitPolicy.model_validate({**block.wait.model_dump(), "timeout": timeout})
+        return WaitPolicy.model_validate({**crew.wait.model_dump(), "timeout": timeout})
     except ValidationError as error:
         raise ConfigurationError(f"{reason(error)} Nothing was started.") from None
 

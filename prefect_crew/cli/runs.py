@@ -18,7 +18,7 @@ from prefect_crew.cli.progress import progress
 if TYPE_CHECKING:
     from datetime import datetime
 
-    from prefect_crew.blocks import DeployedCrew
+    from prefect_crew.crew import Crew
     from prefect_crew.overview import RunLine
     from prefect_crew.record_store import PrefectRecords
     from prefect_crew.records import RunRecord
@@ -184,15 +184,15 @@ async def _settle_lost(key: str, crew: str | None, access: CrewAccess, records: 
     from prefect_crew.settling import in_flight, settle_lost
 
     record = await in_flight(key, records)
-    block = await crew_of(record, crew, access)
-    if block is None:
+    found = await crew_of(record, crew, access)
+    if found is None:
         terminal.note(
             f"Crew {record.crew} is no stored block, so its server was not asked whether it knows run "
             f"{record.kickoff_id}. Give --crew to have it asked."
         )
         await settle_lost(record, records)
     else:
-        async with block.client() as client:
+        async with found.client() as client:
             await settle_lost(record, records, look=client.status)
     terminal.put(f"Settled: run {record.kickoff_id} of {key} is lost. Run again with this key to buy another.")
 
@@ -207,15 +207,15 @@ async def _settle(
         await settle_never_started(record, records)
         terminal.put(f"Settled: {key} never started. Run again with this key to start it.")
         return
-    block = await crew_of(record, crew, access)
-    if block is None:
+    found = await crew_of(record, crew, access)
+    if found is None:
         terminal.note(
             f"Crew {record.crew} is no stored block, so its server was not asked whether it knows run {kickoff_id}. "
             "Give --crew to have it asked."
         )
         state = await settle_started(record, kickoff_id, records)
     else:
-        async with block.client() as client:
+        async with found.client() as client:
             state = await settle_started(record, kickoff_id, records, look=client.status)
     terminal.put(
         f"Settled: {key} is run {kickoff_id}{f', {state} now' if state else ''}. "
@@ -223,19 +223,19 @@ async def _settle(
     )
 
 
-async def crew_of(record: RunRecord, crew: str | None, access: CrewAccess) -> DeployedCrew | None:
+async def crew_of(record: RunRecord, crew: str | None, access: CrewAccess) -> Crew | None:
     """Return the crew of a run: the one that is given, else the stored one; None where neither is its."""
     try:
-        block = await access.load(crew or record.crew)
+        found = await access.load(crew or record.crew)
     except (ConfigurationError, UsageError):
         if crew is not None:
             raise
         return None
-    if block.url == record.crew_url:
-        return block
+    if found.url == record.crew_url:
+        return found
     if crew is None:
         return None
-    raise ConfigurationError(f"Run {record.run_key!r} is of the crew at {record.crew_url}, not of {block.url}.")
+    raise ConfigurationError(f"Run {record.run_key!r} is of the crew at {record.crew_url}, not of {found.url}.")
 
 
 @app.command

@@ -6,24 +6,18 @@ status call knows it and no other record holds it, and never against the run key
 
 from __future__ import annotations
 
-import re
 from collections.abc import Awaitable, Callable, Sequence
 from enum import StrEnum
-from typing import TYPE_CHECKING
 
 from prefect_crew.api.errors import AuthenticationError, ConfigurationError, CrewError
 from prefect_crew.api.models import CrewState, CrewStatus
+from prefect_crew.blocks import find_crew
+from prefect_crew.crew import Crew, CrewSession
 from prefect_crew.receiver.signing import claim_of
 from prefect_crew.records import RecordPhase, RecordStore, RunRecord, utcnow
-from prefect_crew.sessions import CrewSession
 from prefect_crew.settling import settle_started
 
-if TYPE_CHECKING:
-    from prefect_crew.blocks import DeployedCrew
-
-__all__ = ["Settlement", "attempt_of", "load_crew", "settle_from_webhook", "unsettled"]
-
-_BLOCK_NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
+__all__ = ["Settlement", "attempt_of", "settle_from_webhook", "unsettled"]
 
 
 class Settlement(StrEnum):
@@ -66,19 +60,6 @@ def unsettled(record: RunRecord) -> bool:
     return record.phase in (RecordPhase.UNCERTAIN, RecordPhase.CLAIMED)
 
 
-async def load_crew(record: RunRecord) -> DeployedCrew | None:
-    """Return the stored block of a record's crew, None where there is none with its address."""
-    from prefect_crew.blocks import DeployedCrew
-
-    if not _BLOCK_NAME.fullmatch(record.crew):
-        return None
-    try:
-        crew = await DeployedCrew.aload(record.crew)
-    except ValueError:
-        return None
-    return crew if crew.url == record.crew_url else None
-
-
 async def settle_from_webhook(
     run_key: str,
     kickoff_id: str,
@@ -87,7 +68,7 @@ async def settle_from_webhook(
     attempt: int | None = None,
     claim: str | None = None,
     said_run_key: str | None = None,
-    load: Callable[[RunRecord], Awaitable[DeployedCrew | None]] = load_crew,
+    load: Callable[[RunRecord], Awaitable[Crew | None]] = find_crew,
 ) -> Settlement:
     """Settle a run whose kickoff is uncertain by a webhook that came to its own URL. Harmless to call for any run.
 

@@ -13,7 +13,7 @@ from prefect_crew.records import utcnow
 from prefect_crew.settings import CrewSettings
 
 if TYPE_CHECKING:
-    from prefect_crew.blocks import DeployedCrew
+    from prefect_crew.crew import Crew
     from prefect_crew.waiting import WaitPolicy
 
 __all__ = ["hooks_expire", "names_shown", "webhooks_for"]
@@ -26,7 +26,7 @@ UNLIMITED = 30 * 86_400.0
 
 
 def webhooks_for(
-    crew: DeployedCrew,
+    crew: Crew,
     run_key: str,
     *,
     attempt: int | None = None,
@@ -76,7 +76,7 @@ def hooks_expire(wait: WaitPolicy, now: datetime) -> datetime:
     return now + timedelta(seconds=sum(UNLIMITED if one is None else one for one in budgets) + MARGIN)
 
 
-def names_shown(crew: DeployedCrew) -> bool:
+def names_shown(crew: Crew) -> bool:
     """Return whether names of tasks and agents may stand in events about webhooks.
 
     A crew may put an input into such a name, and the receiver does not know the secret ones: with any, none is shown.

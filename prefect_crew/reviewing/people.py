@@ -22,8 +22,8 @@ from prefect_crew.reviews import AnsweredError, Question, ReviewChoice, uncertai
 from prefect_crew.waiting import WaitPolicy
 
 if TYPE_CHECKING:
+    from prefect_crew.crew import CrewSession
     from prefect_crew.open_runs import OpenRun
-    from prefect_crew.sessions import CrewSession
     from prefect_crew.wakeups import Waker
 
 __all__ = ["People", "TooManyRoundsError", "stops_late"]

@@ -49,7 +49,7 @@ SOON = 120.0
 def how_to_answer(run: OpenRun) -> str:
     """Return the commands that answer, for logs, artifacts and events."""
     which = named_run(run)
-    token = "" if run.crew.is_stored else "The crew's token goes into CREW_TOKEN. "
+    token = "" if run.crew.block else "The crew's token goes into CREW_TOKEN. "
     return (
         f"prefect-crew reviews approve {which}, or: prefect-crew reviews reject {which} --feedback TEXT. {token}"
         f"The crew's own page takes answers too{f': {run.crew.page_url}' if run.crew.page_url else '.'}"
@@ -58,7 +58,7 @@ def how_to_answer(run: OpenRun) -> str:
 
 def named_run(run: OpenRun) -> str:
     """Return the arguments that name a run on the command line: with its crew where that is no stored block."""
-    crew = "" if run.crew.is_stored else f" --crew {shlex.quote(run.crew.url)}"
+    crew = "" if run.crew.block else f" --crew {shlex.quote(run.crew.url)}"
     return f"{shlex.quote(run.kickoff_id)}{crew}"
 
 

@@ -9,12 +9,13 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from prefect_crew.api.callbacks import FeedbackRequest
 from prefect_crew.api.errors import CrewError
 from prefect_crew.api.models import CrewState, CrewStatus
 from prefect_crew.asked_notes import kept_output, kept_requests
+from prefect_crew.crew import Crew, CrewSession
 from prefect_crew.open_runs import OpenRun
 from prefect_crew.records import RecordPhase, ReviewStore, RunRecord, SentReview
 from prefect_crew.reviewing.questions import where_to_look
@@ -30,10 +31,6 @@ from prefect_crew.reviews import (
     standing_of_request,
     waiting_task,
 )
-from prefect_crew.sessions import CrewSession
-
-if TYPE_CHECKING:
-    from prefect_crew.blocks import DeployedCrew
 
 __all__ = [
     "AskedRun",
@@ -48,7 +45,7 @@ __all__ = [
 
 AT_ONCE = 8
 """Status calls at a time."""
-CrewOf = Callable[[RunRecord], "Awaitable[DeployedCrew | None]"]
+CrewOf = Callable[[RunRecord], "Awaitable[Crew | None]"]
 """Gives the crew of a record, None where its block is not stored."""
 
 
@@ -234,7 +231,7 @@ async def _named(given: str, stores: Sequence[AskedStore]) -> tuple[RunRecord, A
 
 async def answer_run(
     record: RunRecord,
-    crew: DeployedCrew,
+    crew: Crew,
     records: ReviewStore,
     review: Review,
     *,

@@ -27,8 +27,8 @@ from prefect_crew.stopping import flow_run_id
 from prefect_crew.waiting import WaitPolicy
 
 if TYPE_CHECKING:
+    from prefect_crew.crew import CrewSession
     from prefect_crew.open_runs import OpenRun
-    from prefect_crew.sessions import CrewSession
 
 __all__ = ["FormReviewer"]
 

@@ -24,8 +24,8 @@ from prefect_crew.reviews import (
 )
 
 if TYPE_CHECKING:
+    from prefect_crew.crew import CrewSession
     from prefect_crew.open_runs import OpenRun
-    from prefect_crew.sessions import CrewSession
 
 __all__ = ["NOBODY", "FunctionReviewer", "Reviewer", "reject_late"]
 

@@ -61,7 +61,7 @@ CREW = DeployedCrew(url="https://crew.test", token=SecretStr("the-token"))
 
 def put(output: Output, *ends: RowEnd) -> None:
     for one in ends:
-        output.put(one.job.number, one.job.key, line_of(one, CREW))
+        output.put(one.job.number, one.job.key, line_of(one, CREW.crew))
 
 
 def written(path: Path) -> list[dict[str, Any]]:
@@ -85,7 +85,7 @@ def opened(path: Path, *, in_order: bool = False, stays: set[str] = COMPLETED, f
 
 
 def test_a_line_has_all_columns_and_no_secret_input():
-    line = json.loads(line_of(end(0, data={"x": 1}), CREW.hiding(["token"])) or b"")
+    line = json.loads(line_of(end(0, data={"x": 1}), CREW.crew.hiding(["token"])) or b"")
     assert list(line) == list(COLUMNS)
     assert line["inputs"] == {"topic": "topic 0", "token": "********"}
     assert (line["key"], line["state"], line["output"], line["data"]) == ("k0", "completed", "text", {"x": 1})
@@ -95,16 +95,16 @@ def test_a_line_has_all_columns_and_no_secret_input():
 
 
 def test_a_failed_row_has_its_reason_and_an_uncertain_one_no_line():
-    line = json.loads(line_of(end(0, "failed", error="the engine is down"), CREW) or b"")
+    line = json.loads(line_of(end(0, "failed", error="the engine is down"), CREW.crew) or b"")
     assert (line["state"], line["output"], line["error"]) == ("failed", None, "the engine is down")
-    assert line_of(end(0, "uncertain", error="?"), CREW) is None
+    assert line_of(end(0, "uncertain", error="?"), CREW.crew) is None
 
 
 @pytest.mark.parametrize(
     "text", ["", "\0 and \u2028", "ü 🙂 \u202e", "x" * 3_000_000], ids=["none", "nul", "odd", "big"]
 )
 def test_whatever_a_crew_writes_is_one_line_of_json(text: str):
-    line = line_of(end(0, output=text, data={"nan": float("nan"), "text": text}), CREW) or b""
+    line = line_of(end(0, output=text, data={"nan": float("nan"), "text": text}), CREW.crew) or b""
     assert line.count(b"\n") == 1
     assert json.loads(line, parse_constant=pytest.fail)["output"] == text
 

@@ -15,6 +15,7 @@ from prefect_crew.api.client import CrewClient
 from prefect_crew.api.errors import CrewConnectionError, RateLimitedError
 from prefect_crew.batches import pacing
 from prefect_crew.batches.pacing import BatchClient, Pace, Rhythm
+from prefect_crew.crew import Crew
 
 
 def refused() -> CrewConnectionError:
@@ -107,7 +108,7 @@ def crew_of(server: Far) -> DeployedCrew:
 async def test_many_more_polls_than_kickoffs_are_on_their_way_at_once():
     async with Far(GET=64, POST=16) as server:
         pace = Pace()
-        async with BatchClient(crew_of(server), pace) as client:
+        async with BatchClient(crew_of(server).crew, pace) as client:
             polls = [asyncio.ensure_future(client.status("run")) for _ in range(200)]
             kickoffs = [asyncio.ensure_future(client.kickoff({"topic": "tea"})) for _ in range(50)]
             await asyncio.wait_for(asyncio.gather(*polls, *kickoffs), 20)
@@ -116,14 +117,14 @@ async def test_many_more_polls_than_kickoffs_are_on_their_way_at_once():
 
 async def test_a_connection_is_made_only_when_it_is_needed(monkeypatch: pytest.MonkeyPatch):
     made: list[CrewClient] = []
-    make = DeployedCrew.client
+    make = Crew.client
 
-    def counted(crew: DeployedCrew) -> CrewClient:
+    def counted(crew: Crew) -> CrewClient:
         made.append(make(crew))
         return made[-1]
 
-    monkeypatch.setattr(DeployedCrew, "client", counted)
-    async with Far(GET=1) as server, BatchClient(crew_of(server), Pace()) as client:
+    monkeypatch.setattr(Crew, "client", counted)
+    async with Far(GET=1) as server, BatchClient(crew_of(server).crew, Pace()) as client:
         for _ in range(5):
             await client.status("run")
         assert len(made) == 1

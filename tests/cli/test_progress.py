@@ -22,7 +22,7 @@ def status(state: CrewState = CrewState.RUNNING, task: str | None = None, **fact
 
 def run(**fields: Any) -> OpenRun:
     crew = DeployedCrew(url="https://travel.example.com", token="token-1", **fields)  # type: ignore[arg-type]
-    return OpenRun(crew.called("travel"), "k1", inputs={"who": "Ada Lovelace"}, owned=True)
+    return OpenRun(crew.crew.called("travel"), "k1", inputs={"who": "Ada Lovelace"}, owned=True)
 
 
 @pytest.fixture

@@ -70,7 +70,7 @@ async def row(ground: Ground, place: str, run_key: str) -> tuple[str, ...]:
 
 async def _act(ground: Ground, act: Callable[[DeployedCrew, str], Awaitable[str]], run_key: str) -> tuple[str, ...]:
     async def begin() -> str:
-        return (await open_run(ground.crew, {"topic": "tea"}, run_key=run_key)).kickoff_id
+        return (await open_run(ground.crew.crew, {"topic": "tea"}, run_key=run_key)).kickoff_id
 
     kickoff_id = await ground.run(begin)
     wanted = CrewState.WAITING if act is _answer else CrewState.RUNNING
@@ -88,8 +88,8 @@ async def _act(ground: Ground, act: Callable[[DeployedCrew, str], Awaitable[str]
 async def _call(crew: DeployedCrew, run_key: str) -> str:
     """Run a crew as the two tasks do, without Prefect's retries of the first."""
     try:
-        run = await open_run(crew, {"topic": "tea"}, run_key=run_key)
-        await wait_for_run(crew, run.kickoff_id)
+        run = await open_run(crew.crew, {"topic": "tea"}, run_key=run_key)
+        await wait_for_run(crew.crew, run.kickoff_id)
     except CrewError as error:
         return type(error).__name__
     return "result"
@@ -97,7 +97,7 @@ async def _call(crew: DeployedCrew, run_key: str) -> str:
 
 async def _answer(crew: DeployedCrew, kickoff_id: str) -> str:
     try:
-        await resume_run(crew, kickoff_id, feedback="", approve=True)
+        await resume_run(crew.crew, kickoff_id, feedback="", approve=True)
     except CrewError as error:
         return type(error).__name__
     return "answered"
@@ -105,6 +105,6 @@ async def _answer(crew: DeployedCrew, kickoff_id: str) -> str:
 
 async def _stop(crew: DeployedCrew, kickoff_id: str) -> str:
     try:
-        return str((await stop_run(crew, kickoff_id)).outcome)
+        return str((await stop_run(crew.crew, kickoff_id)).outcome)
     except CrewError as error:
         return type(error).__name__

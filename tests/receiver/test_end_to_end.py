@@ -118,9 +118,9 @@ async def test_the_same_question_asked_again_is_told_again(receiver: str, key: s
         crew = crew_of(server)
         running = asyncio.create_task(arun_crew(crew, {"customer": "ACME"}, run_key=key))
         first = await question(1)
-        await resume_run(crew, first["kickoff_id"], feedback="again", approve=False)
+        await resume_run(crew.crew, first["kickoff_id"], feedback="again", approve=False)
         second = await question(2)
-        await resume_run(crew, first["kickoff_id"], feedback="", approve=True)
+        await resume_run(crew.crew, first["kickoff_id"], feedback="", approve=True)
         assert (await running).output == "what was written for ACME"
     assert (first["round"], second["round"]) == (0, 1)
     assert first["said"] == second["said"] != {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
@@ -12,6 +13,8 @@ import pytest
 from pydantic import SecretStr
 
 from prefect_crew import DeployedCrew, KickoffUncertainError, arun_crew
+from prefect_crew.blocks import load_crew
+from prefect_crew.crew import Crew
 from prefect_crew.receiver import handover
 from prefect_crew.receiver.signing import claim_of
 from prefect_crew.record_store import PrefectRecords
@@ -156,10 +159,8 @@ async def test_a_token_that_was_rotated_is_looked_up_anew(server: CrewServer, cr
     record, kickoff_id = uncertain(crew), await started(crew)
     await put(record)
 
-    async def stale(record: RunRecord) -> DeployedCrew:
-        loaded = await DeployedCrew.aload(record.crew)
-        loaded.token = SecretStr("the-token-of-yesterday")
-        return loaded
+    async def stale(record: RunRecord) -> Crew:
+        return replace(await load_crew(record.crew), token=SecretStr("the-token-of-yesterday"))
 
     assert await settle_from_webhook(record.run_key, kickoff_id, RECORDS, load=stale) is Settlement.SETTLED
 

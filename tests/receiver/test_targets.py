@@ -25,17 +25,17 @@ def settings(monkeypatch: pytest.MonkeyPatch, **values: str) -> CrewSettings:
 
 
 def test_without_an_address_there_are_none(monkeypatch: pytest.MonkeyPatch):
-    assert webhooks_for(crew(), "key", settings=settings(monkeypatch, WEBHOOK_SECRET=SECRET)) is None
+    assert webhooks_for(crew().crew, "key", settings=settings(monkeypatch, WEBHOOK_SECRET=SECRET)) is None
 
 
 def test_an_address_needs_a_secret(monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(ConfigurationError, match="WEBHOOK_SECRET"):
-        webhooks_for(crew(), "key", settings=settings(monkeypatch, WEBHOOK_URL="https://h.example"))
+        webhooks_for(crew().crew, "key", settings=settings(monkeypatch, WEBHOOK_URL="https://h.example"))
 
 
 def test_address_and_secret_switch_them_on(monkeypatch: pytest.MonkeyPatch):
     settings(monkeypatch, WEBHOOK_URL="https://h.example/crews", WEBHOOK_SECRET=SECRET)
-    hooks = webhooks_for(crew(), "key", attempt=2, round=1)
+    hooks = webhooks_for(crew().crew, "key", attempt=2, round=1)
     assert hooks is not None
     body = hooks.for_kickoff()
     assert set(body) == {"taskWebhookUrl", "stepWebhookUrl", "crewWebhookUrl", "humanInputWebhook", "webhooks"}
@@ -49,7 +49,7 @@ def test_address_and_secret_switch_them_on(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_prefect_clouds_own_webhooks_take_all_kinds_and_need_no_secret(monkeypatch: pytest.MonkeyPatch):
-    hooks = webhooks_for(crew(), "key", settings=settings(monkeypatch, WEBHOOK_URL=CLOUD))
+    hooks = webhooks_for(crew().crew, "key", settings=settings(monkeypatch, WEBHOOK_URL=CLOUD))
     assert hooks is not None
     assert {url_of(hooks, kind) for kind in ("task", "step", "crew", "human_input")} == {CLOUD}
 
@@ -76,4 +76,4 @@ def test_they_live_as_long_as_anybody_may_wait_and_a_day_more(wait: WaitPolicy, 
     ],
 )
 def test_names_are_shown_unless_they_may_hold_what_must_not_be(fields: dict[str, object], shown: bool):
-    assert names_shown(crew(**fields)) is shown
+    assert names_shown(crew(**fields).crew) is shown

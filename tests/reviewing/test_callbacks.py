@@ -20,6 +20,7 @@ from prefect_crew.actions import resume_run
 from prefect_crew.api.callbacks import feedback_text, parse_request
 from prefect_crew.api.errors import ConfigurationError
 from prefect_crew.asked_notes import kept_requests
+from prefect_crew.crew import Crew
 from prefect_crew.record_store import PrefectRecords
 from prefect_crew.reviewing.forms import ReviewForm
 from prefect_crew.reviewing.review_desk import asked_runs
@@ -90,20 +91,20 @@ async def test_an_answer_that_may_have_arrived_is_held_and_the_list_shows_what_i
         crew = server.crew()
         kickoff_id = await _kicked_off(crew, key)
 
-        async def same(_: Any) -> DeployedCrew:
-            return crew
+        async def same(_: Any) -> Crew:
+            return crew.crew
 
         (line,) = [one for one in await asked_runs([PrefectRecords()], same) if one.record.run_key == key]
         assert (line.options, line.output, line.task_id) == (OPTIONS, "Draft. ", "publish")
         with pytest.raises(ConfigurationError, match="goes on with one of: approve, needs_revision"):
-            await resume_run(crew, kickoff_id, feedback="", approve=False)
+            await resume_run(crew.crew, kickoff_id, feedback="", approve=False)
         assert server.requests["resume"] == 0
         with pytest.raises(CrewError) as raised:
-            await resume_run(crew, kickoff_id, feedback="", approve=True)
+            await resume_run(crew.crew, kickoff_id, feedback="", approve=True)
         url = (await kept_requests(kickoff_id))[0].callback_url.get_secret_value()
         assert url.rpartition("/")[2] not in str(raised.value)
         with pytest.raises(CrewError, match="not sent again on a guess"):
-            await resume_run(crew, kickoff_id, feedback="", approve=True)
+            await resume_run(crew.crew, kickoff_id, feedback="", approve=True)
         assert server.requests["resume"] == 1
 
 
@@ -117,7 +118,7 @@ async def test_what_was_answered_elsewhere_is_refused_and_forgotten(hook: Review
         async with httpx.AsyncClient(trust_env=False) as client:
             assert (await client.post(url, json={"feedback": "approve"})).status_code == 200
         with pytest.raises(CrewError, match="409"):
-            await resume_run(server.crew(), kickoff_id, feedback="", approve=True)
+            await resume_run(server.crew().crew, kickoff_id, feedback="", approve=True)
         assert await kept_requests(kickoff_id) == []
         assert await PrefectRecords().reviews((await PrefectRecords().attempts(key))[0]) == []
 

@@ -13,6 +13,7 @@ from prefect import flow
 from prefect_crew import CrewTimeoutError, DeployedCrew, Review, ReviewRequest, WaitPolicy, arun_crew
 from prefect_crew.api.parsing import parse_status
 from prefect_crew.asked_notes import kept_output
+from prefect_crew.crew import Crew
 from prefect_crew.record_store import PrefectRecords
 from prefect_crew.reviewing.review_desk import asked_runs
 from prefect_crew.reviews import judged, outputs_so_far
@@ -69,7 +70,7 @@ async def test_the_command_line_sees_it_as_well_and_of_secret_inputs_nothing_is_
             with pytest.raises(CrewTimeoutError):
                 await reviewed(crew, None, f"{key}/{expected}", human_timeout=8)
 
-            async def same(_: Any, crew: DeployedCrew = crew) -> DeployedCrew:
+            async def same(_: Any, crew: Crew = crew.crew) -> Crew:
                 return crew
 
             lines = await asked_runs([PrefectRecords()], same)

@@ -19,7 +19,7 @@ from prefect.client.orchestration import get_client
 from prefect_crew import events, kickoffs, open_runs, purchases, record_store, stopping, waiting, waits
 from prefect_crew.api.client import CrewClient, in_process
 from prefect_crew.artifacts import RunArtifact
-from prefect_crew.blocks import DeployedCrew
+from prefect_crew.crew import Crew
 from prefect_crew.posting import Purchase
 from prefect_crew.records import utcnow
 from prefect_crew.server.execution import Execution
@@ -69,7 +69,7 @@ def on_stage(world: World) -> Iterator[None]:
         (Execution, "end", world.site.noting_end(Execution.end)),
         (CrewClient, "kickoff", _noting("posting", CrewClient.kickoff)),
         (record_store.PrefectRecords, "save", _noting("writing", record_store.PrefectRecords.save)),
-        (DeployedCrew, "reloaded", lambda crew: world.reloaded(crew)),
+        (Crew, "reloaded", lambda crew: world.reloaded(crew)),
         *((module, "time", clock) for module in _modules_with("time", time)),
         *((module, "get_client", world.prefect.client) for module in _modules_with("get_client", get_client)),
         *((module, "flow_run_id", flow_run_id) for module in _modules_with("flow_run_id", stopping.flow_run_id)),

@@ -27,6 +27,7 @@ from prefect_crew.api.certainty import KickoffFate, kickoff_fate
 from prefect_crew.api.errors import CrewError, KickoffUncertainError, RunKeyConflictError
 from prefect_crew.api.models import CrewResult
 from prefect_crew.blocks import DeployedCrew
+from prefect_crew.crew import Crew
 from prefect_crew.pruning import prune
 from prefect_crew.record_store import PrefectRecords
 from prefect_crew.records import Caller, RunRecord
@@ -100,7 +101,7 @@ class World:
             error_timeout=120,
             on_timeout="stop" if scenario.stop_on_timeout else "leave",
         )
-        self.crew = self._block(self.site.token)
+        self.crew = self._crew(self.site.token)
         self.processes: list[Process] = []
         self.clerks: list[Process] = []  # who prunes and resolves
         self.outlived: list[asyncio.Task[Any]] = []  # what runs on although its flow run is Crashed
@@ -121,19 +122,19 @@ class World:
 
     # What the world is made of.
 
-    def _block(self, token: str) -> DeployedCrew:
+    def _crew(self, token: str) -> Crew:
         return DeployedCrew(
             url=f"https://{HOST}",
             token=SecretStr(token),
             request_timeout=REQUEST_TIMEOUT,
             max_kickoffs=self.scenario.max_kickoffs,
             wait=self.policy,
-        )
+        ).crew
 
-    async def reloaded(self, crew: DeployedCrew) -> DeployedCrew | None:
+    async def reloaded(self, crew: Crew) -> Crew | None:
         """Stand in for reading the stored block."""
         await asyncio.sleep(0.01)
-        stored = self._block(self.site.stored_token)
+        stored = self._crew(self.site.stored_token)
         return stored if stored.token != crew.token else None
 
     async def identify(self, label: str, inputs_digest: str, *, run_key: str, **_: Any) -> RunIdentity:

@@ -1,0 +1,162 @@
+"""One crew as plain values, and its session: a client that changes to a rotated token."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, AsyncExitStack, nullcontext
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+import httpx
+from prefect.exceptions import PrefectException
+from pydantic import Secret, SecretStr
+
+from prefect_crew.api.errors import AuthenticationError, InvalidCallError
+from prefect_crew.api.redaction import Redactor, holds_secret
+from prefect_crew.waiting import WaitPolicy
+
+if TYPE_CHECKING:
+    from prefect_crew.api.client import CrewClient
+
+__all__ = ["Crew", "CrewSession"]
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Crew:
+    """What holds for every run of one crew. The block `DeployedCrew` stores it, checks it and says what is left out.
+
+    `label` is what people call it, `block` the name of its stored block. `hidden` are texts that are secret in whatever
+    a run of it says, besides the values of its secret inputs. `reload` reads the stored block anew.
+    """
+
+    label: str
+    url: str
+    token: SecretStr
+    request_timeout: float
+    allow_http: bool
+    inputs_as_json: bool
+    allow_extra_inputs: bool
+    wait: WaitPolicy
+    max_kickoffs: int
+    concurrency_limit: str | None
+    show: Literal["full", "summary", "none"]
+    secret_inputs: tuple[str, ...]
+    price: float | None
+    page_url: str | None
+    block: str | None = None
+    hidden: tuple[SecretStr, ...] = field(default=(), repr=False)
+    reload: Callable[[], Awaitable[Crew]] | None = field(default=None, repr=False, compare=False)
+
+    def called(self, name: str) -> Crew:
+        """Return a copy that people see under `name`, not under its address; itself if it is stored under another."""
+        return self if self.block is not None else replace(self, label=name)
+
+    def hiding(self, names: Iterable[str], *, texts: Iterable[SecretStr] = ()) -> Crew:
+        """Return a copy to which these inputs, and these texts, are secret as well; itself where they are already."""
+        secret = dict.fromkeys((*self.secret_inputs, *names))
+        hidden = dict.fromkeys((*self.hidden, *texts))
+        if len(secret) == len(self.secret_inputs) and len(hidden) == len(self.hidden):
+            return self
+        return replace(self, secret_inputs=tuple(secret), hidden=tuple(hidden))
+
+    def client(self, *, transport: httpx.AsyncBaseTransport | None = None) -> CrewClient:
+        """Return a client for it, to be used as an async context manager."""
+        from prefect_crew.api.client import CrewClient  # Prefect imports this module whenever it starts
+
+        return CrewClient(
+            self.url,
+            self.token,
+            request_timeout=self.request_timeout,
+            allow_http=self.allow_http,
+            inputs_as_json=self.inputs_as_json,
+            transport=transport,
+        )
+
+    def redactor(self, inputs: Mapping[str, Any] | None = None) -> Redactor:
+        """Return what masks the token, the hidden texts and, of these inputs, the secret ones."""
+        given = inputs or {}
+        secret = [given[name] for name in self.secret_inputs if name in given]
+        return Redactor([*secret, *self.hidden], tokens=[self.token.get_secret_value()])
+
+    def sealed(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Return inputs with the secret ones as pydantic's secrets, whose repr shows nothing.
+
+        Error reporters show the local variables of all frames, those of Prefect's engine as well.
+        """
+        return {
+            name: Secret(value) if name in self.secret_inputs and not holds_secret(value) else value
+            for name, value in inputs.items()
+        }
+
+    def secret_among(self, inputs: Mapping[str, Any]) -> list[str]:
+        """Return which of these inputs, as they are sent, are secret or hold a text that is."""
+        hides = Redactor(self.hidden).hides
+        return [name for name, value in inputs.items() if name in self.secret_inputs or hides(value)]
+
+    async def reloaded(self) -> Crew | None:
+        """Return the crew as its block is stored now, if the token has changed since this one was loaded, else None."""
+        if self.reload is None:
+            return None
+        stored = await self.reload()
+        return stored.hiding(self.secret_inputs, texts=self.hidden) if stored.token != self.token else None
+
+
+class CrewSession:
+    """Used as an async context manager; `client` is the one to use at this moment.
+
+    `connect` makes a client for a crew, in place of `crew.client()`; `withhold` holds as long as the session is open.
+    """
+
+    def __init__(
+        self,
+        crew: Crew,
+        connect: Callable[[Crew], CrewClient] | None = None,
+        *,
+        withhold: AbstractContextManager[None] | None = None,
+    ) -> None:
+        self.crew = crew
+        self._withhold = withhold or nullcontext()
+        self._connect = connect or Crew.client
+        self._stack = AsyncExitStack()
+        self._client: CrewClient | None = None
+
+    async def __aenter__(self) -> CrewSession:
+        self._stack.enter_context(self._withhold)
+        self._client = await self._stack.enter_async_context(self._connect(self.crew))
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._stack.aclose()
+
+    @property
+    def client(self) -> CrewClient:
+        """The client with the newest token."""
+        if self._client is None:
+            raise InvalidCallError("This CrewSession is not open: use it in `async with CrewSession(crew) as session`.")
+        return self._client
+
+    async def renew(self) -> bool:
+        """Take up the token that the stored block has now; False if that is the one that was refused."""
+        try:
+            fresh = await self.crew.reloaded()
+            if fresh is None:
+                return False
+            client = await self._stack.enter_async_context(self._connect(fresh))
+        except (httpx.HTTPError, PrefectException, ValueError):
+            return False
+        self.crew, self._client = fresh, client
+        return True
+
+    async def asked(self, call: Callable[[CrewClient], Awaitable[T]]) -> T:
+        """Make a call, and once more with the stored block's token where this one is refused.
+
+        Only for calls that a refusal leaves undone, which all of them are.
+        """
+        try:
+            return await call(self.client)
+        except AuthenticationError:
+            if not await self.renew():
+                raise
+        return await call(self.client)

@@ -1,0 +1,143 @@
+"""A crew as plain values, and its session: a client that changes to a rotated token."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from dataclasses import FrozenInstanceError, asdict
+from typing import Any
+
+import pytest
+from pydantic import SecretStr
+from pydantic_core import to_json
+
+from prefect_crew import AuthenticationError, DeployedCrew
+from prefect_crew.blocks import load_crew
+from prefect_crew.crew import Crew, CrewSession
+from prefect_crew.testing import CrewServerFactory
+
+
+def crew(**fields: Any) -> Crew:
+    return DeployedCrew(**{"url": "https://travel.test", "token": SecretStr("the-token"), **fields}).crew
+
+
+def test_it_has_every_field_of_its_block():
+    block = DeployedCrew(
+        url="https://travel.test", token=SecretStr("the-token"), show="summary", secret_inputs=["pin"], price=0.5
+    )
+    for name in DeployedCrew.model_fields:
+        kept = list(block.crew.secret_inputs) if name == "secret_inputs" else getattr(block.crew, name)
+        assert kept == getattr(block, name), name
+
+
+def test_it_does_not_change():
+    with pytest.raises(FrozenInstanceError):
+        crew().url = "https://elsewhere.test"  # type: ignore[misc] # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_hiding_more_inputs_makes_another_crew_and_hiding_none_does_not():
+    known = crew(secret_inputs=["a"])
+    assert known.hiding(["b", "a"]).secret_inputs == ("a", "b")
+    assert known.secret_inputs == ("a",)
+    assert known.hiding(["a"]) is known
+
+
+def test_no_secret_shows_in_it_nor_in_what_would_be_stored_of_it():
+    one = crew().hiding([], texts=[SecretStr("hunter22")])
+    for shown in (repr(one), str(one), str(asdict(one)), to_json(one, fallback=repr).decode()):
+        assert "the-token" not in shown
+        assert "hunter22" not in shown
+
+
+def test_one_that_is_not_stored_is_called_by_its_address_or_as_its_user_says():
+    assert crew(url="https://travel.test:444/crews/1/").label == "travel.test:444/crews/1"
+    assert crew().called("travel").label == "travel"
+
+
+async def test_a_crew_and_a_block_are_a_crew_without_a_question():
+    one = crew()
+    assert await load_crew(one) is one
+    assert await load_crew(DeployedCrew(url=one.url, token=one.token)) == one
+
+
+@pytest.mark.usefixtures("prefect_api")
+async def test_a_reload_tells_only_of_a_token_that_has_changed():
+    name = f"travel-{uuid.uuid4().hex[:8]}"
+    block = DeployedCrew(url="https://travel.test", token=SecretStr("the-token"))
+    await block.asave(name)
+    loaded = await load_crew(name)
+    assert (loaded.label, loaded.block, loaded.called("other").label) == (name, name, name)
+    assert await crew().reloaded() is None
+    assert await loaded.reloaded() is None
+    await DeployedCrew(url="https://travel.test", token=SecretStr("another")).asave(name, overwrite=True)
+    fresh = await loaded.reloaded()
+    assert fresh is not None
+    assert fresh.token.get_secret_value() == "another"
+
+
+# The session
+
+
+async def stored(server: Any, **fields: Any) -> Crew:
+    """Store a block and return its crew as a fresh process would load it."""
+    name = f"session-{uuid.uuid4().hex[:8]}"
+    await server.crew(**fields).asave(name)
+    return await load_crew(name)
+
+
+async def store_anew(crew: Crew, server: Any, **fields: Any) -> None:
+    await server.crew(**fields).asave(crew.label, overwrite=True)
+
+
+@pytest.mark.usefixtures("prefect_api")
+async def test_a_call_is_made_once_more_with_the_stored_token(crew_server: CrewServerFactory):
+    server = crew_server("echo")
+    crew = await stored(server)
+    server.token = "the-new-token"
+    await store_anew(crew, server)
+    async with CrewSession(crew) as session:
+        assert [known.name for known in await session.asked(lambda client: client.inputs())] == ["text"]
+        assert session.crew.token.get_secret_value() == "the-new-token"
+        await session.client.inputs()
+    assert server.counters.unauthorized == 1
+
+
+@pytest.mark.usefixtures("prefect_api")
+async def test_a_refusal_stands_where_there_is_no_other_token(crew_server: CrewServerFactory):
+    server = crew_server("echo")
+    crew = await stored(server)
+    server.token = "the-new-token"
+    async with CrewSession(crew) as session:
+        with pytest.raises(AuthenticationError):
+            await session.asked(lambda client: client.inputs())
+    async with CrewSession(server.crew(token="not-stored").crew) as session:
+        assert not await session.renew()
+
+
+@pytest.mark.usefixtures("prefect_api")
+async def test_a_block_that_is_gone_or_cannot_be_used_renews_nothing(crew_server: CrewServerFactory):
+    server = crew_server("echo")
+    crew = await stored(server)
+    await store_anew(crew, server, token="no header can carry this")
+    async with CrewSession(crew) as session:
+        assert not await session.renew()
+        await session.client.inputs()
+    await asyncio.to_thread(lambda: DeployedCrew.delete(crew.label))
+    async with CrewSession(crew) as session:
+        assert not await session.renew()
+
+
+@pytest.mark.usefixtures("prefect_api")
+async def test_what_the_caller_has_made_secret_stays_so(crew_server: CrewServerFactory):
+    server = crew_server("echo")
+    crew = (await stored(server, secret_inputs=["password"])).hiding(["pin"])
+    server.token = "the-new-token"
+    await store_anew(crew, server, secret_inputs=["password"])
+    async with CrewSession(crew) as session:
+        assert await session.renew()
+        assert session.crew.secret_inputs == ("password", "pin")
+
+
+def test_it_has_to_be_opened(crew_server: CrewServerFactory):
+    with pytest.raises(RuntimeError, match="async with CrewSession"):
+        _ = CrewSession(crew_server("echo").crew().crew).client
