@@ -20,7 +20,6 @@ from prefect.exceptions import PrefectException, PrefectHTTPStatusError
 from prefect_crew.beside import Beside, beside_here
 from prefect_crew.impatience import busy, request_soon
 from prefect_crew.logs import run_logger
-from prefect_crew.patience import within
 from prefect_crew.rendering import RunView, prose, render_run
 from prefect_crew.turns import Rank
 
@@ -56,7 +55,8 @@ class MarkdownArtifact:
     async def put(self, data: str, *, new: bool = False) -> str | None:
         """Bring the artifact to `data`; make it if there is none (any more). `new`: it surely is not there yet."""
         try:
-            await within(PATIENCE, self._put(data, new))
+            async with asyncio.timeout(PATIENCE):
+                await self._put(data, new)
         except (httpx.HTTPError, PrefectException, ValueError) as error:
             return f"{type(error).__name__}: {error}".splitlines()[0]
         except TimeoutError:

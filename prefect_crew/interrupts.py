@@ -1,4 +1,4 @@
-"""Telling Ctrl-C from other ways in which a wait is cancelled.
+"""Telling Ctrl-C from other ways in which a wait is cancelled; ending tasks.
 
 asyncio turns a SIGINT into a plain cancellation, the same as a timeout or a SIGTERM under Prefect. Only Ctrl-C on a
 program's own terminal means that the person wants the crew stopped, so the signal is noted on its way.
@@ -9,10 +9,8 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import sys
 import threading
-import weakref
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -21,10 +19,9 @@ from prefect.exceptions import ExternalSignal
 
 __all__ = [
     "ENDINGS",
-    "ctrl_c_cancels_this_task",
+    "cancel_and_wait",
     "ctrl_c_pressed",
     "started_by_runner",
-    "to_be_seen_to_its_end",
     "watch_ctrl_c",
 ]
 
@@ -39,16 +36,10 @@ class _Watch:
         self.pressed = False
         self.previous: Any = None
         self.loop: asyncio.AbstractEventLoop | None = None
-        self.cancel: Callable[[], None] | None = None
-        self.kept: weakref.WeakSet[asyncio.Task[Any]] = weakref.WeakSet()
 
     def handle(self, signum: int, frame: FrameType | None) -> None:
         first, self.pressed = not self.pressed, True
-        for task in tuple(self.kept):
-            asyncio.tasks._unregister_task(task)  # noqa: SLF001  # documented, for those who extend asyncio
-        if first and self.cancel is not None:
-            self.cancel()
-        elif first and self.loop is not None and self.previous is signal.default_int_handler:
+        if first and self.loop is not None and self.previous is signal.default_int_handler:
             # Between two steps of the loop: in the midst of one it could cut off what writes down a kickoff.
             self.loop.call_soon_threadsafe(signal.default_int_handler, signum, None)
         elif callable(self.previous):
@@ -68,45 +59,19 @@ def ctrl_c_pressed() -> bool:
     return _watch.pressed
 
 
-def to_be_seen_to_its_end(task: asyncio.Task[Any]) -> None:
-    """Let Ctrl-C end whoever waits for a task, and not the task: it holds a request that must not be cut off.
+async def cancel_and_wait(*tasks: asyncio.Future[Any]) -> None:
+    """Cancel tasks once each, and return when all have ended, however they did.
 
-    From Python 3.11 on asyncio cancels the main task alone. Before, `asyncio.run` cancels every task that the loop
-    knows of, shielded or not; so once Ctrl-C is pressed the loop is not to know of this one. Whoever calls this waits
-    for it.
+    Not `asyncio.gather`: a second cancellation of the caller would cancel the tasks a second time, and cut off what
+    they finish after the first one: a POST in flight, the stop of a crew.
     """
-
-
-@contextmanager
-def ctrl_c_cancels_this_task() -> Generator[None]:
-    """Have Ctrl-C cancel this task first and no other while this and a `watch_ctrl_c` are open.
-
-    From Python 3.11 on asyncio does so itself. Before, it cancels all tasks at once, and whoever wants to end its own
-    in order finds them gone.
-
-    Raises:
-        KeyboardInterrupt: Ctrl-C cancelled this task.
-    """
-    loop, task = asyncio.get_running_loop(), asyncio.current_task()
-    if sys.version_info >= (3, 11) or threading.current_thread() is not threading.main_thread() or task is None:
-        yield
-        return
-    cancelled = False
-
-    def cancel() -> None:
-        nonlocal cancelled
-        cancelled = True
-        loop.call_soon_threadsafe(task.cancel)
-
-    _watch.cancel = cancel
-    try:
-        yield
-    except asyncio.CancelledError:
-        if cancelled:
-            raise KeyboardInterrupt from None
-        raise
-    finally:
-        _watch.cancel = None
+    for task in tasks:
+        task.cancel()
+    if tasks:
+        await asyncio.wait(tasks)
+    for task in tasks:
+        if not task.cancelled():
+            task.exception()  # or asyncio complains that nobody has asked for it
 
 
 def _running_loop() -> asyncio.AbstractEventLoop | None:

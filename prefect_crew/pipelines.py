@@ -25,10 +25,10 @@ from prefect_crew.api.redaction import HiddenValues, Redactor, holds_secret, rev
 from prefect_crew.beside import work_beside
 from prefect_crew.choices import check_choices
 from prefect_crew.dual import refuse_running_loop
+from prefect_crew.interrupts import cancel_and_wait
 from prefect_crew.kickoffs import knowing_inputs
 from prefect_crew.logs import run_logger
 from prefect_crew.open_runs import OpenRun
-from prefect_crew.patience import end
 from prefect_crew.pipeline_artifact import PipelineArtifact
 from prefect_crew.pipeline_crews import PipelineCrews, PipelinePlan, step_key
 from prefect_crew.pipeline_definition import PipelineDefinition
@@ -256,7 +256,7 @@ class _Work:
                 try:
                     await asyncio.gather(*jobs)
                 finally:
-                    await end(*jobs, finishing=True)
+                    await cancel_and_wait(*jobs)
 
     def _saw(self, run: OpenRun, status: CrewStatus | None) -> None:
         # Of every run of this process; once each, when it is known which run a step's is.

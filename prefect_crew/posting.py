@@ -20,7 +20,7 @@ from prefect_crew.api.errors import AuthenticationError, CrewError, KickoffUncer
 from prefect_crew.api.redaction import withholding
 from prefect_crew.crew import Crew, CrewSession
 from prefect_crew.events import emit
-from prefect_crew.interrupts import ENDINGS, to_be_seen_to_its_end
+from prefect_crew.interrupts import ENDINGS
 from prefect_crew.logs import run_logger
 from prefect_crew.receiver.targets import webhooks_for
 from prefect_crew.records import Lease, RecordPhase, RecordStore, RunRecord, known_by, utcnow
@@ -151,7 +151,6 @@ async def _take_permit(
     """
     new = Lease(pause + PERMIT_GOOD_FOR)
     taking = asyncio.create_task(records.permit(record, new.seconds, late=lease.over))
-    to_be_seen_to_its_end(taking)
     try:
         taken = await asyncio.shield(taking)
         if taken and (until is None or asyncio.get_running_loop().time() <= until):
@@ -176,7 +175,6 @@ async def _post_shielded(
 ) -> RunRecord:
     """See a POST that is in flight to its end even if the caller is cancelled, so that its id is written down."""
     post = asyncio.create_task(_post(purchase, record, records, session, lease))
-    to_be_seen_to_its_end(post)
     try:
         return await asyncio.shield(post)
     except ENDINGS:

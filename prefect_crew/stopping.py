@@ -7,6 +7,7 @@ down or evicted leaves the crew running: the run is found again.
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections import OrderedDict
 from typing import Any
@@ -26,7 +27,6 @@ from prefect_crew.crew import CrewSession
 from prefect_crew.events import emit
 from prefect_crew.interrupts import ctrl_c_pressed, started_by_runner
 from prefect_crew.logs import run_logger
-from prefect_crew.patience import within
 from prefect_crew.record_store import PrefectRecords
 from prefect_crew.records import RecordPhase, RecordStore, RunRecord, utcnow
 
@@ -122,7 +122,8 @@ async def cancelled_meanwhile(run_id: str | None, *, every: float | None = None)
     while len(_looked) > 1000:
         _looked.popitem(last=False)
     try:
-        cancelled = await within(LOOK_WITHIN, flow_run_cancelled(run_id))
+        async with asyncio.timeout(LOOK_WITHIN):
+            cancelled = await flow_run_cancelled(run_id)
     except (httpx.HTTPError, PrefectException, TimeoutError):
         return False
     _looked[key] = (time.monotonic(), cancelled)
@@ -194,7 +195,8 @@ async def stop_if_asked(session: CrewSession, record: RunRecord, records: Record
     Raises nothing but a further cancellation.
     """
     try:
-        return await within(STOP_WITHIN, _stop_if_asked(session, record, records))
+        # Not `asyncio.timeout`: in a task that was cancelled, Python before 3.11.3 raises CancelledError for it.
+        return await asyncio.wait_for(_stop_if_asked(session, record, records), STOP_WITHIN)
     except (CrewError, httpx.HTTPError, PrefectException, TimeoutError) as error:
         run_logger().warning(
             "Crew run %s could not be stopped (%s: %s): it runs on at %s.",

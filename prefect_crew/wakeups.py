@@ -26,7 +26,6 @@ from prefect_crew.api._decode import as_object
 from prefect_crew.api._error import one_line
 from prefect_crew.api.models import CrewState, CrewStatus, TokenUsage
 from prefect_crew.api.webhooks import RUN_ENDS
-from prefect_crew.patience import within
 from prefect_crew.settings import CrewSettings
 
 __all__ = ["Waker", "hooks_are_on", "subscribe", "waker_for"]
@@ -99,7 +98,8 @@ class Waker:
     async def pause(self, seconds: float) -> None:
         """Sleep, until something has happened at the most."""
         try:
-            await within(seconds, self._event.wait())
+            async with asyncio.timeout(seconds):
+                await self._event.wait()
             self.woken = True
         except TimeoutError:
             self.woken = False

@@ -44,9 +44,7 @@ BUILTIN: dict[tuple[str, str], str] = {
     ("prefect_crew.cli.webhooks", "OSError"): "exit code 26",
     ("prefect_crew.deploying", "AttributeError"): "a module's __getattr__",
     ("prefect_crew.files", "OSError"): "exit code 26",
-    ("prefect_crew.interrupts", "KeyboardInterrupt"): "Ctrl-C, passed on",
     ("prefect_crew.lazy", "AttributeError"): "a module's __getattr__",
-    ("prefect_crew.patience", "TimeoutError"): "as asyncio.timeout, which Python 3.10 lacks",
     ("prefect_crew.waiting", "ValueError"): "a validator of pydantic",
 }
 """Exceptions of Python's own that are raised on purpose, by module, and why."""

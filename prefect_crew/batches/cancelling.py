@@ -12,9 +12,8 @@ from prefect.exceptions import PrefectException
 from prefect_crew.api.errors import BatchCancelledError, CrewError
 from prefect_crew.batches.engine import Engine
 from prefect_crew.batches.retries import STOPPED_WITH_BATCH
-from prefect_crew.interrupts import ctrl_c_cancels_this_task, watch_ctrl_c
+from prefect_crew.interrupts import cancel_and_wait, watch_ctrl_c
 from prefect_crew.logs import run_logger
-from prefect_crew.patience import end
 from prefect_crew.records import RecordPhase, RunRecord
 from prefect_crew.stopping import (
     cancellation_asked,
@@ -62,7 +61,7 @@ async def watched(
     work = asyncio.ensure_future(rows)
     look = asyncio.ensure_future(_look(own))
     ticking = asyncio.ensure_future(_tick_on(tick))  # to the end of the rows, also while a cancelled batch drains
-    with watch_ctrl_c(), ctrl_c_cancels_this_task():
+    with watch_ctrl_c():
         try:
             await asyncio.wait({work, look, ticking}, return_when=asyncio.FIRST_COMPLETED)
             if work.done():
@@ -80,7 +79,7 @@ async def watched(
                 await _cancelled(engine, work, ticking, name, on_cancel, asked=await _asked(own))
             raise
         finally:
-            await end(look, ticking, work, finishing=True)
+            await cancel_and_wait(look, ticking, work)
 
 
 async def _tick_on(tick: Callable[[], Awaitable[None]]) -> None:
@@ -137,7 +136,7 @@ async def _cancelled(
         run_logger().warning(
             "%d runs of batch %s are left in flight; the same call finds them again.", engine.in_flight, name
         )
-    await end(work, finishing=True)
+    await cancel_and_wait(work)
 
 
 async def _stop_runs(engine: Engine) -> None:

@@ -26,8 +26,8 @@ from prefect_crew.batches.row_waits import RowWaiter
 from prefect_crew.batches.rows import RowJob
 from prefect_crew.batches.work import EngineOptions, Work
 from prefect_crew.crew import CrewSession
+from prefect_crew.interrupts import cancel_and_wait
 from prefect_crew.logs import run_logger
-from prefect_crew.patience import end
 from prefect_crew.posting import Purchase
 from prefect_crew.purchases import Purchased, purchase_run
 from prefect_crew.records import Caller, RecordPhase, RunRecord, latest_purchase, utcnow
@@ -176,7 +176,7 @@ class Engine:
         finally:
             launched.set()
             # Cancelled, shut, or the ledger failed: the runs stay in flight at the crew's server, to be found again.
-            await end(shut, ended, *running, finishing=True)
+            await cancel_and_wait(shut, ended, *running)
         if broken_by:
             raise broken_by[0]
 

@@ -14,8 +14,8 @@ from prefect.cache_policies import NO_CACHE
 from prefect_crew.batches.engine import Engine
 from prefect_crew.batches.rows import RowJob
 from prefect_crew.batches.work import Work
+from prefect_crew.interrupts import cancel_and_wait
 from prefect_crew.logs import run_logger
-from prefect_crew.patience import end
 from prefect_crew.records import RecordPhase, latest_purchase
 
 __all__ = ["feed"]
@@ -85,7 +85,7 @@ async def feed(engine: Engine, jobs: Iterator[RowJob], *, chunk_size: int, new: 
             done, _ = await asyncio.wait(running, return_when=asyncio.FIRST_EXCEPTION)
             _let_go(running, done)
     finally:
-        await end(*running, finishing=True)
+        await cancel_and_wait(*running)
 
 
 async def _begin(chunk: _Chunk, running: set[asyncio.Task[None]]) -> None:

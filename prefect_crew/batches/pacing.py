@@ -107,7 +107,8 @@ class Pace:
     async def _sleep(self, seconds: float) -> None:
         """Sleep, unless the batch is over."""
         try:
-            await asyncio.wait_for(self._over.wait(), seconds)
+            async with asyncio.timeout(seconds):
+                await self._over.wait()
         except TimeoutError:
             return
 

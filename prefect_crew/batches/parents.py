@@ -39,8 +39,8 @@ from prefect_crew.batches.options import IN_FLIGHT, BatchOptions
 from prefect_crew.batches.shards import check_shards, rows_of_shard, shard_call, shard_part
 from prefect_crew.batches.standing import Standing
 from prefect_crew.batches.watching import tell_batch
+from prefect_crew.interrupts import cancel_and_wait
 from prefect_crew.logs import run_logger
-from prefect_crew.patience import end
 from prefect_crew.records import RecordPhase
 from prefect_crew.stopping import cancellation_asked, cancelled_meanwhile, flow_run_id, mark_cancelled
 
@@ -137,7 +137,7 @@ class Parent:
             raise
         finally:
             if self._finishing is not None:
-                await end(self._finishing, finishing=True)
+                await cancel_and_wait(self._finishing)
         self._batch.stopped = await self._batch.ledger.halted()
         self._batch.options = await self._options_left()
         self._batch.standing = Standing(

@@ -12,8 +12,8 @@ from prefect.exceptions import PrefectException
 from prefect_crew.api.errors import CrewError, CrewTimeoutError, ReviewLimitError
 from prefect_crew.api.models import CrewStatus
 from prefect_crew.asked_notes import forget_notes
+from prefect_crew.interrupts import cancel_and_wait
 from prefect_crew.logs import run_logger
-from prefect_crew.patience import end
 from prefect_crew.records import ReviewStore, SentReview
 from prefect_crew.reviewing.questions import Questions
 from prefect_crew.reviewing.review_form import FormReviewer
@@ -182,7 +182,7 @@ class People:
                 await asyncio.wait({sleeping, answering}, return_when=asyncio.FIRST_COMPLETED)
             finally:
                 if not sleeping.done():
-                    await end(sleeping)
+                    await cancel_and_wait(sleeping)
             if not sleeping.cancelled():
                 sleeping.result()
 

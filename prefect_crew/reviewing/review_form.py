@@ -16,8 +16,8 @@ from prefect.exceptions import PrefectException
 from prefect.utilities.urls import url_for
 
 from prefect_crew.api.errors import ConfigurationError, CrewAPIError
+from prefect_crew.interrupts import cancel_and_wait
 from prefect_crew.logs import run_logger
-from prefect_crew.patience import end
 from prefect_crew.records import ReviewStore
 from prefect_crew.rendering import prose, reading
 from prefect_crew.reviewing.forms import Form, ReviewForm, unread
@@ -165,7 +165,7 @@ class FormReviewer:
             if not asking.cancelled() and (error := asking.exception()) is not None:
                 run_logger().warning("The form's answer to run %s came to nothing: %s", self.run.kickoff_id, error)
             return
-        await end(asking)
+        await cancel_and_wait(asking)
 
     async def _ask(self, form: Form) -> None:
         _line.enter(self.own, form)
