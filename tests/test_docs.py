@@ -107,6 +107,12 @@ def test_page_can_be_read_and_its_links_lead_somewhere(path: Path):
     assert not missing
 
 
+def test_the_readme_names_a_prefect_server_before_its_first_script():
+    # Else Prefect starts a temporary one for the script, into whose output that server's own errors go.
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert "PREFECT_API_URL" in text.partition("```python")[0]
+
+
 def test_blocks_that_are_not_run_are_listed(notes: list[str]):
     blocks = [block for path in PATHS for block in read_page(ROOT, path).blocks]
     skipped = [block for block in blocks if block.not_run is not None]
