@@ -205,7 +205,7 @@ async def run_deployed_pipeline(
     steps = [replace(step, crew=crews.crews.get(step.name, step.crew)) for step in crews.graph.steps]
     return await arun_pipeline(
         steps,
-        {**given, **{name: Secret(value) for name, value in hidden.items()}},
+        {**given, **hidden},
         name=pipeline.name,
         run_key=run_key,
         wait=pipeline.wait,

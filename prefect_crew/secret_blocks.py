@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping
 from typing import Any, cast
 
 from prefect.blocks.system import Secret
+from pydantic import Secret as SealedValue
 
 from prefect_crew.api.errors import ConfigurationError
 
@@ -15,6 +16,8 @@ __all__ = ["values_of_blocks"]
 
 async def values_of_blocks(given: Mapping[str, Any], secret_inputs: Collection[str]) -> dict[str, Any]:
     """Return inputs with the values of Prefect Secret blocks in place of their names, for those that are secret.
+
+    The values are pydantic's secrets: error reporters show the local variables of whoever holds them.
 
     Raises:
         ConfigurationError: There is no such block. What was given is not shown: it may be the secret itself.
@@ -26,7 +29,7 @@ async def values_of_blocks(given: Mapping[str, Any], secret_inputs: Collection[s
 
 async def _value(name: str, block: Any) -> Any:
     try:
-        return (await cast("Any", Secret).aload(str(block))).get()
+        return SealedValue((await cast("Any", Secret).aload(str(block))).get())
     except ValueError:
         raise ConfigurationError(
             f"The input {name!r} is secret, so it is given as the name of a Prefect Secret block, and no block has the "

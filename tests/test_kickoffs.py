@@ -203,7 +203,7 @@ async def test_the_kickoff_carries_the_run_key_the_users_meta_and_webhooks(crew_
         webhooks=Webhooks(crew="http://127.0.0.1:9/crew"),
     )
     sent = server.run(run.kickoff_id)
-    assert sent.meta == {"order": 7, "run_key": run_key}
+    assert sent.meta == {"order": 7, "run_key": run_key, "run_attempt": 1}
     assert sent.hooks.crew == "http://127.0.0.1:9/crew"
 
 

@@ -154,7 +154,7 @@ def test_all_that_a_call_can_say_arrives(crew_server: CrewServerFactory):
 
     asyncio.run(trip())
     (run,) = server.runs
-    assert run.meta == {"order": 7, "run_key": run_key}
+    assert run.meta == {"order": 7, "run_key": run_key, "run_attempt": 1}
     with pytest.raises(CrewError, match=r"time of 0\.05 s"):
         run_crew(crew_server(slow(60)).crew(), {"a": 1}, run_key=key(), wait=WaitPolicy(initial=0.01, timeout=0.05))
 

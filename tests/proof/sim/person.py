@@ -44,7 +44,7 @@ async def resolve_if_allowed(world: World, run_key: str) -> None:
     unknown = [
         run.id
         for run in world.site.runs
-        if run.meta["run_key"] == run_key
+        if (run.meta["run_key"], run.meta["run_attempt"]) == (run_key, record.attempt)
         and run.id not in held
         and inputs_digest(encode_inputs(run.inputs)) == record.inputs_digest
     ]
