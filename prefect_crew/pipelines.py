@@ -16,7 +16,7 @@ from typing import Annotated, Any, cast
 from prefect import flow
 from prefect.context import FlowRunContext, TaskRunContext
 from prefect.exceptions import Pause
-from pydantic import Field, Secret, SecretStr
+from pydantic import Field, SecretStr
 
 from prefect_crew.api.errors import ConfigurationError, PipelineFailedError
 from prefect_crew.api.inputs import encode_inputs, inputs_digest

@@ -208,7 +208,7 @@ async def _post(
         )
         record.hooked = webhooks is not None and purchase.webhooks is None
         with withholding(redact):
-            # The attempt tells two runs of one key apart, for a person who looks for the one that a record does not know.
+            # The attempt tells two runs of one key apart, for a person who looks for the one of a record.
             meta = {**(purchase.meta or {}), "run_key": record.run_key, "run_attempt": record.attempt}
             kickoff_id = await session.client.kickoff(
                 purchase.inputs,
