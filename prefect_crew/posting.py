@@ -10,6 +10,7 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -20,6 +21,7 @@ from prefect_crew.api.errors import AuthenticationError, CrewError, KickoffUncer
 from prefect_crew.api.redaction import withholding
 from prefect_crew.crew import Crew, CrewSession
 from prefect_crew.events import emit
+from prefect_crew.input_marks import InputMarks, marks_of
 from prefect_crew.interrupts import ENDINGS
 from prefect_crew.logs import run_logger
 from prefect_crew.receiver.targets import webhooks_for
@@ -64,6 +66,19 @@ class Purchase:
     asked_at: datetime = field(default_factory=utcnow)
     slot: str | None = None
 
+    @cached_property
+    def secret_inputs(self) -> list[str]:
+        """The names of the inputs that are secret."""
+        return self.crew.secret_among(self.inputs)
+
+    @cached_property
+    def marks(self) -> InputMarks | None:
+        """The fingerprints of the inputs, none for a row: its ledger says with what it was run."""
+        if self.quiet:
+            return None
+        token = self.crew.token.get_secret_value()
+        return marks_of(token, self.inputs, secret=self.secret_inputs, restore_from=self.restore_from)
+
     def record(self, attempt: int, good_for: float = 0.0) -> RunRecord:
         """Return the record that claims an attempt, of which a permit is asked for within `good_for` seconds."""
         now, caller = utcnow(), self.identity.caller
@@ -73,6 +88,7 @@ class Purchase:
             crew=self.crew.label,
             crew_url=self.crew.url,
             inputs_digest=self.digest,
+            input_marks=self.marks,
             owner=caller.owner,
             claimed_at=now,
             known_by=known_by(now, self.crew.request_timeout, good_for),
@@ -84,7 +100,7 @@ class Purchase:
             process=caller.process,
             slot=self.slot,
             step=self.name,
-            secret_inputs=self.crew.secret_among(self.inputs),
+            secret_inputs=self.secret_inputs,
         )
 
 

@@ -165,7 +165,13 @@ async def _decide(
         ours = [attempt for attempt in attempts if attempt.forced_by == purchase.identity.place]
         record, force_new = (latest_purchase(ours), False) if ours else (record, True)
     elif record is not None:
-        check_same_run(record, crew_url=purchase.crew.url, inputs_digest=purchase.digest)
+        check_same_run(
+            record,
+            crew_url=purchase.crew.url,
+            inputs_digest=purchase.digest,
+            marks=purchase.marks,
+            secret_inputs=purchase.secret_inputs,
+        )
     owner_ended = record is not None and record.phase is RecordPhase.CLAIMED and await records.owner_ended(record)
     decision = decide(
         record,

@@ -78,7 +78,7 @@ def _waiter_prefix(record: RunRecord) -> str:
     return f"{_NOTE}{_digest(record.run_key)}_{record.attempt}_"
 
 
-_SHORTER = {"result": None, "step": 100, "error": 200, "reason": 200, "crew": 100}
+_SHORTER = {"input_marks": None, "result": None, "step": 100, "error": 200, "reason": 200, "crew": 100}
 """What gives way in a record that is too large, in this order: dropped, or cut to so many characters."""
 
 

@@ -22,7 +22,7 @@ Facts behind the design: the crew API has no idempotency key; Prefect retries fl
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
@@ -33,6 +33,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from prefect_crew.api.certainty import post_deadline
 from prefect_crew.api.errors import RunKeyConflictError
 from prefect_crew.api.models import CrewResult, CrewState, TaskResult, TokenUsage
+from prefect_crew.input_marks import InputMarks, differing_inputs
 
 __all__ = [
     "MAX_RUN_KEY",
@@ -137,7 +138,7 @@ class RunRecord(BaseModel):
     `crew` is for people; `crew_url` and `inputs_digest` are what the run is compared by. `owner` is a nonce of the call
     that claimed it, since Prefect's client may send a request twice and then meets its own claim. `known_by` is when
     the owner must know whether it started a run. `flow_run_id` and `flow_run_count` name the owner's flow run and which
-    attempt of it. Inputs are not kept, only their digest.
+    attempt of it. Inputs are not kept, only their digest, and fingerprints that say which of them differ.
     """
 
     model_config = ConfigDict(extra="ignore")
@@ -149,6 +150,8 @@ class RunRecord(BaseModel):
     crew: str
     crew_url: str
     inputs_digest: str
+    input_marks: InputMarks | None = None
+    """None for a row of a batch, whose ledger says with what it was run, and where it did not fit."""
     owner: str
     claimed_at: datetime
     known_by: datetime
@@ -388,8 +391,15 @@ def decide(
     return Decision.BUY_AGAIN
 
 
-def check_same_run(record: RunRecord, *, crew_url: str, inputs_digest: str) -> None:
-    """Raise RunKeyConflictError if the record is of another crew or other inputs.
+def check_same_run(
+    record: RunRecord,
+    *,
+    crew_url: str,
+    inputs_digest: str,
+    marks: InputMarks | None = None,
+    secret_inputs: Collection[str] = (),
+) -> None:
+    """Raise RunKeyConflictError if the record is of another crew or other inputs. `marks` are fingerprints of these.
 
     An attempt that surely did not start binds nobody: the inputs that were refused may be mended under the same key.
     """
@@ -399,7 +409,11 @@ def check_same_run(record: RunRecord, *, crew_url: str, inputs_digest: str) -> N
     if record.crew_url != crew_url:
         differences.append(f"it ran crew {record.crew} at {record.crew_url}, not {crew_url}")
     if record.inputs_digest != inputs_digest:
-        differences.append(f"its inputs have the digest {record.inputs_digest}, these have {inputs_digest}")
+        told = None
+        if record.input_marks is not None and marks is not None:
+            told = differing_inputs(record.input_marks, marks, secret={*record.secret_inputs, *secret_inputs})
+        digests = f"its inputs have the digest {record.inputs_digest}, these have {inputs_digest}"
+        differences.append(told or digests)
     if differences:
         raise RunKeyConflictError(
             run_key=record.run_key, difference="; ".join(differences), kickoff_id=record.kickoff_id

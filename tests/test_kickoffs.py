@@ -434,6 +434,60 @@ async def test_another_crew_or_other_inputs_under_a_key_are_a_conflict(crew_serv
     assert (server.requests["kickoff"], second.requests["kickoff"]) == (1, 0)
 
 
+async def conflict(crew: Any, inputs: dict[str, Any], run_key: str, **options: Any) -> str:
+    with pytest.raises(RunKeyConflictError) as caught:
+        await crew.trigger(inputs, run_key=run_key, **options)
+    return caught.value.difference
+
+
+async def test_a_conflict_names_the_inputs_that_differ(crew_server: CrewServerFactory):
+    server, run_key = crew_server("echo"), key()
+    crew = server.crew(allow_extra_inputs=True, secret_inputs=["pin"])
+    given = {"text": "a", "days": 3, "old": "x", "pin": "1234"}
+    await crew.trigger(given, run_key=run_key)
+    differing = {"text": "b", "days": "3", "new": "y", "pin": SecretStr("1234")}
+    assert await conflict(crew, differing, run_key) == (
+        "its inputs differ (another value: text; given then only: old; given now only: new)"
+    )
+    secret = await conflict(crew, {**given, "pin": "9999"}, run_key)
+    assert secret == "its inputs differ, and none of those that are not secret does"
+    # What is secret for one of the two is compared with nothing.
+    assert await conflict(crew, {**given, "text": SecretStr("b")}, run_key) == secret
+    state = uuid.uuid4()
+    assert await conflict(crew, given, run_key, restore_from=state) == "it starts from another state (restore_from)"
+    assert server.requests["kickoff"] == 1
+
+
+async def test_nothing_is_said_of_inputs_that_cannot_be_compared(
+    crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch
+):
+    server, run_key, without = crew_server("echo"), key(), key()
+    crew = server.crew(secret_inputs=["pin"], allow_extra_inputs=True)
+    await crew.trigger({"text": "a"}, run_key=run_key)
+    rotated = server.crew(token="another-token")
+    assert "text" not in (said := await conflict(rotated, {"text": "b"}, run_key))
+    assert "digest" in said
+    with monkeypatch.context() as patch:
+        patch.setattr(posting, "marks_of", lambda *_, **__: None)  # as a record has it that was written before
+        await crew.trigger({"text": "a"}, run_key=without)
+    assert "text" not in await conflict(crew, {"text": "b"}, without)
+
+
+async def test_what_a_record_keeps_of_its_inputs_tells_nothing_without_the_token(crew_server: CrewServerFactory):
+    run_key, other = key(), key()
+    for one, token in ((run_key, "local-token"), (other, "rotated-token")):
+        server = crew_server("echo", token=token)
+        crew = server.crew(secret_inputs=["pin"], allow_extra_inputs=True)
+        await crew.trigger({"text": "7", "also": "7", "pin": "1234"}, run_key=one)
+    first, second = [(await attempts(one))[0].input_marks for one in (run_key, other)]
+    assert first is not None
+    assert second is not None
+    assert set(first.inputs) == {"text", "also"}, "no secret input"
+    marks = [first.key, second.key, *first.inputs.values(), *second.inputs.values()]
+    assert len(set(marks)) == len(marks), "equal values of two inputs, or of two crews, are not seen to be equal"
+    assert {len(mark) for mark in marks} == {8}
+
+
 async def test_equal_inputs_are_equal_whatever_their_order_and_form(crew_server: CrewServerFactory):
     server, run_key = crew_server(TRIP), key()
     first = await server.crew(allow_extra_inputs=True).trigger({"city": "Lisbon", "days": 3}, run_key=run_key)

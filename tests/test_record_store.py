@@ -19,6 +19,7 @@ from prefect.states import Cancelled, Cancelling, Completed, Running
 from prefect_crew import record_store, turns
 from prefect_crew.api.errors import CrewError
 from prefect_crew.api.models import CrewState, TaskResult
+from prefect_crew.input_marks import marks_of
 from prefect_crew.record_store import PrefectRecords, record_name
 from prefect_crew.records import RECORD_VERSION, RecordPhase, RunRecord, SentReview, StoredResult, utcnow
 from prefect_crew.turns import Rank, line_here
@@ -219,6 +220,15 @@ async def test_a_result_that_prefect_cannot_hold_is_left_out_and_the_end_is_kept
     standing = await closed(result(output, data=data))
     assert standing.result is None
     assert (standing.phase, standing.state) == (RecordPhase.ENDED, CrewState.COMPLETED)
+
+
+async def test_the_fingerprints_of_inputs_give_way_first():
+    names = [f"input {number}" for number in range(40)]
+    marks = marks_of("token", dict.fromkeys(names, "x"))
+    assert (await closed(result("y" * 2000), input_marks=marks)).input_marks == marks
+    record = await closed(result("y" * 3500), input_marks=marks)
+    assert record.result is not None
+    assert record.input_marks is None
 
 
 async def test_long_texts_give_way_to_what_the_record_is_for():
