@@ -58,7 +58,7 @@ def test_a_run_is_recalled_once_and_looked_at_as_often_as_wanted():
 def test_another_crew_has_runs_of_its_own():
     remember(OpenRun(crew(), "r1"))
     other = DeployedCrew(url="https://other.test", token=SecretStr("t"))
-    assert recall(other, "r1") is None
+    assert recall(other.crew, "r1") is None
     assert recall(crew(), "r1") is not None
 
 

@@ -39,7 +39,7 @@ class Row:
         """Answer it as `prefect-crew reviews approve` does."""
         async with asking_batches() as (batches, _):
             record, ledger = await find_asked(self.kickoff_id, [batch.ledger for batch in batches])
-            await answer_run(record, self.crew, ledger, APPROVED, by="Ada")
+            await answer_run(record, self.crew.crew, ledger, APPROVED, by="Ada")
 
     async def approve_in_a_flow(self) -> None:
         crew, kickoff_id = self.crew, self.kickoff_id
@@ -51,7 +51,7 @@ class Row:
         await answering()
 
     async def approve_in_python(self) -> None:
-        await resume_run(self.crew, self.kickoff_id, feedback="", approve=True)
+        await resume_run(self.crew.crew, self.kickoff_id, feedback="", approve=True)
 
 
 @asynccontextmanager
@@ -109,5 +109,5 @@ async def test_nothing_is_sent_to_what_may_be_a_row_whose_ledger_is_elsewhere(tm
             crew = DeployedCrew(url=url, token="secret-token")
             async with crew.client() as client:
                 kickoff_id = await client.kickoff({})
-            await resume_run(crew, kickoff_id, feedback="", approve=True)
+            await resume_run(crew.crew, kickoff_id, feedback="", approve=True)
         assert len(another.resumes) == 1, "a batch of another crew is no obstacle"
