@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = ["CrewRun", "DeployedCrew", "find_crew", "load_crew"]
 
+# Prefect imports this module whenever it starts. What runs a crew takes half a second more, so methods import it.
 _BLOCK_NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 
 

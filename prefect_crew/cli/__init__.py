@@ -17,14 +17,9 @@ from itertools import zip_longest
 from types import FrameType
 from typing import Any
 
-__all__ = ["debugging", "main"]
+from prefect_crew.cli import terminal
 
-_debug = False
-
-
-def debugging() -> bool:
-    """Return whether `--debug` was given: errors show their traceback, and Prefect's logs are seen."""
-    return _debug
+__all__ = ["main"]
 
 
 class TerminatedError(SystemExit):
@@ -37,17 +32,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: The arguments after the program's name; those of the process if left out.
     """
-    global _debug
     arguments = list(sys.argv[1:] if argv is None else argv)
     own = arguments[: arguments.index("--")] if "--" in arguments else arguments
-    _debug = "--debug" in own
+    terminal.debug("--debug" in own)
     arguments = [argument for argument in own if argument != "--debug"] + arguments[len(own) :]
     _hide_tokens(arguments)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):  # a crew may write what this terminal's encoding does not have
             stream.reconfigure(errors="backslashreplace")
     with _signals(), warnings.catch_warnings():
-        if not _debug and not sys.warnoptions:
+        if not terminal.debugging() and not sys.warnoptions:
             warnings.simplefilter("ignore")
         try:
             return _run(arguments, as_json="--json" in own)
@@ -57,8 +51,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _hide_tokens(arguments: list[str]) -> None:
-    from prefect_crew.cli import terminal
-
     terminal.forget()
     terminal.secret(os.environ.get("CREW_TOKEN", ""))
     for argument, following in zip_longest(arguments, arguments[1:], fillvalue=""):
@@ -92,12 +84,12 @@ def _run(arguments: list[str], *, as_json: bool) -> int:
 def _report(error: BaseException, *, as_json: bool) -> int:
     """Write an error for people, and with `--json` for programs; return its exit code."""
     from prefect_crew.api.errors import CrewError
-    from prefect_crew.cli import exits, progress, terminal
+    from prefect_crew.cli import exits, progress
 
     run = progress.latest_run()
     code = exits.exit_code(error, started=run is not None)
     said = exits.paragraph(error, run)
-    if _debug:
+    if terminal.debugging():
         sys.stderr.write(terminal.redact("".join(traceback.format_exception(error))))
     terminal.note(said, "bold" if exits.signalled(error) else "red")
     facts = {

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from prefect_crew.cli import terminal
 from prefect_crew.cli.exits import PrefectAwayError
 
 if TYPE_CHECKING:
@@ -129,11 +130,9 @@ def _quiet_server() -> Generator[None]:
 
     It writes to our terminal, in the middle of whatever is drawn there.
     """
-    from prefect_crew.cli import debugging
-
     # The first is the level of its own loggers, the second that of all that goes to its terminal.
     names = ("PREFECT_SERVER_LOGGING_LEVEL", "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL")
-    missing = [] if debugging() else [name for name in names if name not in os.environ]
+    missing = [] if terminal.debugging() else [name for name in names if name not in os.environ]
     os.environ.update(dict.fromkeys(missing, "CRITICAL"))
     try:
         yield
@@ -236,9 +235,7 @@ def quiet_logs(say: Callable[[str], None]) -> None:
     """Send to `say` what matters of the logs that Prefect would write to this terminal. Not after `--debug`."""
     from prefect.logging.handlers import PrefectConsoleHandler
 
-    from prefect_crew.cli import debugging
-
-    if debugging():
+    if terminal.debugging():
         return
     restore_logs()
     loggers = [logging.getLogger(), *map(logging.getLogger, tuple(logging.Logger.manager.loggerDict))]

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "command",
+    "debug",
+    "debugging",
     "errors",
     "forget",
     "is_terminal",
@@ -31,6 +33,18 @@ __all__ = [
 ]
 
 _tokens: set[str] = set()
+_debug = False
+
+
+def debug(on: bool) -> None:
+    """Say whether `--debug` was given: errors then show their traceback, and Prefect's logs are seen."""
+    global _debug
+    _debug = on
+
+
+def debugging() -> bool:
+    """Return whether `--debug` was given."""
+    return _debug
 
 
 def secret(value: str) -> str:

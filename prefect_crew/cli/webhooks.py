@@ -28,14 +28,13 @@ def webhooks(
     It verifies with PREFECT_INTEGRATIONS_CREW_WEBHOOK_SECRET what kickoffs have signed with the same.
     """
     from prefect_crew.api.errors import ConfigurationError
-    from prefect_crew.cli import debugging
     from prefect_crew.receiver.app import create_receiver
     from prefect_crew.receiver.handover import Handover
     from prefect_crew.receiver.serving import serve_receiver
 
     if not (0.001 <= max_body <= 1024 and queue >= 1):
         raise ConfigurationError("--max-body is 0.001 to 1024 MiB, and --queue 1 or more.")
-    _log_to_stderr(logging.DEBUG if debugging() else logging.INFO)
+    _log_to_stderr(logging.DEBUG if terminal.debugging() else logging.INFO)
     app = create_receiver(max_body=int(max_body * MIB), hand_on=Handover(limit=queue))
     try:
         return serve_receiver(app, host=host, port=port, announce=_announce)

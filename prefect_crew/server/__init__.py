@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from prefect_crew.server.app import create_app
     from prefect_crew.server.faults import Fault, FaultError, Faults
     from prefect_crew.server.local import CrewServer, InProcessCrewServer
-    from prefect_crew.server.programs import ProgramNotFoundError, load_program
+    from prefect_crew.server.program import ProgramNotFoundError
+    from prefect_crew.server.programs import load_program
     from prefect_crew.server.scripted import CrewScript
     from prefect_crew.server.scripts import ScriptError, load_script
 
@@ -42,7 +43,7 @@ _HOMES = {
     "FaultError": "faults",
     "Faults": "faults",
     "InProcessCrewServer": "local",
-    "ProgramNotFoundError": "programs",
+    "ProgramNotFoundError": "program",
     "ScriptError": "scripts",
     "create_app": "app",
     "load_program": "programs",

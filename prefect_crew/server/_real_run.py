@@ -36,8 +36,7 @@ from crewai.types.usage_metrics import UsageMetrics
 from prefect_crew.api.models import TaskResult
 from prefect_crew.server._real_bridge import Bridge, HumanInput, feedback_text
 from prefect_crew.server._real_results import result_of, task_label, task_result, token_usage
-from prefect_crew.server.program import Outcome
-from prefect_crew.server.programs import ProgramNotFoundError
+from prefect_crew.server.program import Outcome, ProgramNotFoundError
 
 __all__ = ["build", "run_once"]
 

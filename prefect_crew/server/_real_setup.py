@@ -20,7 +20,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from prefect_crew.server.programs import ProgramNotFoundError
+from prefect_crew.server.program import ProgramNotFoundError
 
 __all__ = ["prepare_crewai", "resolve_factory"]
 

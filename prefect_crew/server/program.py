@@ -12,11 +12,15 @@ from typing import Any, Protocol
 
 from prefect_crew.api.models import CrewInput, TaskResult, TokenUsage
 
-__all__ = ["Answer", "Outcome", "Program", "ProgramError", "Run"]
+__all__ = ["Answer", "Outcome", "Program", "ProgramError", "ProgramNotFoundError", "Run"]
 
 
 class ProgramError(Exception):
     """The crew failed; the text is what its status answer will say."""
+
+
+class ProgramNotFoundError(ValueError):
+    """What was asked for cannot be served; the text says why and what to do."""
 
 
 @dataclass(frozen=True)

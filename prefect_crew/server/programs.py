@@ -10,11 +10,7 @@ from prefect_crew.server.program import Program
 from prefect_crew.server.scripted import CrewScript, ScriptedProgram
 from prefect_crew.server.scripts import load_script, parse_script
 
-__all__ = ["ProgramNotFoundError", "load_program"]
-
-
-class ProgramNotFoundError(ValueError):
-    """What was asked for cannot be served; the text says why and what to do."""
+__all__ = ["load_program"]
 
 
 def load_program(spec: str | os.PathLike[str] | CrewScript | Program, *, speed: float = 1.0) -> Program:

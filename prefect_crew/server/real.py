@@ -21,8 +21,7 @@ from weakref import WeakKeyDictionary
 
 from prefect_crew.api.models import CrewInput
 from prefect_crew.server._real_setup import prepare_crewai, resolve_factory
-from prefect_crew.server.program import Outcome, Program, ProgramError, Run
-from prefect_crew.server.programs import ProgramNotFoundError
+from prefect_crew.server.program import Outcome, Program, ProgramError, ProgramNotFoundError, Run
 
 __all__ = ["MAX_RUNS", "STOP_SECONDS", "RealProgram", "load_real"]
 

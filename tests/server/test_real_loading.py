@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from prefect_crew.server._real_setup import _lock_in_process, prepare_crewai
-from prefect_crew.server.programs import ProgramNotFoundError, load_program
+from prefect_crew.server.program import ProgramNotFoundError
+from prefect_crew.server.programs import load_program
 from support.environment import isolated
 
 pytestmark = [pytest.mark.crewai, pytest.mark.filterwarnings("ignore::DeprecationWarning:crewai")]

@@ -16,7 +16,8 @@ import httpx
 import pytest
 
 from prefect_crew.server.faults import FaultError
-from prefect_crew.server.programs import ProgramNotFoundError, load_program
+from prefect_crew.server.program import ProgramNotFoundError
+from prefect_crew.server.programs import load_program
 from prefect_crew.server.runtime import CRASH_EXIT_CODE
 from prefect_crew.server.scripted import ScriptedProgram
 from prefect_crew.server.scripts import ScriptError
