@@ -121,7 +121,7 @@ async def _opened(purchase: Purchase, records: RecordStore) -> tuple[OpenRun, Pu
     if known_cancelled(purchase.identity.caller.flow_run_id):
         # A flow that catches the end of one wait must not go on buying.
         raise CrewError(f"Flow run {purchase.identity.caller.flow_run_id} was cancelled: it kicks off nothing more.")
-    if purchase.settings is not None and purchase.settings.webhook_url:
+    if purchase.settings.webhook_url:
         subscribe()
     async with CrewSession(crew) as session:
         # Open as long as the POST may be in flight, so that a Ctrl-C meanwhile stops what it started.

@@ -27,11 +27,11 @@ from prefect_crew.logs import run_logger
 from prefect_crew.receiver.targets import webhooks_for
 from prefect_crew.records import Lease, RecordPhase, RecordStore, RunRecord, known_by, utcnow
 from prefect_crew.run_keys import RunIdentity
+from prefect_crew.settings import CrewSettings
 from prefect_crew.stopping import stop_if_asked
 
 if TYPE_CHECKING:
     from prefect_crew.api.webhooks import Webhooks
-    from prefect_crew.settings import CrewSettings
 
 __all__ = ["LIMITED_FOR", "ClaimLostError", "Purchase", "give_back", "post_claimed", "uncertain"]
 
@@ -62,7 +62,7 @@ class Purchase:
     force_new: bool = False
     restore_from: str | None = None
     quiet: bool = False
-    settings: CrewSettings | None = None
+    settings: CrewSettings = field(default_factory=CrewSettings)
     asked_at: datetime = field(default_factory=utcnow)
     slot: str | None = None
 
@@ -101,6 +101,8 @@ class Purchase:
             slot=self.slot,
             step=self.name,
             secret_inputs=self.secret_inputs,
+            # In the claim: whoever kicks off may be gone before anything else of it is written down.
+            hooked=self.webhooks is None and bool(self.settings.webhook_url),
         )
 
 
@@ -222,7 +224,6 @@ async def _post(
         webhooks = purchase.webhooks or webhooks_for(
             crew, record.run_key, attempt=attempt, owner=record.owner, settings=settings
         )
-        record.hooked = webhooks is not None and purchase.webhooks is None
         with withholding(redact):
             # The attempt tells two runs of one key apart, for a person who looks for the one of a record.
             meta = {**(purchase.meta or {}), "run_key": record.run_key, "run_attempt": record.attempt}

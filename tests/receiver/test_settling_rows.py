@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import uuid
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from prefect_crew import WaitPolicy, arun_batch
+from prefect_crew import WaitPolicy, arun_batch, posting
 from prefect_crew.batches.ledger import Ledger
 from prefect_crew.records import RecordPhase
 from prefect_crew.testing import CrewServerFactory
@@ -63,3 +64,21 @@ async def test_a_row_is_settled_by_its_webhook_when_the_batch_is_gone_on_with(
     async with Ledger(f"{given['output']}.ledger.db", name) as ledger:
         (record,) = await ledger.attempts(run_key)
     assert (record.phase, record.kickoff_id) == (RecordPhase.ENDED, lost.id)
+
+
+async def test_a_row_whose_process_dies_in_its_kickoff_is_one_that_webhooks_may_settle(
+    crew_server: CrewServerFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_WEBHOOK_URL", "https://hooks.test")
+    monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_WEBHOOK_SECRET", SECRET)
+    monkeypatch.setattr(posting, "FINISH", 0.1)
+    server, name = crew_server(SLOW, faults=["kickoff:timeout@1"]), f"dying {uuid.uuid4().hex[:8]}"
+    output = tmp_path / "out.jsonl"
+    running = asyncio.ensure_future(arun_batch(server.crew(), ROWS[:1], name=name, key="id", output=str(output)))
+    await until(lambda: server.requests["kickoff"] == 1, "the kickoff is sent")
+    async with Ledger(f"{output}.ledger.db", name) as found_by_the_next:
+        (record,) = await found_by_the_next.unsettled()
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    assert (record.phase, record.hooked) == (RecordPhase.CLAIMED, True)
