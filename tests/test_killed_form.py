@@ -104,6 +104,10 @@ def test_a_process_is_killed_with_its_form_up(
                 return form if form and form["pause_key"] != first["pause_key"] else None
 
             await asyncio.to_thread(wait_until, up, seconds=60, what="a form")
+            second = await asyncio.to_thread(form_of, flow_run_id)
+            assert second is not None
+            same = second["run_input_keyset"] == first["run_input_keyset"]
+            assert same is not answered, "the form of the same question is the same one"
             assert server.requests["resume"] == int(answered), "what was filled in was sent, once"
             assert await asyncio.to_thread(fill_in, flow_run_id, decision="approve") == "ACCEPT"
             await asyncio.wait_for(run, 60)

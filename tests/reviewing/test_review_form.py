@@ -17,6 +17,7 @@ from prefect_crew import CrewTimeoutError, DeployedCrew, WaitPolicy, arun_crew, 
 from prefect_crew.artifacts import artifact_key
 from prefect_crew.record_store import PrefectRecords
 from prefect_crew.reviewing import review_form
+from prefect_crew.reviewing.forms import Form, ReviewForm
 from prefect_crew.server import CrewScript, InProcessCrewServer
 from support.chromium import Chromium
 from support.deployed import wait_until
@@ -97,15 +98,8 @@ class FlowRun:
             state = self.state
             if state is None or not state.is_paused() or state.state_details.pause_key == not_key:
                 return None
-            with get_client(sync_client=True) as client:
-                # A form is there once its fields are stored, a moment after the pause.
-                found = client.request(
-                    "POST",
-                    "/flow_runs/{id}/input/filter",
-                    path_params={"id": self.id},
-                    json={"prefix": "crew-review-", "limit": 20, "exclude_keys": []},
-                ).json()
-            return state.state_details.pause_key if any("description" in one["key"] for one in found) else None
+            # A form is there once its fields are stored, a moment after the pause.
+            return state.state_details.pause_key if any("description" in key for key in self.inputs()) else None
 
         return wait_until(up, seconds=60, what="a form")
 
@@ -117,6 +111,13 @@ class FlowRun:
             return client.request(
                 "GET", "/flow_runs/{id}/input/{key}", path_params={"id": self.id, "key": keyset["description"]}
             ).json()
+
+    def inputs(self) -> list[str]:
+        """Return the names of all that is stored of its forms."""
+        body = {"prefix": "crew-review-", "limit": 20, "exclude_keys": []}
+        with get_client(sync_client=True) as client:
+            found = client.request("POST", "/flow_runs/{id}/input/filter", path_params={"id": self.id}, json=body)
+        return sorted(one["key"] for one in found.json())
 
     def fill_in(self, **fields: Any) -> Any:
         """Submit the form as Prefect's page does, and return its answer."""
@@ -211,6 +212,59 @@ def test_an_answer_from_elsewhere_takes_the_form_back(server: InProcessCrewServe
     state = run.state
     assert state is not None
     assert state.is_completed()
+
+
+def test_of_two_flow_runs_that_ask_about_one_run_one_answers(server: InProcessCrewServer) -> None:
+    crew, key = crew_of(server), f"both {server.url}"
+
+    async def ask() -> str:
+        return (await arun_crew(crew, {"topic": "tea"}, review="form", run_key=key)).output
+
+    runs = [FlowRun(ask) for _ in range(2)]
+    for run in runs:
+        run.form()
+    # Both before either is read: a process looks at its form every 0.2 s.
+    together = threading.Barrier(2)
+
+    def fill_in(run: FlowRun, name: str) -> None:
+        together.wait()
+        assert run.fill_in(decision="approve", name=name)["status"] == "ACCEPT"
+
+    people = [threading.Thread(target=fill_in, args=pair) for pair in zip(runs, ("Ada", "Grace"), strict=True)]
+    for person in people:
+        person.start()
+    for person in people:
+        person.join()
+    outputs = {run.result() for run in runs}
+    assert len(outputs) == 1
+    assert next(iter(outputs)).startswith("Printed")
+    assert [server.requests["resume"], server.kickoffs] == [1, 1]
+    for run in runs:
+        state = run.state
+        assert state is not None
+        assert state.is_completed()
+        assert run.inputs() == []
+
+
+def test_a_form_that_stands_is_found_by_another_process_and_not_made_again(server: InProcessCrewServer) -> None:
+    crew = crew_of(server)
+    run = FlowRun(lambda: arun_crew(crew, {"topic": "tea"}, review="form"))
+    first = run.form()
+    stands = run.inputs()
+    kickoff_id = server.runs[0].id
+
+    async def put_up_again() -> bool:
+        question = reviews.Question(kickoff_id, "draft", 1, None, "the draft", ())
+        model = ReviewForm.about(question, "the text")
+        return await Form(str(run.id), question, model, WaitPolicy()).put_up()
+
+    assert asyncio.run(put_up_again())
+    state = run.state
+    assert state is not None
+    assert [state.state_details.pause_key, run.inputs()] == [first, stands]
+    assert run.fill_in(decision="approve")["status"] == "ACCEPT"
+    assert run.result().output.startswith("Printed")
+    assert server.requests["resume"] == 1
 
 
 def test_a_form_that_was_resumed_without_an_answer_comes_back(server: InProcessCrewServer) -> None:
