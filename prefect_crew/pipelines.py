@@ -285,7 +285,7 @@ class _Work:
             self.errors[step.name] = error
             self.artifact.ended(step.name, "failed", str(error))
         except Pause:
-            # The steps after it are for when the flow run goes on.
+            # Somebody suspends the flow run: Prefect ends the task. The steps after it are for when it goes on.
             self.artifact.ended(step.name, "suspended")
             raise
         self._done[step.name].set()

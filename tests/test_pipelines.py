@@ -10,7 +10,10 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
-from prefect import flow, task
+from prefect import flow, get_client, task
+from prefect.exceptions import Pause
+from prefect.flow_engine import run_flow_async
+from prefect.flow_runs import asuspend_flow_run
 from prefect.runtime import flow_run
 from pydantic import BaseModel, SecretStr
 
@@ -555,3 +558,44 @@ async def test_an_input_that_cannot_be_sent_is_a_mistake_of_the_caller_also_wher
     with pytest.raises(ConfigurationError, match="Input 'o' holds a value of type object, which cannot be sent"):
         await (flow(trip)() if inside else trip())
     assert echo.kickoffs == 0
+
+
+# Suspended by Prefect
+
+
+async def test_a_flow_run_that_somebody_suspends_in_the_middle_goes_on_with_what_is_left(
+    crew_server: CrewServerFactory, echo: InProcessCrewServer, seen: Seen
+):
+    held, run_key = Held(), key()
+    server = crew_server(held)
+    steps = [
+        CrewStep("held", server.crew(), {}),
+        CrewStep("next", echo.crew(), {"text": "{{ held.output }}"}),
+        CrewStep("last", echo.crew(), {"text": "{{ next.output }}"}),
+    ]
+
+    @flow
+    async def trip() -> str:
+        return (await arun_pipeline(steps, name="suspended", run_key=run_key))["last"].output
+
+    async with get_client() as client:
+        deployment = await client.create_deployment(await client.create_flow(trip), f"suspended-{uuid.uuid4()}")
+        planned = await client.create_flow_run_from_deployment(deployment)
+
+        async def suspend() -> None:
+            while not server.requests["status"]:
+                await asyncio.sleep(0.01)
+            await asuspend_flow_run(flow_run_id=planned.id)
+            held.release()
+
+        meanwhile = asyncio.create_task(suspend())
+        with pytest.raises(Pause):
+            await run_flow_async(trip, flow_run=await client.read_flow_run(planned.id))
+        await meanwhile
+        shown = await asyncio.to_thread(artifact, seen, "suspended", run_key)
+        assert [row.split(" | ")[1] for row in shown.splitlines() if row.startswith("| **")] == [
+            *("◌ running, the flow run is suspended", "○ waiting", "○ waiting")
+        ]
+        await client.resume_flow_run(planned.id)
+        assert await run_flow_async(trip, flow_run=await client.read_flow_run(planned.id)) == "done"
+    assert [echo.kickoffs, server.kickoffs] == [2, 1]
