@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,7 +80,7 @@ async def _asks(name: str) -> bool:
         return name in [batch.name for batch in batches]
 
 
-WAYS: dict[str, Callable[[Row], object]] = {
+WAYS: dict[str, Callable[[Row], Awaitable[None]]] = {
     "reviews": Row.approve,
     "flow": Row.approve_in_a_flow,
     "python": Row.approve_in_python,
