@@ -50,8 +50,11 @@ _watch = _Watch()
 
 
 def started_by_runner() -> bool:
-    """Return whether a Prefect runner or worker started this process: its Ctrl-C shuts the worker down, no more."""
-    return bool(os.environ.get("PREFECT__FLOW_RUN_ID"))
+    """Return whether a Prefect runner or worker started this process, or is it: Ctrl-C shuts that down, no more.
+
+    A worker names itself in its own environment, and in that of the processes that it starts.
+    """
+    return bool(os.environ.get("PREFECT__FLOW_RUN_ID") or os.environ.get("PREFECT__WORKER_NAME"))
 
 
 def ctrl_c_pressed() -> bool:
@@ -86,9 +89,9 @@ def watch_ctrl_c() -> Generator[None]:
     """Note Ctrl-C while this is open, for `ctrl_c_pressed`. The handler that was there is called as before; Python's
     own, which raises KeyboardInterrupt wherever the program is, by the loop, and at once when pressed again.
 
-    Outside the main thread, where Python allows no handlers, it does nothing.
+    Outside the main thread, where Python allows no handlers, it does nothing; nor under a runner or worker.
     """
-    in_main = threading.current_thread() is threading.main_thread()
+    in_main = threading.current_thread() is threading.main_thread() and not started_by_runner()
     if in_main:
         if _watch.users == 0:
             _watch.pressed = False

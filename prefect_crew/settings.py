@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Annotated, Any, ClassVar
 
 from prefect.settings.base import PrefectBaseSettings, build_settings_config
-from pydantic import Field, SecretStr
-from pydantic_settings import SettingsConfigDict
+from pydantic import Field, SecretStr, field_validator
+from pydantic_settings import NoDecode, SettingsConfigDict
 
 __all__ = ["CrewSettings"]
 
@@ -28,3 +28,12 @@ class CrewSettings(PrefectBaseSettings):
         default=None,
         description="The signing secrets of Flows' review webhooks, as the platform shows them, separated by blanks.",
     )
+    worker_modules: Annotated[list[str], NoDecode] = Field(
+        default_factory=list,
+        description="Modules, besides this package's, whose flows a crew worker imports; separated by commas.",
+    )
+
+    @field_validator("worker_modules", mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        return [name.strip() for name in value.split(",") if name.strip()] if isinstance(value, str) else value

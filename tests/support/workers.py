@@ -14,7 +14,7 @@ __all__ = ["Worker"]
 
 
 class Worker:
-    """A `prefect worker start --type process`; a context manager.
+    """A `prefect worker start`; a context manager.
 
     Args:
         server: The server it asks for work.
@@ -25,6 +25,7 @@ class Worker:
         poll: Seconds between two looks for work.
         env: More variables, for it and its flow runs.
         limit: How many flow runs it has at once; no limit if left out.
+        kind: The type of worker.
 
     Attributes:
         log: The file with its output and that of its flow runs.
@@ -41,6 +42,7 @@ class Worker:
         poll: float = 1.0,
         env: Mapping[str, str] | None = None,
         limit: int | None = None,
+        kind: str = "process",
     ) -> None:
         self.pool = pool
         self.name = name or pool
@@ -55,6 +57,7 @@ class Worker:
             **(env or {}),
         )
         self._limit = [] if limit is None else ["--limit", str(limit)]
+        self._kind = kind
         self._process: Process | None = None
 
     @property
@@ -72,7 +75,17 @@ class Worker:
         """
         self._process = Process(
             [
-                *(program("prefect"), "worker", "start", "--pool", self.pool, "--type", "process", "--name", self.name),
+                *(
+                    program("prefect"),
+                    "worker",
+                    "start",
+                    "--pool",
+                    self.pool,
+                    "--type",
+                    self._kind,
+                    "--name",
+                    self.name,
+                ),
                 *self._limit,
             ],
             log=self.log,

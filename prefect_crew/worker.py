@@ -1,0 +1,672 @@
+"""The crew worker: a Prefect worker that runs flow runs as coroutines of its own process.
+
+A flow run that waits for a crew does nothing most of the time. A process worker holds a process for each; this one
+holds a coroutine. Prefect's own engine runs the flow, so tasks, retries, timeouts, results and logs are Prefect's.
+
+What a worker of coroutines has to do itself:
+
+- Cancelling. Prefect's workers cancel only what has not begun. This one looks for flow runs that are Cancelling.
+- Shutting down. SIGTERM gives its flow runs back to the pool (AwaitingRetry); their crews run on. Whoever takes a flow
+  run next runs it from the top and finds the crew's run by its record.
+- Adopting. The flow runs of a worker that died are given back to the pool by another one, or by itself when it comes
+  back under the same name. A flow run names its owner in `infrastructure_pid`: the worker's name and a number drawn at
+  its start. Creating a flow run input whose key is the orphaned state's id decides who adopts, since such keys are
+  unique on the server.
+- Losing. A worker that was frozen, or cut off from the server, may have lost flow runs to another one. It checks who
+  owns them before it proposes a state, and ends what is no longer its own without a word to the server.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Iterable
+from dataclasses import dataclass
+from types import FrameType
+from typing import TYPE_CHECKING, Any, cast
+from uuid import UUID, uuid4
+
+import anyio.abc
+import httpx
+from prefect.client.orchestration import PrefectClient
+from prefect.client.schemas.actions import WorkPoolUpdate
+from prefect.client.schemas.filters import (
+    FlowRunFilter,
+    FlowRunFilterId,
+    FlowRunFilterParentFlowRunId,
+    FlowRunFilterState,
+    FlowRunFilterStateName,
+    FlowRunFilterStateType,
+    WorkPoolFilter,
+    WorkPoolFilterName,
+)
+from prefect.client.schemas.objects import FlowRun, State, StateType, WorkerStatus
+from prefect.context import AsyncClientContext, FlowRunContext
+from prefect.exceptions import Abort, InfrastructureNotAvailable, ObjectNotFound, Pause, PrefectException
+from prefect.flows import Flow
+from prefect.logging.loggers import flow_run_logger
+from prefect.states import Cancelled, Failed
+from prefect.utilities.engine import propose_state
+from prefect.workers.base import BaseJobConfiguration, BaseWorker, BaseWorkerResult
+from pydantic import PrivateAttr
+
+from prefect_crew._internal.flow_engine import HANDED_OVER, Ending, hand_over, many_flow_runs, run_flow_here
+from prefect_crew.actions import stop_run
+from prefect_crew.api.errors import ConfigurationError, CrewError
+from prefect_crew.blocks import DeployedCrew
+from prefect_crew.record_store import PrefectRecords
+from prefect_crew.records import RecordPhase
+from prefect_crew.settings import CrewSettings
+
+if TYPE_CHECKING:
+    from prefect.client.schemas.responses import DeploymentResponse, WorkerFlowRunResponse
+
+__all__ = ["CrewJobConfiguration", "CrewWorker", "load_flow"]
+
+POOL_DESCRIPTION = (
+    "Runs flows of prefect-crew, and asynchronous flows of your own, as coroutines of a few small processes: "
+    "`prefect worker start --pool NAME`. A flow run that waits for a crew holds no process."
+)
+LOOK_EVERY = 2.0
+"""Seconds between two looks for flow runs that are being cancelled."""
+FULL_LOOK_EVERY = 300.0
+"""Seconds between two looks through all flow runs of the pool for orphans, while its workers stay the same."""
+UNOWNED_FOR = 60.0
+"""Seconds for which a Pending flow run may be without an owner: the worker that takes it names itself right after."""
+HAND_OVER_WITHIN = 25.0
+"""Seconds for giving flow runs back on a shutdown: Kubernetes kills after 30. A kickoff that is being sent is waited
+for; what is not given back by then is adopted later."""
+AWAY_PAUSE = 5.0
+"""Seconds between two requests to a Prefect server that is away, after the pauses of Prefect's own client."""
+BLOCKED_AFTER = 5.0
+"""Seconds that one step of a coroutine may take before its flow run is named in a warning."""
+PAGE = 200
+"""Flow runs that the server gives at once, at most."""
+
+
+def load_flow(entrypoint: str | None, *, allowed: Iterable[str] = ()) -> Flow[Any, Any]:
+    """Import an asynchronous flow that a crew worker may run, by its import path such as `my_package.flows.my_flow`.
+
+    Args:
+        entrypoint: The import path: a module, a dot, and the flow's name in it.
+        allowed: Modules besides this package's, each with all modules below it.
+
+    Raises:
+        ConfigurationError: It is no such path, its module is not allowed or cannot be imported, or it is no
+            asynchronous flow. The message says what to do.
+    """
+    module, _, name = (entrypoint or "").rpartition(".")
+    if not module or ":" in module or "/" in module:
+        raise ConfigurationError(
+            f"A crew worker runs flows by import path, such as 'my_package.flows.my_flow', not {entrypoint!r}: deploy "
+            "it with `prefect-crew deploy`, or set the deployment's `entrypoint`."
+        )
+    permitted = ["prefect_crew", *allowed]
+    if not any(module == one or module.startswith(f"{one}.") for one in permitted):
+        raise ConfigurationError(
+            f"This crew worker does not import {module}: add it to PREFECT_INTEGRATIONS_CREW_WORKER_MODULES where the "
+            f"worker starts. It imports {', '.join(permitted)}."
+        )
+    try:
+        flow = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ConfigurationError(
+            f"The flow {entrypoint} cannot be imported ({error}): install its package where the crew worker runs."
+        ) from error
+    if not isinstance(flow, Flow):
+        raise ConfigurationError(f"{entrypoint} is no flow: decorate the function with @flow.")
+    if not flow.isasync or flow.isgenerator:
+        raise ConfigurationError(
+            f"The flow {entrypoint} is synchronous and would hold up all others of a crew worker: write it as "
+            "`async def`, or deploy it to a process work pool."
+        )
+    return cast("Flow[Any, Any]", flow)
+
+
+class CrewJobConfiguration(BaseJobConfiguration):
+    """What a deployment may set for a crew worker: nothing. Flow runs share the worker's process and environment."""
+
+    _deployment: DeploymentResponse | None = PrivateAttr(default=None)
+    _flow_run_id: UUID | None = PrivateAttr(default=None)
+
+    @property
+    def entrypoint(self) -> str | None:
+        """The import path of the deployment's flow."""
+        return None if self._deployment is None else self._deployment.entrypoint
+
+    @property
+    def flow_run_id(self) -> UUID | None:
+        """The flow run that this configuration was made for."""
+        return self._flow_run_id
+
+    def prepare_for_flow_run(
+        self,
+        flow_run: FlowRun,
+        deployment: DeploymentResponse | None = None,
+        flow: Any = None,
+        work_pool: Any = None,
+        worker_name: str | None = None,
+        worker_id: UUID | None = None,
+    ) -> None:
+        """Keep what `run` needs; there is no command, environment or label to prepare."""
+        self._deployment, self._flow_run_id = deployment, flow_run.id
+        self._related_objects = {"deployment": deployment, "flow": flow, "flow-run": flow_run}
+
+
+@dataclass(eq=False)
+class _FlowRunHere:
+    """One flow run whose coroutine runs in this worker. It is what the engine asks (`flow_engine.Owner`)."""
+
+    worker: CrewWorker
+    flow_run: FlowRun
+    ending: Ending | None = None
+    why: str = ""
+    task: asyncio.Task[None] | None = None
+
+    def end(self, ending: Ending, why: str) -> None:
+        """End the coroutine. What it may still say to the server depends on why; lost is the last word."""
+        if self.ending is None or ending == "lost":
+            self.ending, self.why = ending, why
+            if self.task is not None:
+                self.task.cancel()
+
+    async def confirm(self) -> None:
+        await self.worker.confirm(self)
+
+
+class CrewWorker(BaseWorker[CrewJobConfiguration, Any, BaseWorkerResult]):
+    """Runs flow runs as coroutines of its own process.
+
+    Example:
+        ```bash
+        prefect work-pool create crews --type crew
+        prefect worker start --pool crews
+        ```
+    """
+
+    type = "crew"
+    job_configuration = CrewJobConfiguration
+    _description = POOL_DESCRIPTION
+    _display_name = "Crew"
+    _documentation_url = "https://docs.crewai.com/en/api-reference/introduction"
+    _logo_url = "https://raw.githubusercontent.com/PrefectHQ/prefect/420d0d6a78bb6df1fc18bcf188fdad43c1d22ea9/assets/block-logos/webhook.png"
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.boot = uuid4().hex[:12]
+        self._here: dict[UUID, _FlowRunHere] = {}
+        self._leaving = False
+        self._confirmed_at = _clock()
+        self._workers: dict[str, bool] = {}
+        self._suspects: dict[UUID, float] = {}
+        self._full_look_at: float | None = None
+
+    @property
+    def identity(self) -> str:
+        """What its flow runs name as their owner: its name, which holds no slash, and the number of this start."""
+        return f"{self.name}/{self.boot}"
+
+    @classmethod
+    def get_default_base_job_template(cls) -> dict[str, Any]:
+        """Return a template without variables: there is nothing to set. The server takes no empty configuration."""
+        return {"job_configuration": {"name": None}, "variables": {"type": "object", "properties": {}}}
+
+    # Life
+
+    async def setup(self) -> None:
+        """Prepare the worker: one Prefect client for all flow runs, and the look for cancelled and orphaned ones."""
+        await super().setup()
+        await self._exit_stack.enter_async_context(AsyncClientContext.get_or_create())
+        self._exit_stack.enter_context(many_flow_runs())
+        self._exit_stack.enter_context(_contained_exits())
+        self._exit_stack.enter_context(_warning_when_blocked(self._logger.warning))
+        await self._exit_stack.enter_async_context(_in_background(self._look_around()))
+
+    async def start(
+        self, run_once: bool = False, with_healthcheck: bool = False, printer: Callable[..., None] = print
+    ) -> None:
+        """Run until a signal ends it. The first SIGTERM or SIGINT gives its flow runs back, the second kills it."""
+        with self._handling_signals(printer):
+            await super().start(run_once=run_once, with_healthcheck=with_healthcheck, printer=printer)
+
+    @contextlib.contextmanager
+    def _handling_signals(self, printer: Callable[..., None]) -> Generator[None]:
+        loop, main = asyncio.get_running_loop(), asyncio.current_task()
+        shutdown: list[asyncio.Task[None]] = []
+
+        async def shut_down() -> None:
+            await self.hand_over_all(f"Worker {self.name!r} shuts down.")
+            if main is not None:
+                main.cancel()
+
+        def on_signal() -> None:
+            if shutdown:
+                os.kill(os.getpid(), signal.SIGKILL)
+            printer(f"Worker {self.name!r} shuts down: {len(self._here)} flow runs go back to the pool, crews run on.")
+            shutdown.append(loop.create_task(shut_down()))
+
+        if threading.current_thread() is not threading.main_thread() or sys.platform == "win32":
+            yield  # asyncio takes no handlers here
+            return
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        for number in before:
+            loop.add_signal_handler(number, on_signal)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                loop.remove_signal_handler(number)
+                signal.signal(number, handler)
+
+    async def hand_over_all(self, why: str) -> None:
+        """Take no new flow runs, and give all that run here back to the pool."""
+        self._leaving = True
+        tasks = [here.task for here in self._here.values() if here.task is not None]
+        for here in list(self._here.values()):
+            here.end("handed over", why)
+        if tasks:
+            await asyncio.wait(tasks, timeout=HAND_OVER_WITHIN)
+
+    async def sync_with_backend(self) -> None:
+        """Send a heartbeat, and describe the pool where nobody has."""
+        await super().sync_with_backend()
+        pool = self._work_pool
+        if pool is not None and pool.description is None:
+            pool.description = POOL_DESCRIPTION
+            await self.client.update_work_pool(pool.name, WorkPoolUpdate(description=POOL_DESCRIPTION))
+
+    async def _get_scheduled_flow_runs(self) -> list[WorkerFlowRunResponse]:
+        return [] if self._leaving else await super()._get_scheduled_flow_runs()
+
+    # One flow run
+
+    async def run(
+        self,
+        flow_run: FlowRun,
+        configuration: CrewJobConfiguration,
+        task_status: anyio.abc.TaskStatus[Any] | None = None,
+    ) -> BaseWorkerResult:
+        """Run a flow run to its end, whatever that is: the state on the server tells it."""
+        here = _FlowRunHere(self, flow_run)
+        self._here[flow_run.id] = here
+        try:
+            if task_status is not None:
+                task_status.started(self.identity)
+            here.task = asyncio.create_task(self._execute(here, configuration), name=f"flow run {flow_run.name}")
+            if self._leaving:
+                here.end("handed over", f"Worker {self.name!r} shuts down.")
+            try:
+                await asyncio.wait({here.task})
+            except asyncio.CancelledError:  # the worker ends without a signal, as by an error of its own
+                here.end("handed over", f"Worker {self.name!r} ended.")
+                with anyio.CancelScope(shield=True):
+                    await asyncio.wait({here.task}, timeout=HAND_OVER_WITHIN)
+                raise
+        finally:
+            del self._here[flow_run.id]
+        return BaseWorkerResult(identifier=self.identity, status_code=0)
+
+    async def _execute(self, here: _FlowRunHere, configuration: CrewJobConfiguration) -> None:
+        """Run the flow; nothing that it raises gets out of here."""
+        flow_run = here.flow_run
+        log = flow_run_logger(flow_run)
+        try:
+            flow = load_flow(configuration.entrypoint, allowed=CrewSettings().worker_modules)
+            state = await self._until_prefect_answers(here, flow)
+            if here.ending == "cancelled" or state.is_cancelling():
+                await self._set_cancelled(flow_run, here.why)
+        except ConfigurationError as error:
+            log.error("%s", error)  # noqa: TRY400 - the sentence says it all
+            await self._propose(flow_run, Failed(message=str(error)))
+        except asyncio.CancelledError:
+            if here.ending is None:
+                raise
+        except (Abort, Pause) as signal_of_prefect:
+            log.info("The flow run goes on no further here: %s", signal_of_prefect)
+        except (SystemExit, KeyboardInterrupt, GeneratorExit):
+            log.warning("Only this flow run ends: the crew worker goes on.")
+        except Exception as error:
+            log.exception("The flow run could not be run.")
+            await self._propose_crashed_state(flow_run, f"The worker could not run it: {type(error).__name__}: {error}")
+
+    async def _until_prefect_answers(self, here: _FlowRunHere, flow: Flow[Any, Any]) -> State[Any]:
+        """Run a flow run; again from its top where the Prefect server was away before the flow began."""
+        while True:
+            try:
+                return await run_flow_here(flow, here.flow_run, here.flow_run.parameters, here)
+            except httpx.HTTPError as error:
+                if not is_away(error):
+                    raise
+                self._logger.warning("The Prefect server is away (%s): flow run %r waits.", error, here.flow_run.name)
+                await asyncio.sleep(AWAY_PAUSE)
+
+    async def confirm(self, here: _FlowRunHere) -> None:
+        """Return if a flow run is still this worker's; end it as lost if another one has it.
+
+        The server is asked only where this worker may have been taken for dead: it was frozen, or cut off.
+        """
+        if _clock() - self._confirmed_at < 2 * self.heartbeat_interval_seconds:
+            return
+        current = await self.client.read_flow_run(here.flow_run.id)
+        if not self._owns(current):
+            here.end("lost", f"Another worker has taken flow run {current.name!r}.")
+
+    def _owns(self, flow_run: FlowRun) -> bool:
+        pid = flow_run.infrastructure_pid
+        return pid == self.identity or (pid is None and flow_run.labels.get("prefect.worker.name") == self.name)
+
+    async def kill_infrastructure(
+        self, infrastructure_pid: str, configuration: CrewJobConfiguration, grace_seconds: int = 30
+    ) -> None:
+        """Cancel a flow run of this worker. Prefect calls it for those that are cancelled before they have begun.
+
+        Raises:
+            InfrastructureNotAvailable: Another worker has it, and cancels it.
+        """
+        here = None if configuration.flow_run_id is None else self._here.get(configuration.flow_run_id)
+        if here is None:
+            raise InfrastructureNotAvailable(f"{infrastructure_pid} is another worker.")
+        here.end("cancelled", "Flow run was cancelled.")
+        if here.task is not None:
+            await asyncio.wait({here.task}, timeout=grace_seconds)
+
+    # Looking around
+
+    async def _look_around(self) -> None:
+        """Look for flow runs that are being cancelled, that are lost, and that another worker has left behind."""
+        heartbeat_due = 0.0
+        while True:
+            try:
+                asked = _clock()
+                cancelling = await self._flow_runs(FlowRunFilterState(type=_types(StateType.CANCELLING)))
+                if asked - self._confirmed_at > 2 * self.heartbeat_interval_seconds:
+                    await self._end_lost_ones()
+                if asked >= heartbeat_due:
+                    await self._look_for_orphans()
+                    heartbeat_due = asked + self.heartbeat_interval_seconds
+                for flow_run in cancelling:
+                    await self._cancel(flow_run)
+                self._confirmed_at = asked
+            except (httpx.HTTPError, PrefectException) as error:
+                self._logger.debug("The Prefect server could not be asked: %s", error)
+            await asyncio.sleep(LOOK_EVERY)
+
+    async def _flow_runs(self, state: FlowRunFilterState) -> list[FlowRun]:
+        found: list[FlowRun] = []
+        while True:
+            page = await self.client.read_flow_runs(
+                flow_run_filter=FlowRunFilter(state=state),
+                work_pool_filter=WorkPoolFilter(name=WorkPoolFilterName(any_=[self._work_pool_name])),
+                limit=PAGE,
+                offset=len(found),
+            )
+            found += page
+            if len(page) < PAGE:
+                return found
+
+    async def _end_lost_ones(self) -> None:
+        """End the coroutines whose flow runs another worker has taken meanwhile."""
+        ids = list(self._here)
+        for start in range(0, len(ids), PAGE):
+            chunk = FlowRunFilterId(any_=ids[start : start + PAGE])
+            for flow_run in await self.client.read_flow_runs(flow_run_filter=FlowRunFilter(id=chunk), limit=PAGE):
+                here = self._here.get(flow_run.id)
+                if here is not None and not self._owns(flow_run):
+                    self._logger.warning("Flow run %r was taken by another worker: it ends here.", flow_run.name)
+                    here.end("lost", f"Another worker has taken flow run {flow_run.name!r}.")
+
+    async def _look_for_orphans(self) -> None:
+        """Adopt what a worker that is gone has left, as soon as that is sure."""
+        workers = {
+            worker.name: worker.status == WorkerStatus.ONLINE
+            for worker in await self.client.read_workers_for_work_pool(self._work_pool_name)
+        }
+        if not workers.get(self.name, True):
+            await self._end_lost_ones()  # its heartbeats did not arrive, so it may have been taken for dead
+        now = _clock()
+        changed, self._workers = workers != self._workers, workers
+        if not (changed or self._suspects or self._full_look_at is None or now - self._full_look_at > FULL_LOOK_EVERY):
+            return
+        self._full_look_at = now
+        started = FlowRunFilterState(type=_types(StateType.RUNNING, StateType.PENDING, StateType.PAUSED))
+        retrying = FlowRunFilterState(name=FlowRunFilterStateName(any_=["AwaitingRetry"]))
+        seen = {
+            flow_run.state.id: flow_run
+            for flow_run in [*await self._flow_runs(started), *await self._flow_runs(retrying)]
+            if flow_run.state is not None and self._is_orphan(flow_run)
+        }
+        self._suspects = {state_id: self._suspects.get(state_id, now) for state_id in seen}
+        for state_id, since in list(self._suspects.items()):
+            if now - since >= self._patience_with(seen[state_id]):
+                del self._suspects[state_id]
+                await self._adopt(seen[state_id])
+
+    def _is_orphan(self, flow_run: FlowRun) -> bool:
+        state, name = flow_run.state, _owner_name(flow_run)
+        if state is None or flow_run.id in self._here or flow_run.id in self._submitting_flow_run_ids:
+            return False
+        if state.is_paused() and state.state_details.pause_reschedule:
+            return False  # suspended: nobody holds it
+        if state.is_scheduled() and flow_run.empirical_policy.retry_type != "in_process":
+            return False  # the pool hands it out
+        if name is None:
+            return state.is_pending()
+        return not self._owns(flow_run) if name == self.name else not self._workers.get(name, False)
+
+    def _patience_with(self, flow_run: FlowRun) -> float:
+        """Return the seconds for which an orphan has to look like one."""
+        name = _owner_name(flow_run)
+        if name is None:
+            return UNOWNED_FOR
+        # An earlier start under this worker's own name is over. Another worker may only seem to be gone, where the
+        # server itself was away.
+        return 0.0 if name == self.name else float(self.heartbeat_interval_seconds)
+
+    async def _adopt(self, flow_run: FlowRun) -> None:
+        """Give an orphan back to the pool, if no other worker does."""
+        try:
+            if await self._claim(flow_run):
+                owner = _owner_name(flow_run) or "unknown"
+                why = f"Worker {owner!r} is gone. The flow run starts again, and its crew's run is found by its record."
+                self._logger.warning("Flow run %r is adopted: worker %r is gone.", flow_run.name, owner)
+                await hand_over(self.client, flow_run, why)
+        except (Abort, ObjectNotFound) as error:
+            self._logger.info("Flow run %r is not adopted: %s", flow_run.name, error)
+
+    async def _claim(self, flow_run: FlowRun) -> bool:
+        """Return whether this worker is the one to deal with an orphaned state: one worker creates the input."""
+        for number in range(1, 100):
+            key = f"adopted-{flow_run.state_id}-{number}"
+            try:
+                await self.client.create_flow_run_input(flow_run.id, key, json.dumps(self.identity))
+            except httpx.HTTPStatusError as error:
+                if error.response.status_code != 409:
+                    raise
+            else:
+                return True
+            claimer = str(json.loads(await self.client.read_flow_run_input(flow_run.id, key)))
+            if claimer == self.identity:
+                return True  # an earlier try of this worker's that got no further
+            name = claimer.rpartition("/")[0]
+            if name != self.name and self._workers.get(name, False):
+                return False  # it lives, and is about to do it
+        return False
+
+    # Cancelling
+
+    async def _cancel(self, flow_run: FlowRun) -> None:
+        """Cancel a flow run that is Cancelling: its coroutine here, or what a worker that is gone has left of it."""
+        here = self._here.get(flow_run.id)
+        if here is not None:
+            here.end("cancelled", "Flow run was cancelled.")
+        elif flow_run.start_time is not None and self._is_orphan(flow_run) and await self._claim(flow_run):
+            self._logger.warning("Flow run %r is being cancelled, and its worker is gone.", flow_run.name)
+            await stop_crews_of(self.client, flow_run)
+            await self._set_cancelled(flow_run, "Flow run was cancelled while its worker was gone.")
+
+    async def _set_cancelled(self, flow_run: FlowRun, why: str) -> None:
+        await self.client.set_flow_run_state(
+            flow_run.id, Cancelled(message=why or "Flow run was cancelled."), force=True
+        )
+
+    async def _propose(self, flow_run: FlowRun, state: State[Any]) -> None:
+        with contextlib.suppress(Abort):
+            await propose_state(self.client, state, flow_run_id=flow_run.id)
+
+
+async def stop_crews_of(client: PrefectClient, flow_run: FlowRun) -> None:
+    """Stop the crews whose runs a flow run, or a subflow of it, has started and nobody else waits for.
+
+    Rows of a batch are in its ledger, not here: `prefect-crew batch cancel` stops those.
+    """
+    records = PrefectRecords()
+    ids = {str(one) for one in await _with_subflows(client, flow_run.id)}
+    log = flow_run_logger(flow_run)
+    async for record in records.all(RecordPhase.STARTED):
+        if record.flow_run_id not in ids or record.kickoff_id is None:
+            continue
+        if others := await records.other_waiters(record, record.flow_run_id):
+            log.warning("Crew run %s runs on: flow run %s waits for it too.", record.kickoff_id, ", ".join(others))
+            continue
+        try:
+            crew = await DeployedCrew.aload(record.crew)
+            answer = await stop_run(crew, record.kickoff_id, run_key=record.run_key)
+        except (CrewError, httpx.HTTPError, PrefectException, ValueError) as error:
+            log.warning(
+                "Crew run %s could not be stopped (%s): it runs on at %s.", record.kickoff_id, error, record.crew_url
+            )
+        else:
+            log.info("Crew run %s was asked to stop: %s.", record.kickoff_id, answer.outcome)
+
+
+async def _with_subflows(client: PrefectClient, flow_run_id: UUID) -> list[UUID]:
+    found, at = [flow_run_id], 0
+    while at < len(found):
+        parents = FlowRunFilterParentFlowRunId(any_=found[at:])
+        at = len(found)
+        found += [
+            one.id for one in await client.read_flow_runs(flow_run_filter=FlowRunFilter(parent_flow_run_id=parents))
+        ]
+    return found
+
+
+def is_away(error: httpx.HTTPError) -> bool:
+    """Return whether an error says that the Prefect server is away, and not what it thinks of a request."""
+    return isinstance(error, httpx.TransportError) or (
+        isinstance(error, httpx.HTTPStatusError) and error.response.status_code >= httpx.codes.INTERNAL_SERVER_ERROR
+    )
+
+
+def _types(*types: StateType) -> FlowRunFilterStateType:
+    return FlowRunFilterStateType(any_=list(types))
+
+
+def _owner_name(flow_run: FlowRun) -> str | None:
+    """Return the worker that has, or had, a flow run; None where none has named itself."""
+    name, slash, _ = (flow_run.infrastructure_pid or "").rpartition("/")
+    if slash:
+        return name
+    label = flow_run.labels.get("prefect.worker.name")
+    return None if label is None or flow_run.infrastructure_pid == HANDED_OVER else str(label)
+
+
+def _clock() -> float:
+    """Return seconds that also pass while the machine sleeps, where the system has such a clock."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic()
+
+
+@contextlib.asynccontextmanager
+async def _in_background(work: Coroutine[Any, Any, None]) -> AsyncGenerator[None]:
+    task = asyncio.create_task(work)
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.wait({task})
+
+
+@contextlib.contextmanager
+def _contained_exits() -> Generator[None]:
+    """Keep a SystemExit in a task of a flow run from ending the event loop, and with it all other flow runs.
+
+    asyncio raises it out of the loop itself, past whoever awaits the task.
+    """
+    loop = asyncio.get_running_loop()
+    before = loop.get_task_factory()
+
+    def create(loop: asyncio.AbstractEventLoop, work: Any, **options: Any) -> asyncio.Task[Any]:
+        context = FlowRunContext.get()
+        if context is not None and context.flow_run is not None:
+            work = _without_exit(work, context.flow_run)
+        return asyncio.Task(work, loop=loop, **options)
+
+    loop.set_task_factory(create)
+    try:
+        yield
+    finally:
+        loop.set_task_factory(before)
+
+
+async def _without_exit(work: Coroutine[Any, Any, Any], flow_run: FlowRun) -> Any:
+    try:
+        return await work
+    except (SystemExit, KeyboardInterrupt) as exit_:
+        raise RuntimeError(f"A task of flow run {flow_run.name!r} raised {type(exit_).__name__}.") from exit_
+
+
+@contextlib.contextmanager
+def _warning_when_blocked(warn: Callable[..., None]) -> Generator[None]:
+    """Name a flow run that holds the event loop up: while it does, no other goes on, and no heartbeat is sent."""
+    loop_thread, ended = threading.get_ident(), threading.Event()
+    beat = time.monotonic()
+
+    async def beats() -> None:
+        nonlocal beat
+        while True:
+            beat = time.monotonic()
+            await asyncio.sleep(1.0)
+
+    def watch() -> None:
+        warned = 0.0
+        while not ended.wait(1.0):
+            seconds = time.monotonic() - beat
+            if seconds < BLOCKED_AFTER or warned == beat:
+                continue
+            warned = beat
+            frame = sys._current_frames().get(loop_thread)  # noqa: SLF001  # pyright: ignore[reportPrivateUsage] - documented, for this
+            at = frame and f"{frame.f_code.co_filename}:{frame.f_lineno}"
+            name = _flow_run_of(frame)
+            warn(
+                "%s has held the event loop for %.0f s, at %s; all other flow runs wait meanwhile. Do such work in "
+                "`await asyncio.to_thread(…)`, or deploy the flow to a process work pool.",
+                f"Flow run {name!r}" if name else "Something",
+                seconds,
+                at,
+            )
+
+    task = asyncio.create_task(beats())
+    thread = threading.Thread(target=watch, name="blocked event loop", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        task.cancel()
+
+
+def _flow_run_of(frame: FrameType | None) -> str | None:
+    """Return the name of the flow run whose coroutine is on a stack: its outermost frame is one of this module's."""
+    while frame is not None:
+        if frame.f_code is _without_exit.__code__:
+            return frame.f_locals["flow_run"].name
+        if frame.f_code is CrewWorker._execute.__code__:  # noqa: SLF001  # pyright: ignore[reportPrivateUsage] - of this module
+            return frame.f_locals["here"].flow_run.name
+        frame = frame.f_back
+    return None

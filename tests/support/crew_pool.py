@@ -1,0 +1,153 @@
+"""A work pool of type `crew` with workers in processes of their own, and crews on loopback."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from prefect_crew.api.models import CrewInput
+from prefect_crew.server import CrewServer
+from prefect_crew.server.program import Outcome, Run
+from support.deployed import command, wait_until
+from support.prefect_server import PrefectServer, connected
+from support.workers import Worker
+
+__all__ = ["RUN_CREW", "USER_FLOWS", "CrewOnCommand", "CrewPool"]
+
+RUN_CREW = "prefect_crew.runs.run_deployed_crew"
+USER_FLOWS = "crew_worker_flows"
+"""A module of tests/support/importable, as a package of the user's that is installed where the worker runs."""
+IMPORTABLE = Path(__file__).parent / "importable"
+
+
+class CrewOnCommand:
+    """A crew whose runs end once `ended` is set, in all threads."""
+
+    name = "on-command"
+
+    def __init__(self) -> None:
+        self.ended = False
+
+    def inputs(self) -> list[CrewInput]:
+        return [CrewInput(name="topic")]
+
+    async def execute(self, run: Run) -> Outcome:
+        while not self.ended:
+            await asyncio.sleep(0.1)
+        return Outcome(f"About {run.inputs['topic']}")
+
+
+class CrewPool:
+    """A work pool of type `crew`; a context manager that ends its workers and crews.
+
+    Args:
+        server: A running Prefect server.
+        folder: For logs and homes.
+        name: The pool's name.
+        heartbeat: Seconds between the workers' heartbeats.
+    """
+
+    _numbers = itertools.count(1)
+
+    def __init__(self, server: PrefectServer, folder: Path, name: str | None = None, *, heartbeat: int = 30) -> None:
+        self.server = server
+        self.folder = folder
+        self.name = name or f"crews-{next(self._numbers)}"
+        self.heartbeat = heartbeat
+        self.env = server.env(home=folder / "home")
+        self._open = contextlib.ExitStack()
+        self._http = httpx.Client(base_url=server.api_url, timeout=60.0, trust_env=False)
+
+    def __enter__(self) -> CrewPool:
+        self._open.enter_context(self._http)
+        command("prefect", "work-pool", "create", self.name, "--type", "crew", env=self.env)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._open.close()
+
+    def call(self, method: str, path: str, body: Any = None) -> Any:
+        """Ask the Prefect API, and return what it answers."""
+        for pause in (*[0.5] * 20, None):
+            response = self._http.request(method, path, json=body)
+            if response.status_code != httpx.codes.SERVICE_UNAVAILABLE or pause is None:
+                break
+            time.sleep(pause)  # SQLite is busy
+        assert response.is_success, f"{method} {path}: {response.status_code} {response.text}"
+        return response.json() if response.content else None
+
+    def add_crew(self, name: str, spec: Any, *, wait: Mapping[str, Any] | None = None, **options: Any) -> CrewServer:
+        """Start a crew on the dev server and store it as a block."""
+        crew = self._open.enter_context(CrewServer(spec, **options))
+        with connected(self.server, self.folder / "home"):
+            block: Any = crew.crew(wait=dict(wait or {"initial": 0.1, "max_interval": 0.5}))
+            block.save(name, overwrite=True, _sync=True)
+        return crew
+
+    def worker(self, name: str, *, started: bool = True, **env: str) -> Worker:
+        """Start a crew worker; it ends with the pool."""
+        worker = Worker(
+            self.server,
+            self.name,
+            kind="crew",
+            name=name,
+            folder=self.folder,
+            home=self.folder / "home",
+            env={
+                "PREFECT_WORKER_HEARTBEAT_SECONDS": str(self.heartbeat),
+                "PREFECT_INTEGRATIONS_CREW_WORKER_MODULES": USER_FLOWS,
+                "PYTHONPATH": str(IMPORTABLE),
+                **env,
+            },
+        )
+        self._open.callback(worker.stop)
+        return worker.start() if started else worker
+
+    def deploy(self, name: str, entrypoint: str = RUN_CREW, **options: Any) -> str:
+        """Make a deployment for this pool; return its id."""
+        flow = self.call("POST", "/flows/", {"name": entrypoint.rpartition(".")[2].replace("_", "-")})
+        body = {"name": name, "flow_id": flow["id"], "entrypoint": entrypoint, "work_pool_name": self.name, **options}
+        return self.call("POST", "/deployments/", body)["id"]
+
+    def start(self, deployment: str, **parameters: Any) -> str:
+        """Make a flow run of a deployment; return its id."""
+        body = {"parameters": parameters, "state": {"type": "SCHEDULED"}}
+        return self.call("POST", f"/deployments/{deployment}/create_flow_run", body)["id"]
+
+    def flow_run(self, flow_run_id: str) -> dict[str, Any]:
+        """Return a flow run as the server has it."""
+        return self.call("GET", f"/flow_runs/{flow_run_id}")
+
+    def wait_for(self, flow_run_id: str, *states: str, seconds: float = 60.0) -> dict[str, Any]:
+        """Wait until a flow run is in one of these types of states, any final one if left out, and return it."""
+        wanted = states or ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
+
+        def look() -> dict[str, Any] | None:
+            run = self.flow_run(flow_run_id)
+            return run if run["state_type"] in wanted else None
+
+        try:
+            return wait_until(look, seconds=seconds, what=f"flow run {flow_run_id} in {wanted}")
+        except AssertionError as error:
+            raise AssertionError(f"{error}: it is {self.flow_run(flow_run_id)['state']}") from None
+
+    def states(self, flow_run_id: str) -> list[str]:
+        """Return the names of a flow run's states, in their order."""
+        states = self.call("GET", f"/flow_run_states/?flow_run_id={flow_run_id}")
+        return [state["name"] for state in sorted(states, key=lambda state: state["timestamp"])]
+
+    def logs(self, flow_run_id: str) -> str:
+        """Return what a flow run has logged so far."""
+        body = {"logs": {"flow_run_id": {"any_": [flow_run_id]}}, "sort": "TIMESTAMP_ASC", "limit": 200}
+        return "\n".join(line["message"] for line in self.call("POST", "/logs/filter", body))
+
+    def set_state(self, flow_run_id: str, kind: str) -> None:
+        """Set a flow run's state as the UI and `prefect flow-run cancel` do."""
+        self.call("POST", f"/flow_runs/{flow_run_id}/set_state", {"state": {"type": kind}, "force": False})

@@ -1,0 +1,62 @@
+"""Flows of a user that a crew worker imports."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import time
+
+from prefect import flow, get_run_logger, task
+
+
+@flow
+async def greet(name: str) -> str:
+    get_run_logger().info("greeting %s", name)
+    await asyncio.sleep(0.2)
+    return f"Hello {name}"
+
+
+@flow
+def synchronous() -> None:
+    """Refused: it would hold up the event loop."""
+
+
+@flow
+async def exits() -> None:
+    sys.exit(3)
+
+
+@task
+async def exit_in_task() -> None:
+    sys.exit(4)
+
+
+@flow
+async def exits_in_tasks() -> None:
+    await asyncio.gather(exit_in_task(), asyncio.sleep(5))
+
+
+@flow
+async def blocks(seconds: float) -> str:
+    time.sleep(seconds)
+    return "done"
+
+
+@flow(retries=1, retry_delay_seconds=1)
+async def fails_once() -> int:
+    from prefect.runtime import flow_run
+
+    if flow_run.run_count == 1:
+        raise ValueError("the first attempt fails")
+    return flow_run.run_count
+
+
+@flow(timeout_seconds=1)
+async def too_slow() -> None:
+    await asyncio.sleep(60)
+
+
+@flow
+async def sleeps(seconds: float) -> str:
+    await asyncio.sleep(seconds)
+    return "slept"

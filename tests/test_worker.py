@@ -1,0 +1,182 @@
+"""The crew worker: what it runs, how it ends flow runs, and what becomes of them when it dies."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from support.crew_pool import USER_FLOWS, CrewOnCommand, CrewPool
+from support.deployed import wait_until
+from support.prefect_server import PrefectServer
+from support.workers import Worker
+
+QUICK = """
+name: quick
+inputs: [topic]
+tasks: [{name: write, seconds: 0.3, output: "About {{ topic }}"}]
+"""
+
+
+@pytest.fixture(scope="module")
+def pool(prefect_server: PrefectServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[CrewPool]:
+    with CrewPool(prefect_server, tmp_path_factory.mktemp("crew-pool")) as pool:
+        pool.add_crew("quick", QUICK)
+        yield pool
+
+
+@pytest.fixture(scope="module")
+def worker(pool: CrewPool) -> Worker:
+    return pool.worker("first")
+
+
+@pytest.mark.usefixtures("worker")
+def test_a_deployed_crew_runs_as_a_coroutine_of_the_worker(pool: CrewPool):
+    run_id = pool.start(pool.deploy("quick"), crew="quick", inputs={"topic": "tea"})
+    run = pool.wait_for(run_id)
+    assert run["state_name"] == "Completed", run["state"]["message"]
+    assert run["infrastructure_pid"].startswith("first/")
+    assert "kicked off run" in pool.logs(run_id)
+
+
+CASES = {
+    "exits": ("Crashed", ""),
+    "exits_in_tasks": ("Crashed", ""),
+    "fails_once": ("Completed", ""),
+    "too_slow": ("TimedOut", "exceeded timeout"),
+    "synchronous": ("Failed", "is synchronous"),
+    "missing": ("Failed", "cannot be imported"),
+}
+
+
+@pytest.mark.usefixtures("worker")
+@pytest.mark.parametrize("name", CASES)
+def test_a_flow_of_ones_own_ends_alone(pool: CrewPool, name: str):
+    state, message = CASES[name]
+    run = pool.wait_for(pool.start(pool.deploy(name, f"{USER_FLOWS}.{name}")))
+    assert run["state_name"] == state, run["state"]["message"]
+    assert message in (run["state"]["message"] or "")
+
+
+@pytest.mark.usefixtures("worker")
+def test_what_a_flow_logs_is_its_own(pool: CrewPool):
+    deployment = pool.deploy("greet", f"{USER_FLOWS}.greet")
+    runs = {name: pool.start(deployment, name=name) for name in ("Ada", "Eve", "Bob")}
+    for name, run_id in runs.items():
+        assert pool.wait_for(run_id)["state_name"] == "Completed"
+        assert [other for other in runs if f"greeting {other}" in pool.logs(run_id)] == [name]
+
+
+class Handed:
+    """A pool of its own with a crew that ends on command, and flow runs of it."""
+
+    def __init__(self, pool: CrewPool) -> None:
+        self.pool = pool
+        self.program = CrewOnCommand()
+        self.crew = pool.add_crew("on-command", self.program)
+        self.deployment = pool.deploy("on-command")
+
+    def start(self, count: int) -> list[str]:
+        """Start flow runs, and return their ids once the crew runs for all of them."""
+        before = self.crew.kickoffs
+        runs = [
+            self.pool.start(self.deployment, crew="on-command", inputs={"topic": f"topic {before + number}"})
+            for number in range(count)
+        ]
+        wait_until(lambda: self.crew.kickoffs == before + count, seconds=90, what=f"{count} kickoffs")
+        wait_until(lambda: all(map(self.owner, runs)), seconds=30, what="their owners")
+        return runs
+
+    def owner(self, run_id: str) -> str:
+        """Return the name of the worker that has a flow run, "" for none."""
+        return (self.pool.flow_run(run_id)["infrastructure_pid"] or "").rpartition("/")[0]
+
+    def wait_for_owner(self, runs: list[str], name: str, seconds: float = 60.0) -> None:
+        wait_until(lambda: {*map(self.owner, runs)} == {name}, seconds=seconds, what=f"flow runs of {name}")
+
+    def names(self, runs: list[str]) -> set[str]:
+        """Return the names of the states of flow runs."""
+        return {self.pool.flow_run(run_id)["state_name"] for run_id in runs}
+
+    def end(self, runs: list[str]) -> None:
+        """End the crew's runs; fail unless every flow run completes and each was kicked off once."""
+        self.program.ended = True
+        assert {self.pool.wait_for(run_id)["state_name"] for run_id in runs} == {"Completed"}
+        assert self.crew.kickoffs == len(self.crew.runs) == len(self.crew.kickoffs_by_run_key)
+
+
+@pytest.fixture
+def handed(prefect_server: PrefectServer, tmp_path: Path) -> Iterator[Handed]:
+    with CrewPool(prefect_server, tmp_path, heartbeat=3) as pool:
+        yield Handed(pool)
+
+
+def test_cancelling_stops_the_crew(handed: Handed):
+    handed.pool.worker("one")
+    (run_id,) = handed.start(1)
+    handed.pool.set_state(run_id, "CANCELLING")
+    run = handed.pool.wait_for(run_id)
+    assert run["state_name"] == "Cancelled", run["state"]["message"]
+    assert [run.state for run in handed.crew.runs] == ["stopped"]
+    assert handed.crew.requests["stop"] == 1
+
+
+def test_what_is_cancelled_while_the_worker_is_gone_stops_its_crew(handed: Handed):
+    one = handed.pool.worker("one")
+    (run_id,) = handed.start(1)
+    one.kill()
+    handed.pool.set_state(run_id, "CANCELLING")
+    handed.pool.worker("one")
+    run = handed.pool.wait_for(run_id)
+    assert run["state_name"] == "Cancelled", run["state"]["message"]
+    assert [run.state for run in handed.crew.runs] == ["stopped"]
+    assert handed.crew.requests["stop"] == 1
+
+
+def test_sigterm_hands_flow_runs_over_and_leaves_crews_running(handed: Handed):
+    one = handed.pool.worker("one")
+    runs = handed.start(3)
+    one.process.send(signal.SIGTERM)
+    assert one.process.wait(40) == 0
+    assert handed.names(runs) == {"AwaitingRetry"}
+    handed.pool.worker("two")
+    handed.wait_for_owner(runs, "two")
+    assert handed.crew.requests["stop"] == 0
+    handed.end(runs)
+
+
+@pytest.mark.parametrize("heir", ["one", "two"])
+def test_sigkill_leaves_flow_runs_that_a_worker_adopts(handed: Handed, heir: str):
+    one = handed.pool.worker("one")
+    runs = handed.start(3)
+    one.kill()
+    assert handed.names(runs) == {"Running"}
+    handed.pool.worker(heir)
+    if heir == "one":
+        dead = {handed.pool.flow_run(run_id)["infrastructure_pid"] for run_id in runs}
+        wait_until(
+            lambda: dead.isdisjoint(handed.pool.flow_run(run_id)["infrastructure_pid"] for run_id in runs),
+            seconds=60,
+            what="another owner",
+        )
+    handed.wait_for_owner(runs, heir, seconds=120)
+    handed.end(runs)
+    for run_id in runs:
+        assert handed.pool.states(run_id).count("Running") == 2, "adopted once"
+
+
+def test_a_worker_that_was_frozen_gives_up_what_it_has_lost(handed: Handed):
+    one = handed.pool.worker("one")
+    runs = handed.start(3)
+    one.process.send(signal.SIGSTOP)
+    two = handed.pool.worker("two")
+    handed.wait_for_owner(runs, "two", seconds=120)
+    one.process.send(signal.SIGCONT)
+    wait_until(lambda: "was taken by another worker" in one.log.read_text(), seconds=60, what="it notices")
+    assert {*map(handed.owner, runs)} == {"two"}
+    handed.end(runs)
+    assert two.process.running
+    for run_id in runs:
+        assert handed.pool.states(run_id)[-1] == "Completed"
