@@ -38,7 +38,7 @@ def test_a_deployed_crew_runs_as_a_coroutine_of_the_worker(pool: CrewPool):
     run = pool.wait_for(run_id)
     assert run["state_name"] == "Completed", run["state"]["message"]
     assert run["infrastructure_pid"].startswith("first/")
-    assert "kicked off run" in pool.logs(run_id)
+    assert "Crew quick was kicked off" in pool.logs(run_id)
 
 
 CASES = {
