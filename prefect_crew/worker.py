@@ -529,14 +529,18 @@ async def stop_crews_of(client: PrefectClient, flow_run: FlowRun) -> None:
     records = PrefectRecords()
     ids = {str(one) for one in await _with_subflows(client, flow_run.id)}
     log = flow_run_logger(flow_run)
-    async for record in records.all(RecordPhase.STARTED):
-        if record.flow_run_id not in ids or record.kickoff_id is None:
+    async for record in records.all():
+        if record.flow_run_id not in ids or record.phase not in (RecordPhase.STARTED, RecordPhase.UNCERTAIN):
+            continue
+        if record.kickoff_id is None:
+            text = "The kickoff of run %r is uncertain: a run that it started runs on at %s. See prefect-crew runs show."
+            log.warning(text, record.run_key, record.crew_url)
             continue
         if others := await records.other_waiters(record, record.flow_run_id):
             log.warning("Crew run %s runs on: flow run %s waits for it too.", record.kickoff_id, ", ".join(others))
             continue
         try:
-            crew = await DeployedCrew.aload(record.crew)
+            crew = (await DeployedCrew.aload(record.crew)).crew
             answer = await stop_run(crew, record.kickoff_id, run_key=record.run_key)
         except (CrewError, httpx.HTTPError, PrefectException, ValueError) as error:
             log.warning(
