@@ -17,14 +17,13 @@ deployment holds and the form leaves out; the pipeline's inputs are the fields o
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import keyword
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import quote, unquote
 
 from prefect import Flow
@@ -56,7 +55,6 @@ __all__ = [
     "deployment_of",
     "entrypoint_attribute",
     "flow_deployment",
-    "load_flow",
     "needed_parameters",
     "parameter_names",
     "pipeline_deployment",
@@ -426,34 +424,6 @@ _TEXT_IN_JSON = ["string", "number", "boolean"]
 # Flows of one's own
 
 
-def load_flow(entrypoint: str) -> Flow[..., Any]:
-    """Import an asynchronous flow by its path.
-
-    Raises:
-        ConfigurationError: It cannot be imported, or is no asynchronous flow.
-    """
-    module, _, name = entrypoint.rpartition(".")
-    if not module or ":" in module or "/" in module:
-        raise ConfigurationError(
-            f"{entrypoint!r} is no import path of a flow, such as my_package.flows.my_flow. Deploy a flow in a file to "
-            "a process work pool: prefect deploy."
-        )
-    try:
-        flow = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise ConfigurationError(
-            f"The flow {entrypoint} cannot be imported ({error}): install its package here and where the worker runs."
-        ) from error
-    if not isinstance(flow, Flow):
-        raise ConfigurationError(f"{entrypoint} is no flow: decorate the function with @flow.")
-    if not flow.isasync or flow.isgenerator:
-        raise ConfigurationError(
-            f"The flow {entrypoint} is synchronous, and a crew worker runs asynchronous ones only: write it as `async "
-            "def`, or deploy it to a process work pool: prefect deploy."
-        )
-    return cast("Flow[..., Any]", flow)
-
-
 def needed_parameters(flow: Flow[..., Any]) -> tuple[list[str], list[str]]:
     """Return the names of a flow's parameters, and of those that have to be given."""
     schema = parameter_schema(flow)
@@ -470,6 +440,8 @@ def flow_deployment(entrypoint: str, plan: Plan) -> RunnerDeployment:
     Raises:
         ConfigurationError: It cannot be imported, or is synchronous; otherwise as for `deployment_of`.
     """
+    from prefect_crew.worker import load_flow  # prefect.workers takes 0.3 s to import
+
     made = load_flow(entrypoint)
     names, needed = needed_parameters(made)
     unknown = [name for name in plan.inputs if name not in names]

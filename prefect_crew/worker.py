@@ -91,12 +91,12 @@ PAGE = 200
 """Flow runs that the server gives at once, at most."""
 
 
-def load_flow(entrypoint: str | None, *, allowed: Iterable[str] = ()) -> Flow[Any, Any]:
-    """Import an asynchronous flow that a crew worker may run, by its import path such as `my_package.flows.my_flow`.
+def load_flow(entrypoint: str | None, *, allowed: Iterable[str] | None = None) -> Flow[..., Any]:
+    """Import an asynchronous flow by its path, such as `my_package.flows.my_flow`.
 
     Args:
-        entrypoint: The import path: a module, a dot, and the flow's name in it.
-        allowed: Modules besides this package's, each with all modules below it.
+        entrypoint: A module, a dot, and the flow's name in it.
+        allowed: Modules besides this package's, each with all below it; any module if left out.
 
     Raises:
         ConfigurationError: It is no such path, its module is not allowed or cannot be imported, or it is no
@@ -105,11 +105,11 @@ def load_flow(entrypoint: str | None, *, allowed: Iterable[str] = ()) -> Flow[An
     module, _, name = (entrypoint or "").rpartition(".")
     if not module or ":" in module or "/" in module:
         raise ConfigurationError(
-            f"A crew worker runs flows by import path, such as 'my_package.flows.my_flow', not {entrypoint!r}: deploy "
-            "it with `prefect-crew deploy`, or set the deployment's `entrypoint`."
+            f"{entrypoint!r} is no import path of a flow, such as my_package.flows.my_flow. Deploy a flow in a file to "
+            "a process work pool: prefect deploy."
         )
-    permitted = ["prefect_crew", *allowed]
-    if not any(module == one or module.startswith(f"{one}.") for one in permitted):
+    permitted = None if allowed is None else ["prefect_crew", *allowed]
+    if permitted is not None and not any(module == one or module.startswith(f"{one}.") for one in permitted):
         raise ConfigurationError(
             f"This crew worker does not import {module}: add it to PREFECT_INTEGRATIONS_CREW_WORKER_MODULES where the "
             f"worker starts. It imports {', '.join(permitted)}."
@@ -118,16 +118,16 @@ def load_flow(entrypoint: str | None, *, allowed: Iterable[str] = ()) -> Flow[An
         flow = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise ConfigurationError(
-            f"The flow {entrypoint} cannot be imported ({error}): install its package where the crew worker runs."
+            f"The flow {entrypoint} cannot be imported ({error}): install its package here and where the worker runs."
         ) from error
     if not isinstance(flow, Flow):
         raise ConfigurationError(f"{entrypoint} is no flow: decorate the function with @flow.")
     if not flow.isasync or flow.isgenerator:
         raise ConfigurationError(
-            f"The flow {entrypoint} is synchronous and would hold up all others of a crew worker: write it as "
-            "`async def`, or deploy it to a process work pool."
+            f"The flow {entrypoint} is synchronous, and a crew worker runs asynchronous ones only: write it as `async "
+            "def`, or deploy it to a process work pool: prefect deploy."
         )
-    return cast("Flow[Any, Any]", flow)
+    return cast("Flow[..., Any]", flow)
 
 
 class CrewJobConfiguration(BaseJobConfiguration):
@@ -533,7 +533,7 @@ async def stop_crews_of(client: PrefectClient, flow_run: FlowRun) -> None:
         if record.flow_run_id not in ids or record.phase not in (RecordPhase.STARTED, RecordPhase.UNCERTAIN):
             continue
         if record.kickoff_id is None:
-            text = "The kickoff of run %r is uncertain: a run that it started runs on at %s. See prefect-crew runs show."
+            text = "The kickoff of run %r is uncertain: a run that it started runs on at %s."
             log.warning(text, record.run_key, record.crew_url)
             continue
         if others := await records.other_waiters(record, record.flow_run_id):
@@ -622,7 +622,7 @@ async def _without_exit(work: Coroutine[Any, Any, Any], flow_run: FlowRun) -> An
     try:
         return await work
     except (SystemExit, KeyboardInterrupt) as exit_:
-        raise RuntimeError(f"A task of flow run {flow_run.name!r} raised {type(exit_).__name__}.") from exit_
+        raise CrewError(f"A task of flow run {flow_run.name!r} raised {type(exit_).__name__}.") from exit_
 
 
 @contextlib.contextmanager

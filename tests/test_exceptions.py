@@ -135,7 +135,7 @@ def test_everything_that_is_raised_is_in_the_tree():
 
 def test_what_is_raised_of_prefects_are_its_signals():
     theirs = {path_of(kind) for _, _, kind in raised() if kind.__module__.startswith("prefect.")}
-    assert theirs <= {"prefect.exceptions.Pause"}
+    assert theirs <= {"prefect.exceptions.Pause", "prefect.exceptions.InfrastructureNotAvailable"}
 
 
 @pytest.mark.parametrize("name", errors.__all__)

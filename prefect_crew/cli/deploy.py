@@ -178,7 +178,8 @@ async def _of_pipeline(text: str, file: str, plan: Plan) -> _Made:
 
 
 async def _of_flow(entrypoint: str, plan: Plan) -> _Made:
-    from prefect_crew.deploying import flow_deployment, load_flow, needed_parameters
+    from prefect_crew.deploying import flow_deployment, needed_parameters
+    from prefect_crew.worker import load_flow
 
     flow = load_flow(entrypoint)
     own = entrypoint.rpartition(".")[2]
