@@ -59,6 +59,7 @@ from pydantic import PrivateAttr
 
 from prefect_crew._internal.flow_engine import HANDED_OVER, Ending, hand_over, many_flow_runs, run_flow_here
 from prefect_crew.actions import stop_run
+from prefect_crew.api._wire import shared_connections
 from prefect_crew.api.errors import ConfigurationError, CrewError
 from prefect_crew.blocks import DeployedCrew
 from prefect_crew.record_store import PrefectRecords
@@ -221,12 +222,13 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, BaseWorkerResult]):
     # Life
 
     async def setup(self) -> None:
-        """Prepare the worker: one Prefect client for all flow runs, and the look for cancelled and orphaned ones."""
+        """Prepare the worker: what all flow runs share, and the look for cancelled and orphaned ones."""
         await super().setup()
         await self._exit_stack.enter_async_context(AsyncClientContext.get_or_create())
         self._exit_stack.enter_context(many_flow_runs())
         self._exit_stack.enter_context(_contained_exits())
         self._exit_stack.enter_context(_warning_when_blocked(self._logger.warning))
+        await self._exit_stack.enter_async_context(shared_connections())
         await self._exit_stack.enter_async_context(_in_background(self._look_around()))
 
     async def start(

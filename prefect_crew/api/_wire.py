@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import functools
 import ssl
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from importlib.metadata import version
 from typing import Any
 
@@ -14,10 +16,12 @@ from pydantic import SecretStr
 from prefect_crew.api import _http
 from prefect_crew.api.errors import ConfigurationError
 
-__all__ = ["Wire"]
+__all__ = ["Wire", "shared_connections"]
 
 _CONNECT = 10.0
 """Seconds, at most, for a free connection, and for making one: a host that is down should not cost a request's time."""
+_SHARED_CONNECTIONS = 500
+"""Connections to one server, at most, that all clients of an event loop share."""
 
 
 class Wire:
@@ -61,22 +65,14 @@ class Wire:
             )
         # httpx ignores proxies beside a transport, and says so only by not using them.
         carried: dict[str, Any] = {"transport": _http.Shared(transport)} if transport else {"proxy": proxy}
-        limits = httpx.Limits(max_connections=100, max_keepalive_connections=20, keepalive_expiry=keepalive)
-        try:
-            self._client = httpx.AsyncClient(
-                headers={
-                    "User-Agent": f"prefect-crew/{_version()}",
-                    "Accept": "application/json",
-                    "Accept-Encoding": "gzip",
-                },
-                limits=limits,
-                verify=_http.tls_context(verify),
-                # httpx takes the environment's proxies for this machine too, where NO_PROXY does not name it.
-                trust_env=not _http.is_loopback(base.host),
-                **carried,
-            )
-        except (ValueError, ImportError) as error:  # an unknown scheme, or SOCKS without its package
-            raise ConfigurationError(f"The proxy cannot be used: {type(error).__name__}. Check its URL.") from None
+        shared = _shared.get(asyncio.get_running_loop()) if _shared and not transport else None
+        key = (base.scheme, base.netloc, keepalive, verify, str(proxy))
+        self._owns_client = shared is None
+        self._client = (shared or {}).get(key) or self._connections(
+            base, keepalive, verify, carried, shared is not None
+        )
+        if shared is not None:
+            shared[key] = self._client
         self._url = url
         connect = min(_CONNECT, timeout / 2)
         self._extensions = {"timeout": httpx.Timeout(timeout, connect=connect, pool=connect).as_dict()}
@@ -86,6 +82,27 @@ class Wire:
         self._headers["Authorization"] = f"Bearer {token.get_secret_value()}"
         # The one thing that httpx keeps to itself: which of its transports, by the environment's proxies, is for a URL.
         self._transport = self._client._transport_for_url(base)  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
+
+    @staticmethod
+    def _connections(
+        base: httpx.URL, keepalive: float, verify: ssl.SSLContext | str | bool, carried: dict[str, Any]
+    ) -> httpx.AsyncClient:
+        most, idle = (_SHARED_CONNECTIONS, _SHARED_CONNECTIONS) if _shared else (100, 20)
+        try:
+            return httpx.AsyncClient(
+                headers={
+                    "User-Agent": f"prefect-crew/{_version()}",
+                    "Accept": "application/json",
+                    "Accept-Encoding": "gzip",
+                },
+                limits=httpx.Limits(max_connections=most, max_keepalive_connections=idle, keepalive_expiry=keepalive),
+                verify=_http.tls_context(verify),
+                # httpx takes the environment's proxies for this machine too, where NO_PROXY does not name it.
+                trust_env=not _http.is_loopback(base.host),
+                **carried,
+            )
+        except (ValueError, ImportError) as error:  # an unknown scheme, or SOCKS without its package
+            raise ConfigurationError(f"The proxy cannot be used: {type(error).__name__}. Check its URL.") from None
 
     def __repr__(self) -> str:
         return f"Wire({self._url!r})"
@@ -119,8 +136,31 @@ class Wire:
         return response
 
     async def aclose(self) -> None:
-        """Close all connections."""
-        await self._client.aclose()
+        """Close all connections, unless others use them too."""
+        if self._owns_client:
+            await self._client.aclose()
+
+
+_shared: dict[asyncio.AbstractEventLoop, dict[Any, httpx.AsyncClient]] = {}
+"""Connections that all clients of an event loop share, by where they lead. Of the process, since a client is made far
+below whoever knows that there will be many."""
+
+
+@contextlib.asynccontextmanager
+async def shared_connections() -> AsyncGenerator[None]:
+    """Let all clients that this event loop makes meanwhile share connections: those to one server, with equal options.
+
+    Hundreds of runs that wait in one process then need a few connections, and few handshakes. A request carries its
+    token itself, so clients with different tokens share as well.
+    """
+    loop = asyncio.get_running_loop()
+    clients = _shared[loop] = {}
+    try:
+        yield
+    finally:
+        del _shared[loop]
+        for client in clients.values():
+            await client.aclose()
 
 
 def _trace(before_sending: Callable[[], None]) -> Callable[[str, Any], Awaitable[None]]:
