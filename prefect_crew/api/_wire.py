@@ -68,9 +68,7 @@ class Wire:
         shared = _shared.get(asyncio.get_running_loop()) if _shared and not transport else None
         key = (base.scheme, base.netloc, keepalive, verify, str(proxy))
         self._owns_client = shared is None
-        self._client = (shared or {}).get(key) or self._connections(
-            base, keepalive, verify, carried, shared is not None
-        )
+        self._client = (shared or {}).get(key) or self._connections(base, keepalive, verify, carried)
         if shared is not None:
             shared[key] = self._client
         self._url = url
