@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import pickle
 import uuid
 from dataclasses import FrozenInstanceError, asdict
 from typing import Any
@@ -47,6 +48,11 @@ def test_no_secret_shows_in_it_nor_in_what_would_be_stored_of_it():
     for shown in (repr(one), str(one), str(asdict(one)), to_json(one, fallback=repr).decode()):
         assert "the-token" not in shown
         assert "hunter22" not in shown
+
+
+def test_it_goes_to_another_process_as_with_a_task_runner_of_processes():
+    one = crew(secret_inputs=["pin"]).hiding([], texts=[SecretStr("hunter22")])
+    assert pickle.loads(pickle.dumps(one)) == one
 
 
 def test_one_that_is_not_stored_is_called_by_its_address_or_as_its_user_says():

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Sequence
 from enum import StrEnum
 
-from prefect_crew.api.errors import AuthenticationError, ConfigurationError, CrewError
+from prefect_crew.api.errors import ConfigurationError, CrewError
 from prefect_crew.api.models import CrewState, CrewStatus
 from prefect_crew.blocks import find_crew
 from prefect_crew.crew import Crew, CrewSession
@@ -110,12 +110,7 @@ async def settle_from_webhook(
 
 def _looking(session: CrewSession) -> Callable[[str], Awaitable[CrewStatus]]:
     async def look(kickoff_id: str) -> CrewStatus:
-        try:
-            status = await session.client.status(kickoff_id)
-        except AuthenticationError:
-            if not await session.renew():
-                raise
-            status = await session.client.status(kickoff_id)
+        status = await session.asked(lambda client: client.status(kickoff_id))
         if status.state is CrewState.UNKNOWN:
             raise _NotKnownError(f"The crew's server does not know run {kickoff_id}.")
         return status
