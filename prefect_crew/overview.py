@@ -95,7 +95,7 @@ def _standing(record: RunRecord, now: datetime, owner_ended: bool, attended: boo
     if record.phase is RecordPhase.UNCERTAIN:
         return Standing.UNCERTAIN
     if record.phase is RecordPhase.CLAIMED:
-        if not (owner_ended or record.still_open(now) == 0):
+        if not (owner_ended or record.open_for == 0):
             return Standing.CLAIMED
         return Standing.UNCERTAIN if record.permit else Standing.NOT_STARTED
     if not attended:

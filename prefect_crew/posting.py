@@ -25,7 +25,7 @@ from prefect_crew.input_marks import InputMarks, marks_of
 from prefect_crew.interrupts import ENDINGS
 from prefect_crew.logs import run_logger
 from prefect_crew.receiver.targets import webhooks_for
-from prefect_crew.records import Lease, RecordPhase, RecordStore, RunRecord, known_by, utcnow
+from prefect_crew.records import Lease, RecordPhase, RecordStore, RunRecord, utcnow
 from prefect_crew.run_keys import RunIdentity
 from prefect_crew.settings import CrewSettings
 from prefect_crew.stopping import stop_if_asked
@@ -91,7 +91,6 @@ class Purchase:
             input_marks=self.marks,
             owner=caller.owner,
             claimed_at=now,
-            known_by=known_by(now, self.crew.request_timeout, good_for),
             good_for=good_for,
             post_deadline=post_deadline(self.crew.request_timeout),
             forced_by=self.identity.place if self.force_new else None,

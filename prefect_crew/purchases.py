@@ -25,7 +25,6 @@ from prefect_crew.records import (
     check_same_run,
     decide,
     latest_purchase,
-    utcnow,
 )
 
 __all__ = ["Purchased", "purchase_run"]
@@ -176,7 +175,6 @@ async def _decide(
     decision = decide(
         record,
         caller=purchase.identity.caller,
-        now=utcnow(),
         bought=sum(attempt.counts for attempt in attempts),
         max_kickoffs=purchase.crew.max_kickoffs,
         owner_ended=owner_ended,

@@ -7,7 +7,7 @@ measured: 20 racers, one winner). The attempt's number is part of the name, so t
 - `crew_run_KEY_ATTEMPT` is the claim. The call that made it changes it if it gives it back without a permit; after that
   only whoever sees the run's end does.
 - `crew_run_KEY_ATTEMPT_CLAIM_NUMBER` is a permit of that claim. Whoever created it changes it: the claim's owner, or
-  somebody who resolved it. Whoever waits for the run notes there whose turn it is.
+  somebody who resolved it. Whoever waits for the run notes there whose turn it is; it stays its creator's.
 
 `records.folded` says what they mean together. Changes go by the Variable's id: by its name they could reach another one
 that was created under it since.
@@ -30,10 +30,11 @@ from pydantic import ValidationError
 from pydantic_core import to_json
 
 from prefect_crew.api.errors import CrewError
+from prefect_crew.api.models import CrewState
 from prefect_crew.asked_notes import forget_notes
 from prefect_crew.impatience import busy, request_soon
 from prefect_crew.logs import run_logger
-from prefect_crew.records import RECORD_VERSION, TOLD, Permit, RecordPhase, RunRecord, SentReview, folded, utcnow
+from prefect_crew.records import RECORD_VERSION, Permit, RecordPhase, RunRecord, SentReview, folded, resolved, utcnow
 from prefect_crew.run_keys import normal_run_key
 from prefect_crew.turns import Rank
 
@@ -56,9 +57,8 @@ _OWN_TAG = {
     RecordPhase.CLAIMED: ("phase:claimed",),
     RecordPhase.UNCERTAIN: ("phase:claimed",),
     RecordPhase.STARTED: ("phase:claimed",),
-    RecordPhase.ENDED: ("phase:ended",),
 }
-"""How records of a phase are tagged themselves: until a run has ended, only their permits tell more than the claim."""
+"""How records of a phase are tagged themselves: only their permits tell more than the claim. Others are of any tag."""
 _NAME = re.compile(r"(crew_run_[0-9a-f]{32}_\d+)(?:_([0-9a-f]{32})_(\d+))?")
 
 
@@ -139,7 +139,7 @@ def _moment(variable: Mapping[str, Any]) -> datetime:
 
 def _folded(variables: Sequence[_Found]) -> list[RunRecord]:
     """Return the records among some Variables, each with what its permits among them say, the first attempt first."""
-    permits: dict[tuple[str, str], list[tuple[int, Permit]]] = {}
+    permits: dict[tuple[str, str], dict[int, Permit]] = {}
     claims: list[tuple[str, _Found, RunRecord]] = []
     for variable in variables:
         parts = _NAME.fullmatch(variable.name)
@@ -152,12 +152,12 @@ def _folded(variables: Sequence[_Found]) -> list[RunRecord]:
                 claims.append((name, variable, record))
         elif (permit := _parse(variable.value, Permit)) is not None:
             permit = permit.model_copy(update={"ref": variable.id, "age": variable.age})
-            permits.setdefault((name, claim), []).append((int(number), permit))
+            permits.setdefault((name, claim), {})[int(number)] = permit
     records: list[RunRecord] = []
     for name, variable, record in claims:
-        theirs = sorted(permits.get((name, variable.id.replace("-", "")), ()), key=lambda permit: permit[0])
+        theirs = permits.get((name, variable.id.replace("-", "")), {})
         record = record.model_copy(update={"ref": variable.id})
-        records.append(folded(record, [permit for _, permit in theirs], age=variable.age))
+        records.append(folded(record, [theirs[number] for number in sorted(theirs)], age=variable.age))
     return sorted(records, key=lambda record: record.attempt)
 
 
@@ -268,7 +268,7 @@ class PrefectRecords:
         ref = await self._create_permit(record, number, permit)
         if ref is None:
             return False
-        record.permit, record.permit_ref, record.permit_good_for = number, ref, good_for
+        record.permit, record.strongest = number, permit.model_copy(update={"ref": ref})
         if not late:
             return True
         # Others may have resolved and pruned the record since, and its permits with it: what stands there tells.
@@ -276,33 +276,28 @@ class PrefectRecords:
         return found is not None and found.phase is RecordPhase.CLAIMED and found.permit == number
 
     async def resolve(
-        self, record: RunRecord, phase: RecordPhase, *, kickoff_id: str | None = None, reason: str | None = None
+        self,
+        record: RunRecord,
+        phase: RecordPhase,
+        *,
+        kickoff_id: str | None = None,
+        state: CrewState | None = None,
+        reason: str | None = None,
     ) -> bool:
         """Create the next permit of a record as it was read, with what was found out; False if somebody else did."""
-        started = phase is RecordPhase.STARTED
-        verdict = Permit(
-            run_key=record.run_key,
-            attempt=record.attempt,
-            owner=str(uuid4()),
-            phase=phase,
-            kickoff_id=kickoff_id,
-            # The kickoff was sent right after the claim; nobody knows the moment better.
-            kicked_off_at=(record.kicked_off_at or record.claimed_at) if started else None,
-            hooked=record.hooked,
-            reason=reason,
-        )
+        found = resolved(record, phase, kickoff_id=kickoff_id, state=state, reason=reason).outcome()
+        verdict = Permit(run_key=record.run_key, attempt=record.attempt, owner=str(uuid4()), **found)
         number = record.permit + 1
         ref = await self._create_permit(record, number, verdict)
         if ref is None:
             return False
-        update = {name: getattr(verdict, name) for name in TOLD}
-        found = {**update, "permit": number, "permit_ref": ref, "permit_good_for": 0.0, "open_for": 0.0}
+        found |= {"permit": number, "strongest": verdict.model_copy(update={"ref": ref}), "open_for": 0.0}
         for name, value in found.items():
             setattr(record, name, value)
         return True
 
     async def _create_permit(self, record: RunRecord, number: int, permit: Permit) -> str | None:
-        """Create a permit and return its id; None if another owner's of this number stands there."""
+        """Create a permit and return its id; None if another owner's of this number stands there, or a used one."""
         name = _permit_name(record, number)
         value = permit.model_dump(mode="json", exclude_none=True)
         async with get_client() as client:
@@ -313,23 +308,18 @@ class PrefectRecords:
         if variable is None:
             return None
         standing = _parse(variable.value, Permit)
-        return None if standing is None or standing.owner != permit.owner else str(variable.id)
+        ours = standing is not None and (standing.owner, standing.phase) == (permit.owner, permit.phase)
+        return str(variable.id) if ours else None
 
     async def save(self, record: RunRecord) -> None:
         """Write down what became of a run, again and again for five minutes while the Prefect API is away.
 
         The end stands in the record itself; what comes before it, in the permit of whoever found it out.
         """
-        if record.permit_ref is not None and record.phase is not RecordPhase.ENDED:
-            permit = Permit(
-                run_key=record.run_key,
-                attempt=record.attempt,
-                owner=record.owner,
-                good_for=record.permit_good_for,
-                **{name: getattr(record, name) for name in TOLD},
-            )
+        if (strongest := record.strongest) is not None and record.phase is not RecordPhase.ENDED:
+            permit = strongest.model_copy(update=record.outcome())
             value = permit.model_dump(mode="json", exclude_none=True)
-            await self._patch(record.permit_ref, value, _tags(permit), Rank.RECORD)
+            await self._patch(str(permit.ref), value, _tags(permit), Rank.RECORD)
             return
         ref = record.ref or await self._ref(record)
         value = _value(record)

@@ -24,13 +24,12 @@ from __future__ import annotations
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Any, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from prefect_crew.api.certainty import post_deadline
 from prefect_crew.api.errors import RunKeyConflictError
 from prefect_crew.api.models import CrewResult, CrewState, TaskResult, TokenUsage
 from prefect_crew.input_marks import InputMarks, differing_inputs
@@ -52,13 +51,12 @@ __all__ = [
     "decide",
     "folded",
     "latest_purchase",
+    "resolved",
 ]
 
 RECORD_VERSION = 2
 MAX_RUN_KEY = 500
 """Characters of a run key."""
-MARGIN = 10.0
-"""Seconds on top of the deadline of a POST after which the owner of a claim must know whether it started a run."""
 SPARE = 5.0
 """Seconds on top of what a permit's owner may take, after which it may be resolved: the store tells its time in whole
 seconds, and one late."""
@@ -132,21 +130,58 @@ class SentReview(BaseModel):
     outcome: Literal["intended", "sent", "uncertain"] = "intended"
 
 
-class RunRecord(BaseModel):
+class Outcome(BaseModel):
+    """What became of a kickoff: each permit of a claim tells it, and a record what it and its permits tell together."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    phase: RecordPhase = RecordPhase.CLAIMED
+    kickoff_id: str | None = None
+    kicked_off_at: datetime | None = None
+    human_since: datetime | None = None
+    human_seconds: float = 0.0
+    human_task: str | None = None
+    """The task that waits for a person, or was the last to do so."""
+    state: CrewState | None = None
+    ended_at: datetime | None = None
+    reason: str | None = None
+
+    def outcome(self) -> dict[str, Any]:
+        """Return what is told of the kickoff, field by field."""
+        return {name: getattr(self, name) for name in Outcome.model_fields}
+
+
+class Permit(Outcome):
+    """The right to send one kickoff of a claim, and what became of it; or what somebody else found out about the claim.
+
+    It stays that of whoever created it, also where those who wait for the run write to it. `phase`: CLAIMED is the
+    right itself, the others are an outcome.
+    """
+
+    version: int = RECORD_VERSION
+    run_key: str
+    attempt: int
+    owner: str
+    good_for: float = 0.0
+    """Seconds from its creation within which the kickoff begins to be sent."""
+
+    ref: str | None = Field(default=None, exclude=True)
+    age: float = Field(default=0.0, exclude=True)
+    """Seconds since it was created, by the store's clock, as of when it was read."""
+
+
+class RunRecord(Outcome):
     """One attempt at one run key. Times are UTC.
 
     `crew` is for people; `crew_url` and `inputs_digest` are what the run is compared by. `owner` is a nonce of the call
-    that claimed it, since Prefect's client may send a request twice and then meets its own claim. `known_by` is when
-    the owner must know whether it started a run. `flow_run_id` and `flow_run_count` name the owner's flow run and which
-    attempt of it. Inputs are not kept, only their digest, and fingerprints that say which of them differ.
+    that claimed it, since Prefect's client may send a request twice and then meets its own claim. `flow_run_id` and
+    `flow_run_count` name the owner's flow run and which attempt of it. Inputs are not kept, only their digest, and
+    fingerprints that say which of them differ.
     """
-
-    model_config = ConfigDict(extra="ignore")
 
     version: int = RECORD_VERSION
     run_key: str
     attempt: int = Field(ge=1)
-    phase: RecordPhase = RecordPhase.CLAIMED
     crew: str
     crew_url: str
     inputs_digest: str
@@ -154,7 +189,6 @@ class RunRecord(BaseModel):
     """None for a row of a batch, whose ledger says with what it was run, and where it did not fit."""
     owner: str
     claimed_at: datetime
-    known_by: datetime
     good_for: float = 0.0
     """Seconds from the claim within which its owner asks for a permit."""
     post_deadline: float = 0.0
@@ -171,16 +205,7 @@ class RunRecord(BaseModel):
     """Names of the inputs that hold a secret: without their values, nothing that the crew says may be shown."""
     hooked: bool = False
     """Whether its kickoff asked for webhooks to this package's receiver."""
-    kickoff_id: str | None = None
-    kicked_off_at: datetime | None = None
-    human_since: datetime | None = None
-    human_seconds: float = 0.0
-    human_task: str | None = None
-    """The task that waits for a person, or was the last to do so."""
-    state: CrewState | None = None
-    ended_at: datetime | None = None
     error: str | None = None
-    reason: str | None = None
     result: StoredResult | None = None
 
     # What the store found when it read the record. It is no part of what is stored.
@@ -188,23 +213,16 @@ class RunRecord(BaseModel):
     """What the store knows this claim by: another claim of the same attempt has another."""
     permit: int = Field(default=0, exclude=True)
     """How many permits there are."""
-    permit_ref: str | None = Field(default=None, exclude=True)
-    """What the store knows the permit by that this record's owner writes to."""
-    permit_good_for: float = Field(default=0.0, exclude=True)
-    """Seconds that this permit is, or was, good for."""
-    open_for: float | None = Field(default=None, exclude=True)
-    """Seconds for which the kickoff may still be sent, or on its way, by the store's clock; None: `known_by` tells."""
+    strongest: Permit | None = Field(default=None, exclude=True)
+    """The permit that counts. What becomes of the run until its end is written to it."""
+    open_for: float = Field(default=0.0, exclude=True)
+    """Seconds for which the kickoff may still be sent, or on its way, by the store's clock; 0 if it is not."""
 
     def __eq__(self, other: object) -> bool:
         """Return whether both say the same, whenever they were read."""
         return isinstance(other, RunRecord) and self.model_dump() == other.model_dump()
 
     __hash__ = None  # pyright: ignore[reportAssignmentType, reportIncompatibleMethodOverride]
-
-    def still_open(self, now: datetime) -> float:
-        """Return the seconds for which the kickoff of a claim may still be sent or on its way; 0 if it is not."""
-        left = (self.known_by - now).total_seconds() if self.open_for is None else self.open_for
-        return max(0.0, left)
 
     @property
     def counts(self) -> bool:
@@ -222,34 +240,6 @@ class RunRecord(BaseModel):
         }
 
 
-class Permit(BaseModel):
-    """The right to send one kickoff of a claim, and what became of it; or what somebody else found out about the claim.
-
-    Only whoever created it writes to it. `phase`: CLAIMED is the right itself, the others are an outcome.
-    """
-
-    model_config = ConfigDict(extra="ignore")
-
-    version: int = RECORD_VERSION
-    run_key: str
-    attempt: int
-    owner: str
-    good_for: float = 0.0
-    """Seconds from its creation within which the kickoff begins to be sent."""
-    phase: RecordPhase = RecordPhase.CLAIMED
-    kickoff_id: str | None = None
-    kicked_off_at: datetime | None = None
-    hooked: bool = False
-    human_since: datetime | None = None
-    human_seconds: float = 0.0
-    human_task: str | None = None
-    reason: str | None = None
-
-    ref: str | None = Field(default=None, exclude=True)
-    age: float = Field(default=0.0, exclude=True)
-    """Seconds since it was created, by the store's clock, as of when it was read."""
-
-
 _RANK = {
     RecordPhase.CLAIMED: 0,
     RecordPhase.UNCERTAIN: 1,
@@ -258,8 +248,6 @@ _RANK = {
     RecordPhase.ENDED: 4,
 }
 """What counts where two say different things of one claim: an id is stronger than a word that there is none."""
-TOLD = ("phase", "kickoff_id", "kicked_off_at", "hooked", "human_since", "human_seconds", "human_task", "reason")
-"""What a permit tells of its claim's run."""
 
 
 def folded(record: RunRecord, permits: Sequence[Permit], *, age: float) -> RunRecord:
@@ -273,18 +261,35 @@ def folded(record: RunRecord, permits: Sequence[Permit], *, age: float) -> RunRe
         age: Seconds since the claim was made, by the store's clock.
     """
     strongest = max(permits, key=lambda permit: _RANK[permit.phase], default=None)
-    update: dict[str, Any] = {"permit": len(permits)}
+    update: dict[str, Any] = {"permit": len(permits), "strongest": strongest}
     if strongest is not None:
         last = permits[-1]
-        update |= {"permit_ref": strongest.ref, "permit_good_for": strongest.good_for}
-        update["open_for"] = last.good_for + record.post_deadline + SPARE - last.age
+        update["open_for"] = max(0.0, last.good_for + record.post_deadline + SPARE - last.age)
         if _RANK[strongest.phase] > _RANK[record.phase]:
-            update |= {name: getattr(strongest, name) for name in TOLD}
+            update |= strongest.outcome()
     else:
-        update["open_for"] = record.good_for - age
+        update["open_for"] = max(0.0, record.good_for - age)
     if update.get("phase", record.phase) not in (RecordPhase.CLAIMED, RecordPhase.UNCERTAIN):
         update["open_for"] = 0.0
     return record.model_copy(update=update)
+
+
+def resolved(
+    record: RunRecord,
+    phase: RecordPhase,
+    *,
+    kickoff_id: str | None = None,
+    state: CrewState | None = None,
+    reason: str | None = None,
+) -> RunRecord:
+    """Return a record with what was found out about it: STARTED with an id, ENDED in a state, or NOT_STARTED."""
+    found: dict[str, Any] = {"phase": phase, "reason": reason}
+    if phase is RecordPhase.STARTED:
+        # The kickoff was sent right after the claim; nobody knows the moment better.
+        found |= {"kickoff_id": kickoff_id, "kicked_off_at": record.kicked_off_at or record.claimed_at}
+    if phase is RecordPhase.ENDED:
+        found |= {"state": state, "ended_at": utcnow(), "human_since": None}
+    return record.model_copy(update=found)
 
 
 @dataclass
@@ -344,7 +349,6 @@ def decide(
     record: RunRecord | None,
     *,
     caller: Caller,
-    now: datetime,
     bought: int = 0,
     max_kickoffs: int = 3,
     owner_ended: bool = False,
@@ -356,7 +360,6 @@ def decide(
     Args:
         record: The latest attempt at the key that counts, None if there is none.
         caller: Who asks.
-        now: The time, UTC.
         bought: How many attempts at this key count as purchases, `record` among them.
         max_kickoffs: How many may.
         owner_ended: Whether the flow run that claimed the record is known to have ended.
@@ -381,7 +384,7 @@ def decide(
         record.flow_run_id == caller.flow_run_id and record.flow_run_count < caller.flow_run_count
     )
     if record.phase is RecordPhase.CLAIMED:
-        if not (earlier or owner_ended) and record.still_open(now):
+        if not (earlier or owner_ended) and record.open_for:
             return Decision.CLAIMED_ELSEWHERE
         return Decision.UNCERTAIN if record.permit else Decision.VOID
     if record.state is CrewState.COMPLETED or bought >= max_kickoffs:
@@ -418,11 +421,6 @@ def check_same_run(
         raise RunKeyConflictError(
             run_key=record.run_key, difference="; ".join(differences), kickoff_id=record.kickoff_id
         )
-
-
-def known_by(now: datetime, request_timeout: float, delay: float = 0.0) -> datetime:
-    """Return when the owner of a claim made at `now`, posting after `delay` seconds, must know its outcome."""
-    return now + timedelta(seconds=delay + post_deadline(request_timeout) + MARGIN)
 
 
 def utcnow() -> datetime:
@@ -470,12 +468,19 @@ class RecordStore(Protocol):
         ...
 
     async def resolve(
-        self, record: RunRecord, phase: RecordPhase, *, kickoff_id: str | None = None, reason: str | None = None
+        self,
+        record: RunRecord,
+        phase: RecordPhase,
+        *,
+        kickoff_id: str | None = None,
+        state: CrewState | None = None,
+        reason: str | None = None,
     ) -> bool:
-        """Write down what was found out about the kickoff of a record as it was read, STARTED or NOT_STARTED.
+        """Write down what was found out about a record as it was read, and note it there: STARTED, NOT_STARTED, ENDED.
 
-        False if anybody has written to it since. It is for the caller to see that its owner can send no more
-        (`RunRecord.still_open`); where nothing was sent yet, it needs no waiting.
+        False if somebody else has found something out since. An end that the crew's status told outranks it, whichever
+        is written first. It is for the caller to see that the claim's owner can send no more (`RunRecord.open_for`);
+        where nothing was sent yet, it needs no waiting.
         """
         ...
 

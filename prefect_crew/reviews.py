@@ -517,7 +517,6 @@ def kept_beside(run: OpenRun) -> RunRecord:
         inputs_digest="",
         owner="",
         claimed_at=now,
-        known_by=now,
         kickoff_id=run.kickoff_id,
     )
 

@@ -6,16 +6,19 @@ the last word where it can be asked, and no other record may hold the id.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable
 
 from prefect_crew.api.errors import ConfigurationError, CrewError
 from prefect_crew.api.models import CrewState, CrewStatus
-from prefect_crew.records import RecordPhase, RecordStore, RunRecord, latest_purchase, utcnow
+from prefect_crew.records import RecordPhase, RecordStore, RunRecord, latest_purchase
 
 __all__ = ["SETTLED_BY_PERSON", "in_flight", "settle_lost", "settle_never_started", "settle_started", "unsettled"]
 
 SETTLED_BY_PERSON = "settled: it never started"
 LOST = "settled: the crew's server has forgotten it"
+LOOK_AGAIN = 2.0
+"""Seconds after which the crew is asked once more about a run that its server does not know."""
 
 
 async def unsettled(run_key: str, records: RecordStore) -> RunRecord:
@@ -32,11 +35,11 @@ async def unsettled(run_key: str, records: RecordStore) -> RunRecord:
     if record.phase is RecordPhase.UNCERTAIN:
         return record
     if record.phase is RecordPhase.CLAIMED:
-        if (left := record.still_open(utcnow())) > 0:
+        if record.open_for:
             # Whatever the state of its flow run: the process may be alive.
             raise CrewError(
-                f"The kickoff of run {run_key!r} may still be sent, or on its way. Resolve it in {left:.0f} s, if it "
-                "is still uncertain then."
+                f"The kickoff of run {run_key!r} may still be sent, or on its way. Resolve it in "
+                f"{record.open_for:.0f} s, if it is still uncertain then."
             )
         return record
     told = f"run {record.kickoff_id} is {record.state or 'started'}" if record.kickoff_id else f"it is {record.phase}"
@@ -124,16 +127,22 @@ async def settle_lost(
         CrewError: The status call failed, or the record says something else by now. Nothing is changed.
     """
     if look is not None:
-        state = (await look(str(record.kickoff_id))).state
-        if state is not CrewState.UNKNOWN:
-            raise ConfigurationError(
-                f"The server of crew {record.crew} knows run {record.kickoff_id}: it is {state}. Nothing was changed. "
-                "Run again with its key to wait for it and get its result."
-            )
-    await _not_settled_meanwhile(record, records)
-    record.phase, record.state, record.ended_at = RecordPhase.ENDED, CrewState.UNKNOWN, utcnow()
-    record.reason, record.human_since = LOST, None
-    await records.save(record)
+        await _check_forgotten(record, look)
+        await asyncio.sleep(LOOK_AGAIN)  # one answer of a load balancer between two releases is no proof
+        await _check_forgotten(record, look)
+    lost = await records.resolve(record, RecordPhase.ENDED, state=CrewState.UNKNOWN, reason=LOST)
+    standing = await _standing(record, records)
+    if not lost or standing is None or standing.state is not CrewState.UNKNOWN:
+        raise _resolved_by_another(record, standing)
+
+
+async def _check_forgotten(record: RunRecord, look: Callable[[str], Awaitable[CrewStatus]]) -> None:
+    state = (await look(str(record.kickoff_id))).state
+    if state is not CrewState.UNKNOWN:
+        raise ConfigurationError(
+            f"The server of crew {record.crew} knows run {record.kickoff_id}: it is {state}. Nothing was changed. "
+            "Run again with its key to wait for it and get its result."
+        )
 
 
 async def _resolve(
@@ -144,28 +153,41 @@ async def _resolve(
     kickoff_id: str | None = None,
     reason: str | None = None,
 ) -> None:
-    # Who sent it may know by now that it is uncertain: the request may be on its way all the same.
-    waits = record.phase is RecordPhase.CLAIMED or phase is RecordPhase.NOT_STARTED
-    if waits and (left := record.still_open(utcnow())) > 0:
-        raise CrewError(
-            f"The kickoff of run {record.run_key!r} may still be on its way. Nothing was changed. Resolve it in "
-            f"{left:.0f} s, if it is still uncertain then."
-        )
+    _check_over(record, phase)
     if phase is RecordPhase.STARTED and record.phase is RecordPhase.CLAIMED and not record.permit:
         raise ConfigurationError(
             f"The kickoff of run {record.run_key!r} was never sent: whoever claimed it ended before that. So run "
             f"{kickoff_id} is another one. Nothing was changed. Run again with the same key."
         )
     if not await records.resolve(record, phase, kickoff_id=kickoff_id, reason=reason):
-        await _not_settled_meanwhile(record, records, changed=True)
+        standing = await _standing(record, records)
+        if standing is not None:
+            _check_over(standing, phase)
+        raise _resolved_by_another(record, standing)
 
 
-async def _not_settled_meanwhile(record: RunRecord, records: RecordStore, *, changed: bool = False) -> None:
-    """Raise CrewError unless the record still stands as it was read: a webhook may settle what a person looks at."""
-    attempts = await records.attempts(record.run_key)
-    standing = next((one for one in attempts if one.attempt == record.attempt), None)
-    if changed or standing is None or (standing.owner, standing.phase) != (record.owner, record.phase):
-        told = "gone" if standing is None else f"{standing.phase}, run {standing.kickoff_id or 'unknown'}"
+def _check_over(record: RunRecord, phase: RecordPhase) -> None:
+    """Raise CrewError if it is too early to say this of a kickoff."""
+    # Who sent it may know by now that it is uncertain: the request may be on its way all the same.
+    waits = record.phase is RecordPhase.CLAIMED or phase is RecordPhase.NOT_STARTED
+    if waits and record.open_for:
         raise CrewError(
-            f"Run {record.run_key!r} was settled by somebody else meanwhile: it is {told} now. Nothing was changed."
+            f"The kickoff of run {record.run_key!r} may still be on its way. Nothing was changed. Resolve it in "
+            f"{record.open_for:.0f} s, if it is still uncertain then."
         )
+
+
+async def _standing(record: RunRecord, records: RecordStore) -> RunRecord | None:
+    """Return a record as it stands now."""
+    attempts = await records.attempts(record.run_key)
+    return next((one for one in attempts if one.attempt == record.attempt), None)
+
+
+def _resolved_by_another(record: RunRecord, standing: RunRecord | None) -> CrewError:
+    """Return the error about a record that was changed since it was read: a webhook may resolve what a person reads."""
+    told = "gone"
+    if standing is not None:
+        told = f"{standing.state or standing.phase}, run {standing.kickoff_id or 'unknown'}"
+    return CrewError(
+        f"Run {record.run_key!r} was settled by somebody else meanwhile: it is {told} now. Nothing was changed."
+    )

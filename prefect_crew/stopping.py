@@ -28,7 +28,7 @@ from prefect_crew.events import emit
 from prefect_crew.interrupts import ctrl_c_pressed, started_by_runner
 from prefect_crew.logs import run_logger
 from prefect_crew.record_store import PrefectRecords
-from prefect_crew.records import RecordPhase, RecordStore, RunRecord, utcnow
+from prefect_crew.records import RecordPhase, RecordStore, RunRecord
 
 __all__ = [
     "cancellation_asked",
@@ -259,13 +259,14 @@ async def close_stopped(record: RunRecord, answer: StopAnswer, records: RecordSt
     """
     if answer.outcome is StopOutcome.NOT_STOPPABLE:
         return  # it has ended: whoever looks sees how, and writes it down
-    standing = await records.of_kickoff(str(record.kickoff_id))
-    if standing is not None and standing.phase is RecordPhase.ENDED:
+    standing = await records.of_kickoff(str(record.kickoff_id)) or record
+    if standing.phase is RecordPhase.ENDED:
         return  # somebody else saw the end, and what is here is older
-    if answer.outcome is StopOutcome.STOPPED:
-        record.phase, record.state, record.ended_at = RecordPhase.ENDED, CrewState.STOPPED, utcnow()
-    else:
+    if answer.outcome is not StopOutcome.STOPPED:
         record.reason = f"stop was asked for: {answer.outcome}"
-    await records.save(record)
-    if record.phase is RecordPhase.ENDED:
+        await records.save(record)
+    # Not over what is written meanwhile: whoever waits for the run may have seen how it ended.
+    elif await records.resolve(standing, RecordPhase.ENDED, state=CrewState.STOPPED, reason=record.reason):
+        for name, value in standing.outcome().items():
+            setattr(record, name, value)
         emit("stopped", record, once=True, state=str(record.state))

@@ -35,7 +35,7 @@ def seen(prefect_api: PrefectServer) -> Iterator[Seen]:
 def record(**fields: Any) -> RunRecord:
     known: dict[str, Any] = {
         "run_key": "k", "attempt": 2, "crew": "travel", "crew_url": "https://travel.test", "inputs_digest": "d",
-        "owner": str(uuid.uuid4()), "claimed_at": NOON, "known_by": NOON, "kickoff_id": str(uuid.uuid4()),
+        "owner": str(uuid.uuid4()), "claimed_at": NOON, "kickoff_id": str(uuid.uuid4()),
     }  # fmt: skip
     return RunRecord(**known | fields)
 

@@ -56,7 +56,7 @@ def _log_all(caplog: pytest.LogCaptureFixture) -> None:
 async def claim(run_key: str, crew: DeployedCrew, *, permit: float | None = None, **fields: Any) -> RunRecord:
     """Claim a run with the input text: a, as somebody else; with a permit that is good for so many seconds."""
     now = utcnow()
-    known: dict[str, Any] = {"claimed_at": now, "known_by": now, "good_for": 60.0, "owner": "theirs"}
+    known: dict[str, Any] = {"claimed_at": now, "good_for": 60.0, "owner": "theirs"}
     known["attempt"] = 1
     record = RunRecord(
         run_key=run_key,

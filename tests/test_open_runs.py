@@ -30,7 +30,7 @@ def crew(**fields: Any) -> Crew:
 def record() -> RunRecord:
     return RunRecord(
         run_key="k", attempt=1, crew="travel", crew_url="https://travel.test", inputs_digest="d", owner="o",
-        claimed_at=NOON, known_by=NOON, kickoff_id="r1", kicked_off_at=NOON,
+        claimed_at=NOON, kickoff_id="r1", kicked_off_at=NOON,
     )  # fmt: skip
 
 

@@ -23,7 +23,7 @@ def record(**facts: Any) -> RunRecord:
             "inputs_digest": "d" * 32,
             "owner": "o",
             "claimed_at": NOW - timedelta(seconds=20),
-            "known_by": NOW + timedelta(seconds=20),
+            "open_for": 20.0,
             **facts,
         }
     )
@@ -38,9 +38,9 @@ TURN = NOW - timedelta(seconds=5)
     [
         pytest.param({}, False, True, Standing.CLAIMED, id="being-posted"),
         pytest.param({}, True, True, Standing.NOT_STARTED, id="claimed-by-a-dead-flow-run"),
-        pytest.param({"known_by": NOW}, False, True, Standing.NOT_STARTED, id="claimed-too-long-ago"),
+        pytest.param({"open_for": 0.0}, False, True, Standing.NOT_STARTED, id="claimed-too-long-ago"),
         pytest.param({"permit": 1}, True, True, Standing.UNCERTAIN, id="sent-by-a-dead-flow-run"),
-        pytest.param({"permit": 1, "known_by": NOW}, False, True, Standing.UNCERTAIN, id="sent-too-long-ago"),
+        pytest.param({"permit": 1, "open_for": 0.0}, False, True, Standing.UNCERTAIN, id="sent-too-long-ago"),
         pytest.param({"phase": RecordPhase.UNCERTAIN}, False, True, Standing.UNCERTAIN, id="uncertain"),
         pytest.param(STARTED, False, True, Standing.IN_FLIGHT, id="in-flight"),
         pytest.param({**STARTED, "human_since": TURN}, False, True, Standing.WAITING, id="waiting"),

@@ -66,7 +66,6 @@ def record_of(owner: FlowRun, **fields: Any) -> RunRecord:
         "inputs_digest": "d" * 32,
         "owner": str(uuid.uuid4()),
         "claimed_at": now,
-        "known_by": now,
         "flow_run_id": str(owner.id),
         "flow_run_count": owner.run_count,
         "process": gone(),

@@ -37,7 +37,7 @@ def record(**fields: object) -> RunRecord:
     return RunRecord.model_validate(
         {
             "run_key": HOSTILE, "attempt": 1, "crew": HOSTILE, "crew_url": "https://x", "inputs_digest": "0" * 32,
-            "owner": "o", "claimed_at": NOW, "known_by": NOW, "phase": RecordPhase.STARTED, "kickoff_id": HOSTILE,
+            "owner": "o", "claimed_at": NOW, "phase": RecordPhase.STARTED, "kickoff_id": HOSTILE,
         } | fields
     )  # fmt: skip
 

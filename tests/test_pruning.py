@@ -28,7 +28,6 @@ def record(key: str, phase: RecordPhase, at: datetime, *, attempt: int = 1, **fa
         inputs_digest="d",
         owner="o",
         claimed_at=at - timedelta(minutes=5),
-        known_by=at,
         ended_at=at if phase is RecordPhase.ENDED else None,
         kickoff_id="k" if phase in (RecordPhase.ENDED, RecordPhase.STARTED) else None,
         **facts,

@@ -7,7 +7,6 @@ import threading
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from datetime import timedelta
 from typing import Any
 
 import httpx
@@ -41,7 +40,6 @@ def new(run_key: str | None = None, **fields: Any) -> RunRecord:
         "inputs_digest": "d" * 32,
         "owner": str(uuid.uuid4()),
         "claimed_at": now,
-        "known_by": now + timedelta(seconds=40),
     }
     return RunRecord(**known | fields)
 

@@ -9,11 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prefect_crew.api.certainty import post_deadline
 from prefect_crew.api.errors import RunKeyConflictError
 from prefect_crew.api.models import CrewResult, CrewState, TaskResult, TokenUsage
 from prefect_crew.records import (
-    MARGIN,
     Caller,
     Decision,
     RecordPhase,
@@ -21,9 +19,7 @@ from prefect_crew.records import (
     StoredResult,
     check_same_run,
     decide,
-    known_by,
     latest_purchase,
-    utcnow,
 )
 
 NOON = datetime(2026, 5, 1, 12, tzinfo=UTC)
@@ -41,7 +37,7 @@ def record(phase: RecordPhase = RecordPhase.CLAIMED, **fields: Any) -> RunRecord
         "inputs_digest": "d1",
         "owner": "somebody",
         "claimed_at": NOON - MINUTE,
-        "known_by": NOON + MINUTE,
+        "open_for": 60.0,
     }
     return RunRecord(**known | fields)
 
@@ -55,7 +51,7 @@ STARTED = record(RecordPhase.STARTED, kickoff_id="r1")
 
 
 def decided(standing: RunRecord | None, **options: Any) -> Decision:
-    return decide(standing, **{"caller": ME, "now": NOON, "bought": 1, **options})
+    return decide(standing, **{"caller": ME, "bought": 1, **options})
 
 
 @pytest.mark.parametrize(
@@ -83,15 +79,13 @@ def decided(standing: RunRecord | None, **options: Any) -> Decision:
         ),
         pytest.param(record(RecordPhase.UNCERTAIN), {}, Decision.UNCERTAIN, id="uncertain"),
         pytest.param(record(), {}, Decision.CLAIMED_ELSEWHERE, id="claimed by another, who has time"),
-        pytest.param(record(), {"now": NOON + MINUTE}, Decision.VOID, id="claimed by another, whose time is up"),
+        pytest.param(record(open_for=0.0), {}, Decision.VOID, id="claimed by another, whose time is up"),
         pytest.param(record(), {"owner_ended": True}, Decision.VOID, id="claimed by a flow run that has ended"),
         pytest.param(
             record(flow_run_id="flow-1", flow_run_count=1), {}, Decision.VOID, id="claimed by our own last attempt"
         ),
         pytest.param(record(permit=1), {}, Decision.CLAIMED_ELSEWHERE, id="sent by another, who has time"),
-        pytest.param(
-            record(permit=1), {"now": NOON + MINUTE}, Decision.UNCERTAIN, id="sent by another, whose time is up"
-        ),
+        pytest.param(record(permit=1, open_for=0.0), {}, Decision.UNCERTAIN, id="sent by another, whose time is up"),
         pytest.param(
             record(permit=1), {"owner_ended": True}, Decision.UNCERTAIN, id="sent by a flow run that has ended"
         ),
@@ -100,12 +94,6 @@ def decided(standing: RunRecord | None, **options: Any) -> Decision:
             {},
             Decision.UNCERTAIN,
             id="sent by our own last attempt",
-        ),
-        pytest.param(
-            record(permit=1, open_for=1.0),
-            {"now": NOON + MINUTE},
-            Decision.CLAIMED_ELSEWHERE,
-            id="the store's clock counts, not ours",
         ),
         pytest.param(
             record(flow_run_id="flow-1", flow_run_count=2),
@@ -133,18 +121,17 @@ def test_force_new_buys_whatever_the_record_says(phase: RecordPhase):
 @given(
     phase=st.sampled_from([RecordPhase.CLAIMED, RecordPhase.STARTED, RecordPhase.UNCERTAIN]),
     owner_ended=st.booleans(),
-    minutes=st.integers(-1000, 1000),
+    open_for=st.integers(0, 1000),
     bought=st.integers(1, 10),
     count=st.integers(0, 5),
     asked=st.none() | st.integers(-1000, 1000),
 )
 def test_what_may_have_started_is_never_bought_again(
-    phase: RecordPhase, owner_ended: bool, minutes: int, bought: int, count: int, asked: int | None
+    phase: RecordPhase, owner_ended: bool, open_for: int, bought: int, count: int, asked: int | None
 ):
     decision = decided(
-        record(phase, flow_run_id="flow-1", flow_run_count=count),
+        record(phase, flow_run_id="flow-1", flow_run_count=count, open_for=open_for),
         owner_ended=owner_ended,
-        now=NOON + minutes * MINUTE,
         bought=bought,
         asked_at=None if asked is None else NOON + asked * MINUTE,
     )
@@ -185,12 +172,6 @@ def test_a_key_belongs_to_one_crew_and_one_set_of_inputs(url: str, digest: str, 
 def test_refused_inputs_may_be_mended_under_the_same_key():
     check_same_run(record(RecordPhase.NOT_STARTED), crew_url="https://travel.test", inputs_digest="d2")
     check_same_run(STARTED, crew_url="https://travel.test", inputs_digest="d1")
-
-
-def test_the_owner_of_a_claim_has_the_requests_time_and_a_margin():
-    assert known_by(NOON, 30) == NOON + timedelta(seconds=post_deadline(30) + MARGIN)
-    assert known_by(NOON, 30, delay=60) == NOON + timedelta(seconds=60 + post_deadline(30) + MARGIN)
-    assert utcnow().utcoffset() == timedelta(0)
 
 
 def test_a_result_survives_the_record_without_its_raw_bodies():

@@ -87,7 +87,8 @@ attempts = Table(
 """A row an attempt. `record` is the whole of it, as JSON; the other columns are what is searched and added up.
 
 `kickoff` is a digest of the id, which may hold what PostgreSQL cannot (NUL); within JSON such characters are escaped.
-`posts_until` is when a claim may be posted no more, in seconds since 1970 by the clock of the database.
+`posts_until` is when the kickoff of a claim, or of one that is uncertain, is surely not on its way any more, in seconds
+since 1970 by the clock of the database.
 """
 answers = Table(
     "crew_answers",

@@ -30,7 +30,7 @@ from prefect_crew.interrupts import cancel_and_wait
 from prefect_crew.logs import run_logger
 from prefect_crew.posting import Purchase
 from prefect_crew.purchases import Purchased, purchase_run
-from prefect_crew.records import Caller, RecordPhase, RunRecord, latest_purchase, utcnow
+from prefect_crew.records import Caller, RecordPhase, RunRecord, latest_purchase
 from prefect_crew.run_keys import RunIdentity
 from prefect_crew.settings import CrewSettings
 
@@ -204,7 +204,7 @@ class Engine:
 
     async def _row_of_others(self, work: Work, claimed: RunRecord) -> None:
         """Wait until whoever has claimed a row must know its fate, without holding up any other row."""
-        while utcnow() < claimed.known_by and claimed.phase is RecordPhase.CLAIMED and self.stopped is None:
+        while claimed.open_for and claimed.phase is RecordPhase.CLAIMED and self.stopped is None:
             await asyncio.sleep(1.0)
             work.attempts = await self.ledger.attempts(claimed.run_key)
             claimed = latest_purchase(work.attempts) or claimed

@@ -13,13 +13,13 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from pydantic_core import to_json
-from sqlalchemy import Connection, TextClause, select, text
+from sqlalchemy import ColumnElement, Connection, TextClause, literal_column, select, text
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError, SQLAlchemyError
 
 from prefect_crew.batches.database import Database, LedgerError, attempts, short
 from prefect_crew.logs import run_logger
 
-__all__ = ["KEYS_AT_ONCE", "GroupWriter"]
+__all__ = ["KEYS_AT_ONCE", "GroupWriter", "seconds_left"]
 
 T = TypeVar("T")
 KEYS_AT_ONCE = 400
@@ -35,7 +35,7 @@ class _Write:
     """One write that waits for its commit.
 
     `values` are those of a row of the table, and besides `good_for`, for how many more seconds a claim may be posted,
-    and `mine`, whether whoever writes has claimed it.
+    `mine`, whether whoever writes has claimed it, and `was`, the phase that alone it may replace, None for any.
     """
 
     values: dict[str, Any]
@@ -82,7 +82,7 @@ class GroupWriter:
         It is not where somebody else's claim stands in its place, or what stands there is later than it.
 
         Args:
-            values: All columns but `posts_until`; `good_for` and `mine`.
+            values: All columns but `posts_until`; `good_for`, `mine` and `was`.
             new: Whether it claims its place; else it replaces what stands there.
             urgent: Whether a commit is begun for it; else it goes with the next one, or with one of its own soon.
 
@@ -237,7 +237,7 @@ def _may_pass(error: Exception) -> bool:
 
 
 _COLUMNS = ("batch", "row_key", "attempt", "phase", "state", "kickoff", "owner", "seconds", "usage", "record")
-_GIVEN = (*_COLUMNS, "good_for", "mine")
+_GIVEN = (*_COLUMNS, "good_for", "mine", "was")
 _NUMBERS = {"attempt": "integer", "seconds": "double precision", "good_for": "double precision", "mine": "integer"}
 _CHANGING = ("phase", "state", "kickoff", "seconds", "usage", "record")
 
@@ -245,11 +245,13 @@ _FOLLOWS = """
     CASE stands.phase
         WHEN 'claimed' THEN now.mine = 1 OR (now.phase <> 'claimed' AND coalesce(stands.posts_until, 0) <= {clock})
         WHEN 'not-started' THEN now.phase IN ('not-started', 'started', 'ended')
-        WHEN 'uncertain' THEN now.phase <> 'claimed'
+        WHEN 'uncertain' THEN now.phase NOT IN ('claimed', 'not-started') OR
+            (now.phase = 'not-started' AND coalesce(stands.posts_until, 0) <= {clock})
         ELSE now.phase IN (stands.phase, 'ended') AND coalesce(stands.kickoff, '') = coalesce(now.kickoff, '')
     END
 """
-"""Whether `now` may follow what stands there. The age of a claim is told by the database's clock alone."""
+"""Whether `now` may follow what stands there. The age of a claim is told by the database's clock alone: a kickoff whose
+sender knows it to be uncertain may be on its way as long as any other."""
 
 
 def _statements(rows: str, clock: str) -> tuple[TextClause, TextClause]:
@@ -258,33 +260,43 @@ def _statements(rows: str, clock: str) -> tuple[TextClause, TextClause]:
     A whole group is one value. In SQLite a statement a row would give Python's lock away and take it again for each,
     which costs a busy event loop more than the writing does.
     """
-    until = f"CASE WHEN now.phase = 'claimed' THEN {clock} + coalesce(now.good_for, 0) END"
+    until = f"CASE now.phase WHEN 'claimed' THEN {clock} + coalesce(now.good_for, 0)"
     insert = (
         f"INSERT INTO {attempts.name} ({', '.join(_COLUMNS)}, posts_until) "  # noqa: S608
-        f"SELECT {', '.join(f'now.{name}' for name in _COLUMNS)}, {until} FROM ({rows}) AS now WHERE true "
+        f"SELECT {', '.join(f'now.{name}' for name in _COLUMNS)}, {until} END FROM ({rows}) AS now WHERE true "
         "ON CONFLICT DO NOTHING"
     )
     update = (
         f"UPDATE {attempts.name} AS stands "  # noqa: S608
-        f"SET {', '.join(f'{name} = now.{name}' for name in _CHANGING)}, posts_until = {until} FROM ({rows}) AS now "
+        f"SET {', '.join(f'{name} = now.{name}' for name in _CHANGING)}, "
+        f"posts_until = {until} WHEN 'uncertain' THEN stands.posts_until END FROM ({rows}) AS now "
         "WHERE stands.batch = now.batch AND stands.row_key = now.row_key AND stands.attempt = now.attempt "
-        f"AND stands.owner = now.owner AND {_FOLLOWS.format(clock=clock)}"
+        "AND stands.owner = now.owner AND coalesce(now.was, stands.phase) = stands.phase "
+        f"AND {_FOLLOWS.format(clock=clock)}"
     )
     return text(insert), text(update)
 
 
+_CLOCK_IN_FILE = "((julianday('now') - 2440587.5) * 86400.0)"
+_CLOCK_ON_SERVER = "extract(epoch FROM clock_timestamp())"
 _TAKEN_IN_FILE = ", ".join(f"json_extract(value, '$[{at}]') AS {name}" for at, name in enumerate(_GIVEN))
 _TAKEN_ON_SERVER = ", ".join(
     f"CAST(value ->> {at} AS {_NUMBERS.get(name, 'text')}) AS {name}" for at, name in enumerate(_GIVEN)
 )
 _IN_FILE = _statements(
     f"SELECT {_TAKEN_IN_FILE} FROM json_each(:rows)",  # noqa: S608
-    clock="((julianday('now') - 2440587.5) * 86400.0)",
+    clock=_CLOCK_IN_FILE,
 )
 _ON_SERVER = _statements(
     f"SELECT {_TAKEN_ON_SERVER} FROM json_array_elements(CAST(:rows AS json)) AS value",  # noqa: S608
-    clock="extract(epoch FROM clock_timestamp())",
+    clock=_CLOCK_ON_SERVER,
 )
+
+
+def seconds_left(database: Database) -> ColumnElement[float]:
+    """Return the column of for how many more seconds a kickoff may be sent or on its way, by the database's clock."""
+    clock = _CLOCK_IN_FILE if database.path is not None else _CLOCK_ON_SERVER
+    return attempts.c.posts_until - literal_column(clock)
 
 
 def _identity(values: Mapping[str, Any]) -> tuple[str, int]:

@@ -21,7 +21,7 @@ from prefect_crew.batches.ledger import BatchEntry, Ledger
 from prefect_crew.batches.locks import BatchLock
 from prefect_crew.batches.places import LedgerPlace, ledger_place
 from prefect_crew.batches.rows import BadRow
-from prefect_crew.records import RecordPhase, RunRecord, latest_purchase, utcnow
+from prefect_crew.records import RecordPhase, RunRecord, latest_purchase
 
 __all__ = ["BatchStanding", "KnownBatch", "all_batches", "asking_batches", "known_batch"]
 
@@ -90,8 +90,8 @@ class KnownBatch:
         counts, aside = await self.ledger.counts(), await self.ledger.set_aside()
         if counts.get(str(RecordPhase.CLAIMED)):
             # What its sender must know of by now, and has not written down, is uncertain: the next call says so too.
-            now, claimed = utcnow(), RecordPhase.CLAIMED
-            old = sum(one.phase is claimed and now >= one.known_by for one in await self.ledger.unsettled())
+            claimed = RecordPhase.CLAIMED
+            old = sum(one.phase is claimed and not one.open_for for one in await self.ledger.unsettled())
             lost = min(old, counts[str(claimed)])
             counts[str(claimed)] -= lost
             counts[str(RecordPhase.UNCERTAIN)] = counts.get(str(RecordPhase.UNCERTAIN), 0) + lost
@@ -122,7 +122,7 @@ class KnownBatch:
         """Yield row key and record of each row that failed or is uncertain, in the order of the keys."""
         async for key, record in self.ledger.standing_attempts():
             failed = standing_word(record) in FAILED
-            lost = record.phase is RecordPhase.CLAIMED and utcnow() >= record.known_by
+            lost = record.phase is RecordPhase.CLAIMED and not record.open_for
             if failed or lost or record.phase is RecordPhase.UNCERTAIN:
                 yield key, record
 

@@ -11,7 +11,6 @@ import shlex
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
 from hashlib import sha256
 from typing import Any, TypeVar
 from uuid import uuid4
@@ -20,15 +19,16 @@ from sqlalchemy import ColumnElement, Connection, Table, delete, func, select, u
 from sqlalchemy.exc import SQLAlchemyError
 
 from prefect_crew.api.errors import CrewError
+from prefect_crew.api.models import CrewState
 from prefect_crew.batches.database import Database, LedgerError, answers, attempts, batches, set_aside, short
 from prefect_crew.batches.ends import standing_word
-from prefect_crew.batches.group_commit import KEYS_AT_ONCE, GroupWriter
+from prefect_crew.batches.group_commit import KEYS_AT_ONCE, GroupWriter, seconds_left
 from prefect_crew.batches.latest import Place, latest, places, places_of_row, standing_attempts
 from prefect_crew.batches.rows import BadRow
 from prefect_crew.batches.set_aside import SetAside
 from prefect_crew.logs import run_logger
 from prefect_crew.posting import ClaimLostError
-from prefect_crew.records import MARGIN, RecordPhase, RunRecord, SentReview, utcnow
+from prefect_crew.records import SPARE, RecordPhase, RunRecord, SentReview, resolved
 from prefect_crew.run_keys import escaped
 
 __all__ = ["LEDGER_VERSION", "BatchEntry", "Ledger", "LedgerError", "RunTimes"]
@@ -93,6 +93,7 @@ class Ledger:
         self.batch = batch
         self.address = self.database.address
         self.writer = GroupWriter(self.database, batch)
+        self._left = seconds_left(self.database)
         self.sole = False
         self._mine: set[str] = set()
 
@@ -207,11 +208,12 @@ class Ledger:
     # The record protocol.
 
     async def claim(self, record: RunRecord) -> bool:
-        """Write a new attempt, with the permit to post it until `known_by`; False if something else stands there.
+        """Write a new attempt, with the permit to post it for `good_for` seconds; False if something else stands there.
 
         What stands there is somebody else's attempt, or our own that somebody has resolved.
         """
         self._mine.add(record.owner)
+        record.open_for = record.good_for + record.post_deadline + SPARE
         return await self.writer.put(self._values(record), new=True)
 
     async def confirm(self, record: RunRecord, known: Sequence[RunRecord]) -> bool:
@@ -223,7 +225,7 @@ class Ledger:
         first, record.permit = record.permit == 0, record.permit + 1
         if first and not late:
             return True
-        record.known_by = utcnow() + timedelta(seconds=good_for + record.post_deadline + MARGIN)
+        record.open_for = good_for + record.post_deadline + SPARE
         try:
             await self.save(record)
         except ClaimLostError:
@@ -231,18 +233,24 @@ class Ledger:
         return True
 
     async def resolve(
-        self, record: RunRecord, phase: RecordPhase, *, kickoff_id: str | None = None, reason: str | None = None
+        self,
+        record: RunRecord,
+        phase: RecordPhase,
+        *,
+        kickoff_id: str | None = None,
+        state: CrewState | None = None,
+        reason: str | None = None,
     ) -> bool:
-        """Write down what was found out about the kickoff of an attempt.
+        """Write down what was found out about an attempt as it was read.
 
-        Raises:
-            CrewError: Whoever claimed it may still post it, or somebody else was there before.
+        False if somebody else has changed it since, or whoever claimed it may still post it.
         """
-        record.phase, record.kickoff_id, record.reason = phase, kickoff_id, reason
-        if phase is RecordPhase.STARTED:
-            # The kickoff was sent right after the claim; nobody knows the moment better.
-            record.kicked_off_at = record.kicked_off_at or record.claimed_at
-        await self.save(record)
+        found = resolved(record, phase, kickoff_id=kickoff_id, state=state, reason=reason)
+        values = {**self._values(found), "mine": 0, "was": str(record.phase)}
+        if not await self.writer.put(values, new=False):
+            return False
+        for name, value in found.outcome().items():
+            setattr(record, name, value)
         return True
 
     async def save(self, record: RunRecord) -> None:
@@ -250,8 +258,7 @@ class Ledger:
 
         Raises:
             ClaimLostError: It is a claim that is to be kept, and somebody has resolved it.
-            CrewError: This process did not claim the attempt, and nothing was changed: whoever did may still post it,
-                or somebody else was there before.
+            CrewError: This process did not claim the attempt, and somebody else was there before. Nothing was changed.
         """
         mine = record.owner in self._mine
         try:
@@ -270,18 +277,11 @@ class Ledger:
     async def _refused(self, record: RunRecord, mine: bool) -> None:
         if record.phase is RecordPhase.CLAIMED and mine:
             raise ClaimLostError
-        columns = (attempts.c.record, attempts.c.posts_until)
-        found = await self._rows(select(*columns).where(*self._attempt(attempts, record)))
+        found = await self._rows(select(attempts.c.record).where(*self._attempt(attempts, record)))
         what = f"row {self.row_key(record.run_key)!r} of batch {self.batch!r}"
         if not found:
             raise CrewError(f"Attempt {record.attempt} at {what} is not in the ledger {self.address}.")
-        standing, until = _record(found[0][0]), found[0][1] or 0.0
-        if standing.phase is RecordPhase.CLAIMED and standing.owner == record.owner:
-            moment = datetime.fromtimestamp(until, UTC)
-            raise CrewError(
-                f"The kickoff of {what} may still be sent until {moment:%H:%M:%S} UTC. Nothing was changed. Resolve it "
-                "after that."
-            )
+        standing = _record(found[0][0])
         known = f"{standing.phase}{f', run {standing.kickoff_id}' if standing.kickoff_id else ''}"
         if not mine:
             raise CrewError(f"{what[:1].upper()}{what[1:]} is {known} in the ledger. Nothing was changed.")
@@ -374,22 +374,22 @@ class Ledger:
     async def attempts_of(self, row_keys: Sequence[str]) -> dict[str, list[RunRecord]]:
         """Return the attempts at some rows by row key; a row without any is left out."""
 
-        def read(connection: Connection) -> list[tuple[str, str]]:
-            rows: list[tuple[str, str]] = []
+        def read(connection: Connection) -> list[tuple[str, str, float | None]]:
+            rows: list[tuple[str, str, float | None]] = []
             for start in range(0, len(row_keys), KEYS_AT_ONCE):
                 query = (
-                    select(attempts.c.row_key, attempts.c.record)
+                    select(attempts.c.row_key, attempts.c.record, self._left)
                     .where(
                         attempts.c.batch == self.batch, attempts.c.row_key.in_(row_keys[start : start + KEYS_AT_ONCE])
                     )
                     .order_by(attempts.c.attempt)
                 )
-                rows += [(key, text) for key, text in connection.execute(query)]
+                rows += [(key, text, left) for key, text, left in connection.execute(query)]
             return rows
 
         found: dict[str, list[RunRecord]] = {}
-        for key, text in await self._read(read):
-            found.setdefault(key, []).append(_record(text))
+        for key, text, left in await self._read(read):
+            found.setdefault(key, []).append(_record(text, left))
         return found
 
     async def standing_attempts(self, *, completed: bool = False) -> AsyncIterator[tuple[str, RunRecord]]:
@@ -418,8 +418,8 @@ class Ledger:
     async def unsettled(self) -> list[RunRecord]:
         """Return the attempts of which nobody has written down what became of their kickoffs."""
         phases = (str(RecordPhase.UNCERTAIN), str(RecordPhase.CLAIMED))
-        query = select(attempts.c.record).where(attempts.c.batch == self.batch, attempts.c.phase.in_(phases))
-        return [_record(text) for (text,) in await self._rows(query)]
+        ours = (attempts.c.batch == self.batch, attempts.c.phase.in_(phases))
+        return [_record(*row) for row in await self._rows(select(attempts.c.record, self._left).where(*ours))]
 
     async def counts(self) -> dict[str, int]:
         """Return how many rows stand in each state, or, where they have not ended, in each phase."""
@@ -505,8 +505,9 @@ class Ledger:
             "seconds": seconds,
             "usage": usage,
             "record": record.model_dump_json(exclude_none=True),
-            "good_for": max(0.0, (record.known_by - utcnow()).total_seconds()),
+            "good_for": record.open_for,
             "mine": int(record.owner in self._mine),
+            "was": None,
         }
 
 
@@ -514,6 +515,6 @@ def _digest(kickoff_id: str) -> str:
     return sha256(kickoff_id.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def _record(text: str) -> RunRecord:
+def _record(text: str, left: float | None = None) -> RunRecord:
     # Here a claim is its permit as well: one write a row less.
-    return RunRecord.model_validate_json(text).model_copy(update={"permit": 1})
+    return RunRecord.model_validate_json(text).model_copy(update={"permit": 1, "open_for": max(0.0, float(left or 0))})

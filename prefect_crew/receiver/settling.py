@@ -14,7 +14,7 @@ from prefect_crew.api.models import CrewState, CrewStatus
 from prefect_crew.blocks import find_crew
 from prefect_crew.crew import Crew, CrewSession
 from prefect_crew.receiver.signing import claim_of
-from prefect_crew.records import RecordPhase, RecordStore, RunRecord, utcnow
+from prefect_crew.records import RecordPhase, RecordStore, RunRecord
 from prefect_crew.settling import settle_started
 
 __all__ = ["Settlement", "attempt_of", "settle_from_webhook", "unsettled"]
@@ -91,7 +91,7 @@ async def settle_from_webhook(
         return Settlement.REFUSED
     if said_run_key is not None and said_run_key != run_key:
         return Settlement.REFUSED
-    if record.phase is RecordPhase.CLAIMED and record.still_open(utcnow()):
+    if record.phase is RecordPhase.CLAIMED and record.open_for:
         return Settlement.TOO_EARLY
     crew = await load(record)
     if crew is None:

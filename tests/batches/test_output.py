@@ -49,7 +49,6 @@ def end(number: int, state: str = "completed", *, output: str = "text", data: An
         inputs_digest="d",
         owner="o",
         claimed_at=now,
-        known_by=now,
         result=result if state == "completed" else None,
     )
     job = RowJob(number, number + 2, f"k{number}", {"topic": f"topic {number}", "token": "hush"}, "d")

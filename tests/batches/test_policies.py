@@ -93,7 +93,6 @@ def end(kind: str | None, state: str = "failed", *, found: bool = False, reason:
         inputs_digest="d",
         owner="o",
         claimed_at=now,
-        known_by=now,
         reason=reason,
     )
     return RowEnd(JOB, state, record, "why", kind, found=found)

@@ -126,7 +126,6 @@ def write(crews: CrewServer, **facts: Any) -> RunRecord:
             "inputs_digest": "d" * 32,
             "owner": uuid.uuid4().hex,
             "claimed_at": utcnow(),
-            "known_by": utcnow(),
             "phase": RecordPhase.STARTED,
             "kickoff_id": f"k-{uuid.uuid4()}",
             "human_since": utcnow(),

@@ -33,7 +33,6 @@ def write(prefect_api: PrefectServer, crews: CrewServer) -> Write:
                 "inputs_digest": "d" * 32,
                 "owner": uuid.uuid4().hex,
                 "claimed_at": utcnow() - timedelta(minutes=5),
-                "known_by": utcnow() - timedelta(minutes=4),
                 **facts,
             }
         )

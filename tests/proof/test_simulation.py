@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import uuid
-from datetime import datetime, timedelta
+from datetime import datetime
 from email.utils import parsedate_to_datetime
 from types import SimpleNamespace
 from typing import Any
@@ -41,7 +41,6 @@ def record(attempt: int, owner: str, **fields: Any) -> RunRecord:
         inputs_digest="d",
         owner=owner,
         claimed_at=now,
-        known_by=now + timedelta(seconds=5),
         **fields,
     )
 

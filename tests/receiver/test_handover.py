@@ -47,7 +47,6 @@ def record(run_key: str, **fields: Any) -> RunRecord:
         "inputs_digest": "d",
         "owner": "o",
         "claimed_at": now,
-        "known_by": now,
         "step": "research",
         "flow_run_id": str(uuid.uuid4()),
     }

@@ -57,7 +57,6 @@ def uncertain(crew: DeployedCrew, /, **fields: Any) -> RunRecord:
         "inputs_digest": "d",
         "owner": "o",
         "claimed_at": now,
-        "known_by": now,
     }
     return RunRecord.model_validate(known | fields)
 

@@ -12,7 +12,7 @@ from sqlalchemy import delete
 from prefect_crew import BatchReport, DeployedCrew, WaitPolicy, arun_batch
 from prefect_crew.batches.database import attempts
 from prefect_crew.batches.ledger import Ledger
-from prefect_crew.records import RunRecord, known_by, utcnow
+from prefect_crew.records import RunRecord, utcnow
 from support.postgres import Postgres
 
 __all__ = ["Batches", "postgres_ledger", "put", "record_of"]
@@ -54,7 +54,6 @@ def record_of(ledger: Ledger, key: str, *, attempt: int = 1, **facts: Any) -> Ru
         "crew_url": "https://crew.example",
         "inputs_digest": "d",
         "claimed_at": now,
-        "known_by": known_by(now, 30),
     }
     return RunRecord(**given | facts)
 

@@ -325,7 +325,9 @@ class World:
 
     def _send_person(self, run_key: str, said: KickoffUncertainError) -> None:
         """Have a person settle a run, some time after it was reported, and well after whoever posted must know."""
-        known_by = datetime.fromisoformat(self.prefect.records(run_key)[-1]["known_by"]).timestamp()
+        record = self.prefect.records(run_key)[-1]
+        claimed_at = datetime.fromisoformat(record["claimed_at"]).timestamp()
+        known_by = claimed_at + record["good_for"] + record["post_deadline"] + 10
         wait = max(known_by - self.loop.wall(), 0.0) + 15 + (self.scenario.settle_after or 0.0)
         if run_key not in self.persons:
             self.persons.add(run_key)
