@@ -22,7 +22,7 @@ def save_crew(
 ) -> Callable[..., InProcessCrewServer]:
     """Give `save_crew(block, spec, *, faults=(), **fields)`: a running crew, stored under that name."""
 
-    def save(block: str, spec: str = "echo", *, faults: Any = (), **fields: Any) -> InProcessCrewServer:
+    def save(block: str, spec: Any = "echo", *, faults: Any = (), **fields: Any) -> InProcessCrewServer:
         server = crew_server(spec, faults=faults, speed=10)
         server.crew(**fields).save(block, overwrite=True, _sync=True)  # whatever kind of test calls it
         return server
