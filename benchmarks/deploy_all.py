@@ -16,7 +16,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 PARTS = {
     "register the block": "prefect block register -m prefect_crew",
-    "make the pool": "prefect work-pool create crews --type process --overwrite",
+    "make the pool for processes": "prefect work-pool create processes --type process --overwrite",
+    "make the pool for crew workers": "prefect work-pool create crews --type crew --overwrite",
     "deploy --all": "prefect --no-prompt deploy --all --prefect-file deployments/prefect.yaml",
     "set the automations up": "python deployments/automations.py",
 }

@@ -16,7 +16,7 @@ from support import compose
 from support.deployed import ROOT
 
 SERVICES = compose.services()
-OURS = ["server", "deploy", "worker", "receiver"]
+OURS = ["server", "deploy", "worker", "crew-worker", "receiver"]
 VOLUMES = set(compose.read()["volumes"])
 
 
@@ -26,8 +26,8 @@ def dockerfile() -> list[list[str]]:
 
 
 def test_the_services_are_those_of_the_docs():
-    assert set(SERVICES) == {"postgres", "server", "deploy", "worker", "receiver"}
-    assert SERVICES["worker"]["deploy"]["replicas"] == 2
+    assert set(SERVICES) == {"postgres", "server", "deploy", "worker", "crew-worker", "receiver"}
+    assert SERVICES["worker"]["deploy"]["replicas"] == SERVICES["crew-worker"]["deploy"]["replicas"] == 2
 
 
 @pytest.mark.parametrize("name", SERVICES)

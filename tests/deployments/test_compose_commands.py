@@ -83,7 +83,7 @@ def test_the_server_asks_everybody_for_the_password(api: str, tmp_path: Path):
     assert "401" in done.stdout + done.stderr
 
 
-def test_the_one_line_deploys_everything_twice_over_and_a_worker_is_healthy(api: str, tmp_path: Path):
+def test_the_one_line_deploys_everything_twice_over_and_its_workers_are_healthy(api: str, tmp_path: Path):
     env = client_env(tmp_path, api, "deploy")
     shell, flag, line = compose.services()["deploy"]["command"]
     for _ in range(2):
@@ -91,11 +91,16 @@ def test_the_one_line_deploys_everything_twice_over_and_a_worker_is_healthy(api:
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert "recover/crashed" in command("prefect", "deployment", "ls", env=env)
 
+    worker_is_healthy("worker", api, tmp_path)
+    worker_is_healthy("crew-worker", api, tmp_path)
+
+
+def worker_is_healthy(name: str, api: str, folder: Path) -> None:
     port = str(free_port())
-    env = {**client_env(tmp_path, api, "worker"), "PREFECT_WORKER_WEBSERVER_PORT": port}
-    started = compose.services()["worker"]["command"]
-    with Process([program(started[0]), *started[1:]], log=tmp_path / "worker.log", env=env) as process:
-        wait_until(lambda: health("worker", p8080=port), seconds=60, what=f"a healthy worker: {process.tail(500)}")
+    env = {**client_env(folder, api, name), "PREFECT_WORKER_WEBSERVER_PORT": port}
+    started = compose.services()[name]["command"]
+    with Process([program(started[0]), *started[1:]], log=folder / f"{name}.log", env=env) as process:
+        wait_until(lambda: health(name, p8080=port), seconds=60, what=f"a healthy {name}: {process.tail(500)}")
 
 
 def test_the_receiver_is_healthy_and_knows_its_secret(api: str, tmp_path: Path):

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
+import importlib
 import re
+from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import pytest
+from prefect.client.orchestration import get_client
+from prefect.flow_engine import run_flow_async
 
 from prefect_crew.run_keys import TEMPLATE
 from support.deployed import ROOT
-from support.site import POOL, Site
+from support.prefect_server import connected
+from support.site import CREW_POOL, POOL, Site
 
-DEPLOYMENTS = [
+IN_PROCESSES = [
     "one-crew/daily",
     "one-crew/every-six-hours",
     "report-pipeline/weekly",
@@ -23,8 +30,13 @@ DEPLOYMENTS = [
     "batch-shard/shards",
     "follow-up/after-research",
     "recover/crashed",
-    "prune-records/sweep",
 ]
+ON_THE_CREW_WORKER = {
+    "run-deployed-crew/evenings": "prefect_crew.run_deployed_crew",
+    "deployed-pipeline/report": "prefect_crew.run_deployed_pipeline",
+    "prune-records/sweep": "prefect_crew.operations.prune_records",
+}
+DEPLOYMENTS = [*IN_PROCESSES, *ON_THE_CREW_WORKER]
 
 
 def run_keys_in_the_file() -> list[str]:
@@ -36,12 +48,47 @@ def schedules(site: Site) -> dict[str, dict[str, Any]]:
     return {one["slug"]: one for name in DEPLOYMENTS for one in site.deployment(name)["schedules"]}
 
 
-@pytest.mark.parametrize("name", DEPLOYMENTS)
+@pytest.mark.parametrize("name", IN_PROCESSES)
 def test_it_is_there_for_the_pool_with_the_code_in_this_folder(site: Site, name: str):
     deployment = site.deployment(name)
     assert deployment["work_pool_name"] == POOL
     assert deployment["pull_steps"] == [{"prefect.deployments.steps.set_working_directory": {"directory": str(ROOT)}}]
     assert deployment["description"]
+
+
+@pytest.mark.parametrize("name", ON_THE_CREW_WORKER)
+def test_it_is_there_for_the_crew_worker_with_nothing_to_pull(site: Site, name: str):
+    deployment = site.deployment(name)
+    assert (deployment["work_pool_name"], deployment["entrypoint"]) == (CREW_POOL, ON_THE_CREW_WORKER[name])
+    assert not deployment["pull_steps"]
+    assert deployment["description"]
+
+
+def test_the_templates_of_a_pipeline_survive_prefects_own_templating(site: Site):
+    first, second, _ = site.deployment("deployed-pipeline/report")["parameters"]["pipeline"]["steps"]
+    assert first["inputs"] == {"topic": "{{ (topic) }}"}
+    assert second["inputs"]["notes"] == "{{ (research.output) }}"
+
+
+def test_the_flows_of_the_crew_worker_run_by_their_entrypoints(site: Site, tmp_path: Path):
+    parameters: dict[str, dict[str, Any]] = {
+        "run-deployed-crew/evenings": {},
+        "deployed-pipeline/report": {"inputs": {"topic": "rye"}},
+        "prune-records/sweep": {"dry_run": True},
+    }
+    with connected(site.server, tmp_path / "home"):
+        for name, given in parameters.items():
+            state = asyncio.run(run_here(site.start(name, given), ON_THE_CREW_WORKER[name]))
+            assert state.is_completed(), (name, state)
+
+
+async def run_here(flow_run_id: str, entrypoint: str) -> Any:
+    """Run a flow run in this process, as the crew worker does."""
+    module, _, name = entrypoint.rpartition(".")
+    flow: Any = getattr(importlib.import_module(module), name)
+    async with get_client() as client:
+        flow_run = await client.read_flow_run(UUID(flow_run_id))
+    return await run_flow_async(flow, flow_run=flow_run, parameters=flow_run.parameters, return_type="state")
 
 
 def test_nothing_else_is_there(site: Site):
@@ -50,7 +97,7 @@ def test_nothing_else_is_there(site: Site):
 
 def test_run_keys_survive_prefects_own_templating(site: Site):
     written = run_keys_in_the_file()
-    assert len(written) == 4
+    assert len(written) == 5
     arrived = [one["parameters"]["run_key"] for one in schedules(site).values() if "run_key" in one["parameters"]]
     assert sorted(arrived) == sorted(written)
     assert all(TEMPLATE.search(key) for key in arrived)
@@ -76,6 +123,9 @@ def test_a_second_deploy_changes_nothing_and_doubles_nothing(site: Site):
 
 def test_what_mends_crashes_is_not_mended_itself(site: Site):
     tagged = {name for name in DEPLOYMENTS if "recover-crashed" in site.deployment(name)["tags"]}
-    theirs = {"recover/crashed", "prune-records/sweep"}
     mended_by_its_parent = "batch-shard/shards"
-    assert tagged == set(DEPLOYMENTS) - theirs - {mended_by_its_parent}
+    assert tagged == set(IN_PROCESSES) - {"recover/crashed", mended_by_its_parent}
+
+
+def test_the_crash_automations_leave_the_crew_worker_alone(site: Site):
+    assert not [name for name in ON_THE_CREW_WORKER if "recover-crashed" in site.deployment(name)["tags"]]

@@ -36,7 +36,7 @@ DEPLOY_SUICIDAL = """
 deployments:
   - name: tagged
     entrypoint: suicidal.py:suicidal
-    work_pool: {name: crews}
+    work_pool: {name: processes}
     tags: [recover-crashed]
     schedules: null
     pull:

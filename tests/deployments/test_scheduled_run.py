@@ -15,7 +15,7 @@ EVERY_TEN_SECONDS = """
 deployments:
   - name: every-ten-seconds
     entrypoint: flows/one_crew.py:one_crew
-    work_pool: {name: crews}
+    work_pool: {name: processes}
     parameters:
       crew: research
     schedules:

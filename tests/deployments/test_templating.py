@@ -18,3 +18,9 @@ def test_a_key_with_a_format_is_left_alone(key: str):
 def test_a_key_without_a_format_loses_the_time():
     assert apply_values({"run_key": "daily-{{ scheduled_start }}"}, {}) == {"run_key": "daily-"}
     assert apply_values("{{ scheduled_start }}", {}) is NotSet
+
+
+def test_a_template_of_a_pipeline_survives_in_parentheses_only():
+    steps = [{"inputs": {"topic": "{{ (topic) }}", "notes": "on {{ (research.output) }}"}}]
+    assert apply_values({"steps": steps}, {}) == {"steps": steps}
+    assert apply_values("on {{ research.output }}", {}) == "on "

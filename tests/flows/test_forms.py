@@ -23,7 +23,8 @@ def flows_of(path: Path) -> list[Flow[..., Any]]:
     return [one for one in vars(module).values() if isinstance(one, Flow)]
 
 
-FLOWS = [pytest.param(one, id=one.name) for path in sorted((ROOT / "flows").glob("*.py")) for one in flows_of(path)]
+PATHS = [*sorted((ROOT / "flows").glob("*.py")), ROOT / "prefect_crew" / "operations.py"]
+FLOWS = [pytest.param(one, id=one.name) for path in PATHS for one in flows_of(path)]
 
 
 @pytest.mark.parametrize("flow", FLOWS)

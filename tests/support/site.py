@@ -15,10 +15,11 @@ from support.prefect_server import PrefectServer, connected
 from support.seen import Seen
 from support.workers import Worker
 
-__all__ = ["POOL", "Site"]
+__all__ = ["CREW_POOL", "POOL", "Site"]
 
-POOL = "crews"
-"""The work pool that deployments/prefect.yaml names."""
+POOL = "processes"
+CREW_POOL = "crews"
+"""The work pools that deployments/prefect.yaml names."""
 YAML = "deployments/prefect.yaml"
 
 
@@ -48,6 +49,7 @@ class Site:
             self.add_crew(name, spec, speed=20)
         self.run("prefect", "block", "register", "-m", "prefect_crew")
         self.run("prefect", "work-pool", "create", POOL, "--type", "process", "--overwrite")
+        self.run("prefect", "work-pool", "create", CREW_POOL, "--type", "crew", "--overwrite")
         self.deploy()
         return self
 
