@@ -287,6 +287,9 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, BaseWorkerResult]):
     async def _get_scheduled_flow_runs(self) -> list[WorkerFlowRunResponse]:
         return [] if self._leaving else await super()._get_scheduled_flow_runs()
 
+    async def _propose_submitting_state(self, flow_run: FlowRun) -> None:
+        """Nothing is submitted to anywhere: the coroutine begins at once."""
+
     # One flow run
 
     async def run(

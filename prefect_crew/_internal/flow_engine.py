@@ -6,11 +6,13 @@ argument, and that leaves signals, heartbeats and the watch for suspensions to w
 
 from __future__ import annotations
 
-from collections.abc import Generator
+import time
+from collections.abc import Awaitable, Callable, Generator
 from contextlib import contextmanager, nullcontext
 from typing import Any, Literal, Protocol
 
 import prefect.flow_engine
+import prefect.results
 from anyio import CancelScope
 from prefect.client.orchestration import PrefectClient
 from prefect.client.schemas.objects import FlowRun, State
@@ -23,6 +25,8 @@ __all__ = ["HANDED_OVER", "Ending", "Owner", "hand_over", "many_flow_runs", "run
 
 HANDED_OVER = "handed over"
 """What stands in `infrastructure_pid` of a flow run that went back to its pool: no worker's name."""
+STORAGE_KNOWN_FOR = 60.0
+"""Seconds for which the server's default result storage is taken as it was."""
 Ending = Literal["cancelled", "handed over", "lost"]
 """Why a worker ends a flow run's coroutine: it is being cancelled, the worker shuts down, or another worker has it."""
 
@@ -44,27 +48,63 @@ class Owner(Protocol):
 
 @contextmanager
 def many_flow_runs() -> Generator[None]:
-    """Have Prefect's engine run flow runs without a signal handler and two threads for each, while this is open.
+    """Have Prefect's engine run flow runs without what it starts and asks for each, while this is open.
 
     It also holds for subflows, whose engine is Prefect's own.
     - `capture_sigterm` would have a SIGTERM raise in the middle of the event loop; the worker has a handler of its own.
     - `_send_heartbeats` starts a thread a flow run. The worker's heartbeat stands for all its flow runs.
     - `observe_flow_run_suspension` (from 3.9) starts a thread with an event loop and a subscription a flow run, and
       blocks until it is ready and when it ends.
+    - The server is asked for its default result storage three times a flow run (from 3.9), twice of that by a call that
+      blocks the event loop. Once a minute is enough.
     """
-    names = ("capture_sigterm", "_send_heartbeats", "observe_flow_run_suspension")
-    before = {name: getattr(prefect.flow_engine, name) for name in names if hasattr(prefect.flow_engine, name)}
-    for name in before:
-        setattr(prefect.flow_engine, name, _nothing)
+    engine, results = prefect.flow_engine, prefect.results
+    replaced: dict[tuple[Any, str], Any] = {
+        (engine, "capture_sigterm"): _nothing,
+        (engine, "_send_heartbeats"): _nothing,
+        (engine, "observe_flow_run_suspension"): _nothing,
+    }
+    ask, ask_async = "_read_server_default_result_storage_block_id", "_aread_server_default_result_storage_block_id"
+    if hasattr(results, ask):
+        known = _Known()
+        replaced[results, ask] = known.ask_by(getattr(results, ask))
+        replaced[results, ask_async] = known.ask_async_by(getattr(results, ask_async))
+    before = {place: getattr(*place) for place in replaced if hasattr(*place)}
+    for module, name in before:
+        setattr(module, name, replaced[module, name])
     try:
         yield
     finally:
-        for name, function in before.items():
-            setattr(prefect.flow_engine, name, function)
+        for (module, name), function in before.items():
+            setattr(module, name, function)
 
 
 def _nothing(*_args: Any, **_options: Any) -> nullcontext[None]:
     return nullcontext()
+
+
+class _Known:
+    """What the server has said lately about its default result storage."""
+
+    def __init__(self) -> None:
+        self._value: Any = None
+        self._at = float("-inf")
+
+    def ask_by(self, ask: Callable[[], Any]) -> Callable[[], Any]:
+        def known() -> Any:
+            if time.monotonic() - self._at > STORAGE_KNOWN_FOR:
+                self._value, self._at = ask(), time.monotonic()
+            return self._value
+
+        return known
+
+    def ask_async_by(self, ask: Callable[[], Awaitable[Any]]) -> Callable[[], Awaitable[Any]]:
+        async def known() -> Any:
+            if time.monotonic() - self._at > STORAGE_KNOWN_FOR:
+                self._value, self._at = await ask(), time.monotonic()
+            return self._value
+
+        return known
 
 
 class _Engine(AsyncFlowRunEngine[Any, Any]):

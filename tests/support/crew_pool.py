@@ -52,22 +52,26 @@ class CrewPool:
         folder: For logs and homes.
         name: The pool's name.
         heartbeat: Seconds between the workers' heartbeats.
+        kind: The pool's type, for a comparison with another one.
     """
 
     _numbers = itertools.count(1)
 
-    def __init__(self, server: PrefectServer, folder: Path, name: str | None = None, *, heartbeat: int = 30) -> None:
+    def __init__(
+        self, server: PrefectServer, folder: Path, name: str | None = None, *, heartbeat: int = 30, kind: str = "crew"
+    ) -> None:
         self.server = server
         self.folder = folder
         self.name = name or f"crews-{next(self._numbers)}"
         self.heartbeat = heartbeat
+        self.kind = kind
         self.env = server.env(home=folder / "home")
         self._open = contextlib.ExitStack()
         self._http = httpx.Client(base_url=server.api_url, timeout=60.0, trust_env=False)
 
     def __enter__(self) -> CrewPool:
         self._open.enter_context(self._http)
-        command("prefect", "work-pool", "create", self.name, "--type", "crew", env=self.env)
+        command("prefect", "work-pool", "create", self.name, "--type", self.kind, env=self.env)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -96,7 +100,7 @@ class CrewPool:
         worker = Worker(
             self.server,
             self.name,
-            kind="crew",
+            kind=self.kind,
             name=name,
             folder=self.folder,
             home=self.folder / "home",
