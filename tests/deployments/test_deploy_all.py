@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
-import importlib
 import re
 from pathlib import Path
 from typing import Any
-from uuid import UUID
 
 import pytest
-from prefect.client.orchestration import get_client
-from prefect.flow_engine import run_flow_async
 
 from prefect_crew.run_keys import TEMPLATE
-from support.deployed import ROOT
-from support.prefect_server import connected
+from support.deployed import ROOT, wait_for_state
 from support.site import CREW_POOL, POOL, Site
+from support.workers import Worker
 
 IN_PROCESSES = [
     "one-crew/daily",
@@ -70,25 +65,16 @@ def test_the_templates_of_a_pipeline_survive_prefects_own_templating(site: Site)
     assert second["inputs"]["notes"] == "{{ (research.output) }}"
 
 
-def test_the_flows_of_the_crew_worker_run_by_their_entrypoints(site: Site, tmp_path: Path):
+def test_a_crew_worker_runs_them(site: Site, tmp_path: Path):
     parameters: dict[str, dict[str, Any]] = {
         "run-deployed-crew/evenings": {},
         "deployed-pipeline/report": {"inputs": {"topic": "rye"}},
         "prune-records/sweep": {"dry_run": True},
     }
-    with connected(site.server, tmp_path / "home"):
-        for name, given in parameters.items():
-            state = asyncio.run(run_here(site.start(name, given), ON_THE_CREW_WORKER[name]))
-            assert state.is_completed(), (name, state)
-
-
-async def run_here(flow_run_id: str, entrypoint: str) -> Any:
-    """Run a flow run in this process, as the crew worker does."""
-    module, _, name = entrypoint.rpartition(".")
-    flow: Any = getattr(importlib.import_module(module), name)
-    async with get_client() as client:
-        flow_run = await client.read_flow_run(UUID(flow_run_id))
-    return await run_flow_async(flow, flow_run=flow_run, parameters=flow_run.parameters, return_type="state")
+    with Worker(site.server, CREW_POOL, folder=tmp_path, kind="crew"):
+        started = {name: site.start(name, given) for name, given in parameters.items()}
+        ended = {name: wait_for_state(site.seen, run)["state_type"] for name, run in started.items()}
+    assert ended == dict.fromkeys(parameters, "COMPLETED")
 
 
 def test_nothing_else_is_there(site: Site):
