@@ -116,12 +116,13 @@ def _permit_name(record: RunRecord, number: int) -> str:
 
 
 class _Found(NamedTuple):
-    """A Variable as it was read, and its age in seconds by the server's clock at that moment."""
+    """A Variable as it was read; its age, and for how long nobody has changed it, in seconds by the server's clock."""
 
     id: str
     name: str
     value: Any
     age: float
+    idle: float
 
 
 def _found(response: httpx.Response) -> list[_Found]:
@@ -129,12 +130,14 @@ def _found(response: httpx.Response) -> list[_Found]:
     told = response.headers.get("Date")
     # A proxy that takes it away leaves our own clock: without any, a claim of somebody who died would never grow old.
     now = utcnow() if told is None else parsedate_to_datetime(told)
-    ages = [max(0.0, (now - _moment(one)).total_seconds()) for one in response.json()]
-    return [_Found(one["id"], one["name"], one["value"], age) for one, age in zip(response.json(), ages, strict=True)]
 
+    def since(moment: str) -> float:
+        return max(0.0, (now - datetime.fromisoformat(moment)).total_seconds())
 
-def _moment(variable: Mapping[str, Any]) -> datetime:
-    return datetime.fromisoformat(variable["created"])
+    return [
+        _Found(one["id"], one["name"], one["value"], since(one["created"]), since(one["updated"]))
+        for one in response.json()
+    ]
 
 
 def _folded(variables: Sequence[_Found]) -> list[RunRecord]:
@@ -151,12 +154,13 @@ def _folded(variables: Sequence[_Found]) -> list[RunRecord]:
             if record is not None:
                 claims.append((name, variable, record))
         elif (permit := _parse(variable.value, Permit)) is not None:
-            permit = permit.model_copy(update={"ref": variable.id, "age": variable.age})
+            permit = permit.model_copy(update={"ref": variable.id, "age": variable.age, "idle": variable.idle})
             permits.setdefault((name, claim), {})[int(number)] = permit
     records: list[RunRecord] = []
     for name, variable, record in claims:
         theirs = permits.get((name, variable.id.replace("-", "")), {})
-        record = record.model_copy(update={"ref": variable.id})
+        idle = min([variable.idle, *(permit.idle for permit in theirs.values())])
+        record = record.model_copy(update={"ref": variable.id, "idle": idle})
         records.append(folded(record, [theirs[number] for number in sorted(theirs)], age=variable.age))
     return sorted(records, key=lambda record: record.attempt)
 
@@ -429,12 +433,32 @@ class PrefectRecords:
         ours = [one for one in permits if (parts := _NAME.fullmatch(one.name)) and parts[2] == ref.replace("-", "")]
         # The record first: without its permits it would seem to be claimed.
         for gone in (ref, *(one.id for one in ours)):
-            async with get_client() as client:
-                try:
-                    await client.request("DELETE", "/variables/{id}", path_params={"id": gone})
-                except PrefectHTTPStatusError as error:
-                    if error.response.status_code != 404:
-                        raise
+            await self._at(gone, "DELETE")
+
+    async def permits(self) -> AsyncIterator[tuple[str, str]]:
+        """Yield the `ref` of each permit's claim, and its own."""
+        async for page in self._pages({"tags": {"all_": [PERMIT_TAG]}}):
+            for variable in page:
+                if (parts := _NAME.fullmatch(variable.name)) and parts[2] is not None:
+                    yield str(UUID(parts[2])), variable.id
+
+    async def delete_orphan(self, claim: str, permit: str) -> bool:
+        """Take a permit away whose claim is gone, and return whether it is: whoever deleted it was killed over it."""
+        if await self._at(claim, "GET"):
+            return False
+        await self._at(permit, "DELETE")
+        return True
+
+    async def _at(self, ref: str, method: str) -> bool:
+        """Read or delete a Variable by its id; False if it is gone."""
+        async with get_client() as client:
+            try:
+                await client.request(method, "/variables/{id}", path_params={"id": ref})
+            except PrefectHTTPStatusError as error:
+                if error.response.status_code != 404:
+                    raise
+                return False
+        return True
 
     async def owner_ended(self, record: RunRecord) -> bool:
         """Return whether the owner's flow run has ended or is gone; False where there is none to ask about."""

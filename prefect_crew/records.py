@@ -168,6 +168,8 @@ class Permit(Outcome):
     ref: str | None = Field(default=None, exclude=True)
     age: float = Field(default=0.0, exclude=True)
     """Seconds since it was created, by the store's clock, as of when it was read."""
+    idle: float = Field(default=0.0, exclude=True)
+    """Seconds since it was changed."""
 
 
 class RunRecord(Outcome):
@@ -213,6 +215,8 @@ class RunRecord(Outcome):
     """What the store knows this claim by: another claim of the same attempt has another."""
     permit: int = Field(default=0, exclude=True)
     """How many permits there are."""
+    idle: float = Field(default=0.0, exclude=True)
+    """Seconds since it or a permit of it was changed, by the store's clock, as of when it was read."""
     strongest: Permit | None = Field(default=None, exclude=True)
     """The permit that counts. What becomes of the run until its end is written to it."""
     open_for: float = Field(default=0.0, exclude=True)

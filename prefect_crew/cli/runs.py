@@ -241,7 +241,7 @@ async def crew_of(record: RunRecord, crew: str | None, access: CrewAccess) -> Cr
 @app.command
 def prune(
     *,
-    older_than: Annotated[str, Parameter(help="How long ago a run has ended: 90d, 12h, 2w.")] = "90d",
+    older_than: Annotated[str, Parameter(help="How long ago a run has ended: 90d, 12h, 2w. At least 1h.")] = "90d",
     dry_run: Annotated[bool, flag("Only count.")] = False,
     json: Annotated[bool, JSON] = False,
 ) -> None:

@@ -14,7 +14,7 @@ import pytest
 from prefect_crew.records import RecordPhase, RunRecord, utcnow
 from prefect_crew.server import CrewServer
 from support.prefect_server import PrefectServer
-from support.records import put
+from support.records import let_pass, put
 
 Write = Callable[..., RunRecord]
 
@@ -167,10 +167,12 @@ def test_without_its_crew_a_settlement_says_that_nobody_was_asked(here, write: W
     assert "was not asked" in done.err
 
 
-def test_prune(here, write: Write):
+def test_prune(here, write: Write, monkeypatch: pytest.MonkeyPatch):
     long_ago = utcnow() - timedelta(days=100)
     old = write(phase=RecordPhase.ENDED, state="completed", kickoff_id="k", claimed_at=long_ago, ended_at=long_ago)
     open_ = write(phase=RecordPhase.STARTED, kickoff_id="k2", claimed_at=long_ago, kicked_off_at=long_ago)
+    let_pass(monkeypatch, old.run_key, 100)
+    let_pass(monkeypatch, open_.run_key, 100)
     counted = here("runs", "prune", "--dry-run", "--json").json
     assert counted["runs"] >= 1
     assert counted["dry_run"] is True

@@ -3,29 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from datetime import timedelta
+
+import pytest
 
 from prefect_crew import arun_crew
 from prefect_crew.operations import prune_records
 from prefect_crew.record_store import PrefectRecords
 from prefect_crew.server.local import InProcessCrewServer
+from support.records import let_pass
 
 SaveCrew = Callable[..., InProcessCrewServer]
 
 
-async def grow_old(run_key: str, days: int) -> None:
-    store = PrefectRecords()
-    (record,) = await store.attempts(run_key)
-    assert record.ended_at is not None
-    record.ended_at -= timedelta(days=days)
-    await store.save(record)
-
-
-async def test_old_ended_runs_go_and_a_dry_run_only_counts(save_crew: SaveCrew):
+async def test_old_ended_runs_go_and_a_dry_run_only_counts(save_crew: SaveCrew, monkeypatch: pytest.MonkeyPatch):
     save_crew("prune-echo")
     for key in ("prune-old", "prune-young"):
         await arun_crew("prune-echo", {"text": key}, run_key=key)
-    await grow_old("prune-old", 91)
+    let_pass(monkeypatch, "prune-old", 91)
 
     assert "would go" in await prune_records(dry_run=True)
     assert await PrefectRecords().attempts("prune-old")

@@ -108,14 +108,19 @@ WORLDS = {
     "the id of a run is written late, over its end": Scenario(calls=(Call(),), prefect_faults=(("write@2", "late"),)),
     # Old records are pruned.
     "a key is pruned while the owner sleeps over its end, and started anew": Scenario(
-        calls=(Call(freeze_at=11, freeze_for=100.0), Call(at=0.3, skew=120.0, again=(15.0, 50.0))),
+        calls=(Call(freeze_at=20, freeze_for=100.0), Call(at=0.3, skew=120.0, again=(15.0, 90.0))),
         runs=(CrewRun(end="fails", seconds=1.0),),
-        prunes=(Prune(at=60.0),),
+        prunes=(Prune(at=85.0),),
     ),
     "a claim that lands late meets a key that was pruned": Scenario(
-        calls=(Call(cancel_at=4, again=(1.0,)), Call(at=15.0)),
+        calls=(Call(cancel_at=4, again=(60.0,)), Call(at=75.0)),
         prefect_faults=(("write@3", "timeout"),),
-        prunes=(Prune(at=10.0, freeze_at=6, freeze_for=30.0),),
+        prunes=(Prune(at=70.0, freeze_at=9, freeze_for=30.0),),
+    ),
+    "one whose clock is a day fast prunes the claim of an owner that is said to have crashed, and sleeps": Scenario(
+        calls=(Call(freeze_at=8, freeze_for=30.0, crashed_at=1.0), Call(at=2.0), Call(at=25.0)),
+        runs=(CrewRun(seconds=1.0), CrewRun(seconds=100.0)),
+        prunes=(Prune(at=10.0, older_than=3600.0, skew=86400.0),),
     ),
 }
 """Each by its name in words."""
@@ -135,13 +140,18 @@ for step in range(1, 15):
             resolve_every=0.5,
         ),
         f"prune falls asleep while a failed run is started again{at}": Scenario(
-            calls=(Call(), Call(at=5.0), Call(at=20.0)),
+            calls=(Call(), Call(at=65.0), Call(at=80.0)),
             runs=(CrewRun(end="fails", seconds=1.0), CrewRun(seconds=100.0)),
-            prunes=(Prune(at=4.0, freeze_at=step, freeze_for=10.0),),
+            prunes=(Prune(at=64.0, freeze_at=step, freeze_for=10.0),),
         ),
         f"prune falls asleep while the key is pruned by another and started anew{at}": Scenario(
-            calls=(Call(), Call(at=8.0), Call(at=25.0)),
+            calls=(Call(), Call(at=68.0), Call(at=85.0)),
             runs=(CrewRun(seconds=1.0), CrewRun(seconds=100.0)),
-            prunes=(Prune(at=4.0, freeze_at=step, freeze_for=15.0), Prune(at=6.0)),
+            prunes=(Prune(at=64.0, freeze_at=step, freeze_for=15.0), Prune(at=66.0)),
+        ),
+        f"an owner that is said to have crashed falls asleep while its claim is voided and pruned{at}": Scenario(
+            calls=(Call(freeze_at=step, freeze_for=30.0, crashed_at=1.0), Call(at=2.0), Call(at=25.0)),
+            runs=(CrewRun(seconds=1.0), CrewRun(seconds=100.0)),
+            prunes=(Prune(at=10.0),),
         ),
     }

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import httpx
+import pytest
+
 from prefect_crew import record_store
 from prefect_crew.record_store import PrefectRecords
 from prefect_crew.records import RecordPhase, RunRecord
 
-__all__ = ["LONG_AGO", "put", "stored_records"]
+__all__ = ["LONG_AGO", "let_pass", "put", "stored_records"]
 
 LONG_AGO = -1000.0
 """As what a claim or permit is good for: it is over, however little time has passed."""
@@ -18,7 +21,7 @@ LONG_AGO = -1000.0
 def stored_records(variables: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return the attempts that Variables hold, as the record store reads them; `permit` is the number of permits."""
     found = [
-        record_store._Found(one["id"], one["name"], one["value"], 0.0)
+        record_store._Found(one["id"], one["name"], one["value"], 0.0, 0.0)
         for one in variables
         if record_store._later(one["value"]) is None
     ]
@@ -26,6 +29,20 @@ def stored_records(variables: Iterable[Mapping[str, Any]]) -> list[dict[str, Any
         {**record.model_dump(mode="json", exclude_none=True), "permit": record.permit}
         for record in record_store._folded(found)
     ]
+
+
+def let_pass(patch: pytest.MonkeyPatch, run_key: str, days: float) -> None:
+    """Let the Prefect server say of a run's record, until `patch` is undone, that nobody has changed it for days."""
+    found = record_store._found
+
+    def later(response: httpx.Response) -> list[record_store._Found]:
+        variables: list[record_store._Found] = []
+        for one in found(response):
+            theirs = isinstance(one.value, dict) and one.value.get("run_key") == run_key
+            variables.append(one._replace(idle=one.idle + days * 86400) if theirs else one)
+        return variables
+
+    patch.setattr(record_store, "_found", later)
 
 
 async def put(record: RunRecord, *, permit: float | None = None) -> RunRecord:

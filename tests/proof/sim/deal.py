@@ -184,7 +184,7 @@ def _prefect_faults(deal: _Decks) -> tuple[tuple[int | str, str], ...]:
 
 
 def _prunes(deal: _Decks) -> tuple[Prune, ...]:
-    at = deal("prune", *[None] * 5, 0.2, 2.0, 10.0, 60.0)
+    at = deal("prune", *[None] * 5, 10.0, 57.0, 70.0, 130.0)
     if at is None:
         return ()
     sleeps = deal("prune sleeps", 0.0, 3.0, 30.0)

@@ -10,18 +10,18 @@ import sys
 import time
 from collections import OrderedDict
 from collections.abc import Iterator
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 from prefect.client.orchestration import get_client
 
-from prefect_crew import events, kickoffs, open_runs, purchases, record_store, stopping, waiting, waits
+from prefect_crew import events, kickoffs, open_runs, pruning, purchases, record_store, stopping, waiting, waits
 from prefect_crew.api.client import CrewClient, in_process
 from prefect_crew.artifacts import RunArtifact
 from prefect_crew.crew import Crew
 from prefect_crew.posting import Purchase
-from prefect_crew.records import utcnow
+from prefect_crew.records import SPARE, utcnow
 from prefect_crew.server.execution import Execution
 from proof.sim.loop import current_process
 from proof.sim.site import HOST
@@ -61,6 +61,8 @@ def on_stage(world: World) -> Iterator[None]:
         (kickoffs, "Purchase", lambda *args, **fields: Purchase(*args, **{"asked_at": now(), **fields})),
         (purchases, "decide", world.deciding(purchases.decide)),
         (waits, "wait_until_ended", functools.partial(waiting.wait_until_ended, now=wall)),
+        # What a claim is good for is to be enough: an hour more would leave nothing to prune in a world.
+        (pruning, "YOUNGEST", timedelta(seconds=SPARE)),
         (open_runs, "_recent", _PerProcess("recent")),
         (stopping, "_looked", _PerProcess("looked")),
         (events, "emit_event", world.emitted),
