@@ -12,7 +12,7 @@ from typing import Protocol, TypeVar
 from prefect_crew.actions import resume_run, stop_run
 from prefect_crew.api.errors import CrewError
 from prefect_crew.api.models import CrewState
-from prefect_crew.blocks import DeployedCrew
+from prefect_crew.crew import Crew
 from prefect_crew.kickoffs import open_run
 from prefect_crew.waits import wait_for_run
 
@@ -28,7 +28,7 @@ TIMEOUT = 4.0
 class Ground(Protocol):
     """Where a row is tried."""
 
-    crew: DeployedCrew
+    crew: Crew
 
     def break_it(self) -> None:
         """Let the fault come from here on."""
@@ -68,9 +68,9 @@ async def row(ground: Ground, place: str, run_key: str) -> tuple[str, ...]:
     return first, str(started), phase, again, str(ground.started())
 
 
-async def _act(ground: Ground, act: Callable[[DeployedCrew, str], Awaitable[str]], run_key: str) -> tuple[str, ...]:
+async def _act(ground: Ground, act: Callable[[Crew, str], Awaitable[str]], run_key: str) -> tuple[str, ...]:
     async def begin() -> str:
-        return (await open_run(ground.crew.crew, {"topic": "tea"}, run_key=run_key)).kickoff_id
+        return (await open_run(ground.crew, {"topic": "tea"}, run_key=run_key)).kickoff_id
 
     kickoff_id = await ground.run(begin)
     wanted = CrewState.WAITING if act is _answer else CrewState.RUNNING
@@ -85,26 +85,26 @@ async def _act(ground: Ground, act: Callable[[DeployedCrew, str], Awaitable[str]
     return first, state, again, str(ground.state(kickoff_id))
 
 
-async def _call(crew: DeployedCrew, run_key: str) -> str:
+async def _call(crew: Crew, run_key: str) -> str:
     """Run a crew as the two tasks do, without Prefect's retries of the first."""
     try:
-        run = await open_run(crew.crew, {"topic": "tea"}, run_key=run_key)
-        await wait_for_run(crew.crew, run.kickoff_id)
+        run = await open_run(crew, {"topic": "tea"}, run_key=run_key)
+        await wait_for_run(crew, run.kickoff_id)
     except CrewError as error:
         return type(error).__name__
     return "result"
 
 
-async def _answer(crew: DeployedCrew, kickoff_id: str) -> str:
+async def _answer(crew: Crew, kickoff_id: str) -> str:
     try:
-        await resume_run(crew.crew, kickoff_id, feedback="", approve=True)
+        await resume_run(crew, kickoff_id, feedback="", approve=True)
     except CrewError as error:
         return type(error).__name__
     return "answered"
 
 
-async def _stop(crew: DeployedCrew, kickoff_id: str) -> str:
+async def _stop(crew: Crew, kickoff_id: str) -> str:
     try:
-        return str((await stop_run(crew.crew, kickoff_id)).outcome)
+        return str((await stop_run(crew, kickoff_id)).outcome)
     except CrewError as error:
         return type(error).__name__

@@ -10,6 +10,7 @@ import asyncio
 import threading
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -56,8 +57,7 @@ class SimulatedGround(World):
         self.site.program.unanswered = True
         self.case = case
         self.cells: tuple[str, ...] = ()
-        fields = {"request_timeout": REQUEST_TIMEOUT, "wait": POLICY}
-        self.crew = self.crew.model_copy(update=fields)
+        self.crew = replace(self.crew, request_timeout=REQUEST_TIMEOUT, wait=POLICY)
 
     def break_it(self) -> None:
         self.site.faults.add(self.case.text)
@@ -106,7 +106,7 @@ class RealGround:
         self.case = case
         self.server = server
         self.run_key = run_key
-        self.crew = server.crew(request_timeout=REQUEST_TIMEOUT, wait=POLICY)
+        self.crew = server.crew(request_timeout=REQUEST_TIMEOUT, wait=POLICY).crew
         self.restarted = threading.Event()
 
     def break_it(self) -> None:
