@@ -5,9 +5,11 @@ mend it. Nothing is kicked off.
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncIterator
+import shlex
+from collections.abc import AsyncIterator, Sized
 from dataclasses import dataclass
 from enum import StrEnum
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 from uuid import uuid4
@@ -22,6 +24,9 @@ from prefect_crew.api.inputs import STATE_ID
 from prefect_crew.api.models import CrewState
 
 if TYPE_CHECKING:
+    from prefect.client.orchestration import PrefectClient
+    from prefect.client.schemas.objects import FlowRun, WorkPool
+
     from prefect_crew.api.client import CrewClient
 
 __all__ = ["PREFECT_FLOOR", "Finding", "Level", "check_crew", "check_prefect", "older"]
@@ -202,7 +207,7 @@ async def _status(client: CrewClient) -> Finding:
 
 
 async def check_prefect() -> AsyncIterator[Finding]:
-    """Look at Prefect, whose API is known to answer: versions, the block type, where results and records are kept.
+    """Look at Prefect, whose API is known to answer: versions, the block type, results, records, pools of crew workers.
 
     Raises:
         httpx.HTTPError: The API does not answer after all.
@@ -222,6 +227,8 @@ async def check_prefect() -> AsyncIterator[Finding]:
     yield await _block_type()
     yield _result_storage()
     yield await _record_store()
+    async for finding in _crew_pools():
+        yield finding
     yield Finding(
         Level.NOTE,
         "horizon",
@@ -331,4 +338,89 @@ async def _record_store() -> Finding:
         "record store",
         "A record that was claimed could be claimed again, or was not read back.",
         "Do not run crews against this Prefect API: two calls with one key could buy twice.",
+    )
+
+
+# Pools of crew workers
+
+
+async def _crew_pools() -> AsyncIterator[Finding]:
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.filters import WorkPoolFilter, WorkPoolFilterType
+
+    async with get_client() as client:
+        kind = WorkPoolFilter(type=WorkPoolFilterType(any_=["crew"]))
+        pools = await client.read_work_pools(work_pool_filter=kind)
+        if not pools:
+            yield Finding(
+                Level.NOTE,
+                "crew pool",
+                "There is no work pool of the type crew. On others a flow run that waits for a crew holds a process.",
+                "prefect work-pool create crews --type crew",
+            )
+            return
+        for pool in pools:
+            async for finding in _crew_pool(client, pool):
+                yield finding
+    yield _worker_modules()
+
+
+async def _crew_pool(client: PrefectClient, pool: WorkPool) -> AsyncIterator[Finding]:
+    from prefect_crew.adoption import begun_flow_runs, is_orphan, workers_of
+
+    subject, start = f"crew pool {pool.name}", f"prefect worker start --pool {shlex.quote(pool.name)}"
+    workers = await workers_of(client, pool.name)
+    online = sorted(name for name, is_online in workers.items() if is_online)
+    begun = await begun_flow_runs(client, pool.name)
+    orphans = [flow_run for flow_run in begun if is_orphan(flow_run, workers)]
+    if pool.is_paused:
+        resume = f"prefect work-pool resume {shlex.quote(pool.name)}"
+        yield Finding(Level.WARNING, subject, "It is paused: its workers take no flow runs.", resume)
+    if online:
+        yield _ok(
+            subject, f"{_counted(online, 'worker')} online ({', '.join(online)}), {_counted(begun, 'flow run')} begun"
+        )
+    else:
+        yield Finding(Level.WARNING, subject, "No worker is online.", start)
+    if orphans:
+        yield _of_orphans(subject, orphans, start, anyone_online=bool(online))
+
+
+def _of_orphans(subject: str, orphans: list[FlowRun], start: str, *, anyone_online: bool) -> Finding:
+    from prefect_crew.adoption import owner_name
+
+    gone = sorted({name for flow_run in orphans if (name := owner_name(flow_run)) is not None})
+    of = f" of {', '.join(gone)}" if gone else ""
+    way_out = (
+        f"A worker that is started under the name of the one that is gone takes its flow runs at once: {start} --name "
+    )
+    way_out += shlex.quote(gone[0]) if gone else "NAME"
+    if anyone_online:
+        way_out = f"Workers that are online take them within two heartbeats. {way_out}"
+    return Finding(
+        Level.WARNING,
+        subject,
+        f"{_counted(orphans, 'flow run')}{of} to be adopted: the worker is gone.",
+        f"{way_out}.",
+    )
+
+
+def _counted(things: Sized, word: str) -> str:
+    return f"{len(things)} {word}{'' if len(things) == 1 else 's'}"
+
+
+def _worker_modules() -> Finding:
+    from prefect_crew.settings import CrewSettings
+
+    modules = CrewSettings().worker_modules
+    missing = [name for name in modules if find_spec(name.partition(".")[0]) is None]
+    if missing:
+        return Finding(
+            Level.WARNING,
+            "crew worker modules",
+            f"PREFECT_INTEGRATIONS_CREW_WORKER_MODULES allows {', '.join(missing)}, which cannot be imported here.",
+            "Install the package, or put its folder on PYTHONPATH, where the worker starts.",
+        )
+    return _ok(
+        "crew worker modules", f"a worker that starts here imports flows from {', '.join(['prefect_crew', *modules])}"
     )

@@ -41,13 +41,8 @@ from prefect.client.schemas.filters import (
     FlowRunFilter,
     FlowRunFilterId,
     FlowRunFilterParentFlowRunId,
-    FlowRunFilterState,
-    FlowRunFilterStateName,
-    FlowRunFilterStateType,
-    WorkPoolFilter,
-    WorkPoolFilterName,
 )
-from prefect.client.schemas.objects import FlowRun, State, StateType, WorkerStatus
+from prefect.client.schemas.objects import FlowRun, State
 from prefect.context import AsyncClientContext, FlowRunContext
 from prefect.exceptions import Abort, InfrastructureNotAvailable, ObjectNotFound, Pause, PrefectException
 from prefect.flows import Flow
@@ -57,8 +52,9 @@ from prefect.utilities.engine import propose_state
 from prefect.workers.base import BaseJobConfiguration, BaseWorker, BaseWorkerResult
 from pydantic import PrivateAttr
 
-from prefect_crew._internal.flow_engine import HANDED_OVER, Ending, hand_over, many_flow_runs, run_flow_here
+from prefect_crew._internal.flow_engine import Ending, hand_over, many_flow_runs, run_flow_here
 from prefect_crew.actions import stop_run
+from prefect_crew.adoption import CANCELLING, PAGE, begun_flow_runs, flow_runs_of, is_orphan, owner_name, workers_of
 from prefect_crew.api._wire import shared_connections
 from prefect_crew.api.errors import ConfigurationError, CrewError
 from prefect_crew.blocks import DeployedCrew
@@ -88,8 +84,6 @@ AWAY_PAUSE = 5.0
 """Seconds between two requests to a Prefect server that is away, after the pauses of Prefect's own client."""
 BLOCKED_AFTER = 5.0
 """Seconds that one step of a coroutine may take before its flow run is named in a warning."""
-PAGE = 200
-"""Flow runs that the server gives at once, at most."""
 
 
 def load_flow(entrypoint: str | None, *, allowed: Iterable[str] | None = None) -> Flow[..., Any]:
@@ -390,7 +384,7 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, BaseWorkerResult]):
         while True:
             try:
                 asked = _clock()
-                cancelling = await self._flow_runs(FlowRunFilterState(type=_types(StateType.CANCELLING)))
+                cancelling = await flow_runs_of(self.client, self._work_pool_name, CANCELLING)
                 if asked - self._confirmed_at > 2 * self.heartbeat_interval_seconds:
                     await self._end_lost_ones()
                 if asked >= heartbeat_due:
@@ -402,19 +396,6 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, BaseWorkerResult]):
             except (httpx.HTTPError, PrefectException) as error:
                 self._logger.debug("The Prefect server could not be asked: %s", error)
             await asyncio.sleep(LOOK_EVERY)
-
-    async def _flow_runs(self, state: FlowRunFilterState) -> list[FlowRun]:
-        found: list[FlowRun] = []
-        while True:
-            page = await self.client.read_flow_runs(
-                flow_run_filter=FlowRunFilter(state=state),
-                work_pool_filter=WorkPoolFilter(name=WorkPoolFilterName(any_=[self._work_pool_name])),
-                limit=PAGE,
-                offset=len(found),
-            )
-            found += page
-            if len(page) < PAGE:
-                return found
 
     async def _end_lost_ones(self) -> None:
         """End the coroutines whose flow runs another worker has taken meanwhile."""
@@ -429,10 +410,7 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, BaseWorkerResult]):
 
     async def _look_for_orphans(self) -> None:
         """Adopt what a worker that is gone has left, as soon as that is sure."""
-        workers = {
-            worker.name: worker.status == WorkerStatus.ONLINE
-            for worker in await self.client.read_workers_for_work_pool(self._work_pool_name)
-        }
+        workers = await workers_of(self.client, self._work_pool_name)
         if not workers.get(self.name, True):
             await self._end_lost_ones()  # its heartbeats did not arrive, so it may have been taken for dead
         now = _clock()
@@ -440,11 +418,9 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, BaseWorkerResult]):
         if not (changed or self._suspects or self._full_look_at is None or now - self._full_look_at > FULL_LOOK_EVERY):
             return
         self._full_look_at = now
-        started = FlowRunFilterState(type=_types(StateType.RUNNING, StateType.PENDING, StateType.PAUSED))
-        retrying = FlowRunFilterState(name=FlowRunFilterStateName(any_=["AwaitingRetry"]))
         seen = {
             flow_run.state.id: flow_run
-            for flow_run in [*await self._flow_runs(started), *await self._flow_runs(retrying)]
+            for flow_run in await begun_flow_runs(self.client, self._work_pool_name)
             if flow_run.state is not None and self._is_orphan(flow_run)
         }
         self._suspects = {state_id: self._suspects.get(state_id, now) for state_id in seen}
@@ -454,20 +430,14 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, BaseWorkerResult]):
                 await self._adopt(seen[state_id])
 
     def _is_orphan(self, flow_run: FlowRun) -> bool:
-        state, name = flow_run.state, _owner_name(flow_run)
-        if state is None or flow_run.id in self._here or flow_run.id in self._submitting_flow_run_ids:
+        if flow_run.id in self._here or flow_run.id in self._submitting_flow_run_ids or self._owns(flow_run):
             return False
-        if state.is_paused() and state.state_details.pause_reschedule:
-            return False  # suspended: nobody holds it
-        if state.is_scheduled() and flow_run.empirical_policy.retry_type != "in_process":
-            return False  # the pool hands it out
-        if name is None:
-            return state.is_pending()
-        return not self._owns(flow_run) if name == self.name else not self._workers.get(name, False)
+        # What an earlier start under this worker's own name has left is an orphan too.
+        return is_orphan(flow_run, {**self._workers, self.name: False})
 
     def _patience_with(self, flow_run: FlowRun) -> float:
         """Return the seconds for which an orphan has to look like one."""
-        name = _owner_name(flow_run)
+        name = owner_name(flow_run)
         if name is None:
             return UNOWNED_FOR
         # An earlier start under this worker's own name is over. Another worker may only seem to be gone, where the
@@ -478,7 +448,7 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, BaseWorkerResult]):
         """Give an orphan back to the pool, if no other worker does."""
         try:
             if await self._claim(flow_run):
-                owner = _owner_name(flow_run) or "unknown"
+                owner = owner_name(flow_run) or "unknown"
                 why = f"Worker {owner!r} is gone. The flow run starts again, and its crew's run is found by its record."
                 self._logger.warning("Flow run %r is adopted: worker %r is gone.", flow_run.name, owner)
                 await hand_over(self.client, flow_run, why)
@@ -571,19 +541,6 @@ def is_away(error: httpx.HTTPError) -> bool:
     return isinstance(error, httpx.TransportError) or (
         isinstance(error, httpx.HTTPStatusError) and error.response.status_code >= httpx.codes.INTERNAL_SERVER_ERROR
     )
-
-
-def _types(*types: StateType) -> FlowRunFilterStateType:
-    return FlowRunFilterStateType(any_=list(types))
-
-
-def _owner_name(flow_run: FlowRun) -> str | None:
-    """Return the worker that has, or had, a flow run; None where none has named itself."""
-    name, slash, _ = (flow_run.infrastructure_pid or "").rpartition("/")
-    if slash:
-        return name
-    label = flow_run.labels.get("prefect.worker.name")
-    return None if label is None or flow_run.infrastructure_pid == HANDED_OVER else str(label)
 
 
 def _clock() -> float:

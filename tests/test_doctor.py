@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from uuid import uuid4
 
 import pytest
 
@@ -14,6 +16,7 @@ from prefect_crew.api.client import CrewClient
 from prefect_crew.doctor import Finding, Level, check_crew, check_prefect, older
 from prefect_crew.record_store import PrefectRecords
 from prefect_crew.server import CrewServer
+from support.crew_pool import CrewPool
 from support.prefect_server import PrefectServer
 
 
@@ -128,9 +131,77 @@ def test_older(version: str, than: str, expected: bool):
 
 async def test_prefect(prefect_api: PrefectServer):
     found = {finding.subject: finding async for finding in check_prefect()}
-    assert list(found) == ["Prefect", "Prefect server", "block type", "result storage", "record store", "horizon"]
+    subjects = ["Prefect", "Prefect server", "block type", "result storage", "record store"]
+    assert list(found)[:5] == subjects
+    assert list(found)[-1] == "horizon"
     assert not [one for one in found.values() if one.level is Level.PROBLEM]
     assert found["record store"].level is Level.OK
     assert "does not need them" in found["result storage"].found
     assert "runs prune" in found["horizon"].found
     assert not [record async for record in PrefectRecords().all() if record.crew == "doctor"]
+
+
+# Pools of crew workers
+
+
+async def pool_findings(pool: str) -> list[Finding]:
+    return [finding async for finding in check_prefect() if finding.subject == f"crew pool {pool}"]
+
+
+@pytest.fixture
+def pool(prefect_api: PrefectServer, tmp_path: Path) -> Iterator[CrewPool]:
+    with CrewPool(prefect_api, tmp_path, f"doctor-{uuid4().hex[:8]}") as pool:
+        yield pool
+
+
+def begun(pool: CrewPool, deployment: str, owner: str | None, *states: str) -> None:
+    """Make a flow run that a worker has taken, in the last of these states."""
+    run_id = pool.start(deployment)
+    for state in states:
+        pool.set_state(run_id, state)
+    if owner is not None:
+        pool.call("PATCH", f"/flow_runs/{run_id}", {"infrastructure_pid": f"{owner}/1"})
+
+
+async def test_a_pool_without_a_worker(pool: CrewPool):
+    (finding,) = await pool_findings(pool.name)
+    assert finding.level is Level.WARNING
+    assert finding.found == "No worker is online."
+    assert finding.mend == f"prefect worker start --pool {pool.name}"
+
+
+async def test_a_pool_whose_worker_is_gone(pool: CrewPool):
+    deployment = pool.deploy("a")
+    for name in ("here", "there"):
+        pool.call("POST", f"/work_pools/{pool.name}/workers/heartbeat", {"name": name})
+    begun(pool, deployment, "here", "PENDING", "RUNNING")
+    begun(pool, deployment, "gone", "PENDING", "RUNNING")
+    begun(pool, deployment, "gone", "PENDING")
+    begun(pool, deployment, "gone", "PENDING", "RUNNING", "COMPLETED")
+    pool.start(deployment)
+    online, waiting = await pool_findings(pool.name)
+    assert (online.level, online.found) == (Level.OK, "2 workers online (here, there), 3 flow runs begun")
+    assert (waiting.level, waiting.found) == (
+        Level.WARNING,
+        "2 flow runs of gone to be adopted: the worker is gone.",
+    )
+    assert f"prefect worker start --pool {pool.name} --name gone" in waiting.mend
+
+
+async def test_a_pool_that_is_paused(pool: CrewPool):
+    pool.call("PATCH", f"/work_pools/{pool.name}", {"is_paused": True})
+    paused, _ = await pool_findings(pool.name)
+    assert (paused.level, paused.mend) == (Level.WARNING, f"prefect work-pool resume {pool.name}")
+
+
+@pytest.mark.usefixtures("pool")
+async def test_modules_that_a_worker_imports(monkeypatch: pytest.MonkeyPatch):
+    async def look(modules: str) -> Finding:
+        monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_WORKER_MODULES", modules)
+        (found,) = [one async for one in check_prefect() if one.subject == "crew worker modules"]
+        return found
+
+    assert (await look("support.crew_pool")).found.endswith("from prefect_crew, support.crew_pool")
+    missing = await look("support,never_installed.flows")
+    assert missing.level is Level.WARNING
+    assert "never_installed.flows, which cannot be imported here" in missing.found
