@@ -12,11 +12,13 @@ from typing import Any
 import pytest
 
 from prefect_crew.settings import CrewSettings
+from prefect_crew.worker import HAND_OVER_WITHIN
 from support import compose
 from support.deployed import ROOT
 
 SERVICES = compose.services()
-OURS = ["server", "deploy", "worker", "crew-worker", "receiver"]
+CREW_WORKERS = ["crew-worker-one", "crew-worker-two"]
+OURS = ["server", "deploy", "worker", *CREW_WORKERS, "receiver"]
 VOLUMES = set(compose.read()["volumes"])
 
 
@@ -26,8 +28,19 @@ def dockerfile() -> list[list[str]]:
 
 
 def test_the_services_are_those_of_the_docs():
-    assert set(SERVICES) == {"postgres", "server", "deploy", "worker", "crew-worker", "receiver"}
-    assert SERVICES["worker"]["deploy"]["replicas"] == SERVICES["crew-worker"]["deploy"]["replicas"] == 2
+    assert set(SERVICES) == {"postgres", *OURS}
+    assert SERVICES["worker"]["deploy"]["replicas"] == 2
+
+
+def test_crew_workers_have_names_of_their_own_and_time_to_give_their_flow_runs_back():
+    named = [SERVICES[name]["command"][SERVICES[name]["command"].index("--name") + 1] for name in CREW_WORKERS]
+    assert len(set(named)) == len(CREW_WORKERS)
+    for name in CREW_WORKERS:
+        service = SERVICES[name]
+        assert service["deploy"]["replicas"] == 1
+        assert int(service["stop_grace_period"].removesuffix("s")) > HAND_OVER_WITHIN
+        assert service["environment"]["PREFECT_WORKER_HEARTBEAT_SECONDS"] == "10"
+        assert {**SERVICES["worker"]["environment"], "PREFECT_WORKER_HEARTBEAT_SECONDS": "10"} == service["environment"]
 
 
 @pytest.mark.parametrize("name", SERVICES)

@@ -91,8 +91,8 @@ def test_the_one_line_deploys_everything_twice_over_and_its_workers_are_healthy(
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert "recover/crashed" in command("prefect", "deployment", "ls", env=env)
 
-    worker_is_healthy("worker", api, tmp_path)
-    worker_is_healthy("crew-worker", api, tmp_path)
+    for name in ("worker", "crew-worker-one", "crew-worker-two"):
+        worker_is_healthy(name, api, tmp_path)
 
 
 def worker_is_healthy(name: str, api: str, folder: Path) -> None:
