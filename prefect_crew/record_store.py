@@ -20,7 +20,7 @@ import re
 from collections.abc import AsyncIterator, Mapping, Sequence
 from datetime import datetime
 from email.utils import parsedate_to_datetime
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, Literal, NamedTuple, TypeVar, cast
 from uuid import UUID, uuid4
 
 import httpx
@@ -449,7 +449,7 @@ class PrefectRecords:
         await self._at(permit, "DELETE")
         return True
 
-    async def _at(self, ref: str, method: str) -> bool:
+    async def _at(self, ref: str, method: Literal["GET", "DELETE"]) -> bool:
         """Read or delete a Variable by its id; False if it is gone."""
         async with get_client() as client:
             try:

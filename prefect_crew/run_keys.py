@@ -12,6 +12,7 @@ import hashlib
 import re
 import threading
 import unicodedata
+import weakref
 from collections import OrderedDict, defaultdict
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -120,6 +121,14 @@ class _Occurrences:
     replayed: defaultdict[tuple[_Attempts, str], int] = field(default_factory=lambda: defaultdict(int))
     children: defaultdict[tuple[_Attempts, str, str], list[str]] = field(default_factory=lambda: defaultdict(list))
     lock: threading.Lock = field(default_factory=threading.Lock)
+    context: weakref.ref[FlowRunContext] | None = None
+
+    @property
+    def needed(self) -> bool:
+        """Whether the flow run is under way in this process, and may call once more."""
+        context = None if self.context is None else self.context()
+        # Prefect takes the token away when it leaves the context, which others may hold for long after that.
+        return context is not None and context._token is not None  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
 
     def take(self, base: str, own: str | None, callers: _Attempts) -> int:
         """Return the number of a call: `own` is the id of our own task run around it, `callers` those of the user's."""
@@ -157,7 +166,7 @@ _lock = threading.Lock()
 _occurrences: OrderedDict[tuple[str, int], _Occurrences] = OrderedDict()
 _roots: OrderedDict[str, _Root] = OrderedDict()
 _KEPT = 1000
-"""Flow runs of which a process remembers the numbers: a long-lived one must not grow without end."""
+"""How many flow runs a process remembers that are not under way here: a long-lived one must not grow without end."""
 
 
 async def identify(
@@ -282,8 +291,12 @@ def _numbers_of(counted_in: tuple[str, int]) -> _Occurrences:
     with _lock:
         numbers = _occurrences.setdefault(counted_in, _Occurrences())
         _occurrences.move_to_end(counted_in)
-        while len(_occurrences) > _KEPT:
-            _occurrences.popitem(last=False)
+        context = FlowRunContext.get()
+        numbers.context = None if context is None else weakref.ref(context)
+        if (more := len(_occurrences) - _KEPT) > 0:
+            over = [key for key, one in _occurrences.items() if not one.needed and one is not numbers]
+            for key in over[:more]:
+                del _occurrences[key]
         return numbers
 
 

@@ -460,6 +460,40 @@ async def test_a_long_lived_process_forgets_the_numbers_of_old_flow_runs(bought:
     assert len(run_keys._roots) <= 2
 
 
+@pytest.mark.parametrize("how", ["called", "submitted"])
+async def test_a_flow_run_keeps_its_numbers_however_many_others_come_and_go_meanwhile(
+    bought: Any, monkeypatch: pytest.MonkeyPatch, how: str
+):
+    monkeypatch.setattr(run_keys, "_KEPT", 2)
+    crew = bought.crew()
+    begun, others_done = asyncio.Event(), asyncio.Event()
+
+    async def start() -> None:
+        if how == "called":
+            await arun_crew(crew, {"text": "a"})
+        else:
+            await asyncio.to_thread(kickoff_crew.submit(crew, {"text": "a"}).wait)
+
+    @flow
+    async def long() -> None:
+        await start()
+        begun.set()
+        await others_done.wait()
+        await start()
+
+    @flow
+    async def other() -> None:
+        await start()
+
+    running = asyncio.create_task(long())
+    await begun.wait()
+    for _ in range(3):
+        await other()
+    others_done.set()
+    await running
+    assert len(keys(bought)) == 5, "the long one has started two runs"
+
+
 async def test_the_scheduled_time_can_be_asked_for(bought: Any):
     before = datetime.now(UTC)
     assert await run_keys.scheduled_start() >= before
