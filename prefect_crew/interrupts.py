@@ -1,4 +1,4 @@
-"""Telling Ctrl-C from other ways in which a wait is cancelled; ending tasks.
+"""Telling Ctrl-C from other ways in which a wait is cancelled; ending tasks, and what a cancelled one has left to do.
 
 asyncio turns a SIGINT into a plain cancellation, the same as a timeout or a SIGTERM under Prefect. Only Ctrl-C on a
 program's own terminal means that the person wants the crew stopped, so the signal is noted on its way.
@@ -10,22 +10,27 @@ import asyncio
 import os
 import signal
 import threading
-from collections.abc import Generator
-from contextlib import contextmanager
+from collections.abc import Callable, Coroutine, Generator
+from contextlib import contextmanager, suppress
+from functools import wraps
 from types import FrameType
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
+import anyio
 from prefect.exceptions import ExternalSignal
 
 __all__ = [
     "ENDINGS",
     "cancel_and_wait",
+    "cancelled_once",
     "ctrl_c_pressed",
     "started_by_runner",
     "watch_ctrl_c",
 ]
 
 
+P = ParamSpec("P")
+T = TypeVar("T")
 ENDINGS = (asyncio.CancelledError, KeyboardInterrupt, SystemExit, ExternalSignal)
 """How a task is ended from outside: cancelled, or by a signal whose exception was raised in the midst of it."""
 
@@ -75,6 +80,34 @@ async def cancel_and_wait(*tasks: asyncio.Future[Any]) -> None:
     for task in tasks:
         if not task.cancelled():
             task.exception()  # or asyncio complains that nobody has asked for it
+
+
+def cancelled_once(function: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, Coroutine[Any, Any, T]]:
+    """Have a cancellation reach a coroutine once, and see what it then does to its end.
+
+    A timeout of Prefect is a cancel scope of anyio: it cancels at every await until the scope is left, also through
+    `asyncio.gather`, and would cut off what a cancelled start, wait or batch has to do yet: give a claim back, see a
+    kickoff in flight to its end, stop a crew. That has time limits of its own.
+    """
+
+    @wraps(function)
+    async def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        work = asyncio.create_task(function(*args, **kwargs))
+        args, kwargs = (), {}  # pyright: ignore[reportAssignmentType]  error reporters show the variables of frames
+        try:
+            await asyncio.wait({work})
+        except BaseException:
+            if not work.done() and not work.cancelling():  # a loop that ends has cancelled all of its tasks itself
+                work.cancel()
+            while not work.done():
+                with suppress(asyncio.CancelledError), anyio.CancelScope(shield=True):
+                    await asyncio.wait({work})
+            if not work.cancelled():
+                work.exception()  # or asyncio complains that nobody has asked for it
+            raise
+        return work.result()
+
+    return call
 
 
 def _running_loop() -> asyncio.AbstractEventLoop | None:

@@ -25,7 +25,7 @@ from prefect_crew.api.redaction import HiddenValues, Redactor, holds_secret, rev
 from prefect_crew.beside import work_beside
 from prefect_crew.choices import check_choices
 from prefect_crew.dual import refuse_running_loop
-from prefect_crew.interrupts import cancel_and_wait
+from prefect_crew.interrupts import cancel_and_wait, cancelled_once
 from prefect_crew.kickoffs import knowing_inputs
 from prefect_crew.logs import run_logger
 from prefect_crew.open_runs import OpenRun
@@ -213,6 +213,7 @@ async def run_deployed_pipeline(
     )
 
 
+@cancelled_once
 async def _run(call: _Call, *, name: str, run_key: str | None) -> PipelineResult:
     crews, graph = call.crews, call.crews.graph
     identity = await identify(name, inputs_digest(encode_inputs(graph.inputs)), run_key=run_key, name=name)

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import shlex
-from collections.abc import Mapping
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import httpx
 from prefect.exceptions import PrefectException
@@ -33,8 +34,18 @@ from prefect_crew.stopping import stop_if_asked
 if TYPE_CHECKING:
     from prefect_crew.api.webhooks import Webhooks
 
-__all__ = ["LIMITED_FOR", "ClaimLostError", "Purchase", "give_back", "post_claimed", "uncertain"]
+__all__ = [
+    "LIMITED_FOR",
+    "ClaimLostError",
+    "Purchase",
+    "give_back",
+    "giving_back",
+    "post_claimed",
+    "to_its_end",
+    "uncertain",
+]
 
+T = TypeVar("T")
 PERMIT_GOOD_FOR = 30.0
 """Seconds from asking for a permit to the first byte of its kickoff: a connection has to be made in between."""
 LIMITED_FOR = 600.0
@@ -113,11 +124,10 @@ def uncertain(record: RunRecord) -> KickoffUncertainError:
 
 
 class ClaimLostError(Exception):
-    """The claim is not ours any more, or was decided by what is not on record any more. Nothing was sent since."""
+    """The claim is not ours any more, was decided by what is not on record any more, or was not used in time.
 
-
-class PermitOverError(Exception):
-    """A permit was too old for its kickoff to be sent. Nothing was sent."""
+    Nothing was sent since.
+    """
 
 
 async def post_claimed(
@@ -128,82 +138,104 @@ async def post_claimed(
     `lease` is the claim's.
 
     Raises:
-        ClaimLostError: Somebody else has resolved the claim meanwhile. Nothing was posted since.
+        ClaimLostError: Somebody else has resolved the claim meanwhile, or its kickoff was not sent in time and it is
+            given back. Nothing was posted since.
         KickoffUncertainError: It was posted, and nobody knows what became of it. That is on record.
         CrewError: It surely did not start a run. The claim is given back.
     """
     loop = asyncio.get_running_loop()
     until = loop.time() + LIMITED_FOR
-    lease = await _take_permit(record, records, lease)
+    if not record.permit:  # the claim of a ledger is its permit as well
+        lease = await _take_permit(record, records, lease)
     while True:
         try:
-            return await _post_shielded(purchase, record, records, session, lease)
-        except PermitOverError:
-            lease = await _take_permit(record, records, lease, until=until)
-        except CrewError as error:
+            return await _post_and_react(purchase, record, records, session, lease)
+        except (CrewError, ClaimLostError) as problem:
             if record.phase is not RecordPhase.CLAIMED:
                 raise
-            if isinstance(error, AuthenticationError) and await session.renew():
-                delay = 0.0
-            else:
-                delay = kickoff_delay(error)
+            async with giving_back(record, records):
+                delay = await _pause_after(problem, session)
                 if delay is None or loop.time() + delay > until:
-                    await give_back(record, records, error)
                     raise
-                if not purchase.quiet:
-                    run_logger().warning("%s It is sent again in %.0f s.", error, delay)
+            if delay and not purchase.quiet:
+                run_logger().warning("%s It is sent again in %.0f s.", problem, delay)
             # Before the pause, so that nobody resolves the claim during it.
             lease = await _take_permit(record, records, lease, pause=delay)
 
 
-async def _take_permit(
-    record: RunRecord, records: RecordStore, lease: Lease, *, pause: float = 0.0, until: float | None = None
-) -> Lease:
+async def _pause_after(problem: Exception, session: CrewSession) -> float | None:
+    """Return the seconds after which what was surely refused is sent again, None if it is not."""
+    if isinstance(problem, AuthenticationError) and await session.renew():
+        return 0.0
+    return kickoff_delay(problem)
+
+
+@asynccontextmanager
+async def giving_back(record: RunRecord, records: RecordStore) -> AsyncGenerator[None]:
+    """Give a claim back for whatever is raised meanwhile: nothing that was sent for it has started a run."""
+    try:
+        yield
+    except BaseException as problem:
+        await give_back(record, records, problem)
+        raise
+
+
+async def to_its_end(
+    work: Coroutine[Any, Any, T], then: Callable[[asyncio.Task[T]], Coroutine[Any, Any, None]] | None = None
+) -> T:
+    """Return what a write or a kickoff gives, which no cancellation of the caller cuts off.
+
+    A cancellation is raised once that has ended, and `then`, which is given the task, has done what follows. After
+    `FINISH` seconds it is raised anyway, and both go on beside.
+    """
+    task = asyncio.create_task(work)
+    task.add_done_callback(lambda done: done.cancelled() or done.exception())  # of one that is left, nobody asks
+    try:
+        await asyncio.wait({task})
+    except ENDINGS:
+        following = None if then is None else asyncio.create_task(then(task))
+        await asyncio.wait({task}, timeout=FINISH)
+        if following is not None and task.done():
+            await following
+        raise
+    return task.result()
+
+
+async def _take_permit(record: RunRecord, records: RecordStore, lease: Lease, *, pause: float = 0.0) -> Lease:
     """Take the next permit of a claim, wait for `pause` seconds, and return how long it is good for.
 
     `lease` is that of the claim, or of the permit before. Gives the claim back where it fails or is cancelled.
 
     Raises:
-        ClaimLostError: Somebody else has resolved the claim, or `until`, a time of the loop, is over.
+        ClaimLostError: Somebody else has resolved the claim.
     """
     new = Lease(pause + PERMIT_GOOD_FOR)
-    taking = asyncio.create_task(records.permit(record, new.seconds, late=lease.over))
-    try:
-        taken = await asyncio.shield(taking)
-        if taken and (until is None or asyncio.get_running_loop().time() <= until):
+    async with giving_back(record, records):
+        # One that comes to stand late says less than what gives the claim back.
+        if await to_its_end(records.permit(record, new.seconds, late=lease.over)):
             await asyncio.sleep(pause)
             return new
-    except BaseException as problem:
-        if isinstance(problem, ENDINGS):
-            # What is cut off may still arrive. It then says less than what gives the claim back.
-            await asyncio.wait({taking}, timeout=FINISH)
-        await give_back(record, records, problem)
-        raise
-    if taken:
-        lost = ClaimLostError("each permit of it grew too old before its kickoff could be sent.")
-        await give_back(record, records, lost)
-        raise lost
     record.phase = RecordPhase.NOT_STARTED  # here alone: what stands there is not ours to write
     raise ClaimLostError("somebody resolved its claim while this process was asleep, or away.")
 
 
-async def _post_shielded(
+async def _post_and_react(
     purchase: Purchase, record: RunRecord, records: RecordStore, session: CrewSession, lease: Lease
 ) -> RunRecord:
-    """See a POST that is in flight to its end even if the caller is cancelled, so that its id is written down."""
-    post = asyncio.create_task(_post(purchase, record, records, session, lease))
-    try:
-        return await asyncio.shield(post)
-    except ENDINGS:
-        if not post.done():
-            await asyncio.wait({post}, timeout=FINISH)
-        if post.done() and not post.cancelled() and (error := post.exception()) is not None:
-            # Of anything else, such as a signal raised within it, nobody knows whether it came before the POST.
-            if record.phase is RecordPhase.CLAIMED and isinstance(error, (CrewError, PermitOverError)):
-                await give_back(record, records, error)
-        elif post.done() and not post.cancelled():
+    """Make one POST, and see one that is in flight to its end even if the caller is cancelled."""
+
+    async def react(post: asyncio.Task[RunRecord]) -> None:
+        lease.end()  # what is not on its way yet is not sent any more
+        await asyncio.wait({post})
+        if post.cancelled():
+            return
+        if (error := post.exception()) is None:
             await stop_if_asked(session, record, records)
-        raise
+        # Of anything else, such as a signal raised within it, nobody knows whether it came before the POST.
+        elif record.phase is RecordPhase.CLAIMED and isinstance(error, (CrewError, ClaimLostError)):
+            await give_back(record, records, error)
+
+    return await to_its_end(_post(purchase, record, records, session, lease), react)
 
 
 async def _post(
@@ -217,7 +249,7 @@ async def _post(
 
     def last_look() -> None:
         if lease.over:
-            raise PermitOverError
+            raise ClaimLostError("its permit grew too old before its kickoff could be sent.")
 
     try:
         webhooks = purchase.webhooks or webhooks_for(
@@ -233,8 +265,7 @@ async def _post(
                 restore_from=purchase.restore_from,
                 before_sending=last_look,
             )
-        reason = await _held_by_another(record, kickoff_id, records)
-    except PermitOverError:
+    except ClaimLostError:
         raise
     except BaseException as error:
         if kickoff_fate(error) is not KickoffFate.UNCERTAIN:
@@ -244,15 +275,22 @@ async def _post(
         if not isinstance(error, Exception):
             raise
         raise uncertain(record) from error
-    if reason is not None:
-        record.phase, record.reason = RecordPhase.UNCERTAIN, reason
-        await _save(record, records)
-        raise uncertain(record)
     record.phase, record.kickoff_id, record.kicked_off_at = RecordPhase.STARTED, kickoff_id, utcnow()
     if not purchase.quiet:
-        # Before it is written down: whatever fails from here on, a person finds the id in a log.
+        # Before anything else: whatever fails from here on, a person finds the id in a log.
         run_logger().info("Crew %s was kicked off: run %s", record.crew, kickoff_id)
+    try:
+        reason = await _held_by_another(record, kickoff_id, records)
+    except BaseException:
+        # Cut off: that the id is on record matters more.
+        await _save(record, records)
+        raise
+    if reason is not None:
+        record.phase, record.reason = RecordPhase.UNCERTAIN, reason
+        record.kickoff_id = record.kicked_off_at = None
     await _save(record, records)
+    if reason is not None:
+        raise uncertain(record)
     return record
 
 
@@ -263,8 +301,8 @@ async def _held_by_another(record: RunRecord, kickoff_id: str, records: RecordSt
     """
     try:
         holders = await records.holders(kickoff_id)
-    except (httpx.HTTPError, PrefectException):
-        return None  # nor can it be written down: `_save` tells of that
+    except (httpx.HTTPError, PrefectException, CrewError):
+        return None  # nor can it be written down: whoever saves it tells of that
     others = [key for key, attempt in holders if (key, attempt) != (record.run_key, record.attempt)]
     return (
         f"the crew's server answered with run {kickoff_id}, which is that of run key {others[0]!r}" if others else None

@@ -14,8 +14,18 @@ from opentelemetry import trace
 from prefect_crew.api.errors import CrewError
 from prefect_crew.crew import CrewSession
 from prefect_crew.events import emit
+from prefect_crew.interrupts import cancelled_once
 from prefect_crew.logs import run_logger
-from prefect_crew.posting import LIMITED_FOR, ClaimLostError, Purchase, give_back, post_claimed, uncertain
+from prefect_crew.posting import (
+    LIMITED_FOR,
+    ClaimLostError,
+    Purchase,
+    give_back,
+    giving_back,
+    post_claimed,
+    to_its_end,
+    uncertain,
+)
 from prefect_crew.records import (
     Decision,
     Lease,
@@ -30,6 +40,8 @@ from prefect_crew.records import (
 __all__ = ["Purchased", "purchase_run"]
 
 
+AGAIN = 0.1
+"""Seconds after which a claim is read again that somebody else has changed."""
 CLAIM_GOOD_FOR = 30.0
 """Seconds, on top of the check of the inputs, after which a claim without a permit is taken for given up."""
 
@@ -56,6 +68,7 @@ class _Claim(Purchased):
     lease: Lease = field(default_factory=lambda: Lease(0))
 
 
+@cancelled_once
 async def purchase_run(
     purchase: Purchase,
     records: RecordStore,
@@ -76,7 +89,7 @@ async def purchase_run(
         CrewError: As `open_run`.
     """
     loop = asyncio.get_running_loop()
-    until = loop.time() + LIMITED_FOR
+    until = None
     while True:
         opened = await _decide_and_claim(purchase, records, checked=check is not None)
         _announce(purchase, opened)
@@ -87,6 +100,7 @@ async def purchase_run(
             record = await post_claimed(purchase, opened.record, records, session, opened.lease)
             return Purchased(opened.decision, record)
         except ClaimLostError as lost:
+            until = loop.time() + LIMITED_FOR if until is None else until  # from the first that was lost
             if loop.time() > until:
                 raise CrewError(
                     f"Run {opened.record.run_key!r} was not started: for {LIMITED_FOR / 60:g} minutes each claim of it "
@@ -101,21 +115,17 @@ async def _make_sure(claim: _Claim, records: RecordStore, check: Callable[[], Aw
 
     Gives the claim back where either fails, however it fails: nothing was sent. Raises ClaimLostError for the second.
     """
-    confirmed = asyncio.ensure_future(records.confirm(claim.record, claim.known))
-    confirmed.add_done_callback(lambda done: done.cancelled() or done.exception())  # the check may fail first
-    try:
-        if check is not None:
-            await check()
-        sure = await confirmed
-    except BaseException as problem:
-        await give_back(claim.record, records, problem)
-        raise
-    finally:
-        confirmed.cancel()
-    if not sure:
-        lost = ClaimLostError("another call claimed it, or its earlier attempts were removed, at the same time.")
-        await give_back(claim.record, records, lost)
-        raise lost
+    async with giving_back(claim.record, records):
+        confirmed = asyncio.ensure_future(records.confirm(claim.record, claim.known))
+        confirmed.add_done_callback(lambda done: done.cancelled() or done.exception())  # the check may fail first
+        try:
+            if check is not None:
+                await check()
+            sure = await confirmed
+        finally:
+            confirmed.cancel()
+        if not sure:
+            raise ClaimLostError("another call claimed it, or its earlier attempts were removed, at the same time.")
 
 
 async def _decide_and_claim(purchase: Purchase, records: RecordStore, *, checked: bool) -> Purchased:
@@ -138,7 +148,8 @@ async def _decide_and_claim(purchase: Purchase, records: RecordStore, *, checked
             if claim is not None:
                 return claim
         elif decision is Decision.VOID and record is not None:
-            await records.resolve(record, RecordPhase.NOT_STARTED, reason="its owner gave it up")
+            if not await records.resolve(record, RecordPhase.NOT_STARTED, reason="its owner gave it up"):
+                await asyncio.sleep(AGAIN)
         elif record is not None and (followed := await _follow(purchase, decision, record, records)) is not None:
             return followed
 
@@ -149,7 +160,13 @@ async def _claim(
     """Claim the next attempt; None if somebody else has."""
     lease = Lease(good_for)
     record = purchase.record(known[-1].attempt + 1 if known else 1, good_for)
-    if not await records.claim(record):
+
+    async def give_up(claiming: asyncio.Task[bool]) -> None:
+        await asyncio.wait({claiming})
+        if not claiming.cancelled() and claiming.exception() is None and claiming.result():
+            await give_back(record, records, asyncio.CancelledError())
+
+    if not await to_its_end(records.claim(record), give_up):
         return None
     return _Claim(decision, record, known, lease)
 

@@ -195,6 +195,14 @@ def _later(value: Any) -> CrewError | None:
     )
 
 
+def _unreadable(name: str, record: RunRecord) -> CrewError:
+    return CrewError(
+        f"The Variable {name} stands where the record of run {record.run_key!r} belongs, and holds none that this "
+        "version can read. Nothing was started. Upgrade prefect-crew if a later version wrote it; else delete the "
+        "Variable."
+    )
+
+
 async def _created(client: PrefectClient, variable: dict[str, Any]) -> str | None:
     """Create a Variable and return its id; None if there is one of its name.
 
@@ -246,11 +254,7 @@ class PrefectRecords:
             return False
         standing = _parse(variable.value, RunRecord)
         if standing is None:
-            raise CrewError(
-                f"The Variable {name} stands where the record of run {record.run_key!r} belongs, and holds none that "
-                "this version can read. Nothing was started. Upgrade prefect-crew if a later version wrote it; else "
-                "delete the Variable."
-            )
+            raise _unreadable(name, record)
         record.ref = str(variable.id)
         # One that was resolved or voided since is a claim no more, whoever made it: its permits tell.
         found = next((one for one in await self.attempts(record.run_key) if one.ref == record.ref), None)
@@ -312,7 +316,9 @@ class PrefectRecords:
         if variable is None:
             return None
         standing = _parse(variable.value, Permit)
-        ours = standing is not None and (standing.owner, standing.phase) == (permit.owner, permit.phase)
+        if standing is None:
+            raise _unreadable(name, record)
+        ours = (standing.owner, standing.phase) == (permit.owner, permit.phase)
         return str(variable.id) if ours else None
 
     async def save(self, record: RunRecord) -> None:

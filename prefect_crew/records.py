@@ -313,6 +313,10 @@ class Lease:
         """Whether it may be used no more."""
         return max(time.time() - self._wall, time.monotonic() - self._monotonic) > self.seconds
 
+    def end(self) -> None:
+        """Let it be used no more."""
+        self.seconds = -1.0
+
 
 class Caller(BaseModel):
     """Who asks: a nonce of the call, and the flow run and attempt of it that it is made from, if any."""

@@ -23,7 +23,7 @@ from prefect_crew.api.models import CrewResult, CrewState, CrewStatus
 from prefect_crew.beside import beside_here
 from prefect_crew.crew import Crew, CrewSession
 from prefect_crew.events import emit
-from prefect_crew.interrupts import ENDINGS, watch_ctrl_c
+from prefect_crew.interrupts import ENDINGS, cancelled_once, watch_ctrl_c
 from prefect_crew.limits import Slots, slot_of
 from prefect_crew.logs import run_logger
 from prefect_crew.lookups import find_run, recorded_result
@@ -57,6 +57,7 @@ SHOW_EVERY = 5.0
 _ENDS = {CrewState.COMPLETED: "completed", CrewState.FAILED: "failed", CrewState.STOPPED: "stopped"}
 
 
+@cancelled_once
 async def wait_for_run(
     crew: Crew,
     kickoff_id: str,

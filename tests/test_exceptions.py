@@ -26,7 +26,6 @@ CAUGHT: dict[str, str] = {
     "prefect_crew.cli.TerminatedError": "of the command line alone: exit code 143",
     "prefect_crew.cli.exits.UsageError": "of the command line alone: exit code 2",
     "prefect_crew.posting.ClaimLostError": "purchases decides again",
-    "prefect_crew.posting.PermitOverError": "posting takes another permit",
     "prefect_crew.receiver.settling._NotKnownError": "the receiver takes it for an answer",
     "prefect_crew.reviewing.people.TooManyRoundsError": "waits raises ReviewLimitError in its place",
     "prefect_crew.waits._CancelledOnServerError": "waits raises what became of the run",

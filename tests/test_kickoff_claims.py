@@ -7,19 +7,23 @@ import logging
 import re
 import signal
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 from unittest.mock import AsyncMock
 
+import anyio
 import httpx
 import pytest
+from prefect.client.orchestration import PrefectClient
 from prefect.exceptions import TerminationSignal
 
 from prefect_crew import DeployedCrew, posting, purchases, record_store
 from prefect_crew.api.client import CrewClient
 from prefect_crew.api.errors import CrewError, KickoffUncertainError
 from prefect_crew.api.inputs import inputs_digest
+from prefect_crew.crew import Crew
 from prefect_crew.record_store import PrefectRecords
 from prefect_crew.records import Lease, RecordPhase, RunRecord, utcnow
 from prefect_crew.server.local import InProcessCrewServer
@@ -162,7 +166,7 @@ async def test_an_earlier_attempt_that_goes_missing_starts_nothing_more(crew_ser
     assert server.requests["kickoff"] == 0
 
 
-async def test_a_kickoff_whose_permit_is_over_takes_another_before_it_is_sent(
+async def test_a_kickoff_whose_permit_is_over_is_not_sent_and_its_run_is_claimed_anew(
     crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch
 ):
     leases: list[Lease] = []
@@ -176,14 +180,13 @@ async def test_a_kickoff_whose_permit_is_over_takes_another_before_it_is_sent(
     await server.crew().trigger({"text": "a"}, run_key=run_key)
     assert len(leases) == 2
     assert (server.requests["kickoff"], server.kickoffs) == (1, 1)
-    assert (await attempts(run_key))[0].permit == 2
+    assert await phases(run_key) == [RecordPhase.NOT_STARTED, RecordPhase.STARTED]
 
 
 async def test_permits_that_are_over_again_and_again_end_in_an_error(
     crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(purchases, "LIMITED_FOR", 0.5)
-    monkeypatch.setattr(posting, "LIMITED_FOR", 0.1)
     monkeypatch.setattr(posting, "Lease", lambda seconds: Lease(LONG_AGO))
     server, run_key = crew_server("echo"), key()
     with pytest.raises(CrewError, match="each claim of it was lost before its kickoff could be sent"):
@@ -206,22 +209,36 @@ async def test_an_id_that_another_record_holds_is_uncertain(crew_server: CrewSer
 # Cancelled callers
 
 
-async def cancelled_at(request: str, server: InProcessCrewServer, run_key: str) -> None:
-    """Cancel a call shortly after the server got a request of it."""
-    calling = asyncio.ensure_future(server.crew().trigger({"text": "a"}, run_key=run_key))
+async def cancelled_at(request: str, server: InProcessCrewServer, run_key: str, way: str = "cancelled") -> None:
+    """Cancel a call shortly after the server got a request of it; or its flow times out: that cancels at each await."""
+    scope = anyio.CancelScope()
+
+    async def call() -> None:
+        with scope if way != "cancelled" else nullcontext():
+            calls = [server.crew().trigger({"text": "a"}, run_key=run_key)]
+            await (asyncio.gather(*calls) if way == "timed out in a gather" else calls[0])
+        raise asyncio.CancelledError
+
+    calling = asyncio.ensure_future(call())
     while not server.requests[request]:
         await asyncio.sleep(0.01)
     await asyncio.sleep(0.3)
-    calling.cancel()
+    scope.cancel()
+    if way == "cancelled":
+        calling.cancel()
     with pytest.raises(asyncio.CancelledError):
         await calling
 
 
+WAYS = pytest.mark.parametrize("way", ["cancelled", "timed out", "timed out in a gather"])
+
+
+@WAYS
 async def test_a_kickoff_in_flight_is_seen_to_its_end_although_its_caller_is_cancelled(
-    crew_server: CrewServerFactory, caplog: pytest.LogCaptureFixture
+    crew_server: CrewServerFactory, caplog: pytest.LogCaptureFixture, way: str
 ):
     server, run_key = crew_server("echo", faults=["kickoff:latency=1.0@1"]), key()
-    await cancelled_at("kickoff", server, run_key)
+    await cancelled_at("kickoff", server, run_key, way)
     (record,) = await attempts(run_key)
     assert (record.phase, record.kickoff_id) == (RecordPhase.STARTED, server.runs[0].id)
     assert "is left running" in caplog.text
@@ -247,13 +264,95 @@ async def test_an_uncertain_kickoff_of_a_cancelled_caller_is_uncertain(crew_serv
     [("inputs:latency=30", "inputs"), ("kickoff:429=30", "kickoff")],
     ids=["at the check", "in a pause"],
 )
+@WAYS
 async def test_a_caller_that_is_cancelled_before_its_kickoff_gives_the_claim_back(
-    crew_server: CrewServerFactory, fault: str, request_of_it: str
+    crew_server: CrewServerFactory, fault: str, request_of_it: str, way: str
 ):
     server, run_key = crew_server("echo", faults=[fault]), key()
-    await cancelled_at(request_of_it, server, run_key)
+    await cancelled_at(request_of_it, server, run_key, way)
     assert await phases(run_key) == [RecordPhase.NOT_STARTED]
     assert server.kickoffs == 0
+
+
+async def test_a_kickoff_that_is_not_on_its_way_yet_is_not_sent_once_its_caller_is_cancelled(
+    crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch
+):
+    connecting, connected = asyncio.Event(), asyncio.Event()
+
+    async def kickoff(*_: Any, before_sending: Callable[[], None], **__: Any) -> str:
+        connecting.set()
+        await connected.wait()
+        before_sending()
+        return "sent"
+
+    monkeypatch.setattr(CrewClient, "kickoff", kickoff)
+    server, run_key = crew_server("echo"), key()
+    calling = asyncio.ensure_future(server.crew().trigger({"text": "a"}, run_key=run_key))
+    await connecting.wait()
+    calling.cancel()
+    await asyncio.wait({calling}, timeout=0.1)
+    connected.set()
+    with pytest.raises(asyncio.CancelledError):
+        await calling
+    assert await phases(run_key) == [RecordPhase.NOT_STARTED]
+
+
+@pytest.mark.parametrize("problem", ["cancelled", "no block any more"])
+async def test_a_refused_token_that_cannot_be_renewed_has_started_nothing(
+    crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch, problem: str
+):
+    reading = asyncio.Event()
+
+    async def reloaded(self: Crew) -> None:
+        reading.set()
+        if problem == "cancelled":
+            await asyncio.Event().wait()
+        raise TypeError(problem)
+
+    monkeypatch.setattr(Crew, "reloaded", reloaded)
+    server, run_key = crew_server("echo", faults=["kickoff:401"]), key()
+    calling = asyncio.ensure_future(server.crew().trigger({"text": "a"}, run_key=run_key))
+    await reading.wait()
+    if problem == "cancelled":
+        calling.cancel()
+    with pytest.raises(asyncio.CancelledError if problem == "cancelled" else TypeError):
+        await calling
+    assert await phases(run_key) == [RecordPhase.NOT_STARTED]
+
+
+async def test_an_id_is_on_record_although_its_caller_is_cut_off_over_whose_it_is(
+    crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch
+):
+    async def cut_off(*_: Any) -> None:
+        raise TerminationSignal(signal.SIGTERM)
+
+    monkeypatch.setattr(PrefectRecords, "holders", cut_off)
+    server, run_key = crew_server("echo"), key()
+    with pytest.raises(TerminationSignal):
+        await server.crew().trigger({"text": "a"}, run_key=run_key)
+    (record,) = await attempts(run_key)
+    assert (record.phase, record.kickoff_id) == (RecordPhase.STARTED, server.runs[0].id)
+
+
+@pytest.mark.parametrize("good_for", [60.0, LONG_AGO], ids=["of a caller", "of a claim that was given up"])
+async def test_a_permit_that_cannot_be_read_starts_nothing_and_is_told(
+    crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch, good_for: float
+):
+    # Somebody edited it, or another tool uses its name.
+    server, run_key = crew_server("echo"), key()
+    create = record_store._created
+
+    async def spoilt(client: PrefectClient, variable: dict[str, Any]) -> str | None:
+        if variable["tags"][0] == record_store.PERMIT_TAG:
+            await create(client, variable | {"value": "edited"})
+        return await create(client, variable)
+
+    monkeypatch.setattr(record_store, "_created", spoilt)
+    if good_for < 0:
+        await claim(run_key, server.crew(), good_for=good_for)
+    with pytest.raises(CrewError, match="that this version can read"):
+        await asyncio.wait_for(server.crew().trigger({"text": "a"}, run_key=run_key), 20)
+    assert server.requests["kickoff"] == 0
 
 
 async def test_a_post_that_does_not_end_is_not_waited_for_for_ever(

@@ -87,8 +87,10 @@ class GroupWriter:
             urgent: Whether a commit is begun for it; else it goes with the next one, or with one of its own soon.
 
         Raises:
-            LedgerError: It could not be written for `patience` seconds.
+            LedgerError: It could not be written for `patience` seconds, or nobody writes any more.
         """
+        if self._task is None or self._task.done():
+            raise LedgerError("is closed.", ledger=self._database.address)
         write = _Write(values, new, asyncio.get_running_loop().create_future())
         self._pending.append(write)
         if urgent:

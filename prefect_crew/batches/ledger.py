@@ -214,17 +214,17 @@ class Ledger:
         """
         self._mine.add(record.owner)
         record.open_for = record.good_for + record.post_deadline + SPARE
-        return await self.writer.put(self._values(record), new=True)
+        claimed = await self.writer.put(self._values(record), new=True)
+        record.permit += claimed
+        return claimed
 
     async def confirm(self, record: RunRecord, known: Sequence[RunRecord]) -> bool:
         """Return True: one process at a time works on a batch, and nobody prunes its ledger."""
         return True
 
     async def permit(self, record: RunRecord, good_for: float, *, late: bool) -> bool:
-        """Take the right to send the kickoff of a claim; False if somebody has resolved it. The first is the claim."""
-        first, record.permit = record.permit == 0, record.permit + 1
-        if first and not late:
-            return True
+        """Take the right to send the kickoff of a claim once more; False if somebody has resolved it."""
+        record.permit += 1
         record.open_for = good_for + record.post_deadline + SPARE
         try:
             await self.save(record)

@@ -27,6 +27,7 @@ from prefect_crew.batches.rows import InputsFrom, KeyFrom
 from prefect_crew.blocks import DeployedCrew, load_crew
 from prefect_crew.crew import Crew
 from prefect_crew.dual import refuse_running_loop
+from prefect_crew.interrupts import cancelled_once
 from prefect_crew.run_keys import render_run_key, scheduled_start
 from prefect_crew.waiting import WaitPolicy
 
@@ -220,6 +221,7 @@ async def run_rows_of(
     return await run()
 
 
+@cancelled_once
 async def run_job(job: BatchJob, *, shards: int = 1, deployment: str | None = None) -> BatchReport:
     """Run a batch in this process, or watch its shards and then finish it here."""
     if deployment is None:

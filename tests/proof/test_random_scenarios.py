@@ -17,7 +17,7 @@ from proof.sim.deal import dealt
 
 
 def test_two_hundred_worlds_keep_the_promises() -> None:
-    assert not run_campaign(dealt(200, seed=3)).missing(), "these worlds no longer reach everything"
+    assert not run_campaign(dealt(200, seed=4)).missing(), "these worlds no longer reach everything"
 
 
 @pytest.mark.slow

@@ -18,15 +18,15 @@ WORLDS = {
         calls=(Call(),), runs=(CrewRun(seconds=15),), faults=("status:forgotten@4",)
     ),
     "a machine falls asleep over its claim and another buys meanwhile": Scenario(
-        calls=(Call(freeze_at=4, freeze_for=400), Call(at=0.2, again=(15.0, 50.0, 50.0))), settle_after=0.0
+        calls=(Call(freeze_at=6, freeze_for=400), Call(at=0.2, again=(15.0, 50.0, 50.0))), settle_after=0.0
     ),
     "a machine falls asleep over its kickoff and wakes up to a bad answer": Scenario(
-        calls=(Call(freeze_at=7, freeze_for=400), Call(at=0.2, again=(15.0, 50.0, 50.0))),
+        calls=(Call(freeze_at=10, freeze_for=400), Call(at=0.2, again=(15.0, 50.0, 50.0))),
         faults=("kickoff:no-id@1",),
         settle_after=0.0,
     ),
     "whoever is cancelled over the write that keeps a claim gives it back after that": Scenario(
-        calls=(Call(flow=False, cancel_at=9),), faults=("kickoff:429-before-accept@1",), seed=17
+        calls=(Call(flow=False, cancel_at=12),), faults=("kickoff:429-before-accept@1",), seed=17
     ),
     "two stop one run at the same moment": Scenario(
         calls=(Call(at_once=2),), runs=(CrewRun(end="stuck"),), stop_on_timeout=True
@@ -35,7 +35,7 @@ WORLDS = {
         calls=(Call(),), runs=(CrewRun(end="stuck"),), max_kickoffs=1, stop_on_timeout=True
     ),
     "an uncertain kickoff stays one behind a forced one that never started": Scenario(
-        calls=(Call(kill_at=6), Call(at=3.0, force_new=True)), faults=("kickoff:400-before-accept@2",), max_kickoffs=1
+        calls=(Call(kill_at=9), Call(at=3.0, force_new=True)), faults=("kickoff:400-before-accept@2",), max_kickoffs=1
     ),
     "the id cannot be written down until the Prefect API is back": Scenario(
         calls=(Call(),), runs=(CrewRun(seconds=3),), outages=((0.1, 200.0),)
@@ -63,7 +63,7 @@ def test_the_promises_hold_when(name: str, order: int) -> None:
     assert not broken_promises(world), "\n".join(world.trace)
 
 
-@pytest.mark.parametrize("step", range(1, 31))
+@pytest.mark.parametrize("step", range(1, 34))
 def test_a_process_that_is_killed_before_each_of_its_steps_is_found_again(step: int) -> None:
     scenario = Scenario(
         calls=(Call(kill_at=step, crashed_after=0.5, again=(1.0,)),), runs=(CrewRun(seconds=3),), settle_after=None
@@ -74,8 +74,23 @@ def test_a_process_that_is_killed_before_each_of_its_steps_is_found_again(step: 
     assert isinstance(world.final[key_of(0)][-1], CrewResult)
 
 
+@pytest.mark.parametrize("fault", ["latency=4", "429=15"])
+@pytest.mark.parametrize("step", range(1, 34))
+def test_a_flow_that_times_out_before_each_of_its_steps_leaves_nothing_uncertain(step: int, fault: str) -> None:
+    scenario = Scenario(
+        calls=(Call(cancel_at=step, timed_out=True, again=(1.0,)),),
+        runs=(CrewRun(seconds=3),),
+        faults=(f"kickoff:{fault}@1",),
+    )
+    world = World(scenario).play()
+    assert not broken_promises(world, strict=True), "\n".join(world.trace)
+    assert world.site.counters.kickoffs == 1
+    assert not [end for end in world.endings if isinstance(end.value, KickoffUncertainError)], "\n".join(world.trace)
+    assert isinstance(world.final[key_of(0)][-1], CrewResult)
+
+
 @pytest.mark.parametrize("fault", ["503-before-accept", "no-id", "429"])
-@pytest.mark.parametrize("step", range(1, 31))
+@pytest.mark.parametrize("step", range(1, 34))
 def test_a_machine_that_falls_asleep_before_each_of_its_steps_buys_nothing_twice(step: int, fault: str) -> None:
     sleeper, other = Call(flow=False, freeze_at=step, freeze_for=400.0), Call(flow=False, again=(15.0, 50.0, 50.0))
     world = World(Scenario(calls=(sleeper, other), faults=(f"kickoff:{fault}@1",), settle_after=0.0)).play()
@@ -84,7 +99,7 @@ def test_a_machine_that_falls_asleep_before_each_of_its_steps_buys_nothing_twice
 
 def test_only_between_claim_and_record_does_a_kill_leave_doubt() -> None:
     doubts = []
-    for step in range(1, 31):
+    for step in range(1, 34):
         world = World(Scenario(calls=(Call(kill_at=step, crashed_after=0.5, again=(1.0,)),))).play()
         doubts.append(any(isinstance(end.value, KickoffUncertainError) for end in world.endings))
     first, last = doubts.index(True), len(doubts) - 1 - doubts[::-1].index(True)

@@ -212,9 +212,9 @@ def _forgets_the_id() -> Any:
 
 
 TWO = Scenario(calls=(Call(), Call()), runs=(CrewRun(seconds=3),))
-KILLED = Scenario(calls=(Call(kill_at=20, crashed_after=0.5, again=(1.0,)),), runs=(CrewRun(seconds=15),))
+KILLED = Scenario(calls=(Call(kill_at=25, crashed_after=0.5, again=(1.0,)),), runs=(CrewRun(seconds=15),))
 SLOW = Scenario(calls=(Call(), Call(at=0.2)), faults=("kickoff:429-before-accept=15@1",))
-FAILING = Scenario(calls=(Call(), Call(at=0.03, freeze_at=5, freeze_for=30.0)), runs=(CrewRun(end="fails"),))
+FAILING = Scenario(calls=(Call(), Call(at=0.03, freeze_at=8, freeze_for=30.0)), runs=(CrewRun(end="fails"),))
 REFUSED = Scenario(calls=(Call(again=(1.0,)),), faults=("kickoff:400-before-accept@1",))
 MISCONFIGURED = Scenario(calls=(Call(misconfigured=True, again=(1.0,)),))
 DENIED = Scenario(calls=(Call(again=(1.0,)),), faults=("kickoff:500-after-accept@1",))

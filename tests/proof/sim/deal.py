@@ -47,11 +47,11 @@ _ENDS = (
     *((CrewRun("stuck"),), (CrewRun("asks"),), (CrewRun("asks", 15), CrewRun("fails", 1))),
 )
 _STEPS = {
-    "nothing": range(1, 4),
-    "claimed": (*range(4, 16), *range(17, 20)),
-    "posting": (16,),
-    "started": range(20, 29),
-    "any": (*range(1, 40), 45, 80, 150),
+    "nothing": range(1, 6),
+    "claimed": (*range(6, 19), *range(20, 23)),
+    "posting": (19,),
+    "started": range(23, 33),
+    "any": (*range(1, 45), 50, 80, 150),
 }
 """The steps of an undisturbed call by how far its run has got, as `campaign.FATES` names it."""
 _AGAIN = ((0.2,), (1.0, 3.0), (15.0, 50.0), (3.0,), (50.0, 50.0, 50.0))
@@ -124,11 +124,15 @@ def _victim(deal: _Decks, fate: str) -> Call:
         "none": {},
         "killed": {"kill_at": step, "crashed_after": deal("crashed after", None, 0.5, 70.0)},
         "asleep": {"freeze_at": step, "freeze_for": deal("sleeps", 1.0, 30.0, 400.0)},
-        "cancelled": {"cancel_at": step, "asked": deal("asked", True, False)},
+        "cancelled": {
+            "cancel_at": step,
+            "asked": deal("asked", True, False),
+            "timed_out": deal("timed out", True, False, False),
+        },
     }[fate]
     if PERMITS:
         befalls |= {"crashed_at": deal("taken for dead", None, None, 1.0, 5.0)}
-        befalls |= deal("clock", {}, {}, {}, {"skew": -300.0}, {"skew": 300.0}, {"skew": -600.0, "skew_at": 8})
+        befalls |= deal("clock", {}, {}, {}, {"skew": -300.0}, {"skew": 300.0}, {"skew": -600.0, "skew_at": 11})
         if "freeze_at" in befalls:
             befalls.pop("skew_at", None)  # set back while it sleeps, no clock of a machine tells that it slept
     return Call(

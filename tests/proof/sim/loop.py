@@ -17,6 +17,8 @@ from collections import deque
 from collections.abc import Callable, Coroutine, Generator
 from typing import Any
 
+import anyio
+
 __all__ = ["EPOCH", "Process", "SimLoop", "StuckError", "current_process"]
 
 EPOCH = 1_750_000_000.0
@@ -45,7 +47,8 @@ class Process:
         name: For descriptions.
         kill_at: The step before which it dies.
         freeze_at, freeze_for: The step before which it stands still (a closed laptop), and for how many seconds.
-        cancel_at: The step before which its main coroutine is cancelled; `on_cancel` is told just before.
+        cancel_at: The step before which its main coroutine is cancelled, once, or each of its `scopes`, which cancel at
+            every await until they are left; `on_cancel` is told just before.
         on_fate: Is told when one of these comes, and its name: "killed", "asleep" or "cancelled".
         skew, skew_at: By how many seconds its wall clock is wrong, and from which step on; None: always.
     """
@@ -75,6 +78,7 @@ class Process:
         self.died: asyncio.Event = asyncio.Event()
         self.facts: dict[str, Any] = {}
         self.main: asyncio.Task[Any] | None = None
+        self.scopes: list[anyio.CancelScope] = []
         self.coroutines: list[Coroutine[Any, Any, Any]] = []
         self.tasks: list[asyncio.Task[Any]] = []  # the loop itself holds no task that waits for nothing any more
         self._kill_at = kill_at
@@ -137,7 +141,10 @@ class Process:
             self.was_cancelled = True
             if self._on_cancel:
                 self._on_cancel(self)
-            self.main.cancel()
+            for scope in self.scopes:
+                scope.cancel()
+            if not self.scopes:
+                self.main.cancel()
         return "frozen" if asyncio.get_running_loop().time() < self.frozen_until else None
 
 

@@ -45,6 +45,7 @@ class Call(_Short):
         kill_at, freeze_at, cancel_at: The step of the process before which that happens.
         freeze_for: Seconds.
         asked: Whether the cancellation was asked for (the flow run is Cancelling) or is a worker's shutdown.
+        timed_out: Whether it is a timeout of Prefect, which cancels at every await until the flow is left.
         crashed_after: Seconds from its death until the Prefect server knows of it; None: it never does.
         crashed_at: Seconds after its start at which the Prefect server says so although it may be alive; the next
             attempt counts from then on.
@@ -65,6 +66,7 @@ class Call(_Short):
     freeze_for: float = 0.0
     cancel_at: int | None = None
     asked: bool = False
+    timed_out: bool = False
     crashed_after: float | None = None
     crashed_at: float | None = None
     skew: float = 0.0

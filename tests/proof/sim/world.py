@@ -18,6 +18,7 @@ from collections.abc import Callable, Coroutine, Mapping
 from datetime import datetime, timedelta
 from typing import Any, NamedTuple
 
+import anyio
 import httpx
 from prefect.exceptions import PrefectException
 from pydantic import SecretStr
@@ -305,8 +306,12 @@ class World:
         await asyncio.gather(*(self._call(process, call) for _ in range(call.at_once)))
 
     async def _call(self, process: Process, call: Call) -> None:
+        value: CrewResult | BaseException = asyncio.CancelledError("timed out")
         try:
-            value: CrewResult | BaseException = await self.purchase(call)
+            with anyio.CancelScope() if call.timed_out else contextlib.nullcontext() as scope:
+                if scope is not None:
+                    process.scopes.append(scope)
+                value = await self.purchase(call)
         except (CrewError, httpx.HTTPError, PrefectException) as error:
             value = error
         except asyncio.CancelledError as cancelled:
