@@ -68,8 +68,8 @@ if TYPE_CHECKING:
 __all__ = ["CrewJobConfiguration", "CrewWorker", "load_flow"]
 
 POOL_DESCRIPTION = (
-    "Runs flows of prefect-crew, and asynchronous flows of your own, as coroutines of a few small processes: "
-    "`prefect worker start --pool NAME`. A flow run that waits for a crew holds no process."
+    "Runs flows of prefect-crew, and asynchronous flows of your own, as coroutines of a few small processes. A flow "
+    "run that waits for a crew holds no process. Start a worker: prefect worker start --pool NAME."
 )
 LOOK_EVERY = 2.0
 """Seconds between two looks for flow runs that are being cancelled."""
