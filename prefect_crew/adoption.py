@@ -1,4 +1,4 @@
-"""Which flow runs of a pool of crew workers have lost their worker, as it stands on the Prefect server.
+"""Which flow runs of a pool of crew workers have lost their worker, as the Prefect server knows it; giving them back.
 
 Apart from the worker itself, whose import takes longer: `prefect-crew doctor` looks as well.
 """
@@ -6,6 +6,7 @@ Apart from the worker itself, whose import takes longer: `prefect-crew doctor` l
 from __future__ import annotations
 
 from collections.abc import Mapping
+from uuid import UUID
 
 from prefect.client.orchestration import PrefectClient
 from prefect.client.schemas.filters import (
@@ -17,11 +18,23 @@ from prefect.client.schemas.filters import (
     WorkPoolFilterName,
 )
 from prefect.client.schemas.objects import FlowRun, StateType, WorkerStatus
+from prefect.states import AwaitingRetry
+from prefect.utilities.engine import propose_state
 
-from prefect_crew._internal.flow_engine import HANDED_OVER
+__all__ = [
+    "CANCELLING",
+    "HANDED_OVER",
+    "PAGE",
+    "begun_flow_runs",
+    "flow_runs_of",
+    "hand_over",
+    "is_orphan",
+    "owner_name",
+    "workers_of",
+]
 
-__all__ = ["CANCELLING", "PAGE", "begun_flow_runs", "flow_runs_of", "is_orphan", "owner_name", "workers_of"]
-
+HANDED_OVER = "handed over"
+"""What stands in `infrastructure_pid` of a flow run that went back to its pool: no worker's name."""
 PAGE = 200
 """Flow runs that the server gives at once, at most."""
 
@@ -64,10 +77,7 @@ async def workers_of(client: PrefectClient, pool: str) -> dict[str, bool]:
 def owner_name(flow_run: FlowRun) -> str | None:
     """Return the worker that has, or had, a flow run; None where none has named itself."""
     name, slash, _ = (flow_run.infrastructure_pid or "").rpartition("/")
-    if slash:
-        return name
-    label = flow_run.labels.get("prefect.worker.name")
-    return None if label is None or flow_run.infrastructure_pid == HANDED_OVER else str(label)
+    return name if slash else None
 
 
 def is_orphan(flow_run: FlowRun, workers: Mapping[str, bool]) -> bool:
@@ -77,4 +87,36 @@ def is_orphan(flow_run: FlowRun, workers: Mapping[str, bool]) -> bool:
         return False  # suspended: nobody holds it
     if state.is_scheduled() and flow_run.empirical_policy.retry_type != "in_process":
         return False  # the pool hands it out
-    return state.is_pending() if name is None else not workers.get(name, False)
+    if name is None:
+        # Between two owners. Where it is not Pending, its worker has died while it handed the flow run over.
+        return state.is_pending() or flow_run.infrastructure_pid == HANDED_OVER
+    return not workers.get(name, False)
+
+
+async def hand_over(client: PrefectClient, flow_run_id: UUID, why: str, *, only_from: UUID | None = None) -> bool:
+    """Give a flow run back to its pool, which hands it out again; return whether that was done.
+
+    It is not where the flow run is in another state, has ended, or is the pool's already.
+
+    A flow run that waits for a retry "in process" is handed out by no pool: so its policy is changed first. Being
+    handed over is no attempt that failed, but the server counts it as one: so there is one retry more.
+
+    Args:
+        client: A Prefect client.
+        flow_run_id: The flow run.
+        why: The message of its new state.
+        only_from: The id of the state that it must be in.
+    """
+    flow_run = await client.read_flow_run(flow_run_id)
+    state, policy = flow_run.state, flow_run.empirical_policy
+    if state is None or state.is_final() or only_from not in (None, state.id):
+        return False
+    retry_at = None
+    if state.is_scheduled():
+        if policy.retry_type != "in_process":
+            return False
+        retry_at = state.state_details.scheduled_time
+    policy = policy.model_copy(update={"retry_type": "reschedule", "retries": policy.retries and policy.retries + 1})
+    await client.update_flow_run(flow_run_id, empirical_policy=policy, infrastructure_pid=HANDED_OVER)
+    await propose_state(client, AwaitingRetry(message=why, scheduled_time=retry_at), flow_run_id=flow_run_id)
+    return True

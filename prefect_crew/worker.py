@@ -52,9 +52,18 @@ from prefect.utilities.engine import propose_state
 from prefect.workers.base import BaseJobConfiguration, BaseWorker, BaseWorkerResult
 from pydantic import PrivateAttr
 
-from prefect_crew._internal.flow_engine import Ending, hand_over, many_flow_runs, run_flow_here
+from prefect_crew._internal.flow_engine import Ending, many_flow_runs, run_flow_here
 from prefect_crew.actions import stop_run
-from prefect_crew.adoption import CANCELLING, PAGE, begun_flow_runs, flow_runs_of, is_orphan, owner_name, workers_of
+from prefect_crew.adoption import (
+    CANCELLING,
+    PAGE,
+    begun_flow_runs,
+    flow_runs_of,
+    hand_over,
+    is_orphan,
+    owner_name,
+    workers_of,
+)
 from prefect_crew.api._wire import shared_connections
 from prefect_crew.api.errors import ConfigurationError, CrewError
 from prefect_crew.blocks import DeployedCrew
@@ -76,7 +85,10 @@ LOOK_EVERY = 2.0
 FULL_LOOK_EVERY = 300.0
 """Seconds between two looks through all flow runs of the pool for orphans, while its workers stay the same."""
 UNOWNED_FOR = 60.0
-"""Seconds for which a Pending flow run may be without an owner: the worker that takes it names itself right after."""
+"""Seconds for which a flow run may be Pending, or between two owners, before it counts as left behind: the worker that
+takes it names itself right after, and until then an earlier owner may still be named."""
+CANCELLED_UNOWNED_FOR = 10.0
+"""The same for one that is being cancelled."""
 HAND_OVER_WITHIN = 25.0
 """Seconds for giving flow runs back on a shutdown: Kubernetes kills after 30. A kickoff that is being sent is waited
 for; what is not given back by then is adopted later."""
@@ -111,9 +123,10 @@ def load_flow(entrypoint: str | None, *, allowed: Iterable[str] | None = None) -
         )
     try:
         flow = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
+    except (Exception, SystemExit) as error:
+        told = f"{error}" if isinstance(error, ImportError | AttributeError) else f"{type(error).__name__}: {error}"
         raise ConfigurationError(
-            f"The flow {entrypoint} cannot be imported ({error}): install its package here and where the worker runs."
+            f"The flow {entrypoint} cannot be imported ({told}): install its package here and where the worker runs."
         ) from error
     if not isinstance(flow, Flow):
         raise ConfigurationError(f"{entrypoint} is no flow: decorate the function with @flow.")
@@ -197,10 +210,11 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, BaseWorkerResult]):
         super().__init__(*args, **options)
         self.boot = uuid4().hex[:12]
         self._here: dict[UUID, _FlowRunHere] = {}
-        self._leaving = False
+        self._leave_until: float | None = None
         self._confirmed_at = _clock()
         self._workers: dict[str, bool] = {}
         self._suspects: dict[UUID, float] = {}
+        self._cancelling: dict[UUID, float] = {}
         self._full_look_at: float | None = None
 
     @property
@@ -224,6 +238,7 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, BaseWorkerResult]):
         self._exit_stack.enter_context(_warning_when_blocked(self._logger.warning))
         await self._exit_stack.enter_async_context(shared_connections())
         await self._exit_stack.enter_async_context(_in_background(self._look_around()))
+        self._exit_stack.push_async_exit(self._leave)  # the last, so that all of this is there until flow runs ended
 
     async def start(
         self, run_once: bool = False, with_healthcheck: bool = False, printer: Callable[..., None] = print
@@ -262,13 +277,21 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, BaseWorkerResult]):
                 signal.signal(number, handler)
 
     async def hand_over_all(self, why: str) -> None:
-        """Take no new flow runs, and give all that run here back to the pool."""
-        self._leaving = True
-        tasks = [here.task for here in self._here.values() if here.task is not None]
-        for here in list(self._here.values()):
-            here.end("handed over", why)
-        if tasks:
-            await asyncio.wait(tasks, timeout=HAND_OVER_WITHIN)
+        """Take no new flow runs, and give all that run here, or are about to, back to the pool."""
+        if self._leave_until is None:
+            self._leave_until = time.monotonic() + HAND_OVER_WITHIN
+        while (self._here or self._submitting_flow_run_ids) and time.monotonic() < self._leave_until:
+            for here in list(self._here.values()):
+                here.end("handed over", why)
+            await asyncio.sleep(0.1)
+
+    async def _leave(self, _kind: type[BaseException] | None, error: BaseException | None, _trace: Any) -> None:
+        """Wait for flow runs after `--run-once`; give them back where the worker ends by an error of its own."""
+        if error is not None:
+            await self.hand_over_all(f"Worker {self.name!r} ended.")
+            return
+        while self._here or self._submitting_flow_run_ids:  # noqa: ASYNC110 - Prefect's part of them has no event
+            await asyncio.sleep(0.1)
 
     async def sync_with_backend(self) -> None:
         """Send a heartbeat, and describe the pool where nobody has."""
@@ -279,7 +302,24 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, BaseWorkerResult]):
             await self.client.update_work_pool(pool.name, WorkPoolUpdate(description=POOL_DESCRIPTION))
 
     async def _get_scheduled_flow_runs(self) -> list[WorkerFlowRunResponse]:
-        return [] if self._leaving else await super()._get_scheduled_flow_runs()
+        return [] if self._leave_until is not None else await super()._get_scheduled_flow_runs()
+
+    async def _give_worker_labels_to_flow_run(self, flow_run_id: UUID) -> None:
+        """Name this worker as the owner while the flow run is Pending. Prefect's own worker does so too late for that.
+
+        Labels with the worker's name would cost a request each and say no more.
+        """
+        await self.client.update_flow_run(flow_run_id, infrastructure_pid=self.identity)
+
+    async def _propose_crashed_state(
+        self, flow_run: FlowRun, message: str, client: PrefectClient | None = None
+    ) -> None:
+        """Say that a flow run crashed, unless it is the Prefect server that was away: then it is adopted later."""
+        error = sys.exception()
+        if isinstance(error, httpx.HTTPError) and is_away(error):
+            self._logger.warning("The Prefect server is away (%s): flow run %r waits.", error, flow_run.name)
+            return
+        await super()._propose_crashed_state(flow_run, message, client)
 
     async def _propose_submitting_state(self, flow_run: FlowRun) -> None:
         """Nothing is submitted to anywhere: the coroutine begins at once."""
@@ -293,23 +333,22 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, BaseWorkerResult]):
         task_status: anyio.abc.TaskStatus[Any] | None = None,
     ) -> BaseWorkerResult:
         """Run a flow run to its end, whatever that is: the state on the server tells it."""
-        here = _FlowRunHere(self, flow_run)
-        self._here[flow_run.id] = here
+        if (before := self._here.get(flow_run.id)) is not None and before.task is not None:
+            before.end("lost", "Another worker had taken the flow run, and it came back.")
+            await asyncio.wait({before.task})
+        here = self._here[flow_run.id] = _FlowRunHere(self, flow_run)
         try:
             if task_status is not None:
                 task_status.started(self.identity)
             here.task = asyncio.create_task(self._execute(here, configuration), name=f"flow run {flow_run.name}")
-            if self._leaving:
-                here.end("handed over", f"Worker {self.name!r} shuts down.")
-            try:
-                await asyncio.wait({here.task})
-            except asyncio.CancelledError:  # the worker ends without a signal, as by an error of its own
-                here.end("handed over", f"Worker {self.name!r} ended.")
-                with anyio.CancelScope(shield=True):
-                    await asyncio.wait({here.task}, timeout=HAND_OVER_WITHIN)
-                raise
+            await asyncio.wait({here.task})
+            if here.ending == "handed over":
+                await hand_over(self.client, flow_run.id, here.why)
+            elif here.ending == "cancelled":
+                await self._end_cancelled(flow_run, here.why)
         finally:
-            del self._here[flow_run.id]
+            if self._here.get(flow_run.id) is here:
+                del self._here[flow_run.id]
         return BaseWorkerResult(identifier=self.identity, status_code=0)
 
     async def _execute(self, here: _FlowRunHere, configuration: CrewJobConfiguration) -> None:
@@ -319,8 +358,8 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, BaseWorkerResult]):
         try:
             flow = load_flow(configuration.entrypoint, allowed=CrewSettings().worker_modules)
             state = await self._until_prefect_answers(here, flow)
-            if here.ending == "cancelled" or state.is_cancelling():
-                await self._set_cancelled(flow_run, here.why)
+            if state.is_cancelling():
+                here.end("cancelled", "Flow run was cancelled.")
         except ConfigurationError as error:
             log.error("%s", error)  # noqa: TRY400 - the sentence says it all
             await self._propose(flow_run, Failed(message=str(error)))
@@ -358,8 +397,7 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, BaseWorkerResult]):
             here.end("lost", f"Another worker has taken flow run {current.name!r}.")
 
     def _owns(self, flow_run: FlowRun) -> bool:
-        pid = flow_run.infrastructure_pid
-        return pid == self.identity or (pid is None and flow_run.labels.get("prefect.worker.name") == self.name)
+        return flow_run.infrastructure_pid == self.identity
 
     async def kill_infrastructure(
         self, infrastructure_pid: str, configuration: CrewJobConfiguration, grace_seconds: int = 30
@@ -385,6 +423,7 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, BaseWorkerResult]):
             try:
                 asked = _clock()
                 cancelling = await flow_runs_of(self.client, self._work_pool_name, CANCELLING)
+                self._cancelling = {one.id: self._cancelling.get(one.id, asked) for one in cancelling}
                 if asked - self._confirmed_at > 2 * self.heartbeat_interval_seconds:
                     await self._end_lost_ones()
                 if asked >= heartbeat_due:
@@ -395,6 +434,9 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, BaseWorkerResult]):
                 self._confirmed_at = asked
             except (httpx.HTTPError, PrefectException) as error:
                 self._logger.debug("The Prefect server could not be asked: %s", error)
+            except Exception:
+                # One flow run that cannot be dealt with must not be the last one that is looked for.
+                self._logger.exception("Looking for flow runs that are cancelled or left behind failed.")
             await asyncio.sleep(LOOK_EVERY)
 
     async def _end_lost_ones(self) -> None:
@@ -412,7 +454,10 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, BaseWorkerResult]):
         """Adopt what a worker that is gone has left, as soon as that is sure."""
         workers = await workers_of(self.client, self._work_pool_name)
         if not workers.get(self.name, True):
-            await self._end_lost_ones()  # its heartbeats did not arrive, so it may have been taken for dead
+            # Its heartbeats did not arrive, so it may have been taken for dead. The next one may be minutes away:
+            # Prefect makes fewer the longer the server is away.
+            await self._end_lost_ones()
+            await self.sync_with_backend()
         now = _clock()
         changed, self._workers = workers != self._workers, workers
         if not (changed or self._suspects or self._full_look_at is None or now - self._full_look_at > FULL_LOOK_EVERY):
@@ -430,19 +475,21 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, BaseWorkerResult]):
                 await self._adopt(seen[state_id])
 
     def _is_orphan(self, flow_run: FlowRun) -> bool:
-        if flow_run.id in self._here or flow_run.id in self._submitting_flow_run_ids or self._owns(flow_run):
+        if flow_run.id in self._here or flow_run.id in self._submitting_flow_run_ids:
             return False
-        # What an earlier start under this worker's own name has left is an orphan too.
+        # What an earlier start under this worker's own name has left is an orphan too, and what is this one's but does
+        # not run here.
         return is_orphan(flow_run, {**self._workers, self.name: False})
 
     def _patience_with(self, flow_run: FlowRun) -> float:
         """Return the seconds for which an orphan has to look like one."""
         name = owner_name(flow_run)
-        if name is None:
+        if name is None or (flow_run.state is not None and flow_run.state.is_pending()):
             return UNOWNED_FOR
         # An earlier start under this worker's own name is over. Another worker may only seem to be gone, where the
-        # server itself was away.
-        return 0.0 if name == self.name else float(self.heartbeat_interval_seconds)
+        # server itself was away; and what this one has just ended is not yet seen as ended.
+        earlier = name == self.name and not self._owns(flow_run)
+        return 0.0 if earlier else float(self.heartbeat_interval_seconds)
 
     async def _adopt(self, flow_run: FlowRun) -> None:
         """Give an orphan back to the pool, if no other worker does."""
@@ -450,9 +497,9 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, BaseWorkerResult]):
             if await self._claim(flow_run):
                 owner = owner_name(flow_run) or "unknown"
                 why = f"Worker {owner!r} is gone. The flow run starts again, and its crew's run is found by its record."
-                self._logger.warning("Flow run %r is adopted: worker %r is gone.", flow_run.name, owner)
-                await hand_over(self.client, flow_run, why)
-        except (Abort, ObjectNotFound) as error:
+                if await hand_over(self.client, flow_run.id, why, only_from=flow_run.state_id):
+                    self._logger.warning("Flow run %r is adopted: worker %r is gone.", flow_run.name, owner)
+        except (Abort, Pause, ObjectNotFound) as error:
             self._logger.info("Flow run %r is not adopted: %s", flow_run.name, error)
 
     async def _claim(self, flow_run: FlowRun) -> bool:
@@ -481,15 +528,30 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, BaseWorkerResult]):
         here = self._here.get(flow_run.id)
         if here is not None:
             here.end("cancelled", "Flow run was cancelled.")
-        elif flow_run.start_time is not None and self._is_orphan(flow_run) and await self._claim(flow_run):
-            self._logger.warning("Flow run %r is being cancelled, and its worker is gone.", flow_run.name)
-            await stop_crews_of(self.client, flow_run)
-            await self._set_cancelled(flow_run, "Flow run was cancelled while its worker was gone.")
+        elif (
+            self._is_orphan(flow_run)
+            and self._is_left(flow_run)
+            and await self._claim(flow_run)
+            and (await self.client.read_flow_run(flow_run.id)).state_id == flow_run.state_id
+        ):
+            self._logger.warning("Flow run %r is being cancelled, and no worker has it.", flow_run.name)
+            await self._end_cancelled(flow_run, "Flow run was cancelled while no worker had it.")
 
-    async def _set_cancelled(self, flow_run: FlowRun, why: str) -> None:
-        await self.client.set_flow_run_state(
-            flow_run.id, Cancelled(message=why or "Flow run was cancelled."), force=True
-        )
+    def _is_left(self, flow_run: FlowRun) -> bool:
+        """Return whether a flow run that is being cancelled, and looks like an orphan, has done so long enough."""
+        since = self._cancelling[flow_run.id]
+        gone = owner_name(flow_run) is not None and not self._owns(flow_run)
+        return gone or _clock() - since >= CANCELLED_UNOWNED_FOR
+
+    async def _end_cancelled(self, flow_run: FlowRun, why: str) -> None:
+        """End a flow run as Cancelled.
+
+        Its own coroutine stops the crew that it waits for. One that an earlier attempt has started runs on, where the
+        coroutine had not come so far yet, or was not there.
+        """
+        if flow_run.start_time is not None:
+            await stop_crews_of(self.client, flow_run)
+        await self.client.set_flow_run_state(flow_run.id, Cancelled(message=why), force=True)
 
     async def _propose(self, flow_run: FlowRun, state: State[Any]) -> None:
         with contextlib.suppress(Abort):

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
+from typing import Any
+from unittest.mock import AsyncMock
+from uuid import UUID, uuid4
 
 import pytest
+from prefect.client.schemas.objects import FlowRun, State
+from prefect.states import AwaitingRetry, Cancelling, Paused, Pending, Running
 
-from support.crew_pool import USER_FLOWS, CrewOnCommand, CrewPool
+from prefect_crew.adoption import HANDED_OVER
+from prefect_crew.worker import CrewJobConfiguration, CrewWorker
+from support.crew_pool import EXITS, USER_FLOWS, CrewOnCommand, CrewPool
 from support.deployed import wait_until
-from support.prefect_server import PrefectServer
+from support.prefect_server import PrefectServer, connected
 from support.workers import Worker
 
 QUICK = """
@@ -29,7 +39,7 @@ def pool(prefect_server: PrefectServer, tmp_path_factory: pytest.TempPathFactory
 
 @pytest.fixture(scope="module")
 def worker(pool: CrewPool) -> Worker:
-    return pool.worker("first")
+    return pool.worker("first", PREFECT_WORKER_PREFETCH_SECONDS="300")
 
 
 @pytest.mark.usefixtures("worker")
@@ -68,6 +78,112 @@ def test_what_a_flow_logs_is_its_own(pool: CrewPool):
         assert pool.wait_for(run_id)["state_name"] == "Completed"
         wait_until(lambda run=run_id, name=name: f"greeting {name}" in pool.logs(run), seconds=30, what="its log")
         assert [other for other in runs if f"greeting {other}" in pool.logs(run_id)] == [name]
+
+
+@pytest.mark.usefixtures("worker")
+@pytest.mark.parametrize(
+    ("entrypoint", "message"),
+    [
+        ("email.message_from_string", "This crew worker does not import email: add it to PREFECT_INTEGRATIONS_CREW_"),
+        (f"{EXITS}.anything", "cannot be imported (SystemExit: 5)"),
+    ],
+)
+def test_what_is_no_flow_of_an_allowed_module_is_refused(pool: CrewPool, entrypoint: str, message: str):
+    run = pool.wait_for(pool.start(pool.deploy("refused", entrypoint)))
+    assert run["state_name"] == "Failed", run["state"]["message"]
+    assert message in run["state"]["message"]
+
+
+def test_a_flow_that_blocks_the_loop_is_named(pool: CrewPool, worker: Worker):
+    run = pool.wait_for(pool.start(pool.deploy("blocks", f"{USER_FLOWS}.blocks"), seconds=9))
+    assert run["state_name"] == "Completed"
+    warning = worker.process.wait_for("has held the event loop", 30)
+    assert f"Flow run '{run['name']}'" in warning
+    assert "crew_worker_flows.py:" in "".join(warning.split())
+
+
+@pytest.mark.usefixtures("worker")
+def test_results_are_persisted_where_the_flow_says_so(pool: CrewPool):
+    data = {}
+    for name, parameters in {"persists": {}, "sleeps": {"seconds": 0.1}}.items():
+        run = pool.wait_for(pool.start(pool.deploy(name, f"{USER_FLOWS}.{name}"), **parameters))
+        assert run["state_name"] == "Completed"
+        data[name] = run["state"]["data"]
+    assert (pool.folder / "home" / "storage" / data["persists"]["storage_key"]).exists()
+    assert "storage_key" not in (data["sleeps"] or {})
+
+
+@pytest.mark.usefixtures("worker")
+def test_a_flow_run_that_is_cancelled_before_it_begins_ends_as_cancelled(pool: CrewPool):
+    deployment = pool.deploy("early", f"{USER_FLOWS}.sleeps")
+    soon, later = datetime.now(UTC) + timedelta(minutes=4), datetime.now(UTC) + timedelta(hours=2)
+    taken = pool.start(deployment, at=soon, seconds=1)  # workers of this pool take flow runs 5 minutes early
+    pool.wait_for(taken, "PENDING")
+    handed_over = pool.start(deployment, at=later, seconds=1)
+    pool.change(handed_over, infrastructure_pid=HANDED_OVER)
+    scheduled = pool.start(deployment, at=later, seconds=1)
+    for run_id in (taken, handed_over, scheduled):
+        pool.set_state(run_id, "CANCELLING")
+    for run_id in (taken, handed_over, scheduled):
+        assert pool.wait_for(run_id)["state_name"] == "Cancelled"
+
+
+@pytest.mark.parametrize(
+    ("state", "owner", "orphan"),
+    [
+        (Running(), "gone/1", True),
+        (Running(), "alive/1", False),
+        (Running(), "one/an earlier start", True),
+        (Running(), HANDED_OVER, True),  # its worker died between two requests
+        (Running(), None, False),  # run by hand
+        (Pending(), None, True),
+        (Pending(), HANDED_OVER, True),
+        (Cancelling(), HANDED_OVER, True),
+        (Cancelling(), "alive/1", False),
+        (Paused(), "gone/1", True),
+        (Paused(reschedule=True), "gone/1", False),  # suspended
+        (AwaitingRetry(), HANDED_OVER, False),
+    ],
+)
+def test_who_has_a_flow_run(state: State, owner: str | None, orphan: bool):
+    worker = CrewWorker("a pool", name="one")
+    worker._workers = {"alive": True, "one": True, "gone": False}
+    flow_run = FlowRun(flow_id=uuid4(), state=state, infrastructure_pid=owner)
+    assert worker._is_orphan(flow_run) is orphan
+    flow_run.infrastructure_pid = worker.identity
+    assert worker._is_orphan(flow_run) is (not state.is_scheduled() and not state.state_details.pause_reschedule)
+
+
+# Prefect's worker leaves a sleep unawaited when it ends.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize(("ending", "state"), [("handed over", "AwaitingRetry"), ("cancelled", "Cancelled")])
+async def test_a_flow_run_may_be_ended_before_its_flow_has_begun(
+    pool: CrewPool, monkeypatch: pytest.MonkeyPatch, ending: Any, state: str
+):
+    deployment = await asyncio.to_thread(pool.deploy, "ended", f"{USER_FLOWS}.sleeps")
+    later = datetime.now(UTC) + timedelta(hours=1)
+    run_id = await asyncio.to_thread(partial(pool.start, deployment, at=later, seconds=60))
+    await asyncio.to_thread(pool.set_state, run_id, "PENDING")
+    execute = CrewWorker._execute
+
+    def execute_ended(self: CrewWorker, here: Any, configuration: CrewJobConfiguration) -> Any:
+        asyncio.get_running_loop().call_soon(
+            here.end, ending, "In good time."
+        )  # comes before the coroutine's first step
+        return execute(self, here, configuration)
+
+    monkeypatch.setattr(CrewWorker, "_execute", execute_ended)
+    monkeypatch.setattr(CrewWorker, "_look_around", AsyncMock())
+    with connected(pool.server, pool.folder / "home"):
+        async with CrewWorker(pool.name, name="in process") as worker:
+            flow_run = await worker.client.read_flow_run(UUID(run_id))
+            configuration = await CrewJobConfiguration.resolve_for_flow_run(
+                flow_run, client=worker.client, work_pool=worker.work_pool, worker_name=worker.name
+            )
+            await worker.run(flow_run, configuration)
+            found = await worker.client.read_flow_run(flow_run.id)
+    assert found.state is not None
+    assert (found.state.name, found.state.message) == (state, "In good time.")
 
 
 class Handed:

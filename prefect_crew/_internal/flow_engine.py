@@ -6,27 +6,32 @@ argument, and that leaves signals, heartbeats and the watch for suspensions to w
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import Awaitable, Callable, Generator
-from contextlib import contextmanager, nullcontext
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
+from contextlib import asynccontextmanager, contextmanager, nullcontext
 from typing import Any, Literal, Protocol
+from uuid import UUID
 
+import httpx
 import prefect.flow_engine
 import prefect.results
 from anyio import CancelScope
-from prefect.client.orchestration import PrefectClient
 from prefect.client.schemas.objects import FlowRun, State
+from prefect.context import AsyncClientContext
 from prefect.flow_engine import AsyncFlowRunEngine
 from prefect.flows import Flow
-from prefect.states import AwaitingRetry, Cancelled, Cancelling
-from prefect.utilities.engine import propose_state
+from prefect.logging import get_run_logger
+from prefect.states import Cancelling
 
-__all__ = ["HANDED_OVER", "Ending", "Owner", "hand_over", "many_flow_runs", "run_flow_here"]
+__all__ = ["Ending", "Owner", "many_flow_runs", "run_flow_here"]
 
-HANDED_OVER = "handed over"
-"""What stands in `infrastructure_pid` of a flow run that went back to its pool: no worker's name."""
 STORAGE_KNOWN_FOR = 60.0
 """Seconds for which the server's default result storage is taken as it was."""
+RENEW_AGAIN = 10.0
+"""Seconds between two tries where the Prefect server is away."""
+RENEW_AFTER = 0.75
+"""The share of a lease's duration after which it is renewed, as in Prefect's own."""
 Ending = Literal["cancelled", "handed over", "lost"]
 """Why a worker ends a flow run's coroutine: it is being cancelled, the worker shuts down, or another worker has it."""
 
@@ -57,12 +62,16 @@ def many_flow_runs() -> Generator[None]:
       blocks until it is ready and when it ends.
     - The server is asked for its default result storage three times a flow run (from 3.9), twice of that by a call that
       blocks the event loop. Once a minute is enough.
+    - `amaintain_concurrency_lease` starts a thread with a client a flow run of a deployment with a limit, and crashes
+      the flow run once a lease cannot be renewed: so where the server is away, and where the flow run is paused, which
+      gives its slot back.
     """
     engine, results = prefect.flow_engine, prefect.results
     replaced: dict[tuple[Any, str], Any] = {
         (engine, "capture_sigterm"): _nothing,
         (engine, "_send_heartbeats"): _nothing,
         (engine, "observe_flow_run_suspension"): _nothing,
+        (engine, "amaintain_concurrency_lease"): _maintained_lease,
     }
     ask, ask_async = "_read_server_default_result_storage_block_id", "_aread_server_default_result_storage_block_id"
     if hasattr(results, ask):
@@ -107,55 +116,53 @@ class _Known:
         return known
 
 
+@asynccontextmanager
+async def _maintained_lease(lease_id: UUID, lease_duration: float, **_options: Any) -> AsyncGenerator[None]:
+    """Renew a flow run's slot of its deployment's limit. Without the slot it goes on: its crew runs anyway."""
+    renewing = asyncio.create_task(_renew(lease_id, lease_duration), name=f"lease {lease_id}")
+    try:
+        yield
+    finally:
+        renewing.cancel()
+
+
+async def _renew(lease_id: UUID, duration: float) -> None:
+    async with AsyncClientContext.get_or_create() as shared:
+        pause = duration * RENEW_AFTER
+        while True:
+            await asyncio.sleep(pause)
+            try:
+                await shared.client.renew_concurrency_lease(lease_id=lease_id, lease_duration=duration)
+                pause = duration * RENEW_AFTER
+            except httpx.HTTPError as error:
+                if isinstance(error, httpx.HTTPStatusError) and error.response.is_client_error:
+                    get_run_logger().info("The flow run holds its slot of the deployment's limit no more: %s", error)
+                    return
+                pause = RENEW_AGAIN
+
+
 class _Engine(AsyncFlowRunEngine[Any, Any]):
     owner: Owner
     flow_run: FlowRun  # pyright: ignore[reportIncompatibleVariableOverride] - the worker always gives one
 
     async def set_state(self, state: State[Any], force: bool = False) -> State[Any]:
-        if self.owner.ending != "lost":
+        if self.owner.ending is None:
             await self.owner.confirm()
-        if self.owner.ending == "lost":
-            return self.state
-        if self.owner.ending == "handed over" and not state.is_completed():
-            return await self._hand_over()  # whatever the flow has made of its cancellation
+        if self.owner.ending == "lost" or (self.owner.ending == "handed over" and not state.is_completed()):
+            raise asyncio.CancelledError  # whatever the flow has made of the first one
         return await super().set_state(state, force)
 
     async def handle_crash(self, exc: BaseException) -> None:
         if self.owner.ending is None:
             await super().handle_crash(exc)
             return
+        # What the server is to hear of it, the worker says.
         self._raised = exc  # type: ignore[assignment]
-        # Whoever ended the coroutine waits for it, and cancels no second time: but a task group around it may.
-        with CancelScope(shield=True):
-            if self.owner.ending == "cancelled":
-                await self._cancel()
-            elif self.owner.ending == "handed over":
-                await self._hand_over()
-
-    async def _cancel(self) -> None:
-        self.flow_run.state = Cancelling(message=self.owner.why)
-        await self.call_hooks(self.flow_run.state)
-        # Forced, as in Prefect's own: no rule may keep a run that has ended in Cancelling.
-        await super().set_state(Cancelled(message=self.owner.why), force=True)
-
-    async def _hand_over(self) -> State[Any]:
-        if not self.flow_run.state or not self.flow_run.state.is_scheduled():
-            self.flow_run.state = await hand_over(self.client, self.flow_run, self.owner.why)
-            self.short_circuit = True
-        return self.flow_run.state
-
-
-async def hand_over(client: PrefectClient, flow_run: FlowRun, why: str) -> State[Any]:
-    """Give a flow run back to its pool, which hands it out again; return its new state.
-
-    A flow run that waits for a retry "in process" is handed out by no pool: so its policy is changed first. Being
-    handed over is no attempt that failed, but the server counts it as one: so there is one retry more.
-    """
-    policy = flow_run.empirical_policy.model_copy(update={"retry_type": "reschedule"})
-    if policy.retries:
-        policy.retries += 1
-    await client.update_flow_run(flow_run.id, empirical_policy=policy, infrastructure_pid=HANDED_OVER)
-    return await propose_state(client, AwaitingRetry(message=why), flow_run_id=flow_run.id)
+        if self.owner.ending == "cancelled":
+            self.flow_run.state = Cancelling(message=self.owner.why)
+            # Whoever ended the coroutine waits for it, and cancels no second time: but a task group around it may.
+            with CancelScope(shield=True):
+                await self.call_hooks(self.flow_run.state)
 
 
 async def run_flow_here(

@@ -7,6 +7,7 @@ import contextlib
 import itertools
 import time
 from collections.abc import Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,13 @@ from support.deployed import command, wait_until
 from support.prefect_server import PrefectServer, connected
 from support.workers import Worker
 
-__all__ = ["RUN_CREW", "USER_FLOWS", "CrewOnCommand", "CrewPool"]
+__all__ = ["EXITS", "RUN_CREW", "USER_FLOWS", "CrewOnCommand", "CrewPool"]
 
 RUN_CREW = "prefect_crew.runs.run_deployed_crew"
 USER_FLOWS = "crew_worker_flows"
 """A module of tests/support/importable, as a package of the user's that is installed where the worker runs."""
+EXITS = "crew_worker_exits"
+"""Another one, which cannot be imported."""
 IMPORTABLE = Path(__file__).parent / "importable"
 
 
@@ -95,18 +98,19 @@ class CrewPool:
             block.save(name, overwrite=True, _sync=True)
         return crew
 
-    def worker(self, name: str, *, started: bool = True, **env: str) -> Worker:
+    def worker(self, name: str, *, started: bool = True, limit: int | None = None, **env: str) -> Worker:
         """Start a crew worker; it ends with the pool."""
         worker = Worker(
             self.server,
             self.name,
             kind=self.kind,
             name=name,
+            limit=limit,
             folder=self.folder,
             home=self.folder / "home",
             env={
                 "PREFECT_WORKER_HEARTBEAT_SECONDS": str(self.heartbeat),
-                "PREFECT_INTEGRATIONS_CREW_WORKER_MODULES": USER_FLOWS,
+                "PREFECT_INTEGRATIONS_CREW_WORKER_MODULES": f"{USER_FLOWS}, {EXITS}",
                 "PYTHONPATH": str(IMPORTABLE),
                 **env,
             },
@@ -120,22 +124,34 @@ class CrewPool:
         body = {"name": name, "flow_id": flow["id"], "entrypoint": entrypoint, "work_pool_name": self.name, **options}
         return self.call("POST", "/deployments/", body)["id"]
 
-    def start(self, deployment: str, **parameters: Any) -> str:
-        """Make a flow run of a deployment; return its id."""
-        body = {"parameters": parameters, "state": {"type": "SCHEDULED"}}
+    def start(self, deployment: str, *, at: datetime | None = None, **parameters: Any) -> str:
+        """Make a flow run of a deployment, for now or for a later time; return its id."""
+        state: dict[str, Any] = {"type": "SCHEDULED"}
+        if at is not None:
+            state["state_details"] = {"scheduled_time": at.isoformat()}
+        body = {"parameters": parameters, "state": state}
         return self.call("POST", f"/deployments/{deployment}/create_flow_run", body)["id"]
+
+    def change(self, flow_run_id: str, **fields: Any) -> None:
+        """Change fields of a flow run."""
+        self.call("PATCH", f"/flow_runs/{flow_run_id}", fields)
 
     def flow_run(self, flow_run_id: str) -> dict[str, Any]:
         """Return a flow run as the server has it."""
         return self.call("GET", f"/flow_runs/{flow_run_id}")
 
-    def wait_for(self, flow_run_id: str, *states: str, seconds: float = 60.0) -> dict[str, Any]:
-        """Wait until a flow run is in one of these types of states, any final one if left out, and return it."""
+    def wait_for(
+        self, flow_run_id: str, *states: str, name: str | None = None, seconds: float = 60.0
+    ) -> dict[str, Any]:
+        """Wait until a flow run is in one of these types of states, any final one if left out, and return it.
+
+        `name`: that of the state, if it matters.
+        """
         wanted = states or ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
 
         def look() -> dict[str, Any] | None:
             run = self.flow_run(flow_run_id)
-            return run if run["state_type"] in wanted else None
+            return run if run["state_type"] in wanted and name in (None, run["state_name"]) else None
 
         try:
             return wait_until(look, seconds=seconds, what=f"flow run {flow_run_id} in {wanted}")
@@ -144,8 +160,12 @@ class CrewPool:
 
     def states(self, flow_run_id: str) -> list[str]:
         """Return the names of a flow run's states, in their order."""
+        return [state["name"] for state in self.history(flow_run_id)]
+
+    def history(self, flow_run_id: str) -> list[dict[str, Any]]:
+        """Return a flow run's states, in their order."""
         states = self.call("GET", f"/flow_run_states/?flow_run_id={flow_run_id}")
-        return [state["name"] for state in sorted(states, key=lambda state: state["timestamp"])]
+        return sorted(states, key=lambda state: state["timestamp"])
 
     def logs(self, flow_run_id: str) -> str:
         """Return what a flow run has logged so far."""

@@ -60,3 +60,17 @@ async def too_slow() -> None:
 async def sleeps(seconds: float) -> str:
     await asyncio.sleep(seconds)
     return "slept"
+
+
+@flow(persist_result=True)
+async def persists() -> str:
+    return "kept"
+
+
+@flow(retries=1, retry_delay_seconds=30)
+async def fails_once_and_waits() -> int:
+    from prefect.runtime import flow_run
+
+    if flow_run.run_count == 1:
+        raise ValueError("the first attempt fails")
+    return flow_run.run_count
