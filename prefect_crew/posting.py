@@ -189,6 +189,9 @@ async def to_its_end(
     `FINISH` seconds it is raised anyway, and both go on beside.
     """
     task = asyncio.create_task(work)
+    # An event loop that ends, as on a signal or the timeout of a flow that is not async, cancels all tasks that it
+    # knows of: so it cancels the caller, which waits, and not this one.
+    asyncio.tasks._unregister_task(task)  # noqa: SLF001  documented, for those who extend asyncio
     task.add_done_callback(lambda done: done.cancelled() or done.exception())  # of one that is left, nobody asks
     try:
         await asyncio.wait({task})

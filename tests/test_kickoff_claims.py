@@ -247,6 +247,23 @@ async def test_a_kickoff_in_flight_is_seen_to_its_end_although_its_caller_is_can
     assert found.kickoff_id == record.kickoff_id
 
 
+def test_a_kickoff_in_flight_is_seen_to_its_end_although_its_event_loop_ends(crew_server: CrewServerFactory):
+    # So ends that of `run_crew` in a flow that is not async, where the flow times out or a worker shuts down.
+    server, run_key = crew_server("echo", faults=["kickoff:latency=1.0@1"]), key()
+
+    async def call() -> None:
+        calling = asyncio.ensure_future(server.crew().trigger({"text": "a"}, run_key=run_key))
+        while not server.requests["kickoff"]:
+            await asyncio.sleep(0.01)
+        asyncio.get_running_loop().call_soon(signal.default_int_handler, signal.SIGINT, None)
+        await calling
+
+    with pytest.raises(KeyboardInterrupt):
+        asyncio.run(call())
+    (record,) = asyncio.run(attempts(run_key))
+    assert (record.phase, record.kickoff_id) == (RecordPhase.STARTED, server.runs[0].id)
+
+
 async def test_a_refused_kickoff_of_a_cancelled_caller_did_not_start(crew_server: CrewServerFactory):
     server, run_key = crew_server("echo", faults=["kickoff:latency=1.0@1", "kickoff:404@1"]), key()
     await cancelled_at("kickoff", server, run_key)

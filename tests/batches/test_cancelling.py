@@ -8,9 +8,11 @@ import signal
 import sys
 import time
 import uuid
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
 
+import anyio
 import pytest
 from prefect import flow
 from prefect.client.orchestration import get_client
@@ -136,16 +138,30 @@ async def test_what_goes_wrong_while_a_batch_drains_ends_it(monkeypatch: pytest.
         await asyncio.wait_for(watching, 20)
 
 
-async def test_a_task_that_is_cancelled_leaves_the_runs_in_flight(batch: Batches, crew_server: CrewServerFactory):
+@pytest.mark.parametrize("way", ["evicted", "timed out"])
+async def test_a_task_that_is_cancelled_leaves_the_runs_in_flight(
+    batch: Batches, crew_server: CrewServerFactory, way: str
+):
     server = crew_server(slow(4.0))
-    running = asyncio.ensure_future(batch(server.crew(), ROWS, name="evicted", max_in_flight=10))
+
+    async def run() -> None:
+        # A timeout of Prefect cancels at every await until its flow is left.
+        with scope if way == "timed out" else nullcontext():
+            await batch(server.crew(), ROWS, name=way, max_in_flight=10)
+
+    scope = anyio.CancelScope()
+    running = asyncio.ensure_future(run())
     while server.kickoffs < 10:
         await asyncio.sleep(0.02)
-    running.cancel()
-    with pytest.raises(asyncio.CancelledError):
+    if way == "timed out":
+        scope.cancel()
         await running
+    else:
+        running.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await running
     assert {str(run.state) for run in server.runs} == {"running"}
-    report = await batch(server.crew(), ROWS, name="evicted")
+    report = await batch(server.crew(), ROWS, name=way)
     assert (report.completed, report.uncertain, server.kickoffs) == (40, 0, 40)
 
 

@@ -89,6 +89,15 @@ def test_a_flow_that_times_out_before_each_of_its_steps_leaves_nothing_uncertain
     assert isinstance(world.final[key_of(0)][-1], CrewResult)
 
 
+@pytest.mark.parametrize("timed_out", [False, True])
+@pytest.mark.parametrize("step", [23, 27, 29])
+def test_a_flow_that_is_cancelled_stops_its_crew_once_also_where_it_times_out_then(step: int, timed_out: bool) -> None:
+    calls = (Call(cancel_at=step, asked=True, timed_out=timed_out),)
+    world = World(Scenario(calls=calls, runs=(CrewRun(seconds=50),))).play()
+    assert not broken_promises(world, strict=True), "\n".join(world.trace)
+    assert world.site.counters.requests["stop"] == 1
+
+
 @pytest.mark.parametrize("fault", ["503-before-accept", "no-id", "429"])
 @pytest.mark.parametrize("step", range(1, 34))
 def test_a_machine_that_falls_asleep_before_each_of_its_steps_buys_nothing_twice(step: int, fault: str) -> None:

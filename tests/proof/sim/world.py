@@ -424,7 +424,7 @@ class World:
         self.prefect.closed = True
         for process in [*self.processes, *self.clerks]:
             process.bury()
-        rest = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+        rest = self._unfinished()
         while rest:
             for task in rest:
                 task.cancel()
@@ -432,7 +432,12 @@ class World:
             for task in rest:
                 if task.done() and not task.cancelled():
                     task.exception()
-            rest = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+            rest = self._unfinished()
+
+    def _unfinished(self) -> set[asyncio.Task[Any]]:
+        """Return what is under way, also what the loop does not know of."""
+        theirs = {task for process in (*self.processes, *self.clerks) for task in process.tasks if not task.done()}
+        return (theirs | asyncio.all_tasks()) - {asyncio.current_task()}
 
 
 async def _quietly(work: Coroutine[Any, Any, object]) -> None:
