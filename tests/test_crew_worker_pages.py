@@ -127,7 +127,10 @@ def test_a_flow_run_is_cancelled_on_its_page(pool: CrewPool, chromium: Chromium,
         page.screenshot(tmp_path / "cancelling.png")
         page.click('role=button[name="Cancel Flow Run"]')
         run = pool.wait_for(run_id)
-        page.wait_for_text("Cancelled")
+        wait_until(lambda: "was asked to stop" in pool.logs(run_id), seconds=30, what="its log")
+        open_flow_run(page, pool, run_id)
+        page.wait_for("text=/^Cancelled$/")
+        page.wait_for_text("was asked to stop")
         page.screenshot(tmp_path / "cancelled.png")
     assert run["state_name"] == "Cancelled", run["state"]["message"]
     assert [one.state for one in crew.runs] == ["stopped"]

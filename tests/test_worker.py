@@ -71,6 +71,15 @@ def test_a_flow_of_ones_own_ends_alone(pool: CrewPool, name: str):
 
 
 @pytest.mark.usefixtures("worker")
+def test_job_variables_have_no_effect(pool: CrewPool):
+    variables = {"env": {"A_VARIABLE": "1"}, "command": "false"}
+    deployment = pool.deploy("with-variables", f"{USER_FLOWS}.reads_a_variable", job_variables=variables)
+    run_id = pool.start(deployment)
+    assert pool.wait_for(run_id)["state_name"] == "Completed"
+    wait_until(lambda: "A_VARIABLE is None" in pool.logs(run_id), seconds=30, what="its log")
+
+
+@pytest.mark.usefixtures("worker")
 def test_what_a_flow_logs_is_its_own(pool: CrewPool):
     deployment = pool.deploy("greet", f"{USER_FLOWS}.greet")
     runs = {name: pool.start(deployment, name=name) for name in ("Ada", "Eve", "Bob")}

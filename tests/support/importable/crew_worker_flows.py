@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 import time
 
@@ -14,6 +15,11 @@ async def greet(name: str) -> str:
     get_run_logger().info("greeting %s", name)
     await asyncio.sleep(0.2)
     return f"Hello {name}"
+
+
+@flow
+async def reads_a_variable() -> None:
+    get_run_logger().info("A_VARIABLE is %s", os.environ.get("A_VARIABLE"))
 
 
 @flow
