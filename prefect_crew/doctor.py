@@ -8,6 +8,7 @@ import re
 import shlex
 from collections.abc import AsyncIterator, Sized
 from dataclasses import dataclass
+from datetime import timedelta
 from enum import StrEnum
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
@@ -366,13 +367,22 @@ async def _crew_pools() -> AsyncIterator[Finding]:
 
 
 async def _crew_pool(client: PrefectClient, pool: WorkPool) -> AsyncIterator[Finding]:
-    from prefect_crew.adoption import begun_flow_runs, is_orphan, workers_of
+    from prefect_crew.adoption import begun_flow_runs, is_orphan, owner_name, workers_of
+    from prefect_crew.records import utcnow
+    from prefect_crew.worker import UNOWNED_FOR
 
     subject, start = f"crew pool {pool.name}", f"prefect worker start --pool {shlex.quote(pool.name)}"
     workers = await workers_of(client, pool.name)
     online = sorted(name for name, is_online in workers.items() if is_online)
     begun = await begun_flow_runs(client, pool.name)
-    orphans = [flow_run for flow_run in begun if is_orphan(flow_run, workers)]
+    # One that a worker is just about to take has no owner for a moment.
+    since = utcnow() - timedelta(seconds=UNOWNED_FOR)
+    orphans = [
+        flow_run
+        for flow_run in begun
+        if is_orphan(flow_run, workers)
+        and (owner_name(flow_run) or (flow_run.state is not None and flow_run.state.timestamp < since))
+    ]
     if pool.is_paused:
         resume = f"prefect work-pool resume {shlex.quote(pool.name)}"
         yield Finding(Level.WARNING, subject, "It is paused: its workers take no flow runs.", resume)
