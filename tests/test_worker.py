@@ -19,7 +19,7 @@ from prefect.states import AwaitingRetry, Cancelling, Paused, Pending, Running
 from prefect_crew.adoption import HANDED_OVER
 from prefect_crew.worker import CrewJobConfiguration, CrewWorker
 from support.crew_pool import EXITS, USER_FLOWS, CrewOnCommand, CrewPool
-from support.deployed import wait_until
+from support.deployed import command, wait_until
 from support.prefect_server import PrefectServer, connected
 from support.workers import Worker
 
@@ -312,3 +312,57 @@ def test_a_worker_that_was_frozen_gives_up_what_it_has_lost(handed: Handed):
     assert two.process.running
     for run_id in runs:
         assert handed.pool.states(run_id)[-1] == "Completed"
+
+
+@pytest.mark.slow
+def test_a_batch_with_a_ledger_in_a_file_is_refused_where_several_workers_could_adopt_it(handed: Handed):
+    pool = handed.pool
+    pool.add_crew("quick", QUICK)
+    rows = pool.folder / "rows.jsonl"
+    rows.write_text('{"topic": "tea"}\n')
+    deployment = pool.deploy("batch", "prefect_crew.operations.batch_file")
+
+    def run(name: str) -> dict[str, Any]:
+        given = {"crew": "quick", "dataset": str(rows), "name": name, "output": str(pool.folder / f"{name}.jsonl")}
+        return pool.wait_for(pool.start(deployment, **given), seconds=120)
+
+    pool.worker("one")
+    assert run("alone")["state_name"] == "Completed"
+    two = pool.worker("two")
+    refused = run("beside another worker")
+    assert refused["state_name"] == "Failed"
+    assert "has its ledger in a file of this machine" in refused["state"]["message"]
+    assert "Give it a ledger in PostgreSQL" in refused["state"]["message"]
+    two.kill()  # and is said to be online for three heartbeats
+    assert run("alone again")["state_name"] == "Completed"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["worker", "work queue", "deployment"])
+def test_a_limit_holds_and_its_slot_is_free_after_handing_over_and_adopting(
+    prefect_server: PrefectServer, tmp_path: Path, what: str
+):
+    with CrewPool(prefect_server, tmp_path, heartbeat=3) as pool:
+        program = CrewOnCommand()
+        crew = pool.add_crew("on-command", program)
+        limit = {"concurrency_limit": 1} if what == "deployment" else {}
+        deployment = pool.deploy("on-command", **limit)
+        if what == "work queue":
+            command("prefect", "work-queue", "set-concurrency-limit", "default", "1", "--pool", pool.name, env=pool.env)
+        started = partial(pool.worker, "one", limit=1 if what == "worker" else None)
+        one = started()
+        runs = [pool.start(deployment, crew="on-command", inputs={"topic": f"topic {number}"}) for number in range(3)]
+        for end in (signal.SIGTERM, signal.SIGKILL, None):
+            wait_until(lambda: crew.kickoffs >= 1, seconds=60, what="a kickoff")
+            asked = crew.requests["status"]
+            wait_until(lambda asked=asked: crew.requests["status"] > asked + 6, seconds=90, what="looks at the crew")
+            running = [run_id for run_id in runs if pool.flow_run(run_id)["state_type"] == "RUNNING"]
+            assert len(running) == 1
+            if end is not None:
+                one.process.send(end)
+                one.process.wait(60)
+                one = started()
+        program.ended = True
+        for run_id in runs:
+            assert pool.wait_for(run_id, seconds=150)["state_name"] == "Completed"
+        assert crew.kickoffs == 3

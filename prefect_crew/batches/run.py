@@ -19,7 +19,7 @@ from prefect_crew.batches.job import BatchJob
 from prefect_crew.batches.opened import open_batch
 from prefect_crew.batches.options import BatchOptions, OnFailure
 from prefect_crew.batches.pacing import KICKOFFS_AT_ONCE
-from prefect_crew.batches.places import ledger_place
+from prefect_crew.batches.places import check_adoptable, ledger_place
 from prefect_crew.batches.plans import plan_of
 from prefect_crew.batches.report import BatchPlan, BatchReport
 from prefect_crew.batches.retries import Retries
@@ -224,6 +224,7 @@ async def run_rows_of(
 @cancelled_once
 async def run_job(job: BatchJob, *, shards: int = 1, deployment: str | None = None) -> BatchReport:
     """Run a batch in this process, or watch its shards and then finish it here."""
+    await check_adoptable(job.place, job.name)
     if deployment is None:
         async with open_batch(job) as batch:
             return await batch.run()
