@@ -8,6 +8,7 @@ Recovery is for flow runs of deployments with the tag recover-crashed, and for c
 - no heartbeat: a run that has been silent for three heartbeats has crashed. Needed where a worker dies with its flow
   runs; one that only loses the flow's process says so itself. The longest heartbeat of all tagged deployments counts,
   so run this again when you tag another.
+  It does not fire for flow runs of a crew worker: they send no heartbeats, and their workers adopt what is left.
 - recover: a crashed run goes to the deployment `recover/crashed`, which begins it again unless it has had its attempts.
 
 Alerts are about crews, whatever flow they run in: failed, uncertain, lost, over their time, waiting for a person, and

@@ -51,6 +51,20 @@ def test_a_deployed_crew_runs_as_a_coroutine_of_the_worker(pool: CrewPool):
     wait_until(lambda: "Crew quick was kicked off" in pool.logs(run_id), seconds=30, what="its log")
 
 
+@pytest.mark.usefixtures("worker")
+def test_a_flow_run_sends_no_heartbeat_so_that_no_automation_takes_it_for_crashed(pool: CrewPool):
+    run_id = pool.start(pool.deploy("sleeps", f"{USER_FLOWS}.sleeps"), seconds=1)
+    pool.wait_for(run_id)
+
+    def events() -> set[str]:
+        wanted = {"resource": {"id": [f"prefect.flow-run.{run_id}"]}}
+        found = pool.call("POST", "/events/filter", {"filter": wanted, "limit": 50})
+        return {event["event"] for event in found["events"]}
+
+    wait_until(lambda: "prefect.flow-run.Completed" in events(), seconds=60, what="its last event")
+    assert "prefect.flow-run.heartbeat" not in events()
+
+
 CASES = {
     "exits": ("Crashed", ""),
     "exits_in_tasks": ("Failed", "raised SystemExit"),
