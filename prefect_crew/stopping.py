@@ -41,6 +41,7 @@ __all__ = [
     "mark_cancelled",
     "stop_if_asked",
     "stop_once",
+    "stop_was_asked",
 ]
 
 LOOK_EVERY = 10.0
@@ -252,6 +253,14 @@ async def stop_once(session: CrewSession, record: RunRecord) -> StopAnswer:
     return answer
 
 
+_STOP_ASKED = "stop was asked for"
+
+
+def stop_was_asked(record: RunRecord) -> bool:
+    """Return whether the record of a run that is in flight says that its server was asked to stop it."""
+    return record.reason is not None and record.reason.startswith(_STOP_ASKED)
+
+
 async def close_stopped(record: RunRecord, answer: StopAnswer, records: RecordStore) -> None:
     """Write down what a stop came to: the end where the server says so, else only that it was asked for.
 
@@ -263,7 +272,7 @@ async def close_stopped(record: RunRecord, answer: StopAnswer, records: RecordSt
     if standing.phase is RecordPhase.ENDED:
         return  # somebody else saw the end, and what is here is older
     if answer.outcome is not StopOutcome.STOPPED:
-        record.reason = f"stop was asked for: {answer.outcome}"
+        record.reason = f"{_STOP_ASKED}: {answer.outcome}"
         await records.save(record)
     # Not over what is written meanwhile: whoever waits for the run may have seen how it ended.
     elif await records.resolve(standing, RecordPhase.ENDED, state=CrewState.STOPPED, reason=record.reason):

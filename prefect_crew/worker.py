@@ -66,10 +66,11 @@ from prefect_crew.adoption import (
 )
 from prefect_crew.api._wire import shared_connections
 from prefect_crew.api.errors import ConfigurationError, CrewError
-from prefect_crew.blocks import DeployedCrew
+from prefect_crew.blocks import find_crew
 from prefect_crew.record_store import PrefectRecords
 from prefect_crew.records import RecordPhase
 from prefect_crew.settings import CrewSettings
+from prefect_crew.stopping import stop_was_asked
 
 if TYPE_CHECKING:
     from prefect.client.schemas.responses import DeploymentResponse, WorkerFlowRunResponse
@@ -94,6 +95,8 @@ HAND_OVER_WITHIN = 25.0
 for; what is not given back by then is adopted later."""
 AWAY_PAUSE = 5.0
 """Seconds between two requests to a Prefect server that is away, after the pauses of Prefect's own client."""
+ADOPTED_AT_ONCE = 10
+"""Flow runs that are adopted at the same time: each takes five requests to the Prefect server."""
 BLOCKED_AFTER = 5.0
 """Seconds that one step of a coroutine may take before its flow run is named in a warning."""
 
@@ -468,11 +471,16 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, BaseWorkerResult]):
             for flow_run in await begun_flow_runs(self.client, self._work_pool_name)
             if flow_run.state is not None and self._is_orphan(flow_run)
         }
-        self._suspects = {state_id: self._suspects.get(state_id, now) for state_id in seen}
-        for state_id, since in list(self._suspects.items()):
-            if now - since >= self._patience_with(seen[state_id]):
-                del self._suspects[state_id]
-                await self._adopt(seen[state_id])
+        suspects = {state_id: self._suspects.get(state_id, now) for state_id in seen}
+        sure = {state_id for state_id, since in suspects.items() if now - since >= self._patience_with(seen[state_id])}
+        self._suspects = {state_id: since for state_id, since in suspects.items() if state_id not in sure}
+        limit = asyncio.Semaphore(ADOPTED_AT_ONCE)
+
+        async def adopt(flow_run: FlowRun) -> None:
+            async with limit:
+                await self._adopt(flow_run)
+
+        await asyncio.gather(*(adopt(seen[state_id]) for state_id in sure))
 
     def _is_orphan(self, flow_run: FlowRun) -> bool:
         if flow_run.id in self._here or flow_run.id in self._submitting_flow_run_ids:
@@ -569,6 +577,8 @@ async def stop_crews_of(client: PrefectClient, flow_run: FlowRun) -> None:
     async for record in records.all():
         if record.flow_run_id not in ids or record.phase not in (RecordPhase.STARTED, RecordPhase.UNCERTAIN):
             continue
+        if stop_was_asked(record):
+            continue
         if record.kickoff_id is None:
             text = "The kickoff of run %r is uncertain: a run that it started runs on at %s."
             log.warning(text, record.run_key, record.crew_url)
@@ -577,9 +587,11 @@ async def stop_crews_of(client: PrefectClient, flow_run: FlowRun) -> None:
             log.warning("Crew run %s runs on: flow run %s waits for it too.", record.kickoff_id, ", ".join(others))
             continue
         try:
-            crew = (await DeployedCrew.aload(record.crew)).crew
+            crew = await find_crew(record)
+            if crew is None:
+                raise ConfigurationError(f"no block {record.crew!r} has its address")
             answer = await stop_run(crew, record.kickoff_id, run_key=record.run_key)
-        except (CrewError, httpx.HTTPError, PrefectException, ValueError) as error:
+        except (CrewError, httpx.HTTPError, PrefectException) as error:
             log.warning(
                 "Crew run %s could not be stopped (%s): it runs on at %s.", record.kickoff_id, error, record.crew_url
             )

@@ -13,14 +13,18 @@ from unittest.mock import AsyncMock
 from uuid import UUID, uuid4
 
 import pytest
+from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import FlowRun, State
 from prefect.states import AwaitingRetry, Cancelling, Paused, Pending, Running
 
 from prefect_crew.adoption import HANDED_OVER
-from prefect_crew.worker import CrewJobConfiguration, CrewWorker
+from prefect_crew.api.client import CrewClient
+from prefect_crew.records import RecordPhase, RunRecord
+from prefect_crew.worker import CrewJobConfiguration, CrewWorker, stop_crews_of
 from support.crew_pool import EXITS, USER_FLOWS, CrewOnCommand, CrewPool
 from support.deployed import command, wait_until
 from support.prefect_server import PrefectServer, connected
+from support.records import put
 from support.workers import Worker
 
 QUICK = """
@@ -35,6 +39,38 @@ def pool(prefect_server: PrefectServer, tmp_path_factory: pytest.TempPathFactory
     with CrewPool(prefect_server, tmp_path_factory.mktemp("crew-pool")) as pool:
         pool.add_crew("quick", QUICK)
         yield pool
+
+
+@pytest.mark.parametrize("reason", [None, "stop was asked for: stopping"])
+def test_the_crew_of_a_flow_run_that_is_gone_is_asked_to_stop_once(pool: CrewPool, reason: str | None):
+    crew = pool.crews["quick"]
+    flow_run = FlowRun(id=uuid4(), flow_id=uuid4(), name="gone")
+    key, asked = f"gone-{uuid4()}", crew.requests["stop"]
+
+    async def stop() -> None:
+        async with CrewClient(crew.url, crew.token) as client:
+            kickoff_id = await client.kickoff({"topic": "tea"})
+        record = RunRecord(
+            run_key=key,
+            attempt=1,
+            crew="quick",
+            crew_url=crew.url,
+            inputs_digest="",
+            owner=key,
+            claimed_at=datetime.now(UTC),
+            known_by=datetime.now(UTC),
+            phase=RecordPhase.STARTED,
+            flow_run_id=str(flow_run.id),
+            kickoff_id=kickoff_id,
+            reason=reason,
+        )
+        await put(record)
+        async with get_client() as prefect:
+            await stop_crews_of(prefect, flow_run)
+
+    with connected(pool.server, pool.folder / "home"):
+        asyncio.run(stop())
+    assert crew.requests["stop"] == asked + (reason is None)
 
 
 @pytest.fixture(scope="module")

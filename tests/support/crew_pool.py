@@ -69,6 +69,7 @@ class CrewPool:
         self.heartbeat = heartbeat
         self.kind = kind
         self.env = server.env(home=folder / "home")
+        self.crews: dict[str, CrewServer] = {}
         self._open = contextlib.ExitStack()
         self._http = httpx.Client(base_url=server.api_url, timeout=60.0, trust_env=False)
 
@@ -82,17 +83,17 @@ class CrewPool:
 
     def call(self, method: str, path: str, body: Any = None) -> Any:
         """Ask the Prefect API, and return what it answers."""
-        for pause in (*[0.5] * 20, None):
+        deadline = time.monotonic() + 10
+        response = self._http.request(method, path, json=body)
+        while response.status_code == httpx.codes.SERVICE_UNAVAILABLE and time.monotonic() < deadline:
+            time.sleep(0.5)  # SQLite is busy
             response = self._http.request(method, path, json=body)
-            if response.status_code != httpx.codes.SERVICE_UNAVAILABLE or pause is None:
-                break
-            time.sleep(pause)  # SQLite is busy
         assert response.is_success, f"{method} {path}: {response.status_code} {response.text}"
         return response.json() if response.content else None
 
     def add_crew(self, name: str, spec: Any, *, wait: Mapping[str, Any] | None = None, **options: Any) -> CrewServer:
         """Start a crew on the dev server and store it as a block."""
-        crew = self._open.enter_context(CrewServer(spec, **options))
+        crew = self.crews[name] = self._open.enter_context(CrewServer(spec, **options))
         with connected(self.server, self.folder / "home"):
             block: Any = crew.crew(wait=dict(wait or {"initial": 0.1, "max_interval": 0.5}))
             block.save(name, overwrite=True, _sync=True)
