@@ -121,7 +121,7 @@ async def test_a_stop_that_cannot_be_written_down_is_told(
 
     def refused() -> Any:
         with through(prefect_server) as proxy:
-            proxy.refuse = "PATCH /api/variables"
+            proxy.refuse = "POST /api/variables/$"
             return asyncio.run(stop_run(run.crew, run.kickoff_id))
 
     assert (await asyncio.to_thread(refused)).accepted

@@ -27,7 +27,7 @@ from prefect_crew import (
     stop_crew,
     wait_for_crew,
 )
-from prefect_crew.tasks import PREFECTS_OWN, CrewTask
+from prefect_crew.tasks import CrewTask
 from prefect_crew.testing import CrewServerFactory
 from support.scripts import FAILS
 
@@ -50,7 +50,7 @@ def keywords(function: Callable[..., Any]) -> set[str]:
 
 
 def test_these_are_all_the_keywords_of_prefects_calls():
-    assert keywords(Task.__call__) == {"return_state", "wait_for"} == {*PREFECTS_OWN}
+    assert keywords(Task.__call__) == {"return_state", "wait_for"}
     assert set().union(*map(keywords, CALLS)) == {"return_state", "wait_for", "deferred"}
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -15,11 +14,12 @@ from prefect_crew.api.errors import CrewError
 from prefect_crew.api.models import CrewState
 from prefect_crew.batches import pacing
 from prefect_crew.batches.ledger import Ledger
-from prefect_crew.records import RecordPhase, utcnow
+from prefect_crew.records import RecordPhase
 from prefect_crew.settling import settle_never_started, settle_started, unsettled
 from prefect_crew.testing import CrewServerFactory
 from support.batches import Batches, put
 from support.held import Held
+from support.ledgers import let_an_hour_pass
 from support.scripts import FAILS, script, slow
 
 ECHO = script({"output": "on {{ topic }}"}, inputs=["topic"])
@@ -286,9 +286,7 @@ async def test_a_server_that_stays_away_is_given_up_and_no_row_is_lost(
 # Kickoffs of which nobody knows
 
 
-async def test_uncertain_rows_are_listed_never_sent_again_and_settled(
-    batch: Batches, crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch
-):
+async def test_uncertain_rows_are_listed_never_sent_again_and_settled(batch: Batches, crew_server: CrewServerFactory):
     server = crew_server(ECHO, faults=["kickoff:drop-after-accept@3", "kickoff:500-before-accept@5"])
     report = await batch(server.crew(), topics(8), name="doubtful", key="topic", max_in_flight=1)
     assert (report.completed, report.uncertain, list(report.uncertain_keys)) == (6, 2, ["topic 2", "topic 4"])
@@ -300,7 +298,7 @@ async def test_uncertain_rows_are_listed_never_sent_again_and_settled(
         await settle_started(await unsettled(ledger.run_key("topic 2"), ledger), started.id, ledger)
         with pytest.raises(CrewError, match="may still be on its way"):
             await settle_never_started(await unsettled(ledger.run_key("topic 4"), ledger), ledger)
-        monkeypatch.setattr("prefect_crew.settling.utcnow", lambda: utcnow() + timedelta(hours=1))
+        let_an_hour_pass(f"{batch.output}.ledger.db")
         await settle_never_started(await unsettled(ledger.run_key("topic 4"), ledger), ledger)
     report = await batch(server.crew(), topics(8), name="doubtful", key="topic")
     assert (report.completed, report.uncertain, server.kickoffs) == (8, 0, 8)

@@ -10,7 +10,6 @@ import sys
 import time
 import uuid
 from collections.abc import AsyncGenerator, Callable
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +20,13 @@ from prefect_crew.batches.database import Database
 from prefect_crew.batches.ledger import Ledger
 from prefect_crew.batches.locks import BatchLock
 from prefect_crew.record_store import PrefectRecords
-from prefect_crew.records import RecordPhase, RunRecord, utcnow
+from prefect_crew.records import RecordPhase, RunRecord
 from prefect_crew.server import CrewServer
 from prefect_crew.testing import CrewServerFactory
 from support.batches import record_of
 from support.commands import TOKEN, environment
 from support.environment import program
+from support.ledgers import let_an_hour_pass
 from support.prefect_server import PrefectServer
 from support.processes import Process
 from support.scripts import script
@@ -69,16 +69,6 @@ def picky(crew_server: CrewServerFactory) -> Callable[..., tuple[CrewServer, str
         return server, block
 
     return serve
-
-
-@pytest.fixture
-def later(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    """Let so much time pass, for whoever resolves, that no kickoff that was sent before can still be on its way."""
-
-    def pass_by() -> None:
-        monkeypatch.setattr("prefect_crew.settling.utcnow", lambda: utcnow() + timedelta(hours=1))
-
-    return pass_by
 
 
 def lines(output: str) -> dict[str, str]:
@@ -370,9 +360,7 @@ def _record(kickoff_id: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("started", [pytest.param(True, id="it-started"), pytest.param(False, id="it-never-did")])
-def test_an_uncertain_row_is_settled_and_gone_on_with(
-    here, picky, later, name: str, leads: str, output: str, started: bool
-):
+def test_an_uncertain_row_is_settled_and_gone_on_with(here, picky, name: str, leads: str, output: str, started: bool):
     server, crew = picky(faults=["kickoff:drop-after-accept@1"])
     ran = here("batch", "run", crew, leads, "--name", name, "--output", output, "--key", "id", "--json")
     (row,) = ran.json["uncertain_keys"]
@@ -396,7 +384,7 @@ def test_an_uncertain_row_is_settled_and_gone_on_with(
         early = here("batch", "settle", name, row, "--never-started")
         assert early.code == 27
         assert "may still be on its way. Nothing was changed." in early.err
-        later()
+        let_an_hour_pass(f"{output}.ledger.db")
         settled = here("batch", "settle", name, row, "--never-started")
     assert settled.code == 0, settled.err
     assert f"batch resume '{name}'" in settled.out
@@ -406,7 +394,7 @@ def test_an_uncertain_row_is_settled_and_gone_on_with(
 
 
 def test_no_row_is_resolved_while_somebody_works_on_the_batch_or_may_still_send_it(
-    here, picky, later, name: str, leads: str, output: str
+    here, picky, name: str, leads: str, output: str
 ):
     _, crew = picky(faults=["kickoff:drop-after-accept@1"])
     ran = here("batch", "run", crew, leads, "--name", name, "--output", output, "--key", "id", "--json")
@@ -436,7 +424,7 @@ def test_no_row_is_resolved_while_somebody_works_on_the_batch_or_may_still_send_
     early = here("batch", "settle", name, "killed", "--never-started")
     assert early.code != 0
     assert "may still be sent" in early.err
-    later()
+    let_an_hour_pass(f"{output}.ledger.db")
     assert here(*settle).code == 0
 
 

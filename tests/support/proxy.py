@@ -21,7 +21,7 @@ class Proxy:
 
     Attributes:
         requests: Method and path of every request that came through, such as "POST /api/variables/".
-        refuse: A part of a method and path; such a request is answered 403, and goes no further.
+        refuse: A regular expression of method and path; such a request is answered 403, and goes no further.
     """
 
     def __init__(self, target_port: int) -> None:
@@ -97,7 +97,7 @@ class Proxy:
                     # A body never looks like a request line here, and a head comes in one piece on loopback.
                     lines = [f"{m[1].decode()} {m[2].decode()}" for m in _REQUEST_LINE.finditer(data)]
                     self.requests += lines
-                    if self.refuse and any(self.refuse in line for line in lines):
+                    if self.refuse and any(re.search(self.refuse, line) for line in lines):
                         source.sendall(b"HTTP/1.1 403 Forbidden\r\nConnection: close\r\nContent-Length: 0\r\n\r\n")
                         break
                 sink.sendall(data)
