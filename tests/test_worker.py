@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import threading
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -12,12 +13,15 @@ from typing import Any
 from unittest.mock import AsyncMock
 from uuid import UUID, uuid4
 
+import prefect.flow_engine
 import pytest
+from prefect import flow
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import FlowRun, State
-from prefect.states import AwaitingRetry, Cancelling, Paused, Pending, Running
+from prefect.states import AwaitingRetry, Cancelling, Completed, Paused, Pending, Running
 
-from prefect_crew.adoption import HANDED_OVER
+from prefect_crew._internal.flow_engine import many_flow_runs
+from prefect_crew.adoption import HANDED_OVER, hand_over
 from prefect_crew.api.client import CrewClient
 from prefect_crew.records import RecordPhase, RunRecord
 from prefect_crew.worker import CrewJobConfiguration, CrewWorker, stop_crews_of
@@ -213,8 +217,14 @@ def test_who_has_a_flow_run(state: State, owner: str | None, orphan: bool):
     assert worker._is_orphan(flow_run) is (not state.is_scheduled() and not state.state_details.pause_reschedule)
 
 
-# Prefect's worker leaves a sleep unawaited when it ends.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.fixture
+def connection(pool: CrewPool) -> Iterator[None]:
+    """This process is a client of the pool's Prefect server."""
+    with connected(pool.server, pool.folder / "home"):
+        yield
+
+
+@pytest.mark.usefixtures("connection")
 @pytest.mark.parametrize(("ending", "state"), [("handed over", "AwaitingRetry"), ("cancelled", "Cancelled")])
 async def test_a_flow_run_may_be_ended_before_its_flow_has_begun(
     pool: CrewPool, monkeypatch: pytest.MonkeyPatch, ending: Any, state: str
@@ -233,16 +243,43 @@ async def test_a_flow_run_may_be_ended_before_its_flow_has_begun(
 
     monkeypatch.setattr(CrewWorker, "_execute", execute_ended)
     monkeypatch.setattr(CrewWorker, "_look_around", AsyncMock())
-    with connected(pool.server, pool.folder / "home"):
-        async with CrewWorker(pool.name, name="in process") as worker:
-            flow_run = await worker.client.read_flow_run(UUID(run_id))
-            configuration = await CrewJobConfiguration.resolve_for_flow_run(
-                flow_run, client=worker.client, work_pool=worker.work_pool, worker_name=worker.name
-            )
-            await worker.run(flow_run, configuration)
-            found = await worker.client.read_flow_run(flow_run.id)
+    async with CrewWorker(pool.name, name="in process") as worker:
+        flow_run = await worker.client.read_flow_run(UUID(run_id))
+        configuration = await CrewJobConfiguration.resolve_for_flow_run(
+            flow_run, client=worker.client, work_pool=worker.work_pool, worker_name=worker.name
+        )
+        await worker.run(flow_run, configuration)
+        found = await worker.client.read_flow_run(flow_run.id)
     assert found.state is not None
     assert (found.state.name, found.state.message) == (state, "In good time.")
+
+
+@pytest.mark.usefixtures("connection")
+async def test_what_has_ended_is_not_handed_over(pool: CrewPool):
+    deployment = await asyncio.to_thread(pool.deploy, "ended", f"{USER_FLOWS}.sleeps")
+    run_id = await asyncio.to_thread(partial(pool.start, deployment, at=datetime.now(UTC) + timedelta(hours=1)))
+    async with get_client() as client:
+        seen = (await client.read_flow_run(UUID(run_id))).state_id
+        await client.set_flow_run_state(UUID(run_id), Running(), force=True)
+        assert not await hand_over(client, UUID(run_id), "Its worker is gone.", only_from=seen)
+        await client.set_flow_run_state(UUID(run_id), Completed())
+        assert not await hand_over(client, UUID(run_id), "Its worker is gone.")
+        assert (await client.read_flow_run(UUID(run_id))).state_name == "Completed"
+
+
+@pytest.mark.usefixtures("prefect_api")
+async def test_a_slot_of_a_deployments_limit_that_is_gone_ends_no_flow_run(caplog: pytest.LogCaptureFixture):
+    @flow
+    async def limited() -> list[str]:
+        lease: Any = prefect.flow_engine.amaintain_concurrency_lease  # pyright: ignore[reportPrivateImportUsage]
+        async with lease(uuid4(), 0.1, raise_on_lease_renewal_failure=True), asyncio.timeout(60):
+            while "holds its slot of the deployment's limit no more" not in caplog.text:
+                await asyncio.sleep(0.1)
+            return [thread.name for thread in threading.enumerate()]
+
+    with many_flow_runs():
+        threads = await limited()
+    assert not [name for name in threads if "lease" in name]
 
 
 class Handed:
