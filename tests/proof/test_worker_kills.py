@@ -14,12 +14,14 @@ from pathlib import Path
 import pytest
 
 from prefect_crew.api.models import CrewInput
+from prefect_crew.record_store import PrefectRecords
+from prefect_crew.records import RecordPhase
 from prefect_crew.server import CrewServer
 from prefect_crew.server.program import Outcome, Run
 from support.crew_pool import USER_FLOWS, CrewOnCommand, CrewPool
 from support.deployed import wait_until
 from support.postgres import Postgres
-from support.prefect_server import PrefectServer
+from support.prefect_server import PrefectServer, connected
 from support.workers import Worker
 
 pytestmark = pytest.mark.slow
@@ -186,7 +188,7 @@ class Cluster:
     def start_runs(self, durations: list[float]) -> None:
         for seconds in durations:
             inputs = {"topic": f"topic {len(self.runs)}", "seconds": f"{seconds:.1f}"}
-            key = f"key {len(self.runs)}"
+            key = f"{self.pool.name} {len(self.runs)}"  # the server is shared
             self.runs.append(self.pool.start(self.deployment, crew="lasting", inputs=inputs, run_key=key))
 
     def open(self) -> int:
@@ -204,15 +206,26 @@ class Cluster:
     def check(self) -> collections.Counter[str]:
         """Fail unless each key was kicked off once at most, and every flow run ended well or honestly."""
         ends: collections.Counter[str] = collections.Counter()
+        completed = list[str]()
         for run_id in self.runs:
             run = self.pool.flow_run(run_id)
             uncertain = "KickoffUncertainError" in (run["state"]["message"] or "")
             ends["uncertain" if uncertain else run["state_name"]] += 1
+            if run["state_name"] == "Completed":
+                completed.append(run["parameters"]["run_key"])
+        with connected(self.pool.server, self.pool.folder / "home"):
+            phases = asyncio.run(self.phases(completed))
+        assert phases == {RecordPhase.ENDED}, "the records of completed runs have ended"
         assert max(self.crew.kickoffs_by_run_key.values()) == 1, "no second kickoff"
         assert set(ends) <= {"Completed", "uncertain"}, ends
         assert len(self.crew.kickoffs_by_run_key) == self.crew.kickoffs == len(self.crew.runs)
         assert self.crew.kickoffs >= ends["Completed"]
         return ends
+
+    async def phases(self, keys: list[str]) -> set[RecordPhase]:
+        """Return the phases of the last attempts under these keys."""
+        records = PrefectRecords()
+        return {(await records.attempts(key))[-1].phase for key in keys}
 
     def seconds_until_all_ended(self, seconds: float) -> float:
         start = time.monotonic()
