@@ -12,6 +12,8 @@ What a worker of coroutines has to do itself:
   back under the same name. A flow run names its owner in `infrastructure_pid`: the worker's name and a number drawn at
   its start. Creating a flow run input whose key is the orphaned state's id decides who adopts, since such keys are
   unique on the server.
+- Heartbeats. Its own stand for all its flow runs, which send none: so an automation on missing heartbeats, as
+  deployments/automations.py makes one, leaves them alone.
 - Losing. A worker that was frozen, or cut off from the server, may have lost flow runs to another one. It checks who
   owns them before it proposes a state, and ends what is no longer its own without a word to the server.
 """

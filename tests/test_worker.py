@@ -62,7 +62,6 @@ def test_the_crew_of_a_flow_run_that_is_gone_is_asked_to_stop_once(pool: CrewPoo
             inputs_digest="",
             owner=key,
             claimed_at=datetime.now(UTC),
-            known_by=datetime.now(UTC),
             phase=RecordPhase.STARTED,
             flow_run_id=str(flow_run.id),
             kickoff_id=kickoff_id,
@@ -168,6 +167,7 @@ def test_a_flow_that_blocks_the_loop_is_named(pool: CrewPool, worker: Worker):
 @pytest.mark.usefixtures("worker")
 def test_results_are_persisted_where_the_flow_says_so(pool: CrewPool):
     data = {}
+    parameters: dict[str, Any]
     for name, parameters in {"persists": {}, "sleeps": {"seconds": 0.1}}.items():
         run = pool.wait_for(pool.start(pool.deploy(name, f"{USER_FLOWS}.{name}"), **parameters))
         assert run["state_name"] == "Completed"
@@ -410,7 +410,12 @@ def test_a_batch_with_a_ledger_in_a_file_is_refused_where_several_workers_could_
     deployment = pool.deploy("batch", "prefect_crew.operations.batch_file")
 
     def run(name: str) -> dict[str, Any]:
-        given = {"crew": "quick", "dataset": str(rows), "name": name, "output": str(pool.folder / f"{name}.jsonl")}
+        given: dict[str, Any] = {
+            "crew": "quick",
+            "dataset": str(rows),
+            "name": name,
+            "output": str(pool.folder / f"{name}.jsonl"),
+        }
         return pool.wait_for(pool.start(deployment, **given), seconds=120)
 
     pool.worker("one")
@@ -432,7 +437,7 @@ def test_a_limit_holds_and_its_slot_is_free_after_handing_over_and_adopting(
     with CrewPool(prefect_server, tmp_path, heartbeat=3) as pool:
         program = CrewOnCommand()
         crew = pool.add_crew("on-command", program)
-        limit = {"concurrency_limit": 1} if what == "deployment" else {}
+        limit: dict[str, Any] = {"concurrency_limit": 1} if what == "deployment" else {}
         deployment = pool.deploy("on-command", **limit)
         if what == "work queue":
             command("prefect", "work-queue", "set-concurrency-limit", "default", "1", "--pool", pool.name, env=pool.env)
