@@ -1,4 +1,4 @@
-"""Which flow runs of a pool of crew workers have lost their worker, as the Prefect server knows it; giving them back.
+"""Flow runs of a pool of crew workers that have lost their worker, as the Prefect server knows it, and their ends.
 
 Apart from the worker itself, whose import takes longer: `prefect-crew doctor` looks as well.
 """
@@ -8,9 +8,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from uuid import UUID
 
+import httpx
 from prefect.client.orchestration import PrefectClient
 from prefect.client.schemas.filters import (
     FlowRunFilter,
+    FlowRunFilterParentFlowRunId,
     FlowRunFilterState,
     FlowRunFilterStateName,
     FlowRunFilterStateType,
@@ -18,8 +20,17 @@ from prefect.client.schemas.filters import (
     WorkPoolFilterName,
 )
 from prefect.client.schemas.objects import FlowRun, StateType, WorkerStatus
+from prefect.exceptions import PrefectException
+from prefect.logging.loggers import flow_run_logger
 from prefect.states import AwaitingRetry
 from prefect.utilities.engine import propose_state
+
+from prefect_crew.actions import stop_run
+from prefect_crew.api.errors import ConfigurationError, CrewError
+from prefect_crew.blocks import find_crew
+from prefect_crew.record_store import PrefectRecords
+from prefect_crew.records import RecordPhase
+from prefect_crew.stopping import stop_was_asked
 
 __all__ = [
     "CANCELLING",
@@ -30,6 +41,7 @@ __all__ = [
     "hand_over",
     "is_orphan",
     "owner_name",
+    "stop_crews_of",
     "workers_of",
 ]
 
@@ -120,3 +132,47 @@ async def hand_over(client: PrefectClient, flow_run_id: UUID, why: str, *, only_
     await client.update_flow_run(flow_run_id, empirical_policy=policy, infrastructure_pid=HANDED_OVER)
     await propose_state(client, AwaitingRetry(message=why, scheduled_time=retry_at), flow_run_id=flow_run_id)
     return True
+
+
+async def stop_crews_of(client: PrefectClient, flow_run: FlowRun) -> None:
+    """Stop the crews whose runs a flow run, or a subflow of it, has started and nobody else waits for.
+
+    Rows of a batch are in its ledger, not here: `prefect-crew batch cancel` stops those.
+    """
+    records = PrefectRecords()
+    ids = {str(one) for one in await _with_subflows(client, flow_run.id)}
+    log = flow_run_logger(flow_run)
+    async for record in records.all():
+        if record.flow_run_id not in ids or record.phase not in (RecordPhase.STARTED, RecordPhase.UNCERTAIN):
+            continue
+        if stop_was_asked(record):
+            continue
+        if record.kickoff_id is None:
+            text = "The kickoff of run %r is uncertain: a run that it started runs on at %s."
+            log.warning(text, record.run_key, record.crew_url)
+            continue
+        if others := await records.other_waiters(record, record.flow_run_id):
+            log.warning("Crew run %s runs on: flow run %s waits for it too.", record.kickoff_id, ", ".join(others))
+            continue
+        try:
+            crew = await find_crew(record)
+            if crew is None:
+                raise ConfigurationError(f"no block {record.crew!r} has its address")
+            answer = await stop_run(crew, record.kickoff_id, run_key=record.run_key)
+        except (CrewError, httpx.HTTPError, PrefectException) as error:
+            log.warning(
+                "Crew run %s could not be stopped (%s): it runs on at %s.", record.kickoff_id, error, record.crew_url
+            )
+        else:
+            log.info("Crew run %s was asked to stop: %s.", record.kickoff_id, answer.outcome)
+
+
+async def _with_subflows(client: PrefectClient, flow_run_id: UUID) -> list[UUID]:
+    found, at = [flow_run_id], 0
+    while at < len(found):
+        parents = FlowRunFilterParentFlowRunId(any_=found[at:])
+        at = len(found)
+        found += [
+            one.id for one in await client.read_flow_runs(flow_run_filter=FlowRunFilter(parent_flow_run_id=parents))
+        ]
+    return found

@@ -42,7 +42,6 @@ from prefect.client.schemas.actions import WorkPoolUpdate
 from prefect.client.schemas.filters import (
     FlowRunFilter,
     FlowRunFilterId,
-    FlowRunFilterParentFlowRunId,
 )
 from prefect.client.schemas.objects import FlowRun, State
 from prefect.context import AsyncClientContext, FlowRunContext
@@ -55,7 +54,6 @@ from prefect.workers.base import BaseJobConfiguration, BaseWorker, BaseWorkerRes
 from pydantic import PrivateAttr
 
 from prefect_crew._internal.flow_engine import Ending, many_flow_runs, run_flow_here
-from prefect_crew.actions import stop_run
 from prefect_crew.adoption import (
     CANCELLING,
     PAGE,
@@ -64,15 +62,12 @@ from prefect_crew.adoption import (
     hand_over,
     is_orphan,
     owner_name,
+    stop_crews_of,
     workers_of,
 )
 from prefect_crew.api._wire import shared_connections
 from prefect_crew.api.errors import ConfigurationError, CrewError
-from prefect_crew.blocks import find_crew
-from prefect_crew.record_store import PrefectRecords
-from prefect_crew.records import RecordPhase
 from prefect_crew.settings import CrewSettings
-from prefect_crew.stopping import stop_was_asked
 
 if TYPE_CHECKING:
     from prefect.client.schemas.responses import DeploymentResponse, WorkerFlowRunResponse
@@ -566,50 +561,6 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, BaseWorkerResult]):
     async def _propose(self, flow_run: FlowRun, state: State[Any]) -> None:
         with contextlib.suppress(Abort):
             await propose_state(self.client, state, flow_run_id=flow_run.id)
-
-
-async def stop_crews_of(client: PrefectClient, flow_run: FlowRun) -> None:
-    """Stop the crews whose runs a flow run, or a subflow of it, has started and nobody else waits for.
-
-    Rows of a batch are in its ledger, not here: `prefect-crew batch cancel` stops those.
-    """
-    records = PrefectRecords()
-    ids = {str(one) for one in await _with_subflows(client, flow_run.id)}
-    log = flow_run_logger(flow_run)
-    async for record in records.all():
-        if record.flow_run_id not in ids or record.phase not in (RecordPhase.STARTED, RecordPhase.UNCERTAIN):
-            continue
-        if stop_was_asked(record):
-            continue
-        if record.kickoff_id is None:
-            text = "The kickoff of run %r is uncertain: a run that it started runs on at %s."
-            log.warning(text, record.run_key, record.crew_url)
-            continue
-        if others := await records.other_waiters(record, record.flow_run_id):
-            log.warning("Crew run %s runs on: flow run %s waits for it too.", record.kickoff_id, ", ".join(others))
-            continue
-        try:
-            crew = await find_crew(record)
-            if crew is None:
-                raise ConfigurationError(f"no block {record.crew!r} has its address")
-            answer = await stop_run(crew, record.kickoff_id, run_key=record.run_key)
-        except (CrewError, httpx.HTTPError, PrefectException) as error:
-            log.warning(
-                "Crew run %s could not be stopped (%s): it runs on at %s.", record.kickoff_id, error, record.crew_url
-            )
-        else:
-            log.info("Crew run %s was asked to stop: %s.", record.kickoff_id, answer.outcome)
-
-
-async def _with_subflows(client: PrefectClient, flow_run_id: UUID) -> list[UUID]:
-    found, at = [flow_run_id], 0
-    while at < len(found):
-        parents = FlowRunFilterParentFlowRunId(any_=found[at:])
-        at = len(found)
-        found += [
-            one.id for one in await client.read_flow_runs(flow_run_filter=FlowRunFilter(parent_flow_run_id=parents))
-        ]
-    return found
 
 
 def is_away(error: httpx.HTTPError) -> bool:
