@@ -37,6 +37,7 @@ BUILTIN: dict[tuple[str, str], str] = {
     ("prefect_crew.batches.database", "OSError"): "the ledger is tried again, or the batch ends with a LedgerError",
     ("prefect_crew.batches.locks", "OSError"): "the lock is taken anew, or the batch ends with a LedgerError",
     ("prefect_crew.batches.run", "TypeError"): "a keyword that a function does not have",
+    ("prefect_crew._internal.flow_engine", "CancelledError"): "a flow run that another worker has goes on no further",
     ("prefect_crew.blocks", "ValueError"): "a validator of pydantic",
     ("prefect_crew.cli.running", "OSError"): "exit code 26",
     ("prefect_crew.cli.serving", "OSError"): "exit code 26",

@@ -107,7 +107,8 @@ async def test_records_and_left_over_notes_go_from_a_real_server(prefect_api: Pr
     assert counted.runs >= 1
     assert await store.attempts(ended.run_key)
     done = await pruned(store)
-    assert (done.runs, done.notes) == (counted.runs, counted.notes)
+    # Records of other tests on this server may come of age in between.
+    assert (done.runs >= counted.runs, done.notes) == (True, counted.notes)
     assert await store.attempts(ended.run_key) == []
     assert len(await store.attempts(flying.run_key)) == 1
     notes = [name async for name in store.waiter_notes()]

@@ -423,7 +423,7 @@ def test_ctrl_c_on_a_script_stops_the_crew(crew_server: CrewServerFactory, scrip
 def test_sigterm_to_a_script_leaves_the_crew_running_to_be_found_again(
     crew_server: CrewServerFactory, script: Any, seen: Seen
 ):
-    server, run_key = crew_server(slow(8), port=True), key()
+    server, run_key = crew_server(slow(20), port=True), key()
     process = script(server, run_key)
     wait_until(lambda: server.requests["status"])
     process.send(signal.SIGTERM)
