@@ -135,10 +135,10 @@ async def test_how_long_a_record_has_not_been_changed_is_told_by_the_server(pref
     one = record(f"key {uuid.uuid4()}", RecordPhase.CLAIMED)
     assert await store.claim(one)
     assert await store.permit(one, 30.0, late=False)
-    await asyncio.sleep(3.0)
+    await asyncio.sleep(5.0)
     before = (await store.attempts(one.run_key))[0].idle
     one.phase = RecordPhase.NOT_STARTED
     await store.save(one)
     after = (await store.attempts(one.run_key))[0].idle
-    assert before >= 2.0
+    assert before >= 2.0  # the Date of an answer has whole seconds
     assert after < before
