@@ -30,6 +30,8 @@ UNCLEAR = frozenset(
 LIES = frozenset({"400", "401", "403", "404", "405", "422", "429", "429-bare", "503"})
 """Answers that mean "not started". A server that starts a run and then gives one of them lies, and what it lied about
 is bought again: no client can tell."""
+READ_WITHIN = 1.0
+"""Seconds between a caller's reading of a record and what it says of it, at most."""
 WRITTEN_WITHIN = 1.0
 """Simulated seconds, on a good day, from the answer to a kickoff to its id being on record."""
 WINDOW = 5.0
@@ -146,9 +148,12 @@ def _certain(world: World) -> Iterator[str]:
 
 def _may_be_uncertain(world: World, end: Ending, error: KickoffUncertainError) -> bool:
     about = (error.run_key, int(error.sent["attempt"]))
-    written = [change.value for change in world.prefect.changes if change.at <= end.at and change.value is not None]
-    record = [value for value in written if (value["run_key"], value["attempt"]) == about][-1]
-    owner = world.owners[record["owner"]]
+    written = [(one.at, one.value) for one in world.prefect.changes if one.at <= end.at and one.value is not None]
+    versions = [(at, value) for at, value in written if (value["run_key"], value["attempt"]) == about]
+    # Somebody may resolve it between a caller's reading and its telling.
+    before = [value for _, value in versions[:-1] if versions[-1][0] > end.at - READ_WITHIN]
+    read = [*before[-1:], versions[-1][1]]
+    owner = world.owners[read[-1]["owner"]]
     if owner.was_frozen or owner.was_cancelled or end.process.was_frozen:  # what a sleeper has read is old
         return True
     if (crashed := owner.facts["call"].crashed_at) is not None and end.at >= owner.facts["began"] + crashed:
@@ -159,7 +164,7 @@ def _may_be_uncertain(world: World, end: Ending, error: KickoffUncertainError) -
     slow = sum(fault.value or 0 for fault in fired if fault.kind.name == "latency") >= REQUEST_TIMEOUT
     network = slow or any(fault.kind.name in UNCLEAR for fault in fired) or world.site.crashes > 0
     # A Prefect API that is away leaves the claim as it is.
-    return network if record["phase"] == "uncertain" else bool(world.prefect.fired)
+    return network if any(one["phase"] == "uncertain" for one in read) else bool(world.prefect.fired)
 
 
 def _true_results(world: World) -> Iterator[str]:
