@@ -204,7 +204,7 @@ class Login(BaseModel):
 
 def stored(seen: Seen, crew: str) -> dict[str, Any]:
     """Return the flow run that a call outside of a flow has made for a crew of this name."""
-    (run,) = [run for run in seen.flow_runs(FLOW) if run["parameters"]["crew"] == crew]
+    (run,) = [run for run in seen.flow_runs(FLOW) if run["parameters"].get("crew") == crew]
     return run
 
 
@@ -506,6 +506,8 @@ def test_what_the_record_costs(crew_server: CrewServerFactory, proxy: Proxy, run
     # That of Prefect itself: what has to do with the record is in Variables, or asks after flow runs.
     prefects = ("/logs", "/events", "csrf", "/concurrency_limits", "/admin")
     others = [one for one in made if one not in shown and not any(part in one for part in prefects)]
+    # A change of one and the same Variable is the same one, sent again: the permit and the record are two.
+    others = [one for n, one in enumerate(others) if not (one.startswith("PATCH") and one in others[:n])]
     kinds = [re.sub("/[0-9a-f-]{36}$", "/ID", request).replace("/api/", "") for request in others]
     create, read, change = "POST variables/", "POST variables/filter", "PATCH variables/ID"
     # The claim, the second reading, the permit, whether the id is another run's, the id, the end.
