@@ -223,7 +223,8 @@ def _timeouts(world: World) -> Iterator[str]:
         for record in world.prefect.records(key_of(end.call.key)):
             if record.get("kickoff_id") == end.value.kickoff_id:
                 waited = EPOCH + end.at - datetime.fromisoformat(record["kicked_off_at"]).timestamp()
-                if waited < end.value.budget - 0.001:
+                # Where a write came late, another may stand in the end than the one that was read.
+                if waited < end.value.budget - (1.0 if world.prefect.fired else 0.001):
                     yield f"{end.process.name} gave up after {waited:.1f} s, its time was {end.value.budget:g} s"
 
 
