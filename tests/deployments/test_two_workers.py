@@ -62,9 +62,10 @@ def test_a_pipeline_whose_worker_dies_ends_on_the_other_one_and_nothing_is_paid_
     assert run["state_type"] == "COMPLETED", run["state"]["message"]
     assert run["run_count"] == 2
     assert str(run_id) in alive.log.read_text()
-    assert {step: site.crews[step].kickoffs_by_run_key for step in ("research", "write", "review")} == {
-        step: {f"two-workers/{step}": 1} for step in ("research", "write", "review")
-    }
+    for step in ("research", "write", "review"):
+        # A schedule of the site may fire meanwhile, at the full hour, under a key of its own.
+        ours = {key: n for key, n in site.crews[step].kickoffs_by_run_key.items() if key.startswith("two-workers/")}
+        assert ours == {f"two-workers/{step}": 1}
     states = site.call("GET", f"/flow_run_states/?flow_run_id={run_id}")
     states.sort(key=lambda state: datetime.fromisoformat(state["timestamp"]))
     names = [state["name"] for state in states]
