@@ -220,12 +220,16 @@ def _timeouts(world: World) -> Iterator[str]:
     for end in world.endings:
         if not isinstance(end.value, CrewTimeoutError) or end.value.phase == "human":
             continue
-        for record in world.prefect.records(key_of(end.call.key)):
-            if record.get("kickoff_id") == end.value.kickoff_id:
-                waited = EPOCH + end.at - datetime.fromisoformat(record["kicked_off_at"]).timestamp()
-                # Where a write came late, another may stand in the end than the one that was read.
-                if waited < end.value.budget - (1.0 if world.prefect.fired else 0.001):
-                    yield f"{end.process.name} gave up after {waited:.1f} s, its time was {end.value.budget:g} s"
+        # As it stood when the caller gave up: where a write came late, another moment may stand in the end.
+        told = [
+            datetime.fromisoformat(change.value["kicked_off_at"]).timestamp()
+            for change in world.prefect.changes
+            if change.value is not None and change.at <= end.at
+            if change.value.get("kickoff_id") == end.value.kickoff_id and change.value.get("kicked_off_at")
+        ]
+        waited = EPOCH + end.at - min(told, default=0.0)
+        if waited < end.value.budget - 0.001:
+            yield f"{end.process.name} gave up after {waited:.1f} s, its time was {end.value.budget:g} s"
 
 
 _NEXT = {
