@@ -47,7 +47,7 @@ sample: $(VENV)/.tests
 	$(BIN)/python -m pytest -m slow --sample $(SAMPLE) --time-limit $(TIME) $(if $(SEED),--sample-seed $(SEED)) $(ARGS)
 
 # Single mistakes in the modules that decide and post, MUTANTS of them (30) chosen by SEED, all in one MODULE if that is
-# said (such as records.py): who sees each.
+# said (such as runs/kickoff.py): who sees each.
 mutate: $(VENV)/.tests
 	$(BIN)/python tests/proof/mutate.py --mutants $(MUTANTS) $(if $(SEED),--seed $(SEED)) $(if $(MODULE),--module $(MODULE))
 
@@ -62,6 +62,8 @@ lint: $(VENV)/.lint
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/lint-imports --no-logo
+	$(BIN)/deptry prefect_crew
 
 format: $(VENV)/.lint
 	$(BIN)/ruff check --fix

@@ -135,16 +135,16 @@ async def batch_default(given: argparse.Namespace) -> dict[str, Any]:
 async def batch(given: argparse.Namespace, *, knows: bool = True) -> dict[str, Any]:
     """With a policy that knows how long a run takes, as the loop does."""
     from prefect_crew import DeployedCrew, WaitPolicy, arun_batch
-    from prefect_crew.batches import opened
+    from prefect_crew.batches import batch as batch_module
 
     ledgers: list[Any] = []
 
-    class Seen(opened.Ledger):
+    class Seen(batch_module.Ledger):
         async def __aenter__(self) -> Any:
             ledgers.append(self)
             return await super().__aenter__()
 
-    opened.Ledger = Seen  # type: ignore[misc]
+    batch_module.Ledger = Seen  # type: ignore[misc]
     crew = DeployedCrew(url=given.url, token=TOKEN)  # type: ignore[arg-type]
     wait = WaitPolicy(initial=max(given.seconds, 0.001), factor=1, max_interval=10, jitter=0) if knows else None
     started = time.perf_counter()
@@ -167,7 +167,7 @@ async def ledger(given: argparse.Namespace) -> dict[str, Any]:
     import uuid
 
     from prefect_crew.batches.ledger import Ledger
-    from prefect_crew.records import RecordPhase, RunRecord, known_by, utcnow
+    from prefect_crew.records.model import RecordPhase, RunRecord, known_by, utcnow
 
     started = time.perf_counter()
     async with Ledger(given.ledger or f"{given.output}.ledger.db", "bench") as ledger:

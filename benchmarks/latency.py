@@ -16,7 +16,7 @@ import time
 from prefect import flow
 
 from prefect_crew import CrewClient, CrewState, DeployedCrew, arun_crew
-from prefect_crew.server import CrewScript, CrewServer
+from prefect_crew.devserver import CrewScript, CrewServer
 
 
 def script(seconds: float) -> CrewScript:

@@ -15,7 +15,7 @@ from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 
 from prefect_crew import CrewStep, DeployedCrew, WaitPolicy, arun_pipeline
-from prefect_crew.server import CrewScript, CrewServer
+from prefect_crew.devserver import CrewScript, CrewServer
 
 LAYERS, WIDE, SECONDS = 5, 4, 0.2
 

@@ -30,7 +30,7 @@ IN_FLIGHT = 8
 
 SERVE = """
 import sys
-from prefect_crew.server.serve import serve
+from prefect_crew.devserver.server import serve
 serve(sys.argv[1], port=0, token=sys.argv[2], dialect="union")
 """
 

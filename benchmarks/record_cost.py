@@ -26,9 +26,10 @@ import httpx
 from prefect import flow
 from prefect.settings import PREFECT_API_URL
 
-from prefect_crew import DeployedCrew, arun_crew, kickoffs, waits
-from prefect_crew.records import RunRecord
-from prefect_crew.server import CrewServer
+from prefect_crew import DeployedCrew, arun_crew
+from prefect_crew.devserver import CrewServer
+from prefect_crew.records.model import RunRecord
+from prefect_crew.runs import kickoff, wait
 
 
 class Here:
@@ -96,8 +97,8 @@ async def main() -> None:
                     recorded.append(await one(crew, f"recorded-{number}"))
                 here = Here()
                 with (
-                    mock.patch.object(kickoffs, "PrefectRecords", lambda here=here: here),
-                    mock.patch.object(waits, "PrefectRecords", lambda here=here: here),
+                    mock.patch.object(kickoff, "PrefectRecords", lambda here=here: here),
+                    mock.patch.object(wait, "PrefectRecords", lambda here=here: here),
                 ):
                     bare.append(await one(crew, f"bare-{number}"))
 

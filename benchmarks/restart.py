@@ -22,7 +22,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-from prefect_crew.server import CrewServer
+from prefect_crew.devserver import CrewServer
 from proof.ways import WAYS, Ways, waited_for
 from support.deployed import flow_processes
 from support.prefect_server import PrefectServer, connected

@@ -22,7 +22,7 @@ from typing import Any
 
 import httpx
 
-from prefect_crew.server import CrewScript, CrewServer
+from prefect_crew.devserver import CrewScript, CrewServer
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent

@@ -61,7 +61,7 @@ class Crew:
 
 
 def serve_crew(seconds: float) -> None:
-    from prefect_crew.server import CrewScript, CrewServer
+    from prefect_crew.devserver import CrewScript, CrewServer
 
     tasks = [{"name": "work", "seconds": seconds, "output": "done"}]
     with CrewServer(CrewScript.model_validate({"name": "timed", "inputs": ["row"], "tasks": tasks})) as server:

@@ -8,24 +8,24 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from prefect_crew.lazy import lazy_names
+from prefect_crew._internal.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from prefect_crew.api.client import CrewClient
-    from prefect_crew.api.models import (
+    from prefect_crew.batches.report import BatchPlan, BatchReport
+    from prefect_crew.batches.run import aplan_batch, arun_batch, plan_batch, run_batch
+    from prefect_crew.blocks import CrewRun, DeployedCrew
+    from prefect_crew.client._client import CrewClient
+    from prefect_crew.client.models import (
         CrewInput,
         CrewResult,
-        CrewState,
         CrewStatus,
         ResumeAnswer,
         StopAnswer,
         TaskResult,
         TokenUsage,
     )
-    from prefect_crew.api.webhooks import BasicAuth, BearerAuth, HumanInputWebhook, StreamWebhook, Webhooks
-    from prefect_crew.batches.report import BatchPlan, BatchReport
-    from prefect_crew.batches.run import aplan_batch, arun_batch, plan_batch, run_batch
-    from prefect_crew.blocks import CrewRun, DeployedCrew
+    from prefect_crew.client.webhooks import BasicAuth, BearerAuth, HumanInputWebhook, StreamWebhook, Webhooks
+    from prefect_crew.crew import WaitPolicy
     from prefect_crew.exceptions import (
         AnsweredError,
         AuthenticationError,
@@ -59,10 +59,10 @@ if TYPE_CHECKING:
         RunKeyConflictError,
         ServerError,
     )
-    from prefect_crew.pipelines import (
-        CrewStep,
-        PipelineContext,
-        PipelinePlan,
+    from prefect_crew.flows import arun_crew, get_result, run_crew, run_deployed_crew
+    from prefect_crew.pipelines.check import PipelinePlan
+    from prefect_crew.pipelines.graph import CrewStep, PipelineContext
+    from prefect_crew.pipelines.run import (
         PipelineResult,
         aplan_pipeline,
         arun_pipeline,
@@ -70,10 +70,9 @@ if TYPE_CHECKING:
         run_deployed_pipeline,
         run_pipeline,
     )
-    from prefect_crew.reviews import Review, ReviewRequest
-    from prefect_crew.runs import arun_crew, get_result, run_crew, run_deployed_crew
+    from prefect_crew.runs.reviews.answer import Review, ReviewRequest
+    from prefect_crew.states import CrewState
     from prefect_crew.tasks import discover_inputs, kickoff_crew, resume_crew, stop_crew, wait_for_crew
-    from prefect_crew.waiting import WaitPolicy
 
 __all__ = [
     "AnsweredError",
@@ -156,32 +155,32 @@ _HOMES = {
     "AnsweredError": "exceptions",
     "AuthenticationError": "exceptions",
     "BadRowsError": "exceptions",
-    "BasicAuth": "api.webhooks",
+    "BasicAuth": "client.webhooks",
     "BatchBusyError": "exceptions",
     "BatchCancelledError": "exceptions",
     "BatchChangedError": "exceptions",
     "BatchFailedError": "exceptions",
     "BatchPlan": "batches.report",
     "BatchReport": "batches.report",
-    "BearerAuth": "api.webhooks",
+    "BearerAuth": "client.webhooks",
     "ConfigurationError": "exceptions",
     "CrewAPIError": "exceptions",
-    "CrewClient": "api.client",
+    "CrewClient": "client._client",
     "CrewConnectionError": "exceptions",
     "CrewError": "exceptions",
     "CrewFailedError": "exceptions",
-    "CrewInput": "api.models",
+    "CrewInput": "client.models",
     "CrewLostError": "exceptions",
-    "CrewResult": "api.models",
+    "CrewResult": "client.models",
     "CrewRun": "blocks",
-    "CrewState": "api.models",
-    "CrewStatus": "api.models",
-    "CrewStep": "pipelines",
+    "CrewState": "states",
+    "CrewStatus": "client.models",
+    "CrewStep": "pipelines.run",
     "CrewStoppedError": "exceptions",
     "CrewTimeoutError": "exceptions",
     "DatasetError": "exceptions",
     "DeployedCrew": "blocks",
-    "HumanInputWebhook": "api.webhooks",
+    "HumanInputWebhook": "client.webhooks",
     "InvalidCallError": "exceptions",
     "InvalidInputsError": "exceptions",
     "KickoffUncertainError": "exceptions",
@@ -190,41 +189,41 @@ _HOMES = {
     "NotFoundError": "exceptions",
     "OutputError": "exceptions",
     "OutputTypeError": "exceptions",
-    "PipelineContext": "pipelines",
+    "PipelineContext": "pipelines.run",
     "PipelineFailedError": "exceptions",
-    "PipelinePlan": "pipelines",
-    "PipelineResult": "pipelines",
+    "PipelinePlan": "pipelines.run",
+    "PipelineResult": "pipelines.run",
     "PrefectAwayError": "exceptions",
     "RateLimitedError": "exceptions",
     "ResponseFormatError": "exceptions",
-    "ResumeAnswer": "api.models",
-    "Review": "reviews",
+    "ResumeAnswer": "client.models",
+    "Review": "runs.reviews.answer",
     "ReviewLimitError": "exceptions",
-    "ReviewRequest": "reviews",
+    "ReviewRequest": "runs.reviews.answer",
     "RunKeyConflictError": "exceptions",
     "ServerError": "exceptions",
-    "StopAnswer": "api.models",
-    "StreamWebhook": "api.webhooks",
-    "TaskResult": "api.models",
-    "TokenUsage": "api.models",
-    "WaitPolicy": "waiting",
-    "Webhooks": "api.webhooks",
+    "StopAnswer": "client.models",
+    "StreamWebhook": "client.webhooks",
+    "TaskResult": "client.models",
+    "TokenUsage": "client.models",
+    "WaitPolicy": "crew",
+    "Webhooks": "client.webhooks",
     "aplan_batch": "batches.run",
-    "aplan_pipeline": "pipelines",
+    "aplan_pipeline": "pipelines.run",
     "arun_batch": "batches.run",
-    "arun_crew": "runs",
-    "arun_pipeline": "pipelines",
+    "arun_crew": "flows",
+    "arun_pipeline": "pipelines.run",
     "discover_inputs": "tasks",
-    "get_result": "runs",
+    "get_result": "flows",
     "kickoff_crew": "tasks",
     "plan_batch": "batches.run",
-    "plan_pipeline": "pipelines",
+    "plan_pipeline": "pipelines.run",
     "resume_crew": "tasks",
     "run_batch": "batches.run",
-    "run_crew": "runs",
-    "run_deployed_crew": "runs",
-    "run_deployed_pipeline": "pipelines",
-    "run_pipeline": "pipelines",
+    "run_crew": "flows",
+    "run_deployed_crew": "flows",
+    "run_deployed_pipeline": "pipelines.run",
+    "run_pipeline": "pipelines.run",
     "stop_crew": "tasks",
     "wait_for_crew": "tasks",
 }

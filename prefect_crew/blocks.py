@@ -16,20 +16,18 @@ from prefect.blocks.abstract import JobBlock, JobRun
 from prefect.exceptions import ObjectNotFound
 from pydantic import BaseModel, ConfigDict, Field, HttpUrl, SecretStr, field_validator, model_validator
 
-from prefect_crew.api._http import checked_url
-from prefect_crew.api.errors import ConfigurationError
-from prefect_crew.api.models import CrewResult, ResumeAnswer, StopAnswer
-from prefect_crew.crew import Crew
-from prefect_crew.dual import dual
+from prefect_crew._internal.callables import dual
+from prefect_crew.client._transport import checked_url
+from prefect_crew.client.models import CrewResult, ResumeAnswer, StopAnswer
+from prefect_crew.crew import Crew, WaitPolicy
+from prefect_crew.exceptions import ConfigurationError
 from prefect_crew.settings import CrewSettings
-from prefect_crew.waiting import WaitPolicy
 
 if TYPE_CHECKING:
-    from prefect_crew.api.client import CrewClient
-    from prefect_crew.api.webhooks import Webhooks
-    from prefect_crew.records import RunRecord
+    from prefect_crew.client._client import CrewClient
+    from prefect_crew.client.webhooks import Webhooks
+    from prefect_crew.records.model import RunRecord
 
-__all__ = ["CrewRun", "DeployedCrew", "find_crew", "load_crew"]
 
 # Prefect imports this module whenever it starts. What runs a crew takes half a second more, so methods import it.
 _BLOCK_NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
@@ -202,7 +200,7 @@ class DeployedCrew(JobBlock[CrewResult]):
         webhooks: Webhooks | None = None,
         restore_from: str | UUID | None = None,
     ) -> CrewRun:
-        from prefect_crew.kickoffs import open_run
+        from prefect_crew.runs.kickoff import open_run
 
         run = await open_run(
             self.crew,
@@ -246,7 +244,7 @@ class CrewRun(JobRun[CrewResult]):
         Raises:
             CrewFailedError, CrewStoppedError, CrewLostError, CrewTimeoutError: As `wait_for_crew`.
         """
-        from prefect_crew.waits import wait_for_run
+        from prefect_crew.runs.wait import wait_for_run
 
         self._result = await wait_for_run(self.crew, self.kickoff_id, run_key=self.run_key, wait=wait)
 
@@ -257,7 +255,7 @@ class CrewRun(JobRun[CrewResult]):
         Raises:
             CrewError: It has not completed; the message says where it stands.
         """
-        from prefect_crew.lookups import find_run, read_result
+        from prefect_crew.runs.run import find_run, read_result
 
         if self._result is None:
             run = await find_run(self.crew, self.kickoff_id, self.run_key, take=False)
@@ -267,7 +265,7 @@ class CrewRun(JobRun[CrewResult]):
     @dual
     async def stop(self) -> StopAnswer:
         """Ask the crew's server to stop the run."""
-        from prefect_crew.actions import stop_run
+        from prefect_crew.runs.actions import stop_run
 
         return await stop_run(self.crew, self.kickoff_id, run_key=self.run_key)
 
@@ -276,7 +274,7 @@ class CrewRun(JobRun[CrewResult]):
         self, feedback: str, *, approve: bool, task_id: str | None = None, webhooks: Webhooks | None = None
     ) -> ResumeAnswer:
         """Answer for the person that the run waits for."""
-        from prefect_crew.actions import resume_run
+        from prefect_crew.runs.actions import resume_run
 
         return await resume_run(
             self.crew, self.kickoff_id, feedback=feedback, approve=approve, task_id=task_id, webhooks=webhooks

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, AsyncExitStack, nullcontext
+from collections.abc import Awaitable, Callable, Generator, Iterable, Mapping
+from contextlib import AbstractContextManager, AsyncExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import httpx
 from prefect.exceptions import PrefectException
-from pydantic import Secret, SecretStr
+from pydantic import BaseModel, ConfigDict, Field, Secret, SecretStr, model_validator
 
-from prefect_crew.api.errors import AuthenticationError, InvalidCallError
-from prefect_crew.api.redaction import Redactor, holds_secret
-from prefect_crew.waiting import WaitPolicy
+from prefect_crew.client.redaction import Redactor, holds_secret
+from prefect_crew.exceptions import AuthenticationError, InvalidCallError
 
 if TYPE_CHECKING:
-    from prefect_crew.api.client import CrewClient
+    from prefect_crew.client._client import CrewClient
 
-__all__ = ["Crew", "CrewSession"]
 
 T = TypeVar("T")
 
@@ -63,7 +61,7 @@ class Crew:
 
     def client(self, *, transport: httpx.AsyncBaseTransport | None = None) -> CrewClient:
         """Return a client for it, to be used as an async context manager."""
-        from prefect_crew.api.client import CrewClient  # Prefect imports this module whenever it starts
+        from prefect_crew.client._client import CrewClient  # Prefect imports this module whenever it starts
 
         return CrewClient(
             self.url,
@@ -160,3 +158,88 @@ class CrewSession:
             if not await self.renew():
                 raise
         return await call(self.client)
+
+
+RETRY_AFTER_CAP = 300.0
+"""Seconds. A server that asks for more than this is asked again after this long."""
+
+
+class WaitPolicy(BaseModel):
+    """How to wait for a run. All times are seconds.
+
+    The status call is made after `initial` seconds, then after delays that grow by `factor` up to `max_interval`,
+    each varied by up to `jitter` of itself so that many waiters do not look at once.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    initial: float = Field(default=1.0, gt=0, description="Seconds from the kickoff to the first look at the status.")
+    factor: float = Field(default=1.5, ge=1, description="How much longer each pause is than the one before.")
+    max_interval: float = Field(default=10.0, gt=0, description="The longest pause between two looks, in seconds.")
+    jitter: float = Field(default=0.1, ge=0, lt=1, description="The share of a pause by which it varies at random.")
+    timeout: float | None = Field(
+        default=3600.0,
+        gt=0,
+        description="Seconds for pending and running together, counted from the recorded kickoff. Empty: no limit.",
+    )
+    pending_timeout: float | None = Field(
+        default=None,
+        gt=0,
+        description="Seconds that a run may be pending before it starts. Empty: no limit of its own.",
+    )
+    human_timeout: float | None = Field(
+        default=86400.0,
+        gt=0,
+        description="Seconds for people's answers, counted apart from `timeout`. Empty: no limit.",
+    )
+    error_timeout: float = Field(
+        default=600.0, gt=0, description="Seconds without one good answer to the status call before the wait gives up."
+    )
+    grace: float = Field(
+        default=30.0,
+        ge=0,
+        description="Seconds after the kickoff during which a run that the server does not know yet is fine.",
+    )
+    on_timeout: Literal["leave", "stop"] = Field(
+        default="leave", description="Whether a crew that is over its time is left running or stopped."
+    )
+    on_human_timeout: Literal["leave", "reject", "stop"] | None = Field(
+        default=None,
+        description="What happens when people's time is over: the crew is left waiting, its question is rejected once "
+        "with `human_message` and the time begins anew, or the crew is stopped. Empty: as `on_timeout` says.",
+    )
+    human_message: str = Field(
+        default="Nobody answered in time.", description="The feedback of a rejection that nobody made."
+    )
+    max_rounds: int | None = Field(
+        default=None,
+        ge=1,
+        description="How often one task may ask. When it asks once more the wait ends, and the crew is left waiting, "
+        "or stopped where `on_human_timeout` says so. Empty: no limit.",
+    )
+    next_round_after: float | None = Field(
+        default=300.0,
+        ge=0,
+        description="Seconds after an accepted answer from which an equal question, where nothing else tells the two "
+        "apart, counts as the next one, which people may answer; a function is never asked so. Empty: never.",
+    )
+
+    @model_validator(mode="after")
+    def _pauses_grow(self) -> WaitPolicy:
+        if self.initial > self.max_interval:
+            raise ValueError(f"initial ({self.initial:g} s) must not be above max_interval ({self.max_interval:g} s)")
+        return self
+
+
+# Process-wide: a context variable would not reach the threads of a sync flow's task runner.
+fast_intervals: list[float] = []
+
+
+@contextmanager
+def fast_polling(interval: float = 0.01) -> Generator[None]:
+    """Make every wait in this process look each `interval` seconds, whatever its policy says. For tests."""
+    fast_intervals.append(interval)
+    try:
+        yield
+    finally:
+        fast_intervals.remove(interval)

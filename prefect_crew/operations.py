@@ -16,15 +16,11 @@ from typing import Any
 
 from prefect import flow, get_run_logger
 
-from prefect_crew.api.errors import CrewError
-from prefect_crew.batches import BatchBusyError, BatchCancelledError, DatasetError
-from prefect_crew.batches.calls import from_plain
+from prefect_crew.batches.options import from_plain
 from prefect_crew.batches.report import BatchReport
 from prefect_crew.batches.run import arun_batch
-from prefect_crew.pruning import prune
-from prefect_crew.record_store import PrefectRecords
-
-__all__ = ["batch_file", "prune_records", "watch_folder"]
+from prefect_crew.exceptions import BatchBusyError, BatchCancelledError, CrewError, DatasetError
+from prefect_crew.records.store import PrefectRecords, prune
 
 
 @flow(flow_run_name="{name}")

@@ -8,8 +8,6 @@ from prefect.settings.base import PrefectBaseSettings, build_settings_config
 from pydantic import Field, SecretStr, field_validator
 from pydantic_settings import NoDecode, SettingsConfigDict
 
-__all__ = ["CrewSettings"]
-
 
 class CrewSettings(PrefectBaseSettings):
     """`PREFECT_INTEGRATIONS_CREW_*`. Read anew at each use, so that a changed profile or environment counts."""

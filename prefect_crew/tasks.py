@@ -17,23 +17,20 @@ from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
 from pydantic import BaseModel
 
-from prefect_crew.actions import resume_run, stop_run
-from prefect_crew.api.certainty import KickoffFate, kickoff_fate
-from prefect_crew.api.errors import ConfigurationError, CrewError
-from prefect_crew.api.models import CrewInput, CrewResult, ResumeAnswer, StopAnswer
-from prefect_crew.api.redaction import HiddenValues, holds_secret
-from prefect_crew.api.webhooks import Webhooks
+from prefect_crew._internal.callables import in_async_context, run_sync
 from prefect_crew.blocks import DeployedCrew, load_crew
-from prefect_crew.choices import check_choices
-from prefect_crew.crew import Crew, CrewSession
-from prefect_crew.dual import in_async_context, run_sync
-from prefect_crew.kickoffs import open_run
-from prefect_crew.reviews import ReviewChoice
-from prefect_crew.run_keys import calling_task, identify
-from prefect_crew.waiting import WaitPolicy
-from prefect_crew.waits import wait_for_run
-
-__all__ = ["CrewTask", "discover_inputs", "kickoff_crew", "resume_crew", "stop_crew", "wait_for_crew"]
+from prefect_crew.client._retry_safety import KickoffFate, kickoff_fate
+from prefect_crew.client.models import CrewInput, CrewResult, ResumeAnswer, StopAnswer
+from prefect_crew.client.redaction import HiddenValues, holds_secret
+from prefect_crew.client.webhooks import Webhooks
+from prefect_crew.crew import Crew, CrewSession, WaitPolicy
+from prefect_crew.exceptions import ConfigurationError, CrewError
+from prefect_crew.records.keys import calling_task, identify
+from prefect_crew.runs.actions import resume_run, stop_run
+from prefect_crew.runs.kickoff import open_run
+from prefect_crew.runs.options import check_choices
+from prefect_crew.runs.reviews.answer import ReviewChoice
+from prefect_crew.runs.wait import wait_for_run
 
 P = ParamSpec("P")
 R = TypeVar("R")

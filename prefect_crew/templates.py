@@ -20,10 +20,9 @@ from jinja2.utils import Cycler, Joiner
 from pydantic import BaseModel, ConfigDict
 from pydantic_core import to_json
 
-from prefect_crew.api.errors import ConfigurationError
-from prefect_crew.api.models import CrewResult, CrewState, TaskResult, TokenUsage
-
-__all__ = ["GLOBALS", "RESULT_FIELDS", "attributes_in", "compiled", "names_in", "render"]
+from prefect_crew.client.models import CrewResult, TaskResult, TokenUsage
+from prefect_crew.exceptions import ConfigurationError
+from prefect_crew.states import CrewState
 
 
 def _readable(value: Any) -> Any:

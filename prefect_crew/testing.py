@@ -18,10 +18,8 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, overload
 import pytest
 
 if TYPE_CHECKING:
-    from prefect_crew.server.faults import Fault
-    from prefect_crew.server.local import CrewServer, InProcessCrewServer, Spec
-
-__all__ = ["CrewServerFactory", "crew_server", "instant_polling", "scripted_crew"]
+    from prefect_crew.devserver.faults import Fault
+    from prefect_crew.devserver.server import CrewServer, InProcessCrewServer, Spec
 
 
 class CrewServerFactory(Protocol):
@@ -55,12 +53,12 @@ def crew_server() -> Generator[CrewServerFactory, None, None]:
     a crew of this package such as "echo" or "travel"), a `module:factory` of CrewAI code, a `Program`, or a mapping of
     paths to those. Without a port only this process reaches it, through our own client; `port=True` takes a free port
     of the loopback interface, which any client and any other process can use. `options` are those of
-    `prefect_crew.server.CrewServer`: token, seed, speed, dialect, generation, journal, inspect, max_runs and so on.
+    `prefect_crew.devserver.CrewServer`: token, seed, speed, dialect, generation, journal, inspect, max_runs and so on.
 
     The server has url, token, headers, runs, run(id), kickoffs, kickoffs_by_run_key, requests, counters, faults,
     restart(), and crew(**fields), which is a `DeployedCrew` block for it.
     """
-    from prefect_crew.server.local import CrewServer, InProcessCrewServer
+    from prefect_crew.devserver.server import CrewServer, InProcessCrewServer
 
     with contextlib.ExitStack() as running:
 
@@ -88,7 +86,7 @@ def scripted_crew(crew_server: CrewServerFactory) -> InProcessCrewServer:
 @pytest.fixture
 def instant_polling() -> Generator[None, None, None]:
     """Make every wait for a crew look each 10 ms, whatever its `WaitPolicy` says; its time limits stay."""
-    from prefect_crew.waiting import fast_polling
+    from prefect_crew.crew import fast_polling
 
     with fast_polling():
         yield

@@ -13,8 +13,8 @@ from prefect.client.schemas.actions import DeploymentScheduleCreate
 from prefect.client.schemas.objects import ConcurrencyLimitStrategy, ConcurrencyOptions, FlowRun
 from prefect.client.schemas.schedules import CronSchedule, IntervalSchedule
 
-from prefect_crew.api.errors import ConfigurationError
-from prefect_crew.backfill import MOST, backfill
+from prefect_crew.deployments import MOST, backfill
+from prefect_crew.exceptions import ConfigurationError
 from support.prefect_server import PrefectServer
 
 KEY = "day-{{ scheduled_start:%Y-%m-%d }}"

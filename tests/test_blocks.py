@@ -17,7 +17,7 @@ from prefect.testing.standard_test_suites import BlockStandardTestSuite
 from pydantic import SecretStr, ValidationError
 
 from prefect_crew import CrewError, CrewFailedError, CrewRun, DeployedCrew, InvalidInputsError, WaitPolicy
-from prefect_crew.api.models import CrewState
+from prefect_crew.states import CrewState
 from prefect_crew.testing import CrewServerFactory
 from support.held import Held
 from support.scripts import FAILS, slow

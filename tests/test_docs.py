@@ -84,7 +84,7 @@ def test_page_is_true(page: Page, tmp_path: Path, prefect_template: Path | None)
             return server
 
         def start_crew(name: str, spec: str, speed: float) -> tuple[str, str]:
-            from prefect_crew.server import CrewServer
+            from prefect_crew.devserver import CrewServer
 
             crew = running.enter_context(CrewServer(spec, speed=speed))
             with connected(start_server(), home):

@@ -13,39 +13,38 @@ import pytest
 
 import prefect_crew
 from prefect_crew import exceptions
-from prefect_crew.api import errors
-from prefect_crew.api.errors import CrewError
+from prefect_crew import exceptions as exceptions_module
+from prefect_crew.exceptions import CrewError
 
 PACKAGE = Path(prefect_crew.__file__).parent
 # The local crew server is a program of its own, whose errors are answers; pytest's fixtures have pytest's.
-ELSEWHERE = ("prefect_crew.server", "prefect_crew.testing")
+ELSEWHERE = ("prefect_crew.devserver", "prefect_crew.testing")
 CAUGHT: dict[str, str] = {
-    "prefect_crew.api.inputs._BadValueError": "named within encode_inputs, which names the input",
-    "prefect_crew.api.inputs._UnsupportedError": "named within encode_inputs, which names the input",
-    "prefect_crew.batches.readers._TwiceError": "a hook of json, whose caller names the line",
+    "prefect_crew.client.inputs._BadValueError": "named within encode_inputs, which names the input",
+    "prefect_crew.client.inputs._UnsupportedError": "named within encode_inputs, which names the input",
+    "prefect_crew.batches.dataset._TwiceError": "a hook of json, whose caller names the line",
     "prefect_crew.cli.TerminatedError": "of the command line alone: exit code 143",
-    "prefect_crew.cli.exits.UsageError": "of the command line alone: exit code 2",
-    "prefect_crew.posting.ClaimLostError": "purchases decides again",
-    "prefect_crew.receiver.settling._NotKnownError": "the receiver takes it for an answer",
-    "prefect_crew.reviewing.people.TooManyRoundsError": "waits raises ReviewLimitError in its place",
-    "prefect_crew.waits._CancelledOnServerError": "waits raises what became of the run",
+    "prefect_crew.cli._errors.UsageError": "of the command line alone: exit code 2",
+    "prefect_crew.runs.kickoff.ClaimLostError": "purchases decides again",
+    "prefect_crew.runs.webhook_resolve._NotKnownError": "the receiver takes it for an answer",
+    "prefect_crew.runs.reviews.reviewer.TooManyRoundsError": "waits raises ReviewLimitError in its place",
+    "prefect_crew.runs.wait._CancelledOnServerError": "waits raises what became of the run",
 }
 """Exceptions that never leave this package, and who catches them."""
 BUILTIN: dict[tuple[str, str], str] = {
-    ("prefect_crew.api.client", "ReadTimeout"): "the client makes a CrewConnectionError of it",
-    ("prefect_crew.api.webhooks", "ValueError"): "a validator of pydantic",
+    ("prefect_crew.client._client", "ReadTimeout"): "the client makes a CrewConnectionError of it",
+    ("prefect_crew.client.webhooks", "ValueError"): "a validator of pydantic",
     ("prefect_crew.batches.database", "OSError"): "the ledger is tried again, or the batch ends with a LedgerError",
-    ("prefect_crew.batches.locks", "OSError"): "the lock is taken anew, or the batch ends with a LedgerError",
+    ("prefect_crew.batches.ownership", "OSError"): "the lock is taken anew, or the batch ends with a LedgerError",
     ("prefect_crew.batches.run", "TypeError"): "a keyword that a function does not have",
     ("prefect_crew._internal.flow_engine", "CancelledError"): "a flow run that another worker has goes on no further",
     ("prefect_crew.blocks", "ValueError"): "a validator of pydantic",
-    ("prefect_crew.cli.running", "OSError"): "exit code 26",
-    ("prefect_crew.cli.serving", "OSError"): "exit code 26",
-    ("prefect_crew.cli.webhooks", "OSError"): "exit code 26",
-    ("prefect_crew.deploying", "AttributeError"): "a module's __getattr__",
-    ("prefect_crew.files", "OSError"): "exit code 26",
-    ("prefect_crew.lazy", "AttributeError"): "a module's __getattr__",
-    ("prefect_crew.waiting", "ValueError"): "a validator of pydantic",
+    ("prefect_crew.cli.run", "OSError"): "exit code 26",
+    ("prefect_crew.cli.serve", "OSError"): "exit code 26",
+    ("prefect_crew.deployments", "AttributeError"): "a module's __getattr__",
+    ("prefect_crew._internal.files", "OSError"): "exit code 26",
+    ("prefect_crew._internal.lazy", "AttributeError"): "a module's __getattr__",
+    ("prefect_crew.crew", "ValueError"): "a validator of pydantic",
 }
 """Exceptions of Python's own that are raised on purpose, by module, and why."""
 ABSTRACT = "NotImplementedError"
@@ -110,11 +109,11 @@ def path_of(kind: type[BaseException]) -> str:
 
 
 def listed(kind: type[BaseException]) -> bool:
-    return getattr(errors, kind.__name__, None) is kind and kind.__name__ in errors.__all__
+    return getattr(exceptions_module, kind.__name__, None) is kind and kind.__name__ in exceptions_module.__all__
 
 
 def test_every_class_is_in_the_tree_or_is_known_to_be_caught():
-    shared = {errors.CrewFailedError.__base__}  # what the errors about one run share
+    shared = {exceptions_module.CrewFailedError.__base__}  # what the errors about one run share
     unknown = {path_of(kind) for kind in defined() if not listed(kind)} - {path_of(kind) for kind in shared if kind}
     assert unknown == set(CAUGHT)
 
@@ -138,11 +137,11 @@ def test_what_is_raised_of_prefects_are_its_signals():
     assert theirs <= {"prefect.exceptions.Pause", "prefect.exceptions.InfrastructureNotAvailable"}
 
 
-@pytest.mark.parametrize("name", errors.__all__)
+@pytest.mark.parametrize("name", exceptions_module.__all__)
 def test_each_has_one_public_home(name: str):
-    assert getattr(exceptions, name) is getattr(errors, name) is getattr(prefect_crew, name)
+    assert getattr(exceptions, name) is getattr(exceptions_module, name) is getattr(prefect_crew, name)
     assert name in exceptions.__all__
 
 
 def test_the_public_homes_name_nothing_else():
-    assert exceptions.__all__ == errors.__all__
+    assert exceptions.__all__ == exceptions_module.__all__

@@ -52,7 +52,7 @@ def test_dir_shows_what_is_not_loaded_yet():
 LIGHT = """
 import sys
 import prefect_crew
-heavy = {"prefect_crew.runs", "prefect_crew.kickoffs", "prefect_crew.server.app", "crewai", "polars", "starlette"}
+heavy = {"prefect_crew.flows", "prefect_crew.runs.kickoff", "prefect_crew.devserver.app", "crewai", "polars"}
 print(sorted(heavy & set(sys.modules)))
 from prefect_crew import CrewFailedError
 print("prefect" in sys.modules)

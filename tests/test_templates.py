@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from prefect_crew import ConfigurationError
-from prefect_crew.api.models import CrewResult, CrewState, TaskResult
+from prefect_crew.client.models import CrewResult, TaskResult
+from prefect_crew.states import CrewState
 from prefect_crew.templates import attributes_in, compiled, names_in, render
 
 RESULT = CrewResult(

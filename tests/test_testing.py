@@ -11,12 +11,14 @@ from pathlib import Path
 import httpx
 import pytest
 
-from prefect_crew.api.client import CrewClient
-from prefect_crew.api.errors import AuthenticationError, CrewError
-from prefect_crew.api.models import CrewState, CrewStatus
-from prefect_crew.server import CrewServer, InProcessCrewServer
+from prefect_crew.client._client import CrewClient
+from prefect_crew.client.models import CrewStatus
+from prefect_crew.crew import WaitPolicy
+from prefect_crew.devserver import CrewServer, InProcessCrewServer
+from prefect_crew.exceptions import AuthenticationError, CrewError
+from prefect_crew.runs.polling import Phases, wait_until_ended
+from prefect_crew.states import CrewState
 from prefect_crew.testing import CrewServerFactory
-from prefect_crew.waiting import Phases, WaitPolicy, wait_until_ended
 
 pytest_plugins = ["pytester"]
 

@@ -21,10 +21,9 @@ from prefect.client.schemas.objects import FlowRun, State
 from prefect.states import AwaitingRetry, Cancelling, Completed, Paused, Pending, Running
 
 from prefect_crew._internal.flow_engine import many_flow_runs
-from prefect_crew.adoption import HANDED_OVER, hand_over, stop_crews_of
-from prefect_crew.api.client import CrewClient
-from prefect_crew.records import RecordPhase, RunRecord
-from prefect_crew.worker import CrewJobConfiguration, CrewWorker
+from prefect_crew.client._client import CrewClient
+from prefect_crew.records.model import RecordPhase, RunRecord
+from prefect_crew.worker import HANDED_OVER, CrewJobConfiguration, CrewWorker, hand_over, stop_crews_of
 from support.crew_pool import EXITS, USER_FLOWS, CrewOnCommand, CrewPool
 from support.deployed import command, wait_until
 from support.prefect_server import PrefectServer, connected

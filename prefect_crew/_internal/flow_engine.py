@@ -24,8 +24,6 @@ from prefect.flows import Flow
 from prefect.logging import get_run_logger
 from prefect.states import Cancelling
 
-__all__ = ["Ending", "Owner", "many_flow_runs", "run_flow_here"]
-
 STORAGE_KNOWN_FOR = 60.0
 """Seconds for which the server's default result storage is taken as it was."""
 RENEW_AGAIN = 10.0

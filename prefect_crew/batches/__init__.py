@@ -7,33 +7,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from prefect_crew.lazy import lazy_names
+from prefect_crew._internal.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from prefect_crew.batches.binding import BatchChangedError, LedgerMissingError
-    from prefect_crew.batches.cancelling import BatchCancelledError
-    from prefect_crew.batches.database import LedgerError
-    from prefect_crew.batches.datasets import Dataset, DatasetError, open_dataset
-    from prefect_crew.batches.locks import BatchBusyError
-    from prefect_crew.batches.output import OutputError
-    from prefect_crew.batches.report import BatchFailedError, BatchPlan, BatchReport
-    from prefect_crew.batches.rows import BadRow, BadRowsError
+    from prefect_crew.batches.dataset import Dataset, open_dataset
+    from prefect_crew.batches.report import BatchPlan, BatchReport
+    from prefect_crew.batches.rows import BadRow
     from prefect_crew.batches.run import aplan_batch, arun_batch, plan_batch, run_batch
 
 __all__ = [
     "BadRow",
-    "BadRowsError",
-    "BatchBusyError",
-    "BatchCancelledError",
-    "BatchChangedError",
-    "BatchFailedError",
     "BatchPlan",
     "BatchReport",
     "Dataset",
-    "DatasetError",
-    "LedgerError",
-    "LedgerMissingError",
-    "OutputError",
     "aplan_batch",
     "arun_batch",
     "open_dataset",
@@ -43,21 +29,12 @@ __all__ = [
 
 _HOMES = {
     "BadRow": "rows",
-    "BadRowsError": "rows",
-    "BatchBusyError": "locks",
-    "BatchCancelledError": "cancelling",
-    "BatchChangedError": "binding",
-    "BatchFailedError": "report",
     "BatchPlan": "report",
     "BatchReport": "report",
-    "Dataset": "datasets",
-    "DatasetError": "datasets",
-    "LedgerError": "database",
-    "LedgerMissingError": "binding",
-    "OutputError": "output",
+    "Dataset": "dataset",
     "aplan_batch": "run",
     "arun_batch": "run",
-    "open_dataset": "datasets",
+    "open_dataset": "dataset",
     "plan_batch": "run",
     "run_batch": "run",
 }

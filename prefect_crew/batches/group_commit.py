@@ -16,10 +16,9 @@ from pydantic_core import to_json
 from sqlalchemy import ColumnElement, Connection, TextClause, literal_column, select, text
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError, SQLAlchemyError
 
-from prefect_crew.batches.database import Database, LedgerError, attempts, short
-from prefect_crew.logs import run_logger
-
-__all__ = ["KEYS_AT_ONCE", "GroupWriter", "seconds_left"]
+from prefect_crew._internal.prefect_api import run_logger
+from prefect_crew.batches.database import Database, attempts, short
+from prefect_crew.exceptions import LedgerError
 
 T = TypeVar("T")
 KEYS_AT_ONCE = 400

@@ -1,8 +1,4 @@
-"""The output of a batch: a line a row, JSON Lines that grows, or Parquet at the end.
-
-The ledger is what counts; the file is written from it. So a crash costs nothing: rows that have ended but are not in
-the file are written again from the ledger, and a line that a power cut left half is cut off.
-"""
+"""The output of a batch: JSON Lines or Parquet."""
 
 from __future__ import annotations
 
@@ -10,29 +6,236 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+import sqlite3
+import tempfile
+import types
+import typing
+from collections.abc import Callable, Iterator, Sequence
+from datetime import UTC, date, datetime
 from pathlib import Path
+from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any, Protocol, cast
 
 import fsspec  # pyright: ignore[reportMissingTypeStubs]
 from pydantic import BaseModel
 from pydantic_core import to_json
 
-from prefect_crew.api.errors import ConfigurationError, OutputError
-from prefect_crew.api.redaction import MASK
-from prefect_crew.batches.datasets import COMPRESSED, is_remote, shown_address
-from prefect_crew.batches.ends import RowEnd
-from prefect_crew.batches.keys import Keys
-from prefect_crew.batches.lines import HeldLines, LineFile
-from prefect_crew.batches.parquet import check_parquet, write_parquet
-from prefect_crew.batches.set_aside import rejected_name
-from prefect_crew.files import create_private
-from prefect_crew.records import RecordPhase
+from prefect_crew._internal.files import PRIVATE, create_private
+from prefect_crew.batches.dataset import COMPRESSED, is_remote, polars, shown_address
+from prefect_crew.batches.outcomes import RowEnd
+from prefect_crew.batches.rows import Keys, rejected_name
+from prefect_crew.client.redaction import MASK
+from prefect_crew.exceptions import ConfigurationError, DatasetError, OutputError
+from prefect_crew.records.model import RecordPhase
 
 if TYPE_CHECKING:
     from prefect_crew.crew import Crew
 
-__all__ = ["COLUMNS", "Output", "OutputError", "line_of"]
+
+LINES = 200
+BYTES = 1 << 20
+
+
+class LineFile:
+    """A file to which whole lines are added, many with one write: killing the process leaves no half one."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), PRIVATE)
+        self._end = os.lseek(self._file, 0, os.SEEK_END)
+        self._waiting: list[bytes] = []
+        self._size = 0
+
+    def __enter__(self) -> LineFile:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def add(self, line: bytes) -> None:
+        """Add a line, which ends with a line feed.
+
+        Raises:
+            OSError: It cannot be written. The file is as it was before.
+        """
+        self._waiting.append(line)
+        self._size += len(line)
+        if len(self._waiting) >= LINES or self._size >= BYTES:
+            self.flush()
+
+    def flush(self) -> None:
+        """Hand the lines to the operating system, so that others can read them."""
+        if not self._waiting:
+            return
+        content = memoryview(b"".join(self._waiting))
+        os.lseek(self._file, self._end, os.SEEK_SET)
+        written = 0
+        try:
+            while written < len(content):
+                written += os.write(self._file, content[written:])
+        except OSError:
+            os.ftruncate(self._file, self._end)  # a full disk takes half a line
+            raise
+        self._end += written
+        self._waiting, self._size = [], 0
+
+    def cut(self, end: int) -> None:
+        """Drop everything behind a position, and go on there."""
+        self._waiting, self._size = [], 0
+        os.ftruncate(self._file, end)
+        self._end = end
+
+    def close(self) -> None:
+        """Write what is left, sync and close."""
+        try:
+            self.flush()
+            os.fsync(self._file)
+        finally:
+            os.close(self._file)
+
+
+class HeldLines:
+    """Lines by number that wait for the ones before them; in a temporary file once they are many."""
+
+    def __init__(self) -> None:
+        self._database = sqlite3.connect("", isolation_level=None, check_same_thread=False)
+        self._database.execute("PRAGMA cache_size=-4000")
+        self._database.execute("CREATE TABLE lines (number INTEGER PRIMARY KEY, line BLOB)")
+        self._database.execute("BEGIN")
+
+    def put(self, number: int, line: bytes | None) -> None:
+        """Keep a line; None for a row that has none."""
+        self._database.execute("INSERT OR REPLACE INTO lines VALUES (?, ?)", (number, line))
+
+    def take(self, number: int) -> tuple[bool, bytes | None]:
+        """Take a line away; whether it was there, and the line."""
+        found = self._database.execute("SELECT line FROM lines WHERE number = ?", (number,)).fetchone()
+        if found is None:
+            return False, None
+        self._database.execute("DELETE FROM lines WHERE number = ?", (number,))
+        return True, found[0]
+
+    def first(self) -> int | None:
+        """Return the lowest number, None if nothing is held."""
+        return self._database.execute("SELECT min(number) FROM lines").fetchone()[0]
+
+    def close(self) -> None:
+        """Give the file back."""
+        self._database.close()
+
+
+STRUCTURED = ("inputs", "data", "tasks", "usage")
+SLICE = 5_000
+"""Lines that are held at once."""
+
+
+def check_parquet(output: str) -> None:
+    """Raise ConfigurationError if no Parquet can be written here."""
+    try:
+        polars(output)
+    except DatasetError as error:
+        raise ConfigurationError(f"The output {output} {error.reason} Nothing was started.") from None
+
+
+def write_parquet(lines: Path, target: IO[bytes], columns: Sequence[str], output_type: type[BaseModel] | None) -> None:
+    """Write a file of lines as Parquet.
+
+    Args:
+        lines: The lines, JSON objects of `columns`.
+        target: Where to.
+        columns: Their names; all are text but `seconds`.
+        output_type: Its fields become columns `data_NAME`: numbers, booleans and dates as such, the rest as text or
+            JSON.
+    """
+    library: Any = polars("Parquet")
+    fields = {} if output_type is None else {name: _kind(field.annotation) for name, field in _fields(output_type)}
+    schema = {name: library.Float64 if name == "seconds" else library.String for name in columns}
+    schema |= {f"data_{name}": _dtype(library, kind) for name, kind in fields.items()}
+    with tempfile.TemporaryDirectory(prefix="prefect-crew-") as folder:
+        parts: list[Path] = []
+        for number, rows in enumerate(_slices(lines)):
+            part = Path(folder) / f"{number:06}.parquet"
+            _frame(library, rows, columns, fields, schema).write_parquet(part)
+            parts.append(part)
+        whole = Path(folder) / "whole.parquet"
+        if parts:
+            library.scan_parquet(parts).sink_parquet(whole)
+        else:
+            library.DataFrame(schema=schema).write_parquet(whole)
+        with whole.open("rb") as source:
+            while chunk := source.read(1 << 20):
+                target.write(chunk)
+
+
+def _fields(output_type: type[BaseModel]) -> Iterator[tuple[str, Any]]:
+    for name, field in output_type.model_fields.items():
+        yield field.serialization_alias or name, field
+
+
+def _slices(lines: Path) -> Iterator[list[dict[str, Any]]]:
+    rows: list[dict[str, Any]] = []
+    with lines.open("rb") as file:
+        for line in file:
+            rows.append(json.loads(line))
+            if len(rows) == SLICE:
+                yield rows
+                rows = []
+    if rows:
+        yield rows
+
+
+def _frame(
+    library: Any,
+    rows: Sequence[dict[str, Any]],
+    columns: Sequence[str],
+    fields: dict[str, type],
+    schema: dict[str, Any],
+) -> Any:
+    values: dict[str, list[Any]] = {
+        name: [_text(row.get(name)) if name in STRUCTURED else row.get(name) for row in rows] for name in columns
+    }
+    for name, kind in fields.items():
+        values[f"data_{name}"] = [_cell(row.get("data"), name, kind) for row in rows]
+    return library.DataFrame(values, schema=schema, strict=False)
+
+
+def _text(value: Any) -> str | None:
+    return None if value is None else to_json(value).decode()
+
+
+def _cell(data: Any, name: str, kind: type) -> Any:
+    value = cast("dict[str, Any]", data).get(name) if isinstance(data, dict) else None
+    if value is None:
+        return None
+    if kind is date:
+        return date.fromisoformat(str(value))
+    if kind is datetime:
+        moment = datetime.fromisoformat(str(value))
+        return moment.astimezone(UTC) if moment.tzinfo else moment.replace(tzinfo=UTC)
+    if kind is str:
+        return value if isinstance(value, str) else to_json(value).decode()
+    return value
+
+
+def _kind(annotation: Any) -> type:
+    """Return the plain type that a column of this annotation gets: text where nothing better fits."""
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        parts = [part for part in typing.get_args(annotation) if part is not type(None)]
+        annotation = parts[0] if len(parts) == 1 else str
+    return annotation if annotation in (int, float, bool, date, datetime) else str
+
+
+def _dtype(library: Any, kind: type) -> Any:
+    kinds: dict[type, Any] = {
+        int: library.Int64,
+        float: library.Float64,
+        bool: library.Boolean,
+        date: library.Date,
+        datetime: library.Datetime("us", "UTC"),
+    }
+    return kinds.get(kind, library.String)
+
 
 _files = cast("Any", fsspec)
 COLUMNS = ("key", "inputs", "state", "output", "data", "tasks", "kickoff_id", "seconds", "usage", "error")

@@ -6,12 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from prefect_crew.api.errors import BatchFailedError
-from prefect_crew.api.models import TokenUsage
-from prefect_crew.batches.rows import BadRow, by_reason
-from prefect_crew.rendering import duration
-
-__all__ = ["BatchFailedError", "BatchPlan", "BatchReport"]
+from prefect_crew.artifacts.markdown import duration
+from prefect_crew.batches.rows import BadRow
+from prefect_crew.client.models import TokenUsage
+from prefect_crew.exceptions import BatchFailedError, by_reason
 
 
 @dataclass(frozen=True)

@@ -1,24 +1,107 @@
-"""From rows to what is bought: inputs, a key each, and all that is wrong with them before anything is started."""
+"""From rows to inputs and keys, and everything that is wrong with them."""
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import re
+import sqlite3
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import IO, Any, cast
 
-from prefect_crew.api._batch_errors import SHOWN, by_reason, listed_rows
-from prefect_crew.api._error import listed_names, with_guesses
-from prefect_crew.api.errors import BadRowsError, ConfigurationError
-from prefect_crew.api.inputs import STATE_ID, encode_inputs, inputs_digest, missing_inputs, unknown_inputs
-from prefect_crew.api.models import CrewInput
-from prefect_crew.api.redaction import MASK, Redactor, holds_secret
-from prefect_crew.batches.datasets import Dataset, DatasetError, Row
-from prefect_crew.batches.keys import Keys
+from pydantic_core import to_json
+
+from prefect_crew._internal.prefect_api import run_logger
+from prefect_crew.batches.dataset import Dataset, Row
+from prefect_crew.client.inputs import STATE_ID, encode_inputs, inputs_digest, missing_inputs, unknown_inputs
+from prefect_crew.client.models import CrewInput
+from prefect_crew.client.redaction import MASK, Redactor, holds_secret
+from prefect_crew.crew import CrewSession
+from prefect_crew.exceptions import (
+    SHOWN,
+    AuthenticationError,
+    ConfigurationError,
+    CrewConnectionError,
+    CrewError,
+    DatasetError,
+    ServerError,
+    listed_names,
+    listed_rows,
+    with_guesses,
+)
 from prefect_crew.templates import compiled, names_in
 
-__all__ = ["BadRow", "BadRowsError", "Checked", "InputsFrom", "KeyFrom", "RowJob", "RowPlan", "by_reason", "shard_of"]
+
+class Keys:
+    """Texts, each with a number and a mark. It belongs to one thread at a time."""
+
+    def __init__(self) -> None:
+        # An empty name is SQLite's own temporary database, which spills to disk and goes with the connection. Rows are
+        # read in a thread, one at a time, but not always the same one.
+        self._database = sqlite3.connect("", isolation_level=None, check_same_thread=False)
+        self._database.execute("PRAGMA cache_size=-4000")
+        self._database.execute("CREATE TABLE keys (key TEXT PRIMARY KEY, value INTEGER, mark TEXT) WITHOUT ROWID")
+        self._database.execute("BEGIN")
+
+    def __contains__(self, key: str) -> bool:
+        return self.find(key) is not None
+
+    def __len__(self) -> int:
+        return int(self._database.execute("SELECT count(*) FROM keys").fetchone()[0])
+
+    def find(self, key: str) -> tuple[int, str] | None:
+        """Return the number and the mark of a key, None if it is not there."""
+        found = self._database.execute("SELECT value, mark FROM keys WHERE key = ?", (key,)).fetchone()
+        return None if found is None else (int(found[0]), str(found[1]))
+
+    def put(self, key: str, value: int = 0, mark: str = "") -> None:
+        """Keep a number and a mark for a key."""
+        self._database.execute("INSERT OR REPLACE INTO keys VALUES (?, ?, ?)", (key, value, mark))
+
+    def count(self, key: str) -> int:
+        """Note one more of a key and return how many there are now."""
+        query = "INSERT INTO keys VALUES (?, 1, '') ON CONFLICT (key) DO UPDATE SET value = value + 1 RETURNING value"
+        return int(self._database.execute(query, (key,)).fetchone()[0])
+
+    def close(self) -> None:
+        """Give the file back."""
+        self._database.close()
+
+
+TRIES = 3
+
+
+async def expected_inputs(session: CrewSession) -> list[CrewInput]:
+    """Return what the crew names as its inputs; empty where it does not say.
+
+    Raises:
+        AuthenticationError: The token is refused.
+        CrewConnectionError: The crew's server does not answer.
+    """
+    for left in reversed(range(TRIES)):
+        try:
+            return await session.asked(lambda client: client.inputs())
+        except AuthenticationError:
+            raise
+        except (CrewConnectionError, ServerError) as error:
+            # A moment's trouble must not make all columns inputs, and so every row another one.
+            if left:
+                await asyncio.sleep(1.0)
+                continue
+            if isinstance(error, CrewConnectionError):
+                raise
+            _not_known(error)
+        except CrewError as error:
+            _not_known(error)
+        return []
+    return []
+
+
+def _not_known(error: CrewError) -> None:
+    run_logger().warning("The crew's inputs are not known, so rows are not checked for them: %s", error)
+
 
 Values = Mapping[str, Any]
 InputsFrom = Mapping[str, Any] | Callable[[Values], Values]
@@ -360,3 +443,44 @@ def _keyed(key: KeyFrom) -> Callable[[Values], str]:
         return text
 
     return key_of
+
+
+def rejected_name(output: str) -> str:
+    """Return where the rows go that are set aside, by the batch's output."""
+    return f"{output}.rejected.jsonl"
+
+
+@dataclass(frozen=True)
+class SetAside:
+    """The rows of a batch that cannot be run.
+
+    Attributes:
+        count: How many there are.
+        rows: The first 1,000, with their lines and why.
+        output: Where all of them are, for people; None where there are none.
+    """
+
+    count: int = 0
+    rows: Sequence[BadRow] = ()
+    output: str | None = None
+
+    def shown(self, most: int) -> list[str]:
+        """Return some of them for people, and how many more there are."""
+        found = [f"line {row.line}: {row.reason}" for row in self.rows[:most]]
+        return [*found, f"{self.count - len(found):,} more"] if self.count > len(found) else found
+
+
+class SetAsideFile:
+    """Keeps rows that cannot be run in a temporary file, until it is known whether the batch goes on without them."""
+
+    def __init__(self) -> None:
+        self.file: IO[bytes] = tempfile.TemporaryFile(prefix="prefect-crew-")  # noqa: SIM115  closed by `close`
+
+    def put(self, bad: BadRow, shown: Any) -> None:
+        """Keep a row: its line, why it cannot be run, and what stands there, without secrets."""
+        line = {"line": bad.line, "reason": bad.reason, "row": shown}
+        self.file.write(to_json(line, inf_nan_mode="null", serialize_unknown=True) + b"\n")
+
+    def close(self) -> None:
+        """Give the file back."""
+        self.file.close()

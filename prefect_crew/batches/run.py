@@ -12,29 +12,24 @@ from prefect import flow
 from prefect.context import FlowRunContext, TaskRunContext
 from pydantic import BaseModel, Field
 
-from prefect_crew.api.errors import ConfigurationError
-from prefect_crew.batches.calls import plain_call
-from prefect_crew.batches.datasets import Dataset, DatasetFormat, open_dataset
-from prefect_crew.batches.job import BatchJob
-from prefect_crew.batches.opened import open_batch
-from prefect_crew.batches.options import BatchOptions, OnFailure
-from prefect_crew.batches.pacing import KICKOFFS_AT_ONCE
-from prefect_crew.batches.places import check_adoptable, ledger_place
-from prefect_crew.batches.plans import plan_of
+from prefect_crew._internal.callables import refuse_running_loop
+from prefect_crew._internal.interrupts import cancelled_once
+from prefect_crew.batches.batch import BatchJob, open_batch, plan_of
+from prefect_crew.batches.database import check_adoptable, ledger_place
+from prefect_crew.batches.dataset import Dataset, DatasetFormat, open_dataset
+from prefect_crew.batches.options import BatchOptions, OnFailure, plain_call
+from prefect_crew.batches.outcomes import Retries
 from prefect_crew.batches.report import BatchPlan, BatchReport
-from prefect_crew.batches.retries import Retries
 from prefect_crew.batches.rows import InputsFrom, KeyFrom
+from prefect_crew.batches.throttle import KICKOFFS_AT_ONCE
 from prefect_crew.blocks import DeployedCrew, load_crew
-from prefect_crew.crew import Crew
-from prefect_crew.dual import refuse_running_loop
-from prefect_crew.interrupts import cancelled_once
-from prefect_crew.run_keys import render_run_key, scheduled_start
-from prefect_crew.waiting import WaitPolicy
+from prefect_crew.crew import Crew, WaitPolicy
+from prefect_crew.exceptions import ConfigurationError
+from prefect_crew.records.keys import render_run_key, scheduled_start
 
 if TYPE_CHECKING:
-    from prefect_crew.api.webhooks import Webhooks
+    from prefect_crew.client.webhooks import Webhooks
 
-__all__ = ["aplan_batch", "arun_batch", "batch_job", "plan_batch", "run_batch", "run_rows_of"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -228,7 +223,7 @@ async def run_job(job: BatchJob, *, shards: int = 1, deployment: str | None = No
     if deployment is None:
         async with open_batch(job) as batch:
             return await batch.run()
-    from prefect_crew.batches.parents import Parent, check_parent
+    from prefect_crew.batches.shards import Parent, check_parent
 
     await check_parent(job, shards=shards, deployment=deployment)
     async with open_batch(job, shared=True) as batch:

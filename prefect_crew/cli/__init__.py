@@ -17,7 +17,7 @@ from itertools import zip_longest
 from types import FrameType
 from typing import Any
 
-from prefect_crew.cli import terminal
+from prefect_crew.cli import _output
 
 __all__ = ["main"]
 
@@ -34,14 +34,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     own = arguments[: arguments.index("--")] if "--" in arguments else arguments
-    terminal.debug("--debug" in own)
+    _output.debug("--debug" in own)
     arguments = [argument for argument in own if argument != "--debug"] + arguments[len(own) :]
     _hide_tokens(arguments)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):  # a crew may write what this terminal's encoding does not have
             stream.reconfigure(errors="backslashreplace")
     with _signals(), warnings.catch_warnings():
-        if not terminal.debugging() and not sys.warnoptions:
+        if not _output.debugging() and not sys.warnoptions:
             warnings.simplefilter("ignore")
         try:
             return _run(arguments, as_json="--json" in own)
@@ -51,19 +51,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _hide_tokens(arguments: list[str]) -> None:
-    terminal.forget()
-    terminal.secret(os.environ.get("CREW_TOKEN", ""))
+    _output.forget()
+    _output.secret(os.environ.get("CREW_TOKEN", ""))
     for argument, following in zip_longest(arguments, arguments[1:], fillvalue=""):
         if argument == "--token":
-            terminal.secret(following)
+            _output.secret(following)
         elif argument.startswith("--token="):
-            terminal.secret(argument.partition("=")[2])
+            _output.secret(argument.partition("=")[2])
 
 
 def _run(arguments: list[str], *, as_json: bool) -> int:
-    from prefect_crew.cli import exits, progress
+    from prefect_crew.cli import _errors, _progress
 
-    progress.forget()
+    _progress.forget()
     try:
         from prefect_crew.cli.app import run
 
@@ -71,11 +71,11 @@ def _run(arguments: list[str], *, as_json: bool) -> int:
     except BrokenPipeError:
         # Whoever read our output has gone, as `head` does. Python would complain once more when it flushes.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return exits.CLOSED
+        return _errors.CLOSED
     except BaseException as error:
         if isinstance(error, SystemExit) and isinstance(error.__context__, BrokenPipeError):
-            return exits.CLOSED  # so Rich leaves, which draws the help
-        if not isinstance(error, Exception) and not exits.signalled(error):
+            return _errors.CLOSED  # so Rich leaves, which draws the help
+        if not isinstance(error, Exception) and not _errors.signalled(error):
             raise
         with _undisturbed():  # this is where every error becomes words
             return _report(error, as_json=as_json)
@@ -83,30 +83,30 @@ def _run(arguments: list[str], *, as_json: bool) -> int:
 
 def _report(error: BaseException, *, as_json: bool) -> int:
     """Write an error for people, and with `--json` for programs; return its exit code."""
-    from prefect_crew.api.errors import CrewError
-    from prefect_crew.cli import exits, progress
+    from prefect_crew.cli import _errors, _progress
+    from prefect_crew.exceptions import CrewError
 
-    run = progress.latest_run()
-    code = exits.exit_code(error, started=run is not None)
-    said = exits.paragraph(error, run)
-    if terminal.debugging():
-        sys.stderr.write(terminal.redact("".join(traceback.format_exception(error))))
-    terminal.note(said, "bold" if exits.signalled(error) else "red")
+    run = _progress.latest_run()
+    code = _errors.exit_code(error, started=run is not None)
+    said = _errors.paragraph(error, run)
+    if _output.debugging():
+        sys.stderr.write(_output.redact("".join(traceback.format_exception(error))))
+    _output.note(said, "bold" if _errors.signalled(error) else "red")
     facts = {
         name: getattr(error, name, None) or getattr(run, name, None)
         for name in ("run_key", "kickoff_id", "task", "flow_run_id")
     }
     page = _page_of(facts["flow_run_id"])
     if (task := facts["task"]) is not None and isinstance(error, CrewError):
-        terminal.note(f"The crew was last seen at task {task}.", "dim")
+        _output.note(f"The crew was last seen at task {task}.", "dim")
     if page:
-        terminal.note(page, "dim")
-    if code == exits.USAGE:
-        terminal.note("prefect-crew --help lists the commands; prefect-crew COMMAND --help their options.")
+        _output.note(page, "dim")
+    if code == _errors.USAGE:
+        _output.note("prefect-crew --help lists the commands; prefect-crew COMMAND --help their options.")
     if as_json:
         facts["flow_run_url"] = page
         about = {name: value for name, value in facts.items() if value is not None}
-        terminal.put_json({"error": {"type": type(error).__name__, "message": said, "exit_code": code, **about}})
+        _output.put_json({"error": {"type": type(error).__name__, "message": said, "exit_code": code, **about}})
     return code
 
 
@@ -114,7 +114,7 @@ def _page_of(its_id: object) -> str | None:
     """Return the page of the flow run that an error is about, where it is known."""
     if not isinstance(its_id, str):
         return None
-    from prefect_crew.cli.prefect_side import flow_run_url
+    from prefect_crew.cli._prefect import flow_run_url
 
     return flow_run_url(its_id)
 
@@ -156,7 +156,7 @@ def _undisturbed() -> Generator[None]:
 
 def _leave() -> None:
     """End what the command has started."""
-    if "prefect_crew.cli.prefect_side" in sys.modules:
-        from prefect_crew.cli.prefect_side import end_embedded
+    if "prefect_crew.cli._prefect" in sys.modules:
+        from prefect_crew.cli._prefect import end_embedded
 
         end_embedded()

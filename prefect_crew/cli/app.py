@@ -8,28 +8,13 @@ from typing import Any
 
 from cyclopts import App
 
-from prefect_crew.cli import (
-    asking,
-    backfill,
-    batch_known,
-    demo,
-    deploy,
-    doctor,
-    exits,
-    reviews,
-    running,
-    runs,
-    saving,
-    serving,
-    webhooks,
-)
-from prefect_crew.server.faults import FAULTS, HTTP_PLACES, WEBHOOK_PLACES
-
-__all__ = ["app", "run"]
+from prefect_crew.cli import _errors, batch, blocks, deploy, doctor, reviews, runs, serve
+from prefect_crew.cli import run as run_commands
+from prefect_crew.devserver.faults import FAULTS, HTTP_PLACES, WEBHOOK_PLACES
 
 
 def _epilogue() -> str:
-    lines = [f"  {line.code:>3}  {line.meaning}" for line in exits.EXITS]
+    lines = [f"  {line.code:>3}  {line.meaning}" for line in _errors.EXITS]
     return "\n".join(("--debug with any command shows the traceback of an error.", "", "Exit codes:", *lines))
 
 
@@ -57,25 +42,25 @@ def _faults() -> str:
 
 
 for _command in (
-    demo.demo,
-    serving.serve,
-    asking.inputs,
-    running.run,
-    asking.status,
-    running.result,
-    asking.resume,
-    asking.stop,
-    saving.save,
+    serve.demo,
+    serve.serve,
+    run_commands.inputs,
+    run_commands.run,
+    run_commands.status,
+    run_commands.result,
+    run_commands.resume,
+    run_commands.stop,
+    blocks.save,
     deploy.deploy,
-    backfill.backfill,
-    webhooks.webhooks,
+    deploy.backfill,
+    serve.webhooks,
     doctor.doctor,
 ):
-    _epilogue_of = _faults() if _command is serving.serve else ""
+    _epilogue_of = _faults() if _command is serve.serve else ""
     app.command(_command, help_epilogue=_epilogue_of, sort_key=len(tuple(app)))
 app.command(runs.app)
 app.command(reviews.app)
-app.command(batch_known.app)
+app.command(batch.app)
 
 
 def run(arguments: list[str]) -> int:

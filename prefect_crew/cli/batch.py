@@ -1,4 +1,4 @@
-"""`prefect-crew batch`: a crew for every row of a data set, how a batch stands, and what became of its rows."""
+"""Commands about batches."""
 
 from __future__ import annotations
 
@@ -11,20 +11,23 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import App, Parameter
 
-from prefect_crew.cli import terminal
-from prefect_crew.cli.batch_progress import BatchProgress, batch_progress
-from prefect_crew.cli.crews import CREW, JSON, CrewAccess, flag
-from prefect_crew.cli.exits import ROWS, UsageError, by_options
-from prefect_crew.cli.prefect_side import flow_run_url, reach_prefect
-from prefect_crew.cli.progress import progress
-from prefect_crew.cli.running import wait_policy
+from prefect_crew.cli import _output
+from prefect_crew.cli._errors import ROWS, UsageError, by_options
+from prefect_crew.cli._options import CREW, JSON, CrewAccess, flag
+from prefect_crew.cli._prefect import flow_run_url, reach_prefect
+from prefect_crew.cli._progress import BatchProgress, batch_progress, progress
+from prefect_crew.cli.run import wait_policy
+from prefect_crew.cli.runs import crew_of
+from prefect_crew.exceptions import ConfigurationError
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
     from prefect_crew.batches.report import BatchReport
+    from prefect_crew.batches.rows import SetAside
+    from prefect_crew.batches.stored import BatchStanding
+    from prefect_crew.records.model import RunRecord
 
-__all__ = ["DATASET", "LEDGER", "NAME", "BatchChoices", "app", "go_on", "put_report", "started"]
 
 DATASET = Parameter(
     name="DATASET",
@@ -194,7 +197,7 @@ def _retries(count: int, classes: list[str] | None) -> int | dict[str, int]:
 
 def model_here(where: str) -> type[BaseModel]:
     """Return a model by module:Model, of a module that is installed or lies in the working directory."""
-    from prefect_crew.batches.calls import imported_model
+    from prefect_crew.batches.options import imported_model
 
     look_here()
     return imported_model(where)
@@ -208,13 +211,13 @@ def look_here() -> None:
 
 def started(shown: BatchProgress, name: str, call: Any) -> BatchReport:
     """Run a batch while its progress is shown."""
-    from prefect_crew.batches.watching import watch_batches
+    from prefect_crew.batches.progress import watch_batches
 
     with watch_batches(shown.watch_batch):
         try:
             return asyncio.run(call())
         except KeyboardInterrupt:
-            terminal.note(f"To go on where it stopped: {_program('resume', shlex.quote(name))}")
+            _output.note(f"To go on where it stopped: {_program('resume', shlex.quote(name))}")
             raise
 
 
@@ -222,27 +225,27 @@ def put_report(report: BatchReport, shown: BatchProgress, *, as_json: bool) -> i
     """Write what a batch came to; return the exit code."""
     page = flow_run_url(shown.flow_run_id)
     if as_json:
-        terminal.put_json({**report.as_dict(), "flow_run_id": shown.flow_run_id, "flow_run_url": page})
+        _output.put_json({**report.as_dict(), "flow_run_id": shown.flow_run_id, "flow_run_url": page})
     else:
-        terminal.put(by_options(str(report)))
+        _output.put(by_options(str(report)))
         if page:
-            terminal.note(page, "dim")
+            _output.note(page, "dim")
     if report.ok:
         return 0
     batch = shlex.quote(report.name)
     if report.uncertain:
-        terminal.note(
+        _output.note(
             f"{report.uncertain:,} rows are uncertain, to be settled by a person: {_program('failures', batch)}"
         )
     elif report.failed:
-        terminal.note(f"What failed: {_program('failures', batch)}. To buy it again: {_program('retry', batch)}")
+        _output.note(f"What failed: {_program('failures', batch)}. To buy it again: {_program('retry', batch)}")
     if report.set_aside:
-        terminal.note(f"What was set aside: {_program('failures', batch)}")
+        _output.note(f"What was set aside: {_program('failures', batch)}")
     return ROWS
 
 
 def _program(command: str, batch: str) -> str:
-    return f"{terminal.command('prefect-crew batch')} {command} {batch}"
+    return f"{_output.command('prefect-crew batch')} {command} {batch}"
 
 
 @app.command
@@ -273,9 +276,9 @@ def plan(
 
     found = asyncio.run(planned())
     if json:
-        terminal.put_json(found.as_dict())
+        _output.put_json(found.as_dict())
     else:
-        terminal.put(str(found))
+        _output.put(str(found))
     return ROWS if found.bad_count and choices.on_bad_row == "refuse" else 0
 
 
@@ -310,8 +313,8 @@ def go_on(name: str, ledger: str | None, *, retry_failed: bool | tuple[str, ...]
     """Call a batch again by its name."""
 
     async def call() -> BatchReport:
-        from prefect_crew.batches.known import known_batch
         from prefect_crew.batches.run import arun_batch
+        from prefect_crew.batches.stored import known_batch
 
         async with known_batch(name, ledger) as batch:
             if isinstance(retry_failed, tuple):
@@ -327,8 +330,205 @@ def go_on(name: str, ledger: str | None, *, retry_failed: bool | tuple[str, ...]
         report = started(shown, name, call)
     code = put_report(report, shown, as_json=json)
     if retry_failed and report.failed and not report.kickoffs and report.stopped is None:
-        terminal.note(
+        _output.note(
             "No row was bought again: that is so once a row had as many kickoffs as max_kickoffs of the crew's block "
             "allows, where its run is lost and it is not named (--key KEY), and where its key had other inputs before."
         )
     return code
+
+
+SET_ASIDE = "set-aside"
+
+
+def _reach() -> None:
+    with progress(quiet=True) as shown:
+        reach_prefect(shown)
+
+
+@app.default
+@app.command(name="list")
+def list_batches(*, json: Annotated[bool, JSON] = False) -> None:
+    """List the batches that the Prefect server knows, and where their ledgers are."""
+    _reach()
+    from prefect_crew.batches.stored import all_batches
+
+    found = asyncio.run(all_batches())
+    if json:
+        _output.put_json([{"name": name, "ledger": ledger} for name, ledger in found])
+    else:
+        _output.put_rows(("Batch", "Ledger"), found, empty="The Prefect server knows no batch.")
+
+
+@app.command
+def status(
+    name: Annotated[str, NAME],
+    /,
+    *,
+    ledger: Annotated[str | None, LEDGER] = None,
+    json: Annotated[bool, JSON] = False,
+) -> None:
+    """Show how a batch stands: also while it runs, in whichever process."""
+    _reach()
+
+    async def look() -> BatchStanding:
+        from prefect_crew.batches.stored import known_batch
+
+        async with known_batch(name, ledger) as batch:
+            return await batch.standing()
+
+    found = asyncio.run(look())
+    if json:
+        _output.put_json(found.as_dict())
+        return
+    for line in _about(found):
+        _output.put(line)
+
+
+def _about(found: BatchStanding) -> list[str]:
+    from prefect_crew.artifacts.markdown import duration
+    from prefect_crew.batches.rows import SetAside
+
+    lines = [f"Batch {found.name}: {found.completed:,} of {found.total:,} rows completed"]
+    parts = (("failed", found.failed), ("uncertain", found.uncertain), ("in flight", found.in_flight))
+    more = (("not started yet", found.left), ("set aside", found.set_aside))
+    counts = [f"{count:,} {word}" for word, count in (*parts, *more) if count]
+    lines += [f"  {' · '.join(counts)}"] if counts else []
+    if found.running:
+        lines.append("  A process runs it now")
+    elif found.running is False and (found.left or found.in_flight):
+        resume = f"{_output.command('prefect-crew batch resume')} {shlex.quote(found.name)}"
+        if found.why_not is not None:
+            resume = f"make the same call again ({found.why_not})"
+        lines.append(f"  No process runs it. To go on where it stopped: {resume}")
+    if found.people:
+        lines.append(f"  {found.people:,} in flight wait for a person: {_output.command('prefect-crew reviews')}")
+    if found.set_aside:
+        aside = SetAside(found.set_aside, found.set_aside_rows)
+        lines.append(f"  Set aside: {'; '.join(aside.shown(5))}. All are in {found.set_aside_output}")
+    seconds = ""
+    if found.median is not None and found.slowest is not None:
+        seconds = f" · a row takes {duration(found.median)} (median), at most {duration(found.slowest)}"
+    lines.append(f"  {found.kickoffs:,} kickoffs{seconds}")
+    lines += [f"  Output: {found.output}"] if found.output else []
+    lines.append(f"  Ledger: {found.ledger}")
+    return lines
+
+
+@app.command
+def failures(
+    name: Annotated[str, NAME],
+    /,
+    *,
+    limit: Annotated[int, Parameter(help="How many are shown; with --json all are.")] = 100,
+    ledger: Annotated[str | None, LEDGER] = None,
+    json: Annotated[bool, JSON] = False,
+) -> None:
+    """List the rows that failed, are uncertain or were set aside, with their runs and why."""
+    _reach()
+    most = None if json else limit
+    found, aside = asyncio.run(_failures(name, ledger, most))
+    if json:
+        bad = [{"key": None, "line": row.line, "state": SET_ASIDE, "error": row.reason} for row in aside.rows]
+        _output.put_json([*(_as_json(key, record) for key, record in found), *bad])
+        return
+    rows = [(key, record.kickoff_id or "", _state(record), _why(record)) for key, record in found]
+    rows += [(f"line {row.line}", "", SET_ASIDE, row.reason) for row in aside.rows[:limit]]
+    _output.put_rows(("Row", "Run", "State", "Error"), rows, empty=f"No row of batch {name} failed.")
+    if most is not None and len(found) == most:
+        _output.note(f"The first {most}. --limit shows more, --json all.")
+    if aside.count:
+        _output.note(f"Rows that were set aside cannot be run. All {aside.count:,} are in {aside.output}.")
+    if any(_state(record) == "uncertain" for _, record in found):
+        _output.note(
+            f"An uncertain row is settled after a look at the crew's page: "
+            f"{_output.command('prefect-crew batch settle')} NAME ROW --kickoff-id ID, or --never-started."
+        )
+
+
+async def _failures(name: str, ledger: str | None, most: int | None) -> tuple[list[tuple[str, RunRecord]], SetAside]:
+    from prefect_crew.batches.stored import known_batch
+
+    found: list[tuple[str, RunRecord]] = []
+    async with known_batch(name, ledger) as batch:
+        async for key, record in batch.failures():
+            found.append((key, record))
+            if len(found) == most:
+                break
+        return found, await batch.ledger.set_aside()
+
+
+def _state(record: RunRecord) -> str:
+    from prefect_crew.batches.outcomes import standing_word
+
+    return standing_word(record) or "uncertain"  # or a claim that nobody holds any more, which is the same
+
+
+def _why(record: RunRecord) -> str:
+    return record.error or record.reason or ""
+
+
+def _as_json(key: str, record: RunRecord) -> dict[str, Any]:
+    about = record.model_dump(mode="json", include={"run_key", "kickoff_id", "attempt", "kicked_off_at", "ended_at"})
+    return {"key": key, "state": _state(record), "error": _why(record) or None, **about}
+
+
+@app.command
+def settle(
+    name: Annotated[str, NAME],
+    row: Annotated[str, Parameter(name="ROW", help="The row's key.")],
+    /,
+    *,
+    kickoff_id: Annotated[str | None, Parameter(help="The run that the kickoff did start.")] = None,
+    never_started: Annotated[bool, flag("The kickoff did not start a run.")] = False,
+    crew: Annotated[
+        str | None, Parameter(help="The crew to ask about the id, where its block is not stored: a block or a URL.")
+    ] = None,
+    ledger: Annotated[str | None, LEDGER] = None,
+    access: CrewAccess = CrewAccess(),  # noqa: B008 - never changed
+) -> None:
+    """Say what became of an uncertain row's kickoff, after a look at the crew's page."""
+    if (kickoff_id is None) is not never_started:
+        raise UsageError("Say either --kickoff-id ID or --never-started.")
+    _reach()
+    asyncio.run(_settle(name, row, kickoff_id, crew, ledger, access))
+
+
+async def _settle(
+    name: str, row: str, kickoff_id: str | None, crew: str | None, ledger: str | None, access: CrewAccess
+) -> None:
+    from prefect_crew.batches.ownership import BatchLock
+    from prefect_crew.batches.stored import known_batch
+    from prefect_crew.exceptions import BatchBusyError
+    from prefect_crew.records.resolve import settle_never_started, settle_started, unsettled
+    from prefect_crew.records.store import PrefectRecords
+
+    async with known_batch(name, ledger) as batch, BatchLock(batch.ledger.database, name) as lock:
+        if not await lock.take():
+            raise BatchBusyError(name=name)
+        batch.ledger.sole = lock.proves
+        if not await batch.ledger.attempts(batch.ledger.run_key(row)):
+            raise ConfigurationError(f"Batch {name!r} has bought nothing for a row {row!r}.")
+        record = await unsettled(batch.ledger.run_key(row), batch.ledger)
+        again = f"{_output.command('prefect-crew batch resume')} {shlex.quote(name)}"
+        if kickoff_id is None:
+            await settle_never_started(record, batch.ledger)
+            _output.put(f"Settled: row {row} never started. {again} buys it.")
+            return
+        holder = await PrefectRecords().of_kickoff(kickoff_id)
+        if holder is not None:
+            raise ConfigurationError(
+                f"Run {kickoff_id} belongs to the run key {holder.run_key!r} (attempt {holder.attempt}): it cannot be "
+                f"that of row {row!r} too. Nothing was changed. Look for another run on the crew's page, or say "
+                "--never-started if there is none."
+            )
+        found = await crew_of(record, crew, access)
+        if found is None:
+            _output.note(
+                f"Crew {record.crew} is no stored block, so its server was not asked whether it knows run "
+                f"{kickoff_id}. Give --crew to have it asked."
+            )
+            state = await settle_started(record, kickoff_id, batch.ledger)
+        else:
+            async with found.client() as client:
+                state = await settle_started(record, kickoff_id, batch.ledger, look=client.status)
+        _output.put(f"Settled: row {row} is run {kickoff_id}{f', {state} now' if state else ''}. {again} waits for it.")

@@ -1,4 +1,4 @@
-"""`prefect-crew deploy`: a Prefect deployment of a crew or a pipeline whose form asks for its inputs, or of a flow."""
+"""Commands that create deployments and their flow runs."""
 
 from __future__ import annotations
 
@@ -8,25 +8,81 @@ import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from datetime import date, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from prefect_crew.api.errors import ConfigurationError
-from prefect_crew.cli import terminal
-from prefect_crew.cli.crews import CrewAccess, flag, is_url
-from prefect_crew.cli.exits import UsageError
-from prefect_crew.cli.given import gather_inputs
-from prefect_crew.cli.prefect_side import deployment_url, reach_prefect
-from prefect_crew.cli.progress import progress
+from prefect_crew.cli import _output
+from prefect_crew.cli._errors import UsageError
+from prefect_crew.cli._options import JSON, CrewAccess, flag, gather_inputs, is_url
+from prefect_crew.cli._prefect import deployment_url, flow_run_url, reach_prefect
+from prefect_crew.cli._progress import progress
+from prefect_crew.exceptions import ConfigurationError
 
 if TYPE_CHECKING:
     from prefect.deployments.runner import RunnerDeployment
 
-    from prefect_crew.deploying import Plan
+    from prefect_crew.deployments import Plan
 
-__all__ = ["deploy"]
+
+def backfill(
+    deployment: Annotated[str, Parameter(name="DEPLOYMENT", help="Its name, flow/deployment.")],
+    /,
+    *,
+    from_: Annotated[str, Parameter(name="--from", help="The first day or time, such as 2026-01-01; UTC.")],
+    to: Annotated[str, Parameter(name="--to", help="The last one; a day means the whole of it.")],
+    every: Annotated[str | None, Parameter(help="The pause between two times: 1d, 12h. Else the schedule's.")] = None,
+    schedule: Annotated[str | None, Parameter(help="The schedule's slug, where there are several.")] = None,
+    dry_run: Annotated[bool, flag("Show the times and create nothing.")] = False,
+    json: Annotated[bool, JSON] = False,
+) -> None:
+    """Create the flow runs of a deployment that a range of dates lacks; a second call creates nothing twice."""
+    first, last = _moment("--from", from_), _moment("--to", to)
+    with progress(quiet=True) as shown:
+        reach_prefect(shown)
+    from prefect_crew import deployments as logic
+    from prefect_crew.records.store import parse_age
+
+    try:
+        pause = None if every is None else parse_age(every)
+    except ConfigurationError as error:
+        raise UsageError(f"--every {error}") from None
+    runs = asyncio.run(logic.backfill(deployment, first, last, pause, schedule=schedule, dry_run=dry_run))
+    if json:
+        _output.put_json(
+            [
+                {
+                    "scheduled_for": run.scheduled_for.isoformat(),
+                    "created": run.created and not dry_run,
+                    "flow_run_id": None if run.flow_run_id is None else str(run.flow_run_id),
+                    "state": run.state,
+                }
+                for run in runs
+            ]
+        )
+        return
+    word = "to create" if dry_run else "created"
+    rows = [
+        (
+            f"{run.scheduled_for:%Y-%m-%d %H:%M} UTC",
+            word if run.created else run.state,
+            (flow_run_url(str(run.flow_run_id)) or str(run.flow_run_id)) if run.flow_run_id else "",
+        )
+        for run in runs
+    ]
+    _output.put_rows(("Time", "Run", "Where"), rows, empty="The range has no time of that schedule.")
+
+
+def _moment(option: str, text: str) -> date:
+    """Read a day or a time."""
+    try:
+        return date.fromisoformat(text) if len(text) <= len("2026-01-01") else datetime.fromisoformat(text)
+    except ValueError:
+        raise UsageError(
+            f"{option} {text}: give a day such as 2026-01-01, or a time such as 2026-01-01T06:00."
+        ) from None
 
 
 def deploy(
@@ -70,7 +126,7 @@ def deploy(
     text = None if pipeline is None else _read(pipeline)
     with progress(quiet=True) as shown:
         reach_prefect(shown, quiet=not serve, lasting=True)
-    from prefect_crew.deploying import Plan
+    from prefect_crew.deployments import Plan
 
     plan = Plan(
         name=name or "",
@@ -96,7 +152,7 @@ def deploy(
     _tell(made, deployment_id)
     if flow is not None and kind == "crew" and not flow.startswith("prefect_crew."):
         module = shlex.quote(flow.rpartition(".")[0])
-        terminal.put(f"Its workers have to allow the module: PREFECT_INTEGRATIONS_CREW_WORKER_MODULES={module}")
+        _output.put(f"Its workers have to allow the module: PREFECT_INTEGRATIONS_CREW_WORKER_MODULES={module}")
 
 
 def _check(crew: str | None, pipeline: str | None, flow: str | None, run_key: str | None) -> None:
@@ -141,8 +197,8 @@ class _Made:
 
 
 async def _of_crew(crew: str, plan: Plan) -> _Made:
-    from prefect_crew.deploying import FLOW_NAME, deployment_of, parameter_names
-    from prefect_crew.secret_blocks import values_of_blocks
+    from prefect_crew.deployments import FLOW_NAME, deployment_of, parameter_names
+    from prefect_crew.runs.secret_blocks import values_of_blocks
 
     found = await CrewAccess().load(crew)
     await values_of_blocks(plan.inputs, found.secret_inputs)  # before they are stored as the deployment's defaults
@@ -161,9 +217,9 @@ async def _of_crew(crew: str, plan: Plan) -> _Made:
 
 
 async def _of_pipeline(text: str, file: str, plan: Plan) -> _Made:
-    from prefect_crew.deploying import pipeline_deployment, resolved_pipeline
-    from prefect_crew.pipeline_definition import read_pipeline
-    from prefect_crew.pipelines import run_deployed_pipeline
+    from prefect_crew.deployments import pipeline_deployment, resolved_pipeline
+    from prefect_crew.pipelines.definition import read_pipeline
+    from prefect_crew.pipelines.run import run_deployed_pipeline
 
     pipeline = await resolved_pipeline(read_pipeline(text, file), plan.inputs)
     plan = await _named(plan, run_deployed_pipeline.name, pipeline.name)
@@ -178,7 +234,7 @@ async def _of_pipeline(text: str, file: str, plan: Plan) -> _Made:
 
 
 async def _of_flow(entrypoint: str, plan: Plan) -> _Made:
-    from prefect_crew.deploying import flow_deployment, needed_parameters
+    from prefect_crew.deployments import flow_deployment, needed_parameters
     from prefect_crew.worker import load_flow
 
     flow = load_flow(entrypoint)
@@ -236,27 +292,27 @@ async def _apply(deployment: RunnerDeployment) -> tuple[str, str | None]:
 
 def _tell(made: _Made, deployment_id: str) -> None:
     deployment, plan = made.deployment, made.plan
-    terminal.put(f"Deployed {deployment.full_name}, which asks for {', '.join(made.asks) or 'nothing'}.")
+    _output.put(f"Deployed {deployment.full_name}, which asks for {', '.join(made.asks) or 'nothing'}.")
     page = deployment_url(deployment_id)
     if page:
-        terminal.put(page)
+        _output.put(page)
     if plan.has_schedule and not plan.new_schedule:
-        terminal.put("The schedule that it has stays.")
+        _output.put("The schedule that it has stays.")
     options = "".join(f" -p {option}" for option in made.example)
-    terminal.put(f"Run it: {terminal.command(f'prefect deployment run {shlex.quote(deployment.full_name)}')}{options}")
+    _output.put(f"Run it: {_output.command(f'prefect deployment run {shlex.quote(deployment.full_name)}')}{options}")
     if plan.work_pool:
-        terminal.put(
-            f"Its runs need a worker: {terminal.command(f'prefect worker start --pool {shlex.quote(plan.work_pool)}')}"
+        _output.put(
+            f"Its runs need a worker: {_output.command(f'prefect worker start --pool {shlex.quote(plan.work_pool)}')}"
         )
     else:
-        again = terminal.command(f"prefect-crew deploy {made.command} --serve")
-        terminal.put(f"Nothing runs it yet: give --pool POOL, or serve it from a process of yours: {again}")
+        again = _output.command(f"prefect-crew deploy {made.command} --serve")
+        _output.put(f"Nothing runs it yet: give --pool POOL, or serve it from a process of yours: {again}")
 
 
 def _serve(deployment: RunnerDeployment) -> None:
     from prefect import serve
 
-    terminal.put(f"Serving {deployment.full_name}: this process runs it until Ctrl-C.")
-    terminal.put(f"Run it: {terminal.command(f'prefect deployment run {shlex.quote(deployment.full_name)}')}")
+    _output.put(f"Serving {deployment.full_name}: this process runs it until Ctrl-C.")
+    _output.put(f"Run it: {_output.command(f'prefect deployment run {shlex.quote(deployment.full_name)}')}")
     sys.stdout.flush()  # whoever started this as a process reads the lines through a pipe
     serve(deployment, print_starting_message=False)  # pyright: ignore[reportUnknownMemberType]

@@ -11,20 +11,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import App, Parameter
 
-from prefect_crew.api.errors import CrewError
-from prefect_crew.cli import terminal
-from prefect_crew.cli.crews import JSON, CrewAccess
-from prefect_crew.cli.exits import UsageError
-from prefect_crew.cli.prefect_side import flow_run_url, reach_prefect
-from prefect_crew.cli.progress import progress
+from prefect_crew.cli import _output
+from prefect_crew.cli._errors import UsageError
+from prefect_crew.cli._options import JSON, CrewAccess
+from prefect_crew.cli._prefect import flow_run_url, reach_prefect
+from prefect_crew.cli._progress import progress
 from prefect_crew.cli.runs import ago, crew_of
+from prefect_crew.exceptions import CrewError
 
 if TYPE_CHECKING:
     from prefect_crew.crew import Crew
-    from prefect_crew.records import RunRecord, SentReview
-    from prefect_crew.reviewing.review_desk import AskedRun, AskedStore
+    from prefect_crew.records.model import RunRecord, SentReview
+    from prefect_crew.runs.reviews.inbox import AskedRun, AskedStore
 
-__all__ = ["app", "user_name"]
 
 EXCERPT = 300
 """Characters of an output that the list shows."""
@@ -46,8 +45,8 @@ def _reach() -> None:
 @asynccontextmanager
 async def open_stores() -> AsyncGenerator[tuple[list[AskedStore], list[str]]]:
     """Open all places where runs that wait are on record; give them, and a sentence for each that cannot be opened."""
-    from prefect_crew.batches.known import asking_batches
-    from prefect_crew.record_store import PrefectRecords
+    from prefect_crew.batches.stored import asking_batches
+    from prefect_crew.records.store import PrefectRecords
 
     async with asking_batches() as (batches, missed):
         yield [PrefectRecords(), *(batch.ledger for batch in batches)], missed
@@ -60,25 +59,25 @@ def list_reviews(*, json: Annotated[bool, JSON] = False) -> None:
     _reach()
     found, missed = asyncio.run(_asked())
     for sentence in missed:
-        terminal.note(sentence)
+        _output.note(sentence)
     if json:
-        terminal.put_json([_as_json(line, excerpt=True) for line in found])
+        _output.put_json([_as_json(line, excerpt=True) for line in found])
         return
     if not found:
-        terminal.put("No run waits for a person.")
+        _output.put("No run waits for a person.")
         return
     for line in found:
         for text in _about(line):
-            terminal.put(text)
+            _output.put(text)
         _put_output(line, EXCERPT)
         named = _named(line)
         option = f" (--option {' | '.join(map(shlex.quote, line.options))})" if line.options else ""
-        terminal.put(f"  → prefect-crew reviews approve {named}, or reject {named} --feedback TEXT{option}")
+        _output.put(f"  → prefect-crew reviews approve {named}, or reject {named} --feedback TEXT{option}")
 
 
 def _named(line: AskedRun) -> str:
     """Return the arguments that name a run in a command: with the URL of its crew where that is no stored block."""
-    from prefect_crew.overview import crew_argument
+    from prefect_crew.cli.runs import crew_argument
 
     of_url = crew_argument(line.record) == line.record.crew_url
     crew = f" --crew {shlex.quote(line.record.crew_url)}" if of_url else ""
@@ -86,7 +85,7 @@ def _named(line: AskedRun) -> str:
 
 
 async def _asked() -> tuple[list[AskedRun], list[str]]:
-    from prefect_crew.reviewing.review_desk import asked_runs
+    from prefect_crew.runs.reviews.inbox import asked_runs
 
     stored: dict[tuple[str, str], Crew | None] = {}
 
@@ -122,18 +121,18 @@ def show(
     _reach()
     line = asyncio.run(_one(run, crew, access))
     if json:
-        terminal.put_json(_as_json(line, excerpt=False))
+        _output.put_json(_as_json(line, excerpt=False))
         return
     for text in _about(line):
-        terminal.put(text)
+        _output.put(text)
     for review in line.given:
-        terminal.put(f"  {_told(review)}")
-    terminal.put()
+        _output.put(f"  {_told(review)}")
+    _output.put()
     _put_output(line, None)
 
 
 async def _one(given: str, crew: str | None, access: CrewAccess) -> AskedRun:
-    from prefect_crew.reviewing.review_desk import find_asked, look_at_question, requests_by_run
+    from prefect_crew.runs.reviews.inbox import find_asked, look_at_question, requests_by_run
 
     async with open_stores() as (stores, _):
         record, records = await find_asked(given, stores)
@@ -210,9 +209,9 @@ def _answer(
         )
     )
     if json:
-        terminal.put_json({"run_key": record.run_key, "kickoff_id": record.kickoff_id, **sent.model_dump(mode="json")})
+        _output.put_json({"run_key": record.run_key, "kickoff_id": record.kickoff_id, **sent.model_dump(mode="json")})
     else:
-        terminal.put(f"Run {record.kickoff_id}: {_told(sent)}")
+        _output.put(f"Run {record.kickoff_id}: {_told(sent)}")
 
 
 async def _send(
@@ -227,8 +226,8 @@ async def _send(
     crew: str | None,
     access: CrewAccess,
 ) -> tuple[RunRecord, SentReview]:
-    from prefect_crew.reviewing.review_desk import answer_run, find_asked
-    from prefect_crew.reviews import Review
+    from prefect_crew.runs.reviews.answer import Review
+    from prefect_crew.runs.reviews.inbox import answer_run, find_asked
 
     async with open_stores() as (stores, _):
         record, records = await find_asked(given, stores)
@@ -269,12 +268,12 @@ def _about(line: AskedRun) -> list[str]:
 def _put_output(line: AskedRun, most: int | None) -> None:
     if line.output is None:
         why = line.withheld or ""
-        terminal.put(f"  What is to be judged is not shown: {why if most is None else why.partition(chr(10))[0]}")
+        _output.put(f"  What is to be judged is not shown: {why if most is None else why.partition(chr(10))[0]}")
     elif most is None:
-        terminal.put_markdown(line.output)
+        _output.put_markdown(line.output)
     else:
         flat = " ".join(line.output.split())
-        terminal.put(f"  {flat if len(flat) <= most else flat[:most] + '…'}")
+        _output.put(f"  {flat if len(flat) <= most else flat[:most] + '…'}")
 
 
 def _told(review: SentReview) -> str:

@@ -1,29 +1,149 @@
-"""`prefect-crew runs`: what the records say, settling what is uncertain, removing what is old."""
+"""Commands about run records: list, show, settle, prune."""
 
 from __future__ import annotations
 
 import asyncio
 import shlex
-from typing import TYPE_CHECKING, Annotated, Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from enum import StrEnum
+from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 from cyclopts import App, Parameter
 
-from prefect_crew.api.errors import ConfigurationError, CrewError
-from prefect_crew.cli import terminal
-from prefect_crew.cli.crews import JSON, CrewAccess, flag
-from prefect_crew.cli.exits import UsageError
-from prefect_crew.cli.prefect_side import flow_run_url, reach_prefect
-from prefect_crew.cli.progress import progress
+from prefect_crew.cli import _output
+from prefect_crew.cli._errors import UsageError
+from prefect_crew.cli._options import JSON, CrewAccess, flag
+from prefect_crew.cli._prefect import flow_run_url, reach_prefect
+from prefect_crew.cli._progress import progress
+from prefect_crew.exceptions import ConfigurationError, CrewError
+from prefect_crew.records.model import RecordPhase, RunRecord, latest_purchase
+from prefect_crew.states import CrewState
 
 if TYPE_CHECKING:
     from datetime import datetime
 
     from prefect_crew.crew import Crew
-    from prefect_crew.overview import RunLine
-    from prefect_crew.record_store import PrefectRecords
-    from prefect_crew.records import RunRecord
+    from prefect_crew.records.model import RunRecord
+    from prefect_crew.records.store import PrefectRecords
 
-__all__ = ["ago", "app", "crew_of"]
+
+class Standing(StrEnum):
+    """Where a run stands, as far as its record and the flow runs around it tell."""
+
+    CLAIMED = "claimed"
+    """Somebody is posting its kickoff at this moment."""
+    IN_FLIGHT = "in flight"
+    WAITING = "waiting"
+    """For a person."""
+    ORPHANED = "orphaned"
+    """It was started, and whoever waited for it has ended."""
+    UNCERTAIN = "uncertain"
+    """A kickoff was sent and nobody knows its fate."""
+    ENDED = "ended"
+    NOT_STARTED = "not started"
+
+
+OPEN = (Standing.UNCERTAIN, Standing.ORPHANED, Standing.WAITING, Standing.IN_FLIGHT, Standing.CLAIMED)
+"""Those that are not done, the one that needs a person most first."""
+
+
+@dataclass(frozen=True)
+class RunLine:
+    """A record and what it comes to. `since` is UTC; `todo` is empty where nothing has to be done."""
+
+    record: RunRecord
+    standing: Standing
+    since: datetime
+    todo: str
+
+
+class Lookout(Protocol):
+    """What `look_at` asks of a record store. Each method may raise whatever its storage raises."""
+
+    async def owner_ended(self, record: RunRecord) -> bool:
+        """Return whether the flow run that claimed the record is known to have ended."""
+        ...
+
+    async def other_waiters(self, record: RunRecord, flow_run_id: str | None) -> list[str]:
+        """Return the flow runs other than `flow_run_id` that wait for the run and have not ended."""
+        ...
+
+    async def attempts(self, run_key: str) -> Sequence[RunRecord]:
+        """Return all attempts at a key, the first one first."""
+        ...
+
+
+async def look_at(record: RunRecord, store: Lookout, now: datetime) -> RunLine:
+    """Return the line of a record, asking after its flow runs only where that matters."""
+    owner_ended = record.phase is RecordPhase.CLAIMED and await store.owner_ended(record)
+    attended = record.phase is not RecordPhase.STARTED or bool(await store.other_waiters(record, None))
+    passed = not attended and latest_purchase(await store.attempts(record.run_key)) != record
+    return classify(record, now, owner_ended=owner_ended, attended=attended, passed=passed)
+
+
+def classify(record: RunRecord, now: datetime, *, owner_ended: bool, attended: bool, passed: bool = False) -> RunLine:
+    """Return the line of a record. Pure.
+
+    Args:
+        record: The record.
+        now: The time, UTC.
+        owner_ended: Whether the owner's flow run is known to have ended, for one that is claimed.
+        attended: Whether a flow run that goes on waits for it, for one that is started.
+        passed: Whether its key leads to a later attempt.
+    """
+    standing = _standing(record, now, owner_ended, attended)
+    since = {
+        Standing.WAITING: record.human_since,
+        Standing.ENDED: record.ended_at,
+    }.get(standing, record.kicked_off_at)
+    return RunLine(record, standing, since or record.claimed_at, _todo(record, standing, passed))
+
+
+def _standing(record: RunRecord, now: datetime, owner_ended: bool, attended: bool) -> Standing:
+    if record.phase is RecordPhase.ENDED:
+        return Standing.ENDED
+    if record.phase is RecordPhase.NOT_STARTED:
+        return Standing.NOT_STARTED
+    if record.phase is RecordPhase.UNCERTAIN:
+        return Standing.UNCERTAIN
+    if record.phase is RecordPhase.CLAIMED:
+        if not (owner_ended or record.open_for == 0):
+            return Standing.CLAIMED
+        return Standing.UNCERTAIN if record.permit else Standing.NOT_STARTED
+    if not attended:
+        return Standing.ORPHANED
+    return Standing.WAITING if record.human_since is not None else Standing.IN_FLIGHT
+
+
+def crew_argument(record: RunRecord) -> str:
+    """Return the crew as a command takes it: its block, or its URL where the record has only an address."""
+    address = record.crew_url.partition("://")[2].rstrip("/")
+    return record.crew_url if record.crew == address else record.crew
+
+
+def _todo(record: RunRecord, standing: Standing, passed: bool) -> str:
+    crew, kickoff_id = shlex.quote(crew_argument(record)), shlex.quote(record.kickoff_id or "ID")
+    if standing is Standing.UNCERTAIN:
+        return (
+            f"Look at the crew's page, then: prefect-crew runs settle {shlex.quote(record.run_key)} --kickoff-id ID, "
+            "or --never-started."
+        )
+    if standing is Standing.ORPHANED:
+        person = " It waits for a person." if record.human_since is not None else ""
+        goes_on = "Its key leads to a later attempt; look" if passed else "Run again with its key to go on, or look"
+        return (
+            f"Nobody waits for it.{person} {goes_on}: prefect-crew status {crew} {kickoff_id}. "
+            f"If the crew's server has forgotten it: prefect-crew runs settle {shlex.quote(record.run_key)} --lost."
+        )
+    if standing is Standing.WAITING:
+        of_url = f" --crew {crew}" if crew_argument(record) == record.crew_url else ""
+        return f"Answer: prefect-crew reviews approve {kickoff_id}{of_url}, or reject ID --feedback TEXT."
+    if standing is Standing.ENDED and record.state is not CrewState.COMPLETED:
+        return "Run again with its key to buy another, as far as the crew's max_kickoffs allows."
+    return ""
+
 
 KEY = Parameter(name="KEY", help="The run key, whole, as `runs` shows it.")
 
@@ -35,7 +155,7 @@ app = App(
 def _records() -> PrefectRecords:
     with progress(quiet=True) as shown:
         reach_prefect(shown)
-    from prefect_crew.record_store import PrefectRecords
+    from prefect_crew.records.store import PrefectRecords
 
     return PrefectRecords()
 
@@ -55,7 +175,6 @@ def list_runs(
     json: Annotated[bool, JSON] = False,
 ) -> None:
     """List the runs that are not done, with what to do about each."""
-    from prefect_crew.overview import OPEN, Standing
 
     names = {str(one).replace(" ", "-"): one for one in Standing}
     wanted = [*(phase or ()), *(["uncertain"] if uncertain else [])]
@@ -66,19 +185,18 @@ def list_runs(
     found = asyncio.run(_lines(_records(), with_done=not chosen <= set(OPEN)))
     lines = [line for line in found if line.standing in chosen]
     if json:
-        terminal.put_json([_as_json(line) for line in lines])
+        _output.put_json([_as_json(line) for line in lines])
         return
     if not lines:
-        terminal.put("No such run is on record." if wanted or all_ else "No run is in flight, uncertain or waiting.")
+        _output.put("No such run is on record." if wanted or all_ else "No run is in flight, uncertain or waiting.")
         return
     for line in lines:
         for text in _about(line):
-            terminal.put(text)
+            _output.put(text)
 
 
 async def _lines(records: PrefectRecords, *, with_done: bool) -> list[RunLine]:
-    from prefect_crew.overview import Standing, look_at
-    from prefect_crew.records import RecordPhase, utcnow
+    from prefect_crew.records.model import RecordPhase, utcnow
 
     done = (RecordPhase.ENDED, RecordPhase.NOT_STARTED)
     wanted = [phase for phase in RecordPhase if with_done or phase not in done]
@@ -91,7 +209,7 @@ async def _lines(records: PrefectRecords, *, with_done: bool) -> list[RunLine]:
 
 def ago(since: datetime) -> str:
     """Return how long ago a moment was, as people say it."""
-    from prefect_crew.records import utcnow
+    from prefect_crew.records.model import utcnow
 
     seconds = max(0.0, (utcnow() - since).total_seconds())
     for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
@@ -134,20 +252,19 @@ def show(key: Annotated[str, KEY], /, *, json: Annotated[bool, JSON] = False) ->
     """Show every attempt at one run key. A kickoff id finds its run, too."""
     lines = asyncio.run(_attempts(key, _records()))
     if json:
-        terminal.put_json([_as_json(line) for line in lines])
+        _output.put_json([_as_json(line) for line in lines])
         return
     for line in lines:
         for text in _about(line):
-            terminal.put(text)
-        terminal.put(f"  inputs digest {line.record.inputs_digest} · {line.record.crew_url}")
+            _output.put(text)
+        _output.put(f"  inputs digest {line.record.inputs_digest} · {line.record.crew_url}")
     latest = lines[-1].record
     if latest.result is not None or str(latest.state) == "completed":
-        terminal.put(f"Its result: {terminal.command('prefect-crew result')} {shlex.quote(latest.run_key)}")
+        _output.put(f"Its result: {_output.command('prefect-crew result')} {shlex.quote(latest.run_key)}")
 
 
 async def _attempts(key: str, records: PrefectRecords) -> list[RunLine]:
-    from prefect_crew.overview import look_at
-    from prefect_crew.records import utcnow
+    from prefect_crew.records.model import utcnow
 
     attempts = await records.attempts(key)
     if not attempts:
@@ -181,12 +298,12 @@ def settle(
 
 
 async def _settle_lost(key: str, crew: str | None, access: CrewAccess, records: PrefectRecords) -> None:
-    from prefect_crew.settling import in_flight, settle_lost
+    from prefect_crew.records.resolve import in_flight, settle_lost
 
     record = await in_flight(key, records)
     found = await crew_of(record, crew, access)
     if found is None:
-        terminal.note(
+        _output.note(
             f"Crew {record.crew} is no stored block, so its server was not asked whether it knows run "
             f"{record.kickoff_id}. Give --crew to have it asked."
         )
@@ -194,22 +311,22 @@ async def _settle_lost(key: str, crew: str | None, access: CrewAccess, records: 
     else:
         async with found.client() as client:
             await settle_lost(record, records, look=client.status)
-    terminal.put(f"Settled: run {record.kickoff_id} of {key} is lost. Run again with this key to buy another.")
+    _output.put(f"Settled: run {record.kickoff_id} of {key} is lost. Run again with this key to buy another.")
 
 
 async def _settle(
     key: str, kickoff_id: str | None, crew: str | None, access: CrewAccess, records: PrefectRecords
 ) -> None:
-    from prefect_crew.settling import settle_never_started, settle_started, unsettled
+    from prefect_crew.records.resolve import settle_never_started, settle_started, unsettled
 
     record = await unsettled(key, records)
     if kickoff_id is None:
         await settle_never_started(record, records)
-        terminal.put(f"Settled: {key} never started. Run again with this key to start it.")
+        _output.put(f"Settled: {key} never started. Run again with this key to start it.")
         return
     found = await crew_of(record, crew, access)
     if found is None:
-        terminal.note(
+        _output.note(
             f"Crew {record.crew} is no stored block, so its server was not asked whether it knows run {kickoff_id}. "
             "Give --crew to have it asked."
         )
@@ -217,7 +334,7 @@ async def _settle(
     else:
         async with found.client() as client:
             state = await settle_started(record, kickoff_id, records, look=client.status)
-    terminal.put(
+    _output.put(
         f"Settled: {key} is run {kickoff_id}{f', {state} now' if state else ''}. "
         "Run again with this key to wait for it and get its result."
     )
@@ -246,8 +363,8 @@ def prune(
     json: Annotated[bool, JSON] = False,
 ) -> None:
     """Remove old records of ended runs. A later call with such a key is then a new purchase."""
-    from prefect_crew.pruning import parse_age
-    from prefect_crew.pruning import prune as prune_records
+    from prefect_crew.records.store import parse_age
+    from prefect_crew.records.store import prune as prune_records
 
     try:
         age = parse_age(older_than)
@@ -255,7 +372,7 @@ def prune(
         raise UsageError(f"--older-than {error}") from None
     done = asyncio.run(prune_records(_records(), older_than=age, dry_run=dry_run))
     if json:
-        terminal.put_json({"runs": done.runs, "notes": done.notes, "kept": done.kept, "dry_run": dry_run})
+        _output.put_json({"runs": done.runs, "notes": done.notes, "kept": done.kept, "dry_run": dry_run})
         return
     verb = "would be removed" if dry_run else "removed"
-    terminal.put(f"{done.runs} records {verb}, {done.notes} left-over notes too; {done.kept} records stay.")
+    _output.put(f"{done.runs} records {verb}, {done.notes} left-over notes too; {done.kept} records stay.")

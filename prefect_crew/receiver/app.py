@@ -24,15 +24,13 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from prefect_crew.api.callbacks import FeedbackRequest, parse_request, signed
-from prefect_crew.api.errors import ConfigurationError, ResponseFormatError
-from prefect_crew.api.parsing import parse_webhook
-from prefect_crew.receiver.news import News, digest_of, news_of
-from prefect_crew.receiver.signing import Hook, checked_secret, read_token
-from prefect_crew.records import utcnow
+from prefect_crew.client._callbacks import FeedbackRequest, parse_request, signed
+from prefect_crew.client._parsing import parse_webhook
+from prefect_crew.exceptions import ConfigurationError, ResponseFormatError
+from prefect_crew.receiver.events import News, digest_of, news_of
+from prefect_crew.records.model import utcnow
 from prefect_crew.settings import CrewSettings
-
-__all__ = ["MAX_BODY", "HandsOn", "create_receiver"]
+from prefect_crew.webhooks import Hook, checked_secret, read_token
 
 MAX_BODY = 1024 * 1024
 """Bytes."""
@@ -103,7 +101,7 @@ def create_receiver(
             'crews are kicked off. Make one: python -c "import secrets; print(secrets.token_urlsafe(32))"'
         )
     if hand_on is None:
-        from prefect_crew.receiver.handover import Handover
+        from prefect_crew.receiver.forward import Handover
 
         hand_on = Handover()
     receiver = _Receiver(SecretStr(checked_secret(chosen)), hand_on, max_body, body_timeout, now)

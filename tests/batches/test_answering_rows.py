@@ -13,10 +13,10 @@ import pytest
 from prefect import flow
 
 from prefect_crew import CrewError, DeployedCrew, Review, WaitPolicy, arun_batch, resume_crew
-from prefect_crew.actions import resume_run
-from prefect_crew.batches.known import asking_batches
-from prefect_crew.reviewing.review_desk import answer_run, find_asked
-from prefect_crew.reviews import AnsweredError
+from prefect_crew.batches.stored import asking_batches
+from prefect_crew.exceptions import AnsweredError
+from prefect_crew.runs.actions import resume_run
+from prefect_crew.runs.reviews.inbox import answer_run, find_asked
 from support.asking import AskingServer
 from support.webhooks import served
 

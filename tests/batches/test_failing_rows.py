@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 
 from prefect_crew import WaitPolicy
-from prefect_crew.api.errors import CrewError
-from prefect_crew.api.models import CrewState
-from prefect_crew.batches import pacing
+from prefect_crew.batches import throttle
 from prefect_crew.batches.ledger import Ledger
-from prefect_crew.records import RecordPhase
-from prefect_crew.settling import settle_never_started, settle_started, unsettled
+from prefect_crew.exceptions import CrewError
+from prefect_crew.records.model import RecordPhase
+from prefect_crew.records.resolve import settle_never_started, settle_started, unsettled
+from prefect_crew.states import CrewState
 from prefect_crew.testing import CrewServerFactory
 from support.batches import Batches, put
 from support.held import Held
@@ -265,7 +265,7 @@ async def test_a_server_that_is_away_for_a_while_fails_no_row(batch: Batches, cr
 async def test_a_server_that_stays_away_is_given_up_and_no_row_is_lost(
     batch: Batches, crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(pacing, "PATIENCE", 1.0)
+    monkeypatch.setattr(throttle, "PATIENCE", 1.0)
     server = crew_server(ECHO, port=True)
     crew = server.crew()
 

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from prefect_crew.api.errors import CrewError
-from prefect_crew.api.models import CrewState
 from prefect_crew.batches.ledger import Ledger
-from prefect_crew.posting import ClaimLostError
-from prefect_crew.records import RecordPhase, RunRecord
-from prefect_crew.settling import settle_never_started, settle_started, unsettled
+from prefect_crew.exceptions import CrewError
+from prefect_crew.records.model import RecordPhase, RunRecord
+from prefect_crew.records.resolve import settle_never_started, settle_started, unsettled
+from prefect_crew.runs.kickoff import ClaimLostError
+from prefect_crew.states import CrewState
 from support.batches import record_of
 from support.records import LONG_AGO
 

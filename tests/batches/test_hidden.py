@@ -11,13 +11,12 @@ from typing import Any
 import pytest
 from pydantic import SecretStr
 
-from prefect_crew.api.errors import ConfigurationError
-from prefect_crew.api.redaction import MASK
-from prefect_crew.batches.calls import plain_call
-from prefect_crew.batches.datasets import open_dataset, shown_address
-from prefect_crew.batches.options import BatchOptions
-from prefect_crew.batches.places import ledger_place
+from prefect_crew.batches.database import ledger_place
+from prefect_crew.batches.dataset import open_dataset, shown_address
+from prefect_crew.batches.options import BatchOptions, plain_call
 from prefect_crew.batches.rows import BadRow, RowJob, RowPlan
+from prefect_crew.client.redaction import MASK
+from prefect_crew.exceptions import ConfigurationError
 from prefect_crew.testing import CrewServerFactory
 from support.batches import Batches
 from support.scripts import script

@@ -15,13 +15,13 @@ from typing import Any
 
 import pytest
 
-from prefect_crew.api.errors import ConfigurationError
-from prefect_crew.api.models import CrewState, TokenUsage
-from prefect_crew.batches.database import LedgerError, default_ledger, open_url
-from prefect_crew.batches.known import KnownBatch
+from prefect_crew.batches.database import default_ledger, ledger_place, open_url
 from prefect_crew.batches.ledger import Ledger
-from prefect_crew.batches.places import ledger_place
-from prefect_crew.records import RecordPhase, SentReview, StoredResult, utcnow
+from prefect_crew.batches.stored import KnownBatch
+from prefect_crew.client.models import TokenUsage
+from prefect_crew.exceptions import ConfigurationError, LedgerError
+from prefect_crew.records.model import RecordPhase, SentReview, StoredResult, utcnow
+from prefect_crew.states import CrewState
 from support.batches import postgres_ledger, record_of
 from support.postgres import Postgres, find_postgres
 

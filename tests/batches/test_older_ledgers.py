@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 from prefect.client.orchestration import get_client
 
-from prefect_crew.batches import binding
-from prefect_crew.batches.binding import binding_name, check_age, read_binding
-from prefect_crew.batches.database import LedgerError
-from prefect_crew.batches.known import known_batch
+from prefect_crew.batches import ownership
 from prefect_crew.batches.ledger import Ledger
+from prefect_crew.batches.ownership import binding_name, check_age, read_binding
+from prefect_crew.batches.stored import known_batch
+from prefect_crew.exceptions import LedgerError
 from prefect_crew.testing import CrewServerFactory
 from support.batches import Batches
 from support.scripts import script
@@ -74,7 +74,7 @@ async def test_a_copy_from_the_middle_of_a_call_is_refused(
     batch: Batches, crew_server: CrewServerFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """Also where its machine dies then: the generation grows while rows are started, and not at the end alone."""
-    monkeypatch.setattr("prefect_crew.batches.opened.BEGIN_EVERY", 0.0)
+    monkeypatch.setattr("prefect_crew.batches.batch.BEGIN_EVERY", 0.0)
     server = crew_server(script({"output": "on {{ topic }}", "seconds": 0.3}, inputs=["topic"]))
     ledger, name = tmp_path / "out.jsonl.ledger.db", "copied"
     running = asyncio.ensure_future(batch(server.crew(), topics(400), name=name, max_in_flight=2))
@@ -117,7 +117,7 @@ async def test_a_call_that_dies_over_its_generation_locks_nobody_out(
 
     with monkeypatch.context() as patch:
         if point == "before the first row":
-            patch.setattr("prefect_crew.batches.opened.begin_generation", dying(binding.begin_generation, after=True))
+            patch.setattr("prefect_crew.batches.batch.begin_generation", dying(ownership.begin_generation, after=True))
         else:
             patch.setattr(Ledger, "advance", dying(Ledger.advance, after=point == "between ledger and server"))
         with pytest.raises(Killed):

@@ -15,14 +15,14 @@ import fsspec
 import pytest
 from pydantic import BaseModel, SecretStr
 
-from prefect_crew.api.errors import ConfigurationError
-from prefect_crew.api.models import CrewState, TaskResult, TokenUsage
-from prefect_crew.batches.ends import RowEnd
-from prefect_crew.batches.lines import HeldLines, LineFile
-from prefect_crew.batches.output import COLUMNS, Output, OutputError, line_of
+from prefect_crew.batches.outcomes import RowEnd
+from prefect_crew.batches.output import COLUMNS, HeldLines, LineFile, Output, line_of
 from prefect_crew.batches.rows import RowJob
 from prefect_crew.blocks import DeployedCrew
-from prefect_crew.records import RecordPhase, RunRecord, StoredResult, utcnow
+from prefect_crew.client.models import TaskResult, TokenUsage
+from prefect_crew.exceptions import ConfigurationError, OutputError
+from prefect_crew.records.model import RecordPhase, RunRecord, StoredResult, utcnow
+from prefect_crew.states import CrewState
 
 COMPLETED = {"completed"}
 
@@ -166,7 +166,7 @@ def test_a_full_disk_leaves_whole_lines(tmp_path: Path):
     path = tmp_path / "lines.jsonl"
     script = (
         "import resource, signal, sys; from pathlib import Path\n"
-        "from prefect_crew.batches.lines import LineFile\n"
+        "from prefect_crew.batches.output import LineFile\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
         "file = LineFile(Path(sys.argv[1]))\n"
@@ -312,7 +312,7 @@ def test_parquet_has_a_column_for_each_field_of_the_type(tmp_path: Path):
 
 def test_parquet_of_many_and_of_no_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     polars = pytest.importorskip("polars", reason="needs the extra `data`")
-    monkeypatch.setattr("prefect_crew.batches.parquet.SLICE", 3)
+    monkeypatch.setattr("prefect_crew.batches.output.SLICE", 3)
     for count in (0, 3, 10):
         path = tmp_path / f"{count}.parquet"
         output = opened(path)

@@ -9,13 +9,12 @@ from typing import Any
 
 import pytest
 
-from prefect_crew.api.errors import ConfigurationError
-from prefect_crew.batches.breaker import Breaker
-from prefect_crew.batches.ends import LOST, MISFIT, RowEnd
 from prefect_crew.batches.options import BatchOptions
-from prefect_crew.batches.retries import STOPPED_WITH_BATCH, RetryRule
+from prefect_crew.batches.outcomes import LOST, MISFIT, STOPPED_WITH_BATCH, RetryRule, RowEnd
 from prefect_crew.batches.rows import RowJob
-from prefect_crew.records import RecordPhase, RunRecord, utcnow
+from prefect_crew.batches.throttle import Breaker
+from prefect_crew.exceptions import ConfigurationError
+from prefect_crew.records.model import RecordPhase, RunRecord, utcnow
 
 JOB = RowJob(0, 1, "k", {}, "d")
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from prefect_crew.api.errors import ConfigurationError
-from prefect_crew.api.models import CrewInput
-from prefect_crew.batches.datasets import DatasetError, open_dataset
-from prefect_crew.batches.rows import BadRow, BadRowsError, Checked, RowJob, RowPlan, shard_of
+from prefect_crew.batches.dataset import open_dataset
+from prefect_crew.batches.rows import BadRow, Checked, RowJob, RowPlan, shard_of
+from prefect_crew.client.models import CrewInput
+from prefect_crew.exceptions import BadRowsError, ConfigurationError, DatasetError
 
 TOPIC = [CrewInput(name="topic"), CrewInput(name="tone", required=False)]
 

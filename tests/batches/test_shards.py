@@ -20,18 +20,26 @@ from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId, FlowR
 from prefect.states import Cancelled, Cancelling, Completed, Failed, Pending, Running, Scheduled
 
 from prefect_crew import WaitPolicy, arun_batch
-from prefect_crew.api.errors import ConfigurationError
-from prefect_crew.batches import BatchBusyError, LedgerMissingError
-from prefect_crew.batches.binding import binding_name, read_binding
-from prefect_crew.batches.known import known_batch
+from prefect_crew.batches.batch import open_batch
 from prefect_crew.batches.ledger import Ledger
-from prefect_crew.batches.locks import WHOLE, BatchLock
-from prefect_crew.batches.opened import open_batch
 from prefect_crew.batches.options import BatchOptions
-from prefect_crew.batches.parents import LEFT_LOOKS, LOOK_EVERY, Parent, Shard, flow_runs, open_shard_runs
+from prefect_crew.batches.ownership import WHOLE, BatchLock, binding_name, read_binding
 from prefect_crew.batches.run import batch_job
-from prefect_crew.batches.shards import batch_shard, shard_call, shard_options, shard_part
-from prefect_crew.server import CrewServer
+from prefect_crew.batches.shards import (
+    LEFT_LOOKS,
+    Parent,
+    Shard,
+    batch_shard,
+    flow_runs,
+    open_shard_runs,
+    shard_call,
+    shard_options,
+    shard_part,
+)
+from prefect_crew.batches.shards import PARENT_LOOKS_EVERY as LOOK_EVERY
+from prefect_crew.batches.stored import known_batch
+from prefect_crew.devserver import CrewServer
+from prefect_crew.exceptions import BatchBusyError, ConfigurationError, LedgerMissingError
 from prefect_crew.testing import CrewServerFactory
 from support.batches import Batches, postgres_ledger
 from support.deployed import ROOT, command, wait_until
@@ -67,7 +75,7 @@ async def test_flow_runs_are_read_to_the_last_page_and_those_that_have_ended_are
     prefect_api: PrefectServer, monkeypatch: pytest.MonkeyPatch
 ):
     del prefect_api
-    monkeypatch.setattr("prefect_crew.batches.parents.PAGE", 2)
+    monkeypatch.setattr("prefect_crew.batches.shards.PAGE", 2)
     tag = f"many {uuid.uuid4().hex}"
     async with get_client() as client:
         over, open_ = (Completed(), Failed(), Cancelled()), (Scheduled(), Running(), Cancelling(), Pending(), Running())
@@ -389,7 +397,7 @@ def test_without_a_worker_the_parent_does_the_rows_itself(
     deployed: tuple[PrefectServer, CrewServer], tmp_path: Path, postgres: Postgres, monkeypatch: pytest.MonkeyPatch
 ):
     _, crew = deployed
-    monkeypatch.setattr("prefect_crew.batches.parents.BEGUN_WITHIN", 2.0)
+    monkeypatch.setattr("prefect_crew.batches.shards.BEGUN_WITHIN", 2.0)
     report = asyncio.run(
         arun_batch(
             "shard-crew",
@@ -418,7 +426,7 @@ def test_a_failed_row_is_bought_again_once_a_call_and_the_name_alone_goes_on_wit
     crew = crew_server(picky, port=True)
     block: Any = crew.crew().model_copy(update={"max_kickoffs": 9})
     block.save("picky-crew", overwrite=True)
-    monkeypatch.setattr("prefect_crew.batches.parents.BEGUN_WITHIN", 2.0)
+    monkeypatch.setattr("prefect_crew.batches.shards.BEGUN_WITHIN", 2.0)
     given: dict[str, Any] = {
         "name": "again",
         "output": str(tmp_path / "out.jsonl"),

@@ -15,10 +15,9 @@ from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
 
 from prefect_crew import aplan_batch
-from prefect_crew.api.errors import ConfigurationError
-from prefect_crew.artifacts import artifact_key
-from prefect_crew.batches.standing import Standing
-from prefect_crew.batches.watching import watch_batches
+from prefect_crew.artifacts.run import artifact_key
+from prefect_crew.batches.progress import Standing, watch_batches
+from prefect_crew.exceptions import ConfigurationError
 from prefect_crew.testing import CrewServerFactory
 from support.batches import Batches
 from support.prefect_server import PrefectServer, drain
@@ -82,8 +81,8 @@ async def test_a_second_call_from_another_flow_run_has_artifacts_of_its_own_unde
 async def test_progress_moves_while_rows_run(
     batch: Batches, crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("prefect_crew.batches.cancelling.TICK", 0.1)
-    monkeypatch.setattr("prefect_crew.batches.artifacts.SHOW_EVERY", 0.1)
+    monkeypatch.setattr("prefect_crew.batches.cancel.TICK", 0.1)
+    monkeypatch.setattr("prefect_crew.batches.progress.SHOW_EVERY", 0.1)
     seen: list[tuple[str, int, int]] = []
 
     def watch(name: str, phase: str, standing: Standing | None) -> None:

@@ -9,15 +9,14 @@ from typing import Any
 import pytest
 from sqlalchemy.exc import OperationalError
 
-from prefect_crew import posting, purchases
-from prefect_crew.api.errors import LedgerError
 from prefect_crew.batches.ledger import Ledger
 from prefect_crew.crew import CrewSession
-from prefect_crew.posting import Purchase
-from prefect_crew.purchases import Purchased, purchase_run
-from prefect_crew.records import Caller, Lease, RecordPhase
-from prefect_crew.run_keys import RunIdentity
-from prefect_crew.server.local import InProcessCrewServer
+from prefect_crew.devserver.server import InProcessCrewServer
+from prefect_crew.exceptions import LedgerError
+from prefect_crew.records.keys import RunIdentity
+from prefect_crew.records.model import Caller, Lease, RecordPhase
+from prefect_crew.runs import kickoff
+from prefect_crew.runs.kickoff import Purchase, Purchased, purchase_run
 from prefect_crew.settings import CrewSettings
 from prefect_crew.testing import CrewServerFactory
 from support.batches import record_of
@@ -55,8 +54,8 @@ async def test_a_row_is_not_sent_once_its_claim_is_over(
         if len(claims) == 1:
             claims[0].end()
 
-    monkeypatch.setattr(purchases, "Lease", lease)
-    monkeypatch.setattr(posting, "webhooks_for", sleeping)
+    monkeypatch.setattr(kickoff, "Lease", lease)
+    monkeypatch.setattr(kickoff, "webhooks_for", sleeping)
     server = crew_server("echo")
     async with Ledger(ledger_address, "b") as ledger:
         bought = await start(ledger, server)
@@ -118,7 +117,7 @@ async def test_an_id_that_a_ledger_does_not_take_any_more_is_in_the_log(
 async def test_a_kickoff_that_is_refused_after_its_caller_has_gone_did_not_start(
     crew_server: CrewServerFactory, ledger_address: str, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(posting, "FINISH", 0.05)
+    monkeypatch.setattr(kickoff, "FINISH", 0.05)
     server = crew_server("echo", faults=["kickoff:latency=1.0@1", "kickoff:404@1"])
     async with Ledger(ledger_address, "b") as ledger, CrewSession(server.crew().crew) as session:
         starting = asyncio.ensure_future(start(ledger, server, session))

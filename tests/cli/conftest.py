@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from prefect_crew.server import CrewServer
+from prefect_crew.devserver import CrewServer
 from support.commands import TOKEN, Command, Finished, outside
 from support.prefect_server import PrefectServer
 from support.prefect_server import environment as settings
@@ -49,7 +49,7 @@ tasks:
 def here(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Command]:
     """`here("status", url, "k1")`: the command in this process. `CREW_TOKEN` is set."""
     from prefect_crew import cli
-    from prefect_crew.cli import prefect_side, terminal
+    from prefect_crew.cli import _output, _prefect
 
     monkeypatch.setenv("CREW_TOKEN", TOKEN)
 
@@ -60,8 +60,8 @@ def here(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) ->
         return Finished(code, out, err)
 
     yield run
-    prefect_side.restore_logs()
-    terminal.forget()
+    _prefect.restore_logs()
+    _output.forget()
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import httpx
 import pytest
 
-from prefect_crew.server import CrewServer
+from prefect_crew.devserver import CrewServer
 from support.commands import TOKEN, Finished
 
 

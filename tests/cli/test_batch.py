@@ -18,10 +18,10 @@ import pytest
 from prefect_crew import WaitPolicy
 from prefect_crew.batches.database import Database
 from prefect_crew.batches.ledger import Ledger
-from prefect_crew.batches.locks import BatchLock
-from prefect_crew.record_store import PrefectRecords
-from prefect_crew.records import RecordPhase, RunRecord
-from prefect_crew.server import CrewServer
+from prefect_crew.batches.ownership import BatchLock
+from prefect_crew.devserver import CrewServer
+from prefect_crew.records.model import RecordPhase, RunRecord
+from prefect_crew.records.store import PrefectRecords
 from prefect_crew.testing import CrewServerFactory
 from support.batches import record_of
 from support.commands import TOKEN, environment

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from prefect_crew.batches.standing import Standing
-from prefect_crew.cli import batch_progress as module
-from prefect_crew.cli import terminal
-from prefect_crew.cli.batch_progress import LiveBatch, PlainBatch, batch_progress, figures
+from prefect_crew.batches.progress import Standing
+from prefect_crew.cli import _output
+from prefect_crew.cli import _progress as module
+from prefect_crew.cli._progress import LiveBatch, PlainBatch, batch_progress, figures
 
 
 def standing(**counts: Any) -> Standing:
@@ -22,7 +22,7 @@ def standing(**counts: Any) -> Standing:
 def screen(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
     screen = io.StringIO()
     console = Console(file=screen, force_terminal=True, width=120, highlight=False, markup=False, emoji=False)
-    monkeypatch.setattr(terminal, "errors", lambda: console)
+    monkeypatch.setattr(_output, "errors", lambda: console)
     return screen
 
 
@@ -86,5 +86,5 @@ def test_a_name_neither_steers_nor_styles(screen: io.StringIO):
 
 def test_the_kind_of_progress_fits_where_it_goes(monkeypatch: pytest.MonkeyPatch):
     assert isinstance(batch_progress(), PlainBatch)
-    monkeypatch.setattr(terminal, "is_terminal", lambda stream: True)
+    monkeypatch.setattr(_output, "is_terminal", lambda stream: True)
     assert isinstance(batch_progress(), LiveBatch)

@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 import pytest
 
-from prefect_crew.server import CrewServer
+from prefect_crew.devserver import CrewServer
 from support.commands import environment
 from support.environment import program
 from support.prefect_server import PrefectServer
@@ -46,7 +46,7 @@ def test_a_deployment_asks_for_the_inputs_of_its_crew(here, name: str):
     assert "Nothing runs it yet" in made.out
     found = deployment(f"deployed-crew/{name}")
     assert found.parameter_openapi_schema["required"] == ["who"]
-    assert found.entrypoint == f"prefect_crew.deploying.{name}(who)"
+    assert found.entrypoint == f"prefect_crew.deployments.{name}(who)"
     assert found.enforce_parameter_schema
     assert found.tags == ["prefect-crew", "mine"]
 

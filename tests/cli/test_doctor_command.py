@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from prefect_crew.server import CrewServer
+from prefect_crew.devserver import CrewServer
 from support.prefect_server import PrefectServer
 
 

@@ -13,8 +13,9 @@ import pytest
 from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
 from pydantic import BaseModel, SecretStr
 
-from prefect_crew.api import errors
-from prefect_crew.batches import (
+from prefect_crew import exceptions
+from prefect_crew.cli._errors import EXITS, UsageError, by_options, exit_code, paragraph, reason
+from prefect_crew.exceptions import (
     BadRowsError,
     BatchBusyError,
     BatchCancelledError,
@@ -23,8 +24,8 @@ from prefect_crew.batches import (
     LedgerError,
     LedgerMissingError,
     OutputError,
+    PrefectAwayError,
 )
-from prefect_crew.cli.exits import EXITS, PrefectAwayError, UsageError, by_options, exit_code, paragraph, reason
 
 TABLE = {line.code: line.meaning for line in EXITS}
 DOCS = Path(__file__).parents[2] / "docs" / "cli.md"
@@ -36,9 +37,9 @@ def test_no_code_and_no_error_stands_twice():
     assert len(kinds) == len(set(kinds))
 
 
-@pytest.mark.parametrize("name", errors.__all__)
+@pytest.mark.parametrize("name", exceptions.__all__)
 def test_every_error_of_the_package_has_a_code_of_its_own(name: str):
-    kind = getattr(errors, name)
+    kind = getattr(exceptions, name)
     assert [line.code for line in EXITS if kind in line.errors], f"{name} has no exit code"
 
 
@@ -63,11 +64,11 @@ def _answer(status: int, body: dict[str, str] | None = None) -> PrefectHTTPStatu
     [
         pytest.param(UsageError("no"), 2, id="our-usage"),
         pytest.param(cyclopts.UnknownOptionError(token=None, argument_collection=None), 2, id="cyclopts"),  # type: ignore[call-arg, arg-type]
-        pytest.param(errors.CrewFailedError(kickoff_id="k", error="no"), 10, id="failed"),
-        pytest.param(errors.CrewError("no"), 27, id="any-crew-error"),
-        pytest.param(errors.NotFoundError(status_code=404, method="GET", path="/"), 18, id="not-found"),
-        pytest.param(errors.CrewAPIError(status_code=418, method="GET", path="/"), 24, id="any-answer"),
-        pytest.param(errors.ConfigurationError("no"), 25, id="configuration"),
+        pytest.param(exceptions.CrewFailedError(kickoff_id="k", error="no"), 10, id="failed"),
+        pytest.param(exceptions.CrewError("no"), 27, id="any-crew-error"),
+        pytest.param(exceptions.NotFoundError(status_code=404, method="GET", path="/"), 18, id="not-found"),
+        pytest.param(exceptions.CrewAPIError(status_code=418, method="GET", path="/"), 24, id="any-answer"),
+        pytest.param(exceptions.ConfigurationError("no"), 25, id="configuration"),
         pytest.param(ValueError("no"), 1, id="value"),
         pytest.param(json.JSONDecodeError("no", "", 0), 1, id="json"),
         pytest.param(BrokenPipeError(), 141, id="closed-pipe"),
@@ -115,9 +116,11 @@ def test_a_paragraph_about_wrong_fields_shows_no_value():
 
 
 def test_what_is_only_prefects_is_known_without_importing_prefect():
-    from prefect_crew.cli import exits
+    from prefect_crew.cli import _errors
 
-    assert not re.search(r"^(from|import) (prefect|httpx|cyclopts|pydantic)\b", inspect.getsource(exits), re.MULTILINE)
+    assert not re.search(
+        r"^(from|import) (prefect|httpx|cyclopts|pydantic)\b", inspect.getsource(_errors), re.MULTILINE
+    )
 
 
 @pytest.mark.parametrize(
@@ -140,4 +143,4 @@ def test_what_is_only_prefects_is_known_without_importing_prefect():
 )
 def test_arguments_are_named_as_the_command_line_has_them(said: str, shown: str):
     assert by_options(said) == shown
-    assert paragraph(errors.ConfigurationError(said)) == shown
+    assert paragraph(exceptions.ConfigurationError(said)) == shown

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from prefect_crew.api.errors import ConfigurationError
-from prefect_crew.cli.exits import UsageError
-from prefect_crew.cli.given import gather_inputs
+from prefect_crew.cli._errors import UsageError
+from prefect_crew.cli._options import gather_inputs
+from prefect_crew.exceptions import ConfigurationError
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from prefect_crew.cli.app import app
-from prefect_crew.server import CrewServer
+from prefect_crew.devserver import CrewServer
 
 COMMANDS = [name for name in app if not name.startswith("-")]
 RUNS = ["list", "show", "settle", "prune"]

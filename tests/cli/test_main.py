@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
-from prefect_crew.cli import app, main, running
-from prefect_crew.server import CrewServer
+from prefect_crew.cli import app, main, run
+from prefect_crew.devserver import CrewServer
 from support.commands import environment
 from support.environment import program
 from support.prefect_server import PrefectServer
@@ -59,7 +59,7 @@ def _unicode() -> None:
 def test_an_error_after_the_kickoff_never_says_that_nothing_was_sent(
     here, prefect_api: PrefectServer, crews: CrewServer, monkeypatch: pytest.MonkeyPatch, breaks
 ):
-    monkeypatch.setattr(running, "put_result", lambda *_, **__: breaks())
+    monkeypatch.setattr(run, "put_result", lambda *_, **__: breaks())
     before = crews.kickoffs
     done = here("run", f"{crews.url}/greet", "-i", "who=Ada", "--json")
     assert crews.kickoffs == before + 1

@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from prefect_crew.api.models import CrewResult, CrewState, CrewStatus, TaskResult
 from prefect_crew.blocks import DeployedCrew
-from prefect_crew.cli import progress as module
-from prefect_crew.cli import terminal
-from prefect_crew.cli.progress import LiveProgress, PlainProgress, RunBoard
-from prefect_crew.open_runs import OpenRun
+from prefect_crew.cli import _output
+from prefect_crew.cli import _progress as module
+from prefect_crew.cli._progress import LiveProgress, PlainProgress, RunBoard
+from prefect_crew.client.models import CrewResult, CrewStatus, TaskResult
+from prefect_crew.runs.run import OpenRun
+from prefect_crew.states import CrewState
 
 
 def status(state: CrewState = CrewState.RUNNING, task: str | None = None, **facts: Any) -> CrewStatus:
@@ -115,7 +116,7 @@ def test_what_may_not_be_shown_is_not(capsys: pytest.CaptureFixture[str], fields
 def screen(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
     written = io.StringIO()
     console = Console(file=written, force_terminal=True, width=90, highlight=False, markup=False)
-    monkeypatch.setattr(terminal, "errors", lambda: console)
+    monkeypatch.setattr(_output, "errors", lambda: console)
     return written
 
 
@@ -147,5 +148,5 @@ def test_text_from_outside_neither_steers_nor_styles(screen: io.StringIO):
 
 def test_the_kind_of_progress_fits_where_it_goes(monkeypatch: pytest.MonkeyPatch):
     assert isinstance(module.progress(), PlainProgress)
-    monkeypatch.setattr(terminal, "is_terminal", lambda stream: True)
+    monkeypatch.setattr(_output, "is_terminal", lambda stream: True)
     assert isinstance(module.progress(), LiveProgress)

@@ -13,9 +13,9 @@ import pytest
 from prefect import flow
 
 from prefect_crew import DeployedCrew, WaitPolicy, arun_crew
-from prefect_crew.record_store import PrefectRecords
-from prefect_crew.records import RecordPhase, RunRecord, SentReview, utcnow
-from prefect_crew.server import CrewServer
+from prefect_crew.devserver import CrewServer
+from prefect_crew.records.model import RecordPhase, RunRecord, SentReview, utcnow
+from prefect_crew.records.store import PrefectRecords
 from support.commands import TOKEN
 from support.deployed import wait_until
 from support.prefect_server import PrefectServer

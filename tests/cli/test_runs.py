@@ -11,8 +11,8 @@ from typing import Any
 import httpx
 import pytest
 
-from prefect_crew.records import RecordPhase, RunRecord, utcnow
-from prefect_crew.server import CrewServer
+from prefect_crew.devserver import CrewServer
+from prefect_crew.records.model import RecordPhase, RunRecord, utcnow
 from support.prefect_server import PrefectServer
 from support.records import let_pass, put
 
@@ -86,7 +86,7 @@ def test_show_finds_a_run_by_its_kickoff_id_too(here, write: Write):
 
 
 def test_a_settled_run_goes_on_as_if_nothing_had_happened(here, write: Write, crews: CrewServer, instant_polling: None):
-    from prefect_crew.api.inputs import inputs_digest
+    from prefect_crew.client.inputs import inputs_digest
 
     url, digest = f"{crews.url}/greet", inputs_digest({"who": "Ada"})
     record = write(**uncertain(inputs_digest=digest))
@@ -119,7 +119,7 @@ def test_a_settled_run_goes_on_as_if_nothing_had_happened(here, write: Write, cr
 
 
 def test_a_run_that_never_started_is_bought_anew(here, write: Write, crews: CrewServer, instant_polling: None):
-    from prefect_crew.api.inputs import inputs_digest
+    from prefect_crew.client.inputs import inputs_digest
 
     record = write(**uncertain(inputs_digest=inputs_digest({"who": "Ada"})))
     assert here("runs", "settle", record.run_key, "--never-started").code == 0
@@ -131,7 +131,7 @@ def test_a_run_that_never_started_is_bought_anew(here, write: Write, crews: Crew
 def test_a_run_that_the_server_has_forgotten_can_be_given_up(
     here, write: Write, crews: CrewServer, instant_polling: None
 ):
-    from prefect_crew.api.inputs import inputs_digest
+    from prefect_crew.client.inputs import inputs_digest
 
     url = f"{crews.url}/greet"
     facts = {"inputs_digest": inputs_digest({"who": "Ada"}), "kicked_off_at": utcnow() - timedelta(minutes=5)}

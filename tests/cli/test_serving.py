@@ -87,7 +87,7 @@ def test_a_port_that_there_is_not_is_said_to_be_one(tmp_path: Path):
 
 
 def test_the_help_lists_the_faults(here):
-    from prefect_crew.server.faults import FAULTS, PLACES
+    from prefect_crew.devserver.faults import FAULTS, PLACES
 
     shown = here("serve", "--help").out.partition("Faults: ")[2]
     assert [name for name in (*PLACES, *FAULTS) if not re.search(rf"(?<![\w-]){name}(?![\w-])", shown)] == []

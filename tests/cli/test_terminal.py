@@ -13,15 +13,15 @@ from urllib.parse import quote
 
 import pytest
 
-from prefect_crew.api.redaction import MASK
-from prefect_crew.cli import terminal
+from prefect_crew.cli import _output
+from prefect_crew.client.redaction import MASK
 
 
 @pytest.fixture(autouse=True)
 def _no_secrets() -> Iterator[None]:
-    terminal.forget()
+    _output.forget()
     yield
-    terminal.forget()
+    _output.forget()
 
 
 @pytest.mark.parametrize(
@@ -36,17 +36,17 @@ def _no_secrets() -> Iterator[None]:
     ],
 )
 def test_nothing_from_a_crew_steers_the_terminal(text: str, shown: str):
-    assert terminal.plain(text) == shown
+    assert _output.plain(text) == shown
 
 
 @pytest.mark.parametrize("token", ["token-1234", 'to"ken\\1234'], ids=["plain", "with-signs-that-json-escapes"])
 def test_a_token_is_written_nowhere(capsys: pytest.CaptureFixture[str], token: str):
-    terminal.secret(token)
-    terminal.put(f"with {token}")
-    terminal.note(f"with {token}")
-    terminal.put_markdown(f"# with {token}")
-    terminal.put_rows(["A"], [[token]])
-    terminal.put_json({"said": f"with {token}"})
+    _output.secret(token)
+    _output.put(f"with {token}")
+    _output.note(f"with {token}")
+    _output.put_markdown(f"# with {token}")
+    _output.put_rows(["A"], [[token]])
+    _output.put_json({"said": f"with {token}"})
     out, err = capsys.readouterr()
     assert token not in out + err
     assert json.dumps(token)[1:-1] not in out + err
@@ -54,15 +54,15 @@ def test_a_token_is_written_nowhere(capsys: pytest.CaptureFixture[str], token: s
 
 
 def test_a_token_is_found_as_it_stands_in_an_address_or_on_a_page():
-    terminal.secret("pa/ss&word+1")
+    _output.secret("pa/ss&word+1")
     for text in (quote("pa/ss&word+1"), quote("pa/ss&word+1", safe=""), html.escape("pa/ss&word+1")):
-        assert terminal.redact(f"?token={text}") == f"?token={MASK}"
+        assert _output.redact(f"?token={text}") == f"?token={MASK}"
 
 
 def test_a_short_word_is_no_secret(capsys: pytest.CaptureFixture[str]):
-    terminal.secret("a")
-    terminal.secret("")
-    terminal.put("a banana")
+    _output.secret("a")
+    _output.secret("")
+    _output.put("a banana")
     assert capsys.readouterr().out == "a banana\n"
 
 
@@ -71,25 +71,25 @@ def test_a_short_word_is_no_secret(capsys: pytest.CaptureFixture[str]):
 def test_json_is_json_in_any_encoding(monkeypatch: pytest.MonkeyPatch, encoding: str, value: dict[str, Any]):
     raw = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding=encoding, errors="backslashreplace"))
-    terminal.put_json(value)
+    _output.put_json(value)
     sys.stdout.flush()
     assert json.loads(raw.getvalue().decode(encoding)) == value
 
 
 def test_text_for_a_file_is_left_as_it_is(capsys: pytest.CaptureFixture[str]):
-    terminal.put_markdown("# raw \x1b[31m text")
+    _output.put_markdown("# raw \x1b[31m text")
     assert capsys.readouterr().out == "# raw \x1b[31m text\n"
 
 
 def test_a_table_has_tabs_where_nobody_looks(capsys: pytest.CaptureFixture[str]):
-    terminal.put_rows(["Input", "Needed"], [["topic", "required\nlater"]])
+    _output.put_rows(["Input", "Needed"], [["topic", "required\nlater"]])
     assert capsys.readouterr().out == "Input\tNeeded\ntopic\trequired later\n"
 
 
 def test_a_command_is_shown_as_it_can_be_typed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     here = Path(sys.executable).parent
     monkeypatch.setenv("PATH", str(here))
-    assert terminal.command("prefect-crew run x") == "prefect-crew run x"
+    assert _output.command("prefect-crew run x") == "prefect-crew run x"
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.chdir(here.parent)
-    assert terminal.command("prefect-crew run x") == f"{here.name}/prefect-crew run x"
+    assert _output.command("prefect-crew run x") == f"{here.name}/prefect-crew run x"

@@ -7,7 +7,7 @@ from datetime import date
 
 import pytest
 
-from prefect_crew.backfill import BackfilledRun, backfill
+from prefect_crew.deployments import BackfilledRun, backfill
 from support.deployed import wait_for_state
 from support.prefect_server import connected
 from support.site import Site

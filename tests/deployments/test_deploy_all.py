@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from prefect_crew.run_keys import TEMPLATE
+from prefect_crew.records.keys import TEMPLATE
 from support.deployed import ROOT, wait_for_state
 from support.site import CREW_POOL, POOL, Site
 from support.workers import Worker

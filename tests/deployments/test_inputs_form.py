@@ -9,8 +9,8 @@ from typing import Any, Literal
 import httpx
 import pytest
 
-from prefect_crew.deploying import Plan, pipeline_deployment
-from prefect_crew.pipeline_definition import PipelineDefinition
+from prefect_crew.deployments import Plan, pipeline_deployment
+from prefect_crew.pipelines.definition import PipelineDefinition
 from support.chromium import Chromium
 from support.deployed import wait_until
 from support.prefect_server import PrefectServer

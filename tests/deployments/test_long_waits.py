@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from prefect_crew.server import CrewScript, CrewServer
+from prefect_crew.devserver import CrewScript, CrewServer
 from support.deployed import ROOT, command, wait_for_state, wait_until
 from support.docs import read_page
 from support.prefect_server import PrefectServer, connected

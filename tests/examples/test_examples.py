@@ -12,7 +12,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from prefect_crew.server.local import CrewServer
+from prefect_crew.devserver.server import CrewServer
 
 pytestmark = [pytest.mark.crewai, pytest.mark.filterwarnings("ignore::DeprecationWarning:crewai")]
 

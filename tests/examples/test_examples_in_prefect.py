@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from prefect_crew import CrewFailedError, run_crew
-from prefect_crew.server.local import CrewServer
+from prefect_crew.devserver.server import CrewServer
 
 pytestmark = [pytest.mark.crewai, pytest.mark.filterwarnings("ignore::DeprecationWarning:crewai")]
 
@@ -43,7 +43,7 @@ def test_a_real_flow_s_structured_result_arrives(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("prefect_api")
 def test_a_real_crew_s_failure_says_why() -> None:
-    with CrewServer(f"{ROOT}/tests/server/real_crews.py:failing", dialect="union") as server:
+    with CrewServer(f"{ROOT}/tests/devserver/real_crews.py:failing", dialect="union") as server:
         with pytest.raises(CrewFailedError, match="no luck"):
             run_crew(server.crew(), {"topic": "luck"})
         assert server.kickoffs == 1

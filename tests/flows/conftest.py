@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from prefect_crew.server.local import InProcessCrewServer
+from prefect_crew.devserver.server import InProcessCrewServer
 from prefect_crew.testing import CrewServerFactory
 from support.deployed import ROOT
 from support.prefect_server import PrefectServer

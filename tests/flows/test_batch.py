@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from prefect_crew import BatchFailedError
-from prefect_crew.api.errors import ConfigurationError, CrewError
+from prefect_crew.devserver.server import InProcessCrewServer
+from prefect_crew.exceptions import ConfigurationError, CrewError
 from prefect_crew.operations import batch_file, watch_folder
-from prefect_crew.server.local import InProcessCrewServer
 from support.scripts import script
 
 ECHO = script({"seconds": 0.2, "output": "on {{ topic }}"}, inputs=["topic"])

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from prefect_crew.server.local import InProcessCrewServer
+from prefect_crew.devserver.server import InProcessCrewServer
 from support.deployed import load_flow
 from support.held import Held
 from support.seen import Seen

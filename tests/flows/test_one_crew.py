@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from prefect_crew import CrewFailedError
-from prefect_crew.server.local import InProcessCrewServer
+from prefect_crew.devserver.server import InProcessCrewServer
 from support.deployed import load_flow
 
 SaveCrew = Callable[..., InProcessCrewServer]

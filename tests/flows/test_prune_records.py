@@ -7,9 +7,9 @@ from collections.abc import Callable
 import pytest
 
 from prefect_crew import arun_crew
+from prefect_crew.devserver.server import InProcessCrewServer
 from prefect_crew.operations import prune_records
-from prefect_crew.record_store import PrefectRecords
-from prefect_crew.server.local import InProcessCrewServer
+from prefect_crew.records.store import PrefectRecords
 from support.records import let_pass
 
 SaveCrew = Callable[..., InProcessCrewServer]

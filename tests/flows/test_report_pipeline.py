@@ -7,10 +7,10 @@ from collections.abc import Callable
 import pytest
 import yaml
 
-from prefect_crew.api.models import CrewInput
-from prefect_crew.server.local import InProcessCrewServer
-from prefect_crew.server.program import Outcome, ProgramError, Run
-from prefect_crew.server.programs import load_program
+from prefect_crew.client.models import CrewInput
+from prefect_crew.devserver.programs import load_program
+from prefect_crew.devserver.runs import Outcome, ProgramError, Run
+from prefect_crew.devserver.server import InProcessCrewServer
 from support.deployed import ROOT, load_flow
 from support.prefect_server import environment
 from support.seen import Seen

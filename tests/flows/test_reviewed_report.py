@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from prefect_crew.reviewing import review_form
-from prefect_crew.server.local import InProcessCrewServer
+from prefect_crew.devserver.server import InProcessCrewServer
+from prefect_crew.runs.reviews import form
 from support.deployed import ROOT, load_flow, wait_until
 from support.seen import Seen
 
@@ -18,7 +18,7 @@ SaveCrew = Callable[..., InProcessCrewServer]
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(review_form, "LOOK_EVERY", 0.2)
+    monkeypatch.setattr(form, "LOOK_EVERY", 0.2)
 
 
 def test_the_draft_is_what_a_person_approved(save_crew: SaveCrew, seen: Seen) -> None:

@@ -17,7 +17,7 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
-from prefect_crew.server.web import listener
+from prefect_crew.devserver.server import listener
 
 __all__ = ["Echo", "echoing"]
 

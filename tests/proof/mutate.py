@@ -23,14 +23,16 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 SIMULATION = [f"tests/proof/test_{name}.py" for name in ("scenarios", "permit_worlds", "random_scenarios")]
 OWN_TESTS = {
-    "records.py": ["tests/test_records.py", "tests/test_kickoffs.py"],
-    "api/certainty.py": ["tests/api/test_certainty.py"],
-    "purchases.py": ["tests/test_kickoffs.py", "tests/test_kickoff_claims.py", "tests/test_racing.py"],
-    "posting.py": ["tests/test_kickoffs.py", "tests/test_kickoff_claims.py"],
-    "record_store.py": ["tests/test_record_store.py", "tests/test_kickoff_claims.py"],
-    "waiting.py": ["tests/test_waiting.py", "tests/test_waits.py", "tests/test_waits_in_trouble.py"],
-    "settling.py": ["tests/test_settling.py", "tests/cli/test_runs.py"],
-    "pruning.py": ["tests/test_pruning.py"],
+    "records/model.py": ["tests/records/test_model.py", "tests/runs/test_kickoff.py"],
+    "client/_retry_safety.py": ["tests/client/test_retry_safety.py"],
+    "runs/kickoff.py": ["tests/runs/test_kickoff.py", "tests/runs/test_kickoff_claims.py", "tests/runs/test_racing.py"],
+    "records/store.py": [
+        "tests/records/test_store.py",
+        "tests/records/test_pruning.py",
+        "tests/runs/test_kickoff_claims.py",
+    ],
+    "runs/polling.py": ["tests/runs/test_polling.py", "tests/runs/test_wait.py", "tests/runs/test_wait_in_trouble.py"],
+    "records/resolve.py": ["tests/records/test_resolve.py", "tests/cli/test_runs.py"],
 }
 """The modules that decide and post, and what tests each of them besides the simulation."""
 LONGEST = 300.0

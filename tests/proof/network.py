@@ -9,12 +9,12 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Protocol, TypeVar
 
-from prefect_crew.actions import resume_run, stop_run
-from prefect_crew.api.errors import CrewError
-from prefect_crew.api.models import CrewState
 from prefect_crew.crew import Crew
-from prefect_crew.kickoffs import open_run
-from prefect_crew.waits import wait_for_run
+from prefect_crew.exceptions import CrewError
+from prefect_crew.runs.actions import resume_run, stop_run
+from prefect_crew.runs.kickoff import open_run
+from prefect_crew.runs.wait import wait_for_run
+from prefect_crew.states import CrewState
 
 __all__ = ["REQUEST_TIMEOUT", "TIMEOUT", "Ground", "row"]
 

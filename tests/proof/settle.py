@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import time
 
-from prefect_crew.api.errors import CrewError
-from prefect_crew.record_store import PrefectRecords
-from prefect_crew.server.local import LocalServer
-from prefect_crew.settling import settle_never_started, settle_started, unsettled
+from prefect_crew.devserver.server import LocalServer
+from prefect_crew.exceptions import CrewError
+from prefect_crew.records.resolve import settle_never_started, settle_started, unsettled
+from prefect_crew.records.store import PrefectRecords
 
 __all__ = ["settle"]
 

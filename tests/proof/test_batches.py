@@ -24,8 +24,8 @@ from hypothesis import strategies as st
 
 from prefect_crew import DeployedCrew, WaitPolicy, arun_batch
 from prefect_crew.batches.ledger import Ledger
-from prefect_crew.records import RecordPhase
-from prefect_crew.server import CrewServer
+from prefect_crew.devserver import CrewServer
+from prefect_crew.records.model import RecordPhase
 from proof.batch_forks import KILLS, BatchForks, Call
 from proof.kills import Kill
 from support.prefect_server import PrefectServer

@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
-from prefect_crew.api.errors import CrewError
-from prefect_crew.record_store import PrefectRecords
-from prefect_crew.server.local import CrewServer
-from prefect_crew.settling import unsettled
+from prefect_crew.devserver.server import CrewServer
+from prefect_crew.exceptions import CrewError
+from prefect_crew.records.resolve import unsettled
+from prefect_crew.records.store import PrefectRecords
 from proof.kills import POINTS, Kill
 from proof.settle import settle
 from proof.zygote import Script, Zygote

@@ -8,11 +8,13 @@ from unittest import mock
 
 import pytest
 
-from prefect_crew import record_store, settling, stopping
-from prefect_crew.api.errors import ConfigurationError, CrewError
-from prefect_crew.api.models import CrewState, CrewStatus, StopAnswer, StopOutcome
-from prefect_crew.record_store import PrefectRecords
-from prefect_crew.records import Caller, Decision, RecordPhase, RunRecord, StoredResult, decide, utcnow
+from prefect_crew.client.models import CrewStatus, StopAnswer, StopOutcome
+from prefect_crew.exceptions import ConfigurationError, CrewError
+from prefect_crew.records import resolve, store
+from prefect_crew.records.model import Caller, Decision, RecordPhase, RunRecord, StoredResult, decide, utcnow
+from prefect_crew.records.store import PrefectRecords
+from prefect_crew.runs import stop
+from prefect_crew.states import CrewState
 from proof.sim import prefect_api
 from proof.sim.prefect_api import SimPrefect
 
@@ -24,9 +26,9 @@ def prefect(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimPrefect]:
     """Put a simulated Prefect server in the real one's place, whose slow answers take a second."""
     server = SimPrefect(latency=lambda: 0.0)
     monkeypatch.setattr(prefect_api, "SLOW", 1.0)
-    monkeypatch.setattr(settling, "LOOK_AGAIN", 0.01)
-    monkeypatch.setattr(record_store, "get_client", server.client)
-    with mock.patch.object(stopping, "emit"):
+    monkeypatch.setattr(resolve, "LOOK_AGAIN", 0.01)
+    monkeypatch.setattr(store, "get_client", server.client)
+    with mock.patch.object(stop, "emit"):
         yield server
 
 
@@ -75,15 +77,15 @@ async def forgotten(kickoff_id: str) -> CrewStatus:
 @pytest.mark.parametrize("first", ["the word", "the end"])
 async def test_a_word_that_a_run_is_lost_takes_back_no_end_that_was_seen(prefect: SimPrefect, first: str):
     owner = await started()
-    person = await settling.in_flight("k", RECORDS)
+    person = await resolve.in_flight("k", RECORDS)
     if first == "the word":
         prefect.faults = {f"write@{prefect.writes + 1}": "slow"}
-        saying = asyncio.ensure_future(settling.settle_lost(person, RECORDS, look=forgotten))
+        saying = asyncio.ensure_future(resolve.settle_lost(person, RECORDS, look=forgotten))
         await asyncio.sleep(0.3)
         await completed(owner)
     else:
         await completed(owner)
-        saying = asyncio.ensure_future(settling.settle_lost(person, RECORDS, look=forgotten))
+        saying = asyncio.ensure_future(resolve.settle_lost(person, RECORDS, look=forgotten))
     with pytest.raises(CrewError, match=r"meanwhile: it is completed, run run now"):
         await saying
     found = await standing()
@@ -93,7 +95,7 @@ async def test_a_word_that_a_run_is_lost_takes_back_no_end_that_was_seen(prefect
 
 async def test_an_end_that_is_seen_after_all_counts_more_than_a_word_that_the_run_is_lost():
     owner = await started()
-    await settling.settle_lost(await settling.in_flight("k", RECORDS), RECORDS, look=forgotten)
+    await resolve.settle_lost(await resolve.in_flight("k", RECORDS), RECORDS, look=forgotten)
     lost = await standing()
     assert (lost.phase, lost.state, lost.kickoff_id) == (RecordPhase.ENDED, CrewState.UNKNOWN, "run")
     assert [one.state async for one in RECORDS.all(RecordPhase.ENDED)] == [CrewState.UNKNOWN]
@@ -109,7 +111,7 @@ async def test_a_run_that_the_crew_knows_at_the_second_look_is_not_lost():
         return CrewStatus(kickoff_id=kickoff_id, state=next(states))
 
     with pytest.raises(ConfigurationError, match="knows run run: it is running"):
-        await settling.settle_lost(await settling.in_flight("k", RECORDS), RECORDS, look=look)
+        await resolve.settle_lost(await resolve.in_flight("k", RECORDS), RECORDS, look=look)
     assert (await standing()).phase is RecordPhase.STARTED
 
 
@@ -118,7 +120,7 @@ async def test_a_stop_takes_back_no_end_that_was_seen(prefect: SimPrefect):
     other = await standing()
     prefect.faults = {f"write@{prefect.writes + 1}": "slow"}
     answer = StopAnswer(kickoff_id="run", outcome=StopOutcome.STOPPED)
-    closing = asyncio.ensure_future(stopping.close_stopped(other, answer, RECORDS))
+    closing = asyncio.ensure_future(stop.close_stopped(other, answer, RECORDS))
     await asyncio.sleep(0.3)
     await completed(owner)
     await closing
@@ -128,7 +130,7 @@ async def test_a_stop_takes_back_no_end_that_was_seen(prefect: SimPrefect):
 async def test_a_stop_that_the_server_confirms_is_the_end():
     record = await started()
     answer = StopAnswer(kickoff_id="run", outcome=StopOutcome.STOPPED)
-    await stopping.close_stopped(record, answer, RECORDS)
+    await stop.close_stopped(record, answer, RECORDS)
     assert (record.phase, record.state) == (RecordPhase.ENDED, CrewState.STOPPED)
     assert (await standing()).state is CrewState.STOPPED
 

@@ -16,11 +16,11 @@ from typing import Any, TypeVar
 
 import pytest
 
-from prefect_crew.api.models import CrewState
-from prefect_crew.record_store import PrefectRecords
-from prefect_crew.server.faults import FAULTS
-from prefect_crew.server.local import CrewServer
-from prefect_crew.waiting import WaitPolicy, fast_polling
+from prefect_crew.crew import WaitPolicy, fast_polling
+from prefect_crew.devserver.faults import FAULTS
+from prefect_crew.devserver.server import CrewServer
+from prefect_crew.records.store import PrefectRecords
+from prefect_crew.states import CrewState
 from proof.network import REQUEST_TIMEOUT, TIMEOUT, row
 from proof.sim.scenario import Call, CrewRun, Scenario
 from proof.sim.world import World, key_of

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from prefect_crew.server.local import CrewServer
+from prefect_crew.devserver.server import CrewServer
 from proof.kills import Kill
 from proof.settle import settle
 from proof.test_kill_matrix import CREW, records, script_of

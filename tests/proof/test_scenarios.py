@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from prefect_crew.api.errors import CrewLostError, KickoffUncertainError
-from prefect_crew.api.models import CrewResult
+from prefect_crew.client.models import CrewResult
+from prefect_crew.exceptions import CrewLostError, KickoffUncertainError
 from proof.sim.oracle import broken_promises
 from proof.sim.scenario import Call, CrewRun, Scenario
 from proof.sim.world import World, key_of

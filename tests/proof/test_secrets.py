@@ -47,9 +47,9 @@ from prefect_crew import (
     stop_crew,
     wait_for_crew,
 )
-from prefect_crew.api.models import CrewInput
-from prefect_crew.deploying import crew_flow
-from prefect_crew.reviews import Review
+from prefect_crew.client.models import CrewInput
+from prefect_crew.deployments import crew_flow
+from prefect_crew.runs.reviews.answer import Review
 from proof.echoing import Echo, echoing
 from support.environment import program
 from support.prefect_server import PrefectServer, connected, drain, environment

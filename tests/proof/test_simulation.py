@@ -15,10 +15,12 @@ import httpx
 import pytest
 from prefect.exceptions import PrefectHTTPStatusError
 
-from prefect_crew import posting, purchases, record_store, records
-from prefect_crew.api.certainty import KickoffFate
-from prefect_crew.record_store import PrefectRecords
-from prefect_crew.records import Decision, RecordPhase, RunRecord, utcnow
+from prefect_crew.client._retry_safety import KickoffFate
+from prefect_crew.records import model
+from prefect_crew.records import store as store_module
+from prefect_crew.records.model import Decision, RecordPhase, RunRecord, utcnow
+from prefect_crew.records.store import PrefectRecords
+from prefect_crew.runs import kickoff
 from proof.sim.loop import Process, SimLoop, StuckError
 from proof.sim.oracle import broken_promises
 from proof.sim.prefect_api import SimPrefect
@@ -77,7 +79,7 @@ async def tour() -> list[Any]:
 async def by_id() -> list[Any]:
     """Use what the API itself offers around a Variable, and return what was seen of it."""
     name, seen = f"by_id_{KEY}", list[Any]()
-    async with record_store.get_client() as client:
+    async with store_module.get_client() as client:
 
         async def ask(method: str, path: str, **json: Any) -> httpx.Response:
             try:
@@ -123,7 +125,7 @@ async def by_id() -> list[Any]:
 def test_the_simulated_api_answers_as_a_real_server(prefect_api: PrefectServer) -> None:
     real, real_by_id = asyncio.run(tour()), asyncio.run(by_id())
     loop, simulated = SimLoop(), SimPrefect(latency=lambda: 0.01)
-    with mock.patch.object(record_store, "get_client", simulated.client):
+    with mock.patch.object(store_module, "get_client", simulated.client):
         assert loop.run_until_complete(tour()) == real
         assert loop.run_until_complete(by_id()) == real_by_id
     loop.close()
@@ -172,8 +174,8 @@ def _claims_nothing() -> Any:
         try:
             await self.save(record)
         except Exception:
-            async with record_store.get_client() as client:
-                name = record_store.record_name(record.run_key, record.attempt)
+            async with store_module.get_client() as client:
+                name = store_module.record_name(record.run_key, record.attempt)
                 await client.request(
                     "POST", "/variables/", json={"name": name, "value": record.model_dump(mode="json")}
                 )
@@ -183,32 +185,32 @@ def _claims_nothing() -> Any:
 
 
 def _sends_again() -> Any:
-    return mock.patch.object(posting, "kickoff_fate", return_value=KickoffFate.RETRY)
+    return mock.patch.object(kickoff, "kickoff_fate", return_value=KickoffFate.RETRY)
 
 
 def _never_pauses() -> Any:
     async def at_once(seconds: float) -> None:
         await asyncio.sleep(0)
 
-    return mock.patch.object(purchases, "asyncio", SimpleNamespace(**{**vars(asyncio), "sleep": at_once}))
+    return mock.patch.object(kickoff, "asyncio", SimpleNamespace(**{**vars(asyncio), "sleep": at_once}))
 
 
 def _starts_a_failed_run_again() -> Any:
     def decide(record: RunRecord | None, **known: Any) -> Decision:
-        return records.decide(record, **{**known, "asked_at": None})
+        return model.decide(record, **{**known, "asked_at": None})
 
-    return mock.patch.object(purchases, "decide", decide)
+    return mock.patch.object(kickoff, "decide", decide)
 
 
 def _is_never_sure() -> Any:
-    return mock.patch.object(posting, "kickoff_fate", return_value=KickoffFate.UNCERTAIN)
+    return mock.patch.object(kickoff, "kickoff_fate", return_value=KickoffFate.UNCERTAIN)
 
 
 def _forgets_the_id() -> Any:
     async def save(record: RunRecord, records: Any) -> None:
         return None
 
-    return mock.patch.object(posting, "_save", save)
+    return mock.patch.object(kickoff, "_save", save)
 
 
 TWO = Scenario(calls=(Call(), Call()), runs=(CrewRun(seconds=3),))

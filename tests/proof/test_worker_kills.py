@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from prefect_crew.api.models import CrewInput
-from prefect_crew.record_store import PrefectRecords
-from prefect_crew.records import RecordPhase
-from prefect_crew.server import CrewServer
-from prefect_crew.server.program import Outcome, Run
+from prefect_crew.client.models import CrewInput
+from prefect_crew.devserver import CrewServer
+from prefect_crew.devserver.runs import Outcome, Run
+from prefect_crew.records.model import RecordPhase
+from prefect_crew.records.store import PrefectRecords
 from support.crew_pool import USER_FLOWS, CrewOnCommand, CrewPool
 from support.deployed import wait_until
 from support.postgres import Postgres

@@ -103,7 +103,7 @@ class Zygote:
 def main() -> None:
     """Take orders until standard input ends."""
     import prefect_crew.cli  # noqa: F401  imports nothing that a script would not
-    from prefect_crew import kickoffs, runs, waits  # noqa: F401
+    from prefect_crew import flows  # noqa: F401
 
     assert threading.active_count() == 1, threading.enumerate()
     for line in sys.stdin:
@@ -130,7 +130,8 @@ def _fork(script: dict[str, Any]) -> int:
 def _script(script: dict[str, Any]) -> None:
     import random
 
-    from prefect_crew import CrewError, DeployedCrew, posting, run_crew
+    from prefect_crew import CrewError, DeployedCrew, run_crew
+    from prefect_crew.runs import kickoff
     from support.prefect_server import drain
 
     file = Path(script["file"])
@@ -140,7 +141,7 @@ def _script(script: dict[str, Any]) -> None:
     random.seed()  # the fork has its parent's
     if script["kill"]:
         arm(Kill(**script["kill"]))
-    posting.PERMIT_GOOD_FOR = 2.0  # so that a test need not wait long until it may resolve
+    kickoff.PERMIT_GOOD_FOR = 2.0  # so that a test need not wait long until it may resolve
     crew = DeployedCrew(**script["crew"])
     try:
         result = run_crew(crew, script["inputs"], run_key=script["run_key"])

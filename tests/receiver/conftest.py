@@ -8,8 +8,9 @@ from datetime import UTC, datetime, timedelta
 import httpx
 import pytest
 
-from prefect_crew.api.webhooks import Webhooks
-from prefect_crew.webhooks import create_receiver, hook_urls
+from prefect_crew.client.webhooks import Webhooks
+from prefect_crew.receiver.app import create_receiver
+from prefect_crew.webhooks import hook_urls
 from support.webhooks import SECRET, Kept
 
 

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from starlette.applications import Starlette
 from starlette.routing import Mount
 
-from prefect_crew.api.errors import ConfigurationError
-from prefect_crew.api.webhooks import Webhooks
-from prefect_crew.webhooks import create_receiver
+from prefect_crew.client.webhooks import Webhooks
+from prefect_crew.exceptions import ConfigurationError
+from prefect_crew.receiver.app import create_receiver
 from support.webhooks import BODIES, SECRET, Kept, headers_of, url_of
 
 Urls = Callable[..., Webhooks]

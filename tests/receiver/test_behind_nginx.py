@@ -13,8 +13,8 @@ import httpx
 import pytest
 
 from prefect_crew import WaitPolicy, arun_crew
-from prefect_crew.server import CrewServer
-from prefect_crew.webhooks import create_receiver
+from prefect_crew.devserver import CrewServer
+from prefect_crew.receiver.app import create_receiver
 from support.deployed import ROOT, wait_until
 from support.docs import read_page
 from support.prefect_server import free_port

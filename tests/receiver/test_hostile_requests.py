@@ -13,7 +13,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from prefect_crew.api.webhooks import Webhooks
+from prefect_crew.client.webhooks import Webhooks
 from support.environment import program
 from support.prefect_server import PrefectServer, free_port
 from support.processes import Process

@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import pytest
 
-from prefect_crew.api.webhooks import Webhooks
+from prefect_crew.client.webhooks import Webhooks
 from support.environment import program
 from support.prefect_server import PrefectServer, environment, free_port
 from support.processes import Process

@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 
-from prefect_crew import WaitPolicy, arun_batch, posting
+from prefect_crew import WaitPolicy, arun_batch
 from prefect_crew.batches.ledger import Ledger
-from prefect_crew.records import RecordPhase
+from prefect_crew.receiver.app import create_receiver
+from prefect_crew.records.model import RecordPhase
+from prefect_crew.runs import kickoff
 from prefect_crew.testing import CrewServerFactory
-from prefect_crew.webhooks import create_receiver
 from support.batches import put
 from support.scripts import script
 from support.webhooks import SECRET, events_of, served, until
@@ -71,7 +72,7 @@ async def test_a_row_whose_process_dies_in_its_kickoff_is_one_that_webhooks_may_
 ):
     monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_WEBHOOK_URL", "https://hooks.test")
     monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_WEBHOOK_SECRET", SECRET)
-    monkeypatch.setattr(posting, "FINISH", 0.1)
+    monkeypatch.setattr(kickoff, "FINISH", 0.1)
     server, name = crew_server(SLOW, faults=["kickoff:timeout@1"]), f"dying {uuid.uuid4().hex[:8]}"
     output = tmp_path / "out.jsonl"
     running = asyncio.ensure_future(arun_batch(server.crew(), ROWS[:1], name=name, key="id", output=str(output)))

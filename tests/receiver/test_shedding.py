@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prefect_crew.receiver.news import News, Rank
-from prefect_crew.receiver.shedding import SheddingQueue
-from prefect_crew.receiver.signing import Hook
+from prefect_crew.receiver.events import News, Rank
+from prefect_crew.receiver.forward import SheddingQueue
+from prefect_crew.webhooks import Hook
 
 KINDS = {Rank.STEP: "step", Rank.STREAM: "stream", Rank.TASK: "task", Rank.CREW: "crew"}
 NOW = datetime(2026, 5, 1, tzinfo=UTC)

@@ -13,10 +13,10 @@ from pathlib import Path
 import httpx
 import pytest
 
-from prefect_crew.api.webhooks import Webhooks
+from prefect_crew.client.webhooks import Webhooks
 from prefect_crew.receiver import app as receiver_app
-from prefect_crew.receiver import serving
-from prefect_crew.webhooks import create_receiver
+from prefect_crew.receiver import serve
+from prefect_crew.receiver.app import create_receiver
 from support.prefect_server import free_port
 from support.processes import Process
 from support.webhooks import BODIES, SECRET, Kept, served, until, url_of
@@ -26,8 +26,8 @@ SILENT = 2_000
 PROGRAM = """
 import resource, sys
 resource.setrlimit(resource.RLIMIT_NOFILE, (1024, 1024))
-from prefect_crew.receiver.serving import serve_receiver
-from prefect_crew.webhooks import create_receiver
+from prefect_crew.receiver.serve import serve_receiver
+from prefect_crew.receiver import create_receiver
 
 class Sink:
     ready = True
@@ -82,7 +82,7 @@ async def test_it_answers_beside_two_thousand_silent_connections(
 
 @pytest.fixture
 async def port(kept: Kept, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[int]:
-    monkeypatch.setattr(serving, "IDLE", 3)
+    monkeypatch.setattr(serve, "IDLE", 3)
     async with served(create_receiver(SECRET, hand_on=kept)) as url:
         yield int(url.rpartition(":")[2])
 
@@ -102,7 +102,7 @@ async def test_beyond_its_limit_the_connection_that_was_idle_for_longest_is_clos
 
 
 async def test_that_there_is_no_room_is_said_once(kept: Kept, caplog: pytest.LogCaptureFixture):
-    server = serving.ReceiverServer(create_receiver(SECRET, hand_on=kept))
+    server = serve.ReceiverServer(create_receiver(SECRET, hand_on=kept))
     loop = asyncio.get_running_loop()
     for _ in range(1_000):
         no_room = OSError(24, "Too many open files")

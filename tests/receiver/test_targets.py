@@ -5,7 +5,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from prefect_crew import DeployedCrew, WaitPolicy
-from prefect_crew.api.errors import ConfigurationError
+from prefect_crew.exceptions import ConfigurationError
 from prefect_crew.settings import CrewSettings
 from prefect_crew.webhooks import hooks_expire, names_shown, read_token, webhooks_for
 from support.webhooks import SECRET, url_of

@@ -15,8 +15,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from prefect_crew.api.models import CrewInput
-from prefect_crew.server.program import Outcome, Run
+from prefect_crew.client.models import CrewInput
+from prefect_crew.devserver.runs import Outcome, Run
 
 __all__ = ["Asking", "AskingServer"]
 

@@ -12,7 +12,7 @@ from sqlalchemy import delete
 from prefect_crew import BatchReport, DeployedCrew, WaitPolicy, arun_batch
 from prefect_crew.batches.database import attempts
 from prefect_crew.batches.ledger import Ledger
-from prefect_crew.records import RunRecord, utcnow
+from prefect_crew.records.model import RunRecord, utcnow
 from support.postgres import Postgres
 
 __all__ = ["Batches", "postgres_ledger", "put", "record_of"]

@@ -13,16 +13,16 @@ from typing import Any
 
 import httpx
 
-from prefect_crew.api.models import CrewInput
-from prefect_crew.server import CrewServer
-from prefect_crew.server.program import Outcome, Run
+from prefect_crew.client.models import CrewInput
+from prefect_crew.devserver import CrewServer
+from prefect_crew.devserver.runs import Outcome, Run
 from support.deployed import command, wait_until
 from support.prefect_server import PrefectServer, connected
 from support.workers import Worker
 
 __all__ = ["EXITS", "RUN_CREW", "USER_FLOWS", "CrewOnCommand", "CrewPool"]
 
-RUN_CREW = "prefect_crew.runs.run_deployed_crew"
+RUN_CREW = "prefect_crew.flows.run_deployed_crew"
 USER_FLOWS = "crew_worker_flows"
 """A module of tests/support/importable, as a package of the user's that is installed where the worker runs."""
 EXITS = "crew_worker_exits"

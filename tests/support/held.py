@@ -6,8 +6,8 @@ import asyncio
 import threading
 from collections.abc import Callable
 
-from prefect_crew.api.models import CrewInput, TaskResult
-from prefect_crew.server.program import Outcome, Run
+from prefect_crew.client.models import CrewInput, TaskResult
+from prefect_crew.devserver.runs import Outcome, Run
 
 __all__ = ["Held"]
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import httpx
 
-from prefect_crew.server.local import LocalServer
+from prefect_crew.devserver.server import LocalServer
 
 ClientOf = Callable[[LocalServer], httpx.Client]
 """Opens a plain HTTP client, with the token, for a server on a port."""

@@ -11,11 +11,11 @@ from typing import Any
 from prefect.client.orchestration import get_client
 from starlette.types import ASGIApp
 
-from prefect_crew.api.callbacks import FeedbackRequest
-from prefect_crew.api.webhooks import BearerAuth, HumanInputWebhook, StreamWebhook, Webhooks
-from prefect_crew.receiver.news import News
-from prefect_crew.receiver.serving import ReceiverServer
-from prefect_crew.server.web import listener
+from prefect_crew.client._callbacks import FeedbackRequest
+from prefect_crew.client.webhooks import BearerAuth, HumanInputWebhook, StreamWebhook, Webhooks
+from prefect_crew.devserver.server import listener
+from prefect_crew.receiver.events import News
+from prefect_crew.receiver.serve import ReceiverServer
 
 __all__ = ["BODIES", "SAID_BY_NOBODY", "SECRET", "Kept", "events_of", "headers_of", "served", "until", "url_of"]
 

@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from datetime import datetime
 from typing import Any
 
-from prefect_crew.api.errors import (
+from prefect_crew.client.models import CrewResult
+from prefect_crew.devserver.faults import Fired
+from prefect_crew.exceptions import (
     CrewError,
     CrewFailedError,
     CrewLostError,
@@ -15,8 +17,7 @@ from prefect_crew.api.errors import (
     CrewTimeoutError,
     KickoffUncertainError,
 )
-from prefect_crew.api.models import CrewResult, CrewState
-from prefect_crew.server.faults import Fired
+from prefect_crew.states import CrewState
 from proof.sim.loop import EPOCH, Process
 from proof.sim.world import REQUEST_TIMEOUT, Ending, World, key_of
 

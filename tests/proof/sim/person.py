@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from prefect_crew.api.errors import CrewFailedError, CrewStoppedError, CrewTimeoutError, KickoffUncertainError
-from prefect_crew.api.inputs import encode_inputs, inputs_digest
-from prefect_crew.record_store import PrefectRecords
-from prefect_crew.settling import settle_never_started, settle_started, unsettled
+from prefect_crew.client.inputs import encode_inputs, inputs_digest
+from prefect_crew.exceptions import CrewFailedError, CrewStoppedError, CrewTimeoutError, KickoffUncertainError
+from prefect_crew.records.resolve import settle_never_started, settle_started, unsettled
+from prefect_crew.records.store import PrefectRecords
 
 if TYPE_CHECKING:
-    from prefect_crew.api.models import CrewResult
+    from prefect_crew.client.models import CrewResult
     from proof.sim.world import World
 
 __all__ = ["resolve_if_allowed", "settle_truly"]

@@ -13,13 +13,12 @@ from typing import Any
 
 import httpx
 
-from prefect_crew.api.models import CrewInput
-from prefect_crew.server.app import create_app, runtime_of
-from prefect_crew.server.execution import Execution
-from prefect_crew.server.faults import Faults, Fired
-from prefect_crew.server.program import Answer, Outcome, ProgramError, Run
-from prefect_crew.server.runtime import Counters
-from prefect_crew.server.transport import InProcessTransport
+from prefect_crew.client.models import CrewInput
+from prefect_crew.devserver.app import create_app, runtime_of
+from prefect_crew.devserver.faults import Faults, Fired
+from prefect_crew.devserver.runs import Answer, Execution, Outcome, ProgramError, Run
+from prefect_crew.devserver.state import Counters
+from prefect_crew.devserver.transport import InProcessTransport
 from proof.sim.loop import Process, current_process
 from proof.sim.prefect_api import SimPrefect
 from proof.sim.scenario import CrewRun, Scenario

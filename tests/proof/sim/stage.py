@@ -16,13 +16,17 @@ from unittest import mock
 
 from prefect.client.orchestration import get_client
 
-from prefect_crew import events, kickoffs, open_runs, pruning, purchases, record_store, stopping, waiting, waits
-from prefect_crew.api.client import CrewClient, in_process
-from prefect_crew.artifacts import RunArtifact
+from prefect_crew._internal import prefect_api
+from prefect_crew.artifacts import events
+from prefect_crew.artifacts.run import RunArtifact
+from prefect_crew.client._client import CrewClient
+from prefect_crew.client._transport import in_process
 from prefect_crew.crew import Crew
-from prefect_crew.posting import Purchase
-from prefect_crew.records import SPARE, utcnow
-from prefect_crew.server.execution import Execution
+from prefect_crew.devserver.runs import Execution
+from prefect_crew.records import store
+from prefect_crew.records.model import SPARE, utcnow
+from prefect_crew.runs import kickoff, polling, run, stop, wait
+from prefect_crew.runs.kickoff import Purchase
 from proof.sim.loop import current_process
 from proof.sim.site import HOST
 
@@ -56,25 +60,25 @@ def on_stage(world: World) -> Iterator[None]:
     clock = mock.Mock(time=wall, monotonic=monotonic)
     nothing = mock.AsyncMock(return_value=None)
     replaced: list[tuple[Any, str, Any]] = [
-        (kickoffs, "identify", world.identify),
+        (kickoff, "identify", world.identify),
         # Its default was bound to the real clock when the class was made.
-        (kickoffs, "Purchase", lambda *args, **fields: Purchase(*args, **{"asked_at": now(), **fields})),
-        (purchases, "decide", world.deciding(purchases.decide)),
-        (waits, "wait_until_ended", functools.partial(waiting.wait_until_ended, now=wall)),
+        (kickoff, "Purchase", lambda *args, **fields: Purchase(*args, **{"asked_at": now(), **fields})),
+        (kickoff, "decide", world.deciding(kickoff.decide)),
+        (wait, "wait_until_ended", functools.partial(polling.wait_until_ended, now=wall)),
         # What a claim is good for is to be enough: an hour more would leave nothing to prune in a world.
-        (pruning, "YOUNGEST", timedelta(seconds=SPARE)),
-        (open_runs, "_recent", _PerProcess("recent")),
-        (stopping, "_looked", _PerProcess("looked")),
+        (store, "YOUNGEST", timedelta(seconds=SPARE)),
+        (run, "_recent", _PerProcess("recent")),
+        (stop, "_looked", _PerProcess("looked")),
         (events, "emit_event", world.emitted),
         (RunArtifact, "create", nothing),
         (RunArtifact, "update", nothing),
         (Execution, "end", world.site.noting_end(Execution.end)),
         (CrewClient, "kickoff", _noting("posting", CrewClient.kickoff)),
-        (record_store.PrefectRecords, "save", _noting("writing", record_store.PrefectRecords.save)),
+        (store.PrefectRecords, "save", _noting("writing", store.PrefectRecords.save)),
         (Crew, "reloaded", lambda crew: world.reloaded(crew)),
         *((module, "time", clock) for module in _modules_with("time", time)),
         *((module, "get_client", world.prefect.client) for module in _modules_with("get_client", get_client)),
-        *((module, "flow_run_id", flow_run_id) for module in _modules_with("flow_run_id", stopping.flow_run_id)),
+        *((module, "flow_run_id", flow_run_id) for module in _modules_with("flow_run_id", prefect_api.flow_run_id)),
         *((module, "utcnow", now) for module in _modules_with("utcnow", utcnow)),
     ]
     log, handler = logging.getLogger("prefect_crew"), _Trace(world)

@@ -23,17 +23,16 @@ import httpx
 from prefect.exceptions import PrefectException
 from pydantic import SecretStr
 
-from prefect_crew import kickoffs, waits
-from prefect_crew.api.certainty import KickoffFate, kickoff_fate
-from prefect_crew.api.errors import CrewError, KickoffUncertainError, RunKeyConflictError
-from prefect_crew.api.models import CrewResult
 from prefect_crew.blocks import DeployedCrew
-from prefect_crew.crew import Crew
-from prefect_crew.pruning import prune
-from prefect_crew.record_store import PrefectRecords
-from prefect_crew.records import Caller, RunRecord
-from prefect_crew.run_keys import RunIdentity
-from prefect_crew.waiting import WaitPolicy
+from prefect_crew.client._retry_safety import KickoffFate, kickoff_fate
+from prefect_crew.client.models import CrewResult
+from prefect_crew.crew import Crew, WaitPolicy
+from prefect_crew.exceptions import CrewError, KickoffUncertainError, RunKeyConflictError
+from prefect_crew.records.keys import RunIdentity
+from prefect_crew.records.model import Caller, RunRecord
+from prefect_crew.records.store import PrefectRecords, prune
+from prefect_crew.runs import kickoff
+from prefect_crew.runs import wait as wait_module
 from proof.sim.loop import Process, SimLoop, current_process
 from proof.sim.person import resolve_if_allowed, settle_truly
 from proof.sim.prefect_api import SimPrefect
@@ -370,7 +369,7 @@ class World:
         pauses = list(TASK_RETRIES)
         while True:
             try:
-                run = await kickoffs.open_run(
+                run = await kickoff.open_run(
                     self.crew,
                     inputs,
                     run_key=key_of(call.key),
@@ -383,7 +382,7 @@ class World:
                     raise
                 await asyncio.sleep(pauses.pop(0))
             else:
-                return await waits.wait_for_run(self.crew, run.kickoff_id)
+                return await wait_module.wait_for_run(self.crew, run.kickoff_id)
 
     # What is found when all is over.
 

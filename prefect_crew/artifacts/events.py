@@ -1,0 +1,66 @@
+"""What automations listen to: events about runs, with the crew, the run, the flow run and the step as resources.
+
+    crew.decided       what a call with a run key does: payload `decision`
+    crew.waiting       the run waits for a person
+    crew.resumed       it goes on: somebody answered
+    crew.completed, crew.failed, crew.stopped, crew.lost     once each, from whoever closed the record
+    crew.uncertain     a kickoff was sent and nobody knows its fate
+    crew.timed_out     a waiter's patience ended; the run may go on
+    crew.settled       an uncertain kickoff is known to have started the run, by a webhook: from the receiver, as
+    crew.webhook.*     whatever a crew's server tells of a run: `prefect_crew.receiver`
+
+Emitting is a hand-over to Prefect's own background thread (0.15 ms) and raises nothing when the API is away.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+from uuid import NAMESPACE_URL, UUID, uuid5
+
+from prefect.context import FlowRunContext
+from prefect.events import emit_event
+
+from prefect_crew.records.model import RunRecord
+
+
+def resources_of(record: RunRecord) -> tuple[dict[str, str], list[dict[str, str]]]:
+    """Return what every event about a run has as its resource, and the crew, step and flow run related to it."""
+    resource = {
+        "prefect.resource.id": f"prefect-crew.run.{record.kickoff_id or f'{record.run_key}/{record.attempt}'}",
+        "prefect.resource.name": f"{record.crew} run {record.kickoff_id or record.run_key}",
+        "prefect-crew.run-key": record.run_key,
+        "prefect-crew.crew": record.crew,
+    }
+    ids = {
+        "crew": f"prefect-crew.crew.{record.crew}",
+        "step": f"prefect-crew.step.{record.step}" if record.step else None,
+        "flow-run": f"prefect.flow-run.{record.flow_run_id}" if record.flow_run_id else None,
+    }
+    related = [{"prefect.resource.id": id_, "prefect.resource.role": role} for role, id_ in ids.items() if id_]
+    return resource, related
+
+
+def emit(event: str, record: RunRecord, *, once: bool = False, **payload: Any) -> None:
+    """Emit `crew.{event}` about a run.
+
+    Args:
+        event: The last part of its name.
+        record: The run.
+        once: Give it an id made of the run and the event, so that the server keeps one even if two waiters emit it.
+        payload: Plain values, already redacted.
+    """
+    resource, related = resources_of(record)
+    if FlowRunContext.get() is not None:
+        # Inside a flow run Prefect adds the flow run itself.
+        related = [one for one in related if one["prefect.resource.role"] != "flow-run"]
+    emit_event(
+        event=f"crew.{event}",
+        resource=resource,
+        related=related,
+        payload={"run_key": record.run_key, "kickoff_id": record.kickoff_id, "attempt": record.attempt, **payload},
+        id=_only_id(event, record) if once else None,
+    )
+
+
+def _only_id(event: str, record: RunRecord) -> UUID:
+    return uuid5(NAMESPACE_URL, f"prefect-crew/{record.run_key}/{record.attempt}/{record.owner}/{event}")

@@ -1,0 +1,486 @@
+"""One call of a batch: check, lock, run, write, report."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import httpx
+from prefect.client.orchestration import get_client
+from prefect.exceptions import PrefectException
+
+from prefect_crew._internal.prefect_api import run_logger
+from prefect_crew.artifacts.events import emit
+from prefect_crew.batches.cancel import watched
+from prefect_crew.batches.database import LedgerPlace
+from prefect_crew.batches.dataset import Dataset, shown_address, whole_address
+from prefect_crew.batches.ledger import Ledger
+from prefect_crew.batches.options import IN_FLIGHT, BatchOptions
+from prefect_crew.batches.outcomes import MISFIT, RowEnd
+from prefect_crew.batches.output import Output, line_of
+from prefect_crew.batches.ownership import (
+    PARENT,
+    WHOLE,
+    BatchLock,
+    Bound,
+    begin_generation,
+    bind,
+    binding_name,
+    kept_here,
+    note_asking,
+)
+from prefect_crew.batches.progress import FAILURES, BatchArtifacts, Failure, Standing, tell_batch
+from prefect_crew.batches.report import BatchPlan, BatchReport
+from prefect_crew.batches.rows import Checked, RowPlan, SetAside, SetAsideFile, expected_inputs, rejected_name
+from prefect_crew.batches.runner import Engine, engine_of, feed, limited
+from prefect_crew.batches.throttle import BatchSession, Pace
+from prefect_crew.client.models import CrewInput
+from prefect_crew.crew import Crew, CrewSession
+from prefect_crew.exceptions import BadRowsError, BatchBusyError, ConfigurationError, CrewError, LedgerError
+from prefect_crew.records.model import RunRecord
+from prefect_crew.records.store import PrefectRecords
+from prefect_crew.runs.webhook_resolve import Settlement, settle_from_webhook
+from prefect_crew.settings import CrewSettings
+from prefect_crew.states import CrewState
+from prefect_crew.webhooks import claim_of, webhooks_for
+
+
+@dataclass(frozen=True)
+class BatchJob:
+    """A call of a batch.
+
+    Attributes:
+        crew, dataset, options: As they were given.
+        name: The batch, its template filled.
+        output: Where the lines go. `output_name` is the same for people.
+        place: Where the ledger is.
+        call: The call as plain values, or why it has none.
+    """
+
+    crew: Crew
+    dataset: Dataset
+    options: BatchOptions
+    name: str
+    output: str
+    place: LedgerPlace
+    call: Mapping[str, Any]
+
+    @property
+    def output_name(self) -> str:
+        """The output for people."""
+        return shown_address(self.output)
+
+    def plan(self, expected: Sequence[CrewInput]) -> RowPlan:
+        """Return how the rows become runs.
+
+        Raises:
+            ConfigurationError: A key that is a secret input, or a template that is none.
+        """
+        if isinstance(self.options.key, str) and self.options.key in self.crew.secret_inputs:
+            raise ConfigurationError(
+                f"The key column {self.options.key!r} is a secret input: keys stand in logs, artifacts and the ledger. "
+                "Take another column, or leave key out."
+            )
+        return RowPlan(
+            self.dataset,
+            inputs=self.options.inputs,
+            key=self.options.key,
+            expected=expected,
+            as_json=self.crew.inputs_as_json,
+            deduplicate=self.options.deduplicate,
+            secret=self.crew.secret_inputs,
+            allow_extra=self.crew.allow_extra_inputs,
+        )
+
+    @property
+    def written(self) -> dict[str, Any]:
+        """What the lines depend on besides the rows."""
+        kind = self.options.output_type
+        return {
+            "output": shown_address(whole_address(self.output)),
+            "order": self.options.order,
+            "typed": None if kind is None else f"{kind.__module__}.{kind.__qualname__}",
+            "masked": sorted(self.crew.secret_inputs),
+        }
+
+
+async def plan_of(job: BatchJob, seconds_per_run: float | None) -> BatchPlan:
+    """Check every row of a batch, and say how many, how long and how much. Nothing is started.
+
+    Args:
+        job: The batch.
+        seconds_per_run: The duration of one run; None takes the mean of those that the ledger has seen.
+    """
+    async with CrewSession(job.crew) as session:
+        plan = job.plan(await expected_inputs(session))
+    checked = await asyncio.to_thread(plan.check)
+    done, mean = 0, None
+    if not job.place.local or job.place.exists:
+        async with Ledger(job.place.ledger, job.name) as ledger:
+            counts = await ledger.counts()
+            done = sum(counts.get(str(state), 0) for state in CrewState if state.ended) + counts.get(MISFIT, 0)
+            mean = (await ledger.run_times()).mean
+    duration = mean if seconds_per_run is None else seconds_per_run
+    left = max(checked.total - done, 0)
+    most = job.options.max_in_flight or IN_FLIGHT
+    seconds = None if duration is None else -(-left // most) * duration
+    if job.options.kickoffs_per_second is not None:
+        seconds = max(seconds or 0.0, left / job.options.kickoffs_per_second)
+    return BatchPlan(
+        name=job.name,
+        rows=checked.total,
+        done=done,
+        bad=checked.bad,
+        bad_count=checked.bad_count,
+        duplicates=checked.duplicates,
+        max_in_flight=most,
+        seconds=seconds,
+        price=None if job.crew.price is None else job.crew.price * left,
+        notes=plan.notes(),
+    )
+
+
+MOST = 200
+"""Uncertain rows that are looked for. A process that dies leaves 16."""
+
+
+async def settle_by_webhooks(ledger: Ledger, crew: Crew) -> None:
+    """Settle what webhooks have told of, under the conditions of `settle_from_webhook`. An error leaves it uncertain.
+
+    Without a secret nobody has checked where a webhook came from, so none is believed.
+
+    Raises:
+        LedgerError: The ledger cannot be used.
+    """
+    if not CrewSettings().webhook_secret:
+        return
+    for record in [one for one in await ledger.unsettled() if one.hooked][:MOST]:
+        try:
+            ids = [one for one in await _told(record) if await PrefectRecords().of_kickoff(one) is None]
+        except (httpx.HTTPError, PrefectException) as error:
+            run_logger().warning("What webhooks told of uncertain rows cannot be read: %s", error)
+            return
+        for kickoff_id in ids:
+            outcome = await settle_from_webhook(
+                record.run_key, kickoff_id, ledger, attempt=record.attempt, load=lambda found: _same(crew, found)
+            )
+            if outcome is Settlement.SETTLED:
+                run_logger().info(
+                    "Row %r of batch %s is settled: its kickoff started run %s, a webhook says.",
+                    *(ledger.row_key(record.run_key), ledger.batch, kickoff_id),
+                )
+                emit("settled", record.model_copy(update={"kickoff_id": kickoff_id}))
+                break
+
+
+async def _same(crew: Crew, record: RunRecord) -> Crew | None:
+    return crew if record.crew_url == crew.url else None
+
+
+async def _told(record: RunRecord) -> list[str]:
+    """Return the kickoff ids that webhooks of this very claim have named, each once."""
+    about = {
+        "resource": {"labels": {"prefect-crew.run-key": [record.run_key]}},
+        "event": {"prefix": ["crew.webhook."]},
+        "occurred": {"since": record.claimed_at.isoformat()},
+    }
+    async with get_client() as client:
+        answer = await client.request("POST", "/events/filter", json={"filter": about, "limit": 50})
+    found: dict[str, None] = {}
+    for event in cast("list[dict[str, Any]]", answer.json()["events"]):
+        payload: dict[str, Any] = event["payload"]
+        said: dict[str, Any] = payload.get("said") or {}
+        if payload.get("claim") == claim_of(record.owner) and said.get("kickoff_id"):
+            found[str(said["kickoff_id"])] = None
+    return list(found)
+
+
+BEGIN_FOR = 60.0
+"""Seconds for which a Prefect API that is away or busy is told of a call before its first row is started."""
+BEGIN_EVERY = 5.0
+"""Seconds between two generations while rows are started: a copy of the ledger that is older is known for one."""
+SOON = 2.0
+"""Seconds for which the Prefect API is told of a further one."""
+
+
+@asynccontextmanager
+async def open_batch(job: BatchJob, *, shared: bool = False) -> AsyncGenerator[OpenBatch]:
+    """Check the rows of a batch, lock it, and bind its name to its ledger.
+
+    Args:
+        job: The call.
+        shared: Whether shards in other processes will work on it as well.
+
+    Raises:
+        CrewError: It cannot be begun. Nothing was started.
+    """
+    options = job.options
+    webhooks_for(job.crew, job.name)  # settings that make no sense are said before anything is bought
+    pace = Pace(kickoffs_per_second=options.kickoffs_per_second, kickoffs_at_once=options.kickoffs_at_once)
+    async with AsyncExitStack() as stack:
+        session = BatchSession(job.crew, pace)
+        await stack.enter_async_context(session)
+        tell_batch(job.name, "checking")
+        expected = await expected_inputs(session)
+        plan = job.plan(expected)
+        # Whether the batch is ours is known before its rows are read, which may take minutes.
+        ledger = await stack.enter_async_context(Ledger(job.place.ledger, job.name))
+        lock = await stack.enter_async_context(BatchLock(ledger.database, job.name))
+        if not await lock.take(WHOLE, shared=shared) or (shared and not await lock.take(PARENT)):
+            raise BatchBusyError(name=job.name)
+        ledger.sole = lock.proves and not shared
+        beside = ledger.database.path or Path.cwd() / binding_name(job.name)
+        output = Output(job.output, beside=beside, output_type=options.output_type)
+        kept = await kept_here(ledger)
+        output.check(fresh=not await ledger.known())
+        rejected = SetAsideFile()
+        stack.callback(rejected.close)
+        checked = await asyncio.to_thread(plan.check, rejected.put)
+        for told in plan.notes():
+            run_logger().warning("Batch %s: %s", job.name, told)
+        if checked.bad and (options.on_bad_row == "refuse" or not checked.total):
+            alone = not checked.total
+            raise BadRowsError(checked.bad, checked.bad_count, source=job.dataset.name, alone=alone)
+        if not await lock.still_held():
+            raise BatchBusyError(name=job.name)
+        bound = await bind(
+            ledger,
+            kept,
+            crew_url=job.crew.url,
+            fingerprint=checked.fingerprint,
+            total=checked.total,
+            go_on=options.on_change == "continue",
+            place=job.place.told,
+            call=job.call,
+        )
+        aside = SetAside(checked.bad_count, checked.bad, rejected_name(output.name) if checked.bad_count else None)
+        if aside.count or (await ledger.set_aside()).count:
+            await asyncio.to_thread(output.put_rejected, rejected.file if aside.count else None)
+            await ledger.note_set_aside(aside)
+        if bound.before is not None:
+            await settle_by_webhooks(ledger, session.crew)
+        yield OpenBatch(
+            job,
+            session,
+            ledger,
+            lock,
+            expected,
+            plan,
+            checked,
+            output,
+            bound,
+            Standing(total=checked.total, set_aside=aside, duplicates=checked.duplicates),
+            BatchArtifacts(job.name, job.crew.label, show=job.crew.show),
+            bought=0 if bound.before is None else await ledger.bought(),
+        )
+
+
+@dataclass
+class OpenBatch:
+    """A batch that is open.
+
+    Attributes:
+        bought: Kickoffs of earlier calls.
+        stopped: Why nothing more is bought, None while there is no reason.
+        options: What rows are run with here, where shards have done a part of what was asked for; else the job's.
+    """
+
+    job: BatchJob
+    session: BatchSession
+    ledger: Ledger
+    lock: BatchLock
+    expected: Sequence[CrewInput]
+    plan: RowPlan
+    checked: Checked
+    output: Output
+    bound: Bound
+    standing: Standing
+    artifacts: BatchArtifacts
+    bought: int
+    stopped: str | None = None
+    options: BatchOptions | None = None
+    _begun: int = 0
+    _begin_after: float = 0.0
+
+    async def begin(self) -> int:
+        """Begin a generation of the batch, before any row of it is started; return its number.
+
+        Raises:
+            CrewError: The ledger cannot be written, or is not that of the batch any more.
+            httpx.HTTPError, PrefectException: The Prefect API is away.
+        """
+        generation = await begin_generation(self.ledger, self.job.place.told, patience=BEGIN_FOR)
+        self.lock.generation = generation
+        self._begin_after = time.monotonic() + BEGIN_EVERY
+        return generation
+
+    async def begin_again(self, begun: int, *, over: bool = False) -> None:
+        """Begin another generation once in a while, so that a copy made meanwhile is known for an older one.
+
+        Args:
+            begun: How many rows were begun so far; nothing is done where that is as it was.
+            over: No more will be.
+        """
+        if begun == self._begun or (time.monotonic() < self._begin_after and not over):
+            return
+        try:
+            self.lock.generation = await begin_generation(self.ledger, self.job.place.told, patience=SOON)
+        except (httpx.HTTPError, PrefectException, CrewError) as error:
+            run_logger().warning("That batch %s has gone on cannot be noted: %s", self.job.name, error)
+        else:
+            self._begun = begun
+        self._begin_after = time.monotonic() + BEGIN_EVERY
+
+    async def run(self) -> BatchReport:
+        """Run the rows that are not done, write all lines, and report.
+
+        Raises:
+            CrewError: The ledger or the output failed on the way.
+        """
+        name, ledger, standing, output = self.job.name, self.ledger, self.standing, self.output
+        if self.is_done:
+            await self._recall()
+            if not await asyncio.to_thread(output.is_there):
+                await asyncio.to_thread(output.finish)
+        else:
+            try:
+                await self._run_rows()
+            except BaseException:
+                await self.artifacts.end(standing, await self._report())
+                raise
+            finally:
+                output.close()
+            tell_batch(name, "finishing", standing)
+            await asyncio.to_thread(output.finish)
+            await ledger.note_standing({"done": standing.over, "lines": standing.total, **self.job.written})
+        await self._note_people()
+        report = await self._report()
+        tell_batch(name, "done", standing)
+        await self.artifacts.end(standing, report)
+        run_logger().info("%s", report)
+        return report
+
+    async def _run_rows(self) -> None:
+        options, standing = self.options or self.job.options, self.standing
+        async with AsyncExitStack() as stack:
+            most = await limited(self.session, options, stack)
+            new = not await self.ledger.known()
+            bought = await self.ledger.bought()
+            engine = engine_of(self.session, self.ledger, options, on_end=self._take, most=most, bought=bought)
+            if self.stopped is not None:
+                engine.stop(self.stopped)
+            if engine.stopped is None:
+                await self.begin()
+                self._begun = 0
+            self.output.open(self._stays(), in_order=options.order == "input")
+            rows = feed(engine, self.plan.jobs(), chunk_size=1 if options.task_per_row else options.chunk_size, new=new)
+            try:
+                await watched(
+                    rows, engine, name=self.job.name, on_cancel=options.on_cancel, tick=lambda: self._tick(engine)
+                )
+            finally:
+                await self.begin_again(engine.kickoffs, over=True)
+                self.stopped = self.stopped or engine.stopped
+                standing.in_flight = len(engine.waiting)
+
+    async def _take(self, end: RowEnd) -> None:
+        self.standing.take(end)
+        self.output.put(end.job.number, end.job.key, line_of(end, self.job.crew))
+
+    async def _tick(self, engine: Engine) -> None:
+        """Show how the batch stands. About once a second."""
+        standing = self.standing
+        standing.in_flight, standing.kickoffs = engine.in_flight, engine.kickoffs
+        standing.people = sum(record.human_since is not None for record in engine.waiting.values())
+        standing.tick()
+        tell_batch(self.job.name, "running", standing)
+        self.output.flush()
+        await self.artifacts.progress(standing)
+        await self.begin_again(engine.kickoffs)
+        if not await self.lock.still_held():
+            engine.stop(
+                "its lock was lost: another process has taken the batch over, or the ledger's file was removed or "
+                "replaced.",
+                shut=True,
+            )
+
+    async def _note_people(self) -> None:
+        """Note on the Prefect server whether rows are left that wait for people."""
+        asks = bool([record async for record in self.ledger.may_ask()])
+        try:
+            await note_asking(self.job.name, asks)
+        except (httpx.HTTPError, PrefectException) as error:
+            run_logger().debug("Whether rows of batch %s wait for people is not noted: %s", self.job.name, error)
+
+    def _stays(self) -> Callable[[str], bool]:
+        """Return what says whether a line of an earlier call stays: that of a row neither run again nor judged anew."""
+        options, before = self.job.options, self.bound.before
+        noted: Mapping[str, Any] = (None if before is None else before.standing) or {}
+        same = all(noted.get(name, value) == value for name, value in self.job.written.items() if name != "order")
+        states = {str(CrewState.COMPLETED)} if same else set[str]()
+        if same and not options.retry_failed and not options.retries:
+            states.add(str(CrewState.FAILED))
+        return states.__contains__
+
+    # A batch that is done.
+
+    @property
+    def is_done(self) -> bool:
+        """Return whether there was nothing left to do when it was opened, not even a line."""
+        before, entry, options = self.bound.before, self.bound.entry, self.job.options
+        if before is None or before.standing is None or options.retry_failed or options.retries:
+            return False
+        if before.fingerprint != entry.fingerprint or before.total != entry.total:
+            return False
+        noted = {"done": True, "lines": before.total, **self.job.written}
+        return dict(before.standing) == noted and self.output.count() == before.total
+
+    async def _recall(self) -> None:
+        """Take the standing of a batch that is done from its ledger, without a look at its rows."""
+        standing, ledger = self.standing, self.ledger
+        counts = await ledger.counts()
+        standing.completed = counts.get(str(CrewState.COMPLETED), 0)
+        standing.failed = standing.total - standing.completed
+        times = await ledger.run_times()
+        standing.recall(times.sample, times.slowest)
+        standing.add_usage(await ledger.usage())
+        if not standing.failed:
+            return
+        async for key, record in ledger.standing_attempts():
+            state = str(record.state)
+            standing.failures.append(Failure(key, record.kickoff_id, state, record.error or state, None))
+            if len(standing.failures) == FAILURES:
+                break
+
+    async def _report(self) -> BatchReport:
+        standing, job = self.standing, self.job
+        total, aside = standing.whole, standing.set_aside
+        try:
+            bought = await self.ledger.bought()
+        except LedgerError:
+            bought = self.bought + standing.kickoffs  # what ended the batch is told; this is only how it stands
+        return BatchReport(
+            name=job.name,
+            total=total,
+            completed=standing.completed,
+            failed=standing.failed,
+            uncertain=standing.uncertain,
+            skipped=total - standing.done,
+            seconds=standing.seconds,
+            output=self.output.name,
+            stopped=self.stopped,
+            kickoffs=bought - self.bought,
+            set_aside=aside.count,
+            set_aside_rows=tuple(aside.rows[:FAILURES]),
+            set_aside_output=aside.output,
+            duplicates=standing.duplicates,
+            uncertain_keys=tuple(standing.uncertain_keys),
+            errors=dict(standing.errors),
+            usage=standing.usage,
+            cost=None if job.crew.price is None else job.crew.price * bought,
+        )

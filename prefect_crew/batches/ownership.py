@@ -1,0 +1,481 @@
+"""A batch belongs to one ledger and one process: its name on the Prefect server, and its lock."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+from uuid import uuid4
+
+from prefect.client.orchestration import get_client
+from prefect.exceptions import PrefectHTTPStatusError
+from sqlalchemy import select, text
+from sqlalchemy.exc import SQLAlchemyError
+
+from prefect_crew._internal.prefect_api import request_soon, run_logger
+from prefect_crew.batches.database import Database, batches, short
+from prefect_crew.batches.ledger import BatchEntry, Ledger
+from prefect_crew.exceptions import BatchChangedError, LedgerError, LedgerMissingError
+
+TAG = "prefect-crew-batch"
+ASKS = "prefect-crew-batch-asks"
+"""The tag of a batch of which some rows wait for people, or did when they were last looked at."""
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A batch that is bound to its ledger: the entry that stands, and the one from before this call."""
+
+    entry: BatchEntry
+    before: BatchEntry | None
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What is known of a batch before a call: the ledger's entry, and whether the Prefect server knows the batch."""
+
+    before: BatchEntry | None
+    is_bound: bool
+
+
+def binding_name(batch: str) -> str:
+    """Return the name of the Variable that binds a batch."""
+    return f"crew_batch_{hashlib.sha256(batch.encode()).hexdigest()[:32]}"
+
+
+async def kept_here(ledger: Ledger) -> Kept:
+    """Return what the ledger at hand and the Prefect server know of the batch.
+
+    Raises:
+        LedgerMissingError: It is bound to another ledger.
+        LedgerError: The ledger at hand is an older copy.
+    """
+    before = await ledger.entry()
+    bound = await read_binding(ledger.batch)
+    if bound is not None:
+        if before is None or bound.get("ledger_id") != before.ledger_id:
+            raise LedgerMissingError(name=ledger.batch, ledger=str(bound.get("ledger")))
+        check_age(before, bound.get("generation"), ledger=ledger.address)
+    return Kept(before, is_bound=bound is not None)
+
+
+async def bind(
+    ledger: Ledger,
+    kept: Kept,
+    *,
+    crew_url: str,
+    fingerprint: str,
+    total: int,
+    go_on: bool,
+    place: str,
+    call: Mapping[str, Any] | None = None,
+) -> Bound:
+    """Bind the batch to the ledger that keeps it.
+
+    Args:
+        ledger: The ledger at hand.
+        kept: What is known of the batch.
+        crew_url, fingerprint, total: What the batch is run with now.
+        go_on: Whether a batch whose rows or crew have changed goes on all the same.
+        place: Where the ledger is found again: its path, its URL without a password, or what stands for it.
+        call: What `batch retry` needs.
+
+    Raises:
+        LedgerMissingError: Somebody binds it to another ledger at this moment.
+        BatchChangedError: Its rows or its crew have changed.
+    """
+    before = kept.before
+    if before is not None and not go_on:
+        _refuse_change(before, crew_url, fingerprint, total)
+    entry = await ledger.enter(crew_url=crew_url, fingerprint=fingerprint, total=total, call=call)
+    if not kept.is_bound:
+        await _claim(entry, place)
+    return Bound(entry, before)
+
+
+def check_age(entry: BatchEntry, known: Any, *, ledger: str) -> None:
+    """Make sure that a ledger is not older than what is known of it elsewhere.
+
+    Args:
+        entry: What the ledger knows of the batch.
+        known: The generation that is known elsewhere, None for none.
+        ledger: Its address.
+
+    Raises:
+        LedgerError: It is.
+    """
+    generation, here = known if isinstance(known, int) else 0, entry.generation or 0
+    if here < generation:
+        raise LedgerError(
+            f"is an older copy: it knows batch {entry.name!r} up to generation {here}, and the batch has reached "
+            f"{generation}. Rows that were started since are not in it, so nothing was started.",
+            ledger=ledger,
+            advice=(
+                "Use the newer ledger. If that is lost, and its rows may be started again: prefect variable unset "
+                f"{binding_name(entry.name)}, then run the batch with this one."
+            ),
+        )
+
+
+async def begin_generation(ledger: Ledger, place: str, *, patience: float) -> int:
+    """Begin the next generation of a batch that is bound, in its ledger and then on the Prefect server; return it.
+
+    Args:
+        ledger: The ledger that keeps it.
+        place: Where that is found again, as for `bind`.
+        patience: Seconds for which a Prefect API that is away or busy is asked again.
+
+    Raises:
+        LedgerError: The ledger cannot be written.
+        LedgerMissingError: The batch was bound to another ledger meanwhile.
+        httpx.HTTPError, PrefectException: The Prefect API is away.
+    """
+    generation = await ledger.advance()
+    entry = await ledger.entry()
+    if entry is None:
+        raise LedgerError("knows the batch no more.", ledger=ledger.address)
+    async with get_client() as client:
+        variable = await client.read_variable_by_name(binding_name(ledger.batch))
+        if variable is not None:
+            value = variable.value if isinstance(variable.value, dict) else {}
+            if value.get("ledger_id") != entry.ledger_id:
+                raise LedgerMissingError(name=ledger.batch, ledger=str(value.get("ledger")))
+            body = {"value": {**value, "crew_url": entry.crew_url, "generation": generation}}
+            # By its id: one that was made anew under the name is not this one.
+            await request_soon(client, "PATCH", f"/variables/{variable.id}", json=body, patience=patience)
+            return generation
+    await _claim(entry, place)
+    return generation
+
+
+def _refuse_change(entry: BatchEntry, crew_url: str, fingerprint: str, total: int) -> None:
+    if entry.crew_url != crew_url:
+        raise BatchChangedError(name=entry.name, difference=f"crew {entry.crew_url}, not {crew_url}")
+    if entry.fingerprint != fingerprint:
+        these = f"{total} others" if total == entry.total else f"these {total}"
+        raise BatchChangedError(name=entry.name, difference=f"{entry.total} rows, not {these}")
+
+
+async def read_binding(batch: str) -> dict[str, Any] | None:
+    """Return what the Prefect server knows of a batch: `ledger`, where its ledger is, and `ledger_id`; None if nothing.
+
+    Raises:
+        httpx.HTTPError, PrefectException: The Prefect API is away.
+    """
+    async with get_client() as client:
+        variable = await client.read_variable_by_name(binding_name(batch))
+    if variable is None:
+        return None
+    value: Any = variable.value
+    return cast("dict[str, Any]", value) if isinstance(value, dict) else {}
+
+
+async def note_asking(batch: str, asks: bool) -> None:
+    """Note on the Prefect server whether rows of a batch wait for people, so that not every ledger has to be opened.
+
+    Raises:
+        httpx.HTTPError, PrefectException: The Prefect API is away.
+    """
+    name = binding_name(batch)
+    async with get_client() as client:
+        variable = await client.read_variable_by_name(name)
+        if variable is None or asks is (ASKS in variable.tags):
+            return
+        tags = [TAG, ASKS] if asks else [TAG]
+        await client.request("PATCH", "/variables/name/{name}", path_params={"name": name}, json={"tags": tags})
+
+
+async def _claim(entry: BatchEntry, place: str) -> None:
+    value: dict[str, Any] = {"version": VERSION, "batch": entry.name, "ledger_id": entry.ledger_id, "ledger": place}
+    value |= {"crew_url": entry.crew_url, "generation": entry.generation or 0}
+    body = {"name": binding_name(entry.name), "value": value, "tags": [TAG]}
+    async with get_client() as client:
+        try:
+            await client.request("POST", "/variables/", json=body)
+        except PrefectHTTPStatusError as error:
+            if error.response.status_code != 409:
+                raise
+    bound = await read_binding(entry.name)
+    if bound is None or bound.get("ledger_id") != entry.ledger_id:
+        raise LedgerMissingError(name=entry.name, ledger=str((bound or {}).get("ledger")))
+
+
+WHOLE = ""
+"""The part that a process holds for the whole batch, and a parent and its shards share."""
+PARENT = "parent"
+"""The part of whoever watches over shards."""
+
+
+class BatchLock:
+    """The lock of one batch, as an async context manager: all that it holds is given back at its end.
+
+    Attributes:
+        proves: Whether holding it proves that nobody else works on the batch; False where there are no locks.
+        generation: That of the batch, as its holder has last written it; None if the holder has written none.
+    """
+
+    def __init__(self, database: Database, batch: str) -> None:
+        self._database = database
+        self._batch = batch
+        self.proves = True
+        self.generation: int | None = None
+        self._file: int | None = None
+        self._path = Path()
+        self._connection: Any = None
+        self._session: int | None = None
+        self._held: dict[str, bool] = {}
+
+    async def __aenter__(self) -> BatchLock:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._close_file()
+        if self._connection is not None:
+            # Its locks go with it; back in the pool it would keep them.
+            await self._connection.invalidate()
+            await self._connection.close()
+            self._connection = None
+
+    async def take(self, part: str = WHOLE, *, shared: bool = False) -> bool:
+        """Take the lock of a part of the batch, at once or not at all.
+
+        Args:
+            part: Any text; WHOLE is the batch itself, and the only one that a ledger in SQLite knows.
+            shared: Whether others may share it, who take it shared too.
+
+        Raises:
+            LedgerError: The database cannot be reached.
+        """
+        try:
+            if self._database.path is not None:
+                return self._take_file(self._database.path)
+            taken = await self._take_on_server(part, shared)
+        except (SQLAlchemyError, OSError) as error:
+            raise LedgerError(f"cannot be locked: {short(error)}.", ledger=self._database.address) from error
+        if taken:
+            self._held[part] = shared
+        return taken
+
+    async def give_back(self, part: str = WHOLE) -> None:
+        """Give back the lock of one part. Only for PostgreSQL."""
+        shared = self._held.pop(part, None)
+        if shared is not None:
+            await self._connection.execute(text(_function("unlock", shared)), {"key": self._key(part)})
+
+    async def is_held(self, part: str) -> bool:
+        """Return whether anybody holds a part, without taking it. Only for PostgreSQL.
+
+        Raises:
+            LedgerError: The database cannot be reached.
+        """
+        # A key of 64 bits stands there in two halves (PostgreSQL's documentation of pg_locks).
+        query = text(
+            "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND granted AND objsubid = 1 "
+            "AND database = (SELECT oid FROM pg_database WHERE datname = current_database()) "
+            "AND ((classid::bigint << 32) | objid::bigint) = :key"
+        )
+        try:
+            async with self._database.server.connect() as connection:
+                return bool((await connection.execute(query, {"key": self._key(part)})).scalar())
+        except (SQLAlchemyError, OSError) as error:
+            raise LedgerError(f"cannot be read: {short(error)}.", ledger=self._database.address) from error
+
+    async def is_taken(self) -> bool | None:
+        """Return whether anybody works on the batch, without taking its lock; None where nobody can tell.
+
+        Raises:
+            LedgerError: The database cannot be reached.
+        """
+        if self._database.path is not None:
+            return self._file_is_taken(self._database.path)
+        return await self.is_held(WHOLE)
+
+    async def still_held(self) -> bool:
+        """Return False if the lock was lost, and somebody else has, or may have, taken over meanwhile."""
+        if self._file is not None:
+            return self._file_still_held()
+        if self._connection is None:
+            return True
+        try:
+            session = (await self._connection.execute(text(_SESSION))).scalar()
+        except (SQLAlchemyError, OSError):
+            return await self._held_again()
+        return session == self._session
+
+    async def _held_again(self) -> bool:
+        """Take the locks of a connection that was lost once more; False if somebody has run the batch meanwhile."""
+        held, self._held, self._connection = dict(self._held), {}, None
+        try:
+            taken = [await self._take_on_server(part, shared) for part, shared in held.items()]
+            generation = await self._generation()
+        except (SQLAlchemyError, OSError):
+            self._held, self._connection = held, _Gone()  # nothing is claimed either while it is away
+            return True
+        self._held = held
+        return all(taken) and self.generation in (None, generation)
+
+    async def _generation(self) -> int | None:
+        query = select(batches.c.generation).where(batches.c.name == self._batch)
+        return (await self._connection.execute(query)).scalar()
+
+    # SQLite: a file beside the ledger.
+
+    def _take_file(self, ledger: Path) -> bool:
+        if self._file is not None:
+            return True
+        path = self._lock_path(ledger)
+        while True:
+            file = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+            locked = _try_lock(file)
+            if locked is False:
+                os.close(file)
+                return False
+            # Whoever held it before may have removed the file in between: then this lock is on nothing.
+            if _is_at(file, path):
+                break
+            os.close(file)
+        self._file, self._path = file, path
+        if locked is None and self.proves:
+            self.proves = False
+            run_logger().warning(
+                "The ledger %s cannot be locked here: this system, or its file system, has no locks. Make sure that no "
+                "other process works on batch %s. A claim that another process made is waited for.",
+                *(self._database.address, self._batch),
+            )
+        return True
+
+    def _lock_path(self, ledger: Path) -> Path:
+        digest = hashlib.sha256(self._batch.encode()).hexdigest()[:8]
+        return ledger.with_name(f"{ledger.name}.{digest}.lock")
+
+    def _file_is_taken(self, ledger: Path) -> bool | None:
+        try:
+            file = os.open(self._lock_path(ledger), os.O_RDWR)
+        except FileNotFoundError:
+            return False
+        except OSError:
+            return None
+        try:
+            free = _try_lock(file)
+        finally:
+            os.close(file)
+        return None if free is None else not free
+
+    def _file_still_held(self) -> bool:
+        ledger = self._database.path
+        if ledger is None or self._file is None or not self._database.stands:
+            return False
+        if _is_at(self._file, self._path):
+            return True
+        os.close(self._file)
+        self._file = None
+        with suppress(OSError):
+            return self._take_file(ledger)
+        return False
+
+    def _close_file(self) -> None:
+        if self._file is None:
+            return
+        ours = _is_at(self._file, self._path)
+        with suppress(PermissionError):  # Windows removes no file that is open
+            if ours:
+                self._path.unlink(missing_ok=True)
+        os.close(self._file)
+        self._file = None
+
+    # PostgreSQL: advisory locks of a session of our own.
+
+    async def _take_on_server(self, part: str, shared: bool) -> bool:
+        if self._connection is None:
+            connection = await self._database.server.connect()
+            self._connection = await connection.execution_options(isolation_level="AUTOCOMMIT")
+            # A machine that vanishes must not hold its locks for hours.
+            for setting, seconds in (("idle", 30), ("interval", 10), ("count", 3)):
+                await self._connection.execute(text(f"SET tcp_keepalives_{setting} = {seconds}"))
+            # Two that are given one session in turns would both be given its locks.
+            if (await self._connection.execute(text(_HOLDER))).scalar():
+                raise self._pooled()
+            await self._connection.execute(text(_HOLD), {"holder": str(uuid4())})
+            self._session = (await self._connection.execute(text(_SESSION))).scalar()
+        answer = await self._connection.execute(text(_function("try", shared)), {"key": self._key(part)})
+        taken, session = answer.one()
+        if session != self._session:
+            raise self._pooled()
+        return bool(taken)
+
+    def _pooled(self) -> LedgerError:
+        return LedgerError(
+            "is reached through a pooler that shares PostgreSQL's sessions, such as PgBouncer in transaction mode: a "
+            "lock belongs to nobody there. Give the address of PostgreSQL itself, or of a pooler in session mode.",
+            ledger=self._database.address,
+        )
+
+    def _key(self, part: str) -> int:
+        digest = hashlib.sha256(f"prefect-crew/batch/{self._batch}\n{part}".encode()).digest()
+        return int.from_bytes(digest[:8], "big", signed=True)
+
+
+_SESSION = "SELECT pg_backend_pid()"
+_HOLDER = "SELECT current_setting('prefect_crew.holder', true)"
+_HOLD = "SELECT set_config('prefect_crew.holder', :holder, false)"
+
+
+class _Gone:
+    """Stands for a connection that was lost and could not be made again yet."""
+
+    async def execute(self, *_: object) -> None:
+        raise OSError("the connection is gone")
+
+    async def invalidate(self) -> None:
+        return None
+
+    async def close(self) -> None:
+        return None
+
+
+def _function(verb: str, shared: bool) -> str:
+    name = "pg_try_advisory_lock" if verb == "try" else "pg_advisory_unlock"
+    return f"SELECT {name}{'_shared' if shared else ''}(:key), pg_backend_pid()"
+
+
+def _try_lock(file: int) -> bool | None:
+    """Lock an open file; False if another process holds it, None where this system or its file system has no locks."""
+    try:
+        import fcntl
+    except ImportError:
+        return _try_lock_on_windows(file)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
+    except OSError:
+        return None
+    return True
+
+
+def _try_lock_on_windows(file: int) -> bool | None:
+    try:
+        msvcrt: Any = importlib.import_module("msvcrt")
+    except ImportError:
+        return None
+    try:
+        msvcrt.locking(file, msvcrt.LK_NBLCK, 1)
+    except PermissionError:
+        return False
+    except OSError:
+        return None
+    return True
+
+
+def _is_at(file: int, path: Path) -> bool:
+    """Return whether an open file is the one at a path."""
+    try:
+        return os.path.samestat(os.fstat(file), path.stat())
+    except OSError:
+        return False

@@ -1,0 +1,179 @@
+"""Review by callback, as Flows ask for it: the signed webhook that asks, and the answer that goes to its callback URL.
+
+The platform signs `{timestamp}.{body}` with a secret of the webhook's own. The callback URL holds a token of a single
+use: whoever has it can answer, so it is shown nowhere, and no other token is sent to it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import json
+from typing import Any, cast
+from urllib.parse import parse_qsl, urlsplit
+
+import httpx
+from pydantic import BaseModel, ConfigDict, Field, SecretStr
+
+from prefect_crew.client import _transport
+from prefect_crew.client._parsing import RUN_KEYS, as_id, as_object, as_text, decode, first, id_of, shown
+from prefect_crew.client.models import ResumeAnswer
+from prefect_crew.client.redaction import Redactor
+from prefect_crew.exceptions import ConfigurationError, CrewAPIError, CrewConnectionError, ResponseFormatError
+
+MAX_AGE = 300.0
+"""Seconds between a webhook's timestamp and now, in either direction."""
+ANSWER_WITHIN = 30.0
+"""Seconds for the whole answer of a callback URL."""
+MOST_OPTIONS = 50
+
+
+class FeedbackRequest(BaseModel):
+    """What a Flow asks of a person: `options` are the outcomes that it can go on with, none where any text will do."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    id: str
+    kickoff_id: str
+    task_id: str
+    callback_url: SecretStr = Field(repr=False)
+    message: str | None = Field(default=None, repr=False)
+    output: str | None = Field(default=None, repr=False)
+    options: tuple[str, ...] = ()
+    assigned_to: str | None = None
+
+
+def signed(secret: SecretStr, timestamp: str, signature: str, body: bytes, *, now: float) -> bool:
+    """Return whether a webhook is signed with a secret, of which there may be several, separated by blanks.
+
+    Every secret is compared with, in constant time, whatever the others say.
+    """
+    if not (timestamp.isascii() and timestamp.isdecimal() and len(timestamp) <= 12):
+        return False
+    if abs(now - int(timestamp)) > MAX_AGE:
+        return False
+    given = signature.strip().encode("utf-8", "surrogateescape")
+    fits = False
+    for one in secret.get_secret_value().split():
+        digest = hmac.new(one.encode("utf-8", "surrogatepass"), timestamp.encode() + b"." + body, hashlib.sha256)
+        fits |= hmac.compare_digest(given, b"sha256=" + digest.hexdigest().encode())
+    return fits
+
+
+def parse_request(body: Any) -> FeedbackRequest | None:
+    """Return what a webhook asks, None for one that asks nothing new.
+
+    Raises:
+        ResponseFormatError: It names no run, or no callback URL that can be used.
+    """
+    expected = "a request for a person's feedback"
+    value = decode(body, expected=expected)
+    source = as_object(value)
+    if as_text(first(source, ("event_type", "event", "type"))) not in ("new_request", "escalation"):
+        return None
+    kickoff_id = id_of(source, (*RUN_KEYS, "flow_execution_id", "flow_id"))
+    url = as_text(source.get("callback_url"))
+    id_ = as_id(source.get("id")) or as_text(source.get("response_token"))
+    if kickoff_id is None or url is None or id_ is None or urlsplit(url).scheme not in ("http", "https"):
+        raise ResponseFormatError(expected=expected, body=shown({"keys": sorted(map(str, source))[:20]}))
+    options: Any = first(source, ("emit_options", "emit"))
+    texts = [text for text in map(as_text, cast("list[Any]", options)) if text] if isinstance(options, list) else []
+    return FeedbackRequest(
+        # The id alone: a response token would be a secret in a name.
+        id=hashlib.sha256(id_.encode("utf-8", "surrogatepass")).hexdigest()[:32],
+        kickoff_id=kickoff_id,
+        task_id=as_text(source.get("method_name")) or as_text(source.get("flow_class")) or "review",
+        callback_url=SecretStr(url),
+        message=as_text(source.get("message")),
+        output=as_text(source.get("output")),
+        options=tuple(dict.fromkeys(texts))[:MOST_OPTIONS],
+        assigned_to=as_text(source.get("assigned_to_email"))
+        or as_text(as_object(source.get("assigned_to")).get("email")),
+    )
+
+
+async def post_feedback(
+    request: FeedbackRequest, feedback: str, *, source: str, allow_http: bool = False
+) -> ResumeAnswer:
+    """Answer a request at its callback URL, once. No token goes with it but the one in the URL.
+
+    Raises:
+        ConfigurationError: The URL cannot be called: nothing was sent.
+        CrewAPIError: It answered with an error. `certainty.kickoff_fate` says what that means.
+        CrewConnectionError: There was no answer; `sent` is False only where the request surely did not leave.
+    """
+    url = request.callback_url.get_secret_value()
+    host, redact = (
+        _checked(url, allow_http=allow_http),
+        Redactor((url, *(value for _, value in parse_qsl(urlsplit(url).query)))),
+    )
+    where = {"method": "POST", "url": f"the callback at {host}", "kickoff_id": request.kickoff_id}
+    content = json.dumps({"feedback": feedback, "source": source}).encode()
+    client = httpx.AsyncClient(
+        verify=_transport.tls_context(True),
+        timeout=ANSWER_WITHIN,
+        trust_env=urlsplit(url).scheme == "https" and not _transport.is_loopback(host),
+    )
+    async with client:
+        try:
+            sending = _posted(client, url, content, request.kickoff_id)
+            answer = await asyncio.wait_for(sending, ANSWER_WITHIN)
+        except TimeoutError:
+            reason = f"no answer within {ANSWER_WITHIN:g} s"
+            raise CrewConnectionError(reason=reason, sent=True, **where) from None
+        except (httpx.HTTPError, OSError) as error:
+            reason, may_have_left = _transport.told(_transport.quiet(error, redact))
+            raise CrewConnectionError(reason=reason, sent=may_have_left, **where) from None
+    if not 200 <= answer.status < 300:
+        raise CrewAPIError(
+            status_code=answer.status,
+            method="POST",
+            path=f"the callback at {host}",
+            body=redact(answer.text),
+            kickoff_id=request.kickoff_id,
+        )
+    return ResumeAnswer(kickoff_id=request.kickoff_id, status="accepted")
+
+
+async def _posted(client: httpx.AsyncClient, url: str, content: bytes, kickoff_id: str) -> _transport.Answer:
+    headers = {"Content-Type": "application/json"}
+    async with client.stream("POST", url, content=content, headers=headers) as response:
+        return await _transport.read_answer(response, kickoff_id=kickoff_id)
+
+
+def _checked(url: str, *, allow_http: bool) -> str:
+    parts = urlsplit(url)
+    host = parts.hostname
+    if not host or parts.scheme not in ("http", "https"):
+        raise ConfigurationError("The callback URL of the review is no http or https URL. Answer on the Flow's page.")
+    if parts.scheme == "http" and not (allow_http or _transport.is_loopback(host)):
+        raise ConfigurationError(
+            f"The callback at {host} is plain http: the answer's token would cross the network in plain text. Answer "
+            "on the Flow's page, or set allow_http where the network is trusted."
+        )
+    return host
+
+
+def feedback_text(request: FeedbackRequest, *, approve: bool, feedback: str, option: str | None) -> str:
+    """Return what a Flow is told: the outcome first, where it names some, then the words.
+
+    Raises:
+        ConfigurationError: The outcome is none of those that the Flow can go on with, or none is meant.
+    """
+    chosen = option
+    if chosen is None and request.options:
+        words = _YES if approve else _NO
+        chosen = next((one for one in request.options if one.casefold() in words), None)
+    if request.options and chosen not in request.options:
+        raise ConfigurationError(
+            f"The Flow goes on with one of: {', '.join(request.options)}. Choose one (option=…, --option). "
+            "Nothing was sent."
+        )
+    if chosen is None:
+        chosen = None if feedback else ("approved" if approve else "rejected")
+    return ": ".join(part for part in (chosen, feedback) if part)
+
+
+_YES = frozenset({"approve", "approved", "accept", "accepted", "yes", "ok"})
+_NO = frozenset({"reject", "rejected", "decline", "declined", "deny", "denied", "no"})

@@ -1,0 +1,192 @@
+"""What a caller gives as inputs, as the crew API takes it; and what the crew expects beside what it is given."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import numbers
+from collections.abc import Iterable, Mapping, Sequence, Set
+from datetime import date, datetime, time
+from decimal import Decimal
+from enum import Enum
+from pathlib import PurePath
+from typing import Any, cast
+from uuid import UUID
+
+from pydantic import BaseModel, Secret, SecretBytes, SecretStr
+
+from prefect_crew.client.models import CrewInput
+from prefect_crew.exceptions import ConfigurationError
+
+STATE_ID = "id"
+"""The input that a Flow takes for the id of its state. It must be a UUID there, and one that was used before leads to
+the existing execution: no two runs may share it by accident."""
+NEVER_UNKNOWN = frozenset({STATE_ID, "crewai_trigger_payload"})
+"""Inputs that a crew takes without naming them. The second is what the platform gives a run that a trigger starts."""
+
+DIGEST_BYTES = 16
+_ARRAY_KINDS = frozenset("biufUO")
+"""NumPy's kinds of booleans, numbers, text and objects."""
+
+
+class _UnsupportedError(TypeError):
+    """A value of a type that has no JSON; the text is the type's name."""
+
+
+class _BadValueError(ValueError):
+    """A value that has no JSON although its type has; the text says why, without the value."""
+
+
+def encode_inputs(inputs: Mapping[str, Any], *, as_json: bool = False) -> dict[str, Any]:
+    """Return `inputs` as the API takes them: every value as text, or with `as_json` as JSON values.
+
+    Text goes as it is. Numbers, booleans ("true", "false"), dates and times (ISO 8601), decimals, UUIDs and paths
+    become their text; an Enum counts as its value; lists, objects, dataclasses and pydantic models become compact
+    JSON with other scripts unescaped. With `as_json` numbers, booleans, lists and objects are JSON's own; dates,
+    decimals and UUIDs stay text, since JSON has none that would hold them exactly. None is left out, and is null
+    within a list or an object. A secret is sent as what it hides: its stars are nothing that a crew could use.
+
+    Raises:
+        ConfigurationError: They are no mapping, a name is no text, or a value cannot be sent: its type has no JSON
+            form, or it is NaN, an infinity, no Unicode, or contains itself. It names the input, and not its value.
+    """
+    if not isinstance(inputs, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]  # not everybody has types
+        raise ConfigurationError(f"Inputs are a mapping of names to values, not a {type(inputs).__name__}.")
+    encoded: dict[str, Any] = {}
+    for name, value in cast("Mapping[Any, Any]", inputs).items():
+        if not isinstance(name, str):
+            raise ConfigurationError(f"The name of an input is text, not {type(name).__name__}.")
+        try:
+            plain = _plain(value)
+            if plain is None:
+                continue
+            encoded[_text(name)] = plain if as_json else _as_text(plain)
+        except _UnsupportedError as error:
+            raise ConfigurationError(
+                f"Input {name!r} holds a value of type {error}, which cannot be sent. Give text, numbers, "
+                "booleans, dates, lists, objects, dataclasses or pydantic models."
+            ) from None
+        except (_BadValueError, RecursionError) as error:
+            why = str(error) if isinstance(error, _BadValueError) else "a value that is nested too deeply"
+            raise ConfigurationError(f"Input {name!r} holds {why}, which cannot be sent.") from None
+    return encoded
+
+
+def _as_text(plain: Any) -> str:
+    if isinstance(plain, str):
+        return plain
+    return json.dumps(plain, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+
+
+def _plain(value: Any) -> Any:
+    """Return `value` as JSON values only."""
+    if isinstance(value, Enum):
+        return _plain(value.value)
+    if isinstance(value, str):
+        return _text(value)
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, (numbers.Number, Decimal)):
+        return _number(value)
+    if isinstance(value, (datetime, date, time)):
+        # pandas' NaT is a datetime, and the only one that is not equal to itself.
+        if value != value:
+            raise _BadValueError("a time that is none")
+        return _text(value.isoformat())
+    if isinstance(value, (UUID, PurePath)):
+        return _text(str(value))
+    if isinstance(value, (SecretStr, Secret)):
+        return _plain(cast("Any", value).get_secret_value())
+    return _container(value)
+
+
+def _container(value: Any) -> Any:
+    if isinstance(value, BaseModel):
+        return _plain(value.model_dump(mode="python"))
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {_key(key): _plain(item) for key, item in cast("Mapping[Any, Any]", value).items()}
+    if isinstance(value, Set):
+        # A set has no order of its own, and equal inputs must have equal digests.
+        return sorted((_plain(item) for item in cast("Set[Any]", value)), key=_as_text)
+    if isinstance(value, Sequence) and not isinstance(value, (bytes, bytearray, memoryview, SecretBytes)):
+        return [_plain(item) for item in cast("Sequence[Any]", value)]
+    # An array of NumPy, as pandas has for a list that it read from Parquet, or a boolean of it. Its times are left out:
+    # `tolist` makes bare numbers of those in nanoseconds.
+    kind = getattr(getattr(cast("Any", value), "dtype", None), "kind", None)
+    if isinstance(kind, str) and kind in _ARRAY_KINDS:
+        return _plain(cast("Any", value).tolist())
+    raise _UnsupportedError(type(cast("object", value)).__name__)
+
+
+def _number(value: Any) -> int | float | str:
+    if isinstance(value, Decimal):
+        if not value.is_finite():
+            raise _BadValueError("a decimal that is not a finite number")
+        return str(value)
+    if isinstance(value, numbers.Integral):
+        try:
+            str(int(value))
+        except ValueError:
+            raise _BadValueError("a number of too many digits") from None
+        return int(value)
+    if not isinstance(value, numbers.Real):
+        raise _UnsupportedError(type(value).__name__)
+    number = float(value)
+    if not math.isfinite(number):
+        raise _BadValueError("a number that is not finite")
+    return number
+
+
+def _key(key: Any) -> str:
+    plain = _plain(key)
+    if plain is None or isinstance(plain, (list, dict)):
+        raise _UnsupportedError(f"{type(key).__name__} as a key")
+    return _as_text(plain)
+
+
+def _text(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise _BadValueError("text with a lone surrogate") from None
+    return str(text)
+
+
+def missing_inputs(expected: Iterable[CrewInput], given: Mapping[str, Any]) -> list[str]:
+    """Return the names of required inputs that `given` lacks or holds None for, in the crew's order."""
+    return [item.name for item in expected if item.required and given.get(item.name) is None]
+
+
+def unknown_inputs(expected: Iterable[CrewInput], given: Mapping[str, Any]) -> list[str]:
+    """Return the names in `given` that the crew does not name, in the given order; none where it names no inputs."""
+    known = {item.name for item in expected}
+    return [name for name in given if name not in known and name not in NEVER_UNKNOWN] if known else []
+
+
+def is_uuid(value: Any) -> bool:
+    """Return whether an encoded value is the text of a UUID."""
+    try:
+        UUID(value)
+    except (AttributeError, TypeError, ValueError):
+        return False
+    return True
+
+
+def inputs_digest(inputs: Mapping[str, Any], *, restore_from: str | None = None) -> str:
+    """Return 32 hex digits that equal inputs share, whatever their order: of the SHA-256 of their encoded form.
+
+    A state that the run is to start from makes it another run: its id is part of the digest.
+
+    It is that of the text form, so that the switch to JSON values does not make another run of the same inputs.
+
+    Raises:
+        ConfigurationError: As `encode_inputs`.
+    """
+    canonical = json.dumps(encode_inputs(inputs), ensure_ascii=False, separators=(",", ":"), sort_keys=True)
+    if restore_from is not None:
+        canonical += f"\nrestoreFromStateId:{restore_from}"  # no JSON without indentation holds a new line
+    return hashlib.sha256(canonical.encode()).hexdigest()[: 2 * DIGEST_BYTES]

@@ -1,0 +1,209 @@
+"""What the crew API says, as one set of models whatever dialect the server speaks.
+
+The facts behind the fields are those of CrewAI's published API and of what deployed crews really answer; `parsing`
+maps every known variant to these.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from prefect_crew.exceptions import InvalidCallError
+from prefect_crew.states import CrewState
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
+
+
+class CrewInput(_Model):
+    """One input of a crew, as `GET /inputs` names it. An optional one that is left out has the crew's own default.
+
+    `default` is that default where the server tells it, else None.
+    """
+
+    name: str
+    type: str | None = None
+    description: str | None = None
+    required: bool = True
+    default: Any = None
+
+
+class TokenUsage(_Model):
+    """Tokens that a run used. What the server did not report is None, never 0."""
+
+    total_tokens: int | None = None
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    cached_prompt_tokens: int | None = None
+    successful_requests: int | None = None
+
+
+class TaskResult(_Model):
+    """One task of a run. `execution_time` is in seconds; `name` is what the server calls the task."""
+
+    name: str | None = None
+    agent: str | None = None
+    output: str | None = None
+    data: Any = None
+    execution_time: float | None = None
+    description: str | None = None
+    raw: Any = Field(default=None, repr=False)
+
+
+class CrewResult(_Model):
+    """What a completed run gave.
+
+    `output` is the text; `data` the structured result, or None; `execution_time` is in seconds, as the server
+    measured it; `raw` the whole body of the last status answer, None where the result is read from a record.
+    """
+
+    output: str
+    data: Any = None
+    tasks: list[TaskResult] = Field(default_factory=list[TaskResult])
+    kickoff_id: str
+    state: CrewState = CrewState.COMPLETED
+    execution_time: float | None = None
+    usage: TokenUsage | None = None
+    raw: Any = Field(default=None, repr=False)
+
+
+class CrewStatus(_Model):
+    """One answer of the status call.
+
+    `raw_state` is the server's own word, kept because an unheard-of one counts as running. `progress` is 0..1.
+    `human_task_id` names the task that waits for a person, where the server says so. `output` and `data` are None
+    until there is a result; an output that the server left empty is "". The repr shows nothing that the crew wrote.
+    """
+
+    kickoff_id: str
+    state: CrewState
+    raw_state: str | None = Field(default=None, repr=False)
+    known_state: bool = True
+    """False where `raw_state` is a word that nobody has documented."""
+    message: str | None = Field(default=None, repr=False)
+    current_task: str | None = Field(default=None, repr=False)
+    last_task: str | None = Field(default=None, repr=False)
+    """The task that ended last, where the server names that one rather than the current one."""
+    last_step: str | None = Field(default=None, repr=False)
+    completed_tasks: int | None = None
+    total_tasks: int | None = None
+    progress: float | None = None
+    human_task_id: str | None = Field(default=None, repr=False)
+    tasks: list[TaskResult] = Field(default_factory=list[TaskResult], repr=False)
+    output: str | None = Field(default=None, repr=False)
+    data: Any = Field(default=None, repr=False)
+    error: str | None = Field(default=None, repr=False)
+    execution_time: float | None = None
+    usage: TokenUsage | None = None
+    raw: Any = Field(default=None, repr=False)
+
+    def result(self) -> CrewResult:
+        """Return the result of a completed run.
+
+        Raises:
+            InvalidCallError: In any other state; a run that did not complete has no result.
+        """
+        if self.state is not CrewState.COMPLETED:
+            raise InvalidCallError(f"Run {self.kickoff_id} is {self.state}, not completed: it has no result.")
+        return CrewResult(
+            output=self.output or "",
+            data=self.data,
+            tasks=self.tasks,
+            kickoff_id=self.kickoff_id,
+            state=self.state,
+            execution_time=self.execution_time,
+            usage=self.usage,
+            raw=self.raw,
+        )
+
+
+class ResumeAnswer(_Model):
+    """What the server said to `/resume`. Any 2xx is an acceptance, even an empty one.
+
+    `status` is the server's word, documented as "resumed", "retrying" or "completed"; None where it gave none.
+    """
+
+    kickoff_id: str | None = None
+    status: str | None = None
+    message: str | None = None
+    raw: Any = Field(default=None, repr=False)
+
+
+class StopOutcome(StrEnum):
+    """What became of a `/stop`."""
+
+    STOPPED = "stopped"
+    """The server says that the run is stopped."""
+    REQUESTED = "requested"
+    """The server took the request, and did not say that the run is stopped. The status call tells."""
+    NOT_STOPPABLE = "not stoppable"
+    """The run is in a state that cannot be stopped, for the most part because it has ended."""
+    UNKNOWN_RUN = "unknown run"
+    """The server has `/stop`, and does not know the run."""
+    UNSUPPORTED = "unsupported"
+    """The server has no `/stop`: the run goes on."""
+
+
+class StopAnswer(_Model):
+    """What the server said to `/stop`. `state` is the run's, where the answer tells it."""
+
+    kickoff_id: str
+    outcome: StopOutcome
+    state: CrewState | None = None
+    raw_state: str | None = None
+    message: str | None = None
+    raw: Any = Field(default=None, repr=False)
+
+    @property
+    def accepted(self) -> bool:
+        """Whether the server stopped the run or took the request to."""
+        return self.outcome in (StopOutcome.STOPPED, StopOutcome.REQUESTED)
+
+    @property
+    def supported(self) -> bool:
+        """Whether the server has `/stop` at all."""
+        return self.outcome is not StopOutcome.UNSUPPORTED
+
+
+class StreamEvent(_Model):
+    """One event of an event stream. Order is not guaranteed. `timestamp` is the server's text."""
+
+    id: str | None = None
+    execution_id: str | None = None
+    timestamp: str | None = None
+    type: str | None = None
+    data: Any = None
+
+
+class WebhookBody(_Model):
+    """What the crew's server posted to a webhook, in either generation of bodies.
+
+    A hook is news, not proof: whoever is woken by one asks the status call. `state` is that of what the hook is about
+    (for a task hook the task's), and None where the body has none, as the later generation of crew hooks. `output` is
+    the text that the hook brings: a task's, a step's, the crew's, or what a person is to judge; a failed crew's text is
+    in `error` instead. `kickoff_id` is None only for a stream delivery whose events belong to no run or to several.
+    """
+
+    kind: Literal["task", "step", "crew", "human_input", "stream"]
+    kickoff_id: str | None = None
+    task_id: str | None = None
+    name: str | None = None
+    description: str | None = None
+    agent: str | None = None
+    state: CrewState | None = None
+    raw_state: str | None = None
+    step_type: str | None = None
+    tool: str | None = None
+    output: str | None = None
+    data: Any = None
+    error: str | None = None
+    tasks: list[TaskResult] = Field(default_factory=list[TaskResult])
+    execution_time: float | None = None
+    usage: TokenUsage | None = None
+    meta: Any = None
+    events: list[StreamEvent] = Field(default_factory=list[StreamEvent])
+    raw: Any = Field(default=None, repr=False)

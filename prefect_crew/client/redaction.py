@@ -1,0 +1,200 @@
+"""The redaction of this package: what keeps secrets out of logs, artifacts, events, errors, records and files.
+
+A crew may repeat whatever it was sent. So every text of a crew goes through a `Redactor` before it is shown or stored.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import html
+import json
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence, Set
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cached_property
+from typing import Any, TypeVar, cast
+from urllib.parse import quote
+
+from pydantic import BaseModel, Secret, SecretBytes, SecretStr
+
+from prefect_crew.client.inputs import encode_inputs
+
+MASK = "********"
+SHORTEST = 4
+"""Characters. A shorter secret is masked as an input, but not searched for in texts, where it would hit at random."""
+SHORTEST_TOKEN = 8
+"""Characters. No real token is shorter: one that is, is a word such as "wrong" or "test". Masking that word in a
+sentence of the server would make it unreadable, and would tell which word it was. It is masked after "Bearer" only."""
+SHORTEST_LINE = 8
+"""Characters. A crew may repeat one line of a secret, such as a key in PEM."""
+
+ModelT = TypeVar("ModelT", bound=BaseModel)
+
+
+class Redactor:
+    """Masks secrets wherever they stand in a text: as they are, one line of them, or escaped for JSON, HTML or a URL.
+
+    Args:
+        values: Secret values, of any type that an input may have. The texts and numbers within one are secrets as well.
+        tokens: Bearer tokens.
+    """
+
+    def __init__(self, values: Iterable[Any] = (), *, tokens: Iterable[str] = ()) -> None:
+        self._values = tuple(values)
+        self._tokens = tuple(tokens)
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The texts and numbers within its values."""
+        return tuple({text for value in self._values for text in _texts(value) if len(text) >= SHORTEST})
+
+    # On demand: one is made for each kickoff, and most of them have nothing to mask.
+    @cached_property
+    def secrets(self) -> tuple[str, ...]:
+        """What is searched for, the longest first, so that a secret that holds another is not left in pieces."""
+        tokens = [token if len(token) >= SHORTEST_TOKEN else f"Bearer {token}" for token in self._tokens if token]
+        texts = {text for value in self._values for text in _texts(value)}
+        found = {form for text in (*tokens, *texts) for form in _forms(text)}
+        return tuple(sorted((one for one in found if len(one) >= SHORTEST and one.strip("*")), key=len, reverse=True))
+
+    def __repr__(self) -> str:
+        return "Redactor(…)"
+
+    def __call__(self, text: str) -> str:
+        """Return the text with every secret masked."""
+        for secret in self.secrets:
+            text = text.replace(secret, MASK)
+        return text
+
+    def tree(self, value: Any) -> Any:
+        """Return a JSON-like value with every secret masked: in its texts, in its keys, and as a number."""
+        if isinstance(value, str):
+            return self(value)
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return MASK if str(value) in self.secrets else value
+        if isinstance(value, Mapping):
+            pairs = cast("Mapping[Any, Any]", value).items()
+            return {self.tree(key): self.tree(item) for key, item in pairs}
+        if isinstance(value, list | tuple):
+            return [self.tree(item) for item in cast("list[Any]", value)]
+        return value
+
+    def model(self, value: ModelT) -> ModelT:
+        """Return a pydantic model of plain values with every secret masked; itself where there is none."""
+        if not self.hides(value.model_dump_json()):
+            return value  # nearly always, and ten times faster
+        plain = value.model_dump(mode="json")
+        masked = self.tree(plain)
+        return value if masked == plain else type(value).model_validate(masked)
+
+    def hides(self, value: Any) -> bool:
+        """Return whether a secret stands in a text, or anywhere in a JSON-like value."""
+        return self.tree(value) != value
+
+
+class HiddenValues(dict[Any, Any]):
+    """A dict whose repr shows its keys alone, for frames that hold values before it is known which are secret.
+
+    Error reporters show the local variables of all frames by their repr.
+    """
+
+    def __repr__(self) -> str:
+        return f"HiddenValues({list(self)})"
+
+
+def holds_secret(value: Any) -> bool:
+    """Return whether a value is one of pydantic's secrets, or has one within it."""
+    if isinstance(value, SecretStr | SecretBytes | Secret):
+        return True
+    return any(holds_secret(item) for item in _parts(value))
+
+
+def revealed(value: Any) -> Any:
+    """Return a value with its secrets as what they hide. A value without any is returned as it is."""
+    if isinstance(value, SecretStr | Secret):
+        return cast("Any", value).get_secret_value()
+    return encode_inputs({"": value}, as_json=True).get("") if holds_secret(value) else value
+
+
+def _parts(value: Any) -> Iterable[Any]:
+    """Return what a value is made of, as `encode_inputs` takes it apart."""
+    if isinstance(value, str | bytes | bytearray | memoryview):
+        return ()
+    if isinstance(value, BaseModel):
+        return [*value.__dict__.values(), *(value.__pydantic_extra__ or {}).values()]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return [getattr(value, field.name) for field in dataclasses.fields(value)]
+    if isinstance(value, Mapping):
+        pairs = cast("Mapping[Any, Any]", value)
+        return [*pairs, *pairs.values()]
+    return cast("Iterable[Any]", value) if isinstance(value, Set | Sequence) else ()
+
+
+def _texts(value: Any) -> Iterable[str]:
+    """Yield the texts and numbers within a secret value: a crew may repeat one item of a list or an object."""
+    try:
+        plain = encode_inputs({"": value}, as_json=True).get("")
+    except (TypeError, ValueError):
+        return  # it cannot be sent, so nobody repeats it
+    yield from _within(plain)
+    if not isinstance(plain, str):
+        yield json.dumps(plain, ensure_ascii=False, separators=(",", ":"))  # as it is sent
+
+
+def _within(plain: Any) -> Iterable[str]:
+    if isinstance(plain, str):
+        yield plain
+        yield from (line for line in map(str.strip, plain.splitlines()) if len(line) >= SHORTEST_LINE)
+        if plain.lstrip()[:1] in ("[", "{"):  # how lists and objects are sent
+            try:
+                yield from _within(json.loads(plain))
+            except (ValueError, RecursionError):
+                return
+    elif isinstance(plain, int | float) and not isinstance(plain, bool):
+        yield str(plain)
+    elif isinstance(plain, dict):
+        for key, item in cast("dict[str, Any]", plain).items():
+            if not key.replace("_", "").isalpha():  # letters alone are the name of a field, such as "password"
+                yield from _within(key)
+            yield from _within(item)
+    elif isinstance(plain, list):
+        for item in cast("list[Any]", plain):
+            yield from _within(item)
+
+
+def _forms(text: str) -> set[str]:
+    """Return how a text may stand in another: without the blanks around it, escaped for JSON, a page or an address."""
+    plain = {text, text.strip()}
+    # Twice: an error may quote the JSON of a request within the JSON of its own.
+    quoted = _json_forms(plain)
+    quoted |= _json_forms(quoted)
+    pages = {html.escape(one, quote=marks) for one in plain | quoted for marks in (True, False)}
+    pages |= {page.replace("&#x27;", "&#39;") for page in pages}
+    pages |= {page.replace("&quot;", "&#34;") for page in pages}
+    addresses = {quote(one, safe=safe, errors="replace") for one in plain for safe in ("", "/")}
+    return {*plain, *quoted, *pages, *addresses, *(repr(one)[1:-1] for one in plain)}
+
+
+def _json_forms(texts: Iterable[str]) -> set[str]:
+    return {json.dumps(text, ensure_ascii=escaped)[1:-1] for text in texts for escaped in (True, False)}
+
+
+_redact: ContextVar[Callable[[str], str] | None] = ContextVar("prefect_crew_withheld", default=None)
+# The client knows its token and what a call sends. What an earlier call has sent, such as the secret inputs of a run
+# that is asked for its status, only the caller knows, and the calls in between have no use for it.
+
+
+@contextmanager
+def withholding(redact: Callable[[str], str]) -> Generator[None]:
+    """Let errors of the client that are made meanwhile, in this context, tell what `redact` leaves of an answer."""
+    reset = _redact.set(redact)
+    try:
+        yield
+    finally:
+        _redact.reset(reset)
+
+
+def withheld(text: str) -> str:
+    """Return what an error may tell here of a text that a server has sent."""
+    redact = _redact.get()
+    return text if redact is None else redact(text)

@@ -1,0 +1,307 @@
+"""`run_crew`: one crew, from its inputs to its result, as tasks of the flow around it or as a flow of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable, Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+from uuid import UUID
+
+import httpx
+from prefect import flow
+from prefect.context import FlowRunContext, TaskRunContext
+from prefect.exceptions import PrefectException
+from pydantic import BaseModel, Field
+
+from prefect_crew._internal.background import work_beside
+from prefect_crew._internal.callables import dual, refuse_running_loop
+from prefect_crew.blocks import DeployedCrew, load_crew
+from prefect_crew.client.inputs import encode_inputs
+from prefect_crew.client.models import CrewResult
+from prefect_crew.client.redaction import MASK, holds_secret
+from prefect_crew.crew import Crew, WaitPolicy
+from prefect_crew.exceptions import ConfigurationError, CrewError, CrewFailedError, CrewStoppedError
+from prefect_crew.records.store import PrefectRecords
+from prefect_crew.runs.options import check_choices
+from prefect_crew.runs.reviews.answer import ReviewChoice
+from prefect_crew.runs.run import OpenRun, read_result, typed
+from prefect_crew.runs.secret_blocks import values_of_blocks
+from prefect_crew.states import CrewState
+from prefect_crew.tasks import kickoff_crew, wait_for_crew
+
+if TYPE_CHECKING:
+    from prefect_crew.client.webhooks import Webhooks
+
+
+STORED_BYTES = 400_000
+"""Prefect takes 512 KiB of parameters for a flow run."""
+TOO_LARGE = "(too large to be stored with the flow run)"
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What a call gives that Prefect's stored parameters must not or cannot hold."""
+
+    crew: Crew
+    inputs: Mapping[str, Any] = field(repr=False)
+    meta: Mapping[str, Any] | None = field(repr=False)
+    output_type: type[BaseModel] | None
+    webhooks: Webhooks | None = field(repr=False)
+    review: ReviewChoice | None = None
+
+
+_live: ContextVar[_Call | None] = ContextVar("prefect_crew_call", default=None)
+
+
+async def arun_crew(
+    crew: DeployedCrew | Crew | str,
+    inputs: Mapping[str, Any] | None = None,
+    *,
+    name: str | None = None,
+    run_key: str | None = None,
+    force_new: bool = False,
+    meta: Mapping[str, Any] | None = None,
+    wait: WaitPolicy | None = None,
+    output_type: type[BaseModel] | None = None,
+    review: ReviewChoice | None = None,
+    webhooks: Webhooks | None = None,
+    restore_from: str | UUID | None = None,
+) -> CrewResult:
+    """Run a deployed crew and return its result, never paying twice for one run.
+
+    Inside a flow (or a task) it runs tasks of that flow; outside of one it runs a flow of its own.
+
+    Args:
+        crew: A crew, or the name of a stored block.
+        inputs: Its inputs by name.
+        name: The step's name: in task names, and part of a run key that is left out.
+        run_key: The identity of this purchase, across flow runs and machines that share a Prefect server. It may be a
+            template over the scheduled time: `"daily-{{ scheduled_start:%Y-%m-%d }}"`. Left out, it is one that the
+            retries of this flow run find again; outside a flow every call is a new purchase.
+        force_new: Buy whatever the record of the key says.
+        meta: Any JSON object for the crew's webhooks; the run key is added to it.
+        wait: How to wait, in place of the block's policy.
+        output_type: A pydantic model; `result.data` is then an instance of it.
+        review: What answers when the crew waits for a person: "form" asks in a form on the flow run's page; a function,
+            sync or async, goes from ReviewRequest to Review. Left out, the wait goes on while the log, the artifact
+            and an event say who is waited for and how to answer.
+        webhooks: Targets of your own for the crew's webhooks.
+        restore_from: The id of a state of a Flow, a UUID, that the run starts from: the API's `restoreFromStateId`. It
+            is part of what tells runs apart. The API takes one that it does not know for none, and says nothing.
+
+    Raises:
+        InvalidInputsError, RunKeyConflictError: Nothing was started.
+        KickoffUncertainError: Nobody knows whether a run was started. A person settles it.
+        CrewFailedError, CrewStoppedError, CrewLostError: How the run ended instead.
+        CrewTimeoutError: A time budget is over; the run may go on.
+        OutputTypeError: The result does not fit `output_type`.
+        CrewError: Anything else that the crew's server did.
+    """
+    check_choices(
+        run_key=run_key,
+        name=name,
+        wait=wait,
+        output_type=output_type,
+        review=review,
+        meta=meta,
+        webhooks=webhooks,
+        restore_from=restore_from,
+    )
+    crew = await load_crew(crew)
+    inputs = crew.sealed(inputs or {})
+    call = _Call(crew, inputs, meta, output_type, webhooks, review)
+    options: dict[str, Any] = {
+        "name": name,
+        "run_key": run_key,
+        "force_new": force_new,
+        "wait": wait,
+        "restore_from": None if restore_from is None else str(UUID(str(restore_from))),
+    }
+    if FlowRunContext.get() is not None or TaskRunContext.get() is not None:
+        return await _run(call, **options)
+    token = _live.set(call)
+    try:
+        return await cast("Callable[..., Awaitable[CrewResult]]", run_deployed_crew)(
+            crew=crew.label, inputs=_stored(call), **options, review="form" if review == "form" else None
+        )
+    finally:
+        _live.reset(token)
+
+
+def run_crew(
+    crew: DeployedCrew | Crew | str,
+    inputs: Mapping[str, Any] | None = None,
+    *,
+    name: str | None = None,
+    run_key: str | None = None,
+    force_new: bool = False,
+    meta: Mapping[str, Any] | None = None,
+    wait: WaitPolicy | None = None,
+    output_type: type[BaseModel] | None = None,
+    review: ReviewChoice | None = None,
+    webhooks: Webhooks | None = None,
+    restore_from: str | UUID | None = None,
+) -> CrewResult:
+    """Run a deployed crew and return its result: `arun_crew` for sync code.
+
+    Raises:
+        InvalidCallError: An event loop runs in this thread, which this call would block: `await arun_crew(…)` there.
+        CrewError: As `arun_crew`.
+    """
+    refuse_running_loop("run_crew", "arun_crew")
+    running = arun_crew(
+        crew,
+        inputs,
+        name=name,
+        run_key=run_key,
+        force_new=force_new,
+        meta=meta,
+        wait=wait,
+        output_type=output_type,
+        review=review,
+        webhooks=webhooks,
+        restore_from=restore_from,
+    )
+    del inputs, meta, webhooks  # error reporters show the local variables of all frames
+    return asyncio.run(running)
+
+
+def _stored(call: _Call) -> dict[str, Any]:
+    """Return the inputs as Prefect may store them: plain values, no secret ones, none too large for it."""
+    try:
+        plain = encode_inputs(call.inputs, as_json=True)
+    except (TypeError, ValueError) as error:
+        raise ConfigurationError(f"{error} Nothing was started.") from None
+    for name, value in call.inputs.items():
+        if name in plain and (name in call.crew.secret_inputs or holds_secret(value)):
+            plain[name] = MASK
+    sizes = {name: len(json.dumps(value)) for name, value in plain.items()}
+    for name in sorted(sizes, key=sizes.__getitem__, reverse=True):
+        if sum(sizes.values()) <= STORED_BYTES:
+            break
+        plain[name], sizes[name] = TOO_LARGE, len(TOO_LARGE)
+    return plain
+
+
+async def _run(
+    call: _Call,
+    *,
+    name: str | None,
+    run_key: str | None,
+    force_new: bool,
+    wait: WaitPolicy | None,
+    restore_from: str | None,
+) -> CrewResult:
+    async with work_beside():
+        kickoff_id = await kickoff_crew.acall(
+            call.crew,
+            call.inputs,
+            run_key=run_key,
+            name=name,
+            force_new=force_new,
+            meta=call.meta,
+            webhooks=call.webhooks,
+            restore_from=restore_from,
+        )
+        return await wait_for_crew.acall(
+            call.crew, kickoff_id, name=name, wait=wait, output_type=call.output_type, review=call.review
+        )
+
+
+@flow(name="run-deployed-crew", flow_run_name="{crew}", validate_parameters=True)
+async def run_deployed_crew(
+    crew: Annotated[str, Field(description="The name of the crew's block, under Blocks.")],
+    inputs: Annotated[
+        dict[str, Any] | None,
+        Field(description="The crew's inputs by name; of a secret one the name of the Secret block that holds it."),
+    ] = None,
+    name: Annotated[str | None, Field(description="A name for the step, for task names and the run key.")] = None,
+    run_key: Annotated[
+        str | None,
+        Field(description="The identity of one purchase, such as daily-{{ scheduled_start:%Y-%m-%d }}."),
+    ] = None,
+    force_new: Annotated[bool, Field(description="Buy a new run whatever was bought under this key before.")] = False,
+    wait: Annotated[WaitPolicy | None, Field(description="How to wait, in place of the block's policy.")] = None,
+    review: Annotated[
+        Literal["form"] | None, Field(description="Where people are asked: in a form on this flow run's page.")
+    ] = None,
+    restore_from: Annotated[
+        str | None, Field(description="The id of a state of a Flow, a UUID, that the run starts from.")
+    ] = None,
+) -> CrewResult:
+    """Run one deployed crew. What `run_crew` runs outside of a flow, and a flow to deploy as it is."""
+    live = _live.get()
+    if live is not None and live.crew.label == crew:
+        return await _run(live, name=name, run_key=run_key, force_new=force_new, wait=wait, restore_from=restore_from)
+    try:
+        stored = await load_crew(crew)
+    except ValueError as error:
+        raise ConfigurationError(
+            f"No block deployed-crew/{crew} is stored, so this run cannot be made from its parameters. Save "
+            "it under that name, or call run_crew again with the crew and the same run key, which finds it again."
+        ) from error
+    given = dict(inputs or {})
+    missing = [key for key, value in given.items() if value in (MASK, TOO_LARGE)]
+    if missing:
+        raise ConfigurationError(
+            f"The inputs {', '.join(missing)} are secret or too large, and so not stored with a flow run: this one "
+            "cannot be made from its parameters. Call run_crew again with the same run key: a run in flight is found "
+            "again."
+        )
+    given = await values_of_blocks(given, stored.secret_inputs)
+    call = _Call(stored, given, None, None, None, review)
+    return await _run(call, name=name, run_key=run_key, force_new=force_new, wait=wait, restore_from=restore_from)
+
+
+@dual
+async def get_result(
+    run_key: str, *, crew: DeployedCrew | Crew | str | None = None, output_type: type[BaseModel] | None = None
+) -> CrewResult:
+    """Return the result of a completed run from anywhere that shares the Prefect server. Awaited in async code.
+
+    Args:
+        run_key: The run's key. Of several attempts the latest that completed counts.
+        crew: Needed only where the record does not hold the result (it was large, or is not shown) and the crew's
+            block is not stored under the name that the record has.
+        output_type: As for `run_crew`.
+
+    Raises:
+        CrewLostError: The remote side has forgotten the result.
+        CrewFailedError, CrewStoppedError: The run has no result.
+        CrewError: There is no such run, or it has not ended.
+    """
+    check_choices(run_key=run_key, output_type=output_type)
+    attempts = await PrefectRecords().attempts(run_key)
+    if not attempts:
+        raise CrewError(f"No run has the key {run_key!r}. prefect-crew runs lists those on record.")
+    completed = [record for record in attempts if record.state is CrewState.COMPLETED]
+    record = (completed or list(attempts))[-1]
+    kickoff_id = record.kickoff_id
+    if kickoff_id is None:
+        raise CrewError(f"Run {run_key!r} has no result: its kickoff is {record.phase}. {record.reason or ''}".strip())
+    if record.state is CrewState.FAILED:
+        raise CrewFailedError(kickoff_id=kickoff_id, error=record.error or "", crew=record.crew, run_key=run_key)
+    if record.state is CrewState.STOPPED:
+        raise CrewStoppedError(kickoff_id=kickoff_id, crew=record.crew, run_key=run_key)
+    if record.result is not None:
+        # Only what may be shown is on record.
+        result = record.result.result(kickoff_id)
+        return result if output_type is None else typed(result, output_type)
+    run = OpenRun(crew=await _crew_of(record.crew, crew, run_key), kickoff_id=kickoff_id, record=record)
+    # No variable holds the result: error reporters show the local variables of all frames.
+    return await read_result(run) if output_type is None else typed(await read_result(run), output_type, run=run)
+
+
+async def _crew_of(label: str, crew: DeployedCrew | Crew | str | None, run_key: str) -> Crew:
+    if crew is not None:
+        return await load_crew(crew)
+    try:
+        return await load_crew(label)
+    except (ValueError, httpx.HTTPError, PrefectException) as error:
+        raise CrewError(
+            f"The record of run {run_key!r} does not hold its result, and crew {label} is no stored block to ask "
+            "for it. Give the crew (crew=…, --crew)."
+        ) from error

@@ -1,0 +1,264 @@
+"""A graph as lines of characters, which every interface of Prefect shows alike: only the newest draws Mermaid. Pure."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass
+from typing import Literal
+from uuid import UUID
+
+import httpx
+from prefect.exceptions import PrefectException
+
+from prefect_crew._internal.prefect_api import flow_run_id, run_logger
+from prefect_crew.artifacts.markdown import cell, code, duration, fenced, prose, table
+from prefect_crew.artifacts.run import SOON, MarkdownArtifact, artifact_key
+from prefect_crew.pipelines.graph import PipelineGraph
+from prefect_crew.records.model import RecordPhase
+from prefect_crew.runs.advice import attempt_of
+from prefect_crew.runs.run import OpenRun
+
+_CORNERS = {  # what joins above, below, on the left; all of them go on to the right
+    (True, True, False): "├",
+    (True, False, False): "└",
+    (False, True, False): "┌",
+    (True, True, True): "┼",
+    (True, False, True): "┴",
+    (False, True, True): "┬",
+}
+
+
+def draw_graph(
+    order: Sequence[str], needs: Mapping[str, Set[str]], labels: Mapping[str, str] | None = None
+) -> list[str]:
+    """Return one line for each name of `order`, in which what a name needs comes before it.
+
+    `labels` are what stands there in place of the names.
+
+    A line leads from each name down to those that need it:
+
+        ┌───── research
+        │ ┌─── prices
+        └─┴─┬▶ write
+            └▶ review
+    """
+    last = {need: row for row, name in enumerate(order) for need in needs[name]}
+    lanes: list[str | None] = []
+    rows: list[tuple[list[str], bool]] = []
+    for row, name in enumerate(order):
+        into = {lanes.index(need) for need in needs[name]}
+        before = [lane is not None for lane in lanes]
+        own: int | None = None
+        if name in last:
+            own = lanes.index(None) if None in lanes else len(lanes)
+            lanes[own:] = [name, *lanes[own + 1 :]]
+            before += [False] * (len(lanes) - len(before))
+        for at in into:
+            if last[str(lanes[at])] == row:
+                lanes[at] = None
+        after = [lane is not None for lane in lanes]
+        rows.append((_lanes(before, after, into if own is None else {*into, own}), bool(into)))
+    width = max((len(cells) for cells, _ in rows), default=0)
+    shown = [(labels or {}).get(name, name) for name in order]
+    return [_line(cells, width, label, arrow=arrow) for (cells, arrow), label in zip(rows, shown, strict=True)]
+
+
+def _lanes(before: Sequence[bool], after: Sequence[bool], joined: Set[int]) -> list[str]:
+    """Return one cell for each lane: its own character, and what leads on to the next one."""
+    first = min(joined, default=len(before))
+    cells: list[str] = []
+    for lane, (above, below) in enumerate(zip(before, after, strict=True)):
+        if lane in joined:
+            sign = _CORNERS[above, below, lane > first]
+        elif above and below:
+            sign = "│"
+        else:
+            sign = "─" if lane > first else " "
+        cells.append(sign + ("─" if lane >= first else " "))
+    return cells
+
+
+def _line(cells: Sequence[str], width: int, name: str, *, arrow: bool) -> str:
+    led = "".join(cells)
+    fill = "─" if led.endswith("─") else " "
+    led += fill * 2 * (width - len(cells))
+    end = "▶" if arrow else fill
+    return f"{led[:-1]}{end} {name}" if width else name
+
+
+WIDTH = 32
+"""Characters of the timeline."""
+SHOW_EVERY = 2.0
+"""Seconds, at least, between two updates while the pipeline runs."""
+StepState = Literal["waiting", "running", "suspended", "completed", "failed", "skipped", "cancelled"]
+_MARKS: dict[StepState, str] = {
+    "waiting": "○ waiting",
+    "running": "● running",
+    "suspended": "◌ running, the flow run is suspended",
+    "completed": "✓ completed",
+    "failed": "✗ failed",
+    "skipped": "– not run",
+    "cancelled": "■ cancelled",
+}
+
+
+@dataclass
+class StepView:
+    """A step as it is shown. Times are seconds since the epoch.
+
+    `error` is why it failed, with what to do; `attempt`, which start under its key it was. `earlier`: how long a run
+    took that had ended before this pipeline came to it; None for one that it waited for.
+    """
+
+    crew: str
+    state: StepState = "waiting"
+    started: float | None = None
+    ended: float | None = None
+    kickoff_id: str | None = None
+    artifact_id: UUID | None = None
+    earlier: float | None = None
+    attempt: str | None = None
+    error: str | None = None
+
+
+def render_pipeline(name: str, run_key: str, graph: PipelineGraph, views: Mapping[str, StepView], now: float) -> str:
+    """Return the Markdown of a pipeline."""
+    order = [step for layer in graph.layers() for step in layer]
+    begun = [view for view in views.values() if view.started is not None]
+    start = min([view.started or now for view in begun], default=now)
+    end = max([view.ended or now for view in begun], default=now)
+    states = [views[step].state for step in order]
+    done, failed = states.count("completed"), states.count("failed")
+    head = f"## {prose(name)}: {done} of {len(order)} steps completed" + (f", {failed} failed" if failed else "")
+    why = "".join(_failure(step, views[step]) for step in order if views[step].error is not None)
+    facts = table(("", ""), [("Run key", code(run_key)), ("Time", duration(end - start))])
+    rows = [_row(step, views[step], start, max(end - start, 1e-9), now) for step in order]
+    steps = table(("Step", "State", "Time", "Timeline", "Crew", "Run"), rows)
+    labels = {step: f"{_MARKS[views[step].state][0]} {' '.join(step.split())}" for step in order}
+    drawn = fenced("\n".join(draw_graph(order, graph.needs, labels)))
+    return f"{head}\n\n{why}{facts}\n\n### Graph\n\n{drawn}\n\n### Steps\n\n{steps}\n"
+
+
+def _failure(step: str, view: StepView) -> str:
+    attempt = f" ({view.attempt})" if view.attempt else ""
+    return f"### Step {prose(step)} failed{attempt}\n\n{fenced(view.error or '')}\n\n"
+
+
+def _row(step: str, view: StepView, start: float, span: float, now: float) -> list[str]:
+    took, bar = "–", ""
+    if view.earlier is not None:
+        took, bar = duration(view.earlier), "bought earlier"
+    elif view.started is not None:
+        ended = view.ended or now
+        took = duration(ended - view.started)
+        bar = f"`{_bar((view.started - start) / span, (ended - start) / span)}`"
+    state = _MARKS[view.state].replace(" ", "\u00a0", 1)  # the newer interface would break the line there
+    return [f"**{cell(step)}**", state, took, bar, cell(view.crew), _link(view)]
+
+
+def _link(view: StepView) -> str:
+    """Return a link to the artifact of a step's run. Relative, since nobody here knows where the page is looked at."""
+    if view.kickoff_id is None:
+        return ""
+    # Not as code: the older interface shows the backticks of code within a link.
+    shown = cell(view.kickoff_id, 8)
+    return shown if view.artifact_id is None else f"[{shown}](../artifact/{view.artifact_id})"
+
+
+def _bar(begin: float, end: float) -> str:
+    first = min(int(begin * WIDTH), WIDTH - 1)
+    last = max(first + 1, min(WIDTH, round(end * WIDTH)))
+    return f"{'░' * first}{'█' * (last - first)}{'░' * (WIDTH - last)}"
+
+
+class PipelineArtifact:
+    """The artifact of one pipeline run, kept up to date beside the work; an async context manager.
+
+    It never fails the pipeline; trouble is logged once.
+    """
+
+    def __init__(self, name: str, run_key: str, graph: PipelineGraph) -> None:
+        self._name = name
+        self._run_key = run_key
+        self._graph = graph
+        self._views = {step.name: StepView(_label(step.crew)) for step in graph.steps}
+        self._runs: dict[str, OpenRun] = {}
+        self._artifact = MarkdownArtifact(
+            artifact_key(name, prefix="pipeline"), f"Pipeline {name}, run key {run_key}", flow_run_id=flow_run_id()
+        )
+        self._changed = asyncio.Event()
+        self._over = asyncio.Event()
+        self._keeper: asyncio.Task[None] | None = None
+        self._troubled = False
+
+    async def __aenter__(self) -> PipelineArtifact:
+        self._keeper = asyncio.ensure_future(self._keep())
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        assert self._keeper is not None  # noqa: S101  __aenter__ made it
+        # What waits while the flow run is suspended is for when it goes on.
+        suspended = any(view.state == "suspended" for view in self._views.values())
+        for view in self._views.values():
+            if view.state == "waiting" and not suspended:
+                view.state = "skipped"
+        self._over.set()
+        self._changed.set()
+        await self._keeper
+        await self._find_artifacts()
+        await self._put()
+
+    def started(self, step: str) -> None:
+        """Note that a step runs."""
+        self._views[step].state, self._views[step].started = "running", time.time()
+        self._changed.set()
+
+    def opened(self, step: str, run: OpenRun) -> None:
+        """Note which run a step's is."""
+        view, record = self._views[step], run.record
+        self._runs[step], view.kickoff_id = run, run.kickoff_id
+        view.attempt = attempt_of(record, run.crew.max_kickoffs)
+        if record is not None and not run.owned and record.phase is RecordPhase.ENDED:
+            seconds = (record.ended_at or record.claimed_at) - (record.kicked_off_at or record.claimed_at)
+            view.earlier, view.started = seconds.total_seconds(), None
+        self._changed.set()
+
+    def ended(self, step: str, state: StepState, error: str | None = None) -> None:
+        """Note what came of a step, and why it failed."""
+        self._views[step].error = error
+        self._views[step].state = state
+        self._views[step].ended = None if state == "suspended" else time.time()
+        self._changed.set()
+
+    async def _keep(self) -> None:
+        over = asyncio.ensure_future(self._over.wait())
+        # Not at once: the first kickoffs go before it.
+        await asyncio.wait({over}, timeout=SOON)
+        while not over.done():
+            await self._changed.wait()
+            self._changed.clear()
+            if not over.done():
+                await self._put()
+                await asyncio.wait({over}, timeout=SHOW_EVERY)
+
+    async def _put(self) -> None:
+        for step, run in self._runs.items():
+            self._views[step].artifact_id = None if run.artifact is None else run.artifact.known_id
+        data = render_pipeline(self._name, self._run_key, self._graph, self._views, time.time())
+        trouble = await self._artifact.put(data)
+        if trouble and not self._troubled:
+            self._troubled = True
+            run_logger().warning("The artifact of pipeline %s could not be updated: %s", self._name, trouble)
+
+    async def _find_artifacts(self) -> None:
+        """Find what other processes have made for the runs that were found."""
+        try:
+            await asyncio.gather(*(run.shown_by().artifact_id() for run in self._runs.values()))
+        except (httpx.HTTPError, PrefectException) as error:
+            run_logger().debug("The artifacts of earlier runs are not linked: %s", error)
+
+
+def _label(crew: object) -> str:
+    return crew if isinstance(crew, str) else str(getattr(crew, "label", crew))

@@ -1,0 +1,254 @@
+"""A pipeline as plain values, in YAML or JSON or as a parameter of a deployed flow: steps without Python code."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, cast
+from uuid import UUID
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator
+
+from prefect_crew.client.models import CrewInput
+from prefect_crew.crew import WaitPolicy
+from prefect_crew.exceptions import ConfigurationError, excerpt, listed_names, with_guesses
+from prefect_crew.pipelines.graph import RESERVED, CrewStep, texts_in
+from prefect_crew.templates import names_in
+
+_ONE_NAME = re.compile(r"\{\{\s*(\w+)\s*\}\}")
+_BRACES = re.compile(r"\{\{[^'\"]*?\}\}")
+_QUOTED_NAME = re.compile(r"""\[\s*("[^"]*"|'[^']*')\s*\]""")
+
+
+class _Plain(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class PipelineInput(_Plain):
+    """One input of a pipeline. With a default, or with `required: false`, it may be left out."""
+
+    type: Literal["string", "integer", "number", "boolean", "array", "object"] | None = Field(
+        default=None, description="Its type in JSON. Empty: text."
+    )
+    description: str | None = Field(default=None, description="What the run form says of it.")
+    required: bool = Field(default=True, description="Whether each run has to give it, where it has no default.")
+    default: JsonValue = Field(
+        default=None, description="What it is when a run does not give it; of a secret one the name of a Secret block."
+    )
+    secret: bool = Field(
+        default=False, description="Whether a run gives it as the name of the Prefect Secret block that holds it."
+    )
+
+    @property
+    def needed(self) -> bool:
+        """Whether a run has to give it."""
+        return self.required and self.default is None
+
+
+class StepDefinition(_Plain):
+    """One step: what `CrewStep` takes, as far as that is plain values."""
+
+    name: str = Field(description="Its name, unique in the pipeline.")
+    crew: str = Field(description="The name of the crew's block, under Blocks.")
+    inputs: dict[str, JsonValue] | None = Field(
+        default=None,
+        description="The crew's inputs by name; texts are templates over the pipeline's inputs and earlier steps. "
+        "Empty: the pipeline's inputs of the crew's names.",
+    )
+    after: tuple[str, ...] = Field(default=(), description="Steps to wait for, besides those that its templates use.")
+    wait: WaitPolicy | None = Field(default=None, description="How to wait for it, in place of the block's policy.")
+    review: Literal["form"] | None = Field(
+        default=None, description="Where people are asked: in a form on the flow run's page."
+    )
+    restore_from: UUID | None = Field(default=None, description="The id of a state of a Flow that it starts from.")
+
+    @field_validator("after", mode="before")
+    @classmethod
+    def _one_or_more(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+
+class PipelineDefinition(_Plain):
+    """A pipeline: its name, its inputs and its steps."""
+
+    name: str = Field(min_length=1, description="Its name: on its artifact, and in a run key that is left out.")
+    description: str | None = Field(default=None, description="What it does, for people.")
+    inputs: dict[str, PipelineInput] = Field(
+        default_factory=dict[str, PipelineInput],
+        description="Its inputs by name, for the templates of the steps. Empty: those that the steps use.",
+    )
+    steps: tuple[StepDefinition, ...] = Field(min_length=1, description="Its steps, in any order.")
+    wait: WaitPolicy | None = Field(default=None, description="How to wait, for steps without a policy of their own.")
+    review: Literal["form"] | None = Field(
+        default=None, description="Where people are asked, for steps that do not say it."
+    )
+
+    @field_validator("inputs", mode="before")
+    @classmethod
+    def _names_alone(cls, value: Any) -> Any:
+        # A list of names, or a mapping in which nothing is said of a name.
+        if isinstance(value, list | tuple):
+            value = dict.fromkeys(cast("Sequence[Any]", value))
+        if isinstance(value, Mapping):
+            value = dict(cast("Mapping[Any, Any]", value))
+            return {name: PipelineInput() if said is None else said for name, said in value.items()}
+        return value
+
+    def crew_steps(self) -> list[CrewStep]:
+        """Return the steps as `run_pipeline` takes them."""
+        return [
+            CrewStep(
+                step.name,
+                step.crew,
+                step.inputs,
+                after=step.after,
+                wait=step.wait,
+                review=step.review,
+                restore_from=step.restore_from,
+            )
+            for step in self.steps
+        ]
+
+    def with_inputs(self, expected: Mapping[str, Sequence[CrewInput]]) -> PipelineDefinition:
+        """Return it with the inputs that its steps use, if it declares none.
+
+        Args:
+            expected: What each step's crew takes, by the step's name.
+        """
+        if self.inputs:
+            return self
+        found: dict[str, PipelineInput] = {}
+        steps = {step.name for step in self.steps}
+        for step in self.steps:
+            takes = {item.name: item for item in expected.get(step.name, ())}
+            if step.inputs is None:
+                for name, item in takes.items():
+                    found.setdefault(name, _input_of(item))
+                continue
+            for key, value in step.inputs.items():
+                for text in texts_in(value):
+                    alone = _ONE_NAME.fullmatch(text)
+                    about = _input_of(takes[key]) if alone and key in takes else PipelineInput()
+                    for name in sorted(names_in(text, collections=RESERVED) - steps, key=text.find):
+                        known = found.get(name)
+                        # A template cannot be filled without it, whatever the crew says of its own input.
+                        found[name] = (known or about).model_copy(update={"required": True})
+        return self.model_copy(update={"inputs": found})
+
+    def values(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the inputs of a run, with the defaults of those that were not given.
+
+        Raises:
+            ConfigurationError: One is missing, or is none of this pipeline's.
+        """
+        values = {name: value for name, value in given.items() if value is not None}
+        if not self.inputs:  # the steps' templates tell
+            return values
+        if unknown := [name for name in values if name not in self.inputs]:
+            raise ConfigurationError(
+                f"Pipeline {self.name!r} does not take the inputs {with_guesses(unknown, list(self.inputs))}; it takes "
+                f"{listed_names(list(self.inputs))}. Nothing was started."
+            )
+        if missing := [name for name, item in self.inputs.items() if item.needed and name not in values]:
+            raise ConfigurationError(
+                f"Pipeline {self.name!r} lacks the inputs {', '.join(missing)}. Nothing was started. Give them as the "
+                "parameter `inputs` of the run, or as defaults of the deployment."
+            )
+        defaults = {name: item.default for name, item in self.inputs.items() if item.default is not None}
+        return {**defaults, **values}
+
+    def stored_secrets(self, secret_inputs: Mapping[str, Sequence[str]]) -> list[str]:
+        """Return a problem for each secret input of a crew that has its value in here, where everybody can read it.
+
+        Args:
+            secret_inputs: The names of each step's secret inputs, by the step's name.
+        """
+        return [
+            f"step {step.name!r}, input {name!r}: it is secret, and a deployment stores its steps as they are; write "
+            f"'{{{{ {re.sub(r'[^0-9a-zA-Z_]', '_', name)} }}}}', an input of the pipeline, and nothing else"
+            for step in self.steps
+            for name in secret_inputs.get(step.name, ())
+            if step.inputs is not None and _holds_value(step.inputs.get(name))
+        ]
+
+
+def _input_of(item: CrewInput) -> PipelineInput:
+    kind: Any = _TYPES.get((item.type or "").lower())
+    own = None if item.default is None else f"The crew's own default: {excerpt(str(item.default), 200)}."
+    said = [item.description, own]
+    return PipelineInput(type=kind, description=" ".join(filter(None, said)) or None, required=item.required)
+
+
+_TYPES = {
+    **dict.fromkeys(("integer", "int"), "integer"),
+    **dict.fromkeys(("number", "float"), "number"),
+    **dict.fromkeys(("boolean", "bool"), "boolean"),
+    **dict.fromkeys(("array", "list"), "array"),
+    **dict.fromkeys(("object", "dict"), "object"),
+}
+
+
+def _holds_value(value: Any) -> bool:
+    """Return whether any of a value is more than a name in braces."""
+    if isinstance(value, str):
+        return _BRACES.sub("", _QUOTED_NAME.sub("", value)).strip() != ""
+    if isinstance(value, Mapping):
+        return any(_holds_value(item) for item in cast("Mapping[Any, Any]", value).values())
+    if isinstance(value, list | tuple):
+        return any(_holds_value(item) for item in cast("Sequence[Any]", value))
+    return value is not None
+
+
+def read_pipeline(text: str, file: str) -> PipelineDefinition:
+    """Return the pipeline that a file holds. Its name, where it has none, is the file's.
+
+    Args:
+        text: The file's content, YAML or JSON.
+        file: Its path, for messages.
+
+    Raises:
+        ConfigurationError: It is no pipeline; the message names the step and the field.
+    """
+    try:
+        found = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigurationError(f"{file} is neither YAML nor JSON: {' '.join(str(error).split())}.") from None
+    if not isinstance(found, dict):
+        raise ConfigurationError(f"{file} holds no pipeline: expected a mapping with `steps`, and `inputs` and `name`.")
+    raw = cast("dict[Any, Any]", found)
+    raw.setdefault("name", re.split(r"[\\/]", file)[-1].rsplit(".", 1)[0])
+    try:
+        # Through JSON, which is what Prefect stores: a date of YAML, for one, has no JSON.
+        return PipelineDefinition.model_validate(json.loads(json.dumps(raw, allow_nan=False)))
+    except ValidationError as error:
+        problems = [_told(problem, raw) for problem in error.errors(include_url=False, include_input=False)]
+        raise ConfigurationError(f"{file} is no pipeline that can run: {'; '.join(problems)}.") from None
+    except (TypeError, ValueError) as error:
+        raise ConfigurationError(f"{file} holds what JSON cannot: {error}. Put such a value in quotes.") from None
+
+
+_FIELDS: dict[str, type[BaseModel]] = {"": PipelineDefinition, "steps": StepDefinition, "inputs": PipelineInput}
+
+
+def _told(problem: Mapping[str, Any], raw: Mapping[Any, Any]) -> str:
+    """Say where something is wrong, by the names of steps and fields, and what."""
+    path = list(cast("Sequence[Any]", problem["loc"]))
+    where: list[str] = []
+    part = ""
+    if path[0] == "steps" and len(path) > 1:
+        part, step = "steps", raw["steps"][path[1]]
+        name: Any = cast("dict[Any, Any]", step).get("name") if isinstance(step, dict) else None
+        where.append(f"step {name!r}" if isinstance(name, str) else f"step {path[1] + 1}")
+        path = path[2:]
+    elif path[0] == "inputs" and len(path) > 1:
+        part = "inputs"
+        where.append(f"input {path[1]!r}")
+        path = path[2:]
+    names = [str(one) for one in path]
+    if problem["type"] == "extra_forbidden" and len(path) == 1:
+        return f"{', '.join([*where, names[0]])}: there is no such field, but {', '.join(_FIELDS[part].model_fields)}"
+    if problem["type"] == "missing":
+        return f"{', '.join([*where, '.'.join(names)])}: it is missing"
+    return f"{', '.join([*where, *(['.'.join(names)] if names else [])])}: {problem['msg']}"

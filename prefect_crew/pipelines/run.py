@@ -1,0 +1,304 @@
+"""Pipelines of crews: steps that feed each other, side by side where nothing stands between them.
+
+Each step is a run of its own under the pipeline's key and its name, so that a second call with the key, or a retry of
+the flow run, finds what was bought and starts with what failed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, cast
+
+from prefect import flow
+from prefect.context import FlowRunContext, TaskRunContext
+from prefect.exceptions import Pause
+from pydantic import Field, SecretStr
+
+from prefect_crew._internal.background import work_beside
+from prefect_crew._internal.callables import refuse_running_loop
+from prefect_crew._internal.interrupts import cancel_and_wait, cancelled_once
+from prefect_crew._internal.prefect_api import run_logger
+from prefect_crew.client.inputs import encode_inputs, inputs_digest
+from prefect_crew.client.models import CrewResult, CrewStatus
+from prefect_crew.client.redaction import HiddenValues, Redactor, holds_secret, revealed
+from prefect_crew.crew import WaitPolicy
+from prefect_crew.exceptions import ConfigurationError, PipelineFailedError
+from prefect_crew.flows import arun_crew
+from prefect_crew.pipelines.artifact import PipelineArtifact
+from prefect_crew.pipelines.check import PipelineCrews, PipelinePlan, step_key
+from prefect_crew.pipelines.definition import PipelineDefinition
+from prefect_crew.pipelines.graph import CrewStep, PipelineGraph
+from prefect_crew.records.keys import identify
+from prefect_crew.runs.kickoff import knowing_inputs
+from prefect_crew.runs.options import check_choices
+from prefect_crew.runs.progress import watch_runs
+from prefect_crew.runs.reviews.answer import ReviewChoice
+from prefect_crew.runs.run import OpenRun
+from prefect_crew.runs.secret_blocks import values_of_blocks
+
+
+@dataclass(frozen=True)
+class PipelineResult:
+    """What a pipeline gave: `results["research"]` is that step's CrewResult. `seconds` is the wall time."""
+
+    results: Mapping[str, CrewResult]
+    run_key: str
+    seconds: float
+
+    def __getitem__(self, step: str) -> CrewResult:
+        return self.results[step]
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What a call gives that Prefect's stored parameters do not hold. `wait` and `review` are for steps without."""
+
+    crews: PipelineCrews
+    wait: WaitPolicy | None
+    review: ReviewChoice | None
+
+
+_live: ContextVar[_Call | None] = ContextVar("prefect_crew_pipeline", default=None)
+
+
+async def aplan_pipeline(steps: Sequence[CrewStep], inputs: Mapping[str, Any] | None = None) -> PipelinePlan:
+    """Return what a pipeline would do, with all that is wrong with it. Nothing is started."""
+    inputs = HiddenValues(inputs or {})
+    crews = PipelineCrews(PipelineGraph(steps, dict(inputs)))
+    await crews.check()
+    return crews.plan()
+
+
+def plan_pipeline(steps: Sequence[CrewStep], inputs: Mapping[str, Any] | None = None) -> PipelinePlan:
+    """`aplan_pipeline` for sync code."""
+    inputs = HiddenValues(inputs or {})
+    refuse_running_loop("plan_pipeline", "aplan_pipeline")
+    return asyncio.run(aplan_pipeline(steps, inputs))
+
+
+async def arun_pipeline(
+    steps: Sequence[CrewStep],
+    inputs: Mapping[str, Any] | None = None,
+    *,
+    name: str = "pipeline",
+    run_key: str | None = None,
+    wait: WaitPolicy | None = None,
+    review: ReviewChoice | None = None,
+) -> PipelineResult:
+    """Run crews that feed each other and return all their results.
+
+    Steps without a path between them run side by side. The graph and the inputs of every crew are checked before the
+    first kickoff. Inside a flow (or a task) it runs tasks of that flow; outside of one it runs a flow of its own.
+
+    Args:
+        steps: The steps, in any order.
+        inputs: The pipeline's inputs, for the templates.
+        name: The pipeline's name: on its artifact, and part of a run key that is left out.
+        run_key: The identity of the whole purchase; each step's key is this one, a slash and its name. May be a
+            template over the scheduled time. Left out, the retries of this flow run find it again.
+        wait: How to wait, in place of the blocks' policies, for steps without one of their own.
+        review: What answers when a crew waits for a person, as for `run_crew`, for steps without one of their own.
+
+    Raises:
+        ConfigurationError: The pipeline cannot run; the message has all that is wrong. Nothing was started.
+        PipelineFailedError: A step failed. The independent ones were finished; a second call with the key, or a retry
+            of the flow run, starts with what failed and pays for nothing again.
+    """
+    inputs = HiddenValues(inputs or {})
+    check_choices(run_key=run_key, name=name, wait=wait, review=review)
+    crews = PipelineCrews(PipelineGraph(steps, dict(inputs)))
+    await crews.check()
+    await crews.refuse_problems()
+    call = _Call(crews, wait, review)
+    if FlowRunContext.get() is not None or TaskRunContext.get() is not None:
+        return await _run(call, name=name, run_key=run_key)
+    token = _live.set(call)
+    try:
+        return await cast("Any", run_steps)(
+            pipeline=name, steps=[step.name for step in steps], inputs=crews.stored_inputs(), run_key=run_key
+        )
+    finally:
+        _live.reset(token)
+
+
+def run_pipeline(
+    steps: Sequence[CrewStep],
+    inputs: Mapping[str, Any] | None = None,
+    *,
+    name: str = "pipeline",
+    run_key: str | None = None,
+    wait: WaitPolicy | None = None,
+    review: ReviewChoice | None = None,
+) -> PipelineResult:
+    """Run crews that feed each other: `arun_pipeline` for sync code.
+
+    Raises:
+        InvalidCallError: An event loop runs in this thread, which this call would block: await `arun_pipeline` there.
+        CrewError: As `arun_pipeline`.
+    """
+    inputs = HiddenValues(inputs or {})
+    refuse_running_loop("run_pipeline", "arun_pipeline")
+    return asyncio.run(arun_pipeline(steps, inputs, name=name, run_key=run_key, wait=wait, review=review))
+
+
+@flow(name="run-pipeline", flow_run_name="{pipeline}")
+async def run_steps(
+    pipeline: Annotated[str, Field(description="The pipeline's name.")],
+    steps: Annotated[list[str], Field(description="The names of its steps.")],
+    inputs: Annotated[dict[str, Any] | None, Field(description="Its inputs, the secret ones masked.")] = None,
+    run_key: Annotated[str | None, Field(description="The identity of the whole purchase.")] = None,
+) -> PipelineResult:
+    """Run a pipeline that `run_pipeline` was called with outside of a flow."""
+    del steps, inputs
+    live = _live.get()
+    if live is None:
+        raise ConfigurationError(
+            "This run's steps were given by code and cannot be made from its parameters. Call run_pipeline again with "
+            "the same steps and run key, which finds again what was bought, or write a flow around it and retry that."
+        )
+    return await _run(live, name=pipeline, run_key=run_key)
+
+
+@flow(name="deployed-pipeline", flow_run_name="{pipeline.name}", validate_parameters=True)
+async def run_deployed_pipeline(
+    pipeline: Annotated[PipelineDefinition, Field(description="The pipeline: its name, its inputs and its steps.")],
+    inputs: Annotated[
+        dict[str, Any] | None,
+        Field(description="Its inputs by name; of a secret one the name of the Secret block that holds it."),
+    ] = None,
+    run_key: Annotated[
+        str | None,
+        Field(description="The identity of the whole pipeline, such as report-{{ scheduled_start:%Y-%m-%d }}."),
+    ] = None,
+) -> PipelineResult:
+    """Run a pipeline that is given as plain values: a flow to deploy as it is, for pipelines without Python code.
+
+    Raises:
+        ConfigurationError: The pipeline cannot run; the message has all that is wrong. Nothing was started.
+        PipelineFailedError: A step failed, as for `run_pipeline`.
+    """
+    given = pipeline.values(inputs or {})
+    crews = PipelineCrews(PipelineGraph(pipeline.crew_steps(), given))
+    await crews.load()
+    blocks = {name: list(crew.secret_inputs) for name, crew in crews.crews.items()}
+    if stored := pipeline.stored_secrets(blocks):
+        raise ConfigurationError(f"The pipeline cannot run, nothing was started: {'; '.join(stored)}.")
+    secret = crews.secret_inputs | {name for name, item in pipeline.inputs.items() if item.secret}
+    hidden = await values_of_blocks({name: given[name] for name in given if name in secret}, secret)
+    # Those that were loaded, so that each is loaded once; one that is not stored is refused with all other problems.
+    steps = [replace(step, crew=crews.crews.get(step.name, step.crew)) for step in crews.graph.steps]
+    return await arun_pipeline(
+        steps,
+        {**given, **hidden},
+        name=pipeline.name,
+        run_key=run_key,
+        wait=pipeline.wait,
+        review=pipeline.review,
+    )
+
+
+@cancelled_once
+async def _run(call: _Call, *, name: str, run_key: str | None) -> PipelineResult:
+    crews, graph = call.crews, call.crews.graph
+    identity = await identify(name, inputs_digest(encode_inputs(graph.inputs)), run_key=run_key, name=name)
+    await crews.refuse_problems(identity.run_key)
+    started = time.perf_counter()
+    work = _Work(call, identity.run_key, PipelineArtifact(name, identity.run_key, graph))
+    await work.run()
+    if work.errors:
+        raise PipelineFailedError(
+            failed=[step.name for step in graph.steps if step.name in work.errors],
+            skipped=[step.name for step in graph.steps if step.name in work.skipped],
+            results=work.results,
+            errors=work.errors,
+            run_key=identity.run_key,
+        )
+    return PipelineResult(results=work.results, run_key=identity.run_key, seconds=time.perf_counter() - started)
+
+
+class _Work:
+    """The steps under way: each waits for those that it needs, then runs its crew."""
+
+    def __init__(self, call: _Call, run_key: str, artifact: PipelineArtifact) -> None:
+        self.call = call
+        self.crews = call.crews
+        self.graph = call.crews.graph
+        self.run_key = run_key
+        self.artifact = artifact
+        self.results: dict[str, CrewResult] = {}
+        self.errors: dict[str, Exception] = {}
+        self.skipped: set[str] = set()
+        self.secrets = [self.graph.inputs[name] for name in self.crews.secret_inputs]
+        """Secret values that steps have been given so far: an earlier one may repeat them to a later one."""
+        self._done = {step.name: asyncio.Event() for step in self.graph.steps}
+        self._by_key = {step_key(run_key, step): step.name for step in self.graph.steps}
+
+    async def run(self) -> None:
+        """Run all steps that can run. A cancellation ends them all."""
+        with watch_runs(self._saw), knowing_inputs(self.crews.known):
+            async with self.artifact, work_beside():
+                jobs = [asyncio.ensure_future(self._step(step)) for step in self.graph.steps]
+                try:
+                    await asyncio.gather(*jobs)
+                finally:
+                    await cancel_and_wait(*jobs)
+
+    def _saw(self, run: OpenRun, status: CrewStatus | None) -> None:
+        # Of every run of this process; once each, when it is known which run a step's is.
+        step = self._by_key.get(run.run_key or "")
+        if step is not None and status is None:
+            self.artifact.opened(step, run)
+
+    async def _step(self, step: CrewStep) -> None:
+        needs = self.graph.needs[step.name]
+        for name in sorted(needs):
+            await self._done[name].wait()
+        if needs - set(self.results):
+            self.skipped.add(step.name)
+            self.artifact.ended(step.name, "skipped")
+            self._done[step.name].set()
+            return
+        self.artifact.started(step.name)
+        try:
+            self.results[step.name] = await self._crew(step)
+            self.artifact.ended(step.name, "completed")
+        except asyncio.CancelledError:
+            self.artifact.ended(step.name, "cancelled")
+            raise
+        except Exception as error:  # noqa: BLE001  whatever it is, it is this step's: the independent ones are finished
+            run_logger().error("Step %s failed: %s", step.name, error)
+            self.errors[step.name] = error
+            self.artifact.ended(step.name, "failed", str(error))
+        except Pause:
+            # Somebody suspends the flow run: Prefect ends the task. The steps after it are for when it goes on.
+            self.artifact.ended(step.name, "suspended")
+            raise
+        self._done[step.name].set()
+
+    async def _crew(self, step: CrewStep) -> CrewResult:
+        crew = self.crews.crews[step.name]
+        try:
+            inputs = self.graph.inputs_of(step, self.results, self.crews.expected.get(step.name, ()))
+        except ConfigurationError as error:
+            masked = Redactor(self.secrets)(str(error))
+            if masked == str(error):
+                raise
+            raise ConfigurationError(masked) from None  # its cause says it too
+        self.secrets += [revealed(inputs[name]) for name in inputs if name in crew.secret_inputs]
+        self.secrets += [revealed(value) for value in inputs.values() if holds_secret(value)]
+        # The crew knows its own secrets. Those of the pipeline may come to it in a template, or from a step before it.
+        made = self.graph.made_of(step, self.crews.secret_inputs)
+        return await arun_crew(
+            crew.hiding(made, texts=map(SecretStr, Redactor(self.secrets).texts)),
+            inputs,
+            name=step.name,
+            run_key=step_key(self.run_key, step),
+            wait=step.wait or self.call.wait,
+            output_type=step.output_type,
+            review=step.review or self.call.review,
+            restore_from=step.restore_from,
+        )

@@ -1,0 +1,1 @@
+"""Run records: what is stored on the Prefect server about each run."""

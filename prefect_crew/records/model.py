@@ -1,0 +1,548 @@
+"""The record of a run, and the decision about it."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import time
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from enum import StrEnum
+from functools import lru_cache
+from typing import Any, Literal, Protocol
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from prefect_crew.client.inputs import encode_inputs
+from prefect_crew.client.models import CrewResult, TaskResult, TokenUsage
+from prefect_crew.exceptions import RunKeyConflictError, listed_names
+from prefect_crew.states import CrewState
+
+_ROUNDS = 50_000
+"""About 20 ms, once a process and token: a token that somebody has made up is not to be found by trying words."""
+
+
+class InputMarks(BaseModel):
+    """The fingerprints of a run's inputs by name, of those that are not secret.
+
+    `key` is one of the token itself: after it was rotated, the others are comparable with nothing.
+    """
+
+    model_config = ConfigDict(extra="ignore")
+
+    key: str
+    inputs: dict[str, str]
+    restore_from: str
+
+
+def marks_of(
+    token: str, inputs: Mapping[str, Any], *, secret: Collection[str] = (), restore_from: str | None = None
+) -> InputMarks | None:
+    """Return the fingerprints of encoded inputs, None without a token.
+
+    As the digest of the inputs, they are of the text form: the switch to JSON values makes no other inputs.
+    """
+    if not token:
+        return None
+    key = _key(token)
+    return InputMarks(
+        key=_mark(key, "key"),
+        inputs={
+            name: _mark(key, "input", name, value)
+            for name, value in encode_inputs(inputs).items()
+            if name not in secret
+        },
+        restore_from=_mark(key, "restore from", restore_from),
+    )
+
+
+def differing_inputs(then: InputMarks, now: InputMarks, *, secret: Collection[str]) -> str | None:
+    """Return for people in what the inputs differ, None where that cannot be told. To be asked where they do differ.
+
+    Args:
+        then, now: The fingerprints.
+        secret: Names of inputs that are secret to either.
+    """
+    if then.key != now.key:
+        return None
+    before = {name: mark for name, mark in then.inputs.items() if name not in secret}
+    after = {name: mark for name, mark in now.inputs.items() if name not in secret}
+    differ = [name for name, mark in after.items() if before.get(name, mark) != mark]
+    missing = [name for name in before if name not in after]
+    added = [name for name in after if name not in before]
+    kinds = {"another value": differ, "given then only": missing, "given now only": added}
+    parts = [f"{kind}: {listed_names(names)}" for kind, names in kinds.items() if names]
+    found = [f"its inputs differ ({'; '.join(parts)})"] if parts else []
+    if then.restore_from != now.restore_from:
+        found.append("it starts from another state (restore_from)")
+    return "; ".join(found) or "its inputs differ, and none of those that are not secret does"
+
+
+@lru_cache(maxsize=64)
+def _key(token: str) -> bytes:
+    return hashlib.pbkdf2_hmac("sha256", token.encode(), b"prefect-crew input marks", _ROUNDS)
+
+
+def _mark(key: bytes, *parts: Any) -> str:
+    return hmac.new(key, json.dumps(parts, ensure_ascii=False).encode(), "sha256").hexdigest()[:8]
+
+
+RECORD_VERSION = 2
+MAX_RUN_KEY = 500
+"""Characters of a run key."""
+SPARE = 5.0
+"""Seconds on top of what a permit's owner may take, after which it may be resolved: the store tells its time in whole
+seconds, and one late."""
+
+
+class RecordPhase(StrEnum):
+    """How far the purchase got."""
+
+    CLAIMED = "claimed"
+    """Somebody is about to post, or has died over it."""
+    STARTED = "started"
+    """The kickoff id is known."""
+    ENDED = "ended"
+    """The end was seen; `state` says which."""
+    UNCERTAIN = "uncertain"
+    """Posted, and nobody knows what became of it."""
+    NOT_STARTED = "not-started"
+    """The kickoff surely did not start a run. It does not count as a purchase."""
+
+
+class StoredResult(BaseModel):
+    """The part of a result that a record keeps, where it is small enough."""
+
+    model_config = ConfigDict(frozen=True)
+
+    output: str
+    data: Any = None
+    tasks: list[TaskResult] = Field(default_factory=list[TaskResult])
+    execution_time: float | None = None
+    usage: TokenUsage | None = None
+
+    @classmethod
+    def of(cls, result: CrewResult) -> StoredResult:
+        """Take a result's parts, without its raw bodies."""
+        return cls(
+            output=result.output,
+            data=result.data,
+            tasks=[task.model_copy(update={"raw": None}) for task in result.tasks],
+            execution_time=result.execution_time,
+            usage=result.usage,
+        )
+
+    def result(self, kickoff_id: str) -> CrewResult:
+        """Return it as a result again. Its `raw` is None: the record does not keep it."""
+        return CrewResult(kickoff_id=kickoff_id, state=CrewState.COMPLETED, **dict(self))
+
+
+class SentReview(BaseModel):
+    """An answer for a person, written down before it was sent. `outcome` says what became of it.
+
+    `asked` is a digest of what was to be judged, which tells the next question from the same one; None where that was
+    not known. `task_id` is masked, as all that is stored; `mark` is a digest of the crew's own id where that differs,
+    and `shown_mark` one of the task as the status named it. `moved_on`: the crew was seen in another state after it, so
+    that whatever it asks then is another question. `call` names the call of a flow that gave it, the same on every
+    retry. `request` and `option`: which request of a Flow it answers at its callback, and with which outcome.
+    """
+
+    task_id: str
+    mark: str | None = None
+    round: int
+    approve: bool
+    feedback: str = ""
+    by: str
+    at: datetime
+    asked: str | None = None
+    shown_mark: str | None = None
+    moved_on: bool = False
+    call: str | None = None
+    request: str | None = None
+    option: str | None = None
+    outcome: Literal["intended", "sent", "uncertain"] = "intended"
+
+
+class Outcome(BaseModel):
+    """What became of a kickoff: each permit of a claim tells it, and a record what it and its permits tell together."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    phase: RecordPhase = RecordPhase.CLAIMED
+    kickoff_id: str | None = None
+    kicked_off_at: datetime | None = None
+    human_since: datetime | None = None
+    human_seconds: float = 0.0
+    human_task: str | None = None
+    """The task that waits for a person, or was the last to do so."""
+    state: CrewState | None = None
+    ended_at: datetime | None = None
+    reason: str | None = None
+
+    def outcome(self) -> dict[str, Any]:
+        """Return what is told of the kickoff, field by field."""
+        return {name: getattr(self, name) for name in Outcome.model_fields}
+
+
+class Permit(Outcome):
+    """The right to send one kickoff of a claim, and what became of it; or what somebody else found out about the claim.
+
+    It stays that of whoever created it, also where those who wait for the run write to it. `phase`: CLAIMED is the
+    right itself, the others are an outcome.
+    """
+
+    version: int = RECORD_VERSION
+    run_key: str
+    attempt: int
+    owner: str
+    good_for: float = 0.0
+    """Seconds from its creation within which the kickoff begins to be sent."""
+
+    ref: str | None = Field(default=None, exclude=True)
+    age: float = Field(default=0.0, exclude=True)
+    """Seconds since it was created, by the store's clock, as of when it was read."""
+    idle: float = Field(default=0.0, exclude=True)
+    """Seconds since it was changed."""
+
+
+class RunRecord(Outcome):
+    """One attempt at one run key. Times are UTC.
+
+    `crew` is for people; `crew_url` and `inputs_digest` are what the run is compared by. `owner` is a nonce of the call
+    that claimed it, since Prefect's client may send a request twice and then meets its own claim. `flow_run_id` and
+    `flow_run_count` name the owner's flow run and which attempt of it. Inputs are not kept, only their digest, and
+    fingerprints that say which of them differ.
+    """
+
+    version: int = RECORD_VERSION
+    run_key: str
+    attempt: int = Field(ge=1)
+    crew: str
+    crew_url: str
+    inputs_digest: str
+    input_marks: InputMarks | None = None
+    """None for a row of a batch, whose ledger says with what it was run, and where it did not fit."""
+    owner: str
+    claimed_at: datetime
+    good_for: float = 0.0
+    """Seconds from the claim within which its owner asks for a permit."""
+    post_deadline: float = 0.0
+    """Seconds that one kickoff takes at most."""
+    forced_by: str | None = None
+    flow_run_id: str | None = None
+    flow_run_count: int = 0
+    process: str | None = None
+    """The operating system process of the owner's flow run, as `processes.this_process` names it."""
+    slot: str | None = None
+    """The lease of its slot in the crew's shared limit, for whoever waits for the run."""
+    step: str | None = None
+    secret_inputs: list[str] = Field(default_factory=list[str])
+    """Names of the inputs that hold a secret: without their values, nothing that the crew says may be shown."""
+    hooked: bool = False
+    """Whether its kickoff asked for webhooks to this package's receiver."""
+    error: str | None = None
+    result: StoredResult | None = None
+
+    # What the store found when it read the record. It is no part of what is stored.
+    ref: str | None = Field(default=None, exclude=True)
+    """What the store knows this claim by: another claim of the same attempt has another."""
+    permit: int = Field(default=0, exclude=True)
+    """How many permits there are."""
+    idle: float = Field(default=0.0, exclude=True)
+    """Seconds since it or a permit of it was changed, by the store's clock, as of when it was read."""
+    strongest: Permit | None = Field(default=None, exclude=True)
+    """The permit that counts. What becomes of the run until its end is written to it."""
+    open_for: float = Field(default=0.0, exclude=True)
+    """Seconds for which the kickoff may still be sent, or on its way, by the store's clock; 0 if it is not."""
+
+    def __eq__(self, other: object) -> bool:
+        """Return whether both say the same, whenever they were read."""
+        return isinstance(other, RunRecord) and self.model_dump() == other.model_dump()
+
+    __hash__ = None  # pyright: ignore[reportAssignmentType, reportIncompatibleMethodOverride]
+
+    @property
+    def counts(self) -> bool:
+        """Whether this attempt is, or may be, a purchase."""
+        return self.phase is not RecordPhase.NOT_STARTED
+
+    @property
+    def sent(self) -> dict[str, str]:
+        """What a person needs to find the run on the crew's page."""
+        return {
+            "crew": self.crew,
+            "at": f"{self.claimed_at:%Y-%m-%d %H:%M:%S} UTC",
+            "inputs digest": self.inputs_digest,
+            "attempt": str(self.attempt),
+        }
+
+
+_RANK = {
+    RecordPhase.CLAIMED: 0,
+    RecordPhase.UNCERTAIN: 1,
+    RecordPhase.NOT_STARTED: 2,
+    RecordPhase.STARTED: 3,
+    RecordPhase.ENDED: 4,
+}
+"""What counts where two say different things of one claim: an id is stronger than a word that there is none."""
+
+
+def folded(record: RunRecord, permits: Sequence[Permit], *, age: float) -> RunRecord:
+    """Return what a claim and its permits, in the order of their numbers, say together. Pure.
+
+    The highest rank counts, and of equal ones the first, so that no write that arrives late takes anything back.
+
+    Args:
+        record: The claim.
+        permits: Its permits.
+        age: Seconds since the claim was made, by the store's clock.
+    """
+    strongest = max(permits, key=lambda permit: _RANK[permit.phase], default=None)
+    update: dict[str, Any] = {"permit": len(permits), "strongest": strongest}
+    if strongest is not None:
+        last = permits[-1]
+        update["open_for"] = max(0.0, last.good_for + record.post_deadline + SPARE - last.age)
+        if _RANK[strongest.phase] > _RANK[record.phase]:
+            update |= strongest.outcome()
+    else:
+        update["open_for"] = max(0.0, record.good_for - age)
+    if update.get("phase", record.phase) not in (RecordPhase.CLAIMED, RecordPhase.UNCERTAIN):
+        update["open_for"] = 0.0
+    return record.model_copy(update=update)
+
+
+def resolved(
+    record: RunRecord,
+    phase: RecordPhase,
+    *,
+    kickoff_id: str | None = None,
+    state: CrewState | None = None,
+    reason: str | None = None,
+) -> RunRecord:
+    """Return a record with what was found out about it: STARTED with an id, ENDED in a state, or NOT_STARTED."""
+    found: dict[str, Any] = {"phase": phase, "reason": reason}
+    if phase is RecordPhase.STARTED:
+        # The kickoff was sent right after the claim; nobody knows the moment better.
+        found |= {"kickoff_id": kickoff_id, "kicked_off_at": record.kicked_off_at or record.claimed_at}
+    if phase is RecordPhase.ENDED:
+        found |= {"state": state, "ended_at": utcnow(), "human_since": None}
+    return record.model_copy(update=found)
+
+
+@dataclass
+class Lease:
+    """For how long a claim or a permit may be used by whoever asked for it. Make it before asking.
+
+    Of the wall clock and the monotonic clock the one counts that says more: the one stands still while a machine
+    sleeps, the other can be set back.
+    """
+
+    seconds: float
+    _wall: float = field(default_factory=lambda: time.time())
+    _monotonic: float = field(default_factory=lambda: time.monotonic())
+
+    @property
+    def over(self) -> bool:
+        """Whether it may be used no more."""
+        return max(time.time() - self._wall, time.monotonic() - self._monotonic) > self.seconds
+
+    def end(self) -> None:
+        """Let it be used no more."""
+        self.seconds = -1.0
+
+
+class Caller(BaseModel):
+    """Who asks: a nonce of the call, and the flow run and attempt of it that it is made from, if any."""
+
+    model_config = ConfigDict(frozen=True)
+
+    owner: str
+    flow_run_id: str | None = None
+    flow_run_count: int = 0
+    process: str | None = None
+
+
+class Decision(StrEnum):
+    """What to do about a run key."""
+
+    START = "start"
+    """Nothing was bought under this key: claim and kick off."""
+    REATTACH = "reattach"
+    """A run is in flight: wait for that one."""
+    RETURN = "return"
+    """The run has ended and is not bought again: give its result, or its failure."""
+    BUY_AGAIN = "buy again"
+    """The run failed, and a call with its key asks for another."""
+    UNCERTAIN = "uncertain"
+    """A kickoff was sent and nobody knows its fate: a person has to settle it."""
+    CLAIMED_ELSEWHERE = "claimed elsewhere"
+    """Another call is posting at this moment: wait for its id."""
+    VOID = "void"
+    """Another call claimed it and surely sent nothing: void its claim, and decide again."""
+
+
+def latest_purchase(attempts: Sequence[RunRecord]) -> RunRecord | None:
+    """Return the last attempt that is, or may be, a purchase: one that surely did not start hides none before it."""
+    return next((attempt for attempt in reversed(attempts) if attempt.counts), None)
+
+
+def decide(
+    record: RunRecord | None,
+    *,
+    caller: Caller,
+    bought: int = 0,
+    max_kickoffs: int = 3,
+    owner_ended: bool = False,
+    force_new: bool = False,
+    asked_at: datetime | None = None,
+) -> Decision:
+    """Decide what a call with a run key does.
+
+    Args:
+        record: The latest attempt at the key that counts, None if there is none.
+        caller: Who asks.
+        bought: How many attempts at this key count as purchases, `record` among them.
+        max_kickoffs: How many may.
+        owner_ended: Whether the flow run that claimed the record is known to have ended.
+        force_new: Buy whatever the record says.
+        asked_at: When the call was made, UTC. A run that was in flight then is the one that it is about, also if it
+            has failed meanwhile.
+
+    A record's `state` is the crew's status as it was last read; a started run that ended while nobody looked is
+    reattached to, which looks at its status first. That way a failed crew is only ever bought again by somebody who
+    was told of the failure.
+    """
+    if record is None or record.phase is RecordPhase.NOT_STARTED:
+        return Decision.START
+    if force_new:
+        return Decision.START
+    if record.phase is RecordPhase.STARTED:
+        return Decision.REATTACH
+    if record.phase is RecordPhase.UNCERTAIN:
+        return Decision.UNCERTAIN
+    # An earlier attempt of the very flow run that asks has ended, or this attempt would not be.
+    earlier = record.flow_run_id is not None and (
+        record.flow_run_id == caller.flow_run_id and record.flow_run_count < caller.flow_run_count
+    )
+    if record.phase is RecordPhase.CLAIMED:
+        if not (earlier or owner_ended) and record.open_for:
+            return Decision.CLAIMED_ELSEWHERE
+        return Decision.UNCERTAIN if record.permit else Decision.VOID
+    if record.state is CrewState.COMPLETED or bought >= max_kickoffs:
+        return Decision.RETURN
+    if asked_at is not None and record.ended_at is not None and record.ended_at > asked_at and not earlier:
+        return Decision.RETURN
+    return Decision.BUY_AGAIN
+
+
+def check_same_run(
+    record: RunRecord,
+    *,
+    crew_url: str,
+    inputs_digest: str,
+    marks: InputMarks | None = None,
+    secret_inputs: Collection[str] = (),
+) -> None:
+    """Raise RunKeyConflictError if the record is of another crew or other inputs. `marks` are fingerprints of these.
+
+    An attempt that surely did not start binds nobody: the inputs that were refused may be mended under the same key.
+    """
+    if record.phase is RecordPhase.NOT_STARTED:
+        return
+    differences: list[str] = []
+    if record.crew_url != crew_url:
+        differences.append(f"it ran crew {record.crew} at {record.crew_url}, not {crew_url}")
+    if record.inputs_digest != inputs_digest:
+        told = None
+        if record.input_marks is not None and marks is not None:
+            told = differing_inputs(record.input_marks, marks, secret={*record.secret_inputs, *secret_inputs})
+        digests = f"its inputs have the digest {record.inputs_digest}, these have {inputs_digest}"
+        differences.append(told or digests)
+    if differences:
+        raise RunKeyConflictError(
+            run_key=record.run_key, difference="; ".join(differences), kickoff_id=record.kickoff_id
+        )
+
+
+def utcnow() -> datetime:
+    """Return the time, UTC, aware."""
+    return datetime.now(UTC)
+
+
+class ReviewStore(Protocol):
+    """Where people's answers live, beside the record of the run that they are about."""
+
+    async def reviews(self, record: RunRecord) -> list[SentReview]:
+        """Return what people have answered to a run, in order."""
+        ...
+
+    async def add_review(self, record: RunRecord, number: int, review: SentReview) -> bool:
+        """Write down an answer that is about to be sent; False if somebody else's of this number stands there."""
+        ...
+
+    async def save_review(self, record: RunRecord, number: int, review: SentReview) -> None:
+        """Write down what became of it."""
+        ...
+
+    async def remove_review(self, record: RunRecord, number: int) -> None:
+        """Take back an answer that the crew's server refused."""
+        ...
+
+
+class RecordStore(Protocol):
+    """Where records live. Every method may raise whatever its storage raises."""
+
+    async def claim(self, record: RunRecord) -> bool:
+        """Write a new record, and note its `ref` in it; False if somebody else's stands in its place. Atomic."""
+        ...
+
+    async def confirm(self, record: RunRecord, known: Sequence[RunRecord]) -> bool:
+        """Return whether the attempts at the key are a claim and those that it was decided by, and no others."""
+        ...
+
+    async def permit(self, record: RunRecord, good_for: float, *, late: bool) -> bool:
+        """Take the right to send the kickoff of a claim that this caller owns; False if somebody has resolved it.
+
+        Atomic among all callers. `late`: the caller has not been heard of for longer than it may; the record may be
+        gone.
+        """
+        ...
+
+    async def resolve(
+        self,
+        record: RunRecord,
+        phase: RecordPhase,
+        *,
+        kickoff_id: str | None = None,
+        state: CrewState | None = None,
+        reason: str | None = None,
+    ) -> bool:
+        """Write down what was found out about a record as it was read, and note it there: STARTED, NOT_STARTED, ENDED.
+
+        False if somebody else has found something out since. An end that the crew's status told outranks it, whichever
+        is written first. It is for the caller to see that the claim's owner can send no more (`RunRecord.open_for`);
+        where nothing was sent yet, it needs no waiting.
+        """
+        ...
+
+    async def save(self, record: RunRecord) -> None:
+        """Write down what became of a run that this caller started, waits for or closes."""
+        ...
+
+    async def attempts(self, run_key: str) -> Sequence[RunRecord]:
+        """Return all attempts at a key, the first one first."""
+        ...
+
+    async def of_kickoff(self, kickoff_id: str) -> RunRecord | None:
+        """Return the record that holds a kickoff id, if any."""
+        ...
+
+    async def holders(self, kickoff_id: str) -> Sequence[tuple[str, int]]:
+        """Return the run keys and attempts that a kickoff id is on record for."""
+        ...
+
+    async def owner_ended(self, record: RunRecord) -> bool:
+        """Return whether the flow run that claimed the record is known to have ended."""
+        ...

@@ -1,0 +1,192 @@
+"""Settling an uncertain kickoff: somebody says whether it started a run, and the record goes on as if it had been seen.
+
+A person says it on the command line; a webhook of that run may say it as well. Either way the crew's status call has
+the last word where it can be asked, and no other record may hold the id.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+from prefect_crew.client.models import CrewStatus
+from prefect_crew.exceptions import ConfigurationError, CrewError
+from prefect_crew.records.model import RecordPhase, RecordStore, RunRecord, latest_purchase
+from prefect_crew.states import CrewState
+
+SETTLED_BY_PERSON = "settled: it never started"
+LOST = "settled: the crew's server has forgotten it"
+LOOK_AGAIN = 2.0
+"""Seconds after which the crew is asked once more about a run that its server does not know."""
+
+
+async def unsettled(run_key: str, records: RecordStore) -> RunRecord:
+    """Return the record of a key that is to be settled: its latest attempt, uncertain or a claim that nobody holds.
+
+    Raises:
+        CrewError: There is none, or there is nothing to settle about it.
+    """
+    attempts = await records.attempts(run_key)
+    if not attempts:
+        raise CrewError(f"No run has the key {run_key!r}. prefect-crew runs lists those on record.")
+    # The one that a call with the key would find: an attempt that did not start hides no other.
+    record = latest_purchase(attempts) or attempts[-1]
+    if record.phase is RecordPhase.UNCERTAIN:
+        return record
+    if record.phase is RecordPhase.CLAIMED:
+        if record.open_for:
+            # Whatever the state of its flow run: the process may be alive.
+            raise CrewError(
+                f"The kickoff of run {run_key!r} may still be sent, or on its way. Resolve it in "
+                f"{record.open_for:.0f} s, if it is still uncertain then."
+            )
+        return record
+    told = f"run {record.kickoff_id} is {record.state or 'started'}" if record.kickoff_id else f"it is {record.phase}"
+    raise CrewError(f"Run {run_key!r} is not uncertain: {told}. There is nothing to settle.")
+
+
+async def settle_started(
+    record: RunRecord,
+    kickoff_id: str,
+    records: RecordStore,
+    *,
+    look: Callable[[str], Awaitable[CrewStatus]] | None = None,
+) -> CrewState | None:
+    """Write down that the kickoff started the run `kickoff_id`. The next call with its key waits for that run.
+
+    Args:
+        record: As `unsettled` returns it.
+        kickoff_id: The run.
+        records: Where the record lives.
+        look: Asks the crew's status call; None where the crew cannot be asked.
+
+    Returns:
+        The run's state, None if it could not be asked for.
+
+    Raises:
+        ConfigurationError: Another record holds the id, or the crew's server does not know it. Nothing is changed.
+        CrewError: The status call failed, or somebody else has settled it meanwhile. Nothing is changed.
+    """
+    holder = await records.of_kickoff(kickoff_id)
+    if holder is not None and (holder.run_key, holder.attempt) != (record.run_key, record.attempt):
+        raise ConfigurationError(
+            f"Run {kickoff_id} belongs to the run key {holder.run_key!r} (attempt {holder.attempt}): it cannot be run "
+            f"{record.run_key!r} too. Nothing was changed. Look for another run on the crew's page, or say "
+            "--never-started if there is none."
+        )
+    state = None
+    if look is not None:
+        state = (await look(kickoff_id)).state
+        if state is CrewState.UNKNOWN:
+            raise ConfigurationError(
+                f"The server of crew {record.crew} does not know run {kickoff_id}. Nothing was changed. Check the id "
+                "on the crew's page; say --never-started if there is no such run."
+            )
+    await _resolve(record, records, RecordPhase.STARTED, kickoff_id=kickoff_id)
+    return state
+
+
+async def settle_never_started(record: RunRecord, records: RecordStore) -> None:
+    """Write down that the kickoff started no run. The next call with its key buys one.
+
+    Raises:
+        CrewError: Somebody else has settled it meanwhile. Nothing is changed.
+    """
+    await _resolve(record, records, RecordPhase.NOT_STARTED, reason=SETTLED_BY_PERSON)
+
+
+async def in_flight(run_key: str, records: RecordStore) -> RunRecord:
+    """Return the latest attempt at a key that was started and has not been seen to end.
+
+    Raises:
+        CrewError: There is none.
+    """
+    attempts = await records.attempts(run_key)
+    started = [one for one in attempts if one.phase is RecordPhase.STARTED]
+    if not started:
+        told = f"it is {attempts[-1].state or attempts[-1].phase}" if attempts else "no run has this key"
+        raise CrewError(f"Run {run_key!r} is not in flight: {told}. Nothing can be said to be lost.")
+    return started[-1]
+
+
+async def settle_lost(
+    record: RunRecord, records: RecordStore, *, look: Callable[[str], Awaitable[CrewStatus]] | None = None
+) -> None:
+    """Write down that a run's end will never be known: the crew's server has forgotten it. It stays a purchase.
+
+    The next call with its key buys another, up to the crew's `max_kickoffs`, as after a failure.
+
+    Args:
+        record: As `in_flight` returns it.
+        records: Where the record lives.
+        look: Asks the crew's status call; None where the crew cannot be asked.
+
+    Raises:
+        ConfigurationError: The crew's server knows the run. Nothing is changed.
+        CrewError: The status call failed, or the record says something else by now. Nothing is changed.
+    """
+    if look is not None:
+        await _check_forgotten(record, look)
+        await asyncio.sleep(LOOK_AGAIN)  # one answer of a load balancer between two releases is no proof
+        await _check_forgotten(record, look)
+    lost = await records.resolve(record, RecordPhase.ENDED, state=CrewState.UNKNOWN, reason=LOST)
+    standing = await _standing(record, records)
+    if not lost or standing is None or standing.state is not CrewState.UNKNOWN:
+        raise _resolved_by_another(record, standing)
+
+
+async def _check_forgotten(record: RunRecord, look: Callable[[str], Awaitable[CrewStatus]]) -> None:
+    state = (await look(str(record.kickoff_id))).state
+    if state is not CrewState.UNKNOWN:
+        raise ConfigurationError(
+            f"The server of crew {record.crew} knows run {record.kickoff_id}: it is {state}. Nothing was changed. "
+            "Run again with its key to wait for it and get its result."
+        )
+
+
+async def _resolve(
+    record: RunRecord,
+    records: RecordStore,
+    phase: RecordPhase,
+    *,
+    kickoff_id: str | None = None,
+    reason: str | None = None,
+) -> None:
+    _check_over(record, phase)
+    if phase is RecordPhase.STARTED and record.phase is RecordPhase.CLAIMED and not record.permit:
+        raise ConfigurationError(
+            f"The kickoff of run {record.run_key!r} was never sent: whoever claimed it ended before that. So run "
+            f"{kickoff_id} is another one. Nothing was changed. Run again with the same key."
+        )
+    if not await records.resolve(record, phase, kickoff_id=kickoff_id, reason=reason):
+        standing = await _standing(record, records)
+        if standing is not None:
+            _check_over(standing, phase)
+        raise _resolved_by_another(record, standing)
+
+
+def _check_over(record: RunRecord, phase: RecordPhase) -> None:
+    """Raise CrewError if it is too early to say this of a kickoff."""
+    # Who sent it may know by now that it is uncertain: the request may be on its way all the same.
+    waits = record.phase is RecordPhase.CLAIMED or phase is RecordPhase.NOT_STARTED
+    if waits and record.open_for:
+        raise CrewError(
+            f"The kickoff of run {record.run_key!r} may still be on its way. Nothing was changed. Resolve it in "
+            f"{record.open_for:.0f} s, if it is still uncertain then."
+        )
+
+
+async def _standing(record: RunRecord, records: RecordStore) -> RunRecord | None:
+    """Return a record as it stands now."""
+    attempts = await records.attempts(record.run_key)
+    return next((one for one in attempts if one.attempt == record.attempt), None)
+
+
+def _resolved_by_another(record: RunRecord, standing: RunRecord | None) -> CrewError:
+    """Return the error about a record that was changed since it was read: a webhook may resolve what a person reads."""
+    told = "gone"
+    if standing is not None:
+        told = f"{standing.state or standing.phase}, run {standing.kickoff_id or 'unknown'}"
+    return CrewError(
+        f"Run {record.run_key!r} was settled by somebody else meanwhile: it is {told} now. Nothing was changed."
+    )

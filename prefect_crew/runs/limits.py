@@ -1,0 +1,186 @@
+"""Slots of a crew's shared limit, a Prefect global concurrency limit on its runs in flight.
+
+A slot is taken before a run is started, and given back by whoever sees the run's end. In between it is a lease, which
+the start and the wait renew and the record names, so that another process can wait on. A run that nobody waits for, or
+whose process died, loses its slot when the lease runs out. A wait never waits for a slot: its run is in flight already.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+from uuid import UUID
+from weakref import WeakKeyDictionary
+
+import httpx
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.objects import ConcurrencyLeaseHolder
+from prefect.client.schemas.responses import ConcurrencyLimitWithLeaseResponse
+from prefect.exceptions import ObjectNotFound, PrefectException
+
+from prefect_crew._internal.prefect_api import flow_run_id, run_logger
+from prefect_crew.exceptions import ConfigurationError
+
+if TYPE_CHECKING:
+    from prefect_crew.crew import Crew
+    from prefect_crew.records.model import RunRecord
+
+
+LEASE = 300.0
+"""Seconds for which a slot is kept while nobody renews it."""
+RENEW = 100.0
+"""Seconds between two renewals."""
+LOOK_AGAIN = (0.5, 1.5)
+"""Seconds between two looks for a free slot: from, to. What the server proposes grows with how long runs take."""
+_LOCKED, _GONE = 423, 410
+
+
+@dataclass
+class Slots:
+    """Slots that are held. `lease` changes where one ran out and another was taken in its place."""
+
+    crew: Crew
+    lease: UUID
+    count: int = 1
+
+    async def renew(self) -> bool:
+        """Hold them for another lease; False if it has run out."""
+        async with get_client() as client:
+            try:
+                await client.renew_concurrency_lease(self.lease, LEASE)
+            except ObjectNotFound:
+                return False
+            except httpx.HTTPStatusError as error:
+                if error.response.status_code != _GONE:
+                    raise
+                return False
+        return True
+
+    async def release(self) -> None:
+        """Give them back. One that cannot be given back now runs out by itself."""
+        try:
+            async with get_client() as client:
+                await client.release_concurrency_slots_with_lease(self.lease)
+        except (httpx.HTTPError, PrefectException) as error:
+            run_logger().debug("The slots of %s are given back when their lease ends: %s", self.crew.label, error)
+
+    @asynccontextmanager
+    async def kept(self) -> AsyncGenerator[None]:
+        """Renew the lease meanwhile. A Prefect API that is away ends nothing: the runs go on at the crew's server."""
+        renewing = asyncio.create_task(self._renew_on())
+        try:
+            yield
+        finally:
+            renewing.cancel()
+            await asyncio.wait({renewing})
+
+    async def _renew_on(self) -> None:
+        told = False
+        while True:
+            await asyncio.sleep(RENEW)
+            try:
+                if await self.renew():
+                    continue
+                again = await _taken(self.crew, self.count)
+            except (httpx.HTTPError, PrefectException) as error:
+                run_logger().debug("The slots of crew %s could not be renewed now: %s", self.crew.label, error)
+                continue
+            if again is not None:
+                self.lease = again
+            elif not told:
+                told = True
+                run_logger().warning(
+                    "The slots of crew %s in the concurrency limit %s were lost and others have taken them: for now "
+                    "more of its runs are in flight than the limit allows.",
+                    self.crew.label,
+                    self.crew.concurrency_limit,
+                )
+
+
+async def take_slots(crew: Crew, count: int = 1) -> Slots | None:
+    """Take slots of a crew's limit, once that many are free; None if it has no limit.
+
+    Raises:
+        ConfigurationError: There is no such limit.
+    """
+    if crew.concurrency_limit is None:
+        return None
+    if (lease := await _taken(crew, count)) is None:
+        run_logger().info("Waiting for %d slots of the concurrency limit %s.", count, crew.concurrency_limit)
+        async with _first(crew.concurrency_limit):
+            while (lease := await _taken(crew, count)) is None:  # noqa: ASYNC110  the server tells nobody
+                await asyncio.sleep(random.uniform(*LOOK_AGAIN))  # noqa: S311  no secret
+    return Slots(crew, lease, count)
+
+
+_queues: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[str, asyncio.Lock]] = WeakKeyDictionary()
+# By event loop, since a lock belongs to one. Each look that is in vain is a write on the server: hundreds that wait for
+# a slot take turns.
+
+
+def _first(limit: str) -> asyncio.Lock:
+    return _queues.setdefault(asyncio.get_running_loop(), {}).setdefault(limit, asyncio.Lock())
+
+
+async def _taken(crew: Crew, count: int) -> UUID | None:
+    """Return the lease of slots that are free, None if there are not enough."""
+    assert crew.concurrency_limit is not None  # noqa: S101  the callers looked
+    own = flow_run_id()
+    async with get_client() as client:
+        try:
+            response = await client.increment_concurrency_slots_with_lease(
+                names=[crew.concurrency_limit],
+                slots=count,
+                mode="concurrency",
+                lease_duration=LEASE,
+                holder=None if own is None else ConcurrencyLeaseHolder(type="flow_run", id=UUID(own)),
+            )
+        except httpx.HTTPStatusError as error:
+            if error.response.status_code != _LOCKED:
+                raise
+            return None
+    answer = ConcurrencyLimitWithLeaseResponse.model_validate(response.json())
+    if not answer.limits:
+        raise missing_limit(crew)
+    return answer.lease_id
+
+
+def missing_limit(crew: Crew) -> ConfigurationError:
+    """Return the error about a limit that does not exist, and so would limit nothing."""
+    limit = crew.concurrency_limit
+    return ConfigurationError(
+        f"Crew {crew.label} names the concurrency limit {limit!r}, which does not exist. Nothing was started. Create "
+        f"it: prefect gcl create {limit} --limit N, or take it off the block."
+    )
+
+
+@asynccontextmanager
+async def slot_of(crew: Crew, record: RunRecord | None) -> AsyncGenerator[Slots | None]:
+    """Keep the slot of a run that is waited for, or one in its place if there is a free one. The caller gives it back.
+
+    A run in flight that finds no free slot is waited for all the same, and so is one of a crew whose limit is gone.
+    """
+    slots = None
+    if crew.concurrency_limit is not None:
+        try:
+            slots = await _found(crew, record)
+        except (httpx.HTTPError, PrefectException, ConfigurationError) as error:
+            run_logger().warning("A run of crew %s in flight counts against no limit: %s", crew.label, error)
+    if slots is None:
+        yield None
+        return
+    async with slots.kept():
+        yield slots
+
+
+async def _found(crew: Crew, record: RunRecord | None) -> Slots | None:
+    if record is not None and record.slot is not None:
+        slots = Slots(crew, UUID(record.slot))
+        if await slots.renew():
+            return slots
+    lease = await _taken(crew, 1)
+    return None if lease is None else Slots(crew, lease)

@@ -1,0 +1,250 @@
+"""Waking waiters: one subscription to Prefect's events a process, however many runs it waits for.
+
+The receiver turns a crew's webhooks into events; here they end a waiter's pause early. A webhook proves nothing and may
+never come, so the status call goes on being made, only more rarely, and as often as without webhooks once the receiver
+has been found silent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import logging
+import threading
+import time
+from collections import OrderedDict, defaultdict
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+
+import httpx
+from prefect.events import Event
+from prefect.events.clients import get_events_subscriber
+from prefect.events.filters import EventFilter, EventNameFilter
+from websockets.exceptions import WebSocketException
+
+from prefect_crew.client._parsing import as_object
+from prefect_crew.client.models import CrewStatus, TokenUsage
+from prefect_crew.client.webhooks import RUN_ENDS
+from prefect_crew.exceptions import one_line
+from prefect_crew.settings import CrewSettings
+from prefect_crew.states import CrewState
+
+ASKED = "crew.webhook.human_input"
+ANSWERED = "crew.reviewed"
+COMPLETED = "crew.webhook.crew"
+WAKING = (COMPLETED, ASKED, *(f"crew.webhook.stream.{kind}" for kind in RUN_ENDS), ANSWERED)
+"""What wakes: an end, a person's turn, an answer. Tasks and steps do not, or every one would cost a status call."""
+RUN_KEY = "prefect-crew.run-key"
+SAFETY = (15.0, 30.0, 60.0)
+"""Seconds between two looks while webhooks are trusted: the first, the second, all further ones."""
+DISTRUST = 600.0
+"""Seconds for which the receiver is not relied on after a run was found changed of which no webhook told."""
+KEPT = 300.0
+"""Seconds for which an event is remembered for a waiter that begins to wait after it."""
+RECONNECT = 5.0
+Question = tuple[int, int]
+"""The attempt at the run key, and how many answers of people came before, modulo 256."""
+
+
+def hooks_are_on() -> bool:
+    """Return whether kickoffs get webhooks by themselves."""
+    return bool(CrewSettings().webhook_url)
+
+
+class Waker:
+    """Ends the pauses of one waiter. Of the event loop that made it."""
+
+    def __init__(self, hub: _Hub, run_key: str) -> None:
+        self._hub = hub
+        self._run_key = run_key
+        self._loop = asyncio.get_running_loop()
+        self._event = asyncio.Event()
+        self._looks = 0
+        self._asked: set[Question] = set()
+        self.woken = False
+
+    def wake(self, asked: Question | None = None) -> None:
+        """End the pause; from any thread. `asked`: what a person is asked, if that is why."""
+        if asked is not None:
+            self._asked.add(asked)
+        try:
+            self._loop.call_soon_threadsafe(self._event.set)
+        except RuntimeError:  # the loop of a waiter that has just left is closed
+            return
+
+    def asked_after(self, attempt: int, answers: int) -> bool:
+        """Return whether a webhook told of a question that came after so many answers of people in this attempt.
+
+        Each answer brings new URLs, which hold how many there were: so this is no late delivery of the question before.
+        """
+        return (attempt, answers % 256) in self._asked
+
+    def counted(self, status: CrewStatus) -> CrewStatus:
+        """Return the status of a completed run with the tokens that webhooks told of, where it tells of none itself."""
+        if status.state is not CrewState.COMPLETED or status.usage is not None:
+            return status
+        total = self._hub.tokens(self._run_key, status.kickoff_id)
+        return status if total is None else status.model_copy(update={"usage": TokenUsage(total_tokens=total)})
+
+    def stretch(self, delay: float) -> float:
+        """Return the pause before the next look, in seconds: a long one while a webhook is sure to end it."""
+        if not self._hub.trusted:
+            return delay
+        longer = SAFETY[min(self._looks, len(SAFETY) - 1)]
+        self._looks += 1
+        return max(delay, longer)
+
+    async def pause(self, seconds: float) -> None:
+        """Sleep, until something has happened at the most."""
+        try:
+            async with asyncio.timeout(seconds):
+                await self._event.wait()
+            self.woken = True
+        except TimeoutError:
+            self.woken = False
+        self._event.clear()
+
+    def missed(self) -> None:
+        """Note that a run was found changed of which a webhook should have told."""
+        if not self.woken:
+            self._hub.distrust()
+
+
+class _Hub:
+    """The subscription, in a thread of its own since waiters come from many event loops."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+        self._wakers: defaultdict[str, set[Waker]] = defaultdict(set)
+        self._seen: OrderedDict[str, tuple[float, Question | None]] = OrderedDict()
+        self._tokens: OrderedDict[str, dict[tuple[str, str], int]] = OrderedDict()
+        self._connected = False
+        self._refused = False
+        self._distrusted_until = 0.0
+
+    @property
+    def trusted(self) -> bool:
+        return self._connected and time.monotonic() >= self._distrusted_until
+
+    def distrust(self) -> None:
+        self._distrusted_until = time.monotonic() + DISTRUST
+
+    def start(self) -> None:
+        with self._lock:
+            if self._thread is None or not self._thread.is_alive():
+                # Prefect's settings are context variables, which a thread does not get by itself.
+                context = contextvars.copy_context()
+                self._thread = threading.Thread(
+                    target=lambda: context.run(asyncio.run, self._listen()), name="prefect-crew-wakeups", daemon=True
+                )
+                self._thread.start()
+
+    def add(self, run_key: str, waker: Waker) -> None:
+        with self._lock:
+            self._wakers[run_key].add(waker)
+            at, asked = self._seen.get(run_key, (float("-inf"), None))
+        if time.monotonic() - at < KEPT:
+            waker.wake(asked)
+
+    def remove(self, run_key: str, waker: Waker) -> None:
+        with self._lock:
+            self._wakers[run_key].discard(waker)
+            if not self._wakers[run_key]:
+                del self._wakers[run_key]
+                self._seen.pop(run_key, None)
+                self._tokens.pop(run_key, None)
+
+    def tokens(self, run_key: str, kickoff_id: str) -> int | None:
+        """Return the tokens of a run as far as webhooks told, None where none did.
+
+        The crew's own webhook has those of the whole run. An event of the stream has those of one crew, of which a Flow
+        may run several.
+        """
+        with self._lock:
+            told = {event: count for (run, event), count in self._tokens.get(run_key, {}).items() if run == kickoff_id}
+        return told.get(COMPLETED, sum(told.values()) if told else None)
+
+    async def _listen(self) -> None:
+        names = EventFilter(event=EventNameFilter(name=list(WAKING)))
+        while True:
+            try:
+                async with get_events_subscriber(filter=names, reconnection_attempts=0) as events:
+                    self._connected, self._refused = True, False
+                    async for event in events:
+                        self._tell(event)
+            except (WebSocketException, httpx.HTTPError, OSError, ValueError):
+                # Away: the waiters look by themselves until it is back.
+                self._connected = False
+            except Exception as error:
+                if type(error) is not Exception:
+                    raise
+                # Prefect's subscriber raises a plain Exception where its server refuses the credentials.
+                if not self._refused:
+                    logging.getLogger("prefect_crew").warning(
+                        "Webhooks do not shorten waits in this process: %s", one_line(str(error))
+                    )
+                self._refused = True
+            self._connected = False
+            await asyncio.sleep(RECONNECT)
+
+    def _tell(self, event: Event) -> None:
+        run_key = event.resource.get(RUN_KEY)
+        if run_key is None:
+            return
+        asked = _question(event)
+        with self._lock:
+            self._seen[run_key] = time.monotonic(), asked or self._seen.get(run_key, (0.0, None))[1]
+            self._seen.move_to_end(run_key)
+            while len(self._seen) > 10_000:
+                self._seen.popitem(last=False)
+            self._count(run_key, event)
+            wakers = list(self._wakers.get(run_key, ()))
+            if event.event != ANSWERED:  # webhooks do come
+                self._distrusted_until = 0.0
+        for waker in wakers:
+            waker.wake(asked)
+
+    def _count(self, run_key: str, event: Event) -> None:
+        said = as_object(event.payload.get("said"))
+        run, count = said.get("kickoff_id"), said.get("total_tokens")
+        if not isinstance(run, str) or not isinstance(count, int):
+            return
+        counts = self._tokens.setdefault(run_key, {})
+        if len(counts) < 1_000:
+            counts[run, COMPLETED if event.event == COMPLETED else str(event.id)] = count
+        self._tokens.move_to_end(run_key)
+        while len(self._tokens) > 10_000:
+            self._tokens.popitem(last=False)
+
+
+def _question(event: Event) -> Question | None:
+    """Return which question a human-input webhook tells of; None for another event, or one that does not say."""
+    if event.event != ASKED:
+        return None
+    attempt, answers = event.payload.get("attempt"), event.payload.get("round")
+    return (attempt, answers) if isinstance(attempt, int) and isinstance(answers, int) else None
+
+
+_hub = _Hub()
+
+
+def subscribe() -> None:
+    """Begin to listen, if webhooks are on: before a kickoff, so that not even an instant crew's webhook is missed."""
+    if hooks_are_on():
+        _hub.start()
+
+
+@asynccontextmanager
+async def waker_for(run_key: str | None) -> AsyncGenerator[Waker | None]:
+    """Give a waker for a run's waiter; None where webhooks are off or the run has no key."""
+    if run_key is None or not hooks_are_on():
+        yield None
+        return
+    _hub.start()
+    waker = Waker(_hub, run_key)
+    _hub.add(run_key, waker)
+    try:
+        yield waker
+    finally:
+        _hub.remove(run_key, waker)

@@ -1,0 +1,262 @@
+"""Stopping a crew when its wait is cancelled: only where somebody asked for that, and nobody else waits for it.
+
+Under Prefect a cancelled flow run, a timeout, a worker that is shut down and Ctrl-C all arrive as one and the same
+cancellation. What tells them apart is the flow run's state on the server, and the signal itself. A worker that is shut
+down or evicted leaves the crew running: the run is found again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import OrderedDict
+from typing import Any
+from uuid import UUID
+
+import httpx
+from prefect import Flow, State
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.objects import FlowRun
+from prefect.context import FlowRunContext
+from prefect.exceptions import ObjectNotFound, PrefectException
+from prefect.states import Cancelled
+
+from prefect_crew._internal.interrupts import ctrl_c_pressed, started_by_runner
+from prefect_crew._internal.prefect_api import flow_run_id, run_logger
+from prefect_crew.artifacts.events import emit
+from prefect_crew.client.models import StopAnswer, StopOutcome
+from prefect_crew.crew import CrewSession
+from prefect_crew.exceptions import CrewError
+from prefect_crew.records.model import RecordPhase, RecordStore, RunRecord
+from prefect_crew.records.store import PrefectRecords
+from prefect_crew.states import CrewState
+
+LOOK_EVERY = 10.0
+"""Seconds between looks of one process at whether a flow run of its own has been cancelled."""
+LOOK_WITHIN = 5.0
+"""Seconds that such a look may take: what is waited for is the crew."""
+STOP_WITHIN = 20.0
+"""Seconds for all that is done on a cancellation: Prefect kills a cancelled process after about 30."""
+
+
+async def cancelled_runs(run_id: str | None) -> list[str]:
+    """Return which of a flow run and those around it are cancelled or being cancelled, as the server says.
+
+    Whoever cancels a flow means its subflows too, whose own states do not say so.
+
+    Raises:
+        httpx.HTTPError, PrefectException: The Prefect API is away.
+    """
+    found: list[str] = []
+    at = None if run_id is None else UUID(run_id)
+    async with get_client() as client:
+        while at is not None:
+            try:
+                flow_run = await client.read_flow_run(at)
+                parent = flow_run.parent_task_run_id
+                at = None if parent is None else (await client.read_task_run(parent)).flow_run_id
+            except ObjectNotFound:
+                break
+            if flow_run.state is not None and (flow_run.state.is_cancelling() or flow_run.state.is_cancelled()):
+                found.append(str(flow_run.id))
+    return found
+
+
+async def flow_run_cancelled(run_id: str | None) -> bool:
+    """Return whether a flow run, or one around it, is cancelled or being cancelled.
+
+    Raises:
+        httpx.HTTPError, PrefectException: The Prefect API is away.
+    """
+    return run_id is not None and bool(await cancelled_runs(run_id))
+
+
+_looked: OrderedDict[tuple[str, int], tuple[float, bool]] = OrderedDict()
+
+
+def _attempt(run_id: str) -> tuple[str, int]:
+    """Return a flow run with the number of its attempt: one that is retried after a cancellation starts afresh."""
+    context = FlowRunContext.get()
+    here = context is not None and context.flow_run is not None and str(context.flow_run.id) == run_id
+    return run_id, context.flow_run.run_count if here and context and context.flow_run else 0
+
+
+def known_cancelled(run_id: str | None) -> bool:
+    """Return whether this process has seen that a flow run was cancelled. Asks nobody."""
+    return run_id is not None and _looked.get(_attempt(run_id), (0.0, False))[1]
+
+
+async def cancelled_meanwhile(run_id: str | None, *, every: float | None = None) -> bool:
+    """Return whether a flow run was cancelled while nobody tells this process so.
+
+    The server is asked once in so many seconds at most, and no sooner than that: most waits are shorter, and each
+    question is a request. An API that is away is no cancellation.
+    """
+    if run_id is None or started_by_runner():
+        # A runner sends a signal, and ends the run itself.
+        return False
+    key = _attempt(run_id)
+    at, cancelled = _looked.setdefault(key, (time.monotonic(), False))
+    if cancelled or time.monotonic() - at < (LOOK_EVERY if every is None else every):
+        return cancelled
+    _looked[key] = (time.monotonic(), False)
+    _looked.move_to_end(key)
+    while len(_looked) > 1000:
+        _looked.popitem(last=False)
+    try:
+        async with asyncio.timeout(LOOK_WITHIN):
+            cancelled = await flow_run_cancelled(run_id)
+    except (httpx.HTTPError, PrefectException, TimeoutError):
+        return False
+    _looked[key] = (time.monotonic(), cancelled)
+    return cancelled
+
+
+async def mark_cancelled(run_id: str) -> None:
+    """See to it that a flow run, and those around it that are being cancelled, end as Cancelled: no runner ends them.
+
+    Prefect's engine would write Failed or Completed over Cancelled when the flow's function ends: so a hook sets it
+    after that.
+
+    Raises:
+        httpx.HTTPError, PrefectException: The Prefect API is away.
+    """
+    runs = {run_id, *await cancelled_runs(run_id)}
+    context: Any = FlowRunContext.get()
+    while isinstance(context, FlowRunContext):
+        if context.flow is not None and context.flow_run is not None and str(context.flow_run.id) in runs:
+            runs.remove(str(context.flow_run.id))
+            _end_by_hook(context.flow, context.flow_run.id)
+        token = context._token  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
+        context = None if token is None else token.old_value
+    for one in runs:
+        await _set_cancelled(UUID(one))
+
+
+_ending: set[UUID] = set()
+"""Flow runs with such a hook: a second one would outlive the first, and cancel a later attempt."""
+
+
+def _end_by_hook(flow: Flow[Any, Any], run_id: UUID) -> None:
+    if run_id in _ending:
+        return
+    _ending.add(run_id)
+    # A run that is Cancelling stays so when the engine proposes an end, and Prefect calls the hooks of that.
+    places = (flow.on_cancellation_hooks, flow.on_failure_hooks, flow.on_completion_hooks, flow.on_crashed_hooks)
+
+    async def end_as_cancelled(flow: Flow[Any, Any], flow_run: FlowRun, state: State[Any]) -> None:
+        del flow, state
+        if flow_run.id == run_id:
+            _ending.discard(run_id)
+            for hooks in places:
+                hooks.remove(end_as_cancelled)
+            await _set_cancelled(run_id)
+
+    for hooks in places:
+        hooks.append(end_as_cancelled)
+
+
+async def _set_cancelled(run_id: UUID) -> None:
+    message = "The wait for a crew ended with the cancellation of the flow run."
+    async with get_client() as client:
+        await client.set_flow_run_state(run_id, Cancelled(message=message), force=True)
+
+
+async def cancellation_asked(own: str | None) -> bool:
+    """Return whether somebody wants the crew stopped: the flow run is being cancelled, or Ctrl-C was pressed.
+
+    Raises:
+        httpx.HTTPError, PrefectException: The Prefect API is away.
+    """
+    return (ctrl_c_pressed() and not started_by_runner()) or await flow_run_cancelled(own)
+
+
+async def stop_if_asked(session: CrewSession, record: RunRecord, records: RecordStore) -> bool:
+    """On a cancellation: stop the crew if that was asked for; True if its server took that.
+
+    Raises nothing but a further cancellation.
+    """
+    try:
+        # Not `asyncio.timeout`: in a task that was cancelled, Python before 3.11.3 raises CancelledError for it.
+        return await asyncio.wait_for(_stop_if_asked(session, record, records), STOP_WITHIN)
+    except (CrewError, httpx.HTTPError, PrefectException, TimeoutError) as error:
+        run_logger().warning(
+            "Crew run %s could not be stopped (%s: %s): it runs on at %s.",
+            record.kickoff_id,
+            type(error).__name__,
+            error,
+            record.crew_url,
+        )
+        return False
+
+
+async def _stop_if_asked(session: CrewSession, record: RunRecord, records: RecordStore) -> bool:
+    log = run_logger()
+    own = flow_run_id()
+    if not await cancellation_asked(own):
+        log.warning(
+            "Crew run %s is left running at %s: nobody asked to stop it. A retry of this flow run, or a call "
+            "with run key %r, waits for it again.",
+            record.kickoff_id,
+            record.crew_url,
+            record.run_key,
+        )
+        return False
+    others = await _other_waiters(record, own)
+    if others:
+        log.warning("Crew run %s is left running: flow run %s waits for it too.", record.kickoff_id, ", ".join(others))
+        return False
+    answer = await stop_once(session, record)
+    await close_stopped(record, answer, records)
+    return answer.accepted
+
+
+async def _other_waiters(record: RunRecord, own: str | None) -> list[str]:
+    return await PrefectRecords().other_waiters(record, own)
+
+
+async def stop_once(session: CrewSession, record: RunRecord) -> StopAnswer:
+    """Ask the crew's server to stop a run, once, and say in the log what came of it."""
+    kickoff_id = str(record.kickoff_id)
+    answer = await session.asked(lambda client: client.stop(kickoff_id))
+    log = run_logger()
+    if answer.accepted:
+        log.info("Crew run %s was asked to stop: %s.", kickoff_id, answer.outcome)
+    elif answer.outcome is StopOutcome.UNSUPPORTED:
+        log.warning(
+            "Crew run %s runs on at %s: its server has no /stop. Its result is still there for run key %r.",
+            kickoff_id,
+            record.crew_url,
+            record.run_key,
+        )
+    else:
+        log.warning("Crew run %s was not stopped: %s. %s", kickoff_id, answer.outcome, answer.message or "")
+    return answer
+
+
+_STOP_ASKED = "stop was asked for"
+
+
+def stop_was_asked(record: RunRecord) -> bool:
+    """Return whether the record of a run that is in flight says that its server was asked to stop it."""
+    return record.reason is not None and record.reason.startswith(_STOP_ASKED)
+
+
+async def close_stopped(record: RunRecord, answer: StopAnswer, records: RecordStore) -> None:
+    """Write down what a stop came to: the end where the server says so, else only that it was asked for.
+
+    An end is told to automations as well, by whoever brought it about: nobody else will see it.
+    """
+    if answer.outcome is StopOutcome.NOT_STOPPABLE:
+        return  # it has ended: whoever looks sees how, and writes it down
+    standing = await records.of_kickoff(str(record.kickoff_id)) or record
+    if standing.phase is RecordPhase.ENDED:
+        return  # somebody else saw the end, and what is here is older
+    if answer.outcome is not StopOutcome.STOPPED:
+        record.reason = f"{_STOP_ASKED}: {answer.outcome}"
+        await records.save(record)
+    # Not over what is written meanwhile: whoever waits for the run may have seen how it ended.
+    elif await records.resolve(standing, RecordPhase.ENDED, state=CrewState.STOPPED, reason=record.reason):
+        for name, value in standing.outcome().items():
+            setattr(record, name, value)
+        emit("stopped", record, once=True, state=str(record.state))

@@ -1,0 +1,116 @@
+"""Settling an uncertain kickoff by its first webhook.
+
+The signed URL says which purchase the webhook is about; the id in its body is only a claim. It counts once the crew's
+status call knows it and no other record holds it, and never against the run key in the body's own `meta`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from enum import StrEnum
+
+from prefect_crew.client.models import CrewStatus
+from prefect_crew.crew import Crew, CrewSession
+from prefect_crew.exceptions import ConfigurationError, CrewError
+from prefect_crew.records.model import RecordPhase, RecordStore, RunRecord
+from prefect_crew.records.resolve import settle_started
+from prefect_crew.states import CrewState
+from prefect_crew.webhooks import claim_of
+
+
+class Settlement(StrEnum):
+    """What became of an attempt to settle."""
+
+    SETTLED = "settled"
+    """The record has the id now: the next call with its key waits for that run."""
+    NOT_NEEDED = "not needed"
+    """There is no such record, or it is known what became of its kickoff."""
+    TOO_EARLY = "too early"
+    """Whoever sent the kickoff may still write its outcome down."""
+    NO_CREW = "no crew"
+    """The crew is not stored as a block, or as one of another address: its server cannot be asked."""
+    NOT_KNOWN = "not known"
+    """The status call does not know the id, or not yet."""
+    NO_ANSWER = "no answer"
+    """The status call failed."""
+    REFUSED = "refused"
+    """Another record holds the id, or the webhook is of another claim or names another run key itself."""
+
+    @property
+    def may_change(self) -> bool:
+        """Whether the same attempt may succeed a little later."""
+        return self in (Settlement.TOO_EARLY, Settlement.NOT_KNOWN, Settlement.NO_ANSWER)
+
+
+class _NotKnownError(CrewError):
+    """The status call answered that there is no such run."""
+
+
+def attempt_of(attempts: Sequence[RunRecord], attempt: int | None) -> RunRecord | None:
+    """Return the attempt of this number, or where none is given the latest that is, or may be, a purchase."""
+    if attempt is not None:
+        return next((one for one in attempts if one.attempt == attempt), None)
+    return next((one for one in reversed(attempts) if one.counts), None)
+
+
+def unsettled(record: RunRecord) -> bool:
+    """Return whether nobody has written down what became of the record's kickoff."""
+    return record.phase in (RecordPhase.UNCERTAIN, RecordPhase.CLAIMED)
+
+
+async def settle_from_webhook(
+    run_key: str,
+    kickoff_id: str,
+    records: RecordStore,
+    *,
+    attempt: int | None = None,
+    claim: str | None = None,
+    said_run_key: str | None = None,
+    load: Callable[[RunRecord], Awaitable[Crew | None]],
+) -> Settlement:
+    """Settle a run whose kickoff is uncertain by a webhook that came to its own URL. Harmless to call for any run.
+
+    Args:
+        run_key: The run, from the signed URL.
+        kickoff_id: The id in the webhook's body.
+        records: Where records live.
+        attempt: The attempt at the run key, from the URL; left out, the latest purchase.
+        claim: The claim that the URL was made for, from the URL.
+        said_run_key: The run key in the body's `meta`, if there is one.
+        load: Finds the crew that the status call is made to.
+
+    Raises:
+        httpx.HTTPError: The Prefect API is away or refuses.
+    """
+    record = attempt_of(await records.attempts(run_key), attempt)
+    if record is None or not unsettled(record):
+        return Settlement.NOT_NEEDED
+    if claim is not None and claim != claim_of(record.owner):
+        return Settlement.REFUSED
+    if said_run_key is not None and said_run_key != run_key:
+        return Settlement.REFUSED
+    if record.phase is RecordPhase.CLAIMED and record.open_for:
+        return Settlement.TOO_EARLY
+    crew = await load(record)
+    if crew is None:
+        return Settlement.NO_CREW
+    try:
+        async with CrewSession(crew) as session:
+            await settle_started(record, kickoff_id, records, look=_looking(session))
+    except _NotKnownError:
+        return Settlement.NOT_KNOWN
+    except ConfigurationError:
+        return Settlement.REFUSED
+    except CrewError:
+        return Settlement.NO_ANSWER
+    return Settlement.SETTLED
+
+
+def _looking(session: CrewSession) -> Callable[[str], Awaitable[CrewStatus]]:
+    async def look(kickoff_id: str) -> CrewStatus:
+        status = await session.asked(lambda client: client.status(kickoff_id))
+        if status.state is CrewState.UNKNOWN:
+            raise _NotKnownError(f"The crew's server does not know run {kickoff_id}.")
+        return status
+
+    return look

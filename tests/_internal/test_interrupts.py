@@ -1,0 +1,227 @@
+"""Ctrl-C is noted, and does what it did before; a cancellation is neither lost nor made twice."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import threading
+from collections.abc import Callable, Coroutine, Iterator
+from typing import Any
+
+import pytest
+
+from prefect_crew._internal.interrupts import cancel_and_wait, ctrl_c_pressed, started_by_runner, watch_ctrl_c
+from prefect_crew.batches import throttle
+from prefect_crew.batches.throttle import Pace
+from prefect_crew.runs import listener
+
+
+def press() -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.fixture(autouse=True)
+def _handler_is_put_back() -> Iterator[None]:
+    before = signal.getsignal(signal.SIGINT)
+    yield
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def press_in_a_watch() -> bool:
+    """Return whether the press was noted; it must interrupt as well."""
+    noted = False
+    with pytest.raises(KeyboardInterrupt), watch_ctrl_c():  # noqa: PT012  what is noted is gone after it
+        try:
+            press()
+        finally:
+            noted = ctrl_c_pressed()
+    return noted
+
+
+def test_it_is_noted_and_still_interrupts():
+    assert press_in_a_watch()
+
+
+def test_the_loop_raises_what_would_cut_a_step_in_two():
+    steps: list[str] = []
+
+    async def step() -> None:
+        with watch_ctrl_c():
+            press()
+            steps.append("to its end")
+            await asyncio.sleep(0)
+            steps.append("the loop had ended before")
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    loop = asyncio.new_event_loop()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            loop.run_until_complete(step())
+        assert steps == ["to its end"]
+    finally:
+        for task in asyncio.all_tasks(loop):
+            task.cancel()
+        loop.run_until_complete(asyncio.sleep(0))
+        loop.close()
+        signal.signal(signal.SIGINT, before)
+
+
+def test_a_second_press_interrupts_at_once():
+    async def stubborn() -> None:
+        with watch_ctrl_c():
+            press()
+            with pytest.raises(KeyboardInterrupt):
+                press()
+            await asyncio.sleep(0.01)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    loop = asyncio.new_event_loop()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            loop.run_until_complete(stubborn())
+    finally:
+        for task in asyncio.all_tasks(loop):
+            task.cancel()
+        loop.run_until_complete(asyncio.sleep(0))
+        loop.close()
+        signal.signal(signal.SIGINT, before)
+
+
+def test_nothing_was_pressed():
+    with watch_ctrl_c():
+        assert not ctrl_c_pressed()
+
+
+def test_a_press_from_before_is_forgotten():
+    assert press_in_a_watch()
+    with watch_ctrl_c():
+        assert not ctrl_c_pressed()
+
+
+def test_waits_within_waits_share_what_was_noted():
+    heard: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: heard.append(number))
+    try:
+        with watch_ctrl_c():
+            with watch_ctrl_c():
+                press()
+                assert ctrl_c_pressed()
+            assert ctrl_c_pressed()
+            with watch_ctrl_c():
+                assert ctrl_c_pressed(), "a later wait of the same time knows it too"
+        assert heard == [signal.SIGINT], "the handler from before is called, once"
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_an_ignored_signal_stays_ignored():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with watch_ctrl_c():
+            press()
+            assert ctrl_c_pressed()
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_a_handler_that_somebody_sets_meanwhile_is_theirs_to_keep():
+    before = signal.getsignal(signal.SIGINT)
+
+    def theirs(number: int, frame: Any) -> None:
+        raise AssertionError("not called here")
+
+    try:
+        with watch_ctrl_c():
+            signal.signal(signal.SIGINT, theirs)
+        assert signal.getsignal(signal.SIGINT) is theirs
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_beside_the_main_thread_nothing_is_touched():
+    handlers: list[Any] = []
+
+    def wait() -> None:
+        with watch_ctrl_c():
+            handlers.append(signal.getsignal(signal.SIGINT))
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    thread.join()
+    assert handlers == [signal.getsignal(signal.SIGINT)]
+
+
+def test_a_runner_is_known_by_what_it_sets(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("PREFECT__FLOW_RUN_ID", raising=False)
+    assert not started_by_runner()
+    monkeypatch.setenv("PREFECT__FLOW_RUN_ID", "5a0c")
+    assert started_by_runner()
+
+
+async def test_what_a_cancelled_task_finishes_is_waited_for_and_not_cut_off():
+    finishing, finished = asyncio.Event(), asyncio.Event()
+    cancellations: list[int] = []
+
+    async def post() -> None:
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            finishing.set()
+            try:
+                await finished.wait()
+            except asyncio.CancelledError:
+                cancellations.append(2)
+            raise
+
+    async def fail() -> None:
+        raise ValueError("of its own")
+
+    tasks = [asyncio.ensure_future(work) for work in (post(), fail())]
+    await asyncio.sleep(0)
+    ending = asyncio.ensure_future(cancel_and_wait(*tasks))
+    await finishing.wait()
+    await asyncio.sleep(0.01)
+    assert not ending.done(), "it waits until all have ended"
+    ending.cancel()
+    await asyncio.sleep(0.01)
+    assert cancellations == []
+    finished.set()
+    await cancel_and_wait(*tasks)
+    assert tasks[0].cancelled()
+
+
+async def test_there_may_be_nothing_to_cancel():
+    await cancel_and_wait()
+
+
+def paced() -> tuple[Coroutine[Any, Any, None], Callable[[], None]]:
+    pace = Pace()
+    return pace._sleep(60), pace.close
+
+
+def broken() -> tuple[Coroutine[Any, Any, None], Callable[[], None]]:
+    event = asyncio.Event()
+    return throttle._wait(event, 60), event.set
+
+
+def woken() -> tuple[Coroutine[Any, Any, None], Callable[[], None]]:
+    waker = listener.Waker(listener._Hub(), "key")
+    return waker.pause(60), waker._event.set
+
+
+@pytest.mark.parametrize("steps", range(4))
+@pytest.mark.parametrize("pause", [paced, broken, woken])
+async def test_a_cancellation_is_not_lost_at_the_moment_at_which_a_pause_ends(pause: Any, steps: int):
+    work, wake = pause()
+    pausing = asyncio.ensure_future(work)
+    await asyncio.sleep(0.01)
+    wake()
+    for _ in range(steps):
+        await asyncio.sleep(0)
+    if pausing.cancel():
+        with pytest.raises(asyncio.CancelledError):
+            await pausing
+    else:
+        assert pausing.done()

@@ -1,0 +1,103 @@
+"""The artifact of a run on a real page of a real Prefect server, in both interfaces that Prefect ships."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+from prefect import get_client
+from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
+
+from prefect_crew import DeployedCrew, run_crew
+from prefect_crew.devserver import CrewScript, CrewServer
+
+pytestmark = pytest.mark.slow
+
+UGLY = """# Tiles ‮of Lisbon‬ <script>window.pwned = 1</script>
+
+Some *emphasis*, **strength** and `code with <b>`.
+
+| place | name |
+| --- | --- |
+| 1 <img src=x onerror="window.pwned = 1"> | עברית ‏ישראל |
+
+```python
+if a < b: print("<b>")
+```
+
+![picture](http://127.0.0.1:1/tracker.png) [link](javascript:window.pwned=1)
+
+العربية: مرحبا بالعالم · 日本語
+
+- the fence below is never closed
+```
+still inside
+"""
+
+
+@pytest.fixture(scope="module")
+def script() -> CrewScript:
+    return CrewScript.model_validate(
+        {
+            "name": "ugly",
+            "inputs": ["topic", "password"],
+            "tasks": [
+                {"name": "research | the <b>topic</b>", "agent": "A`gent", "seconds": 0.3, "output": "one | two"},
+                {"name": "write", "agent": "Writer", "seconds": 0.9, "output": UGLY},
+            ],
+            "usage": {"total_tokens": 1200, "prompt_tokens": 1000},
+        }
+    )
+
+
+@pytest.fixture
+def artifact_id(prefect_api: Any, script: CrewScript, instant_polling: None) -> str:
+    with CrewServer(script, dialect="union") as server:
+        crew = DeployedCrew(url=server.url, token=server.token, secret_inputs=["password"])
+        run_crew(crew, {"topic": "<i>Lisbon</i> | tiles", "password": "correct horse battery"})
+        key = f"crew-{crew.label.replace('.', '-').replace(':', '-')}"
+
+    async def find() -> str:
+        async with get_client() as client:
+            found = await client.read_artifacts(artifact_filter=ArtifactFilter(key=ArtifactFilterKey(any_=[key])))
+        assert len(found) == 1, "one artifact a run"
+        return str(found[0].id)
+
+    return asyncio.run(find())
+
+
+@pytest.mark.parametrize("ui", ["v1", "v2"], ids=["older-interface", "newer-interface"])
+def test_a_run_renders_as_meant(prefect_server: Any, chromium: Any, artifact_id: str, ui: str) -> None:
+    with chromium.page(height=1600) as page:
+        page.open(prefect_server.artifact_url(artifact_id, ui=ui))
+        page.wait_for_text("Execution time")
+        page.wait_for_text("still inside")
+        text = page.text()
+
+        for shown in (
+            "completed",
+            "<i>Lisbon</i> | tiles",
+            "********",
+            "research | the <b>topic</b>",
+            "A`gent",
+            "75%",
+            "1,200",
+            "<script>window.pwned = 1</script>",
+            '1 <img src=x onerror="window.pwned = 1">',
+            "עברית",
+            "العربية: مرحبا بالعالم",
+            'if a < b: print("<b>")',
+        ):
+            assert shown in text, shown
+        assert "correct horse" not in text
+        # Ours are tables, the crew's formatting is formatting, and its markup is text.
+        assert page.count("table") >= 4
+        assert "strength" in text
+        assert not [
+            markup for markup in ("**strength**", "*emphasis*", "`code with", "| place", "&lt;") if markup in text
+        ]
+        assert page.count("img[src='x']") == 0
+        assert page.count("a[href^='javascript']") == 0
+        assert page.evaluate("window.pwned ?? null") is None
+        assert not [url for url in page.requests if "tracker" in url], "opening the page loads nothing from elsewhere"

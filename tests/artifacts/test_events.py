@@ -1,0 +1,152 @@
+"""Events about runs, as a real server has them."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+from prefect import flow
+
+from prefect_crew import KickoffUncertainError, arun_crew
+from prefect_crew.artifacts.events import emit, resources_of
+from prefect_crew.records.model import RunRecord
+from prefect_crew.testing import CrewServerFactory
+from support.prefect_server import PrefectServer
+from support.proxy import Proxy, through
+from support.scripts import ASKS, script
+from support.seen import Seen
+
+pytestmark = pytest.mark.usefixtures("prefect_api", "instant_polling")
+
+NOON = datetime(2026, 5, 1, 12, tzinfo=UTC)
+
+
+@pytest.fixture
+def seen(prefect_api: PrefectServer) -> Iterator[Seen]:
+    reader = Seen(prefect_api)
+    yield reader
+    reader.close()
+
+
+def record(**fields: Any) -> RunRecord:
+    known: dict[str, Any] = {
+        "run_key": "k", "attempt": 2, "crew": "travel", "crew_url": "https://travel.test", "inputs_digest": "d",
+        "owner": str(uuid.uuid4()), "claimed_at": NOON, "kickoff_id": str(uuid.uuid4()),
+    }  # fmt: skip
+    return RunRecord(**known | fields)
+
+
+def test_a_run_is_the_resource_and_who_has_to_do_with_it_is_related():
+    run = record(step="research", flow_run_id="5a0c")
+    resource, related = resources_of(run)
+    assert resource == {
+        "prefect.resource.id": f"prefect-crew.run.{run.kickoff_id}",
+        "prefect.resource.name": f"travel run {run.kickoff_id}",
+        "prefect-crew.run-key": "k",
+        "prefect-crew.crew": "travel",
+    }
+    assert [one["prefect.resource.id"] for one in related] == [
+        "prefect-crew.crew.travel",
+        "prefect-crew.step.research",
+        "prefect.flow-run.5a0c",
+    ]
+
+
+def test_a_run_without_an_id_yet_is_told_by_its_key_and_attempt():
+    resource, related = resources_of(record(kickoff_id=None))
+    assert resource["prefect.resource.id"] == "prefect-crew.run.k/2"
+    assert [one["prefect.resource.role"] for one in related] == ["crew"]
+
+
+def test_what_may_be_told_once_only_is_kept_once(seen: Seen):
+    run = record()
+    for _ in range(3):
+        emit("completed", run, once=True, state="completed")
+    emit("decided", run, decision="reattach")
+    emit("decided", run, decision="reattach")
+    names = [event["event"] for event in seen.events(str(run.kickoff_id))]
+    assert sorted(names) == ["crew.completed", "crew.decided", "crew.decided"]
+
+
+def test_another_purchase_under_the_key_is_told_of_again(seen: Seen):
+    first, second = record(), record()
+    second.kickoff_id = first.kickoff_id
+    emit("completed", first, once=True)
+    emit("completed", second, once=True)
+    assert len(seen.events(str(first.kickoff_id))) == 2
+
+
+def test_an_event_in_a_script_names_no_flow_run_and_one_of_an_owner_names_his(seen: Seen):
+    owner = str(uuid.uuid4())
+    run = record(flow_run_id=owner)
+    emit("lost", run)
+    (event,) = seen.events(str(run.kickoff_id))
+    assert f"prefect.flow-run.{owner}" in [one["prefect.resource.id"] for one in event["related"]]
+    assert event["payload"] == {"run_key": "k", "kickoff_id": run.kickoff_id, "attempt": 2}
+
+
+def test_the_life_of_a_run_is_told_in_order(crew_server: CrewServerFactory, seen: Seen):
+    server = crew_server(ASKS, dialect="union")
+
+    async def answered() -> str:
+        run = await server.crew().trigger({})
+        waiting = asyncio.ensure_future(run.wait_for_completion())
+        while str(server.run(run.kickoff_id).state) != "waiting":
+            await asyncio.sleep(0.02)
+        await asyncio.sleep(0.2)
+        await run.resume("fine", approve=True)
+        await waiting
+        return run.kickoff_id
+
+    told = [event["event"] for event in seen.events(asyncio.run(answered()))]
+    ours = [name for name in told if name != "crew.reviewed"]
+    assert ours == ["crew.waiting", "crew.resumed", "crew.completed"]
+
+
+def test_decisions_and_doubts_are_told_by_the_key(crew_server: CrewServerFactory, seen: Seen):
+    server, run_key = crew_server("echo", faults=["kickoff:500@1"]), f"doubt {uuid.uuid4()}"
+    for _ in range(2):
+        with pytest.raises(KickoffUncertainError):
+            server.crew().trigger({"text": "a"}, run_key=run_key)
+    told = seen.events(f"{run_key}/1")
+    assert [(event["event"], event["payload"].get("decision")) for event in told] == [
+        ("crew.decided", "start"),
+        ("crew.uncertain", None),
+        ("crew.decided", "uncertain"),
+    ]
+    assert "ServerError" in told[1]["payload"]["reason"]
+
+
+def test_secrets_stand_in_no_event(crew_server: CrewServerFactory, seen: Seen):
+    server = crew_server(script({"fail": "{{ password }} was refused"}, inputs=["password"]))
+    crew = server.crew(secret_inputs=["password"])
+    ids: list[str] = []
+
+    @flow
+    async def trip() -> None:
+        try:
+            await arun_crew(crew, {"password": "hunter22"})
+        finally:
+            ids.append(server.runs[0].id)
+
+    with pytest.raises(Exception, match="was refused"):
+        asyncio.run(trip())
+    told = seen.events(ids[0])
+    assert [event["payload"]["error"] for event in told] == ["******** was refused"]
+    assert "hunter22" not in str(told)
+    assert server.token not in str(told)
+
+
+@pytest.fixture
+def proxy(prefect_server: PrefectServer) -> Iterator[Proxy]:
+    with through(prefect_server) as way:
+        yield way
+
+
+def test_telling_is_no_trouble_where_the_api_is_away(proxy: Proxy):
+    proxy.cut()
+    emit("completed", record(), once=True)

@@ -1,0 +1,321 @@
+"""The Markdown of a run: what is ours is markup, what comes from outside is text."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from markdown_it import MarkdownIt
+from markdown_it.token import Token
+
+from prefect_crew.artifacts.markdown import OUTPUT_CAP, RunView, cell, code, duration, prose, render_run, table
+from prefect_crew.client.models import CrewStatus, TaskResult, TokenUsage
+from prefect_crew.client.redaction import MASK
+from prefect_crew.states import CrewState
+
+MARKDOWN = MarkdownIt("commonmark", {"html": True}).enable("table")
+NOON = datetime(2026, 5, 1, 12, tzinfo=UTC)
+# Renderers differ in which links they refuse: this one refuses none.
+MARKDOWN.validateLink = lambda url: True  # type: ignore[method-assign]
+DANGEROUS = ("html_block", "html_inline", "image")
+
+# What changes where code, quotations, lists and HTML begin and end.
+PIECES = [
+    "`", "``", "```", "````", "~~~", "\n", "\n\n", "\r", "\u2028", "\u00a0", " ", "   ", "    ", "\t", "- ", "> ",
+    "1. ", "* ", "\\", "|", "| - |\n", "&", "#", "---\n", "===\n", "text", "a b", "[a]", "(b)", "![a](b)", "!", "[",
+    "]", "]: ", "](", "]:", ")", "javascript:x", "[a](javascript:x)", "[a](<javascript:x>)", "java&#x73;cript:x",
+    "javascript\\:x", "JavaScript&colon;x", "[a]:\n", "[b](/c:d)", "https://x.test", "data:x", " 'title'",
+    "<img src=x onerror=y>", "<script>", "</b>", "<!--", "-->", "<?x", "<![CDATA[", "<http://x.test>", "<a@b.test>",
+    "<div>\n", "*", "_", "\u202e", "```\n", "~~~\n", "``` a`b\n",
+]  # fmt: skip
+MARKUP = st.lists(st.sampled_from(PIECES), max_size=25).map("".join) | st.text()
+
+
+def flat(tokens: list[Token]) -> list[Token]:
+    return [one for token in tokens for one in (token, *flat(token.children or []))]
+
+
+def parsed(markdown: str) -> list[Token]:
+    return flat(MARKDOWN.parse(markdown))
+
+
+def view(state: CrewState = CrewState.COMPLETED, *, show: str = "full", **fields: Any) -> RunView:
+    status = CrewStatus(kickoff_id="r1", state=state, **fields)
+    return RunView(crew="travel", kickoff_id="r1", run_key="k", state=state, status=status, show=show)
+
+
+def text_of(markdown: str) -> str:
+    """Return what a reader sees of the words."""
+    return "".join(token.content for token in parsed(markdown) if token.type in ("text", "text_special", "code_inline"))
+
+
+# What comes from outside
+
+
+@settings(max_examples=500)
+@given(MARKUP)
+@example("`a\n<img src=x>`")
+@example("`<img src=x>``")
+@example("\\`<img src=x>`")
+@example("- ```\n  a\n  ```\n<img src=x>")
+@example("``` a`b\n<img src=x>")
+@example("| `a | <img src=x>` |\n| - | - |")
+@example("a ` b\n`<img src=x>`")
+@example("  ```\na\n```\n<img src=x>")
+@example("```\na\n~~~\n<img src=x>\n```\n![a](b)")
+@example("!![a](b)")
+def test_a_result_holds_no_html_and_loads_no_image(output: str):
+    types = {token.type for token in parsed(render_run(view(output=output)))}
+    assert not types & {*DANGEROUS}
+
+
+@settings(max_examples=1000)
+@given(MARKUP)
+@example("[a](javascript:x)")
+@example("[a](\njavascript:x)")
+@example("[a]( java&#x73;cript\\:x 'title')")
+@example("[a]\n\n[a]: JavaScript:x")
+@example("[a]\n\n[a]:\njavascript:x")
+@example("[`a](javascript:x)")
+@example("| [a](javascript:x) | `b |\n| - | - |")
+def test_a_link_of_a_result_leads_to_a_page_or_an_address(output: str):
+    links = [token.attrs["href"] for token in parsed(render_run(view(output=output))) if token.type == "link_open"]
+    schemes = {
+        str(link).lower().partition(":")[0]
+        for link in links
+        if re.match(r"[a-z][a-z0-9+.-]*:", str(link), re.IGNORECASE)
+    }
+    assert schemes <= {"http", "https", "mailto"}
+
+
+def test_honest_links_stay():
+    output = "[a](https://x.test/a_(b)) [b](/c:d) [c](#e) [f](mailto:g@x.test) [h][i]\n\n[i]: http://x.test\n"
+    links = [token.attrs["href"] for token in parsed(render_run(view(output=output))) if token.type == "link_open"]
+    assert links == ["https://x.test/a_(b)", "/c:d", "#e", "mailto:g@x.test", "http://x.test"]
+
+
+@given(MARKUP)
+def test_whatever_the_result_is_what_is_ours_stays_as_it_is(output: str):
+    tasks = [TaskResult(name="plan", agent="Planner", execution_time=1.0)]
+    markdown = render_run(view(output=output, tasks=tasks))
+    ours = render_run(view(output="", tasks=tasks))
+    assert markdown.startswith(ours.rstrip("\n"))
+
+
+@given(MARKUP)
+def test_an_error_is_one_block_of_text(error: str):
+    tokens = parsed(render_run(view(CrewState.FAILED, error=error)))
+    (fence,) = [token for token in tokens if token.type == "fence"]
+    assert "table_open" in [token.type for token in tokens[tokens.index(fence) :]], "the facts come after it, whole"
+    assert not {token.type for token in tokens} & {*DANGEROUS}
+
+
+@pytest.mark.parametrize(("show", "told"), [("full", True), ("summary", True), ("none", False)])
+def test_a_failed_run_says_first_why_and_where_it_failed_and_what_to_do(show: str, told: bool):
+    shown = view(CrewState.FAILED, show=show, error="no search engine")
+    markdown = render_run(
+        dataclasses.replace(shown, failed_task="write", attempt="attempt 2 of at most 3", advice="Retry the flow run.")
+    )
+    assert ("no search engine" in markdown, "It failed in task **write**." in markdown) == (told, told)
+    head, _, facts = markdown.partition("Retry the flow run.")
+    assert "no search engine" not in facts
+    assert "Kicked off" not in head
+    assert "| Attempt | 2 of at most 3 |" in facts
+
+
+@given(MARKUP, MARKUP)
+def test_a_table_keeps_its_rows_and_cells_whatever_is_in_them(name: str, value: str):
+    tokens = parsed(table(("Name", "Value"), [[cell(name), cell(value)], [code(name), code(value)]]))
+    assert [token.type for token in tokens].count("tr_open") == 3
+    assert [token.type for token in tokens].count("td_open") == 4
+    assert not {token.type for token in tokens} & {*DANGEROUS, "em_open", "strong_open", "link_open"}
+
+
+@given(MARKUP)
+def test_prose_is_words_on_a_line(text: str):
+    tokens = parsed(f"about {prose(text)}")
+    assert {token.type for token in tokens} <= {"paragraph_open", "inline", "text", "text_special", "paragraph_close"}
+
+
+@given(st.text(alphabet="aZ9 \\`*_[]()~#!$<>&|-+.:;'\"{}/@€語", min_size=1, max_size=60).filter(str.strip))
+def test_a_reader_sees_the_words_that_were_given(text: str):
+    assert text_of(f"about {prose(text)}") == f"about {' '.join(text.split())}"
+
+
+@pytest.mark.parametrize("char", "\u202d\u202e")
+def test_no_character_turns_the_direction_of_what_follows_it(char: str):
+    markdown = render_run(view(output=f"a {char} b", message=f"{char}", tasks=[TaskResult(name=char)]))
+    assert char not in markdown
+    assert f"[U+{ord(char):04X}]" in markdown
+
+
+def test_text_in_other_scripts_stays_as_it_is():
+    output = "שלום \u200fעולם, 世界, \u2067مرحبا\u2069 🎉"
+    assert output in render_run(view(output=output))
+
+
+# A result that people read
+
+
+def test_the_crews_own_markdown_stays():
+    output = "# Lisbon\n\n- **bold** `x < y` and a < b\n\n| a | b |\n| - | - |\n| 1 | 2 |\n\n> said\n"
+    types = [token.type for token in parsed(render_run(view(output=output)))]
+    for kind in ("heading_open", "bullet_list_open", "strong_open", "code_inline", "table_open", "blockquote_open"):
+        assert kind in types
+
+
+def test_code_shows_its_angle_brackets():
+    output = "Use `List<int>` here:\n\n```html\n<b>bold</b>\n```\n\nand not <b>there</b>."
+    tokens = parsed(render_run(view(output=output)))
+    assert "List<int>" in [token.content for token in tokens if token.type == "code_inline"]
+    assert "<b>bold</b>\n" in [token.content for token in tokens if token.type == "fence"]
+    assert "<b>there</b>" in "".join(token.content for token in tokens if token.type == "text")
+
+
+def test_a_fence_that_is_left_open_is_closed():
+    assert render_run(view(output="```python\nx = 1")).endswith("x = 1\n```\n")
+    assert render_run(view(output="~~~~\nx = 1\n```")).endswith("x = 1\n```\n~~~~\n")
+
+
+def test_an_image_becomes_a_link():
+    tokens = parsed(render_run(view(output="![a tram](https://x.test/tram.png) and `![code]`")))
+    assert [token.attrs["href"] for token in tokens if token.type == "link_open"] == ["https://x.test/tram.png"]
+    assert "![code]" in [token.content for token in tokens if token.type == "code_inline"]
+
+
+def test_a_long_result_is_cut_and_says_where_the_rest_is():
+    markdown = render_run(view(output="x" * (OUTPUT_CAP + 1)))
+    assert "The first 60,000 of 60,001 characters. The whole text: `prefect-crew result`" in markdown
+    assert len(markdown) < OUTPUT_CAP + 1000
+    assert "The first" not in render_run(view(output="x" * OUTPUT_CAP))
+
+
+# What is shown, and how much
+
+
+def test_a_run_at_its_kickoff():
+    started = RunView(
+        crew="travel",
+        kickoff_id="r|1",
+        run_key="daily `1`",
+        state=CrewState.PENDING,
+        started_at=NOON,
+        inputs={"city": "Lisbon\n| x |", "days": 3},
+        price=0.5,
+        notes=["A note with <b>markup</b>"],
+    )
+    markdown = render_run(started)
+    assert markdown.startswith("## ○ pending · travel\n")
+    for part in ("2026-05-01 12:00:00 UTC", "| **city** | Lisbon \\| x \\| |", "| **days** | 3 |", "| Price | 0.5 |"):
+        assert part in markdown
+    assert not {token.type for token in parsed(markdown)} & {*DANGEROUS}
+
+
+def test_the_tasks_have_their_share_of_the_time_as_a_bar():
+    tasks = [
+        TaskResult(name="research", agent="Researcher", execution_time=90.0),
+        TaskResult(name="write", agent="Writer", execution_time=30.0),
+        TaskResult(name="untimed"),
+    ]
+    markdown = render_run(view(output="x", tasks=tasks, usage=TokenUsage(total_tokens=1234, prompt_tokens=0)))
+    assert "| research | Researcher | 1 min 30 s | █████████░░░ 75% |" in markdown
+    assert "| write | Writer | 30.0 s | ███░░░░░░░░░ 25% |" in markdown
+    assert "| untimed | – | – |  |" in markdown
+    assert "| total tokens | prompt tokens |" in markdown
+    assert "| 1,234 | 0 |" in markdown
+
+
+def test_of_very_many_tasks_the_first_are_listed():
+    shown = render_run(view(tasks=[TaskResult(name=f"task {number}", execution_time=1.0) for number in range(1_000)]))
+    assert "task 199 " in shown
+    assert "task 200 " not in shown
+    assert "_and 800 more_" in shown
+
+
+def long_link(target: str) -> str:
+    return f"[read this]({target})"
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        pytest.param("&Tab;" * 70 + "javascript:alert(1)", id="after-what-is-left-out"),
+        pytest.param("javascript" + "&NewLine;" * 40 + ":alert(1)", id="with-its-colon-far-away"),
+        pytest.param("a" * 1000 + ":alert(1)", id="a-long-scheme"),
+        pytest.param("javascript" + "&Tab;" * 57 + "&colon;alert(1)" + "x" * 1000, id="with-its-colon-cut-in-two"),
+        pytest.param("javascript&#" + "0" * 6 + "58;alert(1)" + "x" * 1000, id="with-its-colon-as-a-number"),
+        pytest.param("&#" + "9" * 5000 + ";", id="a-number-without-end"),
+        pytest.param("\\" * 400 + "javascript:alert(1)", id="after-escapes"),
+    ],
+)
+def test_a_long_target_hides_no_scheme(target: str):
+    links = [token for token in parsed(render_run(view(output=long_link(target)))) if token.type == "link_open"]
+    assert links == []
+
+
+def test_a_long_honest_link_stays():
+    for target in ("https://example.com/?" + "x" * 3000, "/" + "y" * 3000, "a%20" + "z" * 3000):
+        assert f"]({target})" in render_run(view(output=long_link(target)))
+
+
+def test_tasks_without_times_and_usage_without_counts_show_neither():
+    markdown = render_run(view(output="x", tasks=[TaskResult(name="a")], usage=TokenUsage()))
+    assert "| Task | Agent |\n" in markdown
+    assert "Usage" not in markdown
+
+
+def test_a_run_that_goes_on_shows_where_it_stands():
+    markdown = render_run(view(CrewState.RUNNING, current_task="plan", message="half way", execution_time=7300.0))
+    assert "| Current task | plan |" in markdown
+    assert "| Message | half way |" in markdown
+    assert "| Execution time | 2 h 01 min |" in markdown
+    assert "Current task" not in render_run(view(CrewState.COMPLETED, current_task="plan", output="x"))
+
+
+def test_a_failure_without_a_reason_says_so():
+    assert "The crew gave no reason." in render_run(view(CrewState.FAILED))
+
+
+SHOWN = {"tasks": [TaskResult(name="the task")], "output": "the output", "current_task": "now", "message": "a message"}
+
+
+@pytest.mark.parametrize(
+    ("show", "there", "not_there"),
+    [
+        ("full", ["the task", "the output", "a message", "secret to nobody"], []),
+        ("summary", ["the task", "10 characters"], ["the output", "a message", "secret to nobody"]),
+        ("none", ["r1", "completed"], ["the task", "the output", "a message", "secret to nobody", "characters"]),
+    ],
+)
+def test_show_decides_how_much_is_seen(show: str, there: list[str], not_there: list[str]):
+    shown = view(show=show, **SHOWN)
+    markdown = render_run(RunView(**{**vars(shown), "inputs": {"about": "secret to nobody"}}))
+    assert all(part in markdown for part in there)
+    assert not any(part in markdown for part in not_there)
+
+
+def test_secret_inputs_are_masked_by_their_names():
+    shown = RunView(
+        crew="c", kickoff_id="r", run_key=None, state=CrewState.PENDING,
+        inputs={"pin": 4711, "city": "Lisbon"}, secret_inputs=["pin"],
+    )  # fmt: skip
+    markdown = render_run(shown)
+    assert "4711" not in markdown
+    assert MASK.replace("*", "\\*") in markdown
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"), [(0, "0.0 s"), (59.94, "59.9 s"), (60, "1 min 00 s"), (3661, "1 h 01 min")]
+)
+def test_durations_are_said_as_people_say_them(seconds: float, said: str):
+    assert duration(seconds) == said
+
+
+def test_long_cells_are_cut():
+    assert cell("x" * 400) == "x" * 300 + "…"
+    assert cell("a  b\n c", 80) == "a b c"

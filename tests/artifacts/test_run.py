@@ -1,0 +1,274 @@
+"""The artifact of a run on a real server: one, from its kickoff to its end."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from markdown_it import MarkdownIt
+from prefect import flow
+from prefect.runtime import flow_run
+
+from prefect_crew import (
+    CrewFailedError,
+    CrewRun,
+    CrewTimeoutError,
+    WaitPolicy,
+    arun_crew,
+    kickoff_crew,
+    run_crew,
+    wait_for_crew,
+)
+from prefect_crew.artifacts import run as run_module
+from prefect_crew.artifacts.run import MarkdownArtifact, RunArtifact, artifact_key
+from prefect_crew.crew import Crew
+from prefect_crew.runs.kickoff import open_run
+from prefect_crew.testing import CrewServerFactory
+from support.prefect_server import PrefectServer
+from support.proxy import Proxy, through
+from support.scripts import FAILS, script, slow
+from support.seen import Seen
+
+pytestmark = pytest.mark.usefixtures("prefect_api", "instant_polling")
+
+
+@pytest.fixture
+def seen(prefect_api: PrefectServer) -> Iterator[Seen]:
+    reader = Seen(prefect_api)
+    yield reader
+    reader.close()
+
+
+@pytest.fixture
+def proxy(prefect_server: PrefectServer) -> Iterator[Proxy]:
+    with through(prefect_server) as way:
+        yield way
+
+
+@pytest.fixture
+def name() -> str:
+    """A crew's name, and so an artifact key, of the test's own."""
+    return f"crew {uuid.uuid4().hex[:8]}"
+
+
+def kicked_off(crew: Crew, inputs: dict[str, Any] | None = None, **options: Any) -> CrewRun:
+    """Do what `DeployedCrew.trigger` does, for a crew that is named and not stored."""
+    run = asyncio.run(open_run(crew, inputs or {}, **options))
+    return CrewRun(run.crew, run.kickoff_id, run_key=run.run_key)
+
+
+def shown(seen: Seen, name: str) -> str:
+    """Return the text of the only artifact of a crew."""
+    (artifact,) = seen.artifacts(artifact_key(name))
+    return artifact["data"]
+
+
+@pytest.mark.parametrize(
+    ("label", "key"),
+    [
+        ("travel", "crew-travel"),
+        ("My Crew (v2)", "crew-my-crew-v2"),
+        ("127.0.0.1:8000/travel", "crew-127-0-0-1-8000-travel"),
+        ("מטיילים", "crew-run"),
+    ],
+    ids=["plain", "spaces", "address", "other script"],
+)
+def test_a_key_is_what_prefect_takes(label: str, key: str):
+    assert artifact_key(label) == key
+
+
+def test_an_artifact_shows_the_kickoff_and_then_the_end(crew_server: CrewServerFactory, seen: Seen, name: str):
+    crew = crew_server(script({"output": "# Lisbon\n\nby tram"}, inputs=["city"])).crew().crew.called(name)
+    ids: list[Any] = []
+    at_kickoff: list[str] = []
+
+    @flow
+    async def trip() -> None:
+        ids.append(flow_run.id)
+        kickoff_id = await kickoff_crew(crew, {"city": "Lisbon"})
+        at_kickoff.append(await asyncio.to_thread(shown, seen, name))
+        await wait_for_crew(crew, kickoff_id)
+
+    asyncio.run(trip())
+    assert "○ pending" in at_kickoff[0]
+    assert "| **city** | Lisbon |" in at_kickoff[0]
+    (artifact,) = seen.artifacts(artifact_key(name))
+    assert (artifact["type"], artifact["flow_run_id"]) == ("markdown", ids[0])
+    assert artifact["task_run_id"]
+    for part in ("✓ completed", "# Lisbon\n\nby tram", "| **city** | Lisbon |", "| task\\_1 |"):
+        assert part in artifact["data"]
+
+
+def test_a_run_of_a_sync_flow_has_one_too(crew_server: CrewServerFactory, seen: Seen, name: str):
+    crew = crew_server(script({"seconds": 0.1, "output": "by tram"})).crew().crew.called(name)
+
+    @flow
+    def trip() -> str:
+        return run_crew(crew, {}).output
+
+    assert trip() == "by tram"
+    assert "✓ completed" in shown(seen, name)
+
+
+def test_a_failure_and_its_error_are_shown(crew_server: CrewServerFactory, seen: Seen, name: str):
+    crew = crew_server(FAILS).crew().crew.called(name)
+
+    async def run() -> None:
+        with pytest.raises(CrewFailedError):
+            await arun_crew(crew)
+
+    asyncio.run(run())
+    assert "✗ failed" in shown(seen, name)
+    assert "the search engine is down" in shown(seen, name)
+
+
+def test_a_timeout_is_shown_with_how_to_go_on(crew_server: CrewServerFactory, seen: Seen, name: str):
+    run = kicked_off(crew_server(slow(60)).crew().crew.called(name))
+    with pytest.raises(CrewTimeoutError):
+        run.wait_for_completion(WaitPolicy(initial=0.1, timeout=0.4))
+    assert "● running" in shown(seen, name)
+    assert "was still running when its running time of 0.4 s was over" in shown(seen, name)
+
+
+def test_progress_is_shown_while_the_run_goes_on(
+    crew_server: CrewServerFactory, seen: Seen, name: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("prefect_crew.runs.wait.SHOW_EVERY", 0.1)
+    run = kicked_off(crew_server(script({"seconds": 0.6}, {"seconds": 60})).crew().crew.called(name))
+    with pytest.raises(CrewTimeoutError):
+        run.wait_for_completion(WaitPolicy(initial=0.1, timeout=3))
+    assert "| Current task | task\\_2 |" in shown(seen, name)
+
+
+def test_each_run_has_its_own_under_the_key_of_its_crew(crew_server: CrewServerFactory, seen: Seen, name: str):
+    crew = crew_server("echo").crew().crew.called(name)
+
+    @flow
+    async def trips() -> list[str]:
+        return [(await arun_crew(crew, {"text": text})).kickoff_id for text in "ab"]
+
+    ids = asyncio.run(trips())
+    made = seen.artifacts(artifact_key(name))
+    assert [one["description"] for one in made] == [f"Run {id_} of crew {name}" for id_ in ids]
+
+
+@pytest.mark.parametrize("owner", ["flow", "script"])
+def test_whoever_finds_a_run_again_updates_its_artifact(
+    crew_server: CrewServerFactory, seen: Seen, name: str, owner: str
+):
+    crew = crew_server(slow(1.0)).crew().crew.called(name)
+
+    @flow
+    async def first() -> None:
+        await kickoff_crew(crew, run_key=name)
+
+    @flow
+    async def second() -> str:
+        return (await arun_crew(crew, run_key=name)).output
+
+    if owner == "flow":
+        asyncio.run(first())
+    else:
+        kicked_off(crew, run_key=name)
+    assert "○ pending" in shown(seen, name)
+    assert asyncio.run(second()) == "done"
+    assert "✓ completed" in shown(seen, name)
+
+
+def test_one_that_was_cleaned_away_is_made_again(crew_server: CrewServerFactory, seen: Seen, name: str):
+    run = kicked_off(crew_server("echo").crew().crew.called(name), {"text": "a"})
+    (artifact,) = seen.artifacts(artifact_key(name))
+    seen._client.delete(f"/artifacts/{artifact['id']}").raise_for_status()
+    run.wait_for_completion()
+    assert "✓ completed" in shown(seen, name)
+
+
+def test_an_older_one_is_found_behind_many(seen: Seen, name: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(run_module, "PAGE", 2)
+    key = artifact_key(name)
+
+    async def put(description: str, data: str) -> None:
+        assert await MarkdownArtifact(key, description).put(data) is None
+
+    for number in range(5):
+        asyncio.run(put(f"number {number}", "old"))
+    asyncio.run(put("number 1", "new"))
+    assert [one["data"] for one in seen.artifacts(key)] == ["old", "new", "old", "old", "old"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "there", "not_there"),
+    [
+        ({"show": "full"}, ["Lisbon", "by tram", "hunter22"], []),
+        ({"show": "full", "secret_inputs": ["password"]}, ["Lisbon", "by tram"], ["hunter22"]),
+        ({"show": "summary"}, ["characters", "task\\_1"], ["Lisbon", "by tram", "hunter22"]),
+        ({"show": "none"}, ["completed"], ["Lisbon", "by tram", "hunter22", "characters", "task"]),
+    ],
+    ids=["full", "secret", "summary", "none"],
+)
+def test_show_and_secret_inputs_decide_what_is_seen(
+    crew_server: CrewServerFactory,
+    seen: Seen,
+    name: str,
+    fields: dict[str, Any],
+    there: list[str],
+    not_there: list[str],
+):
+    server = crew_server(script({"output": "{{ city }} by tram with {{ password }}"}, inputs=["city", "password"]))
+    result = asyncio.run(arun_crew(server.crew(**fields).crew.called(name), {"city": "Lisbon", "password": "hunter22"}))
+    assert result.output == "Lisbon by tram with hunter22"
+    assert all(part in shown(seen, name) for part in there)
+    assert not any(part in shown(seen, name) for part in not_there)
+    ((_, record),) = [(one["name"], one["value"]) for one in seen.variables() if one["value"].get("crew") == name]
+    assert ("result" in record) is (fields == {"show": "full"})
+
+
+# Trouble
+
+
+@pytest.mark.parametrize("by", ["server", "client"])
+def test_a_prefect_api_that_refuses_artifacts_fails_nothing(
+    crew_server: CrewServerFactory, seen: Seen, proxy: Proxy, by: str, monkeypatch: pytest.MonkeyPatch
+):
+    if by == "server":
+        proxy.refuse = "/artifacts"
+    else:
+        monkeypatch.setattr(run_module, "artifact_key", str.upper)
+    crew, ids = crew_server("echo").crew(), list[Any]()
+
+    @flow
+    async def trip() -> str:
+        ids.append(flow_run.id)
+        return (await arun_crew(crew, {"text": "a"})).output
+
+    assert asyncio.run(trip()) == "a"
+    assert seen.logs(ids[0]).count("has no artifact") == 1
+    assert seen.logs(ids[0]).count("could not be updated") <= 1, "a run that is over soon is shown once"
+
+
+def test_an_api_that_is_away_costs_a_little_time_and_is_told(proxy: Proxy, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(run_module, "PATIENCE", 1.0)
+    monkeypatch.setattr(run_module, "SHOW_FOR", 60.0)
+    artifact = MarkdownArtifact("crew-away", "a run")
+
+    async def put() -> list[str | None]:
+        first = await artifact.put("before")
+        proxy.cut()
+        return [first, await artifact.put("after")]
+
+    began = time.monotonic()
+    assert asyncio.run(put()) == [None, "the Prefect API did not take it in 1 s"]
+    assert time.monotonic() - began < 20
+
+
+def test_a_description_is_no_markup_whatever_the_id():
+    artifact = RunArtifact("travel", "<img src=http://evil.test> ![x](http://evil.test)\n# big", flow_run_id=None)
+    description = artifact._artifact.description
+    assert "\n" not in description
+    tokens = MarkdownIt("commonmark").parse(description)
+    assert {child.type for token in tokens for child in token.children or []} <= {"text", "text_special"}
+    assert RunArtifact("travel", "5f0c-1", flow_run_id=None)._artifact.description == "Run 5f0c-1 of crew travel"

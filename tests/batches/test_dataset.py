@@ -1,0 +1,392 @@
+"""Data sets of every kind, and what is said of those that cannot be read: the file and the line."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import importlib.util
+import io
+import json
+import lzma
+import tracemalloc
+import zipfile
+from datetime import date
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+
+from prefect_crew import ConfigurationError
+from prefect_crew.batches import dataset as dataset_module
+from prefect_crew.batches.dataset import Dataset, Row, open_dataset, shown_address
+from prefect_crew.client.inputs import encode_inputs
+from prefect_crew.exceptions import DatasetError
+
+CSV = 'topic,place\ntea,"Lisbon, ""old"" town"\ncoffee,São Paulo\n'
+ROWS = [{"topic": "tea", "place": 'Lisbon, "old" town'}, {"topic": "coffee", "place": "São Paulo"}]
+
+
+def values(dataset: Dataset) -> list[dict[str, Any]]:
+    return [dict(row.values) for row in dataset]
+
+
+def jsonl(rows: list[Any]) -> str:
+    return "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows)
+
+
+FORMATS = {
+    "rows.csv": CSV,
+    "rows.tsv": 'topic\tplace\ntea\t"Lisbon, ""old"" town"\ncoffee\tSão Paulo\n',
+    "rows.jsonl": jsonl(ROWS),
+    "rows.ndjson": f"\n{jsonl(ROWS)}\n\n",
+    "rows.json": json.dumps(ROWS, ensure_ascii=False, indent=2),
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_each_text_format_gives_the_same_rows_again_and_again(tmp_path: Path, name: str):
+    path = tmp_path / name
+    path.write_text(FORMATS[name], encoding="utf-8")
+    dataset = open_dataset(path)
+    assert values(dataset) == ROWS
+    assert values(dataset) == ROWS
+    assert values(open_dataset(f"file://{path}")) == ROWS
+
+
+COMPRESSORS = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
+
+
+@pytest.mark.parametrize("ending", [*COMPRESSORS, ".zip"])
+def test_a_compressed_file_is_known_by_its_ending(tmp_path: Path, ending: str):
+    path = tmp_path / f"rows.csv{ending}"
+    if ending == ".zip":
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("rows.csv", CSV)
+    else:
+        path.write_bytes(COMPRESSORS[ending](CSV.encode()))
+    assert values(open_dataset(path)) == ROWS
+
+
+def test_parquet(tmp_path: Path):
+    polars = pytest.importorskip("polars", reason="needs the extra `data`")
+    rows = [{"topic": f"topic {number}", "day": date(2026, 1, 1), "count": number} for number in range(12_000)]
+    polars.DataFrame(rows).write_parquet(tmp_path / "rows.parquet")
+    assert values(open_dataset(tmp_path / "rows.parquet")) == rows
+
+
+@pytest.mark.parametrize("kind", ["DataFrame", "LazyFrame"])
+def test_polars(kind: str):
+    polars = pytest.importorskip("polars", reason="needs the extra `data`")
+    frame = polars.DataFrame({"topic": ["tea", None], "count": [1, 2]})
+    dataset = open_dataset(frame.lazy() if kind == "LazyFrame" else frame)
+    assert values(dataset) == values(dataset) == [{"topic": "tea", "count": 1}, {"topic": None, "count": 2}]
+
+
+def test_pandas_and_its_empty_cells():
+    pandas = pytest.importorskip("pandas", reason="needs pandas")
+    frame = pandas.DataFrame({"topic": ["tea", None], "count": [1, float("nan")]})
+    assert values(open_dataset(frame)) == [{"topic": "tea", "count": 1}, {"topic": None, "count": None}]
+    assert values(open_dataset(frame.iloc[:0])) == []
+    with pytest.raises(DatasetError, match="'topic' are there twice"):
+        values(open_dataset(pandas.concat([frame, frame], axis="columns")))
+
+
+def test_what_pandas_has_in_its_cells_can_be_sent():
+    pandas, numpy = (pytest.importorskip(name, reason=f"needs {name}") for name in ("pandas", "numpy"))
+    days = pandas.to_datetime(["2026-01-01", None])
+    frame = pandas.DataFrame(
+        {
+            "count": pandas.array([1, None], dtype="Int64"),
+            "day": days,
+            "kind": pandas.Categorical(["a", None]),
+            "list": [numpy.array(["a", "b"], dtype=object), numpy.array([1.5, 2])],
+            "nested": [{"yes": numpy.bool_(True), "number": numpy.int64(1)}, None],
+            7: [True, False],
+        }
+    )
+    assert [encode_inputs(row) for row in values(open_dataset(frame))] == [
+        {
+            "count": "1",
+            "day": "2026-01-01T00:00:00",
+            "kind": "a",
+            "list": '["a","b"]',
+            "nested": '{"yes":true,"number":1}',
+            "7": "true",
+        },
+        {"list": "[1.5,2.0]", "7": "false"},
+    ]
+    with pytest.raises(ConfigurationError, match=r"'days' holds a value of type DatetimeIndex, which cannot be sent"):
+        encode_inputs({"days": days})
+
+
+def test_arrow():
+    pyarrow = pytest.importorskip("pyarrow", reason="needs pyarrow")
+    table = pyarrow.table({"topic": ["tea", None], "count": [1, 2]})
+    expected = [{"topic": "tea", "count": 1}, {"topic": None, "count": 2}]
+    assert values(open_dataset(table)) == expected
+    assert values(open_dataset(table.to_batches()[0])) == expected
+    doubled = pyarrow.Table.from_arrays([[1], [2]], names=["topic", "topic"])
+    with pytest.raises(DatasetError, match="'topic' are there twice"):
+        values(open_dataset(doubled))
+
+
+def test_an_iterator_is_kept_for_the_second_reading_with_its_values_as_they_are():
+    rows = [{"price": Decimal("1.10"), "day": date(2026, 1, 1), "tags": ("a", "b")}, {"price": None}]
+    dataset = open_dataset(iter(rows))
+    assert values(dataset) == values(dataset) == rows
+    # Two readers at once do not disturb each other.
+    one, two = iter(dataset), iter(dataset)
+    assert [next(one), next(two), next(two), next(one)] == [Row(1, rows[0])] * 2 + [Row(2, rows[1])] * 2
+
+
+def test_an_iterator_with_what_cannot_be_kept_says_the_row():
+    with pytest.raises(DatasetError, match=r"line 2.*cannot be kept for a second reading.*Give a list"):
+        open_dataset(iter([{"a": 1}, {"a": lambda: 1}]))
+
+
+def test_lines_are_those_of_the_file(tmp_path: Path):
+    (tmp_path / "rows.csv").write_text('topic,text\ntea,"two\nlines"\n\ncoffee,one\n')
+    assert [row.line for row in open_dataset(tmp_path / "rows.csv")] == [2, 5]
+    (tmp_path / "rows.json").write_text('[\n{"a": 1},\n\n{"a":\n2}, {"a": 3}\n]')
+    assert [row.line for row in open_dataset(tmp_path / "rows.json")] == [2, 4, 5]
+
+
+def test_encodings_are_named_and_a_byte_order_mark_is_no_text(tmp_path: Path):
+    path = tmp_path / "rows.csv"
+    path.write_bytes(CSV.encode("utf-8-sig"))
+    assert values(open_dataset(path)) == ROWS
+    for encoding in ("latin-1", "utf-16", "utf-32-le"):
+        path.write_bytes(CSV.encode(encoding))
+        assert values(open_dataset(path, encoding=encoding)) == ROWS
+
+
+def test_a_file_of_one_json_object_is_one_row(tmp_path: Path):
+    (tmp_path / "row.json").write_text(' {"topic": "tea"} ')
+    assert values(open_dataset(tmp_path / "row.json")) == [{"topic": "tea"}]
+
+
+def test_fields_may_be_huge(tmp_path: Path):
+    document = "word " * 600_000
+    (tmp_path / "rows.csv").write_text(f'topic,text\ntea,"{document}"\n')
+    assert values(open_dataset(tmp_path / "rows.csv"))[0]["text"] == document
+    (tmp_path / "rows.json").write_text(json.dumps([{"text": document}, {"text": "short"}]))
+    assert [row["text"] for row in values(open_dataset(tmp_path / "rows.json"))] == [document, "short"]
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 64])
+def test_an_array_may_be_cut_anywhere_by_the_reading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int):
+    rows = [{"text": 'a "quoted" \\ \n ü 🙂', "deep": [{"x": None, "y": [True, -1.5e-7]}], "n": n} for n in range(20)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows, indent=1, ensure_ascii=False))
+    monkeypatch.setattr(dataset_module, "CHUNK", chunk)
+    assert values(open_dataset(tmp_path / "rows.json")) == rows
+
+
+def test_files_are_read_in_bounded_memory(tmp_path: Path):
+    row = {"topic": "tea", "text": "x" * 1000}
+    with (tmp_path / "rows.json").open("w") as file:
+        file.write("[" + ",\n".join([json.dumps(row)] * 30_000) + "]")
+    with (tmp_path / "rows.csv").open("w") as file:
+        file.write("topic,text\n" + f"tea,{'x' * 1000}\n" * 30_000)
+    for name in ("rows.json", "rows.csv"):
+        tracemalloc.start()
+        assert sum(1 for _ in open_dataset(tmp_path / name)) == 30_000
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 12e6, name
+
+
+def test_any_fsspec_address(tmp_path: Path):
+    with fsspec.open("memory://batches/rows.csv.gz", "wb", compression="gzip") as file:
+        file.write(CSV.encode())
+    assert values(open_dataset("memory://batches/rows.csv.gz")) == ROWS
+    with zipfile.ZipFile(tmp_path / "many.zip", "w") as archive:
+        archive.writestr("inner/rows.jsonl", jsonl(ROWS))
+    assert values(open_dataset(f"zip://inner/rows.jsonl::{tmp_path / 'many.zip'}")) == ROWS
+
+
+def test_what_lies_elsewhere_is_fetched_once(httpserver: Any):
+    url = httpserver({"/rows.csv.gz": gzip.compress(CSV.encode())})
+    dataset = open_dataset(f"{url}/rows.csv.gz?signature=secret")
+    assert values(dataset) == values(dataset) == ROWS
+    assert httpserver.requests == ["/rows.csv.gz?signature=secret"]
+    assert "secret" not in dataset.name
+    with pytest.raises(DatasetError, match=r"none\.csv: cannot be fetched: HTTP 404"):
+        values(open_dataset(f"{url}/none.csv"))
+
+
+def test_parquet_from_elsewhere(httpserver: Any):
+    polars = pytest.importorskip("polars", reason="needs the extra `data`")
+    content = io.BytesIO()
+    polars.DataFrame(ROWS).write_parquet(content)
+    url = httpserver({"/rows.parquet": content.getvalue()})
+    assert values(open_dataset(f"{url}/rows.parquet")) == ROWS
+
+
+@pytest.mark.parametrize(
+    ("address", "shown"),
+    [
+        pytest.param("leads.csv", "leads.csv", id="a path"),
+        pytest.param("https://me:key@host/a.csv?token=x#y", "https://host/a.csv", id="user, password and query"),
+        pytest.param("s3://bucket/a.csv", "s3://bucket/a.csv", id="a bucket"),
+    ],
+)
+def test_an_address_is_shown_without_what_is_secret(address: str, shown: str):
+    assert shown_address(address) == shown
+
+
+WRONG: dict[str, tuple[str, bytes, str]] = {
+    "empty csv": ("x.csv", b"", "is empty: it has no header"),
+    "only blank lines": ("x.csv", b"\n", "is empty"),
+    "doubled column": ("x.csv", b"a,b,a\n1,2,3\n", r"line 1: the columns 'a' are there twice"),
+    "too few fields": ("x.csv", b"a,b\n1,2\n3\n", r"line 3: has 1 fields, the header has 2"),
+    "too many fields": ("x.csv", b"a,b\n1,2,3\n", r"line 2: has 3 fields"),
+    "ragged after a long row": ("x.csv", b'a,b\n1,"x\ny"\n3\n', r"line 4: has 1 fields"),
+    "open quote": ("x.csv", b'a,b\n1,2\n3,"x\n4,5\n', r"line 3: is no CSV: a quote that opens in this row"),
+    "text after a quote": ("x.csv", b'a,b\n1,"x"y\n', r"line 2: is no CSV"),
+    "other encoding": ("x.csv", "a,b\n1,2\nü,3\n".encode("latin-1"), r"line 3: the bytes fc are not utf-8"),
+    "encoding in mid-line": ("x.jsonl", b'{"a": 1}\n{"a": "x\xff"}\n', r"line 2: the bytes ff are not utf-8"),
+    "no json": ("x.jsonl", b'{"a": 1}\n{"a": \n', r"line 2: is no JSON"),
+    "no object": ("x.jsonl", b'{"a": 1}\n[1]\n', r"line 2: holds a list, not an object"),
+    "a name twice": ("x.jsonl", b'{"a": 1, "a": 2}\n', r"line 1: is no JSON: the name 'a' is twice"),
+    "empty json": ("x.json", b" \n ", r"line 2: is empty"),
+    "a number": ("x.json", b"7", "is no JSON array of objects"),
+    "array of numbers": ("x.json", b"[\n{},\n1]", r"line 3: holds a int, not an object"),
+    "cut off": ("x.json", b'[{"a": 1},\n', r"line 2: "),
+    "cut off in a text": ("x.json", b'[{"a": 1},\n{"a": "x', r"line 2: is no JSON: Unterminated string"),
+    "a comma at the end": ("x.json", b'[{"a": 1},]', "a comma before the end"),
+    "no comma": ("x.json", b'[{"a": 1} {"a": 2}]', "expected ',' or ']'"),
+    "something behind": ("x.json", b'[{"a": 1}] x', "has something after its end"),
+    "json lines": ("x.json", b'{"a": 1}\n{"a": 2}', r"line 2: .*Is it JSON Lines\?"),
+    "wrong in the middle": ("x.json", b'[{"a": 1},\n{"a": tru}, ' + b'{"a": 1},' * 99 + b"{}]", r"line 2: is no JSON"),
+    "no gzip": ("x.csv.gz", b"a,b\n1,2\n", "cannot be read: BadGzipFile"),
+    "half a gzip": ("x.csv.gz", gzip.compress(CSV.encode() * 99)[:60], "cannot be read: EOFError"),
+    "half an xz": ("x.csv.xz", lzma.compress(CSV.encode() * 99)[:60], "cannot be read: EOFError"),
+    "no zip": ("x.csv.zip", b"a,b", "cannot be read: BadZipFile"),
+    "no bzip": ("x.csv.bz2", b"a,b\n1,2", "cannot be read: OSError"),
+    "no xz": ("x.csv.xz", b"a,b\n1,2", "cannot be read: LZMAError"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_what_is_wrong_is_said_with_file_and_line(tmp_path: Path, what: str):
+    name, content, message = WRONG[what]
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(DatasetError, match=message) as caught:
+        values(open_dataset(path))
+    assert str(caught.value).startswith(str(path))
+    assert str(caught.value).endswith("Nothing of this data set was started.")
+
+
+def test_no_parquet_is_said(tmp_path: Path):
+    pytest.importorskip("polars", reason="needs the extra `data`")
+    (tmp_path / "x.parquet").write_bytes(b"PAR1 and nothing else")
+    with pytest.raises(DatasetError, match="is no Parquet file"):
+        values(open_dataset(tmp_path / "x.parquet"))
+
+
+def test_one_row_that_has_no_end_does_not_fill_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(dataset_module, "ROW_LIMIT", 10_000)
+    monkeypatch.setattr(dataset_module, "CHUNK", 1_000)
+    (tmp_path / "x.csv").write_text('a,b\n1,2\n3,"' + "x\n" * 20_000)
+    (tmp_path / "x.json").write_text('[{"a": 1},\n{"a": "' + "x" * 40_000)
+    (tmp_path / "x.jsonl").write_text('{"a": 1}\n{"a": "' + "x" * 40_000)
+    for name, line in (("x.csv", 3), ("x.json", 2), ("x.jsonl", 2)):
+        with pytest.raises(DatasetError, match=r"has a row of more than .* quote") as caught:
+            values(open_dataset(tmp_path / name))
+        assert caught.value.line == line
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        pytest.param("rows.xlsx", "the ending '.xlsx' tells no format", id="unknown ending"),
+        pytest.param("rows", "the ending '' tells no format", id="no ending"),
+        pytest.param({"a": 1}, "A dict is no data set", id="one mapping"),
+        pytest.param(7, "A int is no data set", id="a number"),
+        pytest.param(b"a,b", "A bytes is no data set", id="bytes"),
+    ],
+)
+def test_what_is_no_data_set_is_refused_at_once(source: Any, message: str):
+    with pytest.raises(DatasetError, match=message):
+        open_dataset(source)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        pytest.param("none/rows.csv", "cannot be opened: No such file", id="no file"),
+        pytest.param("none/rows.parquet", "cannot be opened: (there is no such|No such) file", id="no parquet"),
+        pytest.param("nonsense://x/rows.csv", "cannot be read: ValueError: Protocol not known", id="no such protocol"),
+        pytest.param("http://127.0.0.1:9/rows.csv", "cannot be fetched", id="nobody there"),
+        pytest.param(["a", "b"], "line 1: holds a str, not an object", id="a list of texts"),
+    ],
+)
+def test_what_cannot_be_read_is_said(source: Any, message: str):
+    if str(source).endswith("parquet"):
+        pytest.importorskip("polars", reason="needs the extra `data`")
+    with pytest.raises(DatasetError, match=message):
+        values(open_dataset(source))
+
+
+def test_a_folder_and_an_unknown_encoding_are_said(tmp_path: Path):
+    (tmp_path / "rows.csv").mkdir()
+    with pytest.raises(DatasetError, match="cannot be opened"):
+        values(open_dataset(tmp_path / "rows.csv"))
+    (tmp_path / "x.csv").write_text(CSV)
+    with pytest.raises(DatasetError, match="there is no encoding 'klingon'"):
+        values(open_dataset(tmp_path / "x.csv", encoding="klingon"))
+
+
+def test_the_format_may_be_given(tmp_path: Path):
+    (tmp_path / "rows.txt").write_text(CSV)
+    assert values(open_dataset(tmp_path / "rows.txt", format="csv")) == ROWS
+
+
+def test_a_file_that_changes_between_two_readings_is_refused(tmp_path: Path):
+    path = tmp_path / "rows.csv"
+    path.write_text(CSV)
+    dataset = open_dataset(path)
+    values(dataset)
+    path.write_text(CSV + "late,row\n")
+    with pytest.raises(DatasetError, match="has changed while it was read"):
+        values(dataset)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("zstandard") is not None, reason="zstandard is here")
+def test_a_compression_that_needs_a_package_names_it(tmp_path: Path):
+    (tmp_path / "rows.csv.zst").write_bytes(b"(\xb5/\xfd")
+    with pytest.raises(DatasetError, match="pip install zstandard"):
+        values(open_dataset(tmp_path / "rows.csv.zst"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "faults"),
+    [
+        pytest.param(
+            "x.csv",
+            'a,b\n1,2\n3\n4,5,6\n7,"x"y\n8,9\n',
+            [None, "has 1 fields, the header has 2", "has 3 fields, the header has 2", "is no CSV: ", None],
+            id="csv",
+        ),
+        pytest.param(
+            "x.jsonl", '{"a": 1}\n{"a": \n[1]\n{"a": 2}\n', [None, "is no JSON", "holds a list", None], id="jsonl"
+        ),
+        pytest.param("x.json", '[{"a": 1}, 7, {"a": 2}]', [None, "holds a int", None], id="json"),
+    ],
+)
+def test_a_line_that_is_no_row_is_a_fault_of_its_own(tmp_path: Path, name: str, content: str, faults: list[str | None]):
+    path = tmp_path / name
+    path.write_text(content)
+    rows = list(open_dataset(tmp_path / name).rows())
+    assert [row.fault if row.fault is None else row.fault[:10] for row in rows] == [
+        fault if fault is None else fault[:10] for fault in faults
+    ]
+
+
+def test_an_iterator_of_what_is_no_row_is_kept_with_its_fault():
+    dataset = open_dataset(iter([{"a": 1}, ["x"]]))
+    assert [row.fault for row in dataset.rows()] == [None, "holds a list, not an object with inputs"]
+    assert [row.raw for row in dataset.rows()] == [None, ["x"]]

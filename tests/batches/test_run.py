@@ -1,0 +1,546 @@
+"""`run_batch` on a real Prefect server and a real crew server: rows in, lines out, and a second call that goes on."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+import uuid
+from pathlib import Path
+from typing import Any, cast
+
+import fsspec
+import pytest
+from prefect import flow
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
+from prefect.context import FlowRunContext
+from pydantic import BaseModel
+
+from prefect_crew import BatchFailedError, arun_batch, plan_batch, run_batch
+from prefect_crew.batches.ledger import Ledger
+from prefect_crew.batches.stored import known_batch
+from prefect_crew.exceptions import (
+    AuthenticationError,
+    BadRowsError,
+    BatchBusyError,
+    BatchChangedError,
+    ConfigurationError,
+    CrewConnectionError,
+    DatasetError,
+    LedgerMissingError,
+    OutputError,
+)
+from prefect_crew.testing import CrewServerFactory
+from support.batches import Batches
+from support.scripts import script, slow
+
+ECHO = script({"output": "on {{ topic }}"}, inputs=["topic"], usage={"total_tokens": 5})
+PICKY = script({"output": "on {{ topic }}", "fail": "{{ 'no ' + topic if 'bad' in topic }}"}, inputs=["topic"])
+
+
+def topics(count: int, **more: Any) -> list[dict[str, Any]]:
+    return [{"topic": f"topic {number}", **more} for number in range(count)]
+
+
+# Rows in, lines out
+
+
+async def test_a_row_is_a_run_and_a_line(batch: Batches, crew_server: CrewServerFactory):
+    server = crew_server(ECHO, dialect="union")
+    report = await batch(server.crew(price=0.5), topics(30))
+    assert (report.total, report.completed, report.failed, report.uncertain, report.skipped) == (30, 30, 0, 0, 0)
+    assert report.ok
+    assert (report.kickoffs, report.cost, report.stopped) == (30, 15.0, None)
+    assert report.usage is not None
+    assert report.usage.total_tokens == 150
+    assert server.kickoffs == 30
+    assert set(server.kickoffs_by_run_key.values()) == {1}
+    lines = batch.lines()
+    assert sorted(line["output"] for line in lines.values()) == sorted(f"on topic {number}" for number in range(30))
+    assert {line["state"] for line in lines.values()} == {"completed"}
+    assert str(report).startswith(f"Batch {report.name}: 30 of 30 rows completed in ")
+
+
+async def test_a_second_call_buys_nothing_and_says_the_same(batch: Batches, crew_server: CrewServerFactory):
+    server = crew_server(PICKY)
+    rows = [*topics(20), {"topic": "bad one"}]
+    first = await batch(server.crew(price=2), rows, name="leads")
+    before = batch.output.read_bytes()
+    requests = dict(server.requests)
+    for _ in range(2):
+        again = await batch(server.crew(price=2), rows, name="leads")
+        assert (again.completed, again.failed, again.kickoffs, again.cost) == (20, 1, 0, first.cost)
+    assert batch.output.read_bytes() == before
+    assert {**server.requests, "inputs": 0} == {**requests, "inputs": 0}
+
+
+async def test_more_rows_under_the_same_name_ask_for_a_decision(batch: Batches, crew_server: CrewServerFactory):
+    server = crew_server(ECHO)
+    await batch(server.crew(), topics(5), name="growing")
+    with pytest.raises(BatchChangedError, match=r"5 rows, not these 6.*on_change='continue'"):
+        await batch(server.crew(), topics(6), name="growing")
+    assert server.kickoffs == 5
+    report = await batch(server.crew(), topics(6), name="growing", on_change="continue")
+    assert (report.completed, report.kickoffs, server.kickoffs) == (6, 1, 6)
+    assert len(batch.lines()) == 6
+
+
+async def test_another_crew_under_the_same_name_asks_too(batch: Batches, crew_server: CrewServerFactory):
+    one, two = crew_server(ECHO), crew_server(ECHO)
+    await batch(one.crew(), topics(3), name="moved")
+    with pytest.raises(BatchChangedError, match=f"crew {one.url}, not {two.url}"):
+        await batch(two.crew(), topics(3), name="moved")
+    report = await batch(two.crew(), topics(4), name="moved", on_change="continue")
+    assert (report.completed, two.kickoffs) == (4, 1)
+
+
+async def test_a_key_with_other_inputs_than_before_is_not_bought_again(batch: Batches, crew_server: CrewServerFactory):
+    server = crew_server(ECHO)
+    await batch(server.crew(), [{"id": 1, "topic": "tea"}], name="keyed", key="id")
+    rows = [{"id": 1, "topic": "coffee"}, {"id": 2, "topic": "milk"}]
+    report = await batch(server.crew(), rows, name="keyed", key="id", on_change="continue")
+    assert (report.completed, report.failed, server.kickoffs) == (1, 1, 2)
+    # What was paid for stays in the output, with the inputs that it was run with.
+    assert {key: line["inputs"] for key, line in batch.lines().items()} == {
+        "1": {"topic": "tea"},
+        "2": {"topic": "milk"},
+    }
+
+
+async def test_the_ledger_of_another_machine_is_missed(batch: Batches, crew_server: CrewServerFactory, tmp_path: Path):
+    server = crew_server(ECHO)
+    await batch(server.crew(), topics(3), name="here")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    with pytest.raises(
+        LedgerMissingError, match=r"kept in another ledger, .*out\.jsonl\.ledger\.db.*nothing was start"
+    ):
+        await batch(server.crew(), topics(3), name="here", output=str(elsewhere / "out.jsonl"))
+    assert server.kickoffs == 3
+    report = await batch(
+        server.crew(),
+        topics(3),
+        name="here",
+        output=str(elsewhere / "b.jsonl"),
+        ledger=str(batch.output) + ".ledger.db",
+    )
+    assert (report.completed, server.kickoffs) == (3, 3)
+    assert len(batch.lines(elsewhere / "b.jsonl")) == 3
+
+
+async def test_an_output_of_another_batch_is_left_as_it_is(batch: Batches, crew_server: CrewServerFactory):
+    server = crew_server(ECHO)
+    await batch(server.crew(), topics(3), name="first")
+    before = batch.output.read_bytes()
+    with pytest.raises(OutputError, match=r"is there already, and this batch has not begun"):
+        await batch(server.crew(), topics(3), name="second")
+    assert (server.kickoffs, batch.output.read_bytes()) == (3, before)
+
+
+@pytest.mark.parametrize("place", ["out.jsonl", "out.jsonl.gz", "out.parquet", "memory://lost/out.jsonl"])
+async def test_an_output_that_is_gone_is_written_again(batch: Batches, crew_server: CrewServerFactory, place: str):
+    server, name = crew_server(ECHO), f"gone {place}"
+    output = place if "://" in place else str(batch.folder / place)
+    files: Any = fsspec
+    ledger = str(batch.folder / "ledger.db")
+    await batch(server.crew(), topics(3), name=name, output=output, ledger=ledger)
+    with files.open(output) as file:
+        before = file.read()
+    filesystem, path = files.core.url_to_fs(output)
+    filesystem.rm(path)
+    report = await batch(server.crew(), topics(3), name=name, output=output, ledger=ledger)
+    assert (report.completed, server.kickoffs) == (3, 3)
+    with files.open(output) as file:
+        after = file.read()
+    if not place.endswith((".gz", ".parquet")):  # where the time of writing is in it
+        assert sorted(after.splitlines()) == sorted(before.splitlines())
+    assert len(after) > 0
+
+
+async def test_outputs_elsewhere_of_one_base_name_are_two(batch: Batches, crew_server: CrewServerFactory):
+    server = crew_server(ECHO)
+    files: Any = fsspec
+    for day in ("2026-01-01", "2026-01-02"):
+        output = f"memory://{day}/out.jsonl"
+        for _ in range(2):
+            report = await batch(
+                server.crew(), topics(2), name=f"leads {day}", output=output, ledger=str(batch.folder / "ledger.db")
+            )
+            assert report.ok
+        with files.open(output) as file:
+            assert len(file.read().splitlines()) == 2
+    assert server.kickoffs == 4
+
+
+async def test_who_comes_second_hears_so_before_it_reads_the_data_set(batch: Batches, crew_server: CrewServerFactory):
+    server = crew_server(ECHO, faults=["status:500"])
+    first = asyncio.ensure_future(batch(server.crew(), topics(5), name="read"))
+    while not server.kickoffs:
+        await asyncio.sleep(0.02)
+
+    class Unread(list[Any]):
+        def __iter__(self) -> Any:
+            raise AssertionError("the data set was read")
+
+    with pytest.raises(BatchBusyError):
+        await batch(server.crew(), Unread(topics(5)), name="read")
+    server.faults.clear()
+    assert (await first).ok
+
+
+async def test_two_calls_at_once_are_one_and_a_refusal(batch: Batches, crew_server: CrewServerFactory):
+    server = crew_server(ECHO, faults=["status:500"])  # the first one goes on until this is mended
+    first = asyncio.ensure_future(batch(server.crew(), topics(5), name="busy"))
+    while not server.kickoffs:
+        await asyncio.sleep(0.02)
+    with pytest.raises(BatchBusyError, match="Batch 'busy' is being run by another process"):
+        await batch(server.crew(), topics(5), name="busy")
+    server.faults.clear()
+    assert (await first).completed == 5
+    assert server.kickoffs == 5
+    assert not list(batch.folder.glob("*.lock"))
+
+
+async def test_it_works_on_a_ledger_in_postgresql(
+    batch: Batches, crew_server: CrewServerFactory, postgres_address: str
+):
+    server = crew_server(script({"output": "nul \0 and \ud83d\ude42"}, inputs=["topic"]))
+    for _ in range(2):
+        report = await batch(server.crew(), topics(20), name="on a server", ledger=postgres_address)
+        assert (report.completed, server.kickoffs) == (20, 20)
+    assert {line["output"] for line in batch.lines().values()} == {"nul \0 and 🙂"}
+
+
+# Data sets, inputs, keys
+
+
+async def test_a_file_of_rows_with_inputs_by_template_and_keys_by_column(
+    batch: Batches, crew_server: CrewServerFactory, tmp_path: Path
+):
+    (tmp_path / "leads.csv").write_text("id,name,city\n7,Ana,Lisbon\n8,Bo,Oslo\n")
+    report = await batch(
+        crew_server(ECHO).crew(), tmp_path / "leads.csv", key="id", inputs={"topic": "{{ name }} of {{ city }}"}
+    )
+    assert report.ok
+    assert {key: line["output"] for key, line in batch.lines().items()} == {
+        "7": "on Ana of Lisbon",
+        "8": "on Bo of Oslo",
+    }
+
+
+async def test_bad_rows_are_told_before_anything_is_bought(batch: Batches, crew_server: CrewServerFactory):
+    server = crew_server(ECHO)
+    rows = [*topics(3), {"topic": ""}, {"topic": None}]
+    with pytest.raises(BadRowsError, match=r"2 rows cannot be run: lines 4 and 5: lacks topic"):
+        await batch(server.crew(), rows, name="bad")
+    assert server.kickoffs == 0
+    assert not batch.output.exists()
+    report = await batch(server.crew(), rows, name="bad", on_bad_row="set-aside")
+    assert (report.total, report.completed, report.set_aside, report.skipped) == (5, 3, 2, 2)
+    assert not report.ok
+
+
+DIRTY = 'id,topic,note\n1,tea,x\n2,,x\n3,milk,x,y,z\n4,rye\n5,cake,"x"y\n6,"bread, white",x\n7,"two\nlines",x\n8,pie\n'
+WRONG = [
+    (3, "lacks topic"),
+    (4, "has 5 fields, the header has 3"),
+    (5, "has 2 fields, the header has 3"),
+    (6, "is no CSV: ',' expected after '\"'"),
+    (10, "has 2 fields, the header has 3"),
+]
+
+
+async def test_one_error_lists_every_line_that_cannot_be_run(
+    batch: Batches, crew_server: CrewServerFactory, tmp_path: Path
+):
+    server = crew_server(ECHO)
+    (tmp_path / "dirty.csv").write_text(DIRTY)
+    with pytest.raises(BadRowsError) as caught:
+        await batch(server.crew(), tmp_path / "dirty.csv", name="dirty", key="id")
+    assert [(row.line, row.reason) for row in caught.value.rows] == WRONG
+    for part in (
+        "5 rows cannot be run: line 3: lacks topic; line 4: has 5",
+        "lines 5 and 10: has 2 fields",
+        "line 6: ",
+    ):
+        assert part in str(caught.value)
+    assert server.kickoffs == 0
+
+
+async def test_what_is_set_aside_is_counted_listed_and_written_out_in_every_later_report(
+    batch: Batches, crew_server: CrewServerFactory, tmp_path: Path
+):
+    server, name = crew_server(ECHO), "set aside"
+    (tmp_path / "dirty.csv").write_text(DIRTY)
+    rejected = Path(f"{batch.output}.rejected.jsonl")
+    for _ in range(2):
+        report = await batch(server.crew(), tmp_path / "dirty.csv", name=name, key="id", on_bad_row="set-aside")
+        assert (report.total, report.completed, report.set_aside, report.skipped, report.ok) == (8, 3, 5, 5, False)
+        assert [(row.line, row.reason) for row in report.set_aside_rows] == WRONG
+        assert "3 of 8 rows completed, 5 set aside in " in str(report)
+        assert str(report).endswith(f"Set aside: {rejected}")
+        written = [json.loads(line) for line in rejected.read_text().splitlines()]
+        assert [(line["line"], line["reason"]) for line in written] == WRONG
+        assert [line["row"] for line in written[:3]] == [
+            {"id": "2", "topic": "", "note": "x"},
+            ["3", "milk", "x", "y", "z"],
+            ["4", "rye"],
+        ]
+    assert server.kickoffs == 3
+    async with known_batch(name) as known:
+        found = await known.standing()
+    assert (found.total, found.completed, found.set_aside, found.left) == (8, 3, 5, 0)
+    assert [(row.line, row.reason) for row in found.set_aside_rows] == WRONG
+    assert found.set_aside_output == str(rejected)
+    # Once the file is mended nothing is left of it.
+    (tmp_path / "dirty.csv").write_text("id,topic,note\n1,tea,x\n")
+    report = await batch(server.crew(), tmp_path / "dirty.csv", name=name, key="id", on_change="continue")
+    assert (report.total, report.set_aside, report.ok, rejected.exists()) == (1, 0, True, False)
+    async with known_batch(name) as known:
+        assert (await known.standing()).set_aside == 0
+
+
+async def test_rows_of_a_file_elsewhere_are_set_aside_beside_its_output(batch: Batches, crew_server: CrewServerFactory):
+    output, files = "memory://aside/out.jsonl", cast("Any", fsspec)
+    rows = [{"topic": "tea"}, "milk", {"topic": ""}]
+    report = await batch(
+        *(crew_server(ECHO).crew(), rows),
+        output=output,
+        ledger=str(batch.folder / "ledger.db"),
+        on_bad_row="set-aside",
+    )
+    assert (report.completed, report.set_aside, report.set_aside_output) == (1, 2, f"{output}.rejected.jsonl")
+    with files.open(f"{output}.rejected.jsonl") as file:
+        written = [json.loads(line) for line in file.read().splitlines()]
+    assert [line["row"] for line in written] == ["milk", {"topic": ""}]
+
+
+async def test_no_secret_is_written_out_with_a_row_that_was_set_aside(
+    batch: Batches, crew_server: CrewServerFactory, tmp_path: Path
+):
+    server = crew_server(script({"output": "paid"}, inputs=["topic", "iban"]))
+    (tmp_path / "rows.csv").write_text("topic,account\ntea,PT50\n,PT51\nmilk,PT52,x\n")
+    await batch(
+        *(server.crew(secret_inputs=["iban"]), tmp_path / "rows.csv"),
+        inputs={"topic": "topic", "iban": "{{ account }}"},
+        on_bad_row="set-aside",
+    )
+    text = Path(f"{batch.output}.rejected.jsonl").read_text()
+    assert "PT5" not in text
+    assert [json.loads(line)["row"] for line in text.splitlines()] == [{"topic": "", "account": "********"}, None]
+
+
+async def test_where_no_row_can_be_run_nothing_is_set_aside(batch: Batches, crew_server: CrewServerFactory):
+    rows = topics(300)
+    with pytest.raises(BadRowsError) as caught:
+        await batch(crew_server(ECHO).crew(), rows, key="idd", on_bad_row="set-aside")
+    assert str(caught.value) == (
+        "list of rows: 300 rows cannot be run, which are all: lines 1, 2, 3, 4, 5, 6, 7, 8, 9, 10 and 290 more: has no "
+        "column 'idd', which is the key; its columns are topic. Nothing of this data set was started."
+    )
+    assert not batch.output.exists()
+
+
+async def test_equal_rows_are_as_many_runs_unless_they_are_to_be_one(batch: Batches, crew_server: CrewServerFactory):
+    server = crew_server(ECHO)
+    rows = [{"topic": "tea"}] * 3
+    assert (await batch(server.crew(), rows)).completed == 3
+    assert server.kickoffs == 3
+    report = await batch(server.crew(), rows, deduplicate=True, output=str(batch.folder / "two.jsonl"))
+    assert (report.total, report.completed, report.duplicates, server.kickoffs) == (1, 1, 2, 4)
+
+
+async def test_a_crew_without_inputs_gets_all_columns(batch: Batches, crew_server: CrewServerFactory):
+    server = crew_server(script({"output": '{{ inputs["a b"] }}'}), faults=["inputs:404"])
+    await batch(server.crew(), [{"a b": 1}])
+    assert [line["output"] for line in batch.lines().values()] == ["1"]
+
+
+async def test_a_moment_without_inputs_does_not_change_what_a_row_is(batch: Batches, crew_server: CrewServerFactory):
+    server = crew_server(ECHO, faults=["inputs:500@1", "inputs:drop@2"])
+    report = await batch(server.crew(), topics(2, note="no input"))
+    assert report.ok
+    assert all(set(line["inputs"]) == {"topic"} for line in batch.lines().values())
+
+
+async def test_a_server_that_is_away_is_said_before_anything_is_made(batch: Batches, crew_server: CrewServerFactory):
+    server = crew_server(ECHO, port=True)
+    server.stop()
+    with pytest.raises(CrewConnectionError):
+        await batch(server.crew(), topics(2))
+    assert list(batch.folder.glob("out*")) == []
+
+
+async def test_an_empty_data_set_is_an_error(batch: Batches, crew_server: CrewServerFactory):
+    with pytest.raises(DatasetError, match="has no rows"):
+        await batch(crew_server(ECHO).crew(), [])
+
+
+async def test_typed_results_become_columns_and_misfits_have_their_reason(
+    batch: Batches, crew_server: CrewServerFactory
+):
+    class Lead(BaseModel):
+        name: str
+        score: int
+
+    class Loose(BaseModel):
+        name: str
+        score: str
+
+    spec = script(
+        {"output": '{"name": "{{ topic }}", "score": {{ "7" if topic == "topic 0" else \'"high"\' }}}'},
+        inputs=["topic"],
+    )
+    server = crew_server(spec)
+    report = await batch(server.crew(), topics(2), name="typed", output_type=Lead)
+    assert (report.completed, report.failed, dict(report.errors)) == (1, 1, {"OutputTypeError": 1})
+    lines = sorted(batch.lines().values(), key=lambda line: line["state"])
+    assert lines[0]["data"] == {"name": "topic 0", "score": 7}
+    assert (lines[1]["state"], lines[1]["data"]) == ("misfit", None)
+    assert "score" in lines[1]["error"]
+    assert '"high"' in lines[1]["output"], "what the crew wrote is kept"
+    async with Ledger(f"{batch.output}.ledger.db", "typed") as ledger:
+        assert await ledger.counts() == {"completed": 1, "misfit": 1}, "known to whoever asks the ledger alone"
+    # Mending the type costs nothing.
+    report = await batch(server.crew(), topics(2), name="typed", output_type=Loose)
+    assert (report.completed, report.failed, server.kickoffs) == (1, 1, 2)
+    assert {line["state"] for line in batch.lines().values()} == {"completed", "misfit"}
+    async with Ledger(f"{batch.output}.ledger.db", "typed") as ledger:
+        assert await ledger.counts() == {"completed": 1, "misfit": 1}
+
+
+async def test_lines_in_the_order_of_the_input(batch: Batches, crew_server: CrewServerFactory):
+    spec = script({"seconds": "{{ 0.4 if topic in ('topic 0', 'topic 7') else 0 }}", "output": "x"}, inputs=["topic"])
+    server = crew_server(spec)
+    await batch(server.crew(), topics(20), name="sorted", order="input")
+    assert [line["inputs"]["topic"] for line in batch.lines().values()] == [f"topic {number}" for number in range(20)]
+
+
+# Prefect
+
+
+async def test_inside_a_flow_its_tasks_are_chunks_of_that_flow(batch: Batches, crew_server: CrewServerFactory):
+    crew = crew_server(ECHO).crew()
+
+    @flow
+    async def mine(**options: Any) -> str:
+        await batch(crew, topics(25), **options)
+        context = FlowRunContext.get()
+        assert context is not None
+        assert context.flow_run is not None
+        return str(context.flow_run.id)
+
+    for options, names in (
+        ({"chunk_size": 10}, ["rows 1-10", "rows 11-20", "rows 21-25"]),
+        ({"task_per_row": True, "output": str(batch.folder / "b.jsonl")}, [f"row {n}" for n in range(1, 26)]),
+    ):
+        run_id = await mine(**options)
+        # A task run is there under a name of its own before the event arrives that names it.
+        deadline = time.monotonic() + 30
+        while sorted(found := await task_names(run_id, len(names))) != sorted(names) and time.monotonic() < deadline:
+            await asyncio.sleep(0.2)
+        assert sorted(found) == sorted(names)
+
+
+async def task_names(flow_run_id: str, expected: int) -> list[str]:
+    """Return the names of a flow run's tasks, once the server has them."""
+    only = FlowRunFilter(id=FlowRunFilterId(any_=[uuid.UUID(flow_run_id)]))
+    async with get_client() as client:
+        for _ in range(100):
+            runs = await client.read_task_runs(flow_run_filter=only, limit=200)
+            if len(runs) >= expected:
+                break
+            await asyncio.sleep(0.1)
+    return [run.name for run in runs]
+
+
+async def test_a_flow_of_its_own_is_named_after_the_batch_and_stores_no_secret(
+    batch: Batches, crew_server: CrewServerFactory
+):
+    server = crew_server(ECHO)
+    name = f"leads {uuid.uuid4().hex[:6]}"
+    await batch(server.crew(), topics(2), name=name)
+    async with get_client() as client:
+        runs = await client.read_flow_runs(limit=200)
+    [run] = [run for run in runs if run.name == name]
+    assert set(run.parameters) == {"batch", "crew", "dataset", "output"}
+    assert server.token not in json.dumps(run.parameters)
+
+
+async def test_a_scheduled_batch_has_its_name_and_output_from_the_scheduled_time(
+    batch: Batches, crew_server: CrewServerFactory
+):
+    crew = crew_server(ECHO).crew()
+
+    @flow
+    async def nightly() -> Any:
+        context = FlowRunContext.get()
+        assert context is not None
+        assert context.flow_run is not None
+        report = await batch(
+            crew,
+            topics(2),
+            name="leads {{ scheduled_start:%Y-%m-%d %H:%M:%S }}",
+            output=str(batch.folder / "leads-{{ scheduled_start:%Y }}.jsonl"),
+        )
+        return report, context.flow_run.expected_start_time
+
+    report, moment = await nightly()
+    assert report.name == f"leads {moment:%Y-%m-%d %H:%M:%S}"
+    assert report.output.endswith(f"leads-{moment:%Y}.jsonl")
+
+
+def test_sync_code_has_the_same(batch: Batches, crew_server: CrewServerFactory):
+    server = crew_server(ECHO)
+    report = run_batch(server.crew(), topics(3), name="sync", output=str(batch.output))
+    assert report.completed == 3
+    plan = plan_batch(server.crew(), topics(4), name="sync", output=str(batch.output))
+    assert (plan.rows, plan.done) == (4, 3)
+
+
+async def test_sync_functions_refuse_a_running_loop():
+    with pytest.raises(RuntimeError, match="await arun_batch"):
+        run_batch("crew", [], name="x", output="y")
+    with pytest.raises(TypeError, match="unexpected keyword argument 'nmae'"):
+        await arun_batch("crew", [], nmae="x", output="y")  # pyright: ignore
+
+
+# What is refused
+
+
+@pytest.mark.parametrize("name", ["", " ", "x" * 201, "a\nb", "a\0b"], ids=["empty", "blank", "long", "lines", "nul"])
+async def test_names_that_no_ledger_could_keep_are_refused(batch: Batches, crew_server: CrewServerFactory, name: str):
+    with pytest.raises(ConfigurationError, match="printable name of 1 to 200"):
+        await arun_batch(crew_server(ECHO).crew(), topics(1), name=name, output=str(batch.output))
+
+
+async def test_a_wrong_token_costs_no_row_where_the_inputs_tell(batch: Batches, crew_server: CrewServerFactory):
+    server = crew_server(ECHO)
+    with pytest.raises(AuthenticationError):
+        await batch(server.crew(token="wrong"), topics(100))
+    assert server.kickoffs == 0
+
+
+async def test_a_key_that_is_secret_is_refused(batch: Batches, crew_server: CrewServerFactory):
+    server = crew_server(ECHO)
+    with pytest.raises(ConfigurationError, match="'topic' is a secret input"):
+        await batch(server.crew(secret_inputs=["topic"]), topics(2), key="topic")
+
+
+async def test_a_report_can_be_an_error(batch: Batches, crew_server: CrewServerFactory):
+    report = await batch(crew_server(PICKY).crew(), [{"topic": "bad"}, {"topic": "good"}])
+    with pytest.raises(BatchFailedError, match=r"1 of 2 rows completed, 1 failed.*retry_failed=True") as caught:
+        report.raise_for_failures()
+    assert caught.value.report is report
+    assert json.dumps(report.as_dict())
+
+
+async def test_webhooks_without_a_secret_are_said_before_anything_is_bought(
+    batch: Batches, crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch
+):
+    server = crew_server(slow(0))
+    monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_WEBHOOK_URL", "https://hooks.example.com")
+    with pytest.raises(ConfigurationError, match="WEBHOOK_SECRET"):
+        await batch(server.crew(), [{"a": 1}])
+    assert server.kickoffs == 0

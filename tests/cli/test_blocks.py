@@ -1,0 +1,81 @@
+"""`save`, and commands that take the stored block by its name."""
+
+from __future__ import annotations
+
+import uuid
+
+import pytest
+
+from prefect_crew import DeployedCrew
+from prefect_crew.devserver import CrewServer
+from support.commands import TOKEN
+from support.prefect_server import PrefectServer
+
+
+@pytest.fixture
+def name() -> str:
+    return f"crew-{uuid.uuid4()}"
+
+
+def test_a_saved_crew_is_used_by_its_name(here, prefect_api: PrefectServer, crews: CrewServer, name: str):
+    url = f"{crews.url}/greet"
+    saved = here("save", name, "--url", url, "--timeout", "77", "--max-kickoffs", "5", "--secret-input", "who")
+    assert saved.code == 0
+    assert saved.out.endswith(f"prefect-crew run {name} -i who=…\n")
+    block = DeployedCrew.load(name)
+    assert (block.url, block.token.get_secret_value()) == (url, TOKEN)
+    assert (block.wait.timeout, block.max_kickoffs, block.secret_inputs) == (77, 5, ["who"])
+    assert here("inputs", name).out == "Input\tNeeded\nwho\trequired\n"
+    assert here("status", name, "no-such-run").code == 18
+
+
+def test_a_name_is_not_taken_over_by_chance(here, prefect_api: PrefectServer, crews: CrewServer, name: str):
+    here("save", name, "--url", f"{crews.url}/greet")
+    again = here("save", name, "--url", f"{crews.url}/broken")
+    assert again.code == 25
+    assert "--overwrite" in again.err
+    assert here("save", name, "--url", f"{crews.url}/broken", "--overwrite").code == 0
+    assert DeployedCrew.load(name).url.endswith("/broken")
+
+
+def test_a_refused_token_is_not_stored(here, prefect_api: PrefectServer, crews: CrewServer, name: str):
+    url = f"{crews.url}/greet"
+    assert here("save", name, "--url", url).code == 0
+    for line in ((name, "--overwrite"), (f"{name}-new",)):
+        saved = here("save", *line, "--url", url, "--token", "wrong-token")
+        assert saved.code == 17
+        assert "answered 401" in saved.err
+        assert f"The block {line[0]} was not stored" in saved.err
+        assert "wrong-token" not in saved.out + saved.err
+        assert saved.out == ""
+    assert DeployedCrew.load(name).token.get_secret_value() == TOKEN
+    assert here("inputs", f"{name}-new").code == 25
+
+
+def test_a_crew_that_does_not_answer_is_stored(here, prefect_api: PrefectServer, name: str):
+    saved = here("save", name, "--url", "http://127.0.0.1:1")
+    assert saved.code == 0
+    assert "could not be asked for its inputs" in saved.err
+    assert DeployedCrew.load(name).url == "http://127.0.0.1:1"
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        pytest.param(["Not A Name", "--url", "http://127.0.0.1:1"], "not stored", id="name"),
+        pytest.param(["fine", "--url", "http://x.example.com"], "plain text", id="plain-http"),
+        pytest.param(["fine", "--url", "http://127.0.0.1:1", "--max-kickoffs", "0"], "max_kickoffs", id="field"),
+        pytest.param(["fine", "--url", "http://127.0.0.1:1", "--timeout", "-1"], "timeout", id="wait"),
+    ],
+)
+def test_what_cannot_be_stored(here, prefect_api: PrefectServer, line: list[str], said: str):
+    done = here("save", *line)
+    assert done.code == 25
+    assert said in done.err
+    assert TOKEN not in done.err
+
+
+def test_a_block_that_is_not_stored(here, prefect_api: PrefectServer):
+    done = here("inputs", "never-stored")
+    assert done.code == 25
+    assert "prefect-crew save never-stored --url URL" in done.err

@@ -1,0 +1,208 @@
+"""What the doctor finds: at real crew servers with something wrong, and at a real Prefect server."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+
+from prefect_crew.cli.doctor import Finding, Level, check_crew, check_prefect, older
+from prefect_crew.client._client import CrewClient
+from prefect_crew.devserver import CrewServer
+from prefect_crew.records.store import PrefectRecords
+from support.crew_pool import CrewPool
+from support.prefect_server import PrefectServer
+
+
+def findings(url: str, token: str) -> dict[str, Finding]:
+    async def collect() -> dict[str, Finding]:
+        return {finding.subject: finding async for finding in check_crew(CrewClient(url, token, request_timeout=5))}
+
+    return asyncio.run(collect())
+
+
+def problems(found: dict[str, Finding]) -> list[str]:
+    return [subject for subject, finding in found.items() if finding.level is Level.PROBLEM]
+
+
+def test_a_healthy_crew():
+    with CrewServer("travel") as server:
+        found = findings(server.url, server.token)
+        assert server.kickoffs == 0
+    assert {finding.level for finding in found.values()} == {Level.OK}
+    assert list(found) == ["URL", "server", "token", "inputs", "status"]
+    assert "budget, interests, duration, age" in found["inputs"].found
+
+
+def test_what_is_optional_and_an_input_that_is_reserved():
+    named = "name: x\ninputs: [topic, {name: id, required: false}]\ntasks: [{name: t, output: x}]"
+    with CrewServer(named) as server:
+        found = asyncio.run(_all(server.url, server.token))
+    assert [one.found for one in found if one.level is Level.OK and one.subject == "inputs"] == [
+        "the crew takes topic, id (optional)"
+    ]
+    (warning,) = [one for one in found if one.level is Level.WARNING]
+    assert warning.subject == "inputs"
+    assert "id" in warning.found
+    assert "UUID" in warning.mend
+
+
+async def _all(url: str, token: str) -> list[Finding]:
+    return [finding async for finding in check_crew(CrewClient(url, token, request_timeout=5))]
+
+
+def test_a_wrong_token_is_one_problem():
+    with CrewServer("travel") as server:
+        found = findings(server.url, "another-token")
+    assert problems(found) == ["token"]
+    assert "Status tab" in found["token"].mend
+    assert "User Bearer Token" in found["token"].mend
+    assert "another-token" not in str(found)
+
+
+def test_nobody_there():
+    found = findings("http://127.0.0.1:1", "token-1")
+    assert problems(found) == ["server"]
+    assert "online on its page" in found["server"].mend
+
+
+def test_a_server_that_is_no_crew(tmp_path: Path):
+    files = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Files, directory=str(tmp_path)))
+    threading.Thread(target=files.serve_forever).start()
+    try:
+        found = findings(f"http://127.0.0.1:{files.server_port}", "token-1")
+    finally:
+        files.shutdown()
+        files.server_close()
+    assert problems(found) == ["crew"]
+    assert "Status tab" in found["crew"].mend
+
+
+class _Files(SimpleHTTPRequestHandler):
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002
+        """Not on stderr."""
+
+
+def test_https_where_there_is_only_http():
+    with CrewServer("echo") as server:
+        found = findings(server.url.replace("http:", "https:"), server.token)
+    assert problems(found) == ["TLS"]
+    assert "begin with http" in found["TLS"].mend
+
+
+@pytest.mark.parametrize(
+    ("fault", "subject", "level"),
+    [
+        pytest.param("inputs:404", "inputs", Level.WARNING, id="no-inputs"),
+        pytest.param("inputs:500", "inputs", Level.PROBLEM, id="failing-inputs"),
+        pytest.param("inputs:html", "inputs", Level.PROBLEM, id="html-for-inputs"),
+        pytest.param("status:500", "status", Level.PROBLEM, id="failing-status"),
+        pytest.param("status:401", "status", Level.PROBLEM, id="status-refused"),
+    ],
+)
+def test_a_crew_with_something_wrong(fault: str, subject: str, level: Level):
+    with CrewServer("echo", faults=[fault]) as server:
+        found = findings(server.url, server.token)
+    assert found[subject].level is level
+    assert found[subject].mend
+    others = {one.level for name, one in found.items() if name not in (subject, "token")}
+    assert others == {Level.OK}
+
+
+@pytest.mark.parametrize(
+    ("version", "than", "expected"),
+    [
+        ("3.7.8", "3.8.0", True),
+        ("3.8.0", "3.8.0", False),
+        ("3.10.0", "3.9.9", False),
+        ("3.9.0.dev4", "3.8.0", False),
+        ("3.9.1+2.g12ab", "3.9.1", False),
+    ],
+)
+def test_older(version: str, than: str, expected: bool):
+    assert older(version, than) is expected
+
+
+async def test_prefect(prefect_api: PrefectServer):
+    found = {finding.subject: finding async for finding in check_prefect()}
+    subjects = ["Prefect", "Prefect server", "block type", "result storage", "record store"]
+    assert list(found)[:5] == subjects
+    assert list(found)[-1] == "horizon"
+    assert not [one for one in found.values() if one.level is Level.PROBLEM]
+    assert found["record store"].level is Level.OK
+    assert "does not need them" in found["result storage"].found
+    assert "runs prune" in found["horizon"].found
+    assert not [record async for record in PrefectRecords().all() if record.crew == "doctor"]
+
+
+# Pools of crew workers
+
+
+async def pool_findings(pool: str) -> list[Finding]:
+    return [finding async for finding in check_prefect() if finding.subject == f"crew pool {pool}"]
+
+
+@pytest.fixture
+def pool(prefect_api: PrefectServer, tmp_path: Path) -> Iterator[CrewPool]:
+    with CrewPool(prefect_api, tmp_path, f"doctor-{uuid4().hex[:8]}") as pool:
+        yield pool
+
+
+def begun(pool: CrewPool, deployment: str, owner: str | None, *states: str) -> None:
+    """Make a flow run that a worker has taken, in the last of these states."""
+    run_id = pool.start(deployment)
+    for state in states:
+        pool.set_state(run_id, state)
+    if owner is not None:
+        pool.call("PATCH", f"/flow_runs/{run_id}", {"infrastructure_pid": f"{owner}/1"})
+
+
+async def test_a_pool_without_a_worker(pool: CrewPool):
+    (finding,) = await pool_findings(pool.name)
+    assert finding.level is Level.WARNING
+    assert finding.found == "No worker is online."
+    assert finding.mend == f"prefect worker start --pool {pool.name}"
+
+
+async def test_a_pool_whose_worker_is_gone(pool: CrewPool):
+    deployment = pool.deploy("a")
+    for name in ("here", "there"):
+        pool.call("POST", f"/work_pools/{pool.name}/workers/heartbeat", {"name": name})
+    begun(pool, deployment, "here", "PENDING", "RUNNING")
+    begun(pool, deployment, "gone", "PENDING", "RUNNING")
+    begun(pool, deployment, "gone", "PENDING")
+    begun(pool, deployment, "gone", "PENDING", "RUNNING", "COMPLETED")
+    begun(pool, deployment, None, "PENDING")  # a worker may be about to take it
+    pool.start(deployment)
+    online, waiting = await pool_findings(pool.name)
+    assert (online.level, online.found) == (Level.OK, "2 workers online (here, there), 4 flow runs begun")
+    assert (waiting.level, waiting.found) == (
+        Level.WARNING,
+        "2 flow runs of gone to be adopted: the worker is gone.",
+    )
+    assert f"prefect worker start --pool {pool.name} --name gone" in waiting.mend
+
+
+async def test_a_pool_that_is_paused(pool: CrewPool):
+    pool.call("PATCH", f"/work_pools/{pool.name}", {"is_paused": True})
+    paused, _ = await pool_findings(pool.name)
+    assert (paused.level, paused.mend) == (Level.WARNING, f"prefect work-pool resume {pool.name}")
+
+
+@pytest.mark.usefixtures("pool")
+async def test_modules_that_a_worker_imports(monkeypatch: pytest.MonkeyPatch):
+    async def look(modules: str) -> Finding:
+        monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_WORKER_MODULES", modules)
+        (found,) = [one async for one in check_prefect() if one.subject == "crew worker modules"]
+        return found
+
+    assert (await look("support.crew_pool")).found.endswith("from prefect_crew, support.crew_pool")
+    missing = await look("support,never_installed.flows")
+    assert missing.level is Level.WARNING
+    assert "never_installed.flows, which cannot be imported here" in missing.found

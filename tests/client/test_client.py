@@ -1,0 +1,504 @@
+"""The client's requests and what it makes of answers, over a transport without a network."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+import httpx
+import pytest
+import respx
+from pydantic import SecretStr
+
+from prefect_crew.client._client import CrewClient
+from prefect_crew.client._transport import in_process
+from prefect_crew.client.models import StopOutcome
+from prefect_crew.client.webhooks import BearerAuth, HumanInputWebhook, Webhooks
+from prefect_crew.exceptions import (
+    AuthenticationError,
+    ConfigurationError,
+    CrewAPIError,
+    CrewConnectionError,
+    InvalidInputsError,
+    NotFoundError,
+    RateLimitedError,
+    ResponseFormatError,
+    ServerError,
+)
+from prefect_crew.states import CrewState
+
+URL = "https://crew.example.com"
+TOKEN = "t0ken-0123456789"
+
+
+@pytest.fixture
+def router() -> Any:
+    with respx.mock(base_url=URL, assert_all_called=False) as mock:
+        yield mock
+
+
+@pytest.fixture
+async def client(router: respx.MockRouter) -> AsyncIterator[CrewClient]:
+    async with CrewClient(URL, TOKEN) as opened:
+        yield opened
+
+
+def sent(router: respx.MockRouter, number: int = -1) -> httpx.Request:
+    return router.calls[number].request
+
+
+async def test_every_request_carries_token_and_version(router: respx.MockRouter, client: CrewClient):
+    router.get("/inputs").respond(json={"inputs": ["topic"]})
+    assert [item.name for item in await client.inputs()] == ["topic"]
+    headers = sent(router).headers
+    assert headers["authorization"] == f"Bearer {TOKEN}"
+    assert headers["user-agent"].startswith("prefect-crew/")
+    assert headers["accept"] == "application/json"
+
+
+async def test_kickoff_sends_text_by_default(router: respx.MockRouter, client: CrewClient):
+    router.post("/kickoff").respond(json={"kickoff_id": "k1"})
+    assert await client.kickoff({"topic": "Лиссабон", "days": 3, "sights": ["a"], "left_out": None}) == "k1"
+    assert json.loads(sent(router).content) == {"inputs": {"topic": "Лиссабон", "days": "3", "sights": '["a"]'}}
+    assert "Лиссабон".encode() in sent(router).content
+    assert sent(router).headers["content-type"] == "application/json"
+
+
+async def test_kickoff_sends_json_values_where_asked(router: respx.MockRouter):
+    router.post("/kickoff").respond(201, json={"kickoff_id": 7})
+    async with CrewClient(f"{URL}/", SecretStr(f" {TOKEN}\n"), inputs_as_json=True) as client:
+        assert await client.kickoff({"days": 3}, meta={"run_key": "r"}) == "7"
+    assert json.loads(sent(router).content) == {"inputs": {"days": 3}, "meta": {"run_key": "r"}}
+    assert sent(router).headers["authorization"] == f"Bearer {TOKEN}"
+
+
+async def test_kickoff_sends_a_state_to_restore(router: respx.MockRouter, client: CrewClient):
+    router.post("/kickoff").respond(json={"kickoff_id": "k1"})
+    state = "3f2b8c1e-9d47-4a6b-8f0e-5c1d2a7b9e64"
+    await client.kickoff({"topic": "tea"}, restore_from=state)
+    assert json.loads(sent(router).content) == {"inputs": {"topic": "tea"}, "restoreFromStateId": state}
+    with pytest.raises(ConfigurationError, match="UUID"):
+        await client.kickoff({"topic": "tea"}, restore_from="42")
+    assert len(router.calls) == 1
+
+
+WEBHOOKS = Webhooks(
+    task="https://hooks.example.com/t",
+    human_input=HumanInputWebhook(
+        url="https://hooks.example.com/h", authentication=BearerAuth(token=SecretStr("h00k-token"))
+    ),
+)
+
+
+async def test_kickoff_and_resume_carry_webhooks(router: respx.MockRouter, client: CrewClient):
+    router.post("/kickoff").respond(json={"kickoff_id": "k1"})
+    router.post("/resume").respond(json={"status": "resumed", "message": "ok"})
+    await client.kickoff({}, webhooks=WEBHOOKS)
+    answer = await client.resume("k1", "t1", "Shorter", False, webhooks=WEBHOOKS)
+    hooks = {
+        "taskWebhookUrl": "https://hooks.example.com/t",
+        "humanInputWebhook": {
+            "url": "https://hooks.example.com/h",
+            "authentication": {"strategy": "bearer", "token": "h00k-token"},
+        },
+    }
+    assert json.loads(sent(router, 0).content) == {"inputs": {}, **hooks}
+    assert json.loads(sent(router, 1).content) == {
+        "execution_id": "k1",
+        "task_id": "t1",
+        "human_feedback": "Shorter",
+        "is_approve": False,
+        **hooks,
+    }
+    assert (answer.status, answer.message) == ("resumed", "ok")
+
+
+async def test_resume_takes_an_empty_answer(router: respx.MockRouter, client: CrewClient):
+    router.post("/resume").respond(204)
+    assert (await client.resume("k1", "t1", "", True)).status is None
+
+
+@pytest.mark.parametrize(
+    ("kickoff_id", "path"),
+    [
+        pytest.param("a/../b", b"/status/a%2F..%2Fb", id="slashes"),
+        pytest.param("..", b"/status/%2E%2E", id="two-dots"),
+        pytest.param(".", b"/status/%2E", id="one-dot"),
+        pytest.param("a?b=c#d", b"/status/a%3Fb%3Dc%23d", id="query-and-fragment"),
+        pytest.param("é %2F", b"/status/%C3%A9%20%252F", id="not-ascii"),
+        pytest.param("a\r\nb\x00", b"/status/a%0D%0Ab%00", id="control-characters"),
+    ],
+)
+async def test_ids_are_encoded_into_the_path(kickoff_id: str, path: bytes):
+    paths: list[bytes] = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        paths.append(request.url.raw_path)
+        return httpx.Response(200, json={"state": "RUNNING"})
+
+    async with CrewClient(URL, TOKEN, transport=httpx.MockTransport(answer)) as client:
+        assert (await client.status(kickoff_id)).kickoff_id == kickoff_id
+    assert paths == [path]
+
+
+@pytest.mark.parametrize("kickoff_id", ["", "\ud800"], ids=["empty", "surrogate"])
+async def test_ids_that_name_nothing_are_refused(client: CrewClient, router: respx.MockRouter, kickoff_id: str):
+    for call in (client.status(kickoff_id), client.stop(kickoff_id), client.resume(kickoff_id, "t", "", True)):
+        with pytest.raises(ConfigurationError, match="names nothing"):
+            await call
+    assert not router.calls
+
+
+async def test_ids_too_long_for_a_url_are_refused(client: CrewClient):
+    with pytest.raises(ConfigurationError, match="makes no URL"):
+        await client.status("x" * 70_000)
+
+
+FIRST, SECOND = "/status/k1", "/k1/status"
+RUNNING = httpx.Response(200, json={"state": "RUNNING"})
+NOT_FOUND = httpx.Response(404, json={"detail": "Not Found"})
+
+
+async def test_first_status_path_is_remembered(router: respx.MockRouter, client: CrewClient):
+    first, second = router.get(FIRST), router.get(SECOND)
+    first.side_effect = [RUNNING, NOT_FOUND, RUNNING]
+    states = [(await client.status("k1")).state for _ in range(3)]
+    assert states == [CrewState.RUNNING, CrewState.UNKNOWN, CrewState.RUNNING]
+    assert not second.called
+
+
+@pytest.mark.parametrize("missing", [404, 405])
+async def test_second_status_path_is_found_and_remembered(router: respx.MockRouter, client: CrewClient, missing: int):
+    first = router.get(FIRST).respond(missing)
+    router.get(SECOND).respond(json={"state": "RUNNING"})
+    assert [(await client.status("k1")).state for _ in range(3)] == [CrewState.RUNNING] * 3
+    assert first.call_count == 1
+
+
+async def test_both_status_paths_are_tried_until_one_answers(router: respx.MockRouter, client: CrewClient):
+    first = router.get(FIRST).respond(404, json={"error": "Execution not found", "message": "Not yet"})
+    second = router.get(SECOND)
+    second.side_effect = [NOT_FOUND, httpx.Response(502), NOT_FOUND, RUNNING, RUNNING]
+    unknown = await client.status("k1")
+    assert (unknown.state, unknown.message, unknown.raw) == (CrewState.UNKNOWN, "Not Found", {"detail": "Not Found"})
+    with pytest.raises(ServerError):  # says nothing of the path
+        await client.status("k1")
+    assert (await client.status("k1")).state is CrewState.UNKNOWN
+    assert (await client.status("k1")).state is CrewState.RUNNING
+    assert (await client.status("k1")).state is CrewState.RUNNING
+    assert (first.call_count, second.call_count) == (4, 5)
+
+
+STOPS = {
+    "stopped": (200, {"status": "stopped", "kickoffId": "k1"}, StopOutcome.STOPPED, CrewState.STOPPED),
+    "has-ended": (
+        400,
+        {"detail": "Cannot stop execution. Current state: SUCCESS"},
+        StopOutcome.NOT_STOPPABLE,
+        CrewState.COMPLETED,
+    ),
+    "unknown-run": (404, {"error": "Execution not found"}, StopOutcome.UNKNOWN_RUN, None),
+    "missing-route": (404, {"detail": "Not Found"}, StopOutcome.UNSUPPORTED, None),
+    "wrong-method": (405, {"detail": "Method Not Allowed"}, StopOutcome.UNSUPPORTED, None),
+}
+
+
+@pytest.mark.parametrize("case", STOPS)
+async def test_stop(router: respx.MockRouter, client: CrewClient, case: str):
+    status, body, outcome, state = STOPS[case]
+    router.post("/stop/k1").respond(status, json=body)
+    answer = await client.stop("k1")
+    assert (answer.outcome, answer.state) == (outcome, state)
+    assert answer.accepted == (case == "stopped")
+    assert answer.supported == (case not in ("missing-route", "wrong-method"))
+    assert str(answer.outcome) == outcome.value
+    assert sent(router).content == b""
+
+
+@pytest.mark.parametrize(("status", "kind"), [(400, CrewAPIError), (401, AuthenticationError), (500, ServerError)])
+async def test_stop_raises_what_is_no_outcome(
+    router: respx.MockRouter, client: CrewClient, status: int, kind: type[CrewAPIError]
+):
+    router.post("/stop/k1").respond(status, json={"error": "Odd"})
+    with pytest.raises(kind) as caught:
+        await client.stop("k1")
+    assert caught.value.kickoff_id == "k1"
+
+
+@pytest.mark.parametrize(
+    ("answer", "healthy"),
+    [
+        pytest.param(httpx.Response(200, text="Healthy"), True, id="documented"),
+        pytest.param(httpx.Response(200, json={"status": "healthy"}), True, id="json"),
+        pytest.param(httpx.Response(200, html="<h1>Healthy food</h1>"), False, id="a-page"),
+        pytest.param(httpx.Response(200, text="unhealthy"), False, id="unhealthy"),
+        pytest.param(httpx.Response(503, text="Healthy"), False, id="error"),
+        pytest.param(httpx.Response(302, text="Healthy"), False, id="redirect"),
+    ],
+)
+async def test_health(router: respx.MockRouter, client: CrewClient, answer: httpx.Response, healthy: bool):
+    router.get("/").mock(answer)
+    assert await client.health() is healthy
+
+
+async def test_health_tells_a_wrong_token(router: respx.MockRouter, client: CrewClient):
+    router.get("/").respond(401)
+    with pytest.raises(AuthenticationError):
+        await client.health()
+
+
+ERRORS = {
+    301: CrewAPIError,
+    307: CrewAPIError,
+    400: InvalidInputsError,
+    401: AuthenticationError,
+    402: CrewAPIError,
+    403: AuthenticationError,
+    404: NotFoundError,
+    408: CrewAPIError,
+    409: CrewAPIError,
+    422: InvalidInputsError,
+    429: RateLimitedError,
+    500: ServerError,
+    503: ServerError,
+    504: ServerError,
+}
+
+
+@pytest.mark.parametrize("status", ERRORS)
+async def test_status_of_a_kickoff_becomes_its_error(router: respx.MockRouter, client: CrewClient, status: int):
+    router.post("/kickoff").respond(status, json={"error": "Short", "message": "Long"}, headers={"retry-after": "3"})
+    with pytest.raises(CrewAPIError) as caught:
+        await client.kickoff({"a": "b"})
+    error = caught.value
+    assert type(error) is ERRORS[status]
+    assert (error.status_code, error.method, error.path) == (status, "POST", "/kickoff")
+    if status >= 400:
+        assert (error.title, error.message) == ("Short", "Long")
+    if isinstance(error, (RateLimitedError, ServerError)):
+        assert error.retry_after == 3.0
+
+
+async def test_missing_inputs_are_named(router: respx.MockRouter, client: CrewClient):
+    router.post("/kickoff").respond(422, json={"error": "V", "details": {"missing_inputs": ["budget"]}})
+    with pytest.raises(InvalidInputsError, match="Missing: budget") as caught:
+        await client.kickoff({})
+    assert caught.value.missing_inputs == ["budget"]
+
+
+@pytest.mark.parametrize("status", [400, 422])
+async def test_a_refused_resume_says_nothing_of_inputs(router: respx.MockRouter, client: CrewClient, status: int):
+    router.post("/resume").respond(status, json={"detail": "Not pending"})
+    with pytest.raises(CrewAPIError, match="Not pending") as caught:
+        await client.resume("k1", "t1", "", True)
+    assert type(caught.value) is CrewAPIError
+
+
+@pytest.mark.parametrize(
+    ("location", "shown"),
+    [
+        pytest.param("https://sso.example.com/login?next=s3cret", "https://sso.example.com/login", id="elsewhere"),
+        pytest.param("/login?s3cret", "/login", id="same-host"),
+        pytest.param("https://u:s3cret@h.example.com/x", "https://h.example.com/x", id="credentials"),
+        pytest.param("http://[s3cret", "nowhere that can be read", id="odd"),
+        pytest.param("", "nowhere", id="none"),
+    ],
+)
+async def test_redirects_are_not_followed(router: respx.MockRouter, client: CrewClient, location: str, shown: str):
+    router.get("/inputs").respond(302, headers={"location": location})
+    with pytest.raises(CrewAPIError) as caught:
+        await client.inputs()
+    assert shown in str(caught.value)
+    assert "s3cret" not in str(caught.value)
+    assert len(router.calls) == 1
+
+
+async def test_an_answer_of_no_known_shape(router: respx.MockRouter, client: CrewClient):
+    router.get("/status/k1").respond(200, html="<html>Sign in</html>")
+    router.post("/kickoff").respond(200, json={"ok": True})
+    with pytest.raises(ResponseFormatError, match="Sign in") as caught:
+        await client.status("k1")
+    assert (caught.value.status_code, caught.value.kickoff_id) == (200, "k1")
+    with pytest.raises(ResponseFormatError, match="id of the run"):
+        await client.kickoff({})
+
+
+NOT_SENT = [httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout, httpx.ProxyError, httpx.UnsupportedProtocol]
+SENT = [
+    httpx.ReadError,
+    httpx.ReadTimeout,
+    httpx.WriteError,
+    httpx.WriteTimeout,
+    httpx.CloseError,
+    httpx.RemoteProtocolError,
+    httpx.LocalProtocolError,
+    httpx.NetworkError,
+    httpx.TransportError,
+    ConnectionResetError,
+    OSError,
+]
+
+
+@pytest.mark.parametrize("kind", [*NOT_SENT, *SENT], ids=lambda kind: kind.__name__)
+async def test_whether_a_request_may_have_left(router: respx.MockRouter, client: CrewClient, kind: type[Exception]):
+    router.post("/kickoff").mock(side_effect=kind("why"))
+    with pytest.raises(CrewConnectionError, match="why") as caught:
+        await client.kickoff({})
+    assert caught.value.sent is (kind in SENT)
+    assert type(caught.value.__cause__) is kind
+    assert (caught.value.method, caught.value.url) == ("POST", f"{URL}/kickoff")
+
+
+def test_every_error_of_httpx_about_a_request_is_ours_too():
+    def below(kind: type[Exception]) -> set[type[Exception]]:
+        return {kind}.union(*(below(child) for child in kind.__subclasses__()))
+
+    tested = {*NOT_SENT, *SENT, httpx.RequestError, httpx.TimeoutException, httpx.ProtocolError}
+    answered = {httpx.HTTPError, httpx.HTTPStatusError, httpx.TooManyRedirects, httpx.DecodingError}
+    assert {kind for kind in below(httpx.HTTPError) if kind.__module__ == "httpx"} <= tested | answered
+
+
+async def test_cancellation_passes_through(router: respx.MockRouter, client: CrewClient):
+    started = asyncio.Event()
+
+    async def hang(_: httpx.Request) -> httpx.Response:
+        started.set()
+        await asyncio.sleep(60)
+        raise AssertionError
+
+    router.get("/inputs").mock(side_effect=hang)
+    task = asyncio.create_task(client.inputs())
+    await started.wait()
+    task.cancel("because")
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        pytest.param({"inputs": {"a": b"x"}}, "Input 'a'.*Nothing was started", id="input"),
+        pytest.param({"inputs": {}, "meta": {"a": float("nan")}}, "meta", id="meta-nan"),
+        pytest.param({"inputs": {}, "meta": {"a": object()}}, "meta", id="meta-object"),
+        pytest.param({"inputs": {}, "meta": {"a": "\ud800"}}, "meta", id="meta-surrogate"),
+    ],
+)
+async def test_what_cannot_be_written_is_never_sent(
+    router: respx.MockRouter, client: CrewClient, body: dict[str, Any], says: str
+):
+    with pytest.raises(ConfigurationError, match=says):
+        await client.kickoff(**body)
+    assert not router.calls
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://localhost:8000",
+        "http://127.0.0.1/x",
+        "http://[::1]:1",
+        "https://a.example.com/p/",
+    ],
+)
+def test_urls_that_are_taken(url: str):
+    assert CrewClient(url, TOKEN).url == url.rstrip("/")
+
+
+@pytest.mark.parametrize(
+    ("url", "says"),
+    [
+        pytest.param("http://crew.example.com", "allow_http", id="plain-http"),
+        pytest.param("http://crew.localhost", "allow_http", id="a-name-that-only-looks-like-loopback"),
+        pytest.param("http://evil.example.com%2f.localhost", "allow_http", id="an-escaped-slash"),
+        pytest.param("http://127.0.0.1%2f.example.com", "allow_http", id="an-escaped-slash-after-loopback"),
+        pytest.param("http://127.0.0.1.example.com", "allow_http", id="loopback-in-a-name"),
+        pytest.param("http://10.0.0.1", "allow_http", id="private-network"),
+        pytest.param("crew.example.com", "https://", id="no-scheme"),
+        pytest.param("u:s3cret@crew.example.com?s3cret", "https://", id="no-scheme-but-secrets"),
+        pytest.param("ftp://crew.example.com", "https://", id="other-scheme"),
+        pytest.param("https://", "https://", id="no-host"),
+        pytest.param("", "https://", id="empty"),
+        pytest.param("https://u:s3cret@crew.example.com", "credentials", id="credentials"),
+        pytest.param("https://crew.example.com?token=s3cret", "query", id="query"),
+        pytest.param("https://crew.example.com#s3cret", "fragment", id="fragment"),
+        pytest.param("https://[s3cret", "cannot be read", id="broken"),
+        pytest.param("https://crew.example.com:s3cret", "cannot be read", id="broken-port"),
+    ],
+)
+def test_urls_that_are_refused(url: str, says: str):
+    with pytest.raises(ConfigurationError, match=says) as caught:
+        CrewClient(url, TOKEN)
+    assert "s3cret" not in str(caught.value)
+    assert isinstance(caught.value, ValueError)
+
+
+def test_plain_http_where_it_is_allowed():
+    assert CrewClient("http://crew.example.com", TOKEN, allow_http=True).url == "http://crew.example.com"
+
+
+@pytest.mark.parametrize("token", ["", "  ", "two words s3cret", "s3cret\nX-Other: 1", "s3crét"], ids=repr)
+def test_tokens_that_no_header_can_carry_are_refused(token: str):
+    with pytest.raises(ConfigurationError) as caught:
+        CrewClient(URL, token)
+    assert "s3cr" not in str(caught.value)
+
+
+@pytest.mark.parametrize("timeout", [0, -1, float("nan")])
+def test_timeouts_that_are_none_are_refused(timeout: float):
+    with pytest.raises(ConfigurationError, match="timeout"):
+        CrewClient(URL, TOKEN, request_timeout=timeout)
+
+
+async def test_a_client_is_opened_once_and_used_open():
+    client = CrewClient(URL, TOKEN)
+    with pytest.raises(RuntimeError, match="not open"):
+        await client.inputs()
+    async with client:
+        with pytest.raises(RuntimeError, match="open already"):
+            await client.__aenter__()
+    with pytest.raises(RuntimeError, match="not open"):
+        await client.kickoff({})
+
+
+@pytest.mark.parametrize(
+    "facts", [{"proxy": "gopher://u:s3cret@p"}, {"verify": "/nowhere/ca.pem"}], ids=["proxy", "ca"]
+)
+async def test_a_proxy_or_ca_that_cannot_be_used(facts: dict[str, str]):
+    with pytest.raises(ConfigurationError) as caught:
+        async with CrewClient(URL, TOKEN, **facts):  # type: ignore[arg-type]
+            pass
+    assert "s3cret" not in str(caught.value)
+
+
+class Recorder(httpx.MockTransport):
+    def __init__(self) -> None:
+        super().__init__(self.answer)
+        self.hosts: list[str] = []
+        self.closed = False
+
+    def answer(self, request: httpx.Request) -> httpx.Response:
+        self.hosts.append(request.url.host)
+        return httpx.Response(200, json={"inputs": []})
+
+    async def aclose(self) -> None:
+        self.closed = True
+
+
+async def test_a_host_served_in_process_needs_no_network_and_no_tls():
+    outer, inner = Recorder(), Recorder()
+    with in_process("Travel.Crew", outer):
+        early = CrewClient("http://travel.crew:8000", TOKEN)
+        with in_process("travel.crew", inner):
+            async with CrewClient("http://TRAVEL.crew", TOKEN) as client:
+                await client.inputs()
+        async with CrewClient("http://travel.crew", TOKEN) as client:
+            await client.inputs()
+    async with early:  # bound when it was made: it must not reach for the network later
+        await early.inputs()
+    with pytest.raises(ConfigurationError):
+        CrewClient("http://travel.crew", TOKEN)
+    assert (outer.hosts, inner.hosts) == (["travel.crew"] * 2, ["travel.crew"])
+    assert not outer.closed
+    assert not inner.closed

@@ -1,0 +1,228 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+import string
+from datetime import UTC, date, datetime, time, timedelta
+from decimal import Decimal
+from enum import Enum, IntEnum
+from fractions import Fraction
+from pathlib import PurePosixPath
+from typing import Any
+from uuid import UUID
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import BaseModel, SecretStr
+
+from prefect_crew.client.inputs import encode_inputs, inputs_digest, missing_inputs, unknown_inputs
+from prefect_crew.client.models import CrewInput
+from prefect_crew.exceptions import ConfigurationError
+
+
+class Pace(str, Enum):  # noqa: UP042  # its str() is not its value
+    SLOW = "slow"
+
+
+class Level(IntEnum):
+    LOW = 1
+
+
+@dataclasses.dataclass
+class Trip:
+    city: str
+    when: date
+    notes: list[Any] = dataclasses.field(default_factory=list)
+
+
+class Budget(BaseModel):
+    amount: Decimal
+    key: SecretStr
+    trip: Trip | None = None
+
+
+UUID_TEXT = "3f2c9f0e-6b1a-4f0e-9a51-0c3a8a1f2b3c"
+CASES: dict[str, tuple[Any, str, Any]] = {
+    # value, as text, as a JSON value
+    "text": ("Lisbon\n ", "Lisbon\n ", "Lisbon\n "),
+    "empty-text": ("", "", ""),
+    "other-scripts": ("Лиссабон \u200fلشبونة 🧳", "Лиссабон \u200fلشبونة 🧳", "Лиссабон \u200fلشبونة 🧳"),
+    "text-that-looks-like-a-number": ("007", "007", "007"),
+    "number": (3, "3", 3),
+    "fraction": (2.5, "2.5", 2.5),
+    "whole-float": (2.0, "2.0", 2.0),
+    "rational": (Fraction(1, 4), "0.25", 0.25),
+    "large-number": (10**30, str(10**30), 10**30),
+    "true": (True, "true", True),
+    "false": (False, "false", False),
+    "date": (date(2025, 1, 2), "2025-01-02", "2025-01-02"),
+    "datetime": (
+        datetime(2025, 1, 2, 3, tzinfo=UTC),
+        "2025-01-02T03:00:00+00:00",
+        "2025-01-02T03:00:00+00:00",
+    ),
+    "time": (time(3, 4), "03:04:00", "03:04:00"),
+    "decimal": (Decimal("10.50"), "10.50", "10.50"),
+    "uuid": (UUID(UUID_TEXT), UUID_TEXT, UUID_TEXT),
+    "path": (PurePosixPath("a/b"), "a/b", "a/b"),
+    "enum": (Pace.SLOW, "slow", "slow"),
+    "int-enum": (Level.LOW, "1", 1),
+    "list": (["a", 1, None, True], '["a",1,null,true]', ["a", 1, None, True]),
+    "empty-list": ([], "[]", []),
+    "tuple": ((1, (2,)), "[1,[2]]", [1, [2]]),
+    "set": ({"b", "a"}, '["a","b"]', ["a", "b"]),
+    "object": (
+        {"город": [date(2025, 1, 2)], 1: Pace.SLOW},
+        '{"город":["2025-01-02"],"1":"slow"}',
+        {"город": ["2025-01-02"], "1": "slow"},
+    ),
+    "dataclass": (
+        Trip("Rome", date(2025, 1, 2)),
+        '{"city":"Rome","when":"2025-01-02","notes":[]}',
+        {"city": "Rome", "when": "2025-01-02", "notes": []},
+    ),
+    "model": (
+        Budget(amount=Decimal("1.5"), key=SecretStr("k3y"), trip=Trip("Rome", date(2025, 1, 2))),
+        '{"amount":"1.5","key":"k3y","trip":{"city":"Rome","when":"2025-01-02","notes":[]}}',
+        {"amount": "1.5", "key": "k3y", "trip": {"city": "Rome", "when": "2025-01-02", "notes": []}},
+    ),
+    "secret": (SecretStr("k3y"), "k3y", "k3y"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_value_as_text_and_as_json(case: str):
+    value, text, as_json = CASES[case]
+    assert encode_inputs({"x": value}) == {"x": text}
+    found = encode_inputs({"x": value}, as_json=True)["x"]
+    assert (found, type(found)) == (as_json, type(as_json))
+
+
+def test_none_is_left_out_in_both_ways():
+    assert encode_inputs({"a": None, "b": "x"}) == encode_inputs({"a": None, "b": "x"}, as_json=True) == {"b": "x"}
+
+
+class NotATime(datetime):
+    """What pandas' NaT is: a datetime that is not equal to itself."""
+
+    __hash__ = datetime.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        return False
+
+    def __ne__(self, other: object) -> bool:
+        return True
+
+
+CYCLE: list[Any] = []
+CYCLE.append(CYCLE)
+SECRET = "sk-12345"
+
+
+@pytest.mark.parametrize("as_json", [False, True], ids=["as-text", "as-json"])
+@pytest.mark.parametrize(
+    ("value", "kind"),
+    [
+        pytest.param(float("nan"), ConfigurationError, id="nan"),
+        pytest.param([1, {"a": float("inf")}], ConfigurationError, id="nested-infinity"),
+        pytest.param(Decimal("NaN"), ConfigurationError, id="decimal-nan"),
+        pytest.param(10**5000, ConfigurationError, id="too-many-digits"),
+        pytest.param(f"{SECRET}\ud800", ConfigurationError, id="lone-surrogate"),
+        pytest.param(CYCLE, ConfigurationError, id="cycle"),
+        pytest.param(NotATime(2025, 1, 1), ConfigurationError, id="not-a-time"),
+        pytest.param(SECRET.encode(), ConfigurationError, id="bytes"),
+        pytest.param([bytearray(b"x")], ConfigurationError, id="nested-bytes"),
+        pytest.param(timedelta(1), ConfigurationError, id="timedelta"),
+        pytest.param(1j, ConfigurationError, id="complex"),
+        pytest.param(object(), ConfigurationError, id="object"),
+        pytest.param(Trip, ConfigurationError, id="class"),
+        pytest.param({("a",): 1}, ConfigurationError, id="tuple-as-a-key"),
+        pytest.param({None: 1}, ConfigurationError, id="none-as-a-key"),
+        pytest.param(lambda: SECRET, ConfigurationError, id="function"),
+    ],
+)
+def test_what_cannot_be_sent_names_the_input_and_not_its_value(value: Any, kind: type[Exception], as_json: bool):
+    with pytest.raises(kind, match="Input 'budget'") as caught:
+        encode_inputs({"topic": "x", "budget": value}, as_json=as_json)
+    assert SECRET not in str(caught.value)
+
+
+def test_names_must_be_text():
+    with pytest.raises(ConfigurationError, match="name of an input"):
+        encode_inputs({1: "x"})  # type: ignore[dict-item]
+    with pytest.raises(ConfigurationError, match="surrogate"):
+        encode_inputs({"\ud800": "x"})
+
+
+EXPECTED = [CrewInput(name="budget"), CrewInput(name="age", required=False), CrewInput(name="topic")]
+
+
+@pytest.mark.parametrize(
+    ("given_inputs", "missing", "unknown"),
+    [
+        pytest.param({"budget": 1, "topic": ""}, [], [], id="all-there"),
+        pytest.param({"topic": None, "age": 3}, ["budget", "topic"], [], id="none-is-missing"),
+        pytest.param({"Budget": 1, "topic": "x", "b": 0}, ["budget"], ["Budget", "b"], id="names-are-exact"),
+    ],
+)
+def test_expected_beside_given(given_inputs: dict[str, Any], missing: list[str], unknown: list[str]):
+    assert missing_inputs(EXPECTED, given_inputs) == missing
+    assert unknown_inputs(EXPECTED, given_inputs) == unknown
+
+
+def test_a_state_to_restore_makes_another_digest_and_none_makes_no_other():
+    inputs, state = {"topic": "Lisbon"}, "3f2b8c1e-9d47-4a6b-8f0e-5c1d2a7b9e64"
+    assert inputs_digest(inputs, restore_from=None) == inputs_digest(inputs)
+    assert inputs_digest(inputs, restore_from=state) == "b694c1a96265d09d329abf5976dba7df"
+    assert inputs_digest({**inputs, "restoreFromStateId": state}) != inputs_digest(inputs, restore_from=state)
+
+
+def test_digest_is_stable():
+    # A digest stands in records that outlive this version: the figure must never change.
+    assert inputs_digest({"topic": "Lisbon", "days": 3, "when": date(2025, 1, 2)}) == "ac79fdfa3001cab39457346ccaaf7a5f"
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        pytest.param({"a": 1, "b": 2}, {"b": 2, "a": 1}, id="order"),
+        pytest.param({"a": {"x": 1, "y": 2}}, {"a": {"x": 1, "y": 2}}, id="nested"),
+        pytest.param({"a": 1, "b": None}, {"a": 1}, id="none"),
+        pytest.param({"a": {"x", "y", "z"}}, {"a": {"z", "y", "x"}}, id="set"),
+    ],
+)
+def test_equal_inputs_have_equal_digests(one: dict[str, Any], other: dict[str, Any]):
+    assert inputs_digest(one) == inputs_digest(other)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [({"a": "1"}, {"a": "2"}), ({"a": "1"}, {"b": "1"}), ({"a": ["x", "y"]}, {"a": ["y", "x"]}), ({}, {"a": ""})],
+    ids=["value", "name", "order-of-a-list", "empty"],
+)
+def test_other_inputs_have_other_digests(one: dict[str, Any], other: dict[str, Any]):
+    assert inputs_digest(one) != inputs_digest(other)
+
+
+PLAIN = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False, allow_infinity=False), st.text()),
+    lambda inner: st.one_of(st.lists(inner), st.dictionaries(st.text(), inner)),
+    max_leaves=10,
+)
+
+
+@given(st.dictionaries(st.text(), PLAIN), st.randoms())
+def test_plain_values_survive(inputs: dict[str, Any], random: Any):
+    given_values = {name: value for name, value in inputs.items() if value is not None}
+    assert encode_inputs(inputs, as_json=True) == given_values
+    text = encode_inputs(inputs)
+    assert {
+        name: value if isinstance(value, str) else json.loads(text[name]) for name, value in given_values.items()
+    } == given_values
+    names = list(inputs)
+    random.shuffle(names)
+    digest = inputs_digest({name: inputs[name] for name in names})
+    assert digest == inputs_digest(inputs)
+    assert len(digest) == 32
+    assert set(digest) <= set(string.hexdigits.lower())

@@ -1,0 +1,169 @@
+"""Time grows no faster than the text: no parser and no renderer can be stopped by what a crew wrote.
+
+Times are compared with each other, never with a clock: four times the text may take `ALLOWED` times as long, and what
+is quadratic takes sixteen. Only growth beyond a floor counts, since what takes no time at all has no growth.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+from prefect_crew.artifacts.markdown import RunView, cell, code, fenced, prose, reading, render_run
+from prefect_crew.client import _parsing
+from prefect_crew.client._parsing import clean
+from prefect_crew.client.models import CrewStatus, TaskResult
+from prefect_crew.exceptions import ResponseFormatError
+from prefect_crew.states import CrewState
+
+ALLOWED = 9.0
+FLOOR = 0.02
+"""CPU seconds that the larger text may take in any case."""
+SIZE = 16_000
+"""Characters of the smaller text."""
+
+Call = Callable[[str], object]
+
+
+def _wrapped(key: str) -> Callable[[str], str]:
+    return lambda text: json.dumps({"state": "SUCCESS", "kickoff_id": "k", key: text})
+
+
+def _parser(parse: Callable[[Any], object], *keys: str) -> dict[str, Call]:
+    """Return calls that parse a text as a whole body, and as each of `keys` of an object."""
+    bodies: dict[str, Callable[[str], str]] = {"": lambda text: text} | {key: _wrapped(key) for key in keys}
+    return {key: lambda text, make=make: parse(make(text)) for key, make in bodies.items()}
+
+
+def _status(text: str) -> CrewStatus:
+    task = TaskResult(name=text, agent=text, output=text)
+    return CrewStatus(
+        kickoff_id="k", state=CrewState.COMPLETED, output=text, message=text, current_task=text, tasks=[task, task]
+    )
+
+
+def _rendered(text: str, state: CrewState = CrewState.COMPLETED) -> str:
+    status = _status(text).model_copy(update={"state": state, "error": text})
+    notes, inputs = [text], {"text": clean(text)}  # inputs are encoded before there is a run
+    return render_run(RunView(text, "k", text, state, inputs=inputs, status=status, notes=notes))
+
+
+CALLS: dict[str, Call] = {
+    **{f"inputs {key}": call for key, call in _parser(_parsing.parse_inputs, "inputs").items()},
+    **{f"kickoff {key}": call for key, call in _parser(_parsing.parse_kickoff, "id").items()},
+    **{
+        f"status {key}": call
+        for key, call in _parser(
+            lambda body: _parsing.parse_status(body, "k"), "result", "output", "message", "result_json", "status"
+        ).items()
+    },
+    "status tasks": lambda text: _parsing.parse_status({"state": "done", "tasks": [text, {"output": text}]}, "k"),
+    "status error": lambda text: _parsing.parse_status({"state": "failed", "error": [text, {"msg": text}]}, "k"),
+    "waiting output": lambda text: _parsing.waiting_output({"output": text, "current_task": text}),
+    **{f"resume {key}": call for key, call in _parser(_parsing.parse_resume, "message").items()},
+    **{
+        f"stop {code} {key}": call
+        for code in (200, 400, 404)
+        for key, call in _parser(lambda body, code=code: _parsing.parse_stop(body, "k", code), "detail").items()
+    },
+    **{
+        f"error {key}": call
+        for key, call in _parser(lambda body: _parsing.parse_error(500, {}, body), "detail").items()
+    },
+    "error page": lambda text: _parsing.parse_error(500, {}, "<html>" + text),
+    "error header": lambda text: _parsing.parse_error(429, {"Retry-After": text}, ""),
+    **{
+        f"webhook {kind} {key}": call
+        for kind in ("task", "step", "crew", "human_input", "stream")
+        for key, call in _parser(lambda body, kind=kind: _parsing.parse_webhook(kind, body), "output", "result").items()
+    },
+    "rendered": _rendered,
+    "rendered failure": lambda text: _rendered(text, CrewState.FAILED),
+    "reading": reading,
+    "cell": cell,
+    "prose": prose,
+    "code": code,
+    "fenced": fenced,
+}
+
+# What makes a backtracking pattern begin anew, or a scan start over, at every place.
+FRAGMENTS = [
+    "`", "``", "```", "~", "~~~", "!", "![", "](", "](&a", "]:", "[", "<", "<h1", "<title ", "</h1 ", ">", "&", "&#",
+    "&#9", "\\", "\\u", '"', '\\"', "{", '{"a":', "[1,", "9", "-", "1e", ".", ",", ":", "|", "|~", " ", "\t", "\n",
+    "\r\n",    "\u2028", "```\n", "\n```", "current state ", "current state: a ", "a", "\x00", "\u202e", "\ud800", "é",
+]  # fmt: skip
+PARTS = st.lists(st.sampled_from(FRAGMENTS), min_size=1, max_size=3).map("".join)
+
+
+def text_of(head: str, repeated: str, tail: str, size: int) -> str:
+    return head + repeated * max(size // len(repeated), 1) + tail
+
+
+def seconds(call: Call, text: str) -> float:
+    """Return the CPU seconds of a call, the least of three, without the collector's."""
+    best = float("inf")
+    gc.disable()
+    try:
+        for _ in range(3):
+            began = time.process_time()
+            with contextlib.suppress(ResponseFormatError):  # an answer to an odd body like any other
+                call(text)
+            best = min(best, time.process_time() - began)
+            if best > 1.0:
+                break
+    finally:
+        gc.enable()
+    return best
+
+
+def assert_linear(call: Call, head: str, repeated: str, tail: str, size: int = SIZE) -> None:
+    """Compare n with 4n; where that looks bad, 4n with 16n, since small times are noise."""
+    for _ in range(2):
+        small, large = (seconds(call, text_of(head, repeated, tail, count)) for count in (size, 4 * size))
+        if large < FLOOR or large < ALLOWED * small:
+            return
+        size *= 2
+    pytest.fail(f"{head!r} {repeated!r} {tail!r}: {small:.3f} s, and {large:.3f} s for four times the text")
+
+
+@pytest.mark.parametrize(
+    ("call", "head", "repeated", "tail"),
+    [
+        pytest.param("status result", "```json\n", " ", "x", id="fence-and-blanks"),
+        pytest.param("webhook crew output", "```\n", " ", "x", id="fence-in-a-webhook"),
+        pytest.param("error page", "", "<title", "", id="headings-without-an-end"),
+        pytest.param("error page", "<h1>", "</h1 ", "", id="ends-without-an-end"),
+        pytest.param("reading", "", "](&a", "", id="links-without-an-end"),
+        pytest.param("reading", "", "](", "", id="links-of-links"),
+        pytest.param("reading", "](", " ", "", id="a-link-to-blanks"),
+        pytest.param("reading", "", "!", "", id="exclamation-marks"),
+        pytest.param("reading", "", "~", "|", id="tildes"),
+        pytest.param("reading", "", "`", "|", id="backticks"),
+    ],
+)
+def test_known_texts(call: str, head: str, repeated: str, tail: str):
+    assert_linear(CALLS[call], head, repeated, tail)
+
+
+def test_backticks_of_ever_other_lengths():
+    def text(count: int) -> str:
+        return " ".join("`" * length for length in range(1, count))
+
+    small, large = seconds(reading, text(150)), seconds(reading, text(300))  # 11,000 and 45,000 characters
+    assert large < FLOOR or large < ALLOWED * small
+
+
+@pytest.mark.parametrize("call", CALLS)
+# What is slow is not made shorter: that would take minutes, and the fragments tell enough.
+@settings(max_examples=12, deadline=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
+@given(head=PARTS, repeated=PARTS, tail=PARTS)
+def test_any_repeated_text(call: str, head: str, repeated: str, tail: str):
+    assert_linear(CALLS[call], head, repeated, tail)

@@ -1,0 +1,185 @@
+"""Masking: whatever is secret stands in nothing that is shown."""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from dataclasses import dataclass
+from datetime import date
+from typing import Any
+from urllib.parse import quote
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import BaseModel, SecretStr
+
+from prefect_crew.blocks import DeployedCrew
+from prefect_crew.client.models import TaskResult
+from prefect_crew.client.redaction import MASK, SHORTEST, Redactor, holds_secret, revealed
+
+SECRETS = st.text(min_size=SHORTEST, max_size=12).filter(lambda secret: secret not in MASK and "*" not in secret)
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+)
+
+
+@dataclass
+class Answer:
+    text: Any
+    number: int
+
+
+def of(**secret_inputs: Any) -> Redactor:
+    return Redactor(secret_inputs.values(), tokens=["the-token"])
+
+
+def crew(*secret_inputs: str) -> DeployedCrew:
+    return DeployedCrew(url="https://crew.test", token=SecretStr("the-token"), secret_inputs=[*secret_inputs])
+
+
+def test_the_token_is_always_a_secret():
+    assert crew().crew.redactor()("Bearer the-token!") == f"Bearer {MASK}!"
+
+
+def test_only_inputs_that_are_named_are_secret():
+    redact = crew("password", "not given").crew.redactor({"password": "hunter22", "city": "Lisbon"})
+    assert redact("hunter22 goes to Lisbon") == f"{MASK} goes to Lisbon"
+
+
+def test_what_is_hidden_besides_the_inputs_is_masked_too():
+    hunter, fish = SecretStr("hunter22"), SecretStr("swordfish")
+    redact = crew().crew.hiding([], texts=[hunter]).hiding(["pin"], texts=[hunter, fish])
+    assert redact.redactor({"pin": "4711"})("hunter22, swordfish, 4711") == f"{MASK}, {MASK}, {MASK}"
+    assert redact.hiding(["pin"], texts=[fish]) is redact
+
+
+@pytest.mark.parametrize("token", ["wrong", "test"])
+def test_a_token_that_is_a_short_word_takes_no_word_out_of_a_sentence(token: str):
+    redact = Redactor(tokens=[token])
+    assert redact("The bearer token is missing or wrong: test it.") == "The bearer token is missing or wrong: test it."
+    assert redact(f"You sent 'Bearer {token}'.") == f"You sent '{MASK}'."
+
+
+@given(st.lists(SECRETS, min_size=1, max_size=4), st.lists(st.text(), min_size=1, max_size=4))
+def test_no_secret_is_left_in_any_text(secrets: list[str], between: list[str]):
+    redact = Redactor(secrets)
+    text = "".join(part for pair in zip(between, secrets * 4) for part in pair)  # noqa: B905  the shorter one counts
+    masked = redact(text)
+    assert not any(secret in masked.replace(MASK, "\x00") for secret in secrets)
+
+
+def test_a_secret_within_a_longer_one_leaves_no_piece_of_it():
+    assert Redactor(["word", "password"])("password, word") == f"{MASK}, {MASK}"
+
+
+@given(SECRETS, JSON)
+def test_a_tree_is_masked_in_keys_and_values_and_stays_a_tree(secret: str, value: Any):
+    redact = Redactor([secret])
+    tree = {"deep": [value, {f"key {secret}": f"<{secret}>"}]}
+    masked = redact.tree(tree)
+    assert masked["deep"][1] == {f"key {MASK}": f"<{MASK}>"}
+    assert redact.hides(tree)
+    assert not redact.hides(masked)
+
+
+def test_what_is_no_text_stays_as_it_is_unless_it_is_the_secret_as_a_number():
+    assert of(pin="4711").tree({"a": 4711, "b": None, "c": True, "d": (1.5, "4711", 47112)}) == {
+        "a": MASK,
+        "b": None,
+        "c": True,
+        "d": [1.5, MASK, 47112],
+    }
+
+
+def test_a_model_is_masked_in_all_its_parts_and_is_itself_without_secrets():
+    task = TaskResult(name="as hunter22", output="hunter22", data={"pin": ["hunter22"]})
+    masked = of(password="hunter22").model(task)
+    assert masked == TaskResult(name=f"as {MASK}", output=MASK, data={"pin": [MASK]})
+    assert of(password="another").model(task) is task
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        pytest.param(123456, "pin 123456", id="number"),
+        pytest.param(["first-one", "second-one"], "only second-one", id="item of a list"),
+        pytest.param('["first-one", {"pin": 123456}]', "pin 123456", id="item of a list as text"),
+        pytest.param({"user": "somebody", "pin": "000111"}, "pin 000111", id="value of an object"),
+        pytest.param(["first-one", "second-one"], '["first-one","second-one"]', id="as it is sent"),
+        pytest.param('a"b\\c', json.dumps('a"b\\c'), id="quoted in JSON"),
+        pytest.param("größte", json.dumps("größte"), id="escaped in JSON"),
+        pytest.param({"first-one", "second-one"}, "only second-one", id="item of a set"),
+        pytest.param({"000111": "a"}, "pin 000111", id="key of an object"),
+        pytest.param(Answer("hidden-one", 4), "hidden-one", id="field of a dataclass"),
+        pytest.param("hidden-one\n", "it is hidden-one.", id="with a line feed at its end"),
+        pytest.param("  hidden-one ", "it is hidden-one.", id="with blanks around it"),
+        pytest.param("first-one\nsecond-one\n", "the line second-one alone", id="one of its lines"),
+        pytest.param('<a&b>\'s "c"', "&lt;a&amp;b&gt;&#39;s &#34;c&#34;", id="on a page"),
+        pytest.param('a"b\\c', json.dumps(json.dumps('a"b\\c')), id="quoted in JSON twice"),
+        pytest.param("pa/ss&word+1", quote("pa/ss&word+1"), id="in an address"),
+        pytest.param(SecretStr("hidden-one"), "hidden-one", id="pydantic's own"),
+        pytest.param([SecretStr("hidden-one")], "hidden-one", id="pydantic's own in a list"),
+    ],
+)
+def test_a_secret_is_found_in_whatever_form_a_crew_repeats_it(value: Any, text: str):
+    masked = of(secret=value)(text)
+    assert MASK in masked
+    for part in (
+        "123456",
+        "first-one",
+        "second-one",
+        "000111",
+        "hidden-one",
+        'a\\"b',
+        "a\\\\",
+        "gr",
+        "a&amp;b",
+        "ss%26",
+    ):
+        assert part not in masked
+
+
+def test_a_short_secret_is_not_searched_for_where_it_would_hit_at_random():
+    assert of(flag="no")("not now") == "not now"
+    assert of(flag="no").secrets == ("the-token",)
+
+
+def test_the_names_of_fields_are_no_secrets():
+    assert of(login={"password": "hunter22"})("the password is hunter22") == f"the password is {MASK}"
+
+
+def test_a_redactor_shows_nothing_of_what_it_hides():
+    assert "hunter22" not in f"{of(password='hunter22')!r}"
+
+
+class Login(BaseModel):
+    user: str
+    password: SecretStr
+
+
+@pytest.mark.parametrize(
+    ("value", "holds"),
+    [
+        (SecretStr("x"), True),
+        ([1, {"a": [SecretStr("x")]}], True),
+        ({SecretStr("x")}, True),
+        ({SecretStr("x"): 1}, True),
+        (Answer(SecretStr("x"), 1), True),
+        (deque([SecretStr("x")]), True),
+        (Login(user="a", password=SecretStr("x")), True),
+        ("x", False),
+        ([1, {"a": ("b", None)}], False),
+    ],
+    ids=["itself", "deep", "set", "key", "dataclass", "sequence", "model", "text", "deep without"],
+)
+def test_pydantics_secrets_are_known_wherever_they_are(value: Any, holds: bool):
+    assert holds_secret(value) is holds
+
+
+def test_secrets_are_revealed_for_what_is_sent_and_nothing_else_is_changed():
+    assert revealed(SecretStr("x")) == "x"
+    assert revealed({"a": [SecretStr("x")], "b": date(2026, 5, 1)}) == {"a": ["x"], "b": "2026-05-01"}
+    kept = {"b": date(2026, 5, 1)}
+    assert revealed(kept) is kept

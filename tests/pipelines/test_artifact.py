@@ -1,0 +1,137 @@
+"""The page of a pipeline: what it says of each step, in Markdown that nothing from outside can break."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import uuid
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+
+from prefect_crew import CrewStep, PipelineFailedError, arun_pipeline
+from prefect_crew.pipelines.artifact import WIDTH, StepView, render_pipeline
+from prefect_crew.pipelines.graph import PipelineGraph
+from prefect_crew.testing import CrewServerFactory
+from support.chromium import Chromium
+from support.prefect_server import PrefectServer
+from support.scripts import script
+from support.seen import Seen
+
+STEPS = [
+    CrewStep("research", "finder", {}),
+    CrewStep("prices", "finder", {}),
+    CrewStep("write", "writer", {}, after=["research", "prices"]),
+]
+ARTIFACT = uuid.UUID("12345678-1234-5678-1234-567812345678")
+
+
+def rendered(**views: StepView) -> str:
+    given = {step.name: views.get(step.name, StepView(str(step.crew))) for step in STEPS}
+    return render_pipeline("report", "the key", PipelineGraph(STEPS, {}), given, now=110.0)
+
+
+def row(text: str, step: str) -> list[str]:
+    (line,) = [line for line in text.splitlines() if line.startswith(f"| **{step}**")]
+    return [part.strip().replace("\u00a0", " ") for part in line.strip("|").split(" | ")]
+
+
+def test_before_anything_has_begun():
+    text = rendered()
+    assert text.startswith("## report: 0 of 3 steps completed\n")
+    assert "┌─── ○ research\n│ ┌─ ○ prices\n└─┴▶ ○ write\n" in text
+    assert row(text, "write") == ["**write**", "○ waiting", "–", "", "writer", ""]
+
+
+def test_what_ran_beside_what():
+    text = rendered(
+        research=StepView("finder", "completed", started=100.0, ended=105.0, kickoff_id="abc", artifact_id=ARTIFACT),
+        prices=StepView("finder", "failed", started=100.0, ended=102.5, kickoff_id="a-long-id-of-a-run"),
+        write=StepView("writer", "running", started=105.0),
+    )
+    assert "1 of 3 steps completed, 1 failed" in text
+    bars = {step: row(text, step)[3].strip("`") for step in ("research", "prices", "write")}
+    assert {len(bar) for bar in bars.values()} == {WIDTH}
+    assert bars["research"] == "█" * 16 + "░" * 16
+    assert bars["prices"] == "█" * 8 + "░" * 24
+    assert bars["write"] == "░" * 16 + "█" * 16
+    assert [row(text, step)[2] for step in bars] == ["5.0 s", "2.5 s", "5.0 s"]
+    assert row(text, "research")[5] == f"[abc](../artifact/{ARTIFACT})"
+    assert row(text, "prices")[5] == "a-long-i…"
+
+
+def test_what_was_bought_earlier_has_no_place_in_the_timeline():
+    text = rendered(
+        research=StepView("finder", "completed", kickoff_id="abc", earlier=7200.0),
+        prices=StepView("finder", "completed", started=100.0, ended=110.0),
+    )
+    assert row(text, "research")[1:4] == ["✓ completed", "2 h 00 min", "bought earlier"]
+    assert row(text, "prices")[3] == f"`{'█' * WIDTH}`"
+
+
+@pytest.mark.parametrize("state", ["waiting", "running", "suspended", "completed", "failed", "skipped", "cancelled"])
+def test_every_state_is_said(state: Any):
+    text = rendered(write=StepView("writer", state, started=100.0))
+    said = row(text, "write")[1]
+    assert re.fullmatch(r"[○●◌✓✗–■] [a-z, ]+", said)
+    assert f"{said[0]} write" in text
+
+
+def test_odd_names_stay_in_their_cells_and_in_the_drawing():
+    names = ["a | b", "```", "<script>", "two\nlines", "[x](y)"]
+    steps = [CrewStep(name, "crew", {}) for name in names]
+    text = render_pipeline("<b>", "`k`", PipelineGraph(steps, {}), {name: StepView("crew") for name in names}, 0.0)
+    table = [line for line in text.splitlines() if line.startswith("| **")]
+    assert len(table) == len(names)
+    assert all(len(re.findall(r"(?<!\\)\|", line)) == 7 for line in table)
+    assert "<script>" not in text.partition("### Steps")[2]
+    assert "````text\n" in text
+    assert "## &lt;b&gt;" in text
+
+
+# On Prefect's page
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ui", ["v1", "v2"], ids=["older-interface", "newer-interface"])
+def test_it_renders_as_meant_and_leads_to_the_runs(
+    prefect_server: PrefectServer,
+    prefect_api: PrefectServer,
+    crew_server: CrewServerFactory,
+    instant_polling: None,
+    chromium: Chromium,
+    tmp_path: Path,
+    ui: Literal["v1", "v2"],
+):
+    crew = crew_server(script({"output": "{{ text }}", "seconds": 0.4}, inputs=["text"])).crew().crew.called("writer")
+    broken = crew_server(script({"fail": "the press is out of ink"})).crew().crew.called("press")
+    name = f"guide-{uuid.uuid4().hex[:6]}"
+    steps = [
+        CrewStep("research", crew, {"text": "on {{ topic }}"}),
+        CrewStep("prices", crew, {"text": "{{ topic }} costs"}),
+        CrewStep("write", crew, {"text": "{{ research.output }}, {{ prices.output }}"}),
+        CrewStep("print", broken, {}, after=["write"]),
+        CrewStep("send", crew, {"text": "x"}, after=["print"]),
+        CrewStep("review | <b>twice<b>", crew, {"text": "{{ write.output }}!"}),
+    ]
+    with pytest.raises(PipelineFailedError):
+        asyncio.run(arun_pipeline(steps, {"topic": "tea"}, name=name))
+    seen = Seen(prefect_api)
+    (found,) = seen.artifacts(f"pipeline-{name}")
+    seen.close()
+    with chromium.page(width=1440, height=1100) as page:
+        page.open(prefect_server.artifact_url(found["id"], ui=ui))
+        page.wait_for_text("4 of 6 steps completed, 1 failed")
+        page.wait_for_text("not run")
+        page.screenshot(tmp_path / f"pipeline-{ui}.png")
+        text = page.text()
+        assert "└─┴─┬" in text
+        assert "review | <b>twice<b>" in text
+        assert "✗ print" in text
+        assert page.count("a[href*='../artifact/']") == 5
+        # The older interface opens links in another tab; where this one leads counts.
+        page.open(page.evaluate("document.querySelector(\"a[href*='../artifact/']\").href"))
+        page.wait_for_text("Execution time")
+        page.wait_for_text("on tea")
+        assert f"{'/v2' if ui == 'v2' else ''}/artifacts/artifact/" in page.url

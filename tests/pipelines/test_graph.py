@@ -1,0 +1,255 @@
+"""The graph of a pipeline: what needs what, what is wrong, what each step's inputs become. Without Prefect's server."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from prefect_crew import ConfigurationError, CrewStep
+from prefect_crew.client.models import CrewInput, CrewResult
+from prefect_crew.pipelines.artifact import draw_graph
+from prefect_crew.pipelines.graph import PipelineGraph
+from prefect_crew.states import CrewState
+
+
+def result(output: str) -> CrewResult:
+    return CrewResult(kickoff_id=output, state=CrewState.COMPLETED, output=output)
+
+
+def graph(*steps: CrewStep, **inputs: Any) -> PipelineGraph:
+    return PipelineGraph(steps, inputs)
+
+
+def filled(step: CrewStep, results: Mapping[str, str], **inputs: Any) -> Mapping[str, Any]:
+    """Return a step's inputs after others of these names, without an order of their own, have given these outputs."""
+    steps = [*(CrewStep(name, "crew", {}) for name in results), step]
+    made = PipelineGraph(steps, inputs)
+    assert made.problems == []
+    return made.inputs_of(step, {name: result(output) for name, output in results.items()}, [])
+
+
+# What needs what
+
+
+@pytest.mark.parametrize(
+    ("step", "needs"),
+    [
+        pytest.param(CrewStep("c", "crew", {"x": "{{ a.output }} {{ steps['b b'].output }}"}), {"a", "b b"}, id="text"),
+        pytest.param(CrewStep("c", "crew", {"x": ["{{ a.output }}", {"y": "{{ t }}"}]}), {"a"}, id="nested"),
+        pytest.param(CrewStep("c", "crew", {"x": 1, "y": None}, after=["a"]), {"a"}, id="after"),
+        pytest.param(CrewStep("c", "crew", {}, after="b b"), {"b b"}, id="after-a-single-name"),
+        pytest.param(CrewStep("c", "crew", lambda _: {}, after=["a", "b b"]), {"a", "b b"}, id="function"),
+        pytest.param(CrewStep("c", "crew"), set[str](), id="nothing"),
+    ],
+)
+def test_needs(step: CrewStep, needs: set[str]):
+    made = graph(CrewStep("a", "crew", {}), CrewStep("b b", "crew", {}), step, t="tea")
+    assert made.problems == []
+    assert made.needs["c"] == needs
+
+
+def test_layers_and_all_that_comes_before():
+    made = graph(
+        CrewStep("d", "crew", {"x": "{{ b.output }} {{ c.output }}"}),
+        CrewStep("b", "crew", {"x": "{{ a.output }}"}),
+        CrewStep("c", "crew", {}, after=["a"]),
+        CrewStep("a", "crew", {}),
+    )
+    assert made.layers() == [["a"], ["b", "c"], ["d"]]
+    assert made.before("d") == {"a", "b", "c"}
+
+
+# What is wrong
+
+
+@pytest.mark.parametrize(
+    ("steps", "told"),
+    [
+        pytest.param([], ["has no steps"], id="no-steps"),
+        pytest.param([CrewStep("a", "c"), CrewStep("a", "c")], ["two steps are named 'a'"], id="twice"),
+        pytest.param([CrewStep("t", "c")], ["'t' has the name of an input"], id="an-inputs-name"),
+        pytest.param([CrewStep("steps", "c")], ["'steps' has a reserved name"], id="reserved"),
+        pytest.param([CrewStep("a/b", "c")], ["without slashes"], id="a-slash"),
+        pytest.param([CrewStep(" ", "c")], ["cannot be named ' '"], id="blank"),
+        pytest.param([CrewStep("a", "c", after=["b"])], ["comes after 'b', which is no step"], id="after-nothing"),
+        pytest.param([CrewStep("a", "c", {"x": "{{ u }}"})], ["input 'x': 'u' is neither"], id="an-unknown-name"),
+        pytest.param([CrewStep("a", "c", {"x": ["{{ u }}"]})], ["input 'x': 'u' is neither"], id="within-a-list"),
+        pytest.param([CrewStep("a", "c", {"x": "{{ steps.u.output }}"})], ["'u' is neither"], id="an-unknown-step"),
+        pytest.param([CrewStep("a", "c", {"x": "{{ t"})], ["input 'x'", "is no template"], id="no-template"),
+        pytest.param([CrewStep("a", "c", {"x": "{{ a.output }}"})], ["in a circle: a -> a"], id="itself"),
+        pytest.param(
+            [CrewStep("a", "c", {}), CrewStep("b", "c", {"x": "{{ a.outptu }}"})],
+            ["a step has no 'outptu'"],
+            id="an-unknown-attribute",
+        ),
+        pytest.param(
+            [CrewStep("a", "c", after=["b"]), CrewStep("b", "c", {"x": "{{ u }}"}, after=["a"]), CrewStep("b", "c")],
+            ["two steps are named 'b'", "'u' is neither"],
+            id="several-at-once",
+        ),
+    ],
+)
+def test_problems(steps: list[CrewStep], told: list[str]):
+    problems = "; ".join(graph(*steps, t="tea").problems)
+    assert [part for part in told if part not in problems] == []
+
+
+def test_what_jinja_brings_is_no_unknown_name_and_no_name_for_a_step():
+    assert graph(CrewStep("a", "c", {"x": "{% for i in range(2) %}{{ i }}{% endfor %}"})).problems == []
+    assert "'range' has a reserved name" in graph(CrewStep("range", "c")).problems[0]
+
+
+def test_unknown_inputs_are_told_for_each_step_that_names_its_own():
+    made = graph(
+        CrewStep("a", "c", {"x": 1, "way": 2}),
+        CrewStep("b", "c", {"x": 1, "size": 2, "crewai_trigger_payload": "{}"}),
+        CrewStep("d", "c"),
+        CrewStep("e", "c", {"anything": 1}),
+        CrewStep("f", "c", {"x": 1, "size": 2}),
+        x=1,
+        z=2,
+    )
+    expected = [CrewInput(name="x"), CrewInput(name="ways", required=False)]
+    made.check_inputs({"a": expected, "b": expected, "d": expected, "e": [], "f": expected}, extra=["f"])
+    assert made.problems == [
+        "step 'a' gives the unknown inputs way (did you mean ways?); its crew takes x, ways",
+        "step 'b' gives the unknown inputs size; its crew takes x, ways",
+    ]
+
+
+def test_missing_inputs_are_told_for_each_step_but_for_functions():
+    made = graph(CrewStep("a", "c", {"x": 1}), CrewStep("b", "c", lambda _: {}), CrewStep("d", "c"), z=1)
+    expected = [CrewInput(name="x"), CrewInput(name="y"), CrewInput(name="o", required=False)]
+    made.check_inputs({"a": expected, "b": expected, "d": expected})
+    assert made.problems == [
+        "step 'a' lacks the inputs y of its crew",
+        "step 'd' lacks the inputs x, y of its crew",
+    ]
+
+
+# Inputs
+
+
+def test_templates_see_inputs_and_steps():
+    step = CrewStep("c", "crew", {"x": "{{ t }} {{ inputs.t }} {{ a.output }}", "n": 7, "l": ["{{ a.output }}", 1]})
+    assert filled(step, {"a": "A"}, t="tea") == {"x": "tea tea A", "n": 7, "l": ["A", 1]}
+
+
+def test_a_function_of_one_input_and_of_all():
+    one = CrewStep("c", "crew", {"x": lambda context: context["a"].output.lower() + context.inputs["t"]}, after=["a"])
+    assert filled(one, {"a": "A"}, t="tea") == {"x": "atea"}
+    whole = CrewStep("c", "crew", lambda context: {"x": list(context.results)}, after=["a"])
+    assert filled(whole, {"a": "A", "b": "B"}) == {"x": ["a"]}
+
+
+def test_left_out_they_are_the_pipelines_own_that_the_crew_knows():
+    made = graph(CrewStep("a", "crew"), topic="tea", other=1)
+    assert made.inputs_of(made.steps[0], {}, [CrewInput(name="topic")]) == {"topic": "tea"}
+    assert made.inputs_of(made.steps[0], {}, []) == {"topic": "tea", "other": 1}
+
+
+def test_a_function_that_fails_is_named_with_its_error():
+    def shorten(context: Any) -> Any:
+        return {"x": context["a"].output[99]}
+
+    with pytest.raises(ConfigurationError, match=r"shorten\(\) gave no inputs: IndexError: .*\. Nothing was started"):
+        filled(CrewStep("c", "crew", shorten, after=["a"]), {"a": "A"})
+    with pytest.raises(ConfigurationError, match="Step 'b' is not known here: name it in `after`"):
+        filled(CrewStep("c", "crew", lambda context: {"x": context["b"]}, after=["a"]), {"a": "A", "b": "B"})
+    with pytest.raises(ConfigurationError, match="a function gave a str instead of inputs by name"):
+        filled(CrewStep("c", "crew", lambda _: "x"), {})  # pyright: ignore
+
+
+def test_a_template_sees_only_what_comes_before_it():
+    with pytest.raises(ConfigurationError, match="cannot be filled: 'dict object' has no attribute 'b'"):
+        filled(
+            CrewStep("c", "crew", {"x": "{% set n = 'b' %}{{ steps[n].output }}"}, after=["a"]), {"a": "A", "b": "B"}
+        )
+
+
+# Any graph
+
+NAMES = [f"s{number}" for number in range(9)]
+
+
+@st.composite
+def dags(draw: st.DrawFn) -> dict[str, set[str]]:
+    """Draw steps, in any order, with needs that only lead back in another one."""
+    order = draw(st.permutations(NAMES[: draw(st.integers(1, 9))]))
+    needs = {
+        name: set(draw(st.lists(st.sampled_from(order[:at])))) if at else set[str]() for at, name in enumerate(order)
+    }
+    return {name: needs[name] for name in draw(st.permutations(order))}
+
+
+def made_of(needs: Mapping[str, set[str]]) -> PipelineGraph:
+    # Half of them by templates, half by `after`.
+    return graph(
+        *(
+            CrewStep(name, "crew", {"x": " ".join(f"{{{{ {need}.output }}}}" for need in before)})
+            if at % 2
+            else CrewStep(name, "crew", {}, after=sorted(before))
+            for at, (name, before) in enumerate(needs.items())
+        )
+    )
+
+
+@given(dags())
+def test_any_graph_without_a_circle_has_an_order(needs: dict[str, set[str]]):
+    made = made_of(needs)
+    assert made.problems == []
+    assert made.needs == needs
+    seen: set[str] = set()
+    for layer in made.layers():
+        assert all(needs[name] <= seen for name in layer)
+        seen |= set(layer)
+    assert seen == set(needs)
+
+
+@given(dags(), st.data())
+def test_any_circle_is_refused(needs: dict[str, set[str]], data: st.DataObject):
+    circle = data.draw(st.lists(st.sampled_from(sorted(needs)), unique=True, min_size=1))
+    for name, need in zip(circle, [*circle[1:], circle[0]], strict=True):
+        needs[name].add(need)
+    made = made_of(needs)
+    assert not made.sorts
+    (problem,) = made.problems
+    assert "the steps go round in a circle" in problem
+
+
+# The drawing
+
+
+def test_a_drawing():
+    needs = {"research": set[str](), "prices": set[str](), "write": {"research", "prices"}, "review": {"write"}}
+    assert draw_graph(list(needs), needs) == [
+        "┌───── research",
+        "│ ┌─── prices",
+        "└─┴─┬▶ write",
+        "    └▶ review",
+    ]
+    assert draw_graph(["only"], {"only": set()}) == ["only"]
+
+
+LEADS = {"├": "udr", "└": "ur", "┌": "dr", "┼": "udlr", "┴": "ulr", "┬": "dlr", "│": "ud", "─": "lr", " ": "", "▶": "l"}
+
+
+@given(dags())
+def test_in_any_drawing_lines_lead_from_each_step_to_those_that_need_it(needs: dict[str, set[str]]):
+    made = made_of(needs)
+    order = [name for layer in made.layers() for name in layer]
+    lines = draw_graph(order, needs)
+    rows = [line.rpartition(" ")[0] for line in lines]
+    assert [line.rpartition(" ")[2] for line in lines] == order
+    assert ["▶" in row for row in rows] == [bool(needs[name]) for name in order]
+    # What leads down from a row is taken up by the next one, in the same column, to the end.
+    down: set[int] = set()
+    for row in rows:
+        up = {at for at, sign in enumerate(row) if "u" in LEADS[sign]}
+        assert up == down
+        down = {at for at, sign in enumerate(row) if "d" in LEADS[sign]}
+    assert down == set()

@@ -1,0 +1,601 @@
+"""Pipelines, with real crews and a real Prefect server: what runs when, what is paid for, what failures leave."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import uuid
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from prefect import flow, get_client, task
+from prefect.exceptions import Pause
+from prefect.flow_engine import run_flow_async
+from prefect.flow_runs import asuspend_flow_run
+from prefect.runtime import flow_run
+from pydantic import BaseModel, SecretStr
+
+from prefect_crew import (
+    ConfigurationError,
+    CrewFailedError,
+    CrewStep,
+    DeployedCrew,
+    KickoffUncertainError,
+    PipelineFailedError,
+    RunKeyConflictError,
+    aplan_pipeline,
+    arun_crew,
+    arun_pipeline,
+    get_result,
+    plan_pipeline,
+    run_pipeline,
+)
+from prefect_crew._internal.background import work_beside
+from prefect_crew.client.models import CrewInput
+from prefect_crew.devserver.programs import load_program
+from prefect_crew.devserver.runs import Outcome, ProgramError, Run
+from prefect_crew.devserver.server import InProcessCrewServer
+from prefect_crew.pipelines import artifact as artifact_module
+from prefect_crew.records.model import RecordPhase, RunRecord
+from prefect_crew.records.store import PrefectRecords
+from prefect_crew.states import CrewState
+from prefect_crew.testing import CrewServerFactory
+from support.held import Held
+from support.prefect_server import PrefectServer
+from support.scripts import FAILS, script, slow
+from support.seen import Seen
+
+pytestmark = pytest.mark.usefixtures("prefect_api", "instant_polling")
+
+FAILS_ON = script({"fail": "{{ 'no ' ~ text if text == 'bad' else '' }}", "output": "{{ text }}"}, inputs=["text"])
+"""Gives back its text, unless that is "bad"."""
+
+
+@pytest.fixture
+def seen(prefect_api: PrefectServer) -> Iterator[Seen]:
+    reader = Seen(prefect_api)
+    yield reader
+    reader.close()
+
+
+@pytest.fixture
+def echo(crew_server: CrewServerFactory) -> InProcessCrewServer:
+    return crew_server("echo")
+
+
+def key() -> str:
+    return f"pipeline {uuid.uuid4()}"
+
+
+def texts(server: InProcessCrewServer) -> list[str]:
+    return [run.inputs["text"] for run in server.runs]
+
+
+def artifact(seen: Seen, name: str, run_key: str) -> str:
+    found = [one for one in seen.artifacts(f"pipeline-{name}") if one["description"].endswith(f"run key {run_key}")]
+    assert len(found) == 1, "one artifact a pipeline"
+    return found[0]["data"].replace("\u00a0", " ")
+
+
+# What runs
+
+
+async def test_steps_feed_each_other(echo: InProcessCrewServer):
+    crew, run_key = echo.crew(), key()
+    steps = [
+        CrewStep("review", crew, lambda context: {"text": context["write"].output.upper()}, after=["write"]),
+        CrewStep("write", crew, {"text": "{{ research.output }} & {{ steps['price list'].tasks[0].output }}"}),
+        CrewStep("research", crew, {"text": "on {{ topic }}"}),
+        CrewStep("price list", crew, {"text": "{{ inputs.topic }} costs"}),
+        CrewStep("last", crew, {"text": "bye"}, after=["review"]),
+    ]
+    result = await arun_pipeline(steps, {"topic": "tea"}, run_key=run_key)
+    assert result["review"].output == "ON TEA & TEA COSTS"
+    assert set(result.results) == {"research", "price list", "write", "review", "last"}
+    assert texts(echo)[2:] == ["on tea & tea costs", "ON TEA & TEA COSTS", "bye"]
+    assert echo.kickoffs_by_run_key == {f"{run_key}/{step.name}": 1 for step in steps}
+    assert (await get_result(f"{run_key}/write")).output == "on tea & tea costs"
+
+
+async def test_structured_results_and_types(crew_server: CrewServerFactory, echo: InProcessCrewServer):
+    class Guide(BaseModel):
+        title: str
+
+    guide = crew_server(script({"output": '{"title": "Tiles"}'})).crew()
+    result = await arun_pipeline(
+        [
+            CrewStep("guide", guide, {}, output_type=Guide),
+            CrewStep("b", echo.crew(), {"text": "{{ guide.data.title }}"}),
+        ]
+    )
+    assert result["guide"].data == Guide(title="Tiles")
+    assert result["b"].output == "Tiles"
+
+
+async def test_steps_without_a_path_between_them_run_side_by_side(crew_server: CrewServerFactory, seen: Seen):
+    held = Held(until=lambda _: server.kickoffs >= 2)  # neither "a" nor "b" ends before both have been started
+    server, run_key = crew_server(held), key()
+    steps = [CrewStep(name, server.crew(), {}) for name in ("a", "b")]
+    await arun_pipeline([*steps, CrewStep("c", server.crew(), {}, after=["a", "b"])], name="beside", run_key=run_key)
+    spans = {
+        str(run.meta["run_key"])[-1]: (run.created_at, run.created_at + timedelta(seconds=run.execution_time))
+        for run in server.runs
+    }
+    assert spans["c"][0] > max(spans["a"][1], spans["b"][1])
+    shown = await asyncio.to_thread(artifact, seen, "beside", run_key)
+    assert "3 of 3 steps completed" in shown
+
+
+async def test_the_next_step_does_not_wait_until_an_end_is_written_down_and_the_pipeline_does(
+    echo: InProcessCrewServer, monkeypatch: pytest.MonkeyPatch
+):
+    save, run_key, kicked_off = PrefectRecords.save, key(), list[int]()
+
+    async def late(records: PrefectRecords, record: RunRecord) -> None:
+        if record.phase is RecordPhase.ENDED and record.step == "a":
+            for _ in range(2000):
+                if echo.kickoffs > 1:
+                    break
+                await asyncio.sleep(0.01)
+            kicked_off.append(echo.kickoffs)
+        await save(records, record)
+
+    monkeypatch.setattr(PrefectRecords, "save", late)
+    steps = [CrewStep("a", echo.crew(), {"text": "a"}), CrewStep("b", echo.crew(), {"text": "{{ a.output }}b"})]
+    await arun_pipeline(steps, run_key=run_key)
+    assert kicked_off == [2]
+    for step in "ab":
+        (record,) = await PrefectRecords().attempts(f"{run_key}/{step}")
+        assert (record.phase, record.state) == (RecordPhase.ENDED, CrewState.COMPLETED)
+
+
+async def test_a_failure_is_on_record_before_anybody_hears_of_it(
+    crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch
+):
+    save, run_key = PrefectRecords.save, key()
+
+    async def slowly(records: PrefectRecords, record: RunRecord) -> None:
+        await asyncio.sleep(0.5 if record.phase is RecordPhase.ENDED else 0)
+        await save(records, record)
+
+    monkeypatch.setattr(PrefectRecords, "save", slowly)
+    async with work_beside():  # as within a pipeline: whoever catches it there may buy again
+        with pytest.raises(CrewFailedError):
+            await arun_crew(crew_server(FAILS).crew(), run_key=run_key)
+        (record,) = await PrefectRecords().attempts(run_key)
+    assert (record.phase, record.state) == (RecordPhase.ENDED, CrewState.FAILED)
+
+
+async def test_each_step_has_a_crew_and_a_token_of_its_own(crew_server: CrewServerFactory):
+    one, other = crew_server("echo", token="one-token"), crew_server("echo", token="other-token")
+    await other.crew().asave(name := f"other-{uuid.uuid4().hex[:8]}")
+    steps = [CrewStep("a", one.crew(), {"text": "a"}), CrewStep("b", name, {"text": "{{ a.output }}b"})]
+    assert (await arun_pipeline(steps))["b"].output == "ab"
+    assert (one.kickoffs, other.kickoffs) == (1, 1)
+
+
+async def test_odd_names_of_steps(echo: InProcessCrewServer, seen: Seen):
+    names, run_key = ["a | b", "`code`", "<b>bold", "日本", "ünï", "x" * 300], key()
+    steps = [CrewStep(name, echo.crew(), {"text": name}) for name in names]
+    result = await arun_pipeline(steps, name="odd", run_key=run_key)
+    assert {name: one.output for name, one in result.results.items()} == {name: name for name in names}
+    shown = await asyncio.to_thread(artifact, seen, "odd", run_key)
+    assert "| **a \\| b** |" in shown
+    assert "**&lt;b&gt;bold**" in shown
+
+
+# Where it is called
+
+
+def test_in_a_sync_flow_and_in_a_script_and_in_a_task(echo: InProcessCrewServer):
+    steps = [CrewStep("a", echo.crew(), {"text": "{{ topic }}"})]
+
+    @task
+    def in_a_task() -> str:
+        return run_pipeline(steps, {"topic": "task"})["a"].output
+
+    @flow
+    def in_a_flow() -> list[str]:
+        return [run_pipeline(steps, {"topic": "flow"})["a"].output, in_a_task()]
+
+    assert in_a_flow() == ["flow", "task"]
+    assert run_pipeline(steps, {"topic": "script"})["a"].output == "script"
+    assert echo.kickoffs == 3
+
+
+async def test_in_a_running_loop_the_sync_ones_name_the_async_ones(echo: InProcessCrewServer):
+    steps = [CrewStep("a", echo.crew(), {"text": "a"})]
+    with pytest.raises(RuntimeError, match=r"use `await arun_pipeline\(\.\.\.\)` instead"):
+        run_pipeline(steps)
+    with pytest.raises(RuntimeError, match=r"use `await aplan_pipeline\(\.\.\.\)` instead"):
+        plan_pipeline(steps)
+    assert echo.kickoffs == 0
+
+
+def test_a_script_stores_no_secret_inputs_with_its_flow_run(crew_server: CrewServerFactory, seen: Seen):
+    server = crew_server(script({"output": "ok"}, inputs=["topic", "password"]))
+    crew = server.crew(secret_inputs=["password"])
+    run_pipeline([CrewStep("a", crew)], {"topic": "tea", "password": SecretStr("hunter22")}, name=(name := key()))
+    (run,) = [one for one in seen.flow_runs("run-pipeline") if one["parameters"]["pipeline"] == name]
+    assert run["parameters"]["inputs"] == {"topic": "tea", "password": "********"}
+    assert server.runs[0].inputs["password"] == "hunter22"
+
+
+# Checked before it is paid for
+
+
+async def test_all_that_is_wrong_is_told_at_once_and_nothing_is_started(crew_server: CrewServerFactory):
+    server = crew_server(script({"output": "ok"}, inputs=["topic", "tone"]))
+    refused = DeployedCrew(url=server.url, token="wrong")
+    steps = [
+        CrewStep("a", server.crew(), {"topic": "{{ topik }}"}),
+        CrewStep("b", server.crew(), {"topic": "x", "tone": "y"}, after=["c"]),
+        CrewStep("c", server.crew(), {"topic": "x", "tone": "y"}, after=["b", "nowhere"]),
+        CrewStep("d", "no-such-block", {}),
+        CrewStep("e", refused, {}),
+        CrewStep("f", DeployedCrew(url=server.url, token="two words"), {}),
+    ]
+    with pytest.raises(ConfigurationError) as raised:
+        await arun_pipeline(steps, {"topic": "tea"})
+    told = str(raised.value)
+    for part in (
+        "nothing was started",
+        "'topik' is neither an input of the pipeline nor a step",
+        "step 'a' lacks the inputs tone of its crew",
+        "go round in a circle",
+        "comes after 'nowhere'",
+        "no-such-block",
+        "401",
+        "blanks or letters that no HTTP header can carry",
+    ):
+        assert part in told, part
+    assert server.kickoffs == 0
+
+
+async def test_a_crew_is_asked_once_however_many_steps_it_has(echo: InProcessCrewServer):
+    await arun_pipeline([CrewStep(str(number), echo.crew(), {"text": str(number)}) for number in range(4)])
+    assert echo.requests["inputs"] == 1
+
+
+async def test_a_rotated_token_is_no_problem(crew_server: CrewServerFactory):
+    server = crew_server("echo")
+    await server.crew().asave(name := f"rotated-{uuid.uuid4().hex[:8]}")
+    old = await DeployedCrew.aload(name)
+    old.token = SecretStr("of-last-year")
+    assert (await arun_pipeline([CrewStep("a", old, {"text": "a"})]))["a"].output == "a"
+
+
+async def test_a_crew_that_is_away_is_a_problem_only_before_anything_was_bought(crew_server: CrewServerFactory):
+    server, run_key = crew_server(FAILS_ON), key()
+    steps = [CrewStep("a", server.crew(), {"text": "a"}), CrewStep("b", server.crew(), {"text": "{{ a.output }}b"})]
+    server.faults.add("inputs:500@1")
+    with pytest.raises(ConfigurationError, match=r"nothing was started: crew .* cannot be asked for its inputs"):
+        await arun_pipeline(steps, run_key=run_key)
+    assert server.kickoffs == 0
+    await arun_pipeline(steps, run_key=run_key)
+    server.faults.add("inputs:500")
+    assert (await arun_pipeline(steps, run_key=run_key))["b"].output == "ab"
+    assert server.kickoffs == 2
+
+
+async def test_a_crew_without_inputs_is_no_obstacle(crew_server: CrewServerFactory):
+    server = crew_server("echo", faults=["inputs:404"])
+    assert (await arun_pipeline([CrewStep("a", server.crew(), {"text": "a"})]))["a"].output == "a"
+
+
+def test_a_plan_starts_nothing_and_shows_all(crew_server: CrewServerFactory):
+    server = crew_server(script({"output": "ok"}, inputs=["text", "password"]))
+    crew = server.crew(secret_inputs=["password"]).crew.called("travel")
+    steps = [
+        CrewStep("write", crew, {"text": "{{ research.output }}", "password": "{{ code }}"}),
+        CrewStep("research", crew, {"text": "on {{ topic }}", "password": lambda _: "x"}),
+        CrewStep("send", crew, lambda _: {}, after=["write"]),
+    ]
+    plan = plan_pipeline(steps, {"topic": "tea", "code": "hunter22"})
+    assert str(plan).splitlines() == [
+        "┌─── research",
+        "└─┬▶ write",
+        "  └▶ send",
+        "",
+        "research: crew travel",
+        "  text = on tea",
+        "  password = ********",
+        "",
+        "write: crew travel, after research",
+        "  text = {{ research.output }}",
+        "  password = ********",
+        "",
+        "send: crew travel, after write",
+        "  … = from a function",
+    ]
+    assert server.kickoffs == 0
+
+
+async def test_a_plan_shows_what_is_wrong(echo: InProcessCrewServer):
+    plan = await aplan_pipeline([CrewStep("a", echo.crew(), {}), CrewStep("b", "no-such-block", {"text": "{{ u }}"})])
+    assert [step.name for step in plan.steps] == ["a", "b"]
+    assert str(plan).count("Problem: ") == 3
+
+
+# Failures
+
+
+async def test_a_failed_step_stops_those_that_need_it_and_no_others(crew_server: CrewServerFactory, seen: Seen):
+    server, run_key = crew_server(FAILS_ON), key()
+    crew = server.crew()
+    steps = [
+        CrewStep("bad", crew, {"text": "{{ first }}"}),
+        CrewStep("needs it", crew, {"text": "{{ bad.output }}"}),
+        CrewStep("needs that", crew, {"text": "x"}, after=["needs it"]),
+        CrewStep("alone", crew, {"text": "alone"}),
+        CrewStep("after alone", crew, {"text": "{{ alone.output }} too"}),
+    ]
+    with pytest.raises(PipelineFailedError) as raised:
+        await arun_pipeline(steps, {"first": "bad"}, name="failing", run_key=run_key)
+    error = raised.value
+    assert (error.failed, error.skipped) == (["bad"], ["needs it", "needs that"])
+    assert {name: one.output for name, one in error.results.items()} == {
+        "alone": "alone",
+        "after alone": "alone too",
+    }
+    assert isinstance(error.errors["bad"], CrewFailedError)
+    assert "A step failed: bad: " in str(error)
+    assert "no bad" in str(error)
+    assert "Not run because of it: needs it, needs that." in str(error)
+    assert server.kickoffs == 3
+    shown = await asyncio.to_thread(artifact, seen, "failing", run_key)
+    assert shown.count("✗ failed") == 1
+    assert shown.count("– not run") == 2
+
+
+async def test_a_function_that_fails_fails_its_step_only(echo: InProcessCrewServer):
+    steps = [
+        CrewStep("a", echo.crew(), lambda context: {"text": context.inputs["nothing"]}),
+        CrewStep("b", echo.crew(), {"text": "b"}),
+    ]
+    with pytest.raises(PipelineFailedError, match="a: a function gave no inputs: KeyError: 'nothing'") as raised:
+        await arun_pipeline(steps)
+    assert list(raised.value.results) == ["b"]
+    assert echo.kickoffs == 1
+
+
+async def test_a_limit_that_does_not_exist_fails_its_step_only(echo: InProcessCrewServer):
+    steps = [
+        CrewStep("a", echo.crew(concurrency_limit="nobody-made-it"), {"text": "a"}),
+        CrewStep("b", echo.crew(), {"text": "b"}),
+    ]
+    with pytest.raises(PipelineFailedError, match=r"a: .*nobody-made-it") as raised:
+        await arun_pipeline(steps)
+    assert list(raised.value.results) == ["b"]
+
+
+class FailsFirst:
+    """A crew that gives back its text, and whose first run fails."""
+
+    name = "fails-first"
+
+    def __init__(self) -> None:
+        self._echo = load_program("echo")
+        self._runs = 0
+
+    def inputs(self) -> list[CrewInput]:
+        return self._echo.inputs()
+
+    async def execute(self, run: Run) -> Outcome:
+        self._runs += 1
+        if self._runs == 1:
+            raise ProgramError("the editor is out for lunch")
+        return await self._echo.execute(run)
+
+
+def chain(echo: InProcessCrewServer, fails_first: InProcessCrewServer) -> list[CrewStep]:
+    return [
+        CrewStep("a", echo.crew(), {"text": "a"}),
+        CrewStep("b", fails_first.crew(), {"text": "{{ a.output }}b"}),
+        CrewStep("c", echo.crew(), {"text": "{{ b.output }}c"}),
+        CrewStep("d", echo.crew(), {"text": "d"}),
+    ]
+
+
+async def test_the_same_key_starts_with_what_failed_and_pays_for_nothing_again(
+    crew_server: CrewServerFactory, echo: InProcessCrewServer, seen: Seen
+):
+    fails_first, run_key = crew_server(FailsFirst()), key()
+    with pytest.raises(PipelineFailedError, match="out for lunch"):
+        await arun_pipeline(chain(echo, fails_first), name="mended", run_key=run_key)
+    assert (echo.kickoffs, fails_first.kickoffs) == (2, 1)
+    result = await arun_pipeline(chain(echo, fails_first), name="mended", run_key=run_key)
+    assert result["c"].output == "abc"
+    again = await arun_pipeline(chain(echo, fails_first), name="mended", run_key=run_key)
+    assert again["c"].output == "abc"
+    assert echo.kickoffs_by_run_key == {f"{run_key}/{step}": 1 for step in "acd"}
+    assert fails_first.kickoffs_by_run_key == {f"{run_key}/b": 2}
+    pages = await asyncio.to_thread(seen.artifacts, "pipeline-mended")
+    pages = [one["data"] for one in pages if run_key in one["description"]]
+    assert [page.count("bought earlier") for page in pages] == [0, 2, 4]
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["key-left-out", "key-given"])
+def test_a_retry_of_the_flow_run_starts_with_what_failed(
+    crew_server: CrewServerFactory, echo: InProcessCrewServer, given: bool
+):
+    fails_first, run_key = crew_server(FailsFirst()), key() if given else None
+
+    @flow(retries=1)
+    async def trip() -> str:
+        return (await arun_pipeline(chain(echo, fails_first), run_key=run_key))["c"].output
+
+    assert asyncio.run(trip()) == "abc"
+    assert (echo.kickoffs, fails_first.kickoffs) == (3, 2)
+
+
+async def test_equal_pipelines_in_one_flow_are_told_apart(echo: InProcessCrewServer):
+    steps = [CrewStep("a", echo.crew(), {"text": "a"})]
+
+    @flow
+    async def trip() -> int:
+        return len({(await arun_pipeline(steps)).run_key for _ in range(2)})
+
+    assert await trip() == 2
+    assert echo.kickoffs == 2
+
+
+async def test_a_step_may_start_from_a_state(echo: InProcessCrewServer):
+    state = "3f2b8c1e-9d47-4a6b-8f0e-5c1d2a7b9e64"
+    steps = [CrewStep("a", echo.crew(), {"text": "x"}, restore_from=state), CrewStep("b", echo.crew(), {"text": "y"})]
+    await arun_pipeline(steps, run_key=key())
+    assert {run.inputs["text"]: run.restore_from for run in echo.runs} == {"x": state, "y": None}
+    with pytest.raises(ConfigurationError, match="step 'a': restore_from is '42'"):
+        await arun_pipeline([CrewStep("a", echo.crew(), {"text": "x"}, restore_from="42")])
+
+
+async def test_other_inputs_under_the_same_key_start_nothing(echo: InProcessCrewServer):
+    steps, run_key = [CrewStep("a", echo.crew(), {"text": "{{ topic }}"})], key()
+    await arun_pipeline(steps, {"topic": "tea"}, run_key=run_key)
+    with pytest.raises(PipelineFailedError, match="a: ") as raised:
+        await arun_pipeline(steps, {"topic": "cocoa"}, run_key=run_key)
+    assert isinstance(raised.value.errors["a"], RunKeyConflictError)
+    assert echo.kickoffs == 1
+
+
+async def test_an_uncertain_kickoff_stays_uncertain_and_the_others_are_kept(
+    crew_server: CrewServerFactory, echo: InProcessCrewServer
+):
+    dropping, run_key = crew_server("echo", faults=["kickoff:drop-after-accept@1"]), key()
+    for _ in range(2):
+        with pytest.raises(PipelineFailedError) as raised:
+            await arun_pipeline(chain(echo, dropping), run_key=run_key)
+        assert isinstance(raised.value.errors["b"], KickoffUncertainError)
+        assert raised.value.skipped == ["c"]
+        assert sorted(raised.value.results) == ["a", "d"]
+    assert (echo.kickoffs, dropping.kickoffs) == (2, 1)
+
+
+async def test_a_pipeline_that_is_cancelled_leaves_its_crews_running_and_is_taken_up_again(
+    crew_server: CrewServerFactory, echo: InProcessCrewServer, seen: Seen
+):
+    long, run_key = crew_server(slow(1.5, "b")), key()
+    steps = [
+        CrewStep("a", echo.crew(), {"text": "a"}),
+        CrewStep("b", long.crew(), {}, after=["a"]),
+        CrewStep("c", echo.crew(), {"text": "{{ b.output }}c"}),
+    ]
+    calls: list[asyncio.Task[Any]] = []
+
+    @flow
+    async def trip() -> None:
+        calls.append(asyncio.ensure_future(arun_pipeline(steps, name="cut", run_key=run_key)))
+        with contextlib.suppress(asyncio.CancelledError):
+            await calls[0]
+
+    running = asyncio.ensure_future(trip())
+    while long.requests["status"] == 0:
+        await asyncio.sleep(0.01)
+    calls[0].cancel()
+    await running
+    assert str(long.runs[0].state) == "running"
+    shown = await asyncio.to_thread(artifact, seen, "cut", run_key)
+    assert [mark for mark in ("✓ completed", "■ cancelled", "– not run") if mark in shown] == [
+        "✓ completed",
+        "■ cancelled",
+        "– not run",
+    ]
+    result = await arun_pipeline(steps, run_key=run_key)
+    assert result["c"].output == "bc"
+    assert (echo.kickoffs, long.kickoffs) == (2, 1)
+
+
+# What is seen
+
+
+def test_events_tell_each_end_once_with_the_step(crew_server: CrewServerFactory, echo: InProcessCrewServer, seen: Seen):
+    broken, run_key = crew_server(FAILS), key()
+    steps = [CrewStep("good", echo.crew(), {"text": "a"}), CrewStep("bad", broken.crew(), {})]
+    for _ in range(2):
+        with pytest.raises(PipelineFailedError):
+            run_pipeline(steps, run_key=run_key)
+    for server, step, kind in ((echo, "good", "crew.completed"), (broken, "bad", "crew.failed")):
+        for run in server.runs:
+            (event,) = [one for one in seen.events(run.id) if one["event"] in ("crew.completed", "crew.failed")]
+            assert event["event"] == kind
+            related = {one["prefect.resource.role"]: one["prefect.resource.id"] for one in event["related"]}
+            assert related["step"] == f"prefect-crew.step.{step}"
+            assert related["flow-run"].startswith("prefect.flow-run.")
+            assert event["payload"]["run_key"] == f"{run_key}/{step}"
+
+
+def test_a_pipeline_makes_no_subflows_and_two_tasks_a_step(echo: InProcessCrewServer, seen: Seen):
+    ids: list[Any] = []
+
+    @flow
+    async def trip() -> None:
+        ids.append(flow_run.id)
+        await arun_pipeline([CrewStep(str(n), echo.crew(), {"text": str(n)}) for n in range(3)])
+
+    asyncio.run(trip())
+    assert seen.subflow_runs(ids[0]) == []
+    names = sorted(run["name"] for run in seen.task_runs(ids[0], count=6))
+    assert [name.partition(" ")[0] for name in names] == ["kick"] * 3 + ["wait"] * 3
+
+
+async def test_a_prefect_that_refuses_artifacts_fails_nothing(
+    echo: InProcessCrewServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    monkeypatch.setattr(artifact_module, "artifact_key", lambda *_, **__: "NOT A KEY")
+    assert (await arun_pipeline([CrewStep("a", echo.crew(), {"text": "a"})]))["a"].output == "a"
+    assert caplog.text.count("The artifact of pipeline pipeline could not be updated") == 1
+
+
+@pytest.mark.parametrize("inside", [True, False], ids=["in a flow", "in a script"])
+async def test_an_input_that_cannot_be_sent_is_a_mistake_of_the_caller_also_where_only_a_function_takes_it(
+    echo: InProcessCrewServer, inside: bool
+):
+    async def trip() -> None:
+        await arun_pipeline([CrewStep("a", echo.crew(), lambda context: {"text": "a"})], {"o": object()})
+
+    with pytest.raises(ConfigurationError, match="Input 'o' holds a value of type object, which cannot be sent"):
+        await (flow(trip)() if inside else trip())
+    assert echo.kickoffs == 0
+
+
+# Suspended by Prefect
+
+
+async def test_a_flow_run_that_somebody_suspends_in_the_middle_goes_on_with_what_is_left(
+    crew_server: CrewServerFactory, echo: InProcessCrewServer, seen: Seen
+):
+    held, run_key = Held(), key()
+    server = crew_server(held)
+    steps = [
+        CrewStep("held", server.crew(), {}),
+        CrewStep("next", echo.crew(), {"text": "{{ held.output }}"}),
+        CrewStep("last", echo.crew(), {"text": "{{ next.output }}"}),
+    ]
+
+    @flow
+    async def trip() -> str:
+        return (await arun_pipeline(steps, name="suspended", run_key=run_key))["last"].output
+
+    async with get_client() as client:
+        deployment = await client.create_deployment(await client.create_flow(trip), f"suspended-{uuid.uuid4()}")
+        planned = await client.create_flow_run_from_deployment(deployment)
+
+        async def suspend() -> None:
+            while not server.requests["status"]:
+                await asyncio.sleep(0.01)
+            await asuspend_flow_run(flow_run_id=planned.id)
+            held.release()
+
+        meanwhile = asyncio.create_task(suspend())
+        with pytest.raises(Pause):
+            await run_flow_async(trip, flow_run=await client.read_flow_run(planned.id))
+        await meanwhile
+        shown = await asyncio.to_thread(artifact, seen, "suspended", run_key)
+        assert [row.split(" | ")[1] for row in shown.splitlines() if row.startswith("| **")] == [
+            *("◌ running, the flow run is suspended", "○ waiting", "○ waiting")
+        ]
+        await client.resume_flow_run(planned.id)
+        assert await run_flow_async(trip, flow_run=await client.read_flow_run(planned.id)) == "done"
+    assert [echo.kickoffs, server.kickoffs] == [2, 1]

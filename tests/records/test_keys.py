@@ -1,0 +1,565 @@
+"""Run keys: what tells two purchases apart, and what a retry finds again."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import uuid
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta, timezone
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from prefect import flow, get_client, task, unmapped
+from prefect.flow_engine import run_flow_async
+from prefect.flows import Flow
+from prefect.runtime import flow_run
+from prefect.states import Scheduled
+
+from prefect_crew import CrewStep, arun_crew, arun_pipeline, get_result, kickoff_crew, run_crew, wait_for_crew
+from prefect_crew.exceptions import ConfigurationError
+from prefect_crew.records import keys as keys_module
+from prefect_crew.records.keys import _Attempt, _Occurrences, render_run_key
+from prefect_crew.records.model import MAX_RUN_KEY
+from prefect_crew.testing import CrewServerFactory
+from support.scripts import slow
+
+START = datetime(2026, 5, 1, 23, 30, 5, tzinfo=UTC)
+
+
+# Templates
+
+
+@pytest.mark.parametrize(
+    ("template", "key"),
+    [
+        ("daily", "daily"),
+        ("daily-{{ scheduled_start:%Y-%m-%d }}", "daily-2026-05-01"),
+        ("{{scheduled_start:%Y-%m-%d}}", "2026-05-01"),
+        ("{{ scheduled_start:%H:%M }} and {{ scheduled_start:%d.%m. }}", "23:30 and 01.05."),
+        ("at {{ scheduled_start }}", "at 2026-05-01T23:30:05"),
+        ("{not a placeholder} %Y", "{not a placeholder} %Y"),
+    ],
+)
+def test_a_template_over_the_scheduled_time(template: str, key: str):
+    assert render_run_key(template, START) == key
+
+
+def test_a_template_is_in_utc():
+    tokyo = START.astimezone(timezone(timedelta(hours=9)))
+    assert render_run_key("{{ scheduled_start:%Y-%m-%d }}", tokyo) == "2026-05-01"
+
+
+@pytest.mark.parametrize(
+    ("template", "says"),
+    [
+        pytest.param("daily-{{ date }}", r"'\{\{ date \}\}' is not known", id="another name"),
+        pytest.param("daily-{{ scheduled_start | date }}", "is not known", id="a filter"),
+        pytest.param("daily-{{ scheduled_start:YYYY-MM-DD }}", "'YYYY-MM-DD' is no format of strftime", id="moment.js"),
+        pytest.param("daily-{{ scheduled_start: }}", "is no format", id="an empty format"),
+        pytest.param("daily-{{ scheduled_start", "is not closed", id="not closed"),
+        pytest.param("daily-{{ scheduled_start }", "is not closed", id="half closed"),
+        pytest.param("daily-{{ }}", "is not known", id="nothing"),
+    ],
+)
+def test_a_template_that_would_be_the_same_every_day_is_refused(template: str, says: str):
+    with pytest.raises(ConfigurationError, match=says) as caught:
+        render_run_key(template, START)
+    assert "Use {{ scheduled_start:%Y-%m-%d }}" in str(caught.value)
+
+
+@given(st.text())
+def test_a_rendered_key_never_holds_a_placeholder(template: str):
+    try:
+        key = render_run_key(template, START)
+    except ConfigurationError:
+        return
+    assert "{{" not in key
+
+
+# Occurrences, pure
+
+
+def attempt(name: str, count: int = 1, key: str = "t") -> _Attempt:
+    return _Attempt(key, name, count)
+
+
+def test_equal_calls_are_numbered_and_others_are_not():
+    numbers = _Occurrences()
+    assert [numbers.take(base, None, ()) for base in "abaab"] == [1, 1, 2, 3, 2]
+
+
+def test_a_retried_task_of_ours_keeps_its_number():
+    numbers = _Occurrences()
+    assert [numbers.take("a", own, ()) for own in ("k1", "k2", "k1", "k3", "k2")] == [1, 2, 1, 3, 2]
+
+
+def test_a_retried_task_of_the_users_is_given_its_numbers_again_and_more_if_it_asks_for_more():
+    numbers = _Occurrences()
+    first, other, second = (attempt("t1"),), (attempt("t2"),), (attempt("t1", 2),)
+    assert [numbers.take("a", f"k{n}", first) for n in range(2)] == [1, 2]
+    assert numbers.take("a", "k9", other) == 3
+    assert [numbers.take("a", f"l{n}", second) for n in range(3)] == [1, 2, 4]
+
+
+def test_a_task_within_a_retried_task_is_given_its_numbers_again_although_its_id_is_new():
+    numbers = _Occurrences()
+    outer, again = attempt("outer"), attempt("outer", 2)
+    assert numbers.take("a", None, (outer, attempt("inner-1", key="inner"))) == 1
+    assert numbers.take("a", None, (outer, attempt("inner-1", 2, key="inner"))) == 1, "the inner one is retried"
+    assert numbers.take("a", None, (outer, attempt("inner-2", key="inner"))) == 2, "another inner one"
+    assert numbers.take("a", None, (outer, attempt("helper", key="helper"))) == 3, "one of another kind"
+    assert numbers.take("a", None, (again, attempt("inner-3", key="inner"))) == 1
+    assert numbers.take("a", None, (again, attempt("inner-4", key="inner"))) == 2
+    assert numbers.take("a", None, (again, attempt("helper-2", key="helper"))) == 3
+
+
+@given(st.permutations(["x", "x", "y", "z"]), st.permutations(["x", "x", "y", "z"]))
+def test_tasks_within_a_retried_task_find_their_numbers_in_whatever_order_they_come(
+    first: list[str], second: list[str]
+):
+    numbers = _Occurrences()
+
+    def taken(bases: list[str], count: int) -> list[tuple[str, int]]:
+        inner = [attempt(f"{count}-{n}", key="inner") for n in range(len(bases))]
+        return [
+            (base, numbers.take(base, None, (attempt("outer", count), one)))
+            for base, one in zip(bases, inner, strict=True)
+        ]
+
+    assert sorted(taken(first, 1)) == sorted(taken(second, 2)) == [("x", 1), ("x", 2), ("y", 1), ("z", 1)]
+
+
+def test_threads_are_never_given_the_same_number():
+    numbers, start = _Occurrences(), threading.Barrier(8)
+
+    def take(_: int) -> list[int]:
+        start.wait()
+        return [numbers.take("a", None, ()) for _ in range(500)]
+
+    with ThreadPoolExecutor(8) as pool:
+        taken = [number for some in pool.map(take, range(8)) for number in some]
+    assert sorted(taken) == [*range(1, 4001)]
+
+
+# Keys of real runs
+
+
+@pytest.fixture
+def bought(crew_server: CrewServerFactory, prefect_api: object, instant_polling: None) -> Any:
+    """A crew server; its `kickoffs_by_run_key` says what was bought."""
+    return crew_server("echo")
+
+
+def keys(server: Any) -> list[str]:
+    assert all(count == 1 for count in server.kickoffs_by_run_key.values())
+    return list(server.kickoffs_by_run_key)
+
+
+def fails_once() -> Callable[[], None]:
+    """Return a function that raises the first time it is called."""
+    left = [RuntimeError("the first time")]
+
+    def fail() -> None:
+        if left:
+            raise left.pop()
+
+    return fail
+
+
+async def test_equal_calls_in_a_loop_are_told_apart_and_a_flow_retry_finds_each_again(bought: Any):
+    crew, fail = bought.crew(), fails_once()
+
+    @flow(retries=1)
+    async def trips() -> list[str]:
+        results = [await arun_crew(crew, {"text": text}) for text in ("a", "b", "a")]
+        fail()
+        return [result.kickoff_id for result in results]
+
+    ids = await trips()
+    assert bought.kickoffs == 3
+    assert len(set(ids)) == 3
+    assert sorted(key.rpartition("/")[2] for key in keys(bought)) == ["1", "1", "2"]
+
+
+def test_a_sync_flow_that_is_retried_buys_nothing_again(bought: Any):
+    crew, fail = bought.crew(), fails_once()
+
+    @flow(retries=1)
+    def trip() -> str:
+        result = run_crew(crew, {"text": "a"})
+        fail()
+        return result.output
+
+    assert trip() == "a"
+    assert bought.kickoffs == 1
+
+
+async def test_a_flow_that_fails_while_the_crew_runs_finds_it_again(bought: Any, crew_server: CrewServerFactory):
+    server = crew_server(slow(0.6))
+    crew, fail = server.crew(), fails_once()
+
+    @flow(retries=1)
+    async def trip() -> str:
+        kickoff_id = await kickoff_crew(crew)
+        fail()
+        return (await wait_for_crew(crew, kickoff_id)).output
+
+    assert await trip() == "done"
+    assert server.kickoffs == 1
+
+
+async def test_a_retried_task_of_the_users_finds_its_runs_again(bought: Any):
+    crew, fail = bought.crew(), fails_once()
+
+    @task(retries=1)
+    async def research() -> list[str]:
+        found = [(await arun_crew(crew, {"text": "same"})).kickoff_id for _ in range(2)]
+        fail()
+        return found
+
+    @flow
+    async def trip() -> list[str]:
+        return [*await research(), (await arun_crew(crew, {"text": "same"})).kickoff_id]
+
+    assert len(set(await trip())) == 3
+    assert bought.kickoffs == 3
+
+
+async def test_a_task_that_a_retried_task_calls_finds_its_run_again(bought: Any):
+    crew, fail = bought.crew(), fails_once()
+
+    @task
+    async def research(text: str) -> str:
+        return (await arun_crew(crew, {"text": text})).output
+
+    @task(retries=1)
+    async def plan() -> list[str]:
+        outputs = [*await asyncio.gather(research("a"), research("b"))]
+        fail()
+        return outputs
+
+    @flow
+    async def trip() -> list[str]:
+        return await plan()
+
+    assert await trip() == ["a", "b"]
+    assert bought.kickoffs == 2
+
+
+async def test_a_retried_task_without_a_flow_finds_its_run_again(bought: Any):
+    crew, fail = bought.crew(), fails_once()
+
+    @task(retries=1)
+    async def research() -> str:
+        result = await arun_crew(crew, {"text": "a"})
+        fail()
+        return result.output
+
+    assert await research() == "a"
+    assert bought.kickoffs == 1
+    await research()
+    assert bought.kickoffs == 2, "another run of the task is another purchase"
+
+
+def test_submitted_and_mapped_kickoffs_are_found_again(bought: Any):
+    crew, fail = bought.crew(), fails_once()
+
+    @flow(retries=1)
+    def trips() -> list[str]:
+        submitted = [kickoff_crew.submit(crew, {"text": "same"}) for _ in range(3)]
+        mapped = kickoff_crew.map(unmapped(crew), [{"text": text} for text in "abc"])
+        ids = [future.result() for future in [*submitted, *mapped]]
+        fail()
+        return ids
+
+    assert len(set(trips())) == 6
+    assert bought.kickoffs == 6
+
+
+async def test_a_subflow_that_its_parents_retry_makes_anew_finds_its_runs_again(bought: Any):
+    crew, fail = bought.crew(), fails_once()
+    subflow_runs: set[str] = set()
+
+    @flow
+    async def city(name: str) -> str:
+        subflow_runs.add(flow_run.id)
+        return (await arun_crew(crew, {"text": name})).kickoff_id
+
+    @flow
+    async def middle(name: str) -> str:
+        return await city(name)
+
+    @flow(retries=1)
+    async def trips() -> list[str]:
+        ids = [await city("Lisbon"), await city("Lisbon"), await middle("Lisbon")]
+        fail()
+        return ids
+
+    ids = await trips()
+    assert bought.kickoffs == 3
+    assert len(set(ids)) == 3
+    assert len(subflow_runs) >= 3
+
+
+async def test_a_failed_subflow_that_is_made_anew_finds_its_run_again(bought: Any):
+    crew, fail = bought.crew(), fails_once()
+    subflow_runs: set[str] = set()
+
+    @flow
+    async def city() -> str:
+        subflow_runs.add(flow_run.id)
+        result = await arun_crew(crew, {"text": "Lisbon"})
+        fail()
+        return result.output
+
+    @flow(retries=1)
+    async def trip() -> str:
+        return await city()
+
+    assert await trip() == "Lisbon"
+    assert len(subflow_runs) == 2, "Prefect makes it anew under another id"
+    assert bought.kickoffs == 1
+
+
+async def test_a_subflow_that_a_retried_task_makes_anew_finds_its_run_again(bought: Any):
+    crew, fail = bought.crew(), fails_once()
+
+    @flow
+    async def city() -> str:
+        return (await arun_crew(crew, {"text": "Lisbon"})).output
+
+    @task(retries=1)
+    async def research() -> str:
+        output = await city()
+        fail()
+        return output
+
+    @flow
+    async def trip() -> str:
+        return await research()
+
+    assert await trip() == "Lisbon"
+    assert bought.kickoffs == 1
+
+
+async def test_the_name_of_a_step_takes_the_crews_place(bought: Any):
+    crew = bought.crew()
+
+    @flow
+    async def trip() -> None:
+        await arun_crew(crew, {"text": "a"}, name="research")
+        await arun_crew(crew, {"text": "a"}, name="check")
+        await arun_crew(crew.crew.called("travel"), {"text": "a"})
+
+    await trip()
+    assert [key.split("/")[1] for key in keys(bought)] == ["research", "check", "travel"]
+
+
+async def test_a_long_name_makes_a_key_that_fits_and_is_still_its_own(bought: Any):
+    crew = bought.crew()
+
+    @flow
+    async def trip() -> None:
+        for end in "ab":
+            await arun_crew(crew, {"text": "a"}, name="n" * 1000 + end)
+
+    await trip()
+    assert len(keys(bought)) == 2
+    assert all(len(key) <= MAX_RUN_KEY for key in keys(bought))
+
+
+async def test_runs_of_a_flow_are_purchases_of_their_own(bought: Any):
+    crew = bought.crew()
+
+    @flow
+    async def trip() -> None:
+        await arun_crew(crew, {"text": "a"})
+
+    await trip()
+    await trip()
+    assert bought.kickoffs == 2
+
+
+async def test_a_plain_call_is_a_new_purchase_each_time(bought: Any):
+    for _ in range(2):
+        await arun_crew(bought.crew(), {"text": "a"})
+        await bought.crew().trigger({"text": "a"})
+    assert len(keys(bought)) == 4
+
+
+@pytest.mark.parametrize(
+    ("run_key", "says"),
+    [
+        pytest.param("  ", "must not be empty", id="empty"),
+        pytest.param("k" * (MAX_RUN_KEY + 1), "has 501 characters, the limit is 500", id="long"),
+        pytest.param("half a \ud800", "half a character", id="surrogate"),
+        pytest.param("{{ today }}", "is not known", id="template"),
+    ],
+)
+async def test_a_key_that_cannot_be_used_starts_nothing(bought: Any, run_key: str, says: str):
+    with pytest.raises(ConfigurationError, match=says):
+        await bought.crew().trigger({"text": "a"}, run_key=run_key)
+    assert bought.kickoffs == 0
+
+
+async def scheduled(function: Flow[Any, Any], at: datetime) -> uuid.UUID:
+    """Make a flow run that was scheduled for some time."""
+    async with get_client() as client:
+        return (await client.create_flow_run(function, state=Scheduled(scheduled_time=at))).id
+
+
+async def test_the_scheduled_time_stays_the_same_over_retries_and_runs_late(bought: Any):
+    crew, fail = bought.crew(), fails_once()
+    seen: list[str] = []
+
+    @flow
+    async def child() -> None:
+        seen.append((await arun_crew(crew, {"text": "a"}, run_key="daily-{{ scheduled_start:%Y-%m-%d }}")).output)
+
+    @flow(retries=1, retry_delay_seconds=1)
+    async def daily() -> None:
+        await child()
+        fail()
+
+    for day in (1, 2, 2):
+        async with get_client() as client:
+            planned = await client.read_flow_run(await scheduled(daily, datetime(2026, 5, day, 6, tzinfo=UTC)))
+        await run_flow_async(daily, flow_run=planned, parameters={})
+    assert keys(bought) == ["daily-2026-05-01", "daily-2026-05-02"]
+    assert len(seen) == 4, "the first of the three was retried"
+
+
+def test_a_template_in_a_script_is_of_now(bought: Any):
+    run_crew(bought.crew(), {"text": "a"}, run_key="daily-{{ scheduled_start:%Y }}")
+    assert keys(bought) == [f"daily-{datetime.now(UTC):%Y}"]
+
+
+async def test_a_long_lived_process_forgets_the_numbers_of_old_flow_runs(bought: Any, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(keys_module, "_KEPT", 2)
+    crew = bought.crew()
+
+    @flow
+    async def trip() -> None:
+        await arun_crew(crew, {"text": "a"})
+
+    for _ in range(4):
+        await trip()
+    assert len(keys_module._occurrences) <= 2
+    assert len(keys_module._roots) <= 2
+
+
+@pytest.mark.parametrize("how", ["called", "submitted"])
+async def test_a_flow_run_keeps_its_numbers_however_many_others_come_and_go_meanwhile(
+    bought: Any, monkeypatch: pytest.MonkeyPatch, how: str
+):
+    monkeypatch.setattr(keys_module, "_KEPT", 2)
+    crew = bought.crew()
+    begun, others_done = asyncio.Event(), asyncio.Event()
+
+    async def start() -> None:
+        if how == "called":
+            await arun_crew(crew, {"text": "a"})
+        else:
+            await asyncio.to_thread(kickoff_crew.submit(crew, {"text": "a"}).wait)
+
+    @flow
+    async def long() -> None:
+        await start()
+        begun.set()
+        await others_done.wait()
+        await start()
+
+    @flow
+    async def other() -> None:
+        await start()
+
+    running = asyncio.create_task(long())
+    await begun.wait()
+    for _ in range(3):
+        await other()
+    others_done.set()
+    await running
+    assert len(keys(bought)) == 5, "the long one has started two runs"
+
+
+async def test_the_scheduled_time_can_be_asked_for(bought: Any):
+    before = datetime.now(UTC)
+    assert await keys_module.scheduled_start() >= before
+    seen: list[datetime] = []
+
+    @flow
+    async def trip() -> None:
+        seen.append(await keys_module.scheduled_start())
+
+    async with get_client() as client:
+        planned = await client.read_flow_run(await scheduled(trip, datetime(2026, 5, 1, 6, tzinfo=UTC)))
+    await run_flow_async(trip, flow_run=planned, parameters={})
+    assert [f"{one:%Y-%m-%d %H:%M}" for one in seen] == ["2026-05-01 06:00"]
+
+
+@pytest.mark.parametrize("call", ["run_crew", "pipeline", "result"])
+@pytest.mark.parametrize("run_key", ["half a \ud800", 7], ids=["surrogate", "number"])
+async def test_what_is_no_key_is_a_mistake_of_the_caller_outside_of_a_flow_as_well(
+    bought: Any, call: str, run_key: Any
+):
+    crew = bought.crew()
+    calls: dict[str, Callable[[], Any]] = {
+        "run_crew": lambda: arun_crew(crew, {"text": "a"}, run_key=run_key),
+        "pipeline": lambda: arun_pipeline([CrewStep("a", crew, {"text": "a"})], run_key=run_key),
+        "result": lambda: get_result(run_key),
+    }
+    with pytest.raises(ConfigurationError, match="run_key"):
+        await calls[call]()
+    assert bought.kickoffs == 0
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        pytest.param("café {} ", id="a blank after it"),
+        pytest.param("\n\tcafé {}\u00a0", id="other blanks around it"),
+        pytest.param("cafe\u0301 {}", id="another way to write the accent"),
+    ],
+)
+async def test_keys_that_look_the_same_are_one(bought: Any, other: str):
+    number = uuid.uuid4()
+    mine, theirs = f"café {number}", other.format(number)
+    first = await bought.crew().trigger({"text": "a"}, run_key=mine)
+    second = await bought.crew().trigger({"text": "a"}, run_key=theirs)
+    assert first.kickoff_id == second.kickoff_id
+    await second.wait_for_completion()
+    assert (await get_result(theirs)).kickoff_id == first.kickoff_id
+    assert bought.kickoffs == 1
+
+
+async def test_a_step_whose_name_holds_a_slash_is_not_the_step_of_a_subflow(bought: Any):
+    crew = bought.crew()
+
+    @flow
+    async def child() -> None:
+        await arun_crew(crew, {"text": "a"}, name="b")
+
+    @flow
+    async def trip() -> None:
+        await child()
+        await arun_crew(crew, {"text": "a"}, name="child-0/b")
+        await arun_crew(crew, {"text": "a"}, name="child-0%2Fb")
+
+    await trip()
+    assert bought.kickoffs == 3
+    parts = [key.split("/")[1:-2] for key in keys(bought)]
+    assert sorted(parts) == [["child-0", "b"], ["child-0%252Fb"], ["child-0%2Fb"]]
+
+
+@given(st.lists(st.text(max_size=5), min_size=1, max_size=4), st.lists(st.text(max_size=5), min_size=1, max_size=4))
+def test_parts_of_a_key_are_told_apart_whatever_they_hold(one: list[str], other: list[str]):
+    assert ("/".join(map(keys_module.escaped, one)) == "/".join(map(keys_module.escaped, other))) == (one == other)
+
+
+@given(st.text(st.characters(exclude_characters="/%")))
+def test_a_part_without_a_separator_stays_as_it_is(name: str):
+    assert keys_module.escaped(name) == name

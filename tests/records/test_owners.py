@@ -1,0 +1,171 @@
+"""Flow runs that died over a run: set to Crashed by whoever goes on with it, where that they are dead is known."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import uuid
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prefect import flow, get_client, runtime
+from prefect.client.schemas.objects import FlowRun
+from prefect.flows import Flow
+from prefect.states import Paused, Running
+
+from prefect_crew import arun_crew
+from prefect_crew.records import owners
+from prefect_crew.records.model import RunRecord, utcnow
+from prefect_crew.records.owners import crash_dead_owner, this_process
+from prefect_crew.records.store import PrefectRecords
+from prefect_crew.testing import CrewServerFactory
+from support.prefect_server import PrefectServer
+from support.processes import Process
+from support.scripts import slow
+
+pytestmark = pytest.mark.usefixtures("prefect_api", "instant_polling")
+
+SCRIPT = """
+import sys
+from prefect_crew import DeployedCrew, run_crew
+
+run_crew(DeployedCrew(url=sys.argv[1], token=sys.argv[2]), {"n": 1}, run_key=sys.argv[3])
+"""
+
+
+async def flow_run(run_id: str | None) -> FlowRun:
+    assert run_id is not None
+    async with get_client() as client:
+        return await client.read_flow_run(uuid.UUID(run_id))
+
+
+async def begun(state: Any = None) -> FlowRun:
+    """Make a flow run that is in its first attempt."""
+    async with get_client() as client:
+        made = await client.create_flow_run(Flow(fn=begun, name="somebody"))
+        await client.set_flow_run_state(made.id, Running())
+        if state is not None:
+            await client.set_flow_run_state(made.id, state)
+        return await client.read_flow_run(made.id)
+
+
+def gone() -> str:
+    """Return the name of a process that was here and is gone."""
+    where, pid, _ = str(this_process()).split(" ")
+    return f"{where} {pid} 1"
+
+
+def record_of(owner: FlowRun, **fields: Any) -> RunRecord:
+    now = utcnow()
+    known: dict[str, Any] = {
+        "run_key": str(uuid.uuid4()),
+        "attempt": 1,
+        "crew": "travel",
+        "crew_url": "https://travel.test",
+        "inputs_digest": "d" * 32,
+        "owner": str(uuid.uuid4()),
+        "claimed_at": now,
+        "flow_run_id": str(owner.id),
+        "flow_run_count": owner.run_count,
+        "process": gone(),
+    }
+    return RunRecord(**known | fields)
+
+
+async def until(condition: Any) -> None:
+    for _ in range(600):
+        if await condition():
+            return
+        await asyncio.sleep(0.1)
+    raise AssertionError("that never came")
+
+
+async def test_a_run_that_outlived_its_script_is_waited_for_and_the_dead_flow_run_crashes(
+    crew_server: CrewServerFactory, prefect_api: PrefectServer, tmp_path: Path
+):
+    server, run_key = crew_server(slow(8), port=True), str(uuid.uuid4())
+    crew = server.crew()
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    command = [sys.executable, script, server.url, crew.token.get_secret_value(), run_key]
+
+    async def kicked_off() -> bool:
+        return any(one.kickoff_id for one in await PrefectRecords().attempts(run_key))
+
+    with Process(command, log=tmp_path / "log", env=prefect_api.env(home=tmp_path)) as process:
+        await until(kicked_off)
+        process.kill()
+    (before,) = await PrefectRecords().attempts(run_key)
+    assert (await flow_run(before.flow_run_id)).state_name == "Running"
+
+    @flow
+    async def again() -> None:
+        await arun_crew(crew, {"n": 1}, run_key=run_key)
+
+    await again()
+    dead = await flow_run(before.flow_run_id)
+    assert dead.state is not None
+    assert dead.state.is_crashed()
+    assert "Its process is gone. Its crew's run goes on with flow run" in str(dead.state.message)
+    assert server.kickoffs == 1
+
+
+async def test_a_flow_run_that_is_not_known_to_be_dead_is_left_alone():
+    running, paused = await begun(), await begun(Paused())
+    cases = {
+        "its process runs": record_of(running, process=this_process()),
+        "its process is on another machine": record_of(running, process="elsewhere/boot/pid:[1] 7 7"),
+        "its process is not known": record_of(running, process=None),
+        "it was begun again since": record_of(running, flow_run_count=running.run_count - 1),
+        "it is paused": record_of(paused),
+    }
+    for case, record in cases.items():
+        await crash_dead_owner(record)
+        state = (await flow_run(record.flow_run_id)).state
+        assert state is not None
+        assert not state.is_final(), case
+
+
+async def test_ones_own_flow_run_is_never_set_to_crashed():
+    @flow
+    async def trip() -> None:
+        await crash_dead_owner(record_of(await flow_run(str(runtime.flow_run.id))))
+
+    state = await trip(return_state=True)
+    assert state.is_completed()
+
+
+async def heartbeat(owner: FlowRun) -> None:
+    event = {
+        "id": str(uuid.uuid4()),
+        "occurred": utcnow().isoformat(),
+        "event": "prefect.flow-run.heartbeat",
+        "resource": {"prefect.resource.id": f"prefect.flow-run.{owner.id}"},
+    }
+    async with get_client() as client:
+        await client.request("POST", "/events", json=[event])
+
+
+@pytest.mark.parametrize("late", [0.0, 3600.0], ids=["three are missed", "the next may still come"])
+async def test_heartbeats_tell_of_a_flow_run_on_another_machine(monkeypatch: pytest.MonkeyPatch, late: float):
+    monkeypatch.setattr(owners, "LATE", owners.timedelta(seconds=late))
+    owner, asked = await begun(), 0
+    record = record_of(owner, process="elsewhere/boot/pid:[1] 7 7")
+    for _ in range(2):
+        await heartbeat(owner)
+        await asyncio.sleep(0.2)
+
+    async def crashed() -> bool:
+        nonlocal asked
+        asked += 1
+        await crash_dead_owner(record)
+        state = (await flow_run(record.flow_run_id)).state
+        return (state is not None and state.is_crashed()) or (late > 0 and asked == 30)
+
+    await until(crashed)
+    state = (await flow_run(record.flow_run_id)).state
+    assert state is not None
+    assert state.is_crashed() is (late == 0)
+    if late == 0:
+        assert "It has missed 3 heartbeats" in str(state.message)

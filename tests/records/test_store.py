@@ -1,0 +1,392 @@
+"""Records in Variables of a real Prefect server."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import uuid
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import pytest
+from prefect.client.orchestration import get_client
+from prefect.flows import Flow
+from prefect.states import Cancelled, Cancelling, Completed, Running
+
+from prefect_crew._internal import prefect_api
+from prefect_crew._internal.prefect_api import Rank, line_here
+from prefect_crew.client.models import TaskResult
+from prefect_crew.exceptions import CrewError
+from prefect_crew.records import store
+from prefect_crew.records.model import (
+    RECORD_VERSION,
+    RecordPhase,
+    RunRecord,
+    SentReview,
+    StoredResult,
+    marks_of,
+    utcnow,
+)
+from prefect_crew.records.store import PrefectRecords, record_name
+from prefect_crew.states import CrewState
+from support.prefect_server import PrefectServer
+from support.proxy import Proxy, through
+
+pytestmark = pytest.mark.usefixtures("prefect_api")
+
+RECORDS = PrefectRecords()
+
+
+def new(run_key: str | None = None, **fields: Any) -> RunRecord:
+    now = utcnow()
+    known: dict[str, Any] = {
+        "run_key": run_key or f"key {uuid.uuid4()}",
+        "attempt": 1,
+        "crew": "travel",
+        "crew_url": "https://travel.test",
+        "inputs_digest": "d" * 32,
+        "owner": str(uuid.uuid4()),
+        "claimed_at": now,
+    }
+    return RunRecord(**known | fields)
+
+
+async def flow_run(state: Any = None) -> str:
+    """Make a flow run on the server, in some state."""
+    async with get_client() as client:
+        made = await client.create_flow_run(Flow(fn=flow_run, name="somebody"), state=state or Running())
+    return str(made.id)
+
+
+async def create_variable(name: str, value: Any, tags: list[str]) -> None:
+    async with get_client() as client:
+        await client.request("POST", "/variables/", json={"name": name, "value": value, "tags": tags})
+
+
+@pytest.fixture
+def proxy(prefect_server: PrefectServer) -> Iterator[Proxy]:
+    """A way to the server that can be cut; this process takes it."""
+    with through(prefect_server) as way:
+        yield way
+
+
+# Claims
+
+
+async def test_a_claim_is_written_and_read_back_whole():
+    record = new(step="research", flow_run_id=str(uuid.uuid4()), flow_run_count=2, forced_by="here")
+    assert await RECORDS.claim(record)
+    assert await RECORDS.attempts(record.run_key) == [record]
+
+
+async def test_one_of_two_claims_wins_and_ones_own_counts_when_it_comes_twice():
+    first, second = new(), new()
+    second.run_key = first.run_key
+    assert await RECORDS.claim(first)
+    assert not await RECORDS.claim(second)
+    assert await RECORDS.claim(first), "Prefect's client sends a request again after a read timeout"
+
+
+def test_of_twenty_racers_one_wins():
+    key = f"race {uuid.uuid4()}"
+    start = threading.Barrier(20)
+
+    def race(_: int) -> bool:
+        start.wait()
+        return asyncio.run(RECORDS.claim(new(key)))
+
+    with ThreadPoolExecutor(20) as racers:
+        assert sorted(racers.map(race, range(20))) == [False] * 19 + [True]
+
+
+async def test_a_claim_waits_for_nobodys_turn(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(prefect_api, "LONGEST", 600.0)
+    line = line_here()
+    line.form()
+    async with line.turn(Rank.RECORD):
+        assert await asyncio.wait_for(RECORDS.claim(new()), 60)
+
+
+async def test_attempts_are_claims_of_their_own_in_order():
+    key = f"again {uuid.uuid4()}"
+    for attempt in [*range(1, 12)]:
+        assert await RECORDS.claim(new(key, attempt=attempt))
+    assert [record.attempt for record in await RECORDS.attempts(key)] == [*range(1, 12)]
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["daily-2026-05-01", "a/b c%_d", "每日報告", "\u200fשלום", "k" * 500, "\N{PARTY POPPER}" * 500],
+    ids=["plain", "wildcards", "chinese", "right to left", "long", "long in bytes"],
+)
+async def test_any_key_makes_a_record_of_its_own(key: str):
+    key = f"{key[:464]}{uuid.uuid4()}"
+    record = new(key)
+    assert await RECORDS.claim(record)
+    assert await RECORDS.attempts(key) == [record]
+    assert await RECORDS.attempts(key + "x") == []
+
+
+async def test_a_foreign_variable_in_the_records_place_is_an_error_that_names_it():
+    record = new()
+    name = record_name(record.run_key, 1)
+    await create_variable(name, {"somebody": "else"}, ["prefect-crew"])
+    with pytest.raises(CrewError, match=f"Variable {name} stands where .* Nothing was started. Upgrade"):
+        await RECORDS.claim(record)
+
+
+async def test_what_is_no_record_is_passed_over():
+    record = new(kickoff_id=f"r {uuid.uuid4()}")
+    assert await RECORDS.claim(record)
+    await create_variable(f"ours_{uuid.uuid4().hex}", "a text of somebody who likes our tag", ["prefect-crew"])
+    assert record in [found async for found in RECORDS.all()]
+
+
+async def test_a_field_that_is_not_known_is_passed_over_as_long_as_the_version_is():
+    record = new()
+    assert await RECORDS.claim(record)
+    second = record.model_dump(mode="json") | {"attempt": 2, "new": [1]}
+    await create_variable(record_name(record.run_key, 2), second, ["prefect-crew"])
+    assert [found.attempt for found in await RECORDS.attempts(record.run_key)] == [1, 2]
+
+
+# Finding
+
+
+async def test_a_record_is_found_by_its_kickoff_id_and_by_its_phase():
+    record = new()
+    await RECORDS.claim(record)
+    kickoff_id = f"an id / with % everything {uuid.uuid4()}"
+    assert await RECORDS.of_kickoff(kickoff_id) is None
+    assert await RECORDS.permit(record, 30, late=False)
+    record.phase, record.kickoff_id = RecordPhase.STARTED, kickoff_id
+    await RECORDS.save(record)
+    assert await RECORDS.of_kickoff(kickoff_id) == record
+    assert await RECORDS.holders(kickoff_id) == [(record.run_key, 1)]
+    assert record in [found async for found in RECORDS.all(RecordPhase.STARTED)]
+    assert record not in [found async for found in RECORDS.all(RecordPhase.CLAIMED)]
+    record.phase, record.state = RecordPhase.ENDED, CrewState.COMPLETED
+    await RECORDS.save(record)
+    assert record in [found async for found in RECORDS.all(RecordPhase.ENDED)]
+    assert record not in [found async for found in RECORDS.all(RecordPhase.STARTED)]
+    assert await RECORDS.holders(kickoff_id) == [(record.run_key, 1)]
+
+
+async def test_more_records_than_fit_on_a_page_are_all_found(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(store, "PAGE", 3)
+    key = f"pages {uuid.uuid4()}"
+    for attempt in range(1, 8):
+        await RECORDS.claim(new(key, attempt=attempt))
+    assert len(await RECORDS.attempts(key)) == 7
+
+
+async def test_a_deleted_record_is_gone_and_may_be_deleted_again():
+    record = new()
+    await RECORDS.claim(record)
+    await RECORDS.delete(record)
+    await RECORDS.delete(record)
+    assert await RECORDS.attempts(record.run_key) == []
+
+
+# What fits
+
+
+def result(output: str, **fields: Any) -> StoredResult:
+    return StoredResult(output=output, tasks=[TaskResult(name="t", output="…")], **fields)
+
+
+async def closed(stored: StoredResult | None, **fields: Any) -> RunRecord:
+    """Claim, close, and return what stands on the server."""
+    record = new()
+    await RECORDS.claim(record)
+    record.phase, record.state, record.ended_at = RecordPhase.ENDED, CrewState.COMPLETED, utcnow()
+    record.kickoff_id, record.result = f"r {uuid.uuid4()}", stored
+    for name, value in fields.items():
+        setattr(record, name, value)
+    await RECORDS.save(record)
+    (standing,) = await RECORDS.attempts(record.run_key)
+    return standing
+
+
+async def test_a_small_result_is_kept_whole():
+    stored = result("שלום " * 100, data={"days": 3, "deep": [{"a": None}]})
+    assert (await closed(stored)).result == stored
+
+
+@pytest.mark.parametrize(
+    ("output", "data"),
+    [
+        pytest.param("x" * 6000, None, id="long"),
+        pytest.param("語" * 2000, None, id="long in bytes"),
+        pytest.param("", 2**70, id="beyond 64 bits"),
+    ],
+)
+async def test_a_result_that_prefect_cannot_hold_is_left_out_and_the_end_is_kept(output: str, data: Any):
+    standing = await closed(result(output, data=data))
+    assert standing.result is None
+    assert (standing.phase, standing.state) == (RecordPhase.ENDED, CrewState.COMPLETED)
+
+
+async def test_the_fingerprints_of_inputs_give_way_first():
+    names = [f"input {number}" for number in range(40)]
+    marks = marks_of("token", dict.fromkeys(names, "x"))
+    assert (await closed(result("y" * 2000), input_marks=marks)).input_marks == marks
+    record = await closed(result("y" * 3500), input_marks=marks)
+    assert record.result is not None
+    assert record.input_marks is None
+
+
+async def test_long_texts_give_way_to_what_the_record_is_for():
+    key = "\N{PARTY POPPER}" * 464 + str(uuid.uuid4())
+    record = new(key, step="s" * 2000, crew="c" * 300, reason="\N{PARTY POPPER}" * 500)
+    assert await RECORDS.claim(record)
+    record.error = "\N{PARTY POPPER}" * 500
+    await RECORDS.save(record)
+    (standing,) = await RECORDS.attempts(key)
+    assert (standing.run_key, standing.owner) == (key, record.owner)
+    assert standing.step
+    assert record.step
+    assert record.step.startswith(standing.step)
+
+
+# Waiters
+
+
+async def test_other_waiters_are_flow_runs_that_go_on():
+    owner, waiter, gone, cancelling = [
+        await flow_run(),
+        await flow_run(),
+        await flow_run(Completed()),
+        await flow_run(Cancelling()),
+    ]
+    record = new(flow_run_id=owner)
+    for one in (waiter, gone, cancelling, str(uuid.uuid4())):
+        await RECORDS.add_waiter(record, one)
+    assert await RECORDS.other_waiters(record, waiter) == [owner]
+    assert await RECORDS.other_waiters(record, None) == sorted([owner, waiter])
+    await RECORDS.add_waiter(record, waiter)
+    await RECORDS.remove_waiter(record, waiter)
+    await RECORDS.remove_waiter(record, waiter)
+    assert await RECORDS.other_waiters(record, owner) == []
+
+
+async def test_a_run_that_no_flow_run_owns_has_no_waiters():
+    assert await RECORDS.other_waiters(new(), None) == []
+
+
+async def test_waiters_of_one_attempt_do_not_wait_for_another():
+    waiter = await flow_run()
+    record = new()
+    await RECORDS.add_waiter(record, waiter)
+    assert await RECORDS.other_waiters(record.model_copy(update={"attempt": 2}), None) == []
+
+
+async def test_an_owner_has_ended_when_its_flow_run_has_or_is_gone():
+    assert not await RECORDS.owner_ended(new())
+    assert not await RECORDS.owner_ended(new(flow_run_id=await flow_run()))
+    assert await RECORDS.owner_ended(new(flow_run_id=await flow_run(Cancelled())))
+    assert await RECORDS.owner_ended(new(flow_run_id=str(uuid.uuid4())))
+
+
+# A Prefect API that is away
+
+
+async def test_a_save_outlasts_an_api_that_is_away(proxy: Proxy):
+    record = new()
+    assert await RECORDS.claim(record)
+    proxy.cut()
+    record.phase, record.kickoff_id = RecordPhase.STARTED, f"r {uuid.uuid4()}"
+    saving = asyncio.ensure_future(RECORDS.save(record))
+    done, _ = await asyncio.wait({saving}, timeout=1.0)
+    assert not done
+    proxy.restore()
+    await asyncio.wait_for(saving, 30)
+    assert await RECORDS.of_kickoff(record.kickoff_id) == record
+
+
+async def test_a_save_gives_up_in_the_end(proxy: Proxy, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(store, "SAVE_FOR", 0.6)
+    record = new()
+    await RECORDS.claim(record)
+    proxy.cut()
+    with pytest.raises(httpx.ConnectError):
+        await RECORDS.save(record)
+
+
+async def test_saving_what_was_deleted_is_an_error_at_once():
+    with pytest.raises(httpx.HTTPStatusError):
+        await asyncio.wait_for(RECORDS.save(new()), 10)
+
+
+async def test_what_the_api_refuses_is_raised_and_not_taken_for_a_conflict(proxy: Proxy):
+    proxy.refuse = "POST /api/variables/"
+    with pytest.raises(httpx.HTTPStatusError):
+        await RECORDS.claim(new())
+    with pytest.raises(httpx.HTTPStatusError):
+        await RECORDS.add_waiter(new(), str(uuid.uuid4()))
+
+
+async def test_notes_are_listed_and_taken_away():
+    record = new()
+    await RECORDS.add_waiter(record, str(uuid.uuid4()))
+    (note,) = [name async for name in RECORDS.waiter_notes() if name.startswith(RECORDS.notes_of(record))]
+    await RECORDS.delete_note(note)
+    await RECORDS.delete_note(note)
+    assert note not in [name async for name in RECORDS.waiter_notes()]
+
+
+def review(**fields: Any) -> SentReview:
+    return SentReview(task_id="draft", round=1, approve=True, by="me", at=utcnow(), **fields)
+
+
+async def test_answers_stand_beside_the_record_each_written_by_one():
+    record = new()
+    await RECORDS.claim(record)
+    assert await RECORDS.add_review(record, 1, review())
+    assert not await RECORDS.add_review(record, 1, review(feedback="somebody else's")), "one answers at a time"
+    assert await RECORDS.add_review(record, 2, review())
+    await RECORDS.save_review(record, 1, review(outcome="sent"))
+    await RECORDS.remove_review(record, 2)
+    assert [(one.outcome, one.feedback) for one in await RECORDS.reviews(record)] == [("sent", "")]
+    assert await RECORDS.reviews(record.model_copy(update={"kickoff_id": "another"})) == []
+    await RECORDS.delete(record)
+    assert await RECORDS.reviews(record) == []
+
+
+async def test_an_answer_that_cannot_be_written_down_is_an_error(proxy: Proxy):
+    proxy.refuse = "POST /api/variables/"
+    with pytest.raises(httpx.HTTPStatusError):
+        await RECORDS.add_review(new(), 1, review())
+
+
+# Versions
+
+
+async def later(record: RunRecord, **fields: Any) -> None:
+    """Put a record where a later version of this package would, with a word in it that this one does not know."""
+    value = record.model_dump(mode="json", exclude_none=True) | {"version": RECORD_VERSION + 1, **fields}
+    await create_variable(record_name(record.run_key, record.attempt), value, ["prefect-crew", "kickoff:of-the-future"])
+
+
+@pytest.mark.parametrize("phase", ["started", "a word of the future"])
+async def test_a_record_of_a_later_version_is_never_taken_for_one_of_this(phase: str):
+    record = new()
+    await later(record, phase=phase)
+    with pytest.raises(CrewError, match=r"later version of prefect-crew \(record version 3.*Upgrade prefect-crew"):
+        await RECORDS.attempts(record.run_key)
+    with pytest.raises(CrewError, match="Nothing was started"):
+        await RECORDS.claim(record)
+    await RECORDS.delete(record)
+
+
+async def test_a_record_of_a_later_version_is_left_out_of_lists_which_say_so(caplog: pytest.LogCaptureFixture):
+    mine, theirs = new(), new()
+    assert await RECORDS.claim(mine)
+    await later(theirs)
+    listed = [record.run_key async for record in RECORDS.all()]
+    assert mine.run_key in listed
+    assert theirs.run_key not in listed
+    assert f"Left out of this list: The record of run {theirs.run_key!r}" in caplog.text
+    await RECORDS.delete(theirs)

@@ -1,0 +1,192 @@
+"""Review by callback: a Flow asks by a signed webhook, and takes its answer once at the callback URL. All over HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import json
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import httpx
+import pytest
+from prefect import flow
+
+from prefect_crew import CrewError, DeployedCrew, Review, ReviewRequest, arun_crew, kickoff_crew
+from prefect_crew.client._callbacks import feedback_text, parse_request
+from prefect_crew.crew import Crew
+from prefect_crew.devserver import CrewScript, CrewServer
+from prefect_crew.devserver.webhooks import ReviewWebhook
+from prefect_crew.exceptions import ConfigurationError
+from prefect_crew.receiver.app import create_receiver
+from prefect_crew.records.notes import kept_requests
+from prefect_crew.records.store import PrefectRecords
+from prefect_crew.runs.actions import resume_run
+from prefect_crew.runs.reviews.answer import Question
+from prefect_crew.runs.reviews.form import ReviewForm
+from prefect_crew.runs.reviews.inbox import asked_runs
+from support.webhooks import SECRET, Kept, served
+
+REVIEW_SECRET = "whsec-of-the-tests"
+SCRIPT = CrewScript.model_validate(
+    {
+        "name": "flow",
+        "inputs": [],
+        "tasks": [{"name": "publish", "human": True, "output": "Draft. {{ feedback }}"}],
+    }
+)
+OPTIONS = ("approve", "needs_revision")
+
+
+@pytest.fixture
+async def hook(prefect_api: Any, instant_polling: Any, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[ReviewWebhook]:
+    monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_REVIEW_SECRET", f"an-older-one {REVIEW_SECRET}")
+    async with served(create_receiver(SECRET)) as url:
+        yield ReviewWebhook(f"{url}/requests", REVIEW_SECRET, OPTIONS)
+
+
+async def test_a_function_chooses_an_outcome_and_it_goes_to_the_callback_once(hook: ReviewWebhook) -> None:
+    asked: list[ReviewRequest] = []
+
+    def judge(request: ReviewRequest) -> Review:
+        asked.append(request)
+        return Review(approve=request.round > 1, feedback="Shorter.", option=OPTIONS[0 if request.round > 1 else 1])
+
+    key = f"flow/{uuid.uuid4()}"
+    with CrewServer(SCRIPT, review_webhook=hook) as server:
+
+        @flow
+        async def once() -> str:
+            return (await arun_crew(server.crew(), {}, run_key=key, review=judge)).output
+
+        assert await once() == "Draft. needs_revision: Shorter."
+        assert server.requests["resume"] == 2
+    assert [(one.round, one.options, one.output) for one in asked] == [
+        (1, OPTIONS, "Draft. "),
+        (2, OPTIONS, "Draft. needs_revision: Shorter."),
+    ]
+    (record,) = await PrefectRecords().attempts(key)
+    given = await PrefectRecords().reviews(record)
+    assert [(one.outcome, one.option) for one in given] == [("sent", OPTIONS[1]), ("sent", OPTIONS[0])]
+    assert await kept_requests(str(record.kickoff_id)) == []
+
+
+async def _kicked_off(crew: DeployedCrew, key: str) -> str:
+    @flow
+    async def start() -> str:
+        return await kickoff_crew(crew, {}, run_key=key)
+
+    kickoff_id = await start()
+    while not await kept_requests(kickoff_id):
+        await asyncio.sleep(0.05)
+    return kickoff_id
+
+
+async def test_an_answer_that_may_have_arrived_is_held_and_the_list_shows_what_is_asked(hook: ReviewWebhook) -> None:
+    key = f"flow/{uuid.uuid4()}"
+    with CrewServer(SCRIPT, review_webhook=hook, faults=["resume:500-before-accept@1"]) as server:
+        crew = server.crew()
+        kickoff_id = await _kicked_off(crew, key)
+
+        async def same(_: Any) -> Crew:
+            return crew.crew
+
+        (line,) = [one for one in await asked_runs([PrefectRecords()], same) if one.record.run_key == key]
+        assert (line.options, line.output, line.task_id) == (OPTIONS, "Draft. ", "publish")
+        with pytest.raises(ConfigurationError, match="goes on with one of: approve, needs_revision"):
+            await resume_run(crew.crew, kickoff_id, feedback="", approve=False)
+        assert server.requests["resume"] == 0
+        with pytest.raises(CrewError) as raised:
+            await resume_run(crew.crew, kickoff_id, feedback="", approve=True)
+        url = (await kept_requests(kickoff_id))[0].callback_url.get_secret_value()
+        assert url.rpartition("/")[2] not in str(raised.value)
+        with pytest.raises(CrewError, match="not sent again on a guess"):
+            await resume_run(crew.crew, kickoff_id, feedback="", approve=True)
+        assert server.requests["resume"] == 1
+
+
+async def test_what_was_answered_elsewhere_is_refused_and_forgotten(hook: ReviewWebhook) -> None:
+    key = f"flow/{uuid.uuid4()}"
+    script = SCRIPT.model_dump(mode="json")
+    script["tasks"].append({"name": "more", "seconds": 600, "output": ""})
+    with CrewServer(CrewScript.model_validate(script), review_webhook=hook) as server:
+        kickoff_id = await _kicked_off(server.crew(), key)
+        url = (await kept_requests(kickoff_id))[0].callback_url.get_secret_value()
+        async with httpx.AsyncClient(trust_env=False) as client:
+            assert (await client.post(url, json={"feedback": "approve"})).status_code == 200
+        with pytest.raises(CrewError, match="409"):
+            await resume_run(server.crew().crew, kickoff_id, feedback="", approve=True)
+        assert await kept_requests(kickoff_id) == []
+        assert await PrefectRecords().reviews((await PrefectRecords().attempts(key))[0]) == []
+
+
+# What the receiver believes.
+
+
+def ask(*, at: float | None = None, secret: str = REVIEW_SECRET, names: str = "X-", **changes: Any) -> dict[str, Any]:
+    facts = {
+        "event_type": "new_request",
+        "id": "r-1",
+        "flow_execution_id": "k-1",
+        "callback_url": "https://x.example/r?token=t0k3n",
+    }
+    body = json.dumps({**facts, "emit": ["yes", "no"], **changes}).encode()
+    now = str(int(time.time() if at is None else at))
+    digest = hmac.new(secret.encode(), now.encode() + b"." + body, hashlib.sha256).hexdigest()
+    return {"content": body, "headers": {f"{names}Timestamp": now, f"{names}Signature": f"sha256={digest}"}}
+
+
+@pytest.mark.parametrize(
+    ("given", "status", "kept"),
+    [
+        pytest.param(ask, 200, 1, id="signed"),
+        pytest.param(lambda: ask(names="X-CrewAI-"), 200, 1, id="signed-with-the-longer-names"),
+        pytest.param(lambda: ask(secret="another"), 404, 0, id="another-secret"),
+        pytest.param(lambda: ask(at=time.time() - 100_000), 404, 0, id="old"),
+        pytest.param(lambda: ask(at=time.time() + 100_000), 404, 0, id="from-the-future"),
+        pytest.param(lambda: {**ask(), "content": b"{}"}, 404, 0, id="another-body"),
+        pytest.param(lambda: {"content": b"{}"}, 404, 0, id="unsigned"),
+        pytest.param(lambda: ask(callback_url="javascript:alert(1)"), 400, 0, id="no-address"),
+        pytest.param(lambda: ask(flow_execution_id=None), 400, 0, id="no-run"),
+        pytest.param(lambda: ask(event_type="other"), 200, 0, id="another-event"),
+    ],
+)
+async def test_only_what_the_platform_has_signed_is_kept(
+    given: Callable[[], dict[str, Any]], status: int, kept: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_REVIEW_SECRET", REVIEW_SECRET)
+    hand_on = Kept()
+    transport = httpx.ASGITransport(create_receiver(SECRET, hand_on=hand_on))
+    async with httpx.AsyncClient(transport=transport, base_url="http://receiver") as client:
+        assert (await client.post("/requests", **given())).status_code == status
+    assert len(hand_on.requests) == kept
+
+
+async def test_without_a_secret_nothing_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PREFECT_INTEGRATIONS_CREW_REVIEW_SECRET", raising=False)
+    transport = httpx.ASGITransport(create_receiver(SECRET, hand_on=Kept()))
+    async with httpx.AsyncClient(transport=transport, base_url="http://receiver") as client:
+        assert (await client.post("/requests", **ask())).status_code == 404
+
+
+def test_the_callback_is_shown_nowhere_and_an_outcome_is_one_of_the_options() -> None:
+    request = parse_request(ask()["content"])
+    assert request is not None
+    assert "t0k3n" not in repr(request)
+    assert feedback_text(request, approve=True, feedback="Fine.", option=None) == "yes: Fine."
+    assert feedback_text(request, approve=False, feedback="", option=None) == "no"
+    with pytest.raises(ConfigurationError):
+        feedback_text(request, approve=True, feedback="", option="maybe")
+
+
+def test_the_form_offers_the_outcomes_of_the_flow() -> None:
+    request = parse_request(ask()["content"])
+    assert request is not None
+    question = Question("k-1", request.task_id, 1, None, request=request)
+    model = ReviewForm.about(question, "text")
+    assert model.model_json_schema()["properties"]["decision"]["enum"] == ["yes", "no"]
+    assert model.model_validate({"decision": "no"}).decision == "no"
+    assert ReviewForm.model_json_schema()["properties"]["decision"]["enum"] == ["approve", "reject"]

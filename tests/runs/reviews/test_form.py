@@ -1,0 +1,370 @@
+"""A person answers in Prefect's own form: on the page of the flow run that waits, one question at a time."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+from prefect import flow, get_client
+from prefect.client.schemas.objects import State
+from prefect.runtime import flow_run as this_flow_run
+
+from prefect_crew import CrewTimeoutError, DeployedCrew, WaitPolicy, arun_crew, resume_crew
+from prefect_crew.artifacts.run import artifact_key
+from prefect_crew.devserver import CrewScript, InProcessCrewServer
+from prefect_crew.records.store import PrefectRecords
+from prefect_crew.runs.reviews import answer as answer_module
+from prefect_crew.runs.reviews import form
+from prefect_crew.runs.reviews.form import Form, ReviewForm
+from support.chromium import Chromium
+from support.deployed import wait_until
+from support.prefect_server import PrefectServer
+from support.review_page import answer_on_page
+from support.seen import Seen
+
+SCRIPT = CrewScript.model_validate(
+    {
+        "name": "reviewed",
+        "inputs": ["topic"],
+        "tasks": [
+            {
+                "name": "draft",
+                "agent": "Writer",
+                "human": True,
+                "output": "# On {{ topic }}\n\nDraft *number {{ round }}* <b>for you</b>. {{ feedback }}",
+            },
+            {"name": "print", "agent": "Printer", "output": "Printed: {{ tasks.draft.output }}"},
+        ],
+    }
+)
+pytestmark = pytest.mark.usefixtures("prefect_api", "instant_polling")
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(form, "LOOK_EVERY", 0.2)
+
+
+@pytest.fixture
+def seen(prefect_api: PrefectServer) -> Iterator[Seen]:
+    reader = Seen(prefect_api)
+    yield reader
+    reader.close()
+
+
+@pytest.fixture
+def server() -> Iterator[InProcessCrewServer]:
+    with InProcessCrewServer(SCRIPT, dialect="union") as server:
+        yield server
+
+
+def crew_of(server: InProcessCrewServer, **fields: Any) -> DeployedCrew:
+    return DeployedCrew(url=server.url, token=server.token, **fields)
+
+
+class FlowRun:
+    """A flow run in a thread of its own, in which a coroutine function is called."""
+
+    def __init__(self, work: Callable[[], Any], **options: Any) -> None:
+        self.id: Any = None
+        self._outcome: Any = None
+
+        @flow(**options)
+        async def reviewed() -> Any:
+            self.id = this_flow_run.id
+            return await work()
+
+        def run() -> None:
+            try:
+                self._outcome = asyncio.run(reviewed())
+            except BaseException as error:
+                self._outcome = error
+
+        self._thread = threading.Thread(target=run, daemon=True)
+        self._thread.start()
+
+    @property
+    def state(self) -> State[Any] | None:
+        with get_client(sync_client=True) as client:
+            return client.read_flow_run(self.id).state if self.id else None
+
+    def form(self, *, not_key: str | None = None) -> str:
+        """Wait until a form is up, another one than that of the key, and return its key."""
+
+        def up() -> str | None:
+            state = self.state
+            if state is None or not state.is_paused() or state.state_details.pause_key == not_key:
+                return None
+            # A form is there once its fields are stored, a moment after the pause.
+            return state.state_details.pause_key if any("description" in key for key in self.inputs()) else None
+
+        return wait_until(up, seconds=60, what="a form")
+
+    def description(self) -> str:
+        state = self.state
+        assert state is not None
+        keyset: Any = state.state_details.run_input_keyset
+        with get_client(sync_client=True) as client:
+            return client.request(
+                "GET", "/flow_runs/{id}/input/{key}", path_params={"id": self.id, "key": keyset["description"]}
+            ).json()
+
+    def inputs(self) -> list[str]:
+        """Return the names of all that is stored of its forms."""
+        body = {"prefix": "crew-review-", "limit": 20, "exclude_keys": []}
+        with get_client(sync_client=True) as client:
+            found = client.request("POST", "/flow_runs/{id}/input/filter", path_params={"id": self.id}, json=body)
+        return sorted(one["key"] for one in found.json())
+
+    def fill_in(self, **fields: Any) -> Any:
+        """Submit the form as Prefect's page does, and return its answer."""
+        with get_client(sync_client=True) as client:
+            return client.request(
+                "POST", "/flow_runs/{id}/resume", path_params={"id": self.id}, json={"run_input": fields}
+            ).json()
+
+    def result(self) -> Any:
+        self._thread.join(90)
+        assert not self._thread.is_alive(), self.state
+        if isinstance(self._outcome, BaseException):
+            raise self._outcome
+        return self._outcome
+
+
+def test_the_form_shows_the_output_and_takes_each_answer_once(server: InProcessCrewServer, seen: Seen) -> None:
+    crew = crew_of(server)
+    run = FlowRun(lambda: arun_crew(crew, {"topic": "tea"}, review="form"))
+    first = run.form()
+    text = run.description()
+    assert "Draft *number 1* &lt;b>for you" in text
+    assert "round 1" in text
+    assert run.fill_in(decision="maybe")["status"] == "REJECT"
+    kickoff_id = next(iter(server.runs)).id
+    another = f"draft, round 7, run {kickoff_id}"
+    assert run.fill_in(decision="approve", question=another)["status"] == "REJECT", "from a page that is out of date"
+    assert run.fill_in(decision="reject", feedback="Warmer.", name="Grace | <b>")["status"] == "ACCEPT"
+    run.form(not_key=first)
+    assert "Draft *number 2*" in run.description()
+    its = f"draft, round 2, run {kickoff_id}"
+    assert run.fill_in(decision="approve", name="Ada", question=its)["status"] == "ACCEPT"
+    result = run.result()
+    assert "Warmer." in result.output
+    assert server.requests["resume"] == 2
+
+    async def answers() -> list[tuple[Any, ...]]:
+        record = await PrefectRecords().of_kickoff(result.kickoff_id)
+        assert record is not None
+        return [(one.round, one.approve, one.by, one.feedback) for one in await PrefectRecords().reviews(record)]
+
+    assert asyncio.run(answers()) == [(1, False, "Grace | <b>", "Warmer."), (2, True, "Ada", "")]
+    (page,) = seen.artifacts(artifact_key(crew.label))
+    assert "### Answers" in page["data"]
+    assert "| draft | 1 | rejected | Grace \\| &lt;b&gt; |" in page["data"]
+    assert "| draft | 2 | approved | Ada |" in page["data"]
+    state = run.state
+    assert state is not None
+    assert state.is_completed()
+
+
+def test_two_questions_of_one_flow_run_stand_in_line_while_other_runs_go_on(server: InProcessCrewServer) -> None:
+    crew = crew_of(server)
+    ended: list[str] = []
+
+    async def one(topic: str, review: Any) -> str:
+        output = (await arun_crew(crew, {"topic": topic}, review=review)).output
+        ended.append(topic)
+        return output
+
+    async def work() -> list[str]:
+        return await asyncio.gather(
+            one("tea", "form"), one("coffee", "form"), one("milk", lambda _: answer_module.Review(approve=True))
+        )
+
+    run = FlowRun(work)
+    first = run.form()
+    wait_until(lambda: "milk" in ended, seconds=60, what="the run that needs nobody")
+    asked = [run.description()]
+    run.fill_in(decision="approve")
+    second = run.form(not_key=first)
+    assert second != first
+    asked.append(run.description())
+    run.fill_in(decision="approve")
+    assert len(run.result()) == 3
+    assert {"tea" in text for text in asked} == {True, False}
+    assert server.requests["resume"] == 3
+
+
+def test_an_answer_from_elsewhere_takes_the_form_back(server: InProcessCrewServer) -> None:
+    crew = crew_of(server)
+    run = FlowRun(lambda: arun_crew(crew, {"topic": "tea"}, review="form", run_key=f"elsewhere {server.url}"))
+    run.form()
+
+    async def answer() -> None:
+        record = (await PrefectRecords().attempts(f"elsewhere {server.url}"))[-1]
+        await resume_crew(crew, str(record.kickoff_id), approve=True)
+
+    asyncio.run(answer())
+    assert run.result().output.startswith("Printed")
+    assert server.requests["resume"] == 1
+    state = run.state
+    assert state is not None
+    assert state.is_completed()
+
+
+def test_of_two_flow_runs_that_ask_about_one_run_one_answers(server: InProcessCrewServer) -> None:
+    crew, key = crew_of(server), f"both {server.url}"
+
+    async def ask() -> str:
+        return (await arun_crew(crew, {"topic": "tea"}, review="form", run_key=key)).output
+
+    runs = [FlowRun(ask) for _ in range(2)]
+    for run in runs:
+        run.form()
+    # Both before either is read: a process looks at its form every 0.2 s.
+    together = threading.Barrier(2)
+
+    def fill_in(run: FlowRun, name: str) -> None:
+        together.wait()
+        assert run.fill_in(decision="approve", name=name)["status"] == "ACCEPT"
+
+    people = [threading.Thread(target=fill_in, args=pair) for pair in zip(runs, ("Ada", "Grace"), strict=True)]
+    for person in people:
+        person.start()
+    for person in people:
+        person.join()
+    outputs = {run.result() for run in runs}
+    assert len(outputs) == 1
+    assert next(iter(outputs)).startswith("Printed")
+    assert [server.requests["resume"], server.kickoffs] == [1, 1]
+    for run in runs:
+        state = run.state
+        assert state is not None
+        assert state.is_completed()
+        assert run.inputs() == []
+
+
+def test_a_form_that_stands_is_found_by_another_process_and_not_made_again(server: InProcessCrewServer) -> None:
+    crew = crew_of(server)
+    run = FlowRun(lambda: arun_crew(crew, {"topic": "tea"}, review="form"))
+    first = run.form()
+    stands = run.inputs()
+    kickoff_id = server.runs[0].id
+
+    async def put_up_again() -> bool:
+        question = answer_module.Question(kickoff_id, "draft", 1, None, "the draft", ())
+        model = ReviewForm.about(question, "the text")
+        return await Form(str(run.id), question, model, WaitPolicy()).put_up()
+
+    assert asyncio.run(put_up_again())
+    state = run.state
+    assert state is not None
+    assert [state.state_details.pause_key, run.inputs()] == [first, stands]
+    assert run.fill_in(decision="approve")["status"] == "ACCEPT"
+    assert run.result().output.startswith("Printed")
+    assert server.requests["resume"] == 1
+
+
+def test_a_form_that_was_resumed_without_an_answer_comes_back(server: InProcessCrewServer) -> None:
+    from prefect.states import Running
+
+    crew = crew_of(server)
+    run = FlowRun(lambda: arun_crew(crew, {"topic": "tea"}, review="form"))
+    first = run.form()
+    with get_client(sync_client=True) as client:
+        client.set_flow_run_state(run.id, Running(), force=True)
+    run.form(not_key=first)
+    run.fill_in(decision="approve")
+    assert run.result().output.startswith("Printed")
+
+
+def test_nobody_answers_in_time(server: InProcessCrewServer) -> None:
+    crew = crew_of(server)
+    policy = WaitPolicy(human_timeout=1.5)
+    run = FlowRun(lambda: arun_crew(crew, {"topic": "tea"}, review="form", wait=policy))
+    with pytest.raises(CrewTimeoutError, match=r"human time of 1\.5 s"):
+        run.result()
+    state = run.state
+    assert state is not None
+    assert state.is_failed()
+    assert server.requests["resume"] == 0
+
+
+def test_an_answer_in_time_counts_though_it_is_read_after_that(
+    server: InProcessCrewServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(form, "LOOK_EVERY", 8.0)
+    crew = crew_of(server)
+    policy = WaitPolicy(human_timeout=6, on_human_timeout="reject")
+    run = FlowRun(lambda: arun_crew(crew, {"topic": "tea"}, review="form", wait=policy))
+    run.form()
+    run.fill_in(decision="approve")
+    assert run.result().output.startswith("Printed")
+    assert server.requests["resume"] == 1
+
+
+def test_an_answer_that_could_not_be_sent_is_kept_for_the_retry(server: InProcessCrewServer) -> None:
+    crew = crew_of(server)
+    server.faults.add("resume:401-before-accept@1")
+    # Two, since Prefect counts the form as one of them.
+    run = FlowRun(lambda: arun_crew(crew, {"topic": "tea"}, review="form"), retries=2, retry_delay_seconds=1)
+    run.form()
+    run.fill_in(decision="approve")
+    assert run.result().output.startswith("Printed")
+    assert server.requests["resume"] == 2, "the first of them was refused"
+    assert server.kickoffs == 1
+
+
+def test_what_may_not_be_shown_is_not_in_the_form(server: InProcessCrewServer) -> None:
+    crew = crew_of(server, secret_inputs=["topic"])
+    run = FlowRun(lambda: arun_crew(crew, {"topic": "correct horse"}, review="form"))
+    run.form()
+    text = run.description()
+    assert "correct horse" not in text
+    assert "Draft *number 1*" in text
+    run.fill_in(decision="approve")
+    run.result()
+
+    crew = crew_of(server, show="summary")
+    run = FlowRun(lambda: arun_crew(crew, {"topic": "tea"}, review="form"))
+    run.form()
+    assert "Draft" not in run.description()
+    run.fill_in(decision="approve")
+    run.result()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ui", ["v1", "v2"], ids=["older-interface", "newer-interface"])
+def test_a_person_rejects_once_and_approves_on_the_page(
+    prefect_server: PrefectServer,
+    server: InProcessCrewServer,
+    chromium: Chromium,
+    ui: Literal["v1", "v2"],
+    tmp_path: Path,
+) -> None:
+    crew = crew_of(server)
+    run = FlowRun(lambda: arun_crew(crew, {"topic": "tea"}, review="form"), name="reviewed-report")
+    first = run.form()
+    with chromium.page(height=1100) as page:
+        answer_on_page(
+            page,
+            prefect_server.ui_url,
+            run.id,
+            ui,
+            "reject",
+            "Warmer, please.",
+            tmp_path / f"{ui}-rejecting.png",
+            round=1,
+        )
+        run.form(not_key=first)
+        answer_on_page(
+            page, prefect_server.ui_url, run.id, ui, "approve", "", tmp_path / f"{ui}-approving.png", round=2
+        )
+    assert "Warmer, please." in run.result().output
+    assert server.requests["resume"] == 2
+    state = run.state
+    assert state is not None
+    assert state.is_completed()

@@ -1,0 +1,209 @@
+"""The crew's shared limit: it holds for every way to start a run, and its slots come back."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import uuid
+from collections.abc import Callable
+from datetime import timedelta
+
+import pytest
+from prefect import flow, get_client
+from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate
+
+from prefect_crew import (
+    ConfigurationError,
+    CrewFailedError,
+    CrewStep,
+    CrewTimeoutError,
+    DeployedCrew,
+    InvalidInputsError,
+    KickoffUncertainError,
+    WaitPolicy,
+    arun_crew,
+    arun_pipeline,
+    kickoff_crew,
+    stop_crew,
+    wait_for_crew,
+)
+from prefect_crew.devserver.server import InProcessCrewServer
+from prefect_crew.records.store import PrefectRecords
+from prefect_crew.runs import limits
+from prefect_crew.runs import run as run_module
+from prefect_crew.runs.limits import Slots, take_slots
+from prefect_crew.testing import CrewServerFactory
+from support.scripts import FAILS, slow
+
+pytestmark = pytest.mark.usefixtures("prefect_api", "instant_polling")
+
+
+@pytest.fixture(autouse=True)
+def looks_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "LOOK_AGAIN", (0.02, 0.05))
+
+
+async def limit(slots: int) -> str:
+    made = f"limit-{uuid.uuid4().hex[:8]}"
+    async with get_client() as client:
+        await client.create_global_concurrency_limit(GlobalConcurrencyLimitCreate(name=made, limit=slots))
+    return made
+
+
+async def held(name: str) -> int:
+    async with get_client() as client:
+        return (await client.read_global_concurrency_limit_by_name(name)).active_slots
+
+
+async def by_run_crew(crew: DeployedCrew, number: int) -> None:
+    await arun_crew(crew, {"n": number})
+
+
+async def by_tasks(crew: DeployedCrew, number: int) -> None:
+    await wait_for_crew(crew, await kickoff_crew(crew, {"n": number}))
+
+
+async def by_trigger(crew: DeployedCrew, number: int) -> None:
+    run = await crew.trigger({"n": number})
+    await run.wait_for_completion()
+
+
+async def by_pipeline(crew: DeployedCrew, number: int) -> None:
+    await arun_pipeline([CrewStep(f"s{number}{one}", crew, {"n": f"{number}{one}"}) for one in "ab"])
+
+
+WAYS = {"run_crew": by_run_crew, "tasks": by_tasks, "trigger": by_trigger, "pipeline": by_pipeline}
+
+
+def started_one_after_the_other(server: InProcessCrewServer) -> bool:
+    """Whether each run was started after the one before it had ended."""
+    spans = sorted((run.created_at, run.created_at + timedelta(seconds=run.execution_time)) for run in server.runs)
+    return all(ended <= started for (_, ended), (started, _) in itertools.pairwise(spans))
+
+
+@pytest.mark.parametrize("inside", [True, False], ids=["in a flow", "in a script"])
+@pytest.mark.parametrize("way", WAYS)
+async def test_it_holds_for_every_way_to_start_a_run(crew_server: CrewServerFactory, way: str, inside: bool):
+    server, name = crew_server(slow(0.1)), await limit(1)
+    crew = server.crew(concurrency_limit=name)
+
+    async def both() -> None:
+        await asyncio.gather(*(WAYS[way](crew, number) for number in range(2)))
+
+    await (flow(both)() if inside else both())
+    assert server.kickoffs == (4 if way == "pipeline" else 2)
+    assert started_one_after_the_other(server)
+    assert await held(name) == 0
+
+
+@pytest.mark.parametrize("way", WAYS)
+async def test_a_limit_that_does_not_exist_starts_nothing_in_any_way(crew_server: CrewServerFactory, way: str):
+    server = crew_server(slow(0.1))
+    crew = server.crew(concurrency_limit="nobody-made-it")
+    with pytest.raises(Exception, match="'nobody-made-it', which does not exist") as raised:
+        await WAYS[way](crew, 1)
+    errors = getattr(raised.value, "errors", {"one": raised.value})
+    assert all(isinstance(error, ConfigurationError) for error in errors.values())
+    assert server.kickoffs == 0
+
+
+async def test_a_run_that_is_only_kicked_off_keeps_its_slot_until_its_lease_ends(crew_server: CrewServerFactory):
+    server, name = crew_server("echo"), await limit(1)
+    crew = server.crew(concurrency_limit=name)
+    first = await crew.trigger({"text": "a"})
+    second = asyncio.ensure_future(crew.trigger({"text": "b"}))
+    await asyncio.sleep(0.3)
+    assert (server.kickoffs, await held(name), second.done()) == (1, 1, False)
+    (record,) = await PrefectRecords().attempts(str(first.run_key))
+    await Slots(crew.crew, uuid.UUID(record.slot)).release()  # as the server does at its end
+    assert (await second).kickoff_id != first.kickoff_id
+
+
+async def test_a_wait_in_another_process_gives_the_slot_back(crew_server: CrewServerFactory):
+    server, name = crew_server("echo"), await limit(1)
+    crew = server.crew(concurrency_limit=name)
+    run = await crew.trigger({"text": "a"})
+    run_module._recent.clear()  # what this process remembers, and another does not
+    await wait_for_crew(crew, run.kickoff_id)
+    assert await held(name) == 0
+
+
+async def test_a_run_that_is_stopped_gives_its_slot_back(crew_server: CrewServerFactory):
+    server, name = crew_server(slow(60)), await limit(1)
+    crew = server.crew(concurrency_limit=name)
+    run = await crew.trigger({"text": "a"})
+    assert await held(name) == 1
+    await stop_crew(crew, run.kickoff_id)
+    assert await held(name) == 0
+
+
+async def test_failures_give_the_slot_back(crew_server: CrewServerFactory):
+    name = await limit(1)
+    with pytest.raises(CrewFailedError):
+        await arun_crew(crew_server(FAILS).crew(concurrency_limit=name))
+    assert await held(name) == 0
+    with pytest.raises(InvalidInputsError):
+        await arun_crew(crew_server("echo").crew(concurrency_limit=name), {})
+    assert await held(name) == 0
+
+
+async def test_a_run_that_may_be_in_flight_keeps_its_slot(crew_server: CrewServerFactory):
+    name, other = await limit(1), await limit(1)
+    server = crew_server("echo", faults=["kickoff:500"])
+    with pytest.raises(KickoffUncertainError):
+        await arun_crew(server.crew(concurrency_limit=name), {"text": "a"})
+    assert await held(name) == 1
+    with pytest.raises(CrewTimeoutError):
+        await arun_crew(crew_server(slow(60)).crew(concurrency_limit=other), {}, wait=WaitPolicy(timeout=0.2))
+    assert await held(other) == 1
+
+
+async def test_what_is_found_needs_no_slot(crew_server: CrewServerFactory):
+    server, name, run_key = crew_server(slow(0.2)), await limit(1), str(uuid.uuid4())
+    crew = server.crew(concurrency_limit=name)
+    first, second = await asyncio.gather(*(arun_crew(crew, {"a": 1}, run_key=run_key) for _ in range(2)))
+    blocked = await take_slots(crew.crew)
+    assert blocked is not None
+    third = await arun_crew(crew, {"a": 1}, run_key=run_key)
+    assert first.kickoff_id == second.kickoff_id == third.kickoff_id
+    assert server.kickoffs == 1
+
+
+async def test_a_wait_does_not_queue_for_a_slot_that_was_lost(
+    crew_server: CrewServerFactory, caplog: pytest.LogCaptureFixture
+):
+    server, name = crew_server(slow(0.2)), await limit(1)
+    crew = server.crew(concurrency_limit=name)
+    run = await crew.trigger({"a": 1})
+    (record,) = await PrefectRecords().attempts(str(run.run_key))
+    await Slots(crew.crew, uuid.UUID(record.slot)).release()
+    taken = await take_slots(crew.crew)
+    assert taken is not None
+    await run.wait_for_completion()
+    assert await held(name) == 1, "that of somebody else"
+
+
+async def test_a_lease_is_renewed_and_taken_again_where_it_ran_out(
+    crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    monkeypatch.setattr(limits, "RENEW", 0.02)
+    crew = crew_server("echo").crew(concurrency_limit=await limit(1))
+    slots = await take_slots(crew.crew)
+    assert slots is not None
+    first = slots.lease
+
+    async def until(condition: Callable[[], bool]) -> None:
+        async with asyncio.timeout(20):
+            while not condition():
+                await asyncio.sleep(0.02)
+
+    async with slots.kept():
+        await slots.release()  # as the server does when it has not heard of it for too long
+        await until(lambda: slots.lease != first)
+        await slots.release()
+        other = await take_slots(crew.crew)
+        assert other is not None
+        caplog.set_level(logging.WARNING)
+        await until(lambda: "were lost and others have taken them" in caplog.text)
+    assert await held(str(crew.concurrency_limit)) == 1

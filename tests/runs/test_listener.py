@@ -1,0 +1,285 @@
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import uvicorn
+from prefect import flow
+from prefect.events import Event
+
+from prefect_crew import (
+    CrewFailedError,
+    DeployedCrew,
+    Review,
+    ReviewRequest,
+    Webhooks,
+    arun_crew,
+    kickoff_crew,
+    wait_for_crew,
+)
+from prefect_crew.client.models import CrewResult, CrewStatus, TokenUsage
+from prefect_crew.crew import WaitPolicy
+from prefect_crew.devserver import CrewScript, CrewServer
+from prefect_crew.devserver.server import listener
+from prefect_crew.receiver.app import create_receiver
+from prefect_crew.runs import listener as listener_module
+from prefect_crew.states import CrewState
+
+SECRET = "a secret that is long enough for anybody"
+SCRIPT = CrewScript.model_validate(
+    {"name": "slow", "inputs": [], "tasks": [{"name": "work", "agent": "A", "seconds": 1.5, "output": "done"}]}
+)
+# Polling alone would not look again before this is over.
+RARELY = WaitPolicy(initial=60, max_interval=60, timeout=120)
+
+
+@pytest.fixture
+def receiver(prefect_api: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A receiver on a port, switched on for this test."""
+    socket = listener("127.0.0.1", 0)
+    url = f"http://127.0.0.1:{socket.getsockname()[1]}"
+    server = uvicorn.Server(uvicorn.Config(create_receiver(SECRET), log_level="warning"))
+    thread = threading.Thread(target=lambda: asyncio.run(server.serve([socket])), daemon=True)
+    thread.start()
+    monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_WEBHOOK_URL", url)
+    monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_WEBHOOK_SECRET", SECRET)
+    monkeypatch.setattr(listener_module, "_hub", listener_module._Hub())
+    yield url
+    server.should_exit = True
+    thread.join(20)
+
+
+def crew_of(server: CrewServer) -> DeployedCrew:
+    return DeployedCrew(url=server.url, token=server.token, wait=RARELY)
+
+
+async def test_a_webhook_ends_the_pause(receiver: str) -> None:
+    with CrewServer(SCRIPT) as server:
+
+        @flow
+        async def once() -> float:
+            started = time.monotonic()
+            await arun_crew(crew_of(server), {})
+            return time.monotonic() - started
+
+        assert await once() < 30, "polling alone takes a minute"
+        assert server.requests["status"] <= 2
+
+
+async def test_every_waiter_of_a_run_is_woken(receiver: str) -> None:
+    with CrewServer(SCRIPT) as server:
+
+        @flow
+        async def first() -> str:
+            return (await arun_crew(crew_of(server), {}, run_key=f"shared-{server.url}")).kickoff_id
+
+        @flow
+        async def second() -> str:
+            await asyncio.sleep(0.5)
+            return (await arun_crew(crew_of(server), {}, run_key=f"shared-{server.url}")).kickoff_id
+
+        started = time.monotonic()
+        ids = await asyncio.gather(first(), second())
+        assert len(set(ids)) == 1
+        assert time.monotonic() - started < 30
+        assert server.kickoffs == 1
+
+
+async def test_a_lost_webhook_costs_time_and_then_trust(receiver: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(listener_module, "SAFETY", (3.0, 3.0))
+    often = WaitPolicy(initial=0.2, max_interval=0.2)
+    with CrewServer(SCRIPT, faults=["webhook:lose"]) as server:
+        crew = DeployedCrew(url=server.url, token=server.token, wait=often)
+
+        @flow
+        async def once() -> str:
+            return (await arun_crew(crew, {})).output
+
+        assert await once() == "done"
+        few = server.requests["status"]
+        assert not listener_module._hub.trusted, "the receiver has been found silent"
+        assert await once() == "done"
+        assert server.requests["status"] - few > few, "polling is as often as without webhooks again"
+
+
+async def test_a_failed_crew_ends_the_pause_too(receiver: str) -> None:
+    failing = CrewScript.model_validate(
+        {"name": "failing", "inputs": [], "tasks": [{"name": "work", "seconds": 1.5, "fail": "no idea"}]}
+    )
+    with CrewServer(failing) as server:
+
+        @flow
+        async def once() -> None:
+            await arun_crew(crew_of(server), {})
+
+        started = time.monotonic()
+        with pytest.raises(CrewFailedError, match="no idea"):
+            await once()
+        assert time.monotonic() - started < 30, "polling alone takes a minute"
+
+
+@pytest.mark.parametrize("lost", ["webhook-crew:lose", "webhook-stream:lose"], ids=["stream-alone", "webhook-alone"])
+async def test_tokens_that_only_a_webhook_tells_are_the_usage_of_the_result(receiver: str, lost: str) -> None:
+    counting = SCRIPT.model_copy(update={"usage": TokenUsage(total_tokens=1234)})
+    with CrewServer(counting, faults=[lost], generation="later") as server:
+
+        @flow
+        async def once() -> CrewResult:
+            return await arun_crew(crew_of(server), {})
+
+        result = await once()
+        assert "token_usage" not in result.raw, "the status does not tell it"
+        assert result.usage == TokenUsage(total_tokens=1234)
+        assert server.requests["status"] <= 2
+
+
+async def test_the_end_of_a_flow_ends_the_pause(receiver: str) -> None:
+    a_flow = SCRIPT.model_copy(update={"flow": True})
+    with CrewServer(a_flow, faults=["webhook-crew:lose"]) as server:
+
+        @flow
+        async def once() -> float:
+            started = time.monotonic()
+            await arun_crew(crew_of(server), {})
+            return time.monotonic() - started
+
+        assert await once() < 30, "polling alone takes a minute"
+
+
+def ending(type_: str, tokens: int | None, *, kickoff_id: str = "k-1", run_key: str = "key") -> Event:
+    """Return what the receiver makes of a webhook about the end of a run, in the words of the hub's filter."""
+    said = {"kickoff_id": kickoff_id, **({} if tokens is None else {"total_tokens": tokens})}
+    resource = {"prefect.resource.id": "prefect-crew.run.k-1", "prefect-crew.run-key": run_key}
+    return Event(event=f"crew.webhook.{type_}", resource=resource, payload={"said": said})  # type: ignore[arg-type]
+
+
+COMPLETED = "stream.crew_kickoff_completed"
+
+
+@pytest.mark.parametrize(
+    ("events", "total"),
+    [
+        pytest.param([ending(COMPLETED, 7)], 7, id="one-crew"),
+        pytest.param([ending(COMPLETED, 7), ending(COMPLETED, 5)], 12, id="crews-of-a-flow"),
+        pytest.param([ending(COMPLETED, 7), ending("crew", 9), ending(COMPLETED, 5)], 9, id="the-crew-webhook-has-all"),
+        pytest.param([ending(COMPLETED, 7), ending(COMPLETED, 5, kickoff_id="k-0")], 7, id="another-attempt"),
+        pytest.param([ending(COMPLETED, 7, run_key="other")], None, id="another-run"),
+        pytest.param([ending(COMPLETED, None), ending("crew", None)], None, id="none-is-not-0"),
+    ],
+)
+def test_tokens_are_counted_once_for_each_event(events: list[Event], total: int | None) -> None:
+    async def count() -> list[CrewStatus]:
+        hub = listener_module._Hub()
+        waker = listener_module.Waker(hub, "key")
+        hub.add("key", waker)
+        for event in [*events, *events]:
+            hub._tell(event)
+        counted = [waker.counted(CrewStatus(kickoff_id="k-1", state=state)) for state in (DONE, CrewState.RUNNING)]
+        told = CrewStatus(kickoff_id="k-1", state=DONE, usage=TokenUsage(total_tokens=1))
+        return [*counted, waker.counted(told)]
+
+    done, running, told = asyncio.run(count())
+    assert done.usage == (None if total is None else TokenUsage(total_tokens=total))
+    assert running.usage is None
+    assert told.usage == TokenUsage(total_tokens=1)
+
+
+DONE = CrewState.COMPLETED
+
+
+async def test_the_same_question_asked_again_is_told_by_its_webhook(
+    receiver: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither the status nor the clock tells it from the one before: only the number of answers in its URL."""
+    asking = CrewScript.model_validate(
+        {"name": "asking", "inputs": [], "tasks": [{"name": "draft", "human": True, "output": "always the same"}]}
+    )
+    asked: list[int] = []
+
+    def judge(request: ReviewRequest) -> Review:
+        asked.append(request.round)
+        return Review(approve=request.round == 3, feedback="again")
+
+    with CrewServer(asking) as server:
+
+        @flow
+        async def once() -> None:
+            await arun_crew(crew_of(server), {}, review=judge)
+
+        await once()
+        assert asked == [1, 2, 3]
+        assert server.requests["resume"] == 3
+
+
+def test_a_question_of_another_attempt_is_another() -> None:
+    async def ask() -> list[bool]:
+        waker = listener_module.Waker(listener_module._Hub(), "key")
+        waker.wake((1, 2))
+        return [waker.asked_after(1, 2), waker.asked_after(2, 2), waker.asked_after(1, 1), waker.asked_after(1, 258)]
+
+    assert asyncio.run(ask()) == [True, False, False, True]
+
+
+async def test_own_targets_and_a_run_without_hooks_are_polled_for(receiver: str) -> None:
+    often = WaitPolicy(initial=0.2, max_interval=0.2)
+    with CrewServer(SCRIPT) as server:
+        crew = DeployedCrew(url=server.url, token=server.token, wait=often)
+
+        @flow
+        async def own() -> str:
+            kickoff_id = await kickoff_crew(crew, {}, webhooks=Webhooks(crew="http://127.0.0.1:9/nobody"))
+            return (await wait_for_crew(crew, kickoff_id)).output
+
+        assert await own() == "done"
+        assert server.requests["status"] > 3
+
+
+def test_webhooks_are_off_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PREFECT_INTEGRATIONS_CREW_WEBHOOK_URL", raising=False)
+    assert not listener_module.hooks_are_on()
+
+
+class Subscriber:
+    """What Prefect gives, as far as it fails: a plain Exception for credentials that its server refuses."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+        self.times = 0
+
+    def __call__(self, **_: Any) -> Subscriber:
+        return self
+
+    async def __aenter__(self) -> Subscriber:
+        self.times += 1
+        raise self.error
+
+    async def __aexit__(self, *_: object) -> None:
+        return None
+
+
+async def test_refused_credentials_do_not_end_the_listener(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    refused = Subscriber(Exception("Unable to authenticate to the event stream.\nReason: no"))
+    monkeypatch.setattr(listener_module, "get_events_subscriber", refused)
+    monkeypatch.setattr(listener_module, "RECONNECT", 0.0)
+    hub = listener_module._Hub()
+    listening = asyncio.create_task(hub._listen())
+    while refused.times < 5 and not listening.done():
+        await asyncio.sleep(0)
+    assert not listening.done()
+    assert not hub.trusted
+    listening.cancel()
+    said = [record.getMessage() for record in caplog.records if "Unable to authenticate" in record.getMessage()]
+    assert len(said) == 1, "once, not at each attempt"
+    assert "\n" not in said[0]
+
+
+async def test_any_other_error_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(listener_module, "get_events_subscriber", Subscriber(KeyError("a mistake")))
+    with pytest.raises(KeyError, match="a mistake"):
+        await asyncio.wait_for(listener_module._Hub()._listen(), 30)

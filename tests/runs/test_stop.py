@@ -1,0 +1,441 @@
+"""A crew is stopped where somebody asked for that and nobody else waits for it; else it is left running."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import sys
+import textwrap
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prefect import flow, get_client
+from prefect.flow_engine import run_flow_async
+from prefect.runtime import flow_run
+from prefect.states import Scheduled
+
+from prefect_crew import CrewError, CrewStoppedError, arun_crew, kickoff_crew, run_crew, wait_for_crew
+from prefect_crew.devserver import CrewServer
+from prefect_crew.records.model import RunRecord
+from prefect_crew.records.store import record_name
+from prefect_crew.runs import stop
+from prefect_crew.testing import CrewServerFactory
+from support.held import Held
+from support.prefect_server import PrefectServer
+from support.processes import Process
+from support.proxy import through
+from support.scripts import slow
+from support.seen import Seen
+
+pytestmark = pytest.mark.usefixtures("prefect_api", "instant_polling")
+
+
+def key() -> str:
+    return f"stop {uuid.uuid4()}"
+
+
+@pytest.fixture
+def seen(prefect_api: PrefectServer) -> Iterator[Seen]:
+    reader = Seen(prefect_api)
+    yield reader
+    reader.close()
+
+
+@pytest.fixture
+def quick_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stop, "LOOK_EVERY", 0.2)
+
+
+@pytest.fixture
+def started_by_a_runner(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PREFECT__FLOW_RUN_ID", str(uuid.uuid4()))
+
+
+def cancel_when(server: Any, seen: Seen, ids: list[Any], kind: str, *, looks: int = 1) -> threading.Thread:
+    """Cancel the flow run `ids[0]` once the crew's server has been asked for a status so often."""
+
+    def cancel() -> None:
+        deadline = time.monotonic() + 30
+        while server.requests["status"] < looks and time.monotonic() < deadline:
+            time.sleep(0.02)
+        seen.set_state(ids[0], kind)
+
+    thread = threading.Thread(target=cancel)
+    thread.start()
+    return thread
+
+
+# A local run, which nobody tells that it was cancelled
+
+
+@pytest.mark.usefixtures("quick_look")
+@pytest.mark.parametrize("kind", ["CANCELLING", "CANCELLED"])
+@pytest.mark.parametrize("mode", ["async", "sync"])
+def test_a_local_run_notices_its_cancellation_stops_the_crew_and_ends_cancelled(
+    crew_server: CrewServerFactory, seen: Seen, mode: str, kind: str
+):
+    server, run_key, ids = crew_server(slow(60)), key(), list[Any]()
+
+    @flow
+    async def async_trip() -> None:
+        ids.append(flow_run.id)
+        await arun_crew(server.crew(), run_key=run_key)
+
+    @flow
+    def sync_trip() -> None:
+        ids.append(flow_run.id)
+        run_crew(server.crew(), run_key=run_key)
+
+    thread = cancel_when(server, seen, ids, kind)
+    with pytest.raises(CrewStoppedError):
+        asyncio.run(async_trip()) if mode == "async" else sync_trip()
+    thread.join()
+    assert server.requests["stop"] == 1
+    assert seen.record(run_key)["state"] == "stopped"
+    assert seen.flow_run(ids[0])["state"]["type"] == "CANCELLED"
+
+
+@pytest.mark.usefixtures("quick_look")
+def test_who_cancels_a_flow_means_its_subflows_too(crew_server: CrewServerFactory, seen: Seen):
+    server, ids, children = crew_server(slow(60)), list[Any](), list[Any]()
+
+    @flow
+    async def city() -> None:
+        children.append(flow_run.id)
+        await arun_crew(server.crew())
+
+    @flow
+    async def trip() -> None:
+        ids.append(flow_run.id)
+        await city()
+
+    thread = cancel_when(server, seen, ids, "CANCELLING")
+    with pytest.raises(CrewStoppedError):
+        asyncio.run(trip())
+    thread.join()
+    assert server.requests["stop"] == 1
+    assert [seen.flow_run(one)["state"]["type"] for one in (*ids, *children)] == ["CANCELLED", "CANCELLED"]
+
+
+@pytest.mark.usefixtures("quick_look")
+def test_a_cancelled_flow_that_goes_on_buys_nothing_more(crew_server: CrewServerFactory, seen: Seen):
+    server, ids, errors = crew_server(slow(60)), list[Any](), list[CrewError]()
+
+    @flow
+    async def trips() -> None:
+        ids.append(flow_run.id)
+        for city in ("Lisbon", "Porto", "Faro"):
+            try:
+                await arun_crew(server.crew(), {"city": city})
+            except CrewError as error:
+                errors.append(error)
+
+    thread = cancel_when(server, seen, ids, "CANCELLING")
+    asyncio.run(trips())
+    thread.join()
+    assert server.kickoffs == 1
+    assert [type(error) for error in errors] == [CrewStoppedError, CrewError, CrewError]
+    assert "was cancelled: it kicks off nothing more" in str(errors[1])
+    assert seen.flow_run(ids[0])["state"]["type"] == "CANCELLED"
+
+
+@pytest.mark.usefixtures("quick_look")
+def test_a_cancellation_is_noticed_although_the_crews_server_is_in_trouble(crew_server: CrewServerFactory, seen: Seen):
+    server, ids = crew_server(slow(60), faults=["status:429@1-"]), list[Any]()
+
+    @flow
+    async def trip() -> None:
+        ids.append(flow_run.id)
+        await arun_crew(server.crew())
+
+    thread = cancel_when(server, seen, ids, "CANCELLING")
+    with pytest.raises(CrewStoppedError):
+        asyncio.run(trip())
+    thread.join()
+
+
+@pytest.mark.usefixtures("quick_look")
+def test_a_crew_without_stop_is_said_to_run_on_and_where(crew_server: CrewServerFactory, seen: Seen):
+    server, run_key, ids = crew_server(slow(60), stop=False), key(), list[Any]()
+
+    @flow
+    async def trip() -> None:
+        ids.append(flow_run.id)
+        await arun_crew(server.crew(), run_key=run_key)
+
+    thread = cancel_when(server, seen, ids, "CANCELLING")
+    with pytest.raises(CrewError, match=f"which runs on at {server.url}") as caught:
+        asyncio.run(trip())
+    thread.join()
+    assert not isinstance(caught.value, CrewStoppedError)
+    assert f"runs on at {server.url}: its server has no /stop" in seen.logs(ids[0])
+    record = seen.record(run_key)
+    assert (record["phase"], record["reason"]) == ("started", "stop was asked for: unsupported")
+    assert seen.flow_run(ids[0])["state"]["type"] == "CANCELLED"
+
+
+@pytest.mark.usefixtures("quick_look")
+def test_a_run_that_another_flow_run_waits_for_is_left_running(crew_server: CrewServerFactory, seen: Seen):
+    server, run_key, ids = crew_server(slow(5)), key(), list[Any]()
+
+    @flow
+    async def first() -> None:
+        ids.append(flow_run.id)
+        await arun_crew(server.crew(), run_key=run_key)
+
+    @flow
+    async def second() -> str:
+        while not server.kickoffs:
+            await asyncio.sleep(0.02)
+        return (await arun_crew(server.crew(), run_key=run_key)).output
+
+    async def both() -> list[Any]:
+        return [*await asyncio.gather(first(), second(), return_exceptions=True)]
+
+    def cancel() -> None:
+        wait_until(lambda: server.requests["status"] and seen.variables(f"crew_wait_{digest}%"))
+        seen.set_state(ids[0], "CANCELLING")
+
+    digest = record_name(run_key, 1).split("_")[2]
+    thread = threading.Thread(target=cancel)
+    thread.start()
+    error, output = asyncio.run(both())
+    thread.join()
+    assert output == "done"
+    assert "runs on" in str(error)
+    assert server.requests["stop"] == 0
+    assert "waits for it too" in seen.logs(ids[0])
+
+
+@pytest.mark.usefixtures("quick_look")
+def test_a_prefect_api_that_does_not_say_is_no_cancellation(
+    crew_server: CrewServerFactory, prefect_server: PrefectServer
+):
+    server = crew_server(Held(until=lambda _: proxy.count("GET /api/flow_runs") > 2))
+
+    @flow
+    async def trip() -> str:
+        kickoff_id = await kickoff_crew(server.crew())
+        proxy.refuse = "GET /api/flow_runs"
+        try:
+            return (await wait_for_crew(server.crew(), kickoff_id)).output
+        finally:
+            proxy.refuse = None
+
+    with through(prefect_server) as proxy:
+        assert asyncio.run(trip()) == "done"
+        assert proxy.count("GET /api/flow_runs") > 2
+
+
+@pytest.mark.usefixtures("quick_look")
+def test_a_flow_run_that_is_retried_after_its_cancellation_may_complete(crew_server: CrewServerFactory, seen: Seen):
+    server, ids, texts = crew_server(slow(60)), list[Any](), list[str]()
+
+    @flow
+    async def trips() -> str:
+        ids.append(flow_run.id)
+        if len(ids) == 1:
+            await asyncio.gather(*(arun_crew(server.crew(), {"n": number}) for number in range(2)))
+        return (await arun_crew(crew_server("echo").crew(), {"text": "again"})).output
+
+    thread = cancel_when(server, seen, ids, "CANCELLING")
+    with pytest.raises(CrewError):
+        asyncio.run(trips())
+    thread.join()
+
+    async def again() -> Any:
+        async with get_client() as client:
+            await client.set_flow_run_state(uuid.UUID(ids[0]), Scheduled(), force=True)
+            planned = await client.read_flow_run(uuid.UUID(ids[0]))
+        return await run_flow_async(trips, flow_run=planned, parameters={})
+
+    texts.append(asyncio.run(again()))
+    assert texts == ["again"]
+    assert seen.flow_run(ids[0])["state"]["type"] == "COMPLETED"
+
+
+def test_short_waits_ask_prefect_nothing(crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch):
+    asked: list[str | None] = []
+
+    async def ask(run_id: str | None) -> list[str]:
+        asked.append(run_id)
+        return []
+
+    monkeypatch.setattr(stop, "cancelled_runs", ask)
+
+    @flow
+    async def trip() -> None:
+        for _ in range(3):
+            await arun_crew(crew_server(slow(0.3)).crew())
+
+    asyncio.run(trip())
+    assert asked == []
+
+
+# A run under a runner, which gets a cancellation like any other
+
+
+async def cancelled_midway(server: Any, seen: Seen, kind: str | None) -> str:
+    """Run a crew in a flow, put the flow run into a state, cancel the task as a runner's signal does."""
+    ids: list[Any] = []
+
+    @flow
+    async def trip() -> None:
+        ids.append(flow_run.id)
+        await arun_crew(server.crew())
+
+    running = asyncio.ensure_future(trip())
+    while not server.requests["status"]:
+        await asyncio.sleep(0.01)
+    if kind:
+        await asyncio.to_thread(seen.set_state, ids[0], kind)
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    return str(ids[0])
+
+
+@pytest.mark.usefixtures("started_by_a_runner")
+def test_a_cancelled_flow_run_stops_its_crew_once(crew_server: CrewServerFactory, seen: Seen):
+    server = crew_server(slow(60))
+    asyncio.run(cancelled_midway(server, seen, "CANCELLING"))
+    assert server.requests["stop"] == 1
+    assert str(server.runs[0].state) == "stopped"
+    record = RunRecord.model_validate(seen.record(next(iter(server.kickoffs_by_run_key))))
+    assert str(record.state) == "stopped"
+    assert [event["event"] for event in seen.events(server.runs[0].id)][-1] == "crew.stopped"
+
+
+@pytest.mark.usefixtures("started_by_a_runner")
+def test_a_worker_that_shuts_down_leaves_the_crew_running(crew_server: CrewServerFactory, seen: Seen):
+    server = crew_server(slow(60))
+    flow_run_id = asyncio.run(cancelled_midway(server, seen, None))
+    assert server.requests["stop"] == 0
+    assert str(server.runs[0].state) == "running"
+    run_key = next(iter(server.kickoffs_by_run_key))
+    assert seen.record(run_key)["phase"] == "started"
+    logs = seen.logs(flow_run_id)
+    assert f"is left running at {server.url}: nobody asked to stop it" in logs
+    assert run_key in logs
+
+
+@pytest.mark.usefixtures("started_by_a_runner")
+def test_a_runner_tells_of_a_cancellation_so_that_nobody_looks(
+    crew_server: CrewServerFactory, seen: Seen, quick_look: None
+):
+    server, ids = crew_server(slow(2)), list[Any]()
+
+    @flow
+    async def trip() -> str:
+        ids.append(flow_run.id)
+        return (await arun_crew(server.crew())).output
+
+    thread = cancel_when(server, seen, ids, "CANCELLING")
+    assert asyncio.run(trip()) == "done"
+    thread.join()
+
+
+@pytest.mark.usefixtures("started_by_a_runner")
+def test_a_server_that_cannot_be_asked_to_stop_leaves_a_line(crew_server: CrewServerFactory, seen: Seen):
+    server = crew_server(slow(60), faults=["stop:500"])
+    flow_run_id = asyncio.run(cancelled_midway(server, seen, "CANCELLING"))
+    assert server.requests["stop"] == 1
+    assert f"could not be stopped (ServerError: POST /stop/{server.runs[0].id} answered 500" in seen.logs(flow_run_id)
+
+
+@pytest.mark.usefixtures("started_by_a_runner")
+def test_a_run_that_ended_at_that_moment_is_closed_by_whoever_sees_its_end(crew_server: CrewServerFactory, seen: Seen):
+    server = crew_server(slow(60), faults=["stop:latency=0.5"])
+    run_key: list[str] = []
+
+    async def cancel() -> None:
+        await cancelled_midway(server, seen, "CANCELLING")
+
+    async def both() -> None:
+        cancelling = asyncio.ensure_future(cancel())
+        while not server.requests["stop"]:
+            await asyncio.sleep(0.01)
+        run_key.extend(server.kickoffs_by_run_key)
+        async with server.crew().client() as client:
+            server.faults.clear()
+            await client.stop(server.runs[0].id)
+        await cancelling
+
+    asyncio.run(both())
+    assert seen.record(run_key[0])["phase"] == "started"
+
+
+# Scripts
+
+
+SCRIPT = """
+import os
+from prefect_crew import DeployedCrew, run_crew
+
+crew = DeployedCrew(url=os.environ["CREW_URL"], token=os.environ["CREW_TOKEN"])
+run_crew(crew, {"text": "a"}, run_key=os.environ["KEY"])
+"""
+
+
+@pytest.fixture
+def script(prefect_server: PrefectServer, tmp_path: Path) -> Any:
+    """Give a function that starts a plain script, which runs a crew with a run key."""
+    processes: list[Process] = []
+
+    def start(server: CrewServer, run_key: str) -> Process:
+        env = prefect_server.env(
+            home=tmp_path / "home", CREW_URL=server.url, CREW_TOKEN=server.token, KEY=run_key, PYTHONUNBUFFERED="1"
+        )
+        source = tmp_path / "script.py"
+        source.write_text(textwrap.dedent(SCRIPT))
+        processes.append(Process([sys.executable, source], log=tmp_path / "log", env=env))
+        return processes[-1]
+
+    yield start
+    for process in processes:
+        process.stop()
+
+
+def wait_until(happened: Any, seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("moment", ["waiting", "posting"])
+def test_ctrl_c_on_a_script_stops_the_crew(crew_server: CrewServerFactory, script: Any, seen: Seen, moment: str):
+    faults = ["kickoff:latency=2", "kickoff:stuck"] if moment == "posting" else ["kickoff:stuck"]
+    server, run_key = crew_server("echo", port=True, faults=faults), key()
+    process = script(server, run_key)
+    wait_until(lambda: server.requests["kickoff" if moment == "posting" else "status"])
+    process.send(signal.SIGINT)
+    assert process.wait(60) != 0
+    assert [str(run.state) for run in server.runs] == ["stopped"], process.tail()
+    assert server.requests["stop"] == 1
+    assert seen.record(run_key)["state"] == "stopped"
+
+
+def test_sigterm_to_a_script_leaves_the_crew_running_to_be_found_again(
+    crew_server: CrewServerFactory, script: Any, seen: Seen
+):
+    server, run_key = crew_server(slow(20), port=True), key()
+    process = script(server, run_key)
+    wait_until(lambda: server.requests["status"])
+    process.send(signal.SIGTERM)
+    assert process.wait(60) != 0
+    assert server.requests["stop"] == 0
+    assert seen.record(run_key)["phase"] == "started"
+    assert run_crew(server.crew(), {"text": "a"}, run_key=run_key).output == "done"
+    assert server.kickoffs == 1
+
+
+def test_what_is_not_asked_of_a_flow_run_that_does_not_exist(prefect_api: PrefectServer):
+    assert asyncio.run(stop.cancelled_runs(str(uuid.uuid4()))) == []
+    assert asyncio.run(stop.flow_run_cancelled(None)) is False
+    assert stop.known_cancelled(None) is False

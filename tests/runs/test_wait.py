@@ -1,0 +1,488 @@
+"""Waiting for a run under Prefect: its ends, its budgets, trouble on the way, and what is told of it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import uuid
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any
+
+import httpx
+import pytest
+from prefect import flow
+from pydantic import BaseModel
+
+from prefect_crew import (
+    CrewFailedError,
+    CrewLostError,
+    CrewRun,
+    CrewStoppedError,
+    CrewTimeoutError,
+    DeployedCrew,
+    OutputTypeError,
+    WaitPolicy,
+    arun_crew,
+    kickoff_crew,
+    resume_crew,
+    wait_for_crew,
+)
+from prefect_crew.client._transport import in_process
+from prefect_crew.records.model import RecordPhase, RunRecord
+from prefect_crew.records.store import PrefectRecords
+from prefect_crew.states import CrewState
+from prefect_crew.testing import CrewServerFactory
+from support.held import Held
+from support.prefect_server import PrefectServer
+from support.scripts import ASKS, FAILS, script, slow
+from support.seen import Seen
+
+pytestmark = pytest.mark.usefixtures("prefect_api", "instant_polling")
+
+RECORDS = PrefectRecords()
+BRIEF = WaitPolicy(initial=0.1, timeout=0.5)
+
+
+def key() -> str:
+    return f"wait {uuid.uuid4()}"
+
+
+async def record_of(run: CrewRun) -> RunRecord:
+    record = await RECORDS.of_kickoff(run.kickoff_id)
+    assert record is not None
+    return record
+
+
+async def ended(run: CrewRun) -> Any:
+    await run.wait_for_completion()
+    return await run.fetch_result()
+
+
+@pytest.fixture
+def seen(prefect_api: PrefectServer) -> Iterator[Seen]:
+    reader = Seen(prefect_api)
+    yield reader
+    reader.close()
+
+
+@pytest.fixture(autouse=True)
+def _log_all(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "prefect_crew")
+
+
+# Ends
+
+
+async def test_a_completed_run_gives_its_whole_result_and_closes_its_record(crew_server: CrewServerFactory):
+    server = crew_server("travel", speed=100, dialect="union")
+    inputs = {"budget": "1000 USD", "interests": "food", "duration": "2 days", "age": "30"}
+    run = await server.crew().trigger(inputs)
+    result = await ended(run)
+    assert result.output.startswith("# Bologna, Italy: 2 days")
+    assert result.data == {"destination": "Bologna", "country": "Italy", "days": "2", "season": "May or October"}
+    assert [task.name for task in result.tasks] == ["research_destination", "plan_itinerary", "write_guide"]
+    assert result.usage.total_tokens == 4183
+    assert result.kickoff_id == run.kickoff_id
+    record = await record_of(run)
+    assert (record.phase, record.state, record.error) == (RecordPhase.ENDED, CrewState.COMPLETED, None)
+    assert record.kicked_off_at
+    assert record.ended_at
+    assert record.kicked_off_at <= record.ended_at
+
+
+async def test_a_failed_run_raises_the_crews_own_error(crew_server: CrewServerFactory):
+    run = await crew_server(FAILS).crew().trigger({})
+    with pytest.raises(CrewFailedError, match="failed: the search engine is down") as caught:
+        await run.wait_for_completion()
+    assert (caught.value.error, caught.value.kickoff_id) == ("the search engine is down", run.kickoff_id)
+    record = await record_of(run)
+    assert (record.state, record.error) == (CrewState.FAILED, "the search engine is down")
+    with pytest.raises(CrewFailedError, match="the search engine is down"):
+        await run.fetch_result()
+
+
+async def test_a_run_that_was_stopped_elsewhere_is_no_result(crew_server: CrewServerFactory):
+    server = crew_server(slow(60), dialect="union")
+    run = await server.crew().trigger({})
+    waiting = asyncio.ensure_future(run.wait_for_completion())
+    async with server.crew().client() as client:
+        assert (await client.stop(run.kickoff_id)).accepted
+    with pytest.raises(CrewStoppedError, match=run.kickoff_id):
+        await waiting
+    assert (await record_of(run)).state is CrewState.STOPPED
+
+
+async def test_a_run_that_the_server_forgets_is_lost_and_not_bought_again(crew_server: CrewServerFactory):
+    server, run_key = crew_server(slow(60), faults=["status:forgotten@3"]), key()
+    run = await server.crew().trigger({}, run_key=run_key)
+    with pytest.raises(CrewLostError, match="last seen running") as caught:
+        await run.wait_for_completion()
+    assert (caught.value.kickoff_id, caught.value.run_key) == (run.kickoff_id, run_key)
+    assert (await record_of(run)).phase is RecordPhase.STARTED
+    again = await server.crew().trigger({}, run_key=run_key)
+    assert again.kickoff_id == run.kickoff_id
+    assert server.kickoffs == 1
+
+
+# Time
+
+
+async def test_a_timeout_leaves_the_crew_running_and_says_how_to_go_on(crew_server: CrewServerFactory):
+    held = Held()
+    server, run_key = crew_server(held), key()
+    run = await server.crew().trigger({}, run_key=run_key)
+    with pytest.raises(CrewTimeoutError, match=r"was still running when its running time of 0\.5 s was over") as caught:
+        await run.wait_for_completion(BRIEF)
+    error = caught.value
+    assert (error.phase, error.budget, error.last_state, error.stopped) == ("running", 0.5, "running", False)
+    assert f"run again with run key {run_key!r} and a larger timeout" in str(error)
+    assert server.requests["stop"] == 0
+    held.release()
+    result = await ended(await server.crew().trigger({}, run_key=run_key))
+    assert (result.output, server.kickoffs) == ("done", 1)
+
+
+async def test_a_pending_run_has_a_limit_of_its_own(crew_server: CrewServerFactory):
+    server = crew_server(slow(60), max_runs=1, dialect="union")
+    await server.crew().trigger({})
+    second = await server.crew().trigger({})
+    with pytest.raises(CrewTimeoutError) as caught:
+        await second.wait_for_completion(WaitPolicy(initial=0.1, timeout=3600, pending_timeout=0.3))
+    assert (caught.value.phase, caught.value.last_state) == ("pending", "pending")
+
+
+async def test_budgets_are_counted_from_the_kickoff_whoever_waits(crew_server: CrewServerFactory):
+    server, run_key = crew_server(slow(60)), key()
+    run = await server.crew().trigger({}, run_key=run_key)
+    record = await record_of(run)
+    assert record.kicked_off_at
+    record.kicked_off_at -= timedelta(hours=2)
+    await RECORDS.save(record)
+    again = await server.crew().trigger({}, run_key=run_key)
+    with pytest.raises(CrewTimeoutError, match="running time of 3600 s was over"):
+        await again.wait_for_completion()
+
+
+async def test_a_run_that_ended_while_nobody_waited_counts_although_its_time_is_over(crew_server: CrewServerFactory):
+    server, run_key = crew_server("echo"), key()
+    run = await server.crew().trigger({"text": "a"}, run_key=run_key)
+    record = await record_of(run)
+    assert record.kicked_off_at
+    record.kicked_off_at -= timedelta(hours=2)
+    await RECORDS.save(record)
+    again = await server.crew().trigger({"text": "a"}, run_key=run_key)
+    assert (await ended(again)).output == "a"
+
+
+async def test_a_task_timeout_ends_the_wait_at_once_and_leaves_the_crew_running(
+    crew_server: CrewServerFactory, caplog: pytest.LogCaptureFixture
+):
+    server = crew_server("echo", faults=["kickoff:stuck"])
+    impatient = wait_for_crew.with_options(timeout_seconds=0.5)
+
+    @flow
+    async def trip() -> None:
+        kickoff_id = await kickoff_crew(server.crew(), {"text": "a"})
+        await impatient(server.crew(), kickoff_id, wait=WaitPolicy(initial=5))
+
+    began = time.monotonic()
+    with pytest.raises(TimeoutError):
+        await trip()
+    assert time.monotonic() - began < 5
+    assert server.requests["stop"] == 0
+
+
+@pytest.mark.parametrize("stop", [True, False], ids=["stop", "no stop"])
+async def test_a_crew_that_is_over_its_time_can_be_stopped(
+    crew_server: CrewServerFactory, caplog: pytest.LogCaptureFixture, stop: bool
+):
+    server = crew_server(slow(60), stop=stop)
+    run = await server.crew().trigger({})
+    with pytest.raises(CrewTimeoutError) as caught:
+        await run.wait_for_completion(BRIEF.model_copy(update={"on_timeout": "stop"}))
+    assert caught.value.stopped is stop
+    record = await record_of(run)
+    if stop:
+        assert "It was stopped." in str(caught.value)
+        assert (server.requests["stop"], record.state) == (1, CrewState.STOPPED)
+    else:
+        assert f"runs on at {server.url}: its server has no /stop" in caplog.text
+        assert record.phase is RecordPhase.STARTED
+        assert record.reason
+        assert "unsupported" in record.reason
+
+
+async def test_a_server_that_fails_to_stop_a_crew_does_not_hide_the_timeout(
+    crew_server: CrewServerFactory, caplog: pytest.LogCaptureFixture
+):
+    server = crew_server(slow(60), faults=["stop:500"])
+    run = await server.crew().trigger({})
+    with pytest.raises(CrewTimeoutError, match="It was left running"):
+        await run.wait_for_completion(BRIEF.model_copy(update={"on_timeout": "stop"}))
+    assert "could not be stopped" in caplog.text
+
+
+# People
+
+
+async def test_a_person_is_told_of_once_a_turn_and_their_time_is_on_record(
+    crew_server: CrewServerFactory, caplog: pytest.LogCaptureFixture
+):
+    # Of no length, so that all of the timeout is for a slow machine.
+    asks = script({"name": "draft", "output": "a draft {{ feedback }}", "human": True}, {"name": "print"})
+    server = crew_server(asks, dialect="union")
+    crew = server.crew()
+    run = await crew.trigger({})
+    waiting = asyncio.ensure_future(run.wait_for_completion(WaitPolicy(initial=0.1, timeout=2.0)))
+    while (await record_of(run)).human_since is None:
+        await asyncio.sleep(0.05)
+    await asyncio.sleep(2.2)
+    assert not waiting.done(), "a person's time does not count against the timeout"
+    assert caplog.text.count(f"Crew run {run.kickoff_id} waits for a person") == 1
+    assert f"prefect-crew reviews approve {run.kickoff_id}" in caplog.text
+    await run.resume("shorter", approve=False)
+    while len([one for one in caplog.records if "waits for a person" in one.getMessage()]) < 2:
+        await asyncio.sleep(0.05)
+    await run.resume("fine", approve=True)
+    await waiting
+    record = await record_of(run)
+    assert record.human_since is None
+    assert record.human_seconds >= 2.2
+    assert [(sent.task_id, sent.approve, sent.outcome) for sent in await RECORDS.reviews(record)] == [
+        ("draft", False, "sent"),
+        ("draft", True, "sent"),
+    ]
+
+
+async def test_the_end_of_a_persons_turn_is_on_record_beside_the_answer(crew_server: CrewServerFactory):
+    held = Held("draft", "print")
+    run = await crew_server(held, dialect="union").crew().trigger({})
+    waiting = asyncio.ensure_future(run.wait_for_completion())
+    while (await record_of(run)).human_since is None:
+        await asyncio.sleep(0.05)
+    await run.resume("fine", approve=True)
+    while (await record_of(run)).human_since is not None:
+        await asyncio.sleep(0.05)
+    assert not waiting.done()
+    (sent,) = await RECORDS.reviews(await record_of(run))
+    assert sent.outcome == "sent"
+    held.release()
+    await waiting
+
+
+async def test_people_have_a_budget_of_their_own(crew_server: CrewServerFactory):
+    run = await crew_server(ASKS, dialect="union").crew().trigger({})
+    with pytest.raises(CrewTimeoutError) as caught:
+        await run.wait_for_completion(WaitPolicy(initial=0.1, human_timeout=0.5))
+    assert (caught.value.phase, caught.value.last_state) == ("human", "waiting")
+
+
+async def test_a_flow_can_answer_for_a_person_by_the_task_that_the_status_names(crew_server: CrewServerFactory):
+    server = crew_server(ASKS, dialect="union")
+
+    @flow
+    async def trip() -> str:
+        kickoff_id = await kickoff_crew(server.crew())
+        while server.run(kickoff_id).state is not CrewState.WAITING:
+            await asyncio.sleep(0.02)
+        await resume_crew(server.crew(), kickoff_id, approve=True)
+        return (await wait_for_crew(server.crew(), kickoff_id)).output
+
+    assert await trip() == "printed"
+
+
+# Results that the record does not hold
+
+
+async def test_a_large_result_is_whole_for_the_caller_and_read_again_from_the_status(crew_server: CrewServerFactory):
+    server, run_key = crew_server(script({"output": "{{ 'שלום ' * 3000 }}"})), key()
+    first = await ended(await server.crew().trigger({}, run_key=run_key))
+    assert len(first.output) == 15_000
+    run = await server.crew().trigger({}, run_key=run_key)
+    assert (await record_of(run)).result is None
+    assert (await ended(run)).output == first.output
+    server.faults.add("status:forgotten")
+    with pytest.raises(CrewLostError, match="it has completed, but its record does not hold the result"):
+        await ended(await server.crew().trigger({}, run_key=run_key))
+
+
+async def test_a_result_with_a_rotated_token_is_read_again(crew_server: CrewServerFactory):
+    server, run_key, name = crew_server(script({"output": "{{ 'x' * 9000 }}"})), key(), f"big-{uuid.uuid4().hex[:8]}"
+    await asyncio.to_thread(server.crew().save, name)
+    crew = await DeployedCrew.aload(name)
+    await ended(await crew.trigger({}, run_key=run_key))
+    server.token = "the-new-token"
+    await asyncio.to_thread(lambda: server.crew().save(name, overwrite=True))
+    assert len((await ended(await crew.trigger({}, run_key=run_key))).output) == 9000
+
+
+class Trip(BaseModel):
+    city: str
+    days: int
+
+
+async def test_a_result_becomes_a_model(crew_server: CrewServerFactory):
+    structured = crew_server(script({"data": {"city": "Lisbon", "days": "3"}}), dialect="union").crew()
+    text = crew_server(script({"output": '```json\n{"city": "Lisbon", "days": 3}\n```'})).crew()
+
+    @flow
+    async def trips() -> list[Any]:
+        return [(await arun_crew(crew, output_type=Trip)).data for crew in (structured, text)]
+
+    assert await trips() == [Trip(city="Lisbon", days=3)] * 2
+
+
+async def test_a_result_that_does_not_fit_is_kept_and_need_not_be_bought_again(crew_server: CrewServerFactory):
+    server, run_key = crew_server(script({"output": '{"city": "Lisbon"}'})), key()
+    with pytest.raises(
+        OutputTypeError, match=r"does not fit Trip: days: Field required.*The text: \{\"city\""
+    ) as caught:
+        await arun_crew(server.crew(), run_key=run_key, output_type=Trip)
+    assert caught.value.output == '{"city": "Lisbon"}'
+    assert (await arun_crew(server.crew(), run_key=run_key)).output == '{"city": "Lisbon"}'
+    assert server.kickoffs == 1
+
+
+# Runs of others
+
+
+async def test_a_run_that_was_kicked_off_elsewhere_is_waited_for_without_a_record(crew_server: CrewServerFactory):
+    server = crew_server("echo")
+    async with server.crew().client() as client:
+        kickoff_id = await client.kickoff({"text": "a"})
+    run = CrewRun(server.crew(), kickoff_id)
+    assert (await ended(run)).output == "a"
+    assert await RECORDS.of_kickoff(kickoff_id) is None
+
+
+def test_two_flow_runs_wait_for_one_run_and_its_end_is_told_once(crew_server: CrewServerFactory, seen: Seen):
+    server, run_key = crew_server(slow(0.6)), key()
+
+    @flow
+    async def trip() -> Any:
+        return await arun_crew(server.crew(), run_key=run_key)
+
+    async def both() -> list[Any]:
+        return [*await asyncio.gather(trip(), trip(), trip())]
+
+    results = asyncio.run(both())
+    assert {result.output for result in results} == {"done"}
+    assert server.kickoffs == 1
+    (kickoff_id,) = {result.kickoff_id for result in results}
+    names = [event["event"] for event in seen.events(kickoff_id)]
+    assert names.count("crew.completed") == 1
+    record = RunRecord.model_validate(seen.record(run_key))
+    assert seen.variables(RECORDS.notes_of(record) + "%") == [], "the notes of who waited are gone"
+
+
+def test_an_end_is_an_event_with_what_automations_need(crew_server: CrewServerFactory, seen: Seen):
+    server = crew_server(FAILS)
+
+    @flow
+    async def trip() -> None:
+        await arun_crew(server.crew().crew.called("travel"), name="research")
+
+    with pytest.raises(CrewFailedError) as caught:
+        asyncio.run(trip())
+    (failed,) = [event for event in seen.events(caught.value.kickoff_id) if event["event"] == "crew.failed"]
+    assert failed["payload"]["error"] == "the search engine is down"
+    assert failed["payload"]["run_key"] == caught.value.run_key
+    roles = {one["prefect.resource.role"]: one["prefect.resource.id"] for one in failed["related"]}
+    assert roles["crew"] == "prefect-crew.crew.travel"
+    assert roles["step"] == "prefect-crew.step.research"
+    assert roles["flow-run"].startswith("prefect.flow-run.")
+
+
+def test_a_timeout_and_a_loss_are_events(crew_server: CrewServerFactory, seen: Seen):
+    slow_run = crew_server(slow(60)).crew().trigger({})
+    with pytest.raises(CrewTimeoutError):
+        slow_run.wait_for_completion(BRIEF)
+    lost = crew_server(slow(60), faults=["status:forgotten@2"]).crew().trigger({})
+    with pytest.raises(CrewLostError):
+        lost.wait_for_completion()
+    assert "crew.timed_out" in [event["event"] for event in seen.events(slow_run.kickoff_id)]
+    assert "crew.lost" in [event["event"] for event in seen.events(lost.kickoff_id)]
+
+
+# What is logged
+
+
+async def test_the_log_tells_each_task_once_and_no_poll(
+    crew_server: CrewServerFactory, caplog: pytest.LogCaptureFixture
+):
+    # Each task goes on until it has been seen several times.
+    seen_often = Held("task_1", "task_2", "task_3", until=lambda number: server.requests["status"] >= 5 * number)
+    server = crew_server(seen_often)
+    run = await server.crew().trigger({})
+    await run.wait_for_completion()
+    lines = [one.getMessage() for one in caplog.records if one.getMessage().startswith(f"Crew run {run.kickoff_id}")]
+    assert lines == [
+        f"Crew run {run.kickoff_id}: task_1 (0 of 3 tasks done)",
+        f"Crew run {run.kickoff_id}: task_2 (1 of 3 tasks done)",
+        f"Crew run {run.kickoff_id}: task_3 (2 of 3 tasks done)",
+        f"Crew run {run.kickoff_id} completed.",
+    ]
+    assert server.requests["status"] > 10
+
+
+async def test_an_unknown_state_is_said_once_and_counts_as_running(caplog: pytest.LogCaptureFixture):
+    """No server of ours has such a word, so one answers here that does."""
+    words = iter(["MARINATING", "MARINATING", "MARINATING", "SUCCESS"])
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        return httpx.Response(200, json={"state": next(words), "result": "well done"})
+
+    with in_process("odd.test", httpx.MockTransport(answer)):
+        run = CrewRun(DeployedCrew(url="https://odd.test", token="t"), "r1")  # pyright: ignore[reportArgumentType]
+        assert (await ended(run)).output == "well done"
+    assert caplog.text.count("has the state 'MARINATING', which nobody has documented") == 1
+
+
+# Others
+
+
+async def test_a_late_crew_that_another_flow_run_waits_for_is_not_stopped(
+    crew_server: CrewServerFactory, caplog: pytest.LogCaptureFixture
+):
+    server, run_key = crew_server(slow(3)), key()
+
+    @flow
+    async def patient() -> str:
+        return (await arun_crew(server.crew(), run_key=run_key)).output
+
+    running = asyncio.ensure_future(patient())
+    while not server.requests["status"]:
+        await asyncio.sleep(0.02)
+    late = await server.crew().trigger({}, run_key=run_key)
+    with pytest.raises(CrewTimeoutError, match="It was left running"):
+        await late.wait_for_completion(WaitPolicy(initial=0.1, timeout=0.2, on_timeout="stop"))
+    assert "wait for it too" in caplog.text
+    assert server.requests["stop"] == 0
+    assert await running == "done"
+
+
+async def test_a_person_who_ends_the_run_has_had_their_time(crew_server: CrewServerFactory):
+    run = await crew_server(script({"name": "draft", "human": True, "output": "x"}), dialect="union").crew().trigger({})
+    waiting = asyncio.ensure_future(run.wait_for_completion())
+    while (await record_of(run)).human_since is None:
+        await asyncio.sleep(0.05)
+    await run.resume("fine", approve=True)
+    await waiting
+    record = await record_of(run)
+    assert record.human_since is None
+    assert record.human_seconds > 0
+
+
+async def test_progress_may_be_a_share(caplog: pytest.LogCaptureFixture):
+    """The local server counts tasks; others give a share."""
+    answers = iter([{"state": "RUNNING", "progress": 0.5, "current_task": "plan"}, {"state": "SUCCESS", "result": "x"}])
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        return httpx.Response(200, json=next(answers))
+
+    with in_process("share.test", httpx.MockTransport(answer)):
+        run = CrewRun(DeployedCrew(url="https://share.test", token="t"), "r1")  # pyright: ignore[reportArgumentType]
+        await run.wait_for_completion()
+    assert "Crew run r1: plan (50%)" in caplog.text

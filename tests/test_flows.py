@@ -1,0 +1,518 @@
+"""`run_crew` wherever it is called, what Prefect stores of it, and results that are read from anywhere."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import uuid
+from collections.abc import Iterator
+from datetime import date
+from typing import Any, cast
+
+import pytest
+from prefect import flow, get_client, task
+from prefect.blocks.system import Secret
+from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate
+from prefect.flow_engine import run_flow_async
+from prefect.runtime import flow_run
+from prefect.states import Scheduled
+from pydantic import BaseModel, SecretStr
+
+from prefect_crew import (
+    ConfigurationError,
+    CrewError,
+    CrewFailedError,
+    CrewLostError,
+    CrewStoppedError,
+    OutputTypeError,
+    WaitPolicy,
+    arun_crew,
+    get_result,
+    run_crew,
+    run_deployed_crew,
+    wait_for_crew,
+)
+from prefect_crew.client.models import CrewResult
+from prefect_crew.client.redaction import MASK
+from prefect_crew.exceptions import RunKeyConflictError
+from prefect_crew.testing import CrewServerFactory
+from support.prefect_server import PrefectServer
+from support.proxy import Proxy, through
+from support.scripts import FAILS, script, slow
+from support.seen import Seen
+
+pytestmark = pytest.mark.usefixtures("prefect_api", "instant_polling")
+
+FLOW = "run-deployed-crew"
+
+
+@pytest.fixture
+def seen(prefect_api: PrefectServer) -> Iterator[Seen]:
+    reader = Seen(prefect_api)
+    yield reader
+    reader.close()
+
+
+def key() -> str:
+    return f"run {uuid.uuid4()}"
+
+
+def name() -> str:
+    return f"crew-{uuid.uuid4().hex[:8]}"
+
+
+# Where it is called
+
+
+def test_in_a_sync_flow(crew_server: CrewServerFactory):
+    crew = crew_server("echo").crew()
+
+    @flow
+    def trip() -> str:
+        return run_crew(crew, {"text": "a"}).output
+
+    assert trip() == "a"
+
+
+async def test_in_an_async_flow(crew_server: CrewServerFactory):
+    crew = crew_server("echo").crew()
+
+    @flow
+    async def trip() -> str:
+        return (await arun_crew(crew, {"text": "a"})).output
+
+    assert await trip() == "a"
+
+
+def test_in_tasks_and_subflows(crew_server: CrewServerFactory):
+    crew = crew_server("echo").crew()
+
+    @task
+    def sync_task() -> str:
+        return run_crew(crew, {"text": "task"}).output
+
+    @flow
+    def subflow() -> str:
+        return run_crew(crew, {"text": "subflow"}).output
+
+    @flow
+    def trip() -> list[str]:
+        return [sync_task(), sync_task.submit().result(), subflow()]
+
+    assert trip() == ["task", "task", "subflow"]
+
+
+def test_in_a_script(crew_server: CrewServerFactory):
+    assert run_crew(crew_server("echo").crew(), {"text": "a"}).output == "a"
+
+
+async def test_in_a_running_loop_the_sync_one_names_the_async_one(crew_server: CrewServerFactory):
+    crew = crew_server("echo").crew()
+    with pytest.raises(RuntimeError, match=r"use `await arun_crew\(\.\.\.\)` instead"):
+        run_crew(crew, {"text": "a"})
+    assert (await arun_crew(crew, {"text": "a"})).output == "a"
+
+
+def test_a_loop_of_calls_leaves_no_subflows(crew_server: CrewServerFactory, seen: Seen):
+    server, ids = crew_server("echo"), list[Any]()
+
+    @flow
+    async def trips() -> list[str]:
+        ids.append(flow_run.id)
+        return [(await arun_crew(server.crew(), {"text": str(number)})).output for number in range(20)]
+
+    assert asyncio.run(trips()) == [str(number) for number in range(20)]
+    assert seen.subflow_runs(ids[0]) == []
+    assert len(seen.task_runs(ids[0], count=40)) == 40
+    assert server.kickoffs == 20
+
+
+def test_the_state_of_a_failed_flow_run_says_why_in_one_line(crew_server: CrewServerFactory, seen: Seen):
+    crew, ids = crew_server(FAILS).crew().crew.called("travel"), list[Any]()
+
+    @flow
+    async def trip() -> None:
+        ids.append(flow_run.id)
+        await arun_crew(crew)
+
+    with pytest.raises(CrewFailedError):
+        asyncio.run(trip())
+    message = seen.flow_run(ids[0])["state"]["message"]
+    assert "of crew travel failed: the search engine is down." in message
+    assert "\n" not in message
+
+
+def test_all_that_a_call_can_say_arrives(crew_server: CrewServerFactory):
+    server, run_key = crew_server(slow(0.2)), key()
+
+    @flow
+    async def trip() -> None:
+        await arun_crew(
+            server.crew(), {"a": 1}, name="research", run_key=run_key, meta={"order": 7}, wait=WaitPolicy(timeout=30)
+        )
+
+    asyncio.run(trip())
+    (run,) = server.runs
+    assert run.meta == {"order": 7, "run_key": run_key, "run_attempt": 1}
+    with pytest.raises(CrewError, match=r"time of 0\.05 s"):
+        run_crew(crew_server(slow(60)).crew(), {"a": 1}, run_key=key(), wait=WaitPolicy(initial=0.01, timeout=0.05))
+
+
+STATE = "3f2b8c1e-9d47-4a6b-8f0e-5c1d2a7b9e64"
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["outside", "inside"])
+async def test_a_state_to_start_from_is_sent_and_makes_it_another_run(crew_server: CrewServerFactory, inside: bool):
+    server, run_key = crew_server("echo"), key()
+
+    @flow
+    async def around(**given: Any) -> CrewResult:
+        return await arun_crew(server.crew(), {"text": "a"}, run_key=run_key, **given)
+
+    call: Any = around if inside else around.fn
+    first = await call(restore_from=STATE)
+    assert (await call(restore_from=uuid.UUID(STATE))).kickoff_id == first.kickoff_id
+    assert (await call(restore_from=STATE.upper())).kickoff_id == first.kickoff_id
+    assert server.run(first.kickoff_id).restore_from == STATE
+    for other in ({}, {"restore_from": str(uuid.uuid4())}):
+        with pytest.raises(RunKeyConflictError):
+            await call(**other)
+    assert server.kickoffs == 1
+
+
+async def test_a_state_to_start_from_is_part_of_a_key_that_is_left_out(crew_server: CrewServerFactory):
+    server = crew_server("echo")
+
+    @flow
+    async def twice() -> list[str]:
+        states = (STATE, None)
+        found = [await arun_crew(server.crew(), {"text": "a"}, name="step", restore_from=state) for state in states]
+        return [result.kickoff_id for result in found]
+
+    one, other = await twice()
+    assert [server.run(one).restore_from, server.run(other).restore_from] == [STATE, None]
+
+
+# What Prefect stores of a flow of its own
+
+
+class Login(BaseModel):
+    user: str
+    password: SecretStr
+
+
+def stored(seen: Seen, crew: str) -> dict[str, Any]:
+    """Return the flow run that a call outside of a flow has made for a crew of this name."""
+    (run,) = [run for run in seen.flow_runs(FLOW) if run["parameters"].get("crew") == crew]
+    return run
+
+
+def test_a_flow_of_its_own_stores_a_name_and_plain_values(crew_server: CrewServerFactory, seen: Seen):
+    server, called = crew_server(script({"output": "{{ inputs.when }} {{ inputs.pin }} {{ inputs.login }}"})), name()
+    crew = server.crew(secret_inputs=["pin"]).crew.called(called)
+    inputs = {
+        "when": date(2026, 5, 1), "cities": ["Lisbon"], "days": 3, "pin": 4711471, "none": None,
+        "login": Login(user="me", password=SecretStr("hunter22")), "key": SecretStr("hidden-one"),
+    }  # fmt: skip
+    result = run_crew(crew, inputs, run_key=key(), output_type=None)
+    assert result.output == '2026-05-01 4711471 {"user":"me","password":"hunter22"}'
+    run = stored(seen, called)
+    assert run["name"] == called
+    assert run["parameters"]["inputs"] == {
+        "when": "2026-05-01", "cities": ["Lisbon"], "days": 3, "pin": MASK, "login": MASK, "key": MASK,
+    }  # fmt: skip
+    everything = json.dumps(run)
+    for secret in (server.token, "4711471", "hunter22", "hidden-one"):
+        assert secret not in everything
+
+
+def test_pydantics_own_secrets_are_secret_everywhere(crew_server: CrewServerFactory, seen: Seen):
+    called, secret = name(), uuid.uuid4().hex
+    crew = crew_server(script({"output": f"it was {secret}"})).crew().crew.called(called)
+    assert run_crew(crew, {"password": SecretStr(secret)}).output == f"it was {secret}"
+    (artifact,) = seen.artifacts(f"crew-{called}")
+    assert secret not in json.dumps([artifact, seen.variables()])
+
+
+def test_inputs_that_are_too_large_for_prefect_reach_the_crew(crew_server: CrewServerFactory, seen: Seen):
+    called = name()
+    crew = crew_server(script({"output": "{{ inputs.book | length }}"})).crew().crew.called(called)
+    assert run_crew(crew, {"book": "語" * 300_000, "page": 3}).output == "300000"
+    assert stored(seen, called)["parameters"]["inputs"] == {
+        "book": "(too large to be stored with the flow run)",
+        "page": 3,
+    }
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        pytest.param({"meta": "text"}, "meta is a value of type str; it has to be a mapping", id="meta"),
+        pytest.param({"webhooks": "https://x"}, "webhooks is a value of type str; it has to be Web", id="webhooks"),
+        pytest.param({"output_type": dict}, "output_type is the class dict; it has to be a pydantic", id="class"),
+        pytest.param({"output_type": list[int]}, "output_type is .*; it has to be a pydantic", id="alias"),
+        pytest.param({"review": "from"}, "review is 'from'; it has to be 'form' or a function", id="review"),
+        pytest.param({"restore_from": "state-1"}, "restore_from is 'state-1'; it has to be the UUID", id="state"),
+        pytest.param({"restore_from": 7}, "restore_from is a value of type int; it has to be the UUID", id="number"),
+        pytest.param({"wait": {"timeout": 5}}, "wait is a value of type dict; it has to be a WaitPolicy", id="wait"),
+    ],
+)
+@pytest.mark.parametrize("inside", [False, True], ids=["outside", "inside"])
+async def test_what_cannot_be_meant_buys_nothing(
+    crew_server: CrewServerFactory, given: dict[str, Any], wanted: str, inside: bool
+):
+    server, run_key = crew_server("echo"), key()
+
+    @flow
+    async def around() -> None:
+        await arun_crew(server.crew(), {"text": "a"}, run_key=run_key, **given)
+
+    call = around if inside else around.fn
+    with pytest.raises(ConfigurationError, match=f"{wanted}.* Nothing was started"):
+        await call()
+    assert server.kickoffs == 0
+    # Nor is the key used up.
+    assert (await arun_crew(server.crew(), {"text": "a"}, run_key=run_key)).output == "a"
+
+
+def test_inputs_that_cannot_be_sent_make_no_flow_run(crew_server: CrewServerFactory, seen: Seen):
+    called = name()
+    with pytest.raises(ConfigurationError, match="Input 'x' holds a value of type object"):
+        run_crew(crew_server("echo").crew().crew.called(called), {"x": object()})
+    assert called not in [run["parameters"].get("crew") for run in seen.flow_runs(FLOW)]
+
+
+async def run_again(run: dict[str, Any]) -> Any:
+    """Run a flow run with nothing but what stands in the database, as a retry by a worker does."""
+    async with get_client() as client:
+        planned = await client.read_flow_run(uuid.UUID(run["id"]))
+    return await run_flow_async(run_deployed_crew, flow_run=planned, parameters=planned.parameters)
+
+
+@pytest.mark.parametrize("given", ["block", "name"])
+async def test_a_stored_flow_run_can_be_run_again_for_a_stored_block(
+    crew_server: CrewServerFactory, seen: Seen, given: str
+):
+    server, block = crew_server("echo"), name()
+    crew = server.crew()
+    await crew.asave(block)
+    policy = WaitPolicy(timeout=77)
+    first = await arun_crew(
+        crew if given == "block" else block, {"text": "a"}, name="step", wait=policy, restore_from=STATE
+    )
+    run = await asyncio.to_thread(stored, seen, block)
+    assert run["parameters"]["wait"]["timeout"] == 77
+    assert run["parameters"]["restore_from"] == STATE
+    async with get_client() as client:
+        await client.set_flow_run_state(uuid.UUID(run["id"]), Scheduled(), force=True)
+    again = await run_again(run)
+    assert (again.output, again.kickoff_id, server.kickoffs) == ("a", first.kickoff_id, 1)
+
+
+async def test_a_name_under_which_no_crew_is_stored():
+    with pytest.raises(ConfigurationError, match="No crew is stored under the name 'nobody'") as caught:
+        await arun_crew("nobody", {})
+    assert isinstance(caught.value, CrewError)
+    with pytest.raises(ConfigurationError, match="'nobody'"):
+        await wait_for_crew("nobody", "an-id")
+
+
+async def test_a_flow_run_of_a_block_that_is_not_stored_says_why_it_cannot_be_run_again(crew_server: CrewServerFactory):
+    with pytest.raises(ConfigurationError, match=r"No block deployed-crew/nobody is stored.*and the same run key"):
+        await run_deployed_crew(crew="nobody", inputs={"text": "a"})
+
+
+async def test_a_flow_run_with_secret_inputs_says_why_it_cannot_be_run_again(crew_server: CrewServerFactory):
+    block = name()
+    server = crew_server(script({"output": "x"}))
+    await server.crew(secret_inputs=["pin"]).asave(block)
+    with pytest.raises(ConfigurationError, match="inputs pin, book are secret or too large"):
+        await run_deployed_crew(
+            crew=block, inputs={"pin": MASK, "city": "Lisbon", "book": "(too large to be stored with the flow run)"}
+        )
+    assert not server.requests
+
+
+async def test_the_flow_can_be_deployed_as_it_is(crew_server: CrewServerFactory):
+    block = name()
+    await crew_server("echo").crew().asave(block)
+    assert (await run_deployed_crew(crew=block, inputs={"text": "a"})).output == "a"
+
+
+async def test_a_secret_input_of_the_deployed_flow_is_the_name_of_a_secret_block(crew_server: CrewServerFactory):
+    block, secret = name(), name()
+    server = crew_server(script({"output": "x"}, inputs=["pin"]))
+    await server.crew(secret_inputs=["pin"]).asave(block)
+    await cast("Any", Secret)(value={"code": 4711}).save(secret)
+    await run_deployed_crew(crew=block, inputs={"pin": secret})
+    assert server.runs[0].inputs == {"pin": '{"code":4711}'}
+    with pytest.raises(ConfigurationError, match="'pin' is secret") as raised:
+        await run_deployed_crew(crew=block, inputs={"pin": "hunter22"})
+    assert "hunter22" not in str(raised.value)
+
+
+# A limit that all flows share
+
+
+async def limit(slots: int) -> str:
+    made = f"limit-{uuid.uuid4().hex[:8]}"
+    async with get_client() as client:
+        await client.create_global_concurrency_limit(GlobalConcurrencyLimitCreate(name=made, limit=slots))
+    return made
+
+
+async def test_runs_in_flight_are_limited(crew_server: CrewServerFactory):
+    server = crew_server(slow(0.3))
+    crew = server.crew(concurrency_limit=await limit(1))
+    most: list[int] = []
+
+    @flow
+    async def trips() -> None:
+        running = asyncio.gather(*(arun_crew(crew, {"n": number}) for number in range(2)))
+        while not running.done():
+            most.append(sum(str(run.state) == "running" for run in server.runs))
+            await asyncio.sleep(0.02)
+        await running
+
+    await trips()
+    assert (max(most), server.kickoffs) == (1, 2)
+
+
+async def test_a_limit_that_does_not_exist_is_an_error_and_not_no_limit(crew_server: CrewServerFactory):
+    server = crew_server("echo")
+    with pytest.raises(ConfigurationError, match="'nobody-made-it', which does not exist"):
+        await arun_crew(server.crew(concurrency_limit="nobody-made-it"), {"text": "a"})
+    assert server.kickoffs == 0
+
+
+# Results from anywhere
+
+
+async def test_a_result_is_read_by_its_key_without_the_crew(crew_server: CrewServerFactory):
+    server, run_key = crew_server("echo"), key()
+    first = await arun_crew(server.crew(), {"text": "a"}, run_key=run_key)
+    asked = server.requests.total()
+    again = await get_result(run_key)
+    assert again == first.model_copy(update={"raw": None, "tasks": again.tasks})
+    assert server.requests.total() == asked
+
+
+def test_it_is_read_in_sync_code(crew_server: CrewServerFactory):
+    run_key = key()
+    run_crew(crew_server("echo").crew(), {"text": "a"}, run_key=run_key)
+    assert get_result(run_key).output == "a"
+
+
+class Trip(BaseModel):
+    city: str
+
+
+async def test_it_becomes_a_model(crew_server: CrewServerFactory):
+    run_key = key()
+    await arun_crew(crew_server(script({"output": '{"city": "Lisbon"}'})).crew(), run_key=run_key)
+    assert (await get_result(run_key, output_type=Trip)).data == Trip(city="Lisbon")
+    with pytest.raises(OutputTypeError):
+        await get_result(run_key, output_type=Login)
+
+
+async def test_a_large_result_is_read_from_the_crew(crew_server: CrewServerFactory):
+    server, run_key, block = crew_server(script({"output": "{{ 'x' * 9000 }}"})), key(), name()
+    await server.crew().asave(block)
+    await arun_crew(block, run_key=run_key)
+    assert len((await get_result(run_key)).output) == 9000
+    assert len((await get_result(run_key, crew=server.crew())).output) == 9000
+    server.faults.add("status:forgotten")
+    with pytest.raises(CrewLostError):
+        await get_result(run_key)
+
+
+async def test_a_large_result_that_the_crew_has_forgotten_can_only_be_bought_anew(crew_server: CrewServerFactory):
+    server = crew_server(script({"output": "x" * 20_000}))
+    run_key = key()
+    await arun_crew(server.crew(), {}, run_key=run_key)
+    server.faults.add("status:forgotten")
+    with pytest.raises(CrewLostError, match=r"has completed, but .* has forgotten.*force_new=True") as caught:
+        await arun_crew(server.crew(), {}, run_key=run_key)
+    assert "--lost" not in str(caught.value)
+    assert server.kickoffs == 1
+    server.faults.clear()
+    assert (await arun_crew(server.crew(), {}, run_key=run_key, force_new=True)).output == "x" * 20_000
+    assert server.kickoffs == 2
+
+
+async def test_a_large_result_of_a_crew_that_is_not_stored_needs_the_crew(crew_server: CrewServerFactory):
+    server, run_key = crew_server(script({"output": "{{ 'x' * 9000 }}"})), key()
+    await arun_crew(server.crew(), run_key=run_key)
+    with pytest.raises(CrewError, match=r"Give the crew \(crew=…, --crew\)"):
+        await get_result(run_key)
+
+
+async def test_of_several_attempts_the_one_that_completed_counts(crew_server: CrewServerFactory):
+    fails_at_2 = script({"fail": "{{ 'no' if n == '2' else '' }}", "output": "{{ n }}"}, inputs=["n"])
+    server, run_key = crew_server(fails_at_2), key()
+    await arun_crew(server.crew(), {"n": 1}, run_key=run_key)
+    with pytest.raises(CrewFailedError):
+        await arun_crew(server.crew(), {"n": 2}, run_key=run_key, force_new=True)
+    assert (await get_result(run_key)).output == "1"
+
+
+async def test_a_key_without_a_result_says_where_it_stands(crew_server: CrewServerFactory):
+    with pytest.raises(CrewError, match="No run has the key 'nobody'"):
+        await get_result("nobody")
+    failed, stopped, uncertain, running = key(), key(), key(), key()
+    with pytest.raises(CrewFailedError):
+        await arun_crew(crew_server(FAILS).crew(), run_key=failed)
+    with pytest.raises(CrewFailedError, match="the search engine is down"):
+        await get_result(failed)
+    await (await crew_server(slow(60)).crew().trigger({}, run_key=stopped)).stop()
+    with pytest.raises(CrewStoppedError):
+        await get_result(stopped)
+    with pytest.raises(CrewError):
+        await crew_server("echo", faults=["kickoff:500"]).crew().trigger({"text": "a"}, run_key=uncertain)
+    with pytest.raises(CrewError, match=r"its kickoff is uncertain\. ServerError"):
+        await get_result(uncertain)
+    server = crew_server(slow(60))
+    await server.crew().trigger({}, run_key=running)
+    with pytest.raises(CrewError, match="has no result yet: it is running"):
+        await get_result(running, crew=server.crew())
+
+
+# What it costs
+
+
+@pytest.fixture
+def proxy(prefect_server: PrefectServer) -> Iterator[Proxy]:
+    with through(prefect_server) as way:
+        yield way
+
+
+@pytest.mark.parametrize("run_key", [None, "given"])
+def test_what_the_record_costs(crew_server: CrewServerFactory, proxy: Proxy, run_key: str | None):
+    server = crew_server(slow(0.4))
+    counted: list[str] = []
+
+    @flow
+    async def trip() -> None:
+        await arun_crew(server.crew(), run_key=run_key and key())
+        before = len(proxy.requests)
+        await arun_crew(server.crew(), run_key=run_key and key())
+        counted.extend(proxy.requests[before:])
+
+    asyncio.run(trip())
+    # SQLite makes the server answer 503 when two write at once; such a request is sent again.
+    made = [one for one, before in zip(counted, ["", *counted], strict=False) if one != before]
+    shown = [request for request in made if "/artifacts" in request]
+    # That of Prefect itself: what has to do with the record is in Variables, or asks after flow runs.
+    prefects = ("/logs", "/events", "csrf", "/concurrency_limits", "/admin")
+    others = [one for one in made if one not in shown and not any(part in one for part in prefects)]
+    # A change of one and the same Variable is the same one, sent again: the permit and the record are two.
+    others = [one for n, one in enumerate(others) if not (one.startswith("PATCH") and one in others[:n])]
+    kinds = [re.sub("/[0-9a-f-]{36}$", "/ID", request).replace("/api/", "") for request in others]
+    create, read, change = "POST variables/", "POST variables/filter", "PATCH variables/ID"
+    # The claim, the second reading, the permit, whether the id is another run's, the id, the end.
+    assert [one for one, before in zip(kinds, ["", *kinds], strict=False) if one != before] == [
+        *(create, read, create, read, change)
+    ]
+    assert len(kinds) <= 6
+    assert len(shown) <= 3
