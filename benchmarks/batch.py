@@ -175,7 +175,7 @@ async def ledger(given: argparse.Namespace) -> dict[str, Any]:
         async def row(number: int) -> None:
             now = utcnow()
             record = RunRecord(
-                run_key=ledger.run_key(f"row {number}"), attempt=1, crew="c", crew_url=given.url,
+                idempotency_key=ledger.idempotency_key(f"row {number}"), attempt=1, crew="c", crew_url=given.url,
                 inputs_digest="d" * 32, owner=uuid.uuid4().hex, claimed_at=now, known_by=known_by(now, 30),
             )  # fmt: skip
             await ledger.claim(record)

@@ -4,7 +4,7 @@
 
 `--latency` is how many seconds each answer takes, as over a network. It speaks the documented dialect over plain
 asyncio, holds no tasks (a run has ended once its time is over), and counts. `GET /_counts` gives kickoffs, distinct
-run keys, status calls and the CPU seconds that this process has used.
+idempotency keys, status calls and the CPU seconds that this process has used.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Crew:
     def answer(self, method: bytes, path: bytes, body: bytes) -> bytes:
         if path == b"/kickoff":
             self.began.append(time.monotonic())
-            self.keys.add((json.loads(body).get("meta") or {}).get("run_key", ""))
+            self.keys.add((json.loads(body).get("meta") or {}).get("idempotency_key", ""))
             return b'{"kickoff_id":"%d"}' % len(self.began)
         if path.startswith(b"/status/"):
             self.looks += 1

@@ -39,13 +39,13 @@ class Here:
         self.records: dict[tuple[str, int], RunRecord] = {}
 
     async def claim(self, record: RunRecord) -> bool:
-        return self.records.setdefault((record.run_key, record.attempt), record) is record
+        return self.records.setdefault((record.idempotency_key, record.attempt), record) is record
 
     async def save(self, record: RunRecord) -> None:
-        self.records[record.run_key, record.attempt] = record
+        self.records[record.idempotency_key, record.attempt] = record
 
-    async def attempts(self, run_key: str) -> Sequence[RunRecord]:
-        return [record for (key, _), record in sorted(self.records.items()) if key == run_key]
+    async def attempts(self, idempotency_key: str) -> Sequence[RunRecord]:
+        return [record for (key, _), record in sorted(self.records.items()) if key == idempotency_key]
 
     async def of_kickoff(self, kickoff_id: str) -> RunRecord | None:
         return next((one for one in self.records.values() if one.kickoff_id == kickoff_id), None)

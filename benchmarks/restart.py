@@ -32,7 +32,7 @@ SCRIPT = """
 import json, sys
 from prefect_crew import DeployedCrew, run_crew
 crew, key = json.loads(sys.argv[1])
-run_crew(DeployedCrew(**crew), {"text": "tea"}, run_key=key)
+run_crew(DeployedCrew(**crew), {"text": "tea"}, idempotency_key=key)
 """
 POLLS = {"initial": 0.2, "max_interval": 0.5}
 

@@ -39,7 +39,7 @@ deployments:
     parameters: {{crew: schedule-latency, inputs: {{topic: tea}}}}
     schedules:
       - interval: {EVERY}
-        parameters: {{run_key: "latency-{{{{ scheduled_start:%Y-%m-%dT%H:%M:%S }}}}"}}
+        parameters: {{idempotency_key: "latency-{{{{ scheduled_start:%Y-%m-%dT%H:%M:%S }}}}"}}
 """
 
 
@@ -64,12 +64,12 @@ def end(worker: subprocess.Popen[bytes]) -> None:
             return
 
 
-def scheduled_time(deployment: str, run_key: str) -> float:
-    """Return the time that the flow run of a run key was scheduled for (seconds since the epoch)."""
+def scheduled_time(deployment: str, idempotency_key: str) -> float:
+    """Return the time that the flow run of an idempotency key was scheduled for (seconds since the epoch)."""
     runs = api("POST", "/flow_runs/filter", {"deployments": {"id": {"any_": [deployment]}}, "limit": 200})
     # The key has no fractions of a second.
     (expected,) = [
-        run["expected_start_time"] for run in runs if f"latency-{run['expected_start_time'][:19]}" == run_key
+        run["expected_start_time"] for run in runs if f"latency-{run['expected_start_time'][:19]}" == idempotency_key
     ]
     return datetime.fromisoformat(expected).timestamp()
 
@@ -98,12 +98,12 @@ def main() -> None:
             subprocess.run(deploy, env=env, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
             deployment = api("GET", "/deployments/name/one-crew/schedule-latency")["id"]
             while len(lags) < runs:
-                before = set(server.kickoffs_by_run_key)
+                before = set(server.kickoffs_by_key)
                 server.counters.requests.clear()
                 at = first_request(server)
-                while set(server.kickoffs_by_run_key) == before:
+                while set(server.kickoffs_by_key) == before:
                     time.sleep(0.02)
-                (key,) = set(server.kickoffs_by_run_key) - before
+                (key,) = set(server.kickoffs_by_key) - before
                 lags.append(at - scheduled_time(deployment, key))
                 print(f"{key}: first request after {lags[-1]:.2f} s", flush=True)
                 time.sleep(EVERY / 3)  # the run has ended by then, and the next one has not begun

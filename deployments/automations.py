@@ -110,11 +110,11 @@ def recovery(recover_id: UUID, *, heartbeat: int, max_attempts: int) -> Iterator
 
 CREW = "{{ event.resource['prefect-crew.crew'] }}"
 HEAD = (
-    "Run {{ event.payload.kickoff_id or 'without an id' }}, key {{ event.payload.run_key }}"
+    "Run {{ event.payload.kickoff_id or 'without an id' }}, key {{ event.payload.idempotency_key }}"
     "{% if flow_run %}, in flow run {{ flow_run.name }} {{ flow_run | ui_url or '' }}{% endif %}\n\n"
 )
 # As a shell takes it, whatever is in it: people paste what an alert says.
-QUOTED_KEY = """'{{ event.payload.run_key | replace("'", '\\'"\\'"\\'') }}'"""
+QUOTED_KEY = """'{{ event.payload.idempotency_key | replace("'", '\\'"\\'"\\'') }}'"""
 ALERTS = {
     "failed": "{{ event.payload.error or 'The crew gave no reason.' }}",
     "uncertain": "Nobody knows whether the kickoff started a run: {{ event.payload.reason }}. Look at the crew's page, "

@@ -2,7 +2,8 @@
 
 Written twice, sync and async, as one would by hand. For hundreds of rows and more there is `run_batch`.
 
-A row needs no run key: it gets one made of this flow run and its inputs, so that a retry of the flow run finds each
+A row needs no idempotency key: it gets one made of this flow run and its inputs, so that a retry of the flow run finds
+each
 row's run again. A *task's* retry after a failed crew is an order for another run, which costs; hence `buy_again`.
 """
 

@@ -13,16 +13,17 @@ from prefect_crew import arun_crew
 
 
 @flow(flow_run_name="{crew}")
-async def one_crew(crew: str, inputs: dict[str, Any], run_key: str | None = None) -> str:
+async def one_crew(crew: str, inputs: dict[str, Any], idempotency_key: str | None = None) -> str:
     """Run one crew and return its output.
 
     Args:
         crew: The name of the crew's block, as under Blocks.
         inputs: The crew's inputs by name; prefect-crew inputs CREW lists them.
-        run_key: The identity of one purchase. On a schedule: daily-{{ scheduled_start:%Y-%m-%d }}, the time that the
+        idempotency_key: The identity of one purchase. On a schedule: daily-{{ scheduled_start:%Y-%m-%d }}, the time
+            that the
             run was scheduled for, in UTC. Empty: each flow run is one.
     """
-    result = await arun_crew(crew, inputs, run_key=run_key)
+    result = await arun_crew(crew, inputs, idempotency_key=idempotency_key)
     return result.output
 
 
@@ -33,6 +34,6 @@ if __name__ == "__main__":
         parameters={
             "crew": "travel",
             "inputs": {"budget": "1000 USD", "interests": "food, museums", "duration": "3 days", "age": "35"},
-            "run_key": "served-{{ scheduled_start:%Y-%m-%d }}",
+            "idempotency_key": "served-{{ scheduled_start:%Y-%m-%d }}",
         },
     )

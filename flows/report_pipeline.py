@@ -20,7 +20,7 @@ async def report_pipeline(
     research: str = "research",
     write: str = "write",
     review: str = "review",
-    run_key: str | None = None,
+    idempotency_key: str | None = None,
 ) -> str:
     """Research a topic, write a report, have it reviewed, and return the reviewed report.
 
@@ -30,7 +30,8 @@ async def report_pipeline(
         research: The block of the crew that takes a topic.
         write: The block of the crew that takes a topic, an audience and notes.
         review: The block of the crew that takes an audience and a draft.
-        run_key: The identity of the whole purchase, such as report-{{ scheduled_start:%Y-%m-%d }}. Empty: each flow
+        idempotency_key: The identity of the whole purchase, such as report-{{ scheduled_start:%Y-%m-%d }}. Empty: each
+            flow
             run is one.
     """
     steps = [
@@ -40,7 +41,9 @@ async def report_pipeline(
         ),
         CrewStep("review", review, {"audience": "{{ audience }}", "draft": "{{ write.output }}"}),
     ]
-    result = await arun_pipeline(steps, {"topic": topic, "audience": audience}, name="report", run_key=run_key)
+    result = await arun_pipeline(
+        steps, {"topic": topic, "audience": audience}, name="report", idempotency_key=idempotency_key
+    )
     return result["review"].output
 
 

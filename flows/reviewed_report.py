@@ -19,7 +19,7 @@ async def reviewed_report(
     draft: str = "draft",
     days_to_answer: float = 2.0,
     max_rounds: int = 5,
-    run_key: str | None = None,
+    idempotency_key: str | None = None,
 ) -> str:
     """Research a topic, draft a report, have a person approve it, and return the approved report.
 
@@ -30,7 +30,8 @@ async def reviewed_report(
         draft: The block of the crew that takes a topic, an audience and notes, and asks a person about its draft.
         days_to_answer: How long people may take in all. Then the draft is rejected, once, and they have as long again.
         max_rounds: How often the draft may be asked about.
-        run_key: The identity of the whole purchase, such as report-{{ scheduled_start:%Y-%m-%d }}. Empty: each flow
+        idempotency_key: The identity of the whole purchase, such as report-{{ scheduled_start:%Y-%m-%d }}. Empty: each
+            flow
             run is one.
     """
     patient = WaitPolicy(
@@ -49,5 +50,7 @@ async def reviewed_report(
             review="form",
         ),
     ]
-    result = await arun_pipeline(steps, {"topic": topic, "audience": audience}, name="reviewed report", run_key=run_key)
+    result = await arun_pipeline(
+        steps, {"topic": topic, "audience": audience}, name="reviewed report", idempotency_key=idempotency_key
+    )
     return result["draft"].output

@@ -75,7 +75,7 @@ class DeployedCrew(JobBlock[CrewResult]):
     )
     wait: WaitPolicy = Field(default=WaitPolicy(), description="How to wait for this crew's runs.")
     max_kickoffs: int = Field(
-        default=3, ge=1, description="How many runs may be bought under one run key, the failed ones included."
+        default=3, ge=1, description="How many runs may be bought under one idempotency key, the failed ones included."
     )
     concurrency_limit: str | None = Field(
         default=None,
@@ -194,7 +194,7 @@ class DeployedCrew(JobBlock[CrewResult]):
         self,
         inputs: Mapping[str, Any] | None = None,
         *,
-        run_key: str | None = None,
+        idempotency_key: str | None = None,
         force_new: bool = False,
         meta: Mapping[str, Any] | None = None,
         webhooks: Webhooks | None = None,
@@ -205,19 +205,20 @@ class DeployedCrew(JobBlock[CrewResult]):
         run = await open_run(
             self.crew,
             inputs or {},
-            run_key=run_key,
+            idempotency_key=idempotency_key,
             force_new=force_new,
             meta=meta,
             webhooks=webhooks,
             restore_from=restore_from,
         )
-        return CrewRun(run.crew, run.kickoff_id, run_key=run.run_key)
+        return CrewRun(run.crew, run.kickoff_id, idempotency_key=run.idempotency_key)
 
     @dual
     async def trigger(self, inputs: Mapping[str, Any] | None = None, **options: Any) -> CrewRun:
         """Kick the crew off and return the run, without waiting for it.
 
-        `options` are `run_key`, `force_new`, `meta`, `webhooks` and `restore_from`, as those of `run_crew`. Awaited in
+        `options` are `idempotency_key`, `force_new`, `meta`, `webhooks` and `restore_from`, as those of `run_crew`.
+        Awaited in
         async code.
 
         Raises:
@@ -231,10 +232,10 @@ class DeployedCrew(JobBlock[CrewResult]):
 class CrewRun(JobRun[CrewResult]):
     """A run that `DeployedCrew.trigger` started or found. Each method is awaited in async code."""
 
-    def __init__(self, crew: DeployedCrew | Crew, kickoff_id: str, *, run_key: str | None = None) -> None:
+    def __init__(self, crew: DeployedCrew | Crew, kickoff_id: str, *, idempotency_key: str | None = None) -> None:
         self.crew = crew if isinstance(crew, Crew) else crew.crew
         self.kickoff_id = kickoff_id
-        self.run_key = run_key
+        self.idempotency_key = idempotency_key
         self._result: CrewResult | None = None
 
     @dual
@@ -246,7 +247,7 @@ class CrewRun(JobRun[CrewResult]):
         """
         from prefect_crew.runs.wait import wait_for_run
 
-        self._result = await wait_for_run(self.crew, self.kickoff_id, run_key=self.run_key, wait=wait)
+        self._result = await wait_for_run(self.crew, self.kickoff_id, idempotency_key=self.idempotency_key, wait=wait)
 
     @dual
     async def fetch_result(self) -> CrewResult:
@@ -258,7 +259,7 @@ class CrewRun(JobRun[CrewResult]):
         from prefect_crew.runs.run import find_run, read_result
 
         if self._result is None:
-            run = await find_run(self.crew, self.kickoff_id, self.run_key, take=False)
+            run = await find_run(self.crew, self.kickoff_id, self.idempotency_key, take=False)
             self._result = await read_result(run)
         return self._result
 
@@ -267,7 +268,7 @@ class CrewRun(JobRun[CrewResult]):
         """Ask the crew's server to stop the run."""
         from prefect_crew.runs.actions import stop_run
 
-        return await stop_run(self.crew, self.kickoff_id, run_key=self.run_key)
+        return await stop_run(self.crew, self.kickoff_id, idempotency_key=self.idempotency_key)
 
     @dual
     async def resume(

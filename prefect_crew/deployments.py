@@ -45,7 +45,7 @@ from prefect_crew.pipelines.check import PipelineCrews
 from prefect_crew.pipelines.definition import PipelineDefinition, PipelineInput
 from prefect_crew.pipelines.graph import PipelineGraph
 from prefect_crew.pipelines.run import PipelineResult, run_deployed_pipeline
-from prefect_crew.records.keys import render_run_key
+from prefect_crew.records.keys import render_key
 from prefect_crew.runs.secret_blocks import values_of_blocks
 
 if TYPE_CHECKING:
@@ -69,8 +69,8 @@ _TYPES: dict[str, Any] = {
 }
 # A number of JSON is as good as its text: `prefect deployment run … -p age=34` gives one.
 _TEXT: Any = str | float | bool
-_RUN_KEY = "run_key"
-_RUN_KEY_HELP = (
+_KEY = "idempotency_key"
+_KEY_HELP = (
     "The identity under which runs are started at most once, such as daily-{{ scheduled_start:%Y-%m-%d }}. Left out, "
     "every flow run starts its own."
 )
@@ -93,9 +93,9 @@ def parameter_names(inputs: Sequence[str]) -> dict[str, str]:
     return names
 
 
-def _run_key_name(names: Mapping[str, str]) -> str:
+def _idempotency_key_name(names: Mapping[str, str]) -> str:
     """Return what our own parameter is called beside the inputs, one of which may have its name."""
-    name = _RUN_KEY
+    name = _KEY
     while name in names.values():
         name += "_"
     return name
@@ -134,7 +134,7 @@ def crew_flow(
         typed: Whether the signature says of which type an input is, and which ones are required.
     """
     names = parameter_names([item.name for item in inputs])
-    run_key = _run_key_name(names)
+    idempotency_key = _idempotency_key_name(names)
 
     async def run(**given: Any) -> CrewResult:
         values = {name: given[parameter] for name, parameter in names.items() if given.get(parameter) is not None}
@@ -147,11 +147,11 @@ def crew_flow(
                 f"prefect-crew deploy {crew}."
             )
         values = await values_of_blocks(values, secret_inputs)
-        return await arun_crew(found, values, run_key=given.get(run_key) or None)
+        return await arun_crew(found, values, idempotency_key=given.get(idempotency_key) or None)
 
     parameters = [_parameter(item, names[item.name], item.name in secret_inputs, typed) for item in inputs]
-    key = _described(str | None, "Run key", _RUN_KEY_HELP)
-    parameters.append(inspect.Parameter(run_key, _KIND, default=None, annotation=key))
+    key = _described(str | None, "Idempotency key", _KEY_HELP)
+    parameters.append(inspect.Parameter(idempotency_key, _KIND, default=None, annotation=key))
     signature = inspect.Signature(parameters, return_annotation=CrewResult)
     attribute = entrypoint_attribute(crew, [item.name for item in inputs], secret_inputs=secret_inputs)
     run.__name__ = run.__qualname__ = attribute
@@ -193,13 +193,13 @@ class Plan:
     """What a deployment is to be, beside its crew.
 
     `inputs` are the defaults of its parameters, by the inputs' own names, of a secret one the name of its Secret block;
-    a schedule needs one for each required input. `interval` is in seconds. `run_key` may be a template over the
+    a schedule needs one for each required input. `interval` is in seconds. `idempotency_key` may be a template over the
     scheduled time.
     """
 
     name: str
     inputs: Mapping[str, Any]
-    run_key: str | None = None
+    idempotency_key: str | None = None
     work_pool: str | None = None
     cron: str | None = None
     interval: float | None = None
@@ -229,7 +229,8 @@ def deployment_of(crew: Crew, inputs: Sequence[CrewInput], plan: Plan) -> Runner
 
     Raises:
         ConfigurationError: Defaults for inputs that the crew does not know, a schedule without a default for each
-            required input, or one that is none; a run key whose template is none, or on a schedule has no time in it.
+            required input, or one that is none; an idempotency key whose template is none, or on a schedule has no
+            time in it.
     """
     names = parameter_names([item.name for item in inputs])
     unknown = [name for name in plan.inputs if name not in names]
@@ -240,9 +241,9 @@ def deployment_of(crew: Crew, inputs: Sequence[CrewInput], plan: Plan) -> Runner
     _check_schedule(plan, FLOW_NAME, [item.name for item in inputs if item.required and item.name not in plan.inputs])
     kinds = {item.name: _TYPES.get((item.type or "").lower()) for item in inputs if item.name not in crew.secret_inputs}
     defaults = {names[name]: _read_as(kinds.get(name), name, value) for name, value in plan.inputs.items()}
-    if plan.run_key is not None:
-        _check_run_key(plan.run_key, scheduled=plan.scheduled)
-        defaults[_run_key_name(names)] = plan.run_key
+    if plan.idempotency_key is not None:
+        _check_key(plan.idempotency_key, scheduled=plan.scheduled)
+        defaults[_idempotency_key_name(names)] = plan.idempotency_key
     return _deployment(crew_flow(crew.label, inputs, secret_inputs=crew.secret_inputs), plan, defaults)
 
 
@@ -294,11 +295,12 @@ def _read_as(kind: Any, name: str, value: Any) -> Any:
         raise ConfigurationError(f"The default of the input {name} is to be JSON of the type {said}.") from None
 
 
-def _check_run_key(run_key: str, *, scheduled: bool) -> None:
+def _check_key(idempotency_key: str, *, scheduled: bool) -> None:
     """Say now what each of the runs would say, or what none of them would."""
-    if render_run_key(run_key, datetime.now(UTC)) == run_key and scheduled:
+    if render_key(idempotency_key, datetime.now(UTC)) == idempotency_key and scheduled:
         raise ConfigurationError(
-            f"The run key {run_key!r} is the same for every time of the schedule, so that all would get the "
+            f"The idempotency key {idempotency_key!r} is the same for every time of the schedule, so that all would "
+            f"get the "
             "first one's result. Put the time into it, such as daily-{{ scheduled_start:%Y-%m-%d }}."
         )
 
@@ -380,9 +382,9 @@ def pipeline_deployment(pipeline: PipelineDefinition, plan: Plan) -> RunnerDeplo
     _check_schedule(plan, run_deployed_pipeline.name, needed)
     # It is stored as short as it was written.
     parameters: dict[str, Any] = {"pipeline": pipeline.model_dump(mode="json", exclude_defaults=True)}
-    if plan.run_key is not None:
-        _check_run_key(plan.run_key, scheduled=plan.scheduled)
-        parameters[_RUN_KEY] = plan.run_key
+    if plan.idempotency_key is not None:
+        _check_key(plan.idempotency_key, scheduled=plan.scheduled)
+        parameters[_KEY] = plan.idempotency_key
     return _deployment(_pipeline_form(pipeline, needed), plan, parameters)
 
 
@@ -396,9 +398,9 @@ def _pipeline_form(pipeline: PipelineDefinition, needed: Sequence[str]) -> Flow[
     schema = {"type": "object", "properties": fields, "required": list(needed), "additionalProperties": False}
     inputs: Any = Annotated[dict[str, Any], WithJsonSchema(schema)]
     default: Any = inspect.Parameter.empty if needed else {}
-    key = _described(str | None, "Run key", _RUN_KEY_HELP)
+    key = _described(str | None, "Idempotency key", _KEY_HELP)
     parameters = [inspect.Parameter("inputs", _KIND, default=default, annotation=inputs)] if fields else []
-    parameters.append(inspect.Parameter(_RUN_KEY, _KIND, default=None, annotation=key))
+    parameters.append(inspect.Parameter(_KEY, _KIND, default=None, annotation=key))
     run.__module__, run.__name__ = "prefect_crew", "run_deployed_pipeline"
     run.__doc__ = pipeline.description or f"Run the pipeline {pipeline.name}."
     run.__signature__ = inspect.Signature(parameters, return_annotation=PipelineResult)  # type: ignore[attr-defined]
@@ -487,7 +489,8 @@ async def backfill(
 
     Args:
         deployment: Its name, `flow/deployment`.
-        start, end: Dates or datetimes, both within the range. Without a time zone they are UTC, as run keys are; a date
+        start, end: Dates or datetimes, both within the range. Without a time zone they are UTC, as idempotency keys
+            are; a date
             as the end means the whole of that day.
         every: The pause between two times, counted from `start`. Left out, the times are those of the schedule.
         schedule: The slug of the schedule whose times, or with `every` whose parameters, are meant. Needed where there
@@ -603,10 +606,11 @@ def _refuse_trouble(target: DeploymentResponse, parameters: Mapping[str, Any], t
         raise ConfigurationError(
             f"{times[-1]:%Y-%m-%d %H:%M} UTC has not come yet: a backfill is for times that have gone by."
         )
-    key = parameters.get("run_key")
+    key = parameters.get("idempotency_key")
     if isinstance(key, str) and "scheduled_start" not in key and len(times) > 1:
         raise ConfigurationError(
-            f"The run key {key!r} is the same for every time, so that all would get one run. Put the time into it, "
+            f"The idempotency key {key!r} is the same for every time, so that all would get one run. Put the time "
+            f"into it, "
             "such as {{ scheduled_start:%Y-%m-%d }}, or leave it out."
         )
     limit, options = target.global_concurrency_limit, target.concurrency_options

@@ -13,7 +13,7 @@
     ├── ResponseFormatError          an answer that is none of the known shapes
     ├── OutputTypeError              a completed run whose result does not fit the `output_type`
     ├── KickoffUncertainError        the kickoff may or may not have started a run
-    ├── RunKeyConflictError          the run key belongs to another crew or other inputs
+    ├── IdempotencyConflictError          the idempotency key belongs to another crew or other inputs
     ├── CrewFailedError              the crew ran and failed
     ├── CrewStoppedError             the run was stopped
     ├── CrewLostError                the server no longer knows the run
@@ -65,6 +65,7 @@ __all__ = [
     "CrewStoppedError",
     "CrewTimeoutError",
     "DatasetError",
+    "IdempotencyConflictError",
     "InvalidCallError",
     "InvalidInputsError",
     "KickoffUncertainError",
@@ -78,7 +79,6 @@ __all__ = [
     "RateLimitedError",
     "ResponseFormatError",
     "ReviewLimitError",
-    "RunKeyConflictError",
     "ServerError",
     "by_reason",
     "excerpt",
@@ -140,10 +140,10 @@ class CrewError(Exception):
     """Root of all errors of this package. Catch it to catch everything that can go wrong with a crew.
 
     Attributes:
-        run_key: The run's key, where the error is about a run that has one.
+        idempotency_key: The run's key, where the error is about a run that has one.
     """
 
-    run_key: str | None = None
+    idempotency_key: str | None = None
 
     def __init__(self, *args: Any) -> None:
         # A crew's words stand in most errors, and errors are printed to terminals and logs by others than us.
@@ -153,11 +153,11 @@ class CrewError(Exception):
         """Say something more after its text."""
         self.args = (plain(f"{self} {text}"),)
 
-    def about(self, run_key: str, crew: str) -> None:
+    def about(self, idempotency_key: str, crew: str) -> None:
         """Name the run that it is about, where its text does not."""
-        self.run_key = run_key
-        if run_key not in str(self):
-            self.add(f"This was about run {run_key!r} of crew {crew}.")
+        self.idempotency_key = idempotency_key
+        if idempotency_key not in str(self):
+            self.add(f"This was about run {idempotency_key!r} of crew {crew}.")
 
     def __reduce__(self) -> Any:
         # The subclasses take keyword arguments only, which BaseException's own reduce cannot replay.
@@ -394,44 +394,47 @@ class KickoffUncertainError(CrewError):
     """A kickoff was sent and nobody knows whether it started a run. It is not sent again on a guess.
 
     Attributes:
-        run_key: The run that it was for.
+        idempotency_key: The run that it was for.
         reason: Why nobody knows.
         sent: What was sent: crew, time, digest of the inputs.
     """
 
-    def __init__(self, *, run_key: str, reason: str, sent: Mapping[str, str] | None = None) -> None:
-        self.run_key = run_key
+    def __init__(self, *, idempotency_key: str, reason: str, sent: Mapping[str, str] | None = None) -> None:
+        self.idempotency_key = idempotency_key
         self.reason = reason
         self.sent = dict(sent or {})
         facts = ", ".join(f"{key} {value}" for key, value in self.sent.items())
         super().__init__(
-            f"The kickoff of run {run_key!r} is uncertain: {reason.rstrip('.')}.{f' Sent: {facts}.' if facts else ''} "
+            f"The kickoff of run {idempotency_key!r} is uncertain: {reason.rstrip('.')}. "
+            f"{f'Sent: {facts}. ' if facts else ''}"
             "It may be running and is not started again. Look at the crew's page, then say which it was: "
-            f"prefect-crew runs settle {shlex.quote(run_key)} --kickoff-id ID, or --never-started; "
+            f"prefect-crew runs settle {shlex.quote(idempotency_key)} --kickoff-id ID, or --never-started; "
             "then run again with the same key."
         )
 
 
-class RunKeyConflictError(CrewError):
-    """The run key belongs to a run of another crew or with other inputs. Nothing was started."""
+class IdempotencyConflictError(CrewError):
+    """The idempotency key belongs to a run of another crew or with other inputs. Nothing was started."""
 
-    def __init__(self, *, run_key: str, difference: str, kickoff_id: str | None = None) -> None:
-        self.run_key = run_key
+    def __init__(self, *, idempotency_key: str, difference: str, kickoff_id: str | None = None) -> None:
+        self.idempotency_key = idempotency_key
         self.difference = difference
         self.kickoff_id = kickoff_id
         super().__init__(
-            f"Run key {run_key!r} belongs to another run: {difference}. Nothing was started. "
-            f"Use another key, or look at that run: prefect-crew runs show {shlex.quote(run_key)}."
+            f"Idempotency key {idempotency_key!r} belongs to another run: {difference}. Nothing was started. "
+            f"Use another key, or look at that run: prefect-crew runs show {shlex.quote(idempotency_key)}."
         )
 
 
 class _EndedError(CrewError):
     """What the errors about one run share."""
 
-    def __init__(self, text: str, *, kickoff_id: str, crew: str | None = None, run_key: str | None = None) -> None:
+    def __init__(
+        self, text: str, *, kickoff_id: str, crew: str | None = None, idempotency_key: str | None = None
+    ) -> None:
         self.kickoff_id = kickoff_id
         self.crew = crew
-        self.run_key = run_key
+        self.idempotency_key = idempotency_key
         super().__init__(text)
 
 
@@ -440,7 +443,7 @@ def _of(kickoff_id: str, crew: str | None) -> str:
 
 
 class CrewFailedError(_EndedError):
-    """The crew ran and failed. Attributes: kickoff_id, crew, run_key, error (the crew's own)."""
+    """The crew ran and failed. Attributes: kickoff_id, crew, idempotency_key, error (the crew's own)."""
 
     advice = "Correct the crew, then run again with the same key, which starts another."
 
@@ -450,7 +453,7 @@ class CrewFailedError(_EndedError):
         kickoff_id: str,
         error: str,
         crew: str | None = None,
-        run_key: str | None = None,
+        idempotency_key: str | None = None,
         advice: str | None = None,
     ) -> None:
         self.error = error
@@ -459,46 +462,52 @@ class CrewFailedError(_EndedError):
             f"{advice or self.advice}",
             kickoff_id=kickoff_id,
             crew=crew,
-            run_key=run_key,
+            idempotency_key=idempotency_key,
         )
 
 
 class CrewStoppedError(_EndedError):
-    """The run was stopped, by us or by someone else. Attributes: kickoff_id, crew, run_key."""
+    """The run was stopped, by us or by someone else. Attributes: kickoff_id, crew, idempotency_key."""
 
     def __init__(
-        self, *, kickoff_id: str, crew: str | None = None, run_key: str | None = None, advice: str | None = None
+        self, *, kickoff_id: str, crew: str | None = None, idempotency_key: str | None = None, advice: str | None = None
     ) -> None:
         super().__init__(
             f"{_of(kickoff_id, crew)} was stopped before it had a result. {advice or 'Run again to buy a new one.'}",
             kickoff_id=kickoff_id,
             crew=crew,
-            run_key=run_key,
+            idempotency_key=idempotency_key,
         )
 
 
 class CrewLostError(_EndedError):
     """The server does not know the run (any more).
 
-    Attributes: kickoff_id, crew, run_key, last_state. `last_state` is "completed" where only the result is lost.
+    Attributes: kickoff_id, crew, idempotency_key, last_state. `last_state` is "completed" where only the result is
+        lost.
     """
 
     def __init__(
-        self, *, kickoff_id: str, crew: str | None = None, run_key: str | None = None, last_state: str | None = None
+        self,
+        *,
+        kickoff_id: str,
+        crew: str | None = None,
+        idempotency_key: str | None = None,
+        last_state: str | None = None,
     ) -> None:
         self.last_state = last_state
         seen = f"it was last seen {last_state}" if last_state else "this wait for it has never seen it"
         again = "force_new=True (--force-new) buys another"
         if last_state == CrewState.COMPLETED:
             seen = "it has completed, but its record does not hold the result, which the server has forgotten"
-        elif run_key:
-            again += f", and so does the key after prefect-crew runs settle {shlex.quote(run_key)} --lost"
+        elif idempotency_key:
+            again += f", and so does the key after prefect-crew runs settle {shlex.quote(idempotency_key)} --lost"
         super().__init__(
             f"{_of(kickoff_id, crew)} is not known to the server: {seen}. "
             f"Check the URL, then the crew's page. It is not bought again on a guess: {again}.",
             kickoff_id=kickoff_id,
             crew=crew,
-            run_key=run_key,
+            idempotency_key=idempotency_key,
         )
 
 
@@ -520,7 +529,7 @@ class CrewTimeoutError(_EndedError):
         budget: float,
         last_state: str | None,
         crew: str | None = None,
-        run_key: str | None = None,
+        idempotency_key: str | None = None,
         stopped: bool = False,
     ) -> None:
         self.phase = phase
@@ -528,19 +537,21 @@ class CrewTimeoutError(_EndedError):
         self.last_state = last_state
         self.stopped = stopped
         after = "It was stopped." if stopped else "It was left running."
-        if run_key is None:
+        if idempotency_key is None:
             go_on = "Look"
         elif stopped:
-            go_on = f"Run key {run_key!r} buys another, which may want a larger timeout; or look"
+            go_on = f"Idempotency key {idempotency_key!r} buys another, which may want a larger timeout; or look"
         else:
-            go_on = f"To go on waiting, run again with run key {run_key!r} and a larger timeout, or look"
+            go_on = (
+                f"To go on waiting, run again with idempotency key {idempotency_key!r} and a larger timeout, or look"
+            )
         super().__init__(
             f"{_of(kickoff_id, crew)} was still {last_state or 'unseen'} "
             f"when its {phase} time of {budget:g} s was over. {after} {go_on}: "
             f"prefect-crew status CREW {shlex.quote(kickoff_id)}.",
             kickoff_id=kickoff_id,
             crew=crew,
-            run_key=run_key,
+            idempotency_key=idempotency_key,
         )
 
 
@@ -560,7 +571,7 @@ class ReviewLimitError(_EndedError):
         task_id: str,
         max_rounds: int,
         crew: str | None = None,
-        run_key: str | None = None,
+        idempotency_key: str | None = None,
         stopped: bool = False,
     ) -> None:
         self.task_id = task_id
@@ -572,7 +583,7 @@ class ReviewLimitError(_EndedError):
             f"beyond its limit of {max_rounds} rounds. {after}",
             kickoff_id=kickoff_id,
             crew=crew,
-            run_key=run_key,
+            idempotency_key=idempotency_key,
         )
 
 
@@ -593,16 +604,16 @@ class PipelineFailedError(CrewError):
         results: Mapping[str, Any],
         errors: Mapping[str, BaseException],
         skipped: Sequence[str] = (),
-        run_key: str | None = None,
+        idempotency_key: str | None = None,
     ) -> None:
         self.failed = list(failed)
         self.skipped = list(skipped)
         self.results = dict(results)
         self.errors = dict(errors)
-        self.run_key = run_key
+        self.idempotency_key = idempotency_key
         why = "; ".join(f"{name}: {excerpt(str(errors[name])).rstrip('.')}" for name in self.failed if name in errors)
         not_run = f" Not run because of it: {', '.join(self.skipped)}." if self.skipped else ""
-        again = f" with run key {run_key!r}" if run_key else ""
+        again = f" with idempotency key {idempotency_key!r}" if idempotency_key else ""
         super().__init__(
             f"{'A step' if len(self.failed) == 1 else f'{len(self.failed)} steps'} failed: {why}.{not_run} "
             f"{len(self.results)} finished and are kept: retry the flow run, or run again{again}, "

@@ -61,7 +61,7 @@ async def arun_crew(
     inputs: Mapping[str, Any] | None = None,
     *,
     name: str | None = None,
-    run_key: str | None = None,
+    idempotency_key: str | None = None,
     force_new: bool = False,
     meta: Mapping[str, Any] | None = None,
     wait: WaitPolicy | None = None,
@@ -77,12 +77,13 @@ async def arun_crew(
     Args:
         crew: A crew, or the name of a stored block.
         inputs: Its inputs by name.
-        name: The step's name: in task names, and part of a run key that is left out.
-        run_key: The identity of this purchase, across flow runs and machines that share a Prefect server. It may be a
+        name: The step's name: in task names, and part of an idempotency key that is left out.
+        idempotency_key: The identity of this purchase, across flow runs and machines that share a Prefect server. It
+            may be a
             template over the scheduled time: `"daily-{{ scheduled_start:%Y-%m-%d }}"`. Left out, it is one that the
             retries of this flow run find again; outside a flow every call is a new purchase.
         force_new: Buy whatever the record of the key says.
-        meta: Any JSON object for the crew's webhooks; the run key is added to it.
+        meta: Any JSON object for the crew's webhooks; the idempotency key is added to it.
         wait: How to wait, in place of the block's policy.
         output_type: A pydantic model; `result.data` is then an instance of it.
         review: What answers when the crew waits for a person: "form" asks in a form on the flow run's page; a function,
@@ -93,7 +94,7 @@ async def arun_crew(
             is part of what tells runs apart. The API takes one that it does not know for none, and says nothing.
 
     Raises:
-        InvalidInputsError, RunKeyConflictError: Nothing was started.
+        InvalidInputsError, IdempotencyConflictError: Nothing was started.
         KickoffUncertainError: Nobody knows whether a run was started. A person settles it.
         CrewFailedError, CrewStoppedError, CrewLostError: How the run ended instead.
         CrewTimeoutError: A time budget is over; the run may go on.
@@ -101,7 +102,7 @@ async def arun_crew(
         CrewError: Anything else that the crew's server did.
     """
     check_choices(
-        run_key=run_key,
+        idempotency_key=idempotency_key,
         name=name,
         wait=wait,
         output_type=output_type,
@@ -115,7 +116,7 @@ async def arun_crew(
     call = _Call(crew, inputs, meta, output_type, webhooks, review)
     options: dict[str, Any] = {
         "name": name,
-        "run_key": run_key,
+        "idempotency_key": idempotency_key,
         "force_new": force_new,
         "wait": wait,
         "restore_from": None if restore_from is None else str(UUID(str(restore_from))),
@@ -136,7 +137,7 @@ def run_crew(
     inputs: Mapping[str, Any] | None = None,
     *,
     name: str | None = None,
-    run_key: str | None = None,
+    idempotency_key: str | None = None,
     force_new: bool = False,
     meta: Mapping[str, Any] | None = None,
     wait: WaitPolicy | None = None,
@@ -156,7 +157,7 @@ def run_crew(
         crew,
         inputs,
         name=name,
-        run_key=run_key,
+        idempotency_key=idempotency_key,
         force_new=force_new,
         meta=meta,
         wait=wait,
@@ -190,7 +191,7 @@ async def _run(
     call: _Call,
     *,
     name: str | None,
-    run_key: str | None,
+    idempotency_key: str | None,
     force_new: bool,
     wait: WaitPolicy | None,
     restore_from: str | None,
@@ -199,7 +200,7 @@ async def _run(
         kickoff_id = await kickoff_crew.acall(
             call.crew,
             call.inputs,
-            run_key=run_key,
+            idempotency_key=idempotency_key,
             name=name,
             force_new=force_new,
             meta=call.meta,
@@ -218,8 +219,10 @@ async def run_deployed_crew(
         dict[str, Any] | None,
         Field(description="The crew's inputs by name; of a secret one the name of the Secret block that holds it."),
     ] = None,
-    name: Annotated[str | None, Field(description="A name for the step, for task names and the run key.")] = None,
-    run_key: Annotated[
+    name: Annotated[
+        str | None, Field(description="A name for the step, for task names and the idempotency key.")
+    ] = None,
+    idempotency_key: Annotated[
         str | None,
         Field(description="The identity of one purchase, such as daily-{{ scheduled_start:%Y-%m-%d }}."),
     ] = None,
@@ -235,35 +238,41 @@ async def run_deployed_crew(
     """Run one deployed crew. What `run_crew` runs outside of a flow, and a flow to deploy as it is."""
     live = _live.get()
     if live is not None and live.crew.label == crew:
-        return await _run(live, name=name, run_key=run_key, force_new=force_new, wait=wait, restore_from=restore_from)
+        return await _run(
+            live, name=name, idempotency_key=idempotency_key, force_new=force_new, wait=wait, restore_from=restore_from
+        )
     try:
         stored = await load_crew(crew)
     except ValueError as error:
         raise ConfigurationError(
             f"No block deployed-crew/{crew} is stored, so this run cannot be made from its parameters. Save "
-            "it under that name, or call run_crew again with the crew and the same run key, which finds it again."
+            "it under that name, or call run_crew again with the crew and the same idempotency key, which finds it "
+            "again."
         ) from error
     given = dict(inputs or {})
     missing = [key for key, value in given.items() if value in (MASK, TOO_LARGE)]
     if missing:
         raise ConfigurationError(
             f"The inputs {', '.join(missing)} are secret or too large, and so not stored with a flow run: this one "
-            "cannot be made from its parameters. Call run_crew again with the same run key: a run in flight is found "
+            "cannot be made from its parameters. Call run_crew again with the same idempotency key: a run in flight "
+            "is found "
             "again."
         )
     given = await values_of_blocks(given, stored.secret_inputs)
     call = _Call(stored, given, None, None, None, review)
-    return await _run(call, name=name, run_key=run_key, force_new=force_new, wait=wait, restore_from=restore_from)
+    return await _run(
+        call, name=name, idempotency_key=idempotency_key, force_new=force_new, wait=wait, restore_from=restore_from
+    )
 
 
 @dual
 async def get_result(
-    run_key: str, *, crew: DeployedCrew | Crew | str | None = None, output_type: type[BaseModel] | None = None
+    idempotency_key: str, *, crew: DeployedCrew | Crew | str | None = None, output_type: type[BaseModel] | None = None
 ) -> CrewResult:
     """Return the result of a completed run from anywhere that shares the Prefect server. Awaited in async code.
 
     Args:
-        run_key: The run's key. Of several attempts the latest that completed counts.
+        idempotency_key: The run's key. Of several attempts the latest that completed counts.
         crew: Needed only where the record does not hold the result (it was large, or is not shown) and the crew's
             block is not stored under the name that the record has.
         output_type: As for `run_crew`.
@@ -273,35 +282,40 @@ async def get_result(
         CrewFailedError, CrewStoppedError: The run has no result.
         CrewError: There is no such run, or it has not ended.
     """
-    check_choices(run_key=run_key, output_type=output_type)
-    attempts = await PrefectRecords().attempts(run_key)
+    check_choices(idempotency_key=idempotency_key, output_type=output_type)
+    attempts = await PrefectRecords().attempts(idempotency_key)
     if not attempts:
-        raise CrewError(f"No run has the key {run_key!r}. prefect-crew runs lists those on record.")
+        raise CrewError(f"No run has the key {idempotency_key!r}. prefect-crew runs lists those on record.")
     completed = [record for record in attempts if record.state is CrewState.COMPLETED]
     record = (completed or list(attempts))[-1]
     kickoff_id = record.kickoff_id
     if kickoff_id is None:
-        raise CrewError(f"Run {run_key!r} has no result: its kickoff is {record.phase}. {record.reason or ''}".strip())
+        raise CrewError(
+            f"Run {idempotency_key!r} has no result: its kickoff is {record.phase}. {record.reason or ''}".strip()
+        )
     if record.state is CrewState.FAILED:
-        raise CrewFailedError(kickoff_id=kickoff_id, error=record.error or "", crew=record.crew, run_key=run_key)
+        raise CrewFailedError(
+            kickoff_id=kickoff_id, error=record.error or "", crew=record.crew, idempotency_key=idempotency_key
+        )
     if record.state is CrewState.STOPPED:
-        raise CrewStoppedError(kickoff_id=kickoff_id, crew=record.crew, run_key=run_key)
+        raise CrewStoppedError(kickoff_id=kickoff_id, crew=record.crew, idempotency_key=idempotency_key)
     if record.result is not None:
         # Only what may be shown is on record.
         result = record.result.result(kickoff_id)
         return result if output_type is None else typed(result, output_type)
-    run = OpenRun(crew=await _crew_of(record.crew, crew, run_key), kickoff_id=kickoff_id, record=record)
+    run = OpenRun(crew=await _crew_of(record.crew, crew, idempotency_key), kickoff_id=kickoff_id, record=record)
     # No variable holds the result: error reporters show the local variables of all frames.
     return await read_result(run) if output_type is None else typed(await read_result(run), output_type, run=run)
 
 
-async def _crew_of(label: str, crew: DeployedCrew | Crew | str | None, run_key: str) -> Crew:
+async def _crew_of(label: str, crew: DeployedCrew | Crew | str | None, idempotency_key: str) -> Crew:
     if crew is not None:
         return await load_crew(crew)
     try:
         return await load_crew(label)
     except (ValueError, httpx.HTTPError, PrefectException) as error:
         raise CrewError(
-            f"The record of run {run_key!r} does not hold its result, and crew {label} is no stored block to ask "
+            f"The record of run {idempotency_key!r} does not hold its result, and crew {label} is no stored block to "
+            f"ask "
             "for it. Give the crew (crew=…, --crew)."
         ) from error

@@ -119,7 +119,8 @@ async def watch_folder(
 async def prune_records(older_than_days: int = 90, dry_run: bool = False) -> str:
     """Remove old records of ended runs, and say how many.
 
-    A record keeps a run from being started twice, and `get_result` reads it. Choose an age beyond the oldest run key
+    A record keeps a run from being started twice, and `get_result` reads it. Choose an age beyond the oldest
+    idempotency key
     that anybody may use again, backfills included. Runs in flight and uncertain ones are never removed.
 
     Args:

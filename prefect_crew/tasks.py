@@ -203,7 +203,7 @@ async def kickoff_crew(
     crew: DeployedCrew | Crew | str,
     inputs: Mapping[str, Any] | None = None,
     *,
-    run_key: str | None = None,
+    idempotency_key: str | None = None,
     name: str | None = None,
     force_new: bool = False,
     meta: Mapping[str, Any] | None = None,
@@ -215,23 +215,23 @@ async def kickoff_crew(
     Args:
         crew: A crew, or the name of a stored block.
         inputs: Its inputs, checked against `GET /inputs` first.
-        run_key: The identity of this purchase; left out, one of this flow run that its retries find again.
+        idempotency_key: The identity of this purchase; left out, one of this flow run that its retries find again.
         name: The step's name, part of a key that is left out.
         force_new: Buy whatever the record says.
-        meta: Any JSON object for the crew's webhooks; the run key is added to it.
+        meta: Any JSON object for the crew's webhooks; the idempotency key is added to it.
         webhooks: Targets of your own.
         restore_from: As for `run_crew`.
 
     Raises:
         InvalidInputsError: Inputs are missing or unknown; nothing was started.
-        RunKeyConflictError: The key belongs to another run; nothing was started.
+        IdempotencyConflictError: The key belongs to another run; nothing was started.
         KickoffUncertainError: Nobody knows whether a run was started; it is not sent again.
         CrewConnectionError, RateLimitedError, ServerError: It surely did not start; Prefect retries this.
     """
     run = await open_run(
         await load_crew(crew),
         inputs or {},
-        run_key=run_key,
+        idempotency_key=idempotency_key,
         name=name,
         force_new=force_new,
         meta=meta,
@@ -247,7 +247,7 @@ async def wait_for_crew(
     crew: DeployedCrew | Crew | str,
     kickoff_id: str,
     *,
-    run_key: str | None = None,
+    idempotency_key: str | None = None,
     name: str | None = None,
     wait: WaitPolicy | None = None,
     output_type: type[BaseModel] | None = None,
@@ -258,7 +258,7 @@ async def wait_for_crew(
     Args:
         crew: A crew, or the name of a stored block.
         kickoff_id: The run.
-        run_key: Its key; left out, the record is found by the id.
+        idempotency_key: Its key; left out, the record is found by the id.
         name: The step's name, for the task run's.
         wait: How to wait, in place of the block's policy.
         output_type: A pydantic model that `result.data` is to be an instance of.
@@ -273,7 +273,12 @@ async def wait_for_crew(
     del name
     check_choices(wait=wait, output_type=output_type, review=review)
     return await wait_for_run(
-        await load_crew(crew), kickoff_id, run_key=run_key, wait=wait, output_type=output_type, review=review
+        await load_crew(crew),
+        kickoff_id,
+        idempotency_key=idempotency_key,
+        wait=wait,
+        output_type=output_type,
+        review=review,
     )
 
 
@@ -296,7 +301,7 @@ async def resume_crew(
         CrewAPIError, CrewConnectionError: As the server answered, or did not.
     """
     # By the run alone, since what a retry finds to say about it may differ.
-    identity = await identify("answer", kickoff_id, run_key=None, name=None, inside_own_task=True)
+    identity = await identify("answer", kickoff_id, idempotency_key=None, name=None, inside_own_task=True)
     return await resume_run(
         await load_crew(crew),
         kickoff_id,
@@ -304,15 +309,17 @@ async def resume_crew(
         approve=approve,
         task_id=task_id,
         webhooks=webhooks,
-        call=hashlib.sha256(identity.run_key.encode()).hexdigest()[:32],
+        call=hashlib.sha256(identity.idempotency_key.encode()).hexdigest()[:32],
     )
 
 
 @_task("stop")
-async def stop_crew(crew: DeployedCrew | Crew | str, kickoff_id: str, *, run_key: str | None = None) -> StopAnswer:
+async def stop_crew(
+    crew: DeployedCrew | Crew | str, kickoff_id: str, *, idempotency_key: str | None = None
+) -> StopAnswer:
     """Ask the crew's server to stop a run. An ended run and a missing `/stop` are answers, not errors.
 
     Raises:
         CrewError: The server could not be asked.
     """
-    return await stop_run(await load_crew(crew), kickoff_id, run_key=run_key)
+    return await stop_run(await load_crew(crew), kickoff_id, idempotency_key=idempotency_key)

@@ -55,7 +55,7 @@ def crew_server() -> Generator[CrewServerFactory, None, None]:
     of the loopback interface, which any client and any other process can use. `options` are those of
     `prefect_crew.devserver.CrewServer`: token, seed, speed, dialect, generation, journal, inspect, max_runs and so on.
 
-    The server has url, token, headers, runs, run(id), kickoffs, kickoffs_by_run_key, requests, counters, faults,
+    The server has url, token, headers, runs, run(id), kickoffs, kickoffs_by_key, requests, counters, faults,
     restart(), and crew(**fields), which is a `DeployedCrew` block for it.
     """
     from prefect_crew.devserver.server import CrewServer, InProcessCrewServer

@@ -29,7 +29,7 @@ BEARER_KINDS: tuple[WebhookKind, ...] = ("human_input", "stream")
 SHORTEST_SECRET = 32
 """Characters. Whoever has one URL can try secrets against it without asking anybody."""
 MAX_TOKEN = 2048
-"""Characters of a token: the longest run key takes 1,743."""
+"""Characters of a token: the longest idempotency key takes 1,743."""
 
 _VERSION = 1
 _HEAD = 11
@@ -45,14 +45,16 @@ _MAX_ATTEMPT = 2**24 - 1
 class Hook:
     """What a URL is for: one kind of webhook of one run, until `expires` (aware).
 
-    `attempt` is the attempt at the run key, None where the signer did not know it. `names`: whether the names of tasks
+    `attempt` is the attempt at the idempotency key, None where the signer did not know it. `names`: whether the names
+    of tasks
     and agents may stand in events. `round` is how many answers of people the run had when this was signed. `claim` is
-    that of the attempt, as `claim_of` gives it: two records may have one run key, such as those of two ledgers, or one
+    that of the attempt, as `claim_of` gives it: two records may have one idempotency key, such as those of two
+    ledgers, or one
     that was deleted and another that took its place.
     """
 
     kind: WebhookKind
-    run_key: str
+    idempotency_key: str
     expires: datetime
     attempt: int | None = None
     names: bool = True
@@ -68,7 +70,7 @@ def claim_of(owner: str) -> str:
 def hook_urls(
     base_url: str,
     secret: SecretStr | str,
-    run_key: str,
+    idempotency_key: str,
     *,
     expires: datetime,
     attempt: int | None = None,
@@ -84,9 +86,10 @@ def hook_urls(
     Args:
         base_url: The receiver's public address; it may have a path, but neither query nor fragment.
         secret: What the receiver verifies with; at least 32 characters.
-        run_key: The run. It can be read from the URLs.
+        idempotency_key: The run. It can be read from the URLs.
         expires: When the receiver stops to accept them; aware.
-        attempt: Which attempt at the run key, so that a late webhook of an earlier one is not taken for this one's.
+        attempt: Which attempt at the idempotency key, so that a late webhook of an earlier one is not taken for this
+            one's.
         claim: Whose claim, so that no webhook of another's run resolves it; as `claim_of` gives it.
         names: Whether names of tasks and agents, which may repeat an input, may stand in Prefect's events.
         round: How many answers of people came before: each resume has URLs of its own, so that the same question asked
@@ -100,7 +103,7 @@ def hook_urls(
     base, key = checked_base_url(base_url), checked_secret(secret)
 
     def hook(kind: WebhookKind) -> Hook:
-        return Hook(kind, run_key, expires, attempt, names, round, claim)
+        return Hook(kind, idempotency_key, expires, attempt, names, round, claim)
 
     def url(kind: WebhookKind) -> str | None:
         return f"{base}/hooks/{kind}/{token_of(hook(kind), key)}" if kind in kinds else None
@@ -224,9 +227,9 @@ def _payload(hook: Hook) -> bytes:
     if hook.expires.tzinfo is None:
         raise ConfigurationError("`expires` of a webhook has no time zone: give an aware datetime.")
     seconds, attempt = int(hook.expires.timestamp()), hook.attempt or 0
-    if not (0 <= seconds <= _MAX_EXPIRY and 0 <= attempt <= _MAX_ATTEMPT and hook.run_key):
-        raise ConfigurationError("A webhook's run key is empty, or its expiry or attempt is out of range.")
-    form, key = _packed_key(hook.run_key)
+    if not (0 <= seconds <= _MAX_EXPIRY and 0 <= attempt <= _MAX_ATTEMPT and hook.idempotency_key):
+        raise ConfigurationError("A webhook's idempotency key is empty, or its expiry or attempt is out of range.")
+    form, key = _packed_key(hook.idempotency_key)
     flags = form | (_NAMES if hook.names else 0) | (_CLAIM if hook.claim else 0)
     claim = bytes.fromhex(hook.claim) if hook.claim else b""
     numbers = seconds.to_bytes(5, "big") + attempt.to_bytes(3, "big") + bytes((hook.round % 256,))
@@ -242,7 +245,7 @@ def _read(kind: WebhookKind, payload: bytes) -> Hook | None:
     key = payload[head:]
     return Hook(
         kind=kind,
-        run_key=_unpacked(key) if flags & _PACKED else key.decode("utf-8"),
+        idempotency_key=_unpacked(key) if flags & _PACKED else key.decode("utf-8"),
         expires=datetime.fromtimestamp(int.from_bytes(payload[2:7], "big"), UTC),
         attempt=int.from_bytes(payload[7:10], "big") or None,
         names=bool(flags & _NAMES),
@@ -251,20 +254,20 @@ def _read(kind: WebhookKind, payload: bytes) -> Hook | None:
     )
 
 
-def _packed_key(run_key: str) -> tuple[int, bytes]:
-    """Return a run key's form and bytes, the shorter of two.
+def _packed_key(idempotency_key: str) -> tuple[int, bytes]:
+    """Return an idempotency key's form and bytes, the shorter of two.
 
     As one number of 500 code points even the rarest characters take 1,256 bytes; UTF-8 would take 2,000, and the URL
     would be longer than servers on the way accept.
     """
     try:
-        plain = run_key.encode("utf-8")
+        plain = idempotency_key.encode("utf-8")
     except UnicodeEncodeError:  # half a surrogate pair
         plain = None
-    if plain is not None and len(plain) <= len(run_key) * 2.6:
+    if plain is not None and len(plain) <= len(idempotency_key) * 2.6:
         return 0, plain
     number = 1  # so that leading NULs are kept
-    for char in run_key:
+    for char in idempotency_key:
         number = number * _CODE_POINTS + ord(char)
     return _PACKED, number.to_bytes((number.bit_length() + 7) // 8, "big")
 
@@ -299,7 +302,7 @@ UNLIMITED = 30 * 86_400.0
 
 def webhooks_for(
     crew: Crew,
-    run_key: str,
+    idempotency_key: str,
     *,
     attempt: int | None = None,
     owner: str | None = None,
@@ -331,7 +334,7 @@ def webhooks_for(
     return hook_urls(
         url,
         secret,
-        run_key,
+        idempotency_key,
         expires=hooks_expire(wait or crew.wait, utcnow()),
         attempt=attempt,
         claim=None if owner is None else claim_of(owner),

@@ -162,7 +162,7 @@ async def stop_crews_of(client: PrefectClient, flow_run: FlowRun) -> None:
             continue
         if record.kickoff_id is None:
             text = "The kickoff of run %r is uncertain: a run that it started runs on at %s."
-            log.warning(text, record.run_key, record.crew_url)
+            log.warning(text, record.idempotency_key, record.crew_url)
             continue
         if others := await records.other_waiters(record, record.flow_run_id):
             log.warning("Crew run %s runs on: flow run %s waits for it too.", record.kickoff_id, ", ".join(others))
@@ -171,7 +171,7 @@ async def stop_crews_of(client: PrefectClient, flow_run: FlowRun) -> None:
             crew = await find_crew(record)
             if crew is None:
                 raise ConfigurationError(f"no block {record.crew!r} has its address")
-            answer = await stop_run(crew, record.kickoff_id, run_key=record.run_key)
+            answer = await stop_run(crew, record.kickoff_id, idempotency_key=record.idempotency_key)
         except (CrewError, httpx.HTTPError, PrefectException) as error:
             log.warning(
                 "Crew run %s could not be stopped (%s): it runs on at %s.", record.kickoff_id, error, record.crew_url

@@ -60,12 +60,12 @@ ERRORS: dict[str, tuple[CrewError, list[str], str]] = {
         "mend the type",
     ),
     "uncertain": (
-        exceptions.KickoffUncertainError(run_key="daily", reason="timeout. Look.", sent={"crew": "travel"}),
+        exceptions.KickoffUncertainError(idempotency_key="daily", reason="timeout. Look.", sent={"crew": "travel"}),
         ["'daily'", "timeout", "crew travel"],
         "prefect-crew runs settle daily",
     ),
     "conflict": (
-        exceptions.RunKeyConflictError(run_key="daily", difference="other inputs", kickoff_id="k1"),
+        exceptions.IdempotencyConflictError(idempotency_key="daily", difference="other inputs", kickoff_id="k1"),
         ["'daily'", "other inputs", "Nothing was started"],
         "prefect-crew runs show",
     ),
@@ -83,9 +83,11 @@ ERRORS: dict[str, tuple[CrewError, list[str], str]] = {
     "lost": (exceptions.CrewLostError(kickoff_id="k1", last_state="running"), ["k1", "running"], "Check the URL"),
     "lost-at-once": (exceptions.CrewLostError(kickoff_id="k1"), ["k1", "has never seen it"], "Check the URL"),
     "timeout": (
-        exceptions.CrewTimeoutError(kickoff_id="k1", phase="running", budget=60, last_state="running", run_key="daily"),
+        exceptions.CrewTimeoutError(
+            kickoff_id="k1", phase="running", budget=60, last_state="running", idempotency_key="daily"
+        ),
         ["k1", "running time of 60 s", "left running"],
-        "run again with run key 'daily'",
+        "run again with idempotency key 'daily'",
     ),
     "timeout-stopped": (
         exceptions.CrewTimeoutError(kickoff_id="k1", phase="pending", budget=60, last_state=None, stopped=True),
@@ -94,7 +96,7 @@ ERRORS: dict[str, tuple[CrewError, list[str], str]] = {
     ),
     "timeout-stopped-with-a-key": (
         exceptions.CrewTimeoutError(
-            kickoff_id="k1", phase="running", budget=60, last_state="running", run_key="daily", stopped=True
+            kickoff_id="k1", phase="running", budget=60, last_state="running", idempotency_key="daily", stopped=True
         ),
         ["k1", "It was stopped"],
         "'daily' buys another",
@@ -139,10 +141,14 @@ ERRORS: dict[str, tuple[CrewError, list[str], str]] = {
     "output": (exceptions.OutputError("o.jsonl cannot be written. Free some space."), ["o.jsonl"], "Free"),
     "pipeline": (
         exceptions.PipelineFailedError(
-            failed=["write"], skipped=["post"], results={"research": 1}, errors={"write": ValueError("b")}, run_key="r"
+            failed=["write"],
+            skipped=["post"],
+            results={"research": 1},
+            errors={"write": ValueError("b")},
+            idempotency_key="r",
         ),
         ["write: b", "post", "1 finished"],
-        "with run key 'r'",
+        "with idempotency key 'r'",
     ),
 }
 

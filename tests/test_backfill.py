@@ -20,12 +20,15 @@ from support.prefect_server import PrefectServer
 KEY = "day-{{ scheduled_start:%Y-%m-%d }}"
 FIRST, LAST = date(2024, 2, 27), date(2024, 3, 1)
 SIX = DeploymentScheduleCreate(
-    schedule=CronSchedule(cron="0 6 * * *", timezone="UTC"), slug="six", active=False, parameters={"run_key": KEY}
+    schedule=CronSchedule(cron="0 6 * * *", timezone="UTC"),
+    slug="six",
+    active=False,
+    parameters={"idempotency_key": KEY},
 )
 
 
 @flow
-def backfilled(run_key: str | None = None, city: str = "Lisbon") -> None:
+def backfilled(idempotency_key: str | None = None, city: str = "Lisbon") -> None:
     """Is never run here: only its runs matter."""
 
 
@@ -62,7 +65,7 @@ async def test_each_time_of_the_schedule_gets_a_run_scheduled_for_that_time(pref
     for run in runs:
         made = await flow_run(run.flow_run_id)
         assert made.expected_start_time == run.scheduled_for
-        assert made.parameters == {"run_key": KEY, "city": "Faro"}
+        assert made.parameters == {"idempotency_key": KEY, "city": "Faro"}
         assert "backfill" in made.tags
         assert not made.auto_scheduled  # those are deleted by the next deploy
         assert (run.created, run.state) == (True, "Scheduled")
@@ -97,7 +100,7 @@ async def test_what_the_schedule_itself_made_is_not_made_again(prefect_api: Pref
 
 
 async def test_a_run_of_another_schedule_at_the_same_time_does_not_stand_in(prefect_api: PrefectServer):
-    twin = SIX.model_copy(update={"slug": "twin", "parameters": {"run_key": f"twin-{KEY}"}})
+    twin = SIX.model_copy(update={"slug": "twin", "parameters": {"idempotency_key": f"twin-{KEY}"}})
     name, _ = await deploy(SIX, twin)
     for slug in ("six", "twin"):
         assert all(run.created for run in await backfill(name, FIRST, LAST, schedule=slug))
@@ -129,7 +132,7 @@ async def test_a_dry_run_creates_nothing(prefect_api: PrefectServer):
 
 
 TWO = (SIX, SIX.model_copy(update={"slug": "other"}))
-SAME_KEY = SIX.model_copy(update={"parameters": {"run_key": "always"}})
+SAME_KEY = SIX.model_copy(update={"parameters": {"idempotency_key": "always"}})
 HOURLY = SIX.model_copy(update={"schedule": CronSchedule(cron="0 * * * *")})
 
 

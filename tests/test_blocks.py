@@ -206,7 +206,7 @@ class TestIdiom:
             await run.fetch_result()
         held.release()
         await run.wait_for_completion()
-        again = CrewRun(server.crew(), run.kickoff_id, run_key=run.run_key)
+        again = CrewRun(server.crew(), run.kickoff_id, idempotency_key=run.idempotency_key)
         server.faults.add("status:forgotten")
         assert (await again.fetch_result()).output == "done", "from the record"
 

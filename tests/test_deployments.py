@@ -30,7 +30,19 @@ from support.prefect_server import PrefectServer, drain
 from support.workers import Worker
 
 TRAVEL = [CrewInput(name=name) for name in ("budget", "interests", "duration", "age")]
-ODD = ["first name", "class", "run_key", "a.b,c(d)", "2nd", "_private", "first_name", "schema", "copy", "été", "-"]
+ODD = [
+    "first name",
+    "class",
+    "idempotency_key",
+    "a.b,c(d)",
+    "2nd",
+    "_private",
+    "first_name",
+    "schema",
+    "copy",
+    "été",
+    "-",
+]
 
 
 def crew() -> Crew:
@@ -111,7 +123,7 @@ def test_the_form_asks_for_each_input_by_its_name_and_says_what_it_is():
     assert (fields["first_name"]["title"], kinds(fields["first_name"])) == ("first name", [*TEXT, "null"])
     assert (kinds(fields["days"]), kinds(fields["odd"])) == (["integer"], TEXT)
     assert [field["position"] for field in fields.values()] == list(range(5))
-    assert fields["run_key"]["title"] == "Run key"
+    assert fields["idempotency_key"]["title"] == "Idempotency key"
 
 
 def test_a_secret_input_is_asked_for_by_the_name_of_a_secret_block():
@@ -267,7 +279,9 @@ def test_a_run_on_a_process_worker(
 ):
     pool = f"pool-{uuid.uuid4().hex[:8]}"
     httpx.post(f"{prefect_api.api_url}/work_pools/", json={"name": pool, "type": "process"}).raise_for_status()
-    plan = Plan(stored.label, {}, work_pool=pool, run_key=f"{stored.label}-{{{{ scheduled_start:%Y }}}}", tags=["mine"])
+    plan = Plan(
+        stored.label, {}, work_pool=pool, idempotency_key=f"{stored.label}-{{{{ scheduled_start:%Y }}}}", tags=["mine"]
+    )
     deployment_id = applied(deployment_of(stored.crew, TRAVEL, plan))
     with Worker(prefect_api, pool, folder=tmp_path):
         # `prefect deployment run … -p age=35` gives a number, as JSON has it.
@@ -279,7 +293,7 @@ def test_a_run_on_a_process_worker(
     assert ended["parameters"].items() >= {**GOOD, "age": 35}.items()
     (only,) = travel.runs
     assert only.inputs == GOOD
-    assert travel.kickoffs_by_run_key == {f"{stored.label}-{time.gmtime().tm_year}": 1}
+    assert travel.kickoffs_by_key == {f"{stored.label}-{time.gmtime().tm_year}": 1}
     # Tasks of that flow run, and no flow run within it.
     made = httpx.post(f"{prefect_api.api_url}/flow_runs/filter", json={"flow_runs": {"id": {"any_": [ended["id"]]}}})
     assert made.json()[0]["parent_task_run_id"] is None

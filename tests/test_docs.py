@@ -74,7 +74,7 @@ def test_page_is_true(page: Page, tmp_path: Path, prefect_template: Path | None)
     for made in (folder, scratch, home):
         made.mkdir()
     copy_clone(ROOT, folder)
-    # Of the page's own: its run keys, blocks and deployments must not meet those of other pages.
+    # Of the page's own: its idempotency keys, blocks and deployments must not meet those of other pages.
     server = PrefectServer(tmp_path / "prefect", template=prefect_template)
     with contextlib.ExitStack() as running:
 

@@ -35,7 +35,7 @@ from prefect_crew import (
 )
 from prefect_crew.client.models import CrewResult
 from prefect_crew.client.redaction import MASK
-from prefect_crew.exceptions import RunKeyConflictError
+from prefect_crew.exceptions import IdempotencyConflictError
 from prefect_crew.testing import CrewServerFactory
 from support.prefect_server import PrefectServer
 from support.proxy import Proxy, through
@@ -144,19 +144,26 @@ def test_the_state_of_a_failed_flow_run_says_why_in_one_line(crew_server: CrewSe
 
 
 def test_all_that_a_call_can_say_arrives(crew_server: CrewServerFactory):
-    server, run_key = crew_server(slow(0.2)), key()
+    server, idempotency_key = crew_server(slow(0.2)), key()
 
     @flow
     async def trip() -> None:
         await arun_crew(
-            server.crew(), {"a": 1}, name="research", run_key=run_key, meta={"order": 7}, wait=WaitPolicy(timeout=30)
+            server.crew(),
+            {"a": 1},
+            name="research",
+            idempotency_key=idempotency_key,
+            meta={"order": 7},
+            wait=WaitPolicy(timeout=30),
         )
 
     asyncio.run(trip())
     (run,) = server.runs
-    assert run.meta == {"order": 7, "run_key": run_key, "run_attempt": 1}
+    assert run.meta == {"order": 7, "idempotency_key": idempotency_key, "run_attempt": 1}
     with pytest.raises(CrewError, match=r"time of 0\.05 s"):
-        run_crew(crew_server(slow(60)).crew(), {"a": 1}, run_key=key(), wait=WaitPolicy(initial=0.01, timeout=0.05))
+        run_crew(
+            crew_server(slow(60)).crew(), {"a": 1}, idempotency_key=key(), wait=WaitPolicy(initial=0.01, timeout=0.05)
+        )
 
 
 STATE = "3f2b8c1e-9d47-4a6b-8f0e-5c1d2a7b9e64"
@@ -164,11 +171,11 @@ STATE = "3f2b8c1e-9d47-4a6b-8f0e-5c1d2a7b9e64"
 
 @pytest.mark.parametrize("inside", [False, True], ids=["outside", "inside"])
 async def test_a_state_to_start_from_is_sent_and_makes_it_another_run(crew_server: CrewServerFactory, inside: bool):
-    server, run_key = crew_server("echo"), key()
+    server, idempotency_key = crew_server("echo"), key()
 
     @flow
     async def around(**given: Any) -> CrewResult:
-        return await arun_crew(server.crew(), {"text": "a"}, run_key=run_key, **given)
+        return await arun_crew(server.crew(), {"text": "a"}, idempotency_key=idempotency_key, **given)
 
     call: Any = around if inside else around.fn
     first = await call(restore_from=STATE)
@@ -176,7 +183,7 @@ async def test_a_state_to_start_from_is_sent_and_makes_it_another_run(crew_serve
     assert (await call(restore_from=STATE.upper())).kickoff_id == first.kickoff_id
     assert server.run(first.kickoff_id).restore_from == STATE
     for other in ({}, {"restore_from": str(uuid.uuid4())}):
-        with pytest.raises(RunKeyConflictError):
+        with pytest.raises(IdempotencyConflictError):
             await call(**other)
     assert server.kickoffs == 1
 
@@ -215,7 +222,7 @@ def test_a_flow_of_its_own_stores_a_name_and_plain_values(crew_server: CrewServe
         "when": date(2026, 5, 1), "cities": ["Lisbon"], "days": 3, "pin": 4711471, "none": None,
         "login": Login(user="me", password=SecretStr("hunter22")), "key": SecretStr("hidden-one"),
     }  # fmt: skip
-    result = run_crew(crew, inputs, run_key=key(), output_type=None)
+    result = run_crew(crew, inputs, idempotency_key=key(), output_type=None)
     assert result.output == '2026-05-01 4711471 {"user":"me","password":"hunter22"}'
     run = stored(seen, called)
     assert run["name"] == called
@@ -262,18 +269,18 @@ def test_inputs_that_are_too_large_for_prefect_reach_the_crew(crew_server: CrewS
 async def test_what_cannot_be_meant_buys_nothing(
     crew_server: CrewServerFactory, given: dict[str, Any], wanted: str, inside: bool
 ):
-    server, run_key = crew_server("echo"), key()
+    server, idempotency_key = crew_server("echo"), key()
 
     @flow
     async def around() -> None:
-        await arun_crew(server.crew(), {"text": "a"}, run_key=run_key, **given)
+        await arun_crew(server.crew(), {"text": "a"}, idempotency_key=idempotency_key, **given)
 
     call = around if inside else around.fn
     with pytest.raises(ConfigurationError, match=f"{wanted}.* Nothing was started"):
         await call()
     assert server.kickoffs == 0
     # Nor is the key used up.
-    assert (await arun_crew(server.crew(), {"text": "a"}, run_key=run_key)).output == "a"
+    assert (await arun_crew(server.crew(), {"text": "a"}, idempotency_key=idempotency_key)).output == "a"
 
 
 def test_inputs_that_cannot_be_sent_make_no_flow_run(crew_server: CrewServerFactory, seen: Seen):
@@ -319,7 +326,9 @@ async def test_a_name_under_which_no_crew_is_stored():
 
 
 async def test_a_flow_run_of_a_block_that_is_not_stored_says_why_it_cannot_be_run_again(crew_server: CrewServerFactory):
-    with pytest.raises(ConfigurationError, match=r"No block deployed-crew/nobody is stored.*and the same run key"):
+    with pytest.raises(
+        ConfigurationError, match=r"No block deployed-crew/nobody is stored.*and the same idempotency key"
+    ):
         await run_deployed_crew(crew="nobody", inputs={"text": "a"})
 
 
@@ -390,18 +399,18 @@ async def test_a_limit_that_does_not_exist_is_an_error_and_not_no_limit(crew_ser
 
 
 async def test_a_result_is_read_by_its_key_without_the_crew(crew_server: CrewServerFactory):
-    server, run_key = crew_server("echo"), key()
-    first = await arun_crew(server.crew(), {"text": "a"}, run_key=run_key)
+    server, idempotency_key = crew_server("echo"), key()
+    first = await arun_crew(server.crew(), {"text": "a"}, idempotency_key=idempotency_key)
     asked = server.requests.total()
-    again = await get_result(run_key)
+    again = await get_result(idempotency_key)
     assert again == first.model_copy(update={"raw": None, "tasks": again.tasks})
     assert server.requests.total() == asked
 
 
 def test_it_is_read_in_sync_code(crew_server: CrewServerFactory):
-    run_key = key()
-    run_crew(crew_server("echo").crew(), {"text": "a"}, run_key=run_key)
-    assert get_result(run_key).output == "a"
+    idempotency_key = key()
+    run_crew(crew_server("echo").crew(), {"text": "a"}, idempotency_key=idempotency_key)
+    assert get_result(idempotency_key).output == "a"
 
 
 class Trip(BaseModel):
@@ -409,52 +418,52 @@ class Trip(BaseModel):
 
 
 async def test_it_becomes_a_model(crew_server: CrewServerFactory):
-    run_key = key()
-    await arun_crew(crew_server(script({"output": '{"city": "Lisbon"}'})).crew(), run_key=run_key)
-    assert (await get_result(run_key, output_type=Trip)).data == Trip(city="Lisbon")
+    idempotency_key = key()
+    await arun_crew(crew_server(script({"output": '{"city": "Lisbon"}'})).crew(), idempotency_key=idempotency_key)
+    assert (await get_result(idempotency_key, output_type=Trip)).data == Trip(city="Lisbon")
     with pytest.raises(OutputTypeError):
-        await get_result(run_key, output_type=Login)
+        await get_result(idempotency_key, output_type=Login)
 
 
 async def test_a_large_result_is_read_from_the_crew(crew_server: CrewServerFactory):
-    server, run_key, block = crew_server(script({"output": "{{ 'x' * 9000 }}"})), key(), name()
+    server, idempotency_key, block = crew_server(script({"output": "{{ 'x' * 9000 }}"})), key(), name()
     await server.crew().asave(block)
-    await arun_crew(block, run_key=run_key)
-    assert len((await get_result(run_key)).output) == 9000
-    assert len((await get_result(run_key, crew=server.crew())).output) == 9000
+    await arun_crew(block, idempotency_key=idempotency_key)
+    assert len((await get_result(idempotency_key)).output) == 9000
+    assert len((await get_result(idempotency_key, crew=server.crew())).output) == 9000
     server.faults.add("status:forgotten")
     with pytest.raises(CrewLostError):
-        await get_result(run_key)
+        await get_result(idempotency_key)
 
 
 async def test_a_large_result_that_the_crew_has_forgotten_can_only_be_bought_anew(crew_server: CrewServerFactory):
     server = crew_server(script({"output": "x" * 20_000}))
-    run_key = key()
-    await arun_crew(server.crew(), {}, run_key=run_key)
+    idempotency_key = key()
+    await arun_crew(server.crew(), {}, idempotency_key=idempotency_key)
     server.faults.add("status:forgotten")
     with pytest.raises(CrewLostError, match=r"has completed, but .* has forgotten.*force_new=True") as caught:
-        await arun_crew(server.crew(), {}, run_key=run_key)
+        await arun_crew(server.crew(), {}, idempotency_key=idempotency_key)
     assert "--lost" not in str(caught.value)
     assert server.kickoffs == 1
     server.faults.clear()
-    assert (await arun_crew(server.crew(), {}, run_key=run_key, force_new=True)).output == "x" * 20_000
+    assert (await arun_crew(server.crew(), {}, idempotency_key=idempotency_key, force_new=True)).output == "x" * 20_000
     assert server.kickoffs == 2
 
 
 async def test_a_large_result_of_a_crew_that_is_not_stored_needs_the_crew(crew_server: CrewServerFactory):
-    server, run_key = crew_server(script({"output": "{{ 'x' * 9000 }}"})), key()
-    await arun_crew(server.crew(), run_key=run_key)
+    server, idempotency_key = crew_server(script({"output": "{{ 'x' * 9000 }}"})), key()
+    await arun_crew(server.crew(), idempotency_key=idempotency_key)
     with pytest.raises(CrewError, match=r"Give the crew \(crew=…, --crew\)"):
-        await get_result(run_key)
+        await get_result(idempotency_key)
 
 
 async def test_of_several_attempts_the_one_that_completed_counts(crew_server: CrewServerFactory):
     fails_at_2 = script({"fail": "{{ 'no' if n == '2' else '' }}", "output": "{{ n }}"}, inputs=["n"])
-    server, run_key = crew_server(fails_at_2), key()
-    await arun_crew(server.crew(), {"n": 1}, run_key=run_key)
+    server, idempotency_key = crew_server(fails_at_2), key()
+    await arun_crew(server.crew(), {"n": 1}, idempotency_key=idempotency_key)
     with pytest.raises(CrewFailedError):
-        await arun_crew(server.crew(), {"n": 2}, run_key=run_key, force_new=True)
-    assert (await get_result(run_key)).output == "1"
+        await arun_crew(server.crew(), {"n": 2}, idempotency_key=idempotency_key, force_new=True)
+    assert (await get_result(idempotency_key)).output == "1"
 
 
 async def test_a_key_without_a_result_says_where_it_stands(crew_server: CrewServerFactory):
@@ -462,18 +471,18 @@ async def test_a_key_without_a_result_says_where_it_stands(crew_server: CrewServ
         await get_result("nobody")
     failed, stopped, uncertain, running = key(), key(), key(), key()
     with pytest.raises(CrewFailedError):
-        await arun_crew(crew_server(FAILS).crew(), run_key=failed)
+        await arun_crew(crew_server(FAILS).crew(), idempotency_key=failed)
     with pytest.raises(CrewFailedError, match="the search engine is down"):
         await get_result(failed)
-    await (await crew_server(slow(60)).crew().trigger({}, run_key=stopped)).stop()
+    await (await crew_server(slow(60)).crew().trigger({}, idempotency_key=stopped)).stop()
     with pytest.raises(CrewStoppedError):
         await get_result(stopped)
     with pytest.raises(CrewError):
-        await crew_server("echo", faults=["kickoff:500"]).crew().trigger({"text": "a"}, run_key=uncertain)
+        await crew_server("echo", faults=["kickoff:500"]).crew().trigger({"text": "a"}, idempotency_key=uncertain)
     with pytest.raises(CrewError, match=r"its kickoff is uncertain\. ServerError"):
         await get_result(uncertain)
     server = crew_server(slow(60))
-    await server.crew().trigger({}, run_key=running)
+    await server.crew().trigger({}, idempotency_key=running)
     with pytest.raises(CrewError, match="has no result yet: it is running"):
         await get_result(running, crew=server.crew())
 
@@ -487,16 +496,16 @@ def proxy(prefect_server: PrefectServer) -> Iterator[Proxy]:
         yield way
 
 
-@pytest.mark.parametrize("run_key", [None, "given"])
-def test_what_the_record_costs(crew_server: CrewServerFactory, proxy: Proxy, run_key: str | None):
+@pytest.mark.parametrize("idempotency_key", [None, "given"])
+def test_what_the_record_costs(crew_server: CrewServerFactory, proxy: Proxy, idempotency_key: str | None):
     server = crew_server(slow(0.4))
     counted: list[str] = []
 
     @flow
     async def trip() -> None:
-        await arun_crew(server.crew(), run_key=run_key and key())
+        await arun_crew(server.crew(), idempotency_key=idempotency_key and key())
         before = len(proxy.requests)
-        await arun_crew(server.crew(), run_key=run_key and key())
+        await arun_crew(server.crew(), idempotency_key=idempotency_key and key())
         counted.extend(proxy.requests[before:])
 
     asyncio.run(trip())

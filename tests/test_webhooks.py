@@ -34,9 +34,9 @@ claims = st.none() | st.text(max_size=40).map(claim_of)
 
 @given(any_key, kinds, st.none() | st.integers(1, 2**24 - 1), st.booleans(), st.integers(0, 255), claims)
 def test_what_was_signed_is_read_again(
-    run_key: str, kind: WebhookKind, attempt: int | None, names: bool, number: int, claim: str | None
+    idempotency_key: str, kind: WebhookKind, attempt: int | None, names: bool, number: int, claim: str | None
 ):
-    hook = Hook(kind, run_key, LATER, attempt, names, number, claim)
+    hook = Hook(kind, idempotency_key, LATER, attempt, names, number, claim)
     token = token_of(hook, SECRET)
     assert read(hook, token) == hook
     assert len(token) < MAX_TOKEN
@@ -46,7 +46,7 @@ def test_what_was_signed_is_read_again(
 @pytest.mark.parametrize(
     "char", [pytest.param("a", id="ascii"), pytest.param("語", id="chinese"), pytest.param("\U0010fffd", id="astral")]
 )
-def test_the_longest_run_key_fits_into_a_url(char: str):
+def test_the_longest_idempotency_key_fits_into_a_url(char: str):
     hooks = hook_urls(
         "https://hooks.example.com/a/path/of/its/own", SECRET, char * 500, expires=LATER, claim=claim_of("o")
     )
@@ -54,8 +54,8 @@ def test_the_longest_run_key_fits_into_a_url(char: str):
 
 
 @given(any_key, kinds, st.data())
-def test_a_changed_token_is_not_ours(run_key: str, kind: WebhookKind, data: st.DataObject):
-    hook = Hook(kind, run_key, LATER)
+def test_a_changed_token_is_not_ours(idempotency_key: str, kind: WebhookKind, data: st.DataObject):
+    hook = Hook(kind, idempotency_key, LATER)
     token = token_of(hook, SECRET)
     at = data.draw(st.integers(0, len(token) - 1))
     char = data.draw(st.sampled_from("AZaz09-_=+/. \n").filter(lambda one: one != token[at]))
@@ -111,8 +111,8 @@ def test_where_the_api_can_send_a_bearer_token_it_has_to(kind: WebhookKind, head
 
 
 def test_bearer_tokens_are_of_one_kind_and_one_run():
-    def bearer(kind: WebhookKind, run_key: str) -> str:
-        return bearer_of(Hook(kind, run_key, LATER), SECRET)
+    def bearer(kind: WebhookKind, idempotency_key: str) -> str:
+        return bearer_of(Hook(kind, idempotency_key, LATER), SECRET)
 
     assert len({bearer("human_input", "a"), bearer("human_input", "b"), bearer("stream", "a")}) == 3
 
@@ -165,11 +165,16 @@ def test_the_base_may_have_a_path(base: str, url: str):
         pytest.param({"expires": datetime(2026, 1, 1)}, "time zone", id="naive"),  # noqa: DTZ001
         pytest.param({"expires": datetime(1960, 1, 1, tzinfo=UTC)}, "range", id="before-the-epoch"),
         pytest.param({"attempt": -1}, "range", id="negative-attempt"),
-        pytest.param({"run_key": ""}, "empty", id="no-run-key"),
+        pytest.param({"idempotency_key": ""}, "empty", id="no-run-key"),
     ],
 )
 def test_what_cannot_be_signed_is_said(changes: dict[str, object], says: str):
-    facts: dict[str, object] = {"base_url": "https://h.example", "secret": SECRET, "run_key": "key", "expires": LATER}
+    facts: dict[str, object] = {
+        "base_url": "https://h.example",
+        "secret": SECRET,
+        "idempotency_key": "key",
+        "expires": LATER,
+    }
     with pytest.raises(ConfigurationError, match=says) as caught:
         hook_urls(**facts | changes)  # pyright: ignore[reportArgumentType]
     assert SECRET not in str(caught.value)

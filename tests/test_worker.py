@@ -54,7 +54,7 @@ def test_the_crew_of_a_flow_run_that_is_gone_is_asked_to_stop_once(pool: CrewPoo
         async with CrewClient(crew.url, crew.token) as client:
             kickoff_id = await client.kickoff({"topic": "tea"})
         record = RunRecord(
-            run_key=key,
+            idempotency_key=key,
             attempt=1,
             crew="quick",
             crew_url=crew.url,
@@ -318,7 +318,7 @@ class Handed:
         """End the crew's runs; fail unless every flow run completes and each was kicked off once."""
         self.program.ended = True
         assert {self.pool.wait_for(run_id)["state_name"] for run_id in runs} == {"Completed"}
-        assert self.crew.kickoffs == len(self.crew.runs) == len(self.crew.kickoffs_by_run_key)
+        assert self.crew.kickoffs == len(self.crew.runs) == len(self.crew.kickoffs_by_key)
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """What automations listen to: events about runs, with the crew, the run, the flow run and the step as resources.
 
-    crew.decided       what a call with a run key does: payload `decision`
+    crew.decided       what a call with an idempotency key does: payload `decision`
     crew.waiting       the run waits for a person
     crew.resumed       it goes on: somebody answered
     crew.completed, crew.failed, crew.stopped, crew.lost     once each, from whoever closed the record
@@ -26,9 +26,9 @@ from prefect_crew.records.model import RunRecord
 def resources_of(record: RunRecord) -> tuple[dict[str, str], list[dict[str, str]]]:
     """Return what every event about a run has as its resource, and the crew, step and flow run related to it."""
     resource = {
-        "prefect.resource.id": f"prefect-crew.run.{record.kickoff_id or f'{record.run_key}/{record.attempt}'}",
-        "prefect.resource.name": f"{record.crew} run {record.kickoff_id or record.run_key}",
-        "prefect-crew.run-key": record.run_key,
+        "prefect.resource.id": f"prefect-crew.run.{record.kickoff_id or f'{record.idempotency_key}/{record.attempt}'}",
+        "prefect.resource.name": f"{record.crew} run {record.kickoff_id or record.idempotency_key}",
+        "prefect-crew.run-key": record.idempotency_key,
         "prefect-crew.crew": record.crew,
     }
     ids = {
@@ -57,10 +57,15 @@ def emit(event: str, record: RunRecord, *, once: bool = False, **payload: Any) -
         event=f"crew.{event}",
         resource=resource,
         related=related,
-        payload={"run_key": record.run_key, "kickoff_id": record.kickoff_id, "attempt": record.attempt, **payload},
+        payload={
+            "idempotency_key": record.idempotency_key,
+            "kickoff_id": record.kickoff_id,
+            "attempt": record.attempt,
+            **payload,
+        },
         id=_only_id(event, record) if once else None,
     )
 
 
 def _only_id(event: str, record: RunRecord) -> UUID:
-    return uuid5(NAMESPACE_URL, f"prefect-crew/{record.run_key}/{record.attempt}/{record.owner}/{event}")
+    return uuid5(NAMESPACE_URL, f"prefect-crew/{record.idempotency_key}/{record.attempt}/{record.owner}/{event}")

@@ -47,7 +47,7 @@ class RunView:
 
     crew: str
     kickoff_id: str
-    run_key: str | None
+    idempotency_key: str | None
     state: CrewState
     started_at: datetime | None = None
     ended_at: datetime | None = None
@@ -130,8 +130,8 @@ def fenced(text: str, cap: int = OUTPUT_CAP) -> str:
 
 def _facts(view: RunView) -> str:
     rows = [("Run", code(view.kickoff_id))]
-    if view.run_key:
-        rows.append(("Run key", code(view.run_key)))
+    if view.idempotency_key:
+        rows.append(("Idempotency key", code(view.idempotency_key)))
     if view.attempt and view.state is CrewState.FAILED:
         rows.append(("Attempt", view.attempt.removeprefix("attempt ")))
     if view.started_at:
@@ -199,10 +199,10 @@ def _usage(usage: TokenUsage) -> str:
 
 def _result(view: RunView, output: str) -> str:
     if view.show == "summary":
-        return f"### Result\n\n{len(output):,} characters. Read it with `prefect-crew result` and the run key."
+        return f"### Result\n\n{len(output):,} characters. Read it with `prefect-crew result` and the idempotency key."
     cut = len(output) > OUTPUT_CAP
     text = reading(output[:OUTPUT_CAP] if cut else output)
-    whole = "The whole text: `prefect-crew result` and the run key."
+    whole = "The whole text: `prefect-crew result` and the idempotency key."
     note = f"_The first {OUTPUT_CAP:,} of {len(output):,} characters. {whole}_\n\n" if cut else ""
     return f"### Result\n\n{note}{text}"
 

@@ -167,12 +167,16 @@ async def settle_by_webhooks(ledger: Ledger, crew: Crew) -> None:
             return
         for kickoff_id in ids:
             outcome = await settle_from_webhook(
-                record.run_key, kickoff_id, ledger, attempt=record.attempt, load=lambda found: _same(crew, found)
+                record.idempotency_key,
+                kickoff_id,
+                ledger,
+                attempt=record.attempt,
+                load=lambda found: _same(crew, found),
             )
             if outcome is Settlement.SETTLED:
                 run_logger().info(
                     "Row %r of batch %s is settled: its kickoff started run %s, a webhook says.",
-                    *(ledger.row_key(record.run_key), ledger.batch, kickoff_id),
+                    *(ledger.row_key(record.idempotency_key), ledger.batch, kickoff_id),
                 )
                 emit("settled", record.model_copy(update={"kickoff_id": kickoff_id}))
                 break
@@ -185,7 +189,7 @@ async def _same(crew: Crew, record: RunRecord) -> Crew | None:
 async def _told(record: RunRecord) -> list[str]:
     """Return the kickoff ids that webhooks of this very claim have named, each once."""
     about = {
-        "resource": {"labels": {"prefect-crew.run-key": [record.run_key]}},
+        "resource": {"labels": {"prefect-crew.run-key": [record.idempotency_key]}},
         "event": {"prefix": ["crew.webhook."]},
         "occurred": {"since": record.claimed_at.isoformat()},
     }

@@ -128,7 +128,7 @@ class RunTimes:
 class Ledger:
     """The ledger of one batch, as an async context manager; one event loop, any number of processes.
 
-    It implements the record protocol: a record's run key is `batch/NAME/ROW KEY`, with NAME's own
+    It implements the record protocol: a record's idempotency key is `batch/NAME/ROW KEY`, with NAME's own
     slashes escaped.
 
     Attributes:
@@ -154,13 +154,13 @@ class Ledger:
         await self.writer.close()
         await self.database.__aexit__()
 
-    def run_key(self, row_key: str) -> str:
-        """Return the run key of a row: no other of any batch has the same."""
+    def idempotency_key(self, row_key: str) -> str:
+        """Return the idempotency key of a row: no other of any batch has the same."""
         return f"batch/{escaped(self.batch)}/{row_key}"
 
-    def row_key(self, run_key: str) -> str:
-        """Return the row of a run key."""
-        return run_key.removeprefix(self.run_key(""))
+    def row_key(self, idempotency_key: str) -> str:
+        """Return the row of an idempotency key."""
+        return idempotency_key.removeprefix(self.idempotency_key(""))
 
     # The batch as a whole.
 
@@ -326,7 +326,7 @@ class Ledger:
         if record.phase is RecordPhase.CLAIMED and mine:
             raise ClaimLostError
         found = await self._rows(select(attempts.c.record).where(*self._attempt(attempts, record)))
-        what = f"row {self.row_key(record.run_key)!r} of batch {self.batch!r}"
+        what = f"row {self.row_key(record.idempotency_key)!r} of batch {self.batch!r}"
         if not found:
             raise CrewError(f"Attempt {record.attempt} at {what} is not in the ledger {self.address}.")
         standing = _record(found[0][0])
@@ -343,15 +343,16 @@ class Ledger:
         if record.kickoff_id is not None and record.phase is RecordPhase.STARTED:
             run_logger().error(
                 "Row %r of batch %s is run %s, and %sprefect-crew batch settle %s %s --kickoff-id %s",
-                *(self.row_key(record.run_key), self.batch, record.kickoff_id, why),
-                *map(shlex.quote, (self.batch, self.row_key(record.run_key), record.kickoff_id)),
+                *(self.row_key(record.idempotency_key), self.batch, record.kickoff_id, why),
+                *map(shlex.quote, (self.batch, self.row_key(record.idempotency_key), record.kickoff_id)),
             )
 
-    async def attempts(self, run_key: str) -> Sequence[RunRecord]:
-        """Return all attempts at a row, the first one first; none for a run key that is of no row of this batch."""
-        if not run_key.startswith(self.run_key("")):
+    async def attempts(self, idempotency_key: str) -> Sequence[RunRecord]:
+        """Return all attempts at a row, the first one first; none for an idempotency key that is of no row of this
+        batch."""
+        if not idempotency_key.startswith(self.idempotency_key("")):
             return []
-        key = self.row_key(run_key)
+        key = self.row_key(idempotency_key)
         return (await self.attempts_of([key])).get(key, [])
 
     async def of_kickoff(self, kickoff_id: str) -> RunRecord | None:
@@ -361,10 +362,10 @@ class Ledger:
         return None if found is None else _record(found)
 
     async def holders(self, kickoff_id: str) -> Sequence[tuple[str, int]]:
-        """Return the run keys and attempts that hold a kickoff id, of whichever batch."""
+        """Return the idempotency keys and attempts that hold a kickoff id, of whichever batch."""
         query = select(attempts.c.record).where(attempts.c.kickoff == _digest(kickoff_id))
         held = [_record(text) for (text,) in await self._rows(query)]
-        return [(record.run_key, record.attempt) for record in held]
+        return [(record.idempotency_key, record.attempt) for record in held]
 
     async def owner_ended(self, record: RunRecord) -> bool:
         """Return whether whoever claimed the record is surely gone; else its age alone tells."""
@@ -390,7 +391,7 @@ class Ledger:
         """Write down an answer that is about to be sent; False if somebody else's of this number stands there."""
         values = {
             "batch": self.batch,
-            "row_key": self.row_key(record.run_key),
+            "row_key": self.row_key(record.idempotency_key),
             "attempt": record.attempt,
             "number": number,
             "review": review.model_dump_json(),
@@ -414,7 +415,7 @@ class Ledger:
         await self._write(self.database.run(lambda connection: connection.execute(statement).close()))
 
     def _attempt(self, table: Table, record: RunRecord) -> tuple[ColumnElement[bool], ...]:
-        row = table.c.row_key == self.row_key(record.run_key)
+        row = table.c.row_key == self.row_key(record.idempotency_key)
         return table.c.batch == self.batch, row, table.c.attempt == record.attempt
 
     # Many rows at once.
@@ -544,7 +545,7 @@ class Ledger:
             usage = record.result.usage.model_dump_json(exclude_none=True)
         return {
             "batch": self.batch,
-            "row_key": self.row_key(record.run_key),
+            "row_key": self.row_key(record.idempotency_key),
             "attempt": record.attempt,
             "phase": str(record.phase),
             "state": standing_word(record),

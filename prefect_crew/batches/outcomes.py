@@ -15,9 +15,9 @@ from prefect_crew.exceptions import (
     CrewError,
     CrewLostError,
     CrewTimeoutError,
+    IdempotencyConflictError,
     KickoffUncertainError,
     OutputTypeError,
-    RunKeyConflictError,
 )
 from prefect_crew.records.model import RecordPhase, RunRecord
 from prefect_crew.runs.run import OpenRun, typed
@@ -157,7 +157,7 @@ def broken(job: RowJob, record: RunRecord | None, error: CrewError, *, batch: st
     state, reason = NOT_STARTED, str(error)
     if isinstance(error, KickoffUncertainError):
         state, reason = UNCERTAIN, _uncertain(job, error.reason, batch)
-    elif isinstance(error, RunKeyConflictError):
+    elif isinstance(error, IdempotencyConflictError):
         reason = (
             f"Not started: {error.difference}. What it brought then stays on record. Give the row another key, or the "
             "batch another name."

@@ -85,7 +85,7 @@ class RowWaiter:
             human_since=None if record.human_since is None else record.human_since.timestamp(),
         )
         woken: AbstractAsyncContextManager[Waker | None]
-        woken = waker_for(record.run_key) if record.hooked else nullcontext()
+        woken = waker_for(record.idempotency_key) if record.hooked else nullcontext()
         run = OpenRun(
             self.session.crew.hiding(job.hidden), kickoff_id, record, job.inputs, owned=True, webhooks=self.webhooks
         )
@@ -175,7 +175,7 @@ class RowWaiter:
             self._asked_at = now
             run_logger().warning(
                 "Row %r of batch %s waits for a person: task %s of run %s. prefect-crew reviews lists all that do.",
-                *(self.ledger.row_key(record.run_key), self.ledger.batch, record.human_task, record.kickoff_id),
+                *(self.ledger.row_key(record.idempotency_key), self.ledger.batch, record.human_task, record.kickoff_id),
             )
         if not self._asks:
             try:

@@ -25,7 +25,7 @@ from prefect_crew.batches.throttle import KICKOFFS_AT_ONCE
 from prefect_crew.blocks import DeployedCrew, load_crew
 from prefect_crew.crew import Crew, WaitPolicy
 from prefect_crew.exceptions import ConfigurationError
-from prefect_crew.records.keys import render_run_key, scheduled_start
+from prefect_crew.records.keys import render_key, scheduled_start
 
 if TYPE_CHECKING:
     from prefect_crew.client.webhooks import Webhooks
@@ -129,7 +129,7 @@ async def arun_batch(
         wait: How to wait, in place of the crew's policy. Left out, a first look is also put off until runs are known to
             end.
         output_type: A pydantic model for `data`; a result that does not fit makes a failed row with its reason.
-        meta: Any JSON object for the crew's webhooks; run key and batch are added to it.
+        meta: Any JSON object for the crew's webhooks; idempotency key and batch are added to it.
         webhooks: Targets of your own for the crew's webhooks.
         format, encoding: Those of a file whose name does not tell.
         chunk_size: Rows a Prefect task.
@@ -286,11 +286,11 @@ async def batch_job(
         DatasetError: The data set is none.
     """
     moment = await scheduled_start()
-    full, where = render_run_key(name, moment), render_run_key(str(output), moment)
+    full, where = render_key(name, moment), render_key(str(output), moment)
     if not full.strip() or len(full) > MAX_NAME or not full.isprintable():
         raise ConfigurationError(f"A batch needs a printable name of 1 to {MAX_NAME} characters, not {full[:60]!r}.")
     if isinstance(dataset, str) and "{{" in dataset:
-        dataset = render_run_key(dataset, moment)
+        dataset = render_key(dataset, moment)
     rows = dataset if isinstance(dataset, Dataset) else open_dataset(dataset, format=format, encoding=encoding)
     place = await ledger_place(ledger, where)
     chosen = await load_crew(crew)

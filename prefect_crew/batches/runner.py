@@ -43,9 +43,9 @@ from prefect_crew.exceptions import (
     AuthenticationError,
     ConfigurationError,
     CrewError,
+    IdempotencyConflictError,
     KickoffUncertainError,
     LedgerError,
-    RunKeyConflictError,
 )
 from prefect_crew.records.keys import RunIdentity
 from prefect_crew.records.model import Caller, RecordPhase, RunRecord, latest_purchase
@@ -250,7 +250,7 @@ class Engine:
         """Wait until whoever has claimed a row must know its fate, without holding up any other row."""
         while claimed.open_for and claimed.phase is RecordPhase.CLAIMED and self.stopped is None:
             await asyncio.sleep(1.0)
-            work.attempts = await self.ledger.attempts(claimed.run_key)
+            work.attempts = await self.ledger.attempts(claimed.idempotency_key)
             claimed = latest_purchase(work.attempts) or claimed
         if claimed.phase is RecordPhase.UNCERTAIN or (claimed.phase is RecordPhase.CLAIMED and self.stopped is None):
             # Not a failure of the crew at this moment, which is what the breaker counts.
@@ -338,7 +338,7 @@ class Engine:
         return Purchase(
             crew=self.session.crew.hiding(job.hidden),
             identity=RunIdentity(
-                run_key=self.ledger.run_key(job.key),
+                idempotency_key=self.ledger.idempotency_key(job.key),
                 place=place or self.ledger.batch,
                 caller=Caller(owner=str(uuid4()), flow_run_id=flow_run_id, flow_run_count=flow_run_count),
             ),
@@ -376,7 +376,7 @@ class Engine:
             if reason := self._pace.refused(error):
                 self.stop(reason)
             return None
-        attempts = await self.ledger.attempts(self.ledger.run_key(job.key))
+        attempts = await self.ledger.attempts(self.ledger.idempotency_key(job.key))
         end = None
         if first or not isinstance(error, AuthenticationError):
             end = await self._broken(job, attempts[-1] if attempts else None, error)
@@ -450,8 +450,10 @@ class Engine:
             self.stop(reason)
 
 
-def _other_inputs(job: RowJob) -> RunKeyConflictError:
-    return RunKeyConflictError(run_key=job.key, difference="the row of this key was run with other inputs before")
+def _other_inputs(job: RowJob) -> IdempotencyConflictError:
+    return IdempotencyConflictError(
+        idempotency_key=job.key, difference="the row of this key was run with other inputs before"
+    )
 
 
 def engine_of(

@@ -94,7 +94,7 @@ def _report(error: BaseException, *, as_json: bool) -> int:
     _output.note(said, "bold" if _errors.signalled(error) else "red")
     facts = {
         name: getattr(error, name, None) or getattr(run, name, None)
-        for name in ("run_key", "kickoff_id", "task", "flow_run_id")
+        for name in ("idempotency_key", "kickoff_id", "task", "flow_run_id")
     }
     page = _page_of(facts["flow_run_id"])
     if (task := facts["task"]) is not None and isinstance(error, CrewError):

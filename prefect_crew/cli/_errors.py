@@ -26,6 +26,7 @@ from prefect_crew.exceptions import (
     CrewStoppedError,
     CrewTimeoutError,
     DatasetError,
+    IdempotencyConflictError,
     InvalidCallError,
     InvalidInputsError,
     KickoffUncertainError,
@@ -39,7 +40,6 @@ from prefect_crew.exceptions import (
     RateLimitedError,
     ResponseFormatError,
     ReviewLimitError,
-    RunKeyConflictError,
     ServerError,
 )
 
@@ -68,7 +68,7 @@ EXITS = (
     Exit(12, "the crew's server does not know the run any more", (CrewLostError,)),
     Exit(13, "a time budget is over; the crew may run on", (CrewTimeoutError,)),
     Exit(14, "nobody knows whether the kickoff started a run", (KickoffUncertainError,)),
-    Exit(15, "the run key belongs to another crew or other inputs", (RunKeyConflictError,)),
+    Exit(15, "the idempotency key belongs to another crew or other inputs", (IdempotencyConflictError,)),
     Exit(16, "inputs are missing, unknown or were refused", (InvalidInputsError,)),
     Exit(17, "the token was refused (401, 403)", (AuthenticationError,)),
     Exit(18, "no such crew or run (404)", (NotFoundError,)),
@@ -199,9 +199,9 @@ def paragraph(error: BaseException, run: RunBoard | None = None) -> str:
 
 def _on_record(run: RunBoard) -> str:
     """Return which run an unexpected error is about, and how its result is had all the same."""
-    if run.run_key is None:
+    if run.idempotency_key is None:
         return f"Run {run.kickoff_id} was started."
-    return f"Run {run.kickoff_id} was started and is on record: prefect-crew result {shlex.quote(run.run_key)}."
+    return f"Run {run.kickoff_id} was started and is on record: prefect-crew result {shlex.quote(run.idempotency_key)}."
 
 
 def reason(error: BaseException) -> str:

@@ -39,7 +39,7 @@ class RunBoard:
     since: float
     """When it was kicked off or found, on the monotonic clock."""
     bought: bool = True
-    run_key: str | None = None
+    idempotency_key: str | None = None
     flow_run_id: str | None = None
     state: CrewState = CrewState.PENDING
     done: int = 0
@@ -60,7 +60,7 @@ class RunBoard:
             kickoff_id=run.kickoff_id,
             since=time.monotonic(),
             bought=run.owned,
-            run_key=run.run_key,
+            idempotency_key=run.idempotency_key,
             flow_run_id=own or (None if record is None else record.flow_run_id),
         )
 

@@ -468,7 +468,9 @@ def _why(record: RunRecord) -> str:
 
 
 def _as_json(key: str, record: RunRecord) -> dict[str, Any]:
-    about = record.model_dump(mode="json", include={"run_key", "kickoff_id", "attempt", "kicked_off_at", "ended_at"})
+    about = record.model_dump(
+        mode="json", include={"idempotency_key", "kickoff_id", "attempt", "kicked_off_at", "ended_at"}
+    )
     return {"key": key, "state": _state(record), "error": _why(record) or None, **about}
 
 
@@ -506,9 +508,9 @@ async def _settle(
         if not await lock.take():
             raise BatchBusyError(name=name)
         batch.ledger.sole = lock.proves
-        if not await batch.ledger.attempts(batch.ledger.run_key(row)):
+        if not await batch.ledger.attempts(batch.ledger.idempotency_key(row)):
             raise ConfigurationError(f"Batch {name!r} has bought nothing for a row {row!r}.")
-        record = await unsettled(batch.ledger.run_key(row), batch.ledger)
+        record = await unsettled(batch.ledger.idempotency_key(row), batch.ledger)
         again = f"{_output.command('prefect-crew batch resume')} {shlex.quote(name)}"
         if kickoff_id is None:
             await settle_never_started(record, batch.ledger)
@@ -517,7 +519,8 @@ async def _settle(
         holder = await PrefectRecords().of_kickoff(kickoff_id)
         if holder is not None:
             raise ConfigurationError(
-                f"Run {kickoff_id} belongs to the run key {holder.run_key!r} (attempt {holder.attempt}): it cannot be "
+                f"Run {kickoff_id} belongs to the idempotency key {holder.idempotency_key!r} (attempt "
+                f"{holder.attempt}): it cannot be "
                 f"that of row {row!r} too. Nothing was changed. Look for another run on the crew's page, or say "
                 "--never-started if there is none."
             )

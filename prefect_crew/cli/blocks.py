@@ -37,7 +37,9 @@ def save(
     human_timeout: Annotated[float | None, Parameter(help="Seconds that people may take to answer.")] = None,
     inputs_as_json: Annotated[bool, flag("Send JSON values instead of text.")] = False,
     allow_extra: Annotated[bool, flag("Send inputs that the crew does not name, too.")] = False,
-    max_kickoffs: Annotated[int | None, Parameter(help="How many runs may be bought under one run key.")] = None,
+    max_kickoffs: Annotated[
+        int | None, Parameter(help="How many runs may be bought under one idempotency key.")
+    ] = None,
     concurrency_limit: Annotated[str | None, Parameter(help="The Prefect concurrency limit of its runs.")] = None,
     show: Annotated[
         Literal["full", "summary", "none"] | None, Parameter(help="How much artifacts show of inputs and outputs.")

@@ -109,15 +109,15 @@ def deploy(
     cron: Annotated[str | None, Parameter(help="A cron schedule. Each required input then needs a default.")] = None,
     interval: Annotated[float | None, Parameter(help="A schedule, each so many seconds.")] = None,
     timezone: Annotated[str | None, Parameter(help="The schedule's time zone, such as Europe/Lisbon.")] = None,
-    run_key: Annotated[
+    idempotency_key: Annotated[
         str | None,
-        Parameter(help="The run key of each run, such as 'daily-{{ scheduled_start:%Y-%m-%d }}'."),
+        Parameter(help="The idempotency key of each run, such as 'daily-{{ scheduled_start:%Y-%m-%d }}'."),
     ] = None,
     concurrency_limit: Annotated[int | None, Parameter(help="How many of its runs may go on at once.")] = None,
     tag: Annotated[list[str] | None, Parameter(help="A tag; may be given again.", negative=())] = None,
 ) -> None:
     """Make a Prefect deployment of a crew or a pipeline whose form asks for its inputs, or of a flow."""
-    _check(crew, pipeline, flow, run_key)
+    _check(crew, pipeline, flow, idempotency_key)
     if serve and pool:
         raise UsageError("Say either --serve or --pool: a served deployment has no pool.")
     if timezone and cron is None and interval is None:
@@ -131,7 +131,7 @@ def deploy(
     plan = Plan(
         name=name or "",
         inputs=given,
-        run_key=run_key,
+        idempotency_key=idempotency_key,
         work_pool=None if serve else pool or _default_pool(),
         cron=cron,
         interval=interval,
@@ -155,7 +155,7 @@ def deploy(
         _output.put(f"Its workers have to allow the module: PREFECT_INTEGRATIONS_CREW_WORKER_MODULES={module}")
 
 
-def _check(crew: str | None, pipeline: str | None, flow: str | None, run_key: str | None) -> None:
+def _check(crew: str | None, pipeline: str | None, flow: str | None, idempotency_key: str | None) -> None:
     if len([one for one in (crew, pipeline, flow) if one is not None]) != 1:
         raise UsageError("Say what to deploy: CREW, --pipeline FILE or --flow PATH, one of them.")
     if crew is not None and is_url(crew):
@@ -163,8 +163,8 @@ def _check(crew: str | None, pipeline: str | None, flow: str | None, run_key: st
             "A deployment needs a stored crew, whose token its runs can load: prefect-crew save NAME --url "
             f"{shlex.quote(crew)}, then prefect-crew deploy NAME."
         )
-    if flow is not None and run_key is not None:
-        raise UsageError("--run-key is for crews and pipelines. Give a flow its own parameter with -i.")
+    if flow is not None and idempotency_key is not None:
+        raise UsageError("--key is for crews and pipelines. Give a flow its own parameter with -i.")
 
 
 def _read(file: str) -> str:

@@ -308,7 +308,7 @@ async def _record_store() -> Finding:
     store, now = PrefectRecords(), utcnow()
     # Not started: were this program killed right here, what is left would bind nobody, and be pruned.
     record = RunRecord(
-        run_key=f"prefect-crew doctor {uuid4()}",
+        idempotency_key=f"prefect-crew doctor {uuid4()}",
         attempt=1,
         phase=RecordPhase.NOT_STARTED,
         crew="doctor",
@@ -321,7 +321,7 @@ async def _record_store() -> Finding:
     try:
         claimed = await store.claim(record)
         second = await store.claim(record.model_copy(update={"owner": str(uuid4())}))
-        read = await store.attempts(record.run_key)
+        read = await store.attempts(record.idempotency_key)
         await store.delete(record)
     except (httpx.HTTPError, PrefectException) as error:
         return Finding(

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 EXCERPT = 300
 """Characters of an output that the list shows."""
-ID = Parameter(name="ID", help="The run: its kickoff id, or the beginning of it, or its run key.")
+ID = Parameter(name="ID", help="The run: its kickoff id, or the beginning of it, or its idempotency key.")
 CREW = Parameter(help="The crew, where its block is not stored under the name on record: a block or a URL.")
 BY = Parameter(help="Who answers, for the record. Left out, this machine's user.")
 TASK = Parameter(help="The task, where the status does not name it.")
@@ -209,7 +209,9 @@ def _answer(
         )
     )
     if json:
-        _output.put_json({"run_key": record.run_key, "kickoff_id": record.kickoff_id, **sent.model_dump(mode="json")})
+        _output.put_json(
+            {"idempotency_key": record.idempotency_key, "kickoff_id": record.kickoff_id, **sent.model_dump(mode="json")}
+        )
     else:
         _output.put(f"Run {record.kickoff_id}: {_told(sent)}")
 
@@ -260,7 +262,7 @@ def _about(line: AskedRun) -> list[str]:
         facts.append(page)
     asked = "" if line.seen else " (as was noted; its server was not asked)"
     return [
-        f"{record.run_key}: task {line.task_id or 'not named'}, round {line.round}{asked}",
+        f"{record.idempotency_key}: task {line.task_id or 'not named'}, round {line.round}{asked}",
         "  " + " · ".join(facts),
     ]
 
@@ -290,7 +292,7 @@ def _as_json(line: AskedRun, *, excerpt: bool) -> dict[str, Any]:
         output = output[:EXCERPT]
     return {
         "crew": record.crew,
-        "run_key": record.run_key,
+        "idempotency_key": record.idempotency_key,
         "kickoff_id": record.kickoff_id,
         "task_id": line.task_id,
         "round": line.round,

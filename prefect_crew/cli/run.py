@@ -226,7 +226,7 @@ def run(
     inputs: Annotated[
         str | None, Parameter(name="--inputs", help="A file of inputs, JSON or YAML; - reads standard input.")
     ] = None,
-    run_key: Annotated[
+    idempotency_key: Annotated[
         str | None, Parameter(help="The identity of one purchase: a second run with it finds the first one again.")
     ] = None,
     name: Annotated[str | None, Parameter(help="The step's name, in task names and in a key that is left out.")] = None,
@@ -248,7 +248,7 @@ def run(
         reach_prefect(shown)
         options: dict[str, Any] = {
             "name": name,
-            "run_key": run_key,
+            "idempotency_key": idempotency_key,
             "force_new": force_new,
             "restore_from": restore_from,
         }
@@ -313,7 +313,7 @@ def put_result(answer: CrewResult, shown: Progress, *, as_json: bool) -> None:
     board = shown.board
     page = flow_run_url(board.flow_run_id) if board else None
     if as_json:
-        about: dict[str, Any] = {} if board is None else {"crew": board.label, "run_key": board.run_key}
+        about: dict[str, Any] = {} if board is None else {"crew": board.label, "idempotency_key": board.idempotency_key}
         if board is not None and board.flow_run_id:
             about |= {"flow_run_id": board.flow_run_id, "flow_run_url": page}
         _output.put_json({**about, **_body(answer)})
@@ -332,7 +332,7 @@ def put_result(answer: CrewResult, shown: Progress, *, as_json: bool) -> None:
     if on_terminal:
         _output.note("")
     _output.note(" · ".join(figure for figure in figures if figure), "dim")
-    for line in (f"Run key {board.run_key}" if board and board.run_key else None, page):
+    for line in (f"Idempotency key {board.idempotency_key}" if board and board.idempotency_key else None, page):
         if line:
             _output.note(line, "dim")
 
@@ -342,7 +342,7 @@ def _body(answer: CrewResult) -> dict[str, Any]:
 
 
 def result(
-    run_key: Annotated[str, Parameter(name="RUN_KEY", help="The run's key: the artifact and `runs` show it.")],
+    idempotency_key: Annotated[str, Parameter(name="KEY", help="The run's key: the artifact and `runs` show it.")],
     /,
     *,
     crew: Annotated[
@@ -357,16 +357,16 @@ def result(
         check_writable(output_file)
     with progress(quiet=True) as shown:
         reach_prefect(shown)
-    answer = asyncio.run(_result(run_key, crew, access))
+    answer = asyncio.run(_result(idempotency_key, crew, access))
     if json:
-        _output.put_json({"run_key": run_key, **_body(answer)})
+        _output.put_json({"idempotency_key": idempotency_key, **_body(answer)})
     elif output_file is not None:
         _write(answer, output_file)
     else:
         _output.put_markdown(answer.output)
 
 
-async def _result(run_key: str, crew: str | None, access: CrewAccess) -> CrewResult:
+async def _result(idempotency_key: str, crew: str | None, access: CrewAccess) -> CrewResult:
     from prefect_crew.flows import get_result
 
-    return await get_result(run_key, crew=None if crew is None else await access.load(crew))
+    return await get_result(idempotency_key, crew=None if crew is None else await access.load(crew))

@@ -70,7 +70,7 @@ class Lookout(Protocol):
         """Return the flow runs other than `flow_run_id` that wait for the run and have not ended."""
         ...
 
-    async def attempts(self, run_key: str) -> Sequence[RunRecord]:
+    async def attempts(self, idempotency_key: str) -> Sequence[RunRecord]:
         """Return all attempts at a key, the first one first."""
         ...
 
@@ -79,7 +79,7 @@ async def look_at(record: RunRecord, store: Lookout, now: datetime) -> RunLine:
     """Return the line of a record, asking after its flow runs only where that matters."""
     owner_ended = record.phase is RecordPhase.CLAIMED and await store.owner_ended(record)
     attended = record.phase is not RecordPhase.STARTED or bool(await store.other_waiters(record, None))
-    passed = not attended and latest_purchase(await store.attempts(record.run_key)) != record
+    passed = not attended and latest_purchase(await store.attempts(record.idempotency_key)) != record
     return classify(record, now, owner_ended=owner_ended, attended=attended, passed=passed)
 
 
@@ -127,7 +127,8 @@ def _todo(record: RunRecord, standing: Standing, passed: bool) -> str:
     crew, kickoff_id = shlex.quote(crew_argument(record)), shlex.quote(record.kickoff_id or "ID")
     if standing is Standing.UNCERTAIN:
         return (
-            f"Look at the crew's page, then: prefect-crew runs settle {shlex.quote(record.run_key)} --kickoff-id ID, "
+            f"Look at the crew's page, then: prefect-crew runs settle {shlex.quote(record.idempotency_key)} "
+            f"--kickoff-id ID, "
             "or --never-started."
         )
     if standing is Standing.ORPHANED:
@@ -135,7 +136,8 @@ def _todo(record: RunRecord, standing: Standing, passed: bool) -> str:
         goes_on = "Its key leads to a later attempt; look" if passed else "Run again with its key to go on, or look"
         return (
             f"Nobody waits for it.{person} {goes_on}: prefect-crew status {crew} {kickoff_id}. "
-            f"If the crew's server has forgotten it: prefect-crew runs settle {shlex.quote(record.run_key)} --lost."
+            f"If the crew's server has forgotten it: prefect-crew runs settle {shlex.quote(record.idempotency_key)} "
+            f"--lost."
         )
     if standing is Standing.WAITING:
         of_url = f" --crew {crew}" if crew_argument(record) == record.crew_url else ""
@@ -145,7 +147,7 @@ def _todo(record: RunRecord, standing: Standing, passed: bool) -> str:
     return ""
 
 
-KEY = Parameter(name="KEY", help="The run key, whole, as `runs` shows it.")
+KEY = Parameter(name="KEY", help="The idempotency key, whole, as `runs` shows it.")
 
 app = App(
     name="runs", help="Runs in flight, uncertain, waiting for a person or orphaned, from the records.", help_epilogue=""
@@ -222,7 +224,7 @@ def _about(line: RunLine) -> list[str]:
     record = line.record
     state = f" {record.state}" if record.state and str(line.standing) == "ended" else ""
     attempt = f", attempt {record.attempt}" if record.attempt > 1 else ""
-    head = f"{str(line.standing).upper()}{state}  {record.run_key}"
+    head = f"{str(line.standing).upper()}{state}  {record.idempotency_key}"
     facts = [
         f"crew {record.crew}{attempt}",
         f"run {record.kickoff_id}" if record.kickoff_id else "no kickoff id",
@@ -249,7 +251,7 @@ def _as_json(line: RunLine) -> dict[str, Any]:
 
 @app.command
 def show(key: Annotated[str, KEY], /, *, json: Annotated[bool, JSON] = False) -> None:
-    """Show every attempt at one run key. A kickoff id finds its run, too."""
+    """Show every attempt at one idempotency key. A kickoff id finds its run, too."""
     lines = asyncio.run(_attempts(key, _records()))
     if json:
         _output.put_json([_as_json(line) for line in lines])
@@ -260,7 +262,7 @@ def show(key: Annotated[str, KEY], /, *, json: Annotated[bool, JSON] = False) ->
         _output.put(f"  inputs digest {line.record.inputs_digest} · {line.record.crew_url}")
     latest = lines[-1].record
     if latest.result is not None or str(latest.state) == "completed":
-        _output.put(f"Its result: {_output.command('prefect-crew result')} {shlex.quote(latest.run_key)}")
+        _output.put(f"Its result: {_output.command('prefect-crew result')} {shlex.quote(latest.idempotency_key)}")
 
 
 async def _attempts(key: str, records: PrefectRecords) -> list[RunLine]:
@@ -269,7 +271,7 @@ async def _attempts(key: str, records: PrefectRecords) -> list[RunLine]:
     attempts = await records.attempts(key)
     if not attempts:
         holder = await records.of_kickoff(key)
-        attempts = () if holder is None else await records.attempts(holder.run_key)
+        attempts = () if holder is None else await records.attempts(holder.idempotency_key)
     if not attempts:
         raise CrewError(f"No run has the key {key!r}. prefect-crew runs --all lists those on record.")
     return [await look_at(record, records, utcnow()) for record in attempts]
@@ -352,7 +354,7 @@ async def crew_of(record: RunRecord, crew: str | None, access: CrewAccess) -> Cr
         return found
     if crew is None:
         return None
-    raise ConfigurationError(f"Run {record.run_key!r} is of the crew at {record.crew_url}, not of {found.url}.")
+    raise ConfigurationError(f"Run {record.idempotency_key!r} is of the crew at {record.crew_url}, not of {found.url}.")
 
 
 @app.command

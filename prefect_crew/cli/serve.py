@@ -183,8 +183,8 @@ def _say_where_next(shown: Progress, prefect: Prefect) -> None:
     else:
         there = f"http://127.0.0.1:4200/runs/flow-run/{flow_run}" if flow_run else "http://127.0.0.1:4200"
         ways.append(("This run in Prefect, and its page of results", [run("prefect server start"), there]))
-    if board and board.run_key:
-        ways.append(("Its result again", [run(f"prefect-crew result {shlex.quote(board.run_key)}")]))
+    if board and board.idempotency_key:
+        ways.append(("Its result again", [run(f"prefect-crew result {shlex.quote(board.idempotency_key)}")]))
     ways += [
         ("This crew served, to be run by you", [run("prefect-crew serve travel")]),
         (

@@ -29,7 +29,7 @@ from prefect_crew.devserver.webhooks import CALLBACKS, Generation, ReviewWebhook
 def inspect_route(runtime: Runtime) -> Route:
     """Return the route of the page.
 
-    Its body: `requests` by place, `answers` by "PLACE STATUS", `unauthorized`, `kickoffs`, `kickoffs_by_run_key`,
+    Its body: `requests` by place, `answers` by "PLACE STATUS", `unauthorized`, `kickoffs`, `kickoffs_by_key`,
     `faults` that came ("FAULT" and its occurrence), `webhooks` by "KIND STATUS", and `runs` (id, state, meta, inputs,
     restore_from).
     """
@@ -42,7 +42,7 @@ def inspect_route(runtime: Runtime) -> Route:
                 "answers": {f"{place} {status}": count for (place, status), count in counters.answers.items()},
                 "unauthorized": counters.unauthorized,
                 "kickoffs": counters.kickoffs,
-                "kickoffs_by_run_key": dict(counters.kickoffs_by_run_key),
+                "kickoffs_by_key": dict(counters.kickoffs_by_key),
                 "faults": [{"fault": str(it.fault), "occurrence": it.occurrence} for it in runtime.faults.fired],
                 "webhooks": {f"{kind} {status}": count for (kind, status), count in runtime.sender.sent.items()},
                 "runs": [

@@ -235,9 +235,9 @@ class LocalServer(ABC):
         return self.counters.kickoffs
 
     @property
-    def kickoffs_by_run_key(self) -> Counter[str]:
-        """The same for each `run_key` in the kickoffs' meta."""
-        return self.counters.kickoffs_by_run_key
+    def kickoffs_by_key(self) -> Counter[str]:
+        """The same for each `idempotency_key` in the kickoffs' meta."""
+        return self.counters.kickoffs_by_key
 
     @property
     def requests(self) -> Counter[str]:

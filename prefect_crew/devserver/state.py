@@ -195,7 +195,7 @@ def _uuid() -> str:
 CRASH_EXIT_CODE = 86
 """What the process of `serve` exits with when the fault `crash` ends it."""
 
-RUN_KEY = "run_key"
+KEY = "idempotency_key"
 """The key of `meta` under which kickoffs are counted by run."""
 
 
@@ -221,10 +221,10 @@ class Counters:
         return len(self.accepted)
 
     @property
-    def kickoffs_by_run_key(self) -> Counter[str]:
-        """Kickoffs that started a run, by the run key in their meta."""
+    def kickoffs_by_key(self) -> Counter[str]:
+        """Kickoffs that started a run, by the idempotency key in their meta."""
         maps = [cast("dict[str, Any]", meta) for meta in list(self.accepted.values()) if isinstance(meta, dict)]
-        return Counter(str(meta[RUN_KEY]) for meta in maps if RUN_KEY in meta)
+        return Counter(str(meta[KEY]) for meta in maps if KEY in meta)
 
 
 def die() -> None:

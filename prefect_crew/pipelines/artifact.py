@@ -123,7 +123,9 @@ class StepView:
     error: str | None = None
 
 
-def render_pipeline(name: str, run_key: str, graph: PipelineGraph, views: Mapping[str, StepView], now: float) -> str:
+def render_pipeline(
+    name: str, idempotency_key: str, graph: PipelineGraph, views: Mapping[str, StepView], now: float
+) -> str:
     """Return the Markdown of a pipeline."""
     order = [step for layer in graph.layers() for step in layer]
     begun = [view for view in views.values() if view.started is not None]
@@ -133,7 +135,7 @@ def render_pipeline(name: str, run_key: str, graph: PipelineGraph, views: Mappin
     done, failed = states.count("completed"), states.count("failed")
     head = f"## {prose(name)}: {done} of {len(order)} steps completed" + (f", {failed} failed" if failed else "")
     why = "".join(_failure(step, views[step]) for step in order if views[step].error is not None)
-    facts = table(("", ""), [("Run key", code(run_key)), ("Time", duration(end - start))])
+    facts = table(("", ""), [("Idempotency key", code(idempotency_key)), ("Time", duration(end - start))])
     rows = [_row(step, views[step], start, max(end - start, 1e-9), now) for step in order]
     steps = table(("Step", "State", "Time", "Timeline", "Crew", "Run"), rows)
     labels = {step: f"{_MARKS[views[step].state][0]} {' '.join(step.split())}" for step in order}
@@ -179,14 +181,16 @@ class PipelineArtifact:
     It never fails the pipeline; trouble is logged once.
     """
 
-    def __init__(self, name: str, run_key: str, graph: PipelineGraph) -> None:
+    def __init__(self, name: str, idempotency_key: str, graph: PipelineGraph) -> None:
         self._name = name
-        self._run_key = run_key
+        self._idempotency_key = idempotency_key
         self._graph = graph
         self._views = {step.name: StepView(_label(step.crew)) for step in graph.steps}
         self._runs: dict[str, OpenRun] = {}
         self._artifact = MarkdownArtifact(
-            artifact_key(name, prefix="pipeline"), f"Pipeline {name}, run key {run_key}", flow_run_id=flow_run_id()
+            artifact_key(name, prefix="pipeline"),
+            f"Pipeline {name}, idempotency key {idempotency_key}",
+            flow_run_id=flow_run_id(),
         )
         self._changed = asyncio.Event()
         self._over = asyncio.Event()
@@ -246,7 +250,7 @@ class PipelineArtifact:
     async def _put(self) -> None:
         for step, run in self._runs.items():
             self._views[step].artifact_id = None if run.artifact is None else run.artifact.known_id
-        data = render_pipeline(self._name, self._run_key, self._graph, self._views, time.time())
+        data = render_pipeline(self._name, self._idempotency_key, self._graph, self._views, time.time())
         trouble = await self._artifact.put(data)
         if trouble and not self._troubled:
             self._troubled = True

@@ -147,25 +147,30 @@ class PipelineCrews:
             return fresh, inputs
         return None
 
-    async def refuse_problems(self, run_key: str | None = None) -> None:
+    async def refuse_problems(self, idempotency_key: str | None = None) -> None:
         """Raise one ConfigurationError with all that is wrong, before anything is started.
 
-        With a run key, a crew that is silent is none, if something was bought under the key before.
+        With an idempotency key, a crew that is silent is none, if something was bought under the key before.
         """
         problems = [*self.graph.problems, *self.silent]
-        if run_key is not None and self.silent and not self.graph.problems and await self._goes_on(run_key):
+        if (
+            idempotency_key is not None
+            and self.silent
+            and not self.graph.problems
+            and await self._goes_on(idempotency_key)
+        ):
             return
-        if problems and (run_key is not None or self.graph.problems):
+        if problems and (idempotency_key is not None or self.graph.problems):
             more = [f"and {len(problems) - TOLD} more, which plan_pipeline tells"] if len(problems) > TOLD else []
             listed = "; ".join([*problems[:TOLD], *more])
             raise ConfigurationError(f"The pipeline cannot run, nothing was started: {listed}.")
 
-    async def _goes_on(self, run_key: str) -> bool:
+    async def _goes_on(self, idempotency_key: str) -> bool:
         if any(step.inputs is None and step.name not in self.expected for step in self.graph.steps):
             return False  # which of the pipeline's inputs it took is not known
         records = PrefectRecords()
         for step in self.graph.steps:
-            if await records.attempts(step_key(run_key, step)):
+            if await records.attempts(step_key(idempotency_key, step)):
                 return True
         return False
 
@@ -194,9 +199,9 @@ class PipelineCrews:
         return {key: MASK if key in secret else self.redact(value) for key, value in known.items()}
 
 
-def step_key(run_key: str, step: CrewStep) -> str:
-    """Return the run key of a step: its pipeline's, a slash and its name."""
-    return f"{run_key}/{step.name}"
+def step_key(idempotency_key: str, step: CrewStep) -> str:
+    """Return the idempotency key of a step: its pipeline's, a slash and its name."""
+    return f"{idempotency_key}/{step.name}"
 
 
 def _asked(crew: Crew) -> tuple[str, str]:

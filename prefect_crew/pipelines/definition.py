@@ -73,7 +73,9 @@ class StepDefinition(_Plain):
 class PipelineDefinition(_Plain):
     """A pipeline: its name, its inputs and its steps."""
 
-    name: str = Field(min_length=1, description="Its name: on its artifact, and in a run key that is left out.")
+    name: str = Field(
+        min_length=1, description="Its name: on its artifact, and in an idempotency key that is left out."
+    )
     description: str | None = Field(default=None, description="What it does, for people.")
     inputs: dict[str, PipelineInput] = Field(
         default_factory=dict[str, PipelineInput],

@@ -46,7 +46,7 @@ class PipelineResult:
     """What a pipeline gave: `results["research"]` is that step's CrewResult. `seconds` is the wall time."""
 
     results: Mapping[str, CrewResult]
-    run_key: str
+    idempotency_key: str
     seconds: float
 
     def __getitem__(self, step: str) -> CrewResult:
@@ -85,7 +85,7 @@ async def arun_pipeline(
     inputs: Mapping[str, Any] | None = None,
     *,
     name: str = "pipeline",
-    run_key: str | None = None,
+    idempotency_key: str | None = None,
     wait: WaitPolicy | None = None,
     review: ReviewChoice | None = None,
 ) -> PipelineResult:
@@ -97,8 +97,8 @@ async def arun_pipeline(
     Args:
         steps: The steps, in any order.
         inputs: The pipeline's inputs, for the templates.
-        name: The pipeline's name: on its artifact, and part of a run key that is left out.
-        run_key: The identity of the whole purchase; each step's key is this one, a slash and its name. May be a
+        name: The pipeline's name: on its artifact, and part of an idempotency key that is left out.
+        idempotency_key: The identity of the whole purchase; each step's key is this one, a slash and its name. May be a
             template over the scheduled time. Left out, the retries of this flow run find it again.
         wait: How to wait, in place of the blocks' policies, for steps without one of their own.
         review: What answers when a crew waits for a person, as for `run_crew`, for steps without one of their own.
@@ -109,17 +109,20 @@ async def arun_pipeline(
             of the flow run, starts with what failed and pays for nothing again.
     """
     inputs = HiddenValues(inputs or {})
-    check_choices(run_key=run_key, name=name, wait=wait, review=review)
+    check_choices(idempotency_key=idempotency_key, name=name, wait=wait, review=review)
     crews = PipelineCrews(PipelineGraph(steps, dict(inputs)))
     await crews.check()
     await crews.refuse_problems()
     call = _Call(crews, wait, review)
     if FlowRunContext.get() is not None or TaskRunContext.get() is not None:
-        return await _run(call, name=name, run_key=run_key)
+        return await _run(call, name=name, idempotency_key=idempotency_key)
     token = _live.set(call)
     try:
         return await cast("Any", run_steps)(
-            pipeline=name, steps=[step.name for step in steps], inputs=crews.stored_inputs(), run_key=run_key
+            pipeline=name,
+            steps=[step.name for step in steps],
+            inputs=crews.stored_inputs(),
+            idempotency_key=idempotency_key,
         )
     finally:
         _live.reset(token)
@@ -130,7 +133,7 @@ def run_pipeline(
     inputs: Mapping[str, Any] | None = None,
     *,
     name: str = "pipeline",
-    run_key: str | None = None,
+    idempotency_key: str | None = None,
     wait: WaitPolicy | None = None,
     review: ReviewChoice | None = None,
 ) -> PipelineResult:
@@ -142,7 +145,9 @@ def run_pipeline(
     """
     inputs = HiddenValues(inputs or {})
     refuse_running_loop("run_pipeline", "arun_pipeline")
-    return asyncio.run(arun_pipeline(steps, inputs, name=name, run_key=run_key, wait=wait, review=review))
+    return asyncio.run(
+        arun_pipeline(steps, inputs, name=name, idempotency_key=idempotency_key, wait=wait, review=review)
+    )
 
 
 @flow(name="run-pipeline", flow_run_name="{pipeline}")
@@ -150,7 +155,7 @@ async def run_steps(
     pipeline: Annotated[str, Field(description="The pipeline's name.")],
     steps: Annotated[list[str], Field(description="The names of its steps.")],
     inputs: Annotated[dict[str, Any] | None, Field(description="Its inputs, the secret ones masked.")] = None,
-    run_key: Annotated[str | None, Field(description="The identity of the whole purchase.")] = None,
+    idempotency_key: Annotated[str | None, Field(description="The identity of the whole purchase.")] = None,
 ) -> PipelineResult:
     """Run a pipeline that `run_pipeline` was called with outside of a flow."""
     del steps, inputs
@@ -158,9 +163,10 @@ async def run_steps(
     if live is None:
         raise ConfigurationError(
             "This run's steps were given by code and cannot be made from its parameters. Call run_pipeline again with "
-            "the same steps and run key, which finds again what was bought, or write a flow around it and retry that."
+            "the same steps and idempotency key, which finds again what was bought, or write a flow around it and "
+            "retry that."
         )
-    return await _run(live, name=pipeline, run_key=run_key)
+    return await _run(live, name=pipeline, idempotency_key=idempotency_key)
 
 
 @flow(name="deployed-pipeline", flow_run_name="{pipeline.name}", validate_parameters=True)
@@ -170,7 +176,7 @@ async def run_deployed_pipeline(
         dict[str, Any] | None,
         Field(description="Its inputs by name; of a secret one the name of the Secret block that holds it."),
     ] = None,
-    run_key: Annotated[
+    idempotency_key: Annotated[
         str | None,
         Field(description="The identity of the whole pipeline, such as report-{{ scheduled_start:%Y-%m-%d }}."),
     ] = None,
@@ -195,19 +201,21 @@ async def run_deployed_pipeline(
         steps,
         {**given, **hidden},
         name=pipeline.name,
-        run_key=run_key,
+        idempotency_key=idempotency_key,
         wait=pipeline.wait,
         review=pipeline.review,
     )
 
 
 @cancelled_once
-async def _run(call: _Call, *, name: str, run_key: str | None) -> PipelineResult:
+async def _run(call: _Call, *, name: str, idempotency_key: str | None) -> PipelineResult:
     crews, graph = call.crews, call.crews.graph
-    identity = await identify(name, inputs_digest(encode_inputs(graph.inputs)), run_key=run_key, name=name)
-    await crews.refuse_problems(identity.run_key)
+    identity = await identify(
+        name, inputs_digest(encode_inputs(graph.inputs)), idempotency_key=idempotency_key, name=name
+    )
+    await crews.refuse_problems(identity.idempotency_key)
     started = time.perf_counter()
-    work = _Work(call, identity.run_key, PipelineArtifact(name, identity.run_key, graph))
+    work = _Work(call, identity.idempotency_key, PipelineArtifact(name, identity.idempotency_key, graph))
     await work.run()
     if work.errors:
         raise PipelineFailedError(
@@ -215,19 +223,21 @@ async def _run(call: _Call, *, name: str, run_key: str | None) -> PipelineResult
             skipped=[step.name for step in graph.steps if step.name in work.skipped],
             results=work.results,
             errors=work.errors,
-            run_key=identity.run_key,
+            idempotency_key=identity.idempotency_key,
         )
-    return PipelineResult(results=work.results, run_key=identity.run_key, seconds=time.perf_counter() - started)
+    return PipelineResult(
+        results=work.results, idempotency_key=identity.idempotency_key, seconds=time.perf_counter() - started
+    )
 
 
 class _Work:
     """The steps under way: each waits for those that it needs, then runs its crew."""
 
-    def __init__(self, call: _Call, run_key: str, artifact: PipelineArtifact) -> None:
+    def __init__(self, call: _Call, idempotency_key: str, artifact: PipelineArtifact) -> None:
         self.call = call
         self.crews = call.crews
         self.graph = call.crews.graph
-        self.run_key = run_key
+        self.idempotency_key = idempotency_key
         self.artifact = artifact
         self.results: dict[str, CrewResult] = {}
         self.errors: dict[str, Exception] = {}
@@ -235,7 +245,7 @@ class _Work:
         self.secrets = [self.graph.inputs[name] for name in self.crews.secret_inputs]
         """Secret values that steps have been given so far: an earlier one may repeat them to a later one."""
         self._done = {step.name: asyncio.Event() for step in self.graph.steps}
-        self._by_key = {step_key(run_key, step): step.name for step in self.graph.steps}
+        self._by_key = {step_key(idempotency_key, step): step.name for step in self.graph.steps}
 
     async def run(self) -> None:
         """Run all steps that can run. A cancellation ends them all."""
@@ -249,7 +259,7 @@ class _Work:
 
     def _saw(self, run: OpenRun, status: CrewStatus | None) -> None:
         # Of every run of this process; once each, when it is known which run a step's is.
-        step = self._by_key.get(run.run_key or "")
+        step = self._by_key.get(run.idempotency_key or "")
         if step is not None and status is None:
             self.artifact.opened(step, run)
 
@@ -296,7 +306,7 @@ class _Work:
             crew.hiding(made, texts=map(SecretStr, Redactor(self.secrets).texts)),
             inputs,
             name=step.name,
-            run_key=step_key(self.run_key, step),
+            idempotency_key=step_key(self.idempotency_key, step),
             wait=step.wait or self.call.wait,
             output_type=step.output_type,
             review=step.review or self.call.review,

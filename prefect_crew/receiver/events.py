@@ -55,7 +55,8 @@ class News:
     """One event to be.
 
     `name` follows `crew.webhook.`. `said` is what the body says, by nobody confirmed. `id` is the same for the same
-    delivery, so that the server keeps one of two. `said_run_key` is the run key in the body's `meta`, if it has one.
+    delivery, so that the server keeps one of two. `said_key` is the idempotency key in the body's `meta`, if it has
+    one.
     `output` is what a person is to judge.
     """
 
@@ -66,13 +67,13 @@ class News:
     received: datetime
     said: Mapping[str, Any]
     kickoff_id: str | None = None
-    said_run_key: str | None = None
+    said_key: str | None = None
     output: str | None = field(default=None, repr=False)
 
 
 def digest_of(hook: Hook, body: bytes) -> bytes:
     """Return what tells one delivery from another: equal for the same body at the same URL."""
-    facts = repr((hook.kind, hook.run_key, hook.attempt, hook.round)).encode("utf-8", "surrogatepass")
+    facts = repr((hook.kind, hook.idempotency_key, hook.attempt, hook.round)).encode("utf-8", "surrogatepass")
     return hashlib.sha256(facts + b"\0" + body).digest()
 
 
@@ -100,7 +101,7 @@ def news_of(hook: Hook, body: WebhookBody, *, digest: bytes, received: datetime)
             received=received,
             said=dict(_filled(said)),
             kickoff_id=body.kickoff_id,
-            said_run_key=_run_key(body.meta),
+            said_key=_idempotency_key(body.meta),
             output=body.output if hook.kind == "human_input" and hook.names else None,
         )
     ]
@@ -119,7 +120,11 @@ def _streamed(hook: Hook, event: StreamEvent, digest: bytes, number: int, receiv
     if hook.names:
         said |= {"name": data.get("task_name"), "agent": data.get("agent_role")}
     # An event that comes once more in another batch is still the same.
-    same = f"{hook.run_key}/{hook.attempt}/{event.execution_id}/{event.id}" if event.id else f"{digest.hex()}/{number}"
+    same = (
+        f"{hook.idempotency_key}/{hook.attempt}/{event.execution_id}/{event.id}"
+        if event.id
+        else f"{digest.hex()}/{number}"
+    )
     return News(
         hook=hook,
         name=f"stream.{type_}",
@@ -128,7 +133,7 @@ def _streamed(hook: Hook, event: StreamEvent, digest: bytes, number: int, receiv
         received=received,
         said=dict(_filled(said)),
         kickoff_id=event.execution_id,
-        said_run_key=_run_key(data.get("meta")),
+        said_key=_idempotency_key(data.get("meta")),
     )
 
 
@@ -150,8 +155,8 @@ def _id(hook: Hook, value: str | None) -> str | None:
     return value if hook.names or _ID.fullmatch(value) else None
 
 
-def _run_key(meta: Any) -> str | None:
-    key = as_object(meta).get("run_key")
+def _idempotency_key(meta: Any) -> str | None:
+    key = as_object(meta).get("idempotency_key")
     return key if isinstance(key, str) else None
 
 
@@ -165,13 +170,13 @@ AT_ONCE = 8
 
 
 def event_of(news: News, record: RunRecord | None) -> dict[str, Any]:
-    """Return the event that tells a piece of news, as JSON. Without a record it is about the run key alone."""
+    """Return the event that tells a piece of news, as JSON. Without a record it is about the idempotency key alone."""
     hook = news.hook
     if record is not None:
         resource, related = resources_of(record)
     else:
-        run = f"{hook.run_key}/{hook.attempt}" if hook.attempt else hook.run_key
-        resource = {"prefect.resource.id": f"prefect-crew.run.{run}", "prefect-crew.run-key": hook.run_key}
+        run = f"{hook.idempotency_key}/{hook.attempt}" if hook.attempt else hook.idempotency_key
+        resource = {"prefect.resource.id": f"prefect-crew.run.{run}", "prefect-crew.run-key": hook.idempotency_key}
         related = []
     return {
         "id": str(news.id),
@@ -180,7 +185,7 @@ def event_of(news: News, record: RunRecord | None) -> dict[str, Any]:
         "resource": resource,
         "related": related,
         "payload": {
-            "run_key": hook.run_key,
+            "idempotency_key": hook.idempotency_key,
             "attempt": hook.attempt if record is None else record.attempt,
             "claim": hook.claim,
             "kickoff_id": None if record is None else record.kickoff_id,
@@ -234,27 +239,27 @@ class RecordCache:
         Raises:
             httpx.HTTPError: The Prefect API is away or refuses.
         """
-        keys = {(news.hook.run_key, news.hook.attempt) for news in batch}
+        keys = {(news.hook.idempotency_key, news.hook.attempt) for news in batch}
         found = await asyncio.gather(*(self._find(*key) for key in keys))
         return dict(zip(keys, found, strict=True))
 
-    async def _find(self, run_key: str, attempt: int | None) -> RunRecord | None:
-        until, record = self._held.get((run_key, attempt), (0.0, None))
+    async def _find(self, idempotency_key: str, attempt: int | None) -> RunRecord | None:
+        until, record = self._held.get((idempotency_key, attempt), (0.0, None))
         if monotonic() < until:
             return record
         async with self._gate:
-            record = attempt_of(await self._records.attempts(run_key), attempt)
+            record = attempt_of(await self._records.attempts(idempotency_key), attempt)
         if record is not None and record.result is not None:
             record = record.model_copy(update={"result": None})
-        self._held[run_key, attempt] = (monotonic() + _lasting(record, attempt), record)
-        self._held.move_to_end((run_key, attempt))
+        self._held[idempotency_key, attempt] = (monotonic() + _lasting(record, attempt), record)
+        self._held.move_to_end((idempotency_key, attempt))
         if len(self._held) > HELD:
             self._held.popitem(last=False)
         return record
 
-    def forget(self, run_key: str, attempt: int | None) -> None:
+    def forget(self, idempotency_key: str, attempt: int | None) -> None:
         """Look this one up anew next time."""
-        self._held.pop((run_key, attempt), None)
+        self._held.pop((idempotency_key, attempt), None)
 
 
 def _lasting(record: RunRecord | None, attempt: int | None) -> float:

@@ -301,7 +301,7 @@ class Handover:
 
     async def _deliver(self, batch: Sequence[News]) -> None:
         found = await self._cache.find(batch)
-        records = [found[news.hook.run_key, news.hook.attempt] for news in batch]
+        records = [found[news.hook.idempotency_key, news.hook.attempt] for news in batch]
         await self._keep_outputs(batch)  # before the events, which wake whoever waits for them
         await send_events([event_of(news, record) for news, record in zip(batch, records, strict=True)])
         self._counts["handed_on"] += len(batch)
@@ -311,7 +311,7 @@ class Handover:
     async def _keep_outputs(self, batch: Sequence[News]) -> None:
         """Keep what people are to judge: each text of a question once, also if a batch is tried again."""
         asked = {
-            (news.hook.run_key, news.hook.attempt, news.hook.round, news.hook.claim): news.output
+            (news.hook.idempotency_key, news.hook.attempt, news.hook.round, news.hook.claim): news.output
             for news in batch
             if news.output is not None and news.hook.attempt is not None
         }
@@ -333,7 +333,9 @@ class Handover:
         self._counts["refused"] += 1
         if (count := self._counts["refused"]) > LOGGED and count % 1000:
             return
-        logger.error("A %s webhook of run %s is no event: %s", news.name, news.hook.run_key, type(error).__name__)
+        logger.error(
+            "A %s webhook of run %s is no event: %s", news.name, news.hook.idempotency_key, type(error).__name__
+        )
 
     def _note(self, problem: Exception | None) -> None:
         """Say once that the Prefect API went away, and once that it is back."""
@@ -356,7 +358,7 @@ class Handover:
 
     def _settle(self, news: News, record: RunRecord | None) -> None:
         """Begin to settle a run whose kickoff is uncertain, beside everything else."""
-        key = (news.hook.run_key, news.hook.attempt)
+        key = (news.hook.idempotency_key, news.hook.attempt)
         if record is None or not unsettled(record) or news.kickoff_id is None or self._closing:
             return
         if key not in self._settling and len(self._settling) < SETTLING:
@@ -366,7 +368,7 @@ class Handover:
     def _settled(self, key: tuple[str, int | None], task: asyncio.Task[None]) -> None:
         self._settling.pop(key, None)
         if not task.cancelled() and (error := task.exception()) is not None:
-            logger.error("Run key %s could not be settled by its webhook: %r", key[0], error)
+            logger.error("Idempotency key %s could not be settled by its webhook: %r", key[0], error)
 
     async def _settle_in_time(self, news: News, kickoff_id: str) -> None:
         hook, outcome = news.hook, Settlement.NOT_NEEDED
@@ -374,10 +376,10 @@ class Handover:
             await asyncio.sleep(pause)
             try:
                 outcome = await settle_from_webhook(
-                    *(hook.run_key, kickoff_id, self._records),
+                    *(hook.idempotency_key, kickoff_id, self._records),
                     attempt=hook.attempt,
                     claim=hook.claim,
-                    said_run_key=news.said_run_key,
+                    said_key=news.said_key,
                     load=find_crew,
                 )
             except (httpx.HTTPError, PrefectException):
@@ -388,17 +390,22 @@ class Handover:
             return
         if outcome is not Settlement.SETTLED:
             logger.warning(
-                "Run key %s stays uncertain: its webhook names run %r (%s). To settle it: prefect-crew runs settle",
-                hook.run_key,
+                "Idempotency key %s stays uncertain: its webhook names run %r (%s). To settle it: prefect-crew runs "
+                "settle",
+                hook.idempotency_key,
                 kickoff_id,
                 outcome,
             )
             return
         self._counts["settled"] += 1
-        self._cache.forget(hook.run_key, hook.attempt)
-        logger.info("Run key %s is settled: its kickoff started run %s, a webhook says.", hook.run_key, kickoff_id)
+        self._cache.forget(hook.idempotency_key, hook.attempt)
+        logger.info(
+            "Idempotency key %s is settled: its kickoff started run %s, a webhook says.",
+            hook.idempotency_key,
+            kickoff_id,
+        )
         with suppress(httpx.HTTPError, PrefectException):  # the record says it, too
-            settled = attempt_of(await self._records.attempts(hook.run_key), hook.attempt)
+            settled = attempt_of(await self._records.attempts(hook.idempotency_key), hook.attempt)
             if settled is not None:
                 await send_events([settled_event(settled, news)])
 

@@ -1,4 +1,4 @@
-"""The identity of one purchase: which run key a call has, so that a retry of it finds the same run again.
+"""The identity of one purchase: which idempotency key a call has, so that a retry of it finds the same run again.
 
 A key that the user gives holds everywhere, without the blanks around it and in Unicode's form NFC. Left out, it is made
 of what stays the same when Prefect retries: the root flow run, the path of subflows below it (a parent's retry makes a
@@ -27,7 +27,7 @@ from prefect.client.schemas.objects import FlowRun
 from prefect.context import FlowRunContext, TaskRunContext
 
 from prefect_crew.exceptions import ConfigurationError
-from prefect_crew.records.model import MAX_RUN_KEY, Caller, utcnow
+from prefect_crew.records.model import MAX_KEY, Caller, utcnow
 from prefect_crew.records.owners import this_process
 
 TEMPLATE = re.compile(r"\{\{(?P<inner>.*?)\}\}", re.DOTALL)
@@ -39,7 +39,7 @@ LONGEST_NAME = 200
 class RunIdentity:
     """Which run a call is about, who calls, and from where (`place`: the same on every retry of this call)."""
 
-    run_key: str
+    idempotency_key: str
     place: str
     caller: Caller
 
@@ -160,14 +160,14 @@ _KEPT = 1000
 
 
 async def identify(
-    label: str, inputs_digest: str, *, run_key: str | None, name: str | None, inside_own_task: bool = False
+    label: str, inputs_digest: str, *, idempotency_key: str | None, name: str | None, inside_own_task: bool = False
 ) -> RunIdentity:
     """Return the identity of a call.
 
     Args:
         label: The crew's name or address.
         inputs_digest: The digest of its inputs.
-        run_key: The user's key, which may be a template over the scheduled time; None makes one.
+        idempotency_key: The user's key, which may be a template over the scheduled time; None makes one.
         name: The step's name, which takes the crew's place in a key that is made.
         inside_own_task: Whether one of this package's tasks asks, within its own task run.
 
@@ -191,10 +191,14 @@ async def identify(
         top, start = f"call/{uuid4()}" if task is None else f"task/{task}", utcnow()
         counted_in = (top, 0)
         caller = Caller(owner=str(uuid4()))
-    base = f"{top}/{_short(name or label)}/{inputs_digest}" if run_key is None else render_run_key(run_key, start)
+    base = (
+        f"{top}/{_short(name or label)}/{inputs_digest}"
+        if idempotency_key is None
+        else render_key(idempotency_key, start)
+    )
     number = _numbers_of(counted_in).take(base, own, callers)
-    key = f"{base}/{number}" if run_key is None else base
-    return RunIdentity(run_key=_checked(key), place=f"{top}/{number}", caller=caller)
+    key = f"{base}/{number}" if idempotency_key is None else base
+    return RunIdentity(idempotency_key=_checked(key), place=f"{top}/{number}", caller=caller)
 
 
 async def scheduled_start() -> datetime:
@@ -205,8 +209,9 @@ async def scheduled_start() -> datetime:
     return (await _root_of(flow_run)).scheduled_start or utcnow()
 
 
-def render_run_key(template: str, scheduled_start: datetime) -> str:
-    """Fill a run key's `{{ scheduled_start }}` or `{{ scheduled_start:FORMAT }}`, FORMAT as in strftime, in UTC.
+def render_key(template: str, scheduled_start: datetime) -> str:
+    """Fill an idempotency key's `{{ scheduled_start }}` or `{{ scheduled_start:FORMAT }}`, FORMAT as in strftime, in
+    UTC.
 
     Raises:
         ConfigurationError: A placeholder names something else, is not closed, or has a format without a directive:
@@ -218,13 +223,15 @@ def render_run_key(template: str, scheduled_start: datetime) -> str:
     def fill(match: re.Match[str]) -> str:
         name, colon, form = match["inner"].partition(":")
         if name.strip() != "scheduled_start":
-            raise ConfigurationError(f"run_key {template!r}: {match[0]!r} is not known. {usage}")
+            raise ConfigurationError(f"idempotency_key {template!r}: {match[0]!r} is not known. {usage}")
         if colon and "%" not in form:
-            raise ConfigurationError(f"run_key {template!r}: {form.strip()!r} is no format of strftime. {usage}")
+            raise ConfigurationError(
+                f"idempotency_key {template!r}: {form.strip()!r} is no format of strftime. {usage}"
+            )
         return moment.strftime(form.strip() or "%Y-%m-%dT%H:%M:%S")
 
     if "{{" in TEMPLATE.sub("", template):
-        raise ConfigurationError(f"run_key {template!r}: a placeholder is not closed. {usage}")
+        raise ConfigurationError(f"idempotency_key {template!r}: a placeholder is not closed. {usage}")
     return TEMPLATE.sub(fill, template)
 
 
@@ -233,12 +240,12 @@ def escaped(name: str) -> str:
     return name.replace("%", "%25").replace("/", "%2F")
 
 
-def normal_run_key(run_key: str) -> str:
+def normalize_key(idempotency_key: str) -> str:
     """Return a key as it is stored and looked for: two that look the same in print are one.
 
     Blanks around it are left out, and letters with accents are composed (NFC).
     """
-    return unicodedata.normalize("NFC", run_key.strip())
+    return unicodedata.normalize("NFC", idempotency_key.strip())
 
 
 def _short(name: str) -> str:
@@ -249,16 +256,18 @@ def _short(name: str) -> str:
 
 
 def _checked(key: str) -> str:
-    key = normal_run_key(key)
+    key = normalize_key(key)
     if not key:
-        raise ConfigurationError("run_key must not be empty: give it the name of one purchase, or leave it out.")
-    if len(key) > MAX_RUN_KEY:
-        raise ConfigurationError(f"run_key has {len(key)} characters, the limit is {MAX_RUN_KEY}: {key[:60]!r}…")
+        raise ConfigurationError(
+            "idempotency_key must not be empty: give it the name of one purchase, or leave it out."
+        )
+    if len(key) > MAX_KEY:
+        raise ConfigurationError(f"idempotency_key has {len(key)} characters, the limit is {MAX_KEY}: {key[:60]!r}…")
     try:
         key.encode()
     except UnicodeEncodeError:
         raise ConfigurationError(
-            f"run_key {key!r} holds half a character (a lone surrogate), which cannot be stored."
+            f"idempotency_key {key!r} holds half a character (a lone surrogate), which cannot be stored."
         ) from None
     return key
 

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from prefect_crew.client.inputs import encode_inputs
 from prefect_crew.client.models import CrewResult, TaskResult, TokenUsage
-from prefect_crew.exceptions import RunKeyConflictError, listed_names
+from prefect_crew.exceptions import IdempotencyConflictError, listed_names
 from prefect_crew.states import CrewState
 
 _ROUNDS = 50_000
@@ -90,8 +90,8 @@ def _mark(key: bytes, *parts: Any) -> str:
 
 
 RECORD_VERSION = 2
-MAX_RUN_KEY = 500
-"""Characters of a run key."""
+MAX_KEY = 500
+"""Characters of an idempotency key."""
 SPARE = 5.0
 """Seconds on top of what a permit's owner may take, after which it may be resolved: the store tells its time in whole
 seconds, and one late."""
@@ -194,7 +194,7 @@ class Permit(Outcome):
     """
 
     version: int = RECORD_VERSION
-    run_key: str
+    idempotency_key: str
     attempt: int
     owner: str
     good_for: float = 0.0
@@ -208,7 +208,7 @@ class Permit(Outcome):
 
 
 class RunRecord(Outcome):
-    """One attempt at one run key. Times are UTC.
+    """One attempt at one idempotency key. Times are UTC.
 
     `crew` is for people; `crew_url` and `inputs_digest` are what the run is compared by. `owner` is a nonce of the call
     that claimed it, since Prefect's client may send a request twice and then meets its own claim. `flow_run_id` and
@@ -217,7 +217,7 @@ class RunRecord(Outcome):
     """
 
     version: int = RECORD_VERSION
-    run_key: str
+    idempotency_key: str
     attempt: int = Field(ge=1)
     crew: str
     crew_url: str
@@ -365,7 +365,7 @@ class Caller(BaseModel):
 
 
 class Decision(StrEnum):
-    """What to do about a run key."""
+    """What to do about an idempotency key."""
 
     START = "start"
     """Nothing was bought under this key: claim and kick off."""
@@ -398,7 +398,7 @@ def decide(
     force_new: bool = False,
     asked_at: datetime | None = None,
 ) -> Decision:
-    """Decide what a call with a run key does.
+    """Decide what a call with an idempotency key does.
 
     Args:
         record: The latest attempt at the key that counts, None if there is none.
@@ -445,7 +445,8 @@ def check_same_run(
     marks: InputMarks | None = None,
     secret_inputs: Collection[str] = (),
 ) -> None:
-    """Raise RunKeyConflictError if the record is of another crew or other inputs. `marks` are fingerprints of these.
+    """Raise IdempotencyConflictError if the record is of another crew or other inputs. `marks` are fingerprints of
+    these.
 
     An attempt that surely did not start binds nobody: the inputs that were refused may be mended under the same key.
     """
@@ -461,8 +462,8 @@ def check_same_run(
         digests = f"its inputs have the digest {record.inputs_digest}, these have {inputs_digest}"
         differences.append(told or digests)
     if differences:
-        raise RunKeyConflictError(
-            run_key=record.run_key, difference="; ".join(differences), kickoff_id=record.kickoff_id
+        raise IdempotencyConflictError(
+            idempotency_key=record.idempotency_key, difference="; ".join(differences), kickoff_id=record.kickoff_id
         )
 
 
@@ -531,7 +532,7 @@ class RecordStore(Protocol):
         """Write down what became of a run that this caller started, waits for or closes."""
         ...
 
-    async def attempts(self, run_key: str) -> Sequence[RunRecord]:
+    async def attempts(self, idempotency_key: str) -> Sequence[RunRecord]:
         """Return all attempts at a key, the first one first."""
         ...
 
@@ -540,7 +541,7 @@ class RecordStore(Protocol):
         ...
 
     async def holders(self, kickoff_id: str) -> Sequence[tuple[str, int]]:
-        """Return the run keys and attempts that a kickoff id is on record for."""
+        """Return the idempotency keys and attempts that a kickoff id is on record for."""
         ...
 
     async def owner_ended(self, record: RunRecord) -> bool:

@@ -27,11 +27,11 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 
-def _of_run(run_key: str, attempt: int) -> str:
-    return f"crew-asked-{_digest(run_key)}-{attempt}-"
+def _of_run(idempotency_key: str, attempt: int) -> str:
+    return f"crew-asked-{_digest(idempotency_key)}-{attempt}-"
 
 
-async def keep_output(run_key: str, attempt: int, answers: int, output: str) -> None:
+async def keep_output(idempotency_key: str, attempt: int, answers: int, output: str) -> None:
     """Keep what is to be judged in the question that came after so many answers, modulo 256.
 
     Raises:
@@ -39,7 +39,7 @@ async def keep_output(run_key: str, attempt: int, answers: int, output: str) -> 
     """
     if len(output) <= MAX_OUTPUT:
         block: Any = Secret(value=cast("Any", {"output": output}))
-        await block.save(f"{_of_run(run_key, attempt)}{answers % 256}", overwrite=True, _sync=False)
+        await block.save(f"{_of_run(idempotency_key, attempt)}{answers % 256}", overwrite=True, _sync=False)
 
 
 async def kept_output(record: RunRecord, answers: int) -> str | None:
@@ -48,7 +48,7 @@ async def kept_output(record: RunRecord, answers: int) -> str | None:
     Raises:
         httpx.HTTPError, PrefectException: The Prefect API is away or refuses.
     """
-    name = f"{_of_run(record.run_key, record.attempt)}{answers % 256}"
+    name = f"{_of_run(record.idempotency_key, record.attempt)}{answers % 256}"
     async with get_client() as client:
         try:
             found = await client.read_block_document_by_name(name, "secret", include_secrets=True)
@@ -115,7 +115,7 @@ async def forget_notes(record: RunRecord) -> None:
     Raises:
         httpx.HTTPError, PrefectException: The Prefect API is away or refuses.
     """
-    prefix = _of_run(record.run_key, record.attempt)
+    prefix = _of_run(record.idempotency_key, record.attempt)
     async with get_client() as client:
         wanted = {"block_documents": {"name": {"like_": f"{prefix}%"}}, "include_secrets": False, "limit": 200}
         answer = await client.request("POST", "/block_documents/filter", json=wanted)

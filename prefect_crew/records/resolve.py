@@ -20,15 +20,15 @@ LOOK_AGAIN = 2.0
 """Seconds after which the crew is asked once more about a run that its server does not know."""
 
 
-async def unsettled(run_key: str, records: RecordStore) -> RunRecord:
+async def unsettled(idempotency_key: str, records: RecordStore) -> RunRecord:
     """Return the record of a key that is to be settled: its latest attempt, uncertain or a claim that nobody holds.
 
     Raises:
         CrewError: There is none, or there is nothing to settle about it.
     """
-    attempts = await records.attempts(run_key)
+    attempts = await records.attempts(idempotency_key)
     if not attempts:
-        raise CrewError(f"No run has the key {run_key!r}. prefect-crew runs lists those on record.")
+        raise CrewError(f"No run has the key {idempotency_key!r}. prefect-crew runs lists those on record.")
     # The one that a call with the key would find: an attempt that did not start hides no other.
     record = latest_purchase(attempts) or attempts[-1]
     if record.phase is RecordPhase.UNCERTAIN:
@@ -37,12 +37,12 @@ async def unsettled(run_key: str, records: RecordStore) -> RunRecord:
         if record.open_for:
             # Whatever the state of its flow run: the process may be alive.
             raise CrewError(
-                f"The kickoff of run {run_key!r} may still be sent, or on its way. Resolve it in "
+                f"The kickoff of run {idempotency_key!r} may still be sent, or on its way. Resolve it in "
                 f"{record.open_for:.0f} s, if it is still uncertain then."
             )
         return record
     told = f"run {record.kickoff_id} is {record.state or 'started'}" if record.kickoff_id else f"it is {record.phase}"
-    raise CrewError(f"Run {run_key!r} is not uncertain: {told}. There is nothing to settle.")
+    raise CrewError(f"Run {idempotency_key!r} is not uncertain: {told}. There is nothing to settle.")
 
 
 async def settle_started(
@@ -68,10 +68,11 @@ async def settle_started(
         CrewError: The status call failed, or somebody else has settled it meanwhile. Nothing is changed.
     """
     holder = await records.of_kickoff(kickoff_id)
-    if holder is not None and (holder.run_key, holder.attempt) != (record.run_key, record.attempt):
+    if holder is not None and (holder.idempotency_key, holder.attempt) != (record.idempotency_key, record.attempt):
         raise ConfigurationError(
-            f"Run {kickoff_id} belongs to the run key {holder.run_key!r} (attempt {holder.attempt}): it cannot be run "
-            f"{record.run_key!r} too. Nothing was changed. Look for another run on the crew's page, or say "
+            f"Run {kickoff_id} belongs to the idempotency key {holder.idempotency_key!r} (attempt {holder.attempt}): "
+            f"it cannot be run "
+            f"{record.idempotency_key!r} too. Nothing was changed. Look for another run on the crew's page, or say "
             "--never-started if there is none."
         )
     state = None
@@ -95,17 +96,17 @@ async def settle_never_started(record: RunRecord, records: RecordStore) -> None:
     await _resolve(record, records, RecordPhase.NOT_STARTED, reason=SETTLED_BY_PERSON)
 
 
-async def in_flight(run_key: str, records: RecordStore) -> RunRecord:
+async def in_flight(idempotency_key: str, records: RecordStore) -> RunRecord:
     """Return the latest attempt at a key that was started and has not been seen to end.
 
     Raises:
         CrewError: There is none.
     """
-    attempts = await records.attempts(run_key)
+    attempts = await records.attempts(idempotency_key)
     started = [one for one in attempts if one.phase is RecordPhase.STARTED]
     if not started:
         told = f"it is {attempts[-1].state or attempts[-1].phase}" if attempts else "no run has this key"
-        raise CrewError(f"Run {run_key!r} is not in flight: {told}. Nothing can be said to be lost.")
+        raise CrewError(f"Run {idempotency_key!r} is not in flight: {told}. Nothing can be said to be lost.")
     return started[-1]
 
 
@@ -155,7 +156,8 @@ async def _resolve(
     _check_over(record, phase)
     if phase is RecordPhase.STARTED and record.phase is RecordPhase.CLAIMED and not record.permit:
         raise ConfigurationError(
-            f"The kickoff of run {record.run_key!r} was never sent: whoever claimed it ended before that. So run "
+            f"The kickoff of run {record.idempotency_key!r} was never sent: whoever claimed it ended before that. So "
+            f"run "
             f"{kickoff_id} is another one. Nothing was changed. Run again with the same key."
         )
     if not await records.resolve(record, phase, kickoff_id=kickoff_id, reason=reason):
@@ -171,14 +173,15 @@ def _check_over(record: RunRecord, phase: RecordPhase) -> None:
     waits = record.phase is RecordPhase.CLAIMED or phase is RecordPhase.NOT_STARTED
     if waits and record.open_for:
         raise CrewError(
-            f"The kickoff of run {record.run_key!r} may still be on its way. Nothing was changed. Resolve it in "
+            f"The kickoff of run {record.idempotency_key!r} may still be on its way. Nothing was changed. Resolve it "
+            f"in "
             f"{record.open_for:.0f} s, if it is still uncertain then."
         )
 
 
 async def _standing(record: RunRecord, records: RecordStore) -> RunRecord | None:
     """Return a record as it stands now."""
-    attempts = await records.attempts(record.run_key)
+    attempts = await records.attempts(record.idempotency_key)
     return next((one for one in attempts if one.attempt == record.attempt), None)
 
 
@@ -188,5 +191,5 @@ def _resolved_by_another(record: RunRecord, standing: RunRecord | None) -> CrewE
     if standing is not None:
         told = f"{standing.state or standing.phase}, run {standing.kickoff_id or 'unknown'}"
     return CrewError(
-        f"Run {record.run_key!r} was settled by somebody else meanwhile: it is {told} now. Nothing was changed."
+        f"Run {record.idempotency_key!r} was settled by somebody else meanwhile: it is {told} now. Nothing was changed."
     )

@@ -33,7 +33,7 @@ from pydantic_core import to_json
 
 from prefect_crew._internal.prefect_api import Rank, busy, request_soon, run_logger
 from prefect_crew.exceptions import ConfigurationError, CrewError
-from prefect_crew.records.keys import normal_run_key
+from prefect_crew.records.keys import normalize_key
 from prefect_crew.records.model import (
     RECORD_VERSION,
     Permit,
@@ -73,16 +73,16 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 
-def record_name(run_key: str, attempt: int) -> str:
-    """Return the name of the Variable that holds an attempt at a run key."""
-    return f"crew_run_{_digest(run_key)}_{attempt}"
+def record_name(idempotency_key: str, attempt: int) -> str:
+    """Return the name of the Variable that holds an attempt at an idempotency key."""
+    return f"crew_run_{_digest(idempotency_key)}_{attempt}"
 
 
 _NOTE = "crew_wait_"
 
 
 def _waiter_prefix(record: RunRecord) -> str:
-    return f"{_NOTE}{_digest(record.run_key)}_{record.attempt}_"
+    return f"{_NOTE}{_digest(record.idempotency_key)}_{record.attempt}_"
 
 
 _SHORTER = {"input_marks": None, "result": None, "step": 100, "error": 200, "reason": 200, "crew": 100}
@@ -119,7 +119,7 @@ def _kickoff_tag(kickoff_id: str) -> str:
 
 
 def _permit_name(record: RunRecord, number: int) -> str:
-    return f"{record_name(record.run_key, record.attempt)}_{str(record.ref).replace('-', '')}_{number}"
+    return f"{record_name(record.idempotency_key, record.attempt)}_{str(record.ref).replace('-', '')}_{number}"
 
 
 class _Found(NamedTuple):
@@ -196,7 +196,7 @@ def _later(value: Any) -> CrewError | None:
     if not isinstance(version, int) or version <= RECORD_VERSION:
         return None
     return CrewError(
-        f"The record of run {cast('dict[str, Any]', value).get('run_key')!r} was written by a later version of "
+        f"The record of run {cast('dict[str, Any]', value).get('idempotency_key')!r} was written by a later version of "
         f"prefect-crew (record version {version}, this one reads up to {RECORD_VERSION}). Nothing was started. "
         "Upgrade prefect-crew here, then run again with the same key."
     )
@@ -204,7 +204,8 @@ def _later(value: Any) -> CrewError | None:
 
 def _unreadable(name: str, record: RunRecord) -> CrewError:
     return CrewError(
-        f"The Variable {name} stands where the record of run {record.run_key!r} belongs, and holds none that this "
+        f"The Variable {name} stands where the record of run {record.idempotency_key!r} belongs, and holds none that "
+        f"this "
         "version can read. Nothing was started. Upgrade prefect-crew if a later version wrote it; else delete the "
         "Variable."
     )
@@ -250,7 +251,7 @@ class PrefectRecords:
         Raises:
             CrewError: What stands there is no record that this version can read.
         """
-        name = record_name(record.run_key, record.attempt)
+        name = record_name(record.idempotency_key, record.attempt)
         async with get_client() as client:
             record.ref = await _created(client, {"name": name, "value": _value(record), "tags": _tags(record)})
             if record.ref is not None:
@@ -264,7 +265,7 @@ class PrefectRecords:
             raise _unreadable(name, record)
         record.ref = str(variable.id)
         # One that was resolved or voided since is a claim no more, whoever made it: its permits tell.
-        found = next((one for one in await self.attempts(record.run_key) if one.ref == record.ref), None)
+        found = next((one for one in await self.attempts(record.idempotency_key) if one.ref == record.ref), None)
         return found is not None and (found.owner, found.phase, found.permit) == (record.owner, record.phase, 0)
 
     async def confirm(self, record: RunRecord, known: Sequence[RunRecord]) -> bool:
@@ -272,14 +273,16 @@ class PrefectRecords:
 
         One that was pruned meanwhile, or that somebody claimed who did not see this one, may belong to a run.
         """
-        found = await self.attempts(record.run_key)
+        found = await self.attempts(record.idempotency_key)
         others = [(one.attempt, one.owner) for one in found if one.ref != record.ref]
         return others == [(one.attempt, one.owner) for one in known] and len(found) > len(others)
 
     async def permit(self, record: RunRecord, good_for: float, *, late: bool) -> bool:
         """Create the next permit of a claim; False if somebody else did, or the record is gone or resolved."""
         number = record.permit + 1
-        permit = Permit(run_key=record.run_key, attempt=record.attempt, owner=record.owner, good_for=good_for)
+        permit = Permit(
+            idempotency_key=record.idempotency_key, attempt=record.attempt, owner=record.owner, good_for=good_for
+        )
         ref = await self._create_permit(record, number, permit)
         if ref is None:
             return False
@@ -287,7 +290,7 @@ class PrefectRecords:
         if not late:
             return True
         # Others may have resolved and pruned the record since, and its permits with it: what stands there tells.
-        found = next((one for one in await self.attempts(record.run_key) if one.ref == record.ref), None)
+        found = next((one for one in await self.attempts(record.idempotency_key) if one.ref == record.ref), None)
         return found is not None and found.phase is RecordPhase.CLAIMED and found.permit == number
 
     async def resolve(
@@ -301,7 +304,7 @@ class PrefectRecords:
     ) -> bool:
         """Create the next permit of a record as it was read, with what was found out; False if somebody else did."""
         found = resolved(record, phase, kickoff_id=kickoff_id, state=state, reason=reason).outcome()
-        verdict = Permit(run_key=record.run_key, attempt=record.attempt, owner=str(uuid4()), **found)
+        verdict = Permit(idempotency_key=record.idempotency_key, attempt=record.attempt, owner=str(uuid4()), **found)
         number = record.permit + 1
         ref = await self._create_permit(record, number, verdict)
         if ref is None:
@@ -355,7 +358,7 @@ class PrefectRecords:
         Raises:
             PrefectHTTPStatusError: It is gone.
         """
-        name = record_name(record.run_key, record.attempt)
+        name = record_name(record.idempotency_key, record.attempt)
         async with get_client() as client:
             response = await client.request("GET", "/variables/name/{name}", path_params={"name": name})
         return str(response.json()["id"])
@@ -366,30 +369,30 @@ class PrefectRecords:
                 client, "PATCH", f"/variables/{ref}", json={"value": value, "tags": tags}, patience=SAVE_FOR, rank=rank
             )
 
-    async def attempts(self, run_key: str) -> Sequence[RunRecord]:
+    async def attempts(self, idempotency_key: str) -> Sequence[RunRecord]:
         """Return all attempts at a key, the first one first."""
-        run_key = normal_run_key(run_key)
+        idempotency_key = normalize_key(idempotency_key)
         # `_` is a wildcard of LIKE; the digest around it makes a chance match impossible.
-        like = {"name": {"like_": f"crew_run_{_digest(run_key)}_%"}}
+        like = {"name": {"like_": f"crew_run_{_digest(idempotency_key)}_%"}}
         found = [variable async for page in self._pages(like) for variable in page]
-        return [record for record in _folded(found) if record.run_key == run_key]
+        return [record for record in _folded(found) if record.idempotency_key == idempotency_key]
 
     async def of_kickoff(self, kickoff_id: str) -> RunRecord | None:
         """Return the record that holds a kickoff id, if any."""
-        for run_key, attempt in await self.holders(kickoff_id):
-            for record in await self.attempts(run_key):
+        for idempotency_key, attempt in await self.holders(kickoff_id):
+            for record in await self.attempts(idempotency_key):
                 if record.attempt == attempt and record.kickoff_id == kickoff_id:
                     return record
         return None
 
     async def holders(self, kickoff_id: str) -> list[tuple[str, int]]:
-        """Return the run keys and attempts that a kickoff id is on record for, in no promised order."""
+        """Return the idempotency keys and attempts that a kickoff id is on record for, in no promised order."""
         holders: dict[tuple[str, int], None] = {}
         async for page in self._pages({"tags": {"all_": [_kickoff_tag(kickoff_id)]}}):
             for variable in page:
                 held = _parse(variable.value, Permit)  # what it reads of a record is the same
                 if held is not None and held.kickoff_id == kickoff_id:
-                    holders[held.run_key, held.attempt] = None
+                    holders[held.idempotency_key, held.attempt] = None
         return list(holders)
 
     async def all(self, phase: RecordPhase | None = None) -> AsyncIterator[RunRecord]:
@@ -416,7 +419,7 @@ class PrefectRecords:
         records = {str(record.ref): record for record in _folded([*variables, *permits])} if permits else {}
         for record in open_ones:
             if (known := records.get(str(record.ref))) is not None and known.permit == USUAL:
-                whole = [one for one in await self.attempts(record.run_key) if one.ref == record.ref]
+                whole = [one for one in await self.attempts(record.idempotency_key) if one.ref == record.ref]
                 records.update({str(one.ref): one for one in whole})
         return [records.get(str(record.ref), record) for record in alone]
 
@@ -437,7 +440,7 @@ class PrefectRecords:
             await self.delete_note(name)
         # By id: under the name somebody may have made a claim anew.
         try:
-            ref, name = record.ref or await self._ref(record), record_name(record.run_key, record.attempt)
+            ref, name = record.ref or await self._ref(record), record_name(record.idempotency_key, record.attempt)
         except PrefectHTTPStatusError as error:
             if error.response.status_code != 404:
                 raise
@@ -603,7 +606,7 @@ class PrunableStore(Protocol):
         """Yield every record."""
         ...
 
-    async def attempts(self, run_key: str) -> Sequence[RunRecord]:
+    async def attempts(self, idempotency_key: str) -> Sequence[RunRecord]:
         """Return all attempts at a key."""
         ...
 
@@ -651,7 +654,7 @@ def prunable(records: Iterable[RunRecord], older_than: timedelta) -> list[RunRec
     """
     by_key: defaultdict[str, list[RunRecord]] = defaultdict(list)
     for record in records:
-        by_key[record.run_key].append(record)
+        by_key[record.idempotency_key].append(record)
     return [
         attempt
         for attempts in by_key.values()
@@ -684,10 +687,10 @@ async def prune(store: PrunableStore, *, older_than: timedelta = OLDER_THAN, dry
     needed = tuple(store.notes_of(record) for record in records if record.phase is RecordPhase.STARTED)
     left_over = [name for name in notes if not name.startswith(needed)]
     if not dry_run:
-        for run_key in dict.fromkeys(record.run_key for record in going):
+        for idempotency_key in dict.fromkeys(record.idempotency_key for record in going):
             # Read again: since the list was made, the key may have been used. Whoever claims it from here on sees that
             # attempts are gone which it decided by, and decides again.
-            for record in prunable(await store.attempts(run_key), older_than):
+            for record in prunable(await store.attempts(idempotency_key), older_than):
                 await store.delete(record)
         standing = {record.ref for record in records}
         for claim, permit in permits:

@@ -28,13 +28,13 @@ if TYPE_CHECKING:
 RECORDS = PrefectRecords()
 
 
-async def stop_run(crew: Crew, kickoff_id: str, *, run_key: str | None = None) -> StopAnswer:
+async def stop_run(crew: Crew, kickoff_id: str, *, idempotency_key: str | None = None) -> StopAnswer:
     """Ask the crew's server to stop a run, and write down what came of it.
 
     Raises:
         CrewError: The server could not be asked. An ended run, an unknown one and a missing `/stop` are answers.
     """
-    run = await find_run(crew, kickoff_id, run_key, take=False)
+    run = await find_run(crew, kickoff_id, idempotency_key, take=False)
     async with CrewSession(crew, withhold=run.withholding()) as session:
         answer = await session.asked(lambda client: client.stop(kickoff_id))
     if run.record is not None and run.record.phase is RecordPhase.STARTED and answer.accepted:
@@ -115,7 +115,7 @@ async def _row_of_a_batch(run: OpenRun, records: ReviewStore) -> AsyncGenerator[
         for batch in batches:
             record = await batch.ledger.of_kickoff(run.kickoff_id)
             # A ledger knows the runs of all batches that are kept in it.
-            if record is not None and await batch.ledger.attempts(record.run_key):
+            if record is not None and await batch.ledger.attempts(record.idempotency_key):
                 yield OpenRun(run.crew, run.kickoff_id, record), batch.ledger
                 return
         if missed:

@@ -62,7 +62,7 @@ def after_failure(crew: str, record: RunRecord | None, max_kickoffs: int) -> str
 def all_used(crew: str, max_kickoffs: int) -> str:
     """Return what to do where a key has no kickoff left."""
     return (
-        f"Nothing was started: crew {crew} allows {max_kickoffs} kickoffs under one run key (max_kickoffs). "
+        f"Nothing was started: crew {crew} allows {max_kickoffs} kickoffs under one idempotency key (max_kickoffs). "
         f"{_raise_it(crew)}"
     )
 

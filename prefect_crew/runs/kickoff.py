@@ -112,7 +112,7 @@ class Purchase:
         """Return the record that claims an attempt, of which a permit is asked for within `good_for` seconds."""
         now, caller = utcnow(), self.identity.caller
         return RunRecord(
-            run_key=self.identity.run_key,
+            idempotency_key=self.identity.idempotency_key,
             attempt=attempt,
             crew=self.crew.label,
             crew_url=self.crew.url,
@@ -138,7 +138,7 @@ def uncertain(record: RunRecord) -> KickoffUncertainError:
     """Return the error about a kickoff of which nobody knows what became, having told automations once."""
     reason = record.reason or "whoever sent it ended before its answer was written down"
     emit("uncertain", record, once=True, reason=reason)
-    return KickoffUncertainError(run_key=record.run_key, reason=reason, sent=record.sent)
+    return KickoffUncertainError(idempotency_key=record.idempotency_key, reason=reason, sent=record.sent)
 
 
 class ClaimLostError(Exception):
@@ -274,11 +274,11 @@ async def _post(
 
     try:
         webhooks = purchase.webhooks or webhooks_for(
-            crew, record.run_key, attempt=attempt, owner=record.owner, settings=settings
+            crew, record.idempotency_key, attempt=attempt, owner=record.owner, settings=settings
         )
         with withholding(redact):
             # The attempt tells two runs of one key apart, for a person who looks for the one of a record.
-            meta = {**(purchase.meta or {}), "run_key": record.run_key, "run_attempt": record.attempt}
+            meta = {**(purchase.meta or {}), "idempotency_key": record.idempotency_key, "run_attempt": record.attempt}
             kickoff_id = await session.client.kickoff(
                 purchase.inputs,
                 meta=meta,
@@ -324,9 +324,11 @@ async def _held_by_another(record: RunRecord, kickoff_id: str, records: RecordSt
         holders = await records.holders(kickoff_id)
     except (httpx.HTTPError, PrefectException, CrewError):
         return None  # nor can it be written down: whoever saves it tells of that
-    others = [key for key, attempt in holders if (key, attempt) != (record.run_key, record.attempt)]
+    others = [key for key, attempt in holders if (key, attempt) != (record.idempotency_key, record.attempt)]
     return (
-        f"the crew's server answered with run {kickoff_id}, which is that of run key {others[0]!r}" if others else None
+        f"the crew's server answered with run {kickoff_id}, which is that of idempotency key {others[0]!r}"
+        if others
+        else None
     )
 
 
@@ -347,11 +349,11 @@ async def _save(record: RunRecord, records: RecordStore) -> None:
         run_logger().error(
             "Run %s is %s%s, and that could not be written down (%s). Once the Prefect API is back: "
             "prefect-crew runs settle %s %s",
-            record.run_key,
+            record.idempotency_key,
             record.phase,
             f", kickoff id {record.kickoff_id}" if record.kickoff_id else "",
             type(error).__name__,
-            shlex.quote(record.run_key),
+            shlex.quote(record.idempotency_key),
             f"--kickoff-id {shlex.quote(record.kickoff_id)}" if record.kickoff_id else "--never-started",
         )
 
@@ -364,7 +366,7 @@ CLAIM_GOOD_FOR = 30.0
 
 @dataclass(frozen=True)
 class Purchased:
-    """What a call with a run key came to."""
+    """What a call with an idempotency key came to."""
 
     decision: Decision
     record: RunRecord
@@ -419,11 +421,12 @@ async def purchase_run(
             until = loop.time() + LIMITED_FOR if until is None else until  # from the first that was lost
             if loop.time() > until:
                 raise CrewError(
-                    f"Run {opened.record.run_key!r} was not started: for {LIMITED_FOR / 60:g} minutes each claim of it "
+                    f"Run {opened.record.idempotency_key!r} was not started: for {LIMITED_FOR / 60:g} minutes each "
+                    f"claim of it "
                     "was lost before its kickoff could be sent. The Prefect API answers too slowly, or this machine "
                     "sleeps. See to that, then run again with the same key."
                 ) from None
-            run_logger().warning("Run %s: %s What is on record now counts.", opened.record.run_key, lost)
+            run_logger().warning("Run %s: %s What is on record now counts.", opened.record.idempotency_key, lost)
 
 
 async def _make_sure(claim: _Claim, records: RecordStore, check: Callable[[], Awaitable[None]] | None) -> None:
@@ -457,7 +460,7 @@ async def _decide_and_claim(purchase: Purchase, records: RecordStore, *, checked
         if first is not None:
             return first
     while True:
-        attempts = await records.attempts(purchase.identity.run_key)
+        attempts = await records.attempts(purchase.identity.idempotency_key)
         decision, record = await _decide(purchase, attempts, records)
         if decision in (Decision.START, Decision.BUY_AGAIN):
             claim = await _claim(purchase, records, decision, attempts, good_for)
@@ -529,7 +532,7 @@ async def _follow(purchase: Purchase, decision: Decision, record: RunRecord, rec
         if not looked_again:
             await asyncio.sleep(delay)
             delay = min(delay * 1.5, 2.0)
-        attempts = await records.attempts(record.run_key)
+        attempts = await records.attempts(record.idempotency_key)
         decision, latest = await _decide(purchase, attempts, records)
         if latest is None or decision in (Decision.START, Decision.BUY_AGAIN, Decision.VOID):
             return None
@@ -546,8 +549,8 @@ def _announce(purchase: Purchase, opened: Purchased) -> None:
         return
     record = opened.record
     run_logger().info(
-        "Run key %s: %s (crew %s, attempt %d%s)",
-        record.run_key,
+        "Idempotency key %s: %s (crew %s, attempt %d%s)",
+        record.idempotency_key,
         opened.decision,
         record.crew,
         record.attempt,
@@ -561,7 +564,7 @@ async def open_run(
     crew: Crew,
     inputs: Mapping[str, Any],
     *,
-    run_key: str | None = None,
+    idempotency_key: str | None = None,
     name: str | None = None,
     force_new: bool = False,
     meta: Mapping[str, Any] | None = None,
@@ -572,14 +575,14 @@ async def open_run(
     """Find the run of a key, or buy it. What it returns has a kickoff id.
 
     Raises:
-        ConfigurationError: The inputs cannot be sent, or the run key cannot be used; nothing was started.
+        ConfigurationError: The inputs cannot be sent, or the idempotency key cannot be used; nothing was started.
         InvalidInputsError: Inputs are missing or unknown; nothing was started.
-        RunKeyConflictError: The key belongs to another crew or other inputs; nothing was started.
+        IdempotencyConflictError: The key belongs to another crew or other inputs; nothing was started.
         KickoffUncertainError: A kickoff was sent and nobody knows whether it started a run.
         CrewConnectionError, RateLimitedError, ServerError: The kickoff surely did not start a run; it may be retried.
         CrewAPIError: The server refused it; nothing was started.
     """
-    check_choices(run_key=run_key, name=name, meta=meta, webhooks=webhooks, restore_from=restore_from)
+    check_choices(idempotency_key=idempotency_key, name=name, meta=meta, webhooks=webhooks, restore_from=restore_from)
     try:
         encoded = encode_inputs(inputs, as_json=crew.inputs_as_json)
     except (TypeError, ValueError) as error:
@@ -588,7 +591,9 @@ async def open_run(
     crew = crew.hiding(name for name, value in inputs.items() if holds_secret(value))
     state = None if restore_from is None else str(UUID(str(restore_from)))
     digest = inputs_digest(encoded, restore_from=state)
-    identity = await identify(crew.label, digest, run_key=run_key, name=name, inside_own_task=inside_own_task)
+    identity = await identify(
+        crew.label, digest, idempotency_key=idempotency_key, name=name, inside_own_task=inside_own_task
+    )
     known = _known.get()
     settings = CrewSettings() if known is None else known.settings
     purchase = Purchase(crew, identity, encoded, digest, name, meta, webhooks, force_new, state, settings=settings)
@@ -624,7 +629,7 @@ async def _may_start(purchase: Purchase, records: RecordStore) -> bool:
     """Return whether a call may start a run, and so needs a slot: what is in flight or completed needs none."""
     if purchase.crew.concurrency_limit is None:
         return False
-    latest = latest_purchase(await records.attempts(purchase.identity.run_key))
+    latest = latest_purchase(await records.attempts(purchase.identity.idempotency_key))
     if latest is None or purchase.force_new:
         return True
     return latest.phase is RecordPhase.ENDED and latest.state is not CrewState.COMPLETED
@@ -648,7 +653,7 @@ async def _opened(purchase: Purchase, records: RecordStore) -> tuple[OpenRun, Pu
                     check=lambda: check_inputs(session, purchase),
                 )
             except CrewError as error:
-                error.about(identity.run_key, crew.label)
+                error.about(identity.idempotency_key, crew.label)
                 raise
         record = opened.record
         run = OpenRun(

@@ -43,7 +43,7 @@ KEPT = 300.0
 """Seconds for which an event is remembered for a waiter that begins to wait after it."""
 RECONNECT = 5.0
 Question = tuple[int, int]
-"""The attempt at the run key, and how many answers of people came before, modulo 256."""
+"""The attempt at the idempotency key, and how many answers of people came before, modulo 256."""
 
 
 def hooks_are_on() -> bool:
@@ -54,9 +54,9 @@ def hooks_are_on() -> bool:
 class Waker:
     """Ends the pauses of one waiter. Of the event loop that made it."""
 
-    def __init__(self, hub: _Hub, run_key: str) -> None:
+    def __init__(self, hub: _Hub, idempotency_key: str) -> None:
         self._hub = hub
-        self._run_key = run_key
+        self._idempotency_key = idempotency_key
         self._loop = asyncio.get_running_loop()
         self._event = asyncio.Event()
         self._looks = 0
@@ -83,7 +83,7 @@ class Waker:
         """Return the status of a completed run with the tokens that webhooks told of, where it tells of none itself."""
         if status.state is not CrewState.COMPLETED or status.usage is not None:
             return status
-        total = self._hub.tokens(self._run_key, status.kickoff_id)
+        total = self._hub.tokens(self._idempotency_key, status.kickoff_id)
         return status if total is None else status.model_copy(update={"usage": TokenUsage(total_tokens=total)})
 
     def stretch(self, delay: float) -> float:
@@ -140,29 +140,33 @@ class _Hub:
                 )
                 self._thread.start()
 
-    def add(self, run_key: str, waker: Waker) -> None:
+    def add(self, idempotency_key: str, waker: Waker) -> None:
         with self._lock:
-            self._wakers[run_key].add(waker)
-            at, asked = self._seen.get(run_key, (float("-inf"), None))
+            self._wakers[idempotency_key].add(waker)
+            at, asked = self._seen.get(idempotency_key, (float("-inf"), None))
         if time.monotonic() - at < KEPT:
             waker.wake(asked)
 
-    def remove(self, run_key: str, waker: Waker) -> None:
+    def remove(self, idempotency_key: str, waker: Waker) -> None:
         with self._lock:
-            self._wakers[run_key].discard(waker)
-            if not self._wakers[run_key]:
-                del self._wakers[run_key]
-                self._seen.pop(run_key, None)
-                self._tokens.pop(run_key, None)
+            self._wakers[idempotency_key].discard(waker)
+            if not self._wakers[idempotency_key]:
+                del self._wakers[idempotency_key]
+                self._seen.pop(idempotency_key, None)
+                self._tokens.pop(idempotency_key, None)
 
-    def tokens(self, run_key: str, kickoff_id: str) -> int | None:
+    def tokens(self, idempotency_key: str, kickoff_id: str) -> int | None:
         """Return the tokens of a run as far as webhooks told, None where none did.
 
         The crew's own webhook has those of the whole run. An event of the stream has those of one crew, of which a Flow
         may run several.
         """
         with self._lock:
-            told = {event: count for (run, event), count in self._tokens.get(run_key, {}).items() if run == kickoff_id}
+            told = {
+                event: count
+                for (run, event), count in self._tokens.get(idempotency_key, {}).items()
+                if run == kickoff_id
+            }
         return told.get(COMPLETED, sum(told.values()) if told else None)
 
     async def _listen(self) -> None:
@@ -189,31 +193,31 @@ class _Hub:
             await asyncio.sleep(RECONNECT)
 
     def _tell(self, event: Event) -> None:
-        run_key = event.resource.get(RUN_KEY)
-        if run_key is None:
+        idempotency_key = event.resource.get(RUN_KEY)
+        if idempotency_key is None:
             return
         asked = _question(event)
         with self._lock:
-            self._seen[run_key] = time.monotonic(), asked or self._seen.get(run_key, (0.0, None))[1]
-            self._seen.move_to_end(run_key)
+            self._seen[idempotency_key] = time.monotonic(), asked or self._seen.get(idempotency_key, (0.0, None))[1]
+            self._seen.move_to_end(idempotency_key)
             while len(self._seen) > 10_000:
                 self._seen.popitem(last=False)
-            self._count(run_key, event)
-            wakers = list(self._wakers.get(run_key, ()))
+            self._count(idempotency_key, event)
+            wakers = list(self._wakers.get(idempotency_key, ()))
             if event.event != ANSWERED:  # webhooks do come
                 self._distrusted_until = 0.0
         for waker in wakers:
             waker.wake(asked)
 
-    def _count(self, run_key: str, event: Event) -> None:
+    def _count(self, idempotency_key: str, event: Event) -> None:
         said = as_object(event.payload.get("said"))
         run, count = said.get("kickoff_id"), said.get("total_tokens")
         if not isinstance(run, str) or not isinstance(count, int):
             return
-        counts = self._tokens.setdefault(run_key, {})
+        counts = self._tokens.setdefault(idempotency_key, {})
         if len(counts) < 1_000:
             counts[run, COMPLETED if event.event == COMPLETED else str(event.id)] = count
-        self._tokens.move_to_end(run_key)
+        self._tokens.move_to_end(idempotency_key)
         while len(self._tokens) > 10_000:
             self._tokens.popitem(last=False)
 
@@ -236,15 +240,15 @@ def subscribe() -> None:
 
 
 @asynccontextmanager
-async def waker_for(run_key: str | None) -> AsyncGenerator[Waker | None]:
+async def waker_for(idempotency_key: str | None) -> AsyncGenerator[Waker | None]:
     """Give a waker for a run's waiter; None where webhooks are off or the run has no key."""
-    if run_key is None or not hooks_are_on():
+    if idempotency_key is None or not hooks_are_on():
         yield None
         return
     _hub.start()
-    waker = Waker(_hub, run_key)
-    _hub.add(run_key, waker)
+    waker = Waker(_hub, idempotency_key)
+    _hub.add(idempotency_key, waker)
     try:
         yield waker
     finally:
-        _hub.remove(run_key, waker)
+        _hub.remove(idempotency_key, waker)

@@ -15,7 +15,7 @@ from prefect_crew.exceptions import ConfigurationError
 
 def check_choices(
     *,
-    run_key: Any = None,
+    idempotency_key: Any = None,
     name: Any = None,
     wait: Any = None,
     output_type: Any = None,
@@ -29,7 +29,7 @@ def check_choices(
     Raises:
         ConfigurationError: One of them is of a kind that it cannot be; the message says which it should be.
     """
-    for of, text in (("run_key", run_key), ("name", name)):
+    for of, text in (("idempotency_key", idempotency_key), ("name", name)):
         _check(text is None or isinstance(text, str), of, "a text", text)
         if text is not None and not _sendable(text):
             raise ConfigurationError(

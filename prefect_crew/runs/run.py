@@ -69,9 +69,9 @@ class OpenRun:
             self.crew = self.crew.hiding(self.record.secret_inputs)
 
     @property
-    def run_key(self) -> str | None:
-        """Its run key, where a record holds it."""
-        return None if self.record is None else self.record.run_key
+    def idempotency_key(self) -> str | None:
+        """Its idempotency key, where a record holds it."""
+        return None if self.record is None else self.record.idempotency_key
 
     def renewed(self, crew: Crew) -> None:
         """Take up the crew with its new token; the old one stays a secret."""
@@ -110,9 +110,12 @@ class OpenRun:
     @property
     def once_it_answers(self) -> str:
         """What to do about it when its server gave no usable answer for too long."""
-        if self.run_key is None:
+        if self.idempotency_key is None:
             return f"The run may go on there; see later: prefect-crew status CREW {shlex.quote(self.kickoff_id)}."
-        return f"The run may go on there: run again with run key {self.run_key!r} to wait for it, and buy nothing."
+        return (
+            f"The run may go on there: run again with idempotency key {self.idempotency_key!r} to wait for it, and "
+            "buy nothing."
+        )
 
     def withholding(self) -> AbstractContextManager[None]:
         """Let errors of the client that are made meanwhile tell of the server's answers what may be told."""
@@ -143,7 +146,7 @@ class OpenRun:
         return RunView(
             crew=self.crew.label,
             kickoff_id=self.kickoff_id,
-            run_key=self.run_key,
+            idempotency_key=self.idempotency_key,
             state=CrewState.PENDING if status is None else status.state,
             started_at=None if record is None else record.kicked_off_at,
             ended_at=None if record is None else record.ended_at,
@@ -224,14 +227,16 @@ def result_of(run: OpenRun, status: CrewStatus) -> CrewResult:
 
 def failure(run: OpenRun, state: CrewState | None, error: str | None) -> CrewError:
     """Return the error for a run that has no result; `error` is the crew's own as it may be told."""
-    label, run_key, kickoff_id = run.crew.label, run.run_key, run.kickoff_id
+    label, idempotency_key, kickoff_id = run.crew.label, run.idempotency_key, run.kickoff_id
     advice = run.advice or after_failure(label, run.record, run.crew.max_kickoffs)
     if state is CrewState.FAILED:
-        return CrewFailedError(kickoff_id=kickoff_id, error=error or "", crew=label, run_key=run_key, advice=advice)
+        return CrewFailedError(
+            kickoff_id=kickoff_id, error=error or "", crew=label, idempotency_key=idempotency_key, advice=advice
+        )
     if state is CrewState.STOPPED:
-        return CrewStoppedError(kickoff_id=kickoff_id, crew=label, run_key=run_key, advice=advice)
+        return CrewStoppedError(kickoff_id=kickoff_id, crew=label, idempotency_key=idempotency_key, advice=advice)
     if state is CrewState.UNKNOWN:
-        return CrewLostError(kickoff_id=kickoff_id, crew=label, run_key=run_key)
+        return CrewLostError(kickoff_id=kickoff_id, crew=label, idempotency_key=idempotency_key)
     return CrewError(
         f"Run {kickoff_id} of crew {label} has no result yet: it is {state}. Wait for it with wait_for_crew."
     )
@@ -273,7 +278,7 @@ def typed(result: CrewResult, output_type: type[M], *, run: OpenRun | None = Non
     raise refusal
 
 
-async def find_run(crew: Crew, kickoff_id: str, run_key: str | None = None, *, take: bool = True) -> OpenRun:
+async def find_run(crew: Crew, kickoff_id: str, idempotency_key: str | None = None, *, take: bool = True) -> OpenRun:
     """Return a run by its id, with its record where one is found. A Prefect API that is away leaves it without.
 
     `take`: what this process remembers of it is for the caller alone, who waits for its end and closes its record.
@@ -283,10 +288,10 @@ async def find_run(crew: Crew, kickoff_id: str, run_key: str | None = None, *, t
         return run
     records = PrefectRecords()
     try:
-        if run_key is None:
+        if idempotency_key is None:
             record = await records.of_kickoff(kickoff_id)
         else:
-            attempts = await records.attempts(run_key)
+            attempts = await records.attempts(idempotency_key)
             record = next((attempt for attempt in attempts if attempt.kickoff_id == kickoff_id), None)
     except (httpx.HTTPError, PrefectException) as error:
         run_logger().warning("The record of run %s could not be read (%s): going on without it.", kickoff_id, error)
@@ -326,5 +331,7 @@ async def read_result(run: OpenRun) -> CrewResult:
 async def _asked(run: OpenRun, session: CrewSession, *, last_state: str | None) -> CrewResult:
     status = await session.asked(lambda client: client.status(run.kickoff_id))
     if status.state is CrewState.UNKNOWN:
-        raise CrewLostError(kickoff_id=run.kickoff_id, crew=run.crew.label, run_key=run.run_key, last_state=last_state)
+        raise CrewLostError(
+            kickoff_id=run.kickoff_id, crew=run.crew.label, idempotency_key=run.idempotency_key, last_state=last_state
+        )
     return result_of(run, status)

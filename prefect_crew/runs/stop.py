@@ -196,10 +196,10 @@ async def _stop_if_asked(session: CrewSession, record: RunRecord, records: Recor
     if not await cancellation_asked(own):
         log.warning(
             "Crew run %s is left running at %s: nobody asked to stop it. A retry of this flow run, or a call "
-            "with run key %r, waits for it again.",
+            "with idempotency key %r, waits for it again.",
             record.kickoff_id,
             record.crew_url,
-            record.run_key,
+            record.idempotency_key,
         )
         return False
     others = await _other_waiters(record, own)
@@ -224,10 +224,10 @@ async def stop_once(session: CrewSession, record: RunRecord) -> StopAnswer:
         log.info("Crew run %s was asked to stop: %s.", kickoff_id, answer.outcome)
     elif answer.outcome is StopOutcome.UNSUPPORTED:
         log.warning(
-            "Crew run %s runs on at %s: its server has no /stop. Its result is still there for run key %r.",
+            "Crew run %s runs on at %s: its server has no /stop. Its result is still there for idempotency key %r.",
             kickoff_id,
             record.crew_url,
-            record.run_key,
+            record.idempotency_key,
         )
     else:
         log.warning("Crew run %s was not stopped: %s. %s", kickoff_id, answer.outcome, answer.message or "")

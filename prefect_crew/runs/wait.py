@@ -52,7 +52,7 @@ async def wait_for_run(
     crew: Crew,
     kickoff_id: str,
     *,
-    run_key: str | None = None,
+    idempotency_key: str | None = None,
     wait: WaitPolicy | None = None,
     output_type: type[BaseModel] | None = None,
     review: ReviewChoice | None = None,
@@ -65,7 +65,7 @@ async def wait_for_run(
         OutputTypeError: It completed, and its result does not fit `output_type`.
         CrewError: The status call gave no answer for too long.
     """
-    run = await find_run(crew, kickoff_id, run_key)
+    run = await find_run(crew, kickoff_id, idempotency_key)
     waiting = _result_of(crew, run, wait or crew.wait, review)
     # No variable holds the result: error reporters show the local variables of all frames.
     return await waiting if output_type is None else typed(await waiting, output_type, run=run)
@@ -172,7 +172,7 @@ class _Waiter:
                 human_since=None if record.human_since is None else record.human_since.timestamp(),
             )
         hooked = record is not None and record.hooked
-        async with waker_for(self.run.run_key if hooked else None) as waker:
+        async with waker_for(self.run.idempotency_key if hooked else None) as waker:
             self.waker = waker
             pause = self.people.pausing(asyncio.sleep if waker is None else waker.pause)
             status = await wait_until_ended(
@@ -340,7 +340,7 @@ class _Waiter:
                 self.log.warning("This flow run stays in Cancelling: %s", error)
         label, kickoff_id = self.run.crew.label, self.run.kickoff_id
         if stopped:
-            return CrewStoppedError(kickoff_id=kickoff_id, crew=label, run_key=self.run.run_key)
+            return CrewStoppedError(kickoff_id=kickoff_id, crew=label, idempotency_key=self.run.idempotency_key)
         return CrewError(
             f"The flow run was cancelled, and with it the wait for run {kickoff_id} of crew {label}, which runs on at "
             f"{self.run.crew.url}. Its result is there for whoever waits for it: "
@@ -358,7 +358,7 @@ class _Waiter:
             budget=error.budget,
             last_state=error.last_state,
             crew=run.crew.label,
-            run_key=run.run_key,
+            idempotency_key=run.idempotency_key,
             stopped=stopped,
         )
         if record is not None:
@@ -385,7 +385,10 @@ class _Waiter:
     async def _lost(self, error: CrewLostError) -> CrewLostError:
         run, record = self.run, self.run.record
         full = CrewLostError(
-            kickoff_id=run.kickoff_id, crew=run.crew.label, run_key=run.run_key, last_state=error.last_state
+            kickoff_id=run.kickoff_id,
+            crew=run.crew.label,
+            idempotency_key=run.idempotency_key,
+            last_state=error.last_state,
         )
         if record is not None:
             emit("lost", record, once=True)

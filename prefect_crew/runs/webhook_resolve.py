@@ -1,7 +1,7 @@
 """Settling an uncertain kickoff by its first webhook.
 
 The signed URL says which purchase the webhook is about; the id in its body is only a claim. It counts once the crew's
-status call knows it and no other record holds it, and never against the run key in the body's own `meta`.
+status call knows it and no other record holds it, and never against the idempotency key in the body's own `meta`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Settlement(StrEnum):
     NO_ANSWER = "no answer"
     """The status call failed."""
     REFUSED = "refused"
-    """Another record holds the id, or the webhook is of another claim or names another run key itself."""
+    """Another record holds the id, or the webhook is of another claim or names another idempotency key itself."""
 
     @property
     def may_change(self) -> bool:
@@ -59,35 +59,35 @@ def unsettled(record: RunRecord) -> bool:
 
 
 async def settle_from_webhook(
-    run_key: str,
+    idempotency_key: str,
     kickoff_id: str,
     records: RecordStore,
     *,
     attempt: int | None = None,
     claim: str | None = None,
-    said_run_key: str | None = None,
+    said_key: str | None = None,
     load: Callable[[RunRecord], Awaitable[Crew | None]],
 ) -> Settlement:
     """Settle a run whose kickoff is uncertain by a webhook that came to its own URL. Harmless to call for any run.
 
     Args:
-        run_key: The run, from the signed URL.
+        idempotency_key: The run, from the signed URL.
         kickoff_id: The id in the webhook's body.
         records: Where records live.
-        attempt: The attempt at the run key, from the URL; left out, the latest purchase.
+        attempt: The attempt at the idempotency key, from the URL; left out, the latest purchase.
         claim: The claim that the URL was made for, from the URL.
-        said_run_key: The run key in the body's `meta`, if there is one.
+        said_key: The idempotency key in the body's `meta`, if there is one.
         load: Finds the crew that the status call is made to.
 
     Raises:
         httpx.HTTPError: The Prefect API is away or refuses.
     """
-    record = attempt_of(await records.attempts(run_key), attempt)
+    record = attempt_of(await records.attempts(idempotency_key), attempt)
     if record is None or not unsettled(record):
         return Settlement.NOT_NEEDED
     if claim is not None and claim != claim_of(record.owner):
         return Settlement.REFUSED
-    if said_run_key is not None and said_run_key != run_key:
+    if said_key is not None and said_key != idempotency_key:
         return Settlement.REFUSED
     if record.phase is RecordPhase.CLAIMED and record.open_for:
         return Settlement.TOO_EARLY

@@ -34,7 +34,7 @@ def seen(prefect_api: PrefectServer) -> Iterator[Seen]:
 
 def record(**fields: Any) -> RunRecord:
     known: dict[str, Any] = {
-        "run_key": "k", "attempt": 2, "crew": "travel", "crew_url": "https://travel.test", "inputs_digest": "d",
+        "idempotency_key": "k", "attempt": 2, "crew": "travel", "crew_url": "https://travel.test", "inputs_digest": "d",
         "owner": str(uuid.uuid4()), "claimed_at": NOON, "kickoff_id": str(uuid.uuid4()),
     }  # fmt: skip
     return RunRecord(**known | fields)
@@ -86,7 +86,7 @@ def test_an_event_in_a_script_names_no_flow_run_and_one_of_an_owner_names_his(se
     emit("lost", run)
     (event,) = seen.events(str(run.kickoff_id))
     assert f"prefect.flow-run.{owner}" in [one["prefect.resource.id"] for one in event["related"]]
-    assert event["payload"] == {"run_key": "k", "kickoff_id": run.kickoff_id, "attempt": 2}
+    assert event["payload"] == {"idempotency_key": "k", "kickoff_id": run.kickoff_id, "attempt": 2}
 
 
 def test_the_life_of_a_run_is_told_in_order(crew_server: CrewServerFactory, seen: Seen):
@@ -108,11 +108,11 @@ def test_the_life_of_a_run_is_told_in_order(crew_server: CrewServerFactory, seen
 
 
 def test_decisions_and_doubts_are_told_by_the_key(crew_server: CrewServerFactory, seen: Seen):
-    server, run_key = crew_server("echo", faults=["kickoff:500@1"]), f"doubt {uuid.uuid4()}"
+    server, idempotency_key = crew_server("echo", faults=["kickoff:500@1"]), f"doubt {uuid.uuid4()}"
     for _ in range(2):
         with pytest.raises(KickoffUncertainError):
-            server.crew().trigger({"text": "a"}, run_key=run_key)
-    told = seen.events(f"{run_key}/1")
+            server.crew().trigger({"text": "a"}, idempotency_key=idempotency_key)
+    told = seen.events(f"{idempotency_key}/1")
     assert [(event["event"], event["payload"].get("decision")) for event in told] == [
         ("crew.decided", "start"),
         ("crew.uncertain", None),

@@ -46,7 +46,7 @@ def parsed(markdown: str) -> list[Token]:
 
 def view(state: CrewState = CrewState.COMPLETED, *, show: str = "full", **fields: Any) -> RunView:
     status = CrewStatus(kickoff_id="r1", state=state, **fields)
-    return RunView(crew="travel", kickoff_id="r1", run_key="k", state=state, status=status, show=show)
+    return RunView(crew="travel", kickoff_id="r1", idempotency_key="k", state=state, status=status, show=show)
 
 
 def text_of(markdown: str) -> str:
@@ -202,7 +202,7 @@ def test_a_run_at_its_kickoff():
     started = RunView(
         crew="travel",
         kickoff_id="r|1",
-        run_key="daily `1`",
+        idempotency_key="daily `1`",
         state=CrewState.PENDING,
         started_at=NOON,
         inputs={"city": "Lisbon\n| x |", "days": 3},
@@ -301,7 +301,7 @@ def test_show_decides_how_much_is_seen(show: str, there: list[str], not_there: l
 
 def test_secret_inputs_are_masked_by_their_names():
     shown = RunView(
-        crew="c", kickoff_id="r", run_key=None, state=CrewState.PENDING,
+        crew="c", kickoff_id="r", idempotency_key=None, state=CrewState.PENDING,
         inputs={"pin": 4711, "city": "Lisbon"}, secret_inputs=["pin"],
     )  # fmt: skip
     markdown = render_run(shown)

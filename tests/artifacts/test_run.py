@@ -58,7 +58,7 @@ def name() -> str:
 def kicked_off(crew: Crew, inputs: dict[str, Any] | None = None, **options: Any) -> CrewRun:
     """Do what `DeployedCrew.trigger` does, for a crew that is named and not stored."""
     run = asyncio.run(open_run(crew, inputs or {}, **options))
-    return CrewRun(run.crew, run.kickoff_id, run_key=run.run_key)
+    return CrewRun(run.crew, run.kickoff_id, idempotency_key=run.idempotency_key)
 
 
 def shown(seen: Seen, name: str) -> str:
@@ -164,16 +164,16 @@ def test_whoever_finds_a_run_again_updates_its_artifact(
 
     @flow
     async def first() -> None:
-        await kickoff_crew(crew, run_key=name)
+        await kickoff_crew(crew, idempotency_key=name)
 
     @flow
     async def second() -> str:
-        return (await arun_crew(crew, run_key=name)).output
+        return (await arun_crew(crew, idempotency_key=name)).output
 
     if owner == "flow":
         asyncio.run(first())
     else:
-        kicked_off(crew, run_key=name)
+        kicked_off(crew, idempotency_key=name)
     assert "○ pending" in shown(seen, name)
     assert asyncio.run(second()) == "done"
     assert "✓ completed" in shown(seen, name)

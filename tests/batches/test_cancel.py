@@ -204,7 +204,7 @@ def test_a_killed_batch_is_gone_on_with_by_the_same_call(
     assert completed + uncertain == 60
     assert failed == 0
     assert uncertain <= 3 * 16
-    assert max(server.kickoffs_by_run_key.values()) == 1
+    assert max(server.kickoffs_by_key.values()) == 1
     lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert len(lines) == len({line["key"] for line in lines}) == completed
 

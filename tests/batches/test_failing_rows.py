@@ -40,14 +40,14 @@ async def test_a_run_of_other_inputs_that_goes_on_is_told_of_and_left_to_whoever
     server, name = crew_server(ECHO), "other inputs"
     await batch(server.crew(), [{"id": "a", "topic": "tea"}], name=name, key="id")
     async with ledger_of(batch, name) as ledger:
-        (record,) = await ledger.attempts(ledger.run_key("a"))
+        (record,) = await ledger.attempts(ledger.idempotency_key("a"))
         record.phase, record.state, record.result, record.ended_at = RecordPhase.STARTED, None, None, None
         await put(ledger, record)
-        before = await ledger.attempts(record.run_key)
+        before = await ledger.attempts(record.idempotency_key)
     report = await batch(server.crew(), [{"id": "a", "topic": "milk"}], name=name, key="id", on_change="continue")
-    assert (report.failed, dict(report.errors), server.kickoffs) == (1, {"RunKeyConflictError": 1}, 1)
+    assert (report.failed, dict(report.errors), server.kickoffs) == (1, {"IdempotencyConflictError": 1}, 1)
     async with ledger_of(batch, name) as ledger:
-        assert await ledger.attempts(record.run_key) == before
+        assert await ledger.attempts(record.idempotency_key) == before
 
 
 # Crews that fail
@@ -109,7 +109,7 @@ async def test_failed_rows_of_earlier_calls_are_bought_again_when_asked(batch: B
     await batch(server.crew(), topics(6, {1, 4}), name="again", key="topic")
     report = await batch(server.crew(), topics(6, {1, 4}), name="again", key="topic", retry_failed=["bad 4"])
     assert (report.kickoffs, report.failed) == (1, 2)
-    assert server.kickoffs_by_run_key["batch/again/bad 4"] == 2
+    assert server.kickoffs_by_key["batch/again/bad 4"] == 2
     report = await batch(server.crew(), topics(6, {1, 4}), name="again", key="topic", retry_failed=True)
     assert (report.kickoffs, report.failed, len(batch.lines())) == (2, 2, 6)
 
@@ -293,13 +293,13 @@ async def test_uncertain_rows_are_listed_never_sent_again_and_settled(batch: Bat
     assert len(batch.lines()) == 6
     report = await batch(server.crew(), topics(8), name="doubtful", key="topic")
     assert (report.uncertain, server.kickoffs) == (2, 7)
-    started = next(run for run in server.runs if (run.meta or {})["run_key"] == "batch/doubtful/topic 2")
+    started = next(run for run in server.runs if (run.meta or {})["idempotency_key"] == "batch/doubtful/topic 2")
     async with ledger_of(batch, "doubtful") as ledger:
-        await settle_started(await unsettled(ledger.run_key("topic 2"), ledger), started.id, ledger)
+        await settle_started(await unsettled(ledger.idempotency_key("topic 2"), ledger), started.id, ledger)
         with pytest.raises(CrewError, match="may still be on its way"):
-            await settle_never_started(await unsettled(ledger.run_key("topic 4"), ledger), ledger)
+            await settle_never_started(await unsettled(ledger.idempotency_key("topic 4"), ledger), ledger)
         let_an_hour_pass(f"{batch.output}.ledger.db")
-        await settle_never_started(await unsettled(ledger.run_key("topic 4"), ledger), ledger)
+        await settle_never_started(await unsettled(ledger.idempotency_key("topic 4"), ledger), ledger)
     report = await batch(server.crew(), topics(8), name="doubtful", key="topic")
     assert (report.completed, report.uncertain, server.kickoffs) == (8, 0, 8)
     assert len(batch.lines()) == 8

@@ -59,22 +59,22 @@ async def test_rows_that_wait_for_people_are_found(ledger_address: str):
         await write(ledger, ("works", RecordPhase.STARTED, None))
         await write(ledger, ("ended", RecordPhase.ENDED, CrewState.COMPLETED), human_since=utcnow())
         await write(another, ("asks", RecordPhase.STARTED, None), human_since=utcnow())
-        assert [record.run_key async for record in ledger.may_ask()] == ["batch/b/asks"]
+        assert [record.idempotency_key async for record in ledger.may_ask()] == ["batch/b/asks"]
         assert len(await ledger.attempts("batch/b/asks")) == 1
         assert await ledger.attempts("batch/c/asks") == await ledger.attempts("asks") == []
 
 
-async def test_no_two_rows_of_any_batches_have_one_run_key(tmp_path: Path):
+async def test_no_two_rows_of_any_batches_have_one_idempotency_key(tmp_path: Path):
     path = str(tmp_path / "ledger.db")
     names = ("a", "a/b", "a%2Fb", "a%2fb", "a/", "/a", "%", "%25", "2026/7")
     ledgers = [Ledger(path, name) for name in names]
     keys = [(ledger, key) for ledger in ledgers for key in ("c", "b/c", "2Fb/c", "/c", "%2Fc", "7/c")]
-    assert len({ledger.run_key(key) for ledger, key in keys}) == len(keys)
-    assert all(ledger.row_key(ledger.run_key(key)) == key for ledger, key in keys)
-    assert Ledger(path, "leads 2026").run_key("a/b") == "batch/leads 2026/a/b"
+    assert len({ledger.idempotency_key(key) for ledger, key in keys}) == len(keys)
+    assert all(ledger.row_key(ledger.idempotency_key(key)) == key for ledger, key in keys)
+    assert Ledger(path, "leads 2026").idempotency_key("a/b") == "batch/leads 2026/a/b"
     async with Ledger(path, "a") as one, Ledger(path, "a/b") as two:
         assert await two.claim(record_of(two, "c"))
-        assert await one.attempts(two.run_key("c")) == []
+        assert await one.attempts(two.idempotency_key("c")) == []
 
 
 async def test_what_is_written_is_read_again_by_another_process(ledger_address: str):
@@ -85,10 +85,10 @@ async def test_what_is_written_is_read_again_by_another_process(ledger_address: 
         record.result = StoredResult(output="ü 🙂 \0 \u202e", data={"nul": "\0"}, usage=TokenUsage(total_tokens=3))
         await ledger.save(record)
     async with Ledger(ledger_address, "b") as ledger:
-        assert list(await ledger.attempts(record.run_key)) == [record]
+        assert list(await ledger.attempts(record.idempotency_key)) == [record]
         assert await ledger.of_kickoff("run 1") == record
         assert await ledger.of_kickoff("run 2") is None
-        assert await ledger.attempts(ledger.run_key("other")) == []
+        assert await ledger.attempts(ledger.idempotency_key("other")) == []
 
 
 @pytest.mark.parametrize("kickoff_id", ["a\0b", "\U0001f642" * 400, "../%2e"], ids=["nul", "long", "path"])
@@ -107,7 +107,7 @@ async def test_a_place_is_claimed_once_and_a_claim_that_is_made_again_is_still_o
         assert await one.claim(mine), "a commit of which nobody knew was made again"
         assert await two.claim(record_of(two, "k", attempt=2))
         assert await c.claim(record_of(c, "k")), "another batch has rows of its own"
-        assert [attempt.attempt for attempt in await one.attempts(one.run_key("k"))] == [1, 2]
+        assert [attempt.attempt for attempt in await one.attempts(one.idempotency_key("k"))] == [1, 2]
 
 
 async def test_of_many_racers_in_one_process_one_wins(ledger_address: str):
@@ -171,7 +171,7 @@ async def test_a_claim_and_what_came_of_it_may_be_in_one_group(ledger_address: s
         save = asyncio.ensure_future(ledger.save(record))
         assert await claim
         await save
-        assert (await ledger.attempts(record.run_key))[0].kickoff_id == "run 1"
+        assert (await ledger.attempts(record.idempotency_key))[0].kickoff_id == "run 1"
 
 
 async def test_a_write_whose_caller_is_cancelled_is_made_all_the_same(ledger_address: str):
@@ -180,7 +180,7 @@ async def test_a_write_whose_caller_is_cancelled_is_made_all_the_same(ledger_add
         await asyncio.sleep(0)
         claim.cancel()
     async with Ledger(ledger_address, "b") as ledger:
-        assert await ledger.attempts(ledger.run_key("k"))
+        assert await ledger.attempts(ledger.idempotency_key("k"))
 
 
 async def test_a_writer_that_is_cancelled_with_everything_else_writes_what_comes_in_the_end(ledger_address: str):
@@ -201,7 +201,7 @@ async def test_a_writer_that_is_cancelled_with_everything_else_writes_what_comes
     await asyncio.wait_for(ledger.save(record), 20)
     await asyncio.wait_for(ledger.__aexit__(), 20)
     async with Ledger(ledger_address, "b") as ledger:
-        assert (await ledger.attempts(record.run_key))[0].human_task == "draft"
+        assert (await ledger.attempts(record.idempotency_key))[0].human_task == "draft"
 
 
 async def test_an_owner_has_ended_only_where_this_process_is_the_only_one(ledger_address: str):
@@ -518,4 +518,4 @@ def test_the_record_is_kept_as_json(tmp_path: Path):
     with sqlite3.connect(path) as database:
         (text,) = database.execute("SELECT record FROM crew_attempts").fetchone()
     database.close()
-    assert json.loads(text)["run_key"] == "batch/b/k"
+    assert json.loads(text)["idempotency_key"] == "batch/b/k"

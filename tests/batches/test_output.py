@@ -37,7 +37,7 @@ def end(number: int, state: str = "completed", *, output: str = "text", data: An
         usage=TokenUsage(total_tokens=7),
     )
     record = RunRecord(
-        run_key=f"batch/b/k{number}",
+        idempotency_key=f"batch/b/k{number}",
         attempt=1,
         phase=RecordPhase.ENDED,
         state=CrewState(state) if state in set(CrewState) else None,

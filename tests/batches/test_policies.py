@@ -84,7 +84,7 @@ def test_keys_to_retry_are_looked_up_and_not_searched():
 def end(kind: str | None, state: str = "failed", *, found: bool = False, reason: str | None = None) -> RowEnd:
     now = utcnow()
     record = RunRecord(
-        run_key="batch/b/k",
+        idempotency_key="batch/b/k",
         attempt=1,
         phase=RecordPhase.ENDED,
         crew="c",

@@ -55,7 +55,7 @@ async def test_a_row_is_a_run_and_a_line(batch: Batches, crew_server: CrewServer
     assert report.usage is not None
     assert report.usage.total_tokens == 150
     assert server.kickoffs == 30
-    assert set(server.kickoffs_by_run_key.values()) == {1}
+    assert set(server.kickoffs_by_key.values()) == {1}
     lines = batch.lines()
     assert sorted(line["output"] for line in lines.values()) == sorted(f"on topic {number}" for number in range(30))
     assert {line["state"] for line in lines.values()} == {"completed"}

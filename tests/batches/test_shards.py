@@ -318,7 +318,7 @@ def test_of_two_workers_one_dies_and_its_rows_are_finished(
         report = asyncio.run(both())
     assert report.completed + report.uncertain == 400
     assert report.uncertain <= 16
-    assert max(crew.kickoffs_by_run_key.values()) == 1
+    assert max(crew.kickoffs_by_key.values()) == 1
     assert crew.kickoffs <= 400
     assert len(Batches(tmp_path).lines()) == report.completed
     assert sorted(asyncio.run(states("sharded"))) == ["COMPLETED", "CRASHED"]
@@ -376,7 +376,7 @@ def test_a_batch_whose_parent_was_killed_goes_on_with_its_shards(
         )
     assert report.completed + report.uncertain == 400
     assert report.uncertain <= (32 if with_shards else 0), "a shard that goes on loses nothing"
-    assert max(crew.kickoffs_by_run_key.values()) == 1
+    assert max(crew.kickoffs_by_key.values()) == 1
     assert len(Batches(tmp_path).lines()) == report.completed
     runs = asyncio.run(states(name))
     assert runs.count("COMPLETED") == 2, "it is gone on with in shards, not in one process"

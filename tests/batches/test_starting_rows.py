@@ -29,7 +29,7 @@ async def start(ledger: Ledger, server: InProcessCrewServer, session: CrewSessio
     if session is None:
         async with CrewSession(server.crew().crew) as session:
             return await start(ledger, server, session)
-    identity = RunIdentity(ledger.run_key("k"), "place", Caller(owner=f"caller {id(session)}"))
+    identity = RunIdentity(ledger.idempotency_key("k"), "place", Caller(owner=f"caller {id(session)}"))
     known: dict[str, Any] = {"quiet": True, "settings": CrewSettings()}
     return await purchase_run(
         Purchase(session.crew, identity, {"text": "a"}, "digest", None, None, None, **known), ledger, session
@@ -37,7 +37,7 @@ async def start(ledger: Ledger, server: InProcessCrewServer, session: CrewSessio
 
 
 async def phases(ledger: Ledger) -> list[RecordPhase]:
-    return [one.phase for one in await ledger.attempts(ledger.run_key("k"))]
+    return [one.phase for one in await ledger.attempts(ledger.idempotency_key("k"))]
 
 
 async def test_a_row_is_not_sent_once_its_claim_is_over(

@@ -14,7 +14,7 @@ from support.prefect_server import PrefectServer
 
 
 @flow
-def filled(run_key: str) -> None:
+def filled(idempotency_key: str) -> None:
     """Is never run here: only its runs matter."""
 
 
@@ -26,7 +26,7 @@ def deployment(prefect_api: PrefectServer) -> str:
         async with get_client() as client:
             flow_id = await client.create_flow(filled)
             key = f"{name}-{{{{ scheduled_start:%Y-%m-%d }}}}"
-            await client.create_deployment(flow_id, name, parameters={"run_key": key})
+            await client.create_deployment(flow_id, name, parameters={"idempotency_key": key})
 
     asyncio.run(make())
     return f"filled/{name}"

@@ -240,7 +240,7 @@ def test_a_row_with_other_inputs_under_its_key_is_told_of(here, picky, name: str
     before = Path(leads).read_text()
     Path(leads).write_text(before.replace("a,tea", "a,coffee"))
     ran = here(*given, "--json")
-    assert (ran.code, ran.json["failed"], ran.json["errors"]) == (33, 2, {"RunKeyConflictError": 1})
+    assert (ran.code, ran.json["failed"], ran.json["errors"]) == (33, 2, {"IdempotencyConflictError": 1})
     assert (server.kickoffs, lines(output)["a"]) == (3, "completed")
     told = {row["key"]: row["error"] for row in here("batch", "failures", name, "--json").json}
     assert "was run with other inputs before" in told["a"]
@@ -314,10 +314,10 @@ def test_results_have_to_fit_a_model_and_rows_are_bought_again_by_the_class_of_t
     ran = here(*call, "--output-type", f"{module}:Tea", "--retry-on", "CrewFailedError=1")
     assert ran.code == 33, ran.err
     assert lines(output) == {"a": "misfit", "b": "failed", "c": "misfit"}
-    assert server.kickoffs_by_run_key == {f"batch/{name}/{key}": count for key, count in (("a", 1), ("b", 2), ("c", 1))}
+    assert server.kickoffs_by_key == {f"batch/{name}/{key}": count for key, count in (("a", 1), ("b", 2), ("c", 1))}
     # The model and the class go with the name.
     again = here("batch", "retry", name, "--key", "a", "--json")
-    assert (again.json["kickoffs"], server.kickoffs_by_run_key[f"batch/{name}/a"]) == (1, 2)
+    assert (again.json["kickoffs"], server.kickoffs_by_key[f"batch/{name}/a"]) == (1, 2)
     assert lines(output)["a"] == "misfit"
 
 
@@ -356,7 +356,7 @@ def test_a_ledger_that_is_not_here_is_missed_and_not_made_anew(here, picky, name
 def _record(kickoff_id: str) -> dict[str, Any]:
     """Return the fields of a run record that holds an id."""
     record = record_of(Ledger("ledger.db", "b"), "k", phase=RecordPhase.STARTED, kickoff_id=kickoff_id)
-    return {**dict(record), "run_key": f"key {kickoff_id}"}
+    return {**dict(record), "idempotency_key": f"key {kickoff_id}"}
 
 
 @pytest.mark.parametrize("started", [pytest.param(True, id="it-started"), pytest.param(False, id="it-never-did")])
@@ -376,7 +376,7 @@ def test_an_uncertain_row_is_settled_and_gone_on_with(here, picky, name: str, le
         other = RunRecord(**_record(kickoff_id := f"k-{uuid.uuid4()}"))
         assert asyncio.run(PrefectRecords().claim(other))
         taken = here("batch", "settle", name, row, "--kickoff-id", kickoff_id)
-        assert f"belongs to the run key '{other.run_key}'" in taken.err
+        assert f"belongs to the idempotency key '{other.idempotency_key}'" in taken.err
         known = {line["kickoff_id"] for line in map(json.loads, Path(output).read_text().splitlines())}
         (run,) = {run.id for run in server.runs} - known
         settled = here("batch", "settle", name, row, "--kickoff-id", run)

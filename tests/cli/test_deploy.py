@@ -63,9 +63,9 @@ def test_a_schedule_and_defaults(here, name: str):
     without = here(*line)
     assert without.code == 25
     assert "Missing: who" in without.err
-    assert here(*line, "-i", "who=Ada", "--run-key", "daily-{{ scheduled_start:%Y-%m-%d }}").code == 0
+    assert here(*line, "-i", "who=Ada", "--key", "daily-{{ scheduled_start:%Y-%m-%d }}").code == 0
     found = deployment("deployed-crew/daily")
-    assert found.parameters == {"who": "Ada", "run_key": "daily-{{ scheduled_start:%Y-%m-%d }}"}
+    assert found.parameters == {"who": "Ada", "idempotency_key": "daily-{{ scheduled_start:%Y-%m-%d }}"}
     assert found.schedules[0].schedule.timezone == "Europe/Lisbon"
 
 
@@ -81,7 +81,7 @@ def test_a_schedule_stays_until_another_is_given(here, name: str):
     without = here(*line)
     assert without.code == 25
     assert f"The schedule that deployed-crew/daily {name} has stays: delete it, or give them." in without.err
-    same = here(*line, *defaults, "--run-key", "always")
+    same = here(*line, *defaults, "--key", "always")
     assert same.code == 25
     assert "is the same for every time of the schedule" in same.err
     assert here(*line, *defaults, "--interval", "3600").code == 0
@@ -183,7 +183,7 @@ def test_a_pipeline_asks_for_its_inputs(here, prefect_api: PrefectServer, crews:
     assert (found.work_pool_name, found.tags) == (pool, ["prefect-crew", "mine"])
     assert found.description == "Greets twice."
     schema = found.parameter_openapi_schema
-    assert (list(schema["properties"]), schema["required"]) == (["inputs", "run_key"], ["inputs"])
+    assert (list(schema["properties"]), schema["required"]) == (["inputs", "idempotency_key"], ["inputs"])
     inputs = schema["properties"]["inputs"]
     assert (list(inputs["properties"]), inputs["required"]) == (["who", "times", "tone"], ["who"])
     who, times, tone = inputs["properties"].values()
@@ -248,11 +248,11 @@ def test_a_schedule_of_a_pipeline_needs_its_inputs(here, name: str, file: Path):
     without = here(*line)
     assert without.code == 25
     assert "Missing: who" in without.err
-    made = here(*line, "-i", "who=Ada", "--run-key", "greet-{{ scheduled_start:%Y-%m-%d }}")
+    made = here(*line, "-i", "who=Ada", "--key", "greet-{{ scheduled_start:%Y-%m-%d }}")
     assert made.code == 0, made.err
     found = deployment(f"deployed-pipeline/{name}")
     assert found.schedules[0].schedule.cron == "0 6 * * *"
-    assert found.parameters["run_key"] == "greet-{{ scheduled_start:%Y-%m-%d }}"
+    assert found.parameters["idempotency_key"] == "greet-{{ scheduled_start:%Y-%m-%d }}"
     assert "required" not in found.parameter_openapi_schema
 
 

@@ -16,7 +16,7 @@ NOW = datetime(2026, 5, 1, 12, tzinfo=UTC)
 def record(**facts: Any) -> RunRecord:
     return RunRecord(
         **{
-            "run_key": "daily",
+            "idempotency_key": "daily",
             "attempt": 1,
             "crew": "travel",
             "crew_url": "https://travel.example.com",
@@ -96,7 +96,7 @@ class Flows:
         self.asked += 1
         return self.waiters
 
-    async def attempts(self, run_key: str) -> list[RunRecord]:
+    async def attempts(self, idempotency_key: str) -> list[RunRecord]:
         return self.tried
 
 

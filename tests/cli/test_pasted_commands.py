@@ -18,9 +18,9 @@ from prefect_crew.cli.runs import Standing, _todo
 from prefect_crew.exceptions import (
     CrewLostError,
     CrewTimeoutError,
+    IdempotencyConflictError,
     KickoffUncertainError,
     ReviewLimitError,
-    RunKeyConflictError,
 )
 from prefect_crew.records.model import RecordPhase, RunRecord
 from prefect_crew.runs.reviews.questions import how_to_answer
@@ -36,7 +36,8 @@ NOW = datetime(2026, 1, 1, tzinfo=UTC)
 def record(**fields: object) -> RunRecord:
     return RunRecord.model_validate(
         {
-            "run_key": HOSTILE, "attempt": 1, "crew": HOSTILE, "crew_url": "https://x", "inputs_digest": "0" * 32,
+            "idempotency_key": HOSTILE, "attempt": 1, "crew": HOSTILE, "crew_url": "https://x", "inputs_digest": "0" *
+            32,
             "owner": "o", "claimed_at": NOW, "phase": RecordPhase.STARTED, "kickoff_id": HOSTILE,
         } | fields
     )  # fmt: skip
@@ -44,9 +45,9 @@ def record(**fields: object) -> RunRecord:
 
 CREW = DeployedCrew(url="https://x.test", token=SecretStr("a-token-of-tests"))
 TEXTS = {
-    "uncertain": str(KickoffUncertainError(run_key=HOSTILE, reason="x")),
-    "conflict": str(RunKeyConflictError(run_key=HOSTILE, difference="x")),
-    "lost": str(CrewLostError(kickoff_id="k", run_key=HOSTILE)),
+    "uncertain": str(KickoffUncertainError(idempotency_key=HOSTILE, reason="x")),
+    "conflict": str(IdempotencyConflictError(idempotency_key=HOSTILE, difference="x")),
+    "lost": str(CrewLostError(kickoff_id="k", idempotency_key=HOSTILE)),
     "timed out": str(CrewTimeoutError(kickoff_id=HOSTILE, phase="running", budget=1, last_state="running")),
     "answer": how_to_answer(OpenRun(crew=CREW.crew, kickoff_id=HOSTILE)),
     "overview uncertain": _todo(record(), Standing.UNCERTAIN, False),
@@ -54,7 +55,9 @@ TEXTS = {
     "overview waiting": _todo(record(), Standing.WAITING, False),
     "row uncertain": outcomes._uncertain(RowJob(0, 2, HOSTILE, {}, "d"), "x", HOSTILE),
     "row lost": outcomes._lost(RowJob(0, 2, HOSTILE, {}, "d"), CrewLostError(kickoff_id="k"), HOSTILE),
-    "alert": jinja2.Template(ALERTS["uncertain"]).render(event={"payload": {"run_key": HOSTILE, "reason": "x"}}),
+    "alert": jinja2.Template(ALERTS["uncertain"]).render(
+        event={"payload": {"idempotency_key": HOSTILE, "reason": "x"}}
+    ),
 }
 
 

@@ -39,13 +39,13 @@ class Asking:
     """A flow run, in a thread, whose crew waits for a person."""
 
     def __init__(self, block: str, **options: Any) -> None:
-        self.run_key = f"asking {uuid.uuid4()}"
+        self.idempotency_key = f"asking {uuid.uuid4()}"
         self.outcome: Any = None
 
         @flow
         async def asking() -> str:
             crew = await DeployedCrew.aload(block)
-            return (await arun_crew(crew, {"who": "Ada"}, run_key=self.run_key, **options)).output
+            return (await arun_crew(crew, {"who": "Ada"}, idempotency_key=self.idempotency_key, **options)).output
 
         def run() -> None:
             try:
@@ -58,13 +58,13 @@ class Asking:
 
     @property
     def record(self) -> RunRecord:
-        return asyncio.run(PrefectRecords().attempts(self.run_key))[-1]
+        return asyncio.run(PrefectRecords().attempts(self.idempotency_key))[-1]
 
     def until_asked(self) -> RunRecord:
         """Wait until a person is asked, and return what is on record then."""
 
         def asked() -> bool:
-            attempts = asyncio.run(PrefectRecords().attempts(self.run_key))
+            attempts = asyncio.run(PrefectRecords().attempts(self.idempotency_key))
             return bool(attempts) and attempts[-1].human_since is not None
 
         wait_until(asked, seconds=60, what="a person is waited for")
@@ -80,7 +80,7 @@ def test_what_waits_is_listed_answered_and_goes_on(here: Any, block: str) -> Non
     asking = Asking(block)
     record = asking.until_asked()
 
-    (line,) = [one for one in here("reviews", "--json").json if one["run_key"] == asking.run_key]
+    (line,) = [one for one in here("reviews", "--json").json if one["idempotency_key"] == asking.idempotency_key]
     assert (line["crew"], line["task_id"], line["round"], line["answers"]) == (block, "draft", 1, [])
     assert line["flow_run_id"] == record.flow_run_id
     assert line["since"]
@@ -93,14 +93,18 @@ def test_what_waits_is_listed_answered_and_goes_on(here: Any, block: str) -> Non
     assert "task draft, round 1 rejected by Grace" in rejected.out
 
     def second() -> bool:
-        lines = [one for one in here("reviews", "list", "--json").json if one["run_key"] == asking.run_key]
+        lines = [
+            one for one in here("reviews", "list", "--json").json if one["idempotency_key"] == asking.idempotency_key
+        ]
         return bool(lines) and lines[0]["round"] == 2
 
     wait_until(second, seconds=60, what="the next question")
-    shown = here("reviews", "show", asking.run_key)
+    shown = here("reviews", "show", asking.idempotency_key)
     assert "round 1 rejected by Grace" in shown.out
     approved = wait_until(
-        lambda: (done := here("reviews", "approve", asking.run_key, "--round", "2", "--json")).code == 0 and done,
+        lambda: (
+            (done := here("reviews", "approve", asking.idempotency_key, "--round", "2", "--json")).code == 0 and done
+        ),
         seconds=60,
         what="the answer, once the question counts as the next one",
     )
@@ -110,7 +114,7 @@ def test_what_waits_is_listed_answered_and_goes_on(here: Any, block: str) -> Non
         (1, False, "sent"),
         (2, True, "sent"),
     ]
-    again = here("reviews", "approve", asking.run_key)
+    again = here("reviews", "approve", asking.idempotency_key)
     assert again.code == 27
     assert "does not wait for a person: it has ended (completed)" in again.err
 
@@ -119,7 +123,7 @@ def write(crews: CrewServer, **facts: Any) -> RunRecord:
     """Write a record as somebody else would have left it."""
     record = RunRecord(
         **{
-            "run_key": f"key {uuid.uuid4()}",
+            "idempotency_key": f"key {uuid.uuid4()}",
             "attempt": 1,
             "crew": "not-stored",
             "crew_url": f"{crews.url}/reviewed",
@@ -159,13 +163,13 @@ def test_an_answer_whose_fate_is_unknown_is_not_given_again(here: Any, block: st
     assert "nobody knows whether it arrived" in refused.err
     assert "by Grace" in refused.err
     assert crews.requests["resume"] == resumes
-    assert "nobody knows whether that arrived" in here("reviews", "show", record.run_key).out
+    assert "nobody knows whether that arrived" in here("reviews", "show", record.idempotency_key).out
 
 
 def test_a_round_that_was_not_looked_at_is_not_answered(here: Any, block: str, crews: CrewServer) -> None:
     record = write(crews, crew=block, kickoff_id=asked(crews))
     resumes = crews.requests["resume"]
-    refused = here("reviews", "approve", record.run_key, "--round", "2")
+    refused = here("reviews", "approve", record.idempotency_key, "--round", "2")
     assert refused.code == 27
     assert "is at round 1, not 2" in refused.err
     assert crews.requests["resume"] == resumes
@@ -173,12 +177,12 @@ def test_a_round_that_was_not_looked_at_is_not_answered(here: Any, block: str, c
 
 def test_a_crew_that_is_not_stored_is_listed_as_noted_and_asked_for(here: Any, crews: CrewServer) -> None:
     record = write(crews, kickoff_id=asked(crews))
-    (line,) = [one for one in here("reviews", "--json").json if one["run_key"] == record.run_key]
+    (line,) = [one for one in here("reviews", "--json").json if one["idempotency_key"] == record.idempotency_key]
     assert (line["seen"], line["task_id"], line["output"]) == (False, "draft", None)
-    refused = here("reviews", "approve", record.run_key)
+    refused = here("reviews", "approve", record.idempotency_key)
     assert refused.code == 27
     assert "Give --crew" in refused.err
-    done = here("reviews", "approve", record.run_key, "--crew", f"{crews.url}/reviewed", "--by", "Ada")
+    done = here("reviews", "approve", record.idempotency_key, "--crew", f"{crews.url}/reviewed", "--by", "Ada")
     assert done.code == 0, done.err
     assert "approved by Ada" in done.out
 
@@ -189,6 +193,6 @@ def test_what_names_no_run_or_several_is_refused(here: Any, crews: CrewServer) -
     assert "2 runs in flight begin with 'twin-'" in here("reviews", "approve", "twin-").err
     assert here("reviews", "approve", "nobody has this").code == 27
     gone = write(crews, phase=RecordPhase.ENDED, state="failed", ended_at=utcnow(), kickoff_id="ended")
-    assert "has ended (failed)" in here("reviews", "show", gone.run_key).err
+    assert "has ended (failed)" in here("reviews", "show", gone.idempotency_key).err
     assert here("reviews", "reject", str(first.kickoff_id)).code == 2
     assert here("reviews", "reject", str(first.kickoff_id), "--feedback", " ").code == 2

@@ -56,7 +56,7 @@ class Running:
         self._thread = threading.Thread(target=run, daemon=True)
         self._thread.start()
 
-    def run_key(self, row: int) -> str:
+    def idempotency_key(self, row: int) -> str:
         return f"batch/{self.name}/row {row}"
 
     def report(self) -> BatchReport:
@@ -72,10 +72,12 @@ def test_rows_that_wait_are_listed_answered_once_a_round_and_go_on(
     running = Running(block, tmp_path, 3)
 
     def listed() -> list[Any]:
-        return [one for one in here("reviews", "--json").json if one["run_key"].startswith(f"batch/{running.name}/")]
+        return [
+            one for one in here("reviews", "--json").json if one["idempotency_key"].startswith(f"batch/{running.name}/")
+        ]
 
     lines = wait_until(lambda: len(found := listed()) == 3 and found, seconds=60, what="three rows that wait")
-    assert {line["run_key"] for line in lines} == {running.run_key(row) for row in range(3)}
+    assert {line["idempotency_key"] for line in lines} == {running.idempotency_key(row) for row in range(3)}
     assert {(line["crew"], line["task_id"], line["round"], line["seen"]) for line in lines} == {
         (block, "draft", 1, True)
     }
@@ -83,23 +85,25 @@ def test_rows_that_wait_are_listed_answered_once_a_round_and_go_on(
     assert "3 in flight wait for a person" in told.out
 
     first = lines[0]
-    rejected = here("reviews", "reject", running.run_key(0), "--feedback", "warmer", "--by", "Grace")
+    rejected = here("reviews", "reject", running.idempotency_key(0), "--feedback", "warmer", "--by", "Grace")
     assert rejected.code == 0, rejected.err
     assert "task draft, round 1 rejected by Grace" in rejected.out
     wait_until(
-        lambda: next((one for one in listed() if one["run_key"] == running.run_key(0)), first)["round"] == 2,
+        lambda: (
+            next((one for one in listed() if one["idempotency_key"] == running.idempotency_key(0)), first)["round"] == 2
+        ),
         seconds=60,
         what="the next question",
     )
     resumes = crews.requests["resume"]
-    late = here("reviews", "approve", running.run_key(0), "--round", "1")
+    late = here("reviews", "approve", running.idempotency_key(0), "--round", "1")
     assert (late.code, crews.requests["resume"]) == (27, resumes)
-    assert "round 1 rejected by Grace" in here("reviews", "show", running.run_key(0)).out
+    assert "round 1 rejected by Grace" in here("reviews", "show", running.idempotency_key(0)).out
     for line in lines[1:]:
         done = here("reviews", "approve", line["kickoff_id"][:13])
         assert done.code == 0, done.err
     wait_until(
-        lambda: here("reviews", "approve", running.run_key(0), "--round", "2").code == 0,
+        lambda: here("reviews", "approve", running.idempotency_key(0), "--round", "2").code == 0,
         seconds=60,
         what="the answer, once the question counts as the next one",
     )
@@ -108,14 +112,14 @@ def test_rows_that_wait_are_listed_answered_once_a_round_and_go_on(
     outputs = {line["key"]: line["output"] for line in map(json.loads, running.output.read_text().splitlines())}
     assert outputs == {f"row {number}": f"sent to person {number}" for number in range(3)}
     assert asyncio.run(answers(running.name, "row 0")) == [(1, False, "Grace", "sent"), (2, True, "sent")]
-    ended = here("reviews", "approve", running.run_key(1))
+    ended = here("reviews", "approve", running.idempotency_key(1))
     assert ended.code == 27, "and its ledger is not opened any more"
     assert running.name not in dict(asyncio.run(all_batches(ASKS)))
 
 
 async def answers(name: str, row: str) -> list[tuple[Any, ...]]:
     async with known_batch(name) as batch:
-        (record,) = await batch.ledger.attempts(batch.ledger.run_key(row))
+        (record,) = await batch.ledger.attempts(batch.ledger.idempotency_key(row))
         given = await batch.ledger.reviews(record)
     return [(one.round, one.approve, *([one.by] if one.by == "Grace" else []), one.outcome) for one in given]
 
@@ -124,7 +128,7 @@ def test_a_ledger_that_is_elsewhere_is_named(here: Any, block: str, tmp_path: Pa
     running = Running(block, tmp_path, 1, wait=WaitPolicy(initial=0.1, factor=1, jitter=0, human_timeout=2))
     report = running.report()
     assert report.errors == {"CrewTimeoutError": 1}
-    (listed,) = [one for one in here("reviews", "--json").json if one["run_key"] == running.run_key(0)]
+    (listed,) = [one for one in here("reviews", "--json").json if one["idempotency_key"] == running.idempotency_key(0)]
     ledger = Path(f"{running.output}.ledger.db")
     ledger.rename(tmp_path / "elsewhere.db")
     listing = here("reviews")

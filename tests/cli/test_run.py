@@ -27,12 +27,12 @@ def greet(prefect_api: PrefectServer, crews: CrewServer) -> str:
 
 def test_json_is_one_document_and_the_rest_goes_elsewhere(apart, crews: CrewServer):
     key = f"json-{crews.port}"
-    done = apart("run", f"{crews.url}/greet", "-i", "who=Ada", "--run-key", key, "--json")
+    done = apart("run", f"{crews.url}/greet", "-i", "who=Ada", "--key", key, "--json")
     assert done.code == 0
     document = done.json
     assert document["output"] == "**Hello** Ada"
     assert document["state"] == "completed"
-    assert document["run_key"] == key
+    assert document["idempotency_key"] == key
     assert [task["name"] for task in document["tasks"]] == ["think", "speak"]
     assert document["flow_run_url"].endswith(document["flow_run_id"])
     assert "raw" not in document
@@ -50,10 +50,10 @@ def test_a_run_writes_its_text_alone(here, greet: str):
 
 
 def test_a_key_finds_its_run_and_its_result_again(here, greet: str, crews: CrewServer, tmp_path: Path):
-    first = here("run", greet, "-i", "who=Eve", "--run-key", "key of eve", "--output-file", str(tmp_path / "eve.md"))
-    again = here("run", greet, "-i", "who=Eve", "--run-key", "key of eve")
+    first = here("run", greet, "-i", "who=Eve", "--key", "key of eve", "--output-file", str(tmp_path / "eve.md"))
+    again = here("run", greet, "-i", "who=Eve", "--key", "key of eve")
     assert (first.code, again.code) == (0, 0)
-    assert crews.kickoffs_by_run_key["key of eve"] == 1
+    assert crews.kickoffs_by_key["key of eve"] == 1
     assert "kicked off run" in first.err
     assert "found run" in again.err
     pages = [re.findall(r"/runs/flow-run/[0-9a-f-]+", done.err) for done in (first, again)]
@@ -61,9 +61,9 @@ def test_a_key_finds_its_run_and_its_result_again(here, greet: str, crews: CrewS
     assert (tmp_path / "eve.md").read_text() == "**Hello** Eve"
     assert here("result", "key of eve").out == "**Hello** Eve\n"
     assert here("result", "key of eve", "--json").json["output"] == "**Hello** Eve"
-    assert here("run", greet, "-i", "who=Eve", "--run-key", "key of eve", "--force-new").code == 0
-    assert crews.kickoffs_by_run_key["key of eve"] == 2
-    other = here("run", greet, "-i", "who=Bob", "--run-key", "key of eve")
+    assert here("run", greet, "-i", "who=Eve", "--key", "key of eve", "--force-new").code == 0
+    assert crews.kickoffs_by_key["key of eve"] == 2
+    other = here("run", greet, "-i", "who=Bob", "--key", "key of eve")
     assert other.code == 15
     assert "prefect-crew runs show 'key of eve'" in other.err
 
@@ -183,8 +183,8 @@ def test_a_timeout_that_makes_no_sense(here, greet: str, timeout: str):
     assert "timeout" in done.err
 
 
-def test_a_run_key_that_makes_no_sense(here, greet: str):
-    done = here("run", greet, "-i", "who=Ada", "--run-key", "{{ tomorrow }}")
+def test_a_idempotency_key_that_makes_no_sense(here, greet: str):
+    done = here("run", greet, "-i", "who=Ada", "--key", "{{ tomorrow }}")
     assert done.code == 25
     assert "scheduled_start" in done.err
 
@@ -209,17 +209,17 @@ def test_only_ctrl_c_stops_the_crew(
 ):
     url, key = f"{crews.url}/slow", f"{number}-{time.time()}"
     env = environment(tmp_path / "home", {"PREFECT_API_URL": prefect_server.api_url})
-    command = [program("prefect-crew"), "run", url, "-i", "who=Ada", "--run-key", key, "--json"]
+    command = [program("prefect-crew"), "run", url, "-i", "who=Ada", "--key", key, "--json"]
     with Process(command, log=tmp_path / "log", env=env) as process:
         process.wait_for("(0 of 1 tasks done)")
         process.send(number)
         assert process.wait(30) == code
         assert process.family() == []
-    (run,) = [run for run in crews.runs if run.meta and run.meta.get("run_key") == key]
+    (run,) = [run for run in crews.runs if run.meta and run.meta.get("idempotency_key") == key]
     told = here("status", url, run.id, "--json").json["state"]
     here("stop", url, run.id)
     assert told == state, process.output
     assert "Traceback" not in process.output
     document, _ = json.JSONDecoder().raw_decode(process.output, process.output.index('{\n  "error"'))
-    assert document["error"].items() >= {"kickoff_id": run.id, "run_key": key, "exit_code": code}.items()
+    assert document["error"].items() >= {"kickoff_id": run.id, "idempotency_key": key, "exit_code": code}.items()
     assert ("was asked to stop: stopped" if number == signal.SIGINT else "is left running") in process.output

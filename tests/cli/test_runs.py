@@ -26,7 +26,7 @@ def write(prefect_api: PrefectServer, crews: CrewServer) -> Write:
     def write(**facts: Any) -> RunRecord:
         record = RunRecord(
             **{
-                "run_key": f"key {uuid.uuid4()}",
+                "idempotency_key": f"key {uuid.uuid4()}",
                 "attempt": 1,
                 "crew": "greeting",
                 "crew_url": f"{crews.url}/greet",
@@ -56,32 +56,36 @@ def test_an_uncertain_run_is_listed_first_with_what_to_do(here, write: Write):
     listed = here("runs")
     assert listed.code == 0
     assert listed.out.startswith("UNCERTAIN")
-    about = listed.out[listed.out.index(record.run_key) :]
+    about = listed.out[listed.out.index(record.idempotency_key) :]
     assert "the connection broke" in about
-    assert f"prefect-crew runs settle '{record.run_key}' --kickoff-id ID" in about
+    assert f"prefect-crew runs settle '{record.idempotency_key}' --kickoff-id ID" in about
     # Nobody waits for a run that no flow run has started.
-    about = listed.out[listed.out.index(started.run_key) :]
+    about = listed.out[listed.out.index(started.idempotency_key) :]
     assert f"prefect-crew status greeting {started.kickoff_id}" in about
     only = here("runs", "list", "--uncertain", "--json").json
     assert {line["standing"] for line in only} == {"uncertain"}
-    assert record.run_key in {line["run_key"] for line in only}
-    assert started.run_key not in {line["run_key"] for line in only}
+    assert record.idempotency_key in {line["idempotency_key"] for line in only}
+    assert started.idempotency_key not in {line["idempotency_key"] for line in only}
 
 
 def test_ended_runs_are_listed_when_asked_for(here, write: Write):
     record = write(phase=RecordPhase.ENDED, state="failed", error="no idea", kickoff_id="k", ended_at=utcnow())
-    assert record.run_key not in here("runs").out
+    assert record.idempotency_key not in here("runs").out
     assert "no idea" in here("runs", "--all").out
-    (line,) = [line for line in here("runs", "--phase", "ended", "--json").json if line["run_key"] == record.run_key]
+    (line,) = [
+        line
+        for line in here("runs", "--phase", "ended", "--json").json
+        if line["idempotency_key"] == record.idempotency_key
+    ]
     assert line["state"] == "failed"
-    shown = here("runs", "show", record.run_key)
+    shown = here("runs", "show", record.idempotency_key)
     assert "ENDED failed" in shown.out
     assert record.inputs_digest in shown.out
 
 
 def test_show_finds_a_run_by_its_kickoff_id_too(here, write: Write):
     record = write(phase=RecordPhase.STARTED, kickoff_id=f"k-{uuid.uuid4()}", kicked_off_at=utcnow())
-    assert here("runs", "show", str(record.kickoff_id), "--json").json[0]["run_key"] == record.run_key
+    assert here("runs", "show", str(record.kickoff_id), "--json").json[0]["idempotency_key"] == record.idempotency_key
     assert here("runs", "show", "nobody used this").code == 27
 
 
@@ -90,16 +94,16 @@ def test_a_settled_run_goes_on_as_if_nothing_had_happened(here, write: Write, cr
 
     url, digest = f"{crews.url}/greet", inputs_digest({"who": "Ada"})
     record = write(**uncertain(inputs_digest=digest))
-    ran = ("run", url, "-i", "who=Ada", "--run-key", record.run_key)
+    ran = ("run", url, "-i", "who=Ada", "--key", record.idempotency_key)
     before = here(*ran)
     assert before.code == 14
     assert "prefect-crew runs settle" in before.err
 
-    unknown = here("runs", "settle", record.run_key, "--kickoff-id", "made up", "--crew", url)
+    unknown = here("runs", "settle", record.idempotency_key, "--kickoff-id", "made up", "--crew", url)
     assert unknown.code == 25
     assert "does not know run made up" in unknown.err
     kickoff_id = kicked_off(crews)
-    settled = here("runs", "settle", record.run_key, "--kickoff-id", kickoff_id, "--crew", url)
+    settled = here("runs", "settle", record.idempotency_key, "--kickoff-id", kickoff_id, "--crew", url)
     assert settled.code == 0, settled.err
     assert f"is run {kickoff_id}" in settled.out
 
@@ -109,22 +113,22 @@ def test_a_settled_run_goes_on_as_if_nothing_had_happened(here, write: Write, cr
     assert after.json["output"] == "**Hello** Ada"
     assert crews.kickoffs == kickoffs
 
-    again = here("runs", "settle", record.run_key, "--never-started")
+    again = here("runs", "settle", record.idempotency_key, "--never-started")
     assert again.code == 27
     assert "There is nothing to settle" in again.err
     taken = write(**uncertain())
-    other = here("runs", "settle", taken.run_key, "--kickoff-id", kickoff_id, "--crew", url)
+    other = here("runs", "settle", taken.idempotency_key, "--kickoff-id", kickoff_id, "--crew", url)
     assert other.code == 25
-    assert f"belongs to the run key '{record.run_key}'" in other.err
+    assert f"belongs to the idempotency key '{record.idempotency_key}'" in other.err
 
 
 def test_a_run_that_never_started_is_bought_anew(here, write: Write, crews: CrewServer, instant_polling: None):
     from prefect_crew.client.inputs import inputs_digest
 
     record = write(**uncertain(inputs_digest=inputs_digest({"who": "Ada"})))
-    assert here("runs", "settle", record.run_key, "--never-started").code == 0
+    assert here("runs", "settle", record.idempotency_key, "--never-started").code == 0
     kickoffs = crews.kickoffs
-    assert here("run", f"{crews.url}/greet", "-i", "who=Ada", "--run-key", record.run_key).code == 0
+    assert here("run", f"{crews.url}/greet", "-i", "who=Ada", "--key", record.idempotency_key).code == 0
     assert crews.kickoffs == kickoffs + 1
 
 
@@ -136,33 +140,38 @@ def test_a_run_that_the_server_has_forgotten_can_be_given_up(
     url = f"{crews.url}/greet"
     facts = {"inputs_digest": inputs_digest({"who": "Ada"}), "kicked_off_at": utcnow() - timedelta(minutes=5)}
     record = write(phase=RecordPhase.STARTED, kickoff_id=f"gone-{uuid.uuid4()}", **facts)
-    ran = ("run", url, "-i", "who=Ada", "--run-key", record.run_key)
+    ran = ("run", url, "-i", "who=Ada", "--key", record.idempotency_key)
     lost = here(*ran)
     assert lost.code == 12
-    assert f"prefect-crew runs settle '{record.run_key}' --lost" in lost.err
-    assert f"prefect-crew runs settle '{record.run_key}' --lost" in here("runs", "show", record.run_key).out
+    assert f"prefect-crew runs settle '{record.idempotency_key}' --lost" in lost.err
+    assert (
+        f"prefect-crew runs settle '{record.idempotency_key}' --lost"
+        in here("runs", "show", record.idempotency_key).out
+    )
 
     known = write(phase=RecordPhase.STARTED, kickoff_id=kicked_off(crews), **facts)
-    refused = here("runs", "settle", known.run_key, "--lost", "--crew", url)
+    refused = here("runs", "settle", known.idempotency_key, "--lost", "--crew", url)
     assert (refused.code, "Nothing was changed" in refused.err) == (25, True), refused.err
 
-    assert here("runs", "settle", record.run_key, "--lost", "--crew", url).code == 0
-    assert here("runs", "settle", record.run_key, "--lost").code == 27
+    assert here("runs", "settle", record.idempotency_key, "--lost", "--crew", url).code == 0
+    assert here("runs", "settle", record.idempotency_key, "--lost").code == 27
     kickoffs = crews.kickoffs
     assert here(*ran).code == 0
     assert crews.kickoffs == kickoffs + 1
-    assert "ORPHANED" not in here("runs", "show", record.run_key).out
+    assert "ORPHANED" not in here("runs", "show", record.idempotency_key).out
 
 
 def test_an_orphan_that_its_key_leads_past_says_so(here, write: Write):
     first = write(phase=RecordPhase.STARTED, kickoff_id=f"k-{uuid.uuid4()}", kicked_off_at=utcnow())
-    write(run_key=first.run_key, attempt=2, phase=RecordPhase.ENDED, state="completed", ended_at=utcnow())
-    assert "Its key leads to a later attempt" in here("runs", "show", first.run_key).out
+    write(
+        idempotency_key=first.idempotency_key, attempt=2, phase=RecordPhase.ENDED, state="completed", ended_at=utcnow()
+    )
+    assert "Its key leads to a later attempt" in here("runs", "show", first.idempotency_key).out
 
 
 def test_without_its_crew_a_settlement_says_that_nobody_was_asked(here, write: Write):
     record = write(**uncertain(crew="not-stored"))
-    done = here("runs", "settle", record.run_key, "--kickoff-id", f"k-{uuid.uuid4()}")
+    done = here("runs", "settle", record.idempotency_key, "--kickoff-id", f"k-{uuid.uuid4()}")
     assert done.code == 0
     assert "was not asked" in done.err
 
@@ -171,15 +180,15 @@ def test_prune(here, write: Write, monkeypatch: pytest.MonkeyPatch):
     long_ago = utcnow() - timedelta(days=100)
     old = write(phase=RecordPhase.ENDED, state="completed", kickoff_id="k", claimed_at=long_ago, ended_at=long_ago)
     open_ = write(phase=RecordPhase.STARTED, kickoff_id="k2", claimed_at=long_ago, kicked_off_at=long_ago)
-    let_pass(monkeypatch, old.run_key, 100)
-    let_pass(monkeypatch, open_.run_key, 100)
+    let_pass(monkeypatch, old.idempotency_key, 100)
+    let_pass(monkeypatch, open_.idempotency_key, 100)
     counted = here("runs", "prune", "--dry-run", "--json").json
     assert counted["runs"] >= 1
     assert counted["dry_run"] is True
-    assert here("runs", "show", old.run_key).code == 0
+    assert here("runs", "show", old.idempotency_key).code == 0
     assert here("runs", "prune").out.startswith(f"{counted['runs']} records removed")
-    assert here("runs", "show", old.run_key).code == 27
-    assert here("runs", "show", open_.run_key).code == 0
+    assert here("runs", "show", old.idempotency_key).code == 27
+    assert here("runs", "show", open_.idempotency_key).code == 0
 
 
 def test_a_prefect_api_that_is_away(here, away: None):

@@ -69,8 +69,8 @@ async def test_kickoff_sends_text_by_default(router: respx.MockRouter, client: C
 async def test_kickoff_sends_json_values_where_asked(router: respx.MockRouter):
     router.post("/kickoff").respond(201, json={"kickoff_id": 7})
     async with CrewClient(f"{URL}/", SecretStr(f" {TOKEN}\n"), inputs_as_json=True) as client:
-        assert await client.kickoff({"days": 3}, meta={"run_key": "r"}) == "7"
-    assert json.loads(sent(router).content) == {"inputs": {"days": 3}, "meta": {"run_key": "r"}}
+        assert await client.kickoff({"days": 3}, meta={"idempotency_key": "r"}) == "7"
+    assert json.loads(sent(router).content) == {"inputs": {"days": 3}, "meta": {"idempotency_key": "r"}}
     assert sent(router).headers["authorization"] == f"Bearer {TOKEN}"
 
 

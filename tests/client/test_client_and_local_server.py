@@ -30,7 +30,7 @@ async def test_a_run_in_every_dialect(dialect: str):
             assert {item.name for item in await client.inputs()} == set(TRIP)
             with pytest.raises(InvalidInputsError) as caught:
                 await client.kickoff({"budget": "900"})
-            kickoff_id = await client.kickoff(TRIP, meta={"run_key": "r"})
+            kickoff_id = await client.kickoff(TRIP, meta={"idempotency_key": "r"})
             status = await ended(client, kickoff_id)
             unknown = await client.status("no-such-run")
             late = await client.stop(kickoff_id)

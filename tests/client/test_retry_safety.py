@@ -57,7 +57,7 @@ FATES = {
     "504-with-retry-after": (answered(ServerError, 504, retry_after=3.0), "uncertain"),
     "600": (answered(CrewAPIError, 600), "uncertain"),
     "no-id": (ResponseFormatError(expected="an id", body="{}", status_code=200), "uncertain"),
-    "already-uncertain": (KickoffUncertainError(run_key="k", reason="x"), "uncertain"),
+    "already-uncertain": (KickoffUncertainError(idempotency_key="k", reason="x"), "uncertain"),
     "unknown": (RuntimeError("?"), "uncertain"),
     "cancelled": (asyncio.CancelledError(), "uncertain"),
     "interrupted": (KeyboardInterrupt(), "uncertain"),

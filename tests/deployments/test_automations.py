@@ -49,14 +49,14 @@ def wait_for_alert(receiver: Receiver, subject: str, seconds: float = 60) -> str
     return next(got.body["body"] for got in receiver.got if got.body["subject"] == subject)
 
 
-def run_badly(site: Site, name: str, crew: CrewServer, *, run_key: str | None = None, **wait: float) -> None:
+def run_badly(site: Site, name: str, crew: CrewServer, *, idempotency_key: str | None = None, **wait: float) -> None:
     """Store a crew under a name and run it, to an end that is no result."""
     block: Any = crew.crew()
     policy = WaitPolicy.model_validate({"initial": 0.1, "max_interval": 0.5, **wait})
     with connected(site.server, site.folder / "home"):
         block.save(name, overwrite=True, _sync=True)
         with pytest.raises(CrewError):
-            run_crew(name, {"text": "ciao"}, run_key=run_key, wait=policy)
+            run_crew(name, {"text": "ciao"}, idempotency_key=idempotency_key, wait=policy)
 
 
 def test_recovery_is_set_up_without_alerts(site: Site):
@@ -113,7 +113,7 @@ def test_a_failed_crew_is_told_with_its_error(site: Site, alerted: Receiver):
 
 def test_an_uncertain_kickoff_is_told_with_how_to_settle_it(site: Site, alerted: Receiver):
     with CrewServer("echo", faults=["kickoff:drop-after-accept"]) as crew:
-        run_badly(site, "dropping", crew, run_key="alert-uncertain")
+        run_badly(site, "dropping", crew, idempotency_key="alert-uncertain")
     body = wait_for_alert(alerted, "Crew dropping: uncertain")
     assert "prefect-crew runs settle 'alert-uncertain'" in body
 

@@ -26,16 +26,16 @@ def test_each_day_is_bought_once_under_its_own_key(site: Site, worker: Worker):
         assert ended["state_type"] == "COMPLETED", ended["state"]["message"]
     again = fill()
     assert [(run.created, run.state) for run in again] == [(False, "Completed")] * 3
-    bought = {key: times for key, times in site.crews["travel"].kickoffs_by_run_key.items() if "2025-03" in key}
+    bought = {key: times for key, times in site.crews["travel"].kickoffs_by_key.items() if "2025-03" in key}
     assert bought == {f"travel-food-2025-03-0{day}": 1 for day in (1, 2, 3)}
 
 
 @pytest.mark.slow
 def test_a_day_that_somebody_ran_by_hand_is_not_bought_again(site: Site, worker: Worker):
-    by_hand = site.start("one-crew/daily", {"run_key": "travel-food-2025-04-01"})
+    by_hand = site.start("one-crew/daily", {"idempotency_key": "travel-food-2025-04-01"})
     assert wait_for_state(site.seen, by_hand)["state_type"] == "COMPLETED"
     with connected(site.server, site.folder / "home"):
         (run,) = asyncio.run(backfill("one-crew/daily", date(2025, 4, 1), date(2025, 4, 1), schedule="food"))
     assert run.created
     assert wait_for_state(site.seen, run.flow_run_id)["state_type"] == "COMPLETED"
-    assert site.crews["travel"].kickoffs_by_run_key["travel-food-2025-04-01"] == 1
+    assert site.crews["travel"].kickoffs_by_key["travel-food-2025-04-01"] == 1

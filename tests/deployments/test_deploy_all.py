@@ -34,9 +34,9 @@ ON_THE_CREW_WORKER = {
 DEPLOYMENTS = [*IN_PROCESSES, *ON_THE_CREW_WORKER]
 
 
-def run_keys_in_the_file() -> list[str]:
+def keys_in_the_file() -> list[str]:
     text = (ROOT / "deployments" / "prefect.yaml").read_text()
-    return re.findall(r'^\s+run_key: "(.*scheduled_start.*)"$', text, flags=re.MULTILINE)
+    return re.findall(r'^\s+idempotency_key: "(.*scheduled_start.*)"$', text, flags=re.MULTILINE)
 
 
 def schedules(site: Site) -> dict[str, dict[str, Any]]:
@@ -81,10 +81,14 @@ def test_nothing_else_is_there(site: Site):
     assert len(site.call("POST", "/deployments/filter", {})) == len(DEPLOYMENTS)
 
 
-def test_run_keys_survive_prefects_own_templating(site: Site):
-    written = run_keys_in_the_file()
+def test_idempotency_keys_survive_prefects_own_templating(site: Site):
+    written = keys_in_the_file()
     assert len(written) == 5
-    arrived = [one["parameters"]["run_key"] for one in schedules(site).values() if "run_key" in one["parameters"]]
+    arrived = [
+        one["parameters"]["idempotency_key"]
+        for one in schedules(site).values()
+        if "idempotency_key" in one["parameters"]
+    ]
     assert sorted(arrived) == sorted(written)
     assert all(TEMPLATE.search(key) for key in arrived)
 

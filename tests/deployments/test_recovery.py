@@ -136,7 +136,7 @@ def test_a_served_flow_runs_by_its_schedule(site: Site, tmp_path: Path):
         site.call("DELETE", f"/deployments/{run['deployment_id']}")
     assert run["state_type"] == "COMPLETED", run["state"]["message"]
     key = f"served-{run['expected_start_time'][:19]}"
-    assert site.crews["research"].kickoffs_by_run_key[key] == 1
+    assert site.crews["research"].kickoffs_by_key[key] == 1
 
 
 def test_a_run_killed_where_a_flow_is_served_goes_on_when_it_is_retried(site: Site, tmp_path: Path, notes: list[str]):
@@ -144,7 +144,9 @@ def test_a_run_killed_where_a_flow_is_served_goes_on_when_it_is_retried(site: Si
     flow = ROOT / "flows" / "one_crew.py"
     with Process([sys.executable, flow], log=tmp_path / "log", env=site.env, cwd=ROOT) as process:
         process.wait_for("served")
-        run_id = site.start("one-crew/served", {"crew": "slow", "inputs": {"topic": "coffee"}, "run_key": "killed"})
+        run_id = site.start(
+            "one-crew/served", {"crew": "slow", "inputs": {"topic": "coffee"}, "idempotency_key": "killed"}
+        )
         wait_until(lambda: waits(crew), seconds=60, what="a crew that is waited for")
         killed = kill_flow(process, run_id)
         asked = crew.requests["status"]

@@ -22,7 +22,7 @@ deployments:
       - interval: 10
         parameters:
           inputs: {topic: tea}
-          run_key: "tea-{{ scheduled_start:%Y-%m-%dT%H:%M:%S }}"
+          idempotency_key: "tea-{{ scheduled_start:%Y-%m-%dT%H:%M:%S }}"
 """
 
 
@@ -43,6 +43,6 @@ def test_a_scheduled_run_ends_and_its_key_is_of_its_time(site: Site, worker: Wor
     assert run["state_type"] == "COMPLETED"
     assert run["auto_scheduled"]
     key = f"tea-{run['expected_start_time'][:19]}"
-    assert site.crews["research"].kickoffs_by_run_key[key] == 1
+    assert site.crews["research"].kickoffs_by_key[key] == 1
     with connected(site.server, site.folder / "home"):
         assert "tea is older" in get_result(key).output

@@ -1,4 +1,5 @@
-"""What Prefect's templating of prefect.yaml does to run keys: the fact that the docs and the file's comment rest on."""
+"""What Prefect's templating of prefect.yaml does to idempotency keys: the fact that the docs and the file's comment
+rest on."""
 
 from __future__ import annotations
 
@@ -12,11 +13,11 @@ from prefect.utilities.templating import apply_values
     ["{{ scheduled_start:%Y-%m-%d }}", "daily-{{ scheduled_start:%Y-%m-%dT%H }}", "{{scheduled_start:%j}}"],
 )
 def test_a_key_with_a_format_is_left_alone(key: str):
-    assert apply_values({"run_key": key}, {}) == {"run_key": key}
+    assert apply_values({"idempotency_key": key}, {}) == {"idempotency_key": key}
 
 
 def test_a_key_without_a_format_loses_the_time():
-    assert apply_values({"run_key": "daily-{{ scheduled_start }}"}, {}) == {"run_key": "daily-"}
+    assert apply_values({"idempotency_key": "daily-{{ scheduled_start }}"}, {}) == {"idempotency_key": "daily-"}
     assert apply_values("{{ scheduled_start }}", {}) is NotSet
 
 

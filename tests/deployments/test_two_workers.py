@@ -41,7 +41,7 @@ def test_a_pipeline_whose_worker_dies_ends_on_the_other_one_and_nothing_is_paid_
     site = site_on_postgres
     workers = [site.worker("one"), site.worker("two")]
     write = site.crews["write"]
-    run_id = site.start("report-pipeline/weekly", {"topic": "tea", "run_key": "two-workers"})
+    run_id = site.start("report-pipeline/weekly", {"topic": "tea", "idempotency_key": "two-workers"})
     wait_until(
         lambda: write.kickoffs == 1 and write.requests["status"] > 0, seconds=90, what="the second step under way"
     )
@@ -64,7 +64,7 @@ def test_a_pipeline_whose_worker_dies_ends_on_the_other_one_and_nothing_is_paid_
     assert str(run_id) in alive.log.read_text()
     for step in ("research", "write", "review"):
         # A schedule of the site may fire meanwhile, at the full hour, under a key of its own.
-        ours = {key: n for key, n in site.crews[step].kickoffs_by_run_key.items() if key.startswith("two-workers/")}
+        ours = {key: n for key, n in site.crews[step].kickoffs_by_key.items() if key.startswith("two-workers/")}
         assert ours == {f"two-workers/{step}": 1}
     states = site.call("GET", f"/flow_run_states/?flow_run_id={run_id}")
     states.sort(key=lambda state: datetime.fromisoformat(state["timestamp"]))

@@ -25,7 +25,7 @@ usage: {total_tokens: 3}
 
 
 def kickoff(client: httpx.Client, **inputs: Any) -> str:
-    return client.post("/kickoff", json={"inputs": inputs, "meta": {"run_key": "k"}}).json()["kickoff_id"]
+    return client.post("/kickoff", json={"inputs": inputs, "meta": {"idempotency_key": "k"}}).json()["kickoff_id"]
 
 
 def test_ids_and_ends_survive_a_restart(tmp_path: Path, client_of: ClientOf, finished: Finished) -> None:
@@ -42,7 +42,7 @@ def test_ids_and_ends_survive_a_restart(tmp_path: Path, client_of: ClientOf, fin
         after = {name: client_of(server).get(f"/status/{id_}").json() for name, id_ in ids.items()}
         assert after == {name: {**body, "last_step": None} for name, body in before.items()}
         assert server.kickoffs == 3
-        assert server.kickoffs_by_run_key == {"k": 3}
+        assert server.kickoffs_by_key == {"k": 3}
 
 
 @pytest.mark.parametrize(("on_crash", "status"), [("rerun", 200), ("lose", 404)])

@@ -104,14 +104,14 @@ def test_a_given_token_is_not_shown_and_all_options_count(served: dict[str, Any]
     one = served["options"]
     assert "s3cret" not in one.line
     with httpx.Client(base_url=one.url, headers={"Authorization": "Bearer s3cret"}) as client:
-        kickoff = client.post("/kickoff", json={"inputs": {"text": "x"}, "meta": {"run_key": "a"}})
+        kickoff = client.post("/kickoff", json={"inputs": {"text": "x"}, "meta": {"idempotency_key": "a"}})
         kickoff_id = kickoff.json()["kickoff_id"]
         assert client.get(f"/status/{kickoff_id}").status_code == 404
         assert client.get(f"/{kickoff_id}/status").status_code == 500
         assert client.get(f"/{kickoff_id}/status").json()["state"] == "SUCCESS"
         assert client.post(f"/stop/{kickoff_id}").status_code == 404
         seen = client.get("/_test/requests").json()
-    assert seen["kickoffs_by_run_key"] == {"a": 1}
+    assert seen["kickoffs_by_key"] == {"a": 1}
     assert seen["requests"] == {"kickoff": 1, "status": 2}
     assert seen["answers"] == {"kickoff 200": 1, "status 500": 1, "status 200": 1}
     assert {"fault": "status:500@1", "occurrence": 1} in seen["faults"]
@@ -119,7 +119,7 @@ def test_a_given_token_is_not_shown_and_all_options_count(served: dict[str, Any]
         {
             "id": kickoff_id,
             "state": "completed",
-            "meta": {"run_key": "a"},
+            "meta": {"idempotency_key": "a"},
             "inputs": {"text": "x"},
             "restore_from": None,
         }

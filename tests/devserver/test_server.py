@@ -47,7 +47,7 @@ async def test_a_hundred_runs_at_once(kind: type[LocalServer]) -> None:
 
             async def one(number: int) -> CrewStatus:
                 async with gate:
-                    id_ = await client.kickoff({"text": f"run {number}"}, meta={"run_key": f"k{number % 50}"})
+                    id_ = await client.kickoff({"text": f"run {number}"}, meta={"idempotency_key": f"k{number % 50}"})
                 await asyncio.sleep(0.5)
                 async with gate:
                     return await ended(client, id_)
@@ -58,7 +58,7 @@ async def test_a_hundred_runs_at_once(kind: type[LocalServer]) -> None:
         assert [status.output for status in statuses] == [f"run {number}!" for number in range(100)]
         assert seconds < 15  # one after another they would take 40 s
         assert server.kickoffs == 100
-        assert set(server.kickoffs_by_run_key.values()) == {2}
+        assert set(server.kickoffs_by_key.values()) == {2}
 
 
 def test_an_answer_is_not_held_back_by_the_kernel(client_of: ClientOf) -> None:

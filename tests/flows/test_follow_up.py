@@ -21,7 +21,7 @@ tasks: [{name: t, output: "{{ tone }}: {{ draft }}"}]
 async def test_the_other_crews_result_is_an_input_and_an_event_that_comes_twice_buys_once(save_crew: SaveCrew):
     save_crew("follow-up-first")
     second = save_crew("follow-up-second", AFTER)
-    await arun_crew("follow-up-first", {"text": "found it"}, run_key="follow-up-key")
+    await arun_crew("follow-up-first", {"text": "found it"}, idempotency_key="follow-up-key")
     follow_up = load_flow("follow_up.py:follow_up")
     for _ in range(2):
         text = await follow_up("follow-up-key", "follow-up-first", "follow-up-second", inputs={"tone": "dry"})

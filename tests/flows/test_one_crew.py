@@ -18,11 +18,11 @@ async def test_gives_the_output_of_a_crew_that_only_its_block_names(save_crew: S
     assert await load_flow("one_crew.py:one_crew")("one-crew-echo", {"text": "ciao"}) == "ciao"
 
 
-async def test_a_run_key_holds_across_flow_runs(save_crew: SaveCrew):
+async def test_a_idempotency_key_holds_across_flow_runs(save_crew: SaveCrew):
     server = save_crew("one-crew-echo")
     one_crew = load_flow("one_crew.py:one_crew")
     for _ in range(2):
-        assert await one_crew("one-crew-echo", {"text": "ciao"}, run_key="one-crew-once") == "ciao"
+        assert await one_crew("one-crew-echo", {"text": "ciao"}, idempotency_key="one-crew-once") == "ciao"
     assert server.kickoffs == 1
 
 

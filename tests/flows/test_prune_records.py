@@ -18,7 +18,7 @@ SaveCrew = Callable[..., InProcessCrewServer]
 async def test_old_ended_runs_go_and_a_dry_run_only_counts(save_crew: SaveCrew, monkeypatch: pytest.MonkeyPatch):
     save_crew("prune-echo")
     for key in ("prune-old", "prune-young"):
-        await arun_crew("prune-echo", {"text": key}, run_key=key)
+        await arun_crew("prune-echo", {"text": key}, idempotency_key=key)
     let_pass(monkeypatch, "prune-old", 91)
 
     assert "would go" in await prune_records(dry_run=True)

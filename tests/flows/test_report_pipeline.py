@@ -69,9 +69,9 @@ async def test_the_flow_run_says_which_step_failed(report_crews: Crews, save_cre
     assert "the editor is out for lunch" in state.message
 
 
-async def test_the_same_run_key_pays_for_nothing_again_in_another_flow_run(report_crews: Crews):
+async def test_the_same_idempotency_key_pays_for_nothing_again_in_another_flow_run(report_crews: Crews):
     flow = load_flow("report_pipeline.py:report_pipeline")
-    texts = {await flow("tea", run_key="report-once") for _ in range(2)}
+    texts = {await flow("tea", idempotency_key="report-once") for _ in range(2)}
     assert len(texts) == 1
     assert kickoffs(report_crews) == {"research": 1, "write": 1, "review": 1}
 

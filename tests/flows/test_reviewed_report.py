@@ -28,7 +28,7 @@ def test_the_draft_is_what_a_person_approved(save_crew: SaveCrew, seen: Seen) ->
     def run() -> None:
         import asyncio
 
-        outcome.append(asyncio.run(load_flow("reviewed_report.py:reviewed_report")("oolong", run_key="oolong")))
+        outcome.append(asyncio.run(load_flow("reviewed_report.py:reviewed_report")("oolong", idempotency_key="oolong")))
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()

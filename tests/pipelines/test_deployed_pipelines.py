@@ -81,11 +81,13 @@ async def test_a_pipeline_runs_from_plain_values(save: SaveCrew, seen: Seen):
     assert (run["name"], run["state_type"]) == (pipeline["name"], "COMPLETED")
 
 
-async def test_a_run_key_finds_the_steps_again(save: SaveCrew):
+async def test_a_idempotency_key_finds_the_steps_again(save: SaveCrew):
     crew, server = save()
     key = f"report-{uuid.uuid4().hex}"
     for _ in range(2):
-        await run_deployed_pipeline(pipeline_of(crew, name="report"), {"topic": "tea", "audience": "me"}, run_key=key)
+        await run_deployed_pipeline(
+            pipeline_of(crew, name="report"), {"topic": "tea", "audience": "me"}, idempotency_key=key
+        )
     assert server.kickoffs == 2
     assert (await get_result(f"{key}/write")).output == "on on tea for me"
 

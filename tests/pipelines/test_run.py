@@ -22,9 +22,9 @@ from prefect_crew import (
     CrewFailedError,
     CrewStep,
     DeployedCrew,
+    IdempotencyConflictError,
     KickoffUncertainError,
     PipelineFailedError,
-    RunKeyConflictError,
     aplan_pipeline,
     arun_crew,
     arun_pipeline,
@@ -73,8 +73,12 @@ def texts(server: InProcessCrewServer) -> list[str]:
     return [run.inputs["text"] for run in server.runs]
 
 
-def artifact(seen: Seen, name: str, run_key: str) -> str:
-    found = [one for one in seen.artifacts(f"pipeline-{name}") if one["description"].endswith(f"run key {run_key}")]
+def artifact(seen: Seen, name: str, idempotency_key: str) -> str:
+    found = [
+        one
+        for one in seen.artifacts(f"pipeline-{name}")
+        if one["description"].endswith(f"idempotency key {idempotency_key}")
+    ]
     assert len(found) == 1, "one artifact a pipeline"
     return found[0]["data"].replace("\u00a0", " ")
 
@@ -83,7 +87,7 @@ def artifact(seen: Seen, name: str, run_key: str) -> str:
 
 
 async def test_steps_feed_each_other(echo: InProcessCrewServer):
-    crew, run_key = echo.crew(), key()
+    crew, idempotency_key = echo.crew(), key()
     steps = [
         CrewStep("review", crew, lambda context: {"text": context["write"].output.upper()}, after=["write"]),
         CrewStep("write", crew, {"text": "{{ research.output }} & {{ steps['price list'].tasks[0].output }}"}),
@@ -91,12 +95,12 @@ async def test_steps_feed_each_other(echo: InProcessCrewServer):
         CrewStep("price list", crew, {"text": "{{ inputs.topic }} costs"}),
         CrewStep("last", crew, {"text": "bye"}, after=["review"]),
     ]
-    result = await arun_pipeline(steps, {"topic": "tea"}, run_key=run_key)
+    result = await arun_pipeline(steps, {"topic": "tea"}, idempotency_key=idempotency_key)
     assert result["review"].output == "ON TEA & TEA COSTS"
     assert set(result.results) == {"research", "price list", "write", "review", "last"}
     assert texts(echo)[2:] == ["on tea & tea costs", "ON TEA & TEA COSTS", "bye"]
-    assert echo.kickoffs_by_run_key == {f"{run_key}/{step.name}": 1 for step in steps}
-    assert (await get_result(f"{run_key}/write")).output == "on tea & tea costs"
+    assert echo.kickoffs_by_key == {f"{idempotency_key}/{step.name}": 1 for step in steps}
+    assert (await get_result(f"{idempotency_key}/write")).output == "on tea & tea costs"
 
 
 async def test_structured_results_and_types(crew_server: CrewServerFactory, echo: InProcessCrewServer):
@@ -116,22 +120,24 @@ async def test_structured_results_and_types(crew_server: CrewServerFactory, echo
 
 async def test_steps_without_a_path_between_them_run_side_by_side(crew_server: CrewServerFactory, seen: Seen):
     held = Held(until=lambda _: server.kickoffs >= 2)  # neither "a" nor "b" ends before both have been started
-    server, run_key = crew_server(held), key()
+    server, idempotency_key = crew_server(held), key()
     steps = [CrewStep(name, server.crew(), {}) for name in ("a", "b")]
-    await arun_pipeline([*steps, CrewStep("c", server.crew(), {}, after=["a", "b"])], name="beside", run_key=run_key)
+    await arun_pipeline(
+        [*steps, CrewStep("c", server.crew(), {}, after=["a", "b"])], name="beside", idempotency_key=idempotency_key
+    )
     spans = {
-        str(run.meta["run_key"])[-1]: (run.created_at, run.created_at + timedelta(seconds=run.execution_time))
+        str(run.meta["idempotency_key"])[-1]: (run.created_at, run.created_at + timedelta(seconds=run.execution_time))
         for run in server.runs
     }
     assert spans["c"][0] > max(spans["a"][1], spans["b"][1])
-    shown = await asyncio.to_thread(artifact, seen, "beside", run_key)
+    shown = await asyncio.to_thread(artifact, seen, "beside", idempotency_key)
     assert "3 of 3 steps completed" in shown
 
 
 async def test_the_next_step_does_not_wait_until_an_end_is_written_down_and_the_pipeline_does(
     echo: InProcessCrewServer, monkeypatch: pytest.MonkeyPatch
 ):
-    save, run_key, kicked_off = PrefectRecords.save, key(), list[int]()
+    save, idempotency_key, kicked_off = PrefectRecords.save, key(), list[int]()
 
     async def late(records: PrefectRecords, record: RunRecord) -> None:
         if record.phase is RecordPhase.ENDED and record.step == "a":
@@ -144,17 +150,17 @@ async def test_the_next_step_does_not_wait_until_an_end_is_written_down_and_the_
 
     monkeypatch.setattr(PrefectRecords, "save", late)
     steps = [CrewStep("a", echo.crew(), {"text": "a"}), CrewStep("b", echo.crew(), {"text": "{{ a.output }}b"})]
-    await arun_pipeline(steps, run_key=run_key)
+    await arun_pipeline(steps, idempotency_key=idempotency_key)
     assert kicked_off == [2]
     for step in "ab":
-        (record,) = await PrefectRecords().attempts(f"{run_key}/{step}")
+        (record,) = await PrefectRecords().attempts(f"{idempotency_key}/{step}")
         assert (record.phase, record.state) == (RecordPhase.ENDED, CrewState.COMPLETED)
 
 
 async def test_a_failure_is_on_record_before_anybody_hears_of_it(
     crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch
 ):
-    save, run_key = PrefectRecords.save, key()
+    save, idempotency_key = PrefectRecords.save, key()
 
     async def slowly(records: PrefectRecords, record: RunRecord) -> None:
         await asyncio.sleep(0.5 if record.phase is RecordPhase.ENDED else 0)
@@ -163,8 +169,8 @@ async def test_a_failure_is_on_record_before_anybody_hears_of_it(
     monkeypatch.setattr(PrefectRecords, "save", slowly)
     async with work_beside():  # as within a pipeline: whoever catches it there may buy again
         with pytest.raises(CrewFailedError):
-            await arun_crew(crew_server(FAILS).crew(), run_key=run_key)
-        (record,) = await PrefectRecords().attempts(run_key)
+            await arun_crew(crew_server(FAILS).crew(), idempotency_key=idempotency_key)
+        (record,) = await PrefectRecords().attempts(idempotency_key)
     assert (record.phase, record.state) == (RecordPhase.ENDED, CrewState.FAILED)
 
 
@@ -177,11 +183,11 @@ async def test_each_step_has_a_crew_and_a_token_of_its_own(crew_server: CrewServ
 
 
 async def test_odd_names_of_steps(echo: InProcessCrewServer, seen: Seen):
-    names, run_key = ["a | b", "`code`", "<b>bold", "日本", "ünï", "x" * 300], key()
+    names, idempotency_key = ["a | b", "`code`", "<b>bold", "日本", "ünï", "x" * 300], key()
     steps = [CrewStep(name, echo.crew(), {"text": name}) for name in names]
-    result = await arun_pipeline(steps, name="odd", run_key=run_key)
+    result = await arun_pipeline(steps, name="odd", idempotency_key=idempotency_key)
     assert {name: one.output for name, one in result.results.items()} == {name: name for name in names}
-    shown = await asyncio.to_thread(artifact, seen, "odd", run_key)
+    shown = await asyncio.to_thread(artifact, seen, "odd", idempotency_key)
     assert "| **a \\| b** |" in shown
     assert "**&lt;b&gt;bold**" in shown
 
@@ -268,15 +274,15 @@ async def test_a_rotated_token_is_no_problem(crew_server: CrewServerFactory):
 
 
 async def test_a_crew_that_is_away_is_a_problem_only_before_anything_was_bought(crew_server: CrewServerFactory):
-    server, run_key = crew_server(FAILS_ON), key()
+    server, idempotency_key = crew_server(FAILS_ON), key()
     steps = [CrewStep("a", server.crew(), {"text": "a"}), CrewStep("b", server.crew(), {"text": "{{ a.output }}b"})]
     server.faults.add("inputs:500@1")
     with pytest.raises(ConfigurationError, match=r"nothing was started: crew .* cannot be asked for its inputs"):
-        await arun_pipeline(steps, run_key=run_key)
+        await arun_pipeline(steps, idempotency_key=idempotency_key)
     assert server.kickoffs == 0
-    await arun_pipeline(steps, run_key=run_key)
+    await arun_pipeline(steps, idempotency_key=idempotency_key)
     server.faults.add("inputs:500")
-    assert (await arun_pipeline(steps, run_key=run_key))["b"].output == "ab"
+    assert (await arun_pipeline(steps, idempotency_key=idempotency_key))["b"].output == "ab"
     assert server.kickoffs == 2
 
 
@@ -323,7 +329,7 @@ async def test_a_plan_shows_what_is_wrong(echo: InProcessCrewServer):
 
 
 async def test_a_failed_step_stops_those_that_need_it_and_no_others(crew_server: CrewServerFactory, seen: Seen):
-    server, run_key = crew_server(FAILS_ON), key()
+    server, idempotency_key = crew_server(FAILS_ON), key()
     crew = server.crew()
     steps = [
         CrewStep("bad", crew, {"text": "{{ first }}"}),
@@ -333,7 +339,7 @@ async def test_a_failed_step_stops_those_that_need_it_and_no_others(crew_server:
         CrewStep("after alone", crew, {"text": "{{ alone.output }} too"}),
     ]
     with pytest.raises(PipelineFailedError) as raised:
-        await arun_pipeline(steps, {"first": "bad"}, name="failing", run_key=run_key)
+        await arun_pipeline(steps, {"first": "bad"}, name="failing", idempotency_key=idempotency_key)
     error = raised.value
     assert (error.failed, error.skipped) == (["bad"], ["needs it", "needs that"])
     assert {name: one.output for name, one in error.results.items()} == {
@@ -345,7 +351,7 @@ async def test_a_failed_step_stops_those_that_need_it_and_no_others(crew_server:
     assert "no bad" in str(error)
     assert "Not run because of it: needs it, needs that." in str(error)
     assert server.kickoffs == 3
-    shown = await asyncio.to_thread(artifact, seen, "failing", run_key)
+    shown = await asyncio.to_thread(artifact, seen, "failing", idempotency_key)
     assert shown.count("✗ failed") == 1
     assert shown.count("– not run") == 2
 
@@ -402,18 +408,18 @@ def chain(echo: InProcessCrewServer, fails_first: InProcessCrewServer) -> list[C
 async def test_the_same_key_starts_with_what_failed_and_pays_for_nothing_again(
     crew_server: CrewServerFactory, echo: InProcessCrewServer, seen: Seen
 ):
-    fails_first, run_key = crew_server(FailsFirst()), key()
+    fails_first, idempotency_key = crew_server(FailsFirst()), key()
     with pytest.raises(PipelineFailedError, match="out for lunch"):
-        await arun_pipeline(chain(echo, fails_first), name="mended", run_key=run_key)
+        await arun_pipeline(chain(echo, fails_first), name="mended", idempotency_key=idempotency_key)
     assert (echo.kickoffs, fails_first.kickoffs) == (2, 1)
-    result = await arun_pipeline(chain(echo, fails_first), name="mended", run_key=run_key)
+    result = await arun_pipeline(chain(echo, fails_first), name="mended", idempotency_key=idempotency_key)
     assert result["c"].output == "abc"
-    again = await arun_pipeline(chain(echo, fails_first), name="mended", run_key=run_key)
+    again = await arun_pipeline(chain(echo, fails_first), name="mended", idempotency_key=idempotency_key)
     assert again["c"].output == "abc"
-    assert echo.kickoffs_by_run_key == {f"{run_key}/{step}": 1 for step in "acd"}
-    assert fails_first.kickoffs_by_run_key == {f"{run_key}/b": 2}
+    assert echo.kickoffs_by_key == {f"{idempotency_key}/{step}": 1 for step in "acd"}
+    assert fails_first.kickoffs_by_key == {f"{idempotency_key}/b": 2}
     pages = await asyncio.to_thread(seen.artifacts, "pipeline-mended")
-    pages = [one["data"] for one in pages if run_key in one["description"]]
+    pages = [one["data"] for one in pages if idempotency_key in one["description"]]
     assert [page.count("bought earlier") for page in pages] == [0, 2, 4]
 
 
@@ -421,11 +427,11 @@ async def test_the_same_key_starts_with_what_failed_and_pays_for_nothing_again(
 def test_a_retry_of_the_flow_run_starts_with_what_failed(
     crew_server: CrewServerFactory, echo: InProcessCrewServer, given: bool
 ):
-    fails_first, run_key = crew_server(FailsFirst()), key() if given else None
+    fails_first, idempotency_key = crew_server(FailsFirst()), key() if given else None
 
     @flow(retries=1)
     async def trip() -> str:
-        return (await arun_pipeline(chain(echo, fails_first), run_key=run_key))["c"].output
+        return (await arun_pipeline(chain(echo, fails_first), idempotency_key=idempotency_key))["c"].output
 
     assert asyncio.run(trip()) == "abc"
     assert (echo.kickoffs, fails_first.kickoffs) == (3, 2)
@@ -436,7 +442,7 @@ async def test_equal_pipelines_in_one_flow_are_told_apart(echo: InProcessCrewSer
 
     @flow
     async def trip() -> int:
-        return len({(await arun_pipeline(steps)).run_key for _ in range(2)})
+        return len({(await arun_pipeline(steps)).idempotency_key for _ in range(2)})
 
     assert await trip() == 2
     assert echo.kickoffs == 2
@@ -445,28 +451,28 @@ async def test_equal_pipelines_in_one_flow_are_told_apart(echo: InProcessCrewSer
 async def test_a_step_may_start_from_a_state(echo: InProcessCrewServer):
     state = "3f2b8c1e-9d47-4a6b-8f0e-5c1d2a7b9e64"
     steps = [CrewStep("a", echo.crew(), {"text": "x"}, restore_from=state), CrewStep("b", echo.crew(), {"text": "y"})]
-    await arun_pipeline(steps, run_key=key())
+    await arun_pipeline(steps, idempotency_key=key())
     assert {run.inputs["text"]: run.restore_from for run in echo.runs} == {"x": state, "y": None}
     with pytest.raises(ConfigurationError, match="step 'a': restore_from is '42'"):
         await arun_pipeline([CrewStep("a", echo.crew(), {"text": "x"}, restore_from="42")])
 
 
 async def test_other_inputs_under_the_same_key_start_nothing(echo: InProcessCrewServer):
-    steps, run_key = [CrewStep("a", echo.crew(), {"text": "{{ topic }}"})], key()
-    await arun_pipeline(steps, {"topic": "tea"}, run_key=run_key)
+    steps, idempotency_key = [CrewStep("a", echo.crew(), {"text": "{{ topic }}"})], key()
+    await arun_pipeline(steps, {"topic": "tea"}, idempotency_key=idempotency_key)
     with pytest.raises(PipelineFailedError, match="a: ") as raised:
-        await arun_pipeline(steps, {"topic": "cocoa"}, run_key=run_key)
-    assert isinstance(raised.value.errors["a"], RunKeyConflictError)
+        await arun_pipeline(steps, {"topic": "cocoa"}, idempotency_key=idempotency_key)
+    assert isinstance(raised.value.errors["a"], IdempotencyConflictError)
     assert echo.kickoffs == 1
 
 
 async def test_an_uncertain_kickoff_stays_uncertain_and_the_others_are_kept(
     crew_server: CrewServerFactory, echo: InProcessCrewServer
 ):
-    dropping, run_key = crew_server("echo", faults=["kickoff:drop-after-accept@1"]), key()
+    dropping, idempotency_key = crew_server("echo", faults=["kickoff:drop-after-accept@1"]), key()
     for _ in range(2):
         with pytest.raises(PipelineFailedError) as raised:
-            await arun_pipeline(chain(echo, dropping), run_key=run_key)
+            await arun_pipeline(chain(echo, dropping), idempotency_key=idempotency_key)
         assert isinstance(raised.value.errors["b"], KickoffUncertainError)
         assert raised.value.skipped == ["c"]
         assert sorted(raised.value.results) == ["a", "d"]
@@ -476,7 +482,7 @@ async def test_an_uncertain_kickoff_stays_uncertain_and_the_others_are_kept(
 async def test_a_pipeline_that_is_cancelled_leaves_its_crews_running_and_is_taken_up_again(
     crew_server: CrewServerFactory, echo: InProcessCrewServer, seen: Seen
 ):
-    long, run_key = crew_server(slow(1.5, "b")), key()
+    long, idempotency_key = crew_server(slow(1.5, "b")), key()
     steps = [
         CrewStep("a", echo.crew(), {"text": "a"}),
         CrewStep("b", long.crew(), {}, after=["a"]),
@@ -486,7 +492,7 @@ async def test_a_pipeline_that_is_cancelled_leaves_its_crews_running_and_is_take
 
     @flow
     async def trip() -> None:
-        calls.append(asyncio.ensure_future(arun_pipeline(steps, name="cut", run_key=run_key)))
+        calls.append(asyncio.ensure_future(arun_pipeline(steps, name="cut", idempotency_key=idempotency_key)))
         with contextlib.suppress(asyncio.CancelledError):
             await calls[0]
 
@@ -496,13 +502,13 @@ async def test_a_pipeline_that_is_cancelled_leaves_its_crews_running_and_is_take
     calls[0].cancel()
     await running
     assert str(long.runs[0].state) == "running"
-    shown = await asyncio.to_thread(artifact, seen, "cut", run_key)
+    shown = await asyncio.to_thread(artifact, seen, "cut", idempotency_key)
     assert [mark for mark in ("✓ completed", "■ cancelled", "– not run") if mark in shown] == [
         "✓ completed",
         "■ cancelled",
         "– not run",
     ]
-    result = await arun_pipeline(steps, run_key=run_key)
+    result = await arun_pipeline(steps, idempotency_key=idempotency_key)
     assert result["c"].output == "bc"
     assert (echo.kickoffs, long.kickoffs) == (2, 1)
 
@@ -511,11 +517,11 @@ async def test_a_pipeline_that_is_cancelled_leaves_its_crews_running_and_is_take
 
 
 def test_events_tell_each_end_once_with_the_step(crew_server: CrewServerFactory, echo: InProcessCrewServer, seen: Seen):
-    broken, run_key = crew_server(FAILS), key()
+    broken, idempotency_key = crew_server(FAILS), key()
     steps = [CrewStep("good", echo.crew(), {"text": "a"}), CrewStep("bad", broken.crew(), {})]
     for _ in range(2):
         with pytest.raises(PipelineFailedError):
-            run_pipeline(steps, run_key=run_key)
+            run_pipeline(steps, idempotency_key=idempotency_key)
     for server, step, kind in ((echo, "good", "crew.completed"), (broken, "bad", "crew.failed")):
         for run in server.runs:
             (event,) = [one for one in seen.events(run.id) if one["event"] in ("crew.completed", "crew.failed")]
@@ -523,7 +529,7 @@ def test_events_tell_each_end_once_with_the_step(crew_server: CrewServerFactory,
             related = {one["prefect.resource.role"]: one["prefect.resource.id"] for one in event["related"]}
             assert related["step"] == f"prefect-crew.step.{step}"
             assert related["flow-run"].startswith("prefect.flow-run.")
-            assert event["payload"]["run_key"] == f"{run_key}/{step}"
+            assert event["payload"]["idempotency_key"] == f"{idempotency_key}/{step}"
 
 
 def test_a_pipeline_makes_no_subflows_and_two_tasks_a_step(echo: InProcessCrewServer, seen: Seen):
@@ -566,7 +572,7 @@ async def test_an_input_that_cannot_be_sent_is_a_mistake_of_the_caller_also_wher
 async def test_a_flow_run_that_somebody_suspends_in_the_middle_goes_on_with_what_is_left(
     crew_server: CrewServerFactory, echo: InProcessCrewServer, seen: Seen
 ):
-    held, run_key = Held(), key()
+    held, idempotency_key = Held(), key()
     server = crew_server(held)
     steps = [
         CrewStep("held", server.crew(), {}),
@@ -576,7 +582,7 @@ async def test_a_flow_run_that_somebody_suspends_in_the_middle_goes_on_with_what
 
     @flow
     async def trip() -> str:
-        return (await arun_pipeline(steps, name="suspended", run_key=run_key))["last"].output
+        return (await arun_pipeline(steps, name="suspended", idempotency_key=idempotency_key))["last"].output
 
     async with get_client() as client:
         deployment = await client.create_deployment(await client.create_flow(trip), f"suspended-{uuid.uuid4()}")
@@ -592,7 +598,7 @@ async def test_a_flow_run_that_somebody_suspends_in_the_middle_goes_on_with_what
         with pytest.raises(Pause):
             await run_flow_async(trip, flow_run=await client.read_flow_run(planned.id))
         await meanwhile
-        shown = await asyncio.to_thread(artifact, seen, "suspended", run_key)
+        shown = await asyncio.to_thread(artifact, seen, "suspended", idempotency_key)
         assert [row.split(" | ")[1] for row in shown.splitlines() if row.startswith("| **")] == [
             *("◌ running, the flow run is suspended", "○ waiting", "○ waiting")
         ]

@@ -1,4 +1,5 @@
-"""What the proofs share: a process that forks scripts, a look into the Prefect server, a run key for each test."""
+"""What the proofs share: a process that forks scripts, a look into the Prefect server, an idempotency key for each
+test."""
 
 from __future__ import annotations
 
@@ -29,6 +30,6 @@ def seen(prefect_server: PrefectServer) -> Iterator[Seen]:
 
 
 @pytest.fixture
-def run_key(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """A run key that no other test has."""
+def idempotency_key(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """An idempotency key that no other test has."""
     return f"{request.node.name[:200]} {tmp_path.name}"

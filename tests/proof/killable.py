@@ -14,7 +14,7 @@ from proof.kills import arm_from
 
 @flow(log_prints=True)
 def killable(crew: str, kill_file: str) -> str:
-    """Run a stored crew, with a run key that this flow run's retries find again."""
+    """Run a stored crew, with an idempotency key that this flow run's retries find again."""
     arm_from(Path(kill_file))
     return run_crew(crew, {"text": "tea"}).output
 

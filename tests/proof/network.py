@@ -55,22 +55,22 @@ class Ground(Protocol):
         ...
 
 
-async def row(ground: Ground, place: str, run_key: str) -> tuple[str, ...]:
+async def row(ground: Ground, place: str, idempotency_key: str) -> tuple[str, ...]:
     """Do what a row says and return its cells."""
     if place in ("resume", "stop"):
-        return await _act(ground, _answer if place == "resume" else _stop, run_key)
+        return await _act(ground, _answer if place == "resume" else _stop, idempotency_key)
     ground.break_it()
-    first = await ground.run(lambda: _call(ground.crew, run_key))
+    first = await ground.run(lambda: _call(ground.crew, idempotency_key))
     phase = await ground.recorded()
     await ground.mend_it()
     started = ground.started()
-    again = await ground.run(lambda: _call(ground.crew, run_key))
+    again = await ground.run(lambda: _call(ground.crew, idempotency_key))
     return first, str(started), phase, again, str(ground.started())
 
 
-async def _act(ground: Ground, act: Callable[[Crew, str], Awaitable[str]], run_key: str) -> tuple[str, ...]:
+async def _act(ground: Ground, act: Callable[[Crew, str], Awaitable[str]], idempotency_key: str) -> tuple[str, ...]:
     async def begin() -> str:
-        return (await open_run(ground.crew, {"topic": "tea"}, run_key=run_key)).kickoff_id
+        return (await open_run(ground.crew, {"topic": "tea"}, idempotency_key=idempotency_key)).kickoff_id
 
     kickoff_id = await ground.run(begin)
     wanted = CrewState.WAITING if act is _answer else CrewState.RUNNING
@@ -85,10 +85,10 @@ async def _act(ground: Ground, act: Callable[[Crew, str], Awaitable[str]], run_k
     return first, state, again, str(ground.state(kickoff_id))
 
 
-async def _call(crew: Crew, run_key: str) -> str:
+async def _call(crew: Crew, idempotency_key: str) -> str:
     """Run a crew as the two tasks do, without Prefect's retries of the first."""
     try:
-        run = await open_run(crew, {"topic": "tea"}, run_key=run_key)
+        run = await open_run(crew, {"topic": "tea"}, idempotency_key=idempotency_key)
         await wait_for_run(crew, run.kickoff_id)
     except CrewError as error:
         return type(error).__name__

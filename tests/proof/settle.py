@@ -13,13 +13,13 @@ from prefect_crew.records.store import PrefectRecords
 __all__ = ["settle"]
 
 
-def settle(server: LocalServer, run_key: str) -> None:
+def settle(server: LocalServer, idempotency_key: str) -> None:
     """Settle a run by what its server has accepted under its key."""
-    started = [id_ for id_, meta in server.counters.accepted.items() if meta["run_key"] == run_key]
+    started = [id_ for id_, meta in server.counters.accepted.items() if meta["idempotency_key"] == idempotency_key]
 
     async def say() -> None:
         records = PrefectRecords()
-        record = await unsettled(run_key, records)
+        record = await unsettled(idempotency_key, records)
         if started:
             await settle_started(record, started[-1], records)
         else:

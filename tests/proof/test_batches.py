@@ -149,8 +149,8 @@ class Place:
         bought, uncertain = Counter[str](), set[str]()
         async with Ledger(f"{self.output}.ledger.db", self.name) as ledger:
             async for key, record in ledger.standing_attempts(completed=True):
-                attempts = await ledger.attempts(record.run_key)
-                bought[record.run_key] = sum(one.phase is not RecordPhase.NOT_STARTED for one in attempts)
+                attempts = await ledger.attempts(record.idempotency_key)
+                bought[record.idempotency_key] = sum(one.phase is not RecordPhase.NOT_STARTED for one in attempts)
                 if record.phase in (RecordPhase.UNCERTAIN, RecordPhase.CLAIMED):
                     uncertain.add(key)
         return bought, uncertain
@@ -164,14 +164,14 @@ class Place:
         assert len(keys) + len(uncertain) == len(world.topics), "a row is missing"
         assert report["uncertain"] == len(uncertain)
         assert report["completed"] + report["failed"] + report["uncertain"] == report["total"] == len(world.topics)
-        cost = self.server.kickoffs_by_run_key
+        cost = self.server.kickoffs_by_key
         assert self.server.kickoffs == cost.total()
         assert {key: count for key, count in cost.items() if count > bought[key]} == {}, "an attempt was bought twice"
         assert max(bought.values(), default=0) <= 1 + world.retries
         for line in lines:
             if line["kickoff_id"] is not None:
                 told = self.server.counters.accepted[line["kickoff_id"]]
-                assert told["run_key"] == f"batch/{self.name}/{line['key']}", "a row has another row's run"
+                assert told["idempotency_key"] == f"batch/{self.name}/{line['key']}", "a row has another row's run"
             if line["state"] == "completed":
                 assert line["output"] == f"on {line['inputs']['topic']}"
         if world.keyed:
@@ -224,7 +224,7 @@ def lives(world: World, forks: BatchForks, folder: Path, faults_seed: int = 1) -
         server.faults.clear()
         time.sleep(0.2)  # what was sent last arrives
         ended = forks.run(place.call())
-        note(f"{ended}; kickoffs {dict(server.kickoffs_by_run_key)}; log in {forks.folder}")
+        note(f"{ended}; kickoffs {dict(server.kickoffs_by_key)}; log in {forks.folder}")
         assert not ended.error
         place.check(world, ended.report)
 
@@ -281,7 +281,7 @@ def test_rows_of_a_batch_that_is_killed_again_and_again(
         ended = forks.run(place.call())
         assert not ended.error
         place.check(world, ended.report)
-        assert server.kickoffs_by_run_key.most_common(1)[0][1] == 1
+        assert server.kickoffs_by_key.most_common(1)[0][1] == 1
         assert ended.report["uncertain"] <= deaths * 16, "more than could have been on their way"
         notes.append(
             f"{rows:,} rows killed {deaths} times (seed {chosen}): {len(uncertain)} uncertain, "
@@ -317,7 +317,7 @@ def test_a_soak_of_twenty_thousand_rows(
             if not ended.report["skipped"] and calls > 4:
                 break
         place.check(world, ended.report)
-        assert server.kickoffs_by_run_key.most_common(1)[0][1] == 1
+        assert server.kickoffs_by_key.most_common(1)[0][1] == 1
         report = ended.report
         assert report["completed"] > 19_000
         notes.append(

@@ -1,6 +1,6 @@
 """The same for flows that Prefect runs in processes of their own: killed there, and retried as a person does it.
 
-None of them names a run key: it is what Prefect keeps of a flow run that makes a retry find its runs again.
+None of them names an idempotency key: it is what Prefect keeps of a flow run that makes a retry find its runs again.
 """
 
 from __future__ import annotations
@@ -66,8 +66,8 @@ def test_a_flow_run_that_was_killed_is_retried(name: str, point: str, ways: Ways
             ended = ways.ended(run_id, "COMPLETED", "FAILED")
         assert ended["state_type"] == "COMPLETED", ended["state"]
         assert server.kickoffs == purchases
-        assert set(server.kickoffs_by_run_key.values()) == {1}
+        assert set(server.kickoffs_by_key.values()) == {1}
 
 
 def _uncertain_key(server: CrewServer) -> str:
-    return list(server.counters.accepted.values())[-1]["run_key"]
+    return list(server.counters.accepted.values())[-1]["idempotency_key"]

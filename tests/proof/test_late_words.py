@@ -36,7 +36,7 @@ async def posting() -> RunRecord:
     """Claim a run and take a permit of it, as its owner."""
     now = utcnow()
     record = RunRecord(
-        run_key="k",
+        idempotency_key="k",
         attempt=1,
         crew="c",
         crew_url="https://c.test",

@@ -102,10 +102,10 @@ def test_what_comes_of_a_fault(case: Case) -> None:
 class RealGround:
     """A real crew server on a port, and the Prefect server of the session."""
 
-    def __init__(self, case: Case, server: CrewServer, run_key: str) -> None:
+    def __init__(self, case: Case, server: CrewServer, idempotency_key: str) -> None:
         self.case = case
         self.server = server
-        self.run_key = run_key
+        self.idempotency_key = idempotency_key
         self.crew = server.crew(request_timeout=REQUEST_TIMEOUT, wait=POLICY).crew
         self.restarted = threading.Event()
 
@@ -128,7 +128,7 @@ class RealGround:
         return self.server.run(kickoff_id).state
 
     async def recorded(self) -> str:
-        return str((await PrefectRecords().attempts(self.run_key))[-1].phase)
+        return str((await PrefectRecords().attempts(self.idempotency_key))[-1].phase)
 
     async def run(self, step: Callable[[], Awaitable[T]]) -> T:
         return await step()
@@ -161,10 +161,10 @@ SCRIPTS: dict[str, dict[str, Any]] = {"resume": {"human": True}, "stop": {"secon
 @pytest.mark.sampled
 @pytest.mark.usefixtures("prefect_api")
 @pytest.mark.parametrize("case", cases(), ids=str)
-def test_what_comes_of_a_fault_for_real(case: Case, tmp_path: Path, run_key: str) -> None:
+def test_what_comes_of_a_fault_for_real(case: Case, tmp_path: Path, idempotency_key: str) -> None:
     crew = script({"seconds": 0.5, "output": "done", **SCRIPTS.get(case.place, {})}, inputs=["topic"])
     journal = tmp_path / "journal" if "crash" in case.fault else None
     with CrewServer(crew, journal=journal) as server:
-        ground = RealGround(case, server, run_key)
+        ground = RealGround(case, server, idempotency_key)
         with restarting(ground), fast_polling(0.1):
-            assert asyncio.run(row(ground, case.place, run_key)) == case.expected
+            assert asyncio.run(row(ground, case.place, idempotency_key)) == case.expected

@@ -1,4 +1,5 @@
-"""Twenty processes with one run key, at the same moment: one kickoff, twenty equal results, one event of its end.
+"""Twenty processes with one idempotency key, at the same moment: one kickoff, twenty equal results, one event of its
+end.
 
 On SQLite and on PostgreSQL, where a Prefect server locks in other ways; and one kill there as well.
 """
@@ -35,28 +36,28 @@ def ends(seen: Seen, kickoff_id: str) -> list[dict[str, Any]]:
     return seen.post("/events/filter", {"filter": wanted})["events"] if found else []
 
 
-def race(zygote: Zygote, seen: Seen, run_key: str) -> None:
+def race(zygote: Zygote, seen: Seen, idempotency_key: str) -> None:
     with CrewServer(CREW) as server:
-        ended = zygote.run(*[script_of(server, run_key) for _ in range(RACERS)])
+        ended = zygote.run(*[script_of(server, idempotency_key) for _ in range(RACERS)])
         assert {(one.output, one.error) for one in ended} == {("tea, done", None)}
         assert len({one.kickoff_id for one in ended}) == 1
-        assert server.kickoffs_by_run_key == {run_key: 1}
+        assert server.kickoffs_by_key == {idempotency_key: 1}
         assert server.requests["kickoff"] == 1, "nobody else even tried"
-        assert [record["phase"] for record in records(seen, run_key)] == ["ended"]
+        assert [record["phase"] for record in records(seen, idempotency_key)] == ["ended"]
         assert len(ends(seen, server.runs[0].id)) == 1
 
 
-def test_twenty_racers_buy_once(zygote: Zygote, seen: Seen, run_key: str) -> None:
-    race(zygote, seen, run_key)
+def test_twenty_racers_buy_once(zygote: Zygote, seen: Seen, idempotency_key: str) -> None:
+    race(zygote, seen, idempotency_key)
 
 
-def test_twenty_racers_after_a_failure_buy_once_more(zygote: Zygote, seen: Seen, run_key: str) -> None:
+def test_twenty_racers_after_a_failure_buy_once_more(zygote: Zygote, seen: Seen, idempotency_key: str) -> None:
     """A failed run is bought again by a call that was told of the failure, and not by each of those that waited."""
     crew = "name: c\ninputs: [text]\ntasks: [{name: t, seconds: 0.5, fail: the well is dry}]\n"
     with CrewServer(crew) as server:
-        ended = zygote.run(*[script_of(server, run_key) for _ in range(RACERS)])
+        ended = zygote.run(*[script_of(server, idempotency_key) for _ in range(RACERS)])
         assert {one.error for one in ended} == {"CrewFailedError"}
-        assert server.kickoffs == len(records(seen, run_key))
+        assert server.kickoffs == len(records(seen, idempotency_key))
         assert server.kickoffs <= 3, "max_kickoffs"
 
 
@@ -77,8 +78,10 @@ def seen_on_postgres(prefect_server_on_postgres: PrefectServer) -> Iterator[Seen
 
 
 @pytest.mark.postgres
-def test_twenty_racers_buy_once_on_postgres(zygote_on_postgres: Zygote, seen_on_postgres: Seen, run_key: str) -> None:
-    race(zygote_on_postgres, seen_on_postgres, run_key)
+def test_twenty_racers_buy_once_on_postgres(
+    zygote_on_postgres: Zygote, seen_on_postgres: Seen, idempotency_key: str
+) -> None:
+    race(zygote_on_postgres, seen_on_postgres, idempotency_key)
 
 
 @pytest.mark.postgres
@@ -88,19 +91,19 @@ def test_a_script_that_was_killed_goes_on_on_postgres(
     zygote_on_postgres: Zygote,
     seen_on_postgres: Seen,
     prefect_server_on_postgres: PrefectServer,
-    run_key: str,
+    idempotency_key: str,
     tmp_path: Path,
 ) -> None:
     with CrewServer(CREW) as server:
-        (first,) = zygote_on_postgres.run(script_of(server, run_key, kill))
+        (first,) = zygote_on_postgres.run(script_of(server, idempotency_key, kill))
         assert first.killed
-        (record,) = records(seen_on_postgres, run_key)
+        (record,) = records(seen_on_postgres, idempotency_key)
         seen_on_postgres.set_state(record["flow_run_id"], "CRASHED")
-        (second,) = zygote_on_postgres.run(script_of(server, run_key))
+        (second,) = zygote_on_postgres.run(script_of(server, idempotency_key))
         if kill.hook == "kickoff":
             assert second.error == "KickoffUncertainError"
             with connected(prefect_server_on_postgres, tmp_path / "home"):
-                settle(server, run_key)
-            (second,) = zygote_on_postgres.run(script_of(server, run_key))
+                settle(server, idempotency_key)
+            (second,) = zygote_on_postgres.run(script_of(server, idempotency_key))
         assert second.output == "tea, done"
-        assert server.kickoffs_by_run_key == {run_key: 1}
+        assert server.kickoffs_by_key == {idempotency_key: 1}

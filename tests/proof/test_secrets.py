@@ -305,12 +305,12 @@ def act(case: Case, echo: Echo, told: Told, name: str) -> BaseException | None:
         elif case.act in OTHER_WAYS:
             OTHER_WAYS[case.act](name, told)
         else:
-            kickoff_id = kickoff_crew(name, told.inputs, run_key=f"key of {name}")
+            kickoff_id = kickoff_crew(name, told.inputs, idempotency_key=f"key of {name}")
             if case.act == "resume":
                 resume_crew(name, kickoff_id, approve=True, feedback="fine")
             else:
                 stop_crew(name, kickoff_id)
-            run_crew(name, told.inputs, run_key=f"key of {name}", wait=wait)
+            run_crew(name, told.inputs, idempotency_key=f"key of {name}", wait=wait)
     except Exception as error:
         return error
     return None

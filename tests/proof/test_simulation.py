@@ -36,7 +36,7 @@ IDS = re.compile(r"[0-9a-f]{8}-[0-9a-f-]{27}")
 def record(attempt: int, owner: str, **fields: Any) -> RunRecord:
     now = utcnow()
     return RunRecord(
-        run_key=KEY,
+        idempotency_key=KEY,
         attempt=attempt,
         crew="c",
         crew_url="https://c.test",
@@ -64,7 +64,7 @@ async def tour() -> list[Any]:
     seen.append([(one.attempt, one.owner, one.phase) for one in await store.attempts(KEY)])
     found = await store.of_kickoff(f"run-of-{KEY}")
     seen += [found and found.attempt, await store.of_kickoff("nobody's")]
-    seen.append([one.attempt async for one in store.all(RecordPhase.CLAIMED) if one.run_key == KEY])
+    seen.append([one.attempt async for one in store.all(RecordPhase.CLAIMED) if one.idempotency_key == KEY])
     await store.add_waiter(first, str(uuid.UUID(int=8)))
     await store.add_waiter(first, str(uuid.UUID(int=8)))
     seen.append(await store.other_waiters(first, None))
@@ -175,7 +175,7 @@ def _claims_nothing() -> Any:
             await self.save(record)
         except Exception:
             async with store_module.get_client() as client:
-                name = store_module.record_name(record.run_key, record.attempt)
+                name = store_module.record_name(record.idempotency_key, record.attempt)
                 await client.request(
                     "POST", "/variables/", json={"name": name, "value": record.model_dump(mode="json")}
                 )

@@ -189,7 +189,7 @@ class Cluster:
         for seconds in durations:
             inputs = {"topic": f"topic {len(self.runs)}", "seconds": f"{seconds:.1f}"}
             key = f"{self.pool.name} {len(self.runs)}"  # the server is shared
-            self.runs.append(self.pool.start(self.deployment, crew="lasting", inputs=inputs, run_key=key))
+            self.runs.append(self.pool.start(self.deployment, crew="lasting", inputs=inputs, idempotency_key=key))
 
     def open(self) -> int:
         """Return how many flow runs have not ended."""
@@ -212,13 +212,13 @@ class Cluster:
             uncertain = "KickoffUncertainError" in (run["state"]["message"] or "")
             ends["uncertain" if uncertain else run["state_name"]] += 1
             if run["state_name"] == "Completed":
-                completed.append(run["parameters"]["run_key"])
+                completed.append(run["parameters"]["idempotency_key"])
         with connected(self.pool.server, self.pool.folder / "home"):
             phases = asyncio.run(self.phases(completed))
         assert phases == {RecordPhase.ENDED}, "the records of completed runs have ended"
-        assert max(self.crew.kickoffs_by_run_key.values()) == 1, "no second kickoff"
+        assert max(self.crew.kickoffs_by_key.values()) == 1, "no second kickoff"
         assert set(ends) <= {"Completed", "uncertain"}, ends
-        assert len(self.crew.kickoffs_by_run_key) == self.crew.kickoffs == len(self.crew.runs)
+        assert len(self.crew.kickoffs_by_key) == self.crew.kickoffs == len(self.crew.runs)
         assert self.crew.kickoffs >= ends["Completed"]
         return ends
 

@@ -30,13 +30,13 @@ class Script:
 
     Attributes:
         crew: Fields of its block.
-        inputs, run_key: As `run_crew` takes them.
+        inputs, idempotency_key: As `run_crew` takes them.
         kill: Where it dies.
     """
 
     crew: Mapping[str, Any]
     inputs: Mapping[str, str]
-    run_key: str | None
+    idempotency_key: str | None
     kill: Kill | None = None
 
 
@@ -144,7 +144,7 @@ def _script(script: dict[str, Any]) -> None:
     kickoff.PERMIT_GOOD_FOR = 2.0  # so that a test need not wait long until it may resolve
     crew = DeployedCrew(**script["crew"])
     try:
-        result = run_crew(crew, script["inputs"], run_key=script["run_key"])
+        result = run_crew(crew, script["inputs"], idempotency_key=script["idempotency_key"])
         said = {"kickoff_id": result.kickoff_id, "output": result.output}
     except CrewError as error:
         said = {"error": type(error).__name__, "text": str(error)}

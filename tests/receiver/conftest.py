@@ -32,8 +32,8 @@ async def client(kept: Kept) -> AsyncIterator[httpx.AsyncClient]:
 def urls() -> Callable[..., Webhooks]:
     """Make the webhooks of a run, for a day unless told otherwise."""
 
-    def make(run_key: str = "city/lisbon", *, base: str = "http://receiver", **options: object) -> Webhooks:
+    def make(idempotency_key: str = "city/lisbon", *, base: str = "http://receiver", **options: object) -> Webhooks:
         known = {"expires": datetime.now(UTC) + timedelta(days=1), "attempt": 1, "stream_events": ["x"]}
-        return hook_urls(base, SECRET, run_key, **known | options)
+        return hook_urls(base, SECRET, idempotency_key, **known | options)
 
     return make

@@ -27,14 +27,14 @@ async def test_each_kind_of_both_generations_is_taken(which: str, client: httpx.
     answer = await client.post(url_of(hooks, kind), json=BODIES[which], headers=headers_of(hooks, kind))
     assert (answer.status_code, answer.json()) == (200, {"status": "accepted"})
     assert {news.name.partition(".")[0] for news in kept.news} == {kind}
-    assert {news.hook.run_key for news in kept.news} == {"city/lisbon"}
+    assert {news.hook.idempotency_key for news in kept.news} == {"city/lisbon"}
 
 
 async def test_the_run_is_the_one_of_the_url_whatever_the_body_says(client: httpx.AsyncClient, kept: Kept, urls: Urls):
-    body = {"kickoff_id": "another", "run_key": "another", "meta": {"run_key": "another"}}
+    body = {"kickoff_id": "another", "idempotency_key": "another", "meta": {"idempotency_key": "another"}}
     await client.post(url_of(urls("mine"), "crew"), json=body)
     (news,) = kept.news
-    assert (news.hook.run_key, news.said["kickoff_id"]) == ("mine", "another")
+    assert (news.hook.idempotency_key, news.said["kickoff_id"]) == ("mine", "another")
 
 
 async def test_a_delivery_that_comes_twice_is_told_once(client: httpx.AsyncClient, kept: Kept, urls: Urls):

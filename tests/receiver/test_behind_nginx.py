@@ -89,7 +89,7 @@ async def test_a_run_is_told_of_through_nginx_and_nothing_else_gets_through(
             wait_until(lambda: answers(base), seconds=20, what="nginx")
             # Polling alone would see the end half a minute later.
             wait = WaitPolicy(initial=30, max_interval=30)
-            result = await arun_crew(crew.crew(wait=wait), {}, run_key=key)
+            result = await arun_crew(crew.crew(wait=wait), {}, idempotency_key=key)
             assert result.output == "done"
             told = {str(event["event"]) for event in await events_of(key, at_least=3)}
             assert "crew.webhook.crew" in told

@@ -31,7 +31,7 @@ def test_it_makes_the_event_that_the_receiver_would(which: str):
     assert event.event == ("crew.webhook.stream.crew_kickoff_started" if kind == "stream" else f"crew.webhook.{kind}")
     assert event.resource.id == "prefect-crew.run.k-1"
     meta = BODIES[which].get("meta")
-    assert event.resource.get("prefect-crew.run-key") == (meta["run_key"] if meta else None)
+    assert event.resource.get("prefect-crew.run-key") == (meta["idempotency_key"] if meta else None)
     said = json.dumps(event.payload)
     assert [word for word in SAID_BY_NOBODY if word in said] == []
 
@@ -53,6 +53,6 @@ json_values = st.recursive(
 keys = st.sampled_from(["kickoff_id", "task_id", "status", "meta", "events", "result", "agent", "thought"])
 
 
-@given(json_values | st.dictionaries(keys, json_values | st.fixed_dictionaries({"run_key": json_values})))
+@given(json_values | st.dictionaries(keys, json_values | st.fixed_dictionaries({"idempotency_key": json_values})))
 def test_whatever_the_body_it_gives_an_event(body: Any):
     assert rendered(body).event.startswith("crew.webhook.")

@@ -75,7 +75,7 @@ def crew_of(server: CrewServer, **fields: Any) -> DeployedCrew:
 @pytest.mark.parametrize("generation", ["first", "later"])
 async def test_a_run_tells_of_itself(generation: Any, receiver: str, key: str):
     with CrewServer(SCRIPT, generation=generation) as server:
-        result = await arun_crew(crew_of(server), {"customer": "ACME"}, run_key=key)
+        result = await arun_crew(crew_of(server), {"customer": "ACME"}, idempotency_key=key)
         events = await webhooks_of(key, at_least=7)
     assert Counter(event["event"] for event in events) == {
         "crew.webhook.task": 2,
@@ -94,7 +94,7 @@ async def test_a_run_tells_of_itself(generation: Any, receiver: str, key: str):
 
 async def test_with_secret_inputs_no_name_is_told(receiver: str, key: str):
     with CrewServer(SCRIPT) as server:
-        await arun_crew(crew_of(server, secret_inputs=["customer"]), {"customer": "ACME"}, run_key=key)
+        await arun_crew(crew_of(server, secret_inputs=["customer"]), {"customer": "ACME"}, idempotency_key=key)
         events = await webhooks_of(key, at_least=5)
     assert "ACME" not in json.dumps(events)
     assert "Researcher" not in json.dumps(events)
@@ -116,7 +116,7 @@ async def test_the_same_question_asked_again_is_told_again(receiver: str, key: s
 
     with CrewServer(CrewScript.model_validate(script)) as server:
         crew = crew_of(server)
-        running = asyncio.create_task(arun_crew(crew, {"customer": "ACME"}, run_key=key))
+        running = asyncio.create_task(arun_crew(crew, {"customer": "ACME"}, idempotency_key=key))
         first = await question(1)
         await resume_run(crew.crew, first["kickoff_id"], feedback="again", approve=False)
         second = await question(2)
@@ -138,7 +138,7 @@ async def test_webhooks_that_come_twice_late_or_never_harm_nothing(fault: str, r
     keys = [f"end-to-end/{uuid.uuid4()}" for _ in range(3)]
     with CrewServer(SCRIPT, faults=[fault], seed=1) as server:
         crew = crew_of(server)
-        results = await asyncio.gather(*(arun_crew(crew, {"customer": "ACME"}, run_key=key) for key in keys))
+        results = await asyncio.gather(*(arun_crew(crew, {"customer": "ACME"}, idempotency_key=key) for key in keys))
         assert {result.output for result in results} == {"what was written for ACME"}
         assert server.kickoffs == 3
         await asyncio.sleep(2)

@@ -31,7 +31,7 @@ def test_only_what_cannot_be_a_secret_is_told(which: str, names: bool):
     assert [word for word in SAID_BY_NOBODY if word in said] == []
     assert ("Researcher" in said) <= names
     assert all(one.kickoff_id == one.said["kickoff_id"] == "k-1" for one in pieces)
-    assert all(one.hook.run_key == "city/lisbon" for one in pieces)
+    assert all(one.hook.idempotency_key == "city/lisbon" for one in pieces)
 
 
 @pytest.mark.parametrize(
@@ -160,9 +160,9 @@ def test_an_event_that_comes_again_in_another_batch_has_the_same_id():
     assert alone.id == told("stream", BODIES["stream"])[0].id
 
 
-def test_the_run_key_that_the_body_claims_is_kept_apart():
-    (news,) = told("crew", {**BODIES["crew-first"], "meta": {"run_key": "another"}})
-    assert (news.hook.run_key, news.said_run_key) == ("city/lisbon", "another")
+def test_the_idempotency_key_that_the_body_claims_is_kept_apart():
+    (news,) = told("crew", {**BODIES["crew-first"], "meta": {"idempotency_key": "another"}})
+    assert (news.hook.idempotency_key, news.said_key) == ("city/lisbon", "another")
 
 
 json_values = st.recursive(

@@ -27,20 +27,20 @@ from support.webhooks import BODIES, events_of, until
 pytestmark = pytest.mark.usefixtures("prefect_api")
 
 
-def news_about(run_key: str, which: str = "crew-first", *, attempt: int | None = 1, **changes: Any) -> News:
+def news_about(idempotency_key: str, which: str = "crew-first", *, attempt: int | None = 1, **changes: Any) -> News:
     kind: WebhookKind = which.partition("-")[0]  # pyright: ignore[reportAssignmentType]
-    hook = Hook(kind, run_key, utcnow() + timedelta(days=1), attempt)
+    hook = Hook(kind, idempotency_key, utcnow() + timedelta(days=1), attempt)
     body = json.dumps({**BODIES[which], **changes}).encode()
     return news_of(hook, parse_webhook(kind, body), digest=digest_of(hook, body), received=utcnow())[0]
 
 
-def record(run_key: str, **fields: Any) -> RunRecord:
+def record(idempotency_key: str, **fields: Any) -> RunRecord:
     now = utcnow()
     known = {
-        "run_key": run_key,
+        "idempotency_key": idempotency_key,
         "attempt": 1,
         "phase": RecordPhase.STARTED,
-        "kickoff_id": f"id-of-{run_key}",
+        "kickoff_id": f"id-of-{idempotency_key}",
         "crew": "travel",
         "crew_url": "https://travel.example.com",
         "inputs_digest": "d",
@@ -85,10 +85,10 @@ async def test_a_webhook_becomes_an_event_about_its_run(which: str, key: str, ha
     }
     payload = event["payload"]
     assert payload["said"]["kickoff_id"] == "k-1"
-    assert (payload["run_key"], payload["kickoff_id"], payload["attempt"]) == (key, f"id-of-{key}", 1)
+    assert (payload["idempotency_key"], payload["kickoff_id"], payload["attempt"]) == (key, f"id-of-{key}", 1)
 
 
-async def test_without_a_record_the_event_is_about_the_run_key(key: str, hand_on: Handover):
+async def test_without_a_record_the_event_is_about_the_idempotency_key(key: str, hand_on: Handover):
     hand_on.put(news_about(key, attempt=None))
     (event,) = await events_of(key)
     assert event["resource"]["prefect.resource.id"] == f"prefect-crew.run.{key}"
@@ -164,12 +164,12 @@ async def test_what_is_to_be_judged_is_kept_once_also_if_the_rest_is_tried_again
 ):
     genuine, begun, kept = module.keep_output, list[str](), list[str]()
 
-    async def keep(run_key: str, attempt: int, answers: int, output: str) -> None:
-        begun.append(run_key)
+    async def keep(idempotency_key: str, attempt: int, answers: int, output: str) -> None:
+        begun.append(idempotency_key)
         if len(begun) == 5:
             await asyncio.Event().wait()
-        await genuine(run_key, attempt, answers, output)
-        kept.append(run_key)
+        await genuine(idempotency_key, attempt, answers, output)
+        kept.append(idempotency_key)
 
     monkeypatch.setattr(module, "keep_output", keep)
     monkeypatch.setattr(module, "ATTEMPT", 5.0)
@@ -226,7 +226,7 @@ async def test_a_kickoff_that_cannot_be_settled_is_left_to_a_person(
     key: str, hand_on: Handover, caplog: pytest.LogCaptureFixture
 ):
     await PrefectRecords().claim(record(key, phase=RecordPhase.UNCERTAIN, kickoff_id=None, crew="no-such-block"))
-    hand_on.put(news_about(key, meta={"run_key": key}))
+    hand_on.put(news_about(key, meta={"idempotency_key": key}))
     await events_of(key)
     await until(lambda: "prefect-crew runs settle" in caplog.text, "it is said")
     assert "no crew" in caplog.text
@@ -264,9 +264,9 @@ class Counted(PrefectRecords):
     def __init__(self) -> None:
         self.asked: list[str] = []
 
-    async def attempts(self, run_key: str) -> Sequence[RunRecord]:
-        self.asked.append(run_key)
-        return await super().attempts(run_key)
+    async def attempts(self, idempotency_key: str) -> Sequence[RunRecord]:
+        self.asked.append(idempotency_key)
+        return await super().attempts(idempotency_key)
 
 
 async def test_a_record_is_asked_for_once_until_something_may_have_changed(key: str, monkeypatch: pytest.MonkeyPatch):

@@ -42,10 +42,10 @@ async def test_a_row_is_settled_by_its_webhook_when_the_batch_is_gone_on_with(
         first = await arun_batch(server.crew(), ROWS, **given)
         (key,) = first.uncertain_keys
         assert (first.completed, first.uncertain, server.kickoffs) == (3, 1, 4)
-        run_key = f"batch/{name}/{key}"
+        idempotency_key = f"batch/{name}/{key}"
         known = {json.loads(line)["kickoff_id"] for line in (tmp_path / "out.jsonl").read_text().splitlines()}
         (lost,) = [run for run in server.runs if run.id not in known]
-        await events_of(run_key, at_least=2)
+        await events_of(idempotency_key, at_least=2)
         await until(lambda: receiver.state.hand_on.report()["waiting"] == 0, "all is handed on")
         # Nobody has checked what comes without a secret.
         monkeypatch.delenv("PREFECT_INTEGRATIONS_CREW_WEBHOOK_SECRET")
@@ -55,7 +55,7 @@ async def test_a_row_is_settled_by_its_webhook_when_the_batch_is_gone_on_with(
         monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_WEBHOOK_SECRET", SECRET)
         # A row of another ledger has the same key and number: its webhooks say nothing of this one.
         async with Ledger(f"{given['output']}.ledger.db", name) as ledger:
-            (ours,) = await ledger.attempts(run_key)
+            (ours,) = await ledger.attempts(idempotency_key)
             await put(ledger, ours.model_copy(update={"owner": str(uuid.uuid4())}))
         assert (await arun_batch(server.crew(), ROWS, **given)).uncertain == 1
         async with Ledger(f"{given['output']}.ledger.db", name) as ledger:
@@ -63,7 +63,7 @@ async def test_a_row_is_settled_by_its_webhook_when_the_batch_is_gone_on_with(
         again = await arun_batch(server.crew(), ROWS, **given)
     assert (again.completed, again.uncertain, again.kickoffs, server.kickoffs) == (4, 0, 0, 4)
     async with Ledger(f"{given['output']}.ledger.db", name) as ledger:
-        (record,) = await ledger.attempts(run_key)
+        (record,) = await ledger.attempts(idempotency_key)
     assert (record.phase, record.kickoff_id) == (RecordPhase.ENDED, lost.id)
 
 

@@ -45,7 +45,7 @@ def test_address_and_secret_switch_them_on(monkeypatch: pytest.MonkeyPatch):
     token = url_of(hooks, "crew").removeprefix("https://h.example/crews/hooks/crew/")
     hook = read_token("crew", token, SECRET, now=datetime.now(UTC))
     assert hook is not None
-    assert (hook.run_key, hook.attempt, hook.round, hook.names) == ("key", 2, 1, True)
+    assert (hook.idempotency_key, hook.attempt, hook.round, hook.names) == ("key", 2, 1, True)
 
 
 def test_prefect_clouds_own_webhooks_take_all_kinds_and_need_no_secret(monkeypatch: pytest.MonkeyPatch):

@@ -1,4 +1,4 @@
-"""Run keys: what tells two purchases apart, and what a retry finds again."""
+"""Idempotency keys: what tells two purchases apart, and what a retry finds again."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from prefect.states import Scheduled
 from prefect_crew import CrewStep, arun_crew, arun_pipeline, get_result, kickoff_crew, run_crew, wait_for_crew
 from prefect_crew.exceptions import ConfigurationError
 from prefect_crew.records import keys as keys_module
-from prefect_crew.records.keys import _Attempt, _Occurrences, render_run_key
-from prefect_crew.records.model import MAX_RUN_KEY
+from prefect_crew.records.keys import _Attempt, _Occurrences, render_key
+from prefect_crew.records.model import MAX_KEY
 from prefect_crew.testing import CrewServerFactory
 from support.scripts import slow
 
@@ -45,12 +45,12 @@ START = datetime(2026, 5, 1, 23, 30, 5, tzinfo=UTC)
     ],
 )
 def test_a_template_over_the_scheduled_time(template: str, key: str):
-    assert render_run_key(template, START) == key
+    assert render_key(template, START) == key
 
 
 def test_a_template_is_in_utc():
     tokyo = START.astimezone(timezone(timedelta(hours=9)))
-    assert render_run_key("{{ scheduled_start:%Y-%m-%d }}", tokyo) == "2026-05-01"
+    assert render_key("{{ scheduled_start:%Y-%m-%d }}", tokyo) == "2026-05-01"
 
 
 @pytest.mark.parametrize(
@@ -67,14 +67,14 @@ def test_a_template_is_in_utc():
 )
 def test_a_template_that_would_be_the_same_every_day_is_refused(template: str, says: str):
     with pytest.raises(ConfigurationError, match=says) as caught:
-        render_run_key(template, START)
+        render_key(template, START)
     assert "Use {{ scheduled_start:%Y-%m-%d }}" in str(caught.value)
 
 
 @given(st.text())
 def test_a_rendered_key_never_holds_a_placeholder(template: str):
     try:
-        key = render_run_key(template, START)
+        key = render_key(template, START)
     except ConfigurationError:
         return
     assert "{{" not in key
@@ -150,13 +150,13 @@ def test_threads_are_never_given_the_same_number():
 
 @pytest.fixture
 def bought(crew_server: CrewServerFactory, prefect_api: object, instant_polling: None) -> Any:
-    """A crew server; its `kickoffs_by_run_key` says what was bought."""
+    """A crew server; its `kickoffs_by_key` says what was bought."""
     return crew_server("echo")
 
 
 def keys(server: Any) -> list[str]:
-    assert all(count == 1 for count in server.kickoffs_by_run_key.values())
-    return list(server.kickoffs_by_run_key)
+    assert all(count == 1 for count in server.kickoffs_by_key.values())
+    return list(server.kickoffs_by_key)
 
 
 def fails_once() -> Callable[[], None]:
@@ -369,7 +369,7 @@ async def test_a_long_name_makes_a_key_that_fits_and_is_still_its_own(bought: An
 
     await trip()
     assert len(keys(bought)) == 2
-    assert all(len(key) <= MAX_RUN_KEY for key in keys(bought))
+    assert all(len(key) <= MAX_KEY for key in keys(bought))
 
 
 async def test_runs_of_a_flow_are_purchases_of_their_own(bought: Any):
@@ -392,17 +392,17 @@ async def test_a_plain_call_is_a_new_purchase_each_time(bought: Any):
 
 
 @pytest.mark.parametrize(
-    ("run_key", "says"),
+    ("idempotency_key", "says"),
     [
         pytest.param("  ", "must not be empty", id="empty"),
-        pytest.param("k" * (MAX_RUN_KEY + 1), "has 501 characters, the limit is 500", id="long"),
+        pytest.param("k" * (MAX_KEY + 1), "has 501 characters, the limit is 500", id="long"),
         pytest.param("half a \ud800", "half a character", id="surrogate"),
         pytest.param("{{ today }}", "is not known", id="template"),
     ],
 )
-async def test_a_key_that_cannot_be_used_starts_nothing(bought: Any, run_key: str, says: str):
+async def test_a_key_that_cannot_be_used_starts_nothing(bought: Any, idempotency_key: str, says: str):
     with pytest.raises(ConfigurationError, match=says):
-        await bought.crew().trigger({"text": "a"}, run_key=run_key)
+        await bought.crew().trigger({"text": "a"}, idempotency_key=idempotency_key)
     assert bought.kickoffs == 0
 
 
@@ -418,7 +418,9 @@ async def test_the_scheduled_time_stays_the_same_over_retries_and_runs_late(boug
 
     @flow
     async def child() -> None:
-        seen.append((await arun_crew(crew, {"text": "a"}, run_key="daily-{{ scheduled_start:%Y-%m-%d }}")).output)
+        seen.append(
+            (await arun_crew(crew, {"text": "a"}, idempotency_key="daily-{{ scheduled_start:%Y-%m-%d }}")).output
+        )
 
     @flow(retries=1, retry_delay_seconds=1)
     async def daily() -> None:
@@ -434,7 +436,7 @@ async def test_the_scheduled_time_stays_the_same_over_retries_and_runs_late(boug
 
 
 def test_a_template_in_a_script_is_of_now(bought: Any):
-    run_crew(bought.crew(), {"text": "a"}, run_key="daily-{{ scheduled_start:%Y }}")
+    run_crew(bought.crew(), {"text": "a"}, idempotency_key="daily-{{ scheduled_start:%Y }}")
     assert keys(bought) == [f"daily-{datetime.now(UTC):%Y}"]
 
 
@@ -502,17 +504,17 @@ async def test_the_scheduled_time_can_be_asked_for(bought: Any):
 
 
 @pytest.mark.parametrize("call", ["run_crew", "pipeline", "result"])
-@pytest.mark.parametrize("run_key", ["half a \ud800", 7], ids=["surrogate", "number"])
+@pytest.mark.parametrize("idempotency_key", ["half a \ud800", 7], ids=["surrogate", "number"])
 async def test_what_is_no_key_is_a_mistake_of_the_caller_outside_of_a_flow_as_well(
-    bought: Any, call: str, run_key: Any
+    bought: Any, call: str, idempotency_key: Any
 ):
     crew = bought.crew()
     calls: dict[str, Callable[[], Any]] = {
-        "run_crew": lambda: arun_crew(crew, {"text": "a"}, run_key=run_key),
-        "pipeline": lambda: arun_pipeline([CrewStep("a", crew, {"text": "a"})], run_key=run_key),
-        "result": lambda: get_result(run_key),
+        "run_crew": lambda: arun_crew(crew, {"text": "a"}, idempotency_key=idempotency_key),
+        "pipeline": lambda: arun_pipeline([CrewStep("a", crew, {"text": "a"})], idempotency_key=idempotency_key),
+        "result": lambda: get_result(idempotency_key),
     }
-    with pytest.raises(ConfigurationError, match="run_key"):
+    with pytest.raises(ConfigurationError, match="idempotency_key"):
         await calls[call]()
     assert bought.kickoffs == 0
 
@@ -528,8 +530,8 @@ async def test_what_is_no_key_is_a_mistake_of_the_caller_outside_of_a_flow_as_we
 async def test_keys_that_look_the_same_are_one(bought: Any, other: str):
     number = uuid.uuid4()
     mine, theirs = f"café {number}", other.format(number)
-    first = await bought.crew().trigger({"text": "a"}, run_key=mine)
-    second = await bought.crew().trigger({"text": "a"}, run_key=theirs)
+    first = await bought.crew().trigger({"text": "a"}, idempotency_key=mine)
+    second = await bought.crew().trigger({"text": "a"}, idempotency_key=theirs)
     assert first.kickoff_id == second.kickoff_id
     await second.wait_for_completion()
     assert (await get_result(theirs)).kickoff_id == first.kickoff_id

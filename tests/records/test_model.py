@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from prefect_crew.client.models import CrewResult, TaskResult, TokenUsage
-from prefect_crew.exceptions import RunKeyConflictError
+from prefect_crew.exceptions import IdempotencyConflictError
 from prefect_crew.records.model import (
     Caller,
     Decision,
@@ -30,7 +30,7 @@ ME = Caller(owner="me", flow_run_id="flow-1", flow_run_count=2)
 
 def record(phase: RecordPhase = RecordPhase.CLAIMED, **fields: Any) -> RunRecord:
     known: dict[str, Any] = {
-        "run_key": "k",
+        "idempotency_key": "k",
         "attempt": 1,
         "phase": phase,
         "crew": "travel",
@@ -165,9 +165,9 @@ def test_only_what_surely_did_not_start_is_no_purchase(phase: RecordPhase):
     ],
 )
 def test_a_key_belongs_to_one_crew_and_one_set_of_inputs(url: str, digest: str, says: str):
-    with pytest.raises(RunKeyConflictError, match=says) as caught:
+    with pytest.raises(IdempotencyConflictError, match=says) as caught:
         check_same_run(STARTED, crew_url=url, inputs_digest=digest)
-    assert (caught.value.run_key, caught.value.kickoff_id) == ("k", "r1")
+    assert (caught.value.idempotency_key, caught.value.kickoff_id) == ("k", "r1")
 
 
 def test_refused_inputs_may_be_mended_under_the_same_key():

@@ -30,7 +30,7 @@ SCRIPT = """
 import sys
 from prefect_crew import DeployedCrew, run_crew
 
-run_crew(DeployedCrew(url=sys.argv[1], token=sys.argv[2]), {"n": 1}, run_key=sys.argv[3])
+run_crew(DeployedCrew(url=sys.argv[1], token=sys.argv[2]), {"n": 1}, idempotency_key=sys.argv[3])
 """
 
 
@@ -59,7 +59,7 @@ def gone() -> str:
 def record_of(owner: FlowRun, **fields: Any) -> RunRecord:
     now = utcnow()
     known: dict[str, Any] = {
-        "run_key": str(uuid.uuid4()),
+        "idempotency_key": str(uuid.uuid4()),
         "attempt": 1,
         "crew": "travel",
         "crew_url": "https://travel.test",
@@ -84,24 +84,24 @@ async def until(condition: Any) -> None:
 async def test_a_run_that_outlived_its_script_is_waited_for_and_the_dead_flow_run_crashes(
     crew_server: CrewServerFactory, prefect_api: PrefectServer, tmp_path: Path
 ):
-    server, run_key = crew_server(slow(8), port=True), str(uuid.uuid4())
+    server, idempotency_key = crew_server(slow(8), port=True), str(uuid.uuid4())
     crew = server.crew()
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
-    command = [sys.executable, script, server.url, crew.token.get_secret_value(), run_key]
+    command = [sys.executable, script, server.url, crew.token.get_secret_value(), idempotency_key]
 
     async def kicked_off() -> bool:
-        return any(one.kickoff_id for one in await PrefectRecords().attempts(run_key))
+        return any(one.kickoff_id for one in await PrefectRecords().attempts(idempotency_key))
 
     with Process(command, log=tmp_path / "log", env=prefect_api.env(home=tmp_path)) as process:
         await until(kicked_off)
         process.kill()
-    (before,) = await PrefectRecords().attempts(run_key)
+    (before,) = await PrefectRecords().attempts(idempotency_key)
     assert (await flow_run(before.flow_run_id)).state_name == "Running"
 
     @flow
     async def again() -> None:
-        await arun_crew(crew, {"n": 1}, run_key=run_key)
+        await arun_crew(crew, {"n": 1}, idempotency_key=idempotency_key)
 
     await again()
     dead = await flow_run(before.flow_run_id)

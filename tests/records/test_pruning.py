@@ -24,7 +24,7 @@ OLD, NEW = AGE.total_seconds() + 1.0, AGE.total_seconds() - 1.0
 
 def record(key: str, phase: RecordPhase, idle: float = 0.0, *, attempt: int = 1, **facts: Any) -> RunRecord:
     return RunRecord(
-        run_key=key,
+        idempotency_key=key,
         attempt=attempt,
         phase=phase,
         crew="c",
@@ -104,12 +104,12 @@ async def test_records_and_left_over_notes_go_from_a_real_server(prefect_api: Pr
     assert (await prune(store, older_than=timedelta(0), dry_run=True)).runs == 0, "nothing is an hour old"
     counted = await pruned(store, dry_run=True)
     assert counted.runs >= 1
-    assert await store.attempts(ended.run_key)
+    assert await store.attempts(ended.idempotency_key)
     done = await pruned(store)
     # Records of other tests on this server may come of age in between.
     assert (done.runs >= counted.runs, done.notes) == (True, counted.notes)
-    assert await store.attempts(ended.run_key) == []
-    assert len(await store.attempts(flying.run_key)) == 1
+    assert await store.attempts(ended.idempotency_key) == []
+    assert len(await store.attempts(flying.idempotency_key)) == 1
     notes = [name async for name in store.waiter_notes()]
     assert not any(name.startswith(store.notes_of(ended)) for name in notes)
     assert sum(name.startswith(store.notes_of(flying)) for name in notes) == 1
@@ -134,9 +134,9 @@ async def test_how_long_a_record_has_not_been_changed_is_told_by_the_server(pref
     assert await store.claim(one)
     assert await store.permit(one, 30.0, late=False)
     await asyncio.sleep(5.0)
-    before = (await store.attempts(one.run_key))[0].idle
+    before = (await store.attempts(one.idempotency_key))[0].idle
     one.phase = RecordPhase.NOT_STARTED
     await store.save(one)
-    after = (await store.attempts(one.run_key))[0].idle
+    after = (await store.attempts(one.idempotency_key))[0].idle
     assert before >= 2.0  # the Date of an answer has whole seconds
     assert after < before

@@ -23,7 +23,7 @@ async def stored(*, permit: float | None = None, **facts: Any) -> RunRecord:
     now = utcnow()
     record = RunRecord(
         **{
-            "run_key": f"key {uuid.uuid4()}",
+            "idempotency_key": f"key {uuid.uuid4()}",
             "attempt": 1,
             "phase": RecordPhase.UNCERTAIN,
             "crew": "travel",
@@ -46,7 +46,7 @@ def look(state: CrewState) -> Any:
 
 
 async def latest(record: RunRecord) -> RunRecord:
-    return (await PrefectRecords().attempts(record.run_key))[-1]
+    return (await PrefectRecords().attempts(record.idempotency_key))[-1]
 
 
 def decision(record: RunRecord) -> Decision:
@@ -57,19 +57,22 @@ def decision(record: RunRecord) -> Decision:
 async def test_a_run_that_the_crew_knows_is_waited_for_from_then_on(state: CrewState):
     record, store, kickoff_id = await stored(), PrefectRecords(), f"k-{uuid.uuid4()}"
     assert decision(record) is Decision.UNCERTAIN
-    assert await settle_started(await unsettled(record.run_key, store), kickoff_id, store, look=look(state)) is state
+    assert (
+        await settle_started(await unsettled(record.idempotency_key, store), kickoff_id, store, look=look(state))
+        is state
+    )
     settled = await latest(record)
     assert (settled.phase, settled.kickoff_id, settled.reason) == (RecordPhase.STARTED, kickoff_id, None)
     assert settled.kicked_off_at == record.claimed_at
     assert decision(settled) is Decision.REATTACH
     found = await store.of_kickoff(kickoff_id)
     assert found is not None
-    assert found.run_key == record.run_key
+    assert found.idempotency_key == record.idempotency_key
 
 
 async def test_one_that_never_started_is_no_purchase():
     record, store = await stored(), PrefectRecords()
-    await settle_never_started(await unsettled(record.run_key, store), store)
+    await settle_never_started(await unsettled(record.idempotency_key, store), store)
     settled = await latest(record)
     assert settled.counts is False
     assert decision(settled) is Decision.START
@@ -78,8 +81,8 @@ async def test_one_that_never_started_is_no_purchase():
 @pytest.mark.parametrize("told", ["started", "never started"])
 async def test_who_was_slower_is_told_so(told: str):
     record, store = await stored(), PrefectRecords()
-    read = await unsettled(record.run_key, store)
-    await settle_started(await unsettled(record.run_key, store), f"k-{uuid.uuid4()}", store)
+    read = await unsettled(record.idempotency_key, store)
+    await settle_started(await unsettled(record.idempotency_key, store), f"k-{uuid.uuid4()}", store)
     with pytest.raises(CrewError, match="was settled by somebody else meanwhile: it is started, run k-"):
         await (settle_started(read, "other", store) if told == "started" else settle_never_started(read, store))
     assert (await latest(record)).phase is RecordPhase.STARTED
@@ -88,7 +91,7 @@ async def test_who_was_slower_is_told_so(told: str):
 async def test_an_id_that_the_crew_does_not_know_changes_nothing():
     record, store = await stored(), PrefectRecords()
     with pytest.raises(ConfigurationError, match="does not know run k9"):
-        await settle_started(await unsettled(record.run_key, store), "k9", store, look=look(CrewState.UNKNOWN))
+        await settle_started(await unsettled(record.idempotency_key, store), "k9", store, look=look(CrewState.UNKNOWN))
     assert (await latest(record)).phase is RecordPhase.UNCERTAIN
 
 
@@ -96,8 +99,10 @@ async def test_an_id_of_another_record_changes_nothing():
     store, kickoff_id = PrefectRecords(), f"k-{uuid.uuid4()}"
     other = await stored(phase=RecordPhase.STARTED, kickoff_id=kickoff_id)
     record = await stored()
-    with pytest.raises(ConfigurationError, match=f"belongs to the run key '{other.run_key}'"):
-        await settle_started(await unsettled(record.run_key, store), kickoff_id, store, look=look(CrewState.RUNNING))
+    with pytest.raises(ConfigurationError, match=f"belongs to the idempotency key '{other.idempotency_key}'"):
+        await settle_started(
+            await unsettled(record.idempotency_key, store), kickoff_id, store, look=look(CrewState.RUNNING)
+        )
     assert (await latest(record)).phase is RecordPhase.UNCERTAIN
 
 
@@ -107,15 +112,15 @@ async def test_a_crew_that_cannot_be_asked_changes_nothing():
 
     record, store = await stored(), PrefectRecords()
     with pytest.raises(CrewConnectionError):
-        await settle_started(await unsettled(record.run_key, store), "k1", store, look=away)
+        await settle_started(await unsettled(record.idempotency_key, store), "k1", store, look=away)
     assert (await latest(record)).phase is RecordPhase.UNCERTAIN
 
 
 async def test_a_claim_that_nobody_holds_any_more_can_be_settled():
     store = PrefectRecords()
     stale = await stored(phase=RecordPhase.CLAIMED, permit=LONG_AGO)
-    assert (await unsettled(stale.run_key, store)).owner == stale.owner
-    await settle_never_started(await unsettled(stale.run_key, store), store)
+    assert (await unsettled(stale.idempotency_key, store)).owner == stale.owner
+    await settle_never_started(await unsettled(stale.idempotency_key, store), store)
     assert decision(await latest(stale)) is Decision.START
 
 
@@ -125,7 +130,7 @@ async def test_a_kickoff_that_may_still_be_sent_is_not_settled_whatever_its_flow
     store = PrefectRecords()
     assert await store.owner_ended(orphan)
     with pytest.raises(CrewError, match=r"may still be sent, or on its way\. Resolve it in \d+ s"):
-        await unsettled(orphan.run_key, store)
+        await unsettled(orphan.idempotency_key, store)
     with pytest.raises(CrewError, match="may still be on its way"):
         await settle_never_started(await latest(orphan), store)
     assert (await latest(orphan)).phase is RecordPhase.CLAIMED
@@ -135,16 +140,16 @@ async def test_a_claim_whose_kickoff_was_never_sent_is_no_run():
     store = PrefectRecords()
     record = await stored(phase=RecordPhase.CLAIMED, good_for=LONG_AGO)
     with pytest.raises(ConfigurationError, match="was never sent: whoever claimed it ended before that"):
-        await settle_started(await unsettled(record.run_key, store), "k1", store)
+        await settle_started(await unsettled(record.idempotency_key, store), "k1", store)
 
 
 async def test_whoever_resolves_and_an_owner_that_lives_cannot_both_succeed():
     store = PrefectRecords()
     owner = await stored(phase=RecordPhase.CLAIMED, good_for=LONG_AGO)
-    await settle_never_started(await unsettled(owner.run_key, store), store)
+    await settle_never_started(await unsettled(owner.idempotency_key, store), store)
     assert not await store.permit(owner, 30, late=False)
     other = await stored(phase=RecordPhase.CLAIMED, good_for=LONG_AGO)
-    read = await unsettled(other.run_key, store)
+    read = await unsettled(other.idempotency_key, store)
     assert await store.permit(other, 30, late=False)
     with pytest.raises(CrewError, match="may still be on its way"):
         await settle_never_started(read, store)
@@ -153,7 +158,7 @@ async def test_whoever_resolves_and_an_owner_that_lives_cannot_both_succeed():
 async def test_a_late_write_takes_nothing_back():
     store = PrefectRecords()
     late = await stored(phase=RecordPhase.CLAIMED, permit=LONG_AGO)
-    await settle_started(await unsettled(late.run_key, store), kickoff_id := f"k-{uuid.uuid4()}", store)
+    await settle_started(await unsettled(late.idempotency_key, store), kickoff_id := f"k-{uuid.uuid4()}", store)
     late.phase = RecordPhase.UNCERTAIN
     await store.save(late)
     late.phase = RecordPhase.NOT_STARTED
@@ -182,7 +187,7 @@ async def test_a_late_write_takes_nothing_back():
 async def test_there_is_nothing_to_settle(facts: dict[str, Any], said: str):
     record = await stored(**facts)
     with pytest.raises(CrewError, match=said):
-        await unsettled(record.run_key, PrefectRecords())
+        await unsettled(record.idempotency_key, PrefectRecords())
 
 
 async def test_nobody_used_the_key():

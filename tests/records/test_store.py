@@ -39,10 +39,10 @@ pytestmark = pytest.mark.usefixtures("prefect_api")
 RECORDS = PrefectRecords()
 
 
-def new(run_key: str | None = None, **fields: Any) -> RunRecord:
+def new(idempotency_key: str | None = None, **fields: Any) -> RunRecord:
     now = utcnow()
     known: dict[str, Any] = {
-        "run_key": run_key or f"key {uuid.uuid4()}",
+        "idempotency_key": idempotency_key or f"key {uuid.uuid4()}",
         "attempt": 1,
         "crew": "travel",
         "crew_url": "https://travel.test",
@@ -78,12 +78,12 @@ def proxy(prefect_server: PrefectServer) -> Iterator[Proxy]:
 async def test_a_claim_is_written_and_read_back_whole():
     record = new(step="research", flow_run_id=str(uuid.uuid4()), flow_run_count=2, forced_by="here")
     assert await RECORDS.claim(record)
-    assert await RECORDS.attempts(record.run_key) == [record]
+    assert await RECORDS.attempts(record.idempotency_key) == [record]
 
 
 async def test_one_of_two_claims_wins_and_ones_own_counts_when_it_comes_twice():
     first, second = new(), new()
-    second.run_key = first.run_key
+    second.idempotency_key = first.idempotency_key
     assert await RECORDS.claim(first)
     assert not await RECORDS.claim(second)
     assert await RECORDS.claim(first), "Prefect's client sends a request again after a read timeout"
@@ -131,7 +131,7 @@ async def test_any_key_makes_a_record_of_its_own(key: str):
 
 async def test_a_foreign_variable_in_the_records_place_is_an_error_that_names_it():
     record = new()
-    name = record_name(record.run_key, 1)
+    name = record_name(record.idempotency_key, 1)
     await create_variable(name, {"somebody": "else"}, ["prefect-crew"])
     with pytest.raises(CrewError, match=f"Variable {name} stands where .* Nothing was started. Upgrade"):
         await RECORDS.claim(record)
@@ -148,8 +148,8 @@ async def test_a_field_that_is_not_known_is_passed_over_as_long_as_the_version_i
     record = new()
     assert await RECORDS.claim(record)
     second = record.model_dump(mode="json") | {"attempt": 2, "new": [1]}
-    await create_variable(record_name(record.run_key, 2), second, ["prefect-crew"])
-    assert [found.attempt for found in await RECORDS.attempts(record.run_key)] == [1, 2]
+    await create_variable(record_name(record.idempotency_key, 2), second, ["prefect-crew"])
+    assert [found.attempt for found in await RECORDS.attempts(record.idempotency_key)] == [1, 2]
 
 
 # Finding
@@ -164,14 +164,14 @@ async def test_a_record_is_found_by_its_kickoff_id_and_by_its_phase():
     record.phase, record.kickoff_id = RecordPhase.STARTED, kickoff_id
     await RECORDS.save(record)
     assert await RECORDS.of_kickoff(kickoff_id) == record
-    assert await RECORDS.holders(kickoff_id) == [(record.run_key, 1)]
+    assert await RECORDS.holders(kickoff_id) == [(record.idempotency_key, 1)]
     assert record in [found async for found in RECORDS.all(RecordPhase.STARTED)]
     assert record not in [found async for found in RECORDS.all(RecordPhase.CLAIMED)]
     record.phase, record.state = RecordPhase.ENDED, CrewState.COMPLETED
     await RECORDS.save(record)
     assert record in [found async for found in RECORDS.all(RecordPhase.ENDED)]
     assert record not in [found async for found in RECORDS.all(RecordPhase.STARTED)]
-    assert await RECORDS.holders(kickoff_id) == [(record.run_key, 1)]
+    assert await RECORDS.holders(kickoff_id) == [(record.idempotency_key, 1)]
 
 
 async def test_more_records_than_fit_on_a_page_are_all_found(monkeypatch: pytest.MonkeyPatch):
@@ -187,7 +187,7 @@ async def test_a_deleted_record_is_gone_and_may_be_deleted_again():
     await RECORDS.claim(record)
     await RECORDS.delete(record)
     await RECORDS.delete(record)
-    assert await RECORDS.attempts(record.run_key) == []
+    assert await RECORDS.attempts(record.idempotency_key) == []
 
 
 # What fits
@@ -206,7 +206,7 @@ async def closed(stored: StoredResult | None, **fields: Any) -> RunRecord:
     for name, value in fields.items():
         setattr(record, name, value)
     await RECORDS.save(record)
-    (standing,) = await RECORDS.attempts(record.run_key)
+    (standing,) = await RECORDS.attempts(record.idempotency_key)
     return standing
 
 
@@ -245,7 +245,7 @@ async def test_long_texts_give_way_to_what_the_record_is_for():
     record.error = "\N{PARTY POPPER}" * 500
     await RECORDS.save(record)
     (standing,) = await RECORDS.attempts(key)
-    assert (standing.run_key, standing.owner) == (key, record.owner)
+    assert (standing.idempotency_key, standing.owner) == (key, record.owner)
     assert standing.step
     assert record.step
     assert record.step.startswith(standing.step)
@@ -367,7 +367,9 @@ async def test_an_answer_that_cannot_be_written_down_is_an_error(proxy: Proxy):
 async def later(record: RunRecord, **fields: Any) -> None:
     """Put a record where a later version of this package would, with a word in it that this one does not know."""
     value = record.model_dump(mode="json", exclude_none=True) | {"version": RECORD_VERSION + 1, **fields}
-    await create_variable(record_name(record.run_key, record.attempt), value, ["prefect-crew", "kickoff:of-the-future"])
+    await create_variable(
+        record_name(record.idempotency_key, record.attempt), value, ["prefect-crew", "kickoff:of-the-future"]
+    )
 
 
 @pytest.mark.parametrize("phase", ["started", "a word of the future"])
@@ -375,7 +377,7 @@ async def test_a_record_of_a_later_version_is_never_taken_for_one_of_this(phase:
     record = new()
     await later(record, phase=phase)
     with pytest.raises(CrewError, match=r"later version of prefect-crew \(record version 3.*Upgrade prefect-crew"):
-        await RECORDS.attempts(record.run_key)
+        await RECORDS.attempts(record.idempotency_key)
     with pytest.raises(CrewError, match="Nothing was started"):
         await RECORDS.claim(record)
     await RECORDS.delete(record)
@@ -385,8 +387,8 @@ async def test_a_record_of_a_later_version_is_left_out_of_lists_which_say_so(cap
     mine, theirs = new(), new()
     assert await RECORDS.claim(mine)
     await later(theirs)
-    listed = [record.run_key async for record in RECORDS.all()]
-    assert mine.run_key in listed
-    assert theirs.run_key not in listed
-    assert f"Left out of this list: The record of run {theirs.run_key!r}" in caplog.text
+    listed = [record.idempotency_key async for record in RECORDS.all()]
+    assert mine.idempotency_key in listed
+    assert theirs.idempotency_key not in listed
+    assert f"Left out of this list: The record of run {theirs.idempotency_key!r}" in caplog.text
     await RECORDS.delete(theirs)

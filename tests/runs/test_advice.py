@@ -62,10 +62,10 @@ async def test_that_it_is_not_started_again_is_said_where_no_retry_follows(
     crew_server: CrewServerFactory, where: str, says: list[str]
 ):
     server, texts = crew_server(FAILS), list[str]()
-    crew, run_key = server.crew(), str(uuid.uuid4())
+    crew, idempotency_key = server.crew(), str(uuid.uuid4())
 
     async def run() -> None:
-        await arun_crew(crew, run_key=run_key)
+        await arun_crew(crew, idempotency_key=idempotency_key)
 
     with pytest.raises(CrewFailedError):
         await around(run, where, texts)()
@@ -75,14 +75,14 @@ async def test_that_it_is_not_started_again_is_said_where_no_retry_follows(
 
 
 async def test_at_the_limit_it_names_what_can_be_done_in_each_place(crew_server: CrewServerFactory):
-    server, run_key = crew_server(FAILS), str(uuid.uuid4())
+    server, idempotency_key = crew_server(FAILS), str(uuid.uuid4())
     crew = server.crew(max_kickoffs=1).crew.called("travel")
     last, none = [
-        (await pytest_raises(lambda: arun_crew(crew, run_key=run_key))),
-        (await pytest_raises(lambda: arun_crew(crew, run_key=run_key))),
+        (await pytest_raises(lambda: arun_crew(crew, idempotency_key=idempotency_key))),
+        (await pytest_raises(lambda: arun_crew(crew, idempotency_key=idempotency_key))),
     ]
     assert "This was attempt 1 of at most 1" in last
-    assert "Nothing was started: crew travel allows 1 kickoffs under one run key (max_kickoffs)" in none
+    assert "Nothing was started: crew travel allows 1 kickoffs under one idempotency key (max_kickoffs)" in none
     for text in (last, none):
         assert NOT_AGAIN not in text
         for place in ("block deployed-crew/travel", "parameter force_new", "force_new=True", "--force-new"):
@@ -106,11 +106,13 @@ def seen(prefect_api: PrefectServer) -> Any:
 async def test_artifacts_of_failures_say_first_why_and_what_to_do(crew_server: CrewServerFactory, seen: Seen):
     name = f"failing-{uuid.uuid4().hex[:8]}"
     crew = crew_server(FAILS).crew().crew.called(name)
-    run_key = str(uuid.uuid4())
+    idempotency_key = str(uuid.uuid4())
     for _ in range(2):
         with pytest.raises(PipelineFailedError):
             await arun_pipeline(
-                [CrewStep("write", crew), CrewStep("post", crew, after="write")], name=name, run_key=run_key
+                [CrewStep("write", crew), CrewStep("post", crew, after="write")],
+                name=name,
+                idempotency_key=idempotency_key,
             )
     text = seen.artifacts(f"pipeline-{name}")[-1]["data"]
     assert text.index("Step write failed (attempt 2 of at most 3)") < text.index("the search engine is down")

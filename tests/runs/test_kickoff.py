@@ -20,11 +20,11 @@ from prefect_crew.exceptions import (
     CrewAPIError,
     CrewError,
     CrewFailedError,
+    IdempotencyConflictError,
     InvalidInputsError,
     KickoffUncertainError,
     NotFoundError,
     RateLimitedError,
-    RunKeyConflictError,
 )
 from prefect_crew.records.model import RecordPhase, RunRecord
 from prefect_crew.records.store import PrefectRecords
@@ -45,12 +45,12 @@ def key() -> str:
     return f"kickoff {uuid.uuid4()}"
 
 
-async def attempts(run_key: str) -> list[RunRecord]:
-    return [*await RECORDS.attempts(run_key)]
+async def attempts(idempotency_key: str) -> list[RunRecord]:
+    return [*await RECORDS.attempts(idempotency_key)]
 
 
-async def phases(run_key: str) -> list[RecordPhase]:
-    return [record.phase for record in await attempts(run_key)]
+async def phases(idempotency_key: str) -> list[RecordPhase]:
+    return [record.phase for record in await attempts(idempotency_key)]
 
 
 @pytest.fixture(autouse=True)
@@ -62,34 +62,34 @@ def _log_all(caplog: pytest.LogCaptureFixture) -> None:
 
 
 async def test_missing_inputs_start_nothing_and_may_be_mended_under_the_same_key(crew_server: CrewServerFactory):
-    server, run_key = crew_server(TRIP), key()
+    server, idempotency_key = crew_server(TRIP), key()
     with pytest.raises(
         InvalidInputsError,
         match=r"Missing inputs: city\. Unknown inputs: days\. The crew takes: city\. Nothing was started",
     ) as caught:
-        await server.crew().trigger({"days": 3}, run_key=run_key)
+        await server.crew().trigger({"days": 3}, idempotency_key=idempotency_key)
     assert (caught.value.missing_inputs, caught.value.before_kickoff) == (["city"], True)
-    assert str(caught.value).endswith(f"This was about run {run_key!r} of crew {server.crew().label}.")
-    assert caught.value.run_key == run_key
+    assert str(caught.value).endswith(f"This was about run {idempotency_key!r} of crew {server.crew().label}.")
+    assert caught.value.idempotency_key == idempotency_key
     assert server.requests["kickoff"] == 0
-    await server.crew().trigger({"city": "Lisbon"}, run_key=run_key)
-    assert await phases(run_key) == [RecordPhase.NOT_STARTED, RecordPhase.STARTED]
+    await server.crew().trigger({"city": "Lisbon"}, idempotency_key=idempotency_key)
+    assert await phases(idempotency_key) == [RecordPhase.NOT_STARTED, RecordPhase.STARTED]
 
 
 async def test_an_unknown_input_starts_nothing_and_is_told_with_the_one_that_may_be_meant(
     crew_server: CrewServerFactory,
 ):
-    server, run_key = crew_server(TONED), key()
+    server, idempotency_key = crew_server(TONED), key()
     with pytest.raises(InvalidInputsError) as caught:
-        await server.crew().trigger({"city": "Lisbon", "tones": "dry", "size": 3}, run_key=run_key)
+        await server.crew().trigger({"city": "Lisbon", "tones": "dry", "size": 3}, idempotency_key=idempotency_key)
     said = "Unknown inputs: tones (did you mean tone?), size. The crew takes: city, tone. Nothing was started."
     assert str(caught.value).startswith(said)
     assert "allow_extra_inputs=True" in str(caught.value)
     assert (caught.value.unknown_inputs, caught.value.known_inputs) == (["tones", "size"], ["city", "tone"])
     assert (caught.value.missing_inputs, caught.value.before_kickoff) == ([], True)
     assert server.requests["kickoff"] == 0
-    await server.crew().trigger({"city": "Lisbon", "tone": "dry"}, run_key=run_key)
-    assert await phases(run_key) == [RecordPhase.NOT_STARTED, RecordPhase.STARTED]
+    await server.crew().trigger({"city": "Lisbon", "tone": "dry"}, idempotency_key=idempotency_key)
+    assert await phases(idempotency_key) == [RecordPhase.NOT_STARTED, RecordPhase.STARTED]
 
 
 async def test_an_optional_input_may_be_left_out_and_given(crew_server: CrewServerFactory):
@@ -134,14 +134,14 @@ async def test_an_id_that_is_no_uuid_is_warned_of_and_sent(
 
 
 async def test_a_flow_that_refuses_its_id_has_started_nothing_and_its_message_is_shown(crew_server: CrewServerFactory):
-    server, run_key = crew_server(script({"output": "{{ city }}"}, inputs=["city"], flow=True)), key()
+    server, idempotency_key = crew_server(script({"output": "{{ city }}"}, inputs=["city"], flow=True)), key()
     with pytest.raises(
         InvalidInputsError, match=r"'inputs\.id' must be a valid UUID\. Nothing was started\."
     ) as caught:
-        await server.crew().trigger({"city": "Lisbon", "id": "42"}, run_key=run_key)
+        await server.crew().trigger({"city": "Lisbon", "id": "42"}, idempotency_key=idempotency_key)
     assert caught.value.missing_inputs == []
     assert "Give every required input" not in str(caught.value)
-    assert (server.kickoffs, await phases(run_key)) == (0, [RecordPhase.NOT_STARTED])
+    assert (server.kickoffs, await phases(idempotency_key)) == (0, [RecordPhase.NOT_STARTED])
 
 
 async def test_a_crew_that_names_no_inputs_takes_any(crew_server: CrewServerFactory, caplog: pytest.LogCaptureFixture):
@@ -164,12 +164,12 @@ async def test_inputs_that_cannot_be_asked_for_do_not_stop_a_run(
 
 @pytest.mark.parametrize("code", [401, 403])
 async def test_a_refused_token_stops_a_run_before_its_kickoff(crew_server: CrewServerFactory, code: int):
-    server, run_key = crew_server(TRIP, faults=[f"inputs:{code}@1"]), key()
+    server, idempotency_key = crew_server(TRIP, faults=[f"inputs:{code}@1"]), key()
     with pytest.raises(AuthenticationError):
-        await server.crew().trigger({"city": "Lisbon"}, run_key=run_key)
+        await server.crew().trigger({"city": "Lisbon"}, idempotency_key=idempotency_key)
     assert server.requests["kickoff"] == 0
-    assert await phases(run_key) == [RecordPhase.NOT_STARTED]
-    await server.crew().trigger({"city": "Lisbon"}, run_key=run_key)
+    assert await phases(idempotency_key) == [RecordPhase.NOT_STARTED]
+    await server.crew().trigger({"city": "Lisbon"}, idempotency_key=idempotency_key)
     assert server.kickoffs == 1
 
 
@@ -195,16 +195,16 @@ async def test_inputs_go_as_text_or_as_json_values(crew_server: CrewServerFactor
     assert server.run(as_json.kickoff_id).inputs == {"city": ["Lisbon", "Porto"], "days": 3}
 
 
-async def test_the_kickoff_carries_the_run_key_the_users_meta_and_webhooks(crew_server: CrewServerFactory):
-    server, run_key = crew_server("echo"), key()
+async def test_the_kickoff_carries_the_idempotency_key_the_users_meta_and_webhooks(crew_server: CrewServerFactory):
+    server, idempotency_key = crew_server("echo"), key()
     run = await server.crew().trigger(
         {"text": "a"},
-        run_key=run_key,
-        meta={"order": 7, "run_key": "not this one"},
+        idempotency_key=idempotency_key,
+        meta={"order": 7, "idempotency_key": "not this one"},
         webhooks=Webhooks(crew="http://127.0.0.1:9/crew"),
     )
     sent = server.run(run.kickoff_id)
-    assert sent.meta == {"order": 7, "run_key": run_key, "run_attempt": 1}
+    assert sent.meta == {"order": 7, "idempotency_key": idempotency_key, "run_attempt": 1}
     assert sent.hooks.crew == "http://127.0.0.1:9/crew"
 
 
@@ -227,14 +227,14 @@ async def test_a_token_that_is_rotated_between_the_check_and_the_kickoff_is_rene
     server, name = crew_server(TRIP, faults=["inputs:latency=2.5"]), f"rotated-{uuid.uuid4().hex[:8]}"
     crew = server.crew()
     await crew.asave(name)
-    calling = asyncio.ensure_future(crew.trigger({"city": "Lisbon"}, run_key=(run_key := key())))
+    calling = asyncio.ensure_future(crew.trigger({"city": "Lisbon"}, idempotency_key=(idempotency_key := key())))
     while not server.requests["inputs"]:
         await asyncio.sleep(0.01)
     server.token = "the-new-token"
     await server.crew().asave(name, overwrite=True)
     await calling
     assert (server.counters.unauthorized, server.kickoffs) == (1, 1)
-    assert await phases(run_key) == [RecordPhase.STARTED]
+    assert await phases(idempotency_key) == [RecordPhase.STARTED]
 
 
 async def test_a_stored_token_that_is_refused_as_well_is_not_tried_for_ever(crew_server: CrewServerFactory):
@@ -273,18 +273,18 @@ UNCERTAIN = {
 async def test_what_may_have_started_is_uncertain_and_never_sent_again(
     crew_server: CrewServerFactory, caplog: pytest.LogCaptureFixture, fault: str
 ):
-    server, run_key = crew_server("echo", faults=[f"kickoff:{fault}@1"]), key()
+    server, idempotency_key = crew_server("echo", faults=[f"kickoff:{fault}@1"]), key()
     crew = server.crew(request_timeout=0.5)
     with pytest.raises(KickoffUncertainError, match="settle") as caught:
-        await crew.trigger({"text": "a"}, run_key=run_key)
-    assert caught.value.run_key == run_key
+        await crew.trigger({"text": "a"}, idempotency_key=idempotency_key)
+    assert caught.value.idempotency_key == idempotency_key
     assert caught.value.sent["crew"] == crew.label
     assert isinstance(caught.value.__cause__, CrewError)
     for _ in range(2):
         with pytest.raises(KickoffUncertainError):
-            await crew.trigger({"text": "a"}, run_key=run_key)
+            await crew.trigger({"text": "a"}, idempotency_key=idempotency_key)
     assert (server.requests["kickoff"], server.requests["inputs"]) == (1, 1)
-    (record,) = await attempts(run_key)
+    (record,) = await attempts(idempotency_key)
     assert (record.phase, record.kickoff_id) == (RecordPhase.UNCERTAIN, None)
     assert record.reason
     assert server.token not in f"{record} {caught.value!r} {caught.value.__cause__!r} {caplog.text}"
@@ -299,13 +299,13 @@ REFUSED = {"400": InvalidInputsError, "403": AuthenticationError, "404": NotFoun
 async def test_what_was_refused_did_not_start_and_is_raised_at_once(
     crew_server: CrewServerFactory, fault: str, kind: type[CrewAPIError]
 ):
-    server, run_key = crew_server("echo", faults=[f"kickoff:{fault}@1"]), key()
+    server, idempotency_key = crew_server("echo", faults=[f"kickoff:{fault}@1"]), key()
     with pytest.raises(kind) as caught:
-        await server.crew().trigger({"text": "a"}, run_key=run_key)
+        await server.crew().trigger({"text": "a"}, idempotency_key=idempotency_key)
     assert caught.value.status_code == int(fault)
     assert server.requests["kickoff"] == 1
-    assert await phases(run_key) == [RecordPhase.NOT_STARTED]
-    await server.crew().trigger({"text": "a"}, run_key=run_key)
+    assert await phases(idempotency_key) == [RecordPhase.NOT_STARTED]
+    await server.crew().trigger({"text": "a"}, idempotency_key=idempotency_key)
     assert server.kickoffs == 1
 
 
@@ -313,12 +313,12 @@ async def test_what_was_refused_did_not_start_and_is_raised_at_once(
 async def test_a_server_that_asks_to_come_back_is_come_back_to(
     crew_server: CrewServerFactory, caplog: pytest.LogCaptureFixture, fault: str
 ):
-    server, run_key = crew_server("echo", faults=[f"kickoff:{fault}@1-2"]), key()
+    server, idempotency_key = crew_server("echo", faults=[f"kickoff:{fault}@1-2"]), key()
     began = asyncio.get_running_loop().time()
-    await server.crew().trigger({"text": "a"}, run_key=run_key)
+    await server.crew().trigger({"text": "a"}, idempotency_key=idempotency_key)
     assert asyncio.get_running_loop().time() - began >= 0.4
     assert (server.requests["kickoff"], server.kickoffs) == (3, 1)
-    assert await phases(run_key) == [RecordPhase.STARTED]
+    assert await phases(idempotency_key) == [RecordPhase.STARTED]
     assert caplog.text.count("It is sent again in") == 2
 
 
@@ -326,11 +326,11 @@ async def test_a_server_that_asks_for_too_much_time_is_left_alone(
     crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(kickoff, "LIMITED_FOR", 1.0)
-    server, run_key = crew_server("echo", faults=["kickoff:429=3600@1"]), key()
+    server, idempotency_key = crew_server("echo", faults=["kickoff:429=3600@1"]), key()
     with pytest.raises(RateLimitedError) as caught:
-        await server.crew().trigger({"text": "a"}, run_key=run_key)
+        await server.crew().trigger({"text": "a"}, idempotency_key=idempotency_key)
     assert caught.value.retry_after == 3600
-    assert await phases(run_key) == [RecordPhase.NOT_STARTED]
+    assert await phases(idempotency_key) == [RecordPhase.NOT_STARTED]
 
 
 def test_a_refused_connection_is_tried_again_by_prefects_own_retries(crew_server: CrewServerFactory):
@@ -374,20 +374,20 @@ def test_prefects_retries_send_nothing_again_that_may_have_started(crew_server: 
 
 
 async def test_a_run_in_flight_is_found_and_waited_for(crew_server: CrewServerFactory):
-    server, run_key = crew_server(slow(0.5)), key()
-    first = await server.crew().trigger({}, run_key=run_key)
-    second = await server.crew().trigger({}, run_key=run_key)
+    server, idempotency_key = crew_server(slow(0.5)), key()
+    first = await server.crew().trigger({}, idempotency_key=idempotency_key)
+    second = await server.crew().trigger({}, idempotency_key=idempotency_key)
     await second.wait_for_completion()
     assert second.kickoff_id == first.kickoff_id
     assert (server.kickoffs, server.requests["inputs"]) == (1, 1)
 
 
 async def test_a_completed_run_is_returned_without_a_request_to_the_crew(crew_server: CrewServerFactory):
-    server, run_key = crew_server("echo"), key()
-    first = await server.crew().trigger({"text": "a"}, run_key=run_key)
+    server, idempotency_key = crew_server("echo"), key()
+    first = await server.crew().trigger({"text": "a"}, idempotency_key=idempotency_key)
     await first.wait_for_completion()
     asked = server.requests.total()
-    second = await server.crew().trigger({"text": "a"}, run_key=run_key)
+    second = await server.crew().trigger({"text": "a"}, idempotency_key=idempotency_key)
     await second.wait_for_completion()
     assert (await second.fetch_result()).output == "a"
     assert second.kickoff_id == first.kickoff_id
@@ -397,26 +397,26 @@ async def test_a_completed_run_is_returned_without_a_request_to_the_crew(crew_se
 async def test_a_failed_run_is_bought_again_up_to_the_limit_and_then_raised_with_its_reason(
     crew_server: CrewServerFactory,
 ):
-    server, run_key = crew_server(FAILS), key()
+    server, idempotency_key = crew_server(FAILS), key()
     crew, errors = server.crew(max_kickoffs=2), list[str]()
     for _ in range(4):
         with pytest.raises(CrewFailedError, match="the search engine is down") as caught:
-            await (await crew.trigger({}, run_key=run_key)).wait_for_completion()
+            await (await crew.trigger({}, idempotency_key=idempotency_key)).wait_for_completion()
         errors.append(str(caught.value))
     assert server.kickoffs == 2
-    assert [(record.attempt, record.state) for record in await attempts(run_key)] == [
+    assert [(record.attempt, record.state) for record in await attempts(idempotency_key)] == [
         (1, CrewState.FAILED),
         (2, CrewState.FAILED),
     ]
     assert "This was attempt 2 of at most 2" in errors[1]
-    assert all("allows 2 kickoffs under one run key" in error and "force_new" in error for error in errors[2:])
+    assert all("allows 2 kickoffs under one idempotency key" in error and "force_new" in error for error in errors[2:])
 
 
 async def test_a_call_that_waited_for_a_run_gets_its_failure_and_does_not_buy_another(crew_server: CrewServerFactory):
-    server, run_key = crew_server(FAILS, faults=["kickoff:latency=0.5@1"]), key()
+    server, idempotency_key = crew_server(FAILS, faults=["kickoff:latency=0.5@1"]), key()
 
     async def call() -> None:
-        await (await server.crew().trigger({}, run_key=run_key)).wait_for_completion()
+        await (await server.crew().trigger({}, idempotency_key=idempotency_key)).wait_for_completion()
 
     results = await asyncio.gather(*(call() for _ in range(5)), return_exceptions=True)
     assert {type(result) for result in results} == {CrewFailedError}
@@ -426,61 +426,64 @@ async def test_a_call_that_waited_for_a_run_gets_its_failure_and_does_not_buy_an
 
 @pytest.mark.parametrize("other", ["crew", "inputs"])
 async def test_another_crew_or_other_inputs_under_a_key_are_a_conflict(crew_server: CrewServerFactory, other: str):
-    server, second, run_key = crew_server("echo"), crew_server("echo"), key()
-    await server.crew().trigger({"text": "a"}, run_key=run_key)
+    server, second, idempotency_key = crew_server("echo"), crew_server("echo"), key()
+    await server.crew().trigger({"text": "a"}, idempotency_key=idempotency_key)
     crew, text = (second.crew(), "a") if other == "crew" else (server.crew(), "b")
-    with pytest.raises(RunKeyConflictError, match="Nothing was started") as caught:
-        await crew.trigger({"text": text}, run_key=run_key)
-    assert caught.value.run_key == run_key
+    with pytest.raises(IdempotencyConflictError, match="Nothing was started") as caught:
+        await crew.trigger({"text": text}, idempotency_key=idempotency_key)
+    assert caught.value.idempotency_key == idempotency_key
     assert (server.requests["kickoff"], second.requests["kickoff"]) == (1, 0)
 
 
-async def conflict(crew: Any, inputs: dict[str, Any], run_key: str, **options: Any) -> str:
-    with pytest.raises(RunKeyConflictError) as caught:
-        await crew.trigger(inputs, run_key=run_key, **options)
+async def conflict(crew: Any, inputs: dict[str, Any], idempotency_key: str, **options: Any) -> str:
+    with pytest.raises(IdempotencyConflictError) as caught:
+        await crew.trigger(inputs, idempotency_key=idempotency_key, **options)
     return caught.value.difference
 
 
 async def test_a_conflict_names_the_inputs_that_differ(crew_server: CrewServerFactory):
-    server, run_key = crew_server("echo"), key()
+    server, idempotency_key = crew_server("echo"), key()
     crew = server.crew(allow_extra_inputs=True, secret_inputs=["pin"])
     given = {"text": "a", "days": 3, "old": "x", "pin": "1234"}
-    await crew.trigger(given, run_key=run_key)
+    await crew.trigger(given, idempotency_key=idempotency_key)
     differing = {"text": "b", "days": "3", "new": "y", "pin": SecretStr("1234")}
-    assert await conflict(crew, differing, run_key) == (
+    assert await conflict(crew, differing, idempotency_key) == (
         "its inputs differ (another value: text; given then only: old; given now only: new)"
     )
-    secret = await conflict(crew, {**given, "pin": "9999"}, run_key)
+    secret = await conflict(crew, {**given, "pin": "9999"}, idempotency_key)
     assert secret == "its inputs differ, and none of those that are not secret does"
     # What is secret for one of the two is compared with nothing.
-    assert await conflict(crew, {**given, "text": SecretStr("b")}, run_key) == secret
+    assert await conflict(crew, {**given, "text": SecretStr("b")}, idempotency_key) == secret
     state = uuid.uuid4()
-    assert await conflict(crew, given, run_key, restore_from=state) == "it starts from another state (restore_from)"
+    assert (
+        await conflict(crew, given, idempotency_key, restore_from=state)
+        == "it starts from another state (restore_from)"
+    )
     assert server.requests["kickoff"] == 1
 
 
 async def test_nothing_is_said_of_inputs_that_cannot_be_compared(
     crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch
 ):
-    server, run_key, without = crew_server("echo"), key(), key()
+    server, idempotency_key, without = crew_server("echo"), key(), key()
     crew = server.crew(secret_inputs=["pin"], allow_extra_inputs=True)
-    await crew.trigger({"text": "a"}, run_key=run_key)
+    await crew.trigger({"text": "a"}, idempotency_key=idempotency_key)
     rotated = server.crew(token="another-token")
-    assert "text" not in (said := await conflict(rotated, {"text": "b"}, run_key))
+    assert "text" not in (said := await conflict(rotated, {"text": "b"}, idempotency_key))
     assert "digest" in said
     with monkeypatch.context() as patch:
         patch.setattr(kickoff, "marks_of", lambda *_, **__: None)  # as a record has it that was written before
-        await crew.trigger({"text": "a"}, run_key=without)
+        await crew.trigger({"text": "a"}, idempotency_key=without)
     assert "text" not in await conflict(crew, {"text": "b"}, without)
 
 
 async def test_what_a_record_keeps_of_its_inputs_tells_nothing_without_the_token(crew_server: CrewServerFactory):
-    run_key, other = key(), key()
-    for one, token in ((run_key, "local-token"), (other, "rotated-token")):
+    idempotency_key, other = key(), key()
+    for one, token in ((idempotency_key, "local-token"), (other, "rotated-token")):
         server = crew_server("echo", token=token)
         crew = server.crew(secret_inputs=["pin"], allow_extra_inputs=True)
-        await crew.trigger({"text": "7", "also": "7", "pin": "1234"}, run_key=one)
-    first, second = [(await attempts(one))[0].input_marks for one in (run_key, other)]
+        await crew.trigger({"text": "7", "also": "7", "pin": "1234"}, idempotency_key=one)
+    first, second = [(await attempts(one))[0].input_marks for one in (idempotency_key, other)]
     assert first is not None
     assert second is not None
     assert set(first.inputs) == {"text", "also"}, "no secret input"
@@ -490,43 +493,48 @@ async def test_what_a_record_keeps_of_its_inputs_tells_nothing_without_the_token
 
 
 async def test_equal_inputs_are_equal_whatever_their_order_and_form(crew_server: CrewServerFactory):
-    server, run_key = crew_server(TRIP), key()
-    first = await server.crew(allow_extra_inputs=True).trigger({"city": "Lisbon", "days": 3}, run_key=run_key)
+    server, idempotency_key = crew_server(TRIP), key()
+    first = await server.crew(allow_extra_inputs=True).trigger(
+        {"city": "Lisbon", "days": 3}, idempotency_key=idempotency_key
+    )
     second = await server.crew(inputs_as_json=True, allow_extra_inputs=True).trigger(
-        {"days": 3, "city": "Lisbon"}, run_key=run_key
+        {"days": 3, "city": "Lisbon"}, idempotency_key=idempotency_key
     )
     assert second.kickoff_id == first.kickoff_id
 
 
 async def test_force_new_buys_again_whatever_the_record_says(crew_server: CrewServerFactory):
-    server, run_key = crew_server("echo", faults=["kickoff:500@1"]), key()
+    server, idempotency_key = crew_server("echo", faults=["kickoff:500@1"]), key()
     with pytest.raises(KickoffUncertainError):
-        await server.crew().trigger({"text": "a"}, run_key=run_key)
-    forced = await server.crew().trigger({"text": "a"}, run_key=run_key, force_new=True)
+        await server.crew().trigger({"text": "a"}, idempotency_key=idempotency_key)
+    forced = await server.crew().trigger({"text": "a"}, idempotency_key=idempotency_key, force_new=True)
     await forced.wait_for_completion()
-    again = await server.crew().trigger({"text": "b"}, run_key=run_key, force_new=True)
+    again = await server.crew().trigger({"text": "b"}, idempotency_key=idempotency_key, force_new=True)
     assert again.kickoff_id != forced.kickoff_id
-    assert [record.attempt for record in await attempts(run_key)] == [1, 2, 3]
-    found = await server.crew().trigger({"text": "b"}, run_key=run_key)
+    assert [record.attempt for record in await attempts(idempotency_key)] == [1, 2, 3]
+    found = await server.crew().trigger({"text": "b"}, idempotency_key=idempotency_key)
     assert found.kickoff_id == again.kickoff_id
 
 
 async def test_a_forced_kickoff_that_did_not_start_leaves_the_completed_run_standing(crew_server: CrewServerFactory):
-    server, run_key = crew_server("echo", faults=["kickoff:404@2"]), key()
-    first = await server.crew().trigger({"text": "a"}, run_key=run_key)
+    server, idempotency_key = crew_server("echo", faults=["kickoff:404@2"]), key()
+    first = await server.crew().trigger({"text": "a"}, idempotency_key=idempotency_key)
     await first.wait_for_completion()
     with pytest.raises(NotFoundError):
-        await server.crew().trigger({"text": "a"}, run_key=run_key, force_new=True)
-    assert (await server.crew().trigger({"text": "a"}, run_key=run_key)).kickoff_id == first.kickoff_id
+        await server.crew().trigger({"text": "a"}, idempotency_key=idempotency_key, force_new=True)
+    assert (await server.crew().trigger({"text": "a"}, idempotency_key=idempotency_key)).kickoff_id == first.kickoff_id
     assert server.kickoffs == 1
 
 
 async def test_a_retry_of_a_flow_that_forced_a_run_means_that_run(crew_server: CrewServerFactory):
-    server, run_key, runs = crew_server("echo"), key(), list[str]()
+    server, idempotency_key, runs = crew_server("echo"), key(), list[str]()
 
     @flow(retries=2)
     async def trip() -> list[str]:
-        ids = [await kickoff_crew(server.crew(), {"text": "a"}, run_key=run_key, force_new=True) for _ in range(2)]
+        ids = [
+            await kickoff_crew(server.crew(), {"text": "a"}, idempotency_key=idempotency_key, force_new=True)
+            for _ in range(2)
+        ]
         runs.extend(ids)
         if len(runs) < 6:
             raise RuntimeError("again")
@@ -535,7 +543,7 @@ async def test_a_retry_of_a_flow_that_forced_a_run_means_that_run(crew_server: C
     first = await trip()
     assert runs == first * 3
     assert len(set(first)) == server.kickoffs == 2
-    await server.crew().trigger({"text": "a"}, run_key=run_key, force_new=True)
+    await server.crew().trigger({"text": "a"}, idempotency_key=idempotency_key, force_new=True)
     assert server.kickoffs == 3
 
 
@@ -554,12 +562,12 @@ class Span(trace.NonRecordingSpan):
 async def test_the_decision_is_one_line_and_a_span_attribute(
     crew_server: CrewServerFactory, caplog: pytest.LogCaptureFixture
 ):
-    server, run_key = crew_server("echo"), key()
+    server, idempotency_key = crew_server("echo"), key()
     for decision in ("start", "reattach"):
         caplog.clear()
         span = Span()
         with trace.use_span(span):
-            await server.crew().trigger({"text": "a"}, run_key=run_key)
+            await server.crew().trigger({"text": "a"}, idempotency_key=idempotency_key)
         assert span.told["prefect_crew.decision"] == decision
-        (line,) = [record.getMessage() for record in caplog.records if "Run key" in record.getMessage()]
-        assert line.startswith(f"Run key {run_key}: {decision} (crew {server.crew().label}, attempt 1")
+        (line,) = [record.getMessage() for record in caplog.records if "Idempotency key" in record.getMessage()]
+        assert line.startswith(f"Idempotency key {idempotency_key}: {decision} (crew {server.crew().label}, attempt 1")

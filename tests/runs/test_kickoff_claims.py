@@ -43,12 +43,12 @@ def key() -> str:
     return f"kickoff {uuid.uuid4()}"
 
 
-async def attempts(run_key: str) -> list[RunRecord]:
-    return [*await RECORDS.attempts(run_key)]
+async def attempts(idempotency_key: str) -> list[RunRecord]:
+    return [*await RECORDS.attempts(idempotency_key)]
 
 
-async def phases(run_key: str) -> list[RecordPhase]:
-    return [record.phase for record in await attempts(run_key)]
+async def phases(idempotency_key: str) -> list[RecordPhase]:
+    return [record.phase for record in await attempts(idempotency_key)]
 
 
 @pytest.fixture(autouse=True)
@@ -59,13 +59,13 @@ def _log_all(caplog: pytest.LogCaptureFixture) -> None:
 # Claims of others
 
 
-async def claim(run_key: str, crew: DeployedCrew, *, permit: float | None = None, **fields: Any) -> RunRecord:
+async def claim(idempotency_key: str, crew: DeployedCrew, *, permit: float | None = None, **fields: Any) -> RunRecord:
     """Claim a run with the input text: a, as somebody else; with a permit that is good for so many seconds."""
     now = utcnow()
     known: dict[str, Any] = {"claimed_at": now, "good_for": 60.0, "owner": "theirs"}
     known["attempt"] = 1
     record = RunRecord(
-        run_key=run_key,
+        idempotency_key=idempotency_key,
         crew=crew.label,
         crew_url=crew.url,
         inputs_digest=inputs_digest({"text": "a"}),
@@ -75,9 +75,9 @@ async def claim(run_key: str, crew: DeployedCrew, *, permit: float | None = None
 
 
 async def test_who_finds_a_claim_waits_for_its_id(crew_server: CrewServerFactory):
-    server, run_key = crew_server("echo"), key()
-    standing = await claim(run_key, server.crew())
-    finding = asyncio.ensure_future(server.crew().trigger({"text": "a"}, run_key=run_key))
+    server, idempotency_key = crew_server("echo"), key()
+    standing = await claim(idempotency_key, server.crew())
+    finding = asyncio.ensure_future(server.crew().trigger({"text": "a"}, idempotency_key=idempotency_key))
     done, _ = await asyncio.wait({finding}, timeout=0.5)
     assert not done
     theirs = f"theirs {uuid.uuid4()}"
@@ -88,14 +88,14 @@ async def test_who_finds_a_claim_waits_for_its_id(crew_server: CrewServerFactory
 
 
 async def test_who_waits_for_a_claim_buys_where_it_was_given_back(crew_server: CrewServerFactory):
-    server, run_key = crew_server("echo"), key()
-    standing = await claim(run_key, server.crew())
-    finding = asyncio.ensure_future(server.crew().trigger({"text": "a"}, run_key=run_key))
+    server, idempotency_key = crew_server("echo"), key()
+    standing = await claim(idempotency_key, server.crew())
+    finding = asyncio.ensure_future(server.crew().trigger({"text": "a"}, idempotency_key=idempotency_key))
     await asyncio.sleep(0.3)
     standing.phase = RecordPhase.NOT_STARTED
     await RECORDS.save(standing)
     assert (await finding).kickoff_id in {run.id for run in server.runs}
-    assert await phases(run_key) == [RecordPhase.NOT_STARTED, RecordPhase.STARTED]
+    assert await phases(idempotency_key) == [RecordPhase.NOT_STARTED, RecordPhase.STARTED]
 
 
 @pytest.mark.parametrize(
@@ -104,28 +104,28 @@ async def test_who_waits_for_a_claim_buys_where_it_was_given_back(crew_server: C
 async def test_a_claim_that_nothing_was_sent_for_is_voided_and_the_run_is_started(
     crew_server: CrewServerFactory, fields: dict[str, Any]
 ):
-    server, run_key = crew_server("echo"), key()
-    theirs = await claim(run_key, server.crew(), **fields)
-    run = await server.crew().trigger({"text": "a"}, run_key=run_key)
+    server, idempotency_key = crew_server("echo"), key()
+    theirs = await claim(idempotency_key, server.crew(), **fields)
+    run = await server.crew().trigger({"text": "a"}, idempotency_key=idempotency_key)
     assert [run.kickoff_id] == [one.id for one in server.runs]
-    assert await phases(run_key) == [RecordPhase.NOT_STARTED, RecordPhase.STARTED]
+    assert await phases(idempotency_key) == [RecordPhase.NOT_STARTED, RecordPhase.STARTED]
     # Its owner, were it alive, would be told so.
     assert not await RECORDS.permit(theirs, 30, late=False)
 
 
 async def test_a_kickoff_that_may_have_been_sent_is_uncertain_when_its_time_is_up(crew_server: CrewServerFactory):
-    server, run_key = crew_server("echo"), key()
-    await claim(run_key, server.crew(), permit=LONG_AGO)
+    server, idempotency_key = crew_server("echo"), key()
+    await claim(idempotency_key, server.crew(), permit=LONG_AGO)
     with pytest.raises(KickoffUncertainError, match="ended before its answer was written down"):
-        await server.crew().trigger({"text": "a"}, run_key=run_key)
+        await server.crew().trigger({"text": "a"}, idempotency_key=idempotency_key)
     assert server.requests["kickoff"] == 0
 
 
 async def test_a_kickoff_of_a_flow_run_that_is_gone_is_uncertain_at_once(crew_server: CrewServerFactory):
-    server, run_key = crew_server("echo"), key()
-    await claim(run_key, server.crew(), permit=60.0, flow_run_id=str(uuid.uuid4()))
+    server, idempotency_key = crew_server("echo"), key()
+    await claim(idempotency_key, server.crew(), permit=60.0, flow_run_id=str(uuid.uuid4()))
     with pytest.raises(KickoffUncertainError):
-        await asyncio.wait_for(server.crew().trigger({"text": "a"}, run_key=run_key), 20)
+        await asyncio.wait_for(server.crew().trigger({"text": "a"}, idempotency_key=idempotency_key), 20)
 
 
 # Claims and permits that are used too late, or not at all
@@ -133,11 +133,11 @@ async def test_a_kickoff_of_a_flow_run_that_is_gone_is_uncertain_at_once(crew_se
 
 async def resolved(crew_server: CrewServerFactory, phase: RecordPhase, **said: Any) -> tuple[Any, Any]:
     """Kick a crew off, and resolve the claim while its inputs are checked."""
-    server, run_key = crew_server("echo", faults=["inputs:latency=1"]), key()
-    calling = asyncio.ensure_future(server.crew().trigger({"text": "a"}, run_key=run_key))
+    server, idempotency_key = crew_server("echo", faults=["inputs:latency=1"]), key()
+    calling = asyncio.ensure_future(server.crew().trigger({"text": "a"}, idempotency_key=idempotency_key))
     while not server.requests["inputs"]:
         await asyncio.sleep(0.01)
-    (standing,) = await attempts(run_key)
+    (standing,) = await attempts(idempotency_key)
     assert await RECORDS.resolve(standing, phase, **said)
     return (await calling).kickoff_id, server
 
@@ -152,19 +152,21 @@ async def test_a_claim_that_was_resolved_meanwhile_is_not_posted(crew_server: Cr
 
 async def test_a_claim_beside_another_that_it_was_not_decided_by_is_given_back(crew_server: CrewServerFactory):
     # As prune leaves a key whose earlier attempts it deletes while somebody starts a later one.
-    server, run_key = crew_server("echo", faults=["inputs:latency=1@1"]), key()
+    server, idempotency_key = crew_server("echo", faults=["inputs:latency=1@1"]), key()
     theirs = f"theirs {uuid.uuid4()}"
-    await claim(run_key, server.crew(), attempt=2, phase=RecordPhase.STARTED, kickoff_id=theirs)
-    run = await server.crew().trigger({"text": "a"}, run_key=run_key)
+    await claim(idempotency_key, server.crew(), attempt=2, phase=RecordPhase.STARTED, kickoff_id=theirs)
+    run = await server.crew().trigger({"text": "a"}, idempotency_key=idempotency_key)
     assert (run.kickoff_id, server.requests["kickoff"]) == (theirs, 0)
-    assert await phases(run_key) == [RecordPhase.NOT_STARTED, RecordPhase.STARTED]
+    assert await phases(idempotency_key) == [RecordPhase.NOT_STARTED, RecordPhase.STARTED]
 
 
 async def test_an_earlier_attempt_that_goes_missing_starts_nothing_more(crew_server: CrewServerFactory):
-    server, run_key = crew_server("echo"), key()
-    await claim(run_key, server.crew(), attempt=2, phase=RecordPhase.STARTED, kickoff_id=f"theirs {uuid.uuid4()}")
+    server, idempotency_key = crew_server("echo"), key()
+    await claim(
+        idempotency_key, server.crew(), attempt=2, phase=RecordPhase.STARTED, kickoff_id=f"theirs {uuid.uuid4()}"
+    )
     for _ in range(3):
-        await server.crew().trigger({"text": "a"}, run_key=run_key)
+        await server.crew().trigger({"text": "a"}, idempotency_key=idempotency_key)
     assert server.requests["kickoff"] == 0
 
 
@@ -178,11 +180,11 @@ async def test_a_kickoff_whose_permit_is_over_is_not_sent_and_its_run_is_claimed
         return leases[-1]
 
     monkeypatch.setattr(kickoff_module, "Lease", lease)
-    server, run_key = crew_server("echo"), key()
-    await server.crew().trigger({"text": "a"}, run_key=run_key)
+    server, idempotency_key = crew_server("echo"), key()
+    await server.crew().trigger({"text": "a"}, idempotency_key=idempotency_key)
     assert len(leases) == 2
     assert (server.requests["kickoff"], server.kickoffs) == (1, 1)
-    assert await phases(run_key) == [RecordPhase.NOT_STARTED, RecordPhase.STARTED]
+    assert await phases(idempotency_key) == [RecordPhase.NOT_STARTED, RecordPhase.STARTED]
 
 
 async def test_permits_that_are_over_again_and_again_end_in_an_error(
@@ -190,34 +192,34 @@ async def test_permits_that_are_over_again_and_again_end_in_an_error(
 ):
     monkeypatch.setattr(kickoff_module, "LIMITED_FOR", 0.5)
     monkeypatch.setattr(kickoff_module, "Lease", lambda seconds: Lease(LONG_AGO))
-    server, run_key = crew_server("echo"), key()
+    server, idempotency_key = crew_server("echo"), key()
     with pytest.raises(CrewError, match="each claim of it was lost before its kickoff could be sent"):
-        await server.crew().trigger({"text": "a"}, run_key=run_key)
+        await server.crew().trigger({"text": "a"}, idempotency_key=idempotency_key)
     assert server.requests["kickoff"] == 0
-    assert set(await phases(run_key)) == {RecordPhase.NOT_STARTED}
+    assert set(await phases(idempotency_key)) == {RecordPhase.NOT_STARTED}
 
 
 async def test_an_id_that_another_record_holds_is_uncertain(crew_server: CrewServerFactory):
     # A proxy that caches or deduplicates kickoffs gives one id to two of them.
     server, first, second = crew_server("echo"), key(), key()
-    run = await server.crew().trigger({"text": "a"}, run_key=first)
+    run = await server.crew().trigger({"text": "a"}, idempotency_key=first)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(CrewClient, "kickoff", AsyncMock(return_value=run.kickoff_id))
-        with pytest.raises(KickoffUncertainError, match=f"which is that of run key '{first}'"):
-            await server.crew().trigger({"text": "a"}, run_key=second)
+        with pytest.raises(KickoffUncertainError, match=f"which is that of idempotency key '{first}'"):
+            await server.crew().trigger({"text": "a"}, idempotency_key=second)
     assert await phases(second) == [RecordPhase.UNCERTAIN]
 
 
 # Cancelled callers
 
 
-async def cancelled_at(request: str, server: InProcessCrewServer, run_key: str, way: str = "cancelled") -> None:
+async def cancelled_at(request: str, server: InProcessCrewServer, idempotency_key: str, way: str = "cancelled") -> None:
     """Cancel a call shortly after the server got a request of it; or its flow times out: that cancels at each await."""
     scope = anyio.CancelScope()
 
     async def call() -> None:
         with scope if way != "cancelled" else nullcontext():
-            calls = [server.crew().trigger({"text": "a"}, run_key=run_key)]
+            calls = [server.crew().trigger({"text": "a"}, idempotency_key=idempotency_key)]
             await (asyncio.gather(*calls) if way == "timed out in a gather" else calls[0])
         raise asyncio.CancelledError
 
@@ -239,22 +241,22 @@ WAYS = pytest.mark.parametrize("way", ["cancelled", "timed out", "timed out in a
 async def test_a_kickoff_in_flight_is_seen_to_its_end_although_its_caller_is_cancelled(
     crew_server: CrewServerFactory, caplog: pytest.LogCaptureFixture, way: str
 ):
-    server, run_key = crew_server("echo", faults=["kickoff:latency=1.0@1"]), key()
-    await cancelled_at("kickoff", server, run_key, way)
-    (record,) = await attempts(run_key)
+    server, idempotency_key = crew_server("echo", faults=["kickoff:latency=1.0@1"]), key()
+    await cancelled_at("kickoff", server, idempotency_key, way)
+    (record,) = await attempts(idempotency_key)
     assert (record.phase, record.kickoff_id) == (RecordPhase.STARTED, server.runs[0].id)
     assert "is left running" in caplog.text
     assert server.requests["stop"] == 0
-    found = await server.crew().trigger({"text": "a"}, run_key=run_key)
+    found = await server.crew().trigger({"text": "a"}, idempotency_key=idempotency_key)
     assert found.kickoff_id == record.kickoff_id
 
 
 def test_a_kickoff_in_flight_is_seen_to_its_end_although_its_event_loop_ends(crew_server: CrewServerFactory):
     # So ends that of `run_crew` in a flow that is not async, where the flow times out or a worker shuts down.
-    server, run_key = crew_server("echo", faults=["kickoff:latency=1.0@1"]), key()
+    server, idempotency_key = crew_server("echo", faults=["kickoff:latency=1.0@1"]), key()
 
     async def call() -> None:
-        calling = asyncio.ensure_future(server.crew().trigger({"text": "a"}, run_key=run_key))
+        calling = asyncio.ensure_future(server.crew().trigger({"text": "a"}, idempotency_key=idempotency_key))
         while not server.requests["kickoff"]:
             await asyncio.sleep(0.01)
         asyncio.get_running_loop().call_soon(signal.default_int_handler, signal.SIGINT, None)
@@ -262,20 +264,20 @@ def test_a_kickoff_in_flight_is_seen_to_its_end_although_its_event_loop_ends(cre
 
     with pytest.raises(KeyboardInterrupt):
         asyncio.run(call())
-    (record,) = asyncio.run(attempts(run_key))
+    (record,) = asyncio.run(attempts(idempotency_key))
     assert (record.phase, record.kickoff_id) == (RecordPhase.STARTED, server.runs[0].id)
 
 
 async def test_a_refused_kickoff_of_a_cancelled_caller_did_not_start(crew_server: CrewServerFactory):
-    server, run_key = crew_server("echo", faults=["kickoff:latency=1.0@1", "kickoff:404@1"]), key()
-    await cancelled_at("kickoff", server, run_key)
-    assert await phases(run_key) == [RecordPhase.NOT_STARTED]
+    server, idempotency_key = crew_server("echo", faults=["kickoff:latency=1.0@1", "kickoff:404@1"]), key()
+    await cancelled_at("kickoff", server, idempotency_key)
+    assert await phases(idempotency_key) == [RecordPhase.NOT_STARTED]
 
 
 async def test_an_uncertain_kickoff_of_a_cancelled_caller_is_uncertain(crew_server: CrewServerFactory):
-    server, run_key = crew_server("echo", faults=["kickoff:latency=1.0@1", "kickoff:500@1"]), key()
-    await cancelled_at("kickoff", server, run_key)
-    assert await phases(run_key) == [RecordPhase.UNCERTAIN]
+    server, idempotency_key = crew_server("echo", faults=["kickoff:latency=1.0@1", "kickoff:500@1"]), key()
+    await cancelled_at("kickoff", server, idempotency_key)
+    assert await phases(idempotency_key) == [RecordPhase.UNCERTAIN]
 
 
 @pytest.mark.parametrize(
@@ -287,9 +289,9 @@ async def test_an_uncertain_kickoff_of_a_cancelled_caller_is_uncertain(crew_serv
 async def test_a_caller_that_is_cancelled_before_its_kickoff_gives_the_claim_back(
     crew_server: CrewServerFactory, fault: str, request_of_it: str, way: str
 ):
-    server, run_key = crew_server("echo", faults=[fault]), key()
-    await cancelled_at(request_of_it, server, run_key, way)
-    assert await phases(run_key) == [RecordPhase.NOT_STARTED]
+    server, idempotency_key = crew_server("echo", faults=[fault]), key()
+    await cancelled_at(request_of_it, server, idempotency_key, way)
+    assert await phases(idempotency_key) == [RecordPhase.NOT_STARTED]
     assert server.kickoffs == 0
 
 
@@ -305,15 +307,15 @@ async def test_a_kickoff_that_is_not_on_its_way_yet_is_not_sent_once_its_caller_
         return "sent"
 
     monkeypatch.setattr(CrewClient, "kickoff", kickoff)
-    server, run_key = crew_server("echo"), key()
-    calling = asyncio.ensure_future(server.crew().trigger({"text": "a"}, run_key=run_key))
+    server, idempotency_key = crew_server("echo"), key()
+    calling = asyncio.ensure_future(server.crew().trigger({"text": "a"}, idempotency_key=idempotency_key))
     await connecting.wait()
     calling.cancel()
     await asyncio.wait({calling}, timeout=0.1)
     connected.set()
     with pytest.raises(asyncio.CancelledError):
         await calling
-    assert await phases(run_key) == [RecordPhase.NOT_STARTED]
+    assert await phases(idempotency_key) == [RecordPhase.NOT_STARTED]
 
 
 @pytest.mark.parametrize("problem", ["cancelled", "no block any more"])
@@ -329,14 +331,14 @@ async def test_a_refused_token_that_cannot_be_renewed_has_started_nothing(
         raise TypeError(problem)
 
     monkeypatch.setattr(Crew, "reloaded", reloaded)
-    server, run_key = crew_server("echo", faults=["kickoff:401"]), key()
-    calling = asyncio.ensure_future(server.crew().trigger({"text": "a"}, run_key=run_key))
+    server, idempotency_key = crew_server("echo", faults=["kickoff:401"]), key()
+    calling = asyncio.ensure_future(server.crew().trigger({"text": "a"}, idempotency_key=idempotency_key))
     await reading.wait()
     if problem == "cancelled":
         calling.cancel()
     with pytest.raises(asyncio.CancelledError if problem == "cancelled" else TypeError):
         await calling
-    assert await phases(run_key) == [RecordPhase.NOT_STARTED]
+    assert await phases(idempotency_key) == [RecordPhase.NOT_STARTED]
 
 
 async def test_an_id_is_on_record_although_its_caller_is_cut_off_over_whose_it_is(
@@ -346,10 +348,10 @@ async def test_an_id_is_on_record_although_its_caller_is_cut_off_over_whose_it_i
         raise TerminationSignal(signal.SIGTERM)
 
     monkeypatch.setattr(PrefectRecords, "holders", cut_off)
-    server, run_key = crew_server("echo"), key()
+    server, idempotency_key = crew_server("echo"), key()
     with pytest.raises(TerminationSignal):
-        await server.crew().trigger({"text": "a"}, run_key=run_key)
-    (record,) = await attempts(run_key)
+        await server.crew().trigger({"text": "a"}, idempotency_key=idempotency_key)
+    (record,) = await attempts(idempotency_key)
     assert (record.phase, record.kickoff_id) == (RecordPhase.STARTED, server.runs[0].id)
 
 
@@ -358,7 +360,7 @@ async def test_a_permit_that_cannot_be_read_starts_nothing_and_is_told(
     crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch, good_for: float
 ):
     # Somebody edited it, or another tool uses its name.
-    server, run_key = crew_server("echo"), key()
+    server, idempotency_key = crew_server("echo"), key()
     create = store._created
 
     async def spoilt(client: PrefectClient, variable: dict[str, Any]) -> str | None:
@@ -368,9 +370,9 @@ async def test_a_permit_that_cannot_be_read_starts_nothing_and_is_told(
 
     monkeypatch.setattr(store, "_created", spoilt)
     if good_for < 0:
-        await claim(run_key, server.crew(), good_for=good_for)
+        await claim(idempotency_key, server.crew(), good_for=good_for)
     with pytest.raises(CrewError, match="that this version can read"):
-        await asyncio.wait_for(server.crew().trigger({"text": "a"}, run_key=run_key), 20)
+        await asyncio.wait_for(server.crew().trigger({"text": "a"}, idempotency_key=idempotency_key), 20)
     assert server.requests["kickoff"] == 0
 
 
@@ -378,9 +380,9 @@ async def test_a_post_that_does_not_end_is_not_waited_for_for_ever(
     crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(kickoff_module, "FINISH", 0.2)
-    server, run_key = crew_server("echo", faults=["kickoff:timeout"]), key()
-    await asyncio.wait_for(cancelled_at("kickoff", server, run_key), 10)
-    assert await phases(run_key) == [RecordPhase.CLAIMED]
+    server, idempotency_key = crew_server("echo", faults=["kickoff:timeout"]), key()
+    await asyncio.wait_for(cancelled_at("kickoff", server, idempotency_key), 10)
+    assert await phases(idempotency_key) == [RecordPhase.CLAIMED]
 
 
 async def test_a_signal_in_the_midst_of_a_kickoff_is_not_taken_for_a_refusal(
@@ -390,10 +392,10 @@ async def test_a_signal_in_the_midst_of_a_kickoff_is_not_taken_for_a_refusal(
         raise TerminationSignal(signal.SIGTERM)
 
     monkeypatch.setattr(CrewClient, "kickoff", interrupted)
-    server, run_key = crew_server("echo"), key()
+    server, idempotency_key = crew_server("echo"), key()
     with pytest.raises(TerminationSignal):
-        await server.crew().trigger({"text": "a"}, run_key=run_key)
-    assert await phases(run_key) == [RecordPhase.UNCERTAIN]
+        await server.crew().trigger({"text": "a"}, idempotency_key=idempotency_key)
+    assert await phases(idempotency_key) == [RecordPhase.UNCERTAIN]
 
 
 # A Prefect API that is away
@@ -409,7 +411,7 @@ async def test_nothing_is_sent_where_no_claim_can_be_written(crew_server: CrewSe
     server = crew_server("echo")
     proxy.cut()
     with pytest.raises(httpx.HTTPError):
-        await server.crew().trigger({"text": "a"}, run_key=key())
+        await server.crew().trigger({"text": "a"}, idempotency_key=key())
     assert not server.requests
 
 
@@ -421,21 +423,21 @@ async def test_an_id_that_cannot_be_written_down_is_told_with_what_to_do(
     tmp_path: Path,
 ):
     monkeypatch.setattr(store, "SAVE_FOR", 0.5)
-    server, run_key = crew_server("echo", faults=["kickoff:latency=1.0"]), key()
-    calling = asyncio.ensure_future(server.crew().trigger({"text": "a"}, run_key=run_key))
+    server, idempotency_key = crew_server("echo", faults=["kickoff:latency=1.0"]), key()
+    calling = asyncio.ensure_future(server.crew().trigger({"text": "a"}, idempotency_key=idempotency_key))
     while not server.requests["kickoff"]:
         await asyncio.sleep(0.01)
     proxy.cut()
     run = await calling
-    assert f"prefect-crew runs settle '{run_key}' --kickoff-id {run.kickoff_id}" in caplog.text
+    assert f"prefect-crew runs settle '{idempotency_key}' --kickoff-id {run.kickoff_id}" in caplog.text
     assert "has no artifact" in caplog.text
     proxy.restore()
-    assert await phases(run_key) == [RecordPhase.CLAIMED]
+    assert await phases(idempotency_key) == [RecordPhase.CLAIMED]
 
 
 async def test_what_a_run_costs_the_prefect_api(crew_server: CrewServerFactory, proxy: Proxy):
     server = crew_server("echo")
-    run = await server.crew().trigger({"text": "a"}, run_key=key())
+    run = await server.crew().trigger({"text": "a"}, idempotency_key=key())
     made = [re.sub("/[0-9a-f-]{36}", "", request) for request in proxy.requests if "/variables" in request]
     # The claim, the second reading beside the check of the inputs, the permit, whether the id is another run's, the id.
     create, read, change = "POST /api/variables/", "POST /api/variables/filter", "PATCH /api/variables"
@@ -446,8 +448,8 @@ async def test_what_a_run_costs_the_prefect_api(crew_server: CrewServerFactory, 
 
 
 async def test_without_a_new_permit_nothing_is_sent_again(crew_server: CrewServerFactory, proxy: Proxy):
-    server, run_key = crew_server("echo", faults=["kickoff:429=0.2@1"]), key()
-    calling = asyncio.ensure_future(server.crew().trigger({"text": "a"}, run_key=run_key))
+    server, idempotency_key = crew_server("echo", faults=["kickoff:429=0.2@1"]), key()
+    calling = asyncio.ensure_future(server.crew().trigger({"text": "a"}, idempotency_key=idempotency_key))
     while not server.requests["kickoff"]:
         await asyncio.sleep(0.005)
     proxy.refuse = "POST /api/variables/"
@@ -455,4 +457,4 @@ async def test_without_a_new_permit_nothing_is_sent_again(crew_server: CrewServe
         await calling
     proxy.refuse = None
     assert server.requests["kickoff"] == 1
-    assert await phases(run_key) == [RecordPhase.NOT_STARTED]
+    assert await phases(idempotency_key) == [RecordPhase.NOT_STARTED]

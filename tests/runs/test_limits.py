@@ -115,7 +115,7 @@ async def test_a_run_that_is_only_kicked_off_keeps_its_slot_until_its_lease_ends
     second = asyncio.ensure_future(crew.trigger({"text": "b"}))
     await asyncio.sleep(0.3)
     assert (server.kickoffs, await held(name), second.done()) == (1, 1, False)
-    (record,) = await PrefectRecords().attempts(str(first.run_key))
+    (record,) = await PrefectRecords().attempts(str(first.idempotency_key))
     await Slots(crew.crew, uuid.UUID(record.slot)).release()  # as the server does at its end
     assert (await second).kickoff_id != first.kickoff_id
 
@@ -160,12 +160,14 @@ async def test_a_run_that_may_be_in_flight_keeps_its_slot(crew_server: CrewServe
 
 
 async def test_what_is_found_needs_no_slot(crew_server: CrewServerFactory):
-    server, name, run_key = crew_server(slow(0.2)), await limit(1), str(uuid.uuid4())
+    server, name, idempotency_key = crew_server(slow(0.2)), await limit(1), str(uuid.uuid4())
     crew = server.crew(concurrency_limit=name)
-    first, second = await asyncio.gather(*(arun_crew(crew, {"a": 1}, run_key=run_key) for _ in range(2)))
+    first, second = await asyncio.gather(
+        *(arun_crew(crew, {"a": 1}, idempotency_key=idempotency_key) for _ in range(2))
+    )
     blocked = await take_slots(crew.crew)
     assert blocked is not None
-    third = await arun_crew(crew, {"a": 1}, run_key=run_key)
+    third = await arun_crew(crew, {"a": 1}, idempotency_key=idempotency_key)
     assert first.kickoff_id == second.kickoff_id == third.kickoff_id
     assert server.kickoffs == 1
 
@@ -176,7 +178,7 @@ async def test_a_wait_does_not_queue_for_a_slot_that_was_lost(
     server, name = crew_server(slow(0.2)), await limit(1)
     crew = server.crew(concurrency_limit=name)
     run = await crew.trigger({"a": 1})
-    (record,) = await PrefectRecords().attempts(str(run.run_key))
+    (record,) = await PrefectRecords().attempts(str(run.idempotency_key))
     await Slots(crew.crew, uuid.UUID(record.slot)).release()
     taken = await take_slots(crew.crew)
     assert taken is not None

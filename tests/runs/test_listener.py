@@ -75,12 +75,12 @@ async def test_every_waiter_of_a_run_is_woken(receiver: str) -> None:
 
         @flow
         async def first() -> str:
-            return (await arun_crew(crew_of(server), {}, run_key=f"shared-{server.url}")).kickoff_id
+            return (await arun_crew(crew_of(server), {}, idempotency_key=f"shared-{server.url}")).kickoff_id
 
         @flow
         async def second() -> str:
             await asyncio.sleep(0.5)
-            return (await arun_crew(crew_of(server), {}, run_key=f"shared-{server.url}")).kickoff_id
+            return (await arun_crew(crew_of(server), {}, idempotency_key=f"shared-{server.url}")).kickoff_id
 
         started = time.monotonic()
         ids = await asyncio.gather(first(), second())
@@ -150,10 +150,10 @@ async def test_the_end_of_a_flow_ends_the_pause(receiver: str) -> None:
         assert await once() < 30, "polling alone takes a minute"
 
 
-def ending(type_: str, tokens: int | None, *, kickoff_id: str = "k-1", run_key: str = "key") -> Event:
+def ending(type_: str, tokens: int | None, *, kickoff_id: str = "k-1", idempotency_key: str = "key") -> Event:
     """Return what the receiver makes of a webhook about the end of a run, in the words of the hub's filter."""
     said = {"kickoff_id": kickoff_id, **({} if tokens is None else {"total_tokens": tokens})}
-    resource = {"prefect.resource.id": "prefect-crew.run.k-1", "prefect-crew.run-key": run_key}
+    resource = {"prefect.resource.id": "prefect-crew.run.k-1", "prefect-crew.run-key": idempotency_key}
     return Event(event=f"crew.webhook.{type_}", resource=resource, payload={"said": said})  # type: ignore[arg-type]
 
 
@@ -167,7 +167,7 @@ COMPLETED = "stream.crew_kickoff_completed"
         pytest.param([ending(COMPLETED, 7), ending(COMPLETED, 5)], 12, id="crews-of-a-flow"),
         pytest.param([ending(COMPLETED, 7), ending("crew", 9), ending(COMPLETED, 5)], 9, id="the-crew-webhook-has-all"),
         pytest.param([ending(COMPLETED, 7), ending(COMPLETED, 5, kickoff_id="k-0")], 7, id="another-attempt"),
-        pytest.param([ending(COMPLETED, 7, run_key="other")], None, id="another-run"),
+        pytest.param([ending(COMPLETED, 7, idempotency_key="other")], None, id="another-run"),
         pytest.param([ending(COMPLETED, None), ending("crew", None)], None, id="none-is-not-0"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Many callers of one run key at once: one purchase, equal results."""
+"""Many callers of one idempotency key at once: one purchase, equal results."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def seen(prefect_api: PrefectServer) -> Iterator[Seen]:
     reader.close()
 
 
-async def result(server: Any, run_key: str) -> Any:
-    run: CrewRun = await server.crew().trigger({}, run_key=run_key)
+async def result(server: Any, idempotency_key: str) -> Any:
+    run: CrewRun = await server.crew().trigger({}, idempotency_key=idempotency_key)
     await run.wait_for_completion()
     return await run.fetch_result()
 
@@ -43,25 +43,25 @@ def told_once(seen: Seen, kickoff_id: str, event: str) -> bool:
 
 @pytest.mark.parametrize("seconds", [0, 0.5], ids=["instant", "slow"])
 def test_twenty_callers_in_one_loop(crew_server: CrewServerFactory, seen: Seen, seconds: float):
-    server, run_key = crew_server(slow(seconds)), f"race {uuid.uuid4()}"
+    server, idempotency_key = crew_server(slow(seconds)), f"race {uuid.uuid4()}"
 
     async def race() -> list[Any]:
-        return [*await asyncio.gather(*(result(server, run_key) for _ in range(20)))]
+        return [*await asyncio.gather(*(result(server, idempotency_key) for _ in range(20)))]
 
     results = asyncio.run(race())
     assert server.kickoffs == 1
     assert {one.output for one in results} == {"done"}
     (kickoff_id,) = {one.kickoff_id for one in results}
     assert told_once(seen, kickoff_id, "crew.completed")
-    assert len(seen.records(run_key)) == 1
+    assert len(seen.records(idempotency_key)) == 1
 
 
 def test_twenty_threads_with_loops_of_their_own(crew_server: CrewServerFactory, seen: Seen):
-    server, run_key, start = crew_server(slow(0.3)), f"race {uuid.uuid4()}", threading.Barrier(20)
+    server, idempotency_key, start = crew_server(slow(0.3)), f"race {uuid.uuid4()}", threading.Barrier(20)
 
     def race(_: int) -> Any:
         start.wait()
-        return asyncio.run(result(server, run_key))
+        return asyncio.run(result(server, idempotency_key))
 
     with ThreadPoolExecutor(20) as pool:
         results = [*pool.map(race, range(20))]
@@ -72,10 +72,10 @@ def test_twenty_threads_with_loops_of_their_own(crew_server: CrewServerFactory, 
 
 
 def test_twenty_callers_of_a_failing_crew_get_one_failure(crew_server: CrewServerFactory, seen: Seen):
-    server, run_key = crew_server(FAILS), f"race {uuid.uuid4()}"
+    server, idempotency_key = crew_server(FAILS), f"race {uuid.uuid4()}"
 
     async def race() -> list[Any]:
-        return [*await asyncio.gather(*(result(server, run_key) for _ in range(20)), return_exceptions=True)]
+        return [*await asyncio.gather(*(result(server, idempotency_key) for _ in range(20)), return_exceptions=True)]
 
     errors = asyncio.run(race())
     assert {type(error) for error in errors} == {CrewFailedError}
@@ -92,7 +92,7 @@ async def main():
     crew = DeployedCrew(url=os.environ["CREW_URL"], token=os.environ["CREW_TOKEN"])
     print("ready", flush=True)
     sys.stdin.readline()
-    results = await asyncio.gather(*(arun_crew(crew, {}, run_key=os.environ["KEY"]) for _ in range(3)))
+    results = await asyncio.gather(*(arun_crew(crew, {}, idempotency_key=os.environ["KEY"]) for _ in range(3)))
     print("RESULTS", json.dumps([[one.output, one.kickoff_id] for one in results]), flush=True)
 
 asyncio.run(main())
@@ -102,10 +102,10 @@ asyncio.run(main())
 def test_processes_race_as_well(
     crew_server: CrewServerFactory, prefect_server: PrefectServer, seen: Seen, tmp_path: Path
 ):
-    server, run_key = crew_server(slow(0.5), port=True), f"race {uuid.uuid4()}"
+    server, idempotency_key = crew_server(slow(0.5), port=True), f"race {uuid.uuid4()}"
     script = tmp_path / "racer.py"
     script.write_text(RACER)
-    env = prefect_server.env(home=tmp_path / "home", CREW_URL=server.url, CREW_TOKEN=server.token, KEY=run_key)
+    env = prefect_server.env(home=tmp_path / "home", CREW_URL=server.url, CREW_TOKEN=server.token, KEY=idempotency_key)
     racers = [Process([sys.executable, script], log=tmp_path / f"{n}.log", env=env, stdin=True) for n in range(3)]
     try:
         for racer in racers:

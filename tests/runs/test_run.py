@@ -30,7 +30,7 @@ def crew(**fields: Any) -> Crew:
 
 def record() -> RunRecord:
     return RunRecord(
-        run_key="k", attempt=1, crew="travel", crew_url="https://travel.test", inputs_digest="d", owner="o",
+        idempotency_key="k", attempt=1, crew="travel", crew_url="https://travel.test", inputs_digest="d", owner="o",
         claimed_at=NOON, kickoff_id="r1", kicked_off_at=NOON,
     )  # fmt: skip
 
@@ -142,7 +142,7 @@ def test_a_secret_is_masked_in_the_other_inputs_as_well():
 
 def test_a_view_has_what_the_record_knows():
     view = secretive({"password": "x"}, price=0.5).view(STATUS, notes=["A note."])
-    assert (view.crew, view.kickoff_id, view.run_key, view.state) == ("travel", "r1", "k", CrewState.COMPLETED)
+    assert (view.crew, view.kickoff_id, view.idempotency_key, view.state) == ("travel", "r1", "k", CrewState.COMPLETED)
     assert (view.started_at, view.price, view.notes) == (NOON, 0.5, ["A note."])
     assert OpenRun(crew(), "r1").view(None).state is CrewState.PENDING
 

@@ -79,24 +79,24 @@ def cancel_when(server: Any, seen: Seen, ids: list[Any], kind: str, *, looks: in
 def test_a_local_run_notices_its_cancellation_stops_the_crew_and_ends_cancelled(
     crew_server: CrewServerFactory, seen: Seen, mode: str, kind: str
 ):
-    server, run_key, ids = crew_server(slow(60)), key(), list[Any]()
+    server, idempotency_key, ids = crew_server(slow(60)), key(), list[Any]()
 
     @flow
     async def async_trip() -> None:
         ids.append(flow_run.id)
-        await arun_crew(server.crew(), run_key=run_key)
+        await arun_crew(server.crew(), idempotency_key=idempotency_key)
 
     @flow
     def sync_trip() -> None:
         ids.append(flow_run.id)
-        run_crew(server.crew(), run_key=run_key)
+        run_crew(server.crew(), idempotency_key=idempotency_key)
 
     thread = cancel_when(server, seen, ids, kind)
     with pytest.raises(CrewStoppedError):
         asyncio.run(async_trip()) if mode == "async" else sync_trip()
     thread.join()
     assert server.requests["stop"] == 1
-    assert seen.record(run_key)["state"] == "stopped"
+    assert seen.record(idempotency_key)["state"] == "stopped"
     assert seen.flow_run(ids[0])["state"]["type"] == "CANCELLED"
 
 
@@ -161,12 +161,12 @@ def test_a_cancellation_is_noticed_although_the_crews_server_is_in_trouble(crew_
 
 @pytest.mark.usefixtures("quick_look")
 def test_a_crew_without_stop_is_said_to_run_on_and_where(crew_server: CrewServerFactory, seen: Seen):
-    server, run_key, ids = crew_server(slow(60), stop=False), key(), list[Any]()
+    server, idempotency_key, ids = crew_server(slow(60), stop=False), key(), list[Any]()
 
     @flow
     async def trip() -> None:
         ids.append(flow_run.id)
-        await arun_crew(server.crew(), run_key=run_key)
+        await arun_crew(server.crew(), idempotency_key=idempotency_key)
 
     thread = cancel_when(server, seen, ids, "CANCELLING")
     with pytest.raises(CrewError, match=f"which runs on at {server.url}") as caught:
@@ -174,25 +174,25 @@ def test_a_crew_without_stop_is_said_to_run_on_and_where(crew_server: CrewServer
     thread.join()
     assert not isinstance(caught.value, CrewStoppedError)
     assert f"runs on at {server.url}: its server has no /stop" in seen.logs(ids[0])
-    record = seen.record(run_key)
+    record = seen.record(idempotency_key)
     assert (record["phase"], record["reason"]) == ("started", "stop was asked for: unsupported")
     assert seen.flow_run(ids[0])["state"]["type"] == "CANCELLED"
 
 
 @pytest.mark.usefixtures("quick_look")
 def test_a_run_that_another_flow_run_waits_for_is_left_running(crew_server: CrewServerFactory, seen: Seen):
-    server, run_key, ids = crew_server(slow(5)), key(), list[Any]()
+    server, idempotency_key, ids = crew_server(slow(5)), key(), list[Any]()
 
     @flow
     async def first() -> None:
         ids.append(flow_run.id)
-        await arun_crew(server.crew(), run_key=run_key)
+        await arun_crew(server.crew(), idempotency_key=idempotency_key)
 
     @flow
     async def second() -> str:
         while not server.kickoffs:
             await asyncio.sleep(0.02)
-        return (await arun_crew(server.crew(), run_key=run_key)).output
+        return (await arun_crew(server.crew(), idempotency_key=idempotency_key)).output
 
     async def both() -> list[Any]:
         return [*await asyncio.gather(first(), second(), return_exceptions=True)]
@@ -201,7 +201,7 @@ def test_a_run_that_another_flow_run_waits_for_is_left_running(crew_server: Crew
         wait_until(lambda: server.requests["status"] and seen.variables(f"crew_wait_{digest}%"))
         seen.set_state(ids[0], "CANCELLING")
 
-    digest = record_name(run_key, 1).split("_")[2]
+    digest = record_name(idempotency_key, 1).split("_")[2]
     thread = threading.Thread(target=cancel)
     thread.start()
     error, output = asyncio.run(both())
@@ -306,7 +306,7 @@ def test_a_cancelled_flow_run_stops_its_crew_once(crew_server: CrewServerFactory
     asyncio.run(cancelled_midway(server, seen, "CANCELLING"))
     assert server.requests["stop"] == 1
     assert str(server.runs[0].state) == "stopped"
-    record = RunRecord.model_validate(seen.record(next(iter(server.kickoffs_by_run_key))))
+    record = RunRecord.model_validate(seen.record(next(iter(server.kickoffs_by_key))))
     assert str(record.state) == "stopped"
     assert [event["event"] for event in seen.events(server.runs[0].id)][-1] == "crew.stopped"
 
@@ -317,11 +317,11 @@ def test_a_worker_that_shuts_down_leaves_the_crew_running(crew_server: CrewServe
     flow_run_id = asyncio.run(cancelled_midway(server, seen, None))
     assert server.requests["stop"] == 0
     assert str(server.runs[0].state) == "running"
-    run_key = next(iter(server.kickoffs_by_run_key))
-    assert seen.record(run_key)["phase"] == "started"
+    idempotency_key = next(iter(server.kickoffs_by_key))
+    assert seen.record(idempotency_key)["phase"] == "started"
     logs = seen.logs(flow_run_id)
     assert f"is left running at {server.url}: nobody asked to stop it" in logs
-    assert run_key in logs
+    assert idempotency_key in logs
 
 
 @pytest.mark.usefixtures("started_by_a_runner")
@@ -351,7 +351,7 @@ def test_a_server_that_cannot_be_asked_to_stop_leaves_a_line(crew_server: CrewSe
 @pytest.mark.usefixtures("started_by_a_runner")
 def test_a_run_that_ended_at_that_moment_is_closed_by_whoever_sees_its_end(crew_server: CrewServerFactory, seen: Seen):
     server = crew_server(slow(60), faults=["stop:latency=0.5"])
-    run_key: list[str] = []
+    idempotency_key: list[str] = []
 
     async def cancel() -> None:
         await cancelled_midway(server, seen, "CANCELLING")
@@ -360,14 +360,14 @@ def test_a_run_that_ended_at_that_moment_is_closed_by_whoever_sees_its_end(crew_
         cancelling = asyncio.ensure_future(cancel())
         while not server.requests["stop"]:
             await asyncio.sleep(0.01)
-        run_key.extend(server.kickoffs_by_run_key)
+        idempotency_key.extend(server.kickoffs_by_key)
         async with server.crew().client() as client:
             server.faults.clear()
             await client.stop(server.runs[0].id)
         await cancelling
 
     asyncio.run(both())
-    assert seen.record(run_key[0])["phase"] == "started"
+    assert seen.record(idempotency_key[0])["phase"] == "started"
 
 
 # Scripts
@@ -378,18 +378,22 @@ import os
 from prefect_crew import DeployedCrew, run_crew
 
 crew = DeployedCrew(url=os.environ["CREW_URL"], token=os.environ["CREW_TOKEN"])
-run_crew(crew, {"text": "a"}, run_key=os.environ["KEY"])
+run_crew(crew, {"text": "a"}, idempotency_key=os.environ["KEY"])
 """
 
 
 @pytest.fixture
 def script(prefect_server: PrefectServer, tmp_path: Path) -> Any:
-    """Give a function that starts a plain script, which runs a crew with a run key."""
+    """Give a function that starts a plain script, which runs a crew with an idempotency key."""
     processes: list[Process] = []
 
-    def start(server: CrewServer, run_key: str) -> Process:
+    def start(server: CrewServer, idempotency_key: str) -> Process:
         env = prefect_server.env(
-            home=tmp_path / "home", CREW_URL=server.url, CREW_TOKEN=server.token, KEY=run_key, PYTHONUNBUFFERED="1"
+            home=tmp_path / "home",
+            CREW_URL=server.url,
+            CREW_TOKEN=server.token,
+            KEY=idempotency_key,
+            PYTHONUNBUFFERED="1",
         )
         source = tmp_path / "script.py"
         source.write_text(textwrap.dedent(SCRIPT))
@@ -411,27 +415,27 @@ def wait_until(happened: Any, seconds: float = 60.0) -> None:
 @pytest.mark.parametrize("moment", ["waiting", "posting"])
 def test_ctrl_c_on_a_script_stops_the_crew(crew_server: CrewServerFactory, script: Any, seen: Seen, moment: str):
     faults = ["kickoff:latency=2", "kickoff:stuck"] if moment == "posting" else ["kickoff:stuck"]
-    server, run_key = crew_server("echo", port=True, faults=faults), key()
-    process = script(server, run_key)
+    server, idempotency_key = crew_server("echo", port=True, faults=faults), key()
+    process = script(server, idempotency_key)
     wait_until(lambda: server.requests["kickoff" if moment == "posting" else "status"])
     process.send(signal.SIGINT)
     assert process.wait(60) != 0
     assert [str(run.state) for run in server.runs] == ["stopped"], process.tail()
     assert server.requests["stop"] == 1
-    assert seen.record(run_key)["state"] == "stopped"
+    assert seen.record(idempotency_key)["state"] == "stopped"
 
 
 def test_sigterm_to_a_script_leaves_the_crew_running_to_be_found_again(
     crew_server: CrewServerFactory, script: Any, seen: Seen
 ):
-    server, run_key = crew_server(slow(20), port=True), key()
-    process = script(server, run_key)
+    server, idempotency_key = crew_server(slow(20), port=True), key()
+    process = script(server, idempotency_key)
     wait_until(lambda: server.requests["status"])
     process.send(signal.SIGTERM)
     assert process.wait(60) != 0
     assert server.requests["stop"] == 0
-    assert seen.record(run_key)["phase"] == "started"
-    assert run_crew(server.crew(), {"text": "a"}, run_key=run_key).output == "done"
+    assert seen.record(idempotency_key)["phase"] == "started"
+    assert run_crew(server.crew(), {"text": "a"}, idempotency_key=idempotency_key).output == "done"
     assert server.kickoffs == 1
 
 

@@ -115,13 +115,13 @@ async def test_a_run_that_was_stopped_elsewhere_is_no_result(crew_server: CrewSe
 
 
 async def test_a_run_that_the_server_forgets_is_lost_and_not_bought_again(crew_server: CrewServerFactory):
-    server, run_key = crew_server(slow(60), faults=["status:forgotten@3"]), key()
-    run = await server.crew().trigger({}, run_key=run_key)
+    server, idempotency_key = crew_server(slow(60), faults=["status:forgotten@3"]), key()
+    run = await server.crew().trigger({}, idempotency_key=idempotency_key)
     with pytest.raises(CrewLostError, match="last seen running") as caught:
         await run.wait_for_completion()
-    assert (caught.value.kickoff_id, caught.value.run_key) == (run.kickoff_id, run_key)
+    assert (caught.value.kickoff_id, caught.value.idempotency_key) == (run.kickoff_id, idempotency_key)
     assert (await record_of(run)).phase is RecordPhase.STARTED
-    again = await server.crew().trigger({}, run_key=run_key)
+    again = await server.crew().trigger({}, idempotency_key=idempotency_key)
     assert again.kickoff_id == run.kickoff_id
     assert server.kickoffs == 1
 
@@ -131,16 +131,16 @@ async def test_a_run_that_the_server_forgets_is_lost_and_not_bought_again(crew_s
 
 async def test_a_timeout_leaves_the_crew_running_and_says_how_to_go_on(crew_server: CrewServerFactory):
     held = Held()
-    server, run_key = crew_server(held), key()
-    run = await server.crew().trigger({}, run_key=run_key)
+    server, idempotency_key = crew_server(held), key()
+    run = await server.crew().trigger({}, idempotency_key=idempotency_key)
     with pytest.raises(CrewTimeoutError, match=r"was still running when its running time of 0\.5 s was over") as caught:
         await run.wait_for_completion(BRIEF)
     error = caught.value
     assert (error.phase, error.budget, error.last_state, error.stopped) == ("running", 0.5, "running", False)
-    assert f"run again with run key {run_key!r} and a larger timeout" in str(error)
+    assert f"run again with idempotency key {idempotency_key!r} and a larger timeout" in str(error)
     assert server.requests["stop"] == 0
     held.release()
-    result = await ended(await server.crew().trigger({}, run_key=run_key))
+    result = await ended(await server.crew().trigger({}, idempotency_key=idempotency_key))
     assert (result.output, server.kickoffs) == ("done", 1)
 
 
@@ -154,25 +154,25 @@ async def test_a_pending_run_has_a_limit_of_its_own(crew_server: CrewServerFacto
 
 
 async def test_budgets_are_counted_from_the_kickoff_whoever_waits(crew_server: CrewServerFactory):
-    server, run_key = crew_server(slow(60)), key()
-    run = await server.crew().trigger({}, run_key=run_key)
+    server, idempotency_key = crew_server(slow(60)), key()
+    run = await server.crew().trigger({}, idempotency_key=idempotency_key)
     record = await record_of(run)
     assert record.kicked_off_at
     record.kicked_off_at -= timedelta(hours=2)
     await RECORDS.save(record)
-    again = await server.crew().trigger({}, run_key=run_key)
+    again = await server.crew().trigger({}, idempotency_key=idempotency_key)
     with pytest.raises(CrewTimeoutError, match="running time of 3600 s was over"):
         await again.wait_for_completion()
 
 
 async def test_a_run_that_ended_while_nobody_waited_counts_although_its_time_is_over(crew_server: CrewServerFactory):
-    server, run_key = crew_server("echo"), key()
-    run = await server.crew().trigger({"text": "a"}, run_key=run_key)
+    server, idempotency_key = crew_server("echo"), key()
+    run = await server.crew().trigger({"text": "a"}, idempotency_key=idempotency_key)
     record = await record_of(run)
     assert record.kicked_off_at
     record.kicked_off_at -= timedelta(hours=2)
     await RECORDS.save(record)
-    again = await server.crew().trigger({"text": "a"}, run_key=run_key)
+    again = await server.crew().trigger({"text": "a"}, idempotency_key=idempotency_key)
     assert (await ended(again)).output == "a"
 
 
@@ -297,25 +297,29 @@ async def test_a_flow_can_answer_for_a_person_by_the_task_that_the_status_names(
 
 
 async def test_a_large_result_is_whole_for_the_caller_and_read_again_from_the_status(crew_server: CrewServerFactory):
-    server, run_key = crew_server(script({"output": "{{ 'שלום ' * 3000 }}"})), key()
-    first = await ended(await server.crew().trigger({}, run_key=run_key))
+    server, idempotency_key = crew_server(script({"output": "{{ 'שלום ' * 3000 }}"})), key()
+    first = await ended(await server.crew().trigger({}, idempotency_key=idempotency_key))
     assert len(first.output) == 15_000
-    run = await server.crew().trigger({}, run_key=run_key)
+    run = await server.crew().trigger({}, idempotency_key=idempotency_key)
     assert (await record_of(run)).result is None
     assert (await ended(run)).output == first.output
     server.faults.add("status:forgotten")
     with pytest.raises(CrewLostError, match="it has completed, but its record does not hold the result"):
-        await ended(await server.crew().trigger({}, run_key=run_key))
+        await ended(await server.crew().trigger({}, idempotency_key=idempotency_key))
 
 
 async def test_a_result_with_a_rotated_token_is_read_again(crew_server: CrewServerFactory):
-    server, run_key, name = crew_server(script({"output": "{{ 'x' * 9000 }}"})), key(), f"big-{uuid.uuid4().hex[:8]}"
+    server, idempotency_key, name = (
+        crew_server(script({"output": "{{ 'x' * 9000 }}"})),
+        key(),
+        f"big-{uuid.uuid4().hex[:8]}",
+    )
     await asyncio.to_thread(server.crew().save, name)
     crew = await DeployedCrew.aload(name)
-    await ended(await crew.trigger({}, run_key=run_key))
+    await ended(await crew.trigger({}, idempotency_key=idempotency_key))
     server.token = "the-new-token"
     await asyncio.to_thread(lambda: server.crew().save(name, overwrite=True))
-    assert len((await ended(await crew.trigger({}, run_key=run_key))).output) == 9000
+    assert len((await ended(await crew.trigger({}, idempotency_key=idempotency_key))).output) == 9000
 
 
 class Trip(BaseModel):
@@ -335,13 +339,13 @@ async def test_a_result_becomes_a_model(crew_server: CrewServerFactory):
 
 
 async def test_a_result_that_does_not_fit_is_kept_and_need_not_be_bought_again(crew_server: CrewServerFactory):
-    server, run_key = crew_server(script({"output": '{"city": "Lisbon"}'})), key()
+    server, idempotency_key = crew_server(script({"output": '{"city": "Lisbon"}'})), key()
     with pytest.raises(
         OutputTypeError, match=r"does not fit Trip: days: Field required.*The text: \{\"city\""
     ) as caught:
-        await arun_crew(server.crew(), run_key=run_key, output_type=Trip)
+        await arun_crew(server.crew(), idempotency_key=idempotency_key, output_type=Trip)
     assert caught.value.output == '{"city": "Lisbon"}'
-    assert (await arun_crew(server.crew(), run_key=run_key)).output == '{"city": "Lisbon"}'
+    assert (await arun_crew(server.crew(), idempotency_key=idempotency_key)).output == '{"city": "Lisbon"}'
     assert server.kickoffs == 1
 
 
@@ -358,11 +362,11 @@ async def test_a_run_that_was_kicked_off_elsewhere_is_waited_for_without_a_recor
 
 
 def test_two_flow_runs_wait_for_one_run_and_its_end_is_told_once(crew_server: CrewServerFactory, seen: Seen):
-    server, run_key = crew_server(slow(0.6)), key()
+    server, idempotency_key = crew_server(slow(0.6)), key()
 
     @flow
     async def trip() -> Any:
-        return await arun_crew(server.crew(), run_key=run_key)
+        return await arun_crew(server.crew(), idempotency_key=idempotency_key)
 
     async def both() -> list[Any]:
         return [*await asyncio.gather(trip(), trip(), trip())]
@@ -373,7 +377,7 @@ def test_two_flow_runs_wait_for_one_run_and_its_end_is_told_once(crew_server: Cr
     (kickoff_id,) = {result.kickoff_id for result in results}
     names = [event["event"] for event in seen.events(kickoff_id)]
     assert names.count("crew.completed") == 1
-    record = RunRecord.model_validate(seen.record(run_key))
+    record = RunRecord.model_validate(seen.record(idempotency_key))
     assert seen.variables(RECORDS.notes_of(record) + "%") == [], "the notes of who waited are gone"
 
 
@@ -388,7 +392,7 @@ def test_an_end_is_an_event_with_what_automations_need(crew_server: CrewServerFa
         asyncio.run(trip())
     (failed,) = [event for event in seen.events(caught.value.kickoff_id) if event["event"] == "crew.failed"]
     assert failed["payload"]["error"] == "the search engine is down"
-    assert failed["payload"]["run_key"] == caught.value.run_key
+    assert failed["payload"]["idempotency_key"] == caught.value.idempotency_key
     roles = {one["prefect.resource.role"]: one["prefect.resource.id"] for one in failed["related"]}
     assert roles["crew"] == "prefect-crew.crew.travel"
     assert roles["step"] == "prefect-crew.step.research"
@@ -446,16 +450,16 @@ async def test_an_unknown_state_is_said_once_and_counts_as_running(caplog: pytes
 async def test_a_late_crew_that_another_flow_run_waits_for_is_not_stopped(
     crew_server: CrewServerFactory, caplog: pytest.LogCaptureFixture
 ):
-    server, run_key = crew_server(slow(3)), key()
+    server, idempotency_key = crew_server(slow(3)), key()
 
     @flow
     async def patient() -> str:
-        return (await arun_crew(server.crew(), run_key=run_key)).output
+        return (await arun_crew(server.crew(), idempotency_key=idempotency_key)).output
 
     running = asyncio.ensure_future(patient())
     while not server.requests["status"]:
         await asyncio.sleep(0.02)
-    late = await server.crew().trigger({}, run_key=run_key)
+    late = await server.crew().trigger({}, idempotency_key=idempotency_key)
     with pytest.raises(CrewTimeoutError, match="It was left running"):
         await late.wait_for_completion(WaitPolicy(initial=0.1, timeout=0.2, on_timeout="stop"))
     assert "wait for it too" in caplog.text

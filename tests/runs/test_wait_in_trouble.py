@@ -89,14 +89,14 @@ async def test_a_run_that_is_not_known_at_first_is_waited_for(crew_server: CrewS
 
 
 async def test_errors_end_the_wait_in_the_end_and_the_run_is_found_again(crew_server: CrewServerFactory):
-    server, run_key = crew_server("echo", faults=["status:500"]), key()
-    run = await server.crew().trigger({"text": "a"}, run_key=run_key)
+    server, idempotency_key = crew_server("echo", faults=["status:500"]), key()
+    run = await server.crew().trigger({"text": "a"}, idempotency_key=idempotency_key)
     with pytest.raises(CrewError, match="500") as caught:
         await run.wait_for_completion(WaitPolicy(initial=0.1, error_timeout=0.3))
     assert run.kickoff_id in str(caught.value)
-    assert f"run again with run key {run_key!r} to wait for it" in str(caught.value)
+    assert f"run again with idempotency key {idempotency_key!r} to wait for it" in str(caught.value)
     server.faults.clear()
-    assert (await ended(await server.crew().trigger({"text": "a"}, run_key=run_key))).output == "a"
+    assert (await ended(await server.crew().trigger({"text": "a"}, idempotency_key=idempotency_key))).output == "a"
     assert server.kickoffs == 1
 
 
@@ -127,13 +127,13 @@ async def test_a_token_that_is_rotated_during_the_wait_is_taken_up(
 
 
 async def test_a_refused_token_ends_the_wait_and_keeps_the_run(crew_server: CrewServerFactory):
-    server, run_key = crew_server(slow(0.3)), key()
-    run = await server.crew().trigger({}, run_key=run_key)
+    server, idempotency_key = crew_server(slow(0.3)), key()
+    run = await server.crew().trigger({}, idempotency_key=idempotency_key)
     server.token = "the-new-token"
     with pytest.raises(AuthenticationError) as caught:
         await run.wait_for_completion()
     assert caught.value.kickoff_id == run.kickoff_id
-    assert (await ended(await server.crew().trigger({}, run_key=run_key))).output == "done"
+    assert (await ended(await server.crew().trigger({}, idempotency_key=idempotency_key))).output == "done"
     assert server.kickoffs == 1
 
 
@@ -185,12 +185,12 @@ async def test_a_run_is_waited_for_although_its_record_cannot_be_read(
 async def test_notes_of_who_waits_may_fail(
     crew_server: CrewServerFactory, proxy: Proxy, caplog: pytest.LogCaptureFixture
 ):
-    server, run_key = crew_server(slow(0.5)), key()
-    await server.crew().trigger({}, run_key=run_key)
+    server, idempotency_key = crew_server(slow(0.5)), key()
+    await server.crew().trigger({}, idempotency_key=idempotency_key)
 
     @flow
     async def trip() -> str:
-        return (await arun_crew(server.crew(), run_key=run_key)).output
+        return (await arun_crew(server.crew(), idempotency_key=idempotency_key)).output
 
     proxy.refuse = "DELETE /api/variables"
     assert await trip() == "done"
@@ -229,12 +229,12 @@ async def test_a_persons_turn_that_cannot_be_written_down_is_told(
 
 
 async def test_a_wait_that_cannot_join_goes_on(crew_server: CrewServerFactory, proxy: Proxy):
-    server, run_key = crew_server(slow(0.5)), key()
-    await server.crew().trigger({}, run_key=run_key)
+    server, idempotency_key = crew_server(slow(0.5)), key()
+    await server.crew().trigger({}, idempotency_key=idempotency_key)
 
     @flow
     async def trip() -> str:
-        kickoff_id = await kickoff_crew(server.crew(), run_key=run_key)
+        kickoff_id = await kickoff_crew(server.crew(), idempotency_key=idempotency_key)
         proxy.refuse = "POST /api/variables/"
         return (await wait_for_crew(server.crew(), kickoff_id)).output
 

@@ -52,7 +52,7 @@ async def crew(server: CrewServer) -> DeployedCrew:
 def uncertain(crew: DeployedCrew, /, **fields: Any) -> RunRecord:
     now = utcnow()
     known = {
-        "run_key": f"settle/{uuid.uuid4()}",
+        "idempotency_key": f"settle/{uuid.uuid4()}",
         "attempt": 1,
         "phase": RecordPhase.UNCERTAIN,
         "crew": crew.label,
@@ -72,12 +72,12 @@ async def started(crew: DeployedCrew) -> str:
 async def test_the_first_webhook_settles_an_uncertain_kickoff(crew: DeployedCrew):
     record, kickoff_id = uncertain(crew), await started(crew)
     await put(record)
-    said = {"attempt": 1, "said_run_key": record.run_key}
-    assert await settle(record.run_key, kickoff_id, RECORDS, **said) is Settlement.SETTLED
-    (settled,) = await RECORDS.attempts(record.run_key)
+    said = {"attempt": 1, "said_key": record.idempotency_key}
+    assert await settle(record.idempotency_key, kickoff_id, RECORDS, **said) is Settlement.SETTLED
+    (settled,) = await RECORDS.attempts(record.idempotency_key)
     assert (settled.phase, settled.kickoff_id, settled.reason) == (RecordPhase.STARTED, kickoff_id, None)
     # The second one finds nothing to do, whatever it says.
-    assert await settle(record.run_key, "another", RECORDS, **said) is Settlement.NOT_NEEDED
+    assert await settle(record.idempotency_key, "another", RECORDS, **said) is Settlement.NOT_NEEDED
 
 
 @pytest.mark.parametrize(
@@ -108,8 +108,8 @@ async def test_which_records_are_settled(fields: dict[str, Any], outcome: Settle
     record, kickoff_id = uncertain(crew, **fields), await started(crew)
     record.permit = 0
     await put(record, permit=permit)
-    assert await settle(record.run_key, kickoff_id, RECORDS, attempt=1) is outcome
-    (now,) = await RECORDS.attempts(record.run_key)
+    assert await settle(record.idempotency_key, kickoff_id, RECORDS, attempt=1) is outcome
+    (now,) = await RECORDS.attempts(record.idempotency_key)
     assert (now.kickoff_id == kickoff_id) is (outcome is Settlement.SETTLED)
     if outcome is not Settlement.SETTLED:
         assert now.phase is record.phase
@@ -118,34 +118,34 @@ async def test_which_records_are_settled(fields: dict[str, Any], outcome: Settle
 async def test_an_id_that_the_crew_does_not_know_settles_nothing(crew: DeployedCrew):
     record = uncertain(crew)
     await put(record)
-    assert await settle(record.run_key, "made-up", RECORDS) is Settlement.NOT_KNOWN
-    assert (await RECORDS.attempts(record.run_key))[0].phase is RecordPhase.UNCERTAIN
+    assert await settle(record.idempotency_key, "made-up", RECORDS) is Settlement.NOT_KNOWN
+    assert (await RECORDS.attempts(record.idempotency_key))[0].phase is RecordPhase.UNCERTAIN
 
 
 async def test_an_id_that_another_record_holds_settles_nothing(crew: DeployedCrew):
     record, kickoff_id = uncertain(crew), await started(crew)
     await put(record)
     await put(uncertain(crew, phase=RecordPhase.STARTED, kickoff_id=kickoff_id))
-    assert await settle(record.run_key, kickoff_id, RECORDS) is Settlement.REFUSED
-    assert (await RECORDS.attempts(record.run_key))[0].phase is RecordPhase.UNCERTAIN
+    assert await settle(record.idempotency_key, kickoff_id, RECORDS) is Settlement.REFUSED
+    assert (await RECORDS.attempts(record.idempotency_key))[0].phase is RecordPhase.UNCERTAIN
 
 
-async def test_a_webhook_that_names_another_run_key_settles_nothing(crew: DeployedCrew):
+async def test_a_webhook_that_names_another_idempotency_key_settles_nothing(crew: DeployedCrew):
     record, kickoff_id = uncertain(crew), await started(crew)
     await put(record)
-    outcome = await settle(record.run_key, kickoff_id, RECORDS, said_run_key="another")
+    outcome = await settle(record.idempotency_key, kickoff_id, RECORDS, said_key="another")
     assert outcome is Settlement.REFUSED
 
 
 async def test_a_late_webhook_of_the_attempt_before_does_not_settle_this_one(crew: DeployedCrew):
     first = uncertain(crew, phase=RecordPhase.NOT_STARTED)
-    second = uncertain(crew, run_key=first.run_key, attempt=2)
+    second = uncertain(crew, idempotency_key=first.idempotency_key, attempt=2)
     for record in (first, second):
         await put(record)
     kickoff_id = await started(crew)
-    assert await settle(first.run_key, kickoff_id, RECORDS, attempt=1) is Settlement.NOT_NEEDED
-    assert (await RECORDS.attempts(first.run_key))[1].phase is RecordPhase.UNCERTAIN
-    assert await settle(first.run_key, kickoff_id, RECORDS, attempt=2) is Settlement.SETTLED
+    assert await settle(first.idempotency_key, kickoff_id, RECORDS, attempt=1) is Settlement.NOT_NEEDED
+    assert (await RECORDS.attempts(first.idempotency_key))[1].phase is RecordPhase.UNCERTAIN
+    assert await settle(first.idempotency_key, kickoff_id, RECORDS, attempt=2) is Settlement.SETTLED
 
 
 async def test_a_crew_that_does_not_answer_settles_nothing():
@@ -154,7 +154,7 @@ async def test_a_crew_that_does_not_answer_settles_nothing():
         await crew.asave(f"settled-{uuid.uuid4().hex[:8]}")
     record = uncertain(crew)
     await put(record)
-    assert await settle(record.run_key, str(uuid.uuid4()), RECORDS) is Settlement.NO_ANSWER
+    assert await settle(record.idempotency_key, str(uuid.uuid4()), RECORDS) is Settlement.NO_ANSWER
 
 
 async def test_a_token_that_was_rotated_is_looked_up_anew(server: CrewServer, crew: DeployedCrew):
@@ -164,7 +164,7 @@ async def test_a_token_that_was_rotated_is_looked_up_anew(server: CrewServer, cr
     async def stale(record: RunRecord) -> Crew:
         return replace(await load_crew(record.crew), token=SecretStr("the-token-of-yesterday"))
 
-    assert await settle(record.run_key, kickoff_id, RECORDS, load=stale) is Settlement.SETTLED
+    assert await settle(record.idempotency_key, kickoff_id, RECORDS, load=stale) is Settlement.SETTLED
 
 
 @pytest.fixture
@@ -184,11 +184,11 @@ async def test_a_run_whose_kickoff_got_no_answer_goes_on_by_itself(generation: A
         await crew.asave(f"settled-{uuid.uuid4().hex[:8]}")
         key = f"settle/{uuid.uuid4()}"
         with pytest.raises(KickoffUncertainError):
-            await arun_crew(crew, {}, run_key=key)
+            await arun_crew(crew, {}, idempotency_key=key)
         names: list[str] = []
         while "crew.settled" not in names:
             names = [event["event"] for event in await events_of(key, at_least=len(names) + 1)]
-        result = await arun_crew(crew, {}, run_key=key)
+        result = await arun_crew(crew, {}, idempotency_key=key)
         assert (result.output, server.kickoffs) == ("done", 1)
         assert names.count("crew.settled") == 1
 
@@ -196,10 +196,10 @@ async def test_a_run_whose_kickoff_got_no_answer_goes_on_by_itself(generation: A
 async def test_a_webhook_that_comes_before_its_time_settles_later(receiver: str, crew: DeployedCrew):
     record = await put(uncertain(crew, phase=RecordPhase.CLAIMED), permit=1.5 - SPARE)
     kickoff_id = await started(crew)
-    hooks = hook_urls(receiver, SECRET, record.run_key, expires=utcnow() + timedelta(hours=1), attempt=1)
+    hooks = hook_urls(receiver, SECRET, record.idempotency_key, expires=utcnow() + timedelta(hours=1), attempt=1)
     async with httpx.AsyncClient() as client:
         assert (await client.post(str(hooks.crew), json={"kickoff_id": kickoff_id, "result": "done"})).is_success
-    events = await events_of(record.run_key, at_least=2)
+    events = await events_of(record.idempotency_key, at_least=2)
     assert [event["event"] for event in events] == ["crew.webhook.crew", "crew.settled"]
     assert events[1]["payload"]["kickoff_id"] == kickoff_id
 
@@ -210,9 +210,13 @@ async def test_a_webhook_of_another_claim_of_the_same_key_resolves_nothing(crew:
     await RECORDS.claim(record)
     kickoff_id = await started(crew)
     about: dict[str, Any] = {"attempt": 1, "load": lambda _: _crew(crew)}
-    other = await settle(record.run_key, kickoff_id, RECORDS, claim=claim_of("another"), **about, load=find_crew)
+    other = await settle(
+        record.idempotency_key, kickoff_id, RECORDS, claim=claim_of("another"), **about, load=find_crew
+    )
     assert other is Settlement.REFUSED
-    ours = await settle(record.run_key, kickoff_id, RECORDS, claim=claim_of(record.owner), **about, load=find_crew)
+    ours = await settle(
+        record.idempotency_key, kickoff_id, RECORDS, claim=claim_of(record.owner), **about, load=find_crew
+    )
     assert ours is Settlement.SETTLED
 
 

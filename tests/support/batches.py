@@ -47,7 +47,7 @@ def record_of(ledger: Ledger, key: str, *, attempt: int = 1, **facts: Any) -> Ru
     """Return the claim of a row; `facts` are more fields of the record."""
     now = utcnow()
     given: dict[str, Any] = {
-        "run_key": ledger.run_key(key),
+        "idempotency_key": ledger.idempotency_key(key),
         "attempt": attempt,
         "owner": uuid.uuid4().hex,
         "crew": "c",
@@ -60,7 +60,7 @@ def record_of(ledger: Ledger, key: str, *, attempt: int = 1, **facts: Any) -> Ru
 
 async def put(ledger: Ledger, record: RunRecord) -> None:
     """Have an attempt stand in a ledger as this record says, whatever stands there: a ledger itself never goes back."""
-    where = (attempts.c.batch == ledger.batch, attempts.c.row_key == ledger.row_key(record.run_key))
+    where = (attempts.c.batch == ledger.batch, attempts.c.row_key == ledger.row_key(record.idempotency_key))
     statement = delete(attempts).where(*where, attempts.c.attempt == record.attempt)
     await ledger.database.run(lambda connection: connection.execute(statement).close())
     assert await ledger.claim(record)

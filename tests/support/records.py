@@ -31,14 +31,14 @@ def stored_records(variables: Iterable[Mapping[str, Any]]) -> list[dict[str, Any
     ]
 
 
-def let_pass(patch: pytest.MonkeyPatch, run_key: str, days: float) -> None:
+def let_pass(patch: pytest.MonkeyPatch, idempotency_key: str, days: float) -> None:
     """Let the Prefect server say of a run's record, until `patch` is undone, that nobody has changed it for days."""
     found = store_module._found
 
     def later(response: httpx.Response) -> list[store_module._Found]:
         variables: list[store_module._Found] = []
         for one in found(response):
-            theirs = isinstance(one.value, dict) and one.value.get("run_key") == run_key
+            theirs = isinstance(one.value, dict) and one.value.get("idempotency_key") == idempotency_key
             variables.append(one._replace(idle=one.idle + days * 86400) if theirs else one)
         return variables
 

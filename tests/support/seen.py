@@ -82,13 +82,15 @@ class Seen:
         """Return the Variables whose names are like that."""
         return self._pages("/variables/filter", {"variables": {"name": {"like_": name_like}}, "sort": "NAME_ASC"})
 
-    def record(self, run_key: str) -> dict[str, Any]:
-        """Return the value of the latest record of a run key."""
-        return self.records(run_key)[-1]
+    def record(self, idempotency_key: str) -> dict[str, Any]:
+        """Return the value of the latest record of an idempotency key."""
+        return self.records(idempotency_key)[-1]
 
-    def records(self, run_key: str) -> list[dict[str, Any]]:
-        """Return all attempts at a run key, the first one first."""
-        return [one for one in stored_records(self.variables("crew_run_%")) if one["run_key"] == run_key]
+    def records(self, idempotency_key: str) -> list[dict[str, Any]]:
+        """Return all attempts at an idempotency key, the first one first."""
+        return [
+            one for one in stored_records(self.variables("crew_run_%")) if one["idempotency_key"] == idempotency_key
+        ]
 
     def artifacts(self, key: str) -> list[dict[str, Any]]:
         """Return all artifacts under a key, the first one first."""

@@ -39,7 +39,7 @@ BODIES: Mapping[str, Mapping[str, Any]] = {
         "output": "the output",
         "output_json": None,
         "kickoff_id": "k-1",
-        "meta": {"run_key": "city/lisbon", "token": "the token"},
+        "meta": {"idempotency_key": "city/lisbon", "token": "the token"},
     },
     "step-first": {
         "kickoff_id": "k-1",
@@ -55,33 +55,33 @@ BODIES: Mapping[str, Mapping[str, Any]] = {
         "tool_input": "the input",
         "result": "the result",
         "kickoff_id": "k-1",
-        "meta": {"run_key": "city/lisbon"},
+        "meta": {"idempotency_key": "city/lisbon"},
     },
     "crew-first": {
         "kickoff_id": "k-1",
         "status": "completed",
         "result": {"output": "the output", "tasks": [{"task_id": "research", "output": "the output"}]},
         "execution_time": 9.0,
-        "meta": {"run_key": "city/lisbon"},
+        "meta": {"idempotency_key": "city/lisbon"},
     },
     "crew-later": {
         "kickoff_id": "k-1",
         "result": "the output",
         "result_json": None,
         "token_usage": {"total_tokens": 12, "prompt_tokens": 8, "completion_tokens": 4},
-        "meta": {"run_key": "city/lisbon"},
+        "meta": {"idempotency_key": "city/lisbon"},
     },
     "human_input-first": {
         "execution_id": "k-1",
         "task_id": "plan",
         "task_output": "the output",
-        "meta": {"run_key": "city/lisbon"},
+        "meta": {"idempotency_key": "city/lisbon"},
     },
     "human_input-later": {
         "kickoff_id": "k-1",
         "task_id": "plan",
         "output": "the output",
-        "meta": {"run_key": "city/lisbon"},
+        "meta": {"idempotency_key": "city/lisbon"},
     },
     "stream": {
         "events": [
@@ -172,9 +172,9 @@ async def until(true: Callable[[], Any], what: str, *, seconds: float = 30.0) ->
         await asyncio.sleep(0.02)
 
 
-async def events_of(run_key: str, *, at_least: int = 1, seconds: float = 30.0) -> Sequence[Mapping[str, Any]]:
+async def events_of(idempotency_key: str, *, at_least: int = 1, seconds: float = 30.0) -> Sequence[Mapping[str, Any]]:
     """Return the crew.* events of a run from the Prefect server, oldest first, once there are so many."""
-    wanted = {"event": {"prefix": ["crew."]}, "resource": {"labels": {"prefect-crew.run-key": [run_key]}}}
+    wanted = {"event": {"prefix": ["crew."]}, "resource": {"labels": {"prefect-crew.run-key": [idempotency_key]}}}
     deadline = time.monotonic() + seconds
     while True:
         async with get_client() as client:
@@ -182,5 +182,5 @@ async def events_of(run_key: str, *, at_least: int = 1, seconds: float = 30.0) -
         found = sorted(answer.json()["events"], key=lambda event: event["occurred"])
         if len(found) >= at_least:
             return found
-        assert time.monotonic() < deadline, f"only {[event['event'] for event in found]} came of {run_key}"
+        assert time.monotonic() < deadline, f"only {[event['event'] for event in found]} came of {idempotency_key}"
         await asyncio.sleep(0.1)

@@ -325,7 +325,9 @@ async def answer_question(
     )
     number = len(before) + 1
     if webhooks is None and record.hooked:
-        webhooks = webhooks_for(run.crew, record.run_key, attempt=record.attempt, owner=record.owner, round=number)
+        webhooks = webhooks_for(
+            run.crew, record.idempotency_key, attempt=record.attempt, owner=record.owner, round=number
+        )
     elif webhooks is None:
         webhooks = run.webhooks
     if request is None:
@@ -488,7 +490,7 @@ def kept_beside(run: OpenRun) -> RunRecord:
         return run.record
     now = utcnow()
     return RunRecord(
-        run_key=f"kickoff id {run.kickoff_id}",
+        idempotency_key=f"kickoff id {run.kickoff_id}",
         attempt=1,
         crew=run.crew.label,
         crew_url=run.crew.url,

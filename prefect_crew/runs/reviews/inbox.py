@@ -46,7 +46,7 @@ class AskedStore(ReviewStore, Protocol):
         """Yield the runs in flight, or those of them that are known to have waited for a person."""
         ...
 
-    async def attempts(self, run_key: str) -> Sequence[RunRecord]:
+    async def attempts(self, idempotency_key: str) -> Sequence[RunRecord]:
         """Return all attempts at a key, the first one first."""
         ...
 
@@ -182,7 +182,8 @@ async def _shown(run: OpenRun | None, status: CrewStatus | None, answers: int) -
 
 
 async def find_asked(given: str, stores: Sequence[AskedStore]) -> tuple[RunRecord, AskedStore]:
-    """Return the run in flight that a run key, a kickoff id or the beginning of one names, and where it is on record.
+    """Return the run in flight that an idempotency key, a kickoff id or the beginning of one names, and where it is on
+    record.
 
     Raises:
         CrewError: There is none, several begin so, or it has ended.
@@ -192,9 +193,9 @@ async def find_asked(given: str, stores: Sequence[AskedStore]) -> tuple[RunRecor
         raise CrewError(f"No run in flight is {given!r}. prefect-crew reviews lists those that wait for a person.")
     record = named[0]
     if record.phase is RecordPhase.ENDED:
-        raise CrewError(f"Run {record.run_key!r} does not wait for a person: it has ended ({record.state}).")
+        raise CrewError(f"Run {record.idempotency_key!r} does not wait for a person: it has ended ({record.state}).")
     if record.phase is not RecordPhase.STARTED or record.kickoff_id is None:
-        raise CrewError(f"Run {record.run_key!r} does not wait for a person: its kickoff is {record.phase}.")
+        raise CrewError(f"Run {record.idempotency_key!r} does not wait for a person: its kickoff is {record.phase}.")
     return named
 
 
@@ -205,13 +206,13 @@ async def _named(given: str, stores: Sequence[AskedStore]) -> tuple[RunRecord, A
     for store in stores:
         record = await store.of_kickoff(given)
         # A ledger knows the runs of all batches that are kept in it.
-        if record is not None and await store.attempts(record.run_key):
+        if record is not None and await store.attempts(record.idempotency_key):
             return record, store
     found = [
         (one, store)
         for store in stores
         async for one in store.may_ask()
-        if str(one.kickoff_id).startswith(given) or one.run_key.startswith(given)
+        if str(one.kickoff_id).startswith(given) or one.idempotency_key.startswith(given)
     ]
     if len(found) > 1:
         ids = ", ".join(str(one.kickoff_id) for one, _ in found[:5])

@@ -340,7 +340,7 @@ class People:
             task_id=question.task,
             max_rounds=question.round - 1,
             crew=self.run.crew.label,
-            run_key=self.run.run_key,
+            idempotency_key=self.run.idempotency_key,
             stopped=stopped,
         )
 

@@ -66,7 +66,7 @@ def _keys(world: World) -> list[str]:
 
 
 def _forced(world: World, key: str) -> int:
-    return sum(run_key == key for run_key, _ in world.forced)
+    return sum(idempotency_key == key for idempotency_key, _ in world.forced)
 
 
 def _fired(world: World, *, after: bool) -> list[Fired]:
@@ -148,9 +148,9 @@ def _certain(world: World) -> Iterator[str]:
 
 
 def _may_be_uncertain(world: World, end: Ending, error: KickoffUncertainError) -> bool:
-    about = (error.run_key, int(error.sent["attempt"]))
+    about = (error.idempotency_key, int(error.sent["attempt"]))
     written = [(one.at, one.value) for one in world.prefect.changes if one.at <= end.at and one.value is not None]
-    versions = [(at, value) for at, value in written if (value["run_key"], value["attempt"]) == about]
+    versions = [(at, value) for at, value in written if (value["idempotency_key"], value["attempt"]) == about]
     # Somebody may resolve it between a caller's reading and its telling.
     before = [value for _, value in versions[:-1] if versions[-1][0] > end.at - READ_WITHIN]
     read = [*before[-1:], versions[-1][1]]
@@ -319,7 +319,7 @@ def _needlessly_uncertain(world: World) -> Iterator[str]:
         met = [
             fired.fault
             for at, key, fired in world.site.kickoff_faults
-            if key == record["run_key"] and began <= at <= change.at
+            if key == record["idempotency_key"] and began <= at <= change.at
         ]
         slow = any(fault.kind.name == "latency" and (fault.value or 0) >= REQUEST_TIMEOUT for fault in met)
         unclear = slow or any(fault.kind.name in UNCLEAR for fault in met) or world.site.crashes > 0

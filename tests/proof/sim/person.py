@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 __all__ = ["resolve_if_allowed", "settle_truly"]
 
 
-async def settle_truly(world: World, run_key: str, said: CrewResult | BaseException) -> bool:
+async def settle_truly(world: World, idempotency_key: str, said: CrewResult | BaseException) -> bool:
     """Settle an uncertain run by what the crew's server knows; True if asking once more can bring something new.
 
     Raises:
@@ -27,11 +27,11 @@ async def settle_truly(world: World, run_key: str, said: CrewResult | BaseExcept
         return True
     if not isinstance(said, KickoffUncertainError):
         return False
-    await resolve_if_allowed(world, run_key)
+    await resolve_if_allowed(world, idempotency_key)
     return True
 
 
-async def resolve_if_allowed(world: World, run_key: str) -> None:
+async def resolve_if_allowed(world: World, idempotency_key: str) -> None:
     """Resolve a run by what the crew's page shows at this moment.
 
     Raises:
@@ -39,12 +39,14 @@ async def resolve_if_allowed(world: World, run_key: str) -> None:
         httpx.HTTPError: The Prefect API is away.
     """
     records = PrefectRecords()
-    record = await unsettled(run_key, records)
-    held = {one.get("kickoff_id") for one in [*world.prefect.records(run_key), *world.prefect.gone(run_key)]}
+    record = await unsettled(idempotency_key, records)
+    held = {
+        one.get("kickoff_id") for one in [*world.prefect.records(idempotency_key), *world.prefect.gone(idempotency_key)]
+    }
     unknown = [
         run.id
         for run in world.site.runs
-        if (run.meta["run_key"], run.meta["run_attempt"]) == (run_key, record.attempt)
+        if (run.meta["idempotency_key"], run.meta["run_attempt"]) == (idempotency_key, record.attempt)
         and run.id not in held
         and inputs_digest(encode_inputs(run.inputs)) == record.inputs_digest
     ]
@@ -52,4 +54,4 @@ async def resolve_if_allowed(world: World, run_key: str) -> None:
         await settle_started(record, unknown[-1], records)
     else:
         await settle_never_started(record, records)
-    world.settled.append(run_key)
+    world.settled.append(idempotency_key)

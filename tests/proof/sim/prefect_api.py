@@ -97,15 +97,15 @@ class SimPrefect:
         """From now on, do everything right."""
         self.faults, self.outages = {}, ()
 
-    def records(self, run_key: str) -> list[dict[str, Any]]:
-        """Return the attempts at a run key, as they stand."""
-        values = [value for value in self.read(self.variables.values()) if value["run_key"] == run_key]
+    def records(self, idempotency_key: str) -> list[dict[str, Any]]:
+        """Return the attempts at an idempotency key, as they stand."""
+        values = [value for value in self.read(self.variables.values()) if value["idempotency_key"] == idempotency_key]
         return sorted(values, key=lambda value: value["attempt"])
 
-    def gone(self, run_key: str) -> list[Mapping[str, Any]]:
-        """Return the attempts at a run key that were deleted, as they stood then."""
+    def gone(self, idempotency_key: str) -> list[Mapping[str, Any]]:
+        """Return the attempts at an idempotency key that were deleted, as they stood then."""
         deleted = [change.before for change in self.changes if change.value is None and change.before is not None]
-        return [value for value in deleted if value["run_key"] == run_key]
+        return [value for value in deleted if value["idempotency_key"] == idempotency_key]
 
     async def take(self, request: httpx.Request, by: Process | None) -> httpx.Response:
         """Do what a request asks for, well or badly."""
@@ -205,7 +205,7 @@ class SimPrefect:
         now = asyncio.get_running_loop().time()
         standing: dict[str, Mapping[str, Any]] = {}
         for value in self.read(self.variables.values()):
-            standing[f"{value['run_key']}/{value['attempt']}"] = value
+            standing[f"{value['idempotency_key']}/{value['attempt']}"] = value
         for name in {**self._standing, **standing}:
             if (before := self._standing.get(name)) != (value := standing.get(name)):
                 self.changes.append(Change(now, name, value, before, by))

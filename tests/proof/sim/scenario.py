@@ -36,7 +36,7 @@ class Call(_Short):
 
     Attributes:
         at: When it starts, in seconds.
-        key: Which run key; calls with the same one are about the same purchase.
+        key: Which idempotency key; calls with the same one are about the same purchase.
         other_inputs: Give other inputs than the key's first call should have.
         at_once: Calls made side by side in this process.
         force_new: As `run_crew`'s.

@@ -107,7 +107,7 @@ class CrewSite:
     """The server, with what it was asked. `stored_token` is what the block on the Prefect server holds.
 
     `accepted_at` and `ended_at` are when each run began and ended, in seconds since the scenario began;
-    `kickoff_faults` are those that came, with the moment and the run key of the kickoff.
+    `kickoff_faults` are those that came, with the moment and the idempotency key of the kickoff.
     """
 
     def __init__(self, scenario: Scenario, prefect: SimPrefect) -> None:
@@ -138,9 +138,9 @@ class CrewSite:
         """Return a run that the server knows."""
         return next((run for run in self.runs if run.id == kickoff_id), None)
 
-    def accepted(self, run_key: str) -> list[str]:
-        """Return the ids of all runs that were ever started under a run key."""
-        return [id_ for id_, meta in self.counters.accepted.items() if meta["run_key"] == run_key]
+    def accepted(self, idempotency_key: str) -> list[str]:
+        """Return the ids of all runs that were ever started under an idempotency key."""
+        return [id_ for id_, meta in self.counters.accepted.items() if meta["idempotency_key"] == idempotency_key]
 
     def noting_end(self, end: Callable[..., None]) -> Callable[..., None]:
         """Return `Execution.end`, with a note of the moment."""
@@ -182,7 +182,7 @@ class CrewSite:
             await self._app(scope, receive, send)
             return
         message = await receive()
-        key = json.loads(message["body"])["meta"]["run_key"]
+        key = json.loads(message["body"])["meta"]["idempotency_key"]
         if not any(record["phase"] == "claimed" and record["permit"] for record in self._prefect.records(key)):
             self.unclaimed.append(key)
         self._arriving = key

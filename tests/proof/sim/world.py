@@ -27,7 +27,7 @@ from prefect_crew.blocks import DeployedCrew
 from prefect_crew.client._retry_safety import KickoffFate, kickoff_fate
 from prefect_crew.client.models import CrewResult
 from prefect_crew.crew import Crew, WaitPolicy
-from prefect_crew.exceptions import CrewError, KickoffUncertainError, RunKeyConflictError
+from prefect_crew.exceptions import CrewError, IdempotencyConflictError, KickoffUncertainError
 from prefect_crew.records.keys import RunIdentity
 from prefect_crew.records.model import Caller, RunRecord
 from prefect_crew.records.store import PrefectRecords, prune
@@ -50,7 +50,7 @@ PATIENCE = 6 * 3600.0
 
 
 def key_of(number: int) -> str:
-    """Return the run key of a scenario's key number."""
+    """Return the idempotency key of a scenario's key number."""
     return f"purchase-{number}"
 
 
@@ -137,21 +137,21 @@ class World:
         stored = self._crew(self.site.stored_token)
         return stored if stored.token != crew.token else None
 
-    async def identify(self, label: str, inputs_digest: str, *, run_key: str, **_: Any) -> RunIdentity:
+    async def identify(self, label: str, inputs_digest: str, *, idempotency_key: str, **_: Any) -> RunIdentity:
         """Stand in for Prefect's contexts: who calls, from which flow run."""
         del label, inputs_digest
         process = current_process()
         assert process is not None
         facts = process.facts
-        self.asks.append(Ask(self.loop.time(), run_key, process, self.over))
+        self.asks.append(Ask(self.loop.time(), idempotency_key, process, self.over))
         facts["calls"] = facts.get("calls", 0) + 1
         place = f"{facts['place']}/{facts['calls']}"
         if facts["call"].force_new:
-            self.forced.add((run_key, place))
+            self.forced.add((idempotency_key, place))
         owner = str(uuid.uuid4())
         self.owners[owner] = process
         caller = Caller(owner=owner, flow_run_id=facts["flow_run_id"], flow_run_count=facts["count"])
-        return RunIdentity(run_key=run_key, place=place, caller=caller)
+        return RunIdentity(idempotency_key=idempotency_key, place=place, caller=caller)
 
     def deciding(self, decide: Callable[..., Any]) -> Callable[..., Any]:
         """Return `decide`, with a note of what it says."""
@@ -327,17 +327,17 @@ class World:
         said = f"{value.output}" if isinstance(value, CrewResult) else f"{type(value).__name__}: {value}"
         self.trace.append(f"{self.loop.time():8.2f} {process.name} ended with {said}")
 
-    def _send_person(self, run_key: str, said: KickoffUncertainError) -> None:
+    def _send_person(self, idempotency_key: str, said: KickoffUncertainError) -> None:
         """Have a person settle a run, some time after it was reported, and well after whoever posted must know."""
-        record = self.prefect.records(run_key)[-1]
+        record = self.prefect.records(idempotency_key)[-1]
         claimed_at = datetime.fromisoformat(record["claimed_at"]).timestamp()
         known_by = claimed_at + record["good_for"] + record["post_deadline"] + 10
         wait = max(known_by - self.loop.wall(), 0.0) + 15 + (self.scenario.settle_after or 0.0)
-        if run_key not in self.persons:
-            self.persons.add(run_key)
+        if idempotency_key not in self.persons:
+            self.persons.add(idempotency_key)
             # Not in the context of the process that told: a person does not fall asleep with its machine.
             send = contextvars.Context().run
-            self.loop.call_later(wait, lambda: send(self.loop.create_task, self._person(run_key, said)))
+            self.loop.call_later(wait, lambda: send(self.loop.create_task, self._person(idempotency_key, said)))
 
     # Who is about besides.
 
@@ -359,9 +359,9 @@ class World:
             for number in sorted({call.key for call in self.scenario.calls}):
                 await _quietly(resolve_if_allowed(self, key_of(number)))
 
-    async def _person(self, run_key: str, said: KickoffUncertainError) -> None:
-        self.persons.discard(run_key)
-        await _quietly(settle_truly(self, run_key, said))
+    async def _person(self, idempotency_key: str, said: KickoffUncertainError) -> None:
+        self.persons.discard(idempotency_key)
+        await _quietly(settle_truly(self, idempotency_key, said))
 
     async def purchase(self, call: Call) -> CrewResult:
         """Do what the tasks of `run_crew` do, with the retries that Prefect makes of the first one."""
@@ -372,7 +372,7 @@ class World:
                 run = await kickoff.open_run(
                     self.crew,
                     inputs,
-                    run_key=key_of(call.key),
+                    idempotency_key=key_of(call.key),
                     force_new=call.force_new,
                     meta={"nothing": float("nan")} if call.misconfigured else None,
                     inside_own_task=True,
@@ -409,7 +409,7 @@ class World:
             before = len(self.endings)
             await process.start(self._main(process, call))
             value = self.endings[before].value
-            if isinstance(value, RunKeyConflictError):
+            if isinstance(value, IdempotencyConflictError):
                 other = not other  # what was bought had the others
                 continue
             said.append(value)

@@ -45,9 +45,9 @@ def crew_of(server: InProcessCrewServer, **fields: Any) -> DeployedCrew:
     return DeployedCrew(url=server.url, token=server.token, **fields)
 
 
-async def answers(run_key: str) -> list[SentReview]:
+async def answers(idempotency_key: str) -> list[SentReview]:
     records = PrefectRecords()
-    return await records.reviews((await records.attempts(run_key))[-1])
+    return await records.reviews((await records.attempts(idempotency_key))[-1])
 
 
 async def test_each_answer_names_the_users_own_webhooks_again() -> None:
@@ -73,11 +73,11 @@ async def test_an_answer_to_a_run_with_the_receivers_webhooks_names_those(monkey
     monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_WEBHOOK_SECRET", "a-secret-of-thirty-two-characters")
     with InProcessCrewServer(SCRIPT) as server:
         crew = crew_of(server)
-        kickoff_id = await kickoff_crew(crew, {}, run_key="hooked")
+        kickoff_id = await kickoff_crew(crew, {}, idempotency_key="hooked")
         result = await arun_crew(
             crew,
             {},
-            run_key="hooked",
+            idempotency_key="hooked",
             review=lambda _: Review(approve=True),
             webhooks=Webhooks(crew="http://127.0.0.1:9/mine"),
         )
@@ -152,7 +152,7 @@ async def test_an_answer_that_may_have_arrived_is_not_sent_again() -> None:
         @flow
         async def reviewed() -> str:
             return (
-                await arun_crew(crew_of(server), {}, review=lambda _: Review(approve=True), run_key=server.url)
+                await arun_crew(crew_of(server), {}, review=lambda _: Review(approve=True), idempotency_key=server.url)
             ).output
 
         with pytest.raises(CrewError):
@@ -196,7 +196,7 @@ def run_with(server: InProcessCrewServer, review: Any = None, **policy: Any) -> 
     @flow
     async def reviewed() -> str:
         wait = WaitPolicy(**policy)
-        return (await arun_crew(crew_of(server), {}, run_key=server.url, review=review, wait=wait)).output
+        return (await arun_crew(crew_of(server), {}, idempotency_key=server.url, review=review, wait=wait)).output
 
     return reviewed()
 
@@ -321,7 +321,7 @@ async def test_whoever_answers_a_round_that_has_its_answer_is_told() -> None:
 
         @flow
         async def asked() -> None:
-            kickoff_id = await kickoff_crew(crew, {}, run_key=server.url)
+            kickoff_id = await kickoff_crew(crew, {}, idempotency_key=server.url)
             record = (await PrefectRecords().attempts(server.url))[-1]
             run = OpenRun(crew=crew.crew, kickoff_id=kickoff_id, record=record)
             async with CrewSession(crew.crew) as session:

@@ -60,7 +60,7 @@ async def test_a_function_chooses_an_outcome_and_it_goes_to_the_callback_once(ho
 
         @flow
         async def once() -> str:
-            return (await arun_crew(server.crew(), {}, run_key=key, review=judge)).output
+            return (await arun_crew(server.crew(), {}, idempotency_key=key, review=judge)).output
 
         assert await once() == "Draft. needs_revision: Shorter."
         assert server.requests["resume"] == 2
@@ -77,7 +77,7 @@ async def test_a_function_chooses_an_outcome_and_it_goes_to_the_callback_once(ho
 async def _kicked_off(crew: DeployedCrew, key: str) -> str:
     @flow
     async def start() -> str:
-        return await kickoff_crew(crew, {}, run_key=key)
+        return await kickoff_crew(crew, {}, idempotency_key=key)
 
     kickoff_id = await start()
     while not await kept_requests(kickoff_id):
@@ -94,7 +94,7 @@ async def test_an_answer_that_may_have_arrived_is_held_and_the_list_shows_what_i
         async def same(_: Any) -> Crew:
             return crew.crew
 
-        (line,) = [one for one in await asked_runs([PrefectRecords()], same) if one.record.run_key == key]
+        (line,) = [one for one in await asked_runs([PrefectRecords()], same) if one.record.idempotency_key == key]
         assert (line.options, line.output, line.task_id) == (OPTIONS, "Draft. ", "publish")
         with pytest.raises(ConfigurationError, match="goes on with one of: approve, needs_revision"):
             await resume_run(crew.crew, kickoff_id, feedback="", approve=False)

@@ -200,7 +200,7 @@ def test_two_questions_of_one_flow_run_stand_in_line_while_other_runs_go_on(serv
 
 def test_an_answer_from_elsewhere_takes_the_form_back(server: InProcessCrewServer) -> None:
     crew = crew_of(server)
-    run = FlowRun(lambda: arun_crew(crew, {"topic": "tea"}, review="form", run_key=f"elsewhere {server.url}"))
+    run = FlowRun(lambda: arun_crew(crew, {"topic": "tea"}, review="form", idempotency_key=f"elsewhere {server.url}"))
     run.form()
 
     async def answer() -> None:
@@ -219,7 +219,7 @@ def test_of_two_flow_runs_that_ask_about_one_run_one_answers(server: InProcessCr
     crew, key = crew_of(server), f"both {server.url}"
 
     async def ask() -> str:
-        return (await arun_crew(crew, {"topic": "tea"}, review="form", run_key=key)).output
+        return (await arun_crew(crew, {"topic": "tea"}, review="form", idempotency_key=key)).output
 
     runs = [FlowRun(ask) for _ in range(2)]
     for run in runs:

@@ -46,7 +46,7 @@ async def asking(**options: Any) -> AsyncIterator[tuple[AskingServer, DeployedCr
 def run_of(crew: DeployedCrew, review: Any = None, retries: int = 0, **policy: Any) -> Any:
     @flow(retries=retries, retry_delay_seconds=0)
     async def reviewed() -> str:
-        return (await arun_crew(crew, {}, run_key=crew.url, review=review, wait=WaitPolicy(**policy))).output
+        return (await arun_crew(crew, {}, idempotency_key=crew.url, review=review, wait=WaitPolicy(**policy))).output
 
     return reviewed()
 
@@ -122,7 +122,7 @@ async def test_a_retried_flow_does_not_answer_the_next_round_with_the_answer_of_
         @flow(retries=1, retry_delay_seconds=0)
         async def answering() -> None:
             attempts.append(1)
-            kickoff_id = await kickoff_crew(crew, {}, run_key=crew.url)
+            kickoff_id = await kickoff_crew(crew, {}, idempotency_key=crew.url)
             await resume_crew(crew, kickoff_id, approve=True, feedback=f"attempt {len(attempts)}")
             if len(attempts) == 1:
                 raise RuntimeError("after the answer")
@@ -145,7 +145,7 @@ async def test_of_several_who_answer_at_once_one_does() -> None:
 async def _kicked_off(crew: DeployedCrew) -> str:
     @flow
     async def start() -> str:
-        return await kickoff_crew(crew, {}, run_key=crew.url)
+        return await kickoff_crew(crew, {}, idempotency_key=crew.url)
 
     return await start()
 

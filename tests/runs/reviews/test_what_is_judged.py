@@ -43,7 +43,7 @@ async def receiver(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[str]:
 async def reviewed(crew: DeployedCrew, review: Any, key: str, **policy: Any) -> None:
     @flow
     async def once() -> None:
-        await arun_crew(crew, {"topic": "tea"}, run_key=key, review=review, wait=WaitPolicy(**policy))
+        await arun_crew(crew, {"topic": "tea"}, idempotency_key=key, review=review, wait=WaitPolicy(**policy))
 
     await once()
 
@@ -74,7 +74,7 @@ async def test_the_command_line_sees_it_as_well_and_of_secret_inputs_nothing_is_
                 return crew
 
             lines = await asked_runs([PrefectRecords()], same)
-            (line,) = [one for one in lines if one.record.run_key == f"{key}/{expected}"]
+            (line,) = [one for one in lines if one.record.idempotency_key == f"{key}/{expected}"]
             assert line.output == expected
 
 
