@@ -408,7 +408,7 @@ class KickoffUncertainError(CrewError):
             f"The kickoff of run {idempotency_key!r} is uncertain: {reason.rstrip('.')}. "
             f"{f'Sent: {facts}. ' if facts else ''}"
             "It may be running and is not started again. Look at the crew's page, then say which it was: "
-            f"prefect-crew runs settle {shlex.quote(idempotency_key)} --kickoff-id ID, or --never-started; "
+            f"prefect-crew runs resolve {shlex.quote(idempotency_key)} --kickoff-id ID, or --never-started; "
             "then run again with the same key."
         )
 
@@ -501,7 +501,7 @@ class CrewLostError(_EndedError):
         if last_state == CrewState.COMPLETED:
             seen = "it has completed, but its record does not hold the result, which the server has forgotten"
         elif idempotency_key:
-            again += f", and so does the key after prefect-crew runs settle {shlex.quote(idempotency_key)} --lost"
+            again += f", and so does the key after prefect-crew runs resolve {shlex.quote(idempotency_key)} --lost"
         super().__init__(
             f"{_of(kickoff_id, crew)} is not known to the server: {seen}. "
             f"Check the URL, then the crew's page. It is not bought again on a guess: {again}.",

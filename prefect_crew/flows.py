@@ -95,7 +95,7 @@ async def arun_crew(
 
     Raises:
         InvalidInputsError, IdempotencyConflictError: Nothing was started.
-        KickoffUncertainError: Nobody knows whether a run was started. A person settles it.
+        KickoffUncertainError: Nobody knows whether a run was started. A person resolves it.
         CrewFailedError, CrewStoppedError, CrewLostError: How the run ended instead.
         CrewTimeoutError: A time budget is over; the run may go on.
         OutputTypeError: The result does not fit `output_type`.

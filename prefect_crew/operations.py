@@ -53,7 +53,7 @@ async def watch_folder(
     folder: str,
     output: str,
     pattern: str = "*.csv",
-    settled_seconds: float = 30.0,
+    resolved_seconds: float = 30.0,
     ledger: str | None = None,
     options: dict[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
@@ -69,7 +69,7 @@ async def watch_folder(
         folder: Where new files come in.
         output: The folder for the lines: one file for each that came in, and its ledger unless one is given.
         pattern: Which files.
-        settled_seconds: Seconds for which a file must not have changed: until then somebody may still be writing it.
+        resolved_seconds: Seconds for which a file must not have changed: until then somebody may still be writing it.
         ledger: A path, the URL of a PostgreSQL, or secret://NAME, for all of them.
         options: More of run_batch's options.
 
@@ -79,7 +79,7 @@ async def watch_folder(
     log, reports, inbox, more = get_run_logger(), list[dict[str, Any]](), Path(folder), from_plain(options or {})
     if not await to_thread(inbox.is_dir):
         log.warning("There is no folder %s here, so nothing can come in.", folder)
-    found, failed = await to_thread(_new_files, inbox, pattern, settled_seconds), list[str]()
+    found, failed = await to_thread(_new_files, inbox, pattern, resolved_seconds), list[str]()
     for path in found:
         try:
             name = f"{path.name}-{(await to_thread(_digest, path))[:12]}"
@@ -133,13 +133,13 @@ async def prune_records(older_than_days: int = 90, dry_run: bool = False) -> str
     return said
 
 
-def _new_files(folder: Path, pattern: str, settled_seconds: float) -> list[Path]:
+def _new_files(folder: Path, pattern: str, resolved_seconds: float) -> list[Path]:
     """Return the files that nobody is still writing, the oldest first."""
     found: list[tuple[float, Path]] = []
     for path in folder.glob(pattern):
         with suppress(FileNotFoundError):  # another run of this flow was just done with it
             changed = path.stat().st_mtime
-            if path.is_file() and time.time() - changed >= settled_seconds:
+            if path.is_file() and time.time() - changed >= resolved_seconds:
                 found.append((changed, path))
     return [path for _, path in sorted(found)]
 

@@ -62,7 +62,7 @@ ERRORS: dict[str, tuple[CrewError, list[str], str]] = {
     "uncertain": (
         exceptions.KickoffUncertainError(idempotency_key="daily", reason="timeout. Look.", sent={"crew": "travel"}),
         ["'daily'", "timeout", "crew travel"],
-        "prefect-crew runs settle daily",
+        "prefect-crew runs resolve daily",
     ),
     "conflict": (
         exceptions.IdempotencyConflictError(idempotency_key="daily", difference="other inputs", kickoff_id="k1"),

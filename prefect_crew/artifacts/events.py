@@ -6,7 +6,7 @@
     crew.completed, crew.failed, crew.stopped, crew.lost     once each, from whoever closed the record
     crew.uncertain     a kickoff was sent and nobody knows its fate
     crew.timed_out     a waiter's patience ended; the run may go on
-    crew.settled       an uncertain kickoff is known to have started the run, by a webhook: from the receiver, as
+    crew.resolved       an uncertain kickoff is known to have started the run, by a webhook: from the receiver, as
     crew.webhook.*     whatever a crew's server tells of a run: `prefect_crew.receiver`
 
 Emitting is a hand-over to Prefect's own background thread (0.15 ms) and raises nothing when the API is away.

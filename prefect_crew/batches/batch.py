@@ -44,7 +44,7 @@ from prefect_crew.crew import Crew, CrewSession
 from prefect_crew.exceptions import BadRowsError, BatchBusyError, ConfigurationError, CrewError, LedgerError
 from prefect_crew.records.model import RunRecord
 from prefect_crew.records.store import PrefectRecords
-from prefect_crew.runs.webhook_resolve import Settlement, settle_from_webhook
+from prefect_crew.runs.webhook_resolve import Resolution, resolve_from_webhook
 from prefect_crew.settings import CrewSettings
 from prefect_crew.states import CrewState
 from prefect_crew.webhooks import claim_of, webhooks_for
@@ -149,8 +149,8 @@ MOST = 200
 """Uncertain rows that are looked for. A process that dies leaves 16."""
 
 
-async def settle_by_webhooks(ledger: Ledger, crew: Crew) -> None:
-    """Settle what webhooks have told of, under the conditions of `settle_from_webhook`. An error leaves it uncertain.
+async def resolve_by_webhooks(ledger: Ledger, crew: Crew) -> None:
+    """Resolve what webhooks have told of, under the conditions of `resolve_from_webhook`. An error leaves it uncertain.
 
     Without a secret nobody has checked where a webhook came from, so none is believed.
 
@@ -159,26 +159,26 @@ async def settle_by_webhooks(ledger: Ledger, crew: Crew) -> None:
     """
     if not CrewSettings().webhook_secret:
         return
-    for record in [one for one in await ledger.unsettled() if one.hooked][:MOST]:
+    for record in [one for one in await ledger.unresolved() if one.hooked][:MOST]:
         try:
             ids = [one for one in await _told(record) if await PrefectRecords().of_kickoff(one) is None]
         except (httpx.HTTPError, PrefectException) as error:
             run_logger().warning("What webhooks told of uncertain rows cannot be read: %s", error)
             return
         for kickoff_id in ids:
-            outcome = await settle_from_webhook(
+            outcome = await resolve_from_webhook(
                 record.idempotency_key,
                 kickoff_id,
                 ledger,
                 attempt=record.attempt,
                 load=lambda found: _same(crew, found),
             )
-            if outcome is Settlement.SETTLED:
+            if outcome is Resolution.RESOLVED:
                 run_logger().info(
-                    "Row %r of batch %s is settled: its kickoff started run %s, a webhook says.",
+                    "Row %r of batch %s is resolved: its kickoff started run %s, a webhook says.",
                     *(ledger.row_key(record.idempotency_key), ledger.batch, kickoff_id),
                 )
-                emit("settled", record.model_copy(update={"kickoff_id": kickoff_id}))
+                emit("resolved", record.model_copy(update={"kickoff_id": kickoff_id}))
                 break
 
 
@@ -267,7 +267,7 @@ async def open_batch(job: BatchJob, *, shared: bool = False) -> AsyncGenerator[O
             await asyncio.to_thread(output.put_rejected, rejected.file if aside.count else None)
             await ledger.note_set_aside(aside)
         if bound.before is not None:
-            await settle_by_webhooks(ledger, session.crew)
+            await resolve_by_webhooks(ledger, session.crew)
         yield OpenBatch(
             job,
             session,

@@ -342,7 +342,7 @@ class Ledger:
         """Tell the id of a run that is in no ledger: nobody else knows it."""
         if record.kickoff_id is not None and record.phase is RecordPhase.STARTED:
             run_logger().error(
-                "Row %r of batch %s is run %s, and %sprefect-crew batch settle %s %s --kickoff-id %s",
+                "Row %r of batch %s is run %s, and %sprefect-crew batch resolve %s %s --kickoff-id %s",
                 *(self.row_key(record.idempotency_key), self.batch, record.kickoff_id, why),
                 *map(shlex.quote, (self.batch, self.row_key(record.idempotency_key), record.kickoff_id)),
             )
@@ -464,7 +464,7 @@ class Ledger:
             rows += [Place(*row) for row in await self._rows(rest)]
         return rows
 
-    async def unsettled(self) -> list[RunRecord]:
+    async def unresolved(self) -> list[RunRecord]:
         """Return the attempts of which nobody has written down what became of their kickoffs."""
         phases = (str(RecordPhase.UNCERTAIN), str(RecordPhase.CLAIMED))
         ours = (attempts.c.batch == self.batch, attempts.c.phase.in_(phases))

@@ -116,7 +116,7 @@ class RowEnd:
 
     @property
     def uncertain(self) -> bool:
-        """Whether a person has to settle it."""
+        """Whether a person has to resolve it."""
         return self.state == UNCERTAIN
 
 
@@ -195,7 +195,7 @@ def standing_word(record: RunRecord) -> str | None:
     return _OUT_OF_SIGHT.get(record.reason or "", UNSEEN) if record.phase is RecordPhase.STARTED else None
 
 
-def unsettled(job: RowJob, record: RunRecord, *, batch: str) -> RowEnd:
+def unresolved(job: RowJob, record: RunRecord, *, batch: str) -> RowEnd:
     """Return the end of a row that was found uncertain."""
     reason = record.reason or "whoever sent it ended before its answer was written down"
     return RowEnd(job, UNCERTAIN, record, _uncertain(job, reason, batch), KickoffUncertainError.__name__, found=True)
@@ -213,5 +213,5 @@ def _lost(job: RowJob, error: CrewLostError, batch: str) -> str:
 def _uncertain(job: RowJob, reason: str, batch: str) -> str:
     return (
         f"Nobody knows whether its kickoff started a run: {reason.rstrip('.')}. Look at the crew's page, then: "
-        f"prefect-crew batch settle {shlex.quote(batch)} {shlex.quote(job.key)} --kickoff-id ID, or --never-started."
+        f"prefect-crew batch resolve {shlex.quote(batch)} {shlex.quote(job.key)} --kickoff-id ID, or --never-started."
     )

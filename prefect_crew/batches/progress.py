@@ -271,7 +271,7 @@ class BatchArtifacts:
         parts = [self._head("Failures")]
         if standing.uncertain_keys:
             shown = ", ".join(code(key) for key in standing.uncertain_keys[:FAILURES])
-            parts.append(f"**Uncertain**, to be settled by a person ({standing.uncertain:,}): {shown}")
+            parts.append(f"**Uncertain**, to be resolved by a person ({standing.uncertain:,}): {shown}")
         if standing.failures:
             rows = [
                 (

@@ -19,7 +19,7 @@ class BatchReport:
     Attributes:
         name: The batch.
         total: Rows that can be run, plus those that were set aside.
-        completed, failed, uncertain: How they stand. Uncertain ones wait to be settled by a person.
+        completed, failed, uncertain: How they stand. Uncertain ones wait to be resolved by a person.
         skipped: Rows that were not run: set aside, left in flight, or not reached because the batch stopped buying.
         seconds: The wall time of this call.
         output: Where the lines are.

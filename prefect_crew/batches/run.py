@@ -92,7 +92,7 @@ async def arun_batch(
 ) -> BatchReport:
     """Run a crew once for each row of a data set. A second call with the name goes on where the first stopped.
 
-    Rows that are done are not run again, rows in flight are waited for, uncertain ones are listed and can be settled.
+    Rows that are done are not run again, rows in flight are waited for, uncertain ones are listed and can be resolved.
     Every row is checked before anything is kicked off. Inside a flow its tasks are of that flow; outside of one it runs
     a flow of its own.
 

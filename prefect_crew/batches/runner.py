@@ -32,7 +32,7 @@ from prefect_crew.batches.outcomes import (
     ended,
     note,
     purchases,
-    unsettled,
+    unresolved,
 )
 from prefect_crew.batches.polling import RowWaiter
 from prefect_crew.batches.rows import RowJob
@@ -148,8 +148,8 @@ class Engine:
 
     # Rows that this call has nothing to do for.
 
-    async def settled(self, work: Work) -> bool:
-        """Report a row that the ledger alone settles, and return whether it does."""
+    async def resolved(self, work: Work) -> bool:
+        """Report a row that the ledger alone resolves, and return whether it does."""
         job, latest = work.job, latest_purchase(work.attempts)
         if latest is None:
             return False
@@ -159,7 +159,7 @@ class Engine:
         if latest.phase is RecordPhase.UNCERTAIN or (
             latest.phase is RecordPhase.CLAIMED and await self.ledger.owner_ended(latest)
         ):
-            await self._on_end(unsettled(job, latest, batch=self.ledger.batch))
+            await self._on_end(unresolved(job, latest, batch=self.ledger.batch))
             return True
         if latest.phase is not RecordPhase.ENDED:
             return False
@@ -254,7 +254,7 @@ class Engine:
             claimed = latest_purchase(work.attempts) or claimed
         if claimed.phase is RecordPhase.UNCERTAIN or (claimed.phase is RecordPhase.CLAIMED and self.stopped is None):
             # Not a failure of the crew at this moment, which is what the breaker counts.
-            await self._on_end(unsettled(work.job, claimed, batch=self.ledger.batch))
+            await self._on_end(unresolved(work.job, claimed, batch=self.ledger.batch))
             return
         await self._row(work, found=claimed if claimed.phase is RecordPhase.STARTED else None)
 
@@ -586,7 +586,7 @@ async def feed(engine: Engine, jobs: Iterator[RowJob], *, chunk_size: int, new: 
     running: set[asyncio.Task[None]] = set()
     try:
         rows: list[Work] = []
-        async for work in _unsettled(engine, jobs, new=new):
+        async for work in _unresolved(engine, jobs, new=new):
             rows.append(work)
             if len(rows) == chunk_size:
                 await _begin(_Chunk(engine, rows), running)
@@ -623,13 +623,13 @@ def _let_go(running: set[asyncio.Task[None]], done: set[Any]) -> None:
         one.result()
 
 
-async def _unsettled(engine: Engine, jobs: Iterator[RowJob], *, new: bool) -> AsyncGenerator[Work]:
+async def _unresolved(engine: Engine, jobs: Iterator[RowJob], *, new: bool) -> AsyncGenerator[Work]:
     """Yield the rows that are not done. When the batch buys nothing more, those that it may still wait for."""
     while page := await asyncio.to_thread(lambda: list(islice(jobs, PAGE))):
         known = {} if new else await engine.ledger.attempts_of([job.key for job in page])
         for job in page:
             work = Work(job, known.get(job.key, ()))
-            if work.attempts and await engine.settled(work):
+            if work.attempts and await engine.resolved(work):
                 continue
             if engine.stopped is None or _in_flight(work):
                 yield work

@@ -88,7 +88,7 @@ class KnownBatch:
         if counts.get(str(RecordPhase.CLAIMED)):
             # What its sender must know of by now, and has not written down, is uncertain: the next call says so too.
             claimed = RecordPhase.CLAIMED
-            old = sum(one.phase is claimed and not one.open_for for one in await self.ledger.unsettled())
+            old = sum(one.phase is claimed and not one.open_for for one in await self.ledger.unresolved())
             lost = min(old, counts[str(claimed)])
             counts[str(claimed)] -= lost
             counts[str(RecordPhase.UNCERTAIN)] = counts.get(str(RecordPhase.UNCERTAIN), 0) + lost
@@ -136,7 +136,7 @@ class KnownBatch:
             last = latest_purchase(found[key]) or found[key][-1]
             if last.phase in (RecordPhase.UNCERTAIN, RecordPhase.CLAIMED):
                 raise ConfigurationError(
-                    f"Row {key!r} of batch {self.name!r} is uncertain. Settle it first: prefect-crew batch settle "
+                    f"Row {key!r} of batch {self.name!r} is uncertain. Resolve it first: prefect-crew batch resolve "
                     f"{shlex.quote(self.name)} {shlex.quote(key)} --kickoff-id ID, or --never-started."
                 )
             if last.state is CrewState.COMPLETED and last.error is None:

@@ -235,7 +235,7 @@ def put_report(report: BatchReport, shown: BatchProgress, *, as_json: bool) -> i
     batch = shlex.quote(report.name)
     if report.uncertain:
         _output.note(
-            f"{report.uncertain:,} rows are uncertain, to be settled by a person: {_program('failures', batch)}"
+            f"{report.uncertain:,} rows are uncertain, to be resolved by a person: {_program('failures', batch)}"
         )
     elif report.failed:
         _output.note(f"What failed: {_program('failures', batch)}. To buy it again: {_program('retry', batch)}")
@@ -440,8 +440,8 @@ def failures(
         _output.note(f"Rows that were set aside cannot be run. All {aside.count:,} are in {aside.output}.")
     if any(_state(record) == "uncertain" for _, record in found):
         _output.note(
-            f"An uncertain row is settled after a look at the crew's page: "
-            f"{_output.command('prefect-crew batch settle')} NAME ROW --kickoff-id ID, or --never-started."
+            f"An uncertain row is resolved after a look at the crew's page: "
+            f"{_output.command('prefect-crew batch resolve')} NAME ROW --kickoff-id ID, or --never-started."
         )
 
 
@@ -475,7 +475,7 @@ def _as_json(key: str, record: RunRecord) -> dict[str, Any]:
 
 
 @app.command
-def settle(
+def resolve(
     name: Annotated[str, NAME],
     row: Annotated[str, Parameter(name="ROW", help="The row's key.")],
     /,
@@ -492,16 +492,16 @@ def settle(
     if (kickoff_id is None) is not never_started:
         raise UsageError("Say either --kickoff-id ID or --never-started.")
     _reach()
-    asyncio.run(_settle(name, row, kickoff_id, crew, ledger, access))
+    asyncio.run(_resolve(name, row, kickoff_id, crew, ledger, access))
 
 
-async def _settle(
+async def _resolve(
     name: str, row: str, kickoff_id: str | None, crew: str | None, ledger: str | None, access: CrewAccess
 ) -> None:
     from prefect_crew.batches.ownership import BatchLock
     from prefect_crew.batches.stored import known_batch
     from prefect_crew.exceptions import BatchBusyError
-    from prefect_crew.records.resolve import settle_never_started, settle_started, unsettled
+    from prefect_crew.records.resolve import resolve_never_started, resolve_started, unresolved
     from prefect_crew.records.store import PrefectRecords
 
     async with known_batch(name, ledger) as batch, BatchLock(batch.ledger.database, name) as lock:
@@ -510,11 +510,11 @@ async def _settle(
         batch.ledger.sole = lock.proves
         if not await batch.ledger.attempts(batch.ledger.idempotency_key(row)):
             raise ConfigurationError(f"Batch {name!r} has bought nothing for a row {row!r}.")
-        record = await unsettled(batch.ledger.idempotency_key(row), batch.ledger)
+        record = await unresolved(batch.ledger.idempotency_key(row), batch.ledger)
         again = f"{_output.command('prefect-crew batch resume')} {shlex.quote(name)}"
         if kickoff_id is None:
-            await settle_never_started(record, batch.ledger)
-            _output.put(f"Settled: row {row} never started. {again} buys it.")
+            await resolve_never_started(record, batch.ledger)
+            _output.put(f"Resolved: row {row} never started. {again} buys it.")
             return
         holder = await PrefectRecords().of_kickoff(kickoff_id)
         if holder is not None:
@@ -530,8 +530,10 @@ async def _settle(
                 f"Crew {record.crew} is no stored block, so its server was not asked whether it knows run "
                 f"{kickoff_id}. Give --crew to have it asked."
             )
-            state = await settle_started(record, kickoff_id, batch.ledger)
+            state = await resolve_started(record, kickoff_id, batch.ledger)
         else:
             async with found.client() as client:
-                state = await settle_started(record, kickoff_id, batch.ledger, look=client.status)
-        _output.put(f"Settled: row {row} is run {kickoff_id}{f', {state} now' if state else ''}. {again} waits for it.")
+                state = await resolve_started(record, kickoff_id, batch.ledger, look=client.status)
+        _output.put(
+            f"Resolved: row {row} is run {kickoff_id}{f', {state} now' if state else ''}. {again} waits for it."
+        )

@@ -1,4 +1,4 @@
-"""Commands about run records: list, show, settle, prune."""
+"""Commands about run records: list, show, resolve, prune."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def _todo(record: RunRecord, standing: Standing, passed: bool) -> str:
     crew, kickoff_id = shlex.quote(crew_argument(record)), shlex.quote(record.kickoff_id or "ID")
     if standing is Standing.UNCERTAIN:
         return (
-            f"Look at the crew's page, then: prefect-crew runs settle {shlex.quote(record.idempotency_key)} "
+            f"Look at the crew's page, then: prefect-crew runs resolve {shlex.quote(record.idempotency_key)} "
             f"--kickoff-id ID, "
             "or --never-started."
         )
@@ -136,7 +136,7 @@ def _todo(record: RunRecord, standing: Standing, passed: bool) -> str:
         goes_on = "Its key leads to a later attempt; look" if passed else "Run again with its key to go on, or look"
         return (
             f"Nobody waits for it.{person} {goes_on}: prefect-crew status {crew} {kickoff_id}. "
-            f"If the crew's server has forgotten it: prefect-crew runs settle {shlex.quote(record.idempotency_key)} "
+            f"If the crew's server has forgotten it: prefect-crew runs resolve {shlex.quote(record.idempotency_key)} "
             f"--lost."
         )
     if standing is Standing.WAITING:
@@ -278,7 +278,7 @@ async def _attempts(key: str, records: PrefectRecords) -> list[RunLine]:
 
 
 @app.command
-def settle(
+def resolve(
     key: Annotated[str, KEY],
     /,
     *,
@@ -294,13 +294,13 @@ def settle(
     if [kickoff_id is not None, never_started, lost].count(True) != 1:
         raise UsageError("Say one of --kickoff-id ID, --never-started and --lost.")
     if lost:
-        asyncio.run(_settle_lost(key, crew, access, _records()))
+        asyncio.run(_resolve_lost(key, crew, access, _records()))
     else:
-        asyncio.run(_settle(key, kickoff_id, crew, access, _records()))
+        asyncio.run(_resolve(key, kickoff_id, crew, access, _records()))
 
 
-async def _settle_lost(key: str, crew: str | None, access: CrewAccess, records: PrefectRecords) -> None:
-    from prefect_crew.records.resolve import in_flight, settle_lost
+async def _resolve_lost(key: str, crew: str | None, access: CrewAccess, records: PrefectRecords) -> None:
+    from prefect_crew.records.resolve import in_flight, resolve_lost
 
     record = await in_flight(key, records)
     found = await crew_of(record, crew, access)
@@ -309,22 +309,22 @@ async def _settle_lost(key: str, crew: str | None, access: CrewAccess, records: 
             f"Crew {record.crew} is no stored block, so its server was not asked whether it knows run "
             f"{record.kickoff_id}. Give --crew to have it asked."
         )
-        await settle_lost(record, records)
+        await resolve_lost(record, records)
     else:
         async with found.client() as client:
-            await settle_lost(record, records, look=client.status)
-    _output.put(f"Settled: run {record.kickoff_id} of {key} is lost. Run again with this key to buy another.")
+            await resolve_lost(record, records, look=client.status)
+    _output.put(f"Resolved: run {record.kickoff_id} of {key} is lost. Run again with this key to buy another.")
 
 
-async def _settle(
+async def _resolve(
     key: str, kickoff_id: str | None, crew: str | None, access: CrewAccess, records: PrefectRecords
 ) -> None:
-    from prefect_crew.records.resolve import settle_never_started, settle_started, unsettled
+    from prefect_crew.records.resolve import resolve_never_started, resolve_started, unresolved
 
-    record = await unsettled(key, records)
+    record = await unresolved(key, records)
     if kickoff_id is None:
-        await settle_never_started(record, records)
-        _output.put(f"Settled: {key} never started. Run again with this key to start it.")
+        await resolve_never_started(record, records)
+        _output.put(f"Resolved: {key} never started. Run again with this key to start it.")
         return
     found = await crew_of(record, crew, access)
     if found is None:
@@ -332,12 +332,12 @@ async def _settle(
             f"Crew {record.crew} is no stored block, so its server was not asked whether it knows run {kickoff_id}. "
             "Give --crew to have it asked."
         )
-        state = await settle_started(record, kickoff_id, records)
+        state = await resolve_started(record, kickoff_id, records)
     else:
         async with found.client() as client:
-            state = await settle_started(record, kickoff_id, records, look=client.status)
+            state = await resolve_started(record, kickoff_id, records, look=client.status)
     _output.put(
-        f"Settled: {key} is run {kickoff_id}{f', {state} now' if state else ''}. "
+        f"Resolved: {key} is run {kickoff_id}{f', {state} now' if state else ''}. "
         "Run again with this key to wait for it and get its result."
     )
 

@@ -21,7 +21,7 @@ from prefect_crew.artifacts.events import resources_of
 from prefect_crew.client._parsing import as_count, as_object
 from prefect_crew.client.models import StreamEvent, WebhookBody
 from prefect_crew.records.model import RecordStore, RunRecord, utcnow
-from prefect_crew.runs.webhook_resolve import attempt_of, unsettled
+from prefect_crew.runs.webhook_resolve import attempt_of, unresolved
 from prefect_crew.webhooks import Hook
 
 MAX_STREAMED = 200
@@ -163,7 +163,7 @@ def _idempotency_key(meta: Any) -> str | None:
 PREFIX = "crew.webhook."
 HELD = 1000
 """Records that are remembered."""
-KNOWN, MISSING, UNSETTLED = 600.0, 60.0, 1.0
+KNOWN, MISSING, UNRESOLVED = 600.0, 60.0, 1.0
 """Seconds for which a record, that there is none, and one that may soon say more are taken for true."""
 AT_ONCE = 8
 """Records that are asked for at a time."""
@@ -195,10 +195,10 @@ def event_of(news: News, record: RunRecord | None) -> dict[str, Any]:
     }
 
 
-def settled_event(record: RunRecord, news: News) -> dict[str, Any]:
-    """Return the event that a webhook has settled an uncertain kickoff."""
+def resolved_event(record: RunRecord, news: News) -> dict[str, Any]:
+    """Return the event that a webhook has resolved an uncertain kickoff."""
     event = event_of(news, record)
-    return {**event, "event": "crew.settled", "id": str(uuid5(news.id, "settled")), "occurred": utcnow().isoformat()}
+    return {**event, "event": "crew.resolved", "id": str(uuid5(news.id, "resolved")), "occurred": utcnow().isoformat()}
 
 
 async def send_events(events: Sequence[dict[str, Any]]) -> None:
@@ -266,4 +266,4 @@ def _lasting(record: RunRecord | None, attempt: int | None) -> float:
     """Return for how many seconds what was found is taken for true."""
     if record is None:
         return MISSING
-    return UNSETTLED if attempt is None or unsettled(record) else KNOWN
+    return UNRESOLVED if attempt is None or unresolved(record) else KNOWN

@@ -21,11 +21,11 @@ from prefect_crew._internal.prefect_api import OneLine
 from prefect_crew.blocks import find_crew
 from prefect_crew.client._callbacks import FeedbackRequest
 from prefect_crew.exceptions import ConfigurationError
-from prefect_crew.receiver.events import News, Rank, RecordCache, event_of, send_events, settled_event, transient
+from prefect_crew.receiver.events import News, Rank, RecordCache, event_of, resolved_event, send_events, transient
 from prefect_crew.records.model import RecordStore, RunRecord
 from prefect_crew.records.notes import keep_output, keep_request
 from prefect_crew.records.store import PrefectRecords
-from prefect_crew.runs.webhook_resolve import Settlement, attempt_of, settle_from_webhook, unsettled
+from prefect_crew.runs.webhook_resolve import Resolution, attempt_of, resolve_from_webhook, unresolved
 
 
 class SheddingQueue:
@@ -109,9 +109,9 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.5, 10.0
 CLOSE_WITHIN = 5.0
 LOGGED = 10
 """Refused webhooks with a log line each; after these, every thousandth."""
-SETTLING = 100
-"""Runs that are being settled at the same time."""
-SETTLE_PAUSES = (0.0, 2.0, 10.0, 45.0, 45.0, 120.0)
+RESOLVING = 100
+"""Runs that are being resolved at the same time."""
+RESOLVE_PAUSES = (0.0, 2.0, 10.0, 45.0, 45.0, 120.0)
 """Seconds before each attempt to resolve: by default a kickoff may be on its way for 95 s, and longer after a 429."""
 
 
@@ -142,7 +142,7 @@ class Handover:
         self._away: bool | None = None
         self._in_hand = 0
         self._counts: Counter[str] = Counter()
-        self._settling: dict[tuple[str, int | None], asyncio.Task[None]] = {}
+        self._resolving: dict[tuple[str, int | None], asyncio.Task[None]] = {}
         self._kept: OrderedDict[tuple[str, int, int, str | None], str] = OrderedDict()
 
     # From the receiver
@@ -178,7 +178,7 @@ class Handover:
     def report(self) -> dict[str, Any]:
         """Return counters: what was taken, handed on, shed for want of room, refused by Prefect, and waits."""
         prefect = {None: "not asked yet", True: "away", False: "answers"}[self._away]
-        counts = {name: self._counts[name] for name in ("taken", "handed_on", "refused", "settled")}
+        counts = {name: self._counts[name] for name in ("taken", "handed_on", "refused", "resolved")}
         return {
             "prefect": prefect,
             **counts,
@@ -227,7 +227,7 @@ class Handover:
                 await self._pause(next(pauses))
         finally:
             self._loop = None
-            for task in self._settling.values():
+            for task in self._resolving.values():
                 task.cancel()
 
     async def _answers(self) -> bool:
@@ -306,7 +306,7 @@ class Handover:
         await send_events([event_of(news, record) for news, record in zip(batch, records, strict=True)])
         self._counts["handed_on"] += len(batch)
         for news, record in zip(batch, records, strict=True):
-            self._settle(news, record)
+            self._resolve(news, record)
 
     async def _keep_outputs(self, batch: Sequence[News]) -> None:
         """Keep what people are to judge: each text of a question once, also if a batch is tried again."""
@@ -356,26 +356,26 @@ class Handover:
 
     # Uncertain kickoffs
 
-    def _settle(self, news: News, record: RunRecord | None) -> None:
-        """Begin to settle a run whose kickoff is uncertain, beside everything else."""
+    def _resolve(self, news: News, record: RunRecord | None) -> None:
+        """Begin to resolve a run whose kickoff is uncertain, beside everything else."""
         key = (news.hook.idempotency_key, news.hook.attempt)
-        if record is None or not unsettled(record) or news.kickoff_id is None or self._closing:
+        if record is None or not unresolved(record) or news.kickoff_id is None or self._closing:
             return
-        if key not in self._settling and len(self._settling) < SETTLING:
-            self._settling[key] = asyncio.create_task(self._settle_in_time(news, news.kickoff_id))
-            self._settling[key].add_done_callback(lambda task: self._settled(key, task))
+        if key not in self._resolving and len(self._resolving) < RESOLVING:
+            self._resolving[key] = asyncio.create_task(self._resolve_in_time(news, news.kickoff_id))
+            self._resolving[key].add_done_callback(lambda task: self._resolved(key, task))
 
-    def _settled(self, key: tuple[str, int | None], task: asyncio.Task[None]) -> None:
-        self._settling.pop(key, None)
+    def _resolved(self, key: tuple[str, int | None], task: asyncio.Task[None]) -> None:
+        self._resolving.pop(key, None)
         if not task.cancelled() and (error := task.exception()) is not None:
-            logger.error("Idempotency key %s could not be settled by its webhook: %r", key[0], error)
+            logger.error("Idempotency key %s could not be resolved by its webhook: %r", key[0], error)
 
-    async def _settle_in_time(self, news: News, kickoff_id: str) -> None:
-        hook, outcome = news.hook, Settlement.NOT_NEEDED
-        for pause in SETTLE_PAUSES:
+    async def _resolve_in_time(self, news: News, kickoff_id: str) -> None:
+        hook, outcome = news.hook, Resolution.NOT_NEEDED
+        for pause in RESOLVE_PAUSES:
             await asyncio.sleep(pause)
             try:
-                outcome = await settle_from_webhook(
+                outcome = await resolve_from_webhook(
                     *(hook.idempotency_key, kickoff_id, self._records),
                     attempt=hook.attempt,
                     claim=hook.claim,
@@ -383,31 +383,31 @@ class Handover:
                     load=find_crew,
                 )
             except (httpx.HTTPError, PrefectException):
-                outcome = Settlement.NO_ANSWER
+                outcome = Resolution.NO_ANSWER
             if not outcome.may_change:
                 break
-        if outcome is Settlement.NOT_NEEDED:
+        if outcome is Resolution.NOT_NEEDED:
             return
-        if outcome is not Settlement.SETTLED:
+        if outcome is not Resolution.RESOLVED:
             logger.warning(
-                "Idempotency key %s stays uncertain: its webhook names run %r (%s). To settle it: prefect-crew runs "
-                "settle",
+                "Idempotency key %s stays uncertain: its webhook names run %r (%s). To resolve it: prefect-crew runs "
+                "resolve",
                 hook.idempotency_key,
                 kickoff_id,
                 outcome,
             )
             return
-        self._counts["settled"] += 1
+        self._counts["resolved"] += 1
         self._cache.forget(hook.idempotency_key, hook.attempt)
         logger.info(
-            "Idempotency key %s is settled: its kickoff started run %s, a webhook says.",
+            "Idempotency key %s is resolved: its kickoff started run %s, a webhook says.",
             hook.idempotency_key,
             kickoff_id,
         )
         with suppress(httpx.HTTPError, PrefectException):  # the record says it, too
-            settled = attempt_of(await self._records.attempts(hook.idempotency_key), hook.attempt)
-            if settled is not None:
-                await send_events([settled_event(settled, news)])
+            resolved = attempt_of(await self._records.attempts(hook.idempotency_key), hook.attempt)
+            if resolved is not None:
+                await send_events([resolved_event(resolved, news)])
 
 
 def _pauses() -> Iterator[float]:

@@ -376,7 +376,7 @@ class Decision(StrEnum):
     BUY_AGAIN = "buy again"
     """The run failed, and a call with its key asks for another."""
     UNCERTAIN = "uncertain"
-    """A kickoff was sent and nobody knows its fate: a person has to settle it."""
+    """A kickoff was sent and nobody knows its fate: a person has to resolve it."""
     CLAIMED_ELSEWHERE = "claimed elsewhere"
     """Another call is posting at this moment: wait for its id."""
     VOID = "void"

@@ -1,4 +1,5 @@
-"""Settling an uncertain kickoff: somebody says whether it started a run, and the record goes on as if it had been seen.
+"""Resolving an uncertain kickoff: somebody says whether it started a run, and the record goes on as if it had been
+seen.
 
 A person says it on the command line; a webhook of that run may say it as well. Either way the crew's status call has
 the last word where it can be asked, and no other record may hold the id.
@@ -14,17 +15,17 @@ from prefect_crew.exceptions import ConfigurationError, CrewError
 from prefect_crew.records.model import RecordPhase, RecordStore, RunRecord, latest_purchase
 from prefect_crew.states import CrewState
 
-SETTLED_BY_PERSON = "settled: it never started"
-LOST = "settled: the crew's server has forgotten it"
+RESOLVED_BY_PERSON = "resolved: it never started"
+LOST = "resolved: the crew's server has forgotten it"
 LOOK_AGAIN = 2.0
 """Seconds after which the crew is asked once more about a run that its server does not know."""
 
 
-async def unsettled(idempotency_key: str, records: RecordStore) -> RunRecord:
-    """Return the record of a key that is to be settled: its latest attempt, uncertain or a claim that nobody holds.
+async def unresolved(idempotency_key: str, records: RecordStore) -> RunRecord:
+    """Return the record of a key that is to be resolved: its latest attempt, uncertain or a claim that nobody holds.
 
     Raises:
-        CrewError: There is none, or there is nothing to settle about it.
+        CrewError: There is none, or there is nothing to resolve about it.
     """
     attempts = await records.attempts(idempotency_key)
     if not attempts:
@@ -42,10 +43,10 @@ async def unsettled(idempotency_key: str, records: RecordStore) -> RunRecord:
             )
         return record
     told = f"run {record.kickoff_id} is {record.state or 'started'}" if record.kickoff_id else f"it is {record.phase}"
-    raise CrewError(f"Run {idempotency_key!r} is not uncertain: {told}. There is nothing to settle.")
+    raise CrewError(f"Run {idempotency_key!r} is not uncertain: {told}. There is nothing to resolve.")
 
 
-async def settle_started(
+async def resolve_started(
     record: RunRecord,
     kickoff_id: str,
     records: RecordStore,
@@ -55,7 +56,7 @@ async def settle_started(
     """Write down that the kickoff started the run `kickoff_id`. The next call with its key waits for that run.
 
     Args:
-        record: As `unsettled` returns it.
+        record: As `unresolved` returns it.
         kickoff_id: The run.
         records: Where the record lives.
         look: Asks the crew's status call; None where the crew cannot be asked.
@@ -65,7 +66,7 @@ async def settle_started(
 
     Raises:
         ConfigurationError: Another record holds the id, or the crew's server does not know it. Nothing is changed.
-        CrewError: The status call failed, or somebody else has settled it meanwhile. Nothing is changed.
+        CrewError: The status call failed, or somebody else has resolved it meanwhile. Nothing is changed.
     """
     holder = await records.of_kickoff(kickoff_id)
     if holder is not None and (holder.idempotency_key, holder.attempt) != (record.idempotency_key, record.attempt):
@@ -87,13 +88,13 @@ async def settle_started(
     return state
 
 
-async def settle_never_started(record: RunRecord, records: RecordStore) -> None:
+async def resolve_never_started(record: RunRecord, records: RecordStore) -> None:
     """Write down that the kickoff started no run. The next call with its key buys one.
 
     Raises:
-        CrewError: Somebody else has settled it meanwhile. Nothing is changed.
+        CrewError: Somebody else has resolved it meanwhile. Nothing is changed.
     """
-    await _resolve(record, records, RecordPhase.NOT_STARTED, reason=SETTLED_BY_PERSON)
+    await _resolve(record, records, RecordPhase.NOT_STARTED, reason=RESOLVED_BY_PERSON)
 
 
 async def in_flight(idempotency_key: str, records: RecordStore) -> RunRecord:
@@ -110,7 +111,7 @@ async def in_flight(idempotency_key: str, records: RecordStore) -> RunRecord:
     return started[-1]
 
 
-async def settle_lost(
+async def resolve_lost(
     record: RunRecord, records: RecordStore, *, look: Callable[[str], Awaitable[CrewStatus]] | None = None
 ) -> None:
     """Write down that a run's end will never be known: the crew's server has forgotten it. It stays a purchase.
@@ -191,5 +192,6 @@ def _resolved_by_another(record: RunRecord, standing: RunRecord | None) -> CrewE
     if standing is not None:
         told = f"{standing.state or standing.phase}, run {standing.kickoff_id or 'unknown'}"
     return CrewError(
-        f"Run {record.idempotency_key!r} was settled by somebody else meanwhile: it is {told} now. Nothing was changed."
+        f"Run {record.idempotency_key!r} was resolved by somebody else meanwhile: it is {told} now. Nothing was "
+        f"changed."
     )

@@ -348,7 +348,7 @@ async def _save(record: RunRecord, records: RecordStore) -> None:
     except (httpx.HTTPError, PrefectException) as error:
         run_logger().error(
             "Run %s is %s%s, and that could not be written down (%s). Once the Prefect API is back: "
-            "prefect-crew runs settle %s %s",
+            "prefect-crew runs resolve %s %s",
             record.idempotency_key,
             record.phase,
             f", kickoff id {record.kickoff_id}" if record.kickoff_id else "",

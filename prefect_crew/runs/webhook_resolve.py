@@ -1,4 +1,4 @@
-"""Settling an uncertain kickoff by its first webhook.
+"""Resolving an uncertain kickoff by its first webhook.
 
 The signed URL says which purchase the webhook is about; the id in its body is only a claim. It counts once the crew's
 status call knows it and no other record holds it, and never against the idempotency key in the body's own `meta`.
@@ -13,15 +13,15 @@ from prefect_crew.client.models import CrewStatus
 from prefect_crew.crew import Crew, CrewSession
 from prefect_crew.exceptions import ConfigurationError, CrewError
 from prefect_crew.records.model import RecordPhase, RecordStore, RunRecord
-from prefect_crew.records.resolve import settle_started
+from prefect_crew.records.resolve import resolve_started
 from prefect_crew.states import CrewState
 from prefect_crew.webhooks import claim_of
 
 
-class Settlement(StrEnum):
-    """What became of an attempt to settle."""
+class Resolution(StrEnum):
+    """What became of an attempt to resolve."""
 
-    SETTLED = "settled"
+    RESOLVED = "resolved"
     """The record has the id now: the next call with its key waits for that run."""
     NOT_NEEDED = "not needed"
     """There is no such record, or it is known what became of its kickoff."""
@@ -39,7 +39,7 @@ class Settlement(StrEnum):
     @property
     def may_change(self) -> bool:
         """Whether the same attempt may succeed a little later."""
-        return self in (Settlement.TOO_EARLY, Settlement.NOT_KNOWN, Settlement.NO_ANSWER)
+        return self in (Resolution.TOO_EARLY, Resolution.NOT_KNOWN, Resolution.NO_ANSWER)
 
 
 class _NotKnownError(CrewError):
@@ -53,12 +53,12 @@ def attempt_of(attempts: Sequence[RunRecord], attempt: int | None) -> RunRecord 
     return next((one for one in reversed(attempts) if one.counts), None)
 
 
-def unsettled(record: RunRecord) -> bool:
+def unresolved(record: RunRecord) -> bool:
     """Return whether nobody has written down what became of the record's kickoff."""
     return record.phase in (RecordPhase.UNCERTAIN, RecordPhase.CLAIMED)
 
 
-async def settle_from_webhook(
+async def resolve_from_webhook(
     idempotency_key: str,
     kickoff_id: str,
     records: RecordStore,
@@ -67,8 +67,8 @@ async def settle_from_webhook(
     claim: str | None = None,
     said_key: str | None = None,
     load: Callable[[RunRecord], Awaitable[Crew | None]],
-) -> Settlement:
-    """Settle a run whose kickoff is uncertain by a webhook that came to its own URL. Harmless to call for any run.
+) -> Resolution:
+    """Resolve a run whose kickoff is uncertain by a webhook that came to its own URL. Harmless to call for any run.
 
     Args:
         idempotency_key: The run, from the signed URL.
@@ -83,27 +83,27 @@ async def settle_from_webhook(
         httpx.HTTPError: The Prefect API is away or refuses.
     """
     record = attempt_of(await records.attempts(idempotency_key), attempt)
-    if record is None or not unsettled(record):
-        return Settlement.NOT_NEEDED
+    if record is None or not unresolved(record):
+        return Resolution.NOT_NEEDED
     if claim is not None and claim != claim_of(record.owner):
-        return Settlement.REFUSED
+        return Resolution.REFUSED
     if said_key is not None and said_key != idempotency_key:
-        return Settlement.REFUSED
+        return Resolution.REFUSED
     if record.phase is RecordPhase.CLAIMED and record.open_for:
-        return Settlement.TOO_EARLY
+        return Resolution.TOO_EARLY
     crew = await load(record)
     if crew is None:
-        return Settlement.NO_CREW
+        return Resolution.NO_CREW
     try:
         async with CrewSession(crew) as session:
-            await settle_started(record, kickoff_id, records, look=_looking(session))
+            await resolve_started(record, kickoff_id, records, look=_looking(session))
     except _NotKnownError:
-        return Settlement.NOT_KNOWN
+        return Resolution.NOT_KNOWN
     except ConfigurationError:
-        return Settlement.REFUSED
+        return Resolution.REFUSED
     except CrewError:
-        return Settlement.NO_ANSWER
-    return Settlement.SETTLED
+        return Resolution.NO_ANSWER
+    return Resolution.RESOLVED
 
 
 def _looking(session: CrewSession) -> Callable[[str], Awaitable[CrewStatus]]:

@@ -14,7 +14,7 @@ from prefect_crew.batches import throttle
 from prefect_crew.batches.ledger import Ledger
 from prefect_crew.exceptions import CrewError
 from prefect_crew.records.model import RecordPhase
-from prefect_crew.records.resolve import settle_never_started, settle_started, unsettled
+from prefect_crew.records.resolve import resolve_never_started, resolve_started, unresolved
 from prefect_crew.states import CrewState
 from prefect_crew.testing import CrewServerFactory
 from support.batches import Batches, put
@@ -286,7 +286,7 @@ async def test_a_server_that_stays_away_is_given_up_and_no_row_is_lost(
 # Kickoffs of which nobody knows
 
 
-async def test_uncertain_rows_are_listed_never_sent_again_and_settled(batch: Batches, crew_server: CrewServerFactory):
+async def test_uncertain_rows_are_listed_never_sent_again_and_resolved(batch: Batches, crew_server: CrewServerFactory):
     server = crew_server(ECHO, faults=["kickoff:drop-after-accept@3", "kickoff:500-before-accept@5"])
     report = await batch(server.crew(), topics(8), name="doubtful", key="topic", max_in_flight=1)
     assert (report.completed, report.uncertain, list(report.uncertain_keys)) == (6, 2, ["topic 2", "topic 4"])
@@ -295,11 +295,11 @@ async def test_uncertain_rows_are_listed_never_sent_again_and_settled(batch: Bat
     assert (report.uncertain, server.kickoffs) == (2, 7)
     started = next(run for run in server.runs if (run.meta or {})["idempotency_key"] == "batch/doubtful/topic 2")
     async with ledger_of(batch, "doubtful") as ledger:
-        await settle_started(await unsettled(ledger.idempotency_key("topic 2"), ledger), started.id, ledger)
+        await resolve_started(await unresolved(ledger.idempotency_key("topic 2"), ledger), started.id, ledger)
         with pytest.raises(CrewError, match="may still be on its way"):
-            await settle_never_started(await unsettled(ledger.idempotency_key("topic 4"), ledger), ledger)
+            await resolve_never_started(await unresolved(ledger.idempotency_key("topic 4"), ledger), ledger)
         let_an_hour_pass(f"{batch.output}.ledger.db")
-        await settle_never_started(await unsettled(ledger.idempotency_key("topic 4"), ledger), ledger)
+        await resolve_never_started(await unresolved(ledger.idempotency_key("topic 4"), ledger), ledger)
     report = await batch(server.crew(), topics(8), name="doubtful", key="topic")
     assert (report.completed, report.uncertain, server.kickoffs) == (8, 0, 8)
     assert len(batch.lines()) == 8

@@ -12,7 +12,7 @@ import pytest
 from prefect_crew.batches.ledger import Ledger
 from prefect_crew.exceptions import CrewError
 from prefect_crew.records.model import RecordPhase, RunRecord
-from prefect_crew.records.resolve import settle_never_started, settle_started, unsettled
+from prefect_crew.records.resolve import resolve_never_started, resolve_started, unresolved
 from prefect_crew.runs.kickoff import ClaimLostError
 from prefect_crew.states import CrewState
 from support.batches import record_of
@@ -75,14 +75,14 @@ async def test_a_late_write_of_the_owner_does_not_undo_what_a_person_resolved(
         for key, late in (("k1", NOT_STARTED), ("k2", UNCERTAIN), ("k3", STARTED)):
             record = record_of(ledger, key, good_for=LONG_AGO)
             assert await ledger.claim(record)
-            found = await unsettled(record.idempotency_key, person)
-            await settle_started(found, f"seen {key}", person)
+            found = await unresolved(record.idempotency_key, person)
+            await resolve_started(found, f"seen {key}", person)
             with caplog.at_level(logging.WARNING):
                 await ledger.save(at(record, late, kickoff_id="answered" if late is STARTED else None))
             assert (await standing(person, record)).kickoff_id == f"seen {key}"
         record = record_of(ledger, "k4", good_for=LONG_AGO)
         assert await ledger.claim(record)
-        await settle_never_started(await unsettled(record.idempotency_key, person), person)
+        await resolve_never_started(await unresolved(record.idempotency_key, person), person)
         with pytest.raises(ClaimLostError):
             await ledger.save(at(record, CLAIMED, open_for=60.0))
         assert (await standing(person, record)).phase is NOT_STARTED
@@ -97,7 +97,7 @@ async def test_a_claim_that_may_still_be_posted_is_not_resolved(ledger_address: 
         record = record_of(ledger, "k")
         assert await ledger.claim(record)
         with pytest.raises(CrewError, match="may still be sent"):
-            await unsettled(record.idempotency_key, person)
+            await unresolved(record.idempotency_key, person)
         (found,) = await person.attempts(record.idempotency_key)
         # The ledger refuses it as well, whatever the clock of whoever resolves says.
         assert not await person.resolve(found, NOT_STARTED)
@@ -106,10 +106,10 @@ async def test_a_claim_that_may_still_be_posted_is_not_resolved(ledger_address: 
         # The owner has been told to wait by the crew's server, and claims it for longer, by its own clock.
         old = record_of(ledger, "old", good_for=LONG_AGO)
         assert await ledger.claim(old)
-        found = await unsettled(old.idempotency_key, person)
+        found = await unresolved(old.idempotency_key, person)
         await ledger.save(at(old, CLAIMED, open_for=60.0))
         with pytest.raises(CrewError, match="may still be on its way"):
-            await settle_never_started(found, person)
+            await resolve_never_started(found, person)
 
 
 async def test_an_uncertain_kickoff_that_may_be_on_its_way_is_not_said_to_have_never_started(ledger_address: str):
@@ -118,14 +118,14 @@ async def test_an_uncertain_kickoff_that_may_be_on_its_way_is_not_said_to_have_n
         record = record_of(ledger, "k", good_for=30.0, post_deadline=1.0)
         assert await ledger.claim(record)
         await ledger.save(at(record, UNCERTAIN))
-        found = await unsettled(record.idempotency_key, person)
+        found = await unresolved(record.idempotency_key, person)
         assert 30 < found.open_for <= 36
         with pytest.raises(CrewError, match=r"may still be on its way.*Resolve it in 3\d s"):
-            await settle_never_started(found, person)
+            await resolve_never_started(found, person)
         assert not await person.resolve(found, NOT_STARTED)
         assert (await standing(ledger, record)).phase is UNCERTAIN
         # An id is more than a word that there is none, and need not wait.
-        await settle_started(found, "seen", person)
+        await resolve_started(found, "seen", person)
         assert (await standing(ledger, record)).kickoff_id == "seen"
 
 
@@ -149,7 +149,7 @@ async def test_a_claim_that_was_resolved_before_its_owner_knew_of_it_is_not_its_
     async with Ledger(ledger_address, "b") as ledger, Ledger(ledger_address, "b") as person:
         record = record_of(ledger, "k", good_for=LONG_AGO)
         assert await ledger.claim(record)
-        await settle_never_started(await unsettled(record.idempotency_key, person), person)
+        await resolve_never_started(await unresolved(record.idempotency_key, person), person)
         assert not await ledger.claim(record)
         assert (await standing(person, record)).phase is NOT_STARTED
 

@@ -48,7 +48,7 @@ async def test_three_artifacts_a_batch(batch: Batches, crew_server: CrewServerFa
     assert {part: len(texts) for part, texts in shown.items()} == {"progress": 1, "failures": 1, "summary": 1}
     progress, failures, summary = (texts[0] for texts in shown.values())
     assert "4 of 4 (100.0%)" in progress
-    assert "**Uncertain**, to be settled by a person (1): `milk`" in failures
+    assert "**Uncertain**, to be resolved by a person (1): `milk`" in failures
     assert "no \\| \\*bad \\`row\\`" in failures
     for part in ("| Rows | 4 |", "| Completed | 2 |", "p90", "total tokens | 10", "Cost of all calls | 1", "Slowest"):
         assert part in summary

@@ -360,34 +360,34 @@ def _record(kickoff_id: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("started", [pytest.param(True, id="it-started"), pytest.param(False, id="it-never-did")])
-def test_an_uncertain_row_is_settled_and_gone_on_with(here, picky, name: str, leads: str, output: str, started: bool):
+def test_an_uncertain_row_is_resolved_and_gone_on_with(here, picky, name: str, leads: str, output: str, started: bool):
     server, crew = picky(faults=["kickoff:drop-after-accept@1"])
     ran = here("batch", "run", crew, leads, "--name", name, "--output", output, "--key", "id", "--json")
     (row,) = ran.json["uncertain_keys"]
     assert (ran.code, server.kickoffs) == (33, 3)
     listed = here("batch", "failures", name)
     assert f"{row}\t\tuncertain\t" in listed.out
-    assert "prefect-crew batch settle" in listed.err
+    assert "prefect-crew batch resolve" in listed.err
     assert here("batch", "retry", name, "--key", row).code == 25
-    assert here("batch", "settle", name, row).code == 2
-    assert here("batch", "settle", name, "z", "--never-started").code == 25
+    assert here("batch", "resolve", name, row).code == 2
+    assert here("batch", "resolve", name, "z", "--never-started").code == 25
     if started:
-        assert here("batch", "settle", name, row, "--kickoff-id", "made up").code == 25
+        assert here("batch", "resolve", name, row, "--kickoff-id", "made up").code == 25
         other = RunRecord(**_record(kickoff_id := f"k-{uuid.uuid4()}"))
         assert asyncio.run(PrefectRecords().claim(other))
-        taken = here("batch", "settle", name, row, "--kickoff-id", kickoff_id)
+        taken = here("batch", "resolve", name, row, "--kickoff-id", kickoff_id)
         assert f"belongs to the idempotency key '{other.idempotency_key}'" in taken.err
         known = {line["kickoff_id"] for line in map(json.loads, Path(output).read_text().splitlines())}
         (run,) = {run.id for run in server.runs} - known
-        settled = here("batch", "settle", name, row, "--kickoff-id", run)
+        resolved = here("batch", "resolve", name, row, "--kickoff-id", run)
     else:
-        early = here("batch", "settle", name, row, "--never-started")
+        early = here("batch", "resolve", name, row, "--never-started")
         assert early.code == 27
         assert "may still be on its way. Nothing was changed." in early.err
         let_an_hour_pass(f"{output}.ledger.db")
-        settled = here("batch", "settle", name, row, "--never-started")
-    assert settled.code == 0, settled.err
-    assert f"batch resume '{name}'" in settled.out
+        resolved = here("batch", "resolve", name, row, "--never-started")
+    assert resolved.code == 0, resolved.err
+    assert f"batch resume '{name}'" in resolved.out
     here("batch", "resume", name)
     assert lines(output).keys() == {"a", "b", "c"}
     assert server.kickoffs == (3 if started else 4)
@@ -399,7 +399,7 @@ def test_no_row_is_resolved_while_somebody_works_on_the_batch_or_may_still_send_
     _, crew = picky(faults=["kickoff:drop-after-accept@1"])
     ran = here("batch", "run", crew, leads, "--name", name, "--output", output, "--key", "id", "--json")
     (row,) = ran.json["uncertain_keys"]
-    settle = ("batch", "settle", name, row, "--never-started")
+    resolve = ("batch", "resolve", name, row, "--never-started")
     path = f"{output}.ledger.db"
 
     async def owned() -> AsyncGenerator[None]:
@@ -410,7 +410,7 @@ def test_no_row_is_resolved_while_somebody_works_on_the_batch_or_may_still_send_
     loop = asyncio.new_event_loop()
     owner = owned()
     loop.run_until_complete(anext(owner))
-    busy = here(*settle)
+    busy = here(*resolve)
     loop.run_until_complete(owner.aclose())
     assert busy.code == 35
     assert f"Batch '{name}' is being run by another process" in busy.err
@@ -421,11 +421,11 @@ def test_no_row_is_resolved_while_somebody_works_on_the_batch_or_may_still_send_
 
     loop.run_until_complete(claim("killed"))
     loop.close()
-    early = here("batch", "settle", name, "killed", "--never-started")
+    early = here("batch", "resolve", name, "killed", "--never-started")
     assert early.code != 0
     assert "may still be sent" in early.err
     let_an_hour_pass(f"{output}.ledger.db")
-    assert here(*settle).code == 0
+    assert here(*resolve).code == 0
 
 
 @pytest.mark.slow

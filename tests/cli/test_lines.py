@@ -11,7 +11,7 @@ from prefect_crew.cli.app import app
 from prefect_crew.devserver import CrewServer
 
 COMMANDS = [name for name in app if not name.startswith("-")]
-RUNS = ["list", "show", "settle", "prune"]
+RUNS = ["list", "show", "resolve", "prune"]
 
 
 def test_the_commands_of_the_contract_are_there():
@@ -66,7 +66,7 @@ def test_version(here):
         pytest.param(["resume", "http://127.0.0.1:1", "k"], id="neither-approve-nor-reject"),
         pytest.param(["resume", "http://127.0.0.1:1", "k", "--approve", "--reject"], id="both"),
         pytest.param(["run", "http://127.0.0.1:1", "-i", "topic"], id="pair-without-a-sign"),
-        pytest.param(["runs", "settle", "key"], id="settled-as-what"),
+        pytest.param(["runs", "resolve", "key"], id="resolved-as-what"),
         pytest.param(["runs", "--phase", "odd"], id="no-such-phase"),
         pytest.param(["runs", "prune", "--older-than", "long"], id="no-age"),
         pytest.param(["deploy", "x", "--serve", "--pool", "p"], id="served-on-a-pool"),

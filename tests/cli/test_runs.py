@@ -1,4 +1,4 @@
-"""`runs`: what is open, settling what is uncertain, pruning what is old, on a real Prefect server."""
+"""`runs`: what is open, resolving what is uncertain, pruning what is old, on a real Prefect server."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_an_uncertain_run_is_listed_first_with_what_to_do(here, write: Write):
     assert listed.out.startswith("UNCERTAIN")
     about = listed.out[listed.out.index(record.idempotency_key) :]
     assert "the connection broke" in about
-    assert f"prefect-crew runs settle '{record.idempotency_key}' --kickoff-id ID" in about
+    assert f"prefect-crew runs resolve '{record.idempotency_key}' --kickoff-id ID" in about
     # Nobody waits for a run that no flow run has started.
     about = listed.out[listed.out.index(started.idempotency_key) :]
     assert f"prefect-crew status greeting {started.kickoff_id}" in about
@@ -89,7 +89,9 @@ def test_show_finds_a_run_by_its_kickoff_id_too(here, write: Write):
     assert here("runs", "show", "nobody used this").code == 27
 
 
-def test_a_settled_run_goes_on_as_if_nothing_had_happened(here, write: Write, crews: CrewServer, instant_polling: None):
+def test_a_resolved_run_goes_on_as_if_nothing_had_happened(
+    here, write: Write, crews: CrewServer, instant_polling: None
+):
     from prefect_crew.client.inputs import inputs_digest
 
     url, digest = f"{crews.url}/greet", inputs_digest({"who": "Ada"})
@@ -97,15 +99,15 @@ def test_a_settled_run_goes_on_as_if_nothing_had_happened(here, write: Write, cr
     ran = ("run", url, "-i", "who=Ada", "--key", record.idempotency_key)
     before = here(*ran)
     assert before.code == 14
-    assert "prefect-crew runs settle" in before.err
+    assert "prefect-crew runs resolve" in before.err
 
-    unknown = here("runs", "settle", record.idempotency_key, "--kickoff-id", "made up", "--crew", url)
+    unknown = here("runs", "resolve", record.idempotency_key, "--kickoff-id", "made up", "--crew", url)
     assert unknown.code == 25
     assert "does not know run made up" in unknown.err
     kickoff_id = kicked_off(crews)
-    settled = here("runs", "settle", record.idempotency_key, "--kickoff-id", kickoff_id, "--crew", url)
-    assert settled.code == 0, settled.err
-    assert f"is run {kickoff_id}" in settled.out
+    resolved = here("runs", "resolve", record.idempotency_key, "--kickoff-id", kickoff_id, "--crew", url)
+    assert resolved.code == 0, resolved.err
+    assert f"is run {kickoff_id}" in resolved.out
 
     kickoffs = crews.kickoffs
     after = here(*ran, "--json")
@@ -113,11 +115,11 @@ def test_a_settled_run_goes_on_as_if_nothing_had_happened(here, write: Write, cr
     assert after.json["output"] == "**Hello** Ada"
     assert crews.kickoffs == kickoffs
 
-    again = here("runs", "settle", record.idempotency_key, "--never-started")
+    again = here("runs", "resolve", record.idempotency_key, "--never-started")
     assert again.code == 27
-    assert "There is nothing to settle" in again.err
+    assert "There is nothing to resolve" in again.err
     taken = write(**uncertain())
-    other = here("runs", "settle", taken.idempotency_key, "--kickoff-id", kickoff_id, "--crew", url)
+    other = here("runs", "resolve", taken.idempotency_key, "--kickoff-id", kickoff_id, "--crew", url)
     assert other.code == 25
     assert f"belongs to the idempotency key '{record.idempotency_key}'" in other.err
 
@@ -126,7 +128,7 @@ def test_a_run_that_never_started_is_bought_anew(here, write: Write, crews: Crew
     from prefect_crew.client.inputs import inputs_digest
 
     record = write(**uncertain(inputs_digest=inputs_digest({"who": "Ada"})))
-    assert here("runs", "settle", record.idempotency_key, "--never-started").code == 0
+    assert here("runs", "resolve", record.idempotency_key, "--never-started").code == 0
     kickoffs = crews.kickoffs
     assert here("run", f"{crews.url}/greet", "-i", "who=Ada", "--key", record.idempotency_key).code == 0
     assert crews.kickoffs == kickoffs + 1
@@ -143,18 +145,18 @@ def test_a_run_that_the_server_has_forgotten_can_be_given_up(
     ran = ("run", url, "-i", "who=Ada", "--key", record.idempotency_key)
     lost = here(*ran)
     assert lost.code == 12
-    assert f"prefect-crew runs settle '{record.idempotency_key}' --lost" in lost.err
+    assert f"prefect-crew runs resolve '{record.idempotency_key}' --lost" in lost.err
     assert (
-        f"prefect-crew runs settle '{record.idempotency_key}' --lost"
+        f"prefect-crew runs resolve '{record.idempotency_key}' --lost"
         in here("runs", "show", record.idempotency_key).out
     )
 
     known = write(phase=RecordPhase.STARTED, kickoff_id=kicked_off(crews), **facts)
-    refused = here("runs", "settle", known.idempotency_key, "--lost", "--crew", url)
+    refused = here("runs", "resolve", known.idempotency_key, "--lost", "--crew", url)
     assert (refused.code, "Nothing was changed" in refused.err) == (25, True), refused.err
 
-    assert here("runs", "settle", record.idempotency_key, "--lost", "--crew", url).code == 0
-    assert here("runs", "settle", record.idempotency_key, "--lost").code == 27
+    assert here("runs", "resolve", record.idempotency_key, "--lost", "--crew", url).code == 0
+    assert here("runs", "resolve", record.idempotency_key, "--lost").code == 27
     kickoffs = crews.kickoffs
     assert here(*ran).code == 0
     assert crews.kickoffs == kickoffs + 1
@@ -169,9 +171,9 @@ def test_an_orphan_that_its_key_leads_past_says_so(here, write: Write):
     assert "Its key leads to a later attempt" in here("runs", "show", first.idempotency_key).out
 
 
-def test_without_its_crew_a_settlement_says_that_nobody_was_asked(here, write: Write):
+def test_without_its_crew_a_resolution_says_that_nobody_was_asked(here, write: Write):
     record = write(**uncertain(crew="not-stored"))
-    done = here("runs", "settle", record.idempotency_key, "--kickoff-id", f"k-{uuid.uuid4()}")
+    done = here("runs", "resolve", record.idempotency_key, "--kickoff-id", f"k-{uuid.uuid4()}")
     assert done.code == 0
     assert "was not asked" in done.err
 

@@ -111,11 +111,11 @@ def test_a_failed_crew_is_told_with_its_error(site: Site, alerted: Receiver):
     assert "in flow run broken" in body
 
 
-def test_an_uncertain_kickoff_is_told_with_how_to_settle_it(site: Site, alerted: Receiver):
+def test_an_uncertain_kickoff_is_told_with_how_to_resolve_it(site: Site, alerted: Receiver):
     with CrewServer("echo", faults=["kickoff:drop-after-accept"]) as crew:
         run_badly(site, "dropping", crew, idempotency_key="alert-uncertain")
     body = wait_for_alert(alerted, "Crew dropping: uncertain")
-    assert "prefect-crew runs settle 'alert-uncertain'" in body
+    assert "prefect-crew runs resolve 'alert-uncertain'" in body
 
 
 def test_time_that_is_over_is_told(site: Site, alerted: Receiver):

@@ -78,15 +78,15 @@ WORLDS = {
         seed=1,
     ),
     # Writes hang, and land late.
-    "a machine sleeps over the pause for a 429, and writes its claim over what was settled": Scenario(
+    "a machine sleeps over the pause for a 429, and writes its claim over what was resolved": Scenario(
         calls=(Call(flow=False, freeze_at=12, freeze_for=400.0), Call(at=1.0, flow=False, again=(15.0, 50.0))),
         faults=("kickoff:429-before-accept@1",),
-        settle_after=0.0,
+        resolve_after=0.0,
     ),
     "a machine sleeps over the pause for a 429 that hid a run, and writes its claim over it": Scenario(
         calls=(Call(flow=False, freeze_at=12, freeze_for=400.0), Call(at=1.0, flow=False, again=(15.0, 50.0))),
         faults=("kickoff:429-after-accept@1",),
-        settle_after=0.0,
+        resolve_after=0.0,
     ),
     "a cancelled caller gives its claim back, and the write that kept it goes out after that": Scenario(
         calls=(Call(cancel_at=11, asked=True),),

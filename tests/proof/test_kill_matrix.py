@@ -1,7 +1,7 @@
 """SIGKILL at every point of a run's life, and the same script called again.
 
 Counted where it costs, on the crew's server: never a second kickoff. Every run ends with its result, or is reported as
-uncertain, and that only where the kill fell between the permit and the record of the id. A run that is settled goes on
+uncertain, and that only where the kill fell between the permit and the record of the id. A run that is resolved goes on
 as if nothing had happened.
 """
 
@@ -15,10 +15,10 @@ import pytest
 
 from prefect_crew.devserver.server import CrewServer
 from prefect_crew.exceptions import CrewError
-from prefect_crew.records.resolve import unsettled
+from prefect_crew.records.resolve import unresolved
 from prefect_crew.records.store import PrefectRecords
 from proof.kills import POINTS, Kill
-from proof.settle import settle
+from proof.resolve import resolve
 from proof.zygote import Script, Zygote
 from support.deployed import command
 from support.prefect_server import PrefectServer
@@ -76,8 +76,8 @@ def test_a_script_that_was_killed_is_called_again(kill: Kill, zygote: Zygote, se
             assert server.kickoffs <= 1
             # Whatever the flow run's state says, the kickoff may still be on its way.
             with pytest.raises(CrewError, match="may still be"):
-                asyncio.run(unsettled(idempotency_key, PrefectRecords()))
-            settle(server, idempotency_key)
+                asyncio.run(unresolved(idempotency_key, PrefectRecords()))
+            resolve(server, idempotency_key)
             (second,) = zygote.run(script_of(server, idempotency_key))
         assert second.output == "tea, done"
         assert server.kickoffs_by_key == {idempotency_key: 1}
@@ -92,7 +92,7 @@ def test_a_script_that_was_killed_is_called_again(kill: Kill, zygote: Zygote, se
 
 @pytest.mark.sampled
 @pytest.mark.parametrize("accepted", [True, False], ids=["it was accepted", "it never arrived"])
-def test_what_is_settled_on_the_command_line_goes_on(
+def test_what_is_resolved_on_the_command_line_goes_on(
     accepted: bool, zygote: Zygote, seen: Seen, idempotency_key: str, prefect_api: PrefectServer
 ) -> None:
     kill = Kill("kickoff", "after" if accepted else "before")
@@ -101,9 +101,9 @@ def test_what_is_settled_on_the_command_line_goes_on(
         seen.set_state(records(seen, idempotency_key)[-1]["flow_run_id"], "CRASHED")
         answer = ["--kickoff-id", server.runs[0].id] if accepted else ["--never-started"]
         with pytest.raises(AssertionError, match="may still be"):
-            command("prefect-crew", "runs", "settle", idempotency_key, *answer, env=prefect_api.env())
+            command("prefect-crew", "runs", "resolve", idempotency_key, *answer, env=prefect_api.env())
         time.sleep(16)  # 2 s for its permit, 6 s for its kickoff, and a margin
-        command("prefect-crew", "runs", "settle", idempotency_key, *answer, env=prefect_api.env())
+        command("prefect-crew", "runs", "resolve", idempotency_key, *answer, env=prefect_api.env())
         (ended,) = zygote.run(script_of(server, idempotency_key))
         assert ended.output == "tea, done"
         assert server.kickoffs_by_key == {idempotency_key: 1}

@@ -12,7 +12,7 @@ import pytest
 
 from prefect_crew.devserver.server import CrewServer
 from proof.kills import Kill, order
-from proof.settle import settle
+from proof.resolve import resolve
 from proof.test_kill_matrix import CREW
 from proof.ways import WAYS, Ways
 from support.prefect_server import PrefectServer
@@ -61,7 +61,7 @@ def test_a_flow_run_that_was_killed_is_retried(name: str, point: str, ways: Ways
             assert ended["state_type"] == "FAILED"
             assert "uncertain" in ended["state"]["message"]
             assert server.kickoffs == purchases
-            settle(server, _uncertain_key(server))
+            resolve(server, _uncertain_key(server))
             ways.retry(run_id)
             ended = ways.ended(run_id, "COMPLETED", "FAILED")
         assert ended["state_type"] == "COMPLETED", ended["state"]

@@ -80,12 +80,12 @@ async def test_a_word_that_a_run_is_lost_takes_back_no_end_that_was_seen(prefect
     person = await resolve.in_flight("k", RECORDS)
     if first == "the word":
         prefect.faults = {f"write@{prefect.writes + 1}": "slow"}
-        saying = asyncio.ensure_future(resolve.settle_lost(person, RECORDS, look=forgotten))
+        saying = asyncio.ensure_future(resolve.resolve_lost(person, RECORDS, look=forgotten))
         await asyncio.sleep(0.3)
         await completed(owner)
     else:
         await completed(owner)
-        saying = asyncio.ensure_future(resolve.settle_lost(person, RECORDS, look=forgotten))
+        saying = asyncio.ensure_future(resolve.resolve_lost(person, RECORDS, look=forgotten))
     with pytest.raises(CrewError, match=r"meanwhile: it is completed, run run now"):
         await saying
     found = await standing()
@@ -95,7 +95,7 @@ async def test_a_word_that_a_run_is_lost_takes_back_no_end_that_was_seen(prefect
 
 async def test_an_end_that_is_seen_after_all_counts_more_than_a_word_that_the_run_is_lost():
     owner = await started()
-    await resolve.settle_lost(await resolve.in_flight("k", RECORDS), RECORDS, look=forgotten)
+    await resolve.resolve_lost(await resolve.in_flight("k", RECORDS), RECORDS, look=forgotten)
     lost = await standing()
     assert (lost.phase, lost.state, lost.kickoff_id) == (RecordPhase.ENDED, CrewState.UNKNOWN, "run")
     assert [one.state async for one in RECORDS.all(RecordPhase.ENDED)] == [CrewState.UNKNOWN]
@@ -111,7 +111,7 @@ async def test_a_run_that_the_crew_knows_at_the_second_look_is_not_lost():
         return CrewStatus(kickoff_id=kickoff_id, state=next(states))
 
     with pytest.raises(ConfigurationError, match="knows run run: it is running"):
-        await resolve.settle_lost(await resolve.in_flight("k", RECORDS), RECORDS, look=look)
+        await resolve.resolve_lost(await resolve.in_flight("k", RECORDS), RECORDS, look=look)
     assert (await standing()).phase is RecordPhase.STARTED
 
 

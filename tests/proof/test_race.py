@@ -15,7 +15,7 @@ import pytest
 
 from prefect_crew.devserver.server import CrewServer
 from proof.kills import Kill
-from proof.settle import settle
+from proof.resolve import resolve
 from proof.test_kill_matrix import CREW, records, script_of
 from proof.zygote import Zygote
 from support.prefect_server import PrefectServer, connected
@@ -103,7 +103,7 @@ def test_a_script_that_was_killed_goes_on_on_postgres(
         if kill.hook == "kickoff":
             assert second.error == "KickoffUncertainError"
             with connected(prefect_server_on_postgres, tmp_path / "home"):
-                settle(server, idempotency_key)
+                resolve(server, idempotency_key)
             (second,) = zygote_on_postgres.run(script_of(server, idempotency_key))
         assert second.output == "tea, done"
         assert server.kickoffs_by_key == {idempotency_key: 1}

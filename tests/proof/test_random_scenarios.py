@@ -1,5 +1,5 @@
 """Worlds by the hundred: faults of the crew's server and of the Prefect API, kills, sleeping machines, cancellations,
-races, forced purchases and people who settle. In each of them every promise holds.
+races, forced purchases and people who resolve. In each of them every promise holds.
 
 Two hundred run each time, always the same ones; `make prove` adds two thousand that nobody has seen before. A failing
 one is shrunk and printed with all that happened in it; paste it into `test_scenarios.py` when it is mended. And what

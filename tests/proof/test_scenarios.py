@@ -18,12 +18,12 @@ WORLDS = {
         calls=(Call(),), runs=(CrewRun(seconds=15),), faults=("status:forgotten@4",)
     ),
     "a machine falls asleep over its claim and another buys meanwhile": Scenario(
-        calls=(Call(freeze_at=6, freeze_for=400), Call(at=0.2, again=(15.0, 50.0, 50.0))), settle_after=0.0
+        calls=(Call(freeze_at=6, freeze_for=400), Call(at=0.2, again=(15.0, 50.0, 50.0))), resolve_after=0.0
     ),
     "a machine falls asleep over its kickoff and wakes up to a bad answer": Scenario(
         calls=(Call(freeze_at=10, freeze_for=400), Call(at=0.2, again=(15.0, 50.0, 50.0))),
         faults=("kickoff:no-id@1",),
-        settle_after=0.0,
+        resolve_after=0.0,
     ),
     "whoever is cancelled over the write that keeps a claim gives it back after that": Scenario(
         calls=(Call(flow=False, cancel_at=12),), faults=("kickoff:429-before-accept@1",), seed=17
@@ -66,7 +66,7 @@ def test_the_promises_hold_when(name: str, order: int) -> None:
 @pytest.mark.parametrize("step", range(1, 34))
 def test_a_process_that_is_killed_before_each_of_its_steps_is_found_again(step: int) -> None:
     scenario = Scenario(
-        calls=(Call(kill_at=step, crashed_after=0.5, again=(1.0,)),), runs=(CrewRun(seconds=3),), settle_after=None
+        calls=(Call(kill_at=step, crashed_after=0.5, again=(1.0,)),), runs=(CrewRun(seconds=3),), resolve_after=None
     )
     world = World(scenario).play()
     assert not broken_promises(world), "\n".join(world.trace)
@@ -102,7 +102,7 @@ def test_a_flow_that_is_cancelled_stops_its_crew_once_also_where_it_times_out_th
 @pytest.mark.parametrize("step", range(1, 34))
 def test_a_machine_that_falls_asleep_before_each_of_its_steps_buys_nothing_twice(step: int, fault: str) -> None:
     sleeper, other = Call(flow=False, freeze_at=step, freeze_for=400.0), Call(flow=False, again=(15.0, 50.0, 50.0))
-    world = World(Scenario(calls=(sleeper, other), faults=(f"kickoff:{fault}@1",), settle_after=0.0)).play()
+    world = World(Scenario(calls=(sleeper, other), faults=(f"kickoff:{fault}@1",), resolve_after=0.0)).play()
     assert not broken_promises(world), "\n".join(world.trace)
 
 

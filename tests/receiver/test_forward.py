@@ -222,15 +222,15 @@ async def test_what_nobody_expected_of_prefect_is_said_and_tried_again(
     await handover.aclose()
 
 
-async def test_a_kickoff_that_cannot_be_settled_is_left_to_a_person(
+async def test_a_kickoff_that_cannot_be_resolved_is_left_to_a_person(
     key: str, hand_on: Handover, caplog: pytest.LogCaptureFixture
 ):
     await PrefectRecords().claim(record(key, phase=RecordPhase.UNCERTAIN, kickoff_id=None, crew="no-such-block"))
     hand_on.put(news_about(key, meta={"idempotency_key": key}))
     await events_of(key)
-    await until(lambda: "prefect-crew runs settle" in caplog.text, "it is said")
+    await until(lambda: "prefect-crew runs resolve" in caplog.text, "it is said")
     assert "no crew" in caplog.text
-    assert hand_on.report()["settled"] == 0
+    assert hand_on.report()["resolved"] == 0
 
 
 async def test_the_end_hands_on_what_is_left(key: str):

@@ -1,4 +1,4 @@
-"""Settling an uncertain kickoff, on a real Prefect server: what is accepted, what is refused, and what then stands."""
+"""Resolving an uncertain kickoff, on a real Prefect server: what is accepted, what is refused, and what then stands."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from prefect_crew.client.models import CrewStatus
 from prefect_crew.exceptions import ConfigurationError, CrewConnectionError, CrewError
 from prefect_crew.records.model import Caller, Decision, RecordPhase, RunRecord, decide, utcnow
-from prefect_crew.records.resolve import settle_never_started, settle_started, unsettled
+from prefect_crew.records.resolve import resolve_never_started, resolve_started, unresolved
 from prefect_crew.records.store import PrefectRecords
 from prefect_crew.states import CrewState
 from support.records import LONG_AGO, put
@@ -58,13 +58,13 @@ async def test_a_run_that_the_crew_knows_is_waited_for_from_then_on(state: CrewS
     record, store, kickoff_id = await stored(), PrefectRecords(), f"k-{uuid.uuid4()}"
     assert decision(record) is Decision.UNCERTAIN
     assert (
-        await settle_started(await unsettled(record.idempotency_key, store), kickoff_id, store, look=look(state))
+        await resolve_started(await unresolved(record.idempotency_key, store), kickoff_id, store, look=look(state))
         is state
     )
-    settled = await latest(record)
-    assert (settled.phase, settled.kickoff_id, settled.reason) == (RecordPhase.STARTED, kickoff_id, None)
-    assert settled.kicked_off_at == record.claimed_at
-    assert decision(settled) is Decision.REATTACH
+    resolved = await latest(record)
+    assert (resolved.phase, resolved.kickoff_id, resolved.reason) == (RecordPhase.STARTED, kickoff_id, None)
+    assert resolved.kicked_off_at == record.claimed_at
+    assert decision(resolved) is Decision.REATTACH
     found = await store.of_kickoff(kickoff_id)
     assert found is not None
     assert found.idempotency_key == record.idempotency_key
@@ -72,26 +72,28 @@ async def test_a_run_that_the_crew_knows_is_waited_for_from_then_on(state: CrewS
 
 async def test_one_that_never_started_is_no_purchase():
     record, store = await stored(), PrefectRecords()
-    await settle_never_started(await unsettled(record.idempotency_key, store), store)
-    settled = await latest(record)
-    assert settled.counts is False
-    assert decision(settled) is Decision.START
+    await resolve_never_started(await unresolved(record.idempotency_key, store), store)
+    resolved = await latest(record)
+    assert resolved.counts is False
+    assert decision(resolved) is Decision.START
 
 
 @pytest.mark.parametrize("told", ["started", "never started"])
 async def test_who_was_slower_is_told_so(told: str):
     record, store = await stored(), PrefectRecords()
-    read = await unsettled(record.idempotency_key, store)
-    await settle_started(await unsettled(record.idempotency_key, store), f"k-{uuid.uuid4()}", store)
-    with pytest.raises(CrewError, match="was settled by somebody else meanwhile: it is started, run k-"):
-        await (settle_started(read, "other", store) if told == "started" else settle_never_started(read, store))
+    read = await unresolved(record.idempotency_key, store)
+    await resolve_started(await unresolved(record.idempotency_key, store), f"k-{uuid.uuid4()}", store)
+    with pytest.raises(CrewError, match="was resolved by somebody else meanwhile: it is started, run k-"):
+        await (resolve_started(read, "other", store) if told == "started" else resolve_never_started(read, store))
     assert (await latest(record)).phase is RecordPhase.STARTED
 
 
 async def test_an_id_that_the_crew_does_not_know_changes_nothing():
     record, store = await stored(), PrefectRecords()
     with pytest.raises(ConfigurationError, match="does not know run k9"):
-        await settle_started(await unsettled(record.idempotency_key, store), "k9", store, look=look(CrewState.UNKNOWN))
+        await resolve_started(
+            await unresolved(record.idempotency_key, store), "k9", store, look=look(CrewState.UNKNOWN)
+        )
     assert (await latest(record)).phase is RecordPhase.UNCERTAIN
 
 
@@ -100,8 +102,8 @@ async def test_an_id_of_another_record_changes_nothing():
     other = await stored(phase=RecordPhase.STARTED, kickoff_id=kickoff_id)
     record = await stored()
     with pytest.raises(ConfigurationError, match=f"belongs to the idempotency key '{other.idempotency_key}'"):
-        await settle_started(
-            await unsettled(record.idempotency_key, store), kickoff_id, store, look=look(CrewState.RUNNING)
+        await resolve_started(
+            await unresolved(record.idempotency_key, store), kickoff_id, store, look=look(CrewState.RUNNING)
         )
     assert (await latest(record)).phase is RecordPhase.UNCERTAIN
 
@@ -112,27 +114,27 @@ async def test_a_crew_that_cannot_be_asked_changes_nothing():
 
     record, store = await stored(), PrefectRecords()
     with pytest.raises(CrewConnectionError):
-        await settle_started(await unsettled(record.idempotency_key, store), "k1", store, look=away)
+        await resolve_started(await unresolved(record.idempotency_key, store), "k1", store, look=away)
     assert (await latest(record)).phase is RecordPhase.UNCERTAIN
 
 
-async def test_a_claim_that_nobody_holds_any_more_can_be_settled():
+async def test_a_claim_that_nobody_holds_any_more_can_be_resolved():
     store = PrefectRecords()
     stale = await stored(phase=RecordPhase.CLAIMED, permit=LONG_AGO)
-    assert (await unsettled(stale.idempotency_key, store)).owner == stale.owner
-    await settle_never_started(await unsettled(stale.idempotency_key, store), store)
+    assert (await unresolved(stale.idempotency_key, store)).owner == stale.owner
+    await resolve_never_started(await unresolved(stale.idempotency_key, store), store)
     assert decision(await latest(stale)) is Decision.START
 
 
-async def test_a_kickoff_that_may_still_be_sent_is_not_settled_whatever_its_flow_run_says():
+async def test_a_kickoff_that_may_still_be_sent_is_not_resolved_whatever_its_flow_run_says():
     gone = str(uuid.uuid4())
     orphan = await stored(phase=RecordPhase.CLAIMED, permit=60.0, flow_run_id=gone)
     store = PrefectRecords()
     assert await store.owner_ended(orphan)
     with pytest.raises(CrewError, match=r"may still be sent, or on its way\. Resolve it in \d+ s"):
-        await unsettled(orphan.idempotency_key, store)
+        await unresolved(orphan.idempotency_key, store)
     with pytest.raises(CrewError, match="may still be on its way"):
-        await settle_never_started(await latest(orphan), store)
+        await resolve_never_started(await latest(orphan), store)
     assert (await latest(orphan)).phase is RecordPhase.CLAIMED
 
 
@@ -140,25 +142,25 @@ async def test_a_claim_whose_kickoff_was_never_sent_is_no_run():
     store = PrefectRecords()
     record = await stored(phase=RecordPhase.CLAIMED, good_for=LONG_AGO)
     with pytest.raises(ConfigurationError, match="was never sent: whoever claimed it ended before that"):
-        await settle_started(await unsettled(record.idempotency_key, store), "k1", store)
+        await resolve_started(await unresolved(record.idempotency_key, store), "k1", store)
 
 
 async def test_whoever_resolves_and_an_owner_that_lives_cannot_both_succeed():
     store = PrefectRecords()
     owner = await stored(phase=RecordPhase.CLAIMED, good_for=LONG_AGO)
-    await settle_never_started(await unsettled(owner.idempotency_key, store), store)
+    await resolve_never_started(await unresolved(owner.idempotency_key, store), store)
     assert not await store.permit(owner, 30, late=False)
     other = await stored(phase=RecordPhase.CLAIMED, good_for=LONG_AGO)
-    read = await unsettled(other.idempotency_key, store)
+    read = await unresolved(other.idempotency_key, store)
     assert await store.permit(other, 30, late=False)
     with pytest.raises(CrewError, match="may still be on its way"):
-        await settle_never_started(read, store)
+        await resolve_never_started(read, store)
 
 
 async def test_a_late_write_takes_nothing_back():
     store = PrefectRecords()
     late = await stored(phase=RecordPhase.CLAIMED, permit=LONG_AGO)
-    await settle_started(await unsettled(late.idempotency_key, store), kickoff_id := f"k-{uuid.uuid4()}", store)
+    await resolve_started(await unresolved(late.idempotency_key, store), kickoff_id := f"k-{uuid.uuid4()}", store)
     late.phase = RecordPhase.UNCERTAIN
     await store.save(late)
     late.phase = RecordPhase.NOT_STARTED
@@ -184,12 +186,12 @@ async def test_a_late_write_takes_nothing_back():
         pytest.param({"phase": RecordPhase.NOT_STARTED}, "it is not-started", id="not-started"),
     ],
 )
-async def test_there_is_nothing_to_settle(facts: dict[str, Any], said: str):
+async def test_there_is_nothing_to_resolve(facts: dict[str, Any], said: str):
     record = await stored(**facts)
     with pytest.raises(CrewError, match=said):
-        await unsettled(record.idempotency_key, PrefectRecords())
+        await unresolved(record.idempotency_key, PrefectRecords())
 
 
 async def test_nobody_used_the_key():
     with pytest.raises(CrewError, match="No run has the key"):
-        await unsettled("never used", PrefectRecords())
+        await unresolved("never used", PrefectRecords())

@@ -275,7 +275,7 @@ async def test_what_may_have_started_is_uncertain_and_never_sent_again(
 ):
     server, idempotency_key = crew_server("echo", faults=[f"kickoff:{fault}@1"]), key()
     crew = server.crew(request_timeout=0.5)
-    with pytest.raises(KickoffUncertainError, match="settle") as caught:
+    with pytest.raises(KickoffUncertainError, match="resolve") as caught:
         await crew.trigger({"text": "a"}, idempotency_key=idempotency_key)
     assert caught.value.idempotency_key == idempotency_key
     assert caught.value.sent["crew"] == crew.label

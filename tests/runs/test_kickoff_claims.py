@@ -429,7 +429,7 @@ async def test_an_id_that_cannot_be_written_down_is_told_with_what_to_do(
         await asyncio.sleep(0.01)
     proxy.cut()
     run = await calling
-    assert f"prefect-crew runs settle '{idempotency_key}' --kickoff-id {run.kickoff_id}" in caplog.text
+    assert f"prefect-crew runs resolve '{idempotency_key}' --kickoff-id {run.kickoff_id}" in caplog.text
     assert "has no artifact" in caplog.text
     proxy.restore()
     assert await phases(idempotency_key) == [RecordPhase.CLAIMED]

@@ -106,10 +106,10 @@ class Seen:
 
     def events(self, kickoff_id: str) -> list[dict[str, Any]]:
         """Return all events about a run, in order, once everything that was emitted so far has arrived."""
-        self.settle_events()
+        self.resolve_events()
         return self._events(f"prefect-crew.run.{kickoff_id}")
 
-    def settle_events(self, seconds: float = 30.0) -> None:
+    def resolve_events(self, seconds: float = 30.0) -> None:
         """Wait until all that this process has emitted stands on the server."""
         from prefect.events import emit_event
 

@@ -267,7 +267,7 @@ class FormReviewer:
         """What waits for the form to be filled in, and sends the answer."""
         return self._asking
 
-    async def settle(self) -> None:
+    async def resolve(self) -> None:
         """Wait until an answer that is being sent is on record as sent: it may be what the crew has moved on by."""
         if self._sending and self._asking is not None:
             await asyncio.wait({self._asking}, timeout=SENT_WITHIN)

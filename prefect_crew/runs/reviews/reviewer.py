@@ -54,7 +54,7 @@ class Reviewer(Protocol):
         """What is under way until an answer has been given, if anything is."""
         ...
 
-    async def settle(self) -> None:
+    async def resolve(self) -> None:
         """Wait until an answer that is being sent is on record as sent."""
         ...
 
@@ -127,7 +127,7 @@ class FunctionReviewer:
         """A function answers at once."""
         return None
 
-    async def settle(self) -> None:
+    async def resolve(self) -> None:
         """It was waited for when it was given."""
 
     async def last_call(self) -> bool:
@@ -243,7 +243,7 @@ class People:
             TooManyRoundsError: It is asked once too often.
         """
         if self.reviewer is not None:
-            await self.reviewer.settle()
+            await self.reviewer.resolve()
         before, self.question = self.question, await self.questions.saw(status)
         if self.question is None or self.question is before:
             return before is not self.question

@@ -96,9 +96,9 @@ def _world(deal: _Decks, fault: str, fate: str, rng: random.Random) -> Scenario:
     faults += _elsewhere(deal)
     victim = _victim(deal, fate)
     calls = (victim, *_others(deal), *_forced(deal))
-    settling: dict[str, Any] = {"settle_after": deal("settle", None, 0.0, 0.0, 100.0)}
+    resolving: dict[str, Any] = {"resolve_after": deal("resolve", None, 0.0, 0.0, 100.0)}
     if PERMITS:
-        settling |= {"resolve_every": deal("resolver", None, None, 0.5, 2.0), "prunes": _prunes(deal)}
+        resolving |= {"resolve_every": deal("resolver", None, None, 0.5, 2.0), "prunes": _prunes(deal)}
     return Scenario(
         calls=calls,
         runs=deal("ends", *_ENDS),
@@ -112,7 +112,7 @@ def _world(deal: _Decks, fault: str, fate: str, rng: random.Random) -> Scenario:
         stop_on_timeout=deal("on timeout", False, False, True),
         seed=rng.randrange(1000),
         order=deal("order", 0, rng.randrange(1, 1000), rng.randrange(1, 1000), rng.randrange(1, 1000)),
-        **settling,
+        **resolving,
     )
 
 

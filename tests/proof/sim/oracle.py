@@ -134,7 +134,7 @@ def _never_lost(world: World) -> Iterator[str]:
             yield f"never lost: in the end {key} gives {type(last).__name__}: {last}; the server has {runs}"
         held = {record.get("kickoff_id") for record in [*world.prefect.records(key), *world.prefect.gone(key)]}
         unknown = {run.id for run in runs} - held
-        # A record is replaced, not compared: a machine that slept over "uncertain" writes that over what was settled.
+        # A record is replaced, not compared: a machine that slept over "uncertain" writes that over what was resolved.
         asleep = _asleep(world, key, "writing")
         if len(unknown) > _lies(world) + _forced(world, key) + asleep:
             yield f"never lost: {unknown} of {key} are on no record"

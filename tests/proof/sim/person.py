@@ -6,21 +6,21 @@ from typing import TYPE_CHECKING
 
 from prefect_crew.client.inputs import encode_inputs, inputs_digest
 from prefect_crew.exceptions import CrewFailedError, CrewStoppedError, CrewTimeoutError, KickoffUncertainError
-from prefect_crew.records.resolve import settle_never_started, settle_started, unsettled
+from prefect_crew.records.resolve import resolve_never_started, resolve_started, unresolved
 from prefect_crew.records.store import PrefectRecords
 
 if TYPE_CHECKING:
     from prefect_crew.client.models import CrewResult
     from proof.sim.world import World
 
-__all__ = ["resolve_if_allowed", "settle_truly"]
+__all__ = ["resolve_if_allowed", "resolve_truly"]
 
 
-async def settle_truly(world: World, idempotency_key: str, said: CrewResult | BaseException) -> bool:
-    """Settle an uncertain run by what the crew's server knows; True if asking once more can bring something new.
+async def resolve_truly(world: World, idempotency_key: str, said: CrewResult | BaseException) -> bool:
+    """Resolve an uncertain run by what the crew's server knows; True if asking once more can bring something new.
 
     Raises:
-        CrewError: There is nothing to settle (any more).
+        CrewError: There is nothing to resolve (any more).
         httpx.HTTPError: The Prefect API is away.
     """
     if isinstance(said, CrewFailedError | CrewStoppedError) or (isinstance(said, CrewTimeoutError) and said.stopped):
@@ -35,11 +35,11 @@ async def resolve_if_allowed(world: World, idempotency_key: str) -> None:
     """Resolve a run by what the crew's page shows at this moment.
 
     Raises:
-        CrewError: There is nothing to settle (any more), or it is too early.
+        CrewError: There is nothing to resolve (any more), or it is too early.
         httpx.HTTPError: The Prefect API is away.
     """
     records = PrefectRecords()
-    record = await unsettled(idempotency_key, records)
+    record = await unresolved(idempotency_key, records)
     held = {
         one.get("kickoff_id") for one in [*world.prefect.records(idempotency_key), *world.prefect.gone(idempotency_key)]
     }
@@ -51,7 +51,7 @@ async def resolve_if_allowed(world: World, idempotency_key: str) -> None:
         and inputs_digest(encode_inputs(run.inputs)) == record.inputs_digest
     ]
     if unknown:
-        await settle_started(record, unknown[-1], records)
+        await resolve_started(record, unknown[-1], records)
     else:
-        await settle_never_started(record, records)
-    world.settled.append(idempotency_key)
+        await resolve_never_started(record, records)
+    world.resolved.append(idempotency_key)

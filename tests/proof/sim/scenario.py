@@ -103,7 +103,7 @@ class Scenario(_Short):
         resolve_every: Seconds between the looks of a person who resolves each key as soon as that is allowed, by what
             the crew's page shows at that moment; None: there is nobody like that.
         order: As SimLoop's.
-        settle_after: Seconds after which a person settles what is uncertain; None: only when all is over.
+        resolve_after: Seconds after which a person resolves what is uncertain; None: only when all is over.
     """
 
     calls: tuple[Call, ...]
@@ -117,7 +117,7 @@ class Scenario(_Short):
     max_kickoffs: int = 3
     timeout: float = 120.0
     stop_on_timeout: bool = False
-    settle_after: float | None = None
+    resolve_after: float | None = None
     resolve_every: float | None = None
     prunes: tuple[Prune, ...] = ()
     seed: int = 0

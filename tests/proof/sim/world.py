@@ -34,7 +34,7 @@ from prefect_crew.records.store import PrefectRecords, prune
 from prefect_crew.runs import kickoff
 from prefect_crew.runs import wait as wait_module
 from proof.sim.loop import Process, SimLoop, current_process
-from proof.sim.person import resolve_if_allowed, settle_truly
+from proof.sim.person import resolve_if_allowed, resolve_truly
 from proof.sim.prefect_api import SimPrefect
 from proof.sim.scenario import Call, Prune, Scenario
 from proof.sim.site import HOST, CrewSite
@@ -116,7 +116,7 @@ class World:
         self.forced: set[tuple[str, str]] = set()
         self.excusing = True  # as the oracle judges it at this moment
         self.violations: list[str] = []
-        self.settled: list[str] = []
+        self.resolved: list[str] = []
         self.persons: set[str] = set()
         self.trace: list[str] = []
 
@@ -322,17 +322,17 @@ class World:
         if process.buried:
             return
         self.endings.append(Ending(self.loop.time(), process, call, value))
-        if isinstance(value, KickoffUncertainError) and self.scenario.settle_after is not None:
+        if isinstance(value, KickoffUncertainError) and self.scenario.resolve_after is not None:
             self._send_person(key_of(call.key), value)
         said = f"{value.output}" if isinstance(value, CrewResult) else f"{type(value).__name__}: {value}"
         self.trace.append(f"{self.loop.time():8.2f} {process.name} ended with {said}")
 
     def _send_person(self, idempotency_key: str, said: KickoffUncertainError) -> None:
-        """Have a person settle a run, some time after it was reported, and well after whoever posted must know."""
+        """Have a person resolve a run, some time after it was reported, and well after whoever posted must know."""
         record = self.prefect.records(idempotency_key)[-1]
         claimed_at = datetime.fromisoformat(record["claimed_at"]).timestamp()
         known_by = claimed_at + record["good_for"] + record["post_deadline"] + 10
-        wait = max(known_by - self.loop.wall(), 0.0) + 15 + (self.scenario.settle_after or 0.0)
+        wait = max(known_by - self.loop.wall(), 0.0) + 15 + (self.scenario.resolve_after or 0.0)
         if idempotency_key not in self.persons:
             self.persons.add(idempotency_key)
             # Not in the context of the process that told: a person does not fall asleep with its machine.
@@ -361,7 +361,7 @@ class World:
 
     async def _person(self, idempotency_key: str, said: KickoffUncertainError) -> None:
         self.persons.discard(idempotency_key)
-        await _quietly(settle_truly(self, idempotency_key, said))
+        await _quietly(resolve_truly(self, idempotency_key, said))
 
     async def purchase(self, call: Call) -> CrewResult:
         """Do what the tasks of `run_crew` do, with the retries that Prefect makes of the first one."""
@@ -413,7 +413,7 @@ class World:
                 other = not other  # what was bought had the others
                 continue
             said.append(value)
-            if isinstance(value, CrewResult) or not await settle_truly(self, key_of(number), value):
+            if isinstance(value, CrewResult) or not await resolve_truly(self, key_of(number), value):
                 break
         return said
 

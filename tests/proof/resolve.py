@@ -1,4 +1,4 @@
-"""A person who looks at the crew's page and settles what is uncertain."""
+"""A person who looks at the crew's page and resolves what is uncertain."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ import time
 
 from prefect_crew.devserver.server import LocalServer
 from prefect_crew.exceptions import CrewError
-from prefect_crew.records.resolve import settle_never_started, settle_started, unsettled
+from prefect_crew.records.resolve import resolve_never_started, resolve_started, unresolved
 from prefect_crew.records.store import PrefectRecords
 
-__all__ = ["settle"]
+__all__ = ["resolve"]
 
 
-def settle(server: LocalServer, idempotency_key: str) -> None:
-    """Settle a run by what its server has accepted under its key."""
+def resolve(server: LocalServer, idempotency_key: str) -> None:
+    """Resolve a run by what its server has accepted under its key."""
     started = [id_ for id_, meta in server.counters.accepted.items() if meta["idempotency_key"] == idempotency_key]
 
     async def say() -> None:
         records = PrefectRecords()
-        record = await unsettled(idempotency_key, records)
+        record = await unresolved(idempotency_key, records)
         if started:
-            await settle_started(record, started[-1], records)
+            await resolve_started(record, started[-1], records)
         else:
-            await settle_never_started(record, records)
+            await resolve_never_started(record, records)
 
     deadline = time.monotonic() + 150
     while True:

@@ -1,4 +1,4 @@
-"""Uncertain rows of a batch, settled by the webhooks of the runs that their kickoffs did start."""
+"""Uncertain rows of a batch, resolved by the webhooks of the runs that their kickoffs did start."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SLOW = script({"seconds": 0.2, "output": "on {{ topic }}"}, inputs=["topic"])
 ROWS = [{"id": f"row {number}", "topic": f"topic {number}"} for number in range(4)]
 
 
-async def test_a_row_is_settled_by_its_webhook_when_the_batch_is_gone_on_with(
+async def test_a_row_is_resolved_by_its_webhook_when_the_batch_is_gone_on_with(
     crew_server: CrewServerFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     server = crew_server(SLOW, port=True, faults=["kickoff:drop-after-accept@2"])
@@ -67,7 +67,7 @@ async def test_a_row_is_settled_by_its_webhook_when_the_batch_is_gone_on_with(
     assert (record.phase, record.kickoff_id) == (RecordPhase.ENDED, lost.id)
 
 
-async def test_a_row_whose_process_dies_in_its_kickoff_is_one_that_webhooks_may_settle(
+async def test_a_row_whose_process_dies_in_its_kickoff_is_one_that_webhooks_may_resolve(
     crew_server: CrewServerFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_WEBHOOK_URL", "https://hooks.test")
@@ -78,7 +78,7 @@ async def test_a_row_whose_process_dies_in_its_kickoff_is_one_that_webhooks_may_
     running = asyncio.ensure_future(arun_batch(server.crew(), ROWS[:1], name=name, key="id", output=str(output)))
     await until(lambda: server.requests["kickoff"] == 1, "the kickoff is sent")
     async with Ledger(f"{output}.ledger.db", name) as found_by_the_next:
-        (record,) = await found_by_the_next.unsettled()
+        (record,) = await found_by_the_next.unresolved()
     running.cancel()
     with pytest.raises(asyncio.CancelledError):
         await running
