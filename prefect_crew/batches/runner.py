@@ -48,8 +48,8 @@ from prefect_crew.exceptions import (
     LedgerError,
 )
 from prefect_crew.records.keys import RunIdentity
-from prefect_crew.records.model import Caller, RecordPhase, RunRecord, latest_purchase
-from prefect_crew.runs.kickoff import Purchase, Purchased, purchase_run
+from prefect_crew.records.model import Caller, RecordPhase, RunRecord, latest_start
+from prefect_crew.runs.kickoff import Start, Started, start_run
 from prefect_crew.runs.limits import missing_limit, take_slots
 from prefect_crew.settings import CrewSettings
 
@@ -150,7 +150,7 @@ class Engine:
 
     async def resolved(self, work: Work) -> bool:
         """Report a row that the ledger alone resolves, and return whether it does."""
-        job, latest = work.job, latest_purchase(work.attempts)
+        job, latest = work.job, latest_start(work.attempts)
         if latest is None:
             return False
         if latest.inputs_digest != job.digest:
@@ -225,7 +225,7 @@ class Engine:
             raise broken_by[0]
 
     async def _begin(self, work: Work) -> asyncio.Task[None] | None:
-        latest = latest_purchase(work.attempts)
+        latest = latest_start(work.attempts)
         if latest is not None and latest.phase is RecordPhase.STARTED and latest.crew_url == self.session.crew.url:
             return None if self.shut else asyncio.create_task(self._row(work, found=latest))
         if latest is not None and latest.phase is RecordPhase.CLAIMED:
@@ -251,7 +251,7 @@ class Engine:
         while claimed.open_for and claimed.phase is RecordPhase.CLAIMED and self.stopped is None:
             await asyncio.sleep(1.0)
             work.attempts = await self.ledger.attempts(claimed.idempotency_key)
-            claimed = latest_purchase(work.attempts) or claimed
+            claimed = latest_start(work.attempts) or claimed
         if claimed.phase is RecordPhase.UNCERTAIN or (claimed.phase is RecordPhase.CLAIMED and self.stopped is None):
             # Not a failure of the crew at this moment, which is what the breaker counts.
             await self._on_end(unresolved(work.job, claimed, batch=self.ledger.batch))
@@ -296,8 +296,8 @@ class Engine:
                     return bought
                 if bought is None:
                     continue
-                found, first_look = bought.record, not bought.bought
-                count += bought.bought
+                found, first_look = bought.record, not bought.is_new
+                count += bought.is_new
             record, found = found, None
             end = await self._wait(job, record, first_look=first_look)
             if end is None:
@@ -310,7 +310,7 @@ class Engine:
             # A run that has completed, or that nobody knows any more, is bought again by force only.
             place = f"{self.ledger.batch}/{job.key}/{record.attempt}" if end.state in (MISFIT, LOST) else None
 
-    async def _buy(self, job: RowJob, place: str | None) -> Purchased | RowEnd | None:
+    async def _buy(self, job: RowJob, place: str | None) -> Started | RowEnd | None:
         """Buy a row's run, or find the one that it has; None if it surely did not start, and may be tried again.
 
         `place` is what a purchase by force is known by; None buys only where the record allows it.
@@ -320,7 +320,7 @@ class Engine:
             await asyncio.sleep(0.05)  # those that are being bought tell whether any are left
             return None
         try:
-            bought = await purchase_run(self._purchase(job, place), self.ledger, self.session)
+            bought = await start_run(self._purchase(job, place), self.ledger, self.session)
         except LedgerError:
             raise
         except CrewError as error:
@@ -328,14 +328,14 @@ class Engine:
         finally:
             self._buying -= 1
             self._pace.leave()
-        if bought.bought:
+        if bought.is_new:
             self._note_purchase()
             self._pace.taken()
         return bought
 
-    def _purchase(self, job: RowJob, place: str | None) -> Purchase:
+    def _purchase(self, job: RowJob, place: str | None) -> Start:
         flow_run_id, flow_run_count = self._flow_run
-        return Purchase(
+        return Start(
             crew=self.session.crew.hiding(job.hidden),
             identity=RunIdentity(
                 idempotency_key=self.ledger.idempotency_key(job.key),
@@ -638,5 +638,5 @@ async def _unresolved(engine: Engine, jobs: Iterator[RowJob], *, new: bool) -> A
 
 
 def _in_flight(work: Work) -> bool:
-    latest = latest_purchase(work.attempts)
+    latest = latest_start(work.attempts)
     return latest is not None and latest.phase is RecordPhase.STARTED

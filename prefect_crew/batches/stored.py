@@ -19,7 +19,7 @@ from prefect_crew.batches.outcomes import FAILED, standing_word
 from prefect_crew.batches.ownership import ASKS, TAG, BatchLock, check_age, read_binding
 from prefect_crew.batches.rows import BadRow
 from prefect_crew.exceptions import ConfigurationError, CrewError, LedgerMissingError
-from prefect_crew.records.model import RecordPhase, RunRecord, latest_purchase
+from prefect_crew.records.model import RecordPhase, RunRecord, latest_start
 from prefect_crew.states import CrewState
 
 _PAGE = 200
@@ -133,7 +133,7 @@ class KnownBatch:
         for key in keys:
             if key not in found:
                 raise ConfigurationError(f"Batch {self.name!r} has bought nothing for a row {key!r}.")
-            last = latest_purchase(found[key]) or found[key][-1]
+            last = latest_start(found[key]) or found[key][-1]
             if last.phase in (RecordPhase.UNCERTAIN, RecordPhase.CLAIMED):
                 raise ConfigurationError(
                     f"Row {key!r} of batch {self.name!r} is uncertain. Resolve it first: prefect-crew batch resolve "

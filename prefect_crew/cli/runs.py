@@ -18,7 +18,7 @@ from prefect_crew.cli._options import JSON, CrewAccess, flag
 from prefect_crew.cli._prefect import flow_run_url, reach_prefect
 from prefect_crew.cli._progress import progress
 from prefect_crew.exceptions import ConfigurationError, CrewError
-from prefect_crew.records.model import RecordPhase, RunRecord, latest_purchase
+from prefect_crew.records.model import RecordPhase, RunRecord, latest_start
 from prefect_crew.states import CrewState
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ async def look_at(record: RunRecord, store: Lookout, now: datetime) -> RunLine:
     """Return the line of a record, asking after its flow runs only where that matters."""
     owner_ended = record.phase is RecordPhase.CLAIMED and await store.owner_ended(record)
     attended = record.phase is not RecordPhase.STARTED or bool(await store.other_waiters(record, None))
-    passed = not attended and latest_purchase(await store.attempts(record.idempotency_key)) != record
+    passed = not attended and latest_start(await store.attempts(record.idempotency_key)) != record
     return classify(record, now, owner_ended=owner_ended, attended=attended, passed=passed)
 
 

@@ -373,7 +373,7 @@ class Decision(StrEnum):
     """A run is in flight: wait for that one."""
     RETURN = "return"
     """The run has ended and is not bought again: give its result, or its failure."""
-    BUY_AGAIN = "buy again"
+    START_AGAIN = "start again"
     """The run failed, and a call with its key asks for another."""
     UNCERTAIN = "uncertain"
     """A kickoff was sent and nobody knows its fate: a person has to resolve it."""
@@ -383,7 +383,7 @@ class Decision(StrEnum):
     """Another call claimed it and surely sent nothing: void its claim, and decide again."""
 
 
-def latest_purchase(attempts: Sequence[RunRecord]) -> RunRecord | None:
+def latest_start(attempts: Sequence[RunRecord]) -> RunRecord | None:
     """Return the last attempt that is, or may be, a purchase: one that surely did not start hides none before it."""
     return next((attempt for attempt in reversed(attempts) if attempt.counts), None)
 
@@ -392,7 +392,7 @@ def decide(
     record: RunRecord | None,
     *,
     caller: Caller,
-    bought: int = 0,
+    kickoffs: int = 0,
     max_kickoffs: int = 3,
     owner_ended: bool = False,
     force_new: bool = False,
@@ -403,7 +403,7 @@ def decide(
     Args:
         record: The latest attempt at the key that counts, None if there is none.
         caller: Who asks.
-        bought: How many attempts at this key count as purchases, `record` among them.
+        kickoffs: How many attempts at this key count, `record` among them.
         max_kickoffs: How many may.
         owner_ended: Whether the flow run that claimed the record is known to have ended.
         force_new: Buy whatever the record says.
@@ -430,11 +430,11 @@ def decide(
         if not (earlier or owner_ended) and record.open_for:
             return Decision.CLAIMED_ELSEWHERE
         return Decision.UNCERTAIN if record.permit else Decision.VOID
-    if record.state is CrewState.COMPLETED or bought >= max_kickoffs:
+    if record.state is CrewState.COMPLETED or kickoffs >= max_kickoffs:
         return Decision.RETURN
     if asked_at is not None and record.ended_at is not None and record.ended_at > asked_at and not earlier:
         return Decision.RETURN
-    return Decision.BUY_AGAIN
+    return Decision.START_AGAIN
 
 
 def check_same_run(

@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable
 
 from prefect_crew.client.models import CrewStatus
 from prefect_crew.exceptions import ConfigurationError, CrewError
-from prefect_crew.records.model import RecordPhase, RecordStore, RunRecord, latest_purchase
+from prefect_crew.records.model import RecordPhase, RecordStore, RunRecord, latest_start
 from prefect_crew.states import CrewState
 
 RESOLVED_BY_PERSON = "resolved: it never started"
@@ -31,7 +31,7 @@ async def unresolved(idempotency_key: str, records: RecordStore) -> RunRecord:
     if not attempts:
         raise CrewError(f"No run has the key {idempotency_key!r}. prefect-crew runs lists those on record.")
     # The one that a call with the key would find: an attempt that did not start hides no other.
-    record = latest_purchase(attempts) or attempts[-1]
+    record = latest_start(attempts) or attempts[-1]
     if record.phase is RecordPhase.UNCERTAIN:
         return record
     if record.phase is RecordPhase.CLAIMED:

@@ -42,7 +42,7 @@ from prefect_crew.records.model import (
     RunRecord,
     check_same_run,
     decide,
-    latest_purchase,
+    latest_start,
     marks_of,
     utcnow,
 )
@@ -73,7 +73,7 @@ FINISH = 25.0
 
 
 @dataclass(frozen=True)
-class Purchase:
+class Start:
     """What is to be bought, the same for every attempt. `inputs` are encoded, `digest` is theirs and that of
     `restore_from`.
 
@@ -149,7 +149,7 @@ class ClaimLostError(Exception):
 
 
 async def post_claimed(
-    purchase: Purchase, record: RunRecord, records: RecordStore, session: CrewSession, lease: Lease
+    start: Start, record: RunRecord, records: RecordStore, session: CrewSession, lease: Lease
 ) -> RunRecord:
     """Post a claimed run and write its id down; POST again only what surely did not start a run.
 
@@ -167,7 +167,7 @@ async def post_claimed(
         lease = await _take_permit(record, records, lease)
     while True:
         try:
-            return await _post_and_react(purchase, record, records, session, lease)
+            return await _post_and_react(start, record, records, session, lease)
         except (CrewError, ClaimLostError) as problem:
             if record.phase is not RecordPhase.CLAIMED:
                 raise
@@ -175,7 +175,7 @@ async def post_claimed(
                 delay = await _pause_after(problem, session)
                 if delay is None or loop.time() + delay > until:
                     raise
-            if delay and not purchase.quiet:
+            if delay and not start.quiet:
                 run_logger().warning("%s It is sent again in %.0f s.", problem, delay)
             # Before the pause, so that nobody resolves the claim during it.
             lease = await _take_permit(record, records, lease, pause=delay)
@@ -241,7 +241,7 @@ async def _take_permit(record: RunRecord, records: RecordStore, lease: Lease, *,
 
 
 async def _post_and_react(
-    purchase: Purchase, record: RunRecord, records: RecordStore, session: CrewSession, lease: Lease
+    start: Start, record: RunRecord, records: RecordStore, session: CrewSession, lease: Lease
 ) -> RunRecord:
     """Make one POST, and see one that is in flight to its end even if the caller is cancelled."""
 
@@ -256,34 +256,32 @@ async def _post_and_react(
         elif record.phase is RecordPhase.CLAIMED and isinstance(error, (CrewError, ClaimLostError)):
             await give_back(record, records, error)
 
-    return await to_its_end(_post(purchase, record, records, session, lease), react)
+    return await to_its_end(_post(start, record, records, session, lease), react)
 
 
-async def _post(
-    purchase: Purchase, record: RunRecord, records: RecordStore, session: CrewSession, lease: Lease
-) -> RunRecord:
+async def _post(start: Start, record: RunRecord, records: RecordStore, session: CrewSession, lease: Lease) -> RunRecord:
     """Make one POST and write down what became of it. What surely did not start a run raises and writes nothing."""
-    crew, attempt, settings = purchase.crew, record.attempt, purchase.settings
+    crew, attempt, settings = start.crew, record.attempt, start.settings
 
     def redact(text: str) -> str:
-        return crew.redactor(purchase.inputs)(text)  # hardly ever needed, and slow to make
+        return crew.redactor(start.inputs)(text)  # hardly ever needed, and slow to make
 
     def last_look() -> None:
         if lease.over:
             raise ClaimLostError("its permit grew too old before its kickoff could be sent.")
 
     try:
-        webhooks = purchase.webhooks or webhooks_for(
+        webhooks = start.webhooks or webhooks_for(
             crew, record.idempotency_key, attempt=attempt, owner=record.owner, settings=settings
         )
         with withholding(redact):
             # The attempt tells two runs of one key apart, for a person who looks for the one of a record.
-            meta = {**(purchase.meta or {}), "idempotency_key": record.idempotency_key, "run_attempt": record.attempt}
+            meta = {**(start.meta or {}), "idempotency_key": record.idempotency_key, "run_attempt": record.attempt}
             kickoff_id = await session.client.kickoff(
-                purchase.inputs,
+                start.inputs,
                 meta=meta,
                 webhooks=webhooks,
-                restore_from=purchase.restore_from,
+                restore_from=start.restore_from,
                 before_sending=last_look,
             )
     except ClaimLostError:
@@ -297,7 +295,7 @@ async def _post(
             raise
         raise uncertain(record) from error
     record.phase, record.kickoff_id, record.kicked_off_at = RecordPhase.STARTED, kickoff_id, utcnow()
-    if not purchase.quiet:
+    if not start.quiet:
         # Before anything else: whatever fails from here on, a person finds the id in a log.
         run_logger().info("Crew %s was kicked off: run %s", record.crew, kickoff_id)
     try:
@@ -365,20 +363,20 @@ CLAIM_GOOD_FOR = 30.0
 
 
 @dataclass(frozen=True)
-class Purchased:
+class Started:
     """What a call with an idempotency key came to."""
 
     decision: Decision
     record: RunRecord
 
     @property
-    def bought(self) -> bool:
-        """Whether this call bought it."""
-        return self.decision in (Decision.START, Decision.BUY_AGAIN)
+    def is_new(self) -> bool:
+        """Whether this call started it."""
+        return self.decision in (Decision.START, Decision.START_AGAIN)
 
 
 @dataclass(frozen=True)
-class _Claim(Purchased):
+class _Claim(Started):
     """A claim that is ours, which nothing was sent for yet."""
 
     known: Sequence[RunRecord] = ()
@@ -387,13 +385,13 @@ class _Claim(Purchased):
 
 
 @cancelled_once
-async def purchase_run(
-    purchase: Purchase,
+async def start_run(
+    start: Start,
     records: RecordStore,
     session: CrewSession,
     *,
     check: Callable[[], Awaitable[None]] | None = None,
-) -> Purchased:
+) -> Started:
     """Find the run of a purchase's key, or buy it. What it returns has a kickoff id.
 
     Args:
@@ -409,14 +407,14 @@ async def purchase_run(
     loop = asyncio.get_running_loop()
     until = None
     while True:
-        opened = await _decide_and_claim(purchase, records, checked=check is not None)
-        _announce(purchase, opened)
+        opened = await _decide_and_claim(start, records, checked=check is not None)
+        _announce(start, opened)
         if not isinstance(opened, _Claim):
             return opened
         try:
             await _make_sure(opened, records, check)
-            record = await post_claimed(purchase, opened.record, records, session, opened.lease)
-            return Purchased(opened.decision, record)
+            record = await post_claimed(start, opened.record, records, session, opened.lease)
+            return Started(opened.decision, record)
         except ClaimLostError as lost:
             until = loop.time() + LIMITED_FOR if until is None else until  # from the first that was lost
             if loop.time() > until:
@@ -447,38 +445,38 @@ async def _make_sure(claim: _Claim, records: RecordStore, check: Callable[[], Aw
             raise ClaimLostError("another call claimed it, or its earlier attempts were removed, at the same time.")
 
 
-async def _decide_and_claim(purchase: Purchase, records: RecordStore, *, checked: bool) -> Purchased:
-    """Return a decision with the record that it is about; START and BUY_AGAIN come as a claim that is ours.
+async def _decide_and_claim(start: Start, records: RecordStore, *, checked: bool) -> Started:
+    """Return a decision with the record that it is about; START and START_AGAIN come as a claim that is ours.
 
     `checked`: whether its inputs are checked before a permit is asked for.
     """
     # Twice, where a token was rotated.
-    good_for = CLAIM_GOOD_FOR + (2 * purchase.crew.request_timeout if checked else 0.0)
-    if not purchase.force_new:
+    good_for = CLAIM_GOOD_FOR + (2 * start.crew.request_timeout if checked else 0.0)
+    if not start.force_new:
         # The common case in one request: nobody knows the key yet.
-        first = await _claim(purchase, records, Decision.START, (), good_for)
+        first = await _claim(start, records, Decision.START, (), good_for)
         if first is not None:
             return first
     while True:
-        attempts = await records.attempts(purchase.identity.idempotency_key)
-        decision, record = await _decide(purchase, attempts, records)
-        if decision in (Decision.START, Decision.BUY_AGAIN):
-            claim = await _claim(purchase, records, decision, attempts, good_for)
+        attempts = await records.attempts(start.identity.idempotency_key)
+        decision, record = await _decide(start, attempts, records)
+        if decision in (Decision.START, Decision.START_AGAIN):
+            claim = await _claim(start, records, decision, attempts, good_for)
             if claim is not None:
                 return claim
         elif decision is Decision.VOID and record is not None:
             if not await records.resolve(record, RecordPhase.NOT_STARTED, reason="its owner gave it up"):
                 await asyncio.sleep(AGAIN)
-        elif record is not None and (followed := await _follow(purchase, decision, record, records)) is not None:
+        elif record is not None and (followed := await _follow(start, decision, record, records)) is not None:
             return followed
 
 
 async def _claim(
-    purchase: Purchase, records: RecordStore, decision: Decision, known: Sequence[RunRecord], good_for: float
+    start: Start, records: RecordStore, decision: Decision, known: Sequence[RunRecord], good_for: float
 ) -> _Claim | None:
     """Claim the next attempt; None if somebody else has."""
     lease = Lease(good_for)
-    record = purchase.record(known[-1].attempt + 1 if known else 1, good_for)
+    record = start.record(known[-1].attempt + 1 if known else 1, good_for)
 
     async def give_up(claiming: asyncio.Task[bool]) -> None:
         await asyncio.wait({claiming})
@@ -491,36 +489,36 @@ async def _claim(
 
 
 async def _decide(
-    purchase: Purchase, attempts: Sequence[RunRecord], records: RecordStore
+    start: Start, attempts: Sequence[RunRecord], records: RecordStore
 ) -> tuple[Decision, RunRecord | None]:
-    record = latest_purchase(attempts)
-    force_new = purchase.force_new
+    record = latest_start(attempts)
+    force_new = start.force_new
     if force_new:
         # A retry of the very call that forced an attempt means that attempt, not yet another one.
-        ours = [attempt for attempt in attempts if attempt.forced_by == purchase.identity.place]
-        record, force_new = (latest_purchase(ours), False) if ours else (record, True)
+        ours = [attempt for attempt in attempts if attempt.forced_by == start.identity.place]
+        record, force_new = (latest_start(ours), False) if ours else (record, True)
     elif record is not None:
         check_same_run(
             record,
-            crew_url=purchase.crew.url,
-            inputs_digest=purchase.digest,
-            marks=purchase.marks,
-            secret_inputs=purchase.secret_inputs,
+            crew_url=start.crew.url,
+            inputs_digest=start.digest,
+            marks=start.marks,
+            secret_inputs=start.secret_inputs,
         )
     owner_ended = record is not None and record.phase is RecordPhase.CLAIMED and await records.owner_ended(record)
     decision = decide(
         record,
-        caller=purchase.identity.caller,
-        bought=sum(attempt.counts for attempt in attempts),
-        max_kickoffs=purchase.crew.max_kickoffs,
+        caller=start.identity.caller,
+        kickoffs=sum(attempt.counts for attempt in attempts),
+        max_kickoffs=start.crew.max_kickoffs,
         owner_ended=owner_ended,
         force_new=force_new,
-        asked_at=purchase.asked_at,
+        asked_at=start.asked_at,
     )
     return decision, record
 
 
-async def _follow(purchase: Purchase, decision: Decision, record: RunRecord, records: RecordStore) -> Purchased | None:
+async def _follow(start: Start, decision: Decision, record: RunRecord, records: RecordStore) -> Started | None:
     """Return the run that a record leads to, waiting for its id where somebody else is posting; None if it has none."""
     delay = 0.1
     looked_again = False
@@ -533,19 +531,19 @@ async def _follow(purchase: Purchase, decision: Decision, record: RunRecord, rec
             await asyncio.sleep(delay)
             delay = min(delay * 1.5, 2.0)
         attempts = await records.attempts(record.idempotency_key)
-        decision, latest = await _decide(purchase, attempts, records)
-        if latest is None or decision in (Decision.START, Decision.BUY_AGAIN, Decision.VOID):
+        decision, latest = await _decide(start, attempts, records)
+        if latest is None or decision in (Decision.START, Decision.START_AGAIN, Decision.VOID):
             return None
         record = latest
     if decision is Decision.UNCERTAIN:
-        _announce(purchase, Purchased(decision, record))
+        _announce(start, Started(decision, record))
         raise uncertain(record)
-    return Purchased(decision, record)
+    return Started(decision, record)
 
 
-def _announce(purchase: Purchase, opened: Purchased) -> None:
+def _announce(start: Start, opened: Started) -> None:
     """Log the decision in one line, emit it, and put it on the span that is current."""
-    if purchase.quiet:
+    if start.quiet:
         return
     record = opened.record
     run_logger().info(
@@ -596,27 +594,27 @@ async def open_run(
     )
     known = _known.get()
     settings = CrewSettings() if known is None else known.settings
-    purchase = Purchase(crew, identity, encoded, digest, name, meta, webhooks, force_new, state, settings=settings)
+    start = Start(crew, identity, encoded, digest, name, meta, webhooks, force_new, state, settings=settings)
     inputs = crew.sealed(inputs)
     del encoded, meta, webhooks
     records = PrefectRecords()
-    slots = await take_slots(crew) if await _may_start(purchase, records) else None
+    slots = await take_slots(crew) if await _may_start(start, records) else None
     if slots is not None:
-        purchase = replace(purchase, slot=str(slots.lease))
+        start = replace(start, slot=str(slots.lease))
     try:
         async with nullcontext() if slots is None else slots.kept():
-            run, opened = await _opened(purchase, records)
+            run, opened = await _opened(start, records)
     except KickoffUncertainError:
         raise  # it may be in flight, and counts until its slot's lease ends
     except CrewError:
         if slots is not None:
             await slots.release()
         raise
-    if slots is not None and not opened.bought:
+    if slots is not None and not opened.is_new:
         await slots.release()
-    if not opened.bought:
+    if not opened.is_new:
         await crash_dead_owner(opened.record)
-    if opened.bought:
+    if opened.is_new:
         trouble = await run.shown_by().create(run.view(None))
         if trouble:
             run_logger().warning("Run %s has no artifact: %s", run.kickoff_id, trouble)
@@ -625,32 +623,32 @@ async def open_run(
     return run
 
 
-async def _may_start(purchase: Purchase, records: RecordStore) -> bool:
+async def _may_start(start: Start, records: RecordStore) -> bool:
     """Return whether a call may start a run, and so needs a slot: what is in flight or completed needs none."""
-    if purchase.crew.concurrency_limit is None:
+    if start.crew.concurrency_limit is None:
         return False
-    latest = latest_purchase(await records.attempts(purchase.identity.idempotency_key))
-    if latest is None or purchase.force_new:
+    latest = latest_start(await records.attempts(start.identity.idempotency_key))
+    if latest is None or start.force_new:
         return True
     return latest.phase is RecordPhase.ENDED and latest.state is not CrewState.COMPLETED
 
 
-async def _opened(purchase: Purchase, records: RecordStore) -> tuple[OpenRun, Purchased]:
-    crew, identity = purchase.crew, purchase.identity
-    if known_cancelled(purchase.identity.caller.flow_run_id):
+async def _opened(start: Start, records: RecordStore) -> tuple[OpenRun, Started]:
+    crew, identity = start.crew, start.identity
+    if known_cancelled(start.identity.caller.flow_run_id):
         # A flow that catches the end of one wait must not go on buying.
-        raise CrewError(f"Flow run {purchase.identity.caller.flow_run_id} was cancelled: it kicks off nothing more.")
-    if purchase.settings.webhook_url:
+        raise CrewError(f"Flow run {start.identity.caller.flow_run_id} was cancelled: it kicks off nothing more.")
+    if start.settings.webhook_url:
         subscribe()
     async with CrewSession(crew) as session:
         # Open as long as the POST may be in flight, so that a Ctrl-C meanwhile stops what it started.
-        with watch_ctrl_c(), withholding(crew.redactor(purchase.inputs)):
+        with watch_ctrl_c(), withholding(crew.redactor(start.inputs)):
             try:
-                opened = await purchase_run(
-                    purchase,
+                opened = await start_run(
+                    start,
                     records,
                     session,
-                    check=lambda: check_inputs(session, purchase),
+                    check=lambda: check_inputs(session, start),
                 )
             except CrewError as error:
                 error.about(identity.idempotency_key, crew.label)
@@ -660,12 +658,12 @@ async def _opened(purchase: Purchase, records: RecordStore) -> tuple[OpenRun, Pu
             session.crew,
             str(record.kickoff_id),
             record,
-            purchase.inputs,
-            owned=opened.bought,
-            meta=purchase.meta,
-            webhooks=purchase.webhooks,
+            start.inputs,
+            owned=opened.is_new,
+            meta=start.meta,
+            webhooks=start.webhooks,
         )
-    refused_again = record.ended_at is not None and record.ended_at <= purchase.asked_at
+    refused_again = record.ended_at is not None and record.ended_at <= start.asked_at
     if opened.decision is Decision.RETURN and record.state is not CrewState.COMPLETED and refused_again:
         run.advice = all_used(crew.label, crew.max_kickoffs)
     return run, opened
@@ -695,7 +693,7 @@ def knowing_inputs(expected: Mapping[str, Sequence[CrewInput]]) -> Generator[Non
         _known.reset(token)
 
 
-async def check_inputs(session: CrewSession, purchase: Purchase) -> None:
+async def check_inputs(session: CrewSession, start: Start) -> None:
     """Check inputs against `GET /inputs`. A crew that does not say what it needs is no obstacle.
 
     Raises:
@@ -703,8 +701,8 @@ async def check_inputs(session: CrewSession, purchase: Purchase) -> None:
         AuthenticationError: The token is refused, also after a reload of a stored block.
     """
     expected = await _expected_inputs(session)
-    missing = missing_inputs(expected, purchase.inputs)
-    unknown = [] if purchase.crew.allow_extra_inputs else unknown_inputs(expected, purchase.inputs)
+    missing = missing_inputs(expected, start.inputs)
+    unknown = [] if start.crew.allow_extra_inputs else unknown_inputs(expected, start.inputs)
     if missing or unknown:
         raise InvalidInputsError(
             missing_inputs=missing,
@@ -714,7 +712,7 @@ async def check_inputs(session: CrewSession, purchase: Purchase) -> None:
             method="GET",
             path="/inputs",
         )
-    if (state_id := purchase.inputs.get(STATE_ID)) is not None and not is_uuid(state_id):
+    if (state_id := start.inputs.get(STATE_ID)) is not None and not is_uuid(state_id):
         # Not refused: a crew that is no Flow may well have an input of that name.
         run_logger().warning(
             "The input %s is no UUID. A Flow takes it for the id of its state and refuses the run; a crew takes it as "

@@ -16,7 +16,7 @@ from prefect_crew.exceptions import LedgerError
 from prefect_crew.records.keys import RunIdentity
 from prefect_crew.records.model import Caller, Lease, RecordPhase
 from prefect_crew.runs import kickoff
-from prefect_crew.runs.kickoff import Purchase, Purchased, purchase_run
+from prefect_crew.runs.kickoff import Start, Started, start_run
 from prefect_crew.settings import CrewSettings
 from prefect_crew.testing import CrewServerFactory
 from support.batches import record_of
@@ -24,15 +24,15 @@ from support.batches import record_of
 CLAIMED, NOT_STARTED, STARTED = RecordPhase.CLAIMED, RecordPhase.NOT_STARTED, RecordPhase.STARTED
 
 
-async def start(ledger: Ledger, server: InProcessCrewServer, session: CrewSession | None = None) -> Purchased:
+async def start(ledger: Ledger, server: InProcessCrewServer, session: CrewSession | None = None) -> Started:
     """Start the row "k", as a batch does."""
     if session is None:
         async with CrewSession(server.crew().crew) as session:
             return await start(ledger, server, session)
     identity = RunIdentity(ledger.idempotency_key("k"), "place", Caller(owner=f"caller {id(session)}"))
     known: dict[str, Any] = {"quiet": True, "settings": CrewSettings()}
-    return await purchase_run(
-        Purchase(session.crew, identity, {"text": "a"}, "digest", None, None, None, **known), ledger, session
+    return await start_run(
+        Start(session.crew, identity, {"text": "a"}, "digest", None, None, None, **known), ledger, session
     )
 
 

@@ -90,7 +90,7 @@ async def test_a_word_that_a_run_is_lost_takes_back_no_end_that_was_seen(prefect
         await saying
     found = await standing()
     assert found.result is not None
-    assert decide(found, caller=Caller(owner="next"), bought=1) is Decision.RETURN
+    assert decide(found, caller=Caller(owner="next"), kickoffs=1) is Decision.RETURN
 
 
 async def test_an_end_that_is_seen_after_all_counts_more_than_a_word_that_the_run_is_lost():

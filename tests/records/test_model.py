@@ -19,7 +19,7 @@ from prefect_crew.records.model import (
     StoredResult,
     check_same_run,
     decide,
-    latest_purchase,
+    latest_start,
 )
 from prefect_crew.states import CrewState
 
@@ -52,7 +52,7 @@ STARTED = record(RecordPhase.STARTED, kickoff_id="r1")
 
 
 def decided(standing: RunRecord | None, **options: Any) -> Decision:
-    return decide(standing, **{"caller": ME, "bought": 1, **options})
+    return decide(standing, **{"caller": ME, "kickoffs": 1, **options})
 
 
 @pytest.mark.parametrize(
@@ -62,20 +62,20 @@ def decided(standing: RunRecord | None, **options: Any) -> Decision:
         pytest.param(record(RecordPhase.NOT_STARTED), {}, Decision.START, id="surely not started"),
         pytest.param(STARTED, {}, Decision.REATTACH, id="in flight"),
         pytest.param(ended(CrewState.COMPLETED), {}, Decision.RETURN, id="completed"),
-        pytest.param(ended(CrewState.COMPLETED), {"bought": 99}, Decision.RETURN, id="completed at last"),
-        pytest.param(FAILED, {}, Decision.BUY_AGAIN, id="failed once"),
-        pytest.param(ended(CrewState.STOPPED), {}, Decision.BUY_AGAIN, id="stopped"),
-        pytest.param(FAILED, {"bought": 2}, Decision.BUY_AGAIN, id="failed twice"),
-        pytest.param(FAILED, {"bought": 3}, Decision.RETURN, id="failed as often as allowed"),
-        pytest.param(FAILED, {"bought": 1, "max_kickoffs": 1}, Decision.RETURN, id="may fail once"),
+        pytest.param(ended(CrewState.COMPLETED), {"kickoffs": 99}, Decision.RETURN, id="completed at last"),
+        pytest.param(FAILED, {}, Decision.START_AGAIN, id="failed once"),
+        pytest.param(ended(CrewState.STOPPED), {}, Decision.START_AGAIN, id="stopped"),
+        pytest.param(FAILED, {"kickoffs": 2}, Decision.START_AGAIN, id="failed twice"),
+        pytest.param(FAILED, {"kickoffs": 3}, Decision.RETURN, id="failed as often as allowed"),
+        pytest.param(FAILED, {"kickoffs": 1, "max_kickoffs": 1}, Decision.RETURN, id="may fail once"),
         pytest.param(
             FAILED, {"asked_at": NOON - 2 * MINUTE}, Decision.RETURN, id="failed since the call, which waited for it"
         ),
-        pytest.param(FAILED, {"asked_at": NOON}, Decision.BUY_AGAIN, id="had failed before the call"),
+        pytest.param(FAILED, {"asked_at": NOON}, Decision.START_AGAIN, id="had failed before the call"),
         pytest.param(
             ended(CrewState.FAILED, flow_run_id="flow-1", flow_run_count=1),
             {"asked_at": NOON - 2 * MINUTE},
-            Decision.BUY_AGAIN,
+            Decision.START_AGAIN,
             id="failed before this retry, by a clock that is ahead",
         ),
         pytest.param(record(RecordPhase.UNCERTAIN), {}, Decision.UNCERTAIN, id="uncertain"),
@@ -116,40 +116,40 @@ def test_the_decision(standing: RunRecord | None, options: dict[str, Any], decis
 
 @pytest.mark.parametrize("phase", RecordPhase, ids=str)
 def test_force_new_buys_whatever_the_record_says(phase: RecordPhase):
-    assert decided(record(phase, state=CrewState.COMPLETED), bought=99, force_new=True) is Decision.START
+    assert decided(record(phase, state=CrewState.COMPLETED), kickoffs=99, force_new=True) is Decision.START
 
 
 @given(
     phase=st.sampled_from([RecordPhase.CLAIMED, RecordPhase.STARTED, RecordPhase.UNCERTAIN]),
     owner_ended=st.booleans(),
     open_for=st.integers(0, 1000),
-    bought=st.integers(1, 10),
+    kickoffs=st.integers(1, 10),
     count=st.integers(0, 5),
     asked=st.none() | st.integers(-1000, 1000),
 )
 def test_what_may_have_started_is_never_bought_again(
-    phase: RecordPhase, owner_ended: bool, open_for: int, bought: int, count: int, asked: int | None
+    phase: RecordPhase, owner_ended: bool, open_for: int, kickoffs: int, count: int, asked: int | None
 ):
     decision = decided(
         record(phase, flow_run_id="flow-1", flow_run_count=count, open_for=open_for),
         owner_ended=owner_ended,
-        bought=bought,
+        kickoffs=kickoffs,
         asked_at=None if asked is None else NOON + asked * MINUTE,
     )
-    assert decision not in (Decision.START, Decision.BUY_AGAIN)
+    assert decision not in (Decision.START, Decision.START_AGAIN)
 
 
-@given(bought=st.integers(1, 20), most=st.integers(1, 20))
-def test_a_failed_run_is_bought_again_only_below_the_limit(bought: int, most: int):
-    again = decided(FAILED, bought=bought, max_kickoffs=most) is Decision.BUY_AGAIN
-    assert again == (bought < most)
+@given(kickoffs=st.integers(1, 20), most=st.integers(1, 20))
+def test_a_failed_run_is_bought_again_only_below_the_limit(kickoffs: int, most: int):
+    again = decided(FAILED, kickoffs=kickoffs, max_kickoffs=most) is Decision.START_AGAIN
+    assert again == (kickoffs < most)
 
 
 def test_an_attempt_that_did_not_start_hides_no_purchase_before_it():
     completed, refused = ended(CrewState.COMPLETED), record(RecordPhase.NOT_STARTED, attempt=2)
-    assert latest_purchase([completed, refused]) is completed
-    assert latest_purchase([refused]) is None
-    assert latest_purchase([]) is None
+    assert latest_start([completed, refused]) is completed
+    assert latest_start([refused]) is None
+    assert latest_start([]) is None
 
 
 @pytest.mark.parametrize("phase", RecordPhase, ids=str)
@@ -210,7 +210,7 @@ def test_words_are_plain():
         "start",
         "reattach",
         "return",
-        "buy again",
+        "start again",
         "uncertain",
         "claimed elsewhere",
         "void",

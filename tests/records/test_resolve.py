@@ -50,7 +50,7 @@ async def latest(record: RunRecord) -> RunRecord:
 
 
 def decision(record: RunRecord) -> Decision:
-    return decide(record, caller=Caller(owner="somebody"), bought=1)
+    return decide(record, caller=Caller(owner="somebody"), kickoffs=1)
 
 
 @pytest.mark.parametrize("state", [CrewState.PENDING, CrewState.RUNNING, CrewState.COMPLETED, CrewState.FAILED])

@@ -24,7 +24,7 @@ DECISIONS = frozenset(
         ("start", "ended"),
         ("reattach", "started"),
         ("return", "ended"),
-        ("buy again", "ended"),
+        ("start again", "ended"),
         ("uncertain", "claimed"),
         ("uncertain", "uncertain"),
         ("claimed elsewhere", "claimed"),

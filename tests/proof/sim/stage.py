@@ -26,7 +26,7 @@ from prefect_crew.devserver.runs import Execution
 from prefect_crew.records import store
 from prefect_crew.records.model import SPARE, utcnow
 from prefect_crew.runs import kickoff, polling, run, stop, wait
-from prefect_crew.runs.kickoff import Purchase
+from prefect_crew.runs.kickoff import Start
 from proof.sim.loop import current_process
 from proof.sim.site import HOST
 
@@ -62,7 +62,7 @@ def on_stage(world: World) -> Iterator[None]:
     replaced: list[tuple[Any, str, Any]] = [
         (kickoff, "identify", world.identify),
         # Its default was bound to the real clock when the class was made.
-        (kickoff, "Purchase", lambda *args, **fields: Purchase(*args, **{"asked_at": now(), **fields})),
+        (kickoff, "Start", lambda *args, **fields: Start(*args, **{"asked_at": now(), **fields})),
         (kickoff, "decide", world.deciding(kickoff.decide)),
         (wait, "wait_until_ended", functools.partial(polling.wait_until_ended, now=wall)),
         # What a claim is good for is to be enough: an hour more would leave nothing to prune in a world.
