@@ -26,7 +26,7 @@ from prefect_crew.records.model import RecordPhase, RunRecord
 from prefect_crew.runs.reviews.questions import how_to_answer
 from prefect_crew.runs.run import OpenRun
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "deployments"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "deployments"))
 from automations import ALERTS
 
 HOSTILE = "r1;touch 'pwned' $(touch x) `y` \"z\" \\"
