@@ -189,7 +189,7 @@ _HOMES = {
     "NotFoundError": "exceptions",
     "OutputError": "exceptions",
     "OutputTypeError": "exceptions",
-    "PipelineContext": "pipelines.run",
+    "PipelineContext": "pipelines.graph",
     "PipelineFailedError": "exceptions",
     "PipelinePlan": "pipelines.run",
     "PipelineResult": "pipelines.run",
