@@ -95,13 +95,13 @@ def webhooks(
     """
     from prefect_crew.exceptions import ConfigurationError
     from prefect_crew.receiver.app import create_receiver
-    from prefect_crew.receiver.forward import Handover
+    from prefect_crew.receiver.forward import Forwarder
     from prefect_crew.receiver.serve import serve_receiver
 
     if not (0.001 <= max_body <= 1024 and queue >= 1):
         raise ConfigurationError("--max-body is 0.001 to 1024 MiB, and --queue 1 or more.")
     _log_to_stderr(logging.DEBUG if _output.debugging() else logging.INFO)
-    app = create_receiver(max_body=int(max_body * MIB), hand_on=Handover(limit=queue))
+    app = create_receiver(max_body=int(max_body * MIB), forwarder=Forwarder(limit=queue))
     try:
         return serve_receiver(app, host=host, port=port, announce=_announce)
     except OSError as error:

@@ -23,7 +23,7 @@ def kept() -> Kept:
 @pytest.fixture
 async def client(kept: Kept) -> AsyncIterator[httpx.AsyncClient]:
     """A client of a receiver in this process, without a port."""
-    transport = httpx.ASGITransport(create_receiver(SECRET, hand_on=kept))
+    transport = httpx.ASGITransport(create_receiver(SECRET, forwarder=kept))
     async with httpx.AsyncClient(transport=transport, base_url="http://receiver") as client:
         yield client
 

@@ -26,15 +26,15 @@ async def test_each_kind_of_both_generations_is_taken(which: str, client: httpx.
     kind, hooks = which.partition("-")[0], urls()
     answer = await client.post(url_of(hooks, kind), json=BODIES[which], headers=headers_of(hooks, kind))
     assert (answer.status_code, answer.json()) == (200, {"status": "accepted"})
-    assert {news.name.partition(".")[0] for news in kept.news} == {kind}
-    assert {news.hook.idempotency_key for news in kept.news} == {"city/lisbon"}
+    assert {event.name.partition(".")[0] for event in kept.events} == {kind}
+    assert {event.hook.idempotency_key for event in kept.events} == {"city/lisbon"}
 
 
 async def test_the_run_is_the_one_of_the_url_whatever_the_body_says(client: httpx.AsyncClient, kept: Kept, urls: Urls):
     body = {"kickoff_id": "another", "idempotency_key": "another", "meta": {"idempotency_key": "another"}}
     await client.post(url_of(urls("mine"), "crew"), json=body)
-    (news,) = kept.news
-    assert (news.hook.idempotency_key, news.said["kickoff_id"]) == ("mine", "another")
+    (event,) = kept.events
+    assert (event.hook.idempotency_key, event.said["kickoff_id"]) == ("mine", "another")
 
 
 async def test_a_delivery_that_comes_twice_is_told_once(client: httpx.AsyncClient, kept: Kept, urls: Urls):
@@ -44,7 +44,7 @@ async def test_a_delivery_that_comes_twice_is_told_once(client: httpx.AsyncClien
             kind = which.partition("-")[0]
             answer = await client.post(url_of(hooks, kind), json=BODIES[which], headers=headers_of(hooks, kind))
             assert answer.status_code == 200
-    assert [news.name for news in kept.news] == ["step", "task", "crew", "human_input"]
+    assert [event.name for event in kept.events] == ["step", "task", "crew", "human_input"]
 
 
 async def test_the_same_question_of_the_next_round_is_another(client: httpx.AsyncClient, kept: Kept, urls: Urls):
@@ -55,7 +55,7 @@ async def test_the_same_question_of_the_next_round_is_another(client: httpx.Asyn
             json=BODIES["human_input-first"],
             headers=headers_of(hooks, "human_input"),
         )
-    assert [news.hook.round for news in kept.news] == [0, 1]
+    assert [event.hook.round for event in kept.events] == [0, 1]
 
 
 STALE = {"expires": datetime.now(UTC) - timedelta(seconds=1)}
@@ -87,7 +87,7 @@ async def test_whatever_is_not_ours_gets_the_same_404(client: httpx.AsyncClient,
     seen = {(answer.status_code, answer.text, tuple(sorted(answer.headers.items()))) for answer in answers}
     assert len(seen) == 1
     assert seen.pop()[:2] == (404, '{"error":"not found"}')
-    assert kept.news == []
+    assert kept.events == []
 
 
 async def test_no_byte_of_a_body_is_read_before_its_token_is_known(client: httpx.AsyncClient):
@@ -117,7 +117,7 @@ async def test_json_only(headers: dict[str, str], status: int, client: httpx.Asy
     content = gzip.compress(body) if "Content-Encoding" in headers else body
     answer = await client.post(url_of(urls(), "crew"), content=content, headers=headers)
     assert answer.status_code == status
-    assert len(kept.news) == (status == 200)
+    assert len(kept.events) == (status == 200)
 
 
 @pytest.mark.parametrize(
@@ -137,7 +137,7 @@ async def test_json_only(headers: dict[str, str], status: int, client: httpx.Asy
 async def test_what_is_no_webhooks_body_gets_a_400(body: bytes, client: httpx.AsyncClient, urls: Urls, kept: Kept):
     answer = await client.post(url_of(urls(), "crew"), content=body, headers={"Content-Type": "application/json"})
     assert answer.status_code == 400
-    assert kept.news == []
+    assert kept.events == []
 
 
 def padded(size: int) -> bytes:
@@ -157,7 +157,7 @@ async def test_bodies_are_capped(chunked: bool, client: httpx.AsyncClient, urls:
         assert len(body) == size
         answer = await client.post(url, content=parts(body) if chunked else body)
         assert answer.status_code == status
-    assert len(kept.news) == 1
+    assert len(kept.events) == 1
 
 
 @pytest.mark.parametrize("length", ["-1", "1e3", "9" * 50, "x", "²"])
@@ -168,14 +168,15 @@ async def test_a_length_that_is_none_is_too_much(length: str, client: httpx.Asyn
     assert answer.status_code == 413
 
 
-async def test_a_body_that_does_not_come_is_not_waited_for(kept: Kept, urls: Urls):
+async def test_a_body_that_does_not_come_is_not_waited_for(
+    client: httpx.AsyncClient, urls: Urls, monkeypatch: pytest.MonkeyPatch
+):
     async def slow() -> AsyncIterator[bytes]:
         yield b"{"
         await asyncio.sleep(30)
 
-    app = create_receiver(SECRET, hand_on=kept, body_timeout=0.05)
-    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://receiver") as client:
-        answer = await asyncio.wait_for(client.post(url_of(urls(), "crew"), content=slow()), 10)
+    monkeypatch.setattr("prefect_crew.receiver.app.BODY_TIMEOUT", 0.05)
+    answer = await asyncio.wait_for(client.post(url_of(urls(), "crew"), content=slow()), 10)
     assert answer.status_code == 408
 
 
@@ -184,20 +185,20 @@ async def test_health_and_readiness(client: httpx.AsyncClient, kept: Kept, urls:
     await client.post("/hooks/crew/nonsense", json={})
     assert (await client.get("/health")).json() == {"status": "ok"}
     answer = await client.get("/ready")
-    assert (answer.status_code, answer.json()) == (200, {"ready": True, "answers": {"200": 1, "404": 1}, "taken": 1})
+    assert (answer.status_code, answer.json()) == (200, {"ready": True, "answers": {"200": 1, "404": 1}, "received": 1})
     kept.ready = False
     assert (await client.get("/ready")).status_code == 503
 
 
 async def test_it_can_be_mounted_into_an_app(kept: Kept, urls: Urls):
-    app = Starlette(routes=[Mount("/of/crews", create_receiver(SECRET, hand_on=kept))])
+    app = Starlette(routes=[Mount("/of/crews", create_receiver(SECRET, forwarder=kept))])
     hooks = urls(base="http://mine.example/of/crews")
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://mine.example") as client:
         answer = await client.post(url_of(hooks, "crew"), json=BODIES["crew-first"])
         assert answer.status_code == 200
         assert (await client.get("/of/crews/health")).status_code == 200
         assert (await client.post("/of/crews/hooks/crew/x")).json() == {"error": "not found"}
-    assert len(kept.news) == 1
+    assert len(kept.events) == 1
 
 
 async def test_what_is_remembered_of_deliveries_is_bounded(
@@ -208,18 +209,18 @@ async def test_what_is_remembered_of_deliveries_is_bounded(
     for number in range(20):
         await client.post(url, json={"kickoff_id": "k-1", "content": str(number)})
     await client.post(url, json={"kickoff_id": "k-1", "content": "19"})
-    assert len(kept.news) == 20
+    assert len(kept.events) == 20
     await client.post(url, json={"kickoff_id": "k-1", "content": "0"})
-    assert len(kept.news) == 21, "it was forgotten: Prefect keeps one event of an id"
-    assert kept.news[0].id == kept.news[-1].id
+    assert len(kept.events) == 21, "it was forgotten: Prefect keeps one event of an id"
+    assert kept.events[0].id == kept.events[-1].id
 
 
 def test_a_receiver_needs_a_secret(monkeypatch: pytest.MonkeyPatch, kept: Kept):
     monkeypatch.delenv("PREFECT_INTEGRATIONS_CREW_WEBHOOK_SECRET", raising=False)
     with pytest.raises(ConfigurationError, match="WEBHOOK_SECRET"):
-        create_receiver(hand_on=kept)
+        create_receiver(forwarder=kept)
     with pytest.raises(ConfigurationError, match="5 characters"):
-        create_receiver("short", hand_on=kept)
+        create_receiver("short", forwarder=kept)
 
 
 def test_a_receiver_needs_a_prefect_api(monkeypatch: pytest.MonkeyPatch):
@@ -245,11 +246,11 @@ def test_no_request_whatever_gets_more_than_an_answer(
     url = url_of(urls(), "crew") if genuine else f"http://receiver/{path.lstrip('/')}"
 
     async def ask() -> httpx.Response:
-        transport = httpx.ASGITransport(create_receiver(SECRET, hand_on=kept))
+        transport = httpx.ASGITransport(create_receiver(SECRET, forwarder=kept))
         async with httpx.AsyncClient(transport=transport) as client:
             return await client.request(method, url, content=body, headers=given_headers)
 
     answer = asyncio.run(ask())
     assert answer.status_code in (200, 400, 404, 413, 415)
     assert answer.status_code != 200 or path.rstrip("/") in ("health", "ready") or method == "GET"
-    assert kept.news == []
+    assert kept.events == []

@@ -17,7 +17,7 @@ from support.webhooks import BODIES, SAID_BY_NOBODY
 TEMPLATE = jinja2.Environment(autoescape=False).from_string(
     Path(__file__).parents[2].joinpath("deployments", "cloud-webhook.jinja").read_text(encoding="utf-8")
 )
-CORPUS = Path(__file__).parents[1] / "api" / "corpus" / "webhook"
+CORPUS = Path(__file__).parents[1] / "client" / "corpus" / "webhook"
 
 
 def rendered(body: Any) -> Event:

@@ -10,23 +10,23 @@ from hypothesis import strategies as st
 
 from prefect_crew.client._parsing import WebhookKind, parse_webhook
 from prefect_crew.exceptions import ResponseFormatError
-from prefect_crew.receiver.events import MAX_STREAMED, News, Rank, digest_of, news_of
+from prefect_crew.receiver.events import MAX_STREAMED, WebhookEvent, digest_of, events_in
 from prefect_crew.webhooks import Hook
 from support.webhooks import BODIES, SAID_BY_NOBODY
 
 NOW = datetime(2026, 5, 1, tzinfo=UTC)
 
 
-def told(kind: WebhookKind, body: Any, *, names: bool = True, **facts: Any) -> list[News]:
+def read(kind: WebhookKind, body: Any, *, names: bool = True, **facts: Any) -> list[WebhookEvent]:
     hook = Hook(kind, "city/lisbon", NOW, 1, names, **facts)
     raw = json.dumps(body).encode()
-    return news_of(hook, parse_webhook(kind, raw), digest=digest_of(hook, raw), received=NOW)
+    return events_in(hook, parse_webhook(kind, raw), digest=digest_of(hook, raw), received=NOW)
 
 
 @pytest.mark.parametrize("names", [pytest.param(True, id="names"), pytest.param(False, id="no-names")])
 @pytest.mark.parametrize("which", BODIES)
-def test_only_what_cannot_be_a_secret_is_told(which: str, names: bool):
-    pieces = told(which.partition("-")[0], BODIES[which], names=names)  # pyright: ignore[reportArgumentType]
+def test_only_what_cannot_be_a_secret_is_read(which: str, names: bool):
+    pieces = read(which.partition("-")[0], BODIES[which], names=names)  # pyright: ignore[reportArgumentType]
     said = json.dumps([dict(one.said) for one in pieces])
     assert [word for word in SAID_BY_NOBODY if word in said] == []
     assert ("Researcher" in said) <= names
@@ -55,13 +55,13 @@ def test_only_what_cannot_be_a_secret_is_told(which: str, names: bool):
 )
 def test_what_is_told_of_both_generations(which: str, said: dict[str, Any]):
     kind = which.partition("-")[0]
-    (news,) = told(kind, BODIES[which])  # pyright: ignore[reportArgumentType]
-    assert news.name == kind
-    assert news.said == {"kickoff_id": "k-1", **said}
+    (event,) = read(kind, BODIES[which])  # pyright: ignore[reportArgumentType]
+    assert event.name == kind
+    assert event.said == {"kickoff_id": "k-1", **said}
 
 
 def test_each_event_of_a_stream_is_told_by_itself():
-    first, second = told("stream", BODIES["stream"])
+    first, second = read("stream", BODIES["stream"])
     assert (first.name, second.name) == ("stream.crew_kickoff_started", "stream.task_completed")
     assert second.said == {
         "id": "e-2",
@@ -82,42 +82,37 @@ def test_each_event_of_a_stream_is_told_by_itself():
     ],
 )
 def test_the_end_of_a_crew_tells_its_tokens(data: dict[str, Any], said: int | None):
-    event = {"id": "e-1", "execution_id": "k-1", "type": "crew_kickoff_completed", "data": data}
-    (news,) = told("stream", {"events": [event]})
-    assert news.said == {"id": "e-1", "kickoff_id": "k-1", **({} if said is None else {"total_tokens": said})}
+    end = {"id": "e-1", "execution_id": "k-1", "type": "crew_kickoff_completed", "data": data}
+    (event,) = read("stream", {"events": [end]})
+    assert event.said == {"id": "e-1", "kickoff_id": "k-1", **({} if said is None else {"total_tokens": said})}
 
 
 @pytest.mark.parametrize(
-    ("type_", "name", "rank"),
+    ("type_", "name"),
     [
-        pytest.param("crew_kickoff_completed", "crew_kickoff_completed", Rank.CREW, id="end"),
-        pytest.param("crew_kickoff_failed", "crew_kickoff_failed", Rank.CREW, id="failure"),
-        pytest.param("flow_finished", "flow_finished", Rank.CREW, id="end-of-a-flow"),
-        pytest.param("method_execution_failed", "method_execution_failed", Rank.CREW, id="failure-of-a-flow"),
-        pytest.param("human_feedback_requested", "human_feedback_requested", Rank.CREW, id="question"),
-        pytest.param("agent_execution_completed", "agent_execution_completed", Rank.STREAM, id="an-agent"),
-        pytest.param("LLM_Call_Started", "llm_call_started", Rank.STREAM, id="case"),
-        pytest.param("prefect.flow-run.Completed\n", "other", Rank.STREAM, id="odd"),
-        pytest.param("a b", "other", Rank.STREAM, id="blank"),
-        pytest.param("x" * 101, "other", Rank.STREAM, id="long"),
-        pytest.param(None, "other", Rank.STREAM, id="none"),
+        pytest.param("crew_kickoff_completed", "crew_kickoff_completed", id="end"),
+        pytest.param("LLM_Call_Started", "llm_call_started", id="case"),
+        pytest.param("prefect.flow-run.Completed\n", "other", id="odd"),
+        pytest.param("a b", "other", id="blank"),
+        pytest.param("x" * 101, "other", id="long"),
+        pytest.param(None, "other", id="none"),
     ],
 )
-def test_the_type_of_a_streamed_event_is_part_of_a_name_and_no_more(type_: str | None, name: str, rank: Rank):
-    (news,) = told("stream", {"events": [{"execution_id": "k-1", "type": type_}]})
-    assert (news.name, news.rank) == (f"stream.{name}", rank)
+def test_the_type_of_a_streamed_event_is_part_of_a_name_and_no_more(type_: str | None, name: str):
+    (event,) = read("stream", {"events": [{"execution_id": "k-1", "type": type_}]})
+    assert event.name == f"stream.{name}"
 
 
 def test_a_delivery_to_the_stream_tells_so_much_and_no_more():
     events = [{"execution_id": "k", "type": "llm_stream_chunk", "id": str(n)} for n in range(5000)]
-    assert len(told("stream", {"events": events})) == MAX_STREAMED
+    assert len(read("stream", {"events": events})) == MAX_STREAMED
 
 
 @pytest.mark.parametrize("names", [True, False])
 def test_where_values_are_not_known_ids_and_times_look_like_such_or_are_left_out(names: bool):
     sentence = "log in with hunter22 please"
-    (task,) = told("task", {"kickoff_id": sentence, "task_id": sentence, "status": "completed"}, names=names)
-    (event,) = told(
+    (task,) = read("task", {"kickoff_id": sentence, "task_id": sentence, "status": "completed"}, names=names)
+    (event,) = read(
         "stream",
         {
             "events": [
@@ -127,42 +122,43 @@ def test_where_values_are_not_known_ids_and_times_look_like_such_or_are_left_out
         names=names,
     )
     assert ("hunter22" in str(task.said) + str(event.said)) is names
-    (task,) = told("task", {"kickoff_id": "run-1", "task_id": "ns:task.1_a"}, names=names)
+    (task,) = read("task", {"kickoff_id": "run-1", "task_id": "ns:task.1_a"}, names=names)
     assert (task.said["kickoff_id"], task.said["task_id"]) == ("run-1", "ns:task.1_a")
     at = {"id": "e-1", "execution_id": "r-1", "timestamp": "2026-05-01T12:00:00.5+00:00", "type": "x", "data": {}}
-    (event,) = told("stream", {"events": [at]}, names=names)
+    (event,) = read("stream", {"events": [at]}, names=names)
     assert (event.said["id"], event.said["at"]) == ("e-1", "2026-05-01T12:00:00.5+00:00")
 
 
 def test_long_names_are_cut_and_long_ids_left_out():
     body = {"kickoff_id": "k" * 301, "task_id": "t" * 301, "agent": "a\n" * 1000, "status": "done"}
-    (news,) = told("task", body)
-    assert set(news.said) == {"state", "agent"}
-    assert len(news.said["agent"]) <= 100
-    assert "\n" not in news.said["agent"]
+    (event,) = read("task", body)
+    assert set(event.said) == {"state", "agent"}
+    assert event.kickoff_id is None
+    assert len(event.said["agent"]) <= 100
+    assert "\n" not in event.said["agent"]
 
 
 def test_the_same_delivery_has_the_same_id_and_another_round_another():
     question = BODIES["human_input-first"]
     (one,), (again,), (later,) = (
-        told("human_input", question),
-        told("human_input", question),
-        told("human_input", question, round=1),
+        read("human_input", question),
+        read("human_input", question),
+        read("human_input", question, round=1),
     )
     assert one.id == again.id != later.id
-    (other,) = told("human_input", {**question, "task_id": "research"})
+    (other,) = read("human_input", {**question, "task_id": "research"})
     assert other.id != one.id
 
 
 def test_an_event_that_comes_again_in_another_batch_has_the_same_id():
     event = BODIES["stream"]["events"][0]
-    (alone,) = told("stream", {"events": [event]})
-    assert alone.id == told("stream", BODIES["stream"])[0].id
+    (alone,) = read("stream", {"events": [event]})
+    assert alone.id == read("stream", BODIES["stream"])[0].id
 
 
 def test_the_idempotency_key_that_the_body_claims_is_kept_apart():
-    (news,) = told("crew", {**BODIES["crew-first"], "meta": {"idempotency_key": "another"}})
-    assert (news.hook.idempotency_key, news.said_key) == ("city/lisbon", "another")
+    (event,) = read("crew", {**BODIES["crew-first"], "meta": {"idempotency_key": "another"}})
+    assert (event.hook.idempotency_key, event.said_key) == ("city/lisbon", "another")
 
 
 json_values = st.recursive(
@@ -181,9 +177,9 @@ keys = st.sampled_from(
 )
 def test_whatever_a_body_holds_what_is_told_is_small_and_plain(kind: WebhookKind, body: dict[str, Any]):
     try:
-        pieces = told(kind, body)
+        pieces = read(kind, body)
     except ResponseFormatError:
         return
-    for news in pieces:
-        assert len(json.dumps(dict(news.said), allow_nan=False)) < 12_000
-        assert len(news.name) < 120
+    for event in pieces:
+        assert len(json.dumps(dict(event.said), allow_nan=False)) < 12_000
+        assert len(event.name) < 120

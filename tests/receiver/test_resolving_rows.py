@@ -46,7 +46,7 @@ async def test_a_row_is_resolved_by_its_webhook_when_the_batch_is_gone_on_with(
         known = {json.loads(line)["kickoff_id"] for line in (tmp_path / "out.jsonl").read_text().splitlines()}
         (lost,) = [run for run in server.runs if run.id not in known]
         await events_of(idempotency_key, at_least=2)
-        await until(lambda: receiver.state.hand_on.report()["waiting"] == 0, "all is handed on")
+        await until(lambda: receiver.state.forwarder.report()["waiting"] == 0, "all is handed on")
         # Nobody has checked what comes without a secret.
         monkeypatch.delenv("PREFECT_INTEGRATIONS_CREW_WEBHOOK_SECRET")
         monkeypatch.delenv("PREFECT_INTEGRATIONS_CREW_WEBHOOK_URL")

@@ -1,10 +1,13 @@
-"""The receiver on a port."""
+"""The receiver on a port: slow heads, silent connections, and what is no HTTP."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
+import resource
 import signal
+import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -14,6 +17,7 @@ import httpx
 import pytest
 
 from prefect_crew.client.webhooks import Webhooks
+from prefect_crew.receiver import app as receiver_app
 from prefect_crew.receiver import serve
 from prefect_crew.receiver.app import create_receiver
 from support.environment import program
@@ -28,7 +32,8 @@ Urls = Callable[..., Webhooks]
 @pytest.fixture
 async def port(kept: Kept, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[int]:
     monkeypatch.setattr(serve, "HEAD_TIMEOUT", 0.3)
-    async with served(create_receiver(SECRET, hand_on=kept, body_timeout=0.3)) as url:
+    monkeypatch.setattr("prefect_crew.receiver.app.BODY_TIMEOUT", 0.3)
+    async with served(create_receiver(SECRET, forwarder=kept)) as url:
         yield int(url.rpartition(":")[2])
 
 
@@ -40,7 +45,7 @@ def raw(urls: Urls, which: str = "crew-first", body: bytes | None = None, **fact
 
 async def test_a_webhook_over_the_wire(port: int, urls: Urls, kept: Kept):
     assert await exchange(port, raw(urls)) == 200
-    assert len(kept.news) == 1
+    assert len(kept.events) == 1
 
 
 @pytest.mark.parametrize(
@@ -71,13 +76,13 @@ async def test_the_next_head_on_a_connection_has_its_time_as_well(port: int, url
     writer.write(b"POST /hooks")
     assert await asyncio.wait_for(reader.read(), 20) == b"", "it is closed without an answer"
     writer.close()
-    assert len(kept.news) == 2
+    assert len(kept.events) == 2
 
 
 async def test_a_body_that_does_not_come_is_not_waited_for(port: int, urls: Urls, kept: Kept):
     whole = raw(urls)
     assert await exchange(port, whole[:-10]) == 408
-    assert kept.news == []
+    assert kept.events == []
 
 
 @pytest.mark.parametrize(
@@ -101,7 +106,7 @@ async def test_a_client_that_leaves_harms_nothing(port: int, urls: Urls, kept: K
         writer.write(raw(urls)[:-5])
         writer.transport.abort()
     assert await exchange(port, raw(urls)) == 200
-    assert len(kept.news) == 1
+    assert len(kept.events) == 1
 
 
 def test_it_is_served_until_a_signal(kept: Kept, capsys: pytest.CaptureFixture[str]):
@@ -115,7 +120,7 @@ def test_it_is_served_until_a_signal(kept: Kept, capsys: pytest.CaptureFixture[s
         threading.Thread(target=ask, args=(line,), daemon=True).start()
 
     before = signal.getsignal(signal.SIGTERM)
-    assert serve.serve_receiver(create_receiver(SECRET, hand_on=kept), port=0, announce=announce) == 0
+    assert serve.serve_receiver(create_receiver(SECRET, forwarder=kept), port=0, announce=announce) == 0
     assert answers == [200]
     assert signal.getsignal(signal.SIGTERM) is before
 
@@ -124,7 +129,7 @@ def test_a_port_that_is_taken_is_said(kept: Kept):
     taken = serve.listener("127.0.0.1", 0)
     taken.listen()
     with taken, pytest.raises(OSError, match="in use"):
-        serve.serve_receiver(create_receiver(SECRET, hand_on=kept), port=taken.getsockname()[1])
+        serve.serve_receiver(create_receiver(SECRET, forwarder=kept), port=taken.getsockname()[1])
 
 
 @pytest.fixture
@@ -153,3 +158,94 @@ async def test_the_command_takes_webhooks_and_ends_when_told(program_under_test:
     # No log line holds what protects the receiver.
     assert SECRET not in process.output
     assert url_of(hooks, "crew").rpartition("/")[2] not in process.output
+
+
+SILENT = 2_000
+PROGRAM = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_NOFILE, (1024, 1024))
+from support.webhooks import Kept
+from prefect_crew.receiver import create_receiver, serve_receiver
+
+serve_receiver(create_receiver(sys.argv[1], forwarder=Kept()), port=int(sys.argv[2]))
+"""
+
+
+@pytest.fixture
+def many_files() -> Iterator[None]:
+    """Let this process open as many connections as it wants to."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 2 * SILENT + 500
+    if hard != resource.RLIM_INFINITY and hard < wanted:
+        pytest.skip(f"needs {wanted} open files; this machine allows {hard}")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+async def test_it_answers_beside_two_thousand_silent_connections(
+    many_files: None, tmp_path: Path, urls: Callable[..., Webhooks]
+):
+    port = free_port()
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    command = [sys.executable, "-c", PROGRAM, SECRET, str(port)]
+    with Process(command, log=tmp_path / "receiver.log", env=env) as process:
+        await until(lambda: "Listening for webhooks" in process.output, "it listens", seconds=60)
+        silent: list[asyncio.StreamWriter] = []
+
+        async def be_silent() -> None:
+            _, writer = await asyncio.open_connection("127.0.0.1", port)
+            silent.append(writer)
+
+        async with httpx.AsyncClient(timeout=30, limits=httpx.Limits(max_keepalive_connections=0)) as client:
+            for _ in range(2):  # those that were closed come again
+                await asyncio.gather(*(be_silent() for _ in range(SILENT)))
+                for number in range(5):
+                    assert (await client.get(f"http://127.0.0.1:{port}/health")).status_code == 200
+                    hooks = urls(f"silent/{len(silent)}/{number}", base=f"http://127.0.0.1:{port}")
+                    answered = await client.post(url_of(hooks, "crew"), json=BODIES["crew-first"])
+                    assert answered.status_code == 200
+        for writer in silent:
+            writer.transport.abort()
+        assert process.running
+        assert len(process.output) < 10_000, "its log is flooded"
+
+
+async def test_beyond_its_limit_the_connection_that_was_idle_for_longest_is_closed(
+    port: int, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(serve, "IDLE", 3)
+    monkeypatch.setattr(serve, "HEAD_TIMEOUT", 60.0)
+    opened = [await asyncio.open_connection("127.0.0.1", port) for _ in range(3)]
+    first, second, third = opened
+    # What has just been answered is the newest again.
+    first[1].write(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+    assert b" 200 " in await first[0].readline()
+    fourth = await asyncio.open_connection("127.0.0.1", port)
+    with contextlib.suppress(ConnectionError):  # it may be reset
+        assert await asyncio.wait_for(second[0].read(), 30) == b""
+    for reader, writer in (first, third, fourth):
+        assert not reader.at_eof()
+        writer.transport.abort()
+
+
+async def test_a_large_body_is_parsed_apart_from_the_event_loop(
+    port: int, urls: Callable[..., Webhooks], kept: Kept, monkeypatch: pytest.MonkeyPatch
+):
+    loops: list[bool] = []
+    parse = receiver_app.parse_webhook
+
+    def seen(kind: object, body: bytes) -> object:
+        loops.append(threading.current_thread() is threading.main_thread())
+        return parse(kind, body)  # pyright: ignore[reportArgumentType]
+
+    monkeypatch.setattr(receiver_app, "parse_webhook", seen)
+    large = httpx.Request("POST", "http://x", json={**BODIES["crew-later"], "result": "x" * 300_000}).content
+    path = httpx.URL(url_of(urls(), "crew")).path
+    assert await asyncio.gather(*(exchange(port, request("POST", path, large)) for _ in range(2))) == [200, 200]
+    small = httpx.Request("POST", "http://x", json=BODIES["crew-later"]).content
+    assert await exchange(port, request("POST", path, small)) == 200
+    assert (loops[0], loops[-1]) == (False, True)
+    assert len(kept.events) == 2, "the same delivery counts once"

@@ -14,7 +14,8 @@ from starlette.types import ASGIApp
 from prefect_crew.client._callbacks import FeedbackRequest
 from prefect_crew.client.webhooks import BearerAuth, HumanInputWebhook, StreamWebhook, Webhooks
 from prefect_crew.devserver.server import listener
-from prefect_crew.receiver.events import News
+from prefect_crew.receiver.events import WebhookEvent
+from prefect_crew.receiver.forward import Forwarder
 from prefect_crew.receiver.serve import ReceiverServer
 
 __all__ = ["BODIES", "SAID_BY_NOBODY", "SECRET", "Kept", "events_of", "headers_of", "served", "until", "url_of"]
@@ -122,28 +123,32 @@ def headers_of(hooks: Webhooks, kind: str) -> dict[str, str]:
     return {}
 
 
-class Kept:
-    """Takes news as `Handover` does, and keeps them."""
+class Kept(Forwarder):
+    """Takes events and requests as a forwarder does, and keeps them."""
 
-    def __init__(self) -> None:
-        self.news: list[News] = []
+    def __init__(self) -> None:  # pyright: ignore[reportMissingSuperCall]
+        self.events: list[WebhookEvent] = []
         self.requests: list[FeedbackRequest] = []
         self.ready = True
 
     def start(self) -> None:
         """Do nothing."""
 
-    def keep(self, request: FeedbackRequest) -> None:
+    def put(self, item: WebhookEvent | FeedbackRequest) -> None:
         """Keep it."""
-        self.requests.append(request)
+        if isinstance(item, FeedbackRequest):
+            self.requests.append(item)
+        else:
+            self.events.append(item)
 
-    def put(self, news: News) -> None:
-        """Keep it."""
-        self.news.append(news)
+    @property
+    def is_ready(self) -> bool:
+        """As a test has set it."""
+        return self.ready
 
     def report(self) -> dict[str, Any]:
-        """Count it."""
-        return {"taken": len(self.news)}
+        """Count them."""
+        return {"received": len(self.events)}
 
     async def aclose(self) -> None:
         """Do nothing."""

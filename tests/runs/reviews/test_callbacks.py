@@ -158,16 +158,16 @@ async def test_only_what_the_platform_has_signed_is_kept(
     given: Callable[[], dict[str, Any]], status: int, kept: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_REVIEW_SECRET", REVIEW_SECRET)
-    hand_on = Kept()
-    transport = httpx.ASGITransport(create_receiver(SECRET, hand_on=hand_on))
+    forwarder = Kept()
+    transport = httpx.ASGITransport(create_receiver(SECRET, forwarder=forwarder))
     async with httpx.AsyncClient(transport=transport, base_url="http://receiver") as client:
         assert (await client.post("/requests", **given())).status_code == status
-    assert len(hand_on.requests) == kept
+    assert len(forwarder.requests) == kept
 
 
 async def test_without_a_secret_nothing_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PREFECT_INTEGRATIONS_CREW_REVIEW_SECRET", raising=False)
-    transport = httpx.ASGITransport(create_receiver(SECRET, hand_on=Kept()))
+    transport = httpx.ASGITransport(create_receiver(SECRET, forwarder=Kept()))
     async with httpx.AsyncClient(transport=transport, base_url="http://receiver") as client:
         assert (await client.post("/requests", **ask())).status_code == 404
 
