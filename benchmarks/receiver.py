@@ -2,8 +2,8 @@
 
 `prefect-crew webhooks` runs pinned to one core, against the Prefect server of PREFECT_API_URL; this program, pinned to
 another, delivers task webhooks with bodies of 2 KB over connections that are kept open: first as fast as answers come,
-then at steady rates. What the Prefect server cannot take in meanwhile is shed, which costs no answer any time; the last
-columns say how much was handed on and shed.
+then at steady rates. What the Prefect server cannot take in meanwhile is dropped, which costs no answer any time; the
+last columns say how much was forwarded and dropped.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ def line(name: str, took: list[float], seconds: float, url: str, pid: int) -> st
     memory = next(row.split()[1] for row in Path(f"/proc/{pid}/status").read_text().splitlines() if "VmRSS" in row)
     return (
         f"{name:>12} | {len(took) / seconds:8.0f} | {cut[499] * 1000:6.1f} | {cut[989] * 1000:6.1f} | "
-        f"{max(took) * 1000:6.1f} | {int(memory) // 1024:4} | {state['handed_on']:9} | {sum(state['shed'].values())}"
+        f"{max(took) * 1000:6.1f} | {int(memory) // 1024:4} | {state['forwarded']:9} | {state['dropped']}"
     )
 
 
@@ -151,7 +151,7 @@ async def main() -> None:
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     if len(cores) > 1:
         os.sched_setaffinity(0, {cores[-1]})
-    print(" deliveries | a second | p50 ms | p99 ms | max ms |  MiB | handed on | shed")
+    print(" deliveries | a second | p50 ms | p99 ms | max ms |  MiB | forwarded | dropped")
     with receiver(cores[0] if len(cores) > 1 else None) as (url, pid):
         took = await as_fast_as_it_goes(url, given.seconds, given.connections)
         print(line("flat out", took, given.seconds, url, pid))
