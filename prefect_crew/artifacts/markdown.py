@@ -208,9 +208,10 @@ def _result(view: RunView, output: str) -> str:
 
 
 _MAY_OPEN = re.compile(r"[ \t>*+\-0-9.)]*(`{3,}|~{3,})")
-_BACKTICKS = re.compile(r"`+")
+_FENCE = re.compile(r"(`{3,}+)[^`|]*|(~{3,}+)[^|]*")
+"""What opens code at the margin. With a bar in the line, some take it for the head of a table."""
 # Every pattern here begins anew at places that it cannot pass twice, or is bounded: a text may repeat anything.
-_IMAGE = re.compile(r"(?<!!)!+(?=\[)")
+_TAG_OR_IMAGE = re.compile(r"<(?=[A-Za-z/!?])|!(?=\[)")
 _LOOK = 300
 """Characters of a link's target in which its scheme must stand."""
 # A link's target, or that of a reference; it may stand on the next line, which is then not looked at.
@@ -222,98 +223,31 @@ def reading(text: str) -> str:
     """Return a crew's Markdown for reading: its own formatting stays, its HTML shows as text, its images as links.
 
     Nothing is loaded from elsewhere when somebody opens the page, and nothing runs when somebody clicks: a link to
-    anything but a page or a mail address shows as text. A `<` stays as it is only where it surely stands in
-    code, in which an entity would show as such: in fences at the margin, and in inline code of paragraphs without a
-    backtick too many. After a fence within a list or a quotation nothing is sure any more.
+    anything but a page or a mail address shows as text. Only code in fences at the margin stays as it is, up to the
+    first fence within a list or a quotation, after which it is not sure what is code.
     """
     shown: list[str] = []
-    paragraph: list[str] = []
-    closes: re.Pattern[str] | None = None
-    end, sure = "", True
+    fence, is_sure = "", True
     for line in text.translate(_OVERRIDES).splitlines():
-        opens = _fence(line) if sure and closes is None else ""
-        if closes is not None:
+        if fence:
             shown.append(line)
-            closes = None if closes.fullmatch(line) else closes
-        elif opens:
-            shown += _escaped(paragraph, sure)
-            paragraph = []
+            if re.fullmatch(rf" {{0,3}}{fence[0]}{{{len(fence)},}}[ \t]*", line):
+                fence = ""
+        elif is_sure and (opening := _FENCE.fullmatch(line)):
             shown.append(line)
-            closes = re.compile(rf" {{0,3}}{opens[0]}{{{len(opens)},}}[ \t]*")
-            end = opens
+            fence = opening[1] or opening[2]
         else:
-            if not line.strip(" \t"):
-                shown += _escaped(paragraph, sure)
-                paragraph = []
-            if _MAY_OPEN.match(line):
-                sure = False
-            paragraph.append(line)
-    shown += _escaped(paragraph, sure)
-    return "\n".join([*shown, end] if closes else shown)
-
-
-def _fence(line: str) -> str:
-    """Return the fence with which a line opens code at the margin, "" where it opens none.
-
-    With a bar in the line, some take it for the head of a table.
-    """
-    for sign in "`~":
-        rest = line.lstrip(sign)
-        fence = line[: len(line) - len(rest)]
-        if len(fence) >= 3 and "|" not in rest and (sign == "~" or "`" not in rest):
-            return fence
-    return ""
-
-
-def _code_spans(line: str) -> tuple[list[tuple[int, int]], bool]:
-    """Return where inline code stands in a line, and whether every backtick belongs to some."""
-    runs = [match.span() for match in _BACKTICKS.finditer(line)]
-    closing: list[int | None] = []
-    later: dict[int, int] = {}  # by length, the next run: each is met once, whatever lengths there are
-    for number in range(len(runs) - 1, -1, -1):
-        length = runs[number][1] - runs[number][0]
-        closing.append(later.get(length))
-        later[length] = number
-    closing.reverse()
-    spans: list[tuple[int, int]] = []
-    at, balanced = 0, True
-    while at < len(runs):
-        until = closing[at]
-        if until is None:
-            balanced = False
-            at += 1
-        else:
-            spans.append((runs[at][0], runs[until][1]))
-            at = until + 1
-    return spans, balanced
-
-
-def _escaped(paragraph: Sequence[str], sure: bool) -> list[str]:
-    """Return lines without markup from outside; with inline code as it is where it is sure where that ends."""
-    if sure and all(_is_balanced(line) for line in paragraph):
-        return [_outside_code(line) for line in paragraph]
-    return [_tame(line) for line in paragraph]
-
-
-def _is_balanced(line: str) -> bool:
-    """Return whether every backtick of a line belongs to inline code that ends in it."""
-    if "|" in line or "\\" in line:  # table cells and escapes change where code ends
-        return "`" not in line
-    return _code_spans(line)[1]
-
-
-def _outside_code(line: str) -> str:
-    shown: list[str] = []
-    at = 0
-    for start, end in _code_spans(line)[0]:
-        shown += [_tame(line[at:start]), line[start:end]]
-        at = end
-    return "".join([*shown, _tame(line[at:])])
+            is_sure = is_sure and not _MAY_OPEN.match(line)
+            shown.append(_tame(line))
+    return "\n".join([*shown, fence] if fence else shown)
 
 
 def _tame(text: str) -> str:
-    """Return Markdown whose HTML is text, whose images are links, and whose links lead to pages and nowhere else."""
-    return _TARGET.sub(_led_to, _IMAGE.sub("", text.replace("<", "&lt;")))
+    """Return Markdown whose HTML is text, whose images are links, and whose links lead to pages and nowhere else.
+
+    An invisible word joiner behind a `<` or `!` makes it text, in inline code as well, where an entity would be seen.
+    """
+    return _TARGET.sub(_led_to, _TAG_OR_IMAGE.sub("\\g<0>\u2060", text))
 
 
 def _led_to(link: re.Match[str]) -> str:
@@ -322,19 +256,19 @@ def _led_to(link: re.Match[str]) -> str:
 
 def _is_harmless(target: str) -> bool:
     """Return whether a link leads to a page or a mail address. Where its start does not tell, it counts as harmful."""
-    cut = len(target) > _LOOK
-    if cut:
+    is_cut = len(target) > _LOOK
+    if is_cut:
         entity = target.rfind("&")
         if entity >= 0 and ";" not in target[entity:]:
             target = target[:entity]  # half an entity is another character
     # As a renderer reads it: without escapes, entities, and what stands before the scheme.
-    target = re.sub(r"[\x00-\x20\\]", "", html.unescape(target))
+    target = re.sub(r"[\x00-\x20\\<\u2060]", "", html.unescape(target))
     scheme = _SCHEME.match(target)
     if scheme is None:
         return bool(target)
     if scheme[2]:
         return scheme[1].lower() in ("http", "https", "mailto")
-    return not cut or scheme.end() < len(target)
+    return not is_cut or scheme.end() < len(target)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -14,7 +14,7 @@ from prefect.exceptions import PrefectException
 
 from prefect_crew._internal.prefect_api import flow_run_id, run_logger
 from prefect_crew.artifacts.markdown import cell, code, duration, fenced, prose, table
-from prefect_crew.artifacts.run import SOON, MarkdownArtifact, artifact_key
+from prefect_crew.artifacts.run import MarkdownArtifact, artifact_key
 from prefect_crew.pipelines.graph import PipelineGraph
 from prefect_crew.records.model import RecordPhase
 from prefect_crew.runs.advice import attempt_of
@@ -90,6 +90,8 @@ def _line(cells: Sequence[str], width: int, name: str, *, arrow: bool) -> str:
 
 WIDTH = 32
 """Characters of the timeline."""
+SHOW_AFTER = 0.5
+"""Seconds after which a pipeline that goes on is shown for the first time."""
 SHOW_EVERY = 2.0
 """Seconds, at least, between two updates while the pipeline runs."""
 StepState = Literal["waiting", "running", "suspended", "completed", "failed", "skipped", "cancelled"]
@@ -239,7 +241,7 @@ class PipelineArtifact:
     async def _keep(self) -> None:
         over = asyncio.ensure_future(self._over.wait())
         # Not at once: the first kickoffs go before it.
-        await asyncio.wait({over}, timeout=SOON)
+        await asyncio.wait({over}, timeout=SHOW_AFTER)
         while not over.done():
             await self._changed.wait()
             self._changed.clear()
@@ -249,7 +251,7 @@ class PipelineArtifact:
 
     async def _put(self) -> None:
         for step, run in self._runs.items():
-            self._views[step].artifact_id = None if run.artifact is None else run.artifact.known_id
+            self._views[step].artifact_id = None if run.artifact is None else run.artifact.id
         data = render_pipeline(self._name, self._idempotency_key, self._graph, self._views, time.time())
         trouble = await self._artifact.put(data)
         if trouble and not self._troubled:
@@ -259,7 +261,7 @@ class PipelineArtifact:
     async def _find_artifacts(self) -> None:
         """Find what other processes have made for the runs that were found."""
         try:
-            await asyncio.gather(*(run.shown_by().artifact_id() for run in self._runs.values()))
+            await asyncio.gather(*(run.shown_by().find() for run in self._runs.values()))
         except (httpx.HTTPError, PrefectException) as error:
             run_logger().debug("The artifacts of earlier runs are not linked: %s", error)
 

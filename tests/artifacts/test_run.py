@@ -267,8 +267,8 @@ def test_an_api_that_is_away_costs_a_little_time_and_is_told(proxy: Proxy, monke
 
 def test_a_description_is_no_markup_whatever_the_id():
     artifact = RunArtifact("travel", "<img src=http://evil.test> ![x](http://evil.test)\n# big", flow_run_id=None)
-    description = artifact._artifact.description
+    description = artifact.description
     assert "\n" not in description
     tokens = MarkdownIt("commonmark").parse(description)
     assert {child.type for token in tokens for child in token.children or []} <= {"text", "text_special"}
-    assert RunArtifact("travel", "5f0c-1", flow_run_id=None)._artifact.description == "Run 5f0c-1 of crew travel"
+    assert RunArtifact("travel", "5f0c-1", flow_run_id=None).description == "Run 5f0c-1 of crew travel"
