@@ -37,9 +37,10 @@ from prefect.states import Scheduled
 from prefect.utilities.callables import parameter_schema
 from pydantic import Field, TypeAdapter, ValidationError, WithJsonSchema
 
+from prefect_crew._text import excerpt
 from prefect_crew.blocks import load_crew
 from prefect_crew.client.models import CrewInput, CrewResult
-from prefect_crew.exceptions import ConfigurationError, excerpt
+from prefect_crew.exceptions import ConfigurationError
 from prefect_crew.flows import arun_crew
 from prefect_crew.pipelines.check import PipelineCrews
 from prefect_crew.pipelines.definition import PipelineDefinition, PipelineInput

@@ -1,10 +1,13 @@
-"""The tree of errors is complete and true: what this package defines and what it raises, read from its source."""
+"""Every error says what happened, to which run and what to do; survives pickling; and the tree of them is true."""
 
 from __future__ import annotations
 
 import ast
 import builtins
+import copy
 import importlib
+import pickle
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,8 +16,198 @@ import pytest
 
 import prefect_crew
 from prefect_crew import exceptions
-from prefect_crew import exceptions as exceptions_module
-from prefect_crew.exceptions import CrewError
+from prefect_crew._text import excerpt
+from prefect_crew.batches.rows import BadRow
+from prefect_crew.exceptions import CrewAPIError, CrewError
+
+ANSWER: dict[str, Any] = {"method": "POST", "path": "/kickoff", "title": "Short", "message": "Long", "body": "{}"}
+# Each error, what its message must name, and what it must say to do.
+ERRORS: dict[str, tuple[CrewError, list[str], str]] = {
+    "configuration": (exceptions.ConfigurationError("The URL is odd. Use https."), ["URL"], "Use https"),
+    "api": (
+        exceptions.CrewAPIError(status_code=409, **ANSWER, kickoff_id="k1"),
+        ["POST /kickoff", "409", "k1", "Short: Long"],
+        "Look at the crew's page",
+    ),
+    "authentication": (exceptions.AuthenticationError(status_code=401, **ANSWER), ["401"], "Check the bearer token"),
+    "not-found": (exceptions.NotFoundError(status_code=404, **ANSWER), ["404"], "Check the crew's URL"),
+    "invalid-inputs": (
+        exceptions.InvalidInputsError(**ANSWER, missing_inputs=["budget", "age"]),
+        ["422", "Missing: budget, age"],
+        "prefect-crew inputs",
+    ),
+    "invalid-inputs-before": (
+        exceptions.InvalidInputsError(missing_inputs=["budget"], before_kickoff=True),
+        ["Missing inputs: budget", "Nothing was started"],
+        "prefect-crew inputs",
+    ),
+    "rate-limited": (
+        exceptions.RateLimitedError(status_code=429, **ANSWER, retry_after=3.0),
+        ["429"],
+        "try again later",
+    ),
+    "server": (exceptions.ServerError(status_code=503, **ANSWER, retry_after=3.0), ["503"], "Ask the crew's operators"),
+    "server-empty": (exceptions.ServerError(status_code=500, method="GET", path="/"), ["an empty body"], "Ask"),
+    "connection": (
+        exceptions.CrewConnectionError(
+            method="GET", url="https://c/status", reason="reset", sent=True, kickoff_id="k1"
+        ),
+        ["GET https://c/status", "k1", "reset"],
+        "prefect-crew doctor",
+    ),
+    "format": (
+        exceptions.ResponseFormatError(expected="a status", body="<html>", status_code=200, kickoff_id="k1"),
+        ["a status", "k1", "<html>"],
+        "Check that the URL",
+    ),
+    "output-type": (
+        exceptions.OutputTypeError(kickoff_id="k1", output_type="Trip", output="Lisbon", problems=["city: missing"]),
+        ["k1", "Trip", "city: missing", "Lisbon"],
+        "correct the type",
+    ),
+    "uncertain": (
+        exceptions.KickoffUncertainError(idempotency_key="daily", reason="timeout. Look.", sent={"crew": "travel"}),
+        ["'daily'", "timeout", "crew travel"],
+        "prefect-crew runs resolve daily",
+    ),
+    "conflict": (
+        exceptions.IdempotencyConflictError(idempotency_key="daily", difference="other inputs", kickoff_id="k1"),
+        ["'daily'", "other inputs", "Nothing was started"],
+        "prefect-crew runs show",
+    ),
+    "failed": (
+        exceptions.CrewFailedError(kickoff_id="k1", error="No credits", crew="travel"),
+        ["k1", "travel", "No credits"],
+        "run again",
+    ),
+    "failed-without-a-reason": (
+        exceptions.CrewFailedError(kickoff_id="k1", error=""),
+        ["k1", "no reason"],
+        "run again",
+    ),
+    "stopped": (exceptions.CrewStoppedError(kickoff_id="k1", crew="travel"), ["k1", "travel"], "Run again"),
+    "lost": (exceptions.CrewLostError(kickoff_id="k1", last_state="running"), ["k1", "running"], "Check the URL"),
+    "lost-at-once": (exceptions.CrewLostError(kickoff_id="k1"), ["k1", "has never seen it"], "Check the URL"),
+    "timeout": (
+        exceptions.CrewTimeoutError(
+            kickoff_id="k1", phase="running", budget=60, last_state="running", idempotency_key="daily"
+        ),
+        ["k1", "running time of 60 s", "left running"],
+        "run again with idempotency key 'daily'",
+    ),
+    "timeout-stopped": (
+        exceptions.CrewTimeoutError(kickoff_id="k1", phase="pending", budget=60, last_state=None, stopped=True),
+        ["k1", "unseen", "It was stopped"],
+        "prefect-crew status CREW k1",
+    ),
+    "timeout-stopped-with-a-key": (
+        exceptions.CrewTimeoutError(
+            kickoff_id="k1", phase="running", budget=60, last_state="running", idempotency_key="daily", stopped=True
+        ),
+        ["k1", "It was stopped"],
+        "'daily' starts another",
+    ),
+    "too-many-rounds": (
+        exceptions.ReviewLimitError(kickoff_id="k1", task_id="t1", max_rounds=3, crew="travel"),
+        ["k1", "travel", "task t1", "3 rounds"],
+        "answer it on the crew's page",
+    ),
+    "too-many-rounds-stopped": (
+        exceptions.ReviewLimitError(kickoff_id="k1", task_id="t1", max_rounds=3, stopped=True),
+        ["k1", "3 rounds"],
+        "It was stopped",
+    ),
+    "answered": (exceptions.AnsweredError("Run k1 has its answer. Nothing was sent. Wait for it."), ["k1"], "Wait"),
+    "call": (exceptions.InvalidCallError("f() would block: use `await af()`."), ["f()"], "use `await"),
+    "prefect-away": (exceptions.PrefectAwayError("No Prefect API at x. Start a server."), ["at x"], "Start"),
+    "batch-failed": (
+        exceptions.BatchFailedError("batch b: 3 of 4 rows completed, 1 failed."),
+        ["3 of 4"],
+        "The same call goes on",
+    ),
+    "batch-cancelled": (exceptions.BatchCancelledError(name="b"), ["'b'"], "The same call goes on"),
+    "batch-busy": (exceptions.BatchBusyError(name="b"), ["'b'", "Nothing was started"], "Wait for it"),
+    "batch-changed": (
+        exceptions.BatchChangedError(name="b", difference="row 3"),
+        ["'b'", "row 3"],
+        "on_change='continue'",
+    ),
+    "dataset": (
+        exceptions.DatasetError("It is odd.", source="a.csv", line=3),
+        ["a.csv, line 3"],
+        "Nothing of this data set",
+    ),
+    "bad-rows": (
+        exceptions.BadRowsError([BadRow(3, "lacks name")], 1, source="a.csv"),
+        ["a row", "line 3: lacks name"],
+        "set-aside",
+    ),
+    "ledger": (exceptions.LedgerError("cannot be read.", ledger="l.db"), ["l.db cannot be read"], "repair it"),
+    "ledger-missing": (exceptions.LedgerMissingError(name="b", ledger="l.db"), ["'b'", "l.db"], "Give that ledger"),
+    "output": (exceptions.OutputError("o.jsonl cannot be written. Free some space."), ["o.jsonl"], "Free"),
+    "pipeline": (
+        exceptions.PipelineFailedError(
+            failed=["write"],
+            skipped=["post"],
+            results={"research": 1},
+            errors={"write": ValueError("b")},
+            idempotency_key="r",
+        ),
+        ["write: b", "post", "1 finished"],
+        "with idempotency key 'r'",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_a_message_says_what_and_to_which_run_and_what_to_do(case: str):
+    error, facts, advice = ERRORS[case]
+    for part in (*facts, advice):
+        assert part in str(error)
+    assert ".." not in str(error)
+
+
+@pytest.mark.parametrize("again", [lambda error: pickle.loads(pickle.dumps(error)), copy.copy], ids=["pickle", "copy"])
+@pytest.mark.parametrize("case", ERRORS)
+def test_an_error_survives(case: str, again: Any):
+    error = ERRORS[case][0]
+    found = again(error)
+    assert (type(found), str(found)) == (type(error), str(error))
+    assert {name: repr(value) for name, value in vars(found).items()} == {
+        name: repr(value) for name, value in vars(error).items()
+    }
+
+
+def test_an_error_keeps_an_excerpt_of_the_body():
+    error = CrewAPIError(status_code=500, method="GET", path="/", body="a \n" * 10_000)
+    assert len(error.body) < 600
+    assert "more characters" in str(error)
+    assert excerpt("a\n  b") == "a b"
+
+
+# The tree
+
+PUBLIC: dict[str, type[CrewError]] = {name: getattr(exceptions, name) for name in exceptions.__all__}
+
+
+def test_every_public_error_is_tried_here_and_is_exported():
+    assert {type(error) for error, _, _ in ERRORS.values()} == set(PUBLIC.values()) - {CrewError}
+    assert exceptions.__all__ == sorted(PUBLIC)
+    assert all(getattr(prefect_crew, name) is kind for name, kind in PUBLIC.items())
+
+
+def test_the_tree_in_the_docstring_is_the_tree():
+    lines = (re.match(r"( {4}[│├└─ ]*)([A-Z]\w+)", line) for line in (exceptions.__doc__ or "").splitlines())
+    drawn = [(len(found.group(1)), found.group(2)) for found in lines if found]
+    assert {name for _, name in drawn} == set(PUBLIC)
+    parents: dict[int, str] = {}
+    for depth, name in drawn:
+        parents[depth] = name
+        above = [parents[other] for other in sorted(parents) if other < depth]
+        assert not above or issubclass(PUBLIC[name], PUBLIC[above[-1]])
+
+
+# What this package raises, read from its source
 
 PACKAGE = Path(prefect_crew.__file__).parent
 # The local crew server is a program of its own, whose errors are answers; pytest's fixtures have pytest's.
@@ -47,7 +240,6 @@ BUILTIN: dict[tuple[str, str], str] = {
     ("prefect_crew.crew", "ValueError"): "a validator of pydantic",
 }
 """Exceptions of Python's own that are raised on purpose, by module, and why."""
-ABSTRACT = "NotImplementedError"
 
 
 def modules() -> Iterator[tuple[str, ast.Module]]:
@@ -109,13 +301,12 @@ def path_of(kind: type[BaseException]) -> str:
 
 
 def listed(kind: type[BaseException]) -> bool:
-    return getattr(exceptions_module, kind.__name__, None) is kind and kind.__name__ in exceptions_module.__all__
+    return PUBLIC.get(kind.__name__) is kind
 
 
-def test_every_class_is_in_the_tree_or_is_known_to_be_caught():
-    shared = {exceptions_module.CrewFailedError.__base__}  # what the errors about one run share
-    unknown = {path_of(kind) for kind in defined() if not listed(kind)} - {path_of(kind) for kind in shared if kind}
-    assert unknown == set(CAUGHT)
+def test_every_class_is_in_the_tree_or_is_private_to_it_or_is_known_to_be_caught():
+    unknown = {path_of(kind) for kind in defined() if not listed(kind)}
+    assert {path for path in unknown if not path.startswith("prefect_crew.exceptions._")} == set(CAUGHT)
 
 
 def test_everything_that_is_raised_is_in_the_tree():
@@ -126,7 +317,7 @@ def test_everything_that_is_raised_is_in_the_tree():
         for module, line, kind in found
         if not (issubclass(kind, CrewError) and listed(kind))
         and path_of(kind) not in CAUGHT
-        and kind.__name__ != ABSTRACT
+        and kind is not NotImplementedError
         and not kind.__module__.startswith(("prefect.", "cyclopts."))
     }
     assert set(strange) == set(BUILTIN), strange
@@ -135,13 +326,3 @@ def test_everything_that_is_raised_is_in_the_tree():
 def test_what_is_raised_of_prefects_are_its_signals():
     theirs = {path_of(kind) for _, _, kind in raised() if kind.__module__.startswith("prefect.")}
     assert theirs <= {"prefect.exceptions.Pause", "prefect.exceptions.InfrastructureNotAvailable"}
-
-
-@pytest.mark.parametrize("name", exceptions_module.__all__)
-def test_each_has_one_public_home(name: str):
-    assert getattr(exceptions, name) is getattr(exceptions_module, name) is getattr(prefect_crew, name)
-    assert name in exceptions.__all__
-
-
-def test_the_public_homes_name_nothing_else():
-    assert exceptions.__all__ == exceptions_module.__all__

@@ -8,26 +8,20 @@ from importlib import import_module
 from typing import Any
 
 
-def lazy_names(
-    module: str, homes: Mapping[str, str], *, package: str | None = None
-) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """Return a module's `__getattr__` and `__dir__`.
+def lazy_names(package: str, names: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
+    """Return a package's `__getattr__` and `__dir__`.
 
     Args:
-        module: Its `__name__`.
-        homes: The module of each name, within `package`.
-        package: Where those are, if not in `module` itself.
+        package: Its `__name__`.
+        names: By module within the package: the names that it holds, separated by blanks.
     """
+    homes = {name: module for module, listed in names.items() for name in listed.split()}
 
     def load(name: str) -> Any:
-        home = homes.get(name)
-        if home is None:
-            raise AttributeError(f"module {module!r} has no attribute {name!r}")
-        value = getattr(import_module(f"{package or module}.{home}"), name)
-        setattr(sys.modules[module], name, value)
+        if name not in homes:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        value = getattr(import_module(f"{package}.{homes[name]}"), name)
+        setattr(sys.modules[package], name, value)
         return value
 
-    def names() -> list[str]:
-        return sorted({*vars(sys.modules[module]), *homes})
-
-    return load, names
+    return load, lambda: sorted({*vars(sys.modules[package]), *homes})

@@ -19,7 +19,7 @@ from prefect.context import FlowRunContext
 from prefect.exceptions import MissingContextError, PrefectHTTPStatusError
 from prefect.logging import get_run_logger
 
-from prefect_crew.exceptions import one_line
+from prefect_crew._text import one_line
 
 if TYPE_CHECKING:
     Adapter = logging.LoggerAdapter[logging.Logger | logging.LoggerAdapter[Any]]

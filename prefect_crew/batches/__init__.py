@@ -27,16 +27,12 @@ __all__ = [
     "run_batch",
 ]
 
-_HOMES = {
-    "BadRow": "rows",
-    "BatchPlan": "report",
-    "BatchReport": "report",
-    "Dataset": "dataset",
-    "aplan_batch": "run",
-    "arun_batch": "run",
-    "open_dataset": "dataset",
-    "plan_batch": "run",
-    "run_batch": "run",
-}
-
-__getattr__, __dir__ = lazy_names(__name__, _HOMES)
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "dataset": "Dataset open_dataset",
+        "report": "BatchPlan BatchReport",
+        "rows": "BadRow",
+        "run": "aplan_batch arun_batch plan_batch run_batch",
+    },
+)

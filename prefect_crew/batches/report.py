@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from prefect_crew._text import by_reason
 from prefect_crew.artifacts.markdown import duration
 from prefect_crew.batches.rows import BadRow
 from prefect_crew.client.models import TokenUsage
-from prefect_crew.exceptions import BatchFailedError, by_reason
+from prefect_crew.exceptions import BatchFailedError
 
 
 @dataclass(frozen=True)

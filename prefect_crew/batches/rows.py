@@ -14,22 +14,19 @@ from typing import IO, Any, cast
 from pydantic_core import to_json
 
 from prefect_crew._internal.prefect_api import run_logger
+from prefect_crew._text import SHOWN, listed_names, listed_rows, with_guesses
 from prefect_crew.batches.dataset import Dataset, Row
 from prefect_crew.client.inputs import STATE_ID, encode_inputs, inputs_digest, missing_inputs, unknown_inputs
 from prefect_crew.client.models import CrewInput
 from prefect_crew.client.redaction import MASK, Redactor, holds_secret
 from prefect_crew.crew import CrewSession
 from prefect_crew.exceptions import (
-    SHOWN,
     AuthenticationError,
     ConfigurationError,
     CrewConnectionError,
     CrewError,
     DatasetError,
     ServerError,
-    listed_names,
-    listed_rows,
-    with_guesses,
 )
 from prefect_crew.templates import compiled, names_in
 

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from prefect_crew.exceptions import plain
+from prefect_crew._text import plain
 
 if TYPE_CHECKING:
     from rich.console import Console

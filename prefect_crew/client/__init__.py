@@ -1,4 +1,42 @@
-"""The crew API without a word of Prefect: client, parsing, models, errors.
+"""The crew API over HTTP, without Prefect: a client, what it gives, and the webhooks that a kickoff may ask for.
 
-Nothing is imported here, so that each module costs only those who use it.
+Names are loaded when they are first used, so that each costs only those who use it.
 """
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from prefect_crew._internal.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from prefect_crew.client._client import CrewClient
+    from prefect_crew.client.models import (
+        CrewInput,
+        CrewResult,
+        CrewStatus,
+        ResumeAnswer,
+        StopAnswer,
+        StopOutcome,
+        StreamEvent,
+        TaskResult,
+        TokenUsage,
+        WebhookBody,
+    )
+    from prefect_crew.client.webhooks import BasicAuth, BearerAuth, HumanInputWebhook, StreamWebhook, Webhooks
+
+__all__ = [
+    "BasicAuth", "BearerAuth", "CrewClient", "CrewInput", "CrewResult", "CrewStatus", "HumanInputWebhook",
+    "ResumeAnswer", "StopAnswer", "StopOutcome", "StreamEvent", "StreamWebhook", "TaskResult", "TokenUsage",
+    "WebhookBody", "Webhooks",
+]  # fmt: skip
+
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "_client": "CrewClient",
+        "models": "CrewInput CrewResult CrewStatus ResumeAnswer StopAnswer StopOutcome StreamEvent TaskResult "
+        "TokenUsage WebhookBody",
+        "webhooks": "BasicAuth BearerAuth HumanInputWebhook StreamWebhook Webhooks",
+    },
+)

@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any, Literal, NamedTuple, cast
 
+from prefect_crew._text import EXCERPT
 from prefect_crew.client.models import (
     CrewInput,
     CrewStatus,
@@ -22,7 +23,7 @@ from prefect_crew.client.models import (
     TokenUsage,
     WebhookBody,
 )
-from prefect_crew.exceptions import EXCERPT, ResponseFormatError
+from prefect_crew.exceptions import ResponseFormatError
 from prefect_crew.states import CrewState, known_state
 
 RUN_KEYS = ("kickoff_id", "kickoffId", "execution_id", "executionId")

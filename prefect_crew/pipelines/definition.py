@@ -11,9 +11,10 @@ from uuid import UUID
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator
 
+from prefect_crew._text import excerpt, listed_names, with_guesses
 from prefect_crew.client.models import CrewInput
 from prefect_crew.crew import WaitPolicy
-from prefect_crew.exceptions import ConfigurationError, excerpt, listed_names, with_guesses
+from prefect_crew.exceptions import ConfigurationError
 from prefect_crew.pipelines.graph import RESERVED, CrewStep, texts_in
 from prefect_crew.templates import names_in
 

@@ -9,12 +9,13 @@ from graphlib import CycleError, TopologicalSorter
 from typing import Any, cast
 from uuid import UUID
 
+from prefect_crew._text import listed_names, with_guesses
 from prefect_crew.blocks import DeployedCrew
 from prefect_crew.client.inputs import missing_inputs, unknown_inputs
 from prefect_crew.client.models import CrewInput, CrewResult
 from prefect_crew.client.redaction import revealed
 from prefect_crew.crew import Crew, WaitPolicy
-from prefect_crew.exceptions import ConfigurationError, listed_names, with_guesses
+from prefect_crew.exceptions import ConfigurationError
 from prefect_crew.runs.options import check_choices
 from prefect_crew.runs.reviews.answer import ReviewChoice
 from prefect_crew.templates import GLOBALS, RESULT_FIELDS, attributes_in, names_in, render

@@ -24,6 +24,4 @@ if TYPE_CHECKING:
 
 __all__ = ["create_receiver", "serve_receiver"]
 
-_HOMES = {"create_receiver": "app", "serve_receiver": "serve"}
-
-__getattr__, __dir__ = lazy_names(__name__, _HOMES)
+__getattr__, __dir__ = lazy_names(__name__, {"app": "create_receiver", "serve": "serve_receiver"})

@@ -15,9 +15,10 @@ from typing import Any, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from prefect_crew._text import listed_names
 from prefect_crew.client.inputs import encode_inputs
 from prefect_crew.client.models import CrewResult, TaskResult, TokenUsage
-from prefect_crew.exceptions import IdempotencyConflictError, listed_names
+from prefect_crew.exceptions import IdempotencyConflictError
 from prefect_crew.states import CrewState
 
 _ROUNDS = 50_000

@@ -22,10 +22,10 @@ from prefect.events.clients import get_events_subscriber
 from prefect.events.filters import EventFilter, EventNameFilter
 from websockets.exceptions import WebSocketException
 
+from prefect_crew._text import one_line
 from prefect_crew.client._parsing import as_object
 from prefect_crew.client.models import CrewStatus, TokenUsage
 from prefect_crew.client.webhooks import RUN_ENDS
-from prefect_crew.exceptions import one_line
 from prefect_crew.settings import CrewSettings
 from prefect_crew.states import CrewState
 

@@ -1,0 +1,82 @@
+"""Text for messages: made safe for terminals and logs, and kept short."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
+from itertools import islice
+from typing import Any
+
+# What could move the cursor, change the title or turn the direction of a line, in text from a crew.
+_CONTROLS = {
+    code: "\N{REPLACEMENT CHARACTER}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"
+} | {ord(char): f"[U+{ord(char):04X}]" for char in "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"}
+EXCERPT = 500
+"""Characters of an error body that an error keeps."""
+_NAMES, _NAME = 30, 80  # names that a message lists, and characters of each: a server may name any number
+SHOWN, _LINES = 20, 10  # reasons or columns that a message lists, and lines that it names for each reason
+
+
+def plain(text: str) -> str:
+    """Return text from outside made safe for a terminal: nothing in it controls the terminal."""
+    return text.translate(_CONTROLS)
+
+
+def one_line(text: str) -> str:
+    """Return text from outside as part of one line, of a log or of a terminal."""
+    return " ".join(plain(text).split())
+
+
+def excerpt(text: str, limit: int = EXCERPT) -> str:
+    """Return `text` on one line, cut to `limit` characters with a note of how much is missing."""
+    flat = one_line(text)
+    return flat if len(flat) <= limit else f"{flat[:limit]}… ({len(flat) - limit} more characters)"
+
+
+def listed_names(names: Sequence[str]) -> str:
+    """Return names for people, on one line and not too many."""
+    more = f" and {len(names) - _NAMES:,} more" if len(names) > _NAMES else ""
+    return f"{', '.join(excerpt(name, _NAME) for name in names[:_NAMES])}{more}"
+
+
+def with_guesses(unknown: Sequence[str], known: Iterable[str]) -> str:
+    """Return unknown names for people, each with the known one that is nearest to it, if one is near."""
+    near = [name for name in islice(known, 200) if len(name) <= _NAME]  # the cost grows with all of these
+
+    def guess(name: str) -> str:
+        found = get_close_matches(name, near, n=1) if len(name) <= _NAME else []
+        return f"{name} (did you mean {found[0]}?)" if found else name
+
+    return listed_names([guess(name) for name in unknown[:_NAMES]] + [*unknown[_NAMES:]])
+
+
+def by_reason(rows: Sequence[Any], count: int) -> tuple[list[tuple[str, str]], int]:
+    """Group rows that cannot be run by their reason.
+
+    Args:
+        rows: The known ones, each with `line` and `reason`.
+        count: How many there are in all.
+
+    Returns:
+        Where and why, a reason at a time, and how many rows are not among these.
+    """
+    groups: dict[str, list[int]] = {}
+    for row in rows:
+        groups.setdefault(row.reason, []).append(row.line)
+    found: list[tuple[str, str]] = []
+    rest = count
+    for reason, lines in list(groups.items())[:SHOWN]:
+        total = count if len(groups) == 1 else len(lines)
+        words = [str(line) for line in lines[:_LINES]]
+        if total > len(words):
+            words.append(f"{total - len(words):,} more")
+        *most, last = words
+        found.append((f"lines {', '.join(most)} and {last}" if most else f"line {last}", reason))
+        rest -= total
+    return found, rest
+
+
+def listed_rows(rows: Sequence[Any], count: int) -> str:
+    """Return where and why rows cannot be run, as one text."""
+    found, rest = by_reason(rows, count)
+    return "; ".join([f"{where}: {reason}" for where, reason in found] + ([f"and {rest:,} more rows"] if rest else []))
