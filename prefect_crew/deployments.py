@@ -337,7 +337,7 @@ async def resolved_pipeline(pipeline: PipelineDefinition, defaults: Mapping[str,
     crews = PipelineCrews(bare)
     await crews.load()
     await crews.ask()
-    unasked = [*bare.problems[own:], *crews.silent]
+    unasked = [*bare.problems[own:], *crews.unreachable]
     pipeline = pipeline.with_inputs(crews.expected)
     unknown = [name for name in defaults if name not in pipeline.inputs]
     if unknown:

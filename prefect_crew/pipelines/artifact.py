@@ -1,10 +1,10 @@
-"""A graph as lines of characters, which every interface of Prefect shows alike: only the newest draws Mermaid. Pure."""
+"""The artifact of a pipeline: its steps, their states and times, kept up to date while it runs."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from typing import Literal
 from uuid import UUID
@@ -19,74 +19,6 @@ from prefect_crew.pipelines.graph import PipelineGraph
 from prefect_crew.records.model import RecordPhase
 from prefect_crew.runs.advice import attempt_of
 from prefect_crew.runs.run import OpenRun
-
-_CORNERS = {  # what joins above, below, on the left; all of them go on to the right
-    (True, True, False): "├",
-    (True, False, False): "└",
-    (False, True, False): "┌",
-    (True, True, True): "┼",
-    (True, False, True): "┴",
-    (False, True, True): "┬",
-}
-
-
-def draw_graph(
-    order: Sequence[str], needs: Mapping[str, Set[str]], labels: Mapping[str, str] | None = None
-) -> list[str]:
-    """Return one line for each name of `order`, in which what a name needs comes before it.
-
-    `labels` are what stands there in place of the names.
-
-    A line leads from each name down to those that need it:
-
-        ┌───── research
-        │ ┌─── prices
-        └─┴─┬▶ write
-            └▶ review
-    """
-    last = {need: row for row, name in enumerate(order) for need in needs[name]}
-    lanes: list[str | None] = []
-    rows: list[tuple[list[str], bool]] = []
-    for row, name in enumerate(order):
-        into = {lanes.index(need) for need in needs[name]}
-        before = [lane is not None for lane in lanes]
-        own: int | None = None
-        if name in last:
-            own = lanes.index(None) if None in lanes else len(lanes)
-            lanes[own:] = [name, *lanes[own + 1 :]]
-            before += [False] * (len(lanes) - len(before))
-        for at in into:
-            if last[str(lanes[at])] == row:
-                lanes[at] = None
-        after = [lane is not None for lane in lanes]
-        rows.append((_lanes(before, after, into if own is None else {*into, own}), bool(into)))
-    width = max((len(cells) for cells, _ in rows), default=0)
-    shown = [(labels or {}).get(name, name) for name in order]
-    return [_line(cells, width, label, arrow=arrow) for (cells, arrow), label in zip(rows, shown, strict=True)]
-
-
-def _lanes(before: Sequence[bool], after: Sequence[bool], joined: Set[int]) -> list[str]:
-    """Return one cell for each lane: its own character, and what leads on to the next one."""
-    first = min(joined, default=len(before))
-    cells: list[str] = []
-    for lane, (above, below) in enumerate(zip(before, after, strict=True)):
-        if lane in joined:
-            sign = _CORNERS[above, below, lane > first]
-        elif above and below:
-            sign = "│"
-        else:
-            sign = "─" if lane > first else " "
-        cells.append(sign + ("─" if lane >= first else " "))
-    return cells
-
-
-def _line(cells: Sequence[str], width: int, name: str, *, arrow: bool) -> str:
-    led = "".join(cells)
-    fill = "─" if led.endswith("─") else " "
-    led += fill * 2 * (width - len(cells))
-    end = "▶" if arrow else fill
-    return f"{led[:-1]}{end} {name}" if width else name
-
 
 WIDTH = 32
 """Characters of the timeline."""
@@ -110,8 +42,9 @@ _MARKS: dict[StepState, str] = {
 class StepView:
     """A step as it is shown. Times are seconds since the epoch.
 
-    `error` is why it failed, with what to do; `attempt`, which start under its key it was. `earlier`: how long a run
-    took that had ended before this pipeline came to it; None for one that it waited for.
+    `error` is why it failed, with what to do. `attempt` is which start under its key it was. `earlier` is how long a
+    run
+    took that had ended before this call; None for a run that this call waited for.
     """
 
     crew: str
@@ -138,11 +71,9 @@ def render_pipeline(
     head = f"## {prose(name)}: {done} of {len(order)} steps completed" + (f", {failed} failed" if failed else "")
     why = "".join(_failure(step, views[step]) for step in order if views[step].error is not None)
     facts = table(("", ""), [("Idempotency key", code(idempotency_key)), ("Time", duration(end - start))])
-    rows = [_row(step, views[step], start, max(end - start, 1e-9), now) for step in order]
-    steps = table(("Step", "State", "Time", "Timeline", "Crew", "Run"), rows)
-    labels = {step: f"{_MARKS[views[step].state][0]} {' '.join(step.split())}" for step in order}
-    drawn = fenced("\n".join(draw_graph(order, graph.needs, labels)))
-    return f"{head}\n\n{why}{facts}\n\n### Graph\n\n{drawn}\n\n### Steps\n\n{steps}\n"
+    rows = [_row(step, views[step], graph.needs[step], start, max(end - start, 1e-9), now) for step in order]
+    steps = table(("Step", "After", "State", "Time", "Timeline", "Crew", "Run"), rows)
+    return f"{head}\n\n{why}{facts}\n\n### Steps\n\n{steps}\n"
 
 
 def _failure(step: str, view: StepView) -> str:
@@ -150,16 +81,16 @@ def _failure(step: str, view: StepView) -> str:
     return f"### Step {prose(step)} failed{attempt}\n\n{fenced(view.error or '')}\n\n"
 
 
-def _row(step: str, view: StepView, start: float, span: float, now: float) -> list[str]:
+def _row(step: str, view: StepView, needs: Set[str], start: float, span: float, now: float) -> list[str]:
     took, bar = "–", ""
     if view.earlier is not None:
-        took, bar = duration(view.earlier), "bought earlier"
+        took, bar = duration(view.earlier), "started earlier"
     elif view.started is not None:
         ended = view.ended or now
         took = duration(ended - view.started)
         bar = f"`{_bar((view.started - start) / span, (ended - start) / span)}`"
     state = _MARKS[view.state].replace(" ", "\u00a0", 1)  # the newer interface would break the line there
-    return [f"**{cell(step)}**", state, took, bar, cell(view.crew), _link(view)]
+    return [f"**{cell(step)}**", ", ".join(map(cell, sorted(needs))), state, took, bar, cell(view.crew), _link(view)]
 
 
 def _link(view: StepView) -> str:
@@ -178,7 +109,7 @@ def _bar(begin: float, end: float) -> str:
 
 
 class PipelineArtifact:
-    """The artifact of one pipeline run, kept up to date beside the work; an async context manager.
+    """The artifact of one pipeline run, updated while it runs; an async context manager.
 
     It never fails the pipeline; trouble is logged once.
     """

@@ -1,4 +1,4 @@
-"""The crews of a pipeline, loaded and asked for their inputs before anything is paid for, and what it would do."""
+"""The crews of a pipeline, loaded and asked for their inputs before anything is started, and the plan of its steps."""
 
 from __future__ import annotations
 
@@ -14,12 +14,11 @@ from prefect_crew.client.models import CrewInput
 from prefect_crew.client.redaction import MASK, Redactor, holds_secret
 from prefect_crew.crew import Crew, CrewSession
 from prefect_crew.exceptions import AuthenticationError, ConfigurationError, CrewError, NotFoundError
-from prefect_crew.pipelines.artifact import draw_graph
 from prefect_crew.pipelines.graph import CrewStep, PipelineGraph
 from prefect_crew.records.store import PrefectRecords
 
-TOLD = 30
-"""Problems that one error tells."""
+SHOWN_PROBLEMS = 30
+"""Problems that one error lists."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ class PipelinePlan:
     problems: Sequence[str]
 
     def __str__(self) -> str:
-        lines = draw_graph([step.name for step in self.steps], {step.name: set(step.needs) for step in self.steps})
+        lines: list[str] = []
         for step in self.steps:
             after = ", ".join(other.name for other in self.steps if other.name in step.needs)
             lines += ["", f"{step.name}: crew {step.crew}{f', after {after}' if after else ''}"]
@@ -54,14 +53,14 @@ class PipelinePlan:
 class PipelineCrews:
     """The crews of a graph's steps, by the steps' names: loaded, and asked for their inputs by `check`.
 
-    `silent` says which could not be asked. That is a problem like the others, but not for a pipeline that goes on: what
-    it has bought is found without them.
+    `unreachable` says which crews did not answer. That is a problem, but not for a pipeline that was started before:
+    its runs are found without an answer.
     """
 
     graph: PipelineGraph
     crews: dict[str, Crew] = field(default_factory=dict[str, Crew])
     expected: dict[str, list[CrewInput]] = field(default_factory=dict[str, list[CrewInput]])
-    silent: list[str] = field(default_factory=list[str])
+    unreachable: list[str] = field(default_factory=list[str])
 
     @cached_property
     def secret_inputs(self) -> set[str]:
@@ -73,7 +72,7 @@ class PipelineCrews:
         found = {name for name, value in graph.inputs.items() if holds_secret(value)}
         for step in graph.steps:
             if crew := self.crews.get(step.name):
-                found |= graph.behind(step, crew.secret_inputs) | (set(graph.inputs) & set(crew.secret_inputs))
+                found |= graph.inputs_behind(step, crew.secret_inputs) | (set(graph.inputs) & set(crew.secret_inputs))
         return found
 
     @cached_property
@@ -90,14 +89,14 @@ class PipelineCrews:
         return {name: MASK if name in secret else self.redact(text) for name, text in encoded.items()}
 
     @property
-    def known(self) -> dict[str, list[CrewInput]]:
+    def inputs_by_url(self) -> dict[str, list[CrewInput]]:
         """The inputs of those that were asked, by their URLs."""
         return {crew.url: self.expected[name] for name, crew in self.crews.items() if name in self.expected}
 
     async def load(self) -> None:
         """Load the crews, and note on the graph those that are not stored."""
         names = {step.crew for step in self.graph.steps if isinstance(step.crew, str)}
-        stored = dict(zip(names, await asyncio.gather(*map(_stored, names)), strict=True))
+        stored = dict(zip(names, await asyncio.gather(*map(_load_or_reason, names)), strict=True))
         for step in self.graph.steps:
             crew = stored[step.crew] if isinstance(step.crew, str) else await load_crew(step.crew)
             if isinstance(crew, Crew):
@@ -114,10 +113,10 @@ class PipelineCrews:
     async def ask(self) -> None:
         """Ask each crew that was loaded for its inputs."""
         # One question a crew, however many steps it has; with another token it is another question.
-        asked = {_asked(crew): crew for crew in self.crews.values()}
+        asked = {_address_and_token(crew): crew for crew in self.crews.values()}
         answers = dict(zip(asked, await asyncio.gather(*map(self._ask, asked.values())), strict=True))
         for name, crew in self.crews.items():
-            answer = answers[_asked(crew)]
+            answer = answers[_address_and_token(crew)]
             if answer is not None:
                 fresh, self.expected[name] = answer
                 # Of two blocks for one crew each keeps what else it says.
@@ -142,7 +141,7 @@ class PipelineCrews:
         except (AuthenticationError, ConfigurationError) as error:
             self.graph.problems.append(f"{said}: {error}")
         except CrewError as error:
-            self.silent.append(f"{said}: {error}")
+            self.unreachable.append(f"{said}: {error}")
         else:
             return fresh, inputs
         return None
@@ -150,22 +149,23 @@ class PipelineCrews:
     async def refuse_problems(self, idempotency_key: str | None = None) -> None:
         """Raise one ConfigurationError with all that is wrong, before anything is started.
 
-        With an idempotency key, a crew that is silent is none, if something was bought under the key before.
+        With an idempotency key, a crew that does not answer is no problem if a run was started under the key before.
         """
-        problems = [*self.graph.problems, *self.silent]
+        problems = [*self.graph.problems, *self.unreachable]
         if (
             idempotency_key is not None
-            and self.silent
+            and self.unreachable
             and not self.graph.problems
-            and await self._goes_on(idempotency_key)
+            and await self._has_earlier_runs(idempotency_key)
         ):
             return
         if problems and (idempotency_key is not None or self.graph.problems):
-            more = [f"and {len(problems) - TOLD} more, which plan_pipeline tells"] if len(problems) > TOLD else []
-            listed = "; ".join([*problems[:TOLD], *more])
+            rest = len(problems) - SHOWN_PROBLEMS
+            more = [f"and {rest} more: plan_pipeline lists them"] if rest > 0 else []
+            listed = "; ".join([*problems[:SHOWN_PROBLEMS], *more])
             raise ConfigurationError(f"The pipeline cannot run, nothing was started: {listed}.")
 
-    async def _goes_on(self, idempotency_key: str) -> bool:
+    async def _has_earlier_runs(self, idempotency_key: str) -> bool:
         if any(step.inputs is None and step.name not in self.expected for step in self.graph.steps):
             return False  # which of the pipeline's inputs it took is not known
         records = PrefectRecords()
@@ -177,12 +177,14 @@ class PipelineCrews:
     def plan(self) -> PipelinePlan:
         """Return what the pipeline would do, once it was checked."""
         graph = self.graph
-        problems = [*graph.problems, *self.silent]
+        problems = [*graph.problems, *self.unreachable]
         if not graph.sorts:
             return PipelinePlan([], problems)
         steps = {step.name: step for step in graph.steps}
         planned = [
-            PlannedStep(name, self._label(steps[name]), number, sorted(graph.needs[name]), self._shown(steps[name]))
+            PlannedStep(
+                name, self._label(steps[name]), number, sorted(graph.needs[name]), self._shown_inputs(steps[name])
+            )
             for number, layer in enumerate(graph.layers())
             for name in layer
         ]
@@ -192,9 +194,9 @@ class PipelineCrews:
         crew = self.crews.get(step.name)
         return str(step.crew) if crew is None else crew.label
 
-    def _shown(self, step: CrewStep) -> dict[str, str]:
+    def _shown_inputs(self, step: CrewStep) -> dict[str, str]:
         crew = self.crews.get(step.name)
-        secret = {*(crew.secret_inputs if crew else ()), *self.graph.made_of(step, self.secret_inputs)}
+        secret = {*(crew.secret_inputs if crew else ()), *self.graph.inputs_made_of(step, self.secret_inputs)}
         known = self.graph.known_inputs_of(step)
         return {key: MASK if key in secret else self.redact(value) for key, value in known.items()}
 
@@ -204,11 +206,11 @@ def step_key(idempotency_key: str, step: CrewStep) -> str:
     return f"{idempotency_key}/{step.name}"
 
 
-def _asked(crew: Crew) -> tuple[str, str]:
+def _address_and_token(crew: Crew) -> tuple[str, str]:
     return crew.url, crew.token.get_secret_value()
 
 
-async def _stored(name: str) -> Crew | str:
+async def _load_or_reason(name: str) -> Crew | str:
     """Return a stored crew, or why there is none."""
     try:
         return await load_crew(name)

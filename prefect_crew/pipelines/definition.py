@@ -226,7 +226,7 @@ def read_pipeline(text: str, file: str) -> PipelineDefinition:
         # Through JSON, which is what Prefect stores: a date of YAML, for one, has no JSON.
         return PipelineDefinition.model_validate(json.loads(json.dumps(raw, allow_nan=False)))
     except ValidationError as error:
-        problems = [_told(problem, raw) for problem in error.errors(include_url=False, include_input=False)]
+        problems = [_problem_text(problem, raw) for problem in error.errors(include_url=False, include_input=False)]
         raise ConfigurationError(f"{file} is no pipeline that can run: {'; '.join(problems)}.") from None
     except (TypeError, ValueError) as error:
         raise ConfigurationError(f"{file} holds what JSON cannot: {error}. Put such a value in quotes.") from None
@@ -235,7 +235,7 @@ def read_pipeline(text: str, file: str) -> PipelineDefinition:
 _FIELDS: dict[str, type[BaseModel]] = {"": PipelineDefinition, "steps": StepDefinition, "inputs": PipelineInput}
 
 
-def _told(problem: Mapping[str, Any], raw: Mapping[Any, Any]) -> str:
+def _problem_text(problem: Mapping[str, Any], raw: Mapping[Any, Any]) -> str:
     """Say where something is wrong, by the names of steps and fields, and what."""
     path = list(cast("Sequence[Any]", problem["loc"]))
     where: list[str] = []

@@ -121,10 +121,10 @@ class PipelineGraph:
             return needed
         for key, value in step.inputs.items():
             for text in texts_in(value):
-                needed |= self._read_by(text, f"step {step.name!r}, input {key!r}", known)
+                needed |= self._steps_read_by(text, f"step {step.name!r}, input {key!r}", known)
         return needed
 
-    def _read_by(self, text: str, where: str, steps: set[str]) -> set[str]:
+    def _steps_read_by(self, text: str, where: str, steps: set[str]) -> set[str]:
         """Return the steps that a template reads, and note what it names that is not there."""
         try:
             used = names_in(text, collections=RESERVED)
@@ -189,13 +189,13 @@ class PipelineGraph:
                 open_names += self.needs[other]
         return found
 
-    def behind(self, step: CrewStep, names: Collection[str]) -> set[str]:
+    def inputs_behind(self, step: CrewStep, names: Collection[str]) -> set[str]:
         """Return the pipeline's inputs that go into some inputs of a step by their names or by templates."""
         if step.inputs is None:
             return {name for name in names if name in self.inputs}
         if callable(step.inputs):
             return set()
-        return {read for name in names for read in self._read_in(step.inputs.get(name))}
+        return {read for name in names for read in self._inputs_read_in(step.inputs.get(name))}
 
     def has_function_for(self, step: CrewStep, names: Collection[str]) -> bool:
         """Return whether a function gives one of these inputs of a step, or may: nobody knows what it reads."""
@@ -203,24 +203,24 @@ class PipelineGraph:
             return False
         return bool(names) if callable(step.inputs) else any(callable(step.inputs.get(name)) for name in names)
 
-    def made_of(self, step: CrewStep, names: Collection[str]) -> set[str]:
+    def inputs_made_of(self, step: CrewStep, names: Collection[str]) -> set[str]:
         """Return the inputs of a step that some of the pipeline's inputs go into by their names or by templates."""
         if step.inputs is None:
             return {name for name in names if name in self.inputs}
         if callable(step.inputs):
             return set()
-        return {name for name, value in step.inputs.items() if not self._read_in(value).isdisjoint(names)}
+        return {name for name, value in step.inputs.items() if not self._inputs_read_in(value).isdisjoint(names)}
 
-    def _read_in(self, value: Any) -> set[str]:
+    def _inputs_read_in(self, value: Any) -> set[str]:
         """Return the pipeline's inputs that the templates in a value read."""
         found: set[str] = set()
         for text in texts_in(value):
             try:
                 found |= names_in(text, collections=RESERVED)
-                at_random = "inputs" in names_in(_LOOKUP.sub("0", text))
-            except ConfigurationError:  # told among the problems
+                by_expression = "inputs" in names_in(_LOOKUP.sub("0", text))
+            except ConfigurationError:  # it is among the problems
                 continue
-            if at_random:  # such as `inputs[name]`
+            if by_expression:  # such as `inputs[name]`
                 return set(self.inputs)
         return found & set(self.inputs)
 
@@ -240,9 +240,9 @@ class PipelineGraph:
         given = {name: revealed(value) for name, value in self.inputs.items()}
         values = {**given, **seen, "inputs": given, "steps": seen}
         if callable(step.inputs):
-            return _mapping(_called(step.inputs, context), step.inputs)
+            return _as_inputs(_call_function(step.inputs, context), step.inputs)
         return {
-            key: _called(value, context) if callable(value) else _filled(value, values)
+            key: _call_function(value, context) if callable(value) else _render_texts(value, values)
             for key, value in step.inputs.items()
         }
 
@@ -251,16 +251,16 @@ class PipelineGraph:
         if step.inputs is None:
             return {key: str(value) for key, value in self.inputs.items()}
         if callable(step.inputs):
-            return {"…": f"from {_called_name(step.inputs)}"}
+            return {"…": f"from {_function_name(step.inputs)}"}
         known: dict[str, str] = {}
         for key, value in step.inputs.items():
             if callable(value):
-                known[key] = f"from {_called_name(value)}"
+                known[key] = f"from {_function_name(value)}"
                 continue
             try:
                 later = any(names_in(text, collections=RESERVED) & set(self.needs) for text in texts_in(value))
-                known[key] = str(value if later else _filled(value, {**self.inputs, "inputs": self.inputs}))
-            except ConfigurationError:  # told among the problems
+                known[key] = str(value if later else _render_texts(value, {**self.inputs, "inputs": self.inputs}))
+            except ConfigurationError:  # it is among the problems
                 known[key] = str(value)
         return known
 
@@ -277,33 +277,35 @@ def texts_in(value: Any) -> Iterator[str]:
             yield from texts_in(item)
 
 
-def _filled(value: Any, values: Mapping[str, Any]) -> Any:
+def _render_texts(value: Any, values: Mapping[str, Any]) -> Any:
     if isinstance(value, str):
         return render(value, values)
     if isinstance(value, Mapping):
-        return {key: _filled(item, values) for key, item in cast("Mapping[Any, Any]", value).items()}
+        return {key: _render_texts(item, values) for key, item in cast("Mapping[Any, Any]", value).items()}
     if isinstance(value, list | tuple):
-        return [_filled(item, values) for item in cast("Sequence[Any]", value)]
+        return [_render_texts(item, values) for item in cast("Sequence[Any]", value)]
     return value
 
 
-def _called(function: Callable[[PipelineContext], Any], context: PipelineContext) -> Any:
+def _call_function(function: Callable[[PipelineContext], Any], context: PipelineContext) -> Any:
     try:
         return function(context)
     except ConfigurationError:
         raise
     except Exception as error:
         said = f"{type(error).__name__}: {error}"
-        raise ConfigurationError(f"{_called_name(function)} gave no inputs: {said}. Nothing was started.") from error
+        raise ConfigurationError(f"{_function_name(function)} gave no inputs: {said}. Nothing was started.") from error
 
 
-def _mapping(given: Any, function: Any) -> Mapping[str, Any]:
+def _as_inputs(given: Any, function: Any) -> Mapping[str, Any]:
     if isinstance(given, Mapping):
         return cast("Mapping[str, Any]", given)
     kind = type(given).__name__
-    raise ConfigurationError(f"{_called_name(function)} gave a {kind} instead of inputs by name. Nothing was started.")
+    raise ConfigurationError(
+        f"{_function_name(function)} gave a {kind} instead of inputs by name. Nothing was started."
+    )
 
 
-def _called_name(function: Any) -> str:
+def _function_name(function: Any) -> str:
     name = getattr(function, "__name__", "a function")
     return "a function" if name == "<lambda>" else f"{name}()"

@@ -1,7 +1,7 @@
-"""Pipelines of crews: steps that feed each other, side by side where nothing stands between them.
+"""Pipelines of crews: steps that feed each other; independent steps run at the same time.
 
-Each step is a run of its own under the pipeline's key and its name, so that a second call with the key, or a retry of
-the flow run, finds what was bought and starts with what failed.
+Each step is a run of its own. Its idempotency key is the pipeline's key and the step's name: a second call with the
+key, or a retry of the flow run, reattaches to the runs that were started, and starts those that failed.
 """
 
 from __future__ import annotations
@@ -91,22 +91,22 @@ async def arun_pipeline(
 ) -> PipelineResult:
     """Run crews that feed each other and return all their results.
 
-    Steps without a path between them run side by side. The graph and the inputs of every crew are checked before the
+    Independent steps run at the same time. The graph and the inputs of every crew are checked before the
     first kickoff. Inside a flow (or a task) it runs tasks of that flow; outside of one it runs a flow of its own.
 
     Args:
         steps: The steps, in any order.
         inputs: The pipeline's inputs, for the templates.
         name: The pipeline's name: on its artifact, and part of an idempotency key that is left out.
-        idempotency_key: The identity of the whole purchase; each step's key is this one, a slash and its name. May be a
-            template over the scheduled time. Left out, the retries of this flow run find it again.
+        idempotency_key: The identity of the whole pipeline; each step's key is this one, a slash and its name. May be a
+            template over the scheduled time. Left out, the retries of this flow run reattach to its runs.
         wait: How to wait, in place of the blocks' policies, for steps without one of their own.
         review: What answers when a crew waits for a person, as for `run_crew`, for steps without one of their own.
 
     Raises:
         ConfigurationError: The pipeline cannot run; the message has all that is wrong. Nothing was started.
         PipelineFailedError: A step failed. The independent ones were finished; a second call with the key, or a retry
-            of the flow run, starts with what failed and pays for nothing again.
+            of the flow run, starts only what failed.
     """
     inputs = HiddenValues(inputs or {})
     check_choices(idempotency_key=idempotency_key, name=name, wait=wait, review=review)
@@ -155,7 +155,7 @@ async def run_steps(
     pipeline: Annotated[str, Field(description="The pipeline's name.")],
     steps: Annotated[list[str], Field(description="The names of its steps.")],
     inputs: Annotated[dict[str, Any] | None, Field(description="Its inputs, the secret ones masked.")] = None,
-    idempotency_key: Annotated[str | None, Field(description="The identity of the whole purchase.")] = None,
+    idempotency_key: Annotated[str | None, Field(description="The identity of the whole pipeline.")] = None,
 ) -> PipelineResult:
     """Run a pipeline that `run_pipeline` was called with outside of a flow."""
     del steps, inputs
@@ -163,8 +163,8 @@ async def run_steps(
     if live is None:
         raise ConfigurationError(
             "This run's steps were given by code and cannot be made from its parameters. Call run_pipeline again with "
-            "the same steps and idempotency key, which finds again what was bought, or write a flow around it and "
-            "retry that."
+            "the same steps and idempotency key, which reattaches to the runs that were started, or write a flow "
+            "around it and retry that."
         )
     return await _run(live, name=pipeline, idempotency_key=idempotency_key)
 
@@ -215,7 +215,7 @@ async def _run(call: _Call, *, name: str, idempotency_key: str | None) -> Pipeli
     )
     await crews.refuse_problems(identity.idempotency_key)
     started = time.perf_counter()
-    work = _Work(call, identity.idempotency_key, PipelineArtifact(name, identity.idempotency_key, graph))
+    work = _Run(call, identity.idempotency_key, PipelineArtifact(name, identity.idempotency_key, graph))
     await work.run()
     if work.errors:
         raise PipelineFailedError(
@@ -230,8 +230,8 @@ async def _run(call: _Call, *, name: str, idempotency_key: str | None) -> Pipeli
     )
 
 
-class _Work:
-    """The steps under way: each waits for those that it needs, then runs its crew."""
+class _Run:
+    """One run of a pipeline: each step waits for those that it needs, then runs its crew."""
 
     def __init__(self, call: _Call, idempotency_key: str, artifact: PipelineArtifact) -> None:
         self.call = call
@@ -243,13 +243,13 @@ class _Work:
         self.errors: dict[str, Exception] = {}
         self.skipped: set[str] = set()
         self.secrets = [self.graph.inputs[name] for name in self.crews.secret_inputs]
-        """Secret values that steps have been given so far: an earlier one may repeat them to a later one."""
+        """Secret values that steps got so far: a crew may repeat them to a later step."""
         self._done = {step.name: asyncio.Event() for step in self.graph.steps}
         self._by_key = {step_key(idempotency_key, step): step.name for step in self.graph.steps}
 
     async def run(self) -> None:
         """Run all steps that can run. A cancellation ends them all."""
-        with watch_runs(self._saw), knowing_inputs(self.crews.known):
+        with watch_runs(self._on_run), knowing_inputs(self.crews.inputs_by_url):
             async with self.artifact, work_beside():
                 jobs = [asyncio.ensure_future(self._step(step)) for step in self.graph.steps]
                 try:
@@ -257,7 +257,7 @@ class _Work:
                 finally:
                     await cancel_and_wait(*jobs)
 
-    def _saw(self, run: OpenRun, status: CrewStatus | None) -> None:
+    def _on_run(self, run: OpenRun, status: CrewStatus | None) -> None:
         # Of every run of this process; once each, when it is known which run a step's is.
         step = self._by_key.get(run.idempotency_key or "")
         if step is not None and status is None:
@@ -301,7 +301,7 @@ class _Work:
         self.secrets += [revealed(inputs[name]) for name in inputs if name in crew.secret_inputs]
         self.secrets += [revealed(value) for value in inputs.values() if holds_secret(value)]
         # The crew knows its own secrets. Those of the pipeline may come to it in a template, or from a step before it.
-        made = self.graph.made_of(step, self.crews.secret_inputs)
+        made = self.graph.inputs_made_of(step, self.crews.secret_inputs)
         return await arun_crew(
             crew.hiding(made, texts=map(SecretStr, Redactor(self.secrets).texts)),
             inputs,

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from prefect_crew import ConfigurationError, CrewStep
 from prefect_crew.client.models import CrewInput, CrewResult
-from prefect_crew.pipelines.artifact import draw_graph
 from prefect_crew.pipelines.graph import PipelineGraph
 from prefect_crew.states import CrewState
 
@@ -219,37 +218,3 @@ def test_any_circle_is_refused(needs: dict[str, set[str]], data: st.DataObject):
     assert not made.sorts
     (problem,) = made.problems
     assert "the steps go round in a circle" in problem
-
-
-# The drawing
-
-
-def test_a_drawing():
-    needs = {"research": set[str](), "prices": set[str](), "write": {"research", "prices"}, "review": {"write"}}
-    assert draw_graph(list(needs), needs) == [
-        "┌───── research",
-        "│ ┌─── prices",
-        "└─┴─┬▶ write",
-        "    └▶ review",
-    ]
-    assert draw_graph(["only"], {"only": set()}) == ["only"]
-
-
-LEADS = {"├": "udr", "└": "ur", "┌": "dr", "┼": "udlr", "┴": "ulr", "┬": "dlr", "│": "ud", "─": "lr", " ": "", "▶": "l"}
-
-
-@given(dags())
-def test_in_any_drawing_lines_lead_from_each_step_to_those_that_need_it(needs: dict[str, set[str]]):
-    made = made_of(needs)
-    order = [name for layer in made.layers() for name in layer]
-    lines = draw_graph(order, needs)
-    rows = [line.rpartition(" ")[0] for line in lines]
-    assert [line.rpartition(" ")[2] for line in lines] == order
-    assert ["▶" in row for row in rows] == [bool(needs[name]) for name in order]
-    # What leads down from a row is taken up by the next one, in the same column, to the end.
-    down: set[int] = set()
-    for row in rows:
-        up = {at for at, sign in enumerate(row) if "u" in LEADS[sign]}
-        assert up == down
-        down = {at for at, sign in enumerate(row) if "d" in LEADS[sign]}
-    assert down == set()
