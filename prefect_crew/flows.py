@@ -212,7 +212,7 @@ async def _run(
         )
 
 
-@flow(name="run-deployed-crew", flow_run_name="{crew}", validate_parameters=True)
+@flow(name="deployed-crew", flow_run_name="{crew}", validate_parameters=True)
 async def run_deployed_crew(
     crew: Annotated[str, Field(description="The name of the crew's block, under Blocks.")],
     inputs: Annotated[

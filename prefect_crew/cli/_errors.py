@@ -1,214 +1,122 @@
-"""How a command ends: one exit code for each kind of error, and one readable paragraph about it.
+"""How a command ends: its exit code, and one readable paragraph about an error.
 
-This table is what `prefect-crew --help` shows, and docs/cli.md too; a test keeps the three equal.
+The exit codes are a table in docs/cli.md too; a test keeps the two equal.
 """
 
 from __future__ import annotations
 
 import re
-import shlex
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from prefect_crew.exceptions import (
-    AnsweredError,
-    AuthenticationError,
     BadRowsError,
-    BatchBusyError,
-    BatchCancelledError,
-    BatchChangedError,
     BatchFailedError,
     ConfigurationError,
-    CrewAPIError,
-    CrewConnectionError,
     CrewError,
     CrewFailedError,
     CrewLostError,
     CrewStoppedError,
     CrewTimeoutError,
-    DatasetError,
-    IdempotencyConflictError,
-    InvalidCallError,
     InvalidInputsError,
     KickoffUncertainError,
-    LedgerError,
-    LedgerMissingError,
-    NotFoundError,
-    OutputError,
-    OutputTypeError,
-    PipelineFailedError,
-    PrefectAwayError,
-    RateLimitedError,
-    ResponseFormatError,
-    ReviewLimitError,
-    ServerError,
 )
 
 if TYPE_CHECKING:
-    from prefect_crew.cli._progress import RunBoard
+    from collections.abc import Mapping
 
 
 class UsageError(Exception):
     """The command line itself makes no sense."""
 
 
-class Exit(NamedTuple):
-    """One exit code, what it means, and the errors that it stands for."""
-
-    code: int
-    meaning: str
-    errors: tuple[type[BaseException], ...] = ()
-
-
-EXITS = (
-    Exit(0, "done"),
-    Exit(1, "an error that nobody expected: --debug shows where", (InvalidCallError,)),
-    Exit(2, "the command line is wrong", (UsageError,)),
-    Exit(10, "the crew failed", (CrewFailedError,)),
-    Exit(11, "the run was stopped", (CrewStoppedError, BatchCancelledError)),
-    Exit(12, "the crew's server does not know the run any more", (CrewLostError,)),
-    Exit(13, "a time budget is over; the crew may run on", (CrewTimeoutError,)),
-    Exit(14, "nobody knows whether the kickoff started a run", (KickoffUncertainError,)),
-    Exit(15, "the idempotency key belongs to another crew or other inputs", (IdempotencyConflictError,)),
-    Exit(16, "inputs are missing, unknown or were refused", (InvalidInputsError,)),
-    Exit(17, "the token was refused (401, 403)", (AuthenticationError,)),
-    Exit(18, "no such crew or run (404)", (NotFoundError,)),
-    Exit(19, "too many requests (429)", (RateLimitedError,)),
-    Exit(20, "the crew's server is at fault (5xx)", (ServerError,)),
-    Exit(21, "no answer from the crew's server", (CrewConnectionError,)),
-    Exit(22, "an answer that is none of the known shapes", (ResponseFormatError,)),
-    Exit(23, "the result does not fit the type that was asked for", (OutputTypeError,)),
-    Exit(24, "another error answer of the crew's server", (CrewAPIError,)),
-    Exit(25, "what was given cannot be used; nothing was sent", (ConfigurationError,)),
-    Exit(26, "a file or a port cannot be used", (OSError,)),
-    Exit(27, "asked for what the run, as it stands, does not allow", (CrewError, AnsweredError)),
-    Exit(28, "steps of a pipeline failed", (PipelineFailedError,)),
-    Exit(29, "doctor found something to mend"),
-    Exit(30, "the Prefect API does not answer", (PrefectAwayError,)),
-    Exit(31, "the Prefect API refused", ()),
-    Exit(32, "a task asked for a person's answer too often", (ReviewLimitError,)),
-    Exit(33, "rows of a batch failed, are uncertain, were not run, or cannot be run", (BatchFailedError,)),
-    Exit(34, "a data set cannot be read, or rows of it cannot be run; nothing was sent", (DatasetError, BadRowsError)),
-    Exit(
-        35,
-        "the batch has other rows or another ledger, or is run elsewhere",
-        (BatchChangedError, LedgerMissingError, BatchBusyError),
-    ),
-    Exit(36, "the ledger or the output of a batch cannot be used", (LedgerError, OutputError)),
-    Exit(130, "interrupted by Ctrl-C", (KeyboardInterrupt,)),
-    Exit(141, "whoever read the output has gone (a closed pipe)", (BrokenPipeError,)),
-    Exit(143, "ended by SIGTERM or SIGHUP", ()),
-)
-
-UNEXPECTED, USAGE, UNUSABLE, NOT_ALLOWED, FOUND, AWAY, REFUSED, ROWS = 1, 2, 25, 27, 29, 30, 31, 33
-INTERRUPTED, CLOSED, TERMINATED = 130, 141, 143
-_CODES: dict[type[BaseException], int] = {kind: line.code for line in EXITS for kind in line.errors}
+OTHER, USAGE, ROWS, INTERRUPTED, CLOSED_PIPE, TERMINATED = 1, 2, 6, 130, 141, 143
+EXIT_CODES: Mapping[int, str] = {
+    0: "done",
+    OTHER: "any other error; with `--json`, `error.type` tells which. Also: `doctor` found a problem",
+    USAGE: "the command line, an input or a setting cannot be used",
+    3: "the run failed, was stopped, or is lost",
+    4: "a kickoff is uncertain: a person has to resolve it",
+    5: "a time budget is over; the run may go on",
+    ROWS: "rows of a batch failed, are uncertain, or cannot be run",
+    INTERRUPTED: "interrupted by Ctrl-C",
+    CLOSED_PIPE: "the reader of the output has gone (a closed pipe)",
+    TERMINATED: "ended by SIGTERM or SIGHUP",
+}
+_CODES: Mapping[type[BaseException], int] = {
+    UsageError: USAGE,
+    ConfigurationError: USAGE,
+    InvalidInputsError: USAGE,
+    CrewFailedError: 3,
+    CrewStoppedError: 3,
+    CrewLostError: 3,
+    KickoffUncertainError: 4,
+    CrewTimeoutError: 5,
+    BatchFailedError: ROWS,
+    BadRowsError: ROWS,
+    KeyboardInterrupt: INTERRUPTED,
+    BrokenPipeError: CLOSED_PIPE,
+}
 
 
-def _kinds(error: BaseException) -> dict[str, type[BaseException]]:
-    """Return the error's classes by full name: those of Prefect and httpx are known here without importing them."""
-    return {f"{kind.__module__}.{kind.__name__}": kind for kind in type(error).__mro__}
+def _class_names(error: BaseException) -> list[str]:
+    """Return the full names of an error's classes: so those of Prefect and httpx are known without their imports."""
+    return [f"{kind.__module__}.{kind.__name__}" for kind in type(error).__mro__]
 
 
-def signalled(error: BaseException) -> bool:
-    """Return whether a signal ended the command: Ctrl-C, or SIGTERM, of which Prefect within a flow raises its own."""
+def is_signal(error: BaseException) -> bool:
+    """Return whether a signal ended the command: Ctrl-C, or SIGTERM, for which Prefect has an exception of its own."""
     return isinstance(error, KeyboardInterrupt) or type(error).__name__ in ("TerminatedError", "TerminationSignal")
 
 
-def exit_code(error: BaseException, *, started: bool = False) -> int:
-    """Return the exit code of an error. The most special of its classes that has one decides.
-
-    Args:
-        error: The error.
-        started: Whether the command has kicked off or found a run: then no error means that nothing was sent.
-    """
-    code = _code(error)
-    return NOT_ALLOWED if started and code == UNUSABLE else code
+def is_usage(error: BaseException) -> bool:
+    """Return whether the command line itself makes no sense."""
+    return isinstance(error, UsageError) or "cyclopts.exceptions.CycloptsError" in _class_names(error)
 
 
-def _code(error: BaseException) -> int:
-    kinds = _kinds(error)
-    if "cyclopts.exceptions.CycloptsError" in kinds:
+def exit_code(error: BaseException) -> int:
+    """Return the exit code of an error: that of the first of its classes that has one."""
+    if is_usage(error):
         return USAGE
-    if signalled(error):
+    if is_signal(error):
         return INTERRUPTED if isinstance(error, KeyboardInterrupt) else TERMINATED
-    if "httpx.HTTPStatusError" in kinds:
-        status: int = getattr(getattr(error, "response", None), "status_code", 0)
-        return AWAY if status in (502, 503, 504) else REFUSED
-    if "httpx.HTTPError" in kinds or _away(error):
-        # Those of the crew's server are errors of our own by now.
-        return AWAY
-    if any(name.startswith("prefect.exceptions.") for name in kinds):
-        return REFUSED
-    return next((_CODES[kind] for kind in type(error).__mro__ if kind in _CODES), UNEXPECTED)
+    return next((_CODES[kind] for kind in type(error).__mro__ if kind in _CODES), OTHER)
 
 
-def _away(error: BaseException) -> bool:
-    return isinstance(error, RuntimeError) and "Failed to reach API" in str(error)
-
-
-_OPTIONS = (
-    "on_change|on_bad_row|on_failure|on_cancel|max_in_flight|kickoffs_per_second|kickoffs_at_once|max_kickoffs|"
-    "retry_failed|task_per_row|output_type"
-)
-_ARGUMENT = re.compile(
-    rf"\b(?:(?P<set>{_OPTIONS}|shards|deployment|ledger|format|encoding|every|schedule|allow_http)=(?P<value>'[^']*'|True|\w+|…)|"
-    rf"(?P<told>{_OPTIONS})(?= is ))"
-)
-_BOTH = re.compile(r"\b\w+=(?:True|…)(?:, | \()(?P<option>--[\w-]+)(?P<end>\)?)")
-
-
-def by_options(text: str) -> str:
-    """Return a text that names arguments of functions with the options of the command line in their place."""
-
-    def option(found: re.Match[str]) -> str:
-        name = f"--{(found['set'] or found['told']).replace('_', '-')}"
-        return name if found["value"] in (None, "True") else f"{name} {found['value'].strip(chr(39))}"
-
-    def alone(found: re.Match[str]) -> str:
-        # Of `(name=…, --name)` the bracket stays, that of `name=True (--name)` goes.
-        return found["option"] + ("" if "(" in found[0] else found["end"])
-
-    return _ARGUMENT.sub(option, _BOTH.sub(alone, text))
-
-
-def paragraph(error: BaseException, run: RunBoard | None = None) -> str:
-    """Return what a person reads about an error: what happened and what to do, without a traceback.
+def message(error: BaseException, run: str | None = None) -> str:
+    """Return what a person reads about an error, on one line: what happened and what to do.
 
     Args:
         error: The error.
-        run: The run that the command had kicked off or found by then.
+        run: A sentence about the run that the command has started or found by then, for an unexpected error.
     """
-    code = exit_code(error)
-    if signalled(error):
-        return "Interrupted." if code == INTERRUPTED else "Ended by a signal."
-    said = reason(error)
-    if isinstance(error, CrewError) or code == USAGE:
+    if is_signal(error):
+        return "Interrupted." if isinstance(error, KeyboardInterrupt) else "Ended by a signal."
+    said, names = reason(error), _class_names(error)
+    if isinstance(error, CrewError) or is_usage(error):
         return by_options(said)
-    if code == AWAY:
-        return (
-            f"The Prefect API does not answer ({type(error).__name__}: {said}). Start a server with "
-            "`prefect server start`, or check PREFECT_API_URL: prefect-crew doctor."
-        )
-    if code == REFUSED:
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    # Errors of httpx come from Prefect's client: those of the crew's client are errors of this package.
+    if ("httpx.HTTPError" in names and status in (None, 502, 503, 504)) or "Failed to reach API" in said:
+        return f"The Prefect API does not answer ({type(error).__name__}: {said}). {CHECK_API}"
+    if status is not None or any(name.startswith("prefect.exceptions.") for name in names):
         return f"The Prefect API refused: {_refusal(error) or said}. prefect-crew doctor looks at what it needs."
-    if code == UNEXPECTED:
-        about = "" if run is None else f" {_on_record(run)}"
-        return f"{type(error).__name__}: {said}.{about} Nobody expected this error; --debug shows where it comes from."
-    return said
+    if isinstance(error, OSError) and error.args:
+        return said
+    return " ".join(filter(None, [f"{type(error).__name__}: {said}.", run, "This is unexpected: see --debug."]))
 
 
-def _on_record(run: RunBoard) -> str:
-    """Return which run an unexpected error is about, and how its result is had all the same."""
-    if run.idempotency_key is None:
-        return f"Run {run.kickoff_id} was started."
-    return f"Run {run.kickoff_id} was started and is on record: prefect-crew result {shlex.quote(run.idempotency_key)}."
+CHECK_API = "Start a server with `prefect server start`, or check PREFECT_API_URL: prefect-crew doctor."
 
 
 def reason(error: BaseException) -> str:
     """Return an error's own text on one line; of a pydantic error without the values, one of which may be a token."""
-    if "pydantic_core._pydantic_core.ValidationError" in _kinds(error):
-        return _problems(error)
-    return " ".join(str(error).split()) or type(error).__name__
+    if "pydantic_core._pydantic_core.ValidationError" not in _class_names(error):
+        return " ".join(str(error).split()) or type(error).__name__
+    problems = cast("Any", error).errors(include_url=False, include_input=False, include_context=False)
+    return "; ".join(
+        ": ".join(filter(None, (".".join(map(str, one["loc"])), one["msg"].removeprefix("Value error, "))))
+        for one in problems
+    )
 
 
 def _refusal(error: Any) -> str | None:
@@ -217,19 +125,24 @@ def _refusal(error: Any) -> str | None:
     if response is None:
         return None
     try:
-        answer = response.json()
-    except ValueError:
-        answer = None
-    body: dict[str, Any] = cast("dict[str, Any]", answer) if isinstance(answer, dict) else {}
-    told = body.get("detail") or body.get("exception_message")
-    asked = f"{response.request.method} {response.request.url.path}"
-    said = f"{asked} was answered with {response.status_code}"
-    return " ".join(f"{said}, {told}".split()) if told else said
+        body = response.json()
+        detail = body.get("detail") or body.get("exception_message") or ""
+    except (ValueError, AttributeError):
+        detail = ""
+    answered = f"{response.request.method} {response.request.url.path} was answered with {response.status_code}"
+    return ", ".join(filter(None, (answered, " ".join(str(detail).split()))))
 
 
-def _problems(error: Any) -> str:
-    problems: list[dict[str, Any]] = error.errors(include_url=False, include_input=False, include_context=False)
-    return "; ".join(
-        ": ".join(filter(None, (".".join(map(str, problem["loc"])), problem["msg"].removeprefix("Value error, "))))
-        for problem in problems
-    )
+_ARGUMENT = re.compile(
+    r"\b(on_change|on_bad_row|on_failure|max_in_flight|max_kickoffs|retry_failed|output_type|shards|deployment|ledger|"
+    r"format|encoding|every|schedule|allow_http|force_new|crew|option)=(?:True\b|'([^']*)'|(…|\d+))"
+)
+
+
+def by_options(text: str) -> str:
+    """Return a text that names arguments of functions with the options of the command line in their place."""
+
+    def option(found: re.Match[str]) -> str:
+        return " ".join(filter(None, (f"--{found[1].replace('_', '-')}", found[2], found[3])))
+
+    return _ARGUMENT.sub(option, text)

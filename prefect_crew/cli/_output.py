@@ -7,74 +7,75 @@ import os
 import shlex
 import sys
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from shutil import which
 from typing import TYPE_CHECKING, Any
 
+from rich import box
+from rich.console import Console
+from rich.markdown import Markdown
+from rich.table import Table
+
 from prefect_crew._text import plain
+from prefect_crew.client.redaction import Redactor
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from prefect_crew.cli._progress import SeenRun
 
 
-_tokens: set[str] = set()
-_debug = False
+@dataclass
+class Invocation:
+    """One run of the program.
+
+    Attributes:
+        debug: Whether errors show their traceback, and Prefect's logs are shown.
+        tokens: What must not be written.
+        seen: The run that was kicked off or found last: what any error after that is about.
+        at_end: What is closed when the command ends.
+    """
+
+    debug: bool = False
+    tokens: set[str] = field(default_factory=set[str], repr=False)
+    seen: SeenRun | None = None
+    at_end: ExitStack = field(default_factory=ExitStack)
+
+    def hide(self, token: str) -> str:
+        """Keep a token out of everything that is written from now on, and return it."""
+        if token.strip():
+            self.tokens.add(token.strip())
+        return token
 
 
-def debug(on: bool) -> None:
-    """Say whether `--debug` was given: errors then show their traceback, and Prefect's logs are seen."""
-    global _debug
-    _debug = on
+current = Invocation()  # One command a process: `main` replaces it, and each line that is written is redacted by it.
 
 
-def debugging() -> bool:
-    """Return whether `--debug` was given."""
-    return _debug
-
-
-def secret(value: str) -> str:
-    """Keep a token out of everything that is written from now on, and return it."""
-    if value.strip():
-        _tokens.add(value.strip())
-    return value
-
-
-def forget() -> None:
-    """Forget the secrets, for a process that runs several commands."""
-    _tokens.clear()
+def begin(*, debug: bool = False) -> Invocation:
+    """Begin a command, for a process that runs several."""
+    global current
+    current = Invocation(debug=debug)
+    return current
 
 
 def redact(text: str) -> str:
     """Return the text without any token that this command was given."""
-    if not _tokens:
-        return text
-    from prefect_crew.client.redaction import Redactor
-
-    return Redactor(tokens=_tokens)(text)
+    return Redactor(tokens=current.tokens)(text) if current.tokens else text
 
 
-def results() -> Console:
-    """Return the console of standard output."""
-    return _console(stderr=False)
-
-
-def errors() -> Console:
-    """Return the console of standard error."""
-    return _console(stderr=True)
-
-
-def _console(*, stderr: bool) -> Console:
-    from rich.console import Console
-
+def console(*, stderr: bool = False) -> Console:
+    """Return the console of standard output, or of standard error."""
     return Console(stderr=stderr, highlight=False, markup=False, emoji=False)
 
 
 def is_terminal(stream: Any) -> bool:
-    """Return whether a person looks at a stream on a terminal that can redraw lines."""
+    """Return whether a stream is a terminal that can redraw lines."""
     return bool(stream.isatty()) and os.environ.get("TERM") != "dumb"
 
 
 def note(text: str, style: str | None = None) -> None:
     """Write a line for people to standard error."""
-    errors().print(redact(plain(text)), style=style, soft_wrap=True)
+    console(stderr=True).print(redact(plain(text)), style=style, soft_wrap=True)
 
 
 def put(text: str = "") -> None:
@@ -88,10 +89,8 @@ def put_markdown(text: str) -> None:
     if not is_terminal(sys.stdout):
         put(text)
         return
-    from rich.markdown import Markdown
-
-    console = results()
-    console.print(Markdown(redact(plain(text)), hyperlinks=False), width=min(console.width, 100))
+    out = console()
+    out.print(Markdown(redact(plain(text)), hyperlinks=False), width=min(out.width, 100))
 
 
 def put_rows(header: Sequence[str], rows: Iterable[Sequence[str]], *, empty: str = "") -> None:
@@ -105,35 +104,29 @@ def put_rows(header: Sequence[str], rows: Iterable[Sequence[str]], *, empty: str
         for row in (header, *rows):
             put("\t".join(row))
         return
-    from rich import box
-    from rich.table import Table
-
     table = Table(*header, box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False)
     for row in rows:
         table.add_row(*row)
-    results().print(table)
+    console().print(table)
 
 
 def put_json(value: Any) -> None:
     """Write one JSON document to standard output, escaped where its encoding could not hold it."""
-    text = redact(json.dumps(value, ensure_ascii=False, indent=2, default=str))
+    text = json.dumps(value, ensure_ascii=False, indent=2, default=str)
     try:
         text.encode(sys.stdout.encoding or "utf-8")
     except UnicodeEncodeError:
-        text = redact(json.dumps(value, ensure_ascii=True, indent=2, default=str))
-    sys.stdout.write(text + "\n")
+        text = json.dumps(value, indent=2, default=str)
+    sys.stdout.write(redact(text) + "\n")
     sys.stdout.flush()
 
 
 def command(text: str) -> str:
     """Return a command as this person can type it: with its folder where the program is not on PATH."""
-    from pathlib import Path
-    from shutil import which
-
     name, _, rest = text.partition(" ")
     here = Path(sys.executable).parent / name
     found = which(name)
     if here.exists() and (found is None or Path(found).resolve() != here.resolve()):
-        shown = os.path.relpath(here)
-        name = str(here) if shown.startswith("..") else shown
+        relative = os.path.relpath(here)
+        name = str(here) if relative.startswith("..") else relative
     return f"{shlex.quote(name)} {rest}".strip()

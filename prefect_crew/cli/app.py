@@ -1,66 +1,100 @@
-"""The commands of `prefect-crew`, and how one line of them is run."""
+"""The program: its commands, its signals, and its errors as words and exit codes.
+
+It starts without Prefect, which takes two seconds to import: commands import what they need.
+"""
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
+import traceback
+import warnings
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
+from io import TextIOWrapper
+from itertools import zip_longest
+from types import FrameType
 from typing import Any
 
-from cyclopts import App
+from cyclopts import App, Group, Parameter
 
-from prefect_crew.cli import _errors, batch, blocks, deploy, doctor, reviews, runs, serve
+from prefect_crew.cli import _errors, _output, batch, blocks, deploy, doctor, reviews, runs, serve
 from prefect_crew.cli import run as run_commands
-from prefect_crew.devserver.faults import FAULTS, HTTP_PLACES, WEBHOOK_PLACES
+from prefect_crew.exceptions import CrewError
 
 
-def _epilogue() -> str:
-    lines = [f"  {line.code:>3}  {line.meaning}" for line in _errors.EXITS]
-    return "\n".join(("--debug with any command shows the traceback of an error.", "", "Exit codes:", *lines))
+def _shown(value: Any) -> Any:
+    """Return a default as the help shows it: None where it is nothing."""
+    return str(value) if value else None
 
 
 app = App(
     name="prefect-crew",
-    help="Run deployed CrewAI crews from Prefect: never twice, never lost.",
+    help="Run deployed CrewAI crews from Prefect: each run is started at most once, and is found again.",
     help_format="plaintext",
-    help_epilogue=_epilogue(),
+    help_epilogue="--debug with any command shows the traceback of an error. Exit codes: docs/cli.md.",
     version=version("prefect-crew"),
-    version_flags=["--version"],
     help_flags=["--help", "-h"],
+    default_parameter=Parameter(negative=(), show_default=_shown),
 )
+GROUPS: dict[str, Sequence[Any]] = {
+    "Try": (serve.demo, serve.serve, doctor.doctor),
+    "Run": (run_commands.inputs, run_commands.run, run_commands.result, run_commands.stop),
+    "Look and decide": (runs.app, reviews.app, batch.app),
+    "Deploy": (blocks.save, deploy.deploy, deploy.backfill, serve.webhooks),
+}
+for number, (title, commands) in enumerate(GROUPS.items()):
+    group = Group(title, sort_key=number)
+    for each in commands:
+        if not isinstance(each, App):
+            app.command(each, help_epilogue=serve.faults_help() if each is serve.serve else None)
+            each = app[each.__name__]
+        else:
+            app.command(each)
+        each.group, each.sort_key = group, len(tuple(app))
 
 
-def _faults() -> str:
-    """Return what `serve --fault` takes."""
-    phases = "[-before-accept|-after-accept]"
-    kinds = "\n".join(
-        f"  {kind.name + (phases if kind.phases else ''):<{len(phases) + 10}}{kind.text}" for kind in FAULTS.values()
-    )
-    return (
-        f"Faults: PLACE:NAME[=VALUE][@WHEN][%PROBABILITY], such as kickoff:500@1 or status:latency=2@3-5%0.1.\n"
-        f"Places of requests: {', '.join(HTTP_PLACES)}.\nPlaces of deliveries: {', '.join(WEBHOOK_PLACES)}.\n{kinds}"
-    )
+class TerminatedError(SystemExit):
+    """SIGTERM or SIGHUP arrived. It leaves as an exit does, so that what was started is ended."""
 
 
-for _command in (
-    serve.demo,
-    serve.serve,
-    run_commands.inputs,
-    run_commands.run,
-    run_commands.status,
-    run_commands.result,
-    run_commands.resume,
-    run_commands.stop,
-    blocks.save,
-    deploy.deploy,
-    deploy.backfill,
-    serve.webhooks,
-    doctor.doctor,
-):
-    _epilogue_of = _faults() if _command is serve.serve else ""
-    app.command(_command, help_epilogue=_epilogue_of, sort_key=len(tuple(app)))
-app.command(runs.app)
-app.command(reviews.app)
-app.command(batch.app)
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code.
+
+    Args:
+        argv: The arguments after the program's name; those of the process if left out.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    own = arguments[: arguments.index("--")] if "--" in arguments else arguments
+    invocation = _output.begin(debug="--debug" in own)
+    arguments = [argument for argument in own if argument != "--debug"] + arguments[len(own) :]
+    # Before they are parsed: an error of the line may quote them.
+    invocation.hide(os.environ.get("CREW_TOKEN", ""))
+    for argument, following in zip_longest(arguments, arguments[1:], fillvalue=""):
+        if argument.startswith("--token"):
+            invocation.hide(argument.partition("=")[2] or following)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # a crew may write what this terminal's encoding does not have
+            stream.reconfigure(errors="backslashreplace")
+    with _signals(_ENDING), warnings.catch_warnings():
+        if not invocation.debug and not sys.warnoptions:
+            warnings.simplefilter("ignore")
+        try:
+            return run(arguments)
+        except BaseException as error:
+            if isinstance(error, BrokenPipeError) or isinstance(error.__context__, BrokenPipeError):  # Rich exits so
+                # The reader has gone, as `head` does. Python would complain once more when it flushes.
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                return _errors.CLOSED_PIPE
+            if not isinstance(error, Exception) and not _errors.is_signal(error):
+                raise
+            with _signals(_IGNORED):
+                return _report(error, as_json="--json" in own)
+        finally:
+            with _signals(_IGNORED):  # what is closed now takes a few seconds at most
+                invocation.at_end.close()
 
 
 def run(arguments: list[str]) -> int:
@@ -74,3 +108,55 @@ def run(arguments: list[str]) -> int:
     answer: Any = command(*bound.args, **bound.kwargs)
     sys.stdout.flush()  # so that a pipe that is closed is noticed here at the latest
     return answer if isinstance(answer, int) else 0
+
+
+def _report(error: BaseException, *, as_json: bool) -> int:
+    """Write an error for people, and with `--json` for programs; return its exit code."""
+    seen = _output.current.seen
+    code, text = _errors.exit_code(error), _errors.message(error, seen and seen.on_record)
+    if _output.current.debug:
+        sys.stderr.write(_output.redact("".join(traceback.format_exception(error))))
+    _output.note(text, "bold" if _errors.is_signal(error) else "red")
+    facts = {
+        name: getattr(error, name, None) or getattr(seen, name, None)
+        for name in ("idempotency_key", "kickoff_id", "task", "flow_run_id")
+    }
+    if facts["task"] is not None and isinstance(error, CrewError):
+        _output.note(f"The crew was last seen at task {facts['task']}.", "dim")
+    if isinstance(facts["flow_run_id"], str):
+        from prefect_crew.cli._prefect import flow_run_url
+
+        facts["flow_run_url"] = flow_run_url(facts["flow_run_id"])
+        if facts["flow_run_url"]:
+            _output.note(facts["flow_run_url"], "dim")
+    if _errors.is_usage(error):
+        _output.note("prefect-crew --help lists the commands; prefect-crew COMMAND --help their options.")
+    if as_json:
+        known = {name: value for name, value in facts.items() if value is not None}
+        _output.put_json({"error": {"type": type(error).__name__, "message": text, "exit_code": code, **known}})
+    return code
+
+
+def _terminate(_number: int, _frame: FrameType | None) -> None:
+    raise TerminatedError(_errors.TERMINATED)
+
+
+_ENDING = {getattr(signal, name): _terminate for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)}
+_IGNORED = {signal.SIGINT: signal.SIG_IGN, signal.SIGTERM: signal.SIG_IGN}
+
+
+@contextmanager
+def _signals(handlers: dict[signal.Signals, Any]) -> Generator[None]:
+    """Handle signals so; not outside the main thread, where Python allows no handlers."""
+    before: dict[signal.Signals, Any] = {}
+    try:
+        for number, handler in handlers.items():
+            if handler is signal.SIG_IGN or signal.getsignal(number) is signal.SIG_DFL:
+                before[number] = signal.signal(number, handler)
+    except ValueError:
+        pass
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

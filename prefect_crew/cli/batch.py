@@ -13,11 +13,10 @@ from cyclopts import App, Parameter
 
 from prefect_crew.cli import _output
 from prefect_crew.cli._errors import ROWS, UsageError, by_options
-from prefect_crew.cli._options import CREW, JSON, CrewAccess, flag
+from prefect_crew.cli._options import CREW, CREW_OF_RUN, JSON, CrewAccess, read_pairs, wait_policy
 from prefect_crew.cli._prefect import flow_run_url, reach_prefect
-from prefect_crew.cli._progress import BatchProgress, batch_progress, progress
-from prefect_crew.cli.run import wait_policy
-from prefect_crew.cli.runs import crew_of
+from prefect_crew.cli._progress import Progress, progress
+from prefect_crew.cli.runs import status_call
 from prefect_crew.exceptions import ConfigurationError
 
 if TYPE_CHECKING:
@@ -35,13 +34,13 @@ DATASET = Parameter(
 )
 NAME = Parameter(name="NAME", help="The batch's name.")
 LEDGER = Parameter(help="Its ledger, where the one on record does not do: a path, a PostgreSQL URL, or secret://NAME.")
-HERE = flag("In this process alone, also where the last call was split over shards.")
+HERE = Parameter(help="In this process alone, also where the last call was split over shards.")
 
-app = App(name="batch", help="Batches: a crew for every row of a data set.", help_epilogue="")
+app = App(name="batch", help="Batches: a crew for every row of a data set.")
 
 
 @Parameter(name="*")
-@dataclass
+@dataclass(frozen=True)
 class BatchChoices:
     """How rows become runs."""
 
@@ -55,7 +54,6 @@ class BatchChoices:
         Parameter(
             name=["--input", "-i"],
             help="An input, as name=COLUMN or name='text with {{ COLUMN }}'; may be given again.",
-            negative=(),
         ),
     ] = None
     format: Annotated[
@@ -67,16 +65,11 @@ class BatchChoices:
     on_bad_row: Annotated[
         Literal["refuse", "set-aside"], Parameter(help="Refuse the data set, or set rows aside that cannot be run.")
     ] = "refuse"
-    deduplicate: Annotated[bool, flag("Equal rows are one run.")] = False
+    deduplicate: Annotated[bool, Parameter(help="Equal rows are one run.")] = False
 
     def options(self) -> dict[str, Any]:
         """Return them as `arun_batch` and `aplan_batch` take them."""
-        inputs: dict[str, str] = {}
-        for pair in self.input_ or ():
-            name, sign, source = pair.partition("=")
-            if not sign or not name.strip():
-                raise UsageError(f"-i {pair!r}: give an input as name=COLUMN, or as a template over the columns.")
-            inputs[name] = source
+        inputs = read_pairs(self.input_ or (), "COLUMN, or as a template over the columns")
         return {
             "ledger": self.ledger,
             "key": self.key,
@@ -114,10 +107,9 @@ def run(
         Parameter(
             help="Only after errors of this class (CrewFailedError, CrewStoppedError, CrewLostError, OutputTypeError); "
             "may be given again; CLASS=N for a number of its own.",
-            negative=(),
         ),
     ] = None,
-    retry_failed: Annotated[bool, flag("Buy the failed rows of earlier calls again.")] = False,
+    retry_failed: Annotated[bool, Parameter(help="Buy the failed rows of earlier calls again.")] = False,
     max_kickoffs: Annotated[int | None, Parameter(help="A limit on kickoffs, of all calls together.")] = None,
     breaker: Annotated[
         int, Parameter(help="Failed rows in a row after which it pauses, then tries one at a time; 0 never does.")
@@ -129,12 +121,14 @@ def run(
     output_type: Annotated[
         str | None, Parameter(help="A pydantic model that results have to fit, as module:Model.")
     ] = None,
-    task_per_row: Annotated[bool, flag("A Prefect task for each row, for small sets that people watch.")] = False,
+    task_per_row: Annotated[
+        bool, Parameter(help="A Prefect task for each row, for small sets that people watch.")
+    ] = False,
     shards: Annotated[int, Parameter(help="Flow runs of --deployment that the rows are split over.")] = 1,
     deployment: Annotated[str | None, Parameter(help="A deployment of batch_shard, as flow/deployment.")] = None,
     json: Annotated[bool, JSON] = False,
-    choices: BatchChoices = BatchChoices(),  # noqa: B008 - never changed
-    access: CrewAccess = CrewAccess(),  # noqa: B008
+    choices: BatchChoices = BatchChoices(),
+    access: CrewAccess = CrewAccess(),
 ) -> int:
     """Run a crew once for every row of a data set; call it again to go on where it stopped."""
     options: dict[str, Any] = {
@@ -165,7 +159,7 @@ def run(
             options["wait"] = wait_policy(found, timeout)
         return await arun_batch(found, dataset, **options)
 
-    with batch_progress() as shown:
+    with progress() as shown:
         reach_prefect(shown)
         report = started(shown, name, call)
     return put_report(report, shown, as_json=json)
@@ -209,7 +203,7 @@ def look_here() -> None:
         sys.path.insert(0, here)
 
 
-def started(shown: BatchProgress, name: str, call: Any) -> BatchReport:
+def started(shown: Progress, name: str, call: Any) -> BatchReport:
     """Run a batch while its progress is shown."""
     from prefect_crew.batches.progress import watch_batches
 
@@ -221,7 +215,7 @@ def started(shown: BatchProgress, name: str, call: Any) -> BatchReport:
             raise
 
 
-def put_report(report: BatchReport, shown: BatchProgress, *, as_json: bool) -> int:
+def put_report(report: BatchReport, shown: Progress, *, as_json: bool) -> int:
     """Write what a batch came to; return the exit code."""
     page = flow_run_url(shown.flow_run_id)
     if as_json:
@@ -260,13 +254,12 @@ def plan(
         float | None, Parameter(help="How long one run takes. Left out: the mean of what the ledger has seen.")
     ] = None,
     json: Annotated[bool, JSON] = False,
-    choices: BatchChoices = BatchChoices(),  # noqa: B008
-    access: CrewAccess = CrewAccess(),  # noqa: B008
+    choices: BatchChoices = BatchChoices(),
+    access: CrewAccess = CrewAccess(),
 ) -> int:
     """Check every row, and say how many runs, how long and how much. Nothing is started."""
     options = choices.options()
-    with progress(quiet=True) as shown:
-        reach_prefect(shown)
+    reach_prefect()
 
     async def planned() -> Any:
         from prefect_crew.batches.run import aplan_batch
@@ -287,7 +280,7 @@ def retry(
     name: Annotated[str, NAME],
     /,
     *,
-    key: Annotated[list[str] | None, Parameter(help="Only this row; may be given again.", negative=())] = None,
+    key: Annotated[list[str] | None, Parameter(help="Only this row; may be given again.")] = None,
     ledger: Annotated[str | None, LEDGER] = None,
     here: Annotated[bool, HERE] = False,
     json: Annotated[bool, JSON] = False,
@@ -325,7 +318,7 @@ def go_on(name: str, ledger: str | None, *, retry_failed: bool | tuple[str, ...]
         return await arun_batch(again.pop("crew"), again.pop("dataset"), **again)
 
     look_here()  # for an output_type
-    with batch_progress() as shown:
+    with progress() as shown:
         reach_prefect(shown)
         report = started(shown, name, call)
     code = put_report(report, shown, as_json=json)
@@ -340,16 +333,11 @@ def go_on(name: str, ledger: str | None, *, retry_failed: bool | tuple[str, ...]
 SET_ASIDE = "set-aside"
 
 
-def _reach() -> None:
-    with progress(quiet=True) as shown:
-        reach_prefect(shown)
-
-
 @app.default
 @app.command(name="list")
 def list_batches(*, json: Annotated[bool, JSON] = False) -> None:
     """List the batches that the Prefect server knows, and where their ledgers are."""
-    _reach()
+    reach_prefect()
     from prefect_crew.batches.stored import all_batches
 
     found = asyncio.run(all_batches())
@@ -368,7 +356,7 @@ def status(
     json: Annotated[bool, JSON] = False,
 ) -> None:
     """Show how a batch stands: also while it runs, in whichever process."""
-    _reach()
+    reach_prefect()
 
     async def look() -> BatchStanding:
         from prefect_crew.batches.stored import known_batch
@@ -424,7 +412,7 @@ def failures(
     json: Annotated[bool, JSON] = False,
 ) -> None:
     """List the rows that failed, are uncertain or were set aside, with their runs and why."""
-    _reach()
+    reach_prefect()
     most = None if json else limit
     found, aside = asyncio.run(_failures(name, ledger, most))
     if json:
@@ -481,17 +469,15 @@ def resolve(
     /,
     *,
     kickoff_id: Annotated[str | None, Parameter(help="The run that the kickoff did start.")] = None,
-    never_started: Annotated[bool, flag("The kickoff did not start a run.")] = False,
-    crew: Annotated[
-        str | None, Parameter(help="The crew to ask about the id, where its block is not stored: a block or a URL.")
-    ] = None,
+    never_started: Annotated[bool, Parameter(help="The kickoff did not start a run.")] = False,
+    crew: Annotated[str | None, CREW_OF_RUN] = None,
     ledger: Annotated[str | None, LEDGER] = None,
-    access: CrewAccess = CrewAccess(),  # noqa: B008 - never changed
+    access: CrewAccess = CrewAccess(),
 ) -> None:
     """Say what became of an uncertain row's kickoff, after a look at the crew's page."""
     if (kickoff_id is None) is not never_started:
         raise UsageError("Say either --kickoff-id ID or --never-started.")
-    _reach()
+    reach_prefect()
     asyncio.run(_resolve(name, row, kickoff_id, crew, ledger, access))
 
 
@@ -524,16 +510,8 @@ async def _resolve(
                 f"that of row {row!r} too. Nothing was changed. Look for another run on the crew's page, or say "
                 "--never-started if there is none."
             )
-        found = await crew_of(record, crew, access)
-        if found is None:
-            _output.note(
-                f"Crew {record.crew} is no stored block, so its server was not asked whether it knows run "
-                f"{kickoff_id}. Give --crew to have it asked."
-            )
-            state = await resolve_started(record, kickoff_id, batch.ledger)
-        else:
-            async with found.client() as client:
-                state = await resolve_started(record, kickoff_id, batch.ledger, look=client.status)
+        async with status_call(record, crew, access) as look:
+            state = await resolve_started(record, kickoff_id, batch.ledger, look=look)
         _output.put(
             f"Resolved: row {row} is run {kickoff_id}{f', {state} now' if state else ''}. {again} waits for it."
         )

@@ -7,16 +7,16 @@ import getpass
 import shlex
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import App, Parameter
 
 from prefect_crew.cli import _output
 from prefect_crew.cli._errors import UsageError
-from prefect_crew.cli._options import JSON, CrewAccess
+from prefect_crew.cli._options import CREW_OF_RUN, JSON, CrewAccess
 from prefect_crew.cli._prefect import flow_run_url, reach_prefect
-from prefect_crew.cli._progress import progress
-from prefect_crew.cli.runs import ago, crew_of
+from prefect_crew.cli.runs import crew_of, crew_option, moment
 from prefect_crew.exceptions import CrewError
 
 if TYPE_CHECKING:
@@ -27,19 +27,32 @@ if TYPE_CHECKING:
 
 EXCERPT = 300
 """Characters of an output that the list shows."""
-ID = Parameter(name="ID", help="The run: its kickoff id, or the beginning of it, or its idempotency key.")
-CREW = Parameter(help="The crew, where its block is not stored under the name on record: a block or a URL.")
-BY = Parameter(help="Who answers, for the record. Left out, this machine's user.")
-TASK = Parameter(help="The task, where the status does not name it.")
-OPTION = Parameter(help="The outcome, where a Flow goes on with one of several; the list shows them.")
-ROUND = Parameter(help="Answer only if it is at this round of questions.")
+RUN = Parameter(name="ID", help="The run: its kickoff id, or the beginning of it, or its idempotency key.")
 
-app = App(name="reviews", help="Runs that wait for a person, and answering for one.", help_epilogue="")
+app = App(name="reviews", help="Runs that wait for a person, and answering for one.")
 
 
-def _reach() -> None:
-    with progress(quiet=True) as shown:
-        reach_prefect(shown)
+def user_name() -> str:
+    """Return who answers, as this machine knows that person."""
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError):  # a container's user without a name
+        return "the command line"
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
+class AnswerOptions:
+    """Options of both answers."""
+
+    by: Annotated[str | None, Parameter(help="Who answers, for the record. Left out, this machine's user.")] = None
+    task: Annotated[str | None, Parameter(help="The task, where the status does not name it.")] = None
+    option: Annotated[
+        str | None, Parameter(help="The outcome, where a Flow goes on with one of several; the list shows them.")
+    ] = None
+    round: Annotated[int | None, Parameter(help="Answer only if it is at this round of questions.")] = None
+    crew: Annotated[str | None, CREW_OF_RUN] = None
+    json: Annotated[bool, JSON] = False
 
 
 @asynccontextmanager
@@ -56,8 +69,23 @@ async def open_stores() -> AsyncGenerator[tuple[list[AskedStore], list[str]]]:
 @app.command(name="list")
 def list_reviews(*, json: Annotated[bool, JSON] = False) -> None:
     """List the runs that wait for a person, with what is to be judged and how to answer."""
-    _reach()
-    found, missed = asyncio.run(_asked())
+    reach_prefect()
+
+    async def look() -> tuple[list[AskedRun], list[str]]:
+        from prefect_crew.runs.reviews.inbox import asked_runs
+
+        stored: dict[tuple[str, str], Crew | None] = {}
+
+        async def crew(record: RunRecord) -> Crew | None:
+            name = record.crew, record.crew_url
+            if name not in stored:
+                stored[name] = await _crew(record, None, CrewAccess())
+            return stored[name]
+
+        async with open_stores() as (stores, missed):
+            return await asked_runs(stores, crew), missed
+
+    found, missed = asyncio.run(look())
     for sentence in missed:
         _output.note(sentence)
     if json:
@@ -65,38 +93,11 @@ def list_reviews(*, json: Annotated[bool, JSON] = False) -> None:
         return
     if not found:
         _output.put("No run waits for a person.")
-        return
     for line in found:
-        for text in _about(line):
-            _output.put(text)
-        _put_output(line, EXCERPT)
-        named = _named(line)
+        _put(line, EXCERPT)
+        run = f"{shlex.quote(line.kickoff_id)}{crew_option(line.record)}"
         option = f" (--option {' | '.join(map(shlex.quote, line.options))})" if line.options else ""
-        _output.put(f"  → prefect-crew reviews approve {named}, or reject {named} --feedback TEXT{option}")
-
-
-def _named(line: AskedRun) -> str:
-    """Return the arguments that name a run in a command: with the URL of its crew where that is no stored block."""
-    from prefect_crew.cli.runs import crew_argument
-
-    of_url = crew_argument(line.record) == line.record.crew_url
-    crew = f" --crew {shlex.quote(line.record.crew_url)}" if of_url else ""
-    return f"{shlex.quote(line.kickoff_id)}{crew}"
-
-
-async def _asked() -> tuple[list[AskedRun], list[str]]:
-    from prefect_crew.runs.reviews.inbox import asked_runs
-
-    stored: dict[tuple[str, str], Crew | None] = {}
-
-    async def crew(record: RunRecord) -> Crew | None:
-        name = record.crew, record.crew_url
-        if name not in stored:
-            stored[name] = await _crew(record, None, CrewAccess())
-        return stored[name]
-
-    async with open_stores() as (stores, missed):
-        return await asked_runs(stores, crew), missed
+        _output.put(f"  → prefect-crew reviews approve {run}, or reject {run} --feedback TEXT{option}")
 
 
 async def _crew(record: RunRecord, crew: str | None, access: CrewAccess) -> Crew | None:
@@ -110,167 +111,106 @@ async def _crew(record: RunRecord, crew: str | None, access: CrewAccess) -> Crew
 
 @app.command
 def show(
-    run: Annotated[str, ID],
+    run: Annotated[str, RUN],
     /,
     *,
-    crew: Annotated[str | None, CREW] = None,
+    crew: Annotated[str | None, CREW_OF_RUN] = None,
     json: Annotated[bool, JSON] = False,
-    access: CrewAccess = CrewAccess(),  # noqa: B008 - never changed
+    access: CrewAccess = CrewAccess(),
 ) -> None:
     """Show all of what one run asks, and what was answered before."""
-    _reach()
-    line = asyncio.run(_one(run, crew, access))
+    reach_prefect()
+
+    async def look() -> AskedRun:
+        from prefect_crew.runs.reviews.inbox import find_asked, look_at_question, requests_by_run
+
+        async with open_stores() as (stores, _):
+            record, records = await find_asked(run, stores)
+            requests = await requests_by_run()
+            line = await look_at_question(record, records, lambda record: _crew(record, crew, access), requests)
+        if line is None:
+            raise CrewError(f"Run {record.kickoff_id} of crew {record.crew} does not wait for a person.")
+        return line
+
+    line = asyncio.run(look())
     if json:
         _output.put_json(_as_json(line, excerpt=False))
-        return
-    for text in _about(line):
-        _output.put(text)
-    for review in line.given:
-        _output.put(f"  {_told(review)}")
-    _output.put()
-    _put_output(line, None)
-
-
-async def _one(given: str, crew: str | None, access: CrewAccess) -> AskedRun:
-    from prefect_crew.runs.reviews.inbox import find_asked, look_at_question, requests_by_run
-
-    async with open_stores() as (stores, _):
-        record, records = await find_asked(given, stores)
-        requests = await requests_by_run()
-        line = await look_at_question(record, records, lambda record: _crew(record, crew, access), requests)
-    if line is None:
-        raise CrewError(f"Run {record.kickoff_id} of crew {record.crew} does not wait for a person.")
-    return line
+    else:
+        _put(line, None)
 
 
 @app.command
 def approve(
-    run: Annotated[str, ID],
+    run: Annotated[str, RUN],
     /,
     *,
     feedback: Annotated[str, Parameter(help="Something for the crew to know as it goes on.")] = "",
-    by: Annotated[str | None, BY] = None,
-    task: Annotated[str | None, TASK] = None,
-    option: Annotated[str | None, OPTION] = None,
-    round: Annotated[int | None, ROUND] = None,  # noqa: A002 - the word of the domain
-    crew: Annotated[str | None, CREW] = None,
-    json: Annotated[bool, JSON] = False,
-    access: CrewAccess = CrewAccess(),  # noqa: B008
+    options: AnswerOptions = AnswerOptions(),
+    access: CrewAccess = CrewAccess(),
 ) -> None:
-    """Approve what a run asks: the crew goes on. Whoever waits for the run goes on by itself."""
-    _answer(run, True, feedback, by=by, task=task, option=option, round=round, crew=crew, json=json, access=access)
+    """Approve what a run asks: the crew goes on, and so does whoever waits for the run."""
+    _answer(run, True, feedback, options, access)
 
 
 @app.command
 def reject(
-    run: Annotated[str, ID],
+    run: Annotated[str, RUN],
     /,
     *,
     feedback: Annotated[str, Parameter(help="What is to be done better, for the crew.")],
-    by: Annotated[str | None, BY] = None,
-    task: Annotated[str | None, TASK] = None,
-    option: Annotated[str | None, OPTION] = None,
-    round: Annotated[int | None, ROUND] = None,  # noqa: A002
-    crew: Annotated[str | None, CREW] = None,
-    json: Annotated[bool, JSON] = False,
-    access: CrewAccess = CrewAccess(),  # noqa: B008
+    options: AnswerOptions = AnswerOptions(),
+    access: CrewAccess = CrewAccess(),
 ) -> None:
     """Reject what a run asks: the task is done again with the feedback."""
-    _answer(run, False, feedback, by=by, task=task, option=option, round=round, crew=crew, json=json, access=access)
-
-
-def _answer(
-    run: str,
-    approve: bool,
-    feedback: str,
-    *,
-    by: str | None,
-    task: str | None,
-    option: str | None,
-    round: int | None,  # noqa: A002
-    crew: str | None,
-    json: bool,
-    access: CrewAccess,
-) -> None:
-    if not approve and not feedback.strip():
+    if not feedback.strip():
         raise UsageError("--feedback is empty: the crew needs to know what to do better.")
-    _reach()
-    record, sent = asyncio.run(
-        _send(
-            run,
-            approve,
-            feedback,
-            by=by or user_name(),
-            task=task,
-            option=option,
-            round=round,
-            crew=crew,
-            access=access,
-        )
-    )
-    if json:
-        _output.put_json(
-            {"idempotency_key": record.idempotency_key, "kickoff_id": record.kickoff_id, **sent.model_dump(mode="json")}
-        )
-    else:
-        _output.put(f"Run {record.kickoff_id}: {_told(sent)}")
+    _answer(run, False, feedback, options, access)
 
 
-async def _send(
-    given: str,
-    approve: bool,
-    feedback: str,
-    *,
-    by: str,
-    task: str | None,
-    option: str | None,
-    round: int | None,  # noqa: A002
-    crew: str | None,
-    access: CrewAccess,
-) -> tuple[RunRecord, SentReview]:
-    from prefect_crew.runs.reviews.answer import Review
-    from prefect_crew.runs.reviews.inbox import answer_run, find_asked
+def _answer(run: str, approve: bool, feedback: str, options: AnswerOptions, access: CrewAccess) -> None:
+    reach_prefect()
 
-    async with open_stores() as (stores, _):
-        record, records = await find_asked(given, stores)
-        found = await _crew(record, crew, access)
-        if found is None:
-            raise CrewError(
-                f"The crew of run {record.kickoff_id}, {record.crew}, is no stored block of that address. Give --crew: "
-                "a block, or the crew's URL with CREW_TOKEN."
+    async def send() -> tuple[RunRecord, SentReview]:
+        from prefect_crew.runs.reviews.answer import Review
+        from prefect_crew.runs.reviews.inbox import answer_run, find_asked
+
+        async with open_stores() as (stores, _):
+            record, records = await find_asked(run, stores)
+            crew = await _crew(record, options.crew, access)
+            if crew is None:
+                raise CrewError(
+                    f"The crew of run {record.kickoff_id}, {record.crew}, is no stored block of that address. Give "
+                    "--crew: a block, or the crew's URL with CREW_TOKEN."
+                )
+            review = Review(approve=approve, feedback=feedback, option=options.option)
+            by = options.by or user_name()
+            return record, await answer_run(
+                record, crew, records, review, by=by, task_id=options.task, round=options.round
             )
-        review = Review(approve=approve, feedback=feedback, option=option)
-        return record, await answer_run(record, found, records, review, by=by, task_id=task, round=round)
+
+    record, sent = asyncio.run(send())
+    if options.json:
+        facts = {"idempotency_key": record.idempotency_key, "kickoff_id": record.kickoff_id}
+        _output.put_json({**facts, **sent.model_dump(mode="json")})
+    else:
+        _output.put(f"Run {record.kickoff_id}: {_sentence(sent)}")
 
 
-def user_name() -> str:
-    """Return who answers, as this machine knows that person."""
-    try:
-        return getpass.getuser()
-    except (OSError, KeyError):  # a container's user without a name
-        return "the command line"
-
-
-def _about(line: AskedRun) -> list[str]:
+def _put(line: AskedRun, most: int | None) -> None:
+    """Write what a run asks: in short, or whole and with the earlier answers."""
     record = line.record
-    facts = [
-        f"crew {record.crew}",
-        f"run {record.kickoff_id}",
-        f"since {line.since:%Y-%m-%d %H:%M:%S} UTC ({ago(line.since)})" if line.since else "since when nobody noted",
-    ]
-    if page := flow_run_url(record.flow_run_id):
-        facts.append(page)
-    asked = "" if line.seen else " (as was noted; its server was not asked)"
-    return [
-        f"{record.idempotency_key}: task {line.task_id or 'not named'}, round {line.round}{asked}",
-        "  " + " · ".join(facts),
-    ]
-
-
-def _put_output(line: AskedRun, most: int | None) -> None:
+    noted = "" if line.seen else " (as was noted; its server was not asked)"
+    _output.put(f"{record.idempotency_key}: task {line.task_id or 'not named'}, round {line.round}{noted}")
+    since = f"since {moment(line.since)}" if line.since else "since when is not on record"
+    facts = (f"crew {record.crew}", f"run {record.kickoff_id}", since, flow_run_url(record.flow_run_id))
+    _output.put("  " + " · ".join(filter(None, facts)))
+    if most is None:
+        for review in line.given:
+            _output.put(f"  {_sentence(review)}")
+        _output.put()
     if line.output is None:
         why = line.withheld or ""
-        _output.put(f"  What is to be judged is not shown: {why if most is None else why.partition(chr(10))[0]}")
+        _output.put(f"  What is to be judged is not shown: {why if most else why.partition(chr(10))[0]}")
     elif most is None:
         _output.put_markdown(line.output)
     else:
@@ -278,18 +218,16 @@ def _put_output(line: AskedRun, most: int | None) -> None:
         _output.put(f"  {flat if len(flat) <= most else flat[:most] + '…'}")
 
 
-def _told(review: SentReview) -> str:
+def _sentence(review: SentReview) -> str:
     verb = "approved" if review.approve else "rejected"
     unsure = "" if review.outcome == "sent" else ", and nobody knows whether that arrived"
-    said = f": {review.feedback}" if review.feedback else ""
-    when = f"{review.at:%Y-%m-%d %H:%M:%S} UTC"
-    return f"task {review.task_id}, round {review.round} {verb} by {review.by}, {when}{unsure}{said}"
+    feedback = f": {review.feedback}" if review.feedback else ""
+    at = f"{review.at:%Y-%m-%d %H:%M:%S} UTC"
+    return f"task {review.task_id}, round {review.round} {verb} by {review.by}, {at}{unsure}{feedback}"
 
 
 def _as_json(line: AskedRun, *, excerpt: bool) -> dict[str, Any]:
     record, output = line.record, line.output
-    if output is not None and excerpt:
-        output = output[:EXCERPT]
     return {
         "crew": record.crew,
         "idempotency_key": record.idempotency_key,
@@ -297,7 +235,7 @@ def _as_json(line: AskedRun, *, excerpt: bool) -> dict[str, Any]:
         "task_id": line.task_id,
         "round": line.round,
         "since": line.since.isoformat() if line.since else None,
-        "output": output,
+        "output": output[:EXCERPT] if output is not None and excerpt else output,
         "withheld": line.withheld,
         "seen": line.seen,
         "options": list(line.options),

@@ -128,12 +128,12 @@ class PipelineDefinition(_Plain):
             takes = {item.name: item for item in expected.get(step.name, ())}
             if step.inputs is None:
                 for name, item in takes.items():
-                    found.setdefault(name, _input_of(item))
+                    found.setdefault(name, as_pipeline_input(item))
                 continue
             for key, value in step.inputs.items():
                 for text in texts_in(value):
                     alone = _ONE_NAME.fullmatch(text)
-                    about = _input_of(takes[key]) if alone and key in takes else PipelineInput()
+                    about = as_pipeline_input(takes[key]) if alone and key in takes else PipelineInput()
                     for name in sorted(names_in(text, collections=RESERVED) - steps, key=text.find):
                         known = found.get(name)
                         # A template cannot be filled without it, whatever the crew says of its own input.
@@ -177,7 +177,8 @@ class PipelineDefinition(_Plain):
         ]
 
 
-def _input_of(item: CrewInput) -> PipelineInput:
+def as_pipeline_input(item: CrewInput) -> PipelineInput:
+    """Return an input of a crew as one of a pipeline."""
     kind: Any = _TYPES.get((item.type or "").lower())
     own = None if item.default is None else f"The crew's own default: {excerpt(str(item.default), 200)}."
     said = [item.description, own]
