@@ -384,7 +384,7 @@ class CrewTimeoutError(_RunError):
         return (
             f"{self._run} was still {self.last_state or 'unseen'} when its {self.phase} time of {self.budget:g} s was "
             f"over. {'It was stopped' if self.stopped else 'It was left running'}. {advice}: "
-            f"prefect-crew status CREW {shlex.quote(self.kickoff_id)}."
+            f"prefect-crew runs show {shlex.quote(self.kickoff_id)}."
         )
 
 

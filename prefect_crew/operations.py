@@ -1,7 +1,7 @@
 """Flows to deploy as they are: a batch of a file, of a folder's new files, and the pruning of old records.
 
 Each is asynchronous and has plain values as parameters, so that any work pool can run it by its import path, such as
-`prefect_crew.operations.batch_file`, where this package is installed. Nothing has to be pulled.
+`prefect_crew.operations.batch_file`, where this package is installed.
 """
 
 from __future__ import annotations
@@ -53,33 +53,34 @@ async def watch_folder(
     folder: str,
     output: str,
     pattern: str = "*.csv",
-    resolved_seconds: float = 30.0,
+    unchanged_seconds: float = 30.0,
     ledger: str | None = None,
     options: dict[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
     """Run the crew over every new file of a folder, and move each file to its subfolder `done`.
 
-    The name of a file's batch is made of its name and its content. So a file that was not moved, since the machine
-    went down, is continued, and neither it nor one that comes in a second time starts a run twice. Runs of this flow
-    may overlap. A file that cannot be read, or holds a row that cannot be run, is moved to the subfolder `refused`. A
-    file whose batch fails for another reason stays, the others are run, and this flow fails in the end and names it.
+    The name of a file's batch is made of its name and its content: a file that was not moved is continued, and one that
+    comes in a second time starts no run twice. Runs of this flow may overlap. A file that cannot be read, or has a row
+    that cannot be run, is moved to the subfolder `refused`. A file whose batch fails for another reason stays: the
+    others are run, and this flow fails in the end and names it.
 
     Args:
         crew: The name of the crew's block, as under Blocks.
         folder: Where new files come in.
         output: The folder for the lines: one file for each that came in, and its ledger unless one is given.
         pattern: Which files.
-        resolved_seconds: Seconds for which a file must not have changed: until then somebody may still be writing it.
+        unchanged_seconds: Seconds for which a file must not have changed: until then it may still be written.
         ledger: A path, the URL of a PostgreSQL, or secret://NAME, for all of them.
         options: More of run_batch's options.
 
     Raises:
         CrewError: Files whose batches failed. All others were run.
     """
-    log, reports, inbox, more = get_run_logger(), list[dict[str, Any]](), Path(folder), from_plain(options or {})
+    log, inbox, more = get_run_logger(), Path(folder), from_plain(options or {})
     if not await to_thread(inbox.is_dir):
         log.warning("There is no folder %s here, so nothing can come in.", folder)
-    found, failed = await to_thread(_new_files, inbox, pattern, resolved_seconds), list[str]()
+    found = await to_thread(_new_files, inbox, pattern, unchanged_seconds)
+    reports, failed = list[dict[str, Any]](), list[str]()
     for path in found:
         try:
             name = f"{path.name}-{(await to_thread(_digest, path))[:12]}"
@@ -90,7 +91,7 @@ async def watch_folder(
         except BatchCancelledError:
             raise  # it is this flow run that was cancelled
         except (DatasetError, FileNotFoundError) as error:
-            # Gone: another run of this flow was just done with it.
+            # Gone: another run of this flow has just moved it.
             if await to_thread(path.exists):
                 log.warning("%s It is moved to the folder refused.", error)
                 await to_thread(_move, path, "refused")
@@ -120,8 +121,7 @@ async def prune_records(older_than_days: int = 90, dry_run: bool = False) -> str
     """Remove old records of ended runs, and say how many.
 
     A record keeps a run from being started twice, and `get_result` reads it. Choose an age beyond the oldest
-    idempotency key
-    that anybody may use again, backfills included. Runs in flight and uncertain ones are never removed.
+    idempotency key that may be used again, backfills included. Runs in flight and uncertain ones are never removed.
 
     Args:
         older_than_days: The age, in days since a run's end. A later call with a removed run's key starts a new run.
@@ -133,13 +133,13 @@ async def prune_records(older_than_days: int = 90, dry_run: bool = False) -> str
     return said
 
 
-def _new_files(folder: Path, pattern: str, resolved_seconds: float) -> list[Path]:
-    """Return the files that nobody is still writing, the oldest first."""
+def _new_files(folder: Path, pattern: str, unchanged_seconds: float) -> list[Path]:
+    """Return the files that have not changed for so long, the oldest first."""
     found: list[tuple[float, Path]] = []
     for path in folder.glob(pattern):
-        with suppress(FileNotFoundError):  # another run of this flow was just done with it
+        with suppress(FileNotFoundError):  # another run of this flow has just moved it
             changed = path.stat().st_mtime
-            if path.is_file() and time.time() - changed >= resolved_seconds:
+            if path.is_file() and time.time() - changed >= unchanged_seconds:
                 found.append((changed, path))
     return [path for _, path in sorted(found)]
 
@@ -152,10 +152,7 @@ def _is_through(report: BatchReport) -> bool:
 def _digest(path: Path) -> str:
     """Return the SHA-256 of a file."""
     with path.open("rb") as file:
-        found = hashlib.sha256()
-        while chunk := file.read(1 << 20):
-            found.update(chunk)
-    return found.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _move(path: Path, subfolder: str) -> None:

@@ -1,6 +1,8 @@
-"""Flow runs of a pool of crew workers that have lost their worker, as the Prefect server knows it, and their ends.
+"""The crew worker: it runs flow runs as coroutines of one process, and adopts those of a worker that is gone.
 
-Apart from the worker itself, whose import takes longer: `prefect-crew doctor` looks as well.
+A flow run names its worker, and that worker's start, in `infrastructure_pid`. Giving a flow run back to its pool, on a
+shutdown or because its worker is gone, is one thing: `hand_over`. The pool then hands it out again, and the flow finds
+its crew's run by the run record.
 """
 
 from __future__ import annotations
@@ -8,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import importlib
+import itertools
 import json
 import os
 import signal
@@ -15,8 +18,6 @@ import sys
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Iterable, Mapping
-from dataclasses import dataclass
-from types import FrameType
 from typing import TYPE_CHECKING, Any, cast
 from uuid import UUID, uuid4
 
@@ -35,7 +36,7 @@ from prefect.client.schemas.filters import (
     WorkPoolFilterName,
 )
 from prefect.client.schemas.objects import FlowRun, State, StateType, WorkerStatus
-from prefect.context import AsyncClientContext, FlowRunContext
+from prefect.context import AsyncClientContext
 from prefect.exceptions import Abort, InfrastructureNotAvailable, ObjectNotFound, Pause, PrefectException
 from prefect.flows import Flow
 from prefect.logging.loggers import flow_run_logger
@@ -44,7 +45,7 @@ from prefect.utilities.engine import propose_state
 from prefect.workers.base import BaseJobConfiguration, BaseWorker, BaseWorkerResult
 from pydantic import PrivateAttr
 
-from prefect_crew._internal.flow_engine import Ending, many_flow_runs, run_flow_here
+from prefect_crew._internal.flow_engine import HeldFlowRun, many_flow_runs, run_held_flow
 from prefect_crew.blocks import find_crew
 from prefect_crew.client._transport import shared_connections
 from prefect_crew.exceptions import ConfigurationError, CrewError
@@ -58,42 +59,60 @@ if TYPE_CHECKING:
     from prefect.client.schemas.responses import DeploymentResponse, WorkerFlowRunResponse
 
 
+POOL_DESCRIPTION = (
+    "Runs flows of prefect-crew, and asynchronous flows of your own, as coroutines of a few small processes. A flow "
+    "run that waits for a crew holds no process. Start a worker: prefect worker start --pool NAME."
+)
+LOOK_EVERY = 2.0
+"""Seconds between two looks for flow runs that are being cancelled."""
+FULL_LOOK_EVERY = 300.0
+"""Seconds between two looks through all flow runs of the pool for orphans, while its workers stay the same."""
+UNOWNED_FOR = 60.0
+"""Seconds for which a flow run may be Pending, or between two owners, before it counts as left behind: the worker that
+takes it names itself right after, and until then an earlier owner may still be named."""
+CANCELLED_UNOWNED_FOR = 10.0
+"""The same for one that is being cancelled."""
+HAND_OVER_WITHIN = 25.0
+"""Seconds for giving flow runs back on a shutdown: Kubernetes kills after 30. A kickoff that is being sent is waited
+for; what is not given back by then is adopted later."""
+AWAY_PAUSE = 5.0
+"""Seconds between two requests to a Prefect server that is away, after the pauses of Prefect's own client."""
+ADOPTIONS_AT_ONCE = 10
+"""Each takes five requests to the Prefect server."""
+
+
+# The flow runs of a pool, as the Prefect server knows them
+
+
 HANDED_OVER = "handed over"
 """What stands in `infrastructure_pid` of a flow run that went back to its pool: no worker's name."""
 PAGE = 200
 """Flow runs that the server gives at once, at most."""
+CANCELLING = FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.CANCELLING]))
+BEGUN = (
+    FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.RUNNING, StateType.PENDING, StateType.PAUSED])),
+    FlowRunFilterState(name=FlowRunFilterStateName(any_=["AwaitingRetry"])),
+)
 
 
-def _types(*types: StateType) -> FlowRunFilterState:
-    return FlowRunFilterState(type=FlowRunFilterStateType(any_=list(types)))
-
-
-CANCELLING = _types(StateType.CANCELLING)
-STARTED = _types(StateType.RUNNING, StateType.PENDING, StateType.PAUSED)
-RETRYING = FlowRunFilterState(name=FlowRunFilterStateName(any_=["AwaitingRetry"]))
-
-
-async def flow_runs_of(client: PrefectClient, pool: str, state: FlowRunFilterState) -> list[FlowRun]:
-    """Return the flow runs of a pool in a kind of state."""
+async def read_flow_runs(client: PrefectClient, pool: str, *states: FlowRunFilterState) -> list[FlowRun]:
+    """Return the flow runs of a pool in these kinds of states."""
     found: list[FlowRun] = []
-    while True:
-        page = await client.read_flow_runs(
-            flow_run_filter=FlowRunFilter(state=state),
-            work_pool_filter=WorkPoolFilter(name=WorkPoolFilterName(any_=[pool])),
-            limit=PAGE,
-            offset=len(found),
-        )
-        found += page
-        if len(page) < PAGE:
-            return found
+    for state in states:
+        for offset in itertools.count(step=PAGE):
+            page = await client.read_flow_runs(
+                flow_run_filter=FlowRunFilter(state=state),
+                work_pool_filter=WorkPoolFilter(name=WorkPoolFilterName(any_=[pool])),
+                limit=PAGE,
+                offset=offset,
+            )
+            found += page
+            if len(page) < PAGE:
+                break
+    return found
 
 
-async def begun_flow_runs(client: PrefectClient, pool: str) -> list[FlowRun]:
-    """Return the flow runs of a pool that have begun and not ended, those that wait for a retry among them."""
-    return [*await flow_runs_of(client, pool, STARTED), *await flow_runs_of(client, pool, RETRYING)]
-
-
-async def workers_of(client: PrefectClient, pool: str) -> dict[str, bool]:
+async def read_workers(client: PrefectClient, pool: str) -> dict[str, bool]:
     """Return the workers of a pool by their names, and whether each is online."""
     workers = await client.read_workers_for_work_pool(pool)
     return {worker.name: worker.status == WorkerStatus.ONLINE for worker in workers}
@@ -109,7 +128,7 @@ def is_orphan(flow_run: FlowRun, workers: Mapping[str, bool]) -> bool:
     """Return whether a flow run that has begun needs a worker and has none: its own is not among those online."""
     state, name = flow_run.state, owner_name(flow_run)
     if state is None or (state.is_paused() and state.state_details.pause_reschedule):
-        return False  # suspended: nobody holds it
+        return False  # suspended: it needs none
     if state.is_scheduled() and flow_run.empirical_policy.retry_type != "in_process":
         return False  # the pool hands it out
     if name is None:
@@ -148,71 +167,41 @@ async def hand_over(client: PrefectClient, flow_run_id: UUID, why: str, *, only_
 
 
 async def stop_crews_of(client: PrefectClient, flow_run: FlowRun) -> None:
-    """Stop the crews whose runs a flow run, or a subflow of it, has started and nobody else waits for.
+    """Stop the crews whose runs a flow run, or a subflow of it, has started and no other flow run waits for.
 
     Rows of a batch are in its ledger, not here: `prefect-crew batch cancel` stops those.
     """
-    records = PrefectRecords()
-    ids = {str(one) for one in await _with_subflows(client, flow_run.id)}
-    log = flow_run_logger(flow_run)
+    ids, at = [flow_run.id], 0
+    while at < len(ids):  # the subflows, level by level
+        parents = FlowRunFilterParentFlowRunId(any_=ids[at:])
+        at = len(ids)
+        ids += [
+            one.id for one in await client.read_flow_runs(flow_run_filter=FlowRunFilter(parent_flow_run_id=parents))
+        ]
+    names = {str(one) for one in ids}
+    records, log = PrefectRecords(), flow_run_logger(flow_run)
     async for record in records.all():
-        if record.flow_run_id not in ids or record.phase not in (RecordPhase.STARTED, RecordPhase.UNCERTAIN):
-            continue
-        if stop_was_asked(record):
+        is_open = record.phase in (RecordPhase.STARTED, RecordPhase.UNCERTAIN)
+        if record.flow_run_id not in names or not is_open or stop_was_asked(record):
             continue
         if record.kickoff_id is None:
             text = "The kickoff of run %r is uncertain: a run that it started runs on at %s."
             log.warning(text, record.idempotency_key, record.crew_url)
-            continue
-        if others := await records.other_waiters(record, record.flow_run_id):
+        elif others := await records.other_waiters(record, record.flow_run_id):
             log.warning("Crew run %s runs on: flow run %s waits for it too.", record.kickoff_id, ", ".join(others))
-            continue
-        try:
-            crew = await find_crew(record)
-            if crew is None:
-                raise ConfigurationError(f"no block {record.crew!r} has its address")
-            answer = await stop_run(crew, record.kickoff_id, idempotency_key=record.idempotency_key)
-        except (CrewError, httpx.HTTPError, PrefectException) as error:
-            log.warning(
-                "Crew run %s could not be stopped (%s): it runs on at %s.", record.kickoff_id, error, record.crew_url
-            )
         else:
-            log.info("Crew run %s was asked to stop: %s.", record.kickoff_id, answer.outcome)
+            try:
+                crew = await find_crew(record)
+                if crew is None:
+                    raise ConfigurationError(f"no block {record.crew!r} has its address")
+                answer = await stop_run(crew, record.kickoff_id, idempotency_key=record.idempotency_key)
+                log.info("Crew run %s was asked to stop: %s.", record.kickoff_id, answer.outcome)
+            except (CrewError, httpx.HTTPError, PrefectException) as error:
+                text = "Crew run %s could not be stopped (%s): it runs on at %s."
+                log.warning(text, record.kickoff_id, error, record.crew_url)
 
 
-async def _with_subflows(client: PrefectClient, flow_run_id: UUID) -> list[UUID]:
-    found, at = [flow_run_id], 0
-    while at < len(found):
-        parents = FlowRunFilterParentFlowRunId(any_=found[at:])
-        at = len(found)
-        found += [
-            one.id for one in await client.read_flow_runs(flow_run_filter=FlowRunFilter(parent_flow_run_id=parents))
-        ]
-    return found
-
-
-POOL_DESCRIPTION = (
-    "Runs flows of prefect-crew, and asynchronous flows of your own, as coroutines of a few small processes. A flow "
-    "run that waits for a crew holds no process. Start a worker: prefect worker start --pool NAME."
-)
-LOOK_EVERY = 2.0
-"""Seconds between two looks for flow runs that are being cancelled."""
-FULL_LOOK_EVERY = 300.0
-"""Seconds between two looks through all flow runs of the pool for orphans, while its workers stay the same."""
-UNOWNED_FOR = 60.0
-"""Seconds for which a flow run may be Pending, or between two owners, before it counts as left behind: the worker that
-takes it names itself right after, and until then an earlier owner may still be named."""
-CANCELLED_UNOWNED_FOR = 10.0
-"""The same for one that is being cancelled."""
-HAND_OVER_WITHIN = 25.0
-"""Seconds for giving flow runs back on a shutdown: Kubernetes kills after 30. A kickoff that is being sent is waited
-for; what is not given back by then is adopted later."""
-AWAY_PAUSE = 5.0
-"""Seconds between two requests to a Prefect server that is away, after the pauses of Prefect's own client."""
-ADOPTED_AT_ONCE = 10
-"""Flow runs that are adopted at the same time: each takes five requests to the Prefect server."""
-BLOCKED_AFTER = 5.0
-"""Seconds that one step of a coroutine may take before its flow run is named in a warning."""
+# What a worker runs
 
 
 def load_flow(entrypoint: str | None, *, allowed: Iterable[str] | None = None) -> Flow[..., Any]:
@@ -241,9 +230,9 @@ def load_flow(entrypoint: str | None, *, allowed: Iterable[str] | None = None) -
     try:
         flow = getattr(importlib.import_module(module), name)
     except (Exception, SystemExit) as error:
-        told = f"{error}" if isinstance(error, ImportError | AttributeError) else f"{type(error).__name__}: {error}"
+        reason = f"{error}" if isinstance(error, ImportError | AttributeError) else f"{type(error).__name__}: {error}"
         raise ConfigurationError(
-            f"The flow {entrypoint} cannot be imported ({told}): install its package here and where the worker runs."
+            f"The flow {entrypoint} cannot be imported ({reason}): install its package here and where the worker runs."
         ) from error
     if not isinstance(flow, Flow):
         raise ConfigurationError(f"{entrypoint} is no flow: decorate the function with @flow.")
@@ -258,13 +247,13 @@ def load_flow(entrypoint: str | None, *, allowed: Iterable[str] | None = None) -
 class CrewJobConfiguration(BaseJobConfiguration):
     """What a deployment may set for a crew worker: nothing. Flow runs share the worker's process and environment."""
 
-    _deployment: DeploymentResponse | None = PrivateAttr(default=None)
+    _entrypoint: str | None = PrivateAttr(default=None)
     _flow_run_id: UUID | None = PrivateAttr(default=None)
 
     @property
     def entrypoint(self) -> str | None:
         """The import path of the deployment's flow."""
-        return None if self._deployment is None else self._deployment.entrypoint
+        return self._entrypoint
 
     @property
     def flow_run_id(self) -> UUID | None:
@@ -281,29 +270,8 @@ class CrewJobConfiguration(BaseJobConfiguration):
         worker_id: UUID | None = None,
     ) -> None:
         """Keep what `run` needs; there is no command, environment or label to prepare."""
-        self._deployment, self._flow_run_id = deployment, flow_run.id
+        self._entrypoint, self._flow_run_id = deployment and deployment.entrypoint, flow_run.id
         self._related_objects = {"deployment": deployment, "flow": flow, "flow-run": flow_run}
-
-
-@dataclass(eq=False)
-class _FlowRunHere:
-    """One flow run whose coroutine runs in this worker. It is what the engine asks (`flow_engine.Owner`)."""
-
-    worker: CrewWorker
-    flow_run: FlowRun
-    ending: Ending | None = None
-    why: str = ""
-    task: asyncio.Task[None] | None = None
-
-    def end(self, ending: Ending, why: str) -> None:
-        """End the coroutine. What it may still say to the server depends on why; lost is the last word."""
-        if self.ending is None or ending == "lost":
-            self.ending, self.why = ending, why
-            if self.task is not None:
-                self.task.cancel()
-
-    async def confirm(self) -> None:
-        await self.worker.confirm(self)
 
 
 class CrewWorker(BaseWorker[CrewJobConfiguration, Any, BaseWorkerResult]):
@@ -326,13 +294,13 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, BaseWorkerResult]):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.boot = uuid4().hex[:12]
-        self._here: dict[UUID, _FlowRunHere] = {}
+        self._held: dict[UUID, HeldFlowRun] = {}
         self._leave_until: float | None = None
         self._confirmed_at = _clock()
         self._workers: dict[str, bool] = {}
-        self._suspects: dict[UUID, float] = {}
-        self._cancelling: dict[UUID, float] = {}
-        self._full_look_at: float | None = None
+        self._orphaned_since: dict[UUID, float] = {}  # by the id of their states
+        self._cancelling_since: dict[UUID, float] = {}
+        self._full_look_at = float("-inf")
 
     @property
     def identity(self) -> str:
@@ -344,17 +312,15 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, BaseWorkerResult]):
         """Return a template without variables: there is nothing to set. The server takes no empty configuration."""
         return {"job_configuration": {"name": None}, "variables": {"type": "object", "properties": {}}}
 
-    # Life
+    # Start and end
 
     async def setup(self) -> None:
         """Prepare the worker: what all flow runs share, and the look for cancelled and orphaned ones."""
         await super().setup()
         await self._exit_stack.enter_async_context(AsyncClientContext.get_or_create())
-        self._exit_stack.enter_context(many_flow_runs())
-        self._exit_stack.enter_context(_contained_exits())
-        self._exit_stack.enter_context(_warning_when_blocked(self._logger.warning))
+        self._exit_stack.enter_context(many_flow_runs(self._logger.warning))
         await self._exit_stack.enter_async_context(shared_connections())
-        await self._exit_stack.enter_async_context(_in_background(self._look_around()))
+        await self._exit_stack.enter_async_context(_in_background(self._watch_pool()))
         self._exit_stack.push_async_exit(self._leave)  # the last, so that all of this is there until flow runs ended
 
     async def start(
@@ -377,7 +343,7 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, BaseWorkerResult]):
         def on_signal() -> None:
             if shutdown:
                 os.kill(os.getpid(), signal.SIGKILL)
-            printer(f"Worker {self.name!r} shuts down: {len(self._here)} flow runs go back to the pool, crews run on.")
+            printer(f"Worker {self.name!r} shuts down: {len(self._held)} flow runs go back to the pool, crews run on.")
             shutdown.append(loop.create_task(shut_down()))
 
         if threading.current_thread() is not threading.main_thread() or sys.platform == "win32":
@@ -397,9 +363,9 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, BaseWorkerResult]):
         """Take no new flow runs, and give all that run here, or are about to, back to the pool."""
         if self._leave_until is None:
             self._leave_until = time.monotonic() + HAND_OVER_WITHIN
-        while (self._here or self._submitting_flow_run_ids) and time.monotonic() < self._leave_until:
-            for here in list(self._here.values()):
-                here.end("handed over", why)
+        while (self._held or self._submitting_flow_run_ids) and time.monotonic() < self._leave_until:
+            for held in list(self._held.values()):
+                held.end("handed over", why)
             await asyncio.sleep(0.1)
 
     async def _leave(self, _kind: type[BaseException] | None, error: BaseException | None, _trace: Any) -> None:
@@ -407,11 +373,11 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, BaseWorkerResult]):
         if error is not None:
             await self.hand_over_all(f"Worker {self.name!r} ended.")
             return
-        while self._here or self._submitting_flow_run_ids:  # noqa: ASYNC110 - Prefect's part of them has no event
+        while self._held or self._submitting_flow_run_ids:  # noqa: ASYNC110 - Prefect's part of them has no event
             await asyncio.sleep(0.1)
 
     async def sync_with_backend(self) -> None:
-        """Send a heartbeat, and describe the pool where nobody has."""
+        """Send a heartbeat, and describe the pool where it has no description."""
         await super().sync_with_backend()
         pool = self._work_pool
         if pool is not None and pool.description is None:
@@ -450,38 +416,39 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, BaseWorkerResult]):
         task_status: anyio.abc.TaskStatus[Any] | None = None,
     ) -> BaseWorkerResult:
         """Run a flow run to its end, whatever that is: the state on the server tells it."""
-        if (before := self._here.get(flow_run.id)) is not None and before.task is not None:
+        if (before := self._held.get(flow_run.id)) is not None and before.task is not None:
             before.end("lost", "Another worker had taken the flow run, and it came back.")
             await asyncio.wait({before.task})
-        here = self._here[flow_run.id] = _FlowRunHere(self, flow_run)
+        held = self._held[flow_run.id] = HeldFlowRun(flow_run, self._confirm)
         try:
             if task_status is not None:
                 task_status.started(self.identity)
-            here.task = asyncio.create_task(self._execute(here, configuration), name=f"flow run {flow_run.name}")
-            await asyncio.wait({here.task})
-            if here.ending == "handed over":
-                await hand_over(self.client, flow_run.id, here.why)
-            elif here.ending == "cancelled":
-                await self._end_cancelled(flow_run, here.why)
+            held.task = asyncio.create_task(self._execute(held, configuration), name=f"Flow run {flow_run.name!r}")
+            await asyncio.wait({held.task})
+            if held.ending == "handed over":
+                await hand_over(self.client, flow_run.id, held.reason)
+            elif held.ending == "cancelled":
+                await self._end_cancelled(flow_run, held.reason)
         finally:
-            if self._here.get(flow_run.id) is here:
-                del self._here[flow_run.id]
+            if self._held.get(flow_run.id) is held:
+                del self._held[flow_run.id]
         return BaseWorkerResult(identifier=self.identity, status_code=0)
 
-    async def _execute(self, here: _FlowRunHere, configuration: CrewJobConfiguration) -> None:
+    async def _execute(self, held: HeldFlowRun, configuration: CrewJobConfiguration) -> None:
         """Run the flow; nothing that it raises gets out of here."""
-        flow_run = here.flow_run
+        flow_run = held.flow_run
         log = flow_run_logger(flow_run)
         try:
             flow = load_flow(configuration.entrypoint, allowed=CrewSettings().worker_modules)
-            state = await self._until_prefect_answers(here, flow)
+            state = await self._run_flow(flow, held)
             if state.is_cancelling():
-                here.end("cancelled", "Flow run was cancelled.")
+                held.end("cancelled", "Flow run was cancelled.")
         except ConfigurationError as error:
             log.error("%s", error)  # noqa: TRY400 - the sentence says it all
-            await self._propose(flow_run, Failed(message=str(error)))
+            with contextlib.suppress(Abort):
+                await propose_state(self.client, Failed(message=str(error)), flow_run_id=flow_run.id)
         except asyncio.CancelledError:
-            if here.ending is None:
+            if held.ending is None:
                 raise
         except (Abort, Pause) as signal_of_prefect:
             log.info("The flow run goes on no further here: %s", signal_of_prefect)
@@ -491,27 +458,33 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, BaseWorkerResult]):
             log.exception("The flow run could not be run.")
             await self._propose_crashed_state(flow_run, f"The worker could not run it: {type(error).__name__}: {error}")
 
-    async def _until_prefect_answers(self, here: _FlowRunHere, flow: Flow[Any, Any]) -> State[Any]:
+    async def _run_flow(self, flow: Flow[Any, Any], held: HeldFlowRun) -> State[Any]:
         """Run a flow run; again from its top where the Prefect server was away before the flow began."""
         while True:
             try:
-                return await run_flow_here(flow, here.flow_run, here.flow_run.parameters, here)
+                return await run_held_flow(flow, held)
             except httpx.HTTPError as error:
                 if not is_away(error):
                     raise
-                self._logger.warning("The Prefect server is away (%s): flow run %r waits.", error, here.flow_run.name)
+                self._logger.warning("The Prefect server is away (%s): flow run %r waits.", error, held.flow_run.name)
                 await asyncio.sleep(AWAY_PAUSE)
 
-    async def confirm(self, here: _FlowRunHere) -> None:
-        """Return if a flow run is still this worker's; end it as lost if another one has it.
+    async def _confirm(self, held: HeldFlowRun) -> None:
+        """End a flow run as lost if another worker has it.
 
         The server is asked only where this worker may have been taken for dead: it was frozen, or cut off.
         """
-        if _clock() - self._confirmed_at < 2 * self.heartbeat_interval_seconds:
-            return
-        current = await self.client.read_flow_run(here.flow_run.id)
-        if not self._owns(current):
-            here.end("lost", f"Another worker has taken flow run {current.name!r}.")
+        if self._may_count_as_gone():
+            self._end_if_lost(await self.client.read_flow_run(held.flow_run.id))
+
+    def _may_count_as_gone(self) -> bool:
+        return _clock() - self._confirmed_at >= 2 * self.heartbeat_interval_seconds
+
+    def _end_if_lost(self, current: FlowRun) -> None:
+        held = self._held.get(current.id)
+        if held is not None and not self._owns(current):
+            self._logger.warning("Flow run %r was taken by another worker: it ends here.", current.name)
+            held.end("lost", f"Another worker has taken flow run {current.name!r}.")
 
     def _owns(self, flow_run: FlowRun) -> bool:
         return flow_run.infrastructure_pid == self.identity
@@ -524,27 +497,27 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, BaseWorkerResult]):
         Raises:
             InfrastructureNotAvailable: Another worker has it, and cancels it.
         """
-        here = None if configuration.flow_run_id is None else self._here.get(configuration.flow_run_id)
-        if here is None:
+        held = None if configuration.flow_run_id is None else self._held.get(configuration.flow_run_id)
+        if held is None:
             raise InfrastructureNotAvailable(f"{infrastructure_pid} is another worker.")
-        here.end("cancelled", "Flow run was cancelled.")
-        if here.task is not None:
-            await asyncio.wait({here.task}, timeout=grace_seconds)
+        held.end("cancelled", "Flow run was cancelled.")
+        if held.task is not None:
+            await asyncio.wait({held.task}, timeout=grace_seconds)
 
-    # Looking around
+    # All flow runs of the pool
 
-    async def _look_around(self) -> None:
+    async def _watch_pool(self) -> None:
         """Look for flow runs that are being cancelled, that are lost, and that another worker has left behind."""
         heartbeat_due = 0.0
         while True:
             try:
                 asked = _clock()
-                cancelling = await flow_runs_of(self.client, self._work_pool_name, CANCELLING)
-                self._cancelling = {one.id: self._cancelling.get(one.id, asked) for one in cancelling}
-                if asked - self._confirmed_at > 2 * self.heartbeat_interval_seconds:
+                cancelling = await read_flow_runs(self.client, self._work_pool_name, CANCELLING)
+                self._cancelling_since = {one.id: self._cancelling_since.get(one.id, asked) for one in cancelling}
+                if self._may_count_as_gone():
                     await self._end_lost_ones()
                 if asked >= heartbeat_due:
-                    await self._look_for_orphans()
+                    await self._adopt_orphans()
                     heartbeat_due = asked + self.heartbeat_interval_seconds
                 for flow_run in cancelling:
                     await self._cancel(flow_run)
@@ -557,61 +530,58 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, BaseWorkerResult]):
             await asyncio.sleep(LOOK_EVERY)
 
     async def _end_lost_ones(self) -> None:
-        """End the coroutines whose flow runs another worker has taken meanwhile."""
-        ids = list(self._here)
+        """End the coroutines of flow runs that another worker has taken."""
+        ids = list(self._held)
         for start in range(0, len(ids), PAGE):
             chunk = FlowRunFilterId(any_=ids[start : start + PAGE])
             for flow_run in await self.client.read_flow_runs(flow_run_filter=FlowRunFilter(id=chunk), limit=PAGE):
-                here = self._here.get(flow_run.id)
-                if here is not None and not self._owns(flow_run):
-                    self._logger.warning("Flow run %r was taken by another worker: it ends here.", flow_run.name)
-                    here.end("lost", f"Another worker has taken flow run {flow_run.name!r}.")
+                self._end_if_lost(flow_run)
 
-    async def _look_for_orphans(self) -> None:
+    async def _adopt_orphans(self) -> None:
         """Adopt what a worker that is gone has left, as soon as that is sure."""
-        workers = await workers_of(self.client, self._work_pool_name)
+        workers = await read_workers(self.client, self._work_pool_name)
         if not workers.get(self.name, True):
             # Its heartbeats did not arrive, so it may have been taken for dead. The next one may be minutes away:
             # Prefect makes fewer the longer the server is away.
             await self._end_lost_ones()
             await self.sync_with_backend()
         now = _clock()
-        changed, self._workers = workers != self._workers, workers
-        if not (changed or self._suspects or self._full_look_at is None or now - self._full_look_at > FULL_LOOK_EVERY):
+        have_changed, self._workers = workers != self._workers, workers
+        if not (have_changed or self._orphaned_since or now - self._full_look_at > FULL_LOOK_EVERY):
             return
         self._full_look_at = now
-        seen = {
+        orphans = {
             flow_run.state.id: flow_run
-            for flow_run in await begun_flow_runs(self.client, self._work_pool_name)
+            for flow_run in await read_flow_runs(self.client, self._work_pool_name, *BEGUN)
             if flow_run.state is not None and self._is_orphan(flow_run)
         }
-        suspects = {state_id: self._suspects.get(state_id, now) for state_id in seen}
-        sure = {state_id for state_id, since in suspects.items() if now - since >= self._patience_with(seen[state_id])}
-        self._suspects = {state_id: since for state_id, since in suspects.items() if state_id not in sure}
-        limit = asyncio.Semaphore(ADOPTED_AT_ONCE)
+        since = {state_id: self._orphaned_since.get(state_id, now) for state_id in orphans}
+        sure = [state_id for state_id, at in since.items() if now - at >= self._unsure_for(orphans[state_id])]
+        self._orphaned_since = {state_id: at for state_id, at in since.items() if state_id not in sure}
+        limit = asyncio.Semaphore(ADOPTIONS_AT_ONCE)
 
         async def adopt(flow_run: FlowRun) -> None:
             async with limit:
                 await self._adopt(flow_run)
 
-        await asyncio.gather(*(adopt(seen[state_id]) for state_id in sure))
+        await asyncio.gather(*(adopt(orphans[state_id]) for state_id in sure))
 
     def _is_orphan(self, flow_run: FlowRun) -> bool:
-        if flow_run.id in self._here or flow_run.id in self._submitting_flow_run_ids:
+        if flow_run.id in self._held or flow_run.id in self._submitting_flow_run_ids:
             return False
         # What an earlier start under this worker's own name has left is an orphan too, and what is this one's but does
         # not run here.
         return is_orphan(flow_run, {**self._workers, self.name: False})
 
-    def _patience_with(self, flow_run: FlowRun) -> float:
+    def _unsure_for(self, flow_run: FlowRun) -> float:
         """Return the seconds for which an orphan has to look like one."""
         name = owner_name(flow_run)
         if name is None or (flow_run.state is not None and flow_run.state.is_pending()):
             return UNOWNED_FOR
         # An earlier start under this worker's own name is over. Another worker may only seem to be gone, where the
         # server itself was away; and what this one has just ended is not yet seen as ended.
-        earlier = name == self.name and not self._owns(flow_run)
-        return 0.0 if earlier else float(self.heartbeat_interval_seconds)
+        is_of_earlier_start = name == self.name and not self._owns(flow_run)
+        return 0.0 if is_of_earlier_start else float(self.heartbeat_interval_seconds)
 
     async def _adopt(self, flow_run: FlowRun) -> None:
         """Give an orphan back to the pool, if no other worker does."""
@@ -640,50 +610,41 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, BaseWorkerResult]):
                 return True  # an earlier try of this worker's that got no further
             name = claimer.rpartition("/")[0]
             if name != self.name and self._workers.get(name, False):
-                return False  # it lives, and is about to do it
+                return False  # it is alive, and is about to do it
         return False
-
-    # Cancelling
 
     async def _cancel(self, flow_run: FlowRun) -> None:
         """Cancel a flow run that is Cancelling: its coroutine here, or what a worker that is gone has left of it."""
-        here = self._here.get(flow_run.id)
-        if here is not None:
-            here.end("cancelled", "Flow run was cancelled.")
-        elif (
+        held = self._held.get(flow_run.id)
+        if held is not None:
+            held.end("cancelled", "Flow run was cancelled.")
+            return
+        is_of_gone_worker = owner_name(flow_run) is not None and not self._owns(flow_run)
+        waited = _clock() - self._cancelling_since[flow_run.id]
+        if (
             self._is_orphan(flow_run)
-            and self._is_left(flow_run)
+            and (is_of_gone_worker or waited >= CANCELLED_UNOWNED_FOR)
             and await self._claim(flow_run)
             and (await self.client.read_flow_run(flow_run.id)).state_id == flow_run.state_id
         ):
             self._logger.warning("Flow run %r is being cancelled, and no worker has it.", flow_run.name)
             await self._end_cancelled(flow_run, "Flow run was cancelled while no worker had it.")
 
-    def _is_left(self, flow_run: FlowRun) -> bool:
-        """Return whether a flow run that is being cancelled, and looks like an orphan, has done so long enough."""
-        since = self._cancelling[flow_run.id]
-        gone = owner_name(flow_run) is not None and not self._owns(flow_run)
-        return gone or _clock() - since >= CANCELLED_UNOWNED_FOR
-
     async def _end_cancelled(self, flow_run: FlowRun, why: str) -> None:
         """End a flow run as Cancelled.
 
-        Its own coroutine stops the crew that it waits for. One that an earlier attempt has started runs on, where the
-        coroutine had not come so far yet, or was not there.
+        Its own coroutine stops the crew that it waits for. This stops one that an earlier attempt has started, where
+        the coroutine had not come so far yet, or was not there.
         """
         if flow_run.start_time is not None:
             await stop_crews_of(self.client, flow_run)
         await self.client.set_flow_run_state(flow_run.id, Cancelled(message=why), force=True)
 
-    async def _propose(self, flow_run: FlowRun, state: State[Any]) -> None:
-        with contextlib.suppress(Abort):
-            await propose_state(self.client, state, flow_run_id=flow_run.id)
-
 
 def is_away(error: httpx.HTTPError) -> bool:
     """Return whether an error says that the Prefect server is away, and not what it thinks of a request."""
     return isinstance(error, httpx.TransportError) or (
-        isinstance(error, httpx.HTTPStatusError) and error.response.status_code >= httpx.codes.INTERNAL_SERVER_ERROR
+        isinstance(error, httpx.HTTPStatusError) and error.response.is_server_error
     )
 
 
@@ -700,83 +661,3 @@ async def _in_background(work: Coroutine[Any, Any, None]) -> AsyncGenerator[None
     finally:
         task.cancel()
         await asyncio.wait({task})
-
-
-@contextlib.contextmanager
-def _contained_exits() -> Generator[None]:
-    """Keep a SystemExit in a task of a flow run from ending the event loop, and with it all other flow runs.
-
-    asyncio raises it out of the loop itself, past whoever awaits the task.
-    """
-    loop = asyncio.get_running_loop()
-    before = loop.get_task_factory()
-
-    def create(loop: asyncio.AbstractEventLoop, work: Any, **options: Any) -> asyncio.Task[Any]:
-        context = FlowRunContext.get()
-        if context is not None and context.flow_run is not None:
-            work = _without_exit(work, context.flow_run)
-        return asyncio.Task(work, loop=loop, **options)
-
-    loop.set_task_factory(create)
-    try:
-        yield
-    finally:
-        loop.set_task_factory(before)
-
-
-async def _without_exit(work: Coroutine[Any, Any, Any], flow_run: FlowRun) -> Any:
-    try:
-        return await work
-    except (SystemExit, KeyboardInterrupt) as exit_:
-        raise CrewError(f"A task of flow run {flow_run.name!r} raised {type(exit_).__name__}.") from exit_
-
-
-@contextlib.contextmanager
-def _warning_when_blocked(warn: Callable[..., None]) -> Generator[None]:
-    """Name a flow run that holds the event loop up: while it does, no other goes on, and no heartbeat is sent."""
-    loop_thread, ended = threading.get_ident(), threading.Event()
-    beat = time.monotonic()
-
-    async def beats() -> None:
-        nonlocal beat
-        while True:
-            beat = time.monotonic()
-            await asyncio.sleep(1.0)
-
-    def watch() -> None:
-        warned = 0.0
-        while not ended.wait(1.0):
-            seconds = time.monotonic() - beat
-            if seconds < BLOCKED_AFTER or warned == beat:
-                continue
-            warned = beat
-            frame = sys._current_frames().get(loop_thread)  # noqa: SLF001  # pyright: ignore[reportPrivateUsage] - documented, for this
-            at = frame and f"{frame.f_code.co_filename}:{frame.f_lineno}"
-            name = _flow_run_of(frame)
-            warn(
-                "%s has held the event loop for %.0f s, at %s; all other flow runs wait meanwhile. Do such work in "
-                "`await asyncio.to_thread(…)`, or deploy the flow to a process work pool.",
-                f"Flow run {name!r}" if name else "Something",
-                seconds,
-                at,
-            )
-
-    task = asyncio.create_task(beats())
-    thread = threading.Thread(target=watch, name="blocked event loop", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        task.cancel()
-
-
-def _flow_run_of(frame: FrameType | None) -> str | None:
-    """Return the name of the flow run whose coroutine is on a stack: its outermost frame is one of this module's."""
-    while frame is not None:
-        if frame.f_code is _without_exit.__code__:
-            return frame.f_locals["flow_run"].name
-        if frame.f_code is CrewWorker._execute.__code__:  # noqa: SLF001  # pyright: ignore[reportPrivateUsage] - of this module
-            return frame.f_locals["here"].flow_run.name
-        frame = frame.f_back
-    return None

@@ -44,7 +44,7 @@ from support.seen import Seen
 
 pytestmark = pytest.mark.usefixtures("prefect_api", "instant_polling")
 
-FLOW = "run-deployed-crew"
+FLOW = "deployed-crew"
 
 
 @pytest.fixture

@@ -234,14 +234,14 @@ async def test_a_flow_run_may_be_ended_before_its_flow_has_begun(
     await asyncio.to_thread(pool.set_state, run_id, "PENDING")
     execute = CrewWorker._execute
 
-    def execute_ended(self: CrewWorker, here: Any, configuration: CrewJobConfiguration) -> Any:
+    def execute_ended(self: CrewWorker, held: Any, configuration: CrewJobConfiguration) -> Any:
         asyncio.get_running_loop().call_soon(
-            here.end, ending, "In good time."
+            held.end, ending, "In good time."
         )  # comes before the coroutine's first step
-        return execute(self, here, configuration)
+        return execute(self, held, configuration)
 
     monkeypatch.setattr(CrewWorker, "_execute", execute_ended)
-    monkeypatch.setattr(CrewWorker, "_look_around", AsyncMock())
+    monkeypatch.setattr(CrewWorker, "_watch_pool", AsyncMock())
     async with CrewWorker(pool.name, name="in process") as worker:
         flow_run = await worker.client.read_flow_run(UUID(run_id))
         configuration = await CrewJobConfiguration.resolve_for_flow_run(
@@ -276,7 +276,7 @@ async def test_a_slot_of_a_deployments_limit_that_is_gone_ends_no_flow_run(caplo
                 await asyncio.sleep(0.1)
             return [thread.name for thread in threading.enumerate()]
 
-    with many_flow_runs():
+    with many_flow_runs(print):
         threads = await limited()
     assert not [name for name in threads if "lease" in name]
 

@@ -1,16 +1,19 @@
-"""Prefect's flow engine for many flow runs in one process, as the crew worker needs it.
+"""Prefect's flow engine, and the event loop, for many flow runs in one process, as the crew worker needs it.
 
 Private API of Prefect, for these reasons. To ask for upstream: an engine that takes "why was I cancelled" as an
-argument, and that leaves signals, heartbeats and the watch for suspensions to whoever runs many of them.
+argument, and that leaves signals, heartbeats and the watch for suspensions to the process that runs many of them.
 """
 
 from __future__ import annotations
 
 import asyncio
+import sys
+import threading
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Generator
 from contextlib import asynccontextmanager, contextmanager, nullcontext
-from typing import Any, Literal, Protocol
+from dataclasses import dataclass
+from typing import Any, Literal
 from uuid import UUID
 
 import httpx
@@ -18,39 +21,100 @@ import prefect.flow_engine
 import prefect.results
 from anyio import CancelScope
 from prefect.client.schemas.objects import FlowRun, State
-from prefect.context import AsyncClientContext
+from prefect.context import AsyncClientContext, FlowRunContext
 from prefect.flow_engine import AsyncFlowRunEngine
 from prefect.flows import Flow
 from prefect.logging import get_run_logger
 from prefect.states import Cancelling
 
-STORAGE_KNOWN_FOR = 60.0
-"""Seconds for which the server's default result storage is taken as it was."""
-RENEW_AGAIN = 10.0
-"""Seconds between two tries where the Prefect server is away."""
+from prefect_crew.exceptions import CrewError
+
+STORAGE_VALID_FOR = 60.0
+"""Seconds for which the server's answer about its default result storage is used again."""
+RENEW_RETRY = 10.0
+"""Seconds between two tries to renew a lease where the Prefect server is away."""
 RENEW_AFTER = 0.75
 """The share of a lease's duration after which it is renewed, as in Prefect's own."""
+BLOCKED_AFTER = 5.0
+"""Seconds that one step of a coroutine may take before its flow run is named in a warning."""
 Ending = Literal["cancelled", "handed over", "lost"]
 """Why a worker ends a flow run's coroutine: it is being cancelled, the worker shuts down, or another worker has it."""
 
 
-class Owner(Protocol):
-    """What the engine asks the worker about one flow run."""
+@dataclass(eq=False)
+class HeldFlowRun:
+    """A flow run whose coroutine runs in this process.
 
-    ending: Ending | None
-    why: str
+    `confirm` returns if it is still this worker's. Else it ends the flow run as lost.
+    """
 
-    async def confirm(self) -> None:
-        """Return if the flow run is still this worker's.
+    flow_run: FlowRun
+    confirm: Callable[[HeldFlowRun], Awaitable[None]]
+    ending: Ending | None = None
+    reason: str = ""
+    task: asyncio.Task[None] | None = None
 
-        Raises:
-            asyncio.CancelledError: It is not; `ending` is "lost".
-        """
-        ...
+    def end(self, ending: Ending, reason: str) -> None:
+        """End the coroutine. "lost" overrides an earlier ending: then nothing more is said to the server."""
+        if self.ending is None or ending == "lost":
+            self.ending, self.reason = ending, reason
+            if self.task is not None:
+                self.task.cancel()
+
+
+async def run_held_flow(flow: Flow[Any, Any], held: HeldFlowRun) -> State[Any]:
+    """Run a flow run's flow as `prefect.flow_engine.run_flow_async` does, and return its last state.
+
+    Raises:
+        httpx.HTTPError, PrefectException: The Prefect API could not be asked before the flow began.
+        BaseException: What ended the flow besides an Exception, once its state is written.
+    """
+    engine = _Engine(flow=flow, flow_run=held.flow_run, parameters=held.flow_run.parameters)
+    engine.held = held
+    async with engine.start():
+        while engine.is_running():
+            async with engine.run_context():
+                await engine.call_flow_fn()
+    return engine.state
+
+
+class _Engine(AsyncFlowRunEngine[Any, Any]):
+    held: HeldFlowRun
+    flow_run: FlowRun  # pyright: ignore[reportIncompatibleVariableOverride] - the worker always gives one
+
+    async def set_state(self, state: State[Any], force: bool = False) -> State[Any]:
+        if self.held.ending is None:
+            await self.held.confirm(self.held)
+        if self.held.ending == "lost" or (self.held.ending == "handed over" and not state.is_completed()):
+            raise asyncio.CancelledError  # whatever the flow has made of the first one
+        return await super().set_state(state, force)
+
+    async def handle_crash(self, exc: BaseException) -> None:
+        if self.held.ending is None:
+            await super().handle_crash(exc)
+            return
+        # The worker tells the server.
+        self._raised = exc  # type: ignore[assignment]
+        if self.held.ending == "cancelled":
+            self.flow_run.state = Cancelling(message=self.held.reason)
+            # A task group around it may cancel a second time.
+            with CancelScope(shield=True):
+                await self.call_hooks(self.flow_run.state)
 
 
 @contextmanager
-def many_flow_runs() -> Generator[None]:
+def many_flow_runs(warn: Callable[..., None]) -> Generator[None]:
+    """Have this event loop hold many flow runs, while this is open: one cannot end it, nor block it without a warning.
+
+    Args:
+        warn: Logs the warning that a flow run blocks the event loop.
+    """
+    with _light_engine(), _contained_exits(), _warning_when_blocked(warn):
+        yield
+
+
+@contextmanager
+def _light_engine() -> Generator[None]:
     """Have Prefect's engine run flow runs without what it starts and asks for each, while this is open.
 
     It also holds for subflows, whose engine is Prefect's own.
@@ -65,17 +129,17 @@ def many_flow_runs() -> Generator[None]:
       gives its slot back.
     """
     engine, results = prefect.flow_engine, prefect.results
+    ask, ask_async = "_read_server_default_result_storage_block_id", "_aread_server_default_result_storage_block_id"
     replaced: dict[tuple[Any, str], Any] = {
         (engine, "capture_sigterm"): _nothing,
         (engine, "_send_heartbeats"): _nothing,
         (engine, "observe_flow_run_suspension"): _nothing,
-        (engine, "amaintain_concurrency_lease"): _maintained_lease,
+        (engine, "amaintain_concurrency_lease"): _renewed_lease,
     }
-    ask, ask_async = "_read_server_default_result_storage_block_id", "_aread_server_default_result_storage_block_id"
     if hasattr(results, ask):
-        known = _Known()
-        replaced[results, ask] = known.ask_by(getattr(results, ask))
-        replaced[results, ask_async] = known.ask_async_by(getattr(results, ask_async))
+        answer = _StorageAnswer()
+        replaced[results, ask] = answer.sync_call(getattr(results, ask))
+        replaced[results, ask_async] = answer.async_call(getattr(results, ask_async))
     before = {place: getattr(*place) for place in replaced if hasattr(*place)}
     for module, name in before:
         setattr(module, name, replaced[module, name])
@@ -90,32 +154,31 @@ def _nothing(*_args: Any, **_options: Any) -> nullcontext[None]:
     return nullcontext()
 
 
-class _Known:
-    """What the server has said lately about its default result storage."""
+class _StorageAnswer:
+    """The server's last answer about its default result storage, used again for a while."""
 
-    def __init__(self) -> None:
-        self._value: Any = None
-        self._at = float("-inf")
+    value: Any = None
+    at = float("-inf")
 
-    def ask_by(self, ask: Callable[[], Any]) -> Callable[[], Any]:
-        def known() -> Any:
-            if time.monotonic() - self._at > STORAGE_KNOWN_FOR:
-                self._value, self._at = ask(), time.monotonic()
-            return self._value
+    def sync_call(self, ask: Callable[[], Any]) -> Callable[[], Any]:
+        def call() -> Any:
+            if time.monotonic() - self.at > STORAGE_VALID_FOR:
+                self.value, self.at = ask(), time.monotonic()
+            return self.value
 
-        return known
+        return call
 
-    def ask_async_by(self, ask: Callable[[], Awaitable[Any]]) -> Callable[[], Awaitable[Any]]:
-        async def known() -> Any:
-            if time.monotonic() - self._at > STORAGE_KNOWN_FOR:
-                self._value, self._at = await ask(), time.monotonic()
-            return self._value
+    def async_call(self, ask: Callable[[], Awaitable[Any]]) -> Callable[[], Awaitable[Any]]:
+        async def call() -> Any:
+            if time.monotonic() - self.at > STORAGE_VALID_FOR:
+                self.value, self.at = await ask(), time.monotonic()
+            return self.value
 
-        return known
+        return call
 
 
 @asynccontextmanager
-async def _maintained_lease(lease_id: UUID, lease_duration: float, **_options: Any) -> AsyncGenerator[None]:
+async def _renewed_lease(lease_id: UUID, lease_duration: float, **_options: Any) -> AsyncGenerator[None]:
     """Renew a flow run's slot of its deployment's limit. Without the slot it goes on: its crew runs anyway."""
     renewing = asyncio.create_task(_renew(lease_id, lease_duration), name=f"lease {lease_id}")
     try:
@@ -136,46 +199,77 @@ async def _renew(lease_id: UUID, duration: float) -> None:
                 if isinstance(error, httpx.HTTPStatusError) and error.response.is_client_error:
                     get_run_logger().info("The flow run holds its slot of the deployment's limit no more: %s", error)
                     return
-                pause = RENEW_AGAIN
+                pause = RENEW_RETRY
 
 
-class _Engine(AsyncFlowRunEngine[Any, Any]):
-    owner: Owner
-    flow_run: FlowRun  # pyright: ignore[reportIncompatibleVariableOverride] - the worker always gives one
-
-    async def set_state(self, state: State[Any], force: bool = False) -> State[Any]:
-        if self.owner.ending is None:
-            await self.owner.confirm()
-        if self.owner.ending == "lost" or (self.owner.ending == "handed over" and not state.is_completed()):
-            raise asyncio.CancelledError  # whatever the flow has made of the first one
-        return await super().set_state(state, force)
-
-    async def handle_crash(self, exc: BaseException) -> None:
-        if self.owner.ending is None:
-            await super().handle_crash(exc)
-            return
-        # What the server is to hear of it, the worker says.
-        self._raised = exc  # type: ignore[assignment]
-        if self.owner.ending == "cancelled":
-            self.flow_run.state = Cancelling(message=self.owner.why)
-            # Whoever ended the coroutine waits for it, and cancels no second time: but a task group around it may.
-            with CancelScope(shield=True):
-                await self.call_hooks(self.flow_run.state)
+# The event loop that all flow runs share
 
 
-async def run_flow_here(
-    flow: Flow[Any, Any], flow_run: FlowRun, parameters: dict[str, Any], owner: Owner
-) -> State[Any]:
-    """Run a flow run's flow as `prefect.flow_engine.run_flow_async` does, and return its last state.
+@contextmanager
+def _contained_exits() -> Generator[None]:
+    """Keep a SystemExit in a task of a flow run from ending the event loop, and with it all other flow runs.
 
-    Raises:
-        httpx.HTTPError, PrefectException: The Prefect API could not be asked before the flow began.
-        BaseException: What ended the flow besides an Exception, once its state is written.
+    asyncio raises it out of the loop itself, past whatever awaits the task.
     """
-    engine = _Engine(flow=flow, flow_run=flow_run, parameters=parameters)
-    engine.owner = owner
-    async with engine.start():
-        while engine.is_running():
-            async with engine.run_context():
-                await engine.call_flow_fn()
-    return engine.state
+    loop = asyncio.get_running_loop()
+    before = loop.get_task_factory()
+
+    def create(loop: asyncio.AbstractEventLoop, work: Any, **options: Any) -> asyncio.Task[Any]:
+        context = FlowRunContext.get()
+        if context is None or context.flow_run is None:
+            return asyncio.Task(work, loop=loop, **options)
+        name = f"Flow run {context.flow_run.name!r}"  # for the warning when it blocks the loop
+        options["name"] = name
+        return asyncio.Task(_without_exit(work, name), loop=loop, **options)
+
+    loop.set_task_factory(create)
+    try:
+        yield
+    finally:
+        loop.set_task_factory(before)
+
+
+async def _without_exit(work: Coroutine[Any, Any, Any], name: str) -> Any:
+    try:
+        return await work
+    except (SystemExit, KeyboardInterrupt) as exit_:
+        raise CrewError(f"A task of {name} raised {type(exit_).__name__}.") from exit_
+
+
+@contextmanager
+def _warning_when_blocked(warn: Callable[..., None]) -> Generator[None]:
+    """Name a flow run that blocks the event loop: while it does, no other goes on, and no heartbeat is sent."""
+    loop, loop_thread, ended = asyncio.get_running_loop(), threading.get_ident(), threading.Event()
+    beat = time.monotonic()
+
+    async def beats() -> None:
+        nonlocal beat
+        while True:
+            beat = time.monotonic()
+            await asyncio.sleep(1.0)
+
+    def watch() -> None:
+        warned = 0.0
+        while not ended.wait(1.0):
+            seconds = time.monotonic() - beat
+            if seconds < BLOCKED_AFTER or warned == beat:
+                continue
+            warned = beat
+            task = asyncio.current_task(loop)
+            frame = sys._current_frames().get(loop_thread)  # noqa: SLF001  # pyright: ignore[reportPrivateUsage] - documented, for this
+            warn(
+                "%s has held the event loop for %.0f s, at %s; all other flow runs wait meanwhile. Do such work in "
+                "`await asyncio.to_thread(…)`, or deploy the flow to a process work pool.",
+                "Something" if task is None else task.get_name(),
+                seconds,
+                frame and f"{frame.f_code.co_filename}:{frame.f_lineno}",
+            )
+
+    task = asyncio.create_task(beats())
+    thread = threading.Thread(target=watch, name="blocked event loop", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        task.cancel()

@@ -170,21 +170,22 @@ class Progress(AbstractContextManager["Progress"]):
     def _draw(
         self, text: str, *, since: float | None = None, done: int = 0, total: int | None = None, figures: str = ""
     ) -> None:
-        if self._line is None or not self._line.tasks or (self._line.tasks[0].total is None) is not (total is None):
+        """Draw the last line: a spinner and the seconds, or a bar where `total` is given."""
+        fresh = self._line is None or (self._line.tasks[0].total is None) is not (total is None)
+        if fresh:
             self.close()
-            bar: list[ProgressColumn] = [BarColumn(30), MofNCompleteColumn()] if total is not None else []
+            bar: list[ProgressColumn] = [] if total is None else [BarColumn(30), MofNCompleteColumn()]
             columns = (TextColumn("{task.description}"), *bar, TextColumn("[dim]{task.fields[figures]}"))
-            self._line = LiveLine(
-                SpinnerColumn(), *columns, TimeElapsedColumn(), console=_output.console(stderr=True), transient=True
-            )
+            out = _output.console(stderr=True)
+            self._line = LiveLine(SpinnerColumn(), *columns, TimeElapsedColumn(), console=out, transient=True)
             self._line.add_task("", total=total, figures="")
-            self._line.start()
+        assert self._line is not None  # noqa: S101 - made above
         (task,) = self._line.tasks
-        if since is None and total is None:
-            since = self._since
-        if since is not None:
-            task.start_time = since
+        if total is None:
+            task.start_time = self._since if since is None else since
         self._line.update(task.id, description=_clean(text), completed=done, total=total, figures=_clean(figures))
+        if fresh:
+            self._line.start()
 
 
 def _clean(text: str) -> str:

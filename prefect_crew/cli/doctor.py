@@ -319,13 +319,13 @@ async def _crew_pools(client: PrefectClient) -> AsyncIterator[Finding]:
 
 async def _crew_pool(client: PrefectClient, pool: WorkPool) -> AsyncIterator[Finding]:
     from prefect_crew.records.model import utcnow
-    from prefect_crew.worker import UNOWNED_FOR, begun_flow_runs, is_orphan, owner_name, workers_of
+    from prefect_crew.worker import BEGUN, UNOWNED_FOR, is_orphan, owner_name, read_flow_runs, read_workers
 
     subject, name = f"crew pool {pool.name}", shlex.quote(pool.name)
     start = f"prefect worker start --pool {name}"
-    workers = await workers_of(client, pool.name)
+    workers = await read_workers(client, pool.name)
     online = sorted(worker for worker, is_online in workers.items() if is_online)
-    begun = await begun_flow_runs(client, pool.name)
+    begun = await read_flow_runs(client, pool.name, *BEGUN)
     since = utcnow() - timedelta(seconds=UNOWNED_FOR)  # one that a worker is about to take has no owner for a moment
     orphans = [
         run

@@ -18,7 +18,7 @@ from prefect_crew.cli._errors import UsageError
 from prefect_crew.cli._options import CREW_OF_RUN, JSON, CrewAccess
 from prefect_crew.cli._prefect import flow_run_url, reach_prefect
 from prefect_crew.exceptions import ConfigurationError, CrewError
-from prefect_crew.records.model import RecordPhase, RunRecord, latest_purchase
+from prefect_crew.records.model import RecordPhase, RunRecord, latest_start
 from prefect_crew.states import CrewState
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ async def look_at(record: RunRecord, records: PrefectRecords) -> RunLine:
     has_waiters = record.phase is not RecordPhase.STARTED or bool(await records.other_waiters(record, None))
     condition = condition_of(record, owner_ended=owner_ended, has_waiters=has_waiters)
     is_passed = (
-        condition is Condition.ORPHANED and latest_purchase(await records.attempts(record.idempotency_key)) != record
+        condition is Condition.ORPHANED and latest_start(await records.attempts(record.idempotency_key)) != record
     )
     return RunLine(record, condition, todo(record, condition, is_passed=is_passed))
 

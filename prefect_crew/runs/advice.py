@@ -70,6 +70,6 @@ def all_used(crew: str, max_kickoffs: int) -> str:
 def _raise_it(crew: str) -> str:
     return (
         f"For another: in Prefect's UI raise max_kickoffs on the block deployed-crew/{crew} and retry the flow run; "
-        "for a deployment of run-deployed-crew set its parameter force_new; in Python force_new=True; on the command "
+        "for a deployment of run_deployed_crew set its parameter force_new; in Python force_new=True; on the command "
         "line --force-new."
     )

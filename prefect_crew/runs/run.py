@@ -111,7 +111,7 @@ class OpenRun:
     def once_it_answers(self) -> str:
         """What to do about it when its server gave no usable answer for too long."""
         if self.idempotency_key is None:
-            return f"The run may go on there; see later: prefect-crew status CREW {shlex.quote(self.kickoff_id)}."
+            return f"The run may go on there; see later: prefect-crew runs show {shlex.quote(self.kickoff_id)}."
         return (
             f"The run may go on there: run again with idempotency key {self.idempotency_key!r} to wait for it, and "
             "buy nothing."

@@ -344,7 +344,7 @@ class _Waiter:
         return CrewError(
             f"The flow run was cancelled, and with it the wait for run {kickoff_id} of crew {label}, which runs on at "
             f"{self.run.crew.url}. Its result is there for whoever waits for it: "
-            f"prefect-crew status CREW {shlex.quote(kickoff_id)}."
+            f"prefect-crew runs show {shlex.quote(kickoff_id)}."
         )
 
     async def _timed_out(self, error: CrewTimeoutError) -> CrewTimeoutError:

@@ -47,9 +47,9 @@ tasks:
 
 @pytest.fixture
 def here(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Command]:
-    """`here("status", url, "k1")`: the command in this process. `CREW_TOKEN` is set."""
+    """`here("inputs", url)`: the command in this process. `CREW_TOKEN` is set."""
     from prefect_crew import cli
-    from prefect_crew.cli import _output, _prefect
+    from prefect_crew.cli import _output
 
     monkeypatch.setenv("CREW_TOKEN", TOKEN)
 
@@ -60,13 +60,12 @@ def here(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) ->
         return Finished(code, out, err)
 
     yield run
-    _prefect.restore_logs()
-    _output.forget()
+    _output.begin()
 
 
 @pytest.fixture
 def alone(tmp_path: Path) -> Command:
-    """`alone("status", url, "k1")`: the command in a process of its own, without any Prefect server."""
+    """`alone("inputs", url)`: the command in a process of its own, without any Prefect server."""
 
     def run(*arguments: str, **options: Any) -> Finished:
         return outside(tmp_path / "home", *arguments, **options)

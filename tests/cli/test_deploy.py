@@ -1,37 +1,53 @@
-"""`deploy`: what it says, and the deployment that it serves itself."""
+"""`deploy` and `backfill`: what they store on a real Prefect server, what they say, and that it runs."""
 
 from __future__ import annotations
 
 import asyncio
 import importlib
+import json
 import signal
+import sqlite3
 import time
 import uuid
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from prefect import flow
+from prefect.blocks.system import Secret
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.actions import DeploymentScheduleCreate
+from prefect.client.schemas.schedules import CronSchedule
+from prefect.flow_engine import run_flow_async
 
 from prefect_crew.devserver import CrewServer
-from support.commands import environment
+from support.commands import Command, environment
+from support.deployed import wait_until
 from support.environment import program
-from support.prefect_server import PrefectServer
+from support.prefect_server import PrefectServer, drain
 from support.processes import Process
+from support.workers import Worker
+
+TEXT = ["string", "number", "boolean"]
+"""What an input that is text takes: a number of JSON becomes its text."""
 
 
 @pytest.fixture
 def name(prefect_api: PrefectServer, crews: CrewServer) -> str:
     """The name of a stored crew with the input `who`."""
     name = f"greet-{uuid.uuid4().hex[:8]}"
-    block: Any = crews.crew(url=f"{crews.url}/greet")
-    block.save(name)
+    save(crews, name)
     return name
 
 
-def deployment(full_name: str) -> Any:
-    from prefect.client.orchestration import get_client
+def save(crews: CrewServer, name: str, **fields: Any) -> None:
+    block: Any = crews.crew(url=f"{crews.url}/greet", wait={"initial": 0.1, "max_interval": 0.5}, **fields)
+    block.save(name, overwrite=True, _sync=True)
 
+
+def deployment(full_name: str) -> Any:
     async def read() -> Any:
         async with get_client() as client:
             return await client.read_deployment_by_name(full_name)
@@ -39,80 +55,122 @@ def deployment(full_name: str) -> Any:
     return asyncio.run(read())
 
 
+def work_pool(server: PrefectServer, kind: str) -> str:
+    pool = f"pool-{uuid.uuid4().hex[:8]}"
+    httpx.post(f"{server.api_url}/work_pools/", json={"name": pool, "type": kind}).raise_for_status()
+    return pool
+
+
+def start(server: PrefectServer, full_name: str, parameters: dict[str, Any]) -> httpx.Response:
+    url = f"{server.api_url}/deployments/{deployment(full_name).id}/create_flow_run"
+    return wait_until(
+        lambda: (answer := httpx.post(url, json={"parameters": parameters})).status_code != 503 and answer,
+        seconds=20,
+        what="an answer of a busy SQLite",
+    )
+
+
+def ended(server: PrefectServer, started: httpx.Response) -> dict[str, Any]:
+    def look() -> dict[str, Any] | None:
+        run = httpx.get(f"{server.api_url}/flow_runs/{started.json()['id']}").json()
+        return run if run["state_type"] in ("COMPLETED", "FAILED", "CRASHED", "CANCELLED") else None
+
+    return wait_until(look, seconds=90, what="its end")
+
+
+async def run_of(deployment: Any, parameters: dict[str, Any]) -> Any:
+    """Make a flow run of a deployment and run it here, as a worker of a pool of the type `crew` does."""
+    module, _, name = deployment.entrypoint.rpartition(".")
+    async with get_client() as client:
+        made = await client.create_flow_run_from_deployment(deployment.id, parameters=parameters)
+        flow_run = await client.read_flow_run(made.id)
+    loaded: Any = getattr(importlib.import_module(module), name)
+    return await run_flow_async(loaded, flow_run=flow_run, parameters=flow_run.parameters, return_type="state")
+
+
+# Crews
+
+
 def test_a_deployment_asks_for_the_inputs_of_its_crew(here, name: str):
-    made = here("deploy", name, "--tag", "mine", "--concurrency-limit", "2")
+    made = here("deploy", name, "--name", "daily trip; date", "--tag", "mine", "--concurrency-limit", "2")
     assert made.code == 0, made.err
-    assert f"Deployed deployed-crew/{name}, which asks for who." in made.out
+    assert "Deployed deployed-crew/daily trip; date, which asks for who." in made.out
+    run = """prefect deployment run 'deployed-crew/daily trip; date' -p 'inputs={"who": "…"}'"""
+    assert run in made.out, "quoted for a shell"
     assert "Nothing runs it yet" in made.out
-    found = deployment(f"deployed-crew/{name}")
-    assert found.parameter_openapi_schema["required"] == ["who"]
-    assert found.entrypoint == f"prefect_crew.deployments.{name}(who)"
+    found = deployment("deployed-crew/daily trip; date")
+    assert (found.entrypoint, found.pull_steps) == ("prefect_crew.run_deployed_crew", [])
+    assert (found.parameters, found.tags) == ({"crew": name}, ["prefect-crew", "mine"])
     assert found.enforce_parameter_schema
-    assert found.tags == ["prefect-crew", "mine"]
+    schema = found.parameter_openapi_schema
+    assert (list(schema["properties"]), schema["required"]) == (["inputs", "idempotency_key"], ["inputs"])
+    inputs = schema["properties"]["inputs"]
+    assert (list(inputs["properties"]), inputs["required"]) == (["who"], ["who"])
 
 
-def test_the_commands_that_it_prints_are_quoted_for_a_shell(here, name: str):
-    made = here("deploy", name, "--name", "daily trip; date")
-    assert made.code == 0, made.err
-    assert "prefect deployment run 'deployed-crew/daily trip; date' -p who=…" in made.out
-    assert f"prefect-crew deploy {name} --name 'daily trip; date' --serve" in made.out
+@pytest.mark.parametrize(
+    ("inputs", "said"),
+    [
+        pytest.param(None, "required", id="none"),
+        pytest.param({"whom": "Ada"}, "who", id="another"),
+        pytest.param({"who": None}, "who", id="null"),
+        pytest.param({"who": ["Ada"]}, "Ada", id="list-for-text"),
+    ],
+)
+def test_prefect_refuses_a_run_whose_inputs_do_not_fit(here, prefect_api, name: str, inputs: Any, said: str):
+    assert here("deploy", name).code == 0
+    refused = start(prefect_api, f"deployed-crew/{name}", {} if inputs is None else {"inputs": inputs})
+    assert refused.status_code in (409, 422), refused.text
+    assert said in refused.text
 
 
-def test_a_schedule_and_defaults(here, name: str):
-    line = ("deploy", name, "--name", "daily", "--cron", "0 6 * * *", "--timezone", "Europe/Lisbon")
-    without = here(*line)
-    assert without.code == 25
-    assert "Missing: who" in without.err
-    assert here(*line, "-i", "who=Ada", "--key", "daily-{{ scheduled_start:%Y-%m-%d }}").code == 0
-    found = deployment("deployed-crew/daily")
-    assert found.parameters == {"who": "Ada", "idempotency_key": "daily-{{ scheduled_start:%Y-%m-%d }}"}
-    assert found.schedules[0].schedule.timezone == "Europe/Lisbon"
+def test_a_schedule_needs_defaults_and_stays_until_another_is_given(here, name: str):
+    line, daily = ("deploy", name, "--name", f"daily {name}"), ("--cron", "0 6 * * *", "--timezone", "Europe/Lisbon")
+    without = here(*line, *daily)
+    assert (without.code, "Missing: who." in without.err) == (2, True), without.err
+    assert here(*line, *daily, "-i", "who=Ada", "--key", "daily-{{ scheduled_start:%Y-%m-%d }}").code == 0
+    found = deployment(f"deployed-crew/daily {name}")
+    assert found.parameters["inputs"] == {"who": "Ada"}
+    assert found.parameters["idempotency_key"] == "daily-{{ scheduled_start:%Y-%m-%d }}"
+    assert (found.schedules[0].schedule.cron, found.schedules[0].schedule.timezone) == ("0 6 * * *", "Europe/Lisbon")
 
-
-def test_a_schedule_stays_until_another_is_given(here, name: str):
-    line, defaults = ("deploy", name, "--name", f"daily {name}"), ("-i", "who=Ada")
-    assert here(*line, *defaults, "--cron", "0 6 * * *").code == 0
     again = here(*line, "-i", "who=Grace")
-    assert again.code == 0, again.err
-    assert "The schedule that it has stays." in again.out
+    assert (again.code, "The schedule that it has stays." in again.out) == (0, True), again.err
     found = deployment(f"deployed-crew/daily {name}")
     assert [one.schedule.cron for one in found.schedules] == ["0 6 * * *"]
-    assert found.parameters == {"who": "Grace"}
+    assert found.parameters == {"crew": name, "inputs": {"who": "Grace"}}
     without = here(*line)
-    assert without.code == 25
-    assert f"The schedule that deployed-crew/daily {name} has stays: delete it, or give them." in without.err
-    same = here(*line, *defaults, "--key", "always")
-    assert same.code == 25
-    assert "is the same for every time of the schedule" in same.err
-    assert here(*line, *defaults, "--interval", "3600").code == 0
-    assert [one.schedule.interval.total_seconds() for one in deployment(f"deployed-crew/daily {name}").schedules] == [
-        3600
-    ]
+    assert without.code == 2
+    assert f"Or delete the schedule that deployed-crew/daily {name} has." in without.err
+    same = here(*line, "-i", "who=Ada", "--key", "always")
+    assert (same.code, "is the same for every time of the schedule" in same.err) == (2, True)
+    assert here(*line, "-i", "who=Ada", "--interval", "3600").code == 0
+    found = deployment(f"deployed-crew/daily {name}")
+    assert [one.schedule.interval.total_seconds() for one in found.schedules] == [3600]
 
 
 @pytest.mark.parametrize(
     ("options", "said"),
     [
         pytest.param(["--pool", "no-such-pool"], "prefect work-pool create no-such-pool", id="pool"),
-        pytest.param(["-i", "colour=red"], "does not know the inputs colour", id="default"),
+        pytest.param(["-i", "colour=red"], "does not know the inputs colour; it takes who.", id="default"),
         pytest.param(["--cron", "now and then", "-i", "who=Ada"], "cron", id="cron"),
+        pytest.param(["--key", "trip-{{ start }}"], "'{{ start }}' is not known", id="key"),
     ],
 )
 def test_what_cannot_be_deployed(here, name: str, options: list[str], said: str):
     done = here("deploy", name, *options)
-    assert done.code == 25
+    assert done.code == 2
     assert said in done.err
 
 
 def test_a_crew_that_is_not_stored(here, prefect_api: PrefectServer):
-    done = here("deploy", "never-stored")
-    assert done.code == 25
-    assert "prefect-crew save never-stored --url URL" in done.err
+    assert "prefect-crew save never-stored --url URL" in here("deploy", "never-stored").err
 
 
 def test_it_needs_a_server_that_stays(alone):
     done = alone("deploy", "travel", env={"PREFECT_SERVER_ALLOW_EPHEMERAL_MODE": "true"})
-    assert done.code == 30
+    assert done.code == 1
     assert "prefect server start" in done.err
 
 
@@ -121,30 +179,53 @@ def test_served_by_the_command_itself(prefect_api: PrefectServer, crews: CrewSer
     command = [program("prefect-crew"), "deploy", name, "--serve"]
     with Process(command, log=tmp_path / "log", env=env) as process:
         process.wait_for(f"Serving deployed-crew/{name}")
-        deadline = time.monotonic() + 60
-        while True:
-            found = deployment(f"deployed-crew/{name}")
-            answer = httpx.post(
-                f"{prefect_api.api_url}/deployments/{found.id}/create_flow_run", json={"parameters": {"who": "Ada"}}
-            )
-            if answer.status_code == httpx.codes.CREATED:
-                break
-            assert time.monotonic() < deadline, answer.text
-        while True:
-            run = httpx.get(f"{prefect_api.api_url}/flow_runs/{answer.json()['id']}").json()
-            if run["state_type"] not in ("SCHEDULED", "PENDING", "RUNNING"):
-                break
-            assert time.monotonic() < deadline, run["state"]
-            time.sleep(0.2)
+        run = ended(prefect_api, start(prefect_api, f"deployed-crew/{name}", {"inputs": {"who": "Ada"}}))
         assert run["state_type"] == "COMPLETED", run["state"]
         # Before 3.9 Prefect's runner shows a traceback where the process of a flow run ends as the runner is stopped.
-        while process.family() != [process.pid]:
-            assert time.monotonic() < deadline, process.family()
-            time.sleep(0.1)
+        wait_until(lambda: process.family() == [process.pid], seconds=60, what="the end of its process")
         process.send(signal.SIGINT)
         assert process.wait(30) in (0, 130)
         assert process.family() == []
     assert "Traceback" not in process.output
+
+
+def test_a_run_on_a_process_worker(here, prefect_api: PrefectServer, crews: CrewServer, name: str, tmp_path: Path):
+    pool = work_pool(prefect_api, "process")
+    made = here("deploy", name, "--pool", pool, "--key", f"{name}-{{{{ scheduled_start:%Y }}}}", "--tag", "mine")
+    assert f"prefect worker start --pool {pool}" in made.out
+    with Worker(prefect_api, pool, folder=tmp_path):
+        run = ended(prefect_api, start(prefect_api, f"deployed-crew/{name}", {"inputs": {"who": 35}}))
+    assert run["state_type"] == "COMPLETED", run["state"]
+    assert sorted(run["tags"]) == ["mine", "prefect-crew"]
+    assert run["parent_task_run_id"] is None, "tasks of that flow run, and no flow run within it"
+    key = f"{name}-{time.gmtime().tm_year}"
+    assert [one.inputs for one in crews.runs if one.meta and one.meta["idempotency_key"] == key] == [{"who": "35"}]
+
+
+def test_a_secret_input_is_loaded_in_the_run_and_stored_nowhere(
+    here, prefect_api: PrefectServer, crews: CrewServer, name: str
+):
+    secret, block = f"who-{uuid.uuid4().hex}", f"who-{uuid.uuid4().hex[:8]}"
+    save(crews, name, secret_inputs=["who"])
+    refused = here("deploy", name, "-i", f"who={secret}")
+    assert (refused.code, "'who' is secret" in refused.err, secret in refused.err) == (2, True, False)
+    value: Any = Secret(value=secret)
+    value.save(block)
+    assert here("deploy", name, "-i", f"who={block}").code == 0
+    found = deployment(f"deployed-crew/{name}")
+    assert found.parameters["inputs"] == {"who": block}
+    who = found.parameter_openapi_schema["properties"]["inputs"]["properties"]["who"]
+    assert (who["type"], who["description"][:50]) == ("string", "The name of the Prefect Secret block that holds it")
+    state = asyncio.run(run_of(found, {}))
+    assert state.is_completed(), state
+    assert crews.runs[-1].inputs == {"who": secret}
+    drain()
+    assert prefect_api.database is not None
+    with closing(sqlite3.connect(prefect_api.database)) as database:
+        tables = [table for (table,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
+        kept = "\n".join(str(row) for table in tables for row in database.execute(f'SELECT * FROM "{table}"'))
+    assert block in kept
+    assert secret not in kept
 
 
 # Pipelines
@@ -170,90 +251,30 @@ def file(name: str, tmp_path: Path) -> Path:
     return path
 
 
-def test_a_pipeline_asks_for_its_inputs(here, prefect_api: PrefectServer, crews: CrewServer, name: str, file: Path):
-    pool = f"pool-{uuid.uuid4().hex[:8]}"
-    httpx.post(f"{prefect_api.api_url}/work_pools/", json={"name": pool, "type": "crew"}).raise_for_status()
+def test_a_pipeline_asks_for_its_inputs_and_runs_by_its_entrypoint(
+    here, prefect_api: PrefectServer, crews: CrewServer, name: str, file: Path
+):
+    pool = work_pool(prefect_api, "crew")
     made = here("deploy", "--pipeline", str(file), "--pool", pool, "--tag", "mine", "-i", "times=3")
     assert made.code == 0, made.err
     assert f"Deployed deployed-pipeline/{name}, which asks for who, times, tone." in made.out
     assert f"""prefect deployment run deployed-pipeline/{name} -p 'inputs={{"who": "…"}}'""" in made.out
-    assert f"prefect worker start --pool {pool}" in made.out
     found = deployment(f"deployed-pipeline/{name}")
     assert (found.entrypoint, found.pull_steps) == ("prefect_crew.run_deployed_pipeline", [])
     assert (found.work_pool_name, found.tags) == (pool, ["prefect-crew", "mine"])
     assert found.description == "Greets twice."
-    schema = found.parameter_openapi_schema
-    assert (list(schema["properties"]), schema["required"]) == (["inputs", "idempotency_key"], ["inputs"])
-    inputs = schema["properties"]["inputs"]
-    assert (list(inputs["properties"]), inputs["required"]) == (["who", "times", "tone"], ["who"])
+    inputs = found.parameter_openapi_schema["properties"]["inputs"]
+    assert inputs["required"] == ["who"]
     who, times, tone = inputs["properties"].values()
-    assert (who["title"], who["description"], [kind["type"] for kind in who["anyOf"]]) == (
-        "who",
-        "Whom to greet.",
-        ["string", "number", "boolean"],
-    )
+    assert (who["title"], who["description"]) == ("who", "Whom to greet.")
+    assert [kind["type"] for kind in who["anyOf"]] == TEXT
     assert (times["default"], times["anyOf"]) == (3, [{"type": "integer"}, {"type": "null"}])
     assert tone["default"] == "warm"
-
-
-@pytest.mark.parametrize(
-    ("inputs", "said"),
-    [
-        pytest.param(None, "required", id="none"),
-        pytest.param({"times": 2}, "'who' is a required property", id="one-missing"),
-        pytest.param({"who": "Ada", "times": "x"}, "'x'", id="type"),
-        pytest.param({"who": "Ada", "colour": "red"}, "colour", id="unknown"),
-    ],
-)
-def test_prefect_refuses_a_run_of_a_pipeline_whose_inputs_do_not_fit(
-    here, prefect_api: PrefectServer, name: str, file: Path, inputs: Any, said: str
-):
-    assert here("deploy", "--pipeline", str(file)).code == 0
-    found = deployment(f"deployed-pipeline/{name}")
-    parameters = {} if inputs is None else {"inputs": inputs}
-    refused = httpx.post(
-        f"{prefect_api.api_url}/deployments/{found.id}/create_flow_run", json={"parameters": parameters}
-    )
-    assert refused.status_code in (409, 422), refused.text
-    assert said in refused.text
-
-
-def test_a_deployed_pipeline_runs_by_its_entrypoint(
-    here, prefect_api: PrefectServer, crews: CrewServer, name: str, file: Path
-):
-    assert here("deploy", "--pipeline", str(file), "-i", "tone=dry").code == 0
-    found = deployment(f"deployed-pipeline/{name}")
     who = f"Ada of {name}"
     state = asyncio.run(run_of(found, {"inputs": {"who": who}}))
     assert state.is_completed(), state
     runs = [run.inputs["who"] for run in crews.runs if who in run.inputs["who"]]
-    assert runs == [who, f"**Hello** {who}, 2 times, dry"]
-
-
-async def run_of(deployment: Any, parameters: dict[str, Any]) -> Any:
-    """Make a flow run of a deployment and run it here, as a worker of a pool of the type `crew` does."""
-    from prefect.client.orchestration import get_client
-    from prefect.flow_engine import run_flow_async
-
-    module, _, name = deployment.entrypoint.rpartition(".")
-    async with get_client() as client:
-        made = await client.create_flow_run_from_deployment(deployment.id, parameters=parameters)
-        flow_run = await client.read_flow_run(made.id)
-    flow: Any = getattr(importlib.import_module(module), name)
-    return await run_flow_async(flow, flow_run=flow_run, parameters=flow_run.parameters, return_type="state")
-
-
-def test_a_schedule_of_a_pipeline_needs_its_inputs(here, name: str, file: Path):
-    line = ("deploy", "--pipeline", str(file), "--cron", "0 6 * * *")
-    without = here(*line)
-    assert without.code == 25
-    assert "Missing: who" in without.err
-    made = here(*line, "-i", "who=Ada", "--key", "greet-{{ scheduled_start:%Y-%m-%d }}")
-    assert made.code == 0, made.err
-    found = deployment(f"deployed-pipeline/{name}")
-    assert found.schedules[0].schedule.cron == "0 6 * * *"
-    assert found.parameters["idempotency_key"] == "greet-{{ scheduled_start:%Y-%m-%d }}"
-    assert "required" not in found.parameter_openapi_schema
+    assert runs == [who, f"**Hello** {who}, 3 times, warm"]
 
 
 def test_the_inputs_of_a_pipeline_that_declares_none_are_found(here, name: str, tmp_path: Path):
@@ -273,7 +294,6 @@ def test_the_inputs_of_a_pipeline_that_declares_none_are_found(here, name: str, 
         pytest.param("{{ who }}", "{{ whom }}", "'whom' is neither an input of the pipeline nor a step", id="template"),
         pytest.param("inputs: {who:", "inputs: {whom:", "gives the unknown inputs whom", id="input-of-a-crew"),
         pytest.param("crew: ", "crew: never-", "No crew is stored under the name", id="crew"),
-        pytest.param("name: second", "name: first", "two steps are named 'first'", id="step"),
         pytest.param("steps:", "stpes:", "stpes: there is no such field", id="field"),
     ],
 )
@@ -282,48 +302,39 @@ def test_a_pipeline_that_cannot_run_is_not_deployed(here, name: str, file: Path,
     assert before in text
     file.write_text(text.replace(before, after))
     done = here("deploy", "--pipeline", str(file))
-    assert done.code == 25
+    assert done.code == 2
     assert said in done.err
 
 
-def test_a_default_that_the_pipeline_does_not_know(here, file: Path):
-    done = here("deploy", "--pipeline", str(file), "-i", "colour=red")
-    assert done.code == 25
-    assert "does not know the inputs colour; it takes who, times, tone." in done.err
-    done = here("deploy", "--pipeline", str(file), "-i", "times=two")
-    assert done.code == 25
-    assert "The default of the input times is to be JSON of the type integer." in done.err
-
-
-def test_a_file_that_is_not_there(here):
-    done = here("deploy", "--pipeline", "nowhere.yaml")
-    assert done.code == 25
-    assert "The pipeline in nowhere.yaml cannot be read" in done.err
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        pytest.param(["{}", "-i", "colour=red"], "the inputs colour; it takes who, times, tone.", id="default"),
+        pytest.param(["{}", "-i", "times=two"], "The default of the input times is to be JSON of the", id="type"),
+        pytest.param(["{}", "--cron", "0 6 * * *"], "Missing: who", id="schedule"),
+        pytest.param(["nowhere.yaml"], "The pipeline in nowhere.yaml cannot be read", id="file"),
+    ],
+)
+def test_a_pipeline_with_options_that_do_not_fit(here, file: Path, line: list[str], said: str):
+    done = here("deploy", "--pipeline", *(word.format(file) for word in line))
+    assert done.code == 2
+    assert said in done.err
 
 
 def test_a_secret_input_of_a_pipeline_is_the_name_of_a_block(here, crews: CrewServer, name: str, file: Path):
-    from prefect.blocks.system import Secret
-
-    block: Any = crews.crew(url=f"{crews.url}/greet", secret_inputs=["who"])
-    block.save(name, overwrite=True)
-    text = file.read_text()
-    only = "\n".join(line for line in text.splitlines() if "second" not in line)
+    save(crews, name, secret_inputs=["who"])
+    only = "\n".join(line for line in file.read_text().splitlines() if "second" not in line)
     file.write_text(only)
     done = here("deploy", "--pipeline", str(file), "-i", "who=hunter2")
-    assert done.code == 25
-    assert "The input 'who' is secret" in done.err
-    assert "hunter2" not in done.err
+    assert (done.code, "The input 'who' is secret" in done.err, "hunter2" in done.err) == (2, True, False)
     secret: Any = Secret(value="hunter2")
     secret.save(f"who-{name}")
     assert here("deploy", "--pipeline", str(file), "-i", f"who=who-{name}").code == 0
     found = deployment(f"deployed-pipeline/{name}")
-    who = found.parameter_openapi_schema["properties"]["inputs"]["properties"]["who"]
-    assert who["description"].startswith("The name of the Prefect Secret block that holds it")
     assert found.parameters["pipeline"]["inputs"]["who"]["secret"] is True
     file.write_text(only.replace("{{ who }}", "hunter2"))
     done = here("deploy", "--pipeline", str(file))
-    assert done.code == 25
-    assert "step 'first', input 'who': it is secret" in done.err
+    assert (done.code, "step 'first', input 'who': it is secret" in done.err) == (2, True)
 
 
 # Flows
@@ -344,8 +355,7 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def test_a_flow_is_deployed_by_its_import_path(here, prefect_api: PrefectServer, module: str):
-    pool = f"pool-{uuid.uuid4().hex[:8]}"
-    httpx.post(f"{prefect_api.api_url}/work_pools/", json={"name": pool, "type": "crew"}).raise_for_status()
+    pool = work_pool(prefect_api, "crew")
     made = here("deploy", "--flow", f"{module}.greet", "--pool", pool, "-i", "times=3")
     assert made.code == 0, made.err
     assert "Deployed greet-them/greet, which asks for who, times." in made.out
@@ -371,16 +381,83 @@ def test_a_flow_that_a_crew_worker_cannot_run_is_not_deployed(
     here, prefect_api: PrefectServer, module: str, path: str, said: str
 ):
     done = here("deploy", "--flow", path.format(module))
-    assert done.code == 25
+    assert done.code == 2
     assert said in done.err
 
 
+# Backfills
+
+RANGE = ("--from", "2024-02-28", "--to", "2024-03-01")
+
+
+@flow
+def filled(idempotency_key: str) -> None:
+    """Is never run here: only its runs matter."""
+
+
+@pytest.fixture
+def filled_daily(prefect_api: PrefectServer) -> str:
+    """A deployment with a daily and an hourly schedule, by their slugs."""
+    name = f"d-{uuid.uuid4()}"
+
+    def schedule(slug: str, cron: str) -> DeploymentScheduleCreate:
+        return DeploymentScheduleCreate(slug=slug, active=False, schedule=CronSchedule(cron=cron))
+
+    async def make() -> None:
+        async with get_client() as client:
+            flow_id = await client.create_flow(filled)
+            key = f"{name}-{{{{ scheduled_start:%Y-%m-%dT%H }}}}"
+            schedules = [schedule("daily", "0 6 * * *"), schedule("hourly", "0 * * * *")]
+            await client.create_deployment(flow_id, name, parameters={"idempotency_key": key}, schedules=schedules)
+
+    asyncio.run(make())
+    return f"filled/{name}"
+
+
 @pytest.mark.parametrize(
-    "line",
-    [["deploy"], ["deploy", "x", "--flow", "a.b"], ["deploy", "--pipeline", "x.yaml", "--flow", "a.b"]],
-    ids=["nothing", "crew-and-flow", "pipeline-and-flow"],
+    ("how", "times"),
+    [
+        pytest.param(["--every", "1d"], ["2024-02-28T00", "2024-02-29T00", "2024-03-01T00"], id="every"),
+        pytest.param([], ["2024-02-28T06", "2024-02-29T06", "2024-03-01T06"], id="schedule"),
+    ],
 )
-def test_one_thing_is_deployed(here, line: list[str]):
-    done = here(*line)
-    assert done.code == 2
-    assert "CREW, --pipeline FILE or --flow PATH" in done.err
+def test_a_second_backfill_creates_nothing_twice(here: Command, filled_daily: str, how: list[str], times: list[str]):
+    line = ("backfill", filled_daily, *RANGE, "--schedule", "daily", *how)
+    planned = here(*line, "--dry-run")
+    assert (planned.code, planned.out.count("to create")) == (0, 3)
+    made, again = (json.loads(here(*line, "--json").out) for _ in range(2))
+    assert [run["scheduled_for"][:13] for run in made] == times
+    assert [run["created"] for run in made] == [True] * 3
+    assert [run["created"] for run in again] == [False] * 3
+    assert [run["flow_run_id"] for run in made] == [run["flow_run_id"] for run in again]
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        pytest.param(["filled/nowhere", *RANGE], "no deployment 'filled/nowhere'", id="deployment"),
+        pytest.param(["{}", *RANGE], "Give --schedule …, the slug of", id="which-schedule"),
+        pytest.param(["{}", *RANGE, "--schedule", "weekly"], "daily", id="no-such-schedule"),
+        pytest.param(["{}", *RANGE, "--schedule", "daily", "--every", "1m"], "at most 1000 times", id="too-many"),
+        pytest.param(
+            ["{}", "--from", "2024-01-01", "--to", "9999-01-01", "--schedule", "daily", "--every", "500d"],
+            "that have gone by",
+            id="not-yet",
+        ),
+    ],
+)
+def test_a_backfill_that_makes_no_sense_creates_nothing(here: Command, filled_daily: str, line: list[str], said: str):
+    refused = here("backfill", *(word.format(filled_daily) for word in line))
+    assert refused.code == 2
+    assert said in refused.err
+
+
+def test_a_backfill_under_one_key_for_all_times_is_refused(here: Command, filled_daily: str):
+    async def change() -> None:
+        async with get_client() as client:
+            found = await client.read_deployment_by_name(filled_daily)
+            await client._client.patch(f"/deployments/{found.id}", json={"parameters": {"idempotency_key": "always"}})
+
+    asyncio.run(change())
+    refused = here("backfill", filled_daily, *RANGE, "--schedule", "daily")
+    assert (refused.code, "is the same for every time" in refused.err) == (2, True)

@@ -14,7 +14,7 @@ from pydantic import SecretStr
 from prefect_crew.batches import outcomes
 from prefect_crew.batches.rows import RowJob
 from prefect_crew.blocks import DeployedCrew
-from prefect_crew.cli.runs import Standing, _todo
+from prefect_crew.cli.runs import Condition, todo
 from prefect_crew.exceptions import (
     CrewLostError,
     CrewTimeoutError,
@@ -50,9 +50,9 @@ TEXTS = {
     "lost": str(CrewLostError(kickoff_id="k", idempotency_key=HOSTILE)),
     "timed out": str(CrewTimeoutError(kickoff_id=HOSTILE, phase="running", budget=1, last_state="running")),
     "answer": how_to_answer(OpenRun(crew=CREW.crew, kickoff_id=HOSTILE)),
-    "overview uncertain": _todo(record(), Standing.UNCERTAIN, False),
-    "overview orphaned": _todo(record(), Standing.ORPHANED, False),
-    "overview waiting": _todo(record(), Standing.WAITING, False),
+    "overview uncertain": todo(record(), Condition.UNCERTAIN),
+    "overview orphaned": todo(record(), Condition.ORPHANED),
+    "overview waiting": todo(record(), Condition.WAITING),
     "row uncertain": outcomes._uncertain(RowJob(0, 2, HOSTILE, {}, "d"), "x", HOSTILE),
     "row lost": outcomes._lost(RowJob(0, 2, HOSTILE, {}, "d"), CrewLostError(kickoff_id="k"), HOSTILE),
     "alert": jinja2.Template(ALERTS["uncertain"]).render(

@@ -1,18 +1,20 @@
-"""What progress says: as lines, and as it is drawn."""
+"""What progress says of runs and batches: as lines, and as it is drawn."""
 
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from rich.console import Console
 
+from prefect_crew.batches.progress import Standing
 from prefect_crew.blocks import DeployedCrew
 from prefect_crew.cli import _output
 from prefect_crew.cli import _progress as module
-from prefect_crew.cli._progress import LiveProgress, PlainProgress, RunBoard
-from prefect_crew.client.models import CrewResult, CrewStatus, TaskResult
+from prefect_crew.cli._progress import Progress, SeenRun, figures, progress
+from prefect_crew.client.models import CrewStatus
 from prefect_crew.runs.run import OpenRun
 from prefect_crew.states import CrewState
 
@@ -26,127 +28,138 @@ def run(**fields: Any) -> OpenRun:
     return OpenRun(crew.crew.called("travel"), "k1", inputs={"who": "Ada Lovelace"}, owned=True)
 
 
+def standing(**counts: Any) -> Standing:
+    return Standing(total=1_200, **counts)
+
+
 @pytest.fixture
-def board() -> RunBoard:
-    return RunBoard.of(run())
-
-
-def seen(board: RunBoard, *statuses: CrewStatus) -> list[list[str]]:
-    return [board.see(one, one.current_task) for one in statuses]
-
-
-def test_only_what_changes_is_said(board: RunBoard):
-    lines = seen(
-        board,
-        status(task="look", total_tasks=2, completed_tasks=0),
-        status(task="look", total_tasks=2, completed_tasks=0),
-        status(task="write", total_tasks=2, completed_tasks=1),
-        status(CrewState.COMPLETED),
-    )
-    assert lines[:3] == [["look (0 of 2 tasks done)"], [], ["write (1 of 2 tasks done)"]]
-    assert lines[3][0].startswith("completed after ")
-    assert [task.seconds is not None for task in board.tasks] == [True, True]
+def screen(monkeypatch: pytest.MonkeyPatch) -> Iterator[io.StringIO]:
+    written = io.StringIO()
+    console = Console(file=written, force_terminal=True, width=120, highlight=False, markup=False, emoji=False)
+    monkeypatch.setattr(_output, "console", lambda **_: console)
+    yield written
+    _output.begin()
 
 
 @pytest.mark.parametrize(
-    ("facts", "shown"),
+    ("statuses", "lines"),
     [
-        pytest.param({"total_tasks": 3, "completed_tasks": 1}, " (1 of 3 tasks done)", id="counted"),
-        pytest.param({"progress": 0.25}, " (25%)", id="share"),
-        pytest.param({}, "", id="unknown"),
+        pytest.param(
+            [
+                status(task="look", total_tasks=2, completed_tasks=0),
+                status(task="look", total_tasks=2, completed_tasks=0),
+                status(task="write", total_tasks=2, completed_tasks=1),
+                status(CrewState.COMPLETED),
+            ],
+            [["look (0 of 2 tasks done)"], [], ["write (1 of 2 tasks done)"], ["completed after 0.0 s"]],
+            id="only-what-changes",
+        ),
+        pytest.param(
+            [status(CrewState.WAITING, task="draft")] * 2, [["draft", "waits for a person"], []], id="person-once"
+        ),
+        pytest.param([status(task="a", progress=0.25)], [["a (25%)"]], id="share"),
+        pytest.param(
+            [status(total_tasks=3, completed_tasks=2), status(task="b", total_tasks=3)],
+            [[], ["b (2 of 3 tasks done)"]],
+            id="never-backwards",
+        ),
+        pytest.param(
+            [status(task=name) for name in ("draft", "check", "draft")],
+            [["draft"], ["check"], ["draft"]],
+            id="a-task-again",
+        ),
     ],
 )
-def test_how_far_it_is(board: RunBoard, facts: dict[str, Any], shown: str):
-    board.see(status(**facts), None)
-    assert board.share() == shown
-
-
-def test_a_person_is_waited_for_once(board: RunBoard):
-    waiting = status(CrewState.WAITING, task="draft")
-    assert seen(board, waiting, waiting) == [["draft", "waits for a person"], []]
-
-
-def test_a_task_that_is_done_again_is_seen_again(board: RunBoard):
-    seen(board, status(task="draft"), status(task="check"), status(task="draft"))
-    assert [task.name for task in board.tasks] == ["draft", "check", "draft"]
-
-
-def test_progress_never_runs_backwards(board: RunBoard):
-    seen(board, status(total_tasks=3, completed_tasks=2), status(total_tasks=3))
-    assert board.done == 2
+def test_what_changes_is_said(statuses: list[CrewStatus], lines: list[list[str]]):
+    seen = SeenRun.of(run())
+    assert [seen.update(one, one.current_task) for one in statuses] == lines
 
 
 def test_plain_lines(capsys: pytest.CaptureFixture[str]):
-    with PlainProgress() as shown:
+    with progress() as shown:
         shown.phase("Starting", "slow the first time")
         shown.watch(run(), None)
         shown.watch(run(), status(task="look"))
         shown.watch(run(), status(CrewState.FAILED))
+        found = run()
+        found.kickoff_id, found.owned = "k2", False
+        shown.watch(found, None)
     out, err = capsys.readouterr()
     assert out == ""
-    lines = err.splitlines()
-    assert lines[:3] == ["Starting (slow the first time) …", "Crew travel: kicked off run k1", "Crew travel: look"]
-    assert lines[3].startswith("Crew travel: failed after")
-
-
-def test_a_found_run_is_not_called_kicked_off(capsys: pytest.CaptureFixture[str]):
-    with PlainProgress() as shown:
-        found = run()
-        found.owned = False
-        shown.watch(found, None)
-    assert "found run k1" in capsys.readouterr().err
+    assert err.splitlines() == [
+        "Starting (slow the first time) …",
+        "Crew travel: kicked off run k1",
+        "Crew travel: look",
+        "Crew travel: failed after 0.0 s",
+        "Crew travel: found run k2",
+    ]
+    with progress(quiet=True) as shown:
+        shown.phase("Loading")
+        shown.done("Loaded")
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize(
     ("fields", "shown"),
     [
         pytest.param({"secret_inputs": ["who"]}, "ask ********", id="secret-input"),
-        pytest.param({"show": "none"}, None, id="show-none"),
+        pytest.param({"show": "none"}, "kicked off", id="show-none"),
     ],
 )
-def test_what_may_not_be_shown_is_not(capsys: pytest.CaptureFixture[str], fields: dict[str, Any], shown: str | None):
-    with PlainProgress() as plain:
-        plain.watch(run(**fields), status(task="ask Ada Lovelace"))
+def test_what_may_not_be_shown_is_not(capsys: pytest.CaptureFixture[str], fields: dict[str, Any], shown: str):
+    with progress() as lines:
+        lines.watch(run(**fields), status(task="ask Ada Lovelace"))
     err = capsys.readouterr().err
     assert "Ada" not in err
-    assert shown is None or shown in err
+    assert shown in err
 
 
-@pytest.fixture
-def screen(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
-    written = io.StringIO()
-    console = Console(file=written, force_terminal=True, width=90, highlight=False, markup=False)
-    monkeypatch.setattr(_output, "errors", lambda: console)
-    return written
-
-
-def test_the_last_drawing_of_a_run_stays_with_its_tasks(screen: io.StringIO):
-    with LiveProgress() as live:
+def test_on_a_terminal_the_lines_stay_and_a_last_one_is_redrawn(screen: io.StringIO):
+    with Progress(live=True) as live:
         live.phase("Kicking off")
-        live.watch(run(), None)
-        live.watch(run(), status(task="look", total_tasks=2))
-        live.watch(run(), status(CrewState.COMPLETED, total_tasks=2))
-        tasks = [TaskResult(name="look", agent="Scout", execution_time=3.0), TaskResult(name="write")]
-        live.result(CrewResult(output="", kickoff_id="k1", tasks=tasks))
-    drawn = screen.getvalue()
-    last = drawn[drawn.rindex("Crew") :]
-    assert "completed" in last
-    assert "Scout" in last
-    assert "3.0 s" in last
-    assert "write" in last
-
-
-def test_text_from_outside_neither_steers_nor_styles(screen: io.StringIO):
-    with LiveProgress() as live:
-        live.watch(run(), status(task="[bold]x[/bold]\x1b[2J"))
+        live.watch(run(), status(task="[bold]x[/bold]\x1b[2J", total_tasks=2))
+        live._line.refresh()  # type: ignore[union-attr]
         live.note("see [link]")
+        live.watch(run(), status(CrewState.COMPLETED, total_tasks=2))
     drawn = screen.getvalue()
-    assert "[bold]x[/bold]" in drawn
+    for part in ("Kicking off", "Crew travel running (0 of 2 tasks done)", "see [link]", "Crew travel: completed"):
+        assert part in drawn
+    assert "[bold]x[/bold]" in drawn, "text of a crew neither styles"
+    assert "\x1b[2J" not in drawn, "nor steers"
+
+
+def test_figures_of_a_batch_are_those_that_there_are():
+    assert figures(standing()) == ""
+    said = figures(standing(completed=5, failed=2, uncertain=1, in_flight=1_000, people=3, ended_here=8))
+    assert said.startswith("2 failed · 1 uncertain · 1,000 in flight · 3 wait for a person · ")
+    assert "rows/s" in said
+    assert said.endswith(" left")
+
+
+def test_plain_lines_of_a_batch_come_now_and_then(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    with progress() as shown:
+        shown.watch_batch("leads", "checking", None)
+        shown.watch_batch("leads", "running", standing(completed=10))
+        shown.watch_batch("leads", "running", standing(completed=11))
+        monkeypatch.setattr(module, "SAY_EVERY", 0.0)
+        shown.watch_batch("leads", "running", standing(completed=12, failed=1))
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.splitlines() == [
+        "Batch leads: checking every row …",
+        "Batch leads: 10 of 1,200 rows",
+        "Batch leads: 13 of 1,200 rows · 1 failed",
+    ]
+
+
+def test_a_batch_is_a_bar_on_a_terminal_and_a_line_at_its_end(screen: io.StringIO):
+    with Progress(live=True) as shown:
+        shown.watch_batch("[red]leads[/red]\x1b[2J", "checking", None)
+        shown.watch_batch("[red]leads[/red]\x1b[2J", "running", standing(completed=600))
+        shown._line.refresh()  # type: ignore[union-attr]
+        shown.watch_batch("[red]leads[/red]\x1b[2J", "done", standing(completed=1_193, failed=7))
+    drawn = screen.getvalue()
+    assert "600/1200" in drawn
+    assert "1,200 of 1,200 rows · 7 failed" in drawn.splitlines()[-1]
+    assert "[red]leads[/red]" in drawn
     assert "\x1b[2J" not in drawn
-    assert "see [link]" in drawn
-
-
-def test_the_kind_of_progress_fits_where_it_goes(monkeypatch: pytest.MonkeyPatch):
-    assert isinstance(module.progress(), PlainProgress)
-    monkeypatch.setattr(_output, "is_terminal", lambda stream: True)
-    assert isinstance(module.progress(), LiveProgress)

@@ -1,4 +1,4 @@
-"""`run` and `result` on a real Prefect server: results, ends, keys, and what goes to which stream."""
+"""inputs, run, result and stop: what they write to which stream, and how they end."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import signal
 import time
 from pathlib import Path
 
+import httpx
 import pytest
 
 from prefect_crew.devserver import CrewServer
@@ -25,34 +26,74 @@ def greet(prefect_api: PrefectServer, crews: CrewServer) -> str:
     return f"{crews.url}/greet"
 
 
+# Without a Prefect server
+
+
+def test_inputs(alone, here, crews: CrewServer):
+    listed = alone("inputs", f"{crews.url}/greet")
+    assert (listed.code, listed.out, listed.err) == (0, "Input\tNeeded\nwho\trequired\n", "")
+    (only,) = here("inputs", f"{crews.url}/greet", "--json").json
+    assert (only["name"], only["required"]) == ("who", True)
+
+
+def test_optional_inputs_are_listed_with_what_is_known_of_them(here):
+    script = """
+name: toned
+inputs: [topic, {name: tone, required: false, description: How it sounds., default: dry}]
+tasks: [{name: t, output: x}]
+"""
+    with CrewServer(script, token=TOKEN) as server:
+        assert here("inputs", server.url).out == "Input\tNeeded\ntopic\trequired\ntone\toptional\n"
+    with CrewServer(script, token=TOKEN, dialect="live") as server:
+        listed = here("inputs", server.url).out.splitlines()
+    assert listed[0] == "Input\tNeeded\tDefault\tType\tDescription"
+    assert listed[2] == "tone\toptional\tdry\tstring\tHow it sounds."
+
+
+def test_a_block_needs_the_prefect_api_and_says_so(alone):
+    done = alone("inputs", "travel")
+    assert done.code == 1
+    assert "prefect server start" in done.err
+
+
+def test_stopping(alone, here, crews: CrewServer):
+    url = f"{crews.url}/slow"
+    kicked = httpx.post(f"{url}/kickoff", headers=crews.headers, json={"inputs": {"who": "Ada"}})
+    kickoff_id = kicked.json()["kickoff_id"]
+    stopped = alone("stop", url, kickoff_id)
+    assert (stopped.code, stopped.out) == (0, f"Run {kickoff_id}: stopped.\n")
+    again = here("stop", url, kickoff_id)
+    assert (again.code, "had ended before" in again.out) == (0, True)
+    unknown = here("stop", url, "no-such-run")
+    assert (unknown.code, "no-such-run" in unknown.err) == (1, True)
+    with CrewServer("echo", token=TOKEN, stop=False) as server:
+        without = here("stop", server.url, "k1")
+    assert (without.code, "runs on" in without.err) == (1, True)
+
+
+# With one
+
+
 def test_json_is_one_document_and_the_rest_goes_elsewhere(apart, crews: CrewServer):
     key = f"json-{crews.port}"
     done = apart("run", f"{crews.url}/greet", "-i", "who=Ada", "--key", key, "--json")
     assert done.code == 0
     document = done.json
-    assert document["output"] == "**Hello** Ada"
-    assert document["state"] == "completed"
-    assert document["idempotency_key"] == key
+    expected = {"output": "**Hello** Ada", "state": "completed", "idempotency_key": key}
+    assert document.items() >= expected.items()
     assert [task["name"] for task in document["tasks"]] == ["think", "speak"]
     assert document["flow_run_url"].endswith(document["flow_run_id"])
     assert "raw" not in document
     assert f"kicked off run {document['kickoff_id']}" in done.err
     assert "completed after" in done.err
-    assert TOKEN not in done.err
-    for noise in ("Traceback", "INFO", "Beginning flow run", "Finished in state"):
+    for noise in (TOKEN, "Traceback", "INFO", "Beginning flow run", "Finished in state"):
         assert noise not in done.err
-
-
-def test_a_run_writes_its_text_alone(here, greet: str):
-    done = here("run", greet, "-i", "who=Ada")
-    assert (done.code, done.out) == (0, "**Hello** Ada\n")
-    assert "/runs/flow-run/" in done.err
 
 
 def test_a_key_finds_its_run_and_its_result_again(here, greet: str, crews: CrewServer, tmp_path: Path):
     first = here("run", greet, "-i", "who=Eve", "--key", "key of eve", "--output-file", str(tmp_path / "eve.md"))
     again = here("run", greet, "-i", "who=Eve", "--key", "key of eve")
-    assert (first.code, again.code) == (0, 0)
+    assert (first.code, first.out, again.code) == (0, "**Hello** Eve\n", 0)
     assert crews.kickoffs_by_key["key of eve"] == 1
     assert "kicked off run" in first.err
     assert "found run" in again.err
@@ -64,8 +105,9 @@ def test_a_key_finds_its_run_and_its_result_again(here, greet: str, crews: CrewS
     assert here("run", greet, "-i", "who=Eve", "--key", "key of eve", "--force-new").code == 0
     assert crews.kickoffs_by_key["key of eve"] == 2
     other = here("run", greet, "-i", "who=Bob", "--key", "key of eve")
-    assert other.code == 15
+    assert other.code == 1
     assert "prefect-crew runs show 'key of eve'" in other.err
+    assert here("result", "never used").code == 1
 
 
 READ_ONLY = [] if os.geteuid() == 0 else ["read-only"]  # root may write to any file
@@ -78,22 +120,21 @@ def test_an_output_file_that_cannot_be_written_starts_nothing(
     (tmp_path / "folder").mkdir()
     (tmp_path / "read-only").write_text("old")
     (tmp_path / "read-only").chmod(0o400)
-    path = {"nowhere": tmp_path / "nowhere" / "x.md", "below-a-file": tmp_path / "read-only" / "x.md"}.get(
-        kind, tmp_path / kind
-    )
+    below = {"nowhere": tmp_path / "nowhere" / "x.md", "below-a-file": tmp_path / "read-only" / "x.md"}
+    path = below.get(kind, tmp_path / kind)
     before = crews.kickoffs
     for line in (("run", greet, "-i", "who=Ada"), ("result", "any key")):
         done = here(*line, "--output-file", str(path))
-        assert done.code == 26
+        assert done.code == 1
         assert f"{path} cannot be written" in done.err
     assert crews.kickoffs == before
 
 
-def test_no_empty_file_is_left_where_the_run_is_refused(here, greet: str, tmp_path: Path):
-    assert here("run", greet, "--output-file", str(tmp_path / "x.md")).code == 16
-    assert not (tmp_path / "x.md").exists()
+def test_an_output_file_is_left_as_it_is_where_the_run_is_refused(here, greet: str, tmp_path: Path):
     (tmp_path / "old.md").write_text("old")
-    assert here("run", greet, "--output-file", str(tmp_path / "old.md")).code == 16
+    for name in ("x.md", "old.md"):
+        assert here("run", greet, "--output-file", str(tmp_path / name)).code == 2
+    assert not (tmp_path / "x.md").exists()
     assert (tmp_path / "old.md").read_text() == "old"
 
 
@@ -105,7 +146,7 @@ def test_a_result_that_cannot_be_written_after_all_is_shown(
 
     monkeypatch.setattr("prefect_crew.cli.run.create_private", full)
     done = here("run", greet, "-i", "who=Ada", "--output-file", str(tmp_path / "x.md"))
-    assert (done.code, done.out) == (26, "**Hello** Ada\n")
+    assert (done.code, done.out) == (1, "**Hello** Ada\n")
     assert "x.md cannot be written: No space left on device" in done.err
 
 
@@ -114,42 +155,37 @@ def test_inputs_from_a_file(here, greet: str, tmp_path: Path):
     assert here("run", greet, "--inputs", str(tmp_path / "in.yaml")).out == "**Hello** Grace\n"
 
 
-def test_missing_inputs_start_nothing(here, greet: str, crews: CrewServer):
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        pytest.param([], "Missing inputs: who", id="missing-input"),
+        pytest.param(["-i", "who=Ada", "-i", "colour=red"], "Unknown inputs: colour.", id="unknown"),
+        pytest.param(["-i", "who=Ada", "--restore-from", "42"], "restore_from is '42'", id="no-state"),
+        pytest.param(["-i", "who=Ada", "--timeout", "0"], "timeout", id="no-time"),
+        pytest.param(["-i", "who=Ada", "--key", "{{ tomorrow }}"], "scheduled_start", id="no-key"),
+    ],
+)
+def test_what_cannot_be_used_starts_nothing(here, greet: str, crews: CrewServer, options: list[str], said: str):
     before = crews.kickoffs
-    done = here("run", greet, "--json")
-    assert done.code == 16
-    assert "Missing inputs: who" in done.json["error"]["message"]
+    done = here("run", greet, *options, "--json")
+    assert done.code == 2
+    assert said in done.json["error"]["message"]
     assert crews.kickoffs == before
 
 
-def test_an_unknown_input_starts_nothing_unless_extra_ones_are_allowed(here, greet: str, crews: CrewServer):
-    before = crews.kickoffs
-    line = ("run", greet, "-i", "who=Ada", "-i", "colour=red")
-    done = here(*line)
-    assert done.code == 16
-    assert "Unknown inputs: colour. The crew takes: who. Nothing was started." in done.err
-    assert "--allow-extra" in done.err
-    assert crews.kickoffs == before
-    assert here(*line, "--allow-extra").code == 0
-    assert [*crews.runtime.crews["greet"]][-1].inputs == {"who": "Ada", "colour": "red"}
-
-
-def test_a_state_to_restore(here, greet: str, crews: CrewServer):
+def test_extra_inputs_and_a_state_to_restore(here, greet: str, crews: CrewServer):
     state = "3f2b8c1e-9d47-4a6b-8f0e-5c1d2a7b9e64"
-    assert here("run", greet, "-i", "who=Ada", "--restore-from", state).code == 0
-    assert [*crews.runtime.crews["greet"]][-1].restore_from == state
-    wrong = here("run", greet, "-i", "who=Ada", "--restore-from", "42")
-    assert wrong.code == 25
-    assert "restore_from is '42'" in wrong.err
+    line = ("-i", "who=Ada", "-i", "colour=red", "--allow-extra", "--restore-from", state)
+    assert here("run", greet, *line).code == 0
+    last = [*crews.runtime.crews["greet"]][-1]
+    assert (last.inputs, last.restore_from) == ({"who": "Ada", "colour": "red"}, state)
 
 
 def test_a_failed_crew(here, prefect_api: PrefectServer, crews: CrewServer):
     done = here("run", f"{crews.url}/broken", "-i", "who=Ada")
-    assert done.code == 10
-    assert "no idea who Ada is" in done.err
-    assert "attempt 1 of at most 3" in done.err
-    assert "/runs/flow-run/" in done.err
-    assert done.out == ""
+    assert (done.code, done.out) == (3, "")
+    for part in ("no idea who Ada is", "attempt 1 of at most 3", "/runs/flow-run/"):
+        assert part in done.err
     assert "Traceback" not in done.err
 
 
@@ -160,45 +196,24 @@ def test_a_server_that_is_down_is_tried_again_and_it_is_said(
 
     monkeypatch.setattr(kickoff_crew, "retry_delay_seconds", [0.05, 0.1, 0.15])
     done = here("run", "http://127.0.0.1:1", "-i", "who=Ada")
-    assert done.code == 21
-    retries = re.findall(r"failed \(CrewConnectionError\)\. (Retry \d of 3 in [\d.]+ s)\.", done.err)
-    assert retries == ["Retry 1 of 3 in 0.05 s", "Retry 2 of 3 in 0.1 s", "Retry 3 of 3 in 0.15 s"]
+    assert done.code == 1
+    assert re.findall(r"Retry \d/3", done.err) == ["Retry 1/3", "Retry 2/3", "Retry 3/3"]
     assert done.err.count("The crew's inputs could not be checked before the kickoff") == 1
-    assert done.err.count("POST http://127.0.0.1:1/kickoff got no answer") == 1
 
 
 def test_a_timeout_leaves_the_crew_running(here, prefect_api: PrefectServer, crews: CrewServer):
     done = here("run", f"{crews.url}/slow", "-i", "who=Ada", "--timeout", "0.3", "--json")
-    assert done.code == 13
+    assert done.code == 5
     kickoff_id = done.json["error"]["kickoff_id"]
     assert "left running" in done.err
-    assert here("status", f"{crews.url}/slow", kickoff_id, "--json").json["state"] == "running"
+    assert "The crew's server: running" in here("runs", "show", kickoff_id, "--crew", f"{crews.url}/slow").out
     assert here("stop", f"{crews.url}/slow", kickoff_id).code == 0
-
-
-@pytest.mark.parametrize("timeout", ["0", "-1"])
-def test_a_timeout_that_makes_no_sense(here, greet: str, timeout: str):
-    done = here("run", greet, "-i", "who=Ada", "--timeout", timeout)
-    assert done.code == 25
-    assert "timeout" in done.err
-
-
-def test_a_idempotency_key_that_makes_no_sense(here, greet: str):
-    done = here("run", greet, "-i", "who=Ada", "--key", "{{ tomorrow }}")
-    assert done.code == 25
-    assert "scheduled_start" in done.err
-
-
-def test_no_result_under_a_key_that_nobody_used(here, prefect_api: PrefectServer):
-    assert here("result", "never used").code == 27
 
 
 def test_a_prefect_api_that_is_away_is_a_paragraph(here, crews: CrewServer, away: None):
     done = here("run", f"{crews.url}/greet", "-i", "who=Ada", "--json")
-    assert done.code == 30
-    assert done.json["error"]["exit_code"] == 30
+    assert (done.code, done.json["error"]["type"]) == (1, "PrefectAwayError")
     assert "http://127.0.0.1:1/api does not answer" in done.err
-    assert "Traceback" not in done.err
 
 
 @pytest.mark.parametrize(
@@ -216,9 +231,9 @@ def test_only_ctrl_c_stops_the_crew(
         assert process.wait(30) == code
         assert process.family() == []
     (run,) = [run for run in crews.runs if run.meta and run.meta.get("idempotency_key") == key]
-    told = here("status", url, run.id, "--json").json["state"]
+    found = str(run.state)
     here("stop", url, run.id)
-    assert told == state, process.output
+    assert found == state, process.output
     assert "Traceback" not in process.output
     document, _ = json.JSONDecoder().raw_decode(process.output, process.output.index('{\n  "error"'))
     assert document["error"].items() >= {"kickoff_id": run.id, "idempotency_key": key, "exit_code": code}.items()

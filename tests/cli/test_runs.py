@@ -1,16 +1,17 @@
-"""`runs`: what is open, resolving what is uncertain, pruning what is old, on a real Prefect server."""
+"""`runs`: what records mean, resolving what is uncertain, pruning what is old."""
 
 from __future__ import annotations
 
 import asyncio
 import uuid
 from collections.abc import Callable
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import httpx
 import pytest
 
+from prefect_crew.cli.runs import Condition, RunLine, condition_of, look_at, todo
 from prefect_crew.devserver import CrewServer
 from prefect_crew.records.model import RecordPhase, RunRecord, utcnow
 from support.prefect_server import PrefectServer
@@ -59,11 +60,10 @@ def test_an_uncertain_run_is_listed_first_with_what_to_do(here, write: Write):
     about = listed.out[listed.out.index(record.idempotency_key) :]
     assert "the connection broke" in about
     assert f"prefect-crew runs resolve '{record.idempotency_key}' --kickoff-id ID" in about
-    # Nobody waits for a run that no flow run has started.
     about = listed.out[listed.out.index(started.idempotency_key) :]
-    assert f"prefect-crew status greeting {started.kickoff_id}" in about
-    only = here("runs", "list", "--uncertain", "--json").json
-    assert {line["standing"] for line in only} == {"uncertain"}
+    assert "No flow run waits for it. Run again with its key" in about
+    only = here("runs", "list", "--only", "uncertain", "--json").json
+    assert {line["condition"] for line in only} == {"uncertain"}
     assert record.idempotency_key in {line["idempotency_key"] for line in only}
     assert started.idempotency_key not in {line["idempotency_key"] for line in only}
 
@@ -74,7 +74,7 @@ def test_ended_runs_are_listed_when_asked_for(here, write: Write):
     assert "no idea" in here("runs", "--all").out
     (line,) = [
         line
-        for line in here("runs", "--phase", "ended", "--json").json
+        for line in here("runs", "--only", "ended", "--json").json
         if line["idempotency_key"] == record.idempotency_key
     ]
     assert line["state"] == "failed"
@@ -83,10 +83,17 @@ def test_ended_runs_are_listed_when_asked_for(here, write: Write):
     assert record.inputs_digest in shown.out
 
 
-def test_show_finds_a_run_by_its_kickoff_id_too(here, write: Write):
-    record = write(phase=RecordPhase.STARTED, kickoff_id=f"k-{uuid.uuid4()}", kicked_off_at=utcnow())
-    assert here("runs", "show", str(record.kickoff_id), "--json").json[0]["idempotency_key"] == record.idempotency_key
-    assert here("runs", "show", "nobody used this").code == 27
+def test_show_finds_a_run_by_its_kickoff_id_and_asks_the_crew(here, write: Write, crews: CrewServer):
+    record = write(phase=RecordPhase.STARTED, kickoff_id=kicked_off(crews), kicked_off_at=utcnow())
+    kickoff_id, crew = str(record.kickoff_id), ("--crew", f"{crews.url}/greet")
+    shown = here("runs", "show", kickoff_id, *crew)
+    assert record.idempotency_key in shown.out
+    assert "The crew's server: " in shown.out
+    document = here("runs", "show", kickoff_id, *crew, "--json").json[-1]
+    assert document["status"]["kickoff_id"] == kickoff_id
+    assert "raw" not in document["status"]
+    assert "so its server was not asked" in here("runs", "show", kickoff_id).err
+    assert here("runs", "show", "nobody used this").code == 1
 
 
 def test_a_resolved_run_goes_on_as_if_nothing_had_happened(
@@ -98,11 +105,11 @@ def test_a_resolved_run_goes_on_as_if_nothing_had_happened(
     record = write(**uncertain(inputs_digest=digest))
     ran = ("run", url, "-i", "who=Ada", "--key", record.idempotency_key)
     before = here(*ran)
-    assert before.code == 14
+    assert before.code == 4
     assert "prefect-crew runs resolve" in before.err
 
     unknown = here("runs", "resolve", record.idempotency_key, "--kickoff-id", "made up", "--crew", url)
-    assert unknown.code == 25
+    assert unknown.code == 2
     assert "does not know run made up" in unknown.err
     kickoff_id = kicked_off(crews)
     resolved = here("runs", "resolve", record.idempotency_key, "--kickoff-id", kickoff_id, "--crew", url)
@@ -116,15 +123,15 @@ def test_a_resolved_run_goes_on_as_if_nothing_had_happened(
     assert crews.kickoffs == kickoffs
 
     again = here("runs", "resolve", record.idempotency_key, "--never-started")
-    assert again.code == 27
+    assert again.code == 1
     assert "There is nothing to resolve" in again.err
     taken = write(**uncertain())
     other = here("runs", "resolve", taken.idempotency_key, "--kickoff-id", kickoff_id, "--crew", url)
-    assert other.code == 25
+    assert other.code == 2
     assert f"belongs to the idempotency key '{record.idempotency_key}'" in other.err
 
 
-def test_a_run_that_never_started_is_bought_anew(here, write: Write, crews: CrewServer, instant_polling: None):
+def test_a_run_that_never_started_is_started_anew(here, write: Write, crews: CrewServer, instant_polling: None):
     from prefect_crew.client.inputs import inputs_digest
 
     record = write(**uncertain(inputs_digest=inputs_digest({"who": "Ada"})))
@@ -144,7 +151,7 @@ def test_a_run_that_the_server_has_forgotten_can_be_given_up(
     record = write(phase=RecordPhase.STARTED, kickoff_id=f"gone-{uuid.uuid4()}", **facts)
     ran = ("run", url, "-i", "who=Ada", "--key", record.idempotency_key)
     lost = here(*ran)
-    assert lost.code == 12
+    assert lost.code == 3
     assert f"prefect-crew runs resolve '{record.idempotency_key}' --lost" in lost.err
     assert (
         f"prefect-crew runs resolve '{record.idempotency_key}' --lost"
@@ -153,10 +160,10 @@ def test_a_run_that_the_server_has_forgotten_can_be_given_up(
 
     known = write(phase=RecordPhase.STARTED, kickoff_id=kicked_off(crews), **facts)
     refused = here("runs", "resolve", known.idempotency_key, "--lost", "--crew", url)
-    assert (refused.code, "Nothing was changed" in refused.err) == (25, True), refused.err
+    assert (refused.code, "Nothing was changed" in refused.err) == (2, True), refused.err
 
     assert here("runs", "resolve", record.idempotency_key, "--lost", "--crew", url).code == 0
-    assert here("runs", "resolve", record.idempotency_key, "--lost").code == 27
+    assert here("runs", "resolve", record.idempotency_key, "--lost").code == 1
     kickoffs = crews.kickoffs
     assert here(*ran).code == 0
     assert crews.kickoffs == kickoffs + 1
@@ -189,11 +196,91 @@ def test_prune(here, write: Write, monkeypatch: pytest.MonkeyPatch):
     assert counted["dry_run"] is True
     assert here("runs", "show", old.idempotency_key).code == 0
     assert here("runs", "prune").out.startswith(f"{counted['runs']} records removed")
-    assert here("runs", "show", old.idempotency_key).code == 27
+    assert here("runs", "show", old.idempotency_key).code == 1
     assert here("runs", "show", open_.idempotency_key).code == 0
 
 
 def test_a_prefect_api_that_is_away(here, away: None):
     done = here("runs")
-    assert done.code == 30
+    assert done.code == 1
     assert done.out == ""
+
+
+# What records mean
+
+
+def record(**facts: Any) -> RunRecord:
+    return RunRecord(
+        **{
+            "idempotency_key": "daily",
+            "attempt": 1,
+            "crew": "travel",
+            "crew_url": "https://travel.example.com",
+            "inputs_digest": "d" * 32,
+            "owner": "o",
+            "claimed_at": NOW - timedelta(seconds=20),
+            "open_for": 20.0,
+            **facts,
+        }
+    )
+
+
+NOW = datetime(2026, 5, 1, 12, tzinfo=UTC)
+STARTED = {"phase": RecordPhase.STARTED, "kickoff_id": "k1", "kicked_off_at": NOW - timedelta(seconds=19)}
+ASKED = {**STARTED, "human_since": NOW - timedelta(seconds=5)}
+
+
+@pytest.mark.parametrize(
+    ("facts", "owner_ended", "has_waiters", "condition"),
+    [
+        pytest.param({}, False, True, Condition.CLAIMED, id="being-sent"),
+        pytest.param({}, True, True, Condition.NOT_STARTED, id="claimed-by-a-dead-flow-run"),
+        pytest.param({"open_for": 0.0}, False, True, Condition.NOT_STARTED, id="claimed-too-long-ago"),
+        pytest.param({"permit": 1}, True, True, Condition.UNCERTAIN, id="sent-by-a-dead-flow-run"),
+        pytest.param({"permit": 1, "open_for": 0.0}, False, True, Condition.UNCERTAIN, id="sent-too-long-ago"),
+        pytest.param({"phase": RecordPhase.UNCERTAIN}, False, True, Condition.UNCERTAIN, id="uncertain"),
+        pytest.param(STARTED, False, True, Condition.IN_FLIGHT, id="in-flight"),
+        pytest.param(ASKED, False, True, Condition.WAITING, id="waiting"),
+        pytest.param(STARTED, False, False, Condition.ORPHANED, id="orphaned"),
+        pytest.param(ASKED, False, False, Condition.ORPHANED, id="orphaned-while-waiting"),
+        pytest.param({"phase": RecordPhase.ENDED, "state": "failed"}, False, True, Condition.ENDED, id="ended"),
+        pytest.param({"phase": RecordPhase.NOT_STARTED}, True, False, Condition.NOT_STARTED, id="not-started"),
+    ],
+)
+def test_condition(facts: dict[str, Any], owner_ended: bool, has_waiters: bool, condition: Condition):
+    found = record(**facts)
+    assert condition_of(found, owner_ended=owner_ended, has_waiters=has_waiters) is condition
+    needs_a_person = (Condition.UNCERTAIN, Condition.ORPHANED, Condition.WAITING, Condition.ENDED)
+    assert bool(todo(found, condition)) is (condition in needs_a_person)
+
+
+def test_since_when_and_what_to_do():
+    assert RunLine(record(), Condition.CLAIMED, "").since == NOW - timedelta(seconds=20)
+    assert RunLine(record(**STARTED), Condition.IN_FLIGHT, "").since == STARTED["kicked_off_at"]
+    assert RunLine(record(**ASKED), Condition.WAITING, "").since == ASKED["human_since"]
+    assert todo(record(phase=RecordPhase.ENDED, state="completed"), Condition.ENDED) == ""
+    assert "approve k1, or" in todo(record(**ASKED), Condition.WAITING)
+    of_url = record(**ASKED, crew="travel.example.com")
+    assert "approve k1 --crew https://travel.example.com, or" in todo(of_url, Condition.WAITING)
+
+
+class Flows:
+    """Records of which only the questions about flow runs are asked; it counts them."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    async def owner_ended(self, record: RunRecord) -> bool:
+        self.asked += 1
+        return False
+
+    async def other_waiters(self, record: RunRecord, flow_run_id: str | None) -> list[str]:
+        self.asked += 1
+        return ["f1"]
+
+
+async def test_flow_runs_are_asked_about_only_where_that_matters():
+    for facts, asked in (({}, 1), (STARTED, 1), ({"phase": RecordPhase.UNCERTAIN}, 0), ({"phase": "ended"}, 0)):
+        flows: Any = Flows()
+        await look_at(record(**facts), flows)
+        assert flows.asked == asked

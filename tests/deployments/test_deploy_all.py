@@ -27,7 +27,7 @@ IN_PROCESSES = [
     "recover/crashed",
 ]
 ON_THE_CREW_WORKER = {
-    "run-deployed-crew/evenings": "prefect_crew.run_deployed_crew",
+    "deployed-crew/evenings": "prefect_crew.run_deployed_crew",
     "deployed-pipeline/report": "prefect_crew.run_deployed_pipeline",
     "prune-records/sweep": "prefect_crew.operations.prune_records",
 }
@@ -67,7 +67,7 @@ def test_the_templates_of_a_pipeline_survive_prefects_own_templating(site: Site)
 
 def test_a_crew_worker_runs_them(site: Site, tmp_path: Path):
     parameters: dict[str, dict[str, Any]] = {
-        "run-deployed-crew/evenings": {},
+        "deployed-crew/evenings": {},
         "deployed-pipeline/report": {"inputs": {"topic": "rye"}},
         "prune-records/sweep": {"dry_run": True},
     }

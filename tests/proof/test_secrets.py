@@ -433,7 +433,7 @@ def assert_no_secret_is_left(own_server: PrefectServer, client: Path) -> None:
         )
     raw = b"".join(path.read_bytes() for path in own_server.database.parent.glob("prefect.db*"))
     files = [path.read_bytes() for path in client.rglob("*") if path.is_file()]
-    assert "run-deployed-crew" in dump
+    assert "deployed-crew" in dump
     for name, told in LEFT.items():
         every = [told.token, *told.secret_values]
         assert not found(every, dump), name

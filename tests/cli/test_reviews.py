@@ -115,7 +115,7 @@ def test_what_waits_is_listed_answered_and_goes_on(here: Any, block: str) -> Non
         (2, True, "sent"),
     ]
     again = here("reviews", "approve", asking.idempotency_key)
-    assert again.code == 27
+    assert again.code == 1
     assert "does not wait for a person: it has ended (completed)" in again.err
 
 
@@ -159,7 +159,7 @@ def test_an_answer_whose_fate_is_unknown_is_not_given_again(here: Any, block: st
     assert asyncio.run(PrefectRecords().add_review(record, 1, sent))
     resumes = crews.requests["resume"]
     refused = here("reviews", "approve", str(record.kickoff_id))
-    assert refused.code == 27
+    assert refused.code == 1
     assert "nobody knows whether it arrived" in refused.err
     assert "by Grace" in refused.err
     assert crews.requests["resume"] == resumes
@@ -170,7 +170,7 @@ def test_a_round_that_was_not_looked_at_is_not_answered(here: Any, block: str, c
     record = write(crews, crew=block, kickoff_id=asked(crews))
     resumes = crews.requests["resume"]
     refused = here("reviews", "approve", record.idempotency_key, "--round", "2")
-    assert refused.code == 27
+    assert refused.code == 1
     assert "is at round 1, not 2" in refused.err
     assert crews.requests["resume"] == resumes
 
@@ -180,7 +180,7 @@ def test_a_crew_that_is_not_stored_is_listed_as_noted_and_asked_for(here: Any, c
     (line,) = [one for one in here("reviews", "--json").json if one["idempotency_key"] == record.idempotency_key]
     assert (line["seen"], line["task_id"], line["output"]) == (False, "draft", None)
     refused = here("reviews", "approve", record.idempotency_key)
-    assert refused.code == 27
+    assert refused.code == 1
     assert "Give --crew" in refused.err
     done = here("reviews", "approve", record.idempotency_key, "--crew", f"{crews.url}/reviewed", "--by", "Ada")
     assert done.code == 0, done.err
@@ -191,7 +191,7 @@ def test_what_names_no_run_or_several_is_refused(here: Any, crews: CrewServer) -
     first = write(crews, kickoff_id=f"twin-{uuid.uuid4()}")
     write(crews, kickoff_id=f"twin-{uuid.uuid4()}")
     assert "2 runs in flight begin with 'twin-'" in here("reviews", "approve", "twin-").err
-    assert here("reviews", "approve", "nobody has this").code == 27
+    assert here("reviews", "approve", "nobody has this").code == 1
     gone = write(crews, phase=RecordPhase.ENDED, state="failed", ended_at=utcnow(), kickoff_id="ended")
     assert "has ended (failed)" in here("reviews", "show", gone.idempotency_key).err
     assert here("reviews", "reject", str(first.kickoff_id)).code == 2

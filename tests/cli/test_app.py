@@ -1,0 +1,255 @@
+"""The program itself: its help, mistakes on its line, and how errors become words and exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import cyclopts
+import httpx
+import pytest
+from prefect.exceptions import PrefectHTTPStatusError
+from pydantic import BaseModel, SecretStr
+
+from prefect_crew import exceptions
+from prefect_crew.cli import app as module
+from prefect_crew.cli import main, run
+from prefect_crew.cli._errors import EXIT_CODES, UsageError, by_options, exit_code, message, reason
+from prefect_crew.cli.app import app
+from prefect_crew.devserver import CrewServer
+from support.commands import environment
+from support.environment import program
+from support.prefect_server import PrefectServer
+
+COMMANDS = [
+    ["demo"], ["serve"], ["inputs"], ["run"], ["result"], ["stop"], ["save"], ["deploy"], ["backfill"], ["doctor"],
+    ["webhooks"], ["runs"], ["runs", "list"], ["runs", "show"], ["runs", "resolve"], ["runs", "prune"], ["reviews"],
+    ["reviews", "approve"], ["batch"],
+]  # fmt: skip
+
+
+def test_every_command_has_help(here):
+    assert {line[0] for line in COMMANDS} == {name for name in app if not name.startswith("-")}
+    for line in COMMANDS:
+        helped = here(*line, "--help")
+        assert (helped.code, helped.err) == (0, "")
+        assert helped.out.startswith(f"Usage: prefect-crew {' '.join(line)}")
+        assert helped.out.split("\n\n")[1].strip().endswith((".", "!")), "a sentence says what the command does"
+
+
+@pytest.mark.parametrize("line", [[], ["--debug"]])
+def test_without_a_command_it_shows_its_help(line: list[str], capsys: pytest.CaptureFixture[str]):
+    assert main(line) == 0
+    assert capsys.readouterr().out.startswith("Usage: prefect-crew COMMAND")
+
+
+def test_help_and_version_do_without_prefect():
+    script = (
+        "import sys; from prefect_crew.cli import main; codes = main(['--help']), main(['--version']); "
+        "print(codes, 'prefect' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-2:] == [version("prefect-crew"), "(0, 0) False"]
+
+
+@pytest.mark.parametrize("line", [["--help"], ["serve", "--help"], ["inputs", "URL"]])
+def test_a_reader_that_has_gone(tmp_path: Path, crews: CrewServer, line: list[str]):
+    """As behind `prefect-crew … | head -1`: the convention is 128 + SIGPIPE, and nothing on standard error."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [program("prefect-crew"), *(f"{crews.url}/greet" if word == "URL" else word for word in line)]
+    try:
+        done = subprocess.run(
+            command, stdout=writing, stderr=subprocess.PIPE, env=environment(tmp_path), timeout=60, check=False
+        )
+    finally:
+        os.close(writing)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        pytest.param(["bogus"], id="no-such-command"),
+        pytest.param(["stop", "http://127.0.0.1:1"], id="argument-missing"),
+        pytest.param(["inputs", "http://127.0.0.1:1", "--bogus"], id="no-such-option"),
+        pytest.param(["serve", "--port", "many"], id="no-number"),
+        pytest.param(["serve", "--port", "99999"], id="no-port"),
+        pytest.param(["run", "http://127.0.0.1:1", "-i", "topic"], id="pair-without-a-sign"),
+        pytest.param(["runs", "resolve", "key"], id="resolved-as-what"),
+        pytest.param(["runs", "resolve", "key", "--lost", "--never-started"], id="resolved-as-both"),
+        pytest.param(["runs", "--only", "odd"], id="no-such-condition"),
+        pytest.param(["runs", "prune", "--older-than", "long"], id="no-age"),
+        pytest.param(["deploy", "x", "--serve", "--pool", "p"], id="served-on-a-pool"),
+        pytest.param(["deploy", "x", "--timezone", "UTC"], id="time-zone-of-no-schedule"),
+        pytest.param(["deploy"], id="nothing-to-deploy"),
+        pytest.param(["deploy", "x", "--flow", "a.b"], id="two-things-to-deploy"),
+        pytest.param(["backfill", "x/y", "--from", "yesterday", "--to", "2024-03-01"], id="no-day"),
+        pytest.param(["inputs", "block", "--token", "t-1234"], id="token-for-a-block"),
+    ],
+)
+def test_mistakes_on_the_line_are_usage_errors(here, line: list[str], prefect_api):
+    done = here(*line)
+    assert (done.code, done.out) == (2, "")
+    assert "Traceback" not in done.err
+    assert done.err.strip().endswith("prefect-crew COMMAND --help their options.")
+
+
+@pytest.mark.parametrize(
+    ("line", "code", "said"),
+    [
+        pytest.param(["inputs", "ftp://x.test"], 2, "ftp", id="no-http"),
+        pytest.param(["inputs", "http://crew.example.com"], 2, "--allow-http", id="plain-http-over-a-network"),
+        pytest.param(["inputs", "http://me:secret-word@127.0.0.1:1"], 2, "", id="credentials-in-the-url"),
+        pytest.param(["inputs", "http://127.0.0.1:1"], 1, "no answer", id="nobody-there"),
+        pytest.param(["serve", "no-such-crew"], 2, "no-such-crew", id="no-such-script"),
+        pytest.param(["serve", "echo", "--fault", "kickoff:odd"], 2, "odd", id="no-such-fault"),
+        pytest.param(["serve", "echo", "--host", "192.0.2.1"], 1, "cannot be listened on", id="not-our-address"),
+        pytest.param(["deploy", "http://127.0.0.1:1"], 2, "prefect-crew save NAME", id="deployment-of-a-url"),
+    ],
+)
+def test_errors_are_a_paragraph_with_a_code(here, line: list[str], code: int, said: str):
+    done = here(*line)
+    assert (done.code, done.out) == (code, "")
+    assert said in done.err
+    assert len(done.err.strip().splitlines()) == 1
+    assert "secret-word" not in done.err
+
+
+def test_debug_shows_the_traceback_wherever_it_stands(here):
+    for line in (["--debug", "inputs", "http://127.0.0.1:1"], ["inputs", "http://127.0.0.1:1", "--debug"]):
+        assert "Traceback (most recent call last)" in here(*line).err
+
+
+def test_a_token_never_appears_even_with_debug(here, crews: CrewServer):
+    for given in (["--token", "wrong-token-9"], ["--token=wrong-token-9"]):
+        done = here("inputs", f"{crews.url}/greet", *given, "--debug")
+        assert done.code == 1
+        assert "wrong-token-9" not in done.out + done.err
+    assert "prefect-crew save" in done.err
+
+
+def test_without_a_token_it_says_where_one_stands(here, crews: CrewServer, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("CREW_TOKEN")
+    done = here("inputs", f"{crews.url}/greet")
+    assert done.code == 2
+    assert "set CREW_TOKEN or give --token. It stands on the Status tab" in done.err
+
+
+def test_json_tells_errors_as_one_document(here):
+    error = here("inputs", "http://127.0.0.1:1", "--json").json["error"]
+    assert (error["type"], error["exit_code"]) == ("CrewConnectionError", 1)
+    assert here("inputs", "--json").json["error"]["exit_code"] == 2
+
+
+class _Model(BaseModel):
+    number: int
+    token: SecretStr = SecretStr("")
+
+
+def _json() -> None:
+    json.loads("{")
+
+
+@pytest.mark.usefixtures("instant_polling")
+def test_an_error_after_the_kickoff_names_the_run_and_never_says_that_nothing_was_sent(
+    here, prefect_api: PrefectServer, crews: CrewServer, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(run, "put_result", lambda *_, **__: _json())
+    before = crews.kickoffs
+    done = here("run", f"{crews.url}/greet", "-i", "who=Ada", "--json")
+    assert (crews.kickoffs, done.code) == (before + 1, 1)
+    kickoff_id = [*crews.runtime.crews["greet"]][-1].id
+    assert f"Run {kickoff_id} was started and is on record: prefect-crew result" in done.err
+    assert "see --debug" in done.err
+    assert done.json["error"].items() >= {"kickoff_id": kickoff_id, "exit_code": 1}.items()
+    monkeypatch.setattr(module, "run", lambda _: _json())
+    assert kickoff_id not in here("doctor").err, "the run of an earlier command"
+
+
+# Exit codes
+
+
+def test_the_documentation_lists_all_codes():
+    page = (Path(__file__).parents[2] / "docs" / "cli.md").read_text(encoding="utf-8")
+    listed = dict(re.findall(r"^\| (\d+) \| (.+?) \|$", page, re.MULTILINE))
+    assert {int(code): meaning for code, meaning in listed.items()} == dict(EXIT_CODES)
+
+
+def _answer(status: int, body: dict[str, str] | None = None) -> PrefectHTTPStatusError:
+    request = httpx.Request("POST", "http://prefect.test/api/variables/")
+    response = httpx.Response(status, request=request, json=body or {})
+    return PrefectHTTPStatusError(f"Client error {status}", request=request, response=response)
+
+
+UNKNOWN_OPTION = cyclopts.UnknownOptionError(token=None, argument_collection=None)  # type: ignore[call-arg, arg-type]
+ERRORS = {
+    "our-usage": (UsageError("no"), 2),
+    "cyclopts": (UNKNOWN_OPTION, 2),
+    "configuration": (exceptions.ConfigurationError("no"), 2),
+    "inputs": (exceptions.InvalidInputsError(status_code=422, method="POST", path="/kickoff"), 2),
+    "failed": (exceptions.CrewFailedError(kickoff_id="k", error="no"), 3),
+    "lost": (exceptions.CrewLostError(kickoff_id="k"), 3),
+    "uncertain": (exceptions.KickoffUncertainError(idempotency_key="k", reason="x"), 4),
+    "timeout": (exceptions.CrewTimeoutError(kickoff_id="k", phase="running", budget=1, last_state="running"), 5),
+    "bad-rows": (exceptions.BadRowsError([], 1, source="x"), 6),
+    "any-crew-error": (exceptions.CrewError("no"), 1),
+    "any-answer": (exceptions.CrewAPIError(status_code=418, method="GET", path="/"), 1),
+    "value": (ValueError("no"), 1),
+    "file": (FileNotFoundError(2, "no such file", "x"), 1),
+    "prefect": (_answer(503), 1),
+    "closed-pipe": (BrokenPipeError(), 141),
+    "interrupted": (KeyboardInterrupt(), 130),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_code_of(name: str):
+    error, code = ERRORS[name]
+    assert exit_code(error) == code
+    assert code in EXIT_CODES
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        pytest.param(_answer(409, {"detail": "taken\nalready"}), "answered with 409, taken already.", id="refused"),
+        pytest.param(_answer(503), "The Prefect API does not answer", id="unavailable"),
+        pytest.param(httpx.ConnectError("refused"), "prefect server start", id="refuses-connections"),
+        pytest.param(RuntimeError("Failed to reach API at http://x."), "prefect server start", id="says-so"),
+        pytest.param(KeyError("x"), "KeyError: 'x'. This is unexpected: see --debug.", id="unexpected"),
+    ],
+)
+def test_a_message_is_one_line_that_says_what_to_do(error: Exception, said: str):
+    assert said in message(error)
+    assert message(error).isprintable()
+    assert "developer.mozilla" not in message(error)
+
+
+def test_a_message_about_wrong_fields_shows_no_value():
+    with pytest.raises(ValueError, match="number") as caught:
+        _Model(token="hush-hush", number="dear")  # type: ignore[arg-type]
+    assert reason(caught.value).startswith("number: ")
+    assert reason(caught.value) in message(caught.value)
+    assert not re.search("hush-hush|dear", message(caught.value))
+
+
+@pytest.mark.parametrize(
+    ("said", "shown"),
+    [
+        pytest.param("say on_change='continue'; x", "say --on-change continue; x", id="a choice"),
+        pytest.param("Give max_in_flight=3 or less.", "Give --max-in-flight 3 or less.", id="a number"),
+        pytest.param("Give that ledger (ledger=…).", "Give that ledger (--ledger …).", id="a blank"),
+        pytest.param("again with retry_failed=True.", "again with --retry-failed.", id="a switch"),
+        pytest.param("ledger='secret://batch-ledger'.", "--ledger secret://batch-ledger.", id="an address"),
+        pytest.param("The ledger is away; my_key='x'", "The ledger is away; my_key='x'", id="nothing of the kind"),
+    ],
+)
+def test_arguments_are_named_as_the_command_line_has_them(said: str, shown: str):
+    assert by_options(said) == shown
+    assert message(exceptions.ConfigurationError(said)) == shown
