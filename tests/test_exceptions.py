@@ -98,7 +98,7 @@ ERRORS: dict[str, tuple[CrewError, list[str], str]] = {
     "timeout-stopped": (
         exceptions.CrewTimeoutError(kickoff_id="k1", phase="pending", budget=60, last_state=None, stopped=True),
         ["k1", "unseen", "It was stopped"],
-        "prefect-crew status CREW k1",
+        "prefect-crew runs show k1",
     ),
     "timeout-stopped-with-a-key": (
         exceptions.CrewTimeoutError(

@@ -43,12 +43,11 @@ from prefect_crew import (
     resume_crew,
     run_batch,
     run_crew,
+    run_deployed_crew,
     run_pipeline,
     stop_crew,
     wait_for_crew,
 )
-from prefect_crew.client.models import CrewInput
-from prefect_crew.deployments import crew_flow
 from prefect_crew.runs.reviews.answer import Review
 from proof.echoing import Echo, echoing
 from support.environment import program
@@ -267,9 +266,9 @@ def deployed(name: str, told: Told) -> None:
     for key in ("secret", "nested"):
         block: Any = Secret(value=told.inputs[key])
         block.save(f"{name}-{key}")
-    known = [CrewInput(name=key) for key in told.inputs]
-    made: Any = crew_flow(name, known, secret_inputs=["secret", "nested"])
-    asyncio.run(made(topic="tea", secret=f"{name}-secret", nested=f"{name}-nested"))
+    deployed: Any = run_deployed_crew
+    inputs = {"topic": "tea", "secret": f"{name}-secret", "nested": f"{name}-nested"}
+    asyncio.run(deployed(crew=name, inputs=inputs))
 
 
 def deferred(name: str, told: Told) -> None:
