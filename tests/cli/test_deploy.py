@@ -218,7 +218,7 @@ def test_a_secret_input_is_loaded_in_the_run_and_stored_nowhere(
     assert (who["type"], who["description"][:50]) == ("string", "The name of the Prefect Secret block that holds it")
     state = asyncio.run(run_of(found, {}))
     assert state.is_completed(), state
-    assert crews.runs[-1].inputs == {"who": secret}
+    assert {"who": secret} in [run.inputs for run in crews.runs]
     drain()
     assert prefect_api.database is not None
     with closing(sqlite3.connect(prefect_api.database)) as database:
