@@ -42,7 +42,7 @@ if TYPE_CHECKING:
         run_deployed_pipeline,
         run_pipeline,
     )
-    from prefect_crew.runs.reviews.answer import Review, ReviewRequest
+    from prefect_crew.runs.reviews.questions import Review, ReviewRequest
     from prefect_crew.states import CrewState
     from prefect_crew.tasks import discover_inputs, kickoff_crew, resume_crew, stop_crew, wait_for_crew
 
@@ -73,7 +73,7 @@ __getattr__, __dir__ = lazy_names(
         "pipelines.check": "PipelinePlan",
         "pipelines.graph": "CrewStep PipelineContext",
         "pipelines.run": "PipelineResult aplan_pipeline arun_pipeline plan_pipeline run_deployed_pipeline run_pipeline",
-        "runs.reviews.answer": "Review ReviewRequest",
+        "runs.reviews.questions": "Review ReviewRequest",
         "states": "CrewState",
         "tasks": "discover_inputs kickoff_crew resume_crew stop_crew wait_for_crew",
     },

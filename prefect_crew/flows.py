@@ -26,7 +26,7 @@ from prefect_crew.crew import Crew, WaitPolicy
 from prefect_crew.exceptions import ConfigurationError, CrewError, CrewFailedError, CrewStoppedError
 from prefect_crew.records.store import PrefectRecords
 from prefect_crew.runs.options import check_choices
-from prefect_crew.runs.reviews.answer import ReviewChoice
+from prefect_crew.runs.reviews.questions import ReviewChoice
 from prefect_crew.runs.run import OpenRun, read_result, typed
 from prefect_crew.runs.secret_blocks import values_of_blocks
 from prefect_crew.states import CrewState

@@ -29,7 +29,7 @@ from prefect_crew.records.keys import calling_task, identify
 from prefect_crew.runs.actions import resume_run, stop_run
 from prefect_crew.runs.kickoff import open_run
 from prefect_crew.runs.options import check_choices
-from prefect_crew.runs.reviews.answer import ReviewChoice
+from prefect_crew.runs.reviews.questions import ReviewChoice
 from prefect_crew.runs.wait import wait_for_run
 
 P = ParamSpec("P")

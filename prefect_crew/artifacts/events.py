@@ -2,11 +2,12 @@
 
     crew.decided       what a call with an idempotency key does: payload `decision`
     crew.waiting       the run waits for a person
-    crew.resumed       it goes on: somebody answered
+    crew.reviewed      somebody answered: payload `task_id`, `round`, `approve`, `by`
+    crew.resumed       it goes on
     crew.completed, crew.failed, crew.stopped, crew.lost     once each, from whoever closed the record
     crew.uncertain     a kickoff was sent and nobody knows its fate
-    crew.timed_out     a waiter's patience ended; the run may go on
-    crew.resolved       an uncertain kickoff is known to have started the run, by a webhook: from the receiver, as
+    crew.timed_out     a wait's time was over; the run may go on
+    crew.resolved      an uncertain kickoff is known to have started the run, by a webhook: from the receiver, as
     crew.webhook.*     whatever a crew's server tells of a run: `prefect_crew.receiver`
 
 Emitting is a hand-over to Prefect's own background thread (0.15 ms) and raises nothing when the API is away.
@@ -28,7 +29,7 @@ def resources_of(record: RunRecord) -> tuple[dict[str, str], list[dict[str, str]
     resource = {
         "prefect.resource.id": f"prefect-crew.run.{record.kickoff_id or f'{record.idempotency_key}/{record.attempt}'}",
         "prefect.resource.name": f"{record.crew} run {record.kickoff_id or record.idempotency_key}",
-        "prefect-crew.run-key": record.idempotency_key,
+        "prefect-crew.idempotency-key": record.idempotency_key,
         "prefect-crew.crew": record.crew,
     }
     ids = {

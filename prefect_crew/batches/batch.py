@@ -189,7 +189,7 @@ async def _same(crew: Crew, record: RunRecord) -> Crew | None:
 async def _told(record: RunRecord) -> list[str]:
     """Return the kickoff ids that webhooks of this very claim have named, each once."""
     about = {
-        "resource": {"labels": {"prefect-crew.run-key": [record.idempotency_key]}},
+        "resource": {"labels": {"prefect-crew.idempotency-key": [record.idempotency_key]}},
         "event": {"prefix": ["crew.webhook."]},
         "occurred": {"since": record.claimed_at.isoformat()},
     }

@@ -171,7 +171,7 @@ def _answer(run: str, approve: bool, feedback: str, options: AnswerOptions, acce
     reach_prefect()
 
     async def send() -> tuple[RunRecord, SentReview]:
-        from prefect_crew.runs.reviews.answer import Review
+        from prefect_crew.runs.reviews.questions import Review
         from prefect_crew.runs.reviews.inbox import answer_run, find_asked
 
         async with open_stores() as (stores, _):

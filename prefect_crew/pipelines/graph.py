@@ -17,7 +17,7 @@ from prefect_crew.client.redaction import revealed
 from prefect_crew.crew import Crew, WaitPolicy
 from prefect_crew.exceptions import ConfigurationError
 from prefect_crew.runs.options import check_choices
-from prefect_crew.runs.reviews.answer import ReviewChoice
+from prefect_crew.runs.reviews.questions import ReviewChoice
 from prefect_crew.templates import GLOBALS, RESULT_FIELDS, attributes_in, names_in, render
 
 RESERVED = frozenset({"inputs", "steps"})

@@ -36,7 +36,7 @@ from prefect_crew.records.keys import identify
 from prefect_crew.runs.kickoff import knowing_inputs
 from prefect_crew.runs.options import check_choices
 from prefect_crew.runs.progress import watch_runs
-from prefect_crew.runs.reviews.answer import ReviewChoice
+from prefect_crew.runs.reviews.questions import ReviewChoice
 from prefect_crew.runs.run import OpenRun
 from prefect_crew.runs.secret_blocks import values_of_blocks
 

@@ -137,7 +137,10 @@ def prefect_event(event: WebhookEvent, record: RunRecord | None) -> dict[str, An
         resource, related = resources_of(record)
     else:
         run = f"{hook.idempotency_key}/{hook.attempt}" if hook.attempt else hook.idempotency_key
-        resource = {"prefect.resource.id": f"prefect-crew.run.{run}", "prefect-crew.run-key": hook.idempotency_key}
+        resource = {
+            "prefect.resource.id": f"prefect-crew.run.{run}",
+            "prefect-crew.idempotency-key": hook.idempotency_key,
+        }
         related = []
     return {
         "id": str(event.id),

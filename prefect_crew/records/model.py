@@ -144,8 +144,8 @@ class SentReview(BaseModel):
     """An answer for a person, written down before it was sent. `outcome` says what became of it.
 
     `asked` is a digest of what was to be judged, which tells the next question from the same one; None where that was
-    not known. `task_id` is masked, as all that is stored; `mark` is a digest of the crew's own id where that differs,
-    and `shown_mark` one of the task as the status named it. `moved_on`: the crew was seen in another state after it, so
+    not known. `task_id` is masked, as all that is stored; `mark` is a digest of the crew's own id, and
+    `shown_mark` one of the task as the status named it. `moved_on`: the crew was seen in another state after it, so
     that whatever it asks then is another question. `call` names the call of a flow that gave it, the same on every
     retry. `request` and `option`: which request of a Flow it answers at its callback, and with which outcome.
     """

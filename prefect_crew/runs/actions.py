@@ -17,7 +17,8 @@ from prefect_crew.exceptions import CrewError
 from prefect_crew.records.model import RecordPhase, ReviewStore
 from prefect_crew.records.store import PrefectRecords
 from prefect_crew.runs.limits import Slots
-from prefect_crew.runs.reviews.answer import LOOKS, Review, answer_question
+from prefect_crew.runs.reviews.answer import LOOKS, answer_question
+from prefect_crew.runs.reviews.questions import Review
 from prefect_crew.runs.run import OpenRun, find_run
 from prefect_crew.runs.stop import close_stopped
 

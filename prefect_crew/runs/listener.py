@@ -34,7 +34,7 @@ ANSWERED = "crew.reviewed"
 COMPLETED = "crew.webhook.crew"
 WAKING = (COMPLETED, ASKED, *(f"crew.webhook.stream.{kind}" for kind in RUN_ENDS), ANSWERED)
 """What wakes: an end, a person's turn, an answer. Tasks and steps do not, or every one would cost a status call."""
-RUN_KEY = "prefect-crew.run-key"
+KEY_LABEL = "prefect-crew.idempotency-key"
 SAFETY = (15.0, 30.0, 60.0)
 """Seconds between two looks while webhooks are trusted: the first, the second, all further ones."""
 DISTRUST = 600.0
@@ -193,7 +193,7 @@ class _Hub:
             await asyncio.sleep(RECONNECT)
 
     def _tell(self, event: Event) -> None:
-        idempotency_key = event.resource.get(RUN_KEY)
+        idempotency_key = event.resource.get(KEY_LABEL)
         if idempotency_key is None:
             return
         asked = _question(event)

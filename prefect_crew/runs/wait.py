@@ -32,7 +32,7 @@ from prefect_crew.runs.limits import Slots, slot_of
 from prefect_crew.runs.listener import Waker, waker_for
 from prefect_crew.runs.polling import NO_ANSWER, Phases, wait_until_ended
 from prefect_crew.runs.progress import tell
-from prefect_crew.runs.reviews.answer import ReviewChoice
+from prefect_crew.runs.reviews.questions import ReviewChoice
 from prefect_crew.runs.reviews.reviewer import People, TooManyRoundsError
 from prefect_crew.runs.run import OpenRun, find_run, recorded_result, result_of, typed
 from prefect_crew.runs.stop import cancelled_meanwhile, close_stopped, mark_cancelled, stop_if_asked, stop_once

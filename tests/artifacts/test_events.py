@@ -46,7 +46,7 @@ def test_a_run_is_the_resource_and_who_has_to_do_with_it_is_related():
     assert resource == {
         "prefect.resource.id": f"prefect-crew.run.{run.kickoff_id}",
         "prefect.resource.name": f"travel run {run.kickoff_id}",
-        "prefect-crew.run-key": "k",
+        "prefect-crew.idempotency-key": "k",
         "prefect-crew.crew": "travel",
     }
     assert [one["prefect.resource.id"] for one in related] == [

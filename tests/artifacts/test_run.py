@@ -14,13 +14,11 @@ from prefect import flow
 from prefect.runtime import flow_run
 
 from prefect_crew import (
-    CrewFailedError,
     CrewRun,
     CrewTimeoutError,
     WaitPolicy,
     arun_crew,
     kickoff_crew,
-    run_crew,
     wait_for_crew,
 )
 from prefect_crew.artifacts import run as run_module
@@ -30,7 +28,7 @@ from prefect_crew.runs.kickoff import open_run
 from prefect_crew.testing import CrewServerFactory
 from support.prefect_server import PrefectServer
 from support.proxy import Proxy, through
-from support.scripts import FAILS, script, slow
+from support.scripts import script, slow
 from support.seen import Seen
 
 pytestmark = pytest.mark.usefixtures("prefect_api", "instant_polling")
@@ -103,45 +101,12 @@ def test_an_artifact_shows_the_kickoff_and_then_the_end(crew_server: CrewServerF
         assert part in artifact["data"]
 
 
-def test_a_run_of_a_sync_flow_has_one_too(crew_server: CrewServerFactory, seen: Seen, name: str):
-    crew = crew_server(script({"seconds": 0.1, "output": "by tram"})).crew().crew.called(name)
-
-    @flow
-    def trip() -> str:
-        return run_crew(crew, {}).output
-
-    assert trip() == "by tram"
-    assert "✓ completed" in shown(seen, name)
-
-
-def test_a_failure_and_its_error_are_shown(crew_server: CrewServerFactory, seen: Seen, name: str):
-    crew = crew_server(FAILS).crew().crew.called(name)
-
-    async def run() -> None:
-        with pytest.raises(CrewFailedError):
-            await arun_crew(crew)
-
-    asyncio.run(run())
-    assert "✗ failed" in shown(seen, name)
-    assert "the search engine is down" in shown(seen, name)
-
-
 def test_a_timeout_is_shown_with_how_to_go_on(crew_server: CrewServerFactory, seen: Seen, name: str):
     run = kicked_off(crew_server(slow(60)).crew().crew.called(name))
     with pytest.raises(CrewTimeoutError):
         run.wait_for_completion(WaitPolicy(initial=0.1, timeout=0.4))
     assert "● running" in shown(seen, name)
     assert "was still running when its running time of 0.4 s was over" in shown(seen, name)
-
-
-def test_progress_is_shown_while_the_run_goes_on(
-    crew_server: CrewServerFactory, seen: Seen, name: str, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr("prefect_crew.runs.wait.SHOW_EVERY", 0.1)
-    run = kicked_off(crew_server(script({"seconds": 0.6}, {"seconds": 60})).crew().crew.called(name))
-    with pytest.raises(CrewTimeoutError):
-        run.wait_for_completion(WaitPolicy(initial=0.1, timeout=3))
-    assert "| Current task | task\\_2 |" in shown(seen, name)
 
 
 def test_each_run_has_its_own_under_the_key_of_its_crew(crew_server: CrewServerFactory, seen: Seen, name: str):

@@ -48,7 +48,7 @@ from prefect_crew import (
     stop_crew,
     wait_for_crew,
 )
-from prefect_crew.runs.reviews.answer import Review
+from prefect_crew.runs.reviews.questions import Review
 from proof.echoing import Echo, echoing
 from support.environment import program
 from support.prefect_server import PrefectServer, connected, drain, environment

@@ -30,13 +30,6 @@ async def test_each_kind_of_both_generations_is_taken(which: str, client: httpx.
     assert {event.hook.idempotency_key for event in kept.events} == {"city/lisbon"}
 
 
-async def test_the_run_is_the_one_of_the_url_whatever_the_body_says(client: httpx.AsyncClient, kept: Kept, urls: Urls):
-    body = {"kickoff_id": "another", "idempotency_key": "another", "meta": {"idempotency_key": "another"}}
-    await client.post(url_of(urls("mine"), "crew"), json=body)
-    (event,) = kept.events
-    assert (event.hook.idempotency_key, event.said["kickoff_id"]) == ("mine", "another")
-
-
 async def test_a_delivery_that_comes_twice_is_told_once(client: httpx.AsyncClient, kept: Kept, urls: Urls):
     hooks = urls()
     for _ in range(3):

@@ -31,7 +31,7 @@ def test_it_makes_the_event_that_the_receiver_would(which: str):
     assert event.event == ("crew.webhook.stream.crew_kickoff_started" if kind == "stream" else f"crew.webhook.{kind}")
     assert event.resource.id == "prefect-crew.run.k-1"
     meta = BODIES[which].get("meta")
-    assert event.resource.get("prefect-crew.run-key") == (meta["idempotency_key"] if meta else None)
+    assert event.resource.get("prefect-crew.idempotency-key") == (meta["idempotency_key"] if meta else None)
     said = json.dumps(event.payload)
     assert [word for word in SAID_BY_NOBODY if word in said] == []
 

@@ -84,7 +84,7 @@ async def test_a_run_tells_of_itself(generation: Any, receiver: str, key: str):
         "crew.webhook.stream.crew_kickoff_completed": 1,
     }
     for event in events:
-        assert event["resource"]["prefect-crew.run-key"] == key
+        assert event["resource"]["prefect-crew.idempotency-key"] == key
         assert event["payload"]["said"]["kickoff_id"] == result.kickoff_id
         roles = {related["prefect.resource.role"] for related in event["related"]}
         assert {"crew", "flow-run"} <= roles

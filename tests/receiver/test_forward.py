@@ -76,7 +76,7 @@ async def test_a_webhook_becomes_an_event_about_its_run(which: str, key: str, fo
     assert event["resource"] == {
         "prefect.resource.id": f"prefect-crew.run.id-of-{key}",
         "prefect.resource.name": f"travel run id-of-{key}",
-        "prefect-crew.run-key": key,
+        "prefect-crew.idempotency-key": key,
         "prefect-crew.crew": "travel",
     }
     related = {one["prefect.resource.role"]: one["prefect.resource.id"] for one in event["related"]}

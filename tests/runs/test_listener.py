@@ -153,7 +153,7 @@ async def test_the_end_of_a_flow_ends_the_pause(receiver: str) -> None:
 def ending(type_: str, tokens: int | None, *, kickoff_id: str = "k-1", idempotency_key: str = "key") -> Event:
     """Return what the receiver makes of a webhook about the end of a run, in the words of the hub's filter."""
     said = {"kickoff_id": kickoff_id, **({} if tokens is None else {"total_tokens": tokens})}
-    resource = {"prefect.resource.id": "prefect-crew.run.k-1", "prefect-crew.run-key": idempotency_key}
+    resource = {"prefect.resource.id": "prefect-crew.run.k-1", "prefect-crew.idempotency-key": idempotency_key}
     return Event(event=f"crew.webhook.{type_}", resource=resource, payload={"said": said})  # type: ignore[arg-type]
 
 

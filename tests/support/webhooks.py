@@ -179,7 +179,10 @@ async def until(true: Callable[[], Any], what: str, *, seconds: float = 30.0) ->
 
 async def events_of(idempotency_key: str, *, at_least: int = 1, seconds: float = 30.0) -> Sequence[Mapping[str, Any]]:
     """Return the crew.* events of a run from the Prefect server, oldest first, once there are so many."""
-    wanted = {"event": {"prefix": ["crew."]}, "resource": {"labels": {"prefect-crew.run-key": [idempotency_key]}}}
+    wanted = {
+        "event": {"prefix": ["crew."]},
+        "resource": {"labels": {"prefect-crew.idempotency-key": [idempotency_key]}},
+    }
     deadline = time.monotonic() + seconds
     while True:
         async with get_client() as client:

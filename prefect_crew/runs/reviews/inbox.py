@@ -17,19 +17,18 @@ from prefect_crew.crew import Crew, CrewSession
 from prefect_crew.exceptions import CrewError
 from prefect_crew.records.model import RecordPhase, ReviewStore, RunRecord, SentReview
 from prefect_crew.records.notes import kept_output, kept_requests
-from prefect_crew.runs.reviews.answer import (
-    LOOKS,
+from prefect_crew.runs.reviews.answer import LOOKS, answer_question
+from prefect_crew.runs.reviews.questions import (
+    QuestionState,
     Review,
-    Standing,
-    answer_question,
-    asked_of,
-    judged,
+    judged_output,
+    next_round,
     outputs_so_far,
-    round_of,
-    standing_of_request,
+    question_digest,
+    request_state,
     waiting_task,
+    where_to_look,
 )
-from prefect_crew.runs.reviews.questions import where_to_look
 from prefect_crew.runs.run import OpenRun
 from prefect_crew.states import CrewState
 
@@ -90,15 +89,15 @@ async def asked_runs(stores: Sequence[AskedStore], crew_of: CrewOf) -> list[Aske
         LedgerError: The ledger of a batch cannot be read.
     """
     gate = asyncio.Semaphore(AT_ONCE)
+    requests = await requests_by_run()
 
-    async def one(record: RunRecord, store: AskedStore) -> AskedRun | None:
+    async def look(record: RunRecord, store: AskedStore) -> AskedRun | None:
         async with gate:
             return await look_at_question(record, store, crew_of, requests)
 
-    requests = await requests_by_run()
-    found = [one(record, store) for store in stores async for record in store.may_ask()]
-    lines = [line for line in await asyncio.gather(*found) if line is not None]
-    return sorted(lines, key=lambda line: line.since or line.record.kicked_off_at or line.record.claimed_at)
+    looks = [look(record, store) for store in stores async for record in store.may_ask()]
+    found = [asked for asked in await asyncio.gather(*looks) if asked is not None]
+    return sorted(found, key=lambda asked: asked.since or asked.record.kicked_off_at or asked.record.claimed_at)
 
 
 async def requests_by_run() -> dict[str, FeedbackRequest]:
@@ -110,75 +109,65 @@ async def requests_by_run() -> dict[str, FeedbackRequest]:
     return {one.kickoff_id: one for one in await kept_requests()}
 
 
-def _of_request(
-    record: RunRecord, run: OpenRun | None, request: FeedbackRequest, given: Sequence[SentReview]
-) -> AskedRun:
-    output = None if run is None or run.show != "full" or request.output is None else run.redact(request.output)
-    return AskedRun(
-        record=record,
-        task_id=request.task_id if run is None else run.named(request.task_id),
-        round=round_of(given, request.task_id),
-        since=record.human_since,
-        output=output,
-        withheld=None if output is not None else "its crew is not known here, or does not show it.",
-        given=tuple(given),
-        seen=run is not None,
-        options=request.options,
-    )
-
-
 async def look_at_question(
     record: RunRecord, records: ReviewStore, crew_of: CrewOf, requests: Mapping[str, FeedbackRequest]
 ) -> AskedRun | None:
     """Return what a run in flight asks, None if it asks nothing. `requests` are what Flows ask, by kickoff id."""
-    crew = await crew_of(record)
-    status: CrewStatus | None = None
-    run: OpenRun | None = None
-    if crew is not None:
-        run = OpenRun(crew=crew, kickoff_id=str(record.kickoff_id), record=record)
-        try:
-            async with CrewSession(crew, withhold=run.withholding()) as session:
-                status = await session.asked(lambda client: client.status(str(record.kickoff_id)))
-        except CrewError:
-            status = None  # then what is on record has to do
+    kickoff_id, crew = str(record.kickoff_id), await crew_of(record)
+    run = None if crew is None else OpenRun(crew=crew, kickoff_id=kickoff_id, record=record)
+    status = None if run is None else await _status(run)
     waits = record.human_since is not None if status is None else status.state is CrewState.WAITING
-    ended = status is not None and (status.state.ended or status.state is CrewState.UNKNOWN)
-    request = None if ended else requests.get(str(record.kickoff_id))
+    is_over = status is not None and (status.state.ended or status.state is CrewState.UNKNOWN)
+    request = None if is_over else requests.get(kickoff_id)
     if not waits and request is None:
         return None
-    given = await records.reviews(record)
-    if request is not None and standing_of_request(given, request) is not Standing.ANSWERED:
-        return _of_request(record, run, request, given)
-    if not waits:
+    given = tuple(await records.reviews(record))
+    if request is not None and request_state(given, request) is QuestionState.ANSWERED:
+        request = None
+    if request is not None:
+        task_id, options, seen = request.task_id, request.options, run is not None
+        output = None if run is None or run.show != "full" or request.output is None else run.redact(request.output)
+        withheld = None if output is not None else "its crew is not known here, or does not show it."
+    elif waits:
+        task_id, options, seen = record.human_task if status is None else waiting_task(status), (), status is not None
+        output, withheld = await _shown(run, status, len(given))
+    else:
         return None
-    task_id = record.human_task if status is None else waiting_task(status)
-    output, withheld = await _shown(run, status, len(given))
     return AskedRun(
         record=record,
-        task_id=task_id if task_id is None or run is None or status is None else run.named(task_id),
-        round=1 if task_id is None else round_of(given, task_id),
+        task_id=run.named(task_id) if run is not None and seen and task_id is not None else task_id,
+        round=1 if task_id is None else next_round(given, task_id),
         since=record.human_since,
         output=output,
         withheld=withheld,
-        given=tuple(given),
-        seen=status is not None,
+        given=given,
+        seen=seen,
+        options=options,
     )
 
 
+async def _status(run: OpenRun) -> CrewStatus | None:
+    try:
+        async with CrewSession(run.crew, withhold=run.withholding()) as session:
+            return await session.asked(lambda client: client.status(run.kickoff_id))
+    except CrewError:
+        return None  # then what is on record has to do
+
+
 async def _shown(run: OpenRun | None, status: CrewStatus | None, answers: int) -> tuple[str | None, str | None]:
+    """Return what is to be judged as it may be shown, else why it is not."""
     if run is None or status is None:
         return None, "its crew's server was not asked. Look at the crew's page, or give --crew."
-    output = judged(status)
-    if asked_of(status) is None and run.record is not None and run.record.hooked:
+    output, where = judged_output(status), where_to_look(run)
+    if question_digest(status) is None and run.record is not None and run.record.hooked:
         output = await kept_output(run.record, answers) or output
-    if output is None and run.show == "full" and (so_far := outputs_so_far(status)) is not None:
-        # Not what is to be judged, so it is not given as that.
-        return None, f"the status does not show it. {where_to_look(run)} Other tasks gave:\n\n{run.redact(so_far)}"
-    if output is None:
-        return None, f"the status does not show it. {where_to_look(run)}"
-    if run.show != "full":
-        return None, f"{len(output):,} characters that this crew does not show. {where_to_look(run)}"
-    return run.redact(output), None
+    if output is not None and run.show == "full":
+        return run.redact(output), None
+    if output is not None:
+        return None, f"{len(output):,} characters that this crew does not show. {where}"
+    so_far = outputs_so_far(status) if run.show == "full" else None
+    others = "" if so_far is None else f" Other tasks gave:\n\n{run.redact(so_far)}"
+    return None, f"the status does not show it. {where}{others}"
 
 
 async def find_asked(given: str, stores: Sequence[AskedStore]) -> tuple[RunRecord, AskedStore]:
@@ -230,31 +219,15 @@ async def answer_run(
     task_id: str | None = None,
     round: int | None = None,  # noqa: A002 - the word of the domain
 ) -> SentReview:
-    """Answer for the person that a run waits for, once a round, and return what is on record of it.
-
-    Args:
-        record: The run.
-        crew: Its crew.
-        records: Where it is on record.
-        review: The answer.
-        by: Who answers.
-        task_id: The task, where the status does not name it.
-        round: The round that was looked at. Another one is not answered.
+    """Answer for the person that a run on record waits for, and return what is on record of it.
 
     Raises:
-        CrewError: As `answer_question`.
+        CrewError: As `answer_question`, which has the arguments.
     """
     run = OpenRun(crew=crew, kickoff_id=str(record.kickoff_id), record=record)
+    after = crew.wait.next_round_after
     async with CrewSession(crew, withhold=run.withholding()) as session:
         _, sent = await answer_question(
-            run,
-            session,
-            records,
-            review,
-            by=by,
-            task_id=task_id,
-            round=round,
-            next_round_after=crew.wait.next_round_after,
-            looks=LOOKS,
+            run, session, records, review, by=by, task_id=task_id, round=round, next_round_after=after, looks=LOOKS
         )
     return sent

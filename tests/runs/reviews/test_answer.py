@@ -1,367 +1,202 @@
+"""One answer a round, whoever gives it: function, task, command line, another process, a batch row."""
+
 from __future__ import annotations
 
 import asyncio
-import threading
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
+import httpx
 import pytest
 from prefect import flow
-from prefect.runtime import flow_run as this_flow_run
 
 from prefect_crew import (
     CrewError,
-    CrewFailedError,
-    CrewStep,
     CrewTimeoutError,
     DeployedCrew,
     Review,
-    ReviewLimitError,
     ReviewRequest,
     WaitPolicy,
-    Webhooks,
     arun_crew,
-    arun_pipeline,
     kickoff_crew,
     resume_crew,
     wait_for_crew,
 )
-from prefect_crew.devserver import CrewScript, InProcessCrewServer
+from prefect_crew.crew import CrewSession
 from prefect_crew.records.model import SentReview
 from prefect_crew.records.store import PrefectRecords
-from prefect_crew.runs.reviews.reviewer import NOBODY
-from support.asking import Asking
+from prefect_crew.runs.actions import resume_run
+from prefect_crew.runs.reviews.answer import answer_question
+from prefect_crew.runs.run import OpenRun
+from support.asking import AskingServer
+from support.webhooks import served
 
-SCRIPT = CrewScript.model_validate(
-    {
-        "name": "reviewed",
-        "inputs": [],
-        "tasks": [{"name": "draft", "agent": "Writer", "human": True, "output": "Draft. {{ feedback }}"}],
-    }
-)
 pytestmark = pytest.mark.usefixtures("prefect_api", "instant_polling")
+APPROVED = Review(approve=True)
 
 
-def crew_of(server: InProcessCrewServer, **fields: Any) -> DeployedCrew:
-    return DeployedCrew(url=server.url, token=server.token, **fields)
+@asynccontextmanager
+async def asking(**options: Any) -> AsyncIterator[tuple[AskingServer, DeployedCrew]]:
+    server = AskingServer(**options)
+    async with served(server.app()) as url:
+        yield server, DeployedCrew(url=url, token="secret-token")
 
 
-async def answers(idempotency_key: str) -> list[SentReview]:
-    records = PrefectRecords()
-    return await records.reviews((await records.attempts(idempotency_key))[-1])
-
-
-async def test_each_answer_names_the_users_own_webhooks_again() -> None:
-    """The server does not carry them over."""
-    own = Webhooks(task="http://127.0.0.1:9/t", step="http://127.0.0.1:9/s", crew="http://127.0.0.1:9/c")
-    after: list[dict[str, Any]] = []
-
-    def judge(request: ReviewRequest) -> Review:
-        after.append(server.run(request.kickoff_id).hooks.as_body())
-        return Review(approve=request.round > 1, feedback="again")
-
-    with InProcessCrewServer(SCRIPT, dialect="union") as server:
-        result = await arun_crew(crew_of(server), {}, review=judge, webhooks=own)
-        after.append(server.run(result.kickoff_id).hooks.as_body())
-    assert len(after) == 3
-    assert [body["crewWebhookUrl"] for body in after] == [own.crew] * 3
-    assert after[0] == after[1] == after[2]
-
-
-async def test_an_answer_to_a_run_with_the_receivers_webhooks_names_those(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever finds a run that somebody else has bought does not take its webhooks away."""
-    monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_WEBHOOK_URL", "http://127.0.0.1:9/hooks")
-    monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_WEBHOOK_SECRET", "a-secret-of-thirty-two-characters")
-    with InProcessCrewServer(SCRIPT) as server:
-        crew = crew_of(server)
-        kickoff_id = await kickoff_crew(crew, {}, idempotency_key="hooked")
-        result = await arun_crew(
-            crew,
-            {},
-            idempotency_key="hooked",
-            review=lambda _: Review(approve=True),
-            webhooks=Webhooks(crew="http://127.0.0.1:9/mine"),
-        )
-        assert result.kickoff_id == kickoff_id
-        assert server.run(kickoff_id).hooks.as_body()["crewWebhookUrl"].startswith("http://127.0.0.1:9/hooks/")
-
-
-@pytest.mark.parametrize("dialect", ["documented", "union", "live"])
-async def test_a_function_answers_each_round_once(dialect: str) -> None:
-    asked: list[ReviewRequest] = []
-
-    async def judge(request: ReviewRequest) -> Review:
-        asked.append(request)
-        return Review(approve=request.round > 1, feedback=f"round {request.round}")
-
-    asking = Asking()
-    with InProcessCrewServer(SCRIPT if dialect == "union" else asking, dialect=dialect) as server:
-        asking.polls = lambda: server.requests["status"]
-
-        @flow
-        async def reviewed() -> tuple[str, str]:
-            result = await arun_crew(crew_of(server), {}, review=judge)
-            return result.kickoff_id, result.output
-
-        if dialect == "live":  # its status names no task: nothing can be answered, so nothing is
-            with pytest.raises(TimeoutError):
-                await asyncio.wait_for(reviewed(), 3)
-            assert server.requests["resume"] == 0
-            return
-        kickoff_id, _ = await asyncio.wait_for(reviewed(), 60)
-        assert [request.round for request in asked] == [1, 2]
-        assert server.requests["resume"] == 2
-        assert server.kickoffs == 1
-        record = await PrefectRecords().of_kickoff(kickoff_id)
-        assert record is not None
-        assert [
-            (sent.round, sent.approve, sent.outcome, sent.by) for sent in await PrefectRecords().reviews(record)
-        ] == [
-            (1, False, "sent", "judge"),
-            (2, True, "sent", "judge"),
-        ]
-
-
-async def test_a_plain_function_takes_its_time_beside_everything_else() -> None:
-    others_went_on = threading.Event()
-    logged_by: list[str] = []
-
-    def judge(request: ReviewRequest) -> Review:
-        del request
-        logged_by.append(str(this_flow_run.id))  # it is called in the context of the wait
-        assert others_went_on.wait(60), "nothing else went on meanwhile"
-        return Review(approve=True)
-
-    async def another() -> None:
-        while not logged_by:
-            await asyncio.sleep(0.01)
-        others_went_on.set()
-
-    with InProcessCrewServer(SCRIPT) as server:
-
-        @flow
-        async def reviewed() -> str:
-            await asyncio.gather(arun_crew(crew_of(server), {}, review=judge), another())
-            return str(this_flow_run.id)
-
-        assert [await reviewed()] == logged_by
-
-
-async def test_an_answer_that_may_have_arrived_is_not_sent_again() -> None:
-    with InProcessCrewServer(SCRIPT, faults=["resume:drop-before-accept@1"]) as server:
-
-        @flow
-        async def reviewed() -> str:
-            return (
-                await arun_crew(crew_of(server), {}, review=lambda _: Review(approve=True), idempotency_key=server.url)
-            ).output
-
-        with pytest.raises(CrewError):
-            await reviewed()
-        with pytest.raises(CrewError, match="not sent again on a guess"):
-            await reviewed()
-        assert server.requests["resume"] == 1
-        assert server.kickoffs == 1
-
-
-async def test_a_person_answers_by_task_while_the_wait_goes_on() -> None:
-    with InProcessCrewServer(SCRIPT) as server:
-        crew = crew_of(server)
-
-        @flow
-        async def asked() -> str:
-            kickoff_id = await kickoff_crew(crew, {})
-            waiting = asyncio.ensure_future(wait_for_crew(crew, kickoff_id))
-            await asyncio.sleep(0.5)
-            await resume_crew(crew, kickoff_id, approve=True, feedback="fine")
-            return (await waiting).output
-
-        assert "Draft" in await asked()
-
-
-async def test_what_is_no_review_is_refused_before_it_is_sent() -> None:
-    with InProcessCrewServer(SCRIPT) as server:
-
-        @flow
-        async def reviewed(answer: Any = None) -> str:
-            return (await arun_crew(crew_of(server), {}, review=lambda _: True)).output  # type: ignore[arg-type, return-value]
-
-        with pytest.raises(CrewError, match="not a Review"):
-            await reviewed()
-        assert server.requests["resume"] == 0
-
-
-def run_with(server: InProcessCrewServer, review: Any = None, **policy: Any) -> Any:
-    """A flow around one run whose key is the server's address."""
-
-    @flow
+def run_of(crew: DeployedCrew, review: Any = None, retries: int = 0, **policy: Any) -> Any:
+    @flow(retries=retries, retry_delay_seconds=0)
     async def reviewed() -> str:
-        wait = WaitPolicy(**policy)
-        return (await arun_crew(crew_of(server), {}, idempotency_key=server.url, review=review, wait=wait)).output
+        return (await arun_crew(crew, {}, idempotency_key=crew.url, review=review, wait=WaitPolicy(**policy))).output
 
     return reviewed()
 
 
-async def test_nobody_in_time_is_one_rejection_and_time_anew() -> None:
+async def answers(crew: DeployedCrew) -> list[SentReview]:
+    return await PrefectRecords().reviews((await PrefectRecords().attempts(crew.url))[-1])
+
+
+async def _kicked_off(crew: DeployedCrew) -> str:
+    @flow
+    async def start() -> str:
+        return await kickoff_crew(crew, {}, idempotency_key=crew.url)
+
+    return await start()
+
+
+@pytest.mark.parametrize("shown", [False, True], ids=["output-not-shown", "output-shown"])
+async def test_a_sentence_that_changes_is_no_new_question(shown: bool) -> None:
+    async with asking(lag=60, changing=True, shown=shown) as (server, crew):
+        assert await run_of(crew, lambda _: APPROVED) == "done"
+        assert len(server.resumes) == 1
+
+
+async def test_an_answer_that_arrived_without_a_word_is_not_sent_again_and_the_run_goes_on() -> None:
     asked: list[int] = []
 
-    with InProcessCrewServer(SCRIPT, dialect="union") as server:
-        crew = crew_of(server)
+    def judge(request: ReviewRequest) -> Review:
+        asked.append(request.round)
+        return APPROVED
 
-        async def come_late() -> None:
-            """Answer once the rejection is on record."""
-            while True:
-                attempts = await PrefectRecords().attempts(server.url)
-                given = await PrefectRecords().reviews(attempts[-1]) if attempts else []
-                if given and given[-1].outcome == "sent":
-                    asked.append(len(given))
-                    return
-                await asyncio.sleep(0.1)
-
-        late = asyncio.ensure_future(come_late())
-        policy = {"human_timeout": 2.0, "on_human_timeout": "reject", "human_message": "Too late for today."}
-        running = asyncio.ensure_future(run_with(server, **policy))
-        await late
-        record = (await PrefectRecords().attempts(server.url))[-1]
-        await resume_crew(crew, str(record.kickoff_id), approve=True)
-        assert "Too late for today." in await running
-        assert [(one.by == NOBODY, one.approve) for one in await answers(server.url)] == [(True, False), (False, True)]
+    async with asking(lag=200, changing=True, fails={1: 500}) as (server, crew):
+        with pytest.raises(CrewError, match="not sent again on a guess"):
+            await run_of(crew, judge, retries=1)
+        record = (await PrefectRecords().attempts(crew.url))[-1]
+        with pytest.raises(CrewError, match="not sent again on a guess"):
+            await resume_run(crew.crew, str(record.kickoff_id), feedback="", approve=True)
+        assert len(server.resumes) == 1
+        assert asked == [1], "nobody is asked what could not be answered"
+        assert [one.outcome for one in await answers(crew)] == ["uncertain"]
+        server.lag = 0
+        server._left = 0
+        assert await run_of(crew, judge) == "done"
+        assert (len(server.resumes), server.kickoffs) == (1, 1)
 
 
-async def test_a_second_time_nobody_answers_the_crew_is_left() -> None:
-    with InProcessCrewServer(SCRIPT, dialect="union") as server:
-        with pytest.raises(CrewTimeoutError) as raised:
-            await run_with(server, human_timeout=1.0, on_human_timeout="reject")
-        assert raised.value.phase == "human"
-        assert server.requests["resume"] == 1
-        assert server.requests["stop"] == 0
+async def test_once_the_crew_went_on_its_next_question_is_answered_though_the_answer_before_is_uncertain() -> None:
+    async with asking(rounds=2, fails={1: 502}) as (server, crew):
+        with pytest.raises(CrewError):
+            await run_of(crew, lambda _: APPROVED)
+        assert await run_of(crew, lambda _: APPROVED) == "done"
+        assert len(server.resumes) == 2
+        assert [(one.outcome, one.moved_on) for one in await answers(crew)] == [("uncertain", True), ("sent", True)]
 
 
-@pytest.mark.parametrize("choice", ["leave", "stop", None])
-@pytest.mark.parametrize("on_timeout", ["leave", "stop"])
-async def test_what_happens_when_peoples_time_is_over_is_a_choice(choice: Any, on_timeout: Any) -> None:
-    with InProcessCrewServer(SCRIPT) as server:
-        with pytest.raises(CrewTimeoutError) as raised:
-            await run_with(server, human_timeout=0.3, on_human_timeout=choice, on_timeout=on_timeout)
-        stops = (choice or on_timeout) == "stop"
-        assert raised.value.stopped is stops
-        assert server.requests["stop"] == int(stops)
-        assert server.requests["resume"] == 0
+async def test_a_function_is_not_asked_again_because_of_time_alone_and_a_person_is() -> None:
+    asked: list[int] = []
+
+    def judge(request: ReviewRequest) -> Review:
+        asked.append(request.round)
+        return APPROVED
+
+    # Nothing but time tells the second question from the first.
+    async with asking(rounds=2, between=False) as (server, crew):
+        with pytest.raises(CrewTimeoutError):
+            await run_of(crew, judge, next_round_after=0.2, human_timeout=3)
+        assert (asked, len(server.resumes)) == ([1], 1)
+        kickoff_id = str((await PrefectRecords().attempts(crew.url))[-1].kickoff_id)
+        patient = DeployedCrew(url=crew.url, token="secret-token")
+        with pytest.raises(CrewError, match="still shows the same question"):
+            await resume_run(patient.crew, kickoff_id, feedback="", approve=True)
+        soon = DeployedCrew(url=crew.url, token="secret-token", wait=WaitPolicy(next_round_after=0.2))
+        await resume_run(soon.crew, kickoff_id, feedback="", approve=True)
+        assert len(server.resumes) == 2
 
 
-@pytest.mark.parametrize("choice", ["leave", "stop"])
-async def test_rounds_are_limited_by_choice(choice: Any) -> None:
-    with InProcessCrewServer(SCRIPT, dialect="union") as server:
-        asked: list[int] = []
+async def test_a_retried_flow_does_not_answer_the_next_round_with_the_answer_of_the_last() -> None:
+    attempts: list[int] = []
 
-        def never(request: ReviewRequest) -> Review:
-            asked.append(request.round)
-            return Review(approve=False, feedback=f"no {request.round}")
+    async with asking(rounds=2, shown=True) as (server, crew):
 
-        with pytest.raises(ReviewLimitError, match="limit of 2 rounds") as raised:
-            await run_with(server, never, max_rounds=2, on_human_timeout=choice)
-        assert asked == [1, 2]
-        assert raised.value.stopped is (choice == "stop")
-        assert server.requests["stop"] == int(choice == "stop")
+        @flow(retries=1, retry_delay_seconds=0)
+        async def answering() -> None:
+            attempts.append(1)
+            kickoff_id = await kickoff_crew(crew, {}, idempotency_key=crew.url)
+            await resume_crew(crew, kickoff_id, approve=True, feedback=f"attempt {len(attempts)}")
+            if len(attempts) == 1:
+                raise RuntimeError("after the answer")
+            await resume_crew(crew, kickoff_id, approve=True, feedback="the second question")
+            await wait_for_crew(crew, kickoff_id)
 
-
-async def test_a_crew_that_gives_up_after_rejections_has_failed() -> None:
-    with InProcessCrewServer(SCRIPT, dialect="union") as server:
-        with pytest.raises(CrewFailedError, match="rejected 3 times"):
-            await run_with(server, lambda request: Review(approve=False, feedback=f"no {request.round}"))
-        assert [one.round for one in await answers(server.url)] == [1, 2, 3]
+        await answering()
+        assert [sent["human_feedback"] for sent in server.resumes] == ["attempt 1", "the second question"]
 
 
-async def test_what_is_judged_is_the_output_of_the_task_that_waits() -> None:
-    script = SCRIPT.model_copy(
-        update={"tasks": [SCRIPT.tasks[0].model_copy(update={"name": "research", "human": False, "output": "facts"})]}
-    )
-    script = script.model_copy(update={"tasks": [*script.tasks, *SCRIPT.tasks]})
-    seen: list[str | None] = []
-
-    def look(request: ReviewRequest) -> Review:
-        seen.append(request.output)
-        return Review(approve=True)
-
-    for dialect in ("union", "documented"):
-        with InProcessCrewServer(script, dialect=dialect) as server:
-            await run_with(server, look)
-    assert seen == ["Draft. ", None], "the documented status shows none, and an earlier task's is not taken for it"
+async def test_of_several_who_answer_at_once_one_does() -> None:
+    async with asking(lag=30) as (server, crew):
+        kickoff_id = await _kicked_off(crew)
+        answered = [resume_run(crew.crew, kickoff_id, feedback=str(n), approve=True) for n in range(5)]
+        outcomes = await asyncio.gather(*answered, return_exceptions=True)
+        assert len(server.resumes) == 1
+        assert sum(isinstance(one, CrewError) for one in outcomes) == 4, outcomes
 
 
-async def test_every_step_of_a_pipeline_can_be_reviewed() -> None:
-    asked: list[str] = []
+async def test_a_run_without_a_record_is_answered_once_as_well() -> None:
+    async with asking(lag=30) as (server, crew):
+        async with crew.client() as client:
+            kickoff_id = await client.kickoff({})
+        await resume_run(crew.crew, kickoff_id, feedback="", approve=True)
+        with pytest.raises(CrewError, match="has its answer on record"):
+            await resume_run(crew.crew, kickoff_id, feedback="", approve=True)
+        assert len(server.resumes) == 1
 
-    def judge(name: str) -> Any:
-        def answer(request: ReviewRequest) -> Review:
-            asked.append(f"{name} {request.task_id}")
-            return Review(approve=True)
 
-        return answer
+async def test_nothing_is_sent_while_the_answers_on_record_cannot_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def away(*_: Any) -> list[SentReview]:
+        raise httpx.ConnectError("away")
 
-    with InProcessCrewServer(SCRIPT) as server:
+    async with asking() as (server, crew):
+        kickoff_id = await _kicked_off(crew)
+        monkeypatch.setattr(PrefectRecords, "reviews", away)
+        with pytest.raises(CrewError, match="Nothing was sent"):
+            await resume_run(crew.crew, kickoff_id, feedback="", approve=True)
+        assert server.resumes == []
+
+
+async def test_a_function_is_given_the_meta_of_its_kickoff() -> None:
+    seen: list[Any] = []
+
+    def judge(request: ReviewRequest) -> Review:
+        seen.append(request.meta)
+        return APPROVED
+
+    async with asking() as (_, crew):
 
         @flow
         async def reviewed() -> None:
-            first = CrewStep("first", crew_of(server))
-            second = CrewStep("second", crew_of(server), after=["first"], review=judge("own"))
-            await arun_pipeline([first, second], {}, review=judge("shared"))
+            await arun_crew(crew, {}, review=judge, meta={"ticket": 7})
 
         await reviewed()
-    assert asked == ["shared draft", "own draft"]
+    assert seen == [{"ticket": 7}]
 
 
 async def test_whoever_answers_a_round_that_has_its_answer_is_told() -> None:
     """A form, or a second person, that still shows the round before."""
-    from prefect_crew.crew import CrewSession
-    from prefect_crew.runs.reviews.answer import answer_question
-    from prefect_crew.runs.run import OpenRun
-
-    with InProcessCrewServer(SCRIPT, dialect="union") as server:
-        crew = crew_of(server)
-
-        @flow
-        async def asked() -> None:
-            kickoff_id = await kickoff_crew(crew, {}, idempotency_key=server.url)
-            record = (await PrefectRecords().attempts(server.url))[-1]
-            run = OpenRun(crew=crew.crew, kickoff_id=kickoff_id, record=record)
-            async with CrewSession(crew.crew) as session:
-                while (await session.client.status(kickoff_id)).state != "waiting":
-                    await asyncio.sleep(0.05)
-
-                async def answer(round_: int, approve: bool) -> None:
-                    await answer_question(
-                        run,
-                        session,
-                        PrefectRecords(),
-                        Review(approve=approve, feedback="again"),
-                        by="Ada",
-                        round=round_,
-                    )
-
-                await answer(1, False)
-                with pytest.raises(CrewError, match=r"is at round 2, not 1\. Nothing was sent"):
-                    await answer(1, True)
-                assert server.requests["resume"] == 1
-
-        await asked()
-
-
-async def test_an_answer_from_elsewhere_in_the_same_moment_is_not_the_end_of_the_wait() -> None:
-    with InProcessCrewServer(SCRIPT, dialect="union") as server:
-        crew = crew_of(server)
-        asked: list[int] = []
-
-        async def slow(request: ReviewRequest) -> Review:
-            asked.append(request.round)
-            if request.round == 1:
-                # While this one thinks, a person answers.
-                await resume_crew(crew, request.kickoff_id, approve=False, feedback="by hand")
-            return Review(approve=True)
-
-        assert "by hand" in await run_with(server, slow)
-        assert asked == [1, 2]
-        assert server.requests["resume"] == 2
-        assert [(one.round, one.approve, one.by) for one in await answers(server.url)] == [
-            (1, False, "resume_crew"),
-            (2, True, "slow"),
-        ]
+    async with asking(rounds=2, shown=True) as (server, crew):
+        kickoff_id = await _kicked_off(crew)
+        run = OpenRun(crew=crew.crew, kickoff_id=kickoff_id, record=(await PrefectRecords().attempts(crew.url))[-1])
+        async with CrewSession(crew.crew) as session:
+            given = {"by": "Ada", "round": 1, "looks": 3}
+            await answer_question(run, session, PrefectRecords(), APPROVED, **given)
+            with pytest.raises(CrewError, match=r"is at round 2, not 1\. Nothing was sent"):
+                await answer_question(run, session, PrefectRecords(), APPROVED, **given)
+        assert len(server.resumes) == 1

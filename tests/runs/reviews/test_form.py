@@ -13,13 +13,13 @@ from prefect import flow, get_client
 from prefect.client.schemas.objects import State
 from prefect.runtime import flow_run as this_flow_run
 
-from prefect_crew import CrewTimeoutError, DeployedCrew, WaitPolicy, arun_crew, resume_crew
+from prefect_crew import CrewTimeoutError, DeployedCrew, Review, WaitPolicy, arun_crew, resume_crew
 from prefect_crew.artifacts.run import artifact_key
 from prefect_crew.devserver import CrewScript, InProcessCrewServer
 from prefect_crew.records.store import PrefectRecords
-from prefect_crew.runs.reviews import answer as answer_module
 from prefect_crew.runs.reviews import form
 from prefect_crew.runs.reviews.form import Form, ReviewForm
+from prefect_crew.runs.reviews.questions import Question
 from support.chromium import Chromium
 from support.deployed import wait_until
 from support.prefect_server import PrefectServer
@@ -181,7 +181,7 @@ def test_two_questions_of_one_flow_run_stand_in_line_while_other_runs_go_on(serv
 
     async def work() -> list[str]:
         return await asyncio.gather(
-            one("tea", "form"), one("coffee", "form"), one("milk", lambda _: answer_module.Review(approve=True))
+            one("tea", "form"), one("coffee", "form"), one("milk", lambda _: Review(approve=True))
         )
 
     run = FlowRun(work)
@@ -255,7 +255,7 @@ def test_a_form_that_stands_is_found_by_another_process_and_not_made_again(serve
     kickoff_id = server.runs[0].id
 
     async def put_up_again() -> bool:
-        question = answer_module.Question(kickoff_id, "draft", 1, None, "the draft", ())
+        question = Question(kickoff_id, "draft", 1, None, "the draft", ())
         model = ReviewForm.about(question, "the text")
         return await Form(str(run.id), question, model, WaitPolicy()).put_up()
 

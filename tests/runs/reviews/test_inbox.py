@@ -11,13 +11,11 @@ import pytest
 from prefect import flow
 
 from prefect_crew import CrewTimeoutError, DeployedCrew, Review, ReviewRequest, WaitPolicy, arun_crew
-from prefect_crew.client._parsing import parse_status
 from prefect_crew.crew import Crew
 from prefect_crew.devserver import CrewScript, CrewServer
 from prefect_crew.receiver.app import create_receiver
 from prefect_crew.records.notes import kept_output
 from prefect_crew.records.store import PrefectRecords
-from prefect_crew.runs.reviews.answer import judged, outputs_so_far
 from prefect_crew.runs.reviews.inbox import asked_runs
 from support.webhooks import SECRET, served
 
@@ -98,17 +96,3 @@ async def test_where_it_is_known_the_command_that_shows_it_is_named(caplog: pyte
     ):
         await reviewed(server.crew(), None, f"judged/{uuid.uuid4()}", human_timeout=0.3)
     assert "See what is to be judged: prefect-crew reviews show" in caplog.text
-
-
-def test_what_other_tasks_gave_is_shown_as_that_and_not_as_what_is_to_be_judged() -> None:
-    last = {"name": "research", "output": "facts"}
-    body = {"state": "PENDING_HUMAN_INPUT", "task_id": "draft", "last_executed_task": last}
-    status = parse_status(body, "k")
-    assert judged(status) is None
-    assert outputs_so_far(status) == "### research\n\nfacts"
-
-
-@pytest.mark.parametrize("url", ["javascript:alert(1)", "https://", "https://a:b@example.com/"])
-def test_what_is_no_page_is_refused(url: str) -> None:
-    with pytest.raises(ValueError, match="page_url starts with"):
-        DeployedCrew(url="http://127.0.0.1:1", token="t" * 12, page_url=url)

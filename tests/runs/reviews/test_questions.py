@@ -1,0 +1,91 @@
+"""What tells one question from the next."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+
+import pytest
+
+from prefect_crew.client._parsing import parse_status
+from prefect_crew.client.models import CrewStatus
+from prefect_crew.records.model import SentReview, utcnow
+from prefect_crew.runs.reviews.questions import (
+    QuestionState,
+    digest,
+    judged_output,
+    outputs_so_far,
+    question_digest,
+    question_state,
+)
+from prefect_crew.states import CrewState
+
+
+def waiting(**fields: Any) -> CrewStatus:
+    raw = {"state": "PENDING_HUMAN_INPUT", **{key: value for key, value in fields.items() if key == "task_output"}}
+    known = {key: value for key, value in fields.items() if key != "task_output"}
+    return CrewStatus(kickoff_id="k", state=CrewState.WAITING, human_task_id="draft", raw=raw, **known)
+
+
+def test_a_question_is_known_by_its_task_and_what_is_to_be_judged() -> None:
+    assert question_digest(waiting(message="1 s", last_step="a")) is None
+    first = question_digest(waiting(message="1 s", last_step="a", task_output="text"))
+    assert first == question_digest(waiting(message="2 s", last_step="b", task_output="text"))
+    assert first != question_digest(waiting(task_output="another"))
+
+
+NOW = utcnow()
+"""When the cases below are looked at: they are made when this module is loaded, which may be long before they run."""
+
+
+def sent(**fields: Any) -> SentReview:
+    at = NOW - timedelta(seconds=fields.pop("age", 1))
+    given = {
+        "task_id": "draft",
+        "round": 1,
+        "approve": True,
+        "by": "Ada",
+        "outcome": "sent",
+        "mark": digest("draft"),
+        "shown_mark": digest("draft"),
+    }
+    return SentReview(**{**given, "at": at, **fields})
+
+
+CASES: dict[str, tuple[list[SentReview], dict[str, Any], QuestionState]] = {
+    "nobody has answered": ([], {}, QuestionState.OPEN),
+    "the same, a moment ago": ([sent()], {}, QuestionState.ANSWERED),
+    "the same, long ago": ([sent(age=400)], {}, QuestionState.OPEN_BY_TIME),
+    "the same, long ago, for a function": (
+        [sent(age=9e6)],
+        {"next_round_after": None},
+        QuestionState.ANSWERED,
+    ),
+    "another output": ([sent(asked="a")], {"asked": "b"}, QuestionState.OPEN),
+    "an output that came to be shown": ([sent()], {"asked": "b"}, QuestionState.ANSWERED),
+    "an output that is not shown any more": ([sent(asked="a")], {}, QuestionState.ANSWERED),
+    "another task": ([sent()], {"task": "print"}, QuestionState.OPEN),
+    "a task that is not named": ([sent()], {"task": None}, QuestionState.ANSWERED),
+    "answered under a name of the caller's": ([sent(task_id="7f3a", mark=digest("7f3a"))], {}, QuestionState.ANSWERED),
+    "another state in between": ([sent(moved_on=True)], {}, QuestionState.OPEN),
+    "a webhook of the next one": ([sent()], {"has_webhook": True}, QuestionState.OPEN),
+    "uncertain, long ago": ([sent(outcome="uncertain", age=9e6)], {}, QuestionState.UNCERTAIN),
+    "being sent, or its sender died": ([sent(outcome="intended", age=9e6)], {}, QuestionState.UNCERTAIN),
+    "uncertain, and another output": ([sent(outcome="uncertain", asked="a")], {"asked": "b"}, QuestionState.OPEN),
+    "uncertain, and another state in between": ([sent(outcome="uncertain", moved_on=True)], {}, QuestionState.OPEN),
+}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_how_a_question_stands_to_the_answers_on_record(case: tuple[Any, dict[str, Any], QuestionState]) -> None:
+    before, given, expected = case
+    facts: dict[str, Any] = {"task": "draft", "asked": None, "next_round_after": 300.0, **given}
+    assert question_state(before, facts.pop("task"), facts.pop("asked"), now=NOW, **facts) is expected
+
+
+def test_what_other_tasks_gave_is_shown_as_that_and_not_as_what_is_to_be_judged() -> None:
+    last = {"name": "research", "output": "facts"}
+    body = {"state": "PENDING_HUMAN_INPUT", "task_id": "draft", "last_executed_task": last}
+    status = parse_status(body, "k")
+    assert judged_output(status) is None
+    assert outputs_so_far(status) == "### research\n\nfacts"

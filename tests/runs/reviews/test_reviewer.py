@@ -1,0 +1,291 @@
+"""What one wait does about people: functions that answer, people's time, and how often they are asked."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from typing import Any
+
+import pytest
+from prefect import flow
+from prefect.runtime import flow_run as this_flow_run
+
+from prefect_crew import (
+    CrewError,
+    CrewStep,
+    CrewTimeoutError,
+    DeployedCrew,
+    Review,
+    ReviewLimitError,
+    ReviewRequest,
+    WaitPolicy,
+    Webhooks,
+    arun_crew,
+    arun_pipeline,
+    kickoff_crew,
+    resume_crew,
+)
+from prefect_crew.devserver import CrewScript, InProcessCrewServer
+from prefect_crew.records.model import SentReview
+from prefect_crew.records.store import PrefectRecords
+from prefect_crew.runs.reviews.reviewer import NOBODY
+from support.asking import Asking
+
+SCRIPT = CrewScript.model_validate(
+    {
+        "name": "reviewed",
+        "inputs": [],
+        "tasks": [{"name": "draft", "agent": "Writer", "human": True, "output": "Draft. {{ feedback }}"}],
+    }
+)
+pytestmark = pytest.mark.usefixtures("prefect_api", "instant_polling")
+
+
+def crew_of(server: InProcessCrewServer, **fields: Any) -> DeployedCrew:
+    return DeployedCrew(url=server.url, token=server.token, **fields)
+
+
+async def answers(idempotency_key: str) -> list[SentReview]:
+    records = PrefectRecords()
+    return await records.reviews((await records.attempts(idempotency_key))[-1])
+
+
+def run_with(server: InProcessCrewServer, review: Any = None, **policy: Any) -> Any:
+    """A flow around one run whose key is the server's address."""
+
+    @flow
+    async def reviewed() -> str:
+        wait = WaitPolicy(**policy)
+        return (await arun_crew(crew_of(server), {}, idempotency_key=server.url, review=review, wait=wait)).output
+
+    return reviewed()
+
+
+@pytest.mark.parametrize("dialect", ["documented", "union", "live"])
+async def test_a_function_answers_each_round_once(dialect: str) -> None:
+    asked: list[ReviewRequest] = []
+
+    async def judge(request: ReviewRequest) -> Review:
+        asked.append(request)
+        return Review(approve=request.round > 1, feedback=f"round {request.round}")
+
+    asking = Asking()
+    with InProcessCrewServer(SCRIPT if dialect == "union" else asking, dialect=dialect) as server:
+        asking.polls = lambda: server.requests["status"]
+
+        @flow
+        async def reviewed() -> tuple[str, str]:
+            result = await arun_crew(crew_of(server), {}, review=judge)
+            return result.kickoff_id, result.output
+
+        if dialect == "live":  # its status names no task: nothing can be answered, so nothing is
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(reviewed(), 3)
+            assert server.requests["resume"] == 0
+            return
+        kickoff_id, _ = await asyncio.wait_for(reviewed(), 60)
+        assert [request.round for request in asked] == [1, 2]
+        assert server.requests["resume"] == 2
+        assert server.kickoffs == 1
+        record = await PrefectRecords().of_kickoff(kickoff_id)
+        assert record is not None
+        assert [
+            (sent.round, sent.approve, sent.outcome, sent.by) for sent in await PrefectRecords().reviews(record)
+        ] == [
+            (1, False, "sent", "judge"),
+            (2, True, "sent", "judge"),
+        ]
+
+
+async def test_a_plain_function_takes_its_time_beside_everything_else() -> None:
+    others_went_on = threading.Event()
+    logged_by: list[str] = []
+
+    def judge(request: ReviewRequest) -> Review:
+        del request
+        logged_by.append(str(this_flow_run.id))  # it is called in the context of the wait
+        assert others_went_on.wait(60), "nothing else went on meanwhile"
+        return Review(approve=True)
+
+    async def another() -> None:
+        while not logged_by:
+            await asyncio.sleep(0.01)
+        others_went_on.set()
+
+    with InProcessCrewServer(SCRIPT) as server:
+
+        @flow
+        async def reviewed() -> str:
+            await asyncio.gather(arun_crew(crew_of(server), {}, review=judge), another())
+            return str(this_flow_run.id)
+
+        assert [await reviewed()] == logged_by
+
+
+async def test_what_is_no_review_is_refused_before_it_is_sent() -> None:
+    with InProcessCrewServer(SCRIPT) as server:
+
+        @flow
+        async def reviewed(answer: Any = None) -> str:
+            return (await arun_crew(crew_of(server), {}, review=lambda _: True)).output  # type: ignore[arg-type, return-value]
+
+        with pytest.raises(CrewError, match="not a Review"):
+            await reviewed()
+        assert server.requests["resume"] == 0
+
+
+async def test_nobody_in_time_is_one_rejection_and_time_anew() -> None:
+    asked: list[int] = []
+
+    with InProcessCrewServer(SCRIPT, dialect="union") as server:
+        crew = crew_of(server)
+
+        async def come_late() -> None:
+            """Answer once the rejection is on record."""
+            while True:
+                attempts = await PrefectRecords().attempts(server.url)
+                given = await PrefectRecords().reviews(attempts[-1]) if attempts else []
+                if given and given[-1].outcome == "sent":
+                    asked.append(len(given))
+                    return
+                await asyncio.sleep(0.1)
+
+        late = asyncio.ensure_future(come_late())
+        policy = {"human_timeout": 2.0, "on_human_timeout": "reject", "human_message": "Too late for today."}
+        running = asyncio.ensure_future(run_with(server, **policy))
+        await late
+        record = (await PrefectRecords().attempts(server.url))[-1]
+        await resume_crew(crew, str(record.kickoff_id), approve=True)
+        assert "Too late for today." in await running
+        assert [(one.by == NOBODY, one.approve) for one in await answers(server.url)] == [(True, False), (False, True)]
+
+
+async def test_a_second_time_nobody_answers_the_crew_is_left() -> None:
+    with InProcessCrewServer(SCRIPT, dialect="union") as server:
+        with pytest.raises(CrewTimeoutError) as raised:
+            await run_with(server, human_timeout=1.0, on_human_timeout="reject")
+        assert raised.value.phase == "human"
+        assert server.requests["resume"] == 1
+        assert server.requests["stop"] == 0
+
+
+@pytest.mark.parametrize("choice", ["leave", "stop", None])
+@pytest.mark.parametrize("on_timeout", ["leave", "stop"])
+async def test_what_happens_when_peoples_time_is_over_is_a_choice(choice: Any, on_timeout: Any) -> None:
+    with InProcessCrewServer(SCRIPT) as server:
+        with pytest.raises(CrewTimeoutError) as raised:
+            await run_with(server, human_timeout=0.3, on_human_timeout=choice, on_timeout=on_timeout)
+        stops = (choice or on_timeout) == "stop"
+        assert raised.value.stopped is stops
+        assert server.requests["stop"] == int(stops)
+        assert server.requests["resume"] == 0
+
+
+@pytest.mark.parametrize("choice", ["leave", "stop"])
+async def test_rounds_are_limited_by_choice(choice: Any) -> None:
+    with InProcessCrewServer(SCRIPT, dialect="union") as server:
+        asked: list[int] = []
+
+        def never(request: ReviewRequest) -> Review:
+            asked.append(request.round)
+            return Review(approve=False, feedback=f"no {request.round}")
+
+        with pytest.raises(ReviewLimitError, match="limit of 2 rounds") as raised:
+            await run_with(server, never, max_rounds=2, on_human_timeout=choice)
+        assert asked == [1, 2]
+        assert raised.value.stopped is (choice == "stop")
+        assert server.requests["stop"] == int(choice == "stop")
+
+
+async def test_what_is_judged_is_the_output_of_the_task_that_waits() -> None:
+    script = SCRIPT.model_copy(
+        update={"tasks": [SCRIPT.tasks[0].model_copy(update={"name": "research", "human": False, "output": "facts"})]}
+    )
+    script = script.model_copy(update={"tasks": [*script.tasks, *SCRIPT.tasks]})
+    seen: list[str | None] = []
+
+    def look(request: ReviewRequest) -> Review:
+        seen.append(request.output)
+        return Review(approve=True)
+
+    for dialect in ("union", "documented"):
+        with InProcessCrewServer(script, dialect=dialect) as server:
+            await run_with(server, look)
+    assert seen == ["Draft. ", None], "the documented status shows none, and an earlier task's is not taken for it"
+
+
+async def test_every_step_of_a_pipeline_can_be_reviewed() -> None:
+    asked: list[str] = []
+
+    def judge(name: str) -> Any:
+        def answer(request: ReviewRequest) -> Review:
+            asked.append(f"{name} {request.task_id}")
+            return Review(approve=True)
+
+        return answer
+
+    with InProcessCrewServer(SCRIPT) as server:
+
+        @flow
+        async def reviewed() -> None:
+            first = CrewStep("first", crew_of(server))
+            second = CrewStep("second", crew_of(server), after=["first"], review=judge("own"))
+            await arun_pipeline([first, second], {}, review=judge("shared"))
+
+        await reviewed()
+    assert asked == ["shared draft", "own draft"]
+
+
+async def test_each_answer_names_the_users_own_webhooks_again() -> None:
+    """The server does not carry them over."""
+    own = Webhooks(task="http://127.0.0.1:9/t", step="http://127.0.0.1:9/s", crew="http://127.0.0.1:9/c")
+    after: list[dict[str, Any]] = []
+
+    def judge(request: ReviewRequest) -> Review:
+        after.append(server.run(request.kickoff_id).hooks.as_body())
+        return Review(approve=request.round > 1, feedback="again")
+
+    with InProcessCrewServer(SCRIPT, dialect="union") as server:
+        result = await arun_crew(crew_of(server), {}, review=judge, webhooks=own)
+        after.append(server.run(result.kickoff_id).hooks.as_body())
+    assert after == [after[0]] * 3
+    assert after[0]["crewWebhookUrl"] == own.crew
+
+
+async def test_an_answer_to_a_run_with_the_receivers_webhooks_names_those(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever finds a run that somebody else has bought does not take its webhooks away."""
+    monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_WEBHOOK_URL", "http://127.0.0.1:9/hooks")
+    monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_WEBHOOK_SECRET", "a-secret-of-thirty-two-characters")
+    with InProcessCrewServer(SCRIPT) as server:
+        crew = crew_of(server)
+        kickoff_id = await kickoff_crew(crew, {}, idempotency_key="hooked")
+        result = await arun_crew(
+            crew,
+            {},
+            idempotency_key="hooked",
+            review=lambda _: Review(approve=True),
+            webhooks=Webhooks(crew="http://127.0.0.1:9/mine"),
+        )
+        assert result.kickoff_id == kickoff_id
+        assert server.run(kickoff_id).hooks.as_body()["crewWebhookUrl"].startswith("http://127.0.0.1:9/hooks/")
+
+
+async def test_an_answer_from_elsewhere_in_the_same_moment_is_not_the_end_of_the_wait() -> None:
+    with InProcessCrewServer(SCRIPT, dialect="union") as server:
+        crew = crew_of(server)
+        asked: list[int] = []
+
+        async def slow(request: ReviewRequest) -> Review:
+            asked.append(request.round)
+            if request.round == 1:
+                # While this one thinks, a person answers.
+                await resume_crew(crew, request.kickoff_id, approve=False, feedback="by hand")
+            return Review(approve=True)
+
+        assert "by hand" in await run_with(server, slow)
+        assert asked == [1, 2]
+        assert server.requests["resume"] == 2
+        assert [(one.round, one.approve, one.by) for one in await answers(server.url)] == [
+            (1, False, "resume_crew"),
+            (2, True, "slow"),
+        ]
