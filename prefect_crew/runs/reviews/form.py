@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import time
 from collections.abc import Awaitable, Callable, Iterable
 from datetime import timedelta
@@ -27,7 +26,7 @@ from prefect_crew.crew import WaitPolicy
 from prefect_crew.exceptions import AnsweredError, ConfigurationError, CrewAPIError, CrewError
 from prefect_crew.records.model import ReviewStore, utcnow
 from prefect_crew.runs.reviews.answer import answer_question
-from prefect_crew.runs.reviews.questions import Question, Review, where_to_look
+from prefect_crew.runs.reviews.questions import Question, Review, digest, where_to_look
 from prefect_crew.runs.reviews.tracker import QuestionTracker
 
 if TYPE_CHECKING:
@@ -76,13 +75,9 @@ class ReviewForm(RunInput):
         return create_model(cls.__name__, __base__=cls, **fields).with_initial_data(description=text)
 
 
-def _digest(*facts: object) -> str:
-    return hashlib.sha256(repr(facts).encode("utf-8", "surrogatepass")).hexdigest()
-
-
 def _of_run(kickoff_id: str) -> str:
     """Return what the names of all forms about a run begin with."""
-    return f"crew-review-{_digest(kickoff_id)[:8]}-"
+    return f"crew-review-{digest(kickoff_id)[:8]}-"
 
 
 class Form:
@@ -93,7 +88,7 @@ class Form:
         self.question = question
         self._was_up = False
         # The same in every process and attempt, so that an answer is found by whoever comes after.
-        self._base = _of_run(question.kickoff_id) + _digest(question.task_id, question.round)[:16]
+        self._base = _of_run(question.kickoff_id) + digest(question.task_id, question.round)
         self._keyset = keyset_from_base_key(self._base)
         self._model = model
         self._until = None if policy.human_timeout is None else timedelta(seconds=policy.human_timeout) + MARGIN
