@@ -171,8 +171,8 @@ def _answer(run: str, approve: bool, feedback: str, options: AnswerOptions, acce
     reach_prefect()
 
     async def send() -> tuple[RunRecord, SentReview]:
-        from prefect_crew.runs.reviews.questions import Review
         from prefect_crew.runs.reviews.inbox import answer_run, find_asked
+        from prefect_crew.runs.reviews.questions import Review
 
         async with open_stores() as (stores, _):
             record, records = await find_asked(run, stores)
