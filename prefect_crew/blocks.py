@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, HttpUrl, SecretStr, field_val
 from prefect_crew._internal.callables import dual
 from prefect_crew.client._transport import checked_url
 from prefect_crew.client.models import CrewResult, ResumeAnswer, StopAnswer
-from prefect_crew.crew import Crew, WaitPolicy
+from prefect_crew.crew import Crew, CrewSession, WaitPolicy
 from prefect_crew.exceptions import ConfigurationError
 from prefect_crew.settings import CrewSettings
 
@@ -190,7 +190,8 @@ class DeployedCrew(JobBlock[CrewResult]):
         """Return a client for it, to be used as an async context manager."""
         return self.crew.client(transport=transport)
 
-    async def _atrigger(
+    @dual
+    async def trigger(
         self,
         inputs: Mapping[str, Any] | None = None,
         *,
@@ -200,7 +201,17 @@ class DeployedCrew(JobBlock[CrewResult]):
         webhooks: Webhooks | None = None,
         restore_from: str | UUID | None = None,
     ) -> CrewRun:
+        """Kick the crew off and return the run, without waiting for it. Awaited in async code.
+
+        The options are as those of `run_crew`.
+
+        Raises:
+            InvalidInputsError: Inputs are missing or unknown; nothing was started.
+            KickoffUncertainError: Nobody knows whether a run was started.
+            CrewError: As `run_crew`.
+        """
         from prefect_crew.runs.kickoff import open_run
+        from prefect_crew.runs.run import KickoffId
 
         run = await open_run(
             self.crew,
@@ -211,22 +222,7 @@ class DeployedCrew(JobBlock[CrewResult]):
             webhooks=webhooks,
             restore_from=restore_from,
         )
-        return CrewRun(run.crew, run.kickoff_id, idempotency_key=run.idempotency_key)
-
-    @dual
-    async def trigger(self, inputs: Mapping[str, Any] | None = None, **options: Any) -> CrewRun:
-        """Kick the crew off and return the run, without waiting for it.
-
-        `options` are `idempotency_key`, `force_new`, `meta`, `webhooks` and `restore_from`, as those of `run_crew`.
-        Awaited in
-        async code.
-
-        Raises:
-            InvalidInputsError: Inputs are missing or unknown; nothing was started.
-            KickoffUncertainError: Nobody knows whether a run was started.
-            CrewError: As `run_crew`.
-        """
-        return await self._atrigger(inputs, **options)
+        return CrewRun(run.crew, KickoffId(run), idempotency_key=run.idempotency_key)
 
 
 class CrewRun(JobRun[CrewResult]):
@@ -259,14 +255,15 @@ class CrewRun(JobRun[CrewResult]):
         from prefect_crew.runs.run import find_run, read_result
 
         if self._result is None:
-            run = await find_run(self.crew, self.kickoff_id, self.idempotency_key, take=False)
-            self._result = await read_result(run)
+            run = await find_run(self.crew, self.kickoff_id, self.idempotency_key)
+            async with CrewSession(run.crew) as session:
+                self._result = await read_result(run, session)
         return self._result
 
     @dual
     async def stop(self) -> StopAnswer:
         """Ask the crew's server to stop the run."""
-        from prefect_crew.runs.actions import stop_run
+        from prefect_crew.runs.stop import stop_run
 
         return await stop_run(self.crew, self.kickoff_id, idempotency_key=self.idempotency_key)
 

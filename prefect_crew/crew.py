@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Generator, Iterable, Mapping
-from contextlib import AbstractContextManager, AsyncExitStack, contextmanager, nullcontext
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Iterable, Mapping
+from contextlib import AbstractContextManager, AsyncExitStack, asynccontextmanager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -11,11 +11,13 @@ import httpx
 from prefect.exceptions import PrefectException
 from pydantic import BaseModel, ConfigDict, Field, Secret, SecretStr, model_validator
 
+from prefect_crew._internal.prefect_api import run_logger
 from prefect_crew.client.redaction import Redactor, holds_secret
 from prefect_crew.exceptions import AuthenticationError, InvalidCallError
 
 if TYPE_CHECKING:
     from prefect_crew.client._client import CrewClient
+    from prefect_crew.client.models import CrewStatus
 
 
 T = TypeVar("T")
@@ -26,7 +28,9 @@ class Crew:
     """What holds for every run of one crew. The block `DeployedCrew` stores it, checks it and says what is left out.
 
     `label` is what people call it, `block` the name of its stored block. `hidden` are texts that are secret in whatever
-    a run of it says, besides the values of its secret inputs. `reload` reads the stored block anew.
+    a run of it says, besides the values of its secret inputs. `reload` reads the stored block anew. `on_status` is
+    called with a run and None when it is started or found, then with the run and each status that is seen: on the event
+    loop that waits, so it must be quick and must not raise.
     """
 
     label: str
@@ -46,6 +50,7 @@ class Crew:
     block: str | None = None
     hidden: tuple[SecretStr, ...] = field(default=(), repr=False)
     reload: Callable[[], Awaitable[Crew]] | None = field(default=None, repr=False, compare=False)
+    on_status: Callable[[Any, CrewStatus | None], None] | None = field(default=None, repr=False, compare=False)
 
     def called(self, name: str) -> Crew:
         """Return a copy that people see under `name`, not under its address; itself if it is stored under another."""
@@ -98,7 +103,9 @@ class Crew:
         if self.reload is None:
             return None
         stored = await self.reload()
-        return stored.hiding(self.secret_inputs, texts=self.hidden) if stored.token != self.token else None
+        if stored.token == self.token:
+            return None
+        return replace(stored.hiding(self.secret_inputs, texts=self.hidden), on_status=self.on_status)
 
 
 class CrewSession:
@@ -145,6 +152,7 @@ class CrewSession:
         except (httpx.HTTPError, PrefectException, ValueError):
             return False
         self.crew, self._client = fresh, client
+        run_logger().info("Crew %s: its stored block has a new token, which is used from now on.", fresh.label)
         return True
 
     async def asked(self, call: Callable[[CrewClient], Awaitable[T]]) -> T:
@@ -152,12 +160,24 @@ class CrewSession:
 
         Only for calls that a refusal leaves undone, which all of them are.
         """
+        client = self.client
         try:
-            return await call(self.client)
+            return await call(client)
         except AuthenticationError:
-            if not await self.renew():
+            # Another call may have changed the token while this one was under way.
+            if self._client is client and not await self.renew():
                 raise
         return await call(self.client)
+
+
+@asynccontextmanager
+async def open_session(crew: Crew | CrewSession) -> AsyncGenerator[CrewSession]:
+    """Open a session for a crew. A session that is open already is used as it is, and stays open."""
+    if isinstance(crew, CrewSession):
+        yield crew
+        return
+    async with CrewSession(crew) as session:
+        yield session
 
 
 RETRY_AFTER_CAP = 300.0

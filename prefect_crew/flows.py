@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
-from collections.abc import Awaitable, Callable, Mapping
-from contextvars import ContextVar
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from functools import wraps
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 from uuid import UUID
 
 import httpx
 from prefect import flow
-from prefect.context import FlowRunContext, TaskRunContext
+from prefect.context import AsyncClientContext, FlowRunContext, TaskRunContext
 from prefect.exceptions import PrefectException
 from pydantic import BaseModel, Field
 
-from prefect_crew._internal.background import work_beside
-from prefect_crew._internal.callables import dual, refuse_running_loop
+from prefect_crew._internal.callables import dual, sync_version
 from prefect_crew.blocks import DeployedCrew, load_crew
 from prefect_crew.client.inputs import encode_inputs
 from prefect_crew.client.models import CrewResult
 from prefect_crew.client.redaction import MASK, holds_secret
-from prefect_crew.crew import Crew, WaitPolicy
+from prefect_crew.crew import Crew, CrewSession, WaitPolicy
 from prefect_crew.exceptions import ConfigurationError, CrewError, CrewFailedError, CrewStoppedError
 from prefect_crew.records.store import PrefectRecords
 from prefect_crew.runs.options import check_choices
@@ -41,21 +38,6 @@ STORED_BYTES = 400_000
 TOO_LARGE = "(too large to be stored with the flow run)"
 
 
-@dataclass(frozen=True)
-class _Call:
-    """What a call gives that Prefect's stored parameters must not or cannot hold."""
-
-    crew: Crew
-    inputs: Mapping[str, Any] = field(repr=False)
-    meta: Mapping[str, Any] | None = field(repr=False)
-    output_type: type[BaseModel] | None
-    webhooks: Webhooks | None = field(repr=False)
-    review: ReviewChoice | None = None
-
-
-_live: ContextVar[_Call | None] = ContextVar("prefect_crew_call", default=None)
-
-
 async def arun_crew(
     crew: DeployedCrew | Crew | str,
     inputs: Mapping[str, Any] | None = None,
@@ -70,19 +52,19 @@ async def arun_crew(
     webhooks: Webhooks | None = None,
     restore_from: str | UUID | None = None,
 ) -> CrewResult:
-    """Run a deployed crew and return its result, never paying twice for one run.
+    """Run a deployed crew and return its result. A run is started at most once.
 
-    Inside a flow (or a task) it runs tasks of that flow; outside of one it runs a flow of its own.
+    Inside a flow (or a task) it runs tasks of that flow; outside of one it runs a flow of its own. `run_crew` is for
+    sync code, `arun_crew` for async code.
 
     Args:
         crew: A crew, or the name of a stored block.
         inputs: Its inputs by name.
         name: The step's name: in task names, and part of an idempotency key that is left out.
-        idempotency_key: The identity of this purchase, across flow runs and machines that share a Prefect server. It
-            may be a
-            template over the scheduled time: `"daily-{{ scheduled_start:%Y-%m-%d }}"`. Left out, it is one that the
-            retries of this flow run find again; outside a flow every call is a new purchase.
-        force_new: Buy whatever the record of the key says.
+        idempotency_key: The identity of this run, across flow runs and machines that share a Prefect server. It may be
+            a template over the scheduled time: `"daily-{{ scheduled_start:%Y-%m-%d }}"`. Left out, it is one that the
+            retries of this flow run find again; outside a flow every call is a new run.
+        force_new: Start a new run whatever the record of the key says.
         meta: Any JSON object for the crew's webhooks; the idempotency key is added to it.
         wait: How to wait, in place of the block's policy.
         output_type: A pydantic model; `result.data` is then an instance of it.
@@ -94,6 +76,7 @@ async def arun_crew(
             is part of what tells runs apart. The API takes one that it does not know for none, and says nothing.
 
     Raises:
+        InvalidCallError: The sync one was called where an event loop runs, which it would block.
         InvalidInputsError, IdempotencyConflictError: Nothing was started.
         KickoffUncertainError: Nobody knows whether a run was started. A person resolves it.
         CrewFailedError, CrewStoppedError, CrewLostError: How the run ended instead.
@@ -113,71 +96,38 @@ async def arun_crew(
     )
     crew = await load_crew(crew)
     inputs = crew.sealed(inputs or {})
-    call = _Call(crew, inputs, meta, output_type, webhooks, review)
-    options: dict[str, Any] = {
+    stored: dict[str, Any] = {
         "name": name,
         "idempotency_key": idempotency_key,
         "force_new": force_new,
         "wait": wait,
         "restore_from": None if restore_from is None else str(UUID(str(restore_from))),
     }
+
+    # What Prefect's stored parameters must not or cannot hold reaches the flow by this function.
+    @wraps(run_deployed_crew.fn)
+    async def run(*_: Any, **__: Any) -> CrewResult:
+        return await _run(crew, inputs, meta=meta, output_type=output_type, review=review, webhooks=webhooks, **stored)
+
     if FlowRunContext.get() is not None or TaskRunContext.get() is not None:
-        return await _run(call, **options)
-    token = _live.set(call)
-    try:
-        return await cast("Callable[..., Awaitable[CrewResult]]", run_deployed_crew)(
-            crew=crew.label, inputs=_stored(call), **options, review="form" if review == "form" else None
-        )
-    finally:
-        _live.reset(token)
+        return await run()
+    own_flow = run_deployed_crew.with_options()
+    own_flow.fn = run
+    form = "form" if review == "form" else None
+    return await cast("Any", own_flow)(crew=crew.label, inputs=_stored(crew, inputs), review=form, **stored)
 
 
-def run_crew(
-    crew: DeployedCrew | Crew | str,
-    inputs: Mapping[str, Any] | None = None,
-    *,
-    name: str | None = None,
-    idempotency_key: str | None = None,
-    force_new: bool = False,
-    meta: Mapping[str, Any] | None = None,
-    wait: WaitPolicy | None = None,
-    output_type: type[BaseModel] | None = None,
-    review: ReviewChoice | None = None,
-    webhooks: Webhooks | None = None,
-    restore_from: str | UUID | None = None,
-) -> CrewResult:
-    """Run a deployed crew and return its result: `arun_crew` for sync code.
-
-    Raises:
-        InvalidCallError: An event loop runs in this thread, which this call would block: `await arun_crew(…)` there.
-        CrewError: As `arun_crew`.
-    """
-    refuse_running_loop("run_crew", "arun_crew")
-    running = arun_crew(
-        crew,
-        inputs,
-        name=name,
-        idempotency_key=idempotency_key,
-        force_new=force_new,
-        meta=meta,
-        wait=wait,
-        output_type=output_type,
-        review=review,
-        webhooks=webhooks,
-        restore_from=restore_from,
-    )
-    del inputs, meta, webhooks  # error reporters show the local variables of all frames
-    return asyncio.run(running)
+run_crew = sync_version(arun_crew)
 
 
-def _stored(call: _Call) -> dict[str, Any]:
+def _stored(crew: Crew, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """Return the inputs as Prefect may store them: plain values, no secret ones, none too large for it."""
     try:
-        plain = encode_inputs(call.inputs, as_json=True)
+        plain = encode_inputs(inputs, as_json=True)
     except (TypeError, ValueError) as error:
         raise ConfigurationError(f"{error} Nothing was started.") from None
-    for name, value in call.inputs.items():
-        if name in plain and (name in call.crew.secret_inputs or holds_secret(value)):
+    for name, value in inputs.items():
+        if name in plain and (name in crew.secret_inputs or holds_secret(value)):
             plain[name] = MASK
     sizes = {name: len(json.dumps(value)) for name, value in plain.items()}
     for name in sorted(sizes, key=sizes.__getitem__, reverse=True):
@@ -188,27 +138,33 @@ def _stored(call: _Call) -> dict[str, Any]:
 
 
 async def _run(
-    call: _Call,
+    crew: Crew,
+    inputs: Mapping[str, Any],
     *,
     name: str | None,
     idempotency_key: str | None,
     force_new: bool,
     wait: WaitPolicy | None,
+    review: ReviewChoice | None,
     restore_from: str | None,
+    meta: Mapping[str, Any] | None = None,
+    output_type: type[BaseModel] | None = None,
+    webhooks: Webhooks | None = None,
 ) -> CrewResult:
-    async with work_beside():
+    # Where no flow around has a client of Prefect's on this event loop, each task would make one and close it.
+    async with AsyncClientContext.get_or_create(), CrewSession(crew) as session:
         kickoff_id = await kickoff_crew.acall(
-            call.crew,
-            call.inputs,
+            session,
+            inputs,
             idempotency_key=idempotency_key,
             name=name,
             force_new=force_new,
-            meta=call.meta,
-            webhooks=call.webhooks,
+            meta=meta,
+            webhooks=webhooks,
             restore_from=restore_from,
         )
         return await wait_for_crew.acall(
-            call.crew, kickoff_id, name=name, wait=wait, output_type=call.output_type, review=call.review
+            session, kickoff_id, name=name, wait=wait, output_type=output_type, review=review
         )
 
 
@@ -224,9 +180,9 @@ async def run_deployed_crew(
     ] = None,
     idempotency_key: Annotated[
         str | None,
-        Field(description="The identity of one purchase, such as daily-{{ scheduled_start:%Y-%m-%d }}."),
+        Field(description="The identity of one run, such as daily-{{ scheduled_start:%Y-%m-%d }}."),
     ] = None,
-    force_new: Annotated[bool, Field(description="Buy a new run whatever was bought under this key before.")] = False,
+    force_new: Annotated[bool, Field(description="Start a new run whatever the key's record says.")] = False,
     wait: Annotated[WaitPolicy | None, Field(description="How to wait, in place of the block's policy.")] = None,
     review: Annotated[
         Literal["form"] | None, Field(description="Where people are asked: in a form on this flow run's page.")
@@ -236,18 +192,12 @@ async def run_deployed_crew(
     ] = None,
 ) -> CrewResult:
     """Run one deployed crew. What `run_crew` runs outside of a flow, and a flow to deploy as it is."""
-    live = _live.get()
-    if live is not None and live.crew.label == crew:
-        return await _run(
-            live, name=name, idempotency_key=idempotency_key, force_new=force_new, wait=wait, restore_from=restore_from
-        )
     try:
         stored = await load_crew(crew)
     except ValueError as error:
         raise ConfigurationError(
-            f"No block deployed-crew/{crew} is stored, so this run cannot be made from its parameters. Save "
-            "it under that name, or call run_crew again with the crew and the same idempotency key, which finds it "
-            "again."
+            f"No block deployed-crew/{crew} is stored, so this run cannot be made from its parameters. Save it under "
+            "that name, or call run_crew again with the crew and the same idempotency key, which finds the run again."
         ) from error
     given = dict(inputs or {})
     missing = [key for key, value in given.items() if value in (MASK, TOO_LARGE)]
@@ -255,13 +205,17 @@ async def run_deployed_crew(
         raise ConfigurationError(
             f"The inputs {', '.join(missing)} are secret or too large, and so not stored with a flow run: this one "
             "cannot be made from its parameters. Call run_crew again with the same idempotency key: a run in flight "
-            "is found "
-            "again."
+            "is found again."
         )
-    given = await values_of_blocks(given, stored.secret_inputs)
-    call = _Call(stored, given, None, None, None, review)
     return await _run(
-        call, name=name, idempotency_key=idempotency_key, force_new=force_new, wait=wait, restore_from=restore_from
+        stored,
+        await values_of_blocks(given, stored.secret_inputs),
+        name=name,
+        idempotency_key=idempotency_key,
+        force_new=force_new,
+        wait=wait,
+        review=review,
+        restore_from=restore_from,
     )
 
 
@@ -286,36 +240,31 @@ async def get_result(
     attempts = await PrefectRecords().attempts(idempotency_key)
     if not attempts:
         raise CrewError(f"No run has the key {idempotency_key!r}. prefect-crew runs lists those on record.")
-    completed = [record for record in attempts if record.state is CrewState.COMPLETED]
-    record = (completed or list(attempts))[-1]
-    kickoff_id = record.kickoff_id
-    if kickoff_id is None:
+    record = next((one for one in reversed(attempts) if one.state is CrewState.COMPLETED), attempts[-1])
+    names: dict[str, Any] = {"crew": record.crew, "idempotency_key": idempotency_key}
+    if record.kickoff_id is None:
         raise CrewError(
             f"Run {idempotency_key!r} has no result: its kickoff is {record.phase}. {record.reason or ''}".strip()
         )
     if record.state is CrewState.FAILED:
-        raise CrewFailedError(
-            kickoff_id=kickoff_id, error=record.error or "", crew=record.crew, idempotency_key=idempotency_key
-        )
+        raise CrewFailedError(kickoff_id=record.kickoff_id, error=record.error or "", **names)
     if record.state is CrewState.STOPPED:
-        raise CrewStoppedError(kickoff_id=kickoff_id, crew=record.crew, idempotency_key=idempotency_key)
+        raise CrewStoppedError(kickoff_id=record.kickoff_id, **names)
     if record.result is not None:
         # Only what may be shown is on record.
-        result = record.result.result(kickoff_id)
+        result = record.result.result(record.kickoff_id)
         return result if output_type is None else typed(result, output_type)
-    run = OpenRun(crew=await _crew_of(record.crew, crew, idempotency_key), kickoff_id=kickoff_id, record=record)
-    # No variable holds the result: error reporters show the local variables of all frames.
-    return await read_result(run) if output_type is None else typed(await read_result(run), output_type, run=run)
-
-
-async def _crew_of(label: str, crew: DeployedCrew | Crew | str | None, idempotency_key: str) -> Crew:
-    if crew is not None:
-        return await load_crew(crew)
     try:
-        return await load_crew(label)
+        found = await load_crew(crew or record.crew)
     except (ValueError, httpx.HTTPError, PrefectException) as error:
+        if crew is not None:
+            raise
         raise CrewError(
-            f"The record of run {idempotency_key!r} does not hold its result, and crew {label} is no stored block to "
-            f"ask "
-            "for it. Give the crew (crew=…, --crew)."
+            f"The record of run {idempotency_key!r} does not hold its result, and crew {record.crew} is no stored "
+            "block to ask for it. Give the crew (crew=…, --crew)."
         ) from error
+    run = OpenRun(found, record.kickoff_id, record)
+    async with CrewSession(run.crew) as session:
+        # No variable holds the result: error reporters show the local variables of all frames.
+        reading = read_result(run, session)
+        return await reading if output_type is None else typed(await reading, output_type, run=run)

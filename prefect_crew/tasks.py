@@ -1,7 +1,7 @@
 """The Prefect tasks, usable alone in anyone's flow: a call returns in a sync flow and is awaited in an async one.
 
-None of them is cached, and only what is safe to repeat is repeated: a kickoff is retried by Prefect only after an error
-that surely did not start a run. What makes a retried flow find its runs again is the record, not a stored result.
+None of them is cached, and only what is safe to repeat is repeated: Prefect retries a kickoff only after an error that
+surely did not start a run. What makes a retried flow find its runs again is the record, not a stored result.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 from collections.abc import Callable, Coroutine, Mapping
+from functools import wraps
 from typing import Any, Generic, ParamSpec, TypeVar, cast
 from uuid import UUID
 
@@ -23,78 +24,20 @@ from prefect_crew.client._retry_safety import KickoffFate, kickoff_fate
 from prefect_crew.client.models import CrewInput, CrewResult, ResumeAnswer, StopAnswer
 from prefect_crew.client.redaction import HiddenValues, holds_secret
 from prefect_crew.client.webhooks import Webhooks
-from prefect_crew.crew import Crew, CrewSession, WaitPolicy
+from prefect_crew.crew import Crew, CrewSession, WaitPolicy, open_session
 from prefect_crew.exceptions import ConfigurationError, CrewError
 from prefect_crew.records.keys import calling_task, identify
-from prefect_crew.runs.actions import resume_run, stop_run
+from prefect_crew.runs.actions import resume_run
 from prefect_crew.runs.kickoff import open_run
 from prefect_crew.runs.options import check_choices
 from prefect_crew.runs.reviews.questions import ReviewChoice
+from prefect_crew.runs.run import KickoffId
+from prefect_crew.runs.stop import stop_run
 from prefect_crew.runs.wait import wait_for_run
 
 P = ParamSpec("P")
 R = TypeVar("R")
 Condition = Callable[[Task[..., Any], TaskRun, State[Any]], Coroutine[Any, Any, bool]]
-
-
-class CrewTask(Task[P, Any], Generic[P, R]):
-    """A Prefect task over an async function that can be called from sync code as well.
-
-    `with_options` keeps it one, and adds a retry condition of the user's to the task's own instead of replacing it.
-    """
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Run the task: the result in sync code, an awaitable of it in async code."""
-        args, kwargs = _hidden(args), _hidden_each(kwargs)
-        coroutine = self.acall(*args, **kwargs)
-        return coroutine if in_async_context() else run_sync(coroutine)
-
-    async def acall(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the task from a coroutine, whatever kind of flow is around it."""
-        args, kwargs = _hidden(args), _hidden_each(kwargs)
-        with calling_task():
-            return await cast("Coroutine[Any, Any, Any]", super().__call__(*args, **kwargs))
-
-    def submit(self, *args: Any, **kwargs: Any) -> Any:
-        """Submit the task to the flow's task runner, as Prefect's own."""
-        args, kwargs = _hidden(args), _hidden_each(kwargs)
-        with calling_task():
-            return cast("Any", super()).submit(*args, **kwargs)
-
-    def map(self, *args: Any, **kwargs: Any) -> Any:
-        """Map the task over iterables on the flow's task runner, as Prefect's own."""
-        args, kwargs = _hidden(args), _hidden_each(kwargs)
-        with calling_task():
-            return cast("Any", super()).map(*args, **kwargs)
-
-    def apply_async(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, args: tuple[Any, ...] | None = None, kwargs: dict[str, Any] | None = None, **options: Any
-    ) -> Any:
-        """Have a task worker run the task, as Prefect's own does. `delay` calls it.
-
-        Prefect stores the parameters as they are. So a crew is given by its block's name there.
-
-        Raises:
-            ConfigurationError: The crew is no stored block, or an input is secret. Nothing was stored.
-        """
-        args, kwargs = _hidden(args), _hidden_each(kwargs or {})
-        given = inspect.signature(self.fn).bind(*(args or ()), **kwargs).arguments
-        return cast("Any", super()).apply_async((), run_sync(_storable(given)), **options)
-
-    def delay(self, *args: Any, **kwargs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Have a task worker run the task, as Prefect's own does."""
-        args, kwargs = _hidden(args), _hidden_each(kwargs)
-        return cast("Any", super()).delay(*args, **kwargs)
-
-    def with_options(self, **options: Any) -> CrewTask[P, R]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Return a copy with other options, as Prefect's own does."""
-        theirs, ours = options.get("retry_condition_fn"), self.retry_condition_fn
-        if theirs is not None and ours is not None:
-            options["retry_condition_fn"] = _both(cast("Condition", ours), theirs)
-        copy = super().with_options(**options)
-        # Prefect makes a plain Task here whatever the subclass, which differs from ours in its methods only.
-        copy.__class__ = type(self)
-        return cast("CrewTask[P, R]", copy)
 
 
 def _hidden(value: Any) -> Any:
@@ -112,48 +55,75 @@ def _hidden(value: Any) -> Any:
     return value
 
 
-def _hidden_each(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: _hidden(value) for name, value in kwargs.items()}
+def _call(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Hide the inputs that a method is called with, and note the user's tasks around the call."""
+
+    @wraps(method)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        args, kwargs = _hidden(args), {name: _hidden(value) for name, value in kwargs.items()}
+        with calling_task():
+            return method(self, *args, **kwargs)
+
+    return call
 
 
-def _both(ours: Condition, theirs: Any) -> Condition:
-    async def condition(task: Task[..., Any], task_run: TaskRun, state: State[Any]) -> bool:
-        if not await ours(task, task_run, state):
-            return False
-        verdict = theirs(task, task_run, state)
-        return bool(await verdict) if hasattr(verdict, "__await__") else bool(verdict)
+class CrewTask(Task[P, Any], Generic[P, R]):
+    """A Prefect task over an async function that can be called from sync code as well.
 
-    return condition
+    `with_options` keeps it one, and adds a retry condition of the user's to the task's own instead of replacing it.
+    """
 
+    @_call
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Run the task: the result in sync code, an awaitable of it in async code."""
+        coroutine = self.acall(*args, **kwargs)
+        return coroutine if in_async_context() else run_sync(coroutine)
 
-async def _surely_not_done(task: Task[..., Any], task_run: TaskRun, state: State[Any]) -> bool:
-    """Retry a purchase, or an answer for a person, only if the server surely did not take it."""
-    del task, task_run
-    error = await state.aresult(raise_on_failure=False)
-    return isinstance(error, CrewError) and kickoff_fate(error) is KickoffFate.RETRY
+    async def acall(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the task from a coroutine, whatever kind of flow is around it."""
+        args, kwargs = _hidden(args), {name: _hidden(value) for name, value in kwargs.items()}
+        with calling_task():
+            return await cast("Coroutine[Any, Any, Any]", super().__call__(*args, **kwargs))
 
+    @_call
+    def submit(self, *args: Any, **kwargs: Any) -> Any:
+        """Submit the task to the flow's task runner, as Prefect's own."""
+        return cast("Any", super()).submit(*args, **kwargs)
 
-def _name(parameters: dict[str, Any], verb: str) -> str:
-    crew = parameters.get("crew")
-    label = crew.label if isinstance(crew, DeployedCrew | Crew) else str(crew)
-    run = parameters.get("name") or parameters.get("kickoff_id") or ""
-    return f"{verb} {label} {run}".strip()[:200]
+    @_call
+    def map(self, *args: Any, **kwargs: Any) -> Any:
+        """Map the task over iterables on the flow's task runner, as Prefect's own."""
+        return cast("Any", super()).map(*args, **kwargs)
 
+    @_call
+    def delay(self, *args: Any, **kwargs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Have a task worker run the task, as Prefect's own does."""
+        return self.apply_async(args, kwargs)
 
-def _named(verb: str) -> Callable[..., str]:
-    def task_run_name(parameters: dict[str, Any]) -> str:
-        return _name(parameters, verb)
+    def apply_async(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, args: tuple[Any, ...] | None = None, kwargs: dict[str, Any] | None = None, **options: Any
+    ) -> Any:
+        """Have a task worker run the task, as Prefect's own does.
 
-    return task_run_name
+        Prefect stores the parameters as they are. So a crew is given by its block's name there.
 
+        Raises:
+            ConfigurationError: The crew is no stored block, or an input is secret. Nothing was stored.
+        """
+        args = _hidden(args or ())
+        kwargs = {name: _hidden(value) for name, value in (kwargs or {}).items()}
+        given = inspect.signature(self.fn).bind(*(args or ()), **kwargs).arguments
+        return cast("Any", super()).apply_async((), run_sync(_storable(given)), **options)
 
-def _task(verb: str, **options: Any) -> Callable[[Callable[P, Coroutine[Any, Any, R]]], CrewTask[P, R]]:
-    def decorate(function: Callable[P, Coroutine[Any, Any, R]]) -> CrewTask[P, R]:
-        return CrewTask(
-            fn=function, cache_policy=NO_CACHE, tags=["prefect-crew"], task_run_name=_named(verb), **options
-        )
-
-    return decorate
+    def with_options(self, **options: Any) -> CrewTask[P, R]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Return a copy with other options, as Prefect's own does."""
+        theirs, ours = options.get("retry_condition_fn"), self.retry_condition_fn
+        if theirs is not None and ours is not None:
+            options["retry_condition_fn"] = _both(cast("Condition", ours), theirs)
+        copy = super().with_options(**options)
+        # Prefect makes a plain Task here whatever the subclass, which differs from ours in its methods only.
+        copy.__class__ = type(self)
+        return cast("CrewTask[P, R]", copy)
 
 
 async def _storable(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -170,7 +140,11 @@ async def _storable(given: Mapping[str, Any]) -> dict[str, Any]:
         )
     inputs = cast("Mapping[str, Any]", given.get("inputs") or {})
     secret = [key for key, value in inputs.items() if key in crew.secret_inputs or holds_secret(value)]
-    secret += [key for key in ("meta", "webhooks") if key in given and _is_secret(given[key])]
+    webhooks = given.get("webhooks")
+    if isinstance(webhooks, Webhooks) and webhooks.secrets():
+        secret.append("webhooks")
+    if holds_secret(given.get("meta")):
+        secret.append("meta")
     if secret:
         raise ConfigurationError(
             f"{', '.join(secret)}: Prefect would store these with this task run's parameters, and they are secret. "
@@ -180,27 +154,60 @@ async def _storable(given: Mapping[str, Any]) -> dict[str, Any]:
     return {**plain, "crew": crew.block}
 
 
-def _is_secret(value: Any) -> bool:
-    return bool(value.secrets()) if isinstance(value, Webhooks) else holds_secret(value)
+def _both(ours: Condition, theirs: Any) -> Condition:
+    async def condition(task: Task[..., Any], task_run: TaskRun, state: State[Any]) -> bool:
+        if not await ours(task, task_run, state):
+            return False
+        verdict = theirs(task, task_run, state)
+        return bool(await verdict) if hasattr(verdict, "__await__") else bool(verdict)
+
+    return condition
+
+
+async def _surely_not_done(task: Task[..., Any], task_run: TaskRun, state: State[Any]) -> bool:
+    """Retry a kickoff, or an answer for a person, only if the server surely did not take it."""
+    del task, task_run
+    error = await state.aresult(raise_on_failure=False)
+    return isinstance(error, CrewError) and kickoff_fate(error) is KickoffFate.RETRY
+
+
+def _task(verb: str, **options: Any) -> Callable[[Callable[P, Coroutine[Any, Any, R]]], CrewTask[P, R]]:
+    def task_run_name(parameters: dict[str, Any]) -> str:
+        crew = parameters.get("crew")
+        crew = getattr(crew, "crew", crew)  # of a block or a session
+        run = parameters.get("name") or parameters.get("kickoff_id") or ""
+        return f"{verb} {getattr(crew, 'label', crew)} {run}".strip()[:200]
+
+    name: Any = task_run_name
+
+    def decorate(function: Callable[P, Coroutine[Any, Any, R]]) -> CrewTask[P, R]:
+        return CrewTask(fn=function, cache_policy=NO_CACHE, tags=["prefect-crew"], task_run_name=name, **options)
+
+    return decorate
+
+
+AnyCrew = DeployedCrew | Crew | CrewSession | str
+"""A crew, the name of a stored block, or an open session of a crew, whose giver has checked the options."""
+
+
+async def _loaded(crew: AnyCrew) -> Crew | CrewSession:
+    return crew if isinstance(crew, CrewSession) else await load_crew(crew)
 
 
 @_task("inputs of", retries=2, retry_delay_seconds=2)
 async def discover_inputs(crew: DeployedCrew | Crew | str) -> list[CrewInput]:
-    """Return the inputs that a crew names; empty where it names none.
-
-    Args:
-        crew: A crew, or the name of a stored block.
+    """Return the inputs that a crew names; empty where it names none. `crew` may be the name of a stored block.
 
     Raises:
         CrewError: `GET /inputs` failed; a crew without it raises NotFoundError.
     """
-    async with CrewSession(await load_crew(crew)) as session:
+    async with open_session(await load_crew(crew)) as session:
         return await session.client.inputs()
 
 
 @_task("kick off", retries=3, retry_delay_seconds=[2, 10, 30], retry_condition_fn=_surely_not_done)
 async def kickoff_crew(
-    crew: DeployedCrew | Crew | str,
+    crew: AnyCrew,
     inputs: Mapping[str, Any] | None = None,
     *,
     idempotency_key: str | None = None,
@@ -215,9 +222,9 @@ async def kickoff_crew(
     Args:
         crew: A crew, or the name of a stored block.
         inputs: Its inputs, checked against `GET /inputs` first.
-        idempotency_key: The identity of this purchase; left out, one of this flow run that its retries find again.
+        idempotency_key: The identity of this run; left out, one of this flow run that its retries find again.
         name: The step's name, part of a key that is left out.
-        force_new: Buy whatever the record says.
+        force_new: Start a new run whatever the record says.
         meta: Any JSON object for the crew's webhooks; the idempotency key is added to it.
         webhooks: Targets of your own.
         restore_from: As for `run_crew`.
@@ -229,7 +236,7 @@ async def kickoff_crew(
         CrewConnectionError, RateLimitedError, ServerError: It surely did not start; Prefect retries this.
     """
     run = await open_run(
-        await load_crew(crew),
+        await _loaded(crew),
         inputs or {},
         idempotency_key=idempotency_key,
         name=name,
@@ -239,12 +246,12 @@ async def kickoff_crew(
         restore_from=restore_from,
         inside_own_task=True,
     )
-    return run.kickoff_id
+    return KickoffId(run)
 
 
 @_task("wait for")
 async def wait_for_crew(
-    crew: DeployedCrew | Crew | str,
+    crew: AnyCrew,
     kickoff_id: str,
     *,
     idempotency_key: str | None = None,
@@ -271,9 +278,10 @@ async def wait_for_crew(
         CrewError: The status call gave no answer for too long.
     """
     del name
-    check_choices(wait=wait, output_type=output_type, review=review)
+    if not isinstance(crew, CrewSession):
+        check_choices(wait=wait, output_type=output_type, review=review)
     return await wait_for_run(
-        await load_crew(crew),
+        await _loaded(crew),
         kickoff_id,
         idempotency_key=idempotency_key,
         wait=wait,

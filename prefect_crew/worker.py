@@ -51,8 +51,7 @@ from prefect_crew.client._transport import shared_connections
 from prefect_crew.exceptions import ConfigurationError, CrewError
 from prefect_crew.records.model import RecordPhase
 from prefect_crew.records.store import PrefectRecords
-from prefect_crew.runs.actions import stop_run
-from prefect_crew.runs.stop import stop_was_asked
+from prefect_crew.runs.stop import stop_run, stop_was_asked
 from prefect_crew.settings import CrewSettings
 
 if TYPE_CHECKING:

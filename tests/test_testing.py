@@ -12,11 +12,9 @@ import httpx
 import pytest
 
 from prefect_crew.client._client import CrewClient
-from prefect_crew.client.models import CrewStatus
 from prefect_crew.crew import WaitPolicy
 from prefect_crew.devserver import CrewServer, InProcessCrewServer
-from prefect_crew.exceptions import AuthenticationError, CrewError
-from prefect_crew.runs.polling import Phases, wait_until_ended
+from prefect_crew.runs.polling import Phases, Watcher, poll
 from prefect_crew.states import CrewState
 from prefect_crew.testing import CrewServerFactory
 
@@ -75,28 +73,17 @@ def test_servers_end_with_their_test(pytester: pytest.Pytester) -> None:
     pytester.runpytest_subprocess("-p", "no:cacheprovider").assert_outcomes(passed=2)
 
 
-class Onlooker:
-    """Is told what is seen while waiting, and does nothing about it."""
-
-    async def saw(self, status: CrewStatus) -> None: ...
-    async def person_turn(self, phases: Phases) -> None: ...
-    async def trouble(self, error: CrewError, seconds: float) -> None: ...
-
-    async def refused(self, error: AuthenticationError) -> bool:
-        return False
-
-
 async def test_instant_polling(crew_server: CrewServerFactory, instant_polling: None) -> None:
     server = crew_server("name: x\ntasks: [{name: t, seconds: 0.2, output: x}]")
     began = time.time()
     async with CrewClient(server.url, server.token) as client:
         id_ = await client.kickoff({})
-        status = await wait_until_ended(
+        status = await poll(
             lambda: client.status(id_),
             kickoff_id=id_,
             policy=WaitPolicy(initial=10),
             phases=Phases(began),
-            watcher=Onlooker(),
+            watcher=Watcher(),
         )
     assert status.state is CrewState.COMPLETED
     assert time.time() - began < 9

@@ -68,3 +68,18 @@ def dual(function: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, Any]:
         return coroutine if in_async_context() else run_sync(coroutine)
 
     return call
+
+
+def sync_version(function: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, T]:
+    """Return the sync function for an async one whose name begins with an `a`. In a running event loop it raises."""
+    name = function.__name__.removeprefix("a")
+
+    @wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        refuse_running_loop(name, function.__name__)
+        coroutine = function(*args, **kwargs)
+        args, kwargs = (), {}  # pyright: ignore[reportAssignmentType]  error reporters show the variables of frames
+        return asyncio.run(coroutine)
+
+    call.__name__ = call.__qualname__ = name
+    return call

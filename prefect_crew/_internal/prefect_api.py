@@ -11,15 +11,17 @@ import weakref
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager, nullcontext
 from enum import IntEnum
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import httpx
 from prefect.client.orchestration import PrefectClient
-from prefect.context import FlowRunContext
+from prefect.context import ContextModel, FlowRunContext
 from prefect.exceptions import MissingContextError, PrefectHTTPStatusError
 from prefect.logging import get_run_logger
 
 from prefect_crew._text import one_line
+
+ContextT = TypeVar("ContextT", bound=ContextModel)
 
 if TYPE_CHECKING:
     Adapter = logging.LoggerAdapter[logging.Logger | logging.LoggerAdapter[Any]]
@@ -201,3 +203,18 @@ def flow_run_id() -> str | None:
     """Return the id of the flow run around this call."""
     context = FlowRunContext.get()
     return None if context is None or context.flow_run is None else str(context.flow_run.id)
+
+
+def contexts_around(kind: type[ContextT]) -> list[ContextT]:
+    """Return Prefect's contexts of a kind around this call, the innermost first.
+
+    Prefect shows the innermost only. What it replaced stands in the token that will bring it back; there is no public
+    way to the parent context.
+    """
+    found: list[ContextT] = []
+    context: Any = kind.get()
+    while isinstance(context, kind):
+        found.append(context)
+        token = context._token  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
+        context = None if token is None else token.old_value
+    return found

@@ -15,7 +15,7 @@ from prefect_crew.batches.outcomes import STOPPED_WITH_BATCH
 from prefect_crew.batches.runner import Engine
 from prefect_crew.exceptions import BatchCancelledError, CrewError
 from prefect_crew.records.model import RecordPhase, RunRecord
-from prefect_crew.runs.stop import cancellation_asked, cancelled_meanwhile, close_stopped, mark_cancelled
+from prefect_crew.runs.stop import cancellation_asked, close_stopped, end_as_cancelled, is_cancelled
 
 TICK = 1.0
 """Seconds between two looks at how the batch stands."""
@@ -64,7 +64,7 @@ async def watched(
             look.result()
             await _cancelled(engine, work, ticking, name, on_cancel, asked=True)
             if own is not None:
-                await _mark(own)
+                await end_as_cancelled(own)
             raise BatchCancelledError(name=name)
         except asyncio.CancelledError:
             if not work.done():
@@ -84,7 +84,7 @@ async def _look(own: str | None) -> None:
     """Return once this flow run is found to be cancelled."""
     while True:
         await asyncio.sleep(TICK)
-        if await cancelled_meanwhile(own, every=LOOK_EVERY):
+        if await is_cancelled(own, every=LOOK_EVERY):
             return
 
 
@@ -93,13 +93,6 @@ async def _asked(own: str | None) -> bool:
         return await asyncio.wait_for(cancellation_asked(own), ASK_WITHIN)
     except (httpx.HTTPError, PrefectException, TimeoutError):
         return False
-
-
-async def _mark(own: str) -> None:
-    try:
-        await mark_cancelled(own)
-    except (httpx.HTTPError, PrefectException) as error:
-        run_logger().warning("This flow run stays in Cancelling: %s", error)
 
 
 async def _cancelled(

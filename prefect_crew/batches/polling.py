@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
 from contextlib import nullcontext
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 import httpx
@@ -20,12 +18,12 @@ from prefect_crew.batches.rows import RowJob
 from prefect_crew.batches.throttle import Rhythm
 from prefect_crew.client.models import CrewStatus
 from prefect_crew.crew import CrewSession, WaitPolicy
-from prefect_crew.exceptions import AuthenticationError, CrewError, CrewTimeoutError
-from prefect_crew.records.model import RecordPhase, RunRecord, StoredResult, utcnow
+from prefect_crew.exceptions import CrewError
+from prefect_crew.records.model import RunRecord, StoredResult
 from prefect_crew.runs.listener import Waker, waker_for
-from prefect_crew.runs.polling import Phases, wait_until_ended
+from prefect_crew.runs.polling import Phases, Watcher, poll
 from prefect_crew.runs.reviews.reviewer import People, TooManyRoundsError, stops_late
-from prefect_crew.runs.run import OpenRun
+from prefect_crew.runs.run import OpenRun, close_record
 from prefect_crew.runs.stop import close_stopped
 from prefect_crew.states import CrewState
 
@@ -73,17 +71,12 @@ class RowWaiter:
         """Wait until a run has ended, and write its end down.
 
         Raises:
-            CrewTimeoutError, CrewLostError, AuthenticationError, CrewError: As `wait_until_ended`.
+            CrewTimeoutError, CrewLostError, AuthenticationError, CrewError: As `poll`.
             ReviewLimitError: A task asks once too often.
             LedgerError: Its end cannot be written down.
         """
         kickoff_id = str(record.kickoff_id)
-        started = time.time() if record.kicked_off_at is None else record.kicked_off_at.timestamp()
-        phases = Phases(
-            kicked_off_at=started,
-            human_seconds=record.human_seconds,
-            human_since=None if record.human_since is None else record.human_since.timestamp(),
-        )
+        phases = Phases.of(record)
         woken: AbstractAsyncContextManager[Waker | None]
         woken = waker_for(record.idempotency_key) if record.hooked else nullcontext()
         run = OpenRun(
@@ -94,48 +87,35 @@ class RowWaiter:
             async with woken as waker:
                 watcher.waker = waker
                 try:
-                    status = await wait_until_ended(
+                    status = await poll(
                         lambda: self.session.client.status(kickoff_id),
                         kickoff_id=kickoff_id,
+                        crew=record.crew,
                         policy=self.policy,
                         phases=phases,
                         watcher=watcher,
-                        pause=asyncio.sleep if waker is None else waker.pause,
-                        stretch=self._first_look() if waker is None else waker.stretch,
-                        more_time=watcher.more_time,
                         first_look=first_look,
                     )
-                except CrewTimeoutError as error:
-                    raise await self._timed_out(record, error) from error.__cause__
                 except TooManyRoundsError as error:
-                    stopped = self.policy.on_human_timeout == "stop" and await self._stop_late(record)
+                    stopped = self.policy.on_human_timeout == "stop" and await self.stop_late(record)
                     raise watcher.people.too_often(error.question, stopped=stopped) from None
                 status = status if waker is None else waker.counted(status)
-        record.human_seconds = phases.human_seconds
         run.renewed(self.session.crew)
-        await self._close(run, record, status)
-
-    def _first_look(self) -> Callable[[float], float] | None:
-        """Return what makes the first pause of a wait as long as runs are known to take."""
-        known = 0.0 if self._rhythm is None else self._rhythm.first_look
-        if not known:
-            return None
-        once = [known]
-
-        def stretch(delay: float) -> float:
-            return max(delay, once.pop()) if once else delay
-
-        return stretch
-
-    async def _close(self, run: OpenRun, record: RunRecord, status: CrewStatus) -> None:
-        record.phase, record.state, record.ended_at = RecordPhase.ENDED, status.state, utcnow()
-        record.human_since = None
-        if status.state is CrewState.COMPLETED:
-            record.result = run.redact.model(StoredResult.of(status.result()))
-            self._learn(record)
-        else:
-            record.error = run.redact(status.error or "The crew gave no reason.")[:ERROR_CAP]
+        is_completed = status.state is CrewState.COMPLETED
+        close_record(
+            record,
+            status,
+            human_seconds=phases.human_seconds,
+            error=None if is_completed else run.redact(status.error or "The crew gave no reason.")[:ERROR_CAP],
+            result=run.redact.model(StoredResult.of(status.result())) if is_completed else None,
+        )
+        self._learn(record)
         await self.ledger.save(record)
+
+    @property
+    def first_look(self) -> float:
+        """Seconds that the first pause of a wait may take, since runs are known to take as long; 0 where not."""
+        return 0.0 if self._rhythm is None else self._rhythm.first_look
 
     def _learn(self, record: RunRecord) -> None:
         if self._rhythm is None or record.result is None:
@@ -147,18 +127,7 @@ class RowWaiter:
         if seconds is not None:
             self._rhythm.take(seconds)
 
-    async def _timed_out(self, record: RunRecord, error: CrewTimeoutError) -> CrewTimeoutError:
-        stopped = stops_late(self.policy, error.phase) and await self._stop_late(record)
-        return CrewTimeoutError(
-            kickoff_id=error.kickoff_id,
-            phase=error.phase,
-            budget=error.budget,
-            last_state=error.last_state,
-            crew=record.crew,
-            stopped=stopped,
-        )
-
-    async def _stop_late(self, record: RunRecord) -> bool:
+    async def stop_late(self, record: RunRecord) -> bool:
         """Stop a run that is over its time, and return whether it was."""
         try:
             answer = await self.session.client.stop(str(record.kickoff_id))
@@ -192,7 +161,7 @@ class RowWaiter:
             run_logger().warning("%s This says nothing about the runs, which are asked for again.", error)
 
 
-class _Watcher:
+class _Watcher(Watcher):
     """What the wait for a row tells: what its record must survive a restart with, and who is waited for."""
 
     def __init__(self, waiter: RowWaiter, run: OpenRun, record: RunRecord) -> None:
@@ -202,6 +171,7 @@ class _Watcher:
         self.waker: Waker | None = None
         self._people: People | None = None
         self._last: CrewStatus | None = None
+        self._first_look = waiter.first_look
 
     @property
     def people(self) -> People:
@@ -226,21 +196,26 @@ class _Watcher:
         elif self._people is not None:
             await self._people.ask(status)
 
+    async def pause(self, seconds: float) -> None:
+        await (asyncio.sleep if self.waker is None else self.waker.pause)(seconds)
+
+    def stretch(self, delay: float) -> float:
+        if self.waker is not None:
+            return self.waker.stretch(delay)
+        first, self._first_look = self._first_look, 0.0
+        return max(delay, first)
+
     async def more_time(self) -> float:
         return await self.people.more_time(self._last)
 
+    async def stop(self, phase: str) -> bool:
+        return stops_late(self._waiter.policy, phase) and await self._waiter.stop_late(self._record)
+
     async def person_turn(self, phases: Phases) -> None:
-        self._record.human_seconds = phases.human_seconds
-        since = phases.human_since
-        self._record.human_since = None if since is None else datetime.fromtimestamp(since, UTC)
+        phases.note_in(self._record)
         await self._waiter.ledger.save(self._record)
-        if since is None:
+        if phases.human_since is None:
             emit("resumed", self._record)
 
-    async def trouble(self, error: CrewError, seconds: float) -> None:
-        del seconds
+    async def trouble(self, error: CrewError) -> None:
         self._waiter.say_trouble(error)
-
-    async def refused(self, error: AuthenticationError) -> bool:
-        del error
-        return False  # the batch's client has looked for a newer token already

@@ -52,7 +52,7 @@ from prefect_crew.exceptions import (
     LedgerMissingError,
 )
 from prefect_crew.records.model import RecordPhase
-from prefect_crew.runs.stop import cancellation_asked, cancelled_meanwhile, mark_cancelled
+from prefect_crew.runs.stop import cancellation_asked, end_as_cancelled, is_cancelled
 from prefect_crew.states import CrewState
 
 PAGE = 200
@@ -196,10 +196,10 @@ class Parent:
             await self._look()
             await self._count_rows()
             self._finish_dead()
-            if await cancelled_meanwhile(own):
+            if await is_cancelled(own):
                 await self._cancel()
                 if own is not None:
-                    await mark_cancelled(own)
+                    await end_as_cancelled(own)
                 raise BatchCancelledError(name=self._batch.job.name)
 
     # The shards.

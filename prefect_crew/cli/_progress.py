@@ -125,7 +125,7 @@ class Progress(AbstractContextManager["Progress"]):
             self._line.console.print(_clean(text), markup=True, soft_wrap=True)
 
     def watch(self, run: OpenRun, status: CrewStatus | None) -> None:
-        """Take in a run and its status, as `watch_runs` calls it."""
+        """Take in a run and its status, as a crew's `on_status` is called."""
         seen = self.seen
         if seen is None or seen.kickoff_id != run.kickoff_id:
             seen = self.seen = _output.current.seen = SeenRun.of(run)

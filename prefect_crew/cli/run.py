@@ -89,22 +89,20 @@ def run(
 
         async def run_it() -> CrewResult:
             from prefect_crew.flows import arun_crew
-            from prefect_crew.runs.progress import watch_runs
 
-            found = await access.load(crew)
+            found = replace(await access.load(crew), on_status=shown.watch)
             if allow_extra:
                 found = replace(found, allow_extra_inputs=True)
             shown.phase(f"Kicking off crew {found.label}")
-            with watch_runs(shown.watch):
-                return await arun_crew(
-                    found,
-                    given,
-                    name=name,
-                    idempotency_key=key,
-                    force_new=force_new,
-                    restore_from=restore_from,
-                    wait=None if timeout is None else wait_policy(found, timeout),
-                )
+            return await arun_crew(
+                found,
+                given,
+                name=name,
+                idempotency_key=key,
+                force_new=force_new,
+                restore_from=restore_from,
+                wait=None if timeout is None else wait_policy(found, timeout),
+            )
 
         answer = asyncio.run(run_it())
     try:
@@ -195,7 +193,7 @@ def stop(
         if is_url(crew) and not get_current_settings().api.url:  # no Prefect server is started to look for a record
             async with access.client(crew) as client:
                 return await client.stop(kickoff_id)
-        from prefect_crew.runs.actions import stop_run
+        from prefect_crew.runs.stop import stop_run
 
         return await stop_run(await access.load(crew), kickoff_id)
 

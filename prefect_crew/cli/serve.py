@@ -7,6 +7,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -162,14 +163,14 @@ def demo(
         from prefect_crew.crew import WaitPolicy
         from prefect_crew.devserver import CrewServer
         from prefect_crew.flows import run_crew
-        from prefect_crew.runs.progress import watch_runs
 
         # Often enough to see each task; a crew on the network is asked less often.
         often = WaitPolicy(initial=0.3, factor=1.0, max_interval=0.3, timeout=300)
-        with CrewServer("travel") as server, watch_runs(shown.watch):
+        with CrewServer("travel") as server:
             _output.current.hide(server.token)
             shown.phase(f"Kicking off the crew at {server.url}")
-            answer = run_crew(server.crew(wait=often).crew.called("travel"), given)
+            crew = replace(server.crew(wait=often).crew.called("travel"), on_status=shown.watch)
+            answer = run_crew(crew, given)
     _output.put()
     _output.put_markdown(answer.output)
     seen, run = shown.seen, _output.command

@@ -17,7 +17,6 @@ from prefect_crew.artifacts.markdown import cell, code, duration, fenced, prose,
 from prefect_crew.artifacts.run import MarkdownArtifact, artifact_key
 from prefect_crew.pipelines.graph import PipelineGraph
 from prefect_crew.records.model import RecordPhase
-from prefect_crew.runs.advice import attempt_of
 from prefect_crew.runs.run import OpenRun
 
 WIDTH = 32
@@ -156,7 +155,7 @@ class PipelineArtifact:
         """Note which run a step's is."""
         view, record = self._views[step], run.record
         self._runs[step], view.kickoff_id = run, run.kickoff_id
-        view.attempt = attempt_of(record, run.crew.max_kickoffs)
+        view.attempt = run.attempt
         if record is not None and not run.owned and record.phase is RecordPhase.ENDED:
             seconds = (record.ended_at or record.claimed_at) - (record.kicked_off_at or record.claimed_at)
             view.earlier, view.started = seconds.total_seconds(), None
@@ -182,7 +181,7 @@ class PipelineArtifact:
 
     async def _put(self) -> None:
         for step, run in self._runs.items():
-            self._views[step].artifact_id = None if run.artifact is None else run.artifact.id
+            self._views[step].artifact_id = run.artifact.id
         data = render_pipeline(self._name, self._idempotency_key, self._graph, self._views, time.time())
         trouble = await self._artifact.put(data)
         if trouble and not self._troubled:
@@ -192,7 +191,7 @@ class PipelineArtifact:
     async def _find_artifacts(self) -> None:
         """Find what other processes have made for the runs that were found."""
         try:
-            await asyncio.gather(*(run.shown_by().find() for run in self._runs.values()))
+            await asyncio.gather(*(run.artifact.find() for run in self._runs.values()))
         except (httpx.HTTPError, PrefectException) as error:
             run_logger().debug("The artifacts of earlier runs are not linked: %s", error)
 

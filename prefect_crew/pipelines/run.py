@@ -11,6 +11,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Annotated, Any, cast
 
 from prefect import flow
@@ -35,7 +36,6 @@ from prefect_crew.pipelines.graph import CrewStep, PipelineGraph
 from prefect_crew.records.keys import identify
 from prefect_crew.runs.kickoff import knowing_inputs
 from prefect_crew.runs.options import check_choices
-from prefect_crew.runs.progress import watch_runs
 from prefect_crew.runs.reviews.questions import ReviewChoice
 from prefect_crew.runs.run import OpenRun
 from prefect_crew.runs.secret_blocks import values_of_blocks
@@ -245,11 +245,10 @@ class _Run:
         self.secrets = [self.graph.inputs[name] for name in self.crews.secret_inputs]
         """Secret values that steps got so far: a crew may repeat them to a later step."""
         self._done = {step.name: asyncio.Event() for step in self.graph.steps}
-        self._by_key = {step_key(idempotency_key, step): step.name for step in self.graph.steps}
 
     async def run(self) -> None:
         """Run all steps that can run. A cancellation ends them all."""
-        with watch_runs(self._on_run), knowing_inputs(self.crews.inputs_by_url):
+        with knowing_inputs(self.crews.inputs_by_url):
             async with self.artifact, work_beside():
                 jobs = [asyncio.ensure_future(self._step(step)) for step in self.graph.steps]
                 try:
@@ -257,10 +256,8 @@ class _Run:
                 finally:
                     await cancel_and_wait(*jobs)
 
-    def _on_run(self, run: OpenRun, status: CrewStatus | None) -> None:
-        # Of every run of this process; once each, when it is known which run a step's is.
-        step = self._by_key.get(run.idempotency_key or "")
-        if step is not None and status is None:
+    def _on_run(self, step: str, run: OpenRun, status: CrewStatus | None) -> None:
+        if status is None:  # it is known which run the step's is
             self.artifact.opened(step, run)
 
     async def _step(self, step: CrewStep) -> None:
@@ -302,8 +299,9 @@ class _Run:
         self.secrets += [revealed(value) for value in inputs.values() if holds_secret(value)]
         # The crew knows its own secrets. Those of the pipeline may come to it in a template, or from a step before it.
         made = self.graph.inputs_made_of(step, self.crews.secret_inputs)
+        crew = crew.hiding(made, texts=map(SecretStr, Redactor(self.secrets).texts))
         return await arun_crew(
-            crew.hiding(made, texts=map(SecretStr, Redactor(self.secrets).texts)),
+            replace(crew, on_status=partial(self._on_run, step.name)),
             inputs,
             name=step.name,
             idempotency_key=step_key(self.idempotency_key, step),

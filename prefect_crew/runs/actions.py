@@ -1,51 +1,28 @@
-"""What somebody asks of a run that goes on: stop it, answer for a person."""
+"""Answer for a person, from outside of the wait."""
 
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TYPE_CHECKING
-from uuid import UUID
 
 import httpx
 from prefect.exceptions import PrefectException
 
-from prefect_crew._internal.prefect_api import run_logger
-from prefect_crew.client.models import ResumeAnswer, StopAnswer
+from prefect_crew.client.models import ResumeAnswer
 from prefect_crew.crew import Crew, CrewSession
 from prefect_crew.exceptions import CrewError
-from prefect_crew.records.model import RecordPhase, ReviewStore
+from prefect_crew.records.model import ReviewStore
 from prefect_crew.records.store import PrefectRecords
-from prefect_crew.runs.limits import Slots
 from prefect_crew.runs.reviews.answer import LOOKS, answer_question
 from prefect_crew.runs.reviews.questions import Review
 from prefect_crew.runs.run import OpenRun, find_run
-from prefect_crew.runs.stop import close_stopped
 
 if TYPE_CHECKING:
     from prefect_crew.client.webhooks import Webhooks
 
 
 RECORDS = PrefectRecords()
-
-
-async def stop_run(crew: Crew, kickoff_id: str, *, idempotency_key: str | None = None) -> StopAnswer:
-    """Ask the crew's server to stop a run, and write down what came of it.
-
-    Raises:
-        CrewError: The server could not be asked. An ended run, an unknown one and a missing `/stop` are answers.
-    """
-    run = await find_run(crew, kickoff_id, idempotency_key, take=False)
-    async with CrewSession(crew, withhold=run.withholding()) as session:
-        answer = await session.asked(lambda client: client.stop(kickoff_id))
-    if run.record is not None and run.record.phase is RecordPhase.STARTED and answer.accepted:
-        try:
-            await close_stopped(run.record, answer, PrefectRecords())
-        except (httpx.HTTPError, PrefectException) as error:
-            run_logger().warning("That run %s was stopped is not on record: %s", kickoff_id, error)
-        if run.record.slot is not None:
-            await Slots(crew, UUID(run.record.slot)).release()
-    return answer
 
 
 async def resume_run(
@@ -75,7 +52,7 @@ async def resume_run(
             ledger cannot be opened here.
         CrewAPIError, CrewConnectionError: As the server answered, or did not. It is not sent twice.
     """
-    run = run or await find_run(crew, kickoff_id, take=False)
+    run = run or await find_run(crew, kickoff_id)
     async with AsyncExitStack() as stack:
         if run.record is None and records is not None:
             run, records = await stack.enter_async_context(_row_of_a_batch(run, records))

@@ -24,7 +24,7 @@ from prefect_crew.client._retry_safety import KickoffFate, kickoff_delay, kickof
 from prefect_crew.client.inputs import STATE_ID, encode_inputs, inputs_digest, is_uuid, missing_inputs, unknown_inputs
 from prefect_crew.client.models import CrewInput
 from prefect_crew.client.redaction import holds_secret, withholding
-from prefect_crew.crew import Crew, CrewSession
+from prefect_crew.crew import Crew, CrewSession, open_session
 from prefect_crew.exceptions import (
     AuthenticationError,
     ConfigurationError,
@@ -48,13 +48,11 @@ from prefect_crew.records.model import (
 )
 from prefect_crew.records.owners import crash_dead_owner
 from prefect_crew.records.store import PrefectRecords
-from prefect_crew.runs.advice import all_used
 from prefect_crew.runs.limits import take_slots
 from prefect_crew.runs.listener import subscribe
 from prefect_crew.runs.options import check_choices
-from prefect_crew.runs.progress import tell
-from prefect_crew.runs.run import OpenRun, remember
-from prefect_crew.runs.stop import known_cancelled, stop_if_asked
+from prefect_crew.runs.run import OpenRun, no_kickoff_left
+from prefect_crew.runs.stop import is_known_cancelled, stop_if_asked
 from prefect_crew.settings import CrewSettings
 from prefect_crew.states import CrewState
 from prefect_crew.webhooks import webhooks_for
@@ -559,7 +557,7 @@ def _announce(start: Start, opened: Started) -> None:
 
 
 async def open_run(
-    crew: Crew,
+    crew: Crew | CrewSession,
     inputs: Mapping[str, Any],
     *,
     idempotency_key: str | None = None,
@@ -572,6 +570,8 @@ async def open_run(
 ) -> OpenRun:
     """Find the run of a key, or buy it. What it returns has a kickoff id.
 
+    An open session is used, and stays open; its giver has checked the options.
+
     Raises:
         ConfigurationError: The inputs cannot be sent, or the idempotency key cannot be used; nothing was started.
         InvalidInputsError: Inputs are missing or unknown; nothing was started.
@@ -580,7 +580,13 @@ async def open_run(
         CrewConnectionError, RateLimitedError, ServerError: The kickoff surely did not start a run; it may be retried.
         CrewAPIError: The server refused it; nothing was started.
     """
-    check_choices(idempotency_key=idempotency_key, name=name, meta=meta, webhooks=webhooks, restore_from=restore_from)
+    opened_before = crew if isinstance(crew, CrewSession) else None
+    if isinstance(crew, CrewSession):
+        crew = crew.crew
+    else:
+        check_choices(
+            idempotency_key=idempotency_key, name=name, meta=meta, webhooks=webhooks, restore_from=restore_from
+        )
     try:
         encoded = encode_inputs(inputs, as_json=crew.inputs_as_json)
     except (TypeError, ValueError) as error:
@@ -603,7 +609,7 @@ async def open_run(
         start = replace(start, slot=str(slots.lease))
     try:
         async with nullcontext() if slots is None else slots.kept():
-            run, opened = await _opened(start, records)
+            run, opened = await _opened(start, records, opened_before)
     except KickoffUncertainError:
         raise  # it may be in flight, and counts until its slot's lease ends
     except CrewError:
@@ -615,11 +621,10 @@ async def open_run(
     if not opened.is_new:
         await crash_dead_owner(opened.record)
     if opened.is_new:
-        trouble = await run.shown_by().create(run.view(None))
+        trouble = await run.artifact.create(run.view(None))
         if trouble:
             run_logger().warning("Run %s has no artifact: %s", run.kickoff_id, trouble)
-    remember(run)
-    tell(run, None)
+    run.notify(None)
     return run
 
 
@@ -633,14 +638,14 @@ async def _may_start(start: Start, records: RecordStore) -> bool:
     return latest.phase is RecordPhase.ENDED and latest.state is not CrewState.COMPLETED
 
 
-async def _opened(start: Start, records: RecordStore) -> tuple[OpenRun, Started]:
+async def _opened(start: Start, records: RecordStore, session: CrewSession | None) -> tuple[OpenRun, Started]:
     crew, identity = start.crew, start.identity
-    if known_cancelled(start.identity.caller.flow_run_id):
+    if is_known_cancelled(start.identity.caller.flow_run_id):
         # A flow that catches the end of one wait must not go on buying.
         raise CrewError(f"Flow run {start.identity.caller.flow_run_id} was cancelled: it kicks off nothing more.")
     if start.settings.webhook_url:
         subscribe()
-    async with CrewSession(crew) as session:
+    async with open_session(session or crew) as session:
         # Open as long as the POST may be in flight, so that a Ctrl-C meanwhile stops what it started.
         with watch_ctrl_c(), withholding(crew.redactor(start.inputs)):
             try:
@@ -655,7 +660,7 @@ async def _opened(start: Start, records: RecordStore) -> tuple[OpenRun, Started]
                 raise
         record = opened.record
         run = OpenRun(
-            session.crew,
+            session.crew.hiding(crew.secret_inputs, texts=crew.hidden),
             str(record.kickoff_id),
             record,
             start.inputs,
@@ -665,7 +670,7 @@ async def _opened(start: Start, records: RecordStore) -> tuple[OpenRun, Started]
         )
     refused_again = record.ended_at is not None and record.ended_at <= start.asked_at
     if opened.decision is Decision.RETURN and record.state is not CrewState.COMPLETED and refused_again:
-        run.advice = all_used(crew.label, crew.max_kickoffs)
+        run.advice = no_kickoff_left(crew)
     return run, opened
 
 

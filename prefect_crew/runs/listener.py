@@ -1,8 +1,7 @@
-"""Waking waiters: one subscription to Prefect's events a process, however many runs it waits for.
+"""End the pauses of waits early: one subscription to Prefect's events a process, however many runs it waits for.
 
-The receiver turns a crew's webhooks into events; here they end a waiter's pause early. A webhook proves nothing and may
-never come, so the status call goes on being made, only more rarely, and as often as without webhooks once the receiver
-has been found silent.
+The receiver turns a crew's webhooks into events. A webhook proves nothing and may never come, so the status call goes
+on being made, only more rarely, and as often as without webhooks once the receiver has been found silent.
 """
 
 from __future__ import annotations
@@ -12,9 +11,10 @@ import contextvars
 import logging
 import threading
 import time
-from collections import OrderedDict, defaultdict
+from collections import OrderedDict
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
 
 import httpx
 from prefect.events import Event
@@ -33,7 +33,7 @@ ASKED = "crew.webhook.human_input"
 ANSWERED = "crew.reviewed"
 COMPLETED = "crew.webhook.crew"
 WAKING = (COMPLETED, ASKED, *(f"crew.webhook.stream.{kind}" for kind in RUN_ENDS), ANSWERED)
-"""What wakes: an end, a person's turn, an answer. Tasks and steps do not, or every one would cost a status call."""
+"""What ends a pause: an end, a person's turn, an answer. Tasks and steps do not: each would cost a status call."""
 KEY_LABEL = "prefect-crew.idempotency-key"
 SAFETY = (15.0, 30.0, 60.0)
 """Seconds between two looks while webhooks are trusted: the first, the second, all further ones."""
@@ -41,12 +41,14 @@ DISTRUST = 600.0
 """Seconds for which the receiver is not relied on after a run was found changed of which no webhook told."""
 KEPT = 300.0
 """Seconds for which an event is remembered for a waiter that begins to wait after it."""
+MOST_KEPT = 10_000
+"""Runs of which events are remembered."""
 RECONNECT = 5.0
 Question = tuple[int, int]
 """The attempt at the idempotency key, and how many answers of people came before, modulo 256."""
 
 
-def hooks_are_on() -> bool:
+def has_webhooks() -> bool:
     """Return whether kickoffs get webhooks by themselves."""
     return bool(CrewSettings().webhook_url)
 
@@ -110,22 +112,30 @@ class Waker:
             self._hub.distrust()
 
 
+@dataclass
+class _Run:
+    """What webhooks told of the runs of one key. `tokens` by kickoff id and event."""
+
+    wakers: set[Waker] = field(default_factory=set[Waker])
+    told_at: float = float("-inf")
+    asked: Question | None = None
+    tokens: dict[tuple[str, str], int] = field(default_factory=dict[tuple[str, str], int])
+
+
 class _Hub:
     """The subscription, in a thread of its own since waiters come from many event loops."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
-        self._wakers: defaultdict[str, set[Waker]] = defaultdict(set)
-        self._seen: OrderedDict[str, tuple[float, Question | None]] = OrderedDict()
-        self._tokens: OrderedDict[str, dict[tuple[str, str], int]] = OrderedDict()
-        self._connected = False
-        self._refused = False
+        self._runs: OrderedDict[str, _Run] = OrderedDict()
+        self._is_connected = False
+        self._was_refused = False
         self._distrusted_until = 0.0
 
     @property
     def trusted(self) -> bool:
-        return self._connected and time.monotonic() >= self._distrusted_until
+        return self._is_connected and time.monotonic() >= self._distrusted_until
 
     def distrust(self) -> None:
         self._distrusted_until = time.monotonic() + DISTRUST
@@ -136,24 +146,33 @@ class _Hub:
                 # Prefect's settings are context variables, which a thread does not get by itself.
                 context = contextvars.copy_context()
                 self._thread = threading.Thread(
-                    target=lambda: context.run(asyncio.run, self._listen()), name="prefect-crew-wakeups", daemon=True
+                    target=lambda: context.run(asyncio.run, self._listen()), name="prefect-crew-listener", daemon=True
                 )
                 self._thread.start()
 
+    def _run(self, idempotency_key: str) -> _Run:
+        run = self._runs.setdefault(idempotency_key, _Run())
+        self._runs.move_to_end(idempotency_key)
+        if len(self._runs) > MOST_KEPT:
+            oldest = next((key for key, one in self._runs.items() if not one.wakers), None)
+            if oldest is not None:
+                del self._runs[oldest]
+        return run
+
     def add(self, idempotency_key: str, waker: Waker) -> None:
         with self._lock:
-            self._wakers[idempotency_key].add(waker)
-            at, asked = self._seen.get(idempotency_key, (float("-inf"), None))
-        if time.monotonic() - at < KEPT:
+            run = self._run(idempotency_key)
+            run.wakers.add(waker)
+            told_at, asked = run.told_at, run.asked
+        if time.monotonic() - told_at < KEPT:
             waker.wake(asked)
 
     def remove(self, idempotency_key: str, waker: Waker) -> None:
         with self._lock:
-            self._wakers[idempotency_key].discard(waker)
-            if not self._wakers[idempotency_key]:
-                del self._wakers[idempotency_key]
-                self._seen.pop(idempotency_key, None)
-                self._tokens.pop(idempotency_key, None)
+            run = self._run(idempotency_key)
+            run.wakers.discard(waker)
+            if not run.wakers:
+                del self._runs[idempotency_key]
 
     def tokens(self, idempotency_key: str, kickoff_id: str) -> int | None:
         """Return the tokens of a run as far as webhooks told, None where none did.
@@ -162,11 +181,8 @@ class _Hub:
         may run several.
         """
         with self._lock:
-            told = {
-                event: count
-                for (run, event), count in self._tokens.get(idempotency_key, {}).items()
-                if run == kickoff_id
-            }
+            counts = self._run(idempotency_key).tokens
+            told = {event: count for (run, event), count in counts.items() if run == kickoff_id}
         return told.get(COMPLETED, sum(told.values()) if told else None)
 
     async def _listen(self) -> None:
@@ -174,22 +190,22 @@ class _Hub:
         while True:
             try:
                 async with get_events_subscriber(filter=names, reconnection_attempts=0) as events:
-                    self._connected, self._refused = True, False
+                    self._is_connected, self._was_refused = True, False
                     async for event in events:
                         self._tell(event)
             except (WebSocketException, httpx.HTTPError, OSError, ValueError):
                 # Away: the waiters look by themselves until it is back.
-                self._connected = False
+                self._is_connected = False
             except Exception as error:
                 if type(error) is not Exception:
                     raise
                 # Prefect's subscriber raises a plain Exception where its server refuses the credentials.
-                if not self._refused:
+                if not self._was_refused:
                     logging.getLogger("prefect_crew").warning(
                         "Webhooks do not shorten waits in this process: %s", one_line(str(error))
                     )
-                self._refused = True
-            self._connected = False
+                self._was_refused = True
+            self._is_connected = False
             await asyncio.sleep(RECONNECT)
 
     def _tell(self, event: Event) -> None:
@@ -197,29 +213,18 @@ class _Hub:
         if idempotency_key is None:
             return
         asked = _question(event)
+        said = as_object(event.payload.get("said"))
+        kickoff_id, count = said.get("kickoff_id"), said.get("total_tokens")
         with self._lock:
-            self._seen[idempotency_key] = time.monotonic(), asked or self._seen.get(idempotency_key, (0.0, None))[1]
-            self._seen.move_to_end(idempotency_key)
-            while len(self._seen) > 10_000:
-                self._seen.popitem(last=False)
-            self._count(idempotency_key, event)
-            wakers = list(self._wakers.get(idempotency_key, ()))
+            run = self._run(idempotency_key)
+            run.told_at, run.asked = time.monotonic(), asked or run.asked
+            if isinstance(kickoff_id, str) and isinstance(count, int) and len(run.tokens) < 1_000:
+                run.tokens[kickoff_id, COMPLETED if event.event == COMPLETED else str(event.id)] = count
+            wakers = list(run.wakers)
             if event.event != ANSWERED:  # webhooks do come
                 self._distrusted_until = 0.0
         for waker in wakers:
             waker.wake(asked)
-
-    def _count(self, idempotency_key: str, event: Event) -> None:
-        said = as_object(event.payload.get("said"))
-        run, count = said.get("kickoff_id"), said.get("total_tokens")
-        if not isinstance(run, str) or not isinstance(count, int):
-            return
-        counts = self._tokens.setdefault(idempotency_key, {})
-        if len(counts) < 1_000:
-            counts[run, COMPLETED if event.event == COMPLETED else str(event.id)] = count
-        self._tokens.move_to_end(idempotency_key)
-        while len(self._tokens) > 10_000:
-            self._tokens.popitem(last=False)
 
 
 def _question(event: Event) -> Question | None:
@@ -230,19 +235,19 @@ def _question(event: Event) -> Question | None:
     return (attempt, answers) if isinstance(attempt, int) and isinstance(answers, int) else None
 
 
-_hub = _Hub()
+_hub = _Hub()  # Process-wide: one subscription serves the waiters of all event loops.
 
 
 def subscribe() -> None:
     """Begin to listen, if webhooks are on: before a kickoff, so that not even an instant crew's webhook is missed."""
-    if hooks_are_on():
+    if has_webhooks():
         _hub.start()
 
 
 @asynccontextmanager
 async def waker_for(idempotency_key: str | None) -> AsyncGenerator[Waker | None]:
     """Give a waker for a run's waiter; None where webhooks are off or the run has no key."""
-    if idempotency_key is None or not hooks_are_on():
+    if idempotency_key is None or not has_webhooks():
         yield None
         return
     _hub.start()

@@ -1,10 +1,8 @@
-"""One run in this process: what is known of it, where it is found, and its result."""
+"""One run as this process knows it: its record, what may be shown of it, what to do after it failed, its result."""
 
 from __future__ import annotations
 
 import re
-import shlex
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -12,40 +10,40 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import httpx
+from prefect.context import FlowRunContext, TaskRunContext
 from prefect.exceptions import PrefectException
 from pydantic import BaseModel, ValidationError
 
-from prefect_crew._internal.prefect_api import flow_run_id, run_logger
+from prefect_crew._internal.prefect_api import contexts_around, flow_run_id, run_logger
 from prefect_crew.artifacts.markdown import RunView
 from prefect_crew.artifacts.run import RunArtifact
 from prefect_crew.client.models import CrewResult, CrewStatus
 from prefect_crew.client.redaction import Redactor, withholding
 from prefect_crew.crew import Crew, CrewSession
 from prefect_crew.exceptions import CrewError, CrewFailedError, CrewLostError, CrewStoppedError, OutputTypeError
-from prefect_crew.records.model import RecordPhase, RunRecord, SentReview
+from prefect_crew.records.model import RecordPhase, RunRecord, SentReview, StoredResult, utcnow
 from prefect_crew.records.store import PrefectRecords
-from prefect_crew.runs.advice import after_failure, attempt_of
 from prefect_crew.states import CrewState
 
 if TYPE_CHECKING:
     from prefect_crew.client.webhooks import Webhooks
-    from prefect_crew.crew import Crew
 
 
-_TEXTS = ("raw_state", "message", "current_task", "last_task", "last_step", "human_task_id")
-_ID = re.compile(r"[\w.-]{1,80}", re.ASCII)
-"""What an id looks like: nothing that somebody would write an input into."""
-WITHHELD_WORD = "(withheld)"
-_TASK_TEXTS = ("name", "agent", "output", "data", "description")
 WITHHELD = "withheld: this crew has secret inputs, and their values, which may stand in it, are not known here"
+WITHHELD_WORD = "(withheld)"
+_ID = re.compile(r"[\w.-]{1,80}", re.ASCII)  # nothing that somebody would write an input into
+_TEXTS = ("raw_state", "message", "current_task", "last_task", "last_step", "human_task_id")
+_TASK_TEXTS = ("name", "agent", "output", "data", "description")
 
 
 @dataclass
 class OpenRun:
     """A run with a kickoff id.
 
-    `record` is None for a run that no record holds: one that was kicked off elsewhere and is only waited for. `inputs`
-    are None where only the id is known. `owned`: this process bought it, so nobody else closes it.
+    `record` is None for a run that was kicked off elsewhere. `inputs` is None where only the id is known. `owned`: this
+    process started it, so nobody else closes it. `advice` is what to do about a failure where that is not the usual.
+    `task_seen` is the task that the crew was last seen at, `meta` and `webhooks` what the kickoff was given: the record
+    has none of them, since they may hold secrets.
     """
 
     crew: Crew
@@ -53,15 +51,10 @@ class OpenRun:
     record: RunRecord | None = None
     inputs: Mapping[str, Any] | None = field(default=None, repr=False)
     owned: bool = False
-    artifact: RunArtifact | None = None
     advice: str | None = None
-    """What to do about a failure, where that is not the usual."""
     task_seen: str | None = field(default=None, repr=False)
-    """The task that the crew was last seen at, in the crew's own words: they may repeat a secret."""
     meta: Mapping[str, Any] | None = field(default=None, repr=False)
-    """What the kickoff's caller gave for the crew's webhooks, where that is known here."""
     webhooks: Webhooks | None = field(default=None, repr=False)
-    """The user's own targets, which a resume has to name again. They hold secrets, so no record does."""
 
     def __post_init__(self) -> None:
         """Take up which inputs are secret, where only the record says so: a caller may have given a `SecretStr`."""
@@ -73,17 +66,35 @@ class OpenRun:
         """Its idempotency key, where a record holds it."""
         return None if self.record is None else self.record.idempotency_key
 
+    @cached_property
+    def artifact(self) -> RunArtifact:
+        """Its artifact, whether or not that has been made."""
+        owner = None if self.record is None else self.record.flow_run_id
+        return RunArtifact(self.crew.label, self.kickoff_id, flow_run_id=owner)
+
+    @property
+    def attempt(self) -> str | None:
+        """Which attempt at its key it is, as text; None without a record."""
+        return None if self.record is None else f"attempt {self.record.attempt} of at most {self.crew.max_kickoffs}"
+
+    def notify(self, status: CrewStatus | None) -> None:
+        """Tell whoever the crew names of a status, or of the run itself."""
+        if self.crew.on_status is not None:
+            self.crew.on_status(self, status)
+
+    # What may be shown
+
+    @cached_property
+    def redact(self) -> Redactor:
+        """What masks the token and the secret inputs."""
+        return self.crew.redactor(self.inputs)
+
     def renewed(self, crew: Crew) -> None:
         """Take up the crew with its new token; the old one stays a secret."""
         old = self.crew.token
         if crew.token != old:
             self.crew = crew.hiding(self.crew.secret_inputs, texts=[*self.crew.hidden, old])
             self.__dict__.pop("redact", None)
-
-    @cached_property
-    def redact(self) -> Redactor:
-        """What masks the token and the secret inputs."""
-        return self.crew.redactor(self.inputs)
 
     @property
     def blind(self) -> bool:
@@ -107,18 +118,8 @@ class OpenRun:
             return word if _ID.fullmatch(word) else WITHHELD_WORD
         return self.redact(word)
 
-    @property
-    def once_it_answers(self) -> str:
-        """What to do about it when its server gave no usable answer for too long."""
-        if self.idempotency_key is None:
-            return f"The run may go on there; see later: prefect-crew runs show {shlex.quote(self.kickoff_id)}."
-        return (
-            f"The run may go on there: run again with idempotency key {self.idempotency_key!r} to wait for it, and "
-            "buy nothing."
-        )
-
     def withholding(self) -> AbstractContextManager[None]:
-        """Let errors of the client that are made meanwhile tell of the server's answers what may be told."""
+        """Let errors of the client that are made within it show of the server's answers what may be shown."""
         return withholding(lambda text: self.told(text) or "")
 
     def masked(self, status: CrewStatus) -> CrewStatus:
@@ -158,59 +159,115 @@ class OpenRun:
             notes=notes,
             reviews=reviews,
             failed_task=None if failed is None else self.redact(failed),
-            attempt=attempt_of(record, self.crew.max_kickoffs),
-            advice=self.advice or after_failure(self.crew.label, record, self.crew.max_kickoffs),
+            attempt=self.attempt,
+            # A run that goes on, or has completed, needs none.
+            advice=what_next(self) if status is not None and status.state in _FAILED else "",
         )
 
-    def shown_by(self) -> RunArtifact:
-        """Return its artifact, whether or not it has been made."""
-        if self.artifact is None:
-            owner = None if self.record is None else self.record.flow_run_id
-            self.artifact = RunArtifact(self.crew.label, self.kickoff_id, flow_run_id=owner)
-        return self.artifact
+
+_FAILED = (CrewState.FAILED, CrewState.STOPPED)
 
 
-_KEPT = 10_000
-_WAITED_KEPT = 500
-_waited: OrderedDict[tuple[str, str | None], OpenRun] = OrderedDict()
-_recent: OrderedDict[tuple[str, str | None], OpenRun] = OrderedDict()
-# By the flow run as well: who only waits for another flow run's run must not be taken for its owner.
+class KickoffId(str):
+    """A kickoff id that knows its run, so that a wait in the same flow run need not ask the Prefect server for it.
 
-
-def remember(run: OpenRun) -> None:
-    """Keep an opened run at hand in this process, so that the wait after a kickoff need not ask for its record."""
-    _recent[run.kickoff_id, flow_run_id()] = run
-    _recent.move_to_end((run.kickoff_id, flow_run_id()))
-    while len(_recent) > _KEPT:
-        _recent.popitem(last=False)
-
-
-def recall(crew: Crew, kickoff_id: str, *, take: bool = True) -> OpenRun | None:
-    """Return what `remember` kept. The wait takes it: whoever comes later has to read what stands on the server."""
-    key = kickoff_id, flow_run_id()
-    run = _recent.get(key)
-    if run is None or run.crew.url != crew.url:
-        return None
-    if take:
-        _waited[key] = _recent.pop(key)
-        while len(_waited) > _WAITED_KEPT:
-            _waited.popitem(last=False)
-    return run
-
-
-def reopened(crew: Crew, kickoff_id: str, record: RunRecord | None) -> OpenRun:
-    """Return a run with the record that was read of it, and with what no record has, where this process waited for it.
-
-    That is its inputs, without which secrets could not be masked, and the user's own webhooks.
+    Stored, copied or sent to another process it is plain text: what it knows holds secrets.
     """
-    run = _waited.get((kickoff_id, flow_run_id()))
-    if run is None or run.crew.url != crew.url:
-        return OpenRun(crew, kickoff_id, record)
-    hiding = crew.hiding(run.crew.secret_inputs, texts=run.crew.hidden)
-    return OpenRun(hiding, kickoff_id, record, run.inputs, meta=run.meta, webhooks=run.webhooks)
+
+    __slots__ = ("_flow_run_id", "_is_new", "run")
+    run: OpenRun
+
+    def __new__(cls, run: OpenRun) -> KickoffId:  # noqa: D102
+        self = super().__new__(cls, run.kickoff_id)
+        self.run, self._flow_run_id, self._is_new = run, flow_run_id(), True
+        return self
+
+    def __reduce__(self) -> tuple[type[str], tuple[str]]:
+        return str, (str(self),)
+
+    def take(self) -> bool:
+        """Return whether the run is still as its kickoff left it: True once, to the first wait of the same flow run."""
+        if not self._is_new or self._flow_run_id != flow_run_id():
+            return False
+        self._is_new = False
+        return True
 
 
-M = TypeVar("M", bound=BaseModel)
+async def find_run(
+    crew: Crew, kickoff_id: str, idempotency_key: str | None = None, *, to_wait: bool = False
+) -> OpenRun:
+    """Return a run by its id, with its record where one is found. A Prefect API that is away leaves it without.
+
+    `to_wait`: the caller waits for its end and closes its record.
+    """
+    known: OpenRun | None = None
+    if isinstance(kickoff_id, KickoffId) and kickoff_id.run.crew.url == crew.url:
+        known = kickoff_id.run
+        if to_wait and kickoff_id.take():
+            return known
+    records = PrefectRecords()
+    record = None
+    try:
+        if idempotency_key is None:
+            record = await records.of_kickoff(kickoff_id)
+        else:
+            attempts = await records.attempts(idempotency_key)
+            record = next((attempt for attempt in attempts if attempt.kickoff_id == kickoff_id), None)
+    except (httpx.HTTPError, PrefectException) as error:
+        run_logger().warning("The record of run %s could not be read (%s): going on without it.", kickoff_id, error)
+    if known is None:
+        return OpenRun(crew, str(kickoff_id), record)
+    hiding = crew.hiding(known.crew.secret_inputs, texts=known.crew.hidden)
+    return OpenRun(hiding, str(kickoff_id), record, known.inputs, meta=known.meta, webhooks=known.webhooks)
+
+
+# Ends
+
+
+def close_record(
+    record: RunRecord, status: CrewStatus, *, human_seconds: float, error: str | None, result: StoredResult | None
+) -> None:
+    """Write into a record how its run ended. `error` and `result` are as they may be stored."""
+    record.phase, record.state, record.ended_at = RecordPhase.ENDED, status.state, utcnow()
+    record.human_seconds, record.human_since = human_seconds, None
+    record.error, record.result = error, result
+
+
+def what_next(run: OpenRun) -> str:
+    """Return what follows the failure of a run, and what a person can do about it."""
+    if run.advice is not None or run.record is None:
+        return run.advice or "Correct the crew, then start another run."
+    which = f"This was {run.attempt} under its key."
+    if run.record.attempt >= run.crew.max_kickoffs:
+        return f"{which} {_more_kickoffs(run.crew.label)}"
+    if _has_retries_left():
+        return f"{which} Prefect has retries left for what called it, and a retry starts the crew again."
+    return f"{which} It is not started again by itself: retry the flow run, or run again with the same key."
+
+
+def no_kickoff_left(crew: Crew) -> str:
+    """Return what to do where an idempotency key has no kickoff left."""
+    return (
+        f"Nothing was started: crew {crew.label} allows {crew.max_kickoffs} kickoffs under one idempotency key "
+        f"(max_kickoffs). {_more_kickoffs(crew.label)}"
+    )
+
+
+def _more_kickoffs(crew: str) -> str:
+    return (
+        f"For another: in Prefect's UI raise max_kickoffs on the block deployed-crew/{crew} and retry the flow run; "
+        "for a deployment of run_deployed_crew set its parameter force_new; in Python force_new=True; on the command "
+        "line --force-new."
+    )
+
+
+def _has_retries_left() -> bool:
+    """Return whether Prefect has retries left of a flow or a task around this call, this package's tasks aside."""
+    around: list[tuple[Any, Any]]
+    tasks = [one for one in contexts_around(TaskRunContext) if not type(one.task).__module__.startswith("prefect_crew")]
+    around = [(one.task, one.task_run) for one in tasks]
+    around += [(one.flow, one.flow_run) for one in contexts_around(FlowRunContext)]
+    return any(owner and run and (owner.retries or 0) >= run.run_count > 0 for owner, run in around)
 
 
 def result_of(run: OpenRun, status: CrewStatus) -> CrewResult:
@@ -226,20 +283,49 @@ def result_of(run: OpenRun, status: CrewStatus) -> CrewResult:
 
 
 def failure(run: OpenRun, state: CrewState | None, error: str | None) -> CrewError:
-    """Return the error for a run that has no result; `error` is the crew's own as it may be told."""
-    label, idempotency_key, kickoff_id = run.crew.label, run.idempotency_key, run.kickoff_id
-    advice = run.advice or after_failure(label, run.record, run.crew.max_kickoffs)
+    """Return the error for a run that has no result; `error` is the crew's own as it may be shown."""
+    names: dict[str, Any] = {
+        "kickoff_id": run.kickoff_id,
+        "crew": run.crew.label,
+        "idempotency_key": run.idempotency_key,
+    }
     if state is CrewState.FAILED:
-        return CrewFailedError(
-            kickoff_id=kickoff_id, error=error or "", crew=label, idempotency_key=idempotency_key, advice=advice
-        )
+        return CrewFailedError(error=error or "", advice=what_next(run), **names)
     if state is CrewState.STOPPED:
-        return CrewStoppedError(kickoff_id=kickoff_id, crew=label, idempotency_key=idempotency_key, advice=advice)
+        return CrewStoppedError(advice=what_next(run), **names)
     if state is CrewState.UNKNOWN:
-        return CrewLostError(kickoff_id=kickoff_id, crew=label, idempotency_key=idempotency_key)
+        return CrewLostError(**names)
     return CrewError(
-        f"Run {kickoff_id} of crew {label} has no result yet: it is {state}. Wait for it with wait_for_crew."
+        f"Run {run.kickoff_id} of crew {run.crew.label} has no result yet: it is {state}. Wait for it with "
+        "wait_for_crew."
     )
+
+
+async def read_result(run: OpenRun, session: CrewSession) -> CrewResult:
+    """Return the result of a run that has completed: from its record, else from the status call.
+
+    Raises:
+        CrewFailedError, CrewStoppedError: How it ended instead.
+        CrewLostError: The server has forgotten the run, or the result.
+        CrewError: It has not ended; or the status call failed.
+    """
+    record, last = run.record, None
+    if record is not None:
+        last = str(record.state) if record.phase is RecordPhase.ENDED else "started"
+        if record.phase is RecordPhase.ENDED and record.state is not CrewState.COMPLETED:
+            raise failure(run, record.state, record.error)
+        if record.phase is RecordPhase.ENDED and record.result is not None:
+            return record.result.result(run.kickoff_id)
+    with run.withholding():
+        status = await session.asked(lambda client: client.status(run.kickoff_id))
+    if status.state is CrewState.UNKNOWN:
+        raise CrewLostError(
+            kickoff_id=run.kickoff_id, crew=run.crew.label, idempotency_key=run.idempotency_key, last_state=last
+        )
+    return result_of(run, status)
+
+
+M = TypeVar("M", bound=BaseModel)
 
 
 def typed(result: CrewResult, output_type: type[M], *, run: OpenRun | None = None) -> CrewResult:
@@ -249,10 +335,11 @@ def typed(result: CrewResult, output_type: type[M], *, run: OpenRun | None = Non
         OutputTypeError: Neither the structured result nor the text fits. Its message shows as much of the text as
             `run` may show; all of it is in its `output`.
     """
-    source = result.data
     try:
-        text = source is None
-        data = output_type.model_validate_json(result.output) if text else output_type.model_validate(source)
+        if result.data is None:
+            data = output_type.model_validate_json(result.output)
+        else:
+            data = output_type.model_validate(result.data)
     except ValidationError as error:
         # A validator's message may quote what it refused; its type does not.
         reason = "msg" if run is None or run.show == "full" else "type"
@@ -274,64 +361,5 @@ def typed(result: CrewResult, output_type: type[M], *, run: OpenRun | None = Non
         problems=problems,
         shown=shown,
     )
-    del result, source  # error reporters show the local variables of all frames
+    del result  # error reporters show the local variables of all frames
     raise refusal
-
-
-async def find_run(crew: Crew, kickoff_id: str, idempotency_key: str | None = None, *, take: bool = True) -> OpenRun:
-    """Return a run by its id, with its record where one is found. A Prefect API that is away leaves it without.
-
-    `take`: what this process remembers of it is for the caller alone, who waits for its end and closes its record.
-    """
-    run = recall(crew, kickoff_id, take=take)
-    if run is not None:
-        return run
-    records = PrefectRecords()
-    try:
-        if idempotency_key is None:
-            record = await records.of_kickoff(kickoff_id)
-        else:
-            attempts = await records.attempts(idempotency_key)
-            record = next((attempt for attempt in attempts if attempt.kickoff_id == kickoff_id), None)
-    except (httpx.HTTPError, PrefectException) as error:
-        run_logger().warning("The record of run %s could not be read (%s): going on without it.", kickoff_id, error)
-        record = None
-    return reopened(crew, kickoff_id, record)
-
-
-async def recorded_result(run: OpenRun, session: CrewSession) -> CrewResult:
-    """Return the result of a run whose end is on record: from the record, else from the status call.
-
-    Raises:
-        CrewFailedError, CrewStoppedError: How it ended instead.
-        CrewLostError: It completed, and the remote side has forgotten the result.
-        CrewError: The status call failed.
-    """
-    record = run.record
-    assert record is not None  # noqa: S101  the caller looked
-    if record.state is not CrewState.COMPLETED:
-        raise failure(run, record.state, record.error)
-    if record.result is not None:
-        return record.result.result(run.kickoff_id)
-    return await _asked(run, session, last_state=str(record.state))
-
-
-async def read_result(run: OpenRun) -> CrewResult:
-    """Return the result of a run that has completed, by its record or by its status.
-
-    Raises:
-        CrewError: It has not completed; the message says where it stands.
-    """
-    async with CrewSession(run.crew, withhold=run.withholding()) as session:
-        if run.record is not None and run.record.phase is RecordPhase.ENDED:
-            return await recorded_result(run, session)
-        return await _asked(run, session, last_state=None if run.record is None else "started")
-
-
-async def _asked(run: OpenRun, session: CrewSession, *, last_state: str | None) -> CrewResult:
-    status = await session.asked(lambda client: client.status(run.kickoff_id))
-    if status.state is CrewState.UNKNOWN:
-        raise CrewLostError(
-            kickoff_id=run.kickoff_id, crew=run.crew.label, idempotency_key=run.idempotency_key, last_state=last_state
-        )
-    return result_of(run, status)

@@ -1,4 +1,4 @@
-"""Stopping a crew when its wait is cancelled: only where somebody asked for that, and nobody else waits for it.
+"""Stop a crew: when somebody asks for it, and when its wait is cancelled and nobody else waits.
 
 Under Prefect a cancelled flow run, a timeout, a worker that is shut down and Ctrl-C all arrive as one and the same
 cancellation. What tells them apart is the flow run's state on the server, and the signal itself. A worker that is shut
@@ -22,21 +22,27 @@ from prefect.exceptions import ObjectNotFound, PrefectException
 from prefect.states import Cancelled
 
 from prefect_crew._internal.interrupts import ctrl_c_pressed, started_by_runner
-from prefect_crew._internal.prefect_api import flow_run_id, run_logger
+from prefect_crew._internal.prefect_api import contexts_around, flow_run_id, run_logger
 from prefect_crew.artifacts.events import emit
 from prefect_crew.client.models import StopAnswer, StopOutcome
-from prefect_crew.crew import CrewSession
+from prefect_crew.crew import Crew, CrewSession, open_session
 from prefect_crew.exceptions import CrewError
 from prefect_crew.records.model import RecordPhase, RecordStore, RunRecord
 from prefect_crew.records.store import PrefectRecords
+from prefect_crew.runs.limits import Slots
+from prefect_crew.runs.run import find_run
 from prefect_crew.states import CrewState
 
 LOOK_EVERY = 10.0
-"""Seconds between looks of one process at whether a flow run of its own has been cancelled."""
+"""Seconds between two questions of one process whether a flow run of its own has been cancelled."""
 LOOK_WITHIN = 5.0
-"""Seconds that such a look may take: what is waited for is the crew."""
+"""Seconds that such a question may take: what is waited for is the crew."""
 STOP_WITHIN = 20.0
 """Seconds for all that is done on a cancellation: Prefect kills a cancelled process after about 30."""
+_STOP_ASKED = "stop was asked for"
+
+
+# Is the flow run cancelled?
 
 
 async def cancelled_runs(run_id: str | None) -> list[str]:
@@ -62,98 +68,84 @@ async def cancelled_runs(run_id: str | None) -> list[str]:
     return found
 
 
-async def flow_run_cancelled(run_id: str | None) -> bool:
-    """Return whether a flow run, or one around it, is cancelled or being cancelled.
-
-    Raises:
-        httpx.HTTPError, PrefectException: The Prefect API is away.
-    """
-    return run_id is not None and bool(await cancelled_runs(run_id))
-
-
-_looked: OrderedDict[tuple[str, int], tuple[float, bool]] = OrderedDict()
+# When the server was last asked about an attempt of a flow run, and what it said. Process-wide: many waits of one flow
+# run ask once together, and a flow that goes on after its cancellation starts nothing more.
+_asked: OrderedDict[tuple[str, int], tuple[float, bool]] = OrderedDict()
 
 
 def _attempt(run_id: str) -> tuple[str, int]:
     """Return a flow run with the number of its attempt: one that is retried after a cancellation starts afresh."""
     context = FlowRunContext.get()
-    here = context is not None and context.flow_run is not None and str(context.flow_run.id) == run_id
-    return run_id, context.flow_run.run_count if here and context and context.flow_run else 0
+    flow_run = None if context is None else context.flow_run
+    return run_id, flow_run.run_count if flow_run is not None and str(flow_run.id) == run_id else 0
 
 
-def known_cancelled(run_id: str | None) -> bool:
+def is_known_cancelled(run_id: str | None) -> bool:
     """Return whether this process has seen that a flow run was cancelled. Asks nobody."""
-    return run_id is not None and _looked.get(_attempt(run_id), (0.0, False))[1]
+    return run_id is not None and _asked.get(_attempt(run_id), (0.0, False))[1]
 
 
-async def cancelled_meanwhile(run_id: str | None, *, every: float | None = None) -> bool:
-    """Return whether a flow run was cancelled while nobody tells this process so.
+async def is_cancelled(run_id: str | None, *, every: float | None = None) -> bool:
+    """Return whether a flow run was cancelled that no runner would tell of it.
 
-    The server is asked once in so many seconds at most, and no sooner than that: most waits are shorter, and each
-    question is a request. An API that is away is no cancellation.
+    The server is asked once in so many seconds at most, and not before so many have passed: most waits are shorter. An
+    API that is away is no cancellation.
     """
     if run_id is None or started_by_runner():
         # A runner sends a signal, and ends the run itself.
         return False
-    key = _attempt(run_id)
-    at, cancelled = _looked.setdefault(key, (time.monotonic(), False))
-    if cancelled or time.monotonic() - at < (LOOK_EVERY if every is None else every):
+    key, now = _attempt(run_id), time.monotonic()
+    at, cancelled = _asked.setdefault(key, (now, False))
+    if cancelled or now - at < (LOOK_EVERY if every is None else every):
         return cancelled
-    _looked[key] = (time.monotonic(), False)
-    _looked.move_to_end(key)
-    while len(_looked) > 1000:
-        _looked.popitem(last=False)
+    _asked[key] = now, False
+    _asked.move_to_end(key)
+    while len(_asked) > 1000:
+        _asked.popitem(last=False)
     try:
         async with asyncio.timeout(LOOK_WITHIN):
-            cancelled = await flow_run_cancelled(run_id)
+            cancelled = bool(await cancelled_runs(run_id))
     except (httpx.HTTPError, PrefectException, TimeoutError):
         return False
-    _looked[key] = (time.monotonic(), cancelled)
+    _asked[key] = time.monotonic(), cancelled
     return cancelled
 
 
-async def mark_cancelled(run_id: str) -> None:
-    """See to it that a flow run, and those around it that are being cancelled, end as Cancelled: no runner ends them.
+async def end_as_cancelled(run_id: str) -> None:
+    """Let a flow run, and those around it that are being cancelled, end as Cancelled, since no runner ends them.
 
     Prefect's engine would write Failed or Completed over Cancelled when the flow's function ends: so a hook sets it
     after that.
-
-    Raises:
-        httpx.HTTPError, PrefectException: The Prefect API is away.
     """
-    runs = {run_id, *await cancelled_runs(run_id)}
-    context: Any = FlowRunContext.get()
-    while isinstance(context, FlowRunContext):
-        if context.flow is not None and context.flow_run is not None and str(context.flow_run.id) in runs:
-            runs.remove(str(context.flow_run.id))
-            _end_by_hook(context.flow, context.flow_run.id)
-        token = context._token  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
-        context = None if token is None else token.old_value
-    for one in runs:
-        await _set_cancelled(UUID(one))
-
-
-_ending: set[UUID] = set()
-"""Flow runs with such a hook: a second one would outlive the first, and cancel a later attempt."""
+    try:
+        runs = {run_id, *await cancelled_runs(run_id)}
+        for context in contexts_around(FlowRunContext):
+            if context.flow is not None and context.flow_run is not None and str(context.flow_run.id) in runs:
+                runs.remove(str(context.flow_run.id))
+                _end_by_hook(context.flow, context.flow_run.id)
+        for one in runs:
+            await _set_cancelled(UUID(one))
+    except (httpx.HTTPError, PrefectException) as error:
+        run_logger().warning("This flow run stays in Cancelling: %s", error)
 
 
 def _end_by_hook(flow: Flow[Any, Any], run_id: UUID) -> None:
-    if run_id in _ending:
-        return
-    _ending.add(run_id)
     # A run that is Cancelling stays so when the engine proposes an end, and Prefect calls the hooks of that.
     places = (flow.on_cancellation_hooks, flow.on_failure_hooks, flow.on_completion_hooks, flow.on_crashed_hooks)
+    name = f"end {run_id} as cancelled"
+    if any(getattr(hook, "__name__", "") == name for hook in places[0]):
+        return  # a second one would outlive the first, and cancel a later attempt
 
-    async def end_as_cancelled(flow: Flow[Any, Any], flow_run: FlowRun, state: State[Any]) -> None:
+    async def end(flow: Flow[Any, Any], flow_run: FlowRun, state: State[Any]) -> None:
         del flow, state
         if flow_run.id == run_id:
-            _ending.discard(run_id)
             for hooks in places:
-                hooks.remove(end_as_cancelled)
+                hooks.remove(end)
             await _set_cancelled(run_id)
 
+    end.__name__ = name
     for hooks in places:
-        hooks.append(end_as_cancelled)
+        hooks.append(end)
 
 
 async def _set_cancelled(run_id: UUID) -> None:
@@ -168,7 +160,30 @@ async def cancellation_asked(own: str | None) -> bool:
     Raises:
         httpx.HTTPError, PrefectException: The Prefect API is away.
     """
-    return (ctrl_c_pressed() and not started_by_runner()) or await flow_run_cancelled(own)
+    return (ctrl_c_pressed() and not started_by_runner()) or bool(await cancelled_runs(own))
+
+
+# Stop the crew
+
+
+async def stop_run(crew: Crew | CrewSession, kickoff_id: str, *, idempotency_key: str | None = None) -> StopAnswer:
+    """Ask the crew's server to stop a run, and write down what came of it.
+
+    Raises:
+        CrewError: The server could not be asked. An ended run, an unknown one and a missing `/stop` are answers.
+    """
+    async with open_session(crew) as session:
+        run = await find_run(session.crew, kickoff_id, idempotency_key)
+        with run.withholding():
+            answer = await session.asked(lambda client: client.stop(kickoff_id))
+    if run.record is not None and run.record.phase is RecordPhase.STARTED and answer.accepted:
+        try:
+            await close_stopped(run.record, answer, PrefectRecords())
+        except (httpx.HTTPError, PrefectException) as error:
+            run_logger().warning("That run %s was stopped is not on record: %s", kickoff_id, error)
+        if run.record.slot is not None:
+            await Slots(run.crew, UUID(run.record.slot)).release()
+    return answer
 
 
 async def stop_if_asked(session: CrewSession, record: RunRecord, records: RecordStore) -> bool:
@@ -191,8 +206,7 @@ async def stop_if_asked(session: CrewSession, record: RunRecord, records: Record
 
 
 async def _stop_if_asked(session: CrewSession, record: RunRecord, records: RecordStore) -> bool:
-    log = run_logger()
-    own = flow_run_id()
+    log, own = run_logger(), flow_run_id()
     if not await cancellation_asked(own):
         log.warning(
             "Crew run %s is left running at %s: nobody asked to stop it. A retry of this flow run, or a call "
@@ -202,17 +216,12 @@ async def _stop_if_asked(session: CrewSession, record: RunRecord, records: Recor
             record.idempotency_key,
         )
         return False
-    others = await _other_waiters(record, own)
-    if others:
+    if others := await PrefectRecords().other_waiters(record, own):
         log.warning("Crew run %s is left running: flow run %s waits for it too.", record.kickoff_id, ", ".join(others))
         return False
     answer = await stop_once(session, record)
     await close_stopped(record, answer, records)
     return answer.accepted
-
-
-async def _other_waiters(record: RunRecord, own: str | None) -> list[str]:
-    return await PrefectRecords().other_waiters(record, own)
 
 
 async def stop_once(session: CrewSession, record: RunRecord) -> StopAnswer:
@@ -234,9 +243,6 @@ async def stop_once(session: CrewSession, record: RunRecord) -> StopAnswer:
     return answer
 
 
-_STOP_ASKED = "stop was asked for"
-
-
 def stop_was_asked(record: RunRecord) -> bool:
     """Return whether the record of a run that is in flight says that its server was asked to stop it."""
     return record.reason is not None and record.reason.startswith(_STOP_ASKED)
@@ -249,14 +255,14 @@ async def close_stopped(record: RunRecord, answer: StopAnswer, records: RecordSt
     """
     if answer.outcome is StopOutcome.NOT_STOPPABLE:
         return  # it has ended: whoever looks sees how, and writes it down
-    standing = await records.of_kickoff(str(record.kickoff_id)) or record
-    if standing.phase is RecordPhase.ENDED:
+    stored = await records.of_kickoff(str(record.kickoff_id)) or record
+    if stored.phase is RecordPhase.ENDED:
         return  # somebody else saw the end, and what is here is older
     if answer.outcome is not StopOutcome.STOPPED:
         record.reason = f"{_STOP_ASKED}: {answer.outcome}"
         await records.save(record)
     # Not over what is written meanwhile: whoever waits for the run may have seen how it ended.
-    elif await records.resolve(standing, RecordPhase.ENDED, state=CrewState.STOPPED, reason=record.reason):
-        for name, value in standing.outcome().items():
+    elif await records.resolve(stored, RecordPhase.ENDED, state=CrewState.STOPPED, reason=record.reason):
+        for name, value in stored.outcome().items():
             setattr(record, name, value)
         emit("stopped", record, once=True, state=str(record.state))

@@ -117,7 +117,7 @@ async def is_cancelled(*_: object, **__: object) -> bool:
 
 
 async def test_a_batch_that_drains_is_still_looked_after(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("prefect_crew.batches.cancel.cancelled_meanwhile", is_cancelled)
+    monkeypatch.setattr("prefect_crew.batches.cancel.is_cancelled", is_cancelled)
     drained = Draining()
     watching = watched(drained.rows(), cast("Any", drained), name="drained", on_cancel="drain", tick=drained.tick)
     with pytest.raises(BatchCancelledError):
@@ -126,7 +126,7 @@ async def test_a_batch_that_drains_is_still_looked_after(monkeypatch: pytest.Mon
 
 
 async def test_what_goes_wrong_while_a_batch_drains_ends_it(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("prefect_crew.batches.cancel.cancelled_meanwhile", is_cancelled)
+    monkeypatch.setattr("prefect_crew.batches.cancel.is_cancelled", is_cancelled)
     drained = Draining()
 
     async def full() -> None:

@@ -134,29 +134,6 @@ async def test_steps_without_a_path_between_them_run_side_by_side(crew_server: C
     assert "3 of 3 steps completed" in shown
 
 
-async def test_the_next_step_does_not_wait_until_an_end_is_written_down_and_the_pipeline_does(
-    echo: InProcessCrewServer, monkeypatch: pytest.MonkeyPatch
-):
-    save, idempotency_key, kicked_off = PrefectRecords.save, key(), list[int]()
-
-    async def late(records: PrefectRecords, record: RunRecord) -> None:
-        if record.phase is RecordPhase.ENDED and record.step == "a":
-            for _ in range(2000):
-                if echo.kickoffs > 1:
-                    break
-                await asyncio.sleep(0.01)
-            kicked_off.append(echo.kickoffs)
-        await save(records, record)
-
-    monkeypatch.setattr(PrefectRecords, "save", late)
-    steps = [CrewStep("a", echo.crew(), {"text": "a"}), CrewStep("b", echo.crew(), {"text": "{{ a.output }}b"})]
-    await arun_pipeline(steps, idempotency_key=idempotency_key)
-    assert kicked_off == [2]
-    for step in "ab":
-        (record,) = await PrefectRecords().attempts(f"{idempotency_key}/{step}")
-        assert (record.phase, record.state) == (RecordPhase.ENDED, CrewState.COMPLETED)
-
-
 async def test_a_failure_is_on_record_before_anybody_hears_of_it(
     crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch
 ):

@@ -11,8 +11,10 @@ from typing import Protocol, TypeVar
 
 from prefect_crew.crew import Crew
 from prefect_crew.exceptions import CrewError
-from prefect_crew.runs.actions import resume_run, stop_run
+from prefect_crew.runs.actions import resume_run
 from prefect_crew.runs.kickoff import open_run
+from prefect_crew.runs.run import KickoffId
+from prefect_crew.runs.stop import stop_run
 from prefect_crew.runs.wait import wait_for_run
 from prefect_crew.states import CrewState
 
@@ -89,7 +91,7 @@ async def _call(crew: Crew, idempotency_key: str) -> str:
     """Run a crew as the two tasks do, without Prefect's retries of the first."""
     try:
         run = await open_run(crew, {"topic": "tea"}, idempotency_key=idempotency_key)
-        await wait_for_run(crew, run.kickoff_id)
+        await wait_for_run(crew, KickoffId(run))
     except CrewError as error:
         return type(error).__name__
     return "result"

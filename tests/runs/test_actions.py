@@ -25,7 +25,7 @@ from prefect_crew import (
 from prefect_crew.client.models import StopOutcome
 from prefect_crew.records.model import RecordPhase
 from prefect_crew.records.store import PrefectRecords
-from prefect_crew.runs.actions import stop_run
+from prefect_crew.runs.stop import stop_run
 from prefect_crew.states import CrewState
 from prefect_crew.testing import CrewServerFactory
 from support.held import Held

@@ -31,7 +31,6 @@ from prefect_crew import (
 from prefect_crew.devserver.server import InProcessCrewServer
 from prefect_crew.records.store import PrefectRecords
 from prefect_crew.runs import limits
-from prefect_crew.runs import run as run_module
 from prefect_crew.runs.limits import Slots, take_slots
 from prefect_crew.testing import CrewServerFactory
 from support.scripts import FAILS, slow
@@ -124,8 +123,7 @@ async def test_a_wait_in_another_process_gives_the_slot_back(crew_server: CrewSe
     server, name = crew_server("echo"), await limit(1)
     crew = server.crew(concurrency_limit=name)
     run = await crew.trigger({"text": "a"})
-    run_module._recent.clear()  # what this process remembers, and another does not
-    await wait_for_crew(crew, run.kickoff_id)
+    await wait_for_crew(crew, str(run.kickoff_id))  # what the kickoff knew, another process does not
     assert await held(name) == 0
 
 

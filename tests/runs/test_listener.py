@@ -240,7 +240,7 @@ async def test_own_targets_and_a_run_without_hooks_are_polled_for(receiver: str)
 
 def test_webhooks_are_off_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PREFECT_INTEGRATIONS_CREW_WEBHOOK_URL", raising=False)
-    assert not listener_module.hooks_are_on()
+    assert not listener_module.has_webhooks()
 
 
 class Subscriber:

@@ -26,7 +26,7 @@ from prefect_crew.exceptions import (
     ResponseFormatError,
     ServerError,
 )
-from prefect_crew.runs.polling import Phases, poll_delays, wait_until_ended
+from prefect_crew.runs.polling import Phases, Watcher, poll, poll_delays
 from prefect_crew.states import CrewState
 
 PENDING, RUNNING, WAITING = CrewState.PENDING, CrewState.RUNNING, CrewState.WAITING
@@ -49,7 +49,7 @@ LOST_CONNECTION = CrewConnectionError(method="GET", url="https://crew.test/statu
 
 
 @dataclass
-class World:
+class World(Watcher):
     """A run whose state is a function of the time, a clock that only pauses move, and all that the watcher is told."""
 
     at: Callable[[float], Seen]
@@ -58,8 +58,8 @@ class World:
     looks: list[float] = field(default_factory=list)
     saw_states: list[CrewState] = field(default_factory=list)
     turns: list[bool] = field(default_factory=list)
-    troubles: list[float] = field(default_factory=list)
-    tokens: int = 0
+    troubles: int = 0
+    stops: str | None = None
 
     def now(self) -> float:
         return self.time
@@ -82,21 +82,21 @@ class World:
     async def person_turn(self, phases: Phases) -> None:
         self.turns.append(phases.human_since is not None)
 
-    async def trouble(self, error: CrewError, seconds: float) -> None:
-        self.troubles.append(seconds)
+    async def trouble(self, error: CrewError) -> None:
+        self.troubles += 1
 
-    async def refused(self, error: AuthenticationError) -> bool:
-        self.tokens -= 1
-        return self.tokens >= 0
+    async def stop(self, phase: str) -> bool:
+        return phase == self.stops
 
     async def wait(self, policy: WaitPolicy = STEADY, *, phases: Phases | None = None, **options: object) -> CrewStatus:
-        return await wait_until_ended(
+        return await poll(
             self.look,
             kickoff_id="r1",
+            crew="travel",
+            idempotency_key="key-1",
             policy=policy,
             phases=phases or Phases(kicked_off_at=self.started),
             watcher=self,
-            pause=self.pause,
             now=self.now,
             **{"rng": lambda: 0.5, **options},
         )
@@ -211,7 +211,29 @@ async def test_the_last_look_falls_on_the_end_of_the_budget():
     assert world.looks == [10, 20, 25]
     error = caught.value
     assert (error.phase, error.budget, error.last_state, error.stopped) == ("running", 25, "running", False)
-    assert "r1" in str(error)
+    assert "Run r1 of crew travel was still running" in str(error)
+    assert "run again with idempotency key 'key-1'" in str(error)
+
+
+@pytest.mark.parametrize("phase", ["running", "human"])
+async def test_an_error_about_a_budget_says_whether_the_crew_was_stopped(phase: str):
+    world = World(each([RUNNING]), stops=phase)
+    with pytest.raises(CrewTimeoutError) as caught:
+        await world.wait(STEADY.model_copy(update={"timeout": 25.0}))
+    assert caught.value.stopped is (phase == "running")
+
+
+async def test_people_may_get_more_time():
+    world = World(steps((300, WAITING)))
+    given = iter([100.0, 100.0, 0.0])
+
+    async def more_time() -> float:
+        return next(given)
+
+    world.more_time = more_time
+    with pytest.raises(CrewTimeoutError, match="human time of 50 s"):
+        await world.wait(STEADY.model_copy(update={"human_timeout": 50.0}))
+    assert world.looks[-1] == 260, "seen from 10 on"
 
 
 async def test_timeout_is_pending_and_running_together():
@@ -315,7 +337,7 @@ async def test_no_wait_outlives_its_budgets(
 async def test_an_error_of_a_look_says_nothing_about_the_run(error: CrewError):
     world = World(each([error, error, RUNNING, error, COMPLETED]))
     assert (await world.wait()).state is COMPLETED
-    assert world.troubles == [0, 10, 0]
+    assert world.troubles == 3
 
 
 async def test_errors_have_a_budget_of_their_own_which_a_good_answer_refills():
@@ -337,7 +359,6 @@ async def test_retry_after_is_obeyed_up_to_a_cap():
 async def test_too_many_requests_cost_nothing():
     world = World(steps((3000, broken(429)), then=COMPLETED))
     assert (await world.wait(STEADY.model_copy(update={"error_timeout": 60.0}))).state is COMPLETED
-    assert set(world.troubles) == {0}
 
 
 async def test_the_time_of_429s_between_failures_costs_nothing_either():
@@ -375,13 +396,7 @@ async def test_what_no_later_look_can_mend_is_raised_at_once():
 # Tokens
 
 
-async def test_a_new_token_is_tried_at_once():
-    world = World(each([RUNNING, REFUSED, COMPLETED]), tokens=1)
-    await world.wait()
-    assert world.looks == [10, 20, 20]
-
-
-async def test_a_refused_token_ends_the_wait_where_there_is_no_other():
+async def test_a_refused_token_ends_the_wait():
     world = World(each([RUNNING, REFUSED]))
     with pytest.raises(AuthenticationError):
         await world.wait()

@@ -1,24 +1,25 @@
-"""What a process knows of the runs that it has opened, and how much of them it shows."""
+"""One run as a process knows it: what may be shown of it, what a kickoff hands to its wait, and how it ends."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+import pickle
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
 import pytest
-from pydantic import SecretStr
+from pydantic import BaseModel, SecretStr, field_validator
 
 from prefect_crew.artifacts.markdown import render_run
 from prefect_crew.blocks import DeployedCrew
-from prefect_crew.client.models import CrewStatus, TaskResult
+from prefect_crew.client.models import CrewResult, CrewStatus, TaskResult
 from prefect_crew.client.redaction import MASK
 from prefect_crew.client.webhooks import Webhooks
 from prefect_crew.crew import Crew
+from prefect_crew.exceptions import CrewError, CrewFailedError, CrewLostError, CrewStoppedError, OutputTypeError
 from prefect_crew.records.model import RunRecord
-from prefect_crew.runs import run as run_module
-from prefect_crew.runs.run import OpenRun, recall, remember, reopened
+from prefect_crew.runs.run import WITHHELD, KickoffId, OpenRun, failure, find_run, result_of, typed
 from prefect_crew.states import CrewState
 
 NOON = datetime(2026, 5, 1, 12, tzinfo=UTC)
@@ -28,46 +29,15 @@ def crew(**fields: Any) -> Crew:
     return DeployedCrew(url="https://travel.test", token=SecretStr("the-token"), **fields).crew.called("travel")
 
 
-def record() -> RunRecord:
+def record(**fields: Any) -> RunRecord:
     return RunRecord(
         idempotency_key="k", attempt=1, crew="travel", crew_url="https://travel.test", inputs_digest="d", owner="o",
-        claimed_at=NOON, kickoff_id="r1", kicked_off_at=NOON,
+        claimed_at=NOON, kickoff_id="r1", kicked_off_at=NOON, **fields,
     )  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def _nothing_remembered() -> Iterator[None]:
-    run_module._recent.clear()
-    run_module._waited.clear()
-    yield
-    run_module._recent.clear()
-    run_module._waited.clear()
-
-
-# Memory
-
-
-def test_a_run_is_recalled_once_and_looked_at_as_often_as_wanted():
-    run = OpenRun(crew(), "r1")
-    remember(run)
-    assert recall(crew(), "r1", take=False) is run
-    assert recall(crew(), "r1") is run
-    assert recall(crew(), "r1") is None
-    assert recall(crew(), "r2") is None
-
-
-def test_another_crew_has_runs_of_its_own():
-    remember(OpenRun(crew(), "r1"))
-    other = DeployedCrew(url="https://other.test", token=SecretStr("t"))
-    assert recall(other.crew, "r1") is None
-    assert recall(crew(), "r1") is not None
-
-
-def test_a_long_lived_process_forgets_the_oldest(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(run_module, "_KEPT", 2)
-    for name in ("r1", "r2", "r1", "r3"):
-        remember(OpenRun(crew(), name))
-    assert [recall(crew(), name) is not None for name in ("r1", "r2", "r3")] == [True, False, True]
+def secretive(inputs: Any, **fields: Any) -> OpenRun:
+    return OpenRun(crew(secret_inputs=["password"], **fields), "r1", record=record(), inputs=inputs)
 
 
 # What may be shown
@@ -89,10 +59,6 @@ STATUS = CrewStatus(
 )
 
 
-def secretive(inputs: Any, **fields: Any) -> OpenRun:
-    return OpenRun(crew(secret_inputs=["password"], **fields), "r1", record=record(), inputs=inputs)
-
-
 def test_secrets_are_masked_in_every_text_of_a_status_and_the_raw_body_is_left_out():
     masked = secretive({"password": "hunter22"}).masked(STATUS)
     assert "hunter22" not in repr(masked) + masked.model_dump_json()
@@ -108,28 +74,27 @@ def test_a_secret_that_is_also_a_word_of_the_api_breaks_nothing():
     assert "✓ completed" in render_run(run.view(STATUS))
 
 
-def test_where_the_secrets_are_not_known_no_text_is_shown():
-    run = secretive(None)
-    assert run.blind
-    assert (run.show, run.told("hunter22 failed")) == ("summary", run_module.WITHHELD)
+@pytest.mark.parametrize(
+    "run",
+    [secretive(None), OpenRun(crew(), "r1", record(secret_inputs=["password"]))],
+    ids=["of the block", "of the record"],
+)
+def test_where_the_secrets_are_not_known_no_text_is_shown(run: OpenRun):
+    assert (run.blind, run.show, run.told("hunter22 failed")) == (True, "summary", WITHHELD)
+    assert (run.named("task-1"), run.named("log in as hunter22")) == ("task-1", "(withheld)")
     masked = run.masked(STATUS)
     assert "hunter22" not in repr(masked) + masked.model_dump_json()
     assert "22 characters" in render_run(run.view(STATUS))
-    failed = STATUS.model_copy(update={"state": CrewState.FAILED})
-    shown = render_run(run.view(failed))
+    shown = render_run(run.view(STATUS.model_copy(update={"state": CrewState.FAILED})))
     assert "hunter22" not in shown
     assert "withheld" in shown
 
 
 def test_nothing_is_withheld_where_nothing_is_secret():
     run = OpenRun(crew(), "r1")
-    assert (run.blind, run.show) == (False, "full")
+    assert (run.blind, run.show, run.told(None)) == (False, "full", None)
     assert run.told("the-token failed") == f"{MASK} failed"
-    assert run.told(None) is None
-
-
-def test_show_is_the_crews_own_choice_where_it_is_stricter():
-    assert secretive(None, show="none").show == "none"
+    assert secretive(None, show="none").show == "none", "the crew's own choice, where it is stricter"
 
 
 def test_a_secret_is_masked_in_the_other_inputs_as_well():
@@ -147,32 +112,6 @@ def test_a_view_has_what_the_record_knows():
     assert OpenRun(crew(), "r1").view(None).state is CrewState.PENDING
 
 
-def test_a_run_has_one_artifact():
-    run = OpenRun(crew(), "r1")
-    assert run.shown_by() is run.shown_by()
-
-
-def test_a_second_wait_still_knows_what_no_record_has():
-    webhooks = Webhooks(crew="https://hooks.test/mine")
-    run = OpenRun(crew(), "r1", record(), {"pin": "4711"}, webhooks=webhooks)
-    run.crew = run.crew.hiding(["pin"], texts=[SecretStr("hunter22")])
-    remember(run)
-    assert recall(crew(), "r1") is run
-    again = reopened(crew(), "r1", record())
-    assert again is not run
-    assert (again.inputs, again.webhooks, again.owned) == ({"pin": "4711"}, webhooks, False)
-    assert again.told("4711 and hunter22") == f"{MASK} and {MASK}"
-    assert reopened(crew(), "r2", None).inputs is None
-
-
-def test_whoever_does_not_know_the_inputs_shows_nothing_of_a_run_whose_record_says_that_some_are_secret():
-    kept = record().model_copy(update={"secret_inputs": ["pin"]})
-    run = OpenRun(crew(), "r1", kept)
-    assert (run.blind, run.show) == (True, "summary")
-    assert run.named("task-1") == "task-1"
-    assert run.named("log in as 4711") == "(withheld)"
-
-
 def test_a_new_token_is_a_secret_as_well_as_the_old_one():
     run = OpenRun(crew(), "r1", inputs={})
     assert run.redact("the-token, the-other-token") == f"{MASK}, the-other-token"
@@ -187,3 +126,142 @@ def test_the_repr_of_a_run_has_nothing_that_its_crew_or_its_caller_said():
     )  # fmt: skip
     assert "'r1'" in repr(run)
     assert "pass-1234" not in repr(run)
+
+
+# From the kickoff to the wait
+
+
+@pytest.mark.usefixtures("prefect_api")
+async def test_a_kickoff_id_hands_its_run_to_the_first_wait_and_what_no_record_has_to_all():
+    webhooks = Webhooks(crew="https://hooks.test/mine")
+    run = OpenRun(crew(), "r1", record(), {"pin": "4711"}, owned=True, webhooks=webhooks)
+    run.crew = run.crew.hiding(["pin"], texts=[SecretStr("hunter22")])
+    kickoff_id = KickoffId(run)
+    looked_at = await find_run(crew(), kickoff_id)
+    assert await find_run(crew(), kickoff_id, to_wait=True) is run
+    for again in (looked_at, await find_run(crew(), kickoff_id, to_wait=True)):
+        assert again is not run
+        assert (again.kickoff_id, again.inputs, again.webhooks, again.owned) == ("r1", {"pin": "4711"}, webhooks, False)
+        assert again.told("4711 and hunter22") == f"{MASK} and {MASK}"
+    other = replace(crew(), url="https://other.test")
+    assert (await find_run(other, KickoffId(run), to_wait=True)).inputs is None
+
+
+def test_a_kickoff_id_that_is_stored_or_sent_elsewhere_is_plain_text():
+    kickoff_id = KickoffId(OpenRun(crew(), "r1", inputs={"pin": "4711"}))
+    assert (kickoff_id, repr(kickoff_id), f"{kickoff_id}") == ("r1", "'r1'", "r1")
+    assert b"4711" not in pickle.dumps(kickoff_id)
+    for one in (pickle.loads(pickle.dumps(kickoff_id)), copy.deepcopy(kickoff_id), copy.copy(kickoff_id)):
+        assert type(one) is str
+
+
+# Ends
+
+
+def run(inputs: Any = None, **fields: Any) -> OpenRun:
+    return OpenRun(crew(**fields), "r1", inputs=inputs)
+
+
+def status(state: CrewState, **fields: Any) -> CrewStatus:
+    return CrewStatus(kickoff_id="r1", state=state, **fields)
+
+
+def test_only_a_completed_run_is_a_result():
+    result = result_of(run(), status(CrewState.COMPLETED, output="Lisbon", raw={"x": 1}))
+    assert (result.output, result.raw, result.kickoff_id) == ("Lisbon", {"x": 1}, "r1")
+
+
+@pytest.mark.parametrize(
+    ("state", "kind", "says"),
+    [
+        (CrewState.FAILED, CrewFailedError, "no search engine. Correct the crew, then start another run."),
+        (CrewState.STOPPED, CrewStoppedError, "Correct the crew, then start another run."),
+        (CrewState.UNKNOWN, CrewLostError, "is not known to the server"),
+        (CrewState.PENDING, CrewError, "has no result yet: it is pending. Wait for it with wait_for_crew."),
+        (CrewState.RUNNING, CrewError, "has no result yet: it is running. Wait for it with wait_for_crew."),
+        (CrewState.WAITING, CrewError, "has no result yet: it is waiting. Wait for it with wait_for_crew."),
+    ],
+    ids=str,
+)
+def test_any_other_state_is_raised_and_never_returned(state: CrewState, kind: type[CrewError], says: str):
+    with pytest.raises(kind, match="r1 of crew travel") as caught:
+        result_of(run(), status(state, output="looks like a result", error="no search engine"))
+    assert type(caught.value) is kind
+    assert "looks like a result" not in str(caught.value)
+    assert says in str(caught.value)
+
+
+def test_advice_takes_the_place_of_the_usual():
+    advised = run()
+    advised.advice = "Not again."
+    assert str(failure(advised, CrewState.FAILED, None)).endswith("failed: the crew gave no reason. Not again.")
+    assert str(failure(advised, CrewState.STOPPED, None)).endswith("Not again.")
+
+
+@pytest.mark.parametrize(
+    ("inputs", "error"), [({"password": "hunter22"}, f"{MASK} is wrong; sent {MASK}"), (None, WITHHELD)]
+)
+def test_secrets_do_not_show_in_a_crews_error(inputs: Any, error: str):
+    with pytest.raises(CrewFailedError) as caught:
+        result_of(
+            run(inputs, secret_inputs=["password"]),
+            status(CrewState.FAILED, error="hunter22 is wrong; sent the-token"),
+        )
+    assert caught.value.error == error
+    assert "hunter22" not in str(caught.value)
+
+
+class Trip(BaseModel):
+    city: str
+    days: int
+
+    @field_validator("city")
+    @classmethod
+    def _not_atlantis(cls, city: str) -> str:
+        if city == "Atlantis":
+            raise ValueError(f"{city} is not to be found")
+        return city
+
+
+def result(output: str = "", data: Any = None) -> CrewResult:
+    return CrewResult(output=output, data=data, kickoff_id="r1")
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        result(data={"city": "Lisbon", "days": "3"}),
+        result(output="ignored", data={"city": "Lisbon", "days": 3}),
+        result(output='{"city": "Lisbon", "days": 3}'),
+    ],
+    ids=["data", "data before text", "text"],
+)
+def test_data_becomes_a_model(given: CrewResult):
+    assert typed(given, Trip).data == Trip(city="Lisbon", days=3)
+    assert typed(given, Trip).output == given.output
+
+
+def test_what_does_not_fit_is_shown_beside_the_text():
+    with pytest.raises(OutputTypeError) as caught:
+        typed(result('{"city": 3}'), Trip)
+    error = caught.value
+    assert error.problems == ["city: Input should be a valid string", "days: Field required"]
+    assert (error.output, error.kickoff_id) == ('{"city": 3}', "r1")
+    assert 'The text: {"city": 3}.' in str(error)
+    assert pickle.loads(pickle.dumps(error)).problems == error.problems
+    with pytest.raises(OutputTypeError, match="the text: Invalid JSON"):
+        typed(result("Lisbon, three days"), Trip)
+
+
+def test_a_message_shows_no_more_of_an_output_than_may_be_shown():
+    hiding = run({"password": "hunter22"}, secret_inputs=["password"])
+    with pytest.raises(OutputTypeError) as caught:
+        typed(result('{"city": "hunter22"}'), Trip, run=hiding)
+    assert f'The text: {{"city": "{MASK}"}}' in str(caught.value)
+    assert caught.value.output == '{"city": "hunter22"}', "the caller has it anyway"
+    with pytest.raises(OutputTypeError) as caught:
+        typed(result('{"city": "Atlantis", "days": 3}'), Trip, run=run({}, show="summary"))
+    assert "Atlantis" not in str(caught.value)
+    assert "city: value_error" in str(caught.value)
+    with pytest.raises(OutputTypeError, match="Atlantis is not to be found"):
+        typed(result('{"city": "Atlantis", "days": 3}'), Trip, run=run({}))

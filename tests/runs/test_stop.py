@@ -441,5 +441,5 @@ def test_sigterm_to_a_script_leaves_the_crew_running_to_be_found_again(
 
 def test_what_is_not_asked_of_a_flow_run_that_does_not_exist(prefect_api: PrefectServer):
     assert asyncio.run(stop.cancelled_runs(str(uuid.uuid4()))) == []
-    assert asyncio.run(stop.flow_run_cancelled(None)) is False
-    assert stop.known_cancelled(None) is False
+    assert asyncio.run(stop.cancelled_runs(None)) == []
+    assert stop.is_known_cancelled(None) is False

@@ -26,7 +26,6 @@ from prefect_crew import (
 )
 from prefect_crew.records.model import RecordPhase
 from prefect_crew.records.store import PrefectRecords
-from prefect_crew.runs import run as run_module
 from prefect_crew.testing import CrewServerFactory
 from support.held import Held
 from support.prefect_server import PrefectServer
@@ -211,7 +210,7 @@ async def test_whatever_prefect_refuses_the_result_is_there(
 ):
     server = crew_server(slow(0.2))
     run = await server.crew().trigger({})
-    run_module._recent.clear()  # as in another process
+    run = CrewRun(server.crew(), str(run.kickoff_id))  # as in another process
     proxy.refuse = refused
     assert (await ended(run)).output == "done"
     assert says in caplog.text

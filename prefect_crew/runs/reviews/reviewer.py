@@ -15,7 +15,7 @@ from prefect_crew._internal.prefect_api import run_logger
 from prefect_crew.artifacts.events import emit
 from prefect_crew.client.models import CrewStatus
 from prefect_crew.crew import WaitPolicy
-from prefect_crew.exceptions import AnsweredError, CrewError, CrewTimeoutError, ReviewLimitError
+from prefect_crew.exceptions import AnsweredError, CrewError, ReviewLimitError
 from prefect_crew.records.model import ReviewStore, SentReview
 from prefect_crew.records.notes import forget_notes
 from prefect_crew.runs.reviews.answer import answer_question, answers_record, uncertain_error
@@ -35,7 +35,6 @@ from prefect_crew.runs.reviews.tracker import QuestionTracker
 
 if TYPE_CHECKING:
     from prefect_crew.crew import CrewSession
-    from prefect_crew.runs.listener import Waker
     from prefect_crew.runs.run import OpenRun
 
 NOBODY = "nobody, in time"
@@ -232,24 +231,9 @@ class People:
         run_logger().warning("Crew run %s: nobody answered task %s in time: rejected.", self.run.kickoff_id, task)
         self.questions.forget()
 
-    def stretching(self, waker: Waker | None) -> Callable[[float], float]:
-        """Return what makes pauses longer while webhooks are trusted, and shorter while an answer is on its way."""
-        self.questions.waker = waker
-
-        def stretch(delay: float) -> float:
-            longer = delay if waker is None else waker.stretch(delay)
-            soon = self.questions.next_look()
-            return longer if soon is None else min(longer, soon)
-
-        return stretch
-
     def pausing(self, pause: Callable[[float], Awaitable[None]]) -> Callable[[float], Awaitable[None]]:
         """Return a pause that ends early when the form was filled in."""
         return pause if self._form is None else partial(self._form.pause, pause)
-
-    def stops_late(self, error: CrewTimeoutError) -> bool:
-        """Return whether the crew is stopped now that a budget is over."""
-        return stops_late(self.policy, error.phase)
 
     def too_often(self, question: Question, *, stopped: bool) -> ReviewLimitError:
         """Return the error that tells of one round too many."""

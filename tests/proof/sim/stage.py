@@ -25,7 +25,7 @@ from prefect_crew.crew import Crew
 from prefect_crew.devserver.runs import Execution
 from prefect_crew.records import store
 from prefect_crew.records.model import SPARE, utcnow
-from prefect_crew.runs import kickoff, polling, run, stop, wait
+from prefect_crew.runs import kickoff, polling, stop, wait
 from prefect_crew.runs.kickoff import Start
 from proof.sim.loop import current_process
 from proof.sim.site import HOST
@@ -64,11 +64,10 @@ def on_stage(world: World) -> Iterator[None]:
         # Its default was bound to the real clock when the class was made.
         (kickoff, "Start", lambda *args, **fields: Start(*args, **{"asked_at": now(), **fields})),
         (kickoff, "decide", world.deciding(kickoff.decide)),
-        (wait, "wait_until_ended", functools.partial(polling.wait_until_ended, now=wall)),
+        (wait, "poll", functools.partial(polling.poll, now=wall)),
         # What a claim is good for is to be enough: an hour more would leave nothing to prune in a world.
         (store, "YOUNGEST", timedelta(seconds=SPARE)),
-        (run, "_recent", _PerProcess("recent")),
-        (stop, "_looked", _PerProcess("looked")),
+        (stop, "_asked", _PerProcess("asked")),
         (events, "emit_event", world.emitted),
         (RunArtifact, "create", nothing),
         (RunArtifact, "update", nothing),

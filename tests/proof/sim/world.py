@@ -33,6 +33,7 @@ from prefect_crew.records.model import Caller, RunRecord
 from prefect_crew.records.store import PrefectRecords, prune
 from prefect_crew.runs import kickoff
 from prefect_crew.runs import wait as wait_module
+from prefect_crew.runs.run import KickoffId
 from proof.sim.loop import Process, SimLoop, current_process
 from proof.sim.person import resolve_if_allowed, resolve_truly
 from proof.sim.prefect_api import SimPrefect
@@ -382,7 +383,7 @@ class World:
                     raise
                 await asyncio.sleep(pauses.pop(0))
             else:
-                return await wait_module.wait_for_run(self.crew, run.kickoff_id)
+                return await wait_module.wait_for_run(self.crew, KickoffId(run))
 
     # What is found when all is over.
 
