@@ -213,8 +213,7 @@ PACKAGE = Path(prefect_crew.__file__).parent
 # The local crew server is a program of its own, whose errors are answers; pytest's fixtures have pytest's.
 ELSEWHERE = ("prefect_crew.devserver", "prefect_crew.testing")
 CAUGHT: dict[str, str] = {
-    "prefect_crew.client.inputs._BadValueError": "named within encode_inputs, which names the input",
-    "prefect_crew.client.inputs._UnsupportedError": "named within encode_inputs, which names the input",
+    "prefect_crew.client.inputs._UnsendableError": "encode_inputs names the input",
     "prefect_crew.batches.dataset._TwiceError": "a hook of json, whose caller names the line",
     "prefect_crew.cli.app.TerminatedError": "of the command line alone: exit code 143",
     "prefect_crew.cli._errors.UsageError": "of the command line alone: exit code 2",
@@ -225,7 +224,8 @@ CAUGHT: dict[str, str] = {
 }
 """Exceptions that never leave this package, and who catches them."""
 BUILTIN: dict[tuple[str, str], str] = {
-    ("prefect_crew.client._client", "ReadTimeout"): "the client makes a CrewConnectionError of it",
+    ("prefect_crew.client._parsing", "ValueError"): "the parsers refuse the body",
+    ("prefect_crew.client._transport", "ReadTimeout"): "the client makes a CrewConnectionError of it",
     ("prefect_crew.client.webhooks", "ValueError"): "a validator of pydantic",
     ("prefect_crew.batches.database", "OSError"): "the ledger is tried again, or the batch ends with a LedgerError",
     ("prefect_crew.batches.ownership", "OSError"): "the lock is taken anew, or the batch ends with a LedgerError",

@@ -177,7 +177,7 @@ def webhooks_for(monkeypatch: pytest.MonkeyPatch, url: str | None, secret: str |
 def test_an_address_with_a_secret_switches_them_on(monkeypatch: pytest.MonkeyPatch):
     assert webhooks_for(monkeypatch, None, SECRET) is None
     hooks = webhooks_for(monkeypatch, "https://h.example/crews", SECRET)
-    body = hooks.for_kickoff()
+    body = hooks.to_json()
     assert set(body) == {"taskWebhookUrl", "stepWebhookUrl", "crewWebhookUrl", "humanInputWebhook", "webhooks"}
     # No plain webhook tells of a failure, or of the end of a Flow.
     events = ["crew_kickoff_completed", "crew_kickoff_failed", "flow_finished", "method_execution_failed"]

@@ -293,11 +293,11 @@ class BatchClient(CrewClient):
         meta: Mapping[str, Any] | None = None,
         webhooks: Webhooks | None = None,
         restore_from: str | None = None,
-        secrets: Any = (),
+        redact: Callable[[str], str] | None = None,
         before_sending: Callable[[], None] | None = None,
     ) -> str:
         """Start a run."""
-        given: dict[str, Any] = {"meta": meta, "webhooks": webhooks, "restore_from": restore_from, "secrets": secrets}
+        given: dict[str, Any] = {"meta": meta, "webhooks": webhooks, "restore_from": restore_from, "redact": redact}
         given["before_sending"] = before_sending
         try:
             return await super().kickoff(inputs, **given)
@@ -310,15 +310,15 @@ class BatchClient(CrewClient):
             self._pace.heed(error)
             raise
 
-    async def status(self, kickoff_id: str) -> CrewStatus:
-        """Return where a run stands."""
+    async def status(self, kickoff_id: str, *, redact: Callable[[str], str] | None = None) -> CrewStatus:
+        """Return the status of a run."""
         try:
-            return await super().status(kickoff_id)
+            return await super().status(kickoff_id, redact=redact)
         except AuthenticationError:
             fresh = await self._fresher()
             if fresh is None:
                 raise
-            return await fresh.status(kickoff_id)
+            return await fresh.status(kickoff_id, redact=redact)
         except (RateLimitedError, ServerError) as error:
             self._pace.heed(error)
             raise

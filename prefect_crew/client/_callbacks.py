@@ -6,21 +6,19 @@ use: whoever has it can answer, so it is shown nowhere, and no other token is se
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import hmac
 import json
-from typing import Any, cast
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import urlsplit
 
 import httpx
 from pydantic import BaseModel, ConfigDict, Field, SecretStr
 
-from prefect_crew.client import _transport
-from prefect_crew.client._parsing import RUN_KEYS, as_id, as_object, as_text, decode, first, id_of, shown
+from prefect_crew.client._parsing import RUN_KEYS, as_id, as_list, as_object, as_text, decode, first, id_of
+from prefect_crew.client._transport import Call, Connections, is_loopback
 from prefect_crew.client.models import ResumeAnswer
 from prefect_crew.client.redaction import Redactor
-from prefect_crew.exceptions import ConfigurationError, CrewAPIError, CrewConnectionError, ResponseFormatError
+from prefect_crew.exceptions import ConfigurationError, CrewAPIError, ResponseFormatError
 
 MAX_AGE = 300.0
 """Seconds between a webhook's timestamp and now, in either direction."""
@@ -61,7 +59,7 @@ def signed(secret: SecretStr, timestamp: str, signature: str, body: bytes, *, no
     return fits
 
 
-def parse_request(body: Any) -> FeedbackRequest | None:
+def parse_request(body: bytes) -> FeedbackRequest | None:
     """Return what a webhook asks, None for one that asks nothing new.
 
     Raises:
@@ -73,12 +71,11 @@ def parse_request(body: Any) -> FeedbackRequest | None:
     if as_text(first(source, ("event_type", "event", "type"))) not in ("new_request", "escalation"):
         return None
     kickoff_id = id_of(source, (*RUN_KEYS, "flow_execution_id", "flow_id"))
-    url = as_text(source.get("callback_url"))
+    url = as_text(source.get("callback_url")) or ""
     id_ = as_id(source.get("id")) or as_text(source.get("response_token"))
-    if kickoff_id is None or url is None or id_ is None or urlsplit(url).scheme not in ("http", "https"):
-        raise ResponseFormatError(expected=expected, body=shown({"keys": sorted(map(str, source))[:20]}))
-    options: Any = first(source, ("emit_options", "emit"))
-    texts = [text for text in map(as_text, cast("list[Any]", options)) if text] if isinstance(options, list) else []
+    if kickoff_id is None or id_ is None or _read_url(url) is None:
+        raise ResponseFormatError(expected=expected, body=f"the keys {', '.join(sorted(source)[:20])}")
+    options = map(as_text, as_list(first(source, ("emit_options", "emit"))))
     return FeedbackRequest(
         # The id alone: a response token would be a secret in a name.
         id=hashlib.sha256(id_.encode("utf-8", "surrogatepass")).hexdigest()[:32],
@@ -87,7 +84,7 @@ def parse_request(body: Any) -> FeedbackRequest | None:
         callback_url=SecretStr(url),
         message=as_text(source.get("message")),
         output=as_text(source.get("output")),
-        options=tuple(dict.fromkeys(texts))[:MOST_OPTIONS],
+        options=tuple(dict.fromkeys(filter(None, options)))[:MOST_OPTIONS],
         assigned_to=as_text(source.get("assigned_to_email"))
         or as_text(as_object(source.get("assigned_to")).get("email")),
     )
@@ -100,59 +97,47 @@ async def post_feedback(
 
     Raises:
         ConfigurationError: The URL cannot be called: nothing was sent.
-        CrewAPIError: It answered with an error. `certainty.kickoff_fate` says what that means.
+        CrewAPIError: It answered with an error. `kickoff_outcome` says what that means.
         CrewConnectionError: There was no answer; `sent` is False only where the request surely did not leave.
     """
     url = request.callback_url.get_secret_value()
-    host, redact = (
-        _checked(url, allow_http=allow_http),
-        Redactor((url, *(value for _, value in parse_qsl(urlsplit(url).query)))),
+    where = _read_url(url)
+    if where is None:
+        raise ConfigurationError("The callback URL of the review is no http or https URL. Answer on the Flow's page.")
+    label = f"the callback at {where.host}"
+    if where.scheme == "http" and not (allow_http or is_loopback(where.host)):
+        raise ConfigurationError(
+            f"{label.capitalize()} is plain http: the answer's token would cross the network in plain text. Answer on "
+            "the Flow's page, or set allow_http where the network is trusted."
+        )
+    call = Call(
+        method="POST",
+        path="",
+        kickoff_id=request.kickoff_id,
+        hide=Redactor((url, *where.params.values())),
+        content=json.dumps({"feedback": feedback, "source": source}).encode(),
     )
-    where = {"method": "POST", "url": f"the callback at {host}", "kickoff_id": request.kickoff_id}
-    content = json.dumps({"feedback": feedback, "source": source}).encode()
-    client = httpx.AsyncClient(
-        verify=_transport.tls_context(True),
-        timeout=ANSWER_WITHIN,
-        trust_env=urlsplit(url).scheme == "https" and not _transport.is_loopback(host),
-    )
-    async with client:
-        try:
-            sending = _posted(client, url, content, request.kickoff_id)
-            answer = await asyncio.wait_for(sending, ANSWER_WITHIN)
-        except TimeoutError:
-            reason = f"no answer within {ANSWER_WITHIN:g} s"
-            raise CrewConnectionError(reason=reason, sent=True, **where) from None
-        except (httpx.HTTPError, OSError) as error:
-            reason, may_have_left = _transport.told(_transport.quiet(error, redact))
-            raise CrewConnectionError(reason=reason, sent=may_have_left, **where) from None
-    if not 200 <= answer.status < 300:
+    connections = Connections(url, label=label, timeout=ANSWER_WITHIN / 2)  # a whole POST takes twice that
+    try:
+        answer = await connections.exchange(call)
+    finally:
+        await connections.aclose()
+    if not answer.is_success:
+        body = call.shown(answer.text)
         raise CrewAPIError(
-            status_code=answer.status,
-            method="POST",
-            path=f"the callback at {host}",
-            body=redact(answer.text),
-            kickoff_id=request.kickoff_id,
+            status_code=answer.status, method="POST", path=label, body=body, kickoff_id=request.kickoff_id
         )
     return ResumeAnswer(kickoff_id=request.kickoff_id, status="accepted")
 
 
-async def _posted(client: httpx.AsyncClient, url: str, content: bytes, kickoff_id: str) -> _transport.Answer:
-    headers = {"Content-Type": "application/json"}
-    async with client.stream("POST", url, content=content, headers=headers) as response:
-        return await _transport.read_answer(response, kickoff_id=kickoff_id)
-
-
-def _checked(url: str, *, allow_http: bool) -> str:
-    parts = urlsplit(url)
-    host = parts.hostname
-    if not host or parts.scheme not in ("http", "https"):
-        raise ConfigurationError("The callback URL of the review is no http or https URL. Answer on the Flow's page.")
-    if parts.scheme == "http" and not (allow_http or _transport.is_loopback(host)):
-        raise ConfigurationError(
-            f"The callback at {host} is plain http: the answer's token would cross the network in plain text. Answer "
-            "on the Flow's page, or set allow_http where the network is trusted."
-        )
-    return host
+def _read_url(url: str) -> httpx.URL | None:
+    """Return a URL that can be called, else None."""
+    try:
+        urlsplit(url)  # refuses an open bracket, which httpx takes for a part of the host's name
+        found = httpx.URL(url)
+    except (httpx.InvalidURL, ValueError):
+        return None
+    return found if found.host and found.scheme in ("http", "https") else None
 
 
 def feedback_text(request: FeedbackRequest, *, approve: bool, feedback: str, option: str | None) -> str:

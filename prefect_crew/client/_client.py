@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 import json
 import re
 import ssl
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, NoReturn, TypeVar
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-import anyio
 import httpx
 from pydantic import SecretStr
 
@@ -26,8 +23,7 @@ from prefect_crew.client._parsing import (
     parse_stop,
     shown,
 )
-from prefect_crew.client._retry_safety import post_deadline
-from prefect_crew.client._transport import Answer, Wire
+from prefect_crew.client._transport import Answer, Call, Connections
 from prefect_crew.client.inputs import encode_inputs, is_uuid
 from prefect_crew.client.models import CrewInput, CrewStatus, ResumeAnswer, StopAnswer
 from prefect_crew.client.redaction import Redactor, withheld
@@ -36,7 +32,6 @@ from prefect_crew.exceptions import (
     AuthenticationError,
     ConfigurationError,
     CrewAPIError,
-    CrewConnectionError,
     InvalidCallError,
     InvalidInputsError,
     NotFoundError,
@@ -47,33 +42,18 @@ from prefect_crew.exceptions import (
 from prefect_crew.states import CrewState
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class _Call:
-    """One call, as its errors tell of it; `secrets` are texts that they must not tell.
-
-    What is sent stands here and in no local variable: error reporters show those of every frame.
-    """
-
-    method: str
-    path: str
-    kickoff_id: str | None = None
-    secrets: tuple[str, ...] = field(default=(), repr=False)
-    content: bytes | None = field(default=None, repr=False)
-    before_sending: Callable[[], None] | None = field(default=None, repr=False)
-
+Redact = Callable[[str], str]
 
 _STATUS_PATHS = ("/status/{id}", "/{id}/status")
-_HEALTHY = re.compile(r"\A[^<]*\bhealthy\b", re.IGNORECASE)
+_HEALTHY = re.compile(rb"\A[^<]*\bhealthy\b", re.IGNORECASE)
 _POLL_KEEPALIVE = 60.0
 """Seconds that an idle connection is kept for the next poll: longer than the longest usual interval."""
-_ONCE_KEEPALIVE = 1.0
+_POST_KEEPALIVE = 1.0
 """Seconds that one is kept for the next kickoff or resume.
 
-A server may close an idle connection at the very moment at which a request goes out on it. The next poll mends that for
-a poll; a kickoff would be uncertain for nothing. Servers wait five seconds and more, so one second is safe, and still
-spares a burst of kickoffs the handshakes.
+A server may close an idle connection at the very moment at which a request goes out on it. A poll is then made again; a
+kickoff would be uncertain for nothing. Servers wait five seconds and more, so one second is safe, and still spares a
+burst of kickoffs the handshakes.
 """
 
 
@@ -85,27 +65,30 @@ class CrewClient:
             status = await client.status(kickoff_id)
 
     Nothing is retried here, and redirects are not followed: the token would go with them. One client belongs to one
-    event loop. Proxies and CAs come from the environment as httpx reads it, or from `proxy` and `verify`. Loopback is
-    asked through a proxy only where `proxy` is given, and plain http through one only with `allow_http`.
+    event loop. Proxies and CAs come from the environment, or from `proxy` and `verify`. Loopback is asked through a
+    proxy only where `proxy` is given, and plain http through one only with `allow_http`.
 
     Args:
         url: The crew's base URL. Plain http is refused beyond loopback.
         token: The crew's bearer token.
         request_timeout: Seconds that the server may be silent. Connecting gets half of that, 10 at most. A whole GET
-            gets ten times that, a whole POST `certainty.post_deadline`; a POST that took longer counts as sent.
+            gets ten times that, a whole POST twice; a POST that took longer counts as sent.
         allow_http: Allow plain http beyond loopback: the token then crosses the network in plain text.
         inputs_as_json: Send inputs as JSON values rather than as the text that the API documents.
         verify: True, False, an SSL context, or the path of a file or folder of CA certificates.
         proxy: The URL of a proxy, in place of the environment's.
         transport: How requests are carried, in place of the network. Not closed by this client.
 
-    Every method raises, besides what it names itself:
+    The token, and what a call sends, is in no error, however the server repeats it. `redact`, an argument of every
+    call, is applied besides to each text of the server that an error shows: for what earlier calls have sent.
+
+    Every call raises, besides what it names itself:
         AuthenticationError: 401 or 403.
         RateLimitedError, ServerError: 429 and 5xx, with `retry_after` in seconds where the server asks for it.
         CrewAPIError: Any other status that is an error, a redirect too.
         CrewConnectionError: No answer; `sent` is False only where the request surely did not leave.
-        ResponseFormatError: An answer that is none of the known shapes, larger than 64 MiB, or of more
-            than two million lists and objects.
+        ResponseFormatError: An answer in no known format, larger than 64 MiB, or of more than two million lists and
+            objects.
         ConfigurationError: URL, token, id or inputs cannot be used. Nothing was sent.
     """
 
@@ -123,16 +106,16 @@ class CrewClient:
     ) -> None:
         if not request_timeout > 0:
             raise ConfigurationError(f"The request timeout is {request_timeout!r} seconds; it must be more than 0.")
-        self.url = _transport.checked_url(url, allow_http=allow_http)
-        self.request_timeout = request_timeout
-        self.inputs_as_json = inputs_as_json
+        self.url: str = _transport.checked_url(url, allow_http=allow_http)
+        self.request_timeout: float = request_timeout
+        self.inputs_as_json: bool = inputs_as_json
         self._token = _transport.checked_token(token)
         self._verify = verify
         self._allow_http = allow_http
         self._proxy = proxy
         self._transport = transport or _transport.served_here(self.url)
-        self._polls: Wire | None = None
-        self._once: Wire | None = None
+        self._polls: Connections | None = None
+        self._posts: Connections | None = None
         self._status_path: str | None = None
 
     def __repr__(self) -> str:
@@ -141,19 +124,18 @@ class CrewClient:
     async def __aenter__(self) -> CrewClient:
         if self._polls is not None:
             raise InvalidCallError("This CrewClient is open already: open another one.")
-        self._polls = self._open(_POLL_KEEPALIVE)
-        self._once = self._open(_ONCE_KEEPALIVE)
+        self._polls, self._posts = self._connections(_POLL_KEEPALIVE), self._connections(_POST_KEEPALIVE)
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        wires, self._polls, self._once = (self._polls, self._once), None, None
-        for wire in filter(None, wires):
-            await wire.aclose()
+        opened, self._polls, self._posts = (self._polls, self._posts), None, None
+        for connections in filter(None, opened):
+            await connections.aclose()
 
-    def _open(self, keepalive: float) -> Wire:
-        return Wire(
+    def _connections(self, keepalive: float) -> Connections:
+        return Connections(
             self.url,
-            self._token,
+            token=self._token,
             timeout=self.request_timeout,
             keepalive=keepalive,
             verify=self._verify,
@@ -162,13 +144,13 @@ class CrewClient:
             allow_http=self._allow_http,
         )
 
-    async def inputs(self) -> list[CrewInput]:
+    async def inputs(self, *, redact: Redact | None = None) -> list[CrewInput]:
         """Return the inputs that the crew names.
 
         Raises:
             NotFoundError: The crew's server has no `/inputs`, or there is no crew at this URL.
         """
-        call = _Call("GET", "/inputs")
+        call = self._call("GET", "/inputs", redact=redact)
         return await self._parsed(call, await self._send(call), parse_inputs)
 
     async def kickoff(
@@ -178,35 +160,18 @@ class CrewClient:
         meta: Mapping[str, Any] | None = None,
         webhooks: Webhooks | None = None,
         restore_from: str | None = None,
-        secrets: Sequence[str] = (),
+        redact: Redact | None = None,
         before_sending: Callable[[], None] | None = None,
     ) -> str:
-        """Start a run, which is a purchase, and return its id. `certainty.kickoff_fate` reads what this raises.
+        """Start a run and return its id. It costs money and cannot be undone.
 
         `meta` is any JSON object; webhooks bring it back. `restore_from` is the id of a state of a Flow, a UUID, that
-        the run starts from; the API takes one that it does not know for none. `secrets` are texts that no error may
-        show, in case the server's answer repeats what it was sent; the webhooks' own secrets are among them anyway.
-        `before_sending` is called once there is a connection, right before the first byte. What it raises is raised,
-        and nothing was sent.
+        the run starts from; the API ignores one that it does not know. `before_sending` is called once there is a
+        connection, right before the first byte. What it raises is raised, and nothing was sent.
 
         Raises:
             InvalidInputsError: 400 or 422; `missing_inputs` where the server says which.
         """
-        call = replace(self._kickoff(inputs, meta, webhooks, restore_from, secrets), before_sending=before_sending)
-        del inputs, meta, webhooks, secrets
-        answer = await self._send(call)
-        if answer.status in (400, 422):
-            self._refuse(call, answer, InvalidInputsError)
-        return await self._parsed(call, answer, parse_kickoff)
-
-    def _kickoff(
-        self,
-        inputs: Mapping[str, Any],
-        meta: Mapping[str, Any] | None,
-        webhooks: Webhooks | None,
-        restore_from: str | None,
-        secrets: Sequence[str],
-    ) -> _Call:
         try:
             body: dict[str, Any] = {"inputs": encode_inputs(inputs, as_json=self.inputs_as_json)}
         except (TypeError, ValueError) as error:
@@ -217,33 +182,42 @@ class CrewClient:
             body["restoreFromStateId"] = restore_from
         if meta is not None:
             body["meta"] = dict(meta)
-        body.update(webhooks.for_kickoff() if webhooks else {})
-        hidden = (*secrets, *(webhooks.secrets() if webhooks else ()))
-        return _Call("POST", "/kickoff", secrets=hidden, content=_encoded(body))
+        call = self._call("POST", "/kickoff", None, body, webhooks, redact=redact, before_sending=before_sending)
+        del body, inputs, meta, webhooks  # error reporters show the local variables of all frames
+        answer = await self._send(call)
+        if answer.status in (400, 422):
+            raise self._error(call, answer, InvalidInputsError)
+        return await self._parsed(call, answer, parse_kickoff)
 
-    async def status(self, kickoff_id: str) -> CrewStatus:
-        """Return where a run stands. A 404 is a status too: CrewState.UNKNOWN.
+    async def status(self, kickoff_id: str, *, redact: Redact | None = None) -> CrewStatus:
+        """Return the status of a run. A 404 is a status too: CrewState.UNKNOWN.
 
-        Servers differ in the path. Both are asked until one has told of a run; that one is then used for this client's
-        life.
+        Servers differ in the path. Both are asked until one knows a run; that one is then used for this client's life.
         """
         encoded = _transport.segment(kickoff_id, what="kickoff id")
         text = ""
         for template in (self._status_path,) if self._status_path else _STATUS_PATHS:
-            call = _Call("GET", template.replace("{id}", encoded), kickoff_id)
+            call = self._call("GET", template.replace("{id}", encoded), kickoff_id, redact=redact)
             answer = await self._send(call)
             if answer.status not in (404, 405):
                 status = await self._parsed(call, answer, lambda body: parse_status(body, kickoff_id))
                 self._status_path = template
                 return status
-            text = self._without_token(call, answer.text)
+            text = call.hide(answer.text)
         facts = parse_error(404, {}, text)
         return CrewStatus(
             kickoff_id=kickoff_id, state=CrewState.UNKNOWN, message=facts.message or facts.title, raw=facts.raw
         )
 
     async def resume(
-        self, kickoff_id: str, task_id: str, feedback: str, approve: bool, *, webhooks: Webhooks | None = None
+        self,
+        kickoff_id: str,
+        task_id: str,
+        feedback: str,
+        approve: bool,
+        *,
+        webhooks: Webhooks | None = None,
+        redact: Redact | None = None,
     ) -> ResumeAnswer:
         """Answer for a person: `approve` the output of task `task_id`, or have it done again with `feedback`.
 
@@ -255,147 +229,115 @@ class CrewClient:
             CrewAPIError: 400: the run does not wait for a person.
         """
         _transport.segment(kickoff_id, what="kickoff id")
-        body = {
+        body: dict[str, Any] = {
             "execution_id": kickoff_id,
             "task_id": task_id,
             "human_feedback": feedback,
             "is_approve": approve,
-            **(webhooks.for_resume() if webhooks else {}),
         }
-        hidden = tuple(webhooks.secrets()) if webhooks else ()
-        call = _Call("POST", "/resume", kickoff_id, hidden, _encoded(body))
-        del feedback, body, hidden, webhooks
+        call = self._call("POST", "/resume", kickoff_id, body, webhooks, redact=redact)
+        del feedback, body, webhooks
         return await self._parsed(call, await self._send(call), parse_resume)
 
-    async def stop(self, kickoff_id: str) -> StopAnswer:
+    async def stop(self, kickoff_id: str, *, redact: Redact | None = None) -> StopAnswer:
         """Ask the server to stop a run, and return what came of it. `/stop` is not documented and may be missing.
 
         A run that has ended, a run that is not known and a missing `/stop` are outcomes, not errors.
         """
-        call = _Call("POST", f"/stop/{_transport.segment(kickoff_id, what='kickoff id')}", kickoff_id)
+        path = f"/stop/{_transport.segment(kickoff_id, what='kickoff id')}"
+        call = self._call("POST", path, kickoff_id, redact=redact)
         answer = await self._send(call)
-        return await _apart(answer, lambda: self._stopped(call, answer, kickoff_id))
-
-    def _stopped(self, call: _Call, answer: Answer, kickoff_id: str) -> StopAnswer:
-        def parse(_: bytes) -> StopAnswer | None:
-            return parse_stop(self._without_token(call, answer.text), kickoff_id, answer.status)
-
-        found = self._shaped(call, answer, parse)
+        text = call.hide(answer.text)
+        found = await self._shaped(call, answer, lambda _: parse_stop(text, kickoff_id, answer.status))
         if found is None:
-            self._refuse(call, answer)
-        # Of this answer nothing but its outcome is of use, so it is masked where the others are given as they are.
-        words = {name: said and withheld(said) for name in ("message", "raw_state") if (said := getattr(found, name))}
-        text = self._without_token(call, answer.text)
-        return found.model_copy(update={**words, "raw": found.raw if withheld(text) == text else None})
+            raise self._error(call, answer)
+        # Only the outcome of this answer is of use, so it is masked, where the others are given as they are.
+        return found.model_copy(
+            update={
+                "message": found.message and call.redact(found.message),
+                "raw_state": found.raw_state and call.redact(found.raw_state),
+                "raw": found.raw if call.redact(text) == text else None,
+            }
+        )
 
     async def health(self) -> bool:
         """Return whether `GET /` says that the server is healthy. A page of something else does not say so.
 
         Raises only AuthenticationError and CrewConnectionError.
         """
-        call = _Call("GET", "/")
+        call = self._call("GET", "/")
         try:
             answer = await self._send(call)
         except ResponseFormatError:
             return False
         if answer.status in (401, 403):
-            self._refuse(call, answer)
-        return 200 <= answer.status < 300 and _HEALTHY.search(answer.body[:1000].decode("utf-8", "replace")) is not None
+            raise self._error(call, answer)
+        return answer.is_success and _HEALTHY.search(answer.body[:1000]) is not None
 
-    async def _send(self, call: _Call) -> Answer:
-        wire = self._polls if call.method == "GET" else self._once
-        if wire is None:
+    def _call(
+        self,
+        method: str,
+        path: str,
+        kickoff_id: str | None = None,
+        body: Mapping[str, Any] | None = None,
+        webhooks: Webhooks | None = None,
+        *,
+        redact: Redact | None = None,
+        before_sending: Callable[[], None] | None = None,
+    ) -> Call:
+        hide = Redactor(webhooks.secrets() if webhooks else (), tokens=[self._token.get_secret_value()])
+        content = None if body is None else _encoded({**body, **(webhooks.to_json() if webhooks else {})})
+        return Call(method, path, kickoff_id, hide, redact or withheld, content, before_sending)
+
+    async def _send(self, call: Call) -> Answer:
+        connections = self._polls if call.method == "GET" else self._posts
+        if connections is None:
             raise InvalidCallError("This CrewClient is not open: use it in `async with CrewClient(…) as client`.")
-        try:
-            return await self._exchange(wire, call)
-        except httpx.InvalidURL:
-            raise ConfigurationError(f"{call.method} {call.path[:100]}… makes no URL. Check the id.") from None
-        except (httpx.HTTPError, OSError) as error:
-            # What came instead of HTTP is the server's own text, and may repeat what it was sent.
-            theirs = isinstance(error, httpx.RemoteProtocolError)
-            cause = _transport.quiet(error, functools.partial(self._redacted if theirs else self._without_token, call))
-            reason, may_have_left = _transport.told(cause)
-            raise CrewConnectionError(
-                method=call.method,
-                url=f"{self.url}{call.path}",
-                reason=reason,
-                sent=may_have_left,
-                kickoff_id=call.kickoff_id,
-            ) from cause
+        return await connections.exchange(call)
 
-    async def _exchange(self, wire: Wire, call: _Call) -> Answer:
-        """Send a request and read its answer, within the one deadline of the whole call."""
-        seconds = _transport.GET_DEADLINE * self.request_timeout
-        if call.method == "POST":
-            seconds = post_deadline(self.request_timeout)
-        # httpx's timeouts count between two pieces; a head, 1xx answers and a body may come in any number of pieces.
-        with anyio.move_on_after(seconds):
-            response = await wire.send(call.method, call.path, call.content, call.before_sending)
-            try:
-                return await _transport.read_answer(response, kickoff_id=call.kickoff_id)
-            finally:
-                await response.aclose()
-        raise httpx.ReadTimeout(f"the answer was not complete after {seconds:g} s")
-
-    def _without_token(self, call: _Call, text: str) -> str:
-        return Redactor(call.secrets, tokens=[self._token.get_secret_value()])(text)
-
-    def _redacted(self, call: _Call, text: str) -> str:
-        """Return what may be told of a text that the server has sent."""
-        return withheld(self._without_token(call, text))
-
-    async def _parsed(self, call: _Call, answer: Answer, parse: Callable[[bytes], T]) -> T:
+    async def _parsed(self, call: Call, answer: Answer, parse: Callable[[bytes], T]) -> T:
         """Return the model of a 2xx, or raise the error that the status means."""
-        if not 200 <= answer.status < 300:
-            self._refuse(call, answer)
-        return await _apart(answer, lambda: self._shaped(call, answer, parse))
+        if not answer.is_success:
+            raise self._error(call, answer)
+        return await self._shaped(call, answer, parse)
 
-    def _shaped(self, call: _Call, answer: Answer, parse: Callable[[bytes], T]) -> T:
+    async def _shaped(self, call: Call, answer: Answer, parse: Callable[[bytes], T]) -> T:
+        is_large = len(answer.body) > _transport.AT_ONCE
         try:
-            return parse(answer.body)
+            return await asyncio.to_thread(parse, answer.body) if is_large else parse(answer.body)
         except ResponseFormatError as error:
             expected = error.expected
         # From the whole body, not from the excerpt in that error: half a secret would not be found any more.
-        body = shown(self._redacted(call, answer.text))
+        body = shown(call.shown(answer.text))
         raise ResponseFormatError(expected=expected, body=body, status_code=answer.status, kickoff_id=call.kickoff_id)
 
-    def _refuse(self, call: _Call, answer: Answer, kind: type[CrewAPIError] | None = None) -> NoReturn:
-        """Raise the error for an answer that is none of 2xx."""
-        facts = parse_error(answer.status, answer.headers, self._redacted(call, answer.text))
+    def _error(self, call: Call, answer: Answer, kind: type[CrewAPIError] | None = None) -> CrewAPIError:
+        """Return the error for an answer that is none of 2xx."""
+        facts = parse_error(answer.status, answer.headers, call.shown(answer.text))
         title, message = facts.title, facts.message
         if 300 <= answer.status < 400:
             title, message = "A redirect, not followed", _redirection(answer)
-        told: dict[str, Any] = {
-            "status_code": answer.status,
-            "method": call.method,
-            "path": f"{urlsplit(self.url).path}{call.path}",
-            # Once more: what was escaped in the body is plain now.
-            "title": title and self._redacted(call, title),
-            "message": message and self._redacted(call, message),
-            "body": facts.body,
-            "kickoff_id": call.kickoff_id,
-        }
-        kind = kind or _kind(answer.status)
+        kind = kind or _kind_of(answer.status)
+        more: dict[str, Any] = {}
         if issubclass(kind, InvalidInputsError):
-            told["missing_inputs"] = [self._redacted(call, name) for name in facts.missing_inputs]
-        elif issubclass(kind, (RateLimitedError, ServerError)):
-            told["retry_after"] = facts.retry_after
-        raise kind(**told)
+            more["missing_inputs"] = [call.shown(name) for name in facts.missing_inputs]
+        return kind(
+            status_code=answer.status,
+            method=call.method,
+            path=f"{urlsplit(self.url).path}{call.path}",
+            # Once more: what was escaped in the body is plain now.
+            title=title and call.shown(title),
+            message=message and call.shown(message),
+            body=facts.body,
+            kickoff_id=call.kickoff_id,
+            retry_after=facts.retry_after,
+            **more,
+        )
 
 
-async def _apart(answer: Answer, work: Callable[[], T]) -> T:
-    """Return what `work` makes of an answer; of a large one in a thread, so that all else goes on meanwhile."""
-    return await asyncio.to_thread(work) if len(answer.body) > _transport.AT_ONCE else work()
-
-
-def _kind(status: int) -> type[CrewAPIError]:
-    if status in (401, 403):
-        return AuthenticationError
-    if status == 404:
-        return NotFoundError
-    if status == 429:
-        return RateLimitedError
-    return ServerError if 500 <= status < 600 else CrewAPIError
+def _kind_of(status: int) -> type[CrewAPIError]:
+    kinds = {401: AuthenticationError, 403: AuthenticationError, 404: NotFoundError, 429: RateLimitedError}
+    return kinds.get(status) or (ServerError if 500 <= status < 600 else CrewAPIError)
 
 
 def _redirection(answer: Answer) -> str:

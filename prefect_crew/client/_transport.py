@@ -1,4 +1,4 @@
-"""Where requests may go, how they are carried, and what their failures mean."""
+"""Where requests may go, how they are sent, and what their failures mean."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import functools
 import ipaddress
 import os
 import ssl
+import urllib.request
 import zlib
 from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Generator, Mapping
 from dataclasses import dataclass, field
@@ -16,11 +17,14 @@ from pathlib import Path
 from typing import Any, cast
 from urllib.parse import quote, urlsplit
 
+import anyio
 import httpx
 from pydantic import SecretStr
 
 from prefect_crew.client._parsing import clean
-from prefect_crew.exceptions import ConfigurationError, ResponseFormatError
+from prefect_crew.client._retry_safety import post_deadline
+from prefect_crew.client.redaction import Redactor
+from prefect_crew.exceptions import ConfigurationError, CrewConnectionError, ResponseFormatError
 
 MAX_BODY = 64 * 1024 * 1024
 """Bytes of an answer, also of a compressed one once it is decoded.
@@ -30,13 +34,13 @@ that of the last task, and in the list of tasks.
 """
 MAX_ERROR_BODY = 64 * 1024
 AT_ONCE = 256 * 1024
-"""Bytes that are parsed on the event loop. Larger bodies are parsed in a thread: nothing else would go on meanwhile."""
+"""Bytes that are parsed on the event loop. Larger bodies are parsed in a thread, so that the loop is not blocked."""
 UNPACKED_AT_ONCE = AT_ONCE // 1024
 """Bytes of a compressed body that are decoded on the event loop: gzip makes at most a thousand of one."""
 GET_DEADLINE = 10
 """A GET may take this many times the request timeout in all, for results of many megabytes over a slow network.
 
-The timeout itself counts between two pieces: without this, a server that sends a byte a second outlasts every budget.
+The timeout itself counts between two pieces: without this, a server that sends a byte a second outlasts every limit.
 """
 
 _served: dict[str, httpx.AsyncBaseTransport] = {}
@@ -65,15 +69,7 @@ def served_here(url: str) -> httpx.AsyncBaseTransport | None:
     return _served.get((urlsplit(url).hostname or "").lower())
 
 
-class Shared(httpx.AsyncBaseTransport):
-    """A transport that someone else owns: closing a client does not close it."""
-
-    def __init__(self, transport: httpx.AsyncBaseTransport) -> None:
-        self._transport = transport
-
-    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-        """Pass the request on."""
-        return await self._transport.handle_async_request(request)
+# Where requests may go
 
 
 def checked_token(token: str | SecretStr) -> SecretStr:
@@ -84,7 +80,7 @@ def checked_token(token: str | SecretStr) -> SecretStr:
     """
     value = (token.get_secret_value() if isinstance(token, SecretStr) else token).strip()
     if not value:
-        raise ConfigurationError("The crew's token is empty. It stands on the Status tab of the crew's page.")
+        raise ConfigurationError("The crew's token is empty. Copy it from the Status tab of the crew's page.")
     if not all("!" <= character <= "~" for character in value):
         raise ConfigurationError(
             "The crew's token holds blanks or letters that no HTTP header can carry. "
@@ -170,13 +166,51 @@ def _default_context(verify: bool, *_environment: str | None) -> ssl.SSLContext:
     return httpx.create_ssl_context(verify=verify)
 
 
+def _proxy_for(url: httpx.URL) -> str | None:
+    """Return the environment's proxy for a URL; none for this machine, even where NO_PROXY does not name it."""
+    proxies = urllib.request.getproxies()
+    proxy = proxies.get(url.scheme) or proxies.get("all")
+    if not proxy or is_loopback(url.host) or urllib.request.proxy_bypass(url.host):
+        return None
+    return proxy if "://" in proxy else f"http://{proxy}"
+
+
+# How they are sent
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call, as its errors tell of it.
+
+    What is sent is kept here and in no local variable: error reporters show those of every frame. `hide` masks what the
+    call itself sends; `redact` is the caller's, for what the server may repeat of earlier calls.
+    """
+
+    method: str
+    path: str
+    kickoff_id: str | None = None
+    hide: Redactor = field(default_factory=Redactor, repr=False)
+    redact: Callable[[str], str] = field(default=str, repr=False)
+    content: bytes | None = field(default=None, repr=False)
+    before_sending: Callable[[], None] | None = field(default=None, repr=False)
+
+    def shown(self, text: str) -> str:
+        """Return what may be shown of a text that the server has sent."""
+        return self.redact(self.hide(text))
+
+
 @dataclass(frozen=True)
 class Answer:
-    """One answer, read in full. Its repr shows none of it: a server may say back what it was sent."""
+    """One answer, read in full. Its repr shows none of it: a server may repeat what it was sent."""
 
     status: int
     headers: Mapping[str, str] = field(repr=False)
     body: bytes = field(repr=False)
+
+    @property
+    def is_success(self) -> bool:
+        """Whether the status is 2xx."""
+        return 200 <= self.status < 300
 
     @property
     def text(self) -> str:
@@ -184,13 +218,218 @@ class Answer:
         return self.body.decode("utf-8", "replace")
 
 
-async def read_answer(response: httpx.Response, *, kickoff_id: str | None) -> Answer:
-    """Read a streamed response, up to its cap; of an error's body only a start.
+_CONNECT = 10.0
+"""Seconds, at most, for a free connection, and for making one: a host that is down should not cost a request's time."""
+_SHARED_CONNECTIONS = 500
+"""Connections to one server, at most, that all clients of an event loop share."""
+
+
+class Connections:
+    """Connections to one server.
+
+    Requests go straight to httpx's transport: no cookies, no redirects, and no log of URLs, which `httpx.AsyncClient`
+    would bring with it, at a quarter of a request's CPU time.
+
+    Args:
+        url: The base URL.
+        label: What errors call it, in place of the URL.
+        token: The bearer token of every request, if any.
+        timeout: Seconds that the server may be silent.
+        keepalive: Seconds for which an idle connection is kept.
+        verify: What checks the server's certificate.
+        proxy: The URL of a proxy, in place of the environment's.
+        transport: How requests are carried, in place of the network. Not closed.
+        allow_http: Allow plain http beyond this machine, and so through a proxy.
 
     Raises:
-        ResponseFormatError: A 2xx whose body is too large or is not encoded as it says.
-        httpx.HTTPError: The connection broke or fell silent.
+        ConfigurationError: The proxy cannot be used, or would be sent the token in plain text.
     """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        label: str | None = None,
+        token: SecretStr | None = None,
+        timeout: float,
+        keepalive: float = 0.0,
+        verify: ssl.SSLContext | str | bool = True,
+        proxy: str | httpx.Proxy | None = None,
+        transport: httpx.AsyncBaseTransport | None = None,
+        allow_http: bool = False,
+    ) -> None:
+        base = httpx.URL(url)
+        if proxy is not None and base.scheme == "http" and not allow_http:
+            raise ConfigurationError(
+                "A proxy would be sent the token in plain text, since the crew's URL is http. "
+                "Use https, or allow it with allow_http=True where the network up to the proxy is trusted."
+            )
+        self._url = url
+        self._origin = f"{base.scheme}://{base.host}"
+        self._label = url if label is None else label
+        self._timeout = timeout
+        connect = min(_CONNECT, timeout / 2)
+        self._extensions = {"timeout": httpx.Timeout(timeout, connect=connect, pool=connect).as_dict()}
+        # Made once. Its repr hides the token.
+        self._headers = httpx.Headers(
+            {"Accept": "application/json", "Accept-Encoding": "gzip", "User-Agent": f"prefect-crew/{_version()}"}
+        )
+        if token is not None:
+            self._headers["Authorization"] = f"Bearer {token.get_secret_value()}"
+        shared = None if transport else _shared.get(asyncio.get_running_loop())
+        self._is_owned = transport is None and shared is None
+        key = (base.scheme, base.netloc, keepalive, verify, str(proxy))
+        if shared is not None:
+            transport = shared.get(key)
+        if transport is None:
+            most, idle = (_SHARED_CONNECTIONS, _SHARED_CONNECTIONS) if shared is not None else (100, 20)
+            limits = httpx.Limits(max_connections=most, max_keepalive_connections=idle, keepalive_expiry=keepalive)
+            transport = _connect(base, limits, verify, proxy)
+        if shared is not None:
+            shared[key] = transport
+        self._transport = transport
+
+    def __repr__(self) -> str:
+        return f"Connections({self._label!r})"
+
+    async def exchange(self, call: Call) -> Answer:
+        """Send a request and read its answer.
+
+        Raises:
+            CrewConnectionError: There is no answer.
+            ConfigurationError: The path makes no URL.
+            ResponseFormatError: A 2xx whose body is too large or is not encoded as it says.
+        """
+        try:
+            return await self._exchange(call)
+        except httpx.InvalidURL:
+            raise ConfigurationError(f"{call.method} {call.path[:100]}… makes no URL. Check the id.") from None
+        except (httpx.HTTPError, OSError) as error:
+            # What came in place of HTTP is the server's own text.
+            redact = call.shown if isinstance(error, httpx.RemoteProtocolError) else call.hide
+            cause = _without_secrets(error, redact, httpx.Request(call.method, self._origin))
+            said, reason = str(cause), _REASONS.get(type(cause), type(cause).__name__)
+            raise CrewConnectionError(
+                method=call.method,
+                url=f"{self._label}{call.path}",
+                reason=f"{reason} ({said})" if said else reason,
+                sent=not isinstance(cause, _NOT_SENT),
+                kickoff_id=call.kickoff_id,
+            ) from cause
+
+    async def _exchange(self, call: Call) -> Answer:
+        request = httpx.Request(
+            call.method,
+            httpx.URL(self._url + call.path),
+            headers=self._headers,
+            content=call.content,
+            extensions=self._extensions
+            if call.before_sending is None
+            else {**self._extensions, "trace": _trace(call.before_sending)},
+        )
+        if call.content is not None:
+            request.headers["Content-Type"] = "application/json"
+        seconds = post_deadline(self._timeout) if call.method == "POST" else GET_DEADLINE * self._timeout
+        # httpx's timeouts count between two pieces; a head, 1xx answers and a body may come in any number of pieces.
+        with anyio.move_on_after(seconds):
+            response = await self._transport.handle_async_request(request)
+            try:
+                return await _read(response, call.kickoff_id)
+            finally:
+                await response.aclose()
+        raise httpx.ReadTimeout(f"the answer was not complete after {seconds:g} s")
+
+    async def aclose(self) -> None:
+        """Close all connections, unless others use them too."""
+        if self._is_owned:
+            await self._transport.aclose()
+
+
+def _trace(before_sending: Callable[[], None]) -> Callable[[str, Any], Awaitable[None]]:
+    """Return what httpx calls at each step of a request."""
+
+    async def trace(event: str, _: Any) -> None:
+        if event.endswith("send_request_headers.started"):
+            before_sending()
+
+    return trace
+
+
+def _connect(
+    base: httpx.URL, limits: httpx.Limits, verify: ssl.SSLContext | str | bool, proxy: str | httpx.Proxy | None
+) -> httpx.AsyncHTTPTransport:
+    context = tls_context(verify)
+    try:
+        return httpx.AsyncHTTPTransport(verify=context, limits=limits, proxy=proxy or _proxy_for(base))
+    except (ValueError, ImportError) as error:  # an unknown scheme, or SOCKS without its package
+        raise ConfigurationError(f"The proxy cannot be used: {type(error).__name__}. Check its URL.") from None
+
+
+_shared: dict[asyncio.AbstractEventLoop, dict[Any, httpx.AsyncBaseTransport]] = {}
+"""Connections that all clients of an event loop share, by where they lead. A module-level state, since a client is made
+far below the worker that knows that there will be many."""
+
+
+@contextlib.asynccontextmanager
+async def shared_connections() -> AsyncGenerator[None]:
+    """Let all clients that are made on this event loop in this block share connections: those to one server.
+
+    Hundreds of runs that wait in one process then need a few connections, and few handshakes. A request carries its
+    token itself, so clients with different tokens share as well.
+    """
+    loop = asyncio.get_running_loop()
+    transports = _shared[loop] = {}
+    try:
+        yield
+    finally:
+        del _shared[loop]
+        for transport in transports.values():
+            await transport.aclose()
+
+
+@functools.lru_cache(maxsize=1)
+def _version() -> str:
+    return version("prefect-crew")
+
+
+# What comes back
+
+
+def _without_secrets(error: Exception, redact: Callable[[str], str], request: httpx.Request) -> Exception:
+    """Return `error` fit to be a cause: its text redacted, without frames and causes of its own.
+
+    Those hold the request with its headers, and whatever prints local variables would print the token with them. What
+    they say beyond the text is the inside of httpx.
+    """
+    if isinstance(error, httpx.RequestError):
+        error.request = request
+    error.args = tuple(redact(part) if isinstance(part, str) else part for part in error.args)
+    error.__cause__ = error.__context__ = None
+    return error.with_traceback(None)
+
+
+_NOT_SENT = (
+    httpx.ConnectError,  # refused, unreachable, DNS, TLS
+    httpx.ConnectTimeout,
+    httpx.PoolTimeout,
+    httpx.ProxyError,  # the proxy did not connect to the server
+    httpx.UnsupportedProtocol,
+)
+_REASONS: dict[type[Exception], str] = {
+    httpx.ConnectTimeout: "no connection was made in time",
+    httpx.PoolTimeout: "no connection of this client became free in time",
+    httpx.ConnectError: "no connection was made",
+    httpx.ProxyError: "the proxy made no connection",
+    httpx.ReadTimeout: "no answer came in time",
+    httpx.WriteTimeout: "the request could not be sent in time",
+    httpx.ReadError: "the connection broke before the answer was read",
+    httpx.WriteError: "the connection broke while the request was sent",
+    httpx.RemoteProtocolError: "the connection was closed, or what came is not HTTP",
+}
+
+
+async def _read(response: httpx.Response, kickoff_id: str | None) -> Answer:
+    """Read a streamed response, up to its cap; of an error's body only a start."""
     good = 200 <= response.status_code < 300
     limit = MAX_BODY if good else MAX_ERROR_BODY
     chunks: list[bytes] = []
@@ -230,205 +469,5 @@ def _unpacked(body: bytes, coding: str, limit: int) -> tuple[bytes, str | None]:
         plain = decoder.decompress(body, limit + 1)
     except zlib.error:
         return b"", "a body that is not the gzip that it says it is"
-    whole = decoder.eof or len(plain) > limit
-    return plain, None if whole else "a compressed body that was cut short"
-
-
-_NOT_SENT = (
-    httpx.ConnectError,  # refused, unreachable, DNS, TLS
-    httpx.ConnectTimeout,
-    httpx.PoolTimeout,
-    httpx.ProxyError,  # the proxy did not connect to the server
-    httpx.UnsupportedProtocol,
-)
-
-
-_REASONS: dict[type[Exception], str] = {
-    httpx.ConnectTimeout: "no connection was made in time",
-    httpx.PoolTimeout: "no connection of this client became free in time",
-    httpx.ConnectError: "no connection was made",
-    httpx.ProxyError: "the proxy made no connection",
-    httpx.ReadTimeout: "no answer came in time",
-    httpx.WriteTimeout: "the request could not be sent in time",
-    httpx.ReadError: "the connection broke before the answer was read",
-    httpx.WriteError: "the connection broke while the request was sent",
-    httpx.RemoteProtocolError: "the connection was closed, or what came is not HTTP",
-}
-
-
-def told(error: Exception) -> tuple[str, bool]:
-    """Return what an error of httpx or of the system says: the reason, and whether the request may have been sent."""
-    said, reason = str(error), _REASONS.get(type(error), type(error).__name__)
-    return f"{reason} ({said})" if said else reason, not isinstance(error, _NOT_SENT)
-
-
-def quiet(error: Exception, redact: Callable[[str], str]) -> Exception:
-    """Return `error` fit to be a cause: its text redacted, without frames, request or causes of its own.
-
-    Those hold the request with its headers, and whatever prints local variables would print the token with them. What
-    they say beyond the text is the inside of httpx.
-    """
-    if isinstance(error, httpx.RequestError):
-        with contextlib.suppress(RuntimeError):  # raised where no request was set
-            error.request = httpx.Request(error.request.method, error.request.url)
-    error.args = tuple(redact(part) if isinstance(part, str) else part for part in error.args)
-    error.__cause__ = error.__context__ = None
-    return error.with_traceback(None)
-
-
-_CONNECT = 10.0
-"""Seconds, at most, for a free connection, and for making one: a host that is down should not cost a request's time."""
-_SHARED_CONNECTIONS = 500
-"""Connections to one server, at most, that all clients of an event loop share."""
-
-
-class Wire:
-    """Connections to the server of one base URL, with the timeouts, proxies and CAs of httpx.
-
-    A request goes straight to the transport that httpx has chosen. `httpx.AsyncClient.send` would keep cookies, build
-    what redirects and authentication need, and log each URL: a quarter of the CPU of a request, of which a batch makes
-    tens of thousands, for things that a client of one API with a bearer token does not want.
-
-    Args:
-        url: The base URL.
-        token: The bearer token of every request.
-        timeout: Seconds that the server may be silent.
-        keepalive: Seconds for which an idle connection is kept.
-        verify: What checks the server's certificate.
-        proxy: The URL of a proxy, in place of the environment's.
-        transport: How requests are carried, in place of the network. Not closed.
-        allow_http: Allow plain http beyond this machine, and so through a proxy.
-
-    Raises:
-        ConfigurationError: The proxy cannot be used, or would be sent the token in plain text.
-    """
-
-    def __init__(
-        self,
-        url: str,
-        token: SecretStr,
-        *,
-        timeout: float,
-        keepalive: float,
-        verify: ssl.SSLContext | str | bool,
-        proxy: str | httpx.Proxy | None,
-        transport: httpx.AsyncBaseTransport | None,
-        allow_http: bool,
-    ) -> None:
-        base = httpx.URL(url)
-        if proxy is not None and base.scheme == "http" and not allow_http:
-            raise ConfigurationError(
-                "A proxy would be sent the token in plain text, since the crew's URL is http. "
-                "Use https, or allow it with allow_http=True where the network up to the proxy is trusted."
-            )
-        # httpx ignores proxies beside a transport, and says so only by not using them.
-        carried: dict[str, Any] = {"transport": Shared(transport)} if transport else {"proxy": proxy}
-        shared = _shared.get(asyncio.get_running_loop()) if _shared and not transport else None
-        key = (base.scheme, base.netloc, keepalive, verify, str(proxy))
-        self._owns_client = shared is None
-        self._client = (shared or {}).get(key) or self._connections(base, keepalive, verify, carried)
-        if shared is not None:
-            shared[key] = self._client
-        self._url = url
-        connect = min(_CONNECT, timeout / 2)
-        self._extensions = {"timeout": httpx.Timeout(timeout, connect=connect, pool=connect).as_dict()}
-        # Made once, whole: httpx builds a request from its parts for a third of what it costs to send. Their repr hides
-        # the token.
-        self._headers = httpx.Headers([(b"Host", base.netloc), *self._client.headers.raw])
-        self._headers["Authorization"] = f"Bearer {token.get_secret_value()}"
-        # The one thing that httpx keeps to itself: which of its transports, by the environment's proxies, is for a URL.
-        self._transport = self._client._transport_for_url(base)  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
-
-    @staticmethod
-    def _connections(
-        base: httpx.URL, keepalive: float, verify: ssl.SSLContext | str | bool, carried: dict[str, Any]
-    ) -> httpx.AsyncClient:
-        most, idle = (_SHARED_CONNECTIONS, _SHARED_CONNECTIONS) if _shared else (100, 20)
-        try:
-            return httpx.AsyncClient(
-                headers={
-                    "User-Agent": f"prefect-crew/{_version()}",
-                    "Accept": "application/json",
-                    "Accept-Encoding": "gzip",
-                },
-                limits=httpx.Limits(max_connections=most, max_keepalive_connections=idle, keepalive_expiry=keepalive),
-                verify=tls_context(verify),
-                # httpx takes the environment's proxies for this machine too, where NO_PROXY does not name it.
-                trust_env=not is_loopback(base.host),
-                **carried,
-            )
-        except (ValueError, ImportError) as error:  # an unknown scheme, or SOCKS without its package
-            raise ConfigurationError(f"The proxy cannot be used: {type(error).__name__}. Check its URL.") from None
-
-    def __repr__(self) -> str:
-        return f"Wire({self._url!r})"
-
-    async def send(
-        self, method: str, path: str, content: bytes | None = None, before_sending: Callable[[], None] | None = None
-    ) -> httpx.Response:
-        """Send a request with a JSON body, or with none, and return the response with its body unread: close it.
-
-        `before_sending` is called right before the first byte; where it raises, nothing is sent.
-
-        Raises:
-            httpx.InvalidURL: URL and path make no URL.
-            httpx.HTTPError, OSError: There is no answer.
-        """
-        request = httpx.Request(
-            method,
-            httpx.URL(self._url + path),
-            headers=self._headers,
-            stream=httpx.ByteStream(content or b""),
-            extensions=self._extensions
-            if before_sending is None
-            else {**self._extensions, "trace": _trace(before_sending)},
-        )
-        if content is not None:
-            request.headers["Content-Type"] = "application/json"
-        if content is not None or method == "POST":
-            request.headers["Content-Length"] = str(len(content or b""))
-        response = await self._transport.handle_async_request(request)
-        response.request = request
-        return response
-
-    async def aclose(self) -> None:
-        """Close all connections, unless others use them too."""
-        if self._owns_client:
-            await self._client.aclose()
-
-
-_shared: dict[asyncio.AbstractEventLoop, dict[Any, httpx.AsyncClient]] = {}
-"""Connections that all clients of an event loop share, by where they lead. Of the process, since a client is made far
-below whoever knows that there will be many."""
-
-
-@contextlib.asynccontextmanager
-async def shared_connections() -> AsyncGenerator[None]:
-    """Let all clients that this event loop makes meanwhile share connections: those to one server, with equal options.
-
-    Hundreds of runs that wait in one process then need a few connections, and few handshakes. A request carries its
-    token itself, so clients with different tokens share as well.
-    """
-    loop = asyncio.get_running_loop()
-    clients = _shared[loop] = {}
-    try:
-        yield
-    finally:
-        del _shared[loop]
-        for client in clients.values():
-            await client.aclose()
-
-
-def _trace(before_sending: Callable[[], None]) -> Callable[[str, Any], Awaitable[None]]:
-    """Return what httpx calls at each step of a request."""
-
-    async def trace(event: str, _: Any) -> None:
-        if event.endswith("send_request_headers.started"):
-            before_sending()
-
-    return trace
-
-
-@functools.lru_cache(maxsize=1)
-def _version() -> str:
-    return version("prefect-crew")
+    is_whole = decoder.eof or len(plain) > limit
+    return plain, None if is_whole else "a compressed body that was cut short"

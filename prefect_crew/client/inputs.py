@@ -1,4 +1,4 @@
-"""What a caller gives as inputs, as the crew API takes it; and what the crew expects beside what it is given."""
+"""Inputs as the crew API takes them, and which of them a crew lacks or does not know."""
 
 from __future__ import annotations
 
@@ -31,12 +31,8 @@ _ARRAY_KINDS = frozenset("biufUO")
 """NumPy's kinds of booleans, numbers, text and objects."""
 
 
-class _UnsupportedError(TypeError):
-    """A value of a type that has no JSON; the text is the type's name."""
-
-
-class _BadValueError(ValueError):
-    """A value that has no JSON although its type has; the text says why, without the value."""
+class _UnsendableError(ValueError):
+    """A value that has no JSON; the text says what it is, without showing it."""
 
 
 def encode_inputs(inputs: Mapping[str, Any], *, as_json: bool = False) -> dict[str, Any]:
@@ -60,17 +56,11 @@ def encode_inputs(inputs: Mapping[str, Any], *, as_json: bool = False) -> dict[s
             raise ConfigurationError(f"The name of an input is text, not {type(name).__name__}.")
         try:
             plain = _plain(value)
-            if plain is None:
-                continue
-            encoded[_text(name)] = plain if as_json else _as_text(plain)
-        except _UnsupportedError as error:
-            raise ConfigurationError(
-                f"Input {name!r} holds a value of type {error}, which cannot be sent. Give text, numbers, "
-                "booleans, dates, lists, objects, dataclasses or pydantic models."
-            ) from None
-        except (_BadValueError, RecursionError) as error:
-            why = str(error) if isinstance(error, _BadValueError) else "a value that is nested too deeply"
-            raise ConfigurationError(f"Input {name!r} holds {why}, which cannot be sent.") from None
+            if plain is not None:
+                encoded[_text(name)] = plain if as_json else _as_text(plain)
+        except (_UnsendableError, RecursionError) as error:
+            what = str(error) if isinstance(error, _UnsendableError) else "a value that is nested too deeply"
+            raise ConfigurationError(f"Input {name!r} holds {what}, which cannot be sent.") from None
     return encoded
 
 
@@ -81,23 +71,27 @@ def _as_text(plain: Any) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Return `value` as JSON values only."""
+    """Return `value` as JSON values only.
+
+    pydantic's own `to_jsonable_python` masks secrets, takes bytes for text and NaN for a number, leaves sets without
+    order, and writes UTC as "Z": digests that stand in records would change.
+    """
+    if value is None or isinstance(value, bool):
+        return value
     if isinstance(value, Enum):
         return _plain(value.value)
     if isinstance(value, str):
         return _text(value)
-    if value is None or isinstance(value, bool):
-        return value
-    if isinstance(value, (numbers.Number, Decimal)):
+    if isinstance(value, numbers.Number | Decimal):
         return _number(value)
-    if isinstance(value, (datetime, date, time)):
+    if isinstance(value, datetime | date | time):
         # pandas' NaT is a datetime, and the only one that is not equal to itself.
         if value != value:
-            raise _BadValueError("a time that is none")
+            raise _UnsendableError("a time that is none")
         return _text(value.isoformat())
-    if isinstance(value, (UUID, PurePath)):
+    if isinstance(value, UUID | PurePath):
         return _text(str(value))
-    if isinstance(value, (SecretStr, Secret)):
+    if isinstance(value, SecretStr | Secret):
         return _plain(cast("Any", value).get_secret_value())
     return _container(value)
 
@@ -112,39 +106,39 @@ def _container(value: Any) -> Any:
     if isinstance(value, Set):
         # A set has no order of its own, and equal inputs must have equal digests.
         return sorted((_plain(item) for item in cast("Set[Any]", value)), key=_as_text)
-    if isinstance(value, Sequence) and not isinstance(value, (bytes, bytearray, memoryview, SecretBytes)):
+    if isinstance(value, Sequence) and not isinstance(value, bytes | bytearray | memoryview | SecretBytes):
         return [_plain(item) for item in cast("Sequence[Any]", value)]
     # An array of NumPy, as pandas has for a list that it read from Parquet, or a boolean of it. Its times are left out:
     # `tolist` makes bare numbers of those in nanoseconds.
     kind = getattr(getattr(cast("Any", value), "dtype", None), "kind", None)
     if isinstance(kind, str) and kind in _ARRAY_KINDS:
         return _plain(cast("Any", value).tolist())
-    raise _UnsupportedError(type(cast("object", value)).__name__)
+    raise _UnsendableError(f"a value of type {type(cast('object', value)).__name__}")
 
 
 def _number(value: Any) -> int | float | str:
     if isinstance(value, Decimal):
         if not value.is_finite():
-            raise _BadValueError("a decimal that is not a finite number")
+            raise _UnsendableError("a decimal that is not a finite number")
         return str(value)
     if isinstance(value, numbers.Integral):
         try:
             str(int(value))
         except ValueError:
-            raise _BadValueError("a number of too many digits") from None
+            raise _UnsendableError("a number of too many digits") from None
         return int(value)
     if not isinstance(value, numbers.Real):
-        raise _UnsupportedError(type(value).__name__)
+        raise _UnsendableError(f"a value of type {type(value).__name__}")
     number = float(value)
     if not math.isfinite(number):
-        raise _BadValueError("a number that is not finite")
+        raise _UnsendableError("a number that is not finite")
     return number
 
 
 def _key(key: Any) -> str:
     plain = _plain(key)
-    if plain is None or isinstance(plain, (list, dict)):
-        raise _UnsupportedError(f"{type(key).__name__} as a key")
+    if plain is None or isinstance(plain, list | dict):
+        raise _UnsendableError(f"a value of type {type(key).__name__} as a key")
     return _as_text(plain)
 
 
@@ -152,7 +146,7 @@ def _text(text: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise _BadValueError("text with a lone surrogate") from None
+        raise _UnsendableError("text with a lone surrogate") from None
     return str(text)
 
 

@@ -1,13 +1,9 @@
-"""What the crew API says, as one set of models whatever dialect the server speaks.
-
-The facts behind the fields are those of CrewAI's published API and of what deployed crews really answer; `parsing`
-maps every known variant to these.
-"""
+"""What the crew API says, as one set of models whatever response format the server uses."""
 
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -16,7 +12,7 @@ from prefect_crew.states import CrewState
 
 
 class _Model(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
+    model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
 
 class CrewInput(_Model):
@@ -74,7 +70,7 @@ class CrewResult(_Model):
 class CrewStatus(_Model):
     """One answer of the status call.
 
-    `raw_state` is the server's own word, kept because an unheard-of one counts as running. `progress` is 0..1.
+    `raw_state` is the server's own word, kept because an unknown one counts as running. `progress` is 0..1.
     `human_task_id` names the task that waits for a person, where the server says so. `output` and `data` are None
     until there is a result; an output that the server left empty is "". The repr shows nothing that the crew wrote.
     """
@@ -83,7 +79,7 @@ class CrewStatus(_Model):
     state: CrewState
     raw_state: str | None = Field(default=None, repr=False)
     known_state: bool = True
-    """False where `raw_state` is a word that nobody has documented."""
+    """False where `raw_state` is a word that is in no documentation."""
     message: str | None = Field(default=None, repr=False)
     current_task: str | None = Field(default=None, repr=False)
     last_task: str | None = Field(default=None, repr=False)

@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar, Literal
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SecretStr,
+    SerializationInfo,
+    SerializerFunctionWrapHandler,
+    WrapSerializer,
+)
 
 RUN_ENDS = ("crew_kickoff_completed", "crew_kickoff_failed", "flow_finished", "method_execution_failed")
 """Events of a stream after which a run may have ended: no plain webhook tells of a failure, and which of these a server
@@ -20,42 +29,41 @@ def _check_url(url: str) -> str:
     return url
 
 
+def _reveal(secret: SecretStr, hide: SerializerFunctionWrapHandler, info: SerializationInfo) -> Any:
+    return secret.get_secret_value() if info.context == "for the crew's server" else hide(secret)
+
+
 Url = Annotated[str, AfterValidator(_check_url)]
+Secret = Annotated[SecretStr, WrapSerializer(_reveal)]
 
 
 class _Model(BaseModel):
     # A URL may carry the only secret that protects its receiver: no error and no repr shows more than its host.
-    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True, defer_build=True)
+    model_config: ClassVar[ConfigDict] = ConfigDict(
+        frozen=True, extra="forbid", hide_input_in_errors=True, defer_build=True
+    )
 
     def __repr_args__(self) -> Iterator[tuple[str | None, Any]]:
         for name, value in super().__repr_args__():
-            yield name, _host(value) if isinstance(value, str) and "://" in value else value
-
-
-def _host(url: str) -> str:
-    parts = urlsplit(url)
-    return f"{parts.scheme}://{parts.hostname}/…"
+            if isinstance(value, str) and "://" in value:
+                parts = urlsplit(value)
+                value = f"{parts.scheme}://{parts.hostname}/…"
+            yield name, value
 
 
 class BearerAuth(_Model):
     """A bearer token that the crew's server sends to the webhook."""
 
-    token: SecretStr
-
-    def to_json(self) -> dict[str, str]:
-        """Return the `authentication` object of the API, with the secret in it."""
-        return {"strategy": "bearer", "token": self.token.get_secret_value()}
+    strategy: Literal["bearer"] = "bearer"
+    token: Secret
 
 
 class BasicAuth(_Model):
     """A name and a password that the crew's server sends to the webhook."""
 
+    strategy: Literal["basic"] = "basic"
     username: str
-    password: SecretStr
-
-    def to_json(self) -> dict[str, str]:
-        """Return the `authentication` object of the API, with the secret in it."""
-        return {"strategy": "basic", "username": self.username, "password": self.password.get_secret_value()}
+    password: Secret
 
 
 class HumanInputWebhook(_Model):
@@ -63,10 +71,6 @@ class HumanInputWebhook(_Model):
 
     url: Url
     authentication: BearerAuth | BasicAuth | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the `humanInputWebhook` object of the API."""
-        return _target(self.url, self.authentication)
 
 
 class StreamWebhook(_Model):
@@ -77,14 +81,6 @@ class StreamWebhook(_Model):
     realtime: bool = False
     authentication: BearerAuth | BasicAuth | None = None
 
-    def to_json(self) -> dict[str, Any]:
-        """Return the `webhooks` object of the API."""
-        return {"events": list(self.events), "realtime": self.realtime, **_target(self.url, self.authentication)}
-
-
-def _target(url: str, authentication: BearerAuth | BasicAuth | None) -> dict[str, Any]:
-    return {"url": url} if authentication is None else {"url": url, "authentication": authentication.to_json()}
-
 
 class Webhooks(_Model):
     """The targets of one run.
@@ -93,27 +89,18 @@ class Webhooks(_Model):
     that protects the receiver.
     """
 
-    task: Url | None = None
-    step: Url | None = None
-    crew: Url | None = None
-    human_input: HumanInputWebhook | Url | None = None
-    stream: StreamWebhook | None = None
+    task: Url | None = Field(default=None, serialization_alias="taskWebhookUrl")
+    step: Url | None = Field(default=None, serialization_alias="stepWebhookUrl")
+    crew: Url | None = Field(default=None, serialization_alias="crewWebhookUrl")
+    human_input: HumanInputWebhook | Url | None = Field(default=None, serialization_alias="humanInputWebhook")
+    stream: StreamWebhook | None = Field(default=None, serialization_alias="webhooks")
 
-    def for_kickoff(self) -> dict[str, Any]:
-        """Return the keys that a kickoff's body carries for these targets, secrets included. Empty without targets."""
-        human = HumanInputWebhook(url=self.human_input) if isinstance(self.human_input, str) else self.human_input
-        body = {
-            "taskWebhookUrl": self.task,
-            "stepWebhookUrl": self.step,
-            "crewWebhookUrl": self.crew,
-            "humanInputWebhook": human.to_json() if human else None,
-            "webhooks": self.stream.to_json() if self.stream else None,
-        }
-        return {key: value for key, value in body.items() if value is not None}
-
-    def for_resume(self) -> dict[str, Any]:
-        """Return the keys that a resume's body carries: all of them again, since the server carries none over."""
-        return self.for_kickoff()
+    def to_json(self) -> dict[str, Any]:
+        """Return the keys that the body of a kickoff or a resume carries for these targets, secrets included."""
+        body = self.model_dump(by_alias=True, exclude_none=True, context="for the crew's server")
+        if isinstance(self.human_input, str):
+            body["humanInputWebhook"] = {"url": self.human_input}
+        return body
 
     def secrets(self) -> list[str]:
         """Return every text in these targets that must not be shown: tokens, passwords, and the URLs themselves."""

@@ -33,14 +33,22 @@ SIZE = 16_000
 Call = Callable[[str], object]
 
 
-def _wrapped(key: str) -> Callable[[str], str]:
-    return lambda text: json.dumps({"state": "SUCCESS", "kickoff_id": "k", key: text})
+def _body(value: Any) -> bytes:
+    return json.dumps({"state": "SUCCESS", "kickoff_id": "k", **value}).encode()
 
 
-def _parser(parse: Callable[[Any], object], *keys: str) -> dict[str, Call]:
+def _parser(name: str, parse: Callable[[bytes], object], *keys: str) -> dict[str, Call]:
     """Return calls that parse a text as a whole body, and as each of `keys` of an object."""
-    bodies: dict[str, Callable[[str], str]] = {"": lambda text: text} | {key: _wrapped(key) for key in keys}
-    return {key: lambda text, make=make: parse(make(text)) for key, make in bodies.items()}
+    calls: dict[str, Call] = {name: lambda text: parse(text.encode("utf-8", "surrogatepass"))}
+    return calls | {f"{name} {key}": lambda text, key=key: parse(_body({key: text})) for key in keys}
+
+
+def _parse_status(body: bytes) -> object:
+    return _parsing.parse_status(body, "k")
+
+
+def _parse_stop(body: bytes, status_code: int) -> object:
+    return _parsing.parse_stop(body.decode("utf-8", "replace"), "k", status_code)
 
 
 def _status(text: str) -> CrewStatus:
@@ -57,33 +65,25 @@ def _rendered(text: str, state: CrewState = CrewState.COMPLETED) -> str:
 
 
 CALLS: dict[str, Call] = {
-    **{f"inputs {key}": call for key, call in _parser(_parsing.parse_inputs, "inputs").items()},
-    **{f"kickoff {key}": call for key, call in _parser(_parsing.parse_kickoff, "id").items()},
-    **{
-        f"status {key}": call
-        for key, call in _parser(
-            lambda body: _parsing.parse_status(body, "k"), "result", "output", "message", "result_json", "status"
-        ).items()
-    },
-    "status tasks": lambda text: _parsing.parse_status({"state": "done", "tasks": [text, {"output": text}]}, "k"),
-    "status error": lambda text: _parsing.parse_status({"state": "failed", "error": [text, {"msg": text}]}, "k"),
+    **_parser("inputs", _parsing.parse_inputs, "inputs"),
+    **_parser("kickoff", _parsing.parse_kickoff, "id"),
+    **_parser("status", _parse_status, "result", "output", "message", "result_json", "status"),
+    "status tasks": lambda text: _parse_status(_body({"tasks": [text, {"output": text}]})),
+    "status error": lambda text: _parse_status(_body({"state": "failed", "error": [text, {"msg": text}]})),
     "waiting output": lambda text: _parsing.waiting_output({"output": text, "current_task": text}),
-    **{f"resume {key}": call for key, call in _parser(_parsing.parse_resume, "message").items()},
-    **{
-        f"stop {code} {key}": call
-        for code in (200, 400, 404)
-        for key, call in _parser(lambda body, code=code: _parsing.parse_stop(body, "k", code), "detail").items()
-    },
-    **{
-        f"error {key}": call
-        for key, call in _parser(lambda body: _parsing.parse_error(500, {}, body), "detail").items()
-    },
+    **_parser("resume", _parsing.parse_resume, "message"),
+    **_parser("stop 200", lambda body: _parse_stop(body, 200), "detail"),
+    **_parser("stop 400", lambda body: _parse_stop(body, 400), "detail"),
+    **_parser("stop 404", lambda body: _parse_stop(body, 404), "detail"),
+    **_parser("error", lambda body: _parsing.parse_error(500, {}, body.decode("utf-8", "replace")), "detail"),
     "error page": lambda text: _parsing.parse_error(500, {}, "<html>" + text),
     "error header": lambda text: _parsing.parse_error(429, {"Retry-After": text}, ""),
     **{
-        f"webhook {kind} {key}": call
+        name: call
         for kind in ("task", "step", "crew", "human_input", "stream")
-        for key, call in _parser(lambda body, kind=kind: _parsing.parse_webhook(kind, body), "output", "result").items()
+        for name, call in _parser(
+            f"webhook {kind}", lambda body, kind=kind: _parsing.parse_webhook(kind, body), "output", "result"
+        ).items()
     },
     "rendered": _rendered,
     "rendered failure": lambda text: _rendered(text, CrewState.FAILED),

@@ -1,17 +1,172 @@
-"""What parts of answers say on their own; whole bodies are those of the corpus."""
+"""Every known variant of every answer becomes its model, and no other body makes a parser raise or invent a success."""
 
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Callable
+from datetime import datetime
 from typing import Any
 
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from pydantic import BaseModel
 
+from prefect_crew import exceptions
 from prefect_crew.client import _parsing
-from prefect_crew.client._parsing import parse_kickoff, parse_status, parse_webhook, waiting_output
+from prefect_crew.client._parsing import (
+    parse_error,
+    parse_inputs,
+    parse_kickoff,
+    parse_resume,
+    parse_status,
+    parse_stop,
+    parse_webhook,
+    waiting_output,
+)
 from prefect_crew.client._retry_safety import KickoffFate, kickoff_fate
 from prefect_crew.exceptions import ResponseFormatError
-from prefect_crew.states import CrewState
+from prefect_crew.states import STATE_WORDS, CrewState
+from support.corpus import body_of, cases
+
+RUN = "run-1"
+
+
+def stop(body: bytes, status_code: int = 200) -> Any:
+    return parse_stop(body.decode("utf-8", "replace"), RUN, status_code)
+
+
+PARSERS: dict[str, Callable[[bytes, dict[str, Any]], Any]] = {
+    "inputs": lambda body, _: parse_inputs(body),
+    "kickoff": lambda body, _: parse_kickoff(body),
+    "status": lambda body, _: parse_status(body, RUN),
+    "resume": lambda body, _: parse_resume(body),
+    "stop": lambda body, case: stop(body, case.get("status_code", 200)),
+    "webhook": lambda body, case: parse_webhook(case["kind"], body),
+}
+TABLES = {table: cases(table) for table in (*PARSERS, "error")}
+
+
+def in_tables(*tables: str) -> pytest.MarkDecorator:
+    pairs = [pytest.param(table, name, id=f"{table}/{name}") for table in tables for name in TABLES[table]]
+    return pytest.mark.parametrize(("table", "name"), pairs)
+
+
+def plain(model: Any) -> Any:
+    """Return a model as the JSON that the corpus writes: fields at their defaults and raw bodies left out."""
+    if isinstance(model, list):
+        return [plain(item) for item in model]
+    if not isinstance(model, BaseModel):
+        return model
+    fields = model.model_dump(mode="json", exclude_defaults=True, exclude={"raw": True})
+    if "tasks" in fields:
+        fields["tasks"] = [{key: value for key, value in task.items() if key != "raw"} for task in fields["tasks"]]
+    return fields
+
+
+@in_tables(*PARSERS)
+def test_a_body_becomes_its_model(table: str, name: str):
+    case = TABLES[table][name]
+    body = body_of(case)
+    if "raises" in case:
+        with pytest.raises(getattr(exceptions, case["raises"])) as caught:
+            PARSERS[table](body, case)
+        assert len(str(caught.value)) < 1000
+        return
+    found = PARSERS[table](body, case)
+    if "generate" in case:
+        assert found.output == json.loads(body)["result"]
+        found = found.model_copy(update={"output": None})
+    assert plain(found) == case["expected"]
+    if "body" in case and hasattr(found, "raw"):
+        assert found.raw == case["body"]
+    if table == "status" and found.state is not CrewState.COMPLETED:
+        assert (found.output, found.data) == (None, None)
+        with pytest.raises(exceptions.InvalidCallError, match="not completed"):
+            found.result()
+
+
+@in_tables("error")
+def test_an_error_body_becomes_its_facts(table: str, name: str):
+    case = TABLES[table][name]
+    now = datetime.fromisoformat(case["now"]) if "now" in case else None
+    text = body_of(case).decode("utf-8", "replace")
+    facts = parse_error(case["status_code"], case.get("headers", {}), text, now=now)
+    found = {key: value for key, value in facts._asdict().items() if value not in (None, ()) and key != "raw"}
+    assert found.pop("body") == text
+    assert {key: list(value) if isinstance(value, tuple) else value for key, value in found.items()} == case["expected"]
+
+
+# The tables of the API's description. The corpus must show each word and each key in use.
+
+WORDS = {
+    "pending": "PENDING QUEUED SCHEDULED CREATED RECEIVED",
+    "running": "STARTED RUNNING IN_PROGRESS PROCESSING PROGRESS RETRY RETRYING RESUMED",
+    "waiting": "PENDING_HUMAN_INPUT AWAITING_HUMAN_FEEDBACK AWAITING_HUMAN_INPUT WAITING_FOR_HUMAN "
+    "HUMAN_INPUT_REQUESTED PAUSED",
+    "completed": "SUCCESS SUCCEEDED COMPLETED COMPLETE DONE FINISHED",
+    "failed": "FAILED FAILURE ERROR ERRORED TIMEOUT TIMED_OUT",
+    "stopped": "REVOKED STOPPED CANCELLED CANCELED ABORTED",
+    "unknown": "NOT_FOUND",
+}
+KEYS = {
+    "inputs": "inputs inputs[].name inputs[].type inputs[].required",
+    "kickoff": "kickoff_id kickoffId execution_id executionId id task_id",
+    "status": "state status message result result.output result.raw result.result output raw last_executed_task "
+    "last_executed_task.output result_json result.json_dict result.pydantic output_json result.tasks tasks "
+    "tasks_output task_outputs tasks[].task_id tasks[].name tasks[].task_name progress progress.completed_tasks "
+    "progress.total_tasks current_task last_step error error_message detail token_usage execution_time "
+    "token_usage.total_tokens token_usage.prompt_tokens token_usage.completion_tokens",
+    "resume": "status message kickoff_id",
+    "stop": "status kickoffId detail",
+    "error": "error message details details.missing_inputs detail",
+}
+WEBHOOKS = {
+    "task-first": "kickoff_id task_id status output agent execution_time",
+    "task-later": "description name expected_output summary agent output output_json kickoff_id meta",
+    "step-first": "kickoff_id task_id agent step_type content",
+    "step-later": "prompt thought tool tool_input result kickoff_id meta",
+    "crew-first": "kickoff_id status result execution_time meta",
+    "crew-later": "kickoff_id result result_json token_usage meta",
+}
+
+
+def keys_of(body: Any, prefix: str = "") -> set[str]:
+    if isinstance(body, list):
+        return set().union(*(keys_of(item, f"{prefix[:-1]}[].") for item in body))
+    if not isinstance(body, dict):
+        return set()
+    return {f"{prefix}{key}" for key in body}.union(*(keys_of(value, f"{prefix}{key}.") for key, value in body.items()))
+
+
+def test_every_state_word_of_the_description_is_known_and_in_the_corpus():
+    words = {state: set(listed.split()) for state, listed in WORDS.items()}
+    assert {state.value: set(known) for state, known in STATE_WORDS.items()} == words
+    for state, listed in words.items():
+        for word in listed:
+            case = TABLES["status"][f"word-{word.lower().replace('_', '-')}"]
+            assert case["body"]["state"].replace(" ", "_") == word
+            assert case["expected"]["state"] == state
+
+
+@pytest.mark.parametrize("table", KEYS)
+def test_every_key_of_the_description_is_in_the_corpus(table: str):
+    used = set().union(*(keys_of(case.get("body")) for case in TABLES[table].values()))
+    assert set(KEYS[table].split()) - used == set()
+
+
+@pytest.mark.parametrize("name", WEBHOOKS)
+def test_each_generation_of_each_webhook_is_in_the_corpus(name: str):
+    assert set(WEBHOOKS[name].split()) <= set(TABLES["webhook"][name]["body"])
+
+
+# Single rules
+
+
+def as_body(value: Any) -> bytes:
+    return json.dumps(value).encode()
+
 
 LAST = {"task_id": "draft", "name": "Draft it", "output": "Draft v1"}
 
@@ -30,18 +185,8 @@ LAST = {"task_id": "draft", "name": "Draft it", "output": "Draft v1"}
         pytest.param({"current_task": "draft"}, None, id="nothing"),
     ],
 )
-def test_what_a_person_is_to_judge(body: dict[str, Any], shown: str | None):
+def test_what_a_person_is_to_review(body: dict[str, Any], shown: str | None):
     assert waiting_output({"state": "PENDING_HUMAN_INPUT", **body}) == shown
-
-
-@pytest.mark.parametrize("nested", [False, True], ids=["as-it-is", "as-text"])
-def test_a_body_of_very_many_lists_is_not_taken_into_memory(nested: bool, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(_parsing, "MAX_CONTAINERS", 1_000)
-    lists = [[] for _ in range(1_000)]
-    body = json.dumps({"state": "SUCCESS", "result": json.dumps(lists) if nested else lists})
-    with pytest.raises(ResponseFormatError):
-        parse_status(body, "k")
-    assert parse_status(body.replace("[], ", "", 10), "k").state is CrewState.COMPLETED
 
 
 @pytest.mark.parametrize(
@@ -74,7 +219,7 @@ def test_a_body_of_very_many_lists_is_not_taken_into_memory(nested: bool, monkey
     ],
 )
 def test_a_run_is_not_completed_and_failed_at_once(body: dict[str, Any], state: str, error: str | None):
-    found = parse_status(body, "k")
+    found = parse_status(as_body(body), "k")
     assert (found.state, found.error) == (CrewState(state), error)
     if state != "completed":
         assert (found.output, found.data) == (None, None)
@@ -84,18 +229,118 @@ def test_a_run_is_not_completed_and_failed_at_once(body: dict[str, Any], state: 
 def test_a_status_of_another_run_is_none_of_this_one(key: str):
     body = {"status": "completed", "result": "cats", key: "SOMEONE-ELSES"}
     with pytest.raises(ResponseFormatError, match="not that of another one") as caught:
-        parse_status(body, "k1")
+        parse_status(as_body(body), "k1")
     assert caught.value.kickoff_id == "k1"
     for own in ("k1", "K1", 7, None):
-        assert parse_status({**body, key: own}, "7" if own == 7 else "k1").output == "cats"
-    assert parse_status({**body, "id": "k1", "executionId": "k1"}, "k1").output == "cats"
+        assert parse_status(as_body({**body, key: own}), "7" if own == 7 else "k1").output == "cats"
+    assert parse_status(as_body({**body, "id": "k1", "executionId": "k1"}), "k1").output == "cats"
 
 
 @pytest.mark.parametrize("bad", ["k\n1", "\x1b]0;x\x07", "k\x9b1", "k\u202e1", "k\u20281", "\u200bk", "k\t1"])
 def test_an_id_with_control_characters_is_none(bad: str):
     with pytest.raises(ResponseFormatError) as caught:
-        parse_kickoff({"kickoff_id": bad})
+        parse_kickoff(as_body({"kickoff_id": bad}))
     assert kickoff_fate(caught.value) is KickoffFate.UNCERTAIN
     with pytest.raises(ResponseFormatError):
-        parse_webhook("crew", {"kickoff_id": bad, "result": "x"})
-    assert parse_kickoff({"kickoff_id": "run 1; é/'\"$(x)"}) == "run 1; é/'\"$(x)"
+        parse_webhook("crew", as_body({"kickoff_id": bad, "result": "x"}))
+    assert parse_kickoff(as_body({"kickoff_id": "run 1; é/'\"$(x)"})) == "run 1; é/'\"$(x)"
+
+
+@pytest.mark.parametrize("is_nested", [False, True], ids=["as-it-is", "as-text"])
+def test_a_body_of_very_many_lists_is_not_taken_into_memory(is_nested: bool, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(_parsing, "MAX_CONTAINERS", 1_000)
+    lists = [[] for _ in range(1_000)]
+    body = as_body({"state": "SUCCESS", "result": json.dumps(lists) if is_nested else lists})
+    with pytest.raises(ResponseFormatError):
+        parse_status(body, "k")
+    assert parse_status(body.replace(b"[], ", b"", 10), "k").state is CrewState.COMPLETED
+
+
+# Any body
+
+PARTS = """
+    state status message result output raw json_dict pydantic tasks tasks_output task_outputs result_json output_json
+    last_executed_task task_id name task_name agent role execution_time description progress completed_tasks
+    total_tasks percentage current_task last_step error error_message detail details missing_inputs loc msg type
+    token_usage total_tokens kickoff_id kickoffId execution_id id inputs required events meta human_input
+    task_output prompt thought content tool step_type timestamp data
+"""
+TEXT = st.one_of(
+    st.sampled_from(
+        ["SUCCESS", "FAILED", "STARTED", "PAUSED", "REVOKED", "NOT FOUND", "HYDRATING", '{"a": 1}', "```\n["]
+    ),
+    st.text(st.characters(exclude_categories=())),  # lone surrogates too: JSON may hold them, escaped
+    st.text(max_size=3),
+)
+SCALARS = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), TEXT, st.just(10**400))
+NAMES = st.sampled_from(PARTS.split())
+VALUES = st.recursive(
+    SCALARS,
+    lambda inner: st.one_of(st.lists(inner, max_size=4), st.dictionaries(st.one_of(NAMES, TEXT), inner, max_size=6)),
+    max_leaves=25,
+)
+OBJECTS = st.dictionaries(NAMES, VALUES, max_size=8)
+BODIES = st.one_of(VALUES.map(as_body), OBJECTS.map(as_body), st.binary(), st.text().map(str.encode))
+ANY: dict[str, Callable[[bytes], Any]] = {
+    "inputs": parse_inputs,
+    "kickoff": parse_kickoff,
+    "status": lambda body: parse_status(body, "k"),
+    "resume": parse_resume,
+    **{f"stop-{code}": lambda body, code=code: stop(body, code) for code in (200, 400, 404)},
+    **{
+        f"webhook-{kind}": lambda body, kind=kind: parse_webhook(kind, body)
+        for kind in ("task", "step", "crew", "human_input", "stream")
+    },
+}
+
+
+@pytest.mark.parametrize("parser", ANY)
+@settings(max_examples=80)
+@given(body=BODIES)
+@example(body=b"\xff\xfe")
+@example(body=b"\x00\x00\x00{")
+@example(body=b'"\\ud800"')
+@example(body=b'{"kickoff_id": "\\udfff"}')
+@example(body=b"[" * 100_000)
+@example(body=b'{"a":' * 100_000)
+@example(body=b'{"inputs":' + b"[" * 900 + b"]" * 900 + b"}")
+@example(body=b"9" * 10_000)
+@example(body=b'{"state":"SUCCESS","execution_time":' + b"9" * 5_000 + b"}")
+@example(body=b"-1e99999")
+@example(body=b"NaN")
+def test_any_body_is_read_or_refused(parser: str, body: bytes):
+    try:
+        found = ANY[parser](body)
+    except ResponseFormatError as error:
+        str(error).encode()
+        return
+    repr(found).encode()
+    if isinstance(found, BaseModel):
+        json.dumps(found.model_dump(exclude={"raw", "data", "meta", "tasks", "events"}), ensure_ascii=False).encode()
+
+
+@given(OBJECTS)
+def test_only_a_known_word_of_success_completes(body: dict[str, Any]):
+    try:
+        found = parse_status(as_body(body), "k")
+    except ResponseFormatError:
+        return
+    if (found.raw_state or "").strip(" \t\n-_").casefold() == "success":  # unless it says that it failed or was stopped
+        assert found.state in (CrewState.COMPLETED, CrewState.FAILED, CrewState.STOPPED)
+    else:
+        assert found.state is not CrewState.COMPLETED
+    if found.state is not CrewState.COMPLETED:
+        assert (found.output, found.data) == (None, None)
+    if found.state not in (CrewState.FAILED, CrewState.STOPPED):
+        assert found.error is None
+
+
+@given(st.integers(100, 599), st.dictionaries(TEXT, TEXT), st.one_of(TEXT, OBJECTS.map(repr)))
+def test_error_facts_of_anything(status: int, headers: dict[str, str], text: str):
+    repr(parse_error(status, headers, text)._replace(raw=None)).encode()
+
+
+@given(st.one_of(TEXT, st.floats().map(str), st.integers().map(str)))
+def test_retry_after_is_none_or_a_time_to_wait(value: str):
+    seconds = parse_error(429, {"Retry-After": value}, "").retry_after
+    assert seconds is None or (seconds >= 0 and math.isfinite(seconds))

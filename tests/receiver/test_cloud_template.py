@@ -12,12 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prefect.events.schemas.events import Event
 
+from support.corpus import cases
 from support.webhooks import BODIES, SAID_BY_NOBODY
 
 TEMPLATE = jinja2.Environment(autoescape=False).from_string(
     Path(__file__).parents[2].joinpath("deployments", "cloud-webhook.jinja").read_text(encoding="utf-8")
 )
-CORPUS = Path(__file__).parents[1] / "client" / "corpus" / "webhook"
+KNOWN = cases("webhook")
 
 
 def rendered(body: Any) -> Event:
@@ -36,13 +37,13 @@ def test_it_makes_the_event_that_the_receiver_would(which: str):
     assert [word for word in SAID_BY_NOBODY if word in said] == []
 
 
-@pytest.mark.parametrize("path", sorted(CORPUS.glob("*.json")), ids=lambda path: path.stem)
-def test_it_knows_every_body_that_the_parser_knows(path: Path):
-    case = json.loads(path.read_text(encoding="utf-8"))
+@pytest.mark.parametrize("name", KNOWN)
+def test_it_knows_every_body_that_the_parser_knows(name: str):
+    case = KNOWN[name]
     body = case["body"] if "body" in case else case["text"]  # which Cloud passes as text where it is no JSON
     event = rendered(body)
-    if not path.stem.startswith("refused"):
-        kind = path.stem.partition("-")[0].replace("human", "human_input")
+    if not name.startswith("refused"):
+        kind = name.partition("-")[0].replace("human", "human_input")
         assert event.event.startswith(f"crew.webhook.{kind}")
 
 

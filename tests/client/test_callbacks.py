@@ -1,0 +1,39 @@
+"""Review by callback: what a request must hold, and which URLs are called. tests/runs/reviews has the answers."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from pydantic import SecretStr
+
+from prefect_crew.client._callbacks import FeedbackRequest, parse_request, post_feedback
+from prefect_crew.exceptions import ConfigurationError, ResponseFormatError
+
+REQUEST = {"event_type": "new_request", "id": "r-1", "flow_id": "k-1", "callback_url": "https://x.example/r?token=t0k"}
+
+
+def test_a_request_is_read():
+    found = parse_request(json.dumps({**REQUEST, "emit": ["yes", "", 3, "no", "yes"]}).encode())
+    assert found is not None
+    assert (found.kickoff_id, found.task_id, found.options) == ("k-1", "review", ("yes", "no"))
+    assert "t0k" not in repr(found)
+    assert parse_request(json.dumps({**REQUEST, "event_type": "other"}).encode()) is None
+
+
+BAD_URLS = ["javascript:alert(1)", "https://", "http://[s3cret", "https://x.example:s3cret/", 7, None]
+
+
+@pytest.mark.parametrize("url", BAD_URLS, ids=str)
+def test_a_request_without_a_url_that_can_be_called_is_refused(url: object):
+    with pytest.raises(ResponseFormatError) as caught:
+        parse_request(json.dumps({**REQUEST, "callback_url": url}).encode())
+    assert "s3cret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("url", ["http://x.example/r", "ftp://x.example/r", "http://[s3cret"])
+async def test_no_answer_goes_to_such_a_url_or_over_plain_http(url: str):
+    request = FeedbackRequest(id="r", kickoff_id="k", task_id="t", callback_url=SecretStr(url))
+    with pytest.raises(ConfigurationError) as caught:
+        await post_feedback(request, "yes", source="a person")
+    assert "s3cret" not in str(caught.value)

@@ -1,0 +1,163 @@
+"""The token, and whatever else a caller calls secret, is in no error, repr, traceback, pickle or log."""
+
+from __future__ import annotations
+
+import asyncio
+import html
+import json
+import pickle
+import string
+import traceback
+from collections.abc import Iterator
+from typing import Any
+from urllib.parse import quote
+
+import httpx
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from prefect_crew.client._client import CrewClient
+from prefect_crew.client.redaction import Redactor
+from prefect_crew.client.webhooks import BearerAuth, HumanInputWebhook, Webhooks
+from prefect_crew.exceptions import CrewError
+
+URL = "https://crew.example.com"
+TOKEN = 't0k"en<&>/\\+0123456789'
+
+
+def shown(error: BaseException) -> str:
+    """Return everything that someone may print of an error: its chain, with the locals of all frames but the tests'."""
+    parts = ["".join(traceback.format_exception(error)), pickle.dumps(error).decode("latin-1")]
+    for link in chain(error):
+        parts += [repr(link), str(link), repr(vars(link))]
+        for frame, _ in traceback.walk_tb(link.__traceback__):
+            if frame.f_code.co_filename != __file__:
+                parts += [repr(value) for value in frame.f_locals.values()]
+        request = getattr(link, "_request", None)
+        if request is not None:
+            parts += [repr(request.headers.raw), repr(request.content)]
+    return "\n".join(parts)
+
+
+def chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        if error.__cause__ is not error.__context__ and error.__context__ is not None:
+            yield from chain(error.__context__)
+        error = error.__cause__
+
+
+def forms(secret: str) -> set[str]:
+    return {secret, json.dumps(secret)[1:-1], quote(secret, safe=""), repr(secret)[1:-1]}
+
+
+async def failures(
+    transport: httpx.AsyncBaseTransport, token: str, *, webhooks: Webhooks | None = None, redact: Any = None
+) -> list[BaseException]:
+    """Return the errors of one call of each kind."""
+    errors: list[BaseException] = []
+    async with CrewClient(URL, token, transport=transport) as client:
+        assert token not in f"{client!r} {client}"
+        for call in (
+            client.inputs(redact=redact),
+            client.kickoff({"key": "1nput-secret"}, redact=redact, webhooks=webhooks),
+            client.status("k1", redact=redact),
+            client.resume("k1", "t1", "f", True, redact=redact, webhooks=webhooks),
+            client.stop("k1", redact=redact),
+        ):
+            try:
+                await call
+            except CrewError as error:
+                errors.append(error)
+    return errors
+
+
+def echo(status: int, write: Any, kind: str) -> httpx.MockTransport:
+    """A server that repeats what it got, as debug pages do."""
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        text = write({"headers": dict(request.headers), "body": request.content.decode()})
+        return httpx.Response(status, text=text, headers={"content-type": kind})
+
+    return httpx.MockTransport(answer)
+
+
+def header(got: dict[str, Any]) -> str:
+    return got["headers"]["authorization"]
+
+
+JSON, TEXT = "application/json", "text/plain"
+WRITERS = {
+    "json": (lambda got: json.dumps({"error": "Bad", "message": header(got), "headers": got["headers"]}), JSON),
+    "detail": (lambda got: json.dumps({"detail": [{"msg": header(got), "loc": ["x"]}]}), JSON),
+    "text": (lambda got: header(got) * 50, TEXT),
+    "html": (lambda got: f"<html><title>{header(got)}</title></html>", "text/html"),
+    "html-escaped": (lambda got: f"<html><title>{html.escape(header(got))}</title></html>", "text/html"),
+    "url": (lambda got: quote(header(got), safe=""), TEXT),
+}
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+@pytest.mark.parametrize("status", [200, 302, 400, 401, 404, 422, 429, 500, 503])
+async def test_a_server_that_repeats_the_token(status: int, writer: str):
+    write, kind = WRITERS[writer]
+    errors = await failures(echo(status, write, kind), TOKEN)
+    assert errors or status == 404
+    for error in errors:
+        # what the locals of our frames hold of the answer is the server's: only what we say of it counts
+        said = f"{error!r} {error} {vars(error)} {pickle.dumps(error)!r} {''.join(traceback.format_exception(error))}"
+        for form in forms(TOKEN):
+            assert form not in said
+
+
+BREAKS = [httpx.ConnectError, httpx.ReadTimeout, httpx.LocalProtocolError, ConnectionResetError]
+
+
+@pytest.mark.parametrize("kind", BREAKS, ids=lambda kind: kind.__name__)
+async def test_a_connection_that_breaks(kind: type[Exception]):
+    def answer(request: httpx.Request) -> httpx.Response:
+        value = request.headers["authorization"]  # a local of a frame below ours
+        raise kind(f"Illegal header value {value}") from RuntimeError(value)
+
+    errors = await failures(httpx.MockTransport(answer), TOKEN)
+    assert len(errors) == 5
+    for error in errors:
+        assert isinstance(error.__cause__, kind)
+        assert error.__cause__.__traceback__ is None  # frames below ours hold the request
+        assert "Illegal header value" in str(error.__cause__)
+        for form in forms(TOKEN):
+            assert form not in shown(error)
+
+
+HOOKS = Webhooks(
+    crew="https://hooks.example.com/p4th-secret",
+    human_input=HumanInputWebhook(
+        url="https://hooks.example.com/", authentication=BearerAuth.model_validate({"token": "h00k-secret"})
+    ),
+)
+
+
+@pytest.mark.parametrize("status", [200, 422, 500])
+async def test_a_server_that_repeats_webhooks_and_secret_inputs(status: int):
+    def write(got: dict[str, Any]) -> str:
+        return json.dumps({"detail": [{"msg": got["body"], "input": json.loads(got["body"] or "{}")}]})
+
+    transport = echo(status, write, "application/json")
+    errors = await failures(transport, TOKEN, webhooks=HOOKS, redact=Redactor(["1nput-secret"]))
+    assert errors
+    for error in errors:
+        for secret in ("1nput-secret", "h00k-secret", "p4th-secret"):
+            assert secret not in f"{error!r} {vars(error)}"
+
+
+# The first letter keeps a token from being a word of ours, which would prove nothing.
+TOKENS = st.text(string.ascii_letters + string.digits + string.punctuation, min_size=8).map("~".__add__)
+
+
+@settings(max_examples=50)
+@given(TOKENS, st.sampled_from(sorted(WRITERS)))
+def test_any_token(token: str, writer: str):
+    write, kind = WRITERS[writer]
+    for error in asyncio.run(failures(echo(500, write, kind), token)):
+        assert token not in f"{error!r} {error} {vars(error)}"

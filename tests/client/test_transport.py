@@ -1,0 +1,551 @@
+"""The client against real servers on loopback: what only a connection can do wrong."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gzip
+import logging
+import socket
+import ssl
+import struct
+import threading
+import traceback
+import tracemalloc
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from ipaddress import ip_address
+from pathlib import Path
+
+import pytest
+import uvicorn
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+from starlette.applications import Starlette
+from starlette.middleware.gzip import GZipMiddleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from prefect_crew.client import _client as api_client
+from prefect_crew.client import _transport
+from prefect_crew.client._client import CrewClient
+from prefect_crew.client._retry_safety import KickoffFate, kickoff_fate, post_deadline
+from prefect_crew.client._transport import shared_connections
+from prefect_crew.client.models import CrewStatus
+from prefect_crew.exceptions import (
+    AuthenticationError,
+    ConfigurationError,
+    CrewConnectionError,
+    ResponseFormatError,
+    ServerError,
+)
+from prefect_crew.states import CrewState
+
+TOKEN = "t0ken-0123456789"
+JSON_HEADERS = "Content-Type: application/json\r\n"
+STARTED = '{"kickoff_id": "k1"}'
+
+Handler = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+
+
+async def read_request(reader: asyncio.StreamReader) -> bytes:
+    """Return the head of the next request on a connection, having read its body."""
+    head = await reader.readuntil(b"\r\n\r\n")
+    for line in head.lower().split(b"\r\n"):
+        if line.startswith(b"content-length:"):
+            await reader.readexactly(int(line.partition(b":")[2]))
+    return head
+
+
+def answer(body: str, status: str = "200 OK", headers: str = JSON_HEADERS) -> bytes:
+    return f"HTTP/1.1 {status}\r\n{headers}Content-Length: {len(body)}\r\n\r\n{body}".encode()
+
+
+@contextlib.asynccontextmanager
+async def raw_server(handler: Handler, tls: ssl.SSLContext | None = None) -> AsyncIterator[str]:
+    """Serve connections with `handler` and give the URL. A handler that fails closes its connection."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError, asyncio.CancelledError):
+            await handler(reader, writer)
+        writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0, ssl=tls)
+    try:
+        yield f"{'https' if tls else 'http'}://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    finally:
+        server.close()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+# What becomes of a kickoff
+
+
+async def reset(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    await read_request(reader)
+    writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+
+async def dropped(reader: asyncio.StreamReader, _: asyncio.StreamWriter) -> None:
+    await read_request(reader)
+
+
+async def cut_short(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    await read_request(reader)
+    writer.write(answer(STARTED)[:-5])
+    await writer.drain()
+
+
+async def silent(reader: asyncio.StreamReader, _: asyncio.StreamWriter) -> None:
+    await read_request(reader)
+    await asyncio.sleep(60)
+
+
+async def not_http(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    await read_request(reader)
+    writer.write(b"220 mail.example.com ESMTP\r\n\r\n")
+    await writer.drain()
+
+
+@pytest.mark.parametrize("handler", [reset, dropped, cut_short, silent, not_http], ids=lambda handler: handler.__name__)
+async def test_a_kickoff_that_may_have_started(handler: Handler):
+    async with raw_server(handler) as url, CrewClient(url, TOKEN, request_timeout=3.0) as client:
+        with pytest.raises(CrewConnectionError) as caught:
+            await client.kickoff({"topic": "Lisbon"})
+    assert caught.value.sent
+    assert kickoff_fate(caught.value) is KickoffFate.UNCERTAIN
+    assert_quiet(caught.value)
+
+
+def assert_quiet(error: BaseException) -> None:
+    """Neither the traceback nor any local variable in it shows the token."""
+    shown = "".join(traceback.TracebackException.from_exception(error, capture_locals=True).format())
+    frames = [
+        repr(value)
+        for link in (error, error.__cause__, error.__context__)
+        if link is not None
+        for frame, _ in traceback.walk_tb(link.__traceback__)
+        if frame.f_globals["__name__"] != __name__
+        for value in frame.f_locals.values()
+    ]
+    assert TOKEN not in shown + "".join(frames)
+
+
+async def plain_http(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    await reader.read(100)
+    writer.write(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["http://127.0.0.1:{free}", "https://crew.invalid", "https://127.0.0.1:{plain}"],
+    ids=["refused", "no-such-name", "no-tls"],
+)
+async def test_a_kickoff_that_surely_did_not_start(url: str):
+    async with raw_server(plain_http) as plain:
+        url = url.format(free=free_port(), plain=plain.rpartition(":")[2])
+        async with CrewClient(url, TOKEN) as client:
+            with pytest.raises(CrewConnectionError) as caught:
+                await client.kickoff({"topic": "Lisbon"})
+    assert not caught.value.sent
+    assert kickoff_fate(caught.value) is KickoffFate.RETRY
+    assert_quiet(caught.value)
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file with a key and a certificate for 127.0.0.1 that nobody signed but itself."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "prefect-crew tests")])
+    now = datetime.now(UTC)
+    made = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - timedelta(days=1))
+        .not_valid_after(now + timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ip_address("127.0.0.1"))]), critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    path = tmp_path_factory.mktemp("tls") / "both.pem"
+    path.write_bytes(
+        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+        + made.public_bytes(serialization.Encoding.PEM)
+    )
+    return path
+
+
+@pytest.fixture
+def tls(certificate: Path) -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate)
+    return context
+
+
+async def once(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    while await read_request(reader):
+        writer.write(answer(STARTED))
+        await writer.drain()
+
+
+async def test_certificates_are_checked(tls: ssl.SSLContext, certificate: Path):
+    async with raw_server(once, tls) as url:
+        async with CrewClient(url, TOKEN) as client:
+            with pytest.raises(CrewConnectionError, match=r"(?i)certificate") as caught:
+                await client.kickoff({})
+        assert not caught.value.sent
+        folder = certificate.parent / "no-ca-in-here"
+        folder.mkdir(exist_ok=True)
+        async with CrewClient(url, TOKEN, verify=str(folder)) as client:
+            with pytest.raises(CrewConnectionError):
+                await client.kickoff({})
+        for verify in (str(certificate), ssl.create_default_context(cafile=certificate), False):
+            async with CrewClient(url, TOKEN, verify=verify) as client:
+                assert await client.kickoff({}) == "k1"
+
+
+async def test_a_proxy_that_does_not_connect_is_not_sent(monkeypatch: pytest.MonkeyPatch):
+    heads: list[bytes] = []
+
+    async def proxy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        heads.append(await read_request(reader))
+        writer.write(answer("", "403 Forbidden"))
+        await writer.drain()
+
+    async with raw_server(proxy) as url:
+        monkeypatch.setenv("HTTPS_PROXY", url)
+        for facts in ({"proxy": url}, {}):  # given, and from the environment
+            async with CrewClient("https://crew.invalid", TOKEN, **facts) as client:
+                with pytest.raises(CrewConnectionError, match="403 Forbidden") as caught:
+                    await client.kickoff({})
+            assert not caught.value.sent
+    assert [head.split()[:2] for head in heads] == [[b"CONNECT", b"crew.invalid:443"]] * 2
+    assert TOKEN.encode() not in b"".join(heads)
+
+
+@contextlib.asynccontextmanager
+async def proxied() -> AsyncIterator[tuple[str, list[bytes]]]:
+    """Give the URL of a proxy that answers everything itself, and the heads of what it was sent."""
+    heads: list[bytes] = []
+
+    async def proxy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        heads.append(await read_request(reader))
+        writer.write(answer('{"inputs": ["from the proxy"]}'))
+        await writer.drain()
+
+    async with raw_server(proxy) as url:
+        yield url, heads
+
+
+@pytest.mark.parametrize("allow_http", [False, True])
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+async def test_loopback_is_not_asked_through_a_proxy_of_the_environment(
+    host: str, allow_http: bool, monkeypatch: pytest.MonkeyPatch
+):
+    async def crew(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await read_request(reader)
+        writer.write(answer('{"inputs": ["from the crew"]}'))
+        await writer.drain()
+
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    async with proxied() as (url, heads), raw_server(crew) as base:
+        for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+            monkeypatch.setenv(name, url)
+        base = base.replace("127.0.0.1", host)
+        async with CrewClient(base, TOKEN, allow_http=allow_http) as client:
+            assert [item.name for item in await client.inputs()] == ["from the crew"]
+    assert heads == []
+
+
+async def test_no_token_goes_to_a_proxy_in_clear_text():
+    async with proxied() as (url, heads):
+        with pytest.raises(ConfigurationError, match="allow_http=True") as caught:
+            async with CrewClient("http://127.0.0.1:1", TOKEN, proxy=url) as client:
+                await client.inputs()
+        assert heads == []
+        assert TOKEN not in str(caught.value)
+        async with CrewClient("http://127.0.0.1:1", TOKEN, proxy=url, allow_http=True) as client:
+            assert [item.name for item in await client.inputs()] == ["from the proxy"]
+
+
+# Connections that stay open
+
+
+class Connections:
+    """A server that counts its connections and closes each, without a word, when a second request comes on it."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    async def __call__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.count += 1
+        await read_request(reader)
+        writer.write(answer('{"kickoff_id": "k1", "state": "RUNNING"}'))
+        await writer.drain()
+        await reader.read(1)
+
+
+async def test_a_kickoff_never_goes_out_on_a_connection_that_was_idle():
+    connections = Connections()
+    async with raw_server(connections) as url, CrewClient(url, TOKEN) as client:
+        await client.kickoff({})
+        await asyncio.sleep(1.3)
+        await client.kickoff({})
+        assert connections.count == 2
+
+
+async def test_a_poll_keeps_its_connection():
+    connections = Connections()
+    async with raw_server(connections) as url, CrewClient(url, TOKEN) as client:
+        await client.status("k1")
+        await asyncio.sleep(1.3)
+        with pytest.raises(CrewConnectionError) as caught:  # which a poll can afford
+            await client.status("k1")
+    assert connections.count == 1
+    assert caught.value.kickoff_id == "k1"
+
+
+@pytest.mark.parametrize("is_shared", [True, False], ids=["shared", "alone"])
+async def test_clients_share_connections_while_that_is_open(is_shared: bool):
+    count = 0
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal count
+        count += 1
+        while head := await read_request(reader):
+            is_known = f"Bearer {TOKEN}".encode() in head
+            writer.write(answer('{"inputs": []}', "200 OK" if is_known else "401 Unauthorized"))
+
+    async def ask(token: str = TOKEN) -> None:
+        async with CrewClient(url, token) as client:
+            await client.inputs()
+
+    async with raw_server(serve) as url:
+        async with shared_connections() if is_shared else contextlib.nullcontext():
+            for _ in range(5):
+                await ask()
+            if is_shared:
+                with pytest.raises(AuthenticationError):
+                    await ask("another-token")
+        assert count == (1 if is_shared else 5)
+        await ask()
+        assert count == (2 if is_shared else 6), "closed with the sharing"
+
+
+# Answers of any size and encoding
+
+
+async def test_an_answer_of_10_mb_arrives_whole():
+    text = "Lisbon – لشبونة " * (10 * 1024**2 // 24)
+
+    async def result(request: Request) -> Response:
+        return JSONResponse({"state": "SUCCESS", "result": text})
+
+    async with app_server(Route("/status/{id}", result)) as url, CrewClient(url, TOKEN) as client:
+        status = await client.status("k1")
+    assert status.output == text
+
+
+async def test_an_answer_beyond_the_cap_is_not_swallowed():
+    packed = gzip.compress(b" " * (_transport.MAX_BODY + 1), compresslevel=1)
+
+    async def bomb(request: Request) -> Response:
+        code = 500 if request.url.path == "/inputs" else 200
+        return Response(packed, code, headers={"content-encoding": "gzip"})
+
+    async with app_server(Route("/{rest:path}", bomb)) as url, CrewClient(url, TOKEN) as client:
+        with pytest.raises(ResponseFormatError, match="more than 64 MiB") as caught:
+            await client.status("k1")
+        assert (caught.value.status_code, caught.value.kickoff_id) == (200, "k1")
+        with pytest.raises(ServerError) as failed:
+            await client.inputs()
+        assert len(failed.value.body) < 600
+
+
+@pytest.mark.parametrize("layers", [1, 2], ids=["gzip", "gzip-in-gzip"])
+async def test_a_compressed_bomb_takes_no_more_memory_than_the_cap(layers: int):
+    packed = b" " * 400 * 1024**2
+    coding = ", ".join(["gzip"] * layers)
+    for _ in range(layers):
+        packed = gzip.compress(packed, compresslevel=1)
+
+    async def bomb(request: Request) -> Response:
+        return Response(packed, headers={"content-encoding": coding})
+
+    async with app_server(Route("/{rest:path}", bomb)) as url, CrewClient(url, TOKEN) as client:
+        with pytest.raises(ResponseFormatError) as caught, traced() as peak:
+            await client.status("k1")
+    assert caught.value.kickoff_id == "k1"
+    assert peak() < 3 * _transport.MAX_BODY
+
+
+@contextlib.contextmanager
+def traced() -> Iterator[Callable[[], int]]:
+    """Measure the most memory that is held at a time meanwhile, in bytes."""
+    tracemalloc.start()
+    peak = 0
+    try:
+        yield lambda: peak
+    finally:
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+
+
+async def test_a_compressed_answer_that_was_cut_short():
+    packed = gzip.compress(b'{"state": "SUCCESS", "result": "done"}' + b" " * 1000)
+
+    async def cut(request: Request) -> Response:
+        return Response(packed[:-9], headers={"content-encoding": "gzip"})
+
+    async with app_server(Route("/{rest:path}", cut)) as url, CrewClient(url, TOKEN) as client:
+        with pytest.raises(ResponseFormatError, match="cut short"):
+            await client.status("k1")
+
+
+async def test_an_encoding_that_was_not_asked_for():
+    asked: list[str] = []
+
+    async def odd(request: Request) -> Response:
+        asked.append(request.headers["accept-encoding"])
+        return Response(b"?", headers={"content-encoding": "br"})
+
+    async with app_server(Route("/{rest:path}", odd)) as url, CrewClient(url, TOKEN) as client:
+        with pytest.raises(ResponseFormatError, match="not asked for"):
+            await client.status("k1")
+    assert asked == ["gzip"]
+
+
+async def test_a_large_answer_is_parsed_apart_from_the_event_loop(monkeypatch: pytest.MonkeyPatch):
+    threads: dict[int, int] = {}
+    parse = api_client.parse_status
+
+    def seen(body: bytes, kickoff_id: str) -> CrewStatus:
+        threads[len(body)] = threading.get_ident()
+        return parse(body, kickoff_id)
+
+    monkeypatch.setattr(api_client, "parse_status", seen)
+    bodies = {f"/status/{size}": f'{{"state":"SUCCESS","result":"{"x" * size}"}}' for size in (10, _transport.AT_ONCE)}
+
+    async def result(request: Request) -> Response:
+        return Response(bodies[request.url.path], media_type="application/json")
+
+    async with app_server(Route("/status/{id}", result)) as url, CrewClient(url, TOKEN) as client:
+        for path in bodies:
+            assert (await client.status(path.rpartition("/")[2])).state is CrewState.COMPLETED
+    small, large = (threads[len(body)] for body in bodies.values())
+    assert small == threading.get_ident() != large
+
+
+async def trickling_head(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    await read_request(reader)
+    writer.write(b"HTTP/1.1 200 OK\r\nX-Slow: ")
+    while True:
+        writer.write(b"x")
+        await writer.drain()
+        await asyncio.sleep(0.05)
+
+
+async def endless_1xx(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    await read_request(reader)
+    while True:
+        writer.write(b"HTTP/1.1 102 Processing\r\n\r\n")
+        await writer.drain()
+        await asyncio.sleep(0.05)
+
+
+async def trickling_body(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    await read_request(reader)
+    writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n")
+    while True:
+        writer.write(b" ")
+        await writer.drain()
+        await asyncio.sleep(0.05)
+
+
+ENDLESS = pytest.mark.parametrize(
+    "handler", [trickling_head, endless_1xx, trickling_body], ids=lambda handler: handler.__name__
+)
+
+
+@ENDLESS
+async def test_an_answer_that_never_ends(monkeypatch: pytest.MonkeyPatch, handler: Handler):
+    monkeypatch.setattr(_transport, "GET_DEADLINE", 0.2)
+    async with raw_server(handler) as url, CrewClient(url, TOKEN, request_timeout=5.0) as client:
+        with pytest.raises(CrewConnectionError, match="not complete after 1 s") as caught:
+            await asyncio.wait_for(client.status("k1"), 30)
+    assert caught.value.sent
+    assert_quiet(caught.value)
+
+
+@ENDLESS
+async def test_a_kickoff_that_is_answered_without_end_may_have_started(handler: Handler):
+    async with raw_server(handler) as url, CrewClient(url, TOKEN, request_timeout=0.5) as client:
+        with pytest.raises(CrewConnectionError, match=f"not complete after {post_deadline(0.5):g} s") as caught:
+            await asyncio.wait_for(client.kickoff({"topic": "Lisbon"}), 30)
+    assert caught.value.sent
+    assert kickoff_fate(caught.value) is KickoffFate.UNCERTAIN
+
+
+async def test_a_body_that_is_not_the_gzip_it_says():
+    async def odd(request: Request) -> Response:
+        code = 500 if request.url.path == "/inputs" else 200
+        return Response(b"plain", code, headers={"content-encoding": "gzip"})
+
+    route = Route("/{rest:path}", odd, methods=["GET", "POST"])
+    async with app_server(route) as url, CrewClient(url, TOKEN) as client:
+        with pytest.raises(ResponseFormatError, match="gzip") as caught:
+            await client.kickoff({})
+        assert kickoff_fate(caught.value) is KickoffFate.UNCERTAIN
+        with pytest.raises(ServerError):
+            await client.inputs()
+        assert not await client.health()
+
+
+# A whole server
+
+
+@contextlib.asynccontextmanager
+async def app_server(*routes: Route) -> AsyncIterator[str]:
+    """Serve `routes` with uvicorn on a free port, gzip where the client takes it."""
+    app = Starlette(routes=list(routes))
+    app.add_middleware(GZipMiddleware, minimum_size=100)
+    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error", lifespan="off"))
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        running = asyncio.create_task(server.serve(sockets=[listener]))
+        while not server.started:
+            await asyncio.sleep(0.01)
+        try:
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            await running
+
+
+async def test_no_log_at_any_level_shows_the_token(caplog: pytest.LogCaptureFixture):
+    async def repeats(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while True:
+            head = await read_request(reader)
+            writer.write(answer(head.decode(), "500 Oops"))
+
+    caplog.set_level(logging.DEBUG)
+    for name in ("httpx", "httpcore", "h11", "asyncio", "prefect_crew"):
+        caplog.set_level(logging.DEBUG, logger=name)
+    async with raw_server(repeats) as url, CrewClient(url, TOKEN) as client:
+        for call in (client.inputs(), client.kickoff({}), client.status("k1"), client.resume("k1", "t", "f", True)):
+            with pytest.raises(ServerError):
+                await call
+    assert "send_request_headers.started" in caplog.text  # httpcore did log
+    assert TOKEN not in caplog.text

@@ -1,0 +1,128 @@
+from __future__ import annotations
+
+import pickle
+from typing import Any
+
+import pytest
+from pydantic import BaseModel, SecretStr, ValidationError
+
+from prefect_crew.client.webhooks import BasicAuth, BearerAuth, HumanInputWebhook, StreamWebhook, Webhooks
+
+BEARER = BearerAuth(token=SecretStr("t0ken-of-bearer"))
+BASIC = BasicAuth(username="ana", password=SecretStr("p4ssword"))
+ALL = Webhooks(
+    task="https://hooks.example.com/task?s3cret=1",
+    step="https://hooks.example.com/step",
+    crew="https://user:pw@hooks.example.com/crew/s3cret",
+    human_input=HumanInputWebhook(url="https://hooks.example.com/human", authentication=BASIC),
+    stream=StreamWebhook(
+        url="https://hooks.example.com/stream", events=["crew_kickoff_started"], realtime=True, authentication=BEARER
+    ),
+)
+SENT = {
+    "taskWebhookUrl": "https://hooks.example.com/task?s3cret=1",
+    "stepWebhookUrl": "https://hooks.example.com/step",
+    "crewWebhookUrl": "https://user:pw@hooks.example.com/crew/s3cret",
+    "humanInputWebhook": {
+        "url": "https://hooks.example.com/human",
+        "authentication": {"strategy": "basic", "username": "ana", "password": "p4ssword"},
+    },
+    "webhooks": {
+        "events": ["crew_kickoff_started"],
+        "url": "https://hooks.example.com/stream",
+        "realtime": True,
+        "authentication": {"strategy": "bearer", "token": "t0ken-of-bearer"},
+    },
+}
+
+
+def test_a_kickoff_carries_all_targets_with_their_secrets_and_nothing_else_shows_them():
+    assert ALL.to_json() == SENT
+    assert "t0ken" not in ALL.model_dump_json() + repr(ALL.model_dump())
+
+
+@pytest.mark.parametrize(
+    ("webhooks", "sent"),
+    [
+        pytest.param(Webhooks(), {}, id="none"),
+        pytest.param(Webhooks(crew="http://localhost:1/x"), {"crewWebhookUrl": "http://localhost:1/x"}, id="crew"),
+        pytest.param(
+            Webhooks(human_input="https://h.example.com"),
+            {"humanInputWebhook": {"url": "https://h.example.com"}},
+            id="human-input-as-url",
+        ),
+        pytest.param(
+            Webhooks(stream=StreamWebhook(url="https://h.example.com", events=["a", "b"])),
+            {"webhooks": {"events": ["a", "b"], "url": "https://h.example.com", "realtime": False}},
+            id="stream-without-authentication",
+        ),
+    ],
+)
+def test_only_what_is_given_is_sent(webhooks: Webhooks, sent: dict[str, Any]):
+    assert webhooks.to_json() == sent
+
+
+@pytest.mark.parametrize(
+    "model", [ALL, ALL.human_input, ALL.stream, BASIC, BEARER], ids=lambda model: type(model).__name__
+)
+def test_repr_shows_hosts_and_no_secret(model: BaseModel):
+    shown = f"{model!r} {model}"
+    for secret in ("s3cret", "t0ken", "p4ssword", ":pw@"):
+        assert secret not in shown
+    if model not in (BASIC, BEARER):
+        assert "https://hooks.example.com/…" in shown
+
+
+def test_secrets_are_all_that_must_not_be_shown():
+    assert set(ALL.secrets()) == {
+        "https://hooks.example.com/task?s3cret=1",
+        "https://hooks.example.com/step",
+        "https://user:pw@hooks.example.com/crew/s3cret",
+        "https://hooks.example.com/human",
+        "p4ssword",
+        "https://hooks.example.com/stream",
+        "t0ken-of-bearer",
+    }
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"task": "hooks.example.com/s3cret"},
+        {"crew": "ftp://hooks.example.com/s3cret"},
+        {"step": "https:///s3cret"},
+        {"human_input": "s3cret"},
+        {"stream": {"url": "https://h.example.com/s3cret", "events": []}},
+        {"human_input": {"url": "https://h.example.com/", "authentication": {"token": ["s3cret"]}}},
+        {"later": "https://h.example.com/s3cret"},
+    ],
+    ids=["no-scheme", "other-scheme", "no-host", "no-url", "no-events", "odd-token", "unknown-hook"],
+)
+def test_what_cannot_be_a_target_is_refused_without_showing_it(wrong: dict[str, Any]):
+    with pytest.raises(ValidationError) as caught:
+        Webhooks.model_validate(wrong)
+    assert "s3cret" not in str(caught.value)
+
+
+def test_frozen_equal_and_picklable():
+    with pytest.raises(ValidationError):
+        ALL.task = "https://other.example.com"  # type: ignore[misc]
+    assert pickle.loads(pickle.dumps(ALL)) == ALL
+    assert Webhooks.model_validate(SENT_AS_PYTHON) == ALL
+
+
+SENT_AS_PYTHON = {
+    "task": SENT["taskWebhookUrl"],
+    "step": SENT["stepWebhookUrl"],
+    "crew": SENT["crewWebhookUrl"],
+    "human_input": {
+        "url": "https://hooks.example.com/human",
+        "authentication": {"username": "ana", "password": "p4ssword"},
+    },
+    "stream": {
+        "url": "https://hooks.example.com/stream",
+        "events": ["crew_kickoff_started"],
+        "realtime": True,
+        "authentication": {"token": "t0ken-of-bearer"},
+    },
+}
