@@ -181,7 +181,7 @@ async def test_a_kickoff_whose_permit_is_over_is_not_sent_and_its_run_is_claimed
     monkeypatch.setattr(kickoff_module, "Lease", lease)
     server, idempotency_key = crew_server("echo"), key()
     await server.crew().trigger({"text": "a"}, idempotency_key=idempotency_key)
-    assert len(leases) == 4
+    assert len(leases) == 5
     assert (server.requests["kickoff"], server.kickoffs) == (1, 1)
     assert await phases(idempotency_key) == [RecordPhase.NOT_STARTED, RecordPhase.STARTED]
 
