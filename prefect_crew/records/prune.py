@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import timedelta
 
-from prefect_crew.exceptions import ConfigurationError
 from prefect_crew.records.model import RecordPhase, RunRecord
 from prefect_crew.records.store import PrefectRecords, waiter_prefix
 
@@ -16,7 +14,6 @@ OLDER_THAN = timedelta(days=90)
 """The age at which ended runs are removed unless another is given: how long they are started at most once."""
 YOUNGEST = timedelta(hours=1)
 """What was changed within this time stays, whatever age is asked for: more than clocks may differ."""
-_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 
 
 @dataclass(frozen=True)
@@ -27,18 +24,6 @@ class Pruned:
     notes: int
     kept: int
     """Records that stay."""
-
-
-def parse_age(text: str) -> timedelta:
-    """Return an age such as `90d`, `12h` or `2w`; a bare number is days.
-
-    Raises:
-        ConfigurationError: It is none.
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([smhdw]?)\s*", text)
-    if match is None:
-        raise ConfigurationError(f"{text!r} is no age: give a number and s, m, h, d or w, such as 90d.")
-    return timedelta(seconds=float(match[1]) * _UNITS[match[2] or "d"])
 
 
 def prunable(records: Iterable[RunRecord], older_than: timedelta) -> list[RunRecord]:

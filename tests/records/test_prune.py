@@ -13,7 +13,7 @@ from prefect.client.orchestration import get_client
 
 from prefect_crew.records import prune as prune_module
 from prefect_crew.records.model import RecordPhase, RunRecord, utcnow
-from prefect_crew.records.prune import Pruned, parse_age, prunable, prune
+from prefect_crew.records.prune import Pruned, prunable, prune
 from prefect_crew.records.store import PrefectRecords, waiter_prefix
 from support.prefect_server import PrefectServer
 
@@ -73,20 +73,6 @@ def test_a_key_goes_as_a_whole_or_not_at_all(later: RecordPhase):
 def test_the_first_attempt_which_a_new_call_would_claim_goes_last():
     attempts = [record("a", RecordPhase.ENDED, OLD, attempt=number) for number in (3, 1, 2)]
     assert [going.attempt for going in prunable(attempts, AGE)] == [3, 2, 1]
-
-
-@pytest.mark.parametrize(
-    ("text", "seconds"),
-    [("90d", 90 * 86400), ("12h", 43200), ("2w", 14 * 86400), ("30", 30 * 86400), ("1.5m", 90), ("0s", 0)],
-)
-def test_ages(text: str, seconds: float):
-    assert parse_age(text).total_seconds() == seconds
-
-
-@pytest.mark.parametrize("text", ["", "d", "-1d", "1y", "90 days"])
-def test_what_is_no_age(text: str):
-    with pytest.raises(ValueError, match="is no age"):
-        parse_age(text)
 
 
 async def pruned(store: PrefectRecords, **options: Any) -> Pruned:
