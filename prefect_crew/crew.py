@@ -17,7 +17,7 @@ from prefect_crew.exceptions import AuthenticationError, InvalidCallError
 
 if TYPE_CHECKING:
     from prefect_crew.client._client import CrewClient
-    from prefect_crew.client.models import CrewStatus
+    from prefect_crew.client.models import CrewInput, CrewStatus
 
 
 T = TypeVar("T")
@@ -30,7 +30,8 @@ class Crew:
     `label` is what people call it, `block` the name of its stored block. `hidden` are texts that are secret in whatever
     a run of it says, besides the values of its secret inputs. `reload` reads the stored block anew. `on_status` is
     called with a run and None when it is started or found, then with the run and each status that is seen: on the event
-    loop that waits, so it must be quick and must not raise.
+    loop that waits, so it must be quick and must not raise. `expected_inputs` are the answer to `GET /inputs`, where
+    somebody has just asked for many runs at once.
     """
 
     label: str
@@ -51,6 +52,7 @@ class Crew:
     hidden: tuple[SecretStr, ...] = field(default=(), repr=False)
     reload: Callable[[], Awaitable[Crew]] | None = field(default=None, repr=False, compare=False)
     on_status: Callable[[Any, CrewStatus | None], None] | None = field(default=None, repr=False, compare=False)
+    expected_inputs: tuple[CrewInput, ...] | None = field(default=None, repr=False, compare=False)
 
     def called(self, name: str) -> Crew:
         """Return a copy that people see under `name`, not under its address; itself if it is stored under another."""
@@ -105,7 +107,11 @@ class Crew:
         stored = await self.reload()
         if stored.token == self.token:
             return None
-        return replace(stored.hiding(self.secret_inputs, texts=self.hidden), on_status=self.on_status)
+        return replace(
+            stored.hiding(self.secret_inputs, texts=self.hidden),
+            on_status=self.on_status,
+            expected_inputs=self.expected_inputs,
+        )
 
 
 class CrewSession:

@@ -20,7 +20,8 @@ from prefect_crew.batches.options import from_plain
 from prefect_crew.batches.report import BatchReport
 from prefect_crew.batches.run import arun_batch
 from prefect_crew.exceptions import BatchBusyError, BatchCancelledError, CrewError, DatasetError
-from prefect_crew.records.store import PrefectRecords, prune
+from prefect_crew.records.prune import prune
+from prefect_crew.records.store import PrefectRecords
 
 
 @flow(flow_run_name="{name}")

@@ -17,12 +17,12 @@ from prefect.client.schemas.sorting import ArtifactSort
 from prefect.context import FlowRunContext, TaskRunContext
 from prefect.exceptions import PrefectException, PrefectHTTPStatusError
 
-from prefect_crew._internal.prefect_api import Rank, busy, request_soon
+from prefect_crew._internal.prefect_api import is_busy, request_soon
 from prefect_crew.artifacts.markdown import RunView, prose, render_run
 
 SHOW_FOR = 5.0
 """Seconds for which showing something outlasts a Prefect API that is busy."""
-PATIENCE = 15.0
+SHOW_WITHIN = 15.0
 """Seconds for all of it: one that is away must not keep a wait from looking at its run."""
 PAGE, PAGES = 200, 5
 """How many artifacts under a key are looked through, the newest first, for one that another process made."""
@@ -51,12 +51,12 @@ class MarkdownArtifact:
         `new`: it surely is not there yet.
         """
         try:
-            async with asyncio.timeout(PATIENCE):
+            async with asyncio.timeout(SHOW_WITHIN):
                 await self._put(data, new)
         except (httpx.HTTPError, PrefectException, ValueError) as error:
             return f"{type(error).__name__}: {error}".splitlines()[0]
         except TimeoutError:
-            return f"the Prefect API did not take it in {PATIENCE:g} s"
+            return f"the Prefect API did not take it in {SHOW_WITHIN:g} s"
         return None
 
     async def find(self) -> UUID | None:
@@ -93,7 +93,7 @@ class MarkdownArtifact:
         async with get_client() as client:
             try:
                 path, json = f"/artifacts/{self.id}", {"data": data}
-                await request_soon(client, "PATCH", path, json=json, patience=SHOW_FOR, rank=Rank.VIEW)
+                await request_soon(client, "PATCH", path, json=json, give_up_after=SHOW_FOR)
             except PrefectHTTPStatusError as error:
                 if error.response.status_code != 404:
                     raise
@@ -115,9 +115,7 @@ class MarkdownArtifact:
         body = artifact.model_dump(mode="json", exclude_unset=True)
         async with get_client() as client:
             # Nothing but busy is repeated: who knows whether a request that was lost has made one.
-            made = await request_soon(
-                client, "POST", "/artifacts/", json=body, patience=SHOW_FOR, rank=Rank.VIEW, again=busy
-            )
+            made = await request_soon(client, "POST", "/artifacts/", json=body, give_up_after=SHOW_FOR, again=is_busy)
         self.id = UUID(made.json()["id"])
 
 

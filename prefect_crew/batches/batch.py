@@ -159,7 +159,7 @@ async def resolve_by_webhooks(ledger: Ledger, crew: Crew) -> None:
     """
     if not CrewSettings().webhook_secret:
         return
-    for record in [one for one in await ledger.unresolved() if one.hooked][:MOST]:
+    for record in [one for one in await ledger.unresolved() if one.has_webhooks][:MOST]:
         try:
             ids = [one for one in await _told(record) if await PrefectRecords().of_kickoff(one) is None]
         except (httpx.HTTPError, PrefectException) as error:

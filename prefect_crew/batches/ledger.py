@@ -20,8 +20,8 @@ from prefect_crew.batches.group_commit import KEYS_AT_ONCE, GroupWriter, seconds
 from prefect_crew.batches.outcomes import standing_word
 from prefect_crew.batches.rows import BadRow, SetAside
 from prefect_crew.exceptions import CrewError, LedgerError
-from prefect_crew.records.keys import escaped
-from prefect_crew.records.model import SPARE, RecordPhase, RunRecord, SentReview, resolved
+from prefect_crew.records.keys import escape_name
+from prefect_crew.records.model import SPARE, RecordPhase, RunRecord, SentReview, resolution
 from prefect_crew.runs.kickoff import ClaimLostError
 from prefect_crew.states import CrewState
 
@@ -156,7 +156,7 @@ class Ledger:
 
     def idempotency_key(self, row_key: str) -> str:
         """Return the idempotency key of a row: no other of any batch has the same."""
-        return f"batch/{escaped(self.batch)}/{row_key}"
+        return f"batch/{escape_name(self.batch)}/{row_key}"
 
     def row_key(self, idempotency_key: str) -> str:
         """Return the row of an idempotency key."""
@@ -293,11 +293,11 @@ class Ledger:
 
         False if somebody else has changed it since, or whoever claimed it may still post it.
         """
-        found = resolved(record, phase, kickoff_id=kickoff_id, state=state, reason=reason)
-        values = {**self._values(found), "mine": 0, "was": str(record.phase)}
+        found = resolution(record, phase, kickoff_id=kickoff_id, state=state, reason=reason)
+        values = {**self._values(record.model_copy(update=found)), "mine": 0, "was": str(record.phase)}
         if not await self.writer.put(values, new=False):
             return False
-        for name, value in found.outcome().items():
+        for name, value in found.items():
             setattr(record, name, value)
         return True
 

@@ -148,7 +148,7 @@ async def begin_generation(ledger: Ledger, place: str, *, patience: float) -> in
                 raise LedgerMissingError(name=ledger.batch, ledger=str(value.get("ledger")))
             body = {"value": {**value, "crew_url": entry.crew_url, "generation": generation}}
             # By its id: one that was made anew under the name is not this one.
-            await request_soon(client, "PATCH", f"/variables/{variable.id}", json=body, patience=patience)
+            await request_soon(client, "PATCH", f"/variables/{variable.id}", json=body, give_up_after=patience)
             return generation
     await _claim(entry, place)
     return generation

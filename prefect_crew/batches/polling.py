@@ -78,7 +78,7 @@ class RowWaiter:
         kickoff_id = str(record.kickoff_id)
         phases = Phases.of(record)
         woken: AbstractAsyncContextManager[Waker | None]
-        woken = waker_for(record.idempotency_key) if record.hooked else nullcontext()
+        woken = waker_for(record.idempotency_key) if record.has_webhooks else nullcontext()
         run = OpenRun(
             self.session.crew.hiding(job.hidden), kickoff_id, record, job.inputs, owned=True, webhooks=self.webhooks
         )

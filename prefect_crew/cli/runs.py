@@ -352,7 +352,7 @@ def prune(
     json: Annotated[bool, JSON] = False,
 ) -> None:
     """Remove old records of ended runs. A later call with such a key then starts a new run."""
-    from prefect_crew.records.store import prune as prune_records
+    from prefect_crew.records.prune import prune as prune_records
 
     done = asyncio.run(prune_records(_records(), older_than=older_than, dry_run=dry_run))
     if json:

@@ -88,11 +88,6 @@ class PipelineCrews:
             secret = set(encoded)  # any of them may be what the function gives
         return {name: MASK if name in secret else self.redact(text) for name, text in encoded.items()}
 
-    @property
-    def inputs_by_url(self) -> dict[str, list[CrewInput]]:
-        """The inputs of those that were asked, by their URLs."""
-        return {crew.url: self.expected[name] for name, crew in self.crews.items() if name in self.expected}
-
     async def load(self) -> None:
         """Load the crews, and note on the graph those that are not stored."""
         names = {step.crew for step in self.graph.steps if isinstance(step.crew, str)}
@@ -120,7 +115,8 @@ class PipelineCrews:
             if answer is not None:
                 fresh, self.expected[name] = answer
                 # Of two blocks for one crew each keeps what else it says.
-                self.crews[name] = crew if fresh is None else replace(crew, token=fresh.token)
+                token = crew.token if fresh is None else fresh.token
+                self.crews[name] = replace(crew, token=token, expected_inputs=tuple(self.expected[name]))
 
     def check_inputs(self) -> None:
         """Note on the graph what its steps lack of their crews' inputs, and give besides."""

@@ -15,11 +15,10 @@ from functools import partial
 from typing import Annotated, Any, cast
 
 from prefect import flow
-from prefect.context import FlowRunContext, TaskRunContext
+from prefect.context import AsyncClientContext, FlowRunContext, TaskRunContext
 from prefect.exceptions import Pause
 from pydantic import Field, SecretStr
 
-from prefect_crew._internal.background import work_beside
 from prefect_crew._internal.callables import refuse_running_loop
 from prefect_crew._internal.interrupts import cancel_and_wait, cancelled_once
 from prefect_crew._internal.prefect_api import run_logger
@@ -34,7 +33,6 @@ from prefect_crew.pipelines.check import PipelineCrews, PipelinePlan, step_key
 from prefect_crew.pipelines.definition import PipelineDefinition
 from prefect_crew.pipelines.graph import CrewStep, PipelineGraph
 from prefect_crew.records.keys import identify
-from prefect_crew.runs.kickoff import knowing_inputs
 from prefect_crew.runs.options import check_choices
 from prefect_crew.runs.reviews.questions import ReviewChoice
 from prefect_crew.runs.run import OpenRun
@@ -248,13 +246,12 @@ class _Run:
 
     async def run(self) -> None:
         """Run all steps that can run. A cancellation ends them all."""
-        with knowing_inputs(self.crews.inputs_by_url):
-            async with self.artifact, work_beside():
-                jobs = [asyncio.ensure_future(self._step(step)) for step in self.graph.steps]
-                try:
-                    await asyncio.gather(*jobs)
-                finally:
-                    await cancel_and_wait(*jobs)
+        async with self.artifact, AsyncClientContext.get_or_create():
+            jobs = [asyncio.ensure_future(self._step(step)) for step in self.graph.steps]
+            try:
+                await asyncio.gather(*jobs)
+            finally:
+                await cancel_and_wait(*jobs)
 
     def _on_run(self, step: str, run: OpenRun, status: CrewStatus | None) -> None:
         if status is None:  # it is known which run the step's is

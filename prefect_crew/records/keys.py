@@ -1,4 +1,4 @@
-"""The identity of one purchase: which idempotency key a call has, so that a retry of it finds the same run again.
+"""Which idempotency key a call has, so that a retry of the call finds the same run again.
 
 A key that the user gives holds everywhere, without the blanks around it and in Unicode's form NFC. Left out, it is made
 of what stays the same when Prefect retries: the root flow run, the path of subflows below it (a parent's retry makes a
@@ -19,13 +19,14 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any
+from typing import NamedTuple
 from uuid import UUID, uuid4
 
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import FlowRun
 from prefect.context import FlowRunContext, TaskRunContext
 
+from prefect_crew._internal.prefect_api import contexts_around
 from prefect_crew.exceptions import ConfigurationError
 from prefect_crew.records.model import MAX_KEY, Caller, utcnow
 from prefect_crew.records.owners import this_process
@@ -44,121 +45,6 @@ class RunIdentity:
     caller: Caller
 
 
-@dataclass(frozen=True)
-class _Root:
-    """Where a flow run stands: its root, the path below it, and when the root was scheduled to start."""
-
-    flow_run_id: str
-    path: str
-    scheduled_start: datetime | None
-
-
-@dataclass(frozen=True)
-class _Attempt:
-    """One attempt of one task run: Prefect retries a task under the same id with a higher count."""
-
-    task_key: str
-    task_run_id: str
-    count: int
-    flow_run_id: str | None = None
-
-
-_Attempts = tuple[_Attempt, ...]
-"""The attempts of tasks around a call, the outermost first."""
-
-
-def _attempts() -> _Attempts:
-    found: list[_Attempt] = []
-    context: Any = TaskRunContext.get()
-    while isinstance(context, TaskRunContext):
-        run = context.task_run
-        in_flow = None if run.flow_run_id is None else str(run.flow_run_id)
-        found.append(_Attempt(context.task.task_key, str(run.id), run.run_count, in_flow))
-        # Prefect shows the innermost task only; what it replaced stands in the token that will bring it back.
-        token = context._token  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
-        context = None if token is None else token.old_value
-    return tuple(reversed(found))
-
-
-_calling_tasks: ContextVar[_Attempts] = ContextVar("prefect_crew_calling_tasks", default=())
-
-
-@contextmanager
-def calling_task() -> Generator[None]:
-    """Note the tasks that the code calls one of ours from, as they are at this moment."""
-    token = _calling_tasks.set(_attempts())
-    try:
-        yield
-    finally:
-        _calling_tasks.reset(token)
-
-
-_Place = tuple[tuple[str, int], ...]
-"""A task by what a retry of the tasks around it repeats: at each level its kind, and which of that kind it is."""
-
-
-@dataclass
-class _Occurrences:
-    """Counts equal calls within one attempt of one flow run, so that a retried task is given its numbers again.
-
-    A task that is retried keeps its id, but makes the tasks that it calls anew under other ids: those are told apart by
-    the order in which they first come here with equal calls, whichever of them is quicker.
-    """
-
-    counts: defaultdict[str, int] = field(default_factory=lambda: defaultdict(int))
-    of_own: dict[tuple[str, str], int] = field(default_factory=dict[tuple[str, str], int])
-    given: defaultdict[tuple[str, _Place, str], list[int]] = field(default_factory=lambda: defaultdict(list))
-    replayed: defaultdict[tuple[_Attempts, str], int] = field(default_factory=lambda: defaultdict(int))
-    children: defaultdict[tuple[_Attempts, str, str], list[str]] = field(default_factory=lambda: defaultdict(list))
-    lock: threading.Lock = field(default_factory=threading.Lock)
-    context: weakref.ref[FlowRunContext] | None = None
-
-    @property
-    def needed(self) -> bool:
-        """Whether the flow run is under way in this process, and may call once more."""
-        context = None if self.context is None else self.context()
-        # Prefect takes the token away when it leaves the context, which others may hold for long after that.
-        return context is not None and context._token is not None  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
-
-    def take(self, base: str, own: str | None, callers: _Attempts) -> int:
-        """Return the number of a call: `own` is the id of our own task run around it, `callers` those of the user's."""
-        with self.lock:
-            if own is not None and (own, base) in self.of_own:
-                return self.of_own[own, base]
-            number = self._of_callers(base, callers) if callers else self._next(base)
-            if own is not None:
-                self.of_own[own, base] = number
-            return number
-
-    def _of_callers(self, base: str, callers: _Attempts) -> int:
-        given = self.given[callers[0].task_run_id, self._place(base, callers), base]
-        at = self.replayed[callers, base]
-        self.replayed[callers, base] += 1
-        if at == len(given):
-            given.append(self._next(base))
-        return given[at]
-
-    def _place(self, base: str, callers: _Attempts) -> _Place:
-        place: list[tuple[str, int]] = []
-        for level, task in enumerate(callers[1:], start=1):
-            siblings = self.children[callers[:level], task.task_key, base]
-            if task.task_run_id not in siblings:
-                siblings.append(task.task_run_id)
-            place.append((task.task_key, siblings.index(task.task_run_id)))
-        return tuple(place)
-
-    def _next(self, base: str) -> int:
-        self.counts[base] += 1
-        return self.counts[base]
-
-
-_lock = threading.Lock()
-_occurrences: OrderedDict[tuple[str, int], _Occurrences] = OrderedDict()
-_roots: OrderedDict[str, _Root] = OrderedDict()
-_KEPT = 1000
-"""How many flow runs a process remembers that are not under way here: a long-lived one must not grow without end."""
-
-
 async def identify(
     label: str, inputs_digest: str, *, idempotency_key: str | None, name: str | None, inside_own_task: bool = False
 ) -> RunIdentity:
@@ -174,39 +60,47 @@ async def identify(
     Raises:
         ConfigurationError: The key is empty, too long or no Unicode, or its template is none.
     """
-    flow_run, own, callers = _whereabouts(inside_own_task)
-    if flow_run is not None:
-        root = await _root_of(flow_run)
-        top, start = f"{root.flow_run_id}{root.path}", root.scheduled_start or utcnow()
-        counted_in = (str(flow_run.id), flow_run.run_count)
+    context = FlowRunContext.get()
+    flow_run = None if context is None else context.flow_run
+    around = _task_attempts()
+    own, callers = (around[-1].task_run_id, _calling_tasks.get()) if inside_own_task else (None, around)
+    if context is not None and flow_run is not None:
+        calls = _calls_of((str(flow_run.id), flow_run.run_count), context)
+        root = calls.root = calls.root or await _find_root(flow_run)
+        top, start = root.path, root.scheduled_start or utcnow()
         caller = Caller(
             owner=str(uuid4()),
             flow_run_id=str(flow_run.id),
             flow_run_count=flow_run.run_count,
-            process=_process_of_flow_run(),
+            # A task runner may have brought the task to another process than the flow run's.
+            process=None if context.detached else this_process(),
         )
     else:
         # A task without a flow is retried under its own id; any other call is new.
         task = callers[0].task_run_id if callers else own
         top, start = f"call/{uuid4()}" if task is None else f"task/{task}", utcnow()
-        counted_in = (top, 0)
-        caller = Caller(owner=str(uuid4()))
-    base = (
-        f"{top}/{_short(name or label)}/{inputs_digest}"
-        if idempotency_key is None
-        else render_key(idempotency_key, start)
-    )
-    number = _numbers_of(counted_in).take(base, own, callers)
-    key = f"{base}/{number}" if idempotency_key is None else base
-    return RunIdentity(idempotency_key=_checked(key), place=f"{top}/{number}", caller=caller)
+        calls, caller = _calls_of((top, 0), None), Caller(owner=str(uuid4()))
+    if idempotency_key is not None:
+        base = key = _checked(render_key(idempotency_key, start))
+        number = calls.take_number(base, own, callers)
+    else:
+        base = f"{top}/{_short(name or label)}/{inputs_digest}"
+        number = calls.take_number(base, own, callers)
+        key = _checked(f"{base}/{number}")
+    return RunIdentity(idempotency_key=key, place=f"{top}/{number}", caller=caller)
 
 
 async def scheduled_start() -> datetime:
     """Return when the root of this flow run was scheduled to start; outside of one, now. UTC."""
-    flow_run, _, _ = _whereabouts(inside_own_task=False)
-    if flow_run is None:
+    context = FlowRunContext.get()
+    if context is None or context.flow_run is None:
         return utcnow()
-    return (await _root_of(flow_run)).scheduled_start or utcnow()
+    calls = _calls_of((str(context.flow_run.id), context.flow_run.run_count), context)
+    root = calls.root = calls.root or await _find_root(context.flow_run)
+    return root.scheduled_start or utcnow()
+
+
+# The user's key
 
 
 def render_key(template: str, scheduled_start: datetime) -> str:
@@ -235,32 +129,15 @@ def render_key(template: str, scheduled_start: datetime) -> str:
     return TEMPLATE.sub(fill, template)
 
 
-def escaped(name: str) -> str:
-    """Return a name as a part of a key that is made: without the separator, and each name in a way of its own."""
-    return name.replace("%", "%25").replace("/", "%2F")
-
-
 def normalize_key(idempotency_key: str) -> str:
-    """Return a key as it is stored and looked for: two that look the same in print are one.
-
-    Blanks around it are left out, and letters with accents are composed (NFC).
-    """
+    """Return a key as it is stored and looked for: without blanks around it, and with composed letters (NFC)."""
     return unicodedata.normalize("NFC", idempotency_key.strip())
-
-
-def _short(name: str) -> str:
-    name = escaped(name)
-    if len(name) <= LONGEST_NAME:
-        return name
-    return f"{name[:LONGEST_NAME]}~{hashlib.sha256(name.encode('utf-8', 'surrogatepass')).hexdigest()[:16]}"
 
 
 def _checked(key: str) -> str:
     key = normalize_key(key)
     if not key:
-        raise ConfigurationError(
-            "idempotency_key must not be empty: give it the name of one purchase, or leave it out."
-        )
+        raise ConfigurationError("idempotency_key must not be empty: give it the name of one run, or leave it out.")
     if len(key) > MAX_KEY:
         raise ConfigurationError(f"idempotency_key has {len(key)} characters, the limit is {MAX_KEY}: {key[:60]!r}…")
     try:
@@ -272,39 +149,139 @@ def _checked(key: str) -> str:
     return key
 
 
-def _whereabouts(inside_own_task: bool) -> tuple[FlowRun | None, str | None, _Attempts]:
-    """Return the flow run around this call, the id of our own task run, and the attempts of the user's tasks."""
-    context = FlowRunContext.get()
-    flow_run = None if context is None else context.flow_run
-    around = _attempts()
-    return (flow_run, around[-1].task_run_id, _calling_tasks.get()) if inside_own_task else (flow_run, None, around)
+# A key that is made
 
 
-def _process_of_flow_run() -> str | None:
-    """Return the process of the flow run around this call; a task runner may have brought its task to another one."""
-    context = FlowRunContext.get()
-    return None if context is None or context.detached else this_process()
+def escape_name(name: str) -> str:
+    """Return a name as a part of a key that is made: without the separator, and each name in a way of its own."""
+    return name.replace("%", "%25").replace("/", "%2F")
 
 
-def _numbers_of(counted_in: tuple[str, int]) -> _Occurrences:
+def _short(name: str) -> str:
+    name = escape_name(name)
+    if len(name) <= LONGEST_NAME:
+        return name
+    return f"{name[:LONGEST_NAME]}~{hashlib.sha256(name.encode('utf-8', 'surrogatepass')).hexdigest()[:16]}"
+
+
+class _Root(NamedTuple):
+    """Where a flow run belongs: the id of its root with the path below it, and when the root was scheduled to start."""
+
+    path: str
+    scheduled_start: datetime | None
+
+
+class _TaskAttempt(NamedTuple):
+    """One attempt of one task run: Prefect retries a task under the same id with a higher number."""
+
+    task_key: str
+    task_run_id: str
+    number: int
+    flow_run_id: str | None = None
+
+
+_Attempts = tuple[_TaskAttempt, ...]
+"""The attempts of tasks around a call, the outermost first."""
+
+
+def _task_attempts() -> _Attempts:
+    runs = [(context.task.task_key, context.task_run) for context in reversed(contexts_around(TaskRunContext))]
+    return tuple(
+        _TaskAttempt(key, str(run.id), run.run_count, None if run.flow_run_id is None else str(run.flow_run_id))
+        for key, run in runs
+    )
+
+
+# Not an argument: between the call of one of our tasks and its body lies Prefect's engine.
+_calling_tasks: ContextVar[_Attempts] = ContextVar("prefect_crew_calling_tasks", default=())
+
+
+@contextmanager
+def calling_task() -> Generator[None]:
+    """Note the tasks that the code calls one of ours from, as they are at this moment."""
+    token = _calling_tasks.set(_task_attempts())
+    try:
+        yield
+    finally:
+        _calling_tasks.reset(token)
+
+
+@dataclass
+class _Calls:
+    """Numbers equal calls within one attempt of one flow run, so that a retried task is given its numbers again.
+
+    A task that is retried keeps its id, but makes the tasks that it calls anew under other ids: those are told apart by
+    the order in which they first come here with equal calls, whichever of them is quicker.
+    """
+
+    root: _Root | None = None
+    counts: defaultdict[str, int] = field(default_factory=lambda: defaultdict(int))
+    of_own: dict[tuple[str, str], int] = field(default_factory=dict[tuple[str, str], int])
+    given: defaultdict[tuple[object, ...], list[int]] = field(default_factory=lambda: defaultdict(list))
+    repeated: defaultdict[tuple[_Attempts, str], int] = field(default_factory=lambda: defaultdict(int))
+    children: defaultdict[tuple[_Attempts, str, str], list[str]] = field(default_factory=lambda: defaultdict(list))
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    context: weakref.ref[FlowRunContext] | None = None
+
+    def take_number(self, base: str, own: str | None, callers: _Attempts) -> int:
+        """Return the number of a call: `own` is the id of our own task run around it, `callers` those of the user's."""
+        with self.lock:
+            if own is not None and (own, base) in self.of_own:
+                return self.of_own[own, base]
+            number = self._repeat(base, callers) if callers else self._count(base)
+            if own is not None:
+                self.of_own[own, base] = number
+            return number
+
+    def _repeat(self, base: str, callers: _Attempts) -> int:
+        """Return the number of a call from tasks: as often as an attempt of them calls, what their first one got."""
+        place: list[tuple[str, int]] = []  # what a retry of the outermost task repeats: at each level, which of a kind
+        for level, task in enumerate(callers[1:], start=1):
+            siblings = self.children[callers[:level], task.task_key, base]
+            if task.task_run_id not in siblings:
+                siblings.append(task.task_run_id)
+            place.append((task.task_key, siblings.index(task.task_run_id)))
+        given = self.given[callers[0].task_run_id, tuple(place), base]
+        at = self.repeated[callers, base]
+        self.repeated[callers, base] += 1
+        if at == len(given):
+            given.append(self._count(base))
+        return given[at]
+
+    def _count(self, base: str) -> int:
+        self.counts[base] += 1
+        return self.counts[base]
+
+    @property
+    def is_needed(self) -> bool:
+        """Whether the flow run is under way in this process, and may call once more."""
+        context = None if self.context is None else self.context()
+        # Prefect takes the token away when it leaves the context, which others may hold for long after that.
+        return context is not None and context._token is not None  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
+
+
+_KEPT = 1000
+"""How many flow runs a process remembers that are not under way here: a long-lived one must not grow without end."""
+_lock = threading.Lock()
+# By flow run and attempt. Not an argument: the calls of a flow have nothing in common but Prefect's context of it.
+_flow_runs: OrderedDict[tuple[str, int], _Calls] = OrderedDict()
+
+
+def _calls_of(flow_run: tuple[str, int], context: FlowRunContext | None) -> _Calls:
     with _lock:
-        numbers = _occurrences.setdefault(counted_in, _Occurrences())
-        _occurrences.move_to_end(counted_in)
-        context = FlowRunContext.get()
-        numbers.context = None if context is None else weakref.ref(context)
-        if (more := len(_occurrences) - _KEPT) > 0:
-            over = [key for key, one in _occurrences.items() if not one.needed and one is not numbers]
+        calls = _flow_runs.setdefault(flow_run, _Calls())
+        _flow_runs.move_to_end(flow_run)
+        calls.context = None if context is None else weakref.ref(context)
+        if (more := len(_flow_runs) - _KEPT) > 0:
+            over = [key for key, one in _flow_runs.items() if not one.is_needed and one is not calls]
             for key in over[:more]:
-                del _occurrences[key]
-        return numbers
+                del _flow_runs[key]
+        return calls
 
 
-async def _root_of(flow_run: FlowRun) -> _Root:
-    known = _roots.get(str(flow_run.id))
-    if known is not None:
-        return known
+async def _find_root(flow_run: FlowRun) -> _Root:
     path: list[str] = []
-    called_from_tasks_of = {task.flow_run_id for task in _attempts()}
+    called_from_tasks_of = {task.flow_run_id for task in _task_attempts()}
     at = flow_run
     while at.parent_task_run_id is not None:
         async with get_client() as client:
@@ -312,15 +289,8 @@ async def _root_of(flow_run: FlowRun) -> _Root:
             # A retried task makes its subflows anew, under a random key or, before Prefect 3.9, the next number: only
             # the name of such a subflow holds.
             numbered = tracker.dynamic_key.isdigit() and str(tracker.flow_run_id) not in called_from_tasks_of
-            path.insert(0, escaped(tracker.name if numbered else tracker.task_key.rpartition("-")[0]))
+            path.insert(0, escape_name(tracker.name if numbered else tracker.task_key.rpartition("-")[0]))
             if tracker.flow_run_id is None:
                 break
             at = await client.read_flow_run(UUID(str(tracker.flow_run_id)))
-    root = _Root(
-        flow_run_id=str(at.id), path="".join(f"/{step}" for step in path), scheduled_start=at.expected_start_time
-    )
-    with _lock:
-        _roots[str(flow_run.id)] = root
-        while len(_roots) > _KEPT:
-            _roots.popitem(last=False)
-    return root
+    return _Root("/".join([str(at.id), *path]), at.expected_start_time)

@@ -1,4 +1,4 @@
-"""The record of a run, and the decision about it."""
+"""The record of a run: what is stored about it, what its parts say together, and what a call does about it. Pure."""
 
 from __future__ import annotations
 
@@ -21,14 +21,39 @@ from prefect_crew.client.models import CrewResult, TaskResult, TokenUsage
 from prefect_crew.exceptions import IdempotencyConflictError
 from prefect_crew.states import CrewState
 
-_ROUNDS = 50_000
-"""About 20 ms, once a process and token: a token that somebody has made up is not to be found by trying words."""
+RECORD_VERSION = 2
+MAX_KEY = 500
+"""Characters of an idempotency key."""
+SPARE = 5.0
+"""Seconds added to the time that the owner of a permit may take, before it may be resolved. The store tells its time in
+whole seconds, and one late."""
+
+
+def utcnow() -> datetime:
+    """Return the time, UTC, aware."""
+    return datetime.now(UTC)
+
+
+class RecordPhase(StrEnum):
+    """How far the start of a run got."""
+
+    CLAIMED = "claimed"
+    """A caller is about to post, or died before it could write down what came of it."""
+    STARTED = "started"
+    """The kickoff id is known."""
+    ENDED = "ended"
+    """The end was seen; `state` says which."""
+    UNCERTAIN = "uncertain"
+    """Posted, and nobody knows whether that started a run."""
+    NOT_STARTED = "not-started"
+    """The kickoff surely did not start a run."""
 
 
 class InputMarks(BaseModel):
-    """The fingerprints of a run's inputs by name, of those that are not secret.
+    """A fingerprint of each input of a run that is not secret, by name, and one of the state that it started from.
 
-    `key` is one of the token itself: after it was rotated, the others are comparable with nothing.
+    They are keyed by the crew's token. `key` is one of the token itself: after a change of the token, the others are
+    comparable with nothing.
     """
 
     model_config = ConfigDict(extra="ignore")
@@ -37,80 +62,40 @@ class InputMarks(BaseModel):
     inputs: dict[str, str]
     restore_from: str
 
+    @classmethod
+    def of(
+        cls, token: str, inputs: Mapping[str, Any], *, secret: Collection[str] = (), restore_from: str | None = None
+    ) -> InputMarks | None:
+        """Return those of encoded inputs, None without a token. Text and JSON forms of one value have the same one."""
+        if not token:
+            return None
+        key = _key(token)
+        texts = {name: value for name, value in encode_inputs(inputs).items() if name not in secret}
+        return cls(
+            key=_mark(key, "key"),
+            inputs={name: _mark(key, "input", name, value) for name, value in texts.items()},
+            restore_from=_mark(key, "restore from", restore_from),
+        )
 
-def marks_of(
-    token: str, inputs: Mapping[str, Any], *, secret: Collection[str] = (), restore_from: str | None = None
-) -> InputMarks | None:
-    """Return the fingerprints of encoded inputs, None without a token.
-
-    As the digest of the inputs, they are of the text form: the switch to JSON values makes no other inputs.
-    """
-    if not token:
-        return None
-    key = _key(token)
-    return InputMarks(
-        key=_mark(key, "key"),
-        inputs={
-            name: _mark(key, "input", name, value)
-            for name, value in encode_inputs(inputs).items()
-            if name not in secret
-        },
-        restore_from=_mark(key, "restore from", restore_from),
-    )
-
-
-def differing_inputs(then: InputMarks, now: InputMarks, *, secret: Collection[str]) -> str | None:
-    """Return for people in what the inputs differ, None where that cannot be told. To be asked where they do differ.
-
-    Args:
-        then, now: The fingerprints.
-        secret: Names of inputs that are secret to either.
-    """
-    if then.key != now.key:
-        return None
-    before = {name: mark for name, mark in then.inputs.items() if name not in secret}
-    after = {name: mark for name, mark in now.inputs.items() if name not in secret}
-    differ = [name for name, mark in after.items() if before.get(name, mark) != mark]
-    missing = [name for name in before if name not in after]
-    added = [name for name in after if name not in before]
-    kinds = {"another value": differ, "given then only": missing, "given now only": added}
-    parts = [f"{kind}: {listed_names(names)}" for kind, names in kinds.items() if names]
-    found = [f"its inputs differ ({'; '.join(parts)})"] if parts else []
-    if then.restore_from != now.restore_from:
-        found.append("it starts from another state (restore_from)")
-    return "; ".join(found) or "its inputs differ, and none of those that are not secret does"
+    def difference(self, now: InputMarks, *, secret: Collection[str]) -> str | None:
+        """Return for people what differs between inputs that do differ, None where it cannot be told."""
+        if self.key != now.key:
+            return None
+        names = [name for name in {**self.inputs, **now.inputs} if name not in secret]
+        names = [name for name in names if self.inputs.get(name) != now.inputs.get(name)]
+        found = [f"its inputs differ: {listed_names(names)}"] if names else []
+        if self.restore_from != now.restore_from:
+            found.append("it starts from another state (restore_from)")
+        return "; ".join(found) or "a secret input differs"
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=64)  # 20 ms, so that a token which a person made up is not found by trying words
 def _key(token: str) -> bytes:
-    return hashlib.pbkdf2_hmac("sha256", token.encode(), b"prefect-crew input marks", _ROUNDS)
+    return hashlib.pbkdf2_hmac("sha256", token.encode(), b"prefect-crew input marks", 50_000)
 
 
 def _mark(key: bytes, *parts: Any) -> str:
     return hmac.new(key, json.dumps(parts, ensure_ascii=False).encode(), "sha256").hexdigest()[:8]
-
-
-RECORD_VERSION = 2
-MAX_KEY = 500
-"""Characters of an idempotency key."""
-SPARE = 5.0
-"""Seconds on top of what a permit's owner may take, after which it may be resolved: the store tells its time in whole
-seconds, and one late."""
-
-
-class RecordPhase(StrEnum):
-    """How far the purchase got."""
-
-    CLAIMED = "claimed"
-    """Somebody is about to post, or has died over it."""
-    STARTED = "started"
-    """The kickoff id is known."""
-    ENDED = "ended"
-    """The end was seen; `state` says which."""
-    UNCERTAIN = "uncertain"
-    """Posted, and nobody knows what became of it."""
-    NOT_STARTED = "not-started"
-    """The kickoff surely did not start a run. It does not count as a purchase."""
 
 
 class StoredResult(BaseModel):
@@ -127,17 +112,12 @@ class StoredResult(BaseModel):
     @classmethod
     def of(cls, result: CrewResult) -> StoredResult:
         """Take a result's parts, without its raw bodies."""
-        return cls(
-            output=result.output,
-            data=result.data,
-            tasks=[task.model_copy(update={"raw": None}) for task in result.tasks],
-            execution_time=result.execution_time,
-            usage=result.usage,
-        )
+        tasks = [task.model_copy(update={"raw": None}) for task in result.tasks]
+        return cls.model_validate({**dict(result), "tasks": tasks})
 
     def result(self, kickoff_id: str) -> CrewResult:
         """Return it as a result again. Its `raw` is None: the record does not keep it."""
-        return CrewResult(kickoff_id=kickoff_id, state=CrewState.COMPLETED, **dict(self))
+        return CrewResult(kickoff_id=kickoff_id, **dict(self))
 
 
 class SentReview(BaseModel):
@@ -167,7 +147,7 @@ class SentReview(BaseModel):
 
 
 class Outcome(BaseModel):
-    """What became of a kickoff: each permit of a claim tells it, and a record what it and its permits tell together."""
+    """What became of a kickoff: a permit says it of itself, a record of all its permits."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -183,15 +163,15 @@ class Outcome(BaseModel):
     reason: str | None = None
 
     def outcome(self) -> dict[str, Any]:
-        """Return what is told of the kickoff, field by field."""
+        """Return these fields alone."""
         return {name: getattr(self, name) for name in Outcome.model_fields}
 
 
 class Permit(Outcome):
     """The right to send one kickoff of a claim, and what became of it; or what somebody else found out about the claim.
 
-    It stays that of whoever created it, also where those who wait for the run write to it. `phase`: CLAIMED is the
-    right itself, the others are an outcome.
+    It belongs to whoever created it, also where those who wait for the run write to it. The phase CLAIMED is the right
+    itself; the other phases are outcomes.
     """
 
     version: int = RECORD_VERSION
@@ -201,6 +181,7 @@ class Permit(Outcome):
     good_for: float = 0.0
     """Seconds from its creation within which the kickoff begins to be sent."""
 
+    # What the store tells, and no part of what is stored.
     ref: str | None = Field(default=None, exclude=True)
     age: float = Field(default=0.0, exclude=True)
     """Seconds since it was created, by the store's clock, as of when it was read."""
@@ -212,7 +193,7 @@ class RunRecord(Outcome):
     """One attempt at one idempotency key. Times are UTC.
 
     `crew` is for people; `crew_url` and `inputs_digest` are what the run is compared by. `owner` is a nonce of the call
-    that claimed it, since Prefect's client may send a request twice and then meets its own claim. `flow_run_id` and
+    that claimed it: Prefect's client may send a request twice and then meets its own claim. `flow_run_id` and
     `flow_run_count` name the owner's flow run and which attempt of it. Inputs are not kept, only their digest, and
     fingerprints that say which of them differ.
     """
@@ -228,25 +209,26 @@ class RunRecord(Outcome):
     owner: str
     claimed_at: datetime
     good_for: float = 0.0
-    """Seconds from the claim within which its owner asks for a permit."""
+    """Seconds from the claim within which its owner takes a permit."""
     post_deadline: float = 0.0
     """Seconds that one kickoff takes at most."""
     forced_by: str | None = None
+    """The call that started it whatever the record said (`force_new`)."""
     flow_run_id: str | None = None
     flow_run_count: int = 0
     process: str | None = None
-    """The operating system process of the owner's flow run, as `processes.this_process` names it."""
+    """The operating system process of the owner's flow run, as `owners.this_process` names it."""
     slot: str | None = None
     """The lease of its slot in the crew's shared limit, for whoever waits for the run."""
     step: str | None = None
     secret_inputs: list[str] = Field(default_factory=list[str])
     """Names of the inputs that hold a secret: without their values, nothing that the crew says may be shown."""
-    hooked: bool = False
+    has_webhooks: bool = False
     """Whether its kickoff asked for webhooks to this package's receiver."""
     error: str | None = None
     result: StoredResult | None = None
 
-    # What the store found when it read the record. It is no part of what is stored.
+    # What the store tells, and no part of what is stored.
     ref: str | None = Field(default=None, exclude=True)
     """What the store knows this claim by: another claim of the same attempt has another."""
     permit: int = Field(default=0, exclude=True)
@@ -266,8 +248,13 @@ class RunRecord(Outcome):
 
     @property
     def counts(self) -> bool:
-        """Whether this attempt is, or may be, a purchase."""
+        """Whether this attempt started a run, or may have."""
         return self.phase is not RecordPhase.NOT_STARTED
+
+    @property
+    def is_unresolved(self) -> bool:
+        """Whether nobody has written down what became of the kickoff."""
+        return self.phase in (RecordPhase.CLAIMED, RecordPhase.UNCERTAIN)
 
     @property
     def sent(self) -> dict[str, str]:
@@ -290,46 +277,47 @@ _RANK = {
 """What counts where two say different things of one claim: an id is stronger than a word that there is none."""
 
 
-def folded(record: RunRecord, permits: Sequence[Permit], *, age: float) -> RunRecord:
-    """Return what a claim and its permits, in the order of their numbers, say together. Pure.
+def fold(record: RunRecord, permits: Sequence[Permit], *, age: float) -> RunRecord:
+    """Return what a claim and its permits say together.
 
     The highest rank counts, and of equal ones the first, so that no write that arrives late takes anything back.
 
     Args:
         record: The claim.
-        permits: Its permits.
+        permits: Its permits, in the order of their numbers.
         age: Seconds since the claim was made, by the store's clock.
     """
-    strongest = max(permits, key=lambda permit: _RANK[permit.phase], default=None)
-    update: dict[str, Any] = {"permit": len(permits), "strongest": strongest}
-    if strongest is not None:
-        last = permits[-1]
+    update: dict[str, Any] = {"permit": len(permits), "open_for": max(0.0, record.good_for - age)}
+    phase = record.phase
+    if permits:
+        strongest, last = max(permits, key=lambda permit: _RANK[permit.phase]), permits[-1]
+        update["strongest"] = strongest
         update["open_for"] = max(0.0, last.good_for + record.post_deadline + SPARE - last.age)
-        if _RANK[strongest.phase] > _RANK[record.phase]:
+        if _RANK[strongest.phase] > _RANK[phase]:
             update |= strongest.outcome()
-    else:
-        update["open_for"] = max(0.0, record.good_for - age)
-    if update.get("phase", record.phase) not in (RecordPhase.CLAIMED, RecordPhase.UNCERTAIN):
+            phase = strongest.phase
+    if phase not in (RecordPhase.CLAIMED, RecordPhase.UNCERTAIN):
         update["open_for"] = 0.0
     return record.model_copy(update=update)
 
 
-def resolved(
+def resolution(
     record: RunRecord,
     phase: RecordPhase,
     *,
     kickoff_id: str | None = None,
     state: CrewState | None = None,
     reason: str | None = None,
-) -> RunRecord:
-    """Return a record with what was found out about it: STARTED with an id, ENDED in a state, or NOT_STARTED."""
-    found: dict[str, Any] = {"phase": phase, "reason": reason}
+) -> dict[str, Any]:
+    """Return the outcome of a record for which somebody found out that it is STARTED with an id, ENDED in a state, or
+    NOT_STARTED."""
+    found: dict[str, Any] = {**record.outcome(), "phase": phase, "reason": reason}
     if phase is RecordPhase.STARTED:
         # The kickoff was sent right after the claim; nobody knows the moment better.
         found |= {"kickoff_id": kickoff_id, "kicked_off_at": record.kicked_off_at or record.claimed_at}
     if phase is RecordPhase.ENDED:
         found |= {"state": state, "ended_at": utcnow(), "human_since": None}
-    return record.model_copy(update=found)
+    return found
 
 
 @dataclass
@@ -345,7 +333,7 @@ class Lease:
     _monotonic: float = field(default_factory=lambda: time.monotonic())
 
     @property
-    def over(self) -> bool:
+    def is_over(self) -> bool:
         """Whether it may be used no more."""
         return max(time.time() - self._wall, time.monotonic() - self._monotonic) > self.seconds
 
@@ -366,26 +354,31 @@ class Caller(BaseModel):
 
 
 class Decision(StrEnum):
-    """What to do about an idempotency key."""
+    """What a call does about an idempotency key."""
 
     START = "start"
-    """Nothing was bought under this key: claim and kick off."""
+    """Nothing was started under this key: claim and kick off."""
     REATTACH = "reattach"
     """A run is in flight: wait for that one."""
     RETURN = "return"
-    """The run has ended and is not bought again: give its result, or its failure."""
+    """The run has ended and is not started again: give its result, or its failure."""
     START_AGAIN = "start again"
     """The run failed, and a call with its key asks for another."""
     UNCERTAIN = "uncertain"
-    """A kickoff was sent and nobody knows its fate: a person has to resolve it."""
+    """A kickoff was sent and nobody knows whether it started a run: a person has to resolve it."""
     CLAIMED_ELSEWHERE = "claimed elsewhere"
     """Another call is posting at this moment: wait for its id."""
     VOID = "void"
     """Another call claimed it and surely sent nothing: void its claim, and decide again."""
 
+    @property
+    def starts(self) -> bool:
+        """Whether it leads to a kickoff."""
+        return self in (Decision.START, Decision.START_AGAIN)
+
 
 def latest_start(attempts: Sequence[RunRecord]) -> RunRecord | None:
-    """Return the last attempt that is, or may be, a purchase: one that surely did not start hides none before it."""
+    """Return the last attempt that started a run, or may have. One that surely did not start hides none before it."""
     return next((attempt for attempt in reversed(attempts) if attempt.counts), None)
 
 
@@ -407,17 +400,15 @@ def decide(
         kickoffs: How many attempts at this key count, `record` among them.
         max_kickoffs: How many may.
         owner_ended: Whether the flow run that claimed the record is known to have ended.
-        force_new: Buy whatever the record says.
+        force_new: Start whatever the record says.
         asked_at: When the call was made, UTC. A run that was in flight then is the one that it is about, also if it
-            has failed meanwhile.
+            has failed since.
 
-    A record's `state` is the crew's status as it was last read; a started run that ended while nobody looked is
-    reattached to, which looks at its status first. That way a failed crew is only ever bought again by somebody who
-    was told of the failure.
+    A record's `state` is the crew's status as it was last read. A started run that ended while nobody looked is
+    reattached to, which looks at its status first: so a failed crew is only started again by somebody who was told of
+    the failure.
     """
-    if record is None or record.phase is RecordPhase.NOT_STARTED:
-        return Decision.START
-    if force_new:
+    if record is None or record.phase is RecordPhase.NOT_STARTED or force_new:
         return Decision.START
     if record.phase is RecordPhase.STARTED:
         return Decision.REATTACH
@@ -446,10 +437,9 @@ def check_same_run(
     marks: InputMarks | None = None,
     secret_inputs: Collection[str] = (),
 ) -> None:
-    """Raise IdempotencyConflictError if the record is of another crew or other inputs. `marks` are fingerprints of
-    these.
+    """Raise IdempotencyConflictError if the record is of another crew or other inputs. `marks` are those of the inputs.
 
-    An attempt that surely did not start binds nobody: the inputs that were refused may be mended under the same key.
+    An attempt that surely did not start binds nobody: refused inputs may be corrected under the same key.
     """
     if record.phase is RecordPhase.NOT_STARTED:
         return
@@ -457,24 +447,19 @@ def check_same_run(
     if record.crew_url != crew_url:
         differences.append(f"it ran crew {record.crew} at {record.crew_url}, not {crew_url}")
     if record.inputs_digest != inputs_digest:
-        told = None
+        named = None
         if record.input_marks is not None and marks is not None:
-            told = differing_inputs(record.input_marks, marks, secret={*record.secret_inputs, *secret_inputs})
+            named = record.input_marks.difference(marks, secret={*record.secret_inputs, *secret_inputs})
         digests = f"its inputs have the digest {record.inputs_digest}, these have {inputs_digest}"
-        differences.append(told or digests)
+        differences.append(named or digests)
     if differences:
         raise IdempotencyConflictError(
             idempotency_key=record.idempotency_key, difference="; ".join(differences), kickoff_id=record.kickoff_id
         )
 
 
-def utcnow() -> datetime:
-    """Return the time, UTC, aware."""
-    return datetime.now(UTC)
-
-
 class ReviewStore(Protocol):
-    """Where people's answers live, beside the record of the run that they are about."""
+    """Where people's answers live, next to the record of the run that they are about."""
 
     async def reviews(self, record: RunRecord) -> list[SentReview]:
         """Return what people have answered to a run, in order."""

@@ -27,8 +27,14 @@ if TYPE_CHECKING:
     from prefect_crew.records.model import RunRecord
 
 
-_ENDED = ("Z", "X")
+_DEAD = ("Z", "X")
 """States of a process that has ended, and of which only the entry is left."""
+MISSED = 3
+"""Heartbeats in a row that a flow run misses before it counts as dead."""
+USUAL = 180
+"""Seconds between two heartbeats, as Prefect comes."""
+LATE = timedelta(seconds=10)
+"""How late a heartbeat may be recorded."""
 
 
 def this_process() -> str | None:
@@ -37,20 +43,20 @@ def this_process() -> str | None:
     It holds the host, its boot, the namespace of its process ids (containers of one host may share all else), the
     process id and when the process started: a process id is used again.
     """
-    return _name(os.getpid())
+    return _process_name(os.getpid())
 
 
 @lru_cache(maxsize=1)  # a fork has another id
-def _name(pid: int) -> str | None:
-    where, started = _where(), _started(pid)
-    return None if where is None or started is None else f"{where} {pid} {started}"
+def _process_name(pid: int) -> str | None:
+    machine, started = _machine(), _started(pid)
+    return None if machine is None or started is None else f"{machine} {pid} {started}"
 
 
 def process_is_gone(name: str) -> bool:
     """Return whether a process is known to have ended. False wherever that cannot be told from here."""
-    where, _, rest = name.partition(" ")
+    machine, _, rest = name.partition(" ")
     pid, _, started = rest.partition(" ")
-    if not pid.isdecimal() or where != _where():
+    if not pid.isdecimal() or machine != _machine():
         return False
     try:
         return _started(int(pid)) != started
@@ -58,7 +64,7 @@ def process_is_gone(name: str) -> bool:
         return False
 
 
-def _where() -> str | None:
+def _machine() -> str | None:
     """Return what two processes share exactly if they see the same process ids."""
     host = socket.gethostname().replace(" ", "_")
     if sys.platform == "linux":
@@ -84,32 +90,20 @@ def _started(pid: int) -> str | None:
         except (FileNotFoundError, ProcessLookupError):
             return None
         fields = stat.rpartition(")")[2].split()  # the name before may hold anything
-        return None if fields[0] in _ENDED else fields[19]
-    answer = subprocess.run(  # noqa: S603
-        ["/bin/ps", "-o", "stat=,lstart=", "-p", str(pid)],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={"LC_ALL": "C", "TZ": "UTC"},
-    )
+        return None if fields[0] in _DEAD else fields[19]
+    command = ["/bin/ps", "-o", "stat=,lstart=", "-p", str(pid)]
+    env = {"LC_ALL": "C", "TZ": "UTC"}
+    answer = subprocess.run(command, capture_output=True, text=True, check=False, env=env)  # noqa: S603
     state, _, started = answer.stdout.strip().partition(" ")
-    return None if not state or state[0] in _ENDED else " ".join(started.split())
-
-
-MISSED = 3
-"""Heartbeats in a row that a flow run misses before it counts as dead."""
-USUAL = 180
-"""Seconds between two heartbeats, as Prefect comes."""
-LATE = timedelta(seconds=10)
-"""How late a heartbeat may be recorded."""
+    return None if not state or state[0] in _DEAD else " ".join(started.split())
 
 
 async def crash_dead_owner(record: RunRecord) -> None:
     """Set the flow run that started a run to Crashed if it is known to be dead.
 
-    It is where its process ran on this machine and is gone, or where it has missed three heartbeats. A flow run that
-    was begun again since, that is paused, or that does not send heartbeats is left alone. A Prefect API that is away
-    is no obstacle for whoever goes on with the run.
+    That is where its process ran on this machine and is gone, or where it has missed three heartbeats. A flow run that
+    was started again since, that is paused, or that sends no heartbeats is left alone. A Prefect API that is away does
+    not stop whoever goes on with the run.
     """
     own = flow_run_id()
     if record.flow_run_id is None or record.flow_run_id == own:
@@ -120,7 +114,7 @@ async def crash_dead_owner(record: RunRecord) -> None:
     except ObjectNotFound:
         return
     except (httpx.HTTPError, PrefectException) as error:
-        run_logger().debug("Whether flow run %s is dead could not be seen: %s", record.flow_run_id, error)
+        run_logger().debug("Whether flow run %s is dead is not known: %s", record.flow_run_id, error)
 
 
 async def _crash_if_dead(client: PrefectClient, record: RunRecord, owner: UUID, own: str | None) -> None:

@@ -1,8 +1,8 @@
-"""Resolving an uncertain kickoff: somebody says whether it started a run, and the record goes on as if it had been
+"""Resolving an uncertain kickoff: somebody says whether it started a run, and the record goes on as if that had been
 seen.
 
-A person says it on the command line; a webhook of that run may say it as well. Either way the crew's status call has
-the last word where it can be asked, and no other record may hold the id.
+A person says it on the command line, or a webhook of the run. The crew's status call has the last word where it can be
+asked, and no other record may hold the id.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ RESOLVED_BY_PERSON = "resolved: it never started"
 LOST = "resolved: the crew's server has forgotten it"
 LOOK_AGAIN = 2.0
 """Seconds after which the crew is asked once more about a run that its server does not know."""
+Look = Callable[[str], Awaitable[CrewStatus]]
+"""Asks the crew's status call about a kickoff id."""
 
 
 async def unresolved(idempotency_key: str, records: RecordStore) -> RunRecord:
@@ -32,26 +34,17 @@ async def unresolved(idempotency_key: str, records: RecordStore) -> RunRecord:
         raise CrewError(f"No run has the key {idempotency_key!r}. prefect-crew runs lists those on record.")
     # The one that a call with the key would find: an attempt that did not start hides no other.
     record = latest_start(attempts) or attempts[-1]
-    if record.phase is RecordPhase.UNCERTAIN:
-        return record
-    if record.phase is RecordPhase.CLAIMED:
-        if record.open_for:
-            # Whatever the state of its flow run: the process may be alive.
-            raise CrewError(
-                f"The kickoff of run {idempotency_key!r} may still be sent, or on its way. Resolve it in "
-                f"{record.open_for:.0f} s, if it is still uncertain then."
-            )
-        return record
-    told = f"run {record.kickoff_id} is {record.state or 'started'}" if record.kickoff_id else f"it is {record.phase}"
-    raise CrewError(f"Run {idempotency_key!r} is not uncertain: {told}. There is nothing to resolve.")
+    if not record.is_unresolved:
+        is_now = f"it is {record.phase}"
+        if record.kickoff_id:
+            is_now = f"run {record.kickoff_id} is {record.state or 'started'}"
+        raise CrewError(f"Run {idempotency_key!r} is not uncertain: {is_now}. There is nothing to resolve.")
+    _check_over(record, record.phase)
+    return record
 
 
 async def resolve_started(
-    record: RunRecord,
-    kickoff_id: str,
-    records: RecordStore,
-    *,
-    look: Callable[[str], Awaitable[CrewStatus]] | None = None,
+    record: RunRecord, kickoff_id: str, records: RecordStore, *, look: Look | None = None
 ) -> CrewState | None:
     """Write down that the kickoff started the run `kickoff_id`. The next call with its key waits for that run.
 
@@ -59,40 +52,43 @@ async def resolve_started(
         record: As `unresolved` returns it.
         kickoff_id: The run.
         records: Where the record lives.
-        look: Asks the crew's status call; None where the crew cannot be asked.
+        look: None where the crew cannot be asked.
 
     Returns:
         The run's state, None if it could not be asked for.
 
     Raises:
         ConfigurationError: Another record holds the id, or the crew's server does not know it. Nothing is changed.
-        CrewError: The status call failed, or somebody else has resolved it meanwhile. Nothing is changed.
+        CrewError: The status call failed, or somebody else has resolved it since. Nothing is changed.
     """
     holder = await records.of_kickoff(kickoff_id)
     if holder is not None and (holder.idempotency_key, holder.attempt) != (record.idempotency_key, record.attempt):
         raise ConfigurationError(
-            f"Run {kickoff_id} belongs to the idempotency key {holder.idempotency_key!r} (attempt {holder.attempt}): "
-            f"it cannot be run "
-            f"{record.idempotency_key!r} too. Nothing was changed. Look for another run on the crew's page, or say "
-            "--never-started if there is none."
+            f"Run {kickoff_id} belongs to the idempotency key {holder.idempotency_key!r} (attempt {holder.attempt}). "
+            f"It is not run {record.idempotency_key!r}. Nothing was changed. Look for another run on the crew's page, "
+            "or say --never-started if there is none."
         )
-    state = None
-    if look is not None:
-        state = (await look(kickoff_id)).state
-        if state is CrewState.UNKNOWN:
-            raise ConfigurationError(
-                f"The server of crew {record.crew} does not know run {kickoff_id}. Nothing was changed. Check the id "
-                "on the crew's page; say --never-started if there is no such run."
-            )
+    state = None if look is None else (await look(kickoff_id)).state
+    if state is CrewState.UNKNOWN:
+        raise ConfigurationError(
+            f"The server of crew {record.crew} does not know run {kickoff_id}. Nothing was changed. Check the id on "
+            "the crew's page; say --never-started if there is no such run."
+        )
+    _check_over(record, RecordPhase.STARTED)
+    if record.phase is RecordPhase.CLAIMED and not record.permit:
+        raise ConfigurationError(
+            f"The kickoff of run {record.idempotency_key!r} was never sent: whoever claimed it ended before that. So "
+            f"run {kickoff_id} is another one. Nothing was changed. Run again with the same key."
+        )
     await _resolve(record, records, RecordPhase.STARTED, kickoff_id=kickoff_id)
     return state
 
 
 async def resolve_never_started(record: RunRecord, records: RecordStore) -> None:
-    """Write down that the kickoff started no run. The next call with its key buys one.
+    """Write down that the kickoff started no run. The next call with its key starts one.
 
     Raises:
-        CrewError: Somebody else has resolved it meanwhile. Nothing is changed.
+        CrewError: Somebody else has resolved it since. Nothing is changed.
     """
     await _resolve(record, records, RecordPhase.NOT_STARTED, reason=RESOLVED_BY_PERSON)
 
@@ -106,44 +102,38 @@ async def in_flight(idempotency_key: str, records: RecordStore) -> RunRecord:
     attempts = await records.attempts(idempotency_key)
     started = [one for one in attempts if one.phase is RecordPhase.STARTED]
     if not started:
-        told = f"it is {attempts[-1].state or attempts[-1].phase}" if attempts else "no run has this key"
-        raise CrewError(f"Run {idempotency_key!r} is not in flight: {told}. Nothing can be said to be lost.")
+        is_now = f"it is {attempts[-1].state or attempts[-1].phase}" if attempts else "no run has this key"
+        raise CrewError(f"Run {idempotency_key!r} is not in flight: {is_now}. Only a run in flight can be lost.")
     return started[-1]
 
 
-async def resolve_lost(
-    record: RunRecord, records: RecordStore, *, look: Callable[[str], Awaitable[CrewStatus]] | None = None
-) -> None:
-    """Write down that a run's end will never be known: the crew's server has forgotten it. It stays a purchase.
+async def resolve_lost(record: RunRecord, records: RecordStore, *, look: Look | None = None) -> None:
+    """Write down that a run's end will never be known: the crew's server has forgotten it.
 
-    The next call with its key buys another, up to the crew's `max_kickoffs`, as after a failure.
+    The next call with its key starts another, up to the crew's `max_kickoffs`, as after a failure.
 
     Args:
         record: As `in_flight` returns it.
         records: Where the record lives.
-        look: Asks the crew's status call; None where the crew cannot be asked.
+        look: None where the crew cannot be asked.
 
     Raises:
         ConfigurationError: The crew's server knows the run. Nothing is changed.
         CrewError: The status call failed, or the record says something else by now. Nothing is changed.
     """
-    if look is not None:
-        await _check_forgotten(record, look)
-        await asyncio.sleep(LOOK_AGAIN)  # one answer of a load balancer between two releases is no proof
-        await _check_forgotten(record, look)
+    for pause in (0.0, LOOK_AGAIN):
+        if look is None:
+            break
+        await asyncio.sleep(pause)  # one answer of a load balancer between two releases is no proof
+        if (state := (await look(str(record.kickoff_id))).state) is not CrewState.UNKNOWN:
+            raise ConfigurationError(
+                f"The server of crew {record.crew} knows run {record.kickoff_id}: it is {state}. Nothing was changed. "
+                "Run again with its key to wait for it and get its result."
+            )
     lost = await records.resolve(record, RecordPhase.ENDED, state=CrewState.UNKNOWN, reason=LOST)
-    standing = await _standing(record, records)
-    if not lost or standing is None or standing.state is not CrewState.UNKNOWN:
-        raise _resolved_by_another(record, standing)
-
-
-async def _check_forgotten(record: RunRecord, look: Callable[[str], Awaitable[CrewStatus]]) -> None:
-    state = (await look(str(record.kickoff_id))).state
-    if state is not CrewState.UNKNOWN:
-        raise ConfigurationError(
-            f"The server of crew {record.crew} knows run {record.kickoff_id}: it is {state}. Nothing was changed. "
-            "Run again with its key to wait for it and get its result."
-        )
+    current = await _current(record, records)
+    if not lost or current is None or current.state is not CrewState.UNKNOWN:
+        raise _resolved_by_another(record, current)
 
 
 async def _resolve(
@@ -155,43 +145,33 @@ async def _resolve(
     reason: str | None = None,
 ) -> None:
     _check_over(record, phase)
-    if phase is RecordPhase.STARTED and record.phase is RecordPhase.CLAIMED and not record.permit:
-        raise ConfigurationError(
-            f"The kickoff of run {record.idempotency_key!r} was never sent: whoever claimed it ended before that. So "
-            f"run "
-            f"{kickoff_id} is another one. Nothing was changed. Run again with the same key."
-        )
     if not await records.resolve(record, phase, kickoff_id=kickoff_id, reason=reason):
-        standing = await _standing(record, records)
-        if standing is not None:
-            _check_over(standing, phase)
-        raise _resolved_by_another(record, standing)
+        current = await _current(record, records)
+        if current is not None:
+            _check_over(current, phase)
+        raise _resolved_by_another(record, current)
 
 
 def _check_over(record: RunRecord, phase: RecordPhase) -> None:
     """Raise CrewError if it is too early to say this of a kickoff."""
-    # Who sent it may know by now that it is uncertain: the request may be on its way all the same.
-    waits = record.phase is RecordPhase.CLAIMED or phase is RecordPhase.NOT_STARTED
-    if waits and record.open_for:
+    # Its sender may know by now that it is uncertain; the request may be on its way all the same. Whatever the state of
+    # the sender's flow run: its process may be alive.
+    needs_wait = record.phase is RecordPhase.CLAIMED or phase is RecordPhase.NOT_STARTED
+    if needs_wait and record.open_for:
         raise CrewError(
-            f"The kickoff of run {record.idempotency_key!r} may still be on its way. Nothing was changed. Resolve it "
-            f"in "
-            f"{record.open_for:.0f} s, if it is still uncertain then."
+            f"The kickoff of run {record.idempotency_key!r} may still be sent, or on its way. Nothing was changed. "
+            f"Resolve it in {record.open_for:.0f} s, if it is still uncertain then."
         )
 
 
-async def _standing(record: RunRecord, records: RecordStore) -> RunRecord | None:
-    """Return a record as it stands now."""
+async def _current(record: RunRecord, records: RecordStore) -> RunRecord | None:
     attempts = await records.attempts(record.idempotency_key)
     return next((one for one in attempts if one.attempt == record.attempt), None)
 
 
-def _resolved_by_another(record: RunRecord, standing: RunRecord | None) -> CrewError:
+def _resolved_by_another(record: RunRecord, current: RunRecord | None) -> CrewError:
     """Return the error about a record that was changed since it was read: a webhook may resolve what a person reads."""
-    told = "gone"
-    if standing is not None:
-        told = f"{standing.state or standing.phase}, run {standing.kickoff_id or 'unknown'}"
-    return CrewError(
-        f"Run {record.idempotency_key!r} was resolved by somebody else meanwhile: it is {told} now. Nothing was "
-        f"changed."
-    )
+    is_now = "gone"
+    if current is not None:
+        is_now = f"{current.state or current.phase}, run {current.kickoff_id or 'unknown'}"
+    return CrewError(f"Run {record.idempotency_key!r} was resolved by somebody else: it is {is_now} now.")

@@ -14,7 +14,6 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from uuid import UUID
-from weakref import WeakKeyDictionary
 
 import httpx
 from prefect.client.orchestration import get_client
@@ -22,7 +21,7 @@ from prefect.client.schemas.objects import ConcurrencyLeaseHolder
 from prefect.client.schemas.responses import ConcurrencyLimitWithLeaseResponse
 from prefect.exceptions import ObjectNotFound, PrefectException
 
-from prefect_crew._internal.prefect_api import flow_run_id, run_logger
+from prefect_crew._internal.prefect_api import flow_run_id, lock_here, run_logger
 from prefect_crew.exceptions import ConfigurationError
 
 if TYPE_CHECKING:
@@ -111,19 +110,11 @@ async def take_slots(crew: Crew, count: int = 1) -> Slots | None:
         return None
     if (lease := await _taken(crew, count)) is None:
         run_logger().info("Waiting for %d slots of the concurrency limit %s.", count, crew.concurrency_limit)
-        async with _first(crew.concurrency_limit):
+        # Each look that is in vain is a write on the server: of hundreds that wait here, one at a time looks.
+        async with lock_here(f"limit {crew.concurrency_limit}"):
             while (lease := await _taken(crew, count)) is None:  # noqa: ASYNC110  the server tells nobody
                 await asyncio.sleep(random.uniform(*LOOK_AGAIN))  # noqa: S311  no secret
     return Slots(crew, lease, count)
-
-
-_queues: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[str, asyncio.Lock]] = WeakKeyDictionary()
-# By event loop, since a lock belongs to one. Each look that is in vain is a write on the server: hundreds that wait for
-# a slot take turns.
-
-
-def _first(limit: str) -> asyncio.Lock:
-    return _queues.setdefault(asyncio.get_running_loop(), {}).setdefault(limit, asyncio.Lock())
 
 
 async def _taken(crew: Crew, count: int) -> UUID | None:

@@ -156,7 +156,7 @@ class _Waiter(Watcher):
 
     async def _poll(self) -> CrewStatus:
         run = self.run
-        hooked = run.record is not None and run.record.hooked
+        hooked = run.record is not None and run.record.has_webhooks
         async with waker_for(run.idempotency_key if hooked else None) as self.waker:
             if self.people is not None:
                 self.people.questions.waker = self.waker

@@ -216,7 +216,7 @@ def test_a_prefect_api_that_refuses_artifacts_fails_nothing(
 
 
 def test_an_api_that_is_away_costs_a_little_time_and_is_told(proxy: Proxy, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(run_module, "PATIENCE", 1.0)
+    monkeypatch.setattr(run_module, "SHOW_WITHIN", 1.0)
     monkeypatch.setattr(run_module, "SHOW_FOR", 60.0)
     artifact = MarkdownArtifact("crew-away", "a run")
 

@@ -108,7 +108,7 @@ async def test_a_claim_that_may_still_be_posted_is_not_resolved(ledger_address: 
         assert await ledger.claim(old)
         found = await unresolved(old.idempotency_key, person)
         await ledger.save(at(old, CLAIMED, open_for=60.0))
-        with pytest.raises(CrewError, match="may still be on its way"):
+        with pytest.raises(CrewError, match="may still be sent, or on its way"):
             await resolve_never_started(found, person)
 
 
@@ -120,7 +120,7 @@ async def test_an_uncertain_kickoff_that_may_be_on_its_way_is_not_said_to_have_n
         await ledger.save(at(record, UNCERTAIN))
         found = await unresolved(record.idempotency_key, person)
         assert 30 < found.open_for <= 36
-        with pytest.raises(CrewError, match=r"may still be on its way.*Resolve it in 3\d s"):
+        with pytest.raises(CrewError, match=r"may still be sent, or on its way.*Resolve it in 3\d s"):
             await resolve_never_started(found, person)
         assert not await person.resolve(found, NOT_STARTED)
         assert (await standing(ledger, record)).phase is UNCERTAIN

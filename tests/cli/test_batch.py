@@ -383,7 +383,7 @@ def test_an_uncertain_row_is_resolved_and_gone_on_with(here, picky, name: str, l
     else:
         early = here("batch", "resolve", name, row, "--never-started")
         assert early.code == 1
-        assert "may still be on its way. Nothing was changed." in early.err
+        assert "may still be sent, or on its way. Nothing was changed." in early.err
         let_an_hour_pass(f"{output}.ledger.db")
         resolved = here("batch", "resolve", name, row, "--never-started")
     assert resolved.code == 0, resolved.err

@@ -32,7 +32,6 @@ from prefect_crew import (
     plan_pipeline,
     run_pipeline,
 )
-from prefect_crew._internal.background import work_beside
 from prefect_crew.client.models import CrewInput
 from prefect_crew.devserver.programs import load_program
 from prefect_crew.devserver.runs import Outcome, ProgramError, Run
@@ -144,10 +143,9 @@ async def test_a_failure_is_on_record_before_anybody_hears_of_it(
         await save(records, record)
 
     monkeypatch.setattr(PrefectRecords, "save", slowly)
-    async with work_beside():  # as within a pipeline: whoever catches it there may buy again
-        with pytest.raises(CrewFailedError):
-            await arun_crew(crew_server(FAILS).crew(), idempotency_key=idempotency_key)
-        (record,) = await PrefectRecords().attempts(idempotency_key)
+    with pytest.raises(CrewFailedError):
+        await arun_crew(crew_server(FAILS).crew(), idempotency_key=idempotency_key)
+    (record,) = await PrefectRecords().attempts(idempotency_key)
     assert (record.phase, record.state) == (RecordPhase.ENDED, CrewState.FAILED)
 
 

@@ -26,11 +26,8 @@ OWN_TESTS = {
     "records/model.py": ["tests/records/test_model.py", "tests/runs/test_kickoff.py"],
     "client/_retry_safety.py": ["tests/client/test_retry_safety.py"],
     "runs/kickoff.py": ["tests/runs/test_kickoff.py", "tests/runs/test_kickoff_claims.py", "tests/runs/test_racing.py"],
-    "records/store.py": [
-        "tests/records/test_store.py",
-        "tests/records/test_pruning.py",
-        "tests/runs/test_kickoff_claims.py",
-    ],
+    "records/store.py": ["tests/records/test_store.py", "tests/runs/test_kickoff_claims.py"],
+    "records/prune.py": ["tests/records/test_prune.py"],
     "runs/polling.py": ["tests/runs/test_polling.py", "tests/runs/test_wait.py", "tests/runs/test_wait_in_trouble.py"],
     "records/resolve.py": ["tests/records/test_resolve.py", "tests/cli/test_runs.py"],
 }

@@ -82,4 +82,4 @@ async def test_a_row_whose_process_dies_in_its_kickoff_is_one_that_webhooks_may_
     running.cancel()
     with pytest.raises(asyncio.CancelledError):
         await running
-    assert (record.phase, record.hooked) == (RecordPhase.CLAIMED, True)
+    assert (record.phase, record.has_webhooks) == (RecordPhase.CLAIMED, True)

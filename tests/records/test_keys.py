@@ -22,7 +22,7 @@ from prefect.states import Scheduled
 from prefect_crew import CrewStep, arun_crew, arun_pipeline, get_result, kickoff_crew, run_crew, wait_for_crew
 from prefect_crew.exceptions import ConfigurationError
 from prefect_crew.records import keys as keys_module
-from prefect_crew.records.keys import _Attempt, _Occurrences, render_key
+from prefect_crew.records.keys import _Calls, _TaskAttempt, render_key
 from prefect_crew.records.model import MAX_KEY
 from prefect_crew.testing import CrewServerFactory
 from support.scripts import slow
@@ -83,50 +83,50 @@ def test_a_rendered_key_never_holds_a_placeholder(template: str):
 # Occurrences, pure
 
 
-def attempt(name: str, count: int = 1, key: str = "t") -> _Attempt:
-    return _Attempt(key, name, count)
+def attempt(name: str, count: int = 1, key: str = "t") -> _TaskAttempt:
+    return _TaskAttempt(key, name, count)
 
 
 def test_equal_calls_are_numbered_and_others_are_not():
-    numbers = _Occurrences()
-    assert [numbers.take(base, None, ()) for base in "abaab"] == [1, 1, 2, 3, 2]
+    numbers = _Calls()
+    assert [numbers.take_number(base, None, ()) for base in "abaab"] == [1, 1, 2, 3, 2]
 
 
 def test_a_retried_task_of_ours_keeps_its_number():
-    numbers = _Occurrences()
-    assert [numbers.take("a", own, ()) for own in ("k1", "k2", "k1", "k3", "k2")] == [1, 2, 1, 3, 2]
+    numbers = _Calls()
+    assert [numbers.take_number("a", own, ()) for own in ("k1", "k2", "k1", "k3", "k2")] == [1, 2, 1, 3, 2]
 
 
 def test_a_retried_task_of_the_users_is_given_its_numbers_again_and_more_if_it_asks_for_more():
-    numbers = _Occurrences()
+    numbers = _Calls()
     first, other, second = (attempt("t1"),), (attempt("t2"),), (attempt("t1", 2),)
-    assert [numbers.take("a", f"k{n}", first) for n in range(2)] == [1, 2]
-    assert numbers.take("a", "k9", other) == 3
-    assert [numbers.take("a", f"l{n}", second) for n in range(3)] == [1, 2, 4]
+    assert [numbers.take_number("a", f"k{n}", first) for n in range(2)] == [1, 2]
+    assert numbers.take_number("a", "k9", other) == 3
+    assert [numbers.take_number("a", f"l{n}", second) for n in range(3)] == [1, 2, 4]
 
 
 def test_a_task_within_a_retried_task_is_given_its_numbers_again_although_its_id_is_new():
-    numbers = _Occurrences()
+    numbers = _Calls()
     outer, again = attempt("outer"), attempt("outer", 2)
-    assert numbers.take("a", None, (outer, attempt("inner-1", key="inner"))) == 1
-    assert numbers.take("a", None, (outer, attempt("inner-1", 2, key="inner"))) == 1, "the inner one is retried"
-    assert numbers.take("a", None, (outer, attempt("inner-2", key="inner"))) == 2, "another inner one"
-    assert numbers.take("a", None, (outer, attempt("helper", key="helper"))) == 3, "one of another kind"
-    assert numbers.take("a", None, (again, attempt("inner-3", key="inner"))) == 1
-    assert numbers.take("a", None, (again, attempt("inner-4", key="inner"))) == 2
-    assert numbers.take("a", None, (again, attempt("helper-2", key="helper"))) == 3
+    assert numbers.take_number("a", None, (outer, attempt("inner-1", key="inner"))) == 1
+    assert numbers.take_number("a", None, (outer, attempt("inner-1", 2, key="inner"))) == 1, "the inner one is retried"
+    assert numbers.take_number("a", None, (outer, attempt("inner-2", key="inner"))) == 2, "another inner one"
+    assert numbers.take_number("a", None, (outer, attempt("helper", key="helper"))) == 3, "one of another kind"
+    assert numbers.take_number("a", None, (again, attempt("inner-3", key="inner"))) == 1
+    assert numbers.take_number("a", None, (again, attempt("inner-4", key="inner"))) == 2
+    assert numbers.take_number("a", None, (again, attempt("helper-2", key="helper"))) == 3
 
 
 @given(st.permutations(["x", "x", "y", "z"]), st.permutations(["x", "x", "y", "z"]))
 def test_tasks_within_a_retried_task_find_their_numbers_in_whatever_order_they_come(
     first: list[str], second: list[str]
 ):
-    numbers = _Occurrences()
+    numbers = _Calls()
 
     def taken(bases: list[str], count: int) -> list[tuple[str, int]]:
         inner = [attempt(f"{count}-{n}", key="inner") for n in range(len(bases))]
         return [
-            (base, numbers.take(base, None, (attempt("outer", count), one)))
+            (base, numbers.take_number(base, None, (attempt("outer", count), one)))
             for base, one in zip(bases, inner, strict=True)
         ]
 
@@ -134,11 +134,11 @@ def test_tasks_within_a_retried_task_find_their_numbers_in_whatever_order_they_c
 
 
 def test_threads_are_never_given_the_same_number():
-    numbers, start = _Occurrences(), threading.Barrier(8)
+    numbers, start = _Calls(), threading.Barrier(8)
 
     def take(_: int) -> list[int]:
         start.wait()
-        return [numbers.take("a", None, ()) for _ in range(500)]
+        return [numbers.take_number("a", None, ()) for _ in range(500)]
 
     with ThreadPoolExecutor(8) as pool:
         taken = [number for some in pool.map(take, range(8)) for number in some]
@@ -450,8 +450,7 @@ async def test_a_long_lived_process_forgets_the_numbers_of_old_flow_runs(bought:
 
     for _ in range(4):
         await trip()
-    assert len(keys_module._occurrences) <= 2
-    assert len(keys_module._roots) <= 2
+    assert len(keys_module._flow_runs) <= 2
 
 
 @pytest.mark.parametrize("how", ["called", "submitted"])
@@ -559,9 +558,10 @@ async def test_a_step_whose_name_holds_a_slash_is_not_the_step_of_a_subflow(boug
 
 @given(st.lists(st.text(max_size=5), min_size=1, max_size=4), st.lists(st.text(max_size=5), min_size=1, max_size=4))
 def test_parts_of_a_key_are_told_apart_whatever_they_hold(one: list[str], other: list[str]):
-    assert ("/".join(map(keys_module.escaped, one)) == "/".join(map(keys_module.escaped, other))) == (one == other)
+    first, second = ("/".join(map(keys_module.escape_name, names)) for names in (one, other))
+    assert (first == second) == (one == other)
 
 
 @given(st.text(st.characters(exclude_characters="/%")))
 def test_a_part_without_a_separator_stays_as_it_is(name: str):
-    assert keys_module.escaped(name) == name
+    assert keys_module.escape_name(name) == name

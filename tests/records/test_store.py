@@ -16,20 +16,19 @@ from prefect.flows import Flow
 from prefect.states import Cancelled, Cancelling, Completed, Running
 
 from prefect_crew._internal import prefect_api
-from prefect_crew._internal.prefect_api import Rank, line_here
 from prefect_crew.client.models import TaskResult
 from prefect_crew.exceptions import CrewError
 from prefect_crew.records import store
 from prefect_crew.records.model import (
     RECORD_VERSION,
+    InputMarks,
     RecordPhase,
     RunRecord,
     SentReview,
     StoredResult,
-    marks_of,
     utcnow,
 )
-from prefect_crew.records.store import PrefectRecords, record_name
+from prefect_crew.records.store import PrefectRecords, record_name, waiter_prefix
 from prefect_crew.states import CrewState
 from support.prefect_server import PrefectServer
 from support.proxy import Proxy, through
@@ -103,9 +102,8 @@ def test_of_twenty_racers_one_wins():
 
 async def test_a_claim_waits_for_nobodys_turn(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(prefect_api, "LONGEST", 600.0)
-    line = line_here()
-    line.form()
-    async with line.turn(Rank.RECORD):
+    prefect_api._this_loop().crowded_until = float("inf")
+    async with prefect_api._turn(needed=True):
         assert await asyncio.wait_for(RECORDS.claim(new()), 60)
 
 
@@ -231,7 +229,7 @@ async def test_a_result_that_prefect_cannot_hold_is_left_out_and_the_end_is_kept
 
 async def test_the_fingerprints_of_inputs_give_way_first():
     names = [f"input {number}" for number in range(40)]
-    marks = marks_of("token", dict.fromkeys(names, "x"))
+    marks = InputMarks.of("token", dict.fromkeys(names, "x"))
     assert (await closed(result("y" * 2000), input_marks=marks)).input_marks == marks
     record = await closed(result("y" * 3500), input_marks=marks)
     assert record.result is not None
@@ -331,10 +329,10 @@ async def test_what_the_api_refuses_is_raised_and_not_taken_for_a_conflict(proxy
 async def test_notes_are_listed_and_taken_away():
     record = new()
     await RECORDS.add_waiter(record, str(uuid.uuid4()))
-    (note,) = [name async for name in RECORDS.waiter_notes() if name.startswith(RECORDS.notes_of(record))]
+    (note,) = [name for name in await RECORDS.waiter_notes() if name.startswith(waiter_prefix(record))]
     await RECORDS.delete_note(note)
     await RECORDS.delete_note(note)
-    assert note not in [name async for name in RECORDS.waiter_notes()]
+    assert note not in await RECORDS.waiter_notes()
 
 
 def review(**fields: Any) -> SentReview:

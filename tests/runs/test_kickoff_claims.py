@@ -16,7 +16,6 @@ from unittest.mock import AsyncMock
 import anyio
 import httpx
 import pytest
-from prefect.client.orchestration import PrefectClient
 from prefect.exceptions import TerminationSignal
 
 from prefect_crew import DeployedCrew
@@ -176,13 +175,13 @@ async def test_a_kickoff_whose_permit_is_over_is_not_sent_and_its_run_is_claimed
     leases: list[Lease] = []
 
     def lease(seconds: float) -> Lease:
-        leases.append(Lease(LONG_AGO if len(leases) == 0 else seconds))
+        leases.append(Lease(LONG_AGO if len(leases) == 1 else seconds))  # the claim's, then its permit's
         return leases[-1]
 
     monkeypatch.setattr(kickoff_module, "Lease", lease)
     server, idempotency_key = crew_server("echo"), key()
     await server.crew().trigger({"text": "a"}, idempotency_key=idempotency_key)
-    assert len(leases) == 2
+    assert len(leases) == 5
     assert (server.requests["kickoff"], server.kickoffs) == (1, 1)
     assert await phases(idempotency_key) == [RecordPhase.NOT_STARTED, RecordPhase.STARTED]
 
@@ -363,10 +362,10 @@ async def test_a_permit_that_cannot_be_read_starts_nothing_and_is_told(
     server, idempotency_key = crew_server("echo"), key()
     create = store._created
 
-    async def spoilt(client: PrefectClient, variable: dict[str, Any]) -> str | None:
+    async def spoilt(variable: dict[str, Any]) -> str | None:
         if variable["tags"][0] == store.PERMIT_TAG:
-            await create(client, variable | {"value": "edited"})
-        return await create(client, variable)
+            await create(variable | {"value": "edited"})
+        return await create(variable)
 
     monkeypatch.setattr(store, "_created", spoilt)
     if good_for < 0:

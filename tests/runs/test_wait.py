@@ -31,7 +31,7 @@ from prefect_crew import (
 )
 from prefect_crew.client._transport import in_process
 from prefect_crew.records.model import RecordPhase, RunRecord
-from prefect_crew.records.store import PrefectRecords
+from prefect_crew.records.store import PrefectRecords, waiter_prefix
 from prefect_crew.states import CrewState
 from prefect_crew.testing import CrewServerFactory
 from support.held import Held
@@ -378,7 +378,7 @@ def test_two_flow_runs_wait_for_one_run_and_its_end_is_told_once(crew_server: Cr
     names = [event["event"] for event in seen.events(kickoff_id)]
     assert names.count("crew.completed") == 1
     record = RunRecord.model_validate(seen.record(idempotency_key))
-    assert seen.variables(RECORDS.notes_of(record) + "%") == [], "the notes of who waited are gone"
+    assert seen.variables(waiter_prefix(record) + "%") == [], "the notes of who waited are gone"
 
 
 def test_an_end_is_an_event_with_what_automations_need(crew_server: CrewServerFactory, seen: Seen):

@@ -209,16 +209,6 @@ async def test_a_webhook_of_another_claim_of_the_same_key_resolves_nothing(crew:
     record = uncertain(crew)
     await RECORDS.claim(record)
     kickoff_id = await started(crew)
-    about: dict[str, Any] = {"attempt": 1, "load": lambda _: _crew(crew)}
-    other = await resolve(
-        record.idempotency_key, kickoff_id, RECORDS, claim=claim_of("another"), **about, load=find_crew
-    )
-    assert other is Resolution.REFUSED
-    ours = await resolve(
-        record.idempotency_key, kickoff_id, RECORDS, claim=claim_of(record.owner), **about, load=find_crew
-    )
-    assert ours is Resolution.RESOLVED
-
-
-async def _crew(crew: DeployedCrew) -> DeployedCrew:
-    return crew
+    for owner, outcome in (("another", Resolution.REFUSED), (record.owner, Resolution.RESOLVED)):
+        claim = claim_of(owner)
+        assert await resolve(record.idempotency_key, kickoff_id, RECORDS, attempt=1, claim=claim) is outcome

@@ -10,7 +10,7 @@ import pytest
 
 from prefect_crew.records import store as store_module
 from prefect_crew.records.model import RecordPhase, RunRecord
-from prefect_crew.records.store import PrefectRecords
+from prefect_crew.records.store import PrefectRecords, Variable
 
 __all__ = ["LONG_AGO", "let_pass", "put", "stored_records"]
 
@@ -21,28 +21,28 @@ LONG_AGO = -1000.0
 def stored_records(variables: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return the attempts that Variables hold, as the record store reads them; `permit` is the number of permits."""
     found = [
-        store_module._Found(one["id"], one["name"], one["value"], 0.0, 0.0)
+        Variable(one["id"], one["name"], one["value"], 0.0, 0.0)
         for one in variables
-        if store_module._later(one["value"]) is None
+        if store_module.later_version(one["value"]) is None
     ]
     return [
         {**record.model_dump(mode="json", exclude_none=True), "permit": record.permit}
-        for record in store_module._folded(found)
+        for record in store_module.records_in(found)
     ]
 
 
 def let_pass(patch: pytest.MonkeyPatch, idempotency_key: str, days: float) -> None:
     """Let the Prefect server say of a run's record, until `patch` is undone, that nobody has changed it for days."""
-    found = store_module._found
+    found = store_module.variables_in
 
-    def later(response: httpx.Response) -> list[store_module._Found]:
-        variables: list[store_module._Found] = []
+    def later(response: httpx.Response) -> list[Variable]:
+        variables: list[Variable] = []
         for one in found(response):
             theirs = isinstance(one.value, dict) and one.value.get("idempotency_key") == idempotency_key
             variables.append(one._replace(idle=one.idle + days * 86400) if theirs else one)
         return variables
 
-    patch.setattr(store_module, "_found", later)
+    patch.setattr(store_module, "variables_in", later)
 
 
 async def put(record: RunRecord, *, permit: float | None = None) -> RunRecord:

@@ -149,7 +149,7 @@ async def answer_question(
         text = feedback_text(request, approve=review.approve, feedback=review.feedback, option=review.option)
         accepted = await answer.send(_post_to_callback(run, request, text, sent.by))
     else:
-        if webhooks is None and record.hooked:
+        if webhooks is None and record.has_webhooks:
             webhooks = webhooks_for(
                 run.crew, record.idempotency_key, attempt=record.attempt, owner=record.owner, round=answer.number
             )

@@ -159,7 +159,7 @@ async def _shown(run: OpenRun | None, status: CrewStatus | None, answers: int) -
     if run is None or status is None:
         return None, "its crew's server was not asked. Look at the crew's page, or give --crew."
     output, where = judged_output(status), where_to_look(run)
-    if question_digest(status) is None and run.record is not None and run.record.hooked:
+    if question_digest(status) is None and run.record is not None and run.record.has_webhooks:
         output = await kept_output(run.record, answers) or output
     if output is not None and run.show == "full":
         return run.redact(output), None

@@ -248,7 +248,7 @@ class People:
 
     async def aclose(self, *, ended: bool) -> None:
         """The wait is over, and so is the run if it has `ended`: take back what was put up for an answer."""
-        if ended and self.run.record is not None and self.run.record.hooked and self.given:
+        if ended and self.run.record is not None and self.run.record.has_webhooks and self.given:
             try:
                 await forget_notes(self.run.record)
             except (httpx.HTTPError, PrefectException) as error:

@@ -171,7 +171,7 @@ class QuestionTracker:
 
     @property
     def _is_hooked(self) -> bool:
-        return self.run.record is not None and self.run.record.hooked
+        return self.run.record is not None and self.run.record.has_webhooks
 
     async def _kept_output(self, answers: int) -> str | None:
         """Return what a webhook brought of the question after so many answers."""

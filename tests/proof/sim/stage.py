@@ -23,7 +23,7 @@ from prefect_crew.client._client import CrewClient
 from prefect_crew.client._transport import in_process
 from prefect_crew.crew import Crew
 from prefect_crew.devserver.runs import Execution
-from prefect_crew.records import store
+from prefect_crew.records import prune, store
 from prefect_crew.records.model import SPARE, utcnow
 from prefect_crew.runs import kickoff, polling, stop, wait
 from prefect_crew.runs.kickoff import Start
@@ -66,7 +66,7 @@ def on_stage(world: World) -> Iterator[None]:
         (kickoff, "decide", world.deciding(kickoff.decide)),
         (wait, "poll", functools.partial(polling.poll, now=wall)),
         # What a claim is good for is to be enough: an hour more would leave nothing to prune in a world.
-        (store, "YOUNGEST", timedelta(seconds=SPARE)),
+        (prune, "YOUNGEST", timedelta(seconds=SPARE)),
         (stop, "_asked", _PerProcess("asked")),
         (events, "emit_event", world.emitted),
         (RunArtifact, "create", nothing),

@@ -30,7 +30,8 @@ from prefect_crew.crew import Crew, WaitPolicy
 from prefect_crew.exceptions import CrewError, IdempotencyConflictError, KickoffUncertainError
 from prefect_crew.records.keys import RunIdentity
 from prefect_crew.records.model import Caller, RunRecord
-from prefect_crew.records.store import PrefectRecords, prune
+from prefect_crew.records.prune import prune
+from prefect_crew.records.store import PrefectRecords
 from prefect_crew.runs import kickoff
 from prefect_crew.runs import wait as wait_module
 from prefect_crew.runs.run import KickoffId

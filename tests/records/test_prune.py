@@ -11,9 +11,10 @@ from unittest import mock
 import pytest
 from prefect.client.orchestration import get_client
 
-from prefect_crew.records import store as store_module
+from prefect_crew.records import prune as prune_module
 from prefect_crew.records.model import RecordPhase, RunRecord, utcnow
-from prefect_crew.records.store import PrefectRecords, Pruned, parse_age, prunable, prune
+from prefect_crew.records.prune import Pruned, prunable, prune
+from prefect_crew.records.store import PrefectRecords, waiter_prefix
 from support.prefect_server import PrefectServer
 
 NOW = utcnow()
@@ -74,23 +75,9 @@ def test_the_first_attempt_which_a_new_call_would_claim_goes_last():
     assert [going.attempt for going in prunable(attempts, AGE)] == [3, 2, 1]
 
 
-@pytest.mark.parametrize(
-    ("text", "seconds"),
-    [("90d", 90 * 86400), ("12h", 43200), ("2w", 14 * 86400), ("30", 30 * 86400), ("1.5m", 90), ("0s", 0)],
-)
-def test_ages(text: str, seconds: float):
-    assert parse_age(text).total_seconds() == seconds
-
-
-@pytest.mark.parametrize("text", ["", "d", "-1d", "1y", "90 days"])
-def test_what_is_no_age(text: str):
-    with pytest.raises(ValueError, match="is no age"):
-        parse_age(text)
-
-
 async def pruned(store: PrefectRecords, **options: Any) -> Pruned:
     """Prune as if an hour had passed since everything that stands there was written."""
-    with mock.patch.object(store_module, "YOUNGEST", timedelta(0)):
+    with mock.patch.object(prune_module, "YOUNGEST", timedelta(0)):
         return await prune(store, older_than=timedelta(0), **options)
 
 
@@ -110,9 +97,9 @@ async def test_records_and_left_over_notes_go_from_a_real_server(prefect_api: Pr
     assert (done.runs >= counted.runs, done.notes) == (True, counted.notes)
     assert await store.attempts(ended.idempotency_key) == []
     assert len(await store.attempts(flying.idempotency_key)) == 1
-    notes = [name async for name in store.waiter_notes()]
-    assert not any(name.startswith(store.notes_of(ended)) for name in notes)
-    assert sum(name.startswith(store.notes_of(flying)) for name in notes) == 1
+    notes = await store.waiter_notes()
+    assert not any(name.startswith(waiter_prefix(ended)) for name in notes)
+    assert sum(name.startswith(waiter_prefix(flying)) for name in notes) == 1
 
 
 async def test_permits_whose_record_is_gone_go(prefect_api: PrefectServer):

@@ -1,0 +1,96 @@
+"""Requests to the Prefect API that are repeated soon, and changes that go one after the other on SQLite."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import httpx
+import pytest
+from prefect.exceptions import PrefectHTTPStatusError
+
+from prefect_crew._internal import prefect_api
+from prefect_crew._internal.prefect_api import is_busy, request_soon
+
+
+class Server:
+    """Answers each request with the next status, 200 once there is none left; counts those at the same time."""
+
+    def __init__(self, *statuses: int, seconds: float = 0.0) -> None:
+        self.statuses, self.seconds = [*statuses], seconds
+        self.requests = self.now = self.most = 0
+
+    async def answer(self, client: Any, method: str, path: str, *, json: Any) -> httpx.Response:
+        self.requests += 1
+        self.now += 1
+        self.most = max(self.most, self.now)
+        await asyncio.sleep(self.seconds)
+        self.now -= 1
+        response = httpx.Response(
+            self.statuses.pop(0) if self.statuses else 200, request=httpx.Request(method, "http://p")
+        )
+        if response.is_error:
+            raise PrefectHTTPStatusError("no", request=response.request, response=response)
+        return response
+
+
+async def ask(**options: Any) -> httpx.Response:
+    return await request_soon(None, "PATCH", "/x", json={}, **{"give_up_after": 5.0, **options})  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def serve(monkeypatch: pytest.MonkeyPatch) -> Any:
+    def made(*statuses: int, **options: Any) -> Server:
+        server = Server(*statuses, **options)
+        monkeypatch.setattr(prefect_api, "_request_once", server.answer)
+        return server
+
+    return made
+
+
+async def test_a_request_is_repeated_soon_while_the_server_is_away(serve: Any):
+    server, began = serve(503, 500, 429), asyncio.get_running_loop().time()
+    assert (await ask()).is_success
+    assert server.requests == 4
+    assert asyncio.get_running_loop().time() - began < 1.0, "Prefect's own client sleeps two seconds after a 503"
+
+
+@pytest.mark.parametrize(
+    ("statuses", "options"),
+    [
+        pytest.param([404], {}, id="refused"),
+        pytest.param([500], {"again": is_busy}, id="not-known-to-have-done-nothing"),
+        pytest.param([503] * 99, {"give_up_after": 0.05}, id="for-too-long"),
+    ],
+)
+async def test_the_last_error_is_raised(serve: Any, statuses: list[int], options: dict[str, Any]):
+    serve(*statuses)
+    with pytest.raises(PrefectHTTPStatusError):
+        await ask(**options)
+
+
+async def test_changes_go_one_after_the_other_once_the_server_refused_two_at_once(serve: Any):
+    server = serve(seconds=0.01)
+    await asyncio.gather(*(ask() for _ in range(5)))
+    assert server.most == 5
+    server.statuses, server.most = [503], 0
+    await ask()
+    await asyncio.gather(*(ask() for _ in range(5)))
+    assert server.most == 1
+    await asyncio.gather(*(ask(in_turn=False) for _ in range(5)))
+    assert server.most == 5, "what the server never refuses waits for nobody"
+
+
+async def test_a_request_that_hangs_holds_up_nobody_for_long(serve: Any, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(prefect_api, "LONGEST", 0.05)
+    serve(503)
+    await ask()
+    slow = serve(seconds=30.0)
+    hanging = asyncio.ensure_future(ask())
+    await asyncio.sleep(0.01)
+    assert slow.requests == 1
+    serve()
+    assert (await asyncio.wait_for(ask(), 5)).is_success
+    hanging.cancel()
+    await asyncio.wait({hanging})
+    assert not prefect_api.lock_here("changes").locked(), "whoever is cancelled gives the turn back"
