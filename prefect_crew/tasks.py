@@ -27,9 +27,9 @@ from prefect_crew.client.webhooks import Webhooks
 from prefect_crew.crew import Crew, CrewSession, WaitPolicy, open_session
 from prefect_crew.exceptions import ConfigurationError, CrewError
 from prefect_crew.records.keys import calling_task, identify
-from prefect_crew.runs.actions import resume_run
 from prefect_crew.runs.kickoff import open_run
 from prefect_crew.runs.options import check_choices
+from prefect_crew.runs.reviews.inbox import resume_run
 from prefect_crew.runs.reviews.questions import ReviewChoice
 from prefect_crew.runs.run import KickoffId
 from prefect_crew.runs.stop import stop_run
