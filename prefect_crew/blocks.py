@@ -119,12 +119,11 @@ class DeployedCrew(JobBlock[CrewResult]):
     @classmethod
     def _is_page(cls, value: str | None) -> str | None:
         # It is shown as a link, so nothing but the address of a page may stand there.
-        if value is None or not value.strip():
-            return None
-        parts = urlsplit(value.strip())
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.password is not None:
+        page = (value or "").strip()
+        parts = urlsplit(page)
+        if page and (parts.scheme not in ("http", "https") or not parts.hostname or parts.password is not None):
             raise ValueError("page_url starts with http:// or https://, names a host and holds no password")
-        return value.strip()
+        return page or None
 
     @model_validator(mode="after")
     def _check_url(self) -> DeployedCrew:
@@ -143,19 +142,18 @@ class DeployedCrew(JobBlock[CrewResult]):
             ConfigurationError: No URL is set, or no token for it.
         """
         settings = CrewSettings()
-        named_url = os.environ.get(f"{prefix}_URL")
-        url = named_url or settings.url
+        url, token = os.environ.get(f"{prefix}_URL"), os.environ.get(f"{prefix}_TOKEN")
+        if not url:
+            url, token = settings.url, None
         if not url:
             raise ConfigurationError(
                 f"No crew in the environment: set {prefix}_URL and {prefix}_TOKEN "
                 "(the Status tab of the crew's page shows both), or PREFECT_INTEGRATIONS_CREW_URL and _TOKEN."
             )
-        named = os.environ.get(f"{prefix}_TOKEN")
-        theirs = settings.token if url == settings.url else None
-        token = SecretStr(named) if named and named_url else theirs
-        if token is None:
+        found = SecretStr(token) if token else settings.token if url == settings.url else None
+        if found is None:
             raise ConfigurationError(f"No token for {url} in the environment: set {prefix}_TOKEN.")
-        return cls(url=url, token=token, **fields)
+        return cls(url=url, token=found, **fields)
 
     @property
     def label(self) -> str:
@@ -166,25 +164,10 @@ class DeployedCrew(JobBlock[CrewResult]):
     def crew(self) -> Crew:
         """The crew as plain values, as everything that runs it takes it."""
         name = self._block_document_name
-        return Crew(
-            label=self.label,
-            url=self.url,
-            token=self.token,
-            request_timeout=self.request_timeout,
-            allow_http=self.allow_http,
-            inputs_as_json=self.inputs_as_json,
-            allow_extra_inputs=self.allow_extra_inputs,
-            wait=self.wait,
-            max_kickoffs=self.max_kickoffs,
-            concurrency_limit=self.concurrency_limit,
-            show=self.show,
-            secret_inputs=tuple(self.secret_inputs),
-            price=self.price,
-            page_url=self.page_url,
-            block=name,
-            # Whatever its author called it, this very class is what the store gives back for its slug.
-            reload=None if name is None else partial(_load_block, type(self), name),
-        )
+        fields: dict[str, Any] = {field: getattr(self, field) for field in DeployedCrew.model_fields}
+        fields |= {"label": self.label, "block": name, "secret_inputs": tuple(self.secret_inputs)}
+        # Whatever its author called it, this very class is what the store gives back for its slug.
+        return Crew(**fields, reload=None if name is None else partial(_load_block, type(self), name))
 
     def client(self, *, transport: httpx.AsyncBaseTransport | None = None) -> CrewClient:
         """Return a client for it, to be used as an async context manager."""
@@ -272,7 +255,7 @@ class CrewRun(JobRun[CrewResult]):
         self, feedback: str, *, approve: bool, task_id: str | None = None, webhooks: Webhooks | None = None
     ) -> ResumeAnswer:
         """Answer for the person that the run waits for."""
-        from prefect_crew.runs.actions import resume_run
+        from prefect_crew.runs.reviews.inbox import resume_run
 
         return await resume_run(
             self.crew, self.kickoff_id, feedback=feedback, approve=approve, task_id=task_id, webhooks=webhooks

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from copy import copy
 from functools import wraps
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 from uuid import UUID
@@ -111,7 +112,7 @@ async def arun_crew(
 
     if FlowRunContext.get() is not None or TaskRunContext.get() is not None:
         return await run()
-    own_flow = run_deployed_crew.with_options()
+    own_flow = copy(run_deployed_crew)  # `with_options` reads the signature anew, for 15 ms
     own_flow.fn = run
     form = "form" if review == "form" else None
     return await cast("Any", own_flow)(crew=crew.label, inputs=_stored(crew, inputs), review=form, **stored)

@@ -27,9 +27,9 @@ from prefect_crew.client.webhooks import Webhooks
 from prefect_crew.crew import Crew, CrewSession, WaitPolicy, open_session
 from prefect_crew.exceptions import ConfigurationError, CrewError
 from prefect_crew.records.keys import calling_task, identify
-from prefect_crew.runs.actions import resume_run
 from prefect_crew.runs.kickoff import open_run
 from prefect_crew.runs.options import check_choices
+from prefect_crew.runs.reviews.inbox import resume_run
 from prefect_crew.runs.reviews.questions import ReviewChoice
 from prefect_crew.runs.run import KickoffId
 from prefect_crew.runs.stop import stop_run
@@ -219,15 +219,7 @@ async def kickoff_crew(
 ) -> str:
     """Kick a crew off, or find the run that its key already has, and return the kickoff id.
 
-    Args:
-        crew: A crew, or the name of a stored block.
-        inputs: Its inputs, checked against `GET /inputs` first.
-        idempotency_key: The identity of this run; left out, one of this flow run that its retries find again.
-        name: The step's name, part of a key that is left out.
-        force_new: Start a new run whatever the record says.
-        meta: Any JSON object for the crew's webhooks; the idempotency key is added to it.
-        webhooks: Targets of your own.
-        restore_from: As for `run_crew`.
+    The arguments are those of `run_crew`. The inputs are checked against `GET /inputs` first.
 
     Raises:
         InvalidInputsError: Inputs are missing or unknown; nothing was started.
@@ -262,14 +254,8 @@ async def wait_for_crew(
 ) -> CrewResult:
     """Wait until a run has ended and return its result. It may be called as often as wanted.
 
-    Args:
-        crew: A crew, or the name of a stored block.
-        kickoff_id: The run.
-        idempotency_key: Its key; left out, the record is found by the id.
-        name: The step's name, for the task run's.
-        wait: How to wait, in place of the block's policy.
-        output_type: A pydantic model that `result.data` is to be an instance of.
-        review: What answers for a person: "form", or a function, sync or async, from ReviewRequest to Review.
+    `idempotency_key` is the run's; left out, the record is found by the id. `name` goes into the task run's name. The
+    other arguments are those of `run_crew`.
 
     Raises:
         CrewFailedError, CrewStoppedError, CrewLostError: How the run ended instead.

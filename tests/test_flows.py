@@ -13,7 +13,6 @@ from typing import Any, cast
 import pytest
 from prefect import flow, get_client, task
 from prefect.blocks.system import Secret
-from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate
 from prefect.flow_engine import run_flow_async
 from prefect.runtime import flow_run
 from prefect.states import Scheduled
@@ -75,16 +74,6 @@ def test_in_a_sync_flow(crew_server: CrewServerFactory):
     assert trip() == "a"
 
 
-async def test_in_an_async_flow(crew_server: CrewServerFactory):
-    crew = crew_server("echo").crew()
-
-    @flow
-    async def trip() -> str:
-        return (await arun_crew(crew, {"text": "a"})).output
-
-    assert await trip() == "a"
-
-
 def test_in_tasks_and_subflows(crew_server: CrewServerFactory):
     crew = crew_server("echo").crew()
 
@@ -101,10 +90,6 @@ def test_in_tasks_and_subflows(crew_server: CrewServerFactory):
         return [sync_task(), sync_task.submit().result(), subflow()]
 
     assert trip() == ["task", "task", "subflow"]
-
-
-def test_in_a_script(crew_server: CrewServerFactory):
-    assert run_crew(crew_server("echo").crew(), {"text": "a"}).output == "a"
 
 
 async def test_in_a_running_loop_the_sync_one_names_the_async_one(crew_server: CrewServerFactory):
@@ -362,37 +347,6 @@ async def test_a_secret_input_of_the_deployed_flow_is_the_name_of_a_secret_block
 
 
 # A limit that all flows share
-
-
-async def limit(slots: int) -> str:
-    made = f"limit-{uuid.uuid4().hex[:8]}"
-    async with get_client() as client:
-        await client.create_global_concurrency_limit(GlobalConcurrencyLimitCreate(name=made, limit=slots))
-    return made
-
-
-async def test_runs_in_flight_are_limited(crew_server: CrewServerFactory):
-    server = crew_server(slow(0.3))
-    crew = server.crew(concurrency_limit=await limit(1))
-    most: list[int] = []
-
-    @flow
-    async def trips() -> None:
-        running = asyncio.gather(*(arun_crew(crew, {"n": number}) for number in range(2)))
-        while not running.done():
-            most.append(sum(str(run.state) == "running" for run in server.runs))
-            await asyncio.sleep(0.02)
-        await running
-
-    await trips()
-    assert (max(most), server.kickoffs) == (1, 2)
-
-
-async def test_a_limit_that_does_not_exist_is_an_error_and_not_no_limit(crew_server: CrewServerFactory):
-    server = crew_server("echo")
-    with pytest.raises(ConfigurationError, match="'nobody-made-it', which does not exist"):
-        await arun_crew(server.crew(concurrency_limit="nobody-made-it"), {"text": "a"})
-    assert server.kickoffs == 0
 
 
 # Results from anywhere

@@ -21,10 +21,9 @@ from prefect_crew._internal.prefect_api import request_soon, run_logger
 from prefect_crew.batches.database import Database, batches, short
 from prefect_crew.batches.ledger import BatchEntry, Ledger
 from prefect_crew.exceptions import BatchChangedError, LedgerError, LedgerMissingError
+from prefect_crew.runs.reviews.inbox import ASKS
 
 TAG = "prefect-crew-batch"
-ASKS = "prefect-crew-batch-asks"
-"""The tag of a batch of which some rows wait for people, or did when they were last looked at."""
 VERSION = 1
 
 

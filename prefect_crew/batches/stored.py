@@ -16,10 +16,11 @@ from prefect_crew.batches.database import LedgerPlace, ledger_place
 from prefect_crew.batches.ledger import BatchEntry, Ledger
 from prefect_crew.batches.options import options_from
 from prefect_crew.batches.outcomes import FAILED, standing_word
-from prefect_crew.batches.ownership import ASKS, TAG, BatchLock, check_age, read_binding
+from prefect_crew.batches.ownership import TAG, BatchLock, check_age, read_binding
 from prefect_crew.batches.rows import BadRow
 from prefect_crew.exceptions import ConfigurationError, CrewError, LedgerMissingError
 from prefect_crew.records.model import RecordPhase, RunRecord, latest_start
+from prefect_crew.runs.reviews.inbox import ASKS
 from prefect_crew.states import CrewState
 
 _PAGE = 200
@@ -202,8 +203,8 @@ async def known_batch(name: str, ledger: str | None = None) -> AsyncGenerator[Kn
 
 
 @asynccontextmanager
-async def asking_batches(crew_url: str | None = None) -> AsyncGenerator[tuple[list[KnownBatch], list[str]]]:
-    """Open the ledgers of all batches of which rows wait for people, or of those with a crew.
+async def asking_batches() -> AsyncGenerator[tuple[list[KnownBatch], list[str]]]:
+    """Open the ledgers of all batches of which rows wait for people.
 
     Yields:
         The batches, and for each whose ledger cannot be opened here a sentence that says so.
@@ -211,7 +212,7 @@ async def asking_batches(crew_url: str | None = None) -> AsyncGenerator[tuple[li
     opened: list[KnownBatch] = []
     missed: list[str] = []
     async with AsyncExitStack() as stack:
-        for name, ledger in await all_batches(ASKS, crew_url=crew_url):
+        for name, ledger in await all_batches(ASKS):
             try:
                 opened.append(await stack.enter_async_context(known_batch(name)))
             except CrewError:
@@ -219,13 +220,8 @@ async def asking_batches(crew_url: str | None = None) -> AsyncGenerator[tuple[li
         yield opened, missed
 
 
-async def all_batches(*tags: str, crew_url: str | None = None) -> list[tuple[str, str]]:
-    """Return name and ledger of every batch that the Prefect server knows, by name.
-
-    Args:
-        tags: Only those with all these tags.
-        crew_url: Only those whose crew has this address, or is not known.
-    """
+async def all_batches(*tags: str) -> list[tuple[str, str]]:
+    """Return name and ledger of every batch that the Prefect server knows, with all these tags, by name."""
     found: list[tuple[str, str]] = []
     offset = 0
     body: dict[str, Any] = {"variables": {"tags": {"all_": [TAG, *tags]}}, "limit": _PAGE, "sort": "NAME_ASC"}
@@ -235,10 +231,6 @@ async def all_batches(*tags: str, crew_url: str | None = None) -> list[tuple[str
             page = cast("list[dict[str, Any]]", answer.json())
             offset += len(page)
             values = [one["value"] for one in page]
-            found += [
-                (str(value["batch"]), str(value["ledger"]))
-                for value in values
-                if crew_url is None or value.get("crew_url", crew_url) == crew_url
-            ]
+            found += [(str(value["batch"]), str(value["ledger"])) for value in values]
             if len(page) < _PAGE:
                 return sorted(found)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +15,7 @@ from prefect import flow
 from prefect_crew import CrewError, DeployedCrew, Review, WaitPolicy, arun_batch, resume_crew
 from prefect_crew.batches.stored import asking_batches
 from prefect_crew.exceptions import AnsweredError
-from prefect_crew.runs.actions import resume_run
-from prefect_crew.runs.reviews.inbox import answer_run, find_asked
+from prefect_crew.runs.reviews.inbox import answer_run, find_asked, resume_run
 from support.asking import AskingServer
 from support.webhooks import served
 
@@ -80,30 +79,16 @@ async def _asks(name: str) -> bool:
         return name in [batch.name for batch in batches]
 
 
-WAYS: dict[str, Callable[[Row], Awaitable[None]]] = {
-    "reviews": Row.approve,
-    "flow": Row.approve_in_a_flow,
-    "python": Row.approve_in_python,
-}
-
-
-@pytest.mark.parametrize(
-    ("first", "second"), [("reviews", "flow"), ("reviews", "python"), ("flow", "reviews"), ("flow", "python")]
-)
-async def test_a_row_is_answered_once_whoever_answers(tmp_path: Path, first: str, second: str) -> None:
+async def test_a_row_is_answered_once_by_the_reviews_alone(tmp_path: Path) -> None:
     async with waiting_row(tmp_path) as row:
-        await WAYS[first](row)
-        with pytest.raises(AnsweredError, match="has its answer on record"):
-            await WAYS[second](row)
-        assert len(row.server.resumes) == 1
-
-
-async def test_nothing_is_sent_to_what_may_be_a_row_whose_ledger_is_elsewhere(tmp_path: Path) -> None:
-    async with waiting_row(tmp_path) as row:
-        row.ledger.rename(tmp_path / "elsewhere.db")
-        with pytest.raises(CrewError, match=r"its ledger cannot be had here.*nothing was sent"):
-            await row.approve_in_a_flow()
+        for answer in (row.approve_in_a_flow, row.approve_in_python):
+            with pytest.raises(CrewError, match="so nothing was sent"):
+                await answer()
         assert row.server.resumes == []
+        await row.approve()
+        with pytest.raises(AnsweredError, match="has its answer on record"):
+            await row.approve()
+        assert len(row.server.resumes) == 1
         another = AskingServer()
         async with served(another.app()) as url:
             crew = DeployedCrew(url=url, token="secret-token")

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from prefect_crew import BatchReport, DeployedCrew, WaitPolicy, run_batch
-from prefect_crew.batches.ownership import ASKS
 from prefect_crew.batches.stored import all_batches, known_batch
 from prefect_crew.devserver import CrewServer
+from prefect_crew.runs.reviews.inbox import ASKS
 from support.commands import TOKEN
 from support.deployed import wait_until
 from support.prefect_server import PrefectServer

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import copy
 import pickle
+import uuid
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
 import pytest
+from prefect import flow, task
 from pydantic import BaseModel, SecretStr, field_validator
 
+from prefect_crew import CrewStep, PipelineFailedError, arun_crew, arun_pipeline
 from prefect_crew.artifacts.markdown import render_run
 from prefect_crew.blocks import DeployedCrew
 from prefect_crew.client.models import CrewResult, CrewStatus, TaskResult
@@ -21,6 +25,10 @@ from prefect_crew.exceptions import CrewError, CrewFailedError, CrewLostError, C
 from prefect_crew.records.model import RunRecord
 from prefect_crew.runs.run import WITHHELD, KickoffId, OpenRun, failure, find_run, result_of, typed
 from prefect_crew.states import CrewState
+from prefect_crew.testing import CrewServerFactory
+from support.prefect_server import PrefectServer
+from support.scripts import FAILS
+from support.seen import Seen
 
 NOON = datetime(2026, 5, 1, 12, tzinfo=UTC)
 
@@ -265,3 +273,117 @@ def test_a_message_shows_no_more_of_an_output_than_may_be_shown():
     assert "city: value_error" in str(caught.value)
     with pytest.raises(OutputTypeError, match="Atlantis is not to be found"):
         typed(result('{"city": "Atlantis", "days": 3}'), Trip, run=run({}))
+
+
+# What is said of a failed run is true where it is said
+
+
+NOT_AGAIN = "It is not started again by itself"
+AGAIN = "Prefect has retries left"
+
+
+def around(run: Callable[[], Any], where: str, texts: list[str]) -> Callable[[], Any]:
+    """Return a call of `run` from somewhere; what each failure says is appended to `texts`."""
+
+    async def told() -> None:
+        try:
+            await run()
+        except CrewFailedError as error:
+            texts.append(str(error))
+            raise
+
+    flows = {
+        "a flow": flow(told),
+        "a flow with a retry": flow(retries=1)(told),
+        "a task with a retry": flow(_calling(task(retries=1)(told))),
+        "a subflow of a flow with a retry": flow(retries=1)(_calling(flow(told))),
+        "a script": told,
+    }
+    return flows[where]
+
+
+def _calling(inner: Callable[[], Any]) -> Callable[[], Any]:
+    async def outer() -> None:
+        await inner()
+
+    return outer
+
+
+@pytest.mark.usefixtures("prefect_api", "instant_polling")
+@pytest.mark.parametrize(
+    ("where", "says"),
+    [
+        ("a script", [NOT_AGAIN]),
+        ("a flow", [NOT_AGAIN]),
+        ("a flow with a retry", [AGAIN, NOT_AGAIN]),
+        ("a task with a retry", [AGAIN, NOT_AGAIN]),
+        ("a subflow of a flow with a retry", [AGAIN, NOT_AGAIN]),
+    ],
+)
+async def test_that_it_is_not_started_again_is_said_where_no_retry_follows(
+    crew_server: CrewServerFactory, where: str, says: list[str]
+):
+    server, texts = crew_server(FAILS), list[str]()
+    crew, idempotency_key = server.crew(), str(uuid.uuid4())
+
+    async def run() -> None:
+        await arun_crew(crew, idempotency_key=idempotency_key)
+
+    with pytest.raises(CrewFailedError):
+        await around(run, where, texts)()
+    assert [AGAIN if AGAIN in text else NOT_AGAIN if NOT_AGAIN in text else text for text in texts] == says
+    assert server.kickoffs == len(says), "what was said came true"
+    assert "attempt 1 of at most 3" in texts[0]
+
+
+@pytest.mark.usefixtures("prefect_api", "instant_polling")
+async def test_at_the_limit_it_names_what_can_be_done_in_each_place(crew_server: CrewServerFactory):
+    server, idempotency_key = crew_server(FAILS), str(uuid.uuid4())
+    crew = server.crew(max_kickoffs=1).crew.called("travel")
+    last, none = [
+        (await failed_text(lambda: arun_crew(crew, idempotency_key=idempotency_key))),
+        (await failed_text(lambda: arun_crew(crew, idempotency_key=idempotency_key))),
+    ]
+    assert "This was attempt 1 of at most 1" in last
+    assert "Nothing was started: crew travel allows 1 kickoffs under one idempotency key (max_kickoffs)" in none
+    for text in (last, none):
+        assert NOT_AGAIN not in text
+        for place in ("block deployed-crew/travel", "parameter force_new", "force_new=True", "--force-new"):
+            assert place in text
+    assert server.kickoffs == 1
+
+
+async def failed_text(call: Callable[[], Any]) -> str:
+    with pytest.raises(CrewFailedError) as raised:
+        await call()
+    return str(raised.value)
+
+
+@pytest.fixture
+def seen(prefect_api: PrefectServer) -> Any:
+    reader = Seen(prefect_api)
+    yield reader
+    reader.close()
+
+
+@pytest.mark.usefixtures("instant_polling")
+async def test_artifacts_of_failures_say_first_why_and_what_to_do(crew_server: CrewServerFactory, seen: Seen):
+    name = f"failing-{uuid.uuid4().hex[:8]}"
+    crew = crew_server(FAILS).crew().crew.called(name)
+    idempotency_key = str(uuid.uuid4())
+    for _ in range(2):
+        with pytest.raises(PipelineFailedError):
+            await arun_pipeline(
+                [CrewStep("write", crew), CrewStep("post", crew, after="write")],
+                name=name,
+                idempotency_key=idempotency_key,
+            )
+    text = seen.artifacts(f"pipeline-{name}")[-1]["data"]
+    assert text.index("Step write failed (attempt 2 of at most 3)") < text.index("the search engine is down")
+    assert (
+        text.index("the search engine is down") < text.index("It is not started again by itself") < text.index("Graph")
+    )
+    own = seen.artifacts(f"crew-{name}")[-1]["data"]
+    assert own.index("### Error") < own.index("the search engine is down") < own.index("not started again")
+    assert own.index("not started again") < own.index("Kicked off")
+    assert "2 of at most 3" in own

@@ -19,11 +19,24 @@ from prefect.flow_engine import run_flow_async
 from prefect.runtime import flow_run
 from prefect.states import Scheduled
 
-from prefect_crew import CrewError, CrewStoppedError, arun_crew, kickoff_crew, run_crew, wait_for_crew
+from prefect_crew import (
+    AuthenticationError,
+    CrewAPIError,
+    CrewError,
+    CrewRun,
+    CrewStoppedError,
+    DeployedCrew,
+    arun_crew,
+    kickoff_crew,
+    run_crew,
+    wait_for_crew,
+)
+from prefect_crew.client.models import StopOutcome
 from prefect_crew.devserver import CrewServer
-from prefect_crew.records.model import RunRecord
-from prefect_crew.records.store import record_name
+from prefect_crew.records.model import RecordPhase, RunRecord
+from prefect_crew.records.store import PrefectRecords, record_name
 from prefect_crew.runs import stop
+from prefect_crew.states import CrewState
 from prefect_crew.testing import CrewServerFactory
 from support.held import Held
 from support.prefect_server import PrefectServer
@@ -443,3 +456,97 @@ def test_what_is_not_asked_of_a_flow_run_that_does_not_exist(prefect_api: Prefec
     assert asyncio.run(stop.cancelled_runs(str(uuid.uuid4()))) == []
     assert asyncio.run(stop.cancelled_runs(None)) == []
     assert stop.is_known_cancelled(None) is False
+
+
+# From outside of the wait
+
+
+RECORDS = PrefectRecords()
+
+
+async def waits(server: Any, run: CrewRun) -> None:
+    while str(server.run(run.kickoff_id).state) != "waiting":
+        await asyncio.sleep(0.02)
+
+
+async def test_a_stopped_run_is_closed_on_record(crew_server: CrewServerFactory):
+    server = crew_server(slow(60))
+    run = await server.crew().trigger({})
+    answer = await run.stop()
+    assert (answer.outcome, answer.accepted) == (StopOutcome.STOPPED, True)
+    record = await RECORDS.of_kickoff(run.kickoff_id)
+    assert record is not None
+    assert (record.phase, record.state) == (RecordPhase.ENDED, CrewState.STOPPED)
+    assert record.ended_at is not None
+    with pytest.raises(CrewStoppedError):
+        await run.wait_for_completion()
+
+
+async def test_stopping_leaves_the_wait_what_it_needs(crew_server: CrewServerFactory):
+    server = crew_server(slow(0.5), stop=False)
+    run = await server.crew(secret_inputs=["pin"]).trigger({"pin": "4711471"})
+    assert (await run.stop()).outcome is StopOutcome.UNSUPPORTED
+    await run.wait_for_completion()
+    assert (await run.fetch_result()).output == "done"
+    record = await RECORDS.of_kickoff(run.kickoff_id)
+    assert record is not None
+    assert record.result is not None, "the secret inputs are known to this process, so the result may be kept"
+
+
+@pytest.mark.parametrize(
+    ("script", "options", "outcome"),
+    [
+        ("echo", {}, StopOutcome.NOT_STOPPABLE),
+        (slow(60), {"stop": False}, StopOutcome.UNSUPPORTED),
+    ],
+    ids=["ended", "no stop"],
+)
+async def test_what_cannot_be_stopped_is_an_answer_and_changes_nothing(
+    crew_server: CrewServerFactory, script: str, options: dict[str, Any], outcome: StopOutcome
+):
+    server = crew_server(script, **options)
+    run = await server.crew().trigger({"text": "a"})
+    answer = await run.stop()
+    assert (answer.outcome, answer.accepted) == (outcome, False)
+    record = await RECORDS.of_kickoff(run.kickoff_id)
+    assert record is not None
+    assert record.phase is RecordPhase.STARTED
+
+
+async def test_a_run_that_nobody_knows_is_an_answer(crew_server: CrewServerFactory):
+    assert (await CrewRun(crew_server("echo").crew(), "nobody").stop()).outcome is StopOutcome.UNKNOWN_RUN
+
+
+async def test_a_server_that_cannot_be_asked_is_an_error(crew_server: CrewServerFactory):
+    server = crew_server(slow(60), faults=["stop:500"])
+    run = await server.crew().trigger({})
+    with pytest.raises(CrewAPIError, match="500"):
+        await run.stop()
+    assert server.requests["stop"] == 1
+
+
+async def test_stop_and_resume_take_up_a_rotated_token(crew_server: CrewServerFactory):
+    server, name = crew_server(Held("draft", "print"), dialect="union"), f"actions-{uuid.uuid4().hex[:8]}"
+    await server.crew().asave(name)
+    run = await (await DeployedCrew.aload(name)).trigger({})
+    await waits(server, run)
+    server.token = "the-new-token"
+    with pytest.raises(AuthenticationError):
+        await run.stop()
+    await server.crew().asave(name, overwrite=True)
+    assert (await run.resume("fine", approve=True)).status == "resumed"
+    assert (await run.stop()).accepted
+
+
+async def test_a_stop_that_cannot_be_written_down_is_told(
+    crew_server: CrewServerFactory, prefect_server: PrefectServer, caplog: pytest.LogCaptureFixture
+):
+    run = await crew_server(slow(60)).crew().trigger({})
+
+    def refused() -> Any:
+        with through(prefect_server) as proxy:
+            proxy.refuse = "POST /api/variables/$"
+            return asyncio.run(stop.stop_run(run.crew, run.kickoff_id))
+
+    assert (await asyncio.to_thread(refused)).accepted
+    assert f"That run {run.kickoff_id} was stopped is not on record" in caplog.text

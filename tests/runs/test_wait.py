@@ -1,4 +1,4 @@
-"""Waiting for a run under Prefect: its ends, its budgets, trouble on the way, and what is told of it."""
+"""Waiting for a run under Prefect: its ends, its budgets, what is told of it, and trouble on the way."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from prefect import flow
 from pydantic import BaseModel
 
 from prefect_crew import (
+    AuthenticationError,
+    CrewError,
     CrewFailedError,
     CrewLostError,
     CrewRun,
@@ -26,7 +28,6 @@ from prefect_crew import (
     WaitPolicy,
     arun_crew,
     kickoff_crew,
-    resume_crew,
     wait_for_crew,
 )
 from prefect_crew.client._transport import in_process
@@ -36,6 +37,7 @@ from prefect_crew.states import CrewState
 from prefect_crew.testing import CrewServerFactory
 from support.held import Held
 from support.prefect_server import PrefectServer
+from support.proxy import Proxy, through
 from support.scripts import ASKS, FAILS, script, slow
 from support.seen import Seen
 
@@ -144,27 +146,6 @@ async def test_a_timeout_leaves_the_crew_running_and_says_how_to_go_on(crew_serv
     assert (result.output, server.kickoffs) == ("done", 1)
 
 
-async def test_a_pending_run_has_a_limit_of_its_own(crew_server: CrewServerFactory):
-    server = crew_server(slow(60), max_runs=1, dialect="union")
-    await server.crew().trigger({})
-    second = await server.crew().trigger({})
-    with pytest.raises(CrewTimeoutError) as caught:
-        await second.wait_for_completion(WaitPolicy(initial=0.1, timeout=3600, pending_timeout=0.3))
-    assert (caught.value.phase, caught.value.last_state) == ("pending", "pending")
-
-
-async def test_budgets_are_counted_from_the_kickoff_whoever_waits(crew_server: CrewServerFactory):
-    server, idempotency_key = crew_server(slow(60)), key()
-    run = await server.crew().trigger({}, idempotency_key=idempotency_key)
-    record = await record_of(run)
-    assert record.kicked_off_at
-    record.kicked_off_at -= timedelta(hours=2)
-    await RECORDS.save(record)
-    again = await server.crew().trigger({}, idempotency_key=idempotency_key)
-    with pytest.raises(CrewTimeoutError, match="running time of 3600 s was over"):
-        await again.wait_for_completion()
-
-
 async def test_a_run_that_ended_while_nobody_waited_counts_although_its_time_is_over(crew_server: CrewServerFactory):
     server, idempotency_key = crew_server("echo"), key()
     run = await server.crew().trigger({"text": "a"}, idempotency_key=idempotency_key)
@@ -256,43 +237,6 @@ async def test_a_person_is_told_of_once_a_turn_and_their_time_is_on_record(
     ]
 
 
-async def test_the_end_of_a_persons_turn_is_on_record_beside_the_answer(crew_server: CrewServerFactory):
-    held = Held("draft", "print")
-    run = await crew_server(held, dialect="union").crew().trigger({})
-    waiting = asyncio.ensure_future(run.wait_for_completion())
-    while (await record_of(run)).human_since is None:
-        await asyncio.sleep(0.05)
-    await run.resume("fine", approve=True)
-    while (await record_of(run)).human_since is not None:
-        await asyncio.sleep(0.05)
-    assert not waiting.done()
-    (sent,) = await RECORDS.reviews(await record_of(run))
-    assert sent.outcome == "sent"
-    held.release()
-    await waiting
-
-
-async def test_people_have_a_budget_of_their_own(crew_server: CrewServerFactory):
-    run = await crew_server(ASKS, dialect="union").crew().trigger({})
-    with pytest.raises(CrewTimeoutError) as caught:
-        await run.wait_for_completion(WaitPolicy(initial=0.1, human_timeout=0.5))
-    assert (caught.value.phase, caught.value.last_state) == ("human", "waiting")
-
-
-async def test_a_flow_can_answer_for_a_person_by_the_task_that_the_status_names(crew_server: CrewServerFactory):
-    server = crew_server(ASKS, dialect="union")
-
-    @flow
-    async def trip() -> str:
-        kickoff_id = await kickoff_crew(server.crew())
-        while server.run(kickoff_id).state is not CrewState.WAITING:
-            await asyncio.sleep(0.02)
-        await resume_crew(server.crew(), kickoff_id, approve=True)
-        return (await wait_for_crew(server.crew(), kickoff_id)).output
-
-    assert await trip() == "printed"
-
-
 # Results that the record does not hold
 
 
@@ -325,17 +269,6 @@ async def test_a_result_with_a_rotated_token_is_read_again(crew_server: CrewServ
 class Trip(BaseModel):
     city: str
     days: int
-
-
-async def test_a_result_becomes_a_model(crew_server: CrewServerFactory):
-    structured = crew_server(script({"data": {"city": "Lisbon", "days": "3"}}), dialect="union").crew()
-    text = crew_server(script({"output": '```json\n{"city": "Lisbon", "days": 3}\n```'})).crew()
-
-    @flow
-    async def trips() -> list[Any]:
-        return [(await arun_crew(crew, output_type=Trip)).data for crew in (structured, text)]
-
-    assert await trips() == [Trip(city="Lisbon", days=3)] * 2
 
 
 async def test_a_result_that_does_not_fit_is_kept_and_need_not_be_bought_again(crew_server: CrewServerFactory):
@@ -490,3 +423,234 @@ async def test_progress_may_be_a_share(caplog: pytest.LogCaptureFixture):
         run = CrewRun(DeployedCrew(url="https://share.test", token="t"), "r1")  # pyright: ignore[reportArgumentType]
         await run.wait_for_completion()
     assert "Crew run r1: plan (50%)" in caplog.text
+
+
+# Trouble with the status call
+
+
+TROUBLE = [
+    "500",
+    "503=0.05",
+    "429=0.05",
+    "429-bare",
+    "html",
+    "garbage",
+    "empty",
+    "drop",
+    "reset",
+    "cut",
+    "redirect",
+]
+
+
+@pytest.mark.parametrize("fault", TROUBLE)
+async def test_trouble_with_the_status_call_does_not_end_the_wait(
+    crew_server: CrewServerFactory, caplog: pytest.LogCaptureFixture, fault: str
+):
+    server = crew_server(slow(0.2), faults=[f"status:{fault}@1-3", f"status:{fault}@5"])
+    run = await server.crew().trigger({})
+    assert (await ended(run)).output == "done"
+    assert server.kickoffs == 1
+    assert caplog.text.count("This says nothing about the run") <= 2, "no log line a poll"
+    assert "the status call answers again" in caplog.text
+
+
+async def test_a_run_that_is_not_known_at_first_is_waited_for(crew_server: CrewServerFactory):
+    run = await crew_server("echo", faults=["kickoff:early-404=3"]).crew().trigger({"text": "a"})
+    assert (await ended(run)).output == "a"
+
+
+async def test_errors_end_the_wait_in_the_end_and_the_run_is_found_again(crew_server: CrewServerFactory):
+    server, idempotency_key = crew_server("echo", faults=["status:500"]), key()
+    run = await server.crew().trigger({"text": "a"}, idempotency_key=idempotency_key)
+    with pytest.raises(CrewError, match="500") as caught:
+        await run.wait_for_completion(WaitPolicy(initial=0.1, error_timeout=0.3))
+    assert run.kickoff_id in str(caught.value)
+    assert f"run again with idempotency key {idempotency_key!r} to wait for it" in str(caught.value)
+    server.faults.clear()
+    assert (await ended(await server.crew().trigger({"text": "a"}, idempotency_key=idempotency_key))).output == "a"
+    assert server.kickoffs == 1
+
+
+# Tokens
+
+
+async def test_a_token_that_is_rotated_during_the_wait_is_taken_up(
+    crew_server: CrewServerFactory, caplog: pytest.LogCaptureFixture
+):
+    server, name = crew_server(slow(60)), f"rotated-{uuid.uuid4().hex[:8]}"
+    await asyncio.to_thread(server.crew().save, name)
+    run = await (await DeployedCrew.aload(name)).trigger({})
+    await asyncio.to_thread(lambda: server.crew(token="the-new-token").save(name, overwrite=True))
+    waiting = asyncio.ensure_future(run.wait_for_completion())
+    while not server.requests["status"]:
+        await asyncio.sleep(0.01)
+    server.token = "the-new-token"
+    while "has a new token" not in caplog.text:
+        await asyncio.sleep(0.01)
+    looked = server.requests["status"]
+    while server.requests["status"] < looked + 3:
+        await asyncio.sleep(0.01)
+    assert server.counters.unauthorized == 1
+    assert not waiting.done()
+    await run.stop()
+    with pytest.raises(CrewStoppedError):
+        await waiting
+
+
+async def test_a_refused_token_ends_the_wait_and_keeps_the_run(crew_server: CrewServerFactory):
+    server, idempotency_key = crew_server(slow(0.3)), key()
+    run = await server.crew().trigger({}, idempotency_key=idempotency_key)
+    server.token = "the-new-token"
+    with pytest.raises(AuthenticationError) as caught:
+        await run.wait_for_completion()
+    assert caught.value.kickoff_id == run.kickoff_id
+    assert (await ended(await server.crew().trigger({}, idempotency_key=idempotency_key))).output == "done"
+    assert server.kickoffs == 1
+
+
+# A Prefect API that is away
+
+
+@pytest.fixture
+def proxy(prefect_server: PrefectServer) -> Iterator[Proxy]:
+    with through(prefect_server) as way:
+        yield way
+
+
+async def test_a_prefect_api_that_is_away_for_a_while_does_not_end_the_wait(
+    crew_server: CrewServerFactory, proxy: Proxy
+):
+    held = Held("task_1", "task_2", "task_3")
+    server = crew_server(held)
+
+    @flow
+    async def trip() -> str:
+        return (await arun_crew(server.crew())).output
+
+    running = asyncio.ensure_future(trip())
+    while not server.requests["status"]:
+        await asyncio.sleep(0.01)
+    proxy.cut()
+    held.release()
+    while not server.runs[0].state.ended:
+        await asyncio.sleep(0.01)
+    await asyncio.sleep(1.0)  # for what must not happen
+    assert not running.done()
+    proxy.restore()
+    assert await asyncio.wait_for(running, 60) == "done"
+    (record,) = [one async for one in RECORDS.all() if one.kickoff_id == server.runs[0].id]
+    assert record.phase is RecordPhase.ENDED
+
+
+async def test_a_run_is_waited_for_although_its_record_cannot_be_read(
+    crew_server: CrewServerFactory, proxy: Proxy, caplog: pytest.LogCaptureFixture
+):
+    server = crew_server("echo")
+    async with server.crew().client() as client:
+        kickoff_id = await client.kickoff({"text": "a"})
+    proxy.cut()
+    assert (await ended(CrewRun(server.crew(), kickoff_id))).output == "a"
+    assert f"The record of run {kickoff_id} could not be read" in caplog.text
+
+
+async def test_notes_of_who_waits_may_fail(
+    crew_server: CrewServerFactory, proxy: Proxy, caplog: pytest.LogCaptureFixture
+):
+    server, idempotency_key = crew_server(slow(0.5)), key()
+    await server.crew().trigger({}, idempotency_key=idempotency_key)
+
+    @flow
+    async def trip() -> str:
+        return (await arun_crew(server.crew(), idempotency_key=idempotency_key)).output
+
+    proxy.refuse = "DELETE /api/variables"
+    assert await trip() == "done"
+    proxy.refuse = None
+
+
+@pytest.mark.parametrize(
+    ("refused", "says"),
+    [
+        ("PATCH /api/variables", "is not on record"),
+        ("POST /api/variables/filter", "could not be read"),
+        ("/artifacts", "could not be updated"),
+    ],
+    ids=["saving", "finding", "showing"],
+)
+async def test_whatever_prefect_refuses_the_result_is_there(
+    crew_server: CrewServerFactory, proxy: Proxy, caplog: pytest.LogCaptureFixture, refused: str, says: str
+):
+    server = crew_server(slow(0.2))
+    run = await server.crew().trigger({})
+    run = CrewRun(server.crew(), str(run.kickoff_id))  # as in another process
+    proxy.refuse = refused
+    assert (await ended(run)).output == "done"
+    assert says in caplog.text
+
+
+async def test_a_persons_turn_that_cannot_be_written_down_is_told(
+    crew_server: CrewServerFactory, proxy: Proxy, caplog: pytest.LogCaptureFixture
+):
+    server = crew_server(ASKS, dialect="union")
+    run = await server.crew().trigger({})
+    proxy.refuse = "PATCH /api/variables"
+    with pytest.raises(CrewTimeoutError):
+        await run.wait_for_completion(WaitPolicy(initial=0.1, human_timeout=0.3))
+    assert f"Whether run {run.kickoff_id} waits for a person is not on record" in caplog.text
+
+
+async def test_a_wait_that_cannot_join_goes_on(crew_server: CrewServerFactory, proxy: Proxy):
+    server, idempotency_key = crew_server(slow(0.5)), key()
+    await server.crew().trigger({}, idempotency_key=idempotency_key)
+
+    @flow
+    async def trip() -> str:
+        kickoff_id = await kickoff_crew(server.crew(), idempotency_key=idempotency_key)
+        proxy.refuse = "POST /api/variables/"
+        return (await wait_for_crew(server.crew(), kickoff_id)).output
+
+    assert await trip() == "done"
+
+
+# Runs without a record
+
+
+async def foreign(crew_server: CrewServerFactory, text: str, **options: Any) -> tuple[Any, CrewRun]:
+    """Kick a crew off as somebody else would, who leaves no record."""
+    server = crew_server(text, **options)
+    async with server.crew().client() as client:
+        return server, CrewRun(server.crew(), await client.kickoff({}))
+
+
+async def test_without_a_record_a_person_is_told_of_as_well(
+    crew_server: CrewServerFactory, caplog: pytest.LogCaptureFixture
+):
+    _, run = await foreign(crew_server, ASKS, dialect="union")
+    with pytest.raises(CrewTimeoutError):
+        await run.wait_for_completion(WaitPolicy(initial=0.1, human_timeout=0.3))
+    assert "waits for a person" in caplog.text
+
+
+async def test_without_a_record_a_late_crew_can_be_stopped(crew_server: CrewServerFactory):
+    server, run = await foreign(crew_server, slow(60))
+    with pytest.raises(CrewTimeoutError, match="It was stopped"):
+        await run.wait_for_completion(BRIEF.model_copy(update={"on_timeout": "stop"}))
+    assert server.requests["stop"] == 1
+
+
+async def test_without_a_record_a_loss_is_a_loss(crew_server: CrewServerFactory):
+    _, run = await foreign(crew_server, slow(60), faults=["status:forgotten@2"])
+    with pytest.raises(CrewLostError, match="last seen running"):
+        await run.wait_for_completion()
+
+
+async def test_without_a_record_a_cancelled_wait_leaves_the_crew_alone(crew_server: CrewServerFactory):
+    server, run = await foreign(crew_server, slow(60))
+    waiting = asyncio.ensure_future(run.wait_for_completion())
+    while not server.requests["status"]:
+        await asyncio.sleep(0.01)
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    assert server.requests["stop"] == 0

@@ -6,17 +6,23 @@ Records live on the Prefect server, and those of a batch's rows in its ledger: e
 from __future__ import annotations
 
 import asyncio
+import shlex
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
+
+import httpx
+from prefect.client.orchestration import get_client
+from prefect.exceptions import PrefectException
 
 from prefect_crew.client._callbacks import FeedbackRequest
-from prefect_crew.client.models import CrewStatus
+from prefect_crew.client.models import CrewStatus, ResumeAnswer
 from prefect_crew.crew import Crew, CrewSession
 from prefect_crew.exceptions import CrewError
 from prefect_crew.records.model import RecordPhase, ReviewStore, RunRecord, SentReview
 from prefect_crew.records.notes import kept_output, kept_requests
+from prefect_crew.records.store import PrefectRecords
 from prefect_crew.runs.reviews.answer import LOOKS, answer_question
 from prefect_crew.runs.reviews.questions import (
     QuestionState,
@@ -29,9 +35,14 @@ from prefect_crew.runs.reviews.questions import (
     waiting_task,
     where_to_look,
 )
-from prefect_crew.runs.run import OpenRun
+from prefect_crew.runs.run import OpenRun, find_run
 from prefect_crew.states import CrewState
 
+if TYPE_CHECKING:
+    from prefect_crew.client.webhooks import Webhooks
+
+ASKS = "prefect-crew-batch-asks"
+"""The tag of a batch, on the Prefect server, of which some rows wait for people, or did at the last look."""
 AT_ONCE = 8
 """Status calls at a time."""
 CrewOf = Callable[[RunRecord], "Awaitable[Crew | None]"]
@@ -231,3 +242,64 @@ async def answer_run(
             run, session, records, review, by=by, task_id=task_id, round=round, next_round_after=after, looks=LOOKS
         )
     return sent
+
+
+async def resume_run(
+    crew: Crew,
+    kickoff_id: str,
+    *,
+    feedback: str,
+    approve: bool,
+    task_id: str | None = None,
+    webhooks: Webhooks | None = None,
+    call: str | None = None,
+) -> ResumeAnswer:
+    """Answer for the person that a run waits for, whether or not it is on record.
+
+    Args:
+        crew, kickoff_id: The run.
+        feedback, approve: The answer: approve a task's output, or have it done again with the feedback.
+        task_id: The task; left out, the one that the status names.
+        webhooks: The kickoff's webhooks again: the server does not carry them over.
+        call: The name of the call, the same on every retry of it.
+
+    Raises:
+        CrewError: As `answer_question`: it is sent once for each question. Or the run may be a row of a batch.
+        CrewAPIError, CrewConnectionError: As the server answered, or did not. It is not sent twice.
+    """
+    run = await find_run(crew, kickoff_id)
+    if run.record is None:
+        await _refuse_row_of_batch(run)
+    async with CrewSession(crew, withhold=run.withholding()) as session:
+        answer, _ = await answer_question(
+            run,
+            session,
+            PrefectRecords(),
+            Review(approve=approve, feedback=feedback),
+            by="resume_crew",
+            task_id=task_id,
+            next_round_after=crew.wait.next_round_after,
+            webhooks=webhooks,
+            looks=LOOKS,
+            call=call,
+        )
+    return answer
+
+
+async def _refuse_row_of_batch(run: OpenRun) -> None:
+    """Raise if a run without a record may be a row of a batch: the answers to that are on record in its ledger."""
+    wanted = {"variables": {"tags": {"all_": [ASKS]}}, "limit": 200}
+    try:
+        async with get_client() as client:
+            found = (await client.request("POST", "/variables/filter", json=wanted)).json()
+    except (httpx.HTTPError, PrefectException) as error:
+        raise CrewError(
+            f"Whether run {run.kickoff_id} is a row of a batch cannot be read now ({error!r}). Nothing was sent."
+        ) from error
+    for batch in [one["value"] for one in found]:
+        if batch.get("crew_url", run.crew.url) == run.crew.url:
+            raise CrewError(
+                f"Run {run.kickoff_id} is not on record on the Prefect server and may be a row of batch "
+                f"{batch.get('batch')!r}, so nothing was sent. Answer a row with prefect-crew reviews approve "
+                f"{shlex.quote(run.kickoff_id)}, or reject; any other run on the crew's own page."
+            )

@@ -26,8 +26,8 @@ from prefect_crew import (
 from prefect_crew.crew import CrewSession
 from prefect_crew.records.model import SentReview
 from prefect_crew.records.store import PrefectRecords
-from prefect_crew.runs.actions import resume_run
 from prefect_crew.runs.reviews.answer import answer_question
+from prefect_crew.runs.reviews.inbox import resume_run
 from prefect_crew.runs.run import OpenRun
 from support.asking import AskingServer
 from support.webhooks import served

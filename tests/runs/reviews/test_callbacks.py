@@ -24,9 +24,8 @@ from prefect_crew.exceptions import ConfigurationError
 from prefect_crew.receiver.app import create_receiver
 from prefect_crew.records.notes import kept_requests
 from prefect_crew.records.store import PrefectRecords
-from prefect_crew.runs.actions import resume_run
 from prefect_crew.runs.reviews.form import ReviewForm
-from prefect_crew.runs.reviews.inbox import asked_runs
+from prefect_crew.runs.reviews.inbox import asked_runs, resume_run
 from prefect_crew.runs.reviews.questions import Question
 from support.webhooks import SECRET, Kept, served
 
