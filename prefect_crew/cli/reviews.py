@@ -22,7 +22,7 @@ from prefect_crew.exceptions import CrewError
 if TYPE_CHECKING:
     from prefect_crew.crew import Crew
     from prefect_crew.records.model import RunRecord, SentReview
-    from prefect_crew.runs.reviews.inbox import AskedRun, AskedStore
+    from prefect_crew.runs.reviews.inbox import PendingReview, ReviewableStore
 
 
 EXCERPT = 300
@@ -56,7 +56,7 @@ class AnswerOptions:
 
 
 @asynccontextmanager
-async def open_stores() -> AsyncGenerator[tuple[list[AskedStore], list[str]]]:
+async def open_stores() -> AsyncGenerator[tuple[list[ReviewableStore], list[str]]]:
     """Open all places where runs that wait are on record; give them, and a sentence for each that cannot be opened."""
     from prefect_crew.batches.stored import asking_batches
     from prefect_crew.records.store import PrefectRecords
@@ -71,8 +71,8 @@ def list_reviews(*, json: Annotated[bool, JSON] = False) -> None:
     """List the runs that wait for a person, with what is to be judged and how to answer."""
     reach_prefect()
 
-    async def look() -> tuple[list[AskedRun], list[str]]:
-        from prefect_crew.runs.reviews.inbox import asked_runs
+    async def look() -> tuple[list[PendingReview], list[str]]:
+        from prefect_crew.runs.reviews.inbox import list_pending_reviews
 
         stored: dict[tuple[str, str], Crew | None] = {}
 
@@ -83,7 +83,7 @@ def list_reviews(*, json: Annotated[bool, JSON] = False) -> None:
             return stored[name]
 
         async with open_stores() as (stores, missed):
-            return await asked_runs(stores, crew), missed
+            return await list_pending_reviews(stores, crew), missed
 
     found, missed = asyncio.run(look())
     for sentence in missed:
@@ -121,13 +121,13 @@ def show(
     """Show all of what one run asks, and what was answered before."""
     reach_prefect()
 
-    async def look() -> AskedRun:
-        from prefect_crew.runs.reviews.inbox import find_asked, look_at_question, requests_by_run
+    async def look() -> PendingReview:
+        from prefect_crew.runs.reviews.inbox import find_run_in_flight, read_pending_review, requests_by_run
 
         async with open_stores() as (stores, _):
-            record, records = await find_asked(run, stores)
+            record, records = await find_run_in_flight(run, stores)
             requests = await requests_by_run()
-            line = await look_at_question(record, records, lambda record: _crew(record, crew, access), requests)
+            line = await read_pending_review(record, records, lambda record: _crew(record, crew, access), requests)
         if line is None:
             raise CrewError(f"Run {record.kickoff_id} of crew {record.crew} does not wait for a person.")
         return line
@@ -171,11 +171,11 @@ def _answer(run: str, approve: bool, feedback: str, options: AnswerOptions, acce
     reach_prefect()
 
     async def send() -> tuple[RunRecord, SentReview]:
-        from prefect_crew.runs.reviews.inbox import answer_run, find_asked
+        from prefect_crew.runs.reviews.inbox import answer_run, find_run_in_flight
         from prefect_crew.runs.reviews.questions import Review
 
         async with open_stores() as (stores, _):
-            record, records = await find_asked(run, stores)
+            record, records = await find_run_in_flight(run, stores)
             crew = await _crew(record, options.crew, access)
             if crew is None:
                 raise CrewError(
@@ -196,7 +196,7 @@ def _answer(run: str, approve: bool, feedback: str, options: AnswerOptions, acce
         _output.put(f"Run {record.kickoff_id}: {_sentence(sent)}")
 
 
-def _put(line: AskedRun, most: int | None) -> None:
+def _put(line: PendingReview, most: int | None) -> None:
     """Write what a run asks: in short, or whole and with the earlier answers."""
     record = line.record
     noted = "" if line.seen else " (as was noted; its server was not asked)"
@@ -205,7 +205,7 @@ def _put(line: AskedRun, most: int | None) -> None:
     facts = (f"crew {record.crew}", f"run {record.kickoff_id}", since, flow_run_url(record.flow_run_id))
     _output.put("  " + " · ".join(filter(None, facts)))
     if most is None:
-        for review in line.given:
+        for review in line.answers:
             _output.put(f"  {_sentence(review)}")
         _output.put()
     if line.output is None:
@@ -226,7 +226,7 @@ def _sentence(review: SentReview) -> str:
     return f"task {review.task_id}, round {review.round} {verb} by {review.by}, {at}{unsure}{feedback}"
 
 
-def _as_json(line: AskedRun, *, excerpt: bool) -> dict[str, Any]:
+def _as_json(line: PendingReview, *, excerpt: bool) -> dict[str, Any]:
     record, output = line.record, line.output
     return {
         "crew": record.crew,
@@ -239,7 +239,7 @@ def _as_json(line: AskedRun, *, excerpt: bool) -> dict[str, Any]:
         "withheld": line.withheld,
         "seen": line.seen,
         "options": list(line.options),
-        "answers": [review.model_dump(mode="json") for review in line.given],
+        "answers": [review.model_dump(mode="json") for review in line.answers],
         "flow_run_id": record.flow_run_id,
         "page": flow_run_url(record.flow_run_id),
     }

@@ -347,7 +347,7 @@ class _Waiter(Watcher):
         self._shown_at, self._is_stale = now, False
         people = self.people
         notes = [*(() if people is None else people.notes), *([note] if note else [])]
-        given = () if people is None else people.given
+        given = () if people is None else people.answers
         view = self.run.view(status, notes=[self.run.redact(one) for one in notes], reviews=given)
         problem = await self.run.artifact.update(view)
         if problem and not self._artifact_failed:

@@ -15,7 +15,7 @@ from prefect import flow
 from prefect_crew import CrewError, DeployedCrew, Review, WaitPolicy, arun_batch, resume_crew
 from prefect_crew.batches.stored import asking_batches
 from prefect_crew.exceptions import AnsweredError
-from prefect_crew.runs.reviews.inbox import answer_run, find_asked, resume_run
+from prefect_crew.runs.reviews.inbox import answer_run, find_run_in_flight, resume_run
 from support.asking import AskingServer
 from support.webhooks import served
 
@@ -37,7 +37,7 @@ class Row:
     async def approve(self) -> None:
         """Answer it as `prefect-crew reviews approve` does."""
         async with asking_batches() as (batches, _):
-            record, ledger = await find_asked(self.kickoff_id, [batch.ledger for batch in batches])
+            record, ledger = await find_run_in_flight(self.kickoff_id, [batch.ledger for batch in batches])
             await answer_run(record, self.crew.crew, ledger, APPROVED, by="Ada")
 
     async def approve_in_a_flow(self) -> None:

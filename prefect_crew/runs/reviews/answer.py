@@ -61,7 +61,7 @@ async def answer_question(
     by: str,
     task_id: str | None = None,
     round: int | None = None,  # noqa: A002 - the word of the domain
-    seen: Question | None = None,
+    question: Question | None = None,
     has_webhook: Callable[[int], bool] = lambda _: False,
     next_round_after: float | None = None,
     webhooks: Webhooks | None = None,
@@ -81,7 +81,7 @@ async def answer_question(
         task_id: The task; left out, the one that the status names. Given, a status that does not say that anybody is
             waited for is taken as it is: not every server's does.
         round: The round that was looked at. Another one is not answered.
-        seen: The question that was looked at. Another one is not answered.
+        question: The question that was looked at. Another one is not answered.
         has_webhook: Returns whether a webhook tells of a question that came after so many answers.
         next_round_after: The policy's, for whoever may answer on the strength of time alone; None for nobody.
         webhooks: The kickoff's webhooks again, where they are not this package's own; left out, those that the run was
@@ -106,7 +106,7 @@ async def answer_question(
     if earlier is not None:
         return _repeat_answer(run, earlier), earlier
     status = await session.asked(lambda client: client.status(kickoff_id))
-    task = _task_to_answer(run, status, task_id, seen, request)
+    task = _task_to_answer(run, status, task_id, question, request)
     asked, named, shown = question_digest(status), waiting_task(status), run.named(task)
     state = (
         request_state(before, request)
@@ -124,10 +124,10 @@ async def answer_question(
     current = next_round(before, task)
     if round is not None and round != current:
         raise CrewError(f"Run {kickoff_id}, task {shown}, is at round {current}, not {round}. Nothing was sent.")
-    if seen is not None and (
-        len(seen.before) != len(before)
-        or not may_be_same(seen.asked, asked)
-        or (seen.request and seen.request.id) != (request and request.id)
+    if question is not None and (
+        len(question.before) != len(before)
+        or not may_be_same(question.asked, asked)
+        or (question.request and question.request.id) != (request and request.id)
     ):
         raise AnsweredError(f"Run {kickoff_id}, task {shown}, asks something else by now. Nothing was sent.")
     sent = SentReview(
@@ -209,18 +209,18 @@ def _repeat_answer(run: OpenRun, earlier: SentReview) -> ResumeAnswer:
 
 
 def _task_to_answer(
-    run: OpenRun, status: CrewStatus, task_id: str | None, seen: Question | None, request: FeedbackRequest | None
+    run: OpenRun, status: CrewStatus, task_id: str | None, question: Question | None, request: FeedbackRequest | None
 ) -> str:
     """Return the task that an answer is for, where the run can be answered."""
     kickoff_id, label = run.kickoff_id, run.crew.label
     is_over = status.state.ended or status.state is CrewState.UNKNOWN
     if request is not None and not is_over:
         return request.task_id  # the request says that somebody is waited for, whatever the status calls it
-    if seen is not None and status.state is not CrewState.WAITING:
+    if question is not None and status.state is not CrewState.WAITING:
         raise AnsweredError(f"Run {kickoff_id} does not wait any more: it is {status.state}. Nothing was sent.")
     if is_over or (status.state is not CrewState.WAITING and task_id is None):
         raise CrewError(f"Run {kickoff_id} of crew {label} does not wait for a person: it is {status.state}.")
-    task = task_id or (waiting_task(status) if seen is None else seen.task_id)
+    task = task_id or (waiting_task(status) if question is None else question.task_id)
     if task is None:
         raise CrewError(
             f"Run {kickoff_id} of crew {label} waits, and its status does not name the task. Give it (task_id=…, "

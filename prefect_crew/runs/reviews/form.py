@@ -303,7 +303,7 @@ class FormReviewer:
                 self.records,
                 review,
                 by=name or "the form",
-                seen=question,
+                question=question,
                 has_webhook=self.questions.has_webhook,
                 next_round_after=self.policy.next_round_after,
             )

@@ -49,7 +49,7 @@ CrewOf = Callable[[RunRecord], "Awaitable[Crew | None]"]
 """Gives the crew of a record, None where its block is not stored."""
 
 
-class AskedStore(ReviewStore, Protocol):
+class ReviewableStore(ReviewStore, Protocol):
     """What is asked of a place where records live."""
 
     def may_ask(self) -> AsyncIterator[RunRecord]:
@@ -66,12 +66,12 @@ class AskedStore(ReviewStore, Protocol):
 
 
 @dataclass(frozen=True)
-class AskedRun:
+class PendingReview:
     """A run that waits for a person.
 
     `output` is what is to be judged as it may be shown, None where it may not, or is not known; `withheld` says why.
-    `round` counts the task's questions from 1; `since` is UTC, None where nobody has noted it; `given` is what was
-    answered before. `seen`: whether the crew's server was asked, else it is as whoever waits for the run has noted.
+    `round` counts the task's questions from 1; `since` is UTC, None where nobody has noted it; `answers` are the
+    earlier ones. `seen`: whether the crew's server was asked, else it is as whoever waits for the run has noted.
     """
 
     record: RunRecord
@@ -80,7 +80,7 @@ class AskedRun:
     since: datetime | None
     output: str | None = field(default=None, repr=False)
     withheld: str | None = None
-    given: tuple[SentReview, ...] = ()
+    answers: tuple[SentReview, ...] = ()
     seen: bool = True
     options: tuple[str, ...] = ()
 
@@ -90,7 +90,7 @@ class AskedRun:
         return str(self.record.kickoff_id)
 
 
-async def asked_runs(stores: Sequence[AskedStore], crew_of: CrewOf) -> list[AskedRun]:
+async def list_pending_reviews(stores: Sequence[ReviewableStore], crew_of: CrewOf) -> list[PendingReview]:
     """Return the runs in flight that wait for a person, the longest waiting first.
 
     Each crew's server is asked, where its block is stored; else what the record has counts.
@@ -102,9 +102,9 @@ async def asked_runs(stores: Sequence[AskedStore], crew_of: CrewOf) -> list[Aske
     gate = asyncio.Semaphore(AT_ONCE)
     requests = await requests_by_run()
 
-    async def look(record: RunRecord, store: AskedStore) -> AskedRun | None:
+    async def look(record: RunRecord, store: ReviewableStore) -> PendingReview | None:
         async with gate:
-            return await look_at_question(record, store, crew_of, requests)
+            return await read_pending_review(record, store, crew_of, requests)
 
     looks = [look(record, store) for store in stores async for record in store.may_ask()]
     found = [asked for asked in await asyncio.gather(*looks) if asked is not None]
@@ -120,9 +120,9 @@ async def requests_by_run() -> dict[str, FeedbackRequest]:
     return {one.kickoff_id: one for one in await kept_requests()}
 
 
-async def look_at_question(
+async def read_pending_review(
     record: RunRecord, records: ReviewStore, crew_of: CrewOf, requests: Mapping[str, FeedbackRequest]
-) -> AskedRun | None:
+) -> PendingReview | None:
     """Return what a run in flight asks, None if it asks nothing. `requests` are what Flows ask, by kickoff id."""
     kickoff_id, crew = str(record.kickoff_id), await crew_of(record)
     run = None if crew is None else OpenRun(crew=crew, kickoff_id=kickoff_id, record=record)
@@ -132,8 +132,8 @@ async def look_at_question(
     request = None if is_over else requests.get(kickoff_id)
     if not waits and request is None:
         return None
-    given = tuple(await records.reviews(record))
-    if request is not None and request_state(given, request) is QuestionState.ANSWERED:
+    answers = tuple(await records.reviews(record))
+    if request is not None and request_state(answers, request) is QuestionState.ANSWERED:
         request = None
     if request is not None:
         task_id, options, seen = request.task_id, request.options, run is not None
@@ -141,17 +141,17 @@ async def look_at_question(
         withheld = None if output is not None else "its crew is not known here, or does not show it."
     elif waits:
         task_id, options, seen = record.human_task if status is None else waiting_task(status), (), status is not None
-        output, withheld = await _shown(run, status, len(given))
+        output, withheld = await _shown(run, status, len(answers))
     else:
         return None
-    return AskedRun(
+    return PendingReview(
         record=record,
         task_id=run.named(task_id) if run is not None and seen and task_id is not None else task_id,
-        round=1 if task_id is None else next_round(given, task_id),
+        round=1 if task_id is None else next_round(answers, task_id),
         since=record.human_since,
         output=output,
         withheld=withheld,
-        given=given,
+        answers=answers,
         seen=seen,
         options=options,
     )
@@ -181,16 +181,16 @@ async def _shown(run: OpenRun | None, status: CrewStatus | None, answers: int) -
     return None, f"the status does not show it. {where}{others}"
 
 
-async def find_asked(given: str, stores: Sequence[AskedStore]) -> tuple[RunRecord, AskedStore]:
+async def find_run_in_flight(name: str, stores: Sequence[ReviewableStore]) -> tuple[RunRecord, ReviewableStore]:
     """Return the run in flight that an idempotency key, a kickoff id or the beginning of one names, and where it is on
     record.
 
     Raises:
         CrewError: There is none, several begin so, or it has ended.
     """
-    named = await _named(given, stores)
+    named = await _named(name, stores)
     if named is None:
-        raise CrewError(f"No run in flight is {given!r}. prefect-crew reviews lists those that wait for a person.")
+        raise CrewError(f"No run in flight is {name!r}. prefect-crew reviews lists those that wait for a person.")
     record = named[0]
     if record.phase is RecordPhase.ENDED:
         raise CrewError(f"Run {record.idempotency_key!r} does not wait for a person: it has ended ({record.state}).")
@@ -199,12 +199,12 @@ async def find_asked(given: str, stores: Sequence[AskedStore]) -> tuple[RunRecor
     return named
 
 
-async def _named(given: str, stores: Sequence[AskedStore]) -> tuple[RunRecord, AskedStore] | None:
+async def _named(name: str, stores: Sequence[ReviewableStore]) -> tuple[RunRecord, ReviewableStore] | None:
     for store in stores:
-        if attempts := await store.attempts(given):
+        if attempts := await store.attempts(name):
             return attempts[-1], store
     for store in stores:
-        record = await store.of_kickoff(given)
+        record = await store.of_kickoff(name)
         # A ledger knows the runs of all batches that are kept in it.
         if record is not None and await store.attempts(record.idempotency_key):
             return record, store
@@ -212,11 +212,11 @@ async def _named(given: str, stores: Sequence[AskedStore]) -> tuple[RunRecord, A
         (one, store)
         for store in stores
         async for one in store.may_ask()
-        if str(one.kickoff_id).startswith(given) or one.idempotency_key.startswith(given)
+        if str(one.kickoff_id).startswith(name) or one.idempotency_key.startswith(name)
     ]
     if len(found) > 1:
         ids = ", ".join(str(one.kickoff_id) for one, _ in found[:5])
-        raise CrewError(f"{len(found)} runs in flight begin with {given!r}: {ids}. Give more of it.")
+        raise CrewError(f"{len(found)} runs in flight begin with {name!r}: {ids}. Give more of it.")
     return found[0] if found else None
 
 

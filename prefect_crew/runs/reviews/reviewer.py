@@ -94,9 +94,9 @@ class People:
             self._function = review
 
     @property
-    def given(self) -> list[SentReview]:
+    def answers(self) -> list[SentReview]:
         """What people have answered so far, as far as it was read."""
-        return self.questions.given
+        return self.questions.answers
 
     @property
     def notes(self) -> list[str]:
@@ -186,7 +186,7 @@ class People:
                 self.records,
                 review,
                 by=getattr(function, "__name__", "a function"),
-                seen=question,
+                question=question,
                 has_webhook=self.questions.has_webhook,
             )
         except AnsweredError as error:
@@ -248,7 +248,7 @@ class People:
 
     async def aclose(self, *, ended: bool) -> None:
         """The wait is over, and so is the run if it has `ended`: take back what was put up for an answer."""
-        if ended and self.run.record is not None and self.run.record.has_webhooks and self.given:
+        if ended and self.run.record is not None and self.run.record.has_webhooks and self.answers:
             try:
                 await forget_notes(self.run.record)
             except (httpx.HTTPError, PrefectException) as error:

@@ -47,14 +47,14 @@ SOON = 120.0
 class QuestionTracker:
     """Tells from each status of a run whether a person is asked something, and whether that is new.
 
-    `given` is what people have answered so far, as far as it was read.
+    `answers` are what people have answered so far, as far as it was read.
     """
 
     def __init__(self, run: OpenRun, records: ReviewStore, policy: WaitPolicy) -> None:
         self.run = run
         self.policy = policy
         self.waker: Waker | None = None
-        self.given: list[SentReview] = []
+        self.answers: list[SentReview] = []
         self._records = records
         self._open: Question | None = None
         self._answered: SentReview | None = None
@@ -105,20 +105,20 @@ class QuestionTracker:
         if (request := await self._request()) is not None:
             return self._ask(status, request.task_id, request=request)
         state = question_state(
-            self.given,
+            self.answers,
             task_id,
             asked,
             now=utcnow(),
             next_round_after=self.policy.next_round_after,
-            has_webhook=self.has_webhook(len(self.given)),
+            has_webhook=self.has_webhook(len(self.answers)),
         )
         self._open = self._answered = None
         if state is QuestionState.ANSWERED:
-            self._answered = self.given[-1]
+            self._answered = self.answers[-1]
             return None
         output = judged_output(status)
         if asked is None:
-            output = await self._kept_output(len(self.given)) or output
+            output = await self._kept_output(len(self.answers)) or output
             if (output is None and self._is_hooked) or CrewSettings().review_secret is not None:
                 # Its webhook, or the request of a Flow, may be on its way.
                 self._without_output = self._without_output or time.monotonic()
@@ -141,14 +141,14 @@ class QuestionTracker:
         self._open = Question(
             self.run.kickoff_id,
             task_id,
-            next_round(self.given, task_id),
+            next_round(self.answers, task_id),
             asked,
             output if request is None else request.output,
-            tuple(self.given),
+            tuple(self.answers),
             task=self.run.named(task_id),
             so_far=outputs_so_far(status),
             request=request,
-            state=state if request is None else request_state(self.given, request),
+            state=state if request is None else request_state(self.answers, request),
         )
         return self._open
 
@@ -165,9 +165,9 @@ class QuestionTracker:
 
         The status may have been read before an answer that was given since the look before: it proves nothing of that.
         """
-        if self._is_stale or (self.given and self.given[-1].at > self._looked_at):
+        if self._is_stale or (self.answers and self.answers[-1].at > self._looked_at):
             return False
-        return await note_moved_on(self.run, self._records, self.given)
+        return await note_moved_on(self.run, self._records, self.answers)
 
     @property
     def _is_hooked(self) -> bool:
@@ -180,11 +180,11 @@ class QuestionTracker:
         return await self._read("What run %s asks about", kept_output(self.run.record, answers))
 
     async def _request(self) -> FeedbackRequest | None:
-        return await self._read("What run %s asks", open_request(self.run.kickoff_id, self.given))
+        return await self._read("What run %s asks", open_request(self.run.kickoff_id, self.answers))
 
     async def _read_answers(self) -> bool:
         given = await self._read("The answers to run %s", self._records.reviews(answers_record(self.run)))
-        self.given, self._is_stale = self.given if given is None else given, given is None
+        self.answers, self._is_stale = self.answers if given is None else given, given is None
         return given is not None
 
     async def _read(self, what: str, reading: Awaitable[T]) -> T | None:
@@ -196,7 +196,7 @@ class QuestionTracker:
 
     def note_answer(self, sent: SentReview) -> None:
         """Note that what is asked has its answer."""
-        self.given = [*(self.given if self._open is None else self._open.before), sent]
+        self.answers = [*(self.answers if self._open is None else self._open.before), sent]
         self._open, self._answered, self._is_stale = None, None if sent.moved_on else sent, False
 
     def forget(self) -> None:

@@ -25,7 +25,7 @@ from prefect_crew.receiver.app import create_receiver
 from prefect_crew.records.notes import kept_requests
 from prefect_crew.records.store import PrefectRecords
 from prefect_crew.runs.reviews.form import ReviewForm
-from prefect_crew.runs.reviews.inbox import asked_runs, resume_run
+from prefect_crew.runs.reviews.inbox import list_pending_reviews, resume_run
 from prefect_crew.runs.reviews.questions import Question
 from support.webhooks import SECRET, Kept, served
 
@@ -93,7 +93,9 @@ async def test_an_answer_that_may_have_arrived_is_held_and_the_list_shows_what_i
         async def same(_: Any) -> Crew:
             return crew.crew
 
-        (line,) = [one for one in await asked_runs([PrefectRecords()], same) if one.record.idempotency_key == key]
+        (line,) = [
+            one for one in await list_pending_reviews([PrefectRecords()], same) if one.record.idempotency_key == key
+        ]
         assert (line.options, line.output, line.task_id) == (OPTIONS, "Draft. ", "publish")
         with pytest.raises(ConfigurationError, match="goes on with one of: approve, needs_revision"):
             await resume_run(crew.crew, kickoff_id, feedback="", approve=False)

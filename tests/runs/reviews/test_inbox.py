@@ -16,7 +16,7 @@ from prefect_crew.devserver import CrewScript, CrewServer
 from prefect_crew.receiver.app import create_receiver
 from prefect_crew.records.notes import kept_output
 from prefect_crew.records.store import PrefectRecords
-from prefect_crew.runs.reviews.inbox import asked_runs
+from prefect_crew.runs.reviews.inbox import list_pending_reviews
 from support.webhooks import SECRET, served
 
 pytestmark = pytest.mark.usefixtures("prefect_api", "instant_polling")
@@ -71,7 +71,7 @@ async def test_the_command_line_sees_it_as_well_and_of_secret_inputs_nothing_is_
             async def same(_: Any, crew: Crew = crew.crew) -> Crew:
                 return crew
 
-            lines = await asked_runs([PrefectRecords()], same)
+            lines = await list_pending_reviews([PrefectRecords()], same)
             (line,) = [one for one in lines if one.record.idempotency_key == f"{key}/{expected}"]
             assert line.output == expected
 
