@@ -314,10 +314,12 @@ async def backfill(
         dry_run: Create nothing.
 
     Raises:
-        ConfigurationError: There is no such deployment or schedule; the range has no past, or more than a thousand
-            times; or every run would have one idempotency key. Nothing was created.
+        ConfigurationError: There is no such deployment or schedule; the range makes no sense, has times to come or more
+            than a thousand; or every run would have one idempotency key. Nothing was created.
     """
     first, last = _utc(start, time.min), _utc(end, time.max)
+    if first > last or (every is not None and every <= timedelta(0)):
+        raise ConfigurationError("The range ends before it begins, or the time between two runs is none.")
     async with get_client() as client:
         try:
             target = await client.read_deployment_by_name(deployment)
@@ -345,10 +347,14 @@ async def backfill(
                     state=Scheduled(scheduled_time=moment),  # pyright: ignore[reportArgumentType]  it takes any datetime
                     tags=["backfill"],
                     # For two calls at the same time: Prefect then gives both the same flow run.
-                    idempotency_key=f"backfill {target.id} {chosen.slug if chosen else ''} {moment.isoformat()}",
+                    idempotency_key=_backfill_key(target, chosen, moment),
                 )
             runs.append(BackfilledRun(moment, moment not in known, flow_run))
         return runs
+
+
+def _backfill_key(target: DeploymentResponse, schedule: DeploymentSchedule | None, moment: datetime) -> str:
+    return f"backfill {target.id} {schedule.slug if schedule else ''} {moment.isoformat()}"
 
 
 def _utc(moment: date, of_day: time) -> datetime:
@@ -400,8 +406,11 @@ async def _known_runs(
             # A new deploy may give a schedule another id; its slug stays.
             is_scheduled = by is not None and by.type == "SCHEDULE"
             is_of_this_one = schedule is None or (by is not None and schedule.slug in (None, by.display_value))
-            if run.expected_start_time and ((is_scheduled and is_of_this_one) or "backfill" in run.tags):
-                known.setdefault(_utc(run.expected_start_time, time.min), run)
+            moment = run.expected_start_time and _utc(run.expected_start_time, time.min)
+            if moment and (
+                (is_scheduled and is_of_this_one) or run.idempotency_key == _backfill_key(target, schedule, moment)
+            ):
+                known.setdefault(moment, run)
         if len(page) < PAGE:
             break
     return known

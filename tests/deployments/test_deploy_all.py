@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from prefect.utilities.annotations import NotSet
+from prefect.utilities.templating import apply_values
 
 from prefect_crew.records.keys import TEMPLATE
 from support.deployed import ROOT, wait_for_state
@@ -119,3 +121,25 @@ def test_what_mends_crashes_is_not_mended_itself(site: Site):
 
 def test_the_crash_automations_leave_the_crew_worker_alone(site: Site):
     assert not [name for name in ON_THE_CREW_WORKER if "recover-crashed" in site.deployment(name)["tags"]]
+
+
+# What Prefect's templating does to a prefect.yaml: facts that the docs and the comments of the file rest on
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["{{ scheduled_start:%Y-%m-%d }}", "daily-{{ scheduled_start:%Y-%m-%dT%H }}", "{{scheduled_start:%j}}"],
+)
+def test_a_key_with_a_format_is_left_alone(key: str):
+    assert apply_values({"idempotency_key": key}, {}) == {"idempotency_key": key}
+
+
+def test_a_key_without_a_format_loses_the_time():
+    assert apply_values({"idempotency_key": "daily-{{ scheduled_start }}"}, {}) == {"idempotency_key": "daily-"}
+    assert apply_values("{{ scheduled_start }}", {}) is NotSet
+
+
+def test_a_template_of_a_pipeline_survives_in_parentheses_only():
+    steps = [{"inputs": {"topic": "{{ (topic) }}", "notes": "on {{ (research.output) }}"}}]
+    assert apply_values({"steps": steps}, {}) == {"steps": steps}
+    assert apply_values("on {{ research.output }}", {}) == "on "

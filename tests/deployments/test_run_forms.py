@@ -1,4 +1,4 @@
-"""The form on Prefect's page for a deployed crew: it asks for the crew's inputs, in both interfaces."""
+"""The forms on Prefect's page that start a run: they ask for each parameter or input and say what it is."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from prefect_crew.devserver import CrewServer
 from support.chromium import Chromium
 from support.deployed import wait_until
 from support.prefect_server import PrefectServer
+from support.site import Site
 
 CREW = """
 name: report
@@ -56,3 +57,22 @@ def run_of(server: PrefectServer, deployment_id: Any) -> dict[str, Any] | None:
     asked = {"deployments": {"id": {"any_": [str(deployment_id)]}}}
     runs = httpx.post(f"{server.api_url}/flow_runs/filter", json=asked).raise_for_status().json()
     return runs[0] if runs else None
+
+
+SAID = {
+    "one-crew/daily": ["The name of the crew's block, as under Blocks.", "The identity of one purchase."],
+    "report-pipeline/weekly": ["What the report is about.", "Whom it is for."],
+    "fan-out-async/cities": ["The crew's inputs, once for each run.", "How many runs may be in flight."],
+}
+
+
+@pytest.mark.parametrize("ui", ["v1", "v2"])
+@pytest.mark.parametrize("name", SAID)
+def test_every_parameter_is_described(site: Site, chromium: Chromium, name: str, ui: Literal["v1", "v2"]):
+    deployment = site.deployment(name)["id"]
+    root = site.server.ui_url + ("/v2" if ui == "v2" else "")
+    with chromium.page(height=1800) as page:
+        page.open(f"{root}/deployments/deployment/{deployment}/run")
+        for text in SAID[name]:
+            page.wait_for_text(text)
+        page.screenshot(site.folder / f"{name.replace('/', '-')}-{ui}.png")
