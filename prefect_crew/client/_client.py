@@ -130,7 +130,7 @@ class CrewClient:
         self._verify = verify
         self._allow_http = allow_http
         self._proxy = proxy
-        self._transport = transport or _transport.served_here(self.url)
+        self._transport = transport
         self._polls: Wire | None = None
         self._once: Wire | None = None
         self._status_path: str | None = None

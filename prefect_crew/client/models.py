@@ -1,4 +1,4 @@
-"""What the crew API says, as one set of models whatever dialect the server speaks.
+"""What the crew API says, as one set of models however the server words it.
 
 The facts behind the fields are those of CrewAI's published API and of what deployed crews really answer; `parsing`
 maps every known variant to these.

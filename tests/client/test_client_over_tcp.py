@@ -509,7 +509,7 @@ async def app_server(*routes: Route) -> AsyncIterator[str]:
 
 @pytest.fixture
 async def crew() -> AsyncIterator[tuple[str, list[str]]]:
-    """A crew's server that speaks the live dialect, on the second status path, with ids that need encoding."""
+    """A crew's server that speaks the live response_format, on the second status path, with ids that need encoding."""
     calls: list[str] = []
     runs: dict[str, int] = {}
 

@@ -103,7 +103,7 @@ async def test_a_server_that_cannot_be_asked_is_an_error(crew_server: CrewServer
 
 
 async def test_stop_and_resume_take_up_a_rotated_token(crew_server: CrewServerFactory):
-    server, name = crew_server(Held("draft", "print"), dialect="union"), f"actions-{uuid.uuid4().hex[:8]}"
+    server, name = crew_server(Held("draft", "print"), response_format="union"), f"actions-{uuid.uuid4().hex[:8]}"
     await server.crew().asave(name)
     run = await (await DeployedCrew.aload(name)).trigger({})
     await waits(server, run)
@@ -133,7 +133,7 @@ async def test_a_stop_that_cannot_be_written_down_is_told(
 
 
 async def test_an_answer_is_for_the_task_that_the_status_names(crew_server: CrewServerFactory):
-    server = crew_server(ASKS, dialect="union")
+    server = crew_server(ASKS, response_format="union")
     run = await server.crew().trigger({})
     await waits(server, run)
     assert (await run.resume("shorter", approve=False)).status == "retrying"
@@ -155,7 +155,7 @@ async def test_a_run_that_waits_for_nobody_takes_no_answer(crew_server: CrewServ
 
 
 async def test_a_task_that_the_status_does_not_name_has_to_be_given(crew_server: CrewServerFactory):
-    server = crew_server(ASKS, dialect="live")
+    server = crew_server(ASKS, response_format="live")
     run = await server.crew().trigger({})
     await waits(server, run)
     with pytest.raises(CrewError, match=r"does not name the task\. Give it \(task_id=…, --task\)"):
@@ -164,7 +164,7 @@ async def test_a_task_that_the_status_does_not_name_has_to_be_given(crew_server:
 
 
 async def test_an_answer_that_the_server_refuses_may_be_given_again(crew_server: CrewServerFactory):
-    server = crew_server(ASKS, dialect="union", faults=["resume:404@1"])
+    server = crew_server(ASKS, response_format="union", faults=["resume:404@1"])
     run = await server.crew().trigger({})
     await waits(server, run)
     with pytest.raises(NotFoundError):
@@ -173,7 +173,7 @@ async def test_an_answer_that_the_server_refuses_may_be_given_again(crew_server:
 
 
 async def test_an_answer_that_may_have_arrived_is_not_sent_again(crew_server: CrewServerFactory):
-    server = crew_server(ASKS, dialect="union", faults=["resume:drop@1"])
+    server = crew_server(ASKS, response_format="union", faults=["resume:drop@1"])
     run = await server.crew().trigger({})
     await waits(server, run)
     with pytest.raises(CrewError):
@@ -187,7 +187,7 @@ async def test_an_answer_that_may_have_arrived_is_not_sent_again(crew_server: Cr
 
 
 def test_both_are_tasks_of_anyones_flow(crew_server: CrewServerFactory):
-    server = crew_server(Held("draft", "print"), dialect="union")
+    server = crew_server(Held("draft", "print"), response_format="union")
 
     @flow
     def trip() -> list[Any]:

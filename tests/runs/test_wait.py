@@ -29,7 +29,6 @@ from prefect_crew import (
     resume_crew,
     wait_for_crew,
 )
-from prefect_crew.client._transport import in_process
 from prefect_crew.records.model import RecordPhase, RunRecord
 from prefect_crew.records.store import PrefectRecords
 from prefect_crew.states import CrewState
@@ -38,6 +37,7 @@ from support.held import Held
 from support.prefect_server import PrefectServer
 from support.scripts import ASKS, FAILS, script, slow
 from support.seen import Seen
+from support.transports import carried_by
 
 pytestmark = pytest.mark.usefixtures("prefect_api", "instant_polling")
 
@@ -76,7 +76,7 @@ def _log_all(caplog: pytest.LogCaptureFixture) -> None:
 
 
 async def test_a_completed_run_gives_its_whole_result_and_closes_its_record(crew_server: CrewServerFactory):
-    server = crew_server("travel", speed=100, dialect="union")
+    server = crew_server("travel", speed=100, response_format="union")
     inputs = {"budget": "1000 USD", "interests": "food", "duration": "2 days", "age": "30"}
     run = await server.crew().trigger(inputs)
     result = await ended(run)
@@ -104,7 +104,7 @@ async def test_a_failed_run_raises_the_crews_own_error(crew_server: CrewServerFa
 
 
 async def test_a_run_that_was_stopped_elsewhere_is_no_result(crew_server: CrewServerFactory):
-    server = crew_server(slow(60), dialect="union")
+    server = crew_server(slow(60), response_format="union")
     run = await server.crew().trigger({})
     waiting = asyncio.ensure_future(run.wait_for_completion())
     async with server.crew().client() as client:
@@ -145,7 +145,7 @@ async def test_a_timeout_leaves_the_crew_running_and_says_how_to_go_on(crew_serv
 
 
 async def test_a_pending_run_has_a_limit_of_its_own(crew_server: CrewServerFactory):
-    server = crew_server(slow(60), max_runs=1, dialect="union")
+    server = crew_server(slow(60), max_runs=1, response_format="union")
     await server.crew().trigger({})
     second = await server.crew().trigger({})
     with pytest.raises(CrewTimeoutError) as caught:
@@ -232,7 +232,7 @@ async def test_a_person_is_told_of_once_a_turn_and_their_time_is_on_record(
 ):
     # Of no length, so that all of the timeout is for a slow machine.
     asks = script({"name": "draft", "output": "a draft {{ feedback }}", "human": True}, {"name": "print"})
-    server = crew_server(asks, dialect="union")
+    server = crew_server(asks, response_format="union")
     crew = server.crew()
     run = await crew.trigger({})
     waiting = asyncio.ensure_future(run.wait_for_completion(WaitPolicy(initial=0.1, timeout=2.0)))
@@ -258,7 +258,7 @@ async def test_a_person_is_told_of_once_a_turn_and_their_time_is_on_record(
 
 async def test_the_end_of_a_persons_turn_is_on_record_beside_the_answer(crew_server: CrewServerFactory):
     held = Held("draft", "print")
-    run = await crew_server(held, dialect="union").crew().trigger({})
+    run = await crew_server(held, response_format="union").crew().trigger({})
     waiting = asyncio.ensure_future(run.wait_for_completion())
     while (await record_of(run)).human_since is None:
         await asyncio.sleep(0.05)
@@ -273,14 +273,14 @@ async def test_the_end_of_a_persons_turn_is_on_record_beside_the_answer(crew_ser
 
 
 async def test_people_have_a_budget_of_their_own(crew_server: CrewServerFactory):
-    run = await crew_server(ASKS, dialect="union").crew().trigger({})
+    run = await crew_server(ASKS, response_format="union").crew().trigger({})
     with pytest.raises(CrewTimeoutError) as caught:
         await run.wait_for_completion(WaitPolicy(initial=0.1, human_timeout=0.5))
     assert (caught.value.phase, caught.value.last_state) == ("human", "waiting")
 
 
 async def test_a_flow_can_answer_for_a_person_by_the_task_that_the_status_names(crew_server: CrewServerFactory):
-    server = crew_server(ASKS, dialect="union")
+    server = crew_server(ASKS, response_format="union")
 
     @flow
     async def trip() -> str:
@@ -328,7 +328,7 @@ class Trip(BaseModel):
 
 
 async def test_a_result_becomes_a_model(crew_server: CrewServerFactory):
-    structured = crew_server(script({"data": {"city": "Lisbon", "days": "3"}}), dialect="union").crew()
+    structured = crew_server(script({"data": {"city": "Lisbon", "days": "3"}}), response_format="union").crew()
     text = crew_server(script({"output": '```json\n{"city": "Lisbon", "days": 3}\n```'})).crew()
 
     @flow
@@ -438,7 +438,7 @@ async def test_an_unknown_state_is_said_once_and_counts_as_running(caplog: pytes
     def answer(request: httpx.Request) -> httpx.Response:
         return httpx.Response(200, json={"state": next(words), "result": "well done"})
 
-    with in_process("odd.test", httpx.MockTransport(answer)):
+    with carried_by("odd.test", httpx.MockTransport(answer)):
         run = CrewRun(DeployedCrew(url="https://odd.test", token="t"), "r1")  # pyright: ignore[reportArgumentType]
         assert (await ended(run)).output == "well done"
     assert caplog.text.count("has the state 'MARINATING', which nobody has documented") == 1
@@ -468,7 +468,11 @@ async def test_a_late_crew_that_another_flow_run_waits_for_is_not_stopped(
 
 
 async def test_a_person_who_ends_the_run_has_had_their_time(crew_server: CrewServerFactory):
-    run = await crew_server(script({"name": "draft", "human": True, "output": "x"}), dialect="union").crew().trigger({})
+    run = (
+        await crew_server(script({"name": "draft", "human": True, "output": "x"}), response_format="union")
+        .crew()
+        .trigger({})
+    )
     waiting = asyncio.ensure_future(run.wait_for_completion())
     while (await record_of(run)).human_since is None:
         await asyncio.sleep(0.05)
@@ -486,7 +490,7 @@ async def test_progress_may_be_a_share(caplog: pytest.LogCaptureFixture):
     def answer(request: httpx.Request) -> httpx.Response:
         return httpx.Response(200, json=next(answers))
 
-    with in_process("share.test", httpx.MockTransport(answer)):
+    with carried_by("share.test", httpx.MockTransport(answer)):
         run = CrewRun(DeployedCrew(url="https://share.test", token="t"), "r1")  # pyright: ignore[reportArgumentType]
         await run.wait_for_completion()
     assert "Crew run r1: plan (50%)" in caplog.text

@@ -219,7 +219,7 @@ async def test_whatever_prefect_refuses_the_result_is_there(
 async def test_a_persons_turn_that_cannot_be_written_down_is_told(
     crew_server: CrewServerFactory, proxy: Proxy, caplog: pytest.LogCaptureFixture
 ):
-    server = crew_server(ASKS, dialect="union")
+    server = crew_server(ASKS, response_format="union")
     run = await server.crew().trigger({})
     proxy.refuse = "PATCH /api/variables"
     with pytest.raises(CrewTimeoutError):
@@ -253,7 +253,7 @@ async def foreign(crew_server: CrewServerFactory, text: str, **options: Any) -> 
 async def test_without_a_record_a_person_is_told_of_as_well(
     crew_server: CrewServerFactory, caplog: pytest.LogCaptureFixture
 ):
-    _, run = await foreign(crew_server, ASKS, dialect="union")
+    _, run = await foreign(crew_server, ASKS, response_format="union")
     with pytest.raises(CrewTimeoutError):
         await run.wait_for_completion(WaitPolicy(initial=0.1, human_timeout=0.3))
     assert "waits for a person" in caplog.text
