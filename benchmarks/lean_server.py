@@ -2,7 +2,7 @@
 
     python benchmarks/lean_server.py --seconds 2 --port 0 --latency 0.2
 
-`--latency` is how many seconds each answer takes, as over a network. It speaks the documented dialect over plain
+`--latency` is how many seconds each answer takes, as over a network. It answers in the documented format over plain
 asyncio, holds no tasks (a run has ended once its time is over), and counts. `GET /_counts` gives kickoffs, distinct
 idempotency keys, status calls and the CPU seconds that this process has used.
 """

@@ -30,8 +30,8 @@ IN_FLIGHT = 8
 
 SERVE = """
 import sys
-from prefect_crew.devserver.server import serve
-serve(sys.argv[1], port=0, token=sys.argv[2], dialect="union")
+from prefect_crew.devserver import serve
+serve(sys.argv[1], port=0, token=sys.argv[2], response_format="union")
 """
 
 

@@ -12,79 +12,72 @@ within the fixtures.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Generator, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, Literal, Protocol, overload
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Protocol
 
 import pytest
 
 if TYPE_CHECKING:
-    from prefect_crew.devserver.faults import Fault
-    from prefect_crew.devserver.server import CrewServer, InProcessCrewServer, Spec
+    from typing import Unpack
+
+    from prefect_crew.devserver import CrewServer
+    from prefect_crew.devserver._app import ServerOptions, Spec
+
+__all__ = ["CrewServerFactory", "crew_server", "instant_polling", "scripted_crew"]
 
 
 class CrewServerFactory(Protocol):
-    """What the fixture `crew_server` gives: call it as often as you like, each call is a running server."""
+    """The function that the fixture `crew_server` gives: each call starts a server."""
 
-    @overload
     def __call__(
         self,
-        spec: Spec | Mapping[str, Spec] = ...,
+        spec: Spec | Mapping[str, Spec] = "echo",
         *,
-        port: Literal[False] = ...,
-        faults: Iterable[Fault | str] = ...,
-        **options: Any,
-    ) -> InProcessCrewServer: ...
-    @overload
-    def __call__(
-        self,
-        spec: Spec | Mapping[str, Spec] = ...,
-        *,
-        port: Literal[True] | int,
-        faults: Iterable[Fault | str] = ...,
-        **options: Any,
-    ) -> CrewServer: ...
+        port: bool | int = 0,
+        token: str | None = None,
+        **options: Unpack[ServerOptions],
+    ) -> CrewServer:
+        """Start a server; see the fixture `crew_server`."""
+        ...
 
 
 @pytest.fixture
-def crew_server() -> Generator[CrewServerFactory, None, None]:
-    """Give a function that starts crew servers; they are stopped when the test ends.
+def crew_server() -> Iterator[CrewServerFactory]:
+    """Give a function that starts crew servers on ports of 127.0.0.1; they are stopped when the test ends.
 
-    `crew_server(spec, *, port=False, faults=(), **options)`: `spec` is a script (its YAML text, a file, or the name of
-    a crew of this package such as "echo" or "travel"), a `module:factory` of CrewAI code, a `Program`, or a mapping of
-    paths to those. Without a port only this process reaches it, through our own client; `port=True` takes a free port
-    of the loopback interface, which any client and any other process can use. `options` are those of
-    `prefect_crew.devserver.CrewServer`: token, seed, speed, dialect, generation, journal, inspect, max_runs and so on.
+    `crew_server(spec="echo", *, port=0, token=None, **options)`: `spec` is a script (its YAML text, a file, or the name
+    of a crew of this package such as "echo" or "travel"), a `module:factory` of CrewAI code, a program, or a mapping of
+    names to those, which serves each under `/NAME`. `port` 0 (or True) takes a free one. `options` are those of
+    `prefect_crew.devserver.create_app`: response_format, generation, faults, speed, stop, max_runs, review_webhook.
 
     The server has url, token, headers, runs, run(id), kickoffs, kickoffs_by_key, requests, counters, faults,
     restart(), and crew(**fields), which is a `DeployedCrew` block for it.
     """
-    from prefect_crew.devserver.server import CrewServer, InProcessCrewServer
+    from prefect_crew.devserver import CrewServer
 
     with contextlib.ExitStack() as running:
 
         def start(
             spec: Spec | Mapping[str, Spec] = "echo",
             *,
-            port: bool | int = False,
-            faults: Iterable[Fault | str] = (),
-            **options: Any,
-        ) -> CrewServer | InProcessCrewServer:
-            if port is False:
-                return running.enter_context(InProcessCrewServer(spec, faults=faults, **options))
-            number = 0 if port is True else port
-            return running.enter_context(CrewServer(spec, port=number, faults=faults, **options))
+            port: bool | int = 0,
+            token: str | None = None,
+            **options: Unpack[ServerOptions],
+        ) -> CrewServer:
+            number = 0 if port is True else int(port)
+            return running.enter_context(CrewServer(spec, port=number, token=token, **options))
 
-        yield start  # pyright: ignore[reportReturnType] - the overloads say which of the two it is
+        yield start
 
 
 @pytest.fixture
-def scripted_crew(crew_server: CrewServerFactory) -> InProcessCrewServer:
-    """Give a running server, without a port, whose crew has one input `text` and at once returns it as its output."""
+def scripted_crew(crew_server: CrewServerFactory) -> CrewServer:
+    """Give a running server whose crew has one input `text` and at once returns it as its output."""
     return crew_server("echo")
 
 
 @pytest.fixture
-def instant_polling() -> Generator[None, None, None]:
+def instant_polling() -> Iterator[None]:
     """Make every wait for a crew look each 10 ms, whatever its `WaitPolicy` says; its time limits stay."""
     from prefect_crew.crew import fast_polling
 

@@ -84,7 +84,7 @@ def test_a_scheduled_run_appears_and_completes(pool: CrewPool, chromium: Chromiu
 
 
 def test_a_form_is_answered_on_the_flow_runs_page(pool: CrewPool, chromium: Chromium, tmp_path: Path):
-    crew = pool.add_crew("asking", ASKING, dialect="union")
+    crew = pool.add_crew("asking", ASKING, response_format="union")
     run_id = pool.start(pool.deploy("asking"), crew="asking", inputs={"topic": "tea"}, review="form")
 
     def form(number: int) -> bool:

@@ -42,7 +42,7 @@ async def fields_of(crew: Crew, **defaults: Any) -> tuple[dict[str, Any], dict[s
 
 @pytest.fixture
 async def crew() -> Any:
-    with CrewServer(CREW, dialect="live") as server:
+    with CrewServer(CREW, response_format="live") as server:
         block: Any = server.crew()
         assert isinstance(block, DeployedCrew)
         yield block.crew.called("form")

@@ -46,7 +46,7 @@ def test_other_names_are_not_there():
 LIGHT = """
 import sys
 import prefect_crew
-heavy = {"prefect_crew.flows", "prefect_crew.runs.kickoff", "prefect_crew.devserver.app", "crewai", "polars"}
+heavy = {"prefect_crew.flows", "prefect_crew.runs.kickoff", "prefect_crew.devserver._app", "crewai", "polars"}
 print(sorted(heavy & set(sys.modules)))
 from prefect_crew import CrewClient, CrewFailedError, Webhooks
 print("prefect" in sys.modules)

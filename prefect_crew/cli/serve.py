@@ -8,7 +8,6 @@ import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Annotated, Literal
 
 from cyclopts import Parameter, validators
@@ -17,7 +16,7 @@ from cyclopts.types import Port
 from prefect_crew.cli import _output
 from prefect_crew.cli._prefect import flow_run_url, reach_prefect
 from prefect_crew.cli._progress import progress
-from prefect_crew.devserver.faults import FAULTS, HTTP_PLACES, WEBHOOK_PLACES
+from prefect_crew.devserver._faults import FAULTS, HTTP_PLACES, WEBHOOK_PLACES
 from prefect_crew.exceptions import ConfigurationError
 
 HOST = Parameter(help="The address to listen on.")
@@ -27,11 +26,10 @@ PORT = Parameter(help="The port; 0 takes a free one.")
 def faults_help() -> str:
     """Return what `serve --fault` takes."""
     phases = "[-before-accept|-after-accept]"
-    kinds = "\n".join(
-        f"  {kind.name + (phases if kind.phases else ''):<{len(phases) + 10}}{kind.text}" for kind in FAULTS.values()
-    )
+    names = {name + (phases if kind.has_phases else ""): kind for name, kind in FAULTS.items()}
+    kinds = "\n".join(f"  {name:<{len(phases) + 10}}{kind.text}" for name, kind in names.items())
     return (
-        f"Faults: PLACE:NAME[=VALUE][@WHEN][%PROBABILITY], such as kickoff:500@1 or status:latency=2@3-5%0.1.\n"
+        f"Faults: PLACE:NAME[=VALUE][@WHEN], such as kickoff:500@1 or status:latency=2@3-5.\n"
         f"Places of requests: {', '.join(HTTP_PLACES)}.\nPlaces of deliveries: {', '.join(WEBHOOK_PLACES)}.\n{kinds}"
     )
 
@@ -48,25 +46,19 @@ def serve(
     token: Annotated[
         str | None, Parameter(help="The bearer token. Left out, a random one, which is shown.", env_var="CREW_TOKEN")
     ] = None,
-    dialect: Annotated[
+    response_format: Annotated[
         Literal["documented", "union", "live"], Parameter(help="How answers are worded.")
     ] = "documented",
     generation: Annotated[Literal["first", "later"], Parameter(help="How webhook bodies are worded.")] = "first",
     fault: Annotated[
         list[str] | None, Parameter(help="Something that goes wrong, such as kickoff:500; may be given again.")
     ] = None,
-    seed: Annotated[int | None, Parameter(help="Seed of faults that happen at random.")] = None,
     speed: Annotated[float, Parameter(help="The seconds of scripts are divided by it.")] = 1.0,
-    journal: Annotated[Path | None, Parameter(help="A file that lets runs survive a restart of the server.")] = None,
-    on_crash: Annotated[
-        Literal["rerun", "lose"], Parameter(help="What a restart does with runs of the journal that had not ended.")
-    ] = "rerun",
-    inspect: Annotated[bool, Parameter(help="Also answer GET /_test/requests, for tests.")] = False,
     no_stop: Annotated[bool, Parameter(help="Leave /stop out, as servers may.")] = False,
     max_runs: Annotated[int | None, Parameter(help="How many runs go on at once; later ones are pending.")] = None,
 ) -> int:
     """Serve a crew with the API of a deployed one, until Ctrl-C."""
-    from prefect_crew.devserver.server import serve as serve_crew
+    from prefect_crew.devserver import serve as serve_crew
 
     try:
         return _listening(
@@ -77,15 +69,11 @@ def serve(
                 host=host,
                 port=port,
                 token=token or None,
-                dialect=dialect,
+                response_format=response_format,
                 generation=generation,
                 faults=fault or (),
-                seed=seed,
                 speed=speed,
-                journal=journal,
-                on_crash=on_crash,
-                inspect=inspect,
-                no_stop=no_stop,
+                stop=not no_stop,
                 max_runs=max_runs,
             ),
         )
@@ -158,7 +146,7 @@ def demo(
     for name, value in given.items():
         _output.note(f"  {name:<10} {value}")
     with progress() as shown:
-        url = reach_prefect(shown, imports=("prefect_crew.flows", "prefect_crew.devserver.server"))
+        url = reach_prefect(shown, imports=("prefect_crew.flows", "prefect_crew.devserver"))
         shown.phase("Starting a crew server on this machine")
         from prefect_crew.crew import WaitPolicy
         from prefect_crew.devserver import CrewServer

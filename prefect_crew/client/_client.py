@@ -113,7 +113,7 @@ class CrewClient:
         self._verify = verify
         self._allow_http = allow_http
         self._proxy = proxy
-        self._transport = transport or _transport.served_here(self.url)
+        self._transport = transport
         self._polls: Connections | None = None
         self._posts: Connections | None = None
         self._status_path: str | None = None

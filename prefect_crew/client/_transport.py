@@ -10,7 +10,7 @@ import os
 import ssl
 import urllib.request
 import zlib
-from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Generator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -42,31 +42,6 @@ GET_DEADLINE = 10
 
 The timeout itself counts between two pieces: without this, a server that sends a byte a second outlasts every limit.
 """
-
-_served: dict[str, httpx.AsyncBaseTransport] = {}
-
-
-@contextlib.contextmanager
-def in_process(host: str, transport: httpx.AsyncBaseTransport) -> Generator[None]:
-    """Let every CrewClient made meanwhile whose URL's host is `host` use `transport`: no network, plain http or not.
-
-    For tests. The transport is not closed by the clients; it must work on any event loop that they run on.
-    """
-    host = host.lower()
-    before = _served.get(host)
-    _served[host] = transport
-    try:
-        yield
-    finally:
-        if before is None:
-            _served.pop(host, None)
-        else:
-            _served[host] = before
-
-
-def served_here(url: str) -> httpx.AsyncBaseTransport | None:
-    """Return the transport registered for the host of `url`, if any."""
-    return _served.get((urlsplit(url).hostname or "").lower())
 
 
 # Where requests may go
@@ -109,7 +84,7 @@ def checked_url(url: str, *, allow_http: bool) -> str:
         raise ConfigurationError(f"The crew's URL {bare!r} does not start with https:// and a host.")
     if parts.query or parts.fragment:
         raise ConfigurationError(f"The crew's URL (host {host}) has a query or a fragment. Give the bare URL.")
-    if parts.scheme == "http" and not (allow_http or is_loopback(host) or served_here(url)):
+    if parts.scheme == "http" and not (allow_http or is_loopback(host)):
         raise ConfigurationError(
             f"The crew's URL http://{host} would send the token in plain text. "
             "Use https, or allow it with allow_http=True (--allow-http) where the network is trusted."

@@ -1,56 +1,52 @@
-"""A crew server on your own machine: scripted crews or real CrewAI code behind the API that a deployed crew speaks.
+"""A crew server on your own machine: scripted crews or CrewAI code behind the API that a deployed crew has.
 
-    from prefect_crew.devserver import CrewServer
+from prefect_crew.devserver import CrewServer
 
-    with CrewServer("travel") as server:
-        ...  # server.url, server.token
-
-The names are loaded when they are first used: programs need only `prefect_crew.devserver.runs`.
+with CrewServer("travel") as server:
+    ...  # server.url, server.token
 """
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from prefect_crew._internal.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from prefect_crew.devserver.app import create_app
-    from prefect_crew.devserver.faults import Fault, FaultError, Faults
-    from prefect_crew.devserver.programs import load_program
-    from prefect_crew.devserver.runs import ProgramNotFoundError
-    from prefect_crew.devserver.scripts import CrewScript, ScriptError, load_script
-    from prefect_crew.devserver.server import CrewServer, InProcessCrewServer
+    from prefect_crew.devserver._app import create_app, load_program
+    from prefect_crew.devserver._faults import Fault, FaultError, Faults
+    from prefect_crew.devserver._runs import Answer, Outcome, Program, ProgramError, ProgramNotFoundError, Run
+    from prefect_crew.devserver._scripts import CrewScript, ScriptError, load_script
+    from prefect_crew.devserver._server import CrewServer, serve
+    from prefect_crew.devserver._webhooks import ReviewWebhook
 
 __all__ = [
+    "Answer",
     "CrewScript",
     "CrewServer",
     "Fault",
     "FaultError",
     "Faults",
-    "InProcessCrewServer",
+    "Outcome",
+    "Program",
+    "ProgramError",
     "ProgramNotFoundError",
+    "ReviewWebhook",
+    "Run",
     "ScriptError",
     "create_app",
     "load_program",
     "load_script",
+    "serve",
 ]
 
-_HOMES = {
-    "CrewScript": "scripts",
-    "CrewServer": "server",
-    "Fault": "faults",
-    "FaultError": "faults",
-    "Faults": "faults",
-    "InProcessCrewServer": "server",
-    "ProgramNotFoundError": "runs",
-    "ScriptError": "scripts",
-    "create_app": "app",
-    "load_program": "programs",
-    "load_script": "scripts",
+# Loaded when first used: uvicorn and Starlette take 0.2 s to import.
+_NAMES = {
+    "_app": "create_app load_program",
+    "_faults": "Fault FaultError Faults",
+    "_runs": "Answer Outcome Program ProgramError ProgramNotFoundError Run",
+    "_scripts": "CrewScript ScriptError load_script",
+    "_server": "CrewServer serve",
+    "_webhooks": "ReviewWebhook",
 }
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+__getattr__, __dir__ = lazy_names(__name__, _NAMES)

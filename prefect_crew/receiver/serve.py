@@ -5,17 +5,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import socket
 from collections import OrderedDict
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
 
-import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
-from prefect_crew.devserver.server import listener, to_stdout, until_signalled
+from prefect_crew._internal.web_server import WebServer, open_listener, print_line, url_of
 
 HEAD_TIMEOUT = 10.0
 """Seconds for a request's head, from its first byte or from the connection."""
@@ -83,7 +81,7 @@ class _HeadsInTime(H11Protocol):
         return cycle is not None and not cycle.response_complete
 
 
-class ReceiverServer(uvicorn.Server):
+class ReceiverServer(WebServer):
     """Serves a receiver, or any ASGI app that holds one; stop it by setting `should_exit`.
 
     URLs are all that protects three of its webhooks, so no request is logged.
@@ -91,36 +89,19 @@ class ReceiverServer(uvicorn.Server):
 
     def __init__(self, app: ASGIApp, *, on_started: Callable[[], None] = lambda: None) -> None:
         super().__init__(
-            uvicorn.Config(
-                app,
-                http=cast("type[asyncio.Protocol]", partial(_HeadsInTime, idle=OrderedDict())),
-                backlog=BACKLOG,
-                limit_concurrency=CONNECTIONS,
-                ws="none",
-                lifespan="on",
-                log_config=None,
-                access_log=False,
-                server_header=False,
-                proxy_headers=False,
-                # Longer than clients and proxies keep theirs: one that we close meets a webhook that is sent once.
-                timeout_keep_alive=75,
-                timeout_graceful_shutdown=2,
-            )
+            app,
+            on_started=on_started,
+            http=cast("type[asyncio.Protocol]", partial(_HeadsInTime, idle=OrderedDict())),
+            backlog=BACKLOG,
+            limit_concurrency=CONNECTIONS,
+            server_header=False,
+            proxy_headers=False,
+            # Longer than clients and proxies keep theirs: one that we close meets a webhook that is sent once.
+            timeout_keep_alive=75,
+            timeout_graceful_shutdown=2,
         )
         # uvicorn warns of every request that is no HTTP: anybody could fill a disk with that.
         logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
-        self._on_started = on_started
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Generator[None, None, None]:
-        """Leave the signals to the caller."""
-        yield
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Start, and say so."""
-        await super().startup(sockets)
-        if self.started:
-            self._on_started()
 
 
 def serve_receiver(
@@ -136,11 +117,10 @@ def serve_receiver(
     Raises:
         OSError: The port is taken, or the host is not this machine's.
     """
-    bound = listener(host, port)
-    name, number = str(bound.getsockname()[0]), int(bound.getsockname()[1])
-    where = f"http://[{name}]:{number}" if ":" in name else f"http://{name}:{number}"
+    bound = open_listener(host, port)
+    where = url_of(bound)
     line = f"Listening for webhooks at {where}  Look: {where}/ready  Stop: Ctrl-C"
-    server = ReceiverServer(app, on_started=lambda: (announce or to_stdout)(line))
-    with contextlib.closing(bound), until_signalled(server):
+    server = ReceiverServer(app, on_started=lambda: (announce or print_line)(line))
+    with contextlib.closing(bound):
         asyncio.run(server.serve(sockets=[bound]))
     return 0

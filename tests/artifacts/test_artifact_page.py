@@ -53,7 +53,7 @@ def script() -> CrewScript:
 
 @pytest.fixture
 def artifact_id(prefect_api: Any, script: CrewScript, instant_polling: None) -> str:
-    with CrewServer(script, dialect="union") as server:
+    with CrewServer(script, response_format="union") as server:
         crew = DeployedCrew(url=server.url, token=server.token, secret_inputs=["password"])
         run_crew(crew, {"topic": "<i>Lisbon</i> | tiles", "password": "correct horse battery"})
         key = f"crew-{crew.label.replace('.', '-').replace(':', '-')}"

@@ -90,7 +90,7 @@ def test_an_event_in_a_script_names_no_flow_run_and_one_of_an_owner_names_his(se
 
 
 def test_the_life_of_a_run_is_told_in_order(crew_server: CrewServerFactory, seen: Seen):
-    server = crew_server(ASKS, dialect="union")
+    server = crew_server(ASKS, response_format="union")
 
     async def answered() -> str:
         run = await server.crew().trigger({})

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
 import uuid
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,6 +14,8 @@ import pytest
 from prefect_crew import WaitPolicy
 from prefect_crew.batches import throttle
 from prefect_crew.batches.ledger import Ledger
+from prefect_crew.client.models import CrewInput
+from prefect_crew.devserver import Outcome, ProgramError, Run
 from prefect_crew.exceptions import CrewError
 from prefect_crew.records.model import RecordPhase
 from prefect_crew.records.resolve import resolve_never_started, resolve_started, unresolved
@@ -21,9 +25,28 @@ from support.batches import Batches, put
 from support.held import Held
 from support.ledgers import let_an_hour_pass
 from support.scripts import FAILS, script, slow
+from support.servers import at_random
 
 ECHO = script({"output": "on {{ topic }}"}, inputs=["topic"])
 PICKY = script({"output": "on {{ topic }}", "fail": "{{ 'no ' + topic if 'bad' in topic }}"}, inputs=["topic"])
+
+
+class Numbered:
+    """A crew that fails in those of its runs, numbered from 0, that `fails` names."""
+
+    name = "numbered"
+
+    def __init__(self, fails: Callable[[int], bool]) -> None:
+        self._fails = fails
+        self._numbers = itertools.count()
+
+    def inputs(self) -> list[CrewInput]:
+        return [CrewInput(name="topic")]
+
+    async def execute(self, run: Run) -> Outcome:
+        if self._fails(next(self._numbers)):
+            raise ProgramError("sick")
+        return Outcome("x")
 
 
 def topics(count: int, bad: set[int] | None = None) -> list[dict[str, Any]]:
@@ -92,12 +115,7 @@ async def test_retries_are_further_purchases_that_are_counted(batch: Batches, cr
 
 
 async def test_a_retry_that_works_is_a_completed_row(batch: Batches, crew_server: CrewServerFactory):
-    # The first run of each row fails: its kickoff ids are told apart by their number.
-    flaky = script(
-        {"output": "x", "fail": "{{ 'at first' if kickoff_id[-1] in '01234567' else '' }}"}, inputs=["topic"]
-    )
-    numbers = iter(range(1000))
-    server = crew_server(flaky, new_id=lambda: f"run-{next(numbers):04}")
+    server = crew_server(Numbered(lambda number: number % 10 < 8))
     report = await batch(server.crew(max_kickoffs=50), topics(3), max_in_flight=1, retries={"CrewFailedError": 20})
     assert report.completed == 3
     assert report.kickoffs == server.kickoffs == 19, "8 failures, 2 results, 8 failures, 1 result"
@@ -149,9 +167,7 @@ async def test_retries_wait_for_the_circuit_breaker_and_are_counted_by_it(
 
 
 async def test_a_retry_that_works_closes_the_circuit_breaker(batch: Batches, crew_server: CrewServerFactory):
-    sick = script({"output": "x", "fail": "{{ 'sick' if kickoff_id|int < 4 else '' }}"}, inputs=["topic"])
-    numbers = iter(range(1000))
-    server = crew_server(sick, new_id=lambda: str(next(numbers)))
+    server = crew_server(Numbered(lambda number: number < 4))
     report = await batch(
         server.crew(max_kickoffs=9), topics(10), max_in_flight=1, retries=8, breaker=3, breaker_pause=0.05
     )
@@ -159,9 +175,7 @@ async def test_a_retry_that_works_closes_the_circuit_breaker(batch: Batches, cre
 
 
 async def test_a_crew_that_works_again_is_gone_on_with(batch: Batches, crew_server: CrewServerFactory):
-    sick = script({"output": "x", "fail": "{{ 'sick' if kickoff_id|int < 12 else '' }}"}, inputs=["topic"])
-    numbers = iter(range(1000))
-    server = crew_server(sick, new_id=lambda: str(next(numbers)))
+    server = crew_server(Numbered(lambda number: number < 12))
     report = await batch(server.crew(), topics(50), max_in_flight=1, breaker=10, breaker_pause=0.1)
     assert (report.completed, report.failed, report.stopped) == (38, 12, None)
 
@@ -231,7 +245,7 @@ async def test_what_the_server_asks_of_one_row_holds_the_batch_back(batch: Batch
 
 
 async def test_429_at_the_status_call_costs_time_only(batch: Batches, crew_server: CrewServerFactory):
-    server = crew_server(ECHO, faults=["status:429=0.3%0.2", "kickoff:503=0.2%0.1"], seed=7)
+    server = crew_server(ECHO, faults=at_random("status:429=0.3%0.2", "kickoff:503=0.2%0.1", seed=7))
     report = await batch(server.crew(), topics(60))
     assert report.ok
     assert server.kickoffs == 60
@@ -348,7 +362,8 @@ async def test_a_run_that_the_server_forgets_is_lost_and_bought_again_only_by_it
 
 async def test_status_calls_that_fail_say_nothing_about_a_row(batch: Batches, crew_server: CrewServerFactory):
     faults = ["status:500%0.1", "status:drop%0.1", "status:html%0.1", "status:garbage%0.1", "kickoff:early-404=2"]
-    server = crew_server(script({"seconds": 0.1, "output": "x"}, inputs=["topic"]), faults=faults, seed=3)
+    crew = script({"seconds": 0.1, "output": "x"}, inputs=["topic"])
+    server = crew_server(crew, faults=at_random(*faults, seed=3))
     report = await batch(server.crew(), topics(60))
     assert report.ok
     assert server.kickoffs == 60

@@ -47,7 +47,7 @@ def topics(count: int, **more: Any) -> list[dict[str, Any]]:
 
 
 async def test_a_row_is_a_run_and_a_line(batch: Batches, crew_server: CrewServerFactory):
-    server = crew_server(ECHO, dialect="union")
+    server = crew_server(ECHO, response_format="union")
     report = await batch(server.crew(price=0.5), topics(30))
     assert (report.total, report.completed, report.failed, report.uncertain, report.skipped) == (30, 30, 0, 0, 0)
     assert report.ok

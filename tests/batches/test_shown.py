@@ -41,7 +41,7 @@ async def artifacts(name: str) -> dict[str, list[str]]:
 
 
 async def test_three_artifacts_a_batch(batch: Batches, crew_server: CrewServerFactory):
-    server = crew_server(PICKY, dialect="union", faults=["kickoff:drop-after-accept@2"])
+    server = crew_server(PICKY, response_format="union", faults=["kickoff:drop-after-accept@2"])
     rows = [{"topic": topic} for topic in ("tea", "milk", "bad `row`", "rye")]
     await batch(server.crew(price=0.25), rows, name="shown leads", key="topic", max_in_flight=1)
     shown = await artifacts("shown leads")

@@ -11,7 +11,7 @@ from sqlalchemy.exc import OperationalError
 
 from prefect_crew.batches.ledger import Ledger
 from prefect_crew.crew import CrewSession
-from prefect_crew.devserver.server import InProcessCrewServer
+from prefect_crew.devserver import CrewServer
 from prefect_crew.exceptions import LedgerError
 from prefect_crew.records.keys import RunIdentity
 from prefect_crew.records.model import Caller, Lease, RecordPhase
@@ -24,7 +24,7 @@ from support.batches import record_of
 CLAIMED, NOT_STARTED, STARTED = RecordPhase.CLAIMED, RecordPhase.NOT_STARTED, RecordPhase.STARTED
 
 
-async def start(ledger: Ledger, server: InProcessCrewServer, session: CrewSession | None = None) -> Started:
+async def start(ledger: Ledger, server: CrewServer, session: CrewSession | None = None) -> Started:
     """Start the row "k", as a batch does."""
     if session is None:
         async with CrewSession(server.crew().crew) as session:

@@ -44,7 +44,7 @@ tasks: [{name: t, output: x}]
 """
     with CrewServer(script, token=TOKEN) as server:
         assert here("inputs", server.url).out == "Input\tNeeded\ntopic\trequired\ntone\toptional\n"
-    with CrewServer(script, token=TOKEN, dialect="live") as server:
+    with CrewServer(script, token=TOKEN, response_format="live") as server:
         listed = here("inputs", server.url).out.splitlines()
     assert listed[0] == "Input\tNeeded\tDefault\tType\tDescription"
     assert listed[2] == "tone\toptional\tdry\tstring\tHow it sounds."
@@ -177,7 +177,7 @@ def test_extra_inputs_and_a_state_to_restore(here, greet: str, crews: CrewServer
     state = "3f2b8c1e-9d47-4a6b-8f0e-5c1d2a7b9e64"
     line = ("-i", "who=Ada", "-i", "colour=red", "--allow-extra", "--restore-from", state)
     assert here("run", greet, *line).code == 0
-    last = [*crews.runtime.crews["greet"]][-1]
+    last = [*crews.state.crews["greet"]][-1]
     assert (last.inputs, last.restore_from) == ({"who": "Ada", "colour": "red"}, state)
 
 

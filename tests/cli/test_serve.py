@@ -23,7 +23,7 @@ def test_a_crew_is_served_until_ctrl_c(tmp_path: Path):
         "0",
         "--token",
         "given-token",
-        "--dialect",
+        "--response-format",
         "union",
     ]
     with Process(command, log=tmp_path / "log", env=environment(tmp_path), cwd=tmp_path) as process:
@@ -81,7 +81,7 @@ def test_a_port_that_is_taken(here):
 
 
 def test_the_help_lists_the_faults(here):
-    from prefect_crew.devserver.faults import FAULTS, PLACES
+    from prefect_crew.devserver._faults import FAULTS, PLACES
 
     shown = here("serve", "--help").out.partition("Faults: ")[2]
     assert [name for name in (*PLACES, *FAULTS) if not re.search(rf"(?<![\w-]){name}(?![\w-])", shown)] == []

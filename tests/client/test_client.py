@@ -13,7 +13,6 @@ import respx
 from pydantic import SecretStr
 
 from prefect_crew.client._client import CrewClient
-from prefect_crew.client._transport import in_process
 from prefect_crew.client.models import StopOutcome
 from prefect_crew.client.webhooks import BearerAuth, HumanInputWebhook, Webhooks
 from prefect_crew.exceptions import (
@@ -470,35 +469,3 @@ async def test_a_proxy_or_ca_that_cannot_be_used(facts: dict[str, str]):
         async with CrewClient(URL, TOKEN, **facts):  # type: ignore[arg-type]
             pass
     assert "s3cret" not in str(caught.value)
-
-
-class Recorder(httpx.MockTransport):
-    def __init__(self) -> None:
-        super().__init__(self.answer)
-        self.hosts: list[str] = []
-        self.closed = False
-
-    def answer(self, request: httpx.Request) -> httpx.Response:
-        self.hosts.append(request.url.host)
-        return httpx.Response(200, json={"inputs": []})
-
-    async def aclose(self) -> None:
-        self.closed = True
-
-
-async def test_a_host_served_in_process_needs_no_network_and_no_tls():
-    outer, inner = Recorder(), Recorder()
-    with in_process("Travel.Crew", outer):
-        early = CrewClient("http://travel.crew:8000", TOKEN)
-        with in_process("travel.crew", inner):
-            async with CrewClient("http://TRAVEL.crew", TOKEN) as client:
-                await client.inputs()
-        async with CrewClient("http://travel.crew", TOKEN) as client:
-            await client.inputs()
-    async with early:  # bound when it was made: it must not reach for the network later
-        await early.inputs()
-    with pytest.raises(ConfigurationError):
-        CrewClient("http://travel.crew", TOKEN)
-    assert (outer.hosts, inner.hosts) == (["travel.crew"] * 2, ["travel.crew"])
-    assert not outer.closed
-    assert not inner.closed

@@ -1,4 +1,4 @@
-"""The client against the crew server of this package: what one half says, the other understands, in every dialect."""
+"""The client against the crew server of this package: what one half says, the other understands, in every format."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import pytest
 
 from prefect_crew.client._client import CrewClient
 from prefect_crew.client.models import CrewStatus, StopOutcome
-from prefect_crew.devserver.server import InProcessCrewServer
+from prefect_crew.devserver import CrewServer
 from prefect_crew.exceptions import AuthenticationError, InvalidInputsError
 from prefect_crew.states import CrewState
 
-DIALECTS = ["documented", "union", "live"]
+FORMATS = ["documented", "union", "live"]
 TRIP = {"budget": "900", "interests": "food", "duration": "3", "age": "40"}
 
 
@@ -22,9 +22,9 @@ async def ended(client: CrewClient, kickoff_id: str) -> CrewStatus:
     return status
 
 
-@pytest.mark.parametrize("dialect", DIALECTS)
-async def test_a_run_in_every_dialect(dialect: str):
-    with InProcessCrewServer("travel", dialect=dialect, speed=100) as server:
+@pytest.mark.parametrize("response_format", FORMATS)
+async def test_a_run_in_every_dialect(response_format: str):
+    with CrewServer("travel", response_format=response_format, speed=100) as server:
         async with CrewClient(server.url, server.token) as client:
             assert await client.health()
             assert {item.name for item in await client.inputs()} == set(TRIP)
@@ -41,13 +41,13 @@ async def test_a_run_in_every_dialect(dialect: str):
     assert unknown.state is CrewState.UNKNOWN
     assert (late.outcome, late.state) == (StopOutcome.NOT_STOPPABLE, CrewState.COMPLETED)
     assert nobody.outcome is StopOutcome.UNKNOWN_RUN
-    if dialect == "documented":
+    if response_format == "documented":
         assert set(caught.value.missing_inputs) == set(TRIP) - {"budget"}
 
 
-@pytest.mark.parametrize("dialect", DIALECTS)
-async def test_a_run_that_is_stopped(dialect: str):
-    with InProcessCrewServer("travel", dialect=dialect, speed=0.01) as server:
+@pytest.mark.parametrize("response_format", FORMATS)
+async def test_a_run_that_is_stopped(response_format: str):
+    with CrewServer("travel", response_format=response_format, speed=0.01) as server:
         async with CrewClient(server.url, server.token) as client:
             kickoff_id = await client.kickoff(TRIP)
             assert (await client.stop(kickoff_id)).accepted
@@ -56,7 +56,7 @@ async def test_a_run_that_is_stopped(dialect: str):
 
 
 async def test_a_wrong_token_is_told():
-    with InProcessCrewServer("echo") as server:
+    with CrewServer("echo") as server:
         async with CrewClient(server.url, "another-token") as client:
             with pytest.raises(AuthenticationError):
                 await client.inputs()

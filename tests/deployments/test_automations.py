@@ -10,7 +10,7 @@ import pytest
 from prefect.blocks.notifications import CustomWebhookNotificationBlock
 
 from prefect_crew import CrewError, WaitPolicy, run_crew
-from prefect_crew.devserver.server import CrewServer
+from prefect_crew.devserver import CrewServer
 from support.deployed import ROOT, command
 from support.prefect_server import PrefectServer, connected, drain
 from support.receiver import Receiver

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from prefect_crew.devserver.server import CrewServer
+from prefect_crew.devserver import CrewServer
 from support.deployed import ROOT, command, flow_processes, wait_for_state, wait_until
 from support.processes import Process
 from support.site import Site

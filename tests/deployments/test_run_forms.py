@@ -33,7 +33,7 @@ def test_it_asks_for_each_input(
     prefect_api: PrefectServer, chromium: Chromium, ui: Literal["v1", "v2"], tmp_path: Path
 ):
     name = f"report-{uuid.uuid4().hex[:8]}"
-    with CrewServer(CREW, dialect="live") as server:
+    with CrewServer(CREW, response_format="live") as server:
         block: Any = server.crew(secret_inputs=["login"])
         target = asyncio.run(crew_target(block.crew.called(name), {"audience": "everyone"}))
     made: Any = build_deployment(target, Plan(name))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from prefect_crew.devserver.server import CrewServer
+from prefect_crew.devserver import CrewServer
 from prefect_crew.testing import CrewServerFactory
 from support.deployed import command, load_flow
 from support.prefect_server import PrefectServer

@@ -1,44 +1,47 @@
-"""Clients that know nothing of this package, and a receiver of webhooks."""
+"""Servers, and clients that know nothing of this package."""
 
 from __future__ import annotations
 
-import time
+import contextlib
 from collections.abc import Iterator
 from typing import Any
 
 import httpx
 import pytest
 
-from prefect_crew.devserver.server import LocalServer
-from support.servers import ClientOf, Finished
+from prefect_crew.devserver import CrewServer
+from support.receiver import Receiver
+from support.servers import Serve
+
+
+@contextlib.contextmanager
+def _serving() -> Iterator[Serve]:
+    with contextlib.ExitStack() as stack:
+
+        def start(spec: Any = "echo", **options: Any) -> tuple[CrewServer, httpx.Client]:
+            server = stack.enter_context(CrewServer(spec, **options))
+            client = httpx.Client(base_url=server.url, headers=server.headers, timeout=10, trust_env=False)
+            return server, stack.enter_context(client)
+
+        yield start
 
 
 @pytest.fixture
-def client_of() -> Iterator[ClientOf]:
-    """Give a function that opens a plain HTTP client, with the token, for a server on a port."""
-    clients: list[httpx.Client] = []
+def serve() -> Iterator[Serve]:
+    """Give a function that starts a server and opens a client for it; both end with the test."""
+    with _serving() as start:
+        yield start
 
-    def open_client(server: LocalServer) -> httpx.Client:
-        clients.append(httpx.Client(base_url=server.url, headers=server.headers, timeout=10, trust_env=False))
-        return clients[-1]
 
-    yield open_client
-    for client in clients:
-        client.close()
+@pytest.fixture(scope="module")
+def serve_for_module() -> Iterator[Serve]:
+    """Give the same for all tests of a module."""
+    with _serving() as start:
+        yield start
 
 
 @pytest.fixture
-def finished() -> Finished:
-    """Give a function that polls a run until its state stays as it is, and returns the last status body."""
-
-    def poll(client: httpx.Client, kickoff_id: str) -> dict[str, Any]:
-        deadline = time.monotonic() + 20
-        while time.monotonic() < deadline:
-            answer = client.get(f"/status/{kickoff_id}")
-            word = str(answer.json().get("state") or answer.json().get("status"))
-            if word.upper() not in ("RUNNING", "STARTED", "PENDING"):
-                return answer.json()
-            time.sleep(0.01)
-        raise AssertionError(f"run {kickoff_id} did not end within 20 s")
-
-    return poll
+def receiver() -> Iterator[Receiver]:
+    """Give a receiver of webhooks."""
+    with Receiver() as running:
+        yield running

@@ -123,11 +123,6 @@ def same() -> Crew:
     return _SAME
 
 
-def sharing_a_model() -> Crew:
-    llm = OfflineLLM(model="offline")
-    return crew_of(job("one", "Write.", worker("One", llm)), job("two", "Write.", worker("Two", llm)))
-
-
 async def asynchronous() -> Crew:
     return failing()
 
@@ -217,10 +212,6 @@ class Paused(Flow):
     @listen(show_again)
     def finish(self, seen: Any) -> str:
         return f"{seen.output} / {seen.feedback}"
-
-
-def brief() -> Crew:
-    return crew_of(job("brief", "Write about {topic}.", worker("Writer", OfflineLLM(model="offline", seconds=0.2))))
 
 
 def breaks_later() -> Crew:

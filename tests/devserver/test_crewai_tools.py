@@ -47,7 +47,7 @@ def tool_for(server: CrewServer, **options: Any) -> Any:
     ],
 )
 def test_it_runs_a_crew(year: str, said: str) -> None:
-    with CrewServer(SCRIPT, dialect="union") as server:
+    with CrewServer(SCRIPT, response_format="union") as server:
         text = tool_for(server).run(year=year)
         assert text.startswith(said)
         assert server.kickoffs == 1
@@ -57,7 +57,7 @@ def test_it_runs_a_crew(year: str, said: str) -> None:
 
 
 def test_it_says_that_a_kickoff_was_refused() -> None:
-    with CrewServer(SCRIPT, dialect="union") as server:
+    with CrewServer(SCRIPT, response_format="union") as server:
         tool = tool_for(server)
         server.token = "rotated"
         assert tool.run(year="2025").startswith("Error: Failed to kickoff crew. Response: {'error': 'Unauthorized'")

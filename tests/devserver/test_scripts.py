@@ -1,135 +1,103 @@
-"""Reading scripts: what is accepted, and errors that say where."""
+"""Scripted crews: how they are read, errors that say where, and what they do while they run."""
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prefect_crew.devserver import CrewScript, ScriptError, load_script
-from prefect_crew.devserver import scripts as module
-from prefect_crew.devserver.scripts import bundled_scripts, parse_script, schema
+from prefect_crew.client.models import TaskResult
+from prefect_crew.devserver import Answer, CrewScript, Outcome, ProgramError, Run, ScriptError, load_script
+from prefect_crew.devserver import _scripts as module
+from prefect_crew.devserver._scripts import ScriptedProgram, bundled_scripts, parse_script, schema
 
-FULL = """
-name: full
-description: Everything at once.
-inputs:
-  - topic
-  - {name: audience, type: string, required: false, description: Who reads it., default: everyone}
-tasks:
-  - name: research
-    agent: Researcher
-    description: "Look at {{ topic }}"
-    expected_output: facts
-    seconds: "{{ 0.1 if audience == 'everyone' else 2 }}"
-    output: "facts"
-    data: {topic: "{{ topic }}", words: [1, "{{ audience }}"]}
-    steps: [{content: "reading about {{ topic }}", kind: tool, tool: search}]
-    human: true
-    max_rounds: 2
-  - {name: write, fail: "{% if topic == 'x' %}no{% endif %}", seconds: 2}
-output: "{{ tasks.write.output }}"
-data: '{"a": 1}'
-usage: {total_tokens: 10}
-faults: ["status:500@1"]
-seed: 4
-"""
+# Reading
 
 
 def test_everything_at_once() -> None:
-    script = parse_script(FULL)
-    assert [spec.name for spec in script.inputs] == ["topic", "audience"]
-    assert script.inputs[1].default == "everyone"
+    script = parse_script("""
+        name: full
+        description: Everything at once.
+        inputs:
+          - topic
+          - {name: audience, type: string, required: false, description: Who reads it., default: everyone}
+        tasks:
+          - name: research
+            agent: Researcher
+            description: "Look at {{ topic }}"
+            expected_output: facts
+            seconds: "{{ 0.1 if audience == 'everyone' else 2 }}"
+            output: "facts"
+            data: {topic: "{{ topic }}", words: [1, "{{ audience }}"]}
+            steps: [{content: "reading about {{ topic }}", kind: tool, tool: search}]
+            human: true
+            max_rounds: 2
+          - {name: write, fail: "{% if topic == 'x' %}no{% endif %}", seconds: 2}
+        output: "{{ tasks.write.output }}"
+        data: '{"a": 1}'
+        usage: {total_tokens: 10}
+        faults: ["status:500@1"]
+    """)
+    assert [(spec.name, spec.default) for spec in script.inputs] == [("topic", ""), ("audience", "everyone")]
     assert script.tasks[0].max_rounds == 2
+
+
+X, T = "name: x\n", "name: x\ntasks:\n  - name: t\n    "
 
 
 @pytest.mark.parametrize(
     ("text", "lines"),
     [
-        pytest.param("name: x\ntasks: [\n", ["c.yaml:3:1: not YAML: "], id="not-yaml"),
-        pytest.param("- a\n", ["c.yaml:1:1: a crew is a mapping with a name and tasks, not list"], id="a-list"),
-        pytest.param("", ["c.yaml:1:1: a crew is a mapping with a name and tasks, not NoneType"], id="empty"),
-        pytest.param("name: x\n", ["c.yaml:1:1: tasks: Field required"], id="no-tasks"),
-        pytest.param("name: x\ntasks: []\n", ["c.yaml:2:8: tasks: List should have at least 1 item"], id="empty-tasks"),
+        pytest.param("name: x\ntasks: [\n", ["3:1: not YAML: "], id="not-yaml"),
+        pytest.param("- a\n", ["1:1: a crew is a mapping with a name and tasks, not list"], id="a-list"),
+        pytest.param("", ["1:1: a crew is a mapping with a name and tasks, not NoneType"], id="empty"),
+        pytest.param(X, ["1:1: tasks: Field required"], id="no-tasks"),
+        pytest.param(f"{X}tasks: []\n", ["2:8: tasks: List should have at least 1 item"], id="empty-tasks"),
+        pytest.param(f"{T}second: 3\n", ["4:13: tasks[0].second: there is no such field"], id="misspelt"),
+        pytest.param(f"{T}seconds: -3\n", ["4:14: tasks[0].seconds: must be 0 or more"], id="negative"),
+        pytest.param(f"{T}seconds: .inf\n", ["4:14: tasks[0].seconds: must be 0 or more"], id="endless"),
         pytest.param(
-            "name: x\ntasks:\n  - name: t\n    second: 3\n",
-            ["c.yaml:4:13: tasks[0].second: there is no such field"],
-            id="misspelt",
-        ),
-        pytest.param(
-            "name: x\ntasks:\n  - name: t\n    seconds: -3\n",
-            ["c.yaml:4:14: tasks[0].seconds: must be 0 or more"],
-            id="negative",
-        ),
-        pytest.param(
-            "name: x\ntasks:\n  - name: t\n    seconds: .inf\n",
-            ["c.yaml:4:14: tasks[0].seconds: must be 0 or more"],
-            id="endless",
-        ),
-        pytest.param(
-            "name: x\ntasks:\n  - name: t\n    output: |\n      {% if a %}\n      b\n",
-            ["c.yaml:4:13: tasks[0].output: not a template: Unexpected end of template"],
+            f"{T}output: |\n      {{% if a %}}\n      b\n",
+            ["4:13: tasks[0].output: not a template: Unexpected end of template"],
             id="template",
         ),
+        pytest.param(f"{T}data: {{a: ['{{{{']}}\n", ["4:11: tasks[0].data: not a template"], id="template-in-data"),
         pytest.param(
-            "name: x\ntasks:\n  - {name: t, data: {a: ['{{']}}\n",
-            ["tasks[0].data: not a template"],
-            id="template-within-data",
-        ),
-        pytest.param(
-            "name: x\ntasks:\n  - name: t\n    human: perhaps\n    agent: 3\n",
-            [
-                "c.yaml:4:12: tasks[0].human: Input should be a valid boolean",
-                "c.yaml:5:12: tasks[0].agent: Input should be",
-            ],
+            f"{T}human: perhaps\n    agent: 3\n",
+            ["4:12: tasks[0].human: Input should be a valid boolean", "5:12: tasks[0].agent: Input should be"],
             id="two-at-once",
         ),
-        pytest.param("name: x\ntasks: [{name: t}, {name: t}]\n", ["tasks with the same name: t"], id="same-task-twice"),
-        pytest.param(
-            "name: x\ninputs: [a, {name: a}]\ntasks: [{name: t}]\n", ["inputs with the same name: a"], id="input-twice"
-        ),
-        pytest.param(
-            "name: x\ntasks:\n  - name: t\n    name: u\n", ["c.yaml:4:5: name is given twice"], id="key-twice"
-        ),
-        pytest.param(
-            "name: x\ninputs: [{type: a}]\ntasks: [{name: t}]\n",
-            ["c.yaml:2:10: inputs[0].name: Field"],
-            id="input-name",
-        ),
-        pytest.param(
-            "name: x\ntasks: [{name: t}]\nfaults: ['status:explode']\n", ["faults[0]: There is no fault"], id="fault"
-        ),
-        pytest.param("name: x\ntasks: [{name: t, data: &d [*d]}]\n", ["something in it holds itself"], id="cycle"),
-        pytest.param(
-            "name: x\ntasks: [{name: t, output: a, human: !!python/object:os.x {}}]\n", ["not YAML"], id="unsafe"
-        ),
+        pytest.param(f"{X}tasks: [{{name: t}}, {{name: t}}]\n", ["1:1: tasks with the same name: t"], id="task-twice"),
+        pytest.param(f"{T}\ninputs: [a, {{name: a}}]", ["1:1: inputs with the same name: a"], id="input-twice"),
+        pytest.param(f"{T}\ninputs: [{{type: a}}]", ["5:10: inputs[0].name: Field"], id="input-name"),
+        pytest.param(f"{T}\nfaults: ['status:explode']", ["5:10: faults[0]: There is no fault"], id="fault"),
+        pytest.param(f"{T}data: &d [*d]\n", ["1:1: something in it holds itself"], id="cycle"),
+        pytest.param(f"{T}output: !!python/object:os.x {{}}\n", ["4:13: not YAML"], id="unsafe"),
     ],
 )
 def test_errors_say_where(tmp_path: Path, text: str, lines: list[str]) -> None:
-    path = tmp_path / "c.yaml"
-    path.write_text(text)
+    (tmp_path / "c.yaml").write_text(text)
     with pytest.raises(ScriptError) as caught:
-        load_script(path)
-    said = str(caught.value).replace(f"{tmp_path}/", "").splitlines()
-    assert len(said) == len(lines)
-    for line, start in zip(said, lines, strict=True):
-        assert start in line
-        assert line.startswith("c.yaml:")
+        load_script(tmp_path / "c.yaml")
+    shown = str(caught.value).replace(f"{tmp_path}/c.yaml:", "").splitlines()
+    assert [line[: len(start)] for line, start in zip(shown, lines, strict=True)] == lines
 
 
-def test_a_file_that_is_not_there() -> None:
-    with pytest.raises(ScriptError, match=r"Cannot read the crew nowhere\.yaml: No such file or directory"):
-        load_script("nowhere.yaml")
-
-
-def test_a_file_that_is_not_text(tmp_path: Path) -> None:
-    (tmp_path / "c.yaml").write_bytes(b"\xff\xfe\xff")
-    with pytest.raises(ScriptError, match="it is not UTF-8 text"):
+@pytest.mark.parametrize(
+    ("content", "text"), [(None, "No such file or directory"), (b"\xff\xfe\xff", "it is not UTF-8 text")]
+)
+def test_a_file_that_cannot_be_read(tmp_path: Path, content: bytes | None, text: str) -> None:
+    if content is not None:
+        (tmp_path / "c.yaml").write_bytes(content)
+    with pytest.raises(ScriptError, match=rf"Cannot read the crew .*c\.yaml: {text}.*echo, travel"):
         load_script(tmp_path / "c.yaml")
 
 
@@ -140,40 +108,15 @@ def test_a_file_goes_before_a_bundled_name(tmp_path: Path, monkeypatch: pytest.M
     assert load_script("echo").name == "mine"
 
 
-@pytest.mark.parametrize("name", bundled_scripts())
-def test_bundled_scripts_are_fine(name: str) -> None:
-    script = load_script(name)
-    assert script.name == name
-    assert script.description
-
-
-def test_the_published_schema_is_current() -> None:
-    published = Path(module.__file__).with_name("crew.schema.json")
-    assert json.loads(published.read_text(encoding="utf-8")) == schema(), (
-        "run: python -m prefect_crew.devserver.scripts"
-    )
-
-
-def test_every_field_of_the_schema_is_described() -> None:
-    definitions = [schema(), *(one for name, one in schema()["$defs"].items() if name != "TokenUsage")]
-    for definition in definitions:
-        for name, field in definition["properties"].items():
+def test_bundled_scripts_and_the_published_schema_are_current() -> None:
+    for name in bundled_scripts():
+        script = load_script(name)
+        assert (script.name, bool(script.description)) == (name, True)
+    published = json.loads(Path(module.__file__).with_name("crew.schema.json").read_text(encoding="utf-8"))
+    assert published == schema(), "run: python -m prefect_crew.devserver._scripts"
+    for part in [published, *(one for name, one in published["$defs"].items() if name != "TokenUsage")]:
+        for name, field in part["properties"].items():
             assert field.get("description", "").endswith("."), name
-
-
-@given(
-    st.recursive(
-        st.none() | st.booleans() | st.integers() | st.text(), lambda c: st.lists(c) | st.dictionaries(st.text(), c)
-    )
-)
-def test_no_yaml_raises_anything_else(value: object) -> None:
-    try:
-        parse_script(yaml.safe_dump(value))
-    except ScriptError as error:
-        lines = str(error).splitlines()
-    else:
-        lines = ["script:1:1: "]
-    assert all(re.match(r"script:\d+:\d+: ", line) for line in lines)
 
 
 @given(
@@ -190,3 +133,169 @@ def test_no_mapping_raises_anything_else(value: dict[str, object]) -> None:
         parse_script(yaml.safe_dump(value))
     except ScriptError as error:
         assert re.match(r"script:\d+:\d+: ", str(error))  # noqa: PT017 - a valid script is fine too
+
+
+# Running
+
+
+def run(text: str, *answers: Answer, speed: float = float("inf"), **inputs: Any) -> tuple[Outcome, list[Any]]:
+    """Run a script, answer its questions, and return its outcome with what it reported."""
+    reports: list[Any] = []
+    left = list(answers)
+
+    def listener(run: Run, event: str, value: Any) -> None:
+        if event == "waiting":
+            reports.append(("asked", value.output))
+            asyncio.get_running_loop().call_soon(run.answer, value.task_id, left.pop(0))
+        elif isinstance(value, TaskResult):
+            reports.append((event, value.name, value.output))
+        else:
+            reports.append((event, value if event == "task_started" else (value.kind, value.content, value.tool)))
+
+    run = Run(inputs, id="run-1", listener=listener)
+    outcome = asyncio.run(ScriptedProgram(parse_script(text), speed=speed).execute(run))
+    return outcome, [run.planned, *reports]
+
+
+def one_task(task: str) -> str:
+    return f"name: x\ntasks:\n  - name: t\n    {task}\n"
+
+
+def test_tasks_see_inputs_and_earlier_tasks() -> None:
+    outcome, reports = run(
+        """
+        name: x
+        inputs: [who, {name: greeting, required: false, default: Hello}]
+        tasks:
+          - {name: first, agent: A, description: "greet {{ who }}", output: "{{ greeting }} {{ inputs['who'] }}"}
+          - {name: second-task, output: "{{ tasks.first.output }}! {{ previous }}! {{ kickoff_id }}"}
+        usage: {total_tokens: 4}
+        """,
+        who="Ann",
+    )
+    assert outcome.output == "Hello Ann! Hello Ann! run-1"
+    assert outcome.usage is not None
+    assert (outcome.usage.total_tokens, outcome.usage.prompt_tokens) == (4, None)
+    assert reports == [
+        ["first", "second-task"],
+        ("task_started", "first"),
+        ("step", ("final_answer", "Hello Ann", None)),
+        ("task_ended", "first", "Hello Ann"),
+        ("task_started", "second-task"),
+        ("step", ("final_answer", "Hello Ann! Hello Ann! run-1", None)),
+        ("task_ended", "second-task", "Hello Ann! Hello Ann! run-1"),
+    ]
+
+
+def test_steps() -> None:
+    _, reports = run(one_task("steps: [{content: 'a {{ n }}'}, {content: b, kind: tool, tool: web}]"), n=1)
+    assert reports[2:4] == [("step", ("thought", "a 1", None)), ("step", ("tool", "b", "web"))]
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        pytest.param("{a: '{{ n }}', b: [1, true, null, 'é']}", {"a": "7", "b": [1, True, None, "é"]}, id="mapping"),
+        pytest.param("'{\"n\": {{ n }}}'", {"n": 7}, id="template-of-json"),
+        pytest.param("3", 3, id="number"),
+    ],
+)
+def test_structured_results(data: str, expected: Any) -> None:
+    outcome, _ = run(one_task(f"data: {data}"), n=7)
+    assert (outcome.data, outcome.output) == (expected, json.dumps(expected, ensure_ascii=False))
+    at_the_end, _ = run(f"{one_task('output: text')}data: {data}", n=7)
+    assert (at_the_end.data, at_the_end.output) == (expected, "text")
+
+
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [
+        ("fail: 'out of {{ what }}'", "out of tokens"),
+        ("output: '{{ missing }}'", "the output of task t could not be written: 'missing' is undefined"),
+        ("output: '{{ what.__class__.__mro__ }}'", "could not be written: access to attribute '__class__'"),
+        ("output: '{{ 1 / 0 }}'", "could not be written: division by zero"),
+        ("output: '{{ [] | first + 1 }}'", "the output of task t could not be written"),
+        ("data: '{{ what }}'", "the data of task t is not JSON"),
+        ("seconds: '{{ what }}'", "the seconds of task t must be a number of 0 or more, not 'tokens'"),
+        ("seconds: '-1'", "must be a number of 0 or more"),
+        ("seconds: 'nan'", "must be a number of 0 or more"),
+    ],
+)
+def test_failures(task: str, message: str) -> None:
+    with pytest.raises(ProgramError, match=message):
+        run(one_task(task), what="tokens")
+
+
+def test_a_failure_that_renders_to_nothing_is_none() -> None:
+    outcome, _ = run(one_task("output: ok\n    fail: \"{% if what == 'bad' %}no{% endif %}\""), what="good")
+    assert outcome.output == "ok"
+
+
+REVIEWED = """
+name: x
+tasks:
+  - name: draft
+    output: "draft {{ round }}{% if feedback %} ({{ feedback }}){% endif %}"
+    human: true
+    max_rounds: 2
+  - {name: final, output: "final {{ previous }}"}
+"""
+
+
+def test_a_rejected_task_runs_again_with_the_feedback() -> None:
+    outcome, reports = run(REVIEWED, Answer(False, "shorter"), Answer(True, ""))
+    assert [one[1] for one in reports if one[0] == "asked"] == ["draft 1", "draft 2 (shorter)"]
+    assert outcome.output == "final draft 2 (shorter)"
+    assert [one[1] for one in reports if one[0] == "task_ended"] == ["draft", "final"]
+
+
+def test_too_many_rounds() -> None:
+    with pytest.raises(ProgramError, match="task draft was rejected 2 times, last with: no"):
+        run(REVIEWED, Answer(False, "shorter"), Answer(False, "no"))
+
+
+@pytest.mark.parametrize(("speed", "seconds"), [(1, 0.3), (3, 0.1), (float("inf"), 0)])
+def test_speed(speed: float, seconds: float) -> None:
+    began = time.monotonic()
+    run(one_task("seconds: '{{ n }}'\n    steps: [{content: a}]"), speed=speed, n=0.3)
+    assert seconds <= time.monotonic() - began < seconds + 2
+
+
+INTERESTS = "games, tech, ai, relaxing hikes, amazing food"
+
+
+@pytest.mark.parametrize(
+    ("budget", "interests", "duration", "age", "parts"),
+    [
+        pytest.param(
+            "1000 USD",
+            INTERESTS,
+            "7 days",
+            "35",
+            ["# Kyoto, Japan: 7 days", "## The money: 1,000 USD", "| 7 |", "**At 35**"],
+            id="the-apis-example",
+        ),
+        pytest.param(
+            "€ 2,500.50",
+            "HIKES; the sea",
+            "2 weeks",
+            "64",
+            ["# Madeira, Portugal: 14 days", "## The money: €2,500", "| 14 |", "senior"],
+            id="hikes",
+        ),
+        pytest.param(900, "food", 1, 21, ["# Bologna, Italy: 1 day\n", "## The money: 900\n", "youth"], id="numbers"),
+        pytest.param("", "", "a while", "no", ["# Kyoto, Japan: 5 days", "## The money: 1,000"], id="nothing-to-go-by"),
+        pytest.param(None, ["food", "wine"], 99999, True, ["# Bologna, Italy: 14 days"], id="odd-types"),
+    ],
+)
+def test_the_travel_crew(budget: Any, interests: Any, duration: Any, age: Any, parts: list[str]) -> None:
+    travel = load_script("travel")
+    assert 3 <= sum(float(task.seconds) for task in travel.tasks) <= 5, "long enough to see it run, and no longer"
+    inputs = {"budget": budget, "interests": interests, "duration": duration, "age": age}
+    outcome = asyncio.run(ScriptedProgram(travel, speed=float("inf")).execute(Run(inputs)))
+    assert [part for part in parts if part not in outcome.output] == []
+    assert "{{" not in outcome.output
+    assert "\n\n\n" not in outcome.output
+    assert outcome.data["destination"] in outcome.output
+    days = [line for line in outcome.output.splitlines() if re.match(r"\| \d+ \|", line)]
+    assert len({line.split("|", 2)[2] for line in days}) == len(days), "no two days are the same"

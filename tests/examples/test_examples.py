@@ -12,7 +12,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from prefect_crew.devserver.server import CrewServer
+from prefect_crew.devserver import CrewServer
 
 pytestmark = [pytest.mark.crewai, pytest.mark.filterwarnings("ignore::DeprecationWarning:crewai")]
 
@@ -54,7 +54,7 @@ def test_an_example_runs_as_the_readme_says(port: str, monkeypatch: pytest.Monke
     monkeypatch.chdir(ROOT)
     spec = SERVED[port]
     with (
-        CrewServer(spec, dialect="union") as server,
+        CrewServer(spec, response_format="union") as server,
         httpx.Client(base_url=server.url, headers=server.headers, trust_env=False) as client,
     ):
         inputs = client.get("/inputs").json()

@@ -18,7 +18,7 @@ EXAMPLES = str(Path(__file__).parents[2] / "examples")
 
 @pytest.fixture(scope="module")
 def kind(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    from prefect_crew.devserver.crewai_runner import prepare_crewai
+    from prefect_crew.devserver._crewai_runner import prepare_crewai
 
     prepare_crewai()
     sys.path.insert(0, EXAMPLES)

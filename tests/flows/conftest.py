@@ -7,22 +7,22 @@ from typing import Any
 
 import pytest
 
-from prefect_crew.devserver.server import InProcessCrewServer
+from prefect_crew.devserver import CrewServer
 from prefect_crew.testing import CrewServerFactory
 from support.deployed import ROOT
 from support.prefect_server import PrefectServer
 from support.seen import Seen
 
-SaveCrew = Callable[..., InProcessCrewServer]
+SaveCrew = Callable[..., CrewServer]
 
 
 @pytest.fixture
 def save_crew(
     prefect_api: PrefectServer, crew_server: CrewServerFactory, instant_polling: None
-) -> Callable[..., InProcessCrewServer]:
+) -> Callable[..., CrewServer]:
     """Give `save_crew(block, spec, *, faults=(), **fields)`: a running crew, stored under that name."""
 
-    def save(block: str, spec: Any = "echo", *, faults: Any = (), **fields: Any) -> InProcessCrewServer:
+    def save(block: str, spec: Any = "echo", *, faults: Any = (), **fields: Any) -> CrewServer:
         server = crew_server(spec, faults=faults, speed=10)
         server.crew(**fields).save(block, overwrite=True, _sync=True)  # whatever kind of test calls it
         return server
@@ -31,7 +31,7 @@ def save_crew(
 
 
 @pytest.fixture
-def report_crews(save_crew: SaveCrew) -> dict[str, InProcessCrewServer]:
+def report_crews(save_crew: SaveCrew) -> dict[str, CrewServer]:
     """The three crews of the report, ten times as fast, stored as blocks."""
     return {
         name: save_crew(name, str(ROOT / "flows" / "crews" / f"{name}.yaml"))

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from prefect_crew import BatchFailedError
-from prefect_crew.devserver.server import InProcessCrewServer
+from prefect_crew.devserver import CrewServer
 from prefect_crew.exceptions import ConfigurationError, CrewError
 from prefect_crew.operations import batch_file, watch_folder
 from support.scripts import script
@@ -52,7 +52,7 @@ def folder(tmp_path: Path) -> Folder:
 
 
 @pytest.fixture
-def echo(save_crew: Any) -> InProcessCrewServer:
+def echo(save_crew: Any) -> CrewServer:
     return save_crew("batch-echo", ECHO)
 
 
@@ -73,7 +73,7 @@ async def test_a_file_is_run_and_what_failed_fails_the_flow(save_crew: Any, tmp_
     assert report["completed"] == 2
 
 
-async def test_a_new_file_is_run_once_and_moved(echo: InProcessCrewServer, folder: Folder):
+async def test_a_new_file_is_run_once_and_moved(echo: CrewServer, folder: Folder):
     assert await folder.look("batch-echo") == []
     folder.receive("a.csv", "topic\ntea\nmilk\n")
     folder.receive("b.csv", "topic\ncake\n")
@@ -95,7 +95,7 @@ async def test_a_new_file_is_run_once_and_moved(echo: InProcessCrewServer, folde
     assert sorted(line["output"] for line in folder.lines()) == ["on cake", "on milk", "on tea", "on wine"]
 
 
-async def test_two_looks_at_once_buy_nothing_twice(echo: InProcessCrewServer, folder: Folder):
+async def test_two_looks_at_once_buy_nothing_twice(echo: CrewServer, folder: Folder):
     for number in range(3):
         folder.receive(f"{number}.csv", f"topic\ntea {number}\nmilk {number}\n")
     looks = await asyncio.gather(*(folder.look("batch-echo") for _ in range(3)))
@@ -120,7 +120,7 @@ async def test_a_look_that_is_cut_off_is_gone_on_with(save_crew: Any, folder: Fo
     assert len(folder.lines()) == 8
 
 
-async def test_what_cannot_be_run_is_set_apart_and_the_others_go_on(echo: InProcessCrewServer, folder: Folder):
+async def test_what_cannot_be_run_is_set_apart_and_the_others_go_on(echo: CrewServer, folder: Folder):
     folder.receive("bad.csv", "subject\ntea\n")
     folder.receive("empty.csv", "")
     folder.receive("good.csv", "topic\ntea\n")
@@ -129,9 +129,7 @@ async def test_what_cannot_be_run_is_set_apart_and_the_others_go_on(echo: InProc
     assert folder.files == {"refused/bad.csv", "refused/empty.csv", "done/good.csv"}
 
 
-async def test_a_file_whose_batch_fails_does_not_keep_the_others_from_being_run(
-    echo: InProcessCrewServer, folder: Folder
-):
+async def test_a_file_whose_batch_fails_does_not_keep_the_others_from_being_run(echo: CrewServer, folder: Folder):
     first = folder.receive("a.csv", "topic\ntea\n", age=120)
     folder.receive("b.csv", "topic\nmilk\n", age=90)
     folder.receive("c.csv", "topic\nrye\n", age=60)

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from prefect_crew.devserver.server import InProcessCrewServer
+from prefect_crew.devserver import CrewServer
 from support.deployed import load_flow
 from support.held import Held
 from support.seen import Seen
 
-SaveCrew = Callable[..., InProcessCrewServer]
+SaveCrew = Callable[..., CrewServer]
 
 PICKY = """
 name: picky

@@ -7,10 +7,10 @@ from collections.abc import Callable
 import pytest
 
 from prefect_crew import CrewError, arun_crew
-from prefect_crew.devserver.server import InProcessCrewServer
+from prefect_crew.devserver import CrewServer
 from support.deployed import load_flow
 
-SaveCrew = Callable[..., InProcessCrewServer]
+SaveCrew = Callable[..., CrewServer]
 AFTER = """
 name: after
 inputs: [draft, tone]

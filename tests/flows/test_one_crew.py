@@ -7,10 +7,10 @@ from collections.abc import Callable
 import pytest
 
 from prefect_crew import CrewFailedError
-from prefect_crew.devserver.server import InProcessCrewServer
+from prefect_crew.devserver import CrewServer
 from support.deployed import load_flow
 
-SaveCrew = Callable[..., InProcessCrewServer]
+SaveCrew = Callable[..., CrewServer]
 
 
 async def test_gives_the_output_of_a_crew_that_only_its_block_names(save_crew: SaveCrew):

@@ -7,12 +7,12 @@ from collections.abc import Callable
 import pytest
 
 from prefect_crew import arun_crew
-from prefect_crew.devserver.server import InProcessCrewServer
+from prefect_crew.devserver import CrewServer
 from prefect_crew.operations import prune_records
 from prefect_crew.records.store import PrefectRecords
 from support.records import let_pass
 
-SaveCrew = Callable[..., InProcessCrewServer]
+SaveCrew = Callable[..., CrewServer]
 
 
 async def test_old_ended_runs_go_and_a_dry_run_only_counts(save_crew: SaveCrew, monkeypatch: pytest.MonkeyPatch):

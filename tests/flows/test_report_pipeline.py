@@ -8,15 +8,13 @@ import pytest
 import yaml
 
 from prefect_crew.client.models import CrewInput
-from prefect_crew.devserver.programs import load_program
-from prefect_crew.devserver.runs import Outcome, ProgramError, Run
-from prefect_crew.devserver.server import InProcessCrewServer
+from prefect_crew.devserver import CrewServer, Outcome, ProgramError, Run, load_program
 from support.deployed import ROOT, load_flow
 from support.prefect_server import environment
 from support.seen import Seen
 
-SaveCrew = Callable[..., InProcessCrewServer]
-Crews = dict[str, InProcessCrewServer]
+SaveCrew = Callable[..., CrewServer]
+Crews = dict[str, CrewServer]
 WAYS = ["report_pipeline", "report_by_hand"]
 
 

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from prefect_crew.devserver.server import InProcessCrewServer
+from prefect_crew.devserver import CrewServer
 from prefect_crew.runs.reviews import form
 from support.deployed import ROOT, load_flow, wait_until
 from support.seen import Seen
 
-SaveCrew = Callable[..., InProcessCrewServer]
+SaveCrew = Callable[..., CrewServer]
 
 
 @pytest.fixture(autouse=True)

@@ -16,7 +16,7 @@ from prefect.client.orchestration import get_client
 from prefect.flow_engine import run_flow_async
 
 from prefect_crew import ConfigurationError, PipelineFailedError, get_result, run_deployed_pipeline
-from prefect_crew.devserver.server import InProcessCrewServer
+from prefect_crew.devserver import CrewServer
 from prefect_crew.testing import CrewServerFactory
 from support.prefect_server import PrefectServer, drain
 from support.scripts import script
@@ -27,12 +27,12 @@ pytestmark = pytest.mark.usefixtures("prefect_api", "instant_polling")
 ECHO = script({"output": "on {{ text }}"}, inputs=["text"])
 LOGIN = script({"name": "log in", "output": "logged in with {{ password }}"}, inputs=["password"])
 FAILS = script({"fail": "no idea"}, inputs=["text"])
-SaveCrew = Callable[..., tuple[str, InProcessCrewServer]]
+SaveCrew = Callable[..., tuple[str, CrewServer]]
 
 
 @pytest.fixture
 def save(crew_server: CrewServerFactory) -> SaveCrew:
-    def saved(spec: Any = ECHO, **fields: Any) -> tuple[str, InProcessCrewServer]:
+    def saved(spec: Any = ECHO, **fields: Any) -> tuple[str, CrewServer]:
         server, name = crew_server(spec), f"crew-{uuid.uuid4().hex[:8]}"
         block: Any = server.crew(**fields)
         block.save(name, _sync=True)

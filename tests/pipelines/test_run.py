@@ -33,9 +33,7 @@ from prefect_crew import (
     run_pipeline,
 )
 from prefect_crew.client.models import CrewInput
-from prefect_crew.devserver.programs import load_program
-from prefect_crew.devserver.runs import Outcome, ProgramError, Run
-from prefect_crew.devserver.server import InProcessCrewServer
+from prefect_crew.devserver import CrewServer, Outcome, ProgramError, Run, load_program
 from prefect_crew.pipelines import artifact as artifact_module
 from prefect_crew.records.model import RecordPhase, RunRecord
 from prefect_crew.records.store import PrefectRecords
@@ -60,7 +58,7 @@ def seen(prefect_api: PrefectServer) -> Iterator[Seen]:
 
 
 @pytest.fixture
-def echo(crew_server: CrewServerFactory) -> InProcessCrewServer:
+def echo(crew_server: CrewServerFactory) -> CrewServer:
     return crew_server("echo")
 
 
@@ -68,7 +66,7 @@ def key() -> str:
     return f"pipeline {uuid.uuid4()}"
 
 
-def texts(server: InProcessCrewServer) -> list[str]:
+def texts(server: CrewServer) -> list[str]:
     return [run.inputs["text"] for run in server.runs]
 
 
@@ -85,7 +83,7 @@ def artifact(seen: Seen, name: str, idempotency_key: str) -> str:
 # What runs
 
 
-async def test_steps_feed_each_other(echo: InProcessCrewServer):
+async def test_steps_feed_each_other(echo: CrewServer):
     crew, idempotency_key = echo.crew(), key()
     steps = [
         CrewStep("review", crew, lambda context: {"text": context["write"].output.upper()}, after=["write"]),
@@ -102,7 +100,7 @@ async def test_steps_feed_each_other(echo: InProcessCrewServer):
     assert (await get_result(f"{idempotency_key}/write")).output == "on tea & tea costs"
 
 
-async def test_structured_results_and_types(crew_server: CrewServerFactory, echo: InProcessCrewServer):
+async def test_structured_results_and_types(crew_server: CrewServerFactory, echo: CrewServer):
     class Guide(BaseModel):
         title: str
 
@@ -157,7 +155,7 @@ async def test_each_step_has_a_crew_and_a_token_of_its_own(crew_server: CrewServ
     assert (one.kickoffs, other.kickoffs) == (1, 1)
 
 
-async def test_odd_names_of_steps(echo: InProcessCrewServer, seen: Seen):
+async def test_odd_names_of_steps(echo: CrewServer, seen: Seen):
     names, idempotency_key = ["a | b", "`code`", "<b>bold", "日本", "ünï", "x" * 300], key()
     steps = [CrewStep(name, echo.crew(), {"text": name}) for name in names]
     result = await arun_pipeline(steps, name="odd", idempotency_key=idempotency_key)
@@ -170,7 +168,7 @@ async def test_odd_names_of_steps(echo: InProcessCrewServer, seen: Seen):
 # Where it is called
 
 
-def test_in_a_sync_flow_and_in_a_script_and_in_a_task(echo: InProcessCrewServer):
+def test_in_a_sync_flow_and_in_a_script_and_in_a_task(echo: CrewServer):
     steps = [CrewStep("a", echo.crew(), {"text": "{{ topic }}"})]
 
     @task
@@ -186,7 +184,7 @@ def test_in_a_sync_flow_and_in_a_script_and_in_a_task(echo: InProcessCrewServer)
     assert echo.kickoffs == 3
 
 
-async def test_in_a_running_loop_the_sync_ones_name_the_async_ones(echo: InProcessCrewServer):
+async def test_in_a_running_loop_the_sync_ones_name_the_async_ones(echo: CrewServer):
     steps = [CrewStep("a", echo.crew(), {"text": "a"})]
     with pytest.raises(RuntimeError, match=r"use `await arun_pipeline\(\.\.\.\)` instead"):
         run_pipeline(steps)
@@ -235,7 +233,7 @@ async def test_all_that_is_wrong_is_told_at_once_and_nothing_is_started(crew_ser
     assert server.kickoffs == 0
 
 
-async def test_a_crew_is_asked_once_however_many_steps_it_has(echo: InProcessCrewServer):
+async def test_a_crew_is_asked_once_however_many_steps_it_has(echo: CrewServer):
     await arun_pipeline([CrewStep(str(number), echo.crew(), {"text": str(number)}) for number in range(4)])
     assert echo.requests["inputs"] == 1
 
@@ -290,7 +288,7 @@ def test_a_plan_starts_nothing_and_shows_all(crew_server: CrewServerFactory):
     assert server.kickoffs == 0
 
 
-async def test_a_plan_shows_what_is_wrong(echo: InProcessCrewServer):
+async def test_a_plan_shows_what_is_wrong(echo: CrewServer):
     plan = await aplan_pipeline([CrewStep("a", echo.crew(), {}), CrewStep("b", "no-such-block", {"text": "{{ u }}"})])
     assert [step.name for step in plan.steps] == ["a", "b"]
     assert str(plan).count("Problem: ") == 3
@@ -327,7 +325,7 @@ async def test_a_failed_step_stops_those_that_need_it_and_no_others(crew_server:
     assert shown.count("– not run") == 2
 
 
-async def test_a_function_that_fails_fails_its_step_only(echo: InProcessCrewServer):
+async def test_a_function_that_fails_fails_its_step_only(echo: CrewServer):
     steps = [
         CrewStep("a", echo.crew(), lambda context: {"text": context.inputs["nothing"]}),
         CrewStep("b", echo.crew(), {"text": "b"}),
@@ -338,7 +336,7 @@ async def test_a_function_that_fails_fails_its_step_only(echo: InProcessCrewServ
     assert echo.kickoffs == 1
 
 
-async def test_a_limit_that_does_not_exist_fails_its_step_only(echo: InProcessCrewServer):
+async def test_a_limit_that_does_not_exist_fails_its_step_only(echo: CrewServer):
     steps = [
         CrewStep("a", echo.crew(concurrency_limit="nobody-made-it"), {"text": "a"}),
         CrewStep("b", echo.crew(), {"text": "b"}),
@@ -367,7 +365,7 @@ class FailsFirst:
         return await self._echo.execute(run)
 
 
-def chain(echo: InProcessCrewServer, fails_first: InProcessCrewServer) -> list[CrewStep]:
+def chain(echo: CrewServer, fails_first: CrewServer) -> list[CrewStep]:
     return [
         CrewStep("a", echo.crew(), {"text": "a"}),
         CrewStep("b", fails_first.crew(), {"text": "{{ a.output }}b"}),
@@ -377,7 +375,7 @@ def chain(echo: InProcessCrewServer, fails_first: InProcessCrewServer) -> list[C
 
 
 async def test_the_same_key_starts_with_what_failed_and_pays_for_nothing_again(
-    crew_server: CrewServerFactory, echo: InProcessCrewServer, seen: Seen
+    crew_server: CrewServerFactory, echo: CrewServer, seen: Seen
 ):
     fails_first, idempotency_key = crew_server(FailsFirst()), key()
     with pytest.raises(PipelineFailedError, match="out for lunch"):
@@ -395,9 +393,7 @@ async def test_the_same_key_starts_with_what_failed_and_pays_for_nothing_again(
 
 
 @pytest.mark.parametrize("given", [False, True], ids=["key-left-out", "key-given"])
-def test_a_retry_of_the_flow_run_starts_with_what_failed(
-    crew_server: CrewServerFactory, echo: InProcessCrewServer, given: bool
-):
+def test_a_retry_of_the_flow_run_starts_with_what_failed(crew_server: CrewServerFactory, echo: CrewServer, given: bool):
     fails_first, idempotency_key = crew_server(FailsFirst()), key() if given else None
 
     @flow(retries=1)
@@ -408,7 +404,7 @@ def test_a_retry_of_the_flow_run_starts_with_what_failed(
     assert (echo.kickoffs, fails_first.kickoffs) == (3, 2)
 
 
-async def test_equal_pipelines_in_one_flow_are_told_apart(echo: InProcessCrewServer):
+async def test_equal_pipelines_in_one_flow_are_told_apart(echo: CrewServer):
     steps = [CrewStep("a", echo.crew(), {"text": "a"})]
 
     @flow
@@ -419,7 +415,7 @@ async def test_equal_pipelines_in_one_flow_are_told_apart(echo: InProcessCrewSer
     assert echo.kickoffs == 2
 
 
-async def test_a_step_may_start_from_a_state(echo: InProcessCrewServer):
+async def test_a_step_may_start_from_a_state(echo: CrewServer):
     state = "3f2b8c1e-9d47-4a6b-8f0e-5c1d2a7b9e64"
     steps = [CrewStep("a", echo.crew(), {"text": "x"}, restore_from=state), CrewStep("b", echo.crew(), {"text": "y"})]
     await arun_pipeline(steps, idempotency_key=key())
@@ -428,7 +424,7 @@ async def test_a_step_may_start_from_a_state(echo: InProcessCrewServer):
         await arun_pipeline([CrewStep("a", echo.crew(), {"text": "x"}, restore_from="42")])
 
 
-async def test_other_inputs_under_the_same_key_start_nothing(echo: InProcessCrewServer):
+async def test_other_inputs_under_the_same_key_start_nothing(echo: CrewServer):
     steps, idempotency_key = [CrewStep("a", echo.crew(), {"text": "{{ topic }}"})], key()
     await arun_pipeline(steps, {"topic": "tea"}, idempotency_key=idempotency_key)
     with pytest.raises(PipelineFailedError, match="a: ") as raised:
@@ -438,7 +434,7 @@ async def test_other_inputs_under_the_same_key_start_nothing(echo: InProcessCrew
 
 
 async def test_an_uncertain_kickoff_stays_uncertain_and_the_others_are_kept(
-    crew_server: CrewServerFactory, echo: InProcessCrewServer
+    crew_server: CrewServerFactory, echo: CrewServer
 ):
     dropping, idempotency_key = crew_server("echo", faults=["kickoff:drop-after-accept@1"]), key()
     for _ in range(2):
@@ -451,7 +447,7 @@ async def test_an_uncertain_kickoff_stays_uncertain_and_the_others_are_kept(
 
 
 async def test_a_pipeline_that_is_cancelled_leaves_its_crews_running_and_is_taken_up_again(
-    crew_server: CrewServerFactory, echo: InProcessCrewServer, seen: Seen
+    crew_server: CrewServerFactory, echo: CrewServer, seen: Seen
 ):
     long, idempotency_key = crew_server(slow(1.5, "b")), key()
     steps = [
@@ -487,7 +483,7 @@ async def test_a_pipeline_that_is_cancelled_leaves_its_crews_running_and_is_take
 # What is seen
 
 
-def test_events_tell_each_end_once_with_the_step(crew_server: CrewServerFactory, echo: InProcessCrewServer, seen: Seen):
+def test_events_tell_each_end_once_with_the_step(crew_server: CrewServerFactory, echo: CrewServer, seen: Seen):
     broken, idempotency_key = crew_server(FAILS), key()
     steps = [CrewStep("good", echo.crew(), {"text": "a"}), CrewStep("bad", broken.crew(), {})]
     for _ in range(2):
@@ -503,7 +499,7 @@ def test_events_tell_each_end_once_with_the_step(crew_server: CrewServerFactory,
             assert event["payload"]["idempotency_key"] == f"{idempotency_key}/{step}"
 
 
-def test_a_pipeline_makes_no_subflows_and_two_tasks_a_step(echo: InProcessCrewServer, seen: Seen):
+def test_a_pipeline_makes_no_subflows_and_two_tasks_a_step(echo: CrewServer, seen: Seen):
     ids: list[Any] = []
 
     @flow
@@ -518,7 +514,7 @@ def test_a_pipeline_makes_no_subflows_and_two_tasks_a_step(echo: InProcessCrewSe
 
 
 async def test_a_prefect_that_refuses_artifacts_fails_nothing(
-    echo: InProcessCrewServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    echo: CrewServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
     monkeypatch.setattr(artifact_module, "artifact_key", lambda *_, **__: "NOT A KEY")
     assert (await arun_pipeline([CrewStep("a", echo.crew(), {"text": "a"})]))["a"].output == "a"
@@ -527,7 +523,7 @@ async def test_a_prefect_that_refuses_artifacts_fails_nothing(
 
 @pytest.mark.parametrize("inside", [True, False], ids=["in a flow", "in a script"])
 async def test_an_input_that_cannot_be_sent_is_a_mistake_of_the_caller_also_where_only_a_function_takes_it(
-    echo: InProcessCrewServer, inside: bool
+    echo: CrewServer, inside: bool
 ):
     async def trip() -> None:
         await arun_pipeline([CrewStep("a", echo.crew(), lambda context: {"text": "a"})], {"o": object()})
@@ -541,7 +537,7 @@ async def test_an_input_that_cannot_be_sent_is_a_mistake_of_the_caller_also_wher
 
 
 async def test_a_flow_run_that_somebody_suspends_in_the_middle_goes_on_with_what_is_left(
-    crew_server: CrewServerFactory, echo: InProcessCrewServer, seen: Seen
+    crew_server: CrewServerFactory, echo: CrewServer, seen: Seen
 ):
     held, idempotency_key = Held(), key()
     server = crew_server(held)

@@ -17,7 +17,7 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
-from prefect_crew.devserver.server import listener
+from prefect_crew._internal.web_server import open_listener
 
 __all__ = ["Echo", "echoing"]
 
@@ -119,7 +119,7 @@ def echoing(echo: Echo) -> Iterator[Echo]:
     """Serve it on a free port."""
     config = uvicorn.Config(echo.app(), log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=1)
     server = uvicorn.Server(config)
-    socket = listener("127.0.0.1", 0)
+    socket = open_listener("127.0.0.1", 0)
     echo.url = f"http://127.0.0.1:{socket.getsockname()[1]}"
     thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[socket])))
     thread.start()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 
-from prefect_crew.devserver.server import LocalServer
+from prefect_crew.devserver import CrewServer
 from prefect_crew.exceptions import CrewError
 from prefect_crew.records.resolve import resolve_never_started, resolve_started, unresolved
 from prefect_crew.records.store import PrefectRecords
@@ -13,7 +13,7 @@ from prefect_crew.records.store import PrefectRecords
 __all__ = ["resolve"]
 
 
-def resolve(server: LocalServer, idempotency_key: str) -> None:
+def resolve(server: CrewServer, idempotency_key: str) -> None:
     """Resolve a run by what its server has accepted under its key."""
     started = [id_ for id_, meta in server.counters.accepted.items() if meta["idempotency_key"] == idempotency_key]
 

@@ -30,6 +30,7 @@ from proof.batch_forks import KILLS, BatchForks, Call
 from proof.kills import Kill
 from support.prefect_server import PrefectServer
 from support.scripts import script
+from support.servers import at_random
 
 PICKY = {"output": "on {{ topic }}", "fail": "{{ 'no ' + topic if 'bad' in topic }}"}
 WAIT = {"initial": 0.05, "factor": 1.5, "max_interval": 0.3, "jitter": 0, "timeout": 60}
@@ -198,7 +199,7 @@ QUIET = settings(
 @given(world=quick)
 @pytest.mark.usefixtures("prefect_api")
 def test_every_row_ends_once_whatever_the_server_answers(world: World, tmp_path: Path) -> None:
-    with CrewServer(world.spec, faults=world.faults, seed=1) as server:
+    with CrewServer(world.spec, faults=at_random(*world.faults, seed=1)) as server:
         place = Place(world, server, tmp_path / uuid.uuid4().hex)
         options = {**place.options, "wait": WaitPolicy(**WAIT)}
         crew = DeployedCrew(**place.crew)  # type: ignore[arg-type]
@@ -216,7 +217,7 @@ def forks(prefect_server: PrefectServer, tmp_path_factory: pytest.TempPathFactor
 
 
 def lives(world: World, forks: BatchForks, folder: Path, faults_seed: int = 1) -> None:
-    with CrewServer(world.spec, faults=world.faults, seed=faults_seed) as server:
+    with CrewServer(world.spec, faults=at_random(*world.faults, seed=faults_seed)) as server:
         place = Place(world, server, folder)
         for kill in world.kills:
             ended = forks.run(place.call(kill=kill))
@@ -304,7 +305,7 @@ def test_a_soak_of_twenty_thousand_rows(
         *(f"status:{name}%{share[name]:.5f}" for name in STATUS_FAULTS),
         *("kickoff:401@5000", "status:403@9000"),
     ]
-    with CrewServer(world.spec, faults=every, seed=7) as server:
+    with CrewServer(world.spec, faults=at_random(*every, seed=7)) as server:
         place = Place(world, server, tmp_path / "batch")
         place.options["wait"] = {**WAIT, "initial": 1.0, "max_interval": 2.0}
         calls = 0

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from prefect_crew.devserver.server import CrewServer
+from prefect_crew.devserver import CrewServer
 from prefect_crew.exceptions import CrewError
 from prefect_crew.records.resolve import unresolved
 from prefect_crew.records.store import PrefectRecords

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from prefect_crew.devserver.server import CrewServer
+from prefect_crew.devserver import CrewServer
 from proof.kills import Kill, order
 from proof.resolve import resolve
 from proof.test_kill_matrix import CREW

@@ -11,14 +11,13 @@ import threading
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
 
 from prefect_crew.crew import WaitPolicy, fast_polling
-from prefect_crew.devserver.faults import FAULTS
-from prefect_crew.devserver.server import CrewServer
+from prefect_crew.devserver import CrewServer
+from prefect_crew.devserver._faults import FAULTS
 from prefect_crew.records.store import PrefectRecords
 from prefect_crew.states import CrewState
 from proof.network import REQUEST_TIMEOUT, TIMEOUT, row
@@ -37,11 +36,11 @@ def test_the_tables_name_every_fault_of_every_place() -> None:
         named.setdefault(case.place, set()).add(case.fault.partition("=")[0])
     for place, names in named.items():
         expected = set[str]()
-        for kind in FAULTS.values():
+        for name, kind in FAULTS.items():
             if place in kind.places:
                 # For a request that changes nothing, it makes no difference when the answer is spoilt.
-                twice = kind.phases and place in ("kickoff", "resume", "stop")
-                expected |= {f"{kind.name}-before-accept", f"{kind.name}-after-accept"} if twice else {kind.name}
+                twice = kind.has_phases and place in ("kickoff", "resume", "stop")
+                expected |= {f"{name}-before-accept", f"{name}-after-accept"} if twice else {name}
         assert names == expected, place
     assert set(named) == {"kickoff", "inputs", "status", "resume", "stop"}
 
@@ -161,10 +160,9 @@ SCRIPTS: dict[str, dict[str, Any]] = {"resume": {"human": True}, "stop": {"secon
 @pytest.mark.sampled
 @pytest.mark.usefixtures("prefect_api")
 @pytest.mark.parametrize("case", cases(), ids=str)
-def test_what_comes_of_a_fault_for_real(case: Case, tmp_path: Path, idempotency_key: str) -> None:
+def test_what_comes_of_a_fault_for_real(case: Case, idempotency_key: str) -> None:
     crew = script({"seconds": 0.5, "output": "done", **SCRIPTS.get(case.place, {})}, inputs=["topic"])
-    journal = tmp_path / "journal" if "crash" in case.fault else None
-    with CrewServer(crew, journal=journal) as server:
+    with CrewServer(crew) as server:
         ground = RealGround(case, server, idempotency_key)
         with restarting(ground), fast_polling(0.1):
             assert asyncio.run(row(ground, case.place, idempotency_key)) == case.expected

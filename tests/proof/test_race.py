@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from prefect_crew.devserver.server import CrewServer
+from prefect_crew.devserver import CrewServer
 from proof.kills import Kill
 from proof.resolve import resolve
 from proof.test_kill_matrix import CREW, records, script_of

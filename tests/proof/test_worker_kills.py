@@ -14,8 +14,7 @@ from pathlib import Path
 import pytest
 
 from prefect_crew.client.models import CrewInput
-from prefect_crew.devserver import CrewServer
-from prefect_crew.devserver.runs import Outcome, Run
+from prefect_crew.devserver import CrewServer, Outcome, Run
 from prefect_crew.records.model import RecordPhase
 from prefect_crew.records.store import PrefectRecords
 from support.crew_pool import USER_FLOWS, CrewOnCommand, CrewPool

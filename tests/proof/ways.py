@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prefect_crew.devserver.server import CrewServer
+from prefect_crew.devserver import CrewServer
 from support.deployed import command, wait_for_state, wait_until
 from support.prefect_server import PrefectServer
 from support.processes import Process

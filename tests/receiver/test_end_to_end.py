@@ -15,6 +15,7 @@ from prefect_crew import DeployedCrew, WaitPolicy, arun_crew
 from prefect_crew.devserver import CrewScript, CrewServer
 from prefect_crew.receiver.app import create_receiver
 from prefect_crew.runs.reviews.inbox import resume_run
+from support.servers import at_random
 from support.webhooks import SECRET, events_of, served
 
 pytestmark = pytest.mark.usefixtures("prefect_api")
@@ -136,7 +137,7 @@ async def test_the_same_question_asked_again_is_told_again(receiver: str, key: s
 )
 async def test_webhooks_that_come_twice_late_or_never_harm_nothing(fault: str, receiver: str):
     keys = [f"end-to-end/{uuid.uuid4()}" for _ in range(3)]
-    with CrewServer(SCRIPT, faults=[fault], seed=1) as server:
+    with CrewServer(SCRIPT, faults=at_random(fault, seed=1)) as server:
         crew = crew_of(server)
         results = await asyncio.gather(*(arun_crew(crew, {"customer": "ACME"}, idempotency_key=key) for key in keys))
         assert {result.output for result in results} == {"what was written for ACME"}

@@ -112,7 +112,7 @@ def test_it_is_served_until_a_signal(kept: Kept, capsys: pytest.CaptureFixture[s
 
 
 def test_a_port_that_is_taken_is_said(kept: Kept):
-    taken = serve.listener("127.0.0.1", 0)
+    taken = serve.open_listener("127.0.0.1", 0)
     taken.listen()
     with taken, pytest.raises(OSError, match="in use"):
         serve.serve_receiver(create_receiver(SECRET, forwarder=kept), port=taken.getsockname()[1])

@@ -22,7 +22,7 @@ from prefect_crew import DeployedCrew
 from prefect_crew.client._client import CrewClient
 from prefect_crew.client.inputs import inputs_digest
 from prefect_crew.crew import Crew
-from prefect_crew.devserver.server import InProcessCrewServer
+from prefect_crew.devserver import CrewServer
 from prefect_crew.exceptions import CrewError, KickoffUncertainError
 from prefect_crew.records import store
 from prefect_crew.records.model import Lease, RecordPhase, RunRecord, utcnow
@@ -212,7 +212,7 @@ async def test_an_id_that_another_record_holds_is_uncertain(crew_server: CrewSer
 # Cancelled callers
 
 
-async def cancelled_at(request: str, server: InProcessCrewServer, idempotency_key: str, way: str = "cancelled") -> None:
+async def cancelled_at(request: str, server: CrewServer, idempotency_key: str, way: str = "cancelled") -> None:
     """Cancel a call shortly after the server got a request of it; or its flow times out: that cancels at each await."""
     scope = anyio.CancelScope()
 

@@ -28,7 +28,7 @@ from prefect_crew import (
     stop_crew,
     wait_for_crew,
 )
-from prefect_crew.devserver.server import InProcessCrewServer
+from prefect_crew.devserver import CrewServer
 from prefect_crew.records.store import PrefectRecords
 from prefect_crew.runs import limits
 from prefect_crew.runs.limits import Slots, take_slots
@@ -75,7 +75,7 @@ async def by_pipeline(crew: DeployedCrew, number: int) -> None:
 WAYS = {"run_crew": by_run_crew, "tasks": by_tasks, "trigger": by_trigger, "pipeline": by_pipeline}
 
 
-def started_one_after_the_other(server: InProcessCrewServer) -> bool:
+def started_one_after_the_other(server: CrewServer) -> bool:
     """Whether each run was started after the one before it had ended."""
     spans = sorted((run.created_at, run.created_at + timedelta(seconds=run.execution_time)) for run in server.runs)
     return all(ended <= started for (_, ended), (started, _) in itertools.pairwise(spans))

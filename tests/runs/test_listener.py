@@ -21,10 +21,10 @@ from prefect_crew import (
     kickoff_crew,
     wait_for_crew,
 )
+from prefect_crew._internal.web_server import open_listener
 from prefect_crew.client.models import CrewResult, CrewStatus, TokenUsage
 from prefect_crew.crew import WaitPolicy
 from prefect_crew.devserver import CrewScript, CrewServer
-from prefect_crew.devserver.server import listener
 from prefect_crew.receiver.app import create_receiver
 from prefect_crew.runs import listener as listener_module
 from prefect_crew.states import CrewState
@@ -40,7 +40,7 @@ RARELY = WaitPolicy(initial=60, max_interval=60, timeout=120)
 @pytest.fixture
 def receiver(prefect_api: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """A receiver on a port, switched on for this test."""
-    socket = listener("127.0.0.1", 0)
+    socket = open_listener("127.0.0.1", 0)
     url = f"http://127.0.0.1:{socket.getsockname()[1]}"
     server = uvicorn.Server(uvicorn.Config(create_receiver(SECRET), log_level="warning"))
     thread = threading.Thread(target=lambda: asyncio.run(server.serve([socket])), daemon=True)

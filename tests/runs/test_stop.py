@@ -526,7 +526,7 @@ async def test_a_server_that_cannot_be_asked_is_an_error(crew_server: CrewServer
 
 
 async def test_stop_and_resume_take_up_a_rotated_token(crew_server: CrewServerFactory):
-    server, name = crew_server(Held("draft", "print"), dialect="union"), f"actions-{uuid.uuid4().hex[:8]}"
+    server, name = crew_server(Held("draft", "print"), response_format="union"), f"actions-{uuid.uuid4().hex[:8]}"
     await server.crew().asave(name)
     run = await (await DeployedCrew.aload(name)).trigger({})
     await waits(server, run)

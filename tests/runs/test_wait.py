@@ -30,7 +30,6 @@ from prefect_crew import (
     kickoff_crew,
     wait_for_crew,
 )
-from prefect_crew.client._transport import in_process
 from prefect_crew.records.model import RecordPhase, RunRecord
 from prefect_crew.records.store import PrefectRecords, waiter_prefix
 from prefect_crew.states import CrewState
@@ -40,6 +39,7 @@ from support.prefect_server import PrefectServer
 from support.proxy import Proxy, through
 from support.scripts import ASKS, FAILS, script, slow
 from support.seen import Seen
+from support.transports import carried_by
 
 pytestmark = pytest.mark.usefixtures("prefect_api", "instant_polling")
 
@@ -78,7 +78,7 @@ def _log_all(caplog: pytest.LogCaptureFixture) -> None:
 
 
 async def test_a_completed_run_gives_its_whole_result_and_closes_its_record(crew_server: CrewServerFactory):
-    server = crew_server("travel", speed=100, dialect="union")
+    server = crew_server("travel", speed=100, response_format="union")
     inputs = {"budget": "1000 USD", "interests": "food", "duration": "2 days", "age": "30"}
     run = await server.crew().trigger(inputs)
     result = await ended(run)
@@ -106,7 +106,7 @@ async def test_a_failed_run_raises_the_crews_own_error(crew_server: CrewServerFa
 
 
 async def test_a_run_that_was_stopped_elsewhere_is_no_result(crew_server: CrewServerFactory):
-    server = crew_server(slow(60), dialect="union")
+    server = crew_server(slow(60), response_format="union")
     run = await server.crew().trigger({})
     waiting = asyncio.ensure_future(run.wait_for_completion())
     async with server.crew().client() as client:
@@ -213,7 +213,7 @@ async def test_a_person_is_told_of_once_a_turn_and_their_time_is_on_record(
 ):
     # Of no length, so that all of the timeout is for a slow machine.
     asks = script({"name": "draft", "output": "a draft {{ feedback }}", "human": True}, {"name": "print"})
-    server = crew_server(asks, dialect="union")
+    server = crew_server(asks, response_format="union")
     crew = server.crew()
     run = await crew.trigger({})
     waiting = asyncio.ensure_future(run.wait_for_completion(WaitPolicy(initial=0.1, timeout=2.0)))
@@ -371,7 +371,7 @@ async def test_an_unknown_state_is_said_once_and_counts_as_running(caplog: pytes
     def answer(request: httpx.Request) -> httpx.Response:
         return httpx.Response(200, json={"state": next(words), "result": "well done"})
 
-    with in_process("odd.test", httpx.MockTransport(answer)):
+    with carried_by("odd.test", httpx.MockTransport(answer)):
         run = CrewRun(DeployedCrew(url="https://odd.test", token="t"), "r1")  # pyright: ignore[reportArgumentType]
         assert (await ended(run)).output == "well done"
     assert caplog.text.count("has the state 'MARINATING', which nobody has documented") == 1
@@ -401,7 +401,11 @@ async def test_a_late_crew_that_another_flow_run_waits_for_is_not_stopped(
 
 
 async def test_a_person_who_ends_the_run_has_had_their_time(crew_server: CrewServerFactory):
-    run = await crew_server(script({"name": "draft", "human": True, "output": "x"}), dialect="union").crew().trigger({})
+    run = (
+        await crew_server(script({"name": "draft", "human": True, "output": "x"}), response_format="union")
+        .crew()
+        .trigger({})
+    )
     waiting = asyncio.ensure_future(run.wait_for_completion())
     while (await record_of(run)).human_since is None:
         await asyncio.sleep(0.05)
@@ -419,7 +423,7 @@ async def test_progress_may_be_a_share(caplog: pytest.LogCaptureFixture):
     def answer(request: httpx.Request) -> httpx.Response:
         return httpx.Response(200, json=next(answers))
 
-    with in_process("share.test", httpx.MockTransport(answer)):
+    with carried_by("share.test", httpx.MockTransport(answer)):
         run = CrewRun(DeployedCrew(url="https://share.test", token="t"), "r1")  # pyright: ignore[reportArgumentType]
         await run.wait_for_completion()
     assert "Crew run r1: plan (50%)" in caplog.text
@@ -592,7 +596,7 @@ async def test_whatever_prefect_refuses_the_result_is_there(
 async def test_a_persons_turn_that_cannot_be_written_down_is_told(
     crew_server: CrewServerFactory, proxy: Proxy, caplog: pytest.LogCaptureFixture
 ):
-    server = crew_server(ASKS, dialect="union")
+    server = crew_server(ASKS, response_format="union")
     run = await server.crew().trigger({})
     proxy.refuse = "PATCH /api/variables"
     with pytest.raises(CrewTimeoutError):
@@ -626,7 +630,7 @@ async def foreign(crew_server: CrewServerFactory, text: str, **options: Any) -> 
 async def test_without_a_record_a_person_is_told_of_as_well(
     crew_server: CrewServerFactory, caplog: pytest.LogCaptureFixture
 ):
-    _, run = await foreign(crew_server, ASKS, dialect="union")
+    _, run = await foreign(crew_server, ASKS, response_format="union")
     with pytest.raises(CrewTimeoutError):
         await run.wait_for_completion(WaitPolicy(initial=0.1, human_timeout=0.3))
     assert "waits for a person" in caplog.text

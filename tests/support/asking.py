@@ -16,7 +16,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from prefect_crew.client.models import CrewInput
-from prefect_crew.devserver.runs import Outcome, Run
+from prefect_crew.devserver import Outcome, Run
 
 __all__ = ["Asking", "AskingServer"]
 

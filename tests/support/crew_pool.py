@@ -14,8 +14,7 @@ from typing import Any
 import httpx
 
 from prefect_crew.client.models import CrewInput
-from prefect_crew.devserver import CrewServer
-from prefect_crew.devserver.runs import Outcome, Run
+from prefect_crew.devserver import CrewServer, Outcome, Run
 from support.deployed import command, wait_until
 from support.prefect_server import PrefectServer, connected
 from support.workers import Worker

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable
 
 from prefect_crew.client.models import CrewInput, TaskResult
-from prefect_crew.devserver.runs import Outcome, Run
+from prefect_crew.devserver import Outcome, Run
 
 __all__ = ["Held"]
 

@@ -1,16 +1,68 @@
-"""Types that the tests of the local crew server share."""
+"""What tests that start a dev server share."""
 
 from __future__ import annotations
 
+import random
+import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import httpx
 
-from prefect_crew.devserver.server import LocalServer
+from prefect_crew.devserver import CrewServer, Fault
 
-ClientOf = Callable[[LocalServer], httpx.Client]
-"""Opens a plain HTTP client, with the token, for a server on a port."""
+Serve = Callable[..., tuple[CrewServer, httpx.Client]]
+"""Starts a server, as CrewServer does, and opens a plain HTTP client with its token: the fixture `serve`."""
 
-Finished = Callable[[httpx.Client, str], dict[str, Any]]
-"""Polls a run until its state stays as it is, and returns the last status body."""
+
+@dataclass(frozen=True)
+class _RandomFault(Fault):
+    chance: float = 1.0
+    seed: str = ""
+
+    def hits(self, occurrence: int) -> bool:
+        # A generator of its own per occurrence, so that what other faults and other requests do changes nothing.
+        return super().hits(occurrence) and random.Random(f"{self.seed}:{occurrence}").random() < self.chance
+
+
+def at_random(*texts: str, seed: int) -> list[Fault]:
+    """Return faults from texts such as `status:500%0.1`: one in ten, at random, the same ones for the same seed.
+
+    A text without a chance is a fault as it stands.
+    """
+    faults: list[Fault] = []
+    for index, text in enumerate(texts):
+        text, _, chance = text.partition("%")
+        fault = Fault.parse(text)
+        if chance:
+            more = {"chance": float(chance), "seed": f"{seed}:{index}"}
+            fault = _RandomFault(fault.where, fault.name, fault.on, fault.value, **more)  # pyright: ignore[reportArgumentType]
+        faults.append(fault)
+    return faults
+
+
+def kickoff(client: httpx.Client, inputs: dict[str, Any] | None = None, **more: Any) -> str:
+    """Start a run and return its kickoff id; `more` is the rest of the body."""
+    answer = client.post("/kickoff", json={"inputs": inputs or {}, **more})
+    assert answer.status_code == 200, answer.text
+    return answer.json()["kickoff_id"]
+
+
+def finished(client: httpx.Client, kickoff_id: str) -> dict[str, Any]:
+    """Poll a run until it has ended or waits for a person, and return the last status body."""
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        body = client.get(f"/status/{kickoff_id}").json()
+        if str(body.get("state") or body["status"]).upper() not in ("RUNNING", "STARTED", "PENDING"):
+            return body
+        time.sleep(0.01)
+    raise AssertionError(f"run {kickoff_id} did not end within 20 s")
+
+
+def until(condition: Callable[[], Any]) -> None:
+    """Wait until something is true, at most 20 s."""
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen within 20 s"
+        time.sleep(0.005)

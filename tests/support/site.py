@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx
 
-from prefect_crew.devserver.server import CrewServer
+from prefect_crew.devserver import CrewServer
 from support.deployed import ROOT, command, wait_until
 from support.prefect_server import PrefectServer, connected
 from support.seen import Seen

@@ -11,9 +11,9 @@ from typing import Any
 from prefect.client.orchestration import get_client
 from starlette.types import ASGIApp
 
+from prefect_crew._internal.web_server import open_listener
 from prefect_crew.client._callbacks import FeedbackRequest
 from prefect_crew.client.webhooks import BearerAuth, HumanInputWebhook, StreamWebhook, Webhooks
-from prefect_crew.devserver.server import listener
 from prefect_crew.receiver.events import WebhookEvent
 from prefect_crew.receiver.forward import Forwarder
 from prefect_crew.receiver.serve import ReceiverServer
@@ -157,7 +157,7 @@ class Kept(Forwarder):
 @asynccontextmanager
 async def served(app: ASGIApp) -> AsyncIterator[str]:
     """Serve a receiver on a free port of loopback and give its address."""
-    bound = listener("127.0.0.1", 0)
+    bound = open_listener("127.0.0.1", 0)
     server = ReceiverServer(app)
     serving = asyncio.create_task(server.serve(sockets=[bound]))
     try:

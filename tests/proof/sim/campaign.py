@@ -63,8 +63,9 @@ class Reach:
         """Take in what has happened in a world before its aftermath, in which everybody asks once more."""
         last: dict[str, float] = {ask.key: ask.at for ask in world.asks if not ask.over}
         for at, key, fired in world.site.kickoff_faults:
-            kind = fired.fault.kind
-            name = f"{kind.name}-{'after' if fired.fault.after else 'before'}-accept" if kind.phases else kind.name
+            fault = fired.fault
+            phase = f"-{'after' if fault.is_after else 'before'}-accept" if fault.kind.has_phases else ""
+            name = f"{fault.base_name}{phase}"
             self.faults.add(name)
             if at < last.get(key, 0.0):
                 self.answered.add(name)

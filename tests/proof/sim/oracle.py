@@ -8,7 +8,7 @@ from datetime import datetime
 from typing import Any
 
 from prefect_crew.client.models import CrewResult
-from prefect_crew.devserver.faults import Fired
+from prefect_crew.devserver._faults import Fired
 from prefect_crew.exceptions import (
     CrewError,
     CrewFailedError,
@@ -70,11 +70,11 @@ def _forced(world: World, key: str) -> int:
 
 
 def _fired(world: World, *, after: bool) -> list[Fired]:
-    return [fired for fired in world.site.faults.fired if fired.where == "kickoff" and fired.fault.after is after]
+    return [fired for fired in world.site.faults.fired if fired.where == "kickoff" and fired.fault.is_after is after]
 
 
 def _lies(world: World) -> int:
-    return sum(fired.fault.kind.name in LIES for fired in _fired(world, after=True))
+    return sum(fired.fault.base_name in LIES for fired in _fired(world, after=True))
 
 
 def _processes(world: World, key: str) -> list[Process]:
@@ -123,7 +123,7 @@ def _never_lost(world: World) -> Iterator[str]:
         fine = (
             isinstance(last, CrewResult)
             or (isinstance(last, CrewTimeoutError) and any(not run.state.ended for run in runs))
-            or (isinstance(last, CrewLostError) and any(run.forgotten for run in runs))
+            or (isinstance(last, CrewLostError) and any(run.is_forgotten for run in runs))
             or (
                 isinstance(last, CrewFailedError | CrewStoppedError)
                 and len(counted) >= world.scenario.max_kickoffs
@@ -162,8 +162,8 @@ def _may_be_uncertain(world: World, end: Ending, error: KickoffUncertainError) -
     if owner.dead and owner.died_at - owner.facts.get("done posting", owner.died_at) < WRITTEN_WITHIN:
         return True
     fired = [fired.fault for fired in world.site.faults.fired if fired.where == "kickoff"]
-    slow = sum(fault.value or 0 for fault in fired if fault.kind.name == "latency") >= REQUEST_TIMEOUT
-    network = slow or any(fault.kind.name in UNCLEAR for fault in fired) or world.site.crashes > 0
+    slow = sum(fault.value or 0 for fault in fired if fault.base_name == "latency") >= REQUEST_TIMEOUT
+    network = slow or any(fault.base_name in UNCLEAR for fault in fired) or world.site.crashes > 0
     # A Prefect API that is away leaves the claim as it is.
     return network if any(one["phase"] == "uncertain" for one in read) else bool(world.prefect.fired)
 
@@ -321,8 +321,8 @@ def _needlessly_uncertain(world: World) -> Iterator[str]:
             for at, key, fired in world.site.kickoff_faults
             if key == record["idempotency_key"] and began <= at <= change.at
         ]
-        slow = any(fault.kind.name == "latency" and (fault.value or 0) >= REQUEST_TIMEOUT for fault in met)
-        unclear = slow or any(fault.kind.name in UNCLEAR for fault in met) or world.site.crashes > 0
+        slow = any(fault.base_name == "latency" and (fault.value or 0) >= REQUEST_TIMEOUT for fault in met)
+        unclear = slow or any(fault.base_name in UNCLEAR for fault in met) or world.site.crashes > 0
         if not (unclear or owner.was_frozen or owner.was_cancelled):
             yield f"certain: {change.name} was made uncertain at {change.at:.2f}, and its kickoff was answered clearly"
 

@@ -5,23 +5,20 @@ from __future__ import annotations
 import asyncio
 import functools
 import json
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import httpx
 
 from prefect_crew.client.models import CrewInput
-from prefect_crew.devserver.app import create_app, runtime_of
-from prefect_crew.devserver.faults import Faults, Fired
-from prefect_crew.devserver.runs import Answer, Execution, Outcome, ProgramError, Run
-from prefect_crew.devserver.state import Counters
-from prefect_crew.devserver.transport import InProcessTransport
+from prefect_crew.devserver import Answer, Outcome, ProgramError, Run
+from prefect_crew.devserver._app import create_app, state_of
+from prefect_crew.devserver._faults import Fired
 from proof.sim.loop import Process, current_process
 from proof.sim.prefect_api import SimPrefect
 from proof.sim.scenario import CrewRun, Scenario
+from proof.sim.transport import InProcessTransport
 
 __all__ = ["HOST", "TOKENS", "CrewSite"]
 
@@ -64,7 +61,7 @@ class _Crew:
 
 def _approve(run: Any) -> None:
     if "review" in run.questions:
-        run.answer("review", Answer(approve=True, feedback=""), run.hooks)
+        run.answer("review", Answer(approve=True, feedback=""))
 
 
 class _Counting(InProcessTransport):
@@ -112,13 +109,16 @@ class CrewSite:
 
     def __init__(self, scenario: Scenario, prefect: SimPrefect) -> None:
         self.program = _Crew(scenario.runs)
-        self.faults = Faults(scenario.faults, seed=scenario.seed)
-        accepted = _Accepted()
-        self.counters = Counters(accepted=accepted)
+        self.token = self.stored_token = TOKENS[0]
+        self._app = create_app(self.program, token=self.token, faults=scenario.faults)
+        self._state = state_of(self._app)
+        self._state.crash = self._crash
+        self.faults = self._state.faults
+        self.counters = self._state.counters
+        self.counters.accepted = accepted = _Accepted()
         self.accepted_at = accepted.at
         self.ended_at: dict[str, float] = {}
         self.transport = _Counting()
-        self.token = self.stored_token = TOKENS[0]
         self.crashes = 0
         self.unclaimed: list[str] = []
         self.kickoff_faults: list[tuple[float, str, Fired]] = []
@@ -126,15 +126,13 @@ class CrewSite:
         self._arriving = ""
         self._scenario = scenario
         self._prefect = prefect
-        self._app: Any = None
-        self._folder = tempfile.TemporaryDirectory(prefix="proof-") if "crash" in str(scenario.faults) else None
 
     @property
-    def runs(self) -> list[Execution]:
+    def runs(self) -> list[Run]:
         """What the server knows."""
-        return runtime_of(self._app).runs
+        return self._state.runs
 
-    def run(self, kickoff_id: str) -> Execution | None:
+    def run(self, kickoff_id: str) -> Run | None:
         """Return a run that the server knows."""
         return next((run for run in self.runs if run.id == kickoff_id), None)
 
@@ -143,10 +141,10 @@ class CrewSite:
         return [id_ for id_, meta in self.counters.accepted.items() if meta["idempotency_key"] == idempotency_key]
 
     def noting_end(self, end: Callable[..., None]) -> Callable[..., None]:
-        """Return `Execution.end`, with a note of the moment."""
+        """Return `Run.end`, with a note of the moment."""
 
         @functools.wraps(end)
-        def noted(run: Execution, *args: Any, **kwargs: Any) -> None:
+        def noted(run: Run, *args: Any, **kwargs: Any) -> None:
             if not run.state.ended:
                 self.ended_at[run.id] = asyncio.get_running_loop().time()
             end(run, *args, **kwargs)
@@ -155,26 +153,15 @@ class CrewSite:
 
     async def open(self) -> None:
         """Start the server, for the first time or after a crash; schedule the rotation of its token."""
-        journal = Path(self._folder.name) / "journal" if self._folder else None
-        self._app = create_app(
-            self.program,
-            token=self.token,
-            faults=self.faults,
-            counters=self.counters,
-            journal=journal,
-            crash=self._crash,
-        )
-        await runtime_of(self._app).start()
+        self._state.open()
         self.transport.open(self._spy)
         if self.crashes == 0 and self._scenario.rotate_at is not None:
             asyncio.get_running_loop().call_later(self._scenario.rotate_at, self._rotate)
 
     def close(self) -> None:
         """End it for good."""
-        runtime_of(self._app).abandon()
+        self._state.abandon()
         self.transport.crash()
-        if self._folder:
-            self._folder.cleanup()
 
     async def _spy(self, scope: Any, receive: Any, send: Any) -> None:
         """Look whether each kickoff that arrives has a claim on the Prefect server."""
@@ -201,10 +188,10 @@ class CrewSite:
     def _crash(self) -> None:
         loop = asyncio.get_running_loop()
         self.crashes += 1
-        runtime_of(self._app).abandon()
+        self._state.abandon()
         self.transport.crash()
         loop.call_later(self._scenario.down_for, lambda: loop.create_task(self.open()))
 
     def _rotate(self) -> None:
-        self.token = runtime_of(self._app).token = TOKENS[1]
+        self.token = self._state.token = TOKENS[1]
         asyncio.get_running_loop().call_later(self._scenario.rotate_late, setattr, self, "stored_token", TOKENS[1])

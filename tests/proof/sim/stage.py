@@ -20,15 +20,15 @@ from prefect_crew._internal import prefect_api
 from prefect_crew.artifacts import events
 from prefect_crew.artifacts.run import RunArtifact
 from prefect_crew.client._client import CrewClient
-from prefect_crew.client._transport import in_process
 from prefect_crew.crew import Crew
-from prefect_crew.devserver.runs import Execution
+from prefect_crew.devserver import Run
 from prefect_crew.records import prune, store
 from prefect_crew.records.model import SPARE, utcnow
 from prefect_crew.runs import kickoff, polling, stop, wait
 from prefect_crew.runs.kickoff import Start
 from proof.sim.loop import current_process
 from proof.sim.site import HOST
+from support.transports import carried_by
 
 if TYPE_CHECKING:
     from proof.sim.world import World
@@ -71,7 +71,7 @@ def on_stage(world: World) -> Iterator[None]:
         (events, "emit_event", world.emitted),
         (RunArtifact, "create", nothing),
         (RunArtifact, "update", nothing),
-        (Execution, "end", world.site.noting_end(Execution.end)),
+        (Run, "end", world.site.noting_end(Run.end)),
         (CrewClient, "kickoff", _noting("posting", CrewClient.kickoff)),
         (store.PrefectRecords, "save", _noting("writing", store.PrefectRecords.save)),
         (Crew, "reloaded", lambda crew: world.reloaded(crew)),
@@ -82,7 +82,7 @@ def on_stage(world: World) -> Iterator[None]:
     ]
     log, handler = logging.getLogger("prefect_crew"), _Trace(world)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(in_process(HOST, world.site.transport))
+        stack.enter_context(carried_by(HOST, world.site.transport))
         for where, name, value in replaced:
             stack.enter_context(mock.patch.object(where, name, value))
         stack.enter_context(mock.patch.multiple(log, level=logging.INFO, propagate=False, handlers=[handler]))

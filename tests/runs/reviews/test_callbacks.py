@@ -18,8 +18,7 @@ from prefect import flow
 from prefect_crew import CrewError, DeployedCrew, Review, ReviewRequest, arun_crew, kickoff_crew
 from prefect_crew.client._callbacks import feedback_text, parse_request
 from prefect_crew.crew import Crew
-from prefect_crew.devserver import CrewScript, CrewServer
-from prefect_crew.devserver.webhooks import ReviewWebhook
+from prefect_crew.devserver import CrewScript, CrewServer, ReviewWebhook
 from prefect_crew.exceptions import ConfigurationError
 from prefect_crew.receiver.app import create_receiver
 from prefect_crew.records.notes import kept_requests

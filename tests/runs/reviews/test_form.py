@@ -15,7 +15,7 @@ from prefect.runtime import flow_run as this_flow_run
 
 from prefect_crew import CrewTimeoutError, DeployedCrew, Review, WaitPolicy, arun_crew, resume_crew
 from prefect_crew.artifacts.run import artifact_key
-from prefect_crew.devserver import CrewScript, InProcessCrewServer
+from prefect_crew.devserver import CrewScript, CrewServer
 from prefect_crew.records.store import PrefectRecords
 from prefect_crew.runs.reviews import form
 from prefect_crew.runs.reviews.form import Form, ReviewForm
@@ -57,12 +57,12 @@ def seen(prefect_api: PrefectServer) -> Iterator[Seen]:
 
 
 @pytest.fixture
-def server() -> Iterator[InProcessCrewServer]:
-    with InProcessCrewServer(SCRIPT, dialect="union") as server:
+def server() -> Iterator[CrewServer]:
+    with CrewServer(SCRIPT, response_format="union") as server:
         yield server
 
 
-def crew_of(server: InProcessCrewServer, **fields: Any) -> DeployedCrew:
+def crew_of(server: CrewServer, **fields: Any) -> DeployedCrew:
     return DeployedCrew(url=server.url, token=server.token, **fields)
 
 
@@ -135,7 +135,7 @@ class FlowRun:
         return self._outcome
 
 
-def test_the_form_shows_the_output_and_takes_each_answer_once(server: InProcessCrewServer, seen: Seen) -> None:
+def test_the_form_shows_the_output_and_takes_each_answer_once(server: CrewServer, seen: Seen) -> None:
     crew = crew_of(server)
     run = FlowRun(lambda: arun_crew(crew, {"topic": "tea"}, review="form"))
     first = run.form()
@@ -170,7 +170,7 @@ def test_the_form_shows_the_output_and_takes_each_answer_once(server: InProcessC
     assert state.is_completed()
 
 
-def test_two_questions_of_one_flow_run_stand_in_line_while_other_runs_go_on(server: InProcessCrewServer) -> None:
+def test_two_questions_of_one_flow_run_stand_in_line_while_other_runs_go_on(server: CrewServer) -> None:
     crew = crew_of(server)
     ended: list[str] = []
 
@@ -198,7 +198,7 @@ def test_two_questions_of_one_flow_run_stand_in_line_while_other_runs_go_on(serv
     assert server.requests["resume"] == 3
 
 
-def test_an_answer_from_elsewhere_takes_the_form_back(server: InProcessCrewServer) -> None:
+def test_an_answer_from_elsewhere_takes_the_form_back(server: CrewServer) -> None:
     crew = crew_of(server)
     run = FlowRun(lambda: arun_crew(crew, {"topic": "tea"}, review="form", idempotency_key=f"elsewhere {server.url}"))
     run.form()
@@ -215,7 +215,7 @@ def test_an_answer_from_elsewhere_takes_the_form_back(server: InProcessCrewServe
     assert state.is_completed()
 
 
-def test_of_two_flow_runs_that_ask_about_one_run_one_answers(server: InProcessCrewServer) -> None:
+def test_of_two_flow_runs_that_ask_about_one_run_one_answers(server: CrewServer) -> None:
     crew, key = crew_of(server), f"both {server.url}"
 
     async def ask() -> str:
@@ -247,7 +247,7 @@ def test_of_two_flow_runs_that_ask_about_one_run_one_answers(server: InProcessCr
         assert run.inputs() == []
 
 
-def test_a_form_that_stands_is_found_by_another_process_and_not_made_again(server: InProcessCrewServer) -> None:
+def test_a_form_that_stands_is_found_by_another_process_and_not_made_again(server: CrewServer) -> None:
     crew = crew_of(server)
     run = FlowRun(lambda: arun_crew(crew, {"topic": "tea"}, review="form"))
     first = run.form()
@@ -268,7 +268,7 @@ def test_a_form_that_stands_is_found_by_another_process_and_not_made_again(serve
     assert server.requests["resume"] == 1
 
 
-def test_a_form_that_was_resumed_without_an_answer_comes_back(server: InProcessCrewServer) -> None:
+def test_a_form_that_was_resumed_without_an_answer_comes_back(server: CrewServer) -> None:
     from prefect.states import Running
 
     crew = crew_of(server)
@@ -281,7 +281,7 @@ def test_a_form_that_was_resumed_without_an_answer_comes_back(server: InProcessC
     assert run.result().output.startswith("Printed")
 
 
-def test_nobody_answers_in_time(server: InProcessCrewServer) -> None:
+def test_nobody_answers_in_time(server: CrewServer) -> None:
     crew = crew_of(server)
     policy = WaitPolicy(human_timeout=1.5)
     run = FlowRun(lambda: arun_crew(crew, {"topic": "tea"}, review="form", wait=policy))
@@ -294,7 +294,7 @@ def test_nobody_answers_in_time(server: InProcessCrewServer) -> None:
 
 
 def test_an_answer_in_time_counts_though_it_is_read_after_that(
-    server: InProcessCrewServer, monkeypatch: pytest.MonkeyPatch
+    server: CrewServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(form, "LOOK_EVERY", 8.0)
     crew = crew_of(server)
@@ -306,7 +306,7 @@ def test_an_answer_in_time_counts_though_it_is_read_after_that(
     assert server.requests["resume"] == 1
 
 
-def test_an_answer_that_could_not_be_sent_is_kept_for_the_retry(server: InProcessCrewServer) -> None:
+def test_an_answer_that_could_not_be_sent_is_kept_for_the_retry(server: CrewServer) -> None:
     crew = crew_of(server)
     server.faults.add("resume:401-before-accept@1")
     # Two, since Prefect counts the form as one of them.
@@ -318,7 +318,7 @@ def test_an_answer_that_could_not_be_sent_is_kept_for_the_retry(server: InProces
     assert server.kickoffs == 1
 
 
-def test_what_may_not_be_shown_is_not_in_the_form(server: InProcessCrewServer) -> None:
+def test_what_may_not_be_shown_is_not_in_the_form(server: CrewServer) -> None:
     crew = crew_of(server, secret_inputs=["topic"])
     run = FlowRun(lambda: arun_crew(crew, {"topic": "correct horse"}, review="form"))
     run.form()
@@ -340,7 +340,7 @@ def test_what_may_not_be_shown_is_not_in_the_form(server: InProcessCrewServer) -
 @pytest.mark.parametrize("ui", ["v1", "v2"], ids=["older-interface", "newer-interface"])
 def test_a_person_rejects_once_and_approves_on_the_page(
     prefect_server: PrefectServer,
-    server: InProcessCrewServer,
+    server: CrewServer,
     chromium: Chromium,
     ui: Literal["v1", "v2"],
     tmp_path: Path,

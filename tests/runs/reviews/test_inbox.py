@@ -90,7 +90,7 @@ async def test_where_nothing_is_known_the_page_is_linked_and_nothing_is_promised
 
 async def test_where_it_is_known_the_command_that_shows_it_is_named(caplog: pytest.LogCaptureFixture) -> None:
     with (
-        CrewServer(SCRIPT, dialect="union") as server,
+        CrewServer(SCRIPT, response_format="union") as server,
         caplog.at_level(logging.WARNING),
         pytest.raises(CrewTimeoutError),
     ):

@@ -80,7 +80,7 @@ def test_a_process_is_killed_with_its_form_up(
     answered: bool, prefect_api: PrefectServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("prefect_crew.runs.reviews.form.LOOK_EVERY", 0.2)
-    with CrewServer(ASKS, dialect="union") as server:
+    with CrewServer(ASKS, response_format="union") as server:
         server.crew().save(f"killed-{answered}".lower(), overwrite=True)
         flow_run_id = asyncio.run(planned(f"killed-{answered}".lower())).id
         env = {**prefect_api.env(), "PYTHONPATH": str(Path(__file__).parent)}

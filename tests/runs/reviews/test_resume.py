@@ -20,7 +20,7 @@ async def waits(server: Any, run: CrewRun) -> None:
 
 
 async def test_an_answer_is_for_the_task_that_the_status_names(crew_server: CrewServerFactory):
-    server = crew_server(ASKS, dialect="union")
+    server = crew_server(ASKS, response_format="union")
     run = await server.crew().trigger({})
     await waits(server, run)
     assert (await run.resume("shorter", approve=False)).status == "retrying"
@@ -42,7 +42,7 @@ async def test_a_run_that_waits_for_nobody_takes_no_answer(crew_server: CrewServ
 
 
 async def test_a_task_that_the_status_does_not_name_has_to_be_given(crew_server: CrewServerFactory):
-    server = crew_server(ASKS, dialect="live")
+    server = crew_server(ASKS, response_format="live")
     run = await server.crew().trigger({})
     await waits(server, run)
     with pytest.raises(CrewError, match=r"does not name the task\. Give it \(task_id=…, --task\)"):
@@ -51,7 +51,7 @@ async def test_a_task_that_the_status_does_not_name_has_to_be_given(crew_server:
 
 
 async def test_an_answer_that_the_server_refuses_may_be_given_again(crew_server: CrewServerFactory):
-    server = crew_server(ASKS, dialect="union", faults=["resume:404@1"])
+    server = crew_server(ASKS, response_format="union", faults=["resume:404@1"])
     run = await server.crew().trigger({})
     await waits(server, run)
     with pytest.raises(NotFoundError):

@@ -25,7 +25,7 @@ from prefect_crew import (
     kickoff_crew,
     resume_crew,
 )
-from prefect_crew.devserver import CrewScript, InProcessCrewServer
+from prefect_crew.devserver import CrewScript, CrewServer
 from prefect_crew.records.model import SentReview
 from prefect_crew.records.store import PrefectRecords
 from prefect_crew.runs.reviews.reviewer import NOBODY
@@ -41,7 +41,7 @@ SCRIPT = CrewScript.model_validate(
 pytestmark = pytest.mark.usefixtures("prefect_api", "instant_polling")
 
 
-def crew_of(server: InProcessCrewServer, **fields: Any) -> DeployedCrew:
+def crew_of(server: CrewServer, **fields: Any) -> DeployedCrew:
     return DeployedCrew(url=server.url, token=server.token, **fields)
 
 
@@ -50,7 +50,7 @@ async def answers(idempotency_key: str) -> list[SentReview]:
     return await records.reviews((await records.attempts(idempotency_key))[-1])
 
 
-def run_with(server: InProcessCrewServer, review: Any = None, **policy: Any) -> Any:
+def run_with(server: CrewServer, review: Any = None, **policy: Any) -> Any:
     """A flow around one run whose key is the server's address."""
 
     @flow
@@ -61,8 +61,8 @@ def run_with(server: InProcessCrewServer, review: Any = None, **policy: Any) -> 
     return reviewed()
 
 
-@pytest.mark.parametrize("dialect", ["documented", "union", "live"])
-async def test_a_function_answers_each_round_once(dialect: str) -> None:
+@pytest.mark.parametrize("response_format", ["documented", "union", "live"])
+async def test_a_function_answers_each_round_once(response_format: str) -> None:
     asked: list[ReviewRequest] = []
 
     async def judge(request: ReviewRequest) -> Review:
@@ -70,7 +70,7 @@ async def test_a_function_answers_each_round_once(dialect: str) -> None:
         return Review(approve=request.round > 1, feedback=f"round {request.round}")
 
     asking = Asking()
-    with InProcessCrewServer(SCRIPT if dialect == "union" else asking, dialect=dialect) as server:
+    with CrewServer(SCRIPT if response_format == "union" else asking, response_format=response_format) as server:
         asking.polls = lambda: server.requests["status"]
 
         @flow
@@ -78,7 +78,7 @@ async def test_a_function_answers_each_round_once(dialect: str) -> None:
             result = await arun_crew(crew_of(server), {}, review=judge)
             return result.kickoff_id, result.output
 
-        if dialect == "live":  # its status names no task: nothing can be answered, so nothing is
+        if response_format == "live":  # its status names no task: nothing can be answered, so nothing is
             with pytest.raises(TimeoutError):
                 await asyncio.wait_for(reviewed(), 3)
             assert server.requests["resume"] == 0
@@ -112,7 +112,7 @@ async def test_a_plain_function_takes_its_time_beside_everything_else() -> None:
             await asyncio.sleep(0.01)
         others_went_on.set()
 
-    with InProcessCrewServer(SCRIPT) as server:
+    with CrewServer(SCRIPT) as server:
 
         @flow
         async def reviewed() -> str:
@@ -123,7 +123,7 @@ async def test_a_plain_function_takes_its_time_beside_everything_else() -> None:
 
 
 async def test_what_is_no_review_is_refused_before_it_is_sent() -> None:
-    with InProcessCrewServer(SCRIPT) as server:
+    with CrewServer(SCRIPT) as server:
 
         @flow
         async def reviewed(answer: Any = None) -> str:
@@ -137,7 +137,7 @@ async def test_what_is_no_review_is_refused_before_it_is_sent() -> None:
 async def test_nobody_in_time_is_one_rejection_and_time_anew() -> None:
     asked: list[int] = []
 
-    with InProcessCrewServer(SCRIPT, dialect="union") as server:
+    with CrewServer(SCRIPT, response_format="union") as server:
         crew = crew_of(server)
 
         async def come_late() -> None:
@@ -161,7 +161,7 @@ async def test_nobody_in_time_is_one_rejection_and_time_anew() -> None:
 
 
 async def test_a_second_time_nobody_answers_the_crew_is_left() -> None:
-    with InProcessCrewServer(SCRIPT, dialect="union") as server:
+    with CrewServer(SCRIPT, response_format="union") as server:
         with pytest.raises(CrewTimeoutError) as raised:
             await run_with(server, human_timeout=1.0, on_human_timeout="reject")
         assert raised.value.phase == "human"
@@ -172,7 +172,7 @@ async def test_a_second_time_nobody_answers_the_crew_is_left() -> None:
 @pytest.mark.parametrize("choice", ["leave", "stop", None])
 @pytest.mark.parametrize("on_timeout", ["leave", "stop"])
 async def test_what_happens_when_peoples_time_is_over_is_a_choice(choice: Any, on_timeout: Any) -> None:
-    with InProcessCrewServer(SCRIPT) as server:
+    with CrewServer(SCRIPT) as server:
         with pytest.raises(CrewTimeoutError) as raised:
             await run_with(server, human_timeout=0.3, on_human_timeout=choice, on_timeout=on_timeout)
         stops = (choice or on_timeout) == "stop"
@@ -183,7 +183,7 @@ async def test_what_happens_when_peoples_time_is_over_is_a_choice(choice: Any, o
 
 @pytest.mark.parametrize("choice", ["leave", "stop"])
 async def test_rounds_are_limited_by_choice(choice: Any) -> None:
-    with InProcessCrewServer(SCRIPT, dialect="union") as server:
+    with CrewServer(SCRIPT, response_format="union") as server:
         asked: list[int] = []
 
         def never(request: ReviewRequest) -> Review:
@@ -208,8 +208,8 @@ async def test_what_is_judged_is_the_output_of_the_task_that_waits() -> None:
         seen.append(request.output)
         return Review(approve=True)
 
-    for dialect in ("union", "documented"):
-        with InProcessCrewServer(script, dialect=dialect) as server:
+    for response_format in ("union", "documented"):
+        with CrewServer(script, response_format=response_format) as server:
             await run_with(server, look)
     assert seen == ["Draft. ", None], "the documented status shows none, and an earlier task's is not taken for it"
 
@@ -224,7 +224,7 @@ async def test_every_step_of_a_pipeline_can_be_reviewed() -> None:
 
         return answer
 
-    with InProcessCrewServer(SCRIPT) as server:
+    with CrewServer(SCRIPT) as server:
 
         @flow
         async def reviewed() -> None:
@@ -245,7 +245,7 @@ async def test_each_answer_names_the_users_own_webhooks_again() -> None:
         after.append(server.run(request.kickoff_id).hooks.as_body())
         return Review(approve=request.round > 1, feedback="again")
 
-    with InProcessCrewServer(SCRIPT, dialect="union") as server:
+    with CrewServer(SCRIPT, response_format="union") as server:
         result = await arun_crew(crew_of(server), {}, review=judge, webhooks=own)
         after.append(server.run(result.kickoff_id).hooks.as_body())
     assert after == [after[0]] * 3
@@ -256,7 +256,7 @@ async def test_an_answer_to_a_run_with_the_receivers_webhooks_names_those(monkey
     """Whoever finds a run that somebody else has bought does not take its webhooks away."""
     monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_WEBHOOK_URL", "http://127.0.0.1:9/hooks")
     monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_WEBHOOK_SECRET", "a-secret-of-thirty-two-characters")
-    with InProcessCrewServer(SCRIPT) as server:
+    with CrewServer(SCRIPT) as server:
         crew = crew_of(server)
         kickoff_id = await kickoff_crew(crew, {}, idempotency_key="hooked")
         result = await arun_crew(
@@ -271,7 +271,7 @@ async def test_an_answer_to_a_run_with_the_receivers_webhooks_names_those(monkey
 
 
 async def test_an_answer_from_elsewhere_in_the_same_moment_is_not_the_end_of_the_wait() -> None:
-    with InProcessCrewServer(SCRIPT, dialect="union") as server:
+    with CrewServer(SCRIPT, response_format="union") as server:
         crew = crew_of(server)
         asked: list[int] = []
 

@@ -1,11 +1,11 @@
-"""Runs one CrewAI crew or flow on its thread, and tells the dev server what happens.
+"""One CrewAI crew or flow on its thread: what it takes, what it reports to its run, and how it asks people.
 
 This module imports CrewAI: import it only after `prepare_crewai`.
 """
 
 # A provider of human input is given an executor whose public protocol consists of names like `_invoke_loop`.
 # pyright: reportPrivateUsage=false
-# ruff: noqa: SLF001, D102
+# ruff: noqa: SLF001
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import json
 import re
 import threading
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from concurrent.futures import CancelledError, Future
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -61,7 +61,7 @@ from pydantic import BaseModel
 from pydantic_core import to_jsonable_python
 
 from prefect_crew.client.models import CrewInput, TaskResult, TokenUsage
-from prefect_crew.devserver.runs import Answer, Outcome, ProgramNotFoundError, Run
+from prefect_crew.devserver._runs import Answer, Outcome, ProgramNotFoundError, Run
 
 _PLACEHOLDER = re.compile(r"[A-Za-z_][A-Za-z0-9_\-]*")
 """What CrewAI fills in. `fetch_inputs` also reports other text in braces, such as JSON in a prompt."""
@@ -104,14 +104,6 @@ def inputs_of(made: Crew | Flow[Any]) -> list[CrewInput]:
 def is_flow(made: Crew | Flow[Any]) -> bool:
     """Return whether it is a flow, and no crew."""
     return isinstance(made, Flow)
-
-
-def share_a_model(first: Crew | Flow[Any], second: Crew | Flow[Any]) -> bool:
-    """Tell whether two crews of one factory, or two agents of one crew, use the same model object."""
-    if not (isinstance(first, Crew) and isinstance(second, Crew)):
-        return False  # a flow makes its agents as it runs
-    models = [id(agent.llm) for crew in (first, second) for agent in crew.agents if not isinstance(agent.llm, str)]
-    return len(set(models)) < len(models)
 
 
 def task_label(task: Task) -> str:
@@ -167,35 +159,21 @@ def _jsonable(value: Any) -> Any:
 
 
 _current: ContextVar[Bridge | None] = ContextVar("prefect_crew_bridge", default=None)
+"""The run of a thread. CrewAI calls its one provider of feedback without it, and copies the context to its threads."""
 
 NOT_APPROVED = "This is not approved. Improve it."
 """What an agent hears when a person rejects its work without a word."""
 
 
 class Bridge:
-    """A run, for use from any thread. CrewAI hands the context on to its own threads, and so each finds its own.
+    """A run that lives on the server's event loop, for use from CrewAI's threads."""
 
-    Args:
-        run: The run.
-        loop: The server's event loop.
-        on_wait: Called on the loop when the run first waits for a person.
-    """
-
-    def __init__(self, run: Run, loop: asyncio.AbstractEventLoop, on_wait: Callable[[], None]) -> None:
+    def __init__(self, run: Run, loop: asyncio.AbstractEventLoop) -> None:
         self.run = run
         self._loop = loop
-        self._on_wait = on_wait
         self._stopped = False
         self._asking: set[Future[Answer]] = set()
         self._lock = threading.Lock()
-
-    def enter(self) -> None:
-        """Make this the bridge of the current context."""
-        _current.set(self)
-
-    @property
-    def stopped(self) -> bool:
-        return self._stopped or self.run.stop_requested
 
     def stop(self) -> None:
         """End the run at the next model call, tool call or step, and every question to a person at once."""
@@ -211,15 +189,14 @@ class Bridge:
         Raises:
             HookAborted: The run was stopped.
         """
-        if self.stopped:
+        if self._stopped or self.run.stop_requested:
             raise HookAborted("the run was stopped", source="prefect-crew")
 
-    def tell(self, function: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+    def report(self, method: Callable[..., None], *args: Any, **kwargs: Any) -> None:
         """Have the loop call one of the run's methods, in order; not once the run was stopped."""
-        if self.stopped:
-            return
-        with contextlib.suppress(RuntimeError):  # the loop is closed: there is nobody left to tell
-            self._loop.call_soon_threadsafe(partial(function, *args, **kwargs))
+        if not (self._stopped or self.run.stop_requested):
+            with contextlib.suppress(RuntimeError):  # the loop is closed: the server has ended
+                self._loop.call_soon_threadsafe(partial(method, *args, **kwargs))
 
     def ask(self, *, task_id: str, output: str) -> Answer:
         """Wait for a person, on a thread of CrewAI's.
@@ -243,17 +220,10 @@ class Bridge:
     def _ask(self, task_id: str, output: str) -> Future[Answer]:
         with self._lock:
             self.check()
-            future = asyncio.run_coroutine_threadsafe(self._wait(task_id, output), self._loop)
+            future = asyncio.run_coroutine_threadsafe(self.run.ask(task_id=task_id, output=output), self._loop)
             self._asking.add(future)
         future.add_done_callback(self._asking.discard)
         return future
-
-    def _wait(self, task_id: str, output: str) -> Coroutine[Any, Any, Answer]:
-        async def wait() -> Answer:
-            self._on_wait()
-            return await self.run.ask(task_id=task_id, output=output)
-
-        return wait()
 
 
 class HumanInput(SyncHumanInputProvider):
@@ -263,33 +233,36 @@ class HumanInput(SyncHumanInputProvider):
         self._bridge = bridge
 
     def handle_feedback(self, formatted_answer: AgentFinish, context: ExecutorContext) -> AgentFinish:
-        answer = formatted_answer
+        result = formatted_answer
         while context.ask_for_human_input:
-            said = self._bridge.ask(task_id=_asked_of(context), output=self._get_output_string(answer))
-            if said.approve:
-                break
-            context.messages.append(context._format_feedback_message(said.feedback.strip() or NOT_APPROVED))
-            answer = context._invoke_loop()
-        context.ask_for_human_input = False
-        return answer
+            answer = self._bridge.ask(task_id=_asked_of(context), output=self._get_output_string(result))
+            if not _take(answer, context):
+                result = context._invoke_loop()
+        return result
 
     async def handle_feedback_async(self, formatted_answer: AgentFinish, context: AsyncExecutorContext) -> AgentFinish:
-        answer = formatted_answer
+        result = formatted_answer
         while context.ask_for_human_input:
-            said = await self._bridge.ask_async(task_id=_asked_of(context), output=self._get_output_string(answer))
-            if said.approve:
-                break
-            context.messages.append(context._format_feedback_message(said.feedback.strip() or NOT_APPROVED))
-            answer = await context._ainvoke_loop()
-        context.ask_for_human_input = False
-        return answer
+            answer = await self._bridge.ask_async(task_id=_asked_of(context), output=self._get_output_string(result))
+            if not _take(answer, context):
+                result = await context._ainvoke_loop()
+        return result
 
 
 def _asked_of(context: ExecutorContext) -> str:
     return task_label(context.task) if context.task is not None else str(context.agent.role)
 
 
-class _FlowQuestions:
+def _take(answer: Answer, context: ExecutorContext) -> bool:
+    """Tell the agent what a person answered, and return whether they approved."""
+    if answer.approve:
+        context.ask_for_human_input = False
+    else:
+        context.messages.append(context._format_feedback_message(answer.feedback.strip() or NOT_APPROVED))
+    return answer.approve
+
+
+class _FlowFeedback:
     """`@human_feedback` and `Flow.ask` of flows that the server runs; other flows of this process ask the console."""
 
     def request_feedback(self, context: PendingFeedbackContext, flow: Flow[Any]) -> str:
@@ -306,11 +279,11 @@ class _FlowQuestions:
         return bridge.ask(task_id=current_flow_method_name.get(), output=message).feedback
 
 
-def serve_flow_questions() -> None:
+def register_feedback_provider() -> None:
     """Become CrewAI's provider of feedback and input, unless the user has set one."""
-    questions = _FlowQuestions()
-    flow_config.hitl_provider = flow_config.hitl_provider or questions
-    flow_config.input_provider = flow_config.input_provider or questions
+    provider = _FlowFeedback()
+    flow_config.hitl_provider = flow_config.hitl_provider or provider
+    flow_config.input_provider = flow_config.input_provider or provider
 
 
 def feedback_text(context: PendingFeedbackContext, answer: Answer) -> str:
@@ -360,7 +333,7 @@ def run_once(factory: Callable[[], Any], bridge: Bridge) -> Outcome:
         HookAborted: The run was stopped.
         Exception: Whatever the crew or its factory raises.
     """
-    bridge.enter()
+    _current.set(bridge)
     set_provider(HumanInput(bridge))
     stopping = (InterceptionPoint.PRE_MODEL_CALL, InterceptionPoint.PRE_TOOL_CALL, InterceptionPoint.PRE_STEP)
     with scoped_hooks({point: [bridge.check] for point in stopping}):
@@ -405,21 +378,21 @@ class _Watch:
     """
 
     def __init__(self, bridge: Bridge) -> None:
-        self.bridge = bridge
+        self.run = bridge.run
+        self.report = bridge.report
 
     def see_step(self, event: Any) -> None:
-        run, tell = self.bridge.run, self.bridge.tell
         if isinstance(event, AgentLogsExecutionEvent):
-            said = event.formatted_answer
-            if isinstance(said, AgentAction):
-                if thought := said.thought.removeprefix("Thought:").strip():
-                    tell(run.step, agent=event.agent_role, kind="thought", content=thought)
+            kind, content = "final_answer", ""
+            if isinstance(event.formatted_answer, AgentAction):
+                kind, content = "thought", event.formatted_answer.thought.removeprefix("Thought:").strip()
             else:
-                content, _ = result_of(getattr(said, "output", said))
-                tell(run.step, agent=event.agent_role, kind="final_answer", content=content)
+                content, _ = result_of(getattr(event.formatted_answer, "output", event.formatted_answer))
+            if content or kind == "final_answer":
+                self.report(self.run.step, agent=event.agent_role, kind=kind, content=content)
         elif isinstance(event, (ToolUsageFinishedEvent, ToolUsageErrorEvent)):
-            found = event.output if isinstance(event, ToolUsageFinishedEvent) else event.error
-            tell(run.step, agent=event.agent_role, kind="tool", content=str(found), tool=event.tool_name)
+            output = str(event.output if isinstance(event, ToolUsageFinishedEvent) else event.error)
+            self.report(self.run.step, agent=event.agent_role, kind="tool", content=output, tool=event.tool_name)
 
 
 class _CrewWatch(_Watch):
@@ -428,25 +401,22 @@ class _CrewWatch(_Watch):
     def __init__(self, crew: Any, bridge: Bridge) -> None:
         super().__init__(bridge)
         self._crew = crew
-        self._planned = False
+        self._is_planned = False
 
     def see(self, source: Any, event: Any) -> None:
-        run, tell = self.bridge.run, self.bridge.tell
-        if isinstance(event, TaskStartedEvent):
-            if not self._planned:  # not earlier: descriptions that stand for a name have their inputs only now
-                self._planned = True
-                tell(run.plan, [task_label(task) for task in self._crew.tasks])
-            if self._owns(source):
+        if isinstance(event, (TaskStartedEvent, TaskCompletedEvent)):
+            if not self._is_planned:  # not earlier: only now are the inputs in descriptions that stand for a name
+                self._is_planned = True
+                self.report(self.run.plan, [task_label(task) for task in self._crew.tasks])
+            if not any(source is task for task in self._crew.tasks):
+                return
+            if isinstance(event, TaskCompletedEvent):
+                self.report(self.run.task_ended, task_result(source, event.output))
+            else:
                 agent = source.agent.role if source.agent else None
-                tell(run.task_started, task_label(source), agent=agent, description=source.description)
-        elif isinstance(event, TaskCompletedEvent):
-            if self._owns(source):
-                tell(run.task_ended, task_result(source, event.output))
+                self.report(self.run.task_started, task_label(source), agent=agent, description=source.description)
         else:
             self.see_step(event)
-
-    def _owns(self, task: Any) -> bool:
-        return any(task is own for own in self._crew.tasks)
 
 
 @dataclass
@@ -457,34 +427,32 @@ class _Method:
 
 
 _method: ContextVar[_Method | None] = ContextVar("prefect_crew_flow_method", default=None)
+"""The flow's method of a thread: CrewAI runs a method in the context in which its start was emitted, or in a copy, and
+its agents' events do not name it."""
 
 
 class _FlowWatch(_Watch):
-    """A flow's methods are the run's tasks, and the agents that work in one are its agents.
-
-    CrewAI runs a method in the context in which its start was told, or in a copy of it: that is how its agents are
-    told from those of methods that run at the same time.
-    """
+    """A flow's methods are the run's tasks, and the agents that work in one are its agents."""
 
     def __init__(self, flow: Any, bridge: Bridge) -> None:
         super().__init__(bridge)
         self.flow = flow
         methods = flow.flow_definition().methods
         if not any(method.router or method.human_feedback for method in methods.values()):
-            bridge.tell(bridge.run.plan, list(methods))  # nothing chooses among them, so all will run
+            self.report(self.run.plan, list(methods))  # nothing chooses among them, so all will run
 
     def see(self, source: Any, event: Any) -> None:
-        run, tell = self.bridge.run, self.bridge.tell
         if isinstance(event, MethodExecutionStartedEvent) and source is self.flow:
             _method.set(_Method(event.method_name))
-            tell(run.task_started, event.method_name)
+            self.report(self.run.task_started, event.method_name)
         elif isinstance(event, (MethodExecutionFinishedEvent, MethodExecutionFailedEvent)) and source is self.flow:
             if isinstance(event, MethodExecutionFinishedEvent):
-                tell(run.task_ended, self._result(event))
+                self.report(self.run.task_ended, self._result(event))
             _method.set(None)
         else:
-            if isinstance(event, AgentLogsExecutionEvent) and (method := _method.get()):
-                method.agents += [event.agent_role] if event.agent_role not in method.agents else []
+            method = _method.get()
+            if isinstance(event, AgentLogsExecutionEvent) and method and event.agent_role not in method.agents:
+                method.agents.append(event.agent_role)
             self.see_step(event)
 
     def _result(self, event: MethodExecutionFinishedEvent) -> TaskResult:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, cast
@@ -13,20 +13,11 @@ from typing import Annotated, Any, cast
 import yaml
 from jinja2 import StrictUndefined, TemplateError, TemplateSyntaxError
 from jinja2.sandbox import SandboxedEnvironment
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from prefect_crew.client.models import CrewInput, TaskResult, TokenUsage
-from prefect_crew.devserver.faults import Fault
-from prefect_crew.devserver.runs import Outcome, ProgramError, Run
+from prefect_crew.devserver._faults import Fault
+from prefect_crew.devserver._runs import Outcome, ProgramError, Run
 
 _JINJA = SandboxedEnvironment(undefined=StrictUndefined, autoescape=False, trim_blocks=True, lstrip_blocks=True)
 
@@ -35,20 +26,38 @@ class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
-def _checked(template: Any) -> Any:
-    """Refuse a template that Jinja2 cannot read, where it stands and not when it is first used."""
-    if isinstance(template, str):
+def _check_template(value: Any) -> Any:
+    """Refuse a template that Jinja2 cannot read when the script is read, and not when it is first used."""
+    if isinstance(value, str):
         try:
-            _JINJA.parse(template)
+            _JINJA.parse(value)
         except TemplateSyntaxError as error:
             raise ValueError(f"not a template: {error.message} (line {error.lineno} of the text)") from None
-    elif isinstance(template, dict):
-        for value in template.values():  # pyright: ignore[reportUnknownVariableType]
-            _checked(value)
-    elif isinstance(template, list):
-        for value in template:  # pyright: ignore[reportUnknownVariableType]
-            _checked(value)
-    return template  # pyright: ignore[reportUnknownVariableType]
+    elif isinstance(value, dict):
+        _check_template(list(cast("dict[Any, Any]", value).values()))
+    elif isinstance(value, list):
+        for item in cast("list[Any]", value):
+            _check_template(item)
+    return cast("Any", value)
+
+
+def _check_seconds(value: float | str) -> float | str:
+    if isinstance(value, float) and not 0 <= value < float("inf"):
+        raise ValueError("must be 0 or more")
+    return _check_template(value)
+
+
+def _check_fault(text: str) -> str:
+    Fault.parse(text)
+    return text
+
+
+def _as_input(value: Any) -> Any:
+    return {"name": value} if isinstance(value, str) else value
+
+
+Template = Annotated[str, AfterValidator(_check_template)]
+Data = Annotated[Any, AfterValidator(_check_template)]
 
 
 class InputSpec(_Part):
@@ -61,23 +70,12 @@ class InputSpec(_Part):
     default: Any = Field(default="", description="What templates see when the input is not given.")
 
 
-def _named(value: Any) -> Any:
-    return {"name": value} if isinstance(value, str) else value
-
-
-def _fault(text: str) -> str:
-    Fault.parse(text)
-    return text
-
-
 class StepSpec(_Part):
-    """One thing that an agent does within a task; step webhooks tell of it."""
+    """One thing that an agent does within a task; step webhooks report it."""
 
     kind: str = Field(default="thought", description="Kind of step, such as thought or tool.")
-    content: str = Field(description="What the agent says or finds: a template.")
+    content: Template = Field(description="What the agent says or finds: a template.")
     tool: str | None = Field(default=None, description="Name of the tool used.")
-
-    _template = field_validator("content")(_checked)
 
 
 class TaskSpec(_Part):
@@ -85,30 +83,21 @@ class TaskSpec(_Part):
 
     name: str = Field(min_length=1, description="Name of the task, and its id in status bodies and webhooks.")
     agent: str | None = Field(default=None, description="Role of the agent.")
-    description: str | None = Field(default=None, description="What the task is: a template.")
-    expected_output: str | None = Field(default=None, description="What the task should give: a template.")
-    seconds: float | str = Field(default=0.0, description="How long it takes: a number, or a template that gives one.")
-    output: str = Field(default="", description="What it gives: a template.")
-    data: Any = Field(
+    description: Template | None = Field(default=None, description="What the task is: a template.")
+    expected_output: Template | None = Field(default=None, description="What the task should give: a template.")
+    seconds: Annotated[float | str, AfterValidator(_check_seconds)] = Field(
+        default=0.0, description="How long it takes: a number, or a template that gives one."
+    )
+    output: Template = Field(default="", description="What it gives: a template.")
+    data: Data = Field(
         default=None, description="A structured result: a mapping or list of templates, or a template that gives JSON."
     )
-    fail: str | None = Field(
+    fail: Template | None = Field(
         default=None, description="The error to fail with: a template. What renders to nothing does not fail."
     )
     human: bool = Field(default=False, description="After the task, a person must approve it or reject it.")
     max_rounds: int = Field(default=3, ge=1, description="The crew fails when a task was rejected this many times.")
     steps: list[StepSpec] = Field(default_factory=list[StepSpec], description="Spread evenly over the task's seconds.")
-
-    _templates = field_validator("description", "expected_output", "output", "data", "fail")(_checked)
-
-    @field_validator("seconds")
-    @classmethod
-    def _positive(cls, value: float | str) -> float | str:
-        if isinstance(value, str):
-            return _checked(value)
-        if not 0 <= value < float("inf"):
-            raise ValueError("must be 0 or more")
-        return value
 
 
 class CrewScript(_Part):
@@ -119,19 +108,18 @@ class CrewScript(_Part):
     flow: bool = Field(
         default=False, description="Whether it is a Flow: its input `id` must be a UUID, and its end is streamed."
     )
-    inputs: list[Annotated[InputSpec, BeforeValidator(_named, json_schema_input_type=str | InputSpec)]] = Field(
+    inputs: list[Annotated[InputSpec, BeforeValidator(_as_input, json_schema_input_type=str | InputSpec)]] = Field(
         default_factory=list[InputSpec], description="Names of the inputs, or more about each."
     )
     tasks: list[TaskSpec] = Field(min_length=1, description="What the crew does, in order.")
-    output: str | None = Field(default=None, description="The result, a template; left out, the last task's output.")
-    data: Any = Field(default=None, description="The structured result; left out, the last task's data.")
+    output: Template | None = Field(
+        default=None, description="The result, a template; left out, the last task's output."
+    )
+    data: Data = Field(default=None, description="The structured result; left out, the last task's data.")
     usage: TokenUsage | None = Field(default=None, description="Tokens that a run reports.")
-    faults: list[Annotated[str, AfterValidator(_fault)]] = Field(
+    faults: list[Annotated[str, AfterValidator(_check_fault)]] = Field(
         default_factory=list[str], description="What the server does wrong, such as kickoff:drop-after-accept@1."
     )
-    seed: int = Field(default=0, description="Seed of the faults that come at random.")
-
-    _templates = field_validator("output", "data")(_checked)
 
     @model_validator(mode="after")
     def _unique(self) -> CrewScript:
@@ -151,33 +139,18 @@ class ScriptedProgram:
 
     def __init__(self, script: CrewScript, *, speed: float = 1.0) -> None:
         if not speed > 0:
-            raise ValueError(f"speed must be above 0, not {speed:g}: 2 is twice as fast")
+            raise ValueError(f"speed must be above 0, not {speed:g}: 2 is twice as fast.")
         self.script = script
         self.speed = speed
-        self._inputs = [
-            CrewInput(
-                name=spec.name,
-                type=spec.type,
-                description=spec.description,
-                required=spec.required,
-                default=spec.default if "default" in spec.model_fields_set else None,
-            )
-            for spec in script.inputs
-        ]
-
-    @property
-    def name(self) -> str:
-        """The script's name."""
-        return self.script.name
-
-    @property
-    def flow(self) -> bool:
-        """Whether the script is a Flow."""
-        return self.script.flow
+        self.name = script.name
+        self.flow = script.flow
 
     def inputs(self) -> list[CrewInput]:
-        """The script's inputs."""
-        return list(self._inputs)
+        """Return the script's inputs, each with its default only where the script has one."""
+        return [
+            CrewInput.model_validate(spec.model_dump(exclude_unset=True) | {"type": spec.type})
+            for spec in self.script.inputs
+        ]
 
     async def execute(self, run: Run) -> Outcome:
         """Run all tasks one after another.
@@ -185,56 +158,50 @@ class ScriptedProgram:
         Raises:
             ProgramError: A task says so, a template needs what is not there, or a task was rejected too often.
         """
-        given = {spec.name: spec.default for spec in self.script.inputs} | dict(run.inputs)
-        done: dict[str, TaskResult] = {}
-        scope: dict[str, Any] = {**given, "inputs": given, "tasks": done, "previous": "", "kickoff_id": run.id}
-        run.plan([task.name for task in self.script.tasks])
-        for task in self.script.tasks:
-            result = await self._task(run, task, scope)
-            done[task.name] = result
+        script = self.script
+        inputs = {spec.name: spec.default for spec in script.inputs} | dict(run.inputs)
+        results: dict[str, TaskResult] = {}
+        scope: dict[str, Any] = {**inputs, "inputs": inputs, "tasks": results, "previous": "", "kickoff_id": run.id}
+        run.plan([task.name for task in script.tasks])
+        for task in script.tasks:
+            result = results[task.name] = await self._reviewed(run, task, scope)
             scope["previous"] = result.output
             run.task_ended(result)
-        last = done[self.script.tasks[-1].name]
-        data = last.data if self.script.data is None else _data(self.script.data, scope, "data")
-        text = (last.output or "") if self.script.output is None else _text(self.script.output, scope, "output")
-        if not text and data is not None:
-            text = json.dumps(data, ensure_ascii=False)  # as CrewAI does: the text of a structured result is its JSON
-        return Outcome(output=text, data=data, usage=self.script.usage)
+        last = results[script.tasks[-1].name]
+        data = last.data if script.data is None else _render_data(script.data, scope, "data")
+        text = (last.output or "") if script.output is None else _render(script.output, scope, "output")
+        return Outcome(output=text or _text_of(data), data=data, usage=script.usage)
 
-    async def _task(self, run: Run, task: TaskSpec, scope: Mapping[str, Any]) -> TaskResult:
-        scope = {**scope, "feedback": "", "round": 1}
-        while True:
-            result = await self._attempt(run, task, scope)
+    async def _reviewed(self, run: Run, task: TaskSpec, scope: Mapping[str, Any]) -> TaskResult:
+        feedback = ""
+        for round_ in range(1, task.max_rounds + 1):
+            result = await self._attempt(run, task, {**scope, "feedback": feedback, "round": round_})
             if not task.human:
                 return result
             answer = await run.ask(task_id=task.name, output=result.output or "")
             if answer.approve:
                 return result
-            if scope["round"] >= task.max_rounds:
-                raise ProgramError(
-                    f"task {task.name} was rejected {scope['round']} times, last with: {answer.feedback}"
-                )
-            scope = {**scope, "feedback": answer.feedback, "round": scope["round"] + 1}
+            feedback = answer.feedback
+        raise ProgramError(f"task {task.name} was rejected {task.max_rounds} times, last with: {feedback}")
 
     async def _attempt(self, run: Run, task: TaskSpec, scope: Mapping[str, Any]) -> TaskResult:
-        def field(name: str, template: str | None) -> str | None:
-            return None if template is None else _text(template, scope, f"{name} of task {task.name}")
+        def field(name: str) -> str:
+            return _render(getattr(task, name) or "", scope, f"{name} of task {task.name}")
 
-        description = field("description", task.description)
+        description = field("description") or None
         run.task_started(task.name, agent=task.agent, description=description)
         seconds = _seconds(task, scope)
+        pause = seconds / self.speed / (len(task.steps) + 1)
         began = asyncio.get_running_loop().time()
         for step in task.steps:
-            await asyncio.sleep(seconds / self.speed / (len(task.steps) + 1))
-            content = _text(step.content, scope, f"step of task {task.name}")
+            await asyncio.sleep(pause)
+            content = _render(step.content, scope, f"step of task {task.name}")
             run.step(agent=task.agent, kind=step.kind, content=content, tool=step.tool)
-        await asyncio.sleep(seconds / self.speed / (len(task.steps) + 1))
-        if failure := (field("fail", task.fail) or "").strip():
+        await asyncio.sleep(pause)
+        if failure := field("fail").strip():
             raise ProgramError(failure)
-        data = None if task.data is None else _data(task.data, scope, f"data of task {task.name}")
-        output = field("output", task.output) or ""
-        if not output and data is not None:
-            output = json.dumps(data, ensure_ascii=False)
+        data = None if task.data is None else _render_data(task.data, scope, f"data of task {task.name}")
+        output = field("output") or _text_of(data)
         if not task.steps:
             run.step(agent=task.agent, kind="final_answer", content=output)
         return TaskResult(
@@ -244,41 +211,46 @@ class ScriptedProgram:
             data=data,
             execution_time=round(asyncio.get_running_loop().time() - began, 3),
             description=description,
-            raw={"expected_output": field("expected_output", task.expected_output) or ""},
+            raw={"expected_output": field("expected_output")},
         )
 
 
-def _text(template: str, scope: Mapping[str, Any], where: str) -> str:
+def _text_of(data: Any) -> str:
+    """Return the text of a structured result, as CrewAI does: its JSON."""
+    return "" if data is None else json.dumps(data, ensure_ascii=False)
+
+
+def _render(template: str, scope: Mapping[str, Any], where: str) -> str:
     try:
         return _JINJA.from_string(template).render(scope)
     except (TemplateError, ArithmeticError, LookupError, TypeError, ValueError, AttributeError) as error:
         raise ProgramError(f"the {where} could not be written: {error}") from error
 
 
-def _data(template: Any, scope: Mapping[str, Any], where: str) -> Any:
-    if isinstance(template, str):
-        text = _text(template, scope, where)
-        try:
-            return json.loads(text)
-        except ValueError as error:
-            raise ProgramError(f"the {where} is not JSON: {error}") from error
-    return _filled(template, scope, where)
+def _render_data(data: Any, scope: Mapping[str, Any], where: str) -> Any:
+    if not isinstance(data, str):
+        return _render_all(data, scope, where)
+    try:
+        return json.loads(_render(data, scope, where))
+    except ValueError as error:
+        raise ProgramError(f"the {where} is not JSON: {error}") from error
 
 
-def _filled(value: Any, scope: Mapping[str, Any], where: str) -> Any:
+def _render_all(value: Any, scope: Mapping[str, Any], where: str) -> Any:
     if isinstance(value, str):
-        return _text(value, scope, where)
-    if isinstance(value, Mapping):
-        return {str(key): _filled(item, scope, where) for key, item in value.items()}  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
+        return _render(value, scope, where)
+    if isinstance(value, dict):
+        items = cast("dict[Any, Any]", value).items()
+        return {str(key): _render_all(item, scope, where) for key, item in items}
     if isinstance(value, list):
-        return [_filled(item, scope, where) for item in value]  # pyright: ignore[reportUnknownVariableType]
+        return [_render_all(item, scope, where) for item in cast("list[Any]", value)]
     return value
 
 
 def _seconds(task: TaskSpec, scope: Mapping[str, Any]) -> float:
     if not isinstance(task.seconds, str):
         return task.seconds
-    text = _text(task.seconds, scope, f"seconds of task {task.name}")
+    text = _render(task.seconds, scope, f"seconds of task {task.name}")
     try:
         seconds = float(text)
     except ValueError:
@@ -314,8 +286,8 @@ def load_script(path_or_name: str | os.PathLike[str]) -> CrewScript:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        known = ", ".join(bundled_scripts())
-        raise ScriptError(f"Cannot read the crew {name}: {reason}. Give a YAML file, or one of: {known}.") from error
+        names = ", ".join(bundled_scripts())
+        raise ScriptError(f"Cannot read the crew {name}: {reason}. Give a YAML file, or one of: {names}.") from error
     return parse_script(text, source=name)
 
 
@@ -326,7 +298,7 @@ def parse_script(text: str, *, source: str = "script") -> CrewScript:
         ScriptError: Not YAML, or not a crew.
     """
     try:
-        node = cast("yaml.Node | None", yaml.compose(text, Loader=yaml.SafeLoader))  # pyright: ignore[reportUnknownMemberType]
+        root = cast("yaml.Node | None", yaml.compose(text, Loader=yaml.SafeLoader))  # pyright: ignore[reportUnknownMemberType]
         value: Any = yaml.safe_load(text)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
@@ -335,12 +307,9 @@ def parse_script(text: str, *, source: str = "script") -> CrewScript:
     if not isinstance(value, dict):
         raise ScriptError(f"{source}:1:1: a crew is a mapping with a name and tasks, not {type(value).__name__}")
     try:
-        if twice := _repeated(node):
-            line, column = _position(twice)
-            raise ScriptError(f"{source}:{line}:{column}: {_plain(twice.value)} is given twice")
         return CrewScript.model_validate(value)
     except ValidationError as error:
-        raise ScriptError("\n".join(_lines(error, node, source))) from None
+        raise ScriptError("\n".join(_error_lines(error, root, source))) from None
     except RecursionError:
         raise ScriptError(f"{source}:1:1: something in it holds itself, or is nested too deep") from None
 
@@ -350,32 +319,27 @@ def schema() -> dict[str, Any]:
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **CrewScript.model_json_schema()}
 
 
-def _lines(error: ValidationError, root: yaml.Node | None, source: str) -> list[str]:
-    said: dict[tuple[int, int, str], list[str]] = {}
+_UNION_ARMS = ("str", "float")
+"""What pydantic puts into an error's place for the alternatives of a union; no field has these names."""
+
+
+def _error_lines(error: ValidationError, root: yaml.Node | None, source: str) -> list[str]:
+    messages: dict[tuple[int, int, str], list[str]] = {}
     for item in error.errors(include_url=False, include_context=False):
         path = [part for part in item["loc"] if part not in _UNION_ARMS]
-        mark = _find(root, path)
-        name = "".join(f"[{part}]" if isinstance(part, int) else f".{_plain(part)}" for part in path).lstrip(".")
+        name = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).lstrip(".")
         message = item["msg"].removeprefix("Value error, ")
         message = "there is no such field" if item["type"] == "extra_forbidden" else message
-        said.setdefault((*mark, name), []).append(message)
+        messages.setdefault((*_position(root, path), name), []).append(message)
     return [
         # Several messages about one place are the alternatives of a union.
-        f"{source}:{line}:{column}: {f'{name}: ' if name else ''}{' or '.join(dict.fromkeys(messages))}"
-        for (line, column, name), messages in sorted(said.items())
+        f"{source}:{line}:{column}: {f'{name}: ' if name else ''}{' or '.join(dict.fromkeys(texts))}"
+        for (line, column, name), texts in sorted(messages.items())
     ]
 
 
-def _plain(key: str) -> str:
-    return key if key.isprintable() else ascii(key)
-
-
-_UNION_ARMS = ("str", "float")
-"""What pydantic puts into an error's place for the alternatives of a union; nobody's field has these names."""
-
-
-def _find(node: yaml.Node | None, path: list[Any]) -> tuple[int, int]:
-    """Follow a path into the YAML as far as it goes; return the line and column there, from 1."""
+def _position(node: yaml.Node | None, path: list[Any]) -> tuple[int, int]:
+    """Follow a path into the YAML as far as it goes, and return line and column there, from 1."""
     for part in path:
         child: yaml.Node | None = None
         if isinstance(node, yaml.MappingNode):
@@ -385,27 +349,7 @@ def _find(node: yaml.Node | None, path: list[Any]) -> tuple[int, int]:
         if child is None:
             break
         node = child
-    return _position(node)
-
-
-def _position(node: yaml.Node | None) -> tuple[int, int]:
     return (node.start_mark.line + 1, node.start_mark.column + 1) if node is not None else (1, 1)
-
-
-def _repeated(node: yaml.Node | None) -> yaml.ScalarNode | None:
-    """Return a key that stands twice in one mapping: YAML would silently take the last."""
-    children: list[Any] = []
-    if isinstance(node, yaml.MappingNode):
-        seen: set[Hashable] = set()
-        for key, value in node.value:
-            if isinstance(key, yaml.ScalarNode):
-                if key.value in seen and key.value != "<<":
-                    return key
-                seen.add(key.value)
-            children.append(value)
-    elif isinstance(node, yaml.SequenceNode):
-        children = node.value
-    return next((found for child in children if (found := _repeated(child))), None)
 
 
 if __name__ == "__main__":

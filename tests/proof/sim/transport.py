@@ -1,4 +1,4 @@
-"""The way into a server without a port: an httpx transport that hands requests over to the server's event loop."""
+"""The way into the simulated crew server, which has no port: an httpx transport that calls its app."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from urllib.parse import unquote
 import httpx
 from starlette.types import ASGIApp, Message
 
-from prefect_crew.devserver.middleware import with_connection
+from prefect_crew.devserver._fault_effects import Connection, with_connection
+
+__all__ = ["InProcessTransport"]
 
 logger = logging.getLogger(__name__)
 
@@ -77,8 +79,8 @@ class InProcessTransport(httpx.AsyncBaseTransport):
         return httpx.Response(status, headers=headers, content=body, request=request)
 
 
-class _Call:
-    """One request on the server's side; it is also the `Connection` that faults break."""
+class _Call(Connection):
+    """One request on the server's side; it is also the connection that faults break."""
 
     def __init__(self, app: ASGIApp, request: httpx.Request, content: bytes, calls: set[_Call]) -> None:
         self.answer: concurrent.futures.Future[tuple[int, list[tuple[bytes, bytes]], bytes]]
@@ -106,7 +108,7 @@ class _Call:
             "root_path": "",
             "server": (request.url.host, request.url.port),
             "client": ("in-process", 0),
-            "state": with_connection({}, self),
+            "state": with_connection(self),
         }
 
     def start(self) -> None:

@@ -1,0 +1,104 @@
+"""An ASGI app on a port: what the dev server and the webhook receiver share."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+import sys
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+import uvicorn
+from starlette.types import ASGIApp
+
+
+def open_listener(host: str, port: int) -> socket.socket:
+    """Return a socket that is bound to the address; port 0 takes a free one.
+
+    Raises:
+        OSError: The port is taken, or the host is not this machine's.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    # With the protocol named, asyncio switches Nagle's algorithm off; left on, it costs each answer 40 ms.
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    try:
+        if os.name == "posix":  # so that a restarted server can take its port again
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+    except OSError:
+        listener.close()
+        raise
+    return listener
+
+
+def url_of(listener: socket.socket) -> str:
+    """Return the URL under which this machine reaches a listener."""
+    host, port = str(listener.getsockname()[0]), int(listener.getsockname()[1])
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - the addresses of every interface
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def print_line(line: str) -> None:
+    """Print a line at once: whoever started this as a process reads it through a pipe."""
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
+class WebServer(uvicorn.Server):
+    """uvicorn without logs, which stops at once. In the main thread it ends at SIGINT and SIGTERM.
+
+    Args:
+        app: What is served.
+        on_started: Called once requests are answered.
+        options: More options of `uvicorn.Config`.
+    """
+
+    def __init__(self, app: ASGIApp, *, on_started: Callable[[], None] = lambda: None, **options: Any) -> None:
+        super().__init__(uvicorn.Config(app, ws="none", lifespan="on", log_config=None, access_log=False, **options))
+        self._on_started = on_started
+        self._stop_event = asyncio.Event()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Stop at the first signal, at once at the second. uvicorn would raise the signal again when it has ended."""
+        self.force_exit = self.should_exit
+        self.should_exit = True
+
+    def stop(self) -> None:
+        """Stop; call it on the event loop. Setting `should_exit` does the same within 0.1 s."""
+        self.should_exit = True
+        self._stop_event.set()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start, and say so."""
+        await super().startup(sockets)
+        if self.started:  # older uvicorns return from a start that failed
+            self._on_started()
+
+    async def main_loop(self) -> None:
+        """Return once the server is to stop. uvicorn's own loop looks only every 0.1 s."""
+        ticks = asyncio.ensure_future(super().main_loop())
+        stop = asyncio.ensure_future(self._stop_event.wait())
+        try:
+            await asyncio.wait((ticks, stop), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            ticks.cancel()
+            stop.cancel()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Close all connections, those with a request in work as soon as it is answered. uvicorn sleeps meanwhile."""
+        for server in self.servers:
+            server.close()
+        for connection in list(self.server_state.connections):
+            connection.shutdown()
+        state = self.server_state
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self.config.timeout_graceful_shutdown):
+                while (state.connections or state.tasks) and not self.force_exit:  # noqa: ASYNC110 - uvicorn has no event
+                    await asyncio.sleep(0.002)
+        for task in state.tasks:
+            task.cancel()
+        if not self.force_exit:
+            await self.lifespan.shutdown()

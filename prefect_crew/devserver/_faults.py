@@ -1,0 +1,229 @@
+"""Faults: what the dev server does wrong on purpose, where, and when.
+
+In text, on the command line and in YAML:
+
+    PLACE:NAME[=VALUE][@WHEN]
+
+    kickoff:drop-after-accept@1      the first kickoff starts a run, and its connection is closed without an answer
+    status:500@3-5                   the third to the fifth status call are answered with 500
+    status:429=2@4-                  from the fourth on, status calls are answered with 429 and Retry-After: 2
+    kickoff:early-404=3              each run is unknown to its first three status calls
+    any:latency=0.5                  half a second on everything
+
+WHEN is counted from 1 over the requests of that place (for webhooks, over deliveries) since the fault was added:
+`3`, `1,4`, `2-5`, `3-`. Left out, it is every one. In Python, `Fault("kickoff", "drop-after-accept", on=1)` is the same
+as its text.
+
+A fault `-before-accept` comes instead of the work. One `-after-accept` comes once the work was done, and only the
+answer goes wrong. With neither it is before.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+HTTP_PLACES = ("inputs", "kickoff", "status", "resume", "stop", "any")
+WEBHOOK_PLACES = ("webhook", "webhook-task", "webhook-step", "webhook-crew", "webhook-human", "webhook-stream")
+PLACES = HTTP_PLACES + WEBHOOK_PLACES
+"""Where a fault can be. `any` is every HTTP request, `webhook` every delivery."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a name means.
+
+    Attributes:
+        text: What the server does.
+        value: The default of VALUE; None if it takes none.
+        places: Where it can be.
+        group: What it concerns: the answer to a request, a run, or the delivery of a webhook.
+        has_phases: Whether the name may end in `-before-accept` or `-after-accept`.
+        is_after: Whether it comes after the work when the name does not say.
+    """
+
+    text: str
+    value: float | None = None
+    places: tuple[str, ...] = HTTP_PLACES
+    group: Literal["answer", "run", "delivery"] = "answer"
+    has_phases: bool = True
+    is_after: bool = False
+
+
+FAULTS = {
+    "latency": Kind("waits VALUE seconds, then goes on", 1.0, has_phases=False),
+    **{str(code): Kind(f"answers {code}") for code in (400, 401, 403, 404, 405, 408, 422, 500, 502, 504)},
+    "429": Kind("answers 429 with Retry-After: VALUE", 1.0),
+    "429-bare": Kind("answers 429 without Retry-After"),
+    "503": Kind("answers 503 with Retry-After: VALUE", 1.0),
+    "503-bare": Kind("answers 503 without Retry-After"),
+    "drop": Kind("closes the connection without an answer"),
+    "reset": Kind("resets the connection (RST)"),
+    "timeout": Kind("never answers; with a VALUE, closes after that many seconds", 0.0),
+    "redirect": Kind("answers 307 to another path"),
+    "html": Kind("answers 200 with an HTML page"),
+    "garbage": Kind("answers 200 with JSON that is cut off"),
+    "empty": Kind("answers 200 with an empty body"),
+    "cut": Kind("closes the connection in the middle of the answer", is_after=True),
+    "no-id": Kind("answers 200 without an id", places=("kickoff",), is_after=True),
+    "crash": Kind("the server ends without a word"),
+    "forgotten": Kind("answers 404 for this run from now on", places=("status",), has_phases=False),
+    "early-404": Kind("the run is unknown to its first VALUE status calls", 2.0, ("kickoff", "status"), "run", False),
+    "early-404-seconds": Kind("the run is unknown for VALUE seconds", 1.0, ("kickoff", "status"), "run", False),
+    "stuck": Kind("the run starts and gets nowhere", None, ("kickoff",), "run", False),
+    "lose": Kind("is never sent", None, WEBHOOK_PLACES, "delivery", False),
+    "double": Kind("is sent twice", None, WEBHOOK_PLACES, "delivery", False),
+    "delay": Kind("is sent VALUE seconds late", 1.0, WEBHOOK_PLACES, "delivery", False),
+}
+"""All kinds of faults by name."""
+
+_PHASE = re.compile(r"-(before|after)-accept$")
+_TEXT = re.compile(r"(?P<where>[^:=@]+):(?P<name>[^=@]+)(=(?P<value>[^@]+))?(@(?P<on>.+))?")
+
+
+class FaultError(ValueError):
+    """There is no such fault, or not at this place. The text lists those that exist."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One fault.
+
+    Attributes:
+        where: One of PLACES.
+        name: One of FAULTS, with `-before-accept` or `-after-accept` where that makes sense.
+        on: At which occurrences, from 1: a number, several, or text such as "2-5" or "3-". None is every one.
+        value: Seconds, or a number of calls; its meaning and default are in FAULTS.
+
+    Raises:
+        FaultError: No such place or name, or a value that makes no sense.
+    """
+
+    where: str
+    name: str
+    on: int | str | tuple[int, ...] | None = None
+    value: float | None = None
+    kind: Kind = field(init=False, repr=False, compare=False)
+    is_after: bool = field(init=False, repr=False, compare=False)
+    _ranges: list[tuple[int, float]] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.where not in PLACES:
+            raise FaultError(f"There is no place {self.where!r} for a fault. Places: {', '.join(PLACES)}.")
+        phase = _PHASE.search(self.name)
+        kind = FAULTS.get(self.base_name)
+        if kind is None or (phase and not kind.has_phases):
+            here = ", ".join(name for name, kind in FAULTS.items() if self.where in kind.places)
+            raise FaultError(
+                f"There is no fault {self.name!r}. Faults of {self.where}: {here}; most of them with "
+                "-before-accept or -after-accept."
+            )
+        if self.where not in kind.places:
+            raise FaultError(f"{self.base_name} is no fault of {self.where}. Its places: {', '.join(kind.places)}.")
+        if self.value is not None and (kind.value is None or not 0 <= self.value < float("inf")):
+            takes = "takes no value" if kind.value is None else "takes a number of 0 or more"
+            raise FaultError(f"The fault {self.name} {takes}, not {self.value!r}.")
+        set_ = object.__setattr__  # the dataclass is frozen
+        set_(self, "kind", kind)
+        set_(self, "is_after", phase.group(1) == "after" if phase else kind.is_after)
+        set_(self, "_ranges", _ranges(self.on))
+        if self.value is None:
+            set_(self, "value", kind.value)
+        if kind.group == "run":
+            set_(self, "where", "kickoff")  # a run has its faults from its kickoff on
+
+    @classmethod
+    def parse(cls, text: str) -> Fault:
+        """Read the text form.
+
+        Raises:
+            FaultError: It is none.
+        """
+        match = _TEXT.fullmatch(text.strip())
+        if match is None:
+            raise FaultError(
+                f"{text!r} is not a fault. Write PLACE:NAME[=VALUE][@WHEN], such as kickoff:drop-after-accept@1."
+            )
+        try:
+            value = None if match["value"] is None else float(match["value"])
+        except ValueError:
+            raise FaultError(f"The value of the fault {text!r} is not a number.") from None
+        return cls(match["where"].strip(), match["name"].strip(), on=match["on"], value=value)
+
+    def __str__(self) -> str:
+        value = f"={self.value:g}" if self.value is not None and self.value != self.kind.value else ""
+        on = ",".join(map(str, self.on)) if isinstance(self.on, tuple) else self.on
+        return f"{self.where}:{self.name}{value}{'' if on is None else f'@{on}'}"
+
+    @property
+    def base_name(self) -> str:
+        """The name in FAULTS."""
+        return _PHASE.sub("", self.name)
+
+    def hits(self, occurrence: int) -> bool:
+        """Return whether it comes at this occurrence, counted from 1."""
+        return any(low <= occurrence <= high for low, high in self._ranges)
+
+
+@dataclass(frozen=True)
+class Fired:
+    """A fault that came: at which place, and at which occurrence of it."""
+
+    fault: Fault
+    where: str
+    occurrence: int
+
+
+class Faults:
+    """The faults of one server, given as faults or their texts, and how often each place was visited."""
+
+    def __init__(self, faults: Iterable[Fault | str] = ()) -> None:
+        self.fired: list[Fired] = []
+        self.visits: Counter[str] = Counter()
+        self._faults: list[tuple[Fault, int]] = []
+        self.add(*faults)
+
+    def __iter__(self) -> Iterator[Fault]:
+        return iter([fault for fault, _ in self._faults])
+
+    def add(self, *faults: Fault | str) -> None:
+        """Add faults, also while the server runs: the occurrences of each are counted from when it was added."""
+        for item in faults:
+            fault = Fault.parse(item) if isinstance(item, str) else item
+            self._faults = [*self._faults, (fault, self.visits[fault.where])]  # replaced, since another thread reads it
+
+    def clear(self) -> None:
+        """Do nothing wrong from now on. What already happened to a run stays."""
+        self._faults = []
+
+    def draw(self, *places: str) -> list[Fault]:
+        """Count one visit of these places, which are names of the same request, and return the faults that come."""
+        self.visits.update(places)
+        drawn: list[Fault] = []
+        for fault, before in self._faults:
+            occurrence = self.visits[fault.where] - before
+            if fault.where in places and fault.hits(occurrence):
+                drawn.append(fault)
+                self.fired.append(Fired(fault, places[0], occurrence))
+        return drawn
+
+
+def _ranges(on: int | str | tuple[int, ...] | None) -> list[tuple[int, float]]:
+    """Return the first and last occurrence of each range that `Fault.on` names."""
+    if on is None:
+        return [(1, float("inf"))]
+    parts = (
+        on.split(",") if isinstance(on, str) else [str(number) for number in (on if isinstance(on, tuple) else (on,))]
+    )
+    ranges: list[tuple[int, float]] = []
+    for part in parts:
+        match = re.fullmatch(r"\s*(\d+)\s*(?:(-)\s*(\d*))?\s*", part)
+        low = int(match[1]) if match else 0
+        high = float(low) if not (match and match[2]) else float(match[3] or "inf")
+        if low < 1 or high < low:
+            raise FaultError(f"{on!r} does not say when: count from 1, such as 3, 1,4, 2-5 or 3-.")
+        ranges.append((low, high))
+    return ranges

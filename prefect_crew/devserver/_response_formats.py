@@ -1,0 +1,142 @@
+"""The three wordings of the dev server's answers.
+
+documented
+    To the letter of the published contract: `{"status": "running" | "completed" | "error", …}`. What it leaves open
+    (a run that waits for a person, or was stopped) is answered with the words that CrewAI's pages use.
+union
+    For strict clients in the field, which look for `state` or `status`, `result` as text, `result_json`, top-level
+    `output` and `tasks`, `progress`, `last_step` and so on: everything at once.
+live
+    As CrewAI's hosted crews answer clients in the field: `state` and `result`, no progress, no times; errors as
+    `{"detail": …}`; an unknown run is a 200 with the state NOT FOUND. `GET /inputs` describes each input; the other two
+    formats name the inputs, and which of them are required.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from prefect_crew.client.models import CrewInput, TaskResult
+from prefect_crew.devserver._runs import Run
+from prefect_crew.states import CrewState
+
+FormatName = Literal["documented", "union", "live"]
+
+_UPPER = {
+    CrewState.PENDING: "PENDING",
+    CrewState.RUNNING: "STARTED",
+    CrewState.WAITING: "PENDING_HUMAN_INPUT",
+    CrewState.COMPLETED: "SUCCESS",
+    CrewState.FAILED: "FAILED",
+    CrewState.STOPPED: "REVOKED",
+}
+_LOWER = {
+    CrewState.PENDING: "running",  # the contract knows no pending
+    CrewState.RUNNING: "running",
+    CrewState.WAITING: "Pending Human Input",
+    CrewState.COMPLETED: "completed",
+    CrewState.FAILED: "error",
+    CrewState.STOPPED: "stopped",
+}
+
+
+class ResponseFormat:
+    """The format "documented", which the other two change."""
+
+    def inputs(self, inputs: list[CrewInput]) -> dict[str, Any]:
+        """Return the body of `GET /inputs`."""
+        required = [item.name for item in inputs if item.required]
+        return {"inputs": [item.name for item in inputs], "required_inputs": required}
+
+    def status(self, run: Run) -> dict[str, Any]:
+        """Return the body of the status call."""
+        body: dict[str, Any] = {"status": _LOWER[run.state]}
+        if not run.state.ended:
+            return {**body, "current_task": _current(run) or "", "progress": _progress(run)}
+        if run.state is CrewState.COMPLETED:
+            body["result"] = documented_result(run)
+        if run.state is CrewState.FAILED:
+            body["error"] = run.error or ""
+        return {**body, "execution_time": run.execution_time}
+
+    def unknown(self) -> tuple[int, dict[str, Any]]:
+        """Return the HTTP status and the body of the status call for an unknown run."""
+        return 404, self.error("Execution not found", "No execution found with the given kickoff_id.")
+
+    def error(self, error: str, message: str, details: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Return the body of an error."""
+        return {"error": error, "message": message, **({"details": details} if details else {})}
+
+    def cannot_stop(self, run: Run) -> dict[str, Any]:
+        """Return what `/stop` answers for a run that has ended; it was never published and is the same everywhere."""
+        return {"detail": f"Cannot stop execution. Current state: {_UPPER[run.state]}"}
+
+
+class _Union(ResponseFormat):
+    def status(self, run: Run) -> dict[str, Any]:
+        step = run.last_step
+        question = next(iter(run.questions.values()), None)
+        return {
+            "kickoff_id": run.id,
+            "state": _UPPER[run.state],
+            "status": _LOWER[run.state],
+            "current_task": _current(run),
+            "task_id": question.task_id if question else None,
+            "task_output": question.output if question else None,
+            "progress": _progress(run),
+            "last_step": {"agent": step.agent, "type": step.kind, "content": step.content} if step else None,
+            "last_executed_task": _described(run.tasks[-1]) if run.tasks else None,
+            "result": run.error if run.state is CrewState.FAILED else run.output,
+            "result_json": run.data,
+            "output": run.output,
+            "tasks": [documented_task(task) | _described(task) for task in run.tasks],
+            "error": run.error,
+            "execution_time": run.execution_time,
+            "token_usage": run.usage.model_dump(exclude_none=True) if run.usage else None,
+            "meta": run.meta,
+        }
+
+
+class _Live(ResponseFormat):
+    def inputs(self, inputs: list[CrewInput]) -> dict[str, Any]:
+        return {"inputs": [item.model_dump(exclude_none=True) for item in inputs]}
+
+    def status(self, run: Run) -> dict[str, Any]:
+        body: dict[str, Any] = {"state": _UPPER[run.state]}
+        if run.state is CrewState.COMPLETED:
+            return {**body, "result": run.output or "", "result_json": run.data}
+        if run.state is CrewState.FAILED:
+            return {**body, "status": run.error or "", "result": None}
+        return {**body, "last_executed_task": _described(run.tasks[-1])} if run.tasks else body
+
+    def unknown(self) -> tuple[int, dict[str, Any]]:
+        return 200, {"state": "NOT FOUND"}
+
+    def error(self, error: str, message: str, details: dict[str, Any] | None = None) -> dict[str, Any]:
+        return {"detail": message, **(details or {})}
+
+
+FORMATS: dict[str, ResponseFormat] = {"documented": ResponseFormat(), "union": _Union(), "live": _Live()}
+
+
+def documented_task(task: TaskResult) -> dict[str, Any]:
+    """Return one task as `result.tasks` lists it."""
+    about = {"agent": task.agent, "execution_time": task.execution_time}
+    return {"task_id": task.name, "output": task.output or "", **about}
+
+
+def documented_result(run: Run) -> dict[str, Any]:
+    """Return the `result` of a completed run."""
+    return {"output": run.output or "", "tasks": [documented_task(task) for task in run.tasks]}
+
+
+def _described(task: TaskResult) -> dict[str, Any]:
+    return {"name": task.name, "agent": task.agent, "description": task.description, "output": task.output or ""}
+
+
+def _current(run: Run) -> str | None:
+    return next(iter(run.questions), run.current_task)
+
+
+def _progress(run: Run) -> dict[str, int]:
+    return {"completed_tasks": len(run.tasks), "total_tasks": run.total_tasks}

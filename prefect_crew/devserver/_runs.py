@@ -1,0 +1,395 @@
+"""The runs of one crew on the dev server: each with its state, tasks, questions and end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Any, Literal, Protocol
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, model_validator
+
+from prefect_crew.client.models import CrewInput, TaskResult, TokenUsage
+from prefect_crew.states import CrewState
+
+
+class ProgramError(Exception):
+    """The crew failed; the text is the error that its status answer shows."""
+
+
+class ProgramNotFoundError(ValueError):
+    """The crew to serve cannot be loaded; the text says why and what to do."""
+
+
+class NotWaitingError(Exception):
+    """The run does not wait for a person, or not for this task."""
+
+
+class AlreadyEndedError(Exception):
+    """The run has ended and cannot be stopped."""
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore", hide_input_in_errors=True)
+
+
+class Authentication(_Part):
+    """How a webhook proves where it comes from: a bearer token, or a user name and a password."""
+
+    strategy: Literal["bearer", "basic"]
+    token: SecretStr | None = None
+    username: str | None = None
+    password: SecretStr | None = None
+
+    @model_validator(mode="after")
+    def _complete(self) -> Authentication:
+        if self.strategy == "bearer" and self.token is None:
+            raise ValueError("a bearer strategy needs a token")
+        if self.strategy == "basic" and (self.username is None or self.password is None):
+            raise ValueError("a basic strategy needs a username and a password")
+        return self
+
+
+class Target(_Part):
+    """One URL, which is secret since it may be all that protects its receiver, with its authentication if any."""
+
+    url: str = Field(pattern=r"^https?://", repr=False)
+    authentication: Authentication | None = None
+
+
+class Stream(Target):
+    """An event stream. Without `events` it has all of them; `realtime` sends each by itself instead of in batches."""
+
+    events: list[str] = Field(default_factory=list[str])
+    realtime: bool = False
+
+
+def _as_target(url: Any) -> Any:
+    return {"url": url} if isinstance(url, str) else url
+
+
+def _as_list(streams: Any) -> Any:
+    return [] if streams is None else [streams] if isinstance(streams, dict) else streams
+
+
+PlainTarget = Annotated[Target | None, BeforeValidator(_as_target)]
+
+
+class Targets(_Part):
+    """Where the webhooks of a run go: the fields of a `/kickoff` or `/resume` body that say so."""
+
+    task: PlainTarget = Field(default=None, alias="taskWebhookUrl")
+    step: PlainTarget = Field(default=None, alias="stepWebhookUrl")
+    crew: PlainTarget = Field(default=None, alias="crewWebhookUrl")
+    human: Target | None = Field(default=None, alias="humanInputWebhook")
+    streams: Annotated[list[Stream], BeforeValidator(_as_list)] = Field(default=[], alias="webhooks")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a person answered through `/resume`."""
+
+    approve: bool
+    feedback: str
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a completed run gave: its text, the structured result or None, and the usage or None.
+
+    `tasks` replaces what the run's `task_ended` calls reported, unless it is empty.
+    """
+
+    output: str
+    data: Any = None
+    usage: TokenUsage | None = None
+    tasks: list[TaskResult] = field(default_factory=list[TaskResult])
+
+
+@dataclass(frozen=True)
+class Step:
+    """One thing that an agent did."""
+
+    agent: str | None
+    kind: str
+    content: str
+    tool: str | None
+    task: str | None
+
+
+@dataclass(frozen=True, eq=False)
+class Question:
+    """What a person is asked about one task."""
+
+    task_id: str
+    output: str
+    answer: asyncio.Future[Answer]
+
+
+class Program(Protocol):
+    """A crew that can be run many times at once. One that is a Flow has an attribute `flow` that is true."""
+
+    @property
+    def name(self) -> str:
+        """The crew's name."""
+        ...
+
+    def inputs(self) -> list[CrewInput]:
+        """Return what `GET /inputs` answers. It is called for each request, so it must be cheap."""
+        ...
+
+    async def execute(self, run: Run) -> Outcome:
+        """Run the crew once.
+
+        It is cancelled (asyncio.CancelledError) when the run is stopped, and must not block the event loop.
+
+        Raises:
+            ProgramError: The crew failed.
+        """
+        ...
+
+
+def is_flow(program: Program) -> bool:
+    """Return whether a program is a Flow."""
+    return getattr(program, "flow", False)
+
+
+Listener = Callable[["Run", str, Any], None]
+"""Called with the run, what happened, and a value: started None, task_started name, task_ended TaskResult, step Step,
+waiting Question, completed None, failed None, stopped None."""
+
+
+def _ignore(run: Run, event: str, value: Any) -> None: ...
+
+
+@dataclass(eq=False, repr=False)
+class Run:
+    """One run: what its program reports to, and what the server's answers are made of.
+
+    Its methods must be called on the server's event loop; any thread may read it.
+
+    Attributes:
+        inputs, id, meta, restore_from: As the kickoff gave them; `id` is the kickoff id.
+        targets: Where webhooks go; each `/resume` replaces them, also by none.
+        base_url: The server's URL as the kickoff's client used it.
+        planned: Names of all tasks, where the program said so.
+        tasks: What the ended tasks gave.
+        is_stuck, is_forgotten, hidden_polls, hidden_until: Faults: the run never goes on, or the status call denies it
+            for good, for a number of calls, or until a moment of the monotonic clock.
+    """
+
+    inputs: Mapping[str, Any]
+    id: str = field(default_factory=lambda: str(uuid.uuid4()))
+    meta: Any = None
+    targets: Targets = field(default_factory=Targets)
+    restore_from: str | None = None
+    is_flow: bool = False
+    base_url: str = ""
+    listener: Listener = _ignore
+    state: CrewState = field(default=CrewState.PENDING, init=False)
+    planned: list[str] = field(default_factory=list[str], init=False)
+    tasks: list[TaskResult] = field(default_factory=list[TaskResult], init=False)
+    current_task: str | None = field(default=None, init=False)
+    current_agent: str | None = field(default=None, init=False)
+    last_step: Step | None = field(default=None, init=False)
+    questions: dict[str, Question] = field(default_factory=dict[str, Question], init=False)
+    output: str | None = field(default=None, init=False)
+    data: Any = field(default=None, init=False)
+    usage: TokenUsage | None = field(default=None, init=False)
+    error: str | None = field(default=None, init=False)
+    stop_requested: bool = field(default=False, init=False)
+    is_stuck: bool = field(default=False, init=False)
+    is_forgotten: bool = field(default=False, init=False)
+    hidden_polls: int = field(default=0, init=False)
+    hidden_until: float = field(default=0.0, init=False)
+    _began: float = field(default_factory=time.monotonic, init=False)
+    _seconds: float | None = field(default=None, init=False)
+
+    def __repr__(self) -> str:
+        return f"<Run {self.id} {self.state}>"
+
+    @property
+    def execution_time(self) -> float:
+        """Seconds from the kickoff to the end, or until now."""
+        return round(time.monotonic() - self._began, 3) if self._seconds is None else self._seconds
+
+    @property
+    def total_tasks(self) -> int:
+        """How many tasks there are, as far as is known."""
+        return max(len(self.planned), len(self.tasks) + (self.current_task is not None))
+
+    # Called by the program
+
+    def plan(self, tasks: list[str]) -> None:
+        """Name the tasks that are to come, so that progress has a total."""
+        self.planned = list(tasks)
+
+    def task_started(self, name: str, *, agent: str | None = None, description: str | None = None) -> None:
+        """Report that a task begins."""
+        if not self.state.ended:
+            self.current_task, self.current_agent = name, agent
+            self.listener(self, "task_started", name)
+
+    def task_ended(self, task: TaskResult) -> None:
+        """Report what a task gave."""
+        if not self.state.ended:
+            self.tasks.append(task)
+            if task.name == self.current_task:
+                self.current_task = None
+            self.listener(self, "task_ended", task)
+
+    def step(self, *, agent: str | None, kind: str, content: str, tool: str | None = None) -> None:
+        """Report what an agent did."""
+        if not self.state.ended:
+            self.last_step = Step(agent, kind, content, tool, self.current_task)
+            self.listener(self, "step", self.last_step)
+
+    async def ask(self, *, task_id: str, output: str) -> Answer:
+        """Wait until a person has answered through `/resume`; until then the run's state is "waiting"."""
+        question = Question(task_id, output, asyncio.get_running_loop().create_future())
+        self.questions[task_id] = question
+        if not self.state.ended:
+            self.state = CrewState.WAITING
+            self.listener(self, "waiting", question)
+        try:
+            return await question.answer
+        finally:
+            self._close(question)
+
+    # Called by the server
+
+    def begin(self) -> None:
+        """Go from pending to running."""
+        self.state = CrewState.RUNNING
+        self.listener(self, "started", None)
+
+    def answer(
+        self, task_id: str, answer: Answer, targets: Targets | None = None
+    ) -> Literal["resumed", "retrying", "completed"]:
+        """Take a person's answer and return the word that `/resume` answers with.
+
+        Webhooks go to `targets` from here on; left out, to those from before.
+
+        Raises:
+            NotWaitingError: The run waits for nobody, or not about that task.
+        """
+        question = self.questions.get(task_id)
+        if self.state is not CrewState.WAITING or question is None:
+            raise NotWaitingError(self.id)
+        self.targets = self.targets if targets is None else targets
+        self._close(question)
+        question.answer.set_result(answer)
+        if not answer.approve:
+            return "retrying"
+        return "completed" if self.planned and task_id == self.planned[-1] else "resumed"
+
+    def _close(self, question: Question) -> None:
+        if self.questions.get(question.task_id) is question:
+            del self.questions[question.task_id]
+        if self.state is CrewState.WAITING and not self.questions:
+            self.state = CrewState.RUNNING
+
+    def end(self, state: CrewState, *, outcome: Outcome | None = None, error: str | None = None) -> None:
+        """Close the run."""
+        self._seconds = self.execution_time
+        self.current_task = None
+        self.questions.clear()
+        self.error = error
+        if outcome is not None:
+            self.output, self.data, self.usage = outcome.output, outcome.data, outcome.usage
+            self.tasks = list(outcome.tasks) or self.tasks
+        self.stop_requested = state is CrewState.STOPPED
+        self.state = state  # last, since other threads read it first
+        self.listener(self, str(state), None)
+
+
+class CrewRuns:
+    """All runs of one crew.
+
+    Args:
+        program: The crew.
+        listener: Hears what happens to the runs.
+        max_runs: At most this many run at once, later ones are pending; by default the program's own `max_runs`, or
+            without limit.
+    """
+
+    def __init__(self, program: Program, *, listener: Listener = _ignore, max_runs: int | None = None) -> None:
+        self.program = program
+        self._listener = listener
+        self._max_runs: int | None = max_runs or getattr(program, "max_runs", None)
+        self._slots: asyncio.Semaphore | contextlib.nullcontext[None] = contextlib.nullcontext()
+        self._runs: dict[str, Run] = {}
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._is_open = False
+
+    def __iter__(self) -> Iterator[Run]:
+        return iter(list(self._runs.values()))
+
+    def get(self, id: str) -> Run | None:  # noqa: A002 - the crew API's word
+        """Return the run with this id, whatever its faults hide from clients, or None."""
+        return self._runs.get(id)
+
+    def open(self) -> None:
+        """Begin to run, on this event loop. Runs that a crash interrupted begin again, under their ids."""
+        self._slots = asyncio.Semaphore(self._max_runs) if self._max_runs else contextlib.nullcontext()
+        self._is_open = True
+        for run in self:
+            if not run.state.ended:
+                self._launch(replace(run))
+
+    def start(self, run: Run) -> None:
+        """Accept a run, which goes on by itself from then on."""
+        run.is_flow, run.listener = is_flow(self.program), self._listener
+        self._launch(run)
+
+    def stop(self, run: Run) -> None:
+        """Stop a run for good.
+
+        Raises:
+            AlreadyEndedError: It has ended.
+        """
+        if run.state.ended:
+            raise AlreadyEndedError(run.id)
+        run.end(CrewState.STOPPED)
+        if task := self._tasks.get(run.id):
+            task.cancel()
+
+    def abandon(self) -> None:
+        """Cancel what runs, as a crash would: these runs do not end."""
+        self._is_open = False
+        for task in self._tasks.values():
+            task.cancel()
+
+    async def close(self) -> None:
+        """Abandon what runs, and wait until all of it is cancelled."""
+        self.abandon()
+        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+
+    def _launch(self, run: Run) -> None:
+        self._runs[run.id] = run
+        task = self._tasks[run.id] = asyncio.create_task(self._run(run), name=f"crew run {run.id}")
+        task.add_done_callback(lambda _: self._tasks.pop(run.id, None))
+
+    async def _run(self, run: Run) -> None:
+        outcome, error = None, None
+        try:
+            async with self._slots:
+                run.begin()
+                if run.is_stuck:
+                    await asyncio.get_running_loop().create_future()
+                outcome = await self.program.execute(run)
+        except asyncio.CancelledError:
+            if run.state.ended or not self._is_open:
+                raise
+            error = "the crew was cancelled from within"
+        except ProgramError as failure:
+            error = str(failure)
+        # Whatever a crew raises is a failed run, never a broken server; sys.exit() would end the event loop.
+        except (Exception, SystemExit) as failure:  # noqa: BLE001
+            error = f"{type(failure).__name__}: {failure}"
+        if not run.state.ended and self._is_open and self._runs[run.id] is run:
+            state = CrewState.COMPLETED if error is None else CrewState.FAILED
+            run.end(state, outcome=outcome, error=error)

@@ -1,0 +1,294 @@
+"""The published contract, call by call, with a client that knows nothing of this package."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+from urllib.parse import quote
+
+import httpx
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from prefect_crew.devserver import CrewServer, create_app
+from support.servers import Serve, finished, kickoff, until
+
+INPUTS = {"budget": "1000 USD", "interests": "games, tech, relaxing hikes", "duration": "7 days", "age": "35"}
+REVIEWED = """
+name: reviewed
+inputs: [topic]
+tasks:
+  - {name: research_task, agent: Researcher, output: "facts on {{ topic }}", human: true}
+  - {name: write_task, agent: Writer, output: "a text: {{ previous }}"}
+"""
+SLOW = "name: slow\ntasks: [{name: research_task, seconds: 1200, output: x}, {name: two}, {name: three}]"
+FAILS = "name: fails\ntasks: [{name: t, fail: 'Task execution failed: {{ 1 + 1 }} tools are down'}]"
+FLOW = """
+name: flow
+flow: true
+inputs: [topic, {name: tone, required: false, default: dry}]
+tasks:
+  - {name: write, output: "{{ topic }}, {{ tone }}"}
+"""
+CREWS = {"travel": "travel", "reviewed": REVIEWED, "slow": SLOW, "flow": FLOW, "fails": FAILS}
+STATE = "3f2b8c1e-9d47-4a6b-8f0e-5c1d2a7b9e64"
+
+
+@pytest.fixture(scope="module")
+def server(serve_for_module: Serve) -> CrewServer:
+    return serve_for_module(CREWS, speed=20)[0]
+
+
+def client_fixture(name: str) -> Any:
+    @pytest.fixture(scope="module", name=name)
+    def client(server: CrewServer) -> Iterator[httpx.Client]:
+        with httpx.Client(base_url=f"{server.url}/{name}", headers=server.headers, trust_env=False) as opened:
+            yield opened
+
+    return client
+
+
+travel, reviewed, slow, flow, fails = (client_fixture(name) for name in CREWS)
+
+
+def test_inputs(travel: httpx.Client, flow: httpx.Client) -> None:
+    assert travel.get("/inputs").json() == {"inputs": list(INPUTS), "required_inputs": list(INPUTS)}
+    assert flow.get("/inputs").json() == {"inputs": ["topic", "tone"], "required_inputs": ["topic"]}
+    assert kickoff(flow, {"topic": "tea"})
+
+
+def test_kickoff_answers_with_an_id_and_nothing_else(travel: httpx.Client) -> None:
+    answer = travel.post("/kickoff", json={"inputs": INPUTS | {"id": "42"}, "meta": {"requestId": "travel-req-123"}})
+    assert answer.status_code == 200
+    assert list(answer.json()) == ["kickoff_id"]
+    assert re.fullmatch(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", answer.json()["kickoff_id"])
+
+
+def test_a_flow_takes_the_id_of_its_state_and_a_state_to_restore(flow: httpx.Client, server: CrewServer) -> None:
+    run = server.run(kickoff(flow, {"topic": "tea", "id": STATE}, restoreFromStateId=STATE))
+    assert (run.inputs["id"], run.restore_from) == (STATE, STATE)
+
+
+@pytest.mark.parametrize(
+    ("body", "named"),
+    [
+        pytest.param({"inputs": {"topic": "tea", "id": "42"}}, "inputs.id", id="id"),
+        pytest.param({"inputs": {"topic": "tea", "id": 42}}, "inputs.id", id="number"),
+        pytest.param({"inputs": {"topic": "tea"}, "restoreFromStateId": "42"}, "restoreFromStateId", id="restore"),
+    ],
+)
+def test_a_state_that_is_no_uuid_is_refused_without_details(
+    flow: httpx.Client, body: dict[str, object], named: str
+) -> None:
+    answer = flow.post("/kickoff", json=body)
+    assert (answer.status_code, answer.json().keys()) == (422, {"error", "message"})
+    assert answer.json()["message"].startswith(f"'{named}' must be a valid UUID")
+
+
+@pytest.mark.parametrize(
+    ("inputs", "missing"),
+    [
+        pytest.param({"budget": "1", "interests": "x"}, ["duration", "age"], id="two-left-out"),
+        pytest.param(INPUTS | {"age": None}, ["age"], id="null"),
+    ],
+)
+def test_missing_inputs(travel: httpx.Client, server: CrewServer, inputs: dict[str, str], missing: list[str]) -> None:
+    before = server.kickoffs
+    answer = travel.post("/kickoff", json={"inputs": inputs})
+    assert (answer.status_code, answer.json().keys()) == (422, {"error", "message", "details"})
+    assert answer.json()["details"] == {"missing_inputs": missing}
+    assert server.kickoffs == before
+
+
+def test_running_and_stopped_bodies(slow: httpx.Client) -> None:
+    kickoff_id = kickoff(slow)
+    until(lambda: slow.get(f"/status/{kickoff_id}").json()["current_task"])
+    progress = {"completed_tasks": 0, "total_tasks": 3}
+    body = {"status": "running", "current_task": "research_task", "progress": progress}
+    assert slow.get(f"/status/{kickoff_id}").json() == slow.get(f"/{kickoff_id}/status").json() == body
+    answer = slow.post(f"/stop/{kickoff_id}")
+    assert (answer.status_code, answer.json()) == (200, {"status": "stopped", "kickoffId": kickoff_id})
+    assert slow.get(f"/status/{kickoff_id}").json()["status"] == "stopped"
+    again = slow.post(f"/stop/{kickoff_id}")
+    assert (again.status_code, again.json()) == (400, {"detail": "Cannot stop execution. Current state: REVOKED"})
+
+
+def test_completed_body(travel: httpx.Client) -> None:
+    kickoff_id = kickoff(travel, INPUTS)
+    body = finished(travel, kickoff_id)
+    assert set(body) == {"status", "result", "execution_time"}
+    assert (body["status"], 0 < body["execution_time"] < 10) == ("completed", True)
+    assert set(body["result"]) == {"output", "tasks"}
+    assert "1,000 USD" in body["result"]["output"]
+    tasks = body["result"]["tasks"]
+    assert [task["task_id"] for task in tasks] == ["research_destination", "plan_itinerary", "write_guide"]
+    for task in tasks:
+        assert set(task) == {"task_id", "output", "agent", "execution_time"}
+        assert task["output"]
+        assert task["execution_time"] > 0
+    too_late = travel.post(f"/stop/{kickoff_id}")
+    assert (too_late.status_code, too_late.json()["detail"].split()[-1]) == (400, "SUCCESS")
+
+
+def test_failed_body(fails: httpx.Client) -> None:
+    body = finished(fails, kickoff(fails))
+    assert body.pop("execution_time") >= 0
+    assert body == {"status": "error", "error": "Task execution failed: 2 tools are down"}
+
+
+@pytest.mark.parametrize("call", ["GET /status/nobody", "GET /nobody/status", "POST /stop/nobody"])
+def test_unknown_run(travel: httpx.Client, call: str) -> None:
+    answer = travel.request(*call.split())
+    assert (answer.status_code, set(answer.json())) == (404, {"error", "message"})
+    assert answer.json()["error"] == "Execution not found"
+
+
+@pytest.mark.parametrize(
+    ("content", "code"),
+    [
+        pytest.param(b"", 400, id="nothing"),
+        pytest.param(b"{", 400, id="cut-off"),
+        pytest.param(b"[" * 100_000, 400, id="nested-too-deep"),
+        pytest.param(b"\xff\xfe", 400, id="not-text"),
+        pytest.param(b"[]", 400, id="a-list"),
+        pytest.param(b"{}", 400, id="no-inputs"),
+        pytest.param(b'{"inputs": ["budget"]}', 400, id="inputs-as-list"),
+        pytest.param(b'{"inputs": null}', 400, id="inputs-null"),
+        pytest.param(b'{"inputs": {}, "taskWebhookUrl": "ftp://x"}', 400, id="webhook-not-http"),
+        pytest.param(b'{"inputs": {}, "crewWebhookUrl": ""}', 400, id="webhook-empty"),
+        pytest.param(b'{"inputs": {}, "webhooks": {"url": "", "events": ["task_started"]}}', 400, id="stream-empty"),
+        pytest.param(b'{"inputs": {}, "humanInputWebhook": ""}', 400, id="human-webhook-text"),
+        pytest.param(b'{"inputs": {}, "humanInputWebhook": {"authentication": {}}}', 400, id="webhook-without-url"),
+        pytest.param(
+            b'{"inputs": {}, "humanInputWebhook": {"url": "http://x", "authentication": {"strategy": "bearer"}}}',
+            400,
+            id="webhook-without-token",
+        ),
+        pytest.param(b'{"inputs": {"budget": "' + b"x" * 17_000_000 + b'"}}', 413, id="too-large"),
+    ],
+)
+def test_bad_kickoff(travel: httpx.Client, content: bytes, code: int) -> None:
+    answer = travel.post("/kickoff", content=content)
+    assert (answer.status_code, set(answer.json())) == (code, {"error", "message"})
+
+
+AUTHORIZATION = {
+    "missing": None,
+    "wrong": "Bearer wrong",
+    "empty": "Bearer",
+    "another-scheme": "Basic {token}",
+    "longer": "Bearer {token}x",
+}
+
+
+@pytest.mark.parametrize("header", AUTHORIZATION.values(), ids=AUTHORIZATION)
+@pytest.mark.parametrize(
+    "call", ["GET /inputs", "POST /kickoff", "GET /status/x", "POST /resume", "POST /stop/x", "GET /nothing"]
+)
+def test_401_comes_before_anything_else(server: CrewServer, call: str, header: str | None) -> None:
+    headers = {} if header is None else {"Authorization": header.format(token=server.token)}
+    method, path = call.split()
+    answer = httpx.request(method, f"{server.url}/travel{path}", headers=headers)
+    assert (answer.status_code, set(answer.json())) == (401, {"error", "message"})
+    assert answer.headers["WWW-Authenticate"] == "Bearer"
+
+
+def test_only_the_health_pages_need_no_token(server: CrewServer, serve: Serve) -> None:
+    alone, _ = serve("echo")
+    urls = [alone.url, f"{alone.url}/", server.url, f"{server.url}/travel", f"{server.url}/travel/"]
+    assert [httpx.get(url).text for url in urls] == ["Healthy"] * len(urls)
+    closed = [f"{server.url}{path}" for path in ("/nothing", "/nothing/", "/travel//")]
+    assert [httpx.get(url).status_code for url in closed] == [401] * 3
+
+
+def test_what_is_not_there(travel: httpx.Client) -> None:
+    calls = ["GET /nothing", "GET /kickoff", "POST /inputs"]
+    assert [travel.request(*call.split()).status_code for call in calls] == [404, 405, 405]
+
+
+def answer_of(kickoff_id: str, **changes: object) -> dict[str, object]:
+    answer = {"execution_id": kickoff_id, "task_id": "research_task", "human_feedback": "Great", "is_approve": True}
+    return answer | changes
+
+
+def test_resume(reviewed: httpx.Client) -> None:
+    kickoff_id = kickoff(reviewed, {"topic": "ants"})
+    for approve, word in ((False, "retrying"), (True, "resumed")):
+        waiting = finished(reviewed, kickoff_id)
+        assert (waiting["status"], waiting["current_task"]) == ("Pending Human Input", "research_task")
+        answer = reviewed.post("/resume", json=answer_of(kickoff_id, is_approve=approve))
+        assert (answer.status_code, answer.json()["status"], set(answer.json())) == (200, word, {"status", "message"})
+    assert reviewed.post("/resume", json=answer_of(kickoff_id)).status_code == 400
+    assert finished(reviewed, kickoff_id)["result"]["output"] == "a text: facts on ants"
+    assert reviewed.post("/resume", json=answer_of(kickoff_id)).status_code == 400
+
+
+@pytest.mark.parametrize(
+    ("change", "code"),
+    [
+        pytest.param({"execution_id": "nobody"}, 404, id="unknown-run"),
+        pytest.param({"execution_id": None}, 400, id="no-run"),
+        pytest.param({"task_id": None}, 400, id="no-task"),
+        pytest.param({"human_feedback": None}, 400, id="no-feedback"),
+        pytest.param({"task_id": "another"}, 400, id="another-task"),
+        pytest.param({"is_approve": "yes"}, 400, id="approval-not-a-boolean"),
+        pytest.param({"human_feedback": {}}, 400, id="feedback-not-a-text"),
+        pytest.param({"crewWebhookUrl": "nowhere"}, 400, id="webhook-not-a-url"),
+    ],
+)
+def test_bad_resume(reviewed: httpx.Client, change: dict[str, object], code: int) -> None:
+    kickoff_id = kickoff(reviewed, {"topic": "ants"})
+    finished(reviewed, kickoff_id)
+    assert reviewed.post("/resume", json=answer_of(kickoff_id, **change)).status_code == code
+    assert reviewed.post("/resume", json=answer_of(kickoff_id)).status_code == 200
+
+
+def test_inputs_of_any_kind_come_back(serve: Serve) -> None:
+    _, client = serve("echo")
+    for text in ["\u202eright to left", "a" * 5_000_000, "\x00\x1f", "😀"]:
+        assert finished(client, kickoff(client, {"text": text}))["result"]["output"] == text
+    answer = client.post("/kickoff", content=b'{"inputs": {"text": "half \\ud800 a pair"}}')
+    assert "half" in finished(client, answer.json()["kickoff_id"])["result"]["output"]
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=8,
+)
+FIELDS = ["inputs", "meta", "taskWebhookUrl", "humanInputWebhook", "webhooks", "execution_id", "is_approve"]
+BODIES = st.dictionaries(st.sampled_from(FIELDS), JSON).map(json.dumps)
+
+
+@settings(max_examples=100)
+@given(path=st.sampled_from(["/kickoff", "/resume"]), content=BODIES | st.text())
+def test_any_body_has_an_answer(slow: httpx.Client, server: CrewServer, path: str, content: str) -> None:
+    before = server.kickoffs
+    answer = slow.post(path, content=content.encode())
+    assert answer.status_code in (200, 400, 404, 422)
+    is_started = path == "/kickoff" and answer.status_code == 200
+    assert (server.kickoffs - before, "kickoff_id" in answer.json()) == (is_started, is_started)
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"]), max_size=20))
+def test_any_id_has_an_answer(slow: httpx.Client, id_: str) -> None:
+    assert slow.get(f"/status/{quote(id_, safe='').replace('.', '%2E')}").status_code == 404
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        pytest.param({"token": ""}, "The token must not be empty", id="token"),
+        pytest.param({"response_format": "x"}, "Formats: documented, union, live", id="response-format"),
+        pytest.param({"generation": "next"}, "first or later", id="generation"),
+        pytest.param({"speed": 0}, "speed must be above 0", id="speed"),
+        pytest.param({"faults": ["kickoff:explode"]}, "There is no fault 'explode'", id="fault"),
+        pytest.param({"spec": "nowhere.yaml"}, r"Cannot read the crew nowhere.yaml.*echo, travel", id="crew"),
+    ],
+)
+def test_options_that_make_no_sense(options: dict[str, Any], text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        create_app(**{"spec": "echo", "token": "t"} | options)
