@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import httpx
 from prefect.client.orchestration import get_client
@@ -16,7 +16,7 @@ from prefect.exceptions import PrefectException
 
 from prefect_crew._internal.prefect_api import run_logger
 from prefect_crew.artifacts.events import emit
-from prefect_crew.batches.cancel import watched
+from prefect_crew.batches.cancel import run_until_cancelled
 from prefect_crew.batches.database import LedgerPlace
 from prefect_crew.batches.dataset import Dataset, shown_address, whole_address
 from prefect_crew.batches.ledger import Ledger
@@ -24,8 +24,6 @@ from prefect_crew.batches.options import IN_FLIGHT, BatchOptions
 from prefect_crew.batches.outcomes import MISFIT, RowEnd
 from prefect_crew.batches.output import Output, line_of
 from prefect_crew.batches.ownership import (
-    PARENT,
-    WHOLE,
     BatchLock,
     Bound,
     begin_generation,
@@ -34,11 +32,11 @@ from prefect_crew.batches.ownership import (
     kept_here,
     note_asking,
 )
-from prefect_crew.batches.progress import FAILURES, BatchArtifacts, Failure, Standing, tell_batch
+from prefect_crew.batches.progress import FAILURES, BatchArtifact, BatchProgress, Failure, OnProgress
 from prefect_crew.batches.report import BatchPlan, BatchReport
-from prefect_crew.batches.rows import Checked, RowPlan, SetAside, SetAsideFile, expected_inputs, rejected_name
-from prefect_crew.batches.runner import Engine, engine_of, feed, limited
-from prefect_crew.batches.throttle import BatchSession, Pace
+from prefect_crew.batches.rows import RowPlan, SetAside, SetAsideFile, expected_inputs, rejected_name
+from prefect_crew.batches.runner import Runner, hold_concurrency_slots
+from prefect_crew.batches.throttle import BatchSession, Throttle
 from prefect_crew.client.models import CrewInput
 from prefect_crew.crew import Crew, CrewSession
 from prefect_crew.exceptions import BadRowsError, BatchBusyError, ConfigurationError, CrewError, LedgerError
@@ -95,6 +93,7 @@ class BatchJob:
             deduplicate=self.options.deduplicate,
             secret=self.crew.secret_inputs,
             allow_extra=self.crew.allow_extra_inputs,
+            rows=self.options.row_range,
         )
 
     @property
@@ -213,31 +212,27 @@ SOON = 2.0
 
 
 @asynccontextmanager
-async def open_batch(job: BatchJob, *, shared: bool = False) -> AsyncGenerator[OpenBatch]:
+async def open_batch(job: BatchJob, on_progress: OnProgress | None = None) -> AsyncGenerator[OpenBatch]:
     """Check the rows of a batch, lock it, and bind its name to its ledger.
-
-    Args:
-        job: The call.
-        shared: Whether shards in other processes will work on it as well.
 
     Raises:
         CrewError: It cannot be begun. Nothing was started.
     """
-    options = job.options
-    webhooks_for(job.crew, job.name)  # settings that make no sense are said before anything is bought
-    pace = Pace(kickoffs_per_second=options.kickoffs_per_second, kickoffs_at_once=options.kickoffs_at_once)
+    options, progress = job.options, BatchProgress(job.name)
+    webhooks_for(job.crew, job.name)  # settings that make no sense are said before anything is started
     async with AsyncExitStack() as stack:
-        session = BatchSession(job.crew, pace)
+        throttle = Throttle(options)
+        session = BatchSession(job.crew, throttle)
         await stack.enter_async_context(session)
-        tell_batch(job.name, "checking")
-        expected = await expected_inputs(session)
-        plan = job.plan(expected)
+        if on_progress is not None:
+            on_progress(progress)
+        plan = job.plan(await expected_inputs(session))
         # Whether the batch is ours is known before its rows are read, which may take minutes.
         ledger = await stack.enter_async_context(Ledger(job.place.ledger, job.name))
         lock = await stack.enter_async_context(BatchLock(ledger.database, job.name))
-        if not await lock.take(WHOLE, shared=shared) or (shared and not await lock.take(PARENT)):
+        if not await lock.take():
             raise BatchBusyError(name=job.name)
-        ledger.sole = lock.proves and not shared
+        ledger.sole = lock.proves
         beside = ledger.database.path or Path.cwd() / binding_name(job.name)
         output = Output(job.output, beside=beside, output_type=options.output_type)
         kept = await kept_here(ledger)
@@ -268,77 +263,41 @@ async def open_batch(job: BatchJob, *, shared: bool = False) -> AsyncGenerator[O
             await ledger.note_set_aside(aside)
         if bound.before is not None:
             await resolve_by_webhooks(ledger, session.crew)
-        yield OpenBatch(
-            job,
-            session,
-            ledger,
-            lock,
-            expected,
-            plan,
-            checked,
-            output,
-            bound,
-            Standing(total=checked.total, set_aside=aside, duplicates=checked.duplicates),
-            BatchArtifacts(job.name, job.crew.label, show=job.crew.show),
-            bought=0 if bound.before is None else await ledger.bought(),
-        )
+            throttle.kickoffs = await ledger.bought()
+        progress.total, progress.set_aside, progress.duplicates = checked.total, aside, checked.duplicates
+        yield OpenBatch(job, session, throttle, ledger, lock, plan, output, bound, progress, on_progress)
 
 
-@dataclass
 class OpenBatch:
-    """A batch that is open.
+    """A batch that is open: its rows are checked, and its lock is held."""
 
-    Attributes:
-        bought: Kickoffs of earlier calls.
-        stopped: Why nothing more is bought, None while there is no reason.
-        options: What rows are run with here, where shards have done a part of what was asked for; else the job's.
-    """
-
-    job: BatchJob
-    session: BatchSession
-    ledger: Ledger
-    lock: BatchLock
-    expected: Sequence[CrewInput]
-    plan: RowPlan
-    checked: Checked
-    output: Output
-    bound: Bound
-    standing: Standing
-    artifacts: BatchArtifacts
-    bought: int
-    stopped: str | None = None
-    options: BatchOptions | None = None
-    _begun: int = 0
-    _begin_after: float = 0.0
-
-    async def begin(self) -> int:
-        """Begin a generation of the batch, before any row of it is started; return its number.
-
-        Raises:
-            CrewError: The ledger cannot be written, or is not that of the batch any more.
-            httpx.HTTPError, PrefectException: The Prefect API is away.
-        """
-        generation = await begin_generation(self.ledger, self.job.place.told, patience=BEGIN_FOR)
-        self.lock.generation = generation
-        self._begin_after = time.monotonic() + BEGIN_EVERY
-        return generation
-
-    async def begin_again(self, begun: int, *, over: bool = False) -> None:
-        """Begin another generation once in a while, so that a copy made meanwhile is known for an older one.
-
-        Args:
-            begun: How many rows were begun so far; nothing is done where that is as it was.
-            over: No more will be.
-        """
-        if begun == self._begun or (time.monotonic() < self._begin_after and not over):
-            return
-        try:
-            self.lock.generation = await begin_generation(self.ledger, self.job.place.told, patience=SOON)
-        except (httpx.HTTPError, PrefectException, CrewError) as error:
-            run_logger().warning("That batch %s has gone on cannot be noted: %s", self.job.name, error)
-        else:
-            self._begun = begun
-        self._begin_after = time.monotonic() + BEGIN_EVERY
+    def __init__(
+        self,
+        job: BatchJob,
+        session: BatchSession,
+        throttle: Throttle,
+        ledger: Ledger,
+        lock: BatchLock,
+        plan: RowPlan,
+        output: Output,
+        bound: Bound,
+        progress: BatchProgress,
+        on_progress: OnProgress | None,
+    ) -> None:
+        self.job = job
+        self.ledger = ledger
+        self.output = output
+        self.bound = bound
+        self.progress = progress
+        self._session = session
+        self._throttle = throttle
+        self._lock = lock
+        self._plan = plan
+        self._on_progress = on_progress
+        self._artifact = BatchArtifact(job.name, job.crew.label, show=job.crew.show)
+        self._kickoffs_before = throttle.kickoffs
+        self._begun = 0
+        self._begin_after = 0.0
 
     async def run(self) -> BatchReport:
         """Run the rows that are not done, write all lines, and report.
@@ -346,7 +305,7 @@ class OpenBatch:
         Raises:
             CrewError: The ledger or the output failed on the way.
         """
-        name, ledger, standing, output = self.job.name, self.ledger, self.standing, self.output
+        ledger, progress, output = self.ledger, self.progress, self.output
         if self.is_done:
             await self._recall()
             if not await asyncio.to_thread(output.is_there):
@@ -355,63 +314,84 @@ class OpenBatch:
             try:
                 await self._run_rows()
             except BaseException:
-                await self.artifacts.end(standing, await self._report())
+                await self._artifact.update(progress, await self._report())
                 raise
             finally:
                 output.close()
-            tell_batch(name, "finishing", standing)
+            self._tell("finishing")
             await asyncio.to_thread(output.finish)
-            await ledger.note_standing({"done": standing.over, "lines": standing.total, **self.job.written})
+            await ledger.note_standing({"done": progress.over, "lines": progress.total, **self.job.written})
         await self._note_people()
         report = await self._report()
-        tell_batch(name, "done", standing)
-        await self.artifacts.end(standing, report)
+        self._tell("done")
+        await self._artifact.update(progress, report)
         run_logger().info("%s", report)
         return report
 
+    def _tell(self, phase: Literal["running", "finishing", "done"]) -> None:
+        self.progress.phase = phase
+        if self._on_progress is not None:
+            self._on_progress(self.progress)
+
     async def _run_rows(self) -> None:
-        options, standing = self.options or self.job.options, self.standing
+        options = self.job.options
         async with AsyncExitStack() as stack:
-            most = await limited(self.session, options, stack)
-            new = not await self.ledger.known()
-            bought = await self.ledger.bought()
-            engine = engine_of(self.session, self.ledger, options, on_end=self._take, most=most, bought=bought)
-            if self.stopped is not None:
-                engine.stop(self.stopped)
-            if engine.stopped is None:
-                await self.begin()
-                self._begun = 0
+            runner = Runner(
+                *(self._session, self._throttle, self.ledger, options),
+                max_in_flight=await hold_concurrency_slots(self._session, options, stack),
+                on_end=self._add,
+            )
+            self._lock.generation = await begin_generation(self.ledger, self.job.place.told, patience=BEGIN_FOR)
+            self._begin_after = time.monotonic() + BEGIN_EVERY
             self.output.open(self._stays(), in_order=options.order == "input")
-            rows = feed(engine, self.plan.jobs(), chunk_size=1 if options.task_per_row else options.chunk_size, new=new)
             try:
-                await watched(
-                    rows, engine, name=self.job.name, on_cancel=options.on_cancel, tick=lambda: self._tick(engine)
+                await run_until_cancelled(
+                    runner.run(self._plan.jobs()),
+                    runner,
+                    name=self.job.name,
+                    on_cancel=options.on_cancel,
+                    tick=lambda: self._tick(runner),
                 )
             finally:
-                await self.begin_again(engine.kickoffs, over=True)
-                self.stopped = self.stopped or engine.stopped
-                standing.in_flight = len(engine.waiting)
+                await self._begin_generation(runner.started, now=True)
+                self.progress.in_flight = len(runner.waiting)
 
-    async def _take(self, end: RowEnd) -> None:
-        self.standing.take(end)
+    async def _add(self, end: RowEnd) -> None:
+        self.progress.add(end)
         self.output.put(end.job.number, end.job.key, line_of(end, self.job.crew))
 
-    async def _tick(self, engine: Engine) -> None:
+    async def _tick(self, runner: Runner) -> None:
         """Show how the batch stands. About once a second."""
-        standing = self.standing
-        standing.in_flight, standing.kickoffs = engine.in_flight, engine.kickoffs
-        standing.people = sum(record.human_since is not None for record in engine.waiting.values())
-        standing.tick()
-        tell_batch(self.job.name, "running", standing)
+        progress = self.progress
+        progress.in_flight = len(runner.waiting)
+        progress.people = sum(record.human_since is not None for record in runner.waiting.values())
+        progress.tick()
+        self._tell("running")
         self.output.flush()
-        await self.artifacts.progress(standing)
-        await self.begin_again(engine.kickoffs)
-        if not await self.lock.still_held():
-            engine.stop(
+        await self._artifact.update(progress)
+        await self._begin_generation(runner.started)
+        if not await self._lock.still_held():
+            runner.stop(
                 "its lock was lost: another process has taken the batch over, or the ledger's file was removed or "
                 "replaced.",
                 shut=True,
             )
+
+    async def _begin_generation(self, started: int, *, now: bool = False) -> None:
+        """Begin another generation once in a while, so that a copy made meanwhile is known for an older one.
+
+        Args:
+            started: How many rows were started so far; nothing is done where that is as it was.
+            now: Do it now: no more will be started.
+        """
+        if started == self._begun or (time.monotonic() < self._begin_after and not now):
+            return
+        try:
+            self._lock.generation = await begin_generation(self.ledger, self.job.place.told, patience=SOON)
+            self._begun = started
+        except (httpx.HTTPError, PrefectException, CrewError) as error:
+            run_logger().warning("That batch %s has gone on cannot be noted: %s", self.job.name, error)
+        self._begin_after = time.monotonic() + BEGIN_EVERY
 
     async def _note_people(self) -> None:
         """Note on the Prefect server whether rows are left that wait for people."""
@@ -445,46 +425,43 @@ class OpenBatch:
         return dict(before.standing) == noted and self.output.count() == before.total
 
     async def _recall(self) -> None:
-        """Take the standing of a batch that is done from its ledger, without a look at its rows."""
-        standing, ledger = self.standing, self.ledger
-        counts = await ledger.counts()
-        standing.completed = counts.get(str(CrewState.COMPLETED), 0)
-        standing.failed = standing.total - standing.completed
-        times = await ledger.run_times()
-        standing.recall(times.sample, times.slowest)
-        standing.add_usage(await ledger.usage())
-        if not standing.failed:
+        """Take how a batch that is done stands from its ledger, without a look at its rows."""
+        progress, ledger = self.progress, self.ledger
+        progress.completed = (await ledger.counts()).get(str(CrewState.COMPLETED), 0)
+        progress.failed = progress.total - progress.completed
+        progress.add_usage(await ledger.usage())
+        if not progress.failed:
             return
         async for key, record in ledger.standing_attempts():
             state = str(record.state)
-            standing.failures.append(Failure(key, record.kickoff_id, state, record.error or state, None))
-            if len(standing.failures) == FAILURES:
+            progress.failures.append(Failure(key, record.kickoff_id, state, record.error or state, None))
+            if len(progress.failures) == FAILURES:
                 break
 
     async def _report(self) -> BatchReport:
-        standing, job = self.standing, self.job
-        total, aside = standing.whole, standing.set_aside
+        progress, job = self.progress, self.job
+        total, aside = progress.whole, progress.set_aside
         try:
-            bought = await self.ledger.bought()
+            kickoffs = await self.ledger.bought()
         except LedgerError:
-            bought = self.bought + standing.kickoffs  # what ended the batch is told; this is only how it stands
+            kickoffs = self._throttle.kickoffs  # what ended the batch is raised; this is only how it stands
         return BatchReport(
             name=job.name,
             total=total,
-            completed=standing.completed,
-            failed=standing.failed,
-            uncertain=standing.uncertain,
-            skipped=total - standing.done,
-            seconds=standing.seconds,
+            completed=progress.completed,
+            failed=progress.failed,
+            uncertain=progress.uncertain,
+            skipped=total - progress.done,
+            seconds=progress.seconds,
             output=self.output.name,
-            stopped=self.stopped,
-            kickoffs=bought - self.bought,
+            stopped=self._throttle.stopped,
+            kickoffs=kickoffs - self._kickoffs_before,
             set_aside=aside.count,
             set_aside_rows=tuple(aside.rows[:FAILURES]),
             set_aside_output=aside.output,
-            duplicates=standing.duplicates,
-            uncertain_keys=tuple(standing.uncertain_keys),
-            errors=dict(standing.errors),
-            usage=standing.usage,
-            cost=None if job.crew.price is None else job.crew.price * bought,
+            duplicates=progress.duplicates,
+            uncertain_keys=tuple(progress.uncertain_keys),
+            errors=dict(progress.errors),
+            usage=progress.usage,
+            cost=None if job.crew.price is None else job.crew.price * kickoffs,
         )

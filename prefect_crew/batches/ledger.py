@@ -238,16 +238,6 @@ class Ledger:
         count, rows, output = found[0]
         return SetAside(int(count), [BadRow(line, reason) for line, reason in json.loads(rows)], output)
 
-    async def halt(self, reason: str) -> None:
-        """Let no shard of the batch buy anything more; the next call begins anew."""
-        statement = update(batches).where(batches.c.name == self.batch).values(halt=reason)
-        await self._write(self.database.run(lambda connection: connection.execute(statement).close()))
-
-    async def halted(self) -> str | None:
-        """Return why no shard is to buy anything more, None if there is no reason."""
-        rows = await self._rows(select(batches.c.halt).where(batches.c.name == self.batch))
-        return rows[0][0] if rows else None
-
     async def names(self) -> list[str]:
         """Return the names of all batches in this ledger."""
         query = select(batches.c.name).order_by(batches.c.name)

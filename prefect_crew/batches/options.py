@@ -15,7 +15,6 @@ from pydantic import BaseModel, ValidationError
 from prefect_crew.batches.dataset import Dataset, is_remote, shown_address, whole_address
 from prefect_crew.batches.outcomes import RETRYABLE, Retries
 from prefect_crew.batches.rows import InputsFrom, KeyFrom
-from prefect_crew.batches.throttle import KICKOFFS_AT_ONCE
 from prefect_crew.crew import WaitPolicy
 from prefect_crew.exceptions import ConfigurationError
 from prefect_crew.runs.options import check_choices
@@ -28,6 +27,8 @@ OnFailure = Literal["continue", "stop"] | int | float
 SHARE_AFTER = 20
 """Rows that must have ended before a share of failures stops a batch."""
 IN_FLIGHT = 100
+KICKOFFS_AT_ONCE = 16
+"""Kickoffs under way at a time. They bound the rows that a crash leaves uncertain, so they are few."""
 _CHOICES: Mapping[str, tuple[str, ...]] = {
     "on_bad_row": ("refuse", "set-aside"),
     "on_change": ("refuse", "continue"),
@@ -64,12 +65,11 @@ class BatchOptions:
     output_type: type[BaseModel] | None = None
     meta: Mapping[str, Any] | None = None
     webhooks: Webhooks | None = None
-    chunk_size: int = 200
-    task_per_row: bool = False
+    rows: str | None = None
 
     def __post_init__(self) -> None:
         check_choices(wait=self.wait, output_type=self.output_type, meta=self.meta, webhooks=self.webhooks)
-        for name in ("max_in_flight", "kickoffs_at_once", "breaker", "max_kickoffs", "chunk_size"):
+        for name in ("max_in_flight", "kickoffs_at_once", "breaker", "max_kickoffs"):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ConfigurationError(f"{name} is {value!r}: give a number of 1 or more.")
@@ -87,6 +87,25 @@ class BatchOptions:
             object.__setattr__(self, "retry_failed", frozenset(self.retry_failed))
         self._check_on_failure()
         self._check_retries()
+        _ = self.row_range
+
+    @property
+    def row_range(self) -> slice | None:
+        """The rows of `rows`, counted from 0, the last one excluded; None for all.
+
+        Raises:
+            ConfigurationError: `rows` is no range.
+        """
+        if self.rows is None:
+            return None
+        given = re.fullmatch(r"(\d*):(\d*)", str(self.rows))
+        start, stop = (int(number) if number else None for number in given.groups()) if given else (None, None)
+        if (start is stop is None) or (stop is not None and (start or 0) >= stop):
+            raise ConfigurationError(
+                f"rows is {self.rows!r}: give a range START:STOP of row numbers from 0, the last one excluded, such as "
+                "'0:500000' or '500000:'."
+            )
+        return slice(start, stop)
 
     def _check_on_failure(self) -> None:
         limit: Any = self.on_failure
@@ -137,8 +156,6 @@ def plain_call(
     output: str,
     ledger: str,
     options: BatchOptions,
-    shards: int = 1,
-    deployment: str | None = None,
 ) -> dict[str, Any]:
     """Return a call as JSON values. Where that cannot be, its only key is `why_not`.
 
@@ -149,7 +166,6 @@ def plain_call(
         output: Where the lines go.
         ledger: Where the ledger is, without a password.
         options: The options.
-        shards, deployment: How it was split.
     """
     address = dataset.address
     if crew is None:
@@ -174,7 +190,6 @@ def plain_call(
         "output": whole_address(output),
         "ledger": ledger,
         "options": chosen,
-        **({} if deployment is None else {"shards": shards, "deployment": deployment}),
     }
 
 

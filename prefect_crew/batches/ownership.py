@@ -206,12 +206,6 @@ async def _claim(entry: BatchEntry, place: str) -> None:
         raise LedgerMissingError(name=entry.name, ledger=str((bound or {}).get("ledger")))
 
 
-WHOLE = ""
-"""The part that a process holds for the whole batch, and a parent and its shards share."""
-PARENT = "parent"
-"""The part of whoever watches over shards."""
-
-
 class BatchLock:
     """The lock of one batch, as an async context manager: all that it holds is given back at its end.
 
@@ -229,7 +223,6 @@ class BatchLock:
         self._path = Path()
         self._connection: Any = None
         self._session: int | None = None
-        self._held: dict[str, bool] = {}
 
     async def __aenter__(self) -> BatchLock:
         return self
@@ -242,12 +235,8 @@ class BatchLock:
             await self._connection.close()
             self._connection = None
 
-    async def take(self, part: str = WHOLE, *, shared: bool = False) -> bool:
-        """Take the lock of a part of the batch, at once or not at all.
-
-        Args:
-            part: Any text; WHOLE is the batch itself, and the only one that a ledger in SQLite knows.
-            shared: Whether others may share it, who take it shared too.
+    async def take(self) -> bool:
+        """Take the lock, at once or not at all.
 
         Raises:
             LedgerError: The database cannot be reached.
@@ -255,36 +244,9 @@ class BatchLock:
         try:
             if self._database.path is not None:
                 return self._take_file(self._database.path)
-            taken = await self._take_on_server(part, shared)
+            return await self._take_on_server()
         except (SQLAlchemyError, OSError) as error:
             raise LedgerError(f"cannot be locked: {short(error)}.", ledger=self._database.address) from error
-        if taken:
-            self._held[part] = shared
-        return taken
-
-    async def give_back(self, part: str = WHOLE) -> None:
-        """Give back the lock of one part. Only for PostgreSQL."""
-        shared = self._held.pop(part, None)
-        if shared is not None:
-            await self._connection.execute(text(_function("unlock", shared)), {"key": self._key(part)})
-
-    async def is_held(self, part: str) -> bool:
-        """Return whether anybody holds a part, without taking it. Only for PostgreSQL.
-
-        Raises:
-            LedgerError: The database cannot be reached.
-        """
-        # A key of 64 bits stands there in two halves (PostgreSQL's documentation of pg_locks).
-        query = text(
-            "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND granted AND objsubid = 1 "
-            "AND database = (SELECT oid FROM pg_database WHERE datname = current_database()) "
-            "AND ((classid::bigint << 32) | objid::bigint) = :key"
-        )
-        try:
-            async with self._database.server.connect() as connection:
-                return bool((await connection.execute(query, {"key": self._key(part)})).scalar())
-        except (SQLAlchemyError, OSError) as error:
-            raise LedgerError(f"cannot be read: {short(error)}.", ledger=self._database.address) from error
 
     async def is_taken(self) -> bool | None:
         """Return whether anybody works on the batch, without taking its lock; None where nobody can tell.
@@ -294,7 +256,17 @@ class BatchLock:
         """
         if self._database.path is not None:
             return self._file_is_taken(self._database.path)
-        return await self.is_held(WHOLE)
+        # A key of 64 bits stands there in two halves (PostgreSQL's documentation of pg_locks).
+        query = text(
+            "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND granted AND objsubid = 1 "
+            "AND database = (SELECT oid FROM pg_database WHERE datname = current_database()) "
+            "AND ((classid::bigint << 32) | objid::bigint) = :key"
+        )
+        try:
+            async with self._database.server.connect() as connection:
+                return bool((await connection.execute(query, {"key": self._key})).scalar())
+        except (SQLAlchemyError, OSError) as error:
+            raise LedgerError(f"cannot be read: {short(error)}.", ledger=self._database.address) from error
 
     async def still_held(self) -> bool:
         """Return False if the lock was lost, and somebody else has, or may have, taken over meanwhile."""
@@ -309,16 +281,15 @@ class BatchLock:
         return session == self._session
 
     async def _held_again(self) -> bool:
-        """Take the locks of a connection that was lost once more; False if somebody has run the batch meanwhile."""
-        held, self._held, self._connection = dict(self._held), {}, None
+        """Take the lock of a connection that was lost once more; False if somebody has run the batch meanwhile."""
+        self._connection = None
         try:
-            taken = [await self._take_on_server(part, shared) for part, shared in held.items()]
+            taken = await self._take_on_server()
             generation = await self._generation()
         except (SQLAlchemyError, OSError):
-            self._held, self._connection = held, _Gone()  # nothing is claimed either while it is away
+            self._connection = _Gone()  # nothing is claimed either while it is away
             return True
-        self._held = held
-        return all(taken) and self.generation in (None, generation)
+        return taken and self.generation in (None, generation)
 
     async def _generation(self) -> int | None:
         query = select(batches.c.generation).where(batches.c.name == self._batch)
@@ -391,7 +362,7 @@ class BatchLock:
 
     # PostgreSQL: advisory locks of a session of our own.
 
-    async def _take_on_server(self, part: str, shared: bool) -> bool:
+    async def _take_on_server(self) -> bool:
         if self._connection is None:
             connection = await self._database.server.connect()
             self._connection = await connection.execution_options(isolation_level="AUTOCOMMIT")
@@ -403,7 +374,7 @@ class BatchLock:
                 raise self._pooled()
             await self._connection.execute(text(_HOLD), {"holder": str(uuid4())})
             self._session = (await self._connection.execute(text(_SESSION))).scalar()
-        answer = await self._connection.execute(text(_function("try", shared)), {"key": self._key(part)})
+        answer = await self._connection.execute(text(_TRY_LOCK), {"key": self._key})
         taken, session = answer.one()
         if session != self._session:
             raise self._pooled()
@@ -416,12 +387,14 @@ class BatchLock:
             ledger=self._database.address,
         )
 
-    def _key(self, part: str) -> int:
-        digest = hashlib.sha256(f"prefect-crew/batch/{self._batch}\n{part}".encode()).digest()
+    @property
+    def _key(self) -> int:
+        digest = hashlib.sha256(f"prefect-crew/batch/{self._batch}\n".encode()).digest()
         return int.from_bytes(digest[:8], "big", signed=True)
 
 
 _SESSION = "SELECT pg_backend_pid()"
+_TRY_LOCK = "SELECT pg_try_advisory_lock(:key), pg_backend_pid()"
 _HOLDER = "SELECT current_setting('prefect_crew.holder', true)"
 _HOLD = "SELECT set_config('prefect_crew.holder', :holder, false)"
 
@@ -437,11 +410,6 @@ class _Gone:
 
     async def close(self) -> None:
         return None
-
-
-def _function(verb: str, shared: bool) -> str:
-    name = "pg_try_advisory_lock" if verb == "try" else "pg_advisory_unlock"
-    return f"SELECT {name}{'_shared' if shared else ''}(:key), pg_backend_pid()"
 
 
 def _try_lock(file: int) -> bool | None:

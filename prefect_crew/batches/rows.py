@@ -9,6 +9,7 @@ import sqlite3
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import IO, Any, cast
 
 from pydantic_core import to_json
@@ -147,11 +148,6 @@ class Checked:
     fingerprint: str
 
 
-def shard_of(key: str, shards: int) -> int:
-    """Return which of some shards a row belongs to: a number from 0, the same in every process."""
-    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") % shards
-
-
 class RowPlan:
     """How a data set's rows become runs.
 
@@ -165,6 +161,7 @@ class RowPlan:
         deduplicate: Whether equal rows are one run.
         secret: Names of inputs that are secret. No reason of a bad row shows them, and no key may hold one.
         allow_extra: Whether `inputs` may give what the crew does not name.
+        rows: Which rows of the data set are taken, counted from 0; None takes all.
 
     Raises:
         ConfigurationError: A template is none, or the mapping gives inputs that the crew does not name.
@@ -181,8 +178,10 @@ class RowPlan:
         deduplicate: bool = False,
         secret: Sequence[str] = (),
         allow_extra: bool = False,
+        rows: slice | None = None,
     ) -> None:
         self.dataset = dataset
+        self._rows = rows or slice(None)
         self._inputs_of = _by_name(expected) if inputs is None else _chosen(inputs)
         self._key_of = None if key is None else _keyed(key)
         self._expected = expected
@@ -249,7 +248,8 @@ class RowPlan:
                 if len(bad) < KEPT:
                     bad.append(job)
         if total == count == 0:
-            raise DatasetError("has no rows.", source=self.dataset.name)
+            where = "" if self._rows == slice(None) else f" from row {self._rows.start or 0} on"
+            raise DatasetError(f"has no rows{where}.", source=self.dataset.name)
         return Checked(total, bad, count, duplicates, f"{mark:032x}")
 
     def jobs(self) -> Iterator[RowJob]:
@@ -263,7 +263,7 @@ class RowPlan:
         keys = Keys()
         try:
             number = 0
-            for row in self.dataset.rows():
+            for row in islice(self.dataset.rows(), self._rows.start, self._rows.stop):
                 try:
                     job = self._job(row, keys, number)
                 except Exception as error:  # noqa: BLE001  whatever a user's function raises is wrong with its row

@@ -17,11 +17,11 @@ from prefect_crew._internal.interrupts import cancelled_once
 from prefect_crew.batches.batch import BatchJob, open_batch, plan_of
 from prefect_crew.batches.database import check_adoptable, ledger_place
 from prefect_crew.batches.dataset import Dataset, DatasetFormat, open_dataset
-from prefect_crew.batches.options import BatchOptions, OnFailure, plain_call
+from prefect_crew.batches.options import KICKOFFS_AT_ONCE, BatchOptions, OnFailure, plain_call
 from prefect_crew.batches.outcomes import Retries
+from prefect_crew.batches.progress import OnProgress
 from prefect_crew.batches.report import BatchPlan, BatchReport
 from prefect_crew.batches.rows import InputsFrom, KeyFrom
-from prefect_crew.batches.throttle import KICKOFFS_AT_ONCE
 from prefect_crew.blocks import DeployedCrew, load_crew
 from prefect_crew.crew import Crew, WaitPolicy
 from prefect_crew.exceptions import ConfigurationError
@@ -85,16 +85,13 @@ async def arun_batch(
     webhooks: Webhooks | None = None,
     format: DatasetFormat | None = None,  # noqa: A002
     encoding: str = "utf-8-sig",
-    chunk_size: int = 200,
-    task_per_row: bool = False,
-    shards: int = 1,
-    deployment: str | None = None,
+    rows: str | None = None,
+    on_progress: OnProgress | None = None,
 ) -> BatchReport:
     """Run a crew once for each row of a data set. A second call with the name goes on where the first stopped.
 
     Rows that are done are not run again, rows in flight are waited for, uncertain ones are listed and can be resolved.
-    Every row is checked before anything is kicked off. Inside a flow its tasks are of that flow; outside of one it runs
-    a flow of its own.
+    Every row is checked before anything is kicked off. Outside of a flow it runs a flow of its own.
 
     Args:
         crew: A crew, or the name of a stored block.
@@ -132,11 +129,9 @@ async def arun_batch(
         meta: Any JSON object for the crew's webhooks; idempotency key and batch are added to it.
         webhooks: Targets of your own for the crew's webhooks.
         format, encoding: Those of a file whose name does not tell.
-        chunk_size: Rows a Prefect task.
-        task_per_row: A task a row, for small sets that people want to watch.
-        shards: Flow runs of `deployment` that the rows are split over by their keys. The crew is then a stored block,
-            the data set a file that every machine reads, the ledger a PostgreSQL that every machine reaches.
-        deployment: A deployment of the flow `batch_shard` of `flows/batch.py`, as `flow/deployment`.
+        rows: A range START:STOP of row numbers from 0, the last one excluded, such as "0:500000" or "500000:". A data
+            set over several machines is several batches over ranges of it, each with a name and an output of its own.
+        on_progress: Called with a `BatchProgress` about once a second. It must be quick and must not raise.
 
     Raises:
         DatasetError, BadRowsError: The data set cannot be read, or rows cannot be run. Nothing was started.
@@ -165,13 +160,8 @@ async def arun_batch(
         output_type=output_type,
         meta=meta,
         webhooks=webhooks,
-        chunk_size=chunk_size,
-        task_per_row=task_per_row,
+        rows=rows,
     )
-    if shards < 1 or (shards > 1) is not (deployment is not None):
-        raise ConfigurationError(
-            "Shards are runs of a deployment: give both, shards=N and deployment='flow/deployment'."
-        )
     job = await batch_job(
         *(crew, dataset, options),
         name=name,
@@ -179,11 +169,9 @@ async def arun_batch(
         ledger=ledger,
         format=format,
         encoding=encoding,
-        shards=shards,
-        deployment=deployment,
     )
     del dataset  # its rows may hold secrets, and error reporters show the local variables of all frames
-    run = partial(run_job, job, shards=shards, deployment=deployment)
+    run = partial(run_job, job, on_progress)
     if FlowRunContext.get() is not None or TaskRunContext.get() is not None:
         return await run()
     token = _live.set(run)
@@ -217,18 +205,10 @@ async def run_rows_of(
 
 
 @cancelled_once
-async def run_job(job: BatchJob, *, shards: int = 1, deployment: str | None = None) -> BatchReport:
-    """Run a batch in this process, or watch its shards and then finish it here."""
+async def run_job(job: BatchJob, on_progress: OnProgress | None) -> BatchReport:
+    """Run a batch in this process."""
     await check_adoptable(job.place, job.name)
-    if deployment is None:
-        async with open_batch(job) as batch:
-            return await batch.run()
-    from prefect_crew.batches.shards import Parent, check_parent
-
-    await check_parent(job, shards=shards, deployment=deployment)
-    async with open_batch(job, shared=True) as batch:
-        if not batch.is_done:
-            await Parent(batch, shards=shards, deployment=deployment).run()
+    async with open_batch(job, on_progress) as batch:
         return await batch.run()
 
 
@@ -276,8 +256,6 @@ async def batch_job(
     ledger: str | None,
     format: DatasetFormat | None = None,  # noqa: A002
     encoding: str = "utf-8-sig",
-    shards: int = 1,
-    deployment: str | None = None,
 ) -> BatchJob:
     """Return a batch that is ready to be run, or looked at.
 
@@ -301,7 +279,5 @@ async def batch_job(
         output=where,
         ledger=place.told,
         options=options,
-        shards=shards,
-        deployment=deployment,
     )
     return BatchJob(chosen, rows, options, name=full, output=where, place=place, call=call)

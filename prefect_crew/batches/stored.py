@@ -145,8 +145,6 @@ class KnownBatch:
     def call(self, **more: Any) -> dict[str, Any]:
         """Return what `arun_batch` is called with to go on with it. `more` are options over those of its last call.
 
-        It is split over shards as that call was.
-
         Raises:
             ConfigurationError: Its last call had what cannot be written down, such as a function.
         """
@@ -162,12 +160,10 @@ class KnownBatch:
             "dataset": call["dataset"],
             "name": self.name,
             "output": call["output"],
-            # Where others need no password for it, as they know it: a shard's parameters must not hold one.
+            # A URL with its password only where nothing stored stands for it.
             "ledger": self.place.told if self.place.open_to_all else self.place.ledger,
             "format": call["format"],
             "encoding": call["encoding"],
-            "shards": call.get("shards", 1),
-            "deployment": call.get("deployment"),
             **{field.name: getattr(options, field.name) for field in dataclasses.fields(options)},
         }
 

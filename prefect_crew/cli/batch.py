@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import shlex
 import sys
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -34,7 +35,6 @@ DATASET = Parameter(
 )
 NAME = Parameter(name="NAME", help="The batch's name.")
 LEDGER = Parameter(help="Its ledger, where the one on record does not do: a path, a PostgreSQL URL, or secret://NAME.")
-HERE = Parameter(help="In this process alone, also where the last call was split over shards.")
 
 app = App(name="batch", help="Batches: a crew for every row of a data set.")
 
@@ -66,6 +66,9 @@ class BatchChoices:
         Literal["refuse", "set-aside"], Parameter(help="Refuse the data set, or set rows aside that cannot be run.")
     ] = "refuse"
     deduplicate: Annotated[bool, Parameter(help="Equal rows are one run.")] = False
+    rows: Annotated[
+        str | None, Parameter(help="Only a range of rows, as START:STOP from 0, the last one excluded: 0:500000.")
+    ] = None
 
     def options(self) -> dict[str, Any]:
         """Return them as `arun_batch` and `aplan_batch` take them."""
@@ -80,6 +83,7 @@ class BatchChoices:
             "kickoffs_per_second": self.kickoffs_per_second,
             "on_bad_row": self.on_bad_row,
             "deduplicate": self.deduplicate,
+            "rows": self.rows,
         }
 
 
@@ -121,11 +125,6 @@ def run(
     output_type: Annotated[
         str | None, Parameter(help="A pydantic model that results have to fit, as module:Model.")
     ] = None,
-    task_per_row: Annotated[
-        bool, Parameter(help="A Prefect task for each row, for small sets that people watch.")
-    ] = False,
-    shards: Annotated[int, Parameter(help="Flow runs of --deployment that the rows are split over.")] = 1,
-    deployment: Annotated[str | None, Parameter(help="A deployment of batch_shard, as flow/deployment.")] = None,
     json: Annotated[bool, JSON] = False,
     choices: BatchChoices = BatchChoices(),
     access: CrewAccess = CrewAccess(),
@@ -144,9 +143,6 @@ def run(
         "max_kickoffs": max_kickoffs,
         "breaker": breaker or None,
         "kickoffs_at_once": kickoffs_at_once,
-        "task_per_row": task_per_row,
-        "shards": shards,
-        "deployment": deployment,
     }
     if output_type is not None:
         options["output_type"] = model_here(output_type)
@@ -157,11 +153,11 @@ def run(
         found = await access.load(crew)
         if timeout is not None:
             options["wait"] = wait_policy(found, timeout)
-        return await arun_batch(found, dataset, **options)
+        return await arun_batch(found, dataset, on_progress=shown.watch_batch, **options)
 
     with progress() as shown:
         reach_prefect(shown)
-        report = started(shown, name, call)
+        report = started(name, call)
     return put_report(report, shown, as_json=json)
 
 
@@ -203,16 +199,13 @@ def look_here() -> None:
         sys.path.insert(0, here)
 
 
-def started(shown: Progress, name: str, call: Any) -> BatchReport:
-    """Run a batch while its progress is shown."""
-    from prefect_crew.batches.progress import watch_batches
-
-    with watch_batches(shown.watch_batch):
-        try:
-            return asyncio.run(call())
-        except KeyboardInterrupt:
-            _output.note(f"To go on where it stopped: {_program('resume', shlex.quote(name))}")
-            raise
+def started(name: str, call: Callable[[], Coroutine[Any, Any, BatchReport]]) -> BatchReport:
+    """Run a batch, and say how to go on with it if Ctrl-C ends it."""
+    try:
+        return asyncio.run(call())
+    except KeyboardInterrupt:
+        _output.note(f"To go on where it stopped: {_program('resume', shlex.quote(name))}")
+        raise
 
 
 def put_report(report: BatchReport, shown: Progress, *, as_json: bool) -> int:
@@ -282,11 +275,10 @@ def retry(
     *,
     key: Annotated[list[str] | None, Parameter(help="Only this row; may be given again.")] = None,
     ledger: Annotated[str | None, LEDGER] = None,
-    here: Annotated[bool, HERE] = False,
     json: Annotated[bool, JSON] = False,
 ) -> int:
     """Buy the failed rows of a batch again, with the options of its last call, and go on with what is left."""
-    return go_on(name, ledger, retry_failed=tuple(key) if key else True, here=here, json=json)
+    return go_on(name, ledger, retry_failed=tuple(key) if key else True, json=json)
 
 
 @app.command
@@ -295,14 +287,13 @@ def resume(
     /,
     *,
     ledger: Annotated[str | None, LEDGER] = None,
-    here: Annotated[bool, HERE] = False,
     json: Annotated[bool, JSON] = False,
 ) -> int:
     """Go on with a batch where it stopped, with the options of its last call."""
-    return go_on(name, ledger, retry_failed=False, here=here, json=json)
+    return go_on(name, ledger, retry_failed=False, json=json)
 
 
-def go_on(name: str, ledger: str | None, *, retry_failed: bool | tuple[str, ...], here: bool, json: bool) -> int:
+def go_on(name: str, ledger: str | None, *, retry_failed: bool | tuple[str, ...], json: bool) -> int:
     """Call a batch again by its name."""
 
     async def call() -> BatchReport:
@@ -313,14 +304,12 @@ def go_on(name: str, ledger: str | None, *, retry_failed: bool | tuple[str, ...]
             if isinstance(retry_failed, tuple):
                 await batch.check_failed(retry_failed)
             again = batch.call(retry_failed=retry_failed)
-        if here:
-            again |= {"shards": 1, "deployment": None}
-        return await arun_batch(again.pop("crew"), again.pop("dataset"), **again)
+        return await arun_batch(again.pop("crew"), again.pop("dataset"), on_progress=shown.watch_batch, **again)
 
     look_here()  # for an output_type
     with progress() as shown:
         reach_prefect(shown)
-        report = started(shown, name, call)
+        report = started(name, call)
     code = put_report(report, shown, as_json=json)
     if retry_failed and report.failed and not report.kickoffs and report.stopped is None:
         _output.note(

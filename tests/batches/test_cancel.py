@@ -20,7 +20,7 @@ from prefect.context import FlowRunContext
 from prefect.states import Cancelling
 
 from prefect_crew import BatchReport
-from prefect_crew.batches.cancel import watched
+from prefect_crew.batches.cancel import run_until_cancelled
 from prefect_crew.devserver import CrewServer
 from prefect_crew.exceptions import BatchCancelledError, OutputError
 from prefect_crew.testing import CrewServerFactory
@@ -91,11 +91,10 @@ async def test_cancelling_stops_kickoffs_at_once_and_goes_on_later(
 
 
 class Draining:
-    """Rows that end once the batch was looked at twice after it was cancelled; in the place of an engine."""
-
-    in_flight = 1
+    """Rows that end once the batch was looked at twice after it was cancelled; in the place of a runner."""
 
     def __init__(self) -> None:
+        self.waiting: dict[str, Any] = {}
         self.stopped: str | None = None
         self.looks = 0
         self.over = asyncio.Event()
@@ -119,7 +118,9 @@ async def is_cancelled(*_: object, **__: object) -> bool:
 async def test_a_batch_that_drains_is_still_looked_after(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("prefect_crew.batches.cancel.is_cancelled", is_cancelled)
     drained = Draining()
-    watching = watched(drained.rows(), cast("Any", drained), name="drained", on_cancel="drain", tick=drained.tick)
+    watching = run_until_cancelled(
+        drained.rows(), cast("Any", drained), name="drained", on_cancel="drain", tick=drained.tick
+    )
     with pytest.raises(BatchCancelledError):
         await asyncio.wait_for(watching, 20)
     assert drained.looks >= 2
@@ -133,7 +134,7 @@ async def test_what_goes_wrong_while_a_batch_drains_ends_it(monkeypatch: pytest.
         if drained.stopped is not None:
             raise OutputError("the disk is full")
 
-    watching = watched(drained.rows(), cast("Any", drained), name="drained", on_cancel="drain", tick=full)
+    watching = run_until_cancelled(drained.rows(), cast("Any", drained), name="drained", on_cancel="drain", tick=full)
     with pytest.raises(OutputError, match="the disk is full"):
         await asyncio.wait_for(watching, 20)
 

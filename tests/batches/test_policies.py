@@ -1,10 +1,8 @@
-"""What a batch may do: options, the retry rule, the circuit breaker. Clocks are real and short."""
+"""What a batch may do: options, the retry rule."""
 
 from __future__ import annotations
 
-import asyncio
 import re
-import time
 from typing import Any
 
 import pytest
@@ -12,7 +10,6 @@ import pytest
 from prefect_crew.batches.options import BatchOptions
 from prefect_crew.batches.outcomes import LOST, MISFIT, STOPPED_WITH_BATCH, RetryRule, RowEnd
 from prefect_crew.batches.rows import RowJob
-from prefect_crew.batches.throttle import Breaker
 from prefect_crew.exceptions import ConfigurationError
 from prefect_crew.records.model import RecordPhase, RunRecord, utcnow
 
@@ -45,7 +42,10 @@ JOB = RowJob(0, 1, "k", {}, "d")
         pytest.param({"retries": {"KickoffUncertainError": 1}}, id="retry of the uncertain"),
         pytest.param({"retry_failed": "key"}, id="a text for keys"),
         pytest.param({"breaker": 0}, id="a breaker that is always open"),
-        pytest.param({"chunk_size": 0}, id="empty chunks"),
+        pytest.param({"rows": "5"}, id="rows are no range"),
+        pytest.param({"rows": ":"}, id="a range without ends"),
+        pytest.param({"rows": "7:7"}, id="an empty range"),
+        pytest.param({"rows": "-5:"}, id="a range from the end"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(options: dict[str, Any]):
@@ -133,76 +133,3 @@ FAILED = end("CrewFailedError")
 )
 def test_when_a_row_is_bought_again(rule: RetryRule, ended: RowEnd, count: int, before: int, again: bool):
     assert rule.again(ended, count=count, before=before, most=3) is again
-
-
-# The breaker
-
-
-async def is_held(breaker: Breaker, seconds: float = 0.05) -> bool:
-    waiting = asyncio.ensure_future(breaker.admit())
-    done, _ = await asyncio.wait({waiting}, timeout=seconds)
-    waiting.cancel()
-    return not done
-
-
-async def test_it_opens_after_failures_in_a_row_only():
-    breaker = Breaker(3, 60)
-    for _ in range(5):
-        assert breaker.failed("x") is None
-        assert breaker.failed("x") is None
-        breaker.worked()
-    assert not breaker.open
-    for _ in range(3):
-        breaker.failed("x")
-    assert breaker.open
-    assert await is_held(breaker)
-
-
-async def test_without_a_limit_it_never_opens():
-    breaker = Breaker(None, 0.01)
-    assert [breaker.failed("x") for _ in range(1000)] == [None] * 1000
-    assert not await is_held(breaker)
-
-
-async def test_it_tries_one_row_at_a_time_with_longer_and_longer_pauses_and_gives_up():
-    breaker = Breaker(2, 0.1)
-    breaker.failed("x")
-    began = time.monotonic()
-    breaker.failed("x")
-    for pause in (0.1, 0.2, 0.4):
-        assert await breaker.admit() is True
-        assert time.monotonic() - began > pause * 0.9
-        assert await is_held(breaker), "only one row is tried"
-        assert breaker.failed("in flight before") is None
-        began = time.monotonic()
-        reason = breaker.failed("the model is down", tried=True)
-    assert reason is not None
-    assert "the last one so: the model is down" in reason
-
-
-async def test_a_row_that_completes_closes_it_for_all_who_wait():
-    breaker = Breaker(1, 60)
-    breaker.failed("x")
-    waiting = [asyncio.ensure_future(breaker.admit()) for _ in range(5)]
-    await asyncio.sleep(0.01)
-    breaker.worked()
-    assert await asyncio.wait_for(asyncio.gather(*waiting), 5) == [False] * 5
-    assert not breaker.open
-
-
-async def test_a_row_that_was_not_bought_after_all_makes_room_for_another_try():
-    breaker = Breaker(1, 0.01)
-    breaker.failed("x")
-    assert await breaker.admit()
-    assert await is_held(breaker)
-    breaker.not_tried()
-    assert await asyncio.wait_for(breaker.admit(), 5)
-
-
-async def test_a_batch_that_is_over_holds_nobody():
-    breaker = Breaker(1, 60)
-    breaker.failed("x")
-    waiting = asyncio.ensure_future(breaker.admit())
-    await asyncio.sleep(0.01)
-    breaker.release()
-    assert await asyncio.wait_for(waiting, 5) is False

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import time
 import uuid
 from pathlib import Path
 from typing import Any, cast
@@ -13,7 +12,6 @@ import fsspec
 import pytest
 from prefect import flow
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 from prefect.context import FlowRunContext
 from pydantic import BaseModel
 
@@ -418,41 +416,6 @@ async def test_lines_in_the_order_of_the_input(batch: Batches, crew_server: Crew
 
 
 # Prefect
-
-
-async def test_inside_a_flow_its_tasks_are_chunks_of_that_flow(batch: Batches, crew_server: CrewServerFactory):
-    crew = crew_server(ECHO).crew()
-
-    @flow
-    async def mine(**options: Any) -> str:
-        await batch(crew, topics(25), **options)
-        context = FlowRunContext.get()
-        assert context is not None
-        assert context.flow_run is not None
-        return str(context.flow_run.id)
-
-    for options, names in (
-        ({"chunk_size": 10}, ["rows 1-10", "rows 11-20", "rows 21-25"]),
-        ({"task_per_row": True, "output": str(batch.folder / "b.jsonl")}, [f"row {n}" for n in range(1, 26)]),
-    ):
-        run_id = await mine(**options)
-        # A task run is there under a name of its own before the event arrives that names it.
-        deadline = time.monotonic() + 30
-        while sorted(found := await task_names(run_id, len(names))) != sorted(names) and time.monotonic() < deadline:
-            await asyncio.sleep(0.2)
-        assert sorted(found) == sorted(names)
-
-
-async def task_names(flow_run_id: str, expected: int) -> list[str]:
-    """Return the names of a flow run's tasks, once the server has them."""
-    only = FlowRunFilter(id=FlowRunFilterId(any_=[uuid.UUID(flow_run_id)]))
-    async with get_client() as client:
-        for _ in range(100):
-            runs = await client.read_task_runs(flow_run_filter=only, limit=200)
-            if len(runs) >= expected:
-                break
-            await asyncio.sleep(0.1)
-    return [run.name for run in runs]
 
 
 async def test_a_flow_of_its_own_is_named_after_the_batch_and_stores_no_secret(

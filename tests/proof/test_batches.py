@@ -80,7 +80,6 @@ class World:
     faults: list[str] = field(default_factory=list[str])
     kills: list[Kill] = field(default_factory=list[Kill])
     max_in_flight: int = 10
-    chunk_size: int = 7
     order: str = "ended"
     retries: int = 0
     seconds: float = 0.05
@@ -101,7 +100,6 @@ worlds = st.builds(
     keyed=st.booleans(),
     faults=faults,
     max_in_flight=st.integers(1, 12),
-    chunk_size=st.integers(1, 30),
     order=st.sampled_from(["ended", "input"]),
     retries=st.integers(0, 1),
 )
@@ -131,7 +129,6 @@ class Place:
             "output": str(self.output),
             "key": "id" if world.keyed else None,
             "max_in_flight": world.max_in_flight,
-            "chunk_size": world.chunk_size,
             "order": world.order,
             "retries": world.retries,
             "breaker": None,
@@ -267,9 +264,7 @@ def test_rows_of_a_batch_that_is_killed_again_and_again(
         only_when_all_are_run(request)
     chosen = random.SystemRandom().randrange(10**6)
     luck, began = random.Random(chosen), time.monotonic()
-    world = World(
-        [f"topic {number}" for number in range(rows)], keyed=True, max_in_flight=rows // 10, chunk_size=50, seconds=0.3
-    )
+    world = World([f"topic {number}" for number in range(rows)], keyed=True, max_in_flight=rows // 10, seconds=0.3)
     with CrewServer(world.spec) as server:
         place = Place(world, server, tmp_path / "batch")
         unclaimed = rows
@@ -297,7 +292,7 @@ def test_a_soak_of_twenty_thousand_rows(
     only_when_all_are_run(request)
     began = time.monotonic()
     rows = [f"topic {number}" if number % 50 else f"bad {number}" for number in range(20_000)]
-    world = World(rows, keyed=True, max_in_flight=1000, chunk_size=200, seconds=1.0)
+    world = World(rows, keyed=True, max_in_flight=1000, seconds=1.0)
     share = {name: 0.02 / len(kinds) for kinds in (KICKOFF_FAULTS, STATUS_FAULTS) for name in kinds}
     every = [
         *(f"kickoff:{name}%{share[name]:.5f}" for name in KICKOFF_FAULTS),
