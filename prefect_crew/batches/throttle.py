@@ -215,8 +215,8 @@ async def _wait(event: asyncio.Event, seconds: float) -> None:
 class _Lanes:
     """Clients for one request at a time each, the one that was used last first; made when they are needed.
 
-    httpcore looks through all connections of a pool, twice a request, each time for all the others: a request over one
-    pool of eight took 0.91 ms of CPU, over eight pools of one 0.50 ms.
+    httpcore looks through all connections of a pool at each request: a kickoff and a poll over one client for all took
+    2.4 ms of CPU, over these 1.2 ms.
     """
 
     def __init__(self, crew: Crew, number: int) -> None:

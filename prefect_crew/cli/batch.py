@@ -7,6 +7,7 @@ import shlex
 import sys
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -323,13 +324,23 @@ SET_ASIDE = "set-aside"
 
 
 @app.default
+def overview(*, json: Annotated[bool, JSON] = False) -> None:
+    """List the batches that the Prefect server knows, and where their ledgers are."""
+    list_batches(json=json)
+
+
 @app.command(name="list")
-def list_batches(*, json: Annotated[bool, JSON] = False) -> None:
+def list_batches(
+    pattern: Annotated[str, Parameter(name="NAME", help="Only these: * stands for any text, as in 'leads/*'.")] = "*",
+    /,
+    *,
+    json: Annotated[bool, JSON] = False,
+) -> None:
     """List the batches that the Prefect server knows, and where their ledgers are."""
     reach_prefect()
     from prefect_crew.batches.stored import all_batches
 
-    found = asyncio.run(all_batches())
+    found = [(name, ledger) for name, ledger in asyncio.run(all_batches()) if fnmatchcase(name, pattern)]
     if json:
         _output.put_json([{"name": name, "ledger": ledger} for name, ledger in found])
     else:
@@ -338,7 +349,7 @@ def list_batches(*, json: Annotated[bool, JSON] = False) -> None:
 
 @app.command
 def status(
-    name: Annotated[str, NAME],
+    name: Annotated[str, Parameter(name="NAME", help="The batch's name. 'leads/*' adds up all that begin so.")],
     /,
     *,
     ledger: Annotated[str | None, LEDGER] = None,
@@ -346,19 +357,42 @@ def status(
 ) -> None:
     """Show how a batch stands: also while it runs, in whichever process."""
     reach_prefect()
+    is_pattern = any(sign in name for sign in "*?[")
 
-    async def look() -> BatchStanding:
-        from prefect_crew.batches.stored import known_batch
+    async def look() -> list[BatchStanding]:
+        from prefect_crew.batches.stored import all_batches, known_batch
 
-        async with known_batch(name, ledger) as batch:
-            return await batch.standing()
+        names = [one for one, _ in await all_batches() if fnmatchcase(one, name)] if is_pattern else [name]
+        found: list[BatchStanding] = []
+        for one in names:
+            async with known_batch(one, ledger) as batch:
+                found.append(await batch.standing())
+        return found
 
     found = asyncio.run(look())
-    if json:
-        _output.put_json(found.as_dict())
+    if is_pattern:
+        _put_sum(found, name, as_json=json)
+    elif json:
+        _output.put_json(found[0].as_dict())
+    else:
+        for line in _about(found[0]):
+            _output.put(line)
+
+
+SUMMED = ("total", "completed", "failed", "uncertain", "in_flight", "left", "set_aside", "kickoffs")
+
+
+def _put_sum(found: list[BatchStanding], pattern: str, *, as_json: bool) -> None:
+    """Write how several batches stand, and all of them together."""
+    whole = {count: sum(getattr(one, count) for one in found) for count in SUMMED}
+    if as_json:
+        _output.put_json({**whole, "batches": [one.as_dict() for one in found]})
         return
-    for line in _about(found):
-        _output.put(line)
+    rows = [(one.name, *(f"{getattr(one, count):,}" for count in SUMMED)) for one in found]
+    if found:
+        rows.append(("together", *(f"{count:,}" for count in whole.values())))
+    titles = ("Batch", *(count.replace("_", " ").capitalize() for count in SUMMED))
+    _output.put_rows(titles, rows, empty=f"The Prefect server knows no batch {pattern}.")
 
 
 def _about(found: BatchStanding) -> list[str]:

@@ -101,6 +101,18 @@ def test_a_batch_from_its_plan_to_the_rows_that_failed(here, picky, name: str, l
     assert here("batch", "failures", name).out.splitlines()[1].startswith("b\t")
 
 
+def test_batches_over_ranges_of_rows_are_listed_and_added_up(here, picky, name: str, leads: str, tmp_path: Path):
+    _, block = picky()
+    for part, rows in (("1", "0:2"), ("2", "2:")):
+        given = ("--name", f"{name}/{part}", "--output", str(tmp_path / f"{part}.jsonl"), "--rows", rows)
+        here("batch", "run", block, leads, "--key", "id", *given)
+    listed = here("batch", "list", f"{name}/*", "--json").json
+    assert [one["name"] for one in listed] == [f"{name}/1", f"{name}/2"]
+    found = here("batch", "status", f"{name}/*", "--json").json
+    assert (found["total"], found["completed"], found["failed"], len(found["batches"])) == (3, 2, 1, 2)
+    assert here("batch", "status", f"{name}/*").out.splitlines()[-1].split()[:4] == ["together", "3", "2", "1"]
+
+
 def test_rows_that_are_set_aside_are_in_every_later_report(here, picky, name: str, tmp_path: Path, output: str):
     server, crew = picky()
     path = tmp_path / "dirty.csv"

@@ -19,7 +19,7 @@ IN_PROCESSES = [
     "report-pipeline/weekly",
     "report-by-hand/by-hand",
     "reviewed-report/by-form",
-    "fan-out-async/cities",
+    "fan-out/cities",
     "batch-file/by-hand",
     "watch-folder/inbox",
     "follow-up/after-research",
