@@ -1,8 +1,8 @@
 """A crew over a list of inputs, in plain Prefect: a task for each row, Prefect's retries, and a limit at once.
 
-For hundreds of rows and more there is `run_batch`. A row needs no idempotency key: it gets one made of this flow run and
-its inputs, so that a retry of the flow run finds each row's run again. A *task's* retry after a failed crew starts another
-run, which costs; so `retries` is 0 unless it is asked for.
+For hundreds of rows and more there is `run_batch`. A row needs no idempotency key: it gets one made of this flow run
+and its inputs, so that a retry of the flow run finds each row's run again. A *task's* retry after a failed crew starts
+another run, which costs; so `retries` is 0 unless it is asked for.
 """
 
 from __future__ import annotations
