@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Collection, Coroutine, Mapping
-from contextvars import ContextVar
-from functools import partial, wraps
+from functools import wraps
 from typing import TYPE_CHECKING, Annotated, Any, Literal, ParamSpec, TypeVar, cast
 
 from prefect import flow
@@ -35,10 +34,6 @@ P = ParamSpec("P")
 T = TypeVar("T")
 MAX_NAME = 200
 """Characters of a batch's name."""
-
-_live: ContextVar[Callable[[], Coroutine[Any, Any, BatchReport]] | None] = ContextVar(
-    "prefect_crew_batch", default=None
-)
 
 
 def _blocking(function: Callable[P, Coroutine[Any, Any, T]], name: str) -> Callable[P, T]:
@@ -171,23 +166,25 @@ async def arun_batch(
         encoding=encoding,
     )
     del dataset  # its rows may hold secrets, and error reporters show the local variables of all frames
-    run = partial(run_job, job, on_progress)
+
+    # What Prefect's stored parameters must not or cannot hold reaches the flow by this function.
+    @wraps(run_batch_flow.fn)
+    async def run(*_: Any, **__: Any) -> BatchReport:
+        return await run_job(job, on_progress)
+
     if FlowRunContext.get() is not None or TaskRunContext.get() is not None:
         return await run()
-    token = _live.set(run)
-    try:
-        return await cast("Any", run_rows_of)(
-            batch=job.name, crew=job.crew.label, dataset=job.dataset.name, output=job.output_name
-        )
-    finally:
-        _live.reset(token)
+    own_flow = run_batch_flow.with_options()
+    own_flow.fn = run
+    names = {"crew": job.crew.label, "dataset": job.dataset.name, "output": job.output_name}
+    return await cast("Any", own_flow)(batch=job.name, **names)
 
 
 run_batch = _blocking(arun_batch, "run_batch")
 
 
 @flow(name="run-batch", flow_run_name="{batch}")
-async def run_rows_of(
+async def run_batch_flow(
     batch: Annotated[str, Field(description="The batch's name.")],
     crew: Annotated[str, Field(description="The crew.")],
     dataset: Annotated[str, Field(description="The data set.")],
@@ -195,13 +192,10 @@ async def run_rows_of(
 ) -> BatchReport:
     """Run a batch that `run_batch` was called with outside of a flow."""
     del crew, dataset, output
-    run = _live.get()
-    if run is None:
-        raise ConfigurationError(
-            f"Batch {batch!r} was given by code and cannot be made from this run's parameters. Call run_batch again "
-            "with the same name, which goes on where it stopped, or write a flow around it and retry that."
-        )
-    return await run()
+    raise ConfigurationError(
+        f"Batch {batch!r} was given by code and cannot be made from this run's parameters. Call run_batch again with "
+        "the same name, which goes on where it stopped, or write a flow around it and retry that."
+    )
 
 
 @cancelled_once
