@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable, Collection, Coroutine, Mapping
+from collections.abc import Collection, Mapping
 from functools import wraps
-from typing import TYPE_CHECKING, Annotated, Any, Literal, ParamSpec, TypeVar, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 from prefect import flow
 from prefect.context import FlowRunContext, TaskRunContext
 from pydantic import BaseModel, Field
 
-from prefect_crew._internal.callables import refuse_running_loop
+from prefect_crew._internal.callables import sync_version
 from prefect_crew._internal.interrupts import cancelled_once
 from prefect_crew.batches.batch import BatchJob, open_batch, plan_of
 from prefect_crew.batches.database import check_adoptable, ledger_place
@@ -30,25 +29,8 @@ if TYPE_CHECKING:
     from prefect_crew.client.webhooks import Webhooks
 
 
-P = ParamSpec("P")
-T = TypeVar("T")
 MAX_NAME = 200
 """Characters of a batch's name."""
-
-
-def _blocking(function: Callable[P, Coroutine[Any, Any, T]], name: str) -> Callable[P, T]:
-    """Return the twin of an async function for sync code."""
-
-    @wraps(function)
-    def call(*args: P.args, **kwargs: P.kwargs) -> T:
-        refuse_running_loop(name, function.__name__)
-        running = function(*args, **kwargs)
-        args, kwargs = (), {}  # pyright: ignore[reportAssignmentType]  error reporters show the variables of frames
-        return asyncio.run(running)
-
-    call.__name__ = call.__qualname__ = name
-    call.__doc__ = f"`{function.__name__}` for sync code, with the same arguments.\n\n{function.__doc__}"
-    return call
 
 
 async def arun_batch(
@@ -180,7 +162,7 @@ async def arun_batch(
     return await cast("Any", own_flow)(batch=job.name, **names)
 
 
-run_batch = _blocking(arun_batch, "run_batch")
+run_batch = sync_version(arun_batch)
 
 
 @flow(name="run-batch", flow_run_name="{batch}")
@@ -237,7 +219,7 @@ async def aplan_batch(
     return await plan_of(job, seconds_per_run)
 
 
-plan_batch = _blocking(aplan_batch, "plan_batch")
+plan_batch = sync_version(aplan_batch)
 
 
 async def batch_job(
