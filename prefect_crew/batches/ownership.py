@@ -23,21 +23,13 @@ from prefect_crew.batches.ledger import BatchEntry, Ledger
 from prefect_crew.exceptions import BatchChangedError, LedgerError, LedgerMissingError
 
 TAG = "prefect-crew-batch"
-ASKS = "prefect-crew-batch-asks"
+WAITS_FOR_PEOPLE = "prefect-crew-batch-waits"
 """The tag of a batch of which some rows wait for people, or did when they were last looked at."""
 VERSION = 1
 
 
 @dataclass(frozen=True)
-class Bound:
-    """A batch that is bound to its ledger: the entry that stands, and the one from before this call."""
-
-    entry: BatchEntry
-    before: BatchEntry | None
-
-
-@dataclass(frozen=True)
-class Kept:
+class KnownBatch:
     """What is known of a batch before a call: the ledger's entry, and whether the Prefect server knows the batch."""
 
     before: BatchEntry | None
@@ -49,54 +41,60 @@ def binding_name(batch: str) -> str:
     return f"crew_batch_{hashlib.sha256(batch.encode()).hexdigest()[:32]}"
 
 
-async def kept_here(ledger: Ledger) -> Kept:
+async def read_known(ledger: Ledger) -> KnownBatch:
     """Return what the ledger at hand and the Prefect server know of the batch.
 
     Raises:
         LedgerMissingError: It is bound to another ledger.
         LedgerError: The ledger at hand is an older copy.
     """
-    before = await ledger.entry()
-    bound = await read_binding(ledger.batch)
-    if bound is not None:
-        if before is None or bound.get("ledger_id") != before.ledger_id:
-            raise LedgerMissingError(name=ledger.batch, ledger=str(bound.get("ledger")))
-        check_age(before, bound.get("generation"), ledger=ledger.address)
-    return Kept(before, is_bound=bound is not None)
+    before, binding = await ledger.entry(), await read_binding(ledger.batch)
+    if binding is not None:
+        if before is None or binding.get("ledger_id") != before.ledger_id:
+            raise LedgerMissingError(name=ledger.batch, ledger=str(binding.get("ledger")))
+        check_age(before, binding.get("generation"), ledger=ledger.address)
+    return KnownBatch(before, is_bound=binding is not None)
 
 
 async def bind(
     ledger: Ledger,
-    kept: Kept,
+    known: KnownBatch,
     *,
     crew_url: str,
     fingerprint: str,
     total: int,
     go_on: bool,
-    place: str,
+    public: str,
     call: Mapping[str, Any] | None = None,
-) -> Bound:
-    """Bind the batch to the ledger that keeps it.
+    line_options: Mapping[str, Any] | None = None,
+) -> BatchEntry:
+    """Bind the batch to the ledger at hand, and return what that knows of it then.
 
     Args:
-        ledger: The ledger at hand.
-        kept: What is known of the batch.
+        ledger: The ledger.
+        known: What is known of the batch.
         crew_url, fingerprint, total: What the batch is run with now.
         go_on: Whether a batch whose rows or crew have changed goes on all the same.
-        place: Where the ledger is found again: its path, its URL without a password, or what stands for it.
-        call: What `batch retry` needs.
+        public: Where the ledger is found again, without a password.
+        call, line_options: As in a `BatchEntry`.
 
     Raises:
         LedgerMissingError: Somebody binds it to another ledger at this moment.
         BatchChangedError: Its rows or its crew have changed.
     """
-    before = kept.before
+    before = known.before
     if before is not None and not go_on:
-        _refuse_change(before, crew_url, fingerprint, total)
-    entry = await ledger.enter(crew_url=crew_url, fingerprint=fingerprint, total=total, call=call)
-    if not kept.is_bound:
-        await _claim(entry, place)
-    return Bound(entry, before)
+        if before.crew_url != crew_url:
+            raise BatchChangedError(name=before.name, difference=f"crew {before.crew_url}, not {crew_url}")
+        if before.fingerprint != fingerprint:
+            these = f"{total} others" if total == before.total else f"these {total}"
+            raise BatchChangedError(name=before.name, difference=f"{before.total} rows, not {these}")
+    entry = await ledger.enter(
+        crew_url=crew_url, fingerprint=fingerprint, total=total, call=call, line_options=line_options
+    )
+    if not known.is_bound:
+        await _create_binding(entry, public)
+    return entry
 
 
 def check_age(entry: BatchEntry, known: Any, *, ledger: str) -> None:
@@ -110,7 +108,7 @@ def check_age(entry: BatchEntry, known: Any, *, ledger: str) -> None:
     Raises:
         LedgerError: It is.
     """
-    generation, here = known if isinstance(known, int) else 0, entry.generation or 0
+    generation, here = known if isinstance(known, int) else 0, entry.generation
     if here < generation:
         raise LedgerError(
             f"is an older copy: it knows batch {entry.name!r} up to generation {here}, and the batch has reached "
@@ -123,12 +121,12 @@ def check_age(entry: BatchEntry, known: Any, *, ledger: str) -> None:
         )
 
 
-async def begin_generation(ledger: Ledger, place: str, *, patience: float) -> int:
+async def begin_generation(ledger: Ledger, public: str, *, patience: float) -> int:
     """Begin the next generation of a batch that is bound, in its ledger and then on the Prefect server; return it.
 
     Args:
         ledger: The ledger that keeps it.
-        place: Where that is found again, as for `bind`.
+        public: Where that is found again, as for `bind`.
         patience: Seconds for which a Prefect API that is away or busy is asked again.
 
     Raises:
@@ -150,16 +148,8 @@ async def begin_generation(ledger: Ledger, place: str, *, patience: float) -> in
             # By its id: one that was made anew under the name is not this one.
             await request_soon(client, "PATCH", f"/variables/{variable.id}", json=body, patience=patience)
             return generation
-    await _claim(entry, place)
+    await _create_binding(entry, public)
     return generation
-
-
-def _refuse_change(entry: BatchEntry, crew_url: str, fingerprint: str, total: int) -> None:
-    if entry.crew_url != crew_url:
-        raise BatchChangedError(name=entry.name, difference=f"crew {entry.crew_url}, not {crew_url}")
-    if entry.fingerprint != fingerprint:
-        these = f"{total} others" if total == entry.total else f"these {total}"
-        raise BatchChangedError(name=entry.name, difference=f"{entry.total} rows, not {these}")
 
 
 async def read_binding(batch: str) -> dict[str, Any] | None:
@@ -176,7 +166,7 @@ async def read_binding(batch: str) -> dict[str, Any] | None:
     return cast("dict[str, Any]", value) if isinstance(value, dict) else {}
 
 
-async def note_asking(batch: str, asks: bool) -> None:
+async def note_waiting_for_people(batch: str, waits: bool) -> None:
     """Note on the Prefect server whether rows of a batch wait for people, so that not every ledger has to be opened.
 
     Raises:
@@ -185,15 +175,15 @@ async def note_asking(batch: str, asks: bool) -> None:
     name = binding_name(batch)
     async with get_client() as client:
         variable = await client.read_variable_by_name(name)
-        if variable is None or asks is (ASKS in variable.tags):
+        if variable is None or waits is (WAITS_FOR_PEOPLE in variable.tags):
             return
-        tags = [TAG, ASKS] if asks else [TAG]
+        tags = [TAG, WAITS_FOR_PEOPLE] if waits else [TAG]
         await client.request("PATCH", "/variables/name/{name}", path_params={"name": name}, json={"tags": tags})
 
 
-async def _claim(entry: BatchEntry, place: str) -> None:
-    value: dict[str, Any] = {"version": VERSION, "batch": entry.name, "ledger_id": entry.ledger_id, "ledger": place}
-    value |= {"crew_url": entry.crew_url, "generation": entry.generation or 0}
+async def _create_binding(entry: BatchEntry, public: str) -> None:
+    value: dict[str, Any] = {"version": VERSION, "batch": entry.name, "ledger_id": entry.ledger_id, "ledger": public}
+    value |= {"crew_url": entry.crew_url, "generation": entry.generation}
     body = {"name": binding_name(entry.name), "value": value, "tags": [TAG]}
     async with get_client() as client:
         try:
@@ -340,7 +330,7 @@ class BatchLock:
 
     def _file_still_held(self) -> bool:
         ledger = self._database.path
-        if ledger is None or self._file is None or not self._database.stands:
+        if ledger is None or self._file is None or not self._database.is_in_place:
             return False
         if _is_at(self._file, self._path):
             return True

@@ -14,7 +14,7 @@ from prefect_crew.artifacts.events import emit
 from prefect_crew.batches.ledger import Ledger
 from prefect_crew.batches.options import BatchOptions
 from prefect_crew.batches.outcomes import ERROR_CAP
-from prefect_crew.batches.ownership import note_asking
+from prefect_crew.batches.ownership import note_waiting_for_people
 from prefect_crew.batches.rows import RowJob
 from prefect_crew.client.models import CrewStatus
 from prefect_crew.crew import CrewSession
@@ -138,7 +138,7 @@ class RowPoller:
         )
         if not self._people_noted:
             try:
-                await note_asking(batch, True)
+                await note_waiting_for_people(batch, True)
                 self._people_noted = True
             except (httpx.HTTPError, PrefectException) as error:
                 run_logger().debug("That rows of batch %s wait for people is not noted: %s", batch, error)

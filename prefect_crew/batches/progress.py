@@ -6,15 +6,15 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from prefect_crew._internal.prefect_api import flow_run_id, run_logger
 from prefect_crew.artifacts.markdown import cell, code, duration, prose, table
 from prefect_crew.artifacts.run import MarkdownArtifact, artifact_key
-from prefect_crew.batches.outcomes import FINAL, RowEnd
+from prefect_crew.batches.ledger import LedgerRow
+from prefect_crew.batches.outcomes import RowEnd, RowState
 from prefect_crew.batches.report import BatchReport
 from prefect_crew.batches.rows import SetAside
-from prefect_crew.client.models import TokenUsage
 
 FAILURES = 100
 """Failed rows that are kept for the artifact; the output has all."""
@@ -26,16 +26,6 @@ SHOW_EVERY = 5.0
 BAR = 24
 
 
-class Failure(NamedTuple):
-    """A row that failed, for people. `kind` is the class of its error."""
-
-    key: str
-    kickoff_id: str | None
-    state: str
-    error: str
-    kind: str | None
-
-
 @dataclass
 class BatchProgress:
     """How a batch stands, all of its calls so far included.
@@ -45,7 +35,7 @@ class BatchProgress:
         phase: What is done now.
         total: Rows that can be run; 0 while they are checked. `set_aside`: those that cannot; `duplicates`: how many
             equal an earlier one.
-        completed, failed, uncertain: Rows that have ended so.
+        counts: How many rows stand in each state, as the ledger was last read.
         in_flight: Runs that are waited for. `people`: those of them that wait for a person.
         ended_here: Rows that ended in this call.
         failures, uncertain_keys: The first ones.
@@ -57,19 +47,30 @@ class BatchProgress:
     total: int = 0
     set_aside: SetAside = field(default_factory=SetAside)
     duplicates: int = 0
-    completed: int = 0
-    failed: int = 0
-    uncertain: int = 0
+    counts: Mapping[RowState, int] = field(default_factory=dict[RowState, int])
     in_flight: int = 0
     people: int = 0
     ended_here: int = 0
     started: float = field(default_factory=time.monotonic)
-    failures: list[Failure] = field(default_factory=list[Failure])
+    failures: list[LedgerRow] = field(default_factory=list[LedgerRow])
     uncertain_keys: list[str] = field(default_factory=list[str])
     errors: Counter[str] = field(default_factory=Counter[str])
-    _not_final: int = 0
-    _usage: Counter[str] = field(default_factory=Counter[str])
     _ticks: deque[tuple[float, int]] = field(default_factory=deque[tuple[float, int]])
+
+    @property
+    def completed(self) -> int:
+        """Rows that have a result."""
+        return self.counts.get(RowState.COMPLETED, 0)
+
+    @property
+    def failed(self) -> int:
+        """Rows that have ended without one."""
+        return sum(count for state, count in self.counts.items() if state.is_failed)
+
+    @property
+    def uncertain(self) -> int:
+        """Rows of which nobody knows whether their kickoff started a run."""
+        return self.counts.get(RowState.UNCERTAIN, 0)
 
     @property
     def done(self) -> int:
@@ -82,9 +83,9 @@ class BatchProgress:
         return self.total + self.set_aside.count
 
     @property
-    def over(self) -> bool:
+    def is_over(self) -> bool:
         """Whether every row has ended for good: another call would find nothing to do."""
-        return self.completed + self.failed == self.total and not self._not_final
+        return sum(count for state, count in self.counts.items() if state.is_final) == self.total
 
     @property
     def seconds(self) -> float:
@@ -103,11 +104,6 @@ class BatchProgress:
         rate, left = self.rate, self.total - self.done
         return left / rate if rate > 0 and left > 0 else None
 
-    @property
-    def usage(self) -> TokenUsage | None:
-        """The sum of what the server reported, None where it reported nothing."""
-        return TokenUsage(**self._usage) if self._usage else None
-
     def tick(self) -> None:
         """Remember how many rows had ended now, for the rate."""
         now = time.monotonic()
@@ -116,29 +112,10 @@ class BatchProgress:
             self._ticks.popleft()
 
     def add(self, end: RowEnd) -> None:
-        """Count a row that has ended."""
-        self.ended_here += not end.found
-        if end.uncertain:
-            self.uncertain += 1
-            if len(self.uncertain_keys) < UNCERTAIN_KEYS:
-                self.uncertain_keys.append(end.job.key)
-            return
-        self.completed += end.completed
-        record = end.record
-        if not end.completed:
-            self.failed += 1
-            self._not_final += end.state not in FINAL
-            if end.kind is not None and not end.found:
-                self.errors[end.kind] += 1
-            if len(self.failures) < FAILURES:
-                run = None if record is None else record.kickoff_id
-                self.failures.append(Failure(end.job.key, run, end.state, end.error or end.state, end.kind))
-        if record is not None and record.result is not None and record.result.usage is not None:
-            self.add_usage({name: count for name, count in record.result.usage if count is not None})
-
-    def add_usage(self, reported: Mapping[str, int]) -> None:
-        """Add what runs have used."""
-        self._usage.update(reported)
+        """Count a row that has ended in this call."""
+        self.ended_here += 1
+        if end.kind is not None and end.state is not RowState.UNCERTAIN:
+            self.errors[end.kind] += 1
 
 
 OnProgress = Callable[[BatchProgress], None]
@@ -184,9 +161,9 @@ class BatchArtifact:
             rows = [
                 (
                     code(one.key),
-                    code(one.kickoff_id) if one.kickoff_id else "–",
-                    cell(one.state),
-                    cell(one.error if self._show != "none" else one.kind or "–"),
+                    code(one.record.kickoff_id) if one.record is not None and one.record.kickoff_id else "–",
+                    cell(str(one.state)),
+                    cell((one.error or "–") if self._show != "none" else "not shown"),
                 )
                 for one in progress.failures
             ]

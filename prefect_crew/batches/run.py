@@ -13,10 +13,9 @@ from pydantic import BaseModel, Field
 from prefect_crew._internal.callables import sync_version
 from prefect_crew._internal.interrupts import cancelled_once
 from prefect_crew.batches.batch import BatchJob, open_batch, plan_of
-from prefect_crew.batches.database import check_adoptable, ledger_place
+from prefect_crew.batches.database import check_adoptable, ledger_address
 from prefect_crew.batches.dataset import Dataset, DatasetFormat, open_dataset
-from prefect_crew.batches.options import KICKOFFS_AT_ONCE, BatchOptions, OnFailure, plain_call
-from prefect_crew.batches.outcomes import Retries
+from prefect_crew.batches.options import KICKOFFS_AT_ONCE, BatchOptions, OnFailure, Retries, plain_call
 from prefect_crew.batches.progress import OnProgress
 from prefect_crew.batches.report import BatchPlan, BatchReport
 from prefect_crew.batches.rows import InputsFrom, KeyFrom
@@ -52,7 +51,6 @@ async def arun_batch(
     breaker: int | None = 20,
     breaker_pause: float = 30.0,
     deduplicate: bool = False,
-    order: Literal["ended", "input"] = "ended",
     retries: Retries = 0,
     retry_failed: bool | Collection[str] = False,
     max_kickoffs: int | None = None,
@@ -76,8 +74,9 @@ async def arun_batch(
             or polars data frame; an Arrow table.
         name: The batch's name. It, `output` and a path as `dataset` may be templates over the scheduled time:
             `leads-{{ scheduled_start:%Y-%m-%d }}`.
-        output: The path or address of its lines: JSON Lines that grow, or `.parquet` at the end. A line has key,
-            inputs, state, output, data, tasks, kickoff_id, seconds, usage and error.
+        output: The path or address of its lines, in the order of the rows: JSON Lines, compressed by its ending, or
+            Parquet. It is written at the end, and when the batch stops; `prefect-crew batch export` writes it while the
+            batch runs. A line has key, inputs, state, output, data, tasks, kickoff_id, seconds, usage and error.
         ledger: A path, the URL of a PostgreSQL database, or `secret://NAME` for a Prefect Secret block that holds one;
             left out, a file beside a local output.
         key: A column or a function of the row; left out, a digest of the inputs and how many equal ones came before.
@@ -95,7 +94,6 @@ async def arun_batch(
             gives up after three that failed.
         breaker_pause: Seconds of the first pause, each further one is twice as long.
         deduplicate: Equal rows are one run.
-        order: Lines as rows have "ended", or in the order of the "input".
         retries: Further purchases of a failed row, in all or by the class of its error (CrewFailedError,
             CrewStoppedError, CrewLostError, OutputTypeError), never beyond the crew's `max_kickoffs`.
         retry_failed: Buy the failed rows of earlier calls again: all, or those of these keys.
@@ -129,7 +127,6 @@ async def arun_batch(
         breaker=breaker,
         breaker_pause=breaker_pause,
         deduplicate=deduplicate,
-        order=order,
         retries=retries,
         retry_failed=retry_failed,
         max_kickoffs=max_kickoffs,
@@ -183,7 +180,7 @@ async def run_batch_flow(
 @cancelled_once
 async def run_job(job: BatchJob, on_progress: OnProgress | None) -> BatchReport:
     """Run a batch in this process."""
-    await check_adoptable(job.place, job.name)
+    await check_adoptable(job.ledger, job.name)
     async with open_batch(job, on_progress) as batch:
         return await batch.run()
 
@@ -246,14 +243,14 @@ async def batch_job(
     if isinstance(dataset, str) and "{{" in dataset:
         dataset = render_key(dataset, moment)
     rows = dataset if isinstance(dataset, Dataset) else open_dataset(dataset, format=format, encoding=encoding)
-    place = await ledger_place(ledger, where)
+    address = await ledger_address(ledger, where)
     chosen = await load_crew(crew)
     call = plain_call(
         crew=chosen.block,
         secret_inputs=chosen.secret_inputs,
         dataset=rows,
         output=where,
-        ledger=place.told,
+        ledger=address.public,
         options=options,
     )
-    return BatchJob(chosen, rows, options, name=full, output=where, place=place, call=call)
+    return BatchJob(chosen, rows, options, name=full, output=where, ledger=address, call=call)

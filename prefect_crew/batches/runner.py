@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack
 from itertools import islice
 from uuid import uuid4
@@ -12,19 +12,17 @@ from prefect.client.orchestration import get_client
 from prefect.context import FlowRunContext
 from prefect.exceptions import ObjectNotFound
 
-from prefect_crew.batches.ledger import Ledger
+from prefect_crew.batches.ledger import PAGE, Ledger
 from prefect_crew.batches.options import IN_FLIGHT, BatchOptions
 from prefect_crew.batches.outcomes import (
-    LOST,
-    MISFIT,
     STOPPED_WITH_BATCH,
     RetryRule,
     RowEnd,
-    broken,
-    ended,
-    note,
-    purchases,
-    unresolved,
+    RowState,
+    end_of_run,
+    end_uncertain,
+    end_without_run,
+    note_reason,
 )
 from prefect_crew.batches.polling import RowPoller
 from prefect_crew.batches.rows import RowJob
@@ -35,7 +33,6 @@ from prefect_crew.exceptions import (
     AuthenticationError,
     ConfigurationError,
     CrewError,
-    IdempotencyConflictError,
     KickoffUncertainError,
     LedgerError,
 )
@@ -45,8 +42,8 @@ from prefect_crew.runs.kickoff import Start, Started, start_run
 from prefect_crew.runs.limits import missing_limit, take_slots
 from prefect_crew.settings import CrewSettings
 
-PAGE = 400
-"""Rows that are read, and looked up in the ledger, at a time."""
+FORCED = (RowState.INVALID_OUTPUT, RowState.LOST)
+"""States after which a row is started again by force only: a run that has completed, or that nobody knows any more."""
 CLAIM_LOOK_EVERY = 1.0
 """Seconds between two looks at a claim that another process made."""
 
@@ -58,7 +55,8 @@ class Runner:
         session, throttle, ledger: What rows are run with.
         options: Those of the batch.
         max_in_flight: Runs in flight at a time.
-        on_end: Called with what became of each row.
+        on_end: Called with what became of each row in this call.
+        judge_again: Whether the results of earlier calls are judged and shown differently than then.
 
     Attributes:
         shut: Whether nothing is waited for any more either.
@@ -74,7 +72,8 @@ class Runner:
         options: BatchOptions,
         *,
         max_in_flight: int,
-        on_end: Callable[[RowEnd], Awaitable[None]],
+        on_end: Callable[[RowEnd], None],
+        judge_again: bool = False,
     ) -> None:
         self.session = session
         self.throttle = throttle
@@ -86,6 +85,7 @@ class Runner:
         self._rule = RetryRule(options.retries, options.retry_failed)
         self._poller = RowPoller(session, ledger, options)
         self._on_end = on_end
+        self._judge_again = judge_again
         self._failed = self._ended = 0
         self._slots = asyncio.Semaphore(max_in_flight)
         self._running: set[asyncio.Task[None]] = set()
@@ -132,37 +132,31 @@ class Runner:
 
     async def _rows_to_run(self, jobs: Iterator[RowJob]) -> AsyncGenerator[tuple[RowJob, Sequence[RunRecord]]]:
         """Yield the rows that are not done, with their attempts. Once the batch has stopped: those in flight."""
-        new = not await self.ledger.known()
+        is_new = await self.ledger.is_empty()
         while page := await asyncio.to_thread(lambda: list(islice(jobs, PAGE))):
-            known = {} if new else await self.ledger.attempts_of([job.key for job in page])
+            states = await self.ledger.enter_rows(page, self.session.crew, anew=self._judge_again)
+            page = [job for job in page if not self._is_settled(states[job.key])]
+            begun = [job.key for job in page if states[job.key] is not RowState.PENDING]
+            known = await self.ledger.attempts_of(begun) if begun else {}
             for job in page:
                 attempts = known.get(job.key, ())
                 latest = latest_start(attempts)
-                if latest is not None and await self._is_done(job, latest, attempts):
-                    continue
+                if latest is not None and latest.phase is RecordPhase.ENDED:
+                    end, count = await self._with_result(job, latest, found=True), _kickoffs(attempts)
+                    if not self._runs_again(end, count=count, before=count):
+                        continue
                 if self.throttle.stopped is None or (latest is not None and latest.phase is RecordPhase.STARTED):
                     yield job, attempts
-            if new and self.throttle.stopped is not None:
+            if is_new and self.throttle.stopped is not None:
                 return
 
-    async def _is_done(self, job: RowJob, latest: RunRecord, attempts: Sequence[RunRecord]) -> bool:
-        """Report a row for which this call has nothing to do, and return whether it is one."""
-        orphaned = latest.phase is RecordPhase.CLAIMED and await self.ledger.owner_ended(latest)
-        if latest.inputs_digest != job.digest:
-            difference = "the row of this key was run with other inputs before"
-            error = IdempotencyConflictError(idempotency_key=job.key, difference=difference)
-            end = await self._without_result(job, latest, error)
-        elif latest.phase is RecordPhase.UNCERTAIN or orphaned:
-            end = unresolved(job, latest, batch=self.ledger.batch)
-        elif latest.phase is RecordPhase.ENDED:
-            end = await self._with_result(job, latest, found=True)
-            count = purchases(attempts)
-            if self._runs_again(end, count=count, before=count):
-                return False
-        else:
-            return False
-        await self._on_end(end)
-        return True
+    def _is_settled(self, state: RowState) -> bool:
+        """Whether this call has surely nothing to do for a row that stands so."""
+        if state in (RowState.UNCERTAIN, RowState.CONFLICT):
+            return True
+        if state is RowState.COMPLETED or (state in (RowState.FAILED, RowState.INVALID_OUTPUT) and not self._rule):
+            return not self._judge_again
+        return False
 
     async def _run_row(self, job: RowJob, attempts: Sequence[RunRecord]) -> None:
         """Bring one row to its end: find its run or start one, wait for it, once more for each retry.
@@ -178,7 +172,7 @@ class Runner:
             found = latest_start(attempts)
         if found is not None and found.phase in (RecordPhase.CLAIMED, RecordPhase.UNCERTAIN):
             # Says nothing about the crew at this moment, which is what the throttle and the policy count.
-            await self._on_end(unresolved(job, found, batch=self.ledger.batch))
+            self._on_end(end_uncertain(job, found, batch=self.ledger.batch))
             return
         try:
             end = await self._to_its_end(job, attempts)
@@ -186,14 +180,14 @@ class Runner:
             self.throttle.left(job.key)
         if end is not None:
             self._ended += 1
-            self._failed += not end.completed
-            if reason := self._options.stop_when(self._failed, self._ended):
+            self._failed += end.state is not RowState.COMPLETED
+            if reason := self._options.why_stop(self._failed, self._ended):
                 self.stop(reason)
-            await self._on_end(end)
+            self._on_end(end)
 
     async def _to_its_end(self, job: RowJob, attempts: Sequence[RunRecord]) -> RowEnd | None:
         """Return how the last run of a row has ended; None if it has none since the batch starts nothing more."""
-        before = count = purchases(attempts)
+        before = count = _kickoffs(attempts)
         latest = latest_start(attempts)
         record, place, end = None, None, None
         if latest is not None and latest.phase is RecordPhase.STARTED and latest.crew_url == self.session.crew.url:
@@ -215,14 +209,13 @@ class Runner:
             end = await self._wait(job, record, first_look=found)
             if end is None:
                 return None
-            if end.completed:
+            if end.state is RowState.COMPLETED:
                 self.throttle.completed()
             else:
                 self.throttle.failed(job.key, end.error or end.state)
             if not self._runs_again(end, count=count, before=before):
                 return end
-            # A run that has completed, or that nobody knows any more, is followed by another one by force only.
-            place = f"{self.ledger.batch}/{job.key}/{record.attempt}" if end.state in (MISFIT, LOST) else None
+            place = f"{self.ledger.batch}/{job.key}/{record.attempt}" if end.state in FORCED else None
             record = None
 
     async def _kick_off(self, job: RowJob, place: str | None) -> Started | RowEnd | None:
@@ -304,23 +297,30 @@ class Runner:
     async def _with_result(self, job: RowJob, record: RunRecord, *, found: bool = False) -> RowEnd:
         """Return how a run has ended, and write down whether its result fits `output_type`."""
         noted = record.error
-        end = ended(job, record, crew=self.session.crew, output_type=self._options.output_type, found=found)
+        end = end_of_run(job, record, crew=self.session.crew, output_type=self._options.output_type, found=found)
         if record.error != noted:
             await self.ledger.save(record)
         return end
 
     async def _without_result(self, job: RowJob, record: RunRecord | None, error: CrewError) -> RowEnd:
         """Return the end of a row whose run has none, and write down why, for those who ask the ledger."""
-        end = broken(job, record, error, batch=self.ledger.batch)
+        end = end_without_run(job, record, error, batch=self.ledger.batch)
+        if end.state is RowState.CONFLICT:
+            await self.ledger.note_conflict(job.key)
         over = record is not None and record.phase in (RecordPhase.NOT_STARTED, RecordPhase.ENDED)
         # What goes on may be another process's to write: of that only its own wait notes anything.
-        if record is not None and (over or job.key in self.waiting) and note(record, end):
+        if record is not None and (over or job.key in self.waiting) and note_reason(record, end):
             await self.ledger.save(record)
         return end
 
     def _runs_again(self, end: RowEnd, *, count: int, before: int) -> bool:
         most = self.session.crew.max_kickoffs
-        return self.throttle.stopped is None and self._rule.again(end, count=count, before=before, most=most)
+        return self.throttle.stopped is None and self._rule.applies_to(end, count=count, before=before, most=most)
+
+
+def _kickoffs(attempts: Sequence[RunRecord]) -> int:
+    """Return how many attempts at a row are, or may be, a kickoff."""
+    return sum(attempt.counts for attempt in attempts)
 
 
 async def hold_concurrency_slots(session: CrewSession, options: BatchOptions, stack: AsyncExitStack) -> int:

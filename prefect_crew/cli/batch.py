@@ -22,12 +22,10 @@ from prefect_crew.cli.runs import status_call
 from prefect_crew.exceptions import ConfigurationError
 
 if TYPE_CHECKING:
-    from pydantic import BaseModel
-
+    from prefect_crew.batches.ledger import LedgerRow
     from prefect_crew.batches.report import BatchReport
     from prefect_crew.batches.rows import SetAside
-    from prefect_crew.batches.stored import BatchStanding
-    from prefect_crew.records.model import RunRecord
+    from prefect_crew.batches.stored import BatchStatus
 
 
 DATASET = Parameter(
@@ -95,7 +93,7 @@ def run(
     /,
     *,
     name: Annotated[str, Parameter(help="The batch's name: the same call with it goes on where it stopped.")],
-    output: Annotated[str, Parameter(help="Where the lines go: JSON Lines that grow, or .parquet at the end.")],
+    output: Annotated[str, Parameter(help="Where the lines go in the end, or when it stops: JSON Lines, or .parquet.")],
     on_failure: Annotated[
         str, Parameter(help="continue, stop at the first failed row, after how many, or after which share below 1.")
     ] = "continue",
@@ -105,8 +103,7 @@ def run(
     on_cancel: Annotated[
         Literal["stop", "drain", "leave"], Parameter(help="What becomes of runs in flight at Ctrl-C or a cancellation.")
     ] = "stop",
-    order: Annotated[Literal["ended", "input"], Parameter(help="The order of the lines.")] = "ended",
-    retries: Annotated[int, Parameter(help="Further purchases of a row that fails.")] = 0,
+    retries: Annotated[int, Parameter(help="Further kickoffs of a row that fails.")] = 0,
     retry_on: Annotated[
         list[str] | None,
         Parameter(
@@ -114,7 +111,7 @@ def run(
             "may be given again; CLASS=N for a number of its own.",
         ),
     ] = None,
-    retry_failed: Annotated[bool, Parameter(help="Buy the failed rows of earlier calls again.")] = False,
+    retry_failed: Annotated[bool, Parameter(help="Start the failed rows of earlier calls again.")] = False,
     max_kickoffs: Annotated[int | None, Parameter(help="A limit on kickoffs, of all calls together.")] = None,
     breaker: Annotated[
         int, Parameter(help="Failed rows in a row after which it pauses, then tries one at a time; 0 never does.")
@@ -138,7 +135,6 @@ def run(
         "on_failure": _limit(on_failure),
         "on_change": on_change,
         "on_cancel": on_cancel,
-        "order": order,
         "retries": _retries(retries, retry_on),
         "retry_failed": retry_failed,
         "max_kickoffs": max_kickoffs,
@@ -146,7 +142,8 @@ def run(
         "kickoffs_at_once": kickoffs_at_once,
     }
     if output_type is not None:
-        options["output_type"] = model_here(output_type)
+        look_here()
+        options["output_type"] = output_type
 
     async def call() -> BatchReport:
         from prefect_crew.batches.run import arun_batch
@@ -184,14 +181,6 @@ def _retries(count: int, classes: list[str] | None) -> int | dict[str, int]:
         # Whoever names a class and no number wants it bought again.
         found[kind.strip()] = int(number) if sign else count or 1
     return found
-
-
-def model_here(where: str) -> type[BaseModel]:
-    """Return a model by module:Model, of a module that is installed or lies in the working directory."""
-    from prefect_crew.batches.options import imported_model
-
-    look_here()
-    return imported_model(where)
 
 
 def look_here() -> None:
@@ -299,9 +288,9 @@ def go_on(name: str, ledger: str | None, *, retry_failed: bool | tuple[str, ...]
 
     async def call() -> BatchReport:
         from prefect_crew.batches.run import arun_batch
-        from prefect_crew.batches.stored import known_batch
+        from prefect_crew.batches.stored import open_stored_batch
 
-        async with known_batch(name, ledger) as batch:
+        async with open_stored_batch(name, ledger) as batch:
             if isinstance(retry_failed, tuple):
                 await batch.check_failed(retry_failed)
             again = batch.call(retry_failed=retry_failed)
@@ -338,9 +327,9 @@ def list_batches(
 ) -> None:
     """List the batches that the Prefect server knows, and where their ledgers are."""
     reach_prefect()
-    from prefect_crew.batches.stored import all_batches
+    from prefect_crew.batches.stored import list_batches as list_stored
 
-    found = [(name, ledger) for name, ledger in asyncio.run(all_batches()) if fnmatchcase(name, pattern)]
+    found = [(name, ledger) for name, ledger in asyncio.run(list_stored()) if fnmatchcase(name, pattern)]
     if json:
         _output.put_json([{"name": name, "ledger": ledger} for name, ledger in found])
     else:
@@ -348,7 +337,7 @@ def list_batches(
 
 
 @app.command
-def status(
+def inspect(
     name: Annotated[str, Parameter(name="NAME", help="The batch's name. 'leads/*' adds up all that begin so.")],
     /,
     *,
@@ -359,14 +348,15 @@ def status(
     reach_prefect()
     is_pattern = any(sign in name for sign in "*?[")
 
-    async def look() -> list[BatchStanding]:
-        from prefect_crew.batches.stored import all_batches, known_batch
+    async def look() -> list[BatchStatus]:
+        from prefect_crew.batches.stored import list_batches as list_stored
+        from prefect_crew.batches.stored import open_stored_batch
 
-        names = [one for one, _ in await all_batches() if fnmatchcase(one, name)] if is_pattern else [name]
-        found: list[BatchStanding] = []
+        names = [one for one, _ in await list_stored() if fnmatchcase(one, name)] if is_pattern else [name]
+        found: list[BatchStatus] = []
         for one in names:
-            async with known_batch(one, ledger) as batch:
-                found.append(await batch.standing())
+            async with open_stored_batch(one, ledger) as batch:
+                found.append(await batch.status())
         return found
 
     found = asyncio.run(look())
@@ -382,7 +372,7 @@ def status(
 SUMMED = ("total", "completed", "failed", "uncertain", "in_flight", "left", "set_aside", "kickoffs")
 
 
-def _put_sum(found: list[BatchStanding], pattern: str, *, as_json: bool) -> None:
+def _put_sum(found: list[BatchStatus], pattern: str, *, as_json: bool) -> None:
     """Write how several batches stand, and all of them together."""
     whole = {count: sum(getattr(one, count) for one in found) for count in SUMMED}
     if as_json:
@@ -395,7 +385,7 @@ def _put_sum(found: list[BatchStanding], pattern: str, *, as_json: bool) -> None
     _output.put_rows(titles, rows, empty=f"The Prefect server knows no batch {pattern}.")
 
 
-def _about(found: BatchStanding) -> list[str]:
+def _about(found: BatchStatus) -> list[str]:
     from prefect_crew.artifacts.markdown import duration
     from prefect_crew.batches.rows import SetAside
 
@@ -411,16 +401,17 @@ def _about(found: BatchStanding) -> list[str]:
         if found.why_not is not None:
             resume = f"make the same call again ({found.why_not})"
         lines.append(f"  No process runs it. To go on where it stopped: {resume}")
-    if found.people:
-        lines.append(f"  {found.people:,} in flight wait for a person: {_output.command('prefect-crew reviews')}")
+    if found.waiting:
+        lines.append(f"  {found.waiting:,} in flight wait for a person: {_output.command('prefect-crew reviews')}")
     if found.set_aside:
         aside = SetAside(found.set_aside, found.set_aside_rows)
         lines.append(f"  Set aside: {'; '.join(aside.shown(5))}. All are in {found.set_aside_output}")
     seconds = ""
-    if found.median is not None and found.slowest is not None:
-        seconds = f" · a row takes {duration(found.median)} (median), at most {duration(found.slowest)}"
+    if found.median is not None and found.longest is not None:
+        seconds = f" · a row takes {duration(found.median)} (median), at most {duration(found.longest)}"
     lines.append(f"  {found.kickoffs:,} kickoffs{seconds}")
-    lines += [f"  Output: {found.output}"] if found.output else []
+    if found.output:
+        lines.append(f"  Output: {found.output}")
     lines.append(f"  Ledger: {found.ledger}")
     return lines
 
@@ -440,49 +431,57 @@ def failures(
     found, aside = asyncio.run(_failures(name, ledger, most))
     if json:
         bad = [{"key": None, "line": row.line, "state": SET_ASIDE, "error": row.reason} for row in aside.rows]
-        _output.put_json([*(_as_json(key, record) for key, record in found), *bad])
+        _output.put_json([*map(_as_json, found), *bad])
         return
-    rows = [(key, record.kickoff_id or "", _state(record), _why(record)) for key, record in found]
+    rows = [(row.key, (row.record and row.record.kickoff_id) or "", str(row.state), row.error or "") for row in found]
     rows += [(f"line {row.line}", "", SET_ASIDE, row.reason) for row in aside.rows[:limit]]
     _output.put_rows(("Row", "Run", "State", "Error"), rows, empty=f"No row of batch {name} failed.")
     if most is not None and len(found) == most:
         _output.note(f"The first {most}. --limit shows more, --json all.")
     if aside.count:
         _output.note(f"Rows that were set aside cannot be run. All {aside.count:,} are in {aside.output}.")
-    if any(_state(record) == "uncertain" for _, record in found):
+    if any(str(row.state) in ("uncertain", "claimed") for row in found):
         _output.note(
             f"An uncertain row is resolved after a look at the crew's page: "
             f"{_output.command('prefect-crew batch resolve')} NAME ROW --kickoff-id ID, or --never-started."
         )
 
 
-async def _failures(name: str, ledger: str | None, most: int | None) -> tuple[list[tuple[str, RunRecord]], SetAside]:
-    from prefect_crew.batches.stored import known_batch
+async def _failures(name: str, ledger: str | None, most: int | None) -> tuple[list[LedgerRow], SetAside]:
+    from prefect_crew.batches.stored import open_stored_batch
 
-    found: list[tuple[str, RunRecord]] = []
-    async with known_batch(name, ledger) as batch:
-        async for key, record in batch.failures():
-            found.append((key, record))
-            if len(found) == most:
-                break
-        return found, await batch.ledger.set_aside()
+    async with open_stored_batch(name, ledger) as batch:
+        return [row async for row in batch.failures(most)], batch.entry.set_aside
 
 
-def _state(record: RunRecord) -> str:
-    from prefect_crew.batches.outcomes import standing_word
-
-    return standing_word(record) or "uncertain"  # or a claim that nobody holds any more, which is the same
-
-
-def _why(record: RunRecord) -> str:
-    return record.error or record.reason or ""
+def _as_json(row: LedgerRow) -> dict[str, Any]:
+    shown = {"idempotency_key", "kickoff_id", "attempt", "kicked_off_at", "ended_at"}
+    about = {} if row.record is None else row.record.model_dump(mode="json", include=shown)
+    return {"key": row.key, "state": str(row.state), "error": row.error or None, **about}
 
 
-def _as_json(key: str, record: RunRecord) -> dict[str, Any]:
-    about = record.model_dump(
-        mode="json", include={"idempotency_key", "kickoff_id", "attempt", "kicked_off_at", "ended_at"}
-    )
-    return {"key": key, "state": _state(record), "error": _why(record) or None, **about}
+@app.command
+def export(
+    name: Annotated[str, NAME],
+    output: Annotated[
+        str | None, Parameter(name="OUTPUT", help="JSON Lines or .parquet. Left out: the output of its last call.")
+    ] = None,
+    /,
+    *,
+    ledger: Annotated[str | None, LEDGER] = None,
+) -> None:
+    """Write the lines of all rows that have ended, also while the batch runs."""
+    reach_prefect()
+    look_here()  # for an output_type
+
+    async def write() -> tuple[str, int]:
+        from prefect_crew.batches.stored import open_stored_batch
+
+        async with open_stored_batch(name, ledger) as batch:
+            return await batch.export(output)
+
+    where, count = asyncio.run(write())
+    _output.put(f"{count:,} lines of batch {name} are in {where}.")
 
 
 @app.command
@@ -508,22 +507,22 @@ async def _resolve(
     name: str, row: str, kickoff_id: str | None, crew: str | None, ledger: str | None, access: CrewAccess
 ) -> None:
     from prefect_crew.batches.ownership import BatchLock
-    from prefect_crew.batches.stored import known_batch
+    from prefect_crew.batches.stored import open_stored_batch
     from prefect_crew.exceptions import BatchBusyError
     from prefect_crew.records.resolve import resolve_never_started, resolve_started, unresolved
     from prefect_crew.records.store import PrefectRecords
 
-    async with known_batch(name, ledger) as batch, BatchLock(batch.ledger.database, name) as lock:
+    async with open_stored_batch(name, ledger) as batch, BatchLock(batch.ledger.database, name) as lock:
         if not await lock.take():
             raise BatchBusyError(name=name)
-        batch.ledger.sole = lock.proves
+        batch.ledger.is_exclusive = lock.proves
         if not await batch.ledger.attempts(batch.ledger.idempotency_key(row)):
-            raise ConfigurationError(f"Batch {name!r} has bought nothing for a row {row!r}.")
+            raise ConfigurationError(f"Batch {name!r} has started no run for a row {row!r}.")
         record = await unresolved(batch.ledger.idempotency_key(row), batch.ledger)
         again = f"{_output.command('prefect-crew batch resume')} {shlex.quote(name)}"
         if kickoff_id is None:
             await resolve_never_started(record, batch.ledger)
-            _output.put(f"Resolved: row {row} never started. {again} buys it.")
+            _output.put(f"Resolved: row {row} never started. {again} starts it.")
             return
         holder = await PrefectRecords().of_kickoff(kickoff_id)
         if holder is not None:

@@ -81,11 +81,11 @@ async def _row_of_a_batch(run: OpenRun, records: ReviewStore) -> AsyncGenerator[
     Raises:
         CrewError: A ledger that may know it cannot be opened here: whether it was answered is not known.
     """
-    from prefect_crew.batches.stored import asking_batches
+    from prefect_crew.batches.stored import batches_waiting_for_people
 
     async with AsyncExitStack() as stack:
         try:
-            batches, missed = await stack.enter_async_context(asking_batches(run.crew.url))
+            batches, missed = await stack.enter_async_context(batches_waiting_for_people(run.crew.url))
         except (httpx.HTTPError, PrefectException) as error:
             raise CrewError(
                 f"Whether run {run.kickoff_id} is a row of a batch cannot be read now ({error!r}). Nothing was sent."

@@ -14,8 +14,9 @@ from prefect import flow
 
 from prefect_crew import CrewError, DeployedCrew, Review, WaitPolicy, arun_batch, resume_crew
 from prefect_crew.batches.ledger import Ledger
+from prefect_crew.batches.outcomes import RowState
 from prefect_crew.batches.polling import RunTimes
-from prefect_crew.batches.stored import asking_batches
+from prefect_crew.batches.stored import batches_waiting_for_people
 from prefect_crew.exceptions import AnsweredError
 from prefect_crew.records.model import RunRecord, StoredResult
 from prefect_crew.runs.actions import resume_run
@@ -44,7 +45,7 @@ class Row:
 
     async def approve(self) -> None:
         """Answer it as `prefect-crew reviews approve` does."""
-        async with asking_batches() as (batches, _):
+        async with batches_waiting_for_people() as (batches, _):
             record, ledger = await find_asked(self.kickoff_id, [batch.ledger for batch in batches])
             await answer_run(record, self.crew.crew, ledger, APPROVED, by="Ada")
 
@@ -83,7 +84,7 @@ async def waiting_row(folder: Path) -> AsyncIterator[Row]:
 
 
 async def _asks(name: str) -> bool:
-    async with asking_batches() as (batches, _):
+    async with batches_waiting_for_people() as (batches, _):
         return name in [batch.name for batch in batches]
 
 
@@ -184,7 +185,7 @@ async def test_a_person_that_a_row_waits_for_is_not_timed_out(batch: Batches, cr
     report = await running
     assert report.ok
     async with Ledger(f"{batch.output}.ledger.db", "people") as ledger:
-        records = [record async for _, record in ledger.standing_attempts(completed=True)]
+        records = [row.record async for row in ledger.rows_in([RowState.COMPLETED]) if row.record is not None]
     assert all(record.human_seconds > 0.5 and record.state is CrewState.COMPLETED for record in records)
 
 

@@ -364,7 +364,7 @@ async def test_an_id_that_a_ledger_does_not_take_any_more_is_in_the_log(
             return await run(work)
 
         monkeypatch.setattr(ledger.database, "run", away_once_started)
-        ledger.writer.patience = 0.1
+        ledger.writer.retry_for = 0.1
         with caplog.at_level(logging.ERROR, "prefect_crew"), pytest.raises(LedgerError, match="disk I/O error"):
             await start(ledger, server)
         monkeypatch.undo()

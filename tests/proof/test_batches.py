@@ -24,9 +24,10 @@ from hypothesis import strategies as st
 
 from prefect_crew import DeployedCrew, WaitPolicy, arun_batch
 from prefect_crew.batches.ledger import Ledger
+from prefect_crew.batches.outcomes import RowState
 from prefect_crew.devserver import CrewServer
 from prefect_crew.records.model import RecordPhase
-from proof.batch_forks import KILLS, BatchForks, Call
+from proof.batch_forks import KILLS, WHILE_STARTING, BatchForks, Call
 from proof.kills import Kill
 from support.prefect_server import PrefectServer
 from support.scripts import script
@@ -80,7 +81,6 @@ class World:
     faults: list[str] = field(default_factory=list[str])
     kills: list[Kill] = field(default_factory=list[Kill])
     max_in_flight: int = 10
-    order: str = "ended"
     retries: int = 0
     seconds: float = 0.05
 
@@ -100,7 +100,6 @@ worlds = st.builds(
     keyed=st.booleans(),
     faults=faults,
     max_in_flight=st.integers(1, 12),
-    order=st.sampled_from(["ended", "input"]),
     retries=st.integers(0, 1),
 )
 # Without those after which a batch rests.
@@ -129,7 +128,6 @@ class Place:
             "output": str(self.output),
             "key": "id" if world.keyed else None,
             "max_in_flight": world.max_in_flight,
-            "order": world.order,
             "retries": world.retries,
             "breaker": None,
             "wait": WAIT,
@@ -145,11 +143,13 @@ class Place:
         """Return how many attempts of each row may have been a purchase, and the rows that are uncertain."""
         bought, uncertain = Counter[str](), set[str]()
         async with Ledger(f"{self.output}.ledger.db", self.name) as ledger:
-            async for key, record in ledger.standing_attempts(completed=True):
-                attempts = await ledger.attempts(record.idempotency_key)
-                bought[record.idempotency_key] = sum(one.phase is not RecordPhase.NOT_STARTED for one in attempts)
-                if record.phase in (RecordPhase.UNCERTAIN, RecordPhase.CLAIMED):
-                    uncertain.add(key)
+            async for row in ledger.rows_in(list(RowState)):
+                if row.record is None:
+                    continue
+                attempts = await ledger.attempts(row.record.idempotency_key)
+                bought[row.record.idempotency_key] = sum(one.phase is not RecordPhase.NOT_STARTED for one in attempts)
+                if row.record.phase in (RecordPhase.UNCERTAIN, RecordPhase.CLAIMED):
+                    uncertain.add(row.key)
         return bought, uncertain
 
     def check(self, world: World, report: dict[str, Any]) -> None:
@@ -174,8 +174,7 @@ class Place:
         if world.keyed:
             rows = {f"row {number}": topic for number, topic in enumerate(world.topics)}
             assert all(rows[line["key"]] == line["inputs"]["topic"] for line in lines)
-            if world.order == "input":
-                assert keys == [key for key in rows if key in set(keys)]
+            assert keys == [key for key in rows if key in set(keys)], "lines are in the order of the rows"
         else:
             inputs = Counter(line["inputs"]["topic"] for line in lines)
             assert not inputs - Counter(world.topics), "a row was run that is not there"
@@ -249,7 +248,7 @@ def only_when_all_are_run(request: pytest.FixtureRequest) -> None:
 
 def a_death(luck: random.Random, rows: int) -> Kill:
     """Choose a moment at which a batch dies before it has claimed all of that many rows."""
-    hook, when, most = luck.choice(KILLS[:-1]), luck.choice(("before", "after")), min(100, max(1, rows // 2))
+    hook, when, most = luck.choice(WHILE_STARTING), luck.choice(("before", "after")), min(100, max(1, rows // 2))
     # A commit may hold 32 claims: then some twenty rows are claimed by each, and as many by one that waits its turn.
     return Kill(hook, when, luck.randint((most + 4) // 5, most) if hook != "ledger-commit" else max(1, most // 10))
 
