@@ -7,7 +7,7 @@ import shlex
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, cast
 
 import httpx
@@ -256,7 +256,7 @@ async def open_batch(job: BatchJob, on_progress: OnProgress | None = None) -> As
         aside = SetAside(checked.bad_count, checked.bad, rejected_name(output.name) if checked.bad_count else None)
         if aside.count or entry.set_aside.count:
             await asyncio.to_thread(output.write_rejected, rejected.file if aside.count else None)
-            await ledger.note_set_aside(aside)
+            await ledger.note(set_aside=asdict(aside) if aside.count else None)
         before = known.before
         if before is not None:
             if lock.proves:
@@ -353,9 +353,9 @@ class OpenBatch:
         ):
             return
         outputs = sorted({*before.get("outputs", ()), address})
-        await self.ledger.note_export({"outputs": outputs})  # what is written of it is this batch's, whatever happens
+        await self.ledger.note(exported={"outputs": outputs})  # what is written of it is this batch's, whatever happens
         await self.output.write(self.ledger)
-        await self.ledger.note_export({**now, "outputs": outputs})
+        await self.ledger.note(exported={**now, "outputs": outputs})
 
     async def _export_in_time(self) -> None:
         """Write the output of a batch that was cancelled or has failed. Prefect kills a cancelled process soon."""

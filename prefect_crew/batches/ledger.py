@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from hashlib import sha256
 from itertools import islice
 from typing import Any, TypeVar
@@ -100,11 +100,8 @@ class LedgerRow:
 class RunTimes:
     """How long the runs of a batch took that have ended, in seconds; None where there is none."""
 
-    count: int = 0
     mean: float | None = None
-    p50: float | None = None
-    p90: float | None = None
-    p99: float | None = None
+    median: float | None = None
     longest: float | None = None
 
 
@@ -197,15 +194,8 @@ class Ledger:
 
         return await self._write_once(write)
 
-    async def note_set_aside(self, found: SetAside) -> None:
-        """Write down which rows of the batch cannot be run."""
-        await self._note(set_aside=asdict(found) if found.count else None)
-
-    async def note_export(self, exported: Mapping[str, Any]) -> None:
-        """Write down what the output was written with."""
-        await self._note(exported=dict(exported))
-
-    async def _note(self, **values: Any) -> None:
+    async def note(self, **values: Any) -> None:
+        """Write down `set_aside` or `exported` of a `BatchEntry`, as JSON values."""
         statement = update(batches).where(batches.c.name == self.batch).values(values)
         await self._write(lambda connection: connection.execute(statement).close())
 
@@ -249,11 +239,8 @@ class Ledger:
                 ).close()
             if restored:
                 self.writer.follow_rows(connection, restored)
-                query = select(rows.c.row_key, rows.c.state).where(
-                    rows.c.batch == self.batch, rows.c.row_key.in_(restored)
-                )
                 found: Any = connection.execute(query)
-                states |= {key: RowState(state) for key, state in found}
+                states |= {key: RowState(state) for key, _, _, state in found}
             return states
 
         return await self._write(write)
@@ -337,10 +324,8 @@ class Ledger:
         if not count:
             return RunTimes()
         ordered = select(attempts.c.seconds).where(*ended).order_by(attempts.c.seconds).limit(1)
-        p50, p90, p99 = [
-            float((await self._rows(ordered.offset((count - 1) * mark // 100)))[0][0]) for mark in (50, 90, 99)
-        ]
-        return RunTimes(int(count), float(mean), p50, p90, p99, float(longest))
+        median = (await self._rows(ordered.offset((count - 1) // 2)))[0][0]
+        return RunTimes(float(mean), float(median), float(longest))
 
     async def usage(self) -> TokenUsage | None:
         """Return the usage of all runs that reported one, added up; None where none did."""

@@ -182,6 +182,11 @@ def end_without_run(job: RowJob, record: RunRecord | None, error: CrewError, *, 
     return RowEnd(job, state, record, reason[:ERROR_CAP], type(error).__name__)
 
 
+def conflict(job: RowJob) -> RowEnd:
+    """Return the end of a row whose key was kicked off before with something else."""
+    return RowEnd(job, RowState.CONFLICT, None, CONFLICT_REASON, IdempotencyConflictError.__name__)
+
+
 def end_uncertain(job: RowJob, record: RunRecord, *, batch: str) -> RowEnd:
     """Return the end of a row that was found uncertain."""
     reason = record.reason or SENDER_ENDED

@@ -169,7 +169,7 @@ class Output:
         line["error"] = known.get("error") or ("it was stopped" if state == RowState.STOPPED else None)
         if result:
             line |= {"output": result["output"], "usage": result.get("usage"), "tasks": result.get("tasks", [])}
-            line["data"] = self._data(result)
+            line["data"] = None if state == RowState.INVALID_OUTPUT else self._data(result)
         return line
 
     def _data(self, result: Mapping[str, Any]) -> Any:

@@ -246,7 +246,7 @@ class BatchLock:
         """
         if self._database.path is not None:
             return self._file_is_taken(self._database.path)
-        # A key of 64 bits stands there in two halves (PostgreSQL's documentation of pg_locks).
+        # A key of 64 bits is there in two halves (PostgreSQL's documentation of pg_locks).
         query = text(
             "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND granted AND objsubid = 1 "
             "AND database = (SELECT oid FROM pg_database WHERE datname = current_database()) "
@@ -259,31 +259,27 @@ class BatchLock:
             raise LedgerError(f"cannot be read: {short(error)}.", ledger=self._database.address) from error
 
     async def still_held(self) -> bool:
-        """Return False if the lock was lost, and somebody else has, or may have, taken over meanwhile."""
+        """Return False if the lock was lost, and somebody else has, or may have, taken over since."""
         if self._file is not None:
             return self._file_still_held()
-        if self._connection is None:
+        if self._session is None:
             return True
-        try:
-            session = (await self._connection.execute(text(_SESSION))).scalar()
-        except (SQLAlchemyError, OSError):
-            return await self._held_again()
-        return session == self._session
+        if self._connection is not None:
+            with suppress(SQLAlchemyError, OSError):
+                return (await self._connection.execute(text(_SESSION))).scalar() == self._session
+        return await self._take_again()
 
-    async def _held_again(self) -> bool:
-        """Take the lock of a connection that was lost once more; False if somebody has run the batch meanwhile."""
+    async def _take_again(self) -> bool:
+        """Take the lock of a connection that was lost once more; False if somebody has run the batch since."""
         self._connection = None
+        query = select(batches.c.generation).where(batches.c.name == self._batch)
         try:
             taken = await self._take_on_server()
-            generation = await self._generation()
+            generation = (await self._connection.execute(query)).scalar()
         except (SQLAlchemyError, OSError):
-            self._connection = _Gone()  # nothing is claimed either while it is away
+            self._connection = None  # nothing is claimed either while it is away
             return True
         return taken and self.generation in (None, generation)
-
-    async def _generation(self) -> int | None:
-        query = select(batches.c.generation).where(batches.c.name == self._batch)
-        return (await self._connection.execute(query)).scalar()
 
     # SQLite: a file beside the ledger.
 
@@ -389,44 +385,21 @@ _HOLDER = "SELECT current_setting('prefect_crew.holder', true)"
 _HOLD = "SELECT set_config('prefect_crew.holder', :holder, false)"
 
 
-class _Gone:
-    """Stands for a connection that was lost and could not be made again yet."""
-
-    async def execute(self, *_: object) -> None:
-        raise OSError("the connection is gone")
-
-    async def invalidate(self) -> None:
-        return None
-
-    async def close(self) -> None:
-        return None
-
-
 def _try_lock(file: int) -> bool | None:
     """Lock an open file; False if another process holds it, None where this system or its file system has no locks."""
     try:
-        import fcntl
+        fcntl: Any = importlib.import_module("fcntl")
     except ImportError:
-        return _try_lock_on_windows(file)
+        fcntl = None
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        else:  # Windows
+            msvcrt: Any = importlib.import_module("msvcrt")
+            msvcrt.locking(file, msvcrt.LK_NBLCK, 1)
     except (BlockingIOError, PermissionError):
         return False
-    except OSError:
-        return None
-    return True
-
-
-def _try_lock_on_windows(file: int) -> bool | None:
-    try:
-        msvcrt: Any = importlib.import_module("msvcrt")
-    except ImportError:
-        return None
-    try:
-        msvcrt.locking(file, msvcrt.LK_NBLCK, 1)
-    except PermissionError:
-        return False
-    except OSError:
+    except (OSError, ImportError):
         return None
     return True
 

@@ -234,7 +234,7 @@ class RowPlan:
             return BadRow(row.line, f"lacks {', '.join(missing)}{mapped}")
         if unknown := self._unknown(encoded):
             return BadRow(row.line, unknown)
-        digest = inputs_digest(encoded)
+        digest = inputs_digest(encoded, is_text=not self._as_json)
         if self._key is None:
             count = keys.count(digest)
             if count > 1 and self._deduplicate:

@@ -19,6 +19,7 @@ from prefect_crew.batches.outcomes import (
     RetryRule,
     RowEnd,
     RowState,
+    conflict,
     end_of_run,
     end_uncertain,
     end_without_run,
@@ -135,6 +136,9 @@ class Runner:
         is_new = await self.ledger.is_empty()
         while page := await asyncio.to_thread(lambda: list(islice(jobs, PAGE))):
             states = await self.ledger.enter_rows(page, self.session.crew, anew=self._judge_again)
+            for job in page:
+                if states[job.key] is RowState.CONFLICT:
+                    self._on_end(conflict(job))
             page = [job for job in page if not self._is_settled(states[job.key])]
             begun = [job.key for job in page if states[job.key] is not RowState.PENDING]
             known = await self.ledger.attempts_of(begun) if begun else {}

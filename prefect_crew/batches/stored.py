@@ -101,7 +101,7 @@ class StoredBatch:
             left=max(0, unreached) + counts.get(RowState.PENDING, 0),
             kickoffs=await ledger.kickoffs(),
             states={str(state): count for state, count in counts.items() if count},
-            median=times.p50,
+            median=times.median,
             longest=times.longest,
             output=call.get("output"),
             ledger=ledger.address,
