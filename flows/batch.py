@@ -5,7 +5,6 @@ Where the package is installed they need no file: deploy `prefect_crew.operation
 
 from __future__ import annotations
 
-from prefect_crew.batches.shards import batch_shard
 from prefect_crew.operations import batch_file, watch_folder
 
-__all__ = ["batch_file", "batch_shard", "watch_folder"]
+__all__ = ["batch_file", "watch_folder"]

@@ -16,7 +16,6 @@ from typing import Any
 
 from prefect import flow, get_run_logger
 
-from prefect_crew.batches.options import from_plain
 from prefect_crew.batches.report import BatchReport
 from prefect_crew.batches.run import arun_batch
 from prefect_crew.exceptions import BatchBusyError, BatchCancelledError, CrewError, DatasetError
@@ -43,7 +42,7 @@ async def batch_file(
         ledger: A path, the URL of a PostgreSQL, or secret://NAME; empty: a file beside a local output.
         options: More of run_batch's options, such as {"max_in_flight": 500, "key": "id", "wait": {"timeout": 600}}.
     """
-    report = await arun_batch(crew, dataset, name=name, output=output, ledger=ledger, **from_plain(options or {}))
+    report = await arun_batch(crew, dataset, name=name, output=output, ledger=ledger, **(options or {}))
     report.raise_for_failures()
     return report.as_dict()
 
@@ -77,7 +76,7 @@ async def watch_folder(
     Raises:
         CrewError: Files whose batches failed. All others were run.
     """
-    log, inbox, more = get_run_logger(), Path(folder), from_plain(options or {})
+    log, inbox, more = get_run_logger(), Path(folder), options or {}
     if not await to_thread(inbox.is_dir):
         log.warning("There is no folder %s here, so nothing can come in.", folder)
     found = await to_thread(_new_files, inbox, pattern, unchanged_seconds)

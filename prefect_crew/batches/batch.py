@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import shlex
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, cast
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, cast
 
 import httpx
 from prefect.client.orchestration import get_client
@@ -16,29 +16,25 @@ from prefect.exceptions import PrefectException
 
 from prefect_crew._internal.prefect_api import run_logger
 from prefect_crew.artifacts.events import emit
-from prefect_crew.batches.cancel import watched
-from prefect_crew.batches.database import LedgerPlace
+from prefect_crew.batches.cancel import run_until_cancelled
+from prefect_crew.batches.database import LedgerAddress
 from prefect_crew.batches.dataset import Dataset, shown_address, whole_address
-from prefect_crew.batches.ledger import Ledger
+from prefect_crew.batches.ledger import BatchEntry, Ledger
 from prefect_crew.batches.options import IN_FLIGHT, BatchOptions
-from prefect_crew.batches.outcomes import MISFIT, RowEnd
-from prefect_crew.batches.output import Output, line_of
+from prefect_crew.batches.outcomes import RowState
+from prefect_crew.batches.output import Output
 from prefect_crew.batches.ownership import (
-    PARENT,
-    WHOLE,
     BatchLock,
-    Bound,
     begin_generation,
     bind,
-    binding_name,
-    kept_here,
-    note_asking,
+    note_waiting_for_people,
+    read_known,
 )
-from prefect_crew.batches.progress import FAILURES, BatchArtifacts, Failure, Standing, tell_batch
+from prefect_crew.batches.progress import FAILURES, UNCERTAIN_KEYS, BatchArtifact, BatchProgress, OnProgress
 from prefect_crew.batches.report import BatchPlan, BatchReport
-from prefect_crew.batches.rows import Checked, RowPlan, SetAside, SetAsideFile, expected_inputs, rejected_name
-from prefect_crew.batches.runner import Engine, engine_of, feed, limited
-from prefect_crew.batches.throttle import BatchSession, Pace
+from prefect_crew.batches.rows import RowPlan, SetAside, SetAsideFile, expected_inputs, rejected_name
+from prefect_crew.batches.runner import Runner, hold_concurrency_slots
+from prefect_crew.batches.throttle import BatchSession, Throttle
 from prefect_crew.client.models import CrewInput
 from prefect_crew.crew import Crew, CrewSession
 from prefect_crew.exceptions import BadRowsError, BatchBusyError, ConfigurationError, CrewError, LedgerError
@@ -46,7 +42,6 @@ from prefect_crew.records.model import RunRecord
 from prefect_crew.records.store import PrefectRecords
 from prefect_crew.runs.webhook_resolve import Resolution, resolve_from_webhook
 from prefect_crew.settings import CrewSettings
-from prefect_crew.states import CrewState
 from prefect_crew.webhooks import claim_of, webhooks_for
 
 
@@ -58,7 +53,7 @@ class BatchJob:
         crew, dataset, options: As they were given.
         name: The batch, its template filled.
         output: Where the lines go. `output_name` is the same for people.
-        place: Where the ledger is.
+        ledger: Where the ledger is.
         call: The call as plain values, or why it has none.
     """
 
@@ -67,7 +62,7 @@ class BatchJob:
     options: BatchOptions
     name: str
     output: str
-    place: LedgerPlace
+    ledger: LedgerAddress
     call: Mapping[str, Any]
 
     @property
@@ -95,17 +90,16 @@ class BatchJob:
             deduplicate=self.options.deduplicate,
             secret=self.crew.secret_inputs,
             allow_extra=self.crew.allow_extra_inputs,
+            rows=self.options.row_range,
         )
 
     @property
-    def written(self) -> dict[str, Any]:
-        """What the lines depend on besides the rows."""
+    def line_options(self) -> dict[str, Any]:
+        """What the lines of the output depend on besides the rows."""
         kind = self.options.output_type
         return {
-            "output": shown_address(whole_address(self.output)),
-            "order": self.options.order,
-            "typed": None if kind is None else f"{kind.__module__}.{kind.__qualname__}",
-            "masked": sorted(self.crew.secret_inputs),
+            "output_type": None if kind is None else f"{kind.__module__}.{kind.__qualname__}",
+            "secret_inputs": sorted(self.crew.secret_inputs),
         }
 
 
@@ -120,10 +114,9 @@ async def plan_of(job: BatchJob, seconds_per_run: float | None) -> BatchPlan:
         plan = job.plan(await expected_inputs(session))
     checked = await asyncio.to_thread(plan.check)
     done, mean = 0, None
-    if not job.place.local or job.place.exists:
-        async with Ledger(job.place.ledger, job.name) as ledger:
-            counts = await ledger.counts()
-            done = sum(counts.get(str(state), 0) for state in CrewState if state.ended) + counts.get(MISFIT, 0)
+    if not job.ledger.is_local or job.ledger.exists:
+        async with Ledger(job.ledger.full, job.name) as ledger:
+            done = sum(count for state, count in (await ledger.counts()).items() if state.is_final)
             mean = (await ledger.run_times()).mean
     duration = mean if seconds_per_run is None else seconds_per_run
     left = max(checked.total - done, 0)
@@ -204,6 +197,8 @@ async def _told(record: RunRecord) -> list[str]:
     return list(found)
 
 
+EXPORT_WITHIN = 10.0
+"""Seconds within which the output of a batch that was cancelled is written, or not."""
 BEGIN_FOR = 60.0
 """Seconds for which a Prefect API that is away or busy is told of a call before its first row is started."""
 BEGIN_EVERY = 5.0
@@ -213,35 +208,30 @@ SOON = 2.0
 
 
 @asynccontextmanager
-async def open_batch(job: BatchJob, *, shared: bool = False) -> AsyncGenerator[OpenBatch]:
+async def open_batch(job: BatchJob, on_progress: OnProgress | None = None) -> AsyncGenerator[OpenBatch]:
     """Check the rows of a batch, lock it, and bind its name to its ledger.
-
-    Args:
-        job: The call.
-        shared: Whether shards in other processes will work on it as well.
 
     Raises:
         CrewError: It cannot be begun. Nothing was started.
     """
-    options = job.options
-    webhooks_for(job.crew, job.name)  # settings that make no sense are said before anything is bought
-    pace = Pace(kickoffs_per_second=options.kickoffs_per_second, kickoffs_at_once=options.kickoffs_at_once)
+    options, progress = job.options, BatchProgress(job.name)
+    webhooks_for(job.crew, job.name)  # settings that make no sense are said before anything is started
     async with AsyncExitStack() as stack:
-        session = BatchSession(job.crew, pace)
+        throttle = Throttle(options)
+        session = BatchSession(job.crew, throttle)
         await stack.enter_async_context(session)
-        tell_batch(job.name, "checking")
-        expected = await expected_inputs(session)
-        plan = job.plan(expected)
+        if on_progress is not None:
+            on_progress(progress)
+        plan = job.plan(await expected_inputs(session))
         # Whether the batch is ours is known before its rows are read, which may take minutes.
-        ledger = await stack.enter_async_context(Ledger(job.place.ledger, job.name))
+        ledger = await stack.enter_async_context(Ledger(job.ledger.full, job.name))
         lock = await stack.enter_async_context(BatchLock(ledger.database, job.name))
-        if not await lock.take(WHOLE, shared=shared) or (shared and not await lock.take(PARENT)):
+        if not await lock.take():
             raise BatchBusyError(name=job.name)
-        ledger.sole = lock.proves and not shared
-        beside = ledger.database.path or Path.cwd() / binding_name(job.name)
-        output = Output(job.output, beside=beside, output_type=options.output_type)
-        kept = await kept_here(ledger)
-        output.check(fresh=not await ledger.known())
+        ledger.is_exclusive = lock.proves
+        output = Output(job.output, output_type=options.output_type)
+        known = await read_known(ledger)
+        output.check(is_new=whole_address(job.output) not in _exported(known.before).get("outputs", ()))
         rejected = SetAsideFile()
         stack.callback(rejected.close)
         checked = await asyncio.to_thread(plan.check, rejected.put)
@@ -252,239 +242,238 @@ async def open_batch(job: BatchJob, *, shared: bool = False) -> AsyncGenerator[O
             raise BadRowsError(checked.bad, checked.bad_count, source=job.dataset.name, alone=alone)
         if not await lock.still_held():
             raise BatchBusyError(name=job.name)
-        bound = await bind(
+        entry = await bind(
             ledger,
-            kept,
+            known,
             crew_url=job.crew.url,
             fingerprint=checked.fingerprint,
             total=checked.total,
             go_on=options.on_change == "continue",
-            place=job.place.told,
+            public=job.ledger.public,
             call=job.call,
+            line_options=job.line_options,
         )
         aside = SetAside(checked.bad_count, checked.bad, rejected_name(output.name) if checked.bad_count else None)
-        if aside.count or (await ledger.set_aside()).count:
-            await asyncio.to_thread(output.put_rejected, rejected.file if aside.count else None)
-            await ledger.note_set_aside(aside)
-        if bound.before is not None:
+        if aside.count or entry.set_aside.count:
+            await asyncio.to_thread(output.write_rejected, rejected.file if aside.count else None)
+            await ledger.note(set_aside=asdict(aside) if aside.count else None)
+        before = known.before
+        if before is not None:
+            if lock.proves:
+                await ledger.note_orphaned()
             await resolve_by_webhooks(ledger, session.crew)
-        yield OpenBatch(
-            job,
-            session,
-            ledger,
-            lock,
-            expected,
-            plan,
-            checked,
-            output,
-            bound,
-            Standing(total=checked.total, set_aside=aside, duplicates=checked.duplicates),
-            BatchArtifacts(job.name, job.crew.label, show=job.crew.show),
-            bought=0 if bound.before is None else await ledger.bought(),
-        )
+            throttle.kickoffs = await ledger.kickoffs()
+            if before.fingerprint != entry.fingerprint:
+                await ledger.enter_changed(plan.jobs(), job.crew)
+        progress.total, progress.set_aside, progress.duplicates = checked.total, aside, checked.duplicates
+        yield OpenBatch(job, session, throttle, ledger, lock, plan, output, before, progress, on_progress)
 
 
-@dataclass
+def _exported(entry: BatchEntry | None) -> Mapping[str, Any]:
+    return {} if entry is None else entry.exported or {}
+
+
 class OpenBatch:
-    """A batch that is open.
+    """A batch that is open: its rows are checked, and its lock is held."""
 
-    Attributes:
-        bought: Kickoffs of earlier calls.
-        stopped: Why nothing more is bought, None while there is no reason.
-        options: What rows are run with here, where shards have done a part of what was asked for; else the job's.
-    """
-
-    job: BatchJob
-    session: BatchSession
-    ledger: Ledger
-    lock: BatchLock
-    expected: Sequence[CrewInput]
-    plan: RowPlan
-    checked: Checked
-    output: Output
-    bound: Bound
-    standing: Standing
-    artifacts: BatchArtifacts
-    bought: int
-    stopped: str | None = None
-    options: BatchOptions | None = None
-    _begun: int = 0
-    _begin_after: float = 0.0
-
-    async def begin(self) -> int:
-        """Begin a generation of the batch, before any row of it is started; return its number.
-
-        Raises:
-            CrewError: The ledger cannot be written, or is not that of the batch any more.
-            httpx.HTTPError, PrefectException: The Prefect API is away.
-        """
-        generation = await begin_generation(self.ledger, self.job.place.told, patience=BEGIN_FOR)
-        self.lock.generation = generation
-        self._begin_after = time.monotonic() + BEGIN_EVERY
-        return generation
-
-    async def begin_again(self, begun: int, *, over: bool = False) -> None:
-        """Begin another generation once in a while, so that a copy made meanwhile is known for an older one.
-
-        Args:
-            begun: How many rows were begun so far; nothing is done where that is as it was.
-            over: No more will be.
-        """
-        if begun == self._begun or (time.monotonic() < self._begin_after and not over):
-            return
-        try:
-            self.lock.generation = await begin_generation(self.ledger, self.job.place.told, patience=SOON)
-        except (httpx.HTTPError, PrefectException, CrewError) as error:
-            run_logger().warning("That batch %s has gone on cannot be noted: %s", self.job.name, error)
-        else:
-            self._begun = begun
-        self._begin_after = time.monotonic() + BEGIN_EVERY
+    def __init__(
+        self,
+        job: BatchJob,
+        session: BatchSession,
+        throttle: Throttle,
+        ledger: Ledger,
+        lock: BatchLock,
+        plan: RowPlan,
+        output: Output,
+        before: BatchEntry | None,
+        progress: BatchProgress,
+        on_progress: OnProgress | None,
+    ) -> None:
+        self.job = job
+        self.ledger = ledger
+        self.output = output
+        self._before = before
+        self.progress = progress
+        self._session = session
+        self._throttle = throttle
+        self._lock = lock
+        self._plan = plan
+        self._on_progress = on_progress
+        self._artifact = BatchArtifact(job.name, job.crew.label, show=job.crew.show)
+        self._kickoffs_before = throttle.kickoffs
+        self._begun = 0
+        self._begin_after = 0.0
+        self._refresh_after = 0.0
 
     async def run(self) -> BatchReport:
-        """Run the rows that are not done, write all lines, and report.
+        """Run the rows that are not done, write the output, and report.
 
         Raises:
             CrewError: The ledger or the output failed on the way.
         """
-        name, ledger, standing, output = self.job.name, self.ledger, self.standing, self.output
-        if self.is_done:
-            await self._recall()
-            if not await asyncio.to_thread(output.is_there):
-                await asyncio.to_thread(output.finish)
-        else:
-            try:
+        await self._refresh()
+        try:
+            if not self._is_done:
                 await self._run_rows()
-            except BaseException:
-                await self.artifacts.end(standing, await self._report())
-                raise
-            finally:
-                output.close()
-            tell_batch(name, "finishing", standing)
-            await asyncio.to_thread(output.finish)
-            await ledger.note_standing({"done": standing.over, "lines": standing.total, **self.job.written})
+        except BaseException as error:
+            if not isinstance(error, LedgerError):
+                await self._export_in_time()
+            await self._artifact.update(self.progress, await self._report())
+            raise
+        self._tell("finishing")
+        await self._refresh()
+        await self._export()
         await self._note_people()
         report = await self._report()
-        tell_batch(name, "done", standing)
-        await self.artifacts.end(standing, report)
+        self._tell("done")
+        await self._artifact.update(self.progress, report)
         run_logger().info("%s", report)
         return report
 
+    @property
+    def _is_done(self) -> bool:
+        """Whether every row has ended for good, so that nothing is left to do but for the output."""
+        options = self.job.options
+        retries = bool((options.retry_failed or options.retries) and self.progress.failed)
+        return self._before is not None and self._lines_stay and self.progress.is_over and not retries
+
+    @property
+    def _lines_stay(self) -> bool:
+        """Whether the results of earlier calls are judged and shown as they were then."""
+        return self._before is None or self._before.line_options == self.job.line_options
+
+    async def _export(self) -> None:
+        """Write the output, unless it is there as it would be written."""
+        address = whole_address(self.job.output)
+        counts = {str(state): count for state, count in self.progress.counts.items()}
+        before = _exported(self._before)
+        now = {"output": address, "counts": counts, "lines": self.job.line_options}
+        if all(before.get(name) == value for name, value in now.items()) and await asyncio.to_thread(
+            self.output.exists
+        ):
+            return
+        outputs = sorted({*before.get("outputs", ()), address})
+        await self.ledger.note(exported={"outputs": outputs})  # what is written of it is this batch's, whatever happens
+        await self.output.write(self.ledger)
+        await self.ledger.note(exported={**now, "outputs": outputs})
+
+    async def _export_in_time(self) -> None:
+        """Write the output of a batch that was cancelled or has failed. Prefect kills a cancelled process soon."""
+        try:
+            await self._refresh()
+            await asyncio.wait_for(self._export(), EXPORT_WITHIN)
+        except (CrewError, TimeoutError) as error:
+            run_logger().warning(
+                "The output of batch %s was not written (%s). To write it: prefect-crew batch export %s",
+                *(self.job.name, error or "it takes long", shlex.quote(self.job.name)),
+            )
+
+    async def _refresh(self) -> None:
+        """Read how the batch stands from its ledger."""
+        began, progress = time.monotonic(), self.progress
+        counts = await self.ledger.counts()
+        changed, progress.counts = counts != progress.counts, counts
+        if changed:
+            failed = [state for state in RowState if state.is_failed]
+            progress.failures = [row async for row in self.ledger.rows_in(failed, limit=FAILURES)]
+            uncertain = self.ledger.rows_in([RowState.UNCERTAIN], limit=UNCERTAIN_KEYS)
+            progress.uncertain_keys = [row.key async for row in uncertain]
+        self._refresh_after = time.monotonic() + 20 * (time.monotonic() - began)
+
+    def _tell(self, phase: Literal["running", "finishing", "done"]) -> None:
+        self.progress.phase = phase
+        if self._on_progress is not None:
+            self._on_progress(self.progress)
+
     async def _run_rows(self) -> None:
-        options, standing = self.options or self.job.options, self.standing
+        options = self.job.options
         async with AsyncExitStack() as stack:
-            most = await limited(self.session, options, stack)
-            new = not await self.ledger.known()
-            bought = await self.ledger.bought()
-            engine = engine_of(self.session, self.ledger, options, on_end=self._take, most=most, bought=bought)
-            if self.stopped is not None:
-                engine.stop(self.stopped)
-            if engine.stopped is None:
-                await self.begin()
-                self._begun = 0
-            self.output.open(self._stays(), in_order=options.order == "input")
-            rows = feed(engine, self.plan.jobs(), chunk_size=1 if options.task_per_row else options.chunk_size, new=new)
+            runner = Runner(
+                *(self._session, self._throttle, self.ledger, options),
+                max_in_flight=await hold_concurrency_slots(self._session, options, stack),
+                on_end=self.progress.add,
+                judge_again=not self._lines_stay,
+            )
+            self._lock.generation = await begin_generation(self.ledger, self.job.ledger.public, patience=BEGIN_FOR)
+            self._begin_after = time.monotonic() + BEGIN_EVERY
             try:
-                await watched(
-                    rows, engine, name=self.job.name, on_cancel=options.on_cancel, tick=lambda: self._tick(engine)
+                await run_until_cancelled(
+                    runner.run(self._plan.jobs()),
+                    runner,
+                    name=self.job.name,
+                    on_cancel=options.on_cancel,
+                    tick=lambda: self._tick(runner),
                 )
             finally:
-                await self.begin_again(engine.kickoffs, over=True)
-                self.stopped = self.stopped or engine.stopped
-                standing.in_flight = len(engine.waiting)
+                await self._begin_generation(runner.started, now=True)
+                self.progress.in_flight = len(runner.waiting)
 
-    async def _take(self, end: RowEnd) -> None:
-        self.standing.take(end)
-        self.output.put(end.job.number, end.job.key, line_of(end, self.job.crew))
-
-    async def _tick(self, engine: Engine) -> None:
+    async def _tick(self, runner: Runner) -> None:
         """Show how the batch stands. About once a second."""
-        standing = self.standing
-        standing.in_flight, standing.kickoffs = engine.in_flight, engine.kickoffs
-        standing.people = sum(record.human_since is not None for record in engine.waiting.values())
-        standing.tick()
-        tell_batch(self.job.name, "running", standing)
-        self.output.flush()
-        await self.artifacts.progress(standing)
-        await self.begin_again(engine.kickoffs)
-        if not await self.lock.still_held():
-            engine.stop(
+        progress = self.progress
+        progress.in_flight = len(runner.waiting)
+        progress.people = sum(record.human_since is not None for record in runner.waiting.values())
+        progress.tick()
+        if time.monotonic() > self._refresh_after:
+            await self._refresh()
+        self._tell("running")
+        await self._artifact.update(progress)
+        await self._begin_generation(runner.started)
+        if not await self._lock.still_held():
+            runner.stop(
                 "its lock was lost: another process has taken the batch over, or the ledger's file was removed or "
                 "replaced.",
                 shut=True,
             )
 
+    async def _begin_generation(self, started: int, *, now: bool = False) -> None:
+        """Begin another generation once in a while, so that a copy made meanwhile is known for an older one.
+
+        Args:
+            started: How many rows were started so far; nothing is done where that is as it was.
+            now: Do it now: no more will be started.
+        """
+        if started == self._begun or (time.monotonic() < self._begin_after and not now):
+            return
+        try:
+            self._lock.generation = await begin_generation(self.ledger, self.job.ledger.public, patience=SOON)
+            self._begun = started
+        except (httpx.HTTPError, PrefectException, CrewError) as error:
+            run_logger().warning("That batch %s has gone on cannot be noted: %s", self.job.name, error)
+        self._begin_after = time.monotonic() + BEGIN_EVERY
+
     async def _note_people(self) -> None:
         """Note on the Prefect server whether rows are left that wait for people."""
-        asks = bool([record async for record in self.ledger.may_ask()])
+        waits = bool([record async for record in self.ledger.may_ask()])
         try:
-            await note_asking(self.job.name, asks)
+            await note_waiting_for_people(self.job.name, waits)
         except (httpx.HTTPError, PrefectException) as error:
             run_logger().debug("Whether rows of batch %s wait for people is not noted: %s", self.job.name, error)
 
-    def _stays(self) -> Callable[[str], bool]:
-        """Return what says whether a line of an earlier call stays: that of a row neither run again nor judged anew."""
-        options, before = self.job.options, self.bound.before
-        noted: Mapping[str, Any] = (None if before is None else before.standing) or {}
-        same = all(noted.get(name, value) == value for name, value in self.job.written.items() if name != "order")
-        states = {str(CrewState.COMPLETED)} if same else set[str]()
-        if same and not options.retry_failed and not options.retries:
-            states.add(str(CrewState.FAILED))
-        return states.__contains__
-
-    # A batch that is done.
-
-    @property
-    def is_done(self) -> bool:
-        """Return whether there was nothing left to do when it was opened, not even a line."""
-        before, entry, options = self.bound.before, self.bound.entry, self.job.options
-        if before is None or before.standing is None or options.retry_failed or options.retries:
-            return False
-        if before.fingerprint != entry.fingerprint or before.total != entry.total:
-            return False
-        noted = {"done": True, "lines": before.total, **self.job.written}
-        return dict(before.standing) == noted and self.output.count() == before.total
-
-    async def _recall(self) -> None:
-        """Take the standing of a batch that is done from its ledger, without a look at its rows."""
-        standing, ledger = self.standing, self.ledger
-        counts = await ledger.counts()
-        standing.completed = counts.get(str(CrewState.COMPLETED), 0)
-        standing.failed = standing.total - standing.completed
-        times = await ledger.run_times()
-        standing.recall(times.sample, times.slowest)
-        standing.add_usage(await ledger.usage())
-        if not standing.failed:
-            return
-        async for key, record in ledger.standing_attempts():
-            state = str(record.state)
-            standing.failures.append(Failure(key, record.kickoff_id, state, record.error or state, None))
-            if len(standing.failures) == FAILURES:
-                break
-
     async def _report(self) -> BatchReport:
-        standing, job = self.standing, self.job
-        total, aside = standing.whole, standing.set_aside
+        progress, job = self.progress, self.job
+        total, aside = progress.whole, progress.set_aside
         try:
-            bought = await self.ledger.bought()
+            kickoffs, usage = await self.ledger.kickoffs(), await self.ledger.usage()
         except LedgerError:
-            bought = self.bought + standing.kickoffs  # what ended the batch is told; this is only how it stands
+            kickoffs, usage = self._throttle.kickoffs, None  # what ended the batch is raised
         return BatchReport(
             name=job.name,
             total=total,
-            completed=standing.completed,
-            failed=standing.failed,
-            uncertain=standing.uncertain,
-            skipped=total - standing.done,
-            seconds=standing.seconds,
+            completed=progress.completed,
+            failed=progress.failed,
+            uncertain=progress.uncertain,
+            skipped=total - progress.done,
+            seconds=progress.seconds,
             output=self.output.name,
-            stopped=self.stopped,
-            kickoffs=bought - self.bought,
+            stopped=self._throttle.stopped,
+            kickoffs=kickoffs - self._kickoffs_before,
             set_aside=aside.count,
             set_aside_rows=tuple(aside.rows[:FAILURES]),
             set_aside_output=aside.output,
-            duplicates=standing.duplicates,
-            uncertain_keys=tuple(standing.uncertain_keys),
-            errors=dict(standing.errors),
-            usage=standing.usage,
-            cost=None if job.crew.price is None else job.crew.price * bought,
+            duplicates=progress.duplicates,
+            uncertain_keys=tuple(progress.uncertain_keys),
+            errors=dict(progress.errors),
+            usage=usage,
+            cost=None if job.crew.price is None else job.crew.price * kickoffs,
         )

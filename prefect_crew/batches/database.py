@@ -8,7 +8,7 @@ import re
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -17,6 +17,7 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import WorkerStatus
 from prefect.context import FlowRunContext
 from sqlalchemy import (
+    JSON,
     URL,
     Column,
     Connection,
@@ -48,32 +49,29 @@ SECRET = "secret://"  # noqa: S105  the beginning of a name, not a secret
 
 
 @dataclass(frozen=True)
-class LedgerPlace:
-    """A ledger. `ledger` is its path or URL, with what it takes to open it; `told` is the same without a password."""
+class LedgerAddress:
+    """Where a ledger is. `full` is its path or URL, with what it takes to open it; `public` has no password."""
 
-    ledger: str
-    told: str
-
-    def __repr__(self) -> str:
-        return f"LedgerPlace({self.told!r})"
+    full: str = field(repr=False)
+    public: str
 
     @property
-    def local(self) -> bool:
+    def is_local(self) -> bool:
         """Whether it is a file on this machine."""
-        return open_url(self.ledger).drivername == "sqlite"
+        return open_url(self.full).drivername == "sqlite"
 
     @property
     def exists(self) -> bool:
         """Whether a ledger that is a file is there."""
-        return self.local and Path(str(open_url(self.ledger).database)).exists()
+        return self.is_local and Path(str(open_url(self.full).database)).exists()
 
     @property
-    def open_to_all(self) -> bool:
-        """Whether `told` is all that another machine needs."""
-        return self.told.startswith(SECRET) or not _is_secret(open_url(self.ledger))
+    def is_public(self) -> bool:
+        """Whether `public` is all that another machine needs."""
+        return self.public.startswith(SECRET) or not _is_secret(open_url(self.full))
 
 
-async def check_adoptable(place: LedgerPlace, batch: str) -> None:
+async def check_adoptable(address: LedgerAddress, batch: str) -> None:
     """Refuse a ledger in a file where the batch may have to go on elsewhere: on a pool of several crew workers.
 
     A worker that was stopped or killed stays online for a while. So another one counts once it has sent a heartbeat.
@@ -84,7 +82,7 @@ async def check_adoptable(place: LedgerPlace, batch: str) -> None:
     context = FlowRunContext.get()
     flow_run = None if context is None else context.flow_run
     pool = getattr(flow_run, "work_pool_name", None)
-    if flow_run is None or pool is None or not place.local:
+    if flow_run is None or pool is None or not address.is_local:
         return
     own = (flow_run.infrastructure_pid or "").rpartition("/")[0]
     begun = time.monotonic()
@@ -98,8 +96,8 @@ async def check_adoptable(place: LedgerPlace, batch: str) -> None:
             for one in others:
                 if first.setdefault(one.name, one.last_heartbeat_time) != one.last_heartbeat_time:
                     raise ConfigurationError(
-                        f"Batch {batch!r} has its ledger in a file of this machine ({place.told}), but the work pool "
-                        f"{pool} has a second worker, {one.name}, which could not go on with the batch. Give it a "
+                        f"Batch {batch!r} has its ledger in a file of this machine ({address.public}), but the work "
+                        f"pool {pool} has a second worker, {one.name}, which could not go on with the batch. Give it a "
                         "ledger in PostgreSQL: ledger='postgresql://…'. Nothing was started."
                     )
             intervals = [float(one.heartbeat_interval_seconds or HEARTBEAT) for one in others]
@@ -108,7 +106,7 @@ async def check_adoptable(place: LedgerPlace, batch: str) -> None:
             await asyncio.sleep(1)
 
 
-async def ledger_place(ledger: str | None, output: str) -> LedgerPlace:
+async def ledger_address(ledger: str | None, output: str) -> LedgerAddress:
     """Return where a ledger is.
 
     Args:
@@ -122,23 +120,22 @@ async def ledger_place(ledger: str | None, output: str) -> LedgerPlace:
     given = ledger or default_ledger(output)
     if not given.startswith(SECRET):
         url = open_url(given)
-        told = str(url.database) if url.drivername == "sqlite" else given
+        public = str(url.database) if url.drivername == "sqlite" else given
         if _is_secret(url):
-            told = url.set(drivername="postgresql", password=None, query={}).render_as_string()
-        return LedgerPlace(given, told)
+            public = url.set(drivername="postgresql", password=None, query={}).render_as_string()
+        return LedgerAddress(given, public)
     name = given.removeprefix(SECRET)
     try:
-        block = await cast("Any", Secret).aload(name)
+        value = (await cast("Any", Secret).aload(name)).get()
     except ValueError:
         raise ConfigurationError(
-            f"The ledger is said to be in the Prefect Secret block {name!r}, which does not exist. Make it: "
+            f"There is no Prefect Secret block {name!r} for the ledger. Make it: "
             f"Secret(value='postgresql://…').save({name!r})."
         ) from None
-    value = block.get()
     if not isinstance(value, str):
         raise ConfigurationError(f"The Prefect Secret block {name!r} holds no text, and so no ledger.")
     open_url(value)
-    return LedgerPlace(value, given)
+    return LedgerAddress(value, given)
 
 
 def _is_secret(url: URL) -> bool:
@@ -158,15 +155,31 @@ batches = Table(
     Column("crew_url", Text, nullable=False),
     Column("fingerprint", String(64), nullable=False),
     Column("total", Integer, nullable=False),
-    Column("call", Text),
-    Column("standing", Text),
-    Column("halt", Text),
-    Column("generation", Integer),
+    Column("call", JSON(none_as_null=True)),
+    Column("set_aside", JSON(none_as_null=True)),
+    Column("line_options", JSON(none_as_null=True)),
+    Column("exported", JSON(none_as_null=True)),
+    Column("generation", Integer, nullable=False, default=0),
 )
-"""A row a batch. `call` is what `batch retry` needs to run it again, `standing` how it stood at its last end: JSON.
-
-`halt` is why its shards are to buy nothing more. `generation` grows while rows are started; the Prefect server has it
-as well, by which an older copy of the ledger is known."""
+"""A row a batch. `call` is what `batch retry` needs to run it again. `set_aside` are the rows that cannot be run,
+`line_options` what its lines depend on, and `exported` what the output was last written with. `generation` grows while
+rows are started; the Prefect server has it as well, by which an older copy of the ledger is known."""
+rows = Table(
+    "crew_rows",
+    _metadata,
+    Column("batch", String(255), primary_key=True),
+    Column("row_key", String(255), primary_key=True),
+    Column("number", Integer),
+    Column("digest", String(64), nullable=False),
+    Column("inputs", Text, nullable=False),
+    Column("state", String(16), nullable=False),
+    Column("attempt", Integer, nullable=False),
+    Index("crew_rows_state", "batch", "state", "number"),
+    Index("crew_rows_number", "batch", "number", "row_key"),
+)
+"""A row a row of the data set, from when the batch comes to it. `number` is its place in the data set, from 0, and NULL
+once it has left the data set; `digest` is that of the inputs that it was kicked off with; `inputs` are JSON, secret
+ones masked. `state` is a RowState, and `attempt` the attempt that it is that of: 0 for none."""
 attempts = Table(
     "crew_attempts",
     _metadata,
@@ -174,11 +187,11 @@ attempts = Table(
     Column("row_key", String(255), primary_key=True),
     Column("attempt", Integer, primary_key=True),
     Column("phase", String(16), nullable=False),
-    Column("state", String(16)),
+    Column("state", String(16), nullable=False),
     Column("kickoff", String(64)),
     Column("owner", String(36), nullable=False),
     Column("seconds", Float),
-    Column("usage", Text),
+    Column("usage", JSON),
     Column("record", Text, nullable=False),
     Column("posts_until", Float),
     Index("crew_attempts_kickoff", "kickoff"),
@@ -190,6 +203,12 @@ attempts = Table(
 `posts_until` is when the kickoff of a claim, or of one that is uncertain, is surely not on its way any more, in seconds
 since 1970 by the clock of the database.
 """
+Index(
+    "crew_attempts_seconds",
+    *(attempts.c.batch, attempts.c.seconds, attempts.c.row_key),
+    sqlite_where=attempts.c.seconds.is_not(None),
+    postgresql_where=attempts.c.seconds.is_not(None),
+)
 answers = Table(
     "crew_answers",
     _metadata,
@@ -200,15 +219,6 @@ answers = Table(
     Column("review", Text, nullable=False),
 )
 """A row for each answer of a person to an attempt, counted from 1. `review` is all of it, as JSON."""
-set_aside = Table(
-    "crew_set_aside",
-    _metadata,
-    Column("batch", String(255), primary_key=True),
-    Column("count", Integer, nullable=False),
-    Column("rows", Text, nullable=False),
-    Column("output", Text),
-)
-"""A row a batch of which rows cannot be run. `rows` are the first of them, their lines and why: JSON."""
 OPEN_TRIES = 5
 MOUNTS = Path("/proc/self/mountinfo")
 """Where Linux tells what is mounted; elsewhere it is not there."""
@@ -278,7 +288,7 @@ class Database:
         return Path(str(self.url.database)) if self.url.drivername == "sqlite" else None
 
     @property
-    def stands(self) -> bool:
+    def is_in_place(self) -> bool:
         """Whether the SQLite file that is open is the one at its path; it may have been removed or replaced."""
         try:
             return self.path is None or self._stat is None or os.path.samestat(self._stat, self.path.stat())
@@ -293,6 +303,13 @@ class Database:
     async def __aenter__(self) -> Database:
         try:
             await self._open()
+        except _OldLedgerError:
+            await self._close()
+            raise LedgerError(
+                "was written by an earlier version of prefect-crew, and this one cannot read it.",
+                ledger=self.address,
+                advice="Finish its batches with that version, or give them another ledger and another name.",
+            ) from None
         except (SQLAlchemyError, OSError) as error:
             await self._close()
             raise LedgerError(f"cannot be opened: {short(error)}.", ledger=self.address) from error
@@ -313,7 +330,7 @@ class Database:
 
             # Every process of a batch keeps two of them busy at most: its writer, and a reader.
             self._server = create_async_engine(self.url, pool_size=2, max_overflow=2, pool_pre_ping=True)
-            event.listen(self._server.sync_engine, "connect", _flush_commits)
+            event.listen(self._server.sync_engine, "connect", _prepare_session)
         for remaining in reversed(range(OPEN_TRIES)):
             try:
                 await self.run(_make_tables)
@@ -416,26 +433,28 @@ def _sqlite(url: URL) -> Engine:
     return engine
 
 
-def _flush_commits(connection: Any, _: Any) -> None:
-    """Have a commit be on disk when it returns, where the server does not say so by itself."""
+def _prepare_session(connection: Any, _: Any) -> None:
     cursor = connection.cursor()
+    # A commit is on disk when it returns, also where the server does not say so by itself.
     cursor.execute(
         "SELECT set_config('synchronous_commit', 'on', false) WHERE current_setting('synchronous_commit') = 'off'"
     )
+    # A plan that was made while a table was small goes through all of it once it is large.
+    cursor.execute("SET plan_cache_mode = force_custom_plan")
     cursor.close()
     connection.commit()
 
 
 def _make_tables(connection: Connection) -> None:
-    """Make the tables, and the columns that tables of an earlier version do not have."""
+    known = inspect(connection).get_table_names()
+    if attempts.name in known and rows.name not in known:
+        raise _OldLedgerError
+    rows.create(connection, checkfirst=True)  # first: that is what a ledger of this version is known by
     _metadata.create_all(connection)
-    known = inspect(connection)
-    for table in _metadata.tables.values():
-        there = {column["name"] for column in known.get_columns(table.name)}
-        for column in table.columns:
-            if column.name not in there:
-                kind = column.type.compile(connection.dialect)
-                connection.exec_driver_sql(f"ALTER TABLE {table.name} ADD COLUMN {column.name} {kind}").close()
+
+
+class _OldLedgerError(Exception):
+    """The tables are those of an earlier version."""
 
 
 def _is_mounted(path: Path) -> bool:

@@ -1,100 +1,63 @@
-"""The ledger of a batch: every attempt of every row."""
+"""The ledger of a batch: its rows, and every attempt at each."""
 
 from __future__ import annotations
 
-import json
 import shlex
-from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from hashlib import sha256
-from typing import Any, NamedTuple, TypeVar
+from itertools import islice
+from typing import Any, TypeVar
 from uuid import uuid4
 
-from sqlalchemy import ColumnElement, Connection, Subquery, Table, case, delete, func, select, update
+from pydantic_core import from_json, to_json
+from sqlalchemy import (
+    BigInteger,
+    ColumnElement,
+    Connection,
+    Table,
+    and_,
+    cast,
+    delete,
+    func,
+    literal,
+    select,
+    tuple_,
+    update,
+)
 from sqlalchemy.exc import SQLAlchemyError
 
 from prefect_crew._internal.prefect_api import run_logger
-from prefect_crew.batches.database import Database, answers, attempts, batches, set_aside, short
-from prefect_crew.batches.group_commit import KEYS_AT_ONCE, GroupWriter, seconds_left
-from prefect_crew.batches.outcomes import standing_word
-from prefect_crew.batches.rows import BadRow, SetAside
+from prefect_crew.batches.database import Database, answers, attempts, batches, rows, short
+from prefect_crew.batches.group_commit import GroupWriter, seconds_left
+from prefect_crew.batches.outcomes import CONFLICT_REASON, SENDER_ENDED, RowState, state_of
+from prefect_crew.batches.rows import BadRow, RowJob, SetAside
+from prefect_crew.client.models import TokenUsage
+from prefect_crew.client.redaction import MASK
+from prefect_crew.crew import Crew
 from prefect_crew.exceptions import CrewError, LedgerError
 from prefect_crew.records.keys import escape_name
 from prefect_crew.records.model import SPARE, RecordPhase, RunRecord, SentReview, resolution
 from prefect_crew.runs.kickoff import ClaimLostError
 from prefect_crew.states import CrewState
 
-_REFUSED = str(RecordPhase.NOT_STARTED)
-
-
-class Place(NamedTuple):
-    """Where one attempt stands: the words of the ledger's columns."""
-
-    row_key: str
-    attempt: int
-    phase: str
-    state: str | None
-
-    @property
-    def counts(self) -> bool:
-        """Whether it is, or may be, a purchase."""
-        return self.phase != _REFUSED
-
-    @property
-    def completed(self) -> bool:
-        """Whether it has a result as it was asked for."""
-        return self.state == str(CrewState.COMPLETED)
-
-
-def latest(places: Sequence[Place]) -> dict[str, Place]:
-    """Return the attempt that counts of each row, of attempts in order."""
-    found: dict[str, Place] = {}
-    for place in places:
-        if place.counts or not (place.row_key in found and found[place.row_key].counts):
-            found[place.row_key] = place
-    return found
-
-
-def places(batch: str, after: str) -> Any:
-    """Return the query for where all attempts stand of rows whose keys come after one, in the order of the keys."""
-    columns = (attempts.c.row_key, attempts.c.attempt, attempts.c.phase, attempts.c.state)
-    query = select(*columns).where(attempts.c.batch == batch, attempts.c.row_key > after)
-    return query.order_by(attempts.c.row_key, attempts.c.attempt)
-
-
-def places_of_row(batch: str, row_key: str, *, after: int) -> Any:
-    """Return the query for the attempts at one row that come after one."""
-    columns = (attempts.c.row_key, attempts.c.attempt, attempts.c.phase, attempts.c.state)
-    row = (attempts.c.batch == batch, attempts.c.row_key == row_key, attempts.c.attempt > after)
-    return select(*columns).where(*row).order_by(attempts.c.attempt)
-
-
-def standing_attempts(batch: str, *columns: Any) -> Subquery:
-    """Return columns of all attempts of a batch, and `place`, which is 1 for that which counts of each row.
-
-    Not by a look for a later attempt at each: PostgreSQL takes a table that grows for a small one until it is analyzed,
-    and goes through all of it for every row (19 s for 2,300).
-    """
-    refused = case((attempts.c.phase == _REFUSED, 1), else_=0)
-    place = func.row_number().over(partition_by=attempts.c.row_key, order_by=(refused, attempts.c.attempt.desc()))
-    return select(*columns, place.label("place")).where(attempts.c.batch == batch).subquery()
-
-
 T = TypeVar("T")
 LEDGER_VERSION = 2
-_PAGE = 1_000
-SAMPLE = 10_000
-"""Durations of runs that are read for a median and for percentiles."""
-SLOWEST = 10
+PAGE = 400
+"""Rows that are read or written at once."""
 
 
 @dataclass(frozen=True)
 class BatchEntry:
-    """What a ledger knows of a batch as a whole. `fingerprint` is that of its rows' keys and inputs.
+    """What a ledger knows of a batch as a whole.
 
-    `call` is how it was called, where that are plain values; `standing` how it stood at its last end. `generation`
-    grows while rows are started.
+    Attributes:
+        fingerprint: That of its rows' keys and inputs.
+        call: How it was called, where that are plain values.
+        set_aside: The rows that cannot be run, as its last call found them.
+        line_options: What its lines depend on besides the rows.
+        exported: What the output was last written with.
+        generation: A number that grows while rows are started.
     """
 
     name: str
@@ -104,25 +67,42 @@ class BatchEntry:
     fingerprint: str
     total: int
     call: Mapping[str, Any] | None = None
-    standing: Mapping[str, Any] | None = None
-    halt: str | None = None
-    generation: int | None = None
+    set_aside: SetAside = field(default_factory=SetAside)
+    line_options: Mapping[str, Any] | None = None
+    exported: Mapping[str, Any] | None = None
+    generation: int = 0
+
+
+@dataclass(frozen=True)
+class LedgerRow:
+    """A row as the ledger knows it.
+
+    Attributes:
+        key, inputs: Its key, and its inputs with secret ones masked.
+        state: How it stands.
+        record: The attempt that counts; None if it was never claimed.
+    """
+
+    key: str
+    inputs: Mapping[str, Any]
+    state: RowState
+    record: RunRecord | None
+
+    @property
+    def error(self) -> str | None:
+        """Why it has no result, for people."""
+        if self.state is RowState.CONFLICT:
+            return CONFLICT_REASON
+        return None if self.record is None else self.record.error or self.record.reason
 
 
 @dataclass(frozen=True)
 class RunTimes:
-    """How long the runs of a batch took, in seconds.
+    """How long the runs of a batch took that have ended, in seconds; None where there is none."""
 
-    Attributes:
-        count, mean: Of all that have ended; `mean` is None where there is none.
-        slowest: The longest first, each with the key of its row.
-        sample: All of them, or about 10,000 chosen at random.
-    """
-
-    count: int = 0
     mean: float | None = None
-    slowest: Sequence[tuple[float, str]] = ()
-    sample: Sequence[float] = ()
+    median: float | None = None
+    longest: float | None = None
 
 
 class Ledger:
@@ -132,7 +112,7 @@ class Ledger:
     slashes escaped.
 
     Attributes:
-        sole: Whether this process alone works on the batch, so that a claim that it does not hold has lost its owner.
+        is_exclusive: Whether this process holds the batch's lock, so that a claim that it did not make is orphaned.
         writer: Writes the attempts.
     """
 
@@ -141,9 +121,9 @@ class Ledger:
         self.batch = batch
         self.address = self.database.address
         self.writer = GroupWriter(self.database, batch)
+        self.is_exclusive = False
         self._left = seconds_left(self.database)
-        self.sole = False
-        self._mine: set[str] = set()
+        self._own_claims: set[str] = set()
 
     async def __aenter__(self) -> Ledger:
         await self.database.__aenter__()
@@ -168,7 +148,7 @@ class Ledger:
         """Return what is known of the batch, None if it is new here.
 
         Raises:
-            LedgerError: It cannot be read, or was written by a later version of this package.
+            LedgerError: It cannot be read, or was written by another version of this package.
         """
 
         def read(connection: Connection) -> dict[str, Any] | None:
@@ -178,28 +158,27 @@ class Ledger:
         values = await self._read(read)
         if values is None:
             return None
-        for name in ("call", "standing"):
-            values[name] = None if values[name] is None else json.loads(values[name])
-        entry = BatchEntry(**values)
-        if entry.version > LEDGER_VERSION:
+        if values["version"] > LEDGER_VERSION:
             raise LedgerError("was written by a later version of prefect-crew: update this one.", ledger=self.address)
-        return entry
+        aside: dict[str, Any] = values.pop("set_aside") or {}
+        bad = [BadRow(**row) for row in aside.pop("rows", ())]
+        return BatchEntry(**values, set_aside=SetAside(**aside, rows=bad))
 
     async def enter(
-        self, *, crew_url: str, fingerprint: str, total: int, call: Mapping[str, Any] | None = None
+        self,
+        *,
+        crew_url: str,
+        fingerprint: str,
+        total: int,
+        call: Mapping[str, Any] | None = None,
+        line_options: Mapping[str, Any] | None = None,
     ) -> BatchEntry:
-        """Write down a batch, or its changed rows, and return the entry that stands."""
-        values = {
-            "version": LEDGER_VERSION,
-            "crew_url": crew_url,
-            "fingerprint": fingerprint,
-            "total": total,
-            "call": None if call is None else json.dumps(call),
-            "halt": None,
-        }
+        """Write down a batch, or its changed rows, and return what is known of it then."""
+        values: dict[str, Any] = {"crew_url": crew_url, "fingerprint": fingerprint, "total": total, "call": call}
+        values |= {"version": LEDGER_VERSION, "line_options": line_options}
         insert = self.database.insert(batches).values(name=self.batch, ledger_id=str(uuid4()), **values)
         statement = insert.on_conflict_do_update(index_elements=["name"], set_=values)
-        await self._write(self.database.run(lambda connection: connection.execute(statement).close()))
+        await self._write(lambda connection: connection.execute(statement).close())
         entry = await self.entry()
         if entry is None:
             raise LedgerError("lost what was just written.", ledger=self.address)
@@ -209,60 +188,165 @@ class Ledger:
         """Begin the next generation of the batch, and return its number."""
 
         def write(connection: Connection) -> int:
-            ours = batches.c.name == self.batch
-            grown = func.coalesce(batches.c.generation, 0) + 1
-            connection.execute(update(batches).where(ours).values(generation=grown)).close()
-            return int(connection.execute(select(batches.c.generation).where(ours)).scalar_one())
+            this = batches.c.name == self.batch
+            connection.execute(update(batches).where(this).values(generation=batches.c.generation + 1)).close()
+            return int(connection.execute(select(batches.c.generation).where(this)).scalar_one())
 
-        return await self._write(self.database.run(write))
+        return await self._write_once(write)
 
-    async def note_standing(self, standing: Mapping[str, Any]) -> None:
-        """Write down how the batch stands at the end of a call."""
-        statement = update(batches).where(batches.c.name == self.batch).values(standing=json.dumps(standing))
-        await self._write(self.database.run(lambda connection: connection.execute(statement).close()))
+    async def note(self, **values: Any) -> None:
+        """Write down `set_aside` or `exported` of a `BatchEntry`, as JSON values."""
+        statement = update(batches).where(batches.c.name == self.batch).values(values)
+        await self._write(lambda connection: connection.execute(statement).close())
 
-    async def note_set_aside(self, found: SetAside) -> None:
-        """Write down which rows of the batch cannot be run."""
-        rows = json.dumps([[row.line, row.reason] for row in found.rows])
-        values = {"count": found.count, "rows": rows, "output": found.output}
-        insert = self.database.insert(set_aside).values(batch=self.batch, **values)
-        statement = insert.on_conflict_do_update(index_elements=["batch"], set_=values)
-        await self._write(self.database.run(lambda connection: connection.execute(statement).close()))
+    # Its rows.
 
-    async def set_aside(self) -> SetAside:
-        """Return which rows of the batch cannot be run, as its last call found them."""
-        columns = (set_aside.c.count, set_aside.c.rows, set_aside.c.output)
-        found = await self._rows(select(*columns).where(set_aside.c.batch == self.batch))
-        if not found:
-            return SetAside()
-        count, rows, output = found[0]
-        return SetAside(int(count), [BadRow(line, reason) for line, reason in json.loads(rows)], output)
+    async def enter_rows(self, jobs: Sequence[RowJob], crew: Crew, *, anew: bool = False) -> dict[str, RowState]:
+        """Write down rows of the data set that are new or have changed, and return how all of them stand by their keys.
 
-    async def halt(self, reason: str) -> None:
-        """Let no shard of the batch buy anything more; the next call begins anew."""
-        statement = update(batches).where(batches.c.name == self.batch).values(halt=reason)
-        await self._write(self.database.run(lambda connection: connection.execute(statement).close()))
+        Args:
+            jobs: Some rows.
+            crew: Says which inputs are secret.
+            anew: Write all of them, since other inputs are secret than before.
+        """
 
-    async def halted(self) -> str | None:
-        """Return why no shard is to buy anything more, None if there is no reason."""
-        rows = await self._rows(select(batches.c.halt).where(batches.c.name == self.batch))
-        return rows[0][0] if rows else None
+        def write(connection: Connection) -> dict[str, RowState]:
+            columns = (rows.c.row_key, rows.c.number, rows.c.digest, rows.c.state)
+            query = select(*columns).where(rows.c.batch == self.batch, rows.c.row_key.in_([job.key for job in jobs]))
+            known: Any = connection.execute(query)
+            before = {key: (number, digest, RowState(state)) for key, number, digest, state in known}
+            states: dict[str, RowState] = {}
+            changed: list[dict[str, Any]] = []
+            restored: list[str] = []
+            for job in jobs:
+                _, digest, state = before.get(job.key, (None, job.digest, RowState.PENDING))
+                has_run = state not in (RowState.PENDING, RowState.NOT_STARTED)
+                if has_run and digest != job.digest:
+                    states[job.key] = RowState.CONFLICT
+                else:
+                    digest, states[job.key] = job.digest, state
+                    if state is RowState.CONFLICT:
+                        restored.append(job.key)
+                if anew or before.get(job.key) != (job.number, digest, states[job.key]) or state is RowState.CONFLICT:
+                    values = {"batch": self.batch, "row_key": job.key, "number": job.number, "digest": digest}
+                    values |= {"inputs": _masked(job, crew), "state": str(states[job.key]), "attempt": 0}
+                    changed.append(values)
+            if changed:
+                insert = self.database.insert(rows)
+                new = {name: insert.excluded[name] for name in ("number", "digest", "inputs", "state")}
+                connection.execute(
+                    insert.on_conflict_do_update(index_elements=["batch", "row_key"], set_=new), changed
+                ).close()
+            if restored:
+                self.writer.follow_rows(connection, restored)
+                found: Any = connection.execute(query)
+                states |= {key: RowState(state) for key, _, _, state in found}
+            return states
 
-    async def names(self) -> list[str]:
-        """Return the names of all batches in this ledger."""
-        query = select(batches.c.name).order_by(batches.c.name)
-        return await self._read(lambda connection: list(connection.execute(query).scalars()))
+        return await self._write(write)
+
+    async def enter_changed(self, jobs: Iterator[RowJob], crew: Crew) -> None:
+        """Number all rows anew, after the data set has changed: what has left it is neither counted nor exported."""
+        statement = update(rows).where(rows.c.batch == self.batch).values(number=None)
+        await self._write(lambda connection: connection.execute(statement).close())
+        while page := list(islice(jobs, PAGE)):
+            await self.enter_rows(page, crew)
+
+    async def note_conflict(self, row_key: str) -> None:
+        """Write down that a row was not started, since its key was kicked off before with something else."""
+        this = (rows.c.batch == self.batch, rows.c.row_key == row_key)
+        statement = update(rows).where(*this).values(state=str(RowState.CONFLICT))
+        await self._write(lambda connection: connection.execute(statement).close())
+
+    async def counts(self) -> dict[RowState, int]:
+        """Return how many rows of the data set stand in each state, without those that the batch has not come to."""
+        ours = (rows.c.batch == self.batch, rows.c.number.is_not(None))
+        found = await self._rows(select(rows.c.state, func.count()).where(*ours).group_by(rows.c.state))
+        return {RowState(state): int(count) for state, count in found}
+
+    async def rows_in(self, states: Collection[RowState], *, limit: int | None = None) -> AsyncIterator[LedgerRow]:
+        """Yield the rows of the data set that stand in one of some states, one state after another.
+
+        Args:
+            states: The states.
+            limit: How many rows at most, None for all.
+        """
+        count = 0
+        for state in states:
+            async for page in self._pages(self._left, state=state):
+                for key, inputs, _, record, seconds in page:
+                    if count == limit:
+                        return
+                    count += 1
+                    found = None if record is None else _record(record, seconds)
+                    yield LedgerRow(key, from_json(inputs), state, found)
+
+    def lines(self) -> AsyncIterator[list[tuple[str, str, str, str | None, float | None]]]:
+        """Yield the rows of the data set that the batch has come to, in their order and in pages.
+
+        Of each its key, its inputs as JSON, its state, the record of the attempt that counts as JSON, and the seconds
+        that its run took.
+        """
+        return self._pages(attempts.c.seconds)
+
+    async def _pages(self, more: ColumnElement[Any], *, state: RowState | None = None) -> AsyncIterator[list[Any]]:
+        attempt = (attempts.c.batch == rows.c.batch, attempts.c.row_key == rows.c.row_key)
+        joined = rows.outerjoin(attempts, and_(*attempt, attempts.c.attempt == rows.c.attempt))
+        columns = (rows.c.number, rows.c.row_key, rows.c.inputs, rows.c.state, attempts.c.record, more)
+        query = select(*columns).select_from(joined).where(rows.c.batch == self.batch)
+        if state is not None:
+            query = query.where(rows.c.state == str(state))
+        query = query.order_by(rows.c.number, rows.c.row_key).limit(PAGE)
+        last: tuple[int, str] = (-1, "")
+        found: list[Any] = [()]
+        while found:
+            found = await self._rows(
+                query.where(tuple_(rows.c.number, rows.c.row_key) > tuple_(literal(last[0]), literal(last[1])))
+            )
+            if found:
+                last = found[-1][0], found[-1][1]
+                yield [row[1:] for row in found]
+
+    async def kickoffs(self) -> int:
+        """Return how many kickoffs were, or may have been, sent for this batch in all."""
+        sent = attempts.c.phase != str(RecordPhase.NOT_STARTED)
+        return int((await self._rows(select(func.count()).where(attempts.c.batch == self.batch, sent)))[0][0])
+
+    async def is_empty(self) -> bool:
+        """Return whether the batch has come to no row yet."""
+        return not await self._rows(select(rows.c.row_key).where(rows.c.batch == self.batch).limit(1))
+
+    async def run_times(self) -> RunTimes:
+        """Return how long runs took that have ended, from their recorded kickoffs to the ends that were seen."""
+        ended = (attempts.c.batch == self.batch, attempts.c.seconds.is_not(None))
+        figures = (func.count(), func.avg(attempts.c.seconds), func.max(attempts.c.seconds))
+        ((count, mean, longest),) = await self._rows(select(*figures).where(*ended))
+        if not count:
+            return RunTimes()
+        ordered = select(attempts.c.seconds).where(*ended).order_by(attempts.c.seconds).limit(1)
+        median = (await self._rows(ordered.offset((count - 1) // 2)))[0][0]
+        return RunTimes(float(mean), float(median), float(longest))
+
+    async def usage(self) -> TokenUsage | None:
+        """Return the usage of all runs that reported one, added up; None where none did."""
+        names = list(TokenUsage.model_fields)
+        sums = [func.sum(cast(attempts.c.usage[name].as_string(), BigInteger)) for name in names]
+        found = (await self._rows(select(*sums).where(attempts.c.batch == self.batch, attempts.c.usage.is_not(None))))[
+            0
+        ]
+        reported = {name: int(count) for name, count in zip(names, found, strict=True) if count is not None}
+        return TokenUsage(**reported) if reported else None
 
     # The record protocol.
 
     async def claim(self, record: RunRecord) -> bool:
-        """Write a new attempt, with the permit to post it for `good_for` seconds; False if something else stands there.
+        """Write a new attempt, with the permit to post it for `good_for` seconds; False if there is another.
 
-        What stands there is somebody else's attempt, or our own that somebody has resolved.
+        That is somebody else's attempt, or our own that somebody has resolved.
         """
-        self._mine.add(record.owner)
+        self._own_claims.add(record.owner)
         record.open_for = record.good_for + record.post_deadline + SPARE
-        claimed = await self.writer.put(self._values(record), new=True)
+        claimed = await self.writer.put(self._values(record), is_claim=True)
         record.permit += claimed
         return claimed
 
@@ -291,11 +375,11 @@ class Ledger:
     ) -> bool:
         """Write down what was found out about an attempt as it was read.
 
-        False if somebody else has changed it since, or whoever claimed it may still post it.
+        False if somebody else has changed it since, or its owner may still post it.
         """
         found = resolution(record, phase, kickoff_id=kickoff_id, state=state, reason=reason)
         values = {**self._values(record.model_copy(update=found)), "mine": 0, "was": str(record.phase)}
-        if not await self.writer.put(values, new=False):
+        if not await self.writer.put(values, is_claim=False):
             return False
         for name, value in found.items():
             setattr(record, name, value)
@@ -308,76 +392,97 @@ class Ledger:
             ClaimLostError: It is a claim that is to be kept, and somebody has resolved it.
             CrewError: This process did not claim the attempt, and somebody else was there before. Nothing was changed.
         """
-        mine = record.owner in self._mine
+        mine = record.owner in self._own_claims
         try:
             # Nothing is sent on the strength of an end, so it need not hurry.
             urgent = record.phase is not RecordPhase.ENDED
-            saved = await self.writer.put(self._values(record), new=False, urgent=urgent)
+            saved = await self.writer.put(self._values(record), is_claim=False, urgent=urgent)
         except LedgerError:
-            self._say_unsaved(record, "that could not be written down. Once the ledger is back: ")
+            self._log_unsaved(record, "that could not be written down. Once the ledger is back: ")
             raise
         finally:
             if record.phase is not RecordPhase.CLAIMED:
-                self._mine.discard(record.owner)
+                self._own_claims.discard(record.owner)
         if not saved:
-            await self._refused(record, mine)
+            await self._raise_unsaved(record, mine)
 
-    async def _refused(self, record: RunRecord, mine: bool) -> None:
+    async def _raise_unsaved(self, record: RunRecord, mine: bool) -> None:
         if record.phase is RecordPhase.CLAIMED and mine:
             raise ClaimLostError
         found = await self._rows(select(attempts.c.record).where(*self._attempt(attempts, record)))
         what = f"row {self.row_key(record.idempotency_key)!r} of batch {self.batch!r}"
         if not found:
             raise CrewError(f"Attempt {record.attempt} at {what} is not in the ledger {self.address}.")
-        standing = _record(found[0][0])
-        known = f"{standing.phase}{f', run {standing.kickoff_id}' if standing.kickoff_id else ''}"
+        there = _record(found[0][0])
+        known = f"{there.phase}{f', run {there.kickoff_id}' if there.kickoff_id else ''}"
         if not mine:
             raise CrewError(f"{what[:1].upper()}{what[1:]} is {known} in the ledger. Nothing was changed.")
-        if record.kickoff_id is not None and record.kickoff_id != standing.kickoff_id:
-            self._say_unsaved(record, f"the ledger says meanwhile that it is {known}. ")
+        if record.kickoff_id is not None and record.kickoff_id != there.kickoff_id:
+            self._log_unsaved(record, f"the ledger already says that it is {known}. ")
         else:
-            run_logger().warning("The ledger says meanwhile that %s is %s. That stays.", what, known)
+            run_logger().warning("The ledger already says that %s is %s. That stays.", what, known)
 
-    def _say_unsaved(self, record: RunRecord, why: str) -> None:
-        """Tell the id of a run that is in no ledger: nobody else knows it."""
+    def _log_unsaved(self, record: RunRecord, why: str) -> None:
+        """Log the id of a run that is in no ledger: nobody else knows it."""
         if record.kickoff_id is not None and record.phase is RecordPhase.STARTED:
+            row_key = self.row_key(record.idempotency_key)
             run_logger().error(
                 "Row %r of batch %s is run %s, and %sprefect-crew batch resolve %s %s --kickoff-id %s",
-                *(self.row_key(record.idempotency_key), self.batch, record.kickoff_id, why),
-                *map(shlex.quote, (self.batch, self.row_key(record.idempotency_key), record.kickoff_id)),
+                *(row_key, self.batch, record.kickoff_id, why),
+                *map(shlex.quote, (self.batch, row_key, record.kickoff_id)),
             )
 
     async def attempts(self, idempotency_key: str) -> Sequence[RunRecord]:
-        """Return all attempts at a row, the first one first; none for an idempotency key that is of no row of this
-        batch."""
+        """Return all attempts at a row, the first one first; none for a key that is of no row of this batch."""
         if not idempotency_key.startswith(self.idempotency_key("")):
             return []
         key = self.row_key(idempotency_key)
         return (await self.attempts_of([key])).get(key, [])
 
+    async def attempts_of(self, row_keys: Sequence[str]) -> dict[str, list[RunRecord]]:
+        """Return the attempts at up to `PAGE` rows by row key; a row without any is left out."""
+        query = select(attempts.c.row_key, attempts.c.record, self._left).order_by(attempts.c.attempt)
+        query = query.where(attempts.c.batch == self.batch, attempts.c.row_key.in_(row_keys))
+        found: dict[str, list[RunRecord]] = {}
+        for key, text, left in await self._rows(query):
+            found.setdefault(key, []).append(_record(text, left))
+        return found
+
     async def of_kickoff(self, kickoff_id: str) -> RunRecord | None:
         """Return the attempt that holds a kickoff id, if any, of whichever batch."""
-        query = select(attempts.c.record).where(attempts.c.kickoff == _digest(kickoff_id))
-        found = await self._read(lambda connection: connection.execute(query).scalars().first())
-        return None if found is None else _record(found)
+        return next(iter(await self._of_kickoff(kickoff_id)), None)
 
     async def holders(self, kickoff_id: str) -> Sequence[tuple[str, int]]:
         """Return the idempotency keys and attempts that hold a kickoff id, of whichever batch."""
+        return [(record.idempotency_key, record.attempt) for record in await self._of_kickoff(kickoff_id)]
+
+    async def _of_kickoff(self, kickoff_id: str) -> list[RunRecord]:
         query = select(attempts.c.record).where(attempts.c.kickoff == _digest(kickoff_id))
-        held = [_record(text) for (text,) in await self._rows(query)]
-        return [(record.idempotency_key, record.attempt) for record in held]
+        return [_record(text) for (text,) in await self._rows(query)]
 
     async def owner_ended(self, record: RunRecord) -> bool:
-        """Return whether whoever claimed the record is surely gone; else its age alone tells."""
-        return self.sole and record.owner not in self._mine
+        """Return whether the owner of a claim is surely gone; else its age alone tells."""
+        return self.is_exclusive and record.owner not in self._own_claims
+
+    async def unresolved(self) -> list[RunRecord]:
+        """Return the attempts of which nobody has written down what became of their kickoffs."""
+        phases = (str(RecordPhase.UNCERTAIN), str(RecordPhase.CLAIMED))
+        ours = (attempts.c.batch == self.batch, attempts.c.phase.in_(phases))
+        return [_record(*row) for row in await self._rows(select(attempts.c.record, self._left).where(*ours))]
+
+    async def note_orphaned(self) -> None:
+        """Write down of claims whose process has died that they are uncertain. Only for who holds the batch's lock."""
+        for record in await self.unresolved():
+            if record.phase is RecordPhase.CLAIMED and await self.owner_ended(record):
+                record.phase, record.reason = RecordPhase.UNCERTAIN, SENDER_ENDED
+                await self.writer.put({**self._values(record), "mine": 1}, is_claim=False)
 
     # People's answers to rows.
 
     async def may_ask(self) -> AsyncIterator[RunRecord]:
         """Yield the runs in flight that waited for a person when they were last looked at."""
-        phase = str(RecordPhase.STARTED)
-        query = select(attempts.c.record).where(attempts.c.batch == self.batch, attempts.c.phase == phase)
-        for (text,) in await self._rows(query):
+        ours = (attempts.c.batch == self.batch, attempts.c.phase == str(RecordPhase.STARTED))
+        for (text,) in await self._rows(select(attempts.c.record).where(*ours)):
             record = _record(text)
             if record.human_since is not None:
                 yield record
@@ -388,135 +493,26 @@ class Ledger:
         return [SentReview.model_validate_json(text) for (text,) in await self._rows(query)]
 
     async def add_review(self, record: RunRecord, number: int, review: SentReview) -> bool:
-        """Write down an answer that is about to be sent; False if somebody else's of this number stands there."""
-        values = {
-            "batch": self.batch,
-            "row_key": self.row_key(record.idempotency_key),
-            "attempt": record.attempt,
-            "number": number,
-            "review": review.model_dump_json(),
-        }
+        """Write down an answer that is about to be sent; False if there is somebody else's of this number."""
+        place = {"batch": self.batch, "row_key": self.row_key(record.idempotency_key), "attempt": record.attempt}
+        values = {**place, "number": number, "review": review.model_dump_json()}
         statement = self.database.insert(answers).values(values).on_conflict_do_nothing()
-
-        def write(connection: Connection) -> bool:
-            return connection.execute(statement).rowcount == 1
-
-        return await self._write(self.database.run(write))
+        return await self._write_once(lambda connection: connection.execute(statement).rowcount == 1)
 
     async def save_review(self, record: RunRecord, number: int, review: SentReview) -> None:
         """Write down what became of it."""
         where = (*self._attempt(answers, record), answers.c.number == number)
         statement = update(answers).where(*where).values(review=review.model_dump_json())
-        await self._write(self.database.run(lambda connection: connection.execute(statement).close()))
+        await self._write_once(lambda connection: connection.execute(statement).close())
 
     async def remove_review(self, record: RunRecord, number: int) -> None:
         """Take back an answer that the crew's server refused."""
         statement = delete(answers).where(*self._attempt(answers, record), answers.c.number == number)
-        await self._write(self.database.run(lambda connection: connection.execute(statement).close()))
+        await self._write_once(lambda connection: connection.execute(statement).close())
 
     def _attempt(self, table: Table, record: RunRecord) -> tuple[ColumnElement[bool], ...]:
         row = table.c.row_key == self.row_key(record.idempotency_key)
         return table.c.batch == self.batch, row, table.c.attempt == record.attempt
-
-    # Many rows at once.
-
-    async def attempts_of(self, row_keys: Sequence[str]) -> dict[str, list[RunRecord]]:
-        """Return the attempts at some rows by row key; a row without any is left out."""
-
-        def read(connection: Connection) -> list[tuple[str, str, float | None]]:
-            rows: list[tuple[str, str, float | None]] = []
-            for start in range(0, len(row_keys), KEYS_AT_ONCE):
-                query = (
-                    select(attempts.c.row_key, attempts.c.record, self._left)
-                    .where(
-                        attempts.c.batch == self.batch, attempts.c.row_key.in_(row_keys[start : start + KEYS_AT_ONCE])
-                    )
-                    .order_by(attempts.c.attempt)
-                )
-                rows += [(key, text, left) for key, text, left in connection.execute(query)]
-            return rows
-
-        found: dict[str, list[RunRecord]] = {}
-        for key, text, left in await self._read(read):
-            found.setdefault(key, []).append(_record(text, left))
-        return found
-
-    async def standing_attempts(self, *, completed: bool = False) -> AsyncIterator[tuple[str, RunRecord]]:
-        """Yield the attempt that counts of each row, in the order of the row keys; the completed ones only if asked."""
-        after = ""
-        while True:
-            rows = await self._page(after)
-            standing = {key: place for key, place in latest(rows).items() if completed or not place.completed}
-            keys = list(standing)
-            for start in range(0, len(keys), KEYS_AT_ONCE):
-                found = await self.attempts_of(keys[start : start + KEYS_AT_ONCE])
-                for key in keys[start : start + KEYS_AT_ONCE]:
-                    yield key, next(one for one in found[key] if one.attempt == standing[key].attempt)
-            if not rows:
-                return
-            after = rows[-1].row_key
-
-    async def _page(self, after: str) -> list[Place]:
-        """Return where the attempts at some rows stand, in the order of their keys; whole rows, empty at the end."""
-        rows = [Place(*row) for row in await self._rows(places(self.batch, after).limit(_PAGE))]
-        if len(rows) == _PAGE:  # then of the last row there may be more
-            rest = places_of_row(self.batch, rows[-1].row_key, after=rows[-1].attempt)
-            rows += [Place(*row) for row in await self._rows(rest)]
-        return rows
-
-    async def unresolved(self) -> list[RunRecord]:
-        """Return the attempts of which nobody has written down what became of their kickoffs."""
-        phases = (str(RecordPhase.UNCERTAIN), str(RecordPhase.CLAIMED))
-        ours = (attempts.c.batch == self.batch, attempts.c.phase.in_(phases))
-        return [_record(*row) for row in await self._rows(select(attempts.c.record, self._left).where(*ours))]
-
-    async def counts(self) -> dict[str, int]:
-        """Return how many rows stand in each state, or, where they have not ended, in each phase."""
-        standing = standing_attempts(self.batch, attempts.c.state, attempts.c.phase)
-        word = func.coalesce(standing.c.state, standing.c.phase)
-        rows = await self._rows(select(word, func.count()).where(standing.c.place == 1).group_by(word))
-        return {str(key): int(count) for key, count in rows}
-
-    async def bought(self) -> int:
-        """Return how many kickoffs were, or may have been, bought for this batch in all."""
-        query = select(func.count()).where(
-            attempts.c.batch == self.batch, attempts.c.phase != str(RecordPhase.NOT_STARTED)
-        )
-        return int((await self._rows(query))[0][0])
-
-    async def known(self) -> bool:
-        """Return whether there is any attempt of this batch at all."""
-        return bool(await self._rows(select(attempts.c.row_key).where(attempts.c.batch == self.batch).limit(1)))
-
-    async def run_times(self) -> RunTimes:
-        """Return how long runs took that have ended, from their recorded kickoffs to the ends that were seen."""
-        ended = (attempts.c.batch == self.batch, attempts.c.seconds.is_not(None))
-        count, mean = (await self._rows(select(func.count(), func.avg(attempts.c.seconds)).where(*ended)))[0]
-        if not count:
-            return RunTimes()
-        longest = select(attempts.c.seconds, attempts.c.row_key).where(*ended).order_by(attempts.c.seconds.desc())
-        sample = select(attempts.c.seconds).where(*ended)
-        if count > SAMPLE:
-            # An owner is a random UUID, so its first digits choose a share of the attempts.
-            sample = sample.where(func.substr(attempts.c.owner, 1, 4) < f"{0x10000 * SAMPLE // count:04x}")
-        return RunTimes(
-            int(count),
-            float(mean),
-            [(float(seconds), str(key)) for seconds, key in await self._rows(longest.limit(SLOWEST))],
-            [float(seconds) for (seconds,) in await self._rows(sample.limit(2 * SAMPLE))],
-        )
-
-    async def usage(self) -> Mapping[str, int]:
-        """Return the usage of all runs that reported one, added up."""
-        query = select(attempts.c.usage).where(attempts.c.batch == self.batch, attempts.c.usage.is_not(None))
-
-        def read(connection: Connection) -> Counter[str]:
-            total = Counter[str]()
-            for (usage,) in connection.execute(query, execution_options={"yield_per": _PAGE}):
-                total.update(json.loads(usage))
-            return total
-
-        return await self._read(read)
 
     async def _rows(self, query: Any) -> list[Any]:
         def read(connection: Connection) -> list[Any]:
@@ -531,7 +527,14 @@ class Ledger:
         except (SQLAlchemyError, OSError) as error:
             raise LedgerError(f"cannot be read: {short(error)}.", ledger=self.address) from error
 
-    async def _write(self, writing: Awaitable[T]) -> T:
+    async def _write(self, work: Callable[[Connection], T]) -> T:
+        """Write what can be written twice."""
+        return await self._writing(self.writer.keep_trying(work, "written"))
+
+    async def _write_once(self, work: Callable[[Connection], T]) -> T:
+        return await self._writing(self.database.run(work))
+
+    async def _writing(self, writing: Awaitable[T]) -> T:
         try:
             return await writing
         except (SQLAlchemyError, OSError) as error:
@@ -542,22 +545,32 @@ class Ledger:
         if record.phase is RecordPhase.ENDED and record.kicked_off_at is not None and record.ended_at is not None:
             seconds = (record.ended_at - record.kicked_off_at).total_seconds()
         if record.result is not None and record.result.usage is not None:
-            usage = record.result.usage.model_dump_json(exclude_none=True)
+            usage = record.result.usage.model_dump(exclude_none=True)
         return {
             "batch": self.batch,
             "row_key": self.row_key(record.idempotency_key),
             "attempt": record.attempt,
             "phase": str(record.phase),
-            "state": standing_word(record),
+            "state": str(state_of(record)),
             "kickoff": None if record.kickoff_id is None else _digest(record.kickoff_id),
             "owner": record.owner,
             "seconds": seconds,
             "usage": usage,
             "record": record.model_dump_json(exclude_none=True),
             "good_for": record.open_for,
-            "mine": int(record.owner in self._mine),
+            "mine": int(record.owner in self._own_claims),
             "was": None,
         }
+
+
+def _masked(job: RowJob, crew: Crew) -> str:
+    """Return the inputs of a row as JSON, without what is secret, also where another input repeats it."""
+    crew = crew.hiding(job.hidden)
+    shown: Any = job.inputs
+    if crew.secret_inputs:
+        masked = {name: MASK if name in crew.secret_inputs else value for name, value in job.inputs.items()}
+        shown = crew.redactor(job.inputs).tree(masked)
+    return to_json(shown, inf_nan_mode="null", serialize_unknown=True).decode()
 
 
 def _digest(kickoff_id: str) -> str:

@@ -1,11 +1,11 @@
-"""What became of a row, and whether it is started again. Pure."""
+"""What became of a row, and whether it is started again."""
 
 from __future__ import annotations
 
 import shlex
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
+from enum import StrEnum
 
 from pydantic import BaseModel
 
@@ -23,67 +23,106 @@ from prefect_crew.records.model import RecordPhase, RunRecord
 from prefect_crew.runs.run import OpenRun, typed
 from prefect_crew.states import CrewState
 
+
+class RowState(StrEnum):
+    """How a row stands: in the ledger, in the output, in `batch inspect` and `batch failures`."""
+
+    PENDING = "pending"
+    """No kickoff of it was sent, or none that started a run: it is kicked off when its turn comes."""
+    CLAIMED = "claimed"
+    """Its kickoff is being sent."""
+    STARTED = "started"
+    """Its run is in flight."""
+    UNCERTAIN = "uncertain"
+    """Nobody knows whether its kickoff started a run: a person has to resolve it."""
+    COMPLETED = "completed"
+    FAILED = "failed"
+    STOPPED = "stopped"
+    INVALID_OUTPUT = "invalid-output"
+    """Completed, with a result that does not fit `output_type`."""
+    NOT_STARTED = "not-started"
+    """The crew's server refused its kickoff."""
+    TIMED_OUT = "timed-out"
+    LOST = "lost"
+    """The crew's server does not know its run any more."""
+    NO_ANSWER = "no-answer"
+    """Its run is in flight as far as is known, and the status call has not answered for too long."""
+    CONFLICT = "conflict"
+    """Its key was kicked off before with other inputs, or for another crew."""
+
+    @property
+    def is_final(self) -> bool:
+        """Whether the next call leaves the row as it is."""
+        return self in (RowState.COMPLETED, RowState.FAILED, RowState.STOPPED, RowState.INVALID_OUTPUT)
+
+    @property
+    def is_failed(self) -> bool:
+        """Whether the row has no result, and nobody waits for one in this call."""
+        return self not in (
+            *(RowState.PENDING, RowState.CLAIMED, RowState.STARTED, RowState.UNCERTAIN, RowState.COMPLETED),
+        )
+
+
+def state_of(record: RunRecord) -> RowState:
+    """Return how a row stands by the attempt that counts."""
+    if record.phase is RecordPhase.NOT_STARTED:
+        return RowState.PENDING if record.error is None else RowState.NOT_STARTED
+    if record.phase in (RecordPhase.CLAIMED, RecordPhase.UNCERTAIN):
+        return RowState(str(record.phase))
+    if record.phase is RecordPhase.STARTED:
+        return RowState.STARTED if record.error is None else _OUT_OF_SIGHT.get(record.reason or "", RowState.NO_ANSWER)
+    if record.state is CrewState.COMPLETED:
+        return RowState.COMPLETED if record.error is None else RowState.INVALID_OUTPUT
+    return _ENDS.get(record.state, RowState.LOST)
+
+
+_OUT_OF_SIGHT = {CrewLostError.__name__: RowState.LOST, CrewTimeoutError.__name__: RowState.TIMED_OUT}
+_ENDS: dict[CrewState | None, RowState] = {CrewState.FAILED: RowState.FAILED, CrewState.STOPPED: RowState.STOPPED}
 STOPPED_WITH_BATCH = "stopped since the batch was cancelled"
 """The reason, in a record, of a run that we stopped. Going on with the batch means to have that row after all."""
-Retries = int | Mapping[str, int]
 RETRYABLE = ("CrewFailedError", "CrewStoppedError", "OutputTypeError", "CrewLostError")
-"""The errors after which a row may be bought again. All others bought nothing, or left a run that may go on."""
+"""The errors after which a row may be started again. All others started nothing, or left a run that may go on."""
 
 
 @dataclass(frozen=True)
 class RetryRule:
-    """What the user has asked for.
+    """Which failed rows are started again.
 
     Attributes:
-        retries: Further purchases of a row, for all errors but a lost run, or by the class of its error.
-        retry_failed: Rows that failed in earlier calls and are bought again: all but lost ones, or those of these keys.
+        retries: Further kickoffs of a row, for all errors but a lost run, or by the class of its error.
+        retry_failed: Rows that failed in earlier calls and are started again: all but lost ones, or some by their keys.
     """
 
-    retries: Retries = 0
+    retries: int | Mapping[str, int] = 0
     retry_failed: bool | Collection[str] = False
 
-    def again(self, end: RowEnd, *, count: int, before: int, most: int) -> bool:
-        """Say whether a row is bought once more.
+    def __bool__(self) -> bool:
+        return bool(self.retries or self.retry_failed)
+
+    def applies_to(self, end: RowEnd, *, count: int, before: int, most: int) -> bool:
+        """Return whether a row is started once more.
 
         Args:
             end: How it has ended.
-            count: Its purchases so far.
+            count: Its kickoffs so far.
             before: Those of them that were made in earlier calls.
             most: How many the crew's block allows.
         """
         if end.kind not in RETRYABLE:
             return False
         if isinstance(self.retries, int):
-            more = 0 if end.state == LOST else self.retries
+            more = 0 if end.state is RowState.LOST else self.retries
         else:
             more = self.retries.get(end.kind, 0)
         if end.found and end.record is not None and end.record.reason == STOPPED_WITH_BATCH:
             more = max(more, before)
         chosen = self.retry_failed
-        asked = (chosen and end.state != LOST) if isinstance(chosen, bool) else end.job.key in chosen
+        asked = (chosen and end.state is not RowState.LOST) if isinstance(chosen, bool) else end.job.key in chosen
         return count < min((before + 1 if asked else 1) + more, most)
 
 
-def purchases(attempts: Sequence[RunRecord]) -> int:
-    """Return how many attempts at a row were, or may have been, a purchase."""
-    return sum(attempt.counts for attempt in attempts)
-
-
-MISFIT = "misfit"
-"""Completed, with a result of another type than was asked for."""
-UNCERTAIN = "uncertain"
-NOT_STARTED = "not-started"
-TIMED_OUT = "timed-out"
-LOST = "lost"
-REFUSED = "refused"
-"""The ledger's word for a row that was not started for a reason; "not-started" alone is one that is still to be."""
-UNSEEN = "unseen"
-"""The ledger's word for a run that is in flight as far as is known, and whose end no look has brought."""
-FINAL = {str(state) for state in CrewState if state.ended}
-"""States after which a row is not looked at again. After any other, the next call goes on with it."""
-FAILED = (str(CrewState.FAILED), str(CrewState.STOPPED), MISFIT, LOST, TIMED_OUT, REFUSED, UNSEEN)
-"""The ledger's words for rows without a result, but for those that are uncertain or that somebody waits for."""
 ERROR_CAP = 2_000
+SENDER_ENDED = "its sender ended before the answer was written down"
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,88 +131,72 @@ class RowEnd:
 
     Attributes:
         job: The row.
-        state: completed, failed, stopped, misfit, uncertain, not-started, timed-out, lost; or started, for a run whose
-            status call gave no answer for too long.
+        state: How it stands.
         record: Its latest attempt, None if nothing was ever claimed.
         error: Why it is not completed, for people; secret inputs are masked in it.
         kind: The class of the error.
-        data: The structured result, as JSON values of the type that was asked for.
         found: It had ended before this call.
     """
 
     job: RowJob
-    state: str
+    state: RowState
     record: RunRecord | None
     error: str | None = None
     kind: str | None = None
-    data: Any = None
     found: bool = False
 
-    @property
-    def completed(self) -> bool:
-        """Whether there is a result as it was asked for."""
-        return self.state == str(CrewState.COMPLETED)
 
-    @property
-    def uncertain(self) -> bool:
-        """Whether a person has to resolve it."""
-        return self.state == UNCERTAIN
-
-
-_KINDS: Mapping[CrewState | None, str] = {
-    CrewState.FAILED: "CrewFailedError",
-    CrewState.STOPPED: "CrewStoppedError",
-}
-
-
-def ended(
-    job: RowJob,
-    record: RunRecord,
-    *,
-    crew: Crew,
-    output_type: type[BaseModel] | None,
-    found: bool = False,
+def end_of_run(
+    job: RowJob, record: RunRecord, *, crew: Crew, output_type: type[BaseModel] | None, found: bool = False
 ) -> RowEnd:
     """Return the end of a row whose run has ended. What does not fit `output_type` is noted in the record's error."""
     if record.state is not CrewState.COMPLETED:
-        reason = record.error or ("it was stopped" if record.state is CrewState.STOPPED else "the crew gave no reason")
-        return RowEnd(job, str(record.state), record, reason, _KINDS.get(record.state), found=found)
-    if output_type is None or record.result is None:
-        record.error = None
-        data = None if record.result is None else record.result.data
-        return RowEnd(job, str(record.state), record, data=data, found=found)
-    run = OpenRun(crew.hiding(job.hidden), str(record.kickoff_id), record, job.inputs)
-    try:
-        data = typed(record.result.result(run.kickoff_id), output_type, run=run).data
-    except OutputTypeError as error:
-        record.error = str(error)[:ERROR_CAP]
-        return RowEnd(job, MISFIT, record, record.error, "OutputTypeError", found=found)
+        stopped = record.state is CrewState.STOPPED
+        reason = record.error or ("it was stopped" if stopped else "the crew gave no reason")
+        kind = "CrewStoppedError" if stopped else "CrewFailedError" if record.state is CrewState.FAILED else None
+        return RowEnd(job, state_of(record), record, reason, kind, found)
     record.error = None
-    return RowEnd(job, str(record.state), record, data=data.model_dump(mode="json"), found=found)
+    if output_type is not None and record.result is not None:
+        run = OpenRun(crew.hiding(job.hidden), str(record.kickoff_id), record, job.inputs)
+        try:
+            typed(record.result.result(run.kickoff_id), output_type, run=run)
+        except OutputTypeError as error:
+            record.error = str(error)[:ERROR_CAP]
+            return RowEnd(job, RowState.INVALID_OUTPUT, record, record.error, type(error).__name__, found)
+    return RowEnd(job, RowState.COMPLETED, record, found=found)
 
 
-def broken(job: RowJob, record: RunRecord | None, error: CrewError, *, batch: str, found: bool = False) -> RowEnd:
-    """Return the end, for this call, of a row that has none: nothing was bought, or its run is out of sight."""
-    state, reason = NOT_STARTED, str(error)
+def end_without_run(job: RowJob, record: RunRecord | None, error: CrewError, *, batch: str) -> RowEnd:
+    """Return the end, for this call, of a row that has none: nothing was started, or its run is out of sight."""
+    state, reason = RowState.NOT_STARTED, str(error)
     if isinstance(error, KickoffUncertainError):
-        state, reason = UNCERTAIN, _uncertain(job, error.reason, batch)
+        state, reason = RowState.UNCERTAIN, _uncertain(job, error.reason, batch)
     elif isinstance(error, IdempotencyConflictError):
-        reason = (
-            f"Not started: {error.difference}. What it brought then stays on record. Give the row another key, or the "
-            "batch another name."
-        )
+        state, reason = RowState.CONFLICT, CONFLICT_REASON
     elif isinstance(error, CrewTimeoutError):
-        state = TIMED_OUT
+        state = RowState.TIMED_OUT
     elif isinstance(error, CrewLostError):
-        state, reason = LOST, _lost(job, error, batch)
+        state, reason = RowState.LOST, _lost(job, error, batch)
     elif record is not None and record.phase is RecordPhase.STARTED:
-        state = str(RecordPhase.STARTED)
-    return RowEnd(job, state, record, reason[:ERROR_CAP], type(error).__name__, found=found)
+        state = RowState.NO_ANSWER
+    return RowEnd(job, state, record, reason[:ERROR_CAP], type(error).__name__)
 
 
-def note(record: RunRecord | None, end: RowEnd) -> bool:
+def conflict(job: RowJob) -> RowEnd:
+    """Return the end of a row whose key was kicked off before with something else."""
+    return RowEnd(job, RowState.CONFLICT, None, CONFLICT_REASON, IdempotencyConflictError.__name__)
+
+
+def end_uncertain(job: RowJob, record: RunRecord, *, batch: str) -> RowEnd:
+    """Return the end of a row that was found uncertain."""
+    reason = record.reason or SENDER_ENDED
+    error = _uncertain(job, reason, batch)
+    return RowEnd(job, RowState.UNCERTAIN, record, error, KickoffUncertainError.__name__, found=True)
+
+
+def note_reason(record: RunRecord | None, end: RowEnd) -> bool:
     """Write into a record why its row has no result, where nothing there says so; return whether that changed it."""
-    if record is None or record.error is not None or end.uncertain:
+    if record is None or record.error is not None or end.state in (RowState.UNCERTAIN, RowState.CONFLICT):
         return False
     record.error = end.error
     if record.reason is None:
@@ -181,31 +204,16 @@ def note(record: RunRecord | None, end: RowEnd) -> bool:
     return True
 
 
-_OUT_OF_SIGHT = {CrewLostError.__name__: LOST, CrewTimeoutError.__name__: TIMED_OUT}
-
-
-def standing_word(record: RunRecord) -> str | None:
-    """Return the word for how a row stands by its record; None where only the phase tells."""
-    if record.state is CrewState.COMPLETED and record.error is not None:
-        return MISFIT
-    if record.state is not None or record.error is None:
-        return None if record.state is None else str(record.state)
-    if record.phase is RecordPhase.NOT_STARTED:
-        return REFUSED
-    return _OUT_OF_SIGHT.get(record.reason or "", UNSEEN) if record.phase is RecordPhase.STARTED else None
-
-
-def unresolved(job: RowJob, record: RunRecord, *, batch: str) -> RowEnd:
-    """Return the end of a row that was found uncertain."""
-    reason = record.reason or "whoever sent it ended before its answer was written down"
-    return RowEnd(job, UNCERTAIN, record, _uncertain(job, reason, batch), KickoffUncertainError.__name__, found=True)
+CONFLICT_REASON = (
+    "Not started: this key was kicked off before with other inputs, or for another crew. Give the row another key, or "
+    "the batch another name."
+)
 
 
 def _lost(job: RowJob, error: CrewLostError, batch: str) -> str:
     seen = f", last seen {error.last_state}," if error.last_state else ""
     return (
-        f"Run {error.kickoff_id}{seen} is not known to the crew's server. "
-        f"It is not bought again on a guess: "
+        f"Run {error.kickoff_id}{seen} is not known to the crew's server. It is not started again on a guess: "
         f"prefect-crew batch retry {shlex.quote(batch)} --key {shlex.quote(job.key)} does."
     )
 

@@ -28,15 +28,7 @@ VERSION = 1
 
 
 @dataclass(frozen=True)
-class Bound:
-    """A batch that is bound to its ledger: the entry that stands, and the one from before this call."""
-
-    entry: BatchEntry
-    before: BatchEntry | None
-
-
-@dataclass(frozen=True)
-class Kept:
+class KnownBatch:
     """What is known of a batch before a call: the ledger's entry, and whether the Prefect server knows the batch."""
 
     before: BatchEntry | None
@@ -48,54 +40,60 @@ def binding_name(batch: str) -> str:
     return f"crew_batch_{hashlib.sha256(batch.encode()).hexdigest()[:32]}"
 
 
-async def kept_here(ledger: Ledger) -> Kept:
+async def read_known(ledger: Ledger) -> KnownBatch:
     """Return what the ledger at hand and the Prefect server know of the batch.
 
     Raises:
         LedgerMissingError: It is bound to another ledger.
         LedgerError: The ledger at hand is an older copy.
     """
-    before = await ledger.entry()
-    bound = await read_binding(ledger.batch)
-    if bound is not None:
-        if before is None or bound.get("ledger_id") != before.ledger_id:
-            raise LedgerMissingError(name=ledger.batch, ledger=str(bound.get("ledger")))
-        check_age(before, bound.get("generation"), ledger=ledger.address)
-    return Kept(before, is_bound=bound is not None)
+    before, binding = await ledger.entry(), await read_binding(ledger.batch)
+    if binding is not None:
+        if before is None or binding.get("ledger_id") != before.ledger_id:
+            raise LedgerMissingError(name=ledger.batch, ledger=str(binding.get("ledger")))
+        check_age(before, binding.get("generation"), ledger=ledger.address)
+    return KnownBatch(before, is_bound=binding is not None)
 
 
 async def bind(
     ledger: Ledger,
-    kept: Kept,
+    known: KnownBatch,
     *,
     crew_url: str,
     fingerprint: str,
     total: int,
     go_on: bool,
-    place: str,
+    public: str,
     call: Mapping[str, Any] | None = None,
-) -> Bound:
-    """Bind the batch to the ledger that keeps it.
+    line_options: Mapping[str, Any] | None = None,
+) -> BatchEntry:
+    """Bind the batch to the ledger at hand, and return what that knows of it then.
 
     Args:
-        ledger: The ledger at hand.
-        kept: What is known of the batch.
+        ledger: The ledger.
+        known: What is known of the batch.
         crew_url, fingerprint, total: What the batch is run with now.
         go_on: Whether a batch whose rows or crew have changed goes on all the same.
-        place: Where the ledger is found again: its path, its URL without a password, or what stands for it.
-        call: What `batch retry` needs.
+        public: Where the ledger is found again, without a password.
+        call, line_options: As in a `BatchEntry`.
 
     Raises:
         LedgerMissingError: Somebody binds it to another ledger at this moment.
         BatchChangedError: Its rows or its crew have changed.
     """
-    before = kept.before
+    before = known.before
     if before is not None and not go_on:
-        _refuse_change(before, crew_url, fingerprint, total)
-    entry = await ledger.enter(crew_url=crew_url, fingerprint=fingerprint, total=total, call=call)
-    if not kept.is_bound:
-        await _claim(entry, place)
-    return Bound(entry, before)
+        if before.crew_url != crew_url:
+            raise BatchChangedError(name=before.name, difference=f"crew {before.crew_url}, not {crew_url}")
+        if before.fingerprint != fingerprint:
+            these = f"{total} others" if total == before.total else f"these {total}"
+            raise BatchChangedError(name=before.name, difference=f"{before.total} rows, not {these}")
+    entry = await ledger.enter(
+        crew_url=crew_url, fingerprint=fingerprint, total=total, call=call, line_options=line_options
+    )
+    if not known.is_bound:
+        await _create_binding(entry, public)
+    return entry
 
 
 def check_age(entry: BatchEntry, known: Any, *, ledger: str) -> None:
@@ -109,7 +107,7 @@ def check_age(entry: BatchEntry, known: Any, *, ledger: str) -> None:
     Raises:
         LedgerError: It is.
     """
-    generation, here = known if isinstance(known, int) else 0, entry.generation or 0
+    generation, here = known if isinstance(known, int) else 0, entry.generation
     if here < generation:
         raise LedgerError(
             f"is an older copy: it knows batch {entry.name!r} up to generation {here}, and the batch has reached "
@@ -122,12 +120,12 @@ def check_age(entry: BatchEntry, known: Any, *, ledger: str) -> None:
         )
 
 
-async def begin_generation(ledger: Ledger, place: str, *, patience: float) -> int:
+async def begin_generation(ledger: Ledger, public: str, *, patience: float) -> int:
     """Begin the next generation of a batch that is bound, in its ledger and then on the Prefect server; return it.
 
     Args:
         ledger: The ledger that keeps it.
-        place: Where that is found again, as for `bind`.
+        public: Where that is found again, as for `bind`.
         patience: Seconds for which a Prefect API that is away or busy is asked again.
 
     Raises:
@@ -149,16 +147,8 @@ async def begin_generation(ledger: Ledger, place: str, *, patience: float) -> in
             # By its id: one that was made anew under the name is not this one.
             await request_soon(client, "PATCH", f"/variables/{variable.id}", json=body, give_up_after=patience)
             return generation
-    await _claim(entry, place)
+    await _create_binding(entry, public)
     return generation
-
-
-def _refuse_change(entry: BatchEntry, crew_url: str, fingerprint: str, total: int) -> None:
-    if entry.crew_url != crew_url:
-        raise BatchChangedError(name=entry.name, difference=f"crew {entry.crew_url}, not {crew_url}")
-    if entry.fingerprint != fingerprint:
-        these = f"{total} others" if total == entry.total else f"these {total}"
-        raise BatchChangedError(name=entry.name, difference=f"{entry.total} rows, not {these}")
 
 
 async def read_binding(batch: str) -> dict[str, Any] | None:
@@ -175,7 +165,7 @@ async def read_binding(batch: str) -> dict[str, Any] | None:
     return cast("dict[str, Any]", value) if isinstance(value, dict) else {}
 
 
-async def note_asking(batch: str, asks: bool) -> None:
+async def note_waiting_for_people(batch: str, waits: bool) -> None:
     """Note on the Prefect server whether rows of a batch wait for people, so that not every ledger has to be opened.
 
     Raises:
@@ -184,15 +174,15 @@ async def note_asking(batch: str, asks: bool) -> None:
     name = binding_name(batch)
     async with get_client() as client:
         variable = await client.read_variable_by_name(name)
-        if variable is None or asks is (ASKS in variable.tags):
+        if variable is None or waits is (ASKS in variable.tags):
             return
-        tags = [TAG, ASKS] if asks else [TAG]
+        tags = [TAG, ASKS] if waits else [TAG]
         await client.request("PATCH", "/variables/name/{name}", path_params={"name": name}, json={"tags": tags})
 
 
-async def _claim(entry: BatchEntry, place: str) -> None:
-    value: dict[str, Any] = {"version": VERSION, "batch": entry.name, "ledger_id": entry.ledger_id, "ledger": place}
-    value |= {"crew_url": entry.crew_url, "generation": entry.generation or 0}
+async def _create_binding(entry: BatchEntry, public: str) -> None:
+    value: dict[str, Any] = {"version": VERSION, "batch": entry.name, "ledger_id": entry.ledger_id, "ledger": public}
+    value |= {"crew_url": entry.crew_url, "generation": entry.generation}
     body = {"name": binding_name(entry.name), "value": value, "tags": [TAG]}
     async with get_client() as client:
         try:
@@ -203,12 +193,6 @@ async def _claim(entry: BatchEntry, place: str) -> None:
     bound = await read_binding(entry.name)
     if bound is None or bound.get("ledger_id") != entry.ledger_id:
         raise LedgerMissingError(name=entry.name, ledger=str((bound or {}).get("ledger")))
-
-
-WHOLE = ""
-"""The part that a process holds for the whole batch, and a parent and its shards share."""
-PARENT = "parent"
-"""The part of whoever watches over shards."""
 
 
 class BatchLock:
@@ -228,7 +212,6 @@ class BatchLock:
         self._path = Path()
         self._connection: Any = None
         self._session: int | None = None
-        self._held: dict[str, bool] = {}
 
     async def __aenter__(self) -> BatchLock:
         return self
@@ -241,12 +224,8 @@ class BatchLock:
             await self._connection.close()
             self._connection = None
 
-    async def take(self, part: str = WHOLE, *, shared: bool = False) -> bool:
-        """Take the lock of a part of the batch, at once or not at all.
-
-        Args:
-            part: Any text; WHOLE is the batch itself, and the only one that a ledger in SQLite knows.
-            shared: Whether others may share it, who take it shared too.
+    async def take(self) -> bool:
+        """Take the lock, at once or not at all.
 
         Raises:
             LedgerError: The database cannot be reached.
@@ -254,36 +233,9 @@ class BatchLock:
         try:
             if self._database.path is not None:
                 return self._take_file(self._database.path)
-            taken = await self._take_on_server(part, shared)
+            return await self._take_on_server()
         except (SQLAlchemyError, OSError) as error:
             raise LedgerError(f"cannot be locked: {short(error)}.", ledger=self._database.address) from error
-        if taken:
-            self._held[part] = shared
-        return taken
-
-    async def give_back(self, part: str = WHOLE) -> None:
-        """Give back the lock of one part. Only for PostgreSQL."""
-        shared = self._held.pop(part, None)
-        if shared is not None:
-            await self._connection.execute(text(_function("unlock", shared)), {"key": self._key(part)})
-
-    async def is_held(self, part: str) -> bool:
-        """Return whether anybody holds a part, without taking it. Only for PostgreSQL.
-
-        Raises:
-            LedgerError: The database cannot be reached.
-        """
-        # A key of 64 bits stands there in two halves (PostgreSQL's documentation of pg_locks).
-        query = text(
-            "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND granted AND objsubid = 1 "
-            "AND database = (SELECT oid FROM pg_database WHERE datname = current_database()) "
-            "AND ((classid::bigint << 32) | objid::bigint) = :key"
-        )
-        try:
-            async with self._database.server.connect() as connection:
-                return bool((await connection.execute(query, {"key": self._key(part)})).scalar())
-        except (SQLAlchemyError, OSError) as error:
-            raise LedgerError(f"cannot be read: {short(error)}.", ledger=self._database.address) from error
 
     async def is_taken(self) -> bool | None:
         """Return whether anybody works on the batch, without taking its lock; None where nobody can tell.
@@ -293,35 +245,40 @@ class BatchLock:
         """
         if self._database.path is not None:
             return self._file_is_taken(self._database.path)
-        return await self.is_held(WHOLE)
+        # A key of 64 bits is there in two halves (PostgreSQL's documentation of pg_locks).
+        query = text(
+            "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND granted AND objsubid = 1 "
+            "AND database = (SELECT oid FROM pg_database WHERE datname = current_database()) "
+            "AND ((classid::bigint << 32) | objid::bigint) = :key"
+        )
+        try:
+            async with self._database.server.connect() as connection:
+                return bool((await connection.execute(query, {"key": self._key})).scalar())
+        except (SQLAlchemyError, OSError) as error:
+            raise LedgerError(f"cannot be read: {short(error)}.", ledger=self._database.address) from error
 
     async def still_held(self) -> bool:
-        """Return False if the lock was lost, and somebody else has, or may have, taken over meanwhile."""
+        """Return False if the lock was lost, and somebody else has, or may have, taken over since."""
         if self._file is not None:
             return self._file_still_held()
-        if self._connection is None:
+        if self._session is None:
             return True
-        try:
-            session = (await self._connection.execute(text(_SESSION))).scalar()
-        except (SQLAlchemyError, OSError):
-            return await self._held_again()
-        return session == self._session
+        if self._connection is not None:
+            with suppress(SQLAlchemyError, OSError):
+                return (await self._connection.execute(text(_SESSION))).scalar() == self._session
+        return await self._take_again()
 
-    async def _held_again(self) -> bool:
-        """Take the locks of a connection that was lost once more; False if somebody has run the batch meanwhile."""
-        held, self._held, self._connection = dict(self._held), {}, None
-        try:
-            taken = [await self._take_on_server(part, shared) for part, shared in held.items()]
-            generation = await self._generation()
-        except (SQLAlchemyError, OSError):
-            self._held, self._connection = held, _Gone()  # nothing is claimed either while it is away
-            return True
-        self._held = held
-        return all(taken) and self.generation in (None, generation)
-
-    async def _generation(self) -> int | None:
+    async def _take_again(self) -> bool:
+        """Take the lock of a connection that was lost once more; False if somebody has run the batch since."""
+        self._connection = None
         query = select(batches.c.generation).where(batches.c.name == self._batch)
-        return (await self._connection.execute(query)).scalar()
+        try:
+            taken = await self._take_on_server()
+            generation = (await self._connection.execute(query)).scalar()
+        except (SQLAlchemyError, OSError):
+            self._connection = None  # nothing is claimed either while it is away
+            return True
+        return taken and self.generation in (None, generation)
 
     # SQLite: a file beside the ledger.
 
@@ -368,7 +325,7 @@ class BatchLock:
 
     def _file_still_held(self) -> bool:
         ledger = self._database.path
-        if ledger is None or self._file is None or not self._database.stands:
+        if ledger is None or self._file is None or not self._database.is_in_place:
             return False
         if _is_at(self._file, self._path):
             return True
@@ -390,7 +347,7 @@ class BatchLock:
 
     # PostgreSQL: advisory locks of a session of our own.
 
-    async def _take_on_server(self, part: str, shared: bool) -> bool:
+    async def _take_on_server(self) -> bool:
         if self._connection is None:
             connection = await self._database.server.connect()
             self._connection = await connection.execution_options(isolation_level="AUTOCOMMIT")
@@ -402,7 +359,7 @@ class BatchLock:
                 raise self._pooled()
             await self._connection.execute(text(_HOLD), {"holder": str(uuid4())})
             self._session = (await self._connection.execute(text(_SESSION))).scalar()
-        answer = await self._connection.execute(text(_function("try", shared)), {"key": self._key(part)})
+        answer = await self._connection.execute(text(_TRY_LOCK), {"key": self._key})
         taken, session = answer.one()
         if session != self._session:
             raise self._pooled()
@@ -415,59 +372,33 @@ class BatchLock:
             ledger=self._database.address,
         )
 
-    def _key(self, part: str) -> int:
-        digest = hashlib.sha256(f"prefect-crew/batch/{self._batch}\n{part}".encode()).digest()
+    @property
+    def _key(self) -> int:
+        digest = hashlib.sha256(f"prefect-crew/batch/{self._batch}\n".encode()).digest()
         return int.from_bytes(digest[:8], "big", signed=True)
 
 
 _SESSION = "SELECT pg_backend_pid()"
+_TRY_LOCK = "SELECT pg_try_advisory_lock(:key), pg_backend_pid()"
 _HOLDER = "SELECT current_setting('prefect_crew.holder', true)"
 _HOLD = "SELECT set_config('prefect_crew.holder', :holder, false)"
-
-
-class _Gone:
-    """Stands for a connection that was lost and could not be made again yet."""
-
-    async def execute(self, *_: object) -> None:
-        raise OSError("the connection is gone")
-
-    async def invalidate(self) -> None:
-        return None
-
-    async def close(self) -> None:
-        return None
-
-
-def _function(verb: str, shared: bool) -> str:
-    name = "pg_try_advisory_lock" if verb == "try" else "pg_advisory_unlock"
-    return f"SELECT {name}{'_shared' if shared else ''}(:key), pg_backend_pid()"
 
 
 def _try_lock(file: int) -> bool | None:
     """Lock an open file; False if another process holds it, None where this system or its file system has no locks."""
     try:
-        import fcntl
+        fcntl: Any = importlib.import_module("fcntl")
     except ImportError:
-        return _try_lock_on_windows(file)
+        fcntl = None
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        else:  # Windows
+            msvcrt: Any = importlib.import_module("msvcrt")
+            msvcrt.locking(file, msvcrt.LK_NBLCK, 1)
     except (BlockingIOError, PermissionError):
         return False
-    except OSError:
-        return None
-    return True
-
-
-def _try_lock_on_windows(file: int) -> bool | None:
-    try:
-        msvcrt: Any = importlib.import_module("msvcrt")
-    except ImportError:
-        return None
-    try:
-        msvcrt.locking(file, msvcrt.LK_NBLCK, 1)
-    except PermissionError:
-        return False
-    except OSError:
+    except (OSError, ImportError):
         return None
     return True
 

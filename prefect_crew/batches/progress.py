@@ -1,78 +1,76 @@
-"""How a batch stands: counts, rate, and the artifacts that show them."""
+"""How a batch stands: counts, rate, and the artifact that shows them."""
 
 from __future__ import annotations
 
-import statistics
 import time
-from array import array
-from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from contextlib import contextmanager
+from collections import Counter, deque
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 from prefect_crew._internal.prefect_api import flow_run_id, run_logger
 from prefect_crew.artifacts.markdown import cell, code, duration, prose, table
 from prefect_crew.artifacts.run import MarkdownArtifact, artifact_key
-from prefect_crew.batches.outcomes import FINAL, RowEnd
+from prefect_crew.batches.ledger import LedgerRow
+from prefect_crew.batches.outcomes import RowEnd, RowState
 from prefect_crew.batches.report import BatchReport
 from prefect_crew.batches.rows import SetAside
-from prefect_crew.client.models import TokenUsage
 
 FAILURES = 100
 """Failed rows that are kept for the artifact; the output has all."""
 UNCERTAIN_KEYS = 1_000
-SLOWEST = 10
-DURATIONS = 100_000
-"""Durations that are kept for percentiles: of more rows, every second, every fourth and so on."""
 RECENT = 60.0
 """Seconds over which the rate is taken."""
-
-
-@dataclass(frozen=True)
-class Failure:
-    """A row that failed, for people."""
-
-    key: str
-    kickoff_id: str | None
-    state: str
-    error: str
-    kind: str | None
+SHOW_EVERY = 5.0
+"""Seconds, at least, between two updates of the artifact."""
+BAR = 24
 
 
 @dataclass
-class Standing:
-    """The counts of all calls of a batch so far. Durations are seconds from a kickoff to the end that was seen.
+class BatchProgress:
+    """How a batch stands, all of its calls so far included.
 
     Attributes:
-        total: Rows that can be run. `set_aside`: those that cannot; `duplicates`: how many equal an earlier one.
-        completed, failed, uncertain: How they stand.
+        name: The batch.
+        phase: What is done now.
+        total: Rows that can be run; 0 while they are checked. `set_aside`: those that cannot; `duplicates`: how many
+            equal an earlier one.
+        counts: How many rows stand in each state, as the ledger was last read.
         in_flight: Runs that are waited for. `people`: those of them that wait for a person.
         ended_here: Rows that ended in this call.
-        failures, uncertain_keys, slowest: The first ones, or the worst.
+        failures, uncertain_keys: The first ones.
         errors: Failures of this call by the class of their error.
     """
 
-    total: int
+    name: str
+    phase: Literal["checking", "running", "finishing", "done"] = "checking"
+    total: int = 0
     set_aside: SetAside = field(default_factory=SetAside)
     duplicates: int = 0
-    completed: int = 0
-    failed: int = 0
-    uncertain: int = 0
+    counts: Mapping[RowState, int] = field(default_factory=dict[RowState, int])
     in_flight: int = 0
     people: int = 0
-    kickoffs: int = 0
     ended_here: int = 0
     started: float = field(default_factory=time.monotonic)
-    failures: list[Failure] = field(default_factory=list[Failure])
+    failures: list[LedgerRow] = field(default_factory=list[LedgerRow])
     uncertain_keys: list[str] = field(default_factory=list[str])
-    slowest: list[tuple[float, str]] = field(default_factory=list[tuple[float, str]])
     errors: Counter[str] = field(default_factory=Counter[str])
-    _unfinished: int = 0
-    _durations: array[float] = field(default_factory=lambda: array("d"))
-    _every: int = 1
-    _measured: int = 0
-    _usage: Counter[str] = field(default_factory=Counter[str])
-    _marks: list[tuple[float, int]] = field(default_factory=list[tuple[float, int]])
+    _ticks: deque[tuple[float, int]] = field(default_factory=deque[tuple[float, int]])
+
+    @property
+    def completed(self) -> int:
+        """Rows that have a result."""
+        return self.counts.get(RowState.COMPLETED, 0)
+
+    @property
+    def failed(self) -> int:
+        """Rows that have ended without one."""
+        return sum(count for state, count in self.counts.items() if state.is_failed)
+
+    @property
+    def uncertain(self) -> int:
+        """Rows of which nobody knows whether their kickoff started a run."""
+        return self.counts.get(RowState.UNCERTAIN, 0)
 
     @property
     def done(self) -> int:
@@ -85,9 +83,9 @@ class Standing:
         return self.total + self.set_aside.count
 
     @property
-    def over(self) -> bool:
+    def is_over(self) -> bool:
         """Whether every row has ended for good: another call would find nothing to do."""
-        return self.completed + self.failed == self.total and not self._unfinished
+        return sum(count for state, count in self.counts.items() if state.is_final) == self.total
 
     @property
     def seconds(self) -> float:
@@ -97,111 +95,35 @@ class Standing:
     @property
     def rate(self) -> float:
         """Rows that end a second, over the last minute."""
-        at, ended = self._marks[0] if self._marks else (self.started, 0)
+        at, ended = self._ticks[0] if self._ticks else (self.started, 0)
         return (self.ended_here - ended) / max(time.monotonic() - at, 1e-9)
 
     @property
     def seconds_left(self) -> float | None:
-        """How long the rest takes at this rate; None while that is unknown."""
-        rate = self.rate
-        return (self.total - self.done) / rate if rate > 0 else None
-
-    @property
-    def durations(self) -> Sequence[float]:
-        """Durations for percentiles, all of them or a regular sample."""
-        return self._durations
-
-    @property
-    def usage(self) -> TokenUsage | None:
-        """The sum of what the server reported, None where it reported nothing."""
-        return TokenUsage(**self._usage) if self._usage else None
+        """How long the rest takes at this rate; None where there is no rest, or nothing tells."""
+        rate, left = self.rate, self.total - self.done
+        return left / rate if rate > 0 and left > 0 else None
 
     def tick(self) -> None:
-        """Remember how many had ended now, for the rate."""
+        """Remember how many rows had ended now, for the rate."""
         now = time.monotonic()
-        self._marks.append((now, self.ended_here))
-        while len(self._marks) > 2 and now - self._marks[1][0] > RECENT:
-            self._marks.pop(0)
+        self._ticks.append((now, self.ended_here))
+        while len(self._ticks) > 2 and now - self._ticks[1][0] > RECENT:
+            self._ticks.popleft()
 
-    def take(self, end: RowEnd) -> None:
-        """Take in how a row stands."""
-        self.ended_here += not end.found
-        record = end.record
-        if end.uncertain:
-            self.uncertain += 1
-            if len(self.uncertain_keys) < UNCERTAIN_KEYS:
-                self.uncertain_keys.append(end.job.key)
-            return
-        if end.completed:
-            self.completed += 1
-        else:
-            self.failed += 1
-            self._unfinished += end.state not in FINAL
-            if end.kind is not None and not end.found:
-                self.errors[end.kind] += 1
-            if len(self.failures) < FAILURES:
-                run = None if record is None else record.kickoff_id
-                self.failures.append(Failure(end.job.key, run, end.state, end.error or end.state, end.kind))
-        if record is None:
-            return
-        if record.result is not None and record.result.usage is not None:
-            self.add_usage({name: count for name, count in record.result.usage if count is not None})
-        if record.kicked_off_at is not None and record.ended_at is not None:
-            self.add_durations([(end.job.key, (record.ended_at - record.kicked_off_at).total_seconds())])
-
-    def add_usage(self, reported: Mapping[str, int]) -> None:
-        """Add what runs have used."""
-        self._usage.update(reported)
-
-    def recall(self, sample: Iterable[float], slowest: Iterable[tuple[float, str]]) -> None:
-        """Take how long rows took from a batch that is done."""
-        self._durations = array("d", sample)
-        self.slowest = list(slowest)
-
-    def add_durations(self, rows: Iterable[tuple[str, float]]) -> None:
-        """Add how long rows took, by their keys."""
-        for key, seconds in rows:
-            self._measured += 1
-            if self._measured % self._every == 0:
-                self._durations.append(seconds)
-                if len(self._durations) > DURATIONS:
-                    self._durations = self._durations[::2]
-                    self._every *= 2
-            if len(self.slowest) < SLOWEST or seconds > self.slowest[-1][0]:
-                self.slowest = sorted([*self.slowest, (seconds, key)], reverse=True)[:SLOWEST]
+    def add(self, end: RowEnd) -> None:
+        """Count a row that has ended in this call."""
+        self.ended_here += 1
+        if end.kind is not None and end.state is not RowState.UNCERTAIN:
+            self.errors[end.kind] += 1
 
 
-BatchWatch = Callable[[str, str, Standing | None], None]
-"""Called with a batch's name, what it does (checking, running, finishing, done), and how it stands, once a second."""
-
-_watches: list[BatchWatch] = []
+OnProgress = Callable[[BatchProgress], None]
+"""Called when a batch begins something else, and about once a second. It must be quick and must not raise."""
 
 
-@contextmanager
-def watch_batches(watch: BatchWatch) -> Generator[None]:
-    """Call `watch` for every batch that this process runs meanwhile, on whichever event loop runs it.
-
-    It must be quick and must not raise.
-    """
-    _watches.append(watch)
-    try:
-        yield
-    finally:
-        _watches.remove(watch)
-
-
-def tell_batch(name: str, phase: str, standing: Standing | None = None) -> None:
-    """Tell everyone who watches."""
-    for watch in tuple(_watches):
-        watch(name, phase, standing)
-
-
-SHOW_EVERY = 5.0
-BAR = 24
-
-
-class BatchArtifacts:
-    """Progress, failures and summary of one batch.
+class BatchArtifact:
+    """The page of one batch: progress, what failed, and in the end its figures.
 
     Args:
         name: The batch.
@@ -210,111 +132,81 @@ class BatchArtifacts:
     """
 
     def __init__(self, name: str, crew: str, *, show: str) -> None:
+        self._head = f"## Batch {prose(name)} · {prose(crew)}"
         self._name = name
-        self._crew = crew
         self._show = show
-        own = flow_run_id()
-        self._parts = {
-            part: MarkdownArtifact(
-                artifact_key(f"{name}-{part}", prefix="batch"), f"{part.title()} of batch {name}", flow_run_id=own
-            )
-            for part in ("progress", "failures", "summary")
-        }
+        self._artifact = MarkdownArtifact(
+            artifact_key(name, prefix="batch"), f"Batch {name}", flow_run_id=flow_run_id()
+        )
         self._shown_at = 0.0
-        self._troubled = False
+        self._failed = False
 
-    async def progress(self, standing: Standing, *, now: bool = False) -> None:
-        """Show progress, every few seconds at most."""
-        if not now and time.monotonic() - self._shown_at < SHOW_EVERY:
+    async def update(self, progress: BatchProgress, report: BatchReport | None = None) -> None:
+        """Show how the batch stands: every few seconds at most, and at its end with its report."""
+        if report is None and time.monotonic() - self._shown_at < SHOW_EVERY:
             return
         self._shown_at = time.monotonic()
-        await self._put("progress", self._progress(standing))
+        parts = [self._head, _figures(progress, report), *self._failures(progress)]
+        error = await self._artifact.put("\n\n".join(parts) + "\n")
+        if error and not self._failed:
+            self._failed = True
+            run_logger().warning("The artifact of batch %s could not be updated: %s", self._name, error)
 
-    async def end(self, standing: Standing, report: BatchReport) -> None:
-        """Show all three as they stand at the end."""
-        await self.progress(standing, now=True)
-        await self._put("failures", self._failures(standing))
-        await self._put("summary", self._summary(standing, report))
-
-    async def _put(self, part: str, data: str) -> None:
-        trouble = await self._parts[part].put(data)
-        if trouble and not self._troubled:
-            self._troubled = True
-            run_logger().warning("The artifacts of batch %s could not be updated: %s", self._name, trouble)
-
-    def _head(self, what: str) -> str:
-        return f"## {what} of batch {prose(self._name)} · {prose(self._crew)}"
-
-    def _progress(self, standing: Standing) -> str:
-        share = standing.done / standing.whole if standing.whole else 1.0
-        full = round(share * BAR)
-        over = standing.done >= standing.total
-        left = None if over else standing.seconds_left
-        rows = [
-            ("Done", f"{'█' * full}{'░' * (BAR - full)} {standing.done:,} of {standing.whole:,} ({share:.1%})"),
-            ("Completed", f"{standing.completed:,}"),
-            ("Failed", f"{standing.failed:,}"),
-            ("Uncertain", f"{standing.uncertain:,}"),
-            *([("Set aside", f"{standing.set_aside.count:,}")] if standing.set_aside.count else []),
-            ("In flight", f"{standing.in_flight:,}"),
-            *([("Wait for a person", f"{standing.people:,} · `prefect-crew reviews`")] if standing.people else []),
-            ("Rate", f"{standing.rate:.1f} rows/s"),
-            ("Time so far", duration(standing.seconds)),
-            ("Time left", "–" if left is None else duration(left)),
-        ]
-        return f"{self._head('Progress')}\n\n{table(('', ''), rows)}\n"
-
-    def _failures(self, standing: Standing) -> str:
-        aside = standing.set_aside
-        if not standing.failures and not standing.uncertain_keys and not aside.count:
-            return f"{self._head('Failures')}\n\nNone.\n"
-        parts = [self._head("Failures")]
-        if standing.uncertain_keys:
-            shown = ", ".join(code(key) for key in standing.uncertain_keys[:FAILURES])
-            parts.append(f"**Uncertain**, to be resolved by a person ({standing.uncertain:,}): {shown}")
-        if standing.failures:
+    def _failures(self, progress: BatchProgress) -> list[str]:
+        parts: list[str] = []
+        if progress.uncertain_keys:
+            shown = ", ".join(code(key) for key in progress.uncertain_keys[:FAILURES])
+            parts += ["### Uncertain", f"To be resolved by a person ({progress.uncertain:,}): {shown}"]
+        if progress.failures:
             rows = [
                 (
                     code(one.key),
-                    code(one.kickoff_id) if one.kickoff_id else "–",
-                    cell(one.state),
-                    cell(one.error if self._show != "none" else one.kind or "–"),
+                    code(one.record.kickoff_id) if one.record is not None and one.record.kickoff_id else "–",
+                    cell(str(one.state)),
+                    cell((one.error or "–") if self._show != "none" else "not shown"),
                 )
-                for one in standing.failures
+                for one in progress.failures
             ]
-            parts += [f"The first {len(rows):,} of {standing.failed:,}:", table(("Row", "Run", "State", "Error"), rows)]
-        if aside.count:
+            parts += ["### Failed", f"The first {len(rows):,} of {progress.failed:,}:"]
+            parts.append(table(("Row", "Run", "State", "Error"), rows))
+        if (aside := progress.set_aside).count:
             bad = [(f"{row.line:,}", cell(row.reason)) for row in aside.rows[:FAILURES]]
-            parts += [
-                f"**Set aside**, since they cannot be run: {len(bad):,} of {aside.count:,}. All are in "
-                f"{code(aside.output or '')}.",
-                table(("Line", "Why"), bad),
-            ]
-        return "\n\n".join(parts) + "\n"
+            shown, where = f"{len(bad):,} of {aside.count:,} rows that cannot be run", code(aside.output or "")
+            parts += ["### Set aside", f"The first {shown}. All are in {where}.", table(("Line", "Why"), bad)]
+        return parts
 
-    def _summary(self, standing: Standing, report: BatchReport) -> str:
-        rows = [
-            ("Rows", f"{report.total:,}"),
-            ("Completed", f"{report.completed:,}"),
-            ("Failed", f"{report.failed:,}"),
-            ("Uncertain", f"{report.uncertain:,}"),
-            ("Not run", f"{report.skipped - report.set_aside:,}"),
-            *([("Set aside", f"{report.set_aside:,}")] if report.set_aside else []),
-            ("Kickoffs of this call", f"{report.kickoffs:,}"),
-            ("Time of this call", duration(report.seconds)),
+
+def _figures(progress: BatchProgress, report: BatchReport | None) -> str:
+    share = progress.done / progress.whole if progress.whole else 1.0
+    full = round(share * BAR)
+    rows = [
+        ("Done", f"{'█' * full}{'░' * (BAR - full)} {progress.done:,} of {progress.whole:,} ({share:.1%})"),
+        ("Completed", f"{progress.completed:,}"),
+        ("Failed", f"{progress.failed:,}"),
+        ("Uncertain", f"{progress.uncertain:,}"),
+    ]
+    if progress.set_aside.count:
+        rows.append(("Set aside", f"{progress.set_aside.count:,}"))
+    if progress.people:
+        rows.append(("Wait for a person", f"{progress.people:,} · `prefect-crew reviews`"))
+    if report is None:
+        left = progress.seconds_left
+        rows += [
+            ("In flight", f"{progress.in_flight:,}"),
+            ("Rate", f"{progress.rate:.1f} rows/s"),
+            ("Time so far", duration(progress.seconds)),
+            ("Time left", "–" if left is None else duration(left)),
         ]
-        if len(standing.durations) > 1:
-            marks = statistics.quantiles(standing.durations, n=100, method="inclusive")
-            rows += [(f"Duration of a row, p{mark}", duration(marks[mark - 1])) for mark in (50, 90, 99)]
-        if report.usage is not None:
-            rows += [(name.replace("_", " "), f"{count:,}") for name, count in report.usage if count is not None]
-        if report.cost is not None:
-            rows.append(("Cost of all calls", f"{report.cost:,.10g}"))
-        if report.stopped:
-            rows.append(("Stopped buying", cell(report.stopped)))
-        rows.append(("Output", code(report.output)))
-        parts = [self._head("Summary"), table(("", ""), rows)]
-        if standing.slowest:
-            slow = [(code(key), duration(seconds)) for seconds, key in standing.slowest]
-            parts += ["### Slowest rows", table(("Row", "Time"), slow)]
-        return "\n\n".join(parts) + "\n"
+        return table(("", ""), rows)
+    rows += [
+        ("Not run", f"{report.skipped - report.set_aside:,}"),
+        ("Kickoffs of this call", f"{report.kickoffs:,}"),
+        ("Time of this call", duration(report.seconds)),
+    ]
+    if report.usage is not None:
+        rows += [(name.replace("_", " "), f"{count:,}") for name, count in report.usage if count is not None]
+    if report.cost is not None:
+        rows.append(("Cost of all calls", f"{report.cost:,.10g}"))
+    if report.stopped:
+        rows.append(("Stopped", cell(report.stopped)))
+    return table(("", ""), [*rows, ("Output", code(report.output))])

@@ -21,11 +21,11 @@ class BatchReport:
         name: The batch.
         total: Rows that can be run, plus those that were set aside.
         completed, failed, uncertain: How they stand. Uncertain ones wait to be resolved by a person.
-        skipped: Rows that were not run: set aside, left in flight, or not reached because the batch stopped buying.
+        skipped: Rows that were not run: set aside, left in flight, or not reached because the batch stopped.
         seconds: The wall time of this call.
         output: Where the lines are.
-        stopped: Why the batch stopped buying, None if it did not.
-        kickoffs: Runs that this call bought.
+        stopped: Why the batch kicked off nothing more, None if it did not stop.
+        kickoffs: Runs that this call started.
         set_aside: Rows that cannot be run. `set_aside_rows`: the first 100 of them, their lines and why;
             `set_aside_output`: the file that all of them are in, None where there are none.
         duplicates: Rows that equal an earlier one, which are not in `total`.
@@ -91,7 +91,7 @@ class BatchReport:
         text = f"Batch {self.name}: {', '.join(parts)} in {duration(self.seconds)}. Output: {self.output}"
         if self.set_aside_output:
             text += f". Set aside: {self.set_aside_output}"
-        return f"{text}. It stopped buying: {self.stopped}" if self.stopped else text
+        return f"{text}. It stopped: {self.stopped}" if self.stopped else text
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import sqlite3
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import IO, Any, cast
 
 from pydantic_core import to_json
@@ -30,44 +31,18 @@ from prefect_crew.exceptions import (
 )
 from prefect_crew.templates import compiled, names_in
 
-
-class Keys:
-    """Texts, each with a number and a mark. It belongs to one thread at a time."""
-
-    def __init__(self) -> None:
-        # An empty name is SQLite's own temporary database, which spills to disk and goes with the connection. Rows are
-        # read in a thread, one at a time, but not always the same one.
-        self._database = sqlite3.connect("", isolation_level=None, check_same_thread=False)
-        self._database.execute("PRAGMA cache_size=-4000")
-        self._database.execute("CREATE TABLE keys (key TEXT PRIMARY KEY, value INTEGER, mark TEXT) WITHOUT ROWID")
-        self._database.execute("BEGIN")
-
-    def __contains__(self, key: str) -> bool:
-        return self.find(key) is not None
-
-    def __len__(self) -> int:
-        return int(self._database.execute("SELECT count(*) FROM keys").fetchone()[0])
-
-    def find(self, key: str) -> tuple[int, str] | None:
-        """Return the number and the mark of a key, None if it is not there."""
-        found = self._database.execute("SELECT value, mark FROM keys WHERE key = ?", (key,)).fetchone()
-        return None if found is None else (int(found[0]), str(found[1]))
-
-    def put(self, key: str, value: int = 0, mark: str = "") -> None:
-        """Keep a number and a mark for a key."""
-        self._database.execute("INSERT OR REPLACE INTO keys VALUES (?, ?, ?)", (key, value, mark))
-
-    def count(self, key: str) -> int:
-        """Note one more of a key and return how many there are now."""
-        query = "INSERT INTO keys VALUES (?, 1, '') ON CONFLICT (key) DO UPDATE SET value = value + 1 RETURNING value"
-        return int(self._database.execute(query, (key,)).fetchone()[0])
-
-    def close(self) -> None:
-        """Give the file back."""
-        self._database.close()
-
-
+Values = Mapping[str, Any]
+InputsFrom = Mapping[str, Any] | Callable[[Values], Values]
+"""A function of the row; or inputs by name, each a template over the row's columns, a column's name, a function of the
+row, or any constant that is no text."""
+KeyFrom = str | Callable[[Values], Any]
+"""The name of a column, or a function of the row."""
+BAD_ROWS = 1000
+"""Bad rows that are kept."""
+MAX_KEY = 200
+"""Characters of a row's key."""
 TRIES = 3
+_UNFIT = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")
 
 
 async def expected_inputs(session: CrewSession) -> list[CrewInput]:
@@ -82,40 +57,21 @@ async def expected_inputs(session: CrewSession) -> list[CrewInput]:
             return await session.asked(lambda client: client.inputs())
         except AuthenticationError:
             raise
-        except (CrewConnectionError, ServerError) as error:
+        except CrewError as error:
             # A moment's trouble must not make all columns inputs, and so every row another one.
-            if left:
+            if left and isinstance(error, CrewConnectionError | ServerError):
                 await asyncio.sleep(1.0)
                 continue
             if isinstance(error, CrewConnectionError):
                 raise
-            _not_known(error)
-        except CrewError as error:
-            _not_known(error)
-        return []
+            run_logger().warning("The crew's inputs are not known, so rows are not checked for them: %s", error)
+            break
     return []
-
-
-def _not_known(error: CrewError) -> None:
-    run_logger().warning("The crew's inputs are not known, so rows are not checked for them: %s", error)
-
-
-Values = Mapping[str, Any]
-InputsFrom = Mapping[str, Any] | Callable[[Values], Values]
-"""A function of the row; or inputs by name, each a template over the row's columns, a column's name, a function of the
-row, or any constant that is no text."""
-KeyFrom = str | Callable[[Values], Any]
-"""The name of a column, or a function of the row."""
-KEPT = 1000
-"""Bad rows that are kept."""
-MAX_KEY = 200
-"""Characters of a row's key."""
-_UNFIT = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")
 
 
 @dataclass(frozen=True, slots=True)
 class RowJob:
-    """One row, ready to be bought. `inputs` are encoded, `digest` is theirs; `number` counts rows from 0.
+    """One row, ready to be kicked off. `inputs` are encoded, `digest` is theirs; `number` counts rows from 0.
 
     `hidden` names the inputs that were given as one of pydantic's secrets.
     """
@@ -147,11 +103,6 @@ class Checked:
     fingerprint: str
 
 
-def shard_of(key: str, shards: int) -> int:
-    """Return which of some shards a row belongs to: a number from 0, the same in every process."""
-    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") % shards
-
-
 class RowPlan:
     """How a data set's rows become runs.
 
@@ -165,6 +116,7 @@ class RowPlan:
         deduplicate: Whether equal rows are one run.
         secret: Names of inputs that are secret. No reason of a bad row shows them, and no key may hold one.
         allow_extra: Whether `inputs` may give what the crew does not name.
+        rows: Which rows of the data set are taken, counted from 0; None takes all.
 
     Raises:
         ConfigurationError: A template is none, or the mapping gives inputs that the crew does not name.
@@ -181,10 +133,12 @@ class RowPlan:
         deduplicate: bool = False,
         secret: Sequence[str] = (),
         allow_extra: bool = False,
+        rows: slice | None = None,
     ) -> None:
         self.dataset = dataset
+        self._rows = rows or slice(None)
         self._inputs_of = _by_name(expected) if inputs is None else _chosen(inputs)
-        self._key_of = None if key is None else _keyed(key)
+        self._key = key
         self._expected = expected
         self._as_json = as_json
         self._deduplicate = deduplicate
@@ -192,9 +146,9 @@ class RowPlan:
         self._secret_columns = _columns_of(secret, inputs)
         self._allow_extra = allow_extra
         self._names = [item.name for item in expected]
-        self._id_mapped = inputs is not None and not callable(inputs) and STATE_ID in inputs
-        self._id_by_name = inputs is None and (not expected or STATE_ID in self._names)
-        self._id_left_out = False
+        self._is_id_mapped = inputs is not None and not callable(inputs) and STATE_ID in inputs
+        self._is_id_by_name = inputs is None and (not expected or STATE_ID in self._names)
+        self._is_id_left_out = False
         if inputs is not None and not callable(inputs) and (unknown := self._unknown(inputs)):
             raise ConfigurationError(
                 f"The mapping of inputs {unknown}. Nothing was started. To send them all the same: "
@@ -203,12 +157,12 @@ class RowPlan:
 
     def notes(self) -> list[str]:
         """Return what is to be said of all rows, once they were read."""
-        if self._id_mapped:
+        if self._is_id_mapped:
             return [
                 "The rows give the input id. To a Flow it is the id of its state: it must be a UUID, and another one "
                 "in each row, since one that was used before leads to the run that used it."
             ]
-        if self._id_left_out:
+        if self._is_id_left_out:
             return [
                 "The column id is not sent: to a Flow an input of that name is the id of its state. Map it where the "
                 "crew takes it for something else."
@@ -219,91 +173,86 @@ class RowPlan:
         """Read every row once and note all that is wrong.
 
         Args:
-            set_aside: Called with each row that cannot be run, and what stands there, without secrets.
+            set_aside: Called with each row that cannot be run, and what it holds, without secrets.
 
         Raises:
             DatasetError: The data set cannot be read to its end, or is empty.
         """
         bad: list[BadRow] = []
+        bad_count = total = duplicates = fingerprint = 0
         try:
-            return self._check(bad, set_aside)
+            for row, job in self._read():
+                if isinstance(job, RowJob):
+                    total += 1
+                    digest = hashlib.sha256(f"{job.key}\0{job.digest}".encode()).digest()
+                    fingerprint = (fingerprint + int.from_bytes(digest[:16], "big")) % (1 << 128)
+                elif job is None:
+                    duplicates += 1
+                else:
+                    bad_count += 1
+                    set_aside(job, self._shown(row))
+                    if len(bad) < BAD_ROWS:
+                        bad.append(job)
         except DatasetError as error:
             if not bad:
                 raise
             reason = f"{error.reason} Rows before it cannot be run: {listed_rows(bad, len(bad))}."
             raise DatasetError(reason, source=error.source, line=error.line) from error
-
-    def _check(self, bad: list[BadRow], set_aside: Callable[[BadRow, Any], None]) -> Checked:
-        count = total = duplicates = 0
-        mark = 0
-        for row, job in self._jobs():
-            if isinstance(job, RowJob):
-                total += 1
-                seen = hashlib.sha256(f"{job.key}\0{job.digest}".encode()).digest()
-                mark = (mark + int.from_bytes(seen[:16], "big")) % (1 << 128)
-            elif job is None:
-                duplicates += 1
-            else:
-                count += 1
-                set_aside(job, self._shown(row))
-                if len(bad) < KEPT:
-                    bad.append(job)
-        if total == count == 0:
-            raise DatasetError("has no rows.", source=self.dataset.name)
-        return Checked(total, bad, count, duplicates, f"{mark:032x}")
+        if total == bad_count == 0:
+            where = "" if self._rows == slice(None) else f" from row {self._rows.start or 0} on"
+            raise DatasetError(f"has no rows{where}.", source=self.dataset.name)
+        return Checked(total, bad, bad_count, duplicates, f"{fingerprint:032x}")
 
     def jobs(self) -> Iterator[RowJob]:
         """Yield the rows that can be run, in the order of the data set."""
-        for _, job in self._jobs():
-            if isinstance(job, RowJob):
-                yield job
+        return (job for _, job in self._read() if isinstance(job, RowJob))
 
-    def _jobs(self) -> Iterator[tuple[Row, RowJob | BadRow | None]]:
+    def _read(self) -> Iterator[tuple[Row, RowJob | BadRow | None]]:
         """Yield each row, and with it its job, why it is bad, or None for one that equals an earlier one."""
-        keys = Keys()
+        keys, number = _Keys(), 0
         try:
-            number = 0
-            for row in self.dataset.rows():
+            for row in islice(self.dataset.rows(), self._rows.start, self._rows.stop):
                 try:
                     job = self._job(row, keys, number)
                 except Exception as error:  # noqa: BLE001  whatever a user's function raises is wrong with its row
-                    job = BadRow(row.line, self._without_secrets(row.values)(_reason(error)))
+                    job = BadRow(row.line, self._redactor(row.values)(_reason(error)))
                 number += isinstance(job, RowJob)
                 yield row, job
         finally:
             keys.close()
 
-    def _job(self, row: Row, keys: Keys, number: int) -> RowJob | BadRow | None:
+    def _job(self, row: Row, keys: _Keys, number: int) -> RowJob | BadRow | None:
         if row.fault is not None:
             return BadRow(row.line, row.fault)
         given = self._inputs_of(row.values)
         encoded = encode_inputs(given, as_json=self._as_json)
         hidden = tuple(name for name, value in given.items() if holds_secret(value))
-        self._id_left_out = self._id_left_out or (self._id_by_name and STATE_ID in row.values)
+        self._is_id_left_out = self._is_id_left_out or (self._is_id_by_name and STATE_ID in row.values)
         if missing := missing_inputs(self._expected, encoded):
-            by_name = STATE_ID in missing and self._id_by_name
+            by_name = STATE_ID in missing and self._is_id_by_name
             mapped = ", which is never taken from a column by its name alone: map it" if by_name else ""
             return BadRow(row.line, f"lacks {', '.join(missing)}{mapped}")
         if unknown := self._unknown(encoded):
-            raise ConfigurationError(unknown)
-        digest = inputs_digest(encoded)
-        if self._key_of is None:
-            occurrence = keys.count(digest)
-            if occurrence > 1 and self._deduplicate:
+            return BadRow(row.line, unknown)
+        digest = inputs_digest(encoded, is_text=not self._as_json)
+        if self._key is None:
+            count = keys.count(digest)
+            if count > 1 and self._deduplicate:
                 return None
-            return RowJob(number, row.line, f"{digest}-{occurrence}", encoded, digest, hidden)
-        key = self._key_of(row.values)
+            return RowJob(number, row.line, f"{digest}-{count}", encoded, digest, hidden)
+        key = _key_of(self._key, row.values)
         secret = [encoded[name] for name in (*self._secret, *hidden) if name in encoded]
         if secret and Redactor(secret).hides(key):
-            raise ConfigurationError("its key holds a secret input, and keys stand in logs, artifacts and the ledger")
-        earlier = keys.find(key)
+            return BadRow(row.line, "its key holds a secret input, and keys stand in logs, artifacts and the ledger")
+        earlier = keys.put(key, row.line, digest)
         if earlier is None:
-            keys.put(key, row.line, digest)
             return RowJob(number, row.line, key, encoded, digest, hidden)
-        line, mark = earlier
+        line, earlier_digest = earlier
         if not self._deduplicate:
             return BadRow(row.line, f"has the key {key!r} of line {line} again")
-        return None if mark == digest else BadRow(row.line, f"has the key {key!r} of line {line}, and other inputs")
+        if digest != earlier_digest:
+            return BadRow(row.line, f"has the key {key!r} of line {line}, and other inputs")
+        return None
 
     def _unknown(self, inputs: Mapping[str, Any]) -> str | None:
         unknown = [] if self._allow_extra else unknown_inputs(self._expected, inputs)
@@ -313,7 +262,7 @@ class RowPlan:
         return f"gives the unknown inputs {guessed}; the crew takes {listed_names(self._names)}"
 
     def _shown(self, row: Row) -> Any:
-        """Return what stands in a row, with secret columns masked; None where nobody can tell which they are."""
+        """Return what a row holds, with secret columns masked; None where nobody can tell which they are."""
         if self._secret_columns is None or (self._secret and row.fault is not None):
             return None
         if row.fault is not None:
@@ -321,10 +270,36 @@ class RowPlan:
         secret = self._secret_columns
         return {name: MASK if name in secret or holds_secret(value) else value for name, value in row.values.items()}
 
-    def _without_secrets(self, values: Values) -> Redactor:
+    def _redactor(self, values: Values) -> Redactor:
         columns = values if self._secret_columns is None else self._secret_columns
-        secret = [value for name, value in values.items() if name in columns or holds_secret(value)]
-        return Redactor(secret)
+        return Redactor([value for name, value in values.items() if name in columns or holds_secret(value)])
+
+
+class _Keys:
+    """The keys of the rows that were read, each with a number and a digest. It belongs to one thread at a time."""
+
+    def __init__(self) -> None:
+        # An empty name is SQLite's own temporary database, which spills to disk and goes with the connection. Rows are
+        # read in a thread, one at a time, but not always the same one.
+        self._database = sqlite3.connect("", isolation_level=None, check_same_thread=False)
+        self._database.execute("PRAGMA cache_size=-4000")
+        self._database.execute("CREATE TABLE keys (key TEXT PRIMARY KEY, number INTEGER, digest TEXT) WITHOUT ROWID")
+        self._database.execute("BEGIN")
+
+    def put(self, key: str, line: int, digest: str) -> tuple[int, str] | None:
+        """Keep the line and the digest of a key; return those of an earlier row that has it."""
+        query = "INSERT INTO keys VALUES (?, ?, ?) ON CONFLICT DO NOTHING"
+        if self._database.execute(query, (key, line, digest)).rowcount:
+            return None
+        return self._database.execute("SELECT number, digest FROM keys WHERE key = ?", (key,)).fetchone()
+
+    def count(self, key: str) -> int:
+        """Note one more of a key and return how many there are now."""
+        query = "INSERT INTO keys VALUES (?, 1, '') ON CONFLICT DO UPDATE SET number = number + 1 RETURNING number"
+        return int(self._database.execute(query, (key,)).fetchone()[0])
+
+    def close(self) -> None:
+        self._database.close()
 
 
 def _columns_of(secret: Sequence[str], inputs: InputsFrom | None) -> set[str] | None:
@@ -339,9 +314,12 @@ def _columns_of(secret: Sequence[str], inputs: InputsFrom | None) -> set[str] | 
         if callable(source):
             return None
         if isinstance(source, str):
-            templated = "{{" in source or "{%" in source
-            columns |= names_in(source, collections=frozenset({"row"})) if templated else {source}
+            columns |= names_in(source, collections=frozenset({"row"})) if _is_template(source) else {source}
     return columns
+
+
+def _is_template(source: str) -> bool:
+    return "{{" in source or "{%" in source
 
 
 def _reason(error: Exception) -> str:
@@ -350,13 +328,7 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-def _its_columns(values: Values) -> str:
-    names = [str(name) for name in values]
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return f"its columns are {', '.join(names[:SHOWN])}{more}" if names else "it has none"
-
-
-def _empty(value: Any) -> bool:
+def _is_empty(value: Any) -> bool:
     """Whether a column holds nothing: an empty field of a CSV is no text, and no value of a required input."""
     return value is None or (isinstance(value, str) and not value.strip())
 
@@ -370,7 +342,7 @@ def _by_name(expected: Sequence[CrewInput]) -> Callable[[Values], Values]:
         return {
             name: value
             for name, value in values.items()
-            if name != STATE_ID and (not expected or name in names) and not _empty(value)
+            if name != STATE_ID and (not expected or name in names) and not _is_empty(value)
         }
 
     return inputs_of
@@ -382,7 +354,7 @@ def _chosen(inputs: InputsFrom) -> Callable[[Values], Values]:
     sources = {name: _source(name, source) for name, source in inputs.items()}
 
     def inputs_of(values: Values) -> Values:
-        return {name: value for name, source in sources.items() if not _empty(value := source(values))}
+        return {name: value for name, source in sources.items() if not _is_empty(value := source(values))}
 
     return inputs_of
 
@@ -393,7 +365,7 @@ def _source(name: str, source: Any) -> Callable[[Values], Any]:
         return cast("Callable[[Values], Any]", source)
     if not isinstance(source, str):
         return lambda values: source
-    if "{{" in source or "{%" in source:
+    if _is_template(source):
         return _template(name, source)
 
     def column(values: Values) -> Any:
@@ -421,25 +393,26 @@ def _template(name: str, source: str) -> Callable[[Values], Any]:
     return rendered
 
 
-def _keyed(key: KeyFrom) -> Callable[[Values], str]:
-    def key_of(values: Values) -> str:
-        if callable(key):
-            value = key(values)
-        elif key in values:
-            value = values[key]
-        else:
-            raise ConfigurationError(f"has no column {key!r}, which is the key; {_its_columns(values)}")
-        text = "" if value is None else str(value)
-        if not text.strip():
-            raise ConfigurationError("its key is empty")
-        if len(text) > MAX_KEY:
-            raise ConfigurationError(f"its key has {len(text)} characters, the limit is {MAX_KEY}")
-        # A ledger stores it: PostgreSQL takes no NUL, and no database half a character.
-        if _UNFIT.search(text):
-            raise ConfigurationError(f"its key {text!r} holds a character that no ledger can keep")
-        return text
-
-    return key_of
+def _key_of(key: KeyFrom, values: Values) -> str:
+    if callable(key):
+        value = key(values)
+    elif key in values:
+        value = values[key]
+    else:
+        names = [str(name) for name in values]
+        more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+        raise ConfigurationError(
+            f"has no column {key!r}, which is the key; its columns are {', '.join(names[:SHOWN]) or 'none'}{more}"
+        )
+    text = "" if value is None else str(value)
+    if not text.strip():
+        raise ConfigurationError("its key is empty")
+    if len(text) > MAX_KEY:
+        raise ConfigurationError(f"its key has {len(text)} characters, the limit is {MAX_KEY}")
+    # A ledger stores it: PostgreSQL takes no NUL, and no database half a character.
+    if _UNFIT.search(text):
+        raise ConfigurationError(f"its key {text!r} holds a character that no ledger can keep")
+    return text
 
 
 def rejected_name(output: str) -> str:
@@ -474,7 +447,7 @@ class SetAsideFile:
         self.file: IO[bytes] = tempfile.TemporaryFile(prefix="prefect-crew-")  # noqa: SIM115  closed by `close`
 
     def put(self, bad: BadRow, shown: Any) -> None:
-        """Keep a row: its line, why it cannot be run, and what stands there, without secrets."""
+        """Keep a row: its line, why it cannot be run, and what it holds, without secrets."""
         line = {"line": bad.line, "reason": bad.reason, "row": shown}
         self.file.write(to_json(line, inf_nan_mode="null", serialize_unknown=True) + b"\n")
 

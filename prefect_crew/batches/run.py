@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable, Collection, Coroutine, Mapping
-from contextvars import ContextVar
-from functools import partial, wraps
-from typing import TYPE_CHECKING, Annotated, Any, Literal, ParamSpec, TypeVar, cast
+from collections.abc import Collection, Mapping
+from functools import wraps
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 from prefect import flow
 from prefect.context import FlowRunContext, TaskRunContext
 from pydantic import BaseModel, Field
 
-from prefect_crew._internal.callables import refuse_running_loop
+from prefect_crew._internal.callables import sync_version
 from prefect_crew._internal.interrupts import cancelled_once
 from prefect_crew.batches.batch import BatchJob, open_batch, plan_of
-from prefect_crew.batches.database import check_adoptable, ledger_place
+from prefect_crew.batches.database import check_adoptable, ledger_address
 from prefect_crew.batches.dataset import Dataset, DatasetFormat, open_dataset
-from prefect_crew.batches.options import BatchOptions, OnFailure, plain_call
-from prefect_crew.batches.outcomes import Retries
+from prefect_crew.batches.options import KICKOFFS_AT_ONCE, BatchOptions, OnFailure, Retries, plain_call
+from prefect_crew.batches.progress import OnProgress
 from prefect_crew.batches.report import BatchPlan, BatchReport
 from prefect_crew.batches.rows import InputsFrom, KeyFrom
-from prefect_crew.batches.throttle import KICKOFFS_AT_ONCE
 from prefect_crew.blocks import DeployedCrew, load_crew
 from prefect_crew.crew import Crew, WaitPolicy
 from prefect_crew.exceptions import ConfigurationError
@@ -31,29 +28,8 @@ if TYPE_CHECKING:
     from prefect_crew.client.webhooks import Webhooks
 
 
-P = ParamSpec("P")
-T = TypeVar("T")
 MAX_NAME = 200
 """Characters of a batch's name."""
-
-_live: ContextVar[Callable[[], Coroutine[Any, Any, BatchReport]] | None] = ContextVar(
-    "prefect_crew_batch", default=None
-)
-
-
-def _blocking(function: Callable[P, Coroutine[Any, Any, T]], name: str) -> Callable[P, T]:
-    """Return the twin of an async function for sync code."""
-
-    @wraps(function)
-    def call(*args: P.args, **kwargs: P.kwargs) -> T:
-        refuse_running_loop(name, function.__name__)
-        running = function(*args, **kwargs)
-        args, kwargs = (), {}  # pyright: ignore[reportAssignmentType]  error reporters show the variables of frames
-        return asyncio.run(running)
-
-    call.__name__ = call.__qualname__ = name
-    call.__doc__ = f"`{function.__name__}` for sync code, with the same arguments.\n\n{function.__doc__}"
-    return call
 
 
 async def arun_batch(
@@ -75,7 +51,6 @@ async def arun_batch(
     breaker: int | None = 20,
     breaker_pause: float = 30.0,
     deduplicate: bool = False,
-    order: Literal["ended", "input"] = "ended",
     retries: Retries = 0,
     retry_failed: bool | Collection[str] = False,
     max_kickoffs: int | None = None,
@@ -85,16 +60,13 @@ async def arun_batch(
     webhooks: Webhooks | None = None,
     format: DatasetFormat | None = None,  # noqa: A002
     encoding: str = "utf-8-sig",
-    chunk_size: int = 200,
-    task_per_row: bool = False,
-    shards: int = 1,
-    deployment: str | None = None,
+    rows: str | None = None,
+    on_progress: OnProgress | None = None,
 ) -> BatchReport:
     """Run a crew once for each row of a data set. A second call with the name goes on where the first stopped.
 
     Rows that are done are not run again, rows in flight are waited for, uncertain ones are listed and can be resolved.
-    Every row is checked before anything is kicked off. Inside a flow its tasks are of that flow; outside of one it runs
-    a flow of its own.
+    Every row is checked before anything is kicked off. Outside of a flow it runs a flow of its own.
 
     Args:
         crew: A crew, or the name of a stored block.
@@ -102,8 +74,9 @@ async def arun_batch(
             or polars data frame; an Arrow table.
         name: The batch's name. It, `output` and a path as `dataset` may be templates over the scheduled time:
             `leads-{{ scheduled_start:%Y-%m-%d }}`.
-        output: The path or address of its lines: JSON Lines that grow, or `.parquet` at the end. A line has key,
-            inputs, state, output, data, tasks, kickoff_id, seconds, usage and error.
+        output: The path or address of its lines, in the order of the rows: JSON Lines, compressed by its ending, or
+            Parquet. It is written at the end, and when the batch stops; `prefect-crew batch export` writes it while the
+            batch runs. A line has key, inputs, state, output, data, tasks, kickoff_id, seconds, usage and error.
         ledger: A path, the URL of a PostgreSQL database, or `secret://NAME` for a Prefect Secret block that holds one;
             left out, a file beside a local output.
         key: A column or a function of the row; left out, a digest of the inputs and how many equal ones came before.
@@ -121,7 +94,6 @@ async def arun_batch(
             gives up after three that failed.
         breaker_pause: Seconds of the first pause, each further one is twice as long.
         deduplicate: Equal rows are one run.
-        order: Lines as rows have "ended", or in the order of the "input".
         retries: Further purchases of a failed row, in all or by the class of its error (CrewFailedError,
             CrewStoppedError, CrewLostError, OutputTypeError), never beyond the crew's `max_kickoffs`.
         retry_failed: Buy the failed rows of earlier calls again: all, or those of these keys.
@@ -132,11 +104,9 @@ async def arun_batch(
         meta: Any JSON object for the crew's webhooks; idempotency key and batch are added to it.
         webhooks: Targets of your own for the crew's webhooks.
         format, encoding: Those of a file whose name does not tell.
-        chunk_size: Rows a Prefect task.
-        task_per_row: A task a row, for small sets that people want to watch.
-        shards: Flow runs of `deployment` that the rows are split over by their keys. The crew is then a stored block,
-            the data set a file that every machine reads, the ledger a PostgreSQL that every machine reaches.
-        deployment: A deployment of the flow `batch_shard` of `flows/batch.py`, as `flow/deployment`.
+        rows: A range START:STOP of row numbers from 0, the last one excluded, such as "0:500000" or "500000:". A data
+            set over several machines is several batches over ranges of it, each with a name and an output of its own.
+        on_progress: Called with a `BatchProgress` about once a second. It must be quick and must not raise.
 
     Raises:
         DatasetError, BadRowsError: The data set cannot be read, or rows cannot be run. Nothing was started.
@@ -157,7 +127,6 @@ async def arun_batch(
         breaker=breaker,
         breaker_pause=breaker_pause,
         deduplicate=deduplicate,
-        order=order,
         retries=retries,
         retry_failed=retry_failed,
         max_kickoffs=max_kickoffs,
@@ -165,13 +134,8 @@ async def arun_batch(
         output_type=output_type,
         meta=meta,
         webhooks=webhooks,
-        chunk_size=chunk_size,
-        task_per_row=task_per_row,
+        rows=rows,
     )
-    if shards < 1 or (shards > 1) is not (deployment is not None):
-        raise ConfigurationError(
-            "Shards are runs of a deployment: give both, shards=N and deployment='flow/deployment'."
-        )
     job = await batch_job(
         *(crew, dataset, options),
         name=name,
@@ -179,27 +143,27 @@ async def arun_batch(
         ledger=ledger,
         format=format,
         encoding=encoding,
-        shards=shards,
-        deployment=deployment,
     )
     del dataset  # its rows may hold secrets, and error reporters show the local variables of all frames
-    run = partial(run_job, job, shards=shards, deployment=deployment)
+
+    # What Prefect's stored parameters must not or cannot hold reaches the flow by this function.
+    @wraps(run_batch_flow.fn)
+    async def run(*_: Any, **__: Any) -> BatchReport:
+        return await run_job(job, on_progress)
+
     if FlowRunContext.get() is not None or TaskRunContext.get() is not None:
         return await run()
-    token = _live.set(run)
-    try:
-        return await cast("Any", run_rows_of)(
-            batch=job.name, crew=job.crew.label, dataset=job.dataset.name, output=job.output_name
-        )
-    finally:
-        _live.reset(token)
+    own_flow = run_batch_flow.with_options()
+    own_flow.fn = run
+    names = {"crew": job.crew.label, "dataset": job.dataset.name, "output": job.output_name}
+    return await cast("Any", own_flow)(batch=job.name, **names)
 
 
-run_batch = _blocking(arun_batch, "run_batch")
+run_batch = sync_version(arun_batch)
 
 
 @flow(name="run-batch", flow_run_name="{batch}")
-async def run_rows_of(
+async def run_batch_flow(
     batch: Annotated[str, Field(description="The batch's name.")],
     crew: Annotated[str, Field(description="The crew.")],
     dataset: Annotated[str, Field(description="The data set.")],
@@ -207,28 +171,17 @@ async def run_rows_of(
 ) -> BatchReport:
     """Run a batch that `run_batch` was called with outside of a flow."""
     del crew, dataset, output
-    run = _live.get()
-    if run is None:
-        raise ConfigurationError(
-            f"Batch {batch!r} was given by code and cannot be made from this run's parameters. Call run_batch again "
-            "with the same name, which goes on where it stopped, or write a flow around it and retry that."
-        )
-    return await run()
+    raise ConfigurationError(
+        f"Batch {batch!r} was given by code and cannot be made from this run's parameters. Call run_batch again with "
+        "the same name, which goes on where it stopped, or write a flow around it and retry that."
+    )
 
 
 @cancelled_once
-async def run_job(job: BatchJob, *, shards: int = 1, deployment: str | None = None) -> BatchReport:
-    """Run a batch in this process, or watch its shards and then finish it here."""
-    await check_adoptable(job.place, job.name)
-    if deployment is None:
-        async with open_batch(job) as batch:
-            return await batch.run()
-    from prefect_crew.batches.shards import Parent, check_parent
-
-    await check_parent(job, shards=shards, deployment=deployment)
-    async with open_batch(job, shared=True) as batch:
-        if not batch.is_done:
-            await Parent(batch, shards=shards, deployment=deployment).run()
+async def run_job(job: BatchJob, on_progress: OnProgress | None) -> BatchReport:
+    """Run a batch in this process."""
+    await check_adoptable(job.ledger, job.name)
+    async with open_batch(job, on_progress) as batch:
         return await batch.run()
 
 
@@ -263,7 +216,7 @@ async def aplan_batch(
     return await plan_of(job, seconds_per_run)
 
 
-plan_batch = _blocking(aplan_batch, "plan_batch")
+plan_batch = sync_version(aplan_batch)
 
 
 async def batch_job(
@@ -276,8 +229,6 @@ async def batch_job(
     ledger: str | None,
     format: DatasetFormat | None = None,  # noqa: A002
     encoding: str = "utf-8-sig",
-    shards: int = 1,
-    deployment: str | None = None,
 ) -> BatchJob:
     """Return a batch that is ready to be run, or looked at.
 
@@ -292,16 +243,14 @@ async def batch_job(
     if isinstance(dataset, str) and "{{" in dataset:
         dataset = render_key(dataset, moment)
     rows = dataset if isinstance(dataset, Dataset) else open_dataset(dataset, format=format, encoding=encoding)
-    place = await ledger_place(ledger, where)
+    address = await ledger_address(ledger, where)
     chosen = await load_crew(crew)
     call = plain_call(
         crew=chosen.block,
         secret_inputs=chosen.secret_inputs,
         dataset=rows,
         output=where,
-        ledger=place.told,
+        ledger=address.public,
         options=options,
-        shards=shards,
-        deployment=deployment,
     )
-    return BatchJob(chosen, rows, options, name=full, output=where, place=place, call=call)
+    return BatchJob(chosen, rows, options, name=full, output=where, ledger=address, call=call)

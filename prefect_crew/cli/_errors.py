@@ -134,7 +134,7 @@ def _refusal(error: Any) -> str | None:
 
 
 _ARGUMENT = re.compile(
-    r"\b(on_change|on_bad_row|on_failure|max_in_flight|max_kickoffs|retry_failed|output_type|shards|deployment|ledger|"
+    r"\b(on_change|on_bad_row|on_failure|max_in_flight|max_kickoffs|retry_failed|output_type|rows|ledger|"
     r"format|encoding|every|schedule|allow_http|force_new|crew|option)=(?:True\b|'([^']*)'|(…|\d+))"
 )
 

@@ -17,7 +17,7 @@ from prefect_crew.cli import _output
 from prefect_crew.states import CrewState
 
 if TYPE_CHECKING:
-    from prefect_crew.batches.progress import Standing
+    from prefect_crew.batches.progress import BatchProgress
     from prefect_crew.client.models import CrewStatus
     from prefect_crew.runs.run import OpenRun
 
@@ -140,22 +140,23 @@ class Progress(AbstractContextManager["Progress"]):
             word = "waits for a person" if seen.state is CrewState.WAITING else str(seen.state)
             self._draw(f"Crew {seen.label} {word}{seen.share}", since=seen.since)
 
-    def watch_batch(self, name: str, phase: str, standing: Standing | None) -> None:
-        """Take in how a batch stands, as `watch_batches` calls it."""
+    def watch_batch(self, progress: BatchProgress) -> None:
+        """Show how a batch stands: what `on_progress` of `run_batch` is given."""
         from prefect_crew._internal.prefect_api import flow_run_id
 
         self.flow_run_id = self.flow_run_id or flow_run_id()
-        if standing is None:
+        name, phase = progress.name, progress.phase
+        if phase == "checking":
             self.phase(f"Batch {name}: checking every row")
             return
-        rest = figures(standing)
+        rest = figures(progress)
         if self._is_live and phase != "done":
-            self._draw(f"Batch {name}", done=standing.done, total=standing.total, figures=rest)
+            self._draw(f"Batch {name}", done=progress.done, total=progress.total, figures=rest)
             return
         if self._is_live or phase == "finishing" or time.monotonic() - self._said_at >= SAY_EVERY:
             self.close()
             self._said_at = time.monotonic()
-            said = " · ".join(filter(None, (f"{standing.done:,} of {standing.total:,} rows", rest)))
+            said = " · ".join(filter(None, (f"{progress.done:,} of {progress.total:,} rows", rest)))
             self.note(f"Batch {name}: {said}")
 
     def close(self) -> None:
@@ -193,18 +194,18 @@ def _clean(text: str) -> str:
     return escape(_output.redact(_output.plain(text)))
 
 
-def figures(standing: Standing) -> str:
+def figures(progress: BatchProgress) -> str:
     """Return how a batch stands, besides how many rows are done."""
     from prefect_crew.artifacts.markdown import duration
 
-    left = standing.seconds_left
+    left = progress.seconds_left
     parts = (
-        f"{standing.failed:,} failed" if standing.failed else "",
-        f"{standing.uncertain:,} uncertain" if standing.uncertain else "",
-        f"{standing.in_flight:,} in flight" if standing.in_flight else "",
-        f"{standing.people:,} wait for a person" if standing.people else "",
-        f"{standing.rate:.1f} rows/s" if standing.ended_here else "",
-        f"{duration(left)} left" if left and standing.done < standing.total else "",
+        f"{progress.failed:,} failed" if progress.failed else "",
+        f"{progress.uncertain:,} uncertain" if progress.uncertain else "",
+        f"{progress.in_flight:,} in flight" if progress.in_flight else "",
+        f"{progress.people:,} wait for a person" if progress.people else "",
+        f"{progress.rate:.1f} rows/s" if progress.ended_here else "",
+        f"{duration(left)} left" if left else "",
     )
     return " · ".join(part for part in parts if part)
 

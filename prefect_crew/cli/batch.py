@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import shlex
 import sys
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -20,12 +22,10 @@ from prefect_crew.cli.runs import status_call
 from prefect_crew.exceptions import ConfigurationError
 
 if TYPE_CHECKING:
-    from pydantic import BaseModel
-
+    from prefect_crew.batches.ledger import LedgerRow
     from prefect_crew.batches.report import BatchReport
     from prefect_crew.batches.rows import SetAside
-    from prefect_crew.batches.stored import BatchStanding
-    from prefect_crew.records.model import RunRecord
+    from prefect_crew.batches.stored import BatchStatus
 
 
 DATASET = Parameter(
@@ -34,7 +34,6 @@ DATASET = Parameter(
 )
 NAME = Parameter(name="NAME", help="The batch's name.")
 LEDGER = Parameter(help="Its ledger, where the one on record does not do: a path, a PostgreSQL URL, or secret://NAME.")
-HERE = Parameter(help="In this process alone, also where the last call was split over shards.")
 
 app = App(name="batch", help="Batches: a crew for every row of a data set.")
 
@@ -66,6 +65,9 @@ class BatchChoices:
         Literal["refuse", "set-aside"], Parameter(help="Refuse the data set, or set rows aside that cannot be run.")
     ] = "refuse"
     deduplicate: Annotated[bool, Parameter(help="Equal rows are one run.")] = False
+    rows: Annotated[
+        str | None, Parameter(help="Only a range of rows, as START:STOP from 0, the last one excluded: 0:500000.")
+    ] = None
 
     def options(self) -> dict[str, Any]:
         """Return them as `arun_batch` and `aplan_batch` take them."""
@@ -80,6 +82,7 @@ class BatchChoices:
             "kickoffs_per_second": self.kickoffs_per_second,
             "on_bad_row": self.on_bad_row,
             "deduplicate": self.deduplicate,
+            "rows": self.rows,
         }
 
 
@@ -90,7 +93,7 @@ def run(
     /,
     *,
     name: Annotated[str, Parameter(help="The batch's name: the same call with it goes on where it stopped.")],
-    output: Annotated[str, Parameter(help="Where the lines go: JSON Lines that grow, or .parquet at the end.")],
+    output: Annotated[str, Parameter(help="Where the lines go in the end, or when it stops: JSON Lines, or .parquet.")],
     on_failure: Annotated[
         str, Parameter(help="continue, stop at the first failed row, after how many, or after which share below 1.")
     ] = "continue",
@@ -100,8 +103,7 @@ def run(
     on_cancel: Annotated[
         Literal["stop", "drain", "leave"], Parameter(help="What becomes of runs in flight at Ctrl-C or a cancellation.")
     ] = "stop",
-    order: Annotated[Literal["ended", "input"], Parameter(help="The order of the lines.")] = "ended",
-    retries: Annotated[int, Parameter(help="Further purchases of a row that fails.")] = 0,
+    retries: Annotated[int, Parameter(help="Further kickoffs of a row that fails.")] = 0,
     retry_on: Annotated[
         list[str] | None,
         Parameter(
@@ -109,7 +111,7 @@ def run(
             "may be given again; CLASS=N for a number of its own.",
         ),
     ] = None,
-    retry_failed: Annotated[bool, Parameter(help="Buy the failed rows of earlier calls again.")] = False,
+    retry_failed: Annotated[bool, Parameter(help="Start the failed rows of earlier calls again.")] = False,
     max_kickoffs: Annotated[int | None, Parameter(help="A limit on kickoffs, of all calls together.")] = None,
     breaker: Annotated[
         int, Parameter(help="Failed rows in a row after which it pauses, then tries one at a time; 0 never does.")
@@ -121,11 +123,6 @@ def run(
     output_type: Annotated[
         str | None, Parameter(help="A pydantic model that results have to fit, as module:Model.")
     ] = None,
-    task_per_row: Annotated[
-        bool, Parameter(help="A Prefect task for each row, for small sets that people watch.")
-    ] = False,
-    shards: Annotated[int, Parameter(help="Flow runs of --deployment that the rows are split over.")] = 1,
-    deployment: Annotated[str | None, Parameter(help="A deployment of batch_shard, as flow/deployment.")] = None,
     json: Annotated[bool, JSON] = False,
     choices: BatchChoices = BatchChoices(),
     access: CrewAccess = CrewAccess(),
@@ -138,18 +135,15 @@ def run(
         "on_failure": _limit(on_failure),
         "on_change": on_change,
         "on_cancel": on_cancel,
-        "order": order,
         "retries": _retries(retries, retry_on),
         "retry_failed": retry_failed,
         "max_kickoffs": max_kickoffs,
         "breaker": breaker or None,
         "kickoffs_at_once": kickoffs_at_once,
-        "task_per_row": task_per_row,
-        "shards": shards,
-        "deployment": deployment,
     }
     if output_type is not None:
-        options["output_type"] = model_here(output_type)
+        look_here()
+        options["output_type"] = output_type
 
     async def call() -> BatchReport:
         from prefect_crew.batches.run import arun_batch
@@ -157,11 +151,11 @@ def run(
         found = await access.load(crew)
         if timeout is not None:
             options["wait"] = wait_policy(found, timeout)
-        return await arun_batch(found, dataset, **options)
+        return await arun_batch(found, dataset, on_progress=shown.watch_batch, **options)
 
     with progress() as shown:
         reach_prefect(shown)
-        report = started(shown, name, call)
+        report = started(name, call)
     return put_report(report, shown, as_json=json)
 
 
@@ -189,30 +183,19 @@ def _retries(count: int, classes: list[str] | None) -> int | dict[str, int]:
     return found
 
 
-def model_here(where: str) -> type[BaseModel]:
-    """Return a model by module:Model, of a module that is installed or lies in the working directory."""
-    from prefect_crew.batches.options import imported_model
-
-    look_here()
-    return imported_model(where)
-
-
 def look_here() -> None:
     """Let modules in the working directory be imported, as `python -m` does."""
     if (here := str(Path.cwd())) not in sys.path:
         sys.path.insert(0, here)
 
 
-def started(shown: Progress, name: str, call: Any) -> BatchReport:
-    """Run a batch while its progress is shown."""
-    from prefect_crew.batches.progress import watch_batches
-
-    with watch_batches(shown.watch_batch):
-        try:
-            return asyncio.run(call())
-        except KeyboardInterrupt:
-            _output.note(f"To go on where it stopped: {_program('resume', shlex.quote(name))}")
-            raise
+def started(name: str, call: Callable[[], Coroutine[Any, Any, BatchReport]]) -> BatchReport:
+    """Run a batch, and say how to go on with it if Ctrl-C ends it."""
+    try:
+        return asyncio.run(call())
+    except KeyboardInterrupt:
+        _output.note(f"To go on where it stopped: {_program('resume', shlex.quote(name))}")
+        raise
 
 
 def put_report(report: BatchReport, shown: Progress, *, as_json: bool) -> int:
@@ -282,11 +265,10 @@ def retry(
     *,
     key: Annotated[list[str] | None, Parameter(help="Only this row; may be given again.")] = None,
     ledger: Annotated[str | None, LEDGER] = None,
-    here: Annotated[bool, HERE] = False,
     json: Annotated[bool, JSON] = False,
 ) -> int:
     """Buy the failed rows of a batch again, with the options of its last call, and go on with what is left."""
-    return go_on(name, ledger, retry_failed=tuple(key) if key else True, here=here, json=json)
+    return go_on(name, ledger, retry_failed=tuple(key) if key else True, json=json)
 
 
 @app.command
@@ -295,32 +277,29 @@ def resume(
     /,
     *,
     ledger: Annotated[str | None, LEDGER] = None,
-    here: Annotated[bool, HERE] = False,
     json: Annotated[bool, JSON] = False,
 ) -> int:
     """Go on with a batch where it stopped, with the options of its last call."""
-    return go_on(name, ledger, retry_failed=False, here=here, json=json)
+    return go_on(name, ledger, retry_failed=False, json=json)
 
 
-def go_on(name: str, ledger: str | None, *, retry_failed: bool | tuple[str, ...], here: bool, json: bool) -> int:
+def go_on(name: str, ledger: str | None, *, retry_failed: bool | tuple[str, ...], json: bool) -> int:
     """Call a batch again by its name."""
 
     async def call() -> BatchReport:
         from prefect_crew.batches.run import arun_batch
-        from prefect_crew.batches.stored import known_batch
+        from prefect_crew.batches.stored import open_stored_batch
 
-        async with known_batch(name, ledger) as batch:
+        async with open_stored_batch(name, ledger) as batch:
             if isinstance(retry_failed, tuple):
                 await batch.check_failed(retry_failed)
             again = batch.call(retry_failed=retry_failed)
-        if here:
-            again |= {"shards": 1, "deployment": None}
-        return await arun_batch(again.pop("crew"), again.pop("dataset"), **again)
+        return await arun_batch(again.pop("crew"), again.pop("dataset"), on_progress=shown.watch_batch, **again)
 
     look_here()  # for an output_type
     with progress() as shown:
         reach_prefect(shown)
-        report = started(shown, name, call)
+        report = started(name, call)
     code = put_report(report, shown, as_json=json)
     if retry_failed and report.failed and not report.kickoffs and report.stopped is None:
         _output.note(
@@ -334,13 +313,23 @@ SET_ASIDE = "set-aside"
 
 
 @app.default
+def overview(*, json: Annotated[bool, JSON] = False) -> None:
+    """List the batches that the Prefect server knows, and where their ledgers are."""
+    list_batches(json=json)
+
+
 @app.command(name="list")
-def list_batches(*, json: Annotated[bool, JSON] = False) -> None:
+def list_batches(
+    pattern: Annotated[str, Parameter(name="NAME", help="Only these: * stands for any text, as in 'leads/*'.")] = "*",
+    /,
+    *,
+    json: Annotated[bool, JSON] = False,
+) -> None:
     """List the batches that the Prefect server knows, and where their ledgers are."""
     reach_prefect()
-    from prefect_crew.batches.stored import all_batches
+    from prefect_crew.batches.stored import list_batches as list_stored
 
-    found = asyncio.run(all_batches())
+    found = [(name, ledger) for name, ledger in asyncio.run(list_stored()) if fnmatchcase(name, pattern)]
     if json:
         _output.put_json([{"name": name, "ledger": ledger} for name, ledger in found])
     else:
@@ -348,8 +337,8 @@ def list_batches(*, json: Annotated[bool, JSON] = False) -> None:
 
 
 @app.command
-def status(
-    name: Annotated[str, NAME],
+def inspect(
+    name: Annotated[str, Parameter(name="NAME", help="The batch's name. 'leads/*' adds up all that begin so.")],
     /,
     *,
     ledger: Annotated[str | None, LEDGER] = None,
@@ -357,22 +346,46 @@ def status(
 ) -> None:
     """Show how a batch stands: also while it runs, in whichever process."""
     reach_prefect()
+    is_pattern = any(sign in name for sign in "*?[")
 
-    async def look() -> BatchStanding:
-        from prefect_crew.batches.stored import known_batch
+    async def look() -> list[BatchStatus]:
+        from prefect_crew.batches.stored import list_batches as list_stored
+        from prefect_crew.batches.stored import open_stored_batch
 
-        async with known_batch(name, ledger) as batch:
-            return await batch.standing()
+        names = [one for one, _ in await list_stored() if fnmatchcase(one, name)] if is_pattern else [name]
+        found: list[BatchStatus] = []
+        for one in names:
+            async with open_stored_batch(one, ledger) as batch:
+                found.append(await batch.status())
+        return found
 
     found = asyncio.run(look())
-    if json:
-        _output.put_json(found.as_dict())
+    if is_pattern:
+        _put_sum(found, name, as_json=json)
+    elif json:
+        _output.put_json(found[0].as_dict())
+    else:
+        for line in _about(found[0]):
+            _output.put(line)
+
+
+SUMMED = ("total", "completed", "failed", "uncertain", "in_flight", "left", "set_aside", "kickoffs")
+
+
+def _put_sum(found: list[BatchStatus], pattern: str, *, as_json: bool) -> None:
+    """Write how several batches stand, and all of them together."""
+    whole = {count: sum(getattr(one, count) for one in found) for count in SUMMED}
+    if as_json:
+        _output.put_json({**whole, "batches": [one.as_dict() for one in found]})
         return
-    for line in _about(found):
-        _output.put(line)
+    rows = [(one.name, *(f"{getattr(one, count):,}" for count in SUMMED)) for one in found]
+    if found:
+        rows.append(("together", *(f"{count:,}" for count in whole.values())))
+    titles = ("Batch", *(count.replace("_", " ").capitalize() for count in SUMMED))
+    _output.put_rows(titles, rows, empty=f"The Prefect server knows no batch {pattern}.")
 
 
-def _about(found: BatchStanding) -> list[str]:
+def _about(found: BatchStatus) -> list[str]:
     from prefect_crew.artifacts.markdown import duration
     from prefect_crew.batches.rows import SetAside
 
@@ -388,16 +401,17 @@ def _about(found: BatchStanding) -> list[str]:
         if found.why_not is not None:
             resume = f"make the same call again ({found.why_not})"
         lines.append(f"  No process runs it. To go on where it stopped: {resume}")
-    if found.people:
-        lines.append(f"  {found.people:,} in flight wait for a person: {_output.command('prefect-crew reviews')}")
+    if found.waiting:
+        lines.append(f"  {found.waiting:,} in flight wait for a person: {_output.command('prefect-crew reviews')}")
     if found.set_aside:
         aside = SetAside(found.set_aside, found.set_aside_rows)
         lines.append(f"  Set aside: {'; '.join(aside.shown(5))}. All are in {found.set_aside_output}")
     seconds = ""
-    if found.median is not None and found.slowest is not None:
-        seconds = f" · a row takes {duration(found.median)} (median), at most {duration(found.slowest)}"
+    if found.median is not None and found.longest is not None:
+        seconds = f" · a row takes {duration(found.median)} (median), at most {duration(found.longest)}"
     lines.append(f"  {found.kickoffs:,} kickoffs{seconds}")
-    lines += [f"  Output: {found.output}"] if found.output else []
+    if found.output:
+        lines.append(f"  Output: {found.output}")
     lines.append(f"  Ledger: {found.ledger}")
     return lines
 
@@ -417,49 +431,57 @@ def failures(
     found, aside = asyncio.run(_failures(name, ledger, most))
     if json:
         bad = [{"key": None, "line": row.line, "state": SET_ASIDE, "error": row.reason} for row in aside.rows]
-        _output.put_json([*(_as_json(key, record) for key, record in found), *bad])
+        _output.put_json([*map(_as_json, found), *bad])
         return
-    rows = [(key, record.kickoff_id or "", _state(record), _why(record)) for key, record in found]
+    rows = [(row.key, (row.record and row.record.kickoff_id) or "", str(row.state), row.error or "") for row in found]
     rows += [(f"line {row.line}", "", SET_ASIDE, row.reason) for row in aside.rows[:limit]]
     _output.put_rows(("Row", "Run", "State", "Error"), rows, empty=f"No row of batch {name} failed.")
     if most is not None and len(found) == most:
         _output.note(f"The first {most}. --limit shows more, --json all.")
     if aside.count:
         _output.note(f"Rows that were set aside cannot be run. All {aside.count:,} are in {aside.output}.")
-    if any(_state(record) == "uncertain" for _, record in found):
+    if any(str(row.state) in ("uncertain", "claimed") for row in found):
         _output.note(
             f"An uncertain row is resolved after a look at the crew's page: "
             f"{_output.command('prefect-crew batch resolve')} NAME ROW --kickoff-id ID, or --never-started."
         )
 
 
-async def _failures(name: str, ledger: str | None, most: int | None) -> tuple[list[tuple[str, RunRecord]], SetAside]:
-    from prefect_crew.batches.stored import known_batch
+async def _failures(name: str, ledger: str | None, most: int | None) -> tuple[list[LedgerRow], SetAside]:
+    from prefect_crew.batches.stored import open_stored_batch
 
-    found: list[tuple[str, RunRecord]] = []
-    async with known_batch(name, ledger) as batch:
-        async for key, record in batch.failures():
-            found.append((key, record))
-            if len(found) == most:
-                break
-        return found, await batch.ledger.set_aside()
+    async with open_stored_batch(name, ledger) as batch:
+        return [row async for row in batch.failures(most)], batch.entry.set_aside
 
 
-def _state(record: RunRecord) -> str:
-    from prefect_crew.batches.outcomes import standing_word
-
-    return standing_word(record) or "uncertain"  # or a claim that nobody holds any more, which is the same
-
-
-def _why(record: RunRecord) -> str:
-    return record.error or record.reason or ""
+def _as_json(row: LedgerRow) -> dict[str, Any]:
+    shown = {"idempotency_key", "kickoff_id", "attempt", "kicked_off_at", "ended_at"}
+    about = {} if row.record is None else row.record.model_dump(mode="json", include=shown)
+    return {"key": row.key, "state": str(row.state), "error": row.error or None, **about}
 
 
-def _as_json(key: str, record: RunRecord) -> dict[str, Any]:
-    about = record.model_dump(
-        mode="json", include={"idempotency_key", "kickoff_id", "attempt", "kicked_off_at", "ended_at"}
-    )
-    return {"key": key, "state": _state(record), "error": _why(record) or None, **about}
+@app.command
+def export(
+    name: Annotated[str, NAME],
+    output: Annotated[
+        str | None, Parameter(name="OUTPUT", help="JSON Lines or .parquet. Left out: the output of its last call.")
+    ] = None,
+    /,
+    *,
+    ledger: Annotated[str | None, LEDGER] = None,
+) -> None:
+    """Write the lines of all rows that have ended, also while the batch runs."""
+    reach_prefect()
+    look_here()  # for an output_type
+
+    async def write() -> tuple[str, int]:
+        from prefect_crew.batches.stored import open_stored_batch
+
+        async with open_stored_batch(name, ledger) as batch:
+            return await batch.export(output)
+
+    where, count = asyncio.run(write())
+    _output.put(f"{count:,} lines of batch {name} are in {where}.")
 
 
 @app.command
@@ -485,22 +507,22 @@ async def _resolve(
     name: str, row: str, kickoff_id: str | None, crew: str | None, ledger: str | None, access: CrewAccess
 ) -> None:
     from prefect_crew.batches.ownership import BatchLock
-    from prefect_crew.batches.stored import known_batch
+    from prefect_crew.batches.stored import open_stored_batch
     from prefect_crew.exceptions import BatchBusyError
     from prefect_crew.records.resolve import resolve_never_started, resolve_started, unresolved
     from prefect_crew.records.store import PrefectRecords
 
-    async with known_batch(name, ledger) as batch, BatchLock(batch.ledger.database, name) as lock:
+    async with open_stored_batch(name, ledger) as batch, BatchLock(batch.ledger.database, name) as lock:
         if not await lock.take():
             raise BatchBusyError(name=name)
-        batch.ledger.sole = lock.proves
+        batch.ledger.is_exclusive = lock.proves
         if not await batch.ledger.attempts(batch.ledger.idempotency_key(row)):
-            raise ConfigurationError(f"Batch {name!r} has bought nothing for a row {row!r}.")
+            raise ConfigurationError(f"Batch {name!r} has started no run for a row {row!r}.")
         record = await unresolved(batch.ledger.idempotency_key(row), batch.ledger)
         again = f"{_output.command('prefect-crew batch resume')} {shlex.quote(name)}"
         if kickoff_id is None:
             await resolve_never_started(record, batch.ledger)
-            _output.put(f"Resolved: row {row} never started. {again} buys it.")
+            _output.put(f"Resolved: row {row} never started. {again} starts it.")
             return
         holder = await PrefectRecords().of_kickoff(kickoff_id)
         if holder is not None:

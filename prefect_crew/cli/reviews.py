@@ -58,10 +58,10 @@ class AnswerOptions:
 @asynccontextmanager
 async def open_stores() -> AsyncGenerator[tuple[list[ReviewableStore], list[str]]]:
     """Open all places where runs that wait are on record; give them, and a sentence for each that cannot be opened."""
-    from prefect_crew.batches.stored import asking_batches
+    from prefect_crew.batches.stored import batches_waiting_for_people
     from prefect_crew.records.store import PrefectRecords
 
-    async with asking_batches() as (batches, missed):
+    async with batches_waiting_for_people() as (batches, missed):
         yield [PrefectRecords(), *(batch.ledger for batch in batches)], missed
 
 

@@ -170,17 +170,19 @@ def is_uuid(value: Any) -> bool:
     return True
 
 
-def inputs_digest(inputs: Mapping[str, Any], *, restore_from: str | None = None) -> str:
+def inputs_digest(inputs: Mapping[str, Any], *, restore_from: str | None = None, is_text: bool = False) -> str:
     """Return 32 hex digits that equal inputs share, whatever their order: of the SHA-256 of their encoded form.
 
     A state that the run is to start from makes it another run: its id is part of the digest.
 
     It is that of the text form, so that the switch to JSON values does not make another run of the same inputs.
+    `is_text`: they are in it already.
 
     Raises:
         ConfigurationError: As `encode_inputs`.
     """
-    canonical = json.dumps(encode_inputs(inputs), ensure_ascii=False, separators=(",", ":"), sort_keys=True)
+    text = inputs if is_text else encode_inputs(inputs)
+    canonical = json.dumps(text, ensure_ascii=False, separators=(",", ":"), sort_keys=True)
     if restore_from is not None:
         canonical += f"\nrestoreFromStateId:{restore_from}"  # no JSON without indentation holds a new line
     return hashlib.sha256(canonical.encode()).hexdigest()[: 2 * DIGEST_BYTES]

@@ -13,7 +13,6 @@ import pytest
 
 from prefect_crew._internal.interrupts import cancel_and_wait, ctrl_c_pressed, started_by_runner, watch_ctrl_c
 from prefect_crew.batches import throttle
-from prefect_crew.batches.throttle import Pace
 from prefect_crew.runs import listener
 
 
@@ -196,12 +195,7 @@ async def test_there_may_be_nothing_to_cancel():
     await cancel_and_wait()
 
 
-def paced() -> tuple[Coroutine[Any, Any, None], Callable[[], None]]:
-    pace = Pace()
-    return pace._sleep(60), pace.close
-
-
-def broken() -> tuple[Coroutine[Any, Any, None], Callable[[], None]]:
+def throttled() -> tuple[Coroutine[Any, Any, None], Callable[[], None]]:
     event = asyncio.Event()
     return throttle._wait(event, 60), event.set
 
@@ -212,7 +206,7 @@ def woken() -> tuple[Coroutine[Any, Any, None], Callable[[], None]]:
 
 
 @pytest.mark.parametrize("steps", range(4))
-@pytest.mark.parametrize("pause", [paced, broken, woken])
+@pytest.mark.parametrize("pause", [throttled, woken])
 async def test_a_cancellation_is_not_lost_at_the_moment_at_which_a_pause_ends(pause: Any, steps: int):
     work, wake = pause()
     pausing = asyncio.ensure_future(work)

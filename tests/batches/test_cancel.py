@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import signal
 import sys
 import time
@@ -20,7 +19,7 @@ from prefect.context import FlowRunContext
 from prefect.states import Cancelling
 
 from prefect_crew import BatchReport
-from prefect_crew.batches.cancel import watched
+from prefect_crew.batches.cancel import run_until_cancelled
 from prefect_crew.devserver import CrewServer
 from prefect_crew.exceptions import BatchCancelledError, OutputError
 from prefect_crew.testing import CrewServerFactory
@@ -28,7 +27,7 @@ from support.batches import Batches
 from support.held import Held
 from support.prefect_server import PrefectServer
 from support.processes import Process, ProcessError
-from support.scripts import script, slow
+from support.scripts import slow
 
 ROWS = [{"topic": str(number)} for number in range(40)]
 
@@ -91,11 +90,10 @@ async def test_cancelling_stops_kickoffs_at_once_and_goes_on_later(
 
 
 class Draining:
-    """Rows that end once the batch was looked at twice after it was cancelled; in the place of an engine."""
-
-    in_flight = 1
+    """Rows that end once the batch was looked at twice after it was cancelled; in the place of a runner."""
 
     def __init__(self) -> None:
+        self.waiting: dict[str, Any] = {}
         self.stopped: str | None = None
         self.looks = 0
         self.over = asyncio.Event()
@@ -119,7 +117,9 @@ async def is_cancelled(*_: object, **__: object) -> bool:
 async def test_a_batch_that_drains_is_still_looked_after(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("prefect_crew.batches.cancel.is_cancelled", is_cancelled)
     drained = Draining()
-    watching = watched(drained.rows(), cast("Any", drained), name="drained", on_cancel="drain", tick=drained.tick)
+    watching = run_until_cancelled(
+        drained.rows(), cast("Any", drained), name="drained", on_cancel="drain", tick=drained.tick
+    )
     with pytest.raises(BatchCancelledError):
         await asyncio.wait_for(watching, 20)
     assert drained.looks >= 2
@@ -133,7 +133,7 @@ async def test_what_goes_wrong_while_a_batch_drains_ends_it(monkeypatch: pytest.
         if drained.stopped is not None:
             raise OutputError("the disk is full")
 
-    watching = watched(drained.rows(), cast("Any", drained), name="drained", on_cancel="drain", tick=full)
+    watching = run_until_cancelled(drained.rows(), cast("Any", drained), name="drained", on_cancel="drain", tick=full)
     with pytest.raises(OutputError, match="the disk is full"):
         await asyncio.wait_for(watching, 20)
 
@@ -179,34 +179,11 @@ print("REPORT", report.completed, report.failed, report.uncertain, report.kickof
 """
 
 
-def start(folder: Path, api: PrefectServer, server: CrewServer, name: str, rows: int = 60) -> Process:
+def start(folder: Path, api: PrefectServer, server: CrewServer, name: str, rows: int) -> Process:
     path = folder / "script.py"
     path.write_text(SCRIPT)
     command = [sys.executable, path, server.url, server.token, name, str(folder / "out.jsonl"), str(rows)]
     return Process(command, log=folder / f"{uuid.uuid4().hex}.log", env=api.env())
-
-
-def test_a_killed_batch_is_gone_on_with_by_the_same_call(
-    prefect_api: PrefectServer, tmp_path: Path, crew_server: CrewServerFactory
-):
-    server = crew_server(script({"seconds": 0.3, "output": "x"}, inputs=["topic"]), port=True)
-    for kickoffs in (5, 30, 50):
-        with start(tmp_path, prefect_api, server, "killed") as process:
-            while server.kickoffs < kickoffs and process.running:
-                time.sleep(0.01)
-            process.kill()
-        out = tmp_path / "out.jsonl"
-        assert not out.exists() or out.read_bytes()[-1:] in (b"", b"\n"), "no half line"
-    with start(tmp_path, prefect_api, server, "killed") as process:
-        assert process.wait(60) == 0, process.tail()
-        counts = [int(word) for word in process.output.partition("REPORT ")[2].split()[:4]]
-    completed, failed, uncertain, _ = counts
-    assert completed + uncertain == 60
-    assert failed == 0
-    assert uncertain <= 3 * 16
-    assert max(server.kickoffs_by_key.values()) == 1
-    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
-    assert len(lines) == len({line["key"] for line in lines}) == completed
 
 
 def test_ctrl_c_stops_the_runs_in_flight(prefect_api: PrefectServer, tmp_path: Path, crew_server: CrewServerFactory):

@@ -60,7 +60,7 @@ async def test_no_phase_is_followed_by_an_earlier_one(ledger_address: str, by_ow
             record = record_of(ledger, f"k{number}", good_for=LONG_AGO)
             assert await ledger.claim(record)
             await ledger.save(at(record, before))
-            ledger._mine.add(record.owner)  # as one that is still under way
+            ledger._own_claims.add(record.owner)  # as one that is still under way
             forward = after in FORWARD[before] and (by_owner or after is not CLAIMED)
             told = await save_anyhow(ledger if by_owner else other, at(record, after, reason="later"))
             found = await standing(ledger, record)
@@ -93,7 +93,7 @@ async def test_a_late_write_of_the_owner_does_not_undo_what_a_person_resolved(
 
 async def test_a_claim_that_may_still_be_posted_is_not_resolved(ledger_address: str):
     async with Ledger(ledger_address, "b") as ledger, Ledger(ledger_address, "b") as person:
-        person.sole = True  # as one who has taken the lock of an owner that lives, and has lost it
+        person.is_exclusive = True  # as one who has taken the lock of an owner that lives, and has lost it
         record = record_of(ledger, "k")
         assert await ledger.claim(record)
         with pytest.raises(CrewError, match="may still be sent"):

@@ -11,9 +11,8 @@ from typing import Any
 import pytest
 from pydantic import SecretStr
 
-from prefect_crew.batches.database import ledger_place
+from prefect_crew.batches.database import ledger_address
 from prefect_crew.batches.dataset import open_dataset, shown_address
-from prefect_crew.batches.options import BatchOptions, plain_call
 from prefect_crew.batches.rows import BadRow, RowJob, RowPlan
 from prefect_crew.client.redaction import MASK
 from prefect_crew.exceptions import ConfigurationError
@@ -93,37 +92,6 @@ def test_a_key_that_holds_a_secret_input_is_refused():
     assert not isinstance(next(RowPlan(open_dataset(rows), key="topic").jobs(), BadRow(0, "")), BadRow)
 
 
-# What is stored of the call
-
-
-def call(**options: Any) -> dict[str, Any]:
-    given = {"dataset": open_dataset("https://files.test/rows.csv"), "output": "out.jsonl", **options}
-    chosen = BatchOptions(inputs=given.pop("inputs", None))
-    return plain_call(crew="payer", secret_inputs=["pin"], ledger="out.db", options=chosen, **given)
-
-
-@pytest.mark.parametrize(
-    "given",
-    [
-        {"inputs": {"pin": 4711}},
-        {"inputs": {"pin": SecretStr("4711")}},
-        {"inputs": {"pin": "{{ user }}:4711"}},
-        {"inputs": {"pin": "{{ '4711' }}"}},
-        {"output": "s3://key:4711@bucket/out.jsonl"},
-        {"dataset": open_dataset("simplecache::https://user:4711@files.test/rows.csv")},
-    ],
-    ids=["number", "type", "template", "constant", "output", "data set"],
-)
-def test_a_call_that_holds_a_secret_is_not_stored(given: dict[str, Any]):
-    assert list(call(**given)) == ["why_not"]
-    assert "4711" not in str(call(**given))
-
-
-def test_a_call_that_takes_secrets_from_columns_is_stored():
-    for source in ("code", "{{ code }}", "{{ user }}{{ code }}"):
-        assert call(inputs={"pin": source})["options"]["inputs"] == {"pin": source}
-
-
 # Addresses
 
 
@@ -153,19 +121,19 @@ def test_an_address_is_shown_without_what_is_secret(address: str, shown: str):
     ],
 )
 async def test_the_password_of_a_ledger_is_told_nobody(ledger: str):
-    place = await ledger_place(ledger, "out.jsonl")
-    assert place.told in ("postgresql://u@h/db", "postgresql://u:***@h/db")
-    assert not place.open_to_all
+    place = await ledger_address(ledger, "out.jsonl")
+    assert place.public in ("postgresql://u@h/db", "postgresql://u:***@h/db")
+    assert not place.is_public
     assert "pa55word" not in repr(place)
 
 
 async def test_a_ledger_without_a_password_keeps_its_options():
-    place = await ledger_place("postgresql://u@h/db?sslmode=require", "out.jsonl")
-    assert place.open_to_all
-    assert place.told == "postgresql://u@h/db?sslmode=require"
+    place = await ledger_address("postgresql://u@h/db?sslmode=require", "out.jsonl")
+    assert place.is_public
+    assert place.public == "postgresql://u@h/db?sslmode=require"
 
 
 async def test_an_address_of_a_ledger_that_cannot_be_read_is_not_shown():
     with pytest.raises(ConfigurationError) as raised:
-        await ledger_place("mysql://u:pa55word@h/db", "out.jsonl")
+        await ledger_address("mysql://u:pa55word@h/db", "out.jsonl")
     assert "pa55word" not in str(raised.value)

@@ -5,24 +5,30 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import shutil
 import sqlite3
 import subprocess
 import sys
 import uuid
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from prefect_crew.batches.database import default_ledger, ledger_place, open_url
-from prefect_crew.batches.ledger import Ledger
-from prefect_crew.batches.stored import KnownBatch
+from prefect_crew.batches.database import default_ledger, open_url
+from prefect_crew.batches.database import ledger_address as ledger_address_of
+from prefect_crew.batches.ledger import Ledger, RunTimes
+from prefect_crew.batches.options import BatchOptions
+from prefect_crew.batches.outcomes import RowState
+from prefect_crew.batches.rows import BadRow, RowJob, SetAside
+from prefect_crew.batches.stored import StoredBatch
 from prefect_crew.client.models import TokenUsage
 from prefect_crew.exceptions import ConfigurationError, LedgerError
 from prefect_crew.records.model import RecordPhase, SentReview, StoredResult, utcnow
 from prefect_crew.states import CrewState
-from support.batches import postgres_ledger, record_of
+from support.batches import CREW, enter, postgres_ledger, record_of
 from support.postgres import Postgres, find_postgres
 
 
@@ -209,78 +215,118 @@ async def test_an_owner_has_ended_only_where_this_process_is_the_only_one(ledger
         theirs, mine = record_of(ledger, "theirs"), record_of(ledger, "mine")
         assert await ledger.claim(mine)
         assert not await ledger.owner_ended(theirs)
-        ledger.sole = True
+        ledger.is_exclusive = True
         assert await ledger.owner_ended(theirs)
         assert not await ledger.owner_ended(mine)
         mine.phase = RecordPhase.UNCERTAIN
         await ledger.save(mine)
-        assert not ledger._mine
+        assert not ledger._own_claims
 
 
 # What it knows
 
 
-async def test_the_attempt_that_counts_is_the_last_purchase(ledger_address: str):
+async def test_a_row_stands_as_the_attempt_that_counts(ledger_address: str):
     started, refused, ended = RecordPhase.STARTED, RecordPhase.NOT_STARTED, RecordPhase.ENDED
-    async with Ledger(ledger_address, "b") as ledger:
+    async with Ledger(ledger_address, "b") as ledger, Ledger(ledger_address, "c") as another:
+        assert await ledger.is_empty()
+        keys = ("done", "failed", "refused", "open", "misfit", "waits", "uncertain")
+        await enter(ledger, *keys)
+        await enter(another, "done")
         await write(ledger, ("done", ended, CrewState.COMPLETED), ("failed", ended, CrewState.FAILED))
         await write(ledger, ("done", refused, None), attempt=2)
         await write(ledger, ("failed", ended, CrewState.COMPLETED), attempt=2)
-        await write(ledger, ("refused", refused, None))
+        await write(ledger, ("refused", refused, None), error="the server said no")
         await write(ledger, ("refused", refused, None), ("open", started, None), attempt=2)
         await write(ledger, ("misfit", ended, CrewState.COMPLETED), error="does not fit")
-        assert await ledger.counts() == {"completed": 2, "not-started": 1, "started": 1, "misfit": 1}
-        assert await ledger.bought() == 5
-        assert await ledger.known()
-        shown = [(key, record.attempt) async for key, record in ledger.standing_attempts()]
-        assert shown == [("misfit", 1), ("open", 2), ("refused", 2)]
-        assert len([key async for key, _ in ledger.standing_attempts(completed=True)]) == 5
+        await write(ledger, ("uncertain", RecordPhase.UNCERTAIN, None), reason="the answer never came")
+        states = {"completed": 2, "pending": 2, "started": 1, "invalid-output": 1, "uncertain": 1}
+        assert await ledger.counts() == states
+        assert await another.counts() == {"pending": 1}
+        assert await ledger.kickoffs() == 6
+        assert not await ledger.is_empty()
+        found = [row async for row in ledger.rows_in([RowState.UNCERTAIN, RowState.INVALID_OUTPUT, RowState.PENDING])]
+        assert [(row.key, row.error) for row in found] == [
+            ("uncertain", "the answer never came"),
+            ("misfit", "does not fit"),
+            ("refused", None),
+            ("waits", None),
+        ]
+        assert (found[0].inputs, found[3].record) == ({"topic": "uncertain"}, None)
+        lines = [line async for page in ledger.lines() for line in page]
+        assert [line[0] for line in lines] == list(keys)
 
 
-async def test_a_completed_row_is_not_taken_for_failed_because_of_a_later_attempt_that_did_not_start(tmp_path: Path):
-    async with Ledger(str(tmp_path / "ledger.db"), "b") as ledger:
-        entry = await ledger.enter(crew_url="u", fingerprint="f", total=3)
-        ended, refused = RecordPhase.ENDED, RecordPhase.NOT_STARTED
-        await write(ledger, ("done", ended, CrewState.COMPLETED), ("failed", ended, CrewState.FAILED))
-        await write(ledger, ("done", refused, None), ("failed", refused, None), attempt=2)
-        await write(ledger, ("refused", refused, None))
-        batch = KnownBatch("b", await ledger_place(str(tmp_path / "ledger.db"), ""), ledger, entry)
-        await batch.check_failed(["failed", "refused"])
-        with pytest.raises(ConfigurationError, match="Row 'done' of batch 'b' has completed"):
-            await batch.check_failed(["done"])
+async def test_a_key_that_comes_with_other_inputs_is_a_conflict_until_its_own_are_back(ledger_address: str):
+    async with Ledger(ledger_address, "b") as ledger:
+        await enter(ledger, "done", "pending")
+        await write(ledger, ("done", RecordPhase.ENDED, CrewState.COMPLETED))
+        for _ in range(2):
+            await enter(ledger, "done", "pending", digest="another")
+            assert await ledger.counts() == {"conflict": 1, "pending": 1}
+        (row,) = [row async for row in ledger.rows_in([RowState.CONFLICT])]
+        assert "kicked off before with other inputs" in str(row.error)
+        await enter(ledger, "done", "pending")
+        assert await ledger.counts() == {"completed": 1, "pending": 1}
+
+
+async def test_rows_that_leave_the_data_set_are_not_counted_and_come_back_with_it(ledger_address: str):
+    async with Ledger(ledger_address, "b") as ledger:
+        await enter(ledger, "a", "b", "c")
+        for key in "abc":
+            await write(ledger, (key, RecordPhase.ENDED, CrewState.COMPLETED))
+        jobs = [RowJob(number, 0, key, {"topic": key}, "d") for number, key in enumerate("cda")]
+        await ledger.enter_changed(iter(jobs), CREW)
+        assert await ledger.counts() == {"completed": 2, "pending": 1}
+        assert [line[0] for line in [line async for page in ledger.lines() for line in page]] == ["c", "d", "a"]
+        assert await ledger.kickoffs() == 3
+        await enter(ledger, "a", "b", "c")
+        assert (await ledger.counts())[RowState.COMPLETED] == 3
+
+
+async def test_secret_inputs_are_masked_also_where_another_one_repeats_them(ledger_address: str):
+    job = RowJob(0, 1, "k", {"topic": "pay with hunter22", "pin": "hunter22"}, "d")
+    async with Ledger(ledger_address, "b") as ledger:
+        await ledger.enter_rows([job], CREW)
+        await ledger.enter_rows([job], CREW.hiding(["pin"]), anew=True)
+        ((line, *_),) = [page async for page in ledger.lines()]
+        assert json.loads(line[1]) == {"topic": "pay with ********", "pin": "********"}
+
+
+async def test_a_claim_whose_process_has_died_is_uncertain(ledger_address: str):
+    async with Ledger(ledger_address, "b") as dead, Ledger(ledger_address, "b") as ledger:
+        await enter(ledger, "theirs", "ours")
+        assert await dead.claim(record_of(dead, "theirs", good_for=30.0))
+        assert await ledger.claim(record_of(ledger, "ours"))
+        ledger.is_exclusive = True
+        await ledger.note_orphaned()
+        assert await ledger.counts() == {"uncertain": 1, "claimed": 1}
+        (found,) = await ledger.attempts(ledger.idempotency_key("theirs"))
+        assert found.open_for > 0, "its kickoff may still be on its way"
+        # Its owner lives after all, and knows the id.
+        found.phase, found.kickoff_id = RecordPhase.STARTED, "run 1"
+        await dead.save(found)
+        assert await ledger.counts() == {"started": 1, "claimed": 1}
 
 
 async def test_many_rows_are_read_in_pages(ledger_address: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("prefect_crew.batches.ledger._PAGE", 7)
+    monkeypatch.setattr("prefect_crew.batches.ledger.PAGE", 7)
     keys = [f"ü{key:03}" for key in range(30)]
     async with Ledger(ledger_address, "b") as ledger:
-        await asyncio.gather(*(ledger.claim(record_of(ledger, key)) for key in keys))
-        assert [key async for key, _ in ledger.standing_attempts()] == keys
-        found = await ledger.attempts_of([*keys, "other"])
-        assert sorted(found) == keys
-
-
-async def test_durations_and_usage_are_added_up_without_the_records(ledger_address: str):
-    async with Ledger(ledger_address, "b") as ledger:
-        record = record_of(ledger, "k")
-        await ledger.claim(record)
-        record.phase, record.state = RecordPhase.ENDED, CrewState.COMPLETED
-        record.kicked_off_at, record.ended_at = utcnow(), utcnow() + timedelta(seconds=90)
-        record.result = StoredResult(output="x", usage=TokenUsage(total_tokens=5))
-        await ledger.save(record)
-        await write(ledger, ("other", RecordPhase.STARTED, None))
-        times = await ledger.run_times()
-        assert (times.count, round(times.mean or 0), len(times.sample)) == (1, 90, 1)
-        assert [(round(seconds), key) for seconds, key in times.slowest] == [(90, "k")]
-        assert await ledger.usage() == {"total_tokens": 5}
+        await enter(ledger, *keys)
+        assert [row.key async for row in ledger.rows_in([RowState.PENDING])] == keys
+        assert [row.key async for row in ledger.rows_in([RowState.PENDING], limit=20)] == keys[:20]
+        pages = [page async for page in ledger.lines()]
+        assert [key for page in pages for key, *_ in page] == keys
+        assert len(pages) == 5, "of seven at most"
 
 
 async def test_what_is_told_of_a_batch_does_not_read_all_of_its_rows(
     ledger_address: str, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("prefect_crew.batches.ledger.SAMPLE", 50)
     async with Ledger(ledger_address, "b") as ledger:
         entry = await ledger.enter(crew_url="u", fingerprint="f", total=601)
+        await enter(ledger, *(f"k{key:03}" for key in range(601)))
         records = [record_of(ledger, f"k{key:03}") for key in range(601)]
         await asyncio.gather(*(ledger.claim(record) for record in records))
         for number, record in enumerate(records[1:], start=1):
@@ -298,30 +344,28 @@ async def test_what_is_told_of_a_batch_does_not_read_all_of_its_rows(
             return found
 
         monkeypatch.setattr(ledger, "_rows", counted)
-        told = await KnownBatch("b", await ledger_place(ledger_address, ""), ledger, entry).standing()
-        assert (told.completed, told.states, told.slowest) == (600, {"completed": 600, "claimed": 1}, 600)
-        assert 100 < (told.median or 0) < 500
+        status = await StoredBatch("b", await ledger_address_of(ledger_address, ""), ledger, entry).status()
+        assert (status.completed, status.states, status.longest) == (600, {"completed": 600, "claimed": 1}, 600)
         times = await ledger.run_times()
-        assert (times.count, times.mean, 10 < len(times.sample) <= 100) == (600, 300.5, True)
-        assert [seconds for seconds, _ in times.slowest] == list(range(600, 590, -1))
-        assert read < 300
-        assert await ledger.usage() == {"total_tokens": sum(range(601))}
+        assert (times.mean, times.median, times.longest) == (300.5, 300, 600)
+        assert await ledger.usage() == TokenUsage(total_tokens=sum(range(601)))
+        assert read < 30
 
 
 async def test_what_is_known_of_the_batch(ledger_address: str):
+    aside = SetAside(2, [BadRow(3, "lacks topic")], "out.jsonl.rejected.jsonl")
     async with Ledger(ledger_address, "b") as ledger:
         assert await ledger.entry() is None
         first = await ledger.enter(crew_url="u", fingerprint="f", total=3, call={"crew": "x"})
         again = await ledger.enter(crew_url="v", fingerprint="g", total=4)
         assert (again.ledger_id, again.crew_url, again.total) == (first.ledger_id, "v", 4)
-        await ledger.note_standing({"done": True})
-    async with Ledger(ledger_address, "c") as ledger:
-        await ledger.enter(crew_url="u", fingerprint="f", total=3)
-        assert await ledger.names() == ["b", "c"]
+        await ledger.note(set_aside=asdict(aside), exported={"output": "out.jsonl"})
+        assert [await ledger.advance() for _ in range(2)] == [1, 2]
+        assert (await ledger.run_times(), await ledger.usage()) == (RunTimes(), None)
     async with Ledger(ledger_address, "b") as ledger:
         entry = await ledger.entry()
         assert entry is not None
-        assert entry.standing == {"done": True}
+        assert (entry.set_aside, entry.exported, entry.generation) == (aside, {"output": "out.jsonl"}, 2)
 
 
 async def test_several_processes_may_make_the_tables_at_once(ledger_address: str):
@@ -343,6 +387,18 @@ async def test_a_ledger_of_a_later_version_is_not_touched(tmp_path: Path):
     async with Ledger(path, "b") as ledger:
         with pytest.raises(LedgerError, match="later version of prefect-crew: update this one"):
             await ledger.entry()
+
+
+async def test_a_ledger_of_an_earlier_version_is_not_touched(tmp_path: Path):
+    path = tmp_path / "ledger.db"
+    with sqlite3.connect(path) as database:
+        database.execute("CREATE TABLE crew_attempts (batch TEXT, row_key TEXT, attempt INTEGER, record TEXT)")
+    database.close()
+    before = path.read_bytes()
+    with pytest.raises(LedgerError, match="was written by an earlier version of prefect-crew"):
+        async with Ledger(str(path), "b"):
+            pass
+    assert path.read_bytes()[100:] == before[100:], "but for SQLite's header, since it is in WAL mode now"
 
 
 async def test_a_file_that_is_no_database_is_said(tmp_path: Path):
@@ -387,7 +443,7 @@ async def test_a_database_that_stays_away_fails_the_writes_and_the_id_is_in_the_
         record = record_of(ledger, "k")
         assert await ledger.claim(record)
         await ledger.database.run(lambda connection: connection.exec_driver_sql("PRAGMA busy_timeout=10").close())
-        ledger.writer.patience = 0.1
+        ledger.writer.retry_for = 0.1
         other = sqlite3.connect(path, isolation_level=None)
         other.execute("BEGIN IMMEDIATE")
         record.phase, record.kickoff_id = RecordPhase.STARTED, "run-77"
@@ -414,14 +470,15 @@ async def test_a_database_that_is_away_for_a_while_is_read_once_it_is_back(
 
         monkeypatch.setattr(ledger.database, "run", away)
         with caplog.at_level(logging.WARNING):
-            for read in (ledger.counts, ledger.entry, ledger.known, lambda: ledger.attempts_of(["k"])):
+            await enter(ledger, "k")
+            for read in (ledger.counts, ledger.entry, ledger.kickoffs, lambda: ledger.attempts_of(["k"])):
                 left = 2
                 assert await asyncio.wait_for(read(), 20)
         left = 1000
-        ledger.writer.patience = 0.1
+        ledger.writer.retry_for = 0.1
         with pytest.raises(LedgerError, match="cannot be read: connection refused"):
             await ledger.counts()
-    assert "cannot be read (connection refused). The batch stands still" in caplog.text
+    assert "cannot be read (connection refused). The batch pauses" in caplog.text
 
 
 @pytest.mark.slow
@@ -434,6 +491,7 @@ async def test_a_restart_of_postgresql_ends_neither_reads_nor_writes():
         await asyncio.to_thread(server.start)
         address = await asyncio.to_thread(postgres_ledger, server)
         async with Ledger(address, "b") as ledger:
+            await enter(ledger, "k1")
             assert await ledger.claim(record_of(ledger, "k1"))
             await asyncio.to_thread(server.process.kill)
             reading = asyncio.ensure_future(ledger.counts())
@@ -442,7 +500,7 @@ async def test_a_restart_of_postgresql_ends_neither_reads_nor_writes():
             assert not reading.done()
             assert not writing.done()
             await asyncio.to_thread(server.serve)
-            assert (await asyncio.wait_for(reading, 60)).keys() == {"claimed"}
+            assert await asyncio.wait_for(reading, 60) == {"claimed": 1}
             assert await asyncio.wait_for(writing, 60)
     finally:
         await asyncio.to_thread(server.stop)
@@ -519,3 +577,36 @@ def test_the_record_is_kept_as_json(tmp_path: Path):
         (text,) = database.execute("SELECT record FROM crew_attempts").fetchone()
     database.close()
     assert json.loads(text)["idempotency_key"] == "batch/b/k"
+
+
+# What an earlier version of this package has written
+
+
+async def test_a_ledger_of_version_2_is_read(tmp_path: Path):
+    path = shutil.copy(Path(__file__).parent / "golden" / "ledger-v2.sqlite", tmp_path / "ledger.db")
+    async with Ledger(str(path), "leads") as ledger:
+        entry = await ledger.entry()
+        assert entry is not None
+        assert (entry.version, entry.total, entry.generation) == (2, 13, 1)
+        assert (entry.set_aside.rows, entry.exported) == ([BadRow(3, "lacks topic")], {"output": "/data/leads.jsonl"})
+        stored = StoredBatch("leads", await ledger_address_of(str(path), ""), ledger, entry)
+        assert BatchOptions(**stored.entry.call["options"]).max_in_flight == 7  # type: ignore[index]
+        assert await ledger.counts() == dict.fromkeys(RowState, 1), "a row of each state, by its name"
+        found = {row.key: row async for row in ledger.rows_in(list(RowState))}
+        assert {key: str(row.state) for key, row in found.items()} == {str(state): str(state) for state in RowState}
+        assert found["lost"].error == "the server does not know it"
+        assert found["completed"].inputs == {"topic": "completed", "pin": "********"}
+        assert [one.phase for one in await ledger.attempts(ledger.idempotency_key("failed"))] == [
+            "ended",
+            "not-started",
+        ]
+        status = await stored.status()
+        assert (status.completed, status.failed, status.uncertain, status.in_flight, status.left) == (1, 8, 2, 1, 1)
+        assert (status.waiting, status.kickoffs, status.longest) == (1, 11, 2.0)
+        assert [row.key async for row in stored.failures(3)] == ["uncertain", "claimed", "failed"]
+        (asks,) = [record async for record in ledger.may_ask()]
+        assert [review.feedback for review in await ledger.reviews(asks)] == ["warmer"]
+        assert await stored.export(str(tmp_path / "out.jsonl")) == (str(tmp_path / "out.jsonl"), 9)
+    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [line["key"] for line in lines] == [str(state) for state in RowState if state.is_failed or state.is_final]
+    assert lines[0]["data"] == {"city": "Lisbon"}

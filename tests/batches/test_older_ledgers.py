@@ -16,7 +16,7 @@ from prefect.client.orchestration import get_client
 from prefect_crew.batches import ownership
 from prefect_crew.batches.ledger import Ledger
 from prefect_crew.batches.ownership import binding_name, check_age, read_binding
-from prefect_crew.batches.stored import known_batch
+from prefect_crew.batches.stored import open_stored_batch
 from prefect_crew.exceptions import LedgerError
 from prefect_crew.testing import CrewServerFactory
 from support.batches import Batches
@@ -57,7 +57,7 @@ async def test_a_backup_from_before_the_last_call_is_refused_and_the_newer_one_g
         await batch(server.crew(), topics(6), name=name)
     assert f"prefect variable unset {binding_name(name)}" in str(refused.value)
     with pytest.raises(LedgerError, match="is an older copy"):
-        async with known_batch(name):
+        async with open_stored_batch(name):
             pass
     assert server.kickoffs == 6
     # It may be anywhere; and the copy is the older one from then on.
@@ -142,24 +142,3 @@ async def test_a_call_that_has_nothing_to_start_leaves_the_generation(batch: Bat
     before = await generation("done already")
     await batch(server.crew(), topics(2), name="done already")
     assert await generation("done already") == before
-
-
-async def test_a_ledger_of_before_there_were_generations_is_gone_on_with(
-    batch: Batches, crew_server: CrewServerFactory, tmp_path: Path
-):
-    server, name = crew_server(ECHO), "of an earlier version"
-    await batch(server.crew(), topics(4), name=name, max_kickoffs=2)
-    database = sqlite3.connect(tmp_path / "out.jsonl.ledger.db")
-    for table, column in (("crew_batches", "generation"), ("crew_attempts", "posts_until")):
-        database.execute(f"ALTER TABLE {table} DROP COLUMN {column}")
-    database.execute("UPDATE crew_batches SET version = 1")
-    database.commit()
-    database.close()
-    async with get_client() as client:
-        variable = await client.read_variable_by_name(binding_name(name))
-        assert variable is not None
-        assert isinstance(variable.value, dict)
-        value = {key: said for key, said in variable.value.items() if key != "generation"}
-        await client.request("PATCH", "/variables/{id}", path_params={"id": variable.id}, json={"value": value})
-    assert (await batch(server.crew(), topics(4), name=name)).completed == 4
-    assert server.kickoffs == 4

@@ -1,278 +1,131 @@
-"""The file of lines: whole ones only, none twice, in order if wanted; Parquet and other places at the end."""
+"""The output: an export of the ledger in the order of the rows, as JSON Lines or Parquet, here or elsewhere."""
 
 from __future__ import annotations
 
 import gzip
 import json
-import resource
-import subprocess
-import sys
-from datetime import UTC, date, datetime
+from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Any, Literal
 
 import fsspec
 import pytest
-from pydantic import BaseModel, SecretStr
+from pydantic import BaseModel
 
-from prefect_crew.batches.outcomes import RowEnd
-from prefect_crew.batches.output import COLUMNS, HeldLines, LineFile, Output, line_of
-from prefect_crew.batches.rows import RowJob
-from prefect_crew.blocks import DeployedCrew
+from prefect_crew.batches.ledger import Ledger
+from prefect_crew.batches.output import COLUMNS, Output
 from prefect_crew.client.models import TaskResult, TokenUsage
 from prefect_crew.exceptions import ConfigurationError, OutputError
-from prefect_crew.records.model import RecordPhase, RunRecord, StoredResult, utcnow
+from prefect_crew.records.model import RecordPhase, StoredResult, utcnow
 from prefect_crew.states import CrewState
-
-COMPLETED = {"completed"}
-
-
-def end(number: int, state: str = "completed", *, output: str = "text", data: Any = None, **facts: Any) -> RowEnd:
-    now = utcnow()
-    result = StoredResult(
-        output=output,
-        data=data,
-        tasks=[TaskResult(name="t", output="x")],
-        execution_time=1.5,
-        usage=TokenUsage(total_tokens=7),
-    )
-    record = RunRecord(
-        idempotency_key=f"batch/b/k{number}",
-        attempt=1,
-        phase=RecordPhase.ENDED,
-        state=CrewState(state) if state in set(CrewState) else None,
-        kickoff_id=f"run-{number}",
-        kicked_off_at=now,
-        ended_at=now,
-        crew="c",
-        crew_url="u",
-        inputs_digest="d",
-        owner="o",
-        claimed_at=now,
-        result=result if state == "completed" else None,
-    )
-    job = RowJob(number, number + 2, f"k{number}", {"topic": f"topic {number}", "token": "hush"}, "d")
-    return RowEnd(job, state, record, **{"error": None, "data": data, **facts})
+from support.batches import enter, record_of
 
 
-CREW = DeployedCrew(url="https://crew.test", token=SecretStr("the-token"))
-
-
-def put(output: Output, *ends: RowEnd) -> None:
-    for one in ends:
-        output.put(one.job.number, one.job.key, line_of(one, CREW.crew))
+async def end(ledger: Ledger, key: str, state: str = "completed", *, output: str = "text", data: Any = None) -> None:
+    """Have a row end in a ledger."""
+    record = record_of(ledger, key)
+    assert await ledger.claim(record)
+    record.kickoff_id, record.kicked_off_at = f"run-{key}", utcnow()
+    record.phase, record.state, record.ended_at = RecordPhase.ENDED, CrewState(state), utcnow() + timedelta(seconds=2)
+    if state == "completed":
+        tasks, usage = [TaskResult(name="t", output="x")], TokenUsage(total_tokens=7)
+        record.result = StoredResult(output=output, data=data, tasks=tasks, execution_time=1.5, usage=usage)
+    elif state == "failed":
+        record.error = "the engine is down"
+    await ledger.save(record)
 
 
 def written(path: Path) -> list[dict[str, Any]]:
     text = path.read_text()
     assert not text or text.endswith("\n")
-    return [json.loads(line) for line in text.splitlines()]
+    return [json.loads(line, parse_constant=pytest.fail) for line in text.split("\n")[:-1]]
 
 
-def keys(path: Path) -> list[str]:
-    return [line["key"] for line in written(path)]
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "out" / "lines.jsonl"
 
 
-def opened(path: Path, *, in_order: bool = False, stays: set[str] = COMPLETED, fresh: bool = False) -> Output:
-    output = Output(str(path), beside=path)
-    output.check(fresh=fresh)
-    output.open(stays.__contains__, in_order=in_order)
-    return output
-
-
-# Lines
-
-
-def test_a_line_has_all_columns_and_no_secret_input():
-    line = json.loads(line_of(end(0, data={"x": 1}), CREW.crew.hiding(["token"])) or b"")
-    assert list(line) == list(COLUMNS)
-    assert line["inputs"] == {"topic": "topic 0", "token": "********"}
-    assert (line["key"], line["state"], line["output"], line["data"]) == ("k0", "completed", "text", {"x": 1})
-    assert (line["kickoff_id"], line["seconds"], line["usage"]) == ("run-0", 1.5, {"total_tokens": 7})
-    assert line["tasks"] == [{"name": "t", "output": "x"}]
-    assert line["error"] is None
-
-
-def test_a_failed_row_has_its_reason_and_an_uncertain_one_no_line():
-    line = json.loads(line_of(end(0, "failed", error="the engine is down"), CREW.crew) or b"")
-    assert (line["state"], line["output"], line["error"]) == ("failed", None, "the engine is down")
-    assert line_of(end(0, "uncertain", error="?"), CREW.crew) is None
+async def test_a_line_a_row_that_has_ended_in_the_order_of_the_rows(ledger_address: str, path: Path):
+    async with Ledger(ledger_address, "b") as ledger:
+        await enter(ledger, "a", "b", "c", "d", "e", "f")
+        await end(ledger, "e", data={"x": 1})
+        await end(ledger, "b", "failed")
+        await end(ledger, "d", "stopped")
+        claimed, started = record_of(ledger, "a"), record_of(ledger, "c")
+        assert await ledger.claim(claimed)
+        assert await ledger.claim(started)
+        started.phase, started.kickoff_id = RecordPhase.STARTED, "run-c"
+        await ledger.save(started)
+        output = Output(str(path))
+        output.check(is_new=True)
+        for _ in range(2):
+            assert await output.write(ledger) == 3
+            failed, stopped, completed = written(path)
+        claimed.phase = RecordPhase.UNCERTAIN
+        await ledger.save(claimed)
+        assert await output.write(ledger) == 3, "an uncertain row has no line"
+    assert list(completed) == list(COLUMNS)
+    assert completed == {
+        "key": "e",
+        "inputs": {"topic": "e"},
+        "state": "completed",
+        "output": "text",
+        "data": {"x": 1},
+        "tasks": [{"name": "t", "output": "x"}],
+        "kickoff_id": "run-e",
+        "seconds": 1.5,
+        "usage": {"total_tokens": 7},
+        "error": None,
+    }
+    assert (failed["key"], failed["state"], failed["output"], failed["tasks"]) == ("b", "failed", None, [])
+    assert (failed["error"], round(failed["seconds"])) == ("the engine is down", 2)
+    assert (stopped["key"], stopped["state"], stopped["error"]) == ("d", "stopped", "it was stopped")
+    assert [one.name for one in path.parent.iterdir()] == [path.name]
 
 
 @pytest.mark.parametrize(
     "text", ["", "\0 and \u2028", "ü 🙂 \u202e", "x" * 3_000_000], ids=["none", "nul", "odd", "big"]
 )
-def test_whatever_a_crew_writes_is_one_line_of_json(text: str):
-    line = line_of(end(0, output=text, data={"nan": float("nan"), "text": text}), CREW.crew) or b""
-    assert line.count(b"\n") == 1
-    assert json.loads(line, parse_constant=pytest.fail)["output"] == text
-
-
-# The file that grows
-
-
-def test_lines_grow_and_can_be_read_meanwhile(tmp_path: Path):
-    output = opened(tmp_path / "out" / "lines.jsonl")
-    put(output, end(0), end(1))
-    output.flush()
-    assert keys(output.path) == ["k0", "k1"]
-    output.close()
-    output.close()
-
-
-def test_a_second_call_doubles_no_line(tmp_path: Path):
-    for _ in range(3):
-        output = opened(tmp_path / "lines.jsonl")
-        put(output, end(0), end(1), end(0))
-        output.close()
-    assert keys(output.path) == ["k0", "k1"]
-
-
-def test_half_a_line_is_cut_off_and_written_again(tmp_path: Path):
-    output = opened(tmp_path / "lines.jsonl")
-    put(output, end(0), end(1))
-    output.close()
-    whole = output.path.read_bytes()
-    output.path.write_bytes(whole[:-20])
-    output = opened(tmp_path / "lines.jsonl")
-    put(output, end(0), end(1))
-    output.close()
-    assert output.path.read_bytes() == whole
-
-
-def test_lines_that_do_not_stay_make_room_for_new_ones(tmp_path: Path):
-    output = opened(tmp_path / "lines.jsonl")
-    put(output, end(0), end(1, "failed"), end(2), end(3, "not-started"))
-    output.close()
-    output = opened(tmp_path / "lines.jsonl")
-    assert keys(output.path) == ["k0", "k2"]
-    put(output, end(1), end(0), end(3))
-    output.close()
-    assert keys(output.path) == ["k0", "k2", "k1", "k3"]
-    assert list(tmp_path.iterdir()) == [output.path]
+async def test_whatever_a_crew_writes_is_one_line_of_json(ledger_address: str, path: Path, text: str):
+    async with Ledger(ledger_address, "b") as ledger:
+        await enter(ledger, "k")
+        await end(ledger, "k", output=text, data={"text": text})
+        output = Output(str(path))
+        output.check(is_new=True)
+        await output.write(ledger)
+    (line,) = written(path)
+    assert (line["output"], line["data"]["text"]) == (text, text)
 
 
 def test_a_file_of_something_else_is_left_as_it_is(tmp_path: Path):
     path = tmp_path / "mine.jsonl"
     path.write_text('{"key": "a"}\n')
-    with pytest.raises(OutputError, match="line 1 is no line of a batch"):
-        opened(path)
-    with pytest.raises(OutputError, match=r"is there already.*left as it is"):
-        opened(path, fresh=True)
+    with pytest.raises(OutputError, match=r"is there already.*Nothing was started"):
+        Output(str(path)).check(is_new=True)
     assert path.read_text() == '{"key": "a"}\n'
-
-
-def test_a_full_disk_leaves_whole_lines(tmp_path: Path):
-    path = tmp_path / "lines.jsonl"
-    script = (
-        "import resource, signal, sys; from pathlib import Path\n"
-        "from prefect_crew.batches.output import LineFile\n"
-        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
-        "file = LineFile(Path(sys.argv[1]))\n"
-        "for number in range(100):\n"
-        "    file.add(b'%03d' % number + b'x' * 60 + b'\\n'); file.flush()\n"
-    )
-    ended = subprocess.run([sys.executable, "-c", script, str(path)], capture_output=True, text=True, check=False)
-    assert "File too large" in ended.stderr
-    content = path.read_bytes()
-    assert len(content) == 1000 // 64 * 64
-    assert content.endswith(b"x\n")
-    assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] != 1000, "only the child had the limit"
+    Output(str(path)).check(is_new=False)
+    path.write_text("")
+    Output(str(path)).check(is_new=True)
 
 
 def test_what_cannot_be_written_is_said(tmp_path: Path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(OutputError, match=r"cannot be written: .*What has ended is in the ledger"):
-        opened(tmp_path / "file" / "lines.jsonl")
+    with pytest.raises(OutputError, match=r"cannot be written: .*All results are in the ledger"):
+        Output(str(tmp_path / "file" / "lines.jsonl")).check(is_new=True)
 
 
-# In order
-
-
-def test_lines_come_in_the_order_of_the_rows(tmp_path: Path):
-    output = opened(tmp_path / "lines.jsonl", in_order=True)
-    put(output, end(2), end(1))
-    output.flush()
-    assert keys(output.path) == []
-    put(output, end(0))
-    output.flush()
-    assert keys(output.path) == ["k0", "k1", "k2"]
-    put(output, end(4), end(3, "uncertain"), end(6))
-    output.close()
-    assert keys(output.path) == ["k0", "k1", "k2", "k4", "k6"]
-
-
-def test_a_call_that_goes_on_puts_what_is_missing_in_its_place(tmp_path: Path):
-    ends = [end(number) for number in range(6)]
-    path = tmp_path / "lines.jsonl"
-    output = opened(path, in_order=True)
-    put(output, *(ends[number] for number in (0, 1, 3, 5)))
-    output.close()
-    assert keys(path) == ["k0", "k1", "k3", "k5"]
-    before = path.read_bytes()
-    output = opened(path, in_order=True)
-    put(output, *ends)
-    output.close()
-    assert keys(path) == [f"k{number}" for number in range(6)]
-    assert path.read_bytes().startswith(b"\n".join(before.split(b"\n")[:2]))
-
-
-@pytest.mark.parametrize("cut", [0, 5, 200], ids=["whole", "half a line", "more than a line"])
-def test_what_is_there_already_stays_as_it_is(tmp_path: Path, cut: int):
-    ends = [end(number) for number in range(6)]
-    path = tmp_path / "lines.jsonl"
-    output = opened(path, in_order=True)
-    put(output, *ends)
-    output.close()
-    whole = path.read_bytes()
-    path.write_bytes(whole[: len(whole) - cut])
-    output = opened(path, in_order=True)
-    put(output, *ends)
-    output.close()
-    assert path.read_bytes() == whole
-
-
-def test_a_call_that_ends_early_loses_no_line_of_an_earlier_one(tmp_path: Path):
-    ends = [end(number) for number in range(6)]
-    path = tmp_path / "lines.jsonl"
-    output = opened(path, in_order=True)
-    put(output, *ends)
-    output.close()
-    whole = path.read_bytes()
-    output = opened(path, in_order=True)
-    put(output, *ends[:2])
-    output.close()
-    assert path.read_bytes() == whole
-
-
-@pytest.mark.parametrize("last", [4, 6], ids=["the call ends early", "all rows"])
-def test_a_row_that_is_uncertain_now_has_no_line_any_more(tmp_path: Path, last: int):
-    path = tmp_path / "lines.jsonl"
-    output = opened(path, in_order=True)
-    put(output, *[end(number) for number in range(6)])
-    output.close()
-    output = opened(path, in_order=True)
-    put(output, *[end(number, "uncertain") if number >= 2 else end(number) for number in range(last)])
-    output.close()
-    assert keys(path) == (["k0", "k1"] if last == 6 else ["k0", "k1", "k4", "k5"])
-
-
-def test_held_lines_are_given_once(tmp_path: Path):
-    held = HeldLines()
-    held.put(5, b"five\n")
-    held.put(7, None)
-    assert held.first() == 5
-    assert held.take(5) == (True, b"five\n")
-    assert held.take(5) == (False, None)
-    assert held.take(7) == (True, None)
-    assert held.first() is None
-    with LineFile(tmp_path / "x") as file:
-        file.add(b"a\n")
-    assert (tmp_path / "x").read_bytes() == b"a\n"
-
-
-# At the end
+async def test_a_write_that_fails_leaves_the_file_of_before(ledger_address: str, path: Path):
+    async with Ledger(ledger_address, "b") as ledger:
+        await enter(ledger, "k")
+        await end(ledger, "k")
+        output = Output(str(path))
+        output.check(is_new=True)
+        path.write_text("before")
+        path.with_name(f".{path.name}.new").mkdir()
+        with pytest.raises(OutputError, match="the same call writes them again"):
+            await output.write(ledger)
+    assert path.read_text() == "before"
 
 
 class Place(BaseModel):
@@ -286,83 +139,60 @@ class Place(BaseModel):
     tags: list[str] = []
 
 
-def test_parquet_has_a_column_for_each_field_of_the_type(tmp_path: Path):
+SEEN = datetime(2026, 1, 1, 12, tzinfo=UTC)
+LISBON = Place(city="Lisbon", people=545_000, area=100.05, founded=date(1147, 10, 25), seen=SEEN, tags=["sea"])
+
+
+async def test_parquet_has_a_column_for_each_field_of_the_type(ledger_address: str, tmp_path: Path):
     polars = pytest.importorskip("polars", reason="needs the extra `data`")
     path = tmp_path / "out.parquet"
-    seen = datetime(2026, 1, 1, 12, tzinfo=UTC)
-    place = Place(city="Lisbon", people=545_000, area=100.05, founded=date(1147, 10, 25), seen=seen, tags=["sea"])
-    output = Output(str(path), beside=path, output_type=Place)
-    output.check(fresh=True)
-    output.open(COMPLETED.__contains__, in_order=False)
-    put(output, end(0, data=place.model_dump(mode="json")), end(1, "failed", error="no"), end(2, data="text"))
-    output.close()
-    assert not path.exists()
-    output.finish()
+    async with Ledger(ledger_address, "b") as ledger:
+        output = Output(str(path), output_type=Place)
+        await output.write(ledger)
+        assert polars.read_parquet(path)["key"].to_list() == []
+        await enter(ledger, "a", "b", "c", "d")
+        await end(ledger, "a", data=LISBON.model_dump(mode="json"))
+        await end(ledger, "b", "failed")
+        await end(ledger, "c", data="text")
+        await end(ledger, "d", output='{"city": "Sintra", "people": 7}')
+        await output.write(ledger)
     frame = polars.read_parquet(path)
-    assert frame["key"].to_list() == ["k0", "k1", "k2"]
-    assert json.loads(frame["inputs"][0]) == {"topic": "topic 0", "token": "hush"}
-    assert frame["error"].to_list() == [None, "no", None]
+    assert frame["key"].to_list() == ["a", "b", "c", "d"]
+    assert json.loads(frame["inputs"][0]) == {"topic": "a"}
+    assert frame["error"].to_list() == [None, "the engine is down", None, None]
     assert json.loads(frame["data"][2]) == "text"
+    assert frame["data_people"].to_list() == [545_000, None, None, 7]
     first = {name: frame[f"data_{name}"][0] for name in Place.model_fields}
-    assert first == {**place.model_dump(), "tags": '["sea"]'}
-    assert frame["data_people"].dtype == polars.Int64
+    assert first == {**LISBON.model_dump(), "tags": '["sea"]'}
     assert frame["data_founded"].dtype == polars.Date
     assert frame["seconds"].dtype == polars.Float64
 
 
-def test_parquet_of_many_and_of_no_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    polars = pytest.importorskip("polars", reason="needs the extra `data`")
-    monkeypatch.setattr("prefect_crew.batches.output.SLICE", 3)
-    for count in (0, 3, 10):
-        path = tmp_path / f"{count}.parquet"
-        output = opened(path)
-        put(output, *(end(number) for number in range(count)))
-        output.close()
-        output.finish()
-        assert polars.read_parquet(path)["key"].to_list() == [f"k{number}" for number in range(count)]
-
-
-def test_parquet_without_the_extra_is_refused_before_anything_is_bought(
+def test_parquet_without_the_extra_is_refused_before_anything_is_started(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setitem(sys.modules, "polars", None)
+    monkeypatch.setitem(__import__("sys").modules, "polars", None)
     with pytest.raises(ConfigurationError, match=r"needs polars: pip install 'prefect-crew\[data\]'.*Nothing was"):
-        Output(str(tmp_path / "out.parquet"), beside=tmp_path / "x")
+        Output(str(tmp_path / "out.parquet"))
 
 
-def test_another_place_gets_the_lines_at_the_end(tmp_path: Path):
-    output = Output("memory://results/out.jsonl", beside=tmp_path / "ledger.db")
-    output.check(fresh=True)
-    output.open(COMPLETED.__contains__, in_order=False)
-    put(output, end(0), end(1))
-    output.close()
-    output.finish()
-    with fsspec.open("memory://results/out.jsonl") as file:
-        assert file.read() == output.path.read_bytes()
-
-
-def test_a_compressed_output_is_compressed(tmp_path: Path):
-    output = opened(tmp_path / "out.jsonl.gz")
-    put(output, end(0), end(1))
-    output.close()
-    output.finish()
-    with gzip.open(tmp_path / "out.jsonl.gz") as file:
-        assert [json.loads(line)["key"] for line in file] == ["k0", "k1"]
-
-
-@pytest.mark.parametrize("output", ["nonsense://x/out.jsonl", "https://example.com/out.jsonl"])
-def test_a_place_that_cannot_be_written_to_is_refused_before_anything_is_bought(tmp_path: Path, output: str):
+@pytest.mark.parametrize("address", ["nonsense://x/out.jsonl", "https://example.com/out.jsonl"])
+def test_a_place_that_cannot_be_written_to_is_refused_before_anything_is_started(address: str):
     with pytest.raises(ConfigurationError, match="Nothing was started"):
-        Output(output, beside=tmp_path / "ledger.db")
+        Output(address)
 
 
-def test_a_place_that_fails_at_the_end_keeps_the_lines(tmp_path: Path):
-    output = Output(str(tmp_path / "out.jsonl.gz"), beside=tmp_path / "x")
-    output.check(fresh=True)
-    output.open(COMPLETED.__contains__, in_order=False)
-    put(output, end(0))
-    output.close()
-    (tmp_path / ".out.jsonl.gz.new").mkdir()
-    with pytest.raises(OutputError, match=r"Its lines are in .*out\.jsonl\.gz\.lines\.jsonl; the same call again"):
-        output.finish()
-    assert keys(output.path) == ["k0"]
+async def test_another_place_and_a_compressed_file(ledger_address: str, tmp_path: Path):
+    async with Ledger(ledger_address, "b") as ledger:
+        await enter(ledger, "a", "b")
+        await end(ledger, "a")
+        await end(ledger, "b")
+        for address in ("memory://results/out.jsonl", str(tmp_path / "out.jsonl.gz")):
+            output = Output(address)
+            assert await output.write(ledger) == 2
+            assert output.exists()
+    with fsspec.open("memory://results/out.jsonl") as file:
+        lines = file.read()
+    assert [json.loads(line)["key"] for line in lines.splitlines()] == ["a", "b"]
+    with gzip.open(tmp_path / "out.jsonl.gz") as file:
+        assert file.read() == lines

@@ -15,7 +15,7 @@ import pytest
 from prefect_crew.batches import ownership
 from prefect_crew.batches.database import Database
 from prefect_crew.batches.ledger import Ledger
-from prefect_crew.batches.ownership import WHOLE, BatchLock
+from prefect_crew.batches.ownership import BatchLock
 from prefect_crew.exceptions import LedgerError
 
 
@@ -178,20 +178,20 @@ async def test_a_connection_that_was_lost_is_made_again_if_nobody_has_run_the_ba
     async with Ledger(postgres_address, "b") as one, Ledger(postgres_address, "b") as two:
         await one.enter(crew_url="u", fingerprint="f", total=3)
         async with held(one.database) as first:
-            assert await first.take(WHOLE)
+            assert await first.take()
             first.generation = await one.advance()
             await cut(two.database)
             assert await first.still_held()
             await cut(two.database)
             async with held(two.database) as second:
-                assert await second.take(WHOLE)
+                assert await second.take()
                 assert not await first.still_held()
         async with held(one.database) as first:
-            assert await first.take(WHOLE)
+            assert await first.take()
             first.generation = await one.advance()
             await cut(two.database)
             async with held(two.database) as second:
-                assert await second.take(WHOLE)
+                assert await second.take()
                 await two.advance()
             assert not await first.still_held(), "somebody has run it, and has ended since"
 

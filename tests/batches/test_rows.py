@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from prefect_crew.batches.dataset import open_dataset
-from prefect_crew.batches.rows import BadRow, Checked, RowJob, RowPlan, shard_of
+from prefect_crew.batches.options import BatchOptions
+from prefect_crew.batches.rows import BadRow, Checked, RowPlan
 from prefect_crew.client.models import CrewInput
 from prefect_crew.exceptions import BadRowsError, ConfigurationError, DatasetError
 
@@ -229,12 +230,23 @@ def test_both_readings_give_the_same(tmp_path: Any):
     assert rows.check() == rows.check()
 
 
-def test_every_row_belongs_to_one_shard_and_all_shards_get_some():
-    found = [shard_of(f"row {number}", 4) for number in range(4000)]
-    assert {shard: found.count(shard) > 900 for shard in range(4)} == dict.fromkeys(range(4), True)
-    assert shard_of("ü", 7) == shard_of("ü", 7)
+@pytest.mark.parametrize(
+    ("rows", "keys"),
+    [
+        pytest.param("0:2", ["a", "b"], id="the first"),
+        pytest.param("2:4", ["d"], id="one of them cannot be run"),
+        pytest.param("3:", ["d", "e"], id="to the end"),
+        pytest.param(":1", ["a"], id="from the beginning"),
+        pytest.param("4:99", ["e"], id="beyond the end"),
+    ],
+)
+def test_a_range_of_rows_is_checked_and_run_alone(rows: str, keys: list[str]):
+    data = [{"id": key, "topic": "" if key == "c" else "tea"} for key in "abcde"]
+    plan = RowPlan(open_dataset(data), key="id", expected=TOPIC, rows=BatchOptions(rows=rows).row_range)
+    assert [job.key for job in plan.jobs()] == keys
+    assert (plan.check().total, plan.check().bad_count) == (len(keys), int(rows == "2:4"))
 
 
-def test_a_job_is_small():
-    job = RowJob(0, 1, "k", {}, "d")
-    assert not hasattr(job, "__dict__")
+def test_a_range_without_rows_is_an_error():
+    with pytest.raises(DatasetError, match="has no rows from row 3 on"):
+        RowPlan(open_dataset([{"topic": "tea"}]), rows=slice(3, None)).check()

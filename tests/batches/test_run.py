@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import time
 import uuid
 from pathlib import Path
 from typing import Any, cast
@@ -13,13 +12,13 @@ import fsspec
 import pytest
 from prefect import flow
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 from prefect.context import FlowRunContext
 from pydantic import BaseModel
 
 from prefect_crew import BatchFailedError, arun_batch, plan_batch, run_batch
 from prefect_crew.batches.ledger import Ledger
-from prefect_crew.batches.stored import known_batch
+from prefect_crew.batches.outcomes import RowState
+from prefect_crew.batches.stored import open_stored_batch
 from prefect_crew.exceptions import (
     AuthenticationError,
     BadRowsError,
@@ -101,11 +100,17 @@ async def test_a_key_with_other_inputs_than_before_is_not_bought_again(batch: Ba
     rows = [{"id": 1, "topic": "coffee"}, {"id": 2, "topic": "milk"}]
     report = await batch(server.crew(), rows, name="keyed", key="id", on_change="continue")
     assert (report.completed, report.failed, server.kickoffs) == (1, 1, 2)
-    # What was paid for stays in the output, with the inputs that it was run with.
-    assert {key: line["inputs"] for key, line in batch.lines().items()} == {
-        "1": {"topic": "tea"},
-        "2": {"topic": "milk"},
+    lines = batch.lines()
+    assert {key: (line["state"], line["inputs"]["topic"]) for key, line in lines.items()} == {
+        "1": ("conflict", "coffee"),
+        "2": ("completed", "milk"),
     }
+    assert "kicked off before with other inputs" in lines["1"]["error"]
+    # What was paid for is back with its inputs.
+    rows[0]["topic"] = "tea"
+    report = await batch(server.crew(), rows, name="keyed", key="id", on_change="continue")
+    assert (report.completed, server.kickoffs) == (2, 2)
+    assert batch.lines()["1"]["output"] == "on tea"
 
 
 async def test_the_ledger_of_another_machine_is_missed(batch: Batches, crew_server: CrewServerFactory, tmp_path: Path):
@@ -133,7 +138,7 @@ async def test_an_output_of_another_batch_is_left_as_it_is(batch: Batches, crew_
     server = crew_server(ECHO)
     await batch(server.crew(), topics(3), name="first")
     before = batch.output.read_bytes()
-    with pytest.raises(OutputError, match=r"is there already, and this batch has not begun"):
+    with pytest.raises(OutputError, match=r"is there already, and this batch did not write it"):
         await batch(server.crew(), topics(3), name="second")
     assert (server.kickoffs, batch.output.read_bytes()) == (3, before)
 
@@ -288,8 +293,8 @@ async def test_what_is_set_aside_is_counted_listed_and_written_out_in_every_late
             ["4", "rye"],
         ]
     assert server.kickoffs == 3
-    async with known_batch(name) as known:
-        found = await known.standing()
+    async with open_stored_batch(name) as known:
+        found = await known.status()
     assert (found.total, found.completed, found.set_aside, found.left) == (8, 3, 5, 0)
     assert [(row.line, row.reason) for row in found.set_aside_rows] == WRONG
     assert found.set_aside_output == str(rejected)
@@ -297,8 +302,8 @@ async def test_what_is_set_aside_is_counted_listed_and_written_out_in_every_late
     (tmp_path / "dirty.csv").write_text("id,topic,note\n1,tea,x\n")
     report = await batch(server.crew(), tmp_path / "dirty.csv", name=name, key="id", on_change="continue")
     assert (report.total, report.set_aside, report.ok, rejected.exists()) == (1, 0, True, False)
-    async with known_batch(name) as known:
-        assert (await known.standing()).set_aside == 0
+    async with open_stored_batch(name) as known:
+        assert (await known.status()).set_aside == 0
 
 
 async def test_rows_of_a_file_elsewhere_are_set_aside_beside_its_output(batch: Batches, crew_server: CrewServerFactory):
@@ -397,62 +402,59 @@ async def test_typed_results_become_columns_and_misfits_have_their_reason(
     assert (report.completed, report.failed, dict(report.errors)) == (1, 1, {"OutputTypeError": 1})
     lines = sorted(batch.lines().values(), key=lambda line: line["state"])
     assert lines[0]["data"] == {"name": "topic 0", "score": 7}
-    assert (lines[1]["state"], lines[1]["data"]) == ("misfit", None)
+    assert (lines[1]["state"], lines[1]["data"]) == ("invalid-output", None)
     assert "score" in lines[1]["error"]
     assert '"high"' in lines[1]["output"], "what the crew wrote is kept"
     async with Ledger(f"{batch.output}.ledger.db", "typed") as ledger:
-        assert await ledger.counts() == {"completed": 1, "misfit": 1}, "known to whoever asks the ledger alone"
+        assert await ledger.counts() == {"completed": 1, "invalid-output": 1}, "known to whoever asks the ledger alone"
     # Mending the type costs nothing.
     report = await batch(server.crew(), topics(2), name="typed", output_type=Loose)
     assert (report.completed, report.failed, server.kickoffs) == (1, 1, 2)
-    assert {line["state"] for line in batch.lines().values()} == {"completed", "misfit"}
+    assert {line["state"] for line in batch.lines().values()} == {"completed", "invalid-output"}
     async with Ledger(f"{batch.output}.ledger.db", "typed") as ledger:
-        assert await ledger.counts() == {"completed": 1, "misfit": 1}
+        assert await ledger.counts() == {"completed": 1, "invalid-output": 1}
 
 
-async def test_lines_in_the_order_of_the_input(batch: Batches, crew_server: CrewServerFactory):
+async def test_lines_are_in_the_order_of_the_rows(batch: Batches, crew_server: CrewServerFactory):
     spec = script({"seconds": "{{ 0.4 if topic in ('topic 0', 'topic 7') else 0 }}", "output": "x"}, inputs=["topic"])
-    server = crew_server(spec)
-    await batch(server.crew(), topics(20), name="sorted", order="input")
+    await batch(crew_server(spec).crew(), topics(20), name="sorted")
     assert [line["inputs"]["topic"] for line in batch.lines().values()] == [f"topic {number}" for number in range(20)]
 
 
+async def test_a_row_that_left_the_data_set_has_no_line_and_the_batch_is_done(
+    batch: Batches, crew_server: CrewServerFactory
+):
+    server = crew_server(ECHO)
+    await batch(server.crew(), topics(5), name="shrinking")
+    for _ in range(2):
+        report = await batch(server.crew(), topics(6)[2:], name="shrinking", on_change="continue")
+        assert (report.total, report.completed, len(batch.lines())) == (4, 4, 4)
+    assert server.kickoffs == 6
+
+
+async def test_an_output_is_exported_while_the_batch_runs_and_written_where_it_stops(
+    batch: Batches, crew_server: CrewServerFactory
+):
+    server = crew_server(script({"seconds": "{{ 60 if 'slow' in topic else 0 }}", "output": "x"}, inputs=["topic"]))
+    rows = [{"topic": "slow"}, *topics(5)]
+    running = asyncio.ensure_future(batch(server.crew(), rows, name="exported", on_cancel="leave"))
+    early = str(batch.folder / "early.jsonl")
+    async with Ledger(f"{batch.output}.ledger.db", "exported") as ledger:
+        while (await ledger.counts()).get(RowState.COMPLETED, 0) < 5:
+            await asyncio.sleep(0.05)
+    async with open_stored_batch("exported") as stored:
+        assert await stored.export(early) == (early, 5)
+        with pytest.raises(ConfigurationError, match="is not on record: its crew is no stored block"):
+            await stored.export()
+    assert not batch.output.exists()
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    assert batch.output.read_bytes() == Path(early).read_bytes()
+    assert not batch.output.with_name(f".{batch.output.name}.new").exists()
+
+
 # Prefect
-
-
-async def test_inside_a_flow_its_tasks_are_chunks_of_that_flow(batch: Batches, crew_server: CrewServerFactory):
-    crew = crew_server(ECHO).crew()
-
-    @flow
-    async def mine(**options: Any) -> str:
-        await batch(crew, topics(25), **options)
-        context = FlowRunContext.get()
-        assert context is not None
-        assert context.flow_run is not None
-        return str(context.flow_run.id)
-
-    for options, names in (
-        ({"chunk_size": 10}, ["rows 1-10", "rows 11-20", "rows 21-25"]),
-        ({"task_per_row": True, "output": str(batch.folder / "b.jsonl")}, [f"row {n}" for n in range(1, 26)]),
-    ):
-        run_id = await mine(**options)
-        # A task run is there under a name of its own before the event arrives that names it.
-        deadline = time.monotonic() + 30
-        while sorted(found := await task_names(run_id, len(names))) != sorted(names) and time.monotonic() < deadline:
-            await asyncio.sleep(0.2)
-        assert sorted(found) == sorted(names)
-
-
-async def task_names(flow_run_id: str, expected: int) -> list[str]:
-    """Return the names of a flow run's tasks, once the server has them."""
-    only = FlowRunFilter(id=FlowRunFilterId(any_=[uuid.UUID(flow_run_id)]))
-    async with get_client() as client:
-        for _ in range(100):
-            runs = await client.read_task_runs(flow_run_filter=only, limit=200)
-            if len(runs) >= expected:
-                break
-            await asyncio.sleep(0.1)
-    return [run.name for run in runs]
 
 
 async def test_a_flow_of_its_own_is_named_after_the_batch_and_stores_no_secret(

@@ -1,4 +1,4 @@
-"""The pace of a batch: kickoffs a second, few claims at a time, rest while the server takes none."""
+"""When the next run of a batch is kicked off: rate, refusals, the circuit breaker. Clocks are real and short."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ import asyncio
 import contextlib
 import re
 import time
+from typing import Any
 
 import pytest
 from pydantic import SecretStr
 
 from prefect_crew import DeployedCrew
-from prefect_crew.batches import throttle
-from prefect_crew.batches.throttle import BatchClient, Pace, Rhythm
+from prefect_crew.batches import throttle as module
+from prefect_crew.batches.options import BatchOptions
+from prefect_crew.batches.throttle import BatchClient, Throttle
 from prefect_crew.client._client import CrewClient
 from prefect_crew.crew import Crew
 from prefect_crew.exceptions import CrewConnectionError, RateLimitedError
 
-
-def refused() -> CrewConnectionError:
-    return CrewConnectionError(method="POST", url="http://crew/kickoff", reason="refused", sent=False)
+REFUSED = CrewConnectionError(method="POST", url="http://crew/kickoff", reason="refused", sent=False)
 
 
 def limited(seconds: float) -> RateLimitedError:
@@ -28,9 +28,17 @@ def limited(seconds: float) -> RateLimitedError:
     )
 
 
-async def entered(pace: Pace, count: int, seconds: float = 0.1) -> int:
-    """Return how many of so many are let in within some time."""
-    waiting = [asyncio.ensure_future(pace.enter()) for _ in range(count)]
+def throttle(*, accepted: bool = True, **options: Any) -> Throttle:
+    """Return a throttle whose first kickoff was accepted."""
+    made = Throttle(BatchOptions(**options))
+    if accepted:
+        made.accepted()
+    return made
+
+
+async def admitted(throttle: Throttle, count: int, seconds: float = 0.1) -> int:
+    """Return how many of so many rows are let in within some time; they stay."""
+    waiting = [asyncio.ensure_future(throttle.admit(f"row {number}")) for number in range(count)]
     await asyncio.wait(waiting, timeout=seconds)
     there = sum(one.done() for one in waiting)
     for one in waiting:
@@ -39,25 +47,161 @@ async def entered(pace: Pace, count: int, seconds: float = 0.1) -> int:
     return there
 
 
-async def test_until_one_kickoff_was_taken_they_go_one_by_one():
-    pace = Pace(kickoffs_at_once=8)
-    assert await entered(pace, 10) == 1
-    pace.taken()
-    assert await entered(pace, 10) == 7  # of eight, one is still there
+# How many, how fast
+
+
+async def test_until_one_kickoff_was_accepted_they_go_one_by_one():
+    first = throttle(accepted=False, kickoffs_at_once=8)
+    assert await admitted(first, 10) == 1
+    first.accepted()
+    assert await admitted(first, 10) == 7
     for _ in range(8):
-        pace.leave()
-    await asyncio.wait_for(pace.idle(), 5)
+        first.leave()
+    await asyncio.wait_for(first.idle(), 5)
 
 
-async def test_a_kickoff_that_leaves_makes_room():
-    pace = Pace(kickoffs_at_once=2)
-    pace.taken()
-    assert await entered(pace, 5) == 2
-    waiting = asyncio.ensure_future(pace.enter())
+async def test_rows_are_admitted_in_their_order_as_others_leave():
+    full, order = throttle(kickoffs_at_once=1), list[int]()
+    assert await full.admit("row")
+
+    async def row(number: int) -> None:
+        assert await full.admit(f"row {number}")
+        order.append(number)
+        full.leave()
+
+    waiting = [asyncio.ensure_future(row(number)) for number in range(5)]
     await asyncio.sleep(0.01)
-    assert not waiting.done()
-    pace.leave()
-    await asyncio.wait_for(waiting, 5)
+    assert order == []
+    full.leave()
+    await asyncio.wait_for(asyncio.gather(*waiting), 5)
+    assert order == [0, 1, 2, 3, 4]
+
+
+async def test_kickoffs_keep_their_rate():
+    steady = throttle(kickoffs_per_second=50)
+    began = time.monotonic()
+    for _ in range(11):
+        await steady.admit("row")
+        steady.leave()
+    assert 0.19 <= time.monotonic() - began < 2
+
+
+async def test_no_more_are_under_way_than_may_be_kicked_off_in_all():
+    last = throttle(max_kickoffs=4)
+    assert await admitted(last, 10) == 3
+    last.leave()
+    assert await admitted(last, 10) == 1, "one came to nothing"
+    for _ in range(3):
+        last.accepted()
+        last.leave()
+    assert not await last.admit("row")
+    assert last.stopped == "the limit of 4 kickoffs is reached."
+
+
+async def test_a_batch_that_has_stopped_admits_nobody():
+    slow = throttle(kickoffs_per_second=0.001)
+    slow.heed(limited(200))
+    waiting = [asyncio.ensure_future(slow.admit("row")) for _ in range(3)]
+    await asyncio.sleep(0.01)
+    slow.stop("enough")
+    slow.stop("more than enough")
+    assert await asyncio.wait_for(asyncio.gather(*waiting), 5) == [False] * 3
+    assert slow.stopped == "enough"
+
+
+# What the server says
+
+
+async def test_what_the_server_asks_of_one_holds_for_all():
+    asked = throttle()
+    asked.heed(limited(0.4))
+    asked.heed(limited(0.1))
+    began = time.monotonic()
+    await asked.admit("row")
+    assert time.monotonic() - began >= 0.35
+    assert asked.held_for <= 0
+
+
+async def test_while_kickoffs_are_refused_pauses_double_and_they_go_one_by_one(monkeypatch: pytest.MonkeyPatch):
+    away, pauses = throttle(), list[float]()
+    for _ in range(4):
+        away.refused(REFUSED)
+        away.refused(REFUSED)  # those that were under way at the same time count once
+        pauses.append(away._refusals.seconds)
+        away._refusals.until = 0.0  # instead of waiting
+    assert pauses == [1, 2, 4, 8]
+    assert await admitted(away, 10) == 1
+    monkeypatch.setattr(module, "GIVE_UP_AFTER", 0.0)
+    away.accepted()
+    away.refused(REFUSED)
+    assert away.stopped is None, "one that is accepted begins it anew"
+    away.refused(REFUSED)
+    assert "no kickoff was accepted" in str(away.stopped)
+
+
+# The circuit breaker
+
+
+async def test_it_opens_after_failures_in_a_row_only():
+    breaker = throttle(breaker=3, breaker_pause=60)
+    for _ in range(5):
+        breaker.failed("a", "x")
+        breaker.failed("b", "x")
+        breaker.completed()
+    assert await admitted(breaker, 1) == 1
+    for _ in range(3):
+        breaker.failed("a", "x")
+    assert await admitted(breaker, 1) == 0
+
+
+async def test_without_a_limit_it_never_opens():
+    breaker = throttle(breaker=None, breaker_pause=60)
+    for number in range(1000):
+        breaker.failed(str(number), "x")
+    assert await admitted(breaker, 1) == 1
+
+
+async def test_it_tries_one_row_at_a_time_with_longer_and_longer_pauses_and_gives_up():
+    breaker = throttle(breaker=2, breaker_pause=0.1)
+    breaker.failed("a", "x")
+    began = time.monotonic()
+    breaker.failed("b", "x")
+    for pause in (0.1, 0.2, 0.4):
+        assert await breaker.admit("tried")
+        assert time.monotonic() - began > pause * 0.9
+        breaker.leave()
+        assert await admitted(breaker, 1, 0.05) == 0, "only one row is tried"
+        breaker.failed("in flight before", "x")
+        assert breaker.stopped is None
+        began = time.monotonic()
+        breaker.failed("tried", "the model is down")
+    assert str(breaker.stopped).endswith("rows failed in a row. Last error: the model is down")
+
+
+@pytest.mark.parametrize("tried", [True, False], ids=["the row that is tried", "another row"])
+async def test_a_row_that_completes_closes_it_for_all_who_wait(tried: bool):
+    breaker = throttle(breaker=1, breaker_pause=0.01 if tried else 60)
+    breaker.failed("a", "x")
+    if tried:
+        await breaker.admit("tried")
+    waiting = [asyncio.ensure_future(breaker.admit(str(number))) for number in range(5)]
+    await asyncio.sleep(0.05)
+    breaker.completed()
+    assert await asyncio.wait_for(asyncio.gather(*waiting), 5) == [True] * 5
+
+
+async def test_a_row_that_is_left_makes_room_for_another_trial():
+    breaker = throttle(breaker=1, breaker_pause=0.01)
+    breaker.failed("a", "x")
+    assert await breaker.admit("tried")
+    assert await admitted(breaker, 1) == 0
+    breaker.left("another")
+    assert await admitted(breaker, 1) == 0
+    breaker.left("tried")
+    assert await asyncio.wait_for(breaker.admit("b"), 5)
+
+
+# Requests
 
 
 class Far:
@@ -78,9 +222,12 @@ class Far:
         for ready in self._ready.values():
             ready.set()
 
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
+    def client(self, throttle: Throttle) -> BatchClient:
+        async def no_newer(client: CrewClient) -> None:
+            del client
+
+        url = f"http://127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
+        return BatchClient(DeployedCrew(url=url, token=SecretStr("token-of-8")).crew, throttle, no_newer)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
@@ -101,17 +248,11 @@ class Far:
         writer.close()
 
 
-def crew_of(server: Far) -> DeployedCrew:
-    return DeployedCrew(url=server.url, token=SecretStr("token-of-8"))
-
-
 async def test_many_more_polls_than_kickoffs_are_on_their_way_at_once():
-    async with Far(GET=64, POST=16) as server:
-        pace = Pace()
-        async with BatchClient(crew_of(server).crew, pace) as client:
-            polls = [asyncio.ensure_future(client.status("run")) for _ in range(200)]
-            kickoffs = [asyncio.ensure_future(client.kickoff({"topic": "tea"})) for _ in range(50)]
-            await asyncio.wait_for(asyncio.gather(*polls, *kickoffs), 20)
+    async with Far(GET=64, POST=16) as server, server.client(throttle()) as client:
+        polls = [asyncio.ensure_future(client.status("run")) for _ in range(200)]
+        kickoffs = [asyncio.ensure_future(client.kickoff({"topic": "tea"})) for _ in range(50)]
+        await asyncio.wait_for(asyncio.gather(*polls, *kickoffs), 20)
     assert server.most == {"GET": 64, "POST": 16}
 
 
@@ -124,67 +265,7 @@ async def test_a_connection_is_made_only_when_it_is_needed(monkeypatch: pytest.M
         return made[-1]
 
     monkeypatch.setattr(Crew, "client", counted)
-    async with Far(GET=1) as server, BatchClient(crew_of(server).crew, Pace()) as client:
+    async with Far(GET=1) as server, server.client(throttle()) as client:
         for _ in range(5):
             await client.status("run")
         assert len(made) == 1
-
-
-async def test_kickoffs_keep_their_rate():
-    pace = Pace(kickoffs_per_second=50)
-    pace.taken()
-    began = time.monotonic()
-    for _ in range(11):
-        await pace.enter()
-        pace.leave()
-    assert time.monotonic() - began >= 0.19
-
-
-async def test_what_the_server_asks_of_one_holds_for_all():
-    pace = Pace()
-    pace.taken()
-    pace.heed(limited(0.4))
-    pace.heed(limited(0.1))
-    began = time.monotonic()
-    await pace.enter()
-    assert time.monotonic() - began >= 0.35
-    assert pace.held_for <= 0
-
-
-async def test_while_kickoffs_are_refused_it_rests_longer_and_longer_and_tries_one_by_one(
-    monkeypatch: pytest.MonkeyPatch,
-):
-    pace = Pace()
-    pace.taken()
-    rests: list[float] = []
-    for _ in range(4):
-        assert pace.refused(refused()) is None
-        assert pace.refused(refused()) is None, "those that were under way at the same time count once"
-        rests.append(pace.held_for)
-        pace._not_before = 0.0  # instead of waiting
-    assert [round(rest) for rest in rests] == [1, 2, 4, 8]
-    assert await entered(pace, 10) == 1
-    monkeypatch.setattr(throttle, "PATIENCE", 0.0)
-    assert "no kickoff was taken" in (pace.refused(refused()) or "")
-    pace.taken()
-    assert pace.refused(refused()) is None, "one that is taken gives new patience"
-
-
-async def test_a_batch_that_is_over_lets_everybody_pass():
-    pace = Pace(kickoffs_per_second=0.001)
-    pace.heed(limited(200))
-    waiting = [asyncio.ensure_future(pace.enter()) for _ in range(3)]
-    await asyncio.sleep(0.01)
-    pace.close()
-    await asyncio.wait_for(asyncio.gather(*waiting), 5)
-
-
-def test_the_rhythm_is_that_of_the_fastest_tenth():
-    rhythm = Rhythm()
-    assert rhythm.first_look == 0
-    for seconds in range(100, 120):
-        rhythm.take(float(seconds))
-    assert 100 <= rhythm.first_look <= 102
-    for _ in range(200):
-        rhythm.take(5.0)
-    assert rhythm.first_look == 5.0

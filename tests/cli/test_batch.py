@@ -89,16 +89,28 @@ def test_a_batch_from_its_plan_to_the_rows_that_failed(here, picky, name: str, l
     assert f"Batch {name}: checking every row" in ran.err
     assert lines(output) == {"a": "completed", "b": "failed", "c": "completed"}
 
-    told = here("batch", "status", name)
+    told = here("batch", "inspect", name)
     assert told.code == 0
     assert "2 of 3 rows completed\n  1 failed\n  3 kickoffs" in told.out
     assert output in told.out
-    assert here("batch", "status", name, "--json").json["states"] == {"completed": 2, "failed": 1}
+    assert here("batch", "inspect", name, "--json").json["states"] == {"completed": 2, "failed": 1}
     assert name in {batch["name"] for batch in here("batch", "--json").json}
 
     (failed,) = here("batch", "failures", name, "--json").json
     assert (failed["key"], failed["state"], failed["error"]) == ("b", "failed", "no bad milk")
     assert here("batch", "failures", name).out.splitlines()[1].startswith("b\t")
+
+
+def test_batches_over_ranges_of_rows_are_listed_and_added_up(here, picky, name: str, leads: str, tmp_path: Path):
+    _, block = picky()
+    for part, rows in (("1", "0:2"), ("2", "2:")):
+        given = ("--name", f"{name}/{part}", "--output", str(tmp_path / f"{part}.jsonl"), "--rows", rows)
+        here("batch", "run", block, leads, "--key", "id", *given)
+    listed = here("batch", "list", f"{name}/*", "--json").json
+    assert [one["name"] for one in listed] == [f"{name}/1", f"{name}/2"]
+    found = here("batch", "inspect", f"{name}/*", "--json").json
+    assert (found["total"], found["completed"], found["failed"], len(found["batches"])) == (3, 2, 1, 2)
+    assert here("batch", "inspect", f"{name}/*").out.splitlines()[-1].split()[:4] == ["together", "3", "2", "1"]
 
 
 def test_rows_that_are_set_aside_are_in_every_later_report(here, picky, name: str, tmp_path: Path, output: str):
@@ -118,10 +130,10 @@ def test_rows_that_are_set_aside_are_in_every_later_report(here, picky, name: st
     assert ran.code == 6
     assert "1 of 4 rows completed, 3 set aside in" in ran.out
     assert "batch failures" in ran.err
-    told = here("batch", "status", name)
+    told = here("batch", "inspect", name)
     assert "1 of 4 rows completed\n  3 set aside\n  Set aside: line 3: has 1 fields" in told.out
     assert f"{output}.rejected.jsonl" in told.out
-    assert here("batch", "status", name, "--json").json["set_aside_rows"][1] == {"line": 4, "reason": "lacks topic"}
+    assert here("batch", "inspect", name, "--json").json["set_aside_rows"][1] == {"line": 4, "reason": "lacks topic"}
     listed = here("batch", "failures", name)
     assert "line 4\t\tset-aside\tlacks topic" in listed.out
     assert [row["line"] for row in here("batch", "failures", name, "--json").json] == [3, 4, 5]
@@ -157,13 +169,13 @@ def test_status_says_of_a_batch_that_was_killed_that_nobody_runs_it_and_how_to_g
     with Process([program("prefect-crew"), *command], log=tmp_path / "log", env=env) as running:
         while server.kickoffs < 5 and running.running:
             time.sleep(0.05)
-        assert "A process runs it now" in here("batch", "status", name).out
-        assert here("batch", "status", name, "--json").json["running"] is True
+        assert "A process runs it now" in here("batch", "inspect", name).out
+        assert here("batch", "inspect", name, "--json").json["running"] is True
         running.kill()
-    told = here("batch", "status", name)
+    told = here("batch", "inspect", name)
     assert "No process runs it. To go on where it stopped: " in told.out
     assert f"batch resume '{name}'" in told.out
-    assert here("batch", "status", name, "--json").json["running"] is False
+    assert here("batch", "inspect", name, "--json").json["running"] is False
 
 
 def test_a_key_column_that_is_not_there_is_one_line(here, picky, name: str, tmp_path: Path, output: str):
@@ -206,21 +218,21 @@ def test_rows_that_no_call_has_brought_to_an_end_are_among_the_failed(here, pick
     ran = here(*given, "--json")
     assert (ran.code, ran.json["failed"], ran.json["errors"]) == (6, 3, {"InvalidInputsError": 1, "CrewLostError": 2})
     assert lines(output) == {"a": "not-started", "b": "lost", "c": "lost"}
-    told = here("batch", "status", name, "--json").json
+    told = here("batch", "inspect", name, "--json").json
     assert (told["failed"], told["in_flight"], told["left"]) == (3, 0, 0)
-    assert told["states"] == {"refused": 1, "lost": 2}
+    assert told["states"] == {"not-started": 1, "lost": 2}
     failed = {row["key"]: (row["state"], row["error"]) for row in here("batch", "failures", name, "--json").json}
-    assert {key: state for key, (state, _) in failed.items()} == {"a": "refused", "b": "lost", "c": "lost"}
+    assert {key: state for key, (state, _) in failed.items()} == {"a": "not-started", "b": "lost", "c": "lost"}
     assert "422" in failed["a"][1]
     assert f"prefect-crew batch retry {shlex.quote(name)} --key b does" in failed["b"][1]
     again = here("batch", "retry", name)
     assert (server.kickoffs, "not named (--key KEY)" in again.err) == (3, False), "the one that was refused was bought"
-    assert here("batch", "status", name, "--json").json["states"] == {"lost": 3}
+    assert here("batch", "inspect", name, "--json").json["states"] == {"lost": 3}
     server.faults.clear()
     # The crew's server knows them again: nothing has to be bought for them.
     assert here("batch", "resume", name).code == 6
     assert (server.kickoffs, lines(output)) == (3, {"a": "completed", "b": "failed", "c": "completed"})
-    assert here("batch", "status", name, "--json").json["states"] == {"completed": 2, "failed": 1}
+    assert here("batch", "inspect", name, "--json").json["states"] == {"completed": 2, "failed": 1}
 
 
 def test_a_lost_row_is_bought_again_by_its_name_only(here, picky, name: str, leads: str, output: str):
@@ -245,10 +257,10 @@ def test_a_row_with_other_inputs_under_its_key_is_told_of(here, picky, name: str
     told = {row["key"]: row["error"] for row in here("batch", "failures", name, "--json").json}
     assert "was run with other inputs before" in told["a"]
     assert "Give the row another key" in told["a"]
-    assert here("batch", "status", name, "--json").json["failed"] == 2
+    assert here("batch", "inspect", name, "--json").json["failed"] == 2
     Path(leads).write_text(before)
     assert here(*given, "--json").json["failed"] == 1
-    assert here("batch", "status", name, "--json").json["states"] == {"completed": 2, "failed": 1}
+    assert here("batch", "inspect", name, "--json").json["states"] == {"completed": 2, "failed": 1}
     assert server.kickoffs == 3
 
 
@@ -313,12 +325,12 @@ def test_results_have_to_fit_a_model_and_rows_are_bought_again_by_the_class_of_t
 
     ran = here(*call, "--output-type", f"{module}:Tea", "--retry-on", "CrewFailedError=1")
     assert ran.code == 6, ran.err
-    assert lines(output) == {"a": "misfit", "b": "failed", "c": "misfit"}
+    assert lines(output) == {"a": "invalid-output", "b": "failed", "c": "invalid-output"}
     assert server.kickoffs_by_key == {f"batch/{name}/{key}": count for key, count in (("a", 1), ("b", 2), ("c", 1))}
     # The model and the class go with the name.
     again = here("batch", "retry", name, "--key", "a", "--json")
     assert (again.json["kickoffs"], server.kickoffs_by_key[f"batch/{name}/a"]) == (1, 2)
-    assert lines(output)["a"] == "misfit"
+    assert lines(output)["a"] == "invalid-output"
 
 
 def test_a_crew_that_is_given_by_its_address_needs_the_same_call_again(
@@ -342,15 +354,15 @@ def test_a_ledger_that_is_not_here_is_missed_and_not_made_anew(here, picky, name
     here(*call)
     ledger = Path(f"{output}.ledger.db")
     ledger.rename(ledger.with_name("elsewhere.db"))
-    for command in (("status", name), ("failures", name), ("retry", name)):
+    for command in (("inspect", name), ("failures", name), ("retry", name)):
         missed = here("batch", *command)
         assert missed.code == 1
         assert str(ledger) in missed.err
         assert not ledger.exists()
     Path(output).unlink()
     assert (here(*call).code, server.kickoffs) == (1, 3)
-    assert here("batch", "status", name, "--ledger", str(ledger.with_name("elsewhere.db"))).code == 0
-    assert here("batch", "status", "nobody's").code == 2
+    assert here("batch", "inspect", name, "--ledger", str(ledger.with_name("elsewhere.db"))).code == 0
+    assert here("batch", "inspect", "nobody's").code == 2
 
 
 def _record(kickoff_id: str) -> dict[str, Any]:
@@ -444,4 +456,4 @@ def test_on_a_terminal_a_bar_is_drawn_and_ctrl_c_stops_what_is_in_flight(
         assert screen.wait(60) == 130
     assert "Traceback" not in screen.output
     assert server.kickoffs == 12
-    assert here("batch", "status", name, "--json").json["states"] == {"stopped": 12}
+    assert here("batch", "inspect", name, "--json").json["states"] == {"stopped": 12}

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from prefect_crew.batches.progress import Standing
+from prefect_crew.batches.progress import BatchProgress
 from prefect_crew.blocks import DeployedCrew
 from prefect_crew.cli import _output
 from prefect_crew.cli import _progress as module
@@ -28,8 +28,8 @@ def run(**fields: Any) -> OpenRun:
     return OpenRun(crew.crew.called("travel"), "k1", inputs={"who": "Ada Lovelace"}, owned=True)
 
 
-def standing(**counts: Any) -> Standing:
-    return Standing(total=1_200, **counts)
+def batch(phase: Any = "running", name: str = "leads", **counts: Any) -> BatchProgress:
+    return BatchProgress(name, phase, total=1_200, **counts)
 
 
 @pytest.fixture
@@ -129,8 +129,8 @@ def test_on_a_terminal_the_lines_stay_and_a_last_one_is_redrawn(screen: io.Strin
 
 
 def test_figures_of_a_batch_are_those_that_there_are():
-    assert figures(standing()) == ""
-    said = figures(standing(completed=5, failed=2, uncertain=1, in_flight=1_000, people=3, ended_here=8))
+    assert figures(batch()) == ""
+    said = figures(batch(completed=5, failed=2, uncertain=1, in_flight=1_000, people=3, ended_here=8))
     assert said.startswith("2 failed · 1 uncertain · 1,000 in flight · 3 wait for a person · ")
     assert "rows/s" in said
     assert said.endswith(" left")
@@ -138,11 +138,11 @@ def test_figures_of_a_batch_are_those_that_there_are():
 
 def test_plain_lines_of_a_batch_come_now_and_then(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
     with progress() as shown:
-        shown.watch_batch("leads", "checking", None)
-        shown.watch_batch("leads", "running", standing(completed=10))
-        shown.watch_batch("leads", "running", standing(completed=11))
+        shown.watch_batch(batch("checking"))
+        shown.watch_batch(batch("running", completed=10))
+        shown.watch_batch(batch("running", completed=11))
         monkeypatch.setattr(module, "SAY_EVERY", 0.0)
-        shown.watch_batch("leads", "running", standing(completed=12, failed=1))
+        shown.watch_batch(batch("running", completed=12, failed=1))
     out, err = capsys.readouterr()
     assert out == ""
     assert err.splitlines() == [
@@ -154,10 +154,11 @@ def test_plain_lines_of_a_batch_come_now_and_then(capsys: pytest.CaptureFixture[
 
 def test_a_batch_is_a_bar_on_a_terminal_and_a_line_at_its_end(screen: io.StringIO):
     with Progress(live=True) as shown:
-        shown.watch_batch("[red]leads[/red]\x1b[2J", "checking", None)
-        shown.watch_batch("[red]leads[/red]\x1b[2J", "running", standing(completed=600))
+        name = "[red]leads[/red]\x1b[2J"
+        shown.watch_batch(batch("checking", name))
+        shown.watch_batch(batch("running", name, completed=600))
         shown._line.refresh()  # type: ignore[union-attr]
-        shown.watch_batch("[red]leads[/red]\x1b[2J", "done", standing(completed=1_193, failed=7))
+        shown.watch_batch(batch("done", name, completed=1_193, failed=7))
     drawn = screen.getvalue()
     assert "600/1200" in drawn
     assert "1,200 of 1,200 rows · 7 failed" in drawn.splitlines()[-1]

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from prefect_crew import BatchReport, DeployedCrew, WaitPolicy, run_batch
-from prefect_crew.batches.stored import all_batches, known_batch
+from prefect_crew.batches.stored import list_batches, open_stored_batch
 from prefect_crew.devserver import CrewServer
 from prefect_crew.runs.reviews.inbox import ASKS
 from support.commands import TOKEN
@@ -81,7 +81,7 @@ def test_rows_that_wait_are_listed_answered_once_a_round_and_go_on(
     assert {(line["crew"], line["task_id"], line["round"], line["seen"]) for line in lines} == {
         (block, "draft", 1, True)
     }
-    told = here("batch", "status", running.name)
+    told = here("batch", "inspect", running.name)
     assert "3 in flight wait for a person" in told.out
 
     first = lines[0]
@@ -114,11 +114,11 @@ def test_rows_that_wait_are_listed_answered_once_a_round_and_go_on(
     assert asyncio.run(answers(running.name, "row 0")) == [(1, False, "Grace", "sent"), (2, True, "sent")]
     ended = here("reviews", "approve", running.idempotency_key(1))
     assert ended.code == 1, "and its ledger is not opened any more"
-    assert running.name not in dict(asyncio.run(all_batches(ASKS)))
+    assert running.name not in dict(asyncio.run(list_batches(ASKS)))
 
 
 async def answers(name: str, row: str) -> list[tuple[Any, ...]]:
-    async with known_batch(name) as batch:
+    async with open_stored_batch(name) as batch:
         (record,) = await batch.ledger.attempts(batch.ledger.idempotency_key(row))
         given = await batch.ledger.reviews(record)
     return [(one.round, one.approve, *([one.by] if one.by == "Grace" else []), one.outcome) for one in given]

@@ -21,10 +21,9 @@ IN_PROCESSES = [
     "report-pipeline/weekly",
     "report-by-hand/by-hand",
     "reviewed-report/by-form",
-    "fan-out-async/cities",
+    "fan-out/cities",
     "batch-file/by-hand",
     "watch-folder/inbox",
-    "batch-shard/shards",
     "follow-up/after-research",
     "recover/crashed",
 ]
@@ -115,8 +114,7 @@ def test_a_second_deploy_changes_nothing_and_doubles_nothing(site: Site):
 
 def test_what_mends_crashes_is_not_mended_itself(site: Site):
     tagged = {name for name in DEPLOYMENTS if "recover-crashed" in site.deployment(name)["tags"]}
-    mended_by_its_parent = "batch-shard/shards"
-    assert tagged == set(IN_PROCESSES) - {"recover/crashed", mended_by_its_parent}
+    assert tagged == set(IN_PROCESSES) - {"recover/crashed"}
 
 
 def test_the_crash_automations_leave_the_crew_worker_alone(site: Site):

@@ -32,10 +32,10 @@ async def test_two_flows_share_it(
     server = crew_server(script, port=True)
     crew = server.crew(concurrency_limit=name if limited else None)
     await crew.save("shared", overwrite=True)
-    one_crew, fan_out = load_flow("one_crew.py:one_crew"), load_flow("fan_out.py:fan_out_async")
+    one_crew, fan_out = load_flow("one_crew.py:one_crew"), load_flow("fan_out.py:fan_out")
     await asyncio.gather(
         one_crew("shared", {"topic": "tea"}),
-        fan_out("shared", [{"topic": "coffee"}, {"topic": "cocoa"}], at_once=2),
+        fan_out("shared", [{"topic": "coffee"}, {"topic": "cocoa"}], max_in_flight=2),
     )
     assert server.kickoffs == 3
     assert (most_at_once(server) == 1) is limited

@@ -1,8 +1,7 @@
-"""A crew over a list of inputs, in plain Prefect, sync and async."""
+"""A crew over a list of inputs, in plain Prefect."""
 
 from __future__ import annotations
 
-import inspect
 import json
 from collections.abc import Callable
 from typing import Any
@@ -24,19 +23,11 @@ tasks:
 """
 
 
-@pytest.fixture(params=["fan_out", "fan_out_async"])
-def fan_out(request: pytest.FixtureRequest) -> Callable[..., Any]:
-    """Run the flow of that name to its state, in whatever kind of test: both are called alike."""
-    flow = load_flow(f"fan_out.py:{request.param}")
-
-    async def run(*args: Any, **kwargs: Any) -> Any:
-        state = flow(*args, **kwargs, return_state=True)
-        return await state if inspect.isawaitable(state) else state
-
-    return run
+async def fan_out(*args: Any, **kwargs: Any) -> Any:
+    return await load_flow("fan_out.py:fan_out")(*args, **kwargs, return_state=True)
 
 
-async def test_outputs_come_in_the_order_of_the_rows(save_crew: SaveCrew, fan_out: Callable[..., Any]):
+async def test_outputs_come_in_the_order_of_the_rows(save_crew: SaveCrew):
     server = save_crew("fan-out-picky", PICKY)
     words = ["one", "two", "two", "three"]
     state = await fan_out("fan-out-picky", [{"text": word} for word in words])
@@ -44,35 +35,27 @@ async def test_outputs_come_in_the_order_of_the_rows(save_crew: SaveCrew, fan_ou
     assert server.kickoffs == len(words)
 
 
-async def test_rows_that_fail_fail_the_flow_and_are_named_and_the_others_are_kept(
-    save_crew: SaveCrew, fan_out: Callable[..., Any]
-):
-    server = save_crew("fan-out-picky", PICKY)
-    state = await fan_out("fan-out-picky", [{"text": word} for word in ("one", "bad", "two")])
+async def test_rows_that_fail_fail_the_flow_and_are_named_and_all_are_in_the_table(save_crew: SaveCrew, seen: Seen):
+    server = save_crew("fan-out-table", PICKY)
+    state = await fan_out("fan-out-table", [{"text": word} for word in ("one", "bad", "two")])
     assert state.is_failed()
     assert "1 of 3 rows failed: 2." in state.message
     assert "cannot stomach bad" in state.message
     assert server.kickoffs == 3
-
-
-def test_the_table_has_a_line_for_each_row(save_crew: SaveCrew, seen: Seen):
-    save_crew("fan-out-table", PICKY)
-    load_flow("fan_out.py:fan_out")("fan-out-table", [{"text": "one"}, {"text": "bad"}], return_state=True)
-    table = next(one for one in seen.artifacts("fan-out") if one["description"] == "fan-out-table: 2 rows")
+    table = next(one for one in seen.artifacts("fan-out") if one["description"] == "fan-out-table: 3 rows")
     lines = json.loads(table["data"])
-    assert [(line["row"], line["state"]) for line in lines] == [(1, "completed"), (2, "CrewFailedError")]
-    assert lines[0]["run"]
-    assert lines[1]["run"]
+    assert [line["state"] for line in lines] == ["completed", "CrewFailedError", "completed"]
+    assert all(line["run"] for line in lines)
     assert "cannot stomach bad" in lines[1]["error"]
 
 
-@pytest.mark.parametrize(("buy_again", "kickoffs"), [(0, 1), (1, 2)], ids=["not-asked", "asked"])
-async def test_a_failed_row_is_bought_again_only_when_asked(save_crew: SaveCrew, buy_again: int, kickoffs: int):
+@pytest.mark.parametrize(("retries", "kickoffs"), [(0, 1), (1, 2)], ids=["not-asked", "asked"])
+async def test_a_failed_row_is_started_again_only_when_asked(save_crew: SaveCrew, retries: int, kickoffs: int):
     server = save_crew("fan-out-picky", PICKY)
-    flow = load_flow("fan_out.py:fan_out_async")
+    flow = load_flow("fan_out.py:fan_out")
     names = flow.fn.__globals__
-    names["arun_row"] = names["arun_row"].with_options(retry_delay_seconds=0)
-    state = await flow("fan-out-picky", [{"text": "bad"}], buy_again=buy_again, return_state=True)
+    names["run_row"] = names["run_row"].with_options(retry_delay_seconds=0)
+    state = await flow("fan-out-picky", [{"text": "bad"}], retries=retries, return_state=True)
     assert state.is_failed()
     assert server.kickoffs == kickoffs
 
@@ -86,6 +69,6 @@ async def test_no_more_are_in_flight_than_allowed(save_crew: SaveCrew):
         return len(server.runs) >= 2 and len(in_flight) > 20 * len(server.runs)
 
     server = save_crew("fan-out-held", Held(until=may_end))
-    await load_flow("fan_out.py:fan_out_async")("fan-out-held", [{"text": str(n)} for n in range(6)], at_once=2)
+    await fan_out("fan-out-held", [{"text": str(number)} for number in range(6)], max_in_flight=2)
     assert server.kickoffs == 6
     assert max(in_flight) == 2

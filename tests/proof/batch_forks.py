@@ -21,10 +21,12 @@ from typing import Any
 
 from proof.kills import Kill, arm
 
-__all__ = ["KILLS", "BatchForks", "Call", "Report"]
+__all__ = ["KILLS", "WHILE_STARTING", "BatchForks", "Call", "Report"]
 
-KILLS = ("ledger-claim", "ledger-save", "ledger-commit", "batch-kickoff", "batch-status", "line-put", "line-flush")
-"""Points of a batch's life at which it may die, by their names in `kills.HOOKS`."""
+WHILE_STARTING = ("ledger-claim", "ledger-save", "ledger-commit", "batch-kickoff", "batch-status")
+"""Points at which a batch may die while its rows are started, by their names in `kills.HOOKS`."""
+KILLS = (*WHILE_STARTING, "enter-rows", "export", "export-page")
+"""All points of a batch's life at which it may die."""
 
 
 @dataclass(frozen=True)

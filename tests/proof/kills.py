@@ -42,8 +42,9 @@ HOOKS = {
     "ledger-commit": ("prefect_crew.batches.group_commit", "GroupWriter._commit"),
     "batch-kickoff": ("prefect_crew.batches.throttle", "BatchClient.kickoff"),
     "batch-status": ("prefect_crew.batches.throttle", "BatchClient.status"),
-    "line-put": ("prefect_crew.batches.output", "Output.put"),
-    "line-flush": ("prefect_crew.batches.output", "LineFile.flush"),
+    "enter-rows": ("prefect_crew.batches.ledger", "Ledger.enter_rows"),
+    "export": ("prefect_crew.batches.output", "Output.write"),
+    "export-page": ("prefect_crew.batches.output", "Output._write_page"),
 }
 """The functions by the names that points use. A request is one of either server, made by the process's main thread."""
 

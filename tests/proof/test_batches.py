@@ -24,9 +24,10 @@ from hypothesis import strategies as st
 
 from prefect_crew import DeployedCrew, WaitPolicy, arun_batch
 from prefect_crew.batches.ledger import Ledger
+from prefect_crew.batches.outcomes import RowState
 from prefect_crew.devserver import CrewServer
 from prefect_crew.records.model import RecordPhase
-from proof.batch_forks import KILLS, BatchForks, Call
+from proof.batch_forks import KILLS, WHILE_STARTING, BatchForks, Call
 from proof.kills import Kill
 from support.prefect_server import PrefectServer
 from support.scripts import script
@@ -81,8 +82,6 @@ class World:
     faults: list[str] = field(default_factory=list[str])
     kills: list[Kill] = field(default_factory=list[Kill])
     max_in_flight: int = 10
-    chunk_size: int = 7
-    order: str = "ended"
     retries: int = 0
     seconds: float = 0.05
 
@@ -102,8 +101,6 @@ worlds = st.builds(
     keyed=st.booleans(),
     faults=faults,
     max_in_flight=st.integers(1, 12),
-    chunk_size=st.integers(1, 30),
-    order=st.sampled_from(["ended", "input"]),
     retries=st.integers(0, 1),
 )
 # Without those after which a batch rests.
@@ -132,8 +129,6 @@ class Place:
             "output": str(self.output),
             "key": "id" if world.keyed else None,
             "max_in_flight": world.max_in_flight,
-            "chunk_size": world.chunk_size,
-            "order": world.order,
             "retries": world.retries,
             "breaker": None,
             "wait": WAIT,
@@ -149,11 +144,13 @@ class Place:
         """Return how many attempts of each row may have been a purchase, and the rows that are uncertain."""
         bought, uncertain = Counter[str](), set[str]()
         async with Ledger(f"{self.output}.ledger.db", self.name) as ledger:
-            async for key, record in ledger.standing_attempts(completed=True):
-                attempts = await ledger.attempts(record.idempotency_key)
-                bought[record.idempotency_key] = sum(one.phase is not RecordPhase.NOT_STARTED for one in attempts)
-                if record.phase in (RecordPhase.UNCERTAIN, RecordPhase.CLAIMED):
-                    uncertain.add(key)
+            async for row in ledger.rows_in(list(RowState)):
+                if row.record is None:
+                    continue
+                attempts = await ledger.attempts(row.record.idempotency_key)
+                bought[row.record.idempotency_key] = sum(one.phase is not RecordPhase.NOT_STARTED for one in attempts)
+                if row.record.phase in (RecordPhase.UNCERTAIN, RecordPhase.CLAIMED):
+                    uncertain.add(row.key)
         return bought, uncertain
 
     def check(self, world: World, report: dict[str, Any]) -> None:
@@ -178,8 +175,7 @@ class Place:
         if world.keyed:
             rows = {f"row {number}": topic for number, topic in enumerate(world.topics)}
             assert all(rows[line["key"]] == line["inputs"]["topic"] for line in lines)
-            if world.order == "input":
-                assert keys == [key for key in rows if key in set(keys)]
+            assert keys == [key for key in rows if key in set(keys)], "lines are in the order of the rows"
         else:
             inputs = Counter(line["inputs"]["topic"] for line in lines)
             assert not inputs - Counter(world.topics), "a row was run that is not there"
@@ -253,7 +249,7 @@ def only_when_all_are_run(request: pytest.FixtureRequest) -> None:
 
 def a_death(luck: random.Random, rows: int) -> Kill:
     """Choose a moment at which a batch dies before it has claimed all of that many rows."""
-    hook, when, most = luck.choice(KILLS[:-1]), luck.choice(("before", "after")), min(100, max(1, rows // 2))
+    hook, when, most = luck.choice(WHILE_STARTING), luck.choice(("before", "after")), min(100, max(1, rows // 2))
     # A commit may hold 32 claims: then some twenty rows are claimed by each, and as many by one that waits its turn.
     return Kill(hook, when, luck.randint((most + 4) // 5, most) if hook != "ledger-commit" else max(1, most // 10))
 
@@ -268,9 +264,7 @@ def test_rows_of_a_batch_that_is_killed_again_and_again(
         only_when_all_are_run(request)
     chosen = random.SystemRandom().randrange(10**6)
     luck, began = random.Random(chosen), time.monotonic()
-    world = World(
-        [f"topic {number}" for number in range(rows)], keyed=True, max_in_flight=rows // 10, chunk_size=50, seconds=0.3
-    )
+    world = World([f"topic {number}" for number in range(rows)], keyed=True, max_in_flight=rows // 10, seconds=0.3)
     with CrewServer(world.spec) as server:
         place = Place(world, server, tmp_path / "batch")
         unclaimed = rows
@@ -298,7 +292,7 @@ def test_a_soak_of_twenty_thousand_rows(
     only_when_all_are_run(request)
     began = time.monotonic()
     rows = [f"topic {number}" if number % 50 else f"bad {number}" for number in range(20_000)]
-    world = World(rows, keyed=True, max_in_flight=1000, chunk_size=200, seconds=1.0)
+    world = World(rows, keyed=True, max_in_flight=1000, seconds=1.0)
     share = {name: 0.02 / len(kinds) for kinds in (KICKOFF_FAULTS, STATUS_FAULTS) for name in kinds}
     every = [
         *(f"kickoff:{name}%{share[name]:.5f}" for name in KICKOFF_FAULTS),

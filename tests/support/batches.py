@@ -11,11 +11,14 @@ from sqlalchemy import delete
 
 from prefect_crew import BatchReport, DeployedCrew, WaitPolicy, arun_batch
 from prefect_crew.batches.database import attempts
-from prefect_crew.batches.ledger import Ledger
+from prefect_crew.batches.ledger import PAGE, Ledger
+from prefect_crew.batches.rows import RowJob
 from prefect_crew.records.model import RunRecord, utcnow
 from support.postgres import Postgres
 
-__all__ = ["Batches", "postgres_ledger", "put", "record_of"]
+__all__ = ["CREW", "Batches", "enter", "postgres_ledger", "put", "record_of"]
+
+CREW = DeployedCrew(url="https://crew.example", token="token").crew  # type: ignore[arg-type]
 
 
 class Batches:
@@ -56,6 +59,13 @@ def record_of(ledger: Ledger, key: str, *, attempt: int = 1, **facts: Any) -> Ru
         "claimed_at": now,
     }
     return RunRecord(**given | facts)
+
+
+async def enter(ledger: Ledger, *keys: str, digest: str = "d") -> None:
+    """Write rows of a data set into a ledger, in this order."""
+    jobs = [RowJob(number, number + 1, key, {"topic": key}, digest) for number, key in enumerate(keys)]
+    for start in range(0, len(jobs), PAGE):
+        await ledger.enter_rows(jobs[start : start + PAGE], CREW)
 
 
 async def put(ledger: Ledger, record: RunRecord) -> None:

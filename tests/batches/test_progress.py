@@ -1,4 +1,4 @@
-"""What people see of a batch: the plan, three artifacts, the report; and what nobody sees: tokens and secret inputs."""
+"""What people see of a batch: the plan, the artifact, the report; and what nobody sees: tokens and secret inputs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
 
 from prefect_crew import aplan_batch
 from prefect_crew.artifacts.run import artifact_key
-from prefect_crew.batches.progress import Standing, watch_batches
+from prefect_crew.batches.progress import BatchProgress
 from prefect_crew.exceptions import ConfigurationError
 from prefect_crew.testing import CrewServerFactory
 from support.batches import Batches
@@ -30,52 +30,40 @@ PICKY = script(
 )
 
 
-async def artifacts(name: str) -> dict[str, list[str]]:
-    """Return the artifacts of a batch by their part."""
-    keys = {part: artifact_key(f"{name}-{part}", prefix="batch") for part in ("progress", "failures", "summary")}
+async def artifacts(name: str) -> list[str]:
+    """Return the artifacts of a batch, one for each flow run that ran it."""
+    key = ArtifactFilter(key=ArtifactFilterKey(any_=[artifact_key(name, prefix="batch")]))
     async with get_client() as client:
-        found = await client.read_artifacts(
-            artifact_filter=ArtifactFilter(key=ArtifactFilterKey(any_=list(keys.values())))
-        )
-    return {part: [str(one.data) for one in found if one.key == key] for part, key in keys.items()}
+        return [str(one.data) for one in await client.read_artifacts(artifact_filter=key)]
 
 
-async def test_three_artifacts_a_batch(batch: Batches, crew_server: CrewServerFactory):
+async def test_a_batch_has_one_artifact(batch: Batches, crew_server: CrewServerFactory):
     server = crew_server(PICKY, response_format="union", faults=["kickoff:drop-after-accept@2"])
     rows = [{"topic": topic} for topic in ("tea", "milk", "bad `row`", "rye")]
     await batch(server.crew(price=0.25), rows, name="shown leads", key="topic", max_in_flight=1)
-    shown = await artifacts("shown leads")
-    assert {part: len(texts) for part, texts in shown.items()} == {"progress": 1, "failures": 1, "summary": 1}
-    progress, failures, summary = (texts[0] for texts in shown.values())
-    assert "4 of 4 (100.0%)" in progress
-    assert "**Uncertain**, to be resolved by a person (1): `milk`" in failures
-    assert "no \\| \\*bad \\`row\\`" in failures
-    for part in ("| Rows | 4 |", "| Completed | 2 |", "p90", "total tokens | 10", "Cost of all calls | 1", "Slowest"):
-        assert part in summary
+    [page] = await artifacts("shown leads")
+    for part in (
+        "4 of 4 (100.0%)",
+        "To be resolved by a person (1): `milk`",
+        "no \\| \\*bad \\`row\\`",
+        *("| Completed | 2 |", "| total tokens | 10 |", "| Cost of all calls | 1 |", "| Kickoffs of this call | 4 |"),
+    ):
+        assert part in page
 
 
-async def test_artifacts_tell_of_rows_that_were_set_aside(batch: Batches, crew_server: CrewServerFactory):
+async def test_the_artifact_shows_rows_that_were_set_aside_and_each_flow_run_has_its_own(
+    batch: Batches, crew_server: CrewServerFactory
+):
     rows = [{"topic": "tea"}, {"topic": ""}, "milk"]
     for _ in range(2):
         await batch(crew_server(PICKY).crew(), rows, name="aside", on_bad_row="set-aside", on_change="continue")
-    shown = await artifacts("aside")
-    assert {len(texts) for texts in shown.values()} == {2}
-    progress, failures, summary = (texts[-1] for texts in shown.values())
-    assert "1 of 3 (33.3%)" in progress
-    assert "| Set aside | 2 |" in progress
-    assert "| 2 | lacks topic |" in failures
-    assert "| 3 | holds a str, not an object with inputs |" in failures
-    assert f"{batch.output}.rejected.jsonl" in failures
-    assert "| Set aside | 2 |" in summary
-
-
-async def test_a_second_call_from_another_flow_run_has_artifacts_of_its_own_under_the_same_keys(
-    batch: Batches, crew_server: CrewServerFactory
-):
-    server = crew_server(PICKY)
-    for _ in range(2):
-        await batch(server.crew(), [{"topic": "tea"}], name="twice")
-    assert {len(texts) for texts in (await artifacts("twice")).values()} == {2}
+    pages = await artifacts("aside")
+    assert len(pages) == 2
+    for part in (
+        *("1 of 3 (33.3%)", "| Set aside | 2 |", "| 2 | lacks topic |"),
+        *("| 3 | holds a str, not an object with inputs |", f"{batch.output}.rejected.jsonl"),
+    ):
+        assert part in pages[-1]
 
 
 async def test_progress_moves_while_rows_run(
@@ -85,25 +73,23 @@ async def test_progress_moves_while_rows_run(
     monkeypatch.setattr("prefect_crew.batches.progress.SHOW_EVERY", 0.1)
     seen: list[tuple[str, int, int]] = []
 
-    def watch(name: str, phase: str, standing: Standing | None) -> None:
-        if name == "watched" and standing is not None:
-            seen.append((phase, standing.done, standing.in_flight))
+    def see(progress: BatchProgress) -> None:
+        seen.append((progress.phase, progress.done, progress.in_flight))
 
-    server = crew_server(slow(0.4))
-    with watch_batches(watch):
-        running = asyncio.ensure_future(
-            batch(server.crew(), [{"topic": str(n)} for n in range(30)], name="watched", max_in_flight=10)
-        )
-        texts: set[str] = set()
-        while not running.done():
-            await asyncio.sleep(0.1)
-            texts.update((await artifacts("watched"))["progress"])
+    rows = [{"topic": str(number)} for number in range(30)]
+    running = asyncio.ensure_future(
+        batch(crew_server(slow(0.4)).crew(), rows, name="watched", max_in_flight=10, on_progress=see)
+    )
+    pages: set[str] = set()
+    while not running.done():
+        await asyncio.sleep(0.1)
+        pages.update(await artifacts("watched"))
     await running
-    assert len(texts) > 1
-    assert any("| In flight | 10 |" in text for text in texts)
+    assert len(pages) > 1
+    assert any("| In flight | 10 |" in page for page in pages)
     assert [phase for phase, *_ in seen][-2:] == ["finishing", "done"]
     assert any(0 < done < 30 and in_flight == 10 for _, done, in_flight in seen)
-    assert seen[-1] == ("done", 30, 0)
+    assert (seen[0], seen[-1]) == (("checking", 0, 0), ("done", 30, 0))
 
 
 async def test_a_plan_says_how_many_how_long_and_how_much(batch: Batches, crew_server: CrewServerFactory):
@@ -184,8 +170,8 @@ def dump(database: Path | None) -> str:
 
 async def test_with_show_none_the_failures_show_no_word_of_the_crews(batch: Batches, crew_server: CrewServerFactory):
     await batch(crew_server(PICKY).crew(show="none"), [{"topic": "bad"}], name="quiet")
-    failures = (await artifacts("quiet"))["failures"][0]
-    assert "CrewFailedError" in failures
+    [failures] = await artifacts("quiet")
+    assert "| failed | not shown |" in failures
     assert "no |" not in failures
     assert "\\*bad" not in failures
 

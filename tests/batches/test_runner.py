@@ -1,31 +1,35 @@
-"""Rows that fail, a server that fails, a token that is refused: what it costs, and what becomes of the batch."""
+"""What becomes of rows: crews that fail, servers that fail, tokens that are refused, kickoffs of which nobody knows."""
 
 from __future__ import annotations
 
 import asyncio
 import itertools
-import time
+import logging
 import uuid
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+from sqlalchemy.exc import OperationalError
 
 from prefect_crew import WaitPolicy
 from prefect_crew.batches import throttle
 from prefect_crew.batches.ledger import Ledger
 from prefect_crew.client.models import CrewInput
+from prefect_crew.crew import CrewSession
 from prefect_crew.devserver import Outcome, ProgramError, Run
-from prefect_crew.exceptions import CrewError
-from prefect_crew.records.model import RecordPhase
+from prefect_crew.exceptions import CrewError, LedgerError
+from prefect_crew.records.keys import RunIdentity
+from prefect_crew.records.model import Caller, Lease, RecordPhase
 from prefect_crew.records.resolve import resolve_never_started, resolve_started, unresolved
-from prefect_crew.states import CrewState
+from prefect_crew.runs import kickoff
+from prefect_crew.runs.kickoff import Start, Started, start_run
+from prefect_crew.settings import CrewSettings
 from prefect_crew.testing import CrewServerFactory
-from support.batches import Batches, put
+from support.batches import Batches, put, record_of
 from support.held import Held
 from support.ledgers import let_an_hour_pass
 from support.scripts import FAILS, script, slow
-from support.servers import at_random
 
 ECHO = script({"output": "on {{ topic }}"}, inputs=["topic"])
 PICKY = script({"output": "on {{ topic }}", "fail": "{{ 'no ' + topic if 'bad' in topic }}"}, inputs=["topic"])
@@ -74,13 +78,6 @@ async def test_a_run_of_other_inputs_that_goes_on_is_told_of_and_left_to_whoever
 
 
 # Crews that fail
-
-
-async def test_failed_rows_are_lines_with_the_crews_error(batch: Batches, crew_server: CrewServerFactory):
-    report = await batch(crew_server(PICKY).crew(), topics(10, {3, 7}))
-    assert (report.completed, report.failed, dict(report.errors)) == (8, 2, {"CrewFailedError": 2})
-    failed = [line for line in batch.lines().values() if line["state"] == "failed"]
-    assert sorted(line["error"] for line in failed) == ["no bad 3", "no bad 7"]
 
 
 @pytest.mark.parametrize(
@@ -149,7 +146,7 @@ async def test_when_everything_fails_in_a_row_the_batch_pauses_tries_one_and_giv
     server = crew_server(FAILS)
     rows = [{"topic": str(number)} for number in range(200)]
     report = await batch(server.crew(), rows, max_in_flight=5, breaker=10, breaker_pause=0.2)
-    assert "rows failed in a row, the last one so: the search engine is down" in (report.stopped or "")
+    assert "rows failed in a row. Last error: the search engine is down" in (report.stopped or "")
     assert 13 <= server.kickoffs <= 18, "ten, those in flight beside them, and three that were tried"
 
 
@@ -164,14 +161,6 @@ async def test_retries_wait_for_the_circuit_breaker_and_are_counted_by_it(
     assert server.kickoffs <= 5 + 20 + 3, "the five, those in flight beside them, and three that were tried"
     assert report.failed + report.skipped == 200
     assert len(batch.lines()) == report.failed, "a row whose retry was not sent any more has failed"
-
-
-async def test_a_retry_that_works_closes_the_circuit_breaker(batch: Batches, crew_server: CrewServerFactory):
-    server = crew_server(Numbered(lambda number: number < 4))
-    report = await batch(
-        server.crew(max_kickoffs=9), topics(10), max_in_flight=1, retries=8, breaker=3, breaker_pause=0.05
-    )
-    assert (report.completed, report.stopped, server.kickoffs) == (10, None, 14)
 
 
 async def test_a_crew_that_works_again_is_gone_on_with(batch: Batches, crew_server: CrewServerFactory):
@@ -234,30 +223,6 @@ def name_of(name: str) -> Any:
     return name
 
 
-async def test_what_the_server_asks_of_one_row_holds_the_batch_back(batch: Batches, crew_server: CrewServerFactory):
-    server = crew_server(ECHO, faults=["kickoff:429=1.5@4"])
-    began = time.monotonic()
-    report = await batch(server.crew(), topics(100))
-    assert report.ok
-    assert server.kickoffs == 100
-    assert time.monotonic() - began >= 1.5
-    assert server.counters.answers["kickoff 429"] <= 1 if "kickoff 429" in server.counters.answers else True
-
-
-async def test_429_at_the_status_call_costs_time_only(batch: Batches, crew_server: CrewServerFactory):
-    server = crew_server(ECHO, faults=at_random("status:429=0.3%0.2", "kickoff:503=0.2%0.1", seed=7))
-    report = await batch(server.crew(), topics(60))
-    assert report.ok
-    assert server.kickoffs == 60
-
-
-async def test_kickoffs_keep_their_rate(batch: Batches, crew_server: CrewServerFactory):
-    server = crew_server(ECHO)
-    began = time.monotonic()
-    await batch(server.crew(), topics(30), kickoffs_per_second=20)
-    assert time.monotonic() - began >= 1.4
-
-
 async def test_a_server_that_is_away_for_a_while_fails_no_row(batch: Batches, crew_server: CrewServerFactory):
     server = crew_server(slow(0.1), port=True)
     rows = [{"topic": str(number)} for number in range(40)]
@@ -279,7 +244,7 @@ async def test_a_server_that_is_away_for_a_while_fails_no_row(batch: Batches, cr
 async def test_a_server_that_stays_away_is_given_up_and_no_row_is_lost(
     batch: Batches, crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(throttle, "PATIENCE", 1.0)
+    monkeypatch.setattr(throttle, "GIVE_UP_AFTER", 1.0)
     server = crew_server(ECHO, port=True)
     crew = server.crew()
 
@@ -290,7 +255,7 @@ async def test_a_server_that_stays_away_is_given_up_and_no_row_is_lost(
     server.stop()
     bought = server.kickoffs  # it forgets them
     report = await asyncio.wait_for(running, 60)
-    assert "no kickoff was taken" in (report.stopped or "")
+    assert "no kickoff was accepted" in (report.stopped or "")
     server.start()
     again = await batch(crew, topics(50), name="away", wait=quick)
     assert again.completed + again.failed + again.uncertain == 50
@@ -326,63 +291,122 @@ async def test_a_server_that_leaves_everything_uncertain_is_paused_for(batch: Ba
     assert report.uncertain <= 5 + 3 + 16
 
 
-# Runs that do not end
+# A row is started at most once
+
+CLAIMED, NOT_STARTED, STARTED = RecordPhase.CLAIMED, RecordPhase.NOT_STARTED, RecordPhase.STARTED
 
 
-async def test_a_row_over_its_time_is_left_or_stopped(batch: Batches, crew_server: CrewServerFactory):
-    server = crew_server(slow(30))
-    rows = [{"topic": str(number)} for number in range(3)]
-    patient = WaitPolicy(initial=0.05, timeout=0.3)
-    report = await batch(server.crew(), rows, name="late", wait=patient)
-    assert (report.failed, dict(report.errors)) == (3, {"CrewTimeoutError": 3})
-    assert {line["state"] for line in batch.lines().values()} == {"timed-out"}
-    assert {str(run.state) for run in server.runs} == {"running"}
-    strict = WaitPolicy(initial=0.05, timeout=0.3, on_timeout="stop")
-    report = await batch(server.crew(), rows, name="late", wait=strict)
-    assert server.kickoffs == 3, "they were in flight"
-    assert {str(run.state) for run in server.runs} == {"stopped"}
-    report = await batch(server.crew(), rows, name="late")
-    assert (report.failed, {line["state"] for line in batch.lines().values()}) == (3, {"stopped"})
+async def start(ledger: Ledger, server: CrewServer, session: CrewSession | None = None) -> Started:
+    """Start the row "k", as a batch does."""
+    if session is None:
+        async with CrewSession(server.crew().crew) as session:
+            return await start(ledger, server, session)
+    identity = RunIdentity(ledger.idempotency_key("k"), "place", Caller(owner=f"caller {id(session)}"))
+    known: dict[str, Any] = {"quiet": True, "settings": CrewSettings()}
+    return await start_run(
+        Start(session.crew, identity, {"text": "a"}, "digest", None, None, None, **known), ledger, session
+    )
 
 
-async def test_a_run_that_the_server_forgets_is_lost_and_bought_again_only_by_its_key(
-    batch: Batches, crew_server: CrewServerFactory
+async def phases(ledger: Ledger) -> list[RecordPhase]:
+    return [one.phase for one in await ledger.attempts(ledger.idempotency_key("k"))]
+
+
+async def test_a_row_is_not_sent_once_its_claim_is_over(
+    crew_server: CrewServerFactory, ledger_address: str, monkeypatch: pytest.MonkeyPatch
 ):
-    server = crew_server(slow(0.2), faults=["status:forgotten@2"])
-    rows = [{"topic": str(number)} for number in range(3)]
-    quick = WaitPolicy(initial=0.05, factor=1, grace=0.1)
-    report = await batch(server.crew(), rows, name="lost", wait=quick, max_in_flight=1)
-    assert (report.completed, dict(report.errors)) == (2, {"CrewLostError": 1})
-    [key] = [key for key, line in batch.lines().items() if line["state"] == "lost"]
-    report = await batch(server.crew(), rows, name="lost", wait=quick, retry_failed=True)
-    assert (report.completed, server.kickoffs) == (2, 3)
-    report = await batch(server.crew(), rows, name="lost", wait=quick, retry_failed=[key])
-    assert (report.completed, server.kickoffs) == (3, 4)
+    # The ledger tells others by the age of the claim alone when it may be resolved.
+    claims: list[Lease] = []
+
+    def lease(seconds: float) -> Lease:
+        claims.append(Lease(seconds))
+        return claims[-1]
+
+    def sleeping(*_: Any, **__: Any) -> None:
+        if len(claims) == 1:
+            claims[0].end()
+
+    monkeypatch.setattr(kickoff, "Lease", lease)
+    monkeypatch.setattr(kickoff, "webhooks_for", sleeping)
+    server = crew_server("echo")
+    async with Ledger(ledger_address, "b") as ledger:
+        bought = await start(ledger, server)
+        assert bought.record.attempt == 2
+        assert await phases(ledger) == [NOT_STARTED, STARTED]
+    assert server.requests["kickoff"] == 1
 
 
-async def test_status_calls_that_fail_say_nothing_about_a_row(batch: Batches, crew_server: CrewServerFactory):
-    faults = ["status:500%0.1", "status:drop%0.1", "status:html%0.1", "status:garbage%0.1", "kickoff:early-404=2"]
-    crew = script({"seconds": 0.1, "output": "x"}, inputs=["topic"])
-    server = crew_server(crew, faults=at_random(*faults, seed=3))
-    report = await batch(server.crew(), topics(60))
-    assert report.ok
-    assert server.kickoffs == 60
+async def test_a_row_whose_caller_is_cancelled_over_its_claim_did_not_start(
+    crew_server: CrewServerFactory, ledger_address: str, monkeypatch: pytest.MonkeyPatch
+):
+    server = crew_server("echo")
+    async with Ledger(ledger_address, "b") as ledger:
+        run, committing, go_on = ledger.database.run, asyncio.Event(), asyncio.Event()
+
+        async def slowly(work: Any) -> Any:
+            committing.set()
+            await go_on.wait()
+            return await run(work)
+
+        monkeypatch.setattr(ledger.database, "run", slowly)
+        starting = asyncio.ensure_future(start(ledger, server))
+        await committing.wait()
+        starting.cancel()
+        await asyncio.wait({starting}, timeout=0.1)
+        go_on.set()
+        with pytest.raises(asyncio.CancelledError):
+            await starting
+        assert await phases(ledger) == [NOT_STARTED]
+        await start(ledger, server)
+        assert await phases(ledger) == [NOT_STARTED, STARTED]
+    assert server.requests["kickoff"] == 1
 
 
-async def test_a_person_that_a_row_waits_for_is_not_timed_out(batch: Batches, crew_server: CrewServerFactory):
-    asks = script({"name": "draft", "output": "a draft", "human": True}, {"output": "printed"}, inputs=["topic"])
-    server = crew_server(asks)
-    crew = server.crew()
-    wait = WaitPolicy(initial=0.05, factor=1, timeout=0.5)
-    running = asyncio.ensure_future(batch(crew, topics(2), name="people", wait=wait))
-    while sum(str(run.state) == "waiting" for run in server.runs) < 2:
-        await asyncio.sleep(0.02)
-    await asyncio.sleep(0.8)
-    async with crew.client() as client:
-        for run in server.runs:
-            await client.resume(run.id, "draft", "fine", True)
-    report = await running
-    assert report.ok
-    async with ledger_of(batch, "people") as ledger:
-        records = [record async for _, record in ledger.standing_attempts(completed=True)]
-    assert all(record.human_seconds > 0.5 and record.state is CrewState.COMPLETED for record in records)
+async def test_an_id_that_a_ledger_does_not_take_any_more_is_in_the_log(
+    crew_server: CrewServerFactory,
+    ledger_address: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+):
+    server = crew_server("echo")
+    async with Ledger(ledger_address, "b") as ledger:
+        run = ledger.database.run
+
+        async def away_once_started(work: Any) -> Any:
+            if server.runs:
+                raise OperationalError("", {}, Exception("disk I/O error"))
+            return await run(work)
+
+        monkeypatch.setattr(ledger.database, "run", away_once_started)
+        ledger.writer.retry_for = 0.1
+        with caplog.at_level(logging.ERROR, "prefect_crew"), pytest.raises(LedgerError, match="disk I/O error"):
+            await start(ledger, server)
+        monkeypatch.undo()
+        assert await phases(ledger) == [CLAIMED]
+    assert f"prefect-crew batch resolve b k --kickoff-id {server.runs[0].id}" in caplog.text
+
+
+async def test_a_kickoff_that_is_refused_after_its_caller_has_gone_did_not_start(
+    crew_server: CrewServerFactory, ledger_address: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(kickoff, "FINISH", 0.05)
+    server = crew_server("echo", faults=["kickoff:latency=1.0@1", "kickoff:404@1"])
+    async with Ledger(ledger_address, "b") as ledger, CrewSession(server.crew().crew) as session:
+        starting = asyncio.ensure_future(start(ledger, server, session))
+        while not server.requests["kickoff"]:
+            await asyncio.sleep(0.01)
+        starting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await starting
+        assert await phases(ledger) == [CLAIMED]
+        while await phases(ledger) == [CLAIMED]:
+            await asyncio.sleep(0.05)
+        assert await phases(ledger) == [NOT_STARTED]
+
+
+async def test_a_ledger_that_is_closed_says_so(ledger_address: str):
+    # Whoever writes to it then would wait for ever: for a commit that nobody makes.
+    async with Ledger(ledger_address, "b") as ledger:
+        pass
+    with pytest.raises(LedgerError, match="is closed"):
+        await asyncio.wait_for(ledger.claim(record_of(ledger, "k")), 10)

@@ -1,0 +1,131 @@
+"""The options of a batch: what is refused, when a batch stops, and what is stored of a call."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+import pytest
+from pydantic import BaseModel, SecretStr
+
+from prefect_crew.batches.dataset import open_dataset
+from prefect_crew.batches.options import BatchOptions, plain_call
+from prefect_crew.client.models import TokenUsage
+from prefect_crew.client.webhooks import Webhooks
+from prefect_crew.crew import WaitPolicy
+from prefect_crew.exceptions import ConfigurationError
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({"max_in_flight": 0}, id="nothing in flight"),
+        pytest.param({"max_in_flight": 1.5}, id="half a run"),
+        pytest.param({"max_in_flight": True}, id="a switch"),
+        pytest.param({"kickoffs_per_second": 0}, id="no kickoffs"),
+        pytest.param({"kickoffs_per_second": float("nan")}, id="not a number"),
+        pytest.param({"on_failure": "halt"}, id="unknown policy"),
+        pytest.param({"on_failure": 0}, id="no failures"),
+        pytest.param({"on_failure": None}, id="no policy"),
+        pytest.param({"wait": "x"}, id="wait"),
+        pytest.param({"output_type": dict}, id="type of the output"),
+        pytest.param({"meta": "x"}, id="meta"),
+        pytest.param({"webhooks": "x"}, id="webhooks"),
+        pytest.param({"on_failure": 2.5}, id="half a row"),
+        pytest.param({"on_failure": True}, id="policy as a switch"),
+        pytest.param({"on_cancel": "wait"}, id="unknown cancelling"),
+        pytest.param({"order": "input"}, id="no option"),
+        pytest.param({"output_type": "json:Nothing"}, id="a type that is not there"),
+        pytest.param({"retries": -1}, id="less than no retries"),
+        pytest.param({"retries": {"CrewFailedError": "2"}}, id="retries as text"),
+        pytest.param({"retries": {"KickoffUncertainError": 1}}, id="retry of the uncertain"),
+        pytest.param({"retry_failed": "key"}, id="a text for keys"),
+        pytest.param({"breaker": 0}, id="a breaker that is always open"),
+        pytest.param({"rows": "5"}, id="rows are no range"),
+        pytest.param({"rows": ":"}, id="a range without ends"),
+        pytest.param({"rows": "7:7"}, id="an empty range"),
+        pytest.param({"rows": "-5:"}, id="a range from the end"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(options: dict[str, Any]):
+    with pytest.raises(ConfigurationError, match=re.escape(next(iter(options)))):
+        BatchOptions(**options)
+
+
+@pytest.mark.parametrize(
+    ("policy", "failed", "ended", "stops"),
+    [
+        pytest.param("continue", 99, 100, False, id="continue"),
+        pytest.param("stop", 0, 100, False, id="stop without a failure"),
+        pytest.param("stop", 1, 1, True, id="stop"),
+        pytest.param(3, 2, 100, False, id="below the number"),
+        pytest.param(3, 3, 3, True, id="at the number"),
+        pytest.param(0.1, 5, 10, False, id="share of too few"),
+        pytest.param(0.1, 2, 20, False, id="at the share"),
+        pytest.param(0.1, 3, 20, True, id="above the share"),
+        pytest.param(1.0, 1, 50, True, id="one as a float is a number"),
+    ],
+)
+def test_when_a_policy_stops(policy: Any, failed: int, ended: int, stops: bool):
+    assert (BatchOptions(on_failure=policy).why_stop(failed, ended) is not None) is stops
+
+
+def test_keys_to_retry_are_looked_up_and_not_searched():
+    for given in (["a", "b"], ("a", "b"), {"a", "b"}):
+        assert BatchOptions(retry_failed=given).retry_failed == frozenset({"a", "b"})
+        assert isinstance(BatchOptions(retry_failed=given).retry_failed, frozenset)
+    assert BatchOptions(retry_failed=True).retry_failed is True
+
+
+# What is stored of the call
+
+
+def call(**options: Any) -> dict[str, Any]:
+    given = {"dataset": open_dataset("https://files.test/rows.csv"), "output": "out.jsonl", **options}
+    chosen = BatchOptions(**{name: given.pop(name) for name in [*given] if name in BatchOptions.model_fields})
+    return plain_call(crew="payer", secret_inputs=["pin"], ledger="out.db", options=chosen, **given)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"inputs": {"pin": 4711}},
+        {"inputs": {"pin": SecretStr("4711")}},
+        {"inputs": {"pin": "{{ user }}:4711"}},
+        {"inputs": {"pin": "{{ '4711' }}"}},
+        {"output": "s3://key:4711@bucket/out.jsonl"},
+        {"dataset": open_dataset("simplecache::https://user:4711@files.test/rows.csv")},
+    ],
+    ids=["number", "type", "template", "constant", "output", "data set"],
+)
+def test_a_call_that_holds_a_secret_is_not_stored(given: dict[str, Any]):
+    assert list(call(**given)) == ["why_not"]
+    assert "4711" not in str(call(**given))
+
+
+def test_a_call_that_takes_secrets_from_columns_is_stored():
+    for source in ("code", "{{ code }}", "{{ user }}{{ code }}"):
+        assert call(inputs={"pin": source})["options"]["inputs"] == {"pin": source}
+
+
+def test_a_stored_call_gives_the_same_options_again():
+    given = {"key": "id", "inputs": {"topic": "{{ name }}", "limit": 5}, "max_in_flight": 7, "on_failure": 0.5}
+    given |= {"wait": WaitPolicy(timeout=60), "output_type": TokenUsage, "retries": {"CrewFailedError": 2}}
+    chosen = BatchOptions(**given, retry_failed=True)
+    stored = call(**given, retry_failed=True)["options"]
+    assert json.loads(json.dumps(stored)) == stored
+    assert BatchOptions(**stored) == chosen.model_copy(update={"retry_failed": False})
+
+
+def test_a_call_with_what_is_no_plain_value_says_why_it_is_not_stored():
+    class Local(BaseModel):
+        city: str
+
+    for options, why in (
+        ({"key": lambda row: row["id"]}, "key is a function"),
+        ({"inputs": {"topic": lambda row: "x"}}, "an option is no plain value"),
+        ({"output_type": Local}, "cannot be imported elsewhere"),
+        ({"webhooks": Webhooks(crew="https://hooks.test/x")}, "its webhooks were given by code"),
+    ):
+        assert why in call(**options)["why_not"]
