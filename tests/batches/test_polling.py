@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 from prefect import flow
-from prefect_crew.runs.actions import resume_run
 
 from prefect_crew import CrewError, DeployedCrew, Review, WaitPolicy, arun_batch, resume_crew
 from prefect_crew.batches.ledger import Ledger
@@ -20,7 +19,7 @@ from prefect_crew.batches.polling import RunTimes
 from prefect_crew.batches.stored import batches_waiting_for_people
 from prefect_crew.exceptions import AnsweredError
 from prefect_crew.records.model import RunRecord, StoredResult
-from prefect_crew.runs.reviews.inbox import answer_run, find_asked
+from prefect_crew.runs.reviews.inbox import answer_run, find_asked, resume_run
 from prefect_crew.states import CrewState
 from prefect_crew.testing import CrewServerFactory
 from support.asking import AskingServer

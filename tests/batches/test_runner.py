@@ -17,7 +17,7 @@ from prefect_crew.batches import throttle
 from prefect_crew.batches.ledger import Ledger
 from prefect_crew.client.models import CrewInput
 from prefect_crew.crew import CrewSession
-from prefect_crew.devserver import Outcome, ProgramError, Run
+from prefect_crew.devserver import CrewServer, Outcome, ProgramError, Run
 from prefect_crew.exceptions import CrewError, LedgerError
 from prefect_crew.records.keys import RunIdentity
 from prefect_crew.records.model import Caller, Lease, RecordPhase
