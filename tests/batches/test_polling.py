@@ -19,7 +19,7 @@ from prefect_crew.batches.polling import RunTimes
 from prefect_crew.batches.stored import batches_waiting_for_people
 from prefect_crew.exceptions import AnsweredError
 from prefect_crew.records.model import RunRecord, StoredResult
-from prefect_crew.runs.reviews.inbox import answer_run, find_asked, resume_run
+from prefect_crew.runs.reviews.inbox import answer_run, find_run_in_flight, resume_run
 from prefect_crew.states import CrewState
 from prefect_crew.testing import CrewServerFactory
 from support.asking import AskingServer
@@ -45,7 +45,7 @@ class Row:
     async def approve(self) -> None:
         """Answer it as `prefect-crew reviews approve` does."""
         async with batches_waiting_for_people() as (batches, _):
-            record, ledger = await find_asked(self.kickoff_id, [batch.ledger for batch in batches])
+            record, ledger = await find_run_in_flight(self.kickoff_id, [batch.ledger for batch in batches])
             await answer_run(record, self.crew.crew, ledger, APPROVED, by="Ada")
 
     async def approve_in_a_flow(self) -> None:
