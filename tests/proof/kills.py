@@ -31,7 +31,6 @@ HOOKS = {
     "kickoff": ("prefect_crew.client._client", "CrewClient.kickoff"),
     "save": ("prefect_crew.records.store", "PrefectRecords.save"),
     "artifact": ("prefect_crew.artifacts.run", "RunArtifact.create"),
-    "remember": ("prefect_crew.runs.kickoff", "remember"),
     "wait": ("prefect_crew.tasks", "wait_for_run"),
     "status": ("prefect_crew.client._client", "CrewClient.status"),
     "show": ("prefect_crew.artifacts.run", "RunArtifact.update"),
@@ -76,7 +75,7 @@ class Kill:
 def _points() -> Iterator[Kill]:
     for hook in (
         *("open", "identify", "claim", "confirm", "inputs", "permit", "kickoff", "holders", "save", "artifact"),
-        *("remember", "wait"),
+        "wait",
     ):
         yield Kill(hook, "before")
         if hook not in ("open", "wait"):
