@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,8 @@ def test_a_process_is_killed_with_its_form_up(
     with CrewServer(ASKS, response_format="union") as server:
         server.crew().save(f"killed-{answered}".lower(), overwrite=True)
         flow_run_id = asyncio.run(planned(f"killed-{answered}".lower())).id
-        env = {**prefect_api.env(), "PYTHONPATH": str(Path(__file__).parent)}
+        here = Path(__file__)
+        env = {**prefect_api.env(), "PYTHONPATH": os.pathsep.join(map(str, (here.parent, here.parents[2])))}
         with Process([sys.executable, "-c", SCRIPT, str(flow_run_id)], log=tmp_path / "log", env=env) as process:
             first = wait_until(lambda: form_of(flow_run_id), seconds=60, what="a form")
             process.kill()
