@@ -94,9 +94,9 @@ async def arun_batch(
             gives up after three that failed.
         breaker_pause: Seconds of the first pause, each further one is twice as long.
         deduplicate: Equal rows are one run.
-        retries: Further purchases of a failed row, in all or by the class of its error (CrewFailedError,
+        retries: Further runs of a failed row, in all or by the class of its error (CrewFailedError,
             CrewStoppedError, CrewLostError, OutputTypeError), never beyond the crew's `max_kickoffs`.
-        retry_failed: Buy the failed rows of earlier calls again: all, or those of these keys.
+        retry_failed: Start the failed rows of earlier calls again: all, or those of these keys.
         max_kickoffs: Kickoffs of all calls together.
         wait: How to wait, in place of the crew's policy. Left out, a first look is also put off until runs are known to
             end.

@@ -178,7 +178,7 @@ def _retries(count: int, classes: list[str] | None) -> int | dict[str, int]:
         kind, sign, number = given.partition("=")
         if sign and not number.isdecimal():
             raise UsageError(f"--retry-on {given!r}: give CLASS, or CLASS=N with how often.")
-        # Whoever names a class and no number wants it bought again.
+        # Whoever names a class and no number wants one retry.
         found[kind.strip()] = int(number) if sign else count or 1
     return found
 
@@ -215,7 +215,7 @@ def put_report(report: BatchReport, shown: Progress, *, as_json: bool) -> int:
             f"{report.uncertain:,} rows are uncertain, to be resolved by a person: {_program('failures', batch)}"
         )
     elif report.failed:
-        _output.note(f"What failed: {_program('failures', batch)}. To buy it again: {_program('retry', batch)}")
+        _output.note(f"What failed: {_program('failures', batch)}. To start it again: {_program('retry', batch)}")
     if report.set_aside:
         _output.note(f"What was set aside: {_program('failures', batch)}")
     return ROWS
@@ -267,7 +267,7 @@ def retry(
     ledger: Annotated[str | None, LEDGER] = None,
     json: Annotated[bool, JSON] = False,
 ) -> int:
-    """Buy the failed rows of a batch again, with the options of its last call, and go on with what is left."""
+    """Start the failed rows of a batch again, with the options of its last call, and go on with what is left."""
     return go_on(name, ledger, retry_failed=tuple(key) if key else True, json=json)
 
 
@@ -303,7 +303,7 @@ def go_on(name: str, ledger: str | None, *, retry_failed: bool | tuple[str, ...]
     code = put_report(report, shown, as_json=json)
     if retry_failed and report.failed and not report.kickoffs and report.stopped is None:
         _output.note(
-            "No row was bought again: that is so once a row had as many kickoffs as max_kickoffs of the crew's block "
+            "No row was started again: that is so once a row had as many kickoffs as max_kickoffs of the crew's block "
             "allows, where its run is lost and it is not named (--key KEY), and where its key had other inputs before."
         )
     return code
