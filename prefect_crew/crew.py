@@ -161,19 +161,19 @@ class CrewSession:
         run_logger().info("Crew %s: its stored block has a new token, which is used from now on.", fresh.label)
         return True
 
-    async def asked(self, call: Callable[[CrewClient], Awaitable[T]]) -> T:
+    async def call(self, request: Callable[[CrewClient], Awaitable[T]]) -> T:
         """Make a call, and once more with the stored block's token where this one is refused.
 
         Only for calls that a refusal leaves undone, which all of them are.
         """
         client = self.client
         try:
-            return await call(client)
+            return await request(client)
         except AuthenticationError:
             # Another call may have changed the token while this one was under way.
             if self._client is client and not await self.renew():
                 raise
-        return await call(self.client)
+        return await request(self.client)
 
 
 @asynccontextmanager

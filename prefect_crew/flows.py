@@ -25,7 +25,7 @@ from prefect_crew.exceptions import ConfigurationError, CrewError, CrewFailedErr
 from prefect_crew.records.store import PrefectRecords
 from prefect_crew.runs.options import check_choices
 from prefect_crew.runs.reviews.questions import ReviewChoice
-from prefect_crew.runs.run import OpenRun, read_result, typed
+from prefect_crew.runs.run import OpenRun, parse_data, read_result
 from prefect_crew.runs.secret_blocks import values_of_blocks
 from prefect_crew.states import CrewState
 from prefect_crew.tasks import kickoff_crew, wait_for_crew
@@ -254,7 +254,7 @@ async def get_result(
     if record.result is not None:
         # Only what may be shown is on record.
         result = record.result.result(record.kickoff_id)
-        return result if output_type is None else typed(result, output_type)
+        return result if output_type is None else parse_data(result, output_type)
     try:
         found = await load_crew(crew or record.crew)
     except (ValueError, httpx.HTTPError, PrefectException) as error:
@@ -268,4 +268,4 @@ async def get_result(
     async with CrewSession(run.crew) as session:
         # No variable holds the result: error reporters show the local variables of all frames.
         reading = read_result(run, session)
-        return await reading if output_type is None else typed(await reading, output_type, run=run)
+        return await reading if output_type is None else parse_data(await reading, output_type, run=run)

@@ -102,7 +102,7 @@ async def test_a_call_is_made_once_more_with_the_stored_token(crew_server: CrewS
     server.token = "the-new-token"
     await store_anew(crew, server)
     async with CrewSession(crew) as session:
-        assert [known.name for known in await session.asked(lambda client: client.inputs())] == ["text"]
+        assert [known.name for known in await session.call(lambda client: client.inputs())] == ["text"]
         assert session.crew.token.get_secret_value() == "the-new-token"
         await session.client.inputs()
     assert server.counters.unauthorized == 1
@@ -115,7 +115,7 @@ async def test_a_refusal_stands_where_there_is_no_other_token(crew_server: CrewS
     server.token = "the-new-token"
     async with CrewSession(crew) as session:
         with pytest.raises(AuthenticationError):
-            await session.asked(lambda client: client.inputs())
+            await session.call(lambda client: client.inputs())
     async with CrewSession(server.crew(token="not-stored").crew) as session:
         assert not await session.renew()
 

@@ -20,7 +20,7 @@ from prefect_crew.exceptions import (
     OutputTypeError,
 )
 from prefect_crew.records.model import RecordPhase, RunRecord
-from prefect_crew.runs.run import OpenRun, typed
+from prefect_crew.runs.run import OpenRun, parse_data
 from prefect_crew.states import CrewState
 
 
@@ -159,7 +159,7 @@ def end_of_run(
     if output_type is not None and record.result is not None:
         run = OpenRun(crew.hiding(job.hidden), str(record.kickoff_id), record, job.inputs)
         try:
-            typed(record.result.result(run.kickoff_id), output_type, run=run)
+            parse_data(record.result.result(run.kickoff_id), output_type, run=run)
         except OutputTypeError as error:
             record.error = str(error)[:ERROR_CAP]
             return RowEnd(job, RowState.INVALID_OUTPUT, record, record.error, type(error).__name__, found)

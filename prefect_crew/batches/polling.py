@@ -97,8 +97,8 @@ class RowPoller:
                 except TooManyRoundsError as error:
                     stopped = self.policy.on_human_timeout == "stop" and await self.stop(record)
                     raise watcher.people.too_often(error.question, stopped=stopped) from None
-                status = status if waker is None else waker.counted(status)
-        run.renewed(self.session.crew)
+                status = status if waker is None else waker.add_usage(status)
+        run.use_token_of(self.session.crew)
         has_result = status.state is CrewState.COMPLETED
         close_record(
             record,
@@ -165,7 +165,7 @@ class _Watcher(Watcher):
             self._people.questions.waker = self._waker
         return self._people
 
-    async def saw(self, status: CrewStatus) -> None:
+    async def on_status(self, status: CrewStatus) -> None:
         self._last = status
         if status.state is CrewState.WAITING:
             task = self._record.human_task
@@ -194,11 +194,11 @@ class _Watcher(Watcher):
     async def stop(self, phase: str) -> bool:
         return stops_late(self._poller.policy, phase) and await self._poller.stop(self._record)
 
-    async def person_turn(self, phases: Phases) -> None:
+    async def on_person_turn(self, phases: Phases) -> None:
         phases.note_in(self._record)
         await self._poller.ledger.save(self._record)
         if phases.human_since is None:
             emit("resumed", self._record)
 
-    async def trouble(self, error: CrewError) -> None:
+    async def on_error(self, error: CrewError) -> None:
         self._poller.log_seldom("trouble", "%s This says nothing about the runs, which are polled again.", error)

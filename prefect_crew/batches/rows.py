@@ -54,7 +54,7 @@ async def expected_inputs(session: CrewSession) -> list[CrewInput]:
     """
     for left in reversed(range(TRIES)):
         try:
-            return await session.asked(lambda client: client.inputs())
+            return await session.call(lambda client: client.inputs())
         except AuthenticationError:
             raise
         except CrewError as error:

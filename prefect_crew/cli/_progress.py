@@ -131,7 +131,7 @@ class Progress(AbstractContextManager["Progress"]):
             seen = self.seen = _output.current.seen = SeenRun.of(run)
             self.note(f"Crew {seen.label}: {'kicked off' if seen.is_new else 'found'} run {seen.kickoff_id}")
         if status is not None:
-            task = None if status.current_task is None or run.show == "none" else run.named(status.current_task)
+            task = None if status.current_task is None or run.show == "none" else run.redact_name(status.current_task)
             for line in seen.update(status, task and " ".join(task.split())[:80]):
                 self.note(f"Crew {seen.label}: {line}")
         if self._is_live and seen.state.ended:

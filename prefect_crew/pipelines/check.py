@@ -130,7 +130,7 @@ class PipelineCrews:
         fresh: Crew | None = None
         try:
             async with CrewSession(crew) as session:
-                inputs = await session.asked(lambda client: client.inputs())
+                inputs = await session.call(lambda client: client.inputs())
                 fresh = None if session.crew is crew else session.crew
         except NotFoundError:
             return None, []

@@ -674,7 +674,7 @@ async def _expected_inputs(session: CrewSession) -> Sequence[CrewInput]:
     if session.crew.expected_inputs is not None:
         return session.crew.expected_inputs
     try:
-        return await session.asked(lambda client: client.inputs())
+        return await session.call(lambda client: client.inputs())
     except AuthenticationError:
         raise
     except CrewError as error:

@@ -74,14 +74,14 @@ class Waker:
         except RuntimeError:  # the loop of a waiter that has just left is closed
             return
 
-    def asked_after(self, attempt: int, answers: int) -> bool:
+    def has_question_after(self, attempt: int, answers: int) -> bool:
         """Return whether a webhook told of a question that came after so many answers of people in this attempt.
 
         Each answer brings new URLs, which hold how many there were: so this is no late delivery of the question before.
         """
         return (attempt, answers % 256) in self._asked
 
-    def counted(self, status: CrewStatus) -> CrewStatus:
+    def add_usage(self, status: CrewStatus) -> CrewStatus:
         """Return the status of a completed run with the tokens that webhooks told of, where it tells of none itself."""
         if status.state is not CrewState.COMPLETED or status.usage is not None:
             return status
@@ -106,7 +106,7 @@ class Waker:
             self.woken = False
         self._event.clear()
 
-    def missed(self) -> None:
+    def note_missed(self) -> None:
         """Note that a run was found changed of which a webhook should have told."""
         if not self.woken:
             self._hub.distrust()

@@ -94,13 +94,13 @@ class Phases:
 class Watcher:
     """What `poll` tells, and asks. What these methods raise ends the wait."""
 
-    async def saw(self, status: CrewStatus) -> None:
+    async def on_status(self, status: CrewStatus) -> None:
         """Take in a good answer: each one in order, also the last."""
 
-    async def person_turn(self, phases: Phases) -> None:
+    async def on_person_turn(self, phases: Phases) -> None:
         """Take in that a person's turn began (`human_since` is set) or ended: a restart needs to know."""
 
-    async def trouble(self, error: CrewError) -> None:
+    async def on_error(self, error: CrewError) -> None:
         """Take in that a look failed."""
 
     async def pause(self, seconds: float) -> None:
@@ -234,8 +234,8 @@ class _Poll:
                 self.delays = poll_delays(self.policy, self.rng)
             self.seen = status.state
             if self.phases.see(self.seen, self.now()) and not self.seen.ended:
-                await self.watcher.person_turn(self.phases)
-            await self.watcher.saw(status)
+                await self.watcher.on_person_turn(self.phases)
+            await self.watcher.on_status(status)
             if self.seen.ended:
                 return True
         left = self.left
@@ -259,7 +259,7 @@ class _Poll:
             if self.failed_at is not None:
                 self.silent += moment - self.failed_at
             self.failed_at = moment
-        await self.watcher.trouble(error)
+        await self.watcher.on_error(error)
         if self.silent >= self.policy.error_timeout:
             raise error
 

@@ -89,7 +89,7 @@ class OpenRun:
         """What masks the token and the secret inputs."""
         return self.crew.redactor(self.inputs)
 
-    def renewed(self, crew: Crew) -> None:
+    def use_token_of(self, crew: Crew) -> None:
         """Take up the crew with its new token; the old one stays a secret."""
         old = self.crew.token
         if crew.token != old:
@@ -97,38 +97,38 @@ class OpenRun:
             self.__dict__.pop("redact", None)
 
     @property
-    def blind(self) -> bool:
+    def is_blind(self) -> bool:
         """Whether the crew has secret inputs whose values are not known here, so that no text can be masked."""
         return self.inputs is None and bool(self.crew.secret_inputs)
 
     @property
     def show(self) -> str:
         """How much may be shown: no output where secret inputs are unknown and so cannot be masked in it."""
-        return "summary" if self.blind and self.crew.show == "full" else self.crew.show
+        return "summary" if self.is_blind and self.crew.show == "full" else self.crew.show
 
-    def told(self, text: str | None) -> str | None:
+    def redact_text(self, text: str | None) -> str | None:
         """Return a text that the crew wrote as logs, errors, events and records may hold it."""
         if text is None:
             return None
-        return WITHHELD if self.blind else self.redact(text)
+        return WITHHELD if self.is_blind else self.redact(text)
 
-    def named(self, word: str) -> str:
+    def redact_name(self, word: str) -> str:
         """Return a word that the crew gave, such as the name of a task, as logs, events and records may hold it."""
-        if self.blind:
+        if self.is_blind:
             return word if _ID.fullmatch(word) else WITHHELD_WORD
         return self.redact(word)
 
     def withholding(self) -> AbstractContextManager[None]:
         """Let errors of the client that are made within it show of the server's answers what may be shown."""
-        return withholding(lambda text: self.told(text) or "")
+        return withholding(lambda text: self.redact_text(text) or "")
 
-    def masked(self, status: CrewStatus) -> CrewStatus:
+    def redact_status(self, status: CrewStatus) -> CrewStatus:
         """Return a status without its raw body, with every secret masked, and without texts where none can be."""
-        if self.blind:
+        if self.is_blind:
             output = None if status.output is None else "*" * len(status.output)
             texts = dict.fromkeys((*_TEXTS, "data"), None)
             return status.model_copy(
-                update={**texts, "output": output, "error": self.told(status.error), "tasks": [], "raw": None}
+                update={**texts, "output": output, "error": self.redact_text(status.error), "tasks": [], "raw": None}
             )
         tree = self.redact.tree
         tasks = [
@@ -143,7 +143,7 @@ class OpenRun:
     ) -> RunView:
         """Return what the artifact shows; `status` is None right after the kickoff."""
         record = self.record
-        failed = None if status is None or self.blind else status.current_task or self.task_seen
+        failed = None if status is None or self.is_blind else status.current_task or self.task_seen
         return RunView(
             crew=self.crew.label,
             kickoff_id=self.kickoff_id,
@@ -152,7 +152,7 @@ class OpenRun:
             started_at=None if record is None else record.kicked_off_at,
             ended_at=None if record is None else record.ended_at,
             inputs=None if self.inputs is None else self.redact.tree(self.inputs),
-            status=None if status is None else self.masked(status),
+            status=None if status is None else self.redact_status(status),
             show=self.show,
             secret_inputs=self.crew.secret_inputs,
             price=self.crew.price,
@@ -161,7 +161,7 @@ class OpenRun:
             failed_task=None if failed is None else self.redact(failed),
             attempt=self.attempt,
             # A run that goes on, or has completed, needs none.
-            advice=what_next(self) if status is not None and status.state in _FAILED else "",
+            advice=next_step(self) if status is not None and status.state in _FAILED else "",
         )
 
 
@@ -233,7 +233,7 @@ def close_record(
     record.error, record.result = error, result
 
 
-def what_next(run: OpenRun) -> str:
+def next_step(run: OpenRun) -> str:
     """Return what follows the failure of a run, and what a person can do about it."""
     if run.advice is not None or run.record is None:
         return run.advice or "Correct the crew, then start another run."
@@ -279,7 +279,7 @@ def result_of(run: OpenRun, status: CrewStatus) -> CrewResult:
     """
     if status.state is CrewState.COMPLETED:
         return status.result()
-    raise failure(run, status.state, run.told(status.error))
+    raise failure(run, status.state, run.redact_text(status.error))
 
 
 def failure(run: OpenRun, state: CrewState | None, error: str | None) -> CrewError:
@@ -290,9 +290,9 @@ def failure(run: OpenRun, state: CrewState | None, error: str | None) -> CrewErr
         "idempotency_key": run.idempotency_key,
     }
     if state is CrewState.FAILED:
-        return CrewFailedError(error=error or "", advice=what_next(run), **names)
+        return CrewFailedError(error=error or "", advice=next_step(run), **names)
     if state is CrewState.STOPPED:
-        return CrewStoppedError(advice=what_next(run), **names)
+        return CrewStoppedError(advice=next_step(run), **names)
     if state is CrewState.UNKNOWN:
         return CrewLostError(**names)
     return CrewError(
@@ -317,7 +317,7 @@ async def read_result(run: OpenRun, session: CrewSession) -> CrewResult:
         if record.phase is RecordPhase.ENDED and record.result is not None:
             return record.result.result(run.kickoff_id)
     with run.withholding():
-        status = await session.asked(lambda client: client.status(run.kickoff_id))
+        status = await session.call(lambda client: client.status(run.kickoff_id))
     if status.state is CrewState.UNKNOWN:
         raise CrewLostError(
             kickoff_id=run.kickoff_id, crew=run.crew.label, idempotency_key=run.idempotency_key, last_state=last
@@ -328,7 +328,7 @@ async def read_result(run: OpenRun, session: CrewSession) -> CrewResult:
 M = TypeVar("M", bound=BaseModel)
 
 
-def typed(result: CrewResult, output_type: type[M], *, run: OpenRun | None = None) -> CrewResult:
+def parse_data(result: CrewResult, output_type: type[M], *, run: OpenRun | None = None) -> CrewResult:
     """Return the result with its `data` as an instance of a pydantic model.
 
     Raises:

@@ -175,7 +175,7 @@ async def stop_run(crew: Crew | CrewSession, kickoff_id: str, *, idempotency_key
     async with open_session(crew) as session:
         run = await find_run(session.crew, kickoff_id, idempotency_key)
         with run.withholding():
-            answer = await session.asked(lambda client: client.stop(kickoff_id))
+            answer = await session.call(lambda client: client.stop(kickoff_id))
     if run.record is not None and run.record.phase is RecordPhase.STARTED and answer.accepted:
         try:
             await close_stopped(run.record, answer, PrefectRecords())
@@ -227,7 +227,7 @@ async def _stop_if_asked(session: CrewSession, record: RunRecord, records: Recor
 async def stop_once(session: CrewSession, record: RunRecord) -> StopAnswer:
     """Ask the crew's server to stop a run, once, and say in the log what came of it."""
     kickoff_id = str(record.kickoff_id)
-    answer = await session.asked(lambda client: client.stop(kickoff_id))
+    answer = await session.call(lambda client: client.stop(kickoff_id))
     log = run_logger()
     if answer.accepted:
         log.info("Crew run %s was asked to stop: %s.", kickoff_id, answer.outcome)

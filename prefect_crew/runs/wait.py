@@ -26,7 +26,7 @@ from prefect_crew.runs.listener import Waker, waker_for
 from prefect_crew.runs.polling import NO_ANSWER, Phases, Watcher, poll
 from prefect_crew.runs.reviews.questions import ReviewChoice
 from prefect_crew.runs.reviews.reviewer import People, TooManyRoundsError, stops_late
-from prefect_crew.runs.run import OpenRun, close_record, find_run, read_result, result_of, typed
+from prefect_crew.runs.run import OpenRun, close_record, find_run, parse_data, read_result, result_of
 from prefect_crew.runs.stop import close_stopped, end_as_cancelled, is_cancelled, stop_if_asked, stop_once
 from prefect_crew.states import CrewState
 
@@ -62,7 +62,7 @@ async def wait_for_run(
         run = await find_run(session.crew, kickoff_id, idempotency_key, to_wait=True)
         waiting = _result(_Waiter(run, session, wait or session.crew.wait, review))
         # No variable holds the result: error reporters show the local variables of all frames.
-        return await waiting if output_type is None else typed(await waiting, output_type, run=run)
+        return await waiting if output_type is None else parse_data(await waiting, output_type, run=run)
 
 
 async def _result(waiter: _Waiter) -> CrewResult:
@@ -170,17 +170,17 @@ class _Waiter(Watcher):
                 watcher=self,
                 first_look=not run.owned,
             )
-            return status if self.waker is None else self.waker.counted(status)
+            return status if self.waker is None else self.waker.add_usage(status)
 
     async def _look(self) -> CrewStatus:
         try:
-            return await self.session.asked(lambda client: client.status(self.run.kickoff_id))
+            return await self.session.call(lambda client: client.status(self.run.kickoff_id))
         finally:
-            self.run.renewed(self.session.crew)
+            self.run.use_token_of(self.session.crew)
 
     # What `poll` tells and asks
 
-    async def saw(self, status: CrewStatus) -> None:
+    async def on_status(self, status: CrewStatus) -> None:
         run, before, self.last = self.run, self.last, status
         run.task_seen = status.current_task or run.task_seen
         run.notify(status)
@@ -188,7 +188,7 @@ class _Waiter(Watcher):
         is_new_task = status.current_task is not None and (before is None or before.current_task != status.current_task)
         # A failed crew sends no webhook, so that one was not missed.
         if self.waker is not None and is_new_state and status.state in (CrewState.COMPLETED, CrewState.WAITING):
-            self.waker.missed()
+            self.waker.note_missed()
         if self._in_trouble:
             self._in_trouble = False
             self.log.info("Crew run %s: the status call answers again.", run.kickoff_id)
@@ -196,10 +196,10 @@ class _Waiter(Watcher):
             self.log.warning(
                 "Crew run %s has the state %r, which nobody has documented: it counts as running.",
                 run.kickoff_id,
-                run.named(status.raw_state or ""),
+                run.redact_name(status.raw_state or ""),
             )
         if is_new_task:
-            task = "" if run.show == "none" or run.blind else run.redact(str(status.current_task))[:200]
+            task = "" if run.show == "none" or run.is_blind else run.redact(str(status.current_task))[:200]
             self.log.info("Crew run %s: %s%s", run.kickoff_id, task, progress(status))
         if self.people is None and status.state is CrewState.WAITING:
             self.people = self._people()
@@ -215,7 +215,7 @@ class _Waiter(Watcher):
         if await is_cancelled(self.own):
             raise _CancelledOnServerError
 
-    async def person_turn(self, phases: Phases) -> None:
+    async def on_person_turn(self, phases: Phases) -> None:
         record = self.run.record
         if record is None:
             return
@@ -228,7 +228,7 @@ class _Waiter(Watcher):
         except (httpx.HTTPError, PrefectException) as error:
             self.log.warning("Whether run %s waits for a person is not on record: %s", self.run.kickoff_id, error)
 
-    async def trouble(self, error: CrewError) -> None:
+    async def on_error(self, error: CrewError) -> None:
         if not self._in_trouble:
             self._in_trouble = True
             self.log.warning("%s This says nothing about the run, which is asked for again.", self._redacted(error))
@@ -258,7 +258,7 @@ class _Waiter(Watcher):
         try:
             if record is None:
                 self._has_stopped = True
-                return (await self.session.asked(lambda client: client.stop(run.kickoff_id))).accepted
+                return (await self.session.call(lambda client: client.stop(run.kickoff_id))).accepted
             if others := await self.records.other_waiters(record, self.own):
                 self.log.warning("Crew run %s is left running: %s wait for it too.", run.kickoff_id, others)
                 return False
@@ -300,7 +300,7 @@ class _Waiter(Watcher):
                 result = StoredResult.of(status.result())
                 if run.redact.hides(result.model_dump(mode="json")):
                     result = None
-            error = (run.told(status.error) or "")[:500] or None
+            error = (run.redact_text(status.error) or "")[:500] or None
             close_record(record, status, human_seconds=self.phases.human_seconds, error=error, result=result)
             try:
                 await self.records.save(record)

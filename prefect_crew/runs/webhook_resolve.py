@@ -108,7 +108,7 @@ async def resolve_from_webhook(
 
 def _looking(session: CrewSession) -> Callable[[str], Awaitable[CrewStatus]]:
     async def look(kickoff_id: str) -> CrewStatus:
-        status = await session.asked(lambda client: client.status(kickoff_id))
+        status = await session.call(lambda client: client.status(kickoff_id))
         if status.state is CrewState.UNKNOWN:
             raise _NotKnownError(f"The crew's server does not know run {kickoff_id}.")
         return status

@@ -178,9 +178,9 @@ def test_tokens_are_counted_once_for_each_event(events: list[Event], total: int 
         hub.add("key", waker)
         for event in [*events, *events]:
             hub._tell(event)
-        counted = [waker.counted(CrewStatus(kickoff_id="k-1", state=state)) for state in (DONE, CrewState.RUNNING)]
+        counted = [waker.add_usage(CrewStatus(kickoff_id="k-1", state=state)) for state in (DONE, CrewState.RUNNING)]
         told = CrewStatus(kickoff_id="k-1", state=DONE, usage=TokenUsage(total_tokens=1))
-        return [*counted, waker.counted(told)]
+        return [*counted, waker.add_usage(told)]
 
     done, running, told = asyncio.run(count())
     assert done.usage == (None if total is None else TokenUsage(total_tokens=total))
@@ -219,7 +219,12 @@ def test_a_question_of_another_attempt_is_another() -> None:
     async def ask() -> list[bool]:
         waker = listener_module.Waker(listener_module._Hub(), "key")
         waker.wake((1, 2))
-        return [waker.asked_after(1, 2), waker.asked_after(2, 2), waker.asked_after(1, 1), waker.asked_after(1, 258)]
+        return [
+            waker.has_question_after(1, 2),
+            waker.has_question_after(2, 2),
+            waker.has_question_after(1, 1),
+            waker.has_question_after(1, 258),
+        ]
 
     assert asyncio.run(ask()) == [True, False, False, True]
 

@@ -76,13 +76,13 @@ class World(Watcher):
             raise seen
         return CrewStatus(kickoff_id="r1", state=seen)
 
-    async def saw(self, status: CrewStatus) -> None:
+    async def on_status(self, status: CrewStatus) -> None:
         self.saw_states.append(status.state)
 
-    async def person_turn(self, phases: Phases) -> None:
+    async def on_person_turn(self, phases: Phases) -> None:
         self.turns.append(phases.human_since is not None)
 
-    async def trouble(self, error: CrewError) -> None:
+    async def on_error(self, error: CrewError) -> None:
         self.troubles += 1
 
     async def stop(self, phase: str) -> bool:

@@ -23,7 +23,7 @@ from prefect_crew.client.webhooks import Webhooks
 from prefect_crew.crew import Crew
 from prefect_crew.exceptions import CrewError, CrewFailedError, CrewLostError, CrewStoppedError, OutputTypeError
 from prefect_crew.records.model import RunRecord
-from prefect_crew.runs.run import WITHHELD, KickoffId, OpenRun, failure, find_run, result_of, typed
+from prefect_crew.runs.run import WITHHELD, KickoffId, OpenRun, failure, find_run, parse_data, result_of
 from prefect_crew.states import CrewState
 from prefect_crew.testing import CrewServerFactory
 from support.prefect_server import PrefectServer
@@ -68,7 +68,7 @@ STATUS = CrewStatus(
 
 
 def test_secrets_are_masked_in_every_text_of_a_status_and_the_raw_body_is_left_out():
-    masked = secretive({"password": "hunter22"}).masked(STATUS)
+    masked = secretive({"password": "hunter22"}).redact_status(STATUS)
     assert "hunter22" not in repr(masked) + masked.model_dump_json()
     assert masked.output == f"the output of {MASK}"
     assert masked.tasks[0].name == f"for {MASK}"
@@ -77,7 +77,7 @@ def test_secrets_are_masked_in_every_text_of_a_status_and_the_raw_body_is_left_o
 
 def test_a_secret_that_is_also_a_word_of_the_api_breaks_nothing():
     run = OpenRun(crew(secret_inputs=["flag"]), "r1", inputs={"flag": "completed"})
-    masked = run.masked(STATUS.model_copy(update={"output": "completed"}))
+    masked = run.redact_status(STATUS.model_copy(update={"output": "completed"}))
     assert (masked.state, masked.output) == (CrewState.COMPLETED, MASK)
     assert "✓ completed" in render_run(run.view(STATUS))
 
@@ -88,9 +88,9 @@ def test_a_secret_that_is_also_a_word_of_the_api_breaks_nothing():
     ids=["of the block", "of the record"],
 )
 def test_where_the_secrets_are_not_known_no_text_is_shown(run: OpenRun):
-    assert (run.blind, run.show, run.told("hunter22 failed")) == (True, "summary", WITHHELD)
-    assert (run.named("task-1"), run.named("log in as hunter22")) == ("task-1", "(withheld)")
-    masked = run.masked(STATUS)
+    assert (run.is_blind, run.show, run.redact_text("hunter22 failed")) == (True, "summary", WITHHELD)
+    assert (run.redact_name("task-1"), run.redact_name("log in as hunter22")) == ("task-1", "(withheld)")
+    masked = run.redact_status(STATUS)
     assert "hunter22" not in repr(masked) + masked.model_dump_json()
     assert "22 characters" in render_run(run.view(STATUS))
     shown = render_run(run.view(STATUS.model_copy(update={"state": CrewState.FAILED})))
@@ -100,8 +100,8 @@ def test_where_the_secrets_are_not_known_no_text_is_shown(run: OpenRun):
 
 def test_nothing_is_withheld_where_nothing_is_secret():
     run = OpenRun(crew(), "r1")
-    assert (run.blind, run.show, run.told(None)) == (False, "full", None)
-    assert run.told("the-token failed") == f"{MASK} failed"
+    assert (run.is_blind, run.show, run.redact_text(None)) == (False, "full", None)
+    assert run.redact_text("the-token failed") == f"{MASK} failed"
     assert secretive(None, show="none").show == "none", "the crew's own choice, where it is stricter"
 
 
@@ -123,7 +123,7 @@ def test_a_view_has_what_the_record_knows():
 def test_a_new_token_is_a_secret_as_well_as_the_old_one():
     run = OpenRun(crew(), "r1", inputs={})
     assert run.redact("the-token, the-other-token") == f"{MASK}, the-other-token"
-    run.renewed(replace(crew(), token=SecretStr("the-other-token")))
+    run.use_token_of(replace(crew(), token=SecretStr("the-other-token")))
     assert run.redact("the-token, the-other-token") == f"{MASK}, {MASK}"
 
 
@@ -150,7 +150,7 @@ async def test_a_kickoff_id_hands_its_run_to_the_first_wait_and_what_no_record_h
     for again in (looked_at, await find_run(crew(), kickoff_id, to_wait=True)):
         assert again is not run
         assert (again.kickoff_id, again.inputs, again.webhooks, again.owned) == ("r1", {"pin": "4711"}, webhooks, False)
-        assert again.told("4711 and hunter22") == f"{MASK} and {MASK}"
+        assert again.redact_text("4711 and hunter22") == f"{MASK} and {MASK}"
     other = replace(crew(), url="https://other.test")
     assert (await find_run(other, KickoffId(run), to_wait=True)).inputs is None
 
@@ -245,34 +245,34 @@ def result(output: str = "", data: Any = None) -> CrewResult:
     ids=["data", "data before text", "text"],
 )
 def test_data_becomes_a_model(given: CrewResult):
-    assert typed(given, Trip).data == Trip(city="Lisbon", days=3)
-    assert typed(given, Trip).output == given.output
+    assert parse_data(given, Trip).data == Trip(city="Lisbon", days=3)
+    assert parse_data(given, Trip).output == given.output
 
 
 def test_what_does_not_fit_is_shown_beside_the_text():
     with pytest.raises(OutputTypeError) as caught:
-        typed(result('{"city": 3}'), Trip)
+        parse_data(result('{"city": 3}'), Trip)
     error = caught.value
     assert error.problems == ["city: Input should be a valid string", "days: Field required"]
     assert (error.output, error.kickoff_id) == ('{"city": 3}', "r1")
     assert 'The text: {"city": 3}.' in str(error)
     assert pickle.loads(pickle.dumps(error)).problems == error.problems
     with pytest.raises(OutputTypeError, match="the text: Invalid JSON"):
-        typed(result("Lisbon, three days"), Trip)
+        parse_data(result("Lisbon, three days"), Trip)
 
 
 def test_a_message_shows_no_more_of_an_output_than_may_be_shown():
     hiding = run({"password": "hunter22"}, secret_inputs=["password"])
     with pytest.raises(OutputTypeError) as caught:
-        typed(result('{"city": "hunter22"}'), Trip, run=hiding)
+        parse_data(result('{"city": "hunter22"}'), Trip, run=hiding)
     assert f'The text: {{"city": "{MASK}"}}' in str(caught.value)
     assert caught.value.output == '{"city": "hunter22"}', "the caller has it anyway"
     with pytest.raises(OutputTypeError) as caught:
-        typed(result('{"city": "Atlantis", "days": 3}'), Trip, run=run({}, show="summary"))
+        parse_data(result('{"city": "Atlantis", "days": 3}'), Trip, run=run({}, show="summary"))
     assert "Atlantis" not in str(caught.value)
     assert "city: value_error" in str(caught.value)
     with pytest.raises(OutputTypeError, match="Atlantis is not to be found"):
-        typed(result('{"city": "Atlantis", "days": 3}'), Trip, run=run({}))
+        parse_data(result('{"city": "Atlantis", "days": 3}'), Trip, run=run({}))
 
 
 # What is said of a failed run is true where it is said

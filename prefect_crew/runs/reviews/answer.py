@@ -105,9 +105,9 @@ async def answer_question(
         ) from error
     if earlier is not None:
         return _repeat_answer(run, earlier), earlier
-    status = await session.asked(lambda client: client.status(kickoff_id))
+    status = await session.call(lambda client: client.status(kickoff_id))
     task = _task_to_answer(run, status, task_id, question, request)
-    asked, named, shown = question_digest(status), waiting_task(status), run.named(task)
+    asked, named, shown = question_digest(status), waiting_task(status), run.redact_name(task)
     state = (
         request_state(before, request)
         if request is not None
@@ -135,7 +135,7 @@ async def answer_question(
         mark=digest(task),
         round=current,
         approve=review.approve,
-        feedback=(run.told(review.feedback) or "")[:FEEDBACK_KEPT] if run.show == "full" else "",
+        feedback=(run.redact_text(review.feedback) or "")[:FEEDBACK_KEPT] if run.show == "full" else "",
         by=by[:100],
         at=utcnow(),
         asked=asked,

@@ -146,7 +146,7 @@ async def read_pending_review(
         return None
     return PendingReview(
         record=record,
-        task_id=run.named(task_id) if run is not None and seen and task_id is not None else task_id,
+        task_id=run.redact_name(task_id) if run is not None and seen and task_id is not None else task_id,
         round=1 if task_id is None else next_round(answers, task_id),
         since=record.human_since,
         output=output,
@@ -160,7 +160,7 @@ async def read_pending_review(
 async def _status(run: OpenRun) -> CrewStatus | None:
     try:
         async with CrewSession(run.crew, withhold=run.withholding()) as session:
-            return await session.asked(lambda client: client.status(run.kickoff_id))
+            return await session.call(lambda client: client.status(run.kickoff_id))
     except CrewError:
         return None  # then what is on record has to do
 

@@ -227,7 +227,7 @@ class People:
             by=NOBODY,
             next_round_after=self.policy.next_round_after,
         )
-        task = self.run.named(task_id)
+        task = self.run.redact_name(task_id)
         run_logger().warning("Crew run %s: nobody answered task %s in time: rejected.", self.run.kickoff_id, task)
         self.questions.forget()
 

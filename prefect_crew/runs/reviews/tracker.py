@@ -145,7 +145,7 @@ class QuestionTracker:
             asked,
             output if request is None else request.output,
             tuple(self.answers),
-            task=self.run.named(task_id),
+            task=self.run.redact_name(task_id),
             so_far=outputs_so_far(status),
             request=request,
             state=state if request is None else request_state(self.answers, request),
@@ -215,4 +215,4 @@ class QuestionTracker:
     def has_webhook(self, answers: int) -> bool:
         """Return whether a webhook tells of a question that came after so many answers."""
         record = self.run.record
-        return bool(answers and record and self.waker and self.waker.asked_after(record.attempt, answers))
+        return bool(answers and record and self.waker and self.waker.has_question_after(record.attempt, answers))
