@@ -117,7 +117,7 @@ HEAD = (
 QUOTED_KEY = """'{{ event.payload.idempotency_key | replace("'", '\\'"\\'"\\'') }}'"""
 ALERTS = {
     "failed": "{{ event.payload.error or 'The crew gave no reason.' }}",
-    "uncertain": "Nobody knows whether the kickoff started a run: {{ event.payload.reason }}. Look at the crew's page, "
+    "uncertain": "It is not known whether the kickoff started a run: {{ event.payload.reason }}. Look at the crew's page, "
     f"then: prefect-crew runs resolve {QUOTED_KEY} --kickoff-id ID, or --never-started.",
     "lost": "The crew's server no longer knows the run. Look at the crew's page.",
     "timed_out": "Its {{ event.payload.phase }} time of {{ event.payload.budget }} s is over. The crew may run on.",
@@ -149,25 +149,25 @@ def alerts(block_id: UUID, *, waiting: timedelta) -> Iterator[AutomationCore]:
         "alert asked",
         reactive("crew.waiting", CREW_RUNS),
         notify("asks a person", ASKED),
-        "Each question once, as soon as whoever waits for the run has seen it. Disable it where that is too much.",
+        "Each question once, as soon as a flow run that waits has seen it. Disable it where that is too much.",
     )
     yield automation(
         "alert waiting",
         proactive("crew.waiting", ends, CREW_RUNS, waiting),
-        notify("waiting for a person", f"For {waiting} nobody has answered. {ASKED}"),
+        notify("waiting for a person", f"No one has answered for {waiting}. {ASKED}"),
     )
 
 
 async def put(client: PrefectClient, automation: AutomationCore) -> str:
     """Create an automation, or bring the one of its name up to date, and say which. A disabled one stays disabled."""
-    standing = await client.read_automations_by_name(automation.name)
-    if not standing:
+    existing = await client.read_automations_by_name(automation.name)
+    if not existing:
         await client.create_automation(automation)
         return f"created   {automation.name}"
     # Given whole: of what is left unset the client would send nothing.
-    whole = {**automation.model_dump(exclude={"owner_resource"}), "enabled": standing[0].enabled}
-    await client.update_automation(standing[0].id, AutomationCore.model_validate(whole))
-    return f"updated   {automation.name}{'' if standing[0].enabled else ', which is disabled'}"
+    whole = {**automation.model_dump(exclude={"owner_resource"}), "enabled": existing[0].enabled}
+    await client.update_automation(existing[0].id, AutomationCore.model_validate(whole))
+    return f"updated   {automation.name}{'' if existing[0].enabled else ', which is disabled'}"
 
 
 async def slowest_heartbeat(client: PrefectClient) -> int:

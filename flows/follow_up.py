@@ -1,8 +1,7 @@
 """A crew that runs when another one has completed, on that one's `crew.completed` event.
 
-The event says which run it was, not what it gave: the result is read by its idempotency key. The idempotency key of
-the crew here is
-made of that one, so that an event that comes twice does not buy twice.
+The event says which run it was, not what it gave: the result is read by its idempotency key. The key of the crew
+here is made of that one, so that an event that comes twice starts one run.
 """
 
 from __future__ import annotations

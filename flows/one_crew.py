@@ -19,9 +19,8 @@ async def one_crew(crew: str, inputs: dict[str, Any], idempotency_key: str | Non
     Args:
         crew: The name of the crew's block, as under Blocks.
         inputs: The crew's inputs by name; prefect-crew inputs CREW lists them.
-        idempotency_key: The identity of one purchase. On a schedule: daily-{{ scheduled_start:%Y-%m-%d }}, the time
-            that the
-            run was scheduled for, in UTC. Empty: each flow run is one.
+        idempotency_key: The identity of one run. On a schedule: daily-{{ scheduled_start:%Y-%m-%d }}, the time that it
+            was scheduled for, in UTC. Empty: each flow run is one.
     """
     result = await arun_crew(crew, inputs, idempotency_key=idempotency_key)
     return result.output

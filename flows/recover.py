@@ -2,7 +2,7 @@
 
 Prefect can schedule a crashed run again by an automation alone, but without an end: a flow that kills its worker would
 crash for ever. This flow counts. It touches crashes only: a run that failed, because its crew failed or for any other
-reason, is left as it is, since running that again would buy again.
+reason, is left as it is, since that would start its crew again.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ async def _recover(flow_run_id: UUID, max_attempts: int) -> str:
         if run.state is None or not run.state.is_crashed():
             return f"left alone, it is {run.state.name if run.state else 'without a state'}"
         if run.deployment_id is None:
-            return "left alone, no deployment can run it: its parent's, or whoever called it, has to"
+            return "left alone, no deployment can run it: its parent or its caller has to"
         # A run that dies before it begins is never counted by Prefect, so its crashes count as well.
         states = await client.read_flow_run_states(flow_run_id)
         attempts = max(run.run_count, sum(state.type is StateType.CRASHED for state in states))

@@ -1,8 +1,8 @@
 """Research, write, review: three crews that feed each other, twice. Once as steps, once by hand in plain Python.
 
-Either way a retry of the flow run pays for nothing again: each crew's run is found by a key made of the flow run, the
+Either way a retry of the flow run starts no run twice: each crew's run is found by a key made of the flow run, the
 step's name and its inputs. By hand that asks one thing of your own tasks between crews: the same answer on a retry. One
-that asks the clock or the web gives the next crew other inputs, which is another purchase; persist its result.
+that asks the clock or the web gives the next crew other inputs, which is another run; persist its result.
 """
 
 from __future__ import annotations
@@ -30,9 +30,8 @@ async def report_pipeline(
         research: The block of the crew that takes a topic.
         write: The block of the crew that takes a topic, an audience and notes.
         review: The block of the crew that takes an audience and a draft.
-        idempotency_key: The identity of the whole purchase, such as report-{{ scheduled_start:%Y-%m-%d }}. Empty: each
-            flow
-            run is one.
+        idempotency_key: The identity of the whole report, such as report-{{ scheduled_start:%Y-%m-%d }}. Empty:
+            each flow run is one.
     """
     steps = [
         CrewStep("research", research, {"topic": "{{ topic }}"}),

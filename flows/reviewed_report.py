@@ -1,6 +1,6 @@
 """Research, then a draft that a person reads before it counts: asked in a form on the flow run's own page.
 
-While nobody has answered the flow run is Paused, and its Resume button opens the form. `prefect-crew reviews` lists
+Until a person answers, the flow run is Paused, and its Resume button opens the form. `prefect-crew reviews` lists
 what waits, and answers as well. A rejected draft is written again with the feedback, and asked about again.
 """
 
@@ -30,14 +30,13 @@ async def reviewed_report(
         draft: The block of the crew that takes a topic, an audience and notes, and asks a person about its draft.
         days_to_answer: How long people may take in all. Then the draft is rejected, once, and they have as long again.
         max_rounds: How often the draft may be asked about.
-        idempotency_key: The identity of the whole purchase, such as report-{{ scheduled_start:%Y-%m-%d }}. Empty: each
-            flow
-            run is one.
+        idempotency_key: The identity of the whole report, such as report-{{ scheduled_start:%Y-%m-%d }}. Empty:
+            each flow run is one.
     """
     patient = WaitPolicy(
         human_timeout=days_to_answer * 86_400,
         on_human_timeout="reject",
-        human_message="Nobody has read this in time. Make it shorter.",
+        human_message="No one has read this in time. Make it shorter.",
         max_rounds=max_rounds,
     )
     steps = [

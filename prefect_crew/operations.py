@@ -39,7 +39,7 @@ async def batch_file(
         dataset: The file: a path, a URL, or any fsspec address.
         name: The batch's name. On a schedule: leads-{{ scheduled_start:%Y-%m-%d }}.
         output: Where its lines go. On a schedule with the same placeholder.
-        ledger: A path, the URL of a PostgreSQL, or secret://NAME; empty: a file beside a local output.
+        ledger: A path, the URL of a PostgreSQL, or secret://NAME; empty: a file next to a local output.
         options: More of run_batch's options, such as {"max_in_flight": 500, "key": "id", "wait": {"timeout": 600}}.
     """
     report = await arun_batch(crew, dataset, name=name, output=output, ledger=ledger, **(options or {}))
@@ -156,7 +156,7 @@ def _digest(path: Path) -> str:
 
 
 def _move(path: Path, subfolder: str) -> None:
-    """Move a file to a subfolder beside it, under a name that is free there."""
+    """Move a file to a subfolder of its folder, under a name that is free there."""
     target = path.parent / subfolder / path.name
     target.parent.mkdir(exist_ok=True)
     while target.exists():

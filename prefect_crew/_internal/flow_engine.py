@@ -258,7 +258,7 @@ def _warning_when_blocked(warn: Callable[..., None]) -> Generator[None]:
             task = asyncio.current_task(loop)
             frame = sys._current_frames().get(loop_thread)  # noqa: SLF001  # pyright: ignore[reportPrivateUsage] - documented, for this
             warn(
-                "%s has held the event loop for %.0f s, at %s; all other flow runs wait meanwhile. Do such work in "
+                "%s has held the event loop for %.0f s, at %s; all other flow runs wait. Do such work in "
                 "`await asyncio.to_thread(…)`, or deploy the flow to a process work pool.",
                 "Something" if task is None else task.get_name(),
                 seconds,

@@ -36,7 +36,7 @@ def reach_prefect(
     """Import Prefect and make sure that its API answers; return its URL, None for Prefect's embedded server.
 
     Args:
-        shown: Is told what is waited for. Left out, it is shown only while it lasts.
+        shown: Shows what is waited for. Left out, it is shown only while it lasts.
         quiet: Whether Prefect's own logs are kept off this terminal.
         lasting: Whether the server has to outlast this command, so that the embedded one will not do.
         imports: Modules that are needed next, imported while the embedded server starts.
@@ -132,7 +132,7 @@ def _end_embedded(server: SubprocessASGIServer, started: Future[None]) -> None:
 
 @contextmanager
 def _quiet_server() -> Generator[None]:
-    """Keep what a server that is started meanwhile logs, such as a busy database, off this terminal."""
+    """Keep what a server that is started here logs, such as a busy database, off this terminal."""
     # The first is the level of its own loggers, the second that of all that goes to its terminal.
     names = ("PREFECT_SERVER_LOGGING_LEVEL", "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL")
     missing = [] if _output.current.debug else [name for name in names if name not in os.environ]

@@ -126,7 +126,7 @@ async def check_crew(client: CrewClient) -> AsyncIterator[Finding]:
         yield Finding("ok", "URL", client.url)
     else:
         found = f"{client.url} sends the token in plain text over the network."
-        yield Finding("warning", "URL", found, "Use https, unless nobody else is on that network.")
+        yield Finding("warning", "URL", found, "Use https, unless the network is yours alone.")
     async with client:
         reached = await _reach(client, "TLS" if url.scheme == "https" else "server")
         yield reached
@@ -275,7 +275,7 @@ async def _records() -> Finding:
     from prefect_crew.records.store import PrefectRecords
 
     records = PrefectRecords()
-    # Not started: were this program killed right here, what is left would bind nobody, and be pruned.
+    # Not started: were this program killed here, the record would hold no key, and be pruned.
     record = RunRecord(
         idempotency_key=f"prefect-crew doctor {uuid4()}",
         attempt=1,

@@ -148,7 +148,7 @@ def approve(
     options: AnswerOptions = AnswerOptions(),
     access: CrewAccess = CrewAccess(),
 ) -> None:
-    """Approve what a run asks: the crew goes on, and so does whoever waits for the run."""
+    """Approve what a run asks: the crew goes on, and so do the flow runs that wait for it."""
     _answer(run, True, feedback, options, access)
 
 
@@ -220,7 +220,7 @@ def _put(line: PendingReview, most: int | None) -> None:
 
 def _sentence(review: SentReview) -> str:
     verb = "approved" if review.approve else "rejected"
-    unsure = "" if review.outcome == "sent" else ", and nobody knows whether that arrived"
+    unsure = "" if review.outcome == "sent" else ", and it is not known whether that arrived"
     feedback = f": {review.feedback}" if review.feedback else ""
     at = f"{review.at:%Y-%m-%d %H:%M:%S} UTC"
     return f"task {review.task_id}, round {review.round} {verb} by {review.by}, {at}{unsure}{feedback}"

@@ -31,7 +31,7 @@ class Condition(StrEnum):
     """What a run is, as far as its record and the flow runs around it tell. What needs a person comes first."""
 
     UNCERTAIN = "uncertain"
-    """A kickoff was sent, and nobody knows whether it started a run."""
+    """A kickoff was sent, and it is not known whether it started a run."""
     ORPHANED = "orphaned"
     """It was started, and the flow runs that waited for it have ended."""
     WAITING = "waiting"

@@ -163,7 +163,7 @@ def test_an_answer_whose_fate_is_unknown_is_not_given_again(here: Any, block: st
     assert "nobody knows whether it arrived" in refused.err
     assert "by Grace" in refused.err
     assert crews.requests["resume"] == resumes
-    assert "nobody knows whether that arrived" in here("reviews", "show", record.idempotency_key).out
+    assert "it is not known whether that arrived" in here("reviews", "show", record.idempotency_key).out
 
 
 def test_a_round_that_was_not_looked_at_is_not_answered(here: Any, block: str, crews: CrewServer) -> None:
