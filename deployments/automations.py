@@ -117,8 +117,8 @@ HEAD = (
 QUOTED_KEY = """'{{ event.payload.idempotency_key | replace("'", '\\'"\\'"\\'') }}'"""
 ALERTS = {
     "failed": "{{ event.payload.error or 'The crew gave no reason.' }}",
-    "uncertain": "It is not known whether the kickoff started a run: {{ event.payload.reason }}. Look at the crew's page, "
-    f"then: prefect-crew runs resolve {QUOTED_KEY} --kickoff-id ID, or --never-started.",
+    "uncertain": "It is not known whether the kickoff started a run: {{ event.payload.reason }}. Look at the crew's "
+    f"page, then: prefect-crew runs resolve {QUOTED_KEY} --kickoff-id ID, or --never-started.",
     "lost": "The crew's server no longer knows the run. Look at the crew's page.",
     "timed_out": "Its {{ event.payload.phase }} time of {{ event.payload.budget }} s is over. The crew may run on.",
 }
