@@ -16,7 +16,7 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Any, TypedDict, TypeVar, get_args
 
-from pydantic import StrictBool, ValidationError
+from pydantic import BaseModel, StrictBool, ValidationError
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.requests import Request
@@ -46,7 +46,7 @@ BODY_LIMIT = 16 * 1024 * 1024
 
 Spec = str | os.PathLike[str] | CrewScript | Program
 """A crew to serve; see `load_program`."""
-T = TypeVar("T", bound=Targets)
+T = TypeVar("T", bound=BaseModel)
 
 
 class ServerOptions(TypedDict, total=False):
@@ -172,20 +172,20 @@ def state_of(app: Starlette) -> ServerState:
     return app.state.server
 
 
-class _Kickoff(Targets):
+class _Kickoff(BaseModel):
     inputs: dict[str, Any]
     meta: Any = None
     restoreFromStateId: Any = None  # noqa: N815 - the API's name
 
 
-class _Resume(Targets):
+class _Resume(BaseModel):
     execution_id: str
     task_id: str
     human_feedback: str
     is_approve: StrictBool
 
 
-class _Callback(Targets):
+class _Callback(BaseModel):
     feedback: str
 
 
@@ -296,7 +296,7 @@ class _Endpoints:
         return _JSON(self._state.response_format.inputs(self._runs.program.inputs()))
 
     async def kickoff(self, request: Request) -> Response:
-        body = await _read(request, _Kickoff)
+        body, targets = await _read(request, _Kickoff)
         required = [item.name for item in self._runs.program.inputs() if item.required]
         if missing := [name for name in required if body.inputs.get(name) is None]:
             message = f"Missing required inputs: {', '.join(missing)}"
@@ -308,7 +308,7 @@ class _Endpoints:
         run = Run(
             body.inputs,
             meta=body.meta,
-            targets=body,
+            targets=targets,
             restore_from=body.restoreFromStateId,
             base_url=str(request.base_url).rstrip("/"),
         )
@@ -332,12 +332,12 @@ class _Endpoints:
         return _JSON(self._state.response_format.status(run))
 
     async def resume(self, request: Request) -> Response:
-        body = await _read(request, _Resume)
+        body, targets = await _read(request, _Resume)
         run = self._known(body.execution_id)
         if self._state.sender.review is not None:
             raise _RefusedError(400, "Execution not pending", "A Flow takes its answer at the callback URL.")
         try:
-            word = run.answer(body.task_id, Answer(body.is_approve, body.human_feedback), body)
+            word = run.answer(body.task_id, Answer(body.is_approve, body.human_feedback), targets)
         except NotWaitingError:
             message = f"The execution is not pending human input for task {body.task_id}."
             raise _RefusedError(400, "Execution not pending", message) from None
@@ -349,7 +349,7 @@ class _Endpoints:
         return _JSON({"status": word, "message": message})
 
     async def callback(self, request: Request) -> Response:
-        feedback = (await _read(request, _Callback)).feedback
+        feedback = (await _read(request, _Callback))[0].feedback
         sender = self._state.sender
         asked = sender.asked.get(request.path_params["token"])
         if asked is None or sender.review is None:
@@ -383,12 +383,14 @@ def _is_uuid(value: Any) -> bool:
     return True
 
 
-async def _read(request: Request, model: type[T]) -> T:
+async def _read(request: Request, model: type[T]) -> tuple[T, Targets]:
+    """Return a request's body, and where it has webhooks sent."""
     content = await request.body()
     if len(content) > BODY_LIMIT:
         raise _RefusedError(413, "Request too large", f"A body may have {BODY_LIMIT} bytes.")
     try:
-        return model.model_validate(json.loads(content))
+        value = json.loads(content)
+        return model.model_validate(value), Targets.model_validate(value)
     except ValidationError as error:
         first = error.errors(include_input=False, include_url=False)[0]
         where = ".".join(str(part) for part in first["loc"]) or "the body"

@@ -8,6 +8,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 from typing import Annotated, Any, Literal, Protocol
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, model_validator
@@ -189,6 +190,7 @@ class Run:
     is_flow: bool = False
     base_url: str = ""
     listener: Listener = _ignore
+    created_at: datetime = field(default_factory=lambda: datetime.now(UTC), init=False)
     state: CrewState = field(default=CrewState.PENDING, init=False)
     planned: list[str] = field(default_factory=list[str], init=False)
     tasks: list[TaskResult] = field(default_factory=list[TaskResult], init=False)

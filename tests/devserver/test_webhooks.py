@@ -205,7 +205,9 @@ def test_faults(receiver: Receiver, serve: Serve, faults: list[str], tasks: list
     finished(client, kickoff(client, **plain(receiver) | {"stepWebhookUrl": None}))
     receiver.wait_for(lambda it: len(it.at("/task")) >= len(tasks) and len(it.at("/crew")) >= crews)
     time.sleep(0.1)
-    assert ([body["task_id"] for body in receiver.at("/task")], len(receiver.at("/crew"))) == (tasks, crews)
+    came = [body["task_id"] for body in receiver.at("/task")]
+    # Only a delay makes a certain order: each delivery has a connection of its own.
+    assert (came if "delay" in faults[0] else sorted(came), len(receiver.at("/crew"))) == (tasks, crews)
 
 
 @pytest.mark.parametrize("trouble", ["slow", "failing", "away"])

@@ -239,17 +239,17 @@ async def test_every_step_of_a_pipeline_can_be_reviewed() -> None:
 async def test_each_answer_names_the_users_own_webhooks_again() -> None:
     """The server does not carry them over."""
     own = Webhooks(task="http://127.0.0.1:9/t", step="http://127.0.0.1:9/s", crew="http://127.0.0.1:9/c")
-    after: list[dict[str, Any]] = []
+    after: list[Any] = []
 
     def judge(request: ReviewRequest) -> Review:
-        after.append(server.run(request.kickoff_id).hooks.as_body())
+        after.append(server.run(request.kickoff_id).targets)
         return Review(approve=request.round > 1, feedback="again")
 
     with CrewServer(SCRIPT, response_format="union") as server:
         result = await arun_crew(crew_of(server), {}, review=judge, webhooks=own)
-        after.append(server.run(result.kickoff_id).hooks.as_body())
+        after.append(server.run(result.kickoff_id).targets)
     assert after == [after[0]] * 3
-    assert after[0]["crewWebhookUrl"] == own.crew
+    assert after[0].crew.url == own.crew
 
 
 async def test_an_answer_to_a_run_with_the_receivers_webhooks_names_those(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -267,7 +267,9 @@ async def test_an_answer_to_a_run_with_the_receivers_webhooks_names_those(monkey
             webhooks=Webhooks(crew="http://127.0.0.1:9/mine"),
         )
         assert result.kickoff_id == kickoff_id
-        assert server.run(kickoff_id).hooks.as_body()["crewWebhookUrl"].startswith("http://127.0.0.1:9/hooks/")
+        target = server.run(kickoff_id).targets.crew
+        assert target is not None
+        assert target.url.startswith("http://127.0.0.1:9/hooks/")
 
 
 async def test_an_answer_from_elsewhere_in_the_same_moment_is_not_the_end_of_the_wait() -> None:
