@@ -214,7 +214,6 @@ PACKAGE = Path(prefect_crew.__file__).parent
 ELSEWHERE = ("prefect_crew.devserver", "prefect_crew.testing")
 CAUGHT: dict[str, str] = {
     "prefect_crew.client.inputs._UnsendableError": "encode_inputs names the input",
-    "prefect_crew.batches.dataset._TwiceError": "a hook of json, whose caller names the line",
     "prefect_crew.cli.app.TerminatedError": "of the command line alone: exit code 143",
     "prefect_crew.cli._errors.UsageError": "of the command line alone: exit code 2",
     "prefect_crew.runs.kickoff.ClaimLostError": "purchases decides again",
@@ -228,7 +227,8 @@ BUILTIN: dict[tuple[str, str], str] = {
     ("prefect_crew.client._transport", "ReadTimeout"): "the client makes a CrewConnectionError of it",
     ("prefect_crew.client.webhooks", "ValueError"): "a validator of pydantic",
     ("prefect_crew.batches.database", "OSError"): "the ledger is tried again, or the batch ends with a LedgerError",
-    ("prefect_crew.batches.ownership", "OSError"): "the lock is taken anew, or the batch ends with a LedgerError",
+    ("prefect_crew.batches.dataset", "ValueError"): "a hook of json, whose caller names the line",
+    ("prefect_crew.batches.options", "ValueError"): "a validator of pydantic",
     ("prefect_crew.batches.run", "TypeError"): "a keyword that a function does not have",
     ("prefect_crew._internal.flow_engine", "CancelledError"): "a flow run that another worker has goes on no further",
     ("prefect_crew.blocks", "ValueError"): "a validator of pydantic",

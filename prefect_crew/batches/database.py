@@ -303,13 +303,9 @@ class Database:
     async def __aenter__(self) -> Database:
         try:
             await self._open()
-        except _OldLedgerError:
+        except LedgerError:
             await self._close()
-            raise LedgerError(
-                "was written by an earlier version of prefect-crew, and this one cannot read it.",
-                ledger=self.address,
-                advice="Finish its batches with that version, or give them another ledger and another name.",
-            ) from None
+            raise
         except (SQLAlchemyError, OSError) as error:
             await self._close()
             raise LedgerError(f"cannot be opened: {short(error)}.", ledger=self.address) from error
@@ -333,7 +329,7 @@ class Database:
             event.listen(self._server.sync_engine, "connect", _prepare_session)
         for remaining in reversed(range(OPEN_TRIES)):
             try:
-                await self.run(_make_tables)
+                await self.run(lambda connection: _make_tables(connection, self.address))
                 break
             except DBAPIError:
                 # Of several processes that make the tables at once, all but one may fail, and then find them.
@@ -445,16 +441,16 @@ def _prepare_session(connection: Any, _: Any) -> None:
     connection.commit()
 
 
-def _make_tables(connection: Connection) -> None:
+def _make_tables(connection: Connection, address: str) -> None:
     known = inspect(connection).get_table_names()
     if attempts.name in known and rows.name not in known:
-        raise _OldLedgerError
+        raise LedgerError(
+            "was written by an earlier version of prefect-crew, and this one cannot read it.",
+            ledger=address,
+            advice="Finish its batches with that version, or give them another ledger and another name.",
+        )
     rows.create(connection, checkfirst=True)  # first: that is what a ledger of this version is known by
     _metadata.create_all(connection)
-
-
-class _OldLedgerError(Exception):
-    """The tables are those of an earlier version."""
 
 
 def _is_mounted(path: Path) -> bool:

@@ -206,7 +206,7 @@ def test_failed_rows_are_bought_again_by_the_name_alone_up_to_the_crews_limit(
     assert server.kickoffs == 4
     assert "max_kickoffs" in more.err
     assert lines(output) == {"a": "completed", "b": "failed", "c": "completed"}
-    for row, why in (("a", "has completed"), ("z", "has bought nothing for a row 'z'")):
+    for row, why in (("a", "has completed"), ("z", "has started no run for a row 'z'")):
         refused = here("batch", "retry", name, "--key", row)
         assert refused.code == 2
         assert why in refused.err
@@ -253,9 +253,9 @@ def test_a_row_with_other_inputs_under_its_key_is_told_of(here, picky, name: str
     Path(leads).write_text(before.replace("a,tea", "a,coffee"))
     ran = here(*given, "--json")
     assert (ran.code, ran.json["failed"], ran.json["errors"]) == (6, 2, {"IdempotencyConflictError": 1})
-    assert (server.kickoffs, lines(output)["a"]) == (3, "completed")
+    assert (server.kickoffs, lines(output)["a"]) == (3, "conflict")
     told = {row["key"]: row["error"] for row in here("batch", "failures", name, "--json").json}
-    assert "was run with other inputs before" in told["a"]
+    assert "was kicked off before with other inputs" in told["a"]
     assert "Give the row another key" in told["a"]
     assert here("batch", "inspect", name, "--json").json["failed"] == 2
     Path(leads).write_text(before)
@@ -314,7 +314,7 @@ def test_results_have_to_fit_a_model_and_rows_are_bought_again_by_the_class_of_t
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.path", [entry for entry in sys.path if entry])
     call = ("batch", "run", crew, leads, "--name", name, "--output", output, "--key", "id", "--json")
-    for wrong, why in ((module, "is to be module:Model"), (f"{module}:x", "is no pydantic model")):
+    for wrong, why in ((module, "give module:Model"), (f"{module}:x", "should be a subclass of BaseModel")):
         refused = here(*call, "--output-type", wrong)
         assert (refused.code, server.kickoffs) == (2, 0)
         assert why in refused.json["error"]["message"]
