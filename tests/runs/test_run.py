@@ -381,7 +381,9 @@ async def test_artifacts_of_failures_say_first_why_and_what_to_do(crew_server: C
     text = seen.artifacts(f"pipeline-{name}")[-1]["data"]
     assert text.index("Step write failed (attempt 2 of at most 3)") < text.index("the search engine is down")
     assert (
-        text.index("the search engine is down") < text.index("It is not started again by itself") < text.index("Graph")
+        text.index("the search engine is down")
+        < text.index("It is not started again by itself")
+        < text.index("### Steps")
     )
     own = seen.artifacts(f"crew-{name}")[-1]["data"]
     assert own.index("### Error") < own.index("the search engine is down") < own.index("not started again")
