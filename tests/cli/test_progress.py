@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from prefect_crew.batches.outcomes import RowState
 from prefect_crew.batches.progress import BatchProgress
 from prefect_crew.blocks import DeployedCrew
 from prefect_crew.cli import _output
@@ -29,7 +30,8 @@ def run(**fields: Any) -> OpenRun:
 
 
 def batch(phase: Any = "running", name: str = "leads", **counts: Any) -> BatchProgress:
-    return BatchProgress(name, phase, total=1_200, **counts)
+    states = {state: counts.pop(str(state)) for state in RowState if str(state) in counts}
+    return BatchProgress(name, phase, total=1_200, counts=states, **counts)
 
 
 @pytest.fixture
