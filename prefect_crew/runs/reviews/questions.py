@@ -175,7 +175,8 @@ def question_state(
     last = before[-1] if before else None
     if last is None or last.moved_on or has_webhook:
         return QuestionState.OPEN
-    if task is not None and digest(task) != (last.shown_mark or last.mark):
+    about = last.shown_mark or last.mark  # an answer that does not say its task may be to this one
+    if None not in (task, about) and digest(str(task)) != about:
         return QuestionState.OPEN
     if not may_be_same(asked, last.asked):
         return QuestionState.OPEN
