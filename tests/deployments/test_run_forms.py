@@ -62,7 +62,7 @@ def run_of(server: PrefectServer, deployment_id: Any) -> dict[str, Any] | None:
 SAID = {
     "one-crew/daily": ["The name of the crew's block, as under Blocks.", "The identity of one run."],
     "report-pipeline/weekly": ["What the report is about.", "Whom it is for."],
-    "fan-out-async/cities": ["The crew's inputs, once for each run.", "How many runs may be in flight."],
+    "fan-out/cities": ["The crew's inputs, once for each run.", "How many runs may be in flight."],
 }
 
 
