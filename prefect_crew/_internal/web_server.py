@@ -72,10 +72,15 @@ class WebServer(uvicorn.Server):
         self._stop_event.set()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Start, and say so."""
+        """Start, and say so.
+
+        Raises:
+            RuntimeError: The application does not start; the log says why.
+        """
         await super().startup(sockets)
-        if self.started:  # older uvicorns return from a start that failed
-            self._on_started()
+        if not self.started:  # older uvicorns return from a start that failed
+            raise RuntimeError("The application does not start; the log says why.")
+        self._on_started()
 
     async def main_loop(self) -> None:
         """Return once the server is to stop. uvicorn's own loop looks only every 0.1 s."""

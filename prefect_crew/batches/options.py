@@ -77,7 +77,8 @@ class BatchOptions(BaseModel):
             super().__init__(**options)
         except ValidationError as error:
             found = error.errors(include_url=False, include_input=False)
-            problems = (f"{problem['loc'][0]}: {problem['msg'].removeprefix('Value error, ')}" for problem in found)
+            places = ((".".join(map(str, problem["loc"])), problem["msg"]) for problem in found)
+            problems = (f"{place}: {message.removeprefix('Value error, ')}" for place, message in places)
             raise ConfigurationError(f"{'; '.join(problems)}. Nothing was started.") from None
         _ = self.row_range
 

@@ -45,7 +45,7 @@ def test_it_asks_for_each_input(
             page.wait_for_text(text)
         page.screenshot(tmp_path / f"{ui}.png")
         page.fill("textarea >> nth=0", "tea")
-        page.fill("input[type='text'] >> nth=-1", "my-login")
+        page.fill("textarea >> nth=-1", "my-login")
         page.click("button:has-text('Submit')")
         run = wait_until(lambda: run_of(prefect_api, deployment_id), seconds=30, what="a flow run")
     # Which crew it is, is the deployment's, and the form leaves it alone.
