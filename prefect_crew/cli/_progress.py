@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 import time
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from rich.markup import escape
@@ -14,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, Spinner
 from rich.progress import Progress as LiveLine
 
 from prefect_crew.cli import _output
+from prefect_crew.cli._output import SeenRun
 from prefect_crew.states import CrewState
 
 if TYPE_CHECKING:
@@ -24,62 +23,6 @@ if TYPE_CHECKING:
 
 SAY_EVERY = 10.0
 """Seconds between two lines about a batch where nothing is redrawn."""
-
-
-@dataclass
-class SeenRun:
-    """What is known of a run that was kicked off or found, from its statuses. `since` is on the monotonic clock."""
-
-    label: str
-    kickoff_id: str
-    is_new: bool = True
-    idempotency_key: str | None = None
-    flow_run_id: str | None = None
-    since: float = field(default_factory=time.monotonic)
-    state: CrewState = CrewState.PENDING
-    done: int = 0
-    total: int | None = None
-    progress: float | None = None
-    task: str | None = None
-
-    @classmethod
-    def of(cls, run: OpenRun) -> SeenRun:
-        """Return what is known of a run that has just been kicked off or found."""
-        from prefect_crew._internal.prefect_api import flow_run_id  # Prefect is loaded by now
-
-        in_flow_run = flow_run_id() or (run.record.flow_run_id if run.record else None)
-        return cls(run.crew.label, run.kickoff_id, run.owned, run.idempotency_key, in_flow_run)
-
-    def update(self, status: CrewStatus, task: str | None) -> list[str]:
-        """Take a status in, with its task as it may be shown; return what has changed, as lines for people."""
-        lines: list[str] = []
-        self.total, self.progress = status.total_tasks or self.total, status.progress
-        self.done = max(self.done, status.completed_tasks or 0)
-        if task and task != self.task and not status.state.ended:
-            self.task = task
-            lines.append(f"{task}{self.share}")
-        if status.state is not self.state:
-            self.state = status.state
-            if status.state is CrewState.WAITING:
-                lines.append("waits for a person")  # the log says how to answer
-        if status.state.ended:
-            lines.append(f"{self.state} after {time.monotonic() - self.since:.1f} s")
-        return lines
-
-    @property
-    def share(self) -> str:
-        """How far it is, as text to follow another; empty where the crew does not tell."""
-        if self.total:
-            return f" ({self.done} of {self.total} tasks done)"
-        return f" ({self.progress:.0%})" if self.progress is not None else ""
-
-    @property
-    def on_record(self) -> str:
-        """How its result can be had, whatever became of the command."""
-        if self.idempotency_key is None:
-            return f"Run {self.kickoff_id} was started."
-        command = f"prefect-crew result {shlex.quote(self.idempotency_key)}"
-        return f"Run {self.kickoff_id} was started and is on record: {command}."
 
 
 class Progress(AbstractContextManager["Progress"]):

@@ -26,8 +26,9 @@ from prefect_crew.cli._options import (
     reach_for,
     wait_policy,
 )
+from prefect_crew.cli._output import SeenRun
 from prefect_crew.cli._prefect import flow_run_url, reach_prefect
-from prefect_crew.cli._progress import SeenRun, progress
+from prefect_crew.cli._progress import progress
 from prefect_crew.client.models import StopOutcome
 from prefect_crew.exceptions import CrewError, NotFoundError
 
