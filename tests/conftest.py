@@ -19,7 +19,7 @@ import uuid
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import hypothesis
 import pytest
@@ -30,6 +30,9 @@ from support.environment import PRIVATE, QUIET
 from support.postgres import Postgres, find_postgres
 from support.prefect_server import PrefectServer, connected
 from support.processes import MARK, survivors
+
+if TYPE_CHECKING:
+    from support.seen import Seen
 
 SESSION = uuid.uuid4().hex
 HOME = Path(tempfile.mkdtemp(prefix="prefect-crew-tests-"))
@@ -200,3 +203,13 @@ def chromium() -> Iterator[Chromium]:
         pytest.skip("needs Chromium (Debian: apt-get install chromium)")
     with Chromium(executable) as browser:
         yield browser
+
+
+@pytest.fixture
+def seen(prefect_api: PrefectServer) -> Iterator[Seen]:
+    """What stands on the test's Prefect server."""
+    from support.seen import Seen  # imports Prefect, which reads its settings: not before they are those of the tests
+
+    reader = Seen(prefect_api)
+    yield reader
+    reader.close()

@@ -46,13 +46,6 @@ pytestmark = pytest.mark.usefixtures("prefect_api", "instant_polling")
 FLOW = "deployed-crew"
 
 
-@pytest.fixture
-def seen(prefect_api: PrefectServer) -> Iterator[Seen]:
-    reader = Seen(prefect_api)
-    yield reader
-    reader.close()
-
-
 def key() -> str:
     return f"run {uuid.uuid4()}"
 

@@ -25,13 +25,6 @@ pytestmark = pytest.mark.usefixtures("prefect_api", "instant_polling")
 NOON = datetime(2026, 5, 1, 12, tzinfo=UTC)
 
 
-@pytest.fixture
-def seen(prefect_api: PrefectServer) -> Iterator[Seen]:
-    reader = Seen(prefect_api)
-    yield reader
-    reader.close()
-
-
 def record(**fields: Any) -> RunRecord:
     known: dict[str, Any] = {
         "idempotency_key": "k", "attempt": 2, "crew": "travel", "crew_url": "https://travel.test", "inputs_digest": "d",

@@ -35,13 +35,6 @@ pytestmark = pytest.mark.usefixtures("prefect_api", "instant_polling")
 
 
 @pytest.fixture
-def seen(prefect_api: PrefectServer) -> Iterator[Seen]:
-    reader = Seen(prefect_api)
-    yield reader
-    reader.close()
-
-
-@pytest.fixture
 def proxy(prefect_server: PrefectServer) -> Iterator[Proxy]:
     with through(prefect_server) as way:
         yield way

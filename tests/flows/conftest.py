@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,7 +11,6 @@ from prefect_crew.devserver import CrewServer
 from prefect_crew.testing import CrewServerFactory
 from support.deployed import ROOT
 from support.prefect_server import PrefectServer
-from support.seen import Seen
 
 SaveCrew = Callable[..., CrewServer]
 
@@ -37,11 +36,3 @@ def report_crews(save_crew: SaveCrew) -> dict[str, CrewServer]:
         name: save_crew(name, str(ROOT / "flows" / "crews" / f"{name}.yaml"))
         for name in ("research", "write", "review")
     }
-
-
-@pytest.fixture
-def seen(prefect_api: PrefectServer) -> Iterator[Seen]:
-    """What stands on the server."""
-    reader = Seen(prefect_api)
-    yield reader
-    reader.close()

@@ -6,7 +6,7 @@ import asyncio
 import importlib
 import sqlite3
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing
 from typing import Any, cast
 
@@ -39,13 +39,6 @@ def save(crew_server: CrewServerFactory) -> SaveCrew:
         return name, server
 
     return saved
-
-
-@pytest.fixture
-def seen(prefect_api: PrefectServer) -> Iterator[Seen]:
-    reader = Seen(prefect_api)
-    yield reader
-    reader.close()
 
 
 def pipeline_of(crew: str, **more: Any) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import uuid
-from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -40,7 +39,6 @@ from prefect_crew.records.store import PrefectRecords
 from prefect_crew.states import CrewState
 from prefect_crew.testing import CrewServerFactory
 from support.held import Held
-from support.prefect_server import PrefectServer
 from support.scripts import FAILS, script, slow
 from support.seen import Seen
 
@@ -48,13 +46,6 @@ pytestmark = pytest.mark.usefixtures("prefect_api", "instant_polling")
 
 FAILS_ON = script({"fail": "{{ 'no ' ~ text if text == 'bad' else '' }}", "output": "{{ text }}"}, inputs=["text"])
 """Gives back its text, unless that is "bad"."""
-
-
-@pytest.fixture
-def seen(prefect_api: PrefectServer) -> Iterator[Seen]:
-    reader = Seen(prefect_api)
-    yield reader
-    reader.close()
 
 
 @pytest.fixture

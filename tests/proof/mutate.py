@@ -23,13 +23,17 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 SIMULATION = [f"tests/proof/test_{name}.py" for name in ("scenarios", "permit_worlds", "random_scenarios")]
 OWN_TESTS = {
-    "records/model.py": ["tests/records/test_model.py", "tests/runs/test_kickoff.py"],
+    "records/model.py": ["tests/records/test_model.py", "tests/records/test_golden.py", "tests/runs/test_kickoff.py"],
     "client/_retry_safety.py": ["tests/client/test_retry_safety.py"],
     "runs/kickoff.py": ["tests/runs/test_kickoff.py", "tests/runs/test_kickoff_claims.py", "tests/runs/test_racing.py"],
     "records/store.py": ["tests/records/test_store.py", "tests/runs/test_kickoff_claims.py"],
     "records/prune.py": ["tests/records/test_prune.py"],
-    "runs/polling.py": ["tests/runs/test_polling.py", "tests/runs/test_wait.py", "tests/runs/test_wait_in_trouble.py"],
-    "records/resolve.py": ["tests/records/test_resolve.py", "tests/cli/test_runs.py"],
+    "runs/polling.py": ["tests/runs/test_polling.py", "tests/runs/test_wait.py"],
+    "records/resolve.py": [
+        "tests/records/test_resolve.py",
+        "tests/runs/test_webhook_resolve.py",
+        "tests/cli/test_runs.py",
+    ],
 }
 """The modules that decide and post, and what tests each of them besides the simulation."""
 LONGEST = 300.0

@@ -26,12 +26,13 @@ from prefect_crew.exceptions import (
     NotFoundError,
     RateLimitedError,
 )
-from prefect_crew.records.model import InputMarks, RecordPhase, RunRecord
+from prefect_crew.records.model import InputMarks, RecordPhase
 from prefect_crew.records.store import PrefectRecords
 from prefect_crew.runs import kickoff
 from prefect_crew.states import CrewState
 from prefect_crew.testing import CrewServerFactory
 from support.prefect_server import free_port
+from support.records import attempts, key, phases
 from support.scripts import FAILS, script, slow
 
 pytestmark = pytest.mark.usefixtures("prefect_api", "instant_polling")
@@ -39,18 +40,6 @@ pytestmark = pytest.mark.usefixtures("prefect_api", "instant_polling")
 RECORDS = PrefectRecords()
 TRIP = script({"output": "{{ city }}"}, inputs=["city"])
 TONED = script({"output": "{{ city }}"}, inputs=["city", {"name": "tone", "required": False, "default": "dry"}])
-
-
-def key() -> str:
-    return f"kickoff {uuid.uuid4()}"
-
-
-async def attempts(idempotency_key: str) -> list[RunRecord]:
-    return [*await RECORDS.attempts(idempotency_key)]
-
-
-async def phases(idempotency_key: str) -> list[RecordPhase]:
-    return [record.phase for record in await attempts(idempotency_key)]
 
 
 @pytest.fixture(autouse=True)

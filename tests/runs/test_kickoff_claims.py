@@ -31,23 +31,11 @@ from prefect_crew.runs import kickoff as kickoff_module
 from prefect_crew.testing import CrewServerFactory
 from support.prefect_server import PrefectServer
 from support.proxy import Proxy, through
-from support.records import LONG_AGO, put
+from support.records import LONG_AGO, attempts, key, phases, put
 
 pytestmark = pytest.mark.usefixtures("prefect_api", "instant_polling")
 
 RECORDS = PrefectRecords()
-
-
-def key() -> str:
-    return f"kickoff {uuid.uuid4()}"
-
-
-async def attempts(idempotency_key: str) -> list[RunRecord]:
-    return [*await RECORDS.attempts(idempotency_key)]
-
-
-async def phases(idempotency_key: str) -> list[RecordPhase]:
-    return [record.phase for record in await attempts(idempotency_key)]
 
 
 @pytest.fixture(autouse=True)

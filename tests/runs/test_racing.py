@@ -7,7 +7,6 @@ import json
 import sys
 import threading
 import uuid
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -22,13 +21,6 @@ from support.scripts import FAILS, slow
 from support.seen import Seen
 
 pytestmark = pytest.mark.usefixtures("prefect_api", "instant_polling")
-
-
-@pytest.fixture
-def seen(prefect_api: PrefectServer) -> Iterator[Seen]:
-    reader = Seen(prefect_api)
-    yield reader
-    reader.close()
 
 
 async def result(server: Any, idempotency_key: str) -> Any:

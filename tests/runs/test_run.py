@@ -26,7 +26,6 @@ from prefect_crew.records.model import RunRecord
 from prefect_crew.runs.run import WITHHELD, KickoffId, OpenRun, failure, find_run, parse_data, result_of
 from prefect_crew.states import CrewState
 from prefect_crew.testing import CrewServerFactory
-from support.prefect_server import PrefectServer
 from support.scripts import FAILS
 from support.seen import Seen
 
@@ -357,13 +356,6 @@ async def failed_text(call: Callable[[], Any]) -> str:
     with pytest.raises(CrewFailedError) as raised:
         await call()
     return str(raised.value)
-
-
-@pytest.fixture
-def seen(prefect_api: PrefectServer) -> Any:
-    reader = Seen(prefect_api)
-    yield reader
-    reader.close()
 
 
 @pytest.mark.usefixtures("instant_polling")

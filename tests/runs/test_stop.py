@@ -9,7 +9,6 @@ import textwrap
 import threading
 import time
 import uuid
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -50,13 +49,6 @@ pytestmark = pytest.mark.usefixtures("prefect_api", "instant_polling")
 
 def key() -> str:
     return f"stop {uuid.uuid4()}"
-
-
-@pytest.fixture
-def seen(prefect_api: PrefectServer) -> Iterator[Seen]:
-    reader = Seen(prefect_api)
-    yield reader
-    reader.close()
 
 
 @pytest.fixture

@@ -62,13 +62,6 @@ async def ended(run: CrewRun) -> Any:
     return await run.fetch_result()
 
 
-@pytest.fixture
-def seen(prefect_api: PrefectServer) -> Iterator[Seen]:
-    reader = Seen(prefect_api)
-    yield reader
-    reader.close()
-
-
 @pytest.fixture(autouse=True)
 def _log_all(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "prefect_crew")

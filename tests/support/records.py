@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -12,10 +13,25 @@ from prefect_crew.records import store as store_module
 from prefect_crew.records.model import RecordPhase, RunRecord
 from prefect_crew.records.store import PrefectRecords, Variable
 
-__all__ = ["LONG_AGO", "let_pass", "put", "stored_records"]
+__all__ = ["LONG_AGO", "attempts", "key", "let_pass", "phases", "put", "stored_records"]
 
 LONG_AGO = -1000.0
 """As what a claim or permit is good for: it is over, however little time has passed."""
+
+
+def key() -> str:
+    """Return an idempotency key that no other test has."""
+    return f"kickoff {uuid.uuid4()}"
+
+
+async def attempts(idempotency_key: str) -> list[RunRecord]:
+    """Return the attempts at a key, as the record store reads them."""
+    return [*await PrefectRecords().attempts(idempotency_key)]
+
+
+async def phases(idempotency_key: str) -> list[RecordPhase]:
+    """Return the phases of the attempts at a key."""
+    return [record.phase for record in await attempts(idempotency_key)]
 
 
 def stored_records(variables: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -50,13 +50,6 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def seen(prefect_api: PrefectServer) -> Iterator[Seen]:
-    reader = Seen(prefect_api)
-    yield reader
-    reader.close()
-
-
-@pytest.fixture
 def server() -> Iterator[CrewServer]:
     with CrewServer(SCRIPT, response_format="union") as server:
         yield server
