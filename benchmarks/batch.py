@@ -1,4 +1,4 @@
-"""Batches beside a bare loop and beside Prefect's own mapping: wall time, CPU, memory, a restart.
+"""Batches compared with a bare loop and with Prefect's own mapping: wall time, CPU, memory, a restart.
 
     python benchmarks/batch.py                      all of it, some minutes
     python benchmarks/batch.py rows-10k rows-1k     only these parts

@@ -19,7 +19,7 @@ from prefect.states import Scheduled
 async def recover(flow_run_id: UUID, max_attempts: int = 3) -> str:
     """Schedule a crashed flow run again, if it has attempts left, and say what was done.
 
-    The run keeps its id, so its crews' runs are found again: those that are in flight are waited for.
+    The run keeps its id, so it reattaches to its crews' runs: those in flight are waited for.
 
     Args:
         flow_run_id: The flow run that crashed.

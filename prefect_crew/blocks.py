@@ -46,7 +46,7 @@ class DeployedCrew(JobBlock[CrewResult]):
         ```
     """
 
-    # A value that is refused is shown with the token beside it, as it was given, unless this is said.
+    # A value that is refused is shown with the token, as it was given, unless this is said.
     model_config = ConfigDict(hide_input_in_errors=True)
 
     _block_type_name = "Deployed Crew"
@@ -75,7 +75,7 @@ class DeployedCrew(JobBlock[CrewResult]):
     )
     wait: WaitPolicy = Field(default=WaitPolicy(), description="How to wait for this crew's runs.")
     max_kickoffs: int = Field(
-        default=3, ge=1, description="How many runs may be bought under one idempotency key, the failed ones included."
+        default=3, ge=1, description="How many runs may be started under one idempotency key, the failed ones included."
     )
     concurrency_limit: str | None = Field(
         default=None,

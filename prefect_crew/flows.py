@@ -205,8 +205,8 @@ async def run_deployed_crew(
     if missing:
         raise ConfigurationError(
             f"The inputs {', '.join(missing)} are secret or too large, and so not stored with a flow run: this one "
-            "cannot be made from its parameters. Call run_crew again with the same idempotency key: a run in flight "
-            "is found again."
+            "cannot be made from its parameters. Call run_crew again with the same idempotency key: it reattaches "
+            "to a run in flight."
         )
     return await _run(
         stored,

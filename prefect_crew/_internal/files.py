@@ -9,7 +9,7 @@ PRIVATE = 0o600
 
 
 def check_writable(path: Path) -> None:
-    """See whether a file can be written, before what shall stand in it is paid for. It is neither made nor changed.
+    """See whether a file can be written, before the run whose result goes there starts. It is neither made nor changed.
 
     Raises:
         OSError: It cannot; the text says why.

@@ -127,7 +127,7 @@ def watch_ctrl_c() -> Generator[None]:
     finally:
         if in_main:
             _watch.users -= 1
-            # Somebody may have set another handler on top meanwhile, which is then theirs to keep.
+            # Somebody may have set another handler on top, which is then theirs to keep.
             if _watch.users == 0 and signal.getsignal(signal.SIGINT) == _watch.handle:
                 signal.signal(signal.SIGINT, _watch.previous)
                 _watch.loop = None

@@ -93,7 +93,8 @@ class WebServer(uvicorn.Server):
             stop.cancel()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Close all connections, those with a request in work as soon as it is answered. uvicorn sleeps meanwhile."""
+        """Close all connections, those with a request in work as soon as it is answered. uvicorn would sleep
+        instead."""
         for server in self.servers:
             server.close()
         for connection in list(self.server_state.connections):

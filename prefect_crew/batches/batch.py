@@ -394,7 +394,7 @@ class OpenBatch:
                 on_end=self.progress.add,
                 judge_again=not self._lines_stay,
             )
-            self._lock.generation = await begin_generation(self.ledger, self.job.ledger.public, patience=BEGIN_FOR)
+            self._lock.generation = await begin_generation(self.ledger, self.job.ledger.public, give_up_after=BEGIN_FOR)
             self._begin_after = time.monotonic() + BEGIN_EVERY
             try:
                 await run_until_cancelled(
@@ -427,7 +427,7 @@ class OpenBatch:
             )
 
     async def _begin_generation(self, started: int, *, now: bool = False) -> None:
-        """Begin another generation once in a while, so that a copy made meanwhile is known for an older one.
+        """Begin another generation once in a while, so that a copy made in between is known for an older one.
 
         Args:
             started: How many rows were started so far; nothing is done where that is as it was.
@@ -436,7 +436,7 @@ class OpenBatch:
         if started == self._begun or (time.monotonic() < self._begin_after and not now):
             return
         try:
-            self._lock.generation = await begin_generation(self.ledger, self.job.ledger.public, patience=SOON)
+            self._lock.generation = await begin_generation(self.ledger, self.job.ledger.public, give_up_after=SOON)
             self._begun = started
         except (httpx.HTTPError, PrefectException, CrewError) as error:
             run_logger().warning("That batch %s has gone on cannot be noted: %s", self.job.name, error)

@@ -111,11 +111,11 @@ async def ledger_address(ledger: str | None, output: str) -> LedgerAddress:
 
     Args:
         ledger: A path, the URL of a PostgreSQL database, `secret://NAME` for a Prefect Secret block that holds one of
-            them, or None for a file beside the output.
+            them, or None for a file next to the output.
         output: Where the lines go.
 
     Raises:
-        ConfigurationError: There is no such block, or no place beside the output.
+        ConfigurationError: There is no such block, or no place next to the output.
     """
     given = ledger or default_ledger(output)
     if not given.startswith(SECRET):
@@ -225,15 +225,15 @@ MOUNTS = Path("/proc/self/mountinfo")
 
 
 def default_ledger(output: str) -> str:
-    """Return the path of the ledger beside a local output.
+    """Return the path of the ledger next to a local output.
 
     Raises:
-        ConfigurationError: The output is remote, so there is no place beside it; or it names no file.
+        ConfigurationError: The output is remote, so there is no place next to it; or it names no file.
     """
     if "://" in output and not output.startswith("file://"):
         raise ConfigurationError(
-            f"The output {shown_address(output)} is not on this machine, so there is no place for the ledger beside "
-            "it: give a path or the URL of a PostgreSQL database, ledger=…."
+            f"The output {shown_address(output)} is not on this machine, so there is no place for the ledger next "
+            "to it: give a path or the URL of a PostgreSQL database, ledger=…."
         )
     path = Path(output.removeprefix("file://"))
     if not path.name:
@@ -340,7 +340,7 @@ class Database:
             self._stat = self.path.stat()
 
     def _check_names(self, path: Path) -> None:
-        """Refuse a file with names that are no symlinks: SQLite keeps its last commits in a file beside each of them.
+        """Refuse a file with names that are no symlinks: SQLite keeps its last commits in a file next to each of them.
 
         Whoever opens it by another name does not see these commits.
         """
@@ -354,7 +354,7 @@ class Database:
             )
         if _is_mounted(path):
             raise LedgerError(
-                "is mounted as a single file, and SQLite keeps its last commits in another file beside it. Mount its "
+                "is mounted as a single file, and SQLite keeps its last commits in another file next to it. Mount its "
                 "folder instead.",
                 ledger=self.address,
             )

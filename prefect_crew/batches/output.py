@@ -112,19 +112,19 @@ class Output:
         return count
 
     def write_rejected(self, lines: IO[bytes] | None) -> None:
-        """Write the rows that were set aside beside the output; None removes those of an earlier call.
+        """Write the rows that were set aside next to the output; None removes those of an earlier call.
 
         Raises:
             OutputError: They cannot be written there.
         """
-        beside = Output(rejected_name(self.address))
-        with beside._reporting():
+        rejected = Output(rejected_name(self.address))
+        with rejected._reporting():
             if lines is not None:
                 lines.seek(0)
-                with beside._target() as target:
+                with rejected._target() as target:
                     shutil.copyfileobj(lines, target)
-            elif beside.exists():
-                filesystem, path = _fsspec.core.url_to_fs(beside.address)
+            elif rejected.exists():
+                filesystem, path = _fsspec.core.url_to_fs(rejected.address)
                 filesystem.rm(path)
 
     @contextmanager

@@ -74,7 +74,7 @@ async def bind(
         known: What is known of the batch.
         crew_url, fingerprint, total: What the batch is run with now.
         go_on: Whether a batch whose rows or crew have changed goes on all the same.
-        public: Where the ledger is found again, without a password.
+        public: Where the ledger is, without a password.
         call, line_options: As in a `BatchEntry`.
 
     Raises:
@@ -120,17 +120,17 @@ def check_age(entry: BatchEntry, known: Any, *, ledger: str) -> None:
         )
 
 
-async def begin_generation(ledger: Ledger, public: str, *, patience: float) -> int:
+async def begin_generation(ledger: Ledger, public: str, *, give_up_after: float) -> int:
     """Begin the next generation of a batch that is bound, in its ledger and then on the Prefect server; return it.
 
     Args:
         ledger: The ledger that keeps it.
-        public: Where that is found again, as for `bind`.
-        patience: Seconds for which a Prefect API that is away or busy is asked again.
+        public: Where that is, as for `bind`.
+        give_up_after: Seconds for which a Prefect API that is away or busy is asked again.
 
     Raises:
         LedgerError: The ledger cannot be written.
-        LedgerMissingError: The batch was bound to another ledger meanwhile.
+        LedgerMissingError: The batch is bound to another ledger by now.
         httpx.HTTPError, PrefectException: The Prefect API is away.
     """
     generation = await ledger.advance()
@@ -145,7 +145,7 @@ async def begin_generation(ledger: Ledger, public: str, *, patience: float) -> i
                 raise LedgerMissingError(name=ledger.batch, ledger=str(value.get("ledger")))
             body = {"value": {**value, "crew_url": entry.crew_url, "generation": generation}}
             # By its id: one that was made anew under the name is not this one.
-            await request_soon(client, "PATCH", f"/variables/{variable.id}", json=body, give_up_after=patience)
+            await request_soon(client, "PATCH", f"/variables/{variable.id}", json=body, give_up_after=give_up_after)
             return generation
     await _create_binding(entry, public)
     return generation
@@ -280,7 +280,7 @@ class BatchLock:
             return True
         return taken and self.generation in (None, generation)
 
-    # SQLite: a file beside the ledger.
+    # SQLite: a file next to the ledger.
 
     def _take_file(self, ledger: Path) -> bool:
         if self._file is not None:

@@ -78,7 +78,7 @@ async def arun_batch(
             Parquet. It is written at the end, and when the batch stops; `prefect-crew batch export` writes it while the
             batch runs. A line has key, inputs, state, output, data, tasks, kickoff_id, seconds, usage and error.
         ledger: A path, the URL of a PostgreSQL database, or `secret://NAME` for a Prefect Secret block that holds one;
-            left out, a file beside a local output.
+            left out, a file next to a local output.
         key: A column or a function of the row; left out, a digest of the inputs and how many equal ones came before.
         inputs: How a row becomes inputs: a function of the row, or by name a column, a template over the columns, a
             function of the row, or a constant that is no text; left out, the columns of the crew's names.

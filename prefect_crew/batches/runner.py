@@ -96,7 +96,7 @@ class Runner:
         self._flow_run = (None, 0) if flow_run is None else (str(flow_run.id), flow_run.run_count)
 
     def stop(self, reason: str, *, shut: bool = False) -> None:
-        """Kick off nothing more; `shut`: wait for nothing either. What is in flight is found again by the next call."""
+        """Kick off nothing more; `shut`: wait for nothing either. The next call reattaches to what is in flight."""
         self.throttle.stop(reason)
         if shut and not self.shut:
             self.shut = True

@@ -32,7 +32,7 @@ def _shown(value: Any) -> Any:
 
 app = App(
     name="prefect-crew",
-    help="Run deployed CrewAI crews from Prefect: each run is started at most once, and is found again.",
+    help="Run deployed CrewAI crews from Prefect: each run is started at most once, and never lost.",
     help_format="plaintext",
     help_epilogue="--debug with any command shows the traceback of an error. Exit codes: docs/cli.md.",
     version=version("prefect-crew"),

@@ -45,7 +45,7 @@ class BatchChoices:
 
     ledger: Annotated[
         str | None,
-        Parameter(help="A path, a PostgreSQL URL, or secret://NAME. Left out: a file beside a local output."),
+        Parameter(help="A path, a PostgreSQL URL, or secret://NAME. Left out: a file next to a local output."),
     ] = None
     key: Annotated[str | None, Parameter(help="The column that tells rows apart. Left out: a digest of inputs.")] = None
     input_: Annotated[
@@ -232,7 +232,7 @@ def plan(
     /,
     *,
     name: Annotated[str, Parameter(help="The batch, to see what is left of it.")] = "plan",
-    output: Annotated[str, Parameter(help="Its output, beside which its ledger is.")] = "batch.jsonl",
+    output: Annotated[str, Parameter(help="Its output; its ledger is next to it.")] = "batch.jsonl",
     seconds_per_run: Annotated[
         float | None, Parameter(help="How long one run takes. Left out: the mean of what the ledger has seen.")
     ] = None,

@@ -122,7 +122,7 @@ def _write(answer: CrewResult, path: Path) -> None:
 
 
 def put_result(answer: CrewResult, seen: SeenRun | None, *, as_json: bool) -> None:
-    """Write a result: as JSON, or its text, with where it is found again on standard error."""
+    """Write a result: as JSON, or its text, with where to find it on standard error."""
     page = flow_run_url(seen.flow_run_id) if seen else None
     if as_json:
         facts = {"crew": seen.label, "idempotency_key": seen.idempotency_key} if seen else {}

@@ -308,7 +308,8 @@ def _state_of(body: Mapping[str, Any]) -> _State | None:
 def _agreed_state(body: Mapping[str, Any], state: CrewState) -> CrewState:
     """Return the state on which all of a status agrees: what is said to have failed has not completed.
 
-    Completed contradicts a `status` beside `state` that means failed or stopped, an error where there is no result, and
+    Completed contradicts a `status` next to `state` that means failed or stopped, an error where there is no result,
+    and
     a result that is an error and nothing else.
     """
     if state is not CrewState.COMPLETED:
@@ -329,7 +330,7 @@ def _agreed_state(body: Mapping[str, Any], state: CrewState) -> CrewState:
 
 
 def _sentence(body: Mapping[str, Any]) -> str | None:
-    """Return a `status` that is a sentence for people beside a `state`."""
+    """Return a `status` that is a sentence for people next to a `state`."""
     status = as_text(body.get("status"))
     return status if status and as_text(body.get("state")) and known_state(status) is None else None
 
@@ -440,7 +441,8 @@ def parse_inputs(body: bytes) -> list[CrewInput]:
     """Return the inputs that `GET /inputs` names, in its order, each once.
 
     Accepted under `inputs`: a list of names, a list of `{name, type, required, description, default}`, an object of
-    name to description (or to such an object), null; and a bare list. `required_inputs` beside it takes the same forms:
+    name to description (or to such an object), null; and a bare list. `required_inputs` next to it takes the same
+    forms:
     an input that it does not name is optional.
 
     Raises:
@@ -505,7 +507,7 @@ def parse_status(body: bytes, kickoff_id: str) -> CrewStatus:
 
     Output and data are set only on a completed run, an error only on a failed or stopped one, whatever else the body
     holds. A run that is said to be completed and failed at once counts as failed. A body without a state says nothing
-    of the run, even beside a result: every known server gives one, and unknown is not success.
+    of the run, even with a result: every known server gives one, and unknown is not success.
 
     Raises:
         ResponseFormatError: The body is no object, has no state, or names another run.

@@ -186,7 +186,7 @@ _redact: ContextVar[Callable[[str], str] | None] = ContextVar("prefect_crew_with
 
 @contextmanager
 def withholding(redact: Callable[[str], str]) -> Generator[None]:
-    """Let errors of the client that are made meanwhile, in this context, tell what `redact` leaves of an answer."""
+    """Let errors of the client that are made in this context tell what `redact` leaves of an answer."""
     reset = _redact.set(redact)
     try:
         yield

@@ -19,7 +19,7 @@ from prefect_crew.pipelines.graph import PipelineGraph
 from prefect_crew.records.model import RecordPhase
 from prefect_crew.runs.run import OpenRun
 
-WIDTH = 32
+WIDTH = 20
 """Characters of the timeline."""
 SHOW_AFTER = 0.5
 """Seconds after which a pipeline that goes on is shown for the first time."""

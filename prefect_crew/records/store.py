@@ -1,4 +1,4 @@
-"""Run records in Prefect Variables: found again from any machine that shares the Prefect server or workspace.
+"""Run records in Prefect Variables: found from any machine that shares the Prefect server or workspace.
 
 A Variable's name is unique on the server, so creating one is an atomic claim (measured: 20 racers, one winner). Its
 value holds 5,000 bytes of JSON and is replaced, not compared; no clean-up of flow runs or artifacts removes it.

@@ -69,7 +69,8 @@ class Slots:
 
     @asynccontextmanager
     async def kept(self) -> AsyncGenerator[None]:
-        """Renew the lease meanwhile. A Prefect API that is away ends nothing: the runs go on at the crew's server."""
+        """Renew the lease until the end of the block. A Prefect API that is away ends nothing: the runs go on at the
+        crew's server."""
         renewing = asyncio.create_task(self._renew_on())
         try:
             yield

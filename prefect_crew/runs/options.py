@@ -1,4 +1,4 @@
-"""What a call was given beside its crew and inputs, checked before anything is bought."""
+"""The options of a call, besides its crew and inputs: checked before anything is started."""
 
 from __future__ import annotations
 

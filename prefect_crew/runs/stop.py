@@ -2,7 +2,7 @@
 
 Under Prefect a cancelled flow run, a timeout, a worker that is shut down and Ctrl-C all arrive as one and the same
 cancellation. What tells them apart is the flow run's state on the server, and the signal itself. A worker that is shut
-down or evicted leaves the crew running: the run is found again.
+down or evicted leaves the crew running: the next call reattaches to the run.
 """
 
 from __future__ import annotations
@@ -261,7 +261,7 @@ async def close_stopped(record: RunRecord, answer: StopAnswer, records: RecordSt
     if answer.outcome is not StopOutcome.STOPPED:
         record.reason = f"{_STOP_ASKED}: {answer.outcome}"
         await records.save(record)
-    # Not over what is written meanwhile: whoever waits for the run may have seen how it ended.
+    # Not over what is written in between: whoever waits for the run may have seen how it ended.
     elif await records.resolve(stored, RecordPhase.ENDED, state=CrewState.STOPPED, reason=record.reason):
         for name, value in stored.outcome().items():
             setattr(record, name, value)

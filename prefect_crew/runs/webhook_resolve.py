@@ -1,6 +1,6 @@
 """Resolving an uncertain kickoff by its first webhook.
 
-The signed URL says which purchase the webhook is about; the id in its body is only a claim. It counts once the crew's
+The signed URL says which start the webhook is about; the id in its body is only a claim. It counts once the crew's
 status call knows it and no other record holds it, and never against the idempotency key in the body's own `meta`.
 """
 
@@ -47,7 +47,7 @@ class _NotKnownError(CrewError):
 
 
 def attempt_of(attempts: Sequence[RunRecord], attempt: int | None) -> RunRecord | None:
-    """Return the attempt of this number, or where none is given the latest that is, or may be, a purchase."""
+    """Return the attempt of this number, or where none is given the latest that started, or may have started, a run."""
     if attempt is not None:
         return next((one for one in attempts if one.attempt == attempt), None)
     return next((one for one in reversed(attempts) if one.counts), None)
@@ -74,7 +74,7 @@ async def resolve_from_webhook(
         idempotency_key: The run, from the signed URL.
         kickoff_id: The id in the webhook's body.
         records: Where records live.
-        attempt: The attempt at the idempotency key, from the URL; left out, the latest purchase.
+        attempt: The attempt at the idempotency key, from the URL; left out, the latest that may have started a run.
         claim: The claim that the URL was made for, from the URL.
         said_key: The idempotency key in the body's `meta`, if there is one.
         load: Finds the crew that the status call is made to.

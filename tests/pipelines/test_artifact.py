@@ -52,9 +52,9 @@ def test_what_ran_beside_what():
     assert "1 of 3 steps completed, 1 failed" in text
     bars = {step: row(text, step)[4].strip("`") for step in ("research", "prices", "write")}
     assert {len(bar) for bar in bars.values()} == {WIDTH}
-    assert bars["research"] == "█" * 16 + "░" * 16
-    assert bars["prices"] == "█" * 8 + "░" * 24
-    assert bars["write"] == "░" * 16 + "█" * 16
+    assert bars["research"] == "█" * 10 + "░" * 10
+    assert bars["prices"] == "█" * 5 + "░" * 15
+    assert bars["write"] == "░" * 10 + "█" * 10
     assert [row(text, step)[3] for step in bars] == ["5.0 s", "2.5 s", "5.0 s"]
     assert row(text, "research")[6] == f"[abc](../artifact/{ARTIFACT})"
     assert row(text, "prices")[6] == "a-long-i…"

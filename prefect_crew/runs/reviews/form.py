@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from prefect_crew.runs.run import OpenRun
 
 MARGIN = timedelta(days=1)
-"""How long a flow run stays paused after people's time is over, should its process have died meanwhile."""
+"""How long a flow run stays paused after people's time is over, should its process have died."""
 LOOK_EVERY = 2.0
 """Seconds between two looks at whether the form was filled in."""
 SHOWN = 20_000
