@@ -451,7 +451,7 @@ def test_on_a_terminal_a_bar_is_drawn_and_ctrl_c_stops_what_is_in_flight(
     env = environment(tmp_path / "home", {"PREFECT_API_URL": prefect_api.api_url})
     with Terminal([program("prefect-crew"), *command], env=env) as screen:
         screen.wait_for("12 in flight")
-        assert "0 of 30" in screen.output
+        assert "0/30" in screen.output
         screen.press("\x03")
         assert screen.wait(60) == 130
     assert "Traceback" not in screen.output
