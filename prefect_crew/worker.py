@@ -484,9 +484,20 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, BaseWorkerResult]):
         if held is not None and not self._owns(current):
             self._logger.warning("Flow run %r was taken by another worker: it ends here.", current.name)
             held.end("lost", f"Another worker has taken flow run {current.name!r}.")
+            if owner_name(current) == self.name:
+                self._change_name()
+
+    def _change_name(self) -> None:
+        """Go on under a name of its own. A worker takes what an earlier start under its name has left, at once: two
+        that live would take each other's flow runs for ever."""
+        name = f"{self.name}-{self.boot}"
+        self._logger.warning(
+            "Another worker %r runs: this one goes on as %r. Give each worker of a pool its own name.", self.name, name
+        )
+        self.name = name
 
     def _owns(self, flow_run: FlowRun) -> bool:
-        return flow_run.infrastructure_pid == self.identity
+        return (flow_run.infrastructure_pid or "").endswith(f"/{self.boot}")
 
     async def kill_infrastructure(
         self, infrastructure_pid: str, configuration: CrewJobConfiguration, grace_seconds: int = 30
@@ -538,11 +549,11 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, BaseWorkerResult]):
 
     async def _adopt_orphans(self) -> None:
         """Adopt what a worker that is gone has left, as soon as that is sure."""
+        await self._end_lost_ones()  # also while its heartbeats arrive: another worker may have been given its name
         workers = await read_workers(self.client, self._work_pool_name)
         if not workers.get(self.name, True):
-            # Its heartbeats did not arrive, so it may have been taken for dead. The next one may be minutes away:
-            # Prefect makes fewer the longer the server is away.
-            await self._end_lost_ones()
+            # Its heartbeats did not arrive. The next one may be minutes away: Prefect makes fewer the longer the server
+            # is away.
             await self.sync_with_backend()
         now = _clock()
         have_changed, self._workers = workers != self._workers, workers

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -387,6 +388,26 @@ def test_a_worker_that_was_frozen_gives_up_what_it_has_lost(handed: Handed):
     assert two.process.running
     for run_id in runs:
         assert handed.pool.states(run_id)[-1] == "Completed"
+
+
+@pytest.mark.slow
+def test_two_workers_that_are_given_one_name_go_on_as_two(handed: Handed):
+    workers = [handed.pool.worker("one")]
+    runs = handed.start(3)
+    workers.append(handed.pool.worker("one"))
+
+    def owners() -> set[str]:
+        return {handed.pool.flow_run(run_id)["infrastructure_pid"] for run_id in runs}
+
+    wait_until(lambda: "Another worker 'one' runs" in workers[0].log.read_text(), seconds=60, what="one notices")
+    runs += handed.start(3)
+    before = owners()
+    time.sleep(4 * handed.pool.heartbeat)
+    assert owners() == before, "nobody takes a flow run from one that lives"
+    handed.end(runs)
+    assert all(worker.process.running for worker in workers)
+    for run_id in runs:
+        assert handed.pool.states(run_id).count("Running") <= 2
 
 
 @pytest.mark.slow
