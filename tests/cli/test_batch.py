@@ -456,4 +456,4 @@ def test_on_a_terminal_a_bar_is_drawn_and_ctrl_c_stops_what_is_in_flight(
         assert screen.wait(60) == 130
     assert "Traceback" not in screen.output
     assert server.kickoffs == 12
-    assert here("batch", "inspect", name, "--json").json["states"] == {"stopped": 12}
+    assert here("batch", "inspect", name, "--json").json["states"] == {"pending": 18, "stopped": 12}
