@@ -123,7 +123,7 @@ def test_it_renders_as_meant_and_leads_to_the_runs(
         page.screenshot(tmp_path / f"pipeline-{ui}.png")
         text = page.text()
         assert "review | <b>twice<b>" in text
-        assert "✗ failed" in text
+        assert "✗\u00a0failed" in text, "with a space where no line breaks"
         assert page.count("a[href*='../artifact/']") == 5
         # The older interface opens links in another tab; where this one leads counts.
         page.open(page.evaluate("document.querySelector(\"a[href*='../artifact/']\").href"))
