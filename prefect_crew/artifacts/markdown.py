@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import html
 import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -121,9 +122,15 @@ def code(text: str) -> str:
     return f"{fence}{pad}{flat}{pad}{fence}"
 
 
+LINE = 90
+"""Characters of a line in a block of code that fit Prefect's page."""
+
+
 def fenced(text: str, cap: int = OUTPUT_CAP) -> str:
-    """Return text as a block of code, capped, whatever backticks it holds."""
+    """Return text as a block of code, capped, whatever backticks it holds. Long lines are broken: no page does so."""
     shown = text if len(text) <= cap else f"{text[:cap]}…"
+    lines = (textwrap.wrap(line, LINE, break_long_words=False, replace_whitespace=False) for line in shown.split("\n"))
+    shown = "\n".join("\n".join(parts) for parts in lines)
     fence = "`" * max(3, max((len(run) for run in re.findall(r"`+", shown)), default=0) + 1)
     return f"{fence}text\n{shown.translate(_TURNS)}\n{fence}"
 

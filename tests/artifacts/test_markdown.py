@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
-from prefect_crew.artifacts.markdown import OUTPUT_CAP, RunView, cell, code, prose, render_run, table
+from prefect_crew.artifacts.markdown import OUTPUT_CAP, RunView, cell, code, fenced, prose, render_run, table
 from prefect_crew.client.models import CrewStatus, TaskResult, TokenUsage
 from prefect_crew.client.redaction import MASK
 from prefect_crew.states import CrewState
@@ -305,3 +305,14 @@ def test_secret_inputs_are_masked_by_their_names():
     markdown = render_run(shown)
     assert "4711" not in markdown
     assert MASK.replace("*", "\\*") in markdown
+
+
+def test_a_long_line_of_an_error_is_broken_at_words_and_nothing_is_lost():
+    text = "Run 1 failed: " + "a word and " * 30 + "https://example.com/" + "x" * 200 + "\n\n    indented line"
+    block = fenced(text).splitlines()
+    assert block[0] == "```text"
+    assert block[-1] == "```"
+    assert all(len(line) <= 90 or "x" * 200 in line for line in block)
+    assert " ".join(" ".join(block[1:-1]).split()) == " ".join(text.split())
+    assert block[-2] == "    indented line"
+    assert block[-3] == ""
