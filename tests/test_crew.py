@@ -14,6 +14,7 @@ from pydantic_core import to_json
 
 from prefect_crew import AuthenticationError, DeployedCrew
 from prefect_crew.blocks import load_crew
+from prefect_crew.client import CrewClient, CrewInput
 from prefect_crew.crew import Crew, CrewSession
 from prefect_crew.testing import CrewServerFactory
 
@@ -106,6 +107,37 @@ async def test_a_call_is_made_once_more_with_the_stored_token(crew_server: CrewS
         assert session.crew.token.get_secret_value() == "the-new-token"
         await session.client.inputs()
     assert server.counters.unauthorized == 1
+
+
+@pytest.mark.usefixtures("prefect_api")
+async def test_of_two_calls_that_are_refused_at_once_the_second_uses_the_token_that_the_first_took_up(
+    crew_server: CrewServerFactory,
+):
+    server = crew_server("echo")
+    crew = await stored(server)
+    server.token = "the-new-token"
+    await store_anew(crew, server)
+    both_asked, renewed = asyncio.Barrier(2), asyncio.Event()
+
+    async with CrewSession(crew) as session:
+
+        async def ask(waits_for: asyncio.Event | None) -> list[str]:
+            async def request(client: CrewClient) -> list[CrewInput]:
+                if client is old:
+                    await both_asked.wait()
+                    try:
+                        return await client.inputs()
+                    finally:
+                        if waits_for is not None:
+                            await waits_for.wait()
+                renewed.set()
+                return await client.inputs()
+
+            return [known.name for known in await session.call(request)]
+
+        old = session.client
+        assert await asyncio.gather(ask(None), ask(renewed)) == [["text"], ["text"]]
+    assert server.counters.unauthorized == 2
 
 
 @pytest.mark.usefixtures("prefect_api")

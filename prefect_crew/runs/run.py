@@ -13,6 +13,7 @@ import httpx
 from prefect.context import FlowRunContext, TaskRunContext
 from prefect.exceptions import PrefectException
 from pydantic import BaseModel, ValidationError
+from yaml.representer import Representer, SafeRepresenter
 
 from prefect_crew._internal.prefect_api import contexts_around, flow_run_id, run_logger
 from prefect_crew.artifacts.markdown import RunView
@@ -191,6 +192,11 @@ class KickoffId(str):
             return False
         self._is_new = False
         return True
+
+
+# PyYAML refuses a subclass of str that it was not told of.
+for _representer in (SafeRepresenter, Representer):
+    _representer.add_representer(KickoffId, lambda dumper, kickoff_id: dumper.represent_str(str(kickoff_id)))
 
 
 async def find_run(

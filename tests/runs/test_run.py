@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
 import uuid
 from collections.abc import Callable
@@ -10,9 +11,13 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
+import orjson
 import pytest
+import yaml
 from prefect import flow, task
+from prefect.serializers import Serializer
 from pydantic import BaseModel, SecretStr, field_validator
+from pydantic_core import from_json, to_json
 
 from prefect_crew import CrewStep, PipelineFailedError, arun_crew, arun_pipeline
 from prefect_crew.artifacts.markdown import render_run
@@ -160,6 +165,32 @@ def test_a_kickoff_id_that_is_stored_or_sent_elsewhere_is_plain_text():
     assert b"4711" not in pickle.dumps(kickoff_id)
     for one in (pickle.loads(pickle.dumps(kickoff_id)), copy.deepcopy(kickoff_id), copy.copy(kickoff_id)):
         assert type(one) is str
+
+
+@pytest.mark.parametrize(
+    ("write", "read"),
+    [
+        pytest.param(json.dumps, json.loads, id="json"),
+        pytest.param(orjson.dumps, orjson.loads, id="orjson"),
+        pytest.param(to_json, from_json, id="pydantic"),
+        pytest.param(yaml.safe_dump, yaml.safe_load, id="yaml-safe"),
+        pytest.param(yaml.dump, yaml.safe_load, id="yaml"),
+        pytest.param(
+            lambda one: yaml.dump(one, Dumper=getattr(yaml, "CSafeDumper", yaml.SafeDumper)),
+            yaml.safe_load,
+            id="yaml-c",
+        ),
+        *(
+            pytest.param(Serializer(type=kind).dumps, Serializer(type=kind).loads, id=f"prefect-{kind}")
+            for kind in ("json", "pickle", "compressed/json", "compressed/pickle")
+        ),
+    ],
+)
+def test_whatever_stores_a_kickoff_id_stores_plain_text(write: Any, read: Any):
+    kickoff_id = KickoffId(OpenRun(crew(), "r1", inputs={"pin": "4711"}))
+    stored = write({"run": kickoff_id})
+    assert "4711" not in str(stored)
+    assert (read(stored), type(read(stored)["run"])) == ({"run": "r1"}, str)
 
 
 # Ends

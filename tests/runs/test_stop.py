@@ -25,6 +25,7 @@ from prefect_crew import (
     CrewRun,
     CrewStoppedError,
     DeployedCrew,
+    WaitPolicy,
     arun_crew,
     kickoff_crew,
     run_crew,
@@ -285,17 +286,17 @@ def test_short_waits_ask_prefect_nothing(crew_server: CrewServerFactory, monkeyp
 # A run under a runner, which gets a cancellation like any other
 
 
-async def cancelled_midway(server: Any, seen: Seen, kind: str | None) -> str:
-    """Run a crew in a flow, put the flow run into a state, cancel the task as a runner's signal does."""
+async def cancelled_midway(server: Any, seen: Seen, kind: str | None, *, at: str = "status", **policy: Any) -> str:
+    """Run a crew in a flow, put the flow run into a state at a request, cancel the task as a runner's signal does."""
     ids: list[Any] = []
 
     @flow
     async def trip() -> None:
         ids.append(flow_run.id)
-        await arun_crew(server.crew())
+        await arun_crew(server.crew(wait=WaitPolicy(**policy)))
 
     running = asyncio.ensure_future(trip())
-    while not server.requests["status"]:
+    while not server.requests[at]:
         await asyncio.sleep(0.01)
     if kind:
         await asyncio.to_thread(seen.set_state, ids[0], kind)
@@ -314,6 +315,15 @@ def test_a_cancelled_flow_run_stops_its_crew_once(crew_server: CrewServerFactory
     record = RunRecord.model_validate(seen.record(next(iter(server.kickoffs_by_key))))
     assert str(record.state) == "stopped"
     assert [event["event"] for event in seen.events(server.runs[0].id)][-1] == "crew.stopped"
+
+
+@pytest.mark.usefixtures("started_by_a_runner")
+def test_a_stop_at_a_timeout_is_not_followed_by_a_second_one_where_the_wait_is_cancelled_meanwhile(
+    crew_server: CrewServerFactory, seen: Seen
+):
+    server = crew_server(slow(60), faults=["stop:latency=20"])
+    asyncio.run(cancelled_midway(server, seen, "CANCELLING", at="stop", timeout=0.2, on_timeout="stop"))
+    assert server.requests["stop"] == 1
 
 
 @pytest.mark.usefixtures("started_by_a_runner")
