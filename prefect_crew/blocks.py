@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from difflib import get_close_matches
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -13,8 +14,10 @@ from uuid import UUID
 
 import httpx
 from prefect.blocks.abstract import JobBlock, JobRun
+from prefect.blocks.system import Secret
 from prefect.exceptions import ObjectNotFound
 from pydantic import BaseModel, ConfigDict, Field, HttpUrl, SecretStr, field_validator, model_validator
+from pydantic import Secret as SealedValue
 
 from prefect_crew._internal.callables import dual
 from prefect_crew.client._transport import checked_url
@@ -255,7 +258,7 @@ class CrewRun(JobRun[CrewResult]):
         self, feedback: str, *, approve: bool, task_id: str | None = None, webhooks: Webhooks | None = None
     ) -> ResumeAnswer:
         """Answer for the person that the run waits for."""
-        from prefect_crew.runs.reviews.inbox import resume_run
+        from prefect_crew.runs.reviews.answer import resume_run
 
         return await resume_run(
             self.crew, self.kickoff_id, feedback=feedback, approve=approve, task_id=task_id, webhooks=webhooks
@@ -317,3 +320,27 @@ async def find_crew(record: RunRecord) -> Crew | None:
 
 async def _load_block(kind: type[DeployedCrew], name: str) -> Crew:
     return (await kind.aload(name)).crew
+
+
+async def values_of_blocks(given: Mapping[str, Any], secret_inputs: Collection[str]) -> dict[str, Any]:
+    """Return inputs with the values of Prefect Secret blocks in place of their names, for those that are secret.
+
+    Prefect stores a flow's parameters, so one is the name of a block and never a secret. The values are pydantic's
+    secrets: error reporters show the local variables of whoever holds them.
+
+    Raises:
+        ConfigurationError: There is no such block. What was given is not shown: it may be the secret itself.
+    """
+    names = [name for name in given if name in secret_inputs]
+    values = await asyncio.gather(*(_secret_value(name, given[name]) for name in names))
+    return {**given, **dict(zip(names, values, strict=True))}
+
+
+async def _secret_value(name: str, block: Any) -> Any:
+    try:
+        return SealedValue((await cast("Any", Secret).aload(str(block))).get())
+    except ValueError:
+        raise ConfigurationError(
+            f"The input {name!r} is secret, so it is given as the name of a Prefect Secret block, and no block has the "
+            "name that was given. Nothing was started. Make one, and give its name: Secret(value=…).save('NAME')."
+        ) from None

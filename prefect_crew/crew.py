@@ -250,6 +250,11 @@ class WaitPolicy(BaseModel):
         "apart, counts as the next one, which people may answer; a function is never asked so. Empty: never.",
     )
 
+    def stops(self, phase: str) -> bool:
+        """Return whether a crew is stopped when its time in this phase is over, "human" among them."""
+        human = self.on_human_timeout if phase == "human" else None
+        return (human or self.on_timeout) == "stop"
+
     @model_validator(mode="after")
     def _pauses_grow(self) -> WaitPolicy:
         if self.initial > self.max_interval:

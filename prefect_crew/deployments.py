@@ -27,6 +27,7 @@ from prefect.types.entrypoint import EntrypointType
 from prefect.utilities.callables import parameter_schema
 from pydantic import Field, TypeAdapter, ValidationError, WithJsonSchema
 
+from prefect_crew.blocks import values_of_blocks
 from prefect_crew.crew import Crew
 from prefect_crew.exceptions import ConfigurationError
 from prefect_crew.flows import run_deployed_crew
@@ -35,7 +36,6 @@ from prefect_crew.pipelines.definition import PipelineDefinition, PipelineInput,
 from prefect_crew.pipelines.graph import PipelineGraph
 from prefect_crew.pipelines.run import run_deployed_pipeline
 from prefect_crew.records.keys import render_key
-from prefect_crew.runs.secret_blocks import values_of_blocks
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import PrefectClient

@@ -16,7 +16,7 @@ from prefect.exceptions import PrefectException
 from pydantic import BaseModel, Field
 
 from prefect_crew._internal.callables import dual, sync_version
-from prefect_crew.blocks import DeployedCrew, load_crew
+from prefect_crew.blocks import DeployedCrew, load_crew, values_of_blocks
 from prefect_crew.client.inputs import encode_inputs
 from prefect_crew.client.models import CrewResult
 from prefect_crew.client.redaction import MASK, holds_secret
@@ -26,7 +26,6 @@ from prefect_crew.records.store import PrefectRecords
 from prefect_crew.runs.options import check_choices
 from prefect_crew.runs.reviews.questions import ReviewChoice
 from prefect_crew.runs.run import OpenRun, parse_data, read_result
-from prefect_crew.runs.secret_blocks import values_of_blocks
 from prefect_crew.states import CrewState
 from prefect_crew.tasks import kickoff_crew, wait_for_crew
 

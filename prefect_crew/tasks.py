@@ -29,7 +29,7 @@ from prefect_crew.exceptions import ConfigurationError, CrewError
 from prefect_crew.records.keys import calling_task, identify
 from prefect_crew.runs.kickoff import open_run
 from prefect_crew.runs.options import check_choices
-from prefect_crew.runs.reviews.inbox import resume_run
+from prefect_crew.runs.reviews.answer import resume_run
 from prefect_crew.runs.reviews.questions import ReviewChoice
 from prefect_crew.runs.run import KickoffId
 from prefect_crew.runs.stop import stop_run
@@ -190,10 +190,6 @@ AnyCrew = DeployedCrew | Crew | CrewSession | str
 """A crew, the name of a stored block, or an open session of a crew, whose giver has checked the options."""
 
 
-async def _loaded(crew: AnyCrew) -> Crew | CrewSession:
-    return crew if isinstance(crew, CrewSession) else await load_crew(crew)
-
-
 @_task("inputs of", retries=2, retry_delay_seconds=2)
 async def discover_inputs(crew: DeployedCrew | Crew | str) -> list[CrewInput]:
     """Return the inputs that a crew names; empty where it names none. `crew` may be the name of a stored block.
@@ -228,7 +224,7 @@ async def kickoff_crew(
         CrewConnectionError, RateLimitedError, ServerError: It surely did not start; Prefect retries this.
     """
     run = await open_run(
-        await _loaded(crew),
+        crew if isinstance(crew, CrewSession) else await load_crew(crew),
         inputs or {},
         idempotency_key=idempotency_key,
         name=name,
@@ -266,8 +262,9 @@ async def wait_for_crew(
     del name
     if not isinstance(crew, CrewSession):
         check_choices(wait=wait, output_type=output_type, review=review)
+        crew = await load_crew(crew)
     return await wait_for_run(
-        await _loaded(crew),
+        crew,
         kickoff_id,
         idempotency_key=idempotency_key,
         wait=wait,

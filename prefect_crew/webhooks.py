@@ -9,7 +9,6 @@ can send webhooks of one kind about one run, until it expires.
 from __future__ import annotations
 
 import base64
-import hashlib
 import hmac
 import json
 from collections.abc import Sequence
@@ -23,7 +22,7 @@ from pydantic import SecretStr
 from prefect_crew.client._parsing import WebhookKind
 from prefect_crew.client.webhooks import RUN_ENDS, BearerAuth, HumanInputWebhook, StreamWebhook, Webhooks
 from prefect_crew.exceptions import ConfigurationError
-from prefect_crew.records.model import utcnow
+from prefect_crew.records.model import claim_of, utcnow
 from prefect_crew.settings import CrewSettings
 
 if TYPE_CHECKING:
@@ -60,11 +59,6 @@ class Hook:
     names: bool = True
     round: int = 0
     claim: str | None = None
-
-
-def claim_of(owner: str) -> str:
-    """Return what a URL says of the claim that it was made for."""
-    return hashlib.sha256(owner.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
 def webhooks_for(

@@ -217,8 +217,6 @@ CAUGHT: dict[str, str] = {
     "prefect_crew.cli.app.TerminatedError": "of the command line alone: exit code 143",
     "prefect_crew.cli._errors.UsageError": "of the command line alone: exit code 2",
     "prefect_crew.runs.kickoff.ClaimLostError": "purchases decides again",
-    "prefect_crew.runs.webhook_resolve._NotKnownError": "the receiver takes it for an answer",
-    "prefect_crew.runs.reviews.reviewer.TooManyRoundsError": "waits raises ReviewLimitError in its place",
     "prefect_crew.runs.wait._CancelledOnServerError": "waits raises what became of the run",
 }
 """Exceptions that never leave this package, and who catches them."""

@@ -16,7 +16,7 @@ Emitting is a hand-over to Prefect's own background thread (0.15 ms) and raises 
 from __future__ import annotations
 
 from typing import Any
-from uuid import NAMESPACE_URL, UUID, uuid5
+from uuid import NAMESPACE_URL, uuid5
 
 from prefect.context import FlowRunContext
 from prefect.events import emit_event
@@ -51,6 +51,7 @@ def emit(event: str, record: RunRecord, *, once: bool = False, **payload: Any) -
         payload: Plain values, already redacted.
     """
     resource, related = resources_of(record)
+    run = f"{record.idempotency_key}/{record.attempt}"
     if FlowRunContext.get() is not None:
         # Inside a flow run Prefect adds the flow run itself.
         related = [one for one in related if one["prefect.resource.role"] != "flow-run"]
@@ -64,9 +65,5 @@ def emit(event: str, record: RunRecord, *, once: bool = False, **payload: Any) -
             "attempt": record.attempt,
             **payload,
         },
-        id=_only_id(event, record) if once else None,
+        id=uuid5(NAMESPACE_URL, f"prefect-crew/{run}/{record.owner}/{event}") if once else None,
     )
-
-
-def _only_id(event: str, record: RunRecord) -> UUID:
-    return uuid5(NAMESPACE_URL, f"prefect-crew/{record.idempotency_key}/{record.attempt}/{record.owner}/{event}")

@@ -52,7 +52,8 @@ class MarkdownArtifact:
         """
         try:
             async with asyncio.timeout(SHOW_WITHIN):
-                await self._put(data, new)
+                if (None if new else await self.find()) is None or not await self._update(data):
+                    await self._create(data)
         except (httpx.HTTPError, PrefectException, ValueError) as error:
             return f"{type(error).__name__}: {error}".splitlines()[0]
         except TimeoutError:
@@ -79,14 +80,6 @@ class MarkdownArtifact:
                 if self.id is not None or len(found) < PAGE:
                     break
         return self.id
-
-    async def _put(self, data: str, new: bool) -> None:
-        if not new:
-            await self.find()
-        if self.id is not None and not await self._update(data):
-            self.id = None
-        if self.id is None:
-            await self._create(data)
 
     async def _update(self, data: str) -> bool:
         """Update the artifact; False if somebody has removed it."""

@@ -39,8 +39,8 @@ from prefect_crew.client.models import CrewInput
 from prefect_crew.crew import Crew, CrewSession
 from prefect_crew.exceptions import BadRowsError, BatchBusyError, ConfigurationError, CrewError, LedgerError
 from prefect_crew.records.model import RunRecord
+from prefect_crew.records.resolve import Resolution, resolve_from_webhook
 from prefect_crew.records.store import PrefectRecords
-from prefect_crew.runs.webhook_resolve import Resolution, resolve_from_webhook
 from prefect_crew.settings import CrewSettings
 from prefect_crew.webhooks import claim_of, webhooks_for
 

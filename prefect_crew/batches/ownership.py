@@ -21,7 +21,7 @@ from prefect_crew._internal.prefect_api import request_soon, run_logger
 from prefect_crew.batches.database import Database, batches, short
 from prefect_crew.batches.ledger import BatchEntry, Ledger
 from prefect_crew.exceptions import BatchChangedError, LedgerError, LedgerMissingError
-from prefect_crew.runs.reviews.inbox import ASKS
+from prefect_crew.runs.reviews.answer import ASKS
 
 TAG = "prefect-crew-batch"
 VERSION = 1

@@ -22,7 +22,7 @@ from prefect_crew.exceptions import CrewError
 from prefect_crew.records.model import RunRecord, StoredResult
 from prefect_crew.runs.listener import Waker, waker_for
 from prefect_crew.runs.polling import Phases, Watcher, poll
-from prefect_crew.runs.reviews.reviewer import People, TooManyRoundsError, stops_late
+from prefect_crew.runs.reviews.reviewer import People
 from prefect_crew.runs.run import OpenRun, close_record
 from prefect_crew.runs.stop import close_stopped
 from prefect_crew.states import CrewState
@@ -83,20 +83,15 @@ class RowPoller:
         run = OpenRun(crew, kickoff_id, record, job.inputs, owned=True, webhooks=self._webhooks)
         with run.withholding():
             async with waker_for(record.idempotency_key if record.has_webhooks else None) as waker:
-                watcher = _Watcher(self, run, record, waker)
-                try:
-                    status = await poll(
-                        lambda: self.session.client.status(kickoff_id),
-                        kickoff_id=kickoff_id,
-                        crew=record.crew,
-                        policy=self.policy,
-                        phases=phases,
-                        watcher=watcher,
-                        first_look=first_look,
-                    )
-                except TooManyRoundsError as error:
-                    stopped = self.policy.on_human_timeout == "stop" and await self.stop(record)
-                    raise watcher.people.too_often(error.question, stopped=stopped) from None
+                status = await poll(
+                    lambda: self.session.client.status(kickoff_id),
+                    kickoff_id=kickoff_id,
+                    crew=record.crew,
+                    policy=self.policy,
+                    phases=phases,
+                    watcher=_Watcher(self, run, record, waker),
+                    first_look=first_look,
+                )
                 status = status if waker is None else waker.add_usage(status)
         run.use_token_of(self.session.crew)
         has_result = status.state is CrewState.COMPLETED
@@ -153,7 +148,6 @@ class _Watcher(Watcher):
         self._record = record
         self._waker = waker
         self._people: People | None = None
-        self._last: CrewStatus | None = None
         self._first_pause = 0.0 if poller.run_times is None else poller.run_times.first_poll
 
     @property
@@ -161,12 +155,19 @@ class _Watcher(Watcher):
         """What is done about people. Most rows never ask any, so it is made when it is needed."""
         if self._people is None:
             poller = self._poller
-            self._people = People(self._run, poller.session, poller.ledger, poller.policy, None, quiet=True)
-            self._people.questions.waker = self._waker
+            self._people = People(
+                self._run,
+                poller.session,
+                poller.ledger,
+                poller.policy,
+                None,
+                stop=lambda: poller.stop(self._record),
+                waker=self._waker,
+                quiet=True,
+            )
         return self._people
 
     async def on_status(self, status: CrewStatus) -> None:
-        self._last = status
         if status.state is CrewState.WAITING:
             task = self._record.human_task
             await self.people.ask(status)
@@ -189,10 +190,10 @@ class _Watcher(Watcher):
         return max(delay, first)
 
     async def more_time(self) -> float:
-        return await self.people.more_time(self._last)
+        return await self.people.more_time()
 
     async def stop(self, phase: str) -> bool:
-        return stops_late(self._poller.policy, phase) and await self._poller.stop(self._record)
+        return self._poller.policy.stops(phase) and await self._poller.stop(self._record)
 
     async def on_person_turn(self, phases: Phases) -> None:
         phases.note_in(self._record)

@@ -19,7 +19,7 @@ from prefect_crew.batches.ownership import TAG, BatchLock, check_age, read_bindi
 from prefect_crew.batches.rows import BadRow
 from prefect_crew.exceptions import ConfigurationError, CrewError, LedgerMissingError
 from prefect_crew.records.model import RecordPhase, latest_start
-from prefect_crew.runs.reviews.inbox import ASKS
+from prefect_crew.runs.reviews.answer import ASKS
 
 _PAGE = 200
 _NO_CALL: Mapping[str, Any] = {"why_not": "its call is not on record"}

@@ -21,8 +21,8 @@ from prefect_crew.exceptions import CrewError
 
 if TYPE_CHECKING:
     from prefect_crew.crew import Crew
-    from prefect_crew.records.model import RunRecord, SentReview
-    from prefect_crew.runs.reviews.inbox import PendingReview, ReviewableStore
+    from prefect_crew.records.model import RecordStore, RunRecord, SentReview
+    from prefect_crew.runs.reviews.answer import PendingReview
 
 
 EXCERPT = 300
@@ -56,7 +56,7 @@ class AnswerOptions:
 
 
 @asynccontextmanager
-async def open_stores() -> AsyncGenerator[tuple[list[ReviewableStore], list[str]]]:
+async def open_stores() -> AsyncGenerator[tuple[list[RecordStore], list[str]]]:
     """Open all places where runs that wait are on record; give them, and a sentence for each that cannot be opened."""
     from prefect_crew.batches.stored import batches_waiting_for_people
     from prefect_crew.records.store import PrefectRecords
@@ -72,7 +72,7 @@ def list_reviews(*, json: Annotated[bool, JSON] = False) -> None:
     reach_prefect()
 
     async def look() -> tuple[list[PendingReview], list[str]]:
-        from prefect_crew.runs.reviews.inbox import list_pending_reviews
+        from prefect_crew.runs.reviews.answer import list_pending_reviews
 
         stored: dict[tuple[str, str], Crew | None] = {}
 
@@ -122,12 +122,11 @@ def show(
     reach_prefect()
 
     async def look() -> PendingReview:
-        from prefect_crew.runs.reviews.inbox import find_run_in_flight, read_pending_review, requests_by_run
+        from prefect_crew.runs.reviews.answer import find_run_in_flight, read_pending_review
 
         async with open_stores() as (stores, _):
             record, records = await find_run_in_flight(run, stores)
-            requests = await requests_by_run()
-            line = await read_pending_review(record, records, lambda record: _crew(record, crew, access), requests)
+            line = await read_pending_review(record, records, lambda record: _crew(record, crew, access))
         if line is None:
             raise CrewError(f"Run {record.kickoff_id} of crew {record.crew} does not wait for a person.")
         return line
@@ -171,8 +170,9 @@ def _answer(run: str, approve: bool, feedback: str, options: AnswerOptions, acce
     reach_prefect()
 
     async def send() -> tuple[RunRecord, SentReview]:
-        from prefect_crew.runs.reviews.inbox import answer_run, find_run_in_flight
+        from prefect_crew.runs.reviews.answer import answer_run, find_run_in_flight
         from prefect_crew.runs.reviews.questions import Review
+        from prefect_crew.runs.run import OpenRun
 
         async with open_stores() as (stores, _):
             record, records = await find_run_in_flight(run, stores)
@@ -184,9 +184,9 @@ def _answer(run: str, approve: bool, feedback: str, options: AnswerOptions, acce
                 )
             review = Review(approve=approve, feedback=feedback, option=options.option)
             by = options.by or user_name()
-            return record, await answer_run(
-                record, crew, records, review, by=by, task_id=options.task, round=options.round
-            )
+            opened = OpenRun(crew, str(record.kickoff_id), record)
+            _, sent = await answer_run(opened, records, review, by=by, task_id=options.task, round=options.round)
+            return record, sent
 
     record, sent = asyncio.run(send())
     if options.json:

@@ -22,6 +22,7 @@ from pydantic import Field, SecretStr
 from prefect_crew._internal.callables import refuse_running_loop
 from prefect_crew._internal.interrupts import cancel_and_wait, cancelled_once
 from prefect_crew._internal.prefect_api import run_logger
+from prefect_crew.blocks import values_of_blocks
 from prefect_crew.client.inputs import encode_inputs, inputs_digest
 from prefect_crew.client.models import CrewResult, CrewStatus
 from prefect_crew.client.redaction import HiddenValues, Redactor, holds_secret, revealed
@@ -36,7 +37,6 @@ from prefect_crew.records.keys import identify
 from prefect_crew.runs.options import check_choices
 from prefect_crew.runs.reviews.questions import ReviewChoice
 from prefect_crew.runs.run import OpenRun
-from prefect_crew.runs.secret_blocks import values_of_blocks
 
 
 @dataclass(frozen=True)

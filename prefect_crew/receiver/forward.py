@@ -25,8 +25,8 @@ from prefect_crew.exceptions import ConfigurationError
 from prefect_crew.receiver.events import WebhookEvent, prefect_event, resolved_event
 from prefect_crew.records.model import RecordStore, RunRecord
 from prefect_crew.records.notes import MAX_OUTPUT, keep_output, keep_request
+from prefect_crew.records.resolve import Resolution, attempt_of, resolve_from_webhook
 from prefect_crew.records.store import PrefectRecords
-from prefect_crew.runs.webhook_resolve import Resolution, attempt_of, resolve_from_webhook, unresolved
 
 logger = OneLine(logging.getLogger("prefect_crew.receiver"), {})
 
@@ -255,7 +255,7 @@ class Forwarder:
         await _post_events([prefect_event(event, record) for event, record in pairs])
         self._counts["forwarded"] += len(batch)
         for event, record in pairs:
-            if record is not None and unresolved(record) and event.kickoff_id is not None:
+            if record is not None and record.is_unresolved and event.kickoff_id is not None:
                 self._begin_to_resolve(event, event.kickoff_id)
 
     async def _record(self, name: RunName, gate: asyncio.Semaphore) -> RunRecord | None:
@@ -267,7 +267,7 @@ class Forwarder:
             record = attempt_of(await self._records.attempts(name[0]), name[1])
         if record is not None:
             record = record.model_copy(update={"result": None})
-        good_for = UNRESOLVED_GOOD_FOR if record is not None and unresolved(record) else RECORD_GOOD_FOR
+        good_for = UNRESOLVED_GOOD_FOR if record is not None and record.is_unresolved else RECORD_GOOD_FOR
         self._known[name] = monotonic() + good_for, record
         self._known.move_to_end(name)
         if len(self._known) > REMEMBERED:

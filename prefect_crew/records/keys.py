@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from itertools import count
 from typing import NamedTuple
 from uuid import UUID, uuid4
 
@@ -215,7 +216,7 @@ class _Calls:
     """
 
     root: _Root | None = None
-    counts: defaultdict[str, int] = field(default_factory=lambda: defaultdict(int))
+    counts: defaultdict[str, count[int]] = field(default_factory=lambda: defaultdict(lambda: count(1)))
     of_own: dict[tuple[str, str], int] = field(default_factory=dict[tuple[str, str], int])
     given: defaultdict[tuple[object, ...], list[int]] = field(default_factory=lambda: defaultdict(list))
     repeated: defaultdict[tuple[_Attempts, str], int] = field(default_factory=lambda: defaultdict(int))
@@ -228,7 +229,7 @@ class _Calls:
         with self.lock:
             if own is not None and (own, base) in self.of_own:
                 return self.of_own[own, base]
-            number = self._repeat(base, callers) if callers else self._count(base)
+            number = self._repeat(base, callers) if callers else next(self.counts[base])
             if own is not None:
                 self.of_own[own, base] = number
             return number
@@ -245,12 +246,8 @@ class _Calls:
         at = self.repeated[callers, base]
         self.repeated[callers, base] += 1
         if at == len(given):
-            given.append(self._count(base))
+            given.append(next(self.counts[base]))
         return given[at]
-
-    def _count(self, base: str) -> int:
-        self.counts[base] += 1
-        return self.counts[base]
 
     @property
     def is_needed(self) -> bool:

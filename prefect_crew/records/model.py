@@ -6,7 +6,7 @@ import hashlib
 import hmac
 import json
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -267,6 +267,11 @@ class RunRecord(Outcome):
         }
 
 
+def claim_of(owner: str) -> str:
+    """Return what a webhook's URL says of the claim that it was made for."""
+    return hashlib.sha256(owner.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
 _RANK = {
     RecordPhase.CLAIMED: 0,
     RecordPhase.UNCERTAIN: 1,
@@ -458,28 +463,8 @@ def check_same_run(
         )
 
 
-class ReviewStore(Protocol):
-    """Where people's answers live, next to the record of the run that they are about."""
-
-    async def reviews(self, record: RunRecord) -> list[SentReview]:
-        """Return what people have answered to a run, in order."""
-        ...
-
-    async def add_review(self, record: RunRecord, number: int, review: SentReview) -> bool:
-        """Write down an answer that is about to be sent; False if somebody else's of this number stands there."""
-        ...
-
-    async def save_review(self, record: RunRecord, number: int, review: SentReview) -> None:
-        """Write down what became of it."""
-        ...
-
-    async def remove_review(self, record: RunRecord, number: int) -> None:
-        """Take back an answer that the crew's server refused."""
-        ...
-
-
 class RecordStore(Protocol):
-    """Where records live. Every method may raise whatever its storage raises."""
+    """Where records live, and what people answered. Every method may raise whatever its storage raises."""
 
     async def claim(self, record: RunRecord) -> bool:
         """Write a new record, and note its `ref` in it; False if somebody else's stands in its place. Atomic."""
@@ -532,4 +517,24 @@ class RecordStore(Protocol):
 
     async def owner_ended(self, record: RunRecord) -> bool:
         """Return whether the flow run that claimed the record is known to have ended."""
+        ...
+
+    def may_ask(self) -> AsyncIterator[RunRecord]:
+        """Yield the runs in flight, or those of them that are known to have waited for a person."""
+        ...
+
+    async def reviews(self, record: RunRecord) -> list[SentReview]:
+        """Return what people have answered to a run, in order."""
+        ...
+
+    async def add_review(self, record: RunRecord, number: int, review: SentReview) -> bool:
+        """Write down an answer that is about to be sent; False if somebody else's of this number stands there."""
+        ...
+
+    async def save_review(self, record: RunRecord, number: int, review: SentReview) -> None:
+        """Write down what became of it."""
+        ...
+
+    async def remove_review(self, record: RunRecord, number: int) -> None:
+        """Take back an answer that the crew's server refused."""
         ...

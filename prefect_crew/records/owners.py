@@ -7,18 +7,14 @@ import socket
 import subprocess
 import sys
 import uuid
-from datetime import datetime, timedelta
-from email.utils import parsedate_to_datetime
 from functools import lru_cache
-from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from uuid import UUID
 
 import httpx
-from prefect.client.orchestration import PrefectClient, get_client
+from prefect.client.orchestration import get_client
 from prefect.exceptions import ObjectNotFound, PrefectException
-from prefect.settings import get_current_settings
 from prefect.states import Crashed
 
 from prefect_crew._internal.prefect_api import flow_run_id, run_logger
@@ -29,12 +25,6 @@ if TYPE_CHECKING:
 
 _DEAD = ("Z", "X")
 """States of a process that has ended, and of which only the entry is left."""
-MISSED = 3
-"""Heartbeats in a row that a flow run misses before it counts as dead."""
-USUAL = 180
-"""Seconds between two heartbeats, as Prefect comes."""
-LATE = timedelta(seconds=10)
-"""How late a heartbeat may be recorded."""
 
 
 def this_process() -> str | None:
@@ -101,55 +91,26 @@ def _started(pid: int) -> str | None:
 async def crash_dead_owner(record: RunRecord) -> None:
     """Set the flow run that started a run to Crashed if it is known to be dead.
 
-    That is where its process ran on this machine and is gone, or where it has missed three heartbeats. A flow run that
-    was started again since, that is paused, or that sends no heartbeats is left alone. A Prefect API that is away does
-    not stop whoever goes on with the run.
+    That is where its process ran on this machine and is gone. A flow run that was started again since, or that is
+    paused, is left alone. A Prefect API that is away does not stop whoever goes on with the run.
     """
-    own = flow_run_id()
-    if record.flow_run_id is None or record.flow_run_id == own:
+    own, owner = flow_run_id(), record.flow_run_id
+    if owner is None or owner == own or record.process is None or not process_is_gone(record.process):
         return
     try:
         async with get_client() as client:
-            await _crash_if_dead(client, record, UUID(record.flow_run_id), own)
+            flow_run = await client.read_flow_run(UUID(owner))
+            state = flow_run.state
+            if state is None or not state.is_running() or flow_run.run_count != record.flow_run_count:
+                return
+            went_on = f"flow run {own}" if own else "a script"
+            message = f"Its process is gone. Its crew's run goes on with {went_on}."
+            await client.set_flow_run_state(flow_run.id, Crashed(message=message))
     except ObjectNotFound:
         return
     except (httpx.HTTPError, PrefectException) as error:
-        run_logger().debug("Whether flow run %s is dead is not known: %s", record.flow_run_id, error)
-
-
-async def _crash_if_dead(client: PrefectClient, record: RunRecord, owner: UUID, own: str | None) -> None:
-    flow_run = await client.read_flow_run(owner)
-    state = flow_run.state
-    if state is None or not state.is_running() or flow_run.run_count != record.flow_run_count:
-        return
-    if record.process is not None and process_is_gone(record.process):
-        why = "Its process is gone"
-    elif await _is_silent(client, owner):
-        why = f"It has missed {MISSED} heartbeats"
+        run_logger().debug("Whether flow run %s is dead is not known: %s", owner, error)
     else:
-        return
-    went_on = f"flow run {own}" if own else "a script"
-    await client.set_flow_run_state(owner, Crashed(message=f"{why}. Its crew's run goes on with {went_on}."))
-    run_logger().warning("Flow run %s is set to Crashed. %s. Its crew's run is found and goes on here.", owner, why)
-
-
-async def _is_silent(client: PrefectClient, owner: UUID) -> bool:
-    """Return whether a flow run that used to send heartbeats has missed some, by the server's clock alone."""
-    response = await client.request(
-        "POST",
-        "/events/filter",
-        json={
-            "filter": {
-                "event": {"name": ["prefect.flow-run.heartbeat"]},
-                "resource": {"id": [f"prefect.flow-run.{owner}"]},
-            },
-            "limit": MISSED + 1,
-        },
-    )
-    events: list[dict[str, Any]] = response.json()["events"]
-    beats = sorted(datetime.fromisoformat(str(event["received"])) for event in events)
-    if not beats or "Date" not in response.headers:
-        return False
-    gaps = [(after - before).total_seconds() for before, after in pairwise(beats)]
-    usual = max(gaps, default=0.0) or float(get_current_settings().flows.heartbeat_frequency or USUAL)
-    return parsedate_to_datetime(response.headers["Date"]) - beats[-1] > MISSED * timedelta(seconds=usual) + LATE
+        run_logger().warning(
+            "Flow run %s is set to Crashed: its process is gone. Its crew's run is found and goes on here.", owner
+        )

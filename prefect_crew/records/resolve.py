@@ -2,17 +2,20 @@
 seen.
 
 A person says it on the command line, or a webhook of the run. The crew's status call has the last word where it can be
-asked, and no other record may hold the id.
+asked, and no other record may hold the id. The signed URL of a webhook says which start it is about; the id in its body
+is only a claim.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
+from enum import StrEnum
 
 from prefect_crew.client.models import CrewStatus
+from prefect_crew.crew import Crew, CrewSession
 from prefect_crew.exceptions import ConfigurationError, CrewError
-from prefect_crew.records.model import RecordPhase, RecordStore, RunRecord, latest_start
+from prefect_crew.records.model import RecordPhase, RecordStore, RunRecord, claim_of, latest_start
 from prefect_crew.states import CrewState
 
 RESOLVED_BY_PERSON = "resolved: it never started"
@@ -175,3 +178,83 @@ def _resolved_by_another(record: RunRecord, current: RunRecord | None) -> CrewEr
     if current is not None:
         is_now = f"{current.state or current.phase}, run {current.kickoff_id or 'unknown'}"
     return CrewError(f"Run {record.idempotency_key!r} was resolved by somebody else: it is {is_now} now.")
+
+
+# By a webhook
+
+
+class Resolution(StrEnum):
+    """What became of an attempt to resolve."""
+
+    RESOLVED = "resolved"
+    """The record has the id now: the next call with its key waits for that run."""
+    NOT_NEEDED = "not needed"
+    """There is no such record, or it is known what became of its kickoff."""
+    TOO_EARLY = "too early"
+    """Whoever sent the kickoff may still write its outcome down."""
+    NO_CREW = "no crew"
+    """The crew is not stored as a block, or as one of another address: its server cannot be asked."""
+    NOT_KNOWN = "not known"
+    """The status call does not know the id, or not yet."""
+    NO_ANSWER = "no answer"
+    """The status call failed, or the record was changed at that moment."""
+    REFUSED = "refused"
+    """Another record holds the id, or the webhook is of another claim or names another idempotency key itself."""
+
+    @property
+    def may_change(self) -> bool:
+        """Whether the same attempt may succeed a little later."""
+        return self in (Resolution.TOO_EARLY, Resolution.NOT_KNOWN, Resolution.NO_ANSWER)
+
+
+def attempt_of(attempts: Sequence[RunRecord], attempt: int | None) -> RunRecord | None:
+    """Return the attempt of this number, or where none is given the latest that started, or may have started, a run."""
+    if attempt is None:
+        return latest_start(attempts)
+    return next((one for one in attempts if one.attempt == attempt), None)
+
+
+async def resolve_from_webhook(
+    idempotency_key: str,
+    kickoff_id: str,
+    records: RecordStore,
+    *,
+    attempt: int | None = None,
+    claim: str | None = None,
+    said_key: str | None = None,
+    load: Callable[[RunRecord], Awaitable[Crew | None]],
+) -> Resolution:
+    """Resolve a run whose kickoff is uncertain by a webhook that came to its own URL. Harmless to call for any run.
+
+    Args:
+        idempotency_key: The run, from the signed URL.
+        kickoff_id: The id in the webhook's body.
+        records: Where records live.
+        attempt: The attempt at the idempotency key, from the URL; left out, the latest that may have started a run.
+        claim: The claim that the URL was made for, from the URL.
+        said_key: The idempotency key in the body's `meta`, if there is one.
+        load: Finds the crew that the status call is made to.
+
+    Raises:
+        httpx.HTTPError: The Prefect API is away or refuses.
+    """
+    record = attempt_of(await records.attempts(idempotency_key), attempt)
+    if record is None or not record.is_unresolved:
+        return Resolution.NOT_NEEDED
+    if claim not in (None, claim_of(record.owner)) or said_key not in (None, idempotency_key):
+        return Resolution.REFUSED
+    if record.phase is RecordPhase.CLAIMED and record.open_for:
+        return Resolution.TOO_EARLY
+    if (crew := await load(record)) is None:
+        return Resolution.NO_CREW
+    try:
+        async with CrewSession(crew) as session:
+            status = await session.call(lambda client: client.status(kickoff_id))
+        if status.state is CrewState.UNKNOWN:
+            return Resolution.NOT_KNOWN
+        await resolve_started(record, kickoff_id, records)
+    except ConfigurationError:
+        return Resolution.REFUSED
+    except CrewError:
+        return Resolution.NO_ANSWER
+    return Resolution.RESOLVED

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from uuid import UUID
 
 import httpx
-from opentelemetry import trace
 from prefect.exceptions import PrefectException
 
 from prefect_crew._internal.interrupts import ENDINGS, cancelled_once, watch_ctrl_c
@@ -76,8 +75,8 @@ AGAIN = 0.1
 class Start:
     """What is to be started, the same for every attempt.
 
-    `inputs` are encoded, `digest` is theirs and that of `restore_from`. `quiet`: no log line, event or span attribute
-    about the decision, for one row among thousands. `settings` say whether there are webhooks; reading them takes 3 ms.
+    `inputs` are encoded, `digest` is theirs and that of `restore_from`. `quiet`: no log line or event about the
+    decision, for one row among thousands. `settings` say whether there are webhooks; reading them takes 3 ms.
     """
 
     crew: Crew
@@ -306,7 +305,7 @@ async def _make_sure(claim: _Claim, records: RecordStore, check: Callable[[], Aw
 
 
 def _announce(start: Start, found: Started) -> None:
-    """Log the decision in one line, emit it, and put it on the span that is current."""
+    """Log the decision in one line, and emit it."""
     if start.quiet:
         return
     record = found.record
@@ -318,7 +317,6 @@ def _announce(start: Start, found: Started) -> None:
         record.attempt,
         f", run {record.kickoff_id}" if record.kickoff_id else "",
     )
-    trace.get_current_span().set_attribute("prefect_crew.decision", str(found.decision))
     emit("decided", record, decision=str(found.decision))
 
 
@@ -577,41 +575,40 @@ async def open_run(
     inputs = crew.sealed(inputs)
     del encoded, meta, webhooks
     records = PrefectRecords()
-    slots = await take_slots(crew) if await _may_start(start, records) else None
+    slots = await take_slots(crew) if crew.concurrency_limit and await _may_start(start, records) else None
     if slots is not None:
         start = replace(start, slot=str(slots.lease))
     try:
         async with nullcontext() if slots is None else slots.kept():
-            run, started = await _start_and_open(start, records, session)
+            run = await _start_and_open(start, records, session)
     except KickoffUncertainError:
         raise  # it may be in flight, and counts until its slot's lease ends
     except CrewError:
         if slots is not None:
             await slots.release()
         raise
-    if started.is_new:
+    if run.owned:
         problem = await run.artifact.create(run.view(None))
         if problem:
             run_logger().warning("Run %s has no artifact: %s", run.kickoff_id, problem)
     else:
         if slots is not None:
             await slots.release()
-        await crash_dead_owner(started.record)
+        if run.record is not None:
+            await crash_dead_owner(run.record)
     run.notify(None)
     return run
 
 
 async def _may_start(start: Start, records: RecordStore) -> bool:
     """Return whether a call may start a run, and so needs a slot: what is in flight or completed needs none."""
-    if start.crew.concurrency_limit is None:
-        return False
     latest = latest_start(await records.attempts(start.identity.idempotency_key))
     if latest is None or start.force_new:
         return True
     return latest.phase is RecordPhase.ENDED and latest.state is not CrewState.COMPLETED
 
 
-async def _start_and_open(start: Start, records: RecordStore, session: CrewSession | None) -> tuple[OpenRun, Started]:
+async def _start_and_open(start: Start, records: RecordStore, session: CrewSession | None) -> OpenRun:
     crew, identity = start.crew, start.identity
     if is_known_cancelled(identity.caller.flow_run_id):
         # A flow that catches the end of one wait must not go on starting runs.
@@ -639,7 +636,7 @@ async def _start_and_open(start: Start, records: RecordStore, session: CrewSessi
     had_ended = record.ended_at is not None and record.ended_at <= start.asked_at
     if started.decision is Decision.RETURN and record.state is not CrewState.COMPLETED and had_ended:
         run.advice = no_kickoff_left(crew)
-    return run, started
+    return run
 
 
 async def check_inputs(session: CrewSession, start: Start) -> None:
@@ -649,7 +646,14 @@ async def check_inputs(session: CrewSession, start: Start) -> None:
         InvalidInputsError: Some are missing, or the crew does not name them and extra ones are not allowed.
         AuthenticationError: The token is refused, also after a reload of a stored block.
     """
-    expected = await _expected_inputs(session)
+    expected: Sequence[CrewInput] = session.crew.expected_inputs or ()
+    if session.crew.expected_inputs is None:
+        try:
+            expected = await session.call(lambda client: client.inputs())
+        except AuthenticationError:
+            raise
+        except CrewError as error:
+            run_logger().warning("The crew's inputs could not be checked before the kickoff: %s", error)
     missing = missing_inputs(expected, start.inputs)
     unknown = [] if start.crew.allow_extra_inputs else unknown_inputs(expected, start.inputs)
     if missing or unknown:
@@ -668,15 +672,3 @@ async def check_inputs(session: CrewSession, start: Start) -> None:
             "any other input.",
             STATE_ID,
         )
-
-
-async def _expected_inputs(session: CrewSession) -> Sequence[CrewInput]:
-    if session.crew.expected_inputs is not None:
-        return session.crew.expected_inputs
-    try:
-        return await session.call(lambda client: client.inputs())
-    except AuthenticationError:
-        raise
-    except CrewError as error:
-        run_logger().warning("The crew's inputs could not be checked before the kickoff: %s", error)
-        return []

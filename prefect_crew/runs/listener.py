@@ -48,11 +48,6 @@ Question = tuple[int, int]
 """The attempt at the idempotency key, and how many answers of people came before, modulo 256."""
 
 
-def has_webhooks() -> bool:
-    """Return whether kickoffs get webhooks by themselves."""
-    return bool(CrewSettings().webhook_url)
-
-
 class Waker:
     """Ends the pauses of one waiter. Of the event loop that made it."""
 
@@ -239,15 +234,14 @@ _hub = _Hub()  # Process-wide: one subscription serves the waiters of all event 
 
 
 def subscribe() -> None:
-    """Begin to listen, if webhooks are on: before a kickoff, so that not even an instant crew's webhook is missed."""
-    if has_webhooks():
-        _hub.start()
+    """Begin to listen: before a kickoff with webhooks, so that not even an instant crew's is missed."""
+    _hub.start()
 
 
 @asynccontextmanager
 async def waker_for(idempotency_key: str | None) -> AsyncGenerator[Waker | None]:
     """Give a waker for a run's waiter; None where webhooks are off or the run has no key."""
-    if idempotency_key is None or not has_webhooks():
+    if idempotency_key is None or not CrewSettings().webhook_url:
         yield None
         return
     _hub.start()

@@ -175,23 +175,19 @@ class KickoffId(str):
     Stored, copied or sent to another process it is plain text: what it knows holds secrets.
     """
 
-    __slots__ = ("_flow_run_id", "_is_new", "run")
+    __slots__ = ("flow_run_id", "is_new", "run")
     run: OpenRun
+    flow_run_id: str | None
+    is_new: bool
+    """Whether the run is still as its kickoff left it."""
 
     def __new__(cls, run: OpenRun) -> KickoffId:  # noqa: D102
         self = super().__new__(cls, run.kickoff_id)
-        self.run, self._flow_run_id, self._is_new = run, flow_run_id(), True
+        self.run, self.flow_run_id, self.is_new = run, flow_run_id(), True
         return self
 
     def __reduce__(self) -> tuple[type[str], tuple[str]]:
         return str, (str(self),)
-
-    def take(self) -> bool:
-        """Return whether the run is still as its kickoff left it: True once, to the first wait of the same flow run."""
-        if not self._is_new or self._flow_run_id != flow_run_id():
-            return False
-        self._is_new = False
-        return True
 
 
 # PyYAML refuses a subclass of str that it was not told of.
@@ -209,7 +205,8 @@ async def find_run(
     known: OpenRun | None = None
     if isinstance(kickoff_id, KickoffId) and kickoff_id.run.crew.url == crew.url:
         known = kickoff_id.run
-        if to_wait and kickoff_id.take():
+        if to_wait and kickoff_id.is_new and kickoff_id.flow_run_id == flow_run_id():
+            kickoff_id.is_new = False  # the first wait of the same flow run changes it
             return known
     records = PrefectRecords()
     record = None

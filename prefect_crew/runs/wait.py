@@ -25,7 +25,7 @@ from prefect_crew.runs.limits import slot_of
 from prefect_crew.runs.listener import Waker, waker_for
 from prefect_crew.runs.polling import NO_ANSWER, Phases, Watcher, poll
 from prefect_crew.runs.reviews.questions import ReviewChoice
-from prefect_crew.runs.reviews.reviewer import People, TooManyRoundsError, stops_late
+from prefect_crew.runs.reviews.reviewer import People
 from prefect_crew.runs.run import OpenRun, close_record, find_run, parse_data, read_result, result_of
 from prefect_crew.runs.stop import close_stopped, end_as_cancelled, is_cancelled, stop_if_asked, stop_once
 from prefect_crew.states import CrewState
@@ -70,10 +70,13 @@ async def _result(waiter: _Waiter) -> CrewResult:
     run = waiter.run
     with run.withholding():
         if run.record is not None and run.record.phase is RecordPhase.ENDED:
+            if waiter.own is not None:
+                waiter.meet_people()
             try:
                 return await read_result(run, waiter.session)
             finally:
-                await waiter.close_reviews(ended=True)
+                if waiter.people is not None:
+                    await waiter.people.aclose(ended=True)
         async with slot_of(run.crew, run.record) as slots:
             over = True
             try:
@@ -104,25 +107,44 @@ class _Waiter(Watcher):
         self.phases = Phases.of(run.record)
         self.last: CrewStatus | None = None
         self.waker: Waker | None = None
-        # Most runs never ask a person. A form may be left from an earlier attempt of this flow run.
-        asked_before = bool(self.phases.human_seconds or self.phases.human_since)
-        self.people = self._people() if asked_before or review == "form" else None
+        self.people: People | None = None
         self._in_trouble = self._is_stale = self._artifact_failed = self._has_stopped = False
         # A run that was kicked off right here has just been shown.
         self._shown_at = time.monotonic() if run.owned else 0.0
 
-    def _people(self) -> People:
-        people = People(self.run, self.session, self.records, self.policy, self.review)
-        people.questions.waker = self.waker
-        return people
+    def meet_people(self, *, asked: bool = False) -> None:
+        """See to people from now on. Most runs never ask any; a form may be left from an earlier attempt of the flow
+        run."""
+        if asked or self.review == "form" or self.phases.human_seconds or self.phases.human_since:
+            self.people = self.people or People(
+                self.run,
+                self.session,
+                self.records,
+                self.policy,
+                self.review,
+                stop=self._stop_late,
+                waker=self.waker,
+            )
 
     async def wait(self) -> CrewResult:
         """Wait until the run has ended, and return its result."""
         run, ended = self.run, False
+        hooked = run.record is not None and run.record.has_webhooks
         with watch_ctrl_c():
-            async with self._noted_as_waiter():
+            async with self._noted_as_waiter(), waker_for(run.idempotency_key if hooked else None) as self.waker:
+                self.meet_people()
                 try:
-                    status = await self._poll()
+                    status = await poll(
+                        self._look,
+                        kickoff_id=run.kickoff_id,
+                        crew=run.crew.label,
+                        idempotency_key=run.idempotency_key,
+                        policy=self.policy,
+                        phases=self.phases,
+                        watcher=self,
+                        first_look=not run.owned,
+                    )
+                    status = status if self.waker is None else self.waker.add_usage(status)
                     ended = True
                 except ENDINGS:
                     if run.record is not None and not self._has_stopped:  # /stop is sent once
@@ -135,10 +157,6 @@ class _Waiter(Watcher):
                         emit("timed_out", run.record, phase=error.phase, budget=error.budget)
                     await self._show(self.last, force=True, note=str(error))
                     raise
-                except TooManyRoundsError as error:
-                    stopped = self.policy.on_human_timeout == "stop" and await self._stop_late()
-                    assert self.people is not None  # noqa: S101  it raised this
-                    raise self.people.too_often(error.question, stopped=stopped) from None
                 except CrewLostError as error:
                     if run.record is not None:
                         emit("lost", run.record, once=True)
@@ -149,28 +167,11 @@ class _Waiter(Watcher):
                     error.add(self._once_it_answers())
                     raise
                 finally:
-                    await self.close_reviews(ended=ended)
+                    if self.people is not None:
+                        await self.people.aclose(ended=ended)
         self.log.info("Crew run %s %s.", run.kickoff_id, status.state)
         await self._close(status)
         return result_of(run, status)
-
-    async def _poll(self) -> CrewStatus:
-        run = self.run
-        hooked = run.record is not None and run.record.has_webhooks
-        async with waker_for(run.idempotency_key if hooked else None) as self.waker:
-            if self.people is not None:
-                self.people.questions.waker = self.waker
-            status = await poll(
-                self._look,
-                kickoff_id=run.kickoff_id,
-                crew=run.crew.label,
-                idempotency_key=run.idempotency_key,
-                policy=self.policy,
-                phases=self.phases,
-                watcher=self,
-                first_look=not run.owned,
-            )
-            return status if self.waker is None else self.waker.add_usage(status)
 
     async def _look(self) -> CrewStatus:
         try:
@@ -201,8 +202,7 @@ class _Waiter(Watcher):
         if is_new_task:
             task = "" if run.show == "none" or run.is_blind else run.redact(str(status.current_task))[:200]
             self.log.info("Crew run %s: %s%s", run.kickoff_id, task, progress(status))
-        if self.people is None and status.state is CrewState.WAITING:
-            self.people = self._people()
+        self.meet_people(asked=status.state is CrewState.WAITING)
         asked = self.people is not None and await self.people.ask(status)
         if status.state.ended:
             return
@@ -237,18 +237,18 @@ class _Waiter(Watcher):
 
     async def pause(self, seconds: float) -> None:
         pause = asyncio.sleep if self.waker is None else self.waker.pause
-        await (pause if self.people is None else self.people.pausing(pause))(seconds)
+        await (pause(seconds) if self.people is None else self.people.pause(pause, seconds))
 
     def stretch(self, delay: float) -> float:
         longer = delay if self.waker is None else self.waker.stretch(delay)
-        soon = None if self.people is None else self.people.questions.next_look()
+        soon = None if self.people is None else self.people.next_look()
         return longer if soon is None else min(longer, soon)
 
     async def more_time(self) -> float:
-        return 0.0 if self.people is None else await self.people.more_time(self.last)
+        return 0.0 if self.people is None else await self.people.more_time()
 
     async def stop(self, phase: str) -> bool:
-        return stops_late(self.policy, phase) and await self._stop_late()
+        return self.policy.stops(phase) and await self._stop_late()
 
     # What is done at the end
 
@@ -333,11 +333,6 @@ class _Waiter(Watcher):
             f"The flow run was cancelled, and with it the wait for run {kickoff_id} of crew {label}, which runs on at "
             f"{run.crew.url}. See what it does: prefect-crew runs show {shlex.quote(kickoff_id)}."
         )
-
-    async def close_reviews(self, *, ended: bool) -> None:
-        """Take back what was put up for an answer."""
-        if self.people is not None:
-            await self.people.aclose(ended=ended)
 
     async def _show(self, status: CrewStatus | None, *, force: bool = False, note: str | None = None) -> None:
         """Bring the artifact up to date, every few seconds at most, and say once if that does not work."""

@@ -19,7 +19,8 @@ from prefect_crew.batches.polling import RunTimes
 from prefect_crew.batches.stored import batches_waiting_for_people
 from prefect_crew.exceptions import AnsweredError
 from prefect_crew.records.model import RunRecord, StoredResult
-from prefect_crew.runs.reviews.inbox import answer_run, find_run_in_flight, resume_run
+from prefect_crew.runs.reviews.answer import answer_run, find_run_in_flight, resume_run
+from prefect_crew.runs.run import OpenRun
 from prefect_crew.states import CrewState
 from prefect_crew.testing import CrewServerFactory
 from support.asking import AskingServer
@@ -47,7 +48,7 @@ class Row:
         """Answer it as `prefect-crew reviews approve` does."""
         async with batches_waiting_for_people() as (batches, _):
             record, ledger = await find_run_in_flight(self.kickoff_id, [batch.ledger for batch in batches])
-            await answer_run(record, self.crew.crew, ledger, APPROVED, by="Ada")
+            await answer_run(OpenRun(self.crew.crew, self.kickoff_id, record), ledger, APPROVED, by="Ada")
 
     async def approve_in_a_flow(self) -> None:
         crew, kickoff_id = self.crew, self.kickoff_id

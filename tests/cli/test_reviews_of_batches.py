@@ -15,7 +15,7 @@ import pytest
 from prefect_crew import BatchReport, DeployedCrew, WaitPolicy, run_batch
 from prefect_crew.batches.stored import list_batches, open_stored_batch
 from prefect_crew.devserver import CrewServer
-from prefect_crew.runs.reviews.inbox import ASKS
+from prefect_crew.runs.reviews.answer import ASKS
 from support.commands import TOKEN
 from support.deployed import wait_until
 from support.prefect_server import PrefectServer

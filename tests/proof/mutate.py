@@ -31,7 +31,6 @@ OWN_TESTS = {
     "runs/polling.py": ["tests/runs/test_polling.py", "tests/runs/test_wait.py"],
     "records/resolve.py": [
         "tests/records/test_resolve.py",
-        "tests/runs/test_webhook_resolve.py",
         "tests/cli/test_runs.py",
     ],
 }

@@ -12,7 +12,7 @@ from typing import Protocol, TypeVar
 from prefect_crew.crew import Crew
 from prefect_crew.exceptions import CrewError
 from prefect_crew.runs.kickoff import open_run
-from prefect_crew.runs.reviews.inbox import resume_run
+from prefect_crew.runs.reviews.answer import resume_run
 from prefect_crew.runs.run import KickoffId
 from prefect_crew.runs.stop import stop_run
 from prefect_crew.runs.wait import wait_for_run

@@ -14,7 +14,7 @@ import pytest
 from prefect_crew import DeployedCrew, WaitPolicy, arun_crew
 from prefect_crew.devserver import CrewScript, CrewServer
 from prefect_crew.receiver.app import create_receiver
-from prefect_crew.runs.reviews.inbox import resume_run
+from prefect_crew.runs.reviews.answer import resume_run
 from support.servers import at_random
 from support.webhooks import SECRET, events_of, served
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import subprocess
 import sys
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +18,8 @@ from prefect.flows import Flow
 from prefect.states import Paused, Running
 
 from prefect_crew import arun_crew
-from prefect_crew.records import owners
 from prefect_crew.records.model import RunRecord, utcnow
-from prefect_crew.records.owners import crash_dead_owner, this_process
+from prefect_crew.records.owners import crash_dead_owner, process_is_gone, this_process
 from prefect_crew.records.store import PrefectRecords
 from prefect_crew.testing import CrewServerFactory
 from support.prefect_server import PrefectServer
@@ -136,36 +138,49 @@ async def test_ones_own_flow_run_is_never_set_to_crashed():
     assert state.is_completed()
 
 
-async def heartbeat(owner: FlowRun) -> None:
-    event = {
-        "id": str(uuid.uuid4()),
-        "occurred": utcnow().isoformat(),
-        "event": "prefect.flow-run.heartbeat",
-        "resource": {"prefect.resource.id": f"prefect.flow-run.{owner.id}"},
-    }
-    async with get_client() as client:
-        await client.request("POST", "/events", json=[event])
+# Processes by their names
 
 
-@pytest.mark.parametrize("late", [0.0, 3600.0], ids=["three are missed", "the next may still come"])
-async def test_heartbeats_tell_of_a_flow_run_on_another_machine(monkeypatch: pytest.MonkeyPatch, late: float):
-    monkeypatch.setattr(owners, "LATE", owners.timedelta(seconds=late))
-    owner, asked = await begun(), 0
-    record = record_of(owner, process="elsewhere/boot/pid:[1] 7 7")
-    for _ in range(2):
-        await heartbeat(owner)
-        await asyncio.sleep(0.2)
+NAMES_ITSELF = "from prefect_crew.records.owners import this_process; print(this_process(), flush=True); input()"
 
-    async def crashed() -> bool:
-        nonlocal asked
-        asked += 1
-        await crash_dead_owner(record)
-        state = (await flow_run(record.flow_run_id)).state
-        return (state is not None and state.is_crashed()) or (late > 0 and asked == 30)
 
-    await until(crashed)
-    state = (await flow_run(record.flow_run_id)).state
-    assert state is not None
-    assert state.is_crashed() is (late == 0)
-    if late == 0:
-        assert "It has missed 3 heartbeats" in str(state.message)
+@pytest.fixture
+def other() -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """Another process, and its name."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", NAMES_ITSELF], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    with process:
+        yield process, process.stdout.readline().strip()
+        process.kill()
+
+
+def test_this_process_is_there():
+    name = this_process()
+    assert name is not None
+    assert name == this_process()
+    assert not process_is_gone(name)
+
+
+def test_a_killed_process_is_gone_also_before_its_parent_has_noticed(other: tuple[subprocess.Popen[str], str]):
+    process, name = other
+    assert name != this_process()
+    assert not process_is_gone(name)
+    process.kill()
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # it has ended, and is still listed
+    assert process_is_gone(name)
+    process.wait()
+    assert process_is_gone(name)
+
+
+def test_a_process_id_that_is_used_again_is_another_process():
+    name = this_process()
+    assert name is not None
+    where, pid, *_ = name.split(" ")
+    assert process_is_gone(f"{where} {pid} 1")
+
+
+@pytest.mark.parametrize("name", ["", "elsewhere/boot/pid:[1] 999999999 1", "nonsense", "x y z"])
+def test_of_another_machine_and_of_nonsense_nothing_is_known(name: str):
+    assert not process_is_gone(name)

@@ -8,7 +8,6 @@ import uuid
 from typing import Any
 
 import pytest
-from opentelemetry import trace
 from prefect import flow
 from pydantic import SecretStr
 
@@ -33,7 +32,7 @@ from prefect_crew.states import CrewState
 from prefect_crew.testing import CrewServerFactory
 from support.prefect_server import free_port
 from support.records import attempts, key, phases
-from support.scripts import FAILS, script, slow
+from support.scripts import FAILS, script
 
 pytestmark = pytest.mark.usefixtures("prefect_api", "instant_polling")
 
@@ -50,7 +49,7 @@ def _log_all(caplog: pytest.LogCaptureFixture) -> None:
 # Inputs
 
 
-async def test_missing_inputs_start_nothing_and_may_be_mended_under_the_same_key(crew_server: CrewServerFactory):
+async def test_missing_inputs_start_nothing_and_may_be_corrected_under_the_same_key(crew_server: CrewServerFactory):
     server, idempotency_key = crew_server(TRIP), key()
     with pytest.raises(
         InvalidInputsError,
@@ -79,13 +78,6 @@ async def test_an_unknown_input_starts_nothing_and_is_told_with_the_one_that_may
     assert server.requests["kickoff"] == 0
     await server.crew().trigger({"city": "Lisbon", "tone": "dry"}, idempotency_key=idempotency_key)
     assert await phases(idempotency_key) == [RecordPhase.NOT_STARTED, RecordPhase.STARTED]
-
-
-async def test_an_optional_input_may_be_left_out_and_given(crew_server: CrewServerFactory):
-    server = crew_server(TONED)
-    for given in ({"city": "Lisbon"}, {"city": "Lisbon", "tone": "dry"}):
-        run = await server.crew().trigger(given)
-        assert server.run(run.kickoff_id).inputs == given
 
 
 async def test_extra_inputs_are_sent_where_the_block_allows_them(
@@ -141,7 +133,7 @@ async def test_a_crew_that_names_no_inputs_takes_any(crew_server: CrewServerFact
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
-@pytest.mark.parametrize("fault", ["404", "405", "500", "429", "drop", "html", "garbage", "redirect"])
+@pytest.mark.parametrize("fault", ["404", "500", "drop", "html"])
 async def test_inputs_that_cannot_be_asked_for_do_not_stop_a_run(
     crew_server: CrewServerFactory, caplog: pytest.LogCaptureFixture, fault: str
 ):
@@ -174,16 +166,6 @@ async def test_inputs_that_cannot_be_sent_start_nothing(crew_server: CrewServerF
     assert not server.requests
 
 
-async def test_inputs_go_as_text_or_as_json_values(crew_server: CrewServerFactory):
-    server = crew_server(TRIP)
-    as_text = await server.crew(allow_extra_inputs=True).trigger({"city": ["Lisbon", "Porto"], "days": 3})
-    as_json = await server.crew(inputs_as_json=True, allow_extra_inputs=True).trigger(
-        {"city": ["Lisbon", "Porto"], "days": 3}
-    )
-    assert server.run(as_text.kickoff_id).inputs == {"city": '["Lisbon","Porto"]', "days": "3"}
-    assert server.run(as_json.kickoff_id).inputs == {"city": ["Lisbon", "Porto"], "days": 3}
-
-
 async def test_the_kickoff_carries_the_idempotency_key_the_users_meta_and_webhooks(crew_server: CrewServerFactory):
     server, idempotency_key = crew_server("echo"), key()
     run = await server.crew().trigger(
@@ -199,18 +181,6 @@ async def test_the_kickoff_carries_the_idempotency_key_the_users_meta_and_webhoo
 
 
 # Tokens
-
-
-async def test_a_rotated_token_is_taken_from_the_stored_block_once(crew_server: CrewServerFactory):
-    server, name = crew_server(TRIP), f"rotated-{uuid.uuid4().hex[:8]}"
-    crew = server.crew()
-    await crew.asave(name)
-    server.token = "the-new-token"
-    await server.crew().asave(name, overwrite=True)
-    run = await crew.trigger({"city": "Lisbon"})
-    assert run.crew.token == SecretStr("the-new-token")
-    assert server.counters.unauthorized == 1
-    assert server.kickoffs == 1
 
 
 async def test_a_token_that_is_rotated_between_the_check_and_the_kickoff_is_renewed_too(crew_server: CrewServerFactory):
@@ -363,15 +333,6 @@ def test_prefects_retries_send_nothing_again_that_may_have_started(crew_server: 
 # Keys that hold across flow runs
 
 
-async def test_a_run_in_flight_is_found_and_waited_for(crew_server: CrewServerFactory):
-    server, idempotency_key = crew_server(slow(0.5)), key()
-    first = await server.crew().trigger({}, idempotency_key=idempotency_key)
-    second = await server.crew().trigger({}, idempotency_key=idempotency_key)
-    await second.wait_for_completion()
-    assert second.kickoff_id == first.kickoff_id
-    assert (server.kickoffs, server.requests["inputs"]) == (1, 1)
-
-
 async def test_a_completed_run_is_returned_without_a_request_to_the_crew(crew_server: CrewServerFactory):
     server, idempotency_key = crew_server("echo"), key()
     first = await server.crew().trigger({"text": "a"}, idempotency_key=idempotency_key)
@@ -384,7 +345,7 @@ async def test_a_completed_run_is_returned_without_a_request_to_the_crew(crew_se
     assert server.requests.total() == asked
 
 
-async def test_a_failed_run_is_bought_again_up_to_the_limit_and_then_raised_with_its_reason(
+async def test_a_failed_run_is_started_again_up_to_the_limit_and_then_raised_with_its_reason(
     crew_server: CrewServerFactory,
 ):
     server, idempotency_key = crew_server(FAILS), key()
@@ -400,18 +361,6 @@ async def test_a_failed_run_is_bought_again_up_to_the_limit_and_then_raised_with
     ]
     assert "This was attempt 2 of at most 2" in errors[1]
     assert all("allows 2 kickoffs under one idempotency key" in error and "force_new" in error for error in errors[2:])
-
-
-async def test_a_call_that_waited_for_a_run_gets_its_failure_and_does_not_buy_another(crew_server: CrewServerFactory):
-    server, idempotency_key = crew_server(FAILS, faults=["kickoff:latency=0.5@1"]), key()
-
-    async def call() -> None:
-        await (await server.crew().trigger({}, idempotency_key=idempotency_key)).wait_for_completion()
-
-    results = await asyncio.gather(*(call() for _ in range(5)), return_exceptions=True)
-    assert {type(result) for result in results} == {CrewFailedError}
-    assert "max_kickoffs" not in "".join(map(str, results))
-    assert server.kickoffs == 1
 
 
 @pytest.mark.parametrize("other", ["crew", "inputs"])
@@ -491,7 +440,7 @@ async def test_equal_inputs_are_equal_whatever_their_order_and_form(crew_server:
     assert second.kickoff_id == first.kickoff_id
 
 
-async def test_force_new_buys_again_whatever_the_record_says(crew_server: CrewServerFactory):
+async def test_force_new_starts_again_whatever_the_record_says(crew_server: CrewServerFactory):
     server, idempotency_key = crew_server("echo", faults=["kickoff:500@1"]), key()
     with pytest.raises(KickoffUncertainError):
         await server.crew().trigger({"text": "a"}, idempotency_key=idempotency_key)
@@ -538,24 +487,10 @@ async def test_a_retry_of_a_flow_that_forced_a_run_means_that_run(crew_server: C
 # What is told
 
 
-class Span(trace.NonRecordingSpan):
-    def __init__(self) -> None:
-        super().__init__(trace.INVALID_SPAN_CONTEXT)
-        self.told: dict[str, Any] = {}
-
-    def set_attribute(self, key: str, value: Any) -> None:
-        self.told[key] = value
-
-
-async def test_the_decision_is_one_line_and_a_span_attribute(
-    crew_server: CrewServerFactory, caplog: pytest.LogCaptureFixture
-):
+async def test_the_decision_is_one_line(crew_server: CrewServerFactory, caplog: pytest.LogCaptureFixture):
     server, idempotency_key = crew_server("echo"), key()
     for decision in ("start", "reattach"):
         caplog.clear()
-        span = Span()
-        with trace.use_span(span):
-            await server.crew().trigger({"text": "a"}, idempotency_key=idempotency_key)
-        assert span.told["prefect_crew.decision"] == decision
+        await server.crew().trigger({"text": "a"}, idempotency_key=idempotency_key)
         (line,) = [record.getMessage() for record in caplog.records if "Idempotency key" in record.getMessage()]
         assert line.startswith(f"Idempotency key {idempotency_key}: {decision} (crew {server.crew().label}, attempt 1")

@@ -243,11 +243,6 @@ async def test_own_targets_and_a_run_without_hooks_are_polled_for(receiver: str)
         assert server.requests["status"] > 3
 
 
-def test_webhooks_are_off_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("PREFECT_INTEGRATIONS_CREW_WEBHOOK_URL", raising=False)
-    assert not listener_module.has_webhooks()
-
-
 class Subscriber:
     """What Prefect gives, as far as it fails: a plain Exception for credentials that its server refuses."""
 

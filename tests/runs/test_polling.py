@@ -163,10 +163,10 @@ async def test_fast_polling_overrides_every_policy_only_while_it_is_open():
 
 
 async def test_the_first_look_comes_after_the_initial_pause_and_at_once_for_a_run_that_was_found():
-    bought, found = World(each([COMPLETED])), World(each([COMPLETED]))
-    await bought.wait()
+    started, found = World(each([COMPLETED])), World(each([COMPLETED]))
+    await started.wait()
     await found.wait(first_look=True)
-    assert (bought.looks, found.looks) == ([10], [0])
+    assert (started.looks, found.looks) == ([10], [0])
 
 
 @pytest.mark.parametrize(("passed", "looks"), [(0, 10), (4, 6), (10, 0), (3600, 0), (-5, 10)], ids=str)
@@ -288,10 +288,11 @@ async def test_a_turn_that_began_before_a_restart_goes_on():
     assert world.turns == [], "nobody's turn began or ended"
 
 
-async def test_a_persons_turn_that_ends_with_the_run_is_no_news():
+async def test_a_persons_turn_that_ends_with_the_run_is_no_news_and_counts():
     world = World(each([WAITING, COMPLETED]))
-    await world.wait()
-    assert world.turns == [True]
+    phases = Phases(kicked_off_at=world.started)
+    await world.wait(phases=phases)
+    assert (world.turns, phases.human_seconds) == ([True], 10)
 
 
 async def test_without_limits_it_waits_for_ever():
@@ -386,7 +387,7 @@ async def test_a_restart_after_the_budget_does_not_give_up_at_the_first_failure(
     assert status.state is COMPLETED
 
 
-async def test_what_no_later_look_can_mend_is_raised_at_once():
+async def test_what_no_later_look_can_change_is_raised_at_once():
     world = World(each([ConfigurationError("the id makes no URL")]))
     with pytest.raises(ConfigurationError):
         await world.wait()

@@ -279,7 +279,7 @@ def test_data_becomes_a_model(given: CrewResult):
     assert parse_data(given, Trip).output == given.output
 
 
-def test_what_does_not_fit_is_shown_beside_the_text():
+def test_what_does_not_fit_is_shown_with_the_text():
     with pytest.raises(OutputTypeError) as caught:
         parse_data(result('{"city": 3}'), Trip)
     error = caught.value

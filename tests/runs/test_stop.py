@@ -129,7 +129,7 @@ def test_who_cancels_a_flow_means_its_subflows_too(crew_server: CrewServerFactor
 
 
 @pytest.mark.usefixtures("quick_look")
-def test_a_cancelled_flow_that_goes_on_buys_nothing_more(crew_server: CrewServerFactory, seen: Seen):
+def test_a_cancelled_flow_that_goes_on_starts_nothing_more(crew_server: CrewServerFactory, seen: Seen):
     server, ids, errors = crew_server(slow(60)), list[Any](), list[CrewError]()
 
     @flow
@@ -318,7 +318,7 @@ def test_a_cancelled_flow_run_stops_its_crew_once(crew_server: CrewServerFactory
 
 
 @pytest.mark.usefixtures("started_by_a_runner")
-def test_a_stop_at_a_timeout_is_not_followed_by_a_second_one_where_the_wait_is_cancelled_meanwhile(
+def test_a_stop_at_a_timeout_is_not_followed_by_a_second_one_where_the_wait_is_cancelled_at_that_moment(
     crew_server: CrewServerFactory, seen: Seen
 ):
     server = crew_server(slow(60), faults=["stop:latency=20"])

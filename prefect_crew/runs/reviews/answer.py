@@ -1,17 +1,22 @@
-"""Answering for a person, once a round, whoever does it: a function, the form, a task or the command line.
+"""Answering for people: the runs that wait for one, and one answer a round, whoever gives it.
 
-`/resume` is no more repeatable than `/kickoff`: a second one might answer the next question. So every answer goes
-through `answer_question`, which writes it down before it is sent, and what became of it after.
+A function, the form, a task and the command line all answer through `answer_question`, which writes an answer down
+before it is sent, and what became of it after: `/resume` is no more repeatable than `/kickoff`, and a second one might
+answer the next question.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import dataclass
+import shlex
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import httpx
+from prefect.client.orchestration import get_client
 from prefect.exceptions import PrefectException
 
 from prefect_crew._internal.prefect_api import run_logger
@@ -19,28 +24,31 @@ from prefect_crew.artifacts.events import emit
 from prefect_crew.client._callbacks import FeedbackRequest, feedback_text, post_feedback
 from prefect_crew.client._retry_safety import KickoffFate, kickoff_fate
 from prefect_crew.client.models import CrewStatus, ResumeAnswer
+from prefect_crew.crew import Crew, CrewSession
 from prefect_crew.exceptions import AnsweredError, CrewAPIError, CrewError
-from prefect_crew.records.model import ReviewStore, RunRecord, SentReview, utcnow
-from prefect_crew.records.notes import forget_request, kept_requests
+from prefect_crew.records.model import RecordPhase, RecordStore, RunRecord, SentReview, utcnow
+from prefect_crew.records.notes import forget_request, kept_output, kept_requests
+from prefect_crew.records.store import PrefectRecords
 from prefect_crew.runs.reviews.questions import (
     Question,
     QuestionState,
     Review,
     digest,
-    may_be_same,
+    judged_output,
     next_round,
+    outputs_so_far,
     question_digest,
-    question_state,
+    question_of,
     request_state,
     waiting_task,
+    where_to_look,
 )
+from prefect_crew.runs.run import OpenRun, find_run
 from prefect_crew.states import CrewState
 from prefect_crew.webhooks import webhooks_for
 
 if TYPE_CHECKING:
     from prefect_crew.client.webhooks import Webhooks
-    from prefect_crew.crew import CrewSession
-    from prefect_crew.runs.run import OpenRun
 
 FEEDBACK_KEPT = 200
 """Characters of an answer that its record keeps."""
@@ -48,24 +56,28 @@ LOOKS = 5
 """How often a caller that waits for nothing else looks whether the crew goes on after its answer."""
 LOOK_AGAIN = 1.0
 """Seconds between two looks at whether the crew goes on after an answer."""
-UNSAVED = 120.0
-"""Seconds for which whoever sends an answer may still write down what became of it."""
+ASKS = "prefect-crew-batch-asks"
+"""The tag of a batch, on the Prefect server, of which some rows wait for people, or did at the last look."""
+AT_ONCE = 8
+"""Status calls at a time."""
+CrewOf = Callable[[RunRecord], Awaitable[Crew | None]]
+"""Gives the crew of a record, None where its block is not stored."""
+
+
+# One answer
 
 
 async def answer_question(
     run: OpenRun,
     session: CrewSession,
-    records: ReviewStore | None,
+    records: RecordStore,
     review: Review,
     *,
     by: str,
+    question: Question | None = None,
     task_id: str | None = None,
     round: int | None = None,  # noqa: A002 - the word of the domain
-    question: Question | None = None,
-    has_webhook: Callable[[int], bool] = lambda _: False,
-    next_round_after: float | None = None,
     webhooks: Webhooks | None = None,
-    looks: int = 1,
     call: str | None = None,
 ) -> tuple[ResumeAnswer, SentReview]:
     """Answer what a run asks at this moment, once: the only place that answers for people.
@@ -75,18 +87,15 @@ async def answer_question(
 
     Args:
         run, session: The run, and what it is reached by.
-        records: Where answers are kept; None where there is no Prefect API, and so nothing that outlasts this call.
+        records: Where answers are kept.
         review: The answer.
         by: Who answers, for the record.
+        question: The question that a wait has looked at. Another one is not answered.
         task_id: The task; left out, the one that the status names. Given, a status that does not say that anybody is
             waited for is taken as it is: not every server's does.
         round: The round that was looked at. Another one is not answered.
-        question: The question that was looked at. Another one is not answered.
-        has_webhook: Returns whether a webhook tells of a question that came after so many answers.
-        next_round_after: The policy's, for whoever may answer on the strength of time alone; None for nobody.
         webhooks: The kickoff's webhooks again, where they are not this package's own; left out, those that the run was
             opened with in this process.
-        looks: How often the status is read after an accepted answer, to see whether the crew goes on.
         call: The name of the call, the same on every retry of it. A call that has answered before answers nothing more.
 
     Raises:
@@ -96,9 +105,9 @@ async def answer_question(
     """
     kickoff_id, record = run.kickoff_id, answers_record(run)
     try:
-        before = [] if records is None else await records.reviews(record)
+        before = await records.reviews(record)
         earlier = next((one for one in before if call is not None and one.call == call), None)
-        request = None if records is None or earlier else await open_request(kickoff_id, before)
+        request = None if earlier else await open_request(kickoff_id, before)
     except (httpx.HTTPError, PrefectException) as error:
         raise CrewError(
             f"What run {kickoff_id} asks, and its answers, cannot be read now ({error!r}). Nothing was sent."
@@ -106,58 +115,56 @@ async def answer_question(
     if earlier is not None:
         return _repeat_answer(run, earlier), earlier
     status = await session.call(lambda client: client.status(kickoff_id))
-    task = _task_to_answer(run, status, task_id, question, request)
-    asked, named, shown = question_digest(status), waiting_task(status), run.redact_name(task)
-    state = (
-        request_state(before, request)
-        if request is not None
-        else question_state(
-            before,
-            named,
-            asked,
-            now=utcnow(),
-            next_round_after=next_round_after,
-            has_webhook=has_webhook(len(before)),
-        )
-    )
-    _refuse_answered(run, before, state)
-    current = next_round(before, task)
-    if round is not None and round != current:
-        raise CrewError(f"Run {kickoff_id}, task {shown}, is at round {current}, not {round}. Nothing was sent.")
-    if question is not None and (
-        len(question.before) != len(before)
-        or not may_be_same(question.asked, asked)
-        or (question.request and question.request.id) != (request and request.id)
-    ):
+    current = _current_question(run, status, before, request, task_id, question)
+    task, shown, number = current.task_id, current.task, len(before) + 1
+    if question is not None and not question.is_same_as(current):
         raise AnsweredError(f"Run {kickoff_id}, task {shown}, asks something else by now. Nothing was sent.")
+    _refuse_answered(run, before, (question or current).state)
+    if round is not None and round != current.round:
+        raise CrewError(f"Run {kickoff_id}, task {shown}, is at round {current.round}, not {round}. Nothing was sent.")
+    named = waiting_task(status)
     sent = SentReview(
         task_id=shown,
         mark=digest(task),
-        round=current,
+        round=current.round,
         approve=review.approve,
         feedback=(run.redact_text(review.feedback) or "")[:FEEDBACK_KEPT] if run.show == "full" else "",
         by=by[:100],
         at=utcnow(),
-        asked=asked,
+        asked=question_digest(status),
         shown_mark=None if named is None else digest(named),
         call=call,
         request=None if request is None else request.id,
         option=review.option,
     )
-    answer = _Answer(run, records, record, len(before) + 1, sent)
     if request is not None:
         text = feedback_text(request, approve=review.approve, feedback=review.feedback, option=review.option)
-        accepted = await answer.send(_post_to_callback(run, request, text, sent.by))
+        send = partial(_post_to_callback, run, request, text, sent.by)
     else:
         if webhooks is None and record.has_webhooks:
             webhooks = webhooks_for(
-                run.crew, record.idempotency_key, attempt=record.attempt, owner=record.owner, round=answer.number
+                run.crew, record.idempotency_key, attempt=record.attempt, owner=record.owner, round=number
             )
         hooks = webhooks or run.webhooks
-        accepted = await answer.send(
-            session.client.resume(kickoff_id, task, review.feedback, review.approve, webhooks=hooks)
-        )
-    await answer.see_crew_go_on(session, looks)
+        send = partial(session.client.resume, kickoff_id, task, review.feedback, review.approve, webhooks=hooks)
+    await _claim_answer(run, records, record, number, sent)
+    try:
+        accepted = await send()
+    except BaseException as error:
+        if kickoff_fate(error) is KickoffFate.UNCERTAIN:
+            sent.outcome = "uncertain"
+            await _write(run, records.save_review(record, number, sent))
+        else:
+            await _write(run, records.remove_review(record, number))
+        raise
+    sent.outcome = "sent"
+    await _write(run, records.save_review(record, number, sent))
+    if run.record is not None:
+        emit("reviewed", run.record, task_id=sent.task_id, round=sent.round, approve=sent.approve, by=sent.by)
+    # A wait looks again by itself.
+    if await _has_moved_on(run, session, 1 if question is not None else LOOKS):
+        sent.moved_on = True
+        await _write(run, records.save_review(record, number, sent))
     return accepted, sent
 
 
@@ -208,25 +215,34 @@ def _repeat_answer(run: OpenRun, earlier: SentReview) -> ResumeAnswer:
     return ResumeAnswer(kickoff_id=run.kickoff_id, message=message)
 
 
-def _task_to_answer(
-    run: OpenRun, status: CrewStatus, task_id: str | None, question: Question | None, request: FeedbackRequest | None
-) -> str:
-    """Return the task that an answer is for, where the run can be answered."""
+def _current_question(
+    run: OpenRun,
+    status: CrewStatus,
+    before: Sequence[SentReview],
+    request: FeedbackRequest | None,
+    task_id: str | None,
+    question: Question | None,
+) -> Question:
+    """Return what a run asks at this moment, where it can be answered."""
     kickoff_id, label = run.kickoff_id, run.crew.label
     is_over = status.state.ended or status.state is CrewState.UNKNOWN
-    if request is not None and not is_over:
-        return request.task_id  # the request says that somebody is waited for, whatever the status calls it
-    if question is not None and status.state is not CrewState.WAITING:
-        raise AnsweredError(f"Run {kickoff_id} does not wait any more: it is {status.state}. Nothing was sent.")
-    if is_over or (status.state is not CrewState.WAITING and task_id is None):
-        raise CrewError(f"Run {kickoff_id} of crew {label} does not wait for a person: it is {status.state}.")
-    task = task_id or (waiting_task(status) if question is None else question.task_id)
-    if task is None:
+    # A request says that somebody is waited for, whatever the status calls it.
+    if request is None or is_over:
+        if question is not None and status.state is not CrewState.WAITING:
+            raise AnsweredError(f"Run {kickoff_id} does not wait any more: it is {status.state}. Nothing was sent.")
+        if is_over or (status.state is not CrewState.WAITING and task_id is None):
+            raise CrewError(f"Run {kickoff_id} of crew {label} does not wait for a person: it is {status.state}.")
+    if question is not None:
+        task_id = waiting_task(status) or question.task_id
+    current = question_of(
+        run, status, before, request, task_id=task_id, next_round_after=run.crew.wait.next_round_after
+    )
+    if current is None:
         raise CrewError(
             f"Run {kickoff_id} of crew {label} waits, and its status does not name the task. Give it (task_id=…, "
             "--task): the crew's page and the human-input webhook show it."
         )
-    return task
+    return current
 
 
 def _refuse_answered(run: OpenRun, before: Sequence[SentReview], state: QuestionState) -> None:
@@ -239,6 +255,26 @@ def _refuse_answered(run: OpenRun, before: Sequence[SentReview], state: Question
             f"{'approved' if last.approve else 'rejected'} ({_when(last)}), and the crew's server still shows the same "
             "question. Nothing was sent. Look again in a moment: prefect-crew reviews."
         )
+
+
+async def _claim_answer(run: OpenRun, records: RecordStore, record: RunRecord, number: int, sent: SentReview) -> None:
+    try:
+        is_ours = await records.add_review(record, number, sent)
+    except (httpx.HTTPError, PrefectException) as error:
+        # It may stand there all the same, and is held then, as one that may have been sent.
+        raise CrewError(
+            f"The answer to run {run.kickoff_id} could not be put on record, so it was not sent: {error!r}."
+        ) from error
+    if not is_ours:
+        raise AnsweredError(f"Somebody else answers run {run.kickoff_id} at this moment. Nothing was sent.")
+
+
+async def _write(run: OpenRun, writing: Coroutine[Any, Any, None]) -> None:
+    """Write down what became of an answer; if that cannot be done, log it: it was sent, or was not, all the same."""
+    try:
+        await writing
+    except (httpx.HTTPError, PrefectException, CrewError) as error:
+        run_logger().warning("What became of the answer to run %s is not on record: %s", run.kickoff_id, error)
 
 
 async def _post_to_callback(run: OpenRun, request: FeedbackRequest, text: str, by: str) -> ResumeAnswer:
@@ -259,90 +295,241 @@ async def _forget(run: OpenRun, request: FeedbackRequest) -> None:
         run_logger().debug("What run %s asked stays: %s", run.kickoff_id, error)
 
 
-@dataclass
-class _Answer:
-    """One answer on its way, and where it is on record."""
-
-    run: OpenRun
-    records: ReviewStore | None
-    record: RunRecord
-    number: int
-    sent: SentReview
-
-    async def send(self, sending: Coroutine[Any, Any, ResumeAnswer]) -> ResumeAnswer:
-        """Send the answer, on record before it leaves, and write down what became of it."""
+async def _has_moved_on(run: OpenRun, session: CrewSession, looks: int) -> bool:
+    """Look whether the crew goes on, so that an equal question that comes next is known to be another one."""
+    for look in range(looks):
+        if look:
+            await asyncio.sleep(LOOK_AGAIN)
         try:
-            await self._create()
-        except BaseException:
-            sending.close()
-            raise
-        try:
-            answer = await sending
-        except BaseException as error:
-            if kickoff_fate(error) is KickoffFate.UNCERTAIN:
-                self.sent.outcome = "uncertain"
-                await self._save()
-            elif self.records is not None:
-                await self._written(self.records.remove_review(self.record, self.number))
-            raise
-        sent = self.sent
-        sent.outcome = "sent"
-        await self._save()
-        if self.records is not None and self.run.record is not None:
-            emit("reviewed", self.run.record, task_id=sent.task_id, round=sent.round, approve=sent.approve, by=sent.by)
-        return answer
-
-    async def _create(self) -> None:
-        kickoff_id = self.run.kickoff_id
-        try:
-            is_ours = self.records is None or await self.records.add_review(self.record, self.number, self.sent)
-        except (httpx.HTTPError, PrefectException) as error:
-            # It may stand there all the same, and is held then, as one that may have been sent.
-            raise CrewError(
-                f"The answer to run {kickoff_id} could not be put on record, so it was not sent: {error!r}."
-            ) from error
-        if not is_ours:
-            raise AnsweredError(f"Somebody else answers run {kickoff_id} at this moment. Nothing was sent.")
-
-    async def _save(self) -> None:
-        if self.records is not None:
-            await self._written(self.records.save_review(self.record, self.number, self.sent))
-
-    async def _written(self, writing: Coroutine[Any, Any, None]) -> None:
-        try:
-            await writing
-        except (httpx.HTTPError, PrefectException, CrewError) as error:
-            run_logger().warning("What became of the answer to run %s is not on record: %s", self.run.kickoff_id, error)
-
-    async def see_crew_go_on(self, session: CrewSession, looks: int) -> None:
-        """Look whether the crew goes on, so that an equal question that comes next is known to be another one."""
-        for look in range(0 if self.records is None else looks):
-            if look:
-                await asyncio.sleep(LOOK_AGAIN)
-            try:
-                state = (await session.client.status(self.run.kickoff_id)).state
-            except CrewError as error:
-                run_logger().debug("Whether run %s goes on could not be seen: %s", self.run.kickoff_id, error)
-                return
-            if state is not CrewState.WAITING:
-                if state is not CrewState.UNKNOWN:
-                    self.sent.moved_on = True
-                    await self._save()
-                return
+            state = (await session.client.status(run.kickoff_id)).state
+        except CrewError as error:
+            run_logger().debug("Whether run %s goes on could not be seen: %s", run.kickoff_id, error)
+            return False
+        if state is not CrewState.WAITING:
+            return state is not CrewState.UNKNOWN
+    return False
 
 
-async def note_moved_on(run: OpenRun, records: ReviewStore, before: Sequence[SentReview]) -> bool:
-    """Note at the last answer that the crew was seen to go on after it; False if that has to be tried again."""
-    last = before[-1] if before else None
-    if last is None or last.moved_on:
-        return True
-    if last.outcome == "intended" and (utcnow() - last.at).total_seconds() < UNSAVED:
-        return False  # whoever sends it would write over this
-    last.moved_on = True
+# Answering from outside of a wait
+
+
+async def answer_run(
+    run: OpenRun,
+    records: RecordStore,
+    review: Review,
+    *,
+    by: str,
+    task_id: str | None = None,
+    round: int | None = None,  # noqa: A002 - the word of the domain
+    webhooks: Webhooks | None = None,
+    call: str | None = None,
+) -> tuple[ResumeAnswer, SentReview]:
+    """Answer for the person that a run waits for, and return the server's answer and what is on record of it.
+
+    Raises:
+        CrewError: As `answer_question`, which has the arguments.
+    """
+    async with CrewSession(run.crew, withhold=run.withholding()) as session:
+        return await answer_question(
+            run, session, records, review, by=by, task_id=task_id, round=round, webhooks=webhooks, call=call
+        )
+
+
+async def resume_run(
+    crew: Crew,
+    kickoff_id: str,
+    *,
+    feedback: str,
+    approve: bool,
+    task_id: str | None = None,
+    webhooks: Webhooks | None = None,
+    call: str | None = None,
+) -> ResumeAnswer:
+    """Answer for the person that a run waits for, whether or not it is on record.
+
+    `feedback` and `approve` are the answer: approve a task's output, or have it done again with the feedback.
+
+    Raises:
+        CrewError: As `answer_question`, which has the other arguments. Or the run may be a row of a batch.
+    """
+    run = await find_run(crew, kickoff_id)
+    if run.record is None:
+        await _refuse_row_of_batch(run)
+    review = Review(approve=approve, feedback=feedback)
+    answer, _ = await answer_run(
+        run, PrefectRecords(), review, by="resume_crew", task_id=task_id, webhooks=webhooks, call=call
+    )
+    return answer
+
+
+async def _refuse_row_of_batch(run: OpenRun) -> None:
+    """Raise if a run without a record may be a row of a batch: the answers to that are on record in its ledger."""
+    wanted = {"variables": {"tags": {"all_": [ASKS]}}, "limit": 200}
     try:
-        await records.save_review(answers_record(run), len(before), last)
-    except (httpx.HTTPError, PrefectException, CrewError) as error:
-        last.moved_on = False
-        run_logger().debug("That run %s goes on is not on record: %s", run.kickoff_id, error)
-        return False
-    return True
+        async with get_client() as client:
+            found = (await client.request("POST", "/variables/filter", json=wanted)).json()
+    except (httpx.HTTPError, PrefectException) as error:
+        raise CrewError(
+            f"Whether run {run.kickoff_id} is a row of a batch cannot be read now ({error!r}). Nothing was sent."
+        ) from error
+    for batch in [one["value"] for one in found]:
+        if batch.get("crew_url", run.crew.url) == run.crew.url:
+            raise CrewError(
+                f"Run {run.kickoff_id} is not on record on the Prefect server and may be a row of batch "
+                f"{batch.get('batch')!r}, so nothing was sent. Answer a row with prefect-crew reviews approve "
+                f"{shlex.quote(run.kickoff_id)}, or reject; any other run on the crew's own page."
+            )
+
+
+# What waits for people
+
+
+@dataclass(frozen=True)
+class PendingReview:
+    """A run that waits for a person.
+
+    `output` is what is to be judged as it may be shown, None where it may not, or is not known; `withheld` says why.
+    `round` counts the task's questions from 1; `since` is UTC, None where nobody has noted it; `answers` are the
+    earlier ones. `seen`: whether the crew's server was asked, else it is as whoever waits for the run has noted.
+    """
+
+    record: RunRecord
+    task_id: str | None
+    round: int
+    since: datetime | None
+    output: str | None = field(default=None, repr=False)
+    withheld: str | None = None
+    answers: tuple[SentReview, ...] = ()
+    seen: bool = True
+    options: tuple[str, ...] = ()
+
+    @property
+    def kickoff_id(self) -> str:
+        """The run's id."""
+        return str(self.record.kickoff_id)
+
+
+async def list_pending_reviews(stores: Sequence[RecordStore], crew_of: CrewOf) -> list[PendingReview]:
+    """Return the runs in flight that wait for a person, the longest waiting first.
+
+    Each crew's server is asked, where its block is stored; else what the record has counts.
+
+    Raises:
+        httpx.HTTPError: The Prefect API is away.
+        LedgerError: The ledger of a batch cannot be read.
+    """
+    gate, requests = asyncio.Semaphore(AT_ONCE), await _requests_by_run()
+
+    async def look(record: RunRecord, store: RecordStore) -> PendingReview | None:
+        async with gate:
+            return await read_pending_review(record, store, crew_of, requests)
+
+    looks = [look(record, store) for store in stores async for record in store.may_ask()]
+    found = [asked for asked in await asyncio.gather(*looks) if asked is not None]
+    return sorted(found, key=lambda asked: asked.since or asked.record.kicked_off_at or asked.record.claimed_at)
+
+
+async def _requests_by_run() -> dict[str, FeedbackRequest]:
+    return {one.kickoff_id: one for one in await kept_requests()}
+
+
+async def read_pending_review(
+    record: RunRecord,
+    records: RecordStore,
+    crew_of: CrewOf,
+    requests: Mapping[str, FeedbackRequest] | None = None,
+) -> PendingReview | None:
+    """Return what a run in flight asks, None if it asks nothing. `requests` are what all Flows ask, by kickoff id.
+
+    Raises:
+        httpx.HTTPError, PrefectException: The Prefect API is away or refuses.
+    """
+    kickoff_id, crew = str(record.kickoff_id), await crew_of(record)
+    requests = await _requests_by_run() if requests is None else requests
+    run = None if crew is None else OpenRun(crew=crew, kickoff_id=kickoff_id, record=record)
+    status = None if run is None else await _status(run)
+    waits = record.human_since is not None if status is None else status.state is CrewState.WAITING
+    is_over = status is not None and (status.state.ended or status.state is CrewState.UNKNOWN)
+    request = None if is_over else requests.get(kickoff_id)
+    if not waits and request is None:
+        return None
+    answers = tuple(await records.reviews(record))
+    if request is not None and request_state(answers, request) is QuestionState.ANSWERED:
+        request = None
+    if not waits and request is None:
+        return None
+    seen = run is not None and (status is not None or request is not None)
+    task_id = record.human_task if request is None else request.task_id
+    number = 1 if task_id is None else next_round(answers, task_id)
+    output, withheld = None, "its crew's server was not asked. Look at the crew's page, or give --crew."
+    if run is not None and seen:
+        status = status or CrewStatus(kickoff_id=kickoff_id, state=CrewState.WAITING)
+        question = question_of(run, status, answers, request, next_round_after=None)
+        task_id, number = (None, 1) if question is None else (question.task, question.round)
+        output, withheld = await _shown(run, status, question, len(answers))
+    options = () if request is None else request.options
+    return PendingReview(record, task_id, number, record.human_since, output, withheld, answers, seen, options)
+
+
+async def _status(run: OpenRun) -> CrewStatus | None:
+    try:
+        async with CrewSession(run.crew, withhold=run.withholding()) as session:
+            return await session.call(lambda client: client.status(run.kickoff_id))
+    except CrewError:
+        return None  # then what is on record has to do
+
+
+async def _shown(
+    run: OpenRun, status: CrewStatus, question: Question | None, answers: int
+) -> tuple[str | None, str | None]:
+    """Return what is to be judged as it may be shown, else why it is not."""
+    output, where = judged_output(status) if question is None else question.output, where_to_look(run)
+    is_told = question is not None and (question.asked is not None or question.request is not None)
+    if not is_told and run.record is not None and run.record.has_webhooks:
+        output = await kept_output(run.record, answers) or output
+    if output is not None and run.show == "full":
+        return run.redact(output), None
+    if output is not None:
+        return None, f"{len(output):,} characters that this crew does not show. {where}"
+    so_far = outputs_so_far(status) if run.show == "full" else None
+    others = "" if so_far is None else f" Other tasks gave:\n\n{run.redact(so_far)}"
+    return None, f"the status does not show it. {where}{others}"
+
+
+async def find_run_in_flight(name: str, stores: Sequence[RecordStore]) -> tuple[RunRecord, RecordStore]:
+    """Return the run in flight that an idempotency key, a kickoff id or the beginning of one names, and where it is on
+    record.
+
+    Raises:
+        CrewError: There is none, several begin so, or it has ended.
+    """
+    named = await _named(name, stores)
+    if named is None:
+        raise CrewError(f"No run in flight is {name!r}. prefect-crew reviews lists those that wait for a person.")
+    record = named[0]
+    if record.phase is RecordPhase.ENDED:
+        raise CrewError(f"Run {record.idempotency_key!r} does not wait for a person: it has ended ({record.state}).")
+    if record.phase is not RecordPhase.STARTED or record.kickoff_id is None:
+        raise CrewError(f"Run {record.idempotency_key!r} does not wait for a person: its kickoff is {record.phase}.")
+    return named
+
+
+async def _named(name: str, stores: Sequence[RecordStore]) -> tuple[RunRecord, RecordStore] | None:
+    for store in stores:
+        if attempts := await store.attempts(name):
+            return attempts[-1], store
+    for store in stores:
+        record = await store.of_kickoff(name)
+        # A ledger knows the runs of all batches that are kept in it.
+        if record is not None and await store.attempts(record.idempotency_key):
+            return record, store
+    found = [
+        (one, store)
+        for store in stores
+        async for one in store.may_ask()
+        if str(one.kickoff_id).startswith(name) or one.idempotency_key.startswith(name)
+    ]
+    if len(found) > 1:
+        ids = ", ".join(str(one.kickoff_id) for one, _ in found[:5])
+        raise CrewError(f"{len(found)} runs in flight begin with {name!r}: {ids}. Give more of it.")
+    return found[0] if found else None

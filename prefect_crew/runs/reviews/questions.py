@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from prefect_crew.client._callbacks import FeedbackRequest
 from prefect_crew.client._parsing import waiting_output
 from prefect_crew.client.models import CrewStatus
-from prefect_crew.records.model import SentReview
+from prefect_crew.records.model import SentReview, utcnow
 
 if TYPE_CHECKING:
     from prefect_crew.runs.run import OpenRun
@@ -93,9 +93,10 @@ class Question:
 
     def is_same_as(self, other: Question) -> bool:
         """Return whether this is the same question, of which the other may know more."""
-        return (self.task_id, len(self.before)) == (other.task_id, len(other.before)) and may_be_same(
-            self.asked, other.asked
+        mine, theirs = (
+            (one.task_id, len(one.before), None if one.request is None else one.request.id) for one in (self, other)
         )
+        return mine == theirs and may_be_same(self.asked, other.asked)
 
 
 def waiting_task(status: CrewStatus) -> str | None:
@@ -192,6 +193,44 @@ def request_state(before: Sequence[SentReview], request: FeedbackRequest) -> Que
     if answer is None:
         return QuestionState.OPEN
     return QuestionState.ANSWERED if answer.outcome == "sent" else QuestionState.UNCERTAIN
+
+
+def question_of(
+    run: OpenRun,
+    status: CrewStatus,
+    before: Sequence[SentReview],
+    request: FeedbackRequest | None = None,
+    *,
+    task_id: str | None = None,
+    next_round_after: float | None,
+    has_webhook: bool = False,
+) -> Question | None:
+    """Return the question that a status, or the request of a Flow, asks after these answers; None without a task.
+
+    `task_id` is the task where the status does not name it; the other arguments are those of `question_state`.
+    """
+    named, asked = waiting_task(status), question_digest(status)
+    if request is not None:
+        task_id, asked, output, state = request.task_id, None, request.output, request_state(before, request)
+    else:
+        task_id, output = task_id or named, judged_output(status)
+        state = question_state(
+            before, named, asked, now=utcnow(), next_round_after=next_round_after, has_webhook=has_webhook
+        )
+    if task_id is None:
+        return None
+    return Question(
+        run.kickoff_id,
+        task_id,
+        next_round(before, task_id),
+        asked,
+        output,
+        tuple(before),
+        task=run.redact_name(task_id),
+        so_far=outputs_so_far(status),
+        request=request,
+        state=state,
+    )
 
 
 # Sentences for people

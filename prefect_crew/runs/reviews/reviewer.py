@@ -1,25 +1,27 @@
-"""What one wait does about people: who is told of a question, who answers it, and what if nobody does."""
+"""What one wait does about people: it sees what is asked, tells whom, and has a function or the form answer."""
 
 from __future__ import annotations
 
 import asyncio
 import inspect
+import time
 from collections.abc import Awaitable, Callable
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import httpx
 from prefect.exceptions import PrefectException
 
-from prefect_crew._internal.prefect_api import run_logger
+from prefect_crew._internal.prefect_api import flow_run_id, run_logger
 from prefect_crew.artifacts.events import emit
 from prefect_crew.client.models import CrewStatus
 from prefect_crew.crew import WaitPolicy
-from prefect_crew.exceptions import AnsweredError, CrewError, ReviewLimitError
-from prefect_crew.records.model import ReviewStore, SentReview
-from prefect_crew.records.notes import forget_notes
-from prefect_crew.runs.reviews.answer import answer_question, answers_record, uncertain_error
-from prefect_crew.runs.reviews.form import FormReviewer
+from prefect_crew.exceptions import AnsweredError, CrewAPIError, CrewError, ReviewLimitError
+from prefect_crew.records.model import RecordStore, SentReview, utcnow
+from prefect_crew.records.notes import forget_notes, kept_output
+from prefect_crew.runs.listener import Waker
+from prefect_crew.runs.reviews.answer import answer_question, answers_record, open_request, uncertain_error
+from prefect_crew.runs.reviews.form import Form
 from prefect_crew.runs.reviews.questions import (
     Question,
     QuestionState,
@@ -29,42 +31,44 @@ from prefect_crew.runs.reviews.questions import (
     ReviewRequest,
     describe_question,
     how_to_answer,
+    judged_output,
+    may_be_same,
+    question_digest,
+    question_of,
     waiting_task,
 )
-from prefect_crew.runs.reviews.tracker import QuestionTracker
+from prefect_crew.settings import CrewSettings
+from prefect_crew.states import CrewState
 
 if TYPE_CHECKING:
     from prefect_crew.crew import CrewSession
     from prefect_crew.runs.run import OpenRun
 
+T = TypeVar("T")
+
 NOBODY = "nobody, in time"
 """Who answered, in the record of a rejection by `on_human_timeout`."""
 GOES_ON_WITHIN = 20.0
 """Seconds for the crew to go on after an answer that came as people's time ended."""
-
-
-class TooManyRoundsError(Exception):
-    """A task asks more often than the policy allows. Ends the wait; never seen outside of this package."""
-
-    def __init__(self, question: Question) -> None:
-        super().__init__(question.task)
-        self.question = question
-
-
-def stops_late(policy: WaitPolicy, phase: str) -> bool:
-    """Return whether a crew is stopped when its budget of this phase is over, "human" among them."""
-    if phase == "human" and policy.on_human_timeout is not None:
-        return policy.on_human_timeout == "stop"
-    return policy.on_timeout == "stop"
+OUTPUT_WITHIN = 5.0
+"""Seconds for which a question of which the status shows nothing waits for what its webhook brings."""
+SOON = 120.0
+"""Seconds after an answer for which the status is read more often than the policy says, to see the crew go on."""
+UNSAVED = 120.0
+"""Seconds for which whoever sends an answer may still write down what became of it."""
 
 
 class People:
     """What the wait for one run does about people.
 
+    `question` is what is asked, None if nothing is; `answers` are what people have answered, as far as it was read.
+
     Args:
         run, session, records: The run, and what it is reached by.
         policy: How long people may take, and how often they may be asked.
         review: What answers; None leaves that to whoever comes by.
+        stop: Stops the crew; True if its server took that.
+        waker: Tells of the run's webhooks.
         quiet: Write no log line about each question: the batch does, about many.
     """
 
@@ -72,31 +76,178 @@ class People:
         self,
         run: OpenRun,
         session: CrewSession,
-        records: ReviewStore,
+        records: RecordStore,
         policy: WaitPolicy,
         review: ReviewChoice | None,
         *,
+        stop: Callable[[], Awaitable[bool]],
+        waker: Waker | None = None,
         quiet: bool = False,
     ) -> None:
         self.run = run
         self.session = session
         self.records = records
         self.policy = policy
-        self.questions = QuestionTracker(run, records, policy)
         self.question: Question | None = None
-        self._function: ReviewFunction | None = None
-        self._form: FormReviewer | None = None
-        self._is_quiet = quiet or callable(review)
+        self.answers: list[SentReview] = []
+        self._stop = stop
+        self._waker = waker
+        self._form = Form(flow_run_id(), run, policy) if review == "form" else None
+        self._function: ReviewFunction | None = None if review == "form" else review
+        self._is_quiet = quiet or self._function is not None
         self._has_extra_time = False
-        if review == "form":
-            self._form = FormReviewer(run, session, records, self.questions, policy)
-        else:
-            self._function = review
+        # What tells one question from the next, from look to look.
+        self._open: Question | None = None
+        self._answered: SentReview | None = None
+        """The answer to what the status still shows."""
+        record = run.record
+        # Also those that another process has seen.
+        self._waited = record is not None and record.human_since is not None
+        self._is_stale = record is not None and bool(record.human_seconds or record.human_since)
+        self._looked_at = utcnow()
+        self._without_output: float | None = None
+        """Since when a question is held back because nothing to judge is known; monotonic."""
+
+    # What is asked
+
+    async def ask(self, status: CrewStatus) -> bool:
+        """Take in a status; True if a question opened or closed, and everybody was told.
+
+        Raises:
+            ReviewLimitError: It is asked once too often.
+        """
+        before, self.question = self.question, await self._see(status)
+        question, most = self.question, self.policy.max_rounds
+        if question is None or question is before:
+            return before is not question
+        if before is not None and before.is_same_as(question):
+            return True  # what is to be judged came to be known
+        if most is not None and question.round > most:
+            raise ReviewLimitError(
+                kickoff_id=self.run.kickoff_id,
+                task_id=question.task,
+                max_rounds=most,
+                crew=self.run.crew.label,
+                idempotency_key=self.run.idempotency_key,
+                stopped=self.policy.on_human_timeout == "stop" and await self._stop(),
+            )
+        self._announce(question)
+        return True
+
+    async def _see(self, status: CrewStatus) -> Question | None:
+        """Return what is asked, the same object as long as it is the same question; None if nothing is.
+
+        An answered question that the server still shows is none. The next round is told from it by another output, by
+        another state in between, or by a webhook, which says how many answers came before. Where nothing tells it, time
+        does in the end, for people.
+        """
+        try:
+            if status.state is CrewState.WAITING:
+                self._waited = True
+                return await self._see_waiting(status)
+            self._open, self._answered, self._without_output = None, None, None
+            if self._is_stale or self._waited:
+                await self._read_answers()
+            if self._waited and status.state is not CrewState.UNKNOWN:
+                self._waited = not await self._note_moved_on()
+            return None
+        finally:
+            self._looked_at = utcnow()
+
+    async def _see_waiting(self, status: CrewStatus) -> Question | None:
+        task_id, asked, question = waiting_task(status), question_digest(status), self._open
+        if task_id is None and question is not None:
+            return question
+        if task_id is not None and question is not None and self._is_still(question, task_id, asked):
+            if question.asked is None and asked is not None:
+                self._open = replace(question, asked=asked, output=judged_output(status))
+            elif question.asked is None and question.output == judged_output(status):
+                kept = await self._kept_output(len(question.before))
+                self._open = question if kept is None else replace(question, output=kept)
+            return self._open
+        if (self._answered is None or self._is_stale) and not await self._read_answers():
+            return question
+        # A Flow's status may name no task, and its request does.
+        request = await self._read("What run %s asks", open_request(self.run.kickoff_id, self.answers))
+        found = question_of(
+            self.run,
+            status,
+            self.answers,
+            request,
+            next_round_after=self.policy.next_round_after,
+            has_webhook=self._has_webhook(len(self.answers)),
+        )
+        if found is None:
+            return None
+        self._open = self._answered = None
+        if found.state is QuestionState.ANSWERED:
+            self._answered = self.answers[-1]
+            return None
+        if found.asked is None and request is None:
+            kept = await self._kept_output(len(self.answers))
+            found = found if kept is None else replace(found, output=kept)
+            if (found.output is None and self._is_hooked) or CrewSettings().review_secret is not None:
+                # Its webhook, or the request of a Flow, may be on its way.
+                self._without_output = self._without_output or time.monotonic()
+                if time.monotonic() - self._without_output < OUTPUT_WITHIN:
+                    return None
+        self._open, self._without_output = found, None
+        self._is_stale = True  # there will be an answer
+        return found
+
+    def _is_still(self, question: Question, task_id: str, asked: str | None) -> bool:
+        if question.request is not None:
+            return True  # until the state changes, or somebody has answered it
+        if question.task_id != task_id or not may_be_same(question.asked, asked):
+            return False
+        answers, is_by_time = len(question.before), question.state is QuestionState.OPEN_BY_TIME
+        return not self._has_webhook(answers + 1) and not (is_by_time and self._has_webhook(answers))
+
+    def _has_webhook(self, answers: int) -> bool:
+        """Return whether a webhook tells of a question that came after so many answers."""
+        record = self.run.record
+        return bool(answers and record and self._waker and self._waker.has_question_after(record.attempt, answers))
+
+    async def _note_moved_on(self) -> bool:
+        """Note at the last answer that the crew was seen to go on after it; False if that is to be tried again."""
+        last = self.answers[-1] if self.answers else None
+        if self._is_stale or (last is not None and last.at > self._looked_at):
+            return False  # the status may have been read before that answer: it proves nothing of it
+        if last is None or last.moved_on:
+            return True
+        if last.outcome == "intended" and (utcnow() - last.at).total_seconds() < UNSAVED:
+            return False  # whoever sends it would write over this
+        last.moved_on = True
+        try:
+            await self.records.save_review(answers_record(self.run), len(self.answers), last)
+        except (httpx.HTTPError, PrefectException, CrewError) as error:
+            last.moved_on = False
+            run_logger().debug("That run %s goes on is not on record: %s", self.run.kickoff_id, error)
+        return last.moved_on
 
     @property
-    def answers(self) -> list[SentReview]:
-        """What people have answered so far, as far as it was read."""
-        return self.questions.answers
+    def _is_hooked(self) -> bool:
+        return self.run.record is not None and self.run.record.has_webhooks
+
+    async def _kept_output(self, answers: int) -> str | None:
+        """Return what a webhook brought of the question after so many answers."""
+        if self.run.record is None or not self._is_hooked:
+            return None
+        return await self._read("What run %s asks about", kept_output(self.run.record, answers))
+
+    async def _read_answers(self) -> bool:
+        given = await self._read("The answers to run %s", self.records.reviews(answers_record(self.run)))
+        self.answers, self._is_stale = self.answers if given is None else given, given is None
+        return given is not None
+
+    async def _read(self, what: str, reading: Awaitable[T]) -> T | None:
+        try:
+            return await reading
+        except (httpx.HTTPError, PrefectException) as error:
+            run_logger().debug(f"{what} could not be read: %s", self.run.kickoff_id, error)
+            return None
+
+    # Who is told
 
     @property
     def notes(self) -> list[str]:
@@ -106,23 +257,6 @@ class People:
             return []
         form = "" if self._form is None else "The form is on this flow run's page: Resume. "
         return [f"{form}It {describe_question(self.run, question)}"]
-
-    async def ask(self, status: CrewStatus) -> bool:
-        """Take in a status; True if a question opened or closed, and everybody was told.
-
-        Raises:
-            TooManyRoundsError: It is asked once too often.
-        """
-        before, self.question = self.question, await self.questions.see(status)
-        if self.question is None or self.question is before:
-            return before is not self.question
-        if before is not None and before.is_same_as(self.question):
-            return True  # what is to be judged came to be known
-        most = self.policy.max_rounds
-        if most is not None and self.question.round > most:
-            raise TooManyRoundsError(self.question)
-        self._announce(self.question)
-        return True
 
     def _announce(self, question: Question) -> None:
         """Tell automations who is waited for, and people as well unless a function or a batch sees to it."""
@@ -141,11 +275,13 @@ class People:
         if not self._is_quiet or question.state is not QuestionState.OPEN:
             run_logger().warning("Crew run %s %s", run.kickoff_id, describe_question(run, question, page))
 
+    # Who answers
+
     async def answer(self) -> None:
         """Have what is asked answered, where a function or a form does so here.
 
         Raises:
-            CrewError: The answer could not be given or sent.
+            CrewError: The answer could not be given or sent. What was filled in is kept for the next attempt.
         """
         question = self.question
         if self._function is None and self._form is None:
@@ -153,7 +289,8 @@ class People:
         if question is not None and question.state is QuestionState.UNCERTAIN:
             raise uncertain_error(self.run, question.before[-1])
         if self._form is not None:
-            await self._form.see(question)
+            await self._form.show(question)
+            await self._answer_by_form(self._form)
         # What may be the question that was answered is for people alone: a function would approve what it has not seen.
         elif self._function is not None and question is not None and question.state is QuestionState.OPEN:
             await self._answer_by_function(self._function, question)
@@ -175,80 +312,90 @@ class People:
         review: Any = await given if inspect.isawaitable(given) else given
         if not isinstance(review, Review):
             raise CrewError(f"The review function returned a {type(review).__name__}, not a Review.")
+        await self._send(question, review, by=getattr(function, "__name__", "a function"))
+
+    async def _answer_by_form(self, form: Form) -> bool:
+        """Send what was filled in, if anything was; False if nothing was sent."""
+        question, filled = form.question, await form.look()
+        if question is None or filled is None:
+            return False
+        await form.take_down()
+        try:
+            is_sent = await self._send(question, filled.review(question), by=filled.name.strip() or "the form")
+        except CrewAPIError as error:
+            if error.status_code not in (400, 404, 409):
+                raise
+            is_sent = False
+            self._look_anew("the form", error)
+        # Not before: should this process end before that, the next one finds what was filled in.
+        await form.forget_answer()
+        return is_sent
+
+    async def _send(self, question: Question, review: Review, *, by: str) -> bool:
+        """Send an answer; False if the question was answered elsewhere."""
+        try:
+            _, sent = await answer_question(self.run, self.session, self.records, review, by=by, question=question)
+        except AnsweredError as error:
+            self._look_anew(by, error)
+            return False
+        self.answers = [*question.before, sent]
+        self._open, self._answered, self._is_stale = None, None if sent.moved_on else sent, False
         verdict = "approved" if review.approve else "rejected"
         run_logger().info(
-            "Crew run %s: task %s, round %d: %s.", self.run.kickoff_id, question.task, question.round, verdict
+            "Crew run %s: task %s, round %d: %s by %s.", self.run.kickoff_id, question.task, question.round, verdict, by
         )
-        try:
-            _, sent = await answer_question(
-                self.run,
-                self.session,
-                self.records,
-                review,
-                by=getattr(function, "__name__", "a function"),
-                question=question,
-                has_webhook=self.questions.has_webhook,
-            )
-        except AnsweredError as error:
-            run_logger().warning("Crew run %s: the function's answer was not sent. %s", self.run.kickoff_id, error)
-            self.questions.forget()
-            return
-        self.questions.note_answer(sent)
+        return True
 
-    async def more_time(self, status: CrewStatus | None) -> float:
+    def _look_anew(self, by: str, error: CrewError) -> None:
+        """Say that an answer was not sent, and look anew at what is asked: it was answered elsewhere."""
+        why = self.run.redact(str(error))
+        run_logger().warning("Crew run %s: the answer of %s was not sent: %s", self.run.kickoff_id, by, why)
+        self._open, self._is_stale = None, True
+
+    async def more_time(self) -> float:
         """Return how many more seconds people get, whose time is over: a rejection that nobody made begins it anew."""
-        budget = self.policy.human_timeout
-        if self._form is not None and await self._form.finish_answer():
-            return GOES_ON_WITHIN
-        if self.policy.on_human_timeout != "reject" or status is None or budget is None or self._has_extra_time:
+        budget, kickoff_id = self.policy.human_timeout, self.run.kickoff_id
+        try:
+            if self._form is not None and await self._answer_by_form(self._form):
+                return GOES_ON_WITHIN
+        except CrewError as error:
+            run_logger().warning("The form's answer to run %s came to nothing: %s", kickoff_id, error)
+        if self.policy.on_human_timeout != "reject" or budget is None or self._has_extra_time:
             return 0.0
         self._has_extra_time = True
+        question = self.question
         try:
-            await self._reject_late(status)
-        except AnsweredError:
-            return budget
+            given = await self.records.reviews(answers_record(self.run))
+            # Where another process has rejected it, the time that began anew is over as well.
+            if question is not None and not any(review.by == NOBODY for review in given):
+                await self._send(question, Review(approve=False, feedback=self.policy.human_message), by=NOBODY)
         except (CrewError, httpx.HTTPError, PrefectException) as error:
             reason = self.run.redact(str(error))
-            run_logger().warning("Run %s could not be rejected for lack of an answer: %s", self.run.kickoff_id, reason)
+            run_logger().warning("Run %s could not be rejected for lack of an answer: %s", kickoff_id, reason)
             return 0.0
         return budget
 
-    async def _reject_late(self, status: CrewStatus) -> None:
-        """Reject what a run asks, unless another process has done it: then the time that began anew is over as well."""
-        task_id = waiting_task(status)
-        given = await self.records.reviews(answers_record(self.run))
-        if task_id is None or any(review.by == NOBODY for review in given):
-            return
-        await answer_question(
-            self.run,
-            self.session,
-            self.records,
-            Review(approve=False, feedback=self.policy.human_message),
-            by=NOBODY,
-            next_round_after=self.policy.next_round_after,
-        )
-        task = self.run.redact_name(task_id)
-        run_logger().warning("Crew run %s: nobody answered task %s in time: rejected.", self.run.kickoff_id, task)
-        self.questions.forget()
+    # Pauses, and the end
 
-    def pausing(self, pause: Callable[[float], Awaitable[None]]) -> Callable[[float], Awaitable[None]]:
-        """Return a pause that ends early when the form was filled in."""
-        return pause if self._form is None else partial(self._form.pause, pause)
+    async def pause(self, pause: Callable[[float], Awaitable[None]], seconds: float) -> None:
+        """Pause, and end it as soon as the form was filled in."""
+        if self._form is None:
+            await pause(seconds)
+        else:
+            await self._form.pause(pause, seconds, self._waker)
 
-    def too_often(self, question: Question, *, stopped: bool) -> ReviewLimitError:
-        """Return the error that tells of one round too many."""
-        return ReviewLimitError(
-            kickoff_id=self.run.kickoff_id,
-            task_id=question.task,
-            max_rounds=question.round - 1,
-            crew=self.run.crew.label,
-            idempotency_key=self.run.idempotency_key,
-            stopped=stopped,
-        )
+    def next_look(self) -> float | None:
+        """Return after how many seconds a look would be welcome, since an answer has just been given; else None."""
+        if self._without_output is not None:
+            return 1.0
+        if self._answered is None:
+            return None
+        since = (utcnow() - self._answered.at).total_seconds()
+        return max(1.0, since) if since < SOON else None
 
     async def aclose(self, *, ended: bool) -> None:
         """The wait is over, and so is the run if it has `ended`: take back what was put up for an answer."""
-        if ended and self.run.record is not None and self.run.record.has_webhooks and self.answers:
+        if ended and self.run.record is not None and self._is_hooked and self.answers:
             try:
                 await forget_notes(self.run.record)
             except (httpx.HTTPError, PrefectException) as error:

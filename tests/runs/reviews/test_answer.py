@@ -26,8 +26,7 @@ from prefect_crew import (
 from prefect_crew.crew import CrewSession
 from prefect_crew.records.model import SentReview
 from prefect_crew.records.store import PrefectRecords
-from prefect_crew.runs.reviews.answer import answer_question
-from prefect_crew.runs.reviews.inbox import resume_run
+from prefect_crew.runs.reviews.answer import answer_question, resume_run
 from prefect_crew.runs.run import OpenRun
 from support.asking import AskingServer
 from support.webhooks import served
@@ -195,7 +194,7 @@ async def test_whoever_answers_a_round_that_has_its_answer_is_told() -> None:
         kickoff_id = await _kicked_off(crew)
         run = OpenRun(crew=crew.crew, kickoff_id=kickoff_id, record=(await PrefectRecords().attempts(crew.url))[-1])
         async with CrewSession(crew.crew) as session:
-            given = {"by": "Ada", "round": 1, "looks": 3}
+            given = {"by": "Ada", "round": 1}
             await answer_question(run, session, PrefectRecords(), APPROVED, **given)
             with pytest.raises(CrewError, match=r"is at round 2, not 1\. Nothing was sent"):
                 await answer_question(run, session, PrefectRecords(), APPROVED, **given)

@@ -23,8 +23,8 @@ from prefect_crew.exceptions import ConfigurationError
 from prefect_crew.receiver.app import create_receiver
 from prefect_crew.records.notes import kept_requests
 from prefect_crew.records.store import PrefectRecords
+from prefect_crew.runs.reviews.answer import list_pending_reviews, resume_run
 from prefect_crew.runs.reviews.form import ReviewForm
-from prefect_crew.runs.reviews.inbox import list_pending_reviews, resume_run
 from prefect_crew.runs.reviews.questions import Question
 from support.webhooks import SECRET, Kept, served
 

@@ -16,7 +16,7 @@ from prefect_crew.devserver import CrewScript, CrewServer
 from prefect_crew.receiver.app import create_receiver
 from prefect_crew.records.notes import kept_output
 from prefect_crew.records.store import PrefectRecords
-from prefect_crew.runs.reviews.inbox import list_pending_reviews
+from prefect_crew.runs.reviews.answer import list_pending_reviews
 from support.webhooks import SECRET, served
 
 pytestmark = pytest.mark.usefixtures("prefect_api", "instant_polling")

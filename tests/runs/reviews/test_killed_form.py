@@ -98,7 +98,7 @@ def test_a_process_is_killed_with_its_form_up(
         async def again() -> None:
             outcome.append(await begun_again(flow_run_id))
 
-        async def meanwhile() -> None:
+        async def fill_in_again() -> None:
             run = asyncio.create_task(again())
 
             def up() -> dict[str, Any] | None:
@@ -114,7 +114,7 @@ def test_a_process_is_killed_with_its_form_up(
             assert await asyncio.to_thread(fill_in, flow_run_id, decision="approve") == "ACCEPT"
             await asyncio.wait_for(run, 60)
 
-        asyncio.run(meanwhile())
+        asyncio.run(fill_in_again())
         assert outcome == ["printed"]
         assert server.requests["resume"] == 1 + answered
         assert server.kickoffs == 1

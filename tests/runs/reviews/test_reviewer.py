@@ -97,14 +97,14 @@ async def test_a_function_answers_each_round_once(response_format: str) -> None:
         ]
 
 
-async def test_a_plain_function_takes_its_time_beside_everything_else() -> None:
+async def test_a_plain_function_takes_its_time_while_everything_else_goes_on() -> None:
     others_went_on = threading.Event()
     logged_by: list[str] = []
 
     def judge(request: ReviewRequest) -> Review:
         del request
         logged_by.append(str(this_flow_run.id))  # it is called in the context of the wait
-        assert others_went_on.wait(60), "nothing else went on meanwhile"
+        assert others_went_on.wait(60), "nothing else went on"
         return Review(approve=True)
 
     async def another() -> None:
@@ -253,7 +253,7 @@ async def test_each_answer_names_the_users_own_webhooks_again() -> None:
 
 
 async def test_an_answer_to_a_run_with_the_receivers_webhooks_names_those(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever finds a run that somebody else has bought does not take its webhooks away."""
+    """Whoever finds a run that somebody else has started does not take its webhooks away."""
     monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_WEBHOOK_URL", "http://127.0.0.1:9/hooks")
     monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_WEBHOOK_SECRET", "a-secret-of-thirty-two-characters")
     with CrewServer(SCRIPT) as server:
