@@ -429,17 +429,6 @@ async def test_what_a_record_keeps_of_its_inputs_tells_nothing_without_the_token
     assert {len(mark) for mark in marks} == {8}
 
 
-async def test_equal_inputs_are_equal_whatever_their_order_and_form(crew_server: CrewServerFactory):
-    server, idempotency_key = crew_server(TRIP), key()
-    first = await server.crew(allow_extra_inputs=True).trigger(
-        {"city": "Lisbon", "days": 3}, idempotency_key=idempotency_key
-    )
-    second = await server.crew(inputs_as_json=True, allow_extra_inputs=True).trigger(
-        {"days": 3, "city": "Lisbon"}, idempotency_key=idempotency_key
-    )
-    assert second.kickoff_id == first.kickoff_id
-
-
 async def test_force_new_starts_again_whatever_the_record_says(crew_server: CrewServerFactory):
     server, idempotency_key = crew_server("echo", faults=["kickoff:500@1"]), key()
     with pytest.raises(KickoffUncertainError):

@@ -551,12 +551,6 @@ async def test_without_a_record_a_late_crew_can_be_stopped(crew_server: CrewServ
     assert server.requests["stop"] == 1
 
 
-async def test_without_a_record_a_loss_is_a_loss(crew_server: CrewServerFactory):
-    _, run = await foreign(crew_server, slow(60), faults=["status:forgotten@2"])
-    with pytest.raises(CrewLostError, match="last seen running"):
-        await run.wait_for_completion()
-
-
 async def test_without_a_record_a_cancelled_wait_leaves_the_crew_alone(crew_server: CrewServerFactory):
     server, run = await foreign(crew_server, slow(60))
     waiting = asyncio.ensure_future(run.wait_for_completion())

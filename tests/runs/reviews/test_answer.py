@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -13,8 +15,10 @@ from prefect import flow
 
 from prefect_crew import (
     CrewError,
+    CrewRun,
     CrewTimeoutError,
     DeployedCrew,
+    NotFoundError,
     Review,
     ReviewRequest,
     WaitPolicy,
@@ -23,13 +27,18 @@ from prefect_crew import (
     resume_crew,
     wait_for_crew,
 )
-from prefect_crew.crew import CrewSession
+from prefect_crew.crew import Crew, CrewSession
+from prefect_crew.devserver import CrewScript, CrewServer
+from prefect_crew.receiver.app import create_receiver
 from prefect_crew.records.model import SentReview
+from prefect_crew.records.notes import kept_output
 from prefect_crew.records.store import PrefectRecords
-from prefect_crew.runs.reviews.answer import answer_question, resume_run
+from prefect_crew.runs.reviews.answer import answer_question, list_pending_reviews, resume_run
 from prefect_crew.runs.run import OpenRun
+from prefect_crew.testing import CrewServerFactory
 from support.asking import AskingServer
-from support.webhooks import served
+from support.scripts import ASKS
+from support.webhooks import SECRET, served
 
 pytestmark = pytest.mark.usefixtures("prefect_api", "instant_polling")
 APPROVED = Review(approve=True)
@@ -199,3 +208,131 @@ async def test_whoever_answers_a_round_that_has_its_answer_is_told() -> None:
             with pytest.raises(CrewError, match=r"is at round 2, not 1\. Nothing was sent"):
                 await answer_question(run, session, PrefectRecords(), APPROVED, **given)
         assert len(server.resumes) == 1
+
+
+# From outside of the wait, by the task or by `CrewRun.resume`
+
+
+async def waits(server: Any, run: CrewRun) -> None:
+    while str(server.run(run.kickoff_id).state) != "waiting":
+        await asyncio.sleep(0.02)
+
+
+async def test_an_answer_is_for_the_task_that_the_status_names(crew_server: CrewServerFactory):
+    server = crew_server(ASKS, response_format="union")
+    run = await server.crew().trigger({})
+    await waits(server, run)
+    assert (await run.resume("shorter", approve=False)).status == "retrying"
+    await waits(server, run)
+    assert (await run.resume("fine", approve=True, task_id="draft")).status == "resumed"
+    await run.wait_for_completion()
+
+
+@pytest.mark.parametrize("state", ["completed", "unknown"])
+async def test_a_run_that_waits_for_nobody_takes_no_answer(crew_server: CrewServerFactory, state: str):
+    server = crew_server("echo")
+    run = await server.crew().trigger({"text": "a"})
+    await run.wait_for_completion()
+    if state == "unknown":
+        run = CrewRun(server.crew(), "nobody")
+    with pytest.raises(CrewError, match=f"does not wait for a person: it is {state}"):
+        await run.resume("fine", approve=True)
+    assert server.requests["resume"] == 0
+
+
+async def test_a_task_that_the_status_does_not_name_has_to_be_given(crew_server: CrewServerFactory):
+    server = crew_server(ASKS, response_format="live")
+    run = await server.crew().trigger({})
+    await waits(server, run)
+    with pytest.raises(CrewError, match=r"does not name the task\. Give it \(task_id=…, --task\)"):
+        await run.resume("fine", approve=True)
+    assert (await run.resume("fine", approve=True, task_id="draft")).status == "resumed"
+
+
+async def test_an_answer_that_the_server_refuses_may_be_given_again(crew_server: CrewServerFactory):
+    server = crew_server(ASKS, response_format="union", faults=["resume:404@1"])
+    run = await server.crew().trigger({})
+    await waits(server, run)
+    with pytest.raises(NotFoundError):
+        await run.resume("fine", approve=True)
+    assert (await run.resume("fine", approve=True)).status == "resumed"
+
+
+# What a reviewer sees of a question whose status shows nothing: what the webhook brought, else where to look
+
+SCRIPT = CrewScript.model_validate(
+    {
+        "name": "reviewed",
+        "inputs": ["topic"],
+        "tasks": [{"name": "draft", "human": True, "output": "Draft {{ round }} on {{ topic }}."}],
+    }
+)
+PAGE = "https://app.example.com/crews/7"
+
+
+@pytest.fixture
+async def receiver(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[str]:
+    async with served(create_receiver(SECRET)) as url:
+        monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_WEBHOOK_URL", url)
+        monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_WEBHOOK_SECRET", SECRET)
+        yield url
+
+
+async def reviewed(crew: DeployedCrew, review: Any, key: str, **policy: Any) -> None:
+    @flow
+    async def once() -> None:
+        await arun_crew(crew, {"topic": "tea"}, idempotency_key=key, review=review, wait=WaitPolicy(**policy))
+
+    await once()
+
+
+async def test_a_function_sees_what_the_webhook_brought(receiver: str) -> None:
+    seen: list[str | None] = []
+
+    def judge(request: ReviewRequest) -> Review:
+        seen.append(request.output)
+        return Review(approve=request.round > 1, feedback="again")
+
+    key = f"judged/{uuid.uuid4()}"
+    with CrewServer(SCRIPT) as server:
+        await reviewed(server.crew(), judge, key)
+    assert seen == ["Draft 1 on tea.", "Draft 2 on tea."]
+    (record,) = await PrefectRecords().attempts(key)
+    assert [await kept_output(record, answers) for answers in (0, 1)] == [None, None], "nothing stays"
+
+
+async def test_the_command_line_sees_it_as_well_and_of_secret_inputs_nothing_is_kept(receiver: str) -> None:
+    key = f"judged/{uuid.uuid4()}"
+    with CrewServer(SCRIPT) as server:
+        for crew, expected in ((server.crew(), "Draft 1 on tea."), (server.crew(secret_inputs=["topic"]), None)):
+            with pytest.raises(CrewTimeoutError):
+                await reviewed(crew, None, f"{key}/{expected}", human_timeout=8)
+
+            async def same(_: Any, crew: Crew = crew.crew) -> Crew:
+                return crew
+
+            lines = await list_pending_reviews([PrefectRecords()], same)
+            (line,) = [one for one in lines if one.record.idempotency_key == f"{key}/{expected}"]
+            assert line.output == expected
+
+
+async def test_where_nothing_is_known_the_page_is_linked_and_nothing_is_promised(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with CrewServer(SCRIPT) as server, caplog.at_level(logging.WARNING):
+        with pytest.raises(CrewTimeoutError):
+            await reviewed(server.crew(page_url=PAGE), None, f"judged/{uuid.uuid4()}", human_timeout=0.3)
+        (said,) = [one.getMessage() for one in caplog.records if "waits for a person: task draft" in one.getMessage()]
+        assert f"Look at the crew's page: {PAGE}" in said
+        assert "reviews show" not in said
+        assert f"--crew {server.url}" in said, "the crew is no stored block"
+
+
+async def test_where_it_is_known_the_command_that_shows_it_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    with (
+        CrewServer(SCRIPT, response_format="union") as server,
+        caplog.at_level(logging.WARNING),
+        pytest.raises(CrewTimeoutError),
+    ):
+        await reviewed(server.crew(), None, f"judged/{uuid.uuid4()}", human_timeout=0.3)
+    assert "See what is to be judged: prefect-crew reviews show" in caplog.text
