@@ -36,6 +36,11 @@ MAX_TOKEN = 4096
 """Characters of a token. An idempotency key of 500 characters takes up to 2,700 of them."""
 BEARER_KINDS: tuple[WebhookKind, ...] = ("human_input", "stream")
 """The kinds for which the crew API can send a bearer token, and so has to."""
+ASKED = "crew.webhook.human_input"
+COMPLETED = "crew.webhook.crew"
+WAKING = (COMPLETED, ASKED, *(f"crew.webhook.stream.{kind}" for kind in RUN_ENDS))
+"""The events about webhooks that end a pause: an end, a person's turn. Tasks and steps do not: each would cost a status
+call."""
 CLOUD = "api.prefect.cloud"
 EXPIRY_MARGIN = 86_400.0
 """Seconds for which a webhook is still taken after all budgets of its run are spent."""
@@ -82,8 +87,7 @@ def webhooks_for(
     url, secret = settings.webhook_url, settings.webhook_secret
     if not url:
         return None
-    parts = urlsplit(url.strip())
-    if parts.scheme == "https" and parts.hostname == CLOUD and parts.path.startswith("/hooks/"):
+    if is_prefect_cloud(url):
         return Webhooks(task=url, step=url, crew=url, human_input=HumanInputWebhook(url=url))
     if secret is None:
         raise ConfigurationError(
@@ -103,6 +107,12 @@ def webhooks_for(
         stream_events=RUN_ENDS,
         realtime=True,
     )
+
+
+def is_prefect_cloud(url: str) -> bool:
+    """Return whether webhooks go to Prefect Cloud's own receiver."""
+    parts = urlsplit(url.strip())
+    return parts.scheme == "https" and parts.hostname == CLOUD and parts.path.startswith("/hooks/")
 
 
 def hooks_expire(wait: WaitPolicy, now: datetime) -> datetime:
@@ -174,6 +184,17 @@ def bearer_of(hook: Hook, secret: SecretStr | str) -> str:
         ConfigurationError: As `token_of`.
     """
     return _signature(secret, "bearer", _payload(hook))
+
+
+def recent_bearer(secret: SecretStr | str) -> str:
+    """Return the bearer token with which a process that waits for runs asks the receiver for the latest webhooks."""
+    return _signature(secret, "recent", "")
+
+
+def may_read_recent(secret: SecretStr | str, authorization: str | None) -> bool:
+    """Return whether a request's Authorization header has that token; compared in constant time."""
+    scheme, _, bearer = (authorization or "").partition(" ")
+    return _equal(bearer.strip(), recent_bearer(secret)) and scheme.lower() == "bearer"
 
 
 def read_token(

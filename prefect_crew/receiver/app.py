@@ -2,11 +2,12 @@
 
     POST /requests               200; 404 for whatever is not signed by the platform: what a Flow asks a person
     POST /hooks/{kind}/{token}   200; 404 for whatever is not ours, 415, 413, 400, 408
+    GET  /recent?after=CURSOR    200 with the webhooks since then, for processes that wait for runs; 404, 503
     GET  /health                 200 while it runs
     GET  /ready                  200 while what it takes reaches Prefect, 503 else; with counters
 
-No answer waits for Prefect. Until the token is verified no byte of a body is read, and nothing tells a forged token
-from a stale one or from a wrong path.
+No answer to a webhook waits for Prefect. Until the token is verified no byte of a body is read, and nothing tells a
+forged token from a stale one or from a wrong path.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from prefect_crew.receiver.events import digest_of, events_in
 from prefect_crew.receiver.forward import Forwarder
 from prefect_crew.records.model import utcnow
 from prefect_crew.settings import CrewSettings
-from prefect_crew.webhooks import Hook, checked_secret, read_token
+from prefect_crew.webhooks import Hook, checked_secret, may_read_recent, read_token
 
 MAX_BODY = 1024 * 1024
 """Bytes."""
@@ -77,6 +78,7 @@ def create_receiver(
         routes=[
             Route("/hooks/{kind}/{token}", receiver.take_webhook, methods=["POST"]),
             Route("/requests", receiver.take_request, methods=["POST"]),
+            Route("/recent", receiver.recent, methods=["GET"]),
             Route("/health", receiver.health, methods=["GET"]),
             Route("/ready", receiver.ready, methods=["GET"]),
         ],
@@ -107,6 +109,15 @@ class _Receiver:
         answers = {str(status): count for status, count in sorted(self._answers.items())}
         body = {"ready": ready, "answers": answers, **self.forwarder.report()}
         return JSONResponse(body, status_code=200 if ready else 503)
+
+    async def recent(self, request: Request) -> Response:
+        """Answer a process that waits for runs, once there is something to say or after some seconds."""
+        if not may_read_recent(self._secret, request.headers.get("authorization")):
+            return self._answer(404, "not found")
+        found = await self.forwarder.recent.after(request.query_params.get("after", ""))
+        if found is None:
+            return self._answer(503, "too many processes wait here: they poll")
+        return JSONResponse(found, headers={"Cache-Control": "no-store"})
 
     async def nothing_here(self, request: Request, error: Exception) -> Response:
         del request, error

@@ -130,6 +130,11 @@ def _idempotency_key(meta: Any) -> str | None:
     return key[:_MAX_KEY] if isinstance(key, str) else None
 
 
+def event_name(event: WebhookEvent) -> str:
+    """Return the name of the Prefect event."""
+    return f"crew.webhook.{event.name}"
+
+
 def prefect_event(event: WebhookEvent, record: RunRecord | None) -> dict[str, Any]:
     """Return the event as Prefect's API takes it. Without a record it is about the idempotency key alone."""
     hook = event.hook
@@ -145,7 +150,7 @@ def prefect_event(event: WebhookEvent, record: RunRecord | None) -> dict[str, An
     return {
         "id": str(event.id),
         "occurred": event.received.isoformat(),
-        "event": f"crew.webhook.{event.name}",
+        "event": event_name(event),
         "resource": resource,
         "related": related,
         "payload": {

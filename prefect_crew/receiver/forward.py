@@ -23,6 +23,7 @@ from prefect_crew.blocks import find_crew
 from prefect_crew.client._callbacks import FeedbackRequest
 from prefect_crew.exceptions import ConfigurationError
 from prefect_crew.receiver.events import WebhookEvent, prefect_event, resolved_event
+from prefect_crew.receiver.recent import RecentWebhooks
 from prefect_crew.records.model import RecordStore, RunRecord
 from prefect_crew.records.notes import MAX_OUTPUT, keep_output, keep_request
 from prefect_crew.records.resolve import Resolution, attempt_of, resolve_from_webhook
@@ -74,6 +75,7 @@ class Forwarder:
                 "The receiver needs the Prefect API that your flows use: set PREFECT_API_URL, such as "
                 "http://127.0.0.1:4200/api, or choose a profile that has it."
             )
+        self.recent = RecentWebhooks()
         self._records = records or PrefectRecords()
         self._events: deque[WebhookEvent] = deque(maxlen=limit)
         self._notes: deque[Note] = deque(maxlen=NOTES)
@@ -100,10 +102,12 @@ class Forwarder:
         else:
             hook, output = item.hook, item.output
             if output is not None and len(output) <= MAX_OUTPUT and hook.attempt is not None:
-                # Notes are kept before events are sent, which wake whoever waits for them.
+                # A note is kept before anybody is woken who reads it.
                 self._notes.append((keep_output, (hook.idempotency_key, hook.attempt, hook.round, output)))
             self._counts["dropped"] += self.is_full
             self._events.append(replace(item, output=None))
+            if hook.kind != "human_input":
+                self.recent.add(item)
         self.start()
         self._news.set()
 
@@ -220,6 +224,9 @@ class Forwarder:
     async def _send_batch(self) -> Exception | None:
         batch = [self._events.popleft() for _ in range(min(BATCH, len(self._events)))]
         self._in_hand = len(batch)
+        for event in batch:
+            if event.hook.kind == "human_input":
+                self.recent.add(event)
         problem = await self._send(batch) if batch else None
         if problem is not None:
             self._counts["dropped"] += max(0, len(self._events) + len(batch) - (self._events.maxlen or 0))

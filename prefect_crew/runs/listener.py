@@ -1,7 +1,9 @@
-"""End the pauses of waits early: one subscription to Prefect's events a process, however many runs it waits for.
+"""End the pauses of waits early, when a webhook has come: one listener a process, however many runs it waits for.
 
-The receiver turns a crew's webhooks into events. A webhook proves nothing and may never come, so the status call goes
-on being made, only more rarely, and as often as without webhooks once the receiver has been found silent.
+It asks the receiver itself, which answers within milliseconds. It also reads Prefect's events, which take a second: an
+answer that somebody else has given is only there, and so is all that Prefect Cloud's own receiver takes. A webhook
+proves nothing and may never come, so the status call goes on being made, only more rarely, and as often as without
+webhooks once the receiver has been found silent.
 """
 
 from __future__ import annotations
@@ -12,12 +14,12 @@ import logging
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from typing import Any, cast
 
 import httpx
-from prefect.events import Event
 from prefect.events.clients import get_events_subscriber
 from prefect.events.filters import EventFilter, EventNameFilter
 from websockets.exceptions import WebSocketException
@@ -25,15 +27,11 @@ from websockets.exceptions import WebSocketException
 from prefect_crew._text import one_line
 from prefect_crew.client._parsing import as_object
 from prefect_crew.client.models import CrewStatus, TokenUsage
-from prefect_crew.client.webhooks import RUN_ENDS
 from prefect_crew.settings import CrewSettings
 from prefect_crew.states import CrewState
+from prefect_crew.webhooks import ASKED, COMPLETED, WAKING, checked_base_url, is_prefect_cloud, recent_bearer
 
-ASKED = "crew.webhook.human_input"
 ANSWERED = "crew.reviewed"
-COMPLETED = "crew.webhook.crew"
-WAKING = (COMPLETED, ASKED, *(f"crew.webhook.stream.{kind}" for kind in RUN_ENDS), ANSWERED)
-"""What ends a pause: an end, a person's turn, an answer. Tasks and steps do not: each would cost a status call."""
 KEY_LABEL = "prefect-crew.idempotency-key"
 SAFETY = (15.0, 30.0, 60.0)
 """Seconds between two looks while webhooks are trusted: the first, the second, all further ones."""
@@ -44,6 +42,10 @@ KEPT = 300.0
 MOST_KEPT = 10_000
 """Runs of which events are remembered."""
 RECONNECT = 5.0
+NO_RECENT = 300.0
+"""Seconds until a receiver is asked again that does not know the latest webhooks, or has another secret."""
+ANSWER_WITHIN = 30.0
+"""Seconds for an answer of the receiver, which holds it back for ten while there is nothing to say."""
 Question = tuple[int, int]
 """The attempt at the idempotency key, and how many answers of people came before, modulo 256."""
 
@@ -124,13 +126,15 @@ class _Hub:
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
         self._runs: OrderedDict[str, _Run] = OrderedDict()
-        self._is_connected = False
+        self._has_events = False
+        self._has_receiver = False
         self._was_refused = False
         self._distrusted_until = 0.0
+        self._heard: OrderedDict[str, None] = OrderedDict()
 
     @property
     def trusted(self) -> bool:
-        return self._is_connected and time.monotonic() >= self._distrusted_until
+        return (self._has_events or self._has_receiver) and time.monotonic() >= self._distrusted_until
 
     def distrust(self) -> None:
         self._distrusted_until = time.monotonic() + DISTRUST
@@ -181,16 +185,55 @@ class _Hub:
         return told.get(COMPLETED, sum(told.values()) if told else None)
 
     async def _listen(self) -> None:
-        names = EventFilter(event=EventNameFilter(name=list(WAKING)))
+        await asyncio.gather(self._read_events(), self._ask_receiver())
+
+    async def _ask_receiver(self) -> None:
+        """Ask the receiver for the latest webhooks, again and again. One that is away or does not know them is no
+        fault: there are Prefect's events, and polling."""
+        settings = CrewSettings()
+        url, secret = settings.webhook_url or "", settings.webhook_secret
+        if secret is None or is_prefect_cloud(url):
+            return
+        base, cursor = checked_base_url(url), ""
+        headers = {"Authorization": f"Bearer {recent_bearer(secret)}"}
+        # A token does not go through a proxy in clear text.
+        async with httpx.AsyncClient(
+            headers=headers, timeout=ANSWER_WITHIN, trust_env=base.startswith("https:")
+        ) as client:
+            while True:
+                pause = RECONNECT
+                try:
+                    answer = await client.get(f"{base}/recent", params={"after": cursor})
+                    body = as_object(answer.json()) if answer.is_success else {}
+                    if answer.status_code == 404:
+                        pause = NO_RECENT
+                except (httpx.HTTPError, ValueError):
+                    body = {}
+                webhooks, found = body.get("webhooks"), body.get("cursor")
+                if not isinstance(webhooks, list) or not isinstance(found, str):
+                    self._has_receiver = False
+                    await asyncio.sleep(pause)
+                    continue
+                for webhook in cast("list[Any]", webhooks):
+                    self._hear(as_object(webhook))
+                # Where several receivers take turns, or one of them has just started, some may have gone elsewhere.
+                self._has_receiver, cursor = body.get("missed") is not True, found
+                if not self._has_receiver:
+                    await asyncio.sleep(pause)
+
+    async def _read_events(self) -> None:
+        names = EventFilter(event=EventNameFilter(name=[*WAKING, ANSWERED]))
         while True:
             try:
                 async with get_events_subscriber(filter=names, reconnection_attempts=0) as events:
-                    self._is_connected, self._was_refused = True, False
+                    self._has_events, self._was_refused = True, False
                     async for event in events:
-                        self._tell(event)
+                        key = event.resource.get(KEY_LABEL)
+                        known = {"id": str(event.id), "event": event.event, "idempotency_key": key}
+                        self._hear({**event.payload, **known})
             except (WebSocketException, httpx.HTTPError, OSError, ValueError):
                 # Away: the waiters look by themselves until it is back.
-                self._is_connected = False
+                self._has_events = False
             except Exception as error:
                 if type(error) is not Exception:
                     raise
@@ -200,34 +243,35 @@ class _Hub:
                         "Webhooks do not shorten waits in this process: %s", one_line(str(error))
                     )
                 self._was_refused = True
-            self._is_connected = False
+            self._has_events = False
             await asyncio.sleep(RECONNECT)
 
-    def _tell(self, event: Event) -> None:
-        idempotency_key = event.resource.get(KEY_LABEL)
-        if idempotency_key is None:
+    def _hear(self, event: Mapping[str, Any]) -> None:
+        """Wake the waiters of the run that an event is about, once: most come from the receiver and from Prefect."""
+        id_, name, idempotency_key = event.get("id"), event.get("event"), event.get("idempotency_key")
+        if not (isinstance(id_, str) and isinstance(name, str) and isinstance(idempotency_key, str)):
             return
-        asked = _question(event)
-        said = as_object(event.payload.get("said"))
+        said = as_object(event.get("said"))
         kickoff_id, count = said.get("kickoff_id"), said.get("total_tokens")
+        attempt, answers = event.get("attempt"), event.get("round")
+        asked: Question | None = None
+        if name == ASKED and isinstance(attempt, int) and isinstance(answers, int):
+            asked = attempt, answers
         with self._lock:
+            if id_ in self._heard:
+                return
+            self._heard[id_] = None
+            if len(self._heard) > MOST_KEPT:
+                self._heard.popitem(last=False)
             run = self._run(idempotency_key)
             run.told_at, run.asked = time.monotonic(), asked or run.asked
             if isinstance(kickoff_id, str) and isinstance(count, int) and len(run.tokens) < 1_000:
-                run.tokens[kickoff_id, COMPLETED if event.event == COMPLETED else str(event.id)] = count
+                run.tokens[kickoff_id, COMPLETED if name == COMPLETED else id_] = count
             wakers = list(run.wakers)
-            if event.event != ANSWERED:  # webhooks do come
+            if name != ANSWERED:  # webhooks do come
                 self._distrusted_until = 0.0
         for waker in wakers:
             waker.wake(asked)
-
-
-def _question(event: Event) -> Question | None:
-    """Return which question a human-input webhook tells of; None for another event, or one that does not say."""
-    if event.event != ASKED:
-        return None
-    attempt, answers = event.payload.get("attempt"), event.payload.get("round")
-    return (attempt, answers) if isinstance(attempt, int) and isinstance(answers, int) else None
 
 
 _hub = _Hub()  # Process-wide: one subscription serves the waiters of all event loops.

@@ -15,6 +15,7 @@ import pytest
 from prefect_crew import WaitPolicy, arun_crew
 from prefect_crew.devserver import CrewServer
 from prefect_crew.receiver.app import create_receiver
+from prefect_crew.webhooks import recent_bearer
 from support.deployed import ROOT, wait_until
 from support.docs import read_page
 from support.prefect_server import free_port
@@ -95,6 +96,9 @@ async def test_a_run_is_told_of_through_nginx_and_nothing_else_gets_through(
             assert "crew.webhook.crew" in told
             async with httpx.AsyncClient(base_url=base) as client:
                 assert (await client.get("/ready")).status_code == 404
+                bearer = {"Authorization": f"Bearer {recent_bearer(SECRET)}"}
+                assert (await client.get("/crews/recent")).status_code == 404
+                assert (await client.get("/crews/recent", headers=bearer)).json()["missed"] is False
                 assert (await client.post("/crews/hooks/crew/forged", json={})).status_code == 404
                 assert (await client.post("/crews/hooks/crew/forged", content=b" " * 2_000_000)).status_code == 413
     logs = "".join(path.read_text() for path in tmp_path.glob("*.log"))

@@ -3,13 +3,14 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+import uuid
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import respx
 import uvicorn
 from prefect import flow
-from prefect.events import Event
 
 from prefect_crew import (
     CrewFailedError,
@@ -25,6 +26,7 @@ from prefect_crew._internal.web_server import open_listener
 from prefect_crew.client.models import CrewResult, CrewStatus, TokenUsage
 from prefect_crew.crew import WaitPolicy
 from prefect_crew.devserver import CrewScript, CrewServer
+from prefect_crew.receiver import recent
 from prefect_crew.receiver.app import create_receiver
 from prefect_crew.runs import listener as listener_module
 from prefect_crew.states import CrewState
@@ -68,6 +70,65 @@ async def test_a_webhook_ends_the_pause(receiver: str) -> None:
 
         assert await once() < 30, "polling alone takes a minute"
         assert server.requests["status"] <= 2
+
+
+async def test_the_receiver_itself_ends_pauses_where_prefects_events_do_not_come(
+    receiver: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    away = Subscriber(OSError("no events"))
+    monkeypatch.setattr(listener_module, "get_events_subscriber", away)
+    with CrewServer(SCRIPT) as server:
+
+        @flow
+        async def several() -> float:
+            started = time.monotonic()
+            await asyncio.gather(*(arun_crew(crew_of(server), {}, name=str(number)) for number in range(5)))
+            return time.monotonic() - started
+
+        assert await several() < 30, "polling alone takes a minute"
+        assert server.requests["status"] <= 2 * 5
+    assert away.times
+    assert listener_module._hub.trusted
+
+
+async def test_a_receiver_that_has_started_anew_is_not_trusted_until_the_next_answer(
+    receiver: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(listener_module, "get_events_subscriber", Subscriber(OSError("no events")))
+    monkeypatch.setattr(recent, "HOLD", 0.2)
+    trusted: list[bool] = []
+    hub = listener_module._Hub()
+    asking = asyncio.create_task(hub._ask_receiver())
+    while not hub.trusted:
+        await asyncio.sleep(0.02)
+    first = recent.RecentWebhooks()
+    assert (await first.after("another-7")) == {"cursor": f"{first._start}-0", "missed": True, "webhooks": []}
+    monkeypatch.setattr(recent.RecentWebhooks, "after", first.after)
+    async with asyncio.timeout(20):
+        while not trusted or not hub.trusted:
+            await asyncio.sleep(0.02)
+            trusted += [] if hub.trusted else [False]
+    asking.cancel()
+
+
+@pytest.mark.parametrize("status", [404, 500, 200])
+async def test_a_receiver_that_does_not_know_the_latest_webhooks_is_polled_around(
+    status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(listener_module, "NO_RECENT", 0.01)
+    monkeypatch.setattr(listener_module, "RECONNECT", 0.01)
+    monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_WEBHOOK_URL", "http://receiver.example")
+    monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_WEBHOOK_SECRET", SECRET)
+    hub = listener_module._Hub()
+    with respx.mock:
+        route = respx.get("http://receiver.example/recent").respond(status, json=["what", "is", "this"])
+        asking = asyncio.create_task(hub._ask_receiver())
+        async with asyncio.timeout(20):
+            while route.call_count < 3:
+                await asyncio.sleep(0.01)
+        assert not asking.done()
+        assert not hub.trusted
+        asking.cancel()
 
 
 async def test_every_waiter_of_a_run_is_woken(receiver: str) -> None:
@@ -150,11 +211,13 @@ async def test_the_end_of_a_flow_ends_the_pause(receiver: str) -> None:
         assert await once() < 30, "polling alone takes a minute"
 
 
-def ending(type_: str, tokens: int | None, *, kickoff_id: str = "k-1", idempotency_key: str = "key") -> Event:
-    """Return what the receiver makes of a webhook about the end of a run, in the words of the hub's filter."""
+def ending(
+    type_: str, tokens: int | None, *, kickoff_id: str = "k-1", idempotency_key: str = "key"
+) -> dict[str, object]:
+    """Return what the receiver makes of a webhook about the end of a run."""
     said = {"kickoff_id": kickoff_id, **({} if tokens is None else {"total_tokens": tokens})}
-    resource = {"prefect.resource.id": "prefect-crew.run.k-1", "prefect-crew.idempotency-key": idempotency_key}
-    return Event(event=f"crew.webhook.{type_}", resource=resource, payload={"said": said})  # type: ignore[arg-type]
+    name = f"crew.webhook.{type_}"
+    return {"id": str(uuid.uuid4()), "event": name, "idempotency_key": idempotency_key, "said": said}
 
 
 COMPLETED = "stream.crew_kickoff_completed"
@@ -171,13 +234,13 @@ COMPLETED = "stream.crew_kickoff_completed"
         pytest.param([ending(COMPLETED, None), ending("crew", None)], None, id="none-is-not-0"),
     ],
 )
-def test_tokens_are_counted_once_for_each_event(events: list[Event], total: int | None) -> None:
+def test_tokens_are_counted_once_for_each_event(events: list[dict[str, object]], total: int | None) -> None:
     async def count() -> list[CrewStatus]:
         hub = listener_module._Hub()
         waker = listener_module.Waker(hub, "key")
         hub.add("key", waker)
         for event in [*events, *events]:
-            hub._tell(event)
+            hub._hear(event)
         counted = [waker.add_usage(CrewStatus(kickoff_id="k-1", state=state)) for state in (DONE, CrewState.RUNNING)]
         told = CrewStatus(kickoff_id="k-1", state=DONE, usage=TokenUsage(total_tokens=1))
         return [*counted, waker.add_usage(told)]

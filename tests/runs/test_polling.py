@@ -142,9 +142,16 @@ def test_a_pause_never_leaves_its_bounds(initial: float, factor: float, room: fl
         assert middle <= policy.max_interval
 
 
-def test_the_first_pause_may_not_be_longer_than_the_longest():
-    with pytest.raises(ValidationError, match=r"initial \(20 s\) must not be above max_interval \(10 s\)"):
-        WaitPolicy(initial=20)
+def test_the_first_pause_may_be_longer_than_all_later_ones():
+    policy = WaitPolicy(initial=60, max_interval=5, jitter=0)
+    assert list(itertools.islice(poll_delays(policy), 3)) == [60, 5, 5]
+
+
+def test_by_default_an_end_is_seen_within_a_second_and_a_tenth_of_the_runs_time():
+    policy = WaitPolicy().model_copy(update={"jitter": 0.0})
+    looks = list(itertools.takewhile(lambda at: at < 300, itertools.accumulate(poll_delays(policy))))
+    assert all(after - before <= 1 + before / 10 + 1e-9 for before, after in itertools.pairwise(looks))
+    assert len([at for at in looks if at < 60]) <= 25
 
 
 def test_unknown_settings_are_refused():

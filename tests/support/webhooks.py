@@ -16,6 +16,7 @@ from prefect_crew.client._callbacks import FeedbackRequest
 from prefect_crew.client.webhooks import BearerAuth, HumanInputWebhook, StreamWebhook, Webhooks
 from prefect_crew.receiver.events import WebhookEvent
 from prefect_crew.receiver.forward import Forwarder
+from prefect_crew.receiver.recent import RecentWebhooks
 from prefect_crew.receiver.serve import ReceiverServer
 
 __all__ = ["BODIES", "SAID_BY_NOBODY", "SECRET", "Kept", "events_of", "headers_of", "served", "until", "url_of"]
@@ -127,6 +128,7 @@ class Kept(Forwarder):
     """Takes events and requests as a forwarder does, and keeps them."""
 
     def __init__(self) -> None:  # pyright: ignore[reportMissingSuperCall]
+        self.recent = RecentWebhooks()
         self.events: list[WebhookEvent] = []
         self.requests: list[FeedbackRequest] = []
         self.ready = True
@@ -140,6 +142,7 @@ class Kept(Forwarder):
             self.requests.append(item)
         else:
             self.events.append(item)
+            self.recent.add(item)
 
     @property
     def is_ready(self) -> bool:

@@ -1,0 +1,93 @@
+"""The latest webhooks, for processes that wait for runs: each asks for what came after the last one that it has.
+
+An answer is held back until there is something to say. So a webhook reaches a waiting process within milliseconds,
+while Prefect's events, which everybody else reads, take a second, and longer when many come at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections import deque
+from typing import Any
+from uuid import uuid4
+
+from prefect_crew.receiver.events import WebhookEvent, event_name
+from prefect_crew.webhooks import WAKING
+
+KEPT = 5000
+"""Webhooks that are kept, about 400 bytes each."""
+AT_ONCE = 1000
+"""Webhooks in one answer."""
+HOLD = 10.0
+"""Seconds for which an answer is held back at most. A server that is stopped waits for its answers."""
+GATHER = 0.02
+"""Seconds for which more is waited for once there is something: runs often end together."""
+MOST_HELD = 300
+"""Answers that are held back at the same time."""
+
+
+class RecentWebhooks:
+    """The latest webhooks that end pauses, in the order in which they came. Of one event loop.
+
+    A cursor names the last webhook that a process has, and the start of this receiver: another one has not the same.
+    """
+
+    def __init__(self) -> None:
+        self._start = uuid4().hex[:8]
+        self._last = 0
+        self._kept: deque[dict[str, Any]] = deque(maxlen=KEPT)
+        self._news = asyncio.Event()
+        self._held = 0
+
+    def add(self, event: WebhookEvent) -> None:
+        """Keep a webhook that ends a pause, and answer those who wait for one."""
+        name, hook = event_name(event), event.hook
+        if name not in WAKING:
+            return
+        self._kept.append(
+            {
+                "id": str(event.id),
+                "event": name,
+                "idempotency_key": hook.idempotency_key,
+                "attempt": hook.attempt,
+                "round": hook.round,
+                "said": dict(event.said),
+            }
+        )
+        self._last += 1
+        self._news.set()
+        self._news = asyncio.Event()
+
+    async def after(self, cursor: str) -> dict[str, Any] | None:
+        """Return the webhooks after a cursor, the cursor after them, and whether some between were lost.
+
+        Without a webhook it waits up to `HOLD` seconds for one. None: too many wait already.
+        """
+        start, _, number = cursor.partition("-")
+        known = start == self._start and number.isdecimal() and len(number) < 20 and int(number) <= self._last
+        seen = int(number) if known else self._last
+        if known and seen == self._last:
+            if self._held >= MOST_HELD:
+                return None
+            await self._wait()
+        first = self._last - len(self._kept)
+        begin = max(0, seen - first)
+        found = list(itertools.islice(self._kept, begin, begin + AT_ONCE))
+        return {
+            "cursor": f"{self._start}-{max(seen, first) + len(found)}",
+            # Without a cursor nothing was missed: the process has only just begun to wait.
+            "missed": (bool(cursor) and not known) or seen < first,
+            "webhooks": found,
+        }
+
+    async def _wait(self) -> None:
+        self._held += 1
+        try:
+            async with asyncio.timeout(HOLD):
+                await self._news.wait()
+            await asyncio.sleep(GATHER)
+        except TimeoutError:
+            return
+        finally:
+            self._held -= 1
