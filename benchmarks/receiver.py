@@ -1,6 +1,6 @@
 """How many webhooks a second the receiver answers on one core, and how long its answers take.
 
-`prefect-crew webhooks` runs pinned to one core, against the Prefect server of PREFECT_API_URL; this program, pinned to
+`prefect-crew receiver start` runs pinned to one core, against the Prefect server of PREFECT_API_URL; this program, pinned to
 another, delivers task webhooks with bodies of 2 KB over connections that are kept open: first as fast as answers come,
 then at steady rates. What the Prefect server cannot take in meanwhile is dropped, which costs no answer any time; the
 last columns say how much was forwarded and dropped.
@@ -42,7 +42,7 @@ def receiver(core: int | None) -> Iterator[tuple[str, int]]:
     port = free_port()
     program = Path(sys.executable).parent / "prefect-crew"
     process = subprocess.Popen(
-        [program, "webhooks", "--port", str(port)],
+        [program, "receiver", "start", "--port", str(port)],
         env={**os.environ, "PREFECT_INTEGRATIONS_CREW_WEBHOOK_SECRET": SECRET},
         stdout=subprocess.DEVNULL,
     )

@@ -81,7 +81,7 @@ def receiver(on: bool) -> Iterator[None]:
         port = sock.getsockname()[1]
     env = {**HOOKS, "PREFECT_INTEGRATIONS_CREW_WEBHOOK_URL": f"http://127.0.0.1:{port}"}
     process = subprocess.Popen(
-        [Path(sys.executable).parent / "prefect-crew", "webhooks", "--port", str(port)],
+        [Path(sys.executable).parent / "prefect-crew", "receiver", "start", "--port", str(port)],
         env={**os.environ, **env}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     os.environ.update(env)

@@ -1,6 +1,6 @@
 """Research, then a draft that a person reads before it counts: asked in a form on the flow run's own page.
 
-Until a person answers, the flow run is Paused, and its Resume button opens the form. `prefect-crew reviews` lists
+Until a person answers, the flow run is Paused, and its Resume button opens the form. `prefect-crew reviews ls` lists
 what waits, and answers as well. A rejected draft is written again with the feedback, and asked about again.
 """
 

@@ -302,7 +302,7 @@ async def load_crew(crew: DeployedCrew | Crew | str) -> Crew:
         if not isinstance(error.__cause__, ObjectNotFound):
             raise
         raise ConfigurationError(
-            f"No crew is stored under the name {crew!r}. Store it: prefect-crew save NAME --url URL, or "
+            f"No crew is stored under the name {crew!r}. Store it: prefect-crew crews save NAME --url URL, or "
             "DeployedCrew(url=…, token=…).save(NAME). Or give a DeployedCrew in its place."
         ) from error
 

@@ -144,7 +144,7 @@ class AuthenticationError(CrewAPIError):
 
     advice: ClassVar[str] = (
         "Check the bearer token on the Status tab of the crew's page: each crew has its own, and a User Bearer Token "
-        "may do less than the organisation's. Then store it: prefect-crew save NAME --url URL."
+        "may do less than the organisation's. Then store it: prefect-crew crews save NAME --url URL."
     )
 
 
@@ -302,7 +302,7 @@ class IdempotencyConflictError(_FactsError):
     def _text(self) -> str:
         return (
             f"Idempotency key {self.idempotency_key!r} belongs to another run: {self.difference}. Nothing was started. "
-            f"Use another key, or look at that run: prefect-crew runs show {shlex.quote(self.idempotency_key)}."
+            f"Use another key, or look at that run: prefect-crew runs inspect {shlex.quote(self.idempotency_key)}."
         )
 
 
@@ -384,7 +384,7 @@ class CrewTimeoutError(_RunError):
         return (
             f"{self._run} was still {self.last_state or 'unseen'} when its {self.phase} time of {self.budget:g} s was "
             f"over. {'It was stopped' if self.stopped else 'It was left running'}. {advice}: "
-            f"prefect-crew runs show {shlex.quote(self.kickoff_id)}."
+            f"prefect-crew runs inspect {shlex.quote(self.kickoff_id)}."
         )
 
 

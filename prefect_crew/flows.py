@@ -239,7 +239,7 @@ async def get_result(
     check_choices(idempotency_key=idempotency_key, output_type=output_type)
     attempts = await PrefectRecords().attempts(idempotency_key)
     if not attempts:
-        raise CrewError(f"No run has the key {idempotency_key!r}. prefect-crew runs lists those on record.")
+        raise CrewError(f"No run has the key {idempotency_key!r}. prefect-crew runs ls lists those on record.")
     record = next((one for one in reversed(attempts) if one.state is CrewState.COMPLETED), attempts[-1])
     names: dict[str, Any] = {"crew": record.crew, "idempotency_key": idempotency_key}
     if record.kickoff_id is None:

@@ -73,7 +73,7 @@ ERRORS: dict[str, tuple[CrewError, list[str], str]] = {
     "conflict": (
         exceptions.IdempotencyConflictError(idempotency_key="daily", difference="other inputs", kickoff_id="k1"),
         ["'daily'", "other inputs", "Nothing was started"],
-        "prefect-crew runs show",
+        "prefect-crew runs inspect",
     ),
     "failed": (
         exceptions.CrewFailedError(kickoff_id="k1", error="No credits", crew="travel"),
@@ -98,7 +98,7 @@ ERRORS: dict[str, tuple[CrewError, list[str], str]] = {
     "timeout-stopped": (
         exceptions.CrewTimeoutError(kickoff_id="k1", phase="pending", budget=60, last_state=None, stopped=True),
         ["k1", "unseen", "It was stopped"],
-        "prefect-crew runs show k1",
+        "prefect-crew runs inspect k1",
     ),
     "timeout-stopped-with-a-key": (
         exceptions.CrewTimeoutError(

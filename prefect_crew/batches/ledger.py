@@ -427,9 +427,9 @@ class Ledger:
         if record.kickoff_id is not None and record.phase is RecordPhase.STARTED:
             row_key = self.row_key(record.idempotency_key)
             run_logger().error(
-                "Row %r of batch %s is run %s, and %sprefect-crew batch resolve %s %s --kickoff-id %s",
+                "Row %r of batch %s is run %s, and %sprefect-crew runs resolve %s --kickoff-id %s",
                 *(row_key, self.batch, record.kickoff_id, why),
-                *map(shlex.quote, (self.batch, row_key, record.kickoff_id)),
+                *map(shlex.quote, (record.idempotency_key, record.kickoff_id)),
             )
 
     async def attempts(self, idempotency_key: str) -> Sequence[RunRecord]:

@@ -19,6 +19,7 @@ from prefect_crew.exceptions import (
     KickoffUncertainError,
     OutputTypeError,
 )
+from prefect_crew.records.keys import escape_name
 from prefect_crew.records.model import RecordPhase, RunRecord
 from prefect_crew.runs.run import OpenRun, parse_data
 from prefect_crew.states import CrewState
@@ -219,7 +220,8 @@ def _lost(job: RowJob, error: CrewLostError, batch: str) -> str:
 
 
 def _uncertain(job: RowJob, reason: str, batch: str) -> str:
+    idempotency_key = shlex.quote(f"batch/{escape_name(batch)}/{job.key}")
     return (
         f"Nobody knows whether its kickoff started a run: {reason.rstrip('.')}. Look at the crew's page, then: "
-        f"prefect-crew batch resolve {shlex.quote(batch)} {shlex.quote(job.key)} --kickoff-id ID, or --never-started."
+        f"prefect-crew runs resolve {idempotency_key} --kickoff-id ID, or --never-started."
     )

@@ -128,7 +128,7 @@ class RowPoller:
         batch = self.ledger.batch
         self.log_seldom(
             "person",
-            "Row %r of batch %s waits for a person: task %s of run %s. prefect-crew reviews lists all that do.",
+            "Row %r of batch %s waits for a person: task %s of run %s. prefect-crew reviews ls lists all that do.",
             *(self.ledger.row_key(record.idempotency_key), batch, record.human_task, record.kickoff_id),
         )
         if not self._people_noted:

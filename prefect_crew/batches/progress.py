@@ -188,7 +188,7 @@ def _figures(progress: BatchProgress, report: BatchReport | None) -> str:
     if progress.set_aside.count:
         rows.append(("Set aside", f"{progress.set_aside.count:,}"))
     if progress.people:
-        rows.append(("Wait for a person", f"{progress.people:,} · `prefect-crew reviews`"))
+        rows.append(("Wait for a person", f"{progress.people:,} · `prefect-crew reviews ls`"))
     if report is None:
         left = progress.seconds_left
         rows += [

@@ -139,8 +139,8 @@ class StoredBatch:
             state = state_of(last)
             if state in (RowState.UNCERTAIN, RowState.CLAIMED):
                 raise ConfigurationError(
-                    f"Row {key!r} of batch {self.name!r} is uncertain. Resolve it first: prefect-crew batch resolve "
-                    f"{shlex.quote(self.name)} {shlex.quote(key)} --kickoff-id ID, or --never-started."
+                    f"Row {key!r} of batch {self.name!r} is uncertain. Resolve it first: prefect-crew runs resolve "
+                    f"{shlex.quote(self.ledger.idempotency_key(key))} --kickoff-id ID, or --never-started."
                 )
             if state is RowState.COMPLETED:
                 raise ConfigurationError(f"Row {key!r} of batch {self.name!r} has completed.")
@@ -198,7 +198,7 @@ async def open_stored_batch(name: str, ledger: str | None = None) -> AsyncGenera
     """
     binding = await read_binding(name)
     if binding is None:
-        raise ConfigurationError(f"The Prefect server knows no batch {name!r}. prefect-crew batch list shows all.")
+        raise ConfigurationError(f"The Prefect server knows no batch {name!r}. prefect-crew batch ls shows all.")
     known = str(binding.get("ledger"))
     address = await ledger_address(ledger or known, "")
     # Opening it would make the file.

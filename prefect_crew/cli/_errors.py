@@ -6,7 +6,8 @@ The exit codes are a table in docs/cli.md too; a test keeps the two equal.
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Mapping
+from typing import Any, cast
 
 from prefect_crew.exceptions import (
     BadRowsError,
@@ -21,9 +22,6 @@ from prefect_crew.exceptions import (
     KickoffUncertainError,
 )
 
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
 
 class UsageError(Exception):
     """The command line itself makes no sense."""
@@ -32,11 +30,11 @@ class UsageError(Exception):
 OTHER, USAGE, ROWS, INTERRUPTED, CLOSED_PIPE, TERMINATED = 1, 2, 6, 130, 141, 143
 EXIT_CODES: Mapping[int, str] = {
     0: "done",
-    OTHER: "any other error; with `--json`, `error.type` tells which. Also: `doctor` found a problem",
+    OTHER: "any other error; with `-o json`, `error.type` tells which. Also: `doctor` found a problem",
     USAGE: "the command line, an input or a setting cannot be used",
     3: "the run failed, was stopped, or is lost",
     4: "a kickoff is uncertain: a person has to resolve it",
-    5: "a time budget is over; the run may go on",
+    5: "a time limit was reached; the run may go on",
     ROWS: "rows of a batch failed, are uncertain, or cannot be run",
     INTERRUPTED: "interrupted by Ctrl-C",
     CLOSED_PIPE: "the reader of the output has gone (a closed pipe)",
@@ -56,6 +54,7 @@ _CODES: Mapping[type[BaseException], int] = {
     KeyboardInterrupt: INTERRUPTED,
     BrokenPipeError: CLOSED_PIPE,
 }
+CHECK_API = "Start a server with `prefect server start`, or check PREFECT_API_URL: prefect-crew doctor."
 
 
 def _class_names(error: BaseException) -> list[str]:
@@ -77,8 +76,8 @@ def exit_code(error: BaseException) -> int:
     """Return the exit code of an error: that of the first of its classes that has one."""
     if is_usage(error):
         return USAGE
-    if is_signal(error):
-        return INTERRUPTED if isinstance(error, KeyboardInterrupt) else TERMINATED
+    if is_signal(error) and not isinstance(error, KeyboardInterrupt):
+        return TERMINATED
     return next((_CODES[kind] for kind in type(error).__mro__ if kind in _CODES), OTHER)
 
 
@@ -99,13 +98,10 @@ def message(error: BaseException, run: str | None = None) -> str:
     if ("httpx.HTTPError" in names and status in (None, 502, 503, 504)) or "Failed to reach API" in said:
         return f"The Prefect API does not answer ({type(error).__name__}: {said}). {CHECK_API}"
     if status is not None or any(name.startswith("prefect.exceptions.") for name in names):
-        return f"The Prefect API refused: {_refusal(error) or said}. prefect-crew doctor looks at what it needs."
+        return f"The Prefect API refused: {_refusal(error) or said}. To check what it needs: prefect-crew doctor."
     if isinstance(error, OSError) and error.args:
         return said
-    return " ".join(filter(None, [f"{type(error).__name__}: {said}.", run, "This is unexpected: see --debug."]))
-
-
-CHECK_API = "Start a server with `prefect server start`, or check PREFECT_API_URL: prefect-crew doctor."
+    return " ".join(filter(None, [f"{type(error).__name__}: {said}.", run, "This is unexpected: --debug shows more."]))
 
 
 def reason(error: BaseException) -> str:

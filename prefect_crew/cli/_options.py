@@ -1,4 +1,4 @@
-"""Options that several commands share: the crew, its token, inputs."""
+"""Options that several commands share: the crew, its token, inputs, and what is written."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from getpass import getpass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 from cyclopts import Parameter
 
 from prefect_crew.cli import _output
 from prefect_crew.cli._errors import UsageError, reason
+from prefect_crew.cli._prefect import reach_prefect
 from prefect_crew.client.inputs import encode_inputs
 from prefect_crew.exceptions import ConfigurationError
 
@@ -24,37 +26,58 @@ if TYPE_CHECKING:
     from prefect_crew.crew import Crew, WaitPolicy
 
 
-CREW = Parameter(name="CREW", help="The name of a stored block, or the crew's URL.")
-CREW_OF_RUN = Parameter(help="The crew, where its block is not stored under the name on record: a block or a URL.")
-JSON = Parameter(help="Write one JSON document to standard output, and nothing else.")
-INPUT = Parameter(name=["--input", "-i"], help="An input, as name=value; may be given again.")
-INPUT_FILE = Parameter(name="--inputs", help="A file of inputs, JSON or YAML; - reads standard input.")
-KEY = Parameter(help="The idempotency key of the run; of a schedule such as 'daily-{{ scheduled_start:%Y-%m-%d }}'.")
-OUTPUT_FILE = Parameter(help="Also write the result's text to this file.")
-TOKEN = Parameter(
-    help="The token for a URL. Others on this machine may see it here: prefer the variable.", env_var="CREW_TOKEN"
-)
+CrewName = Annotated[str, Parameter(name="CREW", help="The name of a stored crew, or the crew's URL.")]
+CrewOfRun = Annotated[
+    str | None, Parameter(name="--crew", help="The run's crew, if it is not stored: its URL, or the name of another.")
+]
+Output = Annotated[
+    Literal["json"] | None,
+    Parameter(name=["--output", "-o"], help="json: write one JSON document to standard output, and nothing else."),
+]
+Inputs = Annotated[
+    list[str] | None, Parameter(name=["--input", "-i"], help="An input, as name=value; can be repeated.")
+]
+InputFile = Annotated[
+    str | None,
+    Parameter(name=["--input-file", "-f"], help="A file of inputs, JSON or YAML; - reads standard input."),
+]
+Key = Annotated[
+    str | None,
+    Parameter(
+        name="--key", help="The idempotency key; on a schedule for example 'daily-{{ scheduled_start:%Y-%m-%d }}'."
+    ),
+]
+ExportFile = Annotated[Path | None, Parameter(name="--export", help="Also write the result's text to this file.")]
+Timeout = Annotated[
+    float | None, Parameter(name="--timeout", help="Seconds that a run may take, pending and running together.")
+]
+Yes = Annotated[bool, Parameter(name=["--yes", "-y"], help="Do not ask for confirmation.")]
 
 
 def is_url(crew: str) -> bool:
-    """Return whether CREW is a URL and not a block's name, which has no such signs in it."""
+    """Return whether CREW is a URL and not the name of a stored crew, which has no such signs in it."""
     return "://" in crew
-
-
-def no_token(url: str) -> ConfigurationError:
-    """Return the error that a crew given as a URL has no token."""
-    return ConfigurationError(
-        f"No token for {url}: set CREW_TOKEN or give --token. It stands on the Status tab of the crew's page."
-    )
 
 
 @Parameter(name="*")
 @dataclass(frozen=True)
 class CrewAccess:
-    """How a crew that is given as a URL is reached. A block brings all of it."""
+    """How a crew that is given as a URL is reached. A stored crew brings all of it."""
 
-    token: Annotated[str | None, TOKEN] = None
-    allow_http: Annotated[bool, Parameter(help="Send the token to a URL over plain http beyond this machine.")] = False
+    token: Annotated[
+        str | None,
+        Parameter(
+            env_var="CREW_TOKEN",
+            help="The token for a URL. On the command line other users of this machine can see it: set the variable, "
+            "or leave it out and type it when asked.",
+        ),
+    ] = None
+    token_file: Annotated[
+        Path | None, Parameter(env_var="CREW_TOKEN_FILE", help="A file that holds the token for a URL.")
+    ] = None
+    allow_http: Annotated[
+        bool, Parameter(help="Send the token to a URL over http, without encryption, beyond this machine.")
+    ] = False
 
     def client(self, url: str) -> CrewClient:
         """Return a client for a URL, without any Prefect."""
@@ -74,23 +97,23 @@ class CrewAccess:
             raise ConfigurationError(reason(error)) from None
 
     async def load(self, crew: str) -> Crew:
-        """Return the crew of the block of this name, from the Prefect API, or of a URL.
+        """Return the stored crew of this name, from the Prefect API, or the crew of a URL.
 
         Raises:
             ConfigurationError: There is none.
         """
         if is_url(crew):
             return self.block(crew).crew
-        if self.token not in (None, os.environ.get("CREW_TOKEN")):
-            raise UsageError(f"--token goes with a URL; {crew!r} is a block's name, and the block holds its token.")
+        if self._is_on_command_line:
+            raise UsageError(f"--token is for a URL; the crew {crew!r} is stored together with its token.")
         from prefect_crew.blocks import load_crew
 
         try:
             found = await load_crew(crew)
         except ConfigurationError:
             raise ConfigurationError(
-                f"No crew is stored under the name {crew!r}. Store it: prefect-crew save {shlex.quote(crew)} --url "
-                "URL. Or give the crew's URL in its place, with CREW_TOKEN."
+                f"No crew is stored under the name {crew!r}. Store it: prefect-crew crews save {shlex.quote(crew)} "
+                "--url URL. Or give the crew's URL in its place, with CREW_TOKEN."
             ) from None
         except ValueError as error:
             raise ConfigurationError(f"The block {crew!r} cannot be loaded: {reason(error)}") from None
@@ -98,41 +121,54 @@ class CrewAccess:
         return found
 
     async def any_client(self, crew: str) -> CrewClient:
-        """Return a client for a URL or a block."""
+        """Return a client for a URL or a stored crew."""
         return self.client(crew) if is_url(crew) else (await self.load(crew)).client()
 
+    @property
+    def _is_on_command_line(self) -> bool:
+        return bool(self.token) and self.token != os.environ.get("CREW_TOKEN")
+
     def _token(self, url: str) -> str:
-        if not self.token:
-            raise no_token(url)
-        return _output.current.hide(self.token)
+        """Return the token for a URL: from the command line, a file, the environment, or a person."""
+        token = self.token
+        if self._is_on_command_line:
+            _output.note("Other users of this machine can see --token. Set CREW_TOKEN, or give --token-file.", "yellow")
+        elif self.token_file is not None:
+            token = read_text(self.token_file, "token").strip()
+        elif not token and sys.stdin.isatty():
+            token = getpass(f"Token of {url} (on the Status tab of the crew's page; it is not shown): ").strip()
+        if not token:
+            raise ConfigurationError(
+                f"There is no token for {url}: set CREW_TOKEN, or give --token-file. The token is on the Status tab of "
+                "the crew's page."
+            )
+        return _output.current.hide(token)
 
 
 def reach_for(crew: str) -> None:
-    """Make sure of the Prefect API where CREW is a block's name; a URL needs none."""
+    """Make sure of the Prefect API where CREW is the name of a stored crew; a URL needs none."""
     if not is_url(crew):
-        from prefect_crew.cli._prefect import reach_prefect
-
         reach_prefect()
 
 
-def read_pairs(pairs: Sequence[str], value: str = "value") -> dict[str, str]:
-    """Return `name=value` pairs as a dictionary; a value may hold further equals signs.
+def read_pairs(pairs: Sequence[str], value: str = "value", *, what: str = "-i", name: str = "name") -> dict[str, str]:
+    """Return `name=value` pairs as a dictionary; a value may hold further equals signs. The rest is for messages.
 
     Raises:
         UsageError: One is no such pair, or a name is given twice.
     """
     found: dict[str, str] = {}
     for pair in pairs:
-        name, sign, text = pair.partition("=")
-        if not sign or not name.strip():
-            raise UsageError(f"-i {pair!r}: give an input as name={value}.")
-        if name in found:
-            raise UsageError(f"-i {name}: this input is given twice.")
-        found[name] = text
+        given, sign, text = pair.partition("=")
+        if not sign or not given.strip():
+            raise UsageError(f"{what} {pair!r}: give it as {name}={value}.")
+        if given in found:
+            raise UsageError(f"{what} {given}: it is given twice.")
+        found[given] = text
     return found
 
 
-def gather_inputs(pairs: Sequence[str], file: str | None) -> dict[str, Any]:
+def gather_inputs(pairs: Sequence[str] | None, file: str | None) -> dict[str, Any]:
     """Return the inputs of a run: those of the file, with those of the pairs laid over them.
 
     Args:
@@ -143,7 +179,7 @@ def gather_inputs(pairs: Sequence[str], file: str | None) -> dict[str, Any]:
         UsageError: A pair is none.
         ConfigurationError: The file cannot be read, or holds no object, or a value cannot be sent.
     """
-    inputs = {**({} if file is None else _read(file)), **read_pairs(pairs)}
+    inputs = {**({} if file is None else _read(file)), **read_pairs(pairs or ())}
     try:
         encode_inputs(inputs, as_json=True)
     except (TypeError, ValueError) as error:
@@ -182,12 +218,14 @@ def read_text(file: Path, what: str) -> str:
         raise ConfigurationError(f"The {what} in {file} cannot be read: {error}.") from None
 
 
-def wait_policy(crew: Crew, timeout: float) -> WaitPolicy:
-    """Return the crew's way to wait, with the command's timeout in seconds.
+def wait_policy(crew: Crew, timeout: float | None) -> WaitPolicy | None:
+    """Return the crew's way to wait with the command's timeout in seconds; None without one.
 
     Raises:
-        ConfigurationError: It is none.
+        ConfigurationError: The timeout makes no sense.
     """
+    if timeout is None:
+        return None
     from pydantic import ValidationError
 
     from prefect_crew.crew import WaitPolicy

@@ -9,14 +9,14 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Literal
 
 from prefect_crew.cli import _output
-from prefect_crew.cli._progress import Progress, progress
+from prefect_crew.cli._progress import Progress
 from prefect_crew.exceptions import PrefectAwayError
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def reach_prefect(
     Raises:
         PrefectAwayError: It does not answer, or none is set and Prefect may not start its own.
     """
-    with progress(quiet=True) if shown is None else nullcontext(shown) as shown:
+    with Progress(quiet=True) if shown is None else nullcontext(shown) as shown:
         shown.phase("Loading Prefect")
         importlib.import_module("prefect.main")  # which sets up the logging that quiet_logs changes
         from prefect.settings import get_current_settings
@@ -57,10 +57,12 @@ def reach_prefect(
             shown.phase(f"Asking the Prefect API at {url}")
             _check(url)
         elif lasting:
-            raise PrefectAwayError(f"No Prefect API is set, and this needs a Prefect server that stays. {START_ONE}")
+            raise PrefectAwayError(
+                f"PREFECT_API_URL is not set, and this needs a Prefect server that stays. {START_ONE}"
+            )
         elif not settings.server.ephemeral.enabled:
             raise PrefectAwayError(
-                "No Prefect API is set, and Prefect may not start its embedded server "
+                "PREFECT_API_URL is not set, and Prefect may not start its embedded server "
                 f"(PREFECT_SERVER_ALLOW_EPHEMERAL_MODE is false). {START_ONE}"
             )
         else:
@@ -76,8 +78,7 @@ def _check(url: str) -> None:
 
     with get_client(httpx_settings={"timeout": ANSWER_WITHIN}, sync_client=True) as client:
         problem = client.api_healthcheck()
-    # Any answer will do: what a server thinks of /health is not what matters.
-    if isinstance(problem, httpx.TransportError):
+    if isinstance(problem, httpx.TransportError):  # any answer will do
         raise PrefectAwayError(
             f"The Prefect API at {url} does not answer: {problem or type(problem).__name__}. Start that server, or set "
             "PREFECT_API_URL to one that runs; without PREFECT_API_URL Prefect starts an embedded one."
@@ -98,12 +99,14 @@ def _start_embedded(imports: Sequence[str]) -> None:
         try:
             if hasattr(signal, "pthread_sigmask"):
                 signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-            with _quiet_server():
-                server.start(timeout=START_WITHIN)
+            server.start(timeout=START_WITHIN)
             started.set_result(None)
         except BaseException as error:  # noqa: BLE001 - the main thread raises it
             started.set_exception(error)
 
+    if not _output.current.debug:  # what it logs, such as a busy database, is kept off this terminal
+        for name in ("PREFECT_SERVER_LOGGING_LEVEL", "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL"):
+            os.environ.setdefault(name, "CRITICAL")
     threading.Thread(target=start, name="prefect-embedded-server", daemon=True).start()
     _output.current.at_end.callback(_end_embedded, server, started)
     for module in imports:
@@ -128,20 +131,6 @@ def _end_embedded(server: SubprocessASGIServer, started: Future[None]) -> None:
         APILogWorker.drain_all(timeout=3)
         EventsWorker.drain_all(timeout=3)
     server.stop()
-
-
-@contextmanager
-def _quiet_server() -> Generator[None]:
-    """Keep what a server that is started here logs, such as a busy database, off this terminal."""
-    # The first is the level of its own loggers, the second that of all that goes to its terminal.
-    names = ("PREFECT_SERVER_LOGGING_LEVEL", "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL")
-    missing = [] if _output.current.debug else [name for name in names if name not in os.environ]
-    os.environ.update(dict.fromkeys(missing, "CRITICAL"))
-    try:
-        yield
-    finally:
-        for name in missing:
-            os.environ.pop(name, None)
 
 
 _PACKAGE = str(Path(__file__).parent.parent)
@@ -179,20 +168,16 @@ def quiet_logs(say: Callable[[str], None]) -> None:
             _output.current.at_end.callback(handler.removeFilter, route)
 
 
-def flow_run_url(flow_run_id: str | None) -> str | None:
-    """Return where a flow run's page is; None for the embedded server, which has no pages."""
-    return _page("flow-run", flow_run_id)
-
-
-def deployment_url(deployment_id: str) -> str | None:
-    """Return where a deployment's page is; None for the embedded server."""
-    return _page("deployment", deployment_id)
-
-
-def _page(kind: Any, its_id: str | None) -> str | None:
+def page_url(kind: Literal["flow-run", "deployment"], its_id: str | None) -> str | None:
+    """Return where the page of a flow run or a deployment is; None for the embedded server, which has no pages."""
     if its_id is None or "prefect" not in sys.modules:
         return None
     from prefect.settings import get_current_settings
     from prefect.utilities.urls import url_for
 
     return url_for(kind, obj_id=its_id) if get_current_settings().ui_url else None
+
+
+def flow_run_url(flow_run_id: str | None) -> str | None:
+    """Return where the page of a flow run is, as `page_url`."""
+    return page_url("flow-run", flow_run_id)

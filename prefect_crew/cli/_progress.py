@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 import time
 from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from rich.markup import escape
@@ -12,7 +14,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, Spinner
 from rich.progress import Progress as LiveLine
 
 from prefect_crew.cli import _output
-from prefect_crew.cli._output import SeenRun
 from prefect_crew.states import CrewState
 
 if TYPE_CHECKING:
@@ -25,11 +26,66 @@ SAY_EVERY = 10.0
 """Seconds between two lines about a batch where nothing is redrawn."""
 
 
+@dataclass
+class SeenRun:
+    """What is known of a run that was kicked off or found, from its statuses. `since` is on the monotonic clock."""
+
+    label: str
+    kickoff_id: str
+    is_new: bool = True
+    idempotency_key: str | None = None
+    flow_run_id: str | None = None
+    since: float = field(default_factory=time.monotonic)
+    state: CrewState = CrewState.PENDING
+    done: int = 0
+    total: int | None = None
+    progress: float | None = None
+    task: str | None = None
+
+    @classmethod
+    def of(cls, run: OpenRun) -> SeenRun:
+        """Return what is known of a run that has just been kicked off or found."""
+        from prefect_crew._internal.prefect_api import flow_run_id  # Prefect is loaded by now
+
+        in_flow_run = flow_run_id() or (run.record.flow_run_id if run.record else None)
+        return cls(run.crew.label, run.kickoff_id, run.owned, run.idempotency_key, in_flow_run)
+
+    def update(self, status: CrewStatus, task: str | None) -> list[str]:
+        """Take a status in, with its task as it may be shown; return what has changed, as lines for people."""
+        lines: list[str] = []
+        self.total, self.progress = status.total_tasks or self.total, status.progress
+        self.done = max(self.done, status.completed_tasks or 0)
+        if task and task != self.task and not status.state.ended:
+            self.task = task
+            lines.append(f"{task}{self.share}")
+        if status.state is not self.state:
+            self.state = status.state
+            if status.state is CrewState.WAITING:
+                lines.append("waits for a person")  # the log says how to answer
+        if status.state.ended:
+            lines.append(f"{self.state} after {time.monotonic() - self.since:.1f} s")
+        return lines
+
+    @property
+    def share(self) -> str:
+        """How far it is, as text to follow another; empty where the crew does not tell."""
+        if self.total:
+            return f" ({self.done} of {self.total} tasks done)"
+        return f" ({self.progress:.0%})" if self.progress is not None else ""
+
+    @property
+    def on_record(self) -> str:
+        """How its result can be had, whatever became of the command."""
+        if self.idempotency_key is None:
+            return f"Run {self.kickoff_id} was started."
+        command = f"prefect-crew result {shlex.quote(self.idempotency_key)}"
+        return f"Run {self.kickoff_id} was started and is on record: {command}."
+
+
 class Progress(AbstractContextManager["Progress"]):
     """Lines on standard error. On a terminal, what is waited for is a last line that is redrawn with its seconds.
 
     Args:
-        live: Whether it goes to such a terminal.
         quiet: For commands that are quick most of the time: only a slow phase is said, and nothing stays.
 
     Attributes:
@@ -37,10 +93,10 @@ class Progress(AbstractContextManager["Progress"]):
         flow_run_id: The flow run of a batch.
     """
 
-    def __init__(self, *, live: bool, quiet: bool = False) -> None:
+    def __init__(self, *, quiet: bool = False) -> None:
         self.seen: SeenRun | None = None
         self.flow_run_id: str | None = None
-        self._is_live, self._is_quiet = live, quiet
+        self._is_live, self._is_quiet = _output.is_terminal(sys.stderr), quiet
         self._line: LiveLine | None = None
         self._since = self._said_at = 0.0
 
@@ -58,14 +114,14 @@ class Progress(AbstractContextManager["Progress"]):
         seconds = time.monotonic() - self._since
         self.close()
         if not self._is_quiet and (self._is_live or seconds >= 0.5):
-            self.note(f"{'✓ ' if self._is_live else ''}{text} ({seconds:.1f} s).")
+            _output.note(f"{text} ({seconds:.1f} s).")
 
     def note(self, text: str) -> None:
         """Say something that stays on the screen."""
         if self._line is None:
             _output.note(text)
         else:
-            self._line.console.print(_clean(text), markup=True, soft_wrap=True)
+            self._line.console.print(_as_markup(text), markup=True, soft_wrap=True)
 
     def watch(self, run: OpenRun, status: CrewStatus | None) -> None:
         """Take in a run and its status, as a crew's `on_status` is called."""
@@ -77,7 +133,7 @@ class Progress(AbstractContextManager["Progress"]):
             task = None if status.current_task is None or run.show == "none" else run.redact_name(status.current_task)
             for line in seen.update(status, task and " ".join(task.split())[:80]):
                 self.note(f"Crew {seen.label}: {line}")
-        if self._is_live and seen.state.ended:
+        if seen.state.ended:
             self.close()
         elif self._is_live:
             word = "waits for a person" if seen.state is CrewState.WAITING else str(seen.state)
@@ -91,16 +147,13 @@ class Progress(AbstractContextManager["Progress"]):
         name, phase = progress.name, progress.phase
         if phase == "checking":
             self.phase(f"Batch {name}: checking every row")
-            return
-        rest = figures(progress)
-        if self._is_live and phase != "done":
-            self._draw(f"Batch {name}", done=progress.done, total=progress.total, figures=rest)
-            return
-        if self._is_live or phase == "finishing" or time.monotonic() - self._said_at >= SAY_EVERY:
+        elif self._is_live and phase != "done":
+            self._draw(f"Batch {name}", done=progress.done, total=progress.total, figures=figures(progress))
+        elif self._is_live or phase == "finishing" or time.monotonic() - self._said_at >= SAY_EVERY:
             self.close()
             self._said_at = time.monotonic()
-            said = " · ".join(filter(None, (f"{progress.done:,} of {progress.total:,} rows", rest)))
-            self.note(f"Batch {name}: {said}")
+            said = (f"{progress.done:,} of {progress.total:,} rows", figures(progress))
+            self.note(f"Batch {name}: {' · '.join(filter(None, said))}")
 
     def close(self) -> None:
         """Stop drawing."""
@@ -115,24 +168,23 @@ class Progress(AbstractContextManager["Progress"]):
         self, text: str, *, since: float | None = None, done: int = 0, total: int | None = None, figures: str = ""
     ) -> None:
         """Draw the last line: a spinner and the seconds, or a bar where `total` is given."""
-        fresh = self._line is None or (self._line.tasks[0].total is None) is not (total is None)
-        if fresh:
+        if self._line is not None and (self._line.tasks[0].total is None) is not (total is None):
             self.close()
+        if self._line is None:
             bar: list[ProgressColumn] = [] if total is None else [BarColumn(30), MofNCompleteColumn()]
             columns = (TextColumn("{task.description}"), *bar, TextColumn("[dim]{task.fields[figures]}"))
             out = _output.console(stderr=True)
             self._line = LiveLine(SpinnerColumn(), *columns, TimeElapsedColumn(), console=out, transient=True)
             self._line.add_task("", total=total, figures="")
-        assert self._line is not None  # noqa: S101 - made above
+            self._line.start()
         (task,) = self._line.tasks
         if total is None:
             task.start_time = self._since if since is None else since
-        self._line.update(task.id, description=_clean(text), completed=done, total=total, figures=_clean(figures))
-        if fresh:
-            self._line.start()
+        shown = {"description": _as_markup(text), "figures": _as_markup(figures)}
+        self._line.update(task.id, completed=done, total=total, **shown)
 
 
-def _clean(text: str) -> str:
+def _as_markup(text: str) -> str:
     """Return text from outside as markup that neither steers the terminal nor styles."""
     return escape(_output.redact(_output.plain(text)))
 
@@ -150,9 +202,4 @@ def figures(progress: BatchProgress) -> str:
         f"{progress.rate:.1f} rows/s" if progress.ended_here else "",
         f"{duration(left)} left" if left else "",
     )
-    return " · ".join(part for part in parts if part)
-
-
-def progress(*, quiet: bool = False) -> Progress:
-    """Return the progress for this terminal, file or pipe."""
-    return Progress(live=_output.is_terminal(sys.stderr), quiet=quiet)
+    return " · ".join(filter(None, parts))

@@ -14,13 +14,13 @@ from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from io import TextIOWrapper
-from itertools import zip_longest
+from itertools import pairwise
 from types import FrameType
 from typing import Any
 
 from cyclopts import App, Group, Parameter
 
-from prefect_crew.cli import _errors, _output, batch, blocks, deploy, doctor, reviews, runs, serve
+from prefect_crew.cli import _errors, _output, batch, crews, deploy, doctor, reviews, runs, serve
 from prefect_crew.cli import run as run_commands
 from prefect_crew.exceptions import CrewError
 
@@ -34,16 +34,17 @@ app = App(
     name="prefect-crew",
     help="Run deployed CrewAI crews from Prefect: each run is started at most once, and never lost.",
     help_format="plaintext",
-    help_epilogue="--debug with any command shows the traceback of an error. Exit codes: docs/cli.md.",
+    help_epilogue="PREFECT_API_URL or the Prefect profile names the Prefect server. --debug with any command shows the "
+    "traceback of an error. The exit codes are in docs/cli.md.",
     version=version("prefect-crew"),
     help_flags=["--help", "-h"],
     default_parameter=Parameter(negative=(), show_default=_shown),
 )
 GROUPS: dict[str, Sequence[Any]] = {
-    "Try": (serve.demo, serve.serve, doctor.doctor),
-    "Run": (run_commands.inputs, run_commands.run, run_commands.result, run_commands.stop),
-    "Look and decide": (runs.app, reviews.app, batch.app),
-    "Deploy": (blocks.save, deploy.deploy, deploy.backfill, serve.webhooks),
+    "Try and check": (serve.demo, serve.serve, doctor.doctor),
+    "Run a crew": (run_commands.run, run_commands.result, run_commands.inputs),
+    "Follow and decide": (runs.app, reviews.app, batch.app),
+    "Set up": (crews.app, deploy.deploy, deploy.backfill, serve.receiver),
 }
 for number, (title, commands) in enumerate(GROUPS.items()):
     group = Group(title, sort_key=number)
@@ -54,6 +55,7 @@ for number, (title, commands) in enumerate(GROUPS.items()):
         else:
             app.command(each)
         each.group, each.sort_key = group, len(tuple(app))
+app.register_install_completion_command(help="Install the completion of commands and options for this shell.")
 
 
 class TerminatedError(SystemExit):
@@ -68,12 +70,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     own = arguments[: arguments.index("--")] if "--" in arguments else arguments
+    pairs = [*pairwise(own), (own[-1] if own else "", "")]
     invocation = _output.begin(debug="--debug" in own)
     arguments = [argument for argument in own if argument != "--debug"] + arguments[len(own) :]
     # Before they are parsed: an error of the line may quote them.
     invocation.hide(os.environ.get("CREW_TOKEN", ""))
-    for argument, following in zip_longest(arguments, arguments[1:], fillvalue=""):
-        if argument.startswith("--token"):
+    for argument, following in pairs:
+        if argument.startswith("--token") and not argument.startswith("--token-file"):
             invocation.hide(argument.partition("=")[2] or following)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):  # a crew may write what this terminal's encoding does not have
@@ -90,8 +93,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return _errors.CLOSED_PIPE
             if not isinstance(error, Exception) and not _errors.is_signal(error):
                 raise
+            asks_json = any(pair in (("-o", "json"), ("--output", "json")) for pair in pairs)
             with _signals(_IGNORED):
-                return _report(error, as_json="--json" in own)
+                return _report(error, as_json=asks_json or not {"-o=json", "-ojson", "--output=json"}.isdisjoint(own))
         finally:
             with _signals(_IGNORED):  # what is closed now takes a few seconds at most
                 invocation.at_end.close()
@@ -111,7 +115,7 @@ def run(arguments: list[str]) -> int:
 
 
 def _report(error: BaseException, *, as_json: bool) -> int:
-    """Write an error for people, and with `--json` for programs; return its exit code."""
+    """Write an error for people, and with `-o json` for programs; return its exit code."""
     seen = _output.current.seen
     code, text = _errors.exit_code(error), _errors.message(error, seen and seen.on_record)
     if _output.current.debug:

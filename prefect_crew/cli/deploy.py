@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import json as json_format
+import json
 import shlex
 import sys
 from datetime import date, datetime, timedelta
@@ -14,8 +14,8 @@ from cyclopts import Group, Parameter, validators
 
 from prefect_crew.cli import _output
 from prefect_crew.cli._errors import UsageError, reason
-from prefect_crew.cli._options import INPUT, INPUT_FILE, JSON, KEY, CrewAccess, gather_inputs, is_url, read_text
-from prefect_crew.cli._prefect import deployment_url, flow_run_url, reach_prefect
+from prefect_crew.cli._options import CrewAccess, InputFile, Inputs, Key, Output, gather_inputs, is_url, read_text
+from prefect_crew.cli._prefect import flow_run_url, page_url, reach_prefect
 from prefect_crew.exceptions import ConfigurationError
 
 if TYPE_CHECKING:
@@ -31,45 +31,50 @@ WHEN = Group("When it runs, one of", validator=validators.MutuallyExclusive(), s
 
 
 def deploy(
-    crew: Annotated[str | None, Parameter(name="CREW", help="The name of a stored block.", group=WHAT)] = None,
+    crew: Annotated[str | None, Parameter(name="CREW", group=WHAT)] = None,
     /,
     *,
-    pipeline: Annotated[Path | None, Parameter(help="A file with a pipeline, YAML or JSON.", group=WHAT)] = None,
-    flow: Annotated[
-        str | None,
-        Parameter(help="The import path of an asynchronous flow, my_package.flows.my_flow.", group=WHAT),
-    ] = None,
-    pool: Annotated[
-        str | None,
-        Parameter(help="The work pool whose workers run it; this package has to be installed there.", group=WHERE),
-    ] = None,
-    serve: Annotated[bool, Parameter(help="Run it in this process, until Ctrl-C.", group=WHERE)] = False,
-    cron: Annotated[
-        str | None, Parameter(help="A cron schedule. Each required input then needs a default.", group=WHEN)
-    ] = None,
-    interval: Annotated[float | None, Parameter(help="A schedule, each so many seconds.", group=WHEN)] = None,
-    timezone: Annotated[str | None, Parameter(help="The schedule's time zone, such as Europe/Lisbon.")] = None,
-    name: Annotated[str | None, Parameter(help="The deployment's name, if not that of the crew or pipeline.")] = None,
-    input_: Annotated[list[str] | None, INPUT] = None,
-    inputs: Annotated[str | None, INPUT_FILE] = None,
-    key: Annotated[str | None, KEY] = None,
-    concurrency_limit: Annotated[int | None, Parameter(help="How many of its runs may go on at once.")] = None,
-    tag: Annotated[list[str] | None, Parameter(help="A tag; may be given again.")] = None,
+    pipeline: Annotated[Path | None, Parameter(group=WHAT)] = None,
+    flow: Annotated[str | None, Parameter(group=WHAT)] = None,
+    pool: Annotated[str | None, Parameter(name=["--pool", "-p"], group=WHERE)] = None,
+    serve: Annotated[bool, Parameter(group=WHERE)] = False,
+    cron: Annotated[str | None, Parameter(group=WHEN)] = None,
+    interval: Annotated[float | None, Parameter(group=WHEN)] = None,
+    timezone: str | None = None,
+    name: str | None = None,
+    inputs: Inputs = None,
+    input_file: InputFile = None,
+    key: Key = None,
+    concurrency_limit: int | None = None,
+    tag: Annotated[list[str] | None, Parameter(name=["--tag", "-t"])] = None,
 ) -> None:
-    """Make a Prefect deployment of a crew or a pipeline whose form asks for its inputs, or of a flow.
+    """Deploy a crew or a pipeline to Prefect, with a form that asks for its inputs; or a flow.
 
-    Inputs that are given become defaults.
+    Inputs that are given here become defaults.
+
+    Args:
+        crew: The name of a stored crew.
+        pipeline: A file with a pipeline, YAML or JSON.
+        flow: The import path of an asynchronous flow, my_package.flows.my_flow.
+        pool: The work pool whose workers run it; this package has to be installed there.
+        serve: Run it in this process, until Ctrl-C.
+        cron: A cron schedule. Each required input then needs a default.
+        interval: A schedule: one run every so many seconds.
+        timezone: The schedule's time zone, such as Europe/Lisbon.
+        name: The deployment's name; that of the crew or pipeline if left out.
+        concurrency_limit: How many of its flow runs may go on at once.
+        tag: A tag; can be repeated.
     """
     if crew is not None and is_url(crew):
         raise ConfigurationError(
-            "A deployment needs a stored crew, whose token its runs can load: prefect-crew save NAME --url "
+            "A deployment needs a stored crew, whose token its runs can load: prefect-crew crews save NAME --url "
             f"{shlex.quote(crew)}, then prefect-crew deploy NAME."
         )
     if flow is not None and key is not None:
         raise UsageError("--key is for crews and pipelines. Give a flow its own parameter with -i.")
     if timezone and cron is None and interval is None:
         raise UsageError("--timezone is that of a schedule: give --cron or --interval too.")
-    defaults = gather_inputs(input_ or (), inputs)
+    defaults = gather_inputs(inputs, input_file)
     reach_prefect(quiet=not serve, lasting=True)
     from prefect.settings import get_current_settings
 
@@ -98,7 +103,7 @@ def deploy(
         return target, plan, deployment, *await _apply(deployment)
 
     target, plan, deployment, deployment_id, pool_type = asyncio.run(make())
-    run = f"Run it: {_output.command(f'prefect deployment run {shlex.quote(deployment.full_name)}')}"
+    run = f"Run it: prefect deployment run {shlex.quote(deployment.full_name)}"
     if serve:
         from prefect import serve as serve_deployments
 
@@ -108,16 +113,15 @@ def deploy(
         serve_deployments(deployment, print_starting_message=False)  # pyright: ignore[reportUnknownMemberType]
         return
     _output.put(f"Deployed {deployment.full_name}, which asks for {', '.join(target.asks) or 'nothing'}.")
-    if page := deployment_url(deployment_id):
+    if page := page_url("deployment", deployment_id):
         _output.put(page)
     if plan.has_schedule and plan.schedule is None:
-        _output.put("The schedule that it has stays.")
+        _output.put("Its earlier schedule stays.")
     _output.put(run + _example(target, is_flow=flow is not None))
     if plan.work_pool:
-        worker = _output.command(f"prefect worker start --pool {shlex.quote(plan.work_pool)}")
-        _output.put(f"Its runs need a worker: {worker}")
+        _output.put(f"Its runs need a worker: prefect worker start --pool {shlex.quote(plan.work_pool)}")
     else:
-        _output.put("Nothing runs it yet: deploy it again with --pool POOL, or with --serve.")
+        _output.put("Nothing runs it yet. Deploy it again with --pool POOL, or with --serve.")
     if flow is not None and pool_type == "crew" and not flow.startswith("prefect_crew."):
         module = shlex.quote(flow.rpartition(".")[0])
         _output.put(f"Its workers have to allow the module: PREFECT_INTEGRATIONS_CREW_WORKER_MODULES={module}")
@@ -170,29 +174,36 @@ def _example(target: Target, *, is_flow: bool) -> str:
     """Return the options of `prefect deployment run` for what each run has to give."""
     if is_flow:
         return "".join(f" -p {name}=…" for name in target.needed)
-    inputs = json_format.dumps(dict.fromkeys(target.needed, "…"), ensure_ascii=False)
+    inputs = json.dumps(dict.fromkeys(target.needed, "…"), ensure_ascii=False)
     return f" -p {shlex.quote(f'inputs={inputs}')}" if target.needed else ""
 
 
 def backfill(
-    deployment: Annotated[str, Parameter(name="DEPLOYMENT", help="Its name, flow/deployment.")],
+    deployment: Annotated[str, Parameter(name="DEPLOYMENT")],
     /,
     *,
-    from_: Annotated[date | datetime, Parameter(name="--from", help="The first day or time, such as 2026-01-01; UTC.")],
-    to: Annotated[date | datetime, Parameter(help="The last one; a day means the whole of it.")],
-    every: Annotated[
-        timedelta | None, Parameter(help="The time between two runs: 1d, 12h. Else the schedule's.")
-    ] = None,
-    schedule: Annotated[str | None, Parameter(help="The schedule's slug, where there are several.")] = None,
-    dry_run: Annotated[bool, Parameter(help="Show the times and create nothing.")] = False,
-    json: Annotated[bool, JSON] = False,
+    from_: Annotated[date | datetime, Parameter(name="--from")],
+    to: date | datetime,
+    every: timedelta | None = None,
+    schedule: str | None = None,
+    dry_run: bool = False,
+    output: Output = None,
 ) -> None:
-    """Create missing flow runs of a deployment for a range of past dates. Safe to run again."""
+    """Create missing flow runs of a deployment for a range of past dates. Safe to run again.
+
+    Args:
+        deployment: Its name, flow/deployment.
+        from_: The first day or time, such as 2026-01-01; UTC.
+        to: The last one; a day means the whole of it.
+        every: The time between two runs: 1d, 12h; if left out, that of the schedule.
+        schedule: The schedule's slug, if there are several.
+        dry_run: Show the times and create nothing.
+    """
     reach_prefect()
     from prefect_crew.deployments import backfill as create_runs
 
     runs = asyncio.run(create_runs(deployment, from_, to, every, schedule=schedule, dry_run=dry_run))
-    if json:
+    if output:
         _output.put_json(
             [
                 {

@@ -8,12 +8,12 @@ import shlex
 import sys
 from collections.abc import AsyncIterator, Sized
 from datetime import timedelta
-from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 from urllib.parse import urlsplit
 from uuid import uuid4
 
 from prefect_crew.cli import _errors, _output
-from prefect_crew.cli._options import CREW, JSON, CrewAccess, is_url
+from prefect_crew.cli._options import CrewAccess, CrewName, Output, is_url
 from prefect_crew.cli._prefect import reach_prefect
 from prefect_crew.client.inputs import STATE_ID
 from prefect_crew.exceptions import (
@@ -45,20 +45,14 @@ class Finding(NamedTuple):
     fix: str = ""
 
 
-def doctor(
-    crew: Annotated[str | None, CREW] = None,
-    /,
-    *,
-    json: Annotated[bool, JSON] = False,
-    access: CrewAccess = CrewAccess(),
-) -> int:
+def doctor(crew: CrewName | None = None, /, *, output: Output = None, access: CrewAccess = CrewAccess()) -> int:
     """Check the Prefect API and, optionally, a crew, and suggest fixes. Nothing is kicked off."""
     findings: list[Finding] = []
 
     async def look() -> None:
         async for finding in _check(crew, access, about_api):
             findings.append(finding)
-            if not json:
+            if not output:
                 _put(finding)
 
     try:
@@ -69,7 +63,7 @@ def doctor(
         about_api = Finding("ok", "Prefect API", f"{url} answers") if url else EMBEDDED
     asyncio.run(look())
     problems = sum(finding.level == "problem" for finding in findings)
-    if json:
+    if output:
         _output.put_json({"problems": problems, "findings": [finding._asdict() for finding in findings]})
     else:
         _output.put(f"\nProblems: {problems}.")
@@ -79,8 +73,8 @@ def doctor(
 EMBEDDED = Finding(
     "note",
     "Prefect API",
-    "None is set: each command and script starts an embedded server of its own, on this machine's database. For "
-    "workers, schedules and other machines start a server (prefect server start) and set PREFECT_API_URL.",
+    "PREFECT_API_URL is not set: each command starts an embedded server. For workers, schedules and other machines "
+    "start a server (prefect server start) and set PREFECT_API_URL.",
 )
 
 
@@ -104,12 +98,12 @@ async def _check(crew: str | None, access: CrewAccess, about_api: Finding) -> As
         yield finding
 
 
+_MARKS = {"ok": ("✓", "green"), "note": ("·", "dim"), "warning": ("!", "yellow"), "problem": ("✗", "red")}
+
+
 def _put(finding: Finding) -> None:
-    mark, style = {"ok": ("✓", "green"), "note": ("·", "dim"), "warning": ("!", "yellow"), "problem": ("✗", "red")}[
-        finding.level
-    ]
-    lines = [f"{mark} {finding.subject}: {finding.found}", *([f"  → {finding.fix}"] if finding.fix else [])]
-    for line in lines:
+    mark, style = _MARKS[finding.level]
+    for line in (f"{mark} {finding.subject}: {finding.found}", *([f"  → {finding.fix}"] if finding.fix else [])):
         if _output.is_terminal(sys.stdout):
             _output.console().print(_output.redact(_output.plain(line)), style=style)
         else:
@@ -125,8 +119,8 @@ async def check_crew(client: CrewClient) -> AsyncIterator[Finding]:
     if url.scheme == "https" or url.hostname in ("127.0.0.1", "::1", "localhost"):
         yield Finding("ok", "URL", client.url)
     else:
-        found = f"{client.url} sends the token in plain text over the network."
-        yield Finding("warning", "URL", found, "Use https, unless the network is yours alone.")
+        found = f"{client.url} sends the token over the network without encryption."
+        yield Finding("warning", "URL", found, "Use https, unless nobody else uses this network.")
     async with client:
         reached = await _reach(client, "TLS" if url.scheme == "https" else "server")
         yield reached
@@ -135,13 +129,23 @@ async def check_crew(client: CrewClient) -> AsyncIterator[Finding]:
         inputs = await _inputs(client)
         for finding in inputs:
             yield finding
-        if inputs[0].level == "problem" and inputs[0].subject == "token":
+        if inputs[0].subject == "token" and inputs[0].level == "problem":
             return
         status = await _status(client)
         yield status
     if reached.level == "note" and inputs[0].level == "warning" and status.level == "ok":
-        found = "All requests were answered with 404: nothing there looks like a crew."
+        found = "All requests were answered with 404: there seems to be no crew at this URL."
         yield Finding("problem", "crew", found, "Copy the URL again from the Status tab of the crew's page.")
+
+
+_FIXES = {
+    ("wrong_version", "wrong version"): "This port does not use TLS. Check whether the URL has to begin with http.",
+    ("certificate", "ssl"): "Check the host name in the URL. For a CA of your own set SSL_CERT_FILE.",
+    ("name or service", "nodename", "name resolution", "getaddrinfo"): "Check the host name in the URL, and the DNS.",
+    ("proxy",): "Check HTTPS_PROXY, HTTP_PROXY and NO_PROXY.",
+    ("",): "Check the URL, that the crew is online on its page, and that no firewall or proxy is in between.",
+}
+"""What to do about a connection that fails, by words of the reason."""
 
 
 async def _reach(client: CrewClient, subject: str) -> Finding:
@@ -150,27 +154,14 @@ async def _reach(client: CrewClient, subject: str) -> Finding:
     except AuthenticationError:
         is_healthy = True  # it answers; the token is looked at next
     except CrewConnectionError as error:
-        return Finding("problem", subject, f"No answer: {error.reason}.", _way_out(error.reason.lower()))
+        fix = next(fix for words, fix in _FIXES.items() if any(word in error.reason.lower() for word in words))
+        return Finding("problem", subject, f"No answer: {error.reason}.", fix)
     except CrewError as error:
         return Finding("problem", subject, str(error))
     answers = "the certificate is accepted" if subject == "TLS" else "it answers"
     if not is_healthy:
         return Finding("note", subject, f"{answers}; GET / does not say Healthy, which some crews do not")
-    return Finding("ok", subject, f"{answers}, and the server says that it is healthy")
-
-
-def _way_out(reason: str) -> str:
-    ways = {
-        ("wrong_version", "wrong version"): "That port speaks no TLS: should the URL begin with http, or is it another "
-        "port?",
-        ("certificate", "ssl"): "Check the host name in the URL; for a CA of your own set SSL_CERT_FILE to its "
-        "certificates.",
-        ("name or service", "nodename", "name resolution", "getaddrinfo"): "Check the host name in the URL, and this "
-        "machine's DNS.",
-        ("proxy",): "Check HTTPS_PROXY, HTTP_PROXY and NO_PROXY.",
-    }
-    other = "Check the URL, that the crew is online on its page, and that a firewall or proxy lets you through."
-    return next((way for words, way in ways.items() if any(word in reason for word in words)), other)
+    return Finding("ok", subject, f"{answers}, and it says that it is healthy")
 
 
 async def _inputs(client: CrewClient) -> list[Finding]:
@@ -178,27 +169,21 @@ async def _inputs(client: CrewClient) -> list[Finding]:
         found = await client.inputs()
     except AuthenticationError as error:
         fix = (
-            "Copy it again from the Status tab of the crew's page; every crew has its own. Of the two kinds, a User "
-            "Bearer Token may do less than the organisation's Bearer Token. Then: prefect-crew save NAME --url URL "
-            "--overwrite."
+            "Copy it again from the Status tab of the crew's page; every crew has its own, and a User Bearer Token may "
+            "do less than a Bearer Token. Then: prefect-crew crews save NAME --url URL --overwrite."
         )
         return [Finding("problem", "token", f"It is refused with {error.status_code}.", fix)]
     except NotFoundError:
-        fix = (
-            "If the URL is the crew's own, it has none: inputs are then not checked before a kickoff. If the URL has "
-            "more than a host, remove the rest."
-        )
+        fix = "Check that the URL is the crew's own, without a path. Without /inputs no kickoff's inputs are checked."
         return [Finding("warning", "inputs", "GET /inputs is answered with 404.", fix)]
     except CrewError as error:
-        fix = "Until this works, inputs are not checked before a kickoff."
-        return [Finding("problem", "inputs", str(error), fix)]
+        return [Finding("problem", "inputs", str(error), "Until this works, no kickoff's inputs are checked.")]
     names = ", ".join(f"{item.name}{'' if item.required else ' (optional)'}" for item in found)
     takes = Finding("ok", "inputs", f"the crew takes {names}") if found else Finding("note", "inputs", "it names none")
     findings = [Finding("ok", "token", "it is accepted"), takes]
     if any(item.name == STATE_ID for item in found):
-        fix = "In a Flow give it a new UUID for each run; a batch takes it from a column only where it is mapped."
-        named = f"One of them is called {STATE_ID}, which a Flow takes for the id of its state."
-        findings.append(Finding("warning", "inputs", named, fix))
+        named = f"One is called {STATE_ID}, which a CrewAI Flow takes for the id of its state."
+        findings.append(Finding("warning", "inputs", named, "Give it a new UUID for each run."))
     return findings
 
 
@@ -208,13 +193,9 @@ async def _status(client: CrewClient) -> Finding:
     except CrewError as error:
         return Finding("problem", "status", str(error), "Without it no run can be waited for.")
     if status.state is CrewState.UNKNOWN:
-        return Finding("ok", "status", "a run that does not exist is not known, as it should be")
-    return Finding(
-        "warning",
-        "status",
-        f"The server says {status.raw_state or status.state} of a run that does not exist.",
-        "A lost run cannot be told from one that waits: set pending_timeout in the crew's wait policy.",
-    )
+        return Finding("ok", "status", "it does not know a run that does not exist")
+    found = f"The server says {status.raw_state or status.state} of a run that does not exist."
+    return Finding("warning", "status", found, "So a lost run seems to wait: give the crew's wait a pending_timeout.")
 
 
 # Prefect
@@ -222,11 +203,8 @@ async def _status(client: CrewClient) -> Finding:
 
 def is_older(version: str, than: str) -> bool:
     """Return whether a version such as 3.8.0 or 3.9.0.dev4 is older than another; by its numbers only."""
-
-    def numbers(text: str) -> list[int]:
-        return [int(part) for part in re.findall(r"\d+", text.partition("+")[0])[:3]]
-
-    return numbers(version) < numbers(than)
+    numbers = [[int(part) for part in re.findall(r"\d+", text.partition("+")[0])[:3]] for text in (version, than)]
+    return numbers[0] < numbers[1]
 
 
 async def check_prefect() -> AsyncIterator[Finding]:
@@ -246,7 +224,9 @@ async def check_prefect() -> AsyncIterator[Finding]:
                 yield Finding("problem", subject, f"It is {version}.", f"Upgrade it to {PREFECT_FLOOR} or later.")
             elif is_older(version, own):
                 found = f"It is {version}, older than the {own} that is installed here."
-                yield Finding("warning", subject, found, "Upgrade it: a server is at least as new as its clients.")
+                yield Finding(
+                    "warning", subject, found, "Upgrade it: the server has to be at least as new as its clients."
+                )
             else:
                 yield Finding("ok", subject, f"version {version}")
         yield await _block_type(client)
@@ -261,8 +241,8 @@ async def _block_type(client: PrefectClient) -> Finding:
     try:
         await client.read_block_type_by_slug("deployed-crew")
     except ObjectNotFound:
-        fix = "prefect block register -m prefect_crew, or store a crew: prefect-crew save NAME --url URL."
-        return Finding("warning", "block type", "Prefect's pages do not know deployed crews yet.", fix)
+        fix = "prefect block register -m prefect_crew, or store a crew: prefect-crew crews save NAME --url URL."
+        return Finding("warning", "block type", "deployed-crew is not registered.", fix)
     blocks = sorted(str(block.name) for block in await client.read_block_documents_by_type("deployed-crew"))
     return Finding("ok", "block type", f"it is registered; stored crews: {', '.join(blocks) or 'none'}")
 
@@ -294,13 +274,12 @@ async def _records() -> Finding:
         await records.delete(record)
     except (httpx.HTTPError, PrefectException) as error:
         found = f"A Variable could not be written, read and removed: {type(error).__name__}: {error}".splitlines()[0]
-        return Finding(
-            "problem", "records", found, "Runs are recorded in Prefect Variables: the API key needs the right."
-        )
+        fix = "Runs are recorded in Prefect Variables: the API key needs the permission to write them."
+        return Finding("problem", "records", found, fix)
     if is_claimed and not is_claimed_twice and [one.owner for one in read] == [record.owner]:
         return Finding("ok", "records", "one was claimed once, read and removed")
     found = "A record that was claimed could be claimed again, or was not read back."
-    fix = "Do not run crews against this Prefect API: two calls with one key could start two runs."
+    fix = "Do not run crews with this Prefect API: two calls with one key could start two runs."
     return Finding("problem", "records", found, fix)
 
 
@@ -342,13 +321,9 @@ async def _crew_pool(client: PrefectClient, pool: WorkPool) -> AsyncIterator[Fin
         yield Finding("warning", subject, "No worker is online.", start)
     if orphans:
         gone = sorted({worker for run in orphans if (worker := owner_name(run)) is not None})
-        of_gone = f" of {', '.join(gone)}" if gone else ""
+        found = f"Worker {', '.join(gone) or 'NAME'} is gone and left {_count(orphans, 'flow run')}."
         others = "Workers that are online take them within two heartbeats. " if online else ""
-        found = f"{_count(orphans, 'flow run')}{of_gone} to be adopted: the worker is gone."
-        fix = (
-            f"{others}A worker that is started under the name of the one that is gone takes its flow runs at once: "
-            f"{start} --name {shlex.quote(gone[0]) if gone else 'NAME'}."
-        )
+        fix = f"{others}To take them at once: {start} --name {shlex.quote(gone[0]) if gone else 'NAME'}."
         yield Finding("warning", subject, found, fix)
 
 

@@ -1,4 +1,4 @@
-"""`prefect-crew reviews`: which runs wait for a person, and answering for one."""
+"""The commands `reviews`: which runs wait for a person, and answering for one."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from cyclopts import App, Parameter
 
 from prefect_crew.cli import _output
 from prefect_crew.cli._errors import UsageError
-from prefect_crew.cli._options import CREW_OF_RUN, JSON, CrewAccess
+from prefect_crew.cli._options import CrewAccess, CrewOfRun, Output
 from prefect_crew.cli._prefect import flow_run_url, reach_prefect
-from prefect_crew.cli.runs import crew_of, crew_option, moment
+from prefect_crew.cli.runs import ago, crew_of, crew_option, needs_crew
 from prefect_crew.exceptions import CrewError
 
 if TYPE_CHECKING:
@@ -26,37 +26,36 @@ if TYPE_CHECKING:
 
 
 EXCERPT = 300
-"""Characters of an output that the list shows."""
-RUN = Parameter(name="ID", help="The run: its kickoff id, or the beginning of it, or its idempotency key.")
+"""Characters of an output that the list has in JSON."""
+RunName = Annotated[
+    str, Parameter(name="ID", help="The run: its kickoff id, or the beginning of it, or its idempotency key.")
+]
 
-app = App(name="reviews", help="Runs that wait for a person, and answering for one.")
-
-
-def user_name() -> str:
-    """Return who answers, as this machine knows that person."""
-    try:
-        return getpass.getuser()
-    except (OSError, KeyError):  # a container's user without a name
-        return "the command line"
+app = App(name="reviews", help="Runs that wait for a person: list them, and answer.")
 
 
 @Parameter(name="*")
 @dataclass(frozen=True)
 class AnswerOptions:
-    """Options of both answers."""
+    """Options of both answers.
 
-    by: Annotated[str | None, Parameter(help="Who answers, for the record. Left out, this machine's user.")] = None
-    task: Annotated[str | None, Parameter(help="The task, where the status does not name it.")] = None
-    option: Annotated[
-        str | None, Parameter(help="The outcome, where a Flow goes on with one of several; the list shows them.")
-    ] = None
-    round: Annotated[int | None, Parameter(help="Answer only if it is at this round of questions.")] = None
-    crew: Annotated[str | None, CREW_OF_RUN] = None
-    json: Annotated[bool, JSON] = False
+    Args:
+        by: Who answers, for the record; if left out, this machine's user.
+        task: The task, if the status does not name it.
+        option: The outcome, for a CrewAI Flow that offers several; `reviews inspect` shows them.
+        round: Answer only if it is at this round of questions.
+    """
+
+    by: str | None = None
+    task: str | None = None
+    option: str | None = None
+    round: int | None = None
+    crew: CrewOfRun = None
+    output: Output = None
 
 
 @asynccontextmanager
-async def open_stores() -> AsyncGenerator[tuple[list[RecordStore], list[str]]]:
+async def _open_stores() -> AsyncGenerator[tuple[list[RecordStore], list[str]]]:
     """Open all places where runs that wait are on record; give them, and a sentence for each that cannot be opened."""
     from prefect_crew.batches.stored import batches_waiting_for_people
     from prefect_crew.records.store import PrefectRecords
@@ -65,10 +64,9 @@ async def open_stores() -> AsyncGenerator[tuple[list[RecordStore], list[str]]]:
         yield [PrefectRecords(), *(batch.ledger for batch in batches)], missed
 
 
-@app.default
-@app.command(name="list")
-def list_reviews(*, json: Annotated[bool, JSON] = False) -> None:
-    """List the runs that wait for a person, with what is to be judged and how to answer."""
+@app.command
+def ls(*, output: Output = None) -> None:
+    """List the runs that wait for a person, the longest waiting first."""
     reach_prefect()
 
     async def look() -> tuple[list[PendingReview], list[str]]:
@@ -82,22 +80,28 @@ def list_reviews(*, json: Annotated[bool, JSON] = False) -> None:
                 stored[name] = await _crew(record, None, CrewAccess())
             return stored[name]
 
-        async with open_stores() as (stores, missed):
+        async with _open_stores() as (stores, missed):
             return await list_pending_reviews(stores, crew), missed
 
     found, missed = asyncio.run(look())
     for sentence in missed:
         _output.note(sentence)
-    if json:
+    if output:
         _output.put_json([_as_json(line, excerpt=True) for line in found])
         return
-    if not found:
-        _output.put("No run waits for a person.")
-    for line in found:
-        _put(line, EXCERPT)
-        run = f"{shlex.quote(line.kickoff_id)}{crew_option(line.record)}"
-        option = f" (--option {' | '.join(map(shlex.quote, line.options))})" if line.options else ""
-        _output.put(f"  → prefect-crew reviews approve {run}, or reject {run} --feedback TEXT{option}")
+    rows = [
+        (
+            line.record.idempotency_key,
+            line.record.crew,
+            line.task_id or "",
+            str(line.round),
+            ago(line.since) if line.since else "",
+        )
+        for line in found
+    ]
+    _output.put_rows(("Key", "Crew", "Task", "Round", "Since"), rows, empty="No run waits for a person.")
+    if found:
+        _output.note("What to judge, and how to answer: prefect-crew reviews inspect KEY", "dim")
 
 
 async def _crew(record: RunRecord, crew: str | None, access: CrewAccess) -> Crew | None:
@@ -110,21 +114,21 @@ async def _crew(record: RunRecord, crew: str | None, access: CrewAccess) -> Crew
 
 
 @app.command
-def show(
-    run: Annotated[str, RUN],
+def inspect(
+    run: RunName,
     /,
     *,
-    crew: Annotated[str | None, CREW_OF_RUN] = None,
-    json: Annotated[bool, JSON] = False,
+    crew: CrewOfRun = None,
+    output: Output = None,
     access: CrewAccess = CrewAccess(),
 ) -> None:
-    """Show all of what one run asks, and what was answered before."""
+    """Show what one run asks, how to answer, and what was answered before."""
     reach_prefect()
 
     async def look() -> PendingReview:
         from prefect_crew.runs.reviews.answer import find_run_in_flight, read_pending_review
 
-        async with open_stores() as (stores, _):
+        async with _open_stores() as (stores, _):
             record, records = await find_run_in_flight(run, stores)
             line = await read_pending_review(record, records, lambda record: _crew(record, crew, access))
         if line is None:
@@ -132,35 +136,43 @@ def show(
         return line
 
     line = asyncio.run(look())
-    if json:
+    if output:
         _output.put_json(_as_json(line, excerpt=False))
     else:
-        _put(line, None)
+        _put(line)
 
 
 @app.command
 def approve(
-    run: Annotated[str, RUN],
+    run: RunName,
     /,
     *,
-    feedback: Annotated[str, Parameter(help="Something for the crew to know as it goes on.")] = "",
+    feedback: str = "",
     options: AnswerOptions = AnswerOptions(),
     access: CrewAccess = CrewAccess(),
 ) -> None:
-    """Approve what a run asks: the crew goes on, and so do the flow runs that wait for it."""
+    """Approve what a run asks: the crew goes on, and so do the flow runs that wait for it.
+
+    Args:
+        feedback: A hint for the rest of the run.
+    """
     _answer(run, True, feedback, options, access)
 
 
 @app.command
 def reject(
-    run: Annotated[str, RUN],
+    run: RunName,
     /,
     *,
-    feedback: Annotated[str, Parameter(help="What is to be done better, for the crew.")],
+    feedback: str,
     options: AnswerOptions = AnswerOptions(),
     access: CrewAccess = CrewAccess(),
 ) -> None:
-    """Reject what a run asks: the task is done again with the feedback."""
+    """Reject what a run asks: the task is done again with the feedback.
+
+    Args:
+        feedback: What the crew is to do better.
+    """
     if not feedback.strip():
         raise UsageError("--feedback is empty: the crew needs to know what to do better.")
     _answer(run, False, feedback, options, access)
@@ -174,48 +186,52 @@ def _answer(run: str, approve: bool, feedback: str, options: AnswerOptions, acce
         from prefect_crew.runs.reviews.questions import Review
         from prefect_crew.runs.run import OpenRun
 
-        async with open_stores() as (stores, _):
+        async with _open_stores() as (stores, _):
             record, records = await find_run_in_flight(run, stores)
             crew = await _crew(record, options.crew, access)
             if crew is None:
-                raise CrewError(
-                    f"The crew of run {record.kickoff_id}, {record.crew}, is no stored block of that address. Give "
-                    "--crew: a block, or the crew's URL with CREW_TOKEN."
-                )
+                raise needs_crew(record)
             review = Review(approve=approve, feedback=feedback, option=options.option)
-            by = options.by or user_name()
+            by = options.by or _user_name()
             opened = OpenRun(crew, str(record.kickoff_id), record)
             _, sent = await answer_run(opened, records, review, by=by, task_id=options.task, round=options.round)
             return record, sent
 
     record, sent = asyncio.run(send())
-    if options.json:
+    if options.output:
         facts = {"idempotency_key": record.idempotency_key, "kickoff_id": record.kickoff_id}
         _output.put_json({**facts, **sent.model_dump(mode="json")})
     else:
         _output.put(f"Run {record.kickoff_id}: {_sentence(sent)}")
 
 
-def _put(line: PendingReview, most: int | None) -> None:
-    """Write what a run asks: in short, or whole and with the earlier answers."""
+def _user_name() -> str:
+    """Return who answers, as this machine knows that person."""
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError):  # a container's user without a name
+        return "the command line"
+
+
+def _put(line: PendingReview) -> None:
+    """Write what a run asks, the earlier answers, and how to answer."""
     record = line.record
-    noted = "" if line.seen else " (as was noted; its server was not asked)"
+    noted = "" if line.seen else " (from the record; the crew's server was not asked)"
     _output.put(f"{record.idempotency_key}: task {line.task_id or 'not named'}, round {line.round}{noted}")
-    since = f"since {moment(line.since)}" if line.since else "since when is not on record"
+    since = f"since {line.since:%Y-%m-%d %H:%M:%S} UTC" if line.since else None
     facts = (f"crew {record.crew}", f"run {record.kickoff_id}", since, flow_run_url(record.flow_run_id))
     _output.put("  " + " · ".join(filter(None, facts)))
-    if most is None:
-        for review in line.answers:
-            _output.put(f"  {_sentence(review)}")
-        _output.put()
+    for review in line.answers:
+        _output.put(f"  {_sentence(review)}")
+    _output.put()
     if line.output is None:
-        why = line.withheld or ""
-        _output.put(f"  What is to be judged is not shown: {why if most else why.partition(chr(10))[0]}")
-    elif most is None:
-        _output.put_markdown(line.output)
+        _output.put(f"  What is to be judged is not shown: {line.withheld or ''}")
     else:
-        flat = " ".join(line.output.split())
-        _output.put(f"  {flat if len(flat) <= most else flat[:most] + '…'}")
+        _output.put_markdown(line.output)
+    run = f"{shlex.quote(line.kickoff_id)}{crew_option(record)}"
+    option = f" (--option {' | '.join(map(shlex.quote, line.options))})" if line.options else ""
+    _output.put(f"\n  Answer: prefect-crew reviews approve {run}")
+    _output.put(f"      or: prefect-crew reviews reject {run} --feedback TEXT{option}")
 
 
 def _sentence(review: SentReview) -> str:

@@ -1,4 +1,4 @@
-"""Commands about one run of a crew: inputs, run, result, stop."""
+"""Commands about one run of a crew: inputs, run, result."""
 
 from __future__ import annotations
 
@@ -13,32 +13,28 @@ from cyclopts import Parameter
 from prefect_crew._internal.files import check_writable, create_private
 from prefect_crew.cli import _output
 from prefect_crew.cli._options import (
-    CREW,
-    CREW_OF_RUN,
-    INPUT,
-    INPUT_FILE,
-    JSON,
-    KEY,
-    OUTPUT_FILE,
     CrewAccess,
+    CrewName,
+    CrewOfRun,
+    ExportFile,
+    InputFile,
+    Inputs,
+    Key,
+    Output,
+    Timeout,
+    Yes,
     gather_inputs,
-    is_url,
     reach_for,
     wait_policy,
 )
-from prefect_crew.cli._output import SeenRun
 from prefect_crew.cli._prefect import flow_run_url, reach_prefect
-from prefect_crew.cli._progress import progress
-from prefect_crew.client.models import StopOutcome
-from prefect_crew.exceptions import CrewError, NotFoundError
+from prefect_crew.cli._progress import Progress, SeenRun
 
 if TYPE_CHECKING:
-    from prefect_crew.client.models import CrewInput, CrewResult, StopAnswer
+    from prefect_crew.client.models import CrewInput, CrewResult
 
 
-def inputs(
-    crew: Annotated[str, CREW], /, *, json: Annotated[bool, JSON] = False, access: CrewAccess = CrewAccess()
-) -> None:
+def inputs(crew: CrewName, /, *, output: Output = None, access: CrewAccess = CrewAccess()) -> None:
     """List the inputs that a crew takes."""
     reach_for(crew)
 
@@ -47,7 +43,7 @@ def inputs(
             return await client.inputs()
 
     found = asyncio.run(ask())
-    if json:
+    if output:
         _output.put_json([item.model_dump(mode="json") for item in found])
         return
     columns: dict[str, list[str]] = {
@@ -62,30 +58,36 @@ def inputs(
 
 
 def run(
-    crew: Annotated[str, CREW],
+    crew: CrewName,
     /,
     *,
-    input_: Annotated[list[str] | None, INPUT] = None,
-    inputs: Annotated[str | None, INPUT_FILE] = None,
-    key: Annotated[str | None, KEY] = None,
-    name: Annotated[
-        str | None, Parameter(help="Step name, shown in task names and used to derive the idempotency key.")
-    ] = None,
-    force_new: Annotated[bool, Parameter(help="Start a new run whatever the key's record says.")] = False,
-    restore_from: Annotated[str | None, Parameter(help="The id of a state of a Flow that the run starts from.")] = None,
-    allow_extra: Annotated[bool, Parameter(help="Send inputs that the crew does not name, too.")] = False,
-    timeout: Annotated[
-        float | None, Parameter(help="Seconds that the run may take, pending and running together.")
-    ] = None,
-    output_file: Annotated[Path | None, OUTPUT_FILE] = None,
-    json: Annotated[bool, JSON] = False,
+    inputs: Inputs = None,
+    input_file: InputFile = None,
+    key: Key = None,
+    name: str | None = None,
+    force_new: bool = False,
+    restore_from: str | None = None,
+    allow_extra: bool = False,
+    timeout: Timeout = None,
+    export: ExportFile = None,
+    yes: Yes = False,
+    output: Output = None,
     access: CrewAccess = CrewAccess(),
 ) -> None:
-    """Run a crew through Prefect, wait, and write its result. A second run with the same --key finds the first one."""
-    given = gather_inputs(input_ or (), inputs)
-    if output_file is not None:
-        check_writable(output_file)
-    with progress() as shown:
+    """Run a crew through Prefect, wait, and write its result. A second run with the same --key finds the first one.
+
+    Args:
+        name: The step's name, shown in task names and part of a key that is left out.
+        force_new: Start a new run even if the key has one.
+        restore_from: The id of a saved state of a CrewAI Flow, from which the run starts.
+        allow_extra: Also send inputs that the crew does not name.
+    """
+    given = gather_inputs(inputs, input_file)
+    if export is not None:
+        check_writable(export)
+    if force_new:
+        _output.confirm("--force-new starts a new run, even if one with this key is in flight. Go on?", yes=yes)
+    with Progress() as shown:
         reach_prefect(shown)
 
         async def run_it() -> CrewResult:
@@ -102,15 +104,15 @@ def run(
                 idempotency_key=key,
                 force_new=force_new,
                 restore_from=restore_from,
-                wait=None if timeout is None else wait_policy(found, timeout),
+                wait=wait_policy(found, timeout),
             )
 
         answer = asyncio.run(run_it())
     try:
-        if output_file is not None:
-            _write(answer, output_file)
+        if export is not None:
+            _write(answer, export)
     finally:  # a disk that has filled up does not cost the result
-        put_result(answer, shown.seen, as_json=json)
+        put_result(answer, shown.seen, as_json=output is not None)
 
 
 def _write(answer: CrewResult, path: Path) -> None:
@@ -150,17 +152,17 @@ def _plain(answer: CrewResult) -> dict[str, Any]:
 
 
 def result(
-    key: Annotated[str, Parameter(name="KEY", help="The run's idempotency key, as `runs` and the artifact show it.")],
+    key: Annotated[str, Parameter(name="KEY", help="The run's idempotency key, as `runs ls` shows it.")],
     /,
     *,
-    crew: Annotated[str | None, CREW_OF_RUN] = None,
-    output_file: Annotated[Path | None, OUTPUT_FILE] = None,
-    json: Annotated[bool, JSON] = False,
+    crew: CrewOfRun = None,
+    export: ExportFile = None,
+    output: Output = None,
     access: CrewAccess = CrewAccess(),
 ) -> None:
     """Write the whole result of a run that has completed, from its record or from the crew's server."""
-    if output_file is not None:
-        check_writable(output_file)
+    if export is not None:
+        check_writable(export)
     reach_prefect()
 
     async def read() -> CrewResult:
@@ -169,48 +171,9 @@ def result(
         return await get_result(key, crew=None if crew is None else await access.load(crew))
 
     answer = asyncio.run(read())
-    if output_file is not None:
-        _write(answer, output_file)
-    if json:
+    if export is not None:
+        _write(answer, export)
+    if output:
         _output.put_json({"idempotency_key": key, **_plain(answer)})
-    elif output_file is None:
+    elif export is None:
         _output.put_markdown(answer.output)
-
-
-def stop(
-    crew: Annotated[str, CREW],
-    kickoff_id: Annotated[str, Parameter(name="ID", help="The kickoff id of the run.")],
-    /,
-    *,
-    json: Annotated[bool, JSON] = False,
-    access: CrewAccess = CrewAccess(),
-) -> None:
-    """Ask the crew's server to stop a run."""
-    reach_for(crew)
-
-    async def ask() -> StopAnswer:
-        from prefect.settings import get_current_settings
-
-        if is_url(crew) and not get_current_settings().api.url:  # no Prefect server is started to look for a record
-            async with access.client(crew) as client:
-                return await client.stop(kickoff_id)
-        from prefect_crew.runs.stop import stop_run
-
-        return await stop_run(await access.load(crew), kickoff_id)
-
-    answer = asyncio.run(ask())
-    if answer.outcome is StopOutcome.UNSUPPORTED:
-        raise CrewError(f"Run {kickoff_id} runs on: the crew's server has no /stop. Its own page may offer one.")
-    if answer.outcome is StopOutcome.UNKNOWN_RUN:
-        said = answer.message or "the server does not know this run"
-        raise NotFoundError(status_code=404, method="POST", path="/stop", message=said, kickoff_id=kickoff_id)
-    has_ended = answer.state is not None and answer.state.ended
-    if answer.outcome is StopOutcome.NOT_STOPPABLE and not has_ended:
-        raise CrewError(f"Run {kickoff_id} was not stopped: {answer.message or 'the server gave no reason'}.")
-    if json:
-        _output.put_json(answer.model_dump(mode="json", exclude={"raw"}))
-    elif answer.accepted:
-        after = "stopped" if answer.outcome is StopOutcome.STOPPED else "asked to stop"
-        _output.put(f"Run {kickoff_id}: {after}.")
-    else:
-        _output.put(f"Run {kickoff_id} had ended before: {answer.state}.")

@@ -1,4 +1,4 @@
-"""`prefect-crew runs`: what the records say, resolving what is uncertain, pruning what is old."""
+"""The commands `runs`: what the records say, stopping a run, resolving what is uncertain, pruning what is old."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ from cyclopts import App, Group, Parameter, validators
 
 from prefect_crew.cli import _output
 from prefect_crew.cli._errors import UsageError
-from prefect_crew.cli._options import CREW_OF_RUN, JSON, CrewAccess
+from prefect_crew.cli._options import CrewAccess, CrewOfRun, Output, Yes
 from prefect_crew.cli._prefect import flow_run_url, reach_prefect
-from prefect_crew.exceptions import ConfigurationError, CrewError
-from prefect_crew.records.model import RecordPhase, RunRecord, latest_start
+from prefect_crew.client.models import StopOutcome
+from prefect_crew.exceptions import BatchBusyError, ConfigurationError, CrewError, NotFoundError
+from prefect_crew.records.model import RecordPhase, RecordStore, RunRecord, latest_start, utcnow
 from prefect_crew.states import CrewState
 
 if TYPE_CHECKING:
-    from prefect_crew.client.models import CrewStatus
+    from prefect_crew.client.models import CrewStatus, StopAnswer
     from prefect_crew.crew import Crew
     from prefect_crew.records.store import PrefectRecords
 
@@ -102,7 +103,7 @@ def todo(record: RunRecord, condition: Condition, *, is_passed: bool = False) ->
         return f"Look at the crew's page, then: {resolve}."
     if condition is Condition.ORPHANED:
         person = " It waits for a person." if record.human_since is not None else ""
-        goes_on = "Its key leads to a later attempt" if is_passed else "Run again with its key to go on"
+        goes_on = "Its key leads to a later attempt" if is_passed else "Run again with its key to wait for it"
         return (
             f"No flow run waits for it.{person} {goes_on}. If the crew's server has forgotten it: "
             f"prefect-crew runs resolve {key} --lost."
@@ -115,7 +116,7 @@ def todo(record: RunRecord, condition: Condition, *, is_passed: bool = False) ->
 
 
 def crew_option(record: RunRecord) -> str:
-    """Return the option that names the crew of a record, where that is a URL and no stored block."""
+    """Return the option that names the crew of a record, where that is a URL and no stored crew."""
     is_address = record.crew == record.crew_url.partition("://")[2].rstrip("/")
     return f" --crew {shlex.quote(record.crew_url)}" if is_address else ""
 
@@ -135,26 +136,31 @@ async def crew_of(record: RunRecord, crew: str | None, access: CrewAccess) -> Cr
     raise ConfigurationError(f"Run {record.idempotency_key!r} is of the crew at {record.crew_url}, not of {found.url}.")
 
 
+def needs_crew(record: RunRecord) -> CrewError:
+    """Return the error that the crew of a run has to be given."""
+    return CrewError(
+        f"The crew of run {record.kickoff_id}, {record.crew}, is not stored with the URL {record.crew_url}. Give "
+        "--crew: that URL, with CREW_TOKEN, or the name of a stored crew."
+    )
+
+
 @asynccontextmanager
-async def status_call(
+async def _status_call(
     record: RunRecord, crew: str | None, access: CrewAccess
 ) -> AsyncGenerator[Callable[[str], Awaitable[CrewStatus]] | None]:
     """Give the status call of a run's crew; None, and a note, where the crew is not known."""
     found = await crew_of(record, crew, access)
     if found is None:
-        _output.note(
-            f"Crew {record.crew} is no stored block of that address, so its server was not asked. Give --crew to have "
-            "it asked."
-        )
+        _output.note(f"The crew's server was not asked. {needs_crew(record)}")
         yield None
     else:
         async with found.client() as client:
             yield client.status
 
 
-app = App(name="runs", help="Runs in flight, uncertain, waiting for a person or orphaned, from the records.")
-KEY = Parameter(name="KEY", help="The idempotency key, whole, as `runs` shows it.")
-FATE = Group("What became of it, one of", validator=validators.LimitedChoice(1, 1), sort_key=0)
+app = App(name="runs", help="Runs on record: list, stop, resolve and prune them.")
+KeyOrId = Annotated[str, Parameter(name="KEY", help="The run's idempotency key, or its kickoff id.")]
+OUTCOME = Group("What became of it, one of", validator=validators.LimitedChoice(1, 1), sort_key=0)
 
 
 def _records() -> PrefectRecords:
@@ -164,15 +170,31 @@ def _records() -> PrefectRecords:
     return PrefectRecords()
 
 
-@app.default
-@app.command(name="list")
-def list_runs(
+async def _attempts(name: str, records: PrefectRecords) -> list[RunRecord]:
+    """Return all attempts at a key, or at the key of a kickoff id; an empty list where there is none."""
+    attempts = await records.attempts(name)
+    if not attempts and (holder := await records.of_kickoff(name)):
+        attempts = await records.attempts(holder.idempotency_key)
+    return list(attempts)
+
+
+def _no_run(name: str) -> CrewError:
+    return CrewError(f"No run on record has the key or kickoff id {name!r}. To list them: prefect-crew runs ls --all.")
+
+
+@app.command
+def ls(
     *,
-    only: Annotated[list[Condition] | None, Parameter(help="Only these; may be given again.")] = None,
-    all_: Annotated[bool, Parameter(name="--all", help="Those that have ended as well.")] = False,
-    json: Annotated[bool, JSON] = False,
+    only: list[Condition] | None = None,
+    all_: Annotated[bool, Parameter(name="--all")] = False,
+    output: Output = None,
 ) -> None:
-    """List the runs that have not ended, with what to do about each."""
+    """List the runs that have not ended. Those that need a person come first.
+
+    Args:
+        only: Only these; can be repeated.
+        all_: Also those that have ended.
+    """
     chosen = set(only or (Condition if all_ else OPEN))
     records = _records()
 
@@ -184,40 +206,39 @@ def list_runs(
         order = list(Condition)
         return sorted(
             (line for line in lines if line.condition in chosen),
-            key=lambda line: (order.index(line.condition), line.since),
+            key=lambda line: (order.index(line.condition), -line.since.timestamp()),
         )
 
     lines = asyncio.run(look())
-    if json:
+    if output:
         _output.put_json([_as_json(line) for line in lines])
         return
-    if not lines:
-        _output.put("No such run is on record." if only or all_ else "No run is in flight, uncertain or waiting.")
-    for line in lines:
-        _put(_about(line))
+    rows = [(_state(line), line.record.idempotency_key, line.record.crew, ago(line.since)) for line in lines]
+    empty = "No such run is on record." if only or all_ else "No run is open. To list ended ones too: --all."
+    _output.put_rows(("State", "Key", "Crew", "Since"), rows, empty=empty)
+    if any(line.todo for line in lines):
+        _output.note("What to do about a run: prefect-crew runs inspect KEY", "dim")
 
 
 @app.command
-def show(
-    key: Annotated[str, Parameter(name="KEY", help="The idempotency key, or a kickoff id.")],
+def inspect(
+    run: KeyOrId,
     /,
     *,
-    crew: Annotated[str | None, CREW_OF_RUN] = None,
-    json: Annotated[bool, JSON] = False,
+    crew: CrewOfRun = None,
+    output: Output = None,
     access: CrewAccess = CrewAccess(),
 ) -> None:
     """Show every attempt at one idempotency key, and ask the crew about one in flight."""
     records = _records()
 
     async def look() -> tuple[list[RunLine], CrewStatus | None]:
-        attempts = await records.attempts(key)
-        if not attempts and (holder := await records.of_kickoff(key)):
-            attempts = await records.attempts(holder.idempotency_key)
+        attempts = await _attempts(run, records)
         if not attempts:
-            raise CrewError(f"No run has the key {key!r}. prefect-crew runs --all lists those on record.")
+            raise _no_run(run)
         lines, latest, status = [await look_at(one, records) for one in attempts], attempts[-1], None
         if latest.phase is RecordPhase.STARTED and latest.kickoff_id is not None:
-            async with status_call(latest, crew, access) as look:
+            async with _status_call(latest, crew, access) as look:
                 try:
                     status = await look(latest.kickoff_id) if look else None
                 except CrewError as error:
@@ -225,46 +246,43 @@ def show(
         return lines, status
 
     lines, status = asyncio.run(look())
-    if json:
+    if output:
         found = [_as_json(line) for line in lines]
         if status is not None:
             found[-1]["status"] = status.model_dump(mode="json", exclude={"raw": True, "tasks": {"__all__": {"raw"}}})
         _output.put_json(found)
         return
     for line in lines:
-        _put(_about(line))
-        _output.put(f"  inputs digest {line.record.inputs_digest} · {line.record.crew_url}")
-    if status is not None:
-        _put(_about_status(status))
+        for text in _about(line):
+            _output.put(text)
+    for text in () if status is None else _about_status(status):
+        _output.put(text)
     latest = lines[-1].record
     if latest.result is not None or latest.state is CrewState.COMPLETED:
-        _output.put(f"Its result: {_output.command('prefect-crew result')} {shlex.quote(latest.idempotency_key)}")
+        _output.put(f"Its result: prefect-crew result {shlex.quote(latest.idempotency_key)}")
 
 
-def _put(lines: Iterator[str]) -> None:
-    for line in lines:
-        _output.put(line)
+def _state(line: RunLine) -> str:
+    ended = line.condition is Condition.ENDED and line.record.state
+    return str(line.record.state) if ended else str(line.condition)
 
 
 def _about(line: RunLine) -> Iterator[str]:
     record = line.record
-    state = f" {record.state}" if record.state and line.condition is Condition.ENDED else ""
-    yield f"{line.condition.upper()}{state}  {record.idempotency_key}"
-    attempt = f", attempt {record.attempt}" if record.attempt > 1 else ""
-    page = flow_run_url(record.flow_run_id) or (f"flow run {record.flow_run_id}" if record.flow_run_id else None)
-    facts = (
-        f"crew {record.crew}{attempt}",
-        f"run {record.kickoff_id}" if record.kickoff_id else "no kickoff id",
-        f"since {moment(line.since)}",
-        page,
-    )
-    yield "  " + " · ".join(filter(None, facts))
-    if record.reason and line.condition is Condition.UNCERTAIN:
-        yield f"  {record.reason}"
-    if record.error:
-        yield f"  {record.error}"
-    if line.todo:
-        yield f"  → {line.todo}"
+    yield f"{_state(line).upper()}  {record.idempotency_key}"
+    page = flow_run_url(record.flow_run_id) or record.flow_run_id
+    facts = {
+        "Attempt": record.attempt,
+        "Crew": f"{record.crew} at {record.crew_url}",
+        "Kickoff id": record.kickoff_id,
+        "Since": f"{line.since:%Y-%m-%d %H:%M:%S} UTC ({ago(line.since)} ago)",
+        "Flow run": page,
+        "Inputs": f"digest {record.inputs_digest}",
+        "Reason": record.reason if line.condition is Condition.UNCERTAIN else None,
+        "Error": record.error,
+        "To do": line.todo,
+    }
+    yield from _facts(facts)
 
 
 def _about_status(status: CrewStatus) -> Iterator[str]:
@@ -278,19 +296,20 @@ def _about_status(status: CrewStatus) -> Iterator[str]:
         "Message": status.message if status.state is not CrewState.FAILED else None,
         "Error": status.error,
     }
+    yield from _facts(facts)
+
+
+def _facts(facts: dict[str, object]) -> Iterator[str]:
     for name, fact in facts.items():
         if fact not in (None, ""):
             yield f"  {name}: {' '.join(str(fact).split())}"
 
 
-def moment(since: datetime) -> str:
-    """Return a moment in UTC, and how long ago it was."""
-    from prefect_crew.records.model import utcnow
-
+def ago(since: datetime) -> str:
+    """Return how long ago a moment was, such as 3 min."""
     seconds = max(0.0, (utcnow() - since).total_seconds())
     units = (("d", 86400), ("h", 3600), ("min", 60))
-    ago = next((f"{seconds / size:.0f} {unit}" for unit, size in units if seconds >= 2 * size), f"{seconds:.0f} s")
-    return f"{since:%Y-%m-%d %H:%M:%S} UTC ({ago})"
+    return next((f"{seconds / size:.0f} {unit}" for unit, size in units if seconds >= 2 * size), f"{seconds:.0f} s")
 
 
 def _as_json(line: RunLine) -> dict[str, Any]:
@@ -301,20 +320,78 @@ def _as_json(line: RunLine) -> dict[str, Any]:
 
 
 @app.command
-def resolve(
-    key: Annotated[str, KEY],
+def cancel(
+    run: KeyOrId,
     /,
     *,
-    kickoff_id: Annotated[str | None, Parameter(help="The run that the kickoff did start.", group=FATE)] = None,
-    never_started: Annotated[bool, Parameter(help="The kickoff did not start a run.", group=FATE)] = False,
-    lost: Annotated[
-        bool, Parameter(help="The run was started, and the crew's server has forgotten it.", group=FATE)
-    ] = False,
-    crew: Annotated[str | None, CREW_OF_RUN] = None,
+    crew: CrewOfRun = None,
+    output: Output = None,
     access: CrewAccess = CrewAccess(),
 ) -> None:
-    """Say what became of an uncertain kickoff, or of a lost run, after a look at the crew's page."""
+    """Ask the crew's server to stop a run. Flow runs that wait for it then fail."""
+
     records = _records()
+
+    async def stop() -> StopAnswer:
+        from prefect_crew.runs.stop import stop_run
+
+        attempts = await _attempts(run, records)
+        if not attempts:
+            if crew is None:
+                raise _no_run(run)
+            return await stop_run(await access.load(crew), run)
+        record = attempts[-1]
+        if record.kickoff_id is None:
+            raise CrewError(f"Run {run!r} has no kickoff id, so it cannot be stopped: its kickoff is {record.phase}.")
+        found = await crew_of(record, crew, access)
+        if found is None:
+            raise needs_crew(record)
+        return await stop_run(found, record.kickoff_id)
+
+    answer = asyncio.run(stop())
+    if answer.outcome is StopOutcome.UNSUPPORTED:
+        raise CrewError(f"Run {run} continues: the crew's server has no /stop. The crew's page may offer it.")
+    if answer.outcome is StopOutcome.UNKNOWN_RUN:
+        said = answer.message or "the server does not know this run"
+        raise NotFoundError(status_code=404, method="POST", path="/stop", message=said, kickoff_id=run)
+    has_ended = answer.state is not None and answer.state.ended
+    if answer.outcome is StopOutcome.NOT_STOPPABLE and not has_ended:
+        raise CrewError(f"Run {run} was not stopped: {answer.message or 'the server gave no reason'}.")
+    if output:
+        _output.put_json(answer.model_dump(mode="json", exclude={"raw"}))
+    elif answer.accepted:
+        _output.put(f"Run {run}: {'stopped' if answer.outcome is StopOutcome.STOPPED else 'asked to stop'}.")
+    else:
+        _output.put(f"Run {run} had already ended: {answer.state}.")
+
+
+@app.command
+def resolve(
+    key: Annotated[str, Parameter(name="KEY", help="The idempotency key; of a row of a batch: batch/NAME/ROW.")],
+    /,
+    *,
+    kickoff_id: Annotated[str | None, Parameter(group=OUTCOME)] = None,
+    never_started: Annotated[bool, Parameter(group=OUTCOME)] = False,
+    lost: Annotated[bool, Parameter(group=OUTCOME)] = False,
+    crew: CrewOfRun = None,
+    ledger: str | None = None,
+    yes: Yes = False,
+    access: CrewAccess = CrewAccess(),
+) -> None:
+    """Say what became of an uncertain kickoff, or of a lost run. Look at the crew's page before.
+
+    Args:
+        key: The idempotency key; of a row of a batch: batch/NAME/ROW.
+        kickoff_id: The kickoff started this run.
+        never_started: The kickoff started no run.
+        lost: The run was started, and the crew's server has forgotten it.
+        ledger: Of a row: the batch's ledger, if the one on record cannot be opened.
+    """
+    if kickoff_id is None:
+        _output.confirm(
+            f"The next call with the key {key!r} will start a new run, even if this one goes on. Go on?", yes=yes
+        )
+    reach_prefect()
 
     async def say() -> str:
         from prefect_crew.records.resolve import (
@@ -325,37 +402,86 @@ def resolve(
             unresolved,
         )
 
-        if lost:
-            record = await in_flight(key, records)
-            async with status_call(record, crew, access) as look:
-                await resolve_lost(record, records, look=look)
-            return f"run {record.kickoff_id} of {key} is lost. Run again with this key to start another."
-        record = await unresolved(key, records)
-        if kickoff_id is None:
-            await resolve_never_started(record, records)
-            return f"{key} never started. Run again with this key to start it."
-        async with status_call(record, crew, access) as look:
-            state = await resolve_started(record, kickoff_id, records, look=look)
-        now = f", {state} now" if state else ""
-        return f"{key} is run {kickoff_id}{now}. Run again with this key to wait for it and get its result."
+        async with _open_store(key, ledger) as (records, batch):
+            again = f"prefect-crew batch resume {shlex.quote(batch)}" if batch else "A call with this key"
+            if lost and batch:
+                raise UsageError(f"--lost is not for rows of a batch: prefect-crew batch retry {shlex.quote(batch)}.")
+            record = await (in_flight if lost else unresolved)(key, records)
+            if never_started:
+                await resolve_never_started(record, records)
+                return f"{key} never started. {again} starts it."
+            async with _status_call(record, crew, access) as look:
+                if kickoff_id is None:
+                    await resolve_lost(record, records, look=look)
+                    return f"run {record.kickoff_id} of {key} is lost. {again} starts another."
+                await _check_unused(kickoff_id, record)
+                state = await resolve_started(record, kickoff_id, records, look=look)
+            now = f", {state} now" if state else ""
+            return f"{key} is run {kickoff_id}{now}. {again} waits for it and gets its result."
 
     _output.put(f"Resolved: {asyncio.run(say())}")
+
+
+async def _check_unused(kickoff_id: str, record: RunRecord) -> None:
+    """Refuse the id of another run: a ledger does not know the runs outside of its batches."""
+    from prefect_crew.records.store import PrefectRecords
+
+    holder = await PrefectRecords().of_kickoff(kickoff_id)
+    if holder is not None and holder.idempotency_key != record.idempotency_key:
+        raise ConfigurationError(
+            f"Run {kickoff_id} belongs to the idempotency key {holder.idempotency_key!r} (attempt {holder.attempt}), "
+            f"not to {record.idempotency_key!r}. Nothing was changed. Look for another run on the crew's page, or give "
+            "--never-started if there is none."
+        )
+
+
+@asynccontextmanager
+async def _open_store(key: str, ledger: str | None) -> AsyncGenerator[tuple[RecordStore, str | None]]:
+    """Open where the record of a key is. Of a row: its batch's ledger, locked, with the batch's name."""
+    from prefect_crew.batches.ownership import BatchLock
+    from prefect_crew.batches.stored import list_batches, open_stored_batch
+    from prefect_crew.records.keys import escape_name
+    from prefect_crew.records.store import PrefectRecords
+
+    names = [name for name, _ in await list_batches()] if key.startswith("batch/") else []
+    name = next((name for name in names if key.startswith(f"batch/{escape_name(name)}/")), None)
+    if name is None:
+        yield PrefectRecords(), None
+        return
+    async with open_stored_batch(name, ledger) as batch, BatchLock(batch.ledger.database, name) as lock:
+        if not await lock.take():
+            raise BatchBusyError(name=name)
+        batch.ledger.is_exclusive = lock.proves
+        if not await batch.ledger.attempts(key):
+            row = batch.ledger.row_key(key)
+            raise ConfigurationError(f"Batch {name!r} has started no run for a row {row!r}.")
+        yield batch.ledger, name
 
 
 @app.command
 def prune(
     *,
-    older_than: Annotated[
-        timedelta, Parameter(help="How long ago a run has ended: 90d, 12h, 2w. At least 1h.", show_default="90d")
-    ] = timedelta(days=90),
-    dry_run: Annotated[bool, Parameter(help="Only count.")] = False,
-    json: Annotated[bool, JSON] = False,
+    older_than: Annotated[timedelta, Parameter(show_default="90d")] = timedelta(days=90),
+    dry_run: bool = False,
+    yes: Yes = False,
+    output: Output = None,
 ) -> None:
-    """Remove old records of ended runs. A later call with such a key then starts a new run."""
+    """Remove old records of ended runs. A later call with such a key then starts a new run.
+
+    Args:
+        older_than: How long ago a run has ended: 90d, 12h, 2w. At least 1h.
+        dry_run: Only count.
+    """
     from prefect_crew.records.prune import prune as prune_records
 
-    done = asyncio.run(prune_records(_records(), older_than=older_than, dry_run=dry_run))
-    if json:
+    records = _records()
+    done = asyncio.run(prune_records(records, older_than=older_than, dry_run=True))
+    if not dry_run:
+        if done.runs:
+            question = f"Remove {done.runs} run records? A later call with one of their keys starts a new run."
+            _output.confirm(question, yes=yes)
+        done = asyncio.run(prune_records(records, older_than=older_than))
+    if output:
         _output.put_json({"runs": done.runs, "notes": done.notes, "kept": done.kept, "dry_run": dry_run})
         return
     verb = "would be removed" if dry_run else "removed"

@@ -1,4 +1,4 @@
-"""Commands that serve: a crew, webhooks, a demonstration."""
+"""Commands that serve: a crew, the webhook receiver, a demonstration."""
 
 from __future__ import annotations
 
@@ -8,19 +8,21 @@ import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
+from shutil import which
 from typing import Annotated, Literal
 
-from cyclopts import Parameter, validators
+from cyclopts import App, Parameter, validators
 from cyclopts.types import Port
 
 from prefect_crew.cli import _output
 from prefect_crew.cli._prefect import flow_run_url, reach_prefect
-from prefect_crew.cli._progress import progress
+from prefect_crew.cli._progress import Progress
 from prefect_crew.devserver._faults import FAULTS, HTTP_PLACES, WEBHOOK_PLACES
 from prefect_crew.exceptions import ConfigurationError
 
-HOST = Parameter(help="The address to listen on.")
-PORT = Parameter(help="The port; 0 takes a free one.")
+Host = Annotated[str, Parameter(name="--host", help="The address to listen on.")]
+ListenPort = Annotated[Port, Parameter(name="--port", help="The port; 0 takes a free one.")]
 
 
 def faults_help() -> str:
@@ -35,29 +37,31 @@ def faults_help() -> str:
 
 
 def serve(
-    spec: Annotated[
-        str,
-        Parameter(name="CREW", help="A bundled crew (travel, echo), a YAML script, or CrewAI code as module:factory."),
-    ] = "travel",
+    spec: Annotated[str, Parameter(name="CREW")] = "travel",
     /,
     *,
-    host: Annotated[str, HOST] = "127.0.0.1",
-    port: Annotated[Port, PORT] = 8000,
-    token: Annotated[
-        str | None, Parameter(help="The bearer token. Left out, a random one, which is shown.", env_var="CREW_TOKEN")
-    ] = None,
-    response_format: Annotated[
-        Literal["documented", "union", "live"], Parameter(help="How answers are worded.")
-    ] = "documented",
-    generation: Annotated[Literal["first", "later"], Parameter(help="How webhook bodies are worded.")] = "first",
-    fault: Annotated[
-        list[str] | None, Parameter(help="Something that goes wrong, such as kickoff:500; may be given again.")
-    ] = None,
-    speed: Annotated[float, Parameter(help="The seconds of scripts are divided by it.")] = 1.0,
-    no_stop: Annotated[bool, Parameter(help="Leave /stop out, as servers may.")] = False,
-    max_runs: Annotated[int | None, Parameter(help="How many runs go on at once; later ones are pending.")] = None,
+    host: Host = "127.0.0.1",
+    port: ListenPort = 8000,
+    token: Annotated[str | None, Parameter(env_var="CREW_TOKEN")] = None,
+    response_format: Literal["documented", "union", "live"] = "documented",
+    generation: Literal["first", "later"] = "first",
+    fault: list[str] | None = None,
+    speed: float = 1.0,
+    no_stop: bool = False,
+    max_runs: int | None = None,
 ) -> int:
-    """Serve a crew with the API of a deployed one, until Ctrl-C."""
+    """Serve a crew on this machine as a deployed one is served, until Ctrl-C.
+
+    Args:
+        spec: A bundled crew (travel, echo), a YAML script, or CrewAI code as module:factory.
+        token: The token that it takes; a random one if left out. Other users of this machine can see it here.
+        response_format: How the server words its answers.
+        generation: How it words webhooks.
+        fault: A fault to inject, such as kickoff:500; can be repeated.
+        speed: How many times faster than its seconds say a script runs.
+        no_stop: Have no /stop, as some servers.
+        max_runs: How many runs go on at once; others are pending.
+    """
     from prefect_crew.devserver import serve as serve_crew
 
     try:
@@ -87,28 +91,29 @@ def _listening(host: str, port: int, serve: Callable[[], int]) -> int:
     except OSError as error:
         if error.filename is not None:  # not of the port
             raise
-        raise OSError(f"{host}:{port} cannot be listened on: {error.strerror or error}. Try --port 0.") from error
+        raise OSError(
+            f"Cannot listen on {host}:{port}: {error.strerror or error}. --port 0 takes a free port."
+        ) from error
 
 
-def webhooks(
+receiver = App(name="receiver", help="The webhook receiver, which turns webhooks of crews into Prefect events.")
+
+
+@receiver.command
+def start(
     *,
-    host: Annotated[str, HOST] = "127.0.0.1",
-    port: Annotated[Port, PORT] = 8001,
-    max_body: Annotated[
-        float,
-        Parameter(
-            help="MiB of a webhook's body; the crew's whole result is in one.",
-            validator=validators.Number(gte=0.001, lte=1024),
-        ),
-    ] = 1.0,
-    queue: Annotated[
-        int,
-        Parameter(help="How many webhooks wait while the Prefect API is away.", validator=validators.Number(gte=1)),
-    ] = 2000,
+    host: Host = "127.0.0.1",
+    port: ListenPort = 8001,
+    max_body: Annotated[float, Parameter(validator=validators.Number(gte=0.001, lte=1024))] = 1.0,
+    queue: Annotated[int, Parameter(validator=validators.Number(gte=1))] = 2000,
 ) -> int:
-    """Take the webhooks of crews and turn them into Prefect events, until Ctrl-C.
+    """Receive the webhooks of crews and turn them into Prefect events, until Ctrl-C.
 
-    Requests must be signed with PREFECT_INTEGRATIONS_CREW_WEBHOOK_SECRET, which kickoffs sign their webhooks with.
+    PREFECT_INTEGRATIONS_CREW_WEBHOOK_SECRET signs them: set the same one here and where crews are kicked off.
+
+    Args:
+        max_body: The largest webhook in MiB; one holds the crew's whole result.
+        queue: Webhooks kept while the Prefect API does not answer.
     """
     from prefect_crew.receiver.app import create_receiver
     from prefect_crew.receiver.forward import Forwarder
@@ -131,12 +136,19 @@ def _announce(line: str) -> None:
 
 def demo(
     *,
-    budget: Annotated[str, Parameter(help="What the trip may cost.")] = "1000 USD",
-    interests: Annotated[str, Parameter(help="What you like.")] = "games, tech, ai, relaxing hikes, amazing food",
-    duration: Annotated[str, Parameter(help="How long the trip is.")] = "7 days",
-    age: Annotated[str, Parameter(help="How old you are.")] = "35",
+    budget: str = "1000 USD",
+    interests: str = "games, tech, ai, relaxing hikes, amazing food",
+    duration: str = "7 days",
+    age: str = "35",
 ) -> None:
-    """Run the travel crew through Prefect on this machine: no account, no key, no network."""
+    """Run the travel crew through Prefect on this machine: no account, no key, no network.
+
+    Args:
+        budget: What the trip may cost.
+        interests: What you like.
+        duration: How long the trip is.
+        age: How old you are.
+    """
     given = {"budget": budget, "interests": interests, "duration": duration, "age": age}
     # No network is meant: Prefect's own statistics stay off for this command, and so does its notice about them.
     os.environ.setdefault("DO_NOT_TRACK", "1")
@@ -145,7 +157,7 @@ def demo(
     _output.note("No account, no key: the crew is scripted and lives on this machine.", "dim")
     for name, value in given.items():
         _output.note(f"  {name:<10} {value}")
-    with progress() as shown:
+    with Progress() as shown:
         url = reach_prefect(shown, imports=("prefect_crew.flows", "prefect_crew.devserver"))
         shown.phase("Starting a crew server on this machine")
         from prefect_crew.crew import WaitPolicy
@@ -161,27 +173,29 @@ def demo(
             answer = run_crew(crew, given)
     _output.put()
     _output.put_markdown(answer.output)
-    seen, run = shown.seen, _output.command
+    seen = shown.seen
     flow_run_id = seen.flow_run_id if seen else None
-    page = flow_run_url(flow_run_id)
     _output.note("")
     if url is None:
         _output.note(
             "Prefect's embedded server ends with this command. A server that you start shows its runs.\n", "dim"
         )
-    embedded = [run("prefect server start"), f"http://127.0.0.1:4200/runs/flow-run/{flow_run_id}"]
+    page = flow_run_url(flow_run_id)
+    embedded = ["prefect server start", f"http://127.0.0.1:4200/runs/flow-run/{flow_run_id}"]
     ways = {
         "This run in Prefect, and its page of results": [page] if page else embedded,
-        "Its result again": [run(f"prefect-crew result {shlex.quote(str(seen.idempotency_key))}")] if seen else [],
-        "This crew served, to be run by you": [run("prefect-crew serve travel")],
+        "Its result again": [f"prefect-crew result {shlex.quote(str(seen.idempotency_key))}"] if seen else [],
+        "This crew served, to be run by you": ["prefect-crew serve travel"],
         "A crew of your own": [
-            run("prefect-crew save my-crew --url https://…"),
-            run("prefect-crew run my-crew -i topic=Lisbon"),
+            "prefect-crew crews save my-crew --url https://…",
+            "prefect-crew run my-crew -i topic=Lisbon",
         ],
         "The same in Python": ['run_crew(DeployedCrew.load("my-crew"), {"topic": "Lisbon"})'],
         "Everything else": ["README.md and docs/"],
     }
     _output.note("Where to go from here", "bold")
+    if which("prefect-crew") is None:
+        _output.note(f"  The commands are in {Path(sys.executable).parent}: activate that environment first.")
     for what, how in ways.items():
         _output.note(f"  {what}")
         for line in how:

@@ -92,7 +92,7 @@ class Forwarder:
     def start(self) -> None:
         """Begin to forward; harmless if it has begun."""
         if self._task is None and not self._is_closing:
-            self._task = asyncio.create_task(self._run(), name="prefect-crew webhooks")
+            self._task = asyncio.create_task(self._run(), name="forward webhooks")
 
     def put(self, item: WebhookEvent | FeedbackRequest) -> None:
         """Take an event, or what a Flow asks of a person. Where there is no room, the oldest is dropped."""

@@ -34,7 +34,7 @@ async def unresolved(idempotency_key: str, records: RecordStore) -> RunRecord:
     """
     attempts = await records.attempts(idempotency_key)
     if not attempts:
-        raise CrewError(f"No run has the key {idempotency_key!r}. prefect-crew runs lists those on record.")
+        raise CrewError(f"No run has the key {idempotency_key!r}. prefect-crew runs ls lists those on record.")
     # The one that a call with the key would find: an attempt that did not start hides no other.
     record = latest_start(attempts) or attempts[-1]
     if not record.is_unresolved:

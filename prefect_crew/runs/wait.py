@@ -331,7 +331,7 @@ class _Waiter(Watcher):
             return CrewStoppedError(kickoff_id=kickoff_id, crew=label, idempotency_key=run.idempotency_key)
         return CrewError(
             f"The flow run was cancelled, and with it the wait for run {kickoff_id} of crew {label}, which runs on at "
-            f"{run.crew.url}. See what it does: prefect-crew runs show {shlex.quote(kickoff_id)}."
+            f"{run.crew.url}. See what it does: prefect-crew runs inspect {shlex.quote(kickoff_id)}."
         )
 
     async def _show(self, status: CrewStatus | None, *, force: bool = False, note: str | None = None) -> None:
@@ -352,7 +352,7 @@ class _Waiter(Watcher):
     def _once_it_answers(self) -> str:
         run = self.run
         if run.idempotency_key is None:
-            return f"The run may go on there; see later: prefect-crew runs show {shlex.quote(run.kickoff_id)}."
+            return f"The run may go on there; see later: prefect-crew runs inspect {shlex.quote(run.kickoff_id)}."
         return (
             f"The run may go on there: run again with idempotency key {run.idempotency_key!r} to wait for it. Nothing "
             "is started then."

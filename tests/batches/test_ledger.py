@@ -450,7 +450,7 @@ async def test_a_database_that_stays_away_fails_the_writes_and_the_id_is_in_the_
         with pytest.raises(LedgerError, match="cannot be written: database is locked"):
             await ledger.save(record)
         other.close()
-    assert "prefect-crew batch resolve b k --kickoff-id run-77" in caplog.text
+    assert "prefect-crew runs resolve batch/b/k --kickoff-id run-77" in caplog.text
 
 
 async def test_a_database_that_is_away_for_a_while_is_read_once_it_is_back(

@@ -383,7 +383,7 @@ async def test_an_id_that_a_ledger_does_not_take_any_more_is_in_the_log(
             await start(ledger, server)
         monkeypatch.undo()
         assert await phases(ledger) == [CLAIMED]
-    assert f"prefect-crew batch resolve b k --kickoff-id {server.runs[0].id}" in caplog.text
+    assert f"prefect-crew runs resolve batch/b/k --kickoff-id {server.runs[0].id}" in caplog.text
 
 
 async def test_a_kickoff_that_is_refused_after_its_caller_has_gone_did_not_start(

@@ -26,16 +26,25 @@ from support.commands import environment
 from support.environment import program
 from support.prefect_server import PrefectServer
 
-COMMANDS = [
-    ["demo"], ["serve"], ["inputs"], ["run"], ["result"], ["stop"], ["save"], ["deploy"], ["backfill"], ["doctor"],
-    ["webhooks"], ["runs"], ["runs", "list"], ["runs", "show"], ["runs", "resolve"], ["runs", "prune"], ["reviews"],
-    ["reviews", "approve"], ["batch"],
-]  # fmt: skip
+COMMANDS = {
+    "": ["demo", "serve", "doctor", "run", "result", "inputs", "deploy", "backfill"],
+    "runs": ["ls", "inspect", "cancel", "resolve", "prune"],
+    "reviews": ["ls", "inspect", "approve", "reject"],
+    "batch": ["run", "plan", "ls", "inspect", "failures", "retry", "resume", "cancel", "export"],
+    "crews": ["save", "ls", "inspect"],
+    "receiver": ["start"],
+}
+
+
+def names(of: cyclopts.App) -> set[str]:
+    return {name for name in of if not name.startswith("-")}
 
 
 def test_every_command_has_help(here):
-    assert {line[0] for line in COMMANDS} == {name for name in app if not name.startswith("-")}
-    for line in COMMANDS:
+    assert names(app) == {*COMMANDS[""], *COMMANDS} - {""}
+    for noun, verbs in COMMANDS.items():
+        assert not noun or names(app[noun]) == set(verbs)
+    for line in [[*filter(None, [noun]), verb] for noun, verbs in COMMANDS.items() for verb in verbs]:
         helped = here(*line, "--help")
         assert (helped.code, helped.err) == (0, "")
         assert helped.out.startswith(f"Usage: prefect-crew {' '.join(line)}")
@@ -76,14 +85,14 @@ def test_a_reader_that_has_gone(tmp_path: Path, crews: CrewServer, line: list[st
     "line",
     [
         pytest.param(["bogus"], id="no-such-command"),
-        pytest.param(["stop", "http://127.0.0.1:1"], id="argument-missing"),
+        pytest.param(["result"], id="argument-missing"),
         pytest.param(["inputs", "http://127.0.0.1:1", "--bogus"], id="no-such-option"),
         pytest.param(["serve", "--port", "many"], id="no-number"),
         pytest.param(["serve", "--port", "99999"], id="no-port"),
         pytest.param(["run", "http://127.0.0.1:1", "-i", "topic"], id="pair-without-a-sign"),
         pytest.param(["runs", "resolve", "key"], id="resolved-as-what"),
         pytest.param(["runs", "resolve", "key", "--lost", "--never-started"], id="resolved-as-both"),
-        pytest.param(["runs", "--only", "odd"], id="no-such-condition"),
+        pytest.param(["runs", "ls", "--only", "odd"], id="no-such-condition"),
         pytest.param(["runs", "prune", "--older-than", "long"], id="no-age"),
         pytest.param(["deploy", "x", "--serve", "--pool", "p"], id="served-on-a-pool"),
         pytest.param(["deploy", "x", "--timezone", "UTC"], id="time-zone-of-no-schedule"),
@@ -109,8 +118,8 @@ def test_mistakes_on_the_line_are_usage_errors(here, line: list[str], prefect_ap
         pytest.param(["inputs", "http://127.0.0.1:1"], 1, "no answer", id="nobody-there"),
         pytest.param(["serve", "no-such-crew"], 2, "no-such-crew", id="no-such-script"),
         pytest.param(["serve", "echo", "--fault", "kickoff:odd"], 2, "odd", id="no-such-fault"),
-        pytest.param(["serve", "echo", "--host", "192.0.2.1"], 1, "cannot be listened on", id="not-our-address"),
-        pytest.param(["deploy", "http://127.0.0.1:1"], 2, "prefect-crew save NAME", id="deployment-of-a-url"),
+        pytest.param(["serve", "echo", "--host", "192.0.2.1"], 1, "Cannot listen on", id="not-our-address"),
+        pytest.param(["deploy", "http://127.0.0.1:1"], 2, "prefect-crew crews save NAME", id="deployment-of-a-url"),
     ],
 )
 def test_errors_are_a_paragraph_with_a_code(here, line: list[str], code: int, said: str):
@@ -131,20 +140,20 @@ def test_a_token_never_appears_even_with_debug(here, crews: CrewServer):
         done = here("inputs", f"{crews.url}/greet", *given, "--debug")
         assert done.code == 1
         assert "wrong-token-9" not in done.out + done.err
-    assert "prefect-crew save" in done.err
+    assert "prefect-crew crews save" in done.err
 
 
 def test_without_a_token_it_says_where_one_stands(here, crews: CrewServer, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("CREW_TOKEN")
     done = here("inputs", f"{crews.url}/greet")
     assert done.code == 2
-    assert "set CREW_TOKEN or give --token. It stands on the Status tab" in done.err
+    assert "set CREW_TOKEN, or give --token-file. The token is on the Status tab" in done.err
 
 
 def test_json_tells_errors_as_one_document(here):
-    error = here("inputs", "http://127.0.0.1:1", "--json").json["error"]
+    error = here("inputs", "http://127.0.0.1:1", "-o", "json").json["error"]
     assert (error["type"], error["exit_code"]) == ("CrewConnectionError", 1)
-    assert here("inputs", "--json").json["error"]["exit_code"] == 2
+    assert here("inputs", "-o", "json").json["error"]["exit_code"] == 2
 
 
 class _Model(BaseModel):
@@ -152,23 +161,19 @@ class _Model(BaseModel):
     token: SecretStr = SecretStr("")
 
 
-def _json() -> None:
-    json.loads("{")
-
-
 @pytest.mark.usefixtures("instant_polling")
 def test_an_error_after_the_kickoff_names_the_run_and_never_says_that_nothing_was_sent(
     here, prefect_api: PrefectServer, crews: CrewServer, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(run, "put_result", lambda *_, **__: _json())
+    monkeypatch.setattr(run, "put_result", lambda *_, **__: json.loads("{"))
     before = crews.kickoffs
-    done = here("run", f"{crews.url}/greet", "-i", "who=Ada", "--json")
+    done = here("run", f"{crews.url}/greet", "-i", "who=Ada", "-o", "json")
     assert (crews.kickoffs, done.code) == (before + 1, 1)
     kickoff_id = [*crews.state.crews["greet"]][-1].id
     assert f"Run {kickoff_id} was started and is on record: prefect-crew result" in done.err
-    assert "see --debug" in done.err
+    assert "--debug shows more" in done.err
     assert done.json["error"].items() >= {"kickoff_id": kickoff_id, "exit_code": 1}.items()
-    monkeypatch.setattr(module, "run", lambda _: _json())
+    monkeypatch.setattr(module, "run", lambda _: json.loads("{"))
     assert kickoff_id not in here("doctor").err, "the run of an earlier command"
 
 
@@ -222,7 +227,7 @@ def test_code_of(name: str):
         pytest.param(_answer(503), "The Prefect API does not answer", id="unavailable"),
         pytest.param(httpx.ConnectError("refused"), "prefect server start", id="refuses-connections"),
         pytest.param(RuntimeError("Failed to reach API at http://x."), "prefect server start", id="says-so"),
-        pytest.param(KeyError("x"), "KeyError: 'x'. This is unexpected: see --debug.", id="unexpected"),
+        pytest.param(KeyError("x"), "KeyError: 'x'. This is unexpected: --debug shows more.", id="unexpected"),
     ],
 )
 def test_a_message_is_one_line_that_says_what_to_do(error: Exception, said: str):

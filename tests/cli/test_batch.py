@@ -7,9 +7,8 @@ import json
 import shlex
 import signal
 import sys
-import time
 import uuid
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from prefect_crew.records.store import PrefectRecords
 from prefect_crew.testing import CrewServerFactory
 from support.batches import record_of
 from support.commands import TOKEN, environment
+from support.deployed import wait_until
 from support.environment import program
 from support.ledgers import let_an_hour_pass
 from support.prefect_server import PrefectServer
@@ -79,10 +79,10 @@ def lines(output: str) -> dict[str, str]:
 
 def test_a_batch_from_its_plan_to_the_rows_that_failed(here, picky, name: str, leads: str, output: str):
     server, crew = picky()
-    planned = here("batch", "plan", crew, leads, "--key", "id", "--seconds-per-run", "90", "--json")
+    planned = here("batch", "plan", crew, leads, "--key", "id", "--seconds-per-run", "90", "-o", "json")
     assert (planned.code, planned.json["rows"], planned.json["seconds"], server.kickoffs) == (0, 3, 90, 0)
 
-    ran = here("batch", "run", crew, leads, "--name", name, "--output", output, "--key", "id", "--json")
+    ran = here("batch", "run", crew, leads, "--name", name, "--export", output, "--key", "id", "-o", "json")
     assert ran.code == 6, "a row failed"
     assert (ran.json["completed"], ran.json["failed"], ran.json["kickoffs"]) == (2, 1, 3)
     assert ran.json["flow_run_url"].endswith(ran.json["flow_run_id"])
@@ -93,10 +93,10 @@ def test_a_batch_from_its_plan_to_the_rows_that_failed(here, picky, name: str, l
     assert told.code == 0
     assert "2 of 3 rows completed\n  1 failed\n  3 kickoffs" in told.out
     assert output in told.out
-    assert here("batch", "inspect", name, "--json").json["states"] == {"completed": 2, "failed": 1}
-    assert name in {batch["name"] for batch in here("batch", "--json").json}
+    assert here("batch", "inspect", name, "-o", "json").json["states"] == {"completed": 2, "failed": 1}
+    assert name in {batch["name"] for batch in here("batch", "ls", "-o", "json").json}
 
-    (failed,) = here("batch", "failures", name, "--json").json
+    (failed,) = here("batch", "failures", name, "-o", "json").json
     assert (failed["key"], failed["state"], failed["error"]) == ("b", "failed", "no bad milk")
     assert here("batch", "failures", name).out.splitlines()[1].startswith("b\t")
 
@@ -104,11 +104,11 @@ def test_a_batch_from_its_plan_to_the_rows_that_failed(here, picky, name: str, l
 def test_batches_over_ranges_of_rows_are_listed_and_added_up(here, picky, name: str, leads: str, tmp_path: Path):
     _, block = picky()
     for part, rows in (("1", "0:2"), ("2", "2:")):
-        given = ("--name", f"{name}/{part}", "--output", str(tmp_path / f"{part}.jsonl"), "--rows", rows)
+        given = ("--name", f"{name}/{part}", "--export", str(tmp_path / f"{part}.jsonl"), "--rows", rows)
         here("batch", "run", block, leads, "--key", "id", *given)
-    listed = here("batch", "list", f"{name}/*", "--json").json
+    listed = here("batch", "ls", f"{name}/*", "-o", "json").json
     assert [one["name"] for one in listed] == [f"{name}/1", f"{name}/2"]
-    found = here("batch", "inspect", f"{name}/*", "--json").json
+    found = here("batch", "inspect", f"{name}/*", "-o", "json").json
     assert (found["total"], found["completed"], found["failed"], len(found["batches"])) == (3, 2, 1, 2)
     assert here("batch", "inspect", f"{name}/*").out.splitlines()[-1].split()[:4] == ["together", "3", "2", "1"]
 
@@ -121,7 +121,7 @@ def test_rows_that_are_set_aside_are_in_every_later_report(here, picky, name: st
     assert planned.code == 0
     for part in ("1 rows, 1 to run", "Line 3 cannot be run: has 1 fields", "Line 4 cannot be run: lacks topic"):
         assert part in planned.out
-    call = ("batch", "run", crew, str(path), "--name", name, "--output", output, "--key", "id")
+    call = ("batch", "run", crew, str(path), "--name", name, "--export", output, "--key", "id")
     refused = here(*call)
     assert refused.code == 6
     assert "--on-bad-row set-aside" in refused.err
@@ -133,148 +133,107 @@ def test_rows_that_are_set_aside_are_in_every_later_report(here, picky, name: st
     told = here("batch", "inspect", name)
     assert "1 of 4 rows completed\n  3 set aside\n  Set aside: line 3: has 1 fields" in told.out
     assert f"{output}.rejected.jsonl" in told.out
-    assert here("batch", "inspect", name, "--json").json["set_aside_rows"][1] == {"line": 4, "reason": "lacks topic"}
+    assert here("batch", "inspect", name, "-o", "json").json["set_aside_rows"][1] == {
+        "line": 4,
+        "reason": "lacks topic",
+    }
     listed = here("batch", "failures", name)
     assert "line 4\t\tset-aside\tlacks topic" in listed.out
-    assert [row["line"] for row in here("batch", "failures", name, "--json").json] == [3, 4, 5]
+    assert [row["line"] for row in here("batch", "failures", name, "-o", "json").json] == [3, 4, 5]
     assert server.kickoffs == 1
 
 
-def test_ctrl_c_says_how_to_go_on(
-    prefect_api: PrefectServer, crew_server: CrewServerFactory, name: str, tmp_path: Path, output: str, leads: str
-):
-    server = crew_server(script({"seconds": 60, "output": "late"}, inputs=["topic"]), port=True, token=TOKEN)
-    command = ["batch", "run", server.url, leads, "--name", name, "--output", output, "--key", "id"]
-    env = environment(tmp_path / "home", {"PREFECT_API_URL": prefect_api.api_url})
-    with Process([program("prefect-crew"), *command], log=tmp_path / "log", env=env) as running:
-        while server.kickoffs < 3 and running.running:
-            time.sleep(0.05)
-        running.send(signal.SIGINT)
-        assert running.wait(60) == 130, running.output
-    assert "To go on where it stopped: " in running.output
-    assert f"prefect-crew batch resume {shlex.quote(name)}" in running.output.replace("\n", " ")
-    assert "Traceback" not in running.output
-
-
-def test_status_says_of_a_batch_that_was_killed_that_nobody_runs_it_and_how_to_go_on(
-    prefect_api: PrefectServer, crew_server: CrewServerFactory, name: str, tmp_path: Path, output: str, here
-):
+@pytest.fixture
+def running(
+    prefect_api: PrefectServer, crew_server: CrewServerFactory, name: str, tmp_path: Path, output: str
+) -> Iterator[tuple[CrewServer, Process]]:
+    """A process with a batch of 30 rows, of which 5 are in flight for a minute."""
     server = crew_server(script({"seconds": 60, "output": "late"}, inputs=["topic"]), port=True, token=TOKEN)
     block = f"late-{uuid.uuid4().hex[:8]}"
     server.crew().save(block, _sync=True)  # pyright: ignore
     path = tmp_path / "rows.csv"
     path.write_text("topic\n" + "".join(f"topic {number}\n" for number in range(30)))
-    command = ["batch", "run", block, str(path), "--name", name, "--output", output, "--max-in-flight", "5"]
+    command = ["batch", "run", block, str(path), "--name", name, "--export", output, "--max-in-flight", "5"]
     env = environment(tmp_path / "home", {"PREFECT_API_URL": prefect_api.api_url})
-    with Process([program("prefect-crew"), *command], log=tmp_path / "log", env=env) as running:
-        while server.kickoffs < 5 and running.running:
-            time.sleep(0.05)
-        assert "A process runs it now" in here("batch", "inspect", name).out
-        assert here("batch", "inspect", name, "--json").json["running"] is True
-        running.kill()
+    with Process([program("prefect-crew"), *command], log=tmp_path / "log", env=env) as process:
+        wait_until(lambda: server.kickoffs == 5, seconds=60, what="its rows in flight")
+        yield server, process
+
+
+def test_ctrl_c_says_how_to_go_on(running: tuple[CrewServer, Process], name: str):
+    _, process = running
+    process.send(signal.SIGINT)
+    assert process.wait(60) == 130, process.output
+    assert f"To go on where it stopped: prefect-crew batch resume '{name}'" in process.output.replace("\n", " ")
+    assert "Traceback" not in process.output
+
+
+def test_a_batch_is_cancelled_in_the_process_that_runs_it(here, running: tuple[CrewServer, Process], name: str):
+    _, process = running
+    assert "A process runs it now" in here("batch", "inspect", name).out
+    cancelled = here("batch", "cancel", name)
+    assert (cancelled.code, "is being cancelled." in cancelled.out) == (0, True), cancelled.err
+    assert process.wait(60) == 1, process.output
+    assert here("batch", "inspect", name, "-o", "json").json["states"] == {"stopped": 5}
+
+
+def test_of_a_batch_that_was_killed_the_runs_are_stopped(here, running: tuple[CrewServer, Process], name: str):
+    server, process = running
+    process.kill()
     told = here("batch", "inspect", name)
-    assert "No process runs it. To go on where it stopped: " in told.out
-    assert f"batch resume '{name}'" in told.out
-    assert here("batch", "inspect", name, "--json").json["running"] is False
+    assert f"No process runs it. To go on where it stopped: prefect-crew batch resume '{name}'" in told.out
+    cancelled = here("batch", "cancel", name)
+    assert (cancelled.code, "5 of 5 runs in flight were asked to stop." in cancelled.out) == (0, True), cancelled.err
+    assert {str(run.state) for run in server.runs} == {"stopped"}
+    assert here("batch", "inspect", name, "-o", "json").json["in_flight"] == 0
+    assert "no run is in flight" in here("batch", "cancel", name).out
 
 
-def test_a_key_column_that_is_not_there_is_one_line(here, picky, name: str, tmp_path: Path, output: str):
-    _, crew = picky()
-    path = tmp_path / "rows.csv"
-    path.write_text("id,topic\n" + "".join(f"{number},tea\n" for number in range(300)))
-    for command in (("plan",), ("run", "--name", name, "--output", output)):
-        refused = here("batch", command[0], crew, str(path), *command[1:], "--key", "idd")
-        assert refused.code == 6
-        text = refused.out + refused.err
-        assert text.count("has no column 'idd', which is the key; its columns are id, topic") == 1
-        assert "290 more" in text
-
-
-def test_failed_rows_are_bought_again_by_the_name_alone_up_to_the_crews_limit(
+def test_failed_rows_are_started_again_by_the_name_alone_up_to_the_crews_limit(
     here, picky, name: str, leads: str, output: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
     server, crew = picky()
     monkeypatch.chdir(tmp_path)
-    here("batch", "run", crew, "leads.csv", "--name", name, "--output", "out.jsonl", "--key", "id")
+    here("batch", "run", crew, "leads.csv", "--name", name, "--export", "out.jsonl", "--key", "id")
     monkeypatch.chdir("/")
     resumed = here("batch", "resume", name)
     assert (resumed.code, server.kickoffs) == (6, 3)
     assert "prefect-crew batch retry" in resumed.err
-    again = here("batch", "retry", name, "--key", "b", "--json")
+    assert (here("batch", "retry", name).code, server.kickoffs) == (2, 3), "nobody confirmed"
+    again = here("batch", "retry", name, "--yes", "--key", "b", "-o", "json")
     assert (again.code, again.json["kickoffs"], server.kickoffs) == (6, 1, 4)
-    more = here("batch", "retry", name)
-    assert server.kickoffs == 4
-    assert "max_kickoffs" in more.err
+    more = here("batch", "retry", name, "--yes")
+    assert (server.kickoffs, "max_kickoffs" in more.err) == (4, True)
     assert lines(output) == {"a": "completed", "b": "failed", "c": "completed"}
     for row, why in (("a", "has completed"), ("z", "has started no run for a row 'z'")):
-        refused = here("batch", "retry", name, "--key", row)
-        assert refused.code == 2
-        assert why in refused.err
+        refused = here("batch", "retry", name, "--yes", "--key", row)
+        assert (refused.code, why in refused.err) == (2, True)
 
 
 def test_rows_that_no_call_has_brought_to_an_end_are_among_the_failed(here, picky, name: str, leads: str, output: str):
     server, crew = picky(faults=["kickoff:422@1", "status:404"], wait=AT_ONCE)
-    given = ("batch", "run", crew, leads, "--name", name, "--output", output, "--key", "id", "--max-in-flight", "1")
-    ran = here(*given, "--json")
+    given = ("batch", "run", crew, leads, "--name", name, "--export", output, "--key", "id", "--max-in-flight", "1")
+    ran = here(*given, "-o", "json")
     assert (ran.code, ran.json["failed"], ran.json["errors"]) == (6, 3, {"InvalidInputsError": 1, "CrewLostError": 2})
     assert lines(output) == {"a": "not-started", "b": "lost", "c": "lost"}
-    told = here("batch", "inspect", name, "--json").json
+    told = here("batch", "inspect", name, "-o", "json").json
     assert (told["failed"], told["in_flight"], told["left"]) == (3, 0, 0)
     assert told["states"] == {"not-started": 1, "lost": 2}
-    failed = {row["key"]: (row["state"], row["error"]) for row in here("batch", "failures", name, "--json").json}
+    failed = {row["key"]: (row["state"], row["error"]) for row in here("batch", "failures", name, "-o", "json").json}
     assert {key: state for key, (state, _) in failed.items()} == {"a": "not-started", "b": "lost", "c": "lost"}
     assert "422" in failed["a"][1]
     assert f"prefect-crew batch retry {shlex.quote(name)} --key b does" in failed["b"][1]
-    again = here("batch", "retry", name)
-    assert (server.kickoffs, "not named (--key KEY)" in again.err) == (3, False), "the one that was refused was bought"
-    assert here("batch", "inspect", name, "--json").json["states"] == {"lost": 3}
+    again = here("batch", "retry", name, "--yes")
+    assert (server.kickoffs, "not named by --key" in again.err) == (3, False), "the one that was refused was started"
+    assert here("batch", "inspect", name, "-o", "json").json["states"] == {"lost": 3}
     server.faults.clear()
-    # The crew's server knows them again: nothing has to be bought for them.
+    # The crew's server knows them again: nothing has to be started for them.
     assert here("batch", "resume", name).code == 6
     assert (server.kickoffs, lines(output)) == (3, {"a": "completed", "b": "failed", "c": "completed"})
-    assert here("batch", "inspect", name, "--json").json["states"] == {"completed": 2, "failed": 1}
+    assert here("batch", "inspect", name, "-o", "json").json["states"] == {"completed": 2, "failed": 1}
 
 
-def test_a_lost_row_is_bought_again_by_its_name_only(here, picky, name: str, leads: str, output: str):
-    server, crew = picky(faults=["status:forgotten"], wait=AT_ONCE)
-    here("batch", "run", crew, leads, "--name", name, "--output", output, "--key", "id")
-    server.faults.clear()  # what is forgotten stays so
-    assert "it is not named (--key KEY)" in here("batch", "retry", name).err
-    assert server.kickoffs == 3
-    here("batch", "retry", name, "--key", "a")
-    assert (server.kickoffs, lines(output)) == (4, {"a": "completed", "b": "lost", "c": "lost"})
-
-
-def test_a_row_with_other_inputs_under_its_key_is_told_of(here, picky, name: str, leads: str, output: str):
-    server, crew = picky()
-    given = ("batch", "run", crew, leads, "--name", name, "--output", output, "--key", "id", "--on-change", "continue")
-    here(*given)
-    before = Path(leads).read_text()
-    Path(leads).write_text(before.replace("a,tea", "a,coffee"))
-    ran = here(*given, "--json")
-    assert (ran.code, ran.json["failed"], ran.json["errors"]) == (6, 2, {"IdempotencyConflictError": 1})
-    assert (server.kickoffs, lines(output)["a"]) == (3, "conflict")
-    told = {row["key"]: row["error"] for row in here("batch", "failures", name, "--json").json}
-    assert "was kicked off before with other inputs" in told["a"]
-    assert "Give the row another key" in told["a"]
-    assert here("batch", "inspect", name, "--json").json["failed"] == 2
-    Path(leads).write_text(before)
-    assert here(*given, "--json").json["failed"] == 1
-    assert here("batch", "inspect", name, "--json").json["states"] == {"completed": 2, "failed": 1}
-    assert server.kickoffs == 3
-
-
-def test_a_batch_whose_ledger_is_gone_says_so_beside_its_output(here, picky, name: str, leads: str, output: str):
-    server, crew = picky()
-    given = ("batch", "run", crew, leads, "--name", name, "--output", output, "--key", "id")
-    here(*given)
-    Path(f"{output}.ledger.db").rename(f"{output}.elsewhere")
-    refused = here(*given)
-    assert (refused.code, server.kickoffs) == (1, 3)
-    assert "is kept in another ledger" in refused.err
-
-
-def test_what_cannot_be_run_is_said_by_line_before_anything_is_bought(here, picky, name: str, tmp_path: Path):
+def test_what_cannot_be_run_is_said_by_line_before_anything_is_started(here, picky, name: str, tmp_path: Path):
     server, crew = picky()
     path = tmp_path / "rows.jsonl"
     path.write_text('{"topic": "tea"}\n{"theme": "milk"}\n')
@@ -282,12 +241,12 @@ def test_what_cannot_be_run_is_said_by_line_before_anything_is_bought(here, pick
     assert planned.code == 6
     assert "Line 2 cannot be run: has no column of the crew's inputs: topic." in planned.out
     output = str(tmp_path / "out.jsonl")
-    refused = here("batch", "run", crew, str(path), "--name", name, "--output", output, "--json")
+    refused = here("batch", "run", crew, str(path), "--name", name, "--export", output, "-o", "json")
     assert (refused.code, server.kickoffs) == (6, 0)
     assert "line 2" in refused.json["error"]["message"]
-    taken = here("batch", "run", crew, str(path), "--name", name, "--output", output, "--on-bad-row", "set-aside")
+    taken = here("batch", "run", crew, str(path), "--name", name, "--export", output, "--on-bad-row", "set-aside")
     assert (taken.code, server.kickoffs) == (6, 1)
-    asked = here("batch", "run", crew, str(path), "--name", name, "--output", output, "-i", "topic")
+    asked = here("batch", "run", crew, str(path), "--name", name, "--export", output, "-i", "topic")
     assert asked.code == 2
 
 
@@ -297,7 +256,7 @@ def test_inputs_come_from_columns_and_templates(here, picky, name: str, tmp_path
     path.write_text("what;how\n", encoding="utf-8")
     path.write_text("what,how\ntea,hot\n", encoding="utf-16")
     ran = here(
-        *("batch", "run", crew, str(path), "--name", name, "--output", output, "--encoding", "utf-16"),
+        *("batch", "run", crew, str(path), "--name", name, "--export", output, "--encoding", "utf-16"),
         *("-i", "topic={{ how }} {{ what }}", "--on-failure", "stop", "--max-in-flight", "3", "--timeout", "30"),
     )
     assert ran.code == 0, ran.err
@@ -305,7 +264,7 @@ def test_inputs_come_from_columns_and_templates(here, picky, name: str, tmp_path
     assert json.loads(Path(output).read_text())["output"] == "on hot tea"
 
 
-def test_results_have_to_fit_a_model_and_rows_are_bought_again_by_the_class_of_their_error(
+def test_results_have_to_fit_a_model_and_rows_are_retried_by_the_class_of_their_error(
     here, picky, name: str, leads: str, output: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     server, crew = picky()
@@ -313,22 +272,22 @@ def test_results_have_to_fit_a_model_and_rows_are_bought_again_by_the_class_of_t
     (tmp_path / f"{module}.py").write_text("import pydantic\nclass Tea(pydantic.BaseModel):\n    cups: int\nx = 1\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.path", [entry for entry in sys.path if entry])
-    call = ("batch", "run", crew, leads, "--name", name, "--output", output, "--key", "id", "--json")
+    call = ("batch", "run", crew, leads, "--name", name, "--export", output, "--key", "id", "-o", "json")
     for wrong, why in ((module, "give module:Model"), (f"{module}:x", "should be a subclass of BaseModel")):
         refused = here(*call, "--output-type", wrong)
         assert (refused.code, server.kickoffs) == (2, 0)
         assert why in refused.json["error"]["message"]
-    refused = here(*call, "--retry-on", "SomeError")
+    refused = here(*call, "--retries", "SomeError=1")
     assert (refused.code, server.kickoffs) == (2, 0)
     assert "SomeError" in refused.json["error"]["message"]
-    assert here(*call, "--retry-on", "CrewFailedError=often").code == 2
+    assert here(*call, "--retries", "CrewFailedError=often").code == 2
 
-    ran = here(*call, "--output-type", f"{module}:Tea", "--retry-on", "CrewFailedError=1")
+    ran = here(*call, "--output-type", f"{module}:Tea", "--retries", "CrewFailedError=1")
     assert ran.code == 6, ran.err
     assert lines(output) == {"a": "invalid-output", "b": "failed", "c": "invalid-output"}
     assert server.kickoffs_by_key == {f"batch/{name}/{key}": count for key, count in (("a", 1), ("b", 2), ("c", 1))}
     # The model and the class go with the name.
-    again = here("batch", "retry", name, "--key", "a", "--json")
+    again = here("batch", "retry", name, "--yes", "--key", "a", "-o", "json")
     assert (again.json["kickoffs"], server.kickoffs_by_key[f"batch/{name}/a"]) == (1, 2)
     assert lines(output)["a"] == "invalid-output"
 
@@ -338,23 +297,23 @@ def test_a_crew_that_is_given_by_its_address_needs_the_same_call_again(
 ):
     path = tmp_path / "rows.csv"
     path.write_text("who\nAda\n")
-    call = ("batch", "run", f"{crews.url}/greet", str(path), "--name", name, "--output", output)
+    call = ("batch", "run", f"{crews.url}/greet", str(path), "--name", name, "--export", output)
     assert here(*call).code == 0
     refused = here("batch", "resume", name)
     assert refused.code == 2
     assert "its crew is no stored block. Make the same call again" in refused.err
-    again = here(*call, "--json")
+    again = here(*call, "-o", "json")
     assert (again.code, again.json["kickoffs"]) == (0, 0)
     assert TOKEN not in again.out + again.err
 
 
 def test_a_ledger_that_is_not_here_is_missed_and_not_made_anew(here, picky, name: str, leads: str, output: str):
     server, crew = picky()
-    call = ("batch", "run", crew, leads, "--name", name, "--output", output)
+    call = ("batch", "run", crew, leads, "--name", name, "--export", output)
     here(*call)
     ledger = Path(f"{output}.ledger.db")
     ledger.rename(ledger.with_name("elsewhere.db"))
-    for command in (("inspect", name), ("failures", name), ("retry", name)):
+    for command in (("inspect", name), ("failures", name), ("retry", name, "--yes")):
         missed = here("batch", *command)
         assert missed.code == 1
         assert str(ledger) in missed.err
@@ -374,30 +333,31 @@ def _record(kickoff_id: str) -> dict[str, Any]:
 @pytest.mark.parametrize("started", [pytest.param(True, id="it-started"), pytest.param(False, id="it-never-did")])
 def test_an_uncertain_row_is_resolved_and_gone_on_with(here, picky, name: str, leads: str, output: str, started: bool):
     server, crew = picky(faults=["kickoff:drop-after-accept@1"])
-    ran = here("batch", "run", crew, leads, "--name", name, "--output", output, "--key", "id", "--json")
+    ran = here("batch", "run", crew, leads, "--name", name, "--export", output, "--key", "id", "-o", "json")
     (row,) = ran.json["uncertain_keys"]
+    key = f"batch/{name}/{row}"
     assert (ran.code, server.kickoffs) == (6, 3)
     listed = here("batch", "failures", name)
     assert f"{row}\t\tuncertain\t" in listed.out
-    assert "prefect-crew batch resolve" in listed.err
-    assert here("batch", "retry", name, "--key", row).code == 2
-    assert here("batch", "resolve", name, row).code == 2
-    assert here("batch", "resolve", name, "z", "--never-started").code == 2
+    assert "prefect-crew runs resolve" in listed.err
+    assert here("batch", "retry", name, "--yes", "--key", row).code == 2
+    assert here("runs", "resolve", key).code == 2
+    assert here("runs", "resolve", f"batch/{name}/z", "--never-started", "--yes").code == 2
     if started:
-        assert here("batch", "resolve", name, row, "--kickoff-id", "made up").code == 2
+        assert here("runs", "resolve", key, "--kickoff-id", "made up").code == 2
         other = RunRecord(**_record(kickoff_id := f"k-{uuid.uuid4()}"))
         assert asyncio.run(PrefectRecords().claim(other))
-        taken = here("batch", "resolve", name, row, "--kickoff-id", kickoff_id)
+        taken = here("runs", "resolve", key, "--kickoff-id", kickoff_id)
         assert f"belongs to the idempotency key '{other.idempotency_key}'" in taken.err
         known = {line["kickoff_id"] for line in map(json.loads, Path(output).read_text().splitlines())}
         (run,) = {run.id for run in server.runs} - known
-        resolved = here("batch", "resolve", name, row, "--kickoff-id", run)
+        resolved = here("runs", "resolve", key, "--kickoff-id", run)
     else:
-        early = here("batch", "resolve", name, row, "--never-started")
+        early = here("runs", "resolve", key, "--never-started", "--yes")
         assert early.code == 1
         assert "may still be sent, or on its way. Nothing was changed." in early.err
         let_an_hour_pass(f"{output}.ledger.db")
-        resolved = here("batch", "resolve", name, row, "--never-started")
+        resolved = here("runs", "resolve", key, "--never-started", "--yes")
     assert resolved.code == 0, resolved.err
     assert f"batch resume '{name}'" in resolved.out
     here("batch", "resume", name)
@@ -409,9 +369,9 @@ def test_no_row_is_resolved_while_somebody_works_on_the_batch_or_may_still_send_
     here, picky, name: str, leads: str, output: str
 ):
     _, crew = picky(faults=["kickoff:drop-after-accept@1"])
-    ran = here("batch", "run", crew, leads, "--name", name, "--output", output, "--key", "id", "--json")
+    ran = here("batch", "run", crew, leads, "--name", name, "--export", output, "--key", "id", "-o", "json")
     (row,) = ran.json["uncertain_keys"]
-    resolve = ("batch", "resolve", name, row, "--never-started")
+    resolve = ("runs", "resolve", f"batch/{name}/{row}", "--never-started", "--yes")
     path = f"{output}.ledger.db"
 
     async def owned() -> AsyncGenerator[None]:
@@ -433,7 +393,7 @@ def test_no_row_is_resolved_while_somebody_works_on_the_batch_or_may_still_send_
 
     loop.run_until_complete(claim("killed"))
     loop.close()
-    early = here("batch", "resolve", name, "killed", "--never-started")
+    early = here("runs", "resolve", f"batch/{name}/killed", "--never-started", "--yes")
     assert early.code != 0
     assert "may still be sent" in early.err
     let_an_hour_pass(f"{output}.ledger.db")
@@ -447,7 +407,7 @@ def test_on_a_terminal_a_bar_is_drawn_and_ctrl_c_stops_what_is_in_flight(
     server = crew_server(script({"seconds": 60, "output": "late"}, inputs=["topic"]), port=True, token=TOKEN)
     path = tmp_path / "rows.csv"
     path.write_text("topic\n" + "".join(f"topic {number}\n" for number in range(30)))
-    command = ["batch", "run", server.url, str(path), "--name", name, "--output", output, "--max-in-flight", "12"]
+    command = ["batch", "run", server.url, str(path), "--name", name, "--export", output, "--max-in-flight", "12"]
     env = environment(tmp_path / "home", {"PREFECT_API_URL": prefect_api.api_url})
     with Terminal([program("prefect-crew"), *command], env=env) as screen:
         screen.wait_for("12 in flight")
@@ -456,4 +416,4 @@ def test_on_a_terminal_a_bar_is_drawn_and_ctrl_c_stops_what_is_in_flight(
         assert screen.wait(60) == 130
     assert "Traceback" not in screen.output
     assert server.kickoffs == 12
-    assert here("batch", "inspect", name, "--json").json["states"] == {"pending": 18, "stopped": 12}
+    assert here("batch", "inspect", name, "-o", "json").json["states"] == {"pending": 18, "stopped": 12}

@@ -21,67 +21,51 @@ from support.prefect_server import PrefectServer
 
 
 def findings(url: str, token: str) -> dict[str, Finding]:
+    """Return what is found at a crew, by subject; of a subject that is found twice the second."""
+
     async def collect() -> dict[str, Finding]:
         return {finding.subject: finding async for finding in check_crew(CrewClient(url, token, request_timeout=5))}
 
     return asyncio.run(collect())
 
 
-def problems(found: dict[str, Finding]) -> list[str]:
-    return [subject for subject, finding in found.items() if finding.level == "problem"]
+def problems(found: dict[str, Finding]) -> dict[str, str]:
+    return {subject: finding.fix for subject, finding in found.items() if finding.level == "problem"}
 
 
 def test_a_healthy_crew():
     with CrewServer("travel") as server:
         found = findings(server.url, server.token)
         assert server.kickoffs == 0
-    assert {finding.level for finding in found.values()} == {"ok"}
-    assert list(found) == ["URL", "server", "token", "inputs", "status"]
-    assert "budget, interests, duration, age" in found["inputs"].found
-
-
-def test_what_is_optional_and_an_input_that_is_reserved():
-    named = "name: x\ninputs: [topic, {name: id, required: false}]\ntasks: [{name: t, output: x}]"
-    with CrewServer(named) as server:
-        found = asyncio.run(_all(server.url, server.token))
-    assert [one.found for one in found if one.level == "ok" and one.subject == "inputs"] == [
-        "the crew takes topic, id (optional)"
+    assert [(subject, one.level) for subject, one in found.items()] == [
+        (subject, "ok") for subject in ("URL", "server", "token", "inputs", "status")
     ]
-    (warning,) = [one for one in found if one.level == "warning"]
-    assert warning.subject == "inputs"
-    assert "id" in warning.found
-    assert "UUID" in warning.fix
+    assert "budget, interests, duration, age" in found["inputs"].found
+    with CrewServer("name: x\ninputs: [topic, {name: id, required: false}]\ntasks: [{name: t, output: x}]") as server:
+        reserved = findings(server.url, server.token)["inputs"]
+    assert (reserved.level, "called id" in reserved.found, "UUID" in reserved.fix) == ("warning", True, True)
 
 
-async def _all(url: str, token: str) -> list[Finding]:
-    return [finding async for finding in check_crew(CrewClient(url, token, request_timeout=5))]
-
-
-def test_a_wrong_token_is_one_problem():
+def test_what_is_wrong_with_the_address_or_the_token(tmp_path: Path):
     with CrewServer("travel") as server:
-        found = findings(server.url, "another-token")
-    assert problems(found) == ["token"]
-    assert "Status tab" in found["token"].fix
-    assert "User Bearer Token" in found["token"].fix
-    assert "another-token" not in str(found)
-
-
-def test_nobody_there():
-    found = findings("http://127.0.0.1:1", "token-1")
-    assert problems(found) == ["server"]
-    assert "online on its page" in found["server"].fix
-
-
-def test_a_server_that_is_no_crew(tmp_path: Path):
+        refused = findings(server.url, "another-token")
+        without_tls = findings(server.url.replace("http:", "https:"), server.token)
     files = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Files, directory=str(tmp_path)))
     threading.Thread(target=files.serve_forever).start()
     try:
-        found = findings(f"http://127.0.0.1:{files.server_port}", "token-1")
+        no_crew = findings(f"http://127.0.0.1:{files.server_port}", "token-1")
     finally:
         files.shutdown()
         files.server_close()
-    assert problems(found) == ["crew"]
-    assert "Status tab" in found["crew"].fix
+    assert "another-token" not in str(refused)
+    for found, subject, fix in (
+        (refused, "token", "User Bearer Token"),
+        (without_tls, "TLS", "begin with http"),
+        (no_crew, "crew", "Status tab"),
+        (findings("http://127.0.0.1:1", "token-1"), "server", "online on its page"),
+    ):
+        assert list(problems(found)) == [subject]
+        assert fix in problems(found)[subject]
 
 
 class _Files(SimpleHTTPRequestHandler):
@@ -89,19 +73,11 @@ class _Files(SimpleHTTPRequestHandler):
         """Not on stderr."""
 
 
-def test_https_where_there_is_only_http():
-    with CrewServer("echo") as server:
-        found = findings(server.url.replace("http:", "https:"), server.token)
-    assert problems(found) == ["TLS"]
-    assert "begin with http" in found["TLS"].fix
-
-
 @pytest.mark.parametrize(
     ("fault", "subject", "level"),
     [
         pytest.param("inputs:404", "inputs", "warning", id="no-inputs"),
         pytest.param("inputs:500", "inputs", "problem", id="failing-inputs"),
-        pytest.param("inputs:html", "inputs", "problem", id="html-for-inputs"),
         pytest.param("status:500", "status", "problem", id="failing-status"),
         pytest.param("status:401", "status", "problem", id="status-refused"),
     ],
@@ -119,7 +95,6 @@ def test_a_crew_with_something_wrong(fault: str, subject: str, level: str):
     ("version", "than", "expected"),
     [
         ("3.7.8", "3.8.0", True),
-        ("3.8.0", "3.8.0", False),
         ("3.10.0", "3.9.9", False),
         ("3.9.0.dev4", "3.8.0", False),
         ("3.9.1+2.g12ab", "3.9.1", False),
@@ -180,7 +155,7 @@ async def test_a_pool_whose_worker_is_gone(pool: CrewPool):
     assert (online.level, online.found) == ("ok", "2 workers online (here, there), 4 flow runs begun")
     assert (waiting.level, waiting.found) == (
         "warning",
-        "2 flow runs of gone to be adopted: the worker is gone.",
+        "Worker gone is gone and left 2 flow runs.",
     )
     assert f"prefect worker start --pool {pool.name} --name gone" in waiting.fix
 
@@ -200,10 +175,10 @@ def test_what_is_found_is_written_line_by_line(here, prefect_api: PrefectServer,
     assert f"✓ Prefect API: {prefect_api.api_url} answers" in done.out
     assert "✓ inputs: the crew takes who" in done.out
     assert done.out.endswith("Problems: 0.\n")
-    done = here("doctor", f"{crews.url}/greet", "--token", "wrong-token", "--json")
+    done = here("doctor", f"{crews.url}/greet", "--token", "wrong-token", "-o", "json")
     assert (done.code, done.json["problems"]) == (1, 1)
     (problem,) = [one for one in done.json["findings"] if one["level"] == "problem"]
-    assert (problem["subject"], "prefect-crew save" in problem["fix"]) == ("token", True)
+    assert (problem["subject"], "prefect-crew crews save" in problem["fix"]) == ("token", True)
     done = here("doctor", "never-stored")
     assert done.code == 1
     assert "✗ crew: No crew is stored under the name 'never-stored'" in done.out

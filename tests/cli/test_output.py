@@ -7,14 +7,16 @@ import io
 import json
 import sys
 from collections.abc import Iterator
-from pathlib import Path
+from contextlib import nullcontext
 from typing import Any
 from urllib.parse import quote
 
 import pytest
 
 from prefect_crew.cli import _output
+from prefect_crew.cli._errors import UsageError
 from prefect_crew.client.redaction import MASK
+from prefect_crew.exceptions import CrewError
 
 
 @pytest.fixture(autouse=True)
@@ -67,10 +69,12 @@ def test_a_file_gets_text_as_it_is_and_tables_with_tabs(capsys: pytest.CaptureFi
     assert capsys.readouterr().out == "# raw \x1b[31m text\nInput\tNeeded\ntopic\trequired later\n"
 
 
-def test_a_command_is_shown_as_it_can_be_typed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    here = Path(sys.executable).parent
-    monkeypatch.setenv("PATH", str(here))
-    assert _output.command("prefect-crew run x") == "prefect-crew run x"
-    monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.chdir(here.parent)
-    assert _output.command("prefect-crew run x") == f"{here.name}/prefect-crew run x"
+@pytest.mark.parametrize(("typed", "code"), [("y\n", None), ("n\n", 1), ("\n", 1)])
+def test_a_person_confirms_or_nothing_is_done(monkeypatch: pytest.MonkeyPatch, typed: str, code: int | None):
+    monkeypatch.setattr("sys.stdin", terminal := io.StringIO(typed))
+    with pytest.raises(UsageError, match="needs --yes"):
+        _output.confirm("Go on?", yes=False)
+    _output.confirm("Go on?", yes=True)
+    monkeypatch.setattr(terminal, "isatty", lambda: True)
+    with nullcontext() if code is None else pytest.raises(CrewError, match="Nothing was changed"):
+        _output.confirm("Go on?", yes=False)

@@ -14,7 +14,7 @@ from prefect_crew.batches.progress import BatchProgress
 from prefect_crew.blocks import DeployedCrew
 from prefect_crew.cli import _output
 from prefect_crew.cli import _progress as module
-from prefect_crew.cli._progress import Progress, SeenRun, figures, progress
+from prefect_crew.cli._progress import Progress, SeenRun, figures
 from prefect_crew.client.models import CrewStatus
 from prefect_crew.runs.run import OpenRun
 from prefect_crew.states import CrewState
@@ -39,6 +39,7 @@ def screen(monkeypatch: pytest.MonkeyPatch) -> Iterator[io.StringIO]:
     written = io.StringIO()
     console = Console(file=written, force_terminal=True, width=120, highlight=False, markup=False, emoji=False)
     monkeypatch.setattr(_output, "console", lambda **_: console)
+    monkeypatch.setattr(_output, "is_terminal", lambda _: True)
     yield written
     _output.begin()
 
@@ -78,7 +79,7 @@ def test_what_changes_is_said(statuses: list[CrewStatus], lines: list[list[str]]
 
 
 def test_plain_lines(capsys: pytest.CaptureFixture[str]):
-    with progress() as shown:
+    with Progress() as shown:
         shown.phase("Starting", "slow the first time")
         shown.watch(run(), None)
         shown.watch(run(), status(task="look"))
@@ -95,7 +96,7 @@ def test_plain_lines(capsys: pytest.CaptureFixture[str]):
         "Crew travel: failed after 0.0 s",
         "Crew travel: found run k2",
     ]
-    with progress(quiet=True) as shown:
+    with Progress(quiet=True) as shown:
         shown.phase("Loading")
         shown.done("Loaded")
     assert capsys.readouterr().err == ""
@@ -109,7 +110,7 @@ def test_plain_lines(capsys: pytest.CaptureFixture[str]):
     ],
 )
 def test_what_may_not_be_shown_is_not(capsys: pytest.CaptureFixture[str], fields: dict[str, Any], shown: str):
-    with progress() as lines:
+    with Progress() as lines:
         lines.watch(run(**fields), status(task="ask Ada Lovelace"))
     err = capsys.readouterr().err
     assert "Ada" not in err
@@ -117,7 +118,7 @@ def test_what_may_not_be_shown_is_not(capsys: pytest.CaptureFixture[str], fields
 
 
 def test_on_a_terminal_the_lines_stay_and_a_last_one_is_redrawn(screen: io.StringIO):
-    with Progress(live=True) as live:
+    with Progress() as live:
         live.phase("Kicking off")
         live.watch(run(), status(task="[bold]x[/bold]\x1b[2J", total_tasks=2))
         live._line.refresh()  # type: ignore[union-attr]
@@ -139,7 +140,7 @@ def test_figures_of_a_batch_are_those_that_there_are():
 
 
 def test_plain_lines_of_a_batch_come_now_and_then(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
-    with progress() as shown:
+    with Progress() as shown:
         shown.watch_batch(batch("checking"))
         shown.watch_batch(batch("running", completed=10))
         shown.watch_batch(batch("running", completed=11))
@@ -155,7 +156,7 @@ def test_plain_lines_of_a_batch_come_now_and_then(capsys: pytest.CaptureFixture[
 
 
 def test_a_batch_is_a_bar_on_a_terminal_and_a_line_at_its_end(screen: io.StringIO):
-    with Progress(live=True) as shown:
+    with Progress() as shown:
         name = "[red]leads[/red]\x1b[2J"
         shown.watch_batch(batch("checking", name))
         shown.watch_batch(batch("running", name, completed=600))

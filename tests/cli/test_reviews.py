@@ -80,13 +80,15 @@ def test_what_waits_is_listed_answered_and_goes_on(here: Any, block: str) -> Non
     asking = Asking(block)
     record = asking.until_asked()
 
-    (line,) = [one for one in here("reviews", "--json").json if one["idempotency_key"] == asking.idempotency_key]
+    (line,) = [
+        one for one in here("reviews", "ls", "-o", "json").json if one["idempotency_key"] == asking.idempotency_key
+    ]
     assert (line["crew"], line["task_id"], line["round"], line["answers"]) == (block, "draft", 1, [])
     assert line["flow_run_id"] == record.flow_run_id
     assert line["since"]
-    listed = here("reviews").out
-    assert f"prefect-crew reviews approve {record.kickoff_id}" in listed
-    assert "task draft, round 1" in listed
+    assert f"{asking.idempotency_key}\t{block}\tdraft\t1\t" in here("reviews", "ls").out
+    shown = here("reviews", "inspect", asking.idempotency_key).out
+    assert f"Answer: prefect-crew reviews approve {record.kickoff_id}" in shown
 
     rejected = here("reviews", "reject", str(record.kickoff_id)[:12], "--feedback", "warmer", "--by", "Grace")
     assert rejected.code == 0, rejected.err
@@ -94,16 +96,17 @@ def test_what_waits_is_listed_answered_and_goes_on(here: Any, block: str) -> Non
 
     def second() -> bool:
         lines = [
-            one for one in here("reviews", "list", "--json").json if one["idempotency_key"] == asking.idempotency_key
+            one for one in here("reviews", "ls", "-o", "json").json if one["idempotency_key"] == asking.idempotency_key
         ]
         return bool(lines) and lines[0]["round"] == 2
 
     wait_until(second, seconds=60, what="the next question")
-    shown = here("reviews", "show", asking.idempotency_key)
+    shown = here("reviews", "inspect", asking.idempotency_key)
     assert "round 1 rejected by Grace" in shown.out
     approved = wait_until(
         lambda: (
-            (done := here("reviews", "approve", asking.idempotency_key, "--round", "2", "--json")).code == 0 and done
+            (done := here("reviews", "approve", asking.idempotency_key, "--round", "2", "-o", "json")).code == 0
+            and done
         ),
         seconds=60,
         what="the answer, once the question counts as the next one",
@@ -163,7 +166,7 @@ def test_an_answer_whose_fate_is_unknown_is_not_given_again(here: Any, block: st
     assert "nobody knows whether it arrived" in refused.err
     assert "by Grace" in refused.err
     assert crews.requests["resume"] == resumes
-    assert "it is not known whether that arrived" in here("reviews", "show", record.idempotency_key).out
+    assert "it is not known whether that arrived" in here("reviews", "inspect", record.idempotency_key).out
 
 
 def test_a_round_that_was_not_looked_at_is_not_answered(here: Any, block: str, crews: CrewServer) -> None:
@@ -177,7 +180,9 @@ def test_a_round_that_was_not_looked_at_is_not_answered(here: Any, block: str, c
 
 def test_a_crew_that_is_not_stored_is_listed_as_noted_and_asked_for(here: Any, crews: CrewServer) -> None:
     record = write(crews, kickoff_id=asked(crews))
-    (line,) = [one for one in here("reviews", "--json").json if one["idempotency_key"] == record.idempotency_key]
+    (line,) = [
+        one for one in here("reviews", "ls", "-o", "json").json if one["idempotency_key"] == record.idempotency_key
+    ]
     assert (line["seen"], line["task_id"], line["output"]) == (False, "draft", None)
     refused = here("reviews", "approve", record.idempotency_key)
     assert refused.code == 1
@@ -193,6 +198,6 @@ def test_what_names_no_run_or_several_is_refused(here: Any, crews: CrewServer) -
     assert "2 runs in flight begin with 'twin-'" in here("reviews", "approve", "twin-").err
     assert here("reviews", "approve", "nobody has this").code == 1
     gone = write(crews, phase=RecordPhase.ENDED, state="failed", ended_at=utcnow(), kickoff_id="ended")
-    assert "has ended (failed)" in here("reviews", "show", gone.idempotency_key).err
+    assert "has ended (failed)" in here("reviews", "inspect", gone.idempotency_key).err
     assert here("reviews", "reject", str(first.kickoff_id)).code == 2
     assert here("reviews", "reject", str(first.kickoff_id), "--feedback", " ").code == 2

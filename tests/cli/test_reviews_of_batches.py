@@ -73,7 +73,9 @@ def test_rows_that_wait_are_listed_answered_once_a_round_and_go_on(
 
     def listed() -> list[Any]:
         return [
-            one for one in here("reviews", "--json").json if one["idempotency_key"].startswith(f"batch/{running.name}/")
+            one
+            for one in here("reviews", "ls", "-o", "json").json
+            if one["idempotency_key"].startswith(f"batch/{running.name}/")
         ]
 
     lines = wait_until(lambda: len(found := listed()) == 3 and found, seconds=60, what="three rows that wait")
@@ -98,7 +100,7 @@ def test_rows_that_wait_are_listed_answered_once_a_round_and_go_on(
     resumes = crews.requests["resume"]
     late = here("reviews", "approve", running.idempotency_key(0), "--round", "1")
     assert (late.code, crews.requests["resume"]) == (1, resumes)
-    assert "round 1 rejected by Grace" in here("reviews", "show", running.idempotency_key(0)).out
+    assert "round 1 rejected by Grace" in here("reviews", "inspect", running.idempotency_key(0)).out
     for line in lines[1:]:
         done = here("reviews", "approve", line["kickoff_id"][:13])
         assert done.code == 0, done.err
@@ -128,10 +130,12 @@ def test_a_ledger_that_is_elsewhere_is_named(here: Any, block: str, tmp_path: Pa
     running = Running(block, tmp_path, 1, wait=WaitPolicy(initial=0.1, factor=1, jitter=0, human_timeout=2))
     report = running.report()
     assert report.errors == {"CrewTimeoutError": 1}
-    (listed,) = [one for one in here("reviews", "--json").json if one["idempotency_key"] == running.idempotency_key(0)]
+    (listed,) = [
+        one for one in here("reviews", "ls", "-o", "json").json if one["idempotency_key"] == running.idempotency_key(0)
+    ]
     ledger = Path(f"{running.output}.ledger.db")
     ledger.rename(tmp_path / "elsewhere.db")
-    listing = here("reviews")
+    listing = here("reviews", "ls")
     assert listed["kickoff_id"] not in listing.out
     assert f"Rows of batch '{running.name}' wait for people" in listing.err
     assert str(ledger) in " ".join(listing.err.split())

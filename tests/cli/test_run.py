@@ -9,7 +9,6 @@ import signal
 import time
 from pathlib import Path
 
-import httpx
 import pytest
 
 from prefect_crew.devserver import CrewServer
@@ -32,7 +31,7 @@ def greet(prefect_api: PrefectServer, crews: CrewServer) -> str:
 def test_inputs(alone, here, crews: CrewServer):
     listed = alone("inputs", f"{crews.url}/greet")
     assert (listed.code, listed.out, listed.err) == (0, "Input\tNeeded\nwho\trequired\n", "")
-    (only,) = here("inputs", f"{crews.url}/greet", "--json").json
+    (only,) = here("inputs", f"{crews.url}/greet", "-o", "json").json
     assert (only["name"], only["required"]) == ("who", True)
 
 
@@ -56,27 +55,12 @@ def test_a_block_needs_the_prefect_api_and_says_so(alone):
     assert "prefect server start" in done.err
 
 
-def test_stopping(alone, here, crews: CrewServer):
-    url = f"{crews.url}/slow"
-    kicked = httpx.post(f"{url}/kickoff", headers=crews.headers, json={"inputs": {"who": "Ada"}})
-    kickoff_id = kicked.json()["kickoff_id"]
-    stopped = alone("stop", url, kickoff_id)
-    assert (stopped.code, stopped.out) == (0, f"Run {kickoff_id}: stopped.\n")
-    again = here("stop", url, kickoff_id)
-    assert (again.code, "had ended before" in again.out) == (0, True)
-    unknown = here("stop", url, "no-such-run")
-    assert (unknown.code, "no-such-run" in unknown.err) == (1, True)
-    with CrewServer("echo", token=TOKEN, stop=False) as server:
-        without = here("stop", server.url, "k1")
-    assert (without.code, "runs on" in without.err) == (1, True)
-
-
 # With one
 
 
 def test_json_is_one_document_and_the_rest_goes_elsewhere(apart, crews: CrewServer):
     key = f"json-{crews.port}"
-    done = apart("run", f"{crews.url}/greet", "-i", "who=Ada", "--key", key, "--json")
+    done = apart("run", f"{crews.url}/greet", "-i", "who=Ada", "--key", key, "-o", "json")
     assert done.code == 0
     document = done.json
     expected = {"output": "**Hello** Ada", "state": "completed", "idempotency_key": key}
@@ -91,7 +75,7 @@ def test_json_is_one_document_and_the_rest_goes_elsewhere(apart, crews: CrewServ
 
 
 def test_a_key_finds_its_run_and_its_result_again(here, greet: str, crews: CrewServer, tmp_path: Path):
-    first = here("run", greet, "-i", "who=Eve", "--key", "key of eve", "--output-file", str(tmp_path / "eve.md"))
+    first = here("run", greet, "-i", "who=Eve", "--key", "key of eve", "--export", str(tmp_path / "eve.md"))
     again = here("run", greet, "-i", "who=Eve", "--key", "key of eve")
     assert (first.code, first.out, again.code) == (0, "**Hello** Eve\n", 0)
     assert crews.kickoffs_by_key["key of eve"] == 1
@@ -101,12 +85,12 @@ def test_a_key_finds_its_run_and_its_result_again(here, greet: str, crews: CrewS
     assert pages[0] != pages[1], "each prints its own flow run"
     assert (tmp_path / "eve.md").read_text() == "**Hello** Eve"
     assert here("result", "key of eve").out == "**Hello** Eve\n"
-    assert here("result", "key of eve", "--json").json["output"] == "**Hello** Eve"
-    assert here("run", greet, "-i", "who=Eve", "--key", "key of eve", "--force-new").code == 0
+    assert here("result", "key of eve", "-o", "json").json["output"] == "**Hello** Eve"
+    assert here("run", greet, "-i", "who=Eve", "--key", "key of eve", "--force-new", "--yes").code == 0
     assert crews.kickoffs_by_key["key of eve"] == 2
     other = here("run", greet, "-i", "who=Bob", "--key", "key of eve")
     assert other.code == 1
-    assert "prefect-crew runs show 'key of eve'" in other.err
+    assert "prefect-crew runs inspect 'key of eve'" in other.err
     assert here("result", "never used").code == 1
 
 
@@ -124,7 +108,7 @@ def test_an_output_file_that_cannot_be_written_starts_nothing(
     path = below.get(kind, tmp_path / kind)
     before = crews.kickoffs
     for line in (("run", greet, "-i", "who=Ada"), ("result", "any key")):
-        done = here(*line, "--output-file", str(path))
+        done = here(*line, "--export", str(path))
         assert done.code == 1
         assert f"{path} cannot be written" in done.err
     assert crews.kickoffs == before
@@ -133,7 +117,7 @@ def test_an_output_file_that_cannot_be_written_starts_nothing(
 def test_an_output_file_is_left_as_it_is_where_the_run_is_refused(here, greet: str, tmp_path: Path):
     (tmp_path / "old.md").write_text("old")
     for name in ("x.md", "old.md"):
-        assert here("run", greet, "--output-file", str(tmp_path / name)).code == 2
+        assert here("run", greet, "--export", str(tmp_path / name)).code == 2
     assert not (tmp_path / "x.md").exists()
     assert (tmp_path / "old.md").read_text() == "old"
 
@@ -145,14 +129,14 @@ def test_a_result_that_cannot_be_written_after_all_is_shown(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("prefect_crew.cli.run.create_private", full)
-    done = here("run", greet, "-i", "who=Ada", "--output-file", str(tmp_path / "x.md"))
+    done = here("run", greet, "-i", "who=Ada", "--export", str(tmp_path / "x.md"))
     assert (done.code, done.out) == (1, "**Hello** Ada\n")
     assert "x.md cannot be written: No space left on device" in done.err
 
 
 def test_inputs_from_a_file(here, greet: str, tmp_path: Path):
     (tmp_path / "in.yaml").write_text("who: Grace")
-    assert here("run", greet, "--inputs", str(tmp_path / "in.yaml")).out == "**Hello** Grace\n"
+    assert here("run", greet, "--input-file", str(tmp_path / "in.yaml")).out == "**Hello** Grace\n"
 
 
 @pytest.mark.parametrize(
@@ -167,7 +151,7 @@ def test_inputs_from_a_file(here, greet: str, tmp_path: Path):
 )
 def test_what_cannot_be_used_starts_nothing(here, greet: str, crews: CrewServer, options: list[str], said: str):
     before = crews.kickoffs
-    done = here("run", greet, *options, "--json")
+    done = here("run", greet, *options, "-o", "json")
     assert done.code == 2
     assert said in done.json["error"]["message"]
     assert crews.kickoffs == before
@@ -202,16 +186,16 @@ def test_a_server_that_is_down_is_tried_again_and_it_is_said(
 
 
 def test_a_timeout_leaves_the_crew_running(here, prefect_api: PrefectServer, crews: CrewServer):
-    done = here("run", f"{crews.url}/slow", "-i", "who=Ada", "--timeout", "0.3", "--json")
+    done = here("run", f"{crews.url}/slow", "-i", "who=Ada", "--timeout", "0.3", "-o", "json")
     assert done.code == 5
     kickoff_id = done.json["error"]["kickoff_id"]
     assert "left running" in done.err
-    assert "The crew's server: running" in here("runs", "show", kickoff_id, "--crew", f"{crews.url}/slow").out
-    assert here("stop", f"{crews.url}/slow", kickoff_id).code == 0
+    assert "The crew's server: running" in here("runs", "inspect", kickoff_id, "--crew", f"{crews.url}/slow").out
+    assert here("runs", "cancel", kickoff_id, "--crew", f"{crews.url}/slow").code == 0
 
 
 def test_a_prefect_api_that_is_away_is_a_paragraph(here, crews: CrewServer, away: None):
-    done = here("run", f"{crews.url}/greet", "-i", "who=Ada", "--json")
+    done = here("run", f"{crews.url}/greet", "-i", "who=Ada", "-o", "json")
     assert (done.code, done.json["error"]["type"]) == (1, "PrefectAwayError")
     assert "http://127.0.0.1:1/api does not answer" in done.err
 
@@ -224,7 +208,7 @@ def test_only_ctrl_c_stops_the_crew(
 ):
     url, key = f"{crews.url}/slow", f"{number}-{time.time()}"
     env = environment(tmp_path / "home", {"PREFECT_API_URL": prefect_server.api_url})
-    command = [program("prefect-crew"), "run", url, "-i", "who=Ada", "--key", key, "--json"]
+    command = [program("prefect-crew"), "run", url, "-i", "who=Ada", "--key", key, "-o", "json"]
     with Process(command, log=tmp_path / "log", env=env) as process:
         process.wait_for("(0 of 1 tasks done)")
         process.send(number)
@@ -232,7 +216,7 @@ def test_only_ctrl_c_stops_the_crew(
         assert process.family() == []
     (run,) = [run for run in crews.runs if run.meta and run.meta.get("idempotency_key") == key]
     found = str(run.state)
-    here("stop", url, run.id)
+    here("runs", "cancel", run.id, "--crew", url)
     assert found == state, process.output
     assert "Traceback" not in process.output
     document, _ = json.JSONDecoder().raw_decode(process.output, process.output.index('{\n  "error"'))

@@ -14,6 +14,7 @@ import pytest
 from prefect_crew.cli.runs import Condition, RunLine, condition_of, look_at, todo
 from prefect_crew.devserver import CrewServer
 from prefect_crew.records.model import RecordPhase, RunRecord, utcnow
+from support.commands import TOKEN
 from support.prefect_server import PrefectServer
 from support.records import let_pass, put
 
@@ -51,49 +52,58 @@ def kicked_off(crews: CrewServer) -> str:
     return answer.json()["kickoff_id"]
 
 
-def test_an_uncertain_run_is_listed_first_with_what_to_do(here, write: Write):
+def test_what_needs_a_person_is_listed_first_and_inspect_says_what_to_do(here, write: Write):
     record = write(**uncertain())
     started = write(phase=RecordPhase.STARTED, kickoff_id=f"k-{uuid.uuid4()}", kicked_off_at=utcnow())
-    listed = here("runs")
-    assert listed.code == 0
-    assert listed.out.startswith("UNCERTAIN")
-    about = listed.out[listed.out.index(record.idempotency_key) :]
+    listed = here("runs", "ls")
+    assert (listed.code, listed.out.splitlines()[0]) == (0, "State\tKey\tCrew\tSince")
+    assert f"uncertain\t{record.idempotency_key}\tgreeting\t5 min" in listed.out
+    assert listed.out.index(record.idempotency_key) < listed.out.index(started.idempotency_key)
+    about = here("runs", "inspect", record.idempotency_key).out
     assert "the connection broke" in about
     assert f"prefect-crew runs resolve '{record.idempotency_key}' --kickoff-id ID" in about
-    about = listed.out[listed.out.index(started.idempotency_key) :]
-    assert "No flow run waits for it. Run again with its key" in about
-    only = here("runs", "list", "--only", "uncertain", "--json").json
+    assert "No flow run waits for it. Run again with its key" in here("runs", "inspect", started.idempotency_key).out
+    only = here("runs", "ls", "--only", "uncertain", "-o", "json").json
     assert {line["condition"] for line in only} == {"uncertain"}
     assert record.idempotency_key in {line["idempotency_key"] for line in only}
-    assert started.idempotency_key not in {line["idempotency_key"] for line in only}
 
 
 def test_ended_runs_are_listed_when_asked_for(here, write: Write):
     record = write(phase=RecordPhase.ENDED, state="failed", error="no idea", kickoff_id="k", ended_at=utcnow())
-    assert record.idempotency_key not in here("runs").out
-    assert "no idea" in here("runs", "--all").out
-    (line,) = [
-        line
-        for line in here("runs", "--only", "ended", "--json").json
-        if line["idempotency_key"] == record.idempotency_key
-    ]
-    assert line["state"] == "failed"
-    shown = here("runs", "show", record.idempotency_key)
-    assert "ENDED failed" in shown.out
-    assert record.inputs_digest in shown.out
+    assert record.idempotency_key not in here("runs", "ls").out
+    assert f"failed\t{record.idempotency_key}" in here("runs", "ls", "--all").out
+    assert record.idempotency_key in here("runs", "ls", "--only", "ended").out
+    shown = here("runs", "inspect", record.idempotency_key)
+    for part in ("FAILED  key", "Error: no idea", f"Inputs: digest {record.inputs_digest}"):
+        assert part in shown.out
 
 
-def test_show_finds_a_run_by_its_kickoff_id_and_asks_the_crew(here, write: Write, crews: CrewServer):
+def test_a_run_is_found_by_its_kickoff_id_and_the_crew_asked(here, write: Write, crews: CrewServer):
     record = write(phase=RecordPhase.STARTED, kickoff_id=kicked_off(crews), kicked_off_at=utcnow())
     kickoff_id, crew = str(record.kickoff_id), ("--crew", f"{crews.url}/greet")
-    shown = here("runs", "show", kickoff_id, *crew)
-    assert record.idempotency_key in shown.out
-    assert "The crew's server: " in shown.out
-    document = here("runs", "show", kickoff_id, *crew, "--json").json[-1]
-    assert document["status"]["kickoff_id"] == kickoff_id
+    document = here("runs", "inspect", kickoff_id, *crew, "-o", "json").json[-1]
+    assert (document["idempotency_key"], document["status"]["kickoff_id"]) == (record.idempotency_key, kickoff_id)
     assert "raw" not in document["status"]
-    assert "so its server was not asked" in here("runs", "show", kickoff_id).err
-    assert here("runs", "show", "nobody used this").code == 1
+    assert "The crew's server: " in here("runs", "inspect", kickoff_id, *crew).out
+    assert "The crew's server was not asked." in here("runs", "inspect", kickoff_id).err
+    assert here("runs", "inspect", "nobody used this").code == 1
+
+
+def test_a_run_is_cancelled_by_its_key_and_its_crew(here, write: Write, crews: CrewServer):
+    url = f"{crews.url}/slow"
+    kicked = httpx.post(f"{url}/kickoff", headers=crews.headers, json={"inputs": {"who": "Ada"}})
+    kickoff_id = kicked.json()["kickoff_id"]
+    record = write(phase=RecordPhase.STARTED, kickoff_id=kickoff_id, crew_url=url, kicked_off_at=utcnow())
+    assert "Give --crew" in here("runs", "cancel", record.idempotency_key).err
+    stopped = here("runs", "cancel", record.idempotency_key, "--crew", url)
+    assert (stopped.code, stopped.out) == (0, f"Run {record.idempotency_key}: stopped.\n")
+    assert here("runs", "inspect", kickoff_id).out.startswith("STOPPED")
+    assert "had already ended" in here("runs", "cancel", kickoff_id, "--crew", url).out
+    assert "No run on record" in here("runs", "cancel", "no-such-run").err
+    assert "no-such-run" in here("runs", "cancel", "no-such-run", "--crew", url).err
+    with CrewServer("echo", token=TOKEN, stop=False) as server:
+        without = here("runs", "cancel", "k1", "--crew", server.url)
+    assert (without.code, "the crew's server has no /stop" in without.err) == (1, True)
 
 
 def test_a_resolved_run_goes_on_as_if_nothing_had_happened(
@@ -117,12 +127,12 @@ def test_a_resolved_run_goes_on_as_if_nothing_had_happened(
     assert f"is run {kickoff_id}" in resolved.out
 
     kickoffs = crews.kickoffs
-    after = here(*ran, "--json")
+    after = here(*ran, "-o", "json")
     assert after.json["kickoff_id"] == kickoff_id
     assert after.json["output"] == "**Hello** Ada"
     assert crews.kickoffs == kickoffs
 
-    again = here("runs", "resolve", record.idempotency_key, "--never-started")
+    again = here("runs", "resolve", record.idempotency_key, "--never-started", "--yes")
     assert again.code == 1
     assert "There is nothing to resolve" in again.err
     taken = write(**uncertain())
@@ -131,11 +141,15 @@ def test_a_resolved_run_goes_on_as_if_nothing_had_happened(
     assert f"belongs to the idempotency key '{record.idempotency_key}'" in other.err
 
 
-def test_a_run_that_never_started_is_started_anew(here, write: Write, crews: CrewServer, instant_polling: None):
+def test_a_run_that_never_started_is_started_anew_once_a_person_confirms(
+    here, write: Write, crews: CrewServer, instant_polling: None
+):
     from prefect_crew.client.inputs import inputs_digest
 
     record = write(**uncertain(inputs_digest=inputs_digest({"who": "Ada"})))
-    assert here("runs", "resolve", record.idempotency_key, "--never-started").code == 0
+    refused = here("runs", "resolve", record.idempotency_key, "--never-started")
+    assert (refused.code, "Without a terminal this needs --yes" in refused.err) == (2, True)
+    assert here("runs", "resolve", record.idempotency_key, "--never-started", "-y").code == 0
     kickoffs = crews.kickoffs
     assert here("run", f"{crews.url}/greet", "-i", "who=Ada", "--key", record.idempotency_key).code == 0
     assert crews.kickoffs == kickoffs + 1
@@ -155,19 +169,19 @@ def test_a_run_that_the_server_has_forgotten_can_be_given_up(
     assert f"prefect-crew runs resolve '{record.idempotency_key}' --lost" in lost.err
     assert (
         f"prefect-crew runs resolve '{record.idempotency_key}' --lost"
-        in here("runs", "show", record.idempotency_key).out
+        in here("runs", "inspect", record.idempotency_key).out
     )
 
     known = write(phase=RecordPhase.STARTED, kickoff_id=kicked_off(crews), **facts)
-    refused = here("runs", "resolve", known.idempotency_key, "--lost", "--crew", url)
+    refused = here("runs", "resolve", known.idempotency_key, "--lost", "--crew", url, "--yes")
     assert (refused.code, "Nothing was changed" in refused.err) == (2, True), refused.err
 
-    assert here("runs", "resolve", record.idempotency_key, "--lost", "--crew", url).code == 0
-    assert here("runs", "resolve", record.idempotency_key, "--lost").code == 1
+    assert here("runs", "resolve", record.idempotency_key, "--lost", "--crew", url, "--yes").code == 0
+    assert here("runs", "resolve", record.idempotency_key, "--lost", "--yes").code == 1
     kickoffs = crews.kickoffs
     assert here(*ran).code == 0
     assert crews.kickoffs == kickoffs + 1
-    assert "ORPHANED" not in here("runs", "show", record.idempotency_key).out
+    assert "ORPHANED" not in here("runs", "inspect", record.idempotency_key).out
 
 
 def test_an_orphan_that_its_key_leads_past_says_so(here, write: Write):
@@ -175,7 +189,7 @@ def test_an_orphan_that_its_key_leads_past_says_so(here, write: Write):
     write(
         idempotency_key=first.idempotency_key, attempt=2, phase=RecordPhase.ENDED, state="completed", ended_at=utcnow()
     )
-    assert "Its key leads to a later attempt" in here("runs", "show", first.idempotency_key).out
+    assert "Its key leads to a later attempt" in here("runs", "inspect", first.idempotency_key).out
 
 
 def test_without_its_crew_a_resolution_says_that_nobody_was_asked(here, write: Write):
@@ -191,19 +205,13 @@ def test_prune(here, write: Write, monkeypatch: pytest.MonkeyPatch):
     open_ = write(phase=RecordPhase.STARTED, kickoff_id="k2", claimed_at=long_ago, kicked_off_at=long_ago)
     let_pass(monkeypatch, old.idempotency_key, 100)
     let_pass(monkeypatch, open_.idempotency_key, 100)
-    counted = here("runs", "prune", "--dry-run", "--json").json
+    counted = here("runs", "prune", "--dry-run", "-o", "json").json
     assert counted["runs"] >= 1
     assert counted["dry_run"] is True
-    assert here("runs", "show", old.idempotency_key).code == 0
-    assert here("runs", "prune").out.startswith(f"{counted['runs']} records removed")
-    assert here("runs", "show", old.idempotency_key).code == 1
-    assert here("runs", "show", open_.idempotency_key).code == 0
-
-
-def test_a_prefect_api_that_is_away(here, away: None):
-    done = here("runs")
-    assert done.code == 1
-    assert done.out == ""
+    assert here("runs", "inspect", old.idempotency_key).code == 0
+    assert here("runs", "prune", "--yes").out.startswith(f"{counted['runs']} records removed")
+    assert here("runs", "inspect", old.idempotency_key).code == 1
+    assert here("runs", "inspect", open_.idempotency_key).code == 0
 
 
 # What records mean

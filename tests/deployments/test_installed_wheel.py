@@ -83,7 +83,7 @@ def test_four_commands_lead_to_a_flow_run_that_completes(installed: Installed, p
         installed.start("prefect-crew", "serve", "travel", "--port", port, "--token", TOKEN, until="Serving"),
         httpx.Client(base_url=prefect_server.api_url, timeout=60, trust_env=False) as api,
     ):
-        installed.run("prefect-crew", "save", "wheel-travel", "--url", f"http://127.0.0.1:{port}")
+        installed.run("prefect-crew", "crews", "save", "wheel-travel", "--url", f"http://127.0.0.1:{port}")
         installed.run("prefect", "work-pool", "create", pool, "--type", "crew")
         with installed.start("prefect", "worker", "start", "--pool", pool, until="started!"):
             defaults = [part for name, value in INPUTS.items() for part in ("-i", f"{name}={value}")]

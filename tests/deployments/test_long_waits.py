@@ -79,7 +79,7 @@ def test_a_crew_that_was_stopped_meanwhile_is_not_started_again(recipe: Recipe):
     with CrewServer(spec(600)) as crew:
         recipe.save(crew)
         run_id = recipe.suspended()
-        command("prefect-crew", "stop", "long", crew.runs[0].id, env=recipe.env)
+        command("prefect-crew", "runs", "cancel", crew.runs[0].id, env=recipe.env)
         run = wait_for_state(recipe.seen, run_id, seconds=150)
         assert run["state_name"] == "Failed"
         assert "CrewStoppedError" in run["state"]["message"]

@@ -99,7 +99,7 @@ def test_what_is_resolved_on_the_command_line_goes_on(
     with CrewServer(CREW) as server:
         zygote.run(script_of(server, idempotency_key, kill))
         seen.set_state(records(seen, idempotency_key)[-1]["flow_run_id"], "CRASHED")
-        answer = ["--kickoff-id", server.runs[0].id] if accepted else ["--never-started"]
+        answer = ["--kickoff-id", server.runs[0].id] if accepted else ["--never-started", "--yes"]
         with pytest.raises(AssertionError, match="may still be"):
             command("prefect-crew", "runs", "resolve", idempotency_key, *answer, env=prefect_api.env())
         time.sleep(16)  # 2 s for its permit, 6 s for its kickoff, and a margin

@@ -389,7 +389,7 @@ def test_no_secret_is_in_a_local_variable_after(name: str, client: Path) -> None
 
 
 ON_THE_COMMAND_LINE = {
-    "a success": (lambda: Echo(), ["--json"]),
+    "a success": (lambda: Echo(), ["-o", "json"]),
     "a failed crew": (lambda: Echo(states=("STARTED", "FAILED")), []),
     "a refused token": (lambda: Echo(inputs=401), ["--debug"]),
     "a kickoff answered with 422": (lambda: Echo(kickoff=422), []),
@@ -410,7 +410,7 @@ def test_no_secret_is_written_by_the_command_line(
         fields = {"url": echo.url, "token": told.token, "secret_inputs": ["secret", "nested"], "wait": FAST}
         DeployedCrew(**fields).save(block, overwrite=True)
         (tmp_path / "inputs.json").write_text(json.dumps(told.inputs))
-        command = [program("prefect-crew"), "run", block, "--inputs", tmp_path / "inputs.json", *options]
+        command = [program("prefect-crew"), "run", block, "--input-file", tmp_path / "inputs.json", *options]
         log = tmp_path / "log"
         with Process(command, log=log, env=own_server.env(home=client, PREFECT_LOGGING_LEVEL="DEBUG")) as process:
             process.wait(120)

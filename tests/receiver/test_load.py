@@ -29,7 +29,7 @@ RUNS = 20
 def start_receiver(server: PrefectServer, folder: Path, *options: str) -> tuple[Process, str]:
     port = free_port()
     env = server.env(PREFECT_INTEGRATIONS_CREW_WEBHOOK_SECRET=SECRET)
-    command = [program("prefect-crew"), "webhooks", "--port", str(port), *options]
+    command = [program("prefect-crew"), "receiver", "start", "--port", str(port), *options]
     return Process(command, log=folder / "webhooks.log", env=env), f"http://127.0.0.1:{port}"
 
 

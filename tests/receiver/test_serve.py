@@ -120,10 +120,10 @@ def test_a_port_that_is_taken_is_said(kept: Kept):
 
 @pytest.fixture
 def program_under_test(prefect_api: PrefectServer, tmp_path: Path) -> Iterator[tuple[Process, str]]:
-    """`prefect-crew webhooks` as a process of its own, and its address."""
+    """`prefect-crew receiver start` as a process of its own, and its address."""
     port = free_port()
     env = prefect_api.env(PREFECT_INTEGRATIONS_CREW_WEBHOOK_SECRET=SECRET, PREFECT_LOGGING_LEVEL="DEBUG")
-    command = [program("prefect-crew"), "webhooks", "--port", str(port)]
+    command = [program("prefect-crew"), "receiver", "start", "--port", str(port)]
     with Process(command, log=tmp_path / "webhooks.log", env=env) as process:
         yield process, f"http://127.0.0.1:{port}"
 

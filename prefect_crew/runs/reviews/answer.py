@@ -253,7 +253,7 @@ def _refuse_answered(run: OpenRun, before: Sequence[SentReview], state: Question
         raise AnsweredError(
             f"Round {last.round} of run {run.kickoff_id}, task {last.task_id}, has its answer on record: "
             f"{'approved' if last.approve else 'rejected'} ({_when(last)}), and the crew's server still shows the same "
-            "question. Nothing was sent. Look again in a moment: prefect-crew reviews."
+            "question. Nothing was sent. Look again in a moment: prefect-crew reviews ls."
         )
 
 
@@ -505,7 +505,7 @@ async def find_run_in_flight(name: str, stores: Sequence[RecordStore]) -> tuple[
     """
     named = await _named(name, stores)
     if named is None:
-        raise CrewError(f"No run in flight is {name!r}. prefect-crew reviews lists those that wait for a person.")
+        raise CrewError(f"No run in flight is {name!r}. prefect-crew reviews ls lists those that wait for a person.")
     record = named[0]
     if record.phase is RecordPhase.ENDED:
         raise CrewError(f"Run {record.idempotency_key!r} does not wait for a person: it has ended ({record.state}).")

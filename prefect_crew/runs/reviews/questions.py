@@ -269,7 +269,9 @@ def describe_question(run: OpenRun, question: Question, page: str | None = None)
         )
     is_shown = question.output is not None and run.show == "full"
     look = (
-        f"See what is to be judged: prefect-crew reviews show {run_argument(run)}." if is_shown else where_to_look(run)
+        f"See what is to be judged: prefect-crew reviews inspect {run_argument(run)}."
+        if is_shown
+        else where_to_look(run)
     )
     again = ""
     if question.state is QuestionState.OPEN_BY_TIME:

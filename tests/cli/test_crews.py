@@ -19,7 +19,7 @@ def name() -> str:
 
 def test_a_saved_crew_is_used_by_its_name(here, prefect_api: PrefectServer, crews: CrewServer, name: str):
     url = f"{crews.url}/greet"
-    saved = here("save", name, "--url", url, "--timeout", "77", "--max-kickoffs", "5", "--secret-input", "who")
+    saved = here("crews", "save", name, "--url", url, "--timeout", "77", "--max-kickoffs", "5", "--secret-input", "who")
     assert saved.code == 0
     assert saved.out.endswith(f"prefect-crew run {name} -i who=…\n")
     block = DeployedCrew.load(name)
@@ -29,22 +29,22 @@ def test_a_saved_crew_is_used_by_its_name(here, prefect_api: PrefectServer, crew
 
 
 def test_a_name_is_not_taken_over_by_chance(here, prefect_api: PrefectServer, crews: CrewServer, name: str):
-    here("save", name, "--url", f"{crews.url}/greet")
-    again = here("save", name, "--url", f"{crews.url}/broken")
+    here("crews", "save", name, "--url", f"{crews.url}/greet")
+    again = here("crews", "save", name, "--url", f"{crews.url}/broken")
     assert again.code == 2
     assert "--overwrite" in again.err
-    assert here("save", name, "--url", f"{crews.url}/broken", "--overwrite").code == 0
+    assert here("crews", "save", name, "--url", f"{crews.url}/broken", "--overwrite").code == 0
     assert DeployedCrew.load(name).url.endswith("/broken")
 
 
 def test_a_refused_token_is_not_stored(here, prefect_api: PrefectServer, crews: CrewServer, name: str):
     url = f"{crews.url}/greet"
-    assert here("save", name, "--url", url).code == 0
+    assert here("crews", "save", name, "--url", url).code == 0
     for line in ((name, "--overwrite"), (f"{name}-new",)):
-        saved = here("save", *line, "--url", url, "--token", "wrong-token")
+        saved = here("crews", "save", *line, "--url", url, "--token", "wrong-token")
         assert saved.code == 1
         assert "answered 401" in saved.err
-        assert f"The block {line[0]} was not stored" in saved.err
+        assert f"The crew {line[0]} was not stored" in saved.err
         assert "wrong-token" not in saved.out + saved.err
         assert saved.out == ""
     assert DeployedCrew.load(name).token.get_secret_value() == TOKEN
@@ -52,7 +52,7 @@ def test_a_refused_token_is_not_stored(here, prefect_api: PrefectServer, crews: 
 
 
 def test_a_crew_that_does_not_answer_is_stored(here, prefect_api: PrefectServer, name: str):
-    saved = here("save", name, "--url", "http://127.0.0.1:1")
+    saved = here("crews", "save", name, "--url", "http://127.0.0.1:1")
     assert saved.code == 0
     assert "could not be asked for its inputs" in saved.err
     assert DeployedCrew.load(name).url == "http://127.0.0.1:1"
@@ -68,7 +68,7 @@ def test_a_crew_that_does_not_answer_is_stored(here, prefect_api: PrefectServer,
     ],
 )
 def test_what_cannot_be_stored(here, prefect_api: PrefectServer, line: list[str], said: str):
-    done = here("save", *line)
+    done = here("crews", "save", *line)
     assert done.code == 2
     assert said in done.err
     assert TOKEN not in done.err
@@ -77,4 +77,4 @@ def test_what_cannot_be_stored(here, prefect_api: PrefectServer, line: list[str]
 def test_a_block_that_is_not_stored(here, prefect_api: PrefectServer):
     done = here("inputs", "never-stored")
     assert done.code == 2
-    assert "prefect-crew save never-stored --url URL" in done.err
+    assert "prefect-crew crews save never-stored --url URL" in done.err

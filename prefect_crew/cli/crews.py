@@ -1,0 +1,155 @@
+"""The commands `crews`: crews that are stored as Prefect blocks, with their tokens."""
+
+from __future__ import annotations
+
+import asyncio
+import shlex
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from cyclopts import App, Parameter
+
+from prefect_crew.cli import _output
+from prefect_crew.cli._errors import reason
+from prefect_crew.cli._options import CrewAccess, Output, Timeout
+from prefect_crew.cli._prefect import reach_prefect
+from prefect_crew.exceptions import AuthenticationError, ConfigurationError, CrewError
+
+if TYPE_CHECKING:
+    from prefect_crew.blocks import DeployedCrew
+
+
+app = App(name="crews", help="Store crews as Prefect blocks, and list them.")
+Name = Annotated[str, Parameter(name="NAME", help="The crew's name: lower-case letters, digits and dashes.")]
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
+class BlockFields:
+    """Fields of the block, named as in the block; those that are left out have the block's defaults.
+
+    Args:
+        request_timeout: Seconds that one request may take.
+        inputs_as_json: Send JSON values instead of text.
+        allow_extra_inputs: Also send inputs that the crew does not name.
+        max_kickoffs: How many runs one idempotency key may start.
+        concurrency_limit: The Prefect concurrency limit of its runs.
+        show: How much artifacts show of inputs and outputs.
+        secret_inputs: An input whose value is hidden; can be repeated.
+        price: What one run costs.
+        page_url: The crew's page for people, to which artifacts link.
+    """
+
+    request_timeout: float | None = None
+    inputs_as_json: bool | None = None
+    allow_extra_inputs: Annotated[bool | None, Parameter(name="--allow-extra")] = None
+    max_kickoffs: int | None = None
+    concurrency_limit: str | None = None
+    show: Literal["full", "summary", "none"] | None = None
+    secret_inputs: Annotated[list[str] | None, Parameter(name="--secret-input")] = None
+    price: float | None = None
+    page_url: str | None = None
+
+
+@app.command
+def save(
+    name: Name,
+    /,
+    *,
+    url: str,
+    access: CrewAccess = CrewAccess(),
+    fields: BlockFields = BlockFields(),
+    timeout: Timeout = None,
+    human_timeout: float | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Store a crew as a Prefect block, so that flows and commands need only its name.
+
+    A token that is not given is asked for.
+
+    Args:
+        url: The crew's URL, from the Status tab of its page.
+        human_timeout: Seconds that people may take to answer.
+        overwrite: Replace the crew of this name.
+    """
+    wait = _without_none({"timeout": timeout, "human_timeout": human_timeout})
+    block = access.block(url, **_without_none({**vars(fields), "wait": wait or None}))
+    reach_prefect()
+
+    async def store() -> str | None:
+        """Store it, and return the command that runs it, if the crew answers now."""
+        command = None
+        try:
+            async with block.crew.client() as client:
+                inputs = await client.inputs()
+            options = [f"-i {shlex.quote(item.name)}=…" for item in inputs if item.required]
+            command = " ".join(["prefect-crew run", shlex.quote(name), *options])
+        except AuthenticationError:
+            _output.note(f"The crew {name} was not stored: its server refused the token.")
+            raise
+        except CrewError as error:
+            _output.note(f"The crew could not be asked for its inputs: {error}", "yellow")
+        try:
+            await block.asave(name, overwrite=overwrite)
+        except ValueError as error:
+            if "already in use" in str(error):
+                raise ConfigurationError(f"There is a crew {name!r} already. Give --overwrite to replace it.") from None
+            raise ConfigurationError(f"The crew {name!r} was not stored: {reason(error)}") from None
+        return command
+
+    command = asyncio.run(store())
+    _output.put(f"Stored crew {name} ({block.url}) as the block deployed-crew/{name}.")
+    if command:
+        _output.put(f"Run it: {command}")
+
+
+def _without_none(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}
+
+
+@app.command
+def ls(*, output: Output = None) -> None:
+    """List the stored crews."""
+    reach_prefect()
+    found = asyncio.run(_read())
+    if output:
+        _output.put_json(found)
+    else:
+        rows = [(one["name"], one["url"]) for one in found]
+        _output.put_rows(("Crew", "URL"), rows, empty="No crew is stored: prefect-crew crews save NAME --url URL.")
+
+
+@app.command
+def inspect(name: Name, /, *, output: Output = None) -> None:
+    """Show the fields of a stored crew, without its token."""
+    reach_prefect()
+    found = next((one for one in asyncio.run(_read()) if one["name"] == name), None)
+    if found is None:
+        raise ConfigurationError(f"No crew is stored under the name {name!r}. To list them: prefect-crew crews ls.")
+    if output:
+        _output.put_json(found)
+    else:
+        rows = {**found, **{f"wait.{field}": value for field, value in found["wait"].items()}}
+        shown = [
+            (field, str(value)) for field, value in rows.items() if value not in (None, [], "") and field != "wait"
+        ]
+        _output.put_rows(("Field", "Value"), shown)
+
+
+async def _read() -> list[dict[str, Any]]:
+    """Return the stored crews by name, as JSON values and without their tokens."""
+    from prefect.client.orchestration import get_client
+    from prefect.exceptions import ObjectNotFound
+
+    from prefect_crew.blocks import DeployedCrew
+
+    async with get_client() as client:
+        try:
+            documents = await client.read_block_documents_by_type("deployed-crew", include_secrets=False)
+        except ObjectNotFound:  # the block type is not registered: no crew was ever stored
+            return []
+    found: list[dict[str, Any]] = []
+    for document in sorted(documents, key=lambda one: str(one.name)):
+        block: DeployedCrew = DeployedCrew.model_validate(document.data)
+        found.append({"name": document.name, **block.model_dump(mode="json", exclude={"token"})})
+    return found

@@ -1,0 +1,125 @@
+"""Every command of `prefect-crew` that a message or a page names exists, and can be pasted as it stands."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shlex
+import sys
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+
+import jinja2
+import pytest
+from pydantic import SecretStr
+
+from prefect_crew.batches import outcomes
+from prefect_crew.batches.rows import RowJob
+from prefect_crew.blocks import DeployedCrew
+from prefect_crew.cli.app import app
+from prefect_crew.cli.runs import Condition, todo
+from prefect_crew.exceptions import CrewLostError, CrewTimeoutError, IdempotencyConflictError, KickoffUncertainError
+from prefect_crew.records.model import RecordPhase, RunRecord
+from prefect_crew.runs.reviews.questions import how_to_answer
+from prefect_crew.runs.run import OpenRun
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "deployments"))
+from automations import ALERTS  # noqa: E402
+
+NAMED = re.compile(r"prefect-crew(?! (?:here|if|webhook|input marks)\b)((?: +[a-z][\w-]*)+)((?: +[^\s.,;:`)]+)*)")
+"""A command and what follows it. The words left out follow the package's own name."""
+PAGES = [*(ROOT / "docs").glob("*.md"), ROOT / "README.md", ROOT / "examples" / "README.md"]
+MODULES = [
+    path for name in ("prefect_crew", "flows", "deployments", "examples") for path in (ROOT / name).rglob("*.py")
+]
+
+
+def texts(path: Path) -> Iterator[str]:
+    """Yield the texts of a module, with X for what is filled in; of a page its commands."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".md":
+        found = re.findall(
+            r"`(prefect-crew [^`\n]*)`|^\$? ?(prefect-crew .*)$", text.replace("\\\n", " "), re.MULTILINE
+        )
+        yield from (inline or line for inline, line in found)
+        return
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.JoinedStr):
+            yield "".join(str(part.value) if isinstance(part, ast.Constant) else "X" for part in node.values)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value
+
+
+def wrong(text: str) -> list[str]:
+    """Return what is not right about the commands that a text names."""
+    found: list[str] = []
+    for words, rest in NAMED.findall(text):
+        command, left = app, words.split()
+        while left and left[0] in set(command):
+            command = command[left.pop(0)]
+        if command is app or set(command) - {*command.help_flags, *command.version_flags}:
+            found.append(f"no command: prefect-crew{words}")
+            continue
+        known = {name for argument in command.assemble_argument_collection() for name in argument.names}
+        given = set(re.findall(r"(?<!\S)--?[a-z][\w-]*", rest)) - {"--help", "--debug"}
+        found += [f"no option: prefect-crew{words} {option}" for option in sorted(given - known)]
+    return found
+
+
+def test_every_command_that_is_named_exists():
+    named = [(path, problem) for path in (*PAGES, *MODULES) for text in texts(path) for problem in wrong(text)]
+    assert [f"{path.relative_to(ROOT)}: {problem}" for path, problem in named] == []
+
+
+@pytest.mark.parametrize(
+    ("text", "problems"),
+    [
+        ("Look again: prefect-crew runs show X.", ["no command: prefect-crew runs show"]),
+        ("prefect-crew runs", ["no command: prefect-crew runs"]),
+        ("prefect-crew run X --json", ["no option: prefect-crew run --json"]),
+        ("prefect-crew runs resolve X --kickoff-id ID, or --never-started.", []),
+    ],
+)
+def test_what_does_not_exist_is_found(text: str, problems: list[str]):
+    assert wrong(text) == problems
+
+
+HOSTILE = "r1;touch 'pwned' $(touch x) `y` \"z\" \\"
+
+
+def record(**fields: object) -> RunRecord:
+    owner = {"crew": HOSTILE, "crew_url": "https://x", "inputs_digest": "0" * 32, "owner": "o", "attempt": 1}
+    begun = {"claimed_at": datetime(2026, 1, 1, tzinfo=UTC), "phase": RecordPhase.STARTED, "kickoff_id": HOSTILE}
+    return RunRecord.model_validate({"idempotency_key": HOSTILE, **owner, **begun, **fields})
+
+
+CREW = DeployedCrew(url="https://x.test", token=SecretStr("a-token-of-tests")).crew
+ALERT = {"payload": {"idempotency_key": HOSTILE, "reason": "x"}}
+ROW = RowJob(0, 2, HOSTILE, {}, "d")
+TEXTS = {
+    "uncertain": str(KickoffUncertainError(idempotency_key=HOSTILE, reason="x")),
+    "conflict": str(IdempotencyConflictError(idempotency_key=HOSTILE, difference="x")),
+    "lost": str(CrewLostError(kickoff_id="k", idempotency_key=HOSTILE)),
+    "timed out": str(CrewTimeoutError(kickoff_id=HOSTILE, phase="running", budget=1, last_state="running")),
+    "answer": how_to_answer(OpenRun(crew=CREW, kickoff_id=HOSTILE)),
+    "to do: uncertain": todo(record(), Condition.UNCERTAIN),
+    "to do: orphaned": todo(record(), Condition.ORPHANED),
+    "to do: waiting": todo(record(), Condition.WAITING),
+    "row uncertain": outcomes._uncertain(ROW, "x", "b"),
+    "row lost": outcomes._lost(ROW, CrewLostError(kickoff_id="k"), HOSTILE),
+    "alert": jinja2.Template(ALERTS["uncertain"]).render(
+        event={"payload": {"idempotency_key": HOSTILE, "reason": "x"}}
+    ),
+}
+
+
+@pytest.mark.parametrize("which", TEXTS)
+def test_a_shell_takes_an_id_for_one_word(which: str):
+    commands = TEXTS[which].split("prefect-crew ")[1:]
+    assert commands
+    word = f"batch/b/{HOSTILE}" if which == "row uncertain" else HOSTILE
+    for command in commands:
+        assert shlex.quote(word) in command
+        assert HOSTILE not in command.replace(shlex.quote(word), "")
