@@ -46,8 +46,8 @@ if TYPE_CHECKING:
 
 
 KEY_HELP = (
-    "The identity under which runs are started at most once, such as daily-{{ scheduled_start:%Y-%m-%d }}. Left out, "
-    "every flow run starts its own."
+    "A run with the same key is started at most once: such as daily-{{ scheduled_start:%Y-%m-%d }}. Left out, every "
+    "flow run starts one."
 )
 SECRET_HELP = "The name of the Prefect Secret block that holds it: a value would be stored with the flow run."  # noqa: S105
 TEXT = ["string", "number", "boolean"]
@@ -251,7 +251,7 @@ def _read_as(kind: str | None, name: str, value: Any) -> Any:
     try:
         return TypeAdapter(TYPES[kind]).validate_json(value)
     except ValidationError:
-        raise ConfigurationError(f"The default of the input {name} is to be JSON of the type {kind}.") from None
+        raise ConfigurationError(f"The default of the input {name} must be JSON of the type {kind}.") from None
 
 
 def _stand_in(
@@ -319,7 +319,7 @@ async def backfill(
     """
     first, last = _utc(start, time.min), _utc(end, time.max)
     if first > last or (every is not None and every <= timedelta(0)):
-        raise ConfigurationError("The range ends before it begins, or the time between two runs is none.")
+        raise ConfigurationError("The range ends before it begins, or the time between two runs is not above 0.")
     async with get_client() as client:
         try:
             target = await client.read_deployment_by_name(deployment)
@@ -328,7 +328,7 @@ async def backfill(
         chosen = _chosen_schedule(target, schedule)
         times = await _times(target.name, chosen, first, last, every)
         if len(times) > MOST or (times and times[-1] > datetime.now(UTC)):
-            raise ConfigurationError(f"A backfill is for at most {MOST} times that have gone by: choose another range.")
+            raise ConfigurationError(f"A backfill is for at most {MOST} times, all in the past: choose another range.")
         parameters = {**target.parameters, **(chosen.parameters if chosen else {})}
         key = parameters.get("idempotency_key")
         if isinstance(key, str) and "scheduled_start" not in key and len(times) > 1:

@@ -68,7 +68,7 @@ def reach_prefect(
         else:
             shown.phase("Starting Prefect's embedded server", "10 to 20 seconds the first time")
             _start_embedded(imports)
-        shown.done(f"Prefect answers at {url}" if url else "Prefect's embedded server is up")
+        shown.close()
     return url
 
 

@@ -109,13 +109,6 @@ class Progress(AbstractContextManager["Progress"]):
         elif hint or not self._is_quiet:
             _output.note(f"{shown} …")
 
-    def done(self, text: str) -> None:
-        """Say that the phase is over, and how long it took."""
-        seconds = time.monotonic() - self._since
-        self.close()
-        if not self._is_quiet and (self._is_live or seconds >= 0.5):
-            _output.note(f"{text} ({seconds:.1f} s).")
-
     def note(self, text: str) -> None:
         """Say something that stays on the screen."""
         if self._line is None:
@@ -176,12 +169,12 @@ class Progress(AbstractContextManager["Progress"]):
             out = _output.console(stderr=True)
             self._line = LiveLine(SpinnerColumn(), *columns, TimeElapsedColumn(), console=out, transient=True)
             self._line.add_task("", total=total, figures="")
-            self._line.start()
         (task,) = self._line.tasks
         if total is None:
             task.start_time = self._since if since is None else since
-        shown = {"description": _as_markup(text), "figures": _as_markup(figures)}
-        self._line.update(task.id, completed=done, total=total, **shown)
+        description, figures = _as_markup(text), _as_markup(figures)
+        self._line.update(task.id, completed=done, total=total, description=description, figures=figures)
+        self._line.start()  # not again where it is drawn already
 
 
 def _as_markup(text: str) -> str:

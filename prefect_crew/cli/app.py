@@ -55,7 +55,9 @@ for number, (title, commands) in enumerate(GROUPS.items()):
         else:
             app.command(each)
         each.group, each.sort_key = group, len(tuple(app))
-app.register_install_completion_command(help="Install the completion of commands and options for this shell.")
+app.register_install_completion_command(  # pyright: ignore[reportUnknownMemberType]
+    help="Install the completion of commands and options for this shell."
+)
 
 
 class TerminatedError(SystemExit):

@@ -84,34 +84,12 @@ class BatchChoices:
         return {**vars(self), "inputs": inputs or None}
 
 
-@app.command
-def run(
-    crew: CrewName,
-    dataset: DataSet,
-    /,
-    *,
-    name: str,
-    export: str,
-    on_failure: str = "continue",
-    on_change: Literal["refuse", "continue"] = "refuse",
-    on_cancel: Literal["stop", "drain", "leave"] = "stop",
-    retries: list[str] | None = None,
-    retry_failed: bool = False,
-    max_kickoffs: int | None = None,
-    breaker: int = 20,
-    kickoffs_at_once: int = 16,
-    timeout: Timeout = None,
-    output_type: str | None = None,
-    yes: Yes = False,
-    output: Output = None,
-    choices: BatchChoices = BatchChoices(),
-    access: CrewAccess = CrewAccess(),
-) -> int:
-    """Run a crew once for every row of a data set. Call it again to go on where it stopped.
+@Parameter(name="*")
+@dataclass(frozen=True)
+class RunChoices(BatchChoices):
+    """How a batch goes on when rows fail, and when it is called again or cancelled.
 
     Args:
-        name: The batch's name. The same call with it goes on where it stopped.
-        export: The file or address for the results, JSON Lines or .parquet; written when the batch ends or stops.
         on_failure: continue; stop at the first failed row; or stop after this number, or share below 1, of them.
         on_change: What to do when the rows or the crew have changed.
         on_cancel: What to do with runs in flight at Ctrl-C or a cancellation: stop, wait for (drain), or leave them.
@@ -122,47 +100,60 @@ def run(
         kickoffs_at_once: Kickoffs sent at a time; no more rows than this are uncertain after a crash.
         output_type: A pydantic model that results have to fit, as module:Model.
     """
-    options: dict[str, Any] = {
-        **choices.options(),
-        "name": name,
-        "output": export,
-        "on_failure": _limit(on_failure),
-        "on_change": on_change,
-        "on_cancel": on_cancel,
-        "retries": _retries(retries),
-        "retry_failed": retry_failed,
-        "max_kickoffs": max_kickoffs,
-        "breaker": breaker or None,
-        "kickoffs_at_once": kickoffs_at_once,
-    }
-    if output_type is not None:
+
+    on_failure: float | Literal["continue", "stop"] = "continue"
+    on_change: Literal["refuse", "continue"] = "refuse"
+    on_cancel: Literal["stop", "drain", "leave"] = "stop"
+    retries: list[str] | None = None
+    retry_failed: bool = False
+    max_kickoffs: int | None = None
+    breaker: int = 20
+    kickoffs_at_once: int = 16
+    output_type: str | None = None
+
+    def options(self) -> dict[str, Any]:
+        """Return them as `arun_batch` takes them."""
+        return {**super().options(), "retries": _retries(self.retries), "breaker": self.breaker or None}
+
+
+@app.command
+def run(
+    crew: CrewName,
+    dataset: DataSet,
+    /,
+    *,
+    name: str,
+    export: str,
+    timeout: Timeout = None,
+    choices: RunChoices = RunChoices(),
+    yes: Yes = False,
+    output: Output = None,
+    access: CrewAccess = CrewAccess(),
+) -> int:
+    """Run a crew once for every row of a data set. Call it again to go on where it stopped.
+
+    Args:
+        name: The batch's name. The same call with it goes on where it stopped.
+        export: The file or address for the results, JSON Lines or .parquet; written when the batch ends or stops.
+    """
+    options = choices.options()
+    if choices.output_type is not None:
         _look_here()
-        options["output_type"] = output_type
-    if retry_failed:
+    if choices.retry_failed:
         _confirm_retry(name, yes)
 
     async def call(shown: Progress) -> BatchReport:
         from prefect_crew.batches.run import arun_batch
 
         found = await access.load(crew)
-        options["wait"] = wait_policy(found, timeout)
-        return await arun_batch(found, dataset, on_progress=shown.watch_batch, **options)
+        given: dict[str, Any] = {"name": name, "output": export, "wait": wait_policy(found, timeout), **options}
+        return await arun_batch(found, dataset, on_progress=shown.watch_batch, **given)
 
     return _put_report(*_run(name, call), as_json=output is not None)
 
 
 def _confirm_retry(name: str, yes: bool) -> None:
     _output.confirm(f"Start a new run for failed rows of batch {name}?", yes=yes)
-
-
-def _limit(text: str) -> Any:
-    """Read what `on_failure` is."""
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
 
 
 def _retries(given: list[str] | None) -> int | dict[str, int]:

@@ -8,7 +8,7 @@ import shlex
 import sys
 from datetime import date, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Group, Parameter, validators
 
@@ -56,7 +56,7 @@ def deploy(
         crew: The name of a stored crew.
         pipeline: A file with a pipeline, YAML or JSON.
         flow: The import path of an asynchronous flow, my_package.flows.my_flow.
-        pool: The work pool whose workers run it; this package has to be installed there.
+        pool: The work pool whose workers run it, with this package installed; if left out, Prefect's default one.
         serve: Run it in this process, until Ctrl-C.
         cron: A cron schedule. Each required input then needs a default.
         interval: A schedule: one run every so many seconds.
@@ -203,25 +203,24 @@ def backfill(
     from prefect_crew.deployments import backfill as create_runs
 
     runs = asyncio.run(create_runs(deployment, from_, to, every, schedule=schedule, dry_run=dry_run))
+    found: list[dict[str, Any]] = [
+        {
+            "scheduled_for": run.scheduled_for.isoformat(),
+            "created": run.created and not dry_run,
+            "flow_run_id": run.flow_run and str(run.flow_run.id),
+            "state": run.flow_run and run.flow_run.state_name,
+        }
+        for run in runs
+    ]
     if output:
-        _output.put_json(
-            [
-                {
-                    "scheduled_for": run.scheduled_for.isoformat(),
-                    "created": run.created and not dry_run,
-                    "flow_run_id": run.flow_run and str(run.flow_run.id),
-                    "state": run.flow_run and run.flow_run.state_name,
-                }
-                for run in runs
-            ]
-        )
+        _output.put_json(found)
         return
     rows = [
         (
             f"{run.scheduled_for:%Y-%m-%d %H:%M} UTC",
-            ("to create" if dry_run else "created") if run.created else str(run.flow_run and run.flow_run.state_name),
-            (flow_run_url(str(run.flow_run.id)) or str(run.flow_run.id)) if run.flow_run else "",
+            "created" if one["created"] else str(one["state"] or "to create"),
+            flow_run_url(one["flow_run_id"]) or one["flow_run_id"] or "",
         )
-        for run in runs
+        for run, one in zip(runs, found, strict=True)
     ]
     _output.put_rows(("Time", "Run", "Where"), rows, empty="The range has no time of that schedule.")

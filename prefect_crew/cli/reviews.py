@@ -77,7 +77,7 @@ def ls(*, output: Output = None) -> None:
         async def crew(record: RunRecord) -> Crew | None:
             name = record.crew, record.crew_url
             if name not in stored:
-                stored[name] = await _crew(record, None, CrewAccess())
+                stored[name] = await crew_of(record, None, CrewAccess())
             return stored[name]
 
         async with _open_stores() as (stores, missed):
@@ -104,15 +104,6 @@ def ls(*, output: Output = None) -> None:
         _output.note("What to judge, and how to answer: prefect-crew reviews inspect KEY", "dim")
 
 
-async def _crew(record: RunRecord, crew: str | None, access: CrewAccess) -> Crew | None:
-    try:
-        return await crew_of(record, crew, access)
-    except CrewError:
-        if crew is not None:
-            raise
-        return None
-
-
 @app.command
 def inspect(
     run: RunName,
@@ -130,7 +121,7 @@ def inspect(
 
         async with _open_stores() as (stores, _):
             record, records = await find_run_in_flight(run, stores)
-            line = await read_pending_review(record, records, lambda record: _crew(record, crew, access))
+            line = await read_pending_review(record, records, lambda record: crew_of(record, crew, access))
         if line is None:
             raise CrewError(f"Run {record.kickoff_id} of crew {record.crew} does not wait for a person.")
         return line
@@ -188,7 +179,7 @@ def _answer(run: str, approve: bool, feedback: str, options: AnswerOptions, acce
 
         async with _open_stores() as (stores, _):
             record, records = await find_run_in_flight(run, stores)
-            crew = await _crew(record, options.crew, access)
+            crew = await crew_of(record, options.crew, access)
             if crew is None:
                 raise needs_crew(record)
             review = Review(approve=approve, feedback=feedback, option=options.option)

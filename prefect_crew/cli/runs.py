@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import shlex
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -289,7 +289,7 @@ def _about_status(status: CrewStatus) -> Iterator[str]:
     word = "waits for a person" if status.state is CrewState.WAITING else str(status.state)
     odd = "" if status.known_state else f" (it says {status.raw_state}, which counts as running)"
     yield f"  The crew's server: {word}{odd}"
-    facts: dict[str, object] = {
+    facts = {
         "Task": status.current_task,
         "Tasks done": f"{status.completed_tasks or 0} of {status.total_tasks}" if status.total_tasks else None,
         "Progress": None if status.progress is None or status.total_tasks else f"{status.progress:.0%}",
@@ -299,7 +299,7 @@ def _about_status(status: CrewStatus) -> Iterator[str]:
     yield from _facts(facts)
 
 
-def _facts(facts: dict[str, object]) -> Iterator[str]:
+def _facts(facts: Mapping[str, object]) -> Iterator[str]:
     for name, fact in facts.items():
         if fact not in (None, ""):
             yield f"  {name}: {' '.join(str(fact).split())}"

@@ -1,4 +1,4 @@
-"""`save`, and commands that take the stored block by its name."""
+"""`crews`, and commands that take the stored block by its name."""
 
 from __future__ import annotations
 
@@ -26,6 +26,14 @@ def test_a_saved_crew_is_used_by_its_name(here, prefect_api: PrefectServer, crew
     assert (block.url, block.token.get_secret_value()) == (url, TOKEN)
     assert (block.wait.timeout, block.max_kickoffs, block.secret_inputs) == (77, 5, ["who"])
     assert here("inputs", name).out == "Input\tNeeded\nwho\trequired\n"
+    assert f"{name}\t{url}\n" in here("crews", "ls").out
+    shown = here("crews", "inspect", name)
+    assert f"url\t{url}\n" in shown.out
+    assert "wait.timeout\t77.0\n" in shown.out
+    assert TOKEN not in shown.out
+    as_json = here("crews", "inspect", name, "-o", "json").json
+    assert (as_json["secret_inputs"], "token" in as_json) == (["who"], False)
+    assert here("crews", "inspect", f"{name}-not").code == 2
 
 
 def test_a_name_is_not_taken_over_by_chance(here, prefect_api: PrefectServer, crews: CrewServer, name: str):

@@ -27,8 +27,7 @@ def test_the_demo_shows_what_it_does_and_where_to_go(demo: Terminal):
     with demo:
         demo.wait_for("Prefect runs it", 10)  # at once, before Prefect is imported
         demo.wait_for("Starting Prefect's embedded server")
-        demo.wait_for("Prefect's embedded server is up", 120)
-        demo.wait_for("research_destination")
+        demo.wait_for("research_destination", 120)
         assert demo.wait(90) == 0, demo.output
         assert demo.family() == {}
     for shown in ("(2 of 3 tasks done)", "Kyoto, Japan: 7 days", "Good to know"):

@@ -288,7 +288,7 @@ def test_a_pipeline_that_cannot_run_is_not_deployed(here, name: str, file: Path,
     ("line", "said"),
     [
         pytest.param(["{}", "-i", "colour=red"], "the inputs colour; it takes who, times, tone.", id="default"),
-        pytest.param(["{}", "-i", "times=two"], "The default of the input times is to be JSON of the", id="type"),
+        pytest.param(["{}", "-i", "times=two"], "The default of the input times must be JSON of the", id="type"),
         pytest.param(["{}", "--cron", "0 6 * * *"], "Missing: who", id="schedule"),
         pytest.param(["nowhere.yaml"], "The pipeline in nowhere.yaml cannot be read", id="file"),
     ],

@@ -31,6 +31,7 @@ from automations import ALERTS  # noqa: E402
 NAMED = re.compile(r"prefect-crew(?! (?:here|if|webhook|input marks)\b)((?: +[a-z][\w-]*)+)((?: +[^\s.,;:`)]+)*)")
 """A command and what follows it. The words left out follow the package's own name."""
 PAGES = [*(ROOT / "docs").glob("*.md"), ROOT / "README.md", ROOT / "examples" / "README.md"]
+SERVICES = [*(ROOT / "deployments").glob("*.yaml")]
 MODULES = [
     path for name in ("prefect_crew", "flows", "deployments", "examples") for path in (ROOT / name).rglob("*.py")
 ]
@@ -44,6 +45,9 @@ def texts(path: Path) -> Iterator[str]:
             r"`(prefect-crew [^`\n]*)`|^\$? ?(prefect-crew .*)$", text.replace("\\\n", " "), re.MULTILINE
         )
         yield from (inline or line for inline, line in found)
+        return
+    if path.suffix == ".yaml":
+        yield from (line.replace(",", "") for line in re.findall(r"\[(prefect-crew, [^\]]*)\]", text))
         return
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.JoinedStr):
@@ -69,7 +73,9 @@ def wrong(text: str) -> list[str]:
 
 
 def test_every_command_that_is_named_exists():
-    named = [(path, problem) for path in (*PAGES, *MODULES) for text in texts(path) for problem in wrong(text)]
+    named = [
+        (path, problem) for path in (*PAGES, *SERVICES, *MODULES) for text in texts(path) for problem in wrong(text)
+    ]
     assert [f"{path.relative_to(ROOT)}: {problem}" for path, problem in named] == []
 
 

@@ -98,7 +98,6 @@ def test_plain_lines(capsys: pytest.CaptureFixture[str]):
     ]
     with Progress(quiet=True) as shown:
         shown.phase("Loading")
-        shown.done("Loaded")
     assert capsys.readouterr().err == ""
 
 

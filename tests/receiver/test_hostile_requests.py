@@ -107,7 +107,9 @@ def hostile_requests(urls: Callable[..., Webhooks]) -> dict[str, Hostile]:  # no
 def receiver(prefect_api: PrefectServer, tmp_path: Path) -> Iterator[tuple[Process, int]]:
     port = free_port()
     env = prefect_api.env(PREFECT_INTEGRATIONS_CREW_WEBHOOK_SECRET=SECRET)
-    with Process([program("prefect-crew"), "receiver", "start", "--port", str(port)], log=tmp_path / "log", env=env) as process:
+    with Process(
+        [program("prefect-crew"), "receiver", "start", "--port", str(port)], log=tmp_path / "log", env=env
+    ) as process:
         yield process, port
 
 

@@ -324,7 +324,7 @@ async def test_where_nothing_is_known_the_page_is_linked_and_nothing_is_promised
             await reviewed(server.crew(page_url=PAGE), None, f"judged/{uuid.uuid4()}", human_timeout=0.3)
         (said,) = [one.getMessage() for one in caplog.records if "waits for a person: task draft" in one.getMessage()]
         assert f"Look at the crew's page: {PAGE}" in said
-        assert "reviews show" not in said
+        assert "reviews inspect" not in said
         assert f"--crew {server.url}" in said, "the crew is no stored block"
 
 
@@ -335,4 +335,4 @@ async def test_where_it_is_known_the_command_that_shows_it_is_named(caplog: pyte
         pytest.raises(CrewTimeoutError),
     ):
         await reviewed(server.crew(), None, f"judged/{uuid.uuid4()}", human_timeout=0.3)
-    assert "See what is to be judged: prefect-crew reviews show" in caplog.text
+    assert "See what is to be judged: prefect-crew reviews inspect" in caplog.text
