@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import nullcontext
 from pathlib import Path
@@ -30,16 +30,13 @@ ANSWER_WITHIN = 10.0
 START_ONE = "Start a server with `prefect server start`, then set PREFECT_API_URL=http://127.0.0.1:4200/api."
 
 
-def reach_prefect(
-    shown: Progress | None = None, *, quiet: bool = True, lasting: bool = False, imports: Sequence[str] = ()
-) -> str | None:
+def reach_prefect(shown: Progress | None = None, *, quiet: bool = True, lasting: bool = False) -> str | None:
     """Import Prefect and make sure that its API answers; return its URL, None for Prefect's embedded server.
 
     Args:
         shown: Shows what is waited for. Left out, it is shown only while it lasts.
         quiet: Whether Prefect's own logs are kept off this terminal.
         lasting: Whether the server has to outlast this command, so that the embedded one will not do.
-        imports: Modules that are needed next, imported while the embedded server starts.
 
     Raises:
         PrefectAwayError: It does not answer, or none is set and Prefect may not start its own.
@@ -67,7 +64,7 @@ def reach_prefect(
             )
         else:
             shown.phase("Starting Prefect's embedded server", "10 to 20 seconds the first time")
-            _start_embedded(imports)
+            _start_embedded()
         shown.close()
     return url
 
@@ -85,7 +82,7 @@ def _check(url: str) -> None:
         ) from None
 
 
-def _start_embedded(imports: Sequence[str]) -> None:
+def _start_embedded() -> None:
     """Start Prefect's embedded server where Ctrl-C does not reach it, and have it ended with the command.
 
     The keys send SIGINT to every process of the terminal, so the server would end before a crew's stop is on record. A
@@ -109,8 +106,6 @@ def _start_embedded(imports: Sequence[str]) -> None:
             os.environ.setdefault(name, "CRITICAL")
     threading.Thread(target=start, name="prefect-embedded-server", daemon=True).start()
     _output.current.at_end.callback(_end_embedded, server, started)
-    for module in imports:
-        importlib.import_module(module)
     try:
         started.result()
     except Exception as error:  # noqa: BLE001 - whatever it is, there is no server

@@ -27,7 +27,6 @@ from prefect_crew.states import CrewState
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import PrefectClient
-    from prefect.client.schemas.objects import WorkPool
 
     from prefect_crew.client._client import CrewClient
 
@@ -286,45 +285,42 @@ async def _records() -> Finding:
 async def _crew_pools(client: PrefectClient) -> AsyncIterator[Finding]:
     from prefect.client.schemas.filters import WorkPoolFilter, WorkPoolFilterType
 
+    from prefect_crew.records.model import utcnow
+    from prefect_crew.worker import BEGUN, UNOWNED_FOR, is_orphan, owner_name, read_flow_runs, read_workers
+
     of_crews = WorkPoolFilter(type=WorkPoolFilterType(any_=["crew"]))
     pools = await client.read_work_pools(work_pool_filter=of_crews)
     if not pools:
         found = "There is no work pool of the type crew. On others a flow run that waits for a crew holds a process."
         yield Finding("note", "crew pool", found, "prefect work-pool create crews --type crew")
     for pool in pools:
-        async for finding in _crew_pool(client, pool):
-            yield finding
-
-
-async def _crew_pool(client: PrefectClient, pool: WorkPool) -> AsyncIterator[Finding]:
-    from prefect_crew.records.model import utcnow
-    from prefect_crew.worker import BEGUN, UNOWNED_FOR, is_orphan, owner_name, read_flow_runs, read_workers
-
-    subject, name = f"crew pool {pool.name}", shlex.quote(pool.name)
-    start = f"prefect worker start --pool {name}"
-    workers = await read_workers(client, pool.name)
-    online = sorted(worker for worker, is_online in workers.items() if is_online)
-    begun = await read_flow_runs(client, pool.name, *BEGUN)
-    since = utcnow() - timedelta(seconds=UNOWNED_FOR)  # one that a worker is about to take has no owner for a moment
-    orphans = [
-        run
-        for run in begun
-        if is_orphan(run, workers) and (owner_name(run) or (run.state is not None and run.state.timestamp < since))
-    ]
-    if pool.is_paused:
-        fix = f"prefect work-pool resume {name}"
-        yield Finding("warning", subject, "It is paused: its workers take no flow runs.", fix)
-    if online:
-        found = f"{_count(online, 'worker')} online ({', '.join(online)}), {_count(begun, 'flow run')} begun"
-        yield Finding("ok", subject, found)
-    else:
-        yield Finding("warning", subject, "No worker is online.", start)
-    if orphans:
-        gone = sorted({worker for run in orphans if (worker := owner_name(run)) is not None})
-        found = f"Worker {', '.join(gone) or 'NAME'} is gone and left {_count(orphans, 'flow run')}."
-        others = "Workers that are online take them within two heartbeats. " if online else ""
-        fix = f"{others}To take them at once: {start} --name {shlex.quote(gone[0]) if gone else 'NAME'}."
-        yield Finding("warning", subject, found, fix)
+        subject, name = f"crew pool {pool.name}", shlex.quote(pool.name)
+        start = f"prefect worker start --pool {name}"
+        workers = await read_workers(client, pool.name)
+        online = sorted(worker for worker, is_online in workers.items() if is_online)
+        begun = await read_flow_runs(client, pool.name, *BEGUN)
+        since = utcnow() - timedelta(
+            seconds=UNOWNED_FOR
+        )  # one that a worker is about to take has no owner for a moment
+        orphans = [
+            run
+            for run in begun
+            if is_orphan(run, workers) and (owner_name(run) or (run.state is not None and run.state.timestamp < since))
+        ]
+        if pool.is_paused:
+            fix = f"prefect work-pool resume {name}"
+            yield Finding("warning", subject, "It is paused: its workers take no flow runs.", fix)
+        if online:
+            found = f"{_count(online, 'worker')} online ({', '.join(online)}), {_count(begun, 'flow run')} begun"
+            yield Finding("ok", subject, found)
+        else:
+            yield Finding("warning", subject, "No worker is online.", start)
+        if orphans:
+            gone = sorted({worker for run in orphans if (worker := owner_name(run)) is not None}) or ["NAME"]
+            found = f"Worker {', '.join(gone)} is gone and left {_count(orphans, 'flow run')}."
+            others = "Workers that are online take them within two heartbeats. " if online else ""
+            fix = f"{others}To take them at once: {start} --name {shlex.quote(gone[0])}."
+            yield Finding("warning", subject, found, fix)
 
 
 def _count(things: Sized, word: str) -> str:

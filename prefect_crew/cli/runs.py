@@ -293,7 +293,6 @@ def _about_status(status: CrewStatus) -> Iterator[str]:
         "Task": status.current_task,
         "Tasks done": f"{status.completed_tasks or 0} of {status.total_tasks}" if status.total_tasks else None,
         "Progress": None if status.progress is None or status.total_tasks else f"{status.progress:.0%}",
-        "Message": status.message if status.state is not CrewState.FAILED else None,
         "Error": status.error,
     }
     yield from _facts(facts)
@@ -414,7 +413,8 @@ def resolve(
                 if kickoff_id is None:
                     await resolve_lost(record, records, look=look)
                     return f"run {record.kickoff_id} of {key} is lost. {again} starts another."
-                await _check_unused(kickoff_id, record)
+                if batch:
+                    await _check_unused(kickoff_id, record)
                 state = await resolve_started(record, kickoff_id, records, look=look)
             now = f", {state} now" if state else ""
             return f"{key} is run {kickoff_id}{now}. {again} waits for it and gets its result."

@@ -158,7 +158,7 @@ def demo(
     for name, value in given.items():
         _output.note(f"  {name:<10} {value}")
     with Progress() as shown:
-        url = reach_prefect(shown, imports=("prefect_crew.flows", "prefect_crew.devserver"))
+        url = reach_prefect(shown)
         shown.phase("Starting a crew server on this machine")
         from prefect_crew.crew import WaitPolicy
         from prefect_crew.devserver import CrewServer

@@ -80,15 +80,14 @@ def test_a_person_confirms_or_nothing_is_done(monkeypatch: pytest.MonkeyPatch, t
         _output.confirm("Go on?", yes=False)
 
 
-def test_a_table_fits_80_columns_whole_and_has_no_colours_where_none_are_wanted(
+def test_a_table_fits_80_columns_whole_and_has_no_colours_without_a_terminal(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(_output, "is_terminal", lambda _: True)
-    for name, value in (("COLUMNS", "80"), ("NO_COLOR", "1"), ("FORCE_COLOR", "1")):
-        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("COLUMNS", "80")
     key = "8f0e5c1d-9d47-4a6b-8f0e-5c1d2a7b9e64/127.0.0.1:8123/a66405200addd68f388066aeebf9825d/1"
     _output.put_rows(["State", "Key", "Crew", "Since"], [["in-flight", key, "a-crew-with-a-long-name", "12 min"]])
     out = capsys.readouterr().out
     assert max(map(len, out.splitlines())) <= 80
-    assert "\x1b[3" not in out
+    assert "\x1b" not in out
     assert "…" not in out, "nothing is cut off"
