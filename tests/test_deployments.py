@@ -170,8 +170,8 @@ HOURLY = SIX.model_copy(update={"schedule": CronSchedule(cron="0 * * * *")})
     ("schedules", "call", "problem"),
     [
         pytest.param((SIX,), {"end": date(2024, 1, 1)}, "ends before it begins", id="reversed"),
-        pytest.param((SIX,), {"every": timedelta(0)}, "between two runs is none", id="no-pause"),
-        pytest.param((SIX,), {"end": date(2999, 1, 1), "start": date(2998, 12, 1)}, "have gone by", id="future"),
+        pytest.param((SIX,), {"every": timedelta(0)}, "between two runs is not above 0", id="no-pause"),
+        pytest.param((SIX,), {"end": date(2999, 1, 1), "start": date(2998, 12, 1)}, "all in the past", id="future"),
         pytest.param((SIX,), {"every": timedelta(seconds=1)}, "at most 1000 times", id="too-many-by-every"),
         pytest.param((HOURLY,), {"end": date(2024, 5, 1)}, "at most 1000 times", id="too-many-by-schedule"),
         pytest.param((SIX,), {"schedule": "seven"}, "schedule=….*: six", id="unknown-schedule"),
