@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine
+from contextlib import suppress
 from typing import Any
 
 import httpx
@@ -38,8 +39,7 @@ async def run_until_cancelled(
     """Run all rows; on a cancellation do what `on_cancel` says, if somebody asked for it, else leave what is in flight.
 
     Args:
-        rows: Runs the rows.
-        runner: What runs them.
+        rows: Runs the rows. `runner`: what runs them.
         name: The batch.
         on_cancel: stop, drain or leave.
         tick: Called about once a second, until the rows have ended.
@@ -51,42 +51,39 @@ async def run_until_cancelled(
     """
     own = flow_run_id()
     work = asyncio.ensure_future(rows)
-    ticking = asyncio.ensure_future(_repeat(tick))
-    cancelled = asyncio.ensure_future(_until_cancelled(own))
     with watch_ctrl_c():
         try:
-            await _first_of(work, ticking, cancelled)
+            await _run_beside(work, tick, own)
             if not work.done():
-                await _end(runner, work, ticking, name, on_cancel)
+                await _end(runner, work, tick, name, on_cancel)
                 if own is not None:
                     await end_as_cancelled(own)
                 raise BatchCancelledError(name=name)
         except asyncio.CancelledError:
             if not work.done():
-                await _end(runner, work, ticking, name, on_cancel if await _was_asked(own) else "leave")
+                await _end(runner, work, tick, name, on_cancel if await _was_asked(own) else "leave")
             raise
         finally:
-            await cancel_and_wait(cancelled, ticking, work)
+            await cancel_and_wait(work)
 
 
-async def _first_of(*tasks: asyncio.Future[None]) -> None:
-    """Wait until one of some tasks has ended, and raise what it raises."""
-    done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-    for one in done:
-        one.result()
+async def _run_beside(
+    work: asyncio.Future[None], tick: Callable[[], Awaitable[None]], own: str | None, *, drains: bool = False
+) -> None:
+    """Return once the rows have ended, or the flow run is cancelled unless it `drains`; raise what either raises."""
+    ticking = asyncio.ensure_future(_tick(tick, own, drains=drains))
+    try:
+        done, _ = await asyncio.wait((work, ticking), return_when=asyncio.FIRST_COMPLETED)
+        for one in done:
+            one.result()
+    finally:
+        await cancel_and_wait(ticking)
 
 
-async def _repeat(tick: Callable[[], Awaitable[None]]) -> None:
-    while True:
+async def _tick(tick: Callable[[], Awaitable[None]], own: str | None, *, drains: bool) -> None:
+    while drains or not await is_cancelled(own, every=LOOK_EVERY):
         await asyncio.sleep(TICK)
         await tick()
-
-
-async def _until_cancelled(own: str | None) -> None:
-    while True:
-        if await is_cancelled(own, every=LOOK_EVERY):
-            return
-        await asyncio.sleep(TICK)
 
 
 async def _was_asked(own: str | None) -> bool:
@@ -97,12 +94,12 @@ async def _was_asked(own: str | None) -> bool:
 
 
 async def _end(
-    runner: Runner, work: asyncio.Future[None], ticking: asyncio.Future[None], name: str, on_cancel: str
+    runner: Runner, work: asyncio.Future[None], tick: Callable[[], Awaitable[None]], name: str, on_cancel: str
 ) -> None:
     runner.stop("the batch was cancelled.")
     if on_cancel == "drain":
         run_logger().info("Batch %s waits for %d runs in flight.", name, len(runner.waiting))
-        await _first_of(work, ticking)
+        await _run_beside(work, tick, None, drains=True)
         return
     # A kickoff that is under way gets its id first: cut off, it would be uncertain.
     await _within(runner.throttle.idle(), KICK_OFF_WITHIN)
@@ -139,8 +136,7 @@ async def _stop_runs(runner: Runner) -> None:
 
 
 async def _within(waiting: Awaitable[None], seconds: float) -> bool:
-    try:
+    with suppress(TimeoutError):
         await asyncio.wait_for(waiting, seconds)
-    except TimeoutError:
-        return False
-    return True
+        return True
+    return False

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import codecs
 import csv
+import hashlib
 import io
 import json
 import lzma
 import os
-import pickle
 import tempfile
 import zipfile
 import zlib
@@ -68,7 +67,8 @@ class Dataset:
     `rows` gives all of them, also what is in the place of a row and is none, with its `fault`; iterating over the data
     set itself raises DatasetError there.
 
-    `address` is where another machine would read it, with its format and encoding; None for what only this process has.
+    `address` is where another machine would read it, with its format and encoding; `digest` gives the SHA-256 of the
+    file there. They are None for what only this process has.
     """
 
     name: str
@@ -76,6 +76,7 @@ class Dataset:
     address: str | None = None
     format: DatasetFormat | None = None
     encoding: str = "utf-8-sig"
+    digest: Callable[[], str] | None = None
 
     def __iter__(self) -> Iterator[Row]:
         for row in self.rows():
@@ -101,7 +102,7 @@ def open_dataset(source: Any, *, format: DatasetFormat | None = None, encoding: 
         name = shown_address(address)
         kind = format or _format_of(address, name)
         file = _File(address, name)
-        return Dataset(name, lambda: _read_file(file, kind, encoding), address, kind, encoding)
+        return Dataset(name, lambda: _read_file(file, kind, encoding), address, kind, encoding, file.digest)
     kind_name = cast("type[Any]", type(source)).__name__
     library = cast("type[Any]", type(source)).__module__.partition(".")[0]
     reader = _FRAMES.get((library, kind_name))
@@ -113,10 +114,8 @@ def open_dataset(source: Any, *, format: DatasetFormat | None = None, encoding: 
             f"A {kind_name} is no data set: give a path, an iterable of mappings, or a data frame.", source="data set"
         )
     rows = cast("Iterable[Any]", source)
-    name = f"{kind_name} of rows"
-    if isinstance(rows, list | tuple):
-        return Dataset(name, lambda: _of_mappings(rows))
-    return Dataset(name, _spooled(rows, name))
+    kept = rows if isinstance(rows, list | tuple) else list(rows)  # rows are read twice
+    return Dataset(f"{kind_name} of rows", lambda: _of_mappings(kept))
 
 
 # Addresses
@@ -193,6 +192,11 @@ class _File:
             self._folder = folder
         return Path(self._folder.name) / "data"
 
+    def digest(self) -> str:
+        """Return the SHA-256 of the file as it is stored. Raises DatasetError: it cannot be read."""
+        with _reporting(self.name), self.fetch().open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
     def _chunks(self) -> Iterator[bytes]:
         if self._address.startswith(("http://", "https://")):
             # Not by fsspec, which needs a further package for it.
@@ -251,35 +255,22 @@ def _reporting(name: str) -> Generator[None]:
 def _lines(file: IO[bytes], name: str, encoding: str) -> Iterator[str]:
     """Yield the lines with their ends. Only a line feed ends one."""
     try:
-        decoder = codecs.getincrementaldecoder(encoding)()
+        text = io.TextIOWrapper(cast("Any", file), encoding, newline="\n")
     except LookupError:
         raise DatasetError(f"there is no encoding {encoding!r}.", source=name) from None
     number = 1
-    pieces: list[str] = []
-    size = 0
-    while True:
-        chunk = file.read(CHUNK)
-        try:
-            text = decoder.decode(chunk, final=not chunk)
-        except UnicodeDecodeError as error:
-            shown = error.object[error.start : error.end][:8].hex(" ")
-            line = number + error.object[: error.start].decode(error.encoding, "ignore").count("\n")
-            raise DatasetError(
-                f"the bytes {shown} are not {encoding}. Give the file's encoding=….", source=name, line=line
-            ) from None
-        first, *more = text.split("\n")
-        pieces.append(first)
-        size += len(first)
-        if size > ROW_LIMIT:
-            raise _too_long(name, number)
-        for start in more:
-            yield "".join((*pieces, "\n"))
+    try:
+        while line := text.readline(ROW_LIMIT + 1):
+            if len(line) > ROW_LIMIT:
+                raise _too_long(name, number)
+            yield line
             number += 1
-            pieces, size = [start], len(start)
-        if not chunk:
-            break
-    if size:
-        yield "".join(pieces)
+    except UnicodeDecodeError as error:
+        shown = error.object[error.start : error.end][:8].hex(" ")
+        number += error.object[: error.start].decode(error.encoding, "ignore").count("\n")
+        raise DatasetError(
+            f"the bytes {shown} are not {encoding}. Give the file's encoding=….", source=name, line=number
+        ) from None
 
 
 def _too_long(name: str, line: int) -> DatasetError:
@@ -405,38 +396,8 @@ def _of_mappings(rows: Iterable[Any]) -> Iterator[Row]:
         yield _mapping_row(value, number)
 
 
-def _spooled(rows: Iterable[Any], name: str) -> Callable[[], Iterator[Row]]:
-    """Keep rows that can be read only once in a file that goes with this process."""
-    spool = tempfile.TemporaryFile("w+b", prefix="prefect-crew-")  # noqa: SIM115  lives as long as the data set
-    for row in _of_mappings(rows):
-        try:
-            pickle.dump(row, spool, pickle.HIGHEST_PROTOCOL)
-        except (pickle.PicklingError, TypeError, AttributeError) as error:
-            raise DatasetError(
-                f"holds what cannot be kept for a second reading: {error}. Give a list of the rows.",
-                source=name,
-                line=row.line,
-            ) from None
-    end = spool.tell()
-
-    def read() -> Iterator[Row]:
-        # Each reader has a position of its own in the file.
-        position = 0
-        while position < end:
-            spool.seek(position)
-            row: Row = pickle.load(spool)  # noqa: S301  written by this process, above
-            position = spool.tell()
-            yield row
-
-    return read
-
-
 def polars(what: str) -> ModuleType:
-    """Return polars, which the extra `data` brings.
-
-    Raises:
-        DatasetError: It is not installed; `what` is what needs it.
-    """
+    """Return polars, which the extra `data` brings. Raises DatasetError."""
     try:
         import polars
     except ImportError:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from itertools import islice
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 from uuid import uuid4
 
 from pydantic_core import from_json, to_json
@@ -17,7 +17,6 @@ from sqlalchemy import (
     Connection,
     Table,
     and_,
-    cast,
     delete,
     func,
     literal,
@@ -28,8 +27,7 @@ from sqlalchemy import (
 from sqlalchemy.exc import SQLAlchemyError
 
 from prefect_crew._internal.prefect_api import run_logger
-from prefect_crew.batches.database import Database, answers, attempts, batches, rows, short
-from prefect_crew.batches.group_commit import GroupWriter, seconds_left
+from prefect_crew.batches.database import Database, GroupWriter, answers, attempts, batches, rows, seconds_left, short
 from prefect_crew.batches.outcomes import CONFLICT_REASON, SENDER_ENDED, RowState, state_of
 from prefect_crew.batches.rows import BadRow, RowJob, SetAside
 from prefect_crew.client.models import TokenUsage
@@ -56,8 +54,8 @@ class BatchEntry:
         call: How it was called, where that are plain values.
         set_aside: The rows that cannot be run, as its last call found them.
         line_options: What its lines depend on besides the rows.
-        exported: What the output was last written with.
-        generation: A number that grows while rows are started.
+        exported: What the output was last written with, and of which check of the rows.
+        generation: A number that grows while rows are started, here and on the Prefect server.
     """
 
     name: str
@@ -75,13 +73,7 @@ class BatchEntry:
 
 @dataclass(frozen=True)
 class LedgerRow:
-    """A row as the ledger knows it.
-
-    Attributes:
-        key, inputs: Its key, and its inputs with secret ones masked.
-        state: How it stands.
-        record: The attempt that counts; None if it was never claimed.
-    """
+    """A row as the ledger knows it: its inputs with secret ones masked, and the attempt that counts, if any."""
 
     key: str
     inputs: Mapping[str, Any]
@@ -96,8 +88,7 @@ class LedgerRow:
         return None if self.record is None else self.record.error or self.record.reason
 
 
-@dataclass(frozen=True)
-class RunTimes:
+class RunTimes(NamedTuple):
     """How long the runs of a batch took that have ended, in seconds; None where there is none."""
 
     mean: float | None = None
@@ -145,19 +136,12 @@ class Ledger:
     # The batch as a whole.
 
     async def entry(self) -> BatchEntry | None:
-        """Return what is known of the batch, None if it is new here.
+        """Return what is known of the batch, None if it is new here. Raises LedgerError."""
 
-        Raises:
-            LedgerError: It cannot be read, or was written by another version of this package.
-        """
-
-        def read(connection: Connection) -> dict[str, Any] | None:
-            row = connection.execute(select(batches).where(batches.c.name == self.batch)).mappings().first()
-            return None if row is None else {str(name): value for name, value in row.items()}
-
-        values = await self._read(read)
-        if values is None:
+        found = await self._rows(select(batches).where(batches.c.name == self.batch))
+        if not found:
             return None
+        values: dict[str, Any] = dict(zip(batches.c.keys(), found[0], strict=True))
         if values["version"] > LEDGER_VERSION:
             raise LedgerError("was written by a later version of prefect-crew: update this one.", ledger=self.address)
         aside: dict[str, Any] = values.pop("set_aside") or {}
@@ -177,11 +161,9 @@ class Ledger:
         values: dict[str, Any] = {"crew_url": crew_url, "fingerprint": fingerprint, "total": total, "call": call}
         values |= {"version": LEDGER_VERSION, "line_options": line_options}
         insert = self.database.insert(batches).values(name=self.batch, ledger_id=str(uuid4()), **values)
-        statement = insert.on_conflict_do_update(index_elements=["name"], set_=values)
-        await self._write(lambda connection: connection.execute(statement).close())
+        await self._execute(insert.on_conflict_do_update(index_elements=["name"], set_=values))
         entry = await self.entry()
-        if entry is None:
-            raise LedgerError("lost what was just written.", ledger=self.address)
+        assert entry is not None  # noqa: S101  it was just written
         return entry
 
     async def advance(self) -> int:
@@ -192,22 +174,18 @@ class Ledger:
             connection.execute(update(batches).where(this).values(generation=batches.c.generation + 1)).close()
             return int(connection.execute(select(batches.c.generation).where(this)).scalar_one())
 
-        return await self._write_once(write)
+        return await self._run(write, "written", once=True)
 
     async def note(self, **values: Any) -> None:
         """Write down `set_aside` or `exported` of a `BatchEntry`, as JSON values."""
-        statement = update(batches).where(batches.c.name == self.batch).values(values)
-        await self._write(lambda connection: connection.execute(statement).close())
+        await self._execute(update(batches).where(batches.c.name == self.batch).values(values))
 
     # Its rows.
 
     async def enter_rows(self, jobs: Sequence[RowJob], crew: Crew, *, anew: bool = False) -> dict[str, RowState]:
         """Write down rows of the data set that are new or have changed, and return how all of them stand by their keys.
 
-        Args:
-            jobs: Some rows.
-            crew: Says which inputs are secret.
-            anew: Write all of them, since other inputs are secret than before.
+        `crew` says which inputs are secret; `anew`: others are than before, so that all are written.
         """
 
         def write(connection: Connection) -> dict[str, RowState]:
@@ -243,20 +221,18 @@ class Ledger:
                 states |= {key: RowState(state) for key, _, _, state in found}
             return states
 
-        return await self._write(write)
+        return await self._run(write, "written")
 
     async def enter_changed(self, jobs: Iterator[RowJob], crew: Crew) -> None:
         """Number all rows anew, after the data set has changed: what has left it is neither counted nor exported."""
-        statement = update(rows).where(rows.c.batch == self.batch).values(number=None)
-        await self._write(lambda connection: connection.execute(statement).close())
+        await self._execute(update(rows).where(rows.c.batch == self.batch).values(number=None))
         while page := list(islice(jobs, PAGE)):
             await self.enter_rows(page, crew)
 
     async def note_conflict(self, row_key: str) -> None:
         """Write down that a row was not started, since its key was kicked off before with something else."""
         this = (rows.c.batch == self.batch, rows.c.row_key == row_key)
-        statement = update(rows).where(*this).values(state=str(RowState.CONFLICT))
-        await self._write(lambda connection: connection.execute(statement).close())
+        await self._execute(update(rows).where(*this).values(state=str(RowState.CONFLICT)))
 
     async def counts(self) -> dict[RowState, int]:
         """Return how many rows of the data set stand in each state, without those that the batch has not come to."""
@@ -265,12 +241,7 @@ class Ledger:
         return {RowState(state): int(count) for state, count in found}
 
     async def rows_in(self, states: Collection[RowState], *, limit: int | None = None) -> AsyncIterator[LedgerRow]:
-        """Yield the rows of the data set that stand in one of some states, one state after another.
-
-        Args:
-            states: The states.
-            limit: How many rows at most, None for all.
-        """
+        """Yield the rows of the data set that stand in one of some states, one state after another."""
         count = 0
         for state in states:
             async for page in self._pages(self._left, state=state):
@@ -293,19 +264,18 @@ class Ledger:
         attempt = (attempts.c.batch == rows.c.batch, attempts.c.row_key == rows.c.row_key)
         joined = rows.outerjoin(attempts, and_(*attempt, attempts.c.attempt == rows.c.attempt))
         columns = (rows.c.number, rows.c.row_key, rows.c.inputs, rows.c.state, attempts.c.record, more)
-        query = select(*columns).select_from(joined).where(rows.c.batch == self.batch)
+        query = select(*columns).select_from(joined).where(rows.c.batch == self.batch).limit(PAGE)
+        # While a changed data set is entered two rows may have one number. Those of one state are found by their index,
+        # which has no keys: with them in the order SQLite would go through all rows.
+        order = (rows.c.number, rows.c.row_key) if state is None else (rows.c.number,)
         if state is not None:
             query = query.where(rows.c.state == str(state))
-        query = query.order_by(rows.c.number, rows.c.row_key).limit(PAGE)
-        last: tuple[int, str] = (-1, "")
-        found: list[Any] = [()]
-        while found:
-            found = await self._rows(
-                query.where(tuple_(rows.c.number, rows.c.row_key) > tuple_(literal(last[0]), literal(last[1])))
-            )
-            if found:
-                last = found[-1][0], found[-1][1]
-                yield [row[1:] for row in found]
+        last: Sequence[Any] = (-1, "")
+        while found := await self._rows(
+            query.where(tuple_(*order) > tuple_(*map(literal, last[: len(order)]))).order_by(*order)
+        ):
+            last = found[-1]
+            yield [row[1:] for row in found]
 
     async def kickoffs(self) -> int:
         """Return how many kickoffs were, or may have been, sent for this batch in all."""
@@ -330,10 +300,8 @@ class Ledger:
     async def usage(self) -> TokenUsage | None:
         """Return the usage of all runs that reported one, added up; None where none did."""
         names = list(TokenUsage.model_fields)
-        sums = [func.sum(cast(attempts.c.usage[name].as_string(), BigInteger)) for name in names]
-        found = (await self._rows(select(*sums).where(attempts.c.batch == self.batch, attempts.c.usage.is_not(None))))[
-            0
-        ]
+        sums = [func.sum(attempts.c.usage[name].as_string().cast(BigInteger)) for name in names]
+        (found,) = await self._rows(select(*sums).where(attempts.c.batch == self.batch, attempts.c.usage.is_not(None)))
         reported = {name: int(count) for name, count in zip(names, found, strict=True) if count is not None}
         return TokenUsage(**reported) if reported else None
 
@@ -497,48 +465,33 @@ class Ledger:
         place = {"batch": self.batch, "row_key": self.row_key(record.idempotency_key), "attempt": record.attempt}
         values = {**place, "number": number, "review": review.model_dump_json()}
         statement = self.database.insert(answers).values(values).on_conflict_do_nothing()
-        return await self._write_once(lambda connection: connection.execute(statement).rowcount == 1)
+        return await self._run(lambda connection: connection.execute(statement).rowcount == 1, "written", once=True)
 
     async def save_review(self, record: RunRecord, number: int, review: SentReview) -> None:
         """Write down what became of it."""
         where = (*self._attempt(answers, record), answers.c.number == number)
-        statement = update(answers).where(*where).values(review=review.model_dump_json())
-        await self._write_once(lambda connection: connection.execute(statement).close())
+        await self._execute(update(answers).where(*where).values(review=review.model_dump_json()))
 
     async def remove_review(self, record: RunRecord, number: int) -> None:
         """Take back an answer that the crew's server refused."""
-        statement = delete(answers).where(*self._attempt(answers, record), answers.c.number == number)
-        await self._write_once(lambda connection: connection.execute(statement).close())
+        await self._execute(delete(answers).where(*self._attempt(answers, record), answers.c.number == number))
 
     def _attempt(self, table: Table, record: RunRecord) -> tuple[ColumnElement[bool], ...]:
         row = table.c.row_key == self.row_key(record.idempotency_key)
         return table.c.batch == self.batch, row, table.c.attempt == record.attempt
 
     async def _rows(self, query: Any) -> list[Any]:
-        def read(connection: Connection) -> list[Any]:
-            found: Any = connection.execute(query)
-            return list(found)
+        return await self._run(lambda connection: list(cast("Any", connection.execute(query))), "read")
 
-        return await self._read(read)
+    async def _execute(self, statement: Any) -> None:
+        await self._run(lambda connection: connection.execute(statement).close(), "written")
 
-    async def _read(self, work: Callable[[Connection], T]) -> T:
+    async def _run(self, work: Callable[[Connection], T], what: str, *, once: bool = False) -> T:
+        """Do something in the database. It is tried again while that is away, but for what can be done only `once`."""
         try:
-            return await self.writer.keep_trying(work, "read")
+            return await (self.database.run(work) if once else self.writer.keep_trying(work, what))
         except (SQLAlchemyError, OSError) as error:
-            raise LedgerError(f"cannot be read: {short(error)}.", ledger=self.address) from error
-
-    async def _write(self, work: Callable[[Connection], T]) -> T:
-        """Write what can be written twice."""
-        return await self._writing(self.writer.keep_trying(work, "written"))
-
-    async def _write_once(self, work: Callable[[Connection], T]) -> T:
-        return await self._writing(self.database.run(work))
-
-    async def _writing(self, writing: Awaitable[T]) -> T:
-        try:
-            return await writing
-        except (SQLAlchemyError, OSError) as error:
-            raise LedgerError(f"cannot be written: {short(error)}.", ledger=self.address) from error
+            raise LedgerError(f"cannot be {what}: {short(error)}.", ledger=self.address) from error
 
     def _values(self, record: RunRecord) -> dict[str, Any]:
         seconds = usage = None

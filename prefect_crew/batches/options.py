@@ -18,8 +18,7 @@ from pydantic import (
 from pydantic_core import PydanticSerializationError
 
 from prefect_crew.batches.dataset import Dataset, is_remote, shown_address, whole_address
-from prefect_crew.batches.outcomes import RETRYABLE
-from prefect_crew.batches.rows import InputsFrom
+from prefect_crew.batches.outcomes import RETRYABLE, RowState
 from prefect_crew.client.webhooks import Webhooks
 from prefect_crew.crew import WaitPolicy
 from prefect_crew.exceptions import ConfigurationError
@@ -33,6 +32,11 @@ OF_ONE_CALL = {"retry_failed", "on_change"}
 """Options that are about one call only."""
 
 
+InputsFrom = Mapping[str, Any] | Callable[..., Any]
+"""A function of the row; or inputs by name, each a template over the row's columns, a column's name, a function of the
+row, or any constant that is no text."""
+KeyFrom = str | Callable[..., Any]
+"""The name of a column, or a function of the row."""
 Count = Annotated[int, Field(strict=True, ge=1)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 OnFailure = Literal["continue", "stop"] | int | float
@@ -51,8 +55,8 @@ class BatchOptions(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
 
-    key: str | Callable[..., Any] | None = None
-    inputs: Mapping[str, Any] | Callable[..., Any] | None = None
+    key: KeyFrom | None = None
+    inputs: InputsFrom | None = None
     rows: str | None = None
     max_in_flight: Count | None = None
     kickoffs_per_second: Seconds | None = None
@@ -84,11 +88,7 @@ class BatchOptions(BaseModel):
 
     @property
     def row_range(self) -> slice | None:
-        """The rows of `rows`, counted from 0, the last one excluded; None for all.
-
-        Raises:
-            ConfigurationError: `rows` is no range.
-        """
+        """The rows of `rows`, counted from 0, the last one excluded; None for all. Raises ConfigurationError."""
         if self.rows is None:
             return None
         given = re.fullmatch(r"(\d*):(\d*)", self.rows.strip())
@@ -113,10 +113,11 @@ class BatchOptions(BaseModel):
     @field_validator("retries")
     @classmethod
     def _check_retries(cls, retries: Retries) -> Retries:
-        unknown = set(retries) - set(RETRYABLE) if isinstance(retries, Mapping) else set[str]()
+        known = RETRYABLE.values()
+        unknown = set(retries) - set(known) if isinstance(retries, Mapping) else set[str]()
         if unknown:
             raise ValueError(
-                f"a row is started again after {', '.join(RETRYABLE)} only, not after {', '.join(sorted(unknown))}: "
+                f"a row is started again after {', '.join(known)} only, not after {', '.join(sorted(unknown))}: "
                 "that started nothing, or left a run that may go on"
             )
         return retries
@@ -146,6 +147,26 @@ class BatchOptions(BaseModel):
             return f"{failed} of {ended} rows failed, more than {limit:.0%}." if over else None
         return f"{failed} rows failed, and on_failure is {limit:g}." if failed >= float(limit) else None
 
+    def starts_again(self, state: RowState, key: str, *, count: int, before: int, most: int, owed: int = 0) -> bool:
+        """Return whether a row is started once more.
+
+        Args:
+            state: How it stands.
+            key: Its key.
+            count: Its kickoffs so far. `before`: those of them that were made in earlier calls.
+            most: How many the crew's block allows.
+            owed: Further kickoffs that it gets whatever the options say.
+        """
+        if state not in RETRYABLE:
+            return False
+        is_lost, chosen = state is RowState.LOST, self.retry_failed
+        if isinstance(self.retries, int):
+            more = 0 if is_lost else self.retries
+        else:
+            more = self.retries.get(RETRYABLE[state], 0)
+        asked = (chosen and not is_lost) if isinstance(chosen, bool) else key in chosen
+        return count < min((before + 1 if asked else 1) + max(more, owed), most)
+
 
 def plain_call(
     *,
@@ -158,13 +179,8 @@ def plain_call(
 ) -> dict[str, Any]:
     """Return a call as JSON values. Where that cannot be, its only key is `why_not`.
 
-    Args:
-        crew: The name of its stored block, None if it is not stored.
-        secret_inputs: Its secret inputs. A call that has the value of one is not stored.
-        dataset: The data set.
-        output: Where the lines go.
-        ledger: Where the ledger is, without a password.
-        options: The options.
+    `crew` is the name of its stored block, None if it is not stored; `output` is where the lines go, and `ledger` where
+    the ledger is, without a password. A call that has the value of a secret input is not stored.
     """
     address = dataset.address
     if crew is None:
@@ -198,9 +214,7 @@ def plain_call(
 
 def _holds_value(inputs: InputsFrom | None, name: str) -> bool:
     """Return whether options say what an input is, rather than which column it comes from."""
-    if inputs is None or callable(inputs):
-        return False
-    source = inputs.get(name)
+    source = None if inputs is None or callable(inputs) else inputs.get(name)
     if not isinstance(source, str):
         return source is not None
     # Of a template, what is not within its braces, or is quoted there.

@@ -28,16 +28,13 @@ _fsspec = cast("Any", fsspec)
 COLUMNS = ("key", "inputs", "state", "output", "data", "tasks", "kickoff_id", "seconds", "usage", "error")
 STRUCTURED = ("inputs", "data", "tasks", "usage")
 """Columns that are JSON in Parquet."""
-UNFINISHED = (RowState.PENDING, RowState.CLAIMED, RowState.STARTED, RowState.UNCERTAIN)
-"""States of rows that have no line."""
 
 
 class Output:
     """Where the lines of a batch go: a path, or an fsspec address.
 
-    Args:
-        address: It. `.parquet` is Parquet, anything else JSON Lines, compressed as its ending says.
-        output_type: What `data` is an instance of, None where it is as the crew's server gave it.
+    `.parquet` is Parquet, anything else JSON Lines, compressed as its ending says. `output_type` is what `data` is an
+    instance of, None where it is as the crew's server gave it.
 
     Raises:
         ConfigurationError: Such an output cannot be written here. Nothing was started.
@@ -65,13 +62,9 @@ class Output:
                 ) from None
 
     def check(self, *, is_new: bool) -> None:
-        """Make sure that a file can be written, and that one that is there is of this batch.
+        """Make sure that a file can be written, and that one that is there is of this batch. Raises OutputError.
 
-        Args:
-            is_new: Whether the batch has written none so far, so that what is there belongs to something else.
-
-        Raises:
-            OutputError: It cannot, or is not.
+        `is_new`: the batch has written none so far, so that what is there belongs to something else.
         """
         with self._reporting():
             if self._path is not None:
@@ -150,7 +143,7 @@ class Output:
             ) from error
 
     def _write_page(self, page: list[tuple[str, str, str, str | None, float | None]], file: IO[bytes]) -> int:
-        lines = [self._line(*row) for row in page if RowState(row[2]) not in UNFINISHED]
+        lines = [self._line(*row) for row in page if RowState(row[2]).has_line]
         if self._is_parquet:
             lines = [self._flat(line) for line in lines]
         file.writelines(to_json(line, inf_nan_mode="null") + b"\n" for line in lines)

@@ -5,9 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import os
-from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 from uuid import uuid4
@@ -20,19 +18,11 @@ from sqlalchemy.exc import SQLAlchemyError
 from prefect_crew._internal.prefect_api import request_soon, run_logger
 from prefect_crew.batches.database import Database, batches, short
 from prefect_crew.batches.ledger import BatchEntry, Ledger
-from prefect_crew.exceptions import BatchChangedError, LedgerError, LedgerMissingError
+from prefect_crew.exceptions import LedgerError, LedgerMissingError
 from prefect_crew.runs.reviews.answer import ASKS
 
 TAG = "prefect-crew-batch"
 VERSION = 1
-
-
-@dataclass(frozen=True)
-class KnownBatch:
-    """What is known of a batch before a call: the ledger's entry, and whether the Prefect server knows the batch."""
-
-    before: BatchEntry | None
-    is_bound: bool
 
 
 def binding_name(batch: str) -> str:
@@ -40,72 +30,40 @@ def binding_name(batch: str) -> str:
     return f"crew_batch_{hashlib.sha256(batch.encode()).hexdigest()[:32]}"
 
 
-async def read_known(ledger: Ledger) -> KnownBatch:
-    """Return what the ledger at hand and the Prefect server know of the batch.
-
-    Raises:
-        LedgerMissingError: It is bound to another ledger.
-        LedgerError: The ledger at hand is an older copy.
-    """
-    before, binding = await ledger.entry(), await read_binding(ledger.batch)
+async def read_entry(ledger: Ledger) -> BatchEntry | None:
+    """Return what the ledger at hand knows of the batch, None if it is new. Raises LedgerMissingError, LedgerError."""
+    entry, binding = await ledger.entry(), await read_binding(ledger.batch)
     if binding is not None:
-        if before is None or binding.get("ledger_id") != before.ledger_id:
+        if entry is None or binding.get("ledger_id") != entry.ledger_id:
             raise LedgerMissingError(name=ledger.batch, ledger=str(binding.get("ledger")))
-        check_age(before, binding.get("generation"), ledger=ledger.address)
-    return KnownBatch(before, is_bound=binding is not None)
-
-
-async def bind(
-    ledger: Ledger,
-    known: KnownBatch,
-    *,
-    crew_url: str,
-    fingerprint: str,
-    total: int,
-    go_on: bool,
-    public: str,
-    call: Mapping[str, Any] | None = None,
-    line_options: Mapping[str, Any] | None = None,
-) -> BatchEntry:
-    """Bind the batch to the ledger at hand, and return what that knows of it then.
-
-    Args:
-        ledger: The ledger.
-        known: What is known of the batch.
-        crew_url, fingerprint, total: What the batch is run with now.
-        go_on: Whether a batch whose rows or crew have changed goes on all the same.
-        public: Where the ledger is, without a password.
-        call, line_options: As in a `BatchEntry`.
-
-    Raises:
-        LedgerMissingError: Somebody binds it to another ledger at this moment.
-        BatchChangedError: Its rows or its crew have changed.
-    """
-    before = known.before
-    if before is not None and not go_on:
-        if before.crew_url != crew_url:
-            raise BatchChangedError(name=before.name, difference=f"crew {before.crew_url}, not {crew_url}")
-        if before.fingerprint != fingerprint:
-            these = f"{total} others" if total == before.total else f"these {total}"
-            raise BatchChangedError(name=before.name, difference=f"{before.total} rows, not {these}")
-    entry = await ledger.enter(
-        crew_url=crew_url, fingerprint=fingerprint, total=total, call=call, line_options=line_options
-    )
-    if not known.is_bound:
-        await _create_binding(entry, public)
+        check_age(entry, binding.get("generation"), ledger=ledger.address)
     return entry
 
 
-def check_age(entry: BatchEntry, known: Any, *, ledger: str) -> None:
-    """Make sure that a ledger is not older than what is known of it elsewhere.
-
-    Args:
-        entry: What the ledger knows of the batch.
-        known: The generation that is known elsewhere, None for none.
-        ledger: Its address.
+async def bind(entry: BatchEntry, public: str) -> None:
+    """Bind a batch to its ledger, whose address without a password is `public`, unless it is bound to it already.
 
     Raises:
-        LedgerError: It is.
+        LedgerMissingError: It is bound to another ledger.
+    """
+    value: dict[str, Any] = {"version": VERSION, "batch": entry.name, "ledger_id": entry.ledger_id, "ledger": public}
+    value |= {"crew_url": entry.crew_url, "generation": entry.generation}
+    body = {"name": binding_name(entry.name), "value": value, "tags": [TAG]}
+    async with get_client() as client:
+        try:
+            await client.request("POST", "/variables/", json=body)
+        except PrefectHTTPStatusError as error:
+            if error.response.status_code != 409:
+                raise
+    bound = await read_binding(entry.name)
+    if bound is None or bound.get("ledger_id") != entry.ledger_id:
+        raise LedgerMissingError(name=entry.name, ledger=str((bound or {}).get("ledger")))
+
+
+def check_age(entry: BatchEntry, known: Any, *, ledger: str) -> None:
+    """Make sure that a ledger is not older than the generation that is `known` elsewhere, None for none.
+
+    Raises LedgerError, with the address `ledger`.
     """
     generation, here = known if isinstance(known, int) else 0, entry.generation
     if here < generation:
@@ -123,10 +81,7 @@ def check_age(entry: BatchEntry, known: Any, *, ledger: str) -> None:
 async def begin_generation(ledger: Ledger, public: str, *, give_up_after: float) -> int:
     """Begin the next generation of a batch that is bound, in its ledger and then on the Prefect server; return it.
 
-    Args:
-        ledger: The ledger that keeps it.
-        public: Where that is, as for `bind`.
-        give_up_after: Seconds for which a Prefect API that is away or busy is asked again.
+    `public` is as for `bind`; a Prefect API that is away or busy is asked again for `give_up_after` seconds.
 
     Raises:
         LedgerError: The ledger cannot be written.
@@ -139,15 +94,15 @@ async def begin_generation(ledger: Ledger, public: str, *, give_up_after: float)
         raise LedgerError("knows the batch no more.", ledger=ledger.address)
     async with get_client() as client:
         variable = await client.read_variable_by_name(binding_name(ledger.batch))
-        if variable is not None:
-            value = variable.value if isinstance(variable.value, dict) else {}
-            if value.get("ledger_id") != entry.ledger_id:
-                raise LedgerMissingError(name=ledger.batch, ledger=str(value.get("ledger")))
-            body = {"value": {**value, "crew_url": entry.crew_url, "generation": generation}}
-            # By its id: one that was made anew under the name is not this one.
-            await request_soon(client, "PATCH", f"/variables/{variable.id}", json=body, give_up_after=give_up_after)
+        if variable is None:
+            await bind(entry, public)
             return generation
-    await _create_binding(entry, public)
+        value = variable.value if isinstance(variable.value, dict) else {}
+        if value.get("ledger_id") != entry.ledger_id:
+            raise LedgerMissingError(name=ledger.batch, ledger=str(value.get("ledger")))
+        body = {"value": {**value, "crew_url": entry.crew_url, "generation": generation}}
+        # By its id: one that was made anew under the name is not this one.
+        await request_soon(client, "PATCH", f"/variables/{variable.id}", json=body, give_up_after=give_up_after)
     return generation
 
 
@@ -180,21 +135,6 @@ async def note_waiting_for_people(batch: str, waits: bool) -> None:
         await client.request("PATCH", "/variables/name/{name}", path_params={"name": name}, json={"tags": tags})
 
 
-async def _create_binding(entry: BatchEntry, public: str) -> None:
-    value: dict[str, Any] = {"version": VERSION, "batch": entry.name, "ledger_id": entry.ledger_id, "ledger": public}
-    value |= {"crew_url": entry.crew_url, "generation": entry.generation}
-    body = {"name": binding_name(entry.name), "value": value, "tags": [TAG]}
-    async with get_client() as client:
-        try:
-            await client.request("POST", "/variables/", json=body)
-        except PrefectHTTPStatusError as error:
-            if error.response.status_code != 409:
-                raise
-    bound = await read_binding(entry.name)
-    if bound is None or bound.get("ledger_id") != entry.ledger_id:
-        raise LedgerMissingError(name=entry.name, ledger=str((bound or {}).get("ledger")))
-
-
 class BatchLock:
     """The lock of one batch, as an async context manager: all that it holds is given back at its end.
 
@@ -208,8 +148,10 @@ class BatchLock:
         self._batch = batch
         self.proves = True
         self.generation: int | None = None
+        # Of SQLite: a file next to the ledger. Of PostgreSQL: an advisory lock of a session of our own.
+        ledger, name = database.path or Path(), hashlib.sha256(batch.encode()).hexdigest()[:8]
+        self._path = ledger.with_name(f"{ledger.name}.{name}.lock") if database.path else None
         self._file: int | None = None
-        self._path = Path()
         self._connection: Any = None
         self._session: int | None = None
 
@@ -225,42 +167,26 @@ class BatchLock:
             self._connection = None
 
     async def take(self) -> bool:
-        """Take the lock, at once or not at all.
-
-        Raises:
-            LedgerError: The database cannot be reached.
-        """
+        """Take the lock, at once or not at all. Raises LedgerError: the database cannot be reached."""
         try:
-            if self._database.path is not None:
-                return self._take_file(self._database.path)
-            return await self._take_on_server()
+            return await self._take_on_server() if self._path is None else self._take_file(self._path)
         except (SQLAlchemyError, OSError) as error:
             raise LedgerError(f"cannot be locked: {short(error)}.", ledger=self._database.address) from error
 
     async def is_taken(self) -> bool | None:
-        """Return whether anybody works on the batch, without taking its lock; None where nobody can tell.
+        """Return whether anybody works on the batch, by taking its lock for a moment; None where nobody can tell.
 
         Raises:
             LedgerError: The database cannot be reached.
         """
-        if self._database.path is not None:
-            return self._file_is_taken(self._database.path)
-        # A key of 64 bits is there in two halves (PostgreSQL's documentation of pg_locks).
-        query = text(
-            "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND granted AND objsubid = 1 "
-            "AND database = (SELECT oid FROM pg_database WHERE datname = current_database()) "
-            "AND ((classid::bigint << 32) | objid::bigint) = :key"
-        )
-        try:
-            async with self._database.server.connect() as connection:
-                return bool((await connection.execute(query, {"key": self._key})).scalar())
-        except (SQLAlchemyError, OSError) as error:
-            raise LedgerError(f"cannot be read: {short(error)}.", ledger=self._database.address) from error
+        async with BatchLock(self._database, self._batch) as probe:
+            taken = await probe.take()
+            return not taken if probe.proves else None
 
     async def still_held(self) -> bool:
         """Return False if the lock was lost, and somebody else has, or may have, taken over since."""
-        if self._file is not None:
-            return self._file_still_held()
+        if self._path is not None:
+            return self._file is not None and self._file_still_held(self._file, self._path)
         if self._session is None:
             return True
         if self._connection is not None:
@@ -280,72 +206,49 @@ class BatchLock:
             return True
         return taken and self.generation in (None, generation)
 
-    # SQLite: a file next to the ledger.
-
-    def _take_file(self, ledger: Path) -> bool:
-        if self._file is not None:
-            return True
-        path = self._lock_path(ledger)
-        while True:
+    def _take_file(self, path: Path) -> bool:
+        while self._file is None:
             file = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
             locked = _try_lock(file)
-            if locked is False:
-                os.close(file)
-                return False
             # Whoever held it before may have removed the file in between: then this lock is on nothing.
-            if _is_at(file, path):
+            if locked is not False and _is_at(file, path):
+                self._file = file
+                if locked is None:
+                    self._warn()
                 break
             os.close(file)
-        self._file, self._path = file, path
-        if locked is None and self.proves:
+            if locked is False:
+                return False
+        return True
+
+    def _warn(self) -> None:
+        if self.proves:
             self.proves = False
             run_logger().warning(
                 "The ledger %s cannot be locked here: this system, or its file system, has no locks. Make sure that no "
                 "other process works on batch %s. A claim that another process made is waited for.",
                 *(self._database.address, self._batch),
             )
-        return True
 
-    def _lock_path(self, ledger: Path) -> Path:
-        digest = hashlib.sha256(self._batch.encode()).hexdigest()[:8]
-        return ledger.with_name(f"{ledger.name}.{digest}.lock")
-
-    def _file_is_taken(self, ledger: Path) -> bool | None:
-        try:
-            file = os.open(self._lock_path(ledger), os.O_RDWR)
-        except FileNotFoundError:
+    def _file_still_held(self, file: int, path: Path) -> bool:
+        if not self._database.is_in_place:
             return False
-        except OSError:
-            return None
-        try:
-            free = _try_lock(file)
-        finally:
-            os.close(file)
-        return None if free is None else not free
-
-    def _file_still_held(self) -> bool:
-        ledger = self._database.path
-        if ledger is None or self._file is None or not self._database.is_in_place:
-            return False
-        if _is_at(self._file, self._path):
+        if _is_at(file, path):
             return True
-        os.close(self._file)
+        os.close(file)
         self._file = None
         with suppress(OSError):
-            return self._take_file(ledger)
+            return self._take_file(path)
         return False
 
     def _close_file(self) -> None:
-        if self._file is None:
+        if self._file is None or self._path is None:
             return
-        ours = _is_at(self._file, self._path)
-        with suppress(PermissionError):  # Windows removes no file that is open
-            if ours:
+        if _is_at(self._file, self._path):
+            with suppress(PermissionError):  # Windows removes no file that is open
                 self._path.unlink(missing_ok=True)
         os.close(self._file)
         self._file = None
-
-    # PostgreSQL: advisory locks of a session of our own.
 
     async def _take_on_server(self) -> bool:
         if self._connection is None:
@@ -387,13 +290,10 @@ _HOLD = "SELECT set_config('prefect_crew.holder', :holder, false)"
 def _try_lock(file: int) -> bool | None:
     """Lock an open file; False if another process holds it, None where this system or its file system has no locks."""
     try:
-        fcntl: Any = importlib.import_module("fcntl")
-    except ImportError:
-        fcntl = None
-    try:
-        if fcntl is not None:
+        try:
+            fcntl: Any = importlib.import_module("fcntl")
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        else:  # Windows
+        except ImportError:  # Windows
             msvcrt: Any = importlib.import_module("msvcrt")
             msvcrt.locking(file, msvcrt.LK_NBLCK, 1)
     except (BlockingIOError, PermissionError):

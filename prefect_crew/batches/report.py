@@ -1,16 +1,35 @@
-"""What a batch came to, and what it would take: for code, and as a line for people."""
+"""How a batch stands and what it came to: for code, as a line for people, and on its page in Prefect."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import shlex
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
+from pydantic_core import to_jsonable_python
+
+from prefect_crew._internal.prefect_api import flow_run_id, run_logger
 from prefect_crew._text import by_reason
-from prefect_crew.artifacts.markdown import duration
-from prefect_crew.batches.rows import BadRow
+from prefect_crew.artifacts.markdown import cell, code, duration, fenced, prose, table
+from prefect_crew.artifacts.run import MarkdownArtifact, artifact_key
+from prefect_crew.batches.ledger import LedgerRow
+from prefect_crew.batches.outcomes import RowState
+from prefect_crew.batches.rows import BadRow, SetAside
 from prefect_crew.client.models import TokenUsage
 from prefect_crew.exceptions import BatchFailedError
+from prefect_crew.records.keys import escape_name
+
+FAILURES = 100
+"""Failed rows that are kept for the artifact; the output has all."""
+UNCERTAIN_KEYS = 1_000
+RECENT = 60.0
+"""Seconds over which the rate is taken."""
+SHOW_EVERY = 5.0
+"""Seconds, at least, between two updates of the artifact."""
+BAR = 24
 
 
 @dataclass(frozen=True)
@@ -71,13 +90,7 @@ class BatchReport:
     def as_dict(self) -> dict[str, Any]:
         """Return it as JSON values."""
         usage = None if self.usage is None else self.usage.model_dump(exclude_none=True)
-        return {
-            **asdict(self),
-            "uncertain_keys": list(self.uncertain_keys),
-            "set_aside_rows": [asdict(row) for row in self.set_aside_rows],
-            "errors": dict(self.errors),
-            "usage": usage,
-        }
+        return {**to_jsonable_python(asdict(self)), "usage": usage}
 
     def __str__(self) -> str:
         parts = [f"{self.completed:,} of {self.total:,} rows completed"]
@@ -121,7 +134,7 @@ class BatchPlan:
 
     def as_dict(self) -> dict[str, Any]:
         """Return it as JSON values."""
-        return {**asdict(self), "notes": list(self.notes), "bad": [asdict(row) for row in self.bad]}
+        return to_jsonable_python(asdict(self))
 
     def __str__(self) -> str:
         left = self.rows - self.done
@@ -139,3 +152,195 @@ class BatchPlan:
             lines.append(f"It costs about {self.price:,.10g}.")
         lines += self.notes
         return "\n".join(lines)
+
+
+@dataclass
+class BatchProgress:
+    """How a batch stands, all of its calls so far included.
+
+    Attributes:
+        name: The batch.
+        phase: What is done now.
+        total: Rows that can be run; 0 while they are checked. `set_aside`: those that cannot; `duplicates`: how many
+            equal an earlier one.
+        counts: How many rows stand in each state, as the ledger was last read.
+        in_flight: Runs that are waited for. `people`: those of them that wait for a person.
+        ended_here: Rows that ended in this call.
+        failures, uncertain_keys: The first ones.
+        errors: Failures of this call by the class of their error.
+    """
+
+    name: str
+    phase: Literal["checking", "running", "finishing", "done"] = "checking"
+    total: int = 0
+    set_aside: SetAside = field(default_factory=SetAside)
+    duplicates: int = 0
+    counts: Mapping[RowState, int] = field(default_factory=dict[RowState, int])
+    in_flight: int = 0
+    people: int = 0
+    ended_here: int = 0
+    started: float = field(default_factory=time.monotonic)
+    failures: list[LedgerRow] = field(default_factory=list[LedgerRow])
+    uncertain_keys: list[str] = field(default_factory=list[str])
+    errors: Counter[str] = field(default_factory=Counter[str])
+    _ticks: deque[tuple[float, int]] = field(default_factory=deque[tuple[float, int]])
+
+    @property
+    def completed(self) -> int:
+        """Rows that have a result."""
+        return self.counts.get(RowState.COMPLETED, 0)
+
+    @property
+    def failed(self) -> int:
+        """Rows that have ended without one."""
+        return sum(count for state, count in self.counts.items() if state.is_failed)
+
+    @property
+    def uncertain(self) -> int:
+        """Rows of which nobody knows whether their kickoff started a run."""
+        return self.counts.get(RowState.UNCERTAIN, 0)
+
+    @property
+    def done(self) -> int:
+        """Rows of which nothing more is expected."""
+        return self.completed + self.failed + self.uncertain
+
+    @property
+    def whole(self) -> int:
+        """All rows of the data set but duplicates, also those that cannot be run."""
+        return self.total + self.set_aside.count
+
+    @property
+    def is_over(self) -> bool:
+        """Whether every row has ended for good: another call would find nothing to do."""
+        return sum(count for state, count in self.counts.items() if state.is_final) == self.total
+
+    @property
+    def seconds(self) -> float:
+        """How long this call has taken."""
+        return time.monotonic() - self.started
+
+    @property
+    def rate(self) -> float:
+        """Rows that end a second, over the last minute."""
+        at, ended = self._ticks[0] if self._ticks else (self.started, 0)
+        return (self.ended_here - ended) / max(time.monotonic() - at, 1e-9)
+
+    @property
+    def seconds_left(self) -> float | None:
+        """How long the rest takes at this rate; None where there is no rest, or nothing tells."""
+        rate, left = self.rate, self.total - self.done
+        return left / rate if rate > 0 and left > 0 else None
+
+    def tick(self) -> None:
+        """Remember how many rows had ended now, for the rate."""
+        now = time.monotonic()
+        self._ticks.append((now, self.ended_here))
+        while len(self._ticks) > 2 and now - self._ticks[1][0] > RECENT:
+            self._ticks.popleft()
+
+    def add(self, state: RowState, error: str | None) -> None:
+        """Count a row that has ended in this call, `error` is the class of its error."""
+        self.ended_here += 1
+        if error is not None:
+            self.errors[error] += 1
+
+
+OnProgress = Callable[[BatchProgress], None]
+"""Called when a batch begins something else, and about once a second. It must be quick and must not raise."""
+
+
+class BatchArtifact:
+    """The page of one batch: progress, what failed, and in the end its figures.
+
+    Args:
+        name: The batch.
+        crew: What its crew is called.
+        show: How much may be shown of what crews say; with "none", no error text.
+    """
+
+    def __init__(self, name: str, crew: str, *, show: str) -> None:
+        self._head = f"## Batch {prose(name)} · {prose(crew)}"
+        self._name = name
+        self._show = show
+        self._artifact = MarkdownArtifact(
+            artifact_key(name, prefix="batch"), f"Batch {name}", flow_run_id=flow_run_id()
+        )
+        self._shown_at = 0.0
+        self._failed = False
+
+    async def update(self, progress: BatchProgress, report: BatchReport | None = None) -> None:
+        """Show how the batch stands: every few seconds at most, and at its end with its report."""
+        if report is None and time.monotonic() - self._shown_at < SHOW_EVERY:
+            return
+        self._shown_at = time.monotonic()
+        parts = [self._head, _figures(progress, report), *self._failures(progress)]
+        error = await self._artifact.put("\n\n".join(parts) + "\n")
+        if error and not self._failed:
+            self._failed = True
+            run_logger().warning("The artifact of batch %s could not be updated: %s", self._name, error)
+
+    def _failures(self, progress: BatchProgress) -> list[str]:
+        parts: list[str] = []
+        if progress.uncertain_keys:
+            shown = ", ".join(code(key) for key in progress.uncertain_keys[:FAILURES])
+            command = f"prefect-crew runs resolve {shlex.quote(f'batch/{escape_name(self._name)}/KEY')}"
+            parts += [
+                "### Uncertain",
+                f"Nobody knows whether {progress.uncertain:,} kickoffs started a run. Look at the crew's page, then "
+                f"resolve each: {shown}",
+                fenced(f"{command} --kickoff-id ID\n{command} --never-started"),
+            ]
+        if progress.failures:
+            rows = [
+                (
+                    code(one.key),
+                    code(one.record.kickoff_id) if one.record is not None and one.record.kickoff_id else "–",
+                    cell(str(one.state)),
+                    cell((one.error or "–") if self._show != "none" else "not shown"),
+                )
+                for one in progress.failures
+            ]
+            parts += ["### Failed", f"The first {len(rows):,} of {progress.failed:,}:"]
+            parts.append(table(("Row", "Run", "State", "Error"), rows))
+        if (aside := progress.set_aside).count:
+            bad = [(f"{row.line:,}", cell(row.reason)) for row in aside.rows[:FAILURES]]
+            shown, where = f"{len(bad):,} of {aside.count:,} rows that cannot be run", code(aside.output or "")
+            parts += ["### Set aside", f"The first {shown}. All are in {where}.", table(("Line", "Why"), bad)]
+        return parts
+
+
+def _figures(progress: BatchProgress, report: BatchReport | None) -> str:
+    share = progress.done / progress.whole if progress.whole else 1.0
+    full = round(share * BAR)
+    rows = [
+        ("Done", f"{'█' * full}{'░' * (BAR - full)} {progress.done:,} of {progress.whole:,} ({share:.1%})"),
+        ("Completed", f"{progress.completed:,}"),
+        ("Failed", f"{progress.failed:,}"),
+        ("Uncertain", f"{progress.uncertain:,}"),
+    ]
+    if progress.set_aside.count:
+        rows.append(("Set aside", f"{progress.set_aside.count:,}"))
+    if progress.people:
+        rows.append(("Wait for a person", f"{progress.people:,} · `prefect-crew reviews ls`"))
+    if report is None:
+        left = progress.seconds_left
+        rows += [
+            ("In flight", f"{progress.in_flight:,}"),
+            ("Rate", f"{progress.rate:.1f} rows/s"),
+            ("Time so far", duration(progress.seconds)),
+            ("Time left", "–" if left is None else duration(left)),
+        ]
+        return table(("", ""), rows)
+    rows += [
+        ("Not run", f"{report.skipped - report.set_aside:,}"),
+        ("Kickoffs of this call", f"{report.kickoffs:,}"),
+        ("Time of this call", duration(report.seconds)),
+    ]
+    if report.usage is not None:
+        rows += [(name.replace("_", " "), f"{count:,}") for name, count in report.usage if count is not None]
+    if report.cost is not None:
+        rows.append(("Cost of all calls", f"{report.cost:,.10g}"))
+    if report.stopped:
+        rows.append(("Stopped", cell(report.stopped)))
+    return table(("", ""), [*rows, ("Output", code(report.output))])

@@ -6,21 +6,22 @@ import asyncio
 import hashlib
 import re
 import sqlite3
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from itertools import islice
 from typing import IO, Any, cast
 
-from pydantic_core import to_json
+from pydantic_core import PydanticSerializationError, to_json
 
 from prefect_crew._internal.prefect_api import run_logger
-from prefect_crew._text import SHOWN, listed_names, listed_rows, with_guesses
+from prefect_crew._text import SHOWN, listed_names, with_guesses
 from prefect_crew.batches.dataset import Dataset, Row
+from prefect_crew.batches.options import BatchOptions, InputsFrom, KeyFrom
 from prefect_crew.client.inputs import STATE_ID, encode_inputs, inputs_digest, missing_inputs, unknown_inputs
 from prefect_crew.client.models import CrewInput
 from prefect_crew.client.redaction import MASK, Redactor, holds_secret
-from prefect_crew.crew import CrewSession
+from prefect_crew.crew import Crew, CrewSession
 from prefect_crew.exceptions import (
     AuthenticationError,
     ConfigurationError,
@@ -32,11 +33,6 @@ from prefect_crew.exceptions import (
 from prefect_crew.templates import compiled, names_in
 
 Values = Mapping[str, Any]
-InputsFrom = Mapping[str, Any] | Callable[[Values], Values]
-"""A function of the row; or inputs by name, each a template over the row's columns, a column's name, a function of the
-row, or any constant that is no text."""
-KeyFrom = str | Callable[[Values], Any]
-"""The name of a column, or a function of the row."""
 BAD_ROWS = 1000
 """Bad rows that are kept."""
 MAX_KEY = 200
@@ -102,54 +98,58 @@ class Checked:
     duplicates: int
     fingerprint: str
 
+    @classmethod
+    def stored(cls, stored: Mapping[str, Any] | None, source: str | None) -> Checked | None:
+        """Return what an earlier check of the same `source` found, None if none is stored."""
+        if stored is None or source is None or stored["source"] != source:
+            return None
+        return cls(stored["total"], (), 0, stored["duplicates"], stored["fingerprint"])
+
+    def to_store(self, source: str | None) -> dict[str, Any] | None:
+        """Return it for `stored`, None where it has to be made again."""
+        if source is None or self.bad_count:
+            return None
+        found = {"total": self.total, "duplicates": self.duplicates, "fingerprint": self.fingerprint}
+        return {"source": source, **found}
+
 
 class RowPlan:
     """How a data set's rows become runs.
 
+    Without a mapping, the crew's inputs are taken from the columns of their names, or all columns of a crew that does
+    not name its inputs; only the input `id` is never taken so. Without a key, that is a digest of the inputs and how
+    many equal ones came before. No reason of a bad row shows a secret input, and no key may hold one.
+
     Args:
         dataset: The rows.
-        inputs: How a row becomes inputs; None takes the crew's inputs from the columns of their names, or all columns
-            of a crew that does not name its inputs. Only the input `id` is never taken so.
-        key: A column, or a function of the row; None makes a digest of the inputs and how many equal ones came before.
+        options: `key`, `inputs`, `deduplicate` and `rows` of them.
+        crew: Says which inputs are secret, and how they are sent.
         expected: The crew's inputs.
-        as_json: Whether inputs are sent as JSON values.
-        deduplicate: Whether equal rows are one run.
-        secret: Names of inputs that are secret. No reason of a bad row shows them, and no key may hold one.
-        allow_extra: Whether `inputs` may give what the crew does not name.
-        rows: Which rows of the data set are taken, counted from 0; None takes all.
 
     Raises:
-        ConfigurationError: A template is none, or the mapping gives inputs that the crew does not name.
+        ConfigurationError: A key that is a secret input, a template that is none, or a mapping that gives inputs which
+            the crew does not name.
     """
 
-    def __init__(
-        self,
-        dataset: Dataset,
-        *,
-        inputs: InputsFrom | None = None,
-        key: KeyFrom | None = None,
-        expected: Sequence[CrewInput] = (),
-        as_json: bool = False,
-        deduplicate: bool = False,
-        secret: Sequence[str] = (),
-        allow_extra: bool = False,
-        rows: slice | None = None,
-    ) -> None:
+    def __init__(self, dataset: Dataset, options: BatchOptions, crew: Crew, expected: Sequence[CrewInput] = ()) -> None:
         self.dataset = dataset
-        self._rows = rows or slice(None)
-        self._inputs_of = _by_name(expected) if inputs is None else _chosen(inputs)
-        self._key = key
+        self._options = options
+        self._crew = crew
         self._expected = expected
-        self._as_json = as_json
-        self._deduplicate = deduplicate
-        self._secret = secret
-        self._secret_columns = _columns_of(secret, inputs)
-        self._allow_extra = allow_extra
         self._names = [item.name for item in expected]
-        self._is_id_mapped = inputs is not None and not callable(inputs) and STATE_ID in inputs
+        self._rows = options.row_range or slice(None)
+        inputs = options.inputs
+        self._mapping: Mapping[str, Any] = {} if inputs is None or callable(inputs) else inputs
+        self._inputs_of = _by_name(expected) if inputs is None else _chosen(inputs)
+        self._secret_columns = _columns_of(crew.secret_inputs, inputs)
         self._is_id_by_name = inputs is None and (not expected or STATE_ID in self._names)
         self._is_id_left_out = False
-        if inputs is not None and not callable(inputs) and (unknown := self._unknown(inputs)):
+        if isinstance(options.key, str) and options.key in crew.secret_inputs:
+            raise ConfigurationError(
+                f"The key column {options.key!r} is a secret input: keys stand in logs, artifacts and the ledger. "
+                "Take another column, or leave key out."
+            )
+        if unknown := self._unknown(self._mapping):
             raise ConfigurationError(
                 f"The mapping of inputs {unknown}. Nothing was started. To send them all the same: "
                 "allow_extra_inputs=True on the block."
@@ -157,7 +157,7 @@ class RowPlan:
 
     def notes(self) -> list[str]:
         """Return what is to be said of all rows, once they were read."""
-        if self._is_id_mapped:
+        if STATE_ID in self._mapping:
             return [
                 "The rows give the input id. To a Flow it is the id of its state: it must be a UUID, and another one "
                 "in each row, since one that was used before leads to the run that used it."
@@ -169,35 +169,49 @@ class RowPlan:
             ]
         return []
 
-    def check(self, set_aside: Callable[[BadRow, Any], None] = lambda bad, shown: None) -> Checked:
+    def source(self) -> str | None:
+        """Return a digest of all that the rows are made of; None where a function or a secret is among that.
+
+        Raises:
+            DatasetError: The data set cannot be read.
+        """
+        options, crew, data = self._options, self._crew, self.dataset
+        given = (options.key, options.inputs, *self._mapping.values())
+        if data.digest is None or any(callable(one) or holds_secret(one) for one in given):
+            return None
+        how: list[Any] = [version("prefect-crew"), data.digest(), data.format, data.encoding]
+        how += [options.key, options.inputs is None, self._mapping, options.rows, options.deduplicate, self._expected]
+        how += [crew.inputs_as_json, crew.allow_extra_inputs, crew.secret_inputs]
+        try:
+            return hashlib.sha256(to_json(how)).hexdigest()
+        except PydanticSerializationError:
+            return None
+
+    def check(self, rejected: IO[bytes] | None = None) -> Checked:
         """Read every row once and note all that is wrong.
 
         Args:
-            set_aside: Called with each row that cannot be run, and what it holds, without secrets.
+            rejected: Where each row that cannot be run is written, as JSON: line, reason and, without secrets, row.
 
         Raises:
             DatasetError: The data set cannot be read to its end, or is empty.
         """
         bad: list[BadRow] = []
         bad_count = total = duplicates = fingerprint = 0
-        try:
-            for row, job in self._read():
-                if isinstance(job, RowJob):
-                    total += 1
-                    digest = hashlib.sha256(f"{job.key}\0{job.digest}".encode()).digest()
-                    fingerprint = (fingerprint + int.from_bytes(digest[:16], "big")) % (1 << 128)
-                elif job is None:
-                    duplicates += 1
-                else:
-                    bad_count += 1
-                    set_aside(job, self._shown(row))
-                    if len(bad) < BAD_ROWS:
-                        bad.append(job)
-        except DatasetError as error:
-            if not bad:
-                raise
-            reason = f"{error.reason} Rows before it cannot be run: {listed_rows(bad, len(bad))}."
-            raise DatasetError(reason, source=error.source, line=error.line) from error
+        for row, job in self._read():
+            if isinstance(job, RowJob):
+                total += 1
+                digest = hashlib.sha256(f"{job.key}\0{job.digest}".encode()).digest()
+                fingerprint = (fingerprint + int.from_bytes(digest[:16], "big")) % (1 << 128)
+            elif job is None:
+                duplicates += 1
+            else:
+                bad_count += 1
+                if len(bad) < BAD_ROWS:
+                    bad.append(job)
+                if rejected is not None:
+                    line = {"line": job.line, "reason": job.reason, "row": self._shown(row)}
+                    rejected.write(to_json(line, inf_nan_mode="null", serialize_unknown=True) + b"\n")
         if total == bad_count == 0:
             where = "" if self._rows == slice(None) else f" from row {self._rows.start or 0} on"
             raise DatasetError(f"has no rows{where}.", source=self.dataset.name)
@@ -225,7 +239,7 @@ class RowPlan:
         if row.fault is not None:
             return BadRow(row.line, row.fault)
         given = self._inputs_of(row.values)
-        encoded = encode_inputs(given, as_json=self._as_json)
+        encoded = encode_inputs(given, as_json=self._crew.inputs_as_json)
         hidden = tuple(name for name, value in given.items() if holds_secret(value))
         self._is_id_left_out = self._is_id_left_out or (self._is_id_by_name and STATE_ID in row.values)
         if missing := missing_inputs(self._expected, encoded):
@@ -234,28 +248,28 @@ class RowPlan:
             return BadRow(row.line, f"lacks {', '.join(missing)}{mapped}")
         if unknown := self._unknown(encoded):
             return BadRow(row.line, unknown)
-        digest = inputs_digest(encoded, is_text=not self._as_json)
-        if self._key is None:
+        digest = inputs_digest(encoded, is_text=not self._crew.inputs_as_json)
+        if self._options.key is None:
             count = keys.count(digest)
-            if count > 1 and self._deduplicate:
+            if count > 1 and self._options.deduplicate:
                 return None
             return RowJob(number, row.line, f"{digest}-{count}", encoded, digest, hidden)
-        key = _key_of(self._key, row.values)
-        secret = [encoded[name] for name in (*self._secret, *hidden) if name in encoded]
+        key = _key_of(self._options.key, row.values)
+        secret = [encoded[name] for name in (*self._crew.secret_inputs, *hidden) if name in encoded]
         if secret and Redactor(secret).hides(key):
             return BadRow(row.line, "its key holds a secret input, and keys stand in logs, artifacts and the ledger")
         earlier = keys.put(key, row.line, digest)
         if earlier is None:
             return RowJob(number, row.line, key, encoded, digest, hidden)
         line, earlier_digest = earlier
-        if not self._deduplicate:
+        if not self._options.deduplicate:
             return BadRow(row.line, f"has the key {key!r} of line {line} again")
         if digest != earlier_digest:
             return BadRow(row.line, f"has the key {key!r} of line {line}, and other inputs")
         return None
 
     def _unknown(self, inputs: Mapping[str, Any]) -> str | None:
-        unknown = [] if self._allow_extra else unknown_inputs(self._expected, inputs)
+        unknown = [] if self._crew.allow_extra_inputs else unknown_inputs(self._expected, inputs)
         if not unknown:
             return None
         guessed = with_guesses(unknown, self._names)
@@ -263,7 +277,7 @@ class RowPlan:
 
     def _shown(self, row: Row) -> Any:
         """Return what a row holds, with secret columns masked; None where nobody can tell which they are."""
-        if self._secret_columns is None or (self._secret and row.fault is not None):
+        if self._secret_columns is None or (self._crew.secret_inputs and row.fault is not None):
             return None
         if row.fault is not None:
             return row.raw
@@ -422,13 +436,7 @@ def rejected_name(output: str) -> str:
 
 @dataclass(frozen=True)
 class SetAside:
-    """The rows of a batch that cannot be run.
-
-    Attributes:
-        count: How many there are.
-        rows: The first 1,000, with their lines and why.
-        output: Where all of them are, for people; None where there are none.
-    """
+    """The rows of a batch that cannot be run: how many, the first 1,000, and where all are, for people."""
 
     count: int = 0
     rows: Sequence[BadRow] = ()
@@ -438,19 +446,3 @@ class SetAside:
         """Return some of them for people, and how many more there are."""
         found = [f"line {row.line}: {row.reason}" for row in self.rows[:most]]
         return [*found, f"{self.count - len(found):,} more"] if self.count > len(found) else found
-
-
-class SetAsideFile:
-    """Keeps rows that cannot be run in a temporary file, until it is known whether the batch goes on without them."""
-
-    def __init__(self) -> None:
-        self.file: IO[bytes] = tempfile.TemporaryFile(prefix="prefect-crew-")  # noqa: SIM115  closed by `close`
-
-    def put(self, bad: BadRow, shown: Any) -> None:
-        """Keep a row: its line, why it cannot be run, and what it holds, without secrets."""
-        line = {"line": bad.line, "reason": bad.reason, "row": shown}
-        self.file.write(to_json(line, inf_nan_mode="null", serialize_unknown=True) + b"\n")
-
-    def close(self) -> None:
-        """Give the file back."""
-        self.file.close()

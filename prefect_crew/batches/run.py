@@ -2,27 +2,74 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import asyncio
+import shlex
+import tempfile
+import time
+from collections.abc import AsyncGenerator, Collection, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import asdict, dataclass, field
 from functools import wraps
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
+import httpx
 from prefect import flow
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.objects import WorkerStatus
 from prefect.context import FlowRunContext, TaskRunContext
+from prefect.exceptions import PrefectException
 from pydantic import BaseModel, Field
 
 from prefect_crew._internal.callables import sync_version
 from prefect_crew._internal.interrupts import cancelled_once
-from prefect_crew.batches.batch import BatchJob, open_batch, plan_of
-from prefect_crew.batches.database import check_adoptable, ledger_address
-from prefect_crew.batches.dataset import Dataset, DatasetFormat, open_dataset
-from prefect_crew.batches.options import KICKOFFS_AT_ONCE, BatchOptions, OnFailure, Retries, plain_call
-from prefect_crew.batches.progress import OnProgress
-from prefect_crew.batches.report import BatchPlan, BatchReport
-from prefect_crew.batches.rows import InputsFrom, KeyFrom
+from prefect_crew._internal.prefect_api import run_logger
+from prefect_crew.batches.cancel import run_until_cancelled
+from prefect_crew.batches.database import LedgerAddress, ledger_address
+from prefect_crew.batches.dataset import Dataset, DatasetFormat, open_dataset, shown_address, whole_address
+from prefect_crew.batches.ledger import BatchEntry, Ledger
+from prefect_crew.batches.options import (
+    IN_FLIGHT,
+    KICKOFFS_AT_ONCE,
+    BatchOptions,
+    InputsFrom,
+    KeyFrom,
+    OnFailure,
+    Retries,
+    plain_call,
+)
+from prefect_crew.batches.outcomes import RowState
+from prefect_crew.batches.output import Output
+from prefect_crew.batches.ownership import BatchLock, begin_generation, bind, note_waiting_for_people, read_entry
+from prefect_crew.batches.report import (
+    FAILURES,
+    UNCERTAIN_KEYS,
+    BatchArtifact,
+    BatchPlan,
+    BatchProgress,
+    BatchReport,
+    OnProgress,
+)
+from prefect_crew.batches.rows import (
+    Checked,
+    RowPlan,
+    SetAside,
+    expected_inputs,
+    rejected_name,
+)
+from prefect_crew.batches.runner import Runner, hold_concurrency_slots
+from prefect_crew.batches.throttle import BatchSession, Throttle
 from prefect_crew.blocks import DeployedCrew, load_crew
-from prefect_crew.crew import Crew, WaitPolicy
-from prefect_crew.exceptions import ConfigurationError
+from prefect_crew.crew import Crew, CrewSession, WaitPolicy
+from prefect_crew.exceptions import (
+    BadRowsError,
+    BatchBusyError,
+    BatchChangedError,
+    ConfigurationError,
+    CrewError,
+    LedgerError,
+)
 from prefect_crew.records.keys import render_key, scheduled_start
+from prefect_crew.webhooks import webhooks_for
 
 if TYPE_CHECKING:
     from prefect_crew.client.webhooks import Webhooks
@@ -30,6 +77,18 @@ if TYPE_CHECKING:
 
 MAX_NAME = 200
 """Characters of a batch's name."""
+HEARTBEAT = 30
+"""Seconds between a worker's heartbeats where it does not tell."""
+EXPORT_WITHIN = 10.0
+"""Seconds within which the output of a batch that was cancelled is written, or not."""
+BEGIN_FOR = 60.0
+"""Seconds for which a Prefect API that is away or busy is told of a call before its first row is started."""
+BEGIN_EVERY = 5.0
+"""Seconds between two generations while rows are started: a copy of the ledger that is older is known for one."""
+LOOK = 0.2
+"""Seconds, at most, for which a look at a batch holds its lock."""
+SOON = 2.0
+"""Seconds for which the Prefect API is told of a further one."""
 
 
 async def arun_batch(
@@ -114,48 +173,22 @@ async def arun_batch(
         LedgerError, OutputError: They failed on the way; the same call goes on.
         CrewError: The crew refused the token, or the options make no sense. Nothing was started.
     """
-    options = BatchOptions(
-        key=key,
-        inputs=inputs,
-        max_in_flight=max_in_flight,
-        kickoffs_per_second=kickoffs_per_second,
-        kickoffs_at_once=kickoffs_at_once,
-        on_failure=on_failure,
-        on_bad_row=on_bad_row,
-        on_change=on_change,
-        on_cancel=on_cancel,
-        breaker=breaker,
-        breaker_pause=breaker_pause,
-        deduplicate=deduplicate,
-        retries=retries,
-        retry_failed=retry_failed,
-        max_kickoffs=max_kickoffs,
-        wait=wait,
-        output_type=output_type,
-        meta=meta,
-        webhooks=webhooks,
-        rows=rows,
-    )
-    job = await batch_job(
-        *(crew, dataset, options),
-        name=name,
-        output=output,
-        ledger=ledger,
-        format=format,
-        encoding=encoding,
+    options = BatchOptions(**{name: value for name, value in locals().items() if name in BatchOptions.model_fields})
+    job = await _batch_job(
+        crew, dataset, options, name=name, output=output, ledger=ledger, format=format, encoding=encoding
     )
     del dataset  # its rows may hold secrets, and error reporters show the local variables of all frames
 
     # What Prefect's stored parameters must not or cannot hold reaches the flow by this function.
     @wraps(run_batch_flow.fn)
     async def run(*_: Any, **__: Any) -> BatchReport:
-        return await run_job(job, on_progress)
+        return await _run_job(job, on_progress)
 
     if FlowRunContext.get() is not None or TaskRunContext.get() is not None:
         return await run()
     own_flow = run_batch_flow.with_options()
     own_flow.fn = run
-    names = {"crew": job.crew.label, "dataset": job.dataset.name, "output": job.output_name}
+    names = {"crew": job.crew.label, "dataset": job.dataset.name, "output": shown_address(job.output)}
     return await cast("Any", own_flow)(batch=job.name, **names)
 
 
@@ -178,11 +211,42 @@ async def run_batch_flow(
 
 
 @cancelled_once
-async def run_job(job: BatchJob, on_progress: OnProgress | None) -> BatchReport:
-    """Run a batch in this process."""
-    await check_adoptable(job.ledger, job.name)
-    async with open_batch(job, on_progress) as batch:
+async def _run_job(job: BatchJob, on_progress: OnProgress | None) -> BatchReport:
+    await _check_adoptable(job)
+    async with _open_batch(job, on_progress) as batch:
         return await batch.run()
+
+
+async def _check_adoptable(job: BatchJob) -> None:
+    """Refuse a ledger in a file on a pool of several crew workers: another one would adopt the flow run without it.
+
+    A worker that was stopped or killed stays online for a while. So one counts once it has sent a heartbeat. Raises
+    ConfigurationError.
+    """
+    context = FlowRunContext.get()
+    flow_run = None if context is None else context.flow_run
+    pool = getattr(flow_run, "work_pool_name", None)
+    if flow_run is None or pool is None or not job.ledger.is_local:
+        return
+    own, begun = (flow_run.infrastructure_pid or "").rpartition("/")[0], time.monotonic()
+    first: dict[str, Any] = {}
+    async with get_client() as client:
+        if (await client.read_work_pool(pool)).type != "crew":
+            return
+        while True:
+            workers = await client.read_workers_for_work_pool(pool)
+            others = [one for one in workers if one.name != own and one.status == WorkerStatus.ONLINE]
+            for one in others:
+                if first.setdefault(one.name, one.last_heartbeat_time) != one.last_heartbeat_time:
+                    raise ConfigurationError(
+                        f"Batch {job.name!r} has its ledger in a file of this machine ({job.ledger.public}), but the "
+                        f"work pool {pool} has a second worker, {one.name}, which could not go on with the batch. Give "
+                        "it a ledger in PostgreSQL: ledger='postgresql://…'. Nothing was started."
+                    )
+            intervals = [float(one.heartbeat_interval_seconds or HEARTBEAT) for one in others]
+            if not others or time.monotonic() - begun > 1.5 * max(intervals):
+                return
+            await asyncio.sleep(1)
 
 
 async def aplan_batch(
@@ -210,16 +274,62 @@ async def aplan_batch(
         chosen = BatchOptions(**options)
     except TypeError as error:
         raise TypeError(str(error).replace("BatchOptions.__init__()", "plan_batch()")) from None
-    job = await batch_job(
+    job = await _batch_job(
         crew, dataset, chosen, name=name, output=output, ledger=ledger, format=format, encoding=encoding
     )
-    return await plan_of(job, seconds_per_run)
+    async with CrewSession(job.crew) as session:
+        plan = RowPlan(job.dataset, job.options, job.crew, await expected_inputs(session))
+    checked = await asyncio.to_thread(plan.check)
+    done, duration = 0, seconds_per_run
+    if not job.ledger.is_missing:
+        async with Ledger(job.ledger.full, job.name) as known:
+            done = sum(count for state, count in (await known.counts()).items() if state.is_final)
+            duration = (await known.run_times()).mean if duration is None else duration
+    left = max(checked.total - done, 0)
+    most = chosen.max_in_flight or IN_FLIGHT
+    seconds = None if duration is None else -(-left // most) * duration
+    if chosen.kickoffs_per_second is not None:
+        seconds = max(seconds or 0.0, left / chosen.kickoffs_per_second)
+    return BatchPlan(
+        name=job.name,
+        rows=checked.total,
+        done=done,
+        bad=checked.bad,
+        bad_count=checked.bad_count,
+        duplicates=checked.duplicates,
+        max_in_flight=most,
+        seconds=seconds,
+        price=None if job.crew.price is None else job.crew.price * left,
+        notes=plan.notes(),
+    )
 
 
 plan_batch = sync_version(aplan_batch)
 
 
-async def batch_job(
+@dataclass(frozen=True)
+class BatchJob:
+    """A call of a batch: its template texts are filled. `call` is it as plain values, or why it has none."""
+
+    crew: Crew
+    dataset: Dataset
+    options: BatchOptions
+    name: str
+    output: str
+    ledger: LedgerAddress
+    call: Mapping[str, Any]
+
+    @property
+    def line_options(self) -> dict[str, Any]:
+        """What the lines of the output depend on besides the rows."""
+        kind = self.options.output_type
+        return {
+            "output_type": None if kind is None else f"{kind.__module__}.{kind.__qualname__}",
+            "secret_inputs": sorted(self.crew.secret_inputs),
+        }
+
+
+async def _batch_job(
     crew: DeployedCrew | Crew | str,
     dataset: Any,
     options: BatchOptions,
@@ -230,12 +340,7 @@ async def batch_job(
     format: DatasetFormat | None = None,  # noqa: A002
     encoding: str = "utf-8-sig",
 ) -> BatchJob:
-    """Return a batch that is ready to be run, or looked at.
-
-    Raises:
-        ConfigurationError: The name, the ledger or the output make no sense.
-        DatasetError: The data set is none.
-    """
+    """Return a batch that is ready to be run, or looked at. Raises ConfigurationError, DatasetError."""
     moment = await scheduled_start()
     full, where = render_key(name, moment), render_key(str(output), moment)
     if not full.strip() or len(full) > MAX_NAME or not full.isprintable():
@@ -254,3 +359,273 @@ async def batch_job(
         options=options,
     )
     return BatchJob(chosen, rows, options, name=full, output=where, ledger=address, call=call)
+
+
+@asynccontextmanager
+async def _open_batch(job: BatchJob, on_progress: OnProgress | None) -> AsyncGenerator[_OpenBatch]:
+    """Check the rows of a batch, lock it, and bind its name to its ledger. Raises CrewError."""
+    options, progress = job.options, BatchProgress(job.name)
+    webhooks_for(job.crew, job.name)  # settings that make no sense are said before anything is started
+    async with AsyncExitStack() as stack:
+        throttle = Throttle(options)
+        session = BatchSession(job.crew, throttle)
+        await stack.enter_async_context(session)
+        if on_progress is not None:
+            on_progress(progress)
+        plan = RowPlan(job.dataset, job.options, job.crew, await expected_inputs(session))
+        # Whether the batch is ours is known before its rows are read, which may take minutes.
+        ledger = await stack.enter_async_context(Ledger(job.ledger.full, job.name))
+        lock = await stack.enter_async_context(BatchLock(ledger.database, job.name))
+        await _take(lock, job.name)
+        ledger.is_exclusive = lock.proves
+        output = Output(job.output, output_type=options.output_type)
+        before = await read_entry(ledger)
+        exported = {} if before is None else before.exported or {}
+        output.check(is_new=whole_address(job.output) not in exported.get("outputs", ()))
+        rejected = stack.enter_context(tempfile.TemporaryFile(prefix="prefect-crew-"))  # noqa: SIM115  the stack does
+        source = await asyncio.to_thread(plan.source)
+        checked = Checked.stored(exported.get("checked"), source)
+        if checked is None:
+            checked = await asyncio.to_thread(plan.check, rejected)
+        for told in plan.notes():
+            run_logger().warning("Batch %s: %s", job.name, told)
+        if checked.bad and (options.on_bad_row == "refuse" or not checked.total):
+            alone = not checked.total
+            raise BadRowsError(checked.bad, checked.bad_count, source=job.dataset.name, alone=alone)
+        if not await lock.still_held():
+            raise BatchBusyError(name=job.name)
+        if before is not None and options.on_change == "refuse":
+            _check_unchanged(before, job.crew.url, checked)
+        entry = await ledger.enter(
+            crew_url=job.crew.url,
+            fingerprint=checked.fingerprint,
+            total=checked.total,
+            call=job.call,
+            line_options=job.line_options,
+        )
+        await bind(entry, job.ledger.public)
+        aside = SetAside(checked.bad_count, checked.bad, rejected_name(output.name) if checked.bad_count else None)
+        if aside.count or entry.set_aside.count:
+            await asyncio.to_thread(output.write_rejected, rejected if aside.count else None)
+            await ledger.note(set_aside=asdict(aside) if aside.count else None)
+        if before is not None:
+            if lock.proves:
+                await ledger.note_orphaned()
+            throttle.kickoffs = await ledger.kickoffs()
+            if before.fingerprint != entry.fingerprint:
+                await ledger.enter_changed(plan.jobs(), job.crew)
+        progress.total, progress.set_aside, progress.duplicates = checked.total, aside, checked.duplicates
+        yield _OpenBatch(
+            *(job, session, throttle, ledger, lock, plan, output, before, progress, on_progress),
+            checked=checked.to_store(source),
+        )
+
+
+async def _take(lock: BatchLock, name: str) -> None:
+    if not await lock.take():
+        await asyncio.sleep(LOOK)
+        if not await lock.take():
+            raise BatchBusyError(name=name)
+
+
+def _check_unchanged(before: BatchEntry, crew_url: str, checked: Checked) -> None:
+    """Make sure that a batch has the crew and the rows of before. Raises BatchChangedError: it has not."""
+    if before.crew_url != crew_url:
+        raise BatchChangedError(name=before.name, difference=f"crew {before.crew_url}, not {crew_url}")
+    if before.fingerprint != checked.fingerprint:
+        these = f"{checked.total} others" if checked.total == before.total else f"these {checked.total}"
+        raise BatchChangedError(name=before.name, difference=f"{before.total} rows, not {these}")
+
+
+@dataclass
+class _OpenBatch:
+    """A batch that is open: its rows are checked, and its lock is held.
+
+    `before` is what the ledger knew before this call. `checked` is what is stored of the check of the rows.
+    """
+
+    job: BatchJob
+    session: BatchSession
+    throttle: Throttle
+    ledger: Ledger
+    lock: BatchLock
+    plan: RowPlan
+    output: Output
+    before: BatchEntry | None
+    progress: BatchProgress
+    on_progress: OnProgress | None
+    checked: Mapping[str, Any] | None
+    begun: int = 0
+    begin_after: float = 0.0
+    refresh_after: float = 0.0
+    artifact: BatchArtifact = field(init=False)
+    kickoffs_before: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.artifact = BatchArtifact(self.job.name, self.job.crew.label, show=self.job.crew.show)
+        self.kickoffs_before = self.throttle.kickoffs
+
+    async def run(self) -> BatchReport:
+        """Run the rows that are not done, write the output, and report. Raises CrewError."""
+        await self._refresh()
+        try:
+            if not self._is_done:
+                await self._run_rows()
+        except BaseException as error:
+            if not isinstance(error, LedgerError):
+                await self._export_in_time()
+            await self.artifact.update(self.progress, await self._report())
+            raise
+        self._tell("finishing")
+        await self._refresh()
+        await self._export()
+        await self._note_people()
+        report = await self._report()
+        self._tell("done")
+        await self.artifact.update(self.progress, report)
+        run_logger().info("%s", report)
+        return report
+
+    @property
+    def _is_done(self) -> bool:
+        """Whether every row has ended for good, so that nothing is left to do but for the output."""
+        options = self.job.options
+        retries = bool((options.retry_failed or options.retries) and self.progress.failed)
+        return self.before is not None and self._lines_stay and self.progress.is_over and not retries
+
+    @property
+    def _lines_stay(self) -> bool:
+        """Whether the results of earlier calls are judged and shown as they were then."""
+        return self.before is None or self.before.line_options == self.job.line_options
+
+    async def _export(self) -> None:
+        """Write the output, unless it is there as it would be written."""
+        address = whole_address(self.job.output)
+        counts = {str(state): count for state, count in self.progress.counts.items()}
+        before = {} if self.before is None else self.before.exported or {}
+        now = {"output": address, "counts": counts, "lines": self.job.line_options, "checked": self.checked}
+        if all(before.get(name) == value for name, value in now.items()) and await asyncio.to_thread(
+            self.output.exists
+        ):
+            return
+        outputs = sorted({*before.get("outputs", ()), address})
+        await self.ledger.note(exported={"outputs": outputs})  # what is written of it is this batch's, whatever happens
+        await self.output.write(self.ledger)
+        await self.ledger.note(exported={**now, "outputs": outputs})
+
+    async def _export_in_time(self) -> None:
+        """Write the output of a batch that was cancelled or has failed. Prefect kills a cancelled process soon."""
+        try:
+            await self._refresh()
+            await asyncio.wait_for(self._export(), EXPORT_WITHIN)
+        except (CrewError, TimeoutError) as error:
+            run_logger().warning(
+                "The output of batch %s was not written (%s). To write it: prefect-crew batch export %s",
+                *(self.job.name, error or "it takes long", shlex.quote(self.job.name)),
+            )
+
+    async def _refresh(self) -> None:
+        """Read how the batch stands from its ledger."""
+        began, progress = time.monotonic(), self.progress
+        counts = await self.ledger.counts()
+        changed, progress.counts = counts != progress.counts, counts
+        if changed:
+            failed = [state for state in RowState if state.is_failed]
+            progress.failures = [row async for row in self.ledger.rows_in(failed, limit=FAILURES)]
+            uncertain = self.ledger.rows_in([RowState.UNCERTAIN], limit=UNCERTAIN_KEYS)
+            progress.uncertain_keys = [row.key async for row in uncertain]
+        self.refresh_after = time.monotonic() + 20 * (time.monotonic() - began)
+
+    def _tell(self, phase: Literal["running", "finishing", "done"]) -> None:
+        self.progress.phase = phase
+        if self.on_progress is not None:
+            self.on_progress(self.progress)
+
+    async def _run_rows(self) -> None:
+        options = self.job.options
+        async with AsyncExitStack() as stack:
+            runner = Runner(
+                *(self.session, self.throttle, self.ledger, options),
+                max_in_flight=await hold_concurrency_slots(self.session, options, stack),
+                on_end=self.progress.add,
+                judge_again=not self._lines_stay,
+            )
+            self.lock.generation = await begin_generation(self.ledger, self.job.ledger.public, give_up_after=BEGIN_FOR)
+            self.begin_after = time.monotonic() + BEGIN_EVERY
+            try:
+                await run_until_cancelled(
+                    runner.run(self.plan.jobs()),
+                    runner,
+                    name=self.job.name,
+                    on_cancel=options.on_cancel,
+                    tick=lambda: self._tick(runner),
+                )
+            finally:
+                await self._begin_generation(runner.started, now=True)
+                self.progress.in_flight = len(runner.waiting)
+
+    async def _tick(self, runner: Runner) -> None:
+        """Show how the batch stands. About once a second."""
+        progress = self.progress
+        progress.in_flight = len(runner.waiting)
+        progress.people = sum(record.human_since is not None for record in runner.waiting.values())
+        progress.tick()
+        if time.monotonic() > self.refresh_after:
+            await self._refresh()
+        self._tell("running")
+        await self.artifact.update(progress)
+        await self._begin_generation(runner.started)
+        if not await self.lock.still_held():
+            runner.stop(
+                "its lock was lost: another process has taken the batch over, or the ledger's file was removed or "
+                "replaced.",
+                shut=True,
+            )
+
+    async def _begin_generation(self, started: int, *, now: bool = False) -> None:
+        """Begin another generation if more rows were started, so that a copy made in between is known for an older one.
+
+        `now`: no more will be started.
+        """
+        if started == self.begun or (time.monotonic() < self.begin_after and not now):
+            return
+        try:
+            self.lock.generation = await begin_generation(self.ledger, self.job.ledger.public, give_up_after=SOON)
+            self.begun = started
+        except (httpx.HTTPError, PrefectException, CrewError) as error:
+            run_logger().warning("That batch %s has gone on cannot be noted: %s", self.job.name, error)
+        self.begin_after = time.monotonic() + BEGIN_EVERY
+
+    async def _note_people(self) -> None:
+        try:
+            await note_waiting_for_people(self.job.name, bool([record async for record in self.ledger.may_ask()]))
+        except (httpx.HTTPError, PrefectException) as error:
+            run_logger().debug("Whether rows of batch %s wait for people is not noted: %s", self.job.name, error)
+
+    async def _report(self) -> BatchReport:
+        progress, job = self.progress, self.job
+        total, aside = progress.whole, progress.set_aside
+        try:
+            kickoffs, usage = await self.ledger.kickoffs(), await self.ledger.usage()
+        except LedgerError:
+            kickoffs, usage = self.throttle.kickoffs, None  # what ended the batch is raised
+        return BatchReport(
+            name=job.name,
+            total=total,
+            completed=progress.completed,
+            failed=progress.failed,
+            uncertain=progress.uncertain,
+            skipped=total - progress.done,
+            seconds=progress.seconds,
+            output=self.output.name,
+            stopped=self.throttle.stopped,
+            kickoffs=kickoffs - self.kickoffs_before,
+            set_aside=aside.count,
+            set_aside_rows=tuple(aside.rows[:FAILURES]),
+            set_aside_output=aside.output,
+            duplicates=progress.duplicates,
+            uncertain_keys=tuple(progress.uncertain_keys),
+            errors=dict(progress.errors),
+            usage=usage,
+            cost=None if job.crew.price is None else job.crew.price * kickoffs,
+        )

@@ -3,50 +3,65 @@
 from __future__ import annotations
 
 import asyncio
+import time
+from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack
 from itertools import islice
 from uuid import uuid4
 
+import httpx
 from prefect.client.orchestration import get_client
 from prefect.context import FlowRunContext
-from prefect.exceptions import ObjectNotFound
+from prefect.exceptions import ObjectNotFound, PrefectException
 
+from prefect_crew._internal.prefect_api import run_logger
+from prefect_crew.artifacts.events import emit
 from prefect_crew.batches.ledger import PAGE, Ledger
 from prefect_crew.batches.options import IN_FLIGHT, BatchOptions
 from prefect_crew.batches.outcomes import (
+    ERROR_CAP,
+    RETRYABLE,
     STOPPED_WITH_BATCH,
-    RetryRule,
-    RowEnd,
     RowState,
-    conflict,
-    end_of_run,
-    end_uncertain,
-    end_without_run,
-    note_reason,
+    judge,
+    note_error,
+    state_after,
 )
-from prefect_crew.batches.polling import RowPoller
+from prefect_crew.batches.ownership import note_waiting_for_people
 from prefect_crew.batches.rows import RowJob
 from prefect_crew.batches.throttle import BatchSession, Throttle
 from prefect_crew.client._retry_safety import KickoffFate, kickoff_fate
+from prefect_crew.client.models import CrewStatus
 from prefect_crew.crew import CrewSession
 from prefect_crew.exceptions import (
     AuthenticationError,
     ConfigurationError,
     CrewError,
+    IdempotencyConflictError,
     KickoffUncertainError,
     LedgerError,
 )
 from prefect_crew.records.keys import RunIdentity
-from prefect_crew.records.model import Caller, RecordPhase, RunRecord, latest_start
+from prefect_crew.records.model import Caller, RecordPhase, RunRecord, StoredResult, latest_start
 from prefect_crew.runs.kickoff import Start, Started, start_run
 from prefect_crew.runs.limits import missing_limit, take_slots
+from prefect_crew.runs.listener import Waker, waker_for
+from prefect_crew.runs.polling import Phases, Watcher, poll
+from prefect_crew.runs.reviews.reviewer import People
+from prefect_crew.runs.run import OpenRun, close_record
+from prefect_crew.runs.stop import close_stopped
 from prefect_crew.settings import CrewSettings
+from prefect_crew.states import CrewState
 
 FORCED = (RowState.INVALID_OUTPUT, RowState.LOST)
 """States after which a row is started again by force only: a run that has completed, or that nobody knows any more."""
 CLAIM_LOOK_EVERY = 1.0
 """Seconds between two looks at a claim that another process made."""
+LOG_EVERY = 60.0
+"""Seconds between two log lines about the same kind of thing, however many rows meet it."""
+RowEnd = tuple[RowState, str | None]
+"""How a row stands at its end in this call, and the class of its error if it has one."""
 
 
 class Runner:
@@ -56,13 +71,15 @@ class Runner:
         session, throttle, ledger: What rows are run with.
         options: Those of the batch.
         max_in_flight: Runs in flight at a time.
-        on_end: Called with what became of each row in this call.
+        on_end: Called with the `RowEnd` of each row.
         judge_again: Whether the results of earlier calls are judged and shown differently than then.
 
     Attributes:
         shut: Whether nothing is waited for any more either.
         waiting: The runs that are in flight, by row key.
         started: How many this call has kicked off.
+        policy: How runs are waited for.
+        first_poll: When a run is first polled; None where the policy alone says so.
     """
 
     def __init__(
@@ -73,7 +90,7 @@ class Runner:
         options: BatchOptions,
         *,
         max_in_flight: int,
-        on_end: Callable[[RowEnd], None],
+        on_end: Callable[[RowState, str | None], None],
         judge_again: bool = False,
     ) -> None:
         self.session = session
@@ -83,11 +100,13 @@ class Runner:
         self.waiting: dict[str, RunRecord] = {}
         self.started = 0
         self._options = options
-        self._rule = RetryRule(options.retries, options.retry_failed)
-        self._poller = RowPoller(session, ledger, options)
+        self.policy = options.wait or session.crew.wait
+        self.first_poll = FirstPoll() if options.wait is None else None
         self._on_end = on_end
         self._judge_again = judge_again
         self._failed = self._ended = 0
+        self._logged_at: dict[str, float] = {}
+        self._people_noted = False
         self._slots = asyncio.Semaphore(max_in_flight)
         self._running: set[asyncio.Task[None]] = set()
         self._settings = CrewSettings()
@@ -138,7 +157,7 @@ class Runner:
             states = await self.ledger.enter_rows(page, self.session.crew, anew=self._judge_again)
             for job in page:
                 if states[job.key] is RowState.CONFLICT:
-                    self._on_end(conflict(job))
+                    self._on_end(RowState.CONFLICT, IdempotencyConflictError.__name__)
             page = [job for job in page if not self._is_settled(states[job.key])]
             begun = [job.key for job in page if states[job.key] is not RowState.PENDING]
             known = await self.ledger.attempts_of(begun) if begun else {}
@@ -146,8 +165,9 @@ class Runner:
                 attempts = known.get(job.key, ())
                 latest = latest_start(attempts)
                 if latest is not None and latest.phase is RecordPhase.ENDED:
-                    end, count = await self._with_result(job, latest, found=True), _kickoffs(attempts)
-                    if not self._runs_again(end, count=count, before=count):
+                    state, count = await self._judge(job, latest), _kickoffs(attempts)
+                    owed = count if latest.reason == STOPPED_WITH_BATCH else 0
+                    if not self._starts_again(job, state, count=count, before=count, owed=owed):
                         continue
                 if self.throttle.stopped is None or (latest is not None and latest.phase is RecordPhase.STARTED):
                     yield job, attempts
@@ -158,7 +178,8 @@ class Runner:
         """Whether this call has surely nothing to do for a row that stands so."""
         if state in (RowState.UNCERTAIN, RowState.CONFLICT):
             return True
-        if state is RowState.COMPLETED or (state in (RowState.FAILED, RowState.INVALID_OUTPUT) and not self._rule):
+        retries = self._options.retries or self._options.retry_failed
+        if state is RowState.COMPLETED or (state in (RowState.FAILED, RowState.INVALID_OUTPUT) and not retries):
             return not self._judge_again
         return False
 
@@ -176,50 +197,48 @@ class Runner:
             found = latest_start(attempts)
         if found is not None and found.phase in (RecordPhase.CLAIMED, RecordPhase.UNCERTAIN):
             # Says nothing about the crew at this moment, which is what the throttle and the policy count.
-            self._on_end(end_uncertain(job, found, batch=self.ledger.batch))
+            self._on_end(RowState.UNCERTAIN, None)
             return
         try:
             end = await self._to_its_end(job, attempts)
         finally:
             self.throttle.left(job.key)
         if end is not None:
+            state, kind = end
             self._ended += 1
-            self._failed += end.state is not RowState.COMPLETED
+            self._failed += state is not RowState.COMPLETED
             if reason := self._options.why_stop(self._failed, self._ended):
                 self.stop(reason)
-            self._on_end(end)
+            self._on_end(state, kind)
 
     async def _to_its_end(self, job: RowJob, attempts: Sequence[RunRecord]) -> RowEnd | None:
         """Return how the last run of a row has ended; None if it has none since the batch starts nothing more."""
         before = count = _kickoffs(attempts)
-        latest = latest_start(attempts)
-        record, place, end = None, None, None
-        if latest is not None and latest.phase is RecordPhase.STARTED and latest.crew_url == self.session.crew.url:
-            record = latest
-        found = record is not None
+        record = latest_start(attempts)
+        if record is not None and (record.phase is not RecordPhase.STARTED or record.crew_url != self.session.crew.url):
+            record = None
+        place, end, found = None, None, record is not None
         while True:
             if record is None:
                 if not await self.throttle.admit(job.key):
                     return end
                 opened = await self._kick_off(job, place)
-                if isinstance(opened, RowEnd):
-                    self.throttle.failed(job.key, opened.error or opened.state)
-                    return opened
                 if opened is None:
                     self.throttle.left(job.key)
                     continue
+                if not isinstance(opened, Started):
+                    return opened
                 record, found = opened.record, not opened.is_new
                 count += opened.is_new
             end = await self._wait(job, record, first_look=found)
             if end is None:
                 return None
-            if end.state is RowState.COMPLETED:
+            state, _ = end
+            if state is RowState.COMPLETED:
                 self.throttle.completed()
-            else:
-                self.throttle.failed(job.key, end.error or end.state)
-            if not self._runs_again(end, count=count, before=before):
+            if not self._starts_again(job, state, count=count, before=before):
                 return end
-            place = f"{self.ledger.batch}/{job.key}/{record.attempt}" if end.state in FORCED else None
+            place = f"{self.ledger.batch}/{job.key}/{record.attempt}" if state in FORCED else None
             record = None
 
     async def _kick_off(self, job: RowJob, place: str | None) -> Started | RowEnd | None:
@@ -285,7 +304,7 @@ class Runner:
                     record.error = None
                     record.reason = record.reason if record.reason == STOPPED_WITH_BATCH else None
                     await self.ledger.save(record)
-                await self._poller.wait(job, record, first_look=first_look)
+                await self._poll(job, record, first_look=first_look)
             except LedgerError:
                 raise
             except AuthenticationError as error:
@@ -296,30 +315,204 @@ class Runner:
                     return await self._without_result(job, record, error)
             finally:
                 del self.waiting[job.key]
-        return await self._with_result(job, record)
+        state = await self._judge(job, record)
+        if state is not RowState.COMPLETED:
+            self.throttle.failed(job.key, record.error or "the crew gave no reason")
+        return state, RETRYABLE.get(state)
 
-    async def _with_result(self, job: RowJob, record: RunRecord, *, found: bool = False) -> RowEnd:
-        """Return how a run has ended, and write down whether its result fits `output_type`."""
+    async def _judge(self, job: RowJob, record: RunRecord) -> RowState:
+        """Return how a row stands whose run has ended, and write down whether its result fits `output_type`."""
         noted = record.error
-        end = end_of_run(job, record, crew=self.session.crew, output_type=self._options.output_type, found=found)
+        crew = self.session.crew.hiding(job.hidden)
+        state = judge(record, crew=crew, inputs=job.inputs, output_type=self._options.output_type)
         if record.error != noted:
             await self.ledger.save(record)
-        return end
+        return state
 
     async def _without_result(self, job: RowJob, record: RunRecord | None, error: CrewError) -> RowEnd:
         """Return the end of a row whose run has none, and write down why, for those who ask the ledger."""
-        end = end_without_run(job, record, error, batch=self.ledger.batch)
-        if end.state is RowState.CONFLICT:
+        state = state_after(error, record)
+        if state is RowState.CONFLICT:
             await self.ledger.note_conflict(job.key)
         over = record is not None and record.phase in (RecordPhase.NOT_STARTED, RecordPhase.ENDED)
         # What goes on may be another process's to write: of that only its own wait notes anything.
-        if record is not None and (over or job.key in self.waiting) and note_reason(record, end):
+        if (
+            record is not None
+            and (over or job.key in self.waiting)
+            and note_error(record, error, key=job.key, batch=self.ledger.batch)
+        ):
             await self.ledger.save(record)
-        return end
+        self.throttle.failed(job.key, str(error))
+        return state, None if state is RowState.UNCERTAIN else type(error).__name__
 
-    def _runs_again(self, end: RowEnd, *, count: int, before: int) -> bool:
+    def _starts_again(self, job: RowJob, state: RowState, *, count: int, before: int, owed: int = 0) -> bool:
         most = self.session.crew.max_kickoffs
-        return self.throttle.stopped is None and self._rule.applies_to(end, count=count, before=before, most=most)
+        return self.throttle.stopped is None and self._options.starts_again(
+            state, job.key, count=count, before=before, most=most, owed=owed
+        )
+
+    # Waiting for the run of a row: the loop of `runs.polling`, with no more around it than its record needs.
+
+    async def _poll(self, job: RowJob, record: RunRecord, *, first_look: bool) -> None:
+        """Wait until a run has ended, and write its end down. `first_look`: poll at once.
+
+        Raises:
+            CrewTimeoutError, CrewLostError, AuthenticationError, CrewError: As `poll`.
+            ReviewLimitError: A task asks once too often.
+            LedgerError: Its end cannot be written down.
+        """
+        kickoff_id, phases = str(record.kickoff_id), Phases.of(record)
+        crew = self.session.crew.hiding(job.hidden)
+        run = OpenRun(crew, kickoff_id, record, job.inputs, owned=True, webhooks=self._options.webhooks)
+        with run.withholding():
+            async with waker_for(record.idempotency_key if record.has_webhooks else None) as waker:
+                status = await poll(
+                    lambda: self.session.client.status(kickoff_id),
+                    kickoff_id=kickoff_id,
+                    crew=record.crew,
+                    policy=self.policy,
+                    phases=phases,
+                    watcher=_RowWatcher(self, run, record, waker),
+                    first_look=first_look,
+                )
+                status = status if waker is None else waker.add_usage(status)
+        run.use_token_of(self.session.crew)
+        has_result = status.state is CrewState.COMPLETED
+        close_record(
+            record,
+            status,
+            human_seconds=phases.human_seconds,
+            error=None if has_result else run.redact(status.error or "The crew gave no reason.")[:ERROR_CAP],
+            result=run.redact.model(StoredResult.of(status.result())) if has_result else None,
+        )
+        if has_result and self.first_poll is not None:
+            self.first_poll.add(record)
+        await self.ledger.save(record)
+
+    async def stop_late(self, record: RunRecord) -> bool:
+        """Stop a run that is over its time, and return whether it was."""
+        try:
+            answer = await self.session.client.stop(str(record.kickoff_id))
+            await close_stopped(record, answer, self.ledger)
+        except CrewError as error:
+            run_logger().warning("Run %s is over its time and could not be stopped: %s", record.kickoff_id, error)
+            return False
+        return answer.accepted
+
+    def log_seldom(self, kind: str, message: str, *args: object) -> None:
+        """Log a warning, but not again for a minute."""
+        now = time.monotonic()
+        if kind not in self._logged_at or now - self._logged_at[kind] > LOG_EVERY:
+            self._logged_at[kind] = now
+            run_logger().warning(message, *args)
+
+    async def note_person(self, record: RunRecord) -> None:
+        """Say that a row waits for a person: in the log, and to whoever asks the Prefect server."""
+        batch = self.ledger.batch
+        self.log_seldom(
+            "person",
+            "Row %r of batch %s waits for a person: task %s of run %s. prefect-crew reviews ls lists all that do.",
+            *(self.ledger.row_key(record.idempotency_key), batch, record.human_task, record.kickoff_id),
+        )
+        if not self._people_noted:
+            try:
+                await note_waiting_for_people(batch, True)
+                self._people_noted = True
+            except (httpx.HTTPError, PrefectException) as error:
+                run_logger().debug("That rows of batch %s wait for people is not noted: %s", batch, error)
+
+
+class FirstPoll:
+    """When a run is first polled, so that this does not come long before one can have ended.
+
+    `seconds` is the duration of the fastest tenth, 0 while nothing is known: a run that takes longer is polled as its
+    policy says from then on.
+    """
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._known: deque[float] = deque(maxlen=200)
+        self._new = 0
+
+    def add(self, record: RunRecord) -> None:
+        """Add a run that completed: its execution time, or, where the server tells none, the time until it was seen."""
+        took = None if record.result is None else record.result.execution_time
+        if took is None:
+            if record.ended_at is None or record.kicked_off_at is None:
+                return
+            # Seen too late by up to a pause: a little less each time leads to the truth from above.
+            took = 0.9 * (record.ended_at - record.kicked_off_at).total_seconds()
+        self._known.append(took)
+        self._new += 1
+        if self._new >= 20 or len(self._known) in (5, 10):
+            self._new = 0
+            self.seconds = sorted(self._known)[len(self._known) // 10]
+
+
+class _RowWatcher(Watcher):
+    """What is done while one row's run is polled."""
+
+    def __init__(self, runner: Runner, run: OpenRun, record: RunRecord, waker: Waker | None) -> None:
+        self._runner = runner
+        self._run = run
+        self._record = record
+        self._waker = waker
+        self._people: People | None = None
+        self._first_pause = 0.0 if runner.first_poll is None else runner.first_poll.seconds
+
+    @property
+    def people(self) -> People:
+        """What is done about people. Most rows never ask any, so it is made when it is needed."""
+        if self._people is None:
+            runner = self._runner
+            self._people = People(
+                self._run,
+                runner.session,
+                runner.ledger,
+                runner.policy,
+                None,
+                stop=lambda: runner.stop_late(self._record),
+                waker=self._waker,
+                quiet=True,
+            )
+        return self._people
+
+    async def on_status(self, status: CrewStatus) -> None:
+        if status.state is CrewState.WAITING:
+            task = self._record.human_task
+            await self.people.ask(status)
+            if self._record.human_task != task:
+                await self._runner.ledger.save(self._record)
+            await self._runner.note_person(self._record)
+        elif status.state.ended:
+            if self._record.human_since is not None:
+                emit("resumed", self._record)  # the crew went on and ended between two polls
+        elif self._people is not None:
+            await self._people.ask(status)
+
+    async def pause(self, seconds: float) -> None:
+        await (asyncio.sleep if self._waker is None else self._waker.pause)(seconds)
+
+    def stretch(self, delay: float) -> float:
+        if self._waker is not None:
+            return self._waker.stretch(delay)
+        first, self._first_pause = self._first_pause, 0.0
+        return max(delay, first)
+
+    async def more_time(self) -> float:
+        return await self.people.more_time()
+
+    async def stop(self, phase: str) -> bool:
+        return self._runner.policy.stops(phase) and await self._runner.stop_late(self._record)
+
+    async def on_person_turn(self, phases: Phases) -> None:
+        phases.note_in(self._record)
+        await self._runner.ledger.save(self._record)
+        if phases.human_since is None:
+            emit("resumed", self._record)
+
+    async def on_error(self, error: CrewError) -> None:
+        self._runner.log_seldom("trouble", "%s This says nothing about the runs, which are polled again.", error)
 
 
 def _kickoffs(attempts: Sequence[RunRecord]) -> int:

@@ -30,20 +30,17 @@ class BatchStatus:
     """How a batch stands, as its ledger knows it.
 
     Attributes:
-        name: The batch.
         total: Its rows, also those that were set aside.
-        set_aside: Rows that cannot be run. `set_aside_rows`: the first 1,000 of them, `set_aside_output`: the file that
-            all of them are in.
-        completed, failed, uncertain, in_flight: How many rows stand so; in flight is what had not ended at the last
-            look.
-        waiting: Those in flight that waited for a person then.
+        completed, failed, uncertain: How many rows stand so.
+        in_flight: Rows whose run had not ended at the last look. `waiting`: those that waited for a person then.
         left: Rows that were not kicked off yet.
         kickoffs: How many were, or may have been, sent in all.
         states: Rows by their state.
         median, longest: Seconds of the runs that have ended, None where there is none.
+        output, ledger: Where they are; `output` is None where the call is not on record.
         running: Whether a process runs it at this moment; None where nobody can tell.
         why_not: Why it cannot be gone on with by its name alone; None if it can.
-        output, ledger: Where they are; `output` is None where the call is not on record.
+        set_aside: Rows that cannot be run, the first 1,000 of them, and the file that all of them are in.
     """
 
     name: str
@@ -126,17 +123,12 @@ class StoredBatch:
                 return
 
     async def check_failed(self, keys: Collection[str]) -> None:
-        """Make sure that rows can be started again.
-
-        Raises:
-            ConfigurationError: One of them is unknown, or has not failed.
-        """
+        """Make sure that rows can be started again. Raises ConfigurationError."""
         for key in keys:
             attempts = await self.ledger.attempts(self.ledger.idempotency_key(key))
             if not attempts:
                 raise ConfigurationError(f"Batch {self.name!r} has started no run for a row {key!r}.")
-            last = latest_start(attempts) or attempts[-1]
-            state = state_of(last)
+            state = state_of(latest_start(attempts) or attempts[-1])
             if state in (RowState.UNCERTAIN, RowState.CLAIMED):
                 raise ConfigurationError(
                     f"Row {key!r} of batch {self.name!r} is uncertain. Resolve it first: prefect-crew runs resolve "
@@ -165,12 +157,7 @@ class StoredBatch:
     async def export(self, output: str | None = None) -> tuple[str, int]:
         """Write its lines, also while it runs; return where they are, for people, and how many.
 
-        Args:
-            output: Where to; None for the output of its last call.
-
-        Raises:
-            ConfigurationError: The output of its last call is not on record, or cannot be written.
-            OutputError: It cannot be written.
+        Without `output` it is that of its last call. Raises ConfigurationError, OutputError.
         """
         call = self.entry.call or _NO_CALL
         address = output or call.get("output")
@@ -202,7 +189,7 @@ async def open_stored_batch(name: str, ledger: str | None = None) -> AsyncGenera
     known = str(binding.get("ledger"))
     address = await ledger_address(ledger or known, "")
     # Opening it would make the file.
-    if address.is_local and not address.exists:
+    if address.is_missing:
         raise LedgerMissingError(name=name, ledger=known)
     async with Ledger(address.full, name) as opened:
         entry = await opened.entry()

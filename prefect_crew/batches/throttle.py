@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import AsyncGenerator, Callable, Coroutine
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from prefect_crew._internal.prefect_api import run_logger
@@ -51,7 +51,6 @@ class Backoff:
 class Throttle:
     """Decides when the next run of a batch is kicked off. One for a batch in one process, on one event loop.
 
-    - `kickoffs_per_second` and `kickoffs_at_once` are kept, and what the server asks for with `Retry-After`.
     - Until a kickoff was accepted, and again once one was refused, they go one by one: a wrong token or a server that
       is away costs one row's time. Pauses between refused ones double; after 10 minutes of them the batch stops.
     - After `breaker` failed rows in a row there is a pause; then one row is tried, whose end is waited for. If that
@@ -84,8 +83,7 @@ class Throttle:
     async def admit(self, row: str) -> bool:
         """Wait until the run of a row may be kicked off, first come, first served. After True, `leave` has to follow.
 
-        Returns:
-            False if nothing is kicked off any more.
+        False: nothing is kicked off any more.
         """
         async with self._queue:
             while self.stopped is None and (seconds := self._seconds_to_wait()) > 0:
@@ -205,11 +203,9 @@ class Throttle:
 
 
 async def _wait(event: asyncio.Event, seconds: float) -> None:
-    try:
+    with suppress(TimeoutError):
         async with asyncio.timeout(None if seconds == math.inf else seconds):
             await event.wait()
-    except TimeoutError:
-        return
 
 
 class _Lanes:
@@ -239,7 +235,7 @@ class BatchClient(CrewClient):
     """A crew client that tells a throttle what the server asks for, and goes on with a rotated token."""
 
     def __init__(
-        self, crew: Crew, throttle: Throttle, newer: Callable[[CrewClient], Coroutine[Any, Any, CrewClient | None]]
+        self, crew: Crew, throttle: Throttle, newer: Callable[[CrewClient], Awaitable[CrewClient | None]]
     ) -> None:
         super().__init__(
             crew.url,
@@ -261,23 +257,25 @@ class BatchClient(CrewClient):
 
     async def kickoff(self, *args: Any, **kwargs: Any) -> str:
         """Start a run, as `CrewClient.kickoff`."""
-        return await self._heeding(super().kickoff(*args, **kwargs), lambda newer: newer.kickoff(*args, **kwargs))
+        return await self._with_newest_token(CrewClient.kickoff, *args, **kwargs)
 
     async def status(self, *args: Any, **kwargs: Any) -> CrewStatus:
         """Return where a run stands, as `CrewClient.status`."""
-        return await self._heeding(super().status(*args, **kwargs), lambda newer: newer.status(*args, **kwargs))
+        return await self._with_newest_token(CrewClient.status, *args, **kwargs)
 
-    async def _heeding(self, call: Coroutine[Any, Any, T], again: Callable[[CrewClient], Coroutine[Any, Any, T]]) -> T:
+    async def _with_newest_token(self, request: Callable[..., Awaitable[T]], *args: Any, **kwargs: Any) -> T:
         try:
-            return await call
+            return await request(self, *args, **kwargs)
         except AuthenticationError:
             newer = await self._newer(self)
             if newer is None:
                 raise
-            return await again(newer)
-        except (RateLimitedError, ServerError) as error:
-            self._throttle.heed(error)
-            raise
+        return await request(newer, *args, **kwargs)
+
+    def _error(self, call: Any, answer: Any, kind: Any = None) -> Any:
+        error = super()._error(call, answer, kind)
+        self._throttle.heed(error)
+        return error
 
     async def _send(self, call: Any) -> Any:
         polls = call.method == "GET"

@@ -17,7 +17,7 @@ from prefect_crew.cli import _output
 from prefect_crew.states import CrewState
 
 if TYPE_CHECKING:
-    from prefect_crew.batches.progress import BatchProgress
+    from prefect_crew.batches.report import BatchProgress
     from prefect_crew.client.models import CrewStatus
     from prefect_crew.runs.run import OpenRun
 

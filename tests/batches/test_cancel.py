@@ -22,7 +22,7 @@ from prefect.states import Cancelling
 from prefect_crew import BatchReport
 from prefect_crew.batches.cancel import run_until_cancelled
 from prefect_crew.devserver import CrewServer
-from prefect_crew.exceptions import BatchCancelledError, OutputError
+from prefect_crew.exceptions import BatchCancelledError
 from prefect_crew.testing import CrewServerFactory
 from support.batches import Batches
 from support.held import Held
@@ -124,19 +124,6 @@ async def test_a_batch_that_drains_is_still_looked_after(monkeypatch: pytest.Mon
     with pytest.raises(BatchCancelledError):
         await asyncio.wait_for(watching, 20)
     assert drained.looks >= 2
-
-
-async def test_what_goes_wrong_while_a_batch_drains_ends_it(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("prefect_crew.batches.cancel.is_cancelled", is_cancelled)
-    drained = Draining()
-
-    async def full() -> None:
-        if drained.stopped is not None:
-            raise OutputError("the disk is full")
-
-    watching = run_until_cancelled(drained.rows(), cast("Any", drained), name="drained", on_cancel="drain", tick=full)
-    with pytest.raises(OutputError, match="the disk is full"):
-        await asyncio.wait_for(watching, 20)
 
 
 @pytest.mark.parametrize("way", ["evicted", "timed out"])

@@ -12,12 +12,11 @@ import pytest
 from pydantic import SecretStr
 
 from prefect_crew.batches.database import ledger_address
-from prefect_crew.batches.dataset import open_dataset, shown_address
-from prefect_crew.batches.rows import BadRow, RowJob, RowPlan
+from prefect_crew.batches.dataset import shown_address
 from prefect_crew.client.redaction import MASK
 from prefect_crew.exceptions import ConfigurationError
 from prefect_crew.testing import CrewServerFactory
-from support.batches import Batches
+from support.batches import CREW, Batches, row_plan
 from support.scripts import script
 
 REPEATS = script(
@@ -64,7 +63,7 @@ async def test_files_of_a_batch_are_for_its_owner_only(batch: Batches, crew_serv
 
 
 def bad(rows: list[dict[str, Any]], **options: Any) -> list[str]:
-    return [one.reason for one in RowPlan(open_dataset(rows), secret=["pin"], **options).check().bad]
+    return [one.reason for one in row_plan(rows, crew=CREW.hiding(["pin"]), **options).check().bad]
 
 
 def test_no_reason_of_a_bad_row_has_a_secret_input():
@@ -87,9 +86,8 @@ def test_a_key_that_holds_a_secret_input_is_refused():
     assert bad(rows, inputs={"topic": "topic", "pin": "code"}, key=lambda row: f"of {row['code']}") == [
         "its key holds a secret input, and keys stand in logs, artifacts and the ledger"
     ]
-    given = RowPlan(open_dataset(rows), inputs={"pin": lambda row: SecretStr(row["code"])}, key="code").jobs()
-    assert [job for job in given if isinstance(job, RowJob)] == []
-    assert not isinstance(next(RowPlan(open_dataset(rows), key="topic").jobs(), BadRow(0, "")), BadRow)
+    given = row_plan(rows, inputs={"pin": lambda row: SecretStr(row["code"])}, key="code")
+    assert list(given.jobs()) == []
 
 
 # Addresses

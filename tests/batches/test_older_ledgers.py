@@ -74,7 +74,7 @@ async def test_a_copy_from_the_middle_of_a_call_is_refused(
     batch: Batches, crew_server: CrewServerFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """Also where its machine dies then: the generation grows while rows are started, and not at the end alone."""
-    monkeypatch.setattr("prefect_crew.batches.batch.BEGIN_EVERY", 0.0)
+    monkeypatch.setattr("prefect_crew.batches.run.BEGIN_EVERY", 0.0)
     server = crew_server(script({"output": "on {{ topic }}", "seconds": 0.3}, inputs=["topic"]))
     ledger, name = tmp_path / "out.jsonl.ledger.db", "copied"
     running = asyncio.ensure_future(batch(server.crew(), topics(400), name=name, max_in_flight=2))
@@ -117,7 +117,7 @@ async def test_a_call_that_dies_over_its_generation_locks_nobody_out(
 
     with monkeypatch.context() as patch:
         if point == "before the first row":
-            patch.setattr("prefect_crew.batches.batch.begin_generation", dying(ownership.begin_generation, after=True))
+            patch.setattr("prefect_crew.batches.run.begin_generation", dying(ownership.begin_generation, after=True))
         else:
             patch.setattr(Ledger, "advance", dying(Ledger.advance, after=point == "between ledger and server"))
         with pytest.raises(Killed):

@@ -71,13 +71,6 @@ def test_when_a_policy_stops(policy: Any, failed: int, ended: int, stops: bool):
     assert (BatchOptions(on_failure=policy).why_stop(failed, ended) is not None) is stops
 
 
-def test_keys_to_retry_are_looked_up_and_not_searched():
-    for given in (["a", "b"], ("a", "b"), {"a", "b"}):
-        assert BatchOptions(retry_failed=given).retry_failed == frozenset({"a", "b"})
-        assert isinstance(BatchOptions(retry_failed=given).retry_failed, frozenset)
-    assert BatchOptions(retry_failed=True).retry_failed is True
-
-
 # What is stored of the call
 
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from prefect_crew.batches.outcomes import STOPPED_WITH_BATCH, RetryRule, RowEnd, RowState, state_of
-from prefect_crew.batches.rows import RowJob
+from prefect_crew.batches.options import BatchOptions
+from prefect_crew.batches.outcomes import RowState, state_of
 from prefect_crew.records.model import RecordPhase, RunRecord, utcnow
 from prefect_crew.states import CrewState
 
@@ -43,44 +43,33 @@ def test_how_a_row_stands_by_its_record(phase: str, facts: dict[str, Any], state
     assert found.is_failed == (state not in ("pending", "claimed", "started", "uncertain", "completed"))
 
 
-def end(kind: str | None, state: str = "failed", *, found: bool = False, reason: str | None = None) -> RowEnd:
-    ended = record(phase=RecordPhase.ENDED, reason=reason)
-    return RowEnd(RowJob(0, 1, "k", {}, "d"), RowState(state), ended, "why", kind, found=found)
-
-
-FAILED = end("CrewFailedError")
-
-
 @pytest.mark.parametrize(
-    ("rule", "ended", "count", "before", "again"),
+    ("options", "state", "count", "before", "again"),
     [
-        pytest.param(RetryRule(), FAILED, 1, 0, False, id="off by default"),
-        pytest.param(RetryRule(2), FAILED, 2, 0, True, id="second retry"),
-        pytest.param(RetryRule(2), FAILED, 3, 0, False, id="no third"),
-        pytest.param(RetryRule(9), FAILED, 3, 0, False, id="never beyond the crew's limit"),
-        pytest.param(RetryRule(1), FAILED, 1, 1, True, id="one that an earlier call still owed"),
-        pytest.param(RetryRule({"CrewFailedError": 1}), FAILED, 1, 0, True, id="by class"),
-        pytest.param(RetryRule({"CrewStoppedError": 1}), FAILED, 1, 0, False, id="another class"),
-        pytest.param(RetryRule(1), end("OutputTypeError", "invalid-output"), 1, 0, True, id="no fit"),
-        pytest.param(RetryRule(1), end("CrewLostError", "lost"), 1, 0, False, id="lost is no number's business"),
-        pytest.param(RetryRule({"CrewLostError": 1}), end("CrewLostError", "lost"), 1, 0, True, id="lost by class"),
-        pytest.param(RetryRule(2), end("CrewTimeoutError", "timed-out"), 1, 0, False, id="timed out: it may run on"),
-        pytest.param(RetryRule(2), end("KickoffUncertainError", "uncertain"), 1, 0, False, id="uncertain"),
-        pytest.param(RetryRule(2), end("InvalidInputsError", "not-started"), 0, 0, False, id="refused"),
-        pytest.param(RetryRule(0, True), FAILED, 1, 1, True, id="failed in an earlier call"),
-        pytest.param(RetryRule(0, True), FAILED, 2, 1, False, id="once a call"),
-        pytest.param(RetryRule(0, True), end("CrewLostError", "lost"), 1, 1, False, id="lost is not among all failed"),
-        pytest.param(RetryRule(0, {"k"}), end("CrewLostError", "lost"), 1, 1, True, id="lost by its key"),
-        pytest.param(RetryRule(0, {"other"}), FAILED, 1, 1, False, id="another key"),
-        pytest.param(
-            RetryRule(),
-            end("CrewStoppedError", "stopped", found=True, reason=STOPPED_WITH_BATCH),
-            1,
-            1,
-            True,
-            id="stopped with the batch",
-        ),
+        pytest.param({}, "failed", 1, 0, False, id="off by default"),
+        pytest.param({"retries": 2}, "failed", 2, 0, True, id="second retry"),
+        pytest.param({"retries": 2}, "failed", 3, 0, False, id="no third"),
+        pytest.param({"retries": 9}, "failed", 3, 0, False, id="never beyond the crew's limit"),
+        pytest.param({"retries": 1}, "failed", 1, 1, True, id="one that an earlier call still owed"),
+        pytest.param({"retries": {"CrewFailedError": 1}}, "failed", 1, 0, True, id="by class"),
+        pytest.param({"retries": {"CrewStoppedError": 1}}, "failed", 1, 0, False, id="another class"),
+        pytest.param({"retries": 1}, "invalid-output", 1, 0, True, id="no fit"),
+        pytest.param({"retries": 1}, "lost", 1, 0, False, id="lost is no number's business"),
+        pytest.param({"retries": {"CrewLostError": 1}}, "lost", 1, 0, True, id="lost by class"),
+        pytest.param({"retries": 2}, "timed-out", 1, 0, False, id="timed out: it may run on"),
+        pytest.param({"retries": 2}, "uncertain", 1, 0, False, id="uncertain"),
+        pytest.param({"retries": 2}, "not-started", 0, 0, False, id="refused"),
+        pytest.param({"retry_failed": True}, "failed", 1, 1, True, id="failed in an earlier call"),
+        pytest.param({"retry_failed": True}, "failed", 2, 1, False, id="once a call"),
+        pytest.param({"retry_failed": True}, "lost", 1, 1, False, id="lost is not among all failed"),
+        pytest.param({"retry_failed": {"k"}}, "lost", 1, 1, True, id="lost by its key"),
+        pytest.param({"retry_failed": {"other"}}, "failed", 1, 1, False, id="another key"),
     ],
 )
-def test_when_a_row_is_started_again(rule: RetryRule, ended: RowEnd, count: int, before: int, again: bool):
-    assert rule.applies_to(ended, count=count, before=before, most=3) is again
+def test_when_a_row_is_started_again(options: dict[str, Any], state: str, count: int, before: int, again: bool):
+    given = BatchOptions(**options)
+    assert given.starts_again(RowState(state), "k", count=count, before=before, most=3) is again
+
+
+def test_a_row_that_was_stopped_with_its_batch_is_started_again_whatever_the_options_say():
+    assert BatchOptions().starts_again(RowState.STOPPED, "k", count=1, before=1, most=3, owed=1)

@@ -15,7 +15,7 @@ from prefect import flow
 from prefect_crew import CrewError, DeployedCrew, Review, WaitPolicy, arun_batch, resume_crew
 from prefect_crew.batches.ledger import Ledger
 from prefect_crew.batches.outcomes import RowState
-from prefect_crew.batches.polling import RunTimes
+from prefect_crew.batches.runner import FirstPoll
 from prefect_crew.batches.stored import batches_waiting_for_people
 from prefect_crew.exceptions import AnsweredError
 from prefect_crew.records.model import RunRecord, StoredResult
@@ -183,15 +183,15 @@ async def test_a_person_that_a_row_waits_for_is_not_timed_out(batch: Batches, cr
 
 
 async def test_the_first_poll_comes_when_the_fastest_tenth_of_runs_has_ended():
-    times = RunTimes()
+    times = FirstPoll()
 
     def add(seconds: float) -> None:
         times.add(RunRecord.model_construct(result=StoredResult(output="", execution_time=seconds)))
 
-    assert times.first_poll == 0
+    assert times.seconds == 0
     for seconds in range(100, 120):
         add(float(seconds))
-    assert 100 <= times.first_poll <= 102
+    assert 100 <= times.seconds <= 102
     for _ in range(200):
         add(5.0)
-    assert times.first_poll == 5.0
+    assert times.seconds == 5.0

@@ -16,7 +16,7 @@ from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
 
 from prefect_crew import aplan_batch
 from prefect_crew.artifacts.run import artifact_key
-from prefect_crew.batches.progress import BatchProgress
+from prefect_crew.batches.report import BatchProgress
 from prefect_crew.exceptions import ConfigurationError
 from prefect_crew.testing import CrewServerFactory
 from support.batches import Batches
@@ -44,7 +44,7 @@ async def test_a_batch_has_one_artifact(batch: Batches, crew_server: CrewServerF
     [page] = await artifacts("shown leads")
     for part in (
         "4 of 4 (100.0%)",
-        "To be resolved by a person (1): `milk`",
+        "then resolve each: `milk`",
         "no \\| \\*bad \\`row\\`",
         *("| Completed | 2 |", "| total tokens | 10 |", "| Cost of all calls | 1 |", "| Kickoffs of this call | 4 |"),
     ):
@@ -70,7 +70,7 @@ async def test_progress_moves_while_rows_run(
     batch: Batches, crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr("prefect_crew.batches.cancel.TICK", 0.1)
-    monkeypatch.setattr("prefect_crew.batches.progress.SHOW_EVERY", 0.1)
+    monkeypatch.setattr("prefect_crew.batches.report.SHOW_EVERY", 0.1)
     seen: list[tuple[str, int, int]] = []
 
     def see(progress: BatchProgress) -> None:
@@ -119,19 +119,6 @@ async def test_a_plan_lists_what_cannot_be_run(crew_server: CrewServerFactory, p
     assert (plan.rows, plan.bad_count) == (1, 1)
     assert "Line 2 cannot be run: lacks topic." in str(plan)
     assert plan.as_dict()["bad"] == [{"line": 2, "reason": "lacks topic"}]
-
-
-async def test_a_column_id_is_told_of_by_the_plan_and_by_the_batch(
-    batch: Batches, crew_server: CrewServerFactory, caplog: pytest.LogCaptureFixture
-):
-    server = crew_server(script({"output": "done"}))
-    rows = [{"topic": "tea", "id": 7}]
-    plan = await aplan_batch(server.crew(), rows)
-    assert "The column id is not sent" in str(plan).splitlines()[-1]
-    assert plan.as_dict()["notes"] == list(plan.notes)
-    await batch(server.crew(), rows, name="with id")
-    assert [run.inputs for run in server.runs] == [{"topic": "tea"}]
-    assert "Batch with id: The column id is not sent" in caplog.text
 
 
 async def test_neither_token_nor_secret_inputs_are_seen(

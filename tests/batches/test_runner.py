@@ -103,14 +103,6 @@ async def test_policies(batch: Batches, crew_server: CrewServerFactory, policy: 
     assert len(batch.lines()) == 60
 
 
-async def test_retries_are_further_purchases_that_are_counted(batch: Batches, crew_server: CrewServerFactory):
-    server = crew_server(PICKY)
-    report = await batch(server.crew(max_kickoffs=3), topics(5, {2}), retries=1, name="retried")
-    assert (report.kickoffs, server.kickoffs, report.failed) == (6, 6, 1)
-    report = await batch(server.crew(max_kickoffs=3), topics(5, {2}), retries=9, name="retried")
-    assert (report.kickoffs, report.failed) == (1, 1), "never beyond the crew's max_kickoffs"
-
-
 async def test_a_retry_that_works_is_a_completed_row(batch: Batches, crew_server: CrewServerFactory):
     server = crew_server(Numbered(lambda number: number % 10 < 8))
     report = await batch(server.crew(max_kickoffs=50), topics(3), max_in_flight=1, retries={"CrewFailedError": 20})
@@ -140,16 +132,6 @@ async def test_a_limit_on_kickoffs_holds_for_all_calls_together(batch: Batches, 
     assert len(batch.lines()) == 20
 
 
-async def test_when_everything_fails_in_a_row_the_batch_pauses_tries_one_and_gives_up(
-    batch: Batches, crew_server: CrewServerFactory
-):
-    server = crew_server(FAILS)
-    rows = [{"topic": str(number)} for number in range(200)]
-    report = await batch(server.crew(), rows, max_in_flight=5, breaker=10, breaker_pause=0.2)
-    assert "rows failed in a row. Last error: the search engine is down" in (report.stopped or "")
-    assert 13 <= server.kickoffs <= 18, "ten, those in flight beside them, and three that were tried"
-
-
 async def test_retries_wait_for_the_circuit_breaker_and_are_counted_by_it(
     batch: Batches, crew_server: CrewServerFactory
 ):
@@ -161,12 +143,6 @@ async def test_retries_wait_for_the_circuit_breaker_and_are_counted_by_it(
     assert server.kickoffs <= 5 + 20 + 3, "the five, those in flight beside them, and three that were tried"
     assert report.failed + report.skipped == 200
     assert len(batch.lines()) == report.failed, "a row whose retry was not sent any more has failed"
-
-
-async def test_a_crew_that_works_again_is_gone_on_with(batch: Batches, crew_server: CrewServerFactory):
-    server = crew_server(Numbered(lambda number: number < 12))
-    report = await batch(server.crew(), topics(50), max_in_flight=1, breaker=10, breaker_pause=0.1)
-    assert (report.completed, report.failed, report.stopped) == (38, 12, None)
 
 
 # Kickoffs that are refused

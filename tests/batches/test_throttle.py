@@ -16,7 +16,6 @@ from prefect_crew.batches import throttle as module
 from prefect_crew.batches.options import BatchOptions
 from prefect_crew.batches.throttle import BatchClient, Throttle
 from prefect_crew.client._client import CrewClient
-from prefect_crew.crew import Crew
 from prefect_crew.exceptions import CrewConnectionError, RateLimitedError
 
 REFUSED = CrewConnectionError(method="POST", url="http://crew/kickoff", reason="refused", sent=False)
@@ -154,13 +153,6 @@ async def test_it_opens_after_failures_in_a_row_only():
     assert await admitted(breaker, 1) == 0
 
 
-async def test_without_a_limit_it_never_opens():
-    breaker = throttle(breaker=None, breaker_pause=60)
-    for number in range(1000):
-        breaker.failed(str(number), "x")
-    assert await admitted(breaker, 1) == 1
-
-
 async def test_it_tries_one_row_at_a_time_with_longer_and_longer_pauses_and_gives_up():
     breaker = throttle(breaker=2, breaker_pause=0.1)
     breaker.failed("a", "x")
@@ -254,18 +246,3 @@ async def test_many_more_polls_than_kickoffs_are_on_their_way_at_once():
         kickoffs = [asyncio.ensure_future(client.kickoff({"topic": "tea"})) for _ in range(50)]
         await asyncio.wait_for(asyncio.gather(*polls, *kickoffs), 20)
     assert server.most == {"GET": 64, "POST": 16}
-
-
-async def test_a_connection_is_made_only_when_it_is_needed(monkeypatch: pytest.MonkeyPatch):
-    made: list[CrewClient] = []
-    make = Crew.client
-
-    def counted(crew: Crew) -> CrewClient:
-        made.append(make(crew))
-        return made[-1]
-
-    monkeypatch.setattr(Crew, "client", counted)
-    async with Far(GET=1) as server, server.client(throttle()) as client:
-        for _ in range(5):
-            await client.status("run")
-        assert len(made) == 1

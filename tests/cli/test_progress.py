@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from prefect_crew.batches.outcomes import RowState
-from prefect_crew.batches.progress import BatchProgress
+from prefect_crew.batches.report import BatchProgress
 from prefect_crew.blocks import DeployedCrew
 from prefect_crew.cli import _output
 from prefect_crew.cli import _progress as module

@@ -38,7 +38,7 @@ HOOKS = {
     "request": ("httpx", "AsyncHTTPTransport.handle_async_request"),
     "ledger-claim": ("prefect_crew.batches.ledger", "Ledger.claim"),
     "ledger-save": ("prefect_crew.batches.ledger", "Ledger.save"),
-    "ledger-commit": ("prefect_crew.batches.group_commit", "GroupWriter._commit"),
+    "ledger-commit": ("prefect_crew.batches.database", "GroupWriter._commit"),
     "batch-kickoff": ("prefect_crew.batches.throttle", "BatchClient.kickoff"),
     "batch-status": ("prefect_crew.batches.throttle", "BatchClient.status"),
     "enter-rows": ("prefect_crew.batches.ledger", "Ledger.enter_rows"),

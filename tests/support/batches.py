@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,16 @@ from sqlalchemy import delete
 
 from prefect_crew import BatchReport, DeployedCrew, WaitPolicy, arun_batch
 from prefect_crew.batches.database import attempts
+from prefect_crew.batches.dataset import Dataset, open_dataset
 from prefect_crew.batches.ledger import PAGE, Ledger
-from prefect_crew.batches.rows import RowJob
+from prefect_crew.batches.options import BatchOptions
+from prefect_crew.batches.rows import RowJob, RowPlan
+from prefect_crew.client.models import CrewInput
+from prefect_crew.crew import Crew
 from prefect_crew.records.model import RunRecord, utcnow
 from support.postgres import Postgres
 
-__all__ = ["CREW", "Batches", "enter", "postgres_ledger", "put", "record_of"]
+__all__ = ["CREW", "Batches", "enter", "postgres_ledger", "put", "record_of", "row_plan"]
 
 CREW = DeployedCrew(url="https://crew.example", token="token").crew  # type: ignore[arg-type]
 
@@ -44,6 +49,12 @@ class Batches:
         keys = [line["key"] for line in lines]
         assert len(set(keys)) == len(keys), "a row is there twice"
         return dict(zip(keys, lines, strict=True))
+
+
+def row_plan(data: Any, *, expected: Sequence[CrewInput] = (), crew: Crew = CREW, **options: Any) -> RowPlan:
+    """Return how rows become runs; `options` are those of a batch."""
+    dataset = data if isinstance(data, Dataset) else open_dataset(data)
+    return RowPlan(dataset, BatchOptions(**options), crew, expected)
 
 
 def record_of(ledger: Ledger, key: str, *, attempt: int = 1, **facts: Any) -> RunRecord:
