@@ -8,7 +8,7 @@ import re
 from collections.abc import Collection, Mapping
 from difflib import get_close_matches
 from functools import lru_cache, partial
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 from urllib.parse import urlsplit
 from uuid import UUID
 
@@ -50,7 +50,7 @@ class DeployedCrew(JobBlock[CrewResult]):
     """
 
     # A value that is refused is shown with the token, as it was given, unless this is said.
-    model_config = ConfigDict(hide_input_in_errors=True)
+    model_config: ClassVar[ConfigDict] = ConfigDict(hide_input_in_errors=True)
 
     _block_type_name = "Deployed Crew"
     _block_type_slug = "deployed-crew"
@@ -215,7 +215,7 @@ class CrewRun(JobRun[CrewResult]):
     """A run that `DeployedCrew.trigger` started or found. Each method is awaited in async code."""
 
     def __init__(self, crew: DeployedCrew | Crew, kickoff_id: str, *, idempotency_key: str | None = None) -> None:
-        self.crew = crew if isinstance(crew, Crew) else crew.crew
+        self.crew: Crew = crew if isinstance(crew, Crew) else crew.crew
         self.kickoff_id = kickoff_id
         self.idempotency_key = idempotency_key
         self._result: CrewResult | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Iterable, Mapping
 from contextlib import AbstractContextManager, AsyncExitStack, asynccontextmanager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 import httpx
 from prefect.exceptions import PrefectException
@@ -127,7 +127,7 @@ class CrewSession:
         *,
         withhold: AbstractContextManager[None] | None = None,
     ) -> None:
-        self.crew = crew
+        self.crew: Crew = crew
         self._withhold = withhold or nullcontext()
         self._connect = connect or Crew.client
         self._stack = AsyncExitStack()
@@ -198,7 +198,7 @@ class WaitPolicy(BaseModel):
     to five minutes is seen within 1 s and a tenth of its time.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True, extra="forbid")
 
     initial: float = Field(default=1.0, gt=0, description="Seconds from the kickoff to the first look at the status.")
     factor: float = Field(default=1.1, ge=1, description="How much longer each pause is than the one before.")

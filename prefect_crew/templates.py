@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import date, time, timedelta
 from decimal import Decimal
 from types import BuiltinMethodType
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 from jinja2 import StrictUndefined, TemplateError, nodes
 from jinja2.meta import find_undeclared_variables
@@ -35,7 +35,7 @@ def _readable(value: Any) -> Any:
 class TaskView(BaseModel):
     """What a template sees of one task of a result."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True)
 
     name: str | None
     agent: str | None
@@ -48,7 +48,7 @@ class TaskView(BaseModel):
 class ResultView(BaseModel):
     """What a template sees of a result, also where it prints or iterates the whole of it."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True)
 
     output: str
     data: Any

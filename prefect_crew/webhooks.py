@@ -14,12 +14,11 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 
 from pydantic import SecretStr
 
-from prefect_crew.client._parsing import WebhookKind
 from prefect_crew.client.webhooks import RUN_ENDS, BearerAuth, HumanInputWebhook, StreamWebhook, Webhooks
 from prefect_crew.exceptions import ConfigurationError
 from prefect_crew.records.model import claim_of, utcnow
@@ -27,6 +26,8 @@ from prefect_crew.settings import CrewSettings
 
 if TYPE_CHECKING:
     from prefect_crew.crew import Crew, WaitPolicy
+
+WebhookKind = Literal["task", "step", "crew", "human_input", "stream"]
 
 VERSION = 2
 """Of the payload. A receiver takes no other."""

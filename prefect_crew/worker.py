@@ -292,7 +292,7 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, BaseWorkerResult]):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self.boot = uuid4().hex[:12]
+        self.boot: str = uuid4().hex[:12]
         self._held: dict[UUID, HeldFlowRun] = {}
         self._leave_until: float | None = None
         self._confirmed_at = _clock()

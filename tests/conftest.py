@@ -11,10 +11,12 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+import random
 import shutil
 import signal
 import sys
 import tempfile
+import time
 import uuid
 from collections import Counter
 from collections.abc import Iterator
@@ -24,7 +26,6 @@ from typing import TYPE_CHECKING, Any
 import hypothesis
 import pytest
 
-from support import sampling
 from support.chromium import Chromium, find_chromium
 from support.environment import PRIVATE, QUIET
 from support.postgres import Postgres, find_postgres
@@ -71,13 +72,31 @@ def pytest_configure() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+_START = time.monotonic()
+_SAMPLE = pytest.StashKey[tuple[int, int]]()
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
-    sampling.add_options(parser)
+    group = parser.getgroup("prefect-crew")
+    group.addoption("--sample", type=int, metavar="N", help="of the tests marked `sampled`, run N chosen by the seed")
+    seed = random.randrange(10**6)
+    group.addoption("--sample-seed", type=int, metavar="S", default=seed, help="seed of the choice; printed")
+    limit = "skip, and say so, what would begin later than this"
+    group.addoption("--time-limit", type=float, metavar="SECONDS", help=limit)
 
 
 @pytest.hookimpl(trylast=True)  # after -m and -k have had their say
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    sampling.keep_sample(config, items)
+    size: int | None = config.getoption("sample")
+    if size is None:
+        return
+    # Sorted, so that a seed means the same tests whatever the order of collection is.
+    candidates = sorted((item for item in items if item.get_closest_marker("sampled")), key=lambda item: item.nodeid)
+    chosen = random.Random(config.getoption("sample_seed")).sample(candidates, min(size, len(candidates)))
+    # The time limit cuts from the end: what is one of many goes first.
+    items[:] = [item for item in items if item not in set(candidates)] + [item for item in candidates if item in chosen]
+    config.hook.pytest_deselected(items=list(set(candidates) - set(chosen)))
+    config.stash[_SAMPLE] = (len(chosen), len(candidates))
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
@@ -91,12 +110,18 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 
 
 def pytest_report_collectionfinish(config: pytest.Config) -> str | None:
-    return sampling.describe(config)
+    if _SAMPLE not in config.stash:
+        return None
+    kept, total = config.stash[_SAMPLE]
+    size, seed = config.getoption("sample"), config.getoption("sample_seed")
+    return f"sample: {kept} of {total} tests marked `sampled`; the same again: --sample {size} --sample-seed {seed}"
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    sampling.skip_if_late(item.config)
+    limit: float | None = item.config.getoption("time_limit")
+    if limit is not None and time.monotonic() - _START > limit:
+        pytest.skip(f"needs more time: the limit of {limit:g} seconds was over before it began")
 
 
 @pytest.hookimpl(trylast=True)  # after pytest-xdist has ended its workers, which bear the mark as well

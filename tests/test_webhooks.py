@@ -14,10 +14,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from prefect_crew import DeployedCrew, WaitPolicy
-from prefect_crew.client._parsing import WebhookKind
 from prefect_crew.client.webhooks import Webhooks
 from prefect_crew.exceptions import ConfigurationError
-from prefect_crew.webhooks import MAX_TOKEN, Hook, bearer_of, claim_of, hook_urls, hooks_expire, read_token, token_of
+from prefect_crew.webhooks import (
+    MAX_TOKEN,
+    Hook,
+    WebhookKind,
+    bearer_of,
+    claim_of,
+    hook_urls,
+    hooks_expire,
+    read_token,
+    token_of,
+)
 from prefect_crew.webhooks import webhooks_for as targets_for
 from support.webhooks import SECRET, headers_of, url_of
 

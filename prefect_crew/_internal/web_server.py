@@ -63,8 +63,8 @@ class WebServer(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Stop at the first signal, at once at the second. uvicorn would raise the signal again when it has ended."""
-        self.force_exit = self.should_exit
-        self.should_exit = True
+        self.force_exit: bool = self.should_exit
+        self.should_exit: bool = True
 
     def stop(self) -> None:
         """Stop; call it on the event loop. Setting `should_exit` does the same within 0.1 s."""

@@ -18,25 +18,21 @@ if TYPE_CHECKING:
         ResumeAnswer,
         StopAnswer,
         StopOutcome,
-        StreamEvent,
         TaskResult,
         TokenUsage,
-        WebhookBody,
     )
     from prefect_crew.client.webhooks import BasicAuth, BearerAuth, HumanInputWebhook, StreamWebhook, Webhooks
 
 __all__ = [
     "BasicAuth", "BearerAuth", "CrewClient", "CrewInput", "CrewResult", "CrewStatus", "HumanInputWebhook",
-    "ResumeAnswer", "StopAnswer", "StopOutcome", "StreamEvent", "StreamWebhook", "TaskResult", "TokenUsage",
-    "WebhookBody", "Webhooks",
+    "ResumeAnswer", "StopAnswer", "StopOutcome", "StreamWebhook", "TaskResult", "TokenUsage", "Webhooks",
 ]  # fmt: skip
 
 __getattr__, __dir__ = lazy_names(
     __name__,
     {
         "_client": "CrewClient",
-        "models": "CrewInput CrewResult CrewStatus ResumeAnswer StopAnswer StopOutcome StreamEvent TaskResult "
-        "TokenUsage WebhookBody",
+        "models": "CrewInput CrewResult CrewStatus ResumeAnswer StopAnswer StopOutcome TaskResult TokenUsage",
         "webhooks": "BasicAuth BearerAuth HumanInputWebhook StreamWebhook Webhooks",
     },
 )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
+from typing import ClassVar
 from urllib.parse import urlsplit
 
 import httpx
@@ -30,7 +31,7 @@ MOST_OPTIONS = 50
 class FeedbackRequest(BaseModel):
     """What a Flow asks of a person: `options` are the outcomes that it can go on with, none where any text will do."""
 
-    model_config = ConfigDict(frozen=True, extra="ignore")
+    model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True, extra="ignore")
 
     id: str
     kickoff_id: str

@@ -42,7 +42,6 @@ from prefect_crew.exceptions import (
 from prefect_crew.states import CrewState
 
 T = TypeVar("T")
-Redact = Callable[[str], str]
 
 _STATUS_PATHS = ("/status/{id}", "/{id}/status")
 _HEALTHY = re.compile(rb"\A[^<]*\bhealthy\b", re.IGNORECASE)
@@ -75,12 +74,11 @@ class CrewClient:
             gets ten times that, a whole POST twice; a POST that took longer counts as sent.
         allow_http: Allow plain http beyond loopback: the token then crosses the network in plain text.
         inputs_as_json: Send inputs as JSON values rather than as the text that the API documents.
-        verify: True, False, an SSL context, or the path of a file or folder of CA certificates.
+        verify: True for the environment's CAs, False for no check, or an SSL context.
         proxy: The URL of a proxy, in place of the environment's.
         transport: How requests are carried, in place of the network. Not closed by this client.
 
-    The token, and what a call sends, is in no error, however the server repeats it. `redact`, an argument of every
-    call, is applied besides to each text of the server that an error shows: for what earlier calls have sent.
+    The token and the webhooks of a call are in no error, however the server repeats them.
 
     Every call raises, besides what it names itself:
         AuthenticationError: 401 or 403.
@@ -100,7 +98,7 @@ class CrewClient:
         request_timeout: float = 30.0,
         allow_http: bool = False,
         inputs_as_json: bool = False,
-        verify: ssl.SSLContext | str | bool = True,
+        verify: ssl.SSLContext | bool = True,
         proxy: str | httpx.Proxy | None = None,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
@@ -144,13 +142,13 @@ class CrewClient:
             allow_http=self._allow_http,
         )
 
-    async def inputs(self, *, redact: Redact | None = None) -> list[CrewInput]:
+    async def inputs(self) -> list[CrewInput]:
         """Return the inputs that the crew names.
 
         Raises:
             NotFoundError: The crew's server has no `/inputs`, or there is no crew at this URL.
         """
-        call = self._call("GET", "/inputs", redact=redact)
+        call = self._call("GET", "/inputs")
         return await self._parsed(call, await self._send(call), parse_inputs)
 
     async def kickoff(
@@ -160,7 +158,6 @@ class CrewClient:
         meta: Mapping[str, Any] | None = None,
         webhooks: Webhooks | None = None,
         restore_from: str | None = None,
-        redact: Redact | None = None,
         before_sending: Callable[[], None] | None = None,
     ) -> str:
         """Start a run and return its id. It costs money and cannot be undone.
@@ -182,14 +179,14 @@ class CrewClient:
             body["restoreFromStateId"] = restore_from
         if meta is not None:
             body["meta"] = dict(meta)
-        call = self._call("POST", "/kickoff", None, body, webhooks, redact=redact, before_sending=before_sending)
+        call = self._call("POST", "/kickoff", None, body, webhooks, before_sending=before_sending)
         del body, inputs, meta, webhooks  # error reporters show the local variables of all frames
         answer = await self._send(call)
         if answer.status in (400, 422):
             raise self._error(call, answer, InvalidInputsError)
         return await self._parsed(call, answer, parse_kickoff)
 
-    async def status(self, kickoff_id: str, *, redact: Redact | None = None) -> CrewStatus:
+    async def status(self, kickoff_id: str) -> CrewStatus:
         """Return the status of a run. A 404 is a status too: CrewState.UNKNOWN.
 
         Servers differ in the path. Both are asked until one knows a run; that one is then used for this client's life.
@@ -197,7 +194,7 @@ class CrewClient:
         encoded = _transport.segment(kickoff_id, what="kickoff id")
         text = ""
         for template in (self._status_path,) if self._status_path else _STATUS_PATHS:
-            call = self._call("GET", template.replace("{id}", encoded), kickoff_id, redact=redact)
+            call = self._call("GET", template.replace("{id}", encoded), kickoff_id)
             answer = await self._send(call)
             if answer.status not in (404, 405):
                 status = await self._parsed(call, answer, lambda body: parse_status(body, kickoff_id))
@@ -217,7 +214,6 @@ class CrewClient:
         approve: bool,
         *,
         webhooks: Webhooks | None = None,
-        redact: Redact | None = None,
     ) -> ResumeAnswer:
         """Answer for a person: `approve` the output of task `task_id`, or have it done again with `feedback`.
 
@@ -235,17 +231,17 @@ class CrewClient:
             "human_feedback": feedback,
             "is_approve": approve,
         }
-        call = self._call("POST", "/resume", kickoff_id, body, webhooks, redact=redact)
+        call = self._call("POST", "/resume", kickoff_id, body, webhooks)
         del feedback, body, webhooks
         return await self._parsed(call, await self._send(call), parse_resume)
 
-    async def stop(self, kickoff_id: str, *, redact: Redact | None = None) -> StopAnswer:
+    async def stop(self, kickoff_id: str) -> StopAnswer:
         """Ask the server to stop a run, and return what came of it. `/stop` is not documented and may be missing.
 
         A run that has ended, a run that is not known and a missing `/stop` are outcomes, not errors.
         """
         path = f"/stop/{_transport.segment(kickoff_id, what='kickoff id')}"
-        call = self._call("POST", path, kickoff_id, redact=redact)
+        call = self._call("POST", path, kickoff_id)
         answer = await self._send(call)
         text = call.hide(answer.text)
         found = await self._shaped(call, answer, lambda _: parse_stop(text, kickoff_id, answer.status))
@@ -254,9 +250,9 @@ class CrewClient:
         # Only the outcome of this answer is of use, so it is masked, where the others are given as they are.
         return found.model_copy(
             update={
-                "message": found.message and call.redact(found.message),
-                "raw_state": found.raw_state and call.redact(found.raw_state),
-                "raw": found.raw if call.redact(text) == text else None,
+                "message": found.message and withheld(found.message),
+                "raw_state": found.raw_state and withheld(found.raw_state),
+                "raw": found.raw if withheld(text) == text else None,
             }
         )
 
@@ -282,12 +278,11 @@ class CrewClient:
         body: Mapping[str, Any] | None = None,
         webhooks: Webhooks | None = None,
         *,
-        redact: Redact | None = None,
         before_sending: Callable[[], None] | None = None,
     ) -> Call:
         hide = Redactor(webhooks.secrets() if webhooks else (), tokens=[self._token.get_secret_value()])
         content = None if body is None else _encoded({**body, **(webhooks.to_json() if webhooks else {})})
-        return Call(method, path, kickoff_id, hide, redact or withheld, content, before_sending)
+        return Call(method, path, kickoff_id, hide, content, before_sending)
 
     async def _send(self, call: Call) -> Answer:
         connections = self._polls if call.method == "GET" else self._posts

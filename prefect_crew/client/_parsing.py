@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 from prefect_crew._text import EXCERPT
 from prefect_crew.client.models import (
@@ -20,10 +20,8 @@ from prefect_crew.client.models import (
     ResumeAnswer,
     StopAnswer,
     StopOutcome,
-    StreamEvent,
     TaskResult,
     TokenUsage,
-    WebhookBody,
 )
 from prefect_crew.exceptions import ResponseFormatError
 from prefect_crew.states import CrewState, known_state
@@ -152,7 +150,7 @@ def _to_json(value: Any) -> str | None:
         return None
 
 
-def _text_of(value: Any) -> str | None:
+def text_of(value: Any) -> str | None:
     """Return text as it is, structure and numbers as JSON, null as None."""
     return as_text(value) if value is None or isinstance(value, str) else _to_json(value)
 
@@ -176,7 +174,7 @@ def _structured(value: Any) -> Any:
 _NAME_KEYS = ("task_id", "name", "task_name")
 
 
-def _name_of(value: Any, keys: Iterable[str] = _NAME_KEYS) -> str | None:
+def name_of(value: Any, keys: Iterable[str] = _NAME_KEYS) -> str | None:
     """Return text as it is, and of an object the first of `keys` that holds a name."""
     if isinstance(value, str):
         return as_text(value)
@@ -296,7 +294,7 @@ class _State(NamedTuple):
     is_known: bool
 
 
-def _state_of(body: Mapping[str, Any]) -> _State | None:
+def state_of(body: Mapping[str, Any]) -> _State | None:
     """Return the state: `state` before `status`. None where neither is a word; an unknown word counts as running."""
     word = as_text(body.get("state")) or as_text(body.get("status"))
     if word is None:
@@ -388,26 +386,26 @@ def _task(item: Any) -> TaskResult | None:
         first(task, ("output_json", "json_dict", "pydantic")),
     )
     return TaskResult(
-        name=_name_of(task),
-        agent=_agent_of(task),
-        output=_text_of(output),
+        name=name_of(task),
+        agent=agent_of(task),
+        output=text_of(output),
         data=_structured(data if data is not None else output),
-        execution_time=_seconds_of(task),
+        execution_time=seconds_of(task),
         description=as_text(task.get("description")),
         raw=item,
     )
 
 
-def _agent_of(body: Mapping[str, Any]) -> str | None:
-    return _name_of(body.get("agent"), ("role", "name", "id"))
+def agent_of(body: Mapping[str, Any]) -> str | None:
+    return name_of(body.get("agent"), ("role", "name", "id"))
 
 
-def _seconds_of(body: Mapping[str, Any]) -> float | None:
+def seconds_of(body: Mapping[str, Any]) -> float | None:
     number = as_number(body.get("execution_time"))
     return number if number is not None and number >= 0 else None
 
 
-def _usage_of(body: Mapping[str, Any]) -> TokenUsage | None:
+def usage_of(body: Mapping[str, Any]) -> TokenUsage | None:
     """Return the tokens used, None where nothing was reported."""
     for source in (body, as_object(body.get("result"))):
         usage = as_object(source.get("token_usage"))
@@ -515,7 +513,7 @@ def parse_status(body: bytes, kickoff_id: str) -> CrewStatus:
     expected = "the status of a run"
     value = decode(body, expected=expected, kickoff_id=kickoff_id)
     source = as_object(value)
-    found = _state_of(source)
+    found = state_of(source)
     if found is None:
         raise _unexpected(body, expected, kickoff_id)
     ids = {own.casefold() for key in RUN_KEYS if (own := as_id(source.get(key)))}
@@ -530,9 +528,9 @@ def parse_status(body: bytes, kickoff_id: str) -> CrewStatus:
         raw_state=found.word,
         known_state=found.is_known,
         message=_sentence(source) or as_text(source.get("message")),
-        current_task=_name_of(source.get("current_task"), _TASK_KEYS),
-        last_task=_name_of(source.get("last_executed_task"), _TASK_KEYS),
-        last_step=_name_of(source.get("last_step"), _STEP_KEYS) or _text_of(source.get("last_step")),
+        current_task=name_of(source.get("current_task"), _TASK_KEYS),
+        last_task=name_of(source.get("last_executed_task"), _TASK_KEYS),
+        last_step=name_of(source.get("last_step"), _STEP_KEYS) or text_of(source.get("last_step")),
         completed_tasks=completed,
         total_tasks=total,
         progress=progress,
@@ -541,8 +539,8 @@ def parse_status(body: bytes, kickoff_id: str) -> CrewStatus:
         output=_output_of(source, data) if state is CrewState.COMPLETED else None,
         data=data,
         error=_error_of(source, state) if state in (CrewState.FAILED, CrewState.STOPPED) else None,
-        execution_time=_seconds_of(source),
-        usage=_usage_of(source),
+        execution_time=seconds_of(source),
+        usage=usage_of(source),
         raw=value,
     )
 
@@ -571,11 +569,11 @@ def waiting_output(raw: Any) -> str | None:
     """
     source = as_object(raw)
     parts = (*(as_object(source.get(key)) for key in _HUMAN_PARTS), source)
-    found = [_text_of(part.get(key)) for part in parts for key in ("task_output", "output", "prompt")]
+    found = [text_of(part.get(key)) for part in parts for key in ("task_output", "output", "prompt")]
     last = as_object(source.get("last_executed_task"))
     waits = _human_task(source) or as_text(source.get("current_task"))
     if waits is None or waits in (id_of(last, _HUMAN_TASK_KEYS), last.get("name")):
-        found.append(_text_of(last.get("output")))  # what it says of another task is not for review
+        found.append(text_of(last.get("output")))  # what it says of another task is not for review
     return next(_texts(found), None)
 
 
@@ -644,7 +642,7 @@ def _stopped(text: str, kickoff_id: str) -> StopAnswer:
     if not isinstance(value, dict):
         raise _unexpected(text, expected, kickoff_id)
     source = as_object(value)
-    found = _state_of(source)
+    found = state_of(source)
     state = found.state if found and found.is_known else None
     return StopAnswer(
         kickoff_id=kickoff_id,
@@ -653,87 +651,4 @@ def _stopped(text: str, kickoff_id: str) -> StopAnswer:
         raw_state=found.word if found else None,
         message=_sentence(source) or as_text(source.get("message")),
         raw=value,
-    )
-
-
-# Webhooks
-
-WebhookKind = Literal["task", "step", "crew", "human_input", "stream"]
-
-_OUTPUTS = {
-    "task": ("output", "raw", "result", "summary"),
-    "step": ("content", "result", "output", "thought"),
-    "human_input": ("task_output", "output", "prompt"),
-}
-
-
-def parse_webhook(kind: WebhookKind, body: bytes) -> WebhookBody:
-    """Return what a delivery to a webhook of `kind` says.
-
-    Raises:
-        ResponseFormatError: The body is no object, or names no run; for a stream: there is no list of events in it.
-    """
-    expected = f"a {kind} webhook's body"
-    value = decode(body, expected=expected)
-    source = as_object(value)
-    if kind == "stream":
-        items = source.get("events", value)
-        items = cast("list[Any]", items) if isinstance(items, list) else [items]
-        events = [_event(as_object(item)) for item in items if isinstance(item, dict)]
-        if len(events) < len(items) or (events and not any(event.execution_id or event.type for event in events)):
-            raise _unexpected(body, expected)
-        runs = {event.execution_id for event in events}
-        return WebhookBody(kind="stream", kickoff_id=runs.pop() if len(runs) == 1 else None, events=events, raw=value)
-    kickoff_id = id_of(source, RUN_KEYS)
-    if kickoff_id is None or not kickoff_id.isprintable():  # no run of ours has such an id
-        raise _unexpected(body, f"{expected} that names its run")
-    found = _state_of(source)
-    output = data = error = None
-    if found and found.state in (CrewState.FAILED, CrewState.STOPPED):
-        error = _error_of(source, found.state)
-    elif kind == "crew":
-        data = _data_of(source)
-        output = _output_of(source, data) or None
-    else:
-        output = _webhook_output(source, _OUTPUTS[kind])
-        data = _structured(first(source, ("output_json", "result_json")))
-    return WebhookBody(
-        kind=kind,
-        kickoff_id=kickoff_id,
-        task_id=as_id(source.get("task_id")),
-        name=_name_of(source, ("name", "task_name")),
-        description=as_text(source.get("description")),
-        agent=_agent_of(source),
-        state=found.state if found and found.is_known else None,
-        raw_state=found.word if found else None,
-        step_type=as_text(source.get("step_type")),
-        tool=as_text(source.get("tool")),
-        output=output,
-        data=data,
-        error=error,
-        tasks=_tasks_of(source) if kind == "crew" else [],
-        execution_time=_seconds_of(source),
-        usage=_usage_of(source),
-        meta=source.get("meta"),
-        raw=value,
-    )
-
-
-def _webhook_output(source: Mapping[str, Any], keys: tuple[str, ...]) -> str | None:
-    """Return the first text under `keys`; an object there speaks through its own text."""
-    for key in keys:
-        value = source.get(key)
-        inner = as_object(value)
-        if text := next(_texts(inner.get(name) for name in ("raw", "output")), _text_of(value)):
-            return text
-    return None
-
-
-def _event(item: Mapping[str, Any]) -> StreamEvent:
-    return StreamEvent(
-        id=as_id(item.get("id")),
-        execution_id=id_of(item, ("execution_id", "executionId", "kickoff_id", "kickoffId")),
-        timestamp=_text_of(item.get("timestamp")),
-        type=as_text(item.get("type")),
-        data=item.get("data"),
     )

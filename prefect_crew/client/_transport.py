@@ -13,7 +13,6 @@ import zlib
 from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any, cast
 from urllib.parse import quote, urlsplit
 
@@ -23,7 +22,7 @@ from pydantic import SecretStr
 
 from prefect_crew.client._parsing import clean
 from prefect_crew.client._retry_safety import post_deadline
-from prefect_crew.client.redaction import Redactor
+from prefect_crew.client.redaction import Redactor, withheld
 from prefect_crew.exceptions import ConfigurationError, CrewConnectionError, ResponseFormatError
 
 MAX_BODY = 64 * 1024 * 1024
@@ -118,20 +117,10 @@ def segment(value: str, *, what: str) -> str:
     return encoded.replace(".", "%2E") if encoded in (".", "..") else encoded
 
 
-def tls_context(verify: ssl.SSLContext | str | bool) -> ssl.SSLContext:
-    """Return what checks the server's certificate: the default CAs, none (False), or those of a file or folder.
-
-    Raises:
-        ConfigurationError: The file or folder cannot be read.
-    """
+def tls_context(verify: ssl.SSLContext | bool) -> ssl.SSLContext:
+    """Return what checks the server's certificate: a context as it is, the environment's or usual CAs, or nothing."""
     if isinstance(verify, ssl.SSLContext):
         return verify
-    if isinstance(verify, str):
-        try:
-            folder = Path(verify).is_dir()
-            return ssl.create_default_context(capath=verify if folder else None, cafile=None if folder else verify)
-        except OSError as error:
-            raise ConfigurationError(f"The CA certificates at {verify!r} cannot be read: {error}.") from None
     return _default_context(verify, os.environ.get("SSL_CERT_FILE"), os.environ.get("SSL_CERT_DIR"))
 
 
@@ -157,21 +146,20 @@ def _proxy_for(url: httpx.URL) -> str | None:
 class Call:
     """One call, as its errors tell of it.
 
-    What is sent is kept here and in no local variable: error reporters show those of every frame. `hide` masks what the
-    call itself sends; `redact` is the caller's, for what the server may repeat of earlier calls.
+    What is sent is kept here and in no local variable: error reporters show those of every frame. `hide` masks the
+    token and the webhooks of the call.
     """
 
     method: str
     path: str
     kickoff_id: str | None = None
     hide: Redactor = field(default_factory=Redactor, repr=False)
-    redact: Callable[[str], str] = field(default=str, repr=False)
     content: bytes | None = field(default=None, repr=False)
     before_sending: Callable[[], None] | None = field(default=None, repr=False)
 
     def shown(self, text: str) -> str:
         """Return what may be shown of a text that the server has sent."""
-        return self.redact(self.hide(text))
+        return withheld(self.hide(text))
 
 
 @dataclass(frozen=True)
@@ -228,7 +216,7 @@ class Connections:
         token: SecretStr | None = None,
         timeout: float,
         keepalive: float = 0.0,
-        verify: ssl.SSLContext | str | bool = True,
+        verify: ssl.SSLContext | bool = True,
         proxy: str | httpx.Proxy | None = None,
         transport: httpx.AsyncBaseTransport | None = None,
         allow_http: bool = False,
@@ -331,7 +319,7 @@ def _trace(before_sending: Callable[[], None]) -> Callable[[str, Any], Awaitable
 
 
 def _connect(
-    base: httpx.URL, limits: httpx.Limits, verify: ssl.SSLContext | str | bool, proxy: str | httpx.Proxy | None
+    base: httpx.URL, limits: httpx.Limits, verify: ssl.SSLContext | bool, proxy: str | httpx.Proxy | None
 ) -> httpx.AsyncHTTPTransport:
     context = tls_context(verify)
     try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -163,43 +163,3 @@ class StopAnswer(_Model):
     def supported(self) -> bool:
         """Whether the server has `/stop` at all."""
         return self.outcome is not StopOutcome.UNSUPPORTED
-
-
-class StreamEvent(_Model):
-    """One event of an event stream. Order is not guaranteed. `timestamp` is the server's text."""
-
-    id: str | None = None
-    execution_id: str | None = None
-    timestamp: str | None = None
-    type: str | None = None
-    data: Any = None
-
-
-class WebhookBody(_Model):
-    """What the crew's server posted to a webhook, in either generation of bodies.
-
-    A hook is news, not proof: whoever is woken by one asks the status call. `state` is that of what the hook is about
-    (for a task hook the task's), and None where the body has none, as the later generation of crew hooks. `output` is
-    the text that the hook brings: a task's, a step's, the crew's, or what a person is to judge; a failed crew's text is
-    in `error` instead. `kickoff_id` is None only for a stream delivery whose events belong to no run or to several.
-    """
-
-    kind: Literal["task", "step", "crew", "human_input", "stream"]
-    kickoff_id: str | None = None
-    task_id: str | None = None
-    name: str | None = None
-    description: str | None = None
-    agent: str | None = None
-    state: CrewState | None = None
-    raw_state: str | None = None
-    step_type: str | None = None
-    tool: str | None = None
-    output: str | None = None
-    data: Any = None
-    error: str | None = None
-    tasks: list[TaskResult] = Field(default_factory=list[TaskResult])
-    execution_time: float | None = None
-    usage: TokenUsage | None = None
-    meta: Any = None
-    events: list[StreamEvent] = Field(default_factory=list[StreamEvent])
-    raw: Any = Field(default=None, repr=False)

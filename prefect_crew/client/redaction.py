@@ -180,8 +180,8 @@ def _json_forms(texts: Iterable[str]) -> set[str]:
 
 
 _redact: ContextVar[Callable[[str], str] | None] = ContextVar("prefect_crew_withheld", default=None)
-# The client knows its token and what a call sends. What an earlier call has sent, such as the secret inputs of a run
-# that is asked for its status, only the caller knows, and the calls in between have no use for it.
+"""A context variable, since one session serves many runs, each with secrets of its own: only whoever works on a run
+knows them, and the functions between it and the client take a call, not a run."""
 
 
 @contextmanager

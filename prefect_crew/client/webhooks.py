@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Literal
 from urllib.parse import urlsplit
 
@@ -94,6 +94,16 @@ class Webhooks(_Model):
     crew: Url | None = Field(default=None, serialization_alias="crewWebhookUrl")
     human_input: HumanInputWebhook | Url | None = Field(default=None, serialization_alias="humanInputWebhook")
     stream: StreamWebhook | None = Field(default=None, serialization_alias="webhooks")
+
+    @classmethod
+    def from_json(cls, body: Mapping[str, Any]) -> Webhooks:
+        """Return the targets that the body of a kickoff or a resume names.
+
+        Raises:
+            ValidationError: One of them cannot be used.
+        """
+        keys = {name: str(info.serialization_alias) for name, info in cls.model_fields.items()}
+        return cls.model_validate({name: body[key] for name, key in keys.items() if key in body})
 
     def to_json(self) -> dict[str, Any]:
         """Return the keys that the body of a kickoff or a resume carries for these targets, secrets included."""

@@ -1,4 +1,4 @@
-"""The HTTP side of the dev server."""
+"""The HTTP side of the dev server: its calls, what it holds, and the answers that faults spoil."""
 
 from __future__ import annotations
 
@@ -6,47 +6,117 @@ import asyncio
 import contextlib
 import hmac
 import json
-import math
 import os
 import re
-import time
-import uuid
+import socket
+import struct
+from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any, TypedDict, TypeVar, get_args
+from typing import Any, TypedDict, TypeVar, cast, get_args
 
 from pydantic import BaseModel, StrictBool, ValidationError
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.requests import Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import BaseRoute, Mount, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from prefect_crew.devserver._fault_effects import spoiled
+from prefect_crew.client.inputs import is_uuid
+from prefect_crew.client.webhooks import Webhooks
 from prefect_crew.devserver._faults import Fault, Faults
-from prefect_crew.devserver._response_formats import FORMATS, FormatName
-from prefect_crew.devserver._runs import (
-    AlreadyEndedError,
-    Answer,
-    CrewRuns,
-    NotWaitingError,
-    Program,
-    Run,
-    Targets,
-    is_flow,
-)
+from prefect_crew.devserver._response_formats import FORMATS, FormatName, ResponseFormat
+from prefect_crew.devserver._runs import Answer, CrewRuns, Program, Run, is_flow
 from prefect_crew.devserver._scripts import CrewScript, ScriptedProgram, load_script, parse_script
-from prefect_crew.devserver._state import ServerState
 from prefect_crew.devserver._webhooks import CALLBACKS, Generation, ReviewWebhook, WebhookSender
 
+CRASH_EXIT_CODE = 86
+"""What the process of `serve` exits with when the fault `crash` ends it."""
 BODY_LIMIT = 16 * 1024 * 1024
 """Bytes of a request body; larger ones are answered with 413."""
 
 Spec = str | os.PathLike[str] | CrewScript | Program
 """A crew to serve; see `load_program`."""
 T = TypeVar("T", bound=BaseModel)
+
+
+@dataclass
+class Counters:
+    """What a server was asked, over its whole life, restarts included.
+
+    Attributes:
+        requests: Requests by place (inputs, kickoff, status, resume, stop, health), answered or not.
+        answers: Answers by place and HTTP status; a dropped request has none.
+        unauthorized: Requests with a missing or wrong token; they count nowhere else.
+        accepted: The kickoffs that started a run: kickoff id to meta.
+    """
+
+    requests: Counter[str] = field(default_factory=Counter[str])
+    answers: Counter[tuple[str, int]] = field(default_factory=Counter[tuple[str, int]])
+    unauthorized: int = 0
+    accepted: dict[str, Any] = field(default_factory=dict[str, Any])
+
+    @property
+    def kickoffs(self) -> int:
+        """Kickoffs that started a run."""
+        return len(self.accepted)
+
+    @property
+    def kickoffs_by_key(self) -> Counter[str]:
+        """Kickoffs that started a run, by the `idempotency_key` in their meta."""
+        metas = [cast("dict[str, Any]", meta) for meta in list(self.accepted.values()) if isinstance(meta, dict)]
+        return Counter(str(meta["idempotency_key"]) for meta in metas if "idempotency_key" in meta)
+
+
+@dataclass
+class ServerState:
+    """What one server holds.
+
+    Attributes:
+        token: The bearer token that requests must carry; it may be replaced while the server runs.
+        crews: The runs of each crew, by the name it is mounted at; "" for the only one.
+        crash: What the fault `crash` does: end this process at once, without clean-up.
+        closing: Set when the server shuts down, so that requests which never answer end.
+    """
+
+    token: str = field(repr=False)
+    response_format: ResponseFormat
+    faults: Faults
+    sender: WebhookSender
+    crews: dict[str, CrewRuns]
+    counters: Counters = field(default_factory=Counters)
+    crash: Callable[[], None] = lambda: os._exit(CRASH_EXIT_CODE)
+    closing: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def runs(self) -> list[Run]:
+        """All runs of all crews, oldest first for each crew."""
+        return [run for runs in self.crews.values() for run in runs]
+
+    def open(self) -> None:
+        """Begin to run, on this event loop, for the first time or again; see `CrewRuns.open`."""
+        self.closing = asyncio.Event()
+        self.sender.open()
+        for runs in self.crews.values():
+            runs.open()
+
+    def abandon(self) -> None:
+        """End as a crash would: from now on nothing is sent or finished."""
+        self.closing.set()
+        for runs in self.crews.values():
+            runs.abandon()
+        self.sender.abandon()
+
+    async def close(self) -> None:
+        """Cancel the runs in flight and the requests that hang, and wait for their end."""
+        self.abandon()
+        for runs in self.crews.values():
+            await runs.close()
+        await self.sender.close()
 
 
 class ServerOptions(TypedDict, total=False):
@@ -268,16 +338,11 @@ class _Endpoints:
         # A slow server has the request, and goes on with it after a client that has given up; and a socket that is
         # closed with unread data is reset instead.
         await request.body()
-        spoiling: Fault | None = None
-        for fault in (fault for fault in drawn if fault.kind.group == "answer"):
-            if fault.name == "latency":
+        for fault in drawn:
+            if fault.kind.group == "time":
                 await asyncio.sleep(fault.value or 0)
-            elif fault.name == "forgotten":
-                if run := self._runs.get(request.path_params["id"]):
-                    run.is_forgotten = True
-            else:
-                spoiling = spoiling or fault
-        request.state.faults_of_run = {fault.name: fault for fault in drawn if fault.kind.group == "run"}
+        spoiling = next((fault for fault in drawn if fault.kind.group == "answer"), None)
+        request.state.faults_of_run = {fault.name: fault.value or 0 for fault in drawn if fault.kind.group == "run"}
         answer = None
         if spoiling is None or spoiling.is_after:
             try:
@@ -287,7 +352,7 @@ class _Endpoints:
             # Where nothing was accepted, there is no "after"; but any answer can be cut off.
             if spoiling is None or (answer.status_code >= 400 and spoiling.base_name != "cut"):
                 return answer
-        return spoiled(spoiling, answer, request.url.path, self._state)
+        return _spoil(spoiling, answer, request.url.path, self._state)
 
     async def health(self, request: Request) -> Response:
         return PlainTextResponse("Healthy")
@@ -303,7 +368,7 @@ class _Endpoints:
             raise _RefusedError(422, "Validation error", message, {"missing_inputs": missing})
         flow_id = body.inputs.get("id") if is_flow(self._runs.program) else None
         for name, value in (("inputs.id", flow_id), ("restoreFromStateId", body.restoreFromStateId)):
-            if value is not None and not _is_uuid(value):
+            if value is not None and not is_uuid(value):
                 raise _RefusedError(422, "Validation Error", f"'{name}' must be a valid UUID.")
         run = Run(
             body.inputs,
@@ -312,21 +377,16 @@ class _Endpoints:
             restore_from=body.restoreFromStateId,
             base_url=str(request.base_url).rstrip("/"),
         )
-        faults: dict[str, Fault] = request.state.faults_of_run
-        run.is_stuck = "stuck" in faults
-        if early := faults.get("early-404"):
-            run.hidden_polls = math.ceil(early.value or 0)
-        if early := faults.get("early-404-seconds"):
-            run.hidden_until = time.monotonic() + (early.value or 0)
+        run.faults |= request.state.faults_of_run
         self._runs.start(run)
         self._state.counters.accepted[run.id] = run.meta
         return _JSON({"kickoff_id": run.id})
 
     async def status(self, request: Request) -> Response:
         run = self._runs.get(request.path_params["id"])
-        if run is None or run.is_forgotten or run.hidden_polls > 0 or time.monotonic() < run.hidden_until:
-            if run is not None:
-                run.hidden_polls -= 1
+        if run is not None:
+            run.faults |= request.state.faults_of_run
+        if run is None or run.deny_status():
             code, body = self._state.response_format.unknown()
             return _JSON(body, code)
         return _JSON(self._state.response_format.status(run))
@@ -336,11 +396,10 @@ class _Endpoints:
         run = self._known(body.execution_id)
         if self._state.sender.review is not None:
             raise _RefusedError(400, "Execution not pending", "A Flow takes its answer at the callback URL.")
-        try:
-            word = run.answer(body.task_id, Answer(body.is_approve, body.human_feedback), targets)
-        except NotWaitingError:
+        word = run.answer(body.task_id, Answer(body.is_approve, body.human_feedback), targets)
+        if word is None:
             message = f"The execution is not pending human input for task {body.task_id}."
-            raise _RefusedError(400, "Execution not pending", message) from None
+            raise _RefusedError(400, "Execution not pending", message)
         message = {
             "resumed": "The answer was accepted and the crew goes on.",
             "retrying": "The task runs again with the feedback.",
@@ -355,45 +414,144 @@ class _Endpoints:
         if asked is None or sender.review is None:
             raise _RefusedError(401, "unauthorized", "Invalid response token")
         run, question = asked
-        if run.questions.get(question.task_id) is not question or run.state.ended:
+        if run.questions.get(question.task_id) is not question:
             raise _RefusedError(409, "already_responded", "Feedback was already provided.")
         run.answer(question.task_id, Answer(sender.review.approves(feedback), feedback))
         return _JSON({"status": "accepted", "request": {"status": "responded", "feedback": feedback}})
 
     async def stop(self, request: Request) -> Response:
         run = self._known(request.path_params["id"])
-        try:
-            self._runs.stop(run)
-        except AlreadyEndedError:
+        if not self._runs.stop(run):
             return _JSON(self._state.response_format.cannot_stop(run), 400)
         return _JSON({"status": "stopped", "kickoffId": run.id})
 
     def _known(self, id_: str) -> Run:
         run = self._runs.get(id_)
-        if run is None or run.is_forgotten:
+        if run is None or "forgotten" in run.faults:
             raise _RefusedError(404, "Execution not found", "No execution found with the given id.")
         return run
 
 
-def _is_uuid(value: Any) -> bool:
-    try:
-        uuid.UUID(value)
-    except (AttributeError, TypeError, ValueError):
-        return False
-    return True
-
-
-async def _read(request: Request, model: type[T]) -> tuple[T, Targets]:
+async def _read(request: Request, model: type[T]) -> tuple[T, Webhooks]:
     """Return a request's body, and where it has webhooks sent."""
     content = await request.body()
     if len(content) > BODY_LIMIT:
         raise _RefusedError(413, "Request too large", f"A body may have {BODY_LIMIT} bytes.")
     try:
         value = json.loads(content)
-        return model.model_validate(value), Targets.model_validate(value)
+        return model.model_validate(value), Webhooks.from_json(value)
     except ValidationError as error:
         first = error.errors(include_input=False, include_url=False)[0]
         where = ".".join(str(part) for part in first["loc"]) or "the body"
         raise _RefusedError(400, "Invalid request", f"{where}: {first['msg']}") from None
     except (ValueError, RecursionError):
         raise _RefusedError(400, "Invalid request", "The body is not JSON.") from None
+
+
+# What faults do to answers
+
+_CONNECTION = "prefect_crew.connection"
+
+
+class Connection:
+    """The TCP connection that a request came over."""
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self._transport = transport
+
+    def drop(self) -> None:
+        """Close it: the client sees that the server disconnected without (the rest of) an answer."""
+        self._transport.abort()  # close() would wait for an answer that never comes
+
+    def reset(self) -> None:
+        """Reset it (TCP RST): the client sees a read error."""
+        with contextlib.suppress(OSError):  # the client was faster
+            # A linger time of zero makes the kernel send RST instead of FIN.
+            linger = struct.pack("ii", 1, 0)
+            self._transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+        self._transport.abort()
+
+
+def with_connection(connection: Connection) -> dict[str, Any]:
+    """Return the ASGI state of a request that came over a connection."""
+    return {_CONNECTION: connection}
+
+
+class ConnectionProtocol(H11Protocol):
+    """uvicorn's HTTP protocol, with the connection in the state of each request."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Hand the connection to its requests."""
+        super().connection_made(transport)
+        self.app_state = {**self.app_state, **with_connection(Connection(transport))}
+
+
+def _spoil(fault: Fault, answer: Response | None, path: str, state: ServerState) -> Response:
+    """Return what is sent in place of the answer, which is None where the fault comes before the work."""
+    match fault.base_name:
+        case "drop" | "reset" | "timeout" | "cut" | "crash":
+            return _BrokenAnswer(fault, answer, state)
+        case "redirect":
+            return Response(status_code=307, headers={"Location": f"/elsewhere{path}"})
+        case "html":
+            return HTMLResponse("<!DOCTYPE html><title>Sign in</title><body><h1>Sign in</h1></body>")
+        case "garbage":
+            return Response(b'{"kickoff_id": "', media_type="application/json")
+        case "empty":
+            return Response(b"", media_type="application/json")
+        case "no-id":
+            return JSONResponse({"message": "Crew started"})
+        case code:
+            status = HTTPStatus(int(code.removesuffix("-bare")))
+            headers = None if fault.value is None else {"Retry-After": f"{fault.value:g}"}
+            body = state.response_format.error(status.phrase, f"The fault {fault} was asked for.")
+            return JSONResponse(body, status, headers)
+
+
+class _BrokenAnswer(Response):
+    """No answer, or the first half of one, and the end of the connection. `status_code` is 0 where nothing is sent."""
+
+    def __init__(self, fault: Fault, answer: Response | None, state: ServerState) -> None:
+        super().__init__(answer.body if answer else b'{"status":"running"}', media_type="application/json")
+        self.status_code = 0 if fault.base_name != "cut" else answer.status_code if answer else 200
+        self._fault = fault
+        self._state = state
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Break the connection, and return once the client is gone."""
+        try:
+            connection: Connection = scope["state"][_CONNECTION]
+        except KeyError:
+            message = "Faults of the connection need this package's own server: CrewServer or serve()."
+            raise RuntimeError(message) from None
+        match self._fault.base_name:
+            case "crash":
+                self._state.crash()  # where the process lives on, it resets its connections
+            case "reset":
+                connection.reset()
+            case "timeout":
+                await self._wait(receive)
+                connection.drop()
+            case "cut":
+                body = bytes(self.body)
+                await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+                await send({"type": "http.response.body", "body": body[: len(body) // 2], "more_body": True})
+                await asyncio.sleep(0.05)  # aborting a connection throws away what is still to be written
+                connection.drop()
+            case _:
+                connection.drop()
+        await _until_gone(receive)
+
+    async def _wait(self, receive: Receive) -> None:
+        """Wait for the fault's seconds, or until the client is gone or the server ends."""
+        ends = {asyncio.ensure_future(_until_gone(receive)), asyncio.ensure_future(self._state.closing.wait())}
+        try:
+            await asyncio.wait(ends, timeout=self._fault.value or None, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for end in ends:
+                end.cancel()
+
+
+async def _until_gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

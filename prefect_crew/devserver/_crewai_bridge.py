@@ -204,26 +204,15 @@ class Bridge:
         Raises:
             HookAborted: The run was stopped instead.
         """
-        try:
-            return self._ask(task_id, output).result()
-        except CancelledError:
-            raise HookAborted("the run was stopped", source="prefect-crew") from None
-
-    async def ask_async(self, *, task_id: str, output: str) -> Answer:
-        """Wait for a person, on an event loop of CrewAI's; raises what `ask` raises."""
-        try:
-            return await asyncio.wrap_future(self._ask(task_id, output))
-        except asyncio.CancelledError:
-            self.check()
-            raise
-
-    def _ask(self, task_id: str, output: str) -> Future[Answer]:
         with self._lock:
             self.check()
             future = asyncio.run_coroutine_threadsafe(self.run.ask(task_id=task_id, output=output), self._loop)
             self._asking.add(future)
         future.add_done_callback(self._asking.discard)
-        return future
+        try:
+            return future.result()
+        except CancelledError:
+            raise HookAborted("the run was stopped", source="prefect-crew") from None
 
 
 class HumanInput(SyncHumanInputProvider):
@@ -243,7 +232,8 @@ class HumanInput(SyncHumanInputProvider):
     async def handle_feedback_async(self, formatted_answer: AgentFinish, context: AsyncExecutorContext) -> AgentFinish:
         result = formatted_answer
         while context.ask_for_human_input:
-            answer = await self._bridge.ask_async(task_id=_asked_of(context), output=self._get_output_string(result))
+            output = self._get_output_string(result)
+            answer = await asyncio.to_thread(self._bridge.ask, task_id=_asked_of(context), output=output)
             if not _take(answer, context):
                 result = await context._ainvoke_loop()
         return result

@@ -40,21 +40,24 @@ class Kind:
         text: What the server does.
         value: The default of VALUE; None if it takes none.
         places: Where it can be.
-        group: What it concerns: the answer to a request, a run, or the delivery of a webhook.
-        has_phases: Whether the name may end in `-before-accept` or `-after-accept`.
+        group: What it spoils: the answer to a request, its time, a run, or the delivery of a webhook.
         is_after: Whether it comes after the work when the name does not say.
     """
 
     text: str
     value: float | None = None
     places: tuple[str, ...] = HTTP_PLACES
-    group: Literal["answer", "run", "delivery"] = "answer"
-    has_phases: bool = True
+    group: Literal["answer", "time", "run", "delivery"] = "answer"
     is_after: bool = False
+
+    @property
+    def has_phases(self) -> bool:
+        """Whether the name may end in `-before-accept` or `-after-accept`."""
+        return self.group == "answer"
 
 
 FAULTS = {
-    "latency": Kind("waits VALUE seconds, then goes on", 1.0, has_phases=False),
+    "latency": Kind("waits VALUE seconds, then goes on", 1.0, group="time"),
     **{str(code): Kind(f"answers {code}") for code in (400, 401, 403, 404, 405, 408, 422, 500, 502, 504)},
     "429": Kind("answers 429 with Retry-After: VALUE", 1.0),
     "429-bare": Kind("answers 429 without Retry-After"),
@@ -70,13 +73,13 @@ FAULTS = {
     "cut": Kind("closes the connection in the middle of the answer", is_after=True),
     "no-id": Kind("answers 200 without an id", places=("kickoff",), is_after=True),
     "crash": Kind("the server ends without a word"),
-    "forgotten": Kind("answers 404 for this run from now on", places=("status",), has_phases=False),
-    "early-404": Kind("the run is unknown to its first VALUE status calls", 2.0, ("kickoff", "status"), "run", False),
-    "early-404-seconds": Kind("the run is unknown for VALUE seconds", 1.0, ("kickoff", "status"), "run", False),
-    "stuck": Kind("the run starts and gets nowhere", None, ("kickoff",), "run", False),
-    "lose": Kind("is never sent", None, WEBHOOK_PLACES, "delivery", False),
-    "double": Kind("is sent twice", None, WEBHOOK_PLACES, "delivery", False),
-    "delay": Kind("is sent VALUE seconds late", 1.0, WEBHOOK_PLACES, "delivery", False),
+    "forgotten": Kind("answers 404 for this run from now on", places=("status",), group="run"),
+    "early-404": Kind("the run is unknown to its first VALUE status calls", 2.0, ("kickoff", "status"), "run"),
+    "early-404-seconds": Kind("the run is unknown for VALUE seconds", 1.0, ("kickoff", "status"), "run"),
+    "stuck": Kind("the run starts and gets nowhere", None, ("kickoff",), "run"),
+    "lose": Kind("is never sent", None, WEBHOOK_PLACES, "delivery"),
+    "double": Kind("is sent twice", None, WEBHOOK_PLACES, "delivery"),
+    "delay": Kind("is sent VALUE seconds late", 1.0, WEBHOOK_PLACES, "delivery"),
 }
 """All kinds of faults by name."""
 
@@ -95,7 +98,7 @@ class Fault:
     Attributes:
         where: One of PLACES.
         name: One of FAULTS, with `-before-accept` or `-after-accept` where that makes sense.
-        on: At which occurrences, from 1: a number, several, or text such as "2-5" or "3-". None is every one.
+        on: At which occurrences, from 1: a number, or text such as "1,4", "2-5" or "3-". None is every one.
         value: Seconds, or a number of calls; its meaning and default are in FAULTS.
 
     Raises:
@@ -104,18 +107,15 @@ class Fault:
 
     where: str
     name: str
-    on: int | str | tuple[int, ...] | None = None
+    on: int | str | None = None
     value: float | None = None
-    kind: Kind = field(init=False, repr=False, compare=False)
-    is_after: bool = field(init=False, repr=False, compare=False)
     _ranges: list[tuple[int, float]] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.where not in PLACES:
             raise FaultError(f"There is no place {self.where!r} for a fault. Places: {', '.join(PLACES)}.")
-        phase = _PHASE.search(self.name)
         kind = FAULTS.get(self.base_name)
-        if kind is None or (phase and not kind.has_phases):
+        if kind is None or (self.name != self.base_name and not kind.has_phases):
             here = ", ".join(name for name, kind in FAULTS.items() if self.where in kind.places)
             raise FaultError(
                 f"There is no fault {self.name!r}. Faults of {self.where}: {here}; most of them with "
@@ -127,13 +127,11 @@ class Fault:
             takes = "takes no value" if kind.value is None else "takes a number of 0 or more"
             raise FaultError(f"The fault {self.name} {takes}, not {self.value!r}.")
         set_ = object.__setattr__  # the dataclass is frozen
-        set_(self, "kind", kind)
-        set_(self, "is_after", phase.group(1) == "after" if phase else kind.is_after)
         set_(self, "_ranges", _ranges(self.on))
         if self.value is None:
             set_(self, "value", kind.value)
-        if kind.group == "run":
-            set_(self, "where", "kickoff")  # a run has its faults from its kickoff on
+        if "kickoff" in kind.places and kind.group == "run":
+            set_(self, "where", "kickoff")  # a run has these from its kickoff on
 
     @classmethod
     def parse(cls, text: str) -> Fault:
@@ -155,13 +153,22 @@ class Fault:
 
     def __str__(self) -> str:
         value = f"={self.value:g}" if self.value is not None and self.value != self.kind.value else ""
-        on = ",".join(map(str, self.on)) if isinstance(self.on, tuple) else self.on
-        return f"{self.where}:{self.name}{value}{'' if on is None else f'@{on}'}"
+        return f"{self.where}:{self.name}{value}{'' if self.on is None else f'@{self.on}'}"
 
     @property
     def base_name(self) -> str:
         """The name in FAULTS."""
         return _PHASE.sub("", self.name)
+
+    @property
+    def kind(self) -> Kind:
+        """What it means."""
+        return FAULTS[self.base_name]
+
+    @property
+    def is_after(self) -> bool:
+        """Whether it comes after the work."""
+        return self.name.endswith("-after-accept") or (self.kind.is_after and self.name == self.base_name)
 
     def hits(self, occurrence: int) -> bool:
         """Return whether it comes at this occurrence, counted from 1."""
@@ -211,15 +218,10 @@ class Faults:
         return drawn
 
 
-def _ranges(on: int | str | tuple[int, ...] | None) -> list[tuple[int, float]]:
+def _ranges(on: int | str | None) -> list[tuple[int, float]]:
     """Return the first and last occurrence of each range that `Fault.on` names."""
-    if on is None:
-        return [(1, float("inf"))]
-    parts = (
-        on.split(",") if isinstance(on, str) else [str(number) for number in (on if isinstance(on, tuple) else (on,))]
-    )
     ranges: list[tuple[int, float]] = []
-    for part in parts:
+    for part in ("1-" if on is None else str(on)).split(","):
         match = re.fullmatch(r"\s*(\d+)\s*(?:(-)\s*(\d*))?\s*", part)
         low = int(match[1]) if match else 0
         high = float(low) if not (match and match[2]) else float(match[3] or "inf")

@@ -9,11 +9,10 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from typing import Annotated, Any, Literal, Protocol
-
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, model_validator
+from typing import Any, Literal, Protocol
 
 from prefect_crew.client.models import CrewInput, TaskResult, TokenUsage
+from prefect_crew.client.webhooks import Webhooks
 from prefect_crew.states import CrewState
 
 
@@ -23,70 +22,6 @@ class ProgramError(Exception):
 
 class ProgramNotFoundError(ValueError):
     """The crew to serve cannot be loaded; the text says why and what to do."""
-
-
-class NotWaitingError(Exception):
-    """The run does not wait for a person, or not for this task."""
-
-
-class AlreadyEndedError(Exception):
-    """The run has ended and cannot be stopped."""
-
-
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="ignore", hide_input_in_errors=True)
-
-
-class Authentication(_Part):
-    """How a webhook proves where it comes from: a bearer token, or a user name and a password."""
-
-    strategy: Literal["bearer", "basic"]
-    token: SecretStr | None = None
-    username: str | None = None
-    password: SecretStr | None = None
-
-    @model_validator(mode="after")
-    def _complete(self) -> Authentication:
-        if self.strategy == "bearer" and self.token is None:
-            raise ValueError("a bearer strategy needs a token")
-        if self.strategy == "basic" and (self.username is None or self.password is None):
-            raise ValueError("a basic strategy needs a username and a password")
-        return self
-
-
-class Target(_Part):
-    """One URL, which is secret since it may be all that protects its receiver, with its authentication if any."""
-
-    url: str = Field(pattern=r"^https?://", repr=False)
-    authentication: Authentication | None = None
-
-
-class Stream(Target):
-    """An event stream. Without `events` it has all of them; `realtime` sends each by itself instead of in batches."""
-
-    events: list[str] = Field(default_factory=list[str])
-    realtime: bool = False
-
-
-def _as_target(url: Any) -> Any:
-    return {"url": url} if isinstance(url, str) else url
-
-
-def _as_list(streams: Any) -> Any:
-    return [] if streams is None else [streams] if isinstance(streams, dict) else streams
-
-
-PlainTarget = Annotated[Target | None, BeforeValidator(_as_target)]
-
-
-class Targets(_Part):
-    """Where the webhooks of a run go: the fields of a `/kickoff` or `/resume` body that say so."""
-
-    task: PlainTarget = Field(default=None, alias="taskWebhookUrl")
-    step: PlainTarget = Field(default=None, alias="stepWebhookUrl")
-    crew: PlainTarget = Field(default=None, alias="crewWebhookUrl")
-    human: Target | None = Field(default=None, alias="humanInputWebhook")
-    streams: Annotated[list[Stream], BeforeValidator(_as_list)] = Field(default=[], alias="webhooks")
 
 
 @dataclass(frozen=True)
@@ -99,15 +34,11 @@ class Answer:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a completed run gave: its text, the structured result or None, and the usage or None.
-
-    `tasks` replaces what the run's `task_ended` calls reported, unless it is empty.
-    """
+    """What a completed run gave: its text, the structured result or None, and the usage or None."""
 
     output: str
     data: Any = None
     usage: TokenUsage | None = None
-    tasks: list[TaskResult] = field(default_factory=list[TaskResult])
 
 
 @dataclass(frozen=True)
@@ -174,18 +105,17 @@ class Run:
 
     Attributes:
         inputs, id, meta, restore_from: As the kickoff gave them; `id` is the kickoff id.
-        targets: Where webhooks go; each `/resume` replaces them, also by none.
+        targets: The webhooks; each `/resume` replaces them, also by none.
         base_url: The server's URL as the kickoff's client used it.
         planned: Names of all tasks, where the program said so.
         tasks: What the ended tasks gave.
-        is_stuck, is_forgotten, hidden_polls, hidden_until: Faults: the run never goes on, or the status call denies it
-            for good, for a number of calls, or until a moment of the monotonic clock.
+        faults: The faults that concern this run, by name, with their values.
     """
 
     inputs: Mapping[str, Any]
     id: str = field(default_factory=lambda: str(uuid.uuid4()))
     meta: Any = None
-    targets: Targets = field(default_factory=Targets)
+    targets: Webhooks = field(default_factory=Webhooks)
     restore_from: str | None = None
     is_flow: bool = False
     base_url: str = ""
@@ -203,11 +133,9 @@ class Run:
     usage: TokenUsage | None = field(default=None, init=False)
     error: str | None = field(default=None, init=False)
     stop_requested: bool = field(default=False, init=False)
-    is_stuck: bool = field(default=False, init=False)
-    is_forgotten: bool = field(default=False, init=False)
-    hidden_polls: int = field(default=0, init=False)
-    hidden_until: float = field(default=0.0, init=False)
-    _began: float = field(default_factory=time.monotonic, init=False)
+    faults: dict[str, float] = field(default_factory=dict[str, float], init=False)
+    _status_calls: int = field(default=0, init=False)
+    _began: float = field(default_factory=lambda: time.monotonic(), init=False)
     _seconds: float | None = field(default=None, init=False)
 
     def __repr__(self) -> str:
@@ -268,19 +196,25 @@ class Run:
         self.state = CrewState.RUNNING
         self.listener(self, "started", None)
 
+    def deny_status(self) -> bool:
+        """Count a status call, and return whether a fault has it deny that there is this run."""
+        self._status_calls += 1
+        return (
+            "forgotten" in self.faults
+            or self._status_calls <= self.faults.get("early-404", 0.0)
+            or time.monotonic() - self._began < self.faults.get("early-404-seconds", 0.0)
+        )
+
     def answer(
-        self, task_id: str, answer: Answer, targets: Targets | None = None
-    ) -> Literal["resumed", "retrying", "completed"]:
-        """Take a person's answer and return the word that `/resume` answers with.
+        self, task_id: str, answer: Answer, targets: Webhooks | None = None
+    ) -> Literal["resumed", "retrying", "completed"] | None:
+        """Take a person's answer and return the word that `/resume` answers with; None where nobody is asked about it.
 
         Webhooks go to `targets` from here on; left out, to those from before.
-
-        Raises:
-            NotWaitingError: The run waits for nobody, or not about that task.
         """
         question = self.questions.get(task_id)
         if self.state is not CrewState.WAITING or question is None:
-            raise NotWaitingError(self.id)
+            return None
         self.targets = self.targets if targets is None else targets
         self._close(question)
         question.answer.set_result(answer)
@@ -302,7 +236,6 @@ class Run:
         self.error = error
         if outcome is not None:
             self.output, self.data, self.usage = outcome.output, outcome.data, outcome.usage
-            self.tasks = list(outcome.tasks) or self.tasks
         self.stop_requested = state is CrewState.STOPPED
         self.state = state  # last, since other threads read it first
         self.listener(self, str(state), None)
@@ -347,17 +280,14 @@ class CrewRuns:
         run.is_flow, run.listener = is_flow(self.program), self._listener
         self._launch(run)
 
-    def stop(self, run: Run) -> None:
-        """Stop a run for good.
-
-        Raises:
-            AlreadyEndedError: It has ended.
-        """
+    def stop(self, run: Run) -> bool:
+        """Stop a run for good; return False where it has ended before."""
         if run.state.ended:
-            raise AlreadyEndedError(run.id)
+            return False
         run.end(CrewState.STOPPED)
         if task := self._tasks.get(run.id):
             task.cancel()
+        return True
 
     def abandon(self) -> None:
         """Cancel what runs, as a crash would: these runs do not end."""
@@ -380,7 +310,7 @@ class CrewRuns:
         try:
             async with self._slots:
                 run.begin()
-                if run.is_stuck:
+                if "stuck" in run.faults:
                     await asyncio.get_running_loop().create_future()
                 outcome = await self.program.execute(run)
         except asyncio.CancelledError:

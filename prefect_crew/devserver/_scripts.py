@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, ClassVar, cast
 
 import yaml
 from jinja2 import StrictUndefined, TemplateError, TemplateSyntaxError
@@ -23,7 +23,7 @@ _JINJA = SandboxedEnvironment(undefined=StrictUndefined, autoescape=False, trim_
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
 
 def _check_template(value: Any) -> Any:
@@ -264,7 +264,7 @@ _CREWS = files("prefect_crew.devserver") / "crews"
 
 
 class ScriptError(ValueError):
-    """A script that cannot be used. The text names the file, the line, the field and what is wrong."""
+    """A script that cannot be used. The text names the file, the field and what is wrong."""
 
 
 def bundled_scripts() -> list[str]:
@@ -298,20 +298,19 @@ def parse_script(text: str, *, source: str = "script") -> CrewScript:
         ScriptError: Not YAML, or not a crew.
     """
     try:
-        root = cast("yaml.Node | None", yaml.compose(text, Loader=yaml.SafeLoader))  # pyright: ignore[reportUnknownMemberType]
         value: Any = yaml.safe_load(text)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
         raise ScriptError(f"{source}{where}: not YAML: {getattr(error, 'problem', None) or error}") from None
     if not isinstance(value, dict):
-        raise ScriptError(f"{source}:1:1: a crew is a mapping with a name and tasks, not {type(value).__name__}")
+        raise ScriptError(f"{source}: a crew is a mapping with a name and tasks, not {type(value).__name__}")
     try:
         return CrewScript.model_validate(value)
     except ValidationError as error:
-        raise ScriptError("\n".join(_error_lines(error, root, source))) from None
+        raise ScriptError("\n".join(_error_lines(error, source))) from None
     except RecursionError:
-        raise ScriptError(f"{source}:1:1: something in it holds itself, or is nested too deep") from None
+        raise ScriptError(f"{source}: something in it holds itself, or is nested too deep") from None
 
 
 def schema() -> dict[str, Any]:
@@ -323,33 +322,16 @@ _UNION_ARMS = ("str", "float")
 """What pydantic puts into an error's place for the alternatives of a union; no field has these names."""
 
 
-def _error_lines(error: ValidationError, root: yaml.Node | None, source: str) -> list[str]:
-    messages: dict[tuple[int, int, str], list[str]] = {}
+def _error_lines(error: ValidationError, source: str) -> list[str]:
+    """Return a line for each field that is wrong; the alternatives of a union share one."""
+    messages: dict[str, list[str]] = {}
     for item in error.errors(include_url=False, include_context=False):
         path = [part for part in item["loc"] if part not in _UNION_ARMS]
         name = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).lstrip(".")
         message = item["msg"].removeprefix("Value error, ")
         message = "there is no such field" if item["type"] == "extra_forbidden" else message
-        messages.setdefault((*_position(root, path), name), []).append(message)
-    return [
-        # Several messages about one place are the alternatives of a union.
-        f"{source}:{line}:{column}: {f'{name}: ' if name else ''}{' or '.join(dict.fromkeys(texts))}"
-        for (line, column, name), texts in sorted(messages.items())
-    ]
-
-
-def _position(node: yaml.Node | None, path: list[Any]) -> tuple[int, int]:
-    """Follow a path into the YAML as far as it goes, and return line and column there, from 1."""
-    for part in path:
-        child: yaml.Node | None = None
-        if isinstance(node, yaml.MappingNode):
-            child = next((value for key, value in node.value if key.value == str(part)), None)
-        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
-            child = node.value[part]
-        if child is None:
-            break
-        node = child
-    return (node.start_mark.line + 1, node.start_mark.column + 1) if node is not None else (1, 1)
+        messages.setdefault(f"{source}: {name}: " if name else f"{source}: ", []).append(message)
+    return [f"{where}{' or '.join(dict.fromkeys(texts))}" for where, texts in messages.items()]
 
 
 if __name__ == "__main__":

@@ -16,11 +16,18 @@ from typing import TYPE_CHECKING, Any, Self, Unpack
 from starlette.applications import Starlette
 
 from prefect_crew._internal.web_server import WebServer, open_listener, print_line, url_of
-from prefect_crew.devserver._app import ServerOptions, Spec, create_app, state_of
-from prefect_crew.devserver._fault_effects import Connection, ConnectionProtocol
+from prefect_crew.devserver._app import (
+    Connection,
+    ConnectionProtocol,
+    Counters,
+    ServerOptions,
+    ServerState,
+    Spec,
+    create_app,
+    state_of,
+)
 from prefect_crew.devserver._faults import Faults
 from prefect_crew.devserver._runs import Run
-from prefect_crew.devserver._state import Counters, ServerState
 
 if TYPE_CHECKING:
     from prefect_crew.blocks import DeployedCrew
@@ -38,6 +45,10 @@ class CrewServer:
         options: response_format, generation, faults, speed, stop, max_runs, review_webhook; see `create_app`.
 
     Attributes:
+        port: The port; 0 before the first start of a server that takes a free one.
+        faults: What goes wrong; may be added to and cleared while the server runs.
+        counters: Requests, answers and kickoffs, counted over restarts.
+        requests: Requests by place: inputs, kickoff, status, resume, stop, health.
         crashed: Set when the fault `crash` has ended the server; `restart()` brings it back.
 
     Raises:
@@ -52,10 +63,14 @@ class CrewServer:
         token: str | None = None,
         **options: Unpack[ServerOptions],
     ) -> None:
-        self.crashed = threading.Event()
         self._app = create_app(spec, token=token or secrets.token_urlsafe(24), **options)
-        self.state.crash = self._crash
-        self._port = port
+        self._state: ServerState = state_of(self._app)
+        self._state.crash = self._crash
+        self.port: int = port
+        self.faults: Faults = self._state.faults
+        self.counters: Counters = self._state.counters
+        self.requests: Counter[str] = self.counters.requests
+        self.crashed: threading.Event = threading.Event()
         self._started = threading.Event()
         self._failure: BaseException | None = None
         self._thread: threading.Thread | None = None
@@ -77,21 +92,16 @@ class CrewServer:
     @property
     def url(self) -> str:
         """Base URL of the crew, without a slash at the end. Its port may be 0 before the first start."""
-        return f"http://127.0.0.1:{self._port}"
-
-    @property
-    def port(self) -> int:
-        """The port; 0 before the first start of a server that takes a free one."""
-        return self._port
+        return f"http://127.0.0.1:{self.port}"
 
     @property
     def token(self) -> str:
         """The bearer token. Setting it rotates it: from then on the old one gets 401."""
-        return self.state.token
+        return self._state.token
 
     @token.setter
     def token(self, token: str) -> None:
-        self.state.token = token
+        self._state.token = token
 
     @property
     def headers(self) -> dict[str, str]:
@@ -99,24 +109,9 @@ class CrewServer:
         return {"Authorization": f"Bearer {self.token}"}
 
     @property
-    def state(self) -> ServerState:
-        """What the server holds: its crews and their runs, counters, faults and webhooks."""
-        return state_of(self._app)
-
-    @property
-    def faults(self) -> Faults:
-        """What goes wrong; may be added to and cleared while the server runs."""
-        return self.state.faults
-
-    @property
-    def counters(self) -> Counters:
-        """Requests, answers and kickoffs, counted over restarts."""
-        return self.state.counters
-
-    @property
     def runs(self) -> list[Run]:
         """All runs that this server knows, oldest first."""
-        return self.state.runs
+        return self._state.runs
 
     @property
     def kickoffs(self) -> int:
@@ -127,11 +122,6 @@ class CrewServer:
     def kickoffs_by_key(self) -> Counter[str]:
         """How many kickoffs have started a run, by the `idempotency_key` in their meta."""
         return self.counters.kickoffs_by_key
-
-    @property
-    def requests(self) -> Counter[str]:
-        """Requests by place: inputs, kickoff, status, resume, stop, health."""
-        return self.counters.requests
 
     def run(self, kickoff_id: str) -> Run:
         """Return one run.
@@ -160,8 +150,8 @@ class CrewServer:
         """
         if self._thread is not None:
             raise RuntimeError(f"{self!r} runs already")
-        listener = open_listener("127.0.0.1", self._port)  # here, so that its error is the caller's
-        self._port = listener.getsockname()[1]
+        listener = open_listener("127.0.0.1", self.port)  # here, so that its error is the caller's
+        self.port = listener.getsockname()[1]
         self._started.clear()
         self.crashed.clear()
         self._failure = None
@@ -205,7 +195,7 @@ class CrewServer:
         await self._server.serve(sockets=[listener])
 
     def _crash(self) -> None:
-        self.state.abandon()
+        self._state.abandon()
         if self._server is not None:
             for server in self._server.servers:
                 server.close()

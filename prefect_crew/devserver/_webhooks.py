@@ -10,7 +10,6 @@ import logging
 import secrets
 import time
 import uuid
-from collections import Counter
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Literal
@@ -19,11 +18,19 @@ import httpx
 
 from prefect_crew.client._transport import tls_context
 from prefect_crew.client.models import TaskResult
+from prefect_crew.client.webhooks import BasicAuth, BearerAuth
 from prefect_crew.devserver._faults import Faults
 from prefect_crew.devserver._response_formats import documented_result, documented_task
-from prefect_crew.devserver._runs import Authentication, Question, Run, Step, Stream, Target
+from prefect_crew.devserver._runs import Question, Run, Step
 
 Generation = Literal["first", "later"]
+
+logger = logging.getLogger(__name__)
+
+CALLBACKS = "/human_feedback_requests/"
+"""What the path of a callback URL begins with; a token follows."""
+_MAX_CONCURRENT = 32
+_TIMEOUT = 10.0
 
 
 def task_body(run: Run, task: TaskResult, generation: Generation) -> dict[str, Any]:
@@ -92,6 +99,16 @@ _FLOW_EVENT_TYPES = {"completed": ("flow_finished",), "failed": ("method_executi
 """Those that a Flow's server sends as well."""
 
 
+def _stream_event(run: Run, type_: str, value: Any) -> dict[str, Any]:
+    return {
+        "id": str(uuid.uuid4()),
+        "execution_id": run.id,
+        "timestamp": datetime.now(UTC).isoformat(),
+        "type": type_,
+        "data": {"meta": run.meta, **_event_data(run, type_, value)},
+    }
+
+
 def _event_data(run: Run, type_: str, value: Any) -> dict[str, Any]:
     match type_, value:
         case "crew_kickoff_started", _:
@@ -111,17 +128,6 @@ def _event_data(run: Run, type_: str, value: Any) -> dict[str, Any]:
             return {"task_name": value.task_id, "output": value.output}
         case _:
             return {"task_name": value, "agent_role": run.current_agent}
-
-
-logger = logging.getLogger(__name__)
-
-BATCH_SECONDS = 0.2
-"""How long events of a stream that is not `realtime` are gathered; the end of the run sends them too."""
-
-CALLBACKS = "/human_feedback_requests/"
-"""What the path of a callback URL begins with; a token follows."""
-_MAX_CONCURRENT = 32
-_TIMEOUT = 10.0
 
 
 @dataclass(frozen=True)
@@ -149,7 +155,6 @@ class WebhookSender:
     Attributes:
         review: Asks people by a signed webhook as well.
         asked: The questions that it asked, by the token of their callback URL.
-        sent: Deliveries by kind (task, step, crew, human, stream, review) and HTTP status of the answer; 0 for none.
     """
 
     def __init__(
@@ -157,54 +162,34 @@ class WebhookSender:
     ) -> None:
         self.review = review
         self.asked: dict[str, tuple[Run, Question]] = {}
-        self.sent: Counter[tuple[str, int]] = Counter()
         self._faults = faults
         self._generation: Generation = generation
         self._client: httpx.AsyncClient | None = None
         self._slots = asyncio.Semaphore(_MAX_CONCURRENT)
         self._tasks: set[asyncio.Task[None]] = set()
-        self._batches: dict[tuple[str, int], list[dict[str, Any]]] = {}
         self._is_open = False
 
     def __call__(self, run: Run, event: str, value: Any) -> None:
         """Send what this means for the targets of the run."""
-        targets = run.targets
+        targets, generation = run.targets, self._generation
+        human, stream = targets.human_input, targets.stream
         if isinstance(value, Question) and self.review is not None:
             self._ask(run, value, self.review)
         if isinstance(value, TaskResult) and targets.task:
-            self._send("task", targets.task, task_body(run, value, self._generation))
+            self._send("task", targets.task, task_body(run, value, generation))
         elif isinstance(value, Step) and targets.step:
-            self._send("step", targets.step, step_body(run, value, self._generation))
-        elif isinstance(value, Question) and targets.human:
-            self._send("human", targets.human, human_body(run, value, self._generation))
+            self._send("step", targets.step, step_body(run, value, generation))
+        elif isinstance(value, Question) and human:
+            url, authentication = (human, None) if isinstance(human, str) else (human.url, human.authentication)
+            self._send("human", url, human_body(run, value, generation), authentication)
         elif event == "completed" and targets.crew:
-            self._send("crew", targets.crew, crew_body(run, self._generation))
-        types = _EVENT_TYPES.get(event, ()) + (_FLOW_EVENT_TYPES.get(event, ()) if run.is_flow else ())
-        for index, stream in enumerate(targets.streams):
+            self._send("crew", targets.crew, crew_body(run, generation))
+        if stream is not None:
+            types = _EVENT_TYPES.get(event, ()) + (_FLOW_EVENT_TYPES.get(event, ()) if run.is_flow else ())
             for type_ in types:
-                if not stream.events or type_ in stream.events:
-                    self._stream(run, index, stream, type_, value)
-            if run.state.ended:
-                self._flush(run.id, index, stream)
-
-    def _stream(self, run: Run, index: int, stream: Stream, type_: str, value: Any) -> None:
-        event = {
-            "id": str(uuid.uuid4()),
-            "execution_id": run.id,
-            "timestamp": datetime.now(UTC).isoformat(),
-            "type": type_,
-            "data": {"meta": run.meta, **_event_data(run, type_, value)},
-        }
-        batch = self._batches.setdefault((run.id, index), [])
-        batch.append(event)
-        if stream.realtime:
-            self._flush(run.id, index, stream)
-        elif len(batch) == 1:
-            asyncio.get_running_loop().call_later(BATCH_SECONDS, self._flush, run.id, index, stream)
-
-    def _flush(self, run_id: str, index: int, stream: Stream) -> None:
-        if batch := self._batches.pop((run_id, index), None):
-            self._send("stream", stream, {"events": batch})
+                if type_ in stream.events:
+                    body = {"events": [_stream_event(run, type_, value)]}
+                    self._send("stream", stream.url, body, stream.authentication)
 
     def _ask(self, run: Run, question: Question, review: ReviewWebhook) -> None:
         token = secrets.token_urlsafe(24)
@@ -221,9 +206,11 @@ class WebhookSender:
             "flow_execution_id": run.id,
             "callback_url": f"{run.base_url}{CALLBACKS}{token}",
         }
-        self._send("review", Target(url=review.url), body)
+        self._send("review", review.url, body)
 
-    def _send(self, kind: str, target: Target, body: dict[str, Any]) -> None:
+    def _send(
+        self, kind: str, url: str, body: dict[str, Any], authentication: BearerAuth | BasicAuth | None = None
+    ) -> None:
         if not self._is_open:
             return
         drawn = {fault.name: fault for fault in self._faults.draw("webhook", f"webhook-{kind}")}
@@ -231,27 +218,30 @@ class WebhookSender:
             return
         delay = float(drawn["delay"].value or 0) if "delay" in drawn else 0.0
         for _ in range(2 if "double" in drawn else 1):
-            task = asyncio.create_task(self._deliver(kind, target, body, delay))
+            task = asyncio.create_task(self._deliver(kind, url, body, authentication, delay))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
-    async def _deliver(self, kind: str, target: Target, body: dict[str, Any], delay: float) -> None:
+    async def _deliver(
+        self, kind: str, url: str, body: dict[str, Any], authentication: BearerAuth | BasicAuth | None, delay: float
+    ) -> None:
         await asyncio.sleep(delay)
         async with self._slots:
             if self._client is None:
                 self._client = httpx.AsyncClient(verify=tls_context(True), timeout=_TIMEOUT, trust_env=False)
             content = json.dumps(body, default=str).encode()
-            headers, auth = _credentials(target.authentication)
+            headers, auth = {"Content-Type": "application/json"}, httpx.Auth()
+            if isinstance(authentication, BearerAuth):
+                headers["Authorization"] = f"Bearer {authentication.token.get_secret_value()}"
+            elif authentication is not None:
+                auth = httpx.BasicAuth(authentication.username, authentication.password.get_secret_value())
             if kind == "review" and self.review is not None:
                 headers |= self.review.signature(content)
             try:
-                answer = await self._client.post(target.url, content=content, headers=headers, auth=auth)
+                await self._client.post(url, content=content, headers=headers, auth=auth)
             except httpx.HTTPError as error:
-                self.sent[kind, 0] += 1
                 # Without the URL: it may hold all that protects the receiver.
                 logger.warning("The %s webhook was not delivered: %s", kind, type(error).__name__)
-            else:
-                self.sent[kind, answer.status_code] += 1
 
     def open(self) -> None:
         """Begin to send, on this event loop."""
@@ -270,12 +260,3 @@ class WebhookSender:
         if self._client is not None:
             await self._client.aclose()
             self._client = None
-
-
-def _credentials(authentication: Authentication | None) -> tuple[dict[str, str], httpx.Auth]:
-    headers, auth = {"Content-Type": "application/json"}, httpx.Auth()
-    if authentication and authentication.token:
-        headers["Authorization"] = f"Bearer {authentication.token.get_secret_value()}"
-    elif authentication and authentication.password:
-        auth = httpx.BasicAuth(authentication.username or "", authentication.password.get_secret_value())
-    return headers, auth

@@ -16,6 +16,7 @@ import asyncio
 from collections import Counter, OrderedDict
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 
 from pydantic import SecretStr
 from starlette.applications import Starlette
@@ -24,9 +25,8 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from prefect_crew.client._callbacks import parse_request, signed
-from prefect_crew.client._parsing import parse_webhook
 from prefect_crew.exceptions import ConfigurationError, ResponseFormatError
-from prefect_crew.receiver.events import digest_of, events_in
+from prefect_crew.receiver.events import digest_of, read_events
 from prefect_crew.receiver.forward import Forwarder
 from prefect_crew.records.model import utcnow
 from prefect_crew.settings import CrewSettings
@@ -159,15 +159,13 @@ class _Receiver:
         digest = digest_of(hook, body)
         if digest in self._seen:
             return self._answer(200)
+        read = partial(read_events, hook, body, digest=digest, received=utcnow())
         try:
-            if len(body) > PARSED_AT_ONCE:
-                parsed = await asyncio.to_thread(parse_webhook, hook.kind, body)
-            else:
-                parsed = parse_webhook(hook.kind, body)
+            events = await asyncio.to_thread(read) if len(body) > PARSED_AT_ONCE else read()
         except ResponseFormatError:
             return self._answer(400, f"this is no {hook.kind} webhook's body")
         if digest not in self._seen:  # or it came twice at once
-            for event in events_in(hook, parsed, digest=digest, received=utcnow()):
+            for event in events:
                 self.forwarder.put(event)
             self._seen[digest] = None
             if len(self._seen) > REMEMBERED:

@@ -11,8 +11,24 @@ from typing import Any
 from uuid import NAMESPACE_URL, UUID, uuid5
 
 from prefect_crew.artifacts.events import resources_of
-from prefect_crew.client._parsing import as_count, as_object
-from prefect_crew.client.models import StreamEvent, WebhookBody
+from prefect_crew.client._parsing import (
+    RUN_KEYS,
+    agent_of,
+    as_count,
+    as_id,
+    as_list,
+    as_object,
+    as_text,
+    decode,
+    id_of,
+    name_of,
+    seconds_of,
+    shown,
+    state_of,
+    text_of,
+    usage_of,
+)
+from prefect_crew.exceptions import ResponseFormatError
 from prefect_crew.records.model import RunRecord, utcnow
 from prefect_crew.webhooks import Hook
 
@@ -52,54 +68,85 @@ def digest_of(hook: Hook, body: bytes) -> bytes:
     return hashlib.sha256(facts + b"\0" + body).digest()
 
 
-def events_in(hook: Hook, body: WebhookBody, *, digest: bytes, received: datetime) -> list[WebhookEvent]:
-    """Return the events in a delivery: one, or those of a stream up to `MAX_STREAMED`."""
+def read_events(hook: Hook, body: bytes, *, digest: bytes, received: datetime) -> list[WebhookEvent]:
+    """Return the events in a delivery: one, or those of a stream up to `MAX_STREAMED`.
+
+    Raises:
+        ResponseFormatError: The body is no object, or names no run; that of a stream holds no events.
+    """
+    expected = f"a {hook.kind} webhook's body"
+    value = decode(body, expected=expected)
+    source = as_object(value)
     if hook.kind == "stream":
-        streamed = enumerate(body.events[:MAX_STREAMED])
+        found = source.get("events", value)
+        items = as_list(found) if isinstance(found, list) else [found]
+        events = [as_object(item) for item in items if isinstance(item, dict)]
+        if len(events) < len(items) or (events and not any(map(_is_event, events))):
+            raise ResponseFormatError(expected=expected, body=shown(body))
+        streamed = enumerate(events[:MAX_STREAMED])
         return [_streamed(hook, event, f"{digest.hex()}/{number}", received) for number, event in streamed]
+    kickoff_id = id_of(source, RUN_KEYS)
+    if kickoff_id is None or not kickoff_id.isprintable():  # no run of ours has such an id
+        raise ResponseFormatError(expected=f"{expected} that names its run", body=shown(body))
+    state, usage = state_of(source), usage_of(source)
     said: dict[str, Any] = {
-        "kickoff_id": _id(hook, body.kickoff_id),
-        "task_id": _id(hook, body.task_id),
-        "state": str(body.state) if body.state else None,
-        "execution_time": body.execution_time,
-        "total_tokens": body.usage.total_tokens if body.usage else None,
+        "kickoff_id": _id(hook, kickoff_id),
+        "task_id": _id(hook, as_id(source.get("task_id"))),
+        "state": str(state.state) if state and state.is_known else None,
+        "execution_time": seconds_of(source),
+        "total_tokens": usage.total_tokens if usage else None,
     }
     if hook.names:
-        said |= {"name": body.name, "agent": body.agent, "tool": body.tool, "step_type": body.step_type}
+        said |= {"name": name_of(source, ("name", "task_name")), "agent": agent_of(source)}
+        said |= {"tool": as_text(source.get("tool")), "step_type": as_text(source.get("step_type"))}
     event = WebhookEvent(
         hook=hook,
         name=hook.kind,
         id=uuid5(NAMESPACE_URL, f"prefect-crew/webhook/{digest.hex()}"),
         received=received,
         said=dict(_filled(said)),
-        kickoff_id=_short(body.kickoff_id),
-        said_key=_idempotency_key(body.meta),
-        output=body.output if hook.kind == "human_input" and hook.names else None,
+        kickoff_id=_short(kickoff_id),
+        said_key=_idempotency_key(source.get("meta")),
+        output=_output_of(source) if hook.kind == "human_input" and hook.names else None,
     )
     return [event]
 
 
-def _streamed(hook: Hook, event: StreamEvent, place: str, received: datetime) -> WebhookEvent:
-    lowered = (event.type or "").lower()
+def _is_event(item: Mapping[str, Any]) -> bool:
+    return id_of(item, RUN_KEYS) is not None or as_text(item.get("type")) is not None
+
+
+def _output_of(source: Mapping[str, Any]) -> str | None:
+    """Return the text that a person is to judge; an object speaks through its own text."""
+    for value in map(source.get, ("task_output", "output", "prompt")):
+        inner = as_object(value)
+        if text := as_text(inner.get("raw")) or as_text(inner.get("output")) or text_of(value):
+            return text
+    return None
+
+
+def _streamed(hook: Hook, event: Mapping[str, Any], place: str, received: datetime) -> WebhookEvent:
+    lowered = (as_text(event.get("type")) or "").lower()
     type_ = lowered if _TYPE.fullmatch(lowered) else "other"
-    data = as_object(event.data)
+    id_, kickoff_id, time = as_id(event.get("id")), id_of(event, RUN_KEYS), text_of(event.get("timestamp"))
+    data = as_object(event.get("data"))
     said: dict[str, Any] = {
-        "id": _id(hook, event.id),
-        "kickoff_id": _id(hook, event.execution_id),
-        "at": event.timestamp if hook.names or _TIME.fullmatch(event.timestamp or "") else None,
+        "id": _id(hook, id_),
+        "kickoff_id": _id(hook, kickoff_id),
+        "at": time if hook.names or _TIME.fullmatch(time or "") else None,
         "total_tokens": as_count(data.get("total_tokens")),
     }
     if hook.names:
         said |= {"name": data.get("task_name"), "agent": data.get("agent_role")}
     # An event that comes once more in another batch is still the same.
-    same = f"{hook.idempotency_key}/{hook.attempt}/{event.execution_id}/{event.id}" if event.id else place
+    same = f"{hook.idempotency_key}/{hook.attempt}/{kickoff_id}/{id_}" if id_ else place
     return WebhookEvent(
         hook=hook,
         name=f"stream.{type_}",
         id=uuid5(NAMESPACE_URL, f"prefect-crew/webhook/stream/{type_}/{same}"),
         received=received,
         said=dict(_filled(said)),
-        kickoff_id=_short(event.execution_id),
+        kickoff_id=_short(kickoff_id),
         said_key=_idempotency_key(data.get("meta")),
     )
 

@@ -29,7 +29,7 @@ from prefect_crew.records.notes import MAX_OUTPUT, keep_output, keep_request
 from prefect_crew.records.resolve import Resolution, attempt_of, resolve_from_webhook
 from prefect_crew.records.store import PrefectRecords
 
-logger = OneLine(logging.getLogger("prefect_crew.receiver"), {})
+logger: OneLine = OneLine(logging.getLogger("prefect_crew.receiver"), {})
 
 QUEUE = 2000
 """Events that wait at most, about 3 KB each. Then the oldest is dropped."""
@@ -143,116 +143,103 @@ class Forwarder:
         pause = FIRST_PAUSE
         while True:
             try:
-                problem = await self._reach_prefect()
-                if problem is None:
-                    pause = FIRST_PAUSE
-                    async with AsyncClientContext.get_or_create():
-                        problem = await self._forward()
-            except Exception as error:
-                logger.exception("Forwarding webhooks to Prefect failed; it goes on in a moment.")
-                problem = error
-            if problem is None:
-                return
-            self._say_whether_away(problem)
+                await _reach_prefect()
+                self._say_whether_away(None)
+                pause = FIRST_PAUSE
+                async with AsyncClientContext.get_or_create():
+                    return await self._forward()
+            except Exception as error:  # without this task nothing is forwarded any more, and nobody would know why
+                if not _is_transient(error):
+                    logger.exception("Forwarding webhooks to Prefect failed; it goes on in a moment.")
+                self._say_whether_away(error)
             await asyncio.sleep(min(pause, FIRST_PAUSE if self._is_closing else LONGEST_PAUSE))
             pause *= 2
 
-    async def _reach_prefect(self) -> Exception | None:
-        """Return why the Prefect API cannot be reached. A client of its own: an unanswered start leaves one open."""
-        async with get_client() as client:
-            try:
-                problem = await asyncio.wait_for(client.api_healthcheck(), ATTEMPT)
-            except TimeoutError as error:
-                problem = error
-        if isinstance(problem, httpx.TransportError | TimeoutError):
-            return problem
-        self._say_whether_away(None)
-        return None
+    async def _forward(self) -> None:
+        """Forward what comes, until the end.
 
-    async def _forward(self) -> Exception | None:
-        """Forward what comes, until the end, or until Prefect takes no more: then return why."""
+        Raises:
+            Exception: Prefect takes nothing now, for which `_is_transient` is true; or what nobody expected.
+        """
         while True:
             while not self._events and not self._notes:
                 if self._is_closing:
-                    return None
+                    return
                 self._news.clear()
                 await self._news.wait()
-            problem = await self._keep_notes() or await self._send_batch()
-            if problem is not None:
-                return problem
+            await self._keep_notes()
+            await self._send_batch()
             self._say_whether_away(None)
 
     def _say_whether_away(self, problem: Exception | None) -> None:
         """Log once that the Prefect API went away, and once that it is back."""
-        is_away = problem is not None
-        if is_away and not self._is_away:
+        if problem is not None and not self._is_away:
             logger.warning("The Prefect API does not take events (%s); webhooks wait.", _what(problem))
-        elif self._is_away and not is_away:
+        elif problem is None and self._is_away:
             logger.info("The Prefect API takes events again.")
-        self._is_away = is_away
+        self._is_away = problem is not None
 
     # Notes of what people are asked
 
-    async def _keep_notes(self) -> Exception | None:
-        """Keep all notes; return why Prefect could not take one now. Nobody sends them a second time."""
+    async def _keep_notes(self) -> None:
+        """Keep all notes. One that Prefect could not take now stays, since nobody sends it a second time."""
         while self._notes:
             notes = [self._notes.popleft() for _ in range(min(AT_ONCE, len(self._notes)))]
-            problems = await asyncio.gather(*(self._keep(note) for note in notes))
-            if failed := [pair for pair in zip(notes, problems, strict=True) if pair[1] is not None]:
-                self._notes.extendleft(note for note, _ in reversed(failed))
-                return failed[0][1]
-        return None
+            problems = await asyncio.gather(*map(self._keep, notes), return_exceptions=True)
+            failed = [(note, problem) for note, problem in zip(notes, problems, strict=True) if problem is not None]
+            self._notes.extendleft(note for note, _ in reversed(failed))
+            if failed:
+                raise failed[0][1]
 
-    async def _keep(self, note: Note) -> Exception | None:
+    async def _keep(self, note: Note) -> None:
         (keep, given), digest = note, hash(note)
         if digest in self._kept:  # the same text of the same question
-            return None
+            return
         try:
             await asyncio.wait_for(keep(*given), ATTEMPT)
-        except Exception as error:  # noqa: BLE001 - one odd note must not end the keeping of all others
+        except Exception as error:
             if _is_transient(error):
-                return error
+                raise
+            # One odd note must not end the keeping of all others.
             logger.warning("What a run asks a person cannot be kept: %s", _what(error))
-            return None
+            return
         self._kept[digest] = None
         if len(self._kept) > REMEMBERED:
             self._kept.popitem(last=False)
-        return None
 
     # Events
 
-    async def _send_batch(self) -> Exception | None:
+    async def _send_batch(self) -> None:
         batch = [self._events.popleft() for _ in range(min(BATCH, len(self._events)))]
         self._in_hand = len(batch)
         for event in batch:
             if event.hook.kind == "human_input":
                 self.recent.add(event)
-        problem = await self._send(batch) if batch else None
-        if problem is not None:
+        try:
+            await self._send(batch)
+        except Exception:
             self._counts["dropped"] += max(0, len(self._events) + len(batch) - (self._events.maxlen or 0))
             self._events.extendleft(reversed(batch))  # where there is no room, the newest go
-        self._in_hand = 0
-        return problem
+            raise
+        finally:
+            self._in_hand = 0
 
-    async def _send(self, batch: Sequence[WebhookEvent]) -> Exception | None:
-        """Send events; return why Prefect could not take them now, None once there is nothing to do about it."""
+    async def _send(self, batch: Sequence[WebhookEvent]) -> None:
+        """Send events. Those that Prefect refuses are counted and given up, and hold up no others."""
         try:
-            await asyncio.wait_for(self._post(batch), ATTEMPT)
-        except Exception as error:  # noqa: BLE001 - one odd event must not end the forwarding of all others
+            if batch:
+                await asyncio.wait_for(self._post(batch), ATTEMPT)
+        except Exception as error:
             if _is_transient(error):
-                return error
-            if len(batch) == 1:
-                self._counts["refused"] += 1
-                if self._counts["refused"] <= LOGGED:
-                    name, key = batch[0].name, batch[0].hook.idempotency_key
-                    logger.warning("Prefect refuses a %s webhook of run %s: %s", name, key, _what(error))
-                return None
-        else:
-            return None
-        for event in batch:
-            if (problem := await self._send([event])) is not None:
-                return problem  # those before it are sent again with it, under the same ids
-        return None
+                raise  # all of them are sent again, under the same ids
+            if len(batch) > 1:
+                for event in batch:
+                    await self._send([event])
+                return
+            self._counts["refused"] += 1
+            if self._counts["refused"] <= LOGGED:
+                name, key = batch[0].name, batch[0].hook.idempotency_key
+                logger.warning("Prefect refuses a %s webhook of run %s: %s", name, key, _what(error))
 
     async def _post(self, batch: Sequence[WebhookEvent]) -> None:
         gate = asyncio.Semaphore(AT_ONCE)
@@ -328,6 +315,14 @@ class Forwarder:
                 kickoff_id,
                 outcome,
             )
+
+
+async def _reach_prefect() -> None:
+    """Raise what keeps the Prefect API from being reached. A client of its own: an unanswered start leaves one open."""
+    async with get_client() as client:
+        problem = await asyncio.wait_for(client.api_healthcheck(), ATTEMPT)
+    if isinstance(problem, httpx.TransportError):
+        raise problem
 
 
 async def _post_events(events: Sequence[dict[str, Any]]) -> None:

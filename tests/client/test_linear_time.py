@@ -11,6 +11,7 @@ import gc
 import json
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
@@ -22,7 +23,9 @@ from prefect_crew.client import _parsing
 from prefect_crew.client._parsing import clean
 from prefect_crew.client.models import CrewStatus, TaskResult
 from prefect_crew.exceptions import ResponseFormatError
+from prefect_crew.receiver.events import read_events
 from prefect_crew.states import CrewState
+from prefect_crew.webhooks import Hook, WebhookKind
 
 ALLOWED = 9.0
 FLOOR = 0.02
@@ -49,6 +52,11 @@ def _parse_status(body: bytes) -> object:
 
 def _parse_stop(body: bytes, status_code: int) -> object:
     return _parsing.parse_stop(body.decode("utf-8", "replace"), "k", status_code)
+
+
+def _read_events(kind: WebhookKind, body: bytes) -> object:
+    now = datetime(2026, 5, 1, tzinfo=UTC)
+    return read_events(Hook(kind, "key", now), body, digest=b"", received=now)
 
 
 def _status(text: str) -> CrewStatus:
@@ -78,13 +86,8 @@ CALLS: dict[str, Call] = {
     **_parser("error", lambda body: _parsing.parse_error(500, {}, body.decode("utf-8", "replace")), "detail"),
     "error page": lambda text: _parsing.parse_error(500, {}, "<html>" + text),
     "error header": lambda text: _parsing.parse_error(429, {"Retry-After": text}, ""),
-    **{
-        name: call
-        for kind in ("task", "step", "crew", "human_input", "stream")
-        for name, call in _parser(
-            f"webhook {kind}", lambda body, kind=kind: _parsing.parse_webhook(kind, body), "output", "result"
-        ).items()
-    },
+    **_parser("webhook", lambda body: _read_events("human_input", body), "output", "task_id"),
+    **_parser("webhook stream", lambda body: _read_events("stream", body), "id", "type"),
     "rendered": _rendered,
     "rendered failure": lambda text: _rendered(text, CrewState.FAILED),
     "reading": reading,
@@ -138,7 +141,7 @@ def assert_linear(call: Call, head: str, repeated: str, tail: str, size: int = S
     ("call", "head", "repeated", "tail"),
     [
         pytest.param("status result", "```json\n", " ", "x", id="fence-and-blanks"),
-        pytest.param("webhook crew output", "```\n", " ", "x", id="fence-in-a-webhook"),
+        pytest.param("webhook output", "```\n", " ", "x", id="fence-in-a-webhook"),
         pytest.param("error page", "", "<title", "", id="headings-without-an-end"),
         pytest.param("error page", "<h1>", "</h1 ", "", id="ends-without-an-end"),
         pytest.param("reading", "", "](&a", "", id="links-without-an-end"),

@@ -205,12 +205,7 @@ async def test_certificates_are_checked(tls: ssl.SSLContext, certificate: Path):
             with pytest.raises(CrewConnectionError, match=r"(?i)certificate") as caught:
                 await client.kickoff({})
         assert not caught.value.sent
-        folder = certificate.parent / "no-ca-in-here"
-        folder.mkdir(exist_ok=True)
-        async with CrewClient(url, TOKEN, verify=str(folder)) as client:
-            with pytest.raises(CrewConnectionError):
-                await client.kickoff({})
-        for verify in (str(certificate), ssl.create_default_context(cafile=certificate), False):
+        for verify in (ssl.create_default_context(cafile=certificate), False):
             async with CrewClient(url, TOKEN, verify=verify) as client:
                 assert await client.kickoff({}) == "k1"
 
@@ -403,28 +398,33 @@ def traced() -> Iterator[Callable[[], int]]:
         tracemalloc.stop()
 
 
-async def test_a_compressed_answer_that_was_cut_short():
-    packed = gzip.compress(b'{"state": "SUCCESS", "result": "done"}' + b" " * 1000)
-
-    async def cut(request: Request) -> Response:
-        return Response(packed[:-9], headers={"content-encoding": "gzip"})
-
-    async with app_server(Route("/{rest:path}", cut)) as url, CrewClient(url, TOKEN) as client:
-        with pytest.raises(ResponseFormatError, match="cut short"):
-            await client.status("k1")
+PACKED = gzip.compress(b'{"kickoff_id": "k1"}' + b" " * 1000)
 
 
-async def test_an_encoding_that_was_not_asked_for():
-    asked: list[str] = []
+@pytest.mark.parametrize(
+    ("body", "coding", "says"),
+    [
+        pytest.param(PACKED[:-9], "gzip", "cut short", id="cut-short"),
+        pytest.param(b"plain", "gzip", "not the gzip", id="not-gzip"),
+        pytest.param(b"?", "br", "not asked for", id="another-encoding"),
+    ],
+)
+async def test_a_body_that_is_not_encoded_as_asked(body: bytes, coding: str, says: str):
+    asked: set[str] = set()
 
     async def odd(request: Request) -> Response:
-        asked.append(request.headers["accept-encoding"])
-        return Response(b"?", headers={"content-encoding": "br"})
+        asked.add(request.headers["accept-encoding"])
+        return Response(body, 500 if request.url.path == "/inputs" else 200, headers={"content-encoding": coding})
 
-    async with app_server(Route("/{rest:path}", odd)) as url, CrewClient(url, TOKEN) as client:
-        with pytest.raises(ResponseFormatError, match="not asked for"):
-            await client.status("k1")
-    assert asked == ["gzip"]
+    route = Route("/{rest:path}", odd, methods=["GET", "POST"])
+    async with app_server(route) as url, CrewClient(url, TOKEN) as client:
+        with pytest.raises(ResponseFormatError, match=says) as caught:
+            await client.kickoff({})
+        assert kickoff_fate(caught.value) is KickoffFate.UNCERTAIN
+        with pytest.raises(ServerError):
+            await client.inputs()
+        assert not await client.health()
+    assert asked == {"gzip"}
 
 
 async def test_a_large_answer_is_parsed_apart_from_the_event_loop(monkeypatch: pytest.MonkeyPatch):
@@ -496,21 +496,6 @@ async def test_a_kickoff_that_is_answered_without_end_may_have_started(handler: 
             await asyncio.wait_for(client.kickoff({"topic": "Lisbon"}), 30)
     assert caught.value.sent
     assert kickoff_fate(caught.value) is KickoffFate.UNCERTAIN
-
-
-async def test_a_body_that_is_not_the_gzip_it_says():
-    async def odd(request: Request) -> Response:
-        code = 500 if request.url.path == "/inputs" else 200
-        return Response(b"plain", code, headers={"content-encoding": "gzip"})
-
-    route = Route("/{rest:path}", odd, methods=["GET", "POST"])
-    async with app_server(route) as url, CrewClient(url, TOKEN) as client:
-        with pytest.raises(ResponseFormatError, match="gzip") as caught:
-            await client.kickoff({})
-        assert kickoff_fate(caught.value) is KickoffFate.UNCERTAIN
-        with pytest.raises(ServerError):
-            await client.inputs()
-        assert not await client.health()
 
 
 # A whole server

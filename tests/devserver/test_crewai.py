@@ -9,17 +9,14 @@ import sys
 import textwrap
 import threading
 from collections import Counter
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from pydantic import BaseModel
 
 from prefect_crew.client.models import TaskResult
-from prefect_crew.devserver import Answer, CrewServer, ProgramError, ProgramNotFoundError, Run, load_program
-from prefect_crew.devserver._crewai_runner import prepare_crewai
+from prefect_crew.devserver import CrewServer, ProgramError, ProgramNotFoundError, Run, load_program
 from support.environment import isolated
 from support.servers import Serve, finished, kickoff, until
 
@@ -126,15 +123,6 @@ def test_ten_runs_at_once_keep_their_words_and_tokens_apart(crew: Serve) -> None
             assert f" {topic}" in said
     assert [body["token_usage"] for body in bodies] == alone
     assert len({usage["total_tokens"] for usage in alone}) > 5, "counts that differ, so that a mix would show"
-
-
-@pytest.mark.slow
-def test_a_hundred_runs_at_once_are_all_right(crew: Serve) -> None:
-    _, client = crew("travel_crew.py:build")
-    run_ids = [kickoff(client, {"topic": f"Town{n}", "audience": "all"}) for n in range(100)]
-    bodies = [finished(client, run_id) for run_id in run_ids]
-    assert [body["output"].splitlines()[0] for body in bodies] == [f"## A day in Town{n} for all" for n in range(100)]
-    assert {body["token_usage"]["successful_requests"] for body in bodies} == {2}
 
 
 @pytest.mark.parametrize(("spec", "calls_of"), [("slow", "slow"), ("Slow", "slow flow")], ids=["crew", "flow"])
@@ -478,88 +466,3 @@ def test_crewai_s_surroundings_are_set_unless_the_user_has(tmp_path: Path) -> No
 
 
 # Results
-
-
-class Trip(BaseModel):
-    where: str
-    when: date
-
-
-class Odd:
-    def __str__(self) -> str:
-        return "odd"
-
-
-@pytest.fixture
-def bridge() -> Any:
-    """Give the module, which imports CrewAI."""
-    prepare_crewai()
-    from prefect_crew.devserver import _crewai_bridge
-
-    return _crewai_bridge
-
-
-@pytest.mark.parametrize(
-    ("value", "text", "data"),
-    [
-        (None, "", None),
-        ("Olá", "Olá", None),
-        (3, "3", None),
-        (True, "true", None),
-        (Odd(), "odd", None),
-        ({"a": "ä"}, '{"a": "ä"}', {"a": "ä"}),
-        ([1, Odd()], '[1, "odd"]', [1, "odd"]),
-        ({"n": float("nan")}, '{"n": null}', {"n": None}),
-        (
-            Trip(where="Faro", when=date(2026, 5, 1)),
-            '{"where": "Faro", "when": "2026-05-01"}',
-            {"where": "Faro", "when": "2026-05-01"},
-        ),
-    ],
-    ids=["nothing", "text", "number", "boolean", "object", "dictionary", "list", "not-a-number", "model"],
-)
-def test_a_result_is_text_and_where_there_is_more_data(bridge: Any, value: Any, text: str, data: Any) -> None:
-    assert bridge.result_of(value) == (text, data)
-
-
-def test_a_crew_s_output_keeps_its_structure_whole(bridge: Any) -> None:
-    from crewai.crews.crew_output import CrewOutput
-    from crewai.flow import HumanFeedbackResult
-
-    trip = CrewOutput(raw="text", pydantic=Trip(where="Faro", when=date(2026, 5, 1)))
-    assert bridge.result_of(trip) == ("text", {"where": "Faro", "when": "2026-05-01"})
-    assert bridge.result_of(CrewOutput(raw="text")) == ("text", None)
-    assert bridge.result_of(HumanFeedbackResult(output=trip, feedback="fine")) == bridge.result_of(trip)
-
-
-def test_usage_that_nobody_counted_is_none(bridge: Any) -> None:
-    from crewai.types.usage_metrics import UsageMetrics
-
-    assert bridge.token_usage(UsageMetrics()) is None
-    counted = bridge.token_usage(
-        UsageMetrics(total_tokens=3, prompt_tokens=2, completion_tokens=1, successful_requests=1)
-    )
-    assert counted is not None
-    assert (counted.total_tokens, counted.cached_prompt_tokens) == (3, 0)
-
-
-@pytest.mark.parametrize(
-    ("emit", "approve", "said", "heard"),
-    [
-        (None, True, "", ""),
-        (None, True, "lovely", "lovely"),
-        (None, False, "shorter", "shorter"),
-        (None, False, " ", "Rejected"),
-        (["yes", "no"], True, "", "Approved"),
-        (["yes", "no"], False, "shorter", "Rejected: shorter"),
-        (["yes", "no"], False, "No", "No"),
-    ],
-    ids=["content", "praise", "wish", "bare-rejection", "bare-approval", "choice-with-a-wish", "outcome-by-name"],
-)
-def test_a_flow_hears_what_it_can_tell_apart(
-    bridge: Any, emit: list[str] | None, approve: bool, said: str, heard: str
-) -> None:
-    from crewai.flow import PendingFeedbackContext
-
-    context = PendingFeedbackContext("id", "Flow", "method", "output", "message", emit=emit)
-    assert bridge.feedback_text(context, Answer(approve=approve, feedback=said)) == heard

@@ -25,7 +25,7 @@ from support.servers import Serve, finished, kickoff, until
         ("kickoff:drop-after-accept@1", Fault("kickoff", "drop-after-accept", on=1)),
         ("status:429=2.5@2-4", Fault("status", "429", on="2-4", value=2.5)),
         ("any:latency", Fault("any", "latency", value=1.0)),
-        ("webhook-crew:lose@1,3", Fault("webhook-crew", "lose", on=(1, 3))),
+        ("webhook-crew:lose@1,3", Fault("webhook-crew", "lose", on="1,3")),
         (" kickoff:no-id ", Fault("kickoff", "no-id")),
     ],
 )
@@ -41,31 +41,16 @@ def test_text_and_object_are_the_same(text: str, fault: Fault) -> None:
     [
         (None, [1, 2, 3, 4, 5, 6]),
         (2, [2]),
-        ((1, 4), [1, 4]),
         ("3", [3]),
         ("1,4", [1, 4]),
         ("2-4", [2, 3, 4]),
         ("5-", [5, 6]),
     ],
 )
-def test_occurrences(on: int | str | tuple[int, ...] | None, hits: list[int]) -> None:
+def test_occurrences(on: int | str | None, hits: list[int]) -> None:
     faults = Faults([Fault("status", "500", on=on)])
     assert [n for n in range(1, 7) if faults.draw("status", "any")] == hits
     assert [fired.occurrence for fired in faults.fired] == hits
-
-
-@pytest.mark.parametrize(
-    ("name", "is_after"),
-    [
-        ("500", False),
-        ("500-after-accept", True),
-        ("no-id", True),
-        ("no-id-before-accept", False),
-        ("429-bare", False),
-    ],
-)
-def test_before_and_after(name: str, is_after: bool) -> None:
-    assert Fault("kickoff", name).is_after is is_after
 
 
 @pytest.mark.parametrize(
@@ -269,22 +254,6 @@ def test_stuck(server: CrewServer, client: httpx.Client) -> None:
     assert client.get(f"/status/{stuck}").json()["status"] == "running"
     assert client.post(f"/stop/{stuck}").status_code == 200
     assert client.get(f"/status/{stuck}").json()["status"] == "stopped"
-
-
-@pytest.mark.parametrize("name", ["500", "drop", "timeout"])
-@pytest.mark.parametrize("phase", ["before", "after"])
-def test_resume(serve: Serve, name: str, phase: str) -> None:
-    server, client = serve("name: r\ntasks: [{name: one, output: x, human: true}, {name: two, output: y}]")
-    server.faults.add(f"resume:{name}-{phase}-accept@1")
-    kickoff_id = kickoff(client)
-    assert finished(client, kickoff_id)["status"] == "Pending Human Input"
-    body = {"execution_id": kickoff_id, "task_id": "one", "human_feedback": "", "is_approve": True}
-    try:
-        assert client.post("/resume", json=body, timeout=0.3).status_code == 500
-    except httpx.TransportError:
-        assert name != "500"
-    # Only where the first one was not accepted is there still something to answer.
-    assert client.post("/resume", json=body).status_code == (200 if phase == "before" else 400)
 
 
 def test_faults_of_the_script_come_with_those_of_the_server(serve: Serve) -> None:

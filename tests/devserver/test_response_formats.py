@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from prefect_crew.client._client import CrewClient
-from prefect_crew.client.models import CrewStatus
+from prefect_crew.client.models import CrewStatus, StopOutcome
 from prefect_crew.devserver import CrewServer
 from prefect_crew.states import CrewState
 from support.servers import Serve
@@ -93,8 +93,6 @@ async def test_live(serve: Serve) -> None:
     assert status.result().data == {"answer": "42"}
     _, body = await reach(server, "bad")
     assert body == {"state": "FAILED", "status": "it broke", "result": None}
-    async with CrewClient(server.url, server.token) as client:
-        assert (await client.status("nobody")).state is CrewState.UNKNOWN
     refused = httpx.post(f"{server.url}/kickoff", headers=server.headers, json={"inputs": {}})
     assert refused.json() == {"detail": "Missing required inputs: kind", "missing_inputs": ["kind"]}
 
@@ -109,6 +107,10 @@ async def test_our_client_reads_every_state(serve: Serve, response_format: str) 
         assert status.error == "it broke" if state is CrewState.FAILED else True
     async with CrewClient(server.url, server.token) as client:
         inputs = await client.inputs()
+        unknown, nobody = await client.status("nobody"), await client.stop("nobody")
+        late = await client.stop(server.runs[-1].id)
+    assert (unknown.state, nobody.outcome) == (CrewState.UNKNOWN, StopOutcome.UNKNOWN_RUN)
+    assert (late.outcome, late.state) == (StopOutcome.NOT_STOPPABLE, CrewState.STOPPED)
     assert [(item.name, item.required) for item in inputs] == [("kind", True), ("tone", False)]
     if response_format == "live":
         tone = {"type": "text", "description": "How it sounds.", "default": "dry"}

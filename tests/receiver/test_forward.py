@@ -6,20 +6,19 @@ import asyncio
 import json
 import logging
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
 import pytest
 
-from prefect_crew.client._parsing import WebhookKind, parse_webhook
 from prefect_crew.receiver import forward as module
-from prefect_crew.receiver.events import WebhookEvent, digest_of, events_in
+from prefect_crew.receiver.events import WebhookEvent, digest_of, read_events
 from prefect_crew.receiver.forward import Forwarder
 from prefect_crew.records.model import RecordPhase, RunRecord, utcnow
 from prefect_crew.records.store import PrefectRecords
-from prefect_crew.webhooks import Hook
+from prefect_crew.webhooks import Hook, WebhookKind
 from support.prefect_server import PrefectServer, environment, free_port
 from support.proxy import Proxy
 from support.webhooks import BODIES, events_of, until
@@ -33,7 +32,7 @@ def event_about(
     kind: WebhookKind = which.partition("-")[0]  # pyright: ignore[reportAssignmentType]
     hook = Hook(kind, idempotency_key, utcnow() + timedelta(days=1), attempt)
     body = json.dumps({**BODIES[which], **changes}).encode()
-    return events_in(hook, parse_webhook(kind, body), digest=digest_of(hook, body), received=utcnow())[0]
+    return read_events(hook, body, digest=digest_of(hook, body), received=utcnow())[0]
 
 
 def record(idempotency_key: str, **fields: Any) -> RunRecord:
@@ -255,41 +254,3 @@ async def test_one_that_was_never_used_ends(caplog: pytest.LogCaptureFixture):
     await forwarder.aclose()
     forwarder.start()
     assert not forwarder.is_ready
-
-
-class Counted(PrefectRecords):
-    def __init__(self) -> None:
-        self.asked: list[str] = []
-
-    async def attempts(self, idempotency_key: str) -> Sequence[RunRecord]:
-        self.asked.append(idempotency_key)
-        return await super().attempts(idempotency_key)
-
-
-async def test_a_record_is_read_once_until_something_may_have_changed(key: str, monkeypatch: pytest.MonkeyPatch):
-    records, now, gate = Counted(), [0.0], asyncio.Semaphore(1)
-    monkeypatch.setattr(module, "monotonic", lambda: now[0])
-    forwarder = Forwarder(records=records)
-
-    async def phase() -> RecordPhase | None:
-        found = await forwarder._record((key, 1), gate)
-        return found.phase if found else None
-
-    now[0] = 1.0
-    assert await phase() is await phase() is None
-    claimed = record(key, phase=RecordPhase.CLAIMED, kickoff_id=None)
-    await records.claim(claimed)
-    now[0] += 50
-    assert await phase() is None
-    assert len(records.asked) == 1
-    now[0] += 20
-    assert await phase() is await phase() is RecordPhase.CLAIMED
-    claimed.phase, claimed.kickoff_id = RecordPhase.STARTED, "k"
-    await records.save(claimed)
-    now[0] += 2
-    assert await phase() is await phase() is RecordPhase.STARTED
-    assert len(records.asked) == 3
-    monkeypatch.setattr(module, "REMEMBERED", 3)
-    for number in range(10):
-        await forwarder._record((f"none/{number}", 1), gate)
-    assert len(forwarder._known) == 3

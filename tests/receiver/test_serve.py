@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -221,13 +222,13 @@ async def test_a_large_body_is_parsed_apart_from_the_event_loop(
     port: int, urls: Callable[..., Webhooks], kept: Kept, monkeypatch: pytest.MonkeyPatch
 ):
     loops: list[bool] = []
-    parse = receiver_app.parse_webhook
+    parse = receiver_app.read_events
 
-    def seen(kind: object, body: bytes) -> object:
+    def seen(*given: Any, **facts: Any) -> object:
         loops.append(threading.current_thread() is threading.main_thread())
-        return parse(kind, body)  # pyright: ignore[reportArgumentType]
+        return parse(*given, **facts)
 
-    monkeypatch.setattr(receiver_app, "parse_webhook", seen)
+    monkeypatch.setattr(receiver_app, "read_events", seen)
     large = httpx.Request("POST", "http://x", json={**BODIES["crew-later"], "result": "x" * 300_000}).content
     path = httpx.URL(url_of(urls(), "crew")).path
     assert await asyncio.gather(*(exchange(port, request("POST", path, large)) for _ in range(2))) == [200, 200]

@@ -18,8 +18,6 @@ from starlette.routing import Route
 from prefect_crew.client.models import CrewInput
 from prefect_crew.devserver import Outcome, Run
 
-__all__ = ["Asking", "AskingServer"]
-
 
 class AskingServer:
     """One crew that asks `rounds` times. Each run goes on `lag` status calls after an answer.

@@ -21,8 +21,6 @@ from prefect_crew.crew import Crew
 from prefect_crew.records.model import RunRecord, utcnow
 from support.postgres import Postgres
 
-__all__ = ["CREW", "Batches", "enter", "postgres_ledger", "put", "record_of", "row_plan"]
-
 CREW = DeployedCrew(url="https://crew.example", token="token").crew  # type: ignore[arg-type]
 
 

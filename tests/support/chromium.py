@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 if TYPE_CHECKING:
     from playwright.sync_api import Page as PlaywrightPage
 
-__all__ = ["Chromium", "Page", "find_chromium"]
 
 T = TypeVar("T")
 

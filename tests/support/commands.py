@@ -11,8 +11,6 @@ from typing import Any
 
 from support.environment import isolated, program
 
-__all__ = ["TOKEN", "Command", "Finished", "environment", "outside"]
-
 TOKEN = "token-of-the-cli-tests"
 """What `CREW_TOKEN` holds."""
 

@@ -9,8 +9,6 @@ import yaml
 
 from support.deployed import ROOT
 
-__all__ = ["PATH", "environment", "read", "services"]
-
 PATH = ROOT / "deployments" / "compose.yaml"
 _VARIABLE = re.compile(r"\$\{(?P<name>\w+)(:[?-][^}]*)?\}")
 

@@ -19,8 +19,6 @@ from support.deployed import command, wait_until
 from support.prefect_server import PrefectServer, connected
 from support.workers import Worker
 
-__all__ = ["EXITS", "RUN_CREW", "USER_FLOWS", "CrewOnCommand", "CrewPool"]
-
 RUN_CREW = "prefect_crew.flows.run_deployed_crew"
 USER_FLOWS = "crew_worker_flows"
 """A module of tests/support/importable, as a package of the user's that is installed where the worker runs."""

@@ -15,8 +15,6 @@ from support.environment import program
 from support.processes import Process
 from support.seen import Seen
 
-__all__ = ["FINAL", "ROOT", "command", "flow_processes", "load_flow", "wait_for_state", "wait_until"]
-
 T = TypeVar("T")
 ROOT = Path(__file__).parents[2]
 FINAL = frozenset({"COMPLETED", "FAILED", "CRASHED", "CANCELLED"})

@@ -12,8 +12,6 @@ from pathlib import Path
 
 import yaml
 
-__all__ = ["Block", "DocsError", "Page", "check_data", "matches", "read_page", "strip_code"]
-
 RUNS = frozenset({"python", "bash", "console"})
 DATA = frozenset({"yaml", "json", "jsonl", "toml"})
 SHOWN = frozenset({"text", "mermaid", "diff", "http", "csv", "ini"})

@@ -7,8 +7,6 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-__all__ = ["BIN", "isolated", "program"]
-
 BIN = Path(sys.executable).parent
 """Where the programs of this environment are: `BIN / "prefect-crew"`."""
 

@@ -9,8 +9,6 @@ from collections.abc import Callable
 from prefect_crew.client.models import CrewInput, TaskResult
 from prefect_crew.devserver import Outcome, Run
 
-__all__ = ["Held"]
-
 
 class Held:
     """A crew whose tasks run until `release()`, and whose output is "done". Serve it as any other: `crew_server(held)`.

@@ -5,8 +5,6 @@ from __future__ import annotations
 import sqlite3
 from contextlib import closing
 
-__all__ = ["let_an_hour_pass"]
-
 
 def let_an_hour_pass(path: str) -> None:
     """Let no kickoff of a ledger in SQLite be on its way any more: the ledger's own clock says until when it may be."""

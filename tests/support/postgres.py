@@ -14,8 +14,6 @@ from pathlib import Path
 from support.prefect_server import free_port
 from support.processes import Process, ProcessError
 
-__all__ = ["Postgres", "find_postgres"]
-
 DEBIAN = "/usr/lib/postgresql"
 SUPERUSER = "crew"
 

@@ -23,8 +23,6 @@ import httpx
 from support.environment import isolated
 from support.processes import Process, ProcessError
 
-__all__ = ["QUICK", "PrefectServer", "connected", "drain", "free_port"]
-
 QUICK = {
     # The defaults write at most 35 task runs a second and hold events back for five.
     "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_BATCH_SIZE": "100",

@@ -17,8 +17,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
-__all__ = ["MARK", "Process", "ProcessError", "alive", "survivors"]
-
 MARK = "PREFECT_CREW_TEST_PROCESS"
 """The environment variable that names the process a descendant came from; nested ones are joined by a comma."""
 

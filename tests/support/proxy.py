@@ -11,8 +11,6 @@ from types import TracebackType
 
 from support.prefect_server import PrefectServer, drain, environment
 
-__all__ = ["Proxy", "through"]
-
 _REQUEST_LINE = re.compile(rb"(?:^|\r\n)(GET|POST|PUT|PATCH|DELETE) (\S+) HTTP/1\.1\r\n")
 
 

@@ -11,8 +11,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
 from typing import Any
 
-__all__ = ["Delivery", "Receiver"]
-
 
 @dataclass(frozen=True)
 class Delivery:

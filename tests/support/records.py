@@ -13,8 +13,6 @@ from prefect_crew.records import store as store_module
 from prefect_crew.records.model import RecordPhase, RunRecord
 from prefect_crew.records.store import PrefectRecords, Variable
 
-__all__ = ["LONG_AGO", "attempts", "key", "let_pass", "phases", "put", "stored_records"]
-
 LONG_AGO = -1000.0
 """As what a claim or permit is good for: it is over, however little time has passed."""
 

@@ -10,8 +10,6 @@ from support.chromium import Page
 if TYPE_CHECKING:
     from playwright.sync_api import Response
 
-__all__ = ["answer_on_page"]
-
 
 def answer_on_page(
     page: Page,

@@ -7,8 +7,6 @@ from typing import Any
 
 import yaml
 
-__all__ = ["ASKS", "FAILS", "script", "slow"]
-
 
 def script(*tasks: dict[str, Any], inputs: Sequence[Any] = (), **more: Any) -> str:
     """Return a crew of these tasks; a task without a name gets one."""

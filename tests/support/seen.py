@@ -12,8 +12,6 @@ import httpx
 from support.prefect_server import PrefectServer, drain
 from support.records import stored_records
 
-__all__ = ["Seen"]
-
 
 class Seen:
     """Reads a server. Each method asks it anew; none may be called on a running event loop."""

@@ -15,8 +15,6 @@ from support.prefect_server import PrefectServer, connected
 from support.seen import Seen
 from support.workers import Worker
 
-__all__ = ["CREW_POOL", "POOL", "Site"]
-
 POOL = "processes"
 CREW_POOL = "crews"
 """The work pools that deployments/prefect.yaml names."""

@@ -14,8 +14,6 @@ from types import TracebackType
 
 from support.processes import MARK, ProcessError, survivors
 
-__all__ = ["Terminal"]
-
 
 class Terminal:
     """A program that runs on a pseudo-terminal of 100 columns and 40 lines; a context manager that ends it.

@@ -12,8 +12,6 @@ import httpx
 
 from prefect_crew.client._client import CrewClient
 
-__all__ = ["carried_by"]
-
 
 @contextlib.contextmanager
 def carried_by(host: str, transport: httpx.AsyncBaseTransport) -> Iterator[None]:

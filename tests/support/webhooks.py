@@ -19,8 +19,6 @@ from prefect_crew.receiver.forward import Forwarder
 from prefect_crew.receiver.recent import RecentWebhooks
 from prefect_crew.receiver.serve import ReceiverServer
 
-__all__ = ["BODIES", "SAID_BY_NOBODY", "SECRET", "Kept", "events_of", "headers_of", "served", "until", "url_of"]
-
 SECRET = "a-secret-of-the-tests-that-is-long-enough"
 
 BODIES: Mapping[str, Mapping[str, Any]] = {

@@ -6,8 +6,6 @@ import asyncio
 import contextlib
 from collections.abc import Mapping
 
-__all__ = ["exchange", "request"]
-
 
 def request(method: str, path: str, body: bytes = b"", headers: Mapping[str, str] | None = None) -> bytes:
     """Return one HTTP/1.1 request that closes its connection, with a Content-Length unless `headers` say otherwise."""

@@ -10,8 +10,6 @@ from support.environment import program
 from support.prefect_server import PrefectServer
 from support.processes import Process
 
-__all__ = ["Worker"]
-
 
 class Worker:
     """A `prefect worker start`; a context manager.

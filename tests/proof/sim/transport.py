@@ -12,7 +12,7 @@ from urllib.parse import unquote
 import httpx
 from starlette.types import ASGIApp, Message
 
-from prefect_crew.devserver._fault_effects import Connection, with_connection
+from prefect_crew.devserver._app import Connection, with_connection
 
 __all__ = ["InProcessTransport"]
 
