@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 
 from pydantic import SecretStr
 
+from prefect_crew.client._transport import checked_base_url
 from prefect_crew.client.webhooks import RUN_ENDS, BearerAuth, HumanInputWebhook, StreamWebhook, Webhooks
 from prefect_crew.exceptions import ConfigurationError
 from prefect_crew.records.model import claim_of, utcnow
@@ -106,7 +107,6 @@ def webhooks_for(
         names=crew.show != "none" and not crew.secret_inputs,
         round=round,
         stream_events=RUN_ENDS,
-        realtime=True,
     )
 
 
@@ -133,7 +133,6 @@ def hook_urls(
     names: bool = True,
     round: int = 0,  # noqa: A002 - the word of the domain
     stream_events: Sequence[str] = (),
-    realtime: bool = False,
 ) -> Webhooks:
     """Return the webhooks of one run, for its kickoff and for each of its resumes. Equal arguments give equal URLs.
 
@@ -141,12 +140,13 @@ def hook_urls(
         base_url: The receiver's public address; it may have a path, but neither query nor fragment.
         secret: What the receiver verifies with; at least 32 characters.
         idempotency_key, expires, attempt, claim, names, round: As `Hook` has them. All can be read from the URLs.
-        stream_events, realtime: Types of CrewAI's events to be streamed, if any, and whether each is sent at once.
+        stream_events: Types of CrewAI's events that are sent one by one, if any.
 
     Raises:
         ConfigurationError: The address or the secret cannot be used, or `expires` is naive.
     """
-    base, key = checked_base_url(base_url), checked_secret(secret)
+    base = checked_base_url(base_url, what="The receiver's URL", example="https://hooks.example.com")
+    key = checked_secret(secret)
     run = Hook("crew", idempotency_key, expires, attempt, names, round, claim)
 
     def url(kind: WebhookKind) -> str:
@@ -158,7 +158,7 @@ def hook_urls(
     stream = None
     if stream_events:
         events = list(stream_events)
-        stream = StreamWebhook(url=url("stream"), events=events, realtime=realtime, authentication=bearer("stream"))
+        stream = StreamWebhook(url=url("stream"), events=events, realtime=True, authentication=bearer("stream"))
     return Webhooks(
         task=url("task"),
         step=url("step"),
@@ -242,28 +242,6 @@ def checked_secret(secret: SecretStr | str) -> str:
             'URL can try to guess it. Make one: python -c "import secrets; print(secrets.token_urlsafe(32))"'
         )
     return text
-
-
-def checked_base_url(url: str) -> str:
-    """Return the receiver's public address without a slash at its end.
-
-    Raises:
-        ConfigurationError: It is no http or https URL, or has credentials, a query or a fragment.
-    """
-    try:
-        parts = urlsplit(url.strip())
-        host = parts.hostname
-    except ValueError:
-        parts, host = None, None
-    if parts is None or parts.scheme not in ("http", "https") or not host:
-        raise ConfigurationError(
-            "The webhook URL is no address of a receiver. It looks like https://hooks.example.com."
-        )
-    if parts.username is not None or parts.password is not None or parts.query or parts.fragment:
-        raise ConfigurationError(
-            f"The webhook URL (host {host}) has credentials, a query or a fragment. Give the receiver's bare address."
-        )
-    return url.strip().rstrip("/")
 
 
 def _payload(hook: Hook) -> str:

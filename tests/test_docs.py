@@ -48,7 +48,6 @@ import sys
 import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import TracebackType
 
 import pytest
 
@@ -317,9 +316,7 @@ class PageRun:
     def __enter__(self) -> PageRun:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for process in reversed(self._processes):
             process.stop(grace=5.0)
 

@@ -154,9 +154,9 @@ def test_the_base_may_have_a_path(base: str, url: str):
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        pytest.param({"base_url": "ftp://h.example"}, "no address", id="scheme"),
-        pytest.param({"base_url": "h.example"}, "no address", id="no-scheme"),
-        pytest.param({"base_url": "https://["}, "no address", id="broken"),
+        pytest.param({"base_url": "ftp://h.example"}, "does not start with https", id="scheme"),
+        pytest.param({"base_url": "h.example"}, "does not start with https", id="no-scheme"),
+        pytest.param({"base_url": "https://["}, "cannot be read", id="broken"),
         pytest.param({"base_url": "https://u:p@h.example"}, "credentials", id="credentials"),
         pytest.param({"base_url": "https://h.example?a=b"}, "query", id="query"),
         pytest.param({"secret": "brief"}, "5 characters", id="short-secret"),

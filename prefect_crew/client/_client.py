@@ -201,7 +201,7 @@ class CrewClient:
                 self._status_path = template
                 return status
             text = call.hide(answer.text)
-        facts = parse_error(404, {}, text)
+        facts = parse_error(text)
         return CrewStatus(
             kickoff_id=kickoff_id, state=CrewState.UNKNOWN, message=facts.message or facts.title, raw=facts.raw
         )
@@ -308,7 +308,7 @@ class CrewClient:
 
     def _error(self, call: Call, answer: Answer, kind: type[CrewAPIError] | None = None) -> CrewAPIError:
         """Return the error for an answer that is none of 2xx."""
-        facts = parse_error(answer.status, answer.headers, call.shown(answer.text))
+        facts = parse_error(call.shown(answer.text), answer.headers)
         title, message = facts.title, facts.message
         if 300 <= answer.status < 400:
             title, message = "A redirect, not followed", _redirection(answer)

@@ -192,7 +192,6 @@ class ErrorFacts(NamedTuple):
     server asks to wait; `raw` the body as JSON, None where it is none.
     """
 
-    status_code: int
     title: str | None = None
     message: str | None = None
     missing_inputs: tuple[str, ...] = ()
@@ -206,20 +205,20 @@ _LONG = 2000
 """Characters of a title or message, at most: a plain text body is all message, and may be anything."""
 
 
-def parse_error(status_code: int, headers: Mapping[str, str], text: str, *, now: datetime | None = None) -> ErrorFacts:
-    """Return the facts of an error answer. Never raises.
+def parse_error(text: str, headers: Mapping[str, str] | None = None, *, now: datetime | None = None) -> ErrorFacts:
+    """Return the facts of an error answer, of its body and its headers. Never raises.
 
     `now` is the clock against which a `Retry-After` that is a date counts.
     """
     text = clean(text)
-    retry_after = parse_retry_after(headers, now=now)
+    retry_after = parse_retry_after(headers or {}, now=now)
     try:
         raw = _loads(text)
     except (ValueError, RecursionError):
         message = None if _HTML.match(text) else as_text(text[:_LONG])
-        return ErrorFacts(status_code, None, message, (), retry_after, text)
+        return ErrorFacts(None, message, (), retry_after, text)
     title, message = (part and as_text(part[:_LONG]) for part in _title_and_message(raw))
-    return ErrorFacts(status_code, title, message, tuple(_missing_inputs(raw)), retry_after, text, raw)
+    return ErrorFacts(title, message, tuple(_missing_inputs(raw)), retry_after, text, raw)
 
 
 def _title_and_message(raw: Any) -> tuple[str | None, str | None]:
@@ -610,7 +609,7 @@ def parse_stop(text: str, kickoff_id: str, status_code: int = 200) -> StopAnswer
     """
     if 200 <= status_code < 300:
         return _stopped(text, kickoff_id)
-    facts = parse_error(status_code, {}, text)
+    facts = parse_error(text)
     said = ": ".join(part for part in (facts.title, facts.message) if part)
     answer = StopAnswer(kickoff_id=kickoff_id, outcome=StopOutcome.UNSUPPORTED, message=said or None, raw=facts.raw)
     if status_code in (400, 409) and (found := _CURRENT_STATE.search(said)):

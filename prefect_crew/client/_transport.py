@@ -63,32 +63,40 @@ def checked_token(token: str | SecretStr) -> SecretStr:
     return SecretStr(value)
 
 
-def checked_url(url: str, *, allow_http: bool) -> str:
-    """Return the crew's base URL without a slash at its end.
+def checked_base_url(url: str, *, what: str, example: str) -> str:
+    """Return a base URL without a slash at its end; `what` is what messages call it.
 
     Raises:
-        ConfigurationError: It is no http or https URL, carries credentials, a query or a fragment, or would send the
-            token in plain text over a network.
+        ConfigurationError: It is no http or https URL, or carries credentials, a query or a fragment.
     """
     try:
         parts = urlsplit(url.strip())
         httpx.URL(url.strip())
         host = parts.hostname
     except (ValueError, httpx.InvalidURL):
-        raise ConfigurationError("The crew's URL cannot be read. It looks like https://my-crew.example.com.") from None
-    if parts.username is not None or parts.password is not None:
-        raise ConfigurationError(f"The crew's URL (host {host}) carries credentials. Give the token as the token.")
+        raise ConfigurationError(f"{what} cannot be read. It looks like {example}.") from None
     if parts.scheme not in ("http", "https") or not host:
         bare = url.partition("?")[0].rpartition("@")[2][:100]
-        raise ConfigurationError(f"The crew's URL {bare!r} does not start with https:// and a host.")
-    if parts.query or parts.fragment:
-        raise ConfigurationError(f"The crew's URL (host {host}) has a query or a fragment. Give the bare URL.")
-    if parts.scheme == "http" and not (allow_http or is_loopback(host)):
+        raise ConfigurationError(f"{what} {bare!r} does not start with https:// and a host.")
+    if parts.username is not None or parts.password is not None or parts.query or parts.fragment:
+        raise ConfigurationError(f"{what} (host {host}) carries credentials, a query or a fragment. Give the bare URL.")
+    return url.strip().rstrip("/")
+
+
+def checked_url(url: str, *, allow_http: bool) -> str:
+    """Return the crew's base URL without a slash at its end.
+
+    Raises:
+        ConfigurationError: As `checked_base_url`; or it would send the token in plain text over a network.
+    """
+    checked = checked_base_url(url, what="The crew's URL", example="https://my-crew.example.com")
+    host = urlsplit(checked).hostname or ""
+    if checked.lower().startswith("http:") and not (allow_http or is_loopback(host)):
         raise ConfigurationError(
             f"The crew's URL http://{host} would send the token in plain text. "
             "Use https, or allow it with allow_http=True (--allow-http) where the network is trusted."
         )
-    return url.strip().rstrip("/")
+    return checked
 
 
 def is_loopback(host: str) -> bool:

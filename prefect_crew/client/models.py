@@ -105,16 +105,9 @@ class CrewStatus(_Model):
         """
         if self.state is not CrewState.COMPLETED:
             raise InvalidCallError(f"Run {self.kickoff_id} is {self.state}, not completed: it has no result.")
-        return CrewResult(
-            output=self.output or "",
-            data=self.data,
-            tasks=self.tasks,
-            kickoff_id=self.kickoff_id,
-            state=self.state,
-            execution_time=self.execution_time,
-            usage=self.usage,
-            raw=self.raw,
-        )
+        values: dict[str, Any] = {name: getattr(self, name) for name in CrewResult.model_fields}
+        values["output"] = self.output or ""
+        return CrewResult(**values)
 
 
 class ResumeAnswer(_Model):

@@ -21,24 +21,9 @@ if TYPE_CHECKING:
     from prefect_crew.devserver._webhooks import ReviewWebhook
 
 __all__ = [
-    "Answer",
-    "CrewScript",
-    "CrewServer",
-    "Fault",
-    "FaultError",
-    "Faults",
-    "Outcome",
-    "Program",
-    "ProgramError",
-    "ProgramNotFoundError",
-    "ReviewWebhook",
-    "Run",
-    "ScriptError",
-    "create_app",
-    "load_program",
-    "load_script",
-    "serve",
-]
+    "Answer", "CrewScript", "CrewServer", "Fault", "FaultError", "Faults", "Outcome", "Program", "ProgramError",
+    "ProgramNotFoundError", "ReviewWebhook", "Run", "ScriptError", "create_app", "load_program", "load_script", "serve",
+]  # fmt: skip
 
 # Loaded when first used: uvicorn and Starlette take 0.2 s to import.
 _NAMES = {

@@ -50,13 +50,11 @@ class Counters:
 
     Attributes:
         requests: Requests by place (inputs, kickoff, status, resume, stop, health), answered or not.
-        answers: Answers by place and HTTP status; a dropped request has none.
         unauthorized: Requests with a missing or wrong token; they count nowhere else.
         accepted: The kickoffs that started a run: kickoff id to meta.
     """
 
     requests: Counter[str] = field(default_factory=Counter[str])
-    answers: Counter[tuple[str, int]] = field(default_factory=Counter[tuple[str, int]])
     unauthorized: int = 0
     accepted: dict[str, Any] = field(default_factory=dict[str, Any])
 
@@ -323,10 +321,7 @@ class _Endpoints:
     def route(self, path: str, method: str, place: str, endpoint: Callable[[Request], Awaitable[Response]]) -> Route:
         async def call(request: Request) -> Response:
             self._state.counters.requests[place] += 1
-            answer = await self._answer(request, place, endpoint)
-            if answer.status_code:
-                self._state.counters.answers[place, answer.status_code] += 1
-            return answer
+            return await self._answer(request, place, endpoint)
 
         return Route(path, call, methods=[method])
 
@@ -509,11 +504,11 @@ def _spoil(fault: Fault, answer: Response | None, path: str, state: ServerState)
 
 
 class _BrokenAnswer(Response):
-    """No answer, or the first half of one, and the end of the connection. `status_code` is 0 where nothing is sent."""
+    """No answer, or the first half of one, and the end of the connection."""
 
     def __init__(self, fault: Fault, answer: Response | None, state: ServerState) -> None:
-        super().__init__(answer.body if answer else b'{"status":"running"}', media_type="application/json")
-        self.status_code = 0 if fault.base_name != "cut" else answer.status_code if answer else 200
+        body, status = (answer.body, answer.status_code) if answer else (b'{"status":"running"}', 200)
+        super().__init__(body, status, media_type="application/json")
         self._fault = fault
         self._state = state
 

@@ -145,13 +145,7 @@ def token_usage(metrics: UsageMetrics) -> TokenUsage | None:
     """Return the usage, or None where the models have counted nothing."""
     if not (metrics.successful_requests or metrics.total_tokens):
         return None
-    return TokenUsage(
-        total_tokens=metrics.total_tokens,
-        prompt_tokens=metrics.prompt_tokens,
-        completion_tokens=metrics.completion_tokens,
-        cached_prompt_tokens=metrics.cached_prompt_tokens,
-        successful_requests=metrics.successful_requests,
-    )
+    return TokenUsage(**metrics.model_dump(include=set(TokenUsage.model_fields)))
 
 
 def _jsonable(value: Any) -> Any:

@@ -10,7 +10,6 @@ import socket
 import threading
 from collections import Counter
 from collections.abc import Callable, Mapping
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, Unpack
 
 from starlette.applications import Starlette
@@ -47,7 +46,7 @@ class CrewServer:
     Attributes:
         port: The port; 0 before the first start of a server that takes a free one.
         faults: What goes wrong; may be added to and cleared while the server runs.
-        counters: Requests, answers and kickoffs, counted over restarts.
+        counters: Requests and kickoffs, counted over restarts.
         requests: Requests by place: inputs, kickoff, status, resume, stop, health.
         crashed: Set when the fault `crash` has ended the server; `restart()` brings it back.
 
@@ -84,9 +83,7 @@ class CrewServer:
         self.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.stop()
 
     @property

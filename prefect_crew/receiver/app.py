@@ -13,7 +13,7 @@ forged token from a stale one or from a wrong path.
 from __future__ import annotations
 
 import asyncio
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from functools import partial
@@ -26,7 +26,7 @@ from starlette.routing import Route
 
 from prefect_crew.client._callbacks import parse_request, signed
 from prefect_crew.exceptions import ConfigurationError, ResponseFormatError
-from prefect_crew.receiver.events import digest_of, read_events
+from prefect_crew.receiver.events import read_events
 from prefect_crew.receiver.forward import Forwarder
 from prefect_crew.records.model import utcnow
 from prefect_crew.settings import CrewSettings
@@ -38,8 +38,6 @@ PARSED_AT_ONCE = 256 * 1024
 """Bytes of a body that is parsed on the event loop; a larger one is parsed in a thread and holds up no other answer."""
 BODY_TIMEOUT = 10.0
 """Seconds for a whole body."""
-REMEMBERED = 20_000
-"""Deliveries that are recognised when they come twice: 32 bytes of each are kept."""
 
 
 def create_receiver(
@@ -96,7 +94,6 @@ class _Receiver:
         self.forwarder = forwarder
         self._secret = secret
         self._max_body = max_body
-        self._seen: OrderedDict[bytes, None] = OrderedDict()
         self._answers: Counter[int] = Counter()
 
     async def health(self, request: Request) -> Response:
@@ -156,20 +153,13 @@ class _Receiver:
         return await self._with_body(request, lambda body: self._take(hook, body))
 
     async def _take(self, hook: Hook, body: bytes) -> Response:
-        digest = digest_of(hook, body)
-        if digest in self._seen:
-            return self._answer(200)
-        read = partial(read_events, hook, body, digest=digest, received=utcnow())
+        read = partial(read_events, hook, body, received=utcnow())
         try:
             events = await asyncio.to_thread(read) if len(body) > PARSED_AT_ONCE else read()
         except ResponseFormatError:
             return self._answer(400, f"this is no {hook.kind} webhook's body")
-        if digest not in self._seen:  # or it came twice at once
-            for event in events:
-                self.forwarder.put(event)
-            self._seen[digest] = None
-            if len(self._seen) > REMEMBERED:
-                self._seen.popitem(last=False)
+        for event in events:
+            self.forwarder.put(event)
         return self._answer(200)
 
     async def _with_body(self, request: Request, take: Callable[[bytes], Awaitable[Response]]) -> Response:

@@ -62,14 +62,10 @@ class WebhookEvent:
     output: str | None = field(default=None, repr=False)
 
 
-def digest_of(hook: Hook, body: bytes) -> bytes:
-    """Return what tells one delivery from another: equal for the same body at the same URL."""
-    facts = repr((hook.kind, hook.idempotency_key, hook.attempt, hook.round)).encode("utf-8", "surrogatepass")
-    return hashlib.sha256(facts + b"\0" + body).digest()
-
-
-def read_events(hook: Hook, body: bytes, *, digest: bytes, received: datetime) -> list[WebhookEvent]:
+def read_events(hook: Hook, body: bytes, *, received: datetime) -> list[WebhookEvent]:
     """Return the events in a delivery: one, or those of a stream up to `MAX_STREAMED`.
+
+    The same body at the same URL gives the same ids, of which the Prefect server keeps one.
 
     Raises:
         ResponseFormatError: The body is no object, or names no run; that of a stream holds no events.
@@ -77,6 +73,8 @@ def read_events(hook: Hook, body: bytes, *, digest: bytes, received: datetime) -
     expected = f"a {hook.kind} webhook's body"
     value = decode(body, expected=expected)
     source = as_object(value)
+    facts = repr((hook.kind, hook.idempotency_key, hook.attempt, hook.round)).encode("utf-8", "surrogatepass")
+    digest = hashlib.sha256(facts + b"\0" + body).hexdigest()
     if hook.kind == "stream":
         found = source.get("events", value)
         items = as_list(found) if isinstance(found, list) else [found]
@@ -84,7 +82,7 @@ def read_events(hook: Hook, body: bytes, *, digest: bytes, received: datetime) -
         if len(events) < len(items) or (events and not any(map(_is_event, events))):
             raise ResponseFormatError(expected=expected, body=shown(body))
         streamed = enumerate(events[:MAX_STREAMED])
-        return [_streamed(hook, event, f"{digest.hex()}/{number}", received) for number, event in streamed]
+        return [_streamed(hook, event, f"{digest}/{number}", received) for number, event in streamed]
     kickoff_id = id_of(source, RUN_KEYS)
     if kickoff_id is None or not kickoff_id.isprintable():  # no run of ours has such an id
         raise ResponseFormatError(expected=f"{expected} that names its run", body=shown(body))
@@ -102,7 +100,7 @@ def read_events(hook: Hook, body: bytes, *, digest: bytes, received: datetime) -
     event = WebhookEvent(
         hook=hook,
         name=hook.kind,
-        id=uuid5(NAMESPACE_URL, f"prefect-crew/webhook/{digest.hex()}"),
+        id=uuid5(NAMESPACE_URL, f"prefect-crew/webhook/{digest}"),
         received=received,
         said=dict(_filled(said)),
         kickoff_id=_short(kickoff_id),

@@ -38,6 +38,20 @@ def press_in_a_watch() -> bool:
     return noted
 
 
+def run_until_interrupted(coroutine: Coroutine[Any, Any, None]) -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    loop = asyncio.new_event_loop()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            loop.run_until_complete(coroutine)
+    finally:
+        for task in asyncio.all_tasks(loop):
+            task.cancel()
+        loop.run_until_complete(asyncio.sleep(0))
+        loop.close()
+        signal.signal(signal.SIGINT, before)
+
+
 def test_it_is_noted_and_still_interrupts():
     assert press_in_a_watch()
 
@@ -52,18 +66,8 @@ def test_the_loop_raises_what_would_cut_a_step_in_two():
             await asyncio.sleep(0)
             steps.append("the loop had ended before")
 
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    loop = asyncio.new_event_loop()
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            loop.run_until_complete(step())
-        assert steps == ["to its end"]
-    finally:
-        for task in asyncio.all_tasks(loop):
-            task.cancel()
-        loop.run_until_complete(asyncio.sleep(0))
-        loop.close()
-        signal.signal(signal.SIGINT, before)
+    run_until_interrupted(step())
+    assert steps == ["to its end"]
 
 
 def test_a_second_press_interrupts_at_once():
@@ -74,17 +78,7 @@ def test_a_second_press_interrupts_at_once():
                 press()
             await asyncio.sleep(0.01)
 
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    loop = asyncio.new_event_loop()
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            loop.run_until_complete(stubborn())
-    finally:
-        for task in asyncio.all_tasks(loop):
-            task.cancel()
-        loop.run_until_complete(asyncio.sleep(0))
-        loop.close()
-        signal.signal(signal.SIGINT, before)
+    run_until_interrupted(stubborn())
 
 
 def test_nothing_was_pressed():

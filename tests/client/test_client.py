@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import AsyncIterator
 from typing import Any
@@ -357,22 +356,6 @@ def test_every_error_of_httpx_about_a_request_is_ours_too():
     tested = {*NOT_SENT, *SENT, httpx.RequestError, httpx.TimeoutException, httpx.ProtocolError}
     answered = {httpx.HTTPError, httpx.HTTPStatusError, httpx.TooManyRedirects, httpx.DecodingError}
     assert {kind for kind in below(httpx.HTTPError) if kind.__module__ == "httpx"} <= tested | answered
-
-
-async def test_cancellation_passes_through(router: respx.MockRouter, client: CrewClient):
-    started = asyncio.Event()
-
-    async def hang(_: httpx.Request) -> httpx.Response:
-        started.set()
-        await asyncio.sleep(60)
-        raise AssertionError
-
-    router.get("/inputs").mock(side_effect=hang)
-    task = asyncio.create_task(client.inputs())
-    await started.wait()
-    task.cancel("because")
-    with pytest.raises(asyncio.CancelledError):
-        await task
 
 
 @pytest.mark.parametrize(

@@ -56,7 +56,7 @@ def _parse_stop(body: bytes, status_code: int) -> object:
 
 def _read_events(kind: WebhookKind, body: bytes) -> object:
     now = datetime(2026, 5, 1, tzinfo=UTC)
-    return read_events(Hook(kind, "key", now), body, digest=b"", received=now)
+    return read_events(Hook(kind, "key", now), body, received=now)
 
 
 def _status(text: str) -> CrewStatus:
@@ -83,9 +83,9 @@ CALLS: dict[str, Call] = {
     **_parser("stop 200", lambda body: _parse_stop(body, 200), "detail"),
     **_parser("stop 400", lambda body: _parse_stop(body, 400), "detail"),
     **_parser("stop 404", lambda body: _parse_stop(body, 404), "detail"),
-    **_parser("error", lambda body: _parsing.parse_error(500, {}, body.decode("utf-8", "replace")), "detail"),
-    "error page": lambda text: _parsing.parse_error(500, {}, "<html>" + text),
-    "error header": lambda text: _parsing.parse_error(429, {"Retry-After": text}, ""),
+    **_parser("error", lambda body: _parsing.parse_error(body.decode("utf-8", "replace")), "detail"),
+    "error page": lambda text: _parsing.parse_error("<html>" + text),
+    "error header": lambda text: _parsing.parse_error("", {"Retry-After": text}),
     **_parser("webhook", lambda body: _read_events("human_input", body), "output", "task_id"),
     **_parser("webhook stream", lambda body: _read_events("stream", body), "id", "type"),
     "rendered": _rendered,

@@ -448,34 +448,25 @@ async def test_a_large_answer_is_parsed_apart_from_the_event_loop(monkeypatch: p
     assert small == threading.get_ident() != large
 
 
-async def trickling_head(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    await read_request(reader)
-    writer.write(b"HTTP/1.1 200 OK\r\nX-Slow: ")
-    while True:
-        writer.write(b"x")
-        await writer.drain()
-        await asyncio.sleep(0.05)
+def trickling(start: bytes, piece: bytes) -> Handler:
+    async def handler(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await read_request(reader)
+        writer.write(start)
+        while True:
+            writer.write(piece)
+            await writer.drain()
+            await asyncio.sleep(0.05)
 
-
-async def endless_1xx(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    await read_request(reader)
-    while True:
-        writer.write(b"HTTP/1.1 102 Processing\r\n\r\n")
-        await writer.drain()
-        await asyncio.sleep(0.05)
-
-
-async def trickling_body(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    await read_request(reader)
-    writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n")
-    while True:
-        writer.write(b" ")
-        await writer.drain()
-        await asyncio.sleep(0.05)
+    return handler
 
 
 ENDLESS = pytest.mark.parametrize(
-    "handler", [trickling_head, endless_1xx, trickling_body], ids=lambda handler: handler.__name__
+    "handler",
+    [
+        pytest.param(trickling(b"HTTP/1.1 200 OK\r\nX-Slow: ", b"x"), id="head"),
+        pytest.param(trickling(b"", b"HTTP/1.1 102 Processing\r\n\r\n"), id="1xx"),
+        pytest.param(trickling(b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n", b" "), id="body"),
+    ],
 )
 
 

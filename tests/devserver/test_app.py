@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from typing import Any
-from urllib.parse import quote
 
 import httpx
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from prefect_crew.devserver import CrewServer, create_app
 from support.servers import Serve, finished, kickoff, until
@@ -252,30 +248,6 @@ def test_inputs_of_any_kind_come_back(serve: Serve) -> None:
         assert finished(client, kickoff(client, {"text": text}))["result"]["output"] == text
     answer = client.post("/kickoff", content=b'{"inputs": {"text": "half \\ud800 a pair"}}')
     assert "half" in finished(client, answer.json()["kickoff_id"])["result"]["output"]
-
-
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
-    max_leaves=8,
-)
-FIELDS = ["inputs", "meta", "taskWebhookUrl", "humanInputWebhook", "webhooks", "execution_id", "is_approve"]
-BODIES = st.dictionaries(st.sampled_from(FIELDS), JSON).map(json.dumps)
-
-
-@settings(max_examples=100)
-@given(path=st.sampled_from(["/kickoff", "/resume"]), content=BODIES | st.text())
-def test_any_body_has_an_answer(slow: httpx.Client, server: CrewServer, path: str, content: str) -> None:
-    before = server.kickoffs
-    answer = slow.post(path, content=content.encode())
-    assert answer.status_code in (200, 400, 404, 422)
-    is_started = path == "/kickoff" and answer.status_code == 200
-    assert (server.kickoffs - before, "kickoff_id" in answer.json()) == (is_started, is_started)
-
-
-@given(st.text(st.characters(exclude_categories=["Cs"]), max_size=20))
-def test_any_id_has_an_answer(slow: httpx.Client, id_: str) -> None:
-    assert slow.get(f"/status/{quote(id_, safe='').replace('.', '%2E')}").status_code == 404
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,6 @@ from typing import Any
 
 import httpx
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from prefect_crew.devserver import CrewServer, Fault, FaultError, Faults, create_app
 from prefect_crew.devserver._faults import FAULTS, PLACES
@@ -73,12 +71,6 @@ def test_occurrences(on: int | str | None, hits: list[int]) -> None:
 )
 def test_errors_say_what_there_is(text: str, message: str) -> None:
     with pytest.raises(FaultError, match=message):
-        Fault.parse(text)
-
-
-@given(st.text(max_size=40))
-def test_no_text_raises_anything_else(text: str) -> None:
-    with contextlib.suppress(FaultError):
         Fault.parse(text)
 
 

@@ -30,18 +30,8 @@ async def test_each_kind_of_both_generations_is_taken(which: str, client: httpx.
     assert {event.hook.idempotency_key for event in kept.events} == {"city/lisbon"}
 
 
-async def test_a_delivery_that_comes_twice_is_told_once(client: httpx.AsyncClient, kept: Kept, urls: Urls):
-    hooks = urls()
-    for _ in range(3):
-        for which in ("step-first", "task-first", "crew-first", "human_input-first"):
-            kind = which.partition("-")[0]
-            answer = await client.post(url_of(hooks, kind), json=BODIES[which], headers=headers_of(hooks, kind))
-            assert answer.status_code == 200
-    assert [event.name for event in kept.events] == ["step", "task", "crew", "human_input"]
-
-
 async def test_the_same_question_of_the_next_round_is_another(client: httpx.AsyncClient, kept: Kept, urls: Urls):
-    for number in (0, 1, 1):
+    for number in (0, 1):
         hooks = urls(round=number)
         await client.post(
             url_of(hooks, "human_input"),
@@ -192,20 +182,6 @@ async def test_it_can_be_mounted_into_an_app(kept: Kept, urls: Urls):
         assert (await client.get("/of/crews/health")).status_code == 200
         assert (await client.post("/of/crews/hooks/crew/x")).json() == {"error": "not found"}
     assert len(kept.events) == 1
-
-
-async def test_what_is_remembered_of_deliveries_is_bounded(
-    client: httpx.AsyncClient, urls: Urls, kept: Kept, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr("prefect_crew.receiver.app.REMEMBERED", 5)
-    url = url_of(urls(), "step")
-    for number in range(20):
-        await client.post(url, json={"kickoff_id": "k-1", "content": str(number)})
-    await client.post(url, json={"kickoff_id": "k-1", "content": "19"})
-    assert len(kept.events) == 20
-    await client.post(url, json={"kickoff_id": "k-1", "content": "0"})
-    assert len(kept.events) == 21, "it was forgotten: Prefect keeps one event of an id"
-    assert kept.events[0].id == kept.events[-1].id
 
 
 def test_a_receiver_needs_a_secret(monkeypatch: pytest.MonkeyPatch, kept: Kept):

@@ -15,7 +15,6 @@ from prefect_crew import DeployedCrew, WaitPolicy, arun_crew
 from prefect_crew.devserver import CrewScript, CrewServer
 from prefect_crew.receiver.app import create_receiver
 from prefect_crew.runs.reviews.answer import resume_run
-from support.servers import at_random
 from support.webhooks import SECRET, events_of, served
 
 pytestmark = pytest.mark.usefixtures("prefect_api")
@@ -119,25 +118,18 @@ async def test_the_same_question_asked_again_is_told_again(receiver: str, key: s
         crew = crew_of(server)
         running = asyncio.create_task(arun_crew(crew, {"customer": "ACME"}, idempotency_key=key))
         first = await question(1)
-        await resume_run(crew.crew, first["kickoff_id"], feedback="again", approve=False)
+        await resume_run(crew.crew, first["said"]["kickoff_id"], feedback="again", approve=False)
         second = await question(2)
-        await resume_run(crew.crew, first["kickoff_id"], feedback="", approve=True)
+        await resume_run(crew.crew, first["said"]["kickoff_id"], feedback="", approve=True)
         assert (await running).output == "what was written for ACME"
     assert (first["round"], second["round"]) == (0, 1)
     assert first["said"] == second["said"] != {}
 
 
-@pytest.mark.parametrize(
-    "fault",
-    [
-        pytest.param("webhook:double", id="doubled"),
-        pytest.param("webhook:delay=0.3", id="delayed"),
-        pytest.param("webhook:lose%0.3", id="a-third-is-lost", marks=pytest.mark.slow),
-    ],
-)
-async def test_webhooks_that_come_twice_late_or_never_harm_nothing(fault: str, receiver: str):
+@pytest.mark.parametrize("fault", ["webhook:double", "webhook:delay=0.3"], ids=["doubled", "delayed"])
+async def test_webhooks_that_come_twice_or_late_harm_nothing(fault: str, receiver: str):
     keys = [f"end-to-end/{uuid.uuid4()}" for _ in range(3)]
-    with CrewServer(SCRIPT, faults=at_random(fault, seed=1)) as server:
+    with CrewServer(SCRIPT, faults=[fault]) as server:
         crew = crew_of(server)
         results = await asyncio.gather(*(arun_crew(crew, {"customer": "ACME"}, idempotency_key=key) for key in keys))
         assert {result.output for result in results} == {"what was written for ACME"}
@@ -145,10 +137,9 @@ async def test_webhooks_that_come_twice_late_or_never_harm_nothing(fault: str, r
         await asyncio.sleep(2)
         events = [event["event"] for key in keys for event in await events_of(key)]
     told = Counter(event for event in events if event.startswith("crew.webhook"))
-    if "lose" not in fault:
-        assert told == {
-            "crew.webhook.task": 6,
-            "crew.webhook.step": 9,
-            "crew.webhook.crew": 3,
-            "crew.webhook.stream.crew_kickoff_completed": 3,
-        }
+    assert told == {
+        "crew.webhook.task": 6,
+        "crew.webhook.step": 9,
+        "crew.webhook.crew": 3,
+        "crew.webhook.stream.crew_kickoff_completed": 3,
+    }

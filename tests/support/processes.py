@@ -15,7 +15,6 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 
 MARK = "PREFECT_CREW_TEST_PROCESS"
 """The environment variable that names the process a descendant came from; nested ones are joined by a comma."""
@@ -72,9 +71,7 @@ class Process:
     def __enter__(self) -> Process:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.stop()
 
     @property

@@ -7,7 +7,6 @@ import re
 import socket
 import threading
 from collections.abc import Iterator
-from types import TracebackType
 
 from support.prefect_server import PrefectServer, drain, environment
 
@@ -35,9 +34,7 @@ class Proxy:
         self.restore()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.cut()
 
     @property

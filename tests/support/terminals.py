@@ -10,7 +10,6 @@ import struct
 import time
 import uuid
 from collections.abc import Mapping, Sequence
-from types import TracebackType
 
 from support.processes import MARK, ProcessError, survivors
 
@@ -91,9 +90,7 @@ class Terminal:
     def __enter__(self) -> Terminal:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for pid in [*self.family(), *([self.pid] if self._code is None else [])]:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)

@@ -18,89 +18,17 @@ from prefect_crew.receiver.events import WebhookEvent
 from prefect_crew.receiver.forward import Forwarder
 from prefect_crew.receiver.recent import RecentWebhooks
 from prefect_crew.receiver.serve import ReceiverServer
+from support.corpus import cases
 
 SECRET = "a-secret-of-the-tests-that-is-long-enough"
 
+_CORPUS = cases("webhook")
 BODIES: Mapping[str, Mapping[str, Any]] = {
-    "task-first": {
-        "kickoff_id": "k-1",
-        "task_id": "research",
-        "status": "completed",
-        "output": "the output",
-        "agent": "Researcher",
-        "execution_time": 2.5,
-    },
-    "task-later": {
-        "description": "the description",
-        "name": "research",
-        "expected_output": "a list",
-        "summary": "the description...",
-        "agent": "Researcher",
-        "output": "the output",
-        "output_json": None,
-        "kickoff_id": "k-1",
-        "meta": {"idempotency_key": "city/lisbon", "token": "the token"},
-    },
-    "step-first": {
-        "kickoff_id": "k-1",
-        "task_id": "research",
-        "agent": "Researcher",
-        "step_type": "thought",
-        "content": "the content",
-    },
-    "step-later": {
-        "prompt": "the prompt",
-        "thought": "the thought",
-        "tool": "search",
-        "tool_input": "the input",
-        "result": "the result",
-        "kickoff_id": "k-1",
-        "meta": {"idempotency_key": "city/lisbon"},
-    },
-    "crew-first": {
-        "kickoff_id": "k-1",
-        "status": "completed",
-        "result": {"output": "the output", "tasks": [{"task_id": "research", "output": "the output"}]},
-        "execution_time": 9.0,
-        "meta": {"idempotency_key": "city/lisbon"},
-    },
-    "crew-later": {
-        "kickoff_id": "k-1",
-        "result": "the output",
-        "result_json": None,
-        "token_usage": {"total_tokens": 12, "prompt_tokens": 8, "completion_tokens": 4},
-        "meta": {"idempotency_key": "city/lisbon"},
-    },
-    "human_input-first": {
-        "execution_id": "k-1",
-        "task_id": "plan",
-        "task_output": "the output",
-        "meta": {"idempotency_key": "city/lisbon"},
-    },
-    "human_input-later": {
-        "kickoff_id": "k-1",
-        "task_id": "plan",
-        "output": "the output",
-        "meta": {"idempotency_key": "city/lisbon"},
-    },
-    "stream": {
-        "events": [
-            {
-                "id": "e-1",
-                "execution_id": "k-1",
-                "timestamp": "2026-01-01T00:00:00Z",
-                "type": "crew_kickoff_started",
-                "data": {"inputs": {"topic": "the input"}},
-            },
-            {
-                "id": "e-2",
-                "execution_id": "k-1",
-                "timestamp": "2026-01-01T00:00:01Z",
-                "type": "task_completed",
-                "data": {"task_name": "research", "agent_role": "Researcher", "output": "the output"},
-            },
-        ]
-    },
+    name: _CORPUS[name]["body"]
+    for name in (
+        *("task-first", "task-later", "step-first", "step-later", "crew-first", "crew-later"),
+        *("human_input-first", "human_input-later", "stream"),
+    )
 }
 """One body of each kind and generation, by `kind-generation`."""
 
