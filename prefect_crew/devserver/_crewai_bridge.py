@@ -19,7 +19,6 @@ import time
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Future
 from contextvars import ContextVar
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -34,7 +33,6 @@ from crewai.core.providers.human_input import (
 from crewai.crews.crew_output import CrewOutput
 from crewai.events import (
     AgentLogsExecutionEvent,
-    MethodExecutionFailedEvent,
     MethodExecutionFinishedEvent,
     MethodExecutionStartedEvent,
     TaskCompletedEvent,
@@ -403,52 +401,31 @@ class _CrewWatch(_Watch):
             self.see_step(event)
 
 
-@dataclass
-class _Method:
-    name: str
-    began: float = field(default_factory=time.monotonic)
-    agents: list[str] = field(default_factory=list[str])
-
-
-_method: ContextVar[_Method | None] = ContextVar("prefect_crew_flow_method", default=None)
-"""The flow's method of a thread: CrewAI runs a method in the context in which its start was emitted, or in a copy, and
-its agents' events do not name it."""
-
-
 class _FlowWatch(_Watch):
-    """A flow's methods are the run's tasks, and the agents that work in one are its agents."""
+    """A flow's methods are the run's tasks."""
 
     def __init__(self, flow: Any, bridge: Bridge) -> None:
         super().__init__(bridge)
         self.flow = flow
+        self._began: dict[str, float] = {}
         methods = flow.flow_definition().methods
         if not any(method.router or method.human_feedback for method in methods.values()):
             self.report(self.run.plan, list(methods))  # nothing chooses among them, so all will run
 
     def see(self, source: Any, event: Any) -> None:
-        if isinstance(event, MethodExecutionStartedEvent) and source is self.flow:
-            _method.set(_Method(event.method_name))
-            self.report(self.run.task_started, event.method_name)
-        elif isinstance(event, (MethodExecutionFinishedEvent, MethodExecutionFailedEvent)) and source is self.flow:
-            if isinstance(event, MethodExecutionFinishedEvent):
-                self.report(self.run.task_ended, self._result(event))
-            _method.set(None)
-        else:
-            method = _method.get()
-            if isinstance(event, AgentLogsExecutionEvent) and method and event.agent_role not in method.agents:
-                method.agents.append(event.agent_role)
+        if source is not self.flow:
             self.see_step(event)
+        elif isinstance(event, MethodExecutionStartedEvent):
+            self._began[event.method_name] = time.monotonic()
+            self.report(self.run.task_started, event.method_name)
+        elif isinstance(event, MethodExecutionFinishedEvent):
+            self.report(self.run.task_ended, self._result(event))
 
     def _result(self, event: MethodExecutionFinishedEvent) -> TaskResult:
         name = event.method_name
         # Of a method whose feedback chose among outcomes, the event has the outcome; its output was what a person saw.
         reviewed = next((one for one in reversed(self.flow.human_feedback_history) if one.method_name == name), None)
         output, data = result_of(reviewed if reviewed and reviewed.outcome else event.result)
-        method = _method.get() or _Method(name)
-        return TaskResult(
-            name=name,
-            agent=", ".join(method.agents) or None,
-            output=output,
-            data=data,
-            execution_time=round(time.monotonic() - method.began, 3),
-        )
+        now = time.monotonic()
+        seconds = round(now - self._began.get(name, now), 3)
+        return TaskResult(name=name, output=output, data=data, execution_time=seconds)

@@ -103,22 +103,14 @@ class Page:
     Selectors are Playwright's: CSS, `text=…`, `role=button[name="Run"]`.
 
     Attributes:
-        errors: What the page wrote to its console as errors, and its uncaught exceptions.
         requests: The URLs that it asked for.
     """
 
     def __init__(self, browser: Chromium, page: PlaywrightPage) -> None:
         self._browser = browser
         self._page = page
-        self.errors: list[str] = []
         self.requests: list[str] = []
-
-        def listen() -> None:
-            page.on("pageerror", lambda error: self.errors.append(str(error)))
-            page.on("console", lambda message: self.errors.append(message.text) if message.type == "error" else None)
-            page.on("request", lambda request: self.requests.append(request.url))
-
-        browser.run(listen)
+        browser.run(lambda: page.on("request", lambda request: self.requests.append(request.url)))
 
     def raw(self, action: Callable[[PlaywrightPage], T]) -> T:
         """Run `action` with Playwright's own page, for what is not here. Nothing of Playwright's may leave it."""
@@ -145,10 +137,6 @@ class Page:
         """Return the visible text of the first element that fits."""
         return self.raw(lambda page: page.locator(selector).first.inner_text())
 
-    def html(self, selector: str = "body") -> str:
-        """Return the inner HTML of the first element that fits."""
-        return self.raw(lambda page: page.locator(selector).first.inner_html())
-
     def count(self, selector: str) -> int:
         """Return how many elements fit now."""
         return self.raw(lambda page: page.locator(selector).count())
@@ -164,10 +152,6 @@ class Page:
     def fill(self, selector: str, text: str) -> None:
         """Replace the text of an input."""
         self.raw(lambda page: page.locator(selector).first.fill(text))
-
-    def type(self, selector: str, text: str) -> None:
-        """Type `text` into an element, key by key."""
-        self.raw(lambda page: page.locator(selector).first.press_sequentially(text))
 
     def screenshot(self, path: Path, *, selector: str | None = None, whole: bool = True) -> Path:
         """Write a PNG of the whole page, of what fits in the window, or of one element; return its path."""

@@ -49,9 +49,7 @@ class PrefectServer:
     Args:
         folder: What it keeps: its home, its SQLite database and its log.
         database_url: A database other than SQLite in `folder`, as SQLAlchemy writes it.
-        settings: More of its settings, `PREFECT_…` names and values.
         template: A migrated SQLite database to start from. It is made from this server's if it does not exist.
-        python: The interpreter, for another version of Prefect; that of the tests if left out.
 
     Attributes:
         api_url: What clients set `PREFECT_API_URL` to. It stays the same after a restart.
@@ -66,17 +64,13 @@ class PrefectServer:
         folder: Path,
         *,
         database_url: str | None = None,
-        settings: Mapping[str, str] | None = None,
         template: Path | None = None,
-        python: Path | None = None,
     ) -> None:
         self.home = folder / "home"
         self.log = folder / "server.log"
         self.database = None if database_url else self.home / "prefect.db"
         self.port = free_port()
-        self.python = python or Path(sys.executable)
         self._database_url = database_url
-        self._settings = dict(settings or {})
         self._template = template
         self._process: Process | None = None
         self._has_answered = False
@@ -154,10 +148,9 @@ class PrefectServer:
                 "PREFECT_SERVER_DATABASE_CONNECTION_URL": self.database_url,
                 "PREFECT_SERVER_UI_API_URL": self.api_url,  # else its pages ask port 4200, whatever the server's is
                 **QUICK,
-                **self._settings,
             },
         )
-        command = [self.python, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(self.port)]
+        command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(self.port)]
         self._process = Process(command, log=self.log, env=environment)
         try:
             self._wait_until_healthy(time.monotonic() + timeout)
