@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import httpx
 import pytest
@@ -11,7 +12,21 @@ import pytest
 from prefect_crew.client.webhooks import Webhooks
 from prefect_crew.receiver.app import create_receiver
 from prefect_crew.webhooks import hook_urls
+from support.environment import program
+from support.prefect_server import PrefectServer, free_port
+from support.processes import Process
 from support.webhooks import SECRET, Kept
+
+
+@pytest.fixture
+def receiver_process(prefect_api: PrefectServer, tmp_path: Path) -> Iterator[tuple[Process, int]]:
+    """Run `prefect-crew webhooks` as a process of its own, and give it with its port once it listens."""
+    port = free_port()
+    env = prefect_api.env(PREFECT_INTEGRATIONS_CREW_WEBHOOK_SECRET=SECRET, PREFECT_LOGGING_LEVEL="DEBUG")
+    command = [program("prefect-crew"), "webhooks", "--port", str(port)]
+    with Process(command, log=tmp_path / "webhooks.log", env=env) as process:
+        process.wait_for("Listening for webhooks")
+        yield process, port
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import asyncio
 import json
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -14,10 +14,8 @@ import httpx
 import pytest
 
 from prefect_crew.client.webhooks import Webhooks
-from support.environment import program
-from support.prefect_server import PrefectServer, free_port
 from support.processes import Process
-from support.webhooks import BODIES, SECRET, events_of, headers_of, until, url_of
+from support.webhooks import BODIES, events_of, headers_of, url_of
 from support.wire import exchange, request
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -103,16 +101,6 @@ def hostile_requests(urls: Callable[..., Webhooks]) -> dict[str, Hostile]:  # no
     }
 
 
-@pytest.fixture
-def receiver(prefect_api: PrefectServer, tmp_path: Path) -> Iterator[tuple[Process, int]]:
-    port = free_port()
-    env = prefect_api.env(PREFECT_INTEGRATIONS_CREW_WEBHOOK_SECRET=SECRET)
-    with Process(
-        [program("prefect-crew"), "receiver", "start", "--port", str(port)], log=tmp_path / "log", env=env
-    ) as process:
-        yield process, port
-
-
 def resident(process: Process) -> float:
     """Return the MiB of memory that a process holds."""
     for line in Path(f"/proc/{process.pid}/status").read_text().splitlines():
@@ -122,10 +110,9 @@ def resident(process: Process) -> float:
 
 
 async def test_none_of_ten_thousand_hostile_requests_does_anything(
-    receiver: tuple[Process, int], urls: Callable[..., Webhooks], notes: list[str]
+    receiver_process: tuple[Process, int], urls: Callable[..., Webhooks], notes: list[str]
 ):
-    process, port = receiver
-    await until(lambda: "Listening for webhooks" in process.output, "it listens", seconds=60)
+    process, port = receiver_process
     rng = random.Random(20260501)
     kinds = hostile_requests(lambda *key, **facts: urls(*(key or ("hostile/run",)), **facts))
     answers: dict[str, Counter[int | None]] = {name: Counter() for name in kinds}

@@ -1,13 +1,11 @@
-"""A hundred webhooks a second for a minute, and a Prefect server that stands still."""
+"""A hundred webhooks a second for a minute."""
 
 from __future__ import annotations
 
 import asyncio
 import itertools
-import signal
 import time
 from collections.abc import Callable
-from pathlib import Path
 from statistics import quantiles
 from typing import Any
 
@@ -15,22 +13,13 @@ import httpx
 import pytest
 
 from prefect_crew.client.webhooks import Webhooks
-from support.environment import program
-from support.prefect_server import PrefectServer, environment, free_port
 from support.processes import Process
-from support.webhooks import SECRET, events_of, headers_of, until, url_of
+from support.webhooks import events_of, headers_of, url_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 Urls = Callable[..., Webhooks]
 RUNS = 20
-
-
-def start_receiver(server: PrefectServer, folder: Path, *options: str) -> tuple[Process, str]:
-    port = free_port()
-    env = server.env(PREFECT_INTEGRATIONS_CREW_WEBHOOK_SECRET=SECRET)
-    command = [program("prefect-crew"), "receiver", "start", "--port", str(port), *options]
-    return Process(command, log=folder / "webhooks.log", env=env), f"http://127.0.0.1:{port}"
 
 
 async def send(client: httpx.AsyncClient, urls: Urls, base: str, number: int, prefix: str) -> float:
@@ -63,54 +52,21 @@ def told(took: list[float]) -> str:
 
 
 async def test_a_hundred_webhooks_a_second_for_a_minute(
-    prefect_api: PrefectServer, tmp_path: Path, urls: Urls, notes: list[str]
+    receiver_process: tuple[Process, int], urls: Urls, notes: list[str]
 ):
-    process, base = start_receiver(prefect_api, tmp_path)
-    with process:
-        await until(lambda: "Listening for webhooks" in process.output, "it listens", seconds=60)
-        async with httpx.AsyncClient(timeout=30, limits=httpx.Limits(max_connections=50)) as client:
-            took = await send_at(100, 60, lambda number: send(client, urls, base, number, "load"))
+    base = f"http://127.0.0.1:{receiver_process[1]}"
+    async with httpx.AsyncClient(timeout=30, limits=httpx.Limits(max_connections=50)) as client:
+        took = await send_at(100, 60, lambda number: send(client, urls, base, number, "load"))
 
-            async def report() -> dict[str, Any]:
-                return (await client.get(f"{base}/ready")).json()
+        async def report() -> dict[str, Any]:
+            return (await client.get(f"{base}/ready")).json()
 
-            deadline = time.monotonic() + 30
-            while (state := await report())["waiting"] and time.monotonic() < deadline:
-                await asyncio.sleep(0.1)
-        notes.append(f"receiver: {len(took)} webhooks at 100/s: {told(took)}")
-        assert state["received"] == state["forwarded"] == len(took)
-        assert state["dropped"] == state["refused"] == 0
-        assert sorted(took)[len(took) // 2] < 0.05
+        deadline = time.monotonic() + 30
+        while (state := await report())["waiting"] and time.monotonic() < deadline:
+            await asyncio.sleep(0.1)
+    notes.append(f"receiver: {len(took)} webhooks at 100/s: {told(took)}")
+    assert state["received"] == state["forwarded"] == len(took)
+    assert state["dropped"] == state["refused"] == 0
+    assert sorted(took)[len(took) // 2] < 0.05
     ends = [event for event in await events_of("load/9", at_least=50) if event["event"] == "crew.webhook.crew"]
     assert ends
-
-
-async def test_a_prefect_server_that_stands_still_delays_no_answer(
-    tmp_path: Path, urls: Urls, prefect_template: Path | None, notes: list[str]
-):
-    with (
-        PrefectServer(tmp_path / "server", template=prefect_template) as server,
-        environment({"PREFECT_API_URL": server.api_url, "PREFECT_HOME": str(tmp_path / "home")}),
-    ):
-        process, base = start_receiver(server, tmp_path, "--queue", "500")
-        with process:
-            await until(lambda: "Listening for webhooks" in process.output, "it listens", seconds=60)
-            async with httpx.AsyncClient(timeout=30) as client:
-                await send(client, urls, base, 5, "warm")
-                await events_of("warm/5")
-                server.process.send(signal.SIGSTOP)
-                try:
-                    took = await send_at(100, 15, lambda number: send(client, urls, base, number, "still"))
-                    state = (await client.get(f"{base}/ready")).json()
-                finally:
-                    server.process.send(signal.SIGCONT)
-                notes.append(f"receiver: {len(took)} webhooks while Prefect stood still: {told(took)}")
-                assert sorted(took)[len(took) // 2] < 0.05
-                assert state["prefect"] == "away"
-                assert state["dropped"] > 0, "the queue was too short for all of them"
-                assert state["waiting"] <= 500 + 50
-                deadline = time.monotonic() + 60
-                while (await client.get(f"{base}/ready")).json()["waiting"] and time.monotonic() < deadline:
-                    await asyncio.sleep(0.2)
-            assert process.running
-        assert await events_of("still/9", at_least=20), "what was kept is forwarded"

@@ -21,8 +21,7 @@ from prefect_crew.client.webhooks import Webhooks
 from prefect_crew.receiver import app as receiver_app
 from prefect_crew.receiver import serve
 from prefect_crew.receiver.app import create_receiver
-from support.environment import program
-from support.prefect_server import PrefectServer, free_port
+from support.prefect_server import free_port
 from support.processes import Process
 from support.webhooks import BODIES, SECRET, Kept, events_of, served, until, url_of
 from support.wire import exchange, request
@@ -119,19 +118,9 @@ def test_a_port_that_is_taken_is_said(kept: Kept):
         serve.serve_receiver(create_receiver(SECRET, forwarder=kept), port=taken.getsockname()[1])
 
 
-@pytest.fixture
-def program_under_test(prefect_api: PrefectServer, tmp_path: Path) -> Iterator[tuple[Process, str]]:
-    """`prefect-crew receiver start` as a process of its own, and its address."""
-    port = free_port()
-    env = prefect_api.env(PREFECT_INTEGRATIONS_CREW_WEBHOOK_SECRET=SECRET, PREFECT_LOGGING_LEVEL="DEBUG")
-    command = [program("prefect-crew"), "receiver", "start", "--port", str(port)]
-    with Process(command, log=tmp_path / "webhooks.log", env=env) as process:
-        yield process, f"http://127.0.0.1:{port}"
-
-
-async def test_the_command_takes_webhooks_and_ends_when_told(program_under_test: tuple[Process, str], urls: Urls):
-    process, url = program_under_test
-    await until(lambda: url in process.output, "it listens", seconds=60)
+async def test_the_command_takes_webhooks_and_ends_when_told(receiver_process: tuple[Process, int], urls: Urls):
+    process, url = receiver_process[0], f"http://127.0.0.1:{receiver_process[1]}"
+    assert url in process.output
     hooks = urls("served/lisbon", base=url)
     async with httpx.AsyncClient() as client:
         assert (await client.get(f"{url}/ready")).status_code == 200
