@@ -45,6 +45,7 @@ class CrewServer:
 
     Attributes:
         port: The port; 0 before the first start of a server that takes a free one.
+        state: What the server holds: its crews and their runs, counters, faults and webhooks.
         faults: What goes wrong; may be added to and cleared while the server runs.
         counters: Requests and kickoffs, counted over restarts.
         requests: Requests by place: inputs, kickoff, status, resume, stop, health.
@@ -63,11 +64,11 @@ class CrewServer:
         **options: Unpack[ServerOptions],
     ) -> None:
         self._app = create_app(spec, token=token or secrets.token_urlsafe(24), **options)
-        self._state: ServerState = state_of(self._app)
-        self._state.crash = self._crash
+        self.state: ServerState = state_of(self._app)
+        self.state.crash = self._crash
         self.port: int = port
-        self.faults: Faults = self._state.faults
-        self.counters: Counters = self._state.counters
+        self.faults: Faults = self.state.faults
+        self.counters: Counters = self.state.counters
         self.requests: Counter[str] = self.counters.requests
         self.crashed: threading.Event = threading.Event()
         self._started = threading.Event()
@@ -94,11 +95,11 @@ class CrewServer:
     @property
     def token(self) -> str:
         """The bearer token. Setting it rotates it: from then on the old one gets 401."""
-        return self._state.token
+        return self.state.token
 
     @token.setter
     def token(self, token: str) -> None:
-        self._state.token = token
+        self.state.token = token
 
     @property
     def headers(self) -> dict[str, str]:
@@ -108,7 +109,7 @@ class CrewServer:
     @property
     def runs(self) -> list[Run]:
         """All runs that this server knows, oldest first."""
-        return self._state.runs
+        return self.state.runs
 
     @property
     def kickoffs(self) -> int:
@@ -192,7 +193,7 @@ class CrewServer:
         await self._server.serve(sockets=[listener])
 
     def _crash(self) -> None:
-        self._state.abandon()
+        self.state.abandon()
         if self._server is not None:
             for server in self._server.servers:
                 server.close()

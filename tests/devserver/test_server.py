@@ -70,7 +70,7 @@ def test_a_rotated_token(serve: Serve) -> None:
     server.restart()
     assert httpx.get(f"{server.url}/inputs", headers=server.headers).status_code == 200
     assert server.counters.unauthorized == 1
-    assert "another" not in repr(server._state)
+    assert "another" not in repr(server.state)
 
 
 def test_several_crews_on_one_server(serve: Serve) -> None:
@@ -135,7 +135,7 @@ def test_a_hanging_request_does_not_hold_up_the_end(serve: Serve) -> None:
 
 def test_a_server_that_does_not_start_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     server = CrewServer("echo")
-    monkeypatch.setattr(server._state.sender, "open", lambda: 1 / 0)
+    monkeypatch.setattr(server.state.sender, "open", lambda: 1 / 0)
     with pytest.raises(RuntimeError, match="does not start") as caught:
         server.start()
     assert caught.value.__cause__ is not None
