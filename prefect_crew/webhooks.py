@@ -145,7 +145,7 @@ def hook_urls(
     Raises:
         ConfigurationError: The address or the secret cannot be used, or `expires` is naive.
     """
-    base = checked_base_url(base_url, what="The receiver's URL", example="https://hooks.example.com")
+    base = _checked_base(base_url)
     key = checked_secret(secret)
     run = Hook("crew", idempotency_key, expires, attempt, names, round, claim)
 
@@ -185,6 +185,19 @@ def bearer_of(hook: Hook, secret: SecretStr | str) -> str:
         ConfigurationError: As `token_of`.
     """
     return _signature(secret, "bearer", _payload(hook))
+
+
+def latest_webhooks_of(settings: CrewSettings) -> tuple[str, str] | None:
+    """Return where a process that waits for runs asks for the latest webhooks, and the token that it brings.
+
+    None where webhooks are off, or go to Prefect Cloud's own receiver, which has no such place.
+
+    Raises:
+        ConfigurationError: The address is none.
+    """
+    if not settings.webhook_url or settings.webhook_secret is None or is_prefect_cloud(settings.webhook_url):
+        return None
+    return f"{_checked_base(settings.webhook_url)}/recent", recent_bearer(settings.webhook_secret)
 
 
 def recent_bearer(secret: SecretStr | str) -> str:
@@ -242,6 +255,10 @@ def checked_secret(secret: SecretStr | str) -> str:
             'URL can try to guess it. Make one: python -c "import secrets; print(secrets.token_urlsafe(32))"'
         )
     return text
+
+
+def _checked_base(url: str) -> str:
+    return checked_base_url(url, what="The receiver's URL", example="https://hooks.example.com")
 
 
 def _payload(hook: Hook) -> str:

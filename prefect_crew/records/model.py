@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from enum import StrEnum
 from functools import lru_cache
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -56,7 +56,7 @@ class InputMarks(BaseModel):
     comparable with nothing.
     """
 
-    model_config = ConfigDict(extra="ignore")
+    model_config: ClassVar[ConfigDict] = ConfigDict(extra="ignore")
 
     key: str
     inputs: dict[str, str]
@@ -101,7 +101,7 @@ def _mark(key: bytes, *parts: Any) -> str:
 class StoredResult(BaseModel):
     """The part of a result that a record keeps, where it is small enough."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True)
 
     output: str
     data: Any = None
@@ -149,7 +149,7 @@ class SentReview(BaseModel):
 class Outcome(BaseModel):
     """What became of a kickoff: a permit says it of itself, a record of all its permits."""
 
-    model_config = ConfigDict(extra="ignore")
+    model_config: ClassVar[ConfigDict] = ConfigDict(extra="ignore")
 
     phase: RecordPhase = RecordPhase.CLAIMED
     kickoff_id: str | None = None
@@ -350,7 +350,7 @@ class Lease:
 class Caller(BaseModel):
     """Who asks: a nonce of the call, and the flow run and attempt of it that it is made from, if any."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True)
 
     owner: str
     flow_run_id: str | None = None

@@ -29,7 +29,7 @@ from prefect_crew.client._parsing import as_object
 from prefect_crew.client.models import CrewStatus, TokenUsage
 from prefect_crew.settings import CrewSettings
 from prefect_crew.states import CrewState
-from prefect_crew.webhooks import ASKED, COMPLETED, WAKING, checked_base_url, is_prefect_cloud, recent_bearer
+from prefect_crew.webhooks import ASKED, COMPLETED, WAKING, latest_webhooks_of
 
 ANSWERED = "crew.reviewed"
 KEY_LABEL = "prefect-crew.idempotency-key"
@@ -190,20 +190,20 @@ class _Hub:
     async def _ask_receiver(self) -> None:
         """Ask the receiver for the latest webhooks, again and again. One that is away or does not know them is no
         fault: there are Prefect's events, and polling."""
-        settings = CrewSettings()
-        url, secret = settings.webhook_url or "", settings.webhook_secret
-        if secret is None or is_prefect_cloud(url):
+        place = latest_webhooks_of(CrewSettings())
+        if place is None:
             return
-        base, cursor = checked_base_url(url), ""
-        headers = {"Authorization": f"Bearer {recent_bearer(secret)}"}
+        (url, token), cursor = place, ""
         # A token does not go through a proxy in clear text.
         async with httpx.AsyncClient(
-            headers=headers, timeout=ANSWER_WITHIN, trust_env=base.startswith("https:")
+            headers={"Authorization": f"Bearer {token}"},
+            timeout=ANSWER_WITHIN,
+            trust_env=url.startswith("https:"),
         ) as client:
             while True:
                 pause = RECONNECT
                 try:
-                    answer = await client.get(f"{base}/recent", params={"after": cursor})
+                    answer = await client.get(url, params={"after": cursor})
                     body = as_object(answer.json()) if answer.is_success else {}
                     if answer.status_code == 404:
                         pause = NO_RECENT

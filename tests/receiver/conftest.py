@@ -23,7 +23,7 @@ def receiver_process(prefect_api: PrefectServer, tmp_path: Path) -> Iterator[tup
     """Run `prefect-crew webhooks` as a process of its own, and give it with its port once it listens."""
     port = free_port()
     env = prefect_api.env(PREFECT_INTEGRATIONS_CREW_WEBHOOK_SECRET=SECRET, PREFECT_LOGGING_LEVEL="DEBUG")
-    command = [program("prefect-crew"), "webhooks", "--port", str(port)]
+    command = [program("prefect-crew"), "receiver", "start", "--port", str(port)]
     with Process(command, log=tmp_path / "webhooks.log", env=env) as process:
         process.wait_for("Listening for webhooks")
         yield process, port

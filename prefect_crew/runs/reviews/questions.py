@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import Enum
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -28,7 +28,7 @@ class ReviewRequest(BaseModel):
     `options` are the outcomes that a Flow can go on with, and `message` is its question.
     """
 
-    model_config = ConfigDict(frozen=True)
+    model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True)
 
     kickoff_id: str
     task_id: str
@@ -45,7 +45,7 @@ class Review(BaseModel):
     `option` is one of the request's options. Left out, it is the one that says what `approve` does, if there is one.
     """
 
-    model_config = ConfigDict(frozen=True)
+    model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True)
 
     approve: bool
     feedback: str = Field(default="", repr=False)
