@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections import deque
 from typing import Any
 from uuid import uuid4
 
@@ -36,28 +35,34 @@ class RecentWebhooks:
     def __init__(self) -> None:
         self._start = uuid4().hex[:8]
         self._last = 0
-        self._kept: deque[dict[str, Any]] = deque(maxlen=KEPT)
+        self._kept: dict[str, dict[str, Any]] = {}  # by their ids, in the order in which they came
         self._news = asyncio.Event()
         self._held = 0
+        self._is_closing = False
 
     def add(self, event: WebhookEvent) -> None:
         """Keep a webhook that ends a pause, and answer those who wait for one."""
         name, hook = event_name(event), event.hook
-        if name not in WAKING:
+        if name not in WAKING or str(event.id) in self._kept:
             return
-        self._kept.append(
-            {
-                "id": str(event.id),
-                "event": name,
-                "idempotency_key": hook.idempotency_key,
-                "attempt": hook.attempt,
-                "round": hook.round,
-                "said": dict(event.said),
-            }
-        )
+        self._kept[str(event.id)] = {
+            "id": str(event.id),
+            "event": name,
+            "idempotency_key": hook.idempotency_key,
+            "attempt": hook.attempt,
+            "round": hook.round,
+            "said": dict(event.said),
+        }
+        if len(self._kept) > KEPT:
+            del self._kept[next(iter(self._kept))]
         self._last += 1
         self._news.set()
         self._news = asyncio.Event()
+
+    def close(self) -> None:
+        """Answer all who wait, and hold no answer back any more: the server is about to stop."""
+        self._is_closing = True
+        self._news.set()
 
     async def after(self, cursor: str) -> dict[str, Any] | None:
         """Return the webhooks after a cursor, the cursor after them, and whether some between were lost.
@@ -67,13 +72,13 @@ class RecentWebhooks:
         start, _, number = cursor.partition("-")
         known = start == self._start and number.isdecimal() and len(number) < 20 and int(number) <= self._last
         seen = int(number) if known else self._last
-        if known and seen == self._last:
+        if known and seen == self._last and not self._is_closing:
             if self._held >= MOST_HELD:
                 return None
             await self._wait()
         first = self._last - len(self._kept)
         begin = max(0, seen - first)
-        found = list(itertools.islice(self._kept, begin, begin + AT_ONCE))
+        found = list(itertools.islice(self._kept.values(), begin, begin + AT_ONCE))
         return {
             "cursor": f"{self._start}-{max(seen, first) + len(found)}",
             # Without a cursor nothing was missed: the process has only just begun to wait.

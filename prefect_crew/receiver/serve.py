@@ -5,15 +5,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import socket
 from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
 
+from starlette.applications import Starlette
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
 from prefect_crew._internal.web_server import WebServer, open_listener, print_line, url_of
+from prefect_crew.receiver.recent import RecentWebhooks
 
 HEAD_TIMEOUT = 10.0
 """Seconds for a request's head, from its first byte or from the connection."""
@@ -88,6 +91,8 @@ class ReceiverServer(WebServer):
     """
 
     def __init__(self, app: ASGIApp, *, on_started: Callable[[], None] = lambda: None) -> None:
+        forwarder = app.state.forwarder if isinstance(app, Starlette) else None
+        self._recent: RecentWebhooks | None = getattr(forwarder, "recent", None)
         super().__init__(
             app,
             on_started=on_started,
@@ -102,6 +107,12 @@ class ReceiverServer(WebServer):
         )
         # uvicorn warns of every request that is no HTTP: anybody could fill a disk with that.
         logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Stop, without a wait for the answers that are held back."""
+        if self._recent is not None:
+            self._recent.close()
+        await super().shutdown(sockets)
 
 
 def serve_receiver(

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import logging
+import math
 import threading
 import time
 from collections import OrderedDict
@@ -27,6 +28,7 @@ from websockets.exceptions import WebSocketException
 from prefect_crew._text import one_line
 from prefect_crew.client._parsing import as_object
 from prefect_crew.client.models import CrewStatus, TokenUsage
+from prefect_crew.exceptions import ConfigurationError
 from prefect_crew.settings import CrewSettings
 from prefect_crew.states import CrewState
 from prefect_crew.webhooks import ASKED, COMPLETED, WAKING, latest_webhooks_of
@@ -35,6 +37,9 @@ ANSWERED = "crew.reviewed"
 KEY_LABEL = "prefect-crew.idempotency-key"
 SAFETY = (15.0, 30.0, 60.0)
 """Seconds between two looks while webhooks are trusted: the first, the second, all further ones."""
+AFTER_WAKE = 0.5
+"""Seconds between the look that a webhook caused and the next one, if it showed nothing new; then twice as many each. A
+webhook may come before the status shows what it is about."""
 DISTRUST = 600.0
 """Seconds for which the receiver is not relied on after a run was found changed of which no webhook told."""
 KEPT = 300.0
@@ -59,6 +64,8 @@ class Waker:
         self._loop = asyncio.get_running_loop()
         self._event = asyncio.Event()
         self._looks = 0
+        self._next_soon = math.inf
+        self._was_soon = False
         self._asked: set[Question] = set()
         self.woken = False
 
@@ -89,6 +96,10 @@ class Waker:
         """Return the pause before the next look, in seconds: a long one while a webhook is sure to end it."""
         if not self._hub.trusted:
             return delay
+        soon, self._next_soon = self._next_soon, 2 * self._next_soon
+        self._was_soon = soon < SAFETY[0]
+        if self._was_soon:
+            return soon
         longer = SAFETY[min(self._looks, len(SAFETY) - 1)]
         self._looks += 1
         return max(delay, longer)
@@ -98,14 +109,14 @@ class Waker:
         try:
             async with asyncio.timeout(seconds):
                 await self._event.wait()
-            self.woken = True
+            self.woken, self._next_soon = True, AFTER_WAKE
         except TimeoutError:
             self.woken = False
         self._event.clear()
 
     def note_missed(self) -> None:
         """Note that a run was found changed of which a webhook should have told."""
-        if not self.woken:
+        if not self.woken and not self._was_soon:
             self._hub.distrust()
 
 
@@ -185,12 +196,19 @@ class _Hub:
         return told.get(COMPLETED, sum(told.values()) if told else None)
 
     async def _listen(self) -> None:
-        await asyncio.gather(self._read_events(), self._ask_receiver())
+        try:
+            await asyncio.gather(self._read_events(), self._ask_receiver())
+        finally:
+            self._has_events = self._has_receiver = False
 
     async def _ask_receiver(self) -> None:
         """Ask the receiver for the latest webhooks, again and again. One that is away or does not know them is no
         fault: there are Prefect's events, and polling."""
-        place = latest_webhooks_of(CrewSettings())
+        try:
+            place = latest_webhooks_of(CrewSettings())
+        except ConfigurationError as error:
+            logging.getLogger("prefect_crew").warning("%s Waits poll as without webhooks.", error)
+            return
         if place is None:
             return
         (url, token), cursor = place, ""
@@ -207,8 +225,8 @@ class _Hub:
                     body = as_object(answer.json()) if answer.is_success else {}
                     if answer.status_code == 404:
                         pause = NO_RECENT
-                except (httpx.HTTPError, ValueError):
-                    body = {}
+                except (httpx.HTTPError, httpx.InvalidURL, ValueError, RecursionError):
+                    body = {}  # nothing that a receiver would say
                 webhooks, found = body.get("webhooks"), body.get("cursor")
                 if not isinstance(webhooks, list) or not isinstance(found, str):
                     self._has_receiver = False

@@ -15,7 +15,7 @@ from prefect_crew.receiver import recent
 from prefect_crew.receiver.app import create_receiver
 from prefect_crew.receiver.forward import Forwarder
 from prefect_crew.webhooks import recent_bearer
-from support.webhooks import BODIES, SECRET, Kept, headers_of, until, url_of
+from support.webhooks import BODIES, SECRET, Kept, headers_of, served, until, url_of
 
 Urls = Callable[..., Webhooks]
 BEARER = {"Authorization": f"Bearer {recent_bearer(SECRET)}"}
@@ -73,10 +73,10 @@ async def test_a_cursor_of_another_start_says_that_some_were_missed(client: http
 
 
 async def test_a_process_that_asks_too_late_hears_that_some_were_missed(
-    client: httpx.AsyncClient, urls: Urls, kept: Kept
+    client: httpx.AsyncClient, urls: Urls, monkeypatch: pytest.MonkeyPatch
 ):
+    monkeypatch.setattr(recent, "KEPT", 2)
     cursor = str((await ask(client))["cursor"])
-    kept.recent._kept = recent.deque(maxlen=2)
     for number in range(5):
         await deliver(client, urls(f"city/{number}"), "crew-first")
     late = await ask(client, cursor)
@@ -107,6 +107,20 @@ async def test_so_many_are_held_back_and_no_more(client: httpx.AsyncClient, monk
     await asyncio.sleep(0.1)
     assert (await client.get("/recent", params={"after": cursor}, headers=BEARER)).status_code == 503
     assert (await asking)["webhooks"] == []
+
+
+async def test_a_server_that_stops_waits_for_no_answer_that_is_held_back(kept: Kept, caplog: pytest.LogCaptureFixture):
+    async with httpx.AsyncClient() as client:
+        async with served(create_receiver(SECRET, forwarder=kept)) as url:
+            client.base_url = url
+            cursor = str((await ask(client))["cursor"])
+            asking = [asyncio.create_task(ask(client, cursor)) for _ in range(3)]
+            await until(lambda: kept.recent._held == 3, "all are held back")
+            began = time.monotonic()
+        answers = await asyncio.gather(*asking)
+    assert time.monotonic() - began < 1.5
+    assert [answer["webhooks"] for answer in answers] == [[], [], []]
+    assert "Traceback" not in caplog.text
 
 
 @pytest.mark.usefixtures("prefect_api")

@@ -131,6 +131,51 @@ async def test_a_receiver_that_does_not_know_the_latest_webhooks_is_polled_aroun
         asking.cancel()
 
 
+async def test_a_webhook_that_comes_before_the_status_shows_its_end_costs_no_long_pause() -> None:
+    hub = listener_module._Hub()
+    hub._has_receiver = True
+    waker = listener_module.Waker(hub, "key")
+    hub.add("key", waker)
+    assert waker.stretch(1.0) == listener_module.SAFETY[0]
+    hub._hear(ending("crew", 1))
+    await waker.pause(60)
+    pauses = []
+    for _ in range(6):
+        pauses.append(waker.stretch(1.0))
+        await waker.pause(0)
+        waker.note_missed()  # the end was seen without another webhook: this one has told of it
+    assert pauses[:4] == [0.5, 1.0, 2.0, 4.0]
+    assert pauses[-1] >= listener_module.SAFETY[1]
+
+
+@pytest.mark.parametrize("body", ["[" * 100_000, "not JSON", "[]", '{"cursor": 1, "webhooks": {}}'])
+async def test_an_answer_that_nobody_would_expect_leaves_the_listener_alive(
+    body: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(listener_module, "RECONNECT", 0.01)
+    monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_WEBHOOK_URL", "http://receiver.example")
+    monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_WEBHOOK_SECRET", SECRET)
+    hub = listener_module._Hub()
+    with respx.mock:
+        route = respx.get("http://receiver.example/recent").respond(200, text=body)
+        asking = asyncio.create_task(hub._ask_receiver())
+        async with asyncio.timeout(20):
+            while route.call_count < 3:
+                await asyncio.sleep(0.01)
+        assert not asking.done()
+        assert not hub.trusted
+        asking.cancel()
+
+
+async def test_a_listener_that_has_ended_is_not_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(listener_module, "get_events_subscriber", Subscriber(KeyError("a mistake")))
+    hub = listener_module._Hub()
+    hub._has_receiver = hub._has_events = True
+    with pytest.raises(KeyError):
+        await asyncio.wait_for(hub._listen(), 30)
+    assert not hub.trusted
+
+
 async def test_every_waiter_of_a_run_is_woken(receiver: str) -> None:
     with CrewServer(SCRIPT) as server:
 

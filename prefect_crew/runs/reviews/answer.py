@@ -25,7 +25,7 @@ from prefect_crew.client._callbacks import FeedbackRequest, feedback_text, post_
 from prefect_crew.client._retry_safety import KickoffFate, kickoff_fate
 from prefect_crew.client.models import CrewStatus, ResumeAnswer
 from prefect_crew.crew import Crew, CrewSession
-from prefect_crew.exceptions import AnsweredError, CrewAPIError, CrewError
+from prefect_crew.exceptions import AnsweredError, CrewAPIError, CrewError, CrewLostError
 from prefect_crew.records.model import RecordPhase, RecordStore, RunRecord, SentReview, utcnow
 from prefect_crew.records.notes import forget_request, kept_output, kept_requests
 from prefect_crew.records.store import PrefectRecords
@@ -100,6 +100,7 @@ async def answer_question(
 
     Raises:
         AnsweredError: The question has its answer on record, is another one by now, or is being answered.
+        CrewLostError: The server does not know the run at this moment. Nothing was sent.
         CrewError: Nothing waits, or nobody knows whether an earlier answer has arrived.
         CrewAPIError, CrewConnectionError: As the server answered, or did not. It is not sent again by itself.
     """
@@ -226,6 +227,9 @@ def _current_question(
     """Return what a run asks at this moment, where it can be answered."""
     kickoff_id, label = run.kickoff_id, run.crew.label
     is_over = status.state.ended or status.state is CrewState.UNKNOWN
+    if question is not None and status.state is CrewState.UNKNOWN:
+        # It may be known again in a moment: what the answer is to is not over.
+        raise CrewLostError(kickoff_id=kickoff_id, crew=label, idempotency_key=run.idempotency_key)
     # A request says that somebody is waited for, whatever the status calls it.
     if request is None or is_over:
         if question is not None and status.state is not CrewState.WAITING:

@@ -92,9 +92,17 @@ class Question:
     state: QuestionState = QuestionState.OPEN
 
     def is_same_as(self, other: Question) -> bool:
-        """Return whether this is the same question, of which the other may know more."""
+        """Return whether this is the same question, of which the other may know more.
+
+        An answer that was taken back leaves its number to another one: so the answers before count, not how many.
+        """
         mine, theirs = (
-            (one.task_id, len(one.before), None if one.request is None else one.request.id) for one in (self, other)
+            (
+                one.task_id,
+                [(answer.mark, answer.at) for answer in one.before],
+                None if one.request is None else one.request.id,
+            )
+            for one in (self, other)
         )
         return mine == theirs and may_be_same(self.asked, other.asked)
 

@@ -7,7 +7,7 @@ import inspect
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import httpx
 from prefect.exceptions import PrefectException
@@ -16,7 +16,7 @@ from prefect_crew._internal.prefect_api import flow_run_id, run_logger
 from prefect_crew.artifacts.events import emit
 from prefect_crew.client.models import CrewStatus
 from prefect_crew.crew import WaitPolicy
-from prefect_crew.exceptions import AnsweredError, CrewAPIError, CrewError, ReviewLimitError
+from prefect_crew.exceptions import AnsweredError, CrewAPIError, CrewError, CrewLostError, ReviewLimitError
 from prefect_crew.records.model import RecordStore, SentReview, utcnow
 from prefect_crew.records.notes import forget_notes, kept_output
 from prefect_crew.runs.listener import Waker
@@ -321,33 +321,36 @@ class People:
             return False
         await form.take_down()
         try:
-            is_sent = await self._send(question, filled.review(question), by=filled.name.strip() or "the form")
+            outcome = await self._send(question, filled.review(question), by=filled.name.strip() or "the form")
         except CrewAPIError as error:
             if error.status_code not in (400, 404, 409):
                 raise
-            is_sent = False
+            outcome = "answered elsewhere"
             self._look_anew("the form", error)
-        # Not before: should this process end before that, the next one finds what was filled in.
-        await form.forget_answer()
-        return is_sent
+        # What was filled in is kept until then: the next look, or the next process, finds it.
+        if outcome != "unknown":
+            await form.forget_answer()
+        return outcome == "sent"
 
-    async def _send(self, question: Question, review: Review, *, by: str) -> bool:
-        """Send an answer; False if the question was answered elsewhere."""
+    async def _send(
+        self, question: Question, review: Review, *, by: str
+    ) -> Literal["sent", "answered elsewhere", "unknown"]:
+        """Send an answer; "unknown" if the server does not know the run at this moment, so that nothing was sent."""
         try:
             _, sent = await answer_question(self.run, self.session, self.records, review, by=by, question=question)
-        except AnsweredError as error:
+        except (AnsweredError, CrewLostError) as error:
             self._look_anew(by, error)
-            return False
+            return "unknown" if isinstance(error, CrewLostError) else "answered elsewhere"
         self.answers = [*question.before, sent]
         self._open, self._answered, self._is_stale = None, None if sent.moved_on else sent, False
         verdict = "approved" if review.approve else "rejected"
         run_logger().info(
             "Crew run %s: task %s, round %d: %s by %s.", self.run.kickoff_id, question.task, question.round, verdict, by
         )
-        return True
+        return "sent"
 
     def _look_anew(self, by: str, error: CrewError) -> None:
-        """Say that an answer was not sent, and look anew at what is asked: it was answered elsewhere."""
+        """Say that an answer was not sent, and look anew at what is asked."""
         why = self.run.redact(str(error))
         run_logger().warning("Crew run %s: the answer of %s was not sent: %s", self.run.kickoff_id, by, why)
         self._open, self._is_stale = None, True
@@ -362,8 +365,10 @@ class People:
             run_logger().warning("The form's answer to run %s came to nothing: %s", kickoff_id, error)
         if self.policy.on_human_timeout != "reject" or budget is None or self._has_extra_time:
             return 0.0
-        self._has_extra_time = True
         question = self.question
+        if question is None and self._without_output is not None:
+            return OUTPUT_WITHIN  # it is about to be asked
+        self._has_extra_time = True
         try:
             given = await self.records.reviews(answers_record(self.run))
             # Where another process has rejected it, the time that began anew is over as well.

@@ -12,6 +12,7 @@ from prefect_crew.client._parsing import parse_status
 from prefect_crew.client.models import CrewStatus
 from prefect_crew.records.model import SentReview, utcnow
 from prefect_crew.runs.reviews.questions import (
+    Question,
     QuestionState,
     digest,
     judged_output,
@@ -90,3 +91,12 @@ def test_what_other_tasks_gave_is_shown_as_that_and_not_as_what_is_to_be_judged(
     status = parse_status(json.dumps(body).encode(), "k")
     assert judged_output(status) is None
     assert outputs_so_far(status) == "### research\n\nfacts"
+
+
+def test_a_question_after_another_answer_is_another_though_as_many_came_before() -> None:
+    """The answer before it was taken back, since the server refused it, and somebody else has its number now."""
+    taken_back, answer = sent(mark=digest("outline"), outcome="intended", age=9), sent()
+    first, second = (Question("k", "draft", 1, None, None, (one,), task="draft") for one in (taken_back, answer))
+    assert not first.is_same_as(second)
+    known = taken_back.model_copy(update={"outcome": "sent"})
+    assert first.is_same_as(Question("k", "draft", 1, None, None, (known,), task="draft"))

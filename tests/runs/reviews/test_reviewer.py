@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from datetime import timedelta
 from typing import Any
+from unittest.mock import AsyncMock
 
 import pytest
 from prefect import flow
@@ -25,11 +27,17 @@ from prefect_crew import (
     kickoff_crew,
     resume_crew,
 )
+from prefect_crew.crew import CrewSession
 from prefect_crew.devserver import CrewScript, CrewServer
-from prefect_crew.records.model import SentReview
+from prefect_crew.records.model import SentReview, utcnow
 from prefect_crew.records.store import PrefectRecords
-from prefect_crew.runs.reviews.reviewer import NOBODY
+from prefect_crew.runs.kickoff import open_run
+from prefect_crew.runs.reviews import reviewer
+from prefect_crew.runs.reviews.form import Form, ReviewForm
+from prefect_crew.runs.reviews.reviewer import NOBODY, People
+from prefect_crew.testing import CrewServerFactory
 from support.asking import Asking
+from support.webhooks import until
 
 SCRIPT = CrewScript.model_validate(
     {
@@ -158,6 +166,53 @@ async def test_nobody_in_time_is_one_rejection_and_time_anew() -> None:
         await resume_crew(crew, str(record.kickoff_id), approve=True)
         assert "Too late for today." in await running
         assert [(one.by == NOBODY, one.approve) for one in await answers(server.url)] == [(True, False), (False, True)]
+
+
+async def test_nobody_in_time_is_a_rejection_also_where_what_is_asked_is_not_known_yet(
+    crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is to be judged may come by a webhook: a wait that begins after people's time is over holds back a while."""
+    monkeypatch.setattr(reviewer, "OUTPUT_WITHIN", 0.5)
+    server = crew_server(Asking())
+    opened = await open_run(server.crew().crew, {}, idempotency_key=server.url)
+    await until(lambda: server.runs[0].state == "waiting", "it asks")
+    assert opened.record is not None
+    opened.record.has_webhooks = True
+    opened.record.human_since = utcnow() - timedelta(hours=30)
+    async with CrewSession(opened.crew) as session:
+        policy = WaitPolicy(human_timeout=86400, on_human_timeout="reject")
+        people = People(opened, session, PrefectRecords(), policy, None, stop=AsyncMock())
+        await people.ask(await session.client.status(opened.kickoff_id))
+        assert people.question is None, "it is held back"
+        assert await people.more_time() == 0.5
+        assert server.requests["resume"] == 0
+        await asyncio.sleep(0.6)
+        await people.ask(await session.client.status(opened.kickoff_id))
+        assert await people.more_time() == 86400
+        assert server.requests["resume"] == 1
+        assert await people.more_time() == 0, "once"
+    assert [one.by for one in await answers(server.url)] == [NOBODY]
+
+
+async def test_what_was_filled_in_is_kept_while_the_server_does_not_know_the_run(
+    crew_server: CrewServerFactory,
+) -> None:
+    server = crew_server(SCRIPT)
+    opened = await open_run(server.crew().crew, {}, idempotency_key=server.url)
+    await until(lambda: server.runs[0].state == "waiting", "it asks")
+    async with CrewSession(opened.crew) as session:
+        people = People(opened, session, PrefectRecords(), WaitPolicy(), None, stop=AsyncMock())
+        await people.ask(await session.client.status(opened.kickoff_id))
+        form = AsyncMock(spec=Form)
+        form.question, form.look.return_value = people.question, ReviewForm(decision="approve", name="Ada")
+        server.faults.add("status:404@1")
+        assert not await people._answer_by_form(form)
+        form.forget_answer.assert_not_called()
+        await people.ask(await session.client.status(opened.kickoff_id))
+        form.question = people.question
+        assert await people._answer_by_form(form)
+        form.forget_answer.assert_awaited_once()
+    assert server.requests["resume"] == 1
 
 
 async def test_a_second_time_nobody_answers_the_crew_is_left() -> None:
