@@ -1,7 +1,7 @@
 # A bare machine needs python3 (3.11 to 3.14, with venv), git, make and the package registries; the rest is built here.
 #
 #   make demo        a crew through Prefect, on this machine, without an account
-#   make test        the tests, but for the slow ones
+#   make test        the tests, but for the slow ones and those of whole programs
 #
 # Variables: PYTHON=python3.12 to choose the interpreter, VENV=folder for the environment, ARGS="-k name" for pytest,
 # WORKERS=0 to run the tests one after the other.
@@ -23,12 +23,12 @@ AT_ONCE = -n $(WORKERS) --dist worksteal
 PYTHONS = $(or $(PYTHON),python3.13 python3.12 python3.11 python3 python3.14)
 SUITABLE = import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info < (3, 15))
 
-.PHONY: help demo test prove sample mutate coverage oldest lint format constraints clean
+.PHONY: help demo test programs prove sample mutate coverage oldest lint format constraints clean
 .DELETE_ON_ERROR:
 
 help:
 	@sed -n 's/^#   make/make/p' Makefile
-	@echo "Also: prove (all tests), sample (some of the slow ones), mutate, coverage, oldest, lint, format, constraints, clean."
+	@echo "Also: programs (tests of whole programs), prove (all tests), sample (some of the slow ones), mutate, coverage, oldest, lint, format, constraints, clean."
 
 # Running
 
@@ -36,10 +36,14 @@ demo: $(VENV)/.core
 	@exec $(BIN)/prefect-crew demo $(ARGS)
 
 test: $(VENV)/.tests
-	$(BIN)/python -m pytest $(AT_ONCE) -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest $(AT_ONCE) -m "not slow and not programs" $(ARGS)
+
+# Those that start whole programs: the pages of the documentation, deployments, workers, the demo, CrewAI.
+programs: $(VENV)/.tests
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m "programs and not slow" $(ARGS)
 
 # All of them: the quick ones side by side, then the slow ones, which measure, kill and load, one after the other.
-prove: test
+prove: test programs
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
 # Some of the slow tests: SAMPLE of those that come in large numbers, chosen by SEED, none begun after TIME seconds.

@@ -35,6 +35,7 @@ from support.processes import MARK, survivors
 if TYPE_CHECKING:
     from support.seen import Seen
 
+TESTS = Path(__file__).parent
 SESSION = uuid.uuid4().hex
 HOME = Path(tempfile.mkdtemp(prefix="prefect-crew-tests-"))
 
@@ -99,7 +100,28 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     config.stash[_SAMPLE] = (len(chosen), len(candidates))
 
 
+PROGRAMS = (
+    "test_docs.py",
+    "test_worker.py",
+    "deployments/",
+    "flows/",
+    "examples/",
+    "cli/test_demo.py",
+    "cli/test_deploy.py",
+    "cli/test_doctor.py",
+    "devserver/test_crewai",
+    "batches/test_ranges.py",
+    "batches/test_cancel.py",
+)
+"""Tests that mostly start programs: pages of the documentation, deployments, workers, the command line, CrewAI. They are
+few and take as much CPU time as all others."""
+
+
 def pytest_itemcollected(item: pytest.Item) -> None:
+    if item.path.relative_to(TESTS).as_posix().startswith(PROGRAMS):
+        item.add_marker("programs")
+    if item.get_closest_marker("crewai"):
+        item.add_marker(pytest.mark.xdist_group("crewai"))  # whose import takes ten seconds in each process
     fixtures = getattr(item, "fixturenames", ())
     if "postgres" in fixtures:
         item.add_marker("postgres")
