@@ -102,7 +102,7 @@ def test_plain_http_beyond_this_machine_has_to_be_allowed():
         {"request_timeout": 0},
         {"price": -1},
         {"show": "everything"},
-        {"wait": {"initial": 20}},
+        {"wait": {"initial": 0}},
         {"token": None},
     ],
     ids=lambda fields: next(iter(fields)),

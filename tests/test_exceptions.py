@@ -235,7 +235,6 @@ BUILTIN: dict[tuple[str, str], str] = {
     ("prefect_crew._internal.files", "OSError"): "exit code 1",
     ("prefect_crew._internal.lazy", "AttributeError"): "a module's __getattr__",
     ("prefect_crew._internal.web_server", "RuntimeError"): "the thread that starts it names the log",
-    ("prefect_crew.crew", "ValueError"): "a validator of pydantic",
 }
 """Exceptions of Python's own that are raised on purpose, by module, and why."""
 
