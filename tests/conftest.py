@@ -113,8 +113,8 @@ PROGRAMS = (
     "batches/test_ranges.py",
     "batches/test_cancel.py",
 )
-"""Tests that mostly start programs: pages of the documentation, deployments, workers, the command line, CrewAI. They are
-few and take as much CPU time as all others."""
+"""Tests that mostly start programs: pages of the documentation, deployments, workers, the command line, CrewAI. There
+are few, and they take as much CPU time as all others."""
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
