@@ -5,7 +5,7 @@
     python benchmarks/batch.py old-new --old PATH   4,000 rows of an instant crew, in turns with another checkout
 
 Every measurement is a process of its own, against a crew server in another one (lean_server.py, which counts the CPU
-that it uses: below its wall time it is no bottleneck) and the Prefect server of PREFECT_API_URL. "loop" is a bare
+that it uses: below its wall time it is not a bottleneck) and the Prefect server of PREFECT_API_URL. "loop" is a bare
 script of asyncio and httpx with eight requests at a time: it knows how long a run takes, keeps nothing, and forgets
 everything if it dies. "map" is Prefect's `kick.map` and `wait.map`. Seconds and CPU are those of the work, without the
 import; memory is the peak of the process (VmHWM), with it. On a machine that others use too, compare the CPU.

@@ -65,7 +65,7 @@ class DeployedCrew(JobBlock[CrewResult]):
     allow_http: bool = Field(
         default=False,
         title="Allow http",
-        description="Whether the token may travel over plain http to another machine, readable on the way.",
+        description="Whether the token may be sent over http, without encryption, to another machine.",
     )
     inputs_as_json: bool = Field(
         default=False,
@@ -78,7 +78,7 @@ class DeployedCrew(JobBlock[CrewResult]):
     )
     wait: WaitPolicy = Field(default=WaitPolicy(), description="How to wait for this crew's runs.")
     max_kickoffs: int = Field(
-        default=3, ge=1, description="How many runs may be started under one idempotency key, the failed ones included."
+        default=3, ge=1, description="How many runs may be started for one idempotency key, including failed ones."
     )
     concurrency_limit: str | None = Field(
         default=None,
@@ -96,7 +96,7 @@ class DeployedCrew(JobBlock[CrewResult]):
     page_url: str | None = Field(
         default=None,
         title="Page URL",
-        description="The crew's page for people, shown where they have to look there, as at a run that asks them.",
+        description="The crew's page for people, shown where they have to look at it, such as for a review.",
     )
 
     @model_validator(mode="before")

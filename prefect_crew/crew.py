@@ -200,7 +200,7 @@ class WaitPolicy(BaseModel):
 
     model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True, extra="forbid")
 
-    initial: float = Field(default=1.0, gt=0, description="Seconds from the kickoff to the first look at the status.")
+    initial: float = Field(default=1.0, gt=0, description="Seconds from the kickoff to the first poll.")
     factor: float = Field(default=1.1, ge=1, description="How much longer each pause is than the one before.")
     max_interval: float = Field(
         default=30.0, gt=0, description="The longest pause between two later looks, in seconds."
@@ -227,10 +227,10 @@ class WaitPolicy(BaseModel):
     grace: float = Field(
         default=30.0,
         ge=0,
-        description="Seconds after the kickoff during which a run that the server does not know yet is fine.",
+        description="Seconds after the kickoff in which the server may not know the run yet.",
     )
     on_timeout: Literal["leave", "stop"] = Field(
-        default="leave", description="Whether a crew that is over its time is left running or stopped."
+        default="leave", description="On timeout: leave the crew running, or stop it."
     )
     on_human_timeout: Literal["leave", "reject", "stop"] | None = Field(
         default=None,
@@ -238,19 +238,19 @@ class WaitPolicy(BaseModel):
         "with `human_message` and the time begins anew, or the crew is stopped. Empty: as `on_timeout` says.",
     )
     human_message: str = Field(
-        default="Nobody answered in time.", description="The feedback of a rejection that nobody made."
+        default="Nobody answered in time.", description="The feedback of an automatic rejection."
     )
     max_rounds: int | None = Field(
         default=None,
         ge=1,
-        description="How often one task may ask. When it asks once more the wait ends, and the crew is left waiting, "
-        "or stopped where `on_human_timeout` says so. Empty: no limit.",
+        description="How often one task may ask. When it asks again the wait ends, and the crew is left waiting, or "
+        "stopped where `on_human_timeout` says so. Empty: no limit.",
     )
     next_round_after: float | None = Field(
         default=300.0,
         ge=0,
-        description="Seconds after an accepted answer from which an equal question, where nothing else tells the two "
-        "apart, counts as the next one, which people may answer; a function is never asked so. Empty: never.",
+        description="Seconds after an accepted answer after which the same question counts as the next round, if "
+        "nothing else tells them apart. People may answer that round; a function is not asked. Empty: never.",
     )
 
     def stops(self, phase: str) -> bool:

@@ -79,7 +79,7 @@ class CrewError(Exception):
         """Set the idempotency key, and name the run in the message unless that names it already."""
         self.idempotency_key = idempotency_key
         if idempotency_key not in str(self):
-            self.add(f"This was about run {idempotency_key!r} of crew {crew}.")
+            self.add(f"Run {idempotency_key!r} of crew {crew}.")
 
     def __reduce__(self) -> Any:
         # Most subclasses take keyword arguments, which BaseException's own reduce cannot replay.
@@ -118,7 +118,7 @@ class CrewAPIError(_FactsError):
     `retry_after` the seconds that a 429 or 5xx asks to wait, or None.
     """
 
-    advice: ClassVar[str] = "Look at the crew's page, and at the body above."
+    advice: ClassVar[str] = "See the crew's page and the answer above."
 
     status_code: int
     method: str
@@ -190,7 +190,7 @@ class InvalidInputsError(CrewAPIError):
 class RateLimitedError(CrewAPIError):
     """429: too many requests. `retry_after` is the seconds that the server asks to wait, or None."""
 
-    advice: ClassVar[str] = "It started nothing: try again later, or lower the rate."
+    advice: ClassVar[str] = "No run was started: try again later, or lower the rate."
 
 
 class ServerError(CrewAPIError):
@@ -242,7 +242,7 @@ class ResponseFormatError(_FactsError):
         run = f" for run {self.kickoff_id}" if self.kickoff_id else ""
         return (
             f"Expected {self.expected}{run}, got: {self.body or 'an empty body'}. "
-            "Check that the URL is the crew's own, not that of a page or a proxy before it."
+            "Check that the URL is the crew's own, not that of a web page or a proxy."
         )
 
 
@@ -285,9 +285,9 @@ class KickoffUncertainError(_FactsError):
         return (
             f"The kickoff of run {self.idempotency_key!r} is uncertain: {self.reason.rstrip('.')}. "
             f"{f'Sent: {facts}. ' if facts else ''}"
-            "It may be running and is not started again. Look at the crew's page, then say which it was: "
-            f"prefect-crew runs resolve {shlex.quote(self.idempotency_key)} --kickoff-id ID, or --never-started; "
-            "then run again with the same key."
+            "It may be running and is not started again. Look at the crew's page, then record what happened: "
+            f"prefect-crew runs resolve {shlex.quote(self.idempotency_key)} --kickoff-id ID, or --never-started; then "
+            "run again with the same key."
         )
 
 
@@ -348,7 +348,7 @@ class CrewLostError(_RunError):
     last_state: str | None = None
 
     def _text(self) -> str:
-        seen = f"it was last seen {self.last_state}" if self.last_state else "this wait has never seen it"
+        seen = f"it was last seen {self.last_state}" if self.last_state else "this wait never saw it"
         again = "force_new=True (--force-new) starts another"
         if self.last_state == CrewState.COMPLETED:
             seen = "it has completed, but its record does not hold the result, and the server has forgotten it"
@@ -357,7 +357,7 @@ class CrewLostError(_RunError):
             again += f", and so does the key after prefect-crew runs resolve {key} --lost"
         return (
             f"{self._run} is not known to the server: {seen}. Check the URL, then the crew's page. "
-            f"It is not started again on a guess: {again}."
+            f"It is not started again automatically: {again}."
         )
 
 
@@ -382,8 +382,8 @@ class CrewTimeoutError(_RunError):
         elif key is not None:
             advice = f"To go on waiting, run again with idempotency key {key!r} and a larger timeout, or look"
         return (
-            f"{self._run} was still {self.last_state or 'unseen'} when its {self.phase} time of {self.budget:g} s was "
-            f"over. {'It was stopped' if self.stopped else 'It was left running'}. {advice}: "
+            f"{self._run} was still {self.last_state or 'unseen'} after its {self.phase} time limit of "
+            f"{self.budget:g} s. {'It was stopped' if self.stopped else 'It was left running'}. {advice}: "
             f"prefect-crew runs inspect {shlex.quote(self.kickoff_id)}."
         )
 
@@ -399,8 +399,8 @@ class ReviewLimitError(_RunError):
     def _text(self) -> str:
         after = "It was stopped." if self.stopped else "It still waits: answer it on the crew's page, or stop it there."
         return (
-            f"{self._run} asks once more for a person's answer to task {excerpt(self.task_id, 100)}, "
-            f"beyond its limit of {self.max_rounds} rounds. {after}"
+            f"{self._run} asks again for a person's answer to task {excerpt(self.task_id, 100)}, and its limit of "
+            f"{self.max_rounds} rounds is reached. {after}"
         )
 
 
@@ -464,7 +464,7 @@ class BatchBusyError(_FactsError):
     def _text(self) -> str:
         return (
             f"{self.what or f'Batch {self.name!r}'} is being run by another process at this moment. Nothing was "
-            "started or changed here. Wait for it, or end it; then do the same again."
+            "started or changed here. Wait for it, or stop it; then repeat this."
         )
 
 
@@ -477,8 +477,9 @@ class BatchChangedError(_FactsError):
 
     def _text(self) -> str:
         return (
-            f"Batch {self.name!r} began with something else: {self.difference}. Nothing was started. To run what is "
-            "new and keep what is done, say on_change='continue'; to start everything anew, choose another name."
+            f"Batch {self.name!r} was started with something else: {self.difference}. Nothing was started. To run "
+            "what is new and keep what is done, give on_change='continue'; to start everything anew, choose another "
+            "name."
         )
 
 
@@ -534,8 +535,8 @@ class LedgerMissingError(_FactsError):
 
     def _text(self) -> str:
         return (
-            f"Batch {self.name!r} is kept in another ledger, {self.ledger}, which is not the one here. Without it "
-            "every row would start again, so nothing was started. Give that ledger (ledger=…), or choose another name."
+            f"Batch {self.name!r} uses another ledger, {self.ledger}. With this one every row would start again, so "
+            "nothing was started. Give that ledger (ledger=…), or choose another name."
         )
 
 

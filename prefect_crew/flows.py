@@ -182,13 +182,13 @@ async def run_deployed_crew(
         str | None,
         Field(description="The identity of one run, such as daily-{{ scheduled_start:%Y-%m-%d }}."),
     ] = None,
-    force_new: Annotated[bool, Field(description="Start a new run whatever the key's record says.")] = False,
+    force_new: Annotated[bool, Field(description="Start a new run even if the key has one.")] = False,
     wait: Annotated[WaitPolicy | None, Field(description="How to wait, in place of the block's policy.")] = None,
     review: Annotated[
         Literal["form"] | None, Field(description="Where people are asked: in a form on this flow run's page.")
     ] = None,
     restore_from: Annotated[
-        str | None, Field(description="The id of a state of a Flow, a UUID, that the run starts from.")
+        str | None, Field(description="The id (a UUID) of a saved state of a CrewAI Flow from which the run starts.")
     ] = None,
 ) -> CrewResult:
     """Run one deployed crew. What `run_crew` runs outside of a flow, and a flow to deploy as it is."""
@@ -239,7 +239,7 @@ async def get_result(
     check_choices(idempotency_key=idempotency_key, output_type=output_type)
     attempts = await PrefectRecords().attempts(idempotency_key)
     if not attempts:
-        raise CrewError(f"No run has the key {idempotency_key!r}. prefect-crew runs ls lists those on record.")
+        raise CrewError(f"No run has the key {idempotency_key!r}. To list them: prefect-crew runs ls --all.")
     record = next((one for one in reversed(attempts) if one.state is CrewState.COMPLETED), attempts[-1])
     names: dict[str, Any] = {"crew": record.crew, "idempotency_key": idempotency_key}
     if record.kickoff_id is None:
@@ -260,7 +260,7 @@ async def get_result(
         if crew is not None:
             raise
         raise CrewError(
-            f"The record of run {idempotency_key!r} does not hold its result, and crew {record.crew} is no stored "
+            f"The record of run {idempotency_key!r} does not hold its result, and crew {record.crew} is not a stored "
             "block to ask for it. Give the crew (crew=…, --crew)."
         ) from error
     run = OpenRun(found, record.kickoff_id, record)

@@ -78,7 +78,7 @@ async def watch_folder(
     """
     log, inbox, more = get_run_logger(), Path(folder), options or {}
     if not await to_thread(inbox.is_dir):
-        log.warning("There is no folder %s here, so nothing can come in.", folder)
+        log.warning("The folder %s does not exist here.", folder)
     found = await to_thread(_new_files, inbox, pattern, unchanged_seconds)
     reports, failed = list[dict[str, Any]](), list[str]()
     for path in found:
@@ -106,12 +106,12 @@ async def watch_folder(
             if _is_through(report):
                 await to_thread(_move, path, "done")
             else:
-                log.warning("%s The next look goes on with it.", report)
+                log.warning("%s The next run of this flow continues with it.", report)
             reports.append(report.as_dict())
     if failed:
         raise CrewError(
             f"The batches of {len(failed)} of {len(found)} files in {folder} failed, the others were run: "
-            f"{'; '.join(failed)}. The next look goes on with them."
+            f"{'; '.join(failed)}. The next run of this flow continues with them."
         )
     return reports
 

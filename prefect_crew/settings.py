@@ -17,7 +17,8 @@ class CrewSettings(PrefectBaseSettings):
     url: str | None = Field(default=None, description="The crew that `DeployedCrew.from_env()` means.")
     token: SecretStr | None = Field(default=None, description="Its bearer token.")
     webhook_url: str | None = Field(
-        default=None, description="The webhook receiver's public base URL. Set, every kickoff asks for webhooks."
+        default=None,
+        description="The webhook receiver's public base URL. If it is set, every kickoff asks for webhooks.",
     )
     webhook_secret: SecretStr | None = Field(
         default=None, description="What signs the webhooks' URLs; the receiver has the same. At least 32 characters."
@@ -28,7 +29,8 @@ class CrewSettings(PrefectBaseSettings):
     )
     worker_modules: Annotated[list[str], NoDecode] = Field(
         default_factory=list,
-        description="Modules, besides this package's, whose flows a crew worker imports; separated by commas.",
+        description="Modules, in addition to this package's, whose flows a crew worker may import; separated by "
+        "commas.",
     )
 
     @field_validator("worker_modules", mode="before")

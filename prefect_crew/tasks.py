@@ -108,7 +108,7 @@ class CrewTask(Task[P, Any], Generic[P, R]):
         Prefect stores the parameters as they are. So a crew is given by its block's name there.
 
         Raises:
-            ConfigurationError: The crew is no stored block, or an input is secret. Nothing was stored.
+            ConfigurationError: The crew is not a stored block, or an input is secret. Nothing was stored.
         """
         args = _hidden(args or ())
         kwargs = {name: _hidden(value) for name, value in (kwargs or {}).items()}
@@ -135,7 +135,7 @@ async def _storable(given: Mapping[str, Any]) -> dict[str, Any]:
     crew = await load_crew(given["crew"])
     if crew.block is None:
         raise ConfigurationError(
-            f"Crew {crew.label} is no stored block, and Prefect would store its token with this task run's parameters. "
+            f"Crew {crew.label} is not a stored block, and Prefect would store its token with this task run's parameters. "
             "Nothing was stored. Save it, and give its name: crew.save('NAME')."
         )
     inputs = cast("Mapping[str, Any]", given.get("inputs") or {})

@@ -123,7 +123,7 @@ def names_in(template: str, *, collections: frozenset[str] = frozenset()) -> set
     """Return the names that a template needs: its own, and those looked up in a collection such as `steps["a b"]`.
 
     Raises:
-        ConfigurationError: It is no template.
+        ConfigurationError: It is not a template.
     """
     tree = _parsed(template)
     needed = find_undeclared_variables(tree)
@@ -142,7 +142,7 @@ def attributes_in(template: str, names: Collection[str], *, collection: str) -> 
     """Return what a template reads of these names, as name and attribute: `a.output`, or `collection["a"].output`.
 
     Raises:
-        ConfigurationError: It is no template.
+        ConfigurationError: It is not a template.
     """
     found: set[tuple[str, str]] = set()
     for lookup in _parsed(template).find_all(nodes.Getattr):
@@ -161,7 +161,7 @@ def _parsed(template: str) -> nodes.Template:
     try:
         tree = environment.parse(template)
     except TemplateError as error:
-        raise ConfigurationError(f"{template!r} is no template: {error}") from None
+        raise ConfigurationError(f"{template!r} is not a template: {error}") from None
     for node in tree.find_all((nodes.Filter, nodes.Test, nodes.Getattr, *_OTHERS)):
         if problem := _problem(node, environment):
             raise ConfigurationError(f"{template!r} cannot be filled: {problem}.")
@@ -179,7 +179,7 @@ def _problem(node: nodes.Node, environment: Any) -> str | None:
         return f"there is no test {node.name!r}"
     # What every object has, such as `__class__`, and a mapping's own `__typename` is not.
     if isinstance(node, nodes.Getattr) and hasattr(object, node.attr):
-        return f"the sandbox does not give {node.attr!r} away"
+        return f"{node.attr!r} is not allowed in a template"
     if isinstance(node, _OTHERS):
         return "it asks for another template, and there is none"
     return None
@@ -198,12 +198,12 @@ def compiled(template: str) -> Callable[[Mapping[str, Any]], str]:
     """Return what fills a template, as `render` does: for one that is filled thousands of times.
 
     Raises:
-        ConfigurationError: It is no template.
+        ConfigurationError: It is not a template.
     """
     try:
         ready = _environment().from_string(_parsed(template))
     except TemplateError as error:
-        raise ConfigurationError(f"{template!r} is no template: {error}") from None
+        raise ConfigurationError(f"{template!r} is not a template: {error}") from None
 
     def fill(values: Mapping[str, Any]) -> str:
         try:

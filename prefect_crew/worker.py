@@ -142,7 +142,7 @@ async def hand_over(client: PrefectClient, flow_run_id: UUID, why: str, *, only_
     It is not where the flow run is in another state, has ended, or is the pool's already.
 
     A flow run that waits for a retry "in process" is handed out by no pool: so its policy is changed first. Being
-    handed over is no attempt that failed, but the server counts it as one: so there is one retry more.
+    handed over is not an attempt that failed, but the server counts it as one: so there is one retry more.
 
     Args:
         client: A Prefect client.
@@ -196,7 +196,7 @@ async def stop_crews_of(client: PrefectClient, flow_run: FlowRun) -> None:
                 answer = await stop_run(crew, record.kickoff_id, idempotency_key=record.idempotency_key)
                 log.info("Crew run %s was asked to stop: %s.", record.kickoff_id, answer.outcome)
             except (CrewError, httpx.HTTPError, PrefectException) as error:
-                text = "Crew run %s could not be stopped (%s): it runs on at %s."
+                text = "Crew run %s could not be stopped (%s): it continues at %s."
                 log.warning(text, record.kickoff_id, error, record.crew_url)
 
 
@@ -217,14 +217,14 @@ def load_flow(entrypoint: str | None, *, allowed: Iterable[str] | None = None) -
     module, _, name = (entrypoint or "").rpartition(".")
     if not module or ":" in module or "/" in module:
         raise ConfigurationError(
-            f"{entrypoint!r} is no import path of a flow, such as my_package.flows.my_flow. Deploy a flow in a file to "
+            f"{entrypoint!r} is not an import path of a flow, such as my_package.flows.my_flow. Deploy a flow in a file to "
             "a process work pool: prefect deploy."
         )
     permitted = None if allowed is None else ["prefect_crew", *allowed]
     if permitted is not None and not any(module == one or module.startswith(f"{one}.") for one in permitted):
         raise ConfigurationError(
-            f"This crew worker does not import {module}: add it to PREFECT_INTEGRATIONS_CREW_WORKER_MODULES where the "
-            f"worker starts. It imports {', '.join(permitted)}."
+            f"This crew worker is not allowed to import {module}. Add it to PREFECT_INTEGRATIONS_CREW_WORKER_MODULES "
+            f"where the worker starts. Allowed: {', '.join(permitted)}."
         )
     try:
         flow = getattr(importlib.import_module(module), name)
@@ -234,7 +234,7 @@ def load_flow(entrypoint: str | None, *, allowed: Iterable[str] | None = None) -
             f"The flow {entrypoint} cannot be imported ({reason}): install its package here and where the worker runs."
         ) from error
     if not isinstance(flow, Flow):
-        raise ConfigurationError(f"{entrypoint} is no flow: decorate the function with @flow.")
+        raise ConfigurationError(f"{entrypoint} is not a flow: decorate the function with @flow.")
     if not flow.isasync or flow.isgenerator:
         raise ConfigurationError(
             f"The flow {entrypoint} is synchronous, and a crew worker runs asynchronous ones only: write it as `async "
@@ -399,7 +399,7 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, BaseWorkerResult]):
         """Say that a flow run crashed, unless it is the Prefect server that was away: then it is adopted later."""
         error = sys.exception()
         if isinstance(error, httpx.HTTPError) and is_away(error):
-            self._logger.warning("The Prefect server is away (%s): flow run %r waits.", error, flow_run.name)
+            self._logger.warning("The Prefect server does not answer (%s): flow run %r waits.", error, flow_run.name)
             return
         await super()._propose_crashed_state(flow_run, message, client)
 
@@ -450,7 +450,7 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, BaseWorkerResult]):
             if held.ending is None:
                 raise
         except (Abort, Pause) as signal_of_prefect:
-            log.info("The flow run goes on no further here: %s", signal_of_prefect)
+            log.info("The flow run ended on this worker: %s", signal_of_prefect)
         except (SystemExit, KeyboardInterrupt, GeneratorExit):
             log.warning("Only this flow run ends: the crew worker goes on.")
         except Exception as error:
@@ -465,7 +465,9 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, BaseWorkerResult]):
             except httpx.HTTPError as error:
                 if not is_away(error):
                     raise
-                self._logger.warning("The Prefect server is away (%s): flow run %r waits.", error, held.flow_run.name)
+                self._logger.warning(
+                    "The Prefect server does not answer (%s): flow run %r waits.", error, held.flow_run.name
+                )
                 await asyncio.sleep(AWAY_PAUSE)
 
     async def _confirm(self, held: HeldFlowRun) -> None:

@@ -217,7 +217,7 @@ class TestIdiom:
 
     async def test_a_wait_policy_of_its_own(self, crew_server: CrewServerFactory):
         run = await crew_server(slow(60)).crew(wait=WaitPolicy(timeout=3600)).trigger()
-        with pytest.raises(CrewError, match=r"running time of 0\.3 s"):
+        with pytest.raises(CrewError, match=r"running time limit of 0\.3 s"):
             await run.wait_for_completion(WaitPolicy(initial=0.1, timeout=0.3))
 
 

@@ -87,12 +87,12 @@ ERRORS: dict[str, tuple[CrewError, list[str], str]] = {
     ),
     "stopped": (exceptions.CrewStoppedError(kickoff_id="k1", crew="travel"), ["k1", "travel"], "Run again"),
     "lost": (exceptions.CrewLostError(kickoff_id="k1", last_state="running"), ["k1", "running"], "Check the URL"),
-    "lost-at-once": (exceptions.CrewLostError(kickoff_id="k1"), ["k1", "has never seen it"], "Check the URL"),
+    "lost-at-once": (exceptions.CrewLostError(kickoff_id="k1"), ["k1", "this wait never saw it"], "Check the URL"),
     "timeout": (
         exceptions.CrewTimeoutError(
             kickoff_id="k1", phase="running", budget=60, last_state="running", idempotency_key="daily"
         ),
-        ["k1", "running time of 60 s", "left running"],
+        ["k1", "running time limit of 60 s", "left running"],
         "run again with idempotency key 'daily'",
     ),
     "timeout-stopped": (
@@ -216,7 +216,7 @@ CAUGHT: dict[str, str] = {
     "prefect_crew.client.inputs._UnsendableError": "encode_inputs names the input",
     "prefect_crew.cli.app.TerminatedError": "of the command line alone: exit code 143",
     "prefect_crew.cli._errors.UsageError": "of the command line alone: exit code 2",
-    "prefect_crew.runs.kickoff.ClaimLostError": "purchases decides again",
+    "prefect_crew.runs.kickoff.ClaimLostError": "the kickoff decides again",
     "prefect_crew.runs.wait._CancelledOnServerError": "waits raises what became of the run",
 }
 """Exceptions that never leave this package, and who catches them."""
@@ -228,7 +228,7 @@ BUILTIN: dict[tuple[str, str], str] = {
     ("prefect_crew.batches.dataset", "ValueError"): "a hook of json, whose caller names the line",
     ("prefect_crew.batches.options", "ValueError"): "a validator of pydantic",
     ("prefect_crew.batches.run", "TypeError"): "a keyword that a function does not have",
-    ("prefect_crew._internal.flow_engine", "CancelledError"): "a flow run that another worker has goes on no further",
+    ("prefect_crew._internal.flow_engine", "CancelledError"): "a flow run that another worker has ends here",
     ("prefect_crew.blocks", "ValueError"): "a validator of pydantic",
     ("prefect_crew.cli.run", "OSError"): "exit code 1",
     ("prefect_crew.cli.serve", "OSError"): "exit code 1",

@@ -299,7 +299,7 @@ def test_what_is_secret_is_refused_by_a_deferred_task(
     cast("Any", crew.model_copy()).save(name)
     with temporary_settings({PREFECT_LOCAL_STORAGE_PATH: tmp_path}):
         for given, said in (
-            ((DeployedCrew(url=crew.url, token=SecretStr(secret), allow_http=True), {"text": "a"}), "no stored block"),
+            ((DeployedCrew(url=crew.url, token=SecretStr(secret), allow_http=True), {"text": "a"}), "not a stored block"),
             ((name, {"pin": secret}), "pin: Prefect would store"),
             ((name, {"text": SecretStr(secret)}), "text: Prefect would store"),
         ):

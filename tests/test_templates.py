@@ -106,7 +106,7 @@ def test_a_whole_result_shows_no_more_than_its_documented_fields(template: str):
         pytest.param("{% extends 'x' %}", "asks for another template", id="extends"),
         pytest.param("{% import 'x' as x %}", "asks for another template", id="import"),
         pytest.param("{% from 'x' import y %}", "asks for another template", id="from"),
-        pytest.param("{{ topic", "is no template", id="syntax"),
+        pytest.param("{{ topic", "is not a template", id="syntax"),
     ],
 )
 def test_what_can_never_be_filled_is_known_before_there_are_values(template: str, problem: str):
@@ -174,7 +174,7 @@ def test_what_is_not_there_or_not_allowed_is_an_error(template: str):
 @pytest.mark.parametrize("template", ["{{ open", "{% if %}", "{{ a b }}", "{% nonsense %}"])
 def test_what_is_no_template_says_so(template: str):
     for use in (lambda: render(template, {}), lambda: names_in(template)):
-        with pytest.raises(ConfigurationError, match="is no template"):
+        with pytest.raises(ConfigurationError, match="is not a template"):
             use()
 
 

@@ -115,7 +115,7 @@ def test_a_flow_run_sends_no_heartbeat_so_that_no_automation_takes_it_for_crashe
         (f"{USER_FLOWS}.synchronous", "Failed", "is synchronous"),
         (f"{USER_FLOWS}.missing", "Failed", "cannot be imported"),
         (f"{EXITS}.anything", "Failed", "cannot be imported (SystemExit: 5)"),
-        ("email.message_from_string", "Failed", "does not import email: add it to PREFECT_INTEGRATIONS_CREW_"),
+        ("email.message_from_string", "Failed", "is not allowed to import email. Add it to PREFECT_INTEGRATIONS_CREW_"),
     ],
 )
 def test_a_flow_of_ones_own_ends_alone_and_what_is_none_is_refused(
@@ -148,7 +148,7 @@ def test_what_a_flow_logs_is_its_own(pool: CrewPool):
 def test_a_flow_that_blocks_the_loop_is_named(pool: CrewPool, worker: Worker):
     run = pool.wait_for(pool.start(pool.deploy("blocks", f"{USER_FLOWS}.blocks"), seconds=9))
     assert run["state_name"] == "Completed"
-    warning = worker.process.wait_for("has held the event loop", 30)
+    warning = worker.process.wait_for("has blocked the event loop", 30)
     assert f"Flow run '{run['name']}'" in warning
     assert "crew_worker_flows.py:" in "".join(warning.split())
 
@@ -262,7 +262,7 @@ async def test_a_slot_of_a_deployments_limit_that_is_gone_ends_no_flow_run(caplo
     async def limited() -> list[str]:
         lease: Any = prefect.flow_engine.amaintain_concurrency_lease  # pyright: ignore[reportPrivateImportUsage]
         async with lease(uuid4(), 0.1, raise_on_lease_renewal_failure=True), asyncio.timeout(60):
-            while "holds its slot of the deployment's limit no more" not in caplog.text:
+            while "lost its slot in the deployment's concurrency limit" not in caplog.text:
                 await asyncio.sleep(0.1)
             return [thread.name for thread in threading.enumerate()]
 

@@ -197,7 +197,7 @@ async def _renew(lease_id: UUID, duration: float) -> None:
                 pause = duration * RENEW_AFTER
             except httpx.HTTPError as error:
                 if isinstance(error, httpx.HTTPStatusError) and error.response.is_client_error:
-                    get_run_logger().info("The flow run holds its slot of the deployment's limit no more: %s", error)
+                    get_run_logger().info("The flow run lost its slot in the deployment's concurrency limit: %s", error)
                     return
                 pause = RENEW_RETRY
 
@@ -258,7 +258,7 @@ def _warning_when_blocked(warn: Callable[..., None]) -> Generator[None]:
             task = asyncio.current_task(loop)
             frame = sys._current_frames().get(loop_thread)  # noqa: SLF001  # pyright: ignore[reportPrivateUsage] - documented, for this
             warn(
-                "%s has held the event loop for %.0f s, at %s; all other flow runs wait. Do such work in "
+                "%s has blocked the event loop for %.0f s, at %s, so all other flow runs wait. Run such work in "
                 "`await asyncio.to_thread(…)`, or deploy the flow to a process work pool.",
                 "Something" if task is None else task.get_name(),
                 seconds,

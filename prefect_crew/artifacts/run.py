@@ -57,7 +57,7 @@ class MarkdownArtifact:
         except (httpx.HTTPError, PrefectException, ValueError) as error:
             return f"{type(error).__name__}: {error}".splitlines()[0]
         except TimeoutError:
-            return f"the Prefect API did not take it in {SHOW_WITHIN:g} s"
+            return f"the Prefect API did not accept it within {SHOW_WITHIN:g} s"
         return None
 
     async def find(self) -> UUID | None:

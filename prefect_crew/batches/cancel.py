@@ -108,7 +108,7 @@ async def _end(
             run_logger().warning("Not every run in flight could be stopped in %.0f s.", STOP_WITHIN)
     else:
         run_logger().warning(
-            "%d runs of batch %s are left in flight; the same call finds them again.", len(runner.waiting), name
+            "%d runs of batch %s are left in flight; the same call reattaches to them.", len(runner.waiting), name
         )
     await cancel_and_wait(work)
 

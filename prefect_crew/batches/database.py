@@ -93,7 +93,9 @@ async def ledger_address(ledger: str | None, output: str) -> LedgerAddress:
             f"Secret(value='postgresql://…').save({name!r})."
         ) from None
     if not isinstance(value, str):
-        raise ConfigurationError(f"The Prefect Secret block {name!r} holds no text, and so no ledger.")
+        raise ConfigurationError(
+            f"The Prefect Secret block {name!r} does not hold text: store the URL of the ledger in it."
+        )
     open_url(value)
     return LedgerAddress(value, given)
 
@@ -182,8 +184,8 @@ def default_ledger(output: str) -> str:
     """Return the path of the ledger next to a local output. Raises ConfigurationError."""
     if is_remote(output):
         raise ConfigurationError(
-            f"The output {shown_address(output)} is not on this machine, so there is no place for the ledger next "
-            "to it: give a path or the URL of a PostgreSQL database, ledger=…."
+            f"The output {shown_address(output)} is not on this machine, so the ledger cannot be stored next to it: "
+            "give ledger=…, a path or the URL of a PostgreSQL database."
         )
     path = Path(output.removeprefix("file://"))
     if not path.name:
@@ -206,7 +208,7 @@ def open_url(ledger: str) -> URL:
         # asyncpg calls `ssl` what everybody else calls `sslmode`.
         query = {"ssl" if name == "sslmode" else name: value for name, value in url.query.items()}
         return url.set(drivername="postgresql+asyncpg", query=query)
-    raise ConfigurationError(f"A ledger lives in a SQLite file or in PostgreSQL, not in {kind!r}.")
+    raise ConfigurationError(f"A ledger is a SQLite file or a PostgreSQL database, not {kind!r}.")
 
 
 class Database:
@@ -289,8 +291,7 @@ class Database:
         """
         if path.exists() and (names := path.stat().st_nlink) > 1:
             raise LedgerError(
-                f"has {names} names (hard links), and what is written by one of them is not seen by the others. Copy "
-                "it to a file of its own.",
+                f"has {names} names (hard links), and SQLite does not work with them. Copy it to a new file.",
                 ledger=self.address,
             )
         if os.path.ismount(path):

@@ -51,7 +51,7 @@ _UNREADABLE = (OSError, EOFError, ImportError, ValueError, zlib.error, lzma.LZMA
 class Row:
     """One row. `line` is that of the file, 1-based, or the row's number where there is no file.
 
-    `fault` is why it is no row of this data set, None where it is one; `raw` is then what is there instead.
+    `fault` is why it is not a row of this data set, None where it is one; `raw` is then what is there instead.
     """
 
     line: int
@@ -95,7 +95,7 @@ def open_dataset(source: Any, *, format: DatasetFormat | None = None, encoding: 
         encoding: That of a text file.
 
     Raises:
-        DatasetError: The format is unknown, or this is no data set. What is wrong within it is raised while it is read.
+        DatasetError: The format is unknown, or this is not a data set. What is wrong within it is raised while it is read.
     """
     if isinstance(source, str | os.PathLike):
         address = os.fspath(cast("str | os.PathLike[str]", source))
@@ -111,7 +111,8 @@ def open_dataset(source: Any, *, format: DatasetFormat | None = None, encoding: 
         return Dataset(name, lambda: reader(source, name))
     if isinstance(source, Mapping | bytes | bytearray) or not isinstance(source, Iterable):
         raise DatasetError(
-            f"A {kind_name} is no data set: give a path, an iterable of mappings, or a data frame.", source="data set"
+            f"A {kind_name} is not a data set: give a path, an iterable of mappings, or a data frame.",
+            source="data set",
         )
     rows = cast("Iterable[Any]", source)
     kept = rows if isinstance(rows, list | tuple) else list(rows)  # rows are read twice
@@ -122,7 +123,7 @@ def open_dataset(source: Any, *, format: DatasetFormat | None = None, encoding: 
 
 
 def is_remote(address: str) -> bool:
-    """Return whether an address is no path on this machine."""
+    """Return whether an address is not a path on this machine."""
     return "://" in address and not address.startswith("file://")
 
 
@@ -156,7 +157,9 @@ def _format_of(address: str, name: str) -> DatasetFormat:
         if found is not None:
             return found
     raise DatasetError(
-        f"the ending {ending!r} tells no format. Known: {', '.join(sorted(ENDINGS))}; or give format=….", source=name
+        f"the format is not known from the file ending {ending!r}. Known: {', '.join(sorted(ENDINGS))}; or give "
+        "format=….",
+        source=name,
     )
 
 
@@ -180,7 +183,7 @@ class _File:
             now = (stat.st_size, stat.st_mtime_ns)
             if self._seen not in (None, now):
                 raise DatasetError(
-                    "has changed while it was read. Run the batch again once it stays.", source=self.name
+                    "changed while it was read. Run the batch again when it does not change any more.", source=self.name
                 )
             self._seen = now
             return self._path
@@ -299,7 +302,7 @@ def _csv(lines: Iterable[str], name: str, delimiter: str) -> Iterator[Row]:
         _check_columns(header, name, line=1)
         start = reader.line_num + 1
     except csv.Error as error:
-        raise DatasetError(f"is no CSV: {_csv_reason(error)}.", source=name, line=start) from None
+        raise DatasetError(f"is not CSV: {_csv_reason(error)}.", source=name, line=start) from None
     while True:
         try:
             fields = next(reader)
@@ -307,9 +310,9 @@ def _csv(lines: Iterable[str], name: str, delimiter: str) -> Iterator[Row]:
             return
         except csv.Error as error:
             if _OPEN_QUOTE in str(error):  # it has taken all lines to the end of the file with it
-                raise DatasetError(f"is no CSV: {_csv_reason(error)}.", source=name, line=start) from None
+                raise DatasetError(f"is not CSV: {_csv_reason(error)}.", source=name, line=start) from None
             line, start, size = start, reader.line_num + 1, 0
-            yield Row(line, {}, f"is no CSV: {_csv_reason(error)}")
+            yield Row(line, {}, f"is not CSV: {_csv_reason(error)}")
             continue
         line, start, size = start, reader.line_num + 1, 0
         if not fields:
@@ -331,7 +334,7 @@ def _check_columns(columns: Sequence[str], name: str, *, line: int | None = None
     doubled = sorted({column for column in columns if columns.count(column) > 1})
     if doubled:
         listed = ", ".join(repr(column) for column in doubled)
-        raise DatasetError(f"the columns {listed} are there twice.", source=name, line=line)
+        raise DatasetError(f"the columns {listed} appear twice.", source=name, line=line)
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -339,7 +342,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(value) != len(pairs):
         names = [key for key, _ in pairs]
         doubled = next(key for key in names if names.count(key) > 1)
-        raise ValueError(f"the name {doubled!r} is twice in one object")
+        raise ValueError(f"the name {doubled!r} appears twice in one object")
     return value
 
 
@@ -355,7 +358,7 @@ def _jsonl(lines: Iterable[str], name: str) -> Iterator[Row]:
         try:
             value = _decode(text)
         except (ValueError, RecursionError) as error:
-            yield Row(number, {}, f"is no JSON: {error}", text)
+            yield Row(number, {}, f"is not JSON: {error}", text)
         else:
             yield _mapping_row(value, number)
 
@@ -366,11 +369,11 @@ def _json(lines: Iterable[str], name: str) -> Iterator[Row]:
         value = _decode("".join(lines))
     except json.JSONDecodeError as error:
         hint = " Is it JSON Lines? Then give format='jsonl'." if error.msg == "Extra data" else ""
-        raise DatasetError(f"is no JSON: {error.msg}.{hint}", source=name, line=error.lineno) from None
+        raise DatasetError(f"is not JSON: {error.msg}.{hint}", source=name, line=error.lineno) from None
     except (ValueError, RecursionError) as error:
-        raise DatasetError(f"is no JSON: {error}.", source=name) from None
+        raise DatasetError(f"is not JSON: {error}.", source=name) from None
     if not isinstance(value, list | dict):
-        raise DatasetError("is no JSON array of objects.", source=name)
+        raise DatasetError("is not a JSON array of objects.", source=name)
     yield from _of_mappings(cast("list[Any]", value) if isinstance(value, list) else [value])
 
 
@@ -417,7 +420,7 @@ def _read_parquet(path: Path, name: str) -> Iterator[Row]:
                 yield Row(number, values)
             start += PART
     except (library.exceptions.PolarsError, OSError) as error:
-        raise DatasetError(f"is no Parquet file: {error}.", source=name) from None
+        raise DatasetError(f"is not a Parquet file: {error}.", source=name) from None
 
 
 def _polars_frame(frame: Any, name: str) -> Iterator[Row]:

@@ -366,7 +366,7 @@ class Ledger:
             urgent = record.phase is not RecordPhase.ENDED
             saved = await self.writer.put(self._values(record), is_claim=False, urgent=urgent)
         except LedgerError:
-            self._log_unsaved(record, "that could not be written down. Once the ledger is back: ")
+            self._log_unsaved(record, "that could not be recorded. Once the ledger is back: ")
             raise
         finally:
             if record.phase is not RecordPhase.CLAIMED:
@@ -388,7 +388,7 @@ class Ledger:
         if record.kickoff_id is not None and record.kickoff_id != there.kickoff_id:
             self._log_unsaved(record, f"the ledger already says that it is {known}. ")
         else:
-            run_logger().warning("The ledger already says that %s is %s. That stays.", what, known)
+            run_logger().warning("The ledger already says that %s is %s. It is not changed.", what, known)
 
     def _log_unsaved(self, record: RunRecord, why: str) -> None:
         """Log the id of a run that is in no ledger: nobody else knows it."""

@@ -34,7 +34,7 @@ OF_ONE_CALL = {"retry_failed", "on_change"}
 
 InputsFrom = Mapping[str, Any] | Callable[..., Any]
 """A function of the row; or inputs by name, each a template over the row's columns, a column's name, a function of the
-row, or any constant that is no text."""
+row, or any constant that is not text."""
 KeyFrom = str | Callable[..., Any]
 """The name of a column, or a function of the row."""
 Count = Annotated[int, Field(strict=True, ge=1)]
@@ -105,9 +105,7 @@ class BatchOptions(BaseModel):
     def _check_on_failure(cls, limit: Any) -> Any:
         is_number = type(limit) in (int, float) and limit > 0 and (limit <= 1 or limit == int(limit))
         if not is_number and limit not in ("continue", "stop"):
-            raise ValueError(
-                "say 'continue', 'stop', after how many failed rows to stop, or after which share of the rows below 1"
-            )
+            raise ValueError("give 'continue', 'stop', a number of failed rows, or a share of the rows below 1")
         return limit
 
     @field_validator("retries")
@@ -117,8 +115,8 @@ class BatchOptions(BaseModel):
         unknown = set(retries) - set(known) if isinstance(retries, Mapping) else set[str]()
         if unknown:
             raise ValueError(
-                f"a row is started again after {', '.join(known)} only, not after {', '.join(sorted(unknown))}: "
-                "that started nothing, or left a run that may go on"
+                f"a row can be retried only after {', '.join(known)}, not after {', '.join(sorted(unknown))}, which "
+                "starts no run or leaves one running"
             )
         return retries
 
@@ -184,23 +182,23 @@ def plain_call(
     """
     address = dataset.address
     if crew is None:
-        return {"why_not": "its crew is no stored block"}
+        return {"why_not": "its crew is not a stored block"}
     if address is None:
-        return {"why_not": "its data set was given by code"}
+        return {"why_not": "its data set was passed as a Python object"}
     for what, where in (("data set", address), ("output", output)):
         if is_remote(where) and shown_address(where) != where:
-            return {"why_not": f"the address of its {what} holds what is not for everyone"}
+            return {"why_not": f"the address of its {what} may contain a password"}
     if given := [name for name in secret_inputs if _holds_value(options.inputs, name)]:
-        return {"why_not": f"the secret inputs {', '.join(given)} were given by code and not by a column"}
+        return {"why_not": f"the secret inputs {', '.join(given)} were passed as Python objects and not by a column"}
     if options.webhooks is not None:
-        return {"why_not": "its webhooks were given by code"}
+        return {"why_not": "its webhooks were passed as a Python object"}
     for name in ("key", "inputs"):
         if callable(getattr(options, name)):
             return {"why_not": f"{name} is a function"}
     try:
         chosen = options.model_dump(mode="json", exclude_defaults=True, exclude=OF_ONE_CALL)
     except (PydanticSerializationError, ValueError) as error:
-        return {"why_not": f"an option is no plain value: {error}"}
+        return {"why_not": f"an option cannot be stored as JSON: {error}"}
     return {
         "crew": crew,
         "dataset": whole_address(address),

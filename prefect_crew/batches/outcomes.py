@@ -82,9 +82,9 @@ def state_of(record: RunRecord) -> RowState:
 
 _OUT_OF_SIGHT = {CrewLostError.__name__: RowState.LOST, CrewTimeoutError.__name__: RowState.TIMED_OUT}
 _ENDS: dict[CrewState | None, RowState] = {CrewState.FAILED: RowState.FAILED, CrewState.STOPPED: RowState.STOPPED}
-STOPPED_WITH_BATCH = "stopped since the batch was cancelled"
+STOPPED_WITH_BATCH = "stopped because the batch was cancelled"
 """The reason, in a record, of a run that we stopped. Going on with the batch means to have that row after all."""
-SENDER_ENDED = "its sender ended before the answer was written down"
+SENDER_ENDED = "the process that sent it ended before it recorded the answer"
 CONFLICT_REASON = (
     "Not started: this key was kicked off before with other inputs, or for another crew. Give the row another key, or "
     "the batch another name."
@@ -143,6 +143,6 @@ def explain_lost(error: CrewLostError, key: str, batch: str) -> str:
     """Return why a row whose run is lost has no result, and what to do."""
     seen = f", last seen {error.last_state}," if error.last_state else ""
     return (
-        f"Run {error.kickoff_id}{seen} is not known to the crew's server. It is not started again on a guess: "
-        f"prefect-crew batch retry {shlex.quote(batch)} --key {shlex.quote(key)} does."
+        f"Run {error.kickoff_id}{seen} is not known to the crew's server. It is not started again automatically. To "
+        f"start it again: prefect-crew batch retry {shlex.quote(batch)} --key {shlex.quote(key)}."
     )

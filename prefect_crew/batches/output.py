@@ -53,7 +53,9 @@ class Output:
                 raise ConfigurationError(f"The output {self.name} {error.reason} Nothing was started.") from None
         if self._path is None:
             if address.startswith(("http://", "https://")):
-                raise ConfigurationError(f"The output {self.name} is a web address. Nothing was started.")
+                raise ConfigurationError(
+                    f"The output {self.name} is an http address, which cannot be written to. Nothing was started."
+                )
             try:
                 _fsspec.core.url_to_fs(address)
             except (ImportError, ValueError) as error:
@@ -71,8 +73,8 @@ class Output:
                 self._path.parent.mkdir(parents=True, exist_ok=True)
             if is_new and self.exists() and not (self._path and self._path.stat().st_size == 0):
                 raise OutputError(
-                    f"{self.name} is there already, and this batch did not write it. Choose another output, or "
-                    "move it away. Nothing was started."
+                    f"{self.name} exists already and is not from this batch. Choose another output, or move that "
+                    "file. Nothing was started."
                 )
 
     def exists(self) -> bool:

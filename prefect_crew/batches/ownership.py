@@ -68,7 +68,7 @@ def check_age(entry: BatchEntry, known: Any, *, ledger: str) -> None:
     generation, here = known if isinstance(known, int) else 0, entry.generation
     if here < generation:
         raise LedgerError(
-            f"is an older copy: it knows batch {entry.name!r} up to generation {here}, and the batch has reached "
+            f"is an older copy: it has generation {here} of batch {entry.name!r}, and the Prefect server knows "
             f"{generation}. Rows that were started since are not in it, so nothing was started.",
             ledger=ledger,
             advice=(
@@ -91,7 +91,7 @@ async def begin_generation(ledger: Ledger, public: str, *, give_up_after: float)
     generation = await ledger.advance()
     entry = await ledger.entry()
     if entry is None:
-        raise LedgerError("knows the batch no more.", ledger=ledger.address)
+        raise LedgerError("does not have the batch any more.", ledger=ledger.address)
     async with get_client() as client:
         variable = await client.read_variable_by_name(binding_name(ledger.batch))
         if variable is None:

@@ -141,7 +141,7 @@ class BatchPlan:
         done = f"{self.done:,} done, {left:,} to run" if self.done else f"{left:,} to run"
         lines = [f"Batch {self.name}: {self.rows:,} rows, {done}, {self.max_in_flight:,} at a time."]
         if self.duplicates:
-            lines.append(f"{self.duplicates:,} rows equal an earlier one and are left out.")
+            lines.append(f"{self.duplicates:,} rows are equal to an earlier one and are left out.")
         listed, more = by_reason(self.bad, self.bad_count)
         lines += [f"{where[:1].upper()}{where[1:]} cannot be run: {reason}." for where, reason in listed]
         if more:

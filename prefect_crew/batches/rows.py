@@ -146,12 +146,12 @@ class RowPlan:
         self._is_id_left_out = False
         if isinstance(options.key, str) and options.key in crew.secret_inputs:
             raise ConfigurationError(
-                f"The key column {options.key!r} is a secret input: keys stand in logs, artifacts and the ledger. "
-                "Take another column, or leave key out."
+                f"The key column {options.key!r} is a secret input: keys are shown in logs, artifacts and the ledger. "
+                "Use another column, or leave key out."
             )
         if unknown := self._unknown(self._mapping):
             raise ConfigurationError(
-                f"The mapping of inputs {unknown}. Nothing was started. To send them all the same: "
+                f"The inputs mapping {unknown}. Nothing was started. To send them all the same: "
                 "allow_extra_inputs=True on the block."
             )
 
@@ -159,13 +159,13 @@ class RowPlan:
         """Return what is to be said of all rows, once they were read."""
         if STATE_ID in self._mapping:
             return [
-                "The rows give the input id. To a Flow it is the id of its state: it must be a UUID, and another one "
-                "in each row, since one that was used before leads to the run that used it."
+                "The rows give the input id. A CrewAI Flow uses it as the id of its state: it must be a UUID, and "
+                "another one in each row, since one that was used before leads to the run that used it."
             ]
         if self._is_id_left_out:
             return [
-                "The column id is not sent: to a Flow an input of that name is the id of its state. Map it where the "
-                "crew takes it for something else."
+                "The column id is not sent: a CrewAI Flow uses an input of that name as the id of its state. If the "
+                "crew means something else by it, map it."
             ]
         return []
 
@@ -257,7 +257,9 @@ class RowPlan:
         key = _key_of(self._options.key, row.values)
         secret = [encoded[name] for name in (*self._crew.secret_inputs, *hidden) if name in encoded]
         if secret and Redactor(secret).hides(key):
-            return BadRow(row.line, "its key holds a secret input, and keys stand in logs, artifacts and the ledger")
+            return BadRow(
+                row.line, "its key holds a secret input, and keys are shown in logs, artifacts and the ledger"
+            )
         earlier = keys.put(key, row.line, digest)
         if earlier is None:
             return RowJob(number, row.line, key, encoded, digest, hidden)
@@ -343,7 +345,7 @@ def _reason(error: Exception) -> str:
 
 
 def _is_empty(value: Any) -> bool:
-    """Whether a column holds nothing: an empty field of a CSV is no text, and no value of a required input."""
+    """Whether a column holds nothing: an empty field of a CSV is not text, and no value of a required input."""
     return value is None or (isinstance(value, str) and not value.strip())
 
 
@@ -385,7 +387,7 @@ def _source(name: str, source: Any) -> Callable[[Values], Any]:
     def column(values: Values) -> Any:
         if source not in values:
             raise ConfigurationError(
-                f"input {name!r} is taken from column {source!r}, which is not there (for a constant text give a "
+                f"input {name!r} is taken from column {source!r}, which is not there (to use a constant text, pass a "
                 "function that returns it)"
             )
         return values[source]
@@ -394,13 +396,13 @@ def _source(name: str, source: Any) -> Callable[[Values], Any]:
 
 
 def _template(name: str, source: str) -> Callable[[Values], Any]:
-    """Return what fills a template over the columns; `row["a name"]` is a column whose name is no word."""
+    """Return what fills a template over the columns; `row["a name"]` is a column whose name is not a word."""
     needed = names_in(source, collections=frozenset({"row"}))
     fill = compiled(source)
 
     def rendered(values: Values) -> str:
         if unknown := needed - set(values):
-            raise ConfigurationError(f"input {name!r} uses {', '.join(sorted(unknown))}, which is no column")
+            raise ConfigurationError(f"input {name!r} uses {', '.join(sorted(unknown))}, which is not a column")
         plain = {column: "" if value is None else value for column, value in values.items()}
         return fill({"row": plain, **plain})
 

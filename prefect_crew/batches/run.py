@@ -140,7 +140,7 @@ async def arun_batch(
             left out, a file next to a local output.
         key: A column or a function of the row; left out, a digest of the inputs and how many equal ones came before.
         inputs: How a row becomes inputs: a function of the row, or by name a column, a template over the columns, a
-            function of the row, or a constant that is no text; left out, the columns of the crew's names.
+            function of the row, or a constant that is not text; left out, the columns of the crew's names.
         max_in_flight: Runs in flight at once, 100 if left out.
         kickoffs_per_second: A limit on the rate of kickoffs.
         kickoffs_at_once: Kickoffs under way at a time, in each process. If it dies, at most so many rows are uncertain.
@@ -205,8 +205,8 @@ async def run_batch_flow(
     """Run a batch that `run_batch` was called with outside of a flow."""
     del crew, dataset, output
     raise ConfigurationError(
-        f"Batch {batch!r} was given by code and cannot be made from this run's parameters. Call run_batch again with "
-        "the same name, which goes on where it stopped, or write a flow around it and retry that."
+        f"Batch {batch!r} was defined in Python and cannot be retried from this run's parameters. Call run_batch "
+        "again with the same name, which continues where it stopped, or write a flow around it and retry that."
     )
 
 
@@ -593,14 +593,22 @@ class _OpenBatch:
             self.lock.generation = await begin_generation(self.ledger, self.job.ledger.public, give_up_after=SOON)
             self.begun = started
         except (httpx.HTTPError, PrefectException, CrewError) as error:
-            run_logger().warning("That batch %s has gone on cannot be noted: %s", self.job.name, error)
+            run_logger().warning(
+                "The Prefect server could not record that batch %s continues: %s",
+                self.job.name,
+                error,
+            )
         self.begin_after = time.monotonic() + BEGIN_EVERY
 
     async def _note_people(self) -> None:
         try:
             await note_waiting_for_people(self.job.name, bool([record async for record in self.ledger.may_ask()]))
         except (httpx.HTTPError, PrefectException) as error:
-            run_logger().debug("Whether rows of batch %s wait for people is not noted: %s", self.job.name, error)
+            run_logger().debug(
+                "The Prefect server could not record whether rows of batch %s wait for people: %s",
+                self.job.name,
+                error,
+            )
 
     async def _report(self) -> BatchReport:
         progress, job = self.progress, self.job

@@ -419,7 +419,11 @@ class Runner:
                 await note_waiting_for_people(batch, True)
                 self._people_noted = True
             except (httpx.HTTPError, PrefectException) as error:
-                run_logger().debug("That rows of batch %s wait for people is not noted: %s", batch, error)
+                run_logger().debug(
+                    "The Prefect server could not record that rows of batch %s wait for people: %s",
+                    batch,
+                    error,
+                )
 
 
 class FirstPoll:
@@ -512,7 +516,7 @@ class _RowWatcher(Watcher):
             emit("resumed", self._record)
 
     async def on_error(self, error: CrewError) -> None:
-        self._runner.log_seldom("trouble", "%s This says nothing about the runs, which are polled again.", error)
+        self._runner.log_seldom("trouble", "%s The runs may be fine; they are polled again.", error)
 
 
 def _kickoffs(attempts: Sequence[RunRecord]) -> int:

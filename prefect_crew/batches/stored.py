@@ -163,7 +163,7 @@ class StoredBatch:
         address = output or call.get("output")
         if address is None:
             raise ConfigurationError(
-                f"Where batch {self.name!r} has its output is not on record: {call.get('why_not')}. Name a file."
+                f"The output file of batch {self.name!r} is not on record: {call.get('why_not')}. Give a file."
             )
         options = BatchOptions(**call.get("options", {}))
         target = Output(address, output_type=options.output_type)
@@ -185,7 +185,7 @@ async def open_stored_batch(name: str, ledger: str | None = None) -> AsyncGenera
     """
     binding = await read_binding(name)
     if binding is None:
-        raise ConfigurationError(f"The Prefect server knows no batch {name!r}. prefect-crew batch ls shows all.")
+        raise ConfigurationError(f"There is no batch {name!r}. To list all: prefect-crew batch ls.")
     known = str(binding.get("ledger"))
     address = await ledger_address(ledger or known, "")
     # Opening it would make the file.
@@ -215,7 +215,9 @@ async def batches_waiting_for_people(
             try:
                 opened.append(await stack.enter_async_context(open_stored_batch(name)))
             except CrewError:
-                missed.append(f"Rows of batch {name!r} wait for people, and its ledger cannot be had here: {ledger}.")
+                missed.append(
+                    f"Rows of batch {name!r} wait for people, and its ledger cannot be opened here: {ledger}."
+                )
         yield opened, missed
 
 

@@ -144,7 +144,7 @@ class Throttle:
         now = asyncio.get_running_loop().time()
         delay = min(error.retry_after, RETRY_AFTER_CAP)
         if delay > 1.0 and now >= self._not_before:
-            run_logger().info("The crew's server asks to come back in %.0f s: the whole batch waits.", delay)
+            run_logger().info("The crew's server asks to wait %.0f s: the whole batch waits.", delay)
         self._not_before = max(self._not_before, now + delay)
 
     def accepted(self) -> None:

@@ -104,12 +104,14 @@ async def post_feedback(
     url = request.callback_url.get_secret_value()
     where = _read_url(url)
     if where is None:
-        raise ConfigurationError("The callback URL of the review is no http or https URL. Answer on the Flow's page.")
+        raise ConfigurationError(
+            "The callback URL of the review is not an http or https URL. Answer on the Flow's page."
+        )
     label = f"the callback at {where.host}"
     if where.scheme == "http" and not (allow_http or is_loopback(where.host)):
         raise ConfigurationError(
             f"{label.capitalize()} is plain http: the answer's token would cross the network in plain text. Answer on "
-            "the Flow's page, or set allow_http where the network is trusted."
+            "the Flow's page, or set allow_http if you trust the network."
         )
     call = Call(
         method="POST",

@@ -340,7 +340,7 @@ def _redirection(answer: Answer) -> str:
     try:
         target = urlsplit(answer.headers.get("location", ""))
     except ValueError:
-        return "it leads nowhere that can be read"
+        return "it redirects to an address that cannot be read"
     where = f"{target.scheme}://{target.hostname}{target.path}" if target.hostname else target.path or "nowhere"
     return f"it leads to {where}. Give the crew's final URL"
 

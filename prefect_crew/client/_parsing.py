@@ -37,7 +37,7 @@ def decode(body: bytes | str, *, expected: str, kickoff_id: str | None = None) -
     """Return the JSON value of a body.
 
     Raises:
-        ResponseFormatError: It is no JSON, nests too deeply, or has too many lists and objects.
+        ResponseFormatError: It is not JSON, nests too deeply, or has too many lists and objects.
     """
     try:
         return _loads(body if isinstance(body, str) else body.decode(json.detect_encoding(body), "replace"))
@@ -318,7 +318,7 @@ def _agreed_state(body: Mapping[str, Any], state: CrewState) -> CrewState:
     if error_text(inner.get("error")) and inner.keys() <= _ERROR_KEYS:
         return CrewState.FAILED
     if error_text(body.get("error")) or error_text(body.get("error_message")):
-        # What the last task wrote is no result of a run that names its error.
+        # What the last task wrote is not a result of a run that names its error.
         own = {key: value for key, value in body.items() if key != "last_executed_task"}
         data = _data_of(own)
         if data is None and not _output_of(own, data):
@@ -507,7 +507,7 @@ def parse_status(body: bytes, kickoff_id: str) -> CrewStatus:
     of the run, even with a result: every known server gives one, and unknown is not success.
 
     Raises:
-        ResponseFormatError: The body is no object, has no state, or names another run.
+        ResponseFormatError: The body is not an object, has no state, or names another run.
     """
     expected = "the status of a run"
     value = decode(body, expected=expected, kickoff_id=kickoff_id)

@@ -67,7 +67,7 @@ def checked_base_url(url: str, *, what: str, example: str) -> str:
     """Return a base URL without a slash at its end; `what` is what messages call it.
 
     Raises:
-        ConfigurationError: It is no http or https URL, or carries credentials, a query or a fragment.
+        ConfigurationError: It is not an http or https URL, or carries credentials, a query or a fragment.
     """
     try:
         parts = urlsplit(url.strip())
@@ -94,7 +94,7 @@ def checked_url(url: str, *, allow_http: bool) -> str:
     if checked.lower().startswith("http:") and not (allow_http or is_loopback(host)):
         raise ConfigurationError(
             f"The crew's URL http://{host} would send the token in plain text. "
-            "Use https, or allow it with allow_http=True (--allow-http) where the network is trusted."
+            "Use https, or allow it with allow_http=True (--allow-http) if you trust the network."
         )
     return checked
 
@@ -120,7 +120,9 @@ def segment(value: str, *, what: str) -> str:
     except UnicodeEncodeError:
         encoded = ""
     if not encoded.strip():
-        raise ConfigurationError(f"The {what} {clean(value)!r} names nothing. Give the id that the kickoff returned.")
+        raise ConfigurationError(
+            f"The {what} {clean(value)!r} is not a valid id. Give the id that the kickoff returned."
+        )
     # Dots alone would climb to another path.
     return encoded.replace(".", "%2E") if encoded in (".", "..") else encoded
 
@@ -395,7 +397,7 @@ _REASONS: dict[type[Exception], str] = {
     httpx.WriteTimeout: "the request could not be sent in time",
     httpx.ReadError: "the connection broke before the answer was read",
     httpx.WriteError: "the connection broke while the request was sent",
-    httpx.RemoteProtocolError: "the connection was closed, or what came is not HTTP",
+    httpx.RemoteProtocolError: "the connection was closed, or the answer is not HTTP",
 }
 
 
@@ -434,7 +436,7 @@ async def _read(response: httpx.Response, kickoff_id: str | None) -> Answer:
 def _unpacked(body: bytes, coding: str, limit: int) -> tuple[bytes, str | None]:
     """Return a body decoded, a little more than `limit` bytes of it at most, and what is wrong with it, if anything."""
     if coding not in ("gzip", "x-gzip"):
-        return b"", "a body that is encoded in a way that was not asked for"
+        return b"", "a body with an encoding that was not requested"
     decoder = zlib.decompressobj(16 + zlib.MAX_WBITS)
     try:
         plain = decoder.decompress(body, limit + 1)

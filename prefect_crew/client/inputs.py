@@ -45,7 +45,7 @@ def encode_inputs(inputs: Mapping[str, Any], *, as_json: bool = False) -> dict[s
     within a list or an object. A secret is sent as what it hides: its stars are nothing that a crew could use.
 
     Raises:
-        ConfigurationError: They are no mapping, a name is no text, or a value cannot be sent: its type has no JSON
+        ConfigurationError: They are no mapping, a name is not text, or a value cannot be sent: its type has no JSON
             form, or it is NaN, an infinity, no Unicode, or contains itself. It names the input, and not its value.
     """
     if not isinstance(inputs, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]  # not everybody has types
@@ -87,7 +87,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, datetime | date | time):
         # pandas' NaT is a datetime, and the only one that is not equal to itself.
         if value != value:
-            raise _UnsendableError("a time that is none")
+            raise _UnsendableError("an invalid time")
         return _text(value.isoformat())
     if isinstance(value, UUID | PurePath):
         return _text(str(value))

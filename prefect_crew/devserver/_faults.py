@@ -122,7 +122,7 @@ class Fault:
                 "-before-accept or -after-accept."
             )
         if self.where not in kind.places:
-            raise FaultError(f"{self.base_name} is no fault of {self.where}. Its places: {', '.join(kind.places)}.")
+            raise FaultError(f"{self.base_name} is not a fault of {self.where}. Its places: {', '.join(kind.places)}.")
         if self.value is not None and (kind.value is None or not 0 <= self.value < float("inf")):
             takes = "takes no value" if kind.value is None else "takes a number of 0 or more"
             raise FaultError(f"The fault {self.name} {takes}, not {self.value!r}.")

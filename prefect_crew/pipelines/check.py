@@ -145,7 +145,7 @@ class PipelineCrews:
     async def refuse_problems(self, idempotency_key: str | None = None) -> None:
         """Raise one ConfigurationError with all that is wrong, before anything is started.
 
-        With an idempotency key, a crew that does not answer is no problem if a run was started under the key before.
+        With an idempotency key, a crew that does not answer is not a problem if a run was started under the key before.
         """
         problems = [*self.graph.problems, *self.unreachable]
         if (

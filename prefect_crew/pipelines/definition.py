@@ -34,7 +34,7 @@ class PipelineInput(_Plain):
         default=None, description="Its type in JSON. Empty: text."
     )
     description: str | None = Field(default=None, description="What the run form says of it.")
-    required: bool = Field(default=True, description="Whether each run has to give it, where it has no default.")
+    required: bool = Field(default=True, description="Whether each run must give it if it has no default.")
     default: JsonValue = Field(
         default=None, description="What it is when a run does not give it; of a secret one the name of a Secret block."
     )
@@ -63,7 +63,9 @@ class StepDefinition(_Plain):
     review: Literal["form"] | None = Field(
         default=None, description="Where people are asked: in a form on the flow run's page."
     )
-    restore_from: UUID | None = Field(default=None, description="The id of a state of a Flow that it starts from.")
+    restore_from: UUID | None = Field(
+        default=None, description="The id (a UUID) of a saved state of a CrewAI Flow from which it starts."
+    )
 
     @field_validator("after", mode="before")
     @classmethod
@@ -213,7 +215,7 @@ def read_pipeline(text: str, file: str) -> PipelineDefinition:
         file: Its path, for messages.
 
     Raises:
-        ConfigurationError: It is no pipeline; the message names the step and the field.
+        ConfigurationError: It is not a pipeline; the message names the step and the field.
     """
     try:
         found = yaml.safe_load(text)
@@ -228,7 +230,7 @@ def read_pipeline(text: str, file: str) -> PipelineDefinition:
         return PipelineDefinition.model_validate(json.loads(json.dumps(raw, allow_nan=False)))
     except ValidationError as error:
         problems = [_problem_text(problem, raw) for problem in error.errors(include_url=False, include_input=False)]
-        raise ConfigurationError(f"{file} is no pipeline that can run: {'; '.join(problems)}.") from None
+        raise ConfigurationError(f"{file} is not a pipeline that can run: {'; '.join(problems)}.") from None
     except (TypeError, ValueError) as error:
         raise ConfigurationError(f"{file} holds what JSON cannot: {error}. Put such a value in quotes.") from None
 

@@ -116,7 +116,7 @@ class PipelineGraph:
             if name in known:
                 needed.add(name)
             else:
-                self.problems.append(f"step {step.name!r} comes after {name!r}, which is no step")
+                self.problems.append(f"step {step.name!r} comes after {name!r}, which is not a step")
         if step.inputs is None or callable(step.inputs):
             return needed
         for key, value in step.inputs.items():
@@ -138,7 +138,7 @@ class PipelineGraph:
             # What the sandbox forbids anyway is for it to say.
             if attribute not in RESULT_FIELDS and not attribute.startswith("_"):
                 self.problems.append(
-                    f"{where}: a step has no {attribute!r}, but output, data, tasks and so on ({name})"
+                    f"{where}: a step has no {attribute!r}; it has output, data, tasks and more ({name})"
                 )
         return used & steps
 
@@ -147,7 +147,7 @@ class PipelineGraph:
             TopologicalSorter(self.needs).prepare()
         except CycleError as error:
             self.sorts = False
-            self.problems.append(f"the steps go round in a circle: {' -> '.join(map(str, error.args[1]))}")
+            self.problems.append(f"the steps depend on each other in a circle: {' -> '.join(map(str, error.args[1]))}")
 
     def check_inputs(self, expected: Mapping[str, Sequence[CrewInput]], extra: Collection[str] = ()) -> None:
         """Note the inputs that each step lacks, and those that its crew does not name, but for the steps in `extra`.

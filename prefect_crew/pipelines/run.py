@@ -160,9 +160,9 @@ async def run_steps(
     live = _live.get()
     if live is None:
         raise ConfigurationError(
-            "This run's steps were given by code and cannot be made from its parameters. Call run_pipeline again with "
-            "the same steps and idempotency key, which reattaches to the runs that were started, or write a flow "
-            "around it and retry that."
+            "This run's steps were defined in Python and cannot be retried from its parameters. Call run_pipeline "
+            "again with the same steps and idempotency key, which reattaches to the runs that were started, or write "
+            "a flow around it and retry that."
         )
     return await _run(live, name=pipeline, idempotency_key=idempotency_key)
 

@@ -157,7 +157,7 @@ class _Receiver:
         try:
             events = await asyncio.to_thread(read) if len(body) > PARSED_AT_ONCE else read()
         except ResponseFormatError:
-            return self._answer(400, f"this is no {hook.kind} webhook's body")
+            return self._answer(400, f"the body is not one of a {hook.kind} webhook")
         for event in events:
             self.forwarder.put(event)
         return self._answer(200)

@@ -37,7 +37,7 @@ MAX_STREAMED = 200
 _MAX_ID = 300
 _MAX_NAME = 100
 _MAX_KEY = 1000
-"""Characters; a longer idempotency key is no run's."""
+"""Characters; a longer idempotency key is not a run's."""
 _ID = re.compile(r"[\w.:-]{1,80}", re.ASCII)
 _TIME = re.compile(r"[\d.:+TZ -]{1,40}", re.ASCII)
 _TYPE = re.compile(r"[a-z0-9_][a-z0-9_.-]{0,99}")
@@ -68,7 +68,7 @@ def read_events(hook: Hook, body: bytes, *, received: datetime) -> list[WebhookE
     The same body at the same URL gives the same ids, of which the Prefect server keeps one.
 
     Raises:
-        ResponseFormatError: The body is no object, or names no run; that of a stream holds no events.
+        ResponseFormatError: The body is not an object, or names no run; that of a stream holds no events.
     """
     expected = f"a {hook.kind} webhook's body"
     value = decode(body, expected=expected)

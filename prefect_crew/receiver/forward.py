@@ -137,7 +137,10 @@ class Forwarder:
             if task is not None:
                 await cancel_and_wait(task)
         if left := self.report()["waiting"]:
-            logger.warning("%d webhooks were not forwarded to Prefect before the end; waits find out by polling.", left)
+            logger.warning(
+                "%d webhooks were not forwarded to Prefect before the receiver stopped; waits find out by polling.",
+                left,
+            )
 
     async def _run(self) -> None:
         pause = FIRST_PAUSE
@@ -201,7 +204,7 @@ class Forwarder:
             if _is_transient(error):
                 raise
             # One odd note must not end the keeping of all others.
-            logger.warning("What a run asks a person cannot be kept: %s", _what(error))
+            logger.warning("The question of a run could not be stored: %s", _what(error))
             return
         self._kept[digest] = None
         if len(self._kept) > REMEMBERED:
@@ -303,7 +306,11 @@ class Forwarder:
         if outcome is Resolution.RESOLVED:
             self._counts["resolved"] += 1
             self._known.pop((key, hook.attempt), None)
-            logger.info("Idempotency key %s is resolved: a webhook says that its kickoff started %s.", key, kickoff_id)
+            logger.info(
+                "Idempotency key %s is resolved: according to a webhook its kickoff started %s.",
+                key,
+                kickoff_id,
+            )
             with suppress(httpx.HTTPError, PrefectException):  # the record says it, too
                 if record := attempt_of(await self._records.attempts(key), hook.attempt):
                     await _post_events([resolved_event(event, record)])

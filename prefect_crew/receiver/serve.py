@@ -105,7 +105,7 @@ class ReceiverServer(WebServer):
             timeout_keep_alive=75,
             timeout_graceful_shutdown=2,
         )
-        # uvicorn warns of every request that is no HTTP: anybody could fill a disk with that.
+        # uvicorn warns of every request that is not HTTP: anybody could fill a disk with that.
         logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
@@ -130,7 +130,7 @@ def serve_receiver(
     """
     bound = open_listener(host, port)
     where = url_of(bound)
-    line = f"Listening for webhooks at {where}  Look: {where}/ready  Stop: Ctrl-C"
+    line = f"Listening for webhooks at {where}  State: {where}/ready  Stop: Ctrl-C"
     server = ReceiverServer(app, on_started=lambda: (announce or print_line)(line))
     with contextlib.closing(bound):
         asyncio.run(server.serve(sockets=[bound]))

@@ -121,7 +121,7 @@ def render_key(template: str, scheduled_start: datetime) -> str:
             raise ConfigurationError(f"idempotency_key {template!r}: {match[0]!r} is not known. {usage}")
         if colon and "%" not in form:
             raise ConfigurationError(
-                f"idempotency_key {template!r}: {form.strip()!r} is no format of strftime. {usage}"
+                f"idempotency_key {template!r}: {form.strip()!r} is not a format of strftime. {usage}"
             )
         return moment.strftime(form.strip() or "%Y-%m-%dT%H:%M:%S")
 

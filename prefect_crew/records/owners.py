@@ -104,7 +104,7 @@ async def crash_dead_owner(record: RunRecord) -> None:
             if state is None or not state.is_running() or flow_run.run_count != record.flow_run_count:
                 return
             went_on = f"flow run {own}" if own else "a script"
-            message = f"Its process is gone. Its crew's run goes on with {went_on}."
+            message = f"Its process ended. Its crew's run continues with {went_on}."
             await client.set_flow_run_state(flow_run.id, Crashed(message=message))
     except ObjectNotFound:
         return

@@ -34,7 +34,7 @@ async def unresolved(idempotency_key: str, records: RecordStore) -> RunRecord:
     """
     attempts = await records.attempts(idempotency_key)
     if not attempts:
-        raise CrewError(f"No run has the key {idempotency_key!r}. prefect-crew runs ls lists those on record.")
+        raise CrewError(f"No run has the key {idempotency_key!r}. To list them: prefect-crew runs ls --all.")
     # The one that a call with the key would find: an attempt that did not start hides no other.
     record = latest_start(attempts) or attempts[-1]
     if not record.is_unresolved:
@@ -69,19 +69,19 @@ async def resolve_started(
         raise ConfigurationError(
             f"Run {kickoff_id} belongs to the idempotency key {holder.idempotency_key!r} (attempt {holder.attempt}). "
             f"It is not run {record.idempotency_key!r}. Nothing was changed. Look for another run on the crew's page, "
-            "or say --never-started if there is none."
+            "or give --never-started if there is none."
         )
     state = None if look is None else (await look(kickoff_id)).state
     if state is CrewState.UNKNOWN:
         raise ConfigurationError(
             f"The server of crew {record.crew} does not know run {kickoff_id}. Nothing was changed. Check the id on "
-            "the crew's page; say --never-started if there is no such run."
+            "the crew's page; give --never-started if there is no such run."
         )
     _check_over(record, RecordPhase.STARTED)
     if record.phase is RecordPhase.CLAIMED and not record.permit:
         raise ConfigurationError(
-            f"The kickoff of run {record.idempotency_key!r} was never sent: whoever claimed it ended before that. So "
-            f"run {kickoff_id} is another one. Nothing was changed. Run again with the same key."
+            f"The kickoff of run {record.idempotency_key!r} was never sent: the process that claimed it ended first. "
+            f"So run {kickoff_id} belongs to something else. Nothing was changed. Run again with the same key."
         )
     await _resolve(record, records, RecordPhase.STARTED, kickoff_id=kickoff_id)
     return state
@@ -127,7 +127,7 @@ async def resolve_lost(record: RunRecord, records: RecordStore, *, look: Look | 
     for pause in (0.0, LOOK_AGAIN):
         if look is None:
             break
-        await asyncio.sleep(pause)  # one answer of a load balancer between two releases is no proof
+        await asyncio.sleep(pause)  # one answer of a load balancer between two releases is not proof
         if (state := (await look(str(record.kickoff_id))).state) is not CrewState.UNKNOWN:
             raise ConfigurationError(
                 f"The server of crew {record.crew} knows run {record.kickoff_id}: it is {state}. Nothing was changed. "
@@ -177,7 +177,7 @@ def _resolved_by_another(record: RunRecord, current: RunRecord | None) -> CrewEr
     is_now = "gone"
     if current is not None:
         is_now = f"{current.state or current.phase}, run {current.kickoff_id or 'unknown'}"
-    return CrewError(f"Run {record.idempotency_key!r} was resolved by somebody else: it is {is_now} now.")
+    return CrewError(f"Run {record.idempotency_key!r} was resolved by somebody else: now it is {is_now}.")
 
 
 # By a webhook

@@ -238,9 +238,9 @@ async def _created_here(variable: dict[str, Any], model: type[_Model]) -> tuple[
         return None
     if (parsed := _parse(stands.value, model)) is None:
         raise CrewError(
-            f"The Variable {variable['name']} stands where the record of run {variable['value']['idempotency_key']!r} "
-            "belongs, and holds none that this version can read. Nothing was started. Upgrade prefect-crew if a later "
-            "version wrote it; else delete the Variable."
+            f"The Variable {variable['name']} should hold the record of run {variable['value']['idempotency_key']!r}, "
+            "and this version cannot read it. Nothing was started. Upgrade prefect-crew if a later version wrote it; "
+            "else delete the Variable."
         )
     return str(stands.id), parsed
 
@@ -482,7 +482,7 @@ class PrefectRecords:
         return record.flow_run_id is not None and not await _is_alive(record.flow_run_id)
 
     async def add_waiter(self, record: RunRecord, flow_run_id: str) -> None:
-        """Note that a flow run other than the owner waits for the run. A second note of the same is no error."""
+        """Note that a flow run other than the owner waits for the run. A second note of the same is not an error."""
         name = waiter_prefix(record) + flow_run_id.replace("-", "")
         await _created({"name": name, "value": {"flow_run_id": flow_run_id}, "tags": []})
 

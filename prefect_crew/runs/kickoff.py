@@ -198,7 +198,7 @@ async def start_run(
                 raise CrewError(
                     f"Run {found.record.idempotency_key!r} was not started: for {LIMITED_FOR / 60:g} minutes each "
                     "claim of it was lost before its kickoff could be sent. The Prefect API answers too slowly, or "
-                    "this machine sleeps. See to that, then run again with the same key."
+                    "this machine sleeps. Fix that, then run again with the same key."
                 ) from None
             run_logger().warning("Run %s: %s What is on record now counts.", found.record.idempotency_key, lost)
         else:
@@ -229,7 +229,7 @@ async def _decide_and_claim(start: Start, records: RecordStore, *, is_checked: b
         elif record is None:
             continue
         elif decision is Decision.VOID:
-            if not await records.resolve(record, RecordPhase.NOT_STARTED, reason="its owner gave it up"):
+            if not await records.resolve(record, RecordPhase.NOT_STARTED, reason="the call that claimed it gave it up"):
                 await asyncio.sleep(AGAIN)
         elif decision is Decision.CLAIMED_ELSEWHERE:
             await asyncio.sleep(delay)
@@ -322,7 +322,7 @@ def _announce(start: Start, found: Started) -> None:
 
 def _uncertain(record: RunRecord) -> KickoffUncertainError:
     """Return the error about a kickoff of which nobody knows what became, having told automations once."""
-    reason = record.reason or "whoever sent it ended before its answer was written down"
+    reason = record.reason or "the process that sent it ended before it recorded the answer"
     emit("uncertain", record, once=True, reason=reason)
     return KickoffUncertainError(idempotency_key=record.idempotency_key, reason=reason, sent=record.sent)
 
@@ -491,7 +491,7 @@ async def _save(record: RunRecord, records: RecordStore) -> None:
         await records.save(record)
     except (httpx.HTTPError, PrefectException) as error:
         run_logger().error(
-            "Run %s is %s%s, and that could not be written down (%s). Once the Prefect API is back: "
+            "Run %s is %s%s, and that could not be recorded (%s). Once the Prefect API is back: "
             "prefect-crew runs resolve %s %s",
             record.idempotency_key,
             record.phase,
@@ -612,7 +612,7 @@ async def _start_and_open(start: Start, records: RecordStore, session: CrewSessi
     crew, identity = start.crew, start.identity
     if is_known_cancelled(identity.caller.flow_run_id):
         # A flow that catches the end of one wait must not go on starting runs.
-        raise CrewError(f"Flow run {identity.caller.flow_run_id} was cancelled: it kicks off nothing more.")
+        raise CrewError(f"Flow run {identity.caller.flow_run_id} was cancelled, so no run was started.")
     if start.settings.webhook_url:
         subscribe()
     async with open_session(session or crew) as session:
@@ -640,7 +640,7 @@ async def _start_and_open(start: Start, records: RecordStore, session: CrewSessi
 
 
 async def check_inputs(session: CrewSession, start: Start) -> None:
-    """Check inputs against `GET /inputs`. A crew that does not say what it needs is no obstacle.
+    """Check inputs against `GET /inputs`. A crew that does not say what it needs is not an obstacle.
 
     Raises:
         InvalidInputsError: Some are missing, or the crew does not name them and extra ones are not allowed.
@@ -666,9 +666,9 @@ async def check_inputs(session: CrewSession, start: Start) -> None:
             path="/inputs",
         )
     if (state_id := start.inputs.get(STATE_ID)) is not None and not is_uuid(state_id):
-        # Not refused: a crew that is no Flow may well have an input of that name.
+        # Not refused: a crew that is not a Flow may well have an input of that name.
         run_logger().warning(
-            "The input %s is no UUID. A Flow takes it for the id of its state and refuses the run; a crew takes it as "
+            "The input %s is not a UUID. A Flow takes it for the id of its state and refuses the run; a crew takes it as "
             "any other input.",
             STATE_ID,
         )

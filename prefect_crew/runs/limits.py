@@ -65,7 +65,11 @@ class Slots:
             async with get_client() as client:
                 await client.release_concurrency_slots_with_lease(self.lease)
         except (httpx.HTTPError, PrefectException) as error:
-            run_logger().debug("The slots of %s are given back when their lease ends: %s", self.crew.label, error)
+            run_logger().debug(
+                "The slots of %s could not be released and are free when their lease ends: %s",
+                self.crew.label,
+                error,
+            )
 
     @asynccontextmanager
     async def kept(self) -> AsyncGenerator[None]:
@@ -146,7 +150,7 @@ def missing_limit(crew: Crew) -> ConfigurationError:
     limit = crew.concurrency_limit
     return ConfigurationError(
         f"Crew {crew.label} names the concurrency limit {limit!r}, which does not exist. Nothing was started. Create "
-        f"it: prefect gcl create {limit} --limit N, or take it off the block."
+        f"it: prefect gcl create {limit} --limit N, or remove it from the block."
     )
 
 

@@ -81,7 +81,7 @@ class Waker:
     def has_question_after(self, attempt: int, answers: int) -> bool:
         """Return whether a webhook told of a question that came after so many answers of people in this attempt.
 
-        Each answer brings new URLs, which hold how many there were: so this is no late delivery of the question before.
+        Each answer brings new URLs, which hold how many there were: so this is not a late delivery of the question before.
         """
         return (attempt, answers % 256) in self._asked
 

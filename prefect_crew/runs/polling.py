@@ -159,7 +159,7 @@ async def poll(
     names: dict[str, Any] = {"kickoff_id": kickoff_id, "crew": crew, "idempotency_key": idempotency_key}
     state = _Poll(names, policy, phases, watcher, now, rng)
     if not first_look:
-        # Counted from the kickoff: what was written down since is no reason to look later.
+        # Counted from the kickoff: what was written down since is not a reason to look later.
         await watcher.pause(max(0.0, state.next_pause() - max(0.0, now() - phases.kicked_off_at)))
     while True:
         try:

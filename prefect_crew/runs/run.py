@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from prefect_crew.client.webhooks import Webhooks
 
 
-WITHHELD = "withheld: this crew has secret inputs, and their values, which may stand in it, are not known here"
+WITHHELD = "withheld: it may contain secret inputs, whose values are not known here"
 WITHHELD_WORD = "(withheld)"
 _ID = re.compile(r"[\w.-]{1,80}", re.ASCII)  # nothing that somebody would write an input into
 _TEXTS = ("raw_state", "message", "current_task", "last_task", "last_step", "human_task_id")
@@ -251,7 +251,7 @@ def next_step(run: OpenRun) -> str:
 def no_kickoff_left(crew: Crew) -> str:
     """Return what to do where an idempotency key has no kickoff left."""
     return (
-        f"Nothing was started: crew {crew.label} allows {crew.max_kickoffs} kickoffs under one idempotency key "
+        f"Nothing was started: crew {crew.label} allows {crew.max_kickoffs} kickoffs for one idempotency key "
         f"(max_kickoffs). {_more_kickoffs(crew.label)}"
     )
 

@@ -89,7 +89,7 @@ async def is_cancelled(run_id: str | None, *, every: float | None = None) -> boo
     """Return whether a flow run was cancelled that no runner would tell of it.
 
     The server is asked once in so many seconds at most, and not before so many have passed: most waits are shorter. An
-    API that is away is no cancellation.
+    API that is away is not a cancellation.
     """
     if run_id is None or started_by_runner():
         # A runner sends a signal, and ends the run itself.
@@ -180,7 +180,7 @@ async def stop_run(crew: Crew | CrewSession, kickoff_id: str, *, idempotency_key
         try:
             await close_stopped(run.record, answer, PrefectRecords())
         except (httpx.HTTPError, PrefectException) as error:
-            run_logger().warning("That run %s was stopped is not on record: %s", kickoff_id, error)
+            run_logger().warning("It could not be recorded that run %s was stopped: %s", kickoff_id, error)
         if run.record.slot is not None:
             await Slots(run.crew, UUID(run.record.slot)).release()
     return answer
@@ -196,7 +196,7 @@ async def stop_if_asked(session: CrewSession, record: RunRecord, records: Record
         return await asyncio.wait_for(_stop_if_asked(session, record, records), STOP_WITHIN)
     except (CrewError, httpx.HTTPError, PrefectException, TimeoutError) as error:
         run_logger().warning(
-            "Crew run %s could not be stopped (%s: %s): it runs on at %s.",
+            "Crew run %s could not be stopped (%s: %s): it continues at %s.",
             record.kickoff_id,
             type(error).__name__,
             error,

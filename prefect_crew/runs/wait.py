@@ -226,12 +226,12 @@ class _Waiter(Watcher):
             if not await self._is_closed():
                 await self.records.save(record)
         except (httpx.HTTPError, PrefectException) as error:
-            self.log.warning("Whether run %s waits for a person is not on record: %s", self.run.kickoff_id, error)
+            self.log.warning("Whether run %s waits for a person could not be recorded: %s", self.run.kickoff_id, error)
 
     async def on_error(self, error: CrewError) -> None:
         if not self._in_trouble:
             self._in_trouble = True
-            self.log.warning("%s This says nothing about the run, which is asked for again.", self._redacted(error))
+            self.log.warning("%s The run may be fine; it is polled again.", self._redacted(error))
         if await is_cancelled(self.own):
             raise _CancelledOnServerError
 
@@ -280,14 +280,22 @@ class _Waiter(Watcher):
         try:
             await self.records.add_waiter(record, self.own)
         except (httpx.HTTPError, PrefectException) as error:
-            self.log.warning("That this flow run waits for run %s is not on record: %s", self.run.kickoff_id, error)
+            self.log.warning(
+                "It could not be recorded that this flow run waits for run %s: %s",
+                self.run.kickoff_id,
+                error,
+            )
         try:
             yield
         finally:
             try:
                 await self.records.remove_waiter(record, self.own)
             except (httpx.HTTPError, PrefectException) as error:
-                self.log.debug("The note that this flow run waits for run %s stays: %s", self.run.kickoff_id, error)
+                self.log.debug(
+                    "The note that this flow run waits for run %s could not be removed: %s",
+                    self.run.kickoff_id,
+                    error,
+                )
 
     async def _close(self, status: CrewStatus) -> None:
         """Write the end down, show it, tell automations: once, by whoever closes the record."""
@@ -305,7 +313,7 @@ class _Waiter(Watcher):
             try:
                 await self.records.save(record)
             except (httpx.HTTPError, PrefectException) as problem:
-                self.log.warning("The end of run %s is not on record: %s", run.kickoff_id, problem)
+                self.log.warning("The end of run %s could not be recorded: %s", run.kickoff_id, problem)
             said = {"state": str(status.state), "error": error, "execution_time": status.execution_time}
             emit(str(status.state), record, once=True, **said)
         await self._show(status, force=True)
@@ -330,7 +338,7 @@ class _Waiter(Watcher):
         if stopped:
             return CrewStoppedError(kickoff_id=kickoff_id, crew=label, idempotency_key=run.idempotency_key)
         return CrewError(
-            f"The flow run was cancelled, and with it the wait for run {kickoff_id} of crew {label}, which runs on at "
+            f"The flow run was cancelled while it waited for run {kickoff_id} of crew {label}, which continues at "
             f"{run.crew.url}. See what it does: prefect-crew runs inspect {shlex.quote(kickoff_id)}."
         )
 

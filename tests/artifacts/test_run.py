@@ -99,7 +99,7 @@ def test_a_timeout_is_shown_with_how_to_go_on(crew_server: CrewServerFactory, se
     with pytest.raises(CrewTimeoutError):
         run.wait_for_completion(WaitPolicy(initial=0.1, timeout=0.4))
     assert "● running" in shown(seen, name)
-    assert "was still running when its running time of 0.4 s was over" in shown(seen, name)
+    assert "was still running after its running time limit of 0.4 s" in shown(seen, name)
 
 
 def test_each_run_has_its_own_under_the_key_of_its_crew(crew_server: CrewServerFactory, seen: Seen, name: str):
@@ -219,7 +219,7 @@ def test_an_api_that_is_away_costs_a_little_time_and_is_told(proxy: Proxy, monke
         return [first, await artifact.put("after")]
 
     began = time.monotonic()
-    assert asyncio.run(put()) == [None, "the Prefect API did not take it in 1 s"]
+    assert asyncio.run(put()) == [None, "the Prefect API did not accept it within 1 s"]
     assert time.monotonic() - began < 20
 
 

@@ -88,7 +88,7 @@ def test_pandas_and_its_empty_cells():
     frame = pandas.DataFrame({"topic": ["tea", None], "count": [1, float("nan")]})
     assert values(open_dataset(frame)) == [{"topic": "tea", "count": 1}, {"topic": None, "count": None}]
     assert values(open_dataset(frame.iloc[:0])) == []
-    with pytest.raises(DatasetError, match="'topic' are there twice"):
+    with pytest.raises(DatasetError, match="'topic' appear twice"):
         values(open_dataset(pandas.concat([frame, frame], axis="columns")))
 
 
@@ -127,7 +127,7 @@ def test_arrow():
     assert values(open_dataset(table)) == expected
     assert values(open_dataset(table.to_batches()[0])) == expected
     doubled = pyarrow.Table.from_arrays([[1], [2]], names=["topic", "topic"])
-    with pytest.raises(DatasetError, match="'topic' are there twice"):
+    with pytest.raises(DatasetError, match="'topic' appear twice"):
         values(open_dataset(doubled))
 
 
@@ -200,22 +200,22 @@ def test_what_lies_elsewhere_is_fetched_once(httpserver: Any):
 WRONG: dict[str, tuple[str, bytes, str]] = {
     "empty csv": ("x.csv", b"", "is empty: it has no header"),
     "only blank lines": ("x.csv", b"\n", "is empty"),
-    "doubled column": ("x.csv", b"a,b,a\n1,2,3\n", r"line 1: the columns 'a' are there twice"),
+    "doubled column": ("x.csv", b"a,b,a\n1,2,3\n", r"line 1: the columns 'a' appear twice"),
     "too few fields": ("x.csv", b"a,b\n1,2\n3\n", r"line 3: has 1 fields, the header has 2"),
     "too many fields": ("x.csv", b"a,b\n1,2,3\n", r"line 2: has 3 fields"),
     "ragged after a long row": ("x.csv", b'a,b\n1,"x\ny"\n3\n', r"line 4: has 1 fields"),
-    "open quote": ("x.csv", b'a,b\n1,2\n3,"x\n4,5\n', r"line 3: is no CSV: a quote that opens in this row"),
-    "text after a quote": ("x.csv", b'a,b\n1,"x"y\n', r"line 2: is no CSV"),
+    "open quote": ("x.csv", b'a,b\n1,2\n3,"x\n4,5\n', r"line 3: is not CSV: a quote that opens in this row"),
+    "text after a quote": ("x.csv", b'a,b\n1,"x"y\n', r"line 2: is not CSV"),
     "other encoding": ("x.csv", "a,b\n1,2\nü,3\n".encode("latin-1"), r"line 3: the bytes fc are not utf-8"),
     "encoding in mid-line": ("x.jsonl", b'{"a": 1}\n{"a": "x\xff"}\n', r"line 2: the bytes ff are not utf-8"),
-    "no json": ("x.jsonl", b'{"a": 1}\n{"a": \n', r"line 2: is no JSON"),
+    "no json": ("x.jsonl", b'{"a": 1}\n{"a": \n', r"line 2: is not JSON"),
     "no object": ("x.jsonl", b'{"a": 1}\n[1]\n', r"line 2: holds a list, not an object"),
-    "a name twice": ("x.jsonl", b'{"a": 1, "a": 2}\n', r"line 1: is no JSON: the name 'a' is twice"),
-    "empty json": ("x.json", b" \n ", r"line 2: is no JSON: Expecting value"),
-    "a number": ("x.json", b"7", "is no JSON array of objects"),
+    "a name twice": ("x.jsonl", b'{"a": 1, "a": 2}\n', r"line 1: is not JSON: the name 'a' is twice"),
+    "empty json": ("x.json", b" \n ", r"line 2: is not JSON: Expecting value"),
+    "a number": ("x.json", b"7", "is not a JSON array of objects"),
     "array of numbers": ("x.json", b"[\n{},\n1]", r"line 2: holds a int, not an object"),
-    "cut off": ("x.json", b'[{"a": 1},\n{"a": "x', r"line 2: is no JSON: Unterminated string"),
-    "a name twice in an array": ("x.json", b'[{"a": 1, "a": 2}]', "is no JSON: the name 'a' is twice"),
+    "cut off": ("x.json", b'[{"a": 1},\n{"a": "x', r"line 2: is not JSON: Unterminated string"),
+    "a name twice in an array": ("x.json", b'[{"a": 1, "a": 2}]', "is not JSON: the name 'a' is twice"),
     "json lines": ("x.json", b'{"a": 1}\n{"a": 2}', r"line 2: .*Is it JSON Lines\?"),
     "no gzip": ("x.csv.gz", b"a,b\n1,2\n", "cannot be read: BadGzipFile"),
     "half a gzip": ("x.csv.gz", gzip.compress(CSV.encode() * 99)[:60], "cannot be read: EOFError"),
@@ -251,11 +251,11 @@ def test_one_row_that_has_no_end_does_not_fill_the_memory(tmp_path: Path, monkey
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        pytest.param("rows.xlsx", "the ending '.xlsx' tells no format", id="unknown ending"),
-        pytest.param("rows", "the ending '' tells no format", id="no ending"),
-        pytest.param({"a": 1}, "A dict is no data set", id="one mapping"),
-        pytest.param(7, "A int is no data set", id="a number"),
-        pytest.param(b"a,b", "A bytes is no data set", id="bytes"),
+        pytest.param("rows.xlsx", "the format is not known from the file ending '.xlsx'", id="unknown ending"),
+        pytest.param("rows", "the format is not known from the file ending ''", id="no ending"),
+        pytest.param({"a": 1}, "A dict is not a data set", id="one mapping"),
+        pytest.param(7, "A int is not a data set", id="a number"),
+        pytest.param(b"a,b", "A bytes is not a data set", id="bytes"),
     ],
 )
 def test_what_is_no_data_set_is_refused_at_once(source: Any, message: str):
@@ -317,11 +317,11 @@ def test_a_compression_that_needs_a_package_names_it(tmp_path: Path):
         pytest.param(
             "x.csv",
             'a,b\n1,2\n3\n4,5,6\n7,"x"y\n8,9\n',
-            [None, "has 1 fields, the header has 2", "has 3 fields, the header has 2", "is no CSV: ", None],
+            [None, "has 1 fields, the header has 2", "has 3 fields, the header has 2", "is not CSV: ", None],
             id="csv",
         ),
         pytest.param(
-            "x.jsonl", '{"a": 1}\n{"a": \n[1]\n{"a": 2}\n', [None, "is no JSON", "holds a list", None], id="jsonl"
+            "x.jsonl", '{"a": 1}\n{"a": \n[1]\n{"a": 2}\n', [None, "is not JSON", "holds a list", None], id="jsonl"
         ),
         pytest.param("x.json", '[{"a": 1}, 7, {"a": 2}]', [None, "holds a int", None], id="json"),
     ],

@@ -84,7 +84,7 @@ def test_no_reason_of_a_bad_row_has_a_secret_input():
 def test_a_key_that_holds_a_secret_input_is_refused():
     rows = [{"topic": "tea", "code": "hunter22"}]
     assert bad(rows, inputs={"topic": "topic", "pin": "code"}, key=lambda row: f"of {row['code']}") == [
-        "its key holds a secret input, and keys stand in logs, artifacts and the ledger"
+        "its key holds a secret input, and keys are shown in logs, artifacts and the ledger"
     ]
     given = row_plan(rows, inputs={"pin": lambda row: SecretStr(row["code"])}, key="code")
     assert list(given.jobs()) == []

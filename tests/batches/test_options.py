@@ -117,8 +117,8 @@ def test_a_call_with_what_is_no_plain_value_says_why_it_is_not_stored():
 
     for options, why in (
         ({"key": lambda row: row["id"]}, "key is a function"),
-        ({"inputs": {"topic": lambda row: "x"}}, "an option is no plain value"),
+        ({"inputs": {"topic": lambda row: "x"}}, "an option cannot be stored as JSON"),
         ({"output_type": Local}, "cannot be imported elsewhere"),
-        ({"webhooks": Webhooks(crew="https://hooks.test/x")}, "its webhooks were given by code"),
+        ({"webhooks": Webhooks(crew="https://hooks.test/x")}, "its webhooks were passed as a Python object"),
     ):
         assert why in call(**options)["why_not"]

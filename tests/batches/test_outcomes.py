@@ -54,7 +54,7 @@ def test_how_a_row_stands_by_its_record(phase: str, facts: dict[str, Any], state
         pytest.param({"retries": {"CrewFailedError": 1}}, "failed", 1, 0, True, id="by class"),
         pytest.param({"retries": {"CrewStoppedError": 1}}, "failed", 1, 0, False, id="another class"),
         pytest.param({"retries": 1}, "invalid-output", 1, 0, True, id="no fit"),
-        pytest.param({"retries": 1}, "lost", 1, 0, False, id="lost is no number's business"),
+        pytest.param({"retries": 1}, "lost", 1, 0, False, id="lost, whatever the number"),
         pytest.param({"retries": {"CrewLostError": 1}}, "lost", 1, 0, True, id="lost by class"),
         pytest.param({"retries": 2}, "timed-out", 1, 0, False, id="timed out: it may run on"),
         pytest.param({"retries": 2}, "uncertain", 1, 0, False, id="uncertain"),

@@ -101,7 +101,7 @@ async def test_whatever_a_crew_writes_is_one_line_of_json(ledger_address: str, p
 def test_a_file_of_something_else_is_left_as_it_is(tmp_path: Path):
     path = tmp_path / "mine.jsonl"
     path.write_text('{"key": "a"}\n')
-    with pytest.raises(OutputError, match=r"is there already.*Nothing was started"):
+    with pytest.raises(OutputError, match=r"exists already.*Nothing was started"):
         Output(str(path)).check(is_new=True)
     assert path.read_text() == '{"key": "a"}\n'
     Output(str(path)).check(is_new=False)

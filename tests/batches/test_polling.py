@@ -92,7 +92,7 @@ async def _asks(name: str) -> bool:
 async def test_a_row_is_answered_once(tmp_path: Path) -> None:
     async with waiting_row(tmp_path) as row:
         await row.approve()
-        with pytest.raises(AnsweredError, match="has its answer on record"):
+        with pytest.raises(AnsweredError, match="was already answered"):
             await row.approve()
         assert len(row.server.resumes) == 1
 
@@ -111,7 +111,7 @@ async def test_who_does_not_know_the_ledger_is_told_how_to_answer_a_row(
             async with crew.client() as client:
                 kickoff_id = await client.kickoff({})
             await resume_run(crew.crew, kickoff_id, feedback="", approve=True)
-        assert len(another.resumes) == 1, "a batch of another crew is no obstacle"
+        assert len(another.resumes) == 1, "a batch of another crew is not an obstacle"
 
 
 # Runs that are late, lost, or hard to see

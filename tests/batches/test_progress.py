@@ -99,7 +99,7 @@ async def test_a_plan_says_how_many_how_long_and_how_much(batch: Batches, crew_s
     plan = await aplan_batch(crew, [*rows, *rows], seconds_per_run=60, max_in_flight=4, deduplicate=True)
     assert (plan.rows, plan.done, plan.duplicates, plan.seconds, plan.price) == (10, 0, 10, 180, 5.0)
     assert str(plan) == (
-        "Batch plan: 10 rows, 10 to run, 4 at a time.\n10 rows equal an earlier one and are left out.\n"
+        "Batch plan: 10 rows, 10 to run, 4 at a time.\n10 rows are equal to an earlier one and are left out.\n"
         "It takes about 3 min 00 s.\nIt costs about 5."
     )
     assert server.kickoffs == 0

@@ -120,7 +120,7 @@ def test_inputs_by_function():
         pytest.param({"topic": b"x"}, {}, "bytes, which cannot be sent", id="bytes"),
         pytest.param({"a": "x"}, {"inputs": {"topic": "b"}}, "taken from column 'b', which is not there", id="column"),
         pytest.param({"a": ""}, {"inputs": {"topic": "a"}}, "lacks topic", id="empty column"),
-        pytest.param({"a": "x"}, {"inputs": {"topic": "{{ b }}"}}, "uses b, which is no column", id="template"),
+        pytest.param({"a": "x"}, {"inputs": {"topic": "{{ b }}"}}, "uses b, which is not a column", id="template"),
         pytest.param({"a": None}, {"inputs": {"topic": " {{ a }} "}}, "lacks topic", id="empty template"),
         pytest.param({"a": 1}, {"inputs": {"topic": "{{ a.b.c }}"}}, "cannot be filled", id="attribute"),
         pytest.param({"a": None}, {"inputs": lambda row: {"topic": row["a"].strip()}}, "AttributeError", id="function"),
@@ -159,7 +159,7 @@ def test_a_key_that_is_secret_is_refused():
 
 
 def test_a_template_that_is_none_is_no_fault_of_the_rows():
-    with pytest.raises(ConfigurationError, match="is no template"):
+    with pytest.raises(ConfigurationError, match="is not a template"):
         plan([{"a": 1}], inputs={"topic": "{{ a"})
 
 

@@ -117,7 +117,7 @@ async def test_the_ledger_of_another_machine_is_missed(batch: Batches, crew_serv
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     with pytest.raises(
-        LedgerMissingError, match=r"kept in another ledger, .*out\.jsonl\.ledger\.db.*nothing was start"
+        LedgerMissingError, match=r"uses another ledger, .*out\.jsonl\.ledger\.db.*nothing was start"
     ):
         await batch(server.crew(), topics(3), name="here", output=str(elsewhere / "out.jsonl"))
     assert server.kickoffs == 3
@@ -210,7 +210,7 @@ WRONG = [
     (3, "lacks topic"),
     (4, "has 5 fields, the header has 3"),
     (5, "has 2 fields, the header has 3"),
-    (6, "is no CSV: ',' expected after '\"'"),
+    (6, "is not CSV: ',' expected after '\"'"),
     (10, "has 2 fields, the header has 3"),
 ]
 
@@ -358,7 +358,7 @@ async def test_an_output_is_exported_while_the_batch_runs_and_written_where_it_s
             await asyncio.sleep(0.05)
     async with open_stored_batch("exported") as stored:
         assert await stored.export(early) == (early, 5)
-        with pytest.raises(ConfigurationError, match="is not on record: its crew is no stored block"):
+        with pytest.raises(ConfigurationError, match="is not on record: its crew is not a stored block"):
             await stored.export()
     assert not batch.output.exists()
     running.cancel()

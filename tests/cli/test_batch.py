@@ -301,7 +301,7 @@ def test_a_crew_that_is_given_by_its_address_needs_the_same_call_again(
     assert here(*call).code == 0
     refused = here("batch", "resume", name)
     assert refused.code == 2
-    assert "its crew is no stored block. Make the same call again" in refused.err
+    assert "its crew is not a stored block. Make the same call again" in refused.err
     again = here(*call, "-o", "json")
     assert (again.code, again.json["kickoffs"]) == (0, 0)
     assert TOKEN not in again.out + again.err

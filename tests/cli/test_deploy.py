@@ -349,10 +349,10 @@ def test_a_flow_is_deployed_by_its_import_path(here, prefect_api: PrefectServer,
     ("path", "said"),
     [
         pytest.param("{}.plain", "is synchronous, and a crew worker runs asynchronous ones only", id="synchronous"),
-        pytest.param("{}.no_flow", "is no flow: decorate the function with @flow.", id="no-flow"),
+        pytest.param("{}.no_flow", "is not a flow: decorate the function with @flow.", id="no-flow"),
         pytest.param("{}.nothing", "cannot be imported", id="no-name"),
         pytest.param("never_installed.greet", "No module named 'never_installed'", id="no-module"),
-        pytest.param("flows/greet.py:greet", "is no import path of a flow", id="a-file"),
+        pytest.param("flows/greet.py:greet", "is not an import path of a flow", id="a-file"),
     ],
 )
 def test_a_flow_that_a_crew_worker_cannot_run_is_not_deployed(

@@ -144,7 +144,7 @@ async def test_ids_are_encoded_into_the_path(kickoff_id: str, path: bytes):
 @pytest.mark.parametrize("kickoff_id", ["", "\ud800"], ids=["empty", "surrogate"])
 async def test_ids_that_name_nothing_are_refused(client: CrewClient, router: respx.MockRouter, kickoff_id: str):
     for call in (client.status(kickoff_id), client.stop(kickoff_id), client.resume(kickoff_id, "t", "", True)):
-        with pytest.raises(ConfigurationError, match="names nothing"):
+        with pytest.raises(ConfigurationError, match="is not a valid id"):
             await call
     assert not router.calls
 

@@ -50,7 +50,7 @@ def wait_for_alert(receiver: Receiver, subject: str, seconds: float = 60) -> str
 
 
 def run_badly(site: Site, name: str, crew: CrewServer, *, idempotency_key: str | None = None, **wait: float) -> None:
-    """Store a crew under a name and run it, to an end that is no result."""
+    """Store a crew under a name and run it, to an end that is not a result."""
     block: Any = crew.crew()
     policy = WaitPolicy.model_validate({"initial": 0.1, "max_interval": 0.5, **wait})
     with connected(site.server, site.folder / "home"):

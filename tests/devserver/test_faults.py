@@ -56,8 +56,8 @@ def test_occurrences(on: int | str | None, hits: list[int]) -> None:
     [
         pytest.param("kickof:500", "There is no place 'kickof'.*kickoff, status, resume", id="unknown-place"),
         pytest.param("kickoff:explode", "There is no fault 'explode'.*drop, reset, timeout", id="unknown-name"),
-        pytest.param("status:no-id", "no-id is no fault of status. Its places: kickoff", id="elsewhere"),
-        pytest.param("kickoff:lose", "lose is no fault of kickoff", id="webhook-fault-at-a-call"),
+        pytest.param("status:no-id", "no-id is not a fault of status. Its places: kickoff", id="elsewhere"),
+        pytest.param("kickoff:lose", "lose is not a fault of kickoff", id="webhook-fault-at-a-call"),
         pytest.param("kickoff:latency-after-accept", "There is no fault", id="no-phase"),
         pytest.param("kickoff:drop=3", "takes no value", id="value-for-nothing"),
         pytest.param("kickoff:latency=-1", "takes a number of 0 or more", id="negative"),

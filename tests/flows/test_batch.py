@@ -84,7 +84,7 @@ async def test_a_new_file_is_run_once_and_moved(echo: CrewServer, folder: Folder
     assert folder.files == {"done/a.csv", "done/b.csv", "fresh.csv", "notes.txt"}
     assert await folder.look("batch-echo") == []
     assert echo.kickoffs == 3
-    # The same file once more is no new purchase; another one of its name is.
+    # The same file again starts nothing new; another one of its name is.
     folder.receive("a.csv", "topic\ntea\nmilk\n")
     await folder.look("batch-echo")
     assert echo.kickoffs == 3
@@ -138,7 +138,7 @@ async def test_a_file_whose_batch_fails_does_not_keep_the_others_from_being_run(
     taken.mkdir(parents=True)
     for looks in (1, 2):
         with pytest.raises(
-            CrewError, match=r"batches of 1 of \d files in .*a\.csv \(OutputError: .*The next look"
+            CrewError, match=r"batches of 1 of \d files in .*a\.csv \(OutputError: .*The next run"
         ) as caught:
             await folder.look("batch-echo")
         assert "b.csv" not in str(caught.value)

@@ -62,7 +62,7 @@ def test_inputs_may_be_names_alone(inputs: str):
     [
         pytest.param("steps: [", "x.yaml is neither YAML nor JSON: ", id="no-yaml"),
         pytest.param("- a", "x.yaml holds no pipeline: expected a mapping with `steps`", id="no-mapping"),
-        pytest.param("name: x", "x.yaml is no pipeline that can run: steps: it is missing.", id="no-steps"),
+        pytest.param("name: x", "x.yaml is not a pipeline that can run: steps: it is missing.", id="no-steps"),
         pytest.param("steps: []", "steps: ", id="empty"),
         pytest.param("steps: [{name: a}]", "step 'a', crew: it is missing", id="no-crew"),
         pytest.param("steps: [{crew: a}]", "step 1, name: it is missing", id="no-name"),

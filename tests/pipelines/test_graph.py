@@ -74,11 +74,11 @@ def test_layers_and_all_that_comes_before():
         pytest.param([CrewStep("steps", "c")], ["'steps' has a reserved name"], id="reserved"),
         pytest.param([CrewStep("a/b", "c")], ["without slashes"], id="a-slash"),
         pytest.param([CrewStep(" ", "c")], ["cannot be named ' '"], id="blank"),
-        pytest.param([CrewStep("a", "c", after=["b"])], ["comes after 'b', which is no step"], id="after-nothing"),
+        pytest.param([CrewStep("a", "c", after=["b"])], ["comes after 'b', which is not a step"], id="after-nothing"),
         pytest.param([CrewStep("a", "c", {"x": "{{ u }}"})], ["input 'x': 'u' is neither"], id="an-unknown-name"),
         pytest.param([CrewStep("a", "c", {"x": ["{{ u }}"]})], ["input 'x': 'u' is neither"], id="within-a-list"),
         pytest.param([CrewStep("a", "c", {"x": "{{ steps.u.output }}"})], ["'u' is neither"], id="an-unknown-step"),
-        pytest.param([CrewStep("a", "c", {"x": "{{ t"})], ["input 'x'", "is no template"], id="no-template"),
+        pytest.param([CrewStep("a", "c", {"x": "{{ t"})], ["input 'x'", "is not a template"], id="no-template"),
         pytest.param([CrewStep("a", "c", {"x": "{{ a.output }}"})], ["in a circle: a -> a"], id="itself"),
         pytest.param(
             [CrewStep("a", "c", {}), CrewStep("b", "c", {"x": "{{ a.outptu }}"})],
@@ -217,4 +217,4 @@ def test_any_circle_is_refused(needs: dict[str, set[str]], data: st.DataObject):
     made = made_of(needs)
     assert not made.sorts
     (problem,) = made.problems
-    assert "the steps go round in a circle" in problem
+    assert "the steps depend on each other in a circle" in problem

@@ -214,7 +214,7 @@ async def test_all_that_is_wrong_is_told_at_once_and_nothing_is_started(crew_ser
         "nothing was started",
         "'topik' is neither an input of the pipeline nor a step",
         "step 'a' lacks the inputs tone of its crew",
-        "go round in a circle",
+        "depend on each other in a circle",
         "comes after 'nowhere'",
         "no-such-block",
         "401",

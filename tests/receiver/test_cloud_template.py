@@ -40,7 +40,7 @@ def test_it_makes_the_event_that_the_receiver_would(which: str):
 @pytest.mark.parametrize("name", KNOWN)
 def test_it_knows_every_body_that_the_parser_knows(name: str):
     case = KNOWN[name]
-    body = case["body"] if "body" in case else case["text"]  # which Cloud passes as text where it is no JSON
+    body = case["body"] if "body" in case else case["text"]  # which Cloud passes as text where it is not JSON
     event = rendered(body)
     if not name.startswith("refused"):
         assert event.event.startswith(f"crew.webhook.{case['kind']}")

@@ -1,4 +1,4 @@
-"""The receiver on a port: slow heads, silent connections, and what is no HTTP."""
+"""The receiver on a port: slow heads, silent connections, and what is not HTTP."""
 
 from __future__ import annotations
 

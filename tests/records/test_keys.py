@@ -58,8 +58,10 @@ def test_a_template_is_in_utc():
     [
         pytest.param("daily-{{ date }}", r"'\{\{ date \}\}' is not known", id="another name"),
         pytest.param("daily-{{ scheduled_start | date }}", "is not known", id="a filter"),
-        pytest.param("daily-{{ scheduled_start:YYYY-MM-DD }}", "'YYYY-MM-DD' is no format of strftime", id="moment.js"),
-        pytest.param("daily-{{ scheduled_start: }}", "is no format", id="an empty format"),
+        pytest.param(
+            "daily-{{ scheduled_start:YYYY-MM-DD }}", "'YYYY-MM-DD' is not a format of strftime", id="moment.js"
+        ),
+        pytest.param("daily-{{ scheduled_start: }}", "is not a format", id="an empty format"),
         pytest.param("daily-{{ scheduled_start", "is not closed", id="not closed"),
         pytest.param("daily-{{ scheduled_start }", "is not closed", id="half closed"),
         pytest.param("daily-{{ }}", "is not known", id="nothing"),

@@ -109,7 +109,7 @@ async def test_a_run_that_outlived_its_script_is_waited_for_and_the_dead_flow_ru
     dead = await flow_run(before.flow_run_id)
     assert dead.state is not None
     assert dead.state.is_crashed()
-    assert "Its process is gone. Its crew's run goes on with flow run" in str(dead.state.message)
+    assert "Its process ended. Its crew's run continues with flow run" in str(dead.state.message)
     assert server.kickoffs == 1
 
 

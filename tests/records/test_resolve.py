@@ -150,7 +150,7 @@ async def test_a_kickoff_that_may_still_be_sent_is_not_resolved_whatever_its_flo
 async def test_a_claim_whose_kickoff_was_never_sent_is_no_run():
     store = PrefectRecords()
     record = await stored(phase=RecordPhase.CLAIMED, good_for=LONG_AGO)
-    with pytest.raises(ConfigurationError, match="was never sent: whoever claimed it ended before that"):
+    with pytest.raises(ConfigurationError, match="was never sent: the process that claimed it ended first"):
         await resolve_started(await unresolved(record.idempotency_key, store), "k1", store)
 
 

@@ -132,7 +132,7 @@ async def test_a_foreign_variable_in_the_records_place_is_an_error_that_names_it
     record = new()
     name = record_name(record.idempotency_key, 1)
     await create_variable(name, {"somebody": "else"}, ["prefect-crew"])
-    with pytest.raises(CrewError, match=f"Variable {name} stands where .* Nothing was started. Upgrade"):
+    with pytest.raises(CrewError, match=f"Variable {name} should hold the record .* Nothing was started. Upgrade"):
         await RECORDS.claim(record)
 
 

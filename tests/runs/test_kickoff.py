@@ -57,7 +57,7 @@ async def test_missing_inputs_start_nothing_and_may_be_corrected_under_the_same_
     ) as caught:
         await server.crew().trigger({"days": 3}, idempotency_key=idempotency_key)
     assert (caught.value.missing_inputs, caught.value.before_kickoff) == (["city"], True)
-    assert str(caught.value).endswith(f"This was about run {idempotency_key!r} of crew {server.crew().label}.")
+    assert str(caught.value).endswith(f"Run {idempotency_key!r} of crew {server.crew().label}.")
     assert caught.value.idempotency_key == idempotency_key
     assert server.requests["kickoff"] == 0
     await server.crew().trigger({"city": "Lisbon"}, idempotency_key=idempotency_key)
@@ -109,7 +109,7 @@ async def test_an_id_that_is_no_uuid_is_warned_of_and_sent(
     server = crew_server(script({"output": "done"}, inputs=[known]))
     run = await server.crew().trigger({known: "Lisbon", "id": "42"})
     (warning,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-    assert "The input id is no UUID" in warning
+    assert "The input id is not a UUID" in warning
     assert "42" not in warning
     assert server.run(run.kickoff_id).inputs == {known: "Lisbon"} | {"id": "42"}
 
@@ -359,7 +359,7 @@ async def test_a_failed_run_is_started_again_up_to_the_limit_and_then_raised_wit
         (2, CrewState.FAILED),
     ]
     assert "This was attempt 2 of at most 2" in errors[1]
-    assert all("allows 2 kickoffs under one idempotency key" in error and "force_new" in error for error in errors[2:])
+    assert all("allows 2 kickoffs for one idempotency key" in error and "force_new" in error for error in errors[2:])
 
 
 @pytest.mark.parametrize("other", ["crew", "inputs"])

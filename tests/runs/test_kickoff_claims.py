@@ -103,7 +103,7 @@ async def test_a_claim_that_nothing_was_sent_for_is_voided_and_the_run_is_starte
 async def test_a_kickoff_that_may_have_been_sent_is_uncertain_when_its_time_is_up(crew_server: CrewServerFactory):
     server, idempotency_key = crew_server("echo"), key()
     await claim(idempotency_key, server.crew(), permit=LONG_AGO)
-    with pytest.raises(KickoffUncertainError, match="ended before its answer was written down"):
+    with pytest.raises(KickoffUncertainError, match="ended before it recorded the answer"):
         await server.crew().trigger({"text": "a"}, idempotency_key=idempotency_key)
     assert server.requests["kickoff"] == 0
 

@@ -238,21 +238,21 @@ async def test_people_may_get_more_time():
         return next(given)
 
     world.more_time = more_time
-    with pytest.raises(CrewTimeoutError, match="human time of 50 s"):
+    with pytest.raises(CrewTimeoutError, match="human time limit of 50 s"):
         await world.wait(STEADY.model_copy(update={"human_timeout": 50.0}))
     assert world.looks[-1] == 260, "seen from 10 on"
 
 
 async def test_timeout_is_pending_and_running_together():
     world = World(steps((20, PENDING), then=RUNNING))
-    with pytest.raises(CrewTimeoutError, match="running time of 30 s"):
+    with pytest.raises(CrewTimeoutError, match="running time limit of 30 s"):
         await world.wait(STEADY.model_copy(update={"timeout": 30.0}))
     assert world.looks[-1] == 30
 
 
 async def test_pending_has_a_limit_of_its_own():
     policy = STEADY.model_copy(update={"timeout": 1000.0, "pending_timeout": 15.0})
-    with pytest.raises(CrewTimeoutError, match="pending time of 15 s"):
+    with pytest.raises(CrewTimeoutError, match="pending time limit of 15 s"):
         await World(each([PENDING])).wait(policy)
     world = World(steps((12, PENDING), (900, RUNNING)))
     assert (await world.wait(policy)).state is COMPLETED
@@ -289,7 +289,7 @@ async def test_people_have_one_budget_for_all_their_turns():
 async def test_a_turn_that_began_before_a_restart_goes_on():
     phases = Phases(kicked_off_at=1_000_000 - 500, human_seconds=20, human_since=1_000_000 - 70)
     world = World(each([WAITING]))
-    with pytest.raises(CrewTimeoutError, match="human time of 100 s"):
+    with pytest.raises(CrewTimeoutError, match="human time limit of 100 s"):
         await world.wait(STEADY.model_copy(update={"human_timeout": 100.0}), phases=phases, first_look=True)
     assert world.looks == [0, 10]
     assert world.turns == [], "nobody's turn began or ended"
@@ -422,7 +422,7 @@ async def test_an_unknown_run_is_waited_for_in_its_grace():
         await never.wait(policy)
     assert never.looks[-1] == 60
     assert caught.value.last_state is None
-    assert "has never seen it" in str(caught.value)
+    assert "this wait never saw it" in str(caught.value)
 
 
 async def test_a_run_that_was_seen_alive_is_lost_at_the_second_unknown():

@@ -375,7 +375,7 @@ async def test_at_the_limit_it_names_what_can_be_done_in_each_place(crew_server:
         (await failed_text(lambda: arun_crew(crew, idempotency_key=idempotency_key))),
     ]
     assert "This was attempt 1 of at most 1" in last
-    assert "Nothing was started: crew travel allows 1 kickoffs under one idempotency key (max_kickoffs)" in none
+    assert "Nothing was started: crew travel allows 1 kickoffs for one idempotency key (max_kickoffs)" in none
     for text in (last, none):
         assert NOT_AGAIN not in text
         for place in ("block deployed-crew/travel", "parameter force_new", "force_new=True", "--force-new"):

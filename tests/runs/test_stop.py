@@ -146,7 +146,7 @@ def test_a_cancelled_flow_that_goes_on_starts_nothing_more(crew_server: CrewServ
     thread.join()
     assert server.kickoffs == 1
     assert [type(error) for error in errors] == [CrewStoppedError, CrewError, CrewError]
-    assert "was cancelled: it kicks off nothing more" in str(errors[1])
+    assert "was cancelled, so no run was started" in str(errors[1])
     assert seen.flow_run(ids[0])["state"]["type"] == "CANCELLED"
 
 
@@ -175,11 +175,11 @@ def test_a_crew_without_stop_is_said_to_run_on_and_where(crew_server: CrewServer
         await arun_crew(server.crew(), idempotency_key=idempotency_key)
 
     thread = cancel_when(server, seen, ids, "CANCELLING")
-    with pytest.raises(CrewError, match=f"which runs on at {server.url}") as caught:
+    with pytest.raises(CrewError, match=f"which continues at {server.url}") as caught:
         asyncio.run(trip())
     thread.join()
     assert not isinstance(caught.value, CrewStoppedError)
-    assert f"runs on at {server.url}: its server has no /stop" in seen.logs(ids[0])
+    assert f"continues at {server.url}: its server has no /stop" in seen.logs(ids[0])
     record = seen.record(idempotency_key)
     assert (record["phase"], record["reason"]) == ("started", "stop was asked for: unsupported")
     assert seen.flow_run(ids[0])["state"]["type"] == "CANCELLED"
@@ -551,4 +551,4 @@ async def test_a_stop_that_cannot_be_written_down_is_told(
             return asyncio.run(stop.stop_run(run.crew, run.kickoff_id))
 
     assert (await asyncio.to_thread(refused)).accepted
-    assert f"That run {run.kickoff_id} was stopped is not on record" in caplog.text
+    assert f"It could not be recorded that run {run.kickoff_id} was stopped" in caplog.text

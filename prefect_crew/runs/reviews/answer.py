@@ -198,8 +198,8 @@ def uncertain_error(run: OpenRun, last: SentReview) -> CrewError:
     page = f" ({run.crew.page_url})" if run.crew.page_url else ""
     return CrewError(
         f"The answer to run {run.kickoff_id}, task {last.task_id}, round {last.round} ({_when(last)}) was sent and "
-        f"nobody knows whether it arrived. It is not sent again on a guess: look at the crew's page{page}, and answer "
-        "there if the run still waits. Then wait for it again under the same key."
+        f"nobody knows whether it arrived. It is not sent again automatically: look at the crew's page{page}, and "
+        "answer there if the run still waits. Then wait for it again under the same key."
     )
 
 
@@ -255,9 +255,9 @@ def _refuse_answered(run: OpenRun, before: Sequence[SentReview], state: Question
     if state is QuestionState.ANSWERED:
         last = before[-1]
         raise AnsweredError(
-            f"Round {last.round} of run {run.kickoff_id}, task {last.task_id}, has its answer on record: "
-            f"{'approved' if last.approve else 'rejected'} ({_when(last)}), and the crew's server still shows the same "
-            "question. Nothing was sent. Look again in a moment: prefect-crew reviews ls."
+            f"Round {last.round} of run {run.kickoff_id}, task {last.task_id}, was already answered: "
+            f"{'approved' if last.approve else 'rejected'} ({_when(last)}), but the crew's server still shows the "
+            "same question. Nothing was sent. Look again in a moment: prefect-crew reviews ls."
         )
 
 
@@ -278,7 +278,7 @@ async def _write(run: OpenRun, writing: Coroutine[Any, Any, None]) -> None:
     try:
         await writing
     except (httpx.HTTPError, PrefectException, CrewError) as error:
-        run_logger().warning("What became of the answer to run %s is not on record: %s", run.kickoff_id, error)
+        run_logger().warning("What became of the answer to run %s could not be recorded: %s", run.kickoff_id, error)
 
 
 async def _post_to_callback(run: OpenRun, request: FeedbackRequest, text: str, by: str) -> ResumeAnswer:
@@ -296,7 +296,7 @@ async def _forget(run: OpenRun, request: FeedbackRequest) -> None:
     try:
         await forget_request(request)
     except (httpx.HTTPError, PrefectException) as error:
-        run_logger().debug("What run %s asked stays: %s", run.kickoff_id, error)
+        run_logger().debug("The stored question of run %s could not be removed: %s", run.kickoff_id, error)
 
 
 async def _has_moved_on(run: OpenRun, session: CrewSession, looks: int) -> bool:

@@ -105,8 +105,8 @@ class Form:
     def __init__(self, own: str | None, run: OpenRun, policy: WaitPolicy) -> None:
         if own is None:
             raise ConfigurationError(
-                f"The question of run {run.kickoff_id} cannot be asked in a form: nothing here is a flow run, on whose "
-                "page it would stand. Call run_crew, or wait_for_crew in a flow."
+                f"The question of run {run.kickoff_id} cannot be shown as a form, because this is not a flow run. "
+                "Call run_crew, or wait_for_crew in a flow."
             )
         self.page = url_for("flow-run", obj_id=own) or f"flow run {own}"
         self.question: Question | None = None
@@ -199,7 +199,7 @@ class Form:
                     await client.set_flow_run_state(self._own, Running())
                 await self._delete(client, _SHOWN)
         except (httpx.HTTPError, PrefectException) as error:
-            run_logger().warning("The form for run %s could not be taken down: %s", self._run.kickoff_id, error)
+            run_logger().warning("The form for run %s could not be closed: %s", self._run.kickoff_id, error)
 
     async def forget_answer(self) -> None:
         """Delete what was filled in about the last question."""
@@ -233,7 +233,7 @@ class Form:
                 )
                 await _delete_inputs(client, self._own, (one.key for one in left))
         except (httpx.HTTPError, PrefectException) as error:
-            run_logger().debug("What is left of forms about run %s stays: %s", kickoff_id, error)
+            run_logger().debug("Old forms about run %s could not be removed: %s", kickoff_id, error)
             return
         for one in left:
             if one.key.endswith("-response"):

@@ -255,7 +255,7 @@ def how_to_answer(run: OpenRun) -> str:
 
 
 def run_argument(run: OpenRun) -> str:
-    """Return the arguments that name a run on the command line: with its crew where that is no stored block."""
+    """Return the arguments that name a run on the command line: with its crew where that is not a stored block."""
     crew = "" if run.crew.block else f" --crew {shlex.quote(run.crew.url)}"
     return f"{shlex.quote(run.kickoff_id)}{crew}"
 
@@ -283,6 +283,6 @@ def describe_question(run: OpenRun, question: Question, page: str | None = None)
     )
     again = ""
     if question.state is QuestionState.OPEN_BY_TIME:
-        again = "Only time tells this question from the one that was answered last, so that no function is asked. "
+        again = "This question looks like the last one, which was answered, so no function is asked. "
     form = f"The form is on {page} (Resume). " if page else ""
     return f"waits for a person: {where} {again}{form}{look} Answer: {how_to_answer(run)}"

@@ -222,7 +222,7 @@ class People:
             await self.records.save_review(answers_record(self.run), len(self.answers), last)
         except (httpx.HTTPError, PrefectException, CrewError) as error:
             last.moved_on = False
-            run_logger().debug("That run %s goes on is not on record: %s", self.run.kickoff_id, error)
+            run_logger().debug("It could not be recorded that run %s continues: %s", self.run.kickoff_id, error)
         return last.moved_on
 
     @property
@@ -362,7 +362,7 @@ class People:
             if self._form is not None and await self._answer_by_form(self._form):
                 return GOES_ON_WITHIN
         except CrewError as error:
-            run_logger().warning("The form's answer to run %s came to nothing: %s", kickoff_id, error)
+            run_logger().warning("The form's answer to run %s was not used: %s", kickoff_id, error)
         if self.policy.on_human_timeout != "reject" or budget is None or self._has_extra_time:
             return 0.0
         question = self.question

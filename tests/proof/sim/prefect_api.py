@@ -114,7 +114,7 @@ class SimPrefect:
         loop = asyncio.get_running_loop()
         self.requests += 1
         path = request.url.path.removeprefix("/api")
-        # A client of Prefect's asks for a token once, before its first change: that is no request of ours.
+        # A client of Prefect's asks for a token once, before its first change: that is not a request of ours.
         self.asked += [(loop.time(), by)] * (path != "/csrf-token")
         fault = self.faults.get(self.requests)
         if path.startswith("/variables") and not path.endswith("/filter") and request.method != "GET":

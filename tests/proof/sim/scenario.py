@@ -40,7 +40,7 @@ class Call(_Short):
         other_inputs: Give other inputs than the key's first call should have.
         at_once: Calls made side by side in this process.
         force_new: As `run_crew`'s.
-        misconfigured: Give a `meta` that is no JSON, so that nothing can be sent; mended for the attempts after that.
+        misconfigured: Give a `meta` that is not JSON, so that nothing can be sent; mended for the attempts after that.
         flow: Whether it is a flow run on the Prefect server.
         kill_at, freeze_at, cancel_at: The step of the process before which that happens.
         freeze_for: Seconds.

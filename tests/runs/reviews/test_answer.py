@@ -86,10 +86,10 @@ async def test_an_answer_that_arrived_without_a_word_is_not_sent_again_and_the_r
         return APPROVED
 
     async with asking(lag=200, changing=True, fails={1: 500}) as (server, crew):
-        with pytest.raises(CrewError, match="not sent again on a guess"):
+        with pytest.raises(CrewError, match="not sent again automatically"):
             await run_of(crew, judge, retries=1)
         record = (await PrefectRecords().attempts(crew.url))[-1]
-        with pytest.raises(CrewError, match="not sent again on a guess"):
+        with pytest.raises(CrewError, match="not sent again automatically"):
             await resume_run(crew.crew, str(record.kickoff_id), feedback="", approve=True)
         assert len(server.resumes) == 1
         assert asked == [1], "nobody is asked what could not be answered"
@@ -163,7 +163,7 @@ async def test_a_run_without_a_record_is_answered_once_as_well() -> None:
         async with crew.client() as client:
             kickoff_id = await client.kickoff({})
         await resume_run(crew.crew, kickoff_id, feedback="", approve=True)
-        with pytest.raises(CrewError, match="has its answer on record"):
+        with pytest.raises(CrewError, match="was already answered"):
             await resume_run(crew.crew, kickoff_id, feedback="", approve=True)
         assert len(server.resumes) == 1
 
@@ -325,7 +325,7 @@ async def test_where_nothing_is_known_the_page_is_linked_and_nothing_is_promised
         (said,) = [one.getMessage() for one in caplog.records if "waits for a person: task draft" in one.getMessage()]
         assert f"Look at the crew's page: {PAGE}" in said
         assert "reviews inspect" not in said
-        assert f"--crew {server.url}" in said, "the crew is no stored block"
+        assert f"--crew {server.url}" in said, "the crew is not a stored block"
 
 
 async def test_where_it_is_known_the_command_that_shows_it_is_named(caplog: pytest.LogCaptureFixture) -> None:

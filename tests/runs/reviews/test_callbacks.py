@@ -103,7 +103,7 @@ async def test_an_answer_that_may_have_arrived_is_held_and_the_list_shows_what_i
             await resume_run(crew.crew, kickoff_id, feedback="", approve=True)
         url = (await kept_requests(kickoff_id))[0].callback_url.get_secret_value()
         assert url.rpartition("/")[2] not in str(raised.value)
-        with pytest.raises(CrewError, match="not sent again on a guess"):
+        with pytest.raises(CrewError, match="not sent again automatically"):
             await resume_run(crew.crew, kickoff_id, feedback="", approve=True)
         assert server.requests["resume"] == 1
 
