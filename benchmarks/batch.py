@@ -2,7 +2,7 @@
 
     python benchmarks/batch.py                      all of it, some minutes
     python benchmarks/batch.py rows-10k rows-1k     only these parts
-    python benchmarks/batch.py old-new --old PATH   4,000 rows of an instant crew, in turns with another checkout
+    python benchmarks/batch.py old-new --old PATH   4,000 rows of an instant crew, alternating with another checkout
 
 Every measurement is a process of its own, against a crew server in another one (lean_server.py, which counts the CPU
 that it uses: below its wall time it is not a bottleneck) and the Prefect server of PREFECT_API_URL. "loop" is a bare
@@ -163,17 +163,20 @@ class Bench:
             }  # fmt: skip
             command = [sys.executable, __file__, "--measure", way, json.dumps(given)]
             env = {**os.environ, "PYTHONPATH": self.old} if old and self.old else None
-            told = json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True, env=env).stdout)
+            measured = json.loads(
+                subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True, env=env).stdout
+            )
             counts = httpx.get(f"{url}/_counts").json()
         assert counts["keys"] in (0, counts["kickoffs"]), "a row was started twice"
-        told["kickoffs"] = counts["kickoffs"]
-        per_row = f"{told['cpu'] / count * 1000:.2f} ms a row, {counts['looks'] / count:.1f} polls a row"
+        measured["kickoffs"] = counts["kickoffs"]
+        per_row = f"{measured['cpu'] / count * 1000:.2f} ms a row, {counts['looks'] / count:.1f} polls a row"
         print(
-            f"  {'old ' if old else ''}{way:8} {count:>7,} rows {told['seconds']:7.2f} s CPU {told['cpu']:6.2f} s, "
-            f"{per_row}, {told['memory']:.0f} MB, server's CPU {counts['cpu']:.1f} s, load {os.getloadavg()[0]:.1f}",
+            f"  {'old ' if old else ''}{way:8} {count:>7,} rows {measured['seconds']:7.2f} s CPU "
+            f"{measured['cpu']:6.2f} s, {per_row}, {measured['memory']:.0f} MB, "
+            f"server's CPU {counts['cpu']:.1f} s, load {os.getloadavg()[0]:.1f}",
             flush=True,
         )
-        return told
+        return measured
 
 
 def rows_10k(bench: Bench) -> None:
@@ -244,8 +247,8 @@ def main() -> None:
         importlib.import_module("prefect_crew.batches.run")  # which is not what is measured
         began, before = time.perf_counter(), time.process_time()
         asyncio.run(WAYS[way](argparse.Namespace(**json.loads(given))))  # type: ignore[arg-type]
-        told = {"seconds": time.perf_counter() - began, "cpu": time.process_time() - before, "memory": peak()}
-        print(json.dumps(told))
+        measured = {"seconds": time.perf_counter() - began, "cpu": time.process_time() - before, "memory": peak()}
+        print(json.dumps(measured))
         return
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder), asked.ledger, asked.old)

@@ -1,7 +1,7 @@
 """How long after a crew's end `arun_crew` returns, and how many status requests that took.
 
 Runs scripted crews of 2, 10 and 60 s on the local crew server inside one async flow against a running Prefect server
-(PREFECT_API_URL), beside the fixed 10 s poll of the API's own sample and the fixed 1 s poll of crewai_tools. All of
+(PREFECT_API_URL), next to the fixed 10 s poll of the API's own sample and the fixed 1 s poll of crewai_tools. All of
 them run side by side in one process, so that they meet the same machine.
 
 For the first the goal is: total at most 2.0 s + the last poll's lag + 0.25 s.

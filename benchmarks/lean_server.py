@@ -1,4 +1,5 @@
-"""A crew server for benchmarks, in a process of its own: as little as the crew API allows, so that it is not a bottleneck.
+"""A crew server for benchmarks, in a process of its own: as little as the crew API allows, so that it is not a
+bottleneck.
 
     python benchmarks/lean_server.py --seconds 2 --port 0 --latency 0.2
 

@@ -1,6 +1,6 @@
 """What a pipeline costs on top of its crews: 20 steps in 5 layers of a 0.2 s crew, against a running Prefect server.
 
-The critical path is 5 × 0.2 s = 1.0 s; each step of it should cost at most 150 ms on top. Beside it stands the floor:
+The critical path is 5 × 0.2 s = 1.0 s; each step of it should cost at most 150 ms on top. Next to it is the floor:
 the same shape of Prefect's own tasks, two a step as a crew has, that sleep for as long. Needs PREFECT_API_URL.
 """
 

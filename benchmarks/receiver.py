@@ -2,8 +2,8 @@
 
 `prefect-crew receiver start` runs pinned to one core, against the Prefect server of PREFECT_API_URL; this program,
 pinned to another, delivers task webhooks with bodies of 2 KB over connections that are kept open: first as fast as
-answers come, then at steady rates. What the Prefect server cannot take in meanwhile is dropped, which costs no answer
-any time; the last columns say how much was forwarded and dropped.
+answers come, then at steady rates. What the Prefect server cannot take in at that time is dropped, which costs no
+answer any time; the last columns say how much was forwarded and dropped.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """What the record adds to a kickoff: milliseconds, and requests to the Prefect API.
 
 Runs one crew that is done at once, again and again inside one async flow against the Prefect server of PREFECT_API_URL:
-with the record on that server, and with a record that lives in this process, in turns. The median of the difference is
-the record's cost for the whole of a run: the claim before the kickoff, the id after it, the end when it is seen. The
+with the record on that server, and with a record that lives in this process, alternating. The median of the difference
+is the record's cost for the whole of a run: the claim before the kickoff, the id after it, the end when it is seen. The
 requests are counted by what they are for.
 
-Goal: at most 3 requests a run besides the artifact's. "In vain" are those that a locked SQLite database refused, and
+Goal: at most 3 requests a run, without the artifact's. "In vain" are those that a locked SQLite database refused, and
 that were made again; PostgreSQL has none.
 """
 
@@ -104,7 +104,7 @@ async def main() -> None:
 
         await measure()
 
-    print(f"{runs} runs of each kind, in turns, in one async flow; milliseconds a run:")
+    print(f"{runs} runs of each kind, alternating, in one async flow; milliseconds a run:")
     for name, times in {"with the record": recorded, "without": bare}.items():
         print(f"  {name:16} median {median(times):6.1f}   p90 {quantiles(times, n=10)[-1]:6.1f}")
     print(f"  the record adds  median {median(a - b for a, b in zip(recorded, bare, strict=True)):6.1f}")

@@ -124,13 +124,13 @@ async def lag(runs: int, seconds: float, spread: float, hooked: bool) -> None:
             return str(context.flow_run.id)
 
         flow_run_id = await run()
-        told = server.ask()
+        served = server.ask()
         tasks = {ids[name]: at for name, at in task_ends(flow_run_id, runs).items()}
         way = "webhooks on" if hooked else "polling alone"
         print(
             f"{runs} runs of {seconds:g} s begun within {spread:g} s, {way}: crew end -> task end "
-            f"{shares(tasks, told['ends'])}, -> arun_crew returns {shares(returned, told['ends'])}; "
-            f"{told['status'] / runs:.2f} status requests a run",
+            f"{shares(tasks, served['ends'])}, -> arun_crew returns {shares(returned, served['ends'])}; "
+            f"{served['status'] / runs:.2f} status requests a run",
             flush=True,
         )
 

@@ -5,7 +5,7 @@
 
 Recovery is for flow runs of deployments with the tag recover-crashed, and for crashes only:
 
-- no heartbeat: a run that has been silent for three heartbeats has crashed. Needed where a worker dies with its flow
+- no heartbeat: a run that has sent nothing for three heartbeats has crashed. Needed where a worker dies with its flow
   runs; one that only loses the flow's process says so itself. The longest heartbeat of all tagged deployments counts,
   so run this again when you tag another.
   It does not fire for flow runs of a crew worker: they send no heartbeats, and their workers adopt what is left.
@@ -34,8 +34,9 @@ RECOVER = "recover/crashed"
 PREFECTS_HEARTBEAT = 180
 """Seconds: Prefect's own default of PREFECT_FLOWS_HEARTBEAT_FREQUENCY."""
 BEAT = "prefect.flow-run.heartbeat"
-SILENT = ["AwaitingConcurrencySlot", "AwaitingRetry", "Scheduled", "Suspended"]
-"""States, by name, in which a flow run is silent with good reason. A paused one beats on: its process waits."""
+WITHOUT_HEARTBEAT = ["AwaitingConcurrencySlot", "AwaitingRetry", "Scheduled", "Suspended"]
+"""States, by name, in which a flow run sends no heartbeat and has not crashed. A paused one sends them: its process
+waits."""
 ENDS = ["Cancelled", "Completed", "Crashed", "Failed", "TimedOut"]
 TAGGED_FLOW_RUNS = {
     "match": {"prefect.resource.id": "prefect.flow-run.*"},
@@ -78,7 +79,7 @@ def recovery(recover_id: UUID, *, heartbeat: int, max_attempts: int) -> Iterator
         heartbeat: Seconds between two heartbeats of the slowest flow run.
         max_attempts: How often a flow run may be begun in all.
     """
-    silence = timedelta(seconds=3 * heartbeat)
+    allowed = timedelta(seconds=3 * heartbeat)
     crashed = {
         "type": "change-flow-run-state",
         "state": "CRASHED",
@@ -87,9 +88,11 @@ def recovery(recover_id: UUID, *, heartbeat: int, max_attempts: int) -> Iterator
     }
     yield automation(
         "no heartbeat",
-        proactive(BEAT, [BEAT, *(f"prefect.flow-run.{name}" for name in SILENT + ENDS)], TAGGED_FLOW_RUNS, silence),
+        proactive(
+            BEAT, [BEAT, *(f"prefect.flow-run.{name}" for name in WITHOUT_HEARTBEAT + ENDS)], TAGGED_FLOW_RUNS, allowed
+        ),
         crashed,
-        f"A flow run tagged {TAG} that has been silent for three heartbeats of {heartbeat} s has crashed.",
+        f"A flow run tagged {TAG} that has sent nothing for three heartbeats of {heartbeat} s has crashed.",
     )
     recover = {
         "type": "run-deployment",
@@ -120,7 +123,7 @@ ALERTS = {
     "uncertain": "It is not known whether the kickoff started a run: {{ event.payload.reason }}. Look at the crew's "
     f"page, then: prefect-crew runs resolve {QUOTED_KEY} --kickoff-id ID, or --never-started.",
     "lost": "The crew's server no longer knows the run. Look at the crew's page.",
-    "timed_out": "Its {{ event.payload.phase }} time of {{ event.payload.budget }} s is over. The crew may run on.",
+    "timed_out": "Its {{ event.payload.phase }} time limit of {{ event.payload.budget }} s is over. The crew may continue.",
 }
 """The body of the alert for each event, in the Jinja that Prefect fills."""
 ASKED = (
@@ -203,7 +206,7 @@ async def set_up(*, notify: str | None, max_attempts: int, waiting: timedelta) -
             wanted += alerts(block.id, waiting=waiting)
         for automation in wanted:
             print(await put(client, automation))
-        print(f"Silence counts as a crash after {3 * heartbeat} s.")
+        print(f"Without a heartbeat a flow run counts as crashed after {3 * heartbeat} s.")
         if not notify:
             print("No alerts without --notify TYPE/NAME, such as slack-webhook/crew-alerts; those that stand are kept.")
 

@@ -3,7 +3,7 @@
     prefect-crew serve examples/reviewed_crew.py:build
 
 The run waits as "Pending Human Input" until `POST /resume` answers. A rejected draft is written again with what the
-person said, and the next draft waits in turn.
+person said, and the next draft waits again.
 """
 
 from crewai import Agent, Crew, Task

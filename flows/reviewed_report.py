@@ -33,7 +33,7 @@ async def reviewed_report(
         idempotency_key: The identity of the whole report, such as report-{{ scheduled_start:%Y-%m-%d }}. Empty:
             each flow run is one.
     """
-    patient = WaitPolicy(
+    policy = WaitPolicy(
         human_timeout=days_to_answer * 86_400,
         on_human_timeout="reject",
         human_message="No one has read this in time. Make it shorter.",
@@ -45,7 +45,7 @@ async def reviewed_report(
             "draft",
             draft,
             {"topic": "{{ topic }}", "audience": "{{ audience }}", "notes": "{{ research.output }}"},
-            wait=patient,
+            wait=policy,
             review="form",
         ),
     ]

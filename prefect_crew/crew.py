@@ -28,10 +28,10 @@ class Crew:
     """What holds for every run of one crew. The block `DeployedCrew` stores it, checks it and says what is left out.
 
     `label` is what people call it, `block` the name of its stored block. `hidden` are texts that are secret in whatever
-    a run of it says, besides the values of its secret inputs. `reload` reads the stored block anew. `on_status` is
-    called with a run and None when it is started or found, then with the run and each status that is seen: on the event
-    loop that waits, so it must be quick and must not raise. `expected_inputs` are the answer to `GET /inputs`, where
-    somebody has just asked for many runs at once.
+    a run of it says, in addition to the values of its secret inputs. `reload` reads the stored block anew. `on_status`
+    is called with a run and None when it is started or found, then with the run and each status that is seen: on the
+    event loop that waits, so it must be quick and must not raise. `expected_inputs` are the answer to `GET /inputs`,
+    where somebody has just asked for many runs at once.
     """
 
     label: str

@@ -63,7 +63,7 @@ async def arun_crew(
         name: The step's name: in task names, and part of an idempotency key that is left out.
         idempotency_key: The identity of this run, across flow runs and machines that share a Prefect server. It may be
             a template over the scheduled time: `"daily-{{ scheduled_start:%Y-%m-%d }}"`. Left out, it is one that the
-            retries of this flow run find again; outside a flow every call is a new run.
+            retries of this flow run reattach; outside a flow every call is a new run.
         force_new: Start a new run whatever the record of the key says.
         meta: Any JSON object for the crew's webhooks; the idempotency key is added to it.
         wait: How to wait, in place of the block's policy.

@@ -135,8 +135,8 @@ async def _storable(given: Mapping[str, Any]) -> dict[str, Any]:
     crew = await load_crew(given["crew"])
     if crew.block is None:
         raise ConfigurationError(
-            f"Crew {crew.label} is not a stored block, and Prefect would store its token with this task run's parameters. "
-            "Nothing was stored. Save it, and give its name: crew.save('NAME')."
+            f"Crew {crew.label} is not a stored block, and Prefect would store its token with this task run's "
+            "parameters. Nothing was stored. Save it, and give its name: crew.save('NAME')."
         )
     inputs = cast("Mapping[str, Any]", given.get("inputs") or {})
     secret = [key for key, value in inputs.items() if key in crew.secret_inputs or holds_secret(value)]

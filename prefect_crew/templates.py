@@ -114,7 +114,7 @@ def _environment() -> SandboxedEnvironment:
 
 
 _METHODS = frozenset(dir(dict))
-"""What a collection has besides its names: `steps.items()`."""
+"""What a collection has in addition to its names: `steps.items()`."""
 GLOBALS = frozenset(cast("dict[str, Any]", cast("Any", _environment()).globals))
 """Names that Jinja brings, such as `range`. `names_in` takes them for those, whatever values there are."""
 
@@ -172,7 +172,7 @@ _OTHERS = (nodes.Include, nodes.Import, nodes.FromImport, nodes.Extends)
 
 
 def _problem(node: nodes.Node, environment: Any) -> str | None:
-    """Return what is wrong with a part of a template that Jinja would speak of when it comes to it, if at all."""
+    """Return what is wrong with a part of a template that Jinja would report only when it runs that part, if at all."""
     if isinstance(node, nodes.Filter) and node.name not in environment.filters:
         return f"there is no filter {node.name!r}"
     if isinstance(node, nodes.Test) and node.name not in environment.tests:

@@ -208,7 +208,7 @@ def load_flow(entrypoint: str | None, *, allowed: Iterable[str] | None = None) -
 
     Args:
         entrypoint: A module, a dot, and the flow's name in it.
-        allowed: Modules besides this package's, each with all below it; any module if left out.
+        allowed: Modules in addition to this package's, each with all below it; any module if left out.
 
     Raises:
         ConfigurationError: It is no such path, its module is not allowed or cannot be imported, or it is no
@@ -217,8 +217,8 @@ def load_flow(entrypoint: str | None, *, allowed: Iterable[str] | None = None) -
     module, _, name = (entrypoint or "").rpartition(".")
     if not module or ":" in module or "/" in module:
         raise ConfigurationError(
-            f"{entrypoint!r} is not an import path of a flow, such as my_package.flows.my_flow. Deploy a flow in a file to "
-            "a process work pool: prefect deploy."
+            f"{entrypoint!r} is not an import path of a flow, such as my_package.flows.my_flow. Deploy a flow in a "
+            "file to a process work pool: prefect deploy."
         )
     permitted = None if allowed is None else ["prefect_crew", *allowed]
     if permitted is not None and not any(module == one or module.startswith(f"{one}.") for one in permitted):

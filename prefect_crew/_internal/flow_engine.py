@@ -67,7 +67,7 @@ async def run_held_flow(flow: Flow[Any, Any], held: HeldFlowRun) -> State[Any]:
 
     Raises:
         httpx.HTTPError, PrefectException: The Prefect API could not be asked before the flow began.
-        BaseException: What ended the flow besides an Exception, once its state is written.
+        BaseException: What ended the flow, if not an Exception, once its state is written.
     """
     engine = _Engine(flow=flow, flow_run=held.flow_run, parameters=held.flow_run.parameters)
     engine.held = held

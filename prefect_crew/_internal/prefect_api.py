@@ -75,7 +75,7 @@ def contexts_around(kind: type[ContextT]) -> list[ContextT]:
 CROWDED_FOR = 300.0
 """Seconds for which changes go one after the other once the server refused one: SQLite takes one writer at a time."""
 LONGEST = 2.0
-"""Seconds that a turn is waited for: a request that hangs must not hold up the others."""
+"""Seconds for which a change waits for the one before: a request that hangs must not hold up the others."""
 CLOSING = 0.003
 """Seconds after which a connection that the server closes is seen to be closed."""
 
@@ -102,7 +102,7 @@ def lock_here(name: str) -> asyncio.Lock:
 
 
 @asynccontextmanager
-async def _turn(*, needed: bool) -> AsyncGenerator[None]:
+async def _one_at_a_time(*, needed: bool) -> AsyncGenerator[None]:
     """Make one change at a time, where the server was seen to refuse two at once."""
     lock, is_held = lock_here("changes"), False
     if needed and asyncio.get_running_loop().time() < _this_loop().crowded_until:
@@ -135,7 +135,7 @@ async def request_soon(
     *,
     json: Any,
     give_up_after: float,
-    in_turn: bool = True,
+    one_at_a_time: bool = True,
     again: Callable[[Exception], bool] = is_transient,
 ) -> httpx.Response:
     """Make one request, again and again while the Prefect API is away or busy. Prefect's client sleeps 2 s after a 503.
@@ -144,7 +144,7 @@ async def request_soon(
         client: Prefect's client.
         method, path, json: The request.
         give_up_after: Seconds.
-        in_turn: False for a request that the server never refuses because of another one.
+        one_at_a_time: False for a request that the server never refuses because of another one.
         again: Tells which errors are worth another attempt.
 
     Raises:
@@ -154,7 +154,7 @@ async def request_soon(
     until, delay = loop.time() + give_up_after, 0.02
     while True:
         try:
-            async with _turn(needed=in_turn):
+            async with _one_at_a_time(needed=one_at_a_time):
                 try:
                     return await _request_once(client, method, path, json=json)
                 except PrefectHTTPStatusError as error:

@@ -34,7 +34,7 @@ def artifact_key(label: str, *, prefix: str = "crew") -> str:
 
 
 class MarkdownArtifact:
-    """One artifact that is made once and then updated, told from others under its key by its description.
+    """One artifact that is made once and then updated, distinguished from others under its key by its description.
 
     `id` is its id, as far as it is known here.
     """

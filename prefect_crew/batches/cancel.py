@@ -53,7 +53,7 @@ async def run_until_cancelled(
     work = asyncio.ensure_future(rows)
     with watch_ctrl_c():
         try:
-            await _run_beside(work, tick, own)
+            await _tick_during(work, tick, own)
             if not work.done():
                 await _end(runner, work, tick, name, on_cancel)
                 if own is not None:
@@ -67,7 +67,7 @@ async def run_until_cancelled(
             await cancel_and_wait(work)
 
 
-async def _run_beside(
+async def _tick_during(
     work: asyncio.Future[None], tick: Callable[[], Awaitable[None]], own: str | None, *, drains: bool = False
 ) -> None:
     """Return once the rows have ended, or the flow run is cancelled unless it `drains`; raise what either raises."""
@@ -99,7 +99,7 @@ async def _end(
     runner.stop("the batch was cancelled.")
     if on_cancel == "drain":
         run_logger().info("Batch %s waits for %d runs in flight.", name, len(runner.waiting))
-        await _run_beside(work, tick, None, drains=True)
+        await _tick_during(work, tick, None, drains=True)
         return
     # A kickoff that is under way gets its id first: cut off, it would be uncertain.
     await _within(runner.throttle.idle(), KICK_OFF_WITHIN)

@@ -562,9 +562,9 @@ class GroupWriter:
 
     def _commit(self, connection: Connection, group: Sequence[_Write]) -> set[_Write]:
         made = set[_Write]()
-        for turn in _turns(group):
+        for part in _in_order(group):
             for statement, is_claim in ((self._statements.claim, True), (self._statements.change, False)):
-                writes = {write.identity: write for write in turn if write.is_claim is is_claim}
+                writes = {write.identity: write for write in part if write.is_claim is is_claim}
                 if writes:
                     values = to_json([[write.values[name] for name in _GIVEN] for write in writes.values()]).decode()
                     done: Any = connection.execute(statement, {"writes": values})
@@ -579,15 +579,15 @@ class GroupWriter:
         connection.execute(self._statements.follow, values).close()
 
 
-def _turns(writes: Iterable[_Write]) -> list[list[_Write]]:
-    """Return writes in turns, so that those of one attempt are made in their order."""
-    turns: list[dict[tuple[str, int], _Write]] = []
+def _in_order(writes: Iterable[_Write]) -> list[list[_Write]]:
+    """Return writes in parts: each part has at most one write of an attempt, and the parts keep their order."""
+    parts: list[dict[tuple[str, int], _Write]] = []
     for write in writes:
-        turn = next((turn for turn in turns if write.identity not in turn), None)
-        if turn is None:
-            turns.append(turn := dict[tuple[str, int], _Write]())
-        turn[write.identity] = write
-    return [list(turn.values()) for turn in turns]
+        part = next((part for part in parts if write.identity not in part), None)
+        if part is None:
+            parts.append(part := dict[tuple[str, int], _Write]())
+        part[write.identity] = write
+    return [list(part.values()) for part in parts]
 
 
 def _is_transient(error: Exception) -> bool:
@@ -618,8 +618,8 @@ _FOLLOWS = """
         ELSE new_phase IN (a.phase, 'ended') AND coalesce(a.kickoff, '') = coalesce(new_kickoff, '')
     END
 """
-"""Whether a write may follow what is there. The age of a claim is told by the database's clock alone: a kickoff whose
-sender knows it to be uncertain may be on its way as long as any other."""
+"""Whether a write may follow what is there. The age of a claim is measured by the database's clock alone: a kickoff
+whose sender knows it to be uncertain may be on its way as long as any other."""
 
 
 @dataclass(frozen=True)

@@ -95,7 +95,8 @@ def open_dataset(source: Any, *, format: DatasetFormat | None = None, encoding: 
         encoding: That of a text file.
 
     Raises:
-        DatasetError: The format is unknown, or this is not a data set. What is wrong within it is raised while it is read.
+        DatasetError: The format is unknown, or this is not a data set. What is wrong within it is raised while it is
+            read.
     """
     if isinstance(source, str | os.PathLike):
         address = os.fspath(cast("str | os.PathLike[str]", source))
@@ -241,7 +242,7 @@ def _read_file(file: _File, kind: DatasetFormat, encoding: str) -> Iterator[Row]
 
 @contextmanager
 def _reporting(name: str) -> Generator[None]:
-    """Say what is wrong with a file in our own words."""
+    """Raise what is wrong with a file as a DatasetError."""
     try:
         yield
     except DatasetError:

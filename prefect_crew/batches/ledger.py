@@ -53,7 +53,7 @@ class BatchEntry:
         fingerprint: That of its rows' keys and inputs.
         call: How it was called, where that are plain values.
         set_aside: The rows that cannot be run, as its last call found them.
-        line_options: What its lines depend on besides the rows.
+        line_options: What its lines depend on, other than the rows.
         exported: What the output was last written with, and of which check of the rows.
         generation: A number that grows while rows are started, here and on the Prefect server.
     """

@@ -27,7 +27,7 @@ class RowState(StrEnum):
     """How a row stands: in the ledger, in the output, in `batch inspect` and `batch failures`."""
 
     PENDING = "pending"
-    """No kickoff of it was sent, or none that started a run: it is kicked off when its turn comes."""
+    """No kickoff of it was sent, or none that started a run: it is kicked off later."""
     CLAIMED = "claimed"
     """Its kickoff is being sent."""
     STARTED = "started"

@@ -257,7 +257,7 @@ class BatchLock:
             # A machine that vanishes must not hold its locks for hours.
             for setting, seconds in (("idle", 30), ("interval", 10), ("count", 3)):
                 await self._connection.execute(text(f"SET tcp_keepalives_{setting} = {seconds}"))
-            # Two that are given one session in turns would both be given its locks.
+            # Two that are given one session, one after the other, would both be given its locks.
             if (await self._connection.execute(text(_HOLDER))).scalar():
                 raise self._pooled()
             await self._connection.execute(text(_HOLD), {"holder": str(uuid4())})

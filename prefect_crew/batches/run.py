@@ -82,13 +82,13 @@ HEARTBEAT = 30
 EXPORT_WITHIN = 10.0
 """Seconds within which the output of a batch that was cancelled is written, or not."""
 BEGIN_FOR = 60.0
-"""Seconds for which a Prefect API that is away or busy is told of a call before its first row is started."""
+"""Seconds for which a call is reported to a Prefect API that is away or busy, before its first row is started."""
 BEGIN_EVERY = 5.0
 """Seconds between two generations while rows are started: a copy of the ledger that is older is known for one."""
 LOOK = 0.2
 """Seconds, at most, for which a look at a batch holds its lock."""
 SOON = 2.0
-"""Seconds for which the Prefect API is told of a further one."""
+"""Seconds for which a further one is reported."""
 
 
 async def arun_batch(
@@ -321,7 +321,7 @@ class BatchJob:
 
     @property
     def line_options(self) -> dict[str, Any]:
-        """What the lines of the output depend on besides the rows."""
+        """What the lines of the output depend on, other than the rows."""
         kind = self.options.output_type
         return {
             "output_type": None if kind is None else f"{kind.__module__}.{kind.__qualname__}",
@@ -387,8 +387,8 @@ async def _open_batch(job: BatchJob, on_progress: OnProgress | None) -> AsyncGen
         checked = Checked.stored(exported.get("checked"), source)
         if checked is None:
             checked = await asyncio.to_thread(plan.check, rejected)
-        for told in plan.notes():
-            run_logger().warning("Batch %s: %s", job.name, told)
+        for note in plan.notes():
+            run_logger().warning("Batch %s: %s", job.name, note)
         if checked.bad and (options.on_bad_row == "refuse" or not checked.total):
             alone = not checked.total
             raise BadRowsError(checked.bad, checked.bad_count, source=job.dataset.name, alone=alone)

@@ -158,7 +158,7 @@ class Runner:
             for job in page:
                 if states[job.key] is RowState.CONFLICT:
                     self._on_end(RowState.CONFLICT, IdempotencyConflictError.__name__)
-            page = [job for job in page if not self._is_settled(states[job.key])]
+            page = [job for job in page if not self._has_nothing_to_do(states[job.key])]
             begun = [job.key for job in page if states[job.key] is not RowState.PENDING]
             known = await self.ledger.attempts_of(begun) if begun else {}
             for job in page:
@@ -174,7 +174,7 @@ class Runner:
             if is_new and self.throttle.stopped is not None:
                 return
 
-    def _is_settled(self, state: RowState) -> bool:
+    def _has_nothing_to_do(self, state: RowState) -> bool:
         """Whether this call has surely nothing to do for a row that stands so."""
         if state in (RowState.UNCERTAIN, RowState.CONFLICT):
             return True
@@ -509,7 +509,7 @@ class _RowWatcher(Watcher):
     async def stop(self, phase: str) -> bool:
         return self._runner.policy.stops(phase) and await self._runner.stop_late(self._record)
 
-    async def on_person_turn(self, phases: Phases) -> None:
+    async def on_human_wait(self, phases: Phases) -> None:
         phases.note_in(self._record)
         await self._runner.ledger.save(self._record)
         if phases.human_since is None:

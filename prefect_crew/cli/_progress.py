@@ -183,7 +183,7 @@ def _as_markup(text: str) -> str:
 
 
 def figures(progress: BatchProgress) -> str:
-    """Return how a batch stands, besides how many rows are done."""
+    """Return the state of a batch, without how many rows are done."""
     from prefect_crew.artifacts.markdown import duration
 
     left = progress.seconds_left

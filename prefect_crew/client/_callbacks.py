@@ -144,7 +144,7 @@ def _read_url(url: str) -> httpx.URL | None:
 
 
 def feedback_text(request: FeedbackRequest, *, approve: bool, feedback: str, option: str | None) -> str:
-    """Return what a Flow is told: the outcome first, where it names some, then the words.
+    """Return what is sent to a Flow: the outcome first, where it names some, then the words.
 
     Raises:
         ConfigurationError: The outcome is none of those that the Flow can go on with, or none is meant.

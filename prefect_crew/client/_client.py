@@ -70,8 +70,8 @@ class CrewClient:
     Args:
         url: The crew's base URL. Plain http is refused beyond loopback.
         token: The crew's bearer token.
-        request_timeout: Seconds that the server may be silent. Connecting gets half of that, 10 at most. A whole GET
-            gets ten times that, a whole POST twice; a POST that took longer counts as sent.
+        request_timeout: Seconds for which the server may send nothing. Connecting gets half of that, 10 at most. A
+            whole GET gets ten times that, a whole POST twice; a POST that took longer counts as sent.
         allow_http: Allow plain http beyond loopback: the token then crosses the network in plain text.
         inputs_as_json: Send inputs as JSON values rather than as the text that the API documents.
         verify: True for the environment's CAs, False for no check, or an SSL context.
@@ -80,7 +80,7 @@ class CrewClient:
 
     The token and the webhooks of a call are in no error, however the server repeats them.
 
-    Every call raises, besides what it names itself:
+    Every call raises, in addition to what it names itself:
         AuthenticationError: 401 or 403.
         RateLimitedError, ServerError: 429 and 5xx, with `retry_after` in seconds where the server asks for it.
         CrewAPIError: Any other status that is an error, a redirect too.

@@ -602,7 +602,7 @@ _NO_RUN = re.compile(r"\b(execution|kickoff|run|task|job|crew|id)\b", re.IGNOREC
 def parse_stop(text: str, kickoff_id: str, status_code: int = 200) -> StopAnswer | None:
     """Return what became of a `/stop`, from the body and the HTTP status; None where that is an error of another kind.
 
-    A 404 is a missing route unless its body is JSON that speaks of a run: frameworks say "Not Found" and no more.
+    A 404 is a missing route unless its body is JSON that mentions a run: frameworks say "Not Found" and no more.
 
     Raises:
         ResponseFormatError: A 2xx whose body is neither empty nor an object.

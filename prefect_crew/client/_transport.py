@@ -207,7 +207,7 @@ class Connections:
         url: The base URL.
         label: What errors call it, in place of the URL.
         token: The bearer token of every request, if any.
-        timeout: Seconds that the server may be silent.
+        timeout: Seconds for which the server may send nothing.
         keepalive: Seconds for which an idle connection is kept.
         verify: What checks the server's certificate.
         proxy: The URL of a proxy, in place of the environment's.

@@ -272,8 +272,8 @@ def feedback_text(context: PendingFeedbackContext, answer: Answer) -> str:
     """Return what a flow hears of an answer.
 
     Where the feedback decides among outcomes (`emit`), CrewAI has a model read it: it must say whether the person
-    approved. A person who names an outcome is taken at their word. Elsewhere the flow gets the person's own words,
-    and a bare rejection is not silence, which to a flow means content.
+    approved. A person who names an outcome is taken at their word. Elsewhere the flow gets the person's feedback as it
+    is, and a rejection without feedback is not sent as an empty text, which to a flow means approval.
     """
     said = answer.feedback.strip()
     verdict = "Approved" if answer.approve else "Rejected"

@@ -119,7 +119,7 @@ class PipelineCrews:
                 self.crews[name] = replace(crew, token=token, expected_inputs=tuple(self.expected[name]))
 
     def check_inputs(self) -> None:
-        """Note on the graph what its steps lack of their crews' inputs, and give besides."""
+        """Note on the graph what its steps lack of their crews' inputs, and which further ones they give."""
         self.graph.check_inputs(
             self.expected, extra=[name for name, crew in self.crews.items() if crew.allow_extra_inputs]
         )

@@ -58,7 +58,9 @@ class StepDefinition(_Plain):
         description="The crew's inputs by name; texts are templates over the pipeline's inputs and earlier steps. "
         "Empty: the pipeline's inputs of the crew's names.",
     )
-    after: tuple[str, ...] = Field(default=(), description="Steps to wait for, besides those that its templates use.")
+    after: tuple[str, ...] = Field(
+        default=(), description="Steps to wait for, in addition to those that its templates use."
+    )
     wait: WaitPolicy | None = Field(default=None, description="How to wait for it, in place of the block's policy.")
     review: Literal["form"] | None = Field(
         default=None, description="Where people are asked: in a form on the flow run's page."

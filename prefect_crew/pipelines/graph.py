@@ -40,7 +40,8 @@ class CrewStep:
             `"{{ research.tasks[0].output }}"`, `"{{ steps['a b'].output }}"`. Texts within lists and mappings are
             templates too. A function is called with the context.
             Left out, the pipeline's inputs of the crew's names.
-        after: Names of steps to wait for, besides those that its templates use. A function sees these steps only.
+        after: Names of steps to wait for, in addition to those that its templates use. A function sees these steps
+            only.
         wait: How to wait for it, in place of the block's policy.
         output_type: A pydantic model that its `data` is to be an instance of.
         review: What answers when it waits for a person, as for `run_crew`, in place of the pipeline's.

@@ -115,7 +115,7 @@ def _is_event(item: Mapping[str, Any]) -> bool:
 
 
 def _output_of(source: Mapping[str, Any]) -> str | None:
-    """Return the text that a person is to judge; an object speaks through its own text."""
+    """Return the text that a person is to judge; an object is shown as its own text."""
     for value in map(source.get, ("task_output", "output", "prompt")):
         inner = as_object(value)
         if text := as_text(inner.get("raw")) or as_text(inner.get("output")) or text_of(value):

@@ -34,7 +34,7 @@ from prefect_crew.records.owners import this_process
 
 TEMPLATE = re.compile(r"\{\{(?P<inner>.*?)\}\}", re.DOTALL)
 LONGEST_NAME = 200
-"""Characters of a name or address within a key that is made; what is longer is cut and told apart by a digest."""
+"""Characters of a name or address within a key that is made; what is longer is cut and gets a digest."""
 
 
 @dataclass(frozen=True)
@@ -211,8 +211,8 @@ def calling_task() -> Generator[None]:
 class _Calls:
     """Numbers equal calls within one attempt of one flow run, so that a retried task is given its numbers again.
 
-    A task that is retried keeps its id, but makes the tasks that it calls anew under other ids: those are told apart by
-    the order in which they first come here with equal calls, whichever of them is quicker.
+    A task that is retried keeps its id, but makes the tasks that it calls anew under other ids: those are
+    distinguished by the order in which they first come here with equal calls, whichever of them is quicker.
     """
 
     root: _Root | None = None

@@ -78,7 +78,7 @@ class InputMarks(BaseModel):
         )
 
     def difference(self, now: InputMarks, *, secret: Collection[str]) -> str | None:
-        """Return for people what differs between inputs that do differ, None where it cannot be told."""
+        """Return for people what differs between inputs that do differ, None where that is not known."""
         if self.key != now.key:
             return None
         names = [name for name in {**self.inputs, **now.inputs} if name not in secret]
@@ -410,7 +410,7 @@ def decide(
             has failed since.
 
     A record's `state` is the crew's status as it was last read. A started run that ended while nobody looked is
-    reattached to, which looks at its status first: so a failed crew is only started again by somebody who was told of
+    reattached to, which looks at its status first: so a failed crew is only started again by somebody who knows of
     the failure.
     """
     if record is None or record.phase is RecordPhase.NOT_STARTED or force_new:
@@ -493,9 +493,9 @@ class RecordStore(Protocol):
     ) -> bool:
         """Write down what was found out about a record as it was read, and note it there: STARTED, NOT_STARTED, ENDED.
 
-        False if somebody else has found something out since. An end that the crew's status told outranks it, whichever
-        is written first. It is for the caller to see that the claim's owner can send no more (`RunRecord.open_for`);
-        where nothing was sent yet, it needs no waiting.
+        False if somebody else has found something out since. An end that the crew's status reported outranks it,
+        whichever is written first. It is for the caller to see that the claim's owner can send no more
+        (`RunRecord.open_for`); where nothing was sent yet, it needs no waiting.
         """
         ...
 

@@ -43,7 +43,7 @@ def _process_name(pid: int) -> str | None:
 
 
 def process_is_gone(name: str) -> bool:
-    """Return whether a process is known to have ended. False wherever that cannot be told from here."""
+    """Return whether a process is known to have ended. False wherever that is not known here."""
     machine, _, rest = name.partition(" ")
     pid, _, started = rest.partition(" ")
     if not pid.isdecimal() or machine != _machine():

@@ -6,7 +6,8 @@ value holds 5,000 bytes of JSON and is replaced, not compared; no clean-up of fl
 - `crew_run_KEY_ATTEMPT` is the claim. The call that made it changes it if it gives it back without a permit; after that
   only whoever sees the run's end does.
 - `crew_run_KEY_ATTEMPT_CLAIM_NUMBER` is a permit of that claim. Whoever created it changes it: the claim's owner, or
-  somebody who resolved it. Whoever waits for the run notes there whose turn it is; it stays its creator's.
+  somebody who resolved it. Whoever waits for the run notes there whether a person has to answer; it stays its
+  creator's.
 - `crew_wait_KEY_ATTEMPT_FLOWRUN` notes that a flow run waits for the run.
 - `crew_answer_RUN_NUMBER` is a person's answer.
 
@@ -208,9 +209,9 @@ async def _created(variable: dict[str, Any]) -> str | None:
     async with get_client() as client:
         try:
             try:
-                # Out of turn: the server reads nothing before it writes this, so a locked database makes it wait.
+                # Not one at a time: the server reads nothing before it writes this, so a locked database makes it wait.
                 answer = await request_soon(
-                    client, "POST", path, json=variable, give_up_after=BUSY_FOR, in_turn=False, again=is_busy
+                    client, "POST", path, json=variable, give_up_after=BUSY_FOR, one_at_a_time=False, again=is_busy
                 )
             except (PrefectHTTPStatusError, httpx.TransportError) as error:
                 if isinstance(error, PrefectHTTPStatusError) and error.response.status_code not in RETRIED_BY_CLIENT:
@@ -292,14 +293,14 @@ class PrefectRecords:
         """Create the attempt's Variable; False if another owner's stands there.
 
         Raises:
-            CrewError: What stands there is no record that this version can read.
+            CrewError: What is stored there is not a record that this version can read.
         """
         name = record_name(record.idempotency_key, record.attempt)
         created = await _created_here({"name": name, **_body(record)}, RunRecord)
         if created is None:
             return False
-        record.ref, standing = created
-        if standing is None:
+        record.ref, existing = created
+        if existing is None:
             return True
         # One that was resolved or voided since is a claim no more, whoever made it: its permits say so.
         found = await self._current(record)
@@ -320,7 +321,7 @@ class PrefectRecords:
             return False
         if not late:
             return True
-        # Others may have resolved and pruned the record since, and its permits with it: what stands there tells.
+        # Others may have resolved and pruned the record since, and its permits with it: so read what is there now.
         found = await self._current(record)
         return found is not None and found.phase is RecordPhase.CLAIMED and found.permit == record.permit
 
@@ -348,8 +349,8 @@ class PrefectRecords:
         created = await _created_here({"name": _permit_name(record, number), **_body(permit)}, Permit)
         if created is None:
             return False
-        ref, standing = created
-        if standing is not None and (standing.owner, standing.phase) != (permit.owner, permit.phase):
+        ref, existing = created
+        if existing is not None and (existing.owner, existing.phase) != (permit.owner, permit.phase):
             return False
         record.permit, record.strongest = number, permit.model_copy(update={"ref": ref})
         return True

@@ -321,7 +321,7 @@ def _announce(start: Start, found: Started) -> None:
 
 
 def _uncertain(record: RunRecord) -> KickoffUncertainError:
-    """Return the error about a kickoff of which nobody knows what became, having told automations once."""
+    """Return the error about a kickoff of which nobody knows what became, having emitted its event once."""
     reason = record.reason or "the process that sent it ended before it recorded the answer"
     emit("uncertain", record, once=True, reason=reason)
     return KickoffUncertainError(idempotency_key=record.idempotency_key, reason=reason, sent=record.sent)
@@ -668,7 +668,7 @@ async def check_inputs(session: CrewSession, start: Start) -> None:
     if (state_id := start.inputs.get(STATE_ID)) is not None and not is_uuid(state_id):
         # Not refused: a crew that is not a Flow may well have an input of that name.
         run_logger().warning(
-            "The input %s is not a UUID. A Flow takes it for the id of its state and refuses the run; a crew takes it as "
-            "any other input.",
+            "The input %s is not a UUID. A Flow takes it for the id of its state and refuses the run; a crew takes "
+            "it as any other input.",
             STATE_ID,
         )

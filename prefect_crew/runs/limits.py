@@ -83,7 +83,7 @@ class Slots:
             await asyncio.wait({renewing})
 
     async def _renew_on(self) -> None:
-        told = False
+        has_warned = False
         while True:
             await asyncio.sleep(RENEW)
             try:
@@ -95,8 +95,8 @@ class Slots:
                 continue
             if again is not None:
                 self.lease = again
-            elif not told:
-                told = True
+            elif not has_warned:
+                has_warned = True
                 run_logger().warning(
                     "The slots of crew %s in the concurrency limit %s were lost and others have taken them: for now "
                     "more of its runs are in flight than the limit allows.",

@@ -3,7 +3,7 @@
 It asks the receiver itself, which answers within milliseconds. It also reads Prefect's events, which take a second: an
 answer that somebody else has given is only there, and so is all that Prefect Cloud's own receiver takes. A webhook
 proves nothing and may never come, so the status call goes on being made, only more rarely, and as often as without
-webhooks once the receiver has been found silent.
+webhooks once the receiver was found not to answer.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ AFTER_WAKE = 0.5
 """Seconds between the look that a webhook caused and the next one, if it showed nothing new; then twice as many each. A
 webhook may come before the status shows what it is about."""
 DISTRUST = 600.0
-"""Seconds for which the receiver is not relied on after a run was found changed of which no webhook told."""
+"""Seconds for which the receiver is not relied on after a run was found changed that no webhook had reported."""
 KEPT = 300.0
 """Seconds for which an event is remembered for a waiter that begins to wait after it."""
 MOST_KEPT = 10_000
@@ -79,14 +79,15 @@ class Waker:
             return
 
     def has_question_after(self, attempt: int, answers: int) -> bool:
-        """Return whether a webhook told of a question that came after so many answers of people in this attempt.
+        """Return whether a webhook reported a question that came after so many answers of people in this attempt.
 
-        Each answer brings new URLs, which hold how many there were: so this is not a late delivery of the question before.
+        Each answer brings new URLs, which hold how many there were: so this is not a late delivery of the question
+        before.
         """
         return (attempt, answers % 256) in self._asked
 
     def add_usage(self, status: CrewStatus) -> CrewStatus:
-        """Return the status of a completed run with the tokens that webhooks told of, where it tells of none itself."""
+        """Return the status of a completed run with the tokens that webhooks reported, where it has none itself."""
         if status.state is not CrewState.COMPLETED or status.usage is not None:
             return status
         total = self._hub.tokens(self._idempotency_key, status.kickoff_id)
@@ -115,17 +116,17 @@ class Waker:
         self._event.clear()
 
     def note_missed(self) -> None:
-        """Note that a run was found changed of which a webhook should have told."""
+        """Note that a run was found changed, which a webhook should have reported."""
         if not self.woken and not self._was_soon:
             self._hub.distrust()
 
 
 @dataclass
 class _Run:
-    """What webhooks told of the runs of one key. `tokens` by kickoff id and event."""
+    """What webhooks reported about the runs of one key. `tokens` by kickoff id and event."""
 
     wakers: set[Waker] = field(default_factory=set[Waker])
-    told_at: float = float("-inf")
+    notified_at: float = float("-inf")
     asked: Question | None = None
     tokens: dict[tuple[str, str], int] = field(default_factory=dict[tuple[str, str], int])
 
@@ -173,8 +174,8 @@ class _Hub:
         with self._lock:
             run = self._run(idempotency_key)
             run.wakers.add(waker)
-            told_at, asked = run.told_at, run.asked
-        if time.monotonic() - told_at < KEPT:
+            notified_at, asked = run.notified_at, run.asked
+        if time.monotonic() - notified_at < KEPT:
             waker.wake(asked)
 
     def remove(self, idempotency_key: str, waker: Waker) -> None:
@@ -185,15 +186,15 @@ class _Hub:
                 del self._runs[idempotency_key]
 
     def tokens(self, idempotency_key: str, kickoff_id: str) -> int | None:
-        """Return the tokens of a run as far as webhooks told, None where none did.
+        """Return the tokens of a run as far as webhooks reported them, None where none did.
 
         The crew's own webhook has those of the whole run. An event of the stream has those of one crew, of which a Flow
         may run several.
         """
         with self._lock:
             counts = self._run(idempotency_key).tokens
-            told = {event: count for (run, event), count in counts.items() if run == kickoff_id}
-        return told.get(COMPLETED, sum(told.values()) if told else None)
+            counted = {event: count for (run, event), count in counts.items() if run == kickoff_id}
+        return counted.get(COMPLETED, sum(counted.values()) if counted else None)
 
     async def _listen(self) -> None:
         try:
@@ -234,7 +235,8 @@ class _Hub:
                     continue
                 for webhook in cast("list[Any]", webhooks):
                     self._hear(as_object(webhook))
-                # Where several receivers take turns, or one of them has just started, some may have gone elsewhere.
+                # Where several receivers share the webhooks, or one of them has just started, some may have gone
+                # elsewhere.
                 self._has_receiver, cursor = body.get("missed") is not True, found
                 if not self._has_receiver:
                     await asyncio.sleep(pause)
@@ -282,7 +284,7 @@ class _Hub:
             if len(self._heard) > MOST_KEPT:
                 self._heard.popitem(last=False)
             run = self._run(idempotency_key)
-            run.told_at, run.asked = time.monotonic(), asked or run.asked
+            run.notified_at, run.asked = time.monotonic(), asked or run.asked
             if isinstance(kickoff_id, str) and isinstance(count, int) and len(run.tokens) < 1_000:
                 run.tokens[kickoff_id, COMPLETED if name == COMPLETED else id_] = count
             wakers = list(run.wakers)

@@ -1,4 +1,4 @@
-"""The options of a call, besides its crew and inputs: checked before anything is started."""
+"""The options of a call, other than its crew and inputs: checked before anything is started."""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ class Phases:
         record.human_since = None if since is None else datetime.fromtimestamp(since, UTC)
 
     def see(self, state: CrewState, now: float) -> bool:
-        """Note the state seen at `now`; True if a person's turn began or ended with it."""
+        """Note the state seen at `now`; True if a wait for a person began or ended with it."""
         waits, waited = state is CrewState.WAITING, self.human_since is not None
         if waits and not waited:
             self.human_since = now
@@ -73,7 +73,7 @@ class Phases:
         return waits != waited
 
     def human_time(self, now: float) -> float:
-        """Return the seconds that people have had, with the turn that is under way."""
+        """Return the seconds that people have had, with the wait that is under way."""
         return self.human_seconds + (0.0 if self.human_since is None else max(0.0, now - self.human_since))
 
     def left(self, policy: WaitPolicy, state: CrewState, now: float) -> tuple[str, float, float] | None:
@@ -97,8 +97,8 @@ class Watcher:
     async def on_status(self, status: CrewStatus) -> None:
         """Take in a good answer: each one in order, also the last."""
 
-    async def on_person_turn(self, phases: Phases) -> None:
-        """Take in that a person's turn began (`human_since` is set) or ended: a restart needs to know."""
+    async def on_human_wait(self, phases: Phases) -> None:
+        """Handle that a wait for a person began (`human_since` is set) or ended: a restart needs to know."""
 
     async def on_error(self, error: CrewError) -> None:
         """Take in that a look failed."""
@@ -145,7 +145,7 @@ async def poll(
         kickoff_id, crew, idempotency_key: The run, for the errors.
         policy: How to wait.
         phases: When the run was kicked off, and what people have taken so far. It is changed as the wait goes on.
-        watcher: Is told what is seen.
+        watcher: Gets what is seen.
         first_look: Look at once instead of after `initial` seconds: for a run that was kicked off some time ago.
         now: The clock that `phases` is in, in seconds.
         rng: Numbers in [0, 1) for the jitter.
@@ -194,7 +194,7 @@ class _Poll:
         self.began = now()
         self.seen: CrewState | None = None
         self.unknown = 0
-        self.silent = 0.0
+        self.failing_for = 0.0
         """Seconds that failed looks have cost since the last good answer."""
         self.failed_at: float | None = None
 
@@ -219,7 +219,7 @@ class _Poll:
 
     async def take(self, status: CrewStatus) -> bool:
         """Take a good answer in; True if the run has ended. First its end, then the clock."""
-        self.silent, self.failed_at = 0.0, None
+        self.failing_for, self.failed_at = 0.0, None
         if status.state is CrewState.UNKNOWN:
             self.unknown += 1
             # Right after the kickoff a run may not be visible yet. Later a second look is worth more than the clock:
@@ -234,7 +234,7 @@ class _Poll:
                 self.delays = poll_delays(self.policy, self.rng)
             self.seen = status.state
             if self.phases.see(self.seen, self.now()) and not self.seen.ended:
-                await self.watcher.on_person_turn(self.phases)
+                await self.watcher.on_human_wait(self.phases)
             await self.watcher.on_status(status)
             if self.seen.ended:
                 return True
@@ -257,10 +257,10 @@ class _Poll:
             self.failed_at = None
         else:
             if self.failed_at is not None:
-                self.silent += moment - self.failed_at
+                self.failing_for += moment - self.failed_at
             self.failed_at = moment
         await self.watcher.on_error(error)
-        if self.silent >= self.policy.error_timeout:
+        if self.failing_for >= self.policy.error_timeout:
             raise error
 
     async def timed_out(self, left: tuple[str, float, float]) -> CrewTimeoutError:

@@ -190,7 +190,7 @@ class KickoffId(str):
         return str, (str(self),)
 
 
-# PyYAML refuses a subclass of str that it was not told of.
+# PyYAML refuses a subclass of str that was not registered.
 for _representer in (SafeRepresenter, Representer):
     _representer.add_representer(KickoffId, lambda dumper, kickoff_id: dumper.represent_str(str(kickoff_id)))
 

@@ -251,7 +251,7 @@ def stop_was_asked(record: RunRecord) -> bool:
 async def close_stopped(record: RunRecord, answer: StopAnswer, records: RecordStore) -> None:
     """Write down what a stop came to: the end where the server says so, else only that it was asked for.
 
-    An end is told to automations as well, by whoever brought it about: nobody else will see it.
+    An end is reported to automations as well, by whoever brought it about: nobody else will see it.
     """
     if answer.outcome is StopOutcome.NOT_STOPPABLE:
         return  # it has ended: whoever looks sees how, and writes it down

@@ -215,7 +215,7 @@ class _Waiter(Watcher):
         if await is_cancelled(self.own):
             raise _CancelledOnServerError
 
-    async def on_person_turn(self, phases: Phases) -> None:
+    async def on_human_wait(self, phases: Phases) -> None:
         record = self.run.record
         if record is None:
             return

@@ -488,8 +488,8 @@ async def _shown(
 ) -> tuple[str | None, str | None]:
     """Return what is to be judged as it may be shown, else why it is not."""
     output, where = judged_output(status) if question is None else question.output, where_to_look(run)
-    is_told = question is not None and (question.asked is not None or question.request is not None)
-    if not is_told and run.record is not None and run.record.has_webhooks:
+    is_known = question is not None and (question.asked is not None or question.request is not None)
+    if not is_known and run.record is not None and run.record.has_webhooks:
         output = await kept_output(run.record, answers) or output
     if output is not None and run.show == "full":
         return run.redact(output), None

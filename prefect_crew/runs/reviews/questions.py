@@ -1,4 +1,5 @@
-"""What a run asks a person, and how one question is told from the next. Pure: nothing here waits, reads or sends."""
+"""What a run asks a person, and how one question is distinguished from the next. Pure: nothing here waits, reads or
+sends."""
 
 from __future__ import annotations
 
@@ -266,7 +267,7 @@ def where_to_look(run: OpenRun) -> str:
 
 
 def describe_question(run: OpenRun, question: Question, page: str | None = None) -> str:
-    """Return what people are told about a question, as it goes on after the run's name. `page` has the form."""
+    """Return the message to people about a question, as it goes on after the run's name. `page` has the form."""
     where = f"task {question.task}, round {question.round}."
     if question.state is QuestionState.UNCERTAIN:
         last = question.before[-1]

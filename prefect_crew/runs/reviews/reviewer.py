@@ -111,7 +111,7 @@ class People:
     # What is asked
 
     async def ask(self, status: CrewStatus) -> bool:
-        """Take in a status; True if a question opened or closed, and everybody was told.
+        """Take in a status; True if a question opened or closed, and everybody was informed.
 
         Raises:
             ReviewLimitError: It is asked once too often.
@@ -137,7 +137,7 @@ class People:
     async def _see(self, status: CrewStatus) -> Question | None:
         """Return what is asked, the same object as long as it is the same question; None if nothing is.
 
-        An answered question that the server still shows is none. The next round is told from it by another output, by
+        An answered question that the server still shows is none. The next round differs from it by another output, by
         another state in between, or by a webhook, which says how many answers came before. Where nothing tells it, time
         does in the end, for people.
         """
@@ -247,7 +247,7 @@ class People:
             run_logger().debug(f"{what} could not be read: %s", self.run.kickoff_id, error)
             return None
 
-    # Who is told
+    # Who is informed
 
     @property
     def notes(self) -> list[str]:
