@@ -2,7 +2,7 @@
 
 - Nothing of your own Prefect is touched: home, profile, server and keys of whoever runs the tests are out of reach.
 - No embedded Prefect server is started by surprise: a test that talks to Prefect asks for `prefect_api`.
-- What a test needs and this machine lacks is skipped, counted and named at the end, never silently.
+- What a test needs and this machine lacks is skipped, counted and named at the end, never without a message.
 - No test leaves a process behind: those that do make the run fail.
 """
 
@@ -152,19 +152,19 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     for pid in left:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-    told = session.config.stash.setdefault(LEFT_BEHIND, {})
-    told.update(left)
-    if told:
+    left_behind = session.config.stash.setdefault(LEFT_BEHIND, {})
+    left_behind.update(left)
+    if left_behind:
         session.exitstatus = session.exitstatus or pytest.ExitCode.TESTS_FAILED
     output: dict[str, Any] | None = getattr(session.config, "workeroutput", None)
     if output is not None:  # a worker of pytest-xdist, whose end goes to pytest_testnodedown
-        output["told"] = ([*told.items()], session.config.stash.get(NOTES, []))
+        output["left_behind"] = ([*left_behind.items()], session.config.stash.get(NOTES, []))
     shutil.rmtree(HOME, ignore_errors=True)
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any) -> None:
-    left, notes = getattr(node, "workeroutput", {}).get("told", ((), ()))
+    left, notes = getattr(node, "workeroutput", {}).get("left_behind", ((), ()))
     node.config.stash.setdefault(LEFT_BEHIND, {}).update(left)
     node.config.stash.setdefault(NOTES, []).extend(notes)
 

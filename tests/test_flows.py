@@ -244,7 +244,7 @@ def test_inputs_that_are_too_large_for_prefect_reach_the_crew(crew_server: CrewS
     ],
 )
 @pytest.mark.parametrize("inside", [False, True], ids=["outside", "inside"])
-async def test_what_cannot_be_meant_buys_nothing(
+async def test_arguments_that_make_no_sense_start_nothing(
     crew_server: CrewServerFactory, given: dict[str, Any], wanted: str, inside: bool
 ):
     server, idempotency_key = crew_server("echo"), key()
@@ -383,7 +383,9 @@ async def test_a_large_result_is_read_from_the_crew(crew_server: CrewServerFacto
         await get_result(idempotency_key)
 
 
-async def test_a_large_result_that_the_crew_has_forgotten_can_only_be_bought_anew(crew_server: CrewServerFactory):
+async def test_for_a_large_result_that_the_crew_has_forgotten_the_run_can_only_be_started_anew(
+    crew_server: CrewServerFactory,
+):
     server = crew_server(script({"output": "x" * 20_000}))
     idempotency_key = key()
     await arun_crew(server.crew(), {}, idempotency_key=idempotency_key)

@@ -201,7 +201,7 @@ async def test_a_condition_of_the_users_is_added_to_our_own(kind: str, verdict: 
     assert asked == [kind] * (2 if verdict else 1)
 
 
-async def test_a_users_condition_cannot_make_a_purchase_repeat(crew_server: CrewServerFactory):
+async def test_a_users_condition_cannot_make_a_kickoff_repeat(crew_server: CrewServerFactory):
     server = crew_server("echo", faults=["kickoff:500"])
     eager = kickoff_crew.with_options(
         retries=3, retry_delay_seconds=0, retry_condition_fn=lambda task, run, state: True
@@ -233,11 +233,11 @@ async def test_a_condition_for_a_task_without_one_is_taken_as_it_is(crew_server:
 
 async def test_a_question_for_inputs_is_repeated(crew_server: CrewServerFactory):
     server = crew_server("echo", faults=["inputs:500@1"])
-    patient = discover_inputs.with_options(retry_delay_seconds=0)
+    discover = discover_inputs.with_options(retry_delay_seconds=0)
 
     @flow
     async def trip() -> Any:
-        return await patient(server.crew())
+        return await discover(server.crew())
 
     assert [known.name for known in await trip()] == ["text"]
 
@@ -299,7 +299,10 @@ def test_what_is_secret_is_refused_by_a_deferred_task(
     cast("Any", crew.model_copy()).save(name)
     with temporary_settings({PREFECT_LOCAL_STORAGE_PATH: tmp_path}):
         for given, said in (
-            ((DeployedCrew(url=crew.url, token=SecretStr(secret), allow_http=True), {"text": "a"}), "not a stored block"),
+            (
+                (DeployedCrew(url=crew.url, token=SecretStr(secret), allow_http=True), {"text": "a"}),
+                "not a stored block",
+            ),
             ((name, {"pin": secret}), "pin: Prefect would store"),
             ((name, {"text": SecretStr(secret)}), "text: Prefect would store"),
         ):
@@ -506,9 +509,7 @@ async def test_each_is_deferred_to_a_task_worker(crew_server: CrewServerFactory)
 
 
 @pytest.mark.parametrize("name", TASKS)
-async def test_each_waits_for_what_it_is_told_to_and_does_nothing_after_a_failure(
-    name: str, crew_server: CrewServerFactory
-):
+async def test_each_waits_for_its_wait_for_and_does_nothing_after_a_failure(name: str, crew_server: CrewServerFactory):
     server = crew_server("echo")
     given = await ids_for_all(server.crew())
     before_it = dict(server.requests)
@@ -607,7 +608,7 @@ def test_each_task_takes_each_option_and_stays_one_of_ours(tmp_path: Any):
         for option, value in options.items():
             if option == "result_storage":
                 value.save("mine", overwrite=True, _sync=True)
-            # Prefect refuses a key function beside a policy of its own; ours have one.
+            # Prefect refuses a key function next to a policy of its own; ours have one.
             more = {"cache_policy": None} if option == "cache_key_fn" else {}
             copy = one.with_options(**{option: value, **more})
             assert type(copy) is type(one)

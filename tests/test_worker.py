@@ -430,7 +430,7 @@ def test_a_batch_with_a_ledger_in_a_file_is_refused_where_several_workers_could_
     pool.worker("one")
     assert run("alone")["state_name"] == "Completed"
     two = pool.worker("two")
-    refused = run("beside another worker")
+    refused = run("next to another worker")
     assert refused["state_name"] == "Failed"
     assert "has its ledger in a file of this machine" in refused["state"]["message"]
     assert "Give it a ledger in PostgreSQL" in refused["state"]["message"]

@@ -119,7 +119,7 @@ def test_an_ignored_signal_stays_ignored():
         signal.signal(signal.SIGINT, before)
 
 
-def test_a_handler_that_somebody_sets_meanwhile_is_theirs_to_keep():
+def test_a_handler_that_somebody_sets_during_a_wait_is_kept():
     before = signal.getsignal(signal.SIGINT)
 
     def theirs(number: int, frame: Any) -> None:
@@ -133,7 +133,7 @@ def test_a_handler_that_somebody_sets_meanwhile_is_theirs_to_keep():
         signal.signal(signal.SIGINT, before)
 
 
-def test_beside_the_main_thread_nothing_is_touched():
+def test_outside_the_main_thread_no_handler_is_changed():
     handlers: list[Any] = []
 
     def wait() -> None:

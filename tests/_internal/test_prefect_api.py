@@ -77,7 +77,7 @@ async def test_changes_go_one_after_the_other_once_the_server_refused_two_at_onc
     await ask()
     await asyncio.gather(*(ask() for _ in range(5)))
     assert server.most == 1
-    await asyncio.gather(*(ask(in_turn=False) for _ in range(5)))
+    await asyncio.gather(*(ask(one_at_a_time=False) for _ in range(5)))
     assert server.most == 5, "what the server never refuses waits for nobody"
 
 
@@ -93,4 +93,4 @@ async def test_a_request_that_hangs_holds_up_nobody_for_long(serve: Any, monkeyp
     assert (await asyncio.wait_for(ask(), 5)).is_success
     hanging.cancel()
     await asyncio.wait({hanging})
-    assert not prefect_api.lock_here("changes").locked(), "whoever is cancelled gives the turn back"
+    assert not prefect_api.lock_here("changes").locked(), "whoever is cancelled releases the lock"

@@ -49,13 +49,13 @@ def test_a_run_is_the_resource_and_who_has_to_do_with_it_is_related():
     ]
 
 
-def test_a_run_without_an_id_yet_is_told_by_its_key_and_attempt():
+def test_a_run_without_an_id_yet_is_reported_by_its_key_and_attempt():
     resource, related = resources_of(record(kickoff_id=None))
     assert resource["prefect.resource.id"] == "prefect-crew.run.k/2"
     assert [one["prefect.resource.role"] for one in related] == ["crew"]
 
 
-def test_what_may_be_told_once_only_is_kept_once(seen: Seen):
+def test_an_event_that_is_emitted_once_only_is_kept_once(seen: Seen):
     run = record()
     for _ in range(3):
         emit("completed", run, once=True, state="completed")
@@ -65,7 +65,7 @@ def test_what_may_be_told_once_only_is_kept_once(seen: Seen):
     assert sorted(names) == ["crew.completed", "crew.decided", "crew.decided"]
 
 
-def test_another_purchase_under_the_key_is_told_of_again(seen: Seen):
+def test_another_run_under_the_key_is_reported_again(seen: Seen):
     first, second = record(), record()
     second.kickoff_id = first.kickoff_id
     emit("completed", first, once=True)
@@ -82,7 +82,7 @@ def test_an_event_in_a_script_names_no_flow_run_and_one_of_an_owner_names_his(se
     assert event["payload"] == {"idempotency_key": "k", "kickoff_id": run.kickoff_id, "attempt": 2}
 
 
-def test_the_life_of_a_run_is_told_in_order(crew_server: CrewServerFactory, seen: Seen):
+def test_the_events_of_a_run_come_in_order(crew_server: CrewServerFactory, seen: Seen):
     server = crew_server(ASKS, response_format="union")
 
     async def answered() -> str:
@@ -95,23 +95,23 @@ def test_the_life_of_a_run_is_told_in_order(crew_server: CrewServerFactory, seen
         await waiting
         return run.kickoff_id
 
-    told = [event["event"] for event in seen.events(asyncio.run(answered()))]
-    ours = [name for name in told if name != "crew.reviewed"]
+    emitted = [event["event"] for event in seen.events(asyncio.run(answered()))]
+    ours = [name for name in emitted if name != "crew.reviewed"]
     assert ours == ["crew.waiting", "crew.resumed", "crew.completed"]
 
 
-def test_decisions_and_doubts_are_told_by_the_key(crew_server: CrewServerFactory, seen: Seen):
+def test_decisions_and_uncertain_kickoffs_are_reported_by_the_key(crew_server: CrewServerFactory, seen: Seen):
     server, idempotency_key = crew_server("echo", faults=["kickoff:500@1"]), f"doubt {uuid.uuid4()}"
     for _ in range(2):
         with pytest.raises(KickoffUncertainError):
             server.crew().trigger({"text": "a"}, idempotency_key=idempotency_key)
-    told = seen.events(f"{idempotency_key}/1")
-    assert [(event["event"], event["payload"].get("decision")) for event in told] == [
+    emitted = seen.events(f"{idempotency_key}/1")
+    assert [(event["event"], event["payload"].get("decision")) for event in emitted] == [
         ("crew.decided", "start"),
         ("crew.uncertain", None),
         ("crew.decided", "uncertain"),
     ]
-    assert "ServerError" in told[1]["payload"]["reason"]
+    assert "ServerError" in emitted[1]["payload"]["reason"]
 
 
 def test_secrets_stand_in_no_event(crew_server: CrewServerFactory, seen: Seen):
@@ -128,10 +128,10 @@ def test_secrets_stand_in_no_event(crew_server: CrewServerFactory, seen: Seen):
 
     with pytest.raises(Exception, match="was refused"):
         asyncio.run(trip())
-    told = seen.events(ids[0])
-    assert [event["payload"]["error"] for event in told] == ["******** was refused"]
-    assert "hunter22" not in str(told)
-    assert server.token not in str(told)
+    emitted = seen.events(ids[0])
+    assert [event["payload"]["error"] for event in emitted] == ["******** was refused"]
+    assert "hunter22" not in str(emitted)
+    assert server.token not in str(emitted)
 
 
 @pytest.fixture

@@ -122,13 +122,13 @@ def test_an_error_is_one_block_of_text(error: str):
     assert not {token.type for token in tokens} & {*DANGEROUS}
 
 
-@pytest.mark.parametrize(("show", "told"), [("full", True), ("summary", True), ("none", False)])
-def test_a_failed_run_says_first_why_and_where_it_failed_and_what_to_do(show: str, told: bool):
+@pytest.mark.parametrize(("show", "is_shown"), [("full", True), ("summary", True), ("none", False)])
+def test_a_failed_run_says_first_why_and_where_it_failed_and_what_to_do(show: str, is_shown: bool):
     shown = view(CrewState.FAILED, show=show, error="no search engine")
     markdown = render_run(
         dataclasses.replace(shown, failed_task="write", attempt="attempt 2 of at most 3", advice="Retry the flow run.")
     )
-    assert ("no search engine" in markdown, "It failed in task **write**." in markdown) == (told, told)
+    assert ("no search engine" in markdown, "It failed in task **write**." in markdown) == (is_shown, is_shown)
     head, _, facts = markdown.partition("Retry the flow run.")
     assert "no search engine" not in facts
     assert "Kicked off" not in head

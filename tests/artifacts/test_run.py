@@ -208,7 +208,7 @@ def test_a_prefect_api_that_refuses_artifacts_fails_nothing(
     assert seen.logs(ids[0]).count("could not be updated") <= 1, "a run that is over soon is shown once"
 
 
-def test_an_api_that_is_away_costs_a_little_time_and_is_told(proxy: Proxy, monkeypatch: pytest.MonkeyPatch):
+def test_an_api_that_is_away_costs_a_little_time_and_is_reported(proxy: Proxy, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(run_module, "SHOW_WITHIN", 1.0)
     monkeypatch.setattr(run_module, "SHOW_FOR", 60.0)
     artifact = MarkdownArtifact("crew-away", "a run")

@@ -85,7 +85,7 @@ async def test_cancelling_stops_kickoffs_at_once_and_goes_on_later(
     held.release()
     report = await batch(server.crew(), ROWS, name=name)
     assert (report.completed, report.failed, report.uncertain) == (40, 0, 0)
-    # What we had stopped is bought again, the rest is not.
+    # What we had stopped is started again, the rest is not.
     assert server.kickoffs == 40 + 10 * (on_cancel == "stop")
     assert len(batch.lines()) == 40
 

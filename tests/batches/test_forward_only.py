@@ -39,13 +39,13 @@ def at(record: RunRecord, phase: RecordPhase, **facts: Any) -> RunRecord:
     return record.model_copy(update={"phase": phase, **facts})
 
 
-async def standing(ledger: Ledger, record: RunRecord) -> RunRecord:
+async def stored(ledger: Ledger, record: RunRecord) -> RunRecord:
     (found,) = [one for one in await ledger.attempts(record.idempotency_key) if one.attempt == record.attempt]
     return found
 
 
 async def save_anyhow(ledger: Ledger, record: RunRecord) -> bool:
-    """Save, and return whether it was told that nothing was changed."""
+    """Save, and return whether it was refused."""
     try:
         await ledger.save(record)
     except (ClaimLostError, CrewError):
@@ -62,10 +62,10 @@ async def test_no_phase_is_followed_by_an_earlier_one(ledger_address: str, by_ow
             await ledger.save(at(record, before))
             ledger._own_claims.add(record.owner)  # as one that is still under way
             forward = after in FORWARD[before] and (by_owner or after is not CLAIMED)
-            told = await save_anyhow(ledger if by_owner else other, at(record, after, reason="later"))
-            found = await standing(ledger, record)
+            was_refused = await save_anyhow(ledger if by_owner else other, at(record, after, reason="later"))
+            found = await stored(ledger, record)
             assert (found.phase, found.reason) == ((after, "later") if forward else (before, None)), (before, after)
-            assert forward or by_owner is not told or after is CLAIMED, "who does not own it is told"
+            assert forward or by_owner is not was_refused or after is CLAIMED, "who does not own it is refused"
 
 
 async def test_a_late_write_of_the_owner_does_not_undo_what_a_person_resolved(
@@ -79,15 +79,15 @@ async def test_a_late_write_of_the_owner_does_not_undo_what_a_person_resolved(
             await resolve_started(found, f"seen {key}", person)
             with caplog.at_level(logging.WARNING):
                 await ledger.save(at(record, late, kickoff_id="answered" if late is STARTED else None))
-            assert (await standing(person, record)).kickoff_id == f"seen {key}"
+            assert (await stored(person, record)).kickoff_id == f"seen {key}"
         record = record_of(ledger, "k4", good_for=LONG_AGO)
         assert await ledger.claim(record)
         await resolve_never_started(await unresolved(record.idempotency_key, person), person)
         with pytest.raises(ClaimLostError):
             await ledger.save(at(record, CLAIMED, open_for=60.0))
-        assert (await standing(person, record)).phase is NOT_STARTED
+        assert (await stored(person, record)).phase is NOT_STARTED
         await ledger.save(at(record, STARTED))
-        assert (await standing(person, record)).kickoff_id == "run 1", "an id beats a verdict"
+        assert (await stored(person, record)).kickoff_id == "run 1", "an id beats a verdict"
     assert "answered" in caplog.text, "the id that was not written down"
 
 
@@ -102,8 +102,8 @@ async def test_a_claim_that_may_still_be_posted_is_not_resolved(ledger_address: 
         # The ledger refuses it as well, whatever the clock of whoever resolves says.
         assert not await person.resolve(found, NOT_STARTED)
         assert not await person.resolve(found, STARTED, kickoff_id="run 7")
-        assert (await standing(ledger, record)).phase is CLAIMED
-        # The owner has been told to wait by the crew's server, and claims it for longer, by its own clock.
+        assert (await stored(ledger, record)).phase is CLAIMED
+        # The crew's server asked the owner to wait, and claims it for longer, by its own clock.
         old = record_of(ledger, "old", good_for=LONG_AGO)
         assert await ledger.claim(old)
         found = await unresolved(old.idempotency_key, person)
@@ -123,10 +123,10 @@ async def test_an_uncertain_kickoff_that_may_be_on_its_way_is_not_said_to_have_n
         with pytest.raises(CrewError, match=r"may still be sent, or on its way.*Resolve it in 3\d s"):
             await resolve_never_started(found, person)
         assert not await person.resolve(found, NOT_STARTED)
-        assert (await standing(ledger, record)).phase is UNCERTAIN
+        assert (await stored(ledger, record)).phase is UNCERTAIN
         # An id is more than a word that there is none, and need not wait.
         await resolve_started(found, "seen", person)
-        assert (await standing(ledger, record)).kickoff_id == "seen"
+        assert (await stored(ledger, record)).kickoff_id == "seen"
 
 
 async def test_writes_of_one_attempt_that_share_a_commit_are_made_in_their_order(ledger_address: str):
@@ -141,7 +141,7 @@ async def test_writes_of_one_attempt_that_share_a_commit_are_made_in_their_order
         tasks = [asyncio.ensure_future(write) for write in writes]
         await asyncio.gather(*tasks)
         assert ledger.writer.commits < 3
-        assert (await standing(ledger, record)).phase is ENDED
+        assert (await stored(ledger, record)).phase is ENDED
 
 
 async def test_a_claim_that_was_resolved_before_its_owner_knew_of_it_is_not_its_own(ledger_address: str):
@@ -151,7 +151,7 @@ async def test_a_claim_that_was_resolved_before_its_owner_knew_of_it_is_not_its_
         assert await ledger.claim(record)
         await resolve_never_started(await unresolved(record.idempotency_key, person), person)
         assert not await ledger.claim(record)
-        assert (await standing(person, record)).phase is NOT_STARTED
+        assert (await stored(person, record)).phase is NOT_STARTED
 
 
 async def test_an_attempt_that_is_not_in_the_ledger_is_not_made_by_a_save(ledger_address: str):
@@ -166,14 +166,14 @@ async def test_what_is_found_out_replaces_only_what_it_was_found_out_of(ledger_a
         record = record_of(ledger, "k")
         assert await ledger.claim(record)
         await ledger.save(at(record, STARTED))
-        read = await standing(person, record)
+        read = await stored(person, record)
         await ledger.save(at(record, ENDED))
         assert not await person.resolve(read, ENDED, state=CrewState.UNKNOWN)
-        assert (await standing(ledger, record)).state is CrewState.COMPLETED
+        assert (await stored(ledger, record)).state is CrewState.COMPLETED
         assert read.phase is STARTED
         other = record_of(ledger, "k2")
         assert await ledger.claim(other)
         await ledger.save(at(other, STARTED))
-        read = await standing(person, other)
+        read = await stored(person, other)
         assert await person.resolve(read, ENDED, state=CrewState.STOPPED)
-        assert (await standing(ledger, other)).model_dump() == read.model_dump()
+        assert (await stored(ledger, other)).model_dump() == read.model_dump()

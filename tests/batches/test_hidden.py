@@ -118,7 +118,7 @@ def test_an_address_is_shown_without_what_is_secret(address: str, shown: str):
         "postgresql://u@h/db?user=u&Password=pa55word",
     ],
 )
-async def test_the_password_of_a_ledger_is_told_nobody(ledger: str):
+async def test_the_password_of_a_ledger_is_shown_nowhere(ledger: str):
     place = await ledger_address(ledger, "out.jsonl")
     assert place.public in ("postgresql://u@h/db", "postgresql://u:***@h/db")
     assert not place.is_public

@@ -43,7 +43,7 @@ async def write(ledger: Ledger, *rows: tuple[str, RecordPhase, CrewState | None]
 # The protocol
 
 
-async def test_an_answer_of_a_number_is_on_record_once_beside_its_attempt(ledger_address: str):
+async def test_an_answer_of_a_number_is_on_record_once_with_its_attempt(ledger_address: str):
     async with Ledger(ledger_address, "b") as one, Ledger(ledger_address, "b") as two:
         record, other = record_of(one, "k"), record_of(one, "k", attempt=2)
         review = SentReview(task_id="draft", round=1, approve=False, feedback="wärmer \0", by="Grace", at=utcnow())
@@ -134,7 +134,7 @@ async def test_of_racing_processes_one_wins_each_row(ledger_address: str):
     assert sum(won) == 200
 
 
-async def test_writes_go_in_groups_and_each_is_told_its_own_fate(ledger_address: str):
+async def test_writes_go_in_groups_and_each_gets_its_own_result(ledger_address: str):
     async with Ledger(ledger_address, "b") as ledger:
         taken = record_of(ledger, "k7")
         await ledger.claim(taken)
@@ -296,7 +296,7 @@ async def test_rows_of_one_state_are_found_without_a_look_at_all_others(
         assert not any("TEMP B-TREE" in plan for plan in plans)
 
 
-async def test_what_is_told_of_a_batch_does_not_read_all_of_its_rows(
+async def test_the_report_of_a_batch_does_not_read_all_of_its_rows(
     ledger_address: str, monkeypatch: pytest.MonkeyPatch
 ):
     async with Ledger(ledger_address, "b") as ledger:
@@ -405,9 +405,9 @@ async def test_a_locked_database_is_written_once_it_is_free(tmp_path: Path, capl
         other.execute("COMMIT")
         other.close()
         assert all(await asyncio.wait_for(asyncio.gather(*claims), 20))
-    told = [one.getMessage() for one in caplog.records if "cannot be written" in one.getMessage()]
-    assert len(told) == 1
-    assert "database is locked" in told[0]
+    logged = [one.getMessage() for one in caplog.records if "cannot be written" in one.getMessage()]
+    assert len(logged) == 1
+    assert "database is locked" in logged[0]
 
 
 async def test_a_database_that_is_away_for_a_while_is_read_once_it_is_back(
@@ -476,13 +476,13 @@ async def test_postgresql_may_close_all_connections_in_between(postgres_address:
         assert len(await ledger.attempts_of(["k1", "k2"])) == 2
 
 
-async def test_a_claim_is_on_disk_also_where_postgresql_is_told_not_to_wait_for_it(postgres_address: str):
-    def told(connection: Any) -> None:
+async def test_a_claim_is_on_disk_also_where_postgresql_is_set_not_to_wait_for_it(postgres_address: str):
+    def turn_off_sync(connection: Any) -> None:
         name = connection.exec_driver_sql("SELECT current_database()").scalar()
         connection.exec_driver_sql(f"ALTER DATABASE {name} SET synchronous_commit = off").close()
 
     async with Ledger(postgres_address, "b") as ledger:
-        await ledger.database.run(told)
+        await ledger.database.run(turn_off_sync)
     async with Ledger(postgres_address, "b") as ledger:
         for _ in range(2):
             found = await ledger.database.run(lambda one: one.exec_driver_sql("SHOW synchronous_commit").scalar())
@@ -492,7 +492,7 @@ async def test_a_claim_is_on_disk_also_where_postgresql_is_told_not_to_wait_for_
 # Where it is
 
 
-def test_the_default_is_beside_a_local_output(tmp_path: Path):
+def test_the_default_ledger_is_next_to_a_local_output(tmp_path: Path):
     assert default_ledger(str(tmp_path / "out.jsonl")) == str(tmp_path / "out.jsonl.ledger.db")
     with pytest.raises(ConfigurationError, match="is not on this machine"):
         default_ledger("s3://bucket/out.jsonl")

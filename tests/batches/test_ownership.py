@@ -1,4 +1,4 @@
-"""One ledger has one owner, whatever name it is reached by, and whoever has lost it is told."""
+"""One ledger has one owner, whatever name it is reached by, and whoever has lost it gets an error."""
 
 from __future__ import annotations
 
@@ -156,7 +156,7 @@ async def cut(database: Database) -> None:
     await database.run(lambda connection: connection.exec_driver_sql(CUT).close())
 
 
-async def test_a_connection_that_was_lost_is_made_again_if_nobody_has_run_the_batch_meanwhile(postgres_address: str):
+async def test_a_lost_connection_is_made_again_if_nobody_else_has_run_the_batch(postgres_address: str):
     async with Ledger(postgres_address, "b") as one, Ledger(postgres_address, "b") as two:
         await one.enter(crew_url="u", fingerprint="f", total=3)
         async with held(one.database) as first:

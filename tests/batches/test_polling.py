@@ -98,7 +98,7 @@ async def test_a_row_is_answered_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("way", [Row.approve_in_a_flow, Row.approve_in_python])
-async def test_who_does_not_know_the_ledger_is_told_how_to_answer_a_row(
+async def test_without_the_ledger_the_message_says_how_to_answer_a_row(
     tmp_path: Path, way: Callable[[Row], Awaitable[None]]
 ) -> None:
     async with waiting_row(tmp_path) as row:
@@ -120,8 +120,8 @@ async def test_who_does_not_know_the_ledger_is_told_how_to_answer_a_row(
 async def test_a_row_over_its_time_is_left_or_stopped(batch: Batches, crew_server: CrewServerFactory):
     server = crew_server(slow(30))
     rows = [{"topic": str(number)} for number in range(3)]
-    patient = WaitPolicy(initial=0.05, timeout=0.3)
-    report = await batch(server.crew(), rows, name="late", wait=patient)
+    policy = WaitPolicy(initial=0.05, timeout=0.3)
+    report = await batch(server.crew(), rows, name="late", wait=policy)
     assert (report.failed, dict(report.errors)) == (3, {"CrewTimeoutError": 3})
     assert {line["state"] for line in batch.lines().values()} == {"timed-out"}
     assert {str(run.state) for run in server.runs} == {"running"}
@@ -133,7 +133,7 @@ async def test_a_row_over_its_time_is_left_or_stopped(batch: Batches, crew_serve
     assert (report.failed, {line["state"] for line in batch.lines().values()}) == (3, {"stopped"})
 
 
-async def test_a_run_that_the_server_forgets_is_lost_and_bought_again_only_by_its_key(
+async def test_a_run_that_the_server_forgets_is_lost_and_started_again_only_by_its_key(
     batch: Batches, crew_server: CrewServerFactory
 ):
     server = crew_server(slow(0.2), faults=["status:forgotten@2"])

@@ -84,7 +84,7 @@ def test_a_required_id_has_to_be_mapped():
     assert "never taken from a column by its name" in reason
 
 
-def test_an_unknown_input_of_a_mapping_is_told_once_unless_extra_ones_are_allowed():
+def test_an_unknown_input_of_a_mapping_is_reported_once_unless_extra_ones_are_allowed():
     given = {"topic": "title", "tones": lambda _: "dry"}
     with pytest.raises(ConfigurationError, match=r"tones \(did you mean tone\?\).*the crew takes topic, tone"):
         plan([{"title": "tea"}], inputs=given)
@@ -92,7 +92,7 @@ def test_an_unknown_input_of_a_mapping_is_told_once_unless_extra_ones_are_allowe
     assert inputs([{"title": "tea"}], inputs=given, expected=[]) == [{"topic": "tea", "tones": "dry"}]
 
 
-def test_an_unknown_input_of_a_function_is_told_with_its_row():
+def test_an_unknown_input_of_a_function_is_reported_with_its_row():
     def of(values: Mapping[str, Any]) -> Mapping[str, Any]:
         return {"topic": "tea", values["name"]: 1}
 
@@ -139,7 +139,7 @@ def test_a_row_that_cannot_be_run_says_why(row: dict[str, Any], options: dict[st
     assert reason in found
 
 
-def test_all_bad_rows_are_told_at_once_and_the_message_has_an_end():
+def test_all_bad_rows_are_reported_at_once_and_the_message_has_an_end():
     rows = [{"topic": "" if number % 2 else "tea"} for number in range(100)]
     checked = plan(rows).check()
     assert (checked.total, checked.bad_count, len(checked.bad)) == (50, 50, 50)
@@ -166,7 +166,7 @@ def test_a_template_that_is_none_is_no_fault_of_the_rows():
 # Keys
 
 
-def test_equal_rows_are_told_apart_by_their_number_of_occurrence():
+def test_equal_rows_differ_by_their_number_of_occurrence():
     first, second, third = keys([{"topic": "tea"}, {"topic": "coffee"}, {"topic": "tea"}])
     assert first.removesuffix("-1") == third.removesuffix("-2")
     assert second.endswith("-1")

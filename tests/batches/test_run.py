@@ -59,7 +59,7 @@ async def test_a_row_is_a_run_and_a_line(batch: Batches, crew_server: CrewServer
     assert str(report).startswith(f"Batch {report.name}: 30 of 30 rows completed in ")
 
 
-async def test_a_second_call_buys_nothing_and_says_the_same(batch: Batches, crew_server: CrewServerFactory):
+async def test_a_second_call_starts_nothing_and_reports_the_same(batch: Batches, crew_server: CrewServerFactory):
     server = crew_server(PICKY)
     rows = [*topics(20), {"topic": "bad one"}]
     first = await batch(server.crew(price=2), rows, name="leads")
@@ -92,7 +92,7 @@ async def test_another_crew_under_the_same_name_asks_too(batch: Batches, crew_se
     assert (report.completed, two.kickoffs) == (4, 1)
 
 
-async def test_a_key_with_other_inputs_than_before_is_not_bought_again(batch: Batches, crew_server: CrewServerFactory):
+async def test_a_key_with_other_inputs_than_before_is_not_started_again(batch: Batches, crew_server: CrewServerFactory):
     server = crew_server(ECHO)
     await batch(server.crew(), [{"id": 1, "topic": "tea"}], name="keyed", key="id")
     rows = [{"id": 1, "topic": "coffee"}, {"id": 2, "topic": "milk"}]
@@ -104,7 +104,7 @@ async def test_a_key_with_other_inputs_than_before_is_not_bought_again(batch: Ba
         "2": ("completed", "milk"),
     }
     assert "kicked off before with other inputs" in lines["1"]["error"]
-    # What was paid for is back with its inputs.
+    # The completed run is back with its inputs.
     rows[0]["topic"] = "tea"
     report = await batch(server.crew(), rows, name="keyed", key="id", on_change="continue")
     assert (report.completed, server.kickoffs) == (2, 2)
@@ -116,9 +116,7 @@ async def test_the_ledger_of_another_machine_is_missed(batch: Batches, crew_serv
     await batch(server.crew(), topics(3), name="here")
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
-    with pytest.raises(
-        LedgerMissingError, match=r"uses another ledger, .*out\.jsonl\.ledger\.db.*nothing was start"
-    ):
+    with pytest.raises(LedgerMissingError, match=r"uses another ledger, .*out\.jsonl\.ledger\.db.*nothing was start"):
         await batch(server.crew(), topics(3), name="here", output=str(elsewhere / "out.jsonl"))
     assert server.kickoffs == 3
     report = await batch(
@@ -244,7 +242,7 @@ async def test_what_is_set_aside_is_counted_listed_and_written_out_in_every_late
     assert (found.total, found.completed, found.set_aside, found.left) == (8, 3, 5, 0)
     assert [(row.line, row.reason) for row in found.set_aside_rows] == WRONG
     assert found.set_aside_output == str(rejected)
-    # Once the file is mended nothing is left of it.
+    # Once the file is repaired nothing is left of it.
     (tmp_path / "dirty.csv").write_text("id,topic,note\n1,tea,x\n")
     report = await batch(server.crew(), tmp_path / "dirty.csv", name=name, key="id", on_change="continue")
     assert (report.total, report.set_aside, report.ok, rejected.exists()) == (1, 0, True, False)
@@ -327,7 +325,7 @@ async def test_typed_results_become_columns_and_misfits_have_their_reason(
     assert '"high"' in lines[1]["output"], "what the crew wrote is kept"
     async with Ledger(f"{batch.output}.ledger.db", "typed") as ledger:
         assert await ledger.counts() == {"completed": 1, "invalid-output": 1}, "known to whoever asks the ledger alone"
-    # Mending the type costs nothing.
+    # Repairing the type starts nothing.
     report = await batch(server.crew(), topics(2), name="typed", output_type=Loose)
     assert (report.completed, report.failed, server.kickoffs) == (1, 1, 2)
     assert {line["state"] for line in batch.lines().values()} == {"completed", "invalid-output"}
@@ -439,7 +437,7 @@ async def test_a_report_can_be_an_error(batch: Batches, crew_server: CrewServerF
     assert json.dumps(report.as_dict())
 
 
-async def test_webhooks_without_a_secret_are_said_before_anything_is_bought(
+async def test_webhooks_without_a_secret_are_reported_before_anything_is_started(
     batch: Batches, crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch
 ):
     server = crew_server(slow(0))

@@ -61,7 +61,7 @@ def ledger_of(batch: Batches, name: str) -> Ledger:
     return Ledger(f"{batch.output}.ledger.db", name)
 
 
-async def test_a_run_of_other_inputs_that_goes_on_is_told_of_and_left_to_whoever_waits_for_it(
+async def test_a_run_of_other_inputs_that_goes_on_is_reported_and_left_to_whoever_waits_for_it(
     batch: Batches, crew_server: CrewServerFactory
 ):
     server, name = crew_server(ECHO), "other inputs"
@@ -96,7 +96,7 @@ async def test_policies(batch: Batches, crew_server: CrewServerFactory, policy: 
     assert server.kickoffs == kickoffs == report.kickoffs
     assert (report.stopped is None) is (policy == "continue")
     assert report.skipped == 60 - kickoffs
-    # The same call goes on: rows that were not reached are run, those that failed are not bought again.
+    # The same call goes on: rows that were not reached are run, those that failed are not started again.
     again = await batch(server.crew(), topics(60, bad), name=f"policy {policy}")
     assert (again.completed, again.failed, again.skipped) == (60 - len(bad), len(bad), 0)
     assert server.kickoffs == 60
@@ -111,7 +111,9 @@ async def test_a_retry_that_works_is_a_completed_row(batch: Batches, crew_server
     assert report.errors == {}
 
 
-async def test_failed_rows_of_earlier_calls_are_bought_again_when_asked(batch: Batches, crew_server: CrewServerFactory):
+async def test_failed_rows_of_earlier_calls_are_started_again_when_asked(
+    batch: Batches, crew_server: CrewServerFactory
+):
     server = crew_server(PICKY)
     await batch(server.crew(), topics(6, {1, 4}), name="again", key="topic")
     report = await batch(server.crew(), topics(6, {1, 4}), name="again", key="topic", retry_failed=["bad 4"])
@@ -140,7 +142,7 @@ async def test_retries_wait_for_the_circuit_breaker_and_are_counted_by_it(
     options: dict[str, Any] = {"name": "down", "max_in_flight": 20, "breaker": 5, "breaker_pause": 0.1}
     report = await batch(server.crew(max_kickoffs=3), rows, retries=2, **options)
     assert "rows failed in a row" in (report.stopped or "")
-    assert server.kickoffs <= 5 + 20 + 3, "the five, those in flight beside them, and three that were tried"
+    assert server.kickoffs <= 5 + 20 + 3, "the five, those in flight with them, and three that were tried"
     assert report.failed + report.skipped == 200
     assert len(batch.lines()) == report.failed, "a row whose retry was not sent any more has failed"
 
@@ -229,13 +231,13 @@ async def test_a_server_that_stays_away_is_given_up_and_no_row_is_lost(
     while server.kickoffs < 5:
         await asyncio.sleep(0.02)
     server.stop()
-    bought = server.kickoffs  # it forgets them
+    started = server.kickoffs  # it forgets them
     report = await asyncio.wait_for(running, 60)
     assert "no kickoff was accepted" in (report.stopped or "")
     server.start()
     again = await batch(crew, topics(50), name="away", wait=quick)
     assert again.completed + again.failed + again.uncertain == 50
-    assert again.completed >= 50 - bought
+    assert again.completed >= 50 - started
 
 
 # Kickoffs of which nobody knows
@@ -306,8 +308,8 @@ async def test_a_row_is_not_sent_once_its_claim_is_over(
     monkeypatch.setattr(kickoff, "webhooks_for", sleeping)
     server = crew_server("echo")
     async with Ledger(ledger_address, "b") as ledger:
-        bought = await start(ledger, server)
-        assert bought.record.attempt == 2
+        claimed = await start(ledger, server)
+        assert claimed.record.attempt == 2
         assert await phases(ledger) == [NOT_STARTED, STARTED]
     assert server.requests["kickoff"] == 1
 

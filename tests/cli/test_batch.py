@@ -89,10 +89,10 @@ def test_a_batch_from_its_plan_to_the_rows_that_failed(here, picky, name: str, l
     assert f"Batch {name}: checking every row" in ran.err
     assert lines(output) == {"a": "completed", "b": "failed", "c": "completed"}
 
-    told = here("batch", "inspect", name)
-    assert told.code == 0
-    assert "2 of 3 rows completed\n  1 failed\n  3 kickoffs" in told.out
-    assert output in told.out
+    inspected = here("batch", "inspect", name)
+    assert inspected.code == 0
+    assert "2 of 3 rows completed\n  1 failed\n  3 kickoffs" in inspected.out
+    assert output in inspected.out
     assert here("batch", "inspect", name, "-o", "json").json["states"] == {"completed": 2, "failed": 1}
     assert name in {batch["name"] for batch in here("batch", "ls", "-o", "json").json}
 
@@ -130,9 +130,9 @@ def test_rows_that_are_set_aside_are_in_every_later_report(here, picky, name: st
     assert ran.code == 6
     assert "1 of 4 rows completed, 3 set aside in" in ran.out
     assert "batch failures" in ran.err
-    told = here("batch", "inspect", name)
-    assert "1 of 4 rows completed\n  3 set aside\n  Set aside: line 3: has 1 fields" in told.out
-    assert f"{output}.rejected.jsonl" in told.out
+    inspected = here("batch", "inspect", name)
+    assert "1 of 4 rows completed\n  3 set aside\n  Set aside: line 3: has 1 fields" in inspected.out
+    assert f"{output}.rejected.jsonl" in inspected.out
     assert here("batch", "inspect", name, "-o", "json").json["set_aside_rows"][1] == {
         "line": 4,
         "reason": "lacks topic",
@@ -180,8 +180,8 @@ def test_a_batch_is_cancelled_in_the_process_that_runs_it(here, running: tuple[C
 def test_of_a_batch_that_was_killed_the_runs_are_stopped(here, running: tuple[CrewServer, Process], name: str):
     server, process = running
     process.kill()
-    told = here("batch", "inspect", name)
-    assert f"No process runs it. To go on where it stopped: prefect-crew batch resume '{name}'" in told.out
+    inspected = here("batch", "inspect", name)
+    assert f"No process runs it. To go on where it stopped: prefect-crew batch resume '{name}'" in inspected.out
     cancelled = here("batch", "cancel", name)
     assert (cancelled.code, "5 of 5 runs in flight were asked to stop." in cancelled.out) == (0, True), cancelled.err
     assert {str(run.state) for run in server.runs} == {"stopped"}
@@ -216,9 +216,9 @@ def test_rows_that_no_call_has_brought_to_an_end_are_among_the_failed(here, pick
     ran = here(*given, "-o", "json")
     assert (ran.code, ran.json["failed"], ran.json["errors"]) == (6, 3, {"InvalidInputsError": 1, "CrewLostError": 2})
     assert lines(output) == {"a": "not-started", "b": "lost", "c": "lost"}
-    told = here("batch", "inspect", name, "-o", "json").json
-    assert (told["failed"], told["in_flight"], told["left"]) == (3, 0, 0)
-    assert told["states"] == {"not-started": 1, "lost": 2}
+    inspected = here("batch", "inspect", name, "-o", "json").json
+    assert (inspected["failed"], inspected["in_flight"], inspected["left"]) == (3, 0, 0)
+    assert inspected["states"] == {"not-started": 1, "lost": 2}
     failed = {row["key"]: (row["state"], row["error"]) for row in here("batch", "failures", name, "-o", "json").json}
     assert {key: state for key, (state, _) in failed.items()} == {"a": "not-started", "b": "lost", "c": "lost"}
     assert "422" in failed["a"][1]

@@ -83,8 +83,8 @@ def test_rows_that_wait_are_listed_answered_once_a_round_and_go_on(
     assert {(line["crew"], line["task_id"], line["round"], line["seen"]) for line in lines} == {
         (block, "draft", 1, True)
     }
-    told = here("batch", "inspect", running.name)
-    assert "3 in flight wait for a person" in told.out
+    inspected = here("batch", "inspect", running.name)
+    assert "3 in flight wait for a person" in inspected.out
 
     first = lines[0]
     rejected = here("reviews", "reject", running.idempotency_key(0), "--feedback", "warmer", "--by", "Grace")

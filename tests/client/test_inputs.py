@@ -166,7 +166,7 @@ EXPECTED = [CrewInput(name="budget"), CrewInput(name="age", required=False), Cre
         pytest.param({"Budget": 1, "topic": "x", "b": 0}, ["budget"], ["Budget", "b"], id="names-are-exact"),
     ],
 )
-def test_expected_beside_given(given_inputs: dict[str, Any], missing: list[str], unknown: list[str]):
+def test_expected_and_given_inputs_are_compared(given_inputs: dict[str, Any], missing: list[str], unknown: list[str]):
     assert missing_inputs(EXPECTED, given_inputs) == missing
     assert unknown_inputs(EXPECTED, given_inputs) == unknown
 

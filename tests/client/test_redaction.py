@@ -48,7 +48,7 @@ def test_only_inputs_that_are_named_are_secret():
     assert redact("hunter22 goes to Lisbon") == f"{MASK} goes to Lisbon"
 
 
-def test_what_is_hidden_besides_the_inputs_is_masked_too():
+def test_what_is_hidden_in_addition_to_the_inputs_is_masked_too():
     hunter, fish = SecretStr("hunter22"), SecretStr("swordfish")
     redact = crew().crew.hiding([], texts=[hunter]).hiding(["pin"], texts=[hunter, fish])
     assert redact.redactor({"pin": "4711"})("hunter22, swordfish, 4711") == f"{MASK}, {MASK}, {MASK}"

@@ -104,7 +104,7 @@ async def cut_short(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) 
     await writer.drain()
 
 
-async def silent(reader: asyncio.StreamReader, _: asyncio.StreamWriter) -> None:
+async def no_answer(reader: asyncio.StreamReader, _: asyncio.StreamWriter) -> None:
     await read_request(reader)
     await asyncio.sleep(60)
 
@@ -115,7 +115,9 @@ async def not_http(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -
     await writer.drain()
 
 
-@pytest.mark.parametrize("handler", [reset, dropped, cut_short, silent, not_http], ids=lambda handler: handler.__name__)
+@pytest.mark.parametrize(
+    "handler", [reset, dropped, cut_short, no_answer, not_http], ids=lambda handler: handler.__name__
+)
 async def test_a_kickoff_that_may_have_started(handler: Handler):
     async with raw_server(handler) as url, CrewClient(url, TOKEN, request_timeout=3.0) as client:
         with pytest.raises(CrewConnectionError) as caught:
@@ -388,7 +390,7 @@ async def test_a_compressed_bomb_takes_no_more_memory_than_the_cap(layers: int):
 
 @contextlib.contextmanager
 def traced() -> Iterator[Callable[[], int]]:
-    """Measure the most memory that is held at a time meanwhile, in bytes."""
+    """Measure the most memory that is held at a time during this, in bytes."""
     tracemalloc.start()
     peak = 0
     try:

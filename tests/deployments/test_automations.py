@@ -1,4 +1,5 @@
-"""The automations: set up as often as one likes, derived from what is deployed, and heard by whoever is to be told."""
+"""The automations: set up as often as one likes, derived from what is deployed, and received by the alert's
+receiver."""
 
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ SCRIPT = ROOT / "deployments" / "automations.py"
 ALERTS = {f"prefect-crew: alert {what}" for what in ("failed", "uncertain", "lost", "timed out", "asked", "waiting")}
 RECOVERY = {"prefect-crew: no heartbeat", "prefect-crew: recover"}
 BROKEN = "name: broken\ntasks: [{name: t, fail: the well is dry}]\n"
-PATIENT = "name: patient\ntasks: [{name: t, output: the draft, human: true}]\n"
+REVIEWED = "name: reviewed\ntasks: [{name: t, output: the draft, human: true}]\n"
 
 
 def automations(site: Site) -> dict[str, dict[str, Any]]:
@@ -63,7 +64,7 @@ def test_recovery_is_set_up_without_alerts(site: Site):
     assert set(automations(site)) == RECOVERY
 
 
-def test_the_silence_that_counts_is_three_times_the_slowest_heartbeat(site: Site):
+def test_a_run_counts_as_crashed_after_three_times_the_slowest_heartbeat(site: Site):
     trigger = automations(site)["prefect-crew: no heartbeat"]["trigger"]
     assert trigger["within"] == 90
     body = {"name": "slow-heart", "flow_id": site.deployment("one-crew/daily")["flow_id"], "tags": ["recover-crashed"]}
@@ -81,10 +82,10 @@ def test_one_that_somebody_disabled_stays_disabled(site: Site):
     site.call("PATCH", f"/automations/{automation}", {"enabled": False})
     try:
         assert "which is disabled" in site.run("python", SCRIPT, "--max-attempts", "5")
-        standing = automations(site)["prefect-crew: recover"]
-        assert standing["id"] == automation
-        assert not standing["enabled"]
-        assert standing["actions"][0]["parameters"]["max_attempts"] == 5
+        existing = automations(site)["prefect-crew: recover"]
+        assert existing["id"] == automation
+        assert not existing["enabled"]
+        assert existing["actions"][0]["parameters"]["max_attempts"] == 5
     finally:
         site.call("PATCH", f"/automations/{automation}", {"enabled": True})
         site.run("python", SCRIPT)
@@ -100,7 +101,7 @@ def test_without_the_deployments_it_says_what_comes_first(prefect_api: PrefectSe
         command("python", SCRIPT, env=prefect_api.env(home=tmp_path))
 
 
-def test_a_failed_crew_is_told_with_its_error(site: Site, alerted: Receiver):
+def test_a_failed_crew_is_reported_with_its_error(site: Site, alerted: Receiver):
     assert set(automations(site)) == RECOVERY | ALERTS
     with CrewServer(BROKEN) as crew:
         run_badly(site, "broken", crew)
@@ -111,25 +112,25 @@ def test_a_failed_crew_is_told_with_its_error(site: Site, alerted: Receiver):
     assert "in flow run broken" in body
 
 
-def test_an_uncertain_kickoff_is_told_with_how_to_resolve_it(site: Site, alerted: Receiver):
+def test_an_uncertain_kickoff_is_reported_with_how_to_resolve_it(site: Site, alerted: Receiver):
     with CrewServer("echo", faults=["kickoff:drop-after-accept"]) as crew:
         run_badly(site, "dropping", crew, idempotency_key="alert-uncertain")
     body = wait_for_alert(alerted, "Crew dropping: uncertain")
     assert "prefect-crew runs resolve 'alert-uncertain'" in body
 
 
-def test_time_that_is_over_is_told(site: Site, alerted: Receiver):
+def test_a_timeout_is_reported(site: Site, alerted: Receiver):
     with CrewServer("echo", faults=["kickoff:stuck"]) as crew:
         run_badly(site, "stuck", crew, timeout=0.5)
-    assert "time of 0.5 s is over" in wait_for_alert(alerted, "Crew stuck: timed out")
+    assert "time limit of 0.5 s is over" in wait_for_alert(alerted, "Crew stuck: timed out")
 
 
 @pytest.mark.slow
-def test_a_person_who_lets_a_crew_wait_is_told_about_it(site: Site, alerted: Receiver):
-    with CrewServer(PATIENT) as crew:
-        run_badly(site, "patient", crew, human_timeout=40)
-    # Told while the crew still waited, not because of its end.
-    body = wait_for_alert(alerted, "Crew patient: waiting for a person", seconds=5)
+def test_a_crew_that_waits_for_a_person_too_long_is_reported(site: Site, alerted: Receiver):
+    with CrewServer(REVIEWED) as crew:
+        run_badly(site, "reviewed", crew, human_timeout=40)
+    # Sent while the crew still waited, not because of its end.
+    body = wait_for_alert(alerted, "Crew reviewed: waiting for a person", seconds=5)
     assert "prefect-crew reviews approve" in body
-    asked = wait_for_alert(alerted, "Crew patient: asks a person", seconds=5)
+    asked = wait_for_alert(alerted, "Crew reviewed: asks a person", seconds=5)
     assert "round 1" in asked

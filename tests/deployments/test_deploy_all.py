@@ -112,7 +112,7 @@ def test_a_second_deploy_changes_nothing_and_doubles_nothing(site: Site):
     assert len(site.call("POST", "/automations/filter", {})) == automations
 
 
-def test_what_mends_crashes_is_not_mended_itself(site: Site):
+def test_what_recovers_crashes_is_not_recovered_itself(site: Site):
     tagged = {name for name in DEPLOYMENTS if "recover-crashed" in site.deployment(name)["tags"]}
     assert tagged == set(IN_PROCESSES) - {"recover/crashed"}
 

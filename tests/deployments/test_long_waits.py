@@ -1,4 +1,4 @@
-"""The recipe of docs/long-waits.md where no webhook comes, and where the crew is stopped meanwhile.
+"""The recipe of docs/long-waits.md where no webhook comes, and where the crew is stopped during the wait.
 
 That a webhook resumes the flow run is tested by running the page itself.
 """
@@ -75,7 +75,7 @@ def test_without_any_webhook_it_is_resumed_after_a_while(recipe: Recipe):
         assert crew.kickoffs == 1
 
 
-def test_a_crew_that_was_stopped_meanwhile_is_not_started_again(recipe: Recipe):
+def test_a_crew_that_was_stopped_during_the_wait_is_not_started_again(recipe: Recipe):
     with CrewServer(spec(600)) as crew:
         recipe.save(crew)
         run_id = recipe.suspended()

@@ -41,7 +41,7 @@ async def test_two_flows_share_it(
     assert (most_at_once(server) == 1) is limited
 
 
-async def test_a_limit_that_does_not_exist_buys_nothing(
+async def test_with_a_limit_that_does_not_exist_nothing_is_started(
     prefect_api: PrefectServer, crew_server: CrewServerFactory, instant_polling: None
 ):
     server = crew_server("echo")

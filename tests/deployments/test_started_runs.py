@@ -33,7 +33,7 @@ def test_parameters_that_do_not_fit_are_refused_when_the_run_is_made(site: Site)
 
 @pytest.mark.slow
 def test_a_run_started_by_another_crews_event_gets_that_ones_result(site: Site, worker: Worker):
-    # The same run twice: one purchase, one `crew.completed`, one follow-up.
+    # The same run twice: one kickoff, one `crew.completed`, one follow-up.
     for _ in range(2):
         first = site.start("one-crew/every-six-hours", {"idempotency_key": "event-tea"})
         assert wait_for_state(site.seen, first)["state_type"] == "COMPLETED"
@@ -45,9 +45,9 @@ def test_a_run_started_by_another_crews_event_gets_that_ones_result(site: Site, 
     (run,) = wait_until(followed, seconds=90, what="the follow-up's run")
     assert run["state_type"] == "COMPLETED", run["state"]["message"]
     assert run["created_by"]["type"] == "AUTOMATION"
-    (bought,) = [one for one in site.crews["write"].runs if one.meta["idempotency_key"] == "write after event-tea"]
-    assert "what is new in tea doubled" in bought.inputs["notes"]
-    assert bought.inputs["audience"] == "everyone"
+    (started,) = [one for one in site.crews["write"].runs if one.meta["idempotency_key"] == "write after event-tea"]
+    assert "what is new in tea doubled" in started.inputs["notes"]
+    assert started.inputs["audience"] == "everyone"
 
 
 @pytest.mark.slow

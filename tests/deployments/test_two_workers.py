@@ -35,7 +35,7 @@ def site_on_postgres(tmp_path_factory: pytest.TempPathFactory, postgres: Postgre
         yield site
 
 
-def test_a_pipeline_whose_worker_dies_ends_on_the_other_one_and_nothing_is_paid_twice(
+def test_a_pipeline_whose_worker_dies_ends_on_the_other_one_and_nothing_is_started_twice(
     site_on_postgres: Site, notes: list[str]
 ):
     site = site_on_postgres
@@ -63,7 +63,7 @@ def test_a_pipeline_whose_worker_dies_ends_on_the_other_one_and_nothing_is_paid_
     assert run["run_count"] == 2
     assert str(run_id) in alive.log.read_text()
     for step in ("research", "write", "review"):
-        # A schedule of the site may fire meanwhile, at the full hour, under a key of its own.
+        # A schedule of the site may fire during this, at the full hour, under a key of its own.
         ours = {key: n for key, n in site.crews[step].kickoffs_by_key.items() if key.startswith("two-workers/")}
         assert ours == {f"two-workers/{step}": 1}
     states = site.call("GET", f"/flow_run_states/?flow_run_id={run_id}")

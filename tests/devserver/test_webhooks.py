@@ -13,7 +13,7 @@ from support.receiver import Receiver
 from support.servers import Serve, finished, kickoff, until
 
 SCRIPT = """
-name: told
+name: reported
 inputs: [topic]
 tasks:
   - name: research_task

@@ -95,7 +95,7 @@ async def test_a_new_file_is_run_once_and_moved(echo: CrewServer, folder: Folder
     assert sorted(line["output"] for line in folder.lines()) == ["on cake", "on milk", "on tea", "on wine"]
 
 
-async def test_two_looks_at_once_buy_nothing_twice(echo: CrewServer, folder: Folder):
+async def test_two_looks_at_once_start_nothing_twice(echo: CrewServer, folder: Folder):
     for number in range(3):
         folder.receive(f"{number}.csv", f"topic\ntea {number}\nmilk {number}\n")
     looks = await asyncio.gather(*(folder.look("batch-echo") for _ in range(3)))
@@ -149,13 +149,13 @@ async def test_a_file_whose_batch_fails_does_not_keep_the_others_from_being_run(
     assert (report["completed"], folder.files) == (1, {"done/a.csv", "done/b.csv", "done/c.csv"})
 
 
-async def test_a_batch_that_stopped_buying_stays_for_the_next_look(save_crew: Any, folder: Folder):
+async def test_a_batch_that_stopped_starting_rows_stays_for_the_next_run(save_crew: Any, folder: Folder):
     server = save_crew("batch-picky", PICKY)
     folder.receive("a.csv", "topic\nbad\n" + "".join(f"tea {number}\n" for number in range(5)))
     stop = {"on_failure": "stop", "max_in_flight": 1}
     await folder.look("batch-picky", options=stop)
     assert folder.files == {"a.csv"}
-    bought = server.kickoffs
-    assert bought < 6
+    started = server.kickoffs
+    assert started < 6
     await folder.look("batch-picky")
     assert (folder.files, server.kickoffs) == ({"done/a.csv"}, 6)

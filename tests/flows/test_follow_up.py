@@ -18,7 +18,7 @@ tasks: [{name: t, output: "{{ tone }}: {{ draft }}"}]
 """
 
 
-async def test_the_other_crews_result_is_an_input_and_an_event_that_comes_twice_buys_once(save_crew: SaveCrew):
+async def test_the_other_crews_result_is_an_input_and_an_event_that_comes_twice_starts_one_run(save_crew: SaveCrew):
     save_crew("follow-up-first")
     second = save_crew("follow-up-second", AFTER)
     await arun_crew("follow-up-first", {"text": "found it"}, idempotency_key="follow-up-key")
@@ -29,7 +29,7 @@ async def test_the_other_crews_result_is_an_input_and_an_event_that_comes_twice_
     assert second.kickoffs == 1
 
 
-async def test_a_run_that_nobody_knows_buys_nothing(save_crew: SaveCrew):
+async def test_a_run_that_nobody_knows_starts_nothing(save_crew: SaveCrew):
     save_crew("follow-up-first")
     second = save_crew("follow-up-second", AFTER)
     with pytest.raises(CrewError, match="no-such-key"):

@@ -52,7 +52,7 @@ async def test_each_crew_gets_what_the_one_before_it_gave(report_crews: Crews, w
 
 
 @pytest.mark.parametrize("way", WAYS)
-async def test_a_retry_of_the_flow_run_buys_only_what_failed(report_crews: Crews, save_crew: SaveCrew, way: str):
+async def test_a_retry_of_the_flow_run_starts_only_what_failed(report_crews: Crews, save_crew: SaveCrew, way: str):
     report_crews["review"] = save_crew("review", FailsFirst())
     flow = load_flow(f"report_pipeline.py:{way}").with_options(retries=1, retry_delay_seconds=0)
     assert "Reviewed for everyone" in await flow("coffee")

@@ -43,7 +43,7 @@ def test_before_anything_has_begun():
     assert row(text, "write") == ["**write**", "prices, research", "○ waiting", "–", "", "writer", ""]
 
 
-def test_what_ran_beside_what():
+def test_which_steps_ran_at_the_same_time():
     text = rendered(
         research=StepView("finder", "completed", started=100.0, ended=105.0, kickoff_id="abc", artifact_id=ARTIFACT),
         prices=StepView("finder", "failed", started=100.0, ended=102.5, kickoff_id="a-long-id-of-a-run"),
@@ -60,7 +60,7 @@ def test_what_ran_beside_what():
     assert row(text, "prices")[6] == "a-long-i…"
 
 
-def test_what_was_bought_earlier_has_no_place_in_the_timeline():
+def test_a_run_of_an_earlier_call_is_not_in_the_timeline():
     text = rendered(
         research=StepView("finder", "completed", kickoff_id="abc", earlier=7200.0),
         prices=StepView("finder", "completed", started=100.0, ended=110.0),

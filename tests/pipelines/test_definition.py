@@ -80,7 +80,7 @@ def test_inputs_may_be_names_alone(inputs: str):
         pytest.param("steps: [{name: a, crew: b, inputs: {on: 2026-01-01}}]", "Put such a value in quotes", id="date"),
     ],
 )
-def test_what_is_wrong_is_told_by_step_and_field(text: str, said: str):
+def test_a_mistake_is_reported_by_step_and_field(text: str, said: str):
     with pytest.raises(ConfigurationError) as caught:
         read_pipeline(text, "x.yaml")
     assert said in str(caught.value)

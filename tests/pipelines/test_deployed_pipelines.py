@@ -105,7 +105,7 @@ async def test_the_defaults_of_the_pipeline_for_its_steps(save: SaveCrew):
         await run_deployed_pipeline(pipeline_of(slow, wait={"timeout": 0.2}), {"topic": "tea"})
 
 
-async def test_all_that_is_wrong_is_told_and_nothing_is_started(save: SaveCrew):
+async def test_all_mistakes_are_reported_and_nothing_is_started(save: SaveCrew):
     crew, server = save()
     steps = [
         {"name": "a", "crew": crew, "inputs": {"text": "{{ topik }}"}},

@@ -66,7 +66,7 @@ def test_layers_and_all_that_comes_before():
 
 
 @pytest.mark.parametrize(
-    ("steps", "told"),
+    ("steps", "expected"),
     [
         pytest.param([], ["has no steps"], id="no-steps"),
         pytest.param([CrewStep("a", "c"), CrewStep("a", "c")], ["two steps are named 'a'"], id="twice"),
@@ -92,9 +92,9 @@ def test_layers_and_all_that_comes_before():
         ),
     ],
 )
-def test_problems(steps: list[CrewStep], told: list[str]):
+def test_problems(steps: list[CrewStep], expected: list[str]):
     problems = "; ".join(graph(*steps, t="tea").problems)
-    assert [part for part in told if part not in problems] == []
+    assert [part for part in expected if part not in problems] == []
 
 
 def test_what_jinja_brings_is_no_unknown_name_and_no_name_for_a_step():
@@ -102,7 +102,7 @@ def test_what_jinja_brings_is_no_unknown_name_and_no_name_for_a_step():
     assert "'range' has a reserved name" in graph(CrewStep("range", "c")).problems[0]
 
 
-def test_unknown_inputs_are_told_for_each_step_that_names_its_own():
+def test_unknown_inputs_are_reported_for_each_step_that_names_its_own():
     made = graph(
         CrewStep("a", "c", {"x": 1, "way": 2}),
         CrewStep("b", "c", {"x": 1, "size": 2, "crewai_trigger_payload": "{}"}),
@@ -120,7 +120,7 @@ def test_unknown_inputs_are_told_for_each_step_that_names_its_own():
     ]
 
 
-def test_missing_inputs_are_told_for_each_step_but_for_functions():
+def test_missing_inputs_are_reported_for_each_step_but_for_functions():
     made = graph(CrewStep("a", "c", {"x": 1}), CrewStep("b", "c", lambda _: {}), CrewStep("d", "c"), z=1)
     expected = [CrewInput(name="x"), CrewInput(name="y"), CrewInput(name="o", required=False)]
     made.check_inputs({"a": expected, "b": expected, "d": expected})

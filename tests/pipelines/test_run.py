@@ -1,4 +1,4 @@
-"""Pipelines, with real crews and a real Prefect server: what runs when, what is paid for, what failures leave."""
+"""Pipelines, with real crews and a real Prefect server: what runs when, what is started, what failures leave."""
 
 from __future__ import annotations
 
@@ -111,14 +111,14 @@ async def test_steps_without_a_path_between_them_run_side_by_side(crew_server: C
     server, idempotency_key = crew_server(held), key()
     steps = [CrewStep(name, server.crew(), {}) for name in ("a", "b")]
     await arun_pipeline(
-        [*steps, CrewStep("c", server.crew(), {}, after=["a", "b"])], name="beside", idempotency_key=idempotency_key
+        [*steps, CrewStep("c", server.crew(), {}, after=["a", "b"])], name="concurrent", idempotency_key=idempotency_key
     )
     spans = {
         str(run.meta["idempotency_key"])[-1]: (run.created_at, run.created_at + timedelta(seconds=run.execution_time))
         for run in server.runs
     }
     assert spans["c"][0] > max(spans["a"][1], spans["b"][1])
-    shown = await asyncio.to_thread(artifact, seen, "beside", idempotency_key)
+    shown = await asyncio.to_thread(artifact, seen, "concurrent", idempotency_key)
     assert "3 of 3 steps completed" in shown
 
 
@@ -193,10 +193,10 @@ def test_a_script_stores_no_secret_inputs_with_its_flow_run(crew_server: CrewSer
     assert server.runs[0].inputs["password"] == "hunter22"
 
 
-# Checked before it is paid for
+# Checked before anything is started
 
 
-async def test_all_that_is_wrong_is_told_at_once_and_nothing_is_started(crew_server: CrewServerFactory):
+async def test_all_mistakes_are_reported_at_once_and_nothing_is_started(crew_server: CrewServerFactory):
     server = crew_server(script({"output": "ok"}, inputs=["topic", "tone"]))
     refused = DeployedCrew(url=server.url, token="wrong")
     steps = [
@@ -209,7 +209,7 @@ async def test_all_that_is_wrong_is_told_at_once_and_nothing_is_started(crew_ser
     ]
     with pytest.raises(ConfigurationError) as raised:
         await arun_pipeline(steps, {"topic": "tea"})
-    told = str(raised.value)
+    message = str(raised.value)
     for part in (
         "nothing was started",
         "'topik' is neither an input of the pipeline nor a step",
@@ -220,7 +220,7 @@ async def test_all_that_is_wrong_is_told_at_once_and_nothing_is_started(crew_ser
         "401",
         "blanks or letters that no HTTP header can carry",
     ):
-        assert part in told, part
+        assert part in message, part
     assert server.kickoffs == 0
 
 
@@ -237,7 +237,7 @@ async def test_a_rotated_token_is_no_problem(crew_server: CrewServerFactory):
     assert (await arun_pipeline([CrewStep("a", old, {"text": "a"})]))["a"].output == "a"
 
 
-async def test_a_crew_that_is_away_is_a_problem_only_before_anything_was_bought(crew_server: CrewServerFactory):
+async def test_a_crew_that_is_away_is_a_problem_only_before_anything_was_started(crew_server: CrewServerFactory):
     server, idempotency_key = crew_server(FAILS_ON), key()
     steps = [CrewStep("a", server.crew(), {"text": "a"}), CrewStep("b", server.crew(), {"text": "{{ a.output }}b"})]
     server.faults.add("inputs:500@1")
@@ -370,15 +370,15 @@ async def test_the_same_key_starts_with_what_failed_and_pays_for_nothing_again(
 ):
     fails_first, idempotency_key = crew_server(FailsFirst()), key()
     with pytest.raises(PipelineFailedError, match="out for lunch"):
-        await arun_pipeline(chain(echo, fails_first), name="mended", idempotency_key=idempotency_key)
+        await arun_pipeline(chain(echo, fails_first), name="repaired", idempotency_key=idempotency_key)
     assert (echo.kickoffs, fails_first.kickoffs) == (2, 1)
-    result = await arun_pipeline(chain(echo, fails_first), name="mended", idempotency_key=idempotency_key)
+    result = await arun_pipeline(chain(echo, fails_first), name="repaired", idempotency_key=idempotency_key)
     assert result["c"].output == "abc"
-    again = await arun_pipeline(chain(echo, fails_first), name="mended", idempotency_key=idempotency_key)
+    again = await arun_pipeline(chain(echo, fails_first), name="repaired", idempotency_key=idempotency_key)
     assert again["c"].output == "abc"
     assert echo.kickoffs_by_key == {f"{idempotency_key}/{step}": 1 for step in "acd"}
     assert fails_first.kickoffs_by_key == {f"{idempotency_key}/b": 2}
-    pages = await asyncio.to_thread(seen.artifacts, "pipeline-mended")
+    pages = await asyncio.to_thread(seen.artifacts, "pipeline-repaired")
     pages = [one["data"] for one in pages if idempotency_key in one["description"]]
     assert [page.count("started earlier") for page in pages] == [0, 2, 4]
 
@@ -395,7 +395,7 @@ def test_a_retry_of_the_flow_run_starts_with_what_failed(crew_server: CrewServer
     assert (echo.kickoffs, fails_first.kickoffs) == (3, 2)
 
 
-async def test_equal_pipelines_in_one_flow_are_told_apart(echo: CrewServer):
+async def test_equal_pipelines_in_one_flow_have_different_keys(echo: CrewServer):
     steps = [CrewStep("a", echo.crew(), {"text": "a"})]
 
     @flow
@@ -552,10 +552,10 @@ async def test_a_flow_run_that_somebody_suspends_in_the_middle_goes_on_with_what
             await asuspend_flow_run(flow_run_id=planned.id)
             held.release()
 
-        meanwhile = asyncio.create_task(suspend())
+        suspending = asyncio.create_task(suspend())
         with pytest.raises(Pause):
             await run_flow_async(trip, flow_run=await client.read_flow_run(planned.id))
-        await meanwhile
+        await suspending
         shown = await asyncio.to_thread(artifact, seen, "suspended", idempotency_key)
         assert [row.split(" | ")[2] for row in shown.splitlines() if row.startswith("| **")] == [
             *("◌ running, the flow run is suspended", "○ waiting", "○ waiting")

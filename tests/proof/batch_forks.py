@@ -1,4 +1,4 @@
-"""A process that has imported everything and forks one that runs a batch, and dies in it where it is told to.
+"""A process that has imported everything and forks one that runs a batch, and dies in it where it has to.
 
     python batch_forks.py < orders
 

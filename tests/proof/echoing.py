@@ -1,4 +1,4 @@
-"""A crew's server that says back whatever it was told, the token too, in every answer: the worst one there could be."""
+"""A crew's server that says back whatever it was sent, the token too, in every answer: the worst one there could be."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ class Echo:
 
     Attributes:
         inputs, kickoff, resume, stop: A status code, or "html", "text" or "empty" with 200; None is a good answer.
-        states: Of the status call, in turn; the last one again and again. A code is an error, a word a state, "{said}"
-            a state of which nobody has heard.
-        task: The task that waits for a person; "{said}" is all that it was told.
-        told: The inputs that it was told, in one text.
+        states: Of the status call, one after the other; the last one again and again. A code is an error, a word a
+            state, "{said}" a state of which nobody has heard.
+        task: The task that waits for a person; "{said}" is all that it was sent.
+        received: The inputs that it was sent, in one text.
         discreet: Whether it keeps the token to itself.
     """
 
@@ -44,14 +44,14 @@ class Echo:
     states: Sequence[int | str] = ("COMPLETED",)
     task: str = "review"
     url: str = ""
-    told: str = ""
+    received: str = ""
     asked: int = 0
     kickoffs: int = 0
     discreet: bool = False
 
     def said(self, request: Request) -> str:
         token = "a token" if self.discreet else request.headers.get("authorization")
-        return f"you said {token} and {self.told}"
+        return f"you said {token} and {self.received}"
 
     def answer(self, request: Request, how: int | str | None, good: Any) -> Response:
         said = self.said(request)
@@ -74,7 +74,7 @@ class Echo:
     async def post_kickoff(self, request: Request) -> Response:
         body = await request.json()
         # The values as they are, as they stand in JSON, and each alone.
-        self.told = f"{json.dumps(body['inputs'])} {' '.join(map(str, body['inputs'].values()))}"
+        self.received = f"{json.dumps(body['inputs'])} {' '.join(map(str, body['inputs'].values()))}"
         self.kickoffs += 1
         if self.kickoff == "drop":
             await asyncio.sleep(5)

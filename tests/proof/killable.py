@@ -1,4 +1,4 @@
-"""Flows that die where they are told to, as a worker or a served deployment runs them. Served when run as a script."""
+"""Flows that die where they have to, as a worker or a served deployment runs them. Served when run as a script."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def step(crew: str) -> str:
 
 @flow
 def parent(crew: str, kill_file: str) -> str:
-    """Run a crew twice in subflows: the same call, and yet two purchases."""
+    """Run a crew twice in subflows: the same call, and yet two runs."""
     first = step(crew)
     arm_from(Path(kill_file))
     return f"{first}; {step(crew)}"

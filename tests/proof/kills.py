@@ -57,7 +57,7 @@ When = Literal["before", "during", "after"]
 class Kill:
     """A point: the `nth` call of `hook`, counted from 1; "during" is `delay` seconds after its beginning.
 
-    `faults` are what the crew's server does wrong meanwhile, to hold an answer back.
+    `faults` are what the crew's server does wrong at that time, to hold an answer back.
     """
 
     hook: str

@@ -34,7 +34,7 @@ OWN_TESTS = {
         "tests/cli/test_runs.py",
     ],
 }
-"""The modules that decide and post, and what tests each of them besides the simulation."""
+"""The modules that decide and post, and what tests each of them in addition to the simulation."""
 LONGEST = 300.0
 """Seconds; who takes longer has been held up by the mistake, which counts as seen."""
 COMPARISONS: dict[type[ast.cmpop], type[ast.cmpop]] = {
@@ -81,9 +81,9 @@ def mutants(source: str) -> Iterator[tuple[int, str, str]]:
             other = copy.deepcopy(tree)
             old = [node for node in ast.walk(other) if isinstance(node, (ast.expr, ast.stmt))][number]
             new = list(changed(old))[choice]
-            told = f"{_short(old)}  ->  {_short(new)}"
+            change = f"{_short(old)}  ->  {_short(new)}"
             _Replace(old, new).visit(other)
-            yield site.lineno, told, ast.unparse(ast.fix_missing_locations(other))
+            yield site.lineno, change, ast.unparse(ast.fix_missing_locations(other))
 
 
 class _Replace(ast.NodeTransformer):
@@ -129,15 +129,15 @@ def main() -> None:
         skipped = shutil.ignore_patterns(".*", "__pycache__", "build", "dist")
         shutil.copytree(ROOT, tree, ignore=skipped)
         if not passes(tree, SIMULATION):
-            sys.exit("The simulation fails without any mistake: mend that first.")
+            sys.exit("The simulation fails without any mistake: repair that first.")
         survivors = 0
-        for module, line, told, text in chosen:
+        for module, line, change, text in chosen:
             began = time.monotonic()
             (tree / "prefect_crew" / module).write_text(text, "utf-8")
             who = next((name for name, tests in _killers(tree, module) if not passes(tree, tests)), "NOBODY")
             shutil.copy(ROOT / "prefect_crew" / module, tree / "prefect_crew" / module)
             survivors += who == "NOBODY"
-            print(f"{who:10} {time.monotonic() - began:4.0f} s  {module}:{line}  {told}", flush=True)
+            print(f"{who:10} {time.monotonic() - began:4.0f} s  {module}:{line}  {change}", flush=True)
     print(f"{survivors} of {len(chosen)} were seen by nobody.")
 
 

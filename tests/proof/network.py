@@ -36,7 +36,7 @@ class Ground(Protocol):
         """Let the fault come from here on."""
         ...
 
-    async def mend_it(self) -> None:
+    async def repair_it(self) -> None:
         """Return once the server is up and nothing is on its way any more; from here on it does no wrong."""
         ...
 
@@ -64,7 +64,7 @@ async def row(ground: Ground, place: str, idempotency_key: str) -> tuple[str, ..
     ground.break_it()
     first = await ground.run(lambda: _call(ground.crew, idempotency_key))
     phase = await ground.recorded()
-    await ground.mend_it()
+    await ground.repair_it()
     started = ground.started()
     again = await ground.run(lambda: _call(ground.crew, idempotency_key))
     return first, str(started), phase, again, str(ground.started())
@@ -80,7 +80,7 @@ async def _act(ground: Ground, act: Callable[[Crew, str], Awaitable[str]], idemp
         await asyncio.sleep(0.02)
     ground.break_it()
     first = await ground.run(lambda: act(ground.crew, kickoff_id))
-    await ground.mend_it()
+    await ground.repair_it()
     state = str(ground.state(kickoff_id))
     again = await ground.run(lambda: act(ground.crew, kickoff_id))
     await asyncio.sleep(0.1)

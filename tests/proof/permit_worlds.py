@@ -44,7 +44,7 @@ WORLDS = {
         faults=LIMITED_TWICE,
         resolve_every=2.0,
     ),
-    "a forced run is started beside an owner that is said to have crashed and sleeps": Scenario(
+    "a forced run is started while an owner that is said to have crashed and sleeps": Scenario(
         calls=(Call(freeze_at=8, freeze_for=30.0, crashed_at=1.0), Call(at=2.0, force_new=True), Call(at=20.0)),
         runs=(CrewRun(seconds=50),),
         resolve_every=0.5,

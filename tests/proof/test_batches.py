@@ -140,22 +140,22 @@ class Place:
     def lines(self) -> list[dict[str, Any]]:
         return [json.loads(line) for line in self.output.read_text(encoding="utf-8").splitlines()]
 
-    async def purchases(self) -> tuple[Counter[str], set[str]]:
-        """Return how many attempts of each row may have been a purchase, and the rows that are uncertain."""
-        bought, uncertain = Counter[str](), set[str]()
+    async def starts(self) -> tuple[Counter[str], set[str]]:
+        """Return how many attempts of each row may have started a run, and the rows that are uncertain."""
+        started, uncertain = Counter[str](), set[str]()
         async with Ledger(f"{self.output}.ledger.db", self.name) as ledger:
             async for row in ledger.rows_in(list(RowState)):
                 if row.record is None:
                     continue
                 attempts = await ledger.attempts(row.record.idempotency_key)
-                bought[row.record.idempotency_key] = sum(one.phase is not RecordPhase.NOT_STARTED for one in attempts)
+                started[row.record.idempotency_key] = sum(one.phase is not RecordPhase.NOT_STARTED for one in attempts)
                 if row.record.phase in (RecordPhase.UNCERTAIN, RecordPhase.CLAIMED):
                     uncertain.add(row.key)
-        return bought, uncertain
+        return started, uncertain
 
     def check(self, world: World, report: dict[str, Any]) -> None:
         """Every promise, once the last call has ended."""
-        lines, (bought, uncertain) = self.lines(), asyncio.run(self.purchases())
+        lines, (started, uncertain) = self.lines(), asyncio.run(self.starts())
         keys = [line["key"] for line in lines]
         assert len(keys) == len(set(keys)), "a row is in the output twice"
         assert not set(keys) & uncertain, "a row is in the output and uncertain"
@@ -164,12 +164,12 @@ class Place:
         assert report["completed"] + report["failed"] + report["uncertain"] == report["total"] == len(world.topics)
         cost = self.server.kickoffs_by_key
         assert self.server.kickoffs == cost.total()
-        assert {key: count for key, count in cost.items() if count > bought[key]} == {}, "an attempt was bought twice"
-        assert max(bought.values(), default=0) <= 1 + world.retries
+        assert {key: count for key, count in cost.items() if count > started[key]} == {}, "an attempt was started twice"
+        assert max(started.values(), default=0) <= 1 + world.retries
         for line in lines:
             if line["kickoff_id"] is not None:
-                told = self.server.counters.accepted[line["kickoff_id"]]
-                assert told["idempotency_key"] == f"batch/{self.name}/{line['key']}", "a row has another row's run"
+                accepted = self.server.counters.accepted[line["kickoff_id"]]
+                assert accepted["idempotency_key"] == f"batch/{self.name}/{line['key']}", "a row has another row's run"
             if line["state"] == "completed":
                 assert line["output"] == f"on {line['inputs']['topic']}"
         if world.keyed:
@@ -250,7 +250,7 @@ def only_when_all_are_run(request: pytest.FixtureRequest) -> None:
 def a_death(luck: random.Random, rows: int) -> Kill:
     """Choose a moment at which a batch dies before it has claimed all of that many rows."""
     hook, when, most = luck.choice(WHILE_STARTING), luck.choice(("before", "after")), min(100, max(1, rows // 2))
-    # A commit may hold 32 claims: then some twenty rows are claimed by each, and as many by one that waits its turn.
+    # A commit may hold 32 claims: then some twenty rows are claimed by each, and as many by one that waits for it.
     return Kill(hook, when, luck.randint((most + 4) // 5, most) if hook != "ledger-commit" else max(1, most // 10))
 
 
@@ -271,8 +271,8 @@ def test_rows_of_a_batch_that_is_killed_again_and_again(
         for left in range(deaths, 0, -1):
             kill = a_death(luck, unclaimed // left)
             assert forks.run(place.call(kill=kill)).killed, f"seed {chosen}: it ended before {kill}"
-            unclaimed = rows - len(asyncio.run(place.purchases())[0])
-        _, uncertain = asyncio.run(place.purchases())
+            unclaimed = rows - len(asyncio.run(place.starts())[0])
+        _, uncertain = asyncio.run(place.starts())
         ended = forks.run(place.call())
         assert not ended.error
         place.check(world, ended.report)

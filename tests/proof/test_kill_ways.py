@@ -43,7 +43,7 @@ def ways(prefect_server: PrefectServer, tmp_path_factory: pytest.TempPathFactory
 @pytest.mark.parametrize("name", WAYS)
 def test_a_flow_run_that_was_killed_is_retried(name: str, point: str, ways: Ways, tmp_path: Path) -> None:
     way = ways.way(name)
-    purchases = 2 if name == "subflow" else 1
+    starts = 2 if name == "subflow" else 1
     with CrewServer(CREW) as server:
         block = f"killable-{tmp_path.name}".replace("_", "-").lower()
         server.crew(request_timeout=5, wait={"initial": 0.2, "max_interval": 0.5, "timeout": 60}).save(
@@ -60,12 +60,12 @@ def test_a_flow_run_that_was_killed_is_retried(name: str, point: str, ways: Ways
         if point == "between answer and record":
             assert ended["state_type"] == "FAILED"
             assert "uncertain" in ended["state"]["message"]
-            assert server.kickoffs == purchases
+            assert server.kickoffs == starts
             resolve(server, _uncertain_key(server))
             ways.retry(run_id)
             ended = ways.ended(run_id, "COMPLETED", "FAILED")
         assert ended["state_type"] == "COMPLETED", ended["state"]
-        assert server.kickoffs == purchases
+        assert server.kickoffs == starts
         assert set(server.kickoffs_by_key.values()) == {1}
 
 

@@ -65,7 +65,7 @@ async def completed(record: RunRecord) -> None:
     await RECORDS.save(record)
 
 
-async def standing() -> RunRecord:
+async def stored() -> RunRecord:
     (record,) = await RECORDS.attempts("k")
     return record
 
@@ -88,7 +88,7 @@ async def test_a_word_that_a_run_is_lost_takes_back_no_end_that_was_seen(prefect
         saying = asyncio.ensure_future(resolve.resolve_lost(person, RECORDS, look=forgotten))
     with pytest.raises(CrewError, match="somebody else: now it is completed, run run"):
         await saying
-    found = await standing()
+    found = await stored()
     assert found.result is not None
     assert decide(found, caller=Caller(owner="next"), kickoffs=1) is Decision.RETURN
 
@@ -96,11 +96,11 @@ async def test_a_word_that_a_run_is_lost_takes_back_no_end_that_was_seen(prefect
 async def test_an_end_that_is_seen_after_all_counts_more_than_a_word_that_the_run_is_lost():
     owner = await started()
     await resolve.resolve_lost(await resolve.in_flight("k", RECORDS), RECORDS, look=forgotten)
-    lost = await standing()
+    lost = await stored()
     assert (lost.phase, lost.state, lost.kickoff_id) == (RecordPhase.ENDED, CrewState.UNKNOWN, "run")
     assert [one.state async for one in RECORDS.all(RecordPhase.ENDED)] == [CrewState.UNKNOWN]
     await completed(owner)
-    assert (await standing()).state is CrewState.COMPLETED
+    assert (await stored()).state is CrewState.COMPLETED
 
 
 async def test_a_run_that_the_crew_knows_at_the_second_look_is_not_lost():
@@ -112,19 +112,19 @@ async def test_a_run_that_the_crew_knows_at_the_second_look_is_not_lost():
 
     with pytest.raises(ConfigurationError, match="knows run run: it is running"):
         await resolve.resolve_lost(await resolve.in_flight("k", RECORDS), RECORDS, look=look)
-    assert (await standing()).phase is RecordPhase.STARTED
+    assert (await stored()).phase is RecordPhase.STARTED
 
 
 async def test_a_stop_takes_back_no_end_that_was_seen(prefect: SimPrefect):
     owner = await started()
-    other = await standing()
+    other = await stored()
     prefect.faults = {f"write@{prefect.writes + 1}": "slow"}
     answer = StopAnswer(kickoff_id="run", outcome=StopOutcome.STOPPED)
     closing = asyncio.ensure_future(stop.close_stopped(other, answer, RECORDS))
     await asyncio.sleep(0.3)
     await completed(owner)
     await closing
-    assert (await standing()).state is CrewState.COMPLETED
+    assert (await stored()).state is CrewState.COMPLETED
 
 
 async def test_a_stop_that_the_server_confirms_is_the_end():
@@ -132,18 +132,18 @@ async def test_a_stop_that_the_server_confirms_is_the_end():
     answer = StopAnswer(kickoff_id="run", outcome=StopOutcome.STOPPED)
     await stop.close_stopped(record, answer, RECORDS)
     assert (record.phase, record.state) == (RecordPhase.ENDED, CrewState.STOPPED)
-    assert (await standing()).state is CrewState.STOPPED
+    assert (await stored()).state is CrewState.STOPPED
 
 
 async def test_a_waiter_that_writes_to_a_verdict_does_not_make_it_the_owners():
     owner = await posting()
-    resolver = await standing()
+    resolver = await stored()
     assert await RECORDS.resolve(resolver, RecordPhase.STARTED, kickoff_id="run")
-    waiter = await standing()
+    waiter = await stored()
     waiter.human_since = utcnow()
     await RECORDS.save(waiter)
     assert not await RECORDS.permit(owner, 30.0, late=False), "the owner would send a second kickoff"
-    assert (await standing()).human_since == waiter.human_since
+    assert (await stored()).human_since == waiter.human_since
 
 
 async def test_a_permit_that_was_used_is_not_held():

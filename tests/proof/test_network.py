@@ -61,7 +61,7 @@ class SimulatedGround(World):
     def break_it(self) -> None:
         self.site.faults.add(self.case.text)
 
-    async def mend_it(self) -> None:
+    async def repair_it(self) -> None:
         await asyncio.sleep(5)
         self.site.faults.clear()
 
@@ -111,7 +111,7 @@ class RealGround:
     def break_it(self) -> None:
         self.server.faults.add(self.case.text)
 
-    async def mend_it(self) -> None:
+    async def repair_it(self) -> None:
         # The longest fault takes two seconds.
         late = "latency" in self.case.fault
         await asyncio.sleep(2.2 if late else 0.2)

@@ -47,12 +47,12 @@ def race(zygote: Zygote, seen: Seen, idempotency_key: str) -> None:
         assert len(ends(seen, server.runs[0].id)) == 1
 
 
-def test_twenty_racers_buy_once(zygote: Zygote, seen: Seen, idempotency_key: str) -> None:
+def test_twenty_racers_start_one_run(zygote: Zygote, seen: Seen, idempotency_key: str) -> None:
     race(zygote, seen, idempotency_key)
 
 
-def test_twenty_racers_after_a_failure_buy_once_more(zygote: Zygote, seen: Seen, idempotency_key: str) -> None:
-    """A failed run is bought again by a call that was told of the failure, and not by each of those that waited."""
+def test_twenty_racers_after_a_failure_start_one_more_run(zygote: Zygote, seen: Seen, idempotency_key: str) -> None:
+    """A failed run is started again by a call that knows of the failure, and not by each of those that waited."""
     crew = "name: c\ninputs: [text]\ntasks: [{name: t, seconds: 0.5, fail: the well is dry}]\n"
     with CrewServer(crew) as server:
         ended = zygote.run(*[script_of(server, idempotency_key) for _ in range(RACERS)])
@@ -78,7 +78,7 @@ def seen_on_postgres(prefect_server_on_postgres: PrefectServer) -> Iterator[Seen
 
 
 @pytest.mark.postgres
-def test_twenty_racers_buy_once_on_postgres(
+def test_twenty_racers_start_one_run_on_postgres(
     zygote_on_postgres: Zygote, seen_on_postgres: Seen, idempotency_key: str
 ) -> None:
     race(zygote_on_postgres, seen_on_postgres, idempotency_key)

@@ -1,8 +1,8 @@
 """Worlds by the hundred: faults of the crew's server and of the Prefect API, kills, sleeping machines, cancellations,
-races, forced purchases and people who resolve. In each of them every promise holds.
+races, forced runs and people who resolve. In each of them every promise holds.
 
 Two hundred run each time, always the same ones; `make prove` adds two thousand that nobody has seen before. A failing
-one is shrunk and printed with all that happened in it; paste it into `test_scenarios.py` when it is mended. And what
+one is shrunk and printed with all that happened in it; paste it into `test_scenarios.py` when it is repaired. And what
 can happen in them has to happen in some: a campaign that never sees it proves nothing about it.
 """
 

@@ -1,4 +1,4 @@
-"""Worlds that once broke a promise, or lie on its edge. What they found is mended; here they stay."""
+"""Worlds that once broke a promise, or lie on its edge. What they found is repaired; they are kept here."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ WORLDS = {
     "a run that was lost is still lost, not late, an hour afterwards": Scenario(
         calls=(Call(),), runs=(CrewRun(seconds=15),), faults=("status:forgotten@4",)
     ),
-    "a machine falls asleep over its claim and another buys meanwhile": Scenario(
+    "a machine falls asleep over its claim and another starts the run": Scenario(
         calls=(Call(freeze_at=6, freeze_for=400), Call(at=0.2, again=(15.0, 50.0, 50.0))), resolve_after=0.0
     ),
     "a machine falls asleep over its kickoff and wakes up to a bad answer": Scenario(
@@ -100,7 +100,7 @@ def test_a_flow_that_is_cancelled_stops_its_crew_once_also_where_it_times_out_th
 
 @pytest.mark.parametrize("fault", ["503-before-accept", "no-id", "429"])
 @pytest.mark.parametrize("step", range(1, 34))
-def test_a_machine_that_falls_asleep_before_each_of_its_steps_buys_nothing_twice(step: int, fault: str) -> None:
+def test_a_machine_that_falls_asleep_before_each_of_its_steps_starts_nothing_twice(step: int, fault: str) -> None:
     sleeper, other = Call(flow=False, freeze_at=step, freeze_for=400.0), Call(flow=False, again=(15.0, 50.0, 50.0))
     world = World(Scenario(calls=(sleeper, other), faults=(f"kickoff:{fault}@1",), resolve_after=0.0)).play()
     assert not broken_promises(world), "\n".join(world.trace)

@@ -142,14 +142,14 @@ def _acted(place: str, how: int | str | None) -> Echo:
 
 
 @dataclass(frozen=True)
-class Told:
+class Given:
     """What must not be found: unlike anything else, and with all that has to be escaped somewhere."""
 
     token: str
     inputs: dict[str, Any]
 
     @classmethod
-    def new(cls) -> Told:
+    def new(cls) -> Given:
         word = secrets.token_hex(8)
         tough = f'pass-{word} "ünï/cödé" <b>&\\'
         return cls(f"token-{secrets.token_hex(12)}", {"topic": "tea", "secret": tough, "nested": {"key": f"k-{word}"}})
@@ -224,17 +224,17 @@ def logged() -> Iterator[Everything]:
         log.removeHandler(handler)
 
 
-def typed_secrets(name: str, told: Told) -> None:
+def typed_secrets(name: str, given: Given) -> None:
     """Who gives one of pydantic's secrets has said that it is one, whatever the block says."""
-    nested = {"key": SecretStr(told.inputs["nested"]["key"])}
-    inputs = {**told.inputs, "secret": SecretStr(told.inputs["secret"]), "nested": nested}
+    nested = {"key": SecretStr(given.inputs["nested"]["key"])}
+    inputs = {**given.inputs, "secret": SecretStr(given.inputs["secret"]), "nested": nested}
     run_crew(name, inputs, review=lambda request: Review(approve=True))
 
 
-def second_wait(name: str, told: Told) -> None:
+def second_wait(name: str, given: Given) -> None:
     @flow
     def waits() -> None:
-        kickoff_id = kickoff_crew(name, told.inputs)
+        kickoff_id = kickoff_crew(name, given.inputs)
         for _ in range(2):
             with pytest.raises(CrewTimeoutError):
                 wait_for_crew(name, kickoff_id, wait=WaitPolicy(**{**FAST, "timeout": 0.2}))
@@ -242,7 +242,7 @@ def second_wait(name: str, told: Told) -> None:
     waits()
 
 
-def pipeline(name: str, told: Told) -> None:
+def pipeline(name: str, given: Given) -> None:
     """By a template, of a type, and in the output of a step that a crew without secret inputs is given."""
     block: Any = DeployedCrew.load(name)
     other = DeployedCrew(url=block.url, token=block.token, request_timeout=1.0, wait=WaitPolicy(**FAST))
@@ -250,35 +250,35 @@ def pipeline(name: str, told: Told) -> None:
         CrewStep("first", name, {"topic": "tea", "secret": "{{ login }}", "nested": "{{ inputs.nested }}"}),
         CrewStep("second", other, {"topic": "{{ first.output }}", "secret": "none", "nested": "none"}),
     ]
-    run_pipeline(steps, {"login": SecretStr(told.inputs["secret"]), "nested": told.inputs["nested"]}, name=name)
+    run_pipeline(steps, {"login": SecretStr(given.inputs["secret"]), "nested": given.inputs["nested"]}, name=name)
 
 
-def batch(name: str, told: Told) -> None:
+def batch(name: str, given: Given) -> None:
     """Its files are in the home of this process, which is looked through like all else."""
-    rows = [{"number": number, **told.inputs} for number in range(2)]
+    rows = [{"number": number, **given.inputs} for number in range(2)]
     inputs = {key: key for key in ("topic", "secret", "nested")}
     output = get_current_settings().home / f"{name}.jsonl"
     report = run_batch(name, rows, name=name, key="number", inputs=inputs, output=str(output), max_in_flight=1)
     assert report.total == 2
 
 
-def deployed(name: str, told: Told) -> None:
+def deployed(name: str, given: Given) -> None:
     for key in ("secret", "nested"):
-        block: Any = Secret(value=told.inputs[key])
+        block: Any = Secret(value=given.inputs[key])
         block.save(f"{name}-{key}")
     deployed: Any = run_deployed_crew
     inputs = {"topic": "tea", "secret": f"{name}-secret", "nested": f"{name}-nested"}
     asyncio.run(deployed(crew=name, inputs=inputs))
 
 
-def deferred(name: str, told: Told) -> None:
+def deferred(name: str, given: Given) -> None:
     block: Any = DeployedCrew.load(name)
     kickoff_crew.delay(block, {"topic": "tea"})
     with pytest.raises(ConfigurationError, match="secret, nested: Prefect would store"):
-        kickoff_crew.delay(name, told.inputs)
+        kickoff_crew.delay(name, given.inputs)
 
 
-OTHER_WAYS: dict[str, Callable[[str, Told], None]] = {
+OTHER_WAYS: dict[str, Callable[[str, Given], None]] = {
     "typed secrets": typed_secrets,
     "second wait": second_wait,
     "pipeline": pipeline,
@@ -288,28 +288,28 @@ OTHER_WAYS: dict[str, Callable[[str, Told], None]] = {
 }
 
 
-def act(case: Case, echo: Echo, told: Told, name: str) -> BaseException | None:
+def act(case: Case, echo: Echo, given: Given, name: str) -> BaseException | None:
     """Do it; return what it raised."""
     fields = {"wait": FAST, "secret_inputs": ["secret", "nested"], **case.options}
-    crew = DeployedCrew(url=echo.url, token=SecretStr(told.token), request_timeout=1.0, **fields)
+    crew = DeployedCrew(url=echo.url, token=SecretStr(given.token), request_timeout=1.0, **fields)
     crew.save(name, overwrite=True)
     wait = WaitPolicy(**FAST)
     try:
         if case.act == "run":
-            run_crew(name, told.inputs)
+            run_crew(name, given.inputs)
         elif case.act == "typed":
-            run_crew(name, told.inputs, output_type=Number)
+            run_crew(name, given.inputs, output_type=Number)
         elif case.act == "review":
-            run_crew(name, told.inputs, review=lambda request: Review(approve=False, feedback=str(request.output)))
+            run_crew(name, given.inputs, review=lambda request: Review(approve=False, feedback=str(request.output)))
         elif case.act in OTHER_WAYS:
-            OTHER_WAYS[case.act](name, told)
+            OTHER_WAYS[case.act](name, given)
         else:
-            kickoff_id = kickoff_crew(name, told.inputs, idempotency_key=f"key of {name}")
+            kickoff_id = kickoff_crew(name, given.inputs, idempotency_key=f"key of {name}")
             if case.act == "resume":
                 resume_crew(name, kickoff_id, approve=True, feedback="fine")
             else:
                 stop_crew(name, kickoff_id)
-            run_crew(name, told.inputs, idempotency_key=f"key of {name}", wait=wait)
+            run_crew(name, given.inputs, idempotency_key=f"key of {name}", wait=wait)
     except Exception as error:
         return error
     return None
@@ -327,7 +327,7 @@ def of_error(error: BaseException) -> str:
         seen.add(id(one))
         facts = dict(one.__dict__)
         if isinstance(one, OutputTypeError):
-            facts.pop("output")  # the whole result, which its caller has paid for
+            facts.pop("output")  # the whole result, which is its caller's
         if isinstance(one, PipelineFailedError):
             facts.pop("results")  # and so are these
         parts += [str(one), repr(one), repr(facts), repr(one.args)]
@@ -353,8 +353,8 @@ def locals_of(error: BaseException) -> str:
     return "\n".join(shown)
 
 
-LEFT: dict[str, Told] = {}
-"""What was told in each case, for the look into the database when all are over."""
+LEFT: dict[str, Given] = {}
+"""What was given in each case, for the look into the database when all are over."""
 
 
 def _slow(name: str) -> bool:
@@ -364,13 +364,13 @@ def _slow(name: str) -> bool:
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * _slow(name)) for name in CASES])
 def test_no_secret_is_shown_by(name: str, client: Path, logged: Everything) -> None:
-    case, told = CASES[name], Told.new()
-    LEFT[name] = told
+    case, given = CASES[name], Given.new()
+    LEFT[name] = given
     block = "echo-" + "".join(letter if letter.isalnum() else "-" for letter in name.lower())
     with echoing(case.echo()) as echo:
-        error = act(case, echo, told, block)
+        error = act(case, echo, given, block)
     drain()
-    every = [told.token, *told.secret_values]
+    every = [given.token, *given.secret_values]
     assert not found(every, "\n".join(logged.lines))
     assert logged.lines
     if error is not None:
@@ -382,10 +382,10 @@ def test_no_secret_is_shown_by(name: str, client: Path, logged: Everything) -> N
 @pytest.mark.parametrize("name", [name for name in CASES if not _slow(name)])
 def test_no_secret_is_in_a_local_variable_after(name: str, client: Path) -> None:
     """Error reporters show them. A caller's own frames hold its inputs, but none of ours and none of Prefect's."""
-    case, told = CASES[name], Told.new()
+    case, given = CASES[name], Given.new()
     with echoing(case.echo()) as echo:
-        error = act(case, echo, told, "locals")
-    assert error is None or not found([told.token, *told.secret_values], locals_of(error))
+        error = act(case, echo, given, "locals")
+    assert error is None or not found([given.token, *given.secret_values], locals_of(error))
 
 
 ON_THE_COMMAND_LINE = {
@@ -404,21 +404,21 @@ def test_no_secret_is_written_by_the_command_line(
     name: str, own_server: PrefectServer, client: Path, tmp_path: Path
 ) -> None:
     make, options = ON_THE_COMMAND_LINE[name]
-    told, block = Told.new(), f"cli-{name.replace(' ', '-')}"
-    LEFT[f"{name}, on the command line"] = told
+    given, block = Given.new(), f"cli-{name.replace(' ', '-')}"
+    LEFT[f"{name}, on the command line"] = given
     with echoing(make()) as echo:
-        fields = {"url": echo.url, "token": told.token, "secret_inputs": ["secret", "nested"], "wait": FAST}
+        fields = {"url": echo.url, "token": given.token, "secret_inputs": ["secret", "nested"], "wait": FAST}
         DeployedCrew(**fields).save(block, overwrite=True)
-        (tmp_path / "inputs.json").write_text(json.dumps(told.inputs))
+        (tmp_path / "inputs.json").write_text(json.dumps(given.inputs))
         command = [program("prefect-crew"), "run", block, "--input-file", tmp_path / "inputs.json", *options]
         log = tmp_path / "log"
         with Process(command, log=log, env=own_server.env(home=client, PREFECT_LOGGING_LEVEL="DEBUG")) as process:
             process.wait(120)
     written = log.read_text(errors="replace")
     assert written
-    every = [told.token, *told.secret_values]
+    every = [given.token, *given.secret_values]
     if name == "a success":
-        every = [told.token]  # the result is the caller's own, and says what the crew said
+        every = [given.token]  # the result is the caller's own, and says what the crew said
     assert not found(every, written)
 
 
@@ -433,8 +433,8 @@ def assert_no_secret_is_left(own_server: PrefectServer, client: Path) -> None:
     raw = b"".join(path.read_bytes() for path in own_server.database.parent.glob("prefect.db*"))
     files = [path.read_bytes() for path in client.rglob("*") if path.is_file()]
     assert "deployed-crew" in dump
-    for name, told in LEFT.items():
-        every = [told.token, *told.secret_values]
+    for name, given in LEFT.items():
+        every = [given.token, *given.secret_values]
         assert not found(every, dump), name
         for content in (raw, *files):
             assert not [form for text in every for form in forms(text) if form.encode() in content], name

@@ -35,7 +35,7 @@ tasks:
 
 
 class Lasting:
-    """A crew whose runs last as many seconds as they are told."""
+    """A crew whose runs last as many seconds as their inputs say."""
 
     name = "lasting"
 
@@ -155,7 +155,7 @@ def test_the_prefect_server_may_be_away_for_a_minute(
             server.kill()
         else:
             server.process.send(signal.SIGSTOP)
-        program.ended = True  # while nobody can be told
+        program.ended = True  # while nobody can be informed
         time.sleep(60)
         if how == "killed":
             server.start()
@@ -172,7 +172,7 @@ def test_the_prefect_server_may_be_away_for_a_minute(
 
 
 class Cluster:
-    """Two crew workers on one pool, Prefect on PostgreSQL, and a crew whose runs last as long as they are told."""
+    """Two crew workers on one pool, Prefect on PostgreSQL, and a crew whose runs last as long as their inputs say."""
 
     def __init__(self, pool: CrewPool) -> None:
         self.pool = pool

@@ -1,4 +1,4 @@
-"""A process that has imported everything and forks one that does what it is told: a script without its two seconds.
+"""A process that has imported everything and forks one that runs what it is sent: a script without its two seconds.
 
     python zygote.py < orders
 

@@ -45,7 +45,7 @@ async def client(kept: Kept) -> AsyncIterator[httpx.AsyncClient]:
 
 @pytest.fixture
 def urls() -> Callable[..., Webhooks]:
-    """Make the webhooks of a run, for a day unless told otherwise."""
+    """Make the webhooks of a run, for a day if not given otherwise."""
 
     def make(idempotency_key: str = "city/lisbon", *, base: str = "http://receiver", **options: object) -> Webhooks:
         known = {"expires": datetime.now(UTC) + timedelta(days=1), "attempt": 1, "stream_events": ["x"]}

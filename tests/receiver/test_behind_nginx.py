@@ -68,7 +68,7 @@ def certify(folder: Path) -> Path:
     return certificate
 
 
-async def test_a_run_is_told_of_through_nginx_and_nothing_else_gets_through(
+async def test_a_run_is_reported_through_nginx_and_nothing_else_gets_through(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     for program in ("nginx", "openssl"):
@@ -92,8 +92,8 @@ async def test_a_run_is_told_of_through_nginx_and_nothing_else_gets_through(
             wait = WaitPolicy(initial=30, max_interval=30)
             result = await arun_crew(crew.crew(wait=wait), {}, idempotency_key=key)
             assert result.output == "done"
-            told = {str(event["event"]) for event in await events_of(key, at_least=3)}
-            assert "crew.webhook.crew" in told
+            reported = {str(event["event"]) for event in await events_of(key, at_least=3)}
+            assert "crew.webhook.crew" in reported
             async with httpx.AsyncClient(base_url=base) as client:
                 assert (await client.get("/ready")).status_code == 404
                 bearer = {"Authorization": f"Bearer {recent_bearer(SECRET)}"}

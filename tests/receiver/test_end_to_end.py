@@ -92,7 +92,7 @@ async def test_a_run_tells_of_itself(generation: Any, receiver: str, key: str):
     assert "ACME" not in json.dumps(events)
 
 
-async def test_with_secret_inputs_no_name_is_told(receiver: str, key: str):
+async def test_with_secret_inputs_no_name_is_reported(receiver: str, key: str):
     with CrewServer(SCRIPT) as server:
         await arun_crew(crew_of(server, secret_inputs=["customer"]), {"customer": "ACME"}, idempotency_key=key)
         events = await webhooks_of(key, at_least=5)
@@ -100,12 +100,12 @@ async def test_with_secret_inputs_no_name_is_told(receiver: str, key: str):
     assert "Researcher" not in json.dumps(events)
 
 
-async def test_the_same_question_asked_again_is_told_again(receiver: str, key: str):
+async def test_the_same_question_asked_again_is_reported_again(receiver: str, key: str):
     script = SCRIPT.model_dump(mode="json")
     script["tasks"][1]["human"] = True
 
     async def question(number: int) -> dict[str, Any]:
-        """Return a question, counted from 1, once it is told."""
+        """Return a question, counted from 1, once it is reported."""
         found: list[dict[str, Any]] = []
         seen = 0
         while len(found) < number:
@@ -136,8 +136,8 @@ async def test_webhooks_that_come_twice_or_late_harm_nothing(fault: str, receive
         assert server.kickoffs == 3
         await asyncio.sleep(2)
         events = [event["event"] for key in keys for event in await events_of(key)]
-    told = Counter(event for event in events if event.startswith("crew.webhook"))
-    assert told == {
+    reported = Counter(event for event in events if event.startswith("crew.webhook"))
+    assert reported == {
         "crew.webhook.task": 6,
         "crew.webhook.step": 9,
         "crew.webhook.crew": 3,

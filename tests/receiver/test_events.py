@@ -69,7 +69,7 @@ def test_only_what_cannot_be_a_secret_is_read(which: str, names: bool):
     assert all(one.hook.idempotency_key == "city/lisbon" for one in pieces)
 
 
-def test_each_event_of_a_stream_is_told_by_itself():
+def test_each_event_of_a_stream_is_reported_by_itself():
     first, second = read("stream", BODIES["stream"])
     assert (first.name, second.name) == ("stream.crew_kickoff_started", "stream.task_completed")
     assert second.said == {
@@ -184,7 +184,7 @@ keys = st.sampled_from(
     st.sampled_from(["task", "step", "crew", "human_input", "stream"]),
     st.dictionaries(keys, json_values | st.just("k-1") | st.lists(st.dictionaries(keys, json_values))),
 )
-def test_whatever_a_body_holds_what_is_told_is_small_and_plain(kind: WebhookKind, body: dict[str, Any]):
+def test_whatever_a_body_holds_its_event_is_small_and_plain(kind: WebhookKind, body: dict[str, Any]):
     try:
         pieces = read(kind, body)
     except ResponseFormatError:

@@ -46,7 +46,7 @@ async def send_at(rate: float, seconds: float, one: Callable[[int], Any]) -> lis
     raise AssertionError
 
 
-def told(took: list[float]) -> str:
+def summary(took: list[float]) -> str:
     cut = quantiles(took, n=100)
     return f"p50 {cut[49] * 1000:.1f} ms, p99 {cut[98] * 1000:.1f} ms, most {max(took) * 1000:.0f} ms"
 
@@ -64,7 +64,7 @@ async def test_a_hundred_webhooks_a_second_for_a_minute(
         deadline = time.monotonic() + 30
         while (state := await report())["waiting"] and time.monotonic() < deadline:
             await asyncio.sleep(0.1)
-    notes.append(f"receiver: {len(took)} webhooks at 100/s: {told(took)}")
+    notes.append(f"receiver: {len(took)} webhooks at 100/s: {summary(took)}")
     assert state["received"] == state["forwarded"] == len(took)
     assert state["dropped"] == state["refused"] == 0
     assert sorted(took)[len(took) // 2] < 0.05

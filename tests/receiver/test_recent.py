@@ -124,7 +124,7 @@ async def test_a_server_that_stops_waits_for_no_answer_that_is_held_back(kept: K
 
 
 @pytest.mark.usefixtures("prefect_api")
-async def test_a_question_is_told_once_what_it_asks_can_be_read(urls: Urls):
+async def test_a_question_is_reported_when_what_it_asks_can_be_read(urls: Urls):
     forwarder = Forwarder()
     kept: list[int] = []
 
@@ -136,6 +136,6 @@ async def test_a_question_is_told_once_what_it_asks_can_be_read(urls: Urls):
     app = create_receiver(SECRET, forwarder=forwarder)
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://receiver") as client:
         await deliver(client, urls(), "human_input-first")
-        await until(lambda: forwarder.recent._kept, "the question is told")
+        await until(lambda: forwarder.recent._kept, "the question is reported")
     assert kept == [0], "the note was kept before"
     await forwarder.aclose()

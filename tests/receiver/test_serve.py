@@ -1,4 +1,4 @@
-"""The receiver on a port: slow heads, silent connections, and what is not HTTP."""
+"""The receiver on a port: slow heads, connections that send nothing, and what is not HTTP."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def test_a_port_that_is_taken_is_said(kept: Kept):
         serve.serve_receiver(create_receiver(SECRET, forwarder=kept), port=taken.getsockname()[1])
 
 
-async def test_the_command_takes_webhooks_and_ends_when_told(receiver_process: tuple[Process, int], urls: Urls):
+async def test_the_command_takes_webhooks_and_ends_on_a_signal(receiver_process: tuple[Process, int], urls: Urls):
     process, url = receiver_process[0], f"http://127.0.0.1:{receiver_process[1]}"
     assert url in process.output
     hooks = urls("served/lisbon", base=url)
@@ -136,7 +136,7 @@ async def test_the_command_takes_webhooks_and_ends_when_told(receiver_process: t
     assert url_of(hooks, "crew").rpartition("/")[2] not in process.output
 
 
-SILENT = 2_000
+CONNECTIONS = 2_000
 PROGRAM = """
 import resource, sys
 resource.setrlimit(resource.RLIMIT_NOFILE, (1024, 1024))
@@ -151,7 +151,7 @@ serve_receiver(create_receiver(sys.argv[1], forwarder=Kept()), port=int(sys.argv
 def many_files() -> Iterator[None]:
     """Let this process open as many connections as it wants to."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = 2 * SILENT + 500
+    wanted = 2 * CONNECTIONS + 500
     if hard != resource.RLIM_INFINITY and hard < wanted:
         pytest.skip(f"needs {wanted} open files; this machine allows {hard}")
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
@@ -161,7 +161,7 @@ def many_files() -> Iterator[None]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-async def test_it_answers_beside_two_thousand_silent_connections(
+async def test_it_answers_while_two_thousand_connections_send_nothing(
     many_files: None, tmp_path: Path, urls: Callable[..., Webhooks]
 ):
     port = free_port()
@@ -169,21 +169,21 @@ async def test_it_answers_beside_two_thousand_silent_connections(
     command = [sys.executable, "-c", PROGRAM, SECRET, str(port)]
     with Process(command, log=tmp_path / "receiver.log", env=env) as process:
         await until(lambda: "Listening for webhooks" in process.output, "it listens", seconds=60)
-        silent: list[asyncio.StreamWriter] = []
+        idle: list[asyncio.StreamWriter] = []
 
-        async def be_silent() -> None:
+        async def be_idle() -> None:
             _, writer = await asyncio.open_connection("127.0.0.1", port)
-            silent.append(writer)
+            idle.append(writer)
 
         async with httpx.AsyncClient(timeout=30, limits=httpx.Limits(max_keepalive_connections=0)) as client:
             for _ in range(2):  # those that were closed come again
-                await asyncio.gather(*(be_silent() for _ in range(SILENT)))
+                await asyncio.gather(*(be_idle() for _ in range(CONNECTIONS)))
                 for number in range(5):
                     assert (await client.get(f"http://127.0.0.1:{port}/health")).status_code == 200
-                    hooks = urls(f"silent/{len(silent)}/{number}", base=f"http://127.0.0.1:{port}")
+                    hooks = urls(f"idle/{len(idle)}/{number}", base=f"http://127.0.0.1:{port}")
                     answered = await client.post(url_of(hooks, "crew"), json=BODIES["crew-first"])
                     assert answered.status_code == 200
-        for writer in silent:
+        for writer in idle:
             writer.transport.abort()
         assert process.running
         assert len(process.output) < 10_000, "its log is flooded"

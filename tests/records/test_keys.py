@@ -172,7 +172,7 @@ def fails_once() -> Callable[[], None]:
     return fail
 
 
-async def test_equal_calls_in_a_loop_are_told_apart_and_a_flow_retry_finds_each_again(server: Any):
+async def test_equal_calls_in_a_loop_have_different_keys_and_a_flow_retry_reattaches_to_each(server: Any):
     crew, fail = server.crew(), fails_once()
 
     @flow(retries=1)
@@ -546,6 +546,6 @@ async def test_a_step_whose_name_holds_a_slash_is_not_the_step_of_a_subflow(serv
 
 
 @given(st.lists(st.text(max_size=5), min_size=1, max_size=4), st.lists(st.text(max_size=5), min_size=1, max_size=4))
-def test_parts_of_a_key_are_told_apart_whatever_they_hold(one: list[str], other: list[str]):
+def test_keys_of_different_parts_differ_whatever_they_hold(one: list[str], other: list[str]):
     first, second = ("/".join(map(keys_module.escape_name, names)) for names in (one, other))
     assert (first == second) == (one == other)

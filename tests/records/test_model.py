@@ -51,12 +51,12 @@ FAILED = ended(CrewState.FAILED)
 STARTED = record(RecordPhase.STARTED, kickoff_id="r1")
 
 
-def decided(standing: RunRecord | None, **options: Any) -> Decision:
-    return decide(standing, **{"caller": ME, "kickoffs": 1, **options})
+def decided(existing: RunRecord | None, **options: Any) -> Decision:
+    return decide(existing, **{"caller": ME, "kickoffs": 1, **options})
 
 
 @pytest.mark.parametrize(
-    ("standing", "options", "decision"),
+    ("existing", "options", "decision"),
     [
         pytest.param(None, {}, Decision.START, id="nothing there"),
         pytest.param(record(RecordPhase.NOT_STARTED), {}, Decision.START, id="surely not started"),
@@ -110,8 +110,8 @@ def decided(standing: RunRecord | None, **options: Any) -> Decision:
         ),
     ],
 )
-def test_the_decision(standing: RunRecord | None, options: dict[str, Any], decision: Decision):
-    assert decided(standing, **options) is decision
+def test_the_decision(existing: RunRecord | None, options: dict[str, Any], decision: Decision):
+    assert decided(existing, **options) is decision
 
 
 @pytest.mark.parametrize("phase", RecordPhase, ids=str)

@@ -115,7 +115,7 @@ async def test_permits_whose_record_is_gone_go(prefect_api: PrefectServer):
     assert str(killed.ref) not in dict(left)
 
 
-async def test_how_long_a_record_has_not_been_changed_is_told_by_the_server(prefect_api: PrefectServer):
+async def test_how_long_a_record_has_not_been_changed_is_measured_by_the_server(prefect_api: PrefectServer):
     store = PrefectRecords()
     one = record(f"key {uuid.uuid4()}", RecordPhase.CLAIMED)
     assert await store.claim(one)

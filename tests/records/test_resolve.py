@@ -97,13 +97,15 @@ async def test_one_that_never_started_does_not_count():
     assert decision(resolved) is Decision.START
 
 
-@pytest.mark.parametrize("told", ["started", "never started"])
-async def test_who_was_slower_is_told_so(told: str):
+@pytest.mark.parametrize("resolved_as", ["started", "never started"])
+async def test_the_slower_of_two_resolvers_gets_an_error(resolved_as: str):
     record, store = await stored(), PrefectRecords()
     read = await unresolved(record.idempotency_key, store)
     await resolve_started(await unresolved(record.idempotency_key, store), f"k-{uuid.uuid4()}", store)
     with pytest.raises(CrewError, match="was resolved by somebody else: it is started, run k-"):
-        await (resolve_started(read, "other", store) if told == "started" else resolve_never_started(read, store))
+        await (
+            resolve_started(read, "other", store) if resolved_as == "started" else resolve_never_started(read, store)
+        )
     assert (await latest(record)).phase is RecordPhase.STARTED
 
 

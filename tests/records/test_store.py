@@ -100,10 +100,10 @@ def test_of_twenty_racers_one_wins():
         assert sorted(racers.map(race, range(20))) == [False] * 19 + [True]
 
 
-async def test_a_claim_waits_for_nobodys_turn(monkeypatch: pytest.MonkeyPatch):
+async def test_a_claim_does_not_wait_for_other_changes(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(prefect_api, "LONGEST", 600.0)
     prefect_api._this_loop().crowded_until = float("inf")
-    async with prefect_api._turn(needed=True):
+    async with prefect_api._one_at_a_time(needed=True):
         assert await asyncio.wait_for(RECORDS.claim(new()), 60)
 
 
@@ -197,8 +197,8 @@ async def closed(stored: StoredResult | None, **fields: Any) -> RunRecord:
     for name, value in fields.items():
         setattr(record, name, value)
     await RECORDS.save(record)
-    (standing,) = await RECORDS.attempts(record.idempotency_key)
-    return standing
+    (saved,) = await RECORDS.attempts(record.idempotency_key)
+    return saved
 
 
 async def test_a_small_result_is_kept_whole():
@@ -215,9 +215,9 @@ async def test_a_small_result_is_kept_whole():
     ],
 )
 async def test_a_result_that_prefect_cannot_hold_is_left_out_and_the_end_is_kept(output: str, data: Any):
-    standing = await closed(result(output, data=data))
-    assert standing.result is None
-    assert (standing.phase, standing.state) == (RecordPhase.ENDED, CrewState.COMPLETED)
+    saved = await closed(result(output, data=data))
+    assert saved.result is None
+    assert (saved.phase, saved.state) == (RecordPhase.ENDED, CrewState.COMPLETED)
 
 
 async def test_the_fingerprints_of_inputs_give_way_first():
@@ -235,11 +235,11 @@ async def test_long_texts_give_way_to_what_the_record_is_for():
     assert await RECORDS.claim(record)
     record.error = "\N{PARTY POPPER}" * 500
     await RECORDS.save(record)
-    (standing,) = await RECORDS.attempts(key)
-    assert (standing.idempotency_key, standing.owner) == (key, record.owner)
-    assert standing.step
+    (saved,) = await RECORDS.attempts(key)
+    assert (saved.idempotency_key, saved.owner) == (key, record.owner)
+    assert saved.step
     assert record.step
-    assert record.step.startswith(standing.step)
+    assert record.step.startswith(saved.step)
 
 
 # Waiters

@@ -64,7 +64,7 @@ async def test_missing_inputs_start_nothing_and_may_be_corrected_under_the_same_
     assert await phases(idempotency_key) == [RecordPhase.NOT_STARTED, RecordPhase.STARTED]
 
 
-async def test_an_unknown_input_starts_nothing_and_is_told_with_the_one_that_may_be_meant(
+async def test_an_unknown_input_starts_nothing_and_is_reported_with_the_one_that_may_be_meant(
     crew_server: CrewServerFactory,
 ):
     server, idempotency_key = crew_server(TONED), key()
@@ -294,7 +294,7 @@ async def test_a_server_that_asks_for_too_much_time_is_left_alone(
 
 def test_a_refused_connection_is_tried_again_by_prefects_own_retries(crew_server: CrewServerFactory):
     server = CrewServer("echo", port=free_port())
-    patient = kickoff_crew.with_options(retries=20, retry_delay_seconds=0.3)
+    kickoff_with_retries = kickoff_crew.with_options(retries=20, retry_delay_seconds=0.3)
 
     @flow
     async def trip() -> str:
@@ -304,7 +304,7 @@ def test_a_refused_connection_is_tried_again_by_prefects_own_retries(crew_server
 
         starting = asyncio.ensure_future(start())
         try:
-            return await patient(server.crew(), {"text": "a"})
+            return await kickoff_with_retries(server.crew(), {"text": "a"})
         finally:
             await starting
 
@@ -441,7 +441,7 @@ async def test_force_new_starts_again_whatever_the_record_says(crew_server: Crew
     assert found.kickoff_id == again.kickoff_id
 
 
-async def test_a_forced_kickoff_that_did_not_start_leaves_the_completed_run_standing(crew_server: CrewServerFactory):
+async def test_a_forced_kickoff_that_did_not_start_keeps_the_completed_run(crew_server: CrewServerFactory):
     server, idempotency_key = crew_server("echo", faults=["kickoff:404@2"]), key()
     first = await server.crew().trigger({"text": "a"}, idempotency_key=idempotency_key)
     await first.wait_for_completion()
@@ -472,7 +472,7 @@ async def test_a_retry_of_a_flow_that_forced_a_run_means_that_run(crew_server: C
     assert server.kickoffs == 3
 
 
-# What is told
+# What is reported
 
 
 async def test_the_decision_is_one_line(crew_server: CrewServerFactory, caplog: pytest.LogCaptureFixture):

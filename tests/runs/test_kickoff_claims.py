@@ -63,24 +63,24 @@ async def claim(idempotency_key: str, crew: DeployedCrew, *, permit: float | Non
 
 async def test_who_finds_a_claim_waits_for_its_id(crew_server: CrewServerFactory):
     server, idempotency_key = crew_server("echo"), key()
-    standing = await claim(idempotency_key, server.crew())
+    stored = await claim(idempotency_key, server.crew())
     finding = asyncio.ensure_future(server.crew().trigger({"text": "a"}, idempotency_key=idempotency_key))
     done, _ = await asyncio.wait({finding}, timeout=0.5)
     assert not done
     theirs = f"theirs {uuid.uuid4()}"
-    assert await RECORDS.permit(standing, 30, late=False)
-    standing.phase, standing.kickoff_id, standing.kicked_off_at = RecordPhase.STARTED, theirs, utcnow()
-    await RECORDS.save(standing)
+    assert await RECORDS.permit(stored, 30, late=False)
+    stored.phase, stored.kickoff_id, stored.kicked_off_at = RecordPhase.STARTED, theirs, utcnow()
+    await RECORDS.save(stored)
     assert (await finding).kickoff_id == theirs
 
 
 async def test_who_waits_for_a_claim_starts_a_run_where_it_was_given_back(crew_server: CrewServerFactory):
     server, idempotency_key = crew_server("echo"), key()
-    standing = await claim(idempotency_key, server.crew())
+    stored = await claim(idempotency_key, server.crew())
     finding = asyncio.ensure_future(server.crew().trigger({"text": "a"}, idempotency_key=idempotency_key))
     await asyncio.sleep(0.3)
-    standing.phase = RecordPhase.NOT_STARTED
-    await RECORDS.save(standing)
+    stored.phase = RecordPhase.NOT_STARTED
+    await RECORDS.save(stored)
     assert (await finding).kickoff_id in {run.id for run in server.runs}
     assert await phases(idempotency_key) == [RecordPhase.NOT_STARTED, RecordPhase.STARTED]
 
@@ -96,7 +96,7 @@ async def test_a_claim_that_nothing_was_sent_for_is_voided_and_the_run_is_starte
     run = await server.crew().trigger({"text": "a"}, idempotency_key=idempotency_key)
     assert [run.kickoff_id] == [one.id for one in server.runs]
     assert await phases(idempotency_key) == [RecordPhase.NOT_STARTED, RecordPhase.STARTED]
-    # Its owner, were it alive, would be told so.
+    # Its owner, were it alive, would get that error.
     assert not await RECORDS.permit(theirs, 30, late=False)
 
 
@@ -124,8 +124,8 @@ async def resolved(crew_server: CrewServerFactory, phase: RecordPhase, **said: A
     calling = asyncio.ensure_future(server.crew().trigger({"text": "a"}, idempotency_key=idempotency_key))
     while not server.requests["inputs"]:
         await asyncio.sleep(0.01)
-    (standing,) = await attempts(idempotency_key)
-    assert await RECORDS.resolve(standing, phase, **said)
+    (stored,) = await attempts(idempotency_key)
+    assert await RECORDS.resolve(stored, phase, **said)
     return (await calling).kickoff_id, server
 
 
@@ -340,7 +340,7 @@ async def test_an_id_is_on_record_although_its_caller_is_cut_off_over_whose_it_i
 
 
 @pytest.mark.parametrize("good_for", [60.0, LONG_AGO], ids=["of a caller", "of a claim that was given up"])
-async def test_a_permit_that_cannot_be_read_starts_nothing_and_is_told(
+async def test_a_permit_that_cannot_be_read_starts_nothing_and_is_reported(
     crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch, good_for: float
 ):
     # Somebody edited it, or another tool uses its name.
@@ -399,7 +399,7 @@ async def test_nothing_is_sent_where_no_claim_can_be_written(crew_server: CrewSe
     assert not server.requests
 
 
-async def test_an_id_that_cannot_be_written_down_is_told_with_what_to_do(
+async def test_an_id_that_cannot_be_recorded_is_reported_with_what_to_do(
     crew_server: CrewServerFactory,
     proxy: Proxy,
     caplog: pytest.LogCaptureFixture,

@@ -207,7 +207,7 @@ async def test_a_lost_webhook_costs_time_and_then_trust(receiver: str, monkeypat
 
         assert await once() == "done"
         few = server.requests["status"]
-        assert not listener_module._hub.trusted, "the receiver has been found silent"
+        assert not listener_module._hub.trusted, "the receiver was found not to answer"
         assert await once() == "done"
         assert server.requests["status"] - few > few, "polling is as often as without webhooks again"
 
@@ -287,19 +287,19 @@ def test_tokens_are_counted_once_for_each_event(events: list[dict[str, object]],
         for event in [*events, *events]:
             hub._hear(event)
         counted = [waker.add_usage(CrewStatus(kickoff_id="k-1", state=state)) for state in (DONE, CrewState.RUNNING)]
-        told = CrewStatus(kickoff_id="k-1", state=DONE, usage=TokenUsage(total_tokens=1))
-        return [*counted, waker.add_usage(told)]
+        reported = CrewStatus(kickoff_id="k-1", state=DONE, usage=TokenUsage(total_tokens=1))
+        return [*counted, waker.add_usage(reported)]
 
-    done, running, told = asyncio.run(count())
+    done, running, reported = asyncio.run(count())
     assert done.usage == (None if total is None else TokenUsage(total_tokens=total))
     assert running.usage is None
-    assert told.usage == TokenUsage(total_tokens=1)
+    assert reported.usage == TokenUsage(total_tokens=1)
 
 
 DONE = CrewState.COMPLETED
 
 
-async def test_the_same_question_asked_again_is_told_by_its_webhook(
+async def test_the_same_question_asked_again_is_known_by_its_webhook(
     receiver: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Neither the status nor the clock tells it from the one before: only the number of answers in its URL."""

@@ -50,14 +50,14 @@ LOST_CONNECTION = CrewConnectionError(method="GET", url="https://crew.test/statu
 
 @dataclass
 class World(Watcher):
-    """A run whose state is a function of the time, a clock that only pauses move, and all that the watcher is told."""
+    """A run whose state is a function of the time, a clock that only pauses move, and all that the watcher gets."""
 
     at: Callable[[float], Seen]
     started: float = 1_000_000.0
     time: float = 1_000_000.0
     looks: list[float] = field(default_factory=list)
     saw_states: list[CrewState] = field(default_factory=list)
-    turns: list[bool] = field(default_factory=list)
+    human_waits: list[bool] = field(default_factory=list)
     troubles: int = 0
     stops: str | None = None
 
@@ -79,8 +79,8 @@ class World(Watcher):
     async def on_status(self, status: CrewStatus) -> None:
         self.saw_states.append(status.state)
 
-    async def on_person_turn(self, phases: Phases) -> None:
-        self.turns.append(phases.human_since is not None)
+    async def on_human_wait(self, phases: Phases) -> None:
+        self.human_waits.append(phases.human_since is not None)
 
     async def on_error(self, error: CrewError) -> None:
         self.troubles += 1
@@ -273,16 +273,16 @@ async def test_a_persons_time_costs_only_from_their_own_budget():
     policy = STEADY.model_copy(update={"timeout": 60.0, "human_timeout": 5000.0})
     world = World(steps((30, RUNNING), (4030, WAITING), (4050, RUNNING)))
     assert (await world.wait(policy)).state is COMPLETED
-    assert world.turns == [True, False]
+    assert world.human_waits == [True, False]
 
 
-async def test_people_have_one_budget_for_all_their_turns():
+async def test_people_have_one_budget_for_all_their_rounds():
     policy = STEADY.model_copy(update={"human_timeout": 100.0})
     world = World(steps((10, RUNNING), (80, WAITING), (100, RUNNING), then=WAITING))
     with pytest.raises(CrewTimeoutError) as caught:
         await world.wait(policy)
     assert (caught.value.phase, caught.value.budget) == ("human", 100)
-    # The first turn was seen from 10 to 80, so 30 seconds were left of the second, which was seen from 100.
+    # The first round was seen from 10 to 80, so 30 seconds were left of the second, which was seen from 100.
     assert world.looks[-1] == 130
 
 
@@ -292,14 +292,14 @@ async def test_a_turn_that_began_before_a_restart_goes_on():
     with pytest.raises(CrewTimeoutError, match="human time limit of 100 s"):
         await world.wait(STEADY.model_copy(update={"human_timeout": 100.0}), phases=phases, first_look=True)
     assert world.looks == [0, 10]
-    assert world.turns == [], "nobody's turn began or ended"
+    assert world.human_waits == [], "no wait for a person began or ended"
 
 
 async def test_a_persons_turn_that_ends_with_the_run_is_no_news_and_counts():
     world = World(each([WAITING, COMPLETED]))
     phases = Phases(kicked_off_at=world.started)
     await world.wait(phases=phases)
-    assert (world.turns, phases.human_seconds) == ([True], 10)
+    assert (world.human_waits, phases.human_seconds) == ([True], 10)
 
 
 async def test_without_limits_it_waits_for_ever():
@@ -352,10 +352,10 @@ async def test_errors_have_a_budget_of_their_own_which_a_good_answer_refills():
     policy = STEADY.model_copy(update={"error_timeout": 60.0})
     world = World(steps((55, broken()), (70, RUNNING), (125, broken()), (140, RUNNING)))
     assert (await world.wait(policy)).state is COMPLETED
-    silent = World(each([RUNNING, LOST_CONNECTION]))
+    failing = World(each([RUNNING, LOST_CONNECTION]))
     with pytest.raises(CrewConnectionError):
-        await silent.wait(policy)
-    assert silent.looks[-1] == 80, "one good answer at 10, and failures from 20 on"
+        await failing.wait(policy)
+    assert failing.looks[-1] == 80, "one good answer at 10, and failures from 20 on"
 
 
 async def test_retry_after_is_obeyed_up_to_a_cap():

@@ -22,7 +22,7 @@ async def result(server: Any, idempotency_key: str) -> Any:
     return await run.fetch_result()
 
 
-def told_once(seen: Seen, kickoff_id: str, event: str) -> bool:
+def emitted_once(seen: Seen, kickoff_id: str, event: str) -> bool:
     return [one["event"] for one in seen.events(kickoff_id)].count(event) == 1
 
 
@@ -37,7 +37,7 @@ def test_twenty_callers_in_one_loop(crew_server: CrewServerFactory, seen: Seen, 
     assert server.kickoffs == 1
     assert {one.output for one in results} == {"done"}
     (kickoff_id,) = {one.kickoff_id for one in results}
-    assert told_once(seen, kickoff_id, "crew.completed")
+    assert emitted_once(seen, kickoff_id, "crew.completed")
     assert len(seen.records(idempotency_key)) == 1
 
 
@@ -51,4 +51,4 @@ def test_twenty_callers_of_a_failing_crew_get_one_failure(crew_server: CrewServe
     assert {type(error) for error in errors} == {CrewFailedError}
     assert server.kickoffs == 1
     (kickoff_id,) = {error.kickoff_id for error in errors}
-    assert told_once(seen, kickoff_id, "crew.failed")
+    assert emitted_once(seen, kickoff_id, "crew.failed")

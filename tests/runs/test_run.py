@@ -315,7 +315,7 @@ AGAIN = "Prefect has retries left"
 def around(run: Callable[[], Any], where: str, texts: list[str]) -> Callable[[], Any]:
     """Return a call of `run` from somewhere; what each failure says is appended to `texts`."""
 
-    async def told() -> None:
+    async def reporting() -> None:
         try:
             await run()
         except CrewFailedError as error:
@@ -323,11 +323,11 @@ def around(run: Callable[[], Any], where: str, texts: list[str]) -> Callable[[],
             raise
 
     flows = {
-        "a flow": flow(told),
-        "a flow with a retry": flow(retries=1)(told),
-        "a task with a retry": flow(_calling(task(retries=1)(told))),
-        "a subflow of a flow with a retry": flow(retries=1)(_calling(flow(told))),
-        "a script": told,
+        "a flow": flow(reporting),
+        "a flow with a retry": flow(retries=1)(reporting),
+        "a task with a retry": flow(_calling(task(retries=1)(reporting))),
+        "a subflow of a flow with a retry": flow(retries=1)(_calling(flow(reporting))),
+        "a script": reporting,
     }
     return flows[where]
 

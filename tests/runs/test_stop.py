@@ -540,7 +540,7 @@ async def test_stop_and_resume_take_up_a_rotated_token(crew_server: CrewServerFa
     assert (await run.stop()).accepted
 
 
-async def test_a_stop_that_cannot_be_written_down_is_told(
+async def test_a_stop_that_cannot_be_recorded_is_reported(
     crew_server: CrewServerFactory, prefect_server: PrefectServer, caplog: pytest.LogCaptureFixture
 ):
     run = await crew_server(slow(60)).crew().trigger({})

@@ -1,4 +1,4 @@
-"""Waiting for a run under Prefect: its ends, its budgets, what is told of it, and trouble on the way."""
+"""Waiting for a run under Prefect: its ends, its budgets, what is reported of it, and trouble on the way."""
 
 from __future__ import annotations
 
@@ -141,12 +141,12 @@ async def test_a_task_timeout_ends_the_wait_at_once_and_leaves_the_crew_running(
     crew_server: CrewServerFactory, caplog: pytest.LogCaptureFixture
 ):
     server = crew_server("echo", faults=["kickoff:stuck"])
-    impatient = wait_for_crew.with_options(timeout_seconds=0.5)
+    wait_with_timeout = wait_for_crew.with_options(timeout_seconds=0.5)
 
     @flow
     async def trip() -> None:
         kickoff_id = await kickoff_crew(server.crew(), {"text": "a"})
-        await impatient(server.crew(), kickoff_id, wait=WaitPolicy(initial=5))
+        await wait_with_timeout(server.crew(), kickoff_id, wait=WaitPolicy(initial=5))
 
     began = time.monotonic()
     with pytest.raises(TimeoutError):
@@ -188,7 +188,7 @@ async def test_a_server_that_fails_to_stop_a_crew_does_not_hide_the_timeout(
 # People
 
 
-async def test_a_person_is_told_of_once_a_turn_and_their_time_is_on_record(
+async def test_each_wait_for_a_person_is_reported_once_and_its_time_is_on_record(
     crew_server: CrewServerFactory, caplog: pytest.LogCaptureFixture
 ):
     # Of no length, so that all of the timeout is for a slow machine.
@@ -260,7 +260,7 @@ async def test_a_run_that_was_kicked_off_elsewhere_is_waited_for_without_a_recor
     assert await RECORDS.of_kickoff(kickoff_id) is None
 
 
-def test_two_flow_runs_wait_for_one_run_and_its_end_is_told_once(crew_server: CrewServerFactory, seen: Seen):
+def test_two_flow_runs_wait_for_one_run_and_its_end_is_reported_once(crew_server: CrewServerFactory, seen: Seen):
     server, idempotency_key = crew_server(slow(0.6)), key()
 
     @flow
@@ -352,10 +352,10 @@ async def test_a_late_crew_that_another_flow_run_waits_for_is_not_stopped(
     server, idempotency_key = crew_server(slow(3)), key()
 
     @flow
-    async def patient() -> str:
+    async def waiting() -> str:
         return (await arun_crew(server.crew(), idempotency_key=idempotency_key)).output
 
-    running = asyncio.ensure_future(patient())
+    running = asyncio.ensure_future(waiting())
     while not server.requests["status"]:
         await asyncio.sleep(0.02)
     late = await server.crew().trigger({}, idempotency_key=idempotency_key)
@@ -497,7 +497,7 @@ async def test_whatever_prefect_refuses_the_result_is_there(
     assert says in caplog.text
 
 
-async def test_a_persons_turn_that_cannot_be_written_down_is_told(
+async def test_a_wait_for_a_person_that_cannot_be_recorded_is_reported(
     crew_server: CrewServerFactory, proxy: Proxy, caplog: pytest.LogCaptureFixture
 ):
     server = crew_server(ASKS, response_format="union")
@@ -535,7 +535,7 @@ async def foreign(crew_server: CrewServerFactory, text: str, **options: Any) -> 
         return server, CrewRun(server.crew(), await client.kickoff({}))
 
 
-async def test_without_a_record_a_person_is_told_of_as_well(
+async def test_without_a_record_a_wait_for_a_person_is_reported_too(
     crew_server: CrewServerFactory, caplog: pytest.LogCaptureFixture
 ):
     _, run = await foreign(crew_server, ASKS, response_format="union")

@@ -1,6 +1,6 @@
 """Crews that ask a person: what the local crew server's own states cannot show, such as a server that lags.
 
-`AskingServer` speaks the crew API over HTTP on loopback and keeps showing a question for as long as the test says.
+`AskingServer` has the crew API over HTTP on loopback and keeps showing a question for as long as the test says.
 `Asking` is a program for the local crew server whose next round begins once the state in between was read.
 """
 

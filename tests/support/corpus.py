@@ -1,6 +1,6 @@
 """The corpus: every known variant of every answer of a crew's server, a table (JSONL) for each parser.
 
-A line holds the body as `body` (JSON), `text`, `hex` (bytes) or `generate`, what the parser needs besides, and either
+A line holds the body as `body` (JSON), `text`, `hex` (bytes) or `generate`, what else the parser needs, and either
 `expected` (all fields that differ from their defaults; of a webhook its events) or `raises`.
 """
 

@@ -1,4 +1,4 @@
-"""The Python process of one page: runs files in one namespace, as if they were one script, when told to.
+"""The Python process of one page: runs files in one namespace, as if they were one script, on request.
 
 Started as a script. Each line on standard input is JSON: {"file": …, "end": …}. After the file has run, a line with the
 text of `end` and either "ok" or the name of what was raised follows its output.

@@ -216,7 +216,7 @@ def connected(server: PrefectServer, home: Path) -> Iterator[PrefectServer]:
 
     Args:
         server: A running server.
-        home: PREFECT_HOME meanwhile, so that results stored on disk stay apart.
+        home: PREFECT_HOME for that time, so that results stored on disk stay apart.
     """
     with environment({"PREFECT_API_URL": server.api_url, "PREFECT_HOME": str(home)}):
         try:

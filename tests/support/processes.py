@@ -203,7 +203,7 @@ def _bearers(mark: str) -> Iterator[int]:
 def _environment(folder: Path) -> bytes:
     """Return a process's environment. A zombie and a thread of the kernel have none: OSError.
 
-    It reads as empty for a moment also while a program is being loaded, after whoever started it has been told that it
+    It reads as empty for a moment also while a program is being loaded, after whoever started it was informed that it
     was: on a busy machine that moment is long enough for a scan that then misses a process for good.
     """
     for _ in range(20):

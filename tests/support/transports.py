@@ -15,7 +15,7 @@ from prefect_crew.client._client import CrewClient
 
 @contextlib.contextmanager
 def carried_by(host: str, transport: httpx.AsyncBaseTransport) -> Iterator[None]:
-    """Have every CrewClient that is made meanwhile for an https URL of this host send its requests over `transport`."""
+    """Have every CrewClient that is made within for an https URL of this host send its requests over `transport`."""
     make = CrewClient.__init__
 
     def make_with_transport(client: CrewClient, url: str, *args: Any, **options: Any) -> None:

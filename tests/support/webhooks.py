@@ -43,7 +43,7 @@ def url_of(hooks: Webhooks, kind: str) -> str:
 
 
 def headers_of(hooks: Webhooks, kind: str) -> dict[str, str]:
-    """Return what a crew's server sends beside the body of one of a run's webhooks."""
+    """Return what a crew's server sends with the body of one of a run's webhooks."""
     target = getattr(hooks, kind)
     if isinstance(target, HumanInputWebhook | StreamWebhook) and isinstance(target.authentication, BearerAuth):
         return {"Authorization": f"Bearer {target.authentication.token.get_secret_value()}"}

@@ -1,4 +1,5 @@
-"""A campaign: many worlds in turn. Each keeps the promises, and what could happen in one has happened in some."""
+"""A campaign: many worlds, one after the other. Each keeps the promises, and what could happen in one has happened in
+some."""
 
 from __future__ import annotations
 
@@ -60,7 +61,7 @@ class Reach:
     fates: set[tuple[str, str]] = field(default_factory=set[tuple[str, str]])
 
     def add(self, world: World) -> None:
-        """Take in what has happened in a world before its aftermath, in which everybody asks once more."""
+        """Take in what has happened in a world before its aftermath, in which everybody asks again."""
         last: dict[str, float] = {ask.key: ask.at for ask in world.asks if not ask.over}
         for at, key, fired in world.site.kickoff_faults:
             fault = fired.fault
@@ -116,5 +117,5 @@ def failure(scenario: Scenario) -> str:
     """Return what there is to know of a world that breaks a promise, made as small as it goes."""
     small = scenario if os.environ.get("PROOF_UNSHRUNK") else shrunk(scenario, lambda one: bool(played(one)[1]))
     world, broken = played(small)
-    told = [*broken, repr(small), *world.trace, *map(str, world.site.faults.fired), *world.prefect.fired]
-    return "\n".join([*told, f"dealt as {scenario!r}"])
+    report = [*broken, repr(small), *world.trace, *map(str, world.site.faults.fired), *world.prefect.fired]
+    return "\n".join([*report, f"dealt as {scenario!r}"])

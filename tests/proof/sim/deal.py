@@ -146,7 +146,7 @@ def _victim(deal: _Decks, fate: str) -> Call:
 
 
 def _others(deal: _Decks) -> Sequence[Call]:
-    """Return the callers besides: half of the worlds have none."""
+    """Return the further callers: half of the worlds have none."""
     ats = deal("others", (), (), (), (), *((at,) for at in _SECONDS), (0.0, 3.0), (0.2, 15.0))
     return [
         Call(

@@ -48,8 +48,8 @@ class Process:
         kill_at: The step before which it dies.
         freeze_at, freeze_for: The step before which it stands still (a closed laptop), and for how many seconds.
         cancel_at: The step before which its main coroutine is cancelled, once, or each of its `scopes`, which cancel at
-            every await until they are left; `on_cancel` is told just before.
-        on_fate: Is told when one of these comes, and its name: "killed", "asleep" or "cancelled".
+            every await until they are left; `on_cancel` is called just before.
+        on_fate: Is called with the name of one of these when it comes: "killed", "asleep" or "cancelled".
         skew, skew_at: By how many seconds its wall clock is wrong, and from which step on; None: always.
     """
 

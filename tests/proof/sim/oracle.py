@@ -30,7 +30,7 @@ UNCLEAR = frozenset(
 """Faults of a kickoff after which nobody can know whether it started a run."""
 LIES = frozenset({"400", "401", "403", "404", "405", "422", "429", "429-bare", "503"})
 """Answers that mean "not started". A server that starts a run and then gives one of them lies, and what it lied about
-is bought again: no client can tell."""
+is started again: no client can tell."""
 READ_WITHIN = 1.0
 """Seconds between a caller's reading of a record and what it says of it, at most."""
 WRITTEN_WITHIN = 1.0
@@ -86,7 +86,7 @@ def _hurt(process: Process) -> bool:
 
 
 def _never_twice(world: World) -> Iterator[str]:
-    """What was bought was asked for: once, once more for each run that failed, once for each `force_new`."""
+    """What was started was asked for: once, once more for each run that failed, once for each `force_new`."""
     for key in _keys(world):
         runs = [world.site.run(id_) for id_ in world.site.accepted(key)]
         ended_badly = sum(run is not None and run.state in (CrewState.FAILED, CrewState.STOPPED) for run in runs)
@@ -96,13 +96,14 @@ def _never_twice(world: World) -> Iterator[str]:
         pruned = sum(value["phase"] == "ended" for value in world.prefect.gone(key))
         extra = _forced(world, key) + _lies(world) + asleep + pruned
         if len(runs) > 1 + ended_badly + extra:
-            yield f"never twice: {key} was bought {len(runs)} times, {1 + ended_badly + extra} were asked for"
+            yield f"never twice: {key} was started {len(runs)} times, {1 + ended_badly + extra} were asked for"
         if len(runs) > world.scenario.max_kickoffs + extra:
-            yield f"never twice: {key} was bought {len(runs)} times, more than max_kickoffs"
+            yield f"never twice: {key} was started {len(runs)} times, more than max_kickoffs"
 
 
 def _never_two_at_once(world: World) -> Iterator[str]:
-    """Of a key's runs that nobody forced, one at a time is in flight, also where its records are pruned meanwhile."""
+    """Of a key's runs that nobody forced, one at a time is in flight, also where its records are pruned at that
+    time."""
     for key in _keys(world):
         asleep = _asleep(world, key, "posting")
         most = 1 + _forced(world, key) + _lies(world) + asleep
@@ -114,7 +115,7 @@ def _never_two_at_once(world: World) -> Iterator[str]:
 
 
 def _never_lost(world: World) -> Iterator[str]:
-    """In the end, every purchase has a result, or one of the reasons for having none."""
+    """In the end, every key has a result, or one of the reasons for having none."""
     for key, said in world.final.items():
         last = said[-1]
         runs = [run for id_ in world.site.accepted(key) if (run := world.site.run(id_)) is not None]
@@ -144,7 +145,7 @@ def _certain(world: World) -> Iterator[str]:
     """Uncertain only where somebody was stopped between claim and record, or a kickoff's answer did not tell."""
     for end in world.endings:
         if isinstance(end.value, KickoffUncertainError) and not _may_be_uncertain(world, end, end.value):
-            yield f"certain: {end.process.name} was told that {key_of(end.call.key)} is uncertain, for no reason"
+            yield f"certain: {end.process.name} was informed that {key_of(end.call.key)} is uncertain, for no reason"
 
 
 def _may_be_uncertain(world: World, end: Ending, error: KickoffUncertainError) -> bool:
@@ -191,7 +192,7 @@ def _true_result(world: World, end: Ending, result: CrewResult) -> Iterator[str]
 
 
 def _events(world: World) -> Iterator[str]:
-    """The end is told once, and told at all unless something befell whoever saw it."""
+    """The end is reported once, and at all unless something befell whoever saw it."""
     for (event, kickoff_id), count in world.event_count.items():
         if event in FINAL_EVENTS and count > 1:
             yield f"events: {event} of run {kickoff_id} came {count} times"
@@ -201,7 +202,7 @@ def _events(world: World) -> Iterator[str]:
         for record in world.prefect.records(key):
             event = f"crew.{record.get('state')}"
             if record["phase"] == "ended" and not world.event_count[event, record["kickoff_id"]]:
-                yield f"events: the end of run {record['kickoff_id']} ({record['state']}) was told to nobody"
+                yield f"events: the end of run {record['kickoff_id']} ({record['state']}) was reported to nobody"
 
 
 def _honest_stops(world: World) -> Iterator[str]:
@@ -215,20 +216,20 @@ def _honest_stops(world: World) -> Iterator[str]:
 
 
 def _timeouts(world: World) -> Iterator[str]:
-    """Patience ends by the recorded kickoff, not by when somebody began to wait."""
+    """A wait ends by the recorded kickoff, not by when somebody began to wait."""
     if any(process.was_frozen or process.facts["call"].skew for process in world.processes):
         return  # the moment of a kickoff is when its answer was read
     for end in world.endings:
         if not isinstance(end.value, CrewTimeoutError) or end.value.phase == "human":
             continue
         # As it stood when the caller gave up: where a write came late, another moment may stand in the end.
-        told = [
+        kickoffs = [
             datetime.fromisoformat(change.value["kicked_off_at"]).timestamp()
             for change in world.prefect.changes
             if change.value is not None and change.at <= end.at
             if change.value.get("kickoff_id") == end.value.kickoff_id and change.value.get("kicked_off_at")
         ]
-        waited = EPOCH + end.at - min(told, default=0.0)
+        waited = EPOCH + end.at - min(kickoffs, default=0.0)
         if waited < end.value.budget - 0.001:
             yield f"{end.process.name} gave up after {waited:.1f} s, its time was {end.value.budget:g} s"
 
@@ -252,7 +253,7 @@ def _records(world: World) -> Iterator[str]:
     """A record only ever goes forward, keeps its run, and says of the end what the server says."""
     latest: dict[str, dict[str, Any]] = {}
     # Prefect's client may send an older write once more, over a newer one, and a machine that wakes up may write the id
-    # that somebody else has told meanwhile. It is the same run: its end is seen again.
+    # that somebody else has written since. It is the same run: its end is seen again.
     late = world.excusing and (bool(world.prefect.fired) or any(process.was_frozen for process in world.processes))
     for change in world.prefect.changes:
         if change.value is None:
@@ -288,7 +289,7 @@ def _prunes(world: World) -> Iterator[str]:
 def _starts_after_failures(world: World) -> Iterator[str]:
     """A run that failed is started again only by those who asked after its end: who waited for it takes the failure."""
     if any(process.facts["call"].skew for process in world.processes):
-        return  # who asked first is told by clocks
+        return  # who asked first is known by clocks only
     for key in _keys(world):
         ids = world.site.accepted(key)
         extra = _forced(world, key) + _lies(world) + _asleep(world, key, "posting") + len(world.prefect.gone(key))

@@ -85,7 +85,7 @@ class SimPrefect:
     writes: int = 0
     fired: list[str] = field(default_factory=list[str])
     closed: bool = False
-    _standing: dict[str, Mapping[str, Any]] = field(default_factory=dict[str, Mapping[str, Any]])
+    _stored: dict[str, Mapping[str, Any]] = field(default_factory=dict[str, Mapping[str, Any]])
     _deleted: dict[str, float] = field(default_factory=dict[str, float])
 
     def client(self, **_: Any) -> PrefectClient:
@@ -203,13 +203,13 @@ class SimPrefect:
     def _note(self, by: Process | None) -> None:
         """Note what has become of attempts."""
         now = asyncio.get_running_loop().time()
-        standing: dict[str, Mapping[str, Any]] = {}
+        stored: dict[str, Mapping[str, Any]] = {}
         for value in self.read(self.variables.values()):
-            standing[f"{value['idempotency_key']}/{value['attempt']}"] = value
-        for name in {**self._standing, **standing}:
-            if (before := self._standing.get(name)) != (value := standing.get(name)):
+            stored[f"{value['idempotency_key']}/{value['attempt']}"] = value
+        for name in {**self._stored, **stored}:
+            if (before := self._stored.get(name)) != (value := stored.get(name)):
                 self.changes.append(Change(now, name, value, before, by))
-        self._standing = standing
+        self._stored = stored
 
     def _filter(self, body: Any) -> list[dict[str, Any]]:
         wanted = body["variables"] or {}

@@ -36,11 +36,12 @@ class Call(_Short):
 
     Attributes:
         at: When it starts, in seconds.
-        key: Which idempotency key; calls with the same one are about the same purchase.
+        key: Which idempotency key; calls with the same one are about the same run.
         other_inputs: Give other inputs than the key's first call should have.
         at_once: Calls made side by side in this process.
         force_new: As `run_crew`'s.
-        misconfigured: Give a `meta` that is not JSON, so that nothing can be sent; mended for the attempts after that.
+        misconfigured: Give a `meta` that is not JSON, so that nothing can be sent; repaired for the attempts after
+            that.
         flow: Whether it is a flow run on the Prefect server.
         kill_at, freeze_at, cancel_at: The step of the process before which that happens.
         freeze_for: Seconds.

@@ -61,11 +61,11 @@ class InProcessTransport(httpx.AsyncBaseTransport):
             loop.call_soon_threadsafe(call.start)
         except RuntimeError:  # the loop was closed in between
             raise httpx.ConnectError("Connection refused: the server has stopped", request=request) from None
-        patience = request.extensions.get("timeout", {}).get("read")
+        read_timeout = request.extensions.get("timeout", {}).get("read")
         answer = asyncio.wrap_future(call.answer)
         try:
             # Not wait_for: before Python 3.12 it swallows a cancellation that comes together with the answer.
-            done, _ = await asyncio.wait({answer}, timeout=patience)
+            done, _ = await asyncio.wait({answer}, timeout=read_timeout)
             if not done:
                 raise httpx.ReadTimeout("The read operation timed out", request=request)
             status, headers, body = answer.result()

@@ -47,13 +47,13 @@ __all__ = ["Ending", "World", "key_of"]
 REQUEST_TIMEOUT = 10.0
 TASK_RETRIES = (2.0, 10.0, 30.0)
 """As the kickoff task's."""
-PATIENCE = 6 * 3600.0
+HANGS_AFTER = 6 * 3600.0
 """Simulated seconds after which a call that still waits is taken to hang."""
 
 
 def key_of(number: int) -> str:
     """Return the idempotency key of a scenario's key number."""
-    return f"purchase-{number}"
+    return f"key-{number}"
 
 
 class Ending(NamedTuple):
@@ -178,7 +178,7 @@ class World:
     # What happens.
 
     def play(self) -> World:
-        """Let everything happen, then mend what is broken and ask for each purchase once more."""
+        """Let everything happen, then repair what is broken and ask for each key's run again."""
         random.seed(self.scenario.seed)
         asyncio.set_event_loop(self.loop)
         try:
@@ -195,11 +195,11 @@ class World:
         lives += [self.loop.create_task(self._prune(n, plan)) for n, plan in enumerate(self.scenario.prunes)]
         if self.scenario.resolve_every is not None:
             self._clerk("resolver").start(self._resolve(self.scenario.resolve_every))
-        _, late = await asyncio.wait(lives, timeout=PATIENCE)
+        _, late = await asyncio.wait(lives, timeout=HANGS_AFTER)
         if self.outlived:
-            late |= (await asyncio.wait(self.outlived, timeout=PATIENCE))[1]
+            late |= (await asyncio.wait(self.outlived, timeout=HANGS_AFTER))[1]
         if late:
-            self.violations.append(f"{len(late)} calls still wait after {PATIENCE:g} s")
+            self.violations.append(f"{len(late)} calls still wait after {HANGS_AFTER:g} s")
         for life in [*lives, *self.outlived]:
             if life.done() and not life.cancelled() and (error := life.exception()):
                 raise error
@@ -312,7 +312,7 @@ class World:
             with anyio.CancelScope() if call.timed_out else contextlib.nullcontext() as scope:
                 if scope is not None:
                     process.scopes.append(scope)
-                value = await self.purchase(call)
+                value = await self.run_crew(call)
         except (CrewError, httpx.HTTPError, PrefectException) as error:
             value = error
         except asyncio.CancelledError as cancelled:
@@ -337,11 +337,11 @@ class World:
         wait = max(known_by - self.loop.wall(), 0.0) + 15 + (self.scenario.resolve_after or 0.0)
         if idempotency_key not in self.persons:
             self.persons.add(idempotency_key)
-            # Not in the context of the process that told: a person does not fall asleep with its machine.
+            # Not in the context of the process that reported it: a person does not fall asleep with its machine.
             send = contextvars.Context().run
             self.loop.call_later(wait, lambda: send(self.loop.create_task, self._person(idempotency_key, said)))
 
-    # Who is about besides.
+    # Who else acts.
 
     def _clerk(self, name: str, **fate: Any) -> Process:
         process = Process(name, **fate)
@@ -365,7 +365,7 @@ class World:
         self.persons.discard(idempotency_key)
         await _quietly(resolve_truly(self, idempotency_key, said))
 
-    async def purchase(self, call: Call) -> CrewResult:
+    async def run_crew(self, call: Call) -> CrewResult:
         """Do what the tasks of `run_crew` do, with the retries that Prefect makes of the first one."""
         inputs = {"topic": "other" if call.other_inputs else f"topic-{call.key}"}
         pauses = list(TASK_RETRIES)
@@ -389,7 +389,7 @@ class World:
     # What is found when all is over.
 
     async def _aftermath(self) -> None:
-        """Mend everything, wait until nothing is in flight, and ask for each purchase again, as a user would."""
+        """Repair everything, wait until nothing is in flight, and ask for each key's run again, as a user would."""
         self.over = True
         self.site.faults.clear()
         self.prefect.heal()
@@ -412,7 +412,7 @@ class World:
             await process.start(self._main(process, call))
             value = self.endings[before].value
             if isinstance(value, IdempotencyConflictError):
-                other = not other  # what was bought had the others
+                other = not other  # what was started had the others
                 continue
             said.append(value)
             if isinstance(value, CrewResult) or not await resolve_truly(self, key_of(number), value):

@@ -122,9 +122,9 @@ async def test_a_function_is_not_asked_again_because_of_time_alone_and_a_person_
             await run_of(crew, judge, next_round_after=0.2, human_timeout=3)
         assert (asked, len(server.resumes)) == ([1], 1)
         kickoff_id = str((await PrefectRecords().attempts(crew.url))[-1].kickoff_id)
-        patient = DeployedCrew(url=crew.url, token="secret-token")
+        crew_block = DeployedCrew(url=crew.url, token="secret-token")
         with pytest.raises(CrewError, match="still shows the same question"):
-            await resume_run(patient.crew, kickoff_id, feedback="", approve=True)
+            await resume_run(crew_block.crew, kickoff_id, feedback="", approve=True)
         soon = DeployedCrew(url=crew.url, token="secret-token", wait=WaitPolicy(next_round_after=0.2))
         await resume_run(soon.crew, kickoff_id, feedback="", approve=True)
         assert len(server.resumes) == 2
@@ -197,7 +197,7 @@ async def test_a_function_is_given_the_meta_of_its_kickoff() -> None:
     assert seen == [{"ticket": 7}]
 
 
-async def test_whoever_answers_a_round_that_has_its_answer_is_told() -> None:
+async def test_a_second_answer_to_a_round_is_refused_with_the_first() -> None:
     """A form, or a second person, that still shows the round before."""
     async with asking(rounds=2, shown=True) as (server, crew):
         kickoff_id = await _kicked_off(crew)
