@@ -123,7 +123,7 @@ ALERTS = {
     "uncertain": "It is not known whether the kickoff started a run: {{ event.payload.reason }}. Look at the crew's "
     f"page, then: prefect-crew runs resolve {QUOTED_KEY} --kickoff-id ID, or --never-started.",
     "lost": "The crew's server no longer knows the run. Look at the crew's page.",
-    "timed_out": "Its {{ event.payload.phase }} time limit of {{ event.payload.budget }} s is over. The crew may continue.",
+    "timed_out": "Its {{ event.payload.phase }} time limit of {{ event.payload.budget }} s is over. It may still run.",
 }
 """The body of the alert for each event, in the Jinja that Prefect fills."""
 ASKED = (
