@@ -440,7 +440,7 @@ class BatchFailedError(_FactsError):
     report: Any = field(kw_only=False)
 
     def _text(self) -> str:
-        advice = "The same call goes on with what is left; failed rows start again with retry_failed=True."
+        advice = "The same call continues with what is left; failed rows start again with retry_failed=True."
         return f"{str(self.report).rstrip('.')}. {advice}"
 
 
@@ -451,7 +451,7 @@ class BatchCancelledError(_FactsError):
     name: str
 
     def _text(self) -> str:
-        return f"Batch {self.name!r} was cancelled. The same call goes on where it stopped."
+        return f"Batch {self.name!r} was cancelled. The same call continues where it stopped."
 
 
 @_with_facts
@@ -520,7 +520,9 @@ class LedgerError(_FactsError):
 
     reason: str = field(kw_only=False)
     ledger: str
-    advice: str = "No row is started without it: repair it, then run the batch again with the same name, which goes on."
+    advice: str = (
+        "No row is started without it: repair it, then run the batch again with the same name, which continues."
+    )
 
     def _text(self) -> str:
         return f"The ledger {self.ledger} {self.reason} {self.advice}"

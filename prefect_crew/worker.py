@@ -184,10 +184,10 @@ async def stop_crews_of(client: PrefectClient, flow_run: FlowRun) -> None:
         if record.flow_run_id not in names or not is_open or stop_was_asked(record):
             continue
         if record.kickoff_id is None:
-            text = "The kickoff of run %r is uncertain: a run that it started runs on at %s."
+            text = "The kickoff of run %r is uncertain: if it started a run, that continues at %s."
             log.warning(text, record.idempotency_key, record.crew_url)
         elif others := await records.other_waiters(record, record.flow_run_id):
-            log.warning("Crew run %s runs on: flow run %s waits for it too.", record.kickoff_id, ", ".join(others))
+            log.warning("Crew run %s continues: flow run %s waits for it too.", record.kickoff_id, ", ".join(others))
         else:
             try:
                 crew = await find_crew(record)
@@ -452,7 +452,7 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, BaseWorkerResult]):
         except (Abort, Pause) as signal_of_prefect:
             log.info("The flow run ended on this worker: %s", signal_of_prefect)
         except (SystemExit, KeyboardInterrupt, GeneratorExit):
-            log.warning("Only this flow run ends: the crew worker goes on.")
+            log.warning("Only this flow run ends: the crew worker continues.")
         except Exception as error:
             log.exception("The flow run could not be run.")
             await self._propose_crashed_state(flow_run, f"The worker could not run it: {type(error).__name__}: {error}")
@@ -494,7 +494,9 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, BaseWorkerResult]):
         that live would take each other's flow runs for ever."""
         name = f"{self.name}-{self.boot}"
         self._logger.warning(
-            "Another worker %r runs: this one goes on as %r. Give each worker of a pool its own name.", self.name, name
+            "Another worker %r runs: this one continues as %r. Give each worker of a pool its own name.",
+            self.name,
+            name,
         )
         self.name = name
 

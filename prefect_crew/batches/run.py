@@ -240,7 +240,7 @@ async def _check_adoptable(job: BatchJob) -> None:
                 if first.setdefault(one.name, one.last_heartbeat_time) != one.last_heartbeat_time:
                     raise ConfigurationError(
                         f"Batch {job.name!r} has its ledger in a file of this machine ({job.ledger.public}), but the "
-                        f"work pool {pool} has a second worker, {one.name}, which could not go on with the batch. Give "
+                        f"work pool {pool} has a second worker, {one.name}, which could not continue the batch. Give "
                         "it a ledger in PostgreSQL: ledger='postgresql://…'. Nothing was started."
                     )
             intervals = [float(one.heartbeat_interval_seconds or HEARTBEAT) for one in others]

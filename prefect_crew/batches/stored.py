@@ -147,7 +147,7 @@ class StoredBatch:
         if why_not := call.get("why_not"):
             raise ConfigurationError(
                 f"Batch {self.name!r} cannot be run by its name alone: {why_not}. Make the same call again, with the "
-                "same name; it goes on where it stopped."
+                "same name; it continues where it stopped."
             )
         # A URL with its password only where nothing stored stands for it.
         ledger = self.address.public if self.address.is_public else self.address.full

@@ -172,7 +172,7 @@ class Throttle:
         self._failed_in_a_row, self._trial = 0, None
         if self._failures.count:
             self._failures.reset()
-            run_logger().info("A row has completed: the batch goes on.")
+            run_logger().info("A row has completed: the batch continues.")
             self._changed.set()
 
     def failed(self, row: str, why: str) -> None:

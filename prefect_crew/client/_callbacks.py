@@ -155,7 +155,7 @@ def feedback_text(request: FeedbackRequest, *, approve: bool, feedback: str, opt
         chosen = next((one for one in request.options if one.casefold() in words), None)
     if request.options and chosen not in request.options:
         raise ConfigurationError(
-            f"The Flow goes on with one of: {', '.join(request.options)}. Choose one (option=…, --option). "
+            f"The Flow continues with one of: {', '.join(request.options)}. Choose one (option=…, --option). "
             "Nothing was sent."
         )
     if chosen is None:

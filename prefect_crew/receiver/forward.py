@@ -153,7 +153,7 @@ class Forwarder:
                     return await self._forward()
             except Exception as error:  # without this task nothing is forwarded any more, and nobody would know why
                 if not _is_transient(error):
-                    logger.exception("Forwarding webhooks to Prefect failed; it goes on in a moment.")
+                    logger.exception("Forwarding webhooks to Prefect failed; it continues in a moment.")
                 self._say_whether_away(error)
             await asyncio.sleep(min(pause, FIRST_PAUSE if self._is_closing else LONGEST_PAUSE))
             pause *= 2

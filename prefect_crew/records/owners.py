@@ -111,6 +111,4 @@ async def crash_dead_owner(record: RunRecord) -> None:
     except (httpx.HTTPError, PrefectException) as error:
         run_logger().debug("Whether flow run %s is dead is not known: %s", owner, error)
     else:
-        run_logger().warning(
-            "Flow run %s is set to Crashed: its process is gone. Its crew's run is found and goes on here.", owner
-        )
+        run_logger().warning("Flow run %s is set to Crashed: its process ended. Its crew's run continues here.", owner)

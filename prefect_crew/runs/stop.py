@@ -233,7 +233,7 @@ async def stop_once(session: CrewSession, record: RunRecord) -> StopAnswer:
         log.info("Crew run %s was asked to stop: %s.", kickoff_id, answer.outcome)
     elif answer.outcome is StopOutcome.UNSUPPORTED:
         log.warning(
-            "Crew run %s runs on at %s: its server has no /stop. Its result is still there for idempotency key %r.",
+            "Crew run %s continues at %s: its server has no /stop. Its result is still there for idempotency key %r.",
             kickoff_id,
             record.crew_url,
             record.idempotency_key,

@@ -360,9 +360,9 @@ class _Waiter(Watcher):
     def _once_it_answers(self) -> str:
         run = self.run
         if run.idempotency_key is None:
-            return f"The run may go on there; see later: prefect-crew runs inspect {shlex.quote(run.kickoff_id)}."
+            return f"The run may continue there; see later: prefect-crew runs inspect {shlex.quote(run.kickoff_id)}."
         return (
-            f"The run may go on there: run again with idempotency key {run.idempotency_key!r} to wait for it. Nothing "
+            f"The run may continue there: run again with idempotency key {run.idempotency_key!r} to wait for it. Nothing "
             "is started then."
         )
 

@@ -307,7 +307,7 @@ async def _has_moved_on(run: OpenRun, session: CrewSession, looks: int) -> bool:
         try:
             state = (await session.client.status(run.kickoff_id)).state
         except CrewError as error:
-            run_logger().debug("Whether run %s goes on could not be seen: %s", run.kickoff_id, error)
+            run_logger().debug("It is not known whether run %s continues: %s", run.kickoff_id, error)
             return False
         if state is not CrewState.WAITING:
             return state is not CrewState.UNKNOWN

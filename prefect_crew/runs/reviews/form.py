@@ -48,7 +48,7 @@ class ReviewForm(RunInput):
     """What the form asks for."""
 
     decision: Literal["approve", "reject"] = Field(
-        title="Decision", description="Approve: the crew goes on. Reject: the task is done again with the feedback."
+        title="Decision", description="Approve: the crew continues. Reject: the task is done again with the feedback."
     )
     feedback: str = Field(default="", title="Feedback", description="For the crew, in your words.")
     name: str = Field(default="", title="Your name", description="For the record of who answered.")
@@ -67,7 +67,7 @@ class ReviewForm(RunInput):
         fields: dict[str, Any] = {"question": (str, only)}
         if question.request is not None and question.request.options:
             options: list[Any] = list(question.request.options)
-            description = "What the Flow goes on with."
+            description = "What the Flow continues with."
             outcome = Field(title="Decision", description=description, json_schema_extra={"enum": options})
             fields["decision"] = (str, outcome)
         return create_model(cls.__name__, __base__=cls, **fields).with_initial_data(description=text)

@@ -96,7 +96,7 @@ async def test_an_answer_that_may_have_arrived_is_held_and_the_list_shows_what_i
             one for one in await list_pending_reviews([PrefectRecords()], same) if one.record.idempotency_key == key
         ]
         assert (line.options, line.output, line.task_id) == (OPTIONS, "Draft. ", "publish")
-        with pytest.raises(ConfigurationError, match="goes on with one of: approve, needs_revision"):
+        with pytest.raises(ConfigurationError, match="continues with one of: approve, needs_revision"):
             await resume_run(crew.crew, kickoff_id, feedback="", approve=False)
         assert server.requests["resume"] == 0
         with pytest.raises(CrewError) as raised:
