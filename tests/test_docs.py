@@ -86,7 +86,7 @@ def test_page_is_true(page: Page, tmp_path: Path, prefect_template: Path | None)
     with contextlib.ExitStack() as running:
 
         def start_server() -> PrefectServer:
-            if not server.running:  # only a page that runs something pays for it
+            if not server.running:  # only for a page that runs something
                 running.enter_context(server)
             return server
 

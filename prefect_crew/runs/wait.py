@@ -362,8 +362,8 @@ class _Waiter(Watcher):
         if run.idempotency_key is None:
             return f"The run may continue there; see later: prefect-crew runs inspect {shlex.quote(run.kickoff_id)}."
         return (
-            f"The run may continue there: run again with idempotency key {run.idempotency_key!r} to wait for it. Nothing "
-            "is started then."
+            f"The run may continue there: run again with idempotency key {run.idempotency_key!r} to wait for it. "
+            "Nothing is started then."
         )
 
     def _redacted(self, error: Exception) -> str:
