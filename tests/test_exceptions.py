@@ -27,7 +27,7 @@ ERRORS: dict[str, tuple[CrewError, list[str], str]] = {
     "api": (
         exceptions.CrewAPIError(status_code=409, **ANSWER, kickoff_id="k1"),
         ["POST /kickoff", "409", "k1", "Short: Long"],
-        "Look at the crew's page",
+        "See the crew's page",
     ),
     "authentication": (exceptions.AuthenticationError(status_code=401, **ANSWER), ["401"], "Check the bearer token"),
     "not-found": (exceptions.NotFoundError(status_code=404, **ANSWER), ["404"], "Check the crew's URL"),

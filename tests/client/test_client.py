@@ -300,7 +300,7 @@ async def test_a_refused_resume_says_nothing_of_inputs(router: respx.MockRouter,
         pytest.param("https://sso.example.com/login?next=s3cret", "https://sso.example.com/login", id="elsewhere"),
         pytest.param("/login?s3cret", "/login", id="same-host"),
         pytest.param("https://u:s3cret@h.example.com/x", "https://h.example.com/x", id="credentials"),
-        pytest.param("http://[s3cret", "nowhere that can be read", id="odd"),
+        pytest.param("http://[s3cret", "an address that cannot be read", id="odd"),
         pytest.param("", "nowhere", id="none"),
     ],
 )

@@ -408,7 +408,7 @@ PACKED = gzip.compress(b'{"kickoff_id": "k1"}' + b" " * 1000)
     [
         pytest.param(PACKED[:-9], "gzip", "cut short", id="cut-short"),
         pytest.param(b"plain", "gzip", "not the gzip", id="not-gzip"),
-        pytest.param(b"?", "br", "not asked for", id="another-encoding"),
+        pytest.param(b"?", "br", "was not requested", id="another-encoding"),
     ],
 )
 async def test_a_body_that_is_not_encoded_as_asked(body: bytes, coding: str, says: str):
