@@ -123,9 +123,9 @@ ERRORS: dict[str, tuple[CrewError, list[str], str]] = {
     "batch-failed": (
         exceptions.BatchFailedError("batch b: 3 of 4 rows completed, 1 failed."),
         ["3 of 4"],
-        "The same call goes on",
+        "The same call continues",
     ),
-    "batch-cancelled": (exceptions.BatchCancelledError(name="b"), ["'b'"], "The same call goes on"),
+    "batch-cancelled": (exceptions.BatchCancelledError(name="b"), ["'b'"], "The same call continues"),
     "batch-busy": (exceptions.BatchBusyError(name="b"), ["'b'", "Nothing was started"], "Wait for it"),
     "batch-changed": (
         exceptions.BatchChangedError(name="b", difference="row 3"),
