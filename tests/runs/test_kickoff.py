@@ -166,6 +166,13 @@ async def test_inputs_that_cannot_be_sent_start_nothing(crew_server: CrewServerF
     assert not server.requests
 
 
+async def test_inputs_go_as_text_or_as_json_values(crew_server: CrewServerFactory):
+    server, inputs = crew_server(TRIP), {"city": ["Lisbon", "Porto"], "days": 3}
+    for as_json, sent in ((False, {"city": '["Lisbon","Porto"]', "days": "3"}), (True, inputs)):
+        run = await server.crew(inputs_as_json=as_json, allow_extra_inputs=True).trigger(inputs)
+        assert server.run(run.kickoff_id).inputs == sent
+
+
 async def test_the_kickoff_carries_the_idempotency_key_the_users_meta_and_webhooks(crew_server: CrewServerFactory):
     server, idempotency_key = crew_server("echo"), key()
     run = await server.crew().trigger(
@@ -426,6 +433,14 @@ async def test_what_a_record_keeps_of_its_inputs_tells_nothing_without_the_token
     marks = [first.key, second.key, *first.inputs.values(), *second.inputs.values()]
     assert len(set(marks)) == len(marks), "equal values of two inputs, or of two crews, are not seen to be equal"
     assert {len(mark) for mark in marks} == {8}
+
+
+async def test_equal_inputs_are_equal_whatever_their_order_and_form(crew_server: CrewServerFactory):
+    server, idempotency_key = crew_server(TRIP), key()
+    for as_json, inputs in ((False, {"city": "Lisbon", "days": 3}), (True, {"days": 3, "city": "Lisbon"})):
+        crew = server.crew(inputs_as_json=as_json, allow_extra_inputs=True)
+        await crew.trigger(inputs, idempotency_key=idempotency_key)
+    assert server.kickoffs == 1
 
 
 async def test_force_new_starts_again_whatever_the_record_says(crew_server: CrewServerFactory):

@@ -366,7 +366,8 @@ async def test_a_post_that_does_not_end_is_not_waited_for_for_ever(
     monkeypatch.setattr(kickoff_module, "FINISH", 0.2)
     server, idempotency_key = crew_server("echo", faults=["kickoff:timeout"]), key()
     await asyncio.wait_for(cancelled_at("kickoff", server, idempotency_key), 10)
-    assert await phases(idempotency_key) == [RecordPhase.CLAIMED]
+    # The POST that was left loses its connection as the caller's session closes, and may have written that down by now.
+    assert await phases(idempotency_key) in ([RecordPhase.CLAIMED], [RecordPhase.UNCERTAIN])
 
 
 async def test_a_signal_in_the_midst_of_a_kickoff_is_not_taken_for_a_refusal(

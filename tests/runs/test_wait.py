@@ -7,6 +7,7 @@ import logging
 import time
 import uuid
 from collections.abc import Iterator
+from datetime import timedelta
 from typing import Any
 
 import httpx
@@ -15,6 +16,7 @@ from prefect import flow
 from pydantic import BaseModel
 
 from prefect_crew import (
+    AuthenticationError,
     CrewError,
     CrewFailedError,
     CrewLostError,
@@ -137,6 +139,23 @@ async def test_a_timeout_leaves_the_crew_running_and_says_how_to_go_on(crew_serv
     assert (result.output, server.kickoffs) == ("done", 1)
 
 
+async def test_a_run_that_ended_while_nobody_waited_has_its_result_although_its_time_is_over(
+    crew_server: CrewServerFactory,
+):
+    held = Held()
+    server, idempotency_key = crew_server(held), key()
+    record = await record_of(await server.crew().trigger({}, idempotency_key=idempotency_key))
+    assert record.kicked_off_at
+    record.kicked_off_at -= timedelta(hours=2)
+    await RECORDS.save(record)
+    with pytest.raises(CrewTimeoutError, match=r"running time of 3,?600 s"):
+        await ended(await server.crew().trigger({}, idempotency_key=idempotency_key))
+    held.release()
+    while not server.runs[0].state.ended:
+        await asyncio.sleep(0.01)
+    assert (await ended(await server.crew().trigger({}, idempotency_key=idempotency_key))).output == "done"
+
+
 async def test_a_task_timeout_ends_the_wait_at_once_and_leaves_the_crew_running(
     crew_server: CrewServerFactory, caplog: pytest.LogCaptureFixture
 ):
@@ -230,6 +249,18 @@ async def test_a_large_result_is_whole_for_the_caller_and_read_again_from_the_st
     server.faults.add("status:forgotten")
     with pytest.raises(CrewLostError, match="it has completed, but its record does not hold the result"):
         await ended(await server.crew().trigger({}, idempotency_key=idempotency_key))
+
+
+async def test_a_large_result_is_read_again_with_a_rotated_token(crew_server: CrewServerFactory):
+    server, name = crew_server(script({"output": "{{ 'x' * 9000 }}"})), f"rotated-{uuid.uuid4().hex[:8]}"
+    await server.crew().asave(name)
+    crew = await DeployedCrew.aload(name)
+    run = await crew.trigger({})
+    assert len((await ended(run)).output) == 9000
+    server.token = "the-new-token"
+    await server.crew().asave(name, overwrite=True)
+    assert len((await ended(CrewRun(crew, str(run.kickoff_id)))).output) == 9000
+    assert server.counters.unauthorized == 1
 
 
 class Trip(BaseModel):
@@ -432,6 +463,17 @@ async def test_a_token_that_is_rotated_during_the_wait_is_taken_up(
         await waiting
 
 
+async def test_a_refused_token_ends_the_wait_and_keeps_the_run(crew_server: CrewServerFactory):
+    server, idempotency_key = crew_server(slow(0.3)), key()
+    run = await server.crew().trigger({}, idempotency_key=idempotency_key)
+    server.token = "the-new-token"
+    with pytest.raises(AuthenticationError) as caught:
+        await run.wait_for_completion()
+    assert caught.value.kickoff_id == run.kickoff_id
+    assert (await ended(await server.crew().trigger({}, idempotency_key=idempotency_key))).output == "done"
+    assert server.kickoffs == 1
+
+
 # A Prefect API that is away
 
 
@@ -549,6 +591,12 @@ async def test_without_a_record_a_late_crew_can_be_stopped(crew_server: CrewServ
     with pytest.raises(CrewTimeoutError, match="It was stopped"):
         await run.wait_for_completion(BRIEF.model_copy(update={"on_timeout": "stop"}))
     assert server.requests["stop"] == 1
+
+
+async def test_without_a_record_a_loss_is_a_loss(crew_server: CrewServerFactory):
+    _, run = await foreign(crew_server, slow(60), faults=["status:forgotten@2"])
+    with pytest.raises(CrewLostError, match="last seen running"):
+        await run.wait_for_completion()
 
 
 async def test_without_a_record_a_cancelled_wait_leaves_the_crew_alone(crew_server: CrewServerFactory):

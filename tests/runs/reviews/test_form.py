@@ -13,7 +13,7 @@ from prefect import flow, get_client
 from prefect.client.schemas.objects import State
 from prefect.runtime import flow_run as this_flow_run
 
-from prefect_crew import DeployedCrew, Review, WaitPolicy, arun_crew, resume_crew
+from prefect_crew import CrewTimeoutError, DeployedCrew, Review, WaitPolicy, arun_crew, resume_crew
 from prefect_crew.artifacts.run import artifact_key
 from prefect_crew.devserver import CrewScript, CrewServer
 from prefect_crew.records.store import PrefectRecords
@@ -273,6 +273,17 @@ def test_a_form_that_was_resumed_without_an_answer_comes_back(server: CrewServer
     run.form(not_key=first)
     run.fill_in(decision="approve")
     assert run.result().output.startswith("Printed")
+
+
+def test_nobody_answers_in_time(server: CrewServer, seen: Seen) -> None:
+    crew, policy = crew_of(server), WaitPolicy(human_timeout=1.5)
+    run = FlowRun(lambda: arun_crew(crew, {"topic": "tea"}, review="form", wait=policy))
+    with pytest.raises(CrewTimeoutError, match=r"human time of 1\.5 s"):
+        run.result()
+    states = [state["type"] for state in seen.get(f"/flow_run_states/?flow_run_id={run.id}")]
+    assert states == ["PENDING", "RUNNING", "PAUSED", "RUNNING", "FAILED"]
+    assert run.inputs() == []
+    assert server.requests["resume"] == server.requests["stop"] == 0
 
 
 def test_an_answer_in_time_counts_though_it_is_read_after_that(
