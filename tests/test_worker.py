@@ -416,9 +416,10 @@ def test_a_batch_with_a_ledger_in_a_file_is_refused_where_several_workers_could_
     pool.add_crew("quick", QUICK)
     rows = pool.folder / "rows.jsonl"
     rows.write_text('{"topic": "tea"}\n')
-    deployment = pool.deploy("batch", "prefect_crew.operations.batch_file")
+    own = pool.deploy("batch", "prefect_crew.operations.batch_file")
+    within = pool.deploy("batch-within", f"{USER_FLOWS}.batch_in_a_subflow")
 
-    def run(name: str) -> dict[str, Any]:
+    def run(name: str, deployment: str = own) -> dict[str, Any]:
         given: dict[str, Any] = {
             "crew": "quick",
             "dataset": str(rows),
@@ -434,6 +435,9 @@ def test_a_batch_with_a_ledger_in_a_file_is_refused_where_several_workers_could_
     assert refused["state_name"] == "Failed"
     assert "has its ledger in a file of this machine" in refused["state"]["message"]
     assert "Give it a ledger in PostgreSQL" in refused["state"]["message"]
+    refused = run("within another flow", within)
+    assert refused["state_name"] == "Failed"
+    assert "has its ledger in a file of this machine" in refused["state"]["message"]
     two.kill()  # and is said to be online for three heartbeats
     assert run("alone again")["state_name"] == "Completed"
 

@@ -225,14 +225,19 @@ async def _check_adoptable(job: BatchJob) -> None:
     """
     context = FlowRunContext.get()
     flow_run = None if context is None else context.flow_run
-    pool = getattr(flow_run, "work_pool_name", None)
-    if flow_run is None or pool is None or not job.ledger.is_local:
+    if flow_run is None or not job.ledger.is_local:
         return
-    own, begun = (flow_run.infrastructure_pid or "").rpartition("/")[0], time.monotonic()
     first: dict[str, Any] = {}
     async with get_client() as client:
-        if (await client.read_work_pool(pool)).type != "crew":
+        while flow_run.work_pool_name is None and flow_run.parent_task_run_id is not None:  # a subflow has no pool
+            parent = (await client.read_task_run(flow_run.parent_task_run_id)).flow_run_id
+            if parent is None:
+                return
+            flow_run = await client.read_flow_run(parent)
+        pool = flow_run.work_pool_name
+        if pool is None or (await client.read_work_pool(pool)).type != "crew":
             return
+        own, begun = (flow_run.infrastructure_pid or "").rpartition("/")[0], time.monotonic()
         while True:
             workers = await client.read_workers_for_work_pool(pool)
             others = [one for one in workers if one.name != own and one.status == WorkerStatus.ONLINE]

@@ -9,12 +9,23 @@ import time
 
 from prefect import flow, get_run_logger, task
 
+from prefect_crew import arun_batch
+
 
 @flow
 async def greet(name: str) -> str:
     get_run_logger().info("greeting %s", name)
     await asyncio.sleep(0.2)
     return f"Hello {name}"
+
+
+@flow
+async def batch_in_a_subflow(crew: str, dataset: str, name: str, output: str) -> None:
+    @flow
+    async def within() -> None:
+        await arun_batch(crew, dataset, name=name, output=output)
+
+    await within()
 
 
 @flow
