@@ -247,7 +247,7 @@ def test_a_message_about_wrong_fields_shows_no_value():
 @pytest.mark.parametrize(
     ("said", "shown"),
     [
-        pytest.param("say on_change='continue'; x", "say --on-change continue; x", id="a choice"),
+        pytest.param("give on_change='continue'; x", "give --on-change continue; x", id="a choice"),
         pytest.param("Give max_in_flight=3 or less.", "Give --max-in-flight 3 or less.", id="a number"),
         pytest.param("Give that ledger (ledger=…).", "Give that ledger (--ledger …).", id="a blank"),
         pytest.param("again with retry_failed=True.", "again with --retry-failed.", id="a switch"),

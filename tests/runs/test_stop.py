@@ -213,7 +213,7 @@ def test_a_run_that_another_flow_run_waits_for_is_left_running(crew_server: Crew
     error, output = asyncio.run(both())
     thread.join()
     assert output == "done"
-    assert "runs on" in str(error)
+    assert "continues at" in str(error)
     assert server.requests["stop"] == 0
     assert "waits for it too" in seen.logs(ids[0])
 
