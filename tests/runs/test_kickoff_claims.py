@@ -355,7 +355,7 @@ async def test_a_permit_that_cannot_be_read_starts_nothing_and_is_reported(
     monkeypatch.setattr(store, "_created", spoilt)
     if good_for < 0:
         await claim(idempotency_key, server.crew(), good_for=good_for)
-    with pytest.raises(CrewError, match="that this version can read"):
+    with pytest.raises(CrewError, match="this version cannot read it"):
         await asyncio.wait_for(server.crew().trigger({"text": "a"}, idempotency_key=idempotency_key), 20)
     assert server.requests["kickoff"] == 0
 
