@@ -138,7 +138,7 @@ def test_all_that_a_call_can_say_arrives(crew_server: CrewServerFactory):
     asyncio.run(trip())
     (run,) = server.runs
     assert run.meta == {"order": 7, "idempotency_key": idempotency_key, "run_attempt": 1}
-    with pytest.raises(CrewError, match=r"time of 0\.05 s"):
+    with pytest.raises(CrewError, match=r"time limit of 0\.05 s"):
         run_crew(
             crew_server(slow(60)).crew(), {"a": 1}, idempotency_key=key(), wait=WaitPolicy(initial=0.01, timeout=0.05)
         )

@@ -91,7 +91,7 @@ class ReceiverServer(WebServer):
     """
 
     def __init__(self, app: ASGIApp, *, on_started: Callable[[], None] = lambda: None) -> None:
-        forwarder = app.state.forwarder if isinstance(app, Starlette) else None
+        forwarder = getattr(app.state, "forwarder", None) if isinstance(app, Starlette) else None
         self._recent: RecentWebhooks | None = getattr(forwarder, "recent", None)
         super().__init__(
             app,

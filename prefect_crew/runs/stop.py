@@ -122,26 +122,28 @@ async def end_as_cancelled(run_id: str) -> None:
         for context in contexts_around(FlowRunContext):
             if context.flow is not None and context.flow_run is not None and str(context.flow_run.id) in runs:
                 runs.remove(str(context.flow_run.id))
-                _end_by_hook(context.flow, context.flow_run.id)
+                _end_by_hook(context.flow, context.flow_run)
         for one in runs:
             await _set_cancelled(UUID(one))
     except (httpx.HTTPError, PrefectException) as error:
         run_logger().warning("This flow run stays in Cancelling: %s", error)
 
 
-def _end_by_hook(flow: Flow[Any, Any], run_id: UUID) -> None:
+def _end_by_hook(flow: Flow[Any, Any], own: FlowRun) -> None:
     # A run that is Cancelling stays so when the engine proposes an end, and Prefect calls the hooks of that.
     places = (flow.on_cancellation_hooks, flow.on_failure_hooks, flow.on_completion_hooks, flow.on_crashed_hooks)
-    name = f"end {run_id} as cancelled"
+    name = f"end {own.id} as cancelled"
     if any(getattr(hook, "__name__", "") == name for hook in places[0]):
-        return  # a second one would outlive the first, and cancel a later attempt
+        return
 
     async def end(flow: Flow[Any, Any], flow_run: FlowRun, state: State[Any]) -> None:
         del flow, state
-        if flow_run.id == run_id:
+        if flow_run.id == own.id:
             for hooks in places:
                 hooks.remove(end)
-            await _set_cancelled(run_id)
+            # A wait that ends after its flow leaves a hook, which is not to cancel the next attempt.
+            if flow_run.run_count == own.run_count:
+                await _set_cancelled(own.id)
 
     end.__name__ = name
     for hooks in places:

@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 from prefect import flow, get_client
+from prefect.client.schemas.objects import FlowRun
 from prefect.flow_engine import run_flow_async
 from prefect.runtime import flow_run
-from prefect.states import Scheduled
+from prefect.states import Completed, Scheduled
 
 from prefect_crew import (
     AuthenticationError,
@@ -263,6 +264,27 @@ def test_a_flow_run_that_is_retried_after_its_cancellation_may_complete(crew_ser
     texts.append(asyncio.run(again()))
     assert texts == ["again"]
     assert seen.flow_run(ids[0])["state"]["type"] == "COMPLETED"
+
+
+async def test_a_hook_that_is_left_after_its_flow_cancels_no_later_attempt(monkeypatch: pytest.MonkeyPatch):
+    cancelled: list[uuid.UUID] = []
+
+    async def set_cancelled(run_id: uuid.UUID) -> None:
+        cancelled.append(run_id)
+
+    monkeypatch.setattr(stop, "_set_cancelled", set_cancelled)
+
+    @flow
+    async def trip() -> None:
+        """Do nothing."""
+
+    first = FlowRun(id=uuid.uuid4(), flow_id=uuid.uuid4(), run_count=1)
+    for attempt, expected in ((first.model_copy(update={"run_count": 2}), []), (first, [first.id])):
+        stop._end_by_hook(trip, first)
+        (hook,) = trip.on_completion_hooks
+        await hook(trip, attempt, Completed())  # type: ignore[misc]
+        assert cancelled == expected
+        assert not trip.on_completion_hooks + trip.on_failure_hooks + trip.on_cancellation_hooks
 
 
 def test_short_waits_ask_prefect_nothing(crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch):

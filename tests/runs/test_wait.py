@@ -148,7 +148,7 @@ async def test_a_run_that_ended_while_nobody_waited_has_its_result_although_its_
     assert record.kicked_off_at
     record.kicked_off_at -= timedelta(hours=2)
     await RECORDS.save(record)
-    with pytest.raises(CrewTimeoutError, match=r"running time of 3,?600 s"):
+    with pytest.raises(CrewTimeoutError, match=r"running time limit of 3,?600 s"):
         await ended(await server.crew().trigger({}, idempotency_key=idempotency_key))
     held.release()
     while not server.runs[0].state.ended:

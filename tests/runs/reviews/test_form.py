@@ -278,7 +278,7 @@ def test_a_form_that_was_resumed_without_an_answer_comes_back(server: CrewServer
 def test_nobody_answers_in_time(server: CrewServer, seen: Seen) -> None:
     crew, policy = crew_of(server), WaitPolicy(human_timeout=1.5)
     run = FlowRun(lambda: arun_crew(crew, {"topic": "tea"}, review="form", wait=policy))
-    with pytest.raises(CrewTimeoutError, match=r"human time of 1\.5 s"):
+    with pytest.raises(CrewTimeoutError, match=r"human time limit of 1\.5 s"):
         run.result()
     states = [state["type"] for state in seen.get(f"/flow_run_states/?flow_run_id={run.id}")]
     assert states == ["PENDING", "RUNNING", "PAUSED", "RUNNING", "FAILED"]
