@@ -159,7 +159,7 @@ async def test_nobody_in_time_is_one_rejection_and_time_anew() -> None:
                 await asyncio.sleep(0.1)
 
         late = asyncio.ensure_future(come_late())
-        policy = {"human_timeout": 2.0, "on_human_timeout": "reject", "human_message": "Too late for today."}
+        policy = {"human_timeout": 4.0, "on_human_timeout": "reject", "human_message": "Too late for today."}
         running = asyncio.ensure_future(run_with(server, **policy))
         await late
         record = (await PrefectRecords().attempts(server.url))[-1]
