@@ -399,7 +399,7 @@ def test_two_workers_that_are_given_one_name_go_on_as_two(handed: Handed):
     def owners() -> set[str]:
         return {handed.pool.flow_run(run_id)["infrastructure_pid"] for run_id in runs}
 
-    wait_until(lambda: "Another worker 'one' runs" in workers[0].log.read_text(), seconds=60, what="one notices")
+    wait_until(lambda: "Another worker 'one' runs" in workers[0].log.read_text(), seconds=150, what="one notices")
     runs += handed.start(3)
 
     def are_kept() -> bool:
