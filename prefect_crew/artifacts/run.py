@@ -7,6 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
 from uuid import UUID
 
 import httpx
@@ -18,7 +22,12 @@ from prefect.context import FlowRunContext, TaskRunContext
 from prefect.exceptions import PrefectException, PrefectHTTPStatusError
 
 from prefect_crew._internal.prefect_api import is_busy, request_soon
-from prefect_crew.artifacts.markdown import RunView, prose, render_run
+from prefect_crew.artifacts.markdown import OUTPUT_CAP, cell, code, duration, fenced, prose, reading, table
+from prefect_crew.client.inputs import encode_inputs
+from prefect_crew.client.models import CrewStatus, TaskResult, TokenUsage
+from prefect_crew.client.redaction import MASK
+from prefect_crew.records.model import SentReview
+from prefect_crew.states import CrewState
 
 SHOW_FOR = 5.0
 """Seconds for which showing something outlasts a Prefect API that is busy."""
@@ -26,6 +35,19 @@ SHOW_WITHIN = 15.0
 """Seconds for all of it: one that is away must not keep a wait from looking at its run."""
 PAGE, PAGES = 200, 5
 """How many artifacts under a key are looked through, the newest first, for one that another process made."""
+TASKS_CAP = 200
+"""Tasks of a run that an artifact lists."""
+BAR = 12
+# Signs that every font has: not every machine has one for emoji.
+_STATES = {
+    CrewState.PENDING: "○ pending",
+    CrewState.RUNNING: "● running",
+    CrewState.WAITING: "◆ waits for a person",
+    CrewState.COMPLETED: "✓ completed",
+    CrewState.FAILED: "✗ failed",
+    CrewState.STOPPED: "■ stopped",
+    CrewState.UNKNOWN: "? not known to the server",
+}
 
 
 def artifact_key(label: str, *, prefix: str = "crew") -> str:
@@ -110,6 +132,144 @@ class MarkdownArtifact:
             # Nothing but busy is repeated: who knows whether a request that was lost has made one.
             made = await request_soon(client, "POST", "/artifacts/", json=body, give_up_after=SHOW_FOR, again=is_busy)
         self.id = UUID(made.json()["id"])
+
+
+@dataclass(frozen=True)
+class RunView:
+    """What an artifact shows of a run. Times are UTC; `inputs` are the caller's own values."""
+
+    crew: str
+    kickoff_id: str
+    idempotency_key: str | None
+    state: CrewState
+    started_at: datetime | None = None
+    ended_at: datetime | None = None
+    inputs: Mapping[str, Any] | None = None
+    status: CrewStatus | None = None
+    show: str = "full"
+    secret_inputs: Sequence[str] = ()
+    price: float | None = None
+    notes: Sequence[str] = field(default_factory=tuple)
+    reviews: Sequence[SentReview] = ()
+    failed_task: str | None = None
+    attempt: str | None = None
+    advice: str | None = None
+
+
+def render_run(view: RunView) -> str:
+    """Return the Markdown of a run. The result comes last, so that nothing in it can swallow what is ours."""
+    parts = [f"## {_STATES[view.state]} · {prose(view.crew)}"]
+    if view.state is CrewState.FAILED:
+        parts += _failure(view)
+    parts.append(_facts(view))
+    parts += [f"> {prose(note)}" for note in view.notes]
+    if view.inputs is not None and view.show == "full" and view.inputs:
+        parts.append(_inputs(view))
+    if view.reviews:
+        parts.append(_reviews(view))
+    status = view.status
+    if status is not None and view.show != "none":
+        if status.tasks:
+            parts.append(_tasks(status.tasks))
+        if status.usage is not None:
+            parts.append(_usage(status.usage))
+        if status.output is not None and view.state is CrewState.COMPLETED:
+            parts.append(_result(view, status.output))
+    return "\n\n".join(parts) + "\n"
+
+
+def _failure(view: RunView) -> list[str]:
+    """Return why a run failed, where, and what to do: that is what people come for."""
+    shown = view.status is not None and view.show != "none"
+    error = (view.status.error if shown and view.status else None) or "The crew gave no reason."
+    parts = ["### Error", fenced(error)] if shown else []
+    where = f"It failed in task **{cell(view.failed_task, 80)}**." if shown and view.failed_task else ""
+    parts.append(" ".join(filter(None, (where, prose(view.advice or "")))))
+    return [part for part in parts if part]
+
+
+def _facts(view: RunView) -> str:
+    rows = [("Run", code(view.kickoff_id))]
+    if view.idempotency_key:
+        rows.append(("Idempotency key", code(view.idempotency_key)))
+    if view.attempt and view.state is CrewState.FAILED:
+        rows.append(("Attempt", view.attempt.removeprefix("attempt ")))
+    if view.started_at:
+        rows.append(("Kicked off", f"{view.started_at:%Y-%m-%d %H:%M:%S} UTC"))
+    if view.ended_at:
+        rows.append(("Ended", f"{view.ended_at:%Y-%m-%d %H:%M:%S} UTC"))
+    status = view.status
+    if status is not None and status.execution_time is not None:
+        rows.append(("Execution time", duration(status.execution_time)))
+    if status is not None and status.current_task and not view.state.ended and view.show != "none":
+        rows.append(("Current task", cell(status.current_task)))
+    if status is not None and status.message and view.state is not CrewState.FAILED and view.show == "full":
+        rows.append(("Message", cell(status.message)))
+    if view.price is not None:
+        rows.append(("Price", f"{view.price:g}"))
+    return table(("", ""), rows)
+
+
+def _inputs(view: RunView) -> str:
+    shown = {name: MASK if name in view.secret_inputs else value for name, value in (view.inputs or {}).items()}
+    rows = [(f"**{cell(name)}**", cell(str(text))) for name, text in encode_inputs(shown).items()]
+    return "### Inputs\n\n" + table(("Input", "Value"), rows)
+
+
+def _tasks(tasks: Sequence[TaskResult]) -> str:
+    times = [task.execution_time for task in tasks]
+    total = sum(seconds for seconds in times if seconds)
+    header = ["Task", "Agent"]
+    timed = total > 0
+    if timed:
+        header += ["Time", "Share"]
+    rows: list[Sequence[str]] = []
+    for task, seconds in zip(tasks[:TASKS_CAP], times, strict=False):
+        row = [cell(task.name or "–", 80), cell(task.agent or "–", 60)]
+        if timed:
+            row += ["–", ""] if seconds is None else [duration(seconds), _bar(seconds / total)]
+        rows.append(row)
+    more = f"\n\n_and {len(tasks) - TASKS_CAP:,} more_" if len(tasks) > TASKS_CAP else ""
+    return "### Tasks\n\n" + table(header, rows) + more
+
+
+def _reviews(view: RunView) -> str:
+    header = ["Task", "Round", "Answer", "By", "When"] + (["Feedback"] if view.show == "full" else [])
+    rows: list[Sequence[str]] = []
+    for review in view.reviews:
+        answer = "approved" if review.approve else "rejected"
+        unsure = "" if review.outcome == "sent" else " (nobody knows whether it arrived)"
+        row = [
+            "–" if view.show == "none" else cell(review.task_id, 80),
+            str(review.round),
+            answer + unsure,
+            cell(review.by, 60),
+            f"{review.at:%Y-%m-%d %H:%M:%S} UTC",
+        ]
+        rows.append([*row, cell(review.feedback)] if view.show == "full" else row)
+    return "### Answers\n\n" + table(header, rows)
+
+
+def _usage(usage: TokenUsage) -> str:
+    counts = [(name.replace("_", " "), count) for name, count in usage if count is not None]
+    if not counts:
+        return ""
+    return "### Usage\n\n" + table([name for name, _ in counts], [[f"{count:,}" for _, count in counts]])
+
+
+def _result(view: RunView, output: str) -> str:
+    if view.show == "summary":
+        return f"### Result\n\n{len(output):,} characters. Read it with `prefect-crew result` and the idempotency key."
+    cut = len(output) > OUTPUT_CAP
+    text = reading(output[:OUTPUT_CAP] if cut else output)
+    whole = "The whole text: `prefect-crew result` and the idempotency key."
+    note = f"_The first {OUTPUT_CAP:,} of {len(output):,} characters. {whole}_\n\n" if cut else ""
+    return f"### Result\n\n{note}{text}"
+
+
+def _bar(share: float) -> str:
+    full = round(share * BAR)
+    return f"{'█' * full}{'░' * (BAR - full)} {share:.0%}"
 
 
 class RunArtifact(MarkdownArtifact):

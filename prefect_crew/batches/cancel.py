@@ -10,13 +10,13 @@ from typing import Any
 import httpx
 from prefect.exceptions import PrefectException
 
-from prefect_crew._internal.interrupts import cancel_and_wait, watch_ctrl_c
+from prefect_crew._internal.asyncio_tasks import cancel_and_wait
 from prefect_crew._internal.prefect_api import flow_run_id, run_logger
 from prefect_crew.batches.outcomes import STOPPED_WITH_BATCH
 from prefect_crew.batches.runner import Runner
 from prefect_crew.exceptions import BatchCancelledError, CrewError
 from prefect_crew.records.model import RecordPhase, RunRecord
-from prefect_crew.runs.stop import cancellation_asked, close_stopped, end_as_cancelled, is_cancelled
+from prefect_crew.runs.stop import cancellation_asked, close_stopped, end_as_cancelled, is_cancelled, watch_ctrl_c
 
 TICK = 1.0
 """Seconds between two looks at how the batch stands."""

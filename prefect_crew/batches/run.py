@@ -20,8 +20,8 @@ from prefect.context import FlowRunContext, TaskRunContext
 from prefect.exceptions import PrefectException
 from pydantic import BaseModel, Field
 
+from prefect_crew._internal.asyncio_tasks import cancelled_once
 from prefect_crew._internal.callables import sync_version
-from prefect_crew._internal.interrupts import cancelled_once
 from prefect_crew._internal.prefect_api import run_logger
 from prefect_crew.batches.cancel import run_until_cancelled
 from prefect_crew.batches.database import LedgerAddress, ledger_address

@@ -42,8 +42,9 @@ from prefect_crew.exceptions import (
     KickoffUncertainError,
     LedgerError,
 )
+from prefect_crew.records.decision import Caller, latest_start
 from prefect_crew.records.keys import RunIdentity
-from prefect_crew.records.model import Caller, RecordPhase, RunRecord, StoredResult, latest_start
+from prefect_crew.records.model import RecordPhase, RunRecord, StoredResult
 from prefect_crew.runs.kickoff import Start, Started, start_run
 from prefect_crew.runs.limits import missing_limit, take_slots
 from prefect_crew.runs.listener import Waker, waker_for

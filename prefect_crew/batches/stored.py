@@ -18,7 +18,8 @@ from prefect_crew.batches.output import Output
 from prefect_crew.batches.ownership import TAG, BatchLock, check_age, read_binding
 from prefect_crew.batches.rows import BadRow
 from prefect_crew.exceptions import ConfigurationError, CrewError, LedgerMissingError
-from prefect_crew.records.model import RecordPhase, latest_start
+from prefect_crew.records.decision import latest_start
+from prefect_crew.records.model import RecordPhase
 from prefect_crew.runs.reviews.answer import ASKS
 
 _PAGE = 200

@@ -19,7 +19,8 @@ from prefect_crew.cli._options import CrewAccess, CrewOfRun, Output, Yes
 from prefect_crew.cli._prefect import flow_run_url, reach_prefect
 from prefect_crew.client.models import StopOutcome
 from prefect_crew.exceptions import BatchBusyError, ConfigurationError, CrewError, NotFoundError
-from prefect_crew.records.model import RecordPhase, RecordStore, RunRecord, latest_start, utcnow
+from prefect_crew.records.decision import latest_start
+from prefect_crew.records.model import RecordPhase, RecordStore, RunRecord, utcnow
 from prefect_crew.states import CrewState
 
 if TYPE_CHECKING:

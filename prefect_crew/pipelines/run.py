@@ -19,8 +19,8 @@ from prefect.context import AsyncClientContext, FlowRunContext, TaskRunContext
 from prefect.exceptions import Pause
 from pydantic import Field, SecretStr
 
+from prefect_crew._internal.asyncio_tasks import cancel_and_wait, cancelled_once
 from prefect_crew._internal.callables import refuse_running_loop
-from prefect_crew._internal.interrupts import cancel_and_wait, cancelled_once
 from prefect_crew._internal.prefect_api import run_logger
 from prefect_crew.blocks import values_of_blocks
 from prefect_crew.client.inputs import encode_inputs, inputs_digest

@@ -17,7 +17,7 @@ from prefect.context import AsyncClientContext
 from prefect.exceptions import PrefectException
 from prefect.settings import get_current_settings
 
-from prefect_crew._internal.interrupts import cancel_and_wait
+from prefect_crew._internal.asyncio_tasks import cancel_and_wait
 from prefect_crew._internal.prefect_api import OneLine
 from prefect_crew.blocks import find_crew
 from prefect_crew.client._callbacks import FeedbackRequest

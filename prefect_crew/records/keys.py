@@ -29,7 +29,8 @@ from prefect.context import FlowRunContext, TaskRunContext
 
 from prefect_crew._internal.prefect_api import contexts_around
 from prefect_crew.exceptions import ConfigurationError
-from prefect_crew.records.model import MAX_KEY, Caller, utcnow
+from prefect_crew.records.decision import Caller
+from prefect_crew.records.model import MAX_KEY, utcnow
 from prefect_crew.records.owners import this_process
 
 TEMPLATE = re.compile(r"\{\{(?P<inner>.*?)\}\}", re.DOTALL)

@@ -15,7 +15,8 @@ from enum import StrEnum
 from prefect_crew.client.models import CrewStatus
 from prefect_crew.crew import Crew, CrewSession
 from prefect_crew.exceptions import ConfigurationError, CrewError
-from prefect_crew.records.model import RecordPhase, RecordStore, RunRecord, claim_of, latest_start
+from prefect_crew.records.decision import latest_start
+from prefect_crew.records.model import RecordPhase, RecordStore, RunRecord, claim_of
 from prefect_crew.states import CrewState
 
 RESOLVED_BY_PERSON = "resolved: it never started"

@@ -15,7 +15,7 @@ from uuid import UUID
 import httpx
 from prefect.exceptions import PrefectException
 
-from prefect_crew._internal.interrupts import ENDINGS, cancelled_once, watch_ctrl_c
+from prefect_crew._internal.asyncio_tasks import ENDINGS, cancelled_once
 from prefect_crew._internal.prefect_api import run_logger
 from prefect_crew.artifacts.events import emit
 from prefect_crew.client._retry_safety import KickoffFate, kickoff_delay, kickoff_fate, post_deadline
@@ -30,26 +30,16 @@ from prefect_crew.exceptions import (
     InvalidInputsError,
     KickoffUncertainError,
 )
+from prefect_crew.records.decision import Decision, check_same_run, decide, latest_start
 from prefect_crew.records.keys import RunIdentity, identify
-from prefect_crew.records.model import (
-    Decision,
-    InputMarks,
-    Lease,
-    RecordPhase,
-    RecordStore,
-    RunRecord,
-    check_same_run,
-    decide,
-    latest_start,
-    utcnow,
-)
+from prefect_crew.records.model import InputMarks, Lease, RecordPhase, RecordStore, RunRecord, utcnow
 from prefect_crew.records.owners import crash_dead_owner
 from prefect_crew.records.store import PrefectRecords
 from prefect_crew.runs.limits import take_slots
 from prefect_crew.runs.listener import subscribe
 from prefect_crew.runs.options import check_choices
 from prefect_crew.runs.run import OpenRun, no_kickoff_left
-from prefect_crew.runs.stop import is_known_cancelled, stop_if_asked
+from prefect_crew.runs.stop import is_known_cancelled, stop_if_asked, watch_ctrl_c
 from prefect_crew.settings import CrewSettings
 from prefect_crew.states import CrewState
 from prefect_crew.webhooks import webhooks_for

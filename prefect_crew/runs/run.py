@@ -16,8 +16,7 @@ from pydantic import BaseModel, ValidationError
 from yaml.representer import Representer, SafeRepresenter
 
 from prefect_crew._internal.prefect_api import contexts_around, flow_run_id, run_logger
-from prefect_crew.artifacts.markdown import RunView
-from prefect_crew.artifacts.run import RunArtifact
+from prefect_crew.artifacts.run import RunArtifact, RunView
 from prefect_crew.client.models import CrewResult, CrewStatus
 from prefect_crew.client.redaction import Redactor, withholding
 from prefect_crew.crew import Crew, CrewSession

@@ -8,8 +8,14 @@ down or evicted leaves the crew running: the next call reattaches to the run.
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
+import threading
 import time
 from collections import OrderedDict
+from collections.abc import Generator
+from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 from uuid import UUID
 
@@ -21,7 +27,6 @@ from prefect.context import FlowRunContext
 from prefect.exceptions import ObjectNotFound, PrefectException
 from prefect.states import Cancelled
 
-from prefect_crew._internal.interrupts import ctrl_c_pressed, started_by_runner
 from prefect_crew._internal.prefect_api import contexts_around, flow_run_id, run_logger
 from prefect_crew.artifacts.events import emit
 from prefect_crew.client.models import StopAnswer, StopOutcome
@@ -40,6 +45,74 @@ LOOK_WITHIN = 5.0
 STOP_WITHIN = 20.0
 """Seconds for all that is done on a cancellation: Prefect kills a cancelled process after about 30."""
 _STOP_ASKED = "stop was asked for"
+
+
+# Was Ctrl-C pressed? asyncio turns a SIGINT into a plain cancellation: so it is noted on its way.
+
+
+class _Watch:
+    def __init__(self) -> None:
+        self.users = 0
+        self.pressed = False
+        self.previous: Any = None
+        self.loop: asyncio.AbstractEventLoop | None = None
+
+    def handle(self, signum: int, frame: FrameType | None) -> None:
+        first, self.pressed = not self.pressed, True
+        if first and self.loop is not None and self.previous is signal.default_int_handler:
+            # Between two steps of the loop: in the midst of one it could cut off what writes down a kickoff.
+            self.loop.call_soon_threadsafe(signal.default_int_handler, signum, None)
+        elif callable(self.previous):
+            self.previous(signum, frame)
+
+
+_watch = _Watch()
+
+
+def started_by_runner() -> bool:
+    """Return whether a Prefect runner or worker started this process, or is it: Ctrl-C shuts that down, no more.
+
+    A worker names itself in its own environment, and in that of the processes that it starts.
+    """
+    return bool(os.environ.get("PREFECT__FLOW_RUN_ID") or os.environ.get("PREFECT__WORKER_NAME"))
+
+
+def ctrl_c_pressed() -> bool:
+    """Return whether Ctrl-C was pressed since the first of the waits that are under way began."""
+    return _watch.pressed
+
+
+def _running_loop() -> asyncio.AbstractEventLoop | None:
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None
+
+
+@contextmanager
+def watch_ctrl_c() -> Generator[None]:
+    """Note Ctrl-C while this is open, for `ctrl_c_pressed`. The handler that was there is called as before; Python's
+    own, which raises KeyboardInterrupt wherever the program is, by the loop, and at once when pressed again.
+
+    Outside the main thread, where Python allows no handlers, it does nothing; nor under a runner or worker.
+    """
+    in_main = threading.current_thread() is threading.main_thread() and not started_by_runner()
+    if in_main:
+        if _watch.users == 0:
+            _watch.pressed = False
+            _watch.previous = signal.getsignal(signal.SIGINT)
+            _watch.loop = _running_loop()
+            signal.signal(signal.SIGINT, _watch.handle)
+        _watch.users += 1
+    try:
+        yield
+    finally:
+        if in_main:
+            _watch.users -= 1
+            # Somebody may have set another handler on top, which is then theirs to keep.
+            if _watch.users == 0 and signal.getsignal(signal.SIGINT) == _watch.handle:
+                signal.signal(signal.SIGINT, _watch.previous)
+                _watch.loop = None
 
 
 # Is the flow run cancelled?

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import httpx
 from prefect.exceptions import PrefectException
 
-from prefect_crew._internal.interrupts import ENDINGS, cancelled_once, watch_ctrl_c
+from prefect_crew._internal.asyncio_tasks import ENDINGS, cancelled_once
 from prefect_crew._internal.prefect_api import flow_run_id, run_logger
 from prefect_crew.artifacts.events import emit
 from prefect_crew.artifacts.markdown import progress
@@ -27,7 +27,7 @@ from prefect_crew.runs.polling import NO_ANSWER, Phases, Watcher, poll
 from prefect_crew.runs.reviews.questions import ReviewChoice
 from prefect_crew.runs.reviews.reviewer import People
 from prefect_crew.runs.run import OpenRun, close_record, find_run, parse_data, read_result, result_of
-from prefect_crew.runs.stop import close_stopped, end_as_cancelled, is_cancelled, stop_if_asked, stop_once
+from prefect_crew.runs.stop import close_stopped, end_as_cancelled, is_cancelled, stop_if_asked, stop_once, watch_ctrl_c
 from prefect_crew.states import CrewState
 
 if TYPE_CHECKING:

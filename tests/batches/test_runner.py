@@ -19,8 +19,9 @@ from prefect_crew.client.models import CrewInput
 from prefect_crew.crew import CrewSession
 from prefect_crew.devserver import CrewServer, Outcome, ProgramError, Run
 from prefect_crew.exceptions import CrewError, LedgerError
+from prefect_crew.records.decision import Caller
 from prefect_crew.records.keys import RunIdentity
-from prefect_crew.records.model import Caller, Lease, RecordPhase
+from prefect_crew.records.model import Lease, RecordPhase
 from prefect_crew.records.resolve import resolve_never_started, resolve_started, unresolved
 from prefect_crew.runs import kickoff
 from prefect_crew.runs.kickoff import Start, Started, start_run

@@ -18,7 +18,8 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from prefect_crew.artifacts.markdown import RunView, cell, code, fenced, prose, reading, render_run
+from prefect_crew.artifacts.markdown import cell, code, fenced, prose, reading
+from prefect_crew.artifacts.run import RunView, render_run
 from prefect_crew.client import _parsing
 from prefect_crew.client._parsing import clean
 from prefect_crew.client.models import CrewStatus, TaskResult

@@ -11,7 +11,8 @@ import pytest
 from prefect_crew.client.models import CrewStatus, StopAnswer, StopOutcome
 from prefect_crew.exceptions import ConfigurationError, CrewError
 from prefect_crew.records import resolve, store
-from prefect_crew.records.model import Caller, Decision, RecordPhase, RunRecord, StoredResult, decide, utcnow
+from prefect_crew.records.decision import Caller, Decision, decide
+from prefect_crew.records.model import RecordPhase, RunRecord, StoredResult, utcnow
 from prefect_crew.records.store import PrefectRecords
 from prefect_crew.runs import stop
 from prefect_crew.states import CrewState

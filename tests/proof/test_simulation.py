@@ -16,9 +16,10 @@ import pytest
 from prefect.exceptions import PrefectHTTPStatusError
 
 from prefect_crew.client._retry_safety import KickoffFate
-from prefect_crew.records import model
+from prefect_crew.records import decision
 from prefect_crew.records import store as store_module
-from prefect_crew.records.model import Decision, RecordPhase, RunRecord, utcnow
+from prefect_crew.records.decision import Decision
+from prefect_crew.records.model import RecordPhase, RunRecord, utcnow
 from prefect_crew.records.store import PrefectRecords
 from prefect_crew.runs import kickoff
 from proof.sim.loop import Process, SimLoop, StuckError
@@ -198,7 +199,7 @@ def _never_pauses() -> Any:
 
 def _starts_a_failed_run_again() -> Any:
     def decide(record: RunRecord | None, **known: Any) -> Decision:
-        return model.decide(record, **{**known, "asked_at": None})
+        return decision.decide(record, **{**known, "asked_at": None})
 
     return mock.patch.object(kickoff, "decide", decide)
 

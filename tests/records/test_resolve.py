@@ -21,7 +21,8 @@ from prefect_crew.devserver import CrewScript, CrewServer
 from prefect_crew.exceptions import ConfigurationError, CrewError
 from prefect_crew.receiver import forward
 from prefect_crew.receiver.app import create_receiver
-from prefect_crew.records.model import SPARE, Caller, Decision, RecordPhase, RunRecord, claim_of, decide, utcnow
+from prefect_crew.records.decision import Caller, Decision, decide
+from prefect_crew.records.model import SPARE, RecordPhase, RunRecord, claim_of, utcnow
 from prefect_crew.records.resolve import (
     Resolution,
     resolve_from_webhook,

@@ -20,7 +20,7 @@ from pydantic import BaseModel, SecretStr, field_validator
 from pydantic_core import from_json, to_json
 
 from prefect_crew import CrewStep, PipelineFailedError, arun_crew, arun_pipeline
-from prefect_crew.artifacts.markdown import render_run
+from prefect_crew.artifacts.run import render_run
 from prefect_crew.blocks import DeployedCrew
 from prefect_crew.client.models import CrewResult, CrewStatus, TaskResult
 from prefect_crew.client.redaction import MASK

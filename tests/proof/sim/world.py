@@ -28,8 +28,9 @@ from prefect_crew.client._retry_safety import KickoffFate, kickoff_fate
 from prefect_crew.client.models import CrewResult
 from prefect_crew.crew import Crew, WaitPolicy
 from prefect_crew.exceptions import CrewError, IdempotencyConflictError, KickoffUncertainError
+from prefect_crew.records.decision import Caller
 from prefect_crew.records.keys import RunIdentity
-from prefect_crew.records.model import Caller, RunRecord
+from prefect_crew.records.model import RunRecord
 from prefect_crew.records.prune import prune
 from prefect_crew.records.store import PrefectRecords
 from prefect_crew.runs import kickoff

@@ -1,0 +1,75 @@
+"""A cancellation is neither lost nor made twice."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import pytest
+
+from prefect_crew._internal.asyncio_tasks import cancel_and_wait
+from prefect_crew.batches import throttle
+from prefect_crew.runs import listener
+
+
+async def test_what_a_cancelled_task_finishes_is_waited_for_and_not_cut_off():
+    finishing, finished = asyncio.Event(), asyncio.Event()
+    cancellations: list[int] = []
+
+    async def post() -> None:
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            finishing.set()
+            try:
+                await finished.wait()
+            except asyncio.CancelledError:
+                cancellations.append(2)
+            raise
+
+    async def fail() -> None:
+        raise ValueError("of its own")
+
+    tasks = [asyncio.ensure_future(work) for work in (post(), fail())]
+    await asyncio.sleep(0)
+    ending = asyncio.ensure_future(cancel_and_wait(*tasks))
+    await finishing.wait()
+    await asyncio.sleep(0.01)
+    assert not ending.done(), "it waits until all have ended"
+    ending.cancel()
+    await asyncio.sleep(0.01)
+    assert cancellations == []
+    finished.set()
+    await cancel_and_wait(*tasks)
+    assert tasks[0].cancelled()
+
+
+async def test_there_may_be_nothing_to_cancel():
+    await cancel_and_wait()
+
+
+def throttled() -> tuple[Coroutine[Any, Any, None], Callable[[], None]]:
+    event = asyncio.Event()
+    return throttle._wait(event, 60), event.set
+
+
+def woken() -> tuple[Coroutine[Any, Any, None], Callable[[], None]]:
+    waker = listener.Waker(listener._Hub(), "key")
+    return waker.pause(60), waker._event.set
+
+
+@pytest.mark.parametrize("steps", range(4))
+@pytest.mark.parametrize("pause", [throttled, woken])
+async def test_a_cancellation_is_not_lost_at_the_moment_at_which_a_pause_ends(pause: Any, steps: int):
+    work, wake = pause()
+    pausing = asyncio.ensure_future(work)
+    await asyncio.sleep(0.01)
+    wake()
+    for _ in range(steps):
+        await asyncio.sleep(0)
+    if pausing.cancel():
+        with pytest.raises(asyncio.CancelledError):
+            await pausing
+    else:
+        assert pausing.done()

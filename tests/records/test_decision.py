@@ -1,0 +1,155 @@
+"""What a call does about a key: pure, so every row of the table is a test."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from prefect_crew.exceptions import IdempotencyConflictError
+from prefect_crew.records.decision import Caller, Decision, check_same_run, decide, latest_start
+from prefect_crew.records.model import RecordPhase, RunRecord
+from prefect_crew.states import CrewState
+
+NOON = datetime(2026, 5, 1, 12, tzinfo=UTC)
+MINUTE = timedelta(minutes=1)
+ME = Caller(owner="me", flow_run_id="flow-1", flow_run_count=2)
+
+
+def record(phase: RecordPhase = RecordPhase.CLAIMED, **fields: Any) -> RunRecord:
+    known: dict[str, Any] = {
+        "idempotency_key": "k",
+        "attempt": 1,
+        "phase": phase,
+        "crew": "travel",
+        "crew_url": "https://travel.test",
+        "inputs_digest": "d1",
+        "owner": "somebody",
+        "claimed_at": NOON - MINUTE,
+        "open_for": 60.0,
+    }
+    return RunRecord(**known | fields)
+
+
+def ended(state: CrewState, **fields: Any) -> RunRecord:
+    return record(RecordPhase.ENDED, **{"state": state, "kickoff_id": "r1", "ended_at": NOON - MINUTE, **fields})
+
+
+FAILED = ended(CrewState.FAILED)
+STARTED = record(RecordPhase.STARTED, kickoff_id="r1")
+
+
+def decided(existing: RunRecord | None, **options: Any) -> Decision:
+    return decide(existing, **{"caller": ME, "kickoffs": 1, **options})
+
+
+@pytest.mark.parametrize(
+    ("existing", "options", "decision"),
+    [
+        pytest.param(None, {}, Decision.START, id="nothing there"),
+        pytest.param(record(RecordPhase.NOT_STARTED), {}, Decision.START, id="surely not started"),
+        pytest.param(STARTED, {}, Decision.REATTACH, id="in flight"),
+        pytest.param(ended(CrewState.COMPLETED), {}, Decision.RETURN, id="completed"),
+        pytest.param(ended(CrewState.COMPLETED), {"kickoffs": 99}, Decision.RETURN, id="completed at last"),
+        pytest.param(FAILED, {}, Decision.START_AGAIN, id="failed once"),
+        pytest.param(ended(CrewState.STOPPED), {}, Decision.START_AGAIN, id="stopped"),
+        pytest.param(FAILED, {"kickoffs": 2}, Decision.START_AGAIN, id="failed twice"),
+        pytest.param(FAILED, {"kickoffs": 3}, Decision.RETURN, id="failed as often as allowed"),
+        pytest.param(FAILED, {"kickoffs": 1, "max_kickoffs": 1}, Decision.RETURN, id="may fail once"),
+        pytest.param(
+            FAILED, {"asked_at": NOON - 2 * MINUTE}, Decision.RETURN, id="failed since the call, which waited for it"
+        ),
+        pytest.param(FAILED, {"asked_at": NOON}, Decision.START_AGAIN, id="had failed before the call"),
+        pytest.param(
+            ended(CrewState.FAILED, flow_run_id="flow-1", flow_run_count=1),
+            {"asked_at": NOON - 2 * MINUTE},
+            Decision.START_AGAIN,
+            id="failed before this retry, by a clock that is ahead",
+        ),
+        pytest.param(record(RecordPhase.UNCERTAIN), {}, Decision.UNCERTAIN, id="uncertain"),
+        pytest.param(record(), {}, Decision.CLAIMED_ELSEWHERE, id="claimed by another, who has time"),
+        pytest.param(record(open_for=0.0), {}, Decision.VOID, id="claimed by another, whose time is up"),
+        pytest.param(record(), {"owner_ended": True}, Decision.VOID, id="claimed by a flow run that has ended"),
+        pytest.param(
+            record(flow_run_id="flow-1", flow_run_count=1), {}, Decision.VOID, id="claimed by our own last attempt"
+        ),
+        pytest.param(record(permit=1), {}, Decision.CLAIMED_ELSEWHERE, id="sent by another, who has time"),
+        pytest.param(record(permit=1, open_for=0.0), {}, Decision.UNCERTAIN, id="sent by another, whose time is up"),
+        pytest.param(
+            record(permit=1), {"owner_ended": True}, Decision.UNCERTAIN, id="sent by a flow run that has ended"
+        ),
+        pytest.param(
+            record(permit=1, flow_run_id="flow-1", flow_run_count=1),
+            {},
+            Decision.UNCERTAIN,
+            id="sent by our own last attempt",
+        ),
+        pytest.param(
+            record(flow_run_id="flow-1", flow_run_count=2),
+            {},
+            Decision.CLAIMED_ELSEWHERE,
+            id="claimed by another call of this attempt",
+        ),
+        pytest.param(
+            record(flow_run_id="flow-2", flow_run_count=1),
+            {},
+            Decision.CLAIMED_ELSEWHERE,
+            id="claimed by another flow run",
+        ),
+    ],
+)
+def test_the_decision(existing: RunRecord | None, options: dict[str, Any], decision: Decision):
+    assert decided(existing, **options) is decision
+
+
+@pytest.mark.parametrize("phase", RecordPhase, ids=str)
+def test_force_new_starts_whatever_the_record_says(phase: RecordPhase):
+    assert decided(record(phase, state=CrewState.COMPLETED), kickoffs=99, force_new=True) is Decision.START
+
+
+@given(
+    phase=st.sampled_from([RecordPhase.CLAIMED, RecordPhase.STARTED, RecordPhase.UNCERTAIN]),
+    owner_ended=st.booleans(),
+    open_for=st.integers(0, 1000),
+    kickoffs=st.integers(1, 10),
+    count=st.integers(0, 5),
+    asked=st.none() | st.integers(-1000, 1000),
+)
+def test_what_may_have_started_is_never_started_again(
+    phase: RecordPhase, owner_ended: bool, open_for: int, kickoffs: int, count: int, asked: int | None
+):
+    decision = decided(
+        record(phase, flow_run_id="flow-1", flow_run_count=count, open_for=open_for),
+        owner_ended=owner_ended,
+        kickoffs=kickoffs,
+        asked_at=None if asked is None else NOON + asked * MINUTE,
+    )
+    assert decision not in (Decision.START, Decision.START_AGAIN)
+
+
+def test_an_attempt_that_did_not_start_hides_no_run_before_it():
+    completed, refused = ended(CrewState.COMPLETED), record(RecordPhase.NOT_STARTED, attempt=2)
+    assert latest_start([completed, refused]) is completed
+    assert latest_start([refused]) is None
+    assert latest_start([]) is None
+
+
+@pytest.mark.parametrize(
+    ("url", "digest", "says"),
+    [
+        pytest.param("https://other.test", "d1", r"travel at https://travel.test, not https://other.test", id="crew"),
+        pytest.param("https://travel.test", "d2", r"digest d1, these have d2", id="inputs"),
+    ],
+)
+def test_a_key_belongs_to_one_crew_and_one_set_of_inputs(url: str, digest: str, says: str):
+    with pytest.raises(IdempotencyConflictError, match=says) as caught:
+        check_same_run(STARTED, crew_url=url, inputs_digest=digest)
+    assert (caught.value.idempotency_key, caught.value.kickoff_id) == ("k", "r1")
+
+
+def test_refused_inputs_may_be_corrected_under_the_same_key():
+    check_same_run(record(RecordPhase.NOT_STARTED), crew_url="https://travel.test", inputs_digest="d2")
+    check_same_run(STARTED, crew_url="https://travel.test", inputs_digest="d1")
