@@ -23,6 +23,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 SIMULATION = [f"tests/proof/test_{name}.py" for name in ("scenarios", "permit_worlds", "random_scenarios")]
 OWN_TESTS = {
+    "records/decision.py": ["tests/records/test_decision.py", "tests/runs/test_kickoff.py"],
     "records/model.py": ["tests/records/test_model.py", "tests/records/test_golden.py", "tests/runs/test_kickoff.py"],
     "client/_retry_safety.py": ["tests/client/test_retry_safety.py"],
     "runs/kickoff.py": ["tests/runs/test_kickoff.py", "tests/runs/test_kickoff_claims.py", "tests/runs/test_racing.py"],
