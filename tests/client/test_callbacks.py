@@ -8,7 +8,8 @@ import pytest
 from pydantic import SecretStr
 
 from prefect_crew.client._callbacks import FeedbackRequest, parse_request, post_feedback
-from prefect_crew.exceptions import ConfigurationError, ResponseFormatError
+from prefect_crew.exceptions import ConfigurationError, CrewConnectionError, ResponseFormatError
+from support.frames import locals_of
 
 REQUEST = {"event_type": "new_request", "id": "r-1", "flow_id": "k-1", "callback_url": "https://x.example/r?token=t0k"}
 
@@ -37,3 +38,16 @@ async def test_no_answer_goes_to_such_a_url_or_over_plain_http(url: str):
     with pytest.raises(ConfigurationError) as caught:
         await post_feedback(request, "yes", source="a person")
     assert "s3cret" not in str(caught.value)
+
+
+async def test_an_answer_that_fails_leaves_neither_its_words_nor_the_token_in_a_local_variable():
+    """Error reporters show the local variables of all frames."""
+    words = ["w0rds"]
+    url = SecretStr("http://127.0.0.1:9/r?token=t0k")
+    request = FeedbackRequest(id="r", kickoff_id="k", task_id="t", callback_url=url)
+    with pytest.raises(CrewConnectionError) as caught:
+        await post_feedback(request, words.pop(), source="a person")
+    shown = locals_of(caught.value, but=__file__)
+    assert "post_feedback" in shown
+    assert "w0rds" not in shown
+    assert "t0k" not in shown

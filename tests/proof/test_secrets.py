@@ -51,6 +51,7 @@ from prefect_crew import (
 from prefect_crew.runs.reviews.questions import Review
 from proof.echoing import Echo, echoing
 from support.environment import program
+from support.frames import locals_of
 from support.prefect_server import PrefectServer, connected, drain, environment
 from support.processes import Process
 
@@ -337,22 +338,6 @@ def of_error(error: BaseException) -> str:
     return "\n".join(parts)
 
 
-def locals_of(error: BaseException) -> str:
-    """Return the local variables of all frames but those of this file, as error reporters show them."""
-    shown: list[str] = []
-    chain: list[BaseException | None] = [error]
-    seen: set[int] = set()
-    while chain:
-        one = chain.pop()
-        if one is None or id(one) in seen:
-            continue
-        seen.add(id(one))
-        stack = traceback.StackSummary.extract(traceback.walk_tb(one.__traceback__), capture_locals=True)
-        shown += [f"{frame.filename}:{frame.name} {frame.locals}" for frame in stack if frame.filename != __file__]
-        chain += [one.__cause__, one.__context__]
-    return "\n".join(shown)
-
-
 LEFT: dict[str, Given] = {}
 """What was given in each case, for the look into the database when all are over."""
 
@@ -385,7 +370,7 @@ def test_no_secret_is_in_a_local_variable_after(name: str, client: Path) -> None
     case, given = CASES[name], Given.new()
     with echoing(case.echo()) as echo:
         error = act(case, echo, given, "locals")
-    assert error is None or not found([given.token, *given.secret_values], locals_of(error))
+    assert error is None or not found([given.token, *given.secret_values], locals_of(error, but=__file__))
 
 
 ON_THE_COMMAND_LINE = {

@@ -12,7 +12,6 @@ import shlex
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -138,19 +137,19 @@ async def answer_question(
         request=None if request is None else request.id,
         option=review.option,
     )
-    if request is not None:
-        text = feedback_text(request, approve=review.approve, feedback=review.feedback, option=review.option)
-        send = partial(_post_to_callback, run, request, text, sent.by)
-    else:
-        if webhooks is None and record.has_webhooks:
-            webhooks = webhooks_for(
-                run.crew, record.idempotency_key, attempt=record.attempt, owner=record.owner, round=number
-            )
-        hooks = webhooks or run.webhooks
-        send = partial(session.client.resume, kickoff_id, task, review.feedback, review.approve, webhooks=hooks)
+    if request is None and webhooks is None and record.has_webhooks:
+        webhooks = webhooks_for(
+            run.crew, record.idempotency_key, attempt=record.attempt, owner=record.owner, round=number
+        )
     await _claim_answer(run, records, record, number, sent)
+    # No variable holds the words that are sent: error reporters show the local variables of all frames.
     try:
-        accepted = await send()
+        if request is not None:
+            accepted = await _post_to_callback(run, request, review, by=sent.by)
+        else:
+            accepted = await session.client.resume(
+                kickoff_id, task, review.feedback, review.approve, webhooks=webhooks or run.webhooks
+            )
     except BaseException as error:
         if kickoff_fate(error) is KickoffFate.UNCERTAIN:
             sent.outcome = "uncertain"
@@ -281,9 +280,14 @@ async def _write(run: OpenRun, writing: Coroutine[Any, Any, None]) -> None:
         run_logger().warning("What became of the answer to run %s could not be recorded: %s", run.kickoff_id, error)
 
 
-async def _post_to_callback(run: OpenRun, request: FeedbackRequest, text: str, by: str) -> ResumeAnswer:
+async def _post_to_callback(run: OpenRun, request: FeedbackRequest, review: Review, *, by: str) -> ResumeAnswer:
     try:
-        answer = await post_feedback(request, text, source=by, allow_http=run.crew.allow_http)
+        answer = await post_feedback(
+            request,
+            feedback_text(request, approve=review.approve, feedback=review.feedback, option=review.option),
+            source=by,
+            allow_http=run.crew.allow_http,
+        )
     except CrewAPIError as error:
         if error.status_code in (401, 403, 404, 409, 410):  # answered elsewhere: its token is used up, or was never one
             await _forget(run, request)
