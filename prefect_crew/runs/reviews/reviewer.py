@@ -50,6 +50,10 @@ NOBODY = "nobody, in time"
 """Who answered, in the record of a rejection by `on_human_timeout`."""
 GOES_ON_WITHIN = 20.0
 """Seconds for the crew to go on after an answer that came as people's time ended."""
+REFUSALS = (400, 404, 409)
+"""What `/resume` answers where the run does not wait, or not for this answer."""
+REQUEST_WITHIN = 60.0
+"""Seconds that the request of a Flow may take to arrive, where `/resume` has refused an answer to it."""
 OUTPUT_WITHIN = 5.0
 """Seconds for which a question of which the status shows nothing waits for what its webhook brings."""
 SOON = 120.0
@@ -107,6 +111,8 @@ class People:
         self._looked_at = utcnow()
         self._without_output: float | None = None
         """Since when a question is held back because nothing to judge is known; monotonic."""
+        self._was_refused = False
+        """Whether the function's answer to what is asked was refused, since it belongs at a Flow's callback."""
 
     # What is asked
 
@@ -145,7 +151,7 @@ class People:
             if status.state is CrewState.WAITING:
                 self._waited = True
                 return await self._see_waiting(status)
-            self._open, self._answered, self._without_output = None, None, None
+            self._open, self._answered, self._without_output, self._was_refused = None, None, None, False
             if self._is_stale or self._waited:
                 await self._read_answers()
             if self._waited and status.state is not CrewState.UNKNOWN:
@@ -189,7 +195,8 @@ class People:
             if (found.output is None and self._is_hooked) or CrewSettings().review_secret is not None:
                 # Its webhook, or the request of a Flow, may be on its way.
                 self._without_output = self._without_output or time.monotonic()
-                if time.monotonic() - self._without_output < OUTPUT_WITHIN:
+                within = REQUEST_WITHIN if self._was_refused else OUTPUT_WITHIN
+                if time.monotonic() - self._without_output < within:
                     return None
         self._open, self._without_output = found, None
         self._is_stale = True  # there will be an answer
@@ -312,7 +319,18 @@ class People:
         review: Any = await given if inspect.isawaitable(given) else given
         if not isinstance(review, Review):
             raise CrewError(f"The review function returned a {type(review).__name__}, not a Review.")
-        await self._send(question, review, by=getattr(function, "__name__", "a function"))
+        name = getattr(function, "__name__", "a function")
+        try:
+            await self._send(question, review, by=name)
+        except CrewAPIError as error:
+            if error.status_code not in REFUSALS or not self._may_be_flow(question) or self._was_refused:
+                raise
+            self._was_refused = True
+            self._look_anew(name, error)
+
+    def _may_be_flow(self, question: Question) -> bool:
+        """Return whether the request of a Flow, which takes its answer elsewhere, may be on its way."""
+        return question.request is None and CrewSettings().review_secret is not None
 
     async def _answer_by_form(self, form: Form) -> bool:
         """Send what was filled in, if anything was; False if nothing was sent."""
@@ -323,7 +341,7 @@ class People:
         try:
             outcome = await self._send(question, filled.review(question), by=filled.name.strip() or "the form")
         except CrewAPIError as error:
-            if error.status_code not in (400, 404, 409):
+            if error.status_code not in REFUSALS:
                 raise
             outcome = "answered elsewhere"
             self._look_anew("the form", error)
@@ -341,7 +359,7 @@ class People:
         except (AnsweredError, CrewLostError) as error:
             self._look_anew(by, error)
             return "unknown" if isinstance(error, CrewLostError) else "answered elsewhere"
-        self.answers = [*question.before, sent]
+        self.answers, self._was_refused = [*question.before, sent], False
         self._open, self._answered, self._is_stale = None, None if sent.moved_on else sent, False
         verdict = "approved" if review.approve else "rejected"
         run_logger().info(

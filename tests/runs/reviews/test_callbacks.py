@@ -14,6 +14,7 @@ from typing import Any
 import httpx
 import pytest
 from prefect import flow
+from starlette.types import Receive, Scope, Send
 
 from prefect_crew import CrewError, DeployedCrew, Review, ReviewRequest, arun_crew, kickoff_crew
 from prefect_crew.client._callbacks import feedback_text, parse_request
@@ -27,7 +28,7 @@ from prefect_crew.runs.reviews import reviewer
 from prefect_crew.runs.reviews.answer import list_pending_reviews, resume_run
 from prefect_crew.runs.reviews.form import ReviewForm
 from prefect_crew.runs.reviews.questions import Question
-from support.webhooks import SECRET, Kept, served
+from support.webhooks import SECRET, Kept, served, until
 
 REVIEW_SECRET = "whsec-of-the-tests"
 SCRIPT = CrewScript.model_validate(
@@ -72,6 +73,43 @@ async def test_a_function_chooses_an_outcome_and_it_goes_to_the_callback_once(ho
     given = await PrefectRecords().reviews(record)
     assert [(one.outcome, one.option) for one in given] == [("sent", OPTIONS[1]), ("sent", OPTIONS[0])]
     assert await kept_requests(str(record.kickoff_id)) == []
+
+
+async def test_a_request_that_arrives_late_is_waited_for_where_resume_refuses(
+    prefect_api: Any, instant_polling: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_REVIEW_SECRET", REVIEW_SECRET)
+    monkeypatch.setattr(reviewer, "OUTPUT_WITHIN", 0.0)
+    receiver, refused = create_receiver(SECRET), asyncio.Event()
+
+    async def late(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"] == "/requests":
+            await refused.wait()
+        await receiver(scope, receive, send)
+
+    asked: list[ReviewRequest] = []
+
+    def judge(request: ReviewRequest) -> Review:
+        asked.append(request)
+        return Review(approve=True)
+
+    async with served(late) as url:
+        hook = ReviewWebhook(f"{url}/requests", REVIEW_SECRET, OPTIONS)
+        with CrewServer(SCRIPT, review_webhook=hook) as server:
+
+            @flow
+            async def once() -> str:
+                running = asyncio.create_task(
+                    arun_crew(server.crew(), {}, idempotency_key=str(uuid.uuid4()), review=judge)
+                )
+                await until(lambda: server.requests["resume"], "the first answer is refused")
+                await asyncio.sleep(0.5)  # it is asked no second time meanwhile
+                assert len(asked) == 1
+                refused.set()
+                return (await running).output
+
+            assert await once() == "Draft. "
+    assert [one.options for one in asked] == [(), OPTIONS]
 
 
 async def _kicked_off(crew: DeployedCrew, key: str) -> str:
