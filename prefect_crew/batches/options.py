@@ -26,8 +26,6 @@ from prefect_crew.exceptions import ConfigurationError
 SHARE_AFTER = 20
 """Rows that must have ended before a share of failures stops a batch."""
 IN_FLIGHT = 100
-KICKOFFS_AT_ONCE = 16
-"""Kickoffs under way at a time. They bound the rows that a crash leaves uncertain, so they are few."""
 OF_ONE_CALL = {"retry_failed", "on_change"}
 """Options that are about one call only."""
 
@@ -60,7 +58,7 @@ class BatchOptions(BaseModel):
     rows: str | None = None
     max_in_flight: Count | None = None
     kickoffs_per_second: Seconds | None = None
-    kickoffs_at_once: Count = KICKOFFS_AT_ONCE
+    kickoffs_at_once: Count | None = None
     on_failure: OnFailure = "continue"
     on_bad_row: Literal["refuse", "set-aside"] = "refuse"
     on_change: Literal["refuse", "continue"] = "refuse"

@@ -29,7 +29,6 @@ from prefect_crew.batches.dataset import Dataset, DatasetFormat, open_dataset, s
 from prefect_crew.batches.ledger import BatchEntry, Ledger
 from prefect_crew.batches.options import (
     IN_FLIGHT,
-    KICKOFFS_AT_ONCE,
     BatchOptions,
     InputsFrom,
     KeyFrom,
@@ -102,7 +101,7 @@ async def arun_batch(
     inputs: InputsFrom | None = None,
     max_in_flight: int | None = None,
     kickoffs_per_second: float | None = None,
-    kickoffs_at_once: int = KICKOFFS_AT_ONCE,
+    kickoffs_at_once: int | None = None,
     on_failure: OnFailure = "continue",
     on_bad_row: Literal["refuse", "set-aside"] = "refuse",
     on_change: Literal["refuse", "continue"] = "refuse",
@@ -144,6 +143,7 @@ async def arun_batch(
         max_in_flight: Runs in flight at once, 100 if left out.
         kickoffs_per_second: A limit on the rate of kickoffs.
         kickoffs_at_once: Kickoffs under way at a time, in each process. If it dies, at most so many rows are uncertain.
+            Left out: 16, and up to 128 where the crew's answers take long.
         on_failure: "continue", "stop" at the first failed row, after how many failed rows, or after which share below 1
             of the rows that ended.
         on_bad_row: "refuse" the data set, or "set-aside" the rows that cannot be run.

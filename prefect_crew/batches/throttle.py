@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -19,8 +20,12 @@ if TYPE_CHECKING:
 
 
 T = TypeVar("T")
-POLLS_AT_ONCE = 64
-"""Status calls at a time. They cost nothing but time: where answers take 0.2 s, 64 are 320 polls a second."""
+POLLS_AT_ONCE = 128
+"""Status calls at a time. They cost nothing but time: where answers take 0.2 s, 128 are 640 polls a second."""
+FEWEST_KICKOFFS, MOST_KICKOFFS = 16, 128
+"""Kickoffs under way at a time, where nobody says how many. They bound the rows that a crash leaves uncertain."""
+KICKOFFS_A_SECOND = 500.0
+"""What that number aims at where answers take long."""
 TRIALS = 3
 """Rows that are tried, one after another, before failures in a row stop a batch."""
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0
@@ -62,7 +67,8 @@ class Throttle:
     """
 
     def __init__(self, options: BatchOptions) -> None:
-        self.kickoffs_at_once = options.kickoffs_at_once
+        self._chosen_at_once = options.kickoffs_at_once
+        self._fastest = math.inf
         self.stopped: str | None = None
         self.kickoffs = 0
         self._max_kickoffs = options.max_kickoffs
@@ -79,6 +85,19 @@ class Throttle:
         self._trial: str | None = None
         self._queue = asyncio.Lock()
         self._changed = asyncio.Event()
+
+    @property
+    def kickoffs_at_once(self) -> int:
+        """How many kickoffs may be under way at a time."""
+        if self._chosen_at_once is not None:
+            return self._chosen_at_once
+        if self._fastest == math.inf:
+            return FEWEST_KICKOFFS
+        return min(MOST_KICKOFFS, max(FEWEST_KICKOFFS, math.ceil(KICKOFFS_A_SECOND * self._fastest)))
+
+    def answered(self, seconds: float) -> None:
+        """Note how long the answer to a kickoff took. The fastest counts: a busy server is not sent more."""
+        self._fastest = min(self._fastest, seconds)
 
     async def admit(self, row: str) -> bool:
         """Wait until the run of a row may be kicked off, first come, first served. After True, `leave` has to follow.
@@ -246,7 +265,8 @@ class BatchClient(CrewClient):
         )
         self._throttle = throttle
         self._newer = newer
-        self._polling, self._posting = _Lanes(crew, POLLS_AT_ONCE), _Lanes(crew, throttle.kickoffs_at_once)
+        most = max(MOST_KICKOFFS, throttle.kickoffs_at_once)
+        self._polling, self._posting = _Lanes(crew, POLLS_AT_ONCE), _Lanes(crew, most)
 
     async def __aenter__(self) -> BatchClient:
         return self
@@ -282,7 +302,11 @@ class BatchClient(CrewClient):
         if polls and (seconds := self._throttle.held_for) > 0:
             await asyncio.sleep(seconds)
         async with (self._polling if polls else self._posting).lane() as lane:
-            return await lane._send(call)  # noqa: SLF001  a client like this one
+            began = time.monotonic()
+            answer = await lane._send(call)  # noqa: SLF001  a client like this one
+            if call.path == "/kickoff":
+                self._throttle.answered(time.monotonic() - began)
+            return answer
 
 
 class BatchSession(CrewSession):

@@ -97,7 +97,8 @@ class RunChoices(BatchChoices):
         retry_failed: Start the failed rows of earlier calls again.
         max_kickoffs: A limit on kickoffs, of all calls together.
         breaker: Pause after so many failed rows in a row, then try one at a time; 0 never pauses.
-        kickoffs_at_once: Kickoffs sent at a time; no more rows than this are uncertain after a crash.
+        kickoffs_at_once: Kickoffs sent at a time; no more rows than this are uncertain after a crash. Left out: 16, and
+            up to 128 where answers take long.
         output_type: A pydantic model that results have to fit, as module:Model.
     """
 
@@ -108,7 +109,7 @@ class RunChoices(BatchChoices):
     retry_failed: bool = False
     max_kickoffs: int | None = None
     breaker: int = 20
-    kickoffs_at_once: int = 16
+    kickoffs_at_once: int | None = None
     output_type: str | None = None
 
     def options(self) -> dict[str, Any]:
