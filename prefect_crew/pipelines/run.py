@@ -9,9 +9,9 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Mapping, Sequence
-from contextvars import ContextVar
+from copy import copy
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import partial, wraps
 from typing import Annotated, Any, cast
 
 from prefect import flow
@@ -20,7 +20,7 @@ from prefect.exceptions import Pause
 from pydantic import Field, SecretStr
 
 from prefect_crew._internal.asyncio_tasks import cancel_and_wait, cancelled_once
-from prefect_crew._internal.callables import refuse_running_loop
+from prefect_crew._internal.callables import sync_version
 from prefect_crew._internal.prefect_api import run_logger
 from prefect_crew.blocks import values_of_blocks
 from prefect_crew.client.inputs import encode_inputs, inputs_digest
@@ -51,18 +51,6 @@ class PipelineResult:
         return self.results[step]
 
 
-@dataclass(frozen=True)
-class _Call:
-    """What a call gives that Prefect's stored parameters do not hold. `wait` and `review` are for steps without."""
-
-    crews: PipelineCrews
-    wait: WaitPolicy | None
-    review: ReviewChoice | None
-
-
-_live: ContextVar[_Call | None] = ContextVar("prefect_crew_pipeline", default=None)
-
-
 async def aplan_pipeline(steps: Sequence[CrewStep], inputs: Mapping[str, Any] | None = None) -> PipelinePlan:
     """Return what a pipeline would do, with all that is wrong with it. Nothing is started."""
     inputs = HiddenValues(inputs or {})
@@ -71,11 +59,7 @@ async def aplan_pipeline(steps: Sequence[CrewStep], inputs: Mapping[str, Any] | 
     return crews.plan()
 
 
-def plan_pipeline(steps: Sequence[CrewStep], inputs: Mapping[str, Any] | None = None) -> PipelinePlan:
-    """`aplan_pipeline` for sync code."""
-    inputs = HiddenValues(inputs or {})
-    refuse_running_loop("plan_pipeline", "aplan_pipeline")
-    return asyncio.run(aplan_pipeline(steps, inputs))
+plan_pipeline = sync_version(aplan_pipeline)
 
 
 async def arun_pipeline(
@@ -111,41 +95,25 @@ async def arun_pipeline(
     crews = PipelineCrews(PipelineGraph(steps, dict(inputs)))
     await crews.check()
     await crews.refuse_problems()
-    call = _Call(crews, wait, review)
+
+    # What Prefect's stored parameters must not or cannot hold reaches the flow by this function.
+    @wraps(run_steps.fn)
+    async def run(*_: Any, **__: Any) -> PipelineResult:
+        return await _run(crews, name=name, idempotency_key=idempotency_key, wait=wait, review=review)
+
     if FlowRunContext.get() is not None or TaskRunContext.get() is not None:
-        return await _run(call, name=name, idempotency_key=idempotency_key)
-    token = _live.set(call)
-    try:
-        return await cast("Any", run_steps)(
-            pipeline=name,
-            steps=[step.name for step in steps],
-            inputs=crews.stored_inputs(),
-            idempotency_key=idempotency_key,
-        )
-    finally:
-        _live.reset(token)
-
-
-def run_pipeline(
-    steps: Sequence[CrewStep],
-    inputs: Mapping[str, Any] | None = None,
-    *,
-    name: str = "pipeline",
-    idempotency_key: str | None = None,
-    wait: WaitPolicy | None = None,
-    review: ReviewChoice | None = None,
-) -> PipelineResult:
-    """Run crews that feed each other: `arun_pipeline` for sync code.
-
-    Raises:
-        InvalidCallError: An event loop runs in this thread, which this call would block: await `arun_pipeline` there.
-        CrewError: As `arun_pipeline`.
-    """
-    inputs = HiddenValues(inputs or {})
-    refuse_running_loop("run_pipeline", "arun_pipeline")
-    return asyncio.run(
-        arun_pipeline(steps, inputs, name=name, idempotency_key=idempotency_key, wait=wait, review=review)
+        return await run()
+    own_flow = copy(run_steps)
+    own_flow.fn = run
+    return await cast("Any", own_flow)(
+        pipeline=name,
+        steps=[step.name for step in steps],
+        inputs=crews.stored_inputs(),
+        idempotency_key=idempotency_key,
     )
+
+
+run_pipeline = sync_version(arun_pipeline)
 
 
 @flow(name="run-pipeline", flow_run_name="{pipeline}")
@@ -156,15 +124,11 @@ async def run_steps(
     idempotency_key: Annotated[str | None, Field(description="The identity of the whole pipeline.")] = None,
 ) -> PipelineResult:
     """Run a pipeline that `run_pipeline` was called with outside of a flow."""
-    del steps, inputs
-    live = _live.get()
-    if live is None:
-        raise ConfigurationError(
-            "This run's steps were defined in Python and cannot be retried from its parameters. Call run_pipeline "
-            "again with the same steps and idempotency key, which reattaches to the runs that were started, or write "
-            "a flow around it and retry that."
-        )
-    return await _run(live, name=pipeline, idempotency_key=idempotency_key)
+    raise ConfigurationError(
+        "This run's steps were defined in Python and cannot be retried from its parameters. Call run_pipeline again "
+        "with the same steps and idempotency key, which reattaches to the runs that were started, or write a flow "
+        "around it and retry that."
+    )
 
 
 @flow(name="deployed-pipeline", flow_run_name="{pipeline.name}", validate_parameters=True)
@@ -206,14 +170,22 @@ async def run_deployed_pipeline(
 
 
 @cancelled_once
-async def _run(call: _Call, *, name: str, idempotency_key: str | None) -> PipelineResult:
-    crews, graph = call.crews, call.crews.graph
+async def _run(
+    crews: PipelineCrews,
+    *,
+    name: str,
+    idempotency_key: str | None,
+    wait: WaitPolicy | None,
+    review: ReviewChoice | None,
+) -> PipelineResult:
+    graph = crews.graph
     identity = await identify(
         name, inputs_digest(encode_inputs(graph.inputs)), idempotency_key=idempotency_key, name=name
     )
     await crews.refuse_problems(identity.idempotency_key)
     started = time.perf_counter()
-    work = _Run(call, identity.idempotency_key, PipelineArtifact(name, identity.idempotency_key, graph))
+    artifact = PipelineArtifact(name, identity.idempotency_key, graph)
+    work = _Run(crews, identity.idempotency_key, artifact, wait=wait, review=review)
     await work.run()
     if work.errors:
         raise PipelineFailedError(
@@ -231,10 +203,20 @@ async def _run(call: _Call, *, name: str, idempotency_key: str | None) -> Pipeli
 class _Run:
     """One run of a pipeline: each step waits for those that it needs, then runs its crew."""
 
-    def __init__(self, call: _Call, idempotency_key: str, artifact: PipelineArtifact) -> None:
-        self.call = call
-        self.crews = call.crews
-        self.graph = call.crews.graph
+    def __init__(
+        self,
+        crews: PipelineCrews,
+        idempotency_key: str,
+        artifact: PipelineArtifact,
+        *,
+        wait: WaitPolicy | None,
+        review: ReviewChoice | None,
+    ) -> None:
+        self.crews = crews
+        self.graph = crews.graph
+        self.wait = wait
+        """For steps without, as `review`."""
+        self.review: ReviewChoice | None = review
         self.idempotency_key = idempotency_key
         self.artifact = artifact
         self.results: dict[str, CrewResult] = {}
@@ -302,8 +284,8 @@ class _Run:
             inputs,
             name=step.name,
             idempotency_key=step_key(self.idempotency_key, step),
-            wait=step.wait or self.call.wait,
+            wait=step.wait or self.wait,
             output_type=step.output_type,
-            review=step.review or self.call.review,
+            review=step.review or self.review,
             restore_from=step.restore_from,
         )
