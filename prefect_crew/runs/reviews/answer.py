@@ -157,14 +157,18 @@ async def answer_question(
         else:
             await _write(run, records.remove_review(record, number))
         raise
-    sent.outcome = "sent"
-    await _write(run, records.save_review(record, number, sent))
-    if run.record is not None:
-        emit("reviewed", run.record, task_id=sent.task_id, round=sent.round, approve=sent.approve, by=sent.by)
-    # A wait looks again by itself.
-    if await _has_moved_on(run, session, 1 if question is not None else LOOKS):
-        sent.moved_on = True
+    # At once, since a fast crew soon asks again; a wait looks again by itself.
+    looking = asyncio.ensure_future(_has_moved_on(run, session, 1 if question is not None else LOOKS))
+    try:
+        sent.outcome = "sent"
         await _write(run, records.save_review(record, number, sent))
+        if run.record is not None:
+            emit("reviewed", run.record, task_id=sent.task_id, round=sent.round, approve=sent.approve, by=sent.by)
+        if await looking:
+            sent.moved_on = True
+            await _write(run, records.save_review(record, number, sent))
+    finally:
+        looking.cancel()
     return accepted, sent
 
 
