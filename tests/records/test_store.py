@@ -173,6 +173,23 @@ async def test_a_record_is_found_by_its_kickoff_id_and_by_its_phase():
     assert await RECORDS.holders(kickoff_id) == [(record.idempotency_key, 1)]
 
 
+async def test_a_claim_that_is_gone_is_not_confirmed():
+    record = new()
+    assert await RECORDS.claim(record)
+    assert await RECORDS.confirm(record, [])
+    await RECORDS.delete(record)
+    assert not await RECORDS.confirm(record, [])
+
+
+async def test_a_late_permit_is_refused_where_more_is_on_record_than_its_caller_knows():
+    record = new()
+    assert await RECORDS.claim(record)
+    (theirs,) = await RECORDS.attempts(record.idempotency_key)
+    theirs.permit = 1  # one that was deleted since
+    assert await RECORDS.resolve(theirs, RecordPhase.NOT_STARTED)
+    assert not await RECORDS.permit(record, 30, late=True)
+
+
 async def test_a_deleted_record_is_gone_and_may_be_deleted_again():
     record = new()
     await RECORDS.claim(record)
