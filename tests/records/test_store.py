@@ -190,6 +190,17 @@ async def test_a_late_permit_is_refused_where_more_is_on_record_than_its_caller_
     assert not await RECORDS.permit(record, 30, late=True)
 
 
+async def test_of_two_who_resolve_a_record_one_succeeds():
+    record = new()
+    assert await RECORDS.claim(record)
+    (first,), (second,) = [await RECORDS.attempts(record.idempotency_key) for _ in range(2)]
+    assert await RECORDS.resolve(first, RecordPhase.STARTED, kickoff_id="k1")
+    assert not await RECORDS.resolve(second, RecordPhase.NOT_STARTED)
+    assert second.phase is RecordPhase.CLAIMED
+    (found,) = await RECORDS.attempts(record.idempotency_key)
+    assert (found.phase, found.kickoff_id) == (RecordPhase.STARTED, "k1")
+
+
 async def test_a_deleted_record_is_gone_and_may_be_deleted_again():
     record = new()
     await RECORDS.claim(record)
