@@ -21,6 +21,7 @@ from prefect_crew.crew import Crew, CrewSession, WaitPolicy, open_session
 from prefect_crew.exceptions import CrewError, CrewFailedError, CrewLostError, CrewStoppedError, CrewTimeoutError
 from prefect_crew.records.model import RecordPhase, StoredResult
 from prefect_crew.records.store import PrefectRecords
+from prefect_crew.runs import stop
 from prefect_crew.runs.limits import slot_of
 from prefect_crew.runs.listener import Waker, waker_for
 from prefect_crew.runs.polling import NO_ANSWER, Phases, Watcher, poll
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
     from pydantic import BaseModel
 
 
+EARLY = 0.01
+"""Seconds before its end from which on a pause counts as ended by what it waits for."""
 SHOW_EVERY = 5.0
 """Seconds, at least, between two updates of the artifact of a run that goes on."""
 
@@ -236,8 +239,18 @@ class _Waiter(Watcher):
             raise _CancelledOnServerError
 
     async def pause(self, seconds: float) -> None:
-        pause = asyncio.sleep if self.waker is None else self.waker.pause
-        await (pause(seconds) if self.people is None else self.people.pause(pause, seconds))
+        """Pause between two looks at the run; look meanwhile whether the flow run was cancelled."""
+        pause, now = asyncio.sleep if self.waker is None else self.waker.pause, asyncio.get_running_loop().time
+        end = now() + seconds
+        while True:
+            left = end - now()
+            part = min(left, stop.LOOK_EVERY)
+            until = now() + part
+            await (pause(part) if self.people is None else self.people.pause(pause, part))
+            if part == left or now() < until - EARLY:
+                return
+            if await is_cancelled(self.own):
+                raise _CancelledOnServerError
 
     def stretch(self, delay: float) -> float:
         longer = delay if self.waker is None else self.waker.stretch(delay)

@@ -167,6 +167,25 @@ def test_a_cancellation_is_noticed_although_the_crews_server_is_in_trouble(crew_
 
 
 @pytest.mark.usefixtures("quick_look")
+def test_a_cancellation_is_noticed_within_a_long_pause(
+    crew_server: CrewServerFactory, seen: Seen, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("prefect_crew.runs.polling.fast_intervals", [])
+    server, ids = crew_server(slow(60)), list[Any]()
+
+    @flow
+    async def trip() -> None:
+        ids.append(flow_run.id)
+        await arun_crew(server.crew(), wait=WaitPolicy(initial=0.1, factor=1000, max_interval=300))
+
+    thread = cancel_when(server, seen, ids, "CANCELLING")
+    with pytest.raises(CrewStoppedError):
+        asyncio.run(asyncio.wait_for(trip(), 90))
+    thread.join()
+    assert server.requests["status"] == 1
+
+
+@pytest.mark.usefixtures("quick_look")
 def test_a_crew_without_stop_is_said_to_run_on_and_where(crew_server: CrewServerFactory, seen: Seen):
     server, idempotency_key, ids = crew_server(slow(60), stop=False), key(), list[Any]()
 
