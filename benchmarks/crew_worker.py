@@ -29,6 +29,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
+from waiting import HOOKS, receiver
+
 from support.crew_pool import CrewOnCommand, CrewPool
 from support.deployed import wait_until
 from support.postgres import Postgres, find_postgres
@@ -124,8 +126,11 @@ def fleet(options: argparse.Namespace) -> None:
 
 
 def lag(options: argparse.Namespace) -> None:
-    with trial(options, wait={}) as (one, _):
-        one.pool.worker("bench")
+    with trial(options, wait={}) as (one, _), contextlib.ExitStack() as stack:
+        os.environ["PREFECT_API_URL"] = one.pool.server.api_url
+        stack.enter_context(receiver(options.webhooks))
+        hooks = {name: os.environ[name] for name in HOOKS if options.webhooks}
+        one.pool.worker("bench", **hooks)
         runs = one.start(options.runs)
         time.sleep(options.hold)
         one.program.ended = True
@@ -133,7 +138,8 @@ def lag(options: argparse.Namespace) -> None:
         found = one.completed(runs)
         waits = sorted(parsed(run["end_time"]) - ended for run in found)
         starts = sorted(parsed(run["start_time"]) - parsed(run["expected_start_time"]) for run in found)
-        print(f"crew end to Completed, {options.runs} at once: {percentiles(waits)}")
+        way = "webhooks on" if options.webhooks else "polling"
+        print(f"crew end to Completed, {options.runs} at once, {way}: {percentiles(waits)}")
         print(f"schedule to Running, {options.runs} at once: {percentiles(starts)}")
 
 
@@ -221,6 +227,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=100)
     parser.add_argument("--hold", type=float, default=20.0, help="seconds for which all wait")
     parser.add_argument("--kind", choices=["crew", "process"], default="crew")
+    parser.add_argument("--webhooks", action="store_true", help="lag: with a receiver, in a process of its own")
     parser.add_argument("--database", choices=["postgres", "sqlite"], default="postgres")
     parser.add_argument("--heartbeat", type=int, default=10)
     options = parser.parse_args()

@@ -92,7 +92,7 @@ class CrewPool:
         """Start a crew on the dev server and store it as a block."""
         crew = self.crews[name] = self._open.enter_context(CrewServer(spec, **options))
         with connected(self.server, self.folder / "home"):
-            block: Any = crew.crew(wait=dict(wait or {"initial": 0.1, "max_interval": 0.5}))
+            block: Any = crew.crew(wait=dict({"initial": 0.1, "max_interval": 0.5} if wait is None else wait))
             block.save(name, overwrite=True, _sync=True)
         return crew
 
