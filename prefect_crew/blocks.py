@@ -59,13 +59,35 @@ class DeployedCrew(JobBlock[CrewResult]):
     )
     _documentation_url = HttpUrl("https://docs.crewai.com/en/api-reference/introduction")
 
-    url: str = Field(description="The crew's base URL, from the Status tab of its page.", title="URL")
+    # In the order of Prefect's form: what everybody fills in, then what a run may cost and show, then the rest.
+    url: str = Field(
+        title="URL",
+        description="The crew's base URL, from the Status tab of its page.",
+        examples=["https://my-crew.crewai.com"],
+    )
     token: SecretStr = Field(description="The crew's bearer token, from the same tab. Every crew has its own.")
-    request_timeout: float = Field(default=30.0, gt=0, description="Seconds that one request to the crew may take.")
-    allow_http: bool = Field(
-        default=False,
-        title="Allow http",
-        description="Whether the token may be sent over http, without encryption, to another machine.",
+    page_url: str | None = Field(
+        default=None,
+        title="Page URL",
+        description="The crew's page for people. Artifacts and reviews link to it.",
+        examples=["https://app.crewai.com/crewai_plus/deployments/12345"],
+    )
+    max_kickoffs: int = Field(
+        default=3, ge=1, description="How many runs may be started for one idempotency key, including failed ones."
+    )
+    concurrency_limit: str | None = Field(
+        default=None,
+        description="The name of a Prefect global concurrency limit on runs in flight, shared by all flows.",
+        examples=["my-crew"],
+    )
+    price: float | None = Field(
+        default=None, ge=0, description="What one run costs, in your currency, for artifacts and reports."
+    )
+    show: Literal["full", "summary", "none"] = Field(
+        default="full", description="How much of inputs and outputs artifacts, events, records and names of runs show."
+    )
+    secret_inputs: list[str] = Field(
+        default_factory=list, description="Names of inputs whose values are masked wherever this package shows them."
     )
     inputs_as_json: bool = Field(
         default=False,
@@ -76,28 +98,13 @@ class DeployedCrew(JobBlock[CrewResult]):
         default=False,
         description="Whether inputs that the crew does not name are sent. Otherwise a run that has any is not started.",
     )
+    request_timeout: float = Field(default=30.0, gt=0, description="Seconds that one request to the crew may take.")
+    allow_http: bool = Field(
+        default=False,
+        title="Allow http",
+        description="Whether the token may be sent over http, without encryption, to another machine.",
+    )
     wait: WaitPolicy = Field(default=WaitPolicy(), description="How to wait for this crew's runs.")
-    max_kickoffs: int = Field(
-        default=3, ge=1, description="How many runs may be started for one idempotency key, including failed ones."
-    )
-    concurrency_limit: str | None = Field(
-        default=None,
-        description="The name of a Prefect global concurrency limit on runs in flight, shared by all flows.",
-    )
-    show: Literal["full", "summary", "none"] = Field(
-        default="full", description="How much of inputs and outputs artifacts, events and records show."
-    )
-    secret_inputs: list[str] = Field(
-        default_factory=list, description="Names of inputs whose values are masked wherever this package shows them."
-    )
-    price: float | None = Field(
-        default=None, ge=0, description="What one run costs, in your currency, for artifacts and reports."
-    )
-    page_url: str | None = Field(
-        default=None,
-        title="Page URL",
-        description="The crew's page for people, shown where they have to look at it, such as for a review.",
-    )
 
     @model_validator(mode="before")
     @classmethod

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Iterable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Generator, Iterable, Mapping
 from contextlib import AbstractContextManager, AsyncExitStack, asynccontextmanager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
@@ -12,6 +12,7 @@ from prefect.exceptions import PrefectException
 from pydantic import BaseModel, ConfigDict, Field, Secret, SecretStr
 
 from prefect_crew._internal.prefect_api import run_logger
+from prefect_crew._text import one_line
 from prefect_crew.client.redaction import Redactor, holds_secret
 from prefect_crew.exceptions import AuthenticationError, InvalidCallError
 
@@ -21,6 +22,20 @@ if TYPE_CHECKING:
 
 
 T = TypeVar("T")
+
+TITLE = 60
+"""Characters of what follows the name of a crew or a pipeline in the title of a run."""
+
+
+def titled(label: str, key: str | None, inputs: Mapping[str, Any], secret: Collection[str] = ()) -> str:
+    """Return what a run is called on Prefect's pages: by its key, else by the first input that is not secret.
+
+    A key that is a template is left out: it is the same for many runs.
+    """
+    plain = (value for name, value in inputs.items() if name not in secret and isinstance(value, str | int))
+    what = key if key and "{{" not in key else next(filter(str, plain), "")
+    text = one_line(str(what)[:1000])
+    return f"{label} · {text if len(text) <= TITLE else f'{text[:TITLE]}…'}" if text else label
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,6 +109,10 @@ class Crew:
             name: Secret(value) if name in self.secret_inputs and not holds_secret(value) else value
             for name, value in inputs.items()
         }
+
+    def title(self, inputs: Mapping[str, Any], key: str | None = None) -> str:
+        """Return what a run is called on Prefect's pages."""
+        return titled(self.label, key, inputs if self.show == "full" else {}, self.secret_among(inputs))
 
     def secret_among(self, inputs: Mapping[str, Any]) -> list[str]:
         """Return which of these inputs, as they are sent, are secret or hold a text that is."""
@@ -200,10 +219,14 @@ class WaitPolicy(BaseModel):
 
     model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True, extra="forbid")
 
-    initial: float = Field(default=1.0, gt=0, description="Seconds from the kickoff to the first poll.")
-    factor: float = Field(default=1.1, ge=1, description="How much longer each pause is than the one before.")
+    initial: float = Field(
+        default=1.0, gt=0, title="First poll after", description="Seconds from the kickoff to the first poll."
+    )
+    factor: float = Field(
+        default=1.1, ge=1, title="Growth", description="How many times longer each pause is than the one before."
+    )
     max_interval: float = Field(
-        default=30.0, gt=0, description="The longest pause between two later looks, in seconds."
+        default=30.0, gt=0, title="Longest pause", description="Seconds, at most, between two later polls."
     )
     jitter: float = Field(default=0.1, ge=0, lt=1, description="The share of a pause by which it varies at random.")
     timeout: float | None = Field(
@@ -219,7 +242,7 @@ class WaitPolicy(BaseModel):
     human_timeout: float | None = Field(
         default=86400.0,
         gt=0,
-        description="Seconds for people's answers, counted apart from `timeout`. Empty: no limit.",
+        description="Seconds for people's answers, counted apart from the timeout. Empty: no limit.",
     )
     error_timeout: float = Field(
         default=600.0, gt=0, description="Seconds without one good answer to the status call before the wait gives up."
@@ -227,6 +250,7 @@ class WaitPolicy(BaseModel):
     grace: float = Field(
         default=30.0,
         ge=0,
+        title="Grace period",
         description="Seconds after the kickoff in which the server may not know the run yet.",
     )
     on_timeout: Literal["leave", "stop"] = Field(
@@ -235,7 +259,7 @@ class WaitPolicy(BaseModel):
     on_human_timeout: Literal["leave", "reject", "stop"] | None = Field(
         default=None,
         description="What happens when people's time is over: the crew is left waiting, its question is rejected once "
-        "with `human_message` and the time begins anew, or the crew is stopped. Empty: as `on_timeout` says.",
+        "with the human message and the time begins anew, or the crew is stopped. Empty: the same as on timeout.",
     )
     human_message: str = Field(
         default="Nobody answered in time.", description="The feedback of an automatic rejection."
@@ -244,7 +268,7 @@ class WaitPolicy(BaseModel):
         default=None,
         ge=1,
         description="How often one task may ask. When it asks again the wait ends, and the crew is left waiting, or "
-        "stopped where `on_human_timeout` says so. Empty: no limit.",
+        "stopped where that is chosen on human timeout. Empty: no limit.",
     )
     next_round_after: float | None = Field(
         default=300.0,

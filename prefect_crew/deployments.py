@@ -136,6 +136,19 @@ def build_deployment(target: Target, plan: Plan) -> RunnerDeployment:
     return deployment
 
 
+async def shared_key(deployment: RunnerDeployment) -> str | None:
+    """Return an idempotency key that two times of the deployment's schedule share: the later one starts no run."""
+    from prefect.server.schemas import schedules as server  # the client's schedules do not compute their dates
+
+    key = deployment.parameters.get("idempotency_key")
+    for chosen in deployment.schedules or () if key else ():
+        rule = getattr(server, type(chosen.schedule).__name__).model_validate(chosen.schedule.model_dump())
+        keys = [render_key(str(key), moment) for moment in await rule.get_dates(n=50)]
+        if again := next((key for key, after in itertools.pairwise(keys) if key == after), None):
+            return again
+    return None
+
+
 async def crew_target(crew: Crew, defaults: Mapping[str, Any]) -> Target:
     """Return a stored crew as a target: the form asks for the inputs that the crew names.
 

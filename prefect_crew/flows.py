@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from copy import copy
-from functools import wraps
+from functools import partial, wraps
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 from uuid import UUID
 
@@ -16,16 +16,18 @@ from prefect.exceptions import PrefectException
 from pydantic import BaseModel, Field
 
 from prefect_crew._internal.callables import dual, sync_version
+from prefect_crew._internal.prefect_api import label_flow_run
 from prefect_crew.blocks import DeployedCrew, load_crew, values_of_blocks
 from prefect_crew.client.inputs import encode_inputs
 from prefect_crew.client.models import CrewResult
 from prefect_crew.client.redaction import MASK, holds_secret
 from prefect_crew.crew import Crew, CrewSession, WaitPolicy
 from prefect_crew.exceptions import ConfigurationError, CrewError, CrewFailedError, CrewStoppedError
+from prefect_crew.records.keys import render_key, scheduled_start
 from prefect_crew.records.store import PrefectRecords
 from prefect_crew.runs.options import check_choices
 from prefect_crew.runs.reviews.questions import ReviewChoice
-from prefect_crew.runs.run import OpenRun, parse_data, read_result
+from prefect_crew.runs.run import OpenRun, how_found, parse_data, read_result
 from prefect_crew.states import CrewState
 from prefect_crew.tasks import kickoff_crew, wait_for_crew
 
@@ -107,12 +109,14 @@ async def arun_crew(
     # What Prefect's stored parameters must not or cannot hold reaches the flow by this function.
     @wraps(run_deployed_crew.fn)
     async def run(*_: Any, **__: Any) -> CrewResult:
-        return await _run(crew, inputs, meta=meta, output_type=output_type, review=review, webhooks=webhooks, **stored)
+        given: dict[str, Any] = {"meta": meta, "output_type": output_type, "review": review, "webhooks": webhooks}
+        return await _run(crew, inputs, is_own=is_own, **given, **stored)
 
-    if FlowRunContext.get() is not None or TaskRunContext.get() is not None:
+    is_own = FlowRunContext.get() is None and TaskRunContext.get() is None
+    if not is_own:
         return await run()
     own_flow = copy(run_deployed_crew)  # `with_options` reads the signature anew, for 15 ms
-    own_flow.fn = run
+    own_flow.fn, own_flow.flow_run_name = run, partial(crew.title, inputs, idempotency_key)
     form = "form" if review == "form" else None
     return await cast("Any", own_flow)(crew=crew.label, inputs=_stored(crew, inputs), review=form, **stored)
 
@@ -147,10 +151,12 @@ async def _run(
     wait: WaitPolicy | None,
     review: ReviewChoice | None,
     restore_from: str | None,
+    is_own: bool = True,
     meta: Mapping[str, Any] | None = None,
     output_type: type[BaseModel] | None = None,
     webhooks: Webhooks | None = None,
 ) -> CrewResult:
+    """`is_own`: the flow run around it is for this run alone."""
     # Where no flow around has a client of Prefect's on this event loop, each task would make one and close it.
     async with AsyncClientContext.get_or_create(), CrewSession(crew) as session:
         kickoff_id = await kickoff_crew.acall(
@@ -163,8 +169,11 @@ async def _run(
             webhooks=webhooks,
             restore_from=restore_from,
         )
+        if is_own and (tag := how_found(kickoff_id)):
+            await label_flow_run(tag=tag)
+        called = name or crew.title(inputs, idempotency_key)
         return await wait_for_crew.acall(
-            session, kickoff_id, name=name, wait=wait, output_type=output_type, review=review
+            session, kickoff_id, name=called, wait=wait, output_type=output_type, review=review
         )
 
 
@@ -207,6 +216,8 @@ async def run_deployed_crew(
             "cannot be made from its parameters. Call run_crew again with the same idempotency key: it reattaches "
             "to a run in flight."
         )
+    key = idempotency_key and render_key(idempotency_key, await scheduled_start())
+    await label_flow_run(name=stored.title(given, key))
     return await _run(
         stored,
         await values_of_blocks(given, stored.secret_inputs),

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Generator, Mapping
+from contextlib import contextmanager
 from functools import wraps
 from typing import Any, Generic, ParamSpec, TypeVar, cast
 from uuid import UUID
 
-from prefect import Task, unmapped
+from prefect import Task, tags, unmapped
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
 from pydantic import BaseModel
@@ -31,7 +32,7 @@ from prefect_crew.runs.kickoff import open_run
 from prefect_crew.runs.options import check_choices
 from prefect_crew.runs.reviews.answer import resume_run
 from prefect_crew.runs.reviews.questions import ReviewChoice
-from prefect_crew.runs.run import KickoffId
+from prefect_crew.runs.run import KickoffId, how_found
 from prefect_crew.runs.stop import stop_run
 from prefect_crew.runs.wait import wait_for_run
 
@@ -61,10 +62,18 @@ def _call(method: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(method)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         args, kwargs = _hidden(args), {name: _hidden(value) for name, value in kwargs.items()}
-        with calling_task():
+        with _called(*args, **kwargs):
             return method(self, *args, **kwargs)
 
     return call
+
+
+@contextmanager
+def _called(*args: Any, **kwargs: Any) -> Generator[None]:
+    """Note the user's tasks around a call, and tag what is done about a run that was found, not started."""
+    found = dict.fromkeys(filter(None, map(how_found, (*args, kwargs.get("kickoff_id")))))
+    with calling_task(), tags(*found):
+        yield
 
 
 class CrewTask(Task[P, Any], Generic[P, R]):
@@ -82,7 +91,7 @@ class CrewTask(Task[P, Any], Generic[P, R]):
     async def acall(self, *args: Any, **kwargs: Any) -> Any:
         """Run the task from a coroutine, whatever kind of flow is around it."""
         args, kwargs = _hidden(args), {name: _hidden(value) for name, value in kwargs.items()}
-        with calling_task():
+        with _called(*args, **kwargs):
             return await cast("Coroutine[Any, Any, Any]", super().__call__(*args, **kwargs))
 
     @_call
@@ -175,8 +184,11 @@ def _task(verb: str, **options: Any) -> Callable[[Callable[P, Coroutine[Any, Any
     def task_run_name(parameters: dict[str, Any]) -> str:
         crew = parameters.get("crew")
         crew = getattr(crew, "crew", crew)  # of a block or a session
-        run = parameters.get("name") or parameters.get("kickoff_id") or ""
-        return f"{verb} {getattr(crew, 'label', crew)} {run}".strip()[:200]
+        what, inputs = parameters.get("name"), parameters.get("inputs") or {}
+        if not what and isinstance(crew, Crew) and isinstance(inputs, Mapping):
+            what = crew.title(cast("Mapping[str, Any]", inputs), parameters.get("idempotency_key"))
+        kickoff_id = "" if parameters.get("name") else str(parameters.get("kickoff_id") or "")[:8]
+        return f"{verb} {what or crew} {kickoff_id}".strip()[:200]
 
     name: Any = task_run_name
 
@@ -190,7 +202,7 @@ AnyCrew = DeployedCrew | Crew | CrewSession | str
 """A crew, the name of a stored block, or an open session of a crew, whose giver has checked the options."""
 
 
-@_task("inputs of", retries=2, retry_delay_seconds=2)
+@_task("inputs", retries=2, retry_delay_seconds=2)
 async def discover_inputs(crew: DeployedCrew | Crew | str) -> list[CrewInput]:
     """Return the inputs that a crew names; empty where it names none. `crew` may be the name of a stored block.
 
@@ -201,7 +213,7 @@ async def discover_inputs(crew: DeployedCrew | Crew | str) -> list[CrewInput]:
         return await session.client.inputs()
 
 
-@_task("kick off", retries=3, retry_delay_seconds=[2, 10, 30], retry_condition_fn=_surely_not_done)
+@_task("kickoff", retries=3, retry_delay_seconds=[2, 10, 30], retry_condition_fn=_surely_not_done)
 async def kickoff_crew(
     crew: AnyCrew,
     inputs: Mapping[str, Any] | None = None,
@@ -237,7 +249,7 @@ async def kickoff_crew(
     return KickoffId(run)
 
 
-@_task("wait for")
+@_task("wait")
 async def wait_for_crew(
     crew: AnyCrew,
     kickoff_id: str,

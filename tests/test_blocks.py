@@ -48,6 +48,16 @@ def crew(**fields: Any) -> DeployedCrew:
     return DeployedCrew(**{"url": "https://travel.test", "token": TOKEN, **fields})
 
 
+def test_the_form_asks_first_for_what_everybody_fills_in_and_last_for_how_to_wait():
+    fields = DeployedCrew.model_json_schema()["properties"]
+    first, second, *_, last = fields
+    assert (first, second, last) == ("url", "token", "wait")
+    assert all(fields[name]["examples"] for name in ("url", "page_url", "concurrency_limit"))
+    waiting = WaitPolicy.model_json_schema()["properties"]
+    for name, field in {**fields, **waiting}.items():
+        assert "`" not in field["description"], f"{name}: Prefect's form shows backticks as they are"
+
+
 def test_it_is_prefects_job_block():
     assert issubclass(DeployedCrew, JobBlock)
     assert issubclass(CrewRun, JobRun)

@@ -7,6 +7,7 @@ import json
 import re
 import uuid
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import date
 from typing import Any, cast
 
@@ -200,16 +201,37 @@ def test_a_flow_of_its_own_stores_a_name_and_plain_values(crew_server: CrewServe
         "when": date(2026, 5, 1), "cities": ["Lisbon"], "days": 3, "pin": 4711471, "none": None,
         "login": Login(user="me", password=SecretStr("hunter22")), "key": SecretStr("hidden-one"),
     }  # fmt: skip
-    result = run_crew(crew, inputs, idempotency_key=key(), output_type=None)
+    idempotency_key = key()
+    result = run_crew(crew, inputs, idempotency_key=idempotency_key, output_type=None)
     assert result.output == '2026-05-01 4711471 {"user":"me","password":"hunter22"}'
     run = stored(seen, called)
-    assert run["name"] == called
+    assert run["name"] == f"{called} · {idempotency_key}"
     assert run["parameters"]["inputs"] == {
         "when": "2026-05-01", "cities": ["Lisbon"], "days": 3, "pin": MASK, "login": MASK, "key": MASK,
     }  # fmt: skip
     everything = json.dumps(run)
     for secret in (server.token, "4711471", "hunter22", "hidden-one"):
         assert secret not in everything
+
+
+def test_flow_runs_of_one_crew_are_told_apart_by_their_names_and_tags(crew_server: CrewServerFactory, seen: Seen):
+    server, called, idempotency_key = crew_server(slow(0.1)), name(), key()
+    crew = server.crew().crew.called(called)
+    for city in ("Lisbon", "Porto {x}"):
+        run_crew(crew, {"city": city})
+        run_crew(crew, {"city": city}, idempotency_key=f"{idempotency_key} {city}")
+    run_crew(crew, {"city": "Lisbon"}, idempotency_key=f"{idempotency_key} Lisbon")
+    run_crew(replace(crew, show="none"), {"city": "Lisbon"}, idempotency_key=None)
+    runs = [(run["name"], run["tags"]) for run in seen.flow_runs(FLOW) if run["parameters"].get("crew") == called]
+    assert runs == [
+        (f"{called} · Lisbon", []),
+        (f"{called} · {idempotency_key} Lisbon", []),
+        (f"{called} · Porto {{x}}", []),
+        (f"{called} · {idempotency_key} Porto {{x}}", []),
+        (f"{called} · {idempotency_key} Lisbon", ["from-record"]),
+        (called, []),
+    ]
+    assert server.kickoffs == 5
 
 
 def test_pydantics_own_secrets_are_secret_everywhere(crew_server: CrewServerFactory, seen: Seen):

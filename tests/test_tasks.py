@@ -10,6 +10,7 @@ import re
 import traceback
 import uuid
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
@@ -114,9 +115,9 @@ def test_their_runs_say_which_crew_and_which_run(crew_server: CrewServerFactory,
     kickoff_id = asyncio.run(trip())
     runs = seen.task_runs(ids[0], count=3)
     assert {run["name"] for run in runs} == {
-        "inputs of travel",
-        "kick off travel research",
-        f"wait for travel {kickoff_id}",
+        "inputs travel",
+        "kickoff research",
+        f"wait travel {kickoff_id[:8]}",
     }
     assert all("prefect-crew" in run["tags"] for run in runs)
 
@@ -124,7 +125,38 @@ def test_their_runs_say_which_crew_and_which_run(crew_server: CrewServerFactory,
 def test_long_names_are_cut():
     name: Any = kickoff_crew.task_run_name
     assert len(name(parameters={"crew": "c" * 300})) == 200
-    assert name(parameters={"crew": "travel"}) == "kick off travel"
+    assert name(parameters={"crew": "travel"}) == "kickoff travel"
+
+
+def test_without_a_step_the_first_input_that_may_be_shown_tells_kickoffs_apart(crew_server: CrewServerFactory):
+    called: Any = kickoff_crew.task_run_name
+    crew = crew_server("echo").crew(secret_inputs=["pin"]).crew.called("travel")
+    given: dict[str, Any] = {"crew": crew, "inputs": {"cities": ["x"], "pin": "4711", "city": " Lis\nbon "}}
+    assert called(parameters=given) == "kickoff travel · Lis bon"
+    assert called(parameters={**given, "idempotency_key": "lisbon"}) == "kickoff travel · lisbon"
+    assert called(parameters={**given, "idempotency_key": "{{ scheduled_start }}"}) == "kickoff travel · Lis bon"
+    assert called(parameters={**given, "name": "write"}) == "kickoff write"
+    assert called(parameters={**given, "crew": replace(crew, show="summary")}) == "kickoff travel"
+    assert called(parameters={**given, "inputs": "no mapping"}) == "kickoff travel"
+
+
+def test_a_run_that_was_found_is_tagged_where_it_is_waited_for(crew_server: CrewServerFactory, seen: Seen):
+    server, ids, key = crew_server(slow(0.5)), list[Any](), f"run {uuid.uuid4()}"
+
+    @flow
+    async def trip() -> None:
+        ids.append(flow_run.id)
+        one, other = [await kickoff_crew(server.crew(), idempotency_key=key) for _ in range(2)]
+        await wait_for_crew(server.crew(), one, name="new")
+        await wait_for_crew.submit(server.crew(), other, name="same").wait_async()
+        await wait_for_crew(server.crew(), await kickoff_crew(server.crew(), idempotency_key=key), name="ended")
+
+    asyncio.run(trip())
+    tags = {run["name"]: sorted(run["tags"]) for run in seen.task_runs(ids[0], count=6)}
+    assert tags["wait new"] == ["prefect-crew"]
+    assert tags["wait same"] == ["prefect-crew", "reattached"]
+    assert tags["wait ended"] == ["from-record", "prefect-crew"]
+    assert server.kickoffs == 1
 
 
 def test_a_copy_can_be_called_from_sync_code(crew_server: CrewServerFactory):

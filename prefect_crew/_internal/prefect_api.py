@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import httpx
-from prefect.client.orchestration import PrefectClient
+from prefect.client.orchestration import PrefectClient, get_client
 from prefect.context import ContextModel, FlowRunContext
-from prefect.exceptions import MissingContextError, PrefectHTTPStatusError
+from prefect.exceptions import MissingContextError, PrefectException, PrefectHTTPStatusError
 from prefect.logging import get_run_logger
 
 from prefect_crew._text import one_line
@@ -53,6 +53,21 @@ def flow_run_id() -> str | None:
     """Return the id of the flow run around this call."""
     context = FlowRunContext.get()
     return None if context is None or context.flow_run is None else str(context.flow_run.id)
+
+
+async def label_flow_run(*, name: str | None = None, tag: str | None = None) -> None:
+    """Rename the flow run around this call, or add a tag to it. It does without where the Prefect API is away."""
+    context = FlowRunContext.get()
+    if context is None or context.flow_run is None:
+        return
+    flow_run = context.flow_run
+    flow_run.name = name or flow_run.name
+    flow_run.tags = list(dict.fromkeys([*flow_run.tags, tag] if tag else flow_run.tags))
+    try:
+        async with get_client() as client:
+            await client.update_flow_run(flow_run.id, name=name, tags=flow_run.tags if tag else None)
+    except (httpx.HTTPError, PrefectException) as error:
+        run_logger().debug("The flow run could not be labelled: %s", error)
 
 
 def contexts_around(kind: type[ContextT]) -> list[ContextT]:

@@ -10,6 +10,7 @@ import html
 import re
 import textwrap
 from collections.abc import Sequence
+from urllib.parse import quote
 
 from prefect_crew.client.models import CrewStatus
 
@@ -59,6 +60,24 @@ def fenced(text: str, cap: int = OUTPUT_CAP) -> str:
     shown = "\n".join("\n".join(parts) for parts in lines)
     fence = "`" * max(3, max((len(run) for run in re.findall(r"`+", shown)), default=0) + 1)
     return f"{fence}text\n{shown.translate(_TURNS)}\n{fence}"
+
+
+def commands(*lines: str) -> str:
+    """Return commands of ours as a block that can be copied. A line is never broken, and begins with its command."""
+    return "\n".join(["```bash", *(" ".join(line.splitlines()).translate(_TURNS) for line in lines), "```"])
+
+
+_SAFE_IN_URLS = ":/?#[]@!$&'*+,;=%"
+
+
+def link(text: str, url: str, cap: int = CELL_CAP) -> str:
+    """Return a link for a line or a table's cell. Not as code: the older interface shows the backticks within one."""
+    return f"[{cell(text, cap)}]({quote(url, safe=_SAFE_IN_URLS, errors="replace")})"
+
+
+def flow_run_link(flow_run_id: str) -> str:
+    """Return a link from an artifact's page to a flow run. Relative: nobody here knows where the page is looked at."""
+    return link(flow_run_id[:8], f"../../runs/flow-run/{flow_run_id}")
 
 
 _MAY_OPEN = re.compile(r"[ \t>*+\-0-9.)]*(`{3,}|~{3,})")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 from uuid import UUID
@@ -22,7 +22,19 @@ from prefect.context import FlowRunContext, TaskRunContext
 from prefect.exceptions import PrefectException, PrefectHTTPStatusError
 
 from prefect_crew._internal.prefect_api import is_busy, request_soon
-from prefect_crew.artifacts.markdown import OUTPUT_CAP, cell, code, duration, fenced, prose, reading, table
+from prefect_crew.artifacts.markdown import (
+    OUTPUT_CAP,
+    cell,
+    code,
+    commands,
+    duration,
+    fenced,
+    flow_run_link,
+    link,
+    prose,
+    reading,
+    table,
+)
 from prefect_crew.client.inputs import encode_inputs
 from prefect_crew.client.models import CrewStatus, TaskResult, TokenUsage
 from prefect_crew.client.redaction import MASK
@@ -136,7 +148,11 @@ class MarkdownArtifact:
 
 @dataclass(frozen=True)
 class RunView:
-    """What an artifact shows of a run. Times are UTC; `inputs` are the caller's own values."""
+    """What an artifact shows of a run. Times are UTC; `inputs` are the caller's own values.
+
+    `page_url` is the crew's page for people. `notes` are what stands first, `to_do` the commands that go with them.
+    `read_result` is the command that writes the whole result.
+    """
 
     crew: str
     kickoff_id: str
@@ -149,7 +165,11 @@ class RunView:
     show: str = "full"
     secret_inputs: Sequence[str] = ()
     price: float | None = None
-    notes: Sequence[str] = field(default_factory=tuple)
+    page_url: str | None = None
+    flow_run_id: str | None = None
+    read_result: str | None = None
+    notes: Sequence[str] = ()
+    to_do: Sequence[str] = ()
     reviews: Sequence[SentReview] = ()
     failed_task: str | None = None
     attempt: str | None = None
@@ -161,8 +181,10 @@ def render_run(view: RunView) -> str:
     parts = [f"## {_STATES[view.state]} · {prose(view.crew)}"]
     if view.state is CrewState.FAILED:
         parts += _failure(view)
-    parts.append(_facts(view))
     parts += [f"> {prose(note)}" for note in view.notes]
+    if view.to_do:
+        parts.append(commands(*view.to_do))
+    parts.append(_facts(view))
     if view.inputs is not None and view.show == "full" and view.inputs:
         parts.append(_inputs(view))
     if view.reviews:
@@ -173,9 +195,9 @@ def render_run(view: RunView) -> str:
             parts.append(_tasks(status.tasks))
         if status.usage is not None:
             parts.append(_usage(status.usage))
-        if status.output is not None and view.state is CrewState.COMPLETED:
-            parts.append(_result(view, status.output))
-    return "\n\n".join(parts) + "\n"
+    if status is not None and status.output is not None and view.state is CrewState.COMPLETED:
+        parts.append(_result(view, status.output))
+    return "\n\n".join(filter(None, parts)) + "\n"
 
 
 def _failure(view: RunView) -> list[str]:
@@ -190,6 +212,10 @@ def _failure(view: RunView) -> list[str]:
 
 def _facts(view: RunView) -> str:
     rows = [("Run", code(view.kickoff_id))]
+    if view.page_url:
+        rows.append(("Crew", link(view.crew, view.page_url)))
+    if view.flow_run_id:
+        rows.append(("Flow run", flow_run_link(view.flow_run_id)))
     if view.idempotency_key:
         rows.append(("Idempotency key", code(view.idempotency_key)))
     if view.attempt and view.state is CrewState.FAILED:
@@ -258,13 +284,16 @@ def _usage(usage: TokenUsage) -> str:
 
 
 def _result(view: RunView, output: str) -> str:
-    if view.show == "summary":
-        return f"### Result\n\n{len(output):,} characters. Read it with `prefect-crew result` and the idempotency key."
-    cut = len(output) > OUTPUT_CAP
-    text = reading(output[:OUTPUT_CAP] if cut else output)
-    whole = "The whole text: `prefect-crew result` and the idempotency key."
-    note = f"_The first {OUTPUT_CAP:,} of {len(output):,} characters. {whole}_\n\n" if cut else ""
-    return f"### Result\n\n{note}{text}"
+    said: list[str] = []
+    if view.show == "full" and len(output) > OUTPUT_CAP:
+        said.append(f"The first {OUTPUT_CAP:,} of {len(output):,} characters.")
+    elif view.show == "summary":
+        said.append(f"{len(output):,} characters.")
+    if view.read_result is not None:
+        said.append(f"The whole text:\n\n{commands(view.read_result)}")
+    text = reading(output[:OUTPUT_CAP]) if view.show == "full" else ""
+    shown = "\n\n".join(filter(None, (" ".join(said), text)))
+    return f"### Result\n\n{shown}" if shown else ""
 
 
 def _bar(share: float) -> str:

@@ -7,18 +7,20 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from typing import Any, Literal
 
 from pydantic_core import to_jsonable_python
 
 from prefect_crew._internal.prefect_api import flow_run_id, run_logger
 from prefect_crew._text import by_reason
-from prefect_crew.artifacts.markdown import cell, code, duration, fenced, prose, table
+from prefect_crew.artifacts.markdown import cell, code, commands, duration, fenced, flow_run_link, link, prose, table
 from prefect_crew.artifacts.run import MarkdownArtifact, artifact_key
 from prefect_crew.batches.ledger import LedgerRow
 from prefect_crew.batches.outcomes import RowState
 from prefect_crew.batches.rows import BadRow, SetAside
 from prefect_crew.client.models import TokenUsage
+from prefect_crew.crew import Crew
 from prefect_crew.exceptions import BatchFailedError
 from prefect_crew.records.keys import escape_name
 
@@ -30,6 +32,9 @@ RECENT = 60.0
 SHOW_EVERY = 5.0
 """Seconds, at least, between two updates of the artifact."""
 BAR = 24
+CHART = 60
+"""Columns of the chart of the throughput, at most."""
+_LEVELS = "▁▂▃▄▅▆▇█"
 
 
 @dataclass(frozen=True)
@@ -184,6 +189,8 @@ class BatchProgress:
     uncertain_keys: list[str] = field(default_factory=list[str])
     errors: Counter[str] = field(default_factory=Counter[str])
     _ticks: deque[tuple[float, int]] = field(default_factory=deque[tuple[float, int]])
+    _curve: list[tuple[float, int]] = field(default_factory=list[tuple[float, int]])
+    _step: float = 1.0
 
     @property
     def completed(self) -> int:
@@ -238,6 +245,20 @@ class BatchProgress:
         self._ticks.append((now, self.ended_here))
         while len(self._ticks) > 2 and now - self._ticks[1][0] > RECENT:
             self._ticks.popleft()
+        if not self._curve or now - self._curve[-1][0] >= self._step:
+            self._curve.append(self._ticks[-1])
+        if len(self._curve) > CHART:
+            del self._curve[1::2]
+            self._step *= 2
+
+    def chart(self) -> str | None:
+        """Return the throughput of this call over time, as one line; None before there is enough to see."""
+        points = self._curve if not self._ticks else [*self._curve[:-1], self._ticks[-1]]
+        rates = [(to - of) / (end - begin) for (begin, of), (end, to) in pairwise(points) if end > begin]
+        if len(rates) < 3 or not max(rates):
+            return None
+        line = "".join(_LEVELS[round(rate / max(rates) * (len(_LEVELS) - 1))] for rate in rates)
+        return f"`{line}` up to {max(rates):,.1f} rows/s, over {duration(points[-1][0] - points[0][0])}"
 
     def add(self, state: RowState, error: str | None) -> None:
         """Count a row that has ended in this call, `error` is the class of its error."""
@@ -255,14 +276,12 @@ class BatchArtifact:
 
     Args:
         name: The batch.
-        crew: What its crew is called.
-        show: How much may be shown of what crews say; with "none", no error text.
+        crew: Its crew. With `show="none"`, no error text is shown.
     """
 
-    def __init__(self, name: str, crew: str, *, show: str) -> None:
-        self._head = f"## Batch {prose(name)} · {prose(crew)}"
+    def __init__(self, name: str, crew: Crew) -> None:
         self._name = name
-        self._show = show
+        self._crew = crew
         self._artifact = MarkdownArtifact(
             artifact_key(name, prefix="batch"), f"Batch {name}", flow_run_id=flow_run_id()
         )
@@ -274,7 +293,10 @@ class BatchArtifact:
         if report is None and time.monotonic() - self._shown_at < SHOW_EVERY:
             return
         self._shown_at = time.monotonic()
-        parts = [self._head, _figures(progress, report), *self._failures(progress)]
+        parts = [f"## Batch {prose(self._name)} · {prose(self._crew.label)}"]
+        if report is not None and report.stopped:
+            parts += ["### Stopped", fenced(report.stopped)]
+        parts += [self._figures(progress, report), *self._failures(progress)]
         error = await self._artifact.put("\n\n".join(parts) + "\n")
         if error and not self._failed:
             self._failed = True
@@ -289,7 +311,7 @@ class BatchArtifact:
                 "### Uncertain",
                 f"Nobody knows whether {progress.uncertain:,} kickoffs started a run. Look at the crew's page, then "
                 f"resolve each: {shown}",
-                fenced(f"{command} --kickoff-id ID\n{command} --never-started"),
+                commands(f"{command} --kickoff-id ID", f"{command} --never-started"),
             ]
         if progress.failures:
             rows = [
@@ -297,11 +319,13 @@ class BatchArtifact:
                     code(one.key),
                     code(one.record.kickoff_id) if one.record is not None and one.record.kickoff_id else "–",
                     cell(str(one.state)),
-                    cell((one.error or "–") if self._show != "none" else "not shown"),
+                    cell((one.error or "–") if self._crew.show != "none" else "not shown"),
                 )
                 for one in progress.failures
             ]
-            parts += ["### Failed", f"The first {len(rows):,} of {progress.failed:,}:"]
+            name = shlex.quote(self._name)
+            retry = commands(f"prefect-crew batch failures {name}", f"prefect-crew batch retry {name}")
+            parts += ["### Failed", f"The first {len(rows):,} of {progress.failed:,}. To list or to retry all:", retry]
             parts.append(table(("Row", "Run", "State", "Error"), rows))
         if (aside := progress.set_aside).count:
             bad = [(f"{row.line:,}", cell(row.reason)) for row in aside.rows[:FAILURES]]
@@ -309,18 +333,30 @@ class BatchArtifact:
             parts += ["### Set aside", f"The first {shown}. All are in {where}.", table(("Line", "Why"), bad)]
         return parts
 
+    def _figures(self, progress: BatchProgress, report: BatchReport | None) -> str:
+        rows = _counts(progress)
+        if (run := flow_run_id()) is not None:
+            rows.append(("Flow run", flow_run_link(run)))
+        if self._crew.page_url:
+            rows.append(("Crew", link(self._crew.label, self._crew.page_url)))
+        return table(("", ""), [*rows, *_times(progress, report)])
 
-def _figures(progress: BatchProgress, report: BatchReport | None) -> str:
+
+def _counts(progress: BatchProgress) -> list[tuple[str, str]]:
     share = progress.done / progress.whole if progress.whole else 1.0
     full = round(share * BAR)
-    rows = [
-        ("Done", f"{'█' * full}{'░' * (BAR - full)} {progress.done:,} of {progress.whole:,} ({share:.1%})"),
-        ("Completed", f"{progress.completed:,}"),
-        ("Failed", f"{progress.failed:,}"),
-        ("Uncertain", f"{progress.uncertain:,}"),
-    ]
-    if progress.set_aside.count:
-        rows.append(("Set aside", f"{progress.set_aside.count:,}"))
+    counts = {
+        "Completed": progress.completed,
+        "Failed": progress.failed,
+        "Uncertain": progress.uncertain,
+        **({"Set aside": progress.set_aside.count} if progress.set_aside.count else {}),
+    }
+    done = f"{'█' * full}{'░' * (BAR - full)} {progress.done:,} of {progress.whole:,} ({share:.1%})"
+    return [("Done", done), *((name, f"{count:,}") for name, count in counts.items())]
+
+
+def _times(progress: BatchProgress, report: BatchReport | None) -> list[tuple[str, str]]:
+    rows = [] if (chart := progress.chart()) is None else [("Throughput", chart)]
     if progress.people:
         rows.append(("Wait for a person", f"{progress.people:,} · `prefect-crew reviews ls`"))
     if report is None:
@@ -331,7 +367,7 @@ def _figures(progress: BatchProgress, report: BatchReport | None) -> str:
             ("Time so far", duration(progress.seconds)),
             ("Time left", "–" if left is None else duration(left)),
         ]
-        return table(("", ""), rows)
+        return rows
     rows += [
         ("Not run", f"{report.skipped - report.set_aside:,}"),
         ("Kickoffs of this call", f"{report.kickoffs:,}"),
@@ -341,6 +377,4 @@ def _figures(progress: BatchProgress, report: BatchReport | None) -> str:
         rows += [(name.replace("_", " "), f"{count:,}") for name, count in report.usage if count is not None]
     if report.cost is not None:
         rows.append(("Cost of all calls", f"{report.cost:,.10g}"))
-    if report.stopped:
-        rows.append(("Stopped", cell(report.stopped)))
-    return table(("", ""), [*rows, ("Output", code(report.output))])
+    return [*rows, ("Output", code(report.output))]

@@ -467,7 +467,7 @@ class _OpenBatch:
     kickoffs_before: int = field(init=False)
 
     def __post_init__(self) -> None:
-        self.artifact = BatchArtifact(self.job.name, self.job.crew.label, show=self.job.crew.show)
+        self.artifact = BatchArtifact(self.job.name, self.job.crew)
         self.kickoffs_before = self.throttle.kickoffs
 
     async def run(self) -> BatchReport:

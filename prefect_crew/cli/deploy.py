@@ -108,7 +108,7 @@ def deploy(
         from prefect import serve as serve_deployments
 
         _output.put(f"Serving {deployment.full_name}: this process runs it until Ctrl-C.")
-        _output.put(run)
+        _output.put(run + _example(target, is_flow=flow is not None))
         sys.stdout.flush()  # a parent process reads the lines through a pipe
         serve_deployments(deployment, print_starting_message=False)  # pyright: ignore[reportUnknownMemberType]
         return
@@ -155,6 +155,10 @@ async def _apply(deployment: RunnerDeployment) -> tuple[str, str | None]:
     from prefect.deployments.runner import DeploymentApplyError
     from prefect.exceptions import ObjectNotFound
 
+    from prefect_crew.deployments import shared_key
+
+    if again := await shared_key(deployment):
+        _output.note(f"Several times of the schedule share the key {again!r}: only the first of them starts a run.")
     pool_type: str | None = None
     try:
         if deployment.work_pool_name:

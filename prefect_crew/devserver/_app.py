@@ -31,7 +31,7 @@ from prefect_crew.client.webhooks import Webhooks
 from prefect_crew.devserver._faults import Fault, Faults
 from prefect_crew.devserver._response_formats import FORMATS, FormatName, ResponseFormat
 from prefect_crew.devserver._runs import Answer, CrewRuns, Program, Run, is_flow
-from prefect_crew.devserver._scripts import CrewScript, ScriptedProgram, load_script, parse_script
+from prefect_crew.devserver._scripts import CrewScript, ScriptedProgram, ScriptError, load_script, parse_script
 from prefect_crew.devserver._webhooks import CALLBACKS, Generation, ReviewWebhook, WebhookSender
 
 CRASH_EXIT_CODE = 86
@@ -153,6 +153,8 @@ def load_program(spec: Spec, *, speed: float = 1.0) -> Program:
         from prefect_crew.devserver._crewai_runner import load_crewai  # imports CrewAI, which takes seconds
 
         return load_crewai(text)
+    if text.endswith(".py"):
+        raise ScriptError(f"{text} is Python code. Name the function or class that builds the crew: {text}:NAME.")
     return ScriptedProgram(load_script(text), speed=speed)
 
 

@@ -107,6 +107,7 @@ def _find_factory(spec: str) -> tuple[str, Callable[[], Any]]:
         if path.endswith(".py"):
             module = _import_file(Path(path))
         else:
+            _add_to_path(Path.cwd() / "src")  # where `crewai create crew` puts it
             _add_to_path(Path.cwd())
             module = importlib.import_module(path)
     except ProgramNotFoundError:
@@ -130,7 +131,13 @@ def _import_file(path: Path) -> ModuleType:
     path = path.resolve()
     if not path.is_file():
         raise ProgramNotFoundError(f"There is no file {path}.")
-    _add_to_path(path.parent)
+    folder, package = path.parent, list[str]()
+    _add_to_path(folder)
+    while (folder / "__init__.py").is_file():
+        folder, package = folder.parent, [folder.name, *package]
+    if package:
+        _add_to_path(folder)
+        return importlib.import_module(".".join([*package, path.stem]))
     loaded = sys.modules.get(path.stem)
     if loaded is not None and getattr(loaded, "__file__", None) == str(path):
         return loaded

@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 from collections.abc import Mapping
+from difflib import get_close_matches
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, cast
@@ -322,6 +323,9 @@ _UNION_ARMS = ("str", "float")
 """What pydantic puts into an error's place for the alternatives of a union; no field has these names."""
 
 
+_FIELDS = {name for part in (CrewScript, TaskSpec, StepSpec, InputSpec) for name in part.model_fields}
+
+
 def _error_lines(error: ValidationError, source: str) -> list[str]:
     """Return a line for each field that is wrong; the alternatives of a union share one."""
     messages: dict[str, list[str]] = {}
@@ -329,7 +333,9 @@ def _error_lines(error: ValidationError, source: str) -> list[str]:
         path = [part for part in item["loc"] if part not in _UNION_ARMS]
         name = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).lstrip(".")
         message = item["msg"].removeprefix("Value error, ")
-        message = "there is no such field" if item["type"] == "extra_forbidden" else message
+        if item["type"] == "extra_forbidden":
+            near = get_close_matches(str(path[-1]), _FIELDS, n=1)
+            message = "there is no such field" + (f": did you mean {near[0]}?" if near else "")
         messages.setdefault(f"{source}: {name}: " if name else f"{source}: ", []).append(message)
     return [f"{where}{' or '.join(dict.fromkeys(texts))}" for where, texts in messages.items()]
 

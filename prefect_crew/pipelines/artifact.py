@@ -13,7 +13,7 @@ import httpx
 from prefect.exceptions import PrefectException
 
 from prefect_crew._internal.prefect_api import flow_run_id, run_logger
-from prefect_crew.artifacts.markdown import cell, code, duration, fenced, prose, table
+from prefect_crew.artifacts.markdown import cell, code, duration, fenced, flow_run_link, link, prose, table
 from prefect_crew.artifacts.run import MarkdownArtifact, artifact_key
 from prefect_crew.pipelines.graph import PipelineGraph
 from prefect_crew.records.model import RecordPhase
@@ -42,8 +42,7 @@ class StepView:
     """A step as it is shown. Times are seconds since the epoch.
 
     `error` is why it failed, with what to do. `attempt` is which start under its key it was. `earlier` is how long a
-    run
-    took that had ended before this call; None for a run that this call waited for.
+    run took that had ended before this call; None for a run that this call waited for. `page_url` is the crew's page.
     """
 
     crew: str
@@ -55,12 +54,19 @@ class StepView:
     earlier: float | None = None
     attempt: str | None = None
     error: str | None = None
+    page_url: str | None = None
 
 
 def render_pipeline(
-    name: str, idempotency_key: str, graph: PipelineGraph, views: Mapping[str, StepView], now: float
+    name: str,
+    idempotency_key: str,
+    graph: PipelineGraph,
+    views: Mapping[str, StepView],
+    now: float,
+    *,
+    run: str | None = None,
 ) -> str:
-    """Return the Markdown of a pipeline."""
+    """Return the Markdown of a pipeline. `run` is the id of its flow run."""
     order = [step for layer in graph.layers() for step in layer]
     begun = [view for view in views.values() if view.started is not None]
     start = min([view.started or now for view in begun], default=now)
@@ -69,10 +75,12 @@ def render_pipeline(
     done, failed = states.count("completed"), states.count("failed")
     head = f"## {prose(name)}: {done} of {len(order)} steps completed" + (f", {failed} failed" if failed else "")
     why = "".join(_failure(step, views[step]) for step in order if views[step].error is not None)
-    facts = table(("", ""), [("Idempotency key", code(idempotency_key)), ("Time", duration(end - start))])
+    facts = [("Idempotency key", code(idempotency_key)), ("Time", duration(end - start))]
+    if run is not None:
+        facts.append(("Flow run", flow_run_link(run)))
     rows = [_row(step, views[step], graph.needs[step], start, max(end - start, 1e-9), now) for step in order]
     steps = table(("Step", "After", "State", "Time", "Timeline", "Crew", "Run"), rows)
-    return f"{head}\n\n{why}{facts}\n\n### Steps\n\n{steps}\n"
+    return f"{head}\n\n{why}{table(('', ''), facts)}\n\n### Steps\n\n{steps}\n"
 
 
 def _failure(step: str, view: StepView) -> str:
@@ -89,16 +97,17 @@ def _row(step: str, view: StepView, needs: Set[str], start: float, span: float, 
         took = duration(ended - view.started)
         bar = f"`{_bar((view.started - start) / span, (ended - start) / span)}`"
     state = _MARKS[view.state].replace(" ", "\u00a0", 1)  # the newer interface would break the line there
-    return [f"**{cell(step)}**", ", ".join(map(cell, sorted(needs))), state, took, bar, cell(view.crew), _link(view)]
+    crew = link(view.crew, view.page_url) if view.page_url else cell(view.crew)
+    return [f"**{cell(step)}**", ", ".join(map(cell, sorted(needs))), state, took, bar, crew, _link(view)]
 
 
 def _link(view: StepView) -> str:
     """Return a link to the artifact of a step's run. Relative, since nobody here knows where the page is looked at."""
     if view.kickoff_id is None:
         return ""
-    # Not as code: the older interface shows the backticks of code within a link.
-    shown = cell(view.kickoff_id, 8)
-    return shown if view.artifact_id is None else f"[{shown}](../artifact/{view.artifact_id})"
+    if view.artifact_id is None:
+        return cell(view.kickoff_id, 8)
+    return link(view.kickoff_id, f"../artifact/{view.artifact_id}", cap=8)
 
 
 def _bar(begin: float, end: float) -> str:
@@ -154,7 +163,7 @@ class PipelineArtifact:
     def opened(self, step: str, run: OpenRun) -> None:
         """Note which run a step's is."""
         view, record = self._views[step], run.record
-        self._runs[step], view.kickoff_id = run, run.kickoff_id
+        self._runs[step], view.kickoff_id, view.page_url = run, run.kickoff_id, run.crew.page_url
         view.attempt = run.attempt
         if record is not None and not run.owned and record.phase is RecordPhase.ENDED:
             seconds = (record.ended_at or record.claimed_at) - (record.kicked_off_at or record.claimed_at)
@@ -182,7 +191,8 @@ class PipelineArtifact:
     async def _put(self) -> None:
         for step, run in self._runs.items():
             self._views[step].artifact_id = run.artifact.id
-        data = render_pipeline(self._name, self._idempotency_key, self._graph, self._views, time.time())
+        now, run = time.time(), flow_run_id()
+        data = render_pipeline(self._name, self._idempotency_key, self._graph, self._views, now, run=run)
         trouble = await self._artifact.put(data)
         if trouble and not self._troubled:
             self._troubled = True

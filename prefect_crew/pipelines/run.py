@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial, wraps
@@ -21,19 +21,19 @@ from pydantic import Field, SecretStr
 
 from prefect_crew._internal.asyncio_tasks import cancel_and_wait, cancelled_once
 from prefect_crew._internal.callables import sync_version
-from prefect_crew._internal.prefect_api import run_logger
+from prefect_crew._internal.prefect_api import label_flow_run, run_logger
 from prefect_crew.blocks import values_of_blocks
 from prefect_crew.client.inputs import encode_inputs, inputs_digest
 from prefect_crew.client.models import CrewResult, CrewStatus
-from prefect_crew.client.redaction import HiddenValues, Redactor, holds_secret, revealed
-from prefect_crew.crew import WaitPolicy
+from prefect_crew.client.redaction import MASK, HiddenValues, Redactor, holds_secret, revealed
+from prefect_crew.crew import WaitPolicy, titled
 from prefect_crew.exceptions import ConfigurationError, PipelineFailedError
 from prefect_crew.flows import arun_crew
 from prefect_crew.pipelines.artifact import PipelineArtifact
 from prefect_crew.pipelines.check import PipelineCrews, PipelinePlan, step_key
 from prefect_crew.pipelines.definition import PipelineDefinition
 from prefect_crew.pipelines.graph import CrewStep, PipelineGraph
-from prefect_crew.records.keys import identify
+from prefect_crew.records.keys import identify, render_key, scheduled_start
 from prefect_crew.runs.options import check_choices
 from prefect_crew.runs.reviews.questions import ReviewChoice
 from prefect_crew.runs.run import OpenRun
@@ -96,15 +96,18 @@ async def arun_pipeline(
     await crews.check()
     await crews.refuse_problems()
 
-    # What Prefect's stored parameters must not or cannot hold reaches the flow by this function.
-    @wraps(run_steps.fn)
-    async def run(*_: Any, **__: Any) -> PipelineResult:
-        return await _run(crews, name=name, idempotency_key=idempotency_key, wait=wait, review=review)
-
+    run = partial(_run, crews, name=name, idempotency_key=idempotency_key, wait=wait, review=review)
     if FlowRunContext.get() is not None or TaskRunContext.get() is not None:
         return await run()
+
+    # What Prefect's stored parameters must not or cannot hold reaches the flow by this function.
+    @wraps(run_steps.fn)
+    async def run_in_flow(*_: Any, **__: Any) -> PipelineResult:
+        await _name_flow_run(crews, name, idempotency_key)
+        return await run()
+
     own_flow = copy(run_steps)
-    own_flow.fn = run
+    own_flow.fn = run_in_flow
     return await cast("Any", own_flow)(
         pipeline=name,
         steps=[step.name for step in steps],
@@ -159,6 +162,7 @@ async def run_deployed_pipeline(
     hidden = await values_of_blocks({name: given[name] for name in given if name in secret}, secret)
     # Those that were loaded, so that each is loaded once; one that is not stored is refused with all other problems.
     steps = [replace(step, crew=crews.crews.get(step.name, step.crew)) for step in crews.graph.steps]
+    await _name_flow_run(crews, pipeline.name, idempotency_key, secret)
     return await arun_pipeline(
         steps,
         {**given, **hidden},
@@ -167,6 +171,15 @@ async def run_deployed_pipeline(
         wait=pipeline.wait,
         review=pipeline.review,
     )
+
+
+async def _name_flow_run(
+    crews: PipelineCrews, name: str, idempotency_key: str | None, secret: Collection[str] = ()
+) -> None:
+    key = idempotency_key and render_key(idempotency_key, await scheduled_start())
+    may_show = all(crew.show == "full" for crew in crews.crews.values())
+    inputs = {name: value for name, value in crews.stored_inputs().items() if may_show and value != MASK}
+    await label_flow_run(name=titled(name, key, inputs, secret))
 
 
 @cancelled_once

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -65,6 +66,11 @@ class OpenRun:
     def idempotency_key(self) -> str | None:
         """Its idempotency key, where a record holds it."""
         return None if self.record is None else self.record.idempotency_key
+
+    def as_argument(self, name: str | None = None) -> str:
+        """Return its key or its id as an argument of a command, with its crew where that is not a stored block."""
+        crew = "" if self.crew.block else f" --crew {shlex.quote(self.crew.url)}"
+        return f"{shlex.quote(name or self.kickoff_id)}{crew}"
 
     @cached_property
     def artifact(self) -> RunArtifact:
@@ -139,7 +145,12 @@ class OpenRun:
         return status.model_copy(update={**texts, "tasks": tasks, "raw": None})
 
     def view(
-        self, status: CrewStatus | None, *, notes: Sequence[str] = (), reviews: Sequence[SentReview] = ()
+        self,
+        status: CrewStatus | None,
+        *,
+        notes: Sequence[str] = (),
+        to_do: Sequence[str] = (),
+        reviews: Sequence[SentReview] = (),
     ) -> RunView:
         """Return what the artifact shows; `status` is None right after the kickoff."""
         record = self.record
@@ -156,7 +167,11 @@ class OpenRun:
             show=self.show,
             secret_inputs=self.crew.secret_inputs,
             price=self.crew.price,
+            page_url=self.crew.page_url,
+            flow_run_id=None if record is None else record.flow_run_id,
+            read_result=None if record is None else f"prefect-crew result {self.as_argument(record.idempotency_key)}",
             notes=notes,
+            to_do=to_do,
             reviews=reviews,
             failed_task=None if failed is None else self.redact(failed),
             attempt=self.attempt,
@@ -187,6 +202,13 @@ class KickoffId(str):
 
     def __reduce__(self) -> tuple[type[str], tuple[str]]:
         return str, (str(self),)
+
+
+def how_found(kickoff_id: object) -> str | None:
+    """Return the tag that says how a kickoff found its run; None for one that started it, or a plain id."""
+    if not isinstance(kickoff_id, KickoffId) or kickoff_id.run.owned or kickoff_id.run.record is None:
+        return None
+    return "from-record" if kickoff_id.run.record.phase is RecordPhase.ENDED else "reattached"
 
 
 # PyYAML refuses a subclass of str that was not registered.

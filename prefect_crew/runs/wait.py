@@ -364,7 +364,8 @@ class _Waiter(Watcher):
         people = self.people
         notes = [*(() if people is None else people.notes), *([note] if note else [])]
         given = () if people is None else people.answers
-        view = self.run.view(status, notes=[self.run.redact(one) for one in notes], reviews=given)
+        to_do = () if people is None else people.commands
+        view = self.run.view(status, notes=[self.run.redact(one) for one in notes], to_do=to_do, reviews=given)
         problem = await self.run.artifact.update(view)
         if problem and not self._artifact_failed:
             self._artifact_failed = True

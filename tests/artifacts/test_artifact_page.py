@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import re
+import shlex
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -54,7 +57,8 @@ def script() -> CrewScript:
 @pytest.fixture
 def artifact_id(prefect_api: Any, script: CrewScript, instant_polling: None) -> str:
     with CrewServer(script, response_format="union") as server:
-        crew = DeployedCrew(url=server.url, token=server.token, secret_inputs=["password"])
+        fields = {"secret_inputs": ["password"], "page_url": "https://crews.example/travel?tab=(1)|2"}
+        crew = DeployedCrew(url=server.url, token=server.token, **fields)
         run_crew(crew, {"topic": "<i>Lisbon</i> | tiles", "password": "correct horse battery"})
         key = f"crew-{crew.label.replace('.', '-').replace(':', '-')}"
 
@@ -67,12 +71,19 @@ def artifact_id(prefect_api: Any, script: CrewScript, instant_polling: None) -> 
     return asyncio.run(find())
 
 
-@pytest.mark.parametrize("ui", ["v1", "v2"], ids=["older-interface", "newer-interface"])
-def test_a_run_renders_as_meant(prefect_server: Any, chromium: Any, artifact_id: str, ui: str) -> None:
-    with chromium.page(height=1600) as page:
+@pytest.mark.parametrize(
+    ("ui", "dark"),
+    [("v1", False), ("v2", False), ("v2", True)],
+    ids=["older-interface", "newer-interface", "newer-interface-dark"],
+)
+def test_a_run_renders_as_meant(
+    prefect_server: Any, chromium: Any, artifact_id: str, tmp_path: Path, ui: str, dark: bool
+) -> None:
+    with chromium.page(height=1600, dark=dark) as page:
         page.open(prefect_server.artifact_url(artifact_id, ui=ui))
         page.wait_for_text("Execution time")
         page.wait_for_text("still inside")
+        page.screenshot(tmp_path / "run.png")
         text = page.text().replace("\u2060", "")  # a word joiner makes a tag text
 
         for shown in (
@@ -101,3 +112,15 @@ def test_a_run_renders_as_meant(prefect_server: Any, chromium: Any, artifact_id:
         assert page.count("a[href^='javascript']") == 0
         assert page.evaluate("window.pwned ?? null") is None
         assert not [url for url in page.requests if "tracker" in url], "opening the page loads nothing from elsewhere"
+        assert page.count("a[href='https://crews.example/travel?tab=%281%29%7C2']") == 1, "the crew's page"
+        assert f"prefect-crew result {shlex.quote(key_of(text))} --crew http://127.0.0.1" in text, "on one line"
+        # The older interface opens links in another tab; where this one leads counts.
+        page.open(page.evaluate("document.querySelector(\"a[href*='../../runs/flow-run/']\").href"))
+        page.wait_for_text("· <i>Lisbon</i> | tiles")
+        assert f"{'/v2' if ui == 'v2' else ''}/runs/flow-run/" in page.url
+        page.screenshot(tmp_path / "flow-run.png")
+
+
+def key_of(text: str) -> str:
+    """Return the idempotency key that a page shows."""
+    return re.split(r"[\t\n]+", text.partition("Idempotency key")[2].strip())[0]

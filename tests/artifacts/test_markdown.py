@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import shlex
 from datetime import UTC, datetime
 from typing import Any
 
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
-from prefect_crew.artifacts.markdown import OUTPUT_CAP, cell, code, fenced, prose, table
+from prefect_crew.artifacts.markdown import OUTPUT_CAP, cell, code, commands, fenced, link, prose, table
 from prefect_crew.artifacts.run import RunView, render_run
 from prefect_crew.client.models import CrewStatus, TaskResult, TokenUsage
 from prefect_crew.client.redaction import MASK
@@ -198,10 +199,25 @@ def test_an_image_becomes_a_link():
 
 
 def test_a_long_result_is_cut_and_says_where_the_rest_is():
-    markdown = render_run(view(output="x" * (OUTPUT_CAP + 1)))
-    assert "The first 60,000 of 60,001 characters. The whole text: `prefect-crew result`" in markdown
+    cut = dataclasses.replace(view(output="x" * (OUTPUT_CAP + 1)), read_result="prefect-crew result k")
+    markdown = render_run(cut)
+    assert "The first 60,000 of 60,001 characters. The whole text:\n\n```bash\nprefect-crew result k\n```" in markdown
     assert len(markdown) < OUTPUT_CAP + 1000
     assert "The first" not in render_run(view(output="x" * OUTPUT_CAP))
+
+
+@given(MARKUP)
+def test_a_command_is_one_line_of_code_whatever_is_quoted_in_it(text: str):
+    (token,) = parsed(commands(f"prefect-crew result {shlex.quote(text)}"))
+    assert (token.type, token.info, token.content.count("\n")) == ("fence", "bash", 1)
+    assert token.content.startswith("prefect-crew result ")
+
+
+@given(MARKUP, MARKUP)
+def test_a_link_leads_where_it_is_said_whatever_its_words_are(text: str, rest: str):
+    shown = link(f"x{text}", f"https://x.test/{rest}")
+    links = [token for token in parsed(f"| a |\n| --- |\n| {shown} |") if token.type == "link_open"]
+    assert [str(one.attrs["href"]).startswith("https://x.test/") for one in links] == [True]
 
 
 # What is shown, and how much

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import shlex
 import time
 import uuid
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -28,7 +30,7 @@ from prefect_crew.runs.kickoff import open_run
 from prefect_crew.testing import CrewServerFactory
 from support.prefect_server import PrefectServer
 from support.proxy import Proxy, through
-from support.scripts import script, slow
+from support.scripts import ASKS, script, slow
 from support.seen import Seen
 
 pytestmark = pytest.mark.usefixtures("prefect_api", "instant_polling")
@@ -92,6 +94,48 @@ def test_an_artifact_shows_the_kickoff_and_then_the_end(crew_server: CrewServerF
     assert artifact["task_run_id"]
     for part in ("✓ completed", "# Lisbon\n\nby tram", "| **city** | Lisbon |", "| task\\_1 |"):
         assert part in artifact["data"]
+
+
+def test_an_artifact_leads_to_the_flow_run_the_crews_page_and_the_whole_result(
+    crew_server: CrewServerFactory, seen: Seen, name: str
+):
+    server = crew_server(script({"output": "x" * 70_000}))
+    crew = replace(server.crew(page_url="https://crews.example/travel").crew, label=name, block=name)
+    ids: list[Any] = []
+
+    @flow
+    async def trip() -> str:
+        ids.append(flow_run.id)
+        return (await arun_crew(crew, idempotency_key=f"{name}'s key")).output
+
+    assert len(asyncio.run(trip())) == 70_000
+    text = shown(seen, name)
+    for part in (
+        f"| Flow run | [{ids[0][:8]}](../../runs/flow-run/{ids[0]}) |",
+        f"| Crew | [{name}](https://crews.example/travel) |",
+        f"The first 60,000 of 70,000 characters. The whole text:\n\n```bash\nprefect-crew result "
+        f"{shlex.quote(name + chr(39) + 's key')}\n```",
+    ):
+        assert part in text
+
+
+def test_who_is_waited_for_stands_first_with_the_commands_that_answer(
+    crew_server: CrewServerFactory, seen: Seen, name: str
+):
+    crew = crew_server(ASKS, response_format="union").crew().crew.called(name)
+    with pytest.raises(CrewTimeoutError):
+        asyncio.run(arun_crew(crew, wait=WaitPolicy(initial=0.05, human_timeout=0.5)))
+    kickoff_id = seen.artifacts(artifact_key(name))[0]["description"].split()[1]
+    text = shown(seen, name)
+    head, _, rest = text.partition("```bash\n")
+    assert "waits for a person: task" in head
+    commands, _, facts = rest.partition("\n```")
+    assert commands.splitlines() == [
+        f"prefect-crew reviews inspect {kickoff_id} --crew {crew.url}",
+        f"prefect-crew reviews approve {kickoff_id} --crew {crew.url}",
+        f"prefect-crew reviews reject {kickoff_id} --crew {crew.url} --feedback TEXT",
+    ]
+    assert "| Run |" in facts
 
 
 def test_a_timeout_is_shown_with_how_to_go_on(crew_server: CrewServerFactory, seen: Seen, name: str):

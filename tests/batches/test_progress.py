@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import sqlite3
 import uuid
 from pathlib import Path
@@ -90,6 +91,40 @@ async def test_progress_moves_while_rows_run(
     assert [phase for phase, *_ in seen][-2:] == ["finishing", "done"]
     assert any(0 < done < 30 and 0 < in_flight <= 10 for _, done, in_flight in seen)
     assert (seen[0], seen[-1]) == (("checking", 0, 0), ("done", 30, 0))
+
+
+def test_the_chart_shows_the_throughput_of_a_call_in_few_columns(monkeypatch: pytest.MonkeyPatch):
+    now = 1000.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    progress = BatchProgress("leads")
+    assert progress.chart() is None
+    for second in range(2000):
+        now += 1.0
+        progress.ended_here += 10 if second < 1000 else 0
+        progress.tick()
+        if second == 1:
+            assert progress.chart() is None, "two points are no curve"
+    chart = str(progress.chart())
+    assert chart.endswith(" up to 10.0 rows/s, over 33 min 19 s")
+    columns = chart.split("`")[1]
+    assert 20 < len(columns) <= 60
+    assert re.fullmatch("█+[▂▃▄▅▆▇]?▁+", columns)
+    assert abs(columns.count("█") - columns.count("▁")) < 3
+
+
+async def test_the_page_says_why_it_stopped_first_and_how_to_go_on(
+    batch: Batches, crew_server: CrewServerFactory, prefect_api: PrefectServer
+):
+    crew = crew_server(PICKY).crew(page_url="https://crews.example/travel")
+    rows = [{"topic": topic} for topic in ("bad", "tea", "milk")]
+    await batch(crew, rows, name="it's bad", on_failure="stop", max_in_flight=1)
+    [page] = await artifacts("it's bad")
+    head, _, figures = page.partition("| Done |")
+    assert "### Stopped" in head
+    assert "(https://crews.example/travel) |" in figures
+    assert re.search(r"\| Flow run \| \[\w{8}\]\(\.\./\.\./runs/flow-run/[\w-]{36}\) \|", figures)
+    quoted = "'it'\"'\"'s bad'"
+    assert f"```bash\nprefect-crew batch failures {quoted}\nprefect-crew batch retry {quoted}\n```" in page
 
 
 async def test_a_plan_says_how_many_how_long_and_how_much(batch: Batches, crew_server: CrewServerFactory):

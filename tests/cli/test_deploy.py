@@ -137,6 +137,8 @@ def test_a_schedule_needs_defaults_and_stays_until_another_is_given(here, name: 
     without = here(*line)
     assert without.code == 2
     assert f"Or delete the schedule that deployed-crew/daily {name} has." in without.err
+    minutely = here(*line, "--cron", "* * * * *", "-i", "who=Ada", "--key", "daily-{{ scheduled_start:%Y-%m-%d }}")
+    assert (minutely.code, "Several times of the schedule share the key 'daily-" in minutely.err) == (0, True)
     same = here(*line, "-i", "who=Ada", "--key", "always")
     assert (same.code, "is the same for every time of the schedule" in same.err) == (2, True)
     assert here(*line, "-i", "who=Ada", "--interval", "3600").code == 0
@@ -170,6 +172,7 @@ def test_served_by_the_command_itself(prefect_api: PrefectServer, crews: CrewSer
     command = [program("prefect-crew"), "deploy", name, "--serve"]
     with Process(command, log=tmp_path / "log", env=env) as process:
         process.wait_for(f"Serving deployed-crew/{name}")
+        process.wait_for(f"Run it: prefect deployment run deployed-crew/{name} -p 'inputs=")
         run = ended(prefect_api, start(prefect_api, f"deployed-crew/{name}", {"inputs": {"who": "Ada"}}))
         assert run["state_type"] == "COMPLETED", run["state"]
         # Before 3.9 Prefect's runner shows a traceback where the process of a flow run ends as the runner is stopped.

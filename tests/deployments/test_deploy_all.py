@@ -102,6 +102,10 @@ def test_schedules_have_parameters_of_their_own(site: Site):
     assert tea["schedule"]["interval"] == 21600
 
 
+def test_no_schedule_that_starts_a_crew_is_active(site: Site):
+    assert [slug for slug, one in schedules(site).items() if one["active"]] == ["sundays"]
+
+
 def test_a_second_deploy_changes_nothing_and_doubles_nothing(site: Site):
     before = {name: (one["id"], len(one["schedules"])) for name in DEPLOYMENTS for one in [site.deployment(name)]}
     automations = len(site.call("POST", "/automations/filter", {}))

@@ -403,6 +403,20 @@ def test_where_a_factory_is_found(
     assert sys.modules["json"] is json
 
 
+@pytest.mark.parametrize("spec", ["laid_out.crew:Crews.Travel.build", "src/laid_out/crew.py:Crews.Travel.build"])
+def test_a_project_as_crewai_creates_it_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spec: str) -> None:
+    package = tmp_path / "src" / "laid_out"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    (package / "tool.py").write_text("NAME = 'tool'")
+    (package / "crew.py").write_text(f"from laid_out.tool import NAME\n{MINE}")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    assert load_program(spec).name == "crew"
+    for module in [name for name in sys.modules if name.partition(".")[0] == "laid_out"]:
+        del sys.modules[module]
+
+
 @pytest.mark.parametrize(
     ("spec", "text"),
     [

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from prefect_crew.client.models import TaskResult
-from prefect_crew.devserver import Answer, Outcome, ProgramError, Run, ScriptError, load_script
+from prefect_crew.devserver import Answer, Outcome, ProgramError, Run, ScriptError, load_program, load_script
 from prefect_crew.devserver import _scripts as module
 from prefect_crew.devserver._scripts import ScriptedProgram, bundled_scripts, parse_script, schema
 
@@ -30,7 +30,9 @@ X, T = "name: x\n", "name: x\ntasks:\n  - name: t\n    "
         pytest.param("", [": a crew is a mapping with a name and tasks, not NoneType"], id="empty"),
         pytest.param(X, [": tasks: Field required"], id="no-tasks"),
         pytest.param(f"{X}tasks: []\n", [": tasks: List should have at least 1 item"], id="empty-tasks"),
-        pytest.param(f"{T}second: 3\n", [": tasks[0].second: there is no such field"], id="misspelt"),
+        pytest.param(
+            f"{T}second: 3\n", [": tasks[0].second: there is no such field: did you mean seconds?"], id="misspelt"
+        ),
         pytest.param(f"{T}seconds: -3\n", [": tasks[0].seconds: must be 0 or more"], id="negative"),
         pytest.param(f"{T}seconds: .inf\n", [": tasks[0].seconds: must be 0 or more"], id="endless"),
         pytest.param(
@@ -68,6 +70,12 @@ def test_a_file_that_cannot_be_read(tmp_path: Path, content: bytes | None, text:
         (tmp_path / "c.yaml").write_bytes(content)
     with pytest.raises(ScriptError, match=rf"Cannot read the crew .*c\.yaml: {text}.*echo, travel"):
         load_script(tmp_path / "c.yaml")
+
+
+def test_python_code_without_a_factory_is_explained(tmp_path: Path) -> None:
+    (tmp_path / "crew.py").write_text("def build(): ...")
+    with pytest.raises(ScriptError, match=r"crew\.py is Python code\. Name the function or class .*crew\.py:NAME"):
+        load_program(tmp_path / "crew.py")
 
 
 def test_a_file_goes_before_a_bundled_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -60,6 +60,13 @@ def test_which_steps_ran_at_the_same_time():
     assert row(text, "prices")[6] == "a-long-i…"
 
 
+def test_it_leads_to_the_flow_run_and_to_the_crews_pages():
+    views = {step.name: StepView("find|er", page_url="https://crews.example/a(1)|b") for step in STEPS}
+    text = render_pipeline("report", "k", PipelineGraph(STEPS, {}), views, now=0.0, run="5f0c1a2b-aaaa")
+    assert "| Flow run | [5f0c1a2b](../../runs/flow-run/5f0c1a2b-aaaa) |" in text
+    assert text.count("| [find\\|er](https://crews.example/a%281%29%7Cb) |") == 3
+
+
 def test_a_run_of_an_earlier_call_is_not_in_the_timeline():
     text = rendered(
         research=StepView("finder", "completed", kickoff_id="abc", earlier=7200.0),

@@ -190,7 +190,22 @@ def test_a_script_stores_no_secret_inputs_with_its_flow_run(crew_server: CrewSer
     run_pipeline([CrewStep("a", crew)], {"topic": "tea", "password": SecretStr("hunter22")}, name=(name := key()))
     (run,) = [one for one in seen.flow_runs("run-pipeline") if one["parameters"]["pipeline"] == name]
     assert run["parameters"]["inputs"] == {"topic": "tea", "password": "********"}
+    assert run["name"] == f"{name} · tea"
     assert server.runs[0].inputs["password"] == "hunter22"
+
+
+@pytest.mark.parametrize(
+    ("show", "idempotency_key", "title"),
+    [("full", None, " · tea"), ("full", "report {x}", " · report {x}"), ("summary", None, "")],
+)
+def test_the_name_of_a_pipelines_flow_run_tells_it_from_others(
+    crew_server: CrewServerFactory, seen: Seen, show: str, idempotency_key: str | None, title: str
+):
+    crew = crew_server(script({"output": "ok"}, inputs=["topic"])).crew(show=show)
+    given = idempotency_key and f"{idempotency_key} {key()}"
+    run_pipeline([CrewStep("a", crew)], {"topic": "tea"}, name=(name := key()), idempotency_key=given)
+    (run,) = [one for one in seen.flow_runs("run-pipeline") if one["parameters"]["pipeline"] == name]
+    assert run["name"].startswith(name + title)
 
 
 # Checked before anything is started
@@ -501,7 +516,7 @@ def test_a_pipeline_makes_no_subflows_and_two_tasks_a_step(echo: CrewServer, see
     asyncio.run(trip())
     assert seen.subflow_runs(ids[0]) == []
     names = sorted(run["name"] for run in seen.task_runs(ids[0], count=6))
-    assert [name.partition(" ")[0] for name in names] == ["kick"] * 3 + ["wait"] * 3
+    assert names == [f"{verb} {n}" for verb in ("kickoff", "wait") for n in range(3)]
 
 
 async def test_a_prefect_that_refuses_artifacts_fails_nothing(

@@ -4,7 +4,6 @@ sends."""
 from __future__ import annotations
 
 import hashlib
-import shlex
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -246,19 +245,19 @@ def question_of(
 
 
 def how_to_answer(run: OpenRun) -> str:
-    """Return the commands that answer, for logs, artifacts and events."""
-    which = run_argument(run)
-    token = "" if run.crew.block else "The crew's token goes into CREW_TOKEN. "
-    return (
-        f"prefect-crew reviews approve {which}, or: prefect-crew reviews reject {which} --feedback TEXT. {token}"
-        f"The crew's own page takes answers too{f': {run.crew.page_url}' if run.crew.page_url else '.'}"
-    )
+    """Return how to answer, for logs and events."""
+    page = f": {run.crew.page_url}" if run.crew.page_url else "."
+    return f"{', or: '.join(answer_commands(run))}. {_token(run)}The crew's own page takes answers too{page}"
 
 
-def run_argument(run: OpenRun) -> str:
-    """Return the arguments that name a run on the command line: with its crew where that is not a stored block."""
-    crew = "" if run.crew.block else f" --crew {shlex.quote(run.crew.url)}"
-    return f"{shlex.quote(run.kickoff_id)}{crew}"
+def answer_commands(run: OpenRun) -> list[str]:
+    """Return the commands that answer."""
+    which = run.as_argument()
+    return [f"prefect-crew reviews approve {which}", f"prefect-crew reviews reject {which} --feedback TEXT"]
+
+
+def _token(run: OpenRun) -> str:
+    return "" if run.crew.block else "The crew's token goes into CREW_TOKEN. "
 
 
 def where_to_look(run: OpenRun) -> str:
@@ -266,7 +265,7 @@ def where_to_look(run: OpenRun) -> str:
     return f"Look at the crew's page: {run.crew.page_url}" if run.crew.page_url else "Look at the crew's page."
 
 
-def describe_question(run: OpenRun, question: Question, page: str | None = None) -> str:
+def describe_question(run: OpenRun, question: Question, page: str | None = None, *, with_commands: bool = True) -> str:
     """Return the message to people about a question, as it goes on after the run's name. `page` has the form."""
     where = f"task {question.task}, round {question.round}."
     if question.state is QuestionState.UNCERTAIN:
@@ -276,14 +275,12 @@ def describe_question(run: OpenRun, question: Question, page: str | None = None)
             f"may wait for a person: {where} An answer was sent ({when}) and nobody knows whether it arrived; it is "
             f"not sent again. {where_to_look(run)} If the run still waits, answer there."
         )
-    is_shown = question.output is not None and run.show == "full"
-    look = (
-        f"See what is to be judged: prefect-crew reviews inspect {run_argument(run)}."
-        if is_shown
-        else where_to_look(run)
-    )
     again = ""
     if question.state is QuestionState.OPEN_BY_TIME:
         again = "This question looks like the last one, which was answered, so no function is asked. "
     form = f"The form is on {page} (Resume). " if page else ""
-    return f"waits for a person: {where} {again}{form}{look} Answer: {how_to_answer(run)}"
+    is_shown = question.output is not None and run.show == "full"
+    look = f"See what is to be judged: prefect-crew reviews inspect {run.as_argument()}." if with_commands else ""
+    look = look if is_shown else where_to_look(run)
+    answer = f"Answer: {how_to_answer(run)}" if with_commands else _token(run)
+    return f"waits for a person: {where} {again}{form}{' '.join(filter(None, (look, answer)))}".rstrip()

@@ -29,6 +29,7 @@ from prefect_crew.runs.reviews.questions import (
     ReviewChoice,
     ReviewFunction,
     ReviewRequest,
+    answer_commands,
     describe_question,
     how_to_answer,
     judged_output,
@@ -259,11 +260,22 @@ class People:
     @property
     def notes(self) -> list[str]:
         """What the artifact says about who is waited for."""
-        question = self.question
-        if question is None or (self._function is not None and question.state is QuestionState.OPEN):
+        if not self._shows_question or self.question is None:
             return []
         form = "" if self._form is None else "The form is on this flow run's page: Resume. "
-        return [f"{form}It {describe_question(self.run, question)}"]
+        return [f"{form}It {describe_question(self.run, self.question, with_commands=False)}"]
+
+    @property
+    def commands(self) -> list[str]:
+        """The commands that go with the notes."""
+        if not self._shows_question or (self.question is not None and self.question.state is QuestionState.UNCERTAIN):
+            return []
+        return [f"prefect-crew reviews inspect {self.run.as_argument()}", *answer_commands(self.run)]
+
+    @property
+    def _shows_question(self) -> bool:
+        question = self.question
+        return question is not None and (self._function is None or question.state is not QuestionState.OPEN)
 
     def _announce(self, question: Question) -> None:
         """Tell automations who is waited for, and people as well unless a function or a batch sees to it."""
