@@ -62,7 +62,7 @@ class DeployedCrew(JobBlock[CrewResult]):
     # In the order of Prefect's form: what everybody fills in, then what a run may cost and show, then the rest.
     url: str = Field(
         title="URL",
-        description="The crew's base URL, from the Status tab of its page.",
+        description="The crew's base URL, from the Status tab of its page, such as https://my-crew.crewai.com.",
         examples=["https://my-crew.crewai.com"],
     )
     token: SecretStr = Field(description="The crew's bearer token, from the same tab. Every crew has its own.")

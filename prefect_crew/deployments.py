@@ -142,7 +142,8 @@ async def shared_key(deployment: RunnerDeployment) -> str | None:
 
     key = deployment.parameters.get("idempotency_key")
     for chosen in deployment.schedules or () if key else ():
-        rule = getattr(server, type(chosen.schedule).__name__).model_validate(chosen.schedule.model_dump())
+        timing: Any = chosen.schedule
+        rule = getattr(server, type(timing).__name__).model_validate(timing.model_dump())
         keys = [render_key(str(key), moment) for moment in await rule.get_dates(n=50)]
         if again := next((key for key, after in itertools.pairwise(keys) if key == after), None):
             return again

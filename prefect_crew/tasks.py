@@ -184,9 +184,10 @@ def _task(verb: str, **options: Any) -> Callable[[Callable[P, Coroutine[Any, Any
     def task_run_name(parameters: dict[str, Any]) -> str:
         crew = parameters.get("crew")
         crew = getattr(crew, "crew", crew)  # of a block or a session
-        what, inputs = parameters.get("name"), parameters.get("inputs") or {}
-        if not what and isinstance(crew, Crew) and isinstance(inputs, Mapping):
-            what = crew.title(cast("Mapping[str, Any]", inputs), parameters.get("idempotency_key"))
+        what, inputs = parameters.get("name"), parameters.get("inputs")
+        if not what and isinstance(crew, Crew):
+            given = cast("dict[str, Any]", inputs if isinstance(inputs, Mapping) else {})
+            what = crew.title(given, parameters.get("idempotency_key"))
         kickoff_id = "" if parameters.get("name") else str(parameters.get("kickoff_id") or "")[:8]
         return f"{verb} {what or crew} {kickoff_id}".strip()[:200]
 

@@ -148,7 +148,7 @@ def test_a_run_that_was_found_is_tagged_where_it_is_waited_for(crew_server: Crew
         ids.append(flow_run.id)
         one, other = [await kickoff_crew(server.crew(), idempotency_key=key) for _ in range(2)]
         await wait_for_crew(server.crew(), one, name="new")
-        await wait_for_crew.submit(server.crew(), other, name="same").wait_async()
+        wait_for_crew.submit(server.crew(), other, name="same").wait()
         await wait_for_crew(server.crew(), await kickoff_crew(server.crew(), idempotency_key=key), name="ended")
 
     asyncio.run(trip())

@@ -1,6 +1,5 @@
 """What automations listen to: events about runs, with the crew, the run, the flow run and the step as resources.
 
-    crew.decided       what a call with an idempotency key does: payload `decision`
     crew.waiting       the run waits for a person
     crew.reviewed      somebody answered: payload `task_id`, `round`, `approve`, `by`
     crew.resumed       it goes on
@@ -10,7 +9,8 @@
     crew.resolved      an uncertain kickoff is known to have started the run, by a webhook: from the receiver, as
     crew.webhook.*     whatever a crew's server tells of a run: `prefect_crew.receiver`
 
-Emitting is a hand-over to Prefect's own background thread (0.15 ms) and raises nothing when the API is away.
+Prefect itself emits one for each change of a record: four a run, so that a run without a person makes five. Emitting is
+a hand-over to Prefect's own background thread (0.15 ms) and raises nothing when the API is away.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ import html
 import re
 import textwrap
 from collections.abc import Sequence
+from typing import Any
 from urllib.parse import quote
 
 from prefect_crew.client.models import CrewStatus
@@ -49,14 +50,15 @@ def code(text: str) -> str:
     return f"{fence}{pad}{flat}{pad}{fence}"
 
 
-LINE = 90
-"""Characters of a line in a block of code that fit Prefect's page."""
+LINE = 60
+"""Characters of a line in a block of code that fit Prefect's page in a window of 1280 pixels."""
 
 
 def fenced(text: str, cap: int = OUTPUT_CAP) -> str:
     """Return text as a block of code, capped, whatever backticks it holds. Long lines are broken: no page does so."""
     shown = text if len(text) <= cap else f"{text[:cap]}…"
-    lines = (textwrap.wrap(line, LINE, break_long_words=False, replace_whitespace=False) for line in shown.split("\n"))
+    whole: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False, "replace_whitespace": False}
+    lines = (textwrap.wrap(line, LINE, **whole) for line in shown.split("\n"))
     shown = "\n".join("\n".join(parts) for parts in lines)
     fence = "`" * max(3, max((len(run) for run in re.findall(r"`+", shown)), default=0) + 1)
     return f"{fence}text\n{shown.translate(_TURNS)}\n{fence}"
@@ -72,7 +74,7 @@ _SAFE_IN_URLS = ":/?#[]@!$&'*+,;=%"
 
 def link(text: str, url: str, cap: int = CELL_CAP) -> str:
     """Return a link for a line or a table's cell. Not as code: the older interface shows the backticks within one."""
-    return f"[{cell(text, cap)}]({quote(url, safe=_SAFE_IN_URLS, errors="replace")})"
+    return f"[{cell(text, cap)}]({quote(url, safe=_SAFE_IN_URLS, errors='replace')})"
 
 
 def flow_run_link(flow_run_id: str) -> str:

@@ -181,7 +181,7 @@ def render_run(view: RunView) -> str:
     parts = [f"## {_STATES[view.state]} · {prose(view.crew)}"]
     if view.state is CrewState.FAILED:
         parts += _failure(view)
-    parts += [f"> {prose(note)}" for note in view.notes]
+    parts += [prose(note) for note in view.notes]
     if view.to_do:
         parts.append(commands(*view.to_do))
     parts.append(_facts(view))

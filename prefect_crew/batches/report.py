@@ -293,7 +293,9 @@ class BatchArtifact:
         if report is None and time.monotonic() - self._shown_at < SHOW_EVERY:
             return
         self._shown_at = time.monotonic()
-        parts = [f"## Batch {prose(self._name)} · {prose(self._crew.label)}"]
+        problems = {"failed": progress.failed, "uncertain": progress.uncertain, "set aside": progress.set_aside.count}
+        said = ", ".join(f"{count:,} {word}" for word, count in problems.items() if count)
+        parts = [f"## Batch {prose(self._name)} · {prose(self._crew.label)}{f': {said}' if said else ''}"]
         if report is not None and report.stopped:
             parts += ["### Stopped", fenced(report.stopped)]
         parts += [self._figures(progress, report), *self._failures(progress)]

@@ -65,8 +65,8 @@ AGAIN = 0.1
 class Start:
     """What is to be started, the same for every attempt.
 
-    `inputs` are encoded, `digest` is theirs and that of `restore_from`. `quiet`: no log line or event about the
-    decision, for one row among thousands. `settings` say whether there are webhooks; reading them takes 3 ms.
+    `inputs` are encoded, `digest` is theirs and that of `restore_from`. `quiet`: no log line about the decision,
+    for one row among thousands. `settings` say whether there are webhooks; reading them takes 3 ms.
     """
 
     crew: Crew
@@ -295,7 +295,7 @@ async def _make_sure(claim: _Claim, records: RecordStore, check: Callable[[], Aw
 
 
 def _announce(start: Start, found: Started) -> None:
-    """Log the decision in one line, and emit it."""
+    """Log the decision in one line."""
     if start.quiet:
         return
     record = found.record
@@ -307,7 +307,6 @@ def _announce(start: Start, found: Started) -> None:
         record.attempt,
         f", run {record.kickoff_id}" if record.kickoff_id else "",
     )
-    emit("decided", record, decision=str(found.decision))
 
 
 def _uncertain(record: RunRecord) -> KickoffUncertainError:

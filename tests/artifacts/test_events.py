@@ -14,6 +14,7 @@ from prefect import flow
 from prefect_crew import KickoffUncertainError, arun_crew
 from prefect_crew.artifacts.events import emit, resources_of
 from prefect_crew.records.model import RunRecord
+from prefect_crew.records.store import record_name
 from prefect_crew.testing import CrewServerFactory
 from support.prefect_server import PrefectServer
 from support.proxy import Proxy, through
@@ -59,10 +60,10 @@ def test_an_event_that_is_emitted_once_only_is_kept_once(seen: Seen):
     run = record()
     for _ in range(3):
         emit("completed", run, once=True, state="completed")
-    emit("decided", run, decision="reattach")
-    emit("decided", run, decision="reattach")
+    emit("timed_out", run, phase="running")
+    emit("timed_out", run, phase="running")
     names = [event["event"] for event in seen.events(str(run.kickoff_id))]
-    assert sorted(names) == ["crew.completed", "crew.decided", "crew.decided"]
+    assert sorted(names) == ["crew.completed", "crew.timed_out", "crew.timed_out"]
 
 
 def test_another_run_under_the_key_is_reported_again(seen: Seen):
@@ -100,18 +101,25 @@ def test_the_events_of_a_run_come_in_order(crew_server: CrewServerFactory, seen:
     assert ours == ["crew.waiting", "crew.resumed", "crew.completed"]
 
 
-def test_decisions_and_uncertain_kickoffs_are_reported_by_the_key(crew_server: CrewServerFactory, seen: Seen):
+def test_a_run_makes_five_events_at_most_those_of_its_record_included(crew_server: CrewServerFactory, seen: Seen):
+    key, crew = f"counted {uuid.uuid4()}", crew_server("echo").crew()
+    kickoff_ids = [asyncio.run(arun_crew(crew, {"text": "a"}, idempotency_key=key)).kickoff_id for _ in range(2)]
+    seen.resolve_events()
+    variables = [f"prefect.variable.{one['id']}" for one in seen.variables(f"{record_name(key, 1)}%")]
+    body = {"filter": {"resource": {"id": [f"prefect-crew.run.{kickoff_ids[0]}", *variables]}}, "limit": 50}
+    events = sorted(event["event"] for event in seen.post("/events/filter", body)["events"])
+    of_record = ["prefect.variable.created"] * 2 + ["prefect.variable.updated"] * 2
+    assert events == ["crew.completed", *of_record], "and none for the second call, which started nothing"
+
+
+def test_uncertain_kickoffs_are_reported_by_the_key_once(crew_server: CrewServerFactory, seen: Seen):
     server, idempotency_key = crew_server("echo", faults=["kickoff:500@1"]), f"doubt {uuid.uuid4()}"
     for _ in range(2):
         with pytest.raises(KickoffUncertainError):
             server.crew().trigger({"text": "a"}, idempotency_key=idempotency_key)
-    emitted = seen.events(f"{idempotency_key}/1")
-    assert [(event["event"], event["payload"].get("decision")) for event in emitted] == [
-        ("crew.decided", "start"),
-        ("crew.uncertain", None),
-        ("crew.decided", "uncertain"),
-    ]
-    assert "ServerError" in emitted[1]["payload"]["reason"]
+    (emitted,) = seen.events(f"{idempotency_key}/1")
+    assert emitted["event"] == "crew.uncertain"
+    assert "ServerError" in emitted["payload"]["reason"]
 
 
 def test_secrets_stand_in_no_event(crew_server: CrewServerFactory, seen: Seen):
