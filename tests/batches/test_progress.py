@@ -120,7 +120,8 @@ async def test_the_page_says_why_it_stopped_first_and_how_to_go_on(
     await batch(crew, rows, name="it's bad", on_failure="stop", max_in_flight=1)
     [page] = await artifacts("it's bad")
     head, _, figures = page.partition("| Done |")
-    assert "### Stopped" in head
+    assert head.startswith("## Batch it's bad · ")
+    assert ": 1 failed\n\n### Stopped\n" in head
     assert "(https://crews.example/travel) |" in figures
     assert re.search(r"\| Flow run \| \[\w{8}\]\(\.\./\.\./runs/flow-run/[\w-]{36}\) \|", figures)
     quoted = "'it'\"'\"'s bad'"
