@@ -112,7 +112,8 @@ class Crew:
 
     def title(self, inputs: Mapping[str, Any], key: str | None = None) -> str:
         """Return what a run is called on Prefect's pages."""
-        return titled(self.label, key, inputs if self.show == "full" else {}, self.secret_among(inputs))
+        shown = self.redactor(inputs).tree(inputs) if self.show == "full" else {}
+        return titled(self.label, key, shown, self.secret_among(inputs))
 
     def secret_among(self, inputs: Mapping[str, Any]) -> list[str]:
         """Return which of these inputs, as they are sent, are secret or hold a text that is."""
