@@ -112,7 +112,7 @@ class Crew:
 
     def title(self, inputs: Mapping[str, Any], key: str | None = None) -> str:
         """Return what a run is called on Prefect's pages."""
-        shown = self.redactor(inputs).tree(inputs) if self.show == "full" else {}
+        shown: dict[str, Any] = self.redactor(inputs).tree(inputs) if self.show == "full" else {}
         return titled(self.label, key, shown, self.secret_among(inputs))
 
     def secret_among(self, inputs: Mapping[str, Any]) -> list[str]:
