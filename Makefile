@@ -23,12 +23,12 @@ AT_ONCE = -n $(WORKERS) --dist worksteal
 PYTHONS = $(or $(PYTHON),python3.13 python3.12 python3.11 python3 python3.14)
 SUITABLE = import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info < (3, 15))
 
-.PHONY: help demo test programs prove sample mutate coverage oldest lint format constraints clean
+.PHONY: help demo test programs prove sample mutate bench coverage oldest lint format constraints clean
 .DELETE_ON_ERROR:
 
 help:
 	@sed -n 's/^#   make/make/p' Makefile
-	@echo "Also: programs (tests of whole programs), prove (all tests), sample (some of the slow ones), mutate, coverage, oldest, lint, format, constraints, clean."
+	@echo "Also: programs (tests of whole programs), prove (all tests), sample (some of the slow ones), mutate, bench, coverage, oldest, lint, format, constraints, clean."
 
 # Running
 
@@ -54,6 +54,10 @@ sample: $(VENV)/.tests
 # said (such as runs/kickoff.py): who sees each.
 mutate: $(VENV)/.tests
 	$(BIN)/python tests/proof/mutate.py --mutants $(MUTANTS) $(if $(SEED),--seed $(SEED)) $(if $(MODULE),--module $(MODULE))
+
+# All that has a goal of speed, against that goal: half an hour on a quiet machine, or ARGS="--small", or ARGS="late ledger".
+bench: $(VENV)/.tests
+	@$(BIN)/python benchmarks/run.py $(ARGS)
 
 # `coverage run`, not a plugin: pytest imports parts of the package, through its own plugin, before any other begins.
 coverage: $(VENV)/.tests

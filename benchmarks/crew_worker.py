@@ -1,16 +1,18 @@
-"""What a crew worker costs, and how fast it is, against a process worker.
+"""What a crew worker costs, and how fast it is, against a process worker; and two of them against one.
 
     python benchmarks/crew_worker.py fleet --runs 500        memory, threads and CPU of many flow runs at once
     python benchmarks/crew_worker.py fleet --kind process --runs 20
-    python benchmarks/crew_worker.py lag --runs 100          crew end to Completed, and schedule to kickoff
+    python benchmarks/crew_worker.py lag --runs 100          crew end to Completed, and schedule to Running
     python benchmarks/crew_worker.py requests                requests to Prefect for one flow run
     python benchmarks/crew_worker.py killed --runs 200       SIGKILL to all waited for again
     python benchmarks/crew_worker.py idle                    CPU and memory of a worker without work
+    python benchmarks/crew_worker.py ranges --rows 10000     two ranges of a batch's rows on two workers, and on one
 
-Each starts a Prefect server on PostgreSQL with the settings of docs/deployments.md (or SQLite: `--database sqlite`),
-and a crew on the dev server that ends on command. It needs the repository's tests, PostgreSQL, and Linux's /proc.
-Goals, two cores: 500 flow runs in 250 MB with few threads, 0.15 CPU s and 22 requests a run; idle 1 % of a core; killed
-with 200 in flight: all waited for again 30 s after the restart of the same worker, 90 s by another one.
+Each uses the Prefect server of PREFECT_API_URL, or starts one on PostgreSQL with the settings of docs/deployments.md,
+or on SQLite (`--database sqlite`). The crew is one on the dev server that ends on command; that of `ranges` is done at
+once, and the ledger is in PostgreSQL. It needs the repository's tests, PostgreSQL, and Linux's /proc. Goals, two cores:
+500 flow runs in 250 MB with few threads, 0.15 CPU s and 22 requests a run; idle 1 % of a core; killed with 200 in
+flight: all waited for again 30 s after the restart of the same worker, 90 s by another one.
 """
 
 from __future__ import annotations
@@ -19,43 +21,25 @@ import argparse
 import contextlib
 import os
 import signal
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from statistics import quantiles
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from batch import write_rows
+from figures import cpu_seconds, family_cpu_seconds, lags, memory_mb, peak_mb, process_status, report
+from lean_server import TOKEN, lean_server
+from servers import postgres, prefect_server_of
 
 from waiting import HOOKS, receiver
 
 from support.crew_pool import CrewOnCommand, CrewPool
 from support.deployed import wait_until
-from support.postgres import Postgres, find_postgres
-from support.prefect_server import PrefectServer
+from support.prefect_server import PrefectServer, connected
 from support.proxy import Proxy
 from support.workers import Worker
-
-TICK = os.sysconf("SC_CLK_TCK")
-MIB = 1024.0
-
-
-def status(pid: int) -> dict[str, str]:
-    """Return /proc/PID/status."""
-    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    return dict(line.split(":", 1) for line in lines if ":" in line)
-
-
-def cpu_seconds(pid: int) -> float:
-    """Return the CPU time of a process and of its children that have ended."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return sum(map(int, fields[11:15])) / TICK
-
-
-def kib(text: str) -> int:
-    return int(text.split()[0])
 
 
 class Trial:
@@ -84,20 +68,26 @@ class Trial:
 
 
 @contextlib.contextmanager
-def trial(options: argparse.Namespace, *, proxied: bool = False, wait: dict[str, Any] | None = None) -> Iterator[Any]:
-    """Yield a trial, and the proxy before Prefect where its requests are to be counted."""
+def prefect(options: argparse.Namespace) -> Iterator[tuple[PrefectServer, Path]]:
+    """Yield the Prefect server, and a folder."""
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        if os.environ.get("PREFECT_API_URL"):
+            yield prefect_server_of(), folder
+            return
         url = None
         if options.database == "postgres":
-            programs = find_postgres()
-            if programs is None:
-                sys.exit("needs PostgreSQL (Debian: apt-get install postgresql), or --database sqlite")
-            url = stack.enter_context(Postgres(programs)).create_database("bench")
-        server = stack.enter_context(PrefectServer(folder / "server", database_url=url))
+            url = stack.enter_context(postgres()).create_database("bench")
+        yield stack.enter_context(PrefectServer(folder / "server", database_url=url)), folder
+
+
+@contextlib.contextmanager
+def trial(options: argparse.Namespace, *, proxied: bool = False, wait: dict[str, Any] | None = None) -> Iterator[Any]:
+    """Yield a trial, and the proxy before Prefect where its requests are to be counted."""
+    with prefect(options) as (server, folder), contextlib.ExitStack() as stack:
         proxy = stack.enter_context(Proxy(server.port)) if proxied else None
-        pool = stack.enter_context(CrewPool(server, folder, heartbeat=options.heartbeat, kind=options.kind))
-        yield Trial(pool, wait or {}), proxy
+        pool = CrewPool(server, folder, f"bench-{os.getpid()}", heartbeat=options.heartbeat, kind=options.kind)
+        yield Trial(stack.enter_context(pool), wait or {}), proxy
 
 
 def fleet(options: argparse.Namespace) -> None:
@@ -105,24 +95,29 @@ def fleet(options: argparse.Namespace) -> None:
         worker = one.pool.worker("bench")
         time.sleep(5)
         pid = worker.process.pid
-        base, cpu = kib(status(pid)["VmRSS"]), cpu_seconds(pid)
+        base, cpu = memory_mb(pid), cpu_seconds(pid)
         began = time.monotonic()
         runs = one.start(options.runs)
         started = time.monotonic() - began
         time.sleep(options.hold)
         family = [one for one in worker.process.family() if one != pid]
-        held = [status(child) for child in family if Path(f"/proc/{child}").exists()]
-        now = status(pid)
-        print(f"{options.runs} flow runs at once, all kicked off after {started:.0f} s, held {options.hold} s:")
-        print(f"  worker {kib(now['VmRSS']) / MIB:.0f} MB (idle {base / MIB:.0f}), {now['Threads'].strip()} threads")
-        if held:
-            print(f"  {len(held)} processes, {sum(kib(child['VmRSS']) for child in held) / MIB:.0f} MB together")
+        held = [memory_mb(child) for child in family if Path(f"/proc/{child}").exists()]
+        threads = int(process_status(pid)["Threads"])
         children = sum(cpu_seconds(child) for child in family if Path(f"/proc/{child}").exists())
         held_cpu = cpu_seconds(pid) + children - cpu
         one.completed(runs)
-        used = max(cpu_seconds(pid) - cpu, held_cpu)
-        print(f"  peak {kib(status(pid)['VmHWM']) / MIB:.0f} MB, {used / options.runs:.3f} CPU s a run, polls included")
-        print(f"  {one.crew.requests['status'] / options.runs:.1f} status requests a run")
+        report(
+            "fleet",
+            runs=options.runs,
+            kicked_off_seconds=started,
+            idle_mb=base,
+            peak_mb=peak_mb(pid),
+            threads=threads,
+            processes=len(held),
+            processes_mb=sum(held),
+            run_cpu_seconds=max(cpu_seconds(pid) - cpu, held_cpu) / options.runs,
+            run_calls=one.crew.requests["status"] / options.runs,
+        )
 
 
 def lag(options: argparse.Namespace) -> None:
@@ -136,11 +131,11 @@ def lag(options: argparse.Namespace) -> None:
         one.program.ended = True
         ended = time.time()
         found = one.completed(runs)
-        waits = sorted(parsed(run["end_time"]) - ended for run in found)
-        starts = sorted(parsed(run["start_time"]) - parsed(run["expected_start_time"]) for run in found)
-        way = "webhooks on" if options.webhooks else "polling"
-        print(f"crew end to Completed, {options.runs} at once, {way}: {percentiles(waits)}")
-        print(f"schedule to Running, {options.runs} at once: {percentiles(starts)}")
+        waits = [parsed(run["end_time"]) - ended for run in found]
+        starts = [parsed(run["start_time"]) - parsed(run["expected_start_time"]) for run in found]
+        way = "webhooks" if options.webhooks else "polling"
+        report(f"crew end to Completed, {way}", runs=options.runs, **lags(waits))
+        report("schedule to Running", runs=options.runs, **lags(starts))
 
 
 def requests(options: argparse.Namespace) -> None:
@@ -156,17 +151,14 @@ def requests(options: argparse.Namespace) -> None:
         one.completed(runs)
         seconds = time.monotonic() - began
         made = proxy.requests[before:]
-        ours = len(made) - idle * seconds
-        print(f"{ours / options.runs:.1f} requests to Prefect a flow run; the idle worker makes {idle:.2f} a second")
-        shapes: dict[str, int] = {}
+        shapes: dict[str, float] = {}
         for line in made:
             method, path = line.split(" ", 1)
-            shape = (
-                method + " " + "/".join("*" if len(part) > 30 or part.isdigit() else part for part in path.split("/"))
-            )
-            shapes[shape] = shapes.get(shape, 0) + 1
-        for shape, count in sorted(shapes.items(), key=lambda item: -item[1]):
-            print(f"  {count / options.runs:5.1f} {shape}")
+            parts = ("*" if len(part) > 30 or part.isdigit() else part for part in path.split("/"))
+            shape = f"{method} {'/'.join(parts)}"
+            shapes[shape] = shapes.get(shape, 0) + 1 / options.runs
+        run_requests = (len(made) - idle * seconds) / options.runs
+        report("requests", run_requests=run_requests, idle_requests_a_second=idle, shapes=shapes)
 
 
 def killed(options: argparse.Namespace) -> None:
@@ -190,11 +182,7 @@ def killed(options: argparse.Namespace) -> None:
 
             wait_until(waited, seconds=600, what="all run again", pause=0.5)
             seconds = time.monotonic() - began
-            print(
-                f"killed with {options.runs} in flight, adopted by {heir}: all run again after {seconds:.1f} s; "
-                f"{one.crew.kickoffs} kickoffs",
-                flush=True,
-            )
+            report(f"killed, adopted by {heir}", runs=options.runs, seconds=seconds, kickoffs=one.crew.kickoffs)
             one.completed(runs)
 
 
@@ -206,29 +194,77 @@ def idle(options: argparse.Namespace) -> None:
         cpu, began = cpu_seconds(pid), time.monotonic()
         time.sleep(60)
         share = (cpu_seconds(pid) - cpu) / (time.monotonic() - began)
-        now = status(pid)
-        print(f"idle: {share:.2%} of a core, {kib(now['VmRSS']) / MIB:.0f} MB, {now['Threads'].strip()} threads")
+        threads = int(process_status(pid)["Threads"])
+        report("idle worker", core_percent=100 * share, memory_mb=memory_mb(pid), threads=threads)
+
+
+def ranges(options: argparse.Namespace) -> None:
+    """Run the same two ranges on one worker and on two, alternating."""
+    with prefect(options) as (server, folder), contextlib.ExitStack() as stack:
+        ledgers = options.ledger
+        if ledgers is None:
+            ledgers = stack.enter_context(postgres()).create_database("ledgers").replace("+asyncpg", "")
+        write_rows(folder / "rows.csv", options.rows)
+        for turn in range(options.times):
+            for workers in (1, 2):
+                _two_ranges(options, server, folder / f"{turn}-{workers}", workers, ledgers)
+
+
+def _two_ranges(options: argparse.Namespace, server: PrefectServer, folder: Path, workers: int, ledger: str) -> None:
+    from prefect_crew import DeployedCrew
+
+    folder.mkdir()
+    pool_name = f"ranges-{os.getpid()}-{folder.name}"
+    with CrewPool(server, folder, pool_name) as pool, lean_server(0.0) as crew:
+        with connected(server, folder / "home"):
+            block: Any = DeployedCrew(url=crew.url, token=TOKEN)  # type: ignore[arg-type]
+            block.save(pool_name, overwrite=True, _sync=True)
+        deployment = pool.deploy("ranges", "prefect_crew.operations.batch_file")
+        started = [pool.worker(f"worker-{number}", limit=2 // workers) for number in range(workers)]
+        others = {name: int(pid) for name, pid in (pair.split("=") for pair in options.pids)}
+        pids = {**others, **{f"worker_{number}": one.process.pid for number, one in enumerate(started, 1)}}
+        before = {name: family_cpu_seconds(pid) for name, pid in pids.items()}
+        half, at = options.rows // 2, datetime.now(UTC) + timedelta(seconds=options.soon)
+        given: dict[str, Any] = {"crew": pool_name, "dataset": str(folder.parent / "rows.csv"), "ledger": ledger}
+        runs: list[str] = []
+        for number, rows in enumerate((f"0:{half}", f"{half}:"), 1):
+            more = {"rows": rows, "max_in_flight": 500, "wait": {"initial": 0.05, "factor": 1, "jitter": 0}}
+            given |= {"name": f"{pool_name}/{number}", "output": str(folder / f"{number}.jsonl"), "options": more}
+            runs.append(pool.start(deployment, at=at, **given))
+        found = [pool.wait_for(run, seconds=900) for run in runs]
+        assert {run["state_type"] for run in found} == {"COMPLETED"}, [run["state"] for run in found]
+        cpu = {f"{name}_cpu_seconds": family_cpu_seconds(pid) - before[name] for name, pid in pids.items()}
+        counts = crew.counts()
+        assert counts["kickoffs"] == counts["keys"] == options.rows
+        begun = min(parsed(run["start_time"]) for run in found)
+        report(
+            f"ranges on {workers}",
+            rows=options.rows,
+            seconds=max(parsed(run["end_time"]) for run in found) - begun,
+            begun_apart_seconds=max(parsed(run["start_time"]) for run in found) - begun,
+            **cpu,
+            crew_cpu_seconds=counts["cpu_seconds"],
+        )
 
 
 def parsed(text: str) -> float:
-    from datetime import datetime
-
     return datetime.fromisoformat(text).timestamp()
-
-
-def percentiles(values: list[float]) -> str:
-    cuts = quantiles(values, n=20)
-    return f"p50 {cuts[9]:.2f} s, p95 {cuts[18]:.2f} s, most {values[-1]:.2f} s"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["fleet", "lag", "requests", "killed", "idle"])
+    parser.add_argument("what", choices=["fleet", "lag", "requests", "killed", "idle", "ranges"])
     parser.add_argument("--runs", type=int, default=100)
     parser.add_argument("--hold", type=float, default=20.0, help="seconds for which all wait")
     parser.add_argument("--kind", choices=["crew", "process"], default="crew")
     parser.add_argument("--webhooks", action="store_true", help="lag: with a receiver, in a process of its own")
     parser.add_argument("--database", choices=["postgres", "sqlite"], default="postgres")
+    parser.add_argument("--rows", type=int, default=10_000, help="for `ranges`")
+    parser.add_argument("--times", type=int, default=1, help="for `ranges`")
+    # The workers have their flow runs by then, and start them at that time.
+    parser.add_argument("--soon", type=float, default=10.0, help="seconds until the ranges begin")
+    parser.add_argument("--ledger", help="the URL of a PostgreSQL database, for `ranges`")
+    parser.add_argument("--pids", nargs="*", default=[], help="NAME=PID of further processes whose CPU is told")
     parser.add_argument("--heartbeat", type=int, default=10)
     options = parser.parse_args()
     globals()[options.what](options)

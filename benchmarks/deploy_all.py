@@ -13,6 +13,8 @@ import sys
 import time
 from pathlib import Path
 
+from figures import report
+
 ROOT = Path(__file__).parents[1]
 PARTS = {
     "register the block": "prefect block register -m prefect_crew",
@@ -30,16 +32,13 @@ def main() -> None:
     if not os.environ.get("PREFECT_API_URL"):
         raise SystemExit("Set PREFECT_API_URL to a server that may be deployed to.")
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    print("part | " + " | ".join(f"run {number} s" for number in range(1, runs + 1)))
-    times: dict[str, list[float]] = {part: [] for part in PARTS}
     for _ in range(runs):
+        times: dict[str, float] = {}
         for part, line in PARTS.items():
             started = time.perf_counter()
             subprocess.run(line.split(), cwd=ROOT, env={**os.environ, "PATH": path}, check=True, capture_output=True)
-            times[part].append(time.perf_counter() - started)
-    for part, seconds in times.items():
-        print(f"{part} | " + " | ".join(f"{one:.1f}" for one in seconds))
-    print("all | " + " | ".join(f"{sum(one):.1f}" for one in zip(*times.values(), strict=True)))
+            times[f"{part.replace(' ', '_')}_seconds"] = time.perf_counter() - started
+        report("deploy all", seconds=sum(times.values()), **times)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What `import prefect_crew` adds to a script that already defines a Prefect flow and task. Prints milliseconds.
+"""What `import prefect_crew` adds to a script that already defines a Prefect flow and task.
 
 Each figure is of a fresh interpreter; the median of several is what counts. Goal: at most 60 ms.
 """
@@ -9,6 +9,8 @@ import argparse
 import statistics
 import subprocess
 import sys
+
+from figures import report
 
 SCRIPT = """
 import time
@@ -31,7 +33,7 @@ def main() -> None:
         float(subprocess.run([sys.executable, "-c", SCRIPT], check=True, capture_output=True, text=True).stdout)
         for _ in range(runs + 1)
     ][1:]
-    print(f"import prefect_crew: median {statistics.median(times):.0f} ms, min {min(times):.0f}, max {max(times):.0f}")
+    report("import prefect_crew", ms=statistics.median(times), least_ms=min(times), most_ms=max(times))
 
 
 if __name__ == "__main__":

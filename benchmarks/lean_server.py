@@ -1,11 +1,15 @@
 """A crew server for benchmarks, in a process of its own: as little as the crew API allows, so that it is not a
 bottleneck.
 
-    python benchmarks/lean_server.py --seconds 2 --port 0 --latency 0.2
+    python benchmarks/lean_server.py --seconds 2 --latency 0.2
 
 `--latency` is how many seconds each answer takes, as over a network. It answers in the documented format over plain
-asyncio, holds no tasks (a run has ended once its time is over), and counts. `GET /_counts` gives kickoffs, distinct
-idempotency keys, status calls and the CPU seconds that this process has used.
+asyncio, holds no tasks (a run has ended once its time is over), and calls the crew webhook that a kickoff asked for,
+and no other. With `--tls` it speaks TLS. Benchmarks ask it, at an address without latency and TLS:
+
+    GET  /_counts    kickoffs, distinct idempotency keys, status calls, connections, the CPU seconds of this process
+    GET  /_ends      when each run ended or will end, by its id, in seconds since 1970
+    POST /_end       end all runs now: with `--seconds inf` they go on until then
 """
 
 from __future__ import annotations
@@ -14,59 +18,118 @@ import argparse
 import asyncio
 import contextlib
 import json
+import math
 import re
+import resource
+import secrets
+import ssl
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
+from http.client import HTTPConnection
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
 
 TOKEN = "bench-token"  # of a server that only this machine reaches
+WEBHOOKS_AT_ONCE = 32
 _LENGTH = re.compile(rb"content-length: *(\d+)", re.IGNORECASE)
+_RUNNING = b'{"status":"running","current_task":"work","progress":{"completed_tasks":0,"total_tasks":1}}'
+_COMPLETED = (
+    b'{"status":"completed","result":{"output":"Done with run %s.","tasks":[{"task_id":"work","output":'
+    b'"Done.","agent":"Worker","execution_time":%g}]},"execution_time":%g}'
+)
 
 
 class Crew:
-    """All runs: when each began, by its number, which is its id."""
+    """All runs: when each ends, by its number. Its id is that number after what no other server of this kind has."""
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
-        self.began: list[float] = []
+        self.ends: list[float] = []
+        self.webhooks: dict[int, tuple[str, Any]] = {}
         self.keys: set[str] = set()
-        self.looks = 0
+        self.looks = self.connections = 0
+        self.name = secrets.token_hex(4)
+        self.outgoing: asyncio.Queue[tuple[str, bytes]] = asyncio.Queue()
 
     def answer(self, method: bytes, path: bytes, body: bytes) -> bytes:
         if path == b"/kickoff":
-            self.began.append(time.monotonic())
-            self.keys.add((json.loads(body).get("meta") or {}).get("idempotency_key", ""))
-            return b'{"kickoff_id":"%d"}' % len(self.began)
+            return self._kick_off(json.loads(body))
         if path.startswith(b"/status/"):
             self.looks += 1
-            if time.monotonic() - self.began[int(path[8:]) - 1] < self.seconds:
-                return b'{"status":"running","current_task":"work","progress":{"completed_tasks":0,"total_tasks":1}}'
-            return (
-                b'{"status":"completed","result":{"output":"Done with run %s.","tasks":[{"task_id":"work","output":'
-                b'"Done.","agent":"Worker","execution_time":%g}]},"execution_time":%g}'
-            ) % (path[8:], self.seconds, self.seconds)
+            if time.monotonic() < self.ends[int(path.rpartition(b"-")[2]) - 1]:
+                return _RUNNING
+            took = 0.0 if math.isinf(self.seconds) else self.seconds
+            return _COMPLETED % (path[8:], took, took)
         if path == b"/inputs":
             return b'{"inputs":["topic"]}'
-        counts = {
-            "kickoffs": len(self.began),
-            "keys": len(self.keys - {""}),
-            "looks": self.looks,
-            "cpu": time.process_time(),
-        }
-        return json.dumps(counts).encode()
+        return json.dumps(self._said(path)).encode()
+
+    def _kick_off(self, body: dict[str, Any]) -> bytes:
+        self.ends.append(time.monotonic() + self.seconds)
+        number, meta = len(self.ends), body.get("meta") or {}
+        self.keys.add(meta.get("idempotency_key", ""))
+        if url := body.get("crewWebhookUrl"):
+            self.webhooks[number] = url, meta
+            if not math.isinf(self.seconds):
+                asyncio.get_running_loop().call_later(self.seconds, self._send, number)
+        return b'{"kickoff_id":"%s-%d"}' % (self.name.encode(), number)
+
+    def _send(self, number: int) -> None:
+        url, meta = self.webhooks.pop(number)
+        body = {"kickoff_id": f"{self.name}-{number}", "result": "Done.", "meta": meta}
+        self.outgoing.put_nowait((url, json.dumps(body).encode()))
+
+    def _said(self, path: bytes) -> Any:
+        past = time.time() - time.monotonic()
+        if path == b"/_end":
+            now = time.monotonic()
+            self.ends = [min(end, now) for end in self.ends]
+            for number in list(self.webhooks):
+                self._send(number)
+            return past + now
+        if path == b"/_ends":
+            return {f"{self.name}-{number}": past + end for number, end in enumerate(self.ends, 1)}
+        counts = {"kickoffs": len(self.ends), "keys": len(self.keys - {""}), "status_calls": self.looks}
+        return {**counts, "connections": self.connections, "cpu_seconds": time.process_time()}
+
+    async def send_webhooks(self) -> None:
+        """Send what is to be sent, over one connection that is kept open. Several of these run at the same time."""
+        reader: asyncio.StreamReader | None = None
+        writer: asyncio.StreamWriter | None = None
+        while True:
+            url, body = await self.outgoing.get()
+            parts = urlsplit(url)
+            head = f"POST {parts.path} HTTP/1.1\r\nHost: {parts.netloc}\r\nContent-Type: application/json\r\n"
+            request = f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
+            for _ in range(3):
+                try:
+                    if reader is None or writer is None:
+                        reader, writer = await asyncio.open_connection(parts.hostname, parts.port)
+                    writer.write(request)
+                    answer = await reader.readuntil(b"\r\n\r\n")
+                    length = _LENGTH.search(answer)
+                    await reader.readexactly(int(length[1]) if length else 0)
+                    break
+                except (OSError, asyncio.IncompleteReadError):  # it closes a connection that was idle
+                    reader = writer = None
 
 
 class Connection(asyncio.Protocol):
-    """Reads requests one after another and answers each at once."""
+    """Reads requests one after another and answers each at once, or after the latency."""
 
-    def __init__(self, crew: Crew, latency: float) -> None:
+    def __init__(self, crew: Crew, latency: float = 0.0, *, counts: bool = True) -> None:
         self._crew = crew
         self._latency = latency
+        self._counts = counts
         self._buffer = b""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = transport
+        self._crew.connections += self._counts
 
     def data_received(self, data: bytes) -> None:
         self._buffer += data
@@ -90,31 +153,92 @@ class Connection(asyncio.Protocol):
         )
 
 
-async def serve(seconds: float, port: int, latency: float = 0.0) -> None:
-    crew, loop = Crew(seconds), asyncio.get_running_loop()
-    server = await loop.create_server(lambda: Connection(crew, latency), "127.0.0.1", port, backlog=1000)
-    print(server.sockets[0].getsockname()[1], flush=True)
-    await server.serve_forever()
+async def serve(seconds: float, port: int, latency: float, tls: str | None) -> None:
+    crew, loop, context = Crew(seconds), asyncio.get_running_loop(), None
+    if tls:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(tls)
+    server = await loop.create_server(lambda: Connection(crew, latency), "127.0.0.1", port, backlog=4000, ssl=context)
+    control = await loop.create_server(lambda: Connection(crew, counts=False), "127.0.0.1", 0)
+    senders = [loop.create_task(crew.send_webhooks()) for _ in range(WEBHOOKS_AT_ONCE)]
+    print(server.sockets[0].getsockname()[1], control.sockets[0].getsockname()[1], flush=True)
+    await asyncio.gather(server.serve_forever(), *senders)
+
+
+def many_files() -> None:
+    """Let this process have as many connections as the system allows it."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+@dataclass
+class LeanServer:
+    """One that runs: its address for clients, and what it says of itself."""
+
+    url: str
+    control: int
+    pid: int
+
+    def ask(self, path: str, method: str = "GET") -> Any:
+        with contextlib.closing(HTTPConnection("127.0.0.1", self.control, timeout=60)) as connection:
+            connection.request(method, f"/{path}")
+            return json.loads(connection.getresponse().read())
+
+    def counts(self) -> dict[str, Any]:
+        return self.ask("_counts")
 
 
 @contextlib.contextmanager
-def lean_server(seconds: float, port: int = 0, latency: float = 0.0) -> Iterator[str]:
-    """Run one in a process of its own, on a free port unless one is given; give its URL."""
-    command = [sys.executable, __file__, "--seconds", str(seconds), "--port", str(port), "--latency", str(latency)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+def lean_server(
+    seconds: float, *, port: int = 0, latency: float = 0.0, tls: Path | None = None
+) -> Iterator[LeanServer]:
+    """Run one in a process of its own, on a free port unless one is given. `tls`: a file of `certificate`."""
+    command = [sys.executable, __file__, f"--seconds={seconds}", f"--port={port}", f"--latency={latency}"]
+    process = subprocess.Popen([*command, *(["--tls", str(tls)] if tls else [])], stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
-        yield f"http://127.0.0.1:{int(process.stdout.readline())}"
+        port, control = map(int, process.stdout.readline().split())
+        scheme = "https" if tls else "http"
+        yield LeanServer(f"{scheme}://127.0.0.1:{port}", control, process.pid)
     finally:
         process.kill()
         process.wait()
 
 
+def certificate(folder: Path) -> Path:
+    """Write a key and a certificate for 127.0.0.1 that nobody signed but itself, and return the file of both."""
+    from datetime import UTC, datetime, timedelta
+    from ipaddress import ip_address
+
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+    from cryptography.x509.oid import NameOID
+
+    key, now = ec.generate_private_key(ec.SECP256R1()), datetime.now(UTC)
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "prefect-crew benchmarks")])
+    made = x509.CertificateBuilder(
+        issuer_name=name, subject_name=name, public_key=key.public_key(), serial_number=x509.random_serial_number()
+    )
+    made = made.not_valid_before(now - timedelta(days=1)).not_valid_after(now + timedelta(days=1))
+    address = x509.SubjectAlternativeName([x509.IPAddress(ip_address("127.0.0.1"))])
+    made = made.add_extension(address, critical=False)
+    made = made.add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+    private = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    path = folder / "tls.pem"
+    path.write_bytes(private + made.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM))
+    return path
+
+
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=2.0)
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--latency", type=float, default=0.0)
+    parser.add_argument("--tls", help="a file with a key and a certificate")
     given = parser.parse_args()
+    many_files()
     with contextlib.suppress(KeyboardInterrupt):
-        asyncio.run(serve(given.seconds, given.port, given.latency))
+        asyncio.run(serve(given.seconds, given.port, given.latency, given.tls))

@@ -2,15 +2,14 @@
 
     python benchmarks/real_crews.py [--runs 100] [--repeat 3] [--spec examples/travel_crew.py:build]
 
-It prints, for each repetition, the seconds from the first kickoff to the last run that was seen completed, and at the
-end the server's peak memory. The model is offline and takes no time: what is measured is CrewAI's own work and ours.
+It tells the median of the seconds from the first kickoff to the last run that was seen completed, and the server's peak
+memory. The model is offline and takes no time: what is measured is CrewAI's own work and ours.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import os
 import re
 import resource
 import secrets
@@ -22,9 +21,9 @@ import time
 from pathlib import Path
 
 import httpx
+from figures import report
 
 ROOT = Path(__file__).parents[1]
-GOAL = 8.0
 IN_FLIGHT = 8
 """Requests at once: with more, httpx's own pool becomes what is measured."""
 
@@ -79,20 +78,21 @@ def main() -> None:
         found = re.search(r"http://\S+", line)
         if found is None:
             sys.exit(f"the server did not start: {line!r}")
-        print(f"server up after {time.perf_counter() - began:.1f} s; load average {os.getloadavg()[0]:.1f}")
+        started = time.perf_counter() - began
         asyncio.run(measure(found.group(), token, 1))
-        seconds: list[float] = []
-        for _ in range(chosen.repeat):
-            seconds.append(asyncio.run(measure(found.group(), token, chosen.runs)))
-            print(f"{chosen.runs} runs at once: {seconds[-1]:.2f} s; load average {os.getloadavg()[0]:.1f}")
+        seconds = [asyncio.run(measure(found.group(), token, chosen.runs)) for _ in range(chosen.repeat)]
     finally:
         server.send_signal(signal.SIGTERM)
         server.wait(30)
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
-    best = min(seconds)
-    print(f"best {best:.2f} s, median {statistics.median(seconds):.2f} s, server's peak memory {peak:.0f} MB")
-    if chosen.runs == 100:
-        print(f"goal {GOAL:g} s: {'met' if best <= GOAL else 'missed'}")
+    report(
+        "real crews",
+        runs=chosen.runs,
+        seconds=statistics.median(seconds),
+        start_seconds=started,
+        server_memory_mb=peak,
+        each_seconds=seconds,
+    )
 
 
 if __name__ == "__main__":

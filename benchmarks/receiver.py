@@ -3,7 +3,7 @@
 `prefect-crew receiver start` runs pinned to one core, against the Prefect server of PREFECT_API_URL; this program,
 pinned to another, delivers task webhooks with bodies of 2 KB over connections that are kept open: first as fast as
 answers come, then at steady rates. What the Prefect server cannot take in at that time is dropped, which costs no
-answer any time; the last columns say how much was forwarded and dropped.
+answer any time; `forwarded` and `dropped` tell of it.
 """
 
 from __future__ import annotations
@@ -13,52 +13,28 @@ import asyncio
 import contextlib
 import json
 import os
-import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from statistics import quantiles
 from urllib.parse import urlsplit
 
 import httpx
+import servers
+from figures import memory_mb, report
+from servers import SECRET
 
 from prefect_crew.webhooks import hook_urls
 
-SECRET = "a-secret-of-the-benchmark-that-is-long-enough"
 RUNS = 100
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
 
 
 @contextlib.contextmanager
 def receiver(core: int | None) -> Iterator[tuple[str, int]]:
-    port = free_port()
-    program = Path(sys.executable).parent / "prefect-crew"
-    process = subprocess.Popen(
-        [program, "receiver", "start", "--port", str(port)],
-        env={**os.environ, "PREFECT_INTEGRATIONS_CREW_WEBHOOK_SECRET": SECRET},
-        stdout=subprocess.DEVNULL,
-    )
-    try:
+    with servers.receiver() as (url, pid):
         if core is not None:
-            os.sched_setaffinity(process.pid, {core})
-        url = f"http://127.0.0.1:{port}"
-        for _ in range(600):
-            with contextlib.suppress(httpx.TransportError):
-                if httpx.get(f"{url}/health").is_success:
-                    break
-            time.sleep(0.1)
-        yield url, process.pid
-    finally:
-        process.terminate()
-        process.wait(30)
+            os.sched_setaffinity(pid, {core})
+        yield url, pid
 
 
 class Deliveries:
@@ -131,14 +107,19 @@ async def at_a_rate(url: str, seconds: float, rate: float) -> list[float]:
     return took
 
 
-def line(name: str, took: list[float], seconds: float, url: str, pid: int) -> str:
+def tell(name: str, took: list[float], seconds: float, url: str, pid: int) -> None:
     cut = quantiles(took, n=1000)
     time.sleep(2)
     state = httpx.get(f"{url}/ready").json()
-    memory = next(row.split()[1] for row in Path(f"/proc/{pid}/status").read_text().splitlines() if "VmRSS" in row)
-    return (
-        f"{name:>12} | {len(took) / seconds:8.0f} | {cut[499] * 1000:6.1f} | {cut[989] * 1000:6.1f} | "
-        f"{max(took) * 1000:6.1f} | {int(memory) // 1024:4} | {state['forwarded']:9} | {state['dropped']}"
+    report(
+        name,
+        webhooks_a_second=len(took) / seconds,
+        p50_ms=1000 * cut[499],
+        p99_ms=1000 * cut[989],
+        most_ms=1000 * max(took),
+        memory_mb=memory_mb(pid),
+        forwarded=state["forwarded"],
+        dropped=state["dropped"],
     )
 
 
@@ -151,14 +132,13 @@ async def main() -> None:
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     if len(cores) > 1:
         os.sched_setaffinity(0, {cores[-1]})
-    print(" deliveries | a second | p50 ms | p99 ms | max ms |  MiB | forwarded | dropped")
     with receiver(cores[0] if len(cores) > 1 else None) as (url, pid):
         took = await as_fast_as_it_goes(url, given.seconds, given.connections)
-        print(line("flat out", took, given.seconds, url, pid))
+        tell("flat out", took, given.seconds, url, pid)
     for rate in given.rates:
         with receiver(cores[0] if len(cores) > 1 else None) as (url, pid):
             took = await at_a_rate(url, given.seconds, rate)
-            print(line(f"{rate:g}/s", took, given.seconds, url, pid))
+            tell(f"{rate:g} a second", took, given.seconds, url, pid)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,9 @@
 
 A crew that goes on for long is kicked off and waited for. Then the process that waits is killed, and whatever a person
 does is done at once: a script is called again, a flow run retried (`prefect flow-run retry`) as soon as Prefect knows
-that it has crashed. Measured on the crew's server: from the kill to the first status request that follows. It starts
-its own Prefect server, worker and served flow, with a look for work every second, and needs the repository's tests.
+that it has crashed. `waited_for_seconds`, measured on the crew's server, is from the kill to the first status request
+that follows; `known_seconds` until Prefect knows of it. It starts its own Prefect server, worker and served flow, with
+a look for work every second, and needs the repository's tests.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from statistics import median
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
+from figures import report
 
 from prefect_crew.devserver import CrewServer
 from proof.ways import WAYS, Ways, waited_for
@@ -91,13 +94,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         with PrefectServer(folder / "prefect") as server, Ways(server, folder) as ways:
-            print("way | Prefect knows after s | waited for again after s", flush=True)
             for way in ("script", *WAYS):
                 figures = [
                     of_a_script(server, folder) if way == "script" else of_a_flow(ways, way) for _ in range(times)
                 ]
                 known, again = (median(column) for column in zip(*figures, strict=True))
-                print(f"{way:8} | {known:5.1f} | {again:5.1f}   ({times} times)", flush=True)
+                report(way, times=times, known_seconds=known, waited_for_seconds=again)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,8 @@ from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
 
+from figures import report
+
 import prefect_crew
 from prefect_crew import run_crew
 from prefect_crew.crew import fast_polling
@@ -60,7 +62,8 @@ def main() -> None:
             for code in codes:
                 print(f"       {calls[code]:4}x {code.co_qualname}")
     functions = [code for codes in ours.values() for code in codes]
-    print(f"{len(functions)} functions in {len(ours)} files, {sum(calls[code] for code in functions)} calls")
+    calls_made = sum(calls[code] for code in functions)
+    report("one run", functions=len(functions), files=len(ours), calls=calls_made)
 
 
 if __name__ == "__main__":

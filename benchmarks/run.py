@@ -1,0 +1,244 @@
+"""Measure everything that has a goal, and print a table: figures, goals, and the machine's load.
+
+    python benchmarks/run.py                       all parts; about half an hour on a quiet machine
+    python benchmarks/run.py late rows-1k          these parts
+    python benchmarks/run.py --small               tiny numbers, to see that everything works; under three minutes
+    python benchmarks/run.py --table               write the table of the newest results to docs/performance.md
+
+It starts what it needs: a Prefect server on PostgreSQL with the settings of docs/deployments.md, one on SQLite where
+the table says so. What is compared is measured in turn, each measurement in a process of its own, three times; medians
+count. The results are written to benchmarks/results/DATE.json after each part, with each single measurement under
+`runs`; a later run of the same day replaces the parts that it measures. Those of `--small` are kept only with `--to`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from figures import FILE, family_cpu_seconds, number
+from parts import PARTS, Figures
+from servers import postgres
+
+from support.environment import isolated
+from support.postgres import Postgres
+from support.prefect_server import PrefectServer
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results"
+PAGE = HERE.parent / "docs" / "performance.md"
+BEGIN, END = "<!-- figures: benchmarks/run.py --table -->", "<!-- end of figures -->"
+LIMIT = 1800.0
+"""Seconds for one measurement."""
+CALM = 0.2
+"""Share of a core below which the servers have done what the measurement before has left to them."""
+CALM_WITHIN = 60.0
+
+
+class Servers:
+    """The servers, started when they are first needed; all end with the stack. One Prefect server runs at a time."""
+
+    def __init__(self, folder: Path, stack: contextlib.ExitStack) -> None:
+        self._folder = folder
+        self._stack = stack
+        self._postgres: Postgres | None = None
+        self._running: dict[str, PrefectServer] = {}
+
+    @property
+    def postgres(self) -> Postgres:
+        if self._postgres is None:
+            self._postgres = self._stack.enter_context(postgres())
+        return self._postgres
+
+    def prefect(self, kind: str) -> PrefectServer:
+        for other, server in self._running.items():
+            if other != kind:
+                server.stop()
+        if kind not in self._running:
+            url = self.postgres.create_database("prefect") if kind == "postgres" else None
+            self._running[kind] = PrefectServer(self._folder / f"server-{kind}", database_url=url)
+            self._stack.callback(self._running[kind].stop)
+        return self._running[kind].start()
+
+    def calm_down(self) -> None:
+        """Wait until the servers rest: they record late what a flow has left behind."""
+        deadline = time.monotonic() + CALM_WITHIN
+        pids = [server.process.pid for server in self._running.values() if server.running]
+        while pids and time.monotonic() < deadline:
+            before = sum(map(family_cpu_seconds, pids))
+            time.sleep(1)
+            if sum(map(family_cpu_seconds, pids)) - before < CALM:
+                return
+
+
+class Runner:
+    """The `Bench` of the parts. `runs` are the measurements of the part that goes on."""
+
+    def __init__(self, folder: Path, servers: Servers, *, small: bool) -> None:
+        self.folder = folder
+        self.small = small
+        self.repeat = 1 if small else 3
+        self.runs: list[Figures] = []
+        self._servers = servers
+
+    def measure(self, script: str, *arguments: Any, on: str = "postgres") -> list[Figures]:
+        folder = self.folder / f"run-{time.monotonic_ns()}"
+        folder.mkdir()
+        env = {FILE: str(folder / "figures.jsonl"), "PREFECT_LOGGING_LEVEL": "ERROR"}
+        home = folder / "home"
+        if on in ("postgres", "sqlite"):
+            env["PREFECT_API_URL"] = self._servers.prefect(on).api_url
+        elif on == "embedded":
+            home = self.folder / "embedded-home"  # so that its database is made once
+            env["PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS"] = "120"
+            self._servers.calm_down()
+        if not self.small:
+            self._servers.calm_down()
+        command = [sys.executable, str(HERE / f"{script}.py"), *map(str, arguments)]
+        try:
+            done = subprocess.run(command, env=isolated(home, env), timeout=LIMIT, stderr=subprocess.PIPE, text=True)
+        except subprocess.TimeoutExpired:
+            raise RuntimeError(f"{script} took more than {LIMIT:g} s") from None
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(command[1:])} ended with {done.returncode}:\n{done.stderr[-3000:]}")
+        found = [json.loads(line) for line in (folder / "figures.jsonl").read_text().splitlines()]
+        given = {"command": " ".join([script, *map(str, arguments)]), "on": on}
+        self.runs += [{**given, **figures} for figures in found]
+        return found
+
+    def ledger_url(self) -> str:
+        return self._servers.postgres.create_database(f"ledger_{time.monotonic_ns()}").replace("+asyncpg", "")
+
+    def pids(self) -> list[str]:
+        server = self._servers.prefect("postgres").process.pid
+        return [f"prefect_server={server}", f"postgres={self._servers.postgres.process.pid}"]
+
+
+def measure(names: Sequence[str], kept: Path | None, *, small: bool) -> tuple[Figures, bool]:
+    """Measure some parts; return all results of the file, and whether all went well."""
+    results: Figures = {"parts": {}}
+    if kept and kept.exists():
+        results = json.loads(kept.read_text())
+    results |= {"date": f"{datetime.now(UTC):%Y-%m-%d}", "small": small, "machine": machine()}
+    went_well = True
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="prefect-crew-bench-")))
+        runner = Runner(folder, Servers(folder, stack), small=small)
+        for name in names:
+            print(f"{name} ({datetime.now(UTC):%H:%M:%S}, load {os.getloadavg()[0]:.1f})", flush=True)
+            began, runner.runs = time.monotonic(), []
+            part: Figures = {"at": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"}
+            try:
+                part["rows"] = [row.as_dict() for row in PARTS[name](runner)]
+            except Exception as error:  # noqa: BLE001  the other parts are measured all the same
+                went_well = False
+                print(f"  failed: {error}", file=sys.stderr, flush=True)
+                if not isinstance(error, RuntimeError):
+                    traceback.print_exc()
+                part |= {"rows": [], "failed": str(error)[-1000:]}
+            part |= {"seconds": round(time.monotonic() - began), "runs": runner.runs}
+            results["parts"][name] = part
+            if kept:
+                kept.parent.mkdir(parents=True, exist_ok=True)
+                kept.write_text(json.dumps(results, indent=1) + "\n")
+    return results, went_well
+
+
+def machine() -> Figures:
+    """Return what a figure is worth nothing without."""
+    processor = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True).stdout
+    return {
+        "cores": len(os.sched_getaffinity(0)),
+        "processor": processor[1] if processor else platform.machine(),
+        "memory_gb": round(pages / 2**30),
+        "python": platform.python_version(),
+        "prefect": version("prefect"),
+        "commit": commit.strip(),
+    }
+
+
+def table(results: Figures) -> str:
+    """Return the results as a table in Markdown."""
+    lines = ["| work | figure | measured | goal | made of | load |", "| --- | --- | --- | --- | --- | --- |"]
+    for name in sorted(results["parts"], key=list(PARTS).index):
+        part = results["parts"][name]
+        loads = [run["load"] for run in part["runs"]]
+        load = f"{min(loads)}-{max(loads)}" if loads else ""
+        if "failed" in part:
+            lines.append(f"| {name} | | failed: {part['failed'].strip().splitlines()[-1]} | | | {load} |")
+        for row in part["rows"]:
+            goal = "" if row["goal"] is None else f"{'at least ' if row['at_least'] else ''}{row['goal']:g}"
+            met = {None: "", True: ", met", False: ", **missed**"}[row["met"]]
+            cells = (row["work"], row["figure"], number(float(row["value"])), f"{goal}{met}", row["of"], load)
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def about(results: Figures) -> str:
+    """Return one sentence on where the results are from."""
+    known = results["machine"]
+    return (
+        f"Measured on {results['date']} at commit {known['commit']}: {known['cores']} cores ({known['processor']}), "
+        f"{known['memory_gb']} GB, Python {known['python']}, Prefect {known['prefect']}. Each value is the median of "
+        "three measurements that alternate with what they are compared with; `load` is the machine's, before each."
+    )
+
+
+def newest() -> Path:
+    """Return the file of the newest results."""
+    found = sorted(RESULTS.glob("*.json"))
+    if not found:
+        sys.exit(f"There are no results in {RESULTS} yet: run benchmarks/run.py first.")
+    return found[-1]
+
+
+def fill_page(results: Figures) -> None:
+    """Write the table to docs/performance.md."""
+    text = PAGE.read_text(encoding="utf-8")
+    before, rest = text.split(BEGIN)
+    after = rest.split(END)[1]
+    PAGE.write_text(f"{before}{BEGIN}\n\n{about(results)}\n\n{table(results)}\n\n{END}{after}", encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(PARTS)}")
+    parser.add_argument("--small", action="store_true", help="tiny numbers")
+    parser.add_argument("--to", type=Path, metavar="FILE", help="where the results are kept")
+    parser.add_argument("--table", action="store_true", help="write the table of the newest results, measure nothing")
+    given = parser.parse_args()
+    if unknown := set(given.names) - set(PARTS):
+        parser.error(f"unknown: {', '.join(sorted(unknown))}; the parts are {', '.join(PARTS)}")
+    if given.table:
+        results = json.loads((given.to or newest()).read_text())
+        fill_page(results)
+        print(table(results))
+        return
+    # So that the servers end with it.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    kept = given.to or (None if given.small else RESULTS / f"{datetime.now(UTC):%Y-%m-%d}.json")
+    began = time.monotonic()
+    results, went_well = measure(given.names or list(PARTS), kept, small=given.small)
+    print(f"\n{about(results)}\n\n{table(results)}\n\n{time.monotonic() - began:.0f} s; {kept or 'not kept'}")
+    sys.exit(not went_well)
+
+
+if __name__ == "__main__":
+    main()
