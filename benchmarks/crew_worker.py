@@ -31,9 +31,7 @@ from typing import Any
 from batch import write_rows
 from figures import cpu_seconds, family_cpu_seconds, lags, memory_mb, peak_mb, process_status, report
 from lean_server import TOKEN, lean_server
-from servers import postgres, prefect_server_of
-
-from waiting import HOOKS, receiver
+from servers import postgres, prefect_server_of, receiver
 
 from support.crew_pool import CrewOnCommand, CrewPool
 from support.deployed import wait_until
@@ -123,8 +121,9 @@ def fleet(options: argparse.Namespace) -> None:
 def lag(options: argparse.Namespace) -> None:
     with trial(options, wait={}) as (one, _), contextlib.ExitStack() as stack:
         os.environ["PREFECT_API_URL"] = one.pool.server.api_url
-        stack.enter_context(receiver(options.webhooks))
-        hooks = {name: os.environ[name] for name in HOOKS if options.webhooks}
+        if options.webhooks:
+            stack.enter_context(receiver())
+        hooks = {name: value for name, value in os.environ.items() if name.startswith("PREFECT_INTEGRATIONS_CREW_")}
         one.pool.worker("bench", **hooks)
         runs = one.start(options.runs)
         time.sleep(options.hold)
