@@ -23,12 +23,12 @@ AT_ONCE = -n $(WORKERS) --dist worksteal
 PYTHONS = $(or $(PYTHON),python3.13 python3.12 python3.11 python3 python3.14)
 SUITABLE = import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info < (3, 15))
 
-.PHONY: help demo test programs prove sample mutate bench coverage oldest lint format constraints clean
+.PHONY: help demo test programs prove sample wheel-smoke mutate bench coverage oldest lint format constraints clean
 .DELETE_ON_ERROR:
 
 help:
 	@sed -n 's/^#   make/make/p' Makefile
-	@echo "Also: programs (tests of whole programs), prove (all tests), sample (some of the slow ones), mutate, bench, coverage, oldest, lint, format, constraints, clean."
+	@echo "Also: programs (tests of whole programs), prove (all tests), sample (some of the slow ones), wheel-smoke, mutate, bench, coverage, oldest, lint, format, constraints, clean."
 
 # Running
 
@@ -48,7 +48,12 @@ prove: test programs
 
 # Some of the slow tests: SAMPLE of those that come in large numbers, chosen by SEED, none begun after TIME seconds.
 sample: $(VENV)/.tests
-	$(BIN)/python -m pytest -m slow --sample $(SAMPLE) --time-limit $(TIME) $(if $(SEED),--sample-seed $(SEED)) $(ARGS)
+	$(BIN)/python -m pytest -m slow --sample $(SAMPLE) --time-limit $(TIME) $(if $(SEED),--sample-seed $(SEED)) \
+	    --ignore tests/deployments/test_installed_wheel.py $(ARGS)
+
+# The wheel alone in a fresh environment: the demo, and a project that init wrote. WHEEL_PYTHON=3.12 chooses its Python.
+wheel-smoke: $(VENV)/.tests
+	$(BIN)/python -m pytest -m slow tests/deployments/test_installed_wheel.py $(ARGS)
 
 # Single mistakes in the modules that decide and post, MUTANTS of them (30) chosen by SEED, all in one MODULE if that is
 # said (such as runs/kickoff.py): who sees each.

@@ -1,7 +1,7 @@
 """How long the line of docs/deployments.md takes, part by part, and again when everything is there already.
 
 Needs PREFECT_API_URL: a server of its own, since it deploys everything that deployments/ has. Runs from the root of the
-repository, with `prefect` and `python` of the environment that runs it.
+repository, with `prefect` and `prefect-crew` of the environment that runs it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ PARTS = {
     "make the pool for processes": "prefect work-pool create processes --type process --overwrite",
     "make the pool for crew workers": "prefect work-pool create crews --type crew --overwrite",
     "deploy --all": "prefect --no-prompt deploy --all --prefect-file deployments/prefect.yaml",
-    "set the automations up": "python deployments/automations.py",
+    "set the automations up": "prefect-crew automations apply --pool processes",
 }
 
 

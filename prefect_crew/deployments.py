@@ -1,4 +1,4 @@
-"""Deployments of a crew, a pipeline, or a flow of one's own, and flow runs for past times of a schedule.
+"""Deployments of a crew, a pipeline, or a flow of one's own, flow runs for past times, and automations.
 
 Prefect makes the run form from the signature of the deployed flow. All crews are run by one flow, and so are all
 pipelines: `prefect_crew.run_deployed_crew` and `prefect_crew.run_deployed_pipeline`. So the deployment is made of a
@@ -6,6 +6,10 @@ flow that stands for it, whose parameter `inputs` has a field for each input. Wh
 is a parameter that the deployment holds and the form leaves out.
 
 An entrypoint is an import path: a crew worker, a process worker and a served deployment run it without pulling code.
+
+The automations recover flow runs from crashes, and alert people about crews, whatever flow those run in. Recovery is
+for deployments with the tag `recover-crashed`, and for crashes only. Flow runs of a crew worker send no heartbeats of
+their own, so that `no heartbeat` never fires for them: their workers adopt what is left.
 """
 
 from __future__ import annotations
@@ -15,12 +19,15 @@ import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, time, timedelta
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+from uuid import UUID
 
 from prefect import Flow
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterId, FlowRunFilter
+from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterId, DeploymentFilterTags, FlowRunFilter
 from prefect.client.schemas.filters import FlowRunFilterExpectedStartTime as ExpectedStartTime
+from prefect.events.filters import AutomationFilter, AutomationFilterTags
+from prefect.events.schemas.automations import Automation, AutomationCore
 from prefect.exceptions import ObjectNotFound
 from prefect.states import Scheduled
 from prefect.types.entrypoint import EntrypointType
@@ -123,7 +130,7 @@ def build_deployment(target: Target, plan: Plan) -> RunnerDeployment:
             schedule=plan.schedule,
             parameters=parameters,
             concurrency_limit=plan.concurrency_limit,
-            tags=["prefect-crew", *(tag for tag in plan.tags if tag != "prefect-crew")],
+            tags=[TAG, *(tag for tag in plan.tags if tag != TAG)],
             work_pool_name=plan.work_pool,
             entrypoint_type=EntrypointType.MODULE_PATH,
         )
@@ -428,3 +435,170 @@ async def _known_runs(
         if len(page) < PAGE:
             break
     return known
+
+
+# Automations
+
+TAG = "prefect-crew"
+"""Of the automations and deployments that this package makes."""
+RECOVERED_TAG = "recover-crashed"
+"""Of the deployments whose crashed flow runs are begun again."""
+RECOVER = "recover/crashed"
+"""The deployment that begins them again."""
+PREFECTS_HEARTBEAT = 180
+"""Seconds: Prefect's own default of PREFECT_FLOWS_HEARTBEAT_FREQUENCY."""
+BEAT = "prefect.flow-run.heartbeat"
+SILENT = (
+    *("AwaitingConcurrencySlot", "AwaitingRetry", "Scheduled", "Suspended"),
+    *("Cancelled", "Completed", "Crashed", "Failed", "TimedOut"),
+)
+"""States, by name, in which a flow run sends no heartbeat and has not crashed. A paused one sends them."""
+RECOVERED = {
+    "match": {"prefect.resource.id": "prefect.flow-run.*"},
+    "match_related": {"prefect.resource.role": "tag", "prefect.resource.id": f"prefect.tag.{RECOVERED_TAG}"},
+}
+CREW_RUNS = {"match": {"prefect.resource.id": "prefect-crew.run.*"}}
+# As a shell takes it, whatever is in it: people paste what an alert says.
+QUOTED_KEY = """'{{ event.payload.idempotency_key | replace("'", '\\'"\\'"\\'') }}'"""
+HEAD = (
+    "Run {{ event.payload.kickoff_id or 'without an id' }}, key {{ event.payload.idempotency_key }}"
+    "{% if flow_run %}, in flow run {{ flow_run.name }} {{ flow_run | ui_url or '' }}{% endif %}\n\n"
+)
+QUESTION = (
+    "Task {{ event.payload.task_id }}, round {{ event.payload.round }}."
+    "{% if event.payload.page %} The form: {{ event.payload.page }}{% endif %}\n\n{{ event.payload.answer }}"
+)
+ALERTS = {
+    "failed": ("a run has failed", "{{ event.payload.error or 'The crew gave no reason.' }}"),
+    "uncertain": (
+        "it is not known whether a kickoff started a run",
+        "It is not known whether the kickoff started a run: {{ event.payload.reason }}. Look at the crew's page, then: "
+        f"prefect-crew runs resolve {QUOTED_KEY} --kickoff-id ID, or --never-started.",
+    ),
+    "lost": ("the crew's server no longer knows a run", "The crew's server no longer knows the run. Look at its page."),
+    "timed_out": (
+        "a time limit is over",
+        "Its {{ event.payload.phase }} time limit of {{ event.payload.budget }} s is over. It may still run.",
+    ),
+}
+"""Of each event: what has happened, and the body of the alert, in the Jinja that Prefect fills."""
+
+
+def recovery_automations(recover_id: UUID, *, heartbeat: int, max_attempts: int) -> list[AutomationCore]:
+    """Return the automations that find crashed flow runs and begin them again.
+
+    Args:
+        recover_id: The deployment of `prefect_crew.operations.recover`.
+        heartbeat: Seconds between two heartbeats of the slowest flow run.
+        max_attempts: How often a flow run may be begun in all.
+    """
+    silence = timedelta(seconds=3 * heartbeat)
+    crashed = {
+        "type": "change-flow-run-state",
+        "state": "CRASHED",
+        "name": "Crashed",
+        "message": f"No heartbeat for {3 * heartbeat} s.",
+    }
+    recover = {
+        "type": "run-deployment",
+        "source": "selected",
+        "deployment_id": recover_id,
+        "parameters": {
+            "flow_run_id": {"__prefect_kind": "jinja", "template": "{{ flow_run.id }}"},
+            "max_attempts": max_attempts,
+        },
+    }
+    beats = [BEAT, *(f"prefect.flow-run.{state}" for state in SILENT)]
+    return [
+        _automation(
+            "no heartbeat",
+            f"Sets a flow run tagged {RECOVERED_TAG} to Crashed that has sent no heartbeat for {3 * heartbeat} s.",
+            _unless(BEAT, beats, RECOVERED, silence),
+            crashed,
+        ),
+        _automation(
+            "recover",
+            f"Begins a crashed flow run tagged {RECOVERED_TAG} again, {max_attempts} times in all at most.",
+            _when("prefect.flow-run.Crashed", RECOVERED),
+            recover,
+        ),
+    ]
+
+
+def alert_automations(block_id: UUID, *, waiting: timedelta) -> list[AutomationCore]:
+    """Return the automations that tell people.
+
+    Args:
+        block_id: The document of a block that can notify.
+        waiting: How long a crew may wait for a person before that is worth an alert.
+    """
+
+    def alert(trigger: dict[str, Any], name: str, subject: str, what: str, body: str) -> AutomationCore:
+        subject = "Crew {{ event.resource['prefect-crew.crew'] }}: " + subject
+        action = {"type": "send-notification", "block_document_id": block_id, "subject": subject, "body": HEAD + body}
+        return _automation(f"alert {name}", f"Sends an alert when {what}.", trigger, action)
+
+    ends = [f"crew.{end}" for end in ("resumed", "completed", "failed", "stopped", "lost", "timed_out")]
+    asked, unanswered = _when("crew.waiting", CREW_RUNS), _unless("crew.waiting", ends, CREW_RUNS, waiting)
+    late, for_long = f"No one has answered for {waiting}. {QUESTION}", f"a crew has waited for a person for {waiting}"
+    words = {event: event.replace("_", " ") for event in ALERTS}
+    return [
+        *(
+            alert(_when(f"crew.{event}", CREW_RUNS), words[event], words[event], what, body)
+            for event, (what, body) in ALERTS.items()
+        ),
+        alert(asked, "asked", "asks a person", "a crew asks a person, once a question", QUESTION),
+        alert(unanswered, "waiting", "waiting for a person", for_long, late),
+    ]
+
+
+def _automation(name: str, description: str, trigger: dict[str, Any], action: dict[str, Any]) -> AutomationCore:
+    fields = {"name": f"{TAG}: {name}", "description": description, "tags": [TAG]}
+    return AutomationCore.model_validate({**fields, "trigger": trigger, "actions": [action]})
+
+
+def _when(event: str, runs: dict[str, Any]) -> dict[str, Any]:
+    """Return a trigger that fires at each such event."""
+    return {"type": "event", "posture": "Reactive", **runs, "expect": [event], "threshold": 1, "within": 0}
+
+
+def _unless(after: str, expect: list[str], runs: dict[str, Any], within: timedelta) -> dict[str, Any]:
+    """Return a trigger that fires if none of the expected events follows in time, for each run by itself."""
+    return {
+        "type": "event",
+        "posture": "Proactive",
+        **runs,
+        "after": [after],
+        "expect": expect,
+        "for_each": ["prefect.resource.id"],
+        "threshold": 1,
+        "within": within.total_seconds(),
+    }
+
+
+async def read_automations(client: PrefectClient) -> list[Automation]:
+    """Return the automations of this package, by name."""
+    ours = AutomationFilter(tags=AutomationFilterTags(all_=[TAG]))
+    return sorted(await client.read_automations(automations=ours), key=lambda one: one.name)
+
+
+async def apply_automation(client: PrefectClient, wanted: AutomationCore) -> Literal["created", "updated"]:
+    """Create an automation, or bring the one of its name up to date. One that was disabled stays disabled."""
+    existing = await client.read_automations_by_name(wanted.name)
+    if not existing:
+        await client.create_automation(wanted)
+        return "created"
+    # Given whole: of what is left unset the client would send nothing.
+    wanted.enabled = existing[0].enabled
+    whole = AutomationCore.model_validate(wanted.model_dump(exclude={"owner_resource"}))
+    await client.update_automation(existing[0].id, whole)
+    return "updated"
+
+
+async def slowest_heartbeat(client: PrefectClient) -> int:
+    """Return the longest heartbeat, in seconds, of the deployments that are recovered; Prefect's where none is set."""
+    tagged = await client.read_deployments(
+        deployment_filter=DeploymentFilter(tags=DeploymentFilterTags(all_=[RECOVERED_TAG])), limit=PAGE
+    )
+    named = [one.job_variables.get("env", {}).get("PREFECT_FLOWS_HEARTBEAT_FREQUENCY") for one in tagged]
+    return max((int(seconds or PREFECTS_HEARTBEAT) for seconds in named), default=PREFECTS_HEARTBEAT)

@@ -1,4 +1,4 @@
-"""Flows to deploy as they are: a batch of a file, of a folder's new files, and the pruning of old records.
+"""Flows to deploy as they are: a batch of a file or of a folder's new files, recovery from crashes, pruning.
 
 Each is asynchronous and has plain values as parameters, so that any work pool can run it by its import path, such as
 `prefect_crew.operations.batch_file`, where this package is installed.
@@ -13,8 +13,12 @@ from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
-from prefect import flow, get_run_logger
+from prefect import flow, get_client, get_run_logger
+from prefect.client.schemas.objects import StateType
+from prefect.client.schemas.responses import SetStateStatus
+from prefect.states import Scheduled
 
 from prefect_crew.batches.report import BatchReport
 from prefect_crew.batches.run import arun_batch
@@ -131,6 +135,42 @@ async def prune_records(older_than_days: int = 90, dry_run: bool = False) -> str
     said = f"{pruned.runs} records {'would go' if dry_run else 'removed'}, {pruned.kept} kept"
     get_run_logger().info("%s", said)
     return said
+
+
+@flow(flow_run_name="recover {flow_run_id}", retries=3, retry_delay_seconds=10)
+async def recover(flow_run_id: UUID, max_attempts: int = 3) -> str:
+    """Begin a crashed flow run again, if it has attempts left, and say what was done. An automation runs this.
+
+    The flow run keeps its id, so it reattaches to its crews' runs. One that has failed is left alone: beginning again
+    would start its crew again. Prefect alone can schedule a crashed flow run again, but without a limit: a flow that
+    kills its worker would do so for ever.
+
+    Args:
+        flow_run_id: The flow run that crashed.
+        max_attempts: How often it may be begun in all, the first time included.
+    """
+    done = await _recover(flow_run_id, max_attempts)
+    get_run_logger().info("Flow run %s: %s", flow_run_id, done)
+    return done
+
+
+async def _recover(flow_run_id: UUID, max_attempts: int) -> str:
+    async with get_client() as client:
+        run = await client.read_flow_run(flow_run_id)
+        if run.state is None or not run.state.is_crashed():
+            return f"left alone, it is {run.state.name if run.state else 'without a state'}"
+        if run.deployment_id is None:
+            return "left alone, no deployment can run it: its parent or its caller has to"
+        # A run that dies before it begins is never counted by Prefect, so its crashes count as well.
+        states = await client.read_flow_run_states(flow_run_id)
+        attempts = max(run.run_count, sum(state.type is StateType.CRASHED for state in states))
+        if attempts >= max_attempts:
+            return f"given up after {attempts} attempts; prefect flow-run retry {flow_run_id} makes another"
+        again = Scheduled(message=f"Recovered from a crash: attempt {attempts + 1} of {max_attempts}")
+        answer = await client.set_flow_run_state(flow_run_id, again)
+        if answer.status is not SetStateStatus.ACCEPT:
+            return f"left alone, Prefect did not take it: {getattr(answer.details, 'reason', answer.status)}"
+        return f"scheduled again, attempt {attempts + 1} of {max_attempts}"
 
 
 def _new_files(folder: Path, pattern: str, unchanged_seconds: float) -> list[Path]:

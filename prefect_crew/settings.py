@@ -21,7 +21,9 @@ class CrewSettings(PrefectBaseSettings):
         description="The webhook receiver's public base URL. If it is set, every kickoff asks for webhooks.",
     )
     webhook_secret: SecretStr | None = Field(
-        default=None, description="What signs the webhooks' URLs; the receiver has the same. At least 32 characters."
+        default=None,
+        description="What signs the webhooks' URLs; the receiver has the same. At least 32 characters. Of several, "
+        "separated by blanks, the first signs, and the receiver accepts all.",
     )
     review_secret: SecretStr | None = Field(
         default=None,

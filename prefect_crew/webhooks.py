@@ -4,6 +4,9 @@
 
 The payload is JSON in base64 that says which run the URL is for; the signature is an HMAC over it. Whoever has a URL
 can send webhooks of one kind about one run, until it expires.
+
+The secret may be several, separated by blanks, so that it can be changed while runs are in flight: the first one signs,
+and what any of them has signed is accepted.
 """
 
 from __future__ import annotations
@@ -138,7 +141,7 @@ def hook_urls(
 
     Args:
         base_url: The receiver's public address; it may have a path, but neither query nor fragment.
-        secret: What the receiver verifies with; at least 32 characters.
+        secret: What the receiver verifies with; at least 32 characters. Of several the first one signs.
         idempotency_key, expires, attempt, claim, names, round: As `Hook` has them. All can be read from the URLs.
         stream_events: Types of CrewAI's events that are sent one by one, if any.
 
@@ -175,7 +178,7 @@ def token_of(hook: Hook, secret: SecretStr | str) -> str:
         ConfigurationError: `expires` is naive.
     """
     payload = _payload(hook)
-    return f"{payload}.{_signature(secret, 'url', payload)}"
+    return f"{payload}.{_signature(_secrets(secret)[0], 'url', payload)}"
 
 
 def bearer_of(hook: Hook, secret: SecretStr | str) -> str:
@@ -184,7 +187,7 @@ def bearer_of(hook: Hook, secret: SecretStr | str) -> str:
     Raises:
         ConfigurationError: As `token_of`.
     """
-    return _signature(secret, "bearer", _payload(hook))
+    return _signature(_secrets(secret)[0], "bearer", _payload(hook))
 
 
 def latest_webhooks_of(settings: CrewSettings) -> tuple[str, str] | None:
@@ -202,13 +205,14 @@ def latest_webhooks_of(settings: CrewSettings) -> tuple[str, str] | None:
 
 def recent_bearer(secret: SecretStr | str) -> str:
     """Return the bearer token with which a process that waits for runs asks the receiver for the latest webhooks."""
-    return _signature(secret, "recent", "")
+    return _signature(_secrets(secret)[0], "recent", "")
 
 
 def may_read_recent(secret: SecretStr | str, authorization: str | None) -> bool:
-    """Return whether a request's Authorization header has that token; compared in constant time."""
+    """Return whether a request's Authorization header has that token of a secret; compared in constant time."""
     scheme, _, bearer = (authorization or "").partition(" ")
-    return _equal(bearer.strip(), recent_bearer(secret)) and scheme.lower() == "bearer"
+    fitting = [one for one in _secrets(secret) if _equal(bearer.strip(), recent_bearer(one))]
+    return bool(fitting) and scheme.lower() == "bearer"
 
 
 def read_token(
@@ -221,12 +225,15 @@ def read_token(
     Args:
         kind: The kind in the URL.
         token: The token in the URL.
-        secret: The receiver's.
+        secret: The receiver's; of several any may have signed.
         now: The time; aware.
         authorization: The request's Authorization header.
     """
+    if len(token) > MAX_TOKEN:
+        return None
     payload, _, signature = token.partition(".")
-    if len(token) > MAX_TOKEN or not _equal(signature, _signature(secret, "url", payload)):
+    signers = [one for one in _secrets(secret) if _equal(signature, _signature(one, "url", payload))]
+    if not signers:
         return None
     fields: dict[str, Any] = json.loads(base64.urlsafe_b64decode(payload + "=" * (-len(payload) % 4)))
     if fields.pop("version", None) != VERSION or fields["kind"] != kind:
@@ -237,24 +244,24 @@ def read_token(
         return None
     if kind in BEARER_KINDS:
         scheme, _, bearer = (authorization or "").partition(" ")
-        if not _equal(bearer.strip(), _signature(secret, "bearer", payload)) or scheme.lower() != "bearer":
+        if not _equal(bearer.strip(), _signature(signers[0], "bearer", payload)) or scheme.lower() != "bearer":
             return None
     return hook
 
 
 def checked_secret(secret: SecretStr | str) -> str:
-    """Return a secret that is long enough.
+    """Return a secret, or several separated by blanks, that is long enough.
 
     Raises:
-        ConfigurationError: It is not.
+        ConfigurationError: It is not, or one of them is not.
     """
-    text = secret.get_secret_value() if isinstance(secret, SecretStr) else secret
-    if len(text) < SHORTEST_SECRET:
+    found = _secrets(secret)
+    if (length := min(map(len, found))) < SHORTEST_SECRET:
         raise ConfigurationError(
-            f"The webhook secret has {len(text)} characters; it needs at least {SHORTEST_SECRET}, since anybody with a "
+            f"The webhook secret has {length} characters; it needs at least {SHORTEST_SECRET}, since anybody with a "
             'URL can try to guess it. Make one: python -c "import secrets; print(secrets.token_urlsafe(32))"'
         )
-    return text
+    return " ".join(found)
 
 
 def _checked_base(url: str) -> str:
@@ -270,10 +277,15 @@ def _payload(hook: Hook) -> str:
     return _base64(text.encode("utf-8", "surrogatepass"))
 
 
-def _signature(secret: SecretStr | str, purpose: str, payload: str) -> str:
-    key = secret.get_secret_value() if isinstance(secret, SecretStr) else secret
+def _secrets(secret: SecretStr | str) -> list[str]:
+    """Return the secrets that a text holds, separated by blanks; at least one, which may be empty."""
+    text = secret.get_secret_value() if isinstance(secret, SecretStr) else secret
+    return text.split() or [""]
+
+
+def _signature(secret: str, purpose: str, payload: str) -> str:
     message = f"prefect-crew webhook {purpose} {payload}"  # no blank is in any of them
-    return _base64(hmac.digest(_bytes(key), _bytes(message), "sha256"))
+    return _base64(hmac.digest(_bytes(secret), _bytes(message), "sha256"))
 
 
 def _equal(one: str, other: str) -> bool:

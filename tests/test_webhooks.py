@@ -103,6 +103,21 @@ def test_a_token_is_good_for_its_kind_its_secret_its_time_and_its_version(
     assert read(hook, token) is None
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_of_several_secrets_the_first_signs_and_each_is_accepted(kind: WebhookKind):
+    hook, new = Hook(kind, "key", LATER), "n" * 40
+    both = f"{new} {SECRET}"
+    assert token_of(hook, both) == token_of(hook, new) != token_of(hook, SECRET)
+    for signer in (new, SECRET):
+        bearer = f"Bearer {bearer_of(hook, signer)}"
+        token = token_of(hook, signer)
+        assert read_token(kind, token, both, now=NOW, authorization=bearer) == hook
+        assert read_token(kind, token, "o" * 40, now=NOW, authorization=bearer) is None
+    old_bearer = f"Bearer {bearer_of(hook, SECRET)}"
+    mixed = read_token(kind, token_of(hook, new), both, now=NOW, authorization=old_bearer)
+    assert mixed == (None if kind in ("human_input", "stream") else hook)
+
+
 @pytest.mark.parametrize("kind", ["human_input", "stream"])
 @pytest.mark.parametrize(
     "header",
@@ -160,6 +175,7 @@ def test_the_base_may_have_a_path(base: str, url: str):
         pytest.param({"base_url": "https://u:p@h.example"}, "credentials", id="credentials"),
         pytest.param({"base_url": "https://h.example?a=b"}, "query", id="query"),
         pytest.param({"secret": "brief"}, "5 characters", id="short-secret"),
+        pytest.param({"secret": f"{SECRET} brief"}, "5 characters", id="short-second-secret"),
         pytest.param({"expires": datetime(2026, 1, 1)}, "time zone", id="naive"),  # noqa: DTZ001
     ],
 )

@@ -20,7 +20,7 @@ from typing import Any
 
 from cyclopts import App, Group, Parameter
 
-from prefect_crew.cli import _errors, _output, batch, crews, deploy, doctor, reviews, runs, serve
+from prefect_crew.cli import _errors, _output, automations, batch, crews, deploy, doctor, init, reviews, runs, serve
 from prefect_crew.cli import run as run_commands
 from prefect_crew.exceptions import CrewError
 
@@ -41,10 +41,10 @@ app = App(
     default_parameter=Parameter(negative=(), show_default=_shown),
 )
 GROUPS: dict[str, Sequence[Any]] = {
-    "Try and check": (serve.demo, serve.serve, doctor.doctor),
+    "Try and check": (serve.demo, init.init, serve.serve, doctor.doctor),
     "Run a crew": (run_commands.run, run_commands.result, run_commands.inputs),
     "Follow and decide": (runs.app, reviews.app, batch.app),
-    "Set up": (crews.app, deploy.deploy, deploy.backfill, serve.receiver),
+    "Set up": (crews.app, deploy.deploy, deploy.backfill, automations.app, serve.receiver),
 }
 for number, (title, commands) in enumerate(GROUPS.items()):
     group = Group(title, sort_key=number)

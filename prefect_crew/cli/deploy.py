@@ -100,7 +100,7 @@ def deploy(
             tags=tag or (),
         )
         deployment = build_deployment(target, plan)
-        return target, plan, deployment, *await _apply(deployment)
+        return target, plan, deployment, *await apply_deployment(deployment)
 
     target, plan, deployment, deployment_id, pool_type = asyncio.run(make())
     run = f"Run it: prefect deployment run {shlex.quote(deployment.full_name)}"
@@ -149,7 +149,7 @@ async def _has_schedule(full_name: str) -> bool:
             return False
 
 
-async def _apply(deployment: RunnerDeployment) -> tuple[str, str | None]:
+async def apply_deployment(deployment: RunnerDeployment) -> tuple[str, str | None]:
     """Store a deployment; return its id and the type of its work pool."""
     from prefect.client.orchestration import get_client
     from prefect.deployments.runner import DeploymentApplyError

@@ -191,7 +191,7 @@ def demo(
             "prefect-crew run my-crew -i topic=Lisbon",
         ],
         "The same in Python": ['run_crew(DeployedCrew.load("my-crew"), {"topic": "Lisbon"})'],
-        "Everything else": ["README.md and docs/"],
+        "A project to start from, with schedules and a worker": ["prefect-crew init my-crews"],
     }
     _output.note("Where to go from here", "bold")
     if which("prefect-crew") is None:

@@ -49,7 +49,8 @@ def create_receiver(
     shuts down.
 
     Args:
-        secret: What URLs were signed with; left out, the setting PREFECT_INTEGRATIONS_CREW_WEBHOOK_SECRET.
+        secret: What URLs were signed with, or several separated by blanks; left out, the setting
+            PREFECT_INTEGRATIONS_CREW_WEBHOOK_SECRET.
         max_body: Bytes of a body; larger ones get 413.
         forwarder: What makes Prefect's events; left out, one with its defaults.
 

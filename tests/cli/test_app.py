@@ -27,11 +27,12 @@ from support.environment import program
 from support.prefect_server import PrefectServer
 
 COMMANDS = {
-    "": ["demo", "serve", "doctor", "run", "result", "inputs", "deploy", "backfill"],
+    "": ["demo", "init", "serve", "doctor", "run", "result", "inputs", "deploy", "backfill"],
     "runs": ["ls", "inspect", "cancel", "resolve", "prune"],
     "reviews": ["ls", "inspect", "approve", "reject"],
     "batch": ["run", "plan", "ls", "inspect", "failures", "retry", "resume", "cancel", "export"],
     "crews": ["save", "ls", "inspect"],
+    "automations": ["apply", "ls", "rm"],
     "receiver": ["start"],
 }
 

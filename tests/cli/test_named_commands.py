@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import re
 import shlex
-import sys
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,19 +17,20 @@ from prefect_crew.batches.outcomes import explain_lost
 from prefect_crew.blocks import DeployedCrew
 from prefect_crew.cli.app import app
 from prefect_crew.cli.runs import Condition, todo
+from prefect_crew.deployments import ALERTS
 from prefect_crew.exceptions import CrewLostError, CrewTimeoutError, IdempotencyConflictError, KickoffUncertainError
 from prefect_crew.records.model import RecordPhase, RunRecord
 from prefect_crew.runs.reviews.questions import how_to_answer
 from prefect_crew.runs.run import OpenRun
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "deployments"))
-from automations import ALERTS  # noqa: E402
-
 NAMED = re.compile(r"prefect-crew(?! (?:here|if|webhook|input marks)\b)((?: +[a-z][\w-]*)+)((?: +[^\s.,;:`)]+)*)")
 """A command and what follows it. The words left out follow the package's own name."""
-PAGES = [*(ROOT / "docs").glob("*.md"), ROOT / "README.md", ROOT / "examples" / "README.md"]
-SERVICES = [*(ROOT / "deployments").glob("*.yaml")]
+PAGES = [
+    *(ROOT / "docs").glob("*.md"),
+    *(ROOT / name / "README.md" for name in (".", "examples", "deployments/starter")),
+]
+SERVICES = [*(ROOT / "deployments").rglob("*.yaml")]
 MODULES = [
     path for name in ("prefect_crew", "flows", "deployments", "examples") for path in (ROOT / name).rglob("*.py")
 ]
@@ -112,7 +112,7 @@ TEXTS = {
     "to do: orphaned": todo(record(), Condition.ORPHANED),
     "to do: waiting": todo(record(), Condition.WAITING),
     "row lost": explain_lost(CrewLostError(kickoff_id="k"), HOSTILE, HOSTILE),
-    "alert": jinja2.Template(ALERTS["uncertain"]).render(
+    "alert": jinja2.Template(ALERTS["uncertain"][1]).render(
         event={"payload": {"idempotency_key": HOSTILE, "reason": "x"}}
     ),
 }

@@ -4,7 +4,6 @@ receiver."""
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,12 +11,11 @@ from prefect.blocks.notifications import CustomWebhookNotificationBlock
 
 from prefect_crew import CrewError, WaitPolicy, run_crew
 from prefect_crew.devserver import CrewServer
-from support.deployed import ROOT, command
-from support.prefect_server import PrefectServer, connected, drain
+from support.prefect_server import connected, drain
 from support.receiver import Receiver
 from support.site import Site
 
-SCRIPT = ROOT / "deployments" / "automations.py"
+APPLY = ("prefect-crew", "automations", "apply")
 ALERTS = {f"prefect-crew: alert {what}" for what in ("failed", "uncertain", "lost", "timed out", "asked", "waiting")}
 RECOVERY = {"prefect-crew: no heartbeat", "prefect-crew: recover"}
 BROKEN = "name: broken\ntasks: [{name: t, fail: the well is dry}]\n"
@@ -38,10 +36,10 @@ def alerted(site: Site) -> Iterator[Receiver]:
         )
         with connected(site.server, site.folder / "home"):
             block.save("crew-alerts", overwrite=True, _sync=True)
-        site.run("python", SCRIPT, "--notify", "custom-webhook/crew-alerts", "--waiting-hours", "0.003")
+        site.run(*APPLY, "--notify", "custom-webhook/crew-alerts", "--waiting", "11s")
         yield receiver
-        for name in ALERTS:
-            site.call("DELETE", f"/automations/{automations(site)[name]['id']}")
+        site.run("prefect-crew", "automations", "rm", *ALERTS, "--yes")
+        assert set(automations(site)) == RECOVERY
 
 
 def wait_for_alert(receiver: Receiver, subject: str, seconds: float = 60) -> str:
@@ -70,35 +68,25 @@ def test_a_run_counts_as_crashed_after_three_times_the_slowest_heartbeat(site: S
     body = {"name": "slow-heart", "flow_id": site.deployment("one-crew/daily")["flow_id"], "tags": ["recover-crashed"]}
     slow = site.call("POST", "/deployments/", body)["id"]
     try:
-        assert "after 540 s" in site.run("python", SCRIPT)
+        assert "no heartbeat for 540 s" in site.run(*APPLY)
         assert automations(site)["prefect-crew: no heartbeat"]["trigger"]["within"] == 540
     finally:
         site.call("DELETE", f"/deployments/{slow}")
-    assert "after 90 s" in site.run("python", SCRIPT)
+    assert "no heartbeat for 90 s" in site.run(*APPLY)
 
 
 def test_one_that_somebody_disabled_stays_disabled(site: Site):
     automation = automations(site)["prefect-crew: recover"]["id"]
     site.call("PATCH", f"/automations/{automation}", {"enabled": False})
     try:
-        assert "which is disabled" in site.run("python", SCRIPT, "--max-attempts", "5")
+        assert "recover\tdisabled\t" in site.run(*APPLY, "--max-attempts", "5")
         existing = automations(site)["prefect-crew: recover"]
         assert existing["id"] == automation
         assert not existing["enabled"]
         assert existing["actions"][0]["parameters"]["max_attempts"] == 5
     finally:
         site.call("PATCH", f"/automations/{automation}", {"enabled": True})
-        site.run("python", SCRIPT)
-
-
-def test_a_block_that_is_not_there_is_named(site: Site):
-    with pytest.raises(AssertionError, match="No block slack-webhook/nobody"):
-        site.run("python", SCRIPT, "--notify", "slack-webhook/nobody")
-
-
-def test_without_the_deployments_it_says_what_comes_first(prefect_api: PrefectServer, tmp_path: Path):
-    with pytest.raises(AssertionError, match="First: prefect deploy --all"):
-        command("python", SCRIPT, env=prefect_api.env(home=tmp_path))
+        site.run(*APPLY)
 
 
 def test_a_failed_crew_is_reported_with_its_error(site: Site, alerted: Receiver):

@@ -11,7 +11,7 @@ import pytest
 from cryptography.fernet import Fernet
 
 from support import compose
-from support.deployed import ROOT, command, wait_until
+from support.deployed import command, wait_until
 from support.environment import isolated, program
 from support.postgres import SUPERUSER, Postgres
 from support.prefect_server import free_port
@@ -41,8 +41,8 @@ def api(postgres: Postgres, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     declared = compose.environment(
         "server",
         POSTGRES_PASSWORD="unused",
-        PREFECT_AUTH=AUTH,
-        PREFECT_ENCRYPTION_KEY=Fernet.generate_key().decode(),
+        PREFECT_API_AUTH_STRING=AUTH,
+        PREFECT_SERVER_ENCRYPTION_KEY=Fernet.generate_key().decode(),
     )
     here = {
         "PREFECT_SERVER_DATABASE_HOST": "127.0.0.1",
@@ -50,6 +50,7 @@ def api(postgres: Postgres, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         "PREFECT_SERVER_DATABASE_USER": SUPERUSER,
         "PREFECT_SERVER_DATABASE_NAME": "compose",
         "PREFECT_SERVER_UI_API_URL": f"http://127.0.0.1:{port}/api",
+        "PREFECT_SERVER_UI_STATIC_DIRECTORY": str(folder / "ui"),
     }
     assert set(here) <= set(declared)
     started = [
@@ -66,7 +67,12 @@ def api(postgres: Postgres, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 
 def client_env(folder: Path, port: str, service: str) -> dict[str, str]:
-    declared = compose.environment(service, PREFECT_AUTH=AUTH, WEBHOOK_SECRET="s" * 40, WEBHOOK_URL="")
+    declared = compose.environment(
+        service,
+        PREFECT_API_AUTH_STRING=AUTH,
+        PREFECT_INTEGRATIONS_CREW_WEBHOOK_SECRET="s" * 40,
+        PREFECT_INTEGRATIONS_CREW_WEBHOOK_URL="",
+    )
     return isolated(folder, {**declared, "PREFECT_API_URL": f"http://127.0.0.1:{port}/api"})
 
 
@@ -83,24 +89,22 @@ def test_the_server_asks_everybody_for_the_password(api: str, tmp_path: Path):
     assert "401" in done.stdout + done.stderr
 
 
-def test_the_one_line_deploys_everything_twice_over_and_its_workers_are_healthy(api: str, tmp_path: Path):
+def test_the_one_line_deploys_everything_twice_over_and_its_worker_is_healthy(api: str, tmp_path: Path):
     env = client_env(tmp_path, api, "deploy")
     shell, flag, line = compose.services()["deploy"]["command"]
     for _ in range(2):
-        done = subprocess.run([shell, flag, line], env=env, cwd=ROOT, capture_output=True, text=True, timeout=180)
+        done = subprocess.run(
+            [shell, flag, line], env=env, cwd=compose.FOLDER, capture_output=True, text=True, timeout=180
+        )
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    assert "recover/crashed" in command("prefect", "deployment", "ls", env=env)
+    deployed = command("prefect", "deployment", "ls", env=env)
+    assert all(name in deployed for name in ("deployed-pipeline/report", "recover/crashed"))
 
-    for name in ("worker", "crew-worker-one", "crew-worker-two"):
-        worker_is_healthy(name, api, tmp_path)
-
-
-def worker_is_healthy(name: str, api: str, folder: Path) -> None:
     port = str(free_port())
-    env = {**client_env(folder, api, name), "PREFECT_WORKER_WEBSERVER_PORT": port}
-    started = compose.services()[name]["command"]
-    with Process([program(started[0]), *started[1:]], log=folder / f"{name}.log", env=env) as process:
-        wait_until(lambda: health(name, p8080=port), seconds=60, what=f"a healthy {name}: {process.tail(500)}")
+    env = {**client_env(tmp_path, api, "worker"), "PREFECT_WORKER_WEBSERVER_PORT": port}
+    started = compose.services()["worker"]["command"]
+    with Process([program(started[0]), *started[1:]], log=tmp_path / "worker.log", env=env) as process:
+        wait_until(lambda: health("worker", p8080=port), seconds=60, what=f"a healthy worker: {process.tail(500)}")
 
 
 def test_the_receiver_is_healthy_and_knows_its_secret(api: str, tmp_path: Path):

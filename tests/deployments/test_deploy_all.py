@@ -25,14 +25,14 @@ IN_PROCESSES = [
     "batch-file/by-hand",
     "watch-folder/inbox",
     "follow-up/after-research",
-    "recover/crashed",
 ]
 ON_THE_CREW_WORKER = {
     "deployed-crew/evenings": "prefect_crew.run_deployed_crew",
     "deployed-pipeline/report": "prefect_crew.run_deployed_pipeline",
     "prune-records/sweep": "prefect_crew.operations.prune_records",
 }
-DEPLOYMENTS = [*IN_PROCESSES, *ON_THE_CREW_WORKER]
+RECOVER = "recover/crashed"
+DEPLOYMENTS = [*IN_PROCESSES, *ON_THE_CREW_WORKER, RECOVER]
 
 
 def keys_in_the_file() -> list[str]:
@@ -58,6 +58,18 @@ def test_it_is_there_for_the_crew_worker_with_nothing_to_pull(site: Site, name: 
     assert (deployment["work_pool_name"], deployment["entrypoint"]) == (CREW_POOL, ON_THE_CREW_WORKER[name])
     assert not deployment["pull_steps"]
     assert deployment["description"]
+
+
+def test_what_recovers_is_there_with_nothing_to_pull(site: Site):
+    deployment = site.deployment(RECOVER)
+    assert (deployment["work_pool_name"], deployment["entrypoint"]) == (POOL, "prefect_crew.operations.recover")
+    assert not deployment["pull_steps"]
+
+
+def test_nothing_starts_before_somebody_says_so(site: Site):
+    assert {name: one["active"] for name, one in schedules(site).items()} == dict.fromkeys(schedules(site), False)
+    triggers = [one for one in site.call("POST", "/automations/filter", {}) if "prefect-crew" not in one["tags"]]
+    assert [one["enabled"] for one in triggers] == [False]
 
 
 def test_the_templates_of_a_pipeline_survive_prefects_own_templating(site: Site):
@@ -118,7 +130,7 @@ def test_a_second_deploy_changes_nothing_and_doubles_nothing(site: Site):
 
 def test_what_recovers_crashes_is_not_recovered_itself(site: Site):
     tagged = {name for name in DEPLOYMENTS if "recover-crashed" in site.deployment(name)["tags"]}
-    assert tagged == set(IN_PROCESSES) - {"recover/crashed"}
+    assert tagged == set(IN_PROCESSES)
 
 
 def test_the_crash_automations_leave_the_crew_worker_alone(site: Site):

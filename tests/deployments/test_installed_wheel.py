@@ -1,55 +1,58 @@
-"""The built wheel, alone in a fresh environment and an empty folder: a crew worker runs a deployed crew."""
+"""The built wheel, alone in a fresh environment: what someone gets who has no clone of the repository.
+
+The demonstration, and a project that `prefect-crew init` wrote: its README from top to bottom, with its own tests, its
+deployments on a crew worker, and the automations. WHEEL_PYTHON=3.12 chooses another Python than that of the tests.
+"""
 
 from __future__ import annotations
 
 import os
 import subprocess
-import time
+from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import httpx
 import pytest
 
 from support.deployed import ROOT
+from support.docs import Block, read_page
 from support.environment import isolated, program
-from support.prefect_server import PrefectServer, free_port
+from support.prefect_server import PrefectServer
 from support.processes import Process
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
-TOKEN = "token-of-the-wheel"
-INPUTS = {"budget": "900 USD", "interests": "tiles", "duration": "3 days", "age": "34"}
+SECRET = "the-secret-that-signs-the-webhooks-of-this-test"
 
 
 class Installed:
     """The environment that the wheel is installed into, as a shell in an empty folder uses it."""
 
     def __init__(self, venv: Path, folder: Path, server: PrefectServer) -> None:
-        self.bin = venv / "bin"
         self.folder = folder
         self.empty = folder / "empty"
         self.empty.mkdir()
-        path = os.pathsep.join((str(self.bin), os.defpath))
-        env = isolated(folder / "home", {"PREFECT_API_URL": server.api_url, "CREW_TOKEN": TOKEN, "PATH": path})
+        path = os.pathsep.join((str(venv / "bin"), os.defpath))
+        env = isolated(folder / "home", {"PREFECT_API_URL": server.api_url, "PATH": path})
         self.env = {name: value for name, value in env.items() if name != "PYTHONPATH"}
 
-    def run(self, command: str, *arguments: str) -> str:
-        """Run a program of the environment, and return what it says; fail unless it succeeds."""
+    def run(self, line: str, *, cwd: Path | None = None) -> str:
+        """Run lines of a shell, and return what they say; fail unless each succeeds."""
         done = subprocess.run(
-            [self.bin / command, *arguments],
+            ["bash", "-e", "-c", line],
             env=self.env,
-            cwd=self.empty,
-            capture_output=True,
+            cwd=cwd or self.empty,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
             text=True,
             timeout=180,
         )
-        assert done.returncode == 0, f"{command} {arguments}: {done.stdout[-2000:]}{done.stderr[-2000:]}"
+        assert done.returncode == 0, f"{line}: {done.stdout[-4000:]}"
         return done.stdout
 
-    def start(self, command: str, *arguments: str, until: str) -> Process:
-        """Start a program of the environment, and wait until it says so."""
-        process = Process(
-            [self.bin / command, *arguments], log=self.folder / f"{arguments[0]}.log", env=self.env, cwd=self.empty
-        )
+    def start(self, line: str, *, until: str, cwd: Path, log: Path) -> Process:
+        """Start lines of a shell, and wait until they say so."""
+        process = Process(["bash", "-e", "-c", line], log=log, env=self.env, cwd=cwd)
         try:
             process.wait_for(until, 90)
         except BaseException:
@@ -59,7 +62,14 @@ class Installed:
 
 
 @pytest.fixture(scope="module")
-def installed(prefect_server: PrefectServer, tmp_path_factory: pytest.TempPathFactory) -> Installed:
+def server(tmp_path_factory: pytest.TempPathFactory, prefect_template: Path | None) -> Iterator[PrefectServer]:
+    """A Prefect server of its own: the project's deployments have plain names."""
+    with PrefectServer(tmp_path_factory.mktemp("server"), template=prefect_template) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def installed(server: PrefectServer, tmp_path_factory: pytest.TempPathFactory, notes: list[str]) -> Installed:
     folder = tmp_path_factory.mktemp("wheel")
     uv, venv = program("uv"), folder / "venv"
 
@@ -69,30 +79,75 @@ def installed(prefect_server: PrefectServer, tmp_path_factory: pytest.TempPathFa
 
     build("build", "--quiet", "--wheel", "--out-dir", folder / "dist")
     (wheel,) = (folder / "dist").glob("*.whl")
-    build("venv", "--quiet", "--python", program("python"), venv)
-    build("pip", "install", "--quiet", "--python", venv / "bin" / "python", "-c", "constraints.txt", wheel)
-    return Installed(venv, folder, prefect_server)
+    build("venv", "--quiet", "--python", os.environ.get("WHEEL_PYTHON") or program("python"), venv)
+    build("pip", "install", "--quiet", "--python", venv / "bin" / "python", "-c", "constraints.txt", wheel, "pytest")
+    found = Installed(venv, folder, server)
+    notes.append(f"wheel: installed alone on {found.run('python --version').strip()}")
+    return found
 
 
-def test_four_commands_lead_to_a_flow_run_that_completes(installed: Installed, prefect_server: PrefectServer) -> None:
-    where = installed.run("python", "-c", "import prefect_crew; print(prefect_crew.__file__)")
-    assert where.startswith(str(installed.folder)), "what is tested is the wheel"
-    port = str(free_port())
-    pool = f"crews-{time.time_ns()}"
-    with (
-        installed.start("prefect-crew", "serve", "travel", "--port", port, "--token", TOKEN, until="Serving"),
-        httpx.Client(base_url=prefect_server.api_url, timeout=60, trust_env=False) as api,
-    ):
-        installed.run("prefect-crew", "crews", "save", "wheel-travel", "--url", f"http://127.0.0.1:{port}")
-        installed.run("prefect", "work-pool", "create", pool, "--type", "crew")
-        with installed.start("prefect", "worker", "start", "--pool", pool, until="started!"):
-            defaults = [part for name, value in INPUTS.items() for part in ("-i", f"{name}={value}")]
-            installed.run("prefect-crew", "deploy", "wheel-travel", "--pool", pool, "--cron", "0 7 * * *", *defaults)
-            installed.run("prefect", "deployment", "run", "deployed-crew/wheel-travel", "--watch")
-            asked = {
-                "work_pools": {"name": {"any_": [pool]}},
-                "flow_runs": {"state": {"type": {"any_": ["COMPLETED"]}}},
-            }
-            (flow_run,) = api.post("/flow_runs/filter", json=asked).raise_for_status().json()
-    assert flow_run["infrastructure_pid"].startswith("CrewWorker ")
+def test_what_is_tested_is_the_wheel(installed: Installed):
+    where = installed.run("python -c 'import prefect_crew; print(prefect_crew.__file__)'")
+    assert where.startswith(str(installed.folder))
+
+
+def test_the_demonstration_runs(installed: Installed):
+    said = installed.run("prefect-crew demo")
+    assert "Where to go from here" in said
     assert list(installed.empty.iterdir()) == []
+
+
+@pytest.fixture(scope="module")
+def project(installed: Installed) -> Path:
+    folder = installed.folder / "project"
+    installed.run(f"prefect-crew init {folder}")
+    return folder
+
+
+def test_the_readme_of_the_project_is_true(installed: Installed, project: Path, server: PrefectServer):
+    """From its own tests to the automations: all that it says, but for what installs, the server, and Docker."""
+    left_out = {"pip install -r requirements.txt\npytest\n": "pytest\n", "prefect server start\n": ""}
+    with ExitStack() as running:
+        for number, block in enumerate(commands(project / "README.md")):
+            code = left_out.get(block.code, block.code)
+            if block.run.get("background"):
+                log = installed.folder / f"block-{number}.log"
+                process = installed.start(code, until=block.run["background"], cwd=project, log=log)
+                running.callback(process.stop, grace=5.0)
+            elif "docker" not in code:
+                installed.run(code, cwd=project)
+        with httpx.Client(base_url=server.api_url, timeout=60, trust_env=False) as api:
+            flow_runs = [run for run in api.post("/flow_runs/filter", json={}).json() if run["deployment_id"]]
+            automations = api.post("/automations/filter", json={}).json()
+    ran = [(run["state_type"], run["infrastructure_pid"].partition(" ")[0]) for run in flow_runs]
+    assert ran == [("COMPLETED", "CrewWorker")] * 3
+    assert len((project / "results" / "topics.jsonl").read_text().splitlines()) == 3
+    assert sorted(one["name"] for one in automations) == ["prefect-crew: no heartbeat", "prefect-crew: recover"]
+    installed.run("prefect-crew automations rm --yes")
+    assert "no automations" in installed.run("prefect-crew automations ls")
+
+
+def commands(readme: Path) -> list[Block]:
+    """Return the blocks of a page that are commands."""
+    found = [block for block in read_page(readme.parent, readme).blocks if block.language == "bash"]
+    assert len(found) > 8
+    return found
+
+
+def test_a_second_project_is_not_written_over_the_first(installed: Installed, project: Path):
+    with pytest.raises(AssertionError, match="is not an empty folder: nothing was written"):
+        installed.run(f"prefect-crew init {project}")
+
+
+def test_the_example_of_the_environment_is_read_by_prefect(installed: Installed, project: Path):
+    """As it is, with values left empty, and filled in."""
+    shown = "python -c 'from prefect_crew.settings import CrewSettings as S; print(S().webhook_secret)'"
+    example = (project / ".env.example").read_text()
+    (project / ".env").write_text(example)
+    bare = f"env -u PREFECT_API_URL PREFECT_HOME={installed.folder / 'other-home'} prefect config view && {shown}"
+    assert "PREFECT_API_URL='http://127.0.0.1:4200/api'" in installed.run(bare, cwd=project)
+    name = "PREFECT_INTEGRATIONS_CREW_WEBHOOK_SECRET="
+    (project / ".env").write_text(example.replace(f"{name}\n", f"{name}{SECRET}\n"))
+    said = installed.run(bare, cwd=project)
+    assert said.rstrip().endswith("*" * 10)
+    (project / ".env").unlink()

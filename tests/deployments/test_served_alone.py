@@ -21,7 +21,8 @@ SERVE = """
 from prefect import serve
 
 from one_crew import one_crew
-from recover import recover
+
+from prefect_crew.operations import recover
 
 serve(one_crew.to_deployment("served", tags=["recover-crashed"]), recover.to_deployment("crashed"))
 """
@@ -30,8 +31,7 @@ serve(one_crew.to_deployment("served", tags=["recover-crashed"]), recover.to_dep
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_a_killed_run_goes_on_unattended(tmp_path: Path, prefect_template: Path | None):
-    for name in ("one_crew.py", "recover.py"):
-        (tmp_path / name).write_text((ROOT / "flows" / name).read_text())
+    (tmp_path / "one_crew.py").write_text((ROOT / "flows" / "one_crew.py").read_text())
     (tmp_path / "mine.py").write_text(SERVE)
     with PrefectServer(tmp_path / "server", template=prefect_template) as server, CrewServer(SLOW) as crew:
         env = server.env(home=tmp_path / "home")
@@ -42,7 +42,7 @@ def test_a_killed_run_goes_on_unattended(tmp_path: Path, prefect_template: Path 
         with Process([sys.executable, "mine.py"], log=tmp_path / "log", env=env, cwd=tmp_path) as process:
             process.wait_for("recover/crashed")
             # Served flows have the heartbeat of Prefect's own default.
-            assert "after 540 s" in command("python", ROOT / "deployments" / "automations.py", env=env)
+            assert "no heartbeat for 540 s" in command("prefect-crew", "automations", "apply", env=env)
             parameters = '{"crew": "slow", "inputs": {"topic": "tea"}}'
             command("prefect", "deployment", "run", "one-crew/served", "--params", parameters, env=env)
             wait_until(lambda: crew.requests["status"] > 0, seconds=90, what="a crew that is waited for")

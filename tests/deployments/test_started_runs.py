@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,17 @@ def test_parameters_that_do_not_fit_are_refused_when_the_run_is_made(site: Site)
         site.start("report-pipeline/weekly", {"topic": ["no", "text"]})
 
 
+@pytest.fixture
+def follow_up(site: Site) -> Iterator[None]:
+    """The trigger of follow-up/after-research, which ships disabled."""
+    (trigger,) = [one["id"] for one in site.call("POST", "/automations/filter", {}) if "after-research" in one["name"]]
+    site.call("PATCH", f"/automations/{trigger}", {"enabled": True})
+    yield
+    site.call("PATCH", f"/automations/{trigger}", {"enabled": False})
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("follow_up")
 def test_a_run_started_by_another_crews_event_gets_that_ones_result(site: Site, worker: Worker):
     # The same run twice: one kickoff, one `crew.completed`, one follow-up.
     for _ in range(2):
@@ -51,6 +62,7 @@ def test_a_run_started_by_another_crews_event_gets_that_ones_result(site: Site, 
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("follow_up")
 def test_the_pipelines_own_research_is_not_followed_up(site: Site, worker: Worker):
     run_id = site.start("report-pipeline/weekly", {"topic": "mate", "idempotency_key": "event-mate"})
     assert wait_for_state(site.seen, run_id)["state_type"] == "COMPLETED"

@@ -10,7 +10,7 @@ from prefect.client.schemas.objects import FlowRun, State
 from prefect.exceptions import ObjectNotFound
 from prefect.states import Cancelled, Completed, Crashed, Failed, Pending, Running
 
-from support.deployed import load_flow
+from prefect_crew import operations
 from support.prefect_server import PrefectServer
 
 
@@ -42,7 +42,7 @@ async def state_of(flow_run_id: UUID) -> str:
 
 async def recover(flow_run_id: UUID, **options: int) -> str:
     """Run the flow without its retries, which would make a failing test slow."""
-    return await load_flow("recover.py:recover").with_options(retries=0)(flow_run_id, **options)
+    return await operations.recover.with_options(retries=0)(flow_run_id, **options)
 
 
 async def test_a_crashed_run_is_scheduled_again(prefect_api: PrefectServer):

@@ -16,6 +16,7 @@ from starlette.routing import Mount
 from prefect_crew.client.webhooks import Webhooks
 from prefect_crew.exceptions import ConfigurationError
 from prefect_crew.receiver.app import create_receiver
+from prefect_crew.webhooks import recent_bearer
 from support.webhooks import BODIES, SECRET, Kept, headers_of, url_of
 
 Urls = Callable[..., Webhooks]
@@ -190,6 +191,21 @@ def test_a_receiver_needs_a_secret(monkeypatch: pytest.MonkeyPatch, kept: Kept):
         create_receiver(forwarder=kept)
     with pytest.raises(ConfigurationError, match="5 characters"):
         create_receiver("short", forwarder=kept)
+
+
+async def test_a_receiver_with_a_new_secret_still_takes_what_the_old_one_signed(kept: Kept, urls: Urls):
+    app = create_receiver(f"{'n' * 40} {SECRET}", forwarder=kept)
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://receiver") as client:
+        for kind in ("crew", "human_input"):
+            hooks, body = urls(), BODIES[f"{kind}-first"]
+            answer = await client.post(url_of(hooks, kind), json=body, headers=headers_of(hooks, kind))
+            assert answer.status_code == 200
+        for signer in (SECRET, "n" * 40):
+            bearer = {"Authorization": f"Bearer {recent_bearer(signer)}"}
+            assert (await client.get("/recent", headers=bearer)).status_code == 200
+        bearer = {"Authorization": f"Bearer {recent_bearer('o' * 40)}"}
+        assert (await client.get("/recent", headers=bearer)).status_code == 404
+    assert len(kept.events) == 2
 
 
 def test_a_receiver_needs_a_prefect_api(monkeypatch: pytest.MonkeyPatch):

@@ -1,4 +1,4 @@
-"""deployments/compose.yaml, read as Compose reads it, as far as it can be held to its word without Docker."""
+"""The starter project's compose.yaml, read as Compose reads it, as far as it can be held to its word without Docker."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import yaml
 
 from support.deployed import ROOT
 
-PATH = ROOT / "deployments" / "compose.yaml"
+FOLDER = ROOT / "deployments" / "starter"
+PATH = FOLDER / "compose.yaml"
 _VARIABLE = re.compile(r"\$\{(?P<name>\w+)(:[?-][^}]*)?\}")
 
 

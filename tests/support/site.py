@@ -70,7 +70,7 @@ class Site:
     def deploy(self) -> str:
         """Deploy everything, and set the automations up, as the docs say."""
         said = self.run("prefect", "--no-prompt", "deploy", "--all", "--prefect-file", YAML)
-        return said + self.run("python", "deployments/automations.py")
+        return said + self.run("prefect-crew", "automations", "apply", "--pool", POOL)
 
     def worker(self, name: str, *, env: Mapping[str, str] | None = None) -> Worker:
         """Return a worker of the pool, started; it is stopped with the site if it still runs then."""

@@ -1,0 +1,72 @@
+"""`prefect-crew automations`: set up, listed and removed, and refused before anything is changed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+
+import pytest
+from prefect.blocks.notifications import CustomWebhookNotificationBlock
+
+from support.deployed import command
+from support.prefect_server import PrefectServer
+
+RECOVERY = ["prefect-crew: no heartbeat", "prefect-crew: recover"]
+ALERTS = [f"prefect-crew: alert {what}" for what in ("asked", "failed", "lost", "timed out", "uncertain", "waiting")]
+
+
+@pytest.fixture
+def pool(prefect_api: PrefectServer, here) -> Iterator[str]:
+    command("prefect", "work-pool", "create", "recovery", "--type", "crew", "--overwrite", env=prefect_api.env())
+    yield "recovery"
+    here("automations", "rm", "--yes")
+    command("prefect", "--no-prompt", "deployment", "delete", "recover/crashed", env=prefect_api.env())
+
+
+def test_they_are_set_up_listed_and_removed(here, pool: str):
+    assert here("automations", "ls").out.startswith("There are no automations of this package")
+    first = here("automations", "apply", "--pool", pool)
+    assert first.code == 0
+    assert "prefect-crew: recover\tcreated\tBegins a crashed flow run" in first.out
+    assert "There are no alerts: give --notify" in first.out
+
+    CustomWebhookNotificationBlock(name="alerts", url="http://127.0.0.1:1").save(
+        "alerts-of-a-test", overwrite=True, _sync=True
+    )
+    notify = ("--notify", "custom-webhook/alerts-of-a-test")
+    again = json.loads(here("automations", "apply", *notify, "--waiting", "90m", "-o", "json").out)
+    assert {one["name"]: one["change"] for one in again} == dict.fromkeys(RECOVERY, "updated") | dict.fromkeys(
+        ALERTS, "created"
+    )
+    assert next(one for one in again if one["name"] == ALERTS[-1])["description"].endswith("for 1:30:00.")
+    kept = json.loads(here("automations", "apply", "-o", "json").out)
+    assert {one["change"] for one in kept if one["name"] in ALERTS} == {"kept"}
+
+    listed = json.loads(here("automations", "ls", "-o", "json").out)
+    assert [one["name"] for one in listed] == sorted([*RECOVERY, *ALERTS])
+    assert all(one["enabled"] and one["description"].endswith(".") for one in listed)
+
+    asks = here("automations", "rm", "alert asked")
+    assert (asks.code, asks.out) == (2, "")
+    assert "--yes" in asks.err
+    assert "alert asked\tremoved" in here("automations", "rm", "alert asked", "--yes").out
+    rest = here("automations", "rm", "--yes").out
+    assert rest.count("\tremoved\t") == len(listed) - 1
+    assert "prefect deployment delete recover/crashed" in rest
+    assert here("automations", "rm", "--yes").out.startswith("There are no automations")
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        pytest.param(["apply"], "Recovery needs a work pool", id="no-pool"),
+        pytest.param(["apply", "--pool", "nowhere"], "There is no work pool nowhere", id="pool-not-there"),
+        pytest.param(["apply", "--notify", "slack-webhook/nobody"], "no block slack-webhook/nobody", id="no-block"),
+        pytest.param(["rm", "nobody", "--yes"], "no automation prefect-crew: nobody", id="no-automation"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_and_nothing_is_changed(here, prefect_api, line: list[str], said: str):
+    done = here("automations", *line)
+    assert (done.code, done.out) == (2, "")
+    assert said in done.err
+    assert here("automations", "ls", "-o", "json").out.strip() == "[]"

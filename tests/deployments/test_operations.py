@@ -1,0 +1,50 @@
+"""The flows of `prefect_crew.operations`, deployed by their import paths and run on both kinds of work pools."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from support.crew_pool import CrewPool
+from support.deployed import command
+from support.prefect_server import PrefectServer
+
+INPUTS: dict[str, dict[str, Any]] = {
+    "batch_file": {"crew": "echo", "dataset": "rows.csv", "name": "rows of KIND", "output": "rows.jsonl"},
+    "watch_folder": {"crew": "echo", "folder": "inbox", "output": "outbox", "unchanged_seconds": 0.0},
+    "prune_records": {"dry_run": True, "older_than_days": 30},
+    "recover": {"max_attempts": 5},
+}
+
+
+@pytest.mark.parametrize("kind", ["crew", "process"])
+def test_each_is_deployed_and_run_without_the_repository(kind: str, prefect_server: PrefectServer, tmp_path: Path):
+    (tmp_path / "rows.csv").write_text("text\ntea\n")
+    (tmp_path / "inbox").mkdir()
+    (tmp_path / "inbox" / "new.csv").write_text(f"text\nmilk on {kind}\n")  # its content names its batch
+    with CrewPool(prefect_server, tmp_path, kind=kind) as pool:
+        crew = pool.add_crew("echo", "echo")
+        pool.worker(f"operations-{kind}")
+        started: dict[str, str] = {}
+        for name, inputs in INPUTS.items():
+            paths = {"dataset", "folder", "output"} & set(inputs)
+            given = {**inputs, **{path: str(tmp_path / inputs[path]) for path in paths}}
+            (tmp_path / "inputs.json").write_text(json.dumps(given).replace("KIND", kind))
+            line = ("prefect-crew", "deploy", "--flow", f"prefect_crew.operations.{name}", "--pool", pool.name)
+            said = command(*line, "--name", kind, "-f", "inputs.json", env=pool.env, cwd=tmp_path)
+            flow = name.replace("_", "-")
+            assert f"Deployed {flow}/{kind}" in said
+            deployment = pool.call("GET", f"/deployments/name/{flow}/{kind}")
+            assert not deployment["pull_steps"]
+            # A flow run that has ended well: there is nothing to recover.
+            more = {"flow_run_id": started["prune_records"]} if name == "recover" else {}
+            started[name] = pool.start(deployment["id"], **more)
+        ended = {name: pool.wait_for(run, seconds=120)["state_type"] for name, run in started.items()}
+        assert ended == dict.fromkeys(INPUTS, "COMPLETED")
+        assert "left alone" in pool.logs(started["recover"])
+        assert crew.kickoffs == 2
+    assert (tmp_path / "rows.jsonl").exists()
+    assert (tmp_path / "inbox" / "done" / "new.csv").exists()
