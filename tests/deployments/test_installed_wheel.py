@@ -123,8 +123,7 @@ def test_the_readme_of_the_project_is_true(installed: Installed, project: Path, 
     assert ran == [("COMPLETED", "CrewWorker")] * 3
     assert len((project / "results" / "topics.jsonl").read_text().splitlines()) == 3
     assert sorted(one["name"] for one in automations) == ["prefect-crew: no heartbeat", "prefect-crew: recover"]
-    installed.run("prefect-crew automations rm --yes")
-    assert "no automations" in installed.run("prefect-crew automations ls")
+    assert installed.run("prefect-crew automations rm --yes").count("\tremoved\t") == 2
 
 
 def commands(readme: Path) -> list[Block]:
@@ -140,14 +139,14 @@ def test_a_second_project_is_not_written_over_the_first(installed: Installed, pr
 
 
 def test_the_example_of_the_environment_is_read_by_prefect(installed: Installed, project: Path):
-    """As it is, with values left empty, and filled in."""
-    shown = "python -c 'from prefect_crew.settings import CrewSettings as S; print(S().webhook_secret)'"
-    example = (project / ".env.example").read_text()
-    (project / ".env").write_text(example)
-    bare = f"env -u PREFECT_API_URL PREFECT_HOME={installed.folder / 'other-home'} prefect config view && {shown}"
-    assert "PREFECT_API_URL='http://127.0.0.1:4200/api'" in installed.run(bare, cwd=project)
+    """With one value filled in, and the others left empty."""
     name = "PREFECT_INTEGRATIONS_CREW_WEBHOOK_SECRET="
+    example = (project / ".env.example").read_text()
     (project / ".env").write_text(example.replace(f"{name}\n", f"{name}{SECRET}\n"))
-    said = installed.run(bare, cwd=project)
-    assert said.rstrip().endswith("*" * 10)
-    (project / ".env").unlink()
+    (project / "show.py").write_text(
+        "from prefect.settings import get_current_settings\n"
+        "from prefect_crew.settings import CrewSettings\n"
+        "print(get_current_settings().api.url, CrewSettings().webhook_secret.get_secret_value())\n"
+    )
+    other = f"env -u PREFECT_API_URL PREFECT_HOME={installed.folder / 'other-home'}"
+    assert installed.run(f"{other} python show.py", cwd=project).split() == ["http://127.0.0.1:4200/api", SECRET]
