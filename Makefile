@@ -23,12 +23,12 @@ AT_ONCE = -n $(WORKERS) --dist worksteal
 PYTHONS = $(or $(PYTHON),python3.13 python3.12 python3.11 python3 python3.14)
 SUITABLE = import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info < (3, 15))
 
-.PHONY: help demo test programs prove sample wheel-smoke mutate bench coverage oldest lint format constraints clean
+.PHONY: help demo test programs prove sample wheel-smoke mutate bench coverage oldest lint format docs audit dist constraints clean
 .DELETE_ON_ERROR:
 
 help:
 	@sed -n 's/^#   make/make/p' Makefile
-	@echo "Also: programs (tests of whole programs), prove (all tests), sample (some of the slow ones), wheel-smoke, mutate, bench, coverage, oldest, lint, format, constraints, clean."
+	@echo "Also: programs (tests of whole programs), prove (all tests), sample (some of the slow ones), wheel-smoke, mutate, bench, coverage, oldest, lint, format, docs (the site), audit, dist, constraints, clean."
 
 # Running
 
@@ -82,6 +82,25 @@ format: $(VENV)/.lint
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
+# What a release needs: what is known against its dependencies, and its files, tried for a package index.
+
+RUNTIME := build/runtime.txt
+
+audit: $(VENV)/.release
+	@mkdir -p build
+	$(UV) pip compile --quiet --no-annotate --no-header -c constraints.txt pyproject.toml --output-file $(RUNTIME)
+	$(BIN)/pip-audit --disable-pip --no-deps --requirement $(RUNTIME)
+
+dist: $(VENV)/.release
+	rm -rf build/dist
+	$(UV) build --quiet --out-dir build/dist
+	$(BIN)/twine check --strict build/dist/*
+	$(UV) pip compile --quiet --no-annotate --no-header -c constraints.txt pyproject.toml --output-file $(RUNTIME)
+	$(BIN)/pip-audit --disable-pip --no-deps --requirement $(RUNTIME) --format cyclonedx-json --output build/sbom.json
+
 # Building: each stamp file says that the environment holds one set of packages, as of these two files.
 
 $(UV):
@@ -108,6 +127,16 @@ $(VENV)/.tests: pyproject.toml constraints.txt | $(UV)
 $(VENV)/.lint: pyproject.toml constraints.txt | $(VENV)/.tests
 	@echo "Installing ruff, pyright and pre-commit …"
 	@$(UV) pip install --quiet --python $(BIN)/python -c constraints.txt -e '.[all]' --group dev
+	@touch $@
+
+$(VENV)/.docs: pyproject.toml constraints.txt | $(VENV)/.core
+	@echo "Installing mkdocs-material, mkdocstrings and what they need …"
+	@$(UV) pip install --quiet --python $(BIN)/python -c constraints.txt -e . --group docs
+	@touch $@
+
+$(VENV)/.release: pyproject.toml constraints.txt | $(UV)
+	@echo "Installing twine and pip-audit …"
+	@$(UV) pip install --quiet --python $(BIN)/python -c constraints.txt --group release
 	@touch $@
 
 # The oldest Python and Prefect, with the oldest of everything else that pyproject.toml admits.
@@ -146,11 +175,11 @@ COMPILE = $(UV) pip compile --quiet --upgrade --no-annotate --custom-compile-com
 FLOORS := $(VENV)/floors.txt
 
 constraints: | $(UV)
-	$(COMPILE) --universal --python-version 3.11 --extra all --group dev pyproject.toml --output-file constraints.txt
+	$(COMPILE) --universal --python-version 3.11 --extra all --group dev --group docs --group release pyproject.toml --output-file constraints.txt
 	$(COMPILE) --python-version 3.11 --extra data pyproject.toml --output-file $(FLOORS) \
 	    --resolution lowest-direct --exclude-newer 2026-07-27 --exclude-newer-package anyio=2026-11-01
 	$(COMPILE) --python-version 3.11 --extra data --group test pyproject.toml --output-file constraints-oldest.txt \
 	    --constraints $(FLOORS)
 
 clean:
-	rm -rf $(VENV) $(OLDEST_VENV)
+	rm -rf $(VENV) $(OLDEST_VENV) build

@@ -1,4 +1,4 @@
-"""How long the line of docs/deployments.md takes, part by part, and again when everything is there already.
+"""How long the line of docs/guides/examples.md takes, part by part, and again when everything is there already.
 
 Needs PREFECT_API_URL: a server of its own, since it deploys everything that deployments/ has. Runs from the root of the
 repository, with `prefect` and `prefect-crew` of the environment that runs it.

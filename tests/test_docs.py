@@ -1,7 +1,9 @@
 """README.md, docs/ and examples/README.md are true: every code block in them is run.
 
 A page is done from top to bottom as a reader would do it: in one folder (a copy of the clone, so that its examples can
-be named), one terminal and one Python, against a Prefect server of its own. Every fenced block names its language:
+be named), one terminal and one Python, against a Prefect server of its own. A page `after` another one is done right
+after it, with the same folder and Prefect server, a new terminal and a new Python, while all that was started runs on.
+Every fenced block names its language:
 
 - `python` runs as a script; the blocks of a page share one namespace, `__main__`, so imports stand in the first.
 - `bash` runs in one shell; `export` and `cd` hold for later blocks, the first failing command ends it.
@@ -30,14 +32,16 @@ and the like refuse. HTML comments before a block, invisible on the page, change
         The block is what the one before it printed, compared as in `console`.
     <!-- not run: why -->
         Neither run nor checked; counted and listed at the end of the test run.
-    <!-- page: slow needs=crewai -->
-        Anywhere on the page: it is a slow test; it is skipped without that module.
+    <!-- page: slow needs=crewai after=guides/batches.md -->
+        Anywhere on the page: it is a slow test; it is skipped without that module; it is done after that page of docs/.
 
-Words of `run:` can stand together. Relative links are checked too. One page: pytest tests/test_docs.py -k batches
+Words of `run:` can stand together. Links are checked too. One page, with those after it: pytest tests/test_docs.py -k
+batches
 """
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import importlib.util
 import json
@@ -51,7 +55,22 @@ from pathlib import Path
 
 import pytest
 
-from support.docs import Block, DocsError, Page, check_data, matches, read_page, strip_code
+import prefect_crew.client
+import prefect_crew.devserver
+import prefect_crew.exceptions
+import prefect_crew.testing
+from support.docs import (
+    SHOWN,
+    Block,
+    DocsError,
+    Page,
+    anchors_of,
+    check_data,
+    groups_of,
+    matches,
+    read_page,
+    strip_code,
+)
 from support.environment import BIN
 from support.prefect_server import PrefectServer, connected
 from support.processes import Process
@@ -60,28 +79,31 @@ ROOT = Path(__file__).parents[1]
 PATHS = [ROOT / "README.md", ROOT / "examples" / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
-def _parameters() -> list[object]:
-    parameters: list[object] = []
+def _groups() -> list[object]:
+    pages: list[Page] = []
     for path in PATHS:
         # A page that cannot be read fails as a test of its own, below, not as an error of collection.
         with contextlib.suppress(DocsError):
-            page = read_page(ROOT, path)
-            marks = [pytest.mark.slow] if page.slow else []
-            parameters.append(pytest.param(page, id=page.name, marks=marks))
-    return parameters
+            pages.append(read_page(ROOT, path))
+    return [
+        pytest.param(group, id=" ".join(page.name for page in group), marks=[pytest.mark.slow] if group[0].slow else [])
+        for group in groups_of(pages)
+        if any(block.language not in SHOWN for page in group for block in page.blocks)
+    ]
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("page", _parameters())
-def test_page_is_true(page: Page, tmp_path: Path, prefect_template: Path | None):
-    for module in page.needs:
+@pytest.mark.parametrize("pages", _groups())
+def test_pages_are_true(pages: list[Page], tmp_path: Path, prefect_template: Path | None):
+    for module in {module for page in pages for module in page.needs}:
         if importlib.util.find_spec(module) is None:
             pytest.skip(f"needs the extra `{module}`")
-    folder, scratch, home = tmp_path / "clone", tmp_path / "scratch", tmp_path / "prefect-home"
-    for made in (folder, scratch, home):
+    assert len({page.slow for page in pages}) == 1, "of pages that are done together, all are slow, or none is"
+    folder, home = tmp_path / "clone", tmp_path / "prefect-home"
+    for made in (folder, home):
         made.mkdir()
     copy_clone(ROOT, folder)
-    # Of the page's own: its idempotency keys, blocks and deployments must not meet those of other pages.
+    # Of the pages' own: their idempotency keys, blocks and deployments must not meet those of others.
     server = PrefectServer(tmp_path / "prefect", template=prefect_template)
     with contextlib.ExitStack() as running:
 
@@ -98,10 +120,13 @@ def test_page_is_true(page: Page, tmp_path: Path, prefect_template: Path | None)
                 crew.crew().save(name, overwrite=True)
             return crew.url, crew.token
 
-        run = PageRun(folder, scratch, environment=lambda: start_server().env(home=home), start_crew=start_crew)
-        running.enter_context(run)
-        for block in page.blocks:
-            run.do(block)
+        for number, page in enumerate(pages):
+            scratch = tmp_path / f"scratch-{number}"
+            scratch.mkdir()
+            run = PageRun(folder, scratch, environment=lambda: start_server().env(home=home), start_crew=start_crew)
+            running.enter_context(run)
+            for block in page.blocks:
+                run.do(block)
 
 
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: path.relative_to(ROOT).as_posix())
@@ -109,9 +134,72 @@ def test_page_can_be_read_and_its_links_lead_somewhere(path: Path):
     read_page(ROOT, path)
     text = strip_code(path.read_text(encoding="utf-8"))
     targets = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r"(?:src|href)=\"([^\"]+)\"", text)
-    files = [target.split("#")[0] for target in targets if not re.match(r"[a-z]+:", target)]
-    missing = [file for file in files if file and not (path.parent / file).exists()]
+    missing = [target for target in targets if not re.match(r"[a-z]+:", target) and not _exists(path, target)]
     assert not missing
+
+
+def _exists(page: Path, target: str) -> bool:
+    name, _, anchor = target.partition("#")
+    file = page.parent / name if name else page
+    if not file.exists():
+        return False
+    return not anchor or anchor in anchors_of(file.read_text(encoding="utf-8"))
+
+
+def test_the_reference_has_all_public_names():
+    reference = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "docs" / "reference").glob("*.md"))
+    shown = set(re.findall(r"^::: (prefect_crew\S*)$", reference, re.MULTILINE))
+    for module in (prefect_crew, prefect_crew.client, prefect_crew.testing, prefect_crew.devserver):
+        names = set(module.__all__) - set(prefect_crew.exceptions.__all__)
+        assert not names - {path.rpartition(".")[2] for path in shown}, module.__name__
+    pages = "".join(path.read_text(encoding="utf-8") for path in PATHS)
+    linked = set(re.findall(r"\]\[(prefect_crew[\w.]*)\]", pages))
+    assert not {name for name in linked if name not in shown and name.rpartition(".")[0] not in shown}
+
+
+def test_troubleshooting_quotes_messages_of_the_package():
+    said = " ".join(
+        node.value
+        for path in (ROOT / "prefect_crew").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    )
+    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    cells = re.findall(r"^\| (.*?) \|", page, re.MULTILINE)
+    quoted = {quote for cell in cells for quote in re.findall(r'"([^"]+)"', cell)} - {"database is locked"}  # Prefect's
+    assert len(quoted) > 25
+    assert not {quote for quote in quoted if quote not in said}
+
+
+def test_the_table_of_versions_is_that_of_the_pins():
+    def pins(name: str) -> dict[str, str]:
+        text = (ROOT / name).read_text(encoding="utf-8")
+        return dict(re.findall(r"^([\w-]+)==([\w.]+)", text, re.MULTILINE))
+
+    newest, oldest = pins("constraints.txt"), pins("constraints-oldest.txt")
+    page = (ROOT / "docs" / "reference" / "versions.md").read_text(encoding="utf-8")
+    rows = {row[0]: row for row in (line.strip("| ").split(" | ") for line in page.splitlines() if line[:2] == "| ")}
+    assert rows["Prefect, client and server"][-1] == f"{oldest['prefect']}, {newest['prefect']}"
+    (crewai,) = [row for name, row in rows.items() if name.startswith("CrewAI")]
+    assert crewai[-1] == newest["crewai"]
+    assert rows["polars, with `prefect-crew[data]`"][-1] == f"{oldest['polars']}, {newest['polars']}"
+
+
+def test_links_of_the_readme_work_outside_of_the_repository():
+    spec = importlib.util.spec_from_file_location("hatch_build", ROOT / "hatch_build.py")
+    assert spec is not None
+    assert spec.loader is not None
+    hatch_build = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(hatch_build)
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    plain = hatch_build.readme_for_index(readme, "", "1.0")
+    assert set(re.findall(r"\]\(([^)]+)\)", plain)) == {"https://www.prefect.io"}
+    assert "<!--" not in plain
+    linked = hatch_build.readme_for_index(readme, "https://example.com/me/it/", "1.0")
+    targets = set(re.findall(r"\]\(([^)]+)\)", linked))
+    assert "https://example.com/me/it/raw/v1.0/docs/images/artifact.png" in targets
+    assert "https://example.com/me/it/blob/v1.0/docs/tutorial.md" in targets
+    assert not {target for target in targets if not target.startswith("https://")}
 
 
 def test_the_readme_names_a_prefect_server_before_its_first_script():

@@ -1,6 +1,6 @@
 """How a command ends: its exit code, and one readable paragraph about an error.
 
-The exit codes are a table in docs/cli.md too; a test keeps the two equal.
+The exit codes are a table in docs/reference/cli.md too; a test keeps the two equal.
 """
 
 from __future__ import annotations

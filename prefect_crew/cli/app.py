@@ -35,7 +35,7 @@ app = App(
     help="Run deployed CrewAI crews from Prefect: each run is started at most once, and never lost.",
     help_format="plaintext",
     help_epilogue="PREFECT_API_URL or the Prefect profile names the Prefect server. --debug with any command shows the "
-    "traceback of an error. The exit codes are in docs/cli.md.",
+    "traceback of an error. The exit codes are in docs/reference/cli.md.",
     version=version("prefect-crew"),
     help_flags=["--help", "-h"],
     default_parameter=Parameter(negative=(), show_default=_shown),

@@ -182,7 +182,7 @@ def test_an_error_after_the_kickoff_names_the_run_and_never_says_that_nothing_wa
 
 
 def test_the_documentation_lists_all_codes():
-    page = (Path(__file__).parents[2] / "docs" / "cli.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[2] / "docs" / "reference" / "cli.md").read_text(encoding="utf-8")
     listed = dict(re.findall(r"^\| (\d+) \| (.+?) \|$", page, re.MULTILINE))
     assert {int(code): meaning for code, meaning in listed.items()} == dict(EXIT_CODES)
 

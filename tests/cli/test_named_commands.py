@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[2]
 NAMED = re.compile(r"prefect-crew(?! (?:here|if|webhook|input marks)\b)((?: +[a-z][\w-]*)+)((?: +[^\s.,;:`)]+)*)")
 """A command and what follows it. The words left out follow the package's own name."""
 PAGES = [
-    *(ROOT / "docs").glob("*.md"),
+    *(ROOT / "docs").rglob("*.md"),
     *(ROOT / name / "README.md" for name in (".", "examples", "deployments/starter")),
 ]
 SERVICES = [*(ROOT / "deployments").rglob("*.yaml")]

@@ -1,4 +1,4 @@
-"""The recipe of docs/long-waits.md where no webhook comes, and where the crew is stopped during the wait.
+"""The recipe of docs/guides/suspend.md where no webhook comes, and where the crew is stopped during the wait.
 
 That a webhook resumes the flow run is tested by running the page itself.
 """
@@ -33,7 +33,7 @@ class Recipe:
     def __init__(self, server: PrefectServer, folder: Path) -> None:
         self.server, self.folder = server, folder
         self.seen, self.env = Seen(server), server.env(home=folder / "home", PREFECT_RUNNER_POLL_FREQUENCY="1")
-        page = read_page(ROOT, ROOT / "docs" / "long-waits.md")
+        page = read_page(ROOT, ROOT / "docs" / "guides" / "suspend.md")
         files = {block.file: block.code for block in page.blocks if block.file is not None}
         for name, text in files.items():
             (folder / name).write_text(text.replace("within: 3600", "within: 30"))

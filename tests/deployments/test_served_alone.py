@@ -1,4 +1,4 @@
-"""Recovery without any worker: a flow and `recover` served by one process, as docs/deployments.md says."""
+"""Recovery without any worker: a flow and `recover` served by one process, as docs/guides/examples.md says."""
 
 from __future__ import annotations
 

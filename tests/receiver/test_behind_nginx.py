@@ -1,4 +1,4 @@
-"""The receiver behind nginx, with the configuration that docs/webhooks.md shows."""
+"""The receiver behind nginx, with the configuration that docs/guides/webhooks-nginx.md shows."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ http {{
 
 def configuration(folder: Path, *, port: int, receiver: str) -> str:
     """Return the server of the page, listening on a port here, in front of a receiver."""
-    page = read_page(ROOT, ROOT / "docs" / "webhooks.md")
+    page = read_page(ROOT, ROOT / "docs" / "guides" / "webhooks-nginx.md")
     (server,) = [block.code for block in page.blocks if block.code.startswith("server {")]
     for there, here in (
         ("listen 443 ssl", f"listen 127.0.0.1:{port} ssl"),

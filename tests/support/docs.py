@@ -7,6 +7,7 @@ import re
 import shlex
 import textwrap
 import tomllib
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,6 +21,7 @@ WORDS = frozenset({"crew", "spec", "url", "token", "background", "exit", "raises
 """What `run:` understands."""
 
 _COMMENT = re.compile(r"<!--\s*(page|run|file|output|not run)\s*(?::(.*?))?\s*-->", re.DOTALL)
+_FENCED = re.compile(r"^( *)(`{3,}|~{3,}).*?^ *\2`*\s*$", re.DOTALL | re.MULTILINE)
 _FENCE = re.compile(r"^( *)(`{3,}|~{3,})\s*([^\s`]*).*$")
 
 
@@ -61,12 +63,14 @@ class Page:
         name: Its path from the root of the clone, with slashes.
         slow: Whether it belongs to the slow tests.
         needs: The extras without which it is skipped, by the module that tells whether they are there.
+        after: The page that a reader has done before, by its path in docs/, if any.
     """
 
     name: str
     blocks: list[Block]
     slow: bool = False
     needs: tuple[str, ...] = ()
+    after: str | None = None
 
 
 def read_page(root: Path, path: Path) -> Page:
@@ -92,7 +96,7 @@ def read_page(root: Path, path: Path) -> Page:
             comment, number = _comment(lines, number)
             for kind, text in _COMMENT.findall(comment):
                 if kind == "page":
-                    page_words.update(_words(where, text, frozenset({"slow", "needs"})))
+                    page_words.update(_words(where, text, frozenset({"slow", "needs", "after"})))
                 else:
                     pending.append((kind, " ".join(text.split())))
         else:
@@ -104,7 +108,29 @@ def read_page(root: Path, path: Path) -> Page:
     if pending:
         raise DocsError(f"{name}: the directive {pending[-1][0]!r} at its end has no code block after it")
     needs = tuple(filter(None, page_words.get("needs", "").split(",")))
-    return Page(name, blocks, slow="slow" in page_words, needs=needs)
+    return Page(name, blocks, slow="slow" in page_words, needs=needs, after=page_words.get("after"))
+
+
+def groups_of(pages: Iterable[Page]) -> list[list[Page]]:
+    """Return pages that one reader does one after the other, in that order: each right after the one it is `after`.
+
+    Raises:
+        DocsError: A page is after one that does not exist.
+    """
+    known = {page.name: page for page in pages}
+    followers: dict[str, list[Page]] = {name: [] for name in known}
+    for page in known.values():
+        if page.after is not None:
+            if f"docs/{page.after}" not in known:
+                raise DocsError(f"{page.name}: it is after {page.after}, which does not exist")
+            followers[f"docs/{page.after}"].append(page)
+
+    def group(page: Page) -> Iterator[Page]:
+        yield page
+        for follower in followers[page.name]:
+            yield from group(follower)
+
+    return [list(group(page)) for page in known.values() if page.after is None]
 
 
 def _end(lines: list[str], start: int, fence: re.Match[str], where: str) -> int:
@@ -171,10 +197,15 @@ def check_data(block: Block) -> None:
         raise DocsError(f"{block.where}: this is no {block.language}: {error}") from error
 
 
+def anchors_of(text: str) -> set[str]:
+    """Return the anchors of a page's headings, as GitHub and MkDocs make them of plain headings."""
+    headings = re.findall(r"^#+ (.+)$", re.sub(_FENCED, "", text), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
 def strip_code(text: str) -> str:
     """Return a page's text without its code blocks and inline code, for looking at its links."""
-    text = re.sub(r"^( *)(`{3,}|~{3,}).*?^ *\2`*\s*$", "", text, flags=re.DOTALL | re.MULTILINE)
-    return re.sub(r"`[^`\n]*`", "", text)
+    return re.sub(r"`[^`\n]*`", "", re.sub(_FENCED, "", text))
 
 
 def matches(expected: str, actual: str) -> bool:

@@ -22,7 +22,7 @@ YAML = "deployments/prefect.yaml"
 
 
 class Site:
-    """What a user has after the line of docs/deployments.md; a context manager that stops its workers and crews.
+    """What a user has after the line of docs/guides/examples.md; a context manager that stops its workers and crews.
 
     Args:
         server: A running Prefect server, used by nothing else.

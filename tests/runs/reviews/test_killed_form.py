@@ -49,7 +49,7 @@ async def planned(crew: str) -> FlowRun:
 
 
 async def begun_again(flow_run_id: Any) -> Any:
-    """Begin a flow run again as docs/recovery.md has it for scripts."""
+    """Begin a flow run again as docs/guides/recover.md has it for scripts."""
     async with get_client() as client:
         await client.set_flow_run_state(flow_run_id, Scheduled(), force=True)
         flow_run = await client.read_flow_run(flow_run_id)
