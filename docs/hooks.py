@@ -14,6 +14,9 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -53,6 +56,26 @@ def settings() -> str:
         (
             (f"`PREFECT_INTEGRATIONS_CREW_{name.upper()}`", field.description or "")
             for name, field in CrewSettings.model_fields.items()
+        ),
+    )
+
+
+def block_fields() -> str:
+    """Return the fields of the block of a crew."""
+    from prefect_crew.blocks import DeployedCrew
+
+    def default(field: FieldInfo) -> str:
+        if field.is_required():
+            return "required"
+        value = field.get_default(call_default_factory=True)
+        return "" if isinstance(value, BaseModel) else f"`{value!r}`"
+
+    return _table(
+        ("field", "default", "what it is"),
+        (
+            (f"`{name}`", default(field), field.description or "")
+            for name, field in DeployedCrew.model_fields.items()
+            if field.description
         ),
     )
 
@@ -106,4 +129,9 @@ def _fields(part: Mapping[str, Any]) -> str:
     )
 
 
-TABLES: Mapping[str, Callable[[], str]] = {"settings": settings, "faults": faults, "crew_script": crew_script}
+TABLES: Mapping[str, Callable[[], str]] = {
+    "settings": settings,
+    "block_fields": block_fields,
+    "faults": faults,
+    "crew_script": crew_script,
+}

@@ -148,7 +148,7 @@ def _exists(page: Path, target: str) -> bool:
 
 def test_the_reference_has_all_public_names():
     reference = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "docs" / "reference").glob("*.md"))
-    shown = set(re.findall(r"^::: (prefect_crew\S*)$", reference, re.MULTILINE))
+    shown = set(re.findall(r"^(?:::: |\[\]\(\)\{#)(prefect_crew[\w.]*)", reference, re.MULTILINE))
     for module in (prefect_crew, prefect_crew.client, prefect_crew.testing, prefect_crew.devserver):
         names = set(module.__all__) - set(prefect_crew.exceptions.__all__)
         assert not names - {path.rpartition(".")[2] for path in shown}, module.__name__
