@@ -125,12 +125,13 @@ def main() -> None:
     chromium = find_chromium()
     if chromium is None:
         raise SystemExit("There is no Chromium on this machine.")
-    takes = {"artifact": take_run, "pipeline": take_pipeline, "form": take_form}
+    takes = {"artifact": (take_run, 1360), "pipeline": (take_pipeline, 680), "form": (take_form, 1000)}
     with PrefectServer(HOME / "server") as server, connected(server, HOME / "client"), Chromium(chromium) as browser:
         seen = Seen(server)
         for name in sys.argv[1:] or takes:
-            with browser.page(width=1180, height=980) as page:
-                takes[name](page, server, seen)
+            take, height = takes[name]
+            with browser.page(width=1440, height=height) as page:
+                take(page, server, seen)
         seen.close()
 
 
