@@ -87,19 +87,20 @@ docs: $(VENV)/.docs
 
 # What a release needs: what is known against its dependencies, and its files, tried for a package index.
 
-RUNTIME := build/runtime.txt
+AUDIT = $(BIN)/pip-audit --disable-pip --no-deps --requirement build/runtime.txt
 
-audit: $(VENV)/.release
-	@mkdir -p build
-	$(UV) pip compile --quiet --no-annotate --no-header -c constraints.txt pyproject.toml --output-file $(RUNTIME)
-	$(BIN)/pip-audit --disable-pip --no-deps --requirement $(RUNTIME)
+audit: build/runtime.txt
+	$(AUDIT)
 
-dist: $(VENV)/.release
+dist: build/runtime.txt
 	rm -rf build/dist
 	$(UV) build --quiet --out-dir build/dist
 	$(BIN)/twine check --strict build/dist/*
-	$(UV) pip compile --quiet --no-annotate --no-header -c constraints.txt pyproject.toml --output-file $(RUNTIME)
-	$(BIN)/pip-audit --disable-pip --no-deps --requirement $(RUNTIME) --format cyclonedx-json --output build/sbom.json
+	$(AUDIT) --format cyclonedx-json --output build/sbom.json
+
+build/runtime.txt: pyproject.toml constraints.txt | $(VENV)/.release
+	@mkdir -p build
+	$(UV) pip compile --quiet --no-annotate --no-header -c constraints.txt pyproject.toml --output-file $@
 
 # Building: each stamp file says that the environment holds one set of packages, as of these two files.
 

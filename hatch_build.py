@@ -1,7 +1,7 @@
 """The metadata that depends on the project's address: links of the README as a package index shows it, and URLs.
 
 The address is `url` under [tool.hatch.metadata.hooks.custom] in pyproject.toml, such as that of a repository on GitHub.
-Where it is empty, a link into the repository becomes its text, and a picture its description.
+Where it is empty, a link into the repository becomes its text, and a picture is left out.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def readme_for_index(text: str, url: str, version: str) -> str:
     def link(match: re.Match[str]) -> str:
         picture, shown, target = match.groups()
         if not url:
-            return f"*{shown}*" if picture else shown
+            return "" if picture else shown
         return f"{picture}[{shown}]({url.rstrip('/')}/{'raw' if picture else 'blob'}/v{version}/{target})"
 
     return RELATIVE.sub(link, re.sub(r"^<!--.*?-->\n", "", text, flags=re.MULTILINE))
