@@ -83,7 +83,7 @@ format: $(VENV)/.lint
 	$(BIN)/ruff format
 
 docs: $(VENV)/.docs
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 # What a release needs: what is known against its dependencies, and its files, tried for a package index.
 

@@ -328,8 +328,8 @@ async def backfill(
 
     Args:
         deployment: Its name, `flow/deployment`.
-        start, end: Dates or datetimes, both within the range; UTC unless they say otherwise. A date as the end means
-            the whole day.
+        start: The first date or datetime; UTC unless it says otherwise.
+        end: The last one, within the range as well. A date means the whole day.
         every: The time between two runs, counted from `start`. Left out, the times are those of the schedule.
         schedule: The slug of the schedule; needed where there are several. Its parameters are those of the runs.
         dry_run: Create nothing.

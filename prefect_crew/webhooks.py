@@ -142,7 +142,12 @@ def hook_urls(
     Args:
         base_url: The receiver's public address; it may have a path, but neither query nor fragment.
         secret: What the receiver verifies with; at least 32 characters. Of several the first one signs.
-        idempotency_key, expires, attempt, claim, names, round: As `Hook` has them. All can be read from the URLs.
+        idempotency_key: The run's. It can be read from the URLs, as can all below but `stream_events`.
+        expires: When the URLs become void.
+        attempt: The attempt of the key.
+        claim: The claim of that attempt, as `claim_of` gives it.
+        names: Whether events may have names of tasks, agents and tools.
+        round: How many answers of people came before.
         stream_events: Types of CrewAI's events that are sent one by one, if any.
 
     Raises:

@@ -162,7 +162,8 @@ async def arun_batch(
         output_type: A pydantic model for `data`; a result that does not fit makes a failed row with its reason.
         meta: Any JSON object for the crew's webhooks; idempotency key and batch are added to it.
         webhooks: Targets of your own for the crew's webhooks.
-        format, encoding: Those of a file whose name does not tell.
+        format: That of a file whose name does not tell.
+        encoding: The same.
         rows: A range START:STOP of row numbers from 0, the last one excluded, such as "0:500000" or "500000:". A data
             set over several machines is several batches over ranges of it, each with a name and an output of its own.
         on_progress: Called with a `BatchProgress` about once a second. It must be quick and must not raise.

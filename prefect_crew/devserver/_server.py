@@ -229,7 +229,8 @@ def serve(
 
     Args:
         spec: What is served; see `load_program`.
-        host, port: Where; port 0 takes a free one.
+        host: The address to listen on.
+        port: 0 takes a free one.
         token: The bearer token; None makes a random one, which is announced. A given one is not shown.
         announce: Gets the line that says where the server is, once it answers; by default it goes to standard output.
         options: response_format, generation, faults, speed, stop, max_runs, review_webhook; see `create_app`.

@@ -122,7 +122,8 @@ def serve_receiver(
 
     Args:
         app: What `create_receiver` returned.
-        host, port: Where; port 0 takes a free one.
+        host: The address to listen on.
+        port: 0 takes a free one.
         announce: Gets the line that says where it listens, once it does; by default it goes to standard output.
 
     Raises:
