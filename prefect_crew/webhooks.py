@@ -283,9 +283,10 @@ def _payload(hook: Hook) -> str:
 
 
 def _secrets(secret: SecretStr | str) -> list[str]:
-    """Return the secrets that a text holds, separated by blanks; at least one, which may be empty."""
+    """Return the secrets that a text holds, separated by blanks: one, where no part is long enough by itself."""
     text = secret.get_secret_value() if isinstance(secret, SecretStr) else secret
-    return text.split() or [""]
+    parts = text.split()
+    return parts if len(parts) > 1 and max(map(len, parts)) >= SHORTEST_SECRET else [text]
 
 
 def _signature(secret: str, purpose: str, payload: str) -> str:

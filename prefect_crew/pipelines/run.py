@@ -103,7 +103,7 @@ async def arun_pipeline(
     # What Prefect's stored parameters must not or cannot hold reaches the flow by this function.
     @wraps(run_steps.fn)
     async def run_in_flow(*_: Any, **__: Any) -> PipelineResult:
-        await _name_flow_run(crews, name, idempotency_key)
+        await _name_flow_run(crews, name, idempotency_key, inputs)
         return await run()
 
     own_flow = copy(run_steps)
@@ -162,7 +162,7 @@ async def run_deployed_pipeline(
     hidden = await values_of_blocks({name: given[name] for name in given if name in secret}, secret)
     # Those that were loaded, so that each is loaded once; one that is not stored is refused with all other problems.
     steps = [replace(step, crew=crews.crews.get(step.name, step.crew)) for step in crews.graph.steps]
-    await _name_flow_run(crews, pipeline.name, idempotency_key, secret)
+    await _name_flow_run(crews, pipeline.name, idempotency_key, inputs or {}, secret)
     return await arun_pipeline(
         steps,
         {**given, **hidden},
@@ -174,11 +174,17 @@ async def run_deployed_pipeline(
 
 
 async def _name_flow_run(
-    crews: PipelineCrews, name: str, idempotency_key: str | None, secret: Collection[str] = ()
+    crews: PipelineCrews,
+    name: str,
+    idempotency_key: str | None,
+    given: Mapping[str, Any],
+    secret: Collection[str] = (),
 ) -> None:
+    """Name the flow run around it by its key, else by the first input that may be shown, of the `given` ones first."""
     key = idempotency_key and render_key(idempotency_key, await scheduled_start())
     may_show = all(crew.show == "full" for crew in crews.crews.values())
-    inputs = {name: value for name, value in crews.stored_inputs().items() if may_show and value != MASK}
+    stored = crews.stored_inputs() if may_show else {}
+    inputs = {one: stored[one] for one in (*given, *stored) if stored.get(one, MASK) != MASK}
     await label_flow_run(name=titled(name, key, inputs, secret))
 
 

@@ -71,7 +71,7 @@ async def test_a_pipeline_runs_from_plain_values(save: SaveCrew, seen: Seen):
     assert result["write"].output == "on on tea for everyone"
     assert server.kickoffs == 2
     run = seen.flow_run(run_id)
-    assert (run["name"], run["state_type"]) == (pipeline["name"], "COMPLETED")
+    assert (run["name"], run["state_type"]) == (f"{pipeline['name']} · tea", "COMPLETED")
 
 
 async def test_a_idempotency_key_finds_the_steps_again(save: SaveCrew):
