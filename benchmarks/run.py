@@ -3,9 +3,9 @@
     python benchmarks/run.py                       all parts; about half an hour on a quiet machine
     python benchmarks/run.py late rows-1k          these parts
     python benchmarks/run.py --small               tiny numbers, to see that everything works; under three minutes
-    python benchmarks/run.py --table               write the table of the newest results to docs/performance.md
+    python benchmarks/run.py --table               write the table of the newest results to docs/explanation/performance.md
 
-It starts what it needs: a Prefect server on PostgreSQL with the settings of docs/deployments.md, one on SQLite where
+It starts what it needs: a Prefect server on PostgreSQL with the settings of deployments/starter/compose.yaml, one on SQLite where
 the table says so. What is compared is measured in turn, each measurement in a process of its own, three times; medians
 count. The results are written to benchmarks/results/DATE.json after each part, with each single measurement under
 `runs`; a later run of the same day replaces the parts that it measures. Those of `--small` are kept only with `--to`.
@@ -41,7 +41,7 @@ from support.prefect_server import PrefectServer
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
-PAGE = HERE.parent / "docs" / "performance.md"
+PAGE = HERE.parent / "docs" / "explanation" / "performance.md"
 BEGIN, END = "<!-- figures: benchmarks/run.py --table -->", "<!-- end of figures -->"
 LIMIT = 1800.0
 """Seconds for one measurement."""
@@ -213,7 +213,7 @@ def newest() -> Path:
 
 
 def fill_page(results: Figures) -> None:
-    """Write the table to docs/performance.md."""
+    """Write the table to docs/explanation/performance.md."""
     text = PAGE.read_text(encoding="utf-8")
     before, rest = text.split(BEGIN)
     after = rest.split(END)[1]

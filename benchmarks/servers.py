@@ -1,4 +1,4 @@
-"""What benchmarks start: a Prefect server on PostgreSQL as docs/deployments.md has it, or on SQLite, and a receiver."""
+"""What benchmarks start: a Prefect server on PostgreSQL with the settings of deployments/starter/compose.yaml, or on SQLite, and a receiver."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from support.processes import Process
 
 SECRET = "a-secret-of-the-benchmark-that-is-long-enough"
 
-# What is left are the settings of deployments/compose.yaml.
+# What is left are the settings of deployments/starter/compose.yaml.
 QUICK.pop("PREFECT_SERVER_SERVICES_EVENT_PERSISTER_FLUSH_INTERVAL", None)
 
 

@@ -37,7 +37,7 @@ def test_every_part_measures_what_its_goals_are_about(tmp_path: Path):
 
 
 def test_the_page_of_figures_has_a_place_for_the_table():
-    page = (ROOT / "docs" / "performance.md").read_text()
+    page = (ROOT / "docs" / "explanation" / "performance.md").read_text()
     begin, end = "<!-- figures: benchmarks/run.py --table -->", "<!-- end of figures -->"
     assert page.count(begin) == page.count(end) == 1
     assert page.index(begin) < page.index(end)

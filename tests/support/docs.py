@@ -34,7 +34,7 @@ class Block:
     """One fenced code block.
 
     Attributes:
-        where: "docs/batches.md:42", the line of its fence.
+        where: "docs/guides/batches.md:42", the line of its fence.
         run: The words of the directive `run`, by name; a word without a value has "".
         file: The name of the file that it is written to instead of being run, if any.
         output: Whether it is what the block before it printed.
