@@ -1,4 +1,7 @@
-"""What benchmarks start: a Prefect server on PostgreSQL with the settings of deployments/starter/compose.yaml, or on SQLite, and a receiver."""
+"""What benchmarks start: a Prefect server and a receiver.
+
+The server is on PostgreSQL with the settings of deployments/starter/compose.yaml, or on SQLite.
+"""
 
 from __future__ import annotations
 
