@@ -37,7 +37,7 @@ def test_the_demo_shows_what_it_does_and_where_to_go(demo: Terminal):
         "/runs/flow-run/",
         "prefect-crew result",
         "prefect-crew serve travel",
-        "README.md",
+        "prefect-crew init",
     ):
         assert way in demo.output
     for noise in ("INFO", "WARNING", "Traceback", "Bearer", "anonymous usage data", "temporary server"):

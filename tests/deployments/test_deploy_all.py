@@ -114,8 +114,8 @@ def test_schedules_have_parameters_of_their_own(site: Site):
     assert tea["schedule"]["interval"] == 21600
 
 
-def test_no_schedule_that_starts_a_crew_is_active(site: Site):
-    assert [slug for slug, one in schedules(site).items() if one["active"]] == ["sundays"]
+def test_every_schedule_ships_inactive(site: Site):
+    assert [slug for slug, one in schedules(site).items() if one["active"]] == []
 
 
 def test_a_second_deploy_changes_nothing_and_doubles_nothing(site: Site):

@@ -23,7 +23,7 @@ def test_a_real_crew_runs_from_prefect(response_format: str, capsys: pytest.Capt
     with CrewServer(
         f"{ROOT}/examples/travel_crew.py:build", token="local-token", response_format=response_format
     ) as server:
-        code = code.replace("http://127.0.0.1:8131", server.url)
+        code = code.replace("http://127.0.0.1:8141", server.url)
         exec(compile(code, "README.md", "exec"), {})
         assert server.kickoffs == 1
     said = capsys.readouterr().out.splitlines()
