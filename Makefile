@@ -49,7 +49,7 @@ prove: test programs
 # Some of the slow tests: SAMPLE of those that come in large numbers, chosen by SEED, none begun after TIME seconds.
 sample: $(VENV)/.tests
 	$(BIN)/python -m pytest -m slow --sample $(SAMPLE) --time-limit $(TIME) $(if $(SEED),--sample-seed $(SEED)) \
-	    --ignore tests/deployments/test_installed_wheel.py $(ARGS)
+	    --ignore tests/deployments/test_installed_wheel.py --ignore tests/test_benchmarks.py $(ARGS)
 
 # The wheel alone in a fresh environment: the demo, and a project that init wrote. WHEEL_PYTHON=3.12 chooses its Python.
 wheel-smoke: $(VENV)/.tests
