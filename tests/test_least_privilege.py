@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import uuid
 from pathlib import Path
 
@@ -12,62 +10,32 @@ import pytest
 
 from prefect_crew import DeployedCrew, run_crew
 from prefect_crew.devserver import CrewServer
-from support.deployed import ROOT, wait_until
-from support.docs import read_page
+from support.deployed import wait_until
+from support.nginx import start_nginx
 from support.prefect_server import PrefectServer, free_port
-from support.processes import Process
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("instant_polling")]
-
-FRAME = """
-daemon off;
-pid {folder}/pid;
-error_log {folder}/nginx.log;
-{user}
-events {{}}
-http {{
-    access_log off;
-    client_body_temp_path {folder}/body;
-    proxy_temp_path {folder}/proxy;
-    fastcgi_temp_path {folder}/fastcgi;
-    uwsgi_temp_path {folder}/uwsgi;
-    scgi_temp_path {folder}/scgi;
-{server}
-}}
-"""
-
-
-def configuration(folder: Path, *, port: int, server: PrefectServer) -> str:
-    """Return the server of the page, on a port here, without TLS and its own passwords."""
-    page = read_page(ROOT, ROOT / "docs" / "guides" / "least-privilege.md")
-    (text,) = [block.code for block in page.blocks if block.code.startswith("server {")]
-    for there, here in (
-        ("listen 443 ssl", f"listen 127.0.0.1:{port}"),
-        ("prefect.example.com;", "localhost;"),
-        ('auth_basic "Prefect, to look at";', ""),
-        ("auth_basic_user_file /etc/nginx/viewers;", ""),
-        ("http://127.0.0.1:4200", f"http://127.0.0.1:{server.port}"),
-    ):
-        assert there in text
-        text = text.replace(there, here)
-    kept = "\n".join(line for line in text.splitlines() if "ssl_certificate" not in line)
-    return FRAME.format(folder=folder, server=kept, user="user root;" if os.geteuid() == 0 else "")
 
 
 def test_people_can_look_and_no_block_no_record_and_no_change_passes(
     prefect_server: PrefectServer, prefect_api: object, tmp_path: Path
 ):
-    if shutil.which("nginx") is None:
-        pytest.skip("needs nginx (Debian: apt-get install nginx-light)")
     token, name = f"token-{uuid.uuid4()}", f"secret-{uuid.uuid4().hex}"
     with CrewServer("echo", token=token) as crew:
         DeployedCrew(url=crew.url, token=token).save(name)
         result = run_crew(name, {"text": "hello"}, idempotency_key=f"key/{name}")
     port = free_port()
-    (tmp_path / "nginx.conf").write_text(configuration(tmp_path, port=port, server=prefect_server))
-    command = [str(shutil.which("nginx")), "-p", str(tmp_path), "-c", str(tmp_path / "nginx.conf")]
+    without_tls = {
+        "listen 443 ssl": f"listen 127.0.0.1:{port}",
+        "prefect.example.com;": "localhost;",
+        "ssl_certificate     /etc/ssl/prefect.example.com.pem;": "",
+        "ssl_certificate_key /etc/ssl/prefect.example.com.key;": "",
+        'auth_basic "Prefect, to look at";': "",
+        "auth_basic_user_file /etc/nginx/viewers;": "",
+        "http://127.0.0.1:4200": f"http://127.0.0.1:{prefect_server.port}",
+    }
     with (
-        Process(command, log=tmp_path / "said.log"),
+        start_nginx(tmp_path, "least-privilege.md", without_tls),
         httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False, timeout=30) as client,
     ):
 
@@ -80,7 +48,7 @@ def test_people_can_look_and_no_block_no_record_and_no_change_passes(
         wait_until(ready, seconds=20, what="nginx")
         # What people look at.
         (flow_run,) = client.post("/api/flow_runs/filter", json={"limit": 1, "sort": "START_TIME_DESC"}).json()
-        assert client.get(f"/api/flow_runs/{flow_run['id']}").json()["name"] == name
+        assert client.get(f"/api/flow_runs/{flow_run['id']}").json()["name"] == f"{name} · key/{name}"
         assert client.post("/api/flow_runs/count", json={}).json() >= 1
         found = client.post("/api/artifacts/filter", json={"sort": "CREATED_DESC", "limit": 1}).json()
         assert result.kickoff_id in found[0]["data"]

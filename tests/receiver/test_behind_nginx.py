@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import subprocess
@@ -16,47 +15,13 @@ from prefect_crew import WaitPolicy, arun_crew
 from prefect_crew.devserver import CrewServer
 from prefect_crew.receiver.app import create_receiver
 from prefect_crew.webhooks import recent_bearer
-from support.deployed import ROOT, wait_until
-from support.docs import read_page
+from support.deployed import wait_until
+from support.nginx import start_nginx
 from support.prefect_server import free_port
-from support.processes import Process
 from support.scripts import script
 from support.webhooks import SECRET, events_of, served
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("prefect_api")]
-
-FRAME = """
-daemon off;
-pid {folder}/pid;
-error_log {folder}/nginx.log;
-{user}
-events {{}}
-http {{
-    access_log {folder}/access.log;
-    client_body_temp_path {folder}/body;
-    proxy_temp_path {folder}/proxy;
-    fastcgi_temp_path {folder}/fastcgi;
-    uwsgi_temp_path {folder}/uwsgi;
-    scgi_temp_path {folder}/scgi;
-{server}
-}}
-"""
-
-
-def configuration(folder: Path, *, port: int, receiver: str) -> str:
-    """Return the server of the page, listening on a port here, in front of a receiver."""
-    page = read_page(ROOT, ROOT / "docs" / "guides" / "webhooks-nginx.md")
-    (server,) = [block.code for block in page.blocks if block.code.startswith("server {")]
-    for there, here in (
-        ("listen 443 ssl", f"listen 127.0.0.1:{port} ssl"),
-        ("hooks.example.com;", "localhost;"),
-        ("/etc/ssl/hooks.example.com", f"{folder}/localhost"),
-        ("/var/log/nginx", str(folder)),
-        ("http://127.0.0.1:8001", receiver),
-    ):
-        assert there in server
-        server = server.replace(there, here)
-    return FRAME.format(folder=folder, server=server, user="user root;" if os.geteuid() == 0 else "")
 
 
 def certify(folder: Path) -> Path:
@@ -71,9 +36,8 @@ def certify(folder: Path) -> Path:
 async def test_a_run_is_reported_through_nginx_and_nothing_else_gets_through(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    for program in ("nginx", "openssl"):
-        if shutil.which(program) is None:
-            pytest.skip(f"needs {program} (Debian: apt-get install {program})")
+    if shutil.which("openssl") is None:
+        pytest.skip("needs openssl (Debian: apt-get install openssl)")
     port, key = free_port(), f"nginx/{uuid.uuid4()}"
     certificate = certify(tmp_path)
     base = f"https://localhost:{port}"
@@ -81,10 +45,15 @@ async def test_a_run_is_reported_through_nginx_and_nothing_else_gets_through(
     monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_WEBHOOK_URL", f"{base}/crews")
     monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_WEBHOOK_SECRET", SECRET)
     async with served(create_receiver(SECRET)) as receiver:
-        (tmp_path / "nginx.conf").write_text(configuration(tmp_path, port=port, receiver=receiver))
-        command = [str(shutil.which("nginx")), "-p", str(tmp_path), "-c", str(tmp_path / "nginx.conf")]
+        changes = {
+            "listen 443 ssl": f"listen 127.0.0.1:{port} ssl",
+            "hooks.example.com;": "localhost;",
+            "/etc/ssl/hooks.example.com": f"{tmp_path}/localhost",
+            "/var/log/nginx": str(tmp_path),
+            "http://127.0.0.1:8001": receiver,
+        }
         with (
-            Process(command, log=tmp_path / "said.log"),
+            start_nginx(tmp_path, "webhooks-nginx.md", changes),
             CrewServer(script({"seconds": 1.0, "output": "done"})) as crew,
         ):
             wait_until(lambda: answers(base), seconds=20, what="nginx")
