@@ -34,7 +34,8 @@ def titled(label: str, key: str | None, inputs: Mapping[str, Any], secret: Colle
     """
     plain = (value for name, value in inputs.items() if name not in secret and isinstance(value, str | int))
     what = key if key and "{{" not in key else next(filter(str, plain), "")
-    text = one_line(str(what)[:1000])
+    # Half a character, as JSON may hold it, is refused later and in words of its own.
+    text = one_line(str(what)[:1000].encode("utf-8", "replace").decode())
     return f"{label} · {text if len(text) <= TITLE else f'{text[:TITLE]}…'}" if text else label
 
 
@@ -112,8 +113,9 @@ class Crew:
 
     def title(self, inputs: Mapping[str, Any], key: str | None = None) -> str:
         """Return what a run is called on Prefect's pages."""
-        shown: dict[str, Any] = self.redactor(inputs).tree(inputs) if self.show == "full" else {}
-        return titled(self.label, key, shown, self.secret_among(inputs))
+        crew = self.hiding(name for name, value in inputs.items() if holds_secret(value))
+        shown: dict[str, Any] = crew.redactor(inputs).tree(inputs) if self.show == "full" else {}
+        return titled(self.label, key, shown, crew.secret_among(inputs))
 
     def secret_among(self, inputs: Mapping[str, Any]) -> list[str]:
         """Return which of these inputs, as they are sent, are secret or hold a text that is."""

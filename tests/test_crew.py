@@ -179,3 +179,14 @@ async def test_what_the_caller_has_made_secret_stays_so(crew_server: CrewServerF
 def test_it_has_to_be_opened(crew_server: CrewServerFactory):
     with pytest.raises(RuntimeError, match="async with CrewSession"):
         _ = CrewSession(crew_server("echo").crew().crew).client
+
+
+def test_a_title_repeats_no_value_that_its_giver_has_called_secret():
+    inputs = {"dsn": "postgresql://u:hunter22@db/x", "password": SecretStr("hunter22")}
+    title = crew().title(inputs)
+    assert title.startswith(f"{crew().label} · postgresql://u:")
+    assert "hunter22" not in title
+
+
+def test_a_title_can_be_stored_whatever_text_it_is_made_of():
+    crew().title({"topic": "half a character: \ud800"}).encode()
