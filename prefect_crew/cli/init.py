@@ -12,13 +12,16 @@ from cyclopts import Parameter
 from prefect_crew.cli import _output
 from prefect_crew.exceptions import ConfigurationError
 
+NOT_COPIED = ("__pycache__", ".env", ".venv", ".pytest_cache", "results")
+"""What somebody who has tried the project in a clone of the repository leaves in it: secrets among it."""
+
 
 def init(folder: Annotated[Path, Parameter(name="DIR", help="A folder that is empty, or not there yet.")], /) -> None:
     """Write a project to start from: a scheduled crew, a pipeline and a batch for a crew worker, with a test."""
     if folder.exists() and not (folder.is_dir() and next(folder.iterdir(), None) is None):
         raise ConfigurationError(f"{folder} is not an empty folder: nothing was written. Give the name of a new one.")
     for source, target in _sources():
-        shutil.copytree(source, folder / target, ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True)
+        shutil.copytree(source, folder / target, ignore=shutil.ignore_patterns(*NOT_COPIED), dirs_exist_ok=True)
     (folder / "requirements.txt").write_text(f"prefect-crew=={version('prefect-crew')}\npytest\n", encoding="utf-8")
     _output.put(f"Wrote a project to {folder}. Start with its README.md.")
 

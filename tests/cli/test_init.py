@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tomllib
 from importlib.metadata import version
 from pathlib import Path
 
@@ -21,6 +22,15 @@ def test_a_project_is_written(here, tmp_path: Path):
     assert f"Wrote a project to {folder}" in done.out
     assert {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} == WRITTEN
     assert f"prefect-crew=={version('prefect-crew')}" in (folder / "requirements.txt").read_text()
+
+
+def test_the_wheel_has_what_is_written_and_nothing_else():
+    """Listed file by file: a folder would take along a .env that somebody has made to try the project."""
+    build = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["tool"]["hatch"]["build"]
+    listed = build["targets"]["wheel"]["force-include"]
+    assert {target.removeprefix("prefect_crew/starter/") for target in listed.values()} == WRITTEN - {
+        "requirements.txt"
+    }
 
 
 @pytest.mark.parametrize("kind", ["file", "folder-with-a-file"])
