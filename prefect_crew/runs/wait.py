@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import httpx
 from prefect.exceptions import PrefectException
 
-from prefect_crew._internal.asyncio_tasks import ENDINGS, cancelled_once
+from prefect_crew._internal.asyncio_tasks import ENDINGS, cancel_and_wait, cancelled_once
 from prefect_crew._internal.prefect_api import flow_run_id, run_logger
 from prefect_crew.artifacts.events import emit
 from prefect_crew.artifacts.markdown import progress
@@ -35,8 +35,6 @@ if TYPE_CHECKING:
     from pydantic import BaseModel
 
 
-EARLY = 0.01
-"""Seconds before its end from which on a pause counts as ended by what it waits for."""
 SHOW_EVERY = 5.0
 """Seconds, at least, between two updates of the artifact of a run that goes on."""
 
@@ -240,17 +238,18 @@ class _Waiter(Watcher):
 
     async def pause(self, seconds: float) -> None:
         """Pause between two looks at the run; look meanwhile whether the flow run was cancelled."""
-        pause, now = asyncio.sleep if self.waker is None else self.waker.pause, asyncio.get_running_loop().time
-        end = now() + seconds
-        while True:
-            left = end - now()
-            part = min(left, stop.LOOK_EVERY)
-            until = now() + part
-            await (pause(part) if self.people is None else self.people.pause(pause, part))
-            if part == left or now() < until - EARLY:
-                return
-            if await is_cancelled(self.own):
-                raise _CancelledOnServerError
+        pause = asyncio.sleep if self.waker is None else self.waker.pause
+        pausing = pause(seconds) if self.people is None else self.people.pause(pause, seconds)
+        if seconds <= stop.LOOK_EVERY or self.own is None or stop.started_by_runner():
+            return await pausing
+        task = asyncio.ensure_future(pausing)
+        try:
+            while not (await asyncio.wait({task}, timeout=stop.LOOK_EVERY))[0]:
+                if await is_cancelled(self.own):
+                    raise _CancelledOnServerError
+            return await task
+        finally:
+            await cancel_and_wait(task)
 
     def stretch(self, delay: float) -> float:
         longer = delay if self.waker is None else self.waker.stretch(delay)

@@ -18,6 +18,7 @@ import httpx
 from prefect.client.orchestration import get_client
 from prefect.exceptions import PrefectException
 
+from prefect_crew._internal.asyncio_tasks import cancel_and_wait
 from prefect_crew._internal.prefect_api import run_logger
 from prefect_crew.artifacts.events import emit
 from prefect_crew.client._callbacks import FeedbackRequest, feedback_text, post_feedback
@@ -168,7 +169,7 @@ async def answer_question(
             sent.moved_on = True
             await _write(run, records.save_review(record, number, sent))
     finally:
-        looking.cancel()
+        await cancel_and_wait(looking)
     return accepted, sent
 
 
