@@ -304,7 +304,7 @@ class BatchClient(CrewClient):
         async with (self._polling if polls else self._posting).lane() as lane:
             began = time.monotonic()
             answer = await lane._send(call)  # noqa: SLF001  a client like this one
-            if call.path == "/kickoff":
+            if call.path == "/kickoff" and answer.is_success:
                 self._throttle.answered(time.monotonic() - began)
             return answer
 

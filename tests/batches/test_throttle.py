@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import re
 import time
 from typing import Any
 
+import httpx
 import pytest
+import respx
 from pydantic import SecretStr
 
 from prefect_crew import DeployedCrew
@@ -16,7 +19,7 @@ from prefect_crew.batches import throttle as module
 from prefect_crew.batches.options import BatchOptions
 from prefect_crew.batches.throttle import BatchClient, Throttle
 from prefect_crew.client._client import CrewClient
-from prefect_crew.exceptions import CrewConnectionError, RateLimitedError
+from prefect_crew.exceptions import CrewConnectionError, RateLimitedError, ServerError
 
 REFUSED = CrewConnectionError(method="POST", url="http://crew/kickoff", reason="refused", sent=False)
 
@@ -255,6 +258,24 @@ class Far:
                 writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: ")
                 writer.write(b"%d\r\n\r\n%s" % (len(answer), answer))
         writer.close()
+
+
+async def test_only_an_accepted_kickoff_tells_how_far_the_server_is(respx_mock: respx.MockRouter):
+    respx_mock.post("http://127.0.0.1:1/kickoff").mock(
+        side_effect=[httpx.Response(503), httpx.Response(200, json={"kickoff_id": "run"})]
+    )
+
+    async def no_newer(client: CrewClient) -> None:
+        del client
+
+    mine = throttle()
+    crew = DeployedCrew(url="http://127.0.0.1:1", token=SecretStr("token-of-8")).crew
+    async with BatchClient(crew, mine, no_newer) as client:
+        with pytest.raises(ServerError):
+            await client.kickoff({})
+        assert mine._fastest == math.inf
+        await client.kickoff({})
+    assert mine._fastest < math.inf
 
 
 async def test_many_more_polls_than_kickoffs_are_on_their_way_at_once():
