@@ -137,7 +137,13 @@ def _import_file(path: Path) -> ModuleType:
         folder, package = folder.parent, [folder.name, *package]
     if package:
         _add_to_path(folder)
-        return importlib.import_module(".".join([*package, path.stem]))
+        module = importlib.import_module(".".join([*package, path.stem]))
+        if (other := getattr(module, "__file__", None)) is None or Path(other).resolve() != path:
+            raise ProgramNotFoundError(
+                f"{path} cannot be served: this process has loaded {module.__name__} from {other}. Serve it in a "
+                "process of its own, or rename its package."
+            )
+        return module
     loaded = sys.modules.get(path.stem)
     if loaded is not None and getattr(loaded, "__file__", None) == str(path):
         return loaded

@@ -417,6 +417,22 @@ def test_a_project_as_crewai_creates_it_is_found(tmp_path: Path, monkeypatch: py
         del sys.modules[module]
 
 
+def test_another_package_of_the_same_name_is_not_served_in_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    for project in ("one", "two"):
+        package = tmp_path / project / "same_name"
+        package.mkdir(parents=True)
+        (package / "__init__.py").touch()
+        (package / "crew.py").write_text(MINE)
+    assert load_program(str(tmp_path / "one" / "same_name" / "crew.py:Crews.Travel.build")).name == "crew"
+    with pytest.raises(ProgramNotFoundError, match=r"has loaded same_name.crew from .*one"):
+        load_program(str(tmp_path / "two" / "same_name" / "crew.py:Crews.Travel.build"))
+    for module in [name for name in sys.modules if name.partition(".")[0] == "same_name"]:
+        del sys.modules[module]
+
+
 @pytest.mark.parametrize(
     ("spec", "text"),
     [
