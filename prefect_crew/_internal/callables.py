@@ -76,9 +76,13 @@ def sync_version(function: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, T
 
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
-        refuse_running_loop(name, function.__name__)
         coroutine = function(*args, **kwargs)
         args, kwargs = (), {}  # pyright: ignore[reportAssignmentType]  error reporters show the variables of frames
+        try:
+            refuse_running_loop(name, function.__name__)
+        except InvalidCallError:
+            coroutine.close()
+            raise
         return asyncio.run(coroutine)
 
     call.__name__ = call.__qualname__ = name

@@ -60,12 +60,13 @@ async def label_flow_run(*, name: str | None = None, tag: str | None = None) -> 
     context = FlowRunContext.get()
     if context is None or context.flow_run is None:
         return
-    flow_run = context.flow_run
-    flow_run.name = name or flow_run.name
-    flow_run.tags = list(dict.fromkeys([*flow_run.tags, tag] if tag else flow_run.tags))
+    flow_run, tags = context.flow_run, None
     try:
         async with get_client() as client:
-            await client.update_flow_run(flow_run.id, name=name, tags=flow_run.tags if tag else None)
+            if tag is not None:  # others may have added some since it began
+                tags = list(dict.fromkeys([*(await client.read_flow_run(flow_run.id)).tags, tag]))
+            await client.update_flow_run(flow_run.id, name=name, tags=tags)
+        flow_run.name, flow_run.tags = name or flow_run.name, flow_run.tags if tags is None else tags
     except (httpx.HTTPError, PrefectException) as error:
         run_logger().debug("The flow run could not be labelled: %s", error)
 
