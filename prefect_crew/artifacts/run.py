@@ -22,7 +22,7 @@ from prefect.context import FlowRunContext, TaskRunContext
 from prefect.exceptions import PrefectException, PrefectHTTPStatusError
 
 from prefect_crew._internal.prefect_api import is_busy, request_soon
-from prefect_crew.artifacts.markdown import (
+from prefect_crew.artifacts.escape import (
     OUTPUT_CAP,
     cell,
     code,

@@ -14,7 +14,7 @@ from pydantic_core import to_jsonable_python
 
 from prefect_crew._internal.prefect_api import flow_run_id, run_logger
 from prefect_crew._text import by_reason
-from prefect_crew.artifacts.markdown import cell, code, commands, duration, fenced, flow_run_link, link, prose, table
+from prefect_crew.artifacts.escape import cell, code, commands, duration, fenced, flow_run_link, link, prose, table
 from prefect_crew.artifacts.run import MarkdownArtifact, artifact_key
 from prefect_crew.batches.ledger import LedgerRow
 from prefect_crew.batches.outcomes import RowState

@@ -184,7 +184,7 @@ def _as_markup(text: str) -> str:
 
 def figures(progress: BatchProgress) -> str:
     """Return the state of a batch, without how many rows are done."""
-    from prefect_crew.artifacts.markdown import duration
+    from prefect_crew.artifacts.escape import duration
 
     left = progress.seconds_left
     parts = (

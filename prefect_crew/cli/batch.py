@@ -312,7 +312,7 @@ def _put_sum(found: list[BatchStatus], *, as_json: bool) -> None:
 
 
 def _about(found: BatchStatus) -> list[str]:
-    from prefect_crew.artifacts.markdown import duration
+    from prefect_crew.artifacts.escape import duration
     from prefect_crew.batches.rows import SetAside
 
     lines = [f"Batch {found.name}: {found.completed:,} of {found.total:,} rows completed"]

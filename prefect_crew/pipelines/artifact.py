@@ -13,7 +13,7 @@ import httpx
 from prefect.exceptions import PrefectException
 
 from prefect_crew._internal.prefect_api import flow_run_id, run_logger
-from prefect_crew.artifacts.markdown import cell, code, duration, fenced, flow_run_link, link, prose, table
+from prefect_crew.artifacts.escape import cell, code, duration, fenced, flow_run_link, link, prose, table
 from prefect_crew.artifacts.run import MarkdownArtifact, artifact_key
 from prefect_crew.pipelines.graph import PipelineGraph
 from prefect_crew.records.model import RecordPhase

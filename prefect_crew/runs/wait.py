@@ -14,8 +14,8 @@ from prefect.exceptions import PrefectException
 
 from prefect_crew._internal.asyncio_tasks import ENDINGS, cancel_and_wait, cancelled_once
 from prefect_crew._internal.prefect_api import flow_run_id, run_logger
+from prefect_crew.artifacts.escape import progress
 from prefect_crew.artifacts.events import emit
-from prefect_crew.artifacts.markdown import progress
 from prefect_crew.client.models import CrewResult, CrewStatus
 from prefect_crew.crew import Crew, CrewSession, WaitPolicy, open_session
 from prefect_crew.exceptions import CrewError, CrewFailedError, CrewLostError, CrewStoppedError, CrewTimeoutError

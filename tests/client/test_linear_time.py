@@ -18,7 +18,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from prefect_crew.artifacts.markdown import cell, code, fenced, prose, reading
+from prefect_crew.artifacts.escape import cell, code, fenced, prose, reading
 from prefect_crew.artifacts.run import RunView, render_run
 from prefect_crew.client import _parsing
 from prefect_crew.client._parsing import clean

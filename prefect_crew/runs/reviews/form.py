@@ -21,7 +21,7 @@ from prefect.utilities.urls import url_for
 from pydantic import Field, ValidationError, create_model
 
 from prefect_crew._internal.prefect_api import run_logger
-from prefect_crew.artifacts.markdown import prose, reading
+from prefect_crew.artifacts.escape import prose, reading
 from prefect_crew.crew import WaitPolicy
 from prefect_crew.exceptions import ConfigurationError
 from prefect_crew.records.model import utcnow

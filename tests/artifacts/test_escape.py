@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
-from prefect_crew.artifacts.markdown import OUTPUT_CAP, cell, code, commands, fenced, link, prose, table
+from prefect_crew.artifacts.escape import OUTPUT_CAP, cell, code, commands, fenced, link, prose, table
 from prefect_crew.artifacts.run import RunView, render_run
 from prefect_crew.client.models import CrewStatus, TaskResult, TokenUsage
 from prefect_crew.client.redaction import MASK

@@ -1,4 +1,4 @@
-"""Markdown that Prefect's page renders as meant, whatever a crew wrote. Pure.
+"""Escape text for Markdown, so that Prefect's page renders it as meant, whatever a crew wrote. Pure.
 
 Prefect's interfaces render Markdown with their own sanitiser; this module does not lean on it. Text from outside is
 escaped where it would become markup, and shown capped: the whole of it is one command away.
