@@ -51,6 +51,7 @@ import subprocess
 import sys
 import uuid
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -136,6 +137,15 @@ def test_page_can_be_read_and_its_links_lead_somewhere(path: Path):
     targets = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r"(?:src|href)=\"([^\"]+)\"", text)
     missing = [target for target in targets if not re.match(r"[a-z]+:", target) and not _exists(path, target)]
     assert not missing
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_the_text_before_a_file_names_it(path: Path):
+    # The site has the name as the block's title. Plain Markdown has not: a reader would not know where to save it.
+    paragraphs = re.split(r"\n\n+", path.read_text(encoding="utf-8"))
+    for before, paragraph in pairwise(paragraphs):
+        if found := re.match(r"<!-- file: (\S+) -->", paragraph):
+            assert f"`{found[1]}`" in before
 
 
 def _exists(page: Path, target: str) -> bool:

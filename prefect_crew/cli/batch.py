@@ -56,8 +56,8 @@ class BatchChoices:
 
     Args:
         ledger: A path, a PostgreSQL URL or secret://NAME; if left out, a file next to a local export.
-        key: The column that identifies a row; if left out, a digest of the inputs.
-        inputs: An input, as name=COLUMN or name='text with {{ COLUMN }}'; can be repeated.
+        key: The column that holds the key of each row, not a key as in `run`; if left out, a digest of the inputs.
+        inputs: An input, as name=COLUMN, not name=value as in `run`, or name='text with {{ COLUMN }}'; can be repeated.
         format: The file's format, if its name does not tell.
         encoding: The encoding of a text file.
         max_in_flight: Runs in flight at a time; 100 if left out.
