@@ -27,7 +27,7 @@ and the like refuse. HTML comments before a block, invisible on the page, change
     <!-- run: fresh -->                     A new Python for this block and the following ones.
     <!-- run: timeout=120 -->               Seconds that it may take, instead of 60.
     <!-- file: flows/mine.py -->
-        Write the block to this file of the page's folder instead of running it.
+        Write the block to this file of the page's folder instead of running it. The paragraph before has to name it.
     <!-- output -->
         The block is what the one before it printed, compared as in `console`.
     <!-- not run: why -->

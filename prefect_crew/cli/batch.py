@@ -403,7 +403,7 @@ def retry(
     """Start the failed rows of a batch again, with the options of its last call, and go on with what is left.
 
     Args:
-        key: Only this row; can be repeated.
+        key: Only the row with this key; can be repeated.
     """
     _confirm_retry(name, yes)
     return _go_on(name, ledger, retry_failed=tuple(key) if key else True, as_json=output is not None)

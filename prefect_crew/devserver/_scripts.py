@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from difflib import get_close_matches
 from importlib.resources import files
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Annotated, Any, ClassVar, cast
 
 import yaml
 from jinja2 import StrictUndefined, TemplateError, TemplateSyntaxError
+from jinja2.meta import find_undeclared_variables
 from jinja2.sandbox import SandboxedEnvironment
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
@@ -101,6 +102,24 @@ class TaskSpec(_Part):
     steps: list[StepSpec] = Field(default_factory=list[StepSpec], description="Spread evenly over the task's seconds.")
 
 
+_TEMPLATES = {
+    **dict.fromkeys(("description", "expected_output", "seconds", "output", "data", "fail"), True),
+    "steps": {"__all__": {"content"}},
+}
+"""The fields of a task that are templates."""
+_SCOPE = ("inputs", "tasks", "previous", "kickoff_id", "feedback", "round")
+"""What a template sees beside the inputs."""
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Give all texts in a value."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for item in cast("Iterable[Any]", value.values() if isinstance(value, dict) else value):
+            yield from _texts(item)
+
+
 class CrewScript(_Part):
     """A whole crew."""
 
@@ -127,6 +146,18 @@ class CrewScript(_Part):
         for what, names in (("inputs", [i.name for i in self.inputs]), ("tasks", [t.name for t in self.tasks])):
             if twice := sorted({name for name in names if names.count(name) > 1}):
                 raise ValueError(f"{what} with the same name: {', '.join(twice)}")
+        return self
+
+    @model_validator(mode="after")
+    def _known_names(self) -> CrewScript:
+        # Each run would fail at such a name, after it has begun. A crew that names no inputs takes any.
+        names = [spec.name for spec in self.inputs]
+        texts = _texts(self.model_dump(include={"tasks": {"__all__": _TEMPLATES}, "output": True, "data": True}))
+        used = {name for text in texts for name in find_undeclared_variables(_JINJA.parse(text))}
+        known = {*names, *_SCOPE, *cast("dict[str, Any]", _JINJA.globals)}  # pyright: ignore[reportUnknownMemberType]
+        unknown = sorted(used - known)
+        if names and unknown:
+            raise ValueError(f"a template uses {', '.join(unknown)}, and the inputs are {', '.join(names)}")
         return self
 
 

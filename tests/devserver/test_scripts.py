@@ -187,6 +187,13 @@ def test_failures(task: str, message: str) -> None:
         run(one_task(task), what="tokens")
 
 
+def test_a_name_that_no_input_has_is_refused_when_the_script_is_read() -> None:
+    task = "tasks: [{name: t, output: '{{ topic }}', steps: [{content: '{{ topik }}'}]}]\n"
+    with pytest.raises(ScriptError, match="a template uses topik, and the inputs are topic"):
+        parse_script(f"name: x\ninputs: [topic]\n{task}")
+    parse_script(f"name: x\n{task}")  # it names no inputs, so any may come
+
+
 def test_a_failure_that_renders_to_nothing_is_none() -> None:
     outcome, _ = run(one_task("output: ok\n    fail: \"{% if what == 'bad' %}no{% endif %}\""), what="good")
     assert outcome.output == "ok"
