@@ -35,7 +35,7 @@ REPORT = {
     "prices": "{{ topic }}: 9 to 40 EUR for 100 g.",
     "write": "# {{ topic }}\n\n{{ notes }}",
 }
-SECONDS = {"research": 2.0, "prices": 1.0, "write": 1.5}
+SECONDS = {"research": 2.0, "prices": 0.5, "write": 1.5}
 
 
 def script(task: str) -> str:
@@ -125,7 +125,7 @@ def main() -> None:
     chromium = find_chromium()
     if chromium is None:
         raise SystemExit("There is no Chromium on this machine.")
-    takes = {"artifact": (take_run, 1360), "pipeline": (take_pipeline, 680), "form": (take_form, 1000)}
+    takes = {"artifact": (take_run, 1620), "pipeline": (take_pipeline, 680), "form": (take_form, 1000)}
     with PrefectServer(HOME / "server") as server, connected(server, HOME / "client"), Chromium(chromium) as browser:
         seen = Seen(server)
         for name in sys.argv[1:] or takes:
