@@ -8,7 +8,7 @@ import re
 from collections.abc import Collection, Mapping
 from difflib import get_close_matches
 from functools import lru_cache, partial
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, cast
 from urllib.parse import urlsplit
 from uuid import UUID
 
@@ -24,6 +24,7 @@ from prefect_crew.client._transport import checked_url
 from prefect_crew.client.models import CrewResult, ResumeAnswer, StopAnswer
 from prefect_crew.crew import Crew, CrewSession, WaitPolicy
 from prefect_crew.exceptions import ConfigurationError
+from prefect_crew.prices import Price
 from prefect_crew.settings import CrewSettings
 
 if TYPE_CHECKING:
@@ -80,8 +81,8 @@ class DeployedCrew(JobBlock[CrewResult]):
         description="The name of a Prefect global concurrency limit on runs in flight, shared by all flows.",
         examples=["my-crew"],
     )
-    price: float | None = Field(
-        default=None, ge=0, description="What one run costs, in your currency, for artifacts and reports."
+    price: Annotated[float, Field(ge=0)] | Price | None = Field(
+        default=None, description="What one run costs, in your currency: a number, or a price of its tokens."
     )
     show: Literal["full", "summary", "none"] = Field(
         default="full", description="How much of inputs and outputs artifacts, events, records and names of runs show."
@@ -119,6 +120,11 @@ class DeployedCrew(JobBlock[CrewResult]):
     def _of_any_version(cls, value: Any) -> Any:
         # What is stored may have been written by another version, whose other fields keep nobody from loading it.
         return _known(cast("dict[str, Any]", value), WaitPolicy, "a crew's wait") if isinstance(value, dict) else value
+
+    @field_validator("price", mode="before")
+    @classmethod
+    def _price_of_any_version(cls, value: Any) -> Any:
+        return _known(cast("dict[str, Any]", value), Price, "a crew's price") if isinstance(value, dict) else value
 
     @field_validator("secret_inputs", mode="before")
     @classmethod
@@ -176,6 +182,8 @@ class DeployedCrew(JobBlock[CrewResult]):
         name = self._block_document_name
         fields: dict[str, Any] = {field: getattr(self, field) for field in DeployedCrew.model_fields}
         fields |= {"label": self.label, "block": name, "secret_inputs": tuple(self.secret_inputs)}
+        if isinstance(self.price, int | float):
+            fields["price"] = Price(per_run=self.price)
         # Whatever its author called it, this very class is what the store gives back for its slug.
         return Crew(**fields, reload=None if name is None else partial(_load_block, type(self), name))
 

@@ -15,6 +15,7 @@ from prefect_crew._internal.prefect_api import run_logger
 from prefect_crew._text import one_line
 from prefect_crew.client.redaction import Redactor, holds_secret
 from prefect_crew.exceptions import AuthenticationError, InvalidCallError
+from prefect_crew.prices import Price
 
 if TYPE_CHECKING:
     from prefect_crew.client._client import CrewClient
@@ -62,7 +63,7 @@ class Crew:
     concurrency_limit: str | None
     show: Literal["full", "summary", "none"]
     secret_inputs: tuple[str, ...]
-    price: float | None
+    price: Price | None
     page_url: str | None
     block: str | None = None
     hidden: tuple[SecretStr, ...] = field(default=(), repr=False)

@@ -164,7 +164,7 @@ class RunView:
     status: CrewStatus | None = None
     show: str = "full"
     secret_inputs: Sequence[str] = ()
-    price: float | None = None
+    cost: float | None = None
     page_url: str | None = None
     flow_run_id: str | None = None
     read_result: str | None = None
@@ -231,8 +231,8 @@ def _facts(view: RunView) -> str:
         rows.append(("Current task", cell(status.current_task)))
     if status is not None and status.message and view.state is not CrewState.FAILED and view.show == "full":
         rows.append(("Message", cell(status.message)))
-    if view.price is not None:
-        rows.append(("Price", f"{view.price:g}"))
+    if view.cost is not None:
+        rows.append(("Cost", f"{view.cost:,.4g}"))
     return table(("", ""), rows)
 
 

@@ -497,8 +497,8 @@ class Ledger:
         seconds = usage = None
         if record.phase is RecordPhase.ENDED and record.kicked_off_at is not None and record.ended_at is not None:
             seconds = (record.ended_at - record.kicked_off_at).total_seconds()
-        if record.result is not None and record.result.usage is not None:
-            usage = record.result.usage.model_dump(exclude_none=True)
+        if (reported := record.usage or (record.result and record.result.usage)) is not None:
+            usage = reported.model_dump(exclude_none=True)
         return {
             "batch": self.batch,
             "row_key": self.row_key(record.idempotency_key),

@@ -67,6 +67,7 @@ from prefect_crew.exceptions import (
     CrewError,
     LedgerError,
 )
+from prefect_crew.prices import cost_of
 from prefect_crew.records.keys import render_key, scheduled_start
 from prefect_crew.webhooks import webhooks_for
 
@@ -305,7 +306,7 @@ async def aplan_batch(
         duplicates=checked.duplicates,
         max_in_flight=most,
         seconds=seconds,
-        price=None if job.crew.price is None else job.crew.price * left,
+        price=None if (each := cost_of(job.crew.price, None)) is None else each * left,
         notes=plan.notes(),
     )
 
@@ -641,5 +642,5 @@ class _OpenBatch:
             uncertain_keys=tuple(progress.uncertain_keys),
             errors=dict(progress.errors),
             usage=usage,
-            cost=None if job.crew.price is None else job.crew.price * kickoffs,
+            cost=None if (each := cost_of(job.crew.price, None)) is None else each * kickoffs,
         )

@@ -50,7 +50,7 @@ from prefect_crew.runs.limits import missing_limit, take_slots
 from prefect_crew.runs.listener import Waker, waker_for
 from prefect_crew.runs.polling import Phases, Watcher, poll
 from prefect_crew.runs.reviews.reviewer import People
-from prefect_crew.runs.run import OpenRun, close_record
+from prefect_crew.runs.run import OpenRun, close_record, cost_of_run
 from prefect_crew.runs.stop import close_stopped
 from prefect_crew.settings import CrewSettings
 from prefect_crew.states import CrewState
@@ -385,6 +385,7 @@ class Runner:
             human_seconds=phases.human_seconds,
             error=None if has_result else run.redact(status.error or "The crew gave no reason.")[:ERROR_CAP],
             result=run.redact.model(StoredResult.of(status.result())) if has_result else None,
+            cost=cost_of_run(run.crew, status),
         )
         if has_result and self.first_poll is not None:
             self.first_poll.add(record)

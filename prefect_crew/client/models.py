@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import StrEnum
 from typing import Any, ClassVar
 
@@ -54,7 +55,8 @@ class CrewResult(_Model):
     """What a completed run gave.
 
     `output` is the text; `data` the structured result, or None; `execution_time` is in seconds, as the server
-    measured it; `raw` the whole body of the last status answer, None where the result is read from a record.
+    measured it; `usage` are the tokens that were reported, `cost` is what the run cost by the crew's price, each None
+    where that is unknown; `raw` the whole body of the last status answer, None where the result is read from a record.
     """
 
     output: str
@@ -64,6 +66,7 @@ class CrewResult(_Model):
     state: CrewState = CrewState.COMPLETED
     execution_time: float | None = None
     usage: TokenUsage | None = None
+    cost: float | None = None
     raw: Any = Field(default=None, repr=False)
 
 
@@ -95,6 +98,8 @@ class CrewStatus(_Model):
     error: str | None = Field(default=None, repr=False)
     execution_time: float | None = None
     usage: TokenUsage | None = None
+    usage_by_model: Mapping[str, TokenUsage] = Field(default_factory=dict[str, TokenUsage])
+    """The tokens by the model that was called, as far as a stream of events told them."""
     raw: Any = Field(default=None, repr=False)
 
     def result(self) -> CrewResult:
@@ -105,7 +110,7 @@ class CrewStatus(_Model):
         """
         if self.state is not CrewState.COMPLETED:
             raise InvalidCallError(f"Run {self.kickoff_id} is {self.state}, not completed: it has no result.")
-        values: dict[str, Any] = {name: getattr(self, name) for name in CrewResult.model_fields}
+        values: dict[str, Any] = {name: getattr(self, name, None) for name in CrewResult.model_fields}
         values["output"] = self.output or ""
         return CrewResult(**values)
 

@@ -225,6 +225,10 @@ class RunRecord(Outcome):
     has_webhooks: bool = False
     """Whether its kickoff asked for webhooks to this package's receiver."""
     error: str | None = None
+    usage: TokenUsage | None = None
+    """Tokens that the run used, however it ended; None where nobody reported any."""
+    cost: float | None = None
+    """What it cost by the price that held when it ended; None where that is unknown."""
     result: StoredResult | None = None
 
     # What the store tells, and no part of what is stored.
@@ -254,6 +258,10 @@ class RunRecord(Outcome):
     def is_unresolved(self) -> bool:
         """Whether nobody has written down what became of the kickoff."""
         return self.phase in (RecordPhase.CLAIMED, RecordPhase.UNCERTAIN)
+
+    def with_cost(self, result: CrewResult) -> CrewResult:
+        """Return the run's result with the tokens and the cost that are on record."""
+        return result.model_copy(update={"usage": self.usage or result.usage, "cost": self.cost})
 
     @property
     def sent(self) -> dict[str, str]:

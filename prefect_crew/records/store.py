@@ -367,7 +367,8 @@ class PrefectRecords:
         try:
             await _patch(ref, body)
         except PrefectHTTPStatusError as error:
-            if error.response.status_code not in (400, 413, 422) or body["value"].pop("result", None) is None:
+            left_out = [body["value"].pop(name, None) for name in ("result", "usage")]
+            if error.response.status_code not in (400, 413, 422) or left_out == [None, None]:
                 raise
             # Numbers beyond 64 bits, too deep a nesting: what Prefect cannot hold is read elsewhere.
             await _patch(ref, body)

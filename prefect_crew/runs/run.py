@@ -21,7 +21,15 @@ from prefect_crew.artifacts.run import RunArtifact, RunView
 from prefect_crew.client.models import CrewResult, CrewStatus
 from prefect_crew.client.redaction import Redactor, withholding
 from prefect_crew.crew import Crew, CrewSession
-from prefect_crew.exceptions import CrewError, CrewFailedError, CrewLostError, CrewStoppedError, OutputTypeError
+from prefect_crew.exceptions import (
+    ConfigurationError,
+    CrewError,
+    CrewFailedError,
+    CrewLostError,
+    CrewStoppedError,
+    OutputTypeError,
+)
+from prefect_crew.prices import cost_of
 from prefect_crew.records.model import RecordPhase, RunRecord, SentReview, StoredResult, utcnow
 from prefect_crew.records.store import PrefectRecords
 from prefect_crew.states import CrewState
@@ -166,7 +174,7 @@ class OpenRun:
             status=None if status is None else self.redact_status(status),
             show=self.show,
             secret_inputs=self.crew.secret_inputs,
-            price=self.crew.price,
+            cost=None if record is None else record.cost,
             page_url=self.crew.page_url,
             flow_run_id=None if record is None else record.flow_run_id,
             read_result=None if record is None else f"prefect-crew result {self.as_argument(record.idempotency_key)}",
@@ -249,12 +257,28 @@ async def find_run(
 
 
 def close_record(
-    record: RunRecord, status: CrewStatus, *, human_seconds: float, error: str | None, result: StoredResult | None
+    record: RunRecord,
+    status: CrewStatus,
+    *,
+    human_seconds: float,
+    error: str | None,
+    result: StoredResult | None,
+    cost: float | None,
 ) -> None:
     """Write into a record how its run ended. `error` and `result` are as they may be stored."""
     record.phase, record.state, record.ended_at = RecordPhase.ENDED, status.state, utcnow()
     record.human_seconds, record.human_since = human_seconds, None
     record.error, record.result = error, result
+    record.usage, record.cost = status.usage, cost
+
+
+def cost_of_run(crew: Crew, status: CrewStatus) -> float | None:
+    """Return what an ended run cost, None where that is unknown. It never fails: the run is over."""
+    try:
+        return cost_of(crew.price, status.usage, status.usage_by_model)
+    except ConfigurationError as error:
+        run_logger().warning("What run %s cost is unknown: %s", status.kickoff_id, error)
+        return None
 
 
 def next_step(run: OpenRun) -> str:
@@ -302,7 +326,10 @@ def result_of(run: OpenRun, status: CrewStatus) -> CrewResult:
         CrewError: It has not ended.
     """
     if status.state is CrewState.COMPLETED:
-        return status.result()
+        record = run.record
+        if record is not None and record.phase is RecordPhase.ENDED:
+            return record.with_cost(status.result())
+        return status.result().model_copy(update={"cost": cost_of_run(run.crew, status)})
     raise failure(run, status.state, run.redact_text(status.error))
 
 
@@ -339,7 +366,7 @@ async def read_result(run: OpenRun, session: CrewSession) -> CrewResult:
         if record.phase is RecordPhase.ENDED and record.state is not CrewState.COMPLETED:
             raise failure(run, record.state, record.error)
         if record.phase is RecordPhase.ENDED and record.result is not None:
-            return record.result.result(run.kickoff_id)
+            return record.with_cost(record.result.result(run.kickoff_id))
     with run.withholding():
         status = await session.call(lambda client: client.status(run.kickoff_id))
     if status.state is CrewState.UNKNOWN:

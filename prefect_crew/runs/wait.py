@@ -27,7 +27,7 @@ from prefect_crew.runs.listener import Waker, waker_for
 from prefect_crew.runs.polling import NO_ANSWER, Phases, Watcher, poll
 from prefect_crew.runs.reviews.questions import ReviewChoice
 from prefect_crew.runs.reviews.reviewer import People
-from prefect_crew.runs.run import OpenRun, close_record, find_run, parse_data, read_result, result_of
+from prefect_crew.runs.run import OpenRun, close_record, cost_of_run, find_run, parse_data, read_result, result_of
 from prefect_crew.runs.stop import close_stopped, end_as_cancelled, is_cancelled, stop_if_asked, stop_once, watch_ctrl_c
 from prefect_crew.states import CrewState
 
@@ -321,7 +321,14 @@ class _Waiter(Watcher):
                 if run.redact.hides(result.model_dump(mode="json")):
                     result = None
             error = (run.redact_text(status.error) or "")[:500] or None
-            close_record(record, status, human_seconds=self.phases.human_seconds, error=error, result=result)
+            close_record(
+                record,
+                status,
+                human_seconds=self.phases.human_seconds,
+                error=error,
+                result=result,
+                cost=cost_of_run(run.crew, status),
+            )
             try:
                 await self.records.save(record)
             except (httpx.HTTPError, PrefectException) as problem:

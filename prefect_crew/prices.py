@@ -1,0 +1,142 @@
+"""What a run costs: by the run, by its tokens, or by the model that answered."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from prefect_crew.client.models import TokenUsage
+from prefect_crew.exceptions import ConfigurationError
+
+
+class Price(BaseModel):
+    """What runs of a crew cost. The parts that are given are added up. The currency is your own.
+
+    Example:
+        ```python
+        Price(per_run=0.10, per_1k_input=0.0025, per_1k_output=0.01)
+        Price(model="openai/gpt-4o")  # in US dollars, with prefect-crew[prices]
+        ```
+    """
+
+    model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True, extra="forbid")
+
+    per_run: float = Field(default=0, ge=0, description="What each run costs, whatever it uses.")
+    per_1k_input: float | None = Field(
+        default=None, ge=0, title="Per 1,000 input tokens", description="What 1,000 prompt tokens cost."
+    )
+    per_1k_output: float | None = Field(
+        default=None, ge=0, title="Per 1,000 output tokens", description="What 1,000 completion tokens cost."
+    )
+    model: str | None = Field(
+        default=None,
+        description="The model whose list price counts, in US dollars. It needs prefect-crew[prices]. Where a stream "
+        "of events names the models of all tokens, those count.",
+        examples=["openai/gpt-4o", "claude-sonnet-4-5"],
+    )
+
+    @model_validator(mode="after")
+    def _is_whole(self) -> Price:
+        if (self.per_1k_input is None) is not (self.per_1k_output is None):
+            raise ValueError("give per_1k_input and per_1k_output together: 0 for tokens that cost nothing")
+        if self.model is not None and self.per_1k_input is not None:
+            raise ValueError("give the prices of tokens, or a model whose list price counts, not both")
+        return self
+
+    def check(self) -> None:
+        """Do nothing if every run that reports its tokens can be priced.
+
+        Raises:
+            ConfigurationError: The price is by model, and the package genai-prices is missing or does not know it.
+        """
+        if self.model is not None:
+            _list_price(self.model, TokenUsage(prompt_tokens=0, completion_tokens=0))
+
+
+def cost_of(
+    price: Price | None, usage: TokenUsage | None, by_model: Mapping[str, TokenUsage] | None = None
+) -> float | None:
+    """Return what a run cost, None where that is unknown.
+
+    It is unknown without a price, and where tokens cost something and nobody reported how many of them were input and
+    output.
+
+    Args:
+        price: The price that holds for the run.
+        usage: Its tokens, as far as they were reported.
+        by_model: Its tokens by the model that was called, where that was reported.
+
+    Raises:
+        ConfigurationError: The price is by model, and the package genai-prices is missing or does not know it.
+    """
+    if price is None:
+        return None
+    if price.model is None and price.per_1k_input is None:
+        return price.per_run
+    if usage is None:
+        return None
+    split = _input_and_output(usage)
+    if split is None:
+        if usage.total_tokens is None or price.per_1k_input is None or price.per_1k_input != price.per_1k_output:
+            return None
+        split = usage.total_tokens, 0
+    if price.per_1k_input is not None and price.per_1k_output is not None:
+        return price.per_run + (split[0] * price.per_1k_input + split[1] * price.per_1k_output) / 1000
+    if price.model is None:
+        return None
+    parts = dict(by_model or {})
+    whole = sum(sum(_input_and_output(part) or (0, 0)) for part in parts.values()) >= sum(split)
+    if not (parts and whole):
+        parts = {price.model: usage}
+    total = price.per_run
+    for model, part in parts.items():
+        try:
+            total += _list_price(model, part)
+        except ConfigurationError:
+            if model == price.model:
+                raise
+            total += _list_price(price.model, part)  # a model of the provider's own, such as a tuned one
+    return total
+
+
+def _input_and_output(usage: TokenUsage) -> tuple[int, int] | None:
+    """Return the tokens that went in and those that came out, None where that was not reported."""
+    put_in, out, total = usage.prompt_tokens, usage.completion_tokens, usage.total_tokens
+    if put_in is None and out is not None and total is not None:
+        put_in = total - out
+    elif out is None and put_in is not None and total is not None:
+        out = total - put_in
+    return None if put_in is None or out is None or min(put_in, out) < 0 else (put_in, out)
+
+
+def _list_price(model: str, usage: TokenUsage) -> float:
+    """Return what tokens cost by the list of genai-prices, in US dollars.
+
+    Raises:
+        ConfigurationError: It is not installed, or does not know the model.
+    """
+    try:
+        from genai_prices import Usage, calc_price  # an extra, and 30 ms to import
+    except ImportError:
+        raise ConfigurationError(
+            f"The price of model {model!r} needs the package genai-prices. Install it: pip install "
+            "'prefect-crew[prices]'. Or give the crew's price as per_1k_input and per_1k_output."
+        ) from None
+    put_in, out = _input_and_output(usage) or (0, 0)
+    cached = min(usage.cached_prompt_tokens or 0, put_in)
+    tokens = Usage(input_tokens=put_in, output_tokens=out, cache_read_tokens=cached)
+    provider, _, name = model.rpartition("/")
+    try:
+        # CrewAI names a model "provider/model"; the provider may be one of many that resell it.
+        return float(calc_price(tokens, name, provider_id=provider.partition("/")[0] or None).total_price)
+    except LookupError:
+        pass
+    try:
+        return float(calc_price(tokens, name).total_price)
+    except LookupError:
+        raise ConfigurationError(
+            f"genai-prices does not know the model {model!r}. Give it as CrewAI does, such as 'openai/gpt-4o', or give "
+            "the crew's price as per_1k_input and per_1k_output."
+        ) from None

@@ -1,0 +1,120 @@
+"""What a run costs, and when nobody can say."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+
+import pytest
+from pydantic import SecretStr, ValidationError
+
+from prefect_crew import DeployedCrew
+from prefect_crew.client.models import TokenUsage
+from prefect_crew.exceptions import ConfigurationError
+from prefect_crew.prices import Price, cost_of
+
+USAGE = TokenUsage(total_tokens=1100, prompt_tokens=1000, completion_tokens=100)
+by_model = pytest.mark.skipif(importlib.util.find_spec("genai_prices") is None, reason="needs prefect-crew[prices]")
+TOKENS = Price(per_1k_input=0.5, per_1k_output=2)
+
+
+@pytest.mark.parametrize(
+    ("price", "usage", "cost"),
+    [
+        (None, USAGE, None),
+        (Price(per_run=0.25), None, 0.25),
+        (Price(per_run=0), None, 0),
+        (TOKENS, USAGE, 0.7),
+        (Price(per_run=0.1, per_1k_input=0.5, per_1k_output=2), USAGE, 0.8),
+        (TOKENS, TokenUsage(prompt_tokens=1000, completion_tokens=100), 0.7),
+        (TOKENS, TokenUsage(total_tokens=1100, completion_tokens=100), 0.7),
+        (TOKENS, TokenUsage(total_tokens=0, prompt_tokens=0, completion_tokens=0), 0),
+    ],
+)
+def test_parts_of_a_price_are_added_up(price: Price | None, usage: TokenUsage | None, cost: float | None):
+    assert cost_of(price, usage) == (None if cost is None else pytest.approx(cost))
+
+
+@pytest.mark.parametrize(
+    "usage",
+    [None, TokenUsage(), TokenUsage(total_tokens=1100), TokenUsage(prompt_tokens=1000)],
+)
+def test_what_nobody_reported_is_unknown_and_never_zero(usage: TokenUsage | None):
+    assert cost_of(TOKENS, usage) is None
+    assert cost_of(Price(per_run=1, per_1k_input=0.5, per_1k_output=2), usage) is None
+
+
+def test_a_sum_of_tokens_is_enough_where_all_tokens_cost_the_same():
+    assert cost_of(Price(per_1k_input=2, per_1k_output=2), TokenUsage(total_tokens=500)) == pytest.approx(1)
+
+
+@by_model
+def test_the_list_price_of_a_model_is_in_dollars():
+    usage = TokenUsage(prompt_tokens=1_000_000, completion_tokens=0)
+    half_cached = TokenUsage(prompt_tokens=1_000_000, completion_tokens=0, cached_prompt_tokens=500_000)
+    for name in ("gpt-4o", "openai/gpt-4o"):
+        assert cost_of(Price(model=name), usage) == pytest.approx(2.5, rel=0.5)
+        assert cost_of(Price(model=name), half_cached) < cost_of(Price(model=name), usage)
+    assert cost_of(Price(model="nobody/gpt-4o"), usage) == cost_of(Price(model="gpt-4o"), usage)
+
+
+@by_model
+def test_the_models_that_were_called_count_where_all_tokens_are_told_by_model():
+    small, big = "openai/gpt-4o-mini", "openai/gpt-4o"
+    half = TokenUsage(prompt_tokens=500, completion_tokens=50)
+    both = {small: half, big: half}
+    alone = [cost_of(Price(model=model), half) for model in both]
+    assert cost_of(Price(model=big), USAGE, both) == pytest.approx(sum(alone))
+    # One of them is missing: everything counts as the model that the price names.
+    assert cost_of(Price(model=big), USAGE, {small: half}) == cost_of(Price(model=big), USAGE)
+    # Nobody lists the price of a model of one's own.
+    assert cost_of(Price(model=big), USAGE, {"mine": half, big: half}) == pytest.approx(
+        cost_of(Price(model=big), USAGE)
+    )
+
+
+@by_model
+def test_a_model_that_nobody_knows_is_refused_in_words():
+    Price(model="gpt-4o").check()
+    Price(per_run=1).check()
+    with pytest.raises(ConfigurationError, match="does not know the model 'no-such-model'.* per_1k_input"):
+        Price(model="no-such-model").check()
+
+
+def test_without_the_package_a_price_by_model_says_what_to_install(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "genai_prices", None)
+    with pytest.raises(ConfigurationError, match=r"pip install 'prefect-crew\[prices\]'"):
+        Price(model="gpt-4o").check()
+    assert cost_of(TOKENS, USAGE) == pytest.approx(0.7)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"per_1k_input": 1},
+        {"per_run": -1},
+        {"model": "gpt-4o", "per_1k_input": 1, "per_1k_output": 1},
+        {"per_token": 1},
+    ],
+)
+def test_a_price_that_makes_no_sense_is_refused(fields: dict[str, object]):
+    with pytest.raises(ValidationError):
+        Price.model_validate(fields)
+
+
+def crew(**fields: object) -> DeployedCrew:
+    return DeployedCrew.model_validate({"url": "https://c.test", "token": SecretStr("t"), **fields})
+
+
+def test_a_number_on_the_block_is_the_price_of_a_run():
+    assert crew(price=0.5).price == 0.5
+    assert crew(price=0.5).crew.price == Price(per_run=0.5)
+    assert crew().crew.price is None
+    assert crew(price={"per_1k_input": 1, "per_1k_output": 2}).crew.price == Price(per_1k_input=1, per_1k_output=2)
+    for wrong in (-1, {"per_run": -1}, {"per_1k_inputs": 1, "per_1k_output": 1}):
+        with pytest.raises(ValidationError):
+            crew(price=wrong)
+
+
+def test_a_price_that_a_later_version_stored_loads():
+    assert crew(price={"per_run": 1, "surcharge_of_a_later_version": 2}).price == Price(per_run=1)
