@@ -78,18 +78,16 @@ def cost_of(
     if usage is None:
         return None
     split = _input_and_output(usage)
-    if split is None:
-        if usage.total_tokens is None or price.per_1k_input is None or price.per_1k_input != price.per_1k_output:
-            return None
-        split = usage.total_tokens, 0
-    if price.per_1k_input is not None and price.per_1k_output is not None:
-        return price.per_run + (split[0] * price.per_1k_input + split[1] * price.per_1k_output) / 1000
     if price.model is None:
+        put_in, out = price.per_1k_input or 0, price.per_1k_output or 0
+        if split is None and usage.total_tokens is not None and put_in == out:
+            split = usage.total_tokens, 0
+        return None if split is None else price.per_run + (split[0] * put_in + split[1] * out) / 1000
+    if split is None:
         return None
     parts = dict(by_model or {})
-    whole = sum(sum(_input_and_output(part) or (0, 0)) for part in parts.values()) >= sum(split)
-    if not (parts and whole):
-        parts = {price.model: usage}
+    if sum(sum(_input_and_output(part) or (0, 0)) for part in parts.values()) < max(sum(split), 1):
+        parts = {price.model: usage}  # calls were not told, or some of them are missing
     total = price.per_run
     for model, part in parts.items():
         try:

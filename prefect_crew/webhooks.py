@@ -23,7 +23,7 @@ from urllib.parse import urlsplit
 from pydantic import SecretStr
 
 from prefect_crew.client._transport import checked_base_url
-from prefect_crew.client.webhooks import RUN_ENDS, BearerAuth, HumanInputWebhook, StreamWebhook, Webhooks
+from prefect_crew.client.webhooks import LLM_CALL, RUN_ENDS, BearerAuth, HumanInputWebhook, StreamWebhook, Webhooks
 from prefect_crew.exceptions import ConfigurationError
 from prefect_crew.records.model import claim_of, utcnow
 from prefect_crew.settings import CrewSettings
@@ -109,7 +109,7 @@ def webhooks_for(
         # A name may repeat an input, and the receiver does not know the secret ones.
         names=crew.show != "none" and not crew.secret_inputs,
         round=round,
-        stream_events=RUN_ENDS,
+        stream_events=(*RUN_ENDS, LLM_CALL) if settings.webhook_llm_calls else RUN_ENDS,
     )
 
 

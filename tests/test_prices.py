@@ -77,7 +77,7 @@ def test_the_models_that_were_called_count_where_all_tokens_are_told_by_model():
 def test_a_model_that_nobody_knows_is_refused_in_words():
     Price(model="gpt-4o").check()
     Price(per_run=1).check()
-    with pytest.raises(ConfigurationError, match="does not know the model 'no-such-model'.* per_1k_input"):
+    with pytest.raises(ConfigurationError, match=r"does not know the model 'no-such-model'.* per_1k_input"):
         Price(model="no-such-model").check()
 
 

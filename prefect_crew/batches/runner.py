@@ -366,7 +366,7 @@ class Runner:
         crew = self.session.crew.hiding(job.hidden)
         run = OpenRun(crew, kickoff_id, record, job.inputs, owned=True, webhooks=self._options.webhooks)
         with run.withholding():
-            async with waker_for(record.idempotency_key if record.has_webhooks else None) as waker:
+            async with waker_for(record.idempotency_key if record.has_webhooks else None, crew.url) as waker:
                 status = await poll(
                     lambda: self.session.client.status(kickoff_id),
                     kickoff_id=kickoff_id,
@@ -376,7 +376,7 @@ class Runner:
                     watcher=_RowWatcher(self, run, record, waker),
                     first_look=first_look,
                 )
-                status = status if waker is None else waker.add_usage(status)
+                status = status if waker is None else await waker.with_usage(status)
         run.use_token_of(self.session.crew)
         has_result = status.state is CrewState.COMPLETED
         close_record(

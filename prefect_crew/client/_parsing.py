@@ -404,14 +404,27 @@ def seconds_of(body: Mapping[str, Any]) -> float | None:
     return number if number is not None and number >= 0 else None
 
 
+_OTHER_COUNTS = {
+    "prompt_tokens": "input_tokens",
+    "completion_tokens": "output_tokens",
+    "cached_prompt_tokens": "cache_read_input_tokens",
+}
+"""What providers of models call the counts, in events of single calls."""
+
+
 def usage_of(body: Mapping[str, Any]) -> TokenUsage | None:
     """Return the tokens used, None where nothing was reported."""
-    for source in (body, as_object(body.get("result"))):
-        usage = as_object(source.get("token_usage"))
-        counts = {key: count for key in TokenUsage.model_fields if (count := as_count(usage.get(key))) is not None}
-        if counts:
-            return TokenUsage(**counts)
-    return None
+    return tokens_of(body.get("token_usage")) or tokens_of(as_object(body.get("result")).get("token_usage"))
+
+
+def tokens_of(value: Any) -> TokenUsage | None:
+    """Return the counts that an object holds, None where it holds none."""
+    counts: dict[str, int] = {}
+    for name in TokenUsage.model_fields:
+        found = first(as_object(value), (name, _OTHER_COUNTS.get(name, name)))
+        if (count := as_count(found)) is not None:
+            counts[name] = count
+    return TokenUsage(**counts) if counts else None
 
 
 def _error_of(body: Mapping[str, Any], state: CrewState) -> str | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from enum import StrEnum
 from typing import Any, ClassVar
 
@@ -37,6 +37,16 @@ class TokenUsage(_Model):
     completion_tokens: int | None = None
     cached_prompt_tokens: int | None = None
     successful_requests: int | None = None
+
+    @classmethod
+    def sum(cls, usages: Iterable[TokenUsage]) -> TokenUsage | None:
+        """Return several usages added up, each count over those that report it; None where none reports any."""
+        sums: dict[str, int] = {}
+        for usage in usages:
+            for name, count in usage:
+                if count is not None:
+                    sums[name] = sums.get(name, 0) + count
+        return cls(**sums) if sums else None
 
 
 class TaskResult(_Model):

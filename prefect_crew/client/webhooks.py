@@ -20,6 +20,8 @@ from pydantic import (
 RUN_ENDS = ("crew_kickoff_completed", "crew_kickoff_failed", "flow_finished", "method_execution_failed")
 """Events of a stream after which a run may have ended: no plain webhook tells of a failure, and which of these a server
 sends differs between crews and Flows. They come in no certain order, and some before the end."""
+LLM_CALL = "llm_call_completed"
+"""The event of a stream that tells the model and the tokens of one call. It holds the prompt and the answer as well."""
 
 
 def _check_url(url: str) -> str:

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import httpx
 
 from prefect_crew.client._transport import tls_context
-from prefect_crew.client.models import TaskResult
+from prefect_crew.client.models import TaskResult, TokenUsage
 from prefect_crew.client.webhooks import BasicAuth, BearerAuth
 from prefect_crew.devserver._faults import Faults
 from prefect_crew.devserver._response_formats import documented_result, documented_task
@@ -90,6 +90,7 @@ _EVENT_TYPES = {
     "task_started": ("task_started", "agent_execution_started"),
     "step": ("agent_logs_execution",),
     "task_ended": ("agent_execution_completed", "task_completed"),
+    "called": ("llm_call_completed",),
     "waiting": ("human_feedback_requested",),
     "completed": ("crew_kickoff_completed",),
     "failed": ("crew_kickoff_failed",),
@@ -116,6 +117,9 @@ def _event_data(run: Run, type_: str, value: Any) -> dict[str, Any]:
         case "crew_kickoff_completed", _:
             total = run.usage.total_tokens if run.usage else None
             return {"output": run.output or "", **({} if total is None else {"total_tokens": total})}
+        case "llm_call_completed", (str(model), TokenUsage() as usage):
+            content = {"messages": [{"role": "user", "content": str(dict(run.inputs))}], "response": "…"}
+            return {"model": model, "call_type": "llm_call", "usage": usage.model_dump(exclude_none=True), **content}
         case "flow_finished", _:
             return {"result": run.output or ""}
         case (("crew_kickoff_failed" | "method_execution_failed"), _):

@@ -14,7 +14,6 @@ from prefect_crew.artifacts.events import resources_of
 from prefect_crew.client._parsing import (
     RUN_KEYS,
     agent_of,
-    as_count,
     as_id,
     as_list,
     as_object,
@@ -26,8 +25,10 @@ from prefect_crew.client._parsing import (
     shown,
     state_of,
     text_of,
+    tokens_of,
     usage_of,
 )
+from prefect_crew.client.models import TokenUsage
 from prefect_crew.exceptions import ResponseFormatError
 from prefect_crew.records.model import RunRecord, utcnow
 from prefect_crew.webhooks import Hook
@@ -39,6 +40,7 @@ _MAX_NAME = 100
 _MAX_KEY = 1000
 """Characters; a longer idempotency key is not a run's."""
 _ID = re.compile(r"[\w.:-]{1,80}", re.ASCII)
+_MODEL = re.compile(r"[\w./:@-]{1,80}", re.ASCII)
 _TIME = re.compile(r"[\d.:+TZ -]{1,40}", re.ASCII)
 _TYPE = re.compile(r"[a-z0-9_][a-z0-9_.-]{0,99}")
 
@@ -86,13 +88,13 @@ def read_events(hook: Hook, body: bytes, *, received: datetime) -> list[WebhookE
     kickoff_id = id_of(source, RUN_KEYS)
     if kickoff_id is None or not kickoff_id.isprintable():  # no run of ours has such an id
         raise ResponseFormatError(expected=f"{expected} that names its run", body=shown(body))
-    state, usage = state_of(source), usage_of(source)
+    state = state_of(source)
     said: dict[str, Any] = {
         "kickoff_id": _id(hook, kickoff_id),
         "task_id": _id(hook, as_id(source.get("task_id"))),
         "state": str(state.state) if state and state.is_known else None,
         "execution_time": seconds_of(source),
-        "total_tokens": usage.total_tokens if usage else None,
+        **_counts(usage_of(source)),
     }
     if hook.names:
         said |= {"name": name_of(source, ("name", "task_name")), "agent": agent_of(source)}
@@ -132,7 +134,8 @@ def _streamed(hook: Hook, event: Mapping[str, Any], place: str, received: dateti
         "id": _id(hook, id_),
         "kickoff_id": _id(hook, kickoff_id),
         "at": time if hook.names or _TIME.fullmatch(time or "") else None,
-        "total_tokens": as_count(data.get("total_tokens")),
+        **_counts(tokens_of(data.get("usage")) or tokens_of(data)),
+        "model": model if _MODEL.fullmatch(model := as_text(data.get("model")) or "") else None,
     }
     if hook.names:
         said |= {"name": data.get("task_name"), "agent": data.get("agent_role")}
@@ -147,6 +150,10 @@ def _streamed(hook: Hook, event: Mapping[str, Any], place: str, received: dateti
         kickoff_id=_short(kickoff_id),
         said_key=_idempotency_key(data.get("meta")),
     )
+
+
+def _counts(usage: TokenUsage | None) -> dict[str, Any]:
+    return {} if usage is None else usage.model_dump(exclude_none=True)
 
 
 def _filled(said: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

@@ -8,9 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+from collections import OrderedDict
 from typing import Any
 from uuid import uuid4
 
+from prefect_crew.client._parsing import tokens_of
+from prefect_crew.client.models import TokenUsage
+from prefect_crew.client.webhooks import LLM_CALL
 from prefect_crew.receiver.events import WebhookEvent, event_name
 from prefect_crew.webhooks import WAKING
 
@@ -24,6 +28,13 @@ GATHER = 0.02
 """Seconds for which more is waited for once there is something: runs often end together."""
 MOST_HELD = 300
 """Answers that are held back at the same time."""
+MOST_COUNTED = 5000
+"""Runs of which the calls of models are added up, and calls that are not counted twice."""
+MOST_MODELS = 20
+"""Models of one run."""
+
+_RunName = tuple[str, int | None, str | None]
+"""An idempotency key, an attempt at it, and a kickoff id."""
 
 
 class RecentWebhooks:
@@ -36,13 +47,18 @@ class RecentWebhooks:
         self._start = uuid4().hex[:8]
         self._last = 0
         self._kept: dict[str, dict[str, Any]] = {}  # by their ids, in the order in which they came
+        self._models: OrderedDict[_RunName, dict[str, Any]] = OrderedDict()
+        self._counted: OrderedDict[str, None] = OrderedDict()
         self._news = asyncio.Event()
         self._held = 0
         self._is_closing = False
 
     def add(self, event: WebhookEvent) -> None:
-        """Keep a webhook that ends a pause, and answer those who wait for one."""
+        """Keep a webhook that ends a pause, and answer those who wait for one. Calls of models are added up for it."""
         name, hook = event_name(event), event.hook
+        run = hook.idempotency_key, hook.attempt, event.kickoff_id
+        if event.name == f"stream.{LLM_CALL}":
+            self._count(run, event)
         if name not in WAKING or str(event.id) in self._kept:
             return
         self._kept[str(event.id)] = {
@@ -53,11 +69,27 @@ class RecentWebhooks:
             "round": hook.round,
             "said": dict(event.said),
         }
+        if run in self._models:
+            self._kept[str(event.id)]["models"] = self._models[run]  # what is still added counts as well
         if len(self._kept) > KEPT:
             del self._kept[next(iter(self._kept))]
         self._last += 1
         self._news.set()
         self._news = asyncio.Event()
+
+    def _count(self, run: _RunName, event: WebhookEvent) -> None:
+        model, usage = event.said.get("model"), tokens_of(event.said)
+        if usage is None or not isinstance(model, str) or str(event.id) in self._counted:
+            return
+        self._counted[str(event.id)] = None
+        models = self._models.setdefault(run, {})
+        self._models.move_to_end(run)
+        if model in models or len(models) < MOST_MODELS:
+            known = TokenUsage.sum(filter(None, [tokens_of(models.get(model)), usage]))
+            models[model] = {} if known is None else known.model_dump(exclude_none=True)
+        for kept in (self._counted, self._models):
+            if len(kept) > MOST_COUNTED:
+                kept.popitem(last=False)
 
     def close(self) -> None:
         """Answer all who wait, and hold no answer back any more: the server is about to stop."""

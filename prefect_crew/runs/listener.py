@@ -16,8 +16,8 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, Mapping
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import httpx
@@ -26,7 +26,7 @@ from prefect.events.filters import EventFilter, EventNameFilter
 from websockets.exceptions import WebSocketException
 
 from prefect_crew._text import one_line
-from prefect_crew.client._parsing import as_object
+from prefect_crew.client._parsing import as_object, tokens_of
 from prefect_crew.client.models import CrewStatus, TokenUsage
 from prefect_crew.exceptions import ConfigurationError
 from prefect_crew.settings import CrewSettings
@@ -51,6 +51,12 @@ NO_RECENT = 300.0
 """Seconds until a receiver is asked again that does not know the latest webhooks, or has another secret."""
 ANSWER_WITHIN = 30.0
 """Seconds for an answer of the receiver, which holds it back for ten while there is nothing to say."""
+USAGE_WITHIN = 1.0
+"""Seconds for which the end of a run waits for the webhooks that may tell its tokens, where its status does not."""
+SILENT = 600.0
+"""Seconds for which nothing waits for them any more after they were waited for in vain, by crew."""
+_TELLING = {COMPLETED, "crew.webhook.stream.crew_kickoff_completed"}
+"""The webhooks of a completed run that may tell its tokens."""
 Question = tuple[int, int]
 """The attempt at the idempotency key, and how many answers of people came before, modulo 256."""
 
@@ -58,9 +64,10 @@ Question = tuple[int, int]
 class Waker:
     """Ends the pauses of one waiter. Of the event loop that made it."""
 
-    def __init__(self, hub: _Hub, idempotency_key: str) -> None:
+    def __init__(self, hub: _Hub, idempotency_key: str, crew: str = "") -> None:
         self._hub = hub
         self._idempotency_key = idempotency_key
+        self._crew = crew
         self._loop = asyncio.get_running_loop()
         self._event = asyncio.Event()
         self._looks = 0
@@ -86,12 +93,27 @@ class Waker:
         """
         return (attempt, answers % 256) in self._asked
 
-    def add_usage(self, status: CrewStatus) -> CrewStatus:
-        """Return the status of a completed run with the tokens that webhooks reported, where it has none itself."""
-        if status.state is not CrewState.COMPLETED or status.usage is not None:
+    async def with_usage(self, status: CrewStatus) -> CrewStatus:
+        """Return the status of an ended run with the tokens that webhooks reported, where it has none itself.
+
+        They are waited for a moment, while one of them is still to come that may tell.
+        """
+        if not status.state.ended:
             return status
-        total = self._hub.tokens(self._idempotency_key, status.kickoff_id)
-        return status if total is None else status.model_copy(update={"usage": TokenUsage(total_tokens=total)})
+        until = time.monotonic() + USAGE_WITHIN
+        while True:
+            self._event.clear()
+            tokens = self._hub.tokens(self._idempotency_key, status.kickoff_id)
+            usage, left = status.usage or tokens.usage, until - time.monotonic()
+            if usage is not None or not self._hub.may_tell(self._crew, tokens, status.state):
+                break
+            if left <= 0:
+                self._hub.note_silent(self._crew)
+                break
+            with suppress(TimeoutError):
+                async with asyncio.timeout(left):
+                    await self._event.wait()
+        return status.model_copy(update={"usage": usage, "usage_by_model": tokens.models})
 
     def stretch(self, delay: float) -> float:
         """Return the pause before the next look, in seconds: a long one while a webhook is sure to end it."""
@@ -122,13 +144,48 @@ class Waker:
 
 
 @dataclass
+class _Tokens:
+    """What webhooks reported of the tokens of one run: in all, by its crews, by the models that were called.
+
+    The crew's own webhook has those of the whole run. An event of the stream has those of one crew, of which a Flow may
+    run several.
+    """
+
+    whole: TokenUsage | None = None
+    crews: TokenUsage | None = None
+    models: dict[str, TokenUsage] = field(default_factory=dict[str, TokenUsage])
+    heard: set[str] = field(default_factory=set[str])
+    """The names of the webhooks."""
+
+    @property
+    def usage(self) -> TokenUsage | None:
+        """The one that says most: calls tell what went in and out, yet some of them may be missing."""
+        told, called = self.whole or self.crews, TokenUsage.sum(self.models.values())
+        if told is None or called is None or told.prompt_tokens is not None:
+            return told or called
+        return called if (called.total_tokens or 0) >= (told.total_tokens or 0) else told
+
+    def add(self, event: Mapping[str, Any]) -> None:
+        """Take up a webhook."""
+        name, usage = str(event["event"]), tokens_of(event.get("said"))
+        if name == COMPLETED:
+            self.whole = usage or self.whole
+        elif usage is not None:
+            self.crews = TokenUsage.sum(filter(None, [self.crews, usage]))
+        self.heard.add(name)
+        for model, value in as_object(event.get("models")).items():
+            if (called := tokens_of(value)) is not None and len(self.models) < 100:
+                self.models[model] = called
+
+
+@dataclass
 class _Run:
-    """What webhooks reported about the runs of one key. `tokens` by kickoff id and event."""
+    """What webhooks reported about the runs of one key. `tokens` by kickoff id."""
 
     wakers: set[Waker] = field(default_factory=set[Waker])
     notified_at: float = float("-inf")
     asked: Question | None = None
-    tokens: dict[tuple[str, str], int] = field(default_factory=dict[tuple[str, str], int])
+    tokens: dict[str, _Tokens] = field(default_factory=dict[str, _Tokens])
 
 
 class _Hub:
@@ -143,6 +200,7 @@ class _Hub:
         self._was_refused = False
         self._distrusted_until = 0.0
         self._heard: OrderedDict[str, None] = OrderedDict()
+        self._silent_until: dict[str, float] = {}  # by the address of a crew
 
     @property
     def trusted(self) -> bool:
@@ -185,16 +243,23 @@ class _Hub:
             if not run.wakers:
                 del self._runs[idempotency_key]
 
-    def tokens(self, idempotency_key: str, kickoff_id: str) -> int | None:
-        """Return the tokens of a run as far as webhooks reported them, None where none did.
-
-        The crew's own webhook has those of the whole run. An event of the stream has those of one crew, of which a Flow
-        may run several.
-        """
+    def tokens(self, idempotency_key: str, kickoff_id: str) -> _Tokens:
+        """Return the tokens of a run as far as webhooks have reported them."""
         with self._lock:
-            counts = self._run(idempotency_key).tokens
-            counted = {event: count for (run, event), count in counts.items() if run == kickoff_id}
-        return counted.get(COMPLETED, sum(counted.values()) if counted else None)
+            return replace(self._run(idempotency_key).tokens.get(kickoff_id, _Tokens()))
+
+    def may_tell(self, crew: str, tokens: _Tokens, state: CrewState) -> bool:
+        """Return whether a webhook about the end of a run is still to come that may tell its tokens."""
+        if state is CrewState.COMPLETED:
+            missing = _TELLING - tokens.heard
+        else:
+            missing = CrewSettings().webhook_llm_calls and state is CrewState.FAILED and not tokens.heard
+        connected = self._has_events or self._has_receiver
+        return bool(missing) and connected and time.monotonic() >= self._silent_until.get(crew, 0.0)
+
+    def note_silent(self, crew: str) -> None:
+        """Note that the tokens of a crew's run were waited for in vain."""
+        self._silent_until[crew] = time.monotonic() + SILENT
 
     async def _listen(self) -> None:
         try:
@@ -271,8 +336,7 @@ class _Hub:
         id_, name, idempotency_key = event.get("id"), event.get("event"), event.get("idempotency_key")
         if not (isinstance(id_, str) and isinstance(name, str) and isinstance(idempotency_key, str)):
             return
-        said = as_object(event.get("said"))
-        kickoff_id, count = said.get("kickoff_id"), said.get("total_tokens")
+        kickoff_id = as_object(event.get("said")).get("kickoff_id")
         attempt, answers = event.get("attempt"), event.get("round")
         asked: Question | None = None
         if name == ASKED and isinstance(attempt, int) and isinstance(answers, int):
@@ -285,8 +349,8 @@ class _Hub:
                 self._heard.popitem(last=False)
             run = self._run(idempotency_key)
             run.notified_at, run.asked = time.monotonic(), asked or run.asked
-            if isinstance(kickoff_id, str) and isinstance(count, int) and len(run.tokens) < 1_000:
-                run.tokens[kickoff_id, COMPLETED if name == COMPLETED else id_] = count
+            if isinstance(kickoff_id, str) and (kickoff_id in run.tokens or len(run.tokens) < 100):
+                run.tokens.setdefault(kickoff_id, _Tokens()).add(event)
             wakers = list(run.wakers)
             if name != ANSWERED:  # webhooks do come
                 self._distrusted_until = 0.0
@@ -303,13 +367,13 @@ def subscribe() -> None:
 
 
 @asynccontextmanager
-async def waker_for(idempotency_key: str | None) -> AsyncGenerator[Waker | None]:
-    """Give a waker for a run's waiter; None where webhooks are off or the run has no key."""
+async def waker_for(idempotency_key: str | None, crew: str) -> AsyncGenerator[Waker | None]:
+    """Give a waker for a run's waiter; None where webhooks are off or the run has no key. `crew` is its address."""
     if idempotency_key is None or not CrewSettings().webhook_url:
         yield None
         return
     _hub.start()
-    waker = Waker(_hub, idempotency_key)
+    waker = Waker(_hub, idempotency_key, crew)
     _hub.add(idempotency_key, waker)
     try:
         yield waker

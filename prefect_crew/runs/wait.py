@@ -132,7 +132,10 @@ class _Waiter(Watcher):
         run, ended = self.run, False
         hooked = run.record is not None and run.record.has_webhooks
         with watch_ctrl_c():
-            async with self._noted_as_waiter(), waker_for(run.idempotency_key if hooked else None) as self.waker:
+            async with (
+                self._noted_as_waiter(),
+                waker_for(run.idempotency_key if hooked else None, run.crew.url) as self.waker,
+            ):
                 self.meet_people()
                 try:
                     status = await poll(
@@ -145,8 +148,8 @@ class _Waiter(Watcher):
                         watcher=self,
                         first_look=not run.owned,
                     )
-                    status = status if self.waker is None else self.waker.add_usage(status)
                     ended = True
+                    status = status if self.waker is None else await self.waker.with_usage(status)
                 except ENDINGS:
                     if run.record is not None and not self._has_stopped:  # /stop is sent once
                         await stop_if_asked(self.session, run.record, self.records)
