@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import ClassVar
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from math import floor, log10
+from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -97,6 +99,68 @@ def cost_of(
                 raise
             total += _list_price(price.model, part)  # a model of the provider's own, such as a tuned one
     return total
+
+
+@dataclass(frozen=True)
+class Spending:
+    """What runs that have ended used and cost together.
+
+    Attributes:
+        runs: How many they are. `reported`: those of them that reported tokens; `priced`: those whose cost is known.
+        usage: The tokens that were reported, None where there are none.
+        cost: The costs that are known, None where none is.
+    """
+
+    runs: int = 0
+    reported: int = 0
+    priced: int = 0
+    usage: TokenUsage | None = None
+    cost: float | None = None
+
+    @classmethod
+    def sum(cls, parts: Iterable[Spending]) -> Spending:
+        """Return several added up."""
+        every = list(parts)
+        costs = [part.cost for part in every if part.cost is not None]
+        return cls(
+            runs=sum(part.runs for part in every),
+            reported=sum(part.reported for part in every),
+            priced=sum(part.priced for part in every),
+            usage=TokenUsage.sum(part.usage for part in every if part.usage is not None),
+            cost=sum(costs) if costs else None,
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return it as JSON values."""
+        usage = None if self.usage is None else self.usage.model_dump(exclude_none=True)
+        counts = {"runs": self.runs, "reported": self.reported, "priced": self.priced}
+        return {**counts, "usage": usage, "cost": self.cost}
+
+    @property
+    def unknown(self) -> str:
+        """What is missing in it, for people; empty where nothing is."""
+        of = f"of {self.runs:,} runs"
+        parts = [f"{self.runs - self.reported:,} {of} reported no tokens"] if self.reported < self.runs else []
+        if 0 < self.priced < self.runs:
+            parts.append(f"the cost of {self.runs - self.priced:,} {of} is unknown")
+        return "; ".join(parts)
+
+
+def used(spent: Spending) -> str:
+    """Return what runs used and cost as a sentence without its stop, and what of it is unknown."""
+    total = None if spent.usage is None else spent.usage.total_tokens
+    parts = [f"{total:,} tokens"] if total is not None else []
+    parts += [f"cost {money(spent.cost)}"] if spent.cost is not None else []
+    text = f"Used: {', '.join(parts) or 'unknown'}"
+    return f"{text} ({spent.unknown})" if spent.unknown else text
+
+
+def money(cost: float | None) -> str:
+    """Return a cost for people, to the hundredth or to three digits; a dash where it is unknown."""
+    if cost is None:
+        return "–"
+    digits = 2 if cost >= 1 or cost <= 0 else min(9, 2 - floor(log10(cost)))
+    return f"{cost:,.{digits}f}"
 
 
 def _input_and_output(usage: TokenUsage) -> tuple[int, int] | None:

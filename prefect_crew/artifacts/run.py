@@ -38,6 +38,7 @@ from prefect_crew.artifacts.escape import (
 from prefect_crew.client.inputs import encode_inputs
 from prefect_crew.client.models import CrewStatus, TaskResult, TokenUsage
 from prefect_crew.client.redaction import MASK
+from prefect_crew.prices import money
 from prefect_crew.records.model import SentReview
 from prefect_crew.states import CrewState
 
@@ -232,7 +233,7 @@ def _facts(view: RunView) -> str:
     if status is not None and status.message and view.state is not CrewState.FAILED and view.show == "full":
         rows.append(("Message", cell(status.message)))
     if view.cost is not None:
-        rows.append(("Cost", f"{view.cost:,.4g}"))
+        rows.append(("Cost", money(view.cost)))
     return table(("", ""), rows)
 
 

@@ -157,6 +157,7 @@ attempts = Table(
 )
 """A row for each attempt. `record` is the whole of it, as JSON; the other columns are what is searched and added up.
 
+`usage` holds the counts of tokens and, where it is known, the cost.
 `kickoff` is a digest of the id, which may hold what PostgreSQL cannot (NUL); within JSON such characters are escaped.
 `posts_until` is when the kickoff of a claim, or of one that is uncertain, is surely not on its way any more, in seconds
 since 1970 by the clock of the database.

@@ -15,8 +15,10 @@ from sqlalchemy import (
     BigInteger,
     ColumnElement,
     Connection,
+    Double,
     Table,
     and_,
+    case,
     delete,
     func,
     literal,
@@ -34,6 +36,7 @@ from prefect_crew.client.models import TokenUsage
 from prefect_crew.client.redaction import MASK
 from prefect_crew.crew import Crew
 from prefect_crew.exceptions import CrewError, LedgerError
+from prefect_crew.prices import Spending
 from prefect_crew.records.keys import escape_name
 from prefect_crew.records.model import SPARE, RecordPhase, RunRecord, SentReview, resolution
 from prefect_crew.runs.kickoff import ClaimLostError
@@ -297,13 +300,34 @@ class Ledger:
         median = (await self._rows(ordered.offset((count - 1) // 2)))[0][0]
         return RunTimes(float(mean), float(median), float(longest))
 
-    async def usage(self) -> TokenUsage | None:
-        """Return the usage of all runs that reported one, added up; None where none did."""
-        names = list(TokenUsage.model_fields)
-        sums = [func.sum(attempts.c.usage[name].as_string().cast(BigInteger)) for name in names]
-        (found,) = await self._rows(select(*sums).where(attempts.c.batch == self.batch, attempts.c.usage.is_not(None)))
-        reported = {name: int(count) for name, count in zip(names, found, strict=True) if count is not None}
-        return TokenUsage(**reported) if reported else None
+    async def spending(self) -> Spending:
+        """Return what all runs that have ended used and cost."""
+        (found,) = await self._rows(select(*_SPENT).where(*self._ended))
+        return _spending(found)
+
+    async def spending_by_day(self) -> list[tuple[str, str | None, Spending]]:
+        """Return it for each day (UTC, as YYYY-MM-DD) on which runs ended and each flow run that started some."""
+        # The first such text is the record's own: before it stand no values but texts, in which quotes are escaped. Not
+        # by the database's own JSON: PostgreSQL's refuses a record that holds a NUL.
+        find = func.instr if self.database.url.drivername == "sqlite" else func.strpos
+        text = attempts.c.record
+
+        def after(key: str, length: int) -> ColumnElement[str]:
+            at, begin = find(text, f'"{key}":"'), len(key) + 4
+            return case((at > 0, func.substr(text, at + begin, length)))
+
+        day, flow_run = after("ended_at", 10), after("flow_run_id", 36)
+        query = select(day, flow_run, *_SPENT).where(*self._ended).group_by(day, flow_run).order_by(day)
+        return [(str(on), by, _spending(found)) for on, by, *found in await self._rows(query)]
+
+    @property
+    def _ended(self) -> tuple[ColumnElement[bool], ...]:
+        return attempts.c.batch == self.batch, attempts.c.phase == str(RecordPhase.ENDED)
+
+    async def label(self) -> str | None:
+        """Return what people call the crew; None before the first run."""
+        found = await self._rows(select(attempts.c.record).where(attempts.c.batch == self.batch).limit(1))
+        return _record(found[0][0]).crew if found else None
 
     # The record protocol.
 
@@ -499,6 +523,8 @@ class Ledger:
             seconds = (record.ended_at - record.kicked_off_at).total_seconds()
         if (reported := record.usage or (record.result and record.result.usage)) is not None:
             usage = reported.model_dump(exclude_none=True)
+        if record.cost is not None:
+            usage = {**(usage or {}), "cost": record.cost}
         return {
             "batch": self.batch,
             "row_key": self.row_key(record.idempotency_key),
@@ -514,6 +540,26 @@ class Ledger:
             "mine": int(record.owner in self._own_claims),
             "was": None,
         }
+
+
+def _count(name: str) -> ColumnElement[int]:
+    return attempts.c.usage[name].as_string().cast(BigInteger)
+
+
+_COST = attempts.c.usage["cost"].as_string().cast(Double)
+_SPENT = (
+    func.count(),
+    func.count(func.coalesce(*map(_count, ("total_tokens", "prompt_tokens", "completion_tokens")))),
+    func.count(_COST),
+    func.sum(_COST),
+    *(func.sum(_count(name)) for name in TokenUsage.model_fields),
+)
+
+
+def _spending(found: Sequence[Any]) -> Spending:
+    runs, reported, priced, cost, *counts = found
+    usage = {name: int(count) for name, count in zip(TokenUsage.model_fields, counts, strict=True) if count is not None}
+    return Spending(runs, reported, priced, TokenUsage(**usage) if usage else None, cost)
 
 
 def _masked(job: RowJob, crew: Crew) -> str:

@@ -22,6 +22,7 @@ from prefect_crew.batches.rows import BadRow, SetAside
 from prefect_crew.client.models import TokenUsage
 from prefect_crew.crew import Crew
 from prefect_crew.exceptions import BatchFailedError
+from prefect_crew.prices import Spending, money, used
 from prefect_crew.records.keys import escape_name
 
 FAILURES = 100
@@ -55,8 +56,7 @@ class BatchReport:
         duplicates: Rows that equal an earlier one, which are not in `total`.
         uncertain_keys: The keys of the uncertain rows, up to 1,000.
         errors: Failures of this call by the class of their error.
-        usage: The sum of what the server reported, None where it reported nothing.
-        cost: The price of one run times the kickoffs of all calls, None where the crew has no price.
+        spending: What the runs of all calls used and cost, and how many of them reported it.
     """
 
     name: str
@@ -75,8 +75,17 @@ class BatchReport:
     duplicates: int = 0
     uncertain_keys: Sequence[str] = ()
     errors: Mapping[str, int] = field(default_factory=dict[str, int])
-    usage: TokenUsage | None = None
-    cost: float | None = None
+    spending: Spending = field(default_factory=Spending)
+
+    @property
+    def usage(self) -> TokenUsage | None:
+        """The tokens that were reported, None where there are none."""
+        return self.spending.usage
+
+    @property
+    def cost(self) -> float | None:
+        """The costs that are known, None where none is."""
+        return self.spending.cost
 
     @property
     def ok(self) -> bool:
@@ -94,8 +103,7 @@ class BatchReport:
 
     def as_dict(self) -> dict[str, Any]:
         """Return it as JSON values."""
-        usage = None if self.usage is None else self.usage.model_dump(exclude_none=True)
-        return {**to_jsonable_python(asdict(self)), "usage": usage}
+        return {**to_jsonable_python(asdict(self)), "spending": self.spending.as_dict()}
 
     def __str__(self) -> str:
         parts = [f"{self.completed:,} of {self.total:,} rows completed"]
@@ -109,6 +117,8 @@ class BatchReport:
         text = f"Batch {self.name}: {', '.join(parts)} in {duration(self.seconds)}. Output: {self.output}"
         if self.set_aside_output:
             text += f". Set aside: {self.set_aside_output}"
+        if self.usage is not None or self.cost is not None:
+            text += f". {used(self.spending)}"
         return f"{text}. It stopped: {self.stopped}" if self.stopped else text
 
 
@@ -154,7 +164,7 @@ class BatchPlan:
         if self.seconds is not None:
             lines.append(f"It takes about {duration(self.seconds)}.")
         if self.price is not None:
-            lines.append(f"It costs about {self.price:,.10g}.")
+            lines.append(f"It costs about {money(self.price)}.")
         lines += self.notes
         return "\n".join(lines)
 
@@ -378,5 +388,7 @@ def _times(progress: BatchProgress, report: BatchReport | None) -> list[tuple[st
     if report.usage is not None:
         rows += [(name.replace("_", " "), f"{count:,}") for name, count in report.usage if count is not None]
     if report.cost is not None:
-        rows.append(("Cost of all calls", f"{report.cost:,.10g}"))
+        rows.append(("Cost of all calls", money(report.cost)))
+    if (report.usage is not None or report.cost is not None) and report.spending.unknown:
+        rows.append(("Unknown", report.spending.unknown))
     return [*rows, ("Output", code(report.output))]

@@ -67,7 +67,7 @@ from prefect_crew.exceptions import (
     CrewError,
     LedgerError,
 )
-from prefect_crew.prices import cost_of
+from prefect_crew.prices import Spending, cost_of
 from prefect_crew.records.keys import render_key, scheduled_start
 from prefect_crew.webhooks import webhooks_for
 
@@ -287,11 +287,14 @@ async def aplan_batch(
     async with CrewSession(job.crew) as session:
         plan = RowPlan(job.dataset, job.options, job.crew, await expected_inputs(session))
     checked = await asyncio.to_thread(plan.check)
-    done, duration = 0, seconds_per_run
+    done, duration, each = 0, seconds_per_run, cost_of(job.crew.price, None)
     if not job.ledger.is_missing:
         async with Ledger(job.ledger.full, job.name) as known:
             done = sum(count for state, count in (await known.counts()).items() if state.is_final)
             duration = (await known.run_times()).mean if duration is None else duration
+            spent = await known.spending()
+            if each is None and spent.cost is not None:
+                each = spent.cost / spent.priced
     left = max(checked.total - done, 0)
     most = chosen.max_in_flight or IN_FLIGHT
     seconds = None if duration is None else -(-left // most) * duration
@@ -306,7 +309,7 @@ async def aplan_batch(
         duplicates=checked.duplicates,
         max_in_flight=most,
         seconds=seconds,
-        price=None if (each := cost_of(job.crew.price, None)) is None else each * left,
+        price=None if each is None else each * left,
         notes=plan.notes(),
     )
 
@@ -373,6 +376,8 @@ async def _open_batch(job: BatchJob, on_progress: OnProgress | None) -> AsyncGen
     """Check the rows of a batch, lock it, and bind its name to its ledger. Raises CrewError."""
     options, progress = job.options, BatchProgress(job.name)
     webhooks_for(job.crew, job.name)  # settings that make no sense are said before anything is started
+    if job.crew.price is not None:
+        job.crew.price.check()
     async with AsyncExitStack() as stack:
         throttle = Throttle(options)
         session = BatchSession(job.crew, throttle)
@@ -621,9 +626,9 @@ class _OpenBatch:
         progress, job = self.progress, self.job
         total, aside = progress.whole, progress.set_aside
         try:
-            kickoffs, usage = await self.ledger.kickoffs(), await self.ledger.usage()
+            kickoffs, spent = await self.ledger.kickoffs(), await self.ledger.spending()
         except LedgerError:
-            kickoffs, usage = self.throttle.kickoffs, None  # what ended the batch is raised
+            kickoffs, spent = self.throttle.kickoffs, Spending()  # what ended the batch is raised
         return BatchReport(
             name=job.name,
             total=total,
@@ -641,6 +646,5 @@ class _OpenBatch:
             duplicates=progress.duplicates,
             uncertain_keys=tuple(progress.uncertain_keys),
             errors=dict(progress.errors),
-            usage=usage,
-            cost=None if (each := cost_of(job.crew.price, None)) is None else each * kickoffs,
+            spending=spent,
         )

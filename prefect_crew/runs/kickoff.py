@@ -629,12 +629,15 @@ async def _start_and_open(start: Start, records: RecordStore, session: CrewSessi
 
 
 async def check_inputs(session: CrewSession, start: Start) -> None:
-    """Check inputs against `GET /inputs`. A crew that does not say what it needs is not an obstacle.
+    """Check inputs against `GET /inputs`, and the price. A crew that does not say what it needs is not an obstacle.
 
     Raises:
         InvalidInputsError: Some are missing, or the crew does not name them and extra ones are not allowed.
         AuthenticationError: The token is refused, also after a reload of a stored block.
+        ConfigurationError: The crew's price is that of a model which nobody knows.
     """
+    if start.crew.price is not None:
+        start.crew.price.check()
     expected: Sequence[CrewInput] = session.crew.expected_inputs or ()
     if session.crew.expected_inputs is None:
         try:

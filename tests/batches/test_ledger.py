@@ -9,8 +9,9 @@ import shutil
 import sqlite3
 import subprocess
 import sys
+import uuid
 from dataclasses import asdict
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from prefect_crew.batches.rows import BadRow, RowJob, SetAside
 from prefect_crew.batches.stored import StoredBatch
 from prefect_crew.client.models import TokenUsage
 from prefect_crew.exceptions import ConfigurationError, LedgerError
+from prefect_crew.prices import Spending
 from prefect_crew.records.model import RecordPhase, SentReview, StoredResult, utcnow
 from prefect_crew.states import CrewState
 from support.batches import CREW, enter, postgres_ledger, record_of
@@ -308,7 +310,7 @@ async def test_the_report_of_a_batch_does_not_read_all_of_its_rows(
             record.phase, record.state = RecordPhase.ENDED, CrewState.COMPLETED
             record.kicked_off_at = utcnow()
             record.ended_at = record.kicked_off_at + timedelta(seconds=number)
-            record.result = StoredResult(output="x", usage=TokenUsage(total_tokens=number))
+            record.usage, record.cost = TokenUsage(total_tokens=number), 0.5
         await asyncio.gather(*(ledger.save(record) for record in records[1:]))
         rows, read = ledger._rows, 0
 
@@ -323,8 +325,34 @@ async def test_the_report_of_a_batch_does_not_read_all_of_its_rows(
         assert (status.completed, status.states, status.longest) == (600, {"completed": 600, "claimed": 1}, 600)
         times = await ledger.run_times()
         assert (times.mean, times.median, times.longest) == (300.5, 300, 600)
-        assert await ledger.usage() == TokenUsage(total_tokens=sum(range(601)))
+        assert await ledger.spending() == Spending(600, 600, 600, TokenUsage(total_tokens=sum(range(601))), 300.0)
         assert read < 30
+
+
+async def test_what_runs_used_and_cost_is_summed_by_day_and_flow_run(ledger_address: str):
+    one, two = str(uuid.uuid4()), str(uuid.uuid4())
+    async with Ledger(ledger_address, "b") as ledger:
+        assert await ledger.spending_by_day() == []
+        await enter(ledger, *"abcde")
+        records = [record_of(ledger, key) for key in "abcde"]
+        for number, record in enumerate(records[:4]):
+            assert await ledger.claim(record)
+            record.phase, record.state = RecordPhase.ENDED, CrewState.COMPLETED
+            record.flow_run_id = (one, one, two, None)[number]
+            record.kickoff_id = f'"ended_at":"{number}"\0'
+            record.ended_at = datetime(2026, 5, 1 if number < 3 else 2, 23, 59, tzinfo=UTC)
+            record.result = StoredResult(output='"flow_run_id":"x\0', data={"ended_at": "never"})
+        records[0].usage, records[0].cost = TokenUsage(prompt_tokens=10, completion_tokens=5), 0.00001
+        records[1].usage = TokenUsage(total_tokens=5)
+        records[3].cost = 1.5
+        await asyncio.gather(*(ledger.save(record) for record in records[:4]))
+        assert await ledger.claim(records[4])
+        both = TokenUsage(total_tokens=5, prompt_tokens=10, completion_tokens=5)
+        assert {(day, by): spent for day, by, spent in await ledger.spending_by_day()} == {
+            ("2026-05-01", one): Spending(2, 2, 1, both, 1e-5),
+            ("2026-05-01", two): Spending(1),
+            ("2026-05-02", None): Spending(1, 0, 1, None, 1.5),
+        }
 
 
 async def test_what_is_known_of_the_batch(ledger_address: str):
@@ -336,7 +364,7 @@ async def test_what_is_known_of_the_batch(ledger_address: str):
         assert (again.ledger_id, again.crew_url, again.total) == (first.ledger_id, "v", 4)
         await ledger.note(set_aside=asdict(aside), exported={"output": "out.jsonl"})
         assert [await ledger.advance() for _ in range(2)] == [1, 2]
-        assert (await ledger.run_times(), await ledger.usage()) == (RunTimes(), None)
+        assert (await ledger.run_times(), await ledger.spending()) == (RunTimes(), Spending())
     async with Ledger(ledger_address, "b") as ledger:
         entry = await ledger.entry()
         assert entry is not None

@@ -47,7 +47,12 @@ async def test_a_batch_has_one_artifact(batch: Batches, crew_server: CrewServerF
         "4 of 4 (100.0%)",
         "then resolve each: `milk`",
         "no \\| \\*bad \\`row\\`",
-        *("| Completed | 2 |", "| total tokens | 10 |", "| Cost of all calls | 1 |", "| Kickoffs of this call | 4 |"),
+        *(
+            "| Completed | 2 |",
+            "| total tokens | 15 |",
+            "| Cost of all calls | 0.750 |",
+            "| Kickoffs of this call | 4 |",
+        ),
     ):
         assert part in page
 

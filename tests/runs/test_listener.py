@@ -277,7 +277,9 @@ def test_tokens_are_counted_once_for_each_event(events: list[dict[str, object]],
         hub.add("key", waker)
         for event in [*events, *events]:
             hub._hear(event)
-        counted = [await waker.with_usage(CrewStatus(kickoff_id="k-1", state=state)) for state in (DONE, CrewState.RUNNING)]
+        counted = [
+            await waker.with_usage(CrewStatus(kickoff_id="k-1", state=state)) for state in (DONE, CrewState.RUNNING)
+        ]
         reported = CrewStatus(kickoff_id="k-1", state=DONE, usage=TokenUsage(total_tokens=1))
         return [*counted, await waker.with_usage(reported)]
 
