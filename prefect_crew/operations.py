@@ -20,9 +20,14 @@ from prefect.client.schemas.objects import StateType
 from prefect.client.schemas.responses import SetStateStatus
 from prefect.states import Scheduled
 
+from prefect_crew._internal.prefect_api import flow_run_id
+from prefect_crew.artifacts.run import MarkdownArtifact
 from prefect_crew.batches.report import BatchReport
 from prefect_crew.batches.run import arun_batch
+from prefect_crew.costs import costs_markdown, read_costs
 from prefect_crew.exceptions import BatchBusyError, BatchCancelledError, CrewError, DatasetError
+from prefect_crew.prices import Spending, used
+from prefect_crew.records.model import utcnow
 from prefect_crew.records.prune import prune
 from prefect_crew.records.store import PrefectRecords
 
@@ -135,6 +140,23 @@ async def prune_records(older_than_days: int = 90, dry_run: bool = False) -> str
     said = f"{pruned.runs} records {'would go' if dry_run else 'removed'}, {pruned.kept} kept"
     get_run_logger().info("%s", said)
     return said
+
+
+@flow
+async def costs_page(days: int = 30) -> str:
+    """Keep a page of what runs have used and cost: an artifact with a table by crew, and a chart and a table by day.
+
+    Args:
+        days: How far it goes back, in days (UTC).
+    """
+    since = utcnow().date() - timedelta(days=days - 1)
+    rows, missed = await read_costs(["crew", "day"], since=since)
+    for line in missed:
+        get_run_logger().warning("%s", line)
+    page = MarkdownArtifact("crew-costs", "What crews have used and cost", flow_run_id=flow_run_id())
+    if problem := await page.put(costs_markdown(rows, missed, since=since), new=True):
+        raise CrewError(f"The page of costs could not be written: {problem}. Run this flow again.")
+    return used(Spending.sum(row.spending for row in rows))
 
 
 @flow(flow_run_name="recover {flow_run_id}", retries=3, retry_delay_seconds=10)

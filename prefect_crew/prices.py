@@ -130,6 +130,12 @@ class Spending:
             cost=sum(costs) if costs else None,
         )
 
+    @property
+    def tokens(self) -> int:
+        """The tokens that were reported, in and out."""
+        usage = self.usage or TokenUsage()
+        return usage.total_tokens or (usage.prompt_tokens or 0) + (usage.completion_tokens or 0)
+
     def as_dict(self) -> dict[str, Any]:
         """Return it as JSON values."""
         usage = None if self.usage is None else self.usage.model_dump(exclude_none=True)

@@ -14,7 +14,18 @@ from pydantic_core import to_jsonable_python
 
 from prefect_crew._internal.prefect_api import flow_run_id, run_logger
 from prefect_crew._text import by_reason
-from prefect_crew.artifacts.escape import cell, code, commands, duration, fenced, flow_run_link, link, prose, table
+from prefect_crew.artifacts.escape import (
+    cell,
+    code,
+    commands,
+    duration,
+    fenced,
+    flow_run_link,
+    link,
+    prose,
+    sparkline,
+    table,
+)
 from prefect_crew.artifacts.run import MarkdownArtifact, artifact_key
 from prefect_crew.batches.ledger import LedgerRow
 from prefect_crew.batches.outcomes import RowState
@@ -35,7 +46,6 @@ SHOW_EVERY = 5.0
 BAR = 24
 CHART = 60
 """Columns of the chart of the throughput, at most."""
-_LEVELS = "▁▂▃▄▅▆▇█"
 
 
 @dataclass(frozen=True)
@@ -265,9 +275,8 @@ class BatchProgress:
         """Return the throughput of this call over time, as one line; None before there is enough to see."""
         points = self._curve if not self._ticks else [*self._curve[:-1], self._ticks[-1]]
         rates = [(to - of) / (end - begin) for (begin, of), (end, to) in pairwise(points) if end > begin]
-        if len(rates) < 3 or not max(rates):
+        if (line := sparkline(rates)) is None:
             return None
-        line = "".join(_LEVELS[round(rate / max(rates) * (len(_LEVELS) - 1))] for rate in rates)
         return f"`{line}` up to {max(rates):,.1f} rows/s, over {duration(points[-1][0] - points[0][0])}"
 
     def add(self, state: RowState, error: str | None) -> None:
