@@ -42,6 +42,7 @@ if TYPE_CHECKING:
         run_deployed_pipeline,
         run_pipeline,
     )
+    from prefect_crew.prices import Price, Spending
     from prefect_crew.runs.reviews.questions import Review, ReviewRequest
     from prefect_crew.states import CrewState
     from prefect_crew.tasks import discover_inputs, kickoff_crew, resume_crew, stop_crew, wait_for_crew
@@ -54,9 +55,10 @@ __all__ = [
     "DatasetError", "DeployedCrew", "HumanInputWebhook", "IdempotencyConflictError", "InvalidCallError",
     "InvalidInputsError", "KickoffUncertainError", "LedgerError", "LedgerMissingError", "NotFoundError", "OutputError",
     "OutputTypeError", "PipelineContext", "PipelineFailedError", "PipelinePlan", "PipelineResult", "PrefectAwayError",
-    "RateLimitedError", "ResponseFormatError", "ResumeAnswer", "Review", "ReviewLimitError", "ReviewRequest",
-    "ServerError", "StopAnswer", "StreamWebhook", "TaskResult", "TokenUsage", "WaitPolicy", "Webhooks", "aplan_batch",
-    "aplan_pipeline", "arun_batch", "arun_crew", "arun_pipeline", "discover_inputs", "get_result", "kickoff_crew",
+    "Price", "RateLimitedError", "ResponseFormatError", "ResumeAnswer", "Review", "ReviewLimitError", "ReviewRequest",
+    "ServerError", "Spending", "StopAnswer", "StreamWebhook", "TaskResult", "TokenUsage", "WaitPolicy", "Webhooks",
+    "aplan_batch", "aplan_pipeline", "arun_batch", "arun_crew", "arun_pipeline", "discover_inputs", "get_result",
+    "kickoff_crew",
     "plan_batch", "plan_pipeline", "resume_crew", "run_batch", "run_crew", "run_deployed_crew", "run_deployed_pipeline",
     "run_pipeline", "stop_crew", "wait_for_crew",
 ]  # fmt: skip
@@ -73,6 +75,7 @@ __getattr__, __dir__ = lazy_names(
         "pipelines.check": "PipelinePlan",
         "pipelines.graph": "CrewStep PipelineContext",
         "pipelines.run": "PipelineResult aplan_pipeline arun_pipeline plan_pipeline run_deployed_pipeline run_pipeline",
+        "prices": "Price Spending",
         "runs.reviews.questions": "Review ReviewRequest",
         "states": "CrewState",
         "tasks": "discover_inputs kickoff_crew resume_crew stop_crew wait_for_crew",

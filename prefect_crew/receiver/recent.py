@@ -16,7 +16,7 @@ from prefect_crew.client._parsing import tokens_of
 from prefect_crew.client.models import TokenUsage
 from prefect_crew.client.webhooks import LLM_CALL
 from prefect_crew.receiver.events import WebhookEvent, event_name
-from prefect_crew.webhooks import WAKING
+from prefect_crew.webhooks import ASKED, WAKING
 
 KEPT = 5000
 """Webhooks that are kept, about 400 bytes each."""
@@ -49,6 +49,7 @@ class RecentWebhooks:
         self._kept: dict[str, dict[str, Any]] = {}  # by their ids, in the order in which they came
         self._models: OrderedDict[_RunName, dict[str, Any]] = OrderedDict()
         self._counted: OrderedDict[str, None] = OrderedDict()
+        self._ended: OrderedDict[_RunName, None] = OrderedDict()
         self._news = asyncio.Event()
         self._held = 0
         self._is_closing = False
@@ -59,7 +60,11 @@ class RecentWebhooks:
         run = hook.idempotency_key, hook.attempt, event.kickoff_id
         if event.name == f"stream.{LLM_CALL}":
             self._count(run, event)
-        if name not in WAKING or str(event.id) in self._kept:
+            if run not in self._ended:
+                return  # its run's end tells of it
+        elif name not in WAKING:
+            return
+        if str(event.id) in self._kept:
             return
         self._kept[str(event.id)] = {
             "id": str(event.id),
@@ -68,11 +73,14 @@ class RecentWebhooks:
             "attempt": hook.attempt,
             "round": hook.round,
             "said": dict(event.said),
+            **({"models": self._models[run]} if run in self._models else {}),
         }
-        if run in self._models:
-            self._kept[str(event.id)]["models"] = self._models[run]  # what is still added counts as well
+        if name != ASKED:
+            self._ended[run] = None
         if len(self._kept) > KEPT:
             del self._kept[next(iter(self._kept))]
+        if len(self._ended) > KEPT:
+            self._ended.popitem(last=False)
         self._last += 1
         self._news.set()
         self._news = asyncio.Event()
@@ -82,14 +90,15 @@ class RecentWebhooks:
         if usage is None or not isinstance(model, str) or str(event.id) in self._counted:
             return
         self._counted[str(event.id)] = None
+        if len(self._counted) > MOST_COUNTED:
+            self._counted.popitem(last=False)
         models = self._models.setdefault(run, {})
         self._models.move_to_end(run)
         if model in models or len(models) < MOST_MODELS:
             known = TokenUsage.sum(filter(None, [tokens_of(models.get(model)), usage]))
             models[model] = {} if known is None else known.model_dump(exclude_none=True)
-        for kept in (self._counted, self._models):
-            if len(kept) > MOST_COUNTED:
-                kept.popitem(last=False)
+        if len(self._models) > MOST_COUNTED:
+            self._models.popitem(last=False)
 
     def close(self) -> None:
         """Answer all who wait, and hold no answer back any more: the server is about to stop."""

@@ -28,6 +28,7 @@ from websockets.exceptions import WebSocketException
 from prefect_crew._text import one_line
 from prefect_crew.client._parsing import as_object, tokens_of
 from prefect_crew.client.models import CrewStatus, TokenUsage
+from prefect_crew.client.webhooks import LLM_CALL
 from prefect_crew.exceptions import ConfigurationError
 from prefect_crew.settings import CrewSettings
 from prefect_crew.states import CrewState
@@ -55,6 +56,7 @@ USAGE_WITHIN = 1.0
 """Seconds for which the end of a run waits for the webhooks that may tell its tokens, where its status does not."""
 SILENT = 600.0
 """Seconds for which nothing waits for them any more after they were waited for in vain, by crew."""
+CALLED = f"crew.webhook.stream.{LLM_CALL}"
 _TELLING = {COMPLETED, "crew.webhook.stream.crew_kickoff_completed"}
 """The webhooks of a completed run that may tell its tokens."""
 Question = tuple[int, int]
@@ -64,10 +66,11 @@ Question = tuple[int, int]
 class Waker:
     """Ends the pauses of one waiter. Of the event loop that made it."""
 
-    def __init__(self, hub: _Hub, idempotency_key: str, crew: str = "") -> None:
+    def __init__(self, hub: _Hub, idempotency_key: str, crew: str, *, calls: bool = False) -> None:
         self._hub = hub
         self._idempotency_key = idempotency_key
         self._crew = crew
+        self._calls = calls
         self._loop = asyncio.get_running_loop()
         self._event = asyncio.Event()
         self._looks = 0
@@ -104,16 +107,24 @@ class Waker:
         while True:
             self._event.clear()
             tokens = self._hub.tokens(self._idempotency_key, status.kickoff_id)
-            usage, left = status.usage or tokens.usage, until - time.monotonic()
-            if usage is not None or not self._hub.may_tell(self._crew, tokens, status.state):
+            if status.usage is not None or not self._may_tell(tokens, status.state):
                 break
-            if left <= 0:
+            if (left := until - time.monotonic()) <= 0:
                 self._hub.note_silent(self._crew)
                 break
             with suppress(TimeoutError):
                 async with asyncio.timeout(left):
                     await self._event.wait()
+        usage = status.usage or tokens.usage
         return status.model_copy(update={"usage": usage, "usage_by_model": tokens.models})
+
+    def _may_tell(self, tokens: _Tokens, state: CrewState) -> bool:
+        """Return whether a webhook about the end of a run is still to come that may tell its tokens."""
+        if self._calls:
+            is_missing = state is not CrewState.STOPPED and not tokens.has_all_calls
+        else:
+            is_missing = state is CrewState.COMPLETED and tokens.usage is None and not tokens.heard >= _TELLING
+        return is_missing and self._hub.listens_to(self._crew)
 
     def stretch(self, delay: float) -> float:
         """Return the pause before the next look, in seconds: a long one while a webhook is sure to end it."""
@@ -160,17 +171,23 @@ class _Tokens:
     @property
     def usage(self) -> TokenUsage | None:
         """The one that says most: calls tell what went in and out, yet some of them may be missing."""
-        told, called = self.whole or self.crews, TokenUsage.sum(self.models.values())
-        if told is None or called is None or told.prompt_tokens is not None:
-            return told or called
-        return called if (called.total_tokens or 0) >= (told.total_tokens or 0) else told
+        told = self.whole or self.crews
+        if told is not None and (told.prompt_tokens is not None or not self.has_all_calls):
+            return told
+        return TokenUsage.sum(self.models.values())
 
-    def add(self, event: Mapping[str, Any]) -> None:
-        """Take up a webhook."""
+    @property
+    def has_all_calls(self) -> bool:
+        """Whether the calls of models come to as much as is known in all."""
+        told, called = self.whole or self.crews or TokenUsage(), TokenUsage.sum(self.models.values())
+        return called is not None and (called.total_tokens or 0) >= (told.total_tokens or 0)
+
+    def add(self, event: Mapping[str, Any], *, is_new: bool) -> None:
+        """Take up a webhook, which comes from the receiver and from Prefect. Only the receiver adds up calls."""
         name, usage = str(event["event"]), tokens_of(event.get("said"))
-        if name == COMPLETED:
+        if is_new and name == COMPLETED:
             self.whole = usage or self.whole
-        elif usage is not None:
+        elif is_new and name != CALLED and usage is not None:
             self.crews = TokenUsage.sum(filter(None, [self.crews, usage]))
         self.heard.add(name)
         for model, value in as_object(event.get("models")).items():
@@ -248,14 +265,10 @@ class _Hub:
         with self._lock:
             return replace(self._run(idempotency_key).tokens.get(kickoff_id, _Tokens()))
 
-    def may_tell(self, crew: str, tokens: _Tokens, state: CrewState) -> bool:
-        """Return whether a webhook about the end of a run is still to come that may tell its tokens."""
-        if state is CrewState.COMPLETED:
-            missing = _TELLING - tokens.heard
-        else:
-            missing = CrewSettings().webhook_llm_calls and state is CrewState.FAILED and not tokens.heard
+    def listens_to(self, crew: str) -> bool:
+        """Return whether webhooks about a crew's runs reach this process, as far as is known, and tell tokens."""
         connected = self._has_events or self._has_receiver
-        return bool(missing) and connected and time.monotonic() >= self._silent_until.get(crew, 0.0)
+        return connected and time.monotonic() >= self._silent_until.get(crew, 0.0)
 
     def note_silent(self, crew: str) -> None:
         """Note that the tokens of a crew's run were waited for in vain."""
@@ -342,15 +355,15 @@ class _Hub:
         if name == ASKED and isinstance(attempt, int) and isinstance(answers, int):
             asked = attempt, answers
         with self._lock:
-            if id_ in self._heard:
+            is_new, run = id_ not in self._heard, self._run(idempotency_key)
+            if isinstance(kickoff_id, str) and (kickoff_id in run.tokens or len(run.tokens) < 100):
+                run.tokens.setdefault(kickoff_id, _Tokens()).add(event, is_new=is_new)
+            if not is_new and "models" not in event:
                 return
             self._heard[id_] = None
             if len(self._heard) > MOST_KEPT:
                 self._heard.popitem(last=False)
-            run = self._run(idempotency_key)
             run.notified_at, run.asked = time.monotonic(), asked or run.asked
-            if isinstance(kickoff_id, str) and (kickoff_id in run.tokens or len(run.tokens) < 100):
-                run.tokens.setdefault(kickoff_id, _Tokens()).add(event)
             wakers = list(run.wakers)
             if name != ANSWERED:  # webhooks do come
                 self._distrusted_until = 0.0
@@ -369,11 +382,11 @@ def subscribe() -> None:
 @asynccontextmanager
 async def waker_for(idempotency_key: str | None, crew: str) -> AsyncGenerator[Waker | None]:
     """Give a waker for a run's waiter; None where webhooks are off or the run has no key. `crew` is its address."""
-    if idempotency_key is None or not CrewSettings().webhook_url:
+    if idempotency_key is None or not (settings := CrewSettings()).webhook_url:
         yield None
         return
     _hub.start()
-    waker = Waker(_hub, idempotency_key, crew)
+    waker = Waker(_hub, idempotency_key, crew, calls=settings.webhook_llm_calls)
     _hub.add(idempotency_key, waker)
     try:
         yield waker

@@ -58,6 +58,36 @@ async def test_an_answer_is_held_back_until_a_webhook_comes(client: httpx.AsyncC
     assert "the output" not in str(answers)
 
 
+async def test_calls_of_models_are_added_up_for_the_end_of_their_run(client: httpx.AsyncClient, urls: Urls):
+    cursor, hooks = str((await ask(client))["cursor"]), urls()
+    url, headers = url_of(hooks, "stream"), headers_of(hooks, "stream")
+
+    async def call(number: int, model: object, usage: object, run: str = "k-1") -> None:
+        data = {"model": model, "usage": usage, "messages": [{"content": "the prompt"}], "response": "the output"}
+        event = {"id": f"e-{number}", "execution_id": run, "type": "llm_call_completed", "data": data}
+        assert (await client.post(url, json={"events": [event]}, headers=headers)).status_code == 200
+
+    whole = {"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 15}
+    await call(1, "openai/gpt-4o", whole)
+    await call(1, "openai/gpt-4o", whole)  # a delivery that is repeated
+    await call(2, "openai/gpt-4o", {"input_tokens": 1, "output_tokens": 1, "total_tokens": 2})
+    await call(3, "claude", whole)
+    await call(4, "the model that says a secret", whole)
+    await call(5, "claude", "many")
+    await call(6, "claude", whole, run="k-2")
+    await deliver(client, hooks, "crew-first")
+    (webhook,) = (await ask(client, cursor))["webhooks"]
+    assert webhook["models"] == {
+        "openai/gpt-4o": {"prompt_tokens": 11, "completion_tokens": 6, "total_tokens": 17},
+        "claude": whole,
+    }
+    assert "the prompt" not in str(webhook)
+    cursor = str((await ask(client))["cursor"])
+    await call(7, "claude", whole)  # it comes after the end of its run
+    (late,) = (await ask(client, cursor))["webhooks"]
+    assert late["models"]["claude"]["total_tokens"] == 30
+
+
 @pytest.mark.parametrize("authorization", [None, "", "Bearer ", "Bearer wrong", f"Basic {recent_bearer(SECRET)}"])
 async def test_whoever_has_not_the_secret_gets_the_same_404(client: httpx.AsyncClient, authorization: str | None):
     headers = {} if authorization is None else {"Authorization": authorization}

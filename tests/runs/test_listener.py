@@ -5,6 +5,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from prefect import flow
 from prefect_crew import (
     CrewFailedError,
     DeployedCrew,
+    Price,
     Review,
     ReviewRequest,
     Webhooks,
@@ -28,6 +30,7 @@ from prefect_crew.crew import WaitPolicy
 from prefect_crew.devserver import CrewScript, CrewServer
 from prefect_crew.receiver import recent
 from prefect_crew.receiver.app import create_receiver
+from prefect_crew.records.store import PrefectRecords
 from prefect_crew.runs import listener as listener_module
 from prefect_crew.states import CrewState
 
@@ -144,7 +147,7 @@ async def test_a_receiver_that_does_not_know_the_latest_webhooks_is_asked_again_
 async def test_a_webhook_that_comes_before_the_status_shows_its_end_costs_no_long_pause() -> None:
     hub = listener_module._Hub()
     hub._has_receiver = True
-    waker = listener_module.Waker(hub, "key")
+    waker = listener_module.Waker(hub, "key", "https://crew.example")
     hub.add("key", waker)
     assert waker.stretch(1.0) == listener_module.SAFETY[0]
     hub._hear(ending("crew", 1))
@@ -234,6 +237,58 @@ async def test_tokens_that_only_a_webhook_tells_are_the_usage_of_the_result(rece
         assert server.requests["status"] <= 2
 
 
+CALLS = [
+    {"model": "openai/gpt-4o", "usage": {"prompt_tokens": 900, "completion_tokens": 100, "total_tokens": 1000}},
+    {"model": "small", "usage": {"prompt_tokens": 140, "completion_tokens": 60, "total_tokens": 200}},
+]
+ALL = TokenUsage(prompt_tokens=1040, completion_tokens=160, total_tokens=1200)
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["completed", "failed"])
+async def test_calls_of_models_tell_what_went_in_and_out(
+    receiver: str, monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_WEBHOOK_LLM_CALLS", "true")
+    values = SCRIPT.model_dump() | {"calls": CALLS, "usage": TokenUsage(total_tokens=1200)}
+    values["tasks"][0]["fail"] = "no idea" if fails else None
+    key = f"calls {uuid.uuid4()}"
+    with CrewServer(CrewScript.model_validate(values)) as server:
+        crew = crew_of(server).model_copy(update={"price": Price(per_1k_input=1, per_1k_output=10)})
+
+        @flow
+        async def once() -> None:
+            with suppress(CrewFailedError):
+                await arun_crew(crew, {}, idempotency_key=key)
+
+        await once()
+    (record,) = await PrefectRecords().attempts(key)
+    assert record.state is (CrewState.FAILED if fails else CrewState.COMPLETED)
+    assert record.usage == ALL
+    assert record.cost == pytest.approx(1.04 + 1.6)
+
+
+async def test_the_end_waits_a_moment_for_tokens_and_not_again_where_none_came() -> None:
+    hub, done = listener_module._Hub(), CrewStatus(kickoff_id="k-1", state=DONE)
+    hub._has_receiver = True
+
+    async def seconds(crew: str, event: dict[str, object] | None = None) -> tuple[float, TokenUsage | None]:
+        waker, started = listener_module.Waker(hub, "key", crew), time.monotonic()
+        hub.add("key", waker)
+        if event is not None:
+            asyncio.get_running_loop().call_later(0.2, hub._hear, event)
+        status = await waker.with_usage(done)
+        hub.remove("key", waker)
+        return time.monotonic() - started, status.usage
+
+    took, usage = await seconds("https://silent.example")
+    assert (took >= 0.9, usage) == (True, None)
+    assert (await seconds("https://silent.example"))[0] < 0.2, "it is known to be silent"
+    took, usage = await seconds("https://telling.example", ending("crew", 9))
+    assert (0.1 < took < 0.9, usage) == (True, TokenUsage(total_tokens=9))
+    hub._has_receiver = False
+    assert (await seconds("https://another.example"))[0] < 0.2, "no webhook would reach this process"
+
+
 async def test_the_end_of_a_flow_ends_the_pause(receiver: str) -> None:
     a_flow = SCRIPT.model_copy(update={"flow": True})
     with CrewServer(a_flow, faults=["webhook-crew:lose"]) as server:
@@ -273,7 +328,7 @@ COMPLETED = "stream.crew_kickoff_completed"
 def test_tokens_are_counted_once_for_each_event(events: list[dict[str, object]], total: int | None) -> None:
     async def count() -> list[CrewStatus]:
         hub = listener_module._Hub()
-        waker = listener_module.Waker(hub, "key")
+        waker = listener_module.Waker(hub, "key", "https://crew.example")
         hub.add("key", waker)
         for event in [*events, *events]:
             hub._hear(event)

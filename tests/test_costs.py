@@ -1,0 +1,177 @@
+"""What runs cost by crew, day, flow, batch and tag; and that the totals are those that the crew's server counted."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from dataclasses import replace
+from datetime import date, timedelta
+from pathlib import Path
+
+import pytest
+from prefect import flow, tags
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
+
+from prefect_crew import CrewFailedError, Price, arun_crew, get_result
+from prefect_crew.client.models import TokenUsage
+from prefect_crew.costs import CostRow, costs_markdown, grouped, read_costs
+from prefect_crew.devserver import CrewScript
+from prefect_crew.devserver._runs import Outcome, Run
+from prefect_crew.devserver._scripts import ScriptedProgram
+from prefect_crew.operations import costs_page
+from prefect_crew.prices import Spending, money
+from prefect_crew.records.model import utcnow
+from prefect_crew.testing import CrewServerFactory
+from support.batches import Batches
+from support.prefect_server import PrefectServer
+from support.records import attempts, key
+
+ONE, TWO = date(2001, 5, 1), date(2001, 5, 2)
+TOKENS = Price(per_1k_input=2, per_1k_output=10)
+ASKING = {
+    "name": "asking",
+    "inputs": ["text"],
+    "tasks": [{"name": "answer", "output": "{{ text }}", "fail": "{{ 'no' if text == 'bad' }}"}],
+    "usage": {"prompt_tokens": 1000, "completion_tokens": 100, "total_tokens": 1100},
+}
+
+
+def spent(tokens: int | None, cost: float | None) -> Spending:
+    usage = None if tokens is None else TokenUsage(total_tokens=tokens)
+    return Spending(1, int(usage is not None), int(cost is not None), usage, cost)
+
+
+ROWS = [
+    CostRow(TWO, "travel", spent(10, 0.5), flow="plan", tags=("team-a", "prod")),
+    CostRow(ONE, "travel", spent(None, None), flow="plan", tags=("prod",)),
+    CostRow(ONE, "news", spent(5, 2.0), batch="leads"),
+]
+
+
+def test_rows_are_added_up_and_what_is_unknown_stays_so():
+    crews = grouped(ROWS, "crew")
+    assert list(crews) == ["news", "travel"], "the dearest first"
+    assert crews["travel"] == Spending(2, 1, 1, TokenUsage(total_tokens=10), 0.5)
+    assert crews["travel"].unknown == "1 of 2 runs reported no tokens; the cost of 1 of 2 runs is unknown"
+    assert list(grouped(ROWS, "day")) == ["2001-05-01", "2001-05-02"]
+    assert {name: one.runs for name, one in grouped(ROWS, "tag").items()} == {"prod": 2, "team-a": 1, "no tag": 1}
+    assert {name: one.runs for name, one in grouped(ROWS, "batch").items()} == {"leads": 1, "no batch": 2}
+    assert Spending.sum([]) == Spending(), "None, and not zero"
+
+
+@pytest.mark.parametrize(
+    ("cost", "shown"),
+    [(None, "–"), (0.0, "0.00"), (0.25, "0.250"), (1.005, "1.00"), (1234.5, "1,234.50"), (0.0000123, "0.0000123")],
+)
+def test_a_cost_is_rounded_only_when_it_is_shown(cost: float | None, shown: str):
+    assert money(cost) == shown
+
+
+def test_the_page_has_a_chart_by_day_and_escapes_names():
+    rows = [replace(ROWS[0], day=ONE + timedelta(days=number), crew="a|b") for number in range(4)]
+    page = costs_markdown([*rows, *ROWS], ["Batch 'x' is left out."], since=ONE)
+    assert "`▂" in page or "`█" in page
+    assert "a\\|b" in page
+    assert "1 of 7 runs reported no tokens; the cost of 1 of 7 runs is unknown." in page
+    assert "Batch 'x' is left out." in page
+
+
+@pytest.fixture
+def batch(prefect_api: PrefectServer, tmp_path: Path) -> Batches:
+    """Run a batch in this test's folder."""
+    return Batches(tmp_path)
+
+
+async def test_a_run_has_its_cost_in_the_result_the_record_and_the_artifact(
+    prefect_api: PrefectServer, crew_server: CrewServerFactory
+):
+    crew = crew_server(CrewScript.model_validate(ASKING), response_format="union").crew(price=TOKENS)
+    name = key()
+    result = await arun_crew(crew, {"text": "tea"}, idempotency_key=name)
+    assert result.cost == pytest.approx(3.0)
+    again = await arun_crew(crew, {"text": "tea"}, idempotency_key=name)
+    read = await get_result(name)
+    assert (again.cost, again.usage) == (read.cost, read.usage) == (result.cost, result.usage)
+    (kept,) = await attempts(name)
+    assert (kept.cost, kept.usage) == (result.cost, result.usage)
+    async with get_client() as client:
+        wanted = ArtifactFilter(key=ArtifactFilterKey(like_="crew-127-0-0-1-%"))
+        pages = [str(one.data) for one in await client.read_artifacts(artifact_filter=wanted)]
+    assert any(result.kickoff_id in page and "| Cost | 3.00 |" in page and "1,100" in page for page in pages)
+
+
+async def test_a_failed_run_has_cost_what_it_reported(prefect_api: PrefectServer, crew_server: CrewServerFactory):
+    crew = crew_server(CrewScript.model_validate(ASKING), response_format="union").crew(price=TOKENS)
+    name = key()
+    with pytest.raises(CrewFailedError):
+        await arun_crew(crew, {"text": "bad"}, idempotency_key=name)
+    (kept,) = await attempts(name)
+    assert kept.cost == pytest.approx(3.0)
+    assert kept.usage == TokenUsage.model_validate(ASKING["usage"])
+
+
+async def test_where_nobody_reports_tokens_the_cost_is_unknown(
+    prefect_api: PrefectServer, crew_server: CrewServerFactory
+):
+    silent = CrewScript.model_validate({**ASKING, "usage": None})
+    server = crew_server(silent, response_format="union")
+    result = await arun_crew(server.crew(price=TOKENS), {"text": "tea"})
+    assert (result.usage, result.cost) == (None, None)
+    assert (await arun_crew(server.crew(price=0.5), {"text": "tea"})).cost == 0.5
+
+
+async def test_a_model_that_nobody_knows_starts_nothing(prefect_api: PrefectServer, crew_server: CrewServerFactory):
+    server = crew_server(CrewScript.model_validate(ASKING))
+    with pytest.raises(ValueError, match="no-such-model"):
+        await arun_crew(server.crew(price=Price(model="no-such-model")), {"text": "tea"})
+    assert server.kickoffs == 0
+
+
+class Counting(ScriptedProgram):
+    """Reports other tokens for each row, and none for each tenth."""
+
+    async def execute(self, run: Run) -> Outcome:
+        number = int(run.inputs["text"])
+        usage = TokenUsage(prompt_tokens=number, completion_tokens=7, total_tokens=number + 7)
+        return replace(await super().execute(run), usage=None if number % 10 == 0 else usage)
+
+
+async def test_the_totals_of_a_batch_of_1000_rows_are_what_the_server_counted(
+    batch: Batches, crew_server: CrewServerFactory
+):
+    server = crew_server(Counting(CrewScript.model_validate(ASKING), speed=float("inf")), response_format="union")
+    name = f"counted {uuid.uuid4()}"
+    with tags("of-the-thousand"):
+        report = await batch(server.crew(price=TOKENS), [{"text": n} for n in range(1000)], name=name)
+    usages = [run.usage for run in server.runs]
+    assert len(usages) == report.completed == 1000
+    told = [usage for usage in usages if usage is not None]
+    prompt, completion = sum(one.prompt_tokens or 0 for one in told), sum(one.completion_tokens or 0 for one in told)
+    counted = TokenUsage(prompt_tokens=prompt, completion_tokens=completion, total_tokens=prompt + completion)
+    assert report.usage == counted
+    assert report.cost == pytest.approx((2 * prompt + 10 * completion) / 1000)
+    assert (report.spending.runs, report.spending.reported, report.spending.priced) == (1000, 900, 900)
+    assert "100 of 1,000 runs reported no tokens" in str(report)
+    assert json.loads(json.dumps(report.as_dict()))["spending"]["usage"]["total_tokens"] == counted.total_tokens
+    rows, _ = await read_costs(["flow", "tag"], since=utcnow().date() - timedelta(days=1))
+    ours = [row for row in rows if row.batch == name]
+    names = {"batch": name, "tag": "of-the-thousand", "flow": "run-batch"}
+    for group in (grouped(ours, by)[one] for by, one in names.items()):  # pyright: ignore[reportArgumentType]
+        assert (group.usage, group.cost) == (counted, pytest.approx(report.cost))
+
+
+async def test_a_flow_keeps_the_page(prefect_api: PrefectServer, crew_server: CrewServerFactory):
+    crew = crew_server(CrewScript.model_validate(ASKING), response_format="union").crew(price=TOKENS)
+
+    @flow
+    async def once() -> None:
+        await arun_crew(crew, {"text": "tea"})
+
+    await once()
+    said = await costs_page(days=2)
+    assert "tokens, cost" in said
+    async with get_client() as client:
+        wanted = ArtifactFilter(key=ArtifactFilterKey(any_=["crew-costs"]))
+        pages = [str(one.data) for one in await client.read_artifacts(artifact_filter=wanted)]
+    assert any("### By crew" in page and str(utcnow().date()) in page for page in pages)
