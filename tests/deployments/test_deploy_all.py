@@ -29,6 +29,7 @@ IN_PROCESSES = [
 ON_THE_CREW_WORKER = {
     "deployed-crew/evenings": "prefect_crew.run_deployed_crew",
     "deployed-pipeline/report": "prefect_crew.run_deployed_pipeline",
+    "costs-page/page": "prefect_crew.operations.costs_page",
     "prune-records/sweep": "prefect_crew.operations.prune_records",
 }
 RECOVER = "recover/crashed"

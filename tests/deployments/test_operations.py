@@ -15,6 +15,7 @@ from support.prefect_server import PrefectServer
 INPUTS: dict[str, dict[str, Any]] = {
     "batch_file": {"crew": "echo", "dataset": "rows.csv", "name": "rows of KIND", "output": "rows.jsonl"},
     "watch_folder": {"crew": "echo", "folder": "inbox", "output": "outbox", "unchanged_seconds": 0.0},
+    "costs_page": {"days": 7},
     "prune_records": {"dry_run": True, "older_than_days": 30},
     "recover": {"max_attempts": 5},
 }
