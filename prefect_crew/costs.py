@@ -63,9 +63,10 @@ async def read_costs(
     rows: list[CostRow] = []
     missed: list[str] = []
     async for record in PrefectRecords().all(RecordPhase.ENDED):
-        usage = record.usage or (None if record.result is None else record.result.usage)
         if record.ended_at is not None:
-            spent = Spending(1, int(usage is not None), int(record.cost is not None), usage, record.cost)
+            usage = record.usage or (None if record.result is None else record.result.usage)
+            is_reported = usage is not None and usage.total_tokens is not None
+            spent = Spending(1, int(is_reported), int(record.cost is not None), usage, record.cost)
             rows.append(CostRow(record.ended_at.date(), record.crew, spent, flow_run_id=record.flow_run_id))
     for name, ledger in await list_batches():
         try:
@@ -111,8 +112,7 @@ def costs_markdown(rows: Sequence[CostRow], missed: Sequence[str], *, since: dat
     """Return the page of costs: what each crew came to, and each day."""
     total = Spending.sum(row.spending for row in rows)
     days = grouped(rows, "day")
-    parts = [f"## Costs since {since}", f"{total.runs:,} runs, {total.tokens:,} tokens, cost {money(total.cost)}."]
-    parts += [f"{total.unknown}."] if total.unknown else []
+    parts = [f"## Costs since {since}", f"{total.runs:,} runs: {total}."]
     figures = [spent.cost or 0.0 for spent in days.values()]
     figures = figures if any(figures) else [float(spent.tokens) for spent in days.values()]
     if chart := sparkline(figures):

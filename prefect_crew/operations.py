@@ -26,7 +26,7 @@ from prefect_crew.batches.report import BatchReport
 from prefect_crew.batches.run import arun_batch
 from prefect_crew.costs import costs_markdown, read_costs
 from prefect_crew.exceptions import BatchBusyError, BatchCancelledError, CrewError, DatasetError
-from prefect_crew.prices import Spending, used
+from prefect_crew.prices import Spending
 from prefect_crew.records.model import utcnow
 from prefect_crew.records.prune import prune
 from prefect_crew.records.store import PrefectRecords
@@ -156,7 +156,7 @@ async def costs_page(days: int = 30) -> str:
     page = MarkdownArtifact("crew-costs", "What crews have used and cost", flow_run_id=flow_run_id())
     if problem := await page.put(costs_markdown(rows, missed, since=since), new=True):
         raise CrewError(f"The page of costs could not be written: {problem}. Run this flow again.")
-    return used(Spending.sum(row.spending for row in rows))
+    return str(Spending.sum(row.spending for row in rows))
 
 
 @flow(flow_run_name="recover {flow_run_id}", retries=3, retry_delay_seconds=10)

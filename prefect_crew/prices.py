@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from math import floor, log10
 from typing import Any, ClassVar
@@ -60,15 +61,9 @@ class Price(BaseModel):
 def cost_of(
     price: Price | None, usage: TokenUsage | None, by_model: Mapping[str, TokenUsage] | None = None
 ) -> float | None:
-    """Return what a run cost, None where that is unknown.
+    """Return what a run cost, None where that is unknown: where nobody reported the tokens in and out that it needs.
 
-    It is unknown without a price, and where tokens cost something and nobody reported how many of them were input and
-    output.
-
-    Args:
-        price: The price that holds for the run.
-        usage: Its tokens, as far as they were reported.
-        by_model: Its tokens by the model that was called, where that was reported.
+    `by_model` are its tokens by the model that was called, as far as they were reported.
 
     Raises:
         ConfigurationError: The price is by model, and the package genai-prices is missing or does not know it.
@@ -77,28 +72,18 @@ def cost_of(
         return None
     if price.model is None and price.per_1k_input is None:
         return price.per_run
-    if usage is None:
-        return None
-    split = _input_and_output(usage)
+    split = None if usage is None else _input_and_output(usage)
     if price.model is None:
         put_in, out = price.per_1k_input or 0, price.per_1k_output or 0
-        if split is None and usage.total_tokens is not None and put_in == out:
+        if split is None and usage is not None and usage.total_tokens is not None and put_in == out:
             split = usage.total_tokens, 0
         return None if split is None else price.per_run + (split[0] * put_in + split[1] * out) / 1000
-    if split is None:
+    if usage is None or split is None:
         return None
-    parts = dict(by_model or {})
-    if sum(sum(_input_and_output(part) or (0, 0)) for part in parts.values()) < max(sum(split), 1):
-        parts = {price.model: usage}  # calls were not told, or some of them are missing
-    total = price.per_run
-    for model, part in parts.items():
-        try:
-            total += _list_price(model, part)
-        except ConfigurationError:
-            if model == price.model:
-                raise
-            total += _list_price(price.model, part)  # a model of the provider's own, such as a tuned one
-    return total
+    calls = dict(by_model or {})
+    if sum(sum(_input_and_output(call) or ()) for call in calls.values()) < sum(split):
+        calls = {price.model: usage}  # some of them were not told
+    return price.per_run + sum(_list_price(model, call, price.model) for model, call in calls.items())
 
 
 @dataclass(frozen=True)
@@ -132,9 +117,8 @@ class Spending:
 
     @property
     def tokens(self) -> int:
-        """The tokens that were reported, in and out."""
-        usage = self.usage or TokenUsage()
-        return usage.total_tokens or (usage.prompt_tokens or 0) + (usage.completion_tokens or 0)
+        """All tokens that were reported."""
+        return 0 if self.usage is None else self.usage.total_tokens or 0
 
     def as_dict(self) -> dict[str, Any]:
         """Return it as JSON values."""
@@ -151,14 +135,10 @@ class Spending:
             parts.append(f"the cost of {self.runs - self.priced:,} {of} is unknown")
         return "; ".join(parts)
 
-
-def used(spent: Spending) -> str:
-    """Return what runs used and cost as a sentence without its stop, and what of it is unknown."""
-    total = None if spent.usage is None else spent.usage.total_tokens
-    parts = [f"{total:,} tokens"] if total is not None else []
-    parts += [f"cost {money(spent.cost)}"] if spent.cost is not None else []
-    text = f"Used: {', '.join(parts) or 'unknown'}"
-    return f"{text} ({spent.unknown})" if spent.unknown else text
+    def __str__(self) -> str:
+        tokens = f"{self.tokens:,} tokens" if self.reported else "Unknown tokens"
+        text = tokens if self.cost is None else f"{tokens}, cost {money(self.cost)}"
+        return f"{text} ({self.unknown})" if self.unknown else text
 
 
 def money(cost: float | None) -> str:
@@ -179,11 +159,11 @@ def _input_and_output(usage: TokenUsage) -> tuple[int, int] | None:
     return None if put_in is None or out is None or min(put_in, out) < 0 else (put_in, out)
 
 
-def _list_price(model: str, usage: TokenUsage) -> float:
-    """Return what tokens cost by the list of genai-prices, in US dollars.
+def _list_price(model: str, usage: TokenUsage, otherwise: str | None = None) -> float:
+    """Return what tokens cost by the list of genai-prices, in US dollars, as those of another model if need be.
 
     Raises:
-        ConfigurationError: It is not installed, or does not know the model.
+        ConfigurationError: It is not installed, or knows neither.
     """
     try:
         from genai_prices import Usage, calc_price  # an extra, and 30 ms to import
@@ -195,16 +175,13 @@ def _list_price(model: str, usage: TokenUsage) -> float:
     put_in, out = _input_and_output(usage) or (0, 0)
     cached = min(usage.cached_prompt_tokens or 0, put_in)
     tokens = Usage(input_tokens=put_in, output_tokens=out, cache_read_tokens=cached)
-    provider, _, name = model.rpartition("/")
-    try:
+    for one in dict.fromkeys(filter(None, (model, otherwise))):
         # CrewAI names a model "provider/model"; the provider may be one of many that resell it.
-        return float(calc_price(tokens, name, provider_id=provider.partition("/")[0] or None).total_price)
-    except LookupError:
-        pass
-    try:
-        return float(calc_price(tokens, name).total_price)
-    except LookupError:
-        raise ConfigurationError(
-            f"genai-prices does not know the model {model!r}. Give it as CrewAI does, such as 'openai/gpt-4o', or give "
-            "the crew's price as per_1k_input and per_1k_output."
-        ) from None
+        *providers, name = one.split("/")
+        for provider in (*providers[:1], None):
+            with suppress(LookupError, ValueError):
+                return float(calc_price(tokens, name, provider_id=provider).total_price)
+    raise ConfigurationError(
+        f"genai-prices does not know the model {model!r}. Give it as CrewAI does, such as 'openai/gpt-4o', or give the "
+        "crew's price as per_1k_input and per_1k_output."
+    )

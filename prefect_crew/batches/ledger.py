@@ -549,7 +549,7 @@ def _count(name: str) -> ColumnElement[int]:
 _COST = attempts.c.usage["cost"].as_string().cast(Double)
 _SPENT = (
     func.count(),
-    func.count(func.coalesce(*map(_count, ("total_tokens", "prompt_tokens", "completion_tokens")))),
+    func.count(_count("total_tokens")),
     func.count(_COST),
     func.sum(_COST),
     *(func.sum(_count(name)) for name in TokenUsage.model_fields),

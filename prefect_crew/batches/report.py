@@ -33,7 +33,7 @@ from prefect_crew.batches.rows import BadRow, SetAside
 from prefect_crew.client.models import TokenUsage
 from prefect_crew.crew import Crew
 from prefect_crew.exceptions import BatchFailedError
-from prefect_crew.prices import Spending, money, used
+from prefect_crew.prices import Spending, money
 from prefect_crew.records.keys import escape_name
 
 FAILURES = 100
@@ -128,7 +128,7 @@ class BatchReport:
         if self.set_aside_output:
             text += f". Set aside: {self.set_aside_output}"
         if self.usage is not None or self.cost is not None:
-            text += f". {used(self.spending)}"
+            text += f". Used: {self.spending}"
         return f"{text}. It stopped: {self.stopped}" if self.stopped else text
 
 

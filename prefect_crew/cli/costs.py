@@ -9,7 +9,6 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 
 from prefect_crew.cli import _output
-from prefect_crew.cli._errors import UsageError
 from prefect_crew.cli._options import Output
 from prefect_crew.cli._prefect import reach_prefect
 from prefect_crew.prices import Spending
@@ -18,8 +17,8 @@ from prefect_crew.prices import Spending
 def costs(
     *,
     by: Literal["crew", "day", "flow", "batch", "tag"] = "crew",
-    from_: Annotated[str | None, Parameter(name="--from")] = None,
-    to: str | None = None,
+    from_: Annotated[date | None, Parameter(name="--from")] = None,
+    to: date | None = None,
     output: Output = None,
 ) -> None:
     """Show what runs have used and cost, by crew, day, flow, batch or tag.
@@ -31,11 +30,10 @@ def costs(
         from_: The first day, such as 2026-05-01.
         to: The last day.
     """
-    since, until = _day("--from", from_), _day("--to", to)
     reach_prefect()
     from prefect_crew.costs import HEADER, cells, grouped, read_costs
 
-    rows, missed = asyncio.run(read_costs([by], since=since, until=until))
+    rows, missed = asyncio.run(read_costs([by], since=from_, until=to))
     groups, total = grouped(rows, by), Spending.sum(row.spending for row in rows)
     if output:
         found = [{"name": name, **spent.as_dict()} for name, spent in groups.items()]
@@ -47,10 +45,3 @@ def costs(
     _output.put_rows((by.capitalize(), *HEADER), shown, empty="No run has ended in this time.")
     for line in ([f"{total.unknown}."] if total.unknown else []) + missed:
         _output.note(line, "yellow")
-
-
-def _day(option: str, given: str | None) -> date | None:
-    try:
-        return None if given is None else date.fromisoformat(given)
-    except ValueError:
-        raise UsageError(f"{option} {given}: give a day as YYYY-MM-DD.") from None

@@ -29,6 +29,7 @@ from prefect_crew.cli._options import (
 )
 from prefect_crew.cli._prefect import flow_run_url, reach_prefect
 from prefect_crew.cli._progress import Progress, SeenRun
+from prefect_crew.prices import money
 
 if TYPE_CHECKING:
     from prefect_crew.client.models import CrewInput, CrewResult
@@ -140,6 +141,7 @@ def put_result(answer: CrewResult, seen: SeenRun | None, *, as_json: bool) -> No
         f"Run {answer.kickoff_id}",
         None if answer.execution_time is None else f"{answer.execution_time:.1f} s",
         f"{answer.usage.total_tokens:,} tokens" if answer.usage and answer.usage.total_tokens is not None else None,
+        f"cost {money(answer.cost)}" if answer.cost is not None else None,
     )
     key = f"Idempotency key {seen.idempotency_key}" if seen and seen.idempotency_key else None
     for line in (*blank, " · ".join(filter(None, figures)), key, page):

@@ -424,6 +424,8 @@ def tokens_of(value: Any) -> TokenUsage | None:
         found = first(as_object(value), (name, _OTHER_COUNTS.get(name, name)))
         if (count := as_count(found)) is not None:
             counts[name] = count
+    if {"prompt_tokens", "completion_tokens"} <= counts.keys():
+        counts.setdefault("total_tokens", counts["prompt_tokens"] + counts["completion_tokens"])
     return TokenUsage(**counts) if counts else None
 
 

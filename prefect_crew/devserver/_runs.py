@@ -222,10 +222,6 @@ class Run:
             return "retrying"
         return "completed" if self.planned and task_id == self.planned[-1] else "resumed"
 
-    def called(self, model: str, usage: TokenUsage) -> None:
-        """Tell that a model was called."""
-        self.listener(self, "called", (model, usage))
-
     def _close(self, question: Question) -> None:
         if self.questions.get(question.task_id) is question:
             del self.questions[question.task_id]

@@ -102,7 +102,6 @@ class TaskSpec(_Part):
     steps: list[StepSpec] = Field(default_factory=list[StepSpec], description="Spread evenly over the task's seconds.")
 
 
-
 _TEMPLATES = {
     **dict.fromkeys(("description", "expected_output", "seconds", "output", "data", "fail"), True),
     "steps": {"__all__": {"content"}},
@@ -119,13 +118,6 @@ def _texts(value: Any) -> Iterator[str]:
     elif isinstance(value, dict | list):
         for item in cast("Iterable[Any]", value.values() if isinstance(value, dict) else value):
             yield from _texts(item)
-
-
-class CallSpec(_Part):
-    """One call of a model."""
-
-    model: str = Field(min_length=1, description="The model, such as openai/gpt-4o.")
-    usage: TokenUsage = Field(description="Its tokens.")
 
 
 class CrewScript(_Part):
@@ -145,8 +137,8 @@ class CrewScript(_Part):
     )
     data: Data = Field(default=None, description="The structured result; left out, the last task's data.")
     usage: TokenUsage | None = Field(default=None, description="Tokens that a run reports.")
-    calls: list[CallSpec] = Field(
-        default_factory=list[CallSpec], description="Calls of models, of which a stream of events tells."
+    calls: dict[str, TokenUsage] = Field(
+        default_factory=dict[str, TokenUsage], description="Tokens by model, of which a stream of events tells."
     )
     faults: list[Annotated[str, AfterValidator(_check_fault)]] = Field(
         default_factory=list[str], description="What the server does wrong, such as kickoff:drop-after-accept@1."
@@ -206,8 +198,8 @@ class ScriptedProgram:
         results: dict[str, TaskResult] = {}
         scope: dict[str, Any] = {**inputs, "inputs": inputs, "tasks": results, "previous": "", "kickoff_id": run.id}
         run.plan([task.name for task in script.tasks])
-        for call in script.calls:
-            run.called(call.model, call.usage)
+        for call in script.calls.items():
+            run.listener(run, "called", call)
         for task in script.tasks:
             try:
                 result = results[task.name] = await self._reviewed(run, task, scope)

@@ -17,7 +17,8 @@ import time
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, field, replace
+from copy import deepcopy
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import httpx
@@ -263,7 +264,7 @@ class _Hub:
     def tokens(self, idempotency_key: str, kickoff_id: str) -> _Tokens:
         """Return the tokens of a run as far as webhooks have reported them."""
         with self._lock:
-            return replace(self._run(idempotency_key).tokens.get(kickoff_id, _Tokens()))
+            return deepcopy(self._run(idempotency_key).tokens.get(kickoff_id, _Tokens()))
 
     def listens_to(self, crew: str) -> bool:
         """Return whether webhooks about a crew's runs reach this process, as far as is known, and tell tokens."""

@@ -342,12 +342,12 @@ async def test_what_runs_used_and_cost_is_summed_by_day_and_flow_run(ledger_addr
             record.kickoff_id = f'"ended_at":"{number}"\0'
             record.ended_at = datetime(2026, 5, 1 if number < 3 else 2, 23, 59, tzinfo=UTC)
             record.result = StoredResult(output='"flow_run_id":"x\0', data={"ended_at": "never"})
-        records[0].usage, records[0].cost = TokenUsage(prompt_tokens=10, completion_tokens=5), 0.00001
+        records[0].usage, records[0].cost = TokenUsage(total_tokens=15, prompt_tokens=10), 0.00001
         records[1].usage = TokenUsage(total_tokens=5)
         records[3].cost = 1.5
         await asyncio.gather(*(ledger.save(record) for record in records[:4]))
         assert await ledger.claim(records[4])
-        both = TokenUsage(total_tokens=5, prompt_tokens=10, completion_tokens=5)
+        both = TokenUsage(total_tokens=20, prompt_tokens=10)
         assert {(day, by): spent for day, by, spent in await ledger.spending_by_day()} == {
             ("2026-05-01", one): Spending(2, 2, 1, both, 1e-5),
             ("2026-05-01", two): Spending(1),

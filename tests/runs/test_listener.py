@@ -237,10 +237,10 @@ async def test_tokens_that_only_a_webhook_tells_are_the_usage_of_the_result(rece
         assert server.requests["status"] <= 2
 
 
-CALLS = [
-    {"model": "openai/gpt-4o", "usage": {"prompt_tokens": 900, "completion_tokens": 100, "total_tokens": 1000}},
-    {"model": "small", "usage": {"prompt_tokens": 140, "completion_tokens": 60, "total_tokens": 200}},
-]
+CALLS = {
+    "openai/gpt-4o": {"prompt_tokens": 900, "completion_tokens": 100},
+    "small": {"prompt_tokens": 140, "completion_tokens": 60, "total_tokens": 200},
+}
 ALL = TokenUsage(prompt_tokens=1040, completion_tokens=160, total_tokens=1200)
 
 
