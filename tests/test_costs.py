@@ -73,7 +73,7 @@ def test_the_page_has_a_chart_by_day_and_escapes_names():
     page = costs_markdown([*rows, *ROWS], ["Batch 'x' is left out."], since=ONE)
     assert "`▂" in page or "`█" in page
     assert "a\\|b" in page
-    assert "1 of 7 runs reported no tokens; the cost of 1 of 7 runs is unknown." in page
+    assert "(1 of 7 runs reported no tokens; the cost of 1 of 7 runs is unknown)" in page
     assert "Batch 'x' is left out." in page
 
 
