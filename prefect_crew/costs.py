@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
-from datetime import date
+from datetime import date, timedelta
 from typing import Literal
 from uuid import UUID
 
@@ -113,10 +113,12 @@ def costs_markdown(rows: Sequence[CostRow], missed: Sequence[str], *, since: dat
     total = Spending.sum(row.spending for row in rows)
     days = grouped(rows, "day")
     parts = [f"## Costs since {since}", f"{total.runs:,} runs: {total}."]
-    figures = [spent.cost or 0.0 for spent in days.values()]
-    figures = figures if any(figures) else [float(spent.tokens) for spent in days.values()]
+    last = max((row.day for row in rows), default=since)
+    every = [days.get(str(since + timedelta(number)), Spending()) for number in range((last - since).days + 1)]
+    costs = [spent.cost or 0.0 for spent in every]
+    what, figures = ("Cost", costs) if any(costs) else ("Tokens", [float(spent.tokens) for spent in every])
     if chart := sparkline(figures):
-        parts.append(f"`{chart}` by day, {next(iter(days))} to {next(reversed(days))}")
+        parts.append(f"{what} by day, {since} to {last}: `{chart}`")
     for by, groups in (("crew", grouped(rows, "crew")), ("day", days)):
         shown = [cells(cell(name), spent) for name, spent in groups.items()]
         parts += [f"### By {by}", table((by.capitalize(), *HEADER), shown)]

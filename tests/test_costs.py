@@ -69,11 +69,11 @@ def test_a_cost_is_rounded_only_when_it_is_shown(cost: float | None, shown: str)
 
 
 def test_the_page_has_a_chart_by_day_and_escapes_names():
-    rows = [replace(ROWS[0], day=ONE + timedelta(days=number), crew="a|b") for number in range(4)]
+    rows = [replace(ROWS[0], day=ONE + timedelta(days=number), crew="a|b") for number in (0, 1, 4)]
     page = costs_markdown([*rows, *ROWS], ["Batch 'x' is left out."], since=ONE)
-    assert "`▂" in page or "`█" in page
+    assert "Cost by day, 2001-05-01 to 2001-05-05: `█▄▁▁▂`" in page
     assert "a\\|b" in page
-    assert "(1 of 7 runs reported no tokens; the cost of 1 of 7 runs is unknown)" in page
+    assert "(1 of 6 runs reported no tokens; the cost of 1 of 6 runs is unknown)" in page
     assert "Batch 'x' is left out." in page
 
 
