@@ -12,7 +12,7 @@ import pytest
 from pydantic import SecretStr
 from pydantic_core import to_json
 
-from prefect_crew import AuthenticationError, DeployedCrew
+from prefect_crew import AuthenticationError, DeployedCrew, Price
 from prefect_crew.blocks import load_crew
 from prefect_crew.client import CrewClient, CrewInput
 from prefect_crew.crew import Crew, CrewSession
@@ -25,7 +25,11 @@ def crew(**fields: Any) -> Crew:
 
 def test_it_has_every_field_of_its_block():
     block = DeployedCrew(
-        url="https://travel.test", token=SecretStr("the-token"), show="summary", secret_inputs=["pin"], price=0.5
+        url="https://travel.test",
+        token=SecretStr("the-token"),
+        show="summary",
+        secret_inputs=["pin"],
+        price=Price(per_run=0.5),
     )
     for name in DeployedCrew.model_fields:
         kept = list(block.crew.secret_inputs) if name == "secret_inputs" else getattr(block.crew, name)

@@ -230,6 +230,7 @@ BUILTIN: dict[tuple[str, str], str] = {
     ("prefect_crew.batches.run", "TypeError"): "a keyword that a function does not have",
     ("prefect_crew._internal.flow_engine", "CancelledError"): "a flow run that another worker has ends here",
     ("prefect_crew.blocks", "ValueError"): "a validator of pydantic",
+    ("prefect_crew.prices", "ValueError"): "a validator of pydantic",
     ("prefect_crew.cli.run", "OSError"): "exit code 1",
     ("prefect_crew.cli.serve", "OSError"): "exit code 1",
     ("prefect_crew._internal.files", "OSError"): "exit code 1",

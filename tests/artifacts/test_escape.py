@@ -231,12 +231,12 @@ def test_a_run_at_its_kickoff():
         state=CrewState.PENDING,
         started_at=NOON,
         inputs={"city": "Lisbon\n| x |", "days": 3},
-        price=0.5,
+        cost=0.5,
         notes=["A note with <b>markup</b>"],
     )
     markdown = render_run(started)
     assert markdown.startswith("## ○ pending · travel\n")
-    for part in ("2026-05-01 12:00:00 UTC", "| **city** | Lisbon \\| x \\| |", "| **days** | 3 |", "| Price | 0.5 |"):
+    for part in ("2026-05-01 12:00:00 UTC", "| **city** | Lisbon \\| x \\| |", "| **days** | 3 |", "| Cost | 0.500 |"):
         assert part in markdown
     assert not {token.type for token in parsed(markdown)} & {*DANGEROUS}
 
