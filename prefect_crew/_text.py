@@ -80,3 +80,13 @@ def listed_rows(rows: Sequence[Any], count: int) -> str:
     """Return where and why rows cannot be run, as one text."""
     found, rest = by_reason(rows, count)
     return "; ".join([f"{where}: {reason}" for where, reason in found] + ([f"and {rest:,} more rows"] if rest else []))
+
+
+_LEVELS = "▁▂▃▄▅▆▇█"
+
+
+def sparkline(figures: Sequence[float]) -> str | None:
+    """Return figures as a chart on one line, the highest as a full block; None before there is enough to see."""
+    if len(figures) < 3 or not max(figures):
+        return None
+    return "".join(_LEVELS[round(figure / max(figures) * (len(_LEVELS) - 1))] for figure in figures)

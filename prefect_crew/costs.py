@@ -12,7 +12,8 @@ from uuid import UUID
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 
-from prefect_crew.artifacts.escape import cell, sparkline, table
+from prefect_crew._text import sparkline
+from prefect_crew.artifacts.escape import cell, table
 from prefect_crew.batches.stored import list_batches, open_stored_batch
 from prefect_crew.exceptions import CrewError
 from prefect_crew.prices import Spending, money

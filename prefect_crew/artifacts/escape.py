@@ -153,16 +153,6 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines)
 
 
-_LEVELS = "▁▂▃▄▅▆▇█"
-
-
-def sparkline(figures: Sequence[float]) -> str | None:
-    """Return figures as a chart on one line, the highest as a full block; None before there is enough to see."""
-    if len(figures) < 3 or not max(figures):
-        return None
-    return "".join(_LEVELS[round(figure / max(figures) * (len(_LEVELS) - 1))] for figure in figures)
-
-
 def duration(seconds: float) -> str:
     """Return seconds as people say them."""
     if seconds < 60:

@@ -13,19 +13,8 @@ from typing import Any, Literal
 from pydantic_core import to_jsonable_python
 
 from prefect_crew._internal.prefect_api import flow_run_id, run_logger
-from prefect_crew._text import by_reason
-from prefect_crew.artifacts.escape import (
-    cell,
-    code,
-    commands,
-    duration,
-    fenced,
-    flow_run_link,
-    link,
-    prose,
-    sparkline,
-    table,
-)
+from prefect_crew._text import by_reason, sparkline
+from prefect_crew.artifacts.escape import cell, code, commands, duration, fenced, flow_run_link, link, prose, table
 from prefect_crew.artifacts.run import MarkdownArtifact, artifact_key
 from prefect_crew.batches.ledger import LedgerRow
 from prefect_crew.batches.outcomes import RowState

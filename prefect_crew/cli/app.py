@@ -20,20 +20,8 @@ from typing import Any
 
 from cyclopts import App, Group, Parameter
 
-from prefect_crew.cli import (
-    _errors,
-    _output,
-    automations,
-    batch,
-    costs,
-    crews,
-    deploy,
-    doctor,
-    init,
-    reviews,
-    runs,
-    serve,
-)
+from prefect_crew.cli import _errors, _output, automations, batch, crews, deploy, doctor, init, reviews, runs, serve
+from prefect_crew.cli import costs as costs_command
 from prefect_crew.cli import run as run_commands
 from prefect_crew.exceptions import CrewError
 
@@ -56,7 +44,7 @@ app = App(
 GROUPS: dict[str, Sequence[Any]] = {
     "Try and check": (serve.demo, init.init, serve.serve, doctor.doctor),
     "Run a crew": (run_commands.run, run_commands.result, run_commands.inputs),
-    "Follow and decide": (runs.app, reviews.app, batch.app, costs.costs),
+    "Follow and decide": (runs.app, reviews.app, batch.app, costs_command.costs),
     "Set up": (crews.app, deploy.deploy, deploy.backfill, automations.app, serve.receiver),
 }
 for number, (title, commands) in enumerate(GROUPS.items()):

@@ -21,14 +21,7 @@ from prefect_crew.artifacts.run import RunArtifact, RunView
 from prefect_crew.client.models import CrewResult, CrewStatus
 from prefect_crew.client.redaction import Redactor, withholding
 from prefect_crew.crew import Crew, CrewSession
-from prefect_crew.exceptions import (
-    ConfigurationError,
-    CrewError,
-    CrewFailedError,
-    CrewLostError,
-    CrewStoppedError,
-    OutputTypeError,
-)
+from prefect_crew.exceptions import CrewError, CrewFailedError, CrewLostError, CrewStoppedError, OutputTypeError
 from prefect_crew.prices import cost_of
 from prefect_crew.records.model import RecordPhase, RunRecord, SentReview, StoredResult, utcnow
 from prefect_crew.records.store import PrefectRecords
@@ -276,7 +269,7 @@ def cost_of_run(crew: Crew, status: CrewStatus) -> float | None:
     """Return what an ended run cost, None where that is unknown. It never fails: the run is over."""
     try:
         return cost_of(crew.price, status.usage, status.usage_by_model)
-    except ConfigurationError as error:
+    except CrewError as error:
         run_logger().warning("What run %s cost is unknown: %s", status.kickoff_id, error)
         return None
 
