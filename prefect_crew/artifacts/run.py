@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 from uuid import UUID
@@ -149,7 +149,7 @@ class MarkdownArtifact:
 
 @dataclass(frozen=True)
 class RunView:
-    """What an artifact shows of a run. Times are UTC; `inputs` are the caller's own values.
+    """What may be shown of a run, in its artifact and its span. Times are UTC; `inputs` are the caller's own values.
 
     `page_url` is the crew's page for people. `notes` are what stands first, `to_do` the commands that go with them.
     `read_result` is the command that writes the whole result.
@@ -175,6 +175,13 @@ class RunView:
     failed_task: str | None = None
     attempt: str | None = None
     advice: str | None = None
+    tasks_seen: Mapping[str, datetime] = field(default_factory=dict[str, datetime])
+    """When each task was first seen at work, by its name."""
+
+    def shown_inputs(self) -> dict[str, Any]:
+        """Return the inputs as they are sent, with the secret ones masked."""
+        given = self.inputs or {}
+        return encode_inputs({name: MASK if name in self.secret_inputs else value for name, value in given.items()})
 
 
 def render_run(view: RunView) -> str:
@@ -238,8 +245,7 @@ def _facts(view: RunView) -> str:
 
 
 def _inputs(view: RunView) -> str:
-    shown = {name: MASK if name in view.secret_inputs else value for name, value in (view.inputs or {}).items()}
-    rows = [(f"**{cell(name)}**", cell(str(text))) for name, text in encode_inputs(shown).items()]
+    rows = [(f"**{cell(name)}**", cell(str(text))) for name, text in view.shown_inputs().items()]
     return "### Inputs\n\n" + table(("Input", "Value"), rows)
 
 

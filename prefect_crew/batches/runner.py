@@ -17,6 +17,7 @@ from prefect.exceptions import ObjectNotFound, PrefectException
 
 from prefect_crew._internal.prefect_api import run_logger
 from prefect_crew.artifacts.events import emit
+from prefect_crew.artifacts.telemetry import end_run
 from prefect_crew.batches.ledger import PAGE, Ledger
 from prefect_crew.batches.options import IN_FLIGHT, BatchOptions
 from prefect_crew.batches.outcomes import (
@@ -379,6 +380,7 @@ class Runner:
                 status = status if waker is None else await waker.with_usage(status)
         run.use_token_of(self.session.crew)
         has_result = status.state is CrewState.COMPLETED
+        is_first = record.phase is not RecordPhase.ENDED  # else it was stopped from here
         close_record(
             record,
             status,
@@ -390,6 +392,8 @@ class Runner:
         if has_result and self.first_poll is not None:
             self.first_poll.add(record)
         await self.ledger.save(record)
+        if is_first:
+            end_run(record, lambda: run.view(status), settings=self._settings)
 
     async def stop_late(self, record: RunRecord) -> bool:
         """Stop a run that is over its time, and return whether it was."""
@@ -484,6 +488,7 @@ class _RowWatcher(Watcher):
         return self._people
 
     async def on_status(self, status: CrewStatus) -> None:
+        self._run.see_task(status.current_task)
         if status.state is CrewState.WAITING:
             task = self._record.human_task
             await self.people.ask(status)

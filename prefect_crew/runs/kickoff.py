@@ -18,6 +18,7 @@ from prefect.exceptions import PrefectException
 from prefect_crew._internal.asyncio_tasks import ENDINGS, cancelled_once
 from prefect_crew._internal.prefect_api import run_logger
 from prefect_crew.artifacts.events import emit
+from prefect_crew.artifacts.telemetry import count_uncertain
 from prefect_crew.client._retry_safety import KickoffFate, kickoff_delay, kickoff_fate, post_deadline
 from prefect_crew.client.inputs import STATE_ID, encode_inputs, inputs_digest, is_uuid, missing_inputs, unknown_inputs
 from prefect_crew.client.models import CrewInput
@@ -421,6 +422,7 @@ async def _post(start: Start, record: RunRecord, records: RecordStore, session: 
         if kickoff_fate(error) is not KickoffFate.UNCERTAIN:
             raise
         record.phase, record.reason = RecordPhase.UNCERTAIN, redact(f"{type(error).__name__}: {error}")[:500]
+        count_uncertain(record)
         await _save(record, records)
         if not isinstance(error, Exception):
             raise
@@ -438,6 +440,7 @@ async def _post(start: Start, record: RunRecord, records: RecordStore, session: 
     if other is not None:
         record.reason = f"the crew's server answered with run {kickoff_id}, which is that of idempotency key {other!r}"
         record.phase, record.kickoff_id, record.kicked_off_at = RecordPhase.UNCERTAIN, None, None
+        count_uncertain(record)
     await _save(record, records)
     if other is not None:
         raise _uncertain(record)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+from prefect_crew.artifacts.telemetry import count_waiting
 from prefect_crew.client.models import CrewStatus
 from prefect_crew.crew import RETRY_AFTER_CAP, WaitPolicy, fast_intervals
 from prefect_crew.exceptions import (
@@ -161,19 +162,22 @@ async def poll(
     if not first_look:
         # Counted from the kickoff: what was written down since is not a reason to look later.
         await watcher.pause(max(0.0, state.next_pause() - max(0.0, now() - phases.kicked_off_at)))
-    while True:
-        try:
-            status = await look()
-        except AuthenticationError:
-            raise
-        except NO_ANSWER as error:
-            await state.failed(error)
-            asked = min(getattr(error, "retry_after", None) or 0.0, RETRY_AFTER_CAP)
-            await watcher.pause(max(state.next_delay(), asked))
-            continue
-        if await state.take(status):
-            return status
-        await watcher.pause(state.next_pause())
+    try:
+        while True:
+            try:
+                status = await look()
+            except AuthenticationError:
+                raise
+            except NO_ANSWER as error:
+                await state.failed(error)
+                asked = min(getattr(error, "retry_after", None) or 0.0, RETRY_AFTER_CAP)
+                await watcher.pause(max(state.next_delay(), asked))
+                continue
+            if await state.take(status):
+                return status
+            await watcher.pause(state.next_pause())
+    finally:
+        state.count_waiting(waits=False)
 
 
 class _Poll:
@@ -194,6 +198,7 @@ class _Poll:
         self.began = now()
         self.seen: CrewState | None = None
         self.unknown = 0
+        self.waits = False
         self.failing_for = 0.0
         """Seconds that failed looks have cost since the last good answer."""
         self.failed_at: float | None = None
@@ -233,6 +238,7 @@ class _Poll:
             if self.seen is not None and status.state is not self.seen:
                 self.delays = poll_delays(self.policy, self.rng)
             self.seen = status.state
+            self.count_waiting(waits=self.seen is CrewState.WAITING)
             if self.phases.see(self.seen, self.now()) and not self.seen.ended:
                 await self.watcher.on_human_wait(self.phases)
             await self.watcher.on_status(status)
@@ -245,6 +251,11 @@ class _Poll:
             if more <= 0:
                 raise await self.timed_out(left)
         return False
+
+    def count_waiting(self, *, waits: bool) -> None:
+        if waits is not self.waits:
+            self.waits = waits
+            count_waiting(self.names["crew"], 1 if waits else -1)
 
     async def failed(self, error: CrewError) -> None:
         """Raise if there has been no answer for too long."""

@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from datetime import datetime
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -17,7 +18,7 @@ from pydantic import BaseModel, ValidationError
 from yaml.representer import Representer, SafeRepresenter
 
 from prefect_crew._internal.prefect_api import contexts_around, flow_run_id, run_logger
-from prefect_crew.artifacts.run import RunArtifact, RunView
+from prefect_crew.artifacts.run import TASKS_CAP, RunArtifact, RunView
 from prefect_crew.client.models import CrewResult, CrewStatus
 from prefect_crew.client.redaction import Redactor, withholding
 from prefect_crew.crew import Crew, CrewSession
@@ -44,8 +45,8 @@ class OpenRun:
 
     `record` is None for a run that was kicked off elsewhere. `inputs` is None where only the id is known. `owned`: this
     process started it, so nobody else closes it. `advice` is what to do about a failure where that is not the usual.
-    `task_seen` is the task that the crew was last seen at, `meta` and `webhooks` what the kickoff was given: the record
-    has none of them, since they may hold secrets.
+    `task_seen` is the task that the crew was last seen at, `tasks_seen` when each was first seen. `meta` and `webhooks`
+    are what the kickoff was given: the record has none of them, since they may hold secrets.
     """
 
     crew: Crew
@@ -55,6 +56,7 @@ class OpenRun:
     owned: bool = False
     advice: str | None = None
     task_seen: str | None = field(default=None, repr=False)
+    tasks_seen: dict[str, datetime] = field(default_factory=dict[str, datetime], repr=False)
     meta: Mapping[str, Any] | None = field(default=None, repr=False)
     webhooks: Webhooks | None = field(default=None, repr=False)
 
@@ -88,6 +90,12 @@ class OpenRun:
         """Tell whoever the crew names of a status, or of the run itself."""
         if self.crew.on_status is not None:
             self.crew.on_status(self, status)
+
+    def see_task(self, name: str | None) -> None:
+        """Note the task that a status says the crew is at."""
+        self.task_seen = name or self.task_seen
+        if name and len(self.tasks_seen) < TASKS_CAP:
+            self.tasks_seen.setdefault(name, utcnow())
 
     # What may be shown
 
@@ -178,6 +186,7 @@ class OpenRun:
             attempt=self.attempt,
             # A run that goes on, or has completed, needs none.
             advice=next_step(self) if status is not None and status.state in _FAILED else "",
+            tasks_seen={} if self.is_blind else {self.redact(name): at for name, at in self.tasks_seen.items()},
         )
 
 

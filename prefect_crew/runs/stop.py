@@ -29,6 +29,7 @@ from prefect.states import Cancelled
 
 from prefect_crew._internal.prefect_api import contexts_around, flow_run_id, run_logger
 from prefect_crew.artifacts.events import emit
+from prefect_crew.artifacts.telemetry import end_run
 from prefect_crew.client.models import StopAnswer, StopOutcome
 from prefect_crew.crew import Crew, CrewSession, open_session
 from prefect_crew.exceptions import CrewError
@@ -341,3 +342,4 @@ async def close_stopped(record: RunRecord, answer: StopAnswer, records: RecordSt
         for name, value in stored.outcome().items():
             setattr(record, name, value)
         emit("stopped", record, once=True, state=str(record.state))
+        end_run(record)

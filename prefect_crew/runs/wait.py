@@ -16,6 +16,7 @@ from prefect_crew._internal.asyncio_tasks import ENDINGS, cancel_and_wait, cance
 from prefect_crew._internal.prefect_api import flow_run_id, run_logger
 from prefect_crew.artifacts.escape import progress
 from prefect_crew.artifacts.events import emit
+from prefect_crew.artifacts.telemetry import end_run, is_tracing
 from prefect_crew.client.models import CrewResult, CrewStatus
 from prefect_crew.crew import Crew, CrewSession, WaitPolicy, open_session
 from prefect_crew.exceptions import CrewError, CrewFailedError, CrewLostError, CrewStoppedError, CrewTimeoutError
@@ -187,7 +188,7 @@ class _Waiter(Watcher):
 
     async def on_status(self, status: CrewStatus) -> None:
         run, before, self.last = self.run, self.last, status
-        run.task_seen = status.current_task or run.task_seen
+        run.see_task(status.current_task)
         run.notify(status)
         is_new_state = before is None or before.state is not status.state
         is_new_task = status.current_task is not None and (before is None or before.current_task != status.current_task)
@@ -227,7 +228,7 @@ class _Waiter(Watcher):
         if phases.human_since is None:
             emit("resumed", record)
         try:
-            if not await self._is_closed():
+            if self.run.owned or not await self._is_closed():
                 await self.records.save(record)
         except (httpx.HTTPError, PrefectException) as error:
             self.log.warning("Whether run %s waits for a person could not be recorded: %s", self.run.kickoff_id, error)
@@ -316,8 +317,12 @@ class _Waiter(Watcher):
         """Write the end down, show it, tell automations: once, by whoever closes the record."""
         run, record = self.run, self.run.record
         if record is not None:
-            if await self._is_closed():
+            if not run.owned and await self._is_closed():
                 return
+            # Stopped from here, or seen by another wait: they have written its span.
+            is_first = record.phase is not RecordPhase.ENDED and not (
+                run.owned and is_tracing() and await self._is_closed()
+            )
             result = None
             if status.state is CrewState.COMPLETED and run.show == "full":
                 result = StoredResult.of(status.result())
@@ -338,17 +343,19 @@ class _Waiter(Watcher):
                 self.log.warning("The end of run %s could not be recorded: %s", run.kickoff_id, problem)
             said = {"state": str(status.state), "error": error, "execution_time": status.execution_time}
             emit(str(status.state), record, once=True, **said)
+            if is_first:
+                end_run(record, lambda: run.view(status))
         await self._show(status, force=True)
 
     async def _is_closed(self) -> bool:
-        """Return whether another waiter has closed the record of a run that is not ours."""
-        if self.run.record is None or self.run.owned:
+        """Return whether somebody else has closed the record."""
+        if self.run.record is None:
             return False
         try:
-            stored = await self.records.of_kickoff(self.run.kickoff_id)
+            attempts = await self.records.attempts(self.run.record.idempotency_key)
         except (httpx.HTTPError, PrefectException):
             return False
-        return stored is not None and stored.phase is RecordPhase.ENDED
+        return any(one.kickoff_id == self.run.kickoff_id and one.phase is RecordPhase.ENDED for one in attempts)
 
     async def _after_cancellation(self) -> CrewError:
         """Stop the crew, see that the flow run ends as cancelled, and return the error to raise."""

@@ -1,0 +1,204 @@
+"""What OpenTelemetry gets to know of runs where its SDK is set up: one span for each run that ended, and metrics.
+
+The span is written once, by whoever closes the run's record, with the times that stand there. So it holds across
+processes and restarts, and needs nothing while the run is under way. Its parent is the span around that call, which is
+Prefect's where Prefect's own telemetry is on. The names are those of the semantic conventions for GenAI as of v1.41 and
+of CrewAI itself (crewai/telemetry/tracing/semantic_conventions.py). `crewai.execution_uuid`, the kickoff id, is on each
+span of the same run that CrewAI exports.
+
+Without an SDK nothing is read or rendered: `benchmarks/traces.py` measures the rest.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from datetime import datetime
+from typing import Any
+
+import httpx
+from opentelemetry import metrics, trace
+from opentelemetry.trace import Span, Status, StatusCode, Tracer
+from prefect.context import FlowRunContext, TaskRunContext
+
+from prefect_crew.artifacts.run import TASKS_CAP, RunView
+from prefect_crew.client.models import TaskResult
+from prefect_crew.records.model import RunRecord
+from prefect_crew.settings import CrewSettings
+from prefect_crew.states import CrewState
+
+NAME = "prefect_crew"
+CONTENT_CAP = 64_000
+"""Characters of an input or output on a span. A collector refuses a request that is too large, with all its spans."""
+
+# Until an SDK is set up they do nothing; then they become its own.
+_meter = metrics.get_meter(NAME)
+_runs = _meter.create_counter("prefect_crew.runs", "{run}", "Runs that ended, by state")
+_seconds = _meter.create_histogram(
+    "prefect_crew.run.duration",
+    "s",
+    "Time from a run's kickoff until its end was seen",
+    explicit_bucket_boundaries_advisory=[1, 2, 5, 10, 30, 60, 120, 300, 600, 1800, 3600, 14400, 86400],
+)
+_tokens = _meter.create_counter("prefect_crew.tokens", "{token}", "Tokens that ended runs reported")
+_cost = _meter.create_counter("prefect_crew.cost", description="What ended runs cost, by the crew's price")
+_uncertain = _meter.create_counter("prefect_crew.kickoffs.uncertain", "{kickoff}", "Kickoffs that became uncertain")
+_waiting = _meter.create_up_down_counter("prefect_crew.runs.waiting", "{run}", "Runs that wait for a person")
+
+
+def is_tracing() -> bool:
+    """Return whether spans go anywhere: the user has set up an SDK."""
+    return not isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider)
+
+
+def count_uncertain(record: RunRecord) -> None:
+    """Count a kickoff that this process has sent, of which nobody knows what became."""
+    _uncertain.add(1, {"crewai.crew.name": record.crew})
+
+
+def count_waiting(crew: str | None, change: int) -> None:
+    """Count a run that began (1) or ceased (-1) to wait for a person while this process waits for it."""
+    _waiting.add(change, {"crewai.crew.name": crew or "unknown"})
+
+
+def end_run(
+    record: RunRecord, view: Callable[[], RunView] | None = None, *, settings: CrewSettings | None = None
+) -> None:
+    """Write the span of a run and count it. For whoever has closed its record, and for nobody else.
+
+    Args:
+        record: The run.
+        view: Makes what may be shown of it; left out, nobody knows more than its record.
+        settings: Left out, they are read, which takes 3 ms.
+    """
+    kicked_off = record.kicked_off_at or record.claimed_at
+    begin, end = _ns(kicked_off), max(_ns(kicked_off), _ns(record.ended_at or kicked_off))
+    _count(record, (end - begin) / 1e9)
+    tracer = trace.get_tracer(NAME)
+    # Enough for a sampler to decide by.
+    known = {
+        "gen_ai.operation.name": "invoke_workflow",
+        "gen_ai.workflow.name": record.crew,
+        "gen_ai.agent.name": record.crew,  # what the conventions call it from their own v0.1 on
+        "crewai.crew.name": record.crew,
+        "crewai.execution_uuid": str(record.kickoff_id),
+    }
+    span = tracer.start_span(f"invoke_workflow {record.crew}", attributes=known, start_time=begin)
+    if not span.is_recording():
+        return
+    shown = None if view is None else view()
+    with_content = shown is not None and shown.show == "full" and (settings or CrewSettings()).trace_content
+    _set(span, _facts(record))
+    if record.state is not CrewState.COMPLETED:
+        says_why = shown is not None and shown.show != "none"
+        span.set_status(Status(StatusCode.ERROR, record.error if says_why else None))
+        span.set_attribute("error.type", str(record.state))
+    if shown is not None:
+        _set(span, _reported(shown, with_content=with_content))
+        if shown.show != "none":
+            _write_tasks(tracer, span, shown, begin, end, with_content=with_content)
+    span.end(end)
+
+
+def _count(record: RunRecord, seconds: float) -> None:
+    labels = {"crewai.crew.name": record.crew}
+    ended = {**labels, "prefect_crew.state": str(record.state)}
+    _runs.add(1, ended)
+    _seconds.record(seconds, ended)
+    usage = record.usage
+    if usage is not None:
+        for kind, count in (("input", usage.prompt_tokens), ("output", usage.completion_tokens)):
+            if count is not None:
+                _tokens.add(count, {**labels, "gen_ai.token.type": kind})
+    if record.cost is not None:
+        _cost.add(record.cost, labels)
+
+
+def _facts(record: RunRecord) -> Iterator[tuple[str, Any]]:
+    """Yield the attributes that the record and Prefect's contexts tell; None is left out by `_set`."""
+    yield "server.address", httpx.URL(record.crew_url).host
+    yield "prefect_crew.state", str(record.state)
+    yield "prefect_crew.idempotency_key", record.idempotency_key
+    yield "prefect_crew.attempt", record.attempt
+    yield "prefect_crew.step", record.step
+    yield "prefect_crew.cost", record.cost
+    if record.human_seconds:
+        yield "crewai.human_feedback.wait_duration_ms", record.human_seconds * 1000
+    if (usage := record.usage) is not None:
+        yield "gen_ai.usage.input_tokens", usage.prompt_tokens
+        yield "gen_ai.usage.output_tokens", usage.completion_tokens
+        yield "gen_ai.usage.cache_read.input_tokens", usage.cached_prompt_tokens
+        yield "prefect_crew.total_tokens", usage.total_tokens
+    flow, task = FlowRunContext.get(), TaskRunContext.get()
+    flow_run = None if flow is None else flow.flow_run
+    if flow_run is not None:
+        yield "prefect.flow_run.id", str(flow_run.id)
+        yield "prefect.flow_run.name", flow_run.name
+    if task is not None:
+        yield "prefect.task_run.id", str(task.task_run.id)
+        yield "prefect.task_run.name", task.task_run.name
+    # It may have been another one, which has ended since.
+    yield "prefect_crew.kickoff.flow_run_id", record.flow_run_id
+
+
+def _reported(view: RunView, *, with_content: bool) -> Iterator[tuple[str, Any]]:
+    """Yield the attributes that the crew's last status tells, as far as they may be shown."""
+    status = view.status
+    if status is None:
+        return
+    if status.execution_time is not None:
+        yield "crewai.crew.execution_duration_ms", status.execution_time * 1000
+    models = sorted(status.usage_by_model)
+    yield "gen_ai.response.model", models[0] if len(models) == 1 else None
+    yield "prefect_crew.models", models or None
+    if with_content:
+        if view.inputs is not None:
+            yield "gen_ai.input.messages", _message("user", json.dumps(view.shown_inputs(), ensure_ascii=False))
+        if status.output is not None:
+            yield "gen_ai.output.messages", _message("assistant", status.output, finish_reason="stop")
+
+
+def _message(role: str, text: str, **more: str) -> str:
+    """Return a text as the conventions want it: a JSON list of messages, each with parts."""
+    parts = [{"type": "text", "content": text[:CONTENT_CAP]}]
+    return json.dumps([{"role": role, "parts": parts, **more}], ensure_ascii=False)
+
+
+def _write_tasks(tracer: Tracer, run: Span, view: RunView, begin: int, end: int, *, with_content: bool) -> None:
+    """Write a span for each task that is known, in their order.
+
+    No server tells when a task began. A task that was seen at work lasts from then until the next one was seen, or the
+    run had ended; one that was not is a point at the run's end, and says that its times are unknown.
+    """
+    tasks, seen = ([] if view.status is None else [*view.status.tasks]), view.tasks_seen
+    if view.state is not CrewState.COMPLETED:
+        tasks += [TaskResult(name=name) for name in seen if name not in {task.name for task in tasks}]
+    starts = sorted(seen.values())
+    context = trace.set_span_in_context(run)
+    for number, task in enumerate(tasks[:TASKS_CAP], start=1):
+        at = seen.get(task.name or "")
+        following = next((_ns(one) for one in starts if at is not None and one > at), end)
+        start = end if at is None else min(max(_ns(at), begin), end)
+        span = tracer.start_span(f"execute_task {task.name or number}", context, start_time=start)
+        attributes: Mapping[str, Any] = {
+            "gen_ai.operation.name": "execute_task",
+            "gen_ai.agent.name": task.agent,
+            "crewai.agent.role": task.agent,
+            "crewai.task.name": task.name,
+            "crewai.task.output": (task.output or "")[:CONTENT_CAP] or None if with_content else None,
+            "crewai.execution_uuid": view.kickoff_id,
+            "prefect_crew.task.number": number,
+            "prefect_crew.task.execution_time": task.execution_time,
+            "prefect_crew.task.times": "unknown" if at is None else "seen",
+        }
+        _set(span, attributes.items())
+        span.end(min(max(following, start), end))
+
+
+def _set(span: Span, attributes: Any) -> None:
+    span.set_attributes({name: value for name, value in attributes if value is not None})
+
+
+def _ns(moment: datetime) -> int:
+    """Return a time as OpenTelemetry has it: nanoseconds since the epoch, exact to the microsecond."""
+    return round(moment.timestamp() * 1e6) * 1000
