@@ -1,10 +1,10 @@
 """What OpenTelemetry gets to know of runs where its SDK is set up: one span for each run that ended, and metrics.
 
-The span is written once, by whoever closes the run's record, with the times that stand there. So it holds across
-processes and restarts, and needs nothing while the run is under way. Its parent is the span around that call, which is
-Prefect's where Prefect's own telemetry is on. The names are those of the semantic conventions for GenAI as of v1.41 and
-of CrewAI itself (crewai/telemetry/tracing/semantic_conventions.py). `crewai.execution_uuid`, the kickoff id, is on each
-span of the same run that CrewAI exports.
+The span is written once, by the wait that sees the run's end, with the times that stand in its record. So it holds
+across processes and restarts, and needs nothing while the run is under way. Its parent is the span around that wait,
+which is that of Prefect's task run unless Prefect's own telemetry is off. The names are those of the semantic
+conventions for GenAI as of v1.41 and of CrewAI itself (crewai/telemetry/tracing/semantic_conventions.py).
+`crewai.execution_uuid`, the kickoff id, is on each span of the same run that CrewAI exports.
 
 Without an SDK nothing is read or rendered: `benchmarks/traces.py` measures the rest.
 """
@@ -64,7 +64,7 @@ def count_waiting(crew: str | None, change: int) -> None:
 def end_run(
     record: RunRecord, view: Callable[[], RunView] | None = None, *, settings: CrewSettings | None = None
 ) -> None:
-    """Write the span of a run and count it. For whoever has closed its record, and for nobody else.
+    """Write the span of a run and count it. For the wait that has closed its record, or ended with the run lost.
 
     Args:
         record: The run.
@@ -88,7 +88,7 @@ def end_run(
         return
     shown = None if view is None else view()
     with_content = shown is not None and shown.show == "full" and (settings or CrewSettings()).trace_content
-    _set(span, _facts(record))
+    _set(span, _facts(record, with_content=with_content))
     if record.state is not CrewState.COMPLETED:
         says_why = shown is not None and shown.show != "none"
         span.set_status(Status(StatusCode.ERROR, record.error if says_why else None))
@@ -114,7 +114,7 @@ def _count(record: RunRecord, seconds: float) -> None:
         _cost.add(record.cost, labels)
 
 
-def _facts(record: RunRecord) -> Iterator[tuple[str, Any]]:
+def _facts(record: RunRecord, *, with_content: bool) -> Iterator[tuple[str, Any]]:
     """Yield the attributes that the record and Prefect's contexts tell; None is left out by `_set`."""
     yield "server.address", httpx.URL(record.crew_url).host
     yield "prefect_crew.state", str(record.state)
@@ -130,13 +130,14 @@ def _facts(record: RunRecord) -> Iterator[tuple[str, Any]]:
         yield "gen_ai.usage.cache_read.input_tokens", usage.cached_prompt_tokens
         yield "prefect_crew.total_tokens", usage.total_tokens
     flow, task = FlowRunContext.get(), TaskRunContext.get()
-    flow_run = None if flow is None else flow.flow_run
-    if flow_run is not None:
-        yield "prefect.flow_run.id", str(flow_run.id)
-        yield "prefect.flow_run.name", flow_run.name
-    if task is not None:
-        yield "prefect.task_run.id", str(task.task_run.id)
-        yield "prefect.task_run.name", task.task_run.name
+    around = [("flow", flow.flow, flow.flow_run)] if flow is not None else []
+    around += [("task", task.task, task.task_run)] if task is not None else []
+    for kind, what, run in around:
+        if run is not None:
+            yield f"prefect.{kind}_run.id", str(run.id)
+            # This package puts an input into the names of its own runs: `crew.titled`.
+            is_ours = not with_content and getattr(getattr(what, "fn", what), "__module__", "").startswith(NAME)
+            yield f"prefect.{kind}_run.name", run.name.partition(" · ")[0] if is_ours else run.name
     # It may have been another one, which has ended since.
     yield "prefect_crew.kickoff.flow_run_id", record.flow_run_id
 

@@ -380,7 +380,7 @@ class Runner:
                 status = status if waker is None else await waker.with_usage(status)
         run.use_token_of(self.session.crew)
         has_result = status.state is CrewState.COMPLETED
-        is_first = record.phase is not RecordPhase.ENDED  # else it was stopped from here
+        is_stopped_here = record.phase is RecordPhase.ENDED
         close_record(
             record,
             status,
@@ -392,7 +392,7 @@ class Runner:
         if has_result and self.first_poll is not None:
             self.first_poll.add(record)
         await self.ledger.save(record)
-        if is_first:
+        if not is_stopped_here:
             end_run(record, lambda: run.view(status), settings=self._settings)
 
     async def stop_late(self, record: RunRecord) -> bool:

@@ -394,7 +394,6 @@ def resolve(
     reach_prefect()
 
     async def say() -> str:
-        from prefect_crew.artifacts.telemetry import end_run
         from prefect_crew.records.resolve import (
             in_flight,
             resolve_lost,
@@ -414,7 +413,6 @@ def resolve(
             async with _status_call(record, crew, access) as look:
                 if kickoff_id is None:
                     await resolve_lost(record, records, look=look)
-                    end_run(record)
                     return f"run {record.kickoff_id} of {key} is lost. {again} starts another."
                 if batch:
                     await _check_unused(kickoff_id, record)

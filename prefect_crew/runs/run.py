@@ -141,16 +141,15 @@ class OpenRun:
         """Return a status without its raw body, with every secret masked, and without texts where none can be."""
         if self.is_blind:
             output = None if status.output is None else "*" * len(status.output)
-            texts = dict.fromkeys((*_TEXTS, "data"), None)
-            return status.model_copy(
-                update={**texts, "output": output, "error": self.redact_text(status.error), "tasks": [], "raw": None}
-            )
+            texts = {**dict.fromkeys((*_TEXTS, "data"), None), "error": self.redact_text(status.error)}
+            empty = {"tasks": [], "usage_by_model": {}, "raw": None}
+            return status.model_copy(update={**texts, **empty, "output": output})
         tree = self.redact.tree
         tasks = [
             task.model_copy(update={**{name: tree(getattr(task, name)) for name in _TASK_TEXTS}, "raw": None})
             for task in status.tasks
         ]
-        texts = {name: tree(getattr(status, name)) for name in (*_TEXTS, "data", "output", "error")}
+        texts = {name: tree(getattr(status, name)) for name in (*_TEXTS, "data", "output", "error", "usage_by_model")}
         return status.model_copy(update={**texts, "tasks": tasks, "raw": None})
 
     def view(

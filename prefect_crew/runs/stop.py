@@ -254,7 +254,7 @@ async def stop_run(crew: Crew | CrewSession, kickoff_id: str, *, idempotency_key
             answer = await session.call(lambda client: client.stop(kickoff_id))
     if run.record is not None and run.record.phase is RecordPhase.STARTED and answer.accepted:
         try:
-            await close_stopped(run.record, answer, PrefectRecords())
+            await close_stopped(run.record, answer, PrefectRecords(), by_wait=False)
         except (httpx.HTTPError, PrefectException) as error:
             run_logger().warning("It could not be recorded that run %s was stopped: %s", kickoff_id, error)
         if run.record.slot is not None:
@@ -324,10 +324,11 @@ def stop_was_asked(record: RunRecord) -> bool:
     return record.reason is not None and record.reason.startswith(_STOP_ASKED)
 
 
-async def close_stopped(record: RunRecord, answer: StopAnswer, records: RecordStore) -> None:
+async def close_stopped(record: RunRecord, answer: StopAnswer, records: RecordStore, *, by_wait: bool = True) -> None:
     """Write down what a stop came to: the end where the server says so, else only that it was asked for.
 
-    An end is reported to automations as well, by whoever brought it about: nobody else will see it.
+    An end is reported to automations as well, by whoever brought it about: nobody else will see it. `by_wait`: it was
+    a wait that ends with it. Whoever stops a run from elsewhere leaves its span to the wait that sees it stopped.
     """
     if answer.outcome is StopOutcome.NOT_STOPPABLE:
         return  # it has ended: whoever looks sees how, and writes it down
@@ -342,4 +343,5 @@ async def close_stopped(record: RunRecord, answer: StopAnswer, records: RecordSt
         for name, value in stored.outcome().items():
             setattr(record, name, value)
         emit("stopped", record, once=True, state=str(record.state))
-        end_run(record)
+        if by_wait:
+            end_run(record)

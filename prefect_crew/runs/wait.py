@@ -20,7 +20,7 @@ from prefect_crew.artifacts.telemetry import end_run, is_tracing
 from prefect_crew.client.models import CrewResult, CrewStatus
 from prefect_crew.crew import Crew, CrewSession, WaitPolicy, open_session
 from prefect_crew.exceptions import CrewError, CrewFailedError, CrewLostError, CrewStoppedError, CrewTimeoutError
-from prefect_crew.records.model import RecordPhase, StoredResult
+from prefect_crew.records.model import RecordPhase, StoredResult, utcnow
 from prefect_crew.records.store import PrefectRecords
 from prefect_crew.runs import stop
 from prefect_crew.runs.limits import slot_of
@@ -165,6 +165,7 @@ class _Waiter(Watcher):
                 except CrewLostError as error:
                     if run.record is not None:
                         emit("lost", run.record, once=True)
+                        end_run(run.record.model_copy(update={"state": CrewState.UNKNOWN, "ended_at": utcnow()}))
                     lost = CrewStatus(kickoff_id=run.kickoff_id, state=CrewState.UNKNOWN)
                     await self._show(lost, force=True, note=str(error))
                     raise
@@ -319,10 +320,8 @@ class _Waiter(Watcher):
         if record is not None:
             if not run.owned and await self._is_closed():
                 return
-            # Stopped from here, or seen by another wait: they have written its span.
-            is_first = record.phase is not RecordPhase.ENDED and not (
-                run.owned and is_tracing() and await self._is_closed()
-            )
+            # Of several waits that see the end, the first one writes the span. Whoever stops a run is no wait.
+            is_first = not (run.owned and is_tracing() and await self._is_closed(by_wait=True))
             result = None
             if status.state is CrewState.COMPLETED and run.show == "full":
                 result = StoredResult.of(status.result())
@@ -347,15 +346,19 @@ class _Waiter(Watcher):
                 end_run(record, lambda: run.view(status))
         await self._show(status, force=True)
 
-    async def _is_closed(self) -> bool:
-        """Return whether somebody else has closed the record."""
+    async def _is_closed(self, *, by_wait: bool = False) -> bool:
+        """Return whether somebody else has closed the record; `by_wait`: by having seen the end of the run."""
         if self.run.record is None:
             return False
         try:
             attempts = await self.records.attempts(self.run.record.idempotency_key)
         except (httpx.HTTPError, PrefectException):
             return False
-        return any(one.kickoff_id == self.run.kickoff_id and one.phase is RecordPhase.ENDED for one in attempts)
+        stored = next((one for one in attempts if one.kickoff_id == self.run.kickoff_id), None)
+        if stored is None or stored.phase is not RecordPhase.ENDED:
+            return False
+        # What a wait has seen stands in the record itself, what others found out in a permit.
+        return not by_wait or stored.strongest is None or stored.strongest.ended_at != stored.ended_at
 
     async def _after_cancellation(self) -> CrewError:
         """Stop the crew, see that the flow run ends as cancelled, and return the error to raise."""
