@@ -135,9 +135,10 @@ def _facts(record: RunRecord, *, with_content: bool) -> Iterator[tuple[str, Any]
     for kind, what, run in around:
         if run is not None:
             yield f"prefect.{kind}_run.id", str(run.id)
-            # This package puts an input into the names of its own runs: `crew.titled`.
-            is_ours = not with_content and getattr(getattr(what, "fn", what), "__module__", "").startswith(NAME)
-            yield f"prefect.{kind}_run.name", run.name.partition(" · ")[0] if is_ours else run.name
+            # This package names its own runs by the idempotency key or by an input: `crew.titled`.
+            is_ours = getattr(getattr(what, "fn", what), "__module__", "").startswith(NAME)
+            is_safe = with_content or not is_ours or run.name.endswith(record.idempotency_key)
+            yield f"prefect.{kind}_run.name", run.name if is_safe else run.name.partition(" · ")[0]
     # It may have been another one, which has ended since.
     yield "prefect_crew.kickoff.flow_run_id", record.flow_run_id
 

@@ -142,7 +142,7 @@ class OpenRun:
         if self.is_blind:
             output = None if status.output is None else "*" * len(status.output)
             texts = {**dict.fromkeys((*_TEXTS, "data"), None), "error": self.redact_text(status.error)}
-            empty = {"tasks": [], "usage_by_model": {}, "raw": None}
+            empty: dict[str, Any] = {"tasks": [], "usage_by_model": {}, "raw": None}
             return status.model_copy(update={**texts, **empty, "output": output})
         tree = self.redact.tree
         tasks = [

@@ -114,7 +114,7 @@ def test_a_run_is_a_span_with_its_crew_its_flow_run_its_tokens_and_its_cost(
     assert span.end == pytest.approx(record.ended_at.timestamp(), abs=1e-6)
     assert span.attributes.pop("crewai.crew.execution_duration_ms") > 0
     assert span.attributes.pop("prefect.task_run.id")
-    assert span.attributes.pop("prefect.task_run.name") == f"wait {label}"
+    assert span.attributes.pop("prefect.task_run.name") == f"wait {label} · {idempotency_key}"
     assert span.attributes == {
         "gen_ai.operation.name": "invoke_workflow",
         "gen_ai.workflow.name": label,
@@ -441,31 +441,18 @@ async def test_a_run_counts_as_waiting_while_it_waits_for_a_person(
 # A program
 
 
-PROGRAM = """
-import sys
-from opentelemetry import metrics, trace
-from opentelemetry.exporter.otlp.proto.http.metric_exporter import OTLPMetricExporter
-from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
-from opentelemetry.sdk.metrics import MeterProvider
-from opentelemetry.sdk.metrics.export import PeriodicExportingMetricReader
-from opentelemetry.sdk.trace import TracerProvider
-from opentelemetry.sdk.trace.export import BatchSpanProcessor
-from prefect_crew import DeployedCrew, run_crew
-
-traces = TracerProvider()
-traces.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
-trace.set_tracer_provider(traces)
-metrics.set_meter_provider(MeterProvider([PeriodicExportingMetricReader(OTLPMetricExporter())]))
-run_crew(DeployedCrew(url=sys.argv[1], token=sys.argv[2]), {"text": "a"})
-"""
+PAGE = Path(__file__).parents[2] / "docs" / "guides" / "traces.md"
 
 
-def test_a_program_exports_spans_and_metrics(crew_server: CrewServerFactory, prefect_api: PrefectServer):
+def test_the_program_of_the_guide_exports_spans_and_metrics(crew_server: CrewServerFactory, prefect_api: PrefectServer):
     server = crew_server("echo", speed=100)
     with Collector() as collector:
         env = {"PREFECT_API_URL": prefect_api.api_url, "OTEL_EXPORTER_OTLP_ENDPOINT": collector.url}
-        command = [sys.executable, "-c", PROGRAM, server.url, server.token]
-        subprocess.run(command, env={**os.environ, **env}, check=True, timeout=60)
+        program = PAGE.read_text().partition("```python\n")[2].partition("```")[0]
+        assert 'run_crew("travel", trip)' in program
+        ours = f"run_crew(DeployedCrew(url={server.url!r}, token={server.token!r}), {{'text': 'a'}})"
+        program = program.replace('run_crew("travel", trip)', "from prefect_crew import DeployedCrew\n" + ours)
+        subprocess.run([sys.executable, "-c", program], env={**os.environ, **env}, check=True, timeout=60)
     assert one(collector).attributes["crewai.execution_uuid"] == server.runs[0].id
     counted = {name: value for name, _, value in collector.points}
     assert counted["prefect_crew.runs"] == 1
