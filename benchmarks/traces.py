@@ -98,7 +98,7 @@ def main() -> None:
     ):
         provider = TracerProvider(sampler=sampler)
         provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(url), max_queue_size=100_000))
-        trace._TRACER_PROVIDER = provider  # a program sets it once
+        trace._TRACER_PROVIDER = provider  # noqa: SLF001  a program sets it once
         measure(what, closing(settings), runs, provider.force_flush)
         provider.shutdown()
     drain.shutdown()
