@@ -12,7 +12,7 @@ Without an SDK nothing is read or rendered: `benchmarks/traces.py` measures the 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime
 from typing import Any
 
@@ -28,8 +28,8 @@ from prefect_crew.settings import CrewSettings
 from prefect_crew.states import CrewState
 
 NAME = "prefect_crew"
-CONTENT_CAP = 64_000
-"""Characters of an input or output on a span. A collector refuses a request that is too large, with all its spans."""
+NAME_CAP, CONTENT_CAP = 200, 64_000
+"""Characters of a name and of a text on a span. A collector refuses a request that is too large, with all its spans."""
 
 # Until an SDK is set up they do nothing; then they become its own.
 _meter = metrics.get_meter(NAME)
@@ -109,7 +109,7 @@ def _count(record: RunRecord, seconds: float) -> None:
     if usage is not None:
         for kind, count in (("input", usage.prompt_tokens), ("output", usage.completion_tokens)):
             if count is not None:
-                _tokens.add(count, {**labels, "gen_ai.token.type": kind})
+                _tokens.add(float(count), {**labels, "gen_ai.token.type": kind})  # a sum of whole ones may be too long
     if record.cost is not None:
         _cost.add(record.cost, labels)
 
@@ -150,7 +150,7 @@ def _reported(view: RunView, *, with_content: bool) -> Iterator[tuple[str, Any]]
         return
     if status.execution_time is not None:
         yield "crewai.crew.execution_duration_ms", status.execution_time * 1000
-    models = sorted(status.usage_by_model)
+    models = sorted(status.usage_by_model)[:TASKS_CAP]
     yield "gen_ai.response.model", models[0] if len(models) == 1 else None
     yield "prefect_crew.models", models or None
     if with_content:
@@ -174,20 +174,22 @@ def _write_tasks(tracer: Tracer, run: Span, view: RunView, begin: int, end: int,
     """
     tasks, seen = ([] if view.status is None else [*view.status.tasks]), view.tasks_seen
     if view.state is not CrewState.COMPLETED:
-        tasks += [TaskResult(name=name) for name in seen if name not in {task.name for task in tasks}]
+        named = {task.name for task in tasks}
+        tasks += [TaskResult(name=name) for name in seen if name not in named]
     starts = sorted(seen.values())
     context = trace.set_span_in_context(run)
     for number, task in enumerate(tasks[:TASKS_CAP], start=1):
         at = seen.get(task.name or "")
+        name, agent = (None if text is None else text[:NAME_CAP] for text in (task.name, task.agent))
         following = next((_ns(one) for one in starts if at is not None and one > at), end)
         start = end if at is None else min(max(_ns(at), begin), end)
-        span = tracer.start_span(f"execute_task {task.name or number}", context, start_time=start)
-        attributes: Mapping[str, Any] = {
+        span = tracer.start_span(f"execute_task {name or number}", context, start_time=start)
+        attributes: dict[str, Any] = {
             "gen_ai.operation.name": "execute_task",
-            "gen_ai.agent.name": task.agent,
-            "crewai.agent.role": task.agent,
-            "crewai.task.name": task.name,
-            "crewai.task.output": (task.output or "")[:CONTENT_CAP] or None if with_content else None,
+            "gen_ai.agent.name": agent,
+            "crewai.agent.role": agent,
+            "crewai.task.name": name,
+            "crewai.task.output": task.output[:CONTENT_CAP] if task.output and with_content else None,
             "crewai.execution_uuid": view.kickoff_id,
             "prefect_crew.task.number": number,
             "prefect_crew.task.execution_time": task.execution_time,
@@ -197,7 +199,7 @@ def _write_tasks(tracer: Tracer, run: Span, view: RunView, begin: int, end: int,
         span.end(min(max(following, start), end))
 
 
-def _set(span: Span, attributes: Any) -> None:
+def _set(span: Span, attributes: Iterable[tuple[str, Any]]) -> None:
     span.set_attributes({name: value for name, value in attributes if value is not None})
 
 

@@ -315,6 +315,18 @@ def test_content_stands_on_the_spans_where_that_is_wanted(crew_server: CrewServe
 
 
 @pytest.mark.usefixtures("_content")
+def test_long_texts_are_cut(crew_server: CrewServerFactory, collector: Collector):
+    long = script({"name": "n" * 1000, "agent": "a" * 1000, "seconds": 0.1, "output": "x" * 100_000})
+    run_crew(crew_server(long, response_format="union").crew(), {})
+    run = one(collector)
+    (answered,) = json.loads(run.attributes["gen_ai.output.messages"])
+    (task,) = collector.tasks(run)
+    assert answered["parts"][0]["content"] == task.attributes["crewai.task.output"] == "x" * telemetry.CONTENT_CAP
+    assert task.attributes["gen_ai.agent.name"] == "a" * telemetry.NAME_CAP
+    assert len(task.name) < 250
+
+
+@pytest.mark.usefixtures("_content")
 @pytest.mark.parametrize("given", [{"password": "hunter22-secret"}, {"password": SecretStr("hunter22-secret")}])
 def test_secrets_stand_on_no_span_with_content_on(
     crew_server: CrewServerFactory, collector: Collector, given: dict[str, Any]
