@@ -152,7 +152,6 @@ def test_its_tasks_are_children_in_their_order_with_the_times_that_were_seen(
     }
     assert {span.attributes["prefect_crew.task.times"] for span in (research, write)} == {"seen"}
     assert run.start <= research.start < research.end == write.start < write.end == run.end
-    assert research.end - research.start == pytest.approx(0.4, abs=0.3)
 
 
 def test_a_task_that_was_not_seen_at_work_has_no_times(crew_server: CrewServerFactory, collector: Collector):
