@@ -15,6 +15,7 @@ from prefect_crew.exceptions import *  # all errors, and nothing else
 if TYPE_CHECKING:
     from prefect_crew.batches import BatchPlan, BatchReport, aplan_batch, arun_batch, plan_batch, run_batch
     from prefect_crew.blocks import CrewRun, DeployedCrew
+    from prefect_crew.budgets import Budget
     from prefect_crew.client import (
         BasicAuth,
         BearerAuth,
@@ -49,18 +50,17 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AnsweredError", "AuthenticationError", "BadRowsError", "BasicAuth", "BatchBusyError", "BatchCancelledError",
-    "BatchChangedError", "BatchFailedError", "BatchPlan", "BatchReport", "BearerAuth", "ConfigurationError",
-    "CrewAPIError", "CrewClient", "CrewConnectionError", "CrewError", "CrewFailedError", "CrewInput", "CrewLostError",
-    "CrewResult", "CrewRun", "CrewState", "CrewStatus", "CrewStep", "CrewStoppedError", "CrewTimeoutError",
-    "DatasetError", "DeployedCrew", "HumanInputWebhook", "IdempotencyConflictError", "InvalidCallError",
-    "InvalidInputsError", "KickoffUncertainError", "LedgerError", "LedgerMissingError", "NotFoundError", "OutputError",
-    "OutputTypeError", "PipelineContext", "PipelineFailedError", "PipelinePlan", "PipelineResult", "PrefectAwayError",
-    "Price", "RateLimitedError", "ResponseFormatError", "ResumeAnswer", "Review", "ReviewLimitError", "ReviewRequest",
-    "ServerError", "Spending", "StopAnswer", "StreamWebhook", "TaskResult", "TokenUsage", "WaitPolicy", "Webhooks",
-    "aplan_batch", "aplan_pipeline", "arun_batch", "arun_crew", "arun_pipeline", "discover_inputs", "get_result",
-    "kickoff_crew",
-    "plan_batch", "plan_pipeline", "resume_crew", "run_batch", "run_crew", "run_deployed_crew", "run_deployed_pipeline",
-    "run_pipeline", "stop_crew", "wait_for_crew",
+    "BatchChangedError", "BatchFailedError", "BatchPlan", "BatchReport", "BearerAuth", "Budget", "BudgetExceededError",
+    "ConfigurationError", "CrewAPIError", "CrewClient", "CrewConnectionError", "CrewError", "CrewFailedError",
+    "CrewInput", "CrewLostError", "CrewResult", "CrewRun", "CrewState", "CrewStatus", "CrewStep", "CrewStoppedError",
+    "CrewTimeoutError", "DatasetError", "DeployedCrew", "HumanInputWebhook", "IdempotencyConflictError",
+    "InvalidCallError", "InvalidInputsError", "KickoffUncertainError", "LedgerError", "LedgerMissingError",
+    "NotFoundError", "OutputError", "OutputTypeError", "PipelineContext", "PipelineFailedError", "PipelinePlan",
+    "PipelineResult", "PrefectAwayError", "Price", "RateLimitedError", "ResponseFormatError", "ResumeAnswer", "Review",
+    "ReviewLimitError", "ReviewRequest", "ServerError", "Spending", "StopAnswer", "StreamWebhook", "TaskResult",
+    "TokenUsage", "WaitPolicy", "Webhooks", "aplan_batch", "aplan_pipeline", "arun_batch", "arun_crew", "arun_pipeline",
+    "discover_inputs", "get_result", "kickoff_crew", "plan_batch", "plan_pipeline", "resume_crew", "run_batch",
+    "run_crew", "run_deployed_crew", "run_deployed_pipeline", "run_pipeline", "stop_crew", "wait_for_crew",
 ]  # fmt: skip
 
 __getattr__, __dir__ = lazy_names(
@@ -68,6 +68,7 @@ __getattr__, __dir__ = lazy_names(
     {
         "batches": "BatchPlan BatchReport aplan_batch arun_batch plan_batch run_batch",
         "blocks": "CrewRun DeployedCrew",
+        "budgets": "Budget",
         "client": "BasicAuth BearerAuth CrewClient CrewInput CrewResult CrewStatus HumanInputWebhook ResumeAnswer "
         "StopAnswer StreamWebhook TaskResult TokenUsage Webhooks",
         "crew": "WaitPolicy",

@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, HttpUrl, SecretStr, field_val
 from pydantic import Secret as SealedValue
 
 from prefect_crew._internal.callables import dual
+from prefect_crew.budgets import Budget
 from prefect_crew.client._transport import checked_url
 from prefect_crew.client.models import CrewResult, ResumeAnswer, StopAnswer
 from prefect_crew.crew import Crew, CrewSession, WaitPolicy
@@ -83,6 +84,10 @@ class DeployedCrew(JobBlock[CrewResult]):
     )
     price: Annotated[float, Field(ge=0)] | Price | None = Field(
         default=None, description="What one run costs, in your currency: a number, or a price of its tokens."
+    )
+    budgets: list[Budget] = Field(
+        default_factory=list[Budget],
+        description="What all runs of the crew together may use in a day, a month or a batch.",
     )
     show: Literal["full", "summary", "none"] = Field(
         default="full", description="How much of inputs and outputs artifacts, events, records and names of runs show."
@@ -182,6 +187,7 @@ class DeployedCrew(JobBlock[CrewResult]):
         name = self._block_document_name
         fields: dict[str, Any] = {field: getattr(self, field) for field in DeployedCrew.model_fields}
         fields |= {"label": self.label, "block": name, "secret_inputs": tuple(self.secret_inputs)}
+        fields["budgets"] = tuple(self.budgets)
         if isinstance(self.price, int | float):
             fields["price"] = Price(per_run=self.price)
         # Whatever its author called it, this very class is what the store gives back for its slug.

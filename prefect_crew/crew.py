@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, Secret, SecretStr
 
 from prefect_crew._internal.prefect_api import run_logger
 from prefect_crew._text import one_line
+from prefect_crew.budgets import Budget
 from prefect_crew.client.redaction import Redactor, holds_secret
 from prefect_crew.exceptions import AuthenticationError, InvalidCallError
 from prefect_crew.prices import Price
@@ -48,7 +49,8 @@ class Crew:
     a run of it says, in addition to the values of its secret inputs. `reload` reads the stored block anew. `on_status`
     is called with a run and None when it is started or found, then with the run and each status that is seen: on the
     event loop that waits, so it must be quick and must not raise. `expected_inputs` are the answer to `GET /inputs`,
-    where somebody has just asked for many runs at once.
+    where somebody has just asked for many runs at once. `batch` is the batch, or the run of a pipeline, that its runs
+    belong to, for `budgets` that are per batch.
     """
 
     label: str
@@ -65,6 +67,8 @@ class Crew:
     secret_inputs: tuple[str, ...]
     price: Price | None
     page_url: str | None
+    budgets: tuple[Budget, ...] = ()
+    batch: str | None = None
     block: str | None = None
     hidden: tuple[SecretStr, ...] = field(default=(), repr=False)
     reload: Callable[[], Awaitable[Crew]] | None = field(default=None, repr=False, compare=False)
@@ -82,6 +86,11 @@ class Crew:
         if len(secret) == len(self.secret_inputs) and len(hidden) == len(self.hidden):
             return self
         return replace(self, secret_inputs=tuple(secret), hidden=tuple(hidden))
+
+    def under(self, budgets: Iterable[Budget], *, name: str, batch: str | None = None) -> Crew:
+        """Return a copy whose runs count in these budgets as well; `name` is for those that have no name."""
+        named = (one if one.name else one.model_copy(update={"name": name}) for one in budgets)
+        return replace(self, budgets=(*self.budgets, *named), batch=batch or self.batch)
 
     def client(self, *, transport: httpx.AsyncBaseTransport | None = None) -> CrewClient:
         """Return a client for it, to be used as an async context manager."""
@@ -134,6 +143,8 @@ class Crew:
             stored.hiding(self.secret_inputs, texts=self.hidden),
             on_status=self.on_status,
             expected_inputs=self.expected_inputs,
+            budgets=self.budgets,
+            batch=self.batch,
         )
 
 

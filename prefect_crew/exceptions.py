@@ -14,6 +14,7 @@
     ├── OutputTypeError              a completed run whose result does not fit the `output_type`
     ├── KickoffUncertainError        the kickoff may or may not have started a run
     ├── IdempotencyConflictError     the idempotency key belongs to another crew or other inputs
+    ├── BudgetExceededError          a budget has no room for another run
     ├── CrewFailedError              the crew ran and failed
     ├── CrewStoppedError             the run was stopped
     ├── CrewLostError                the server no longer knows the run
@@ -42,6 +43,7 @@ import copyreg
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Any, ClassVar, TypeVar, dataclass_transform
 
 from prefect_crew._text import excerpt, listed_names, listed_rows, plain, with_guesses
@@ -49,7 +51,8 @@ from prefect_crew.states import CrewState
 
 __all__ = [
     "AnsweredError", "AuthenticationError", "BadRowsError", "BatchBusyError", "BatchCancelledError",
-    "BatchChangedError", "BatchFailedError", "ConfigurationError", "CrewAPIError", "CrewConnectionError", "CrewError",
+    "BatchChangedError", "BatchFailedError", "BudgetExceededError", "ConfigurationError", "CrewAPIError",
+    "CrewConnectionError", "CrewError",
     "CrewFailedError", "CrewLostError", "CrewStoppedError", "CrewTimeoutError", "DatasetError",
     "IdempotencyConflictError", "InvalidCallError", "InvalidInputsError", "KickoffUncertainError", "LedgerError",
     "LedgerMissingError", "NotFoundError", "OutputError", "OutputTypeError", "PipelineFailedError", "PrefectAwayError",
@@ -303,6 +306,35 @@ class IdempotencyConflictError(_FactsError):
         return (
             f"Idempotency key {self.idempotency_key!r} belongs to another run: {self.difference}. Nothing was started. "
             f"Use another key, or look at that run: prefect-crew runs inspect {shlex.quote(self.idempotency_key)}."
+        )
+
+
+@_with_facts
+class BudgetExceededError(_FactsError):
+    """A budget has no room for another run. Nothing was started.
+
+    `measure` is "cost", "tokens" or "kickoffs". `used` is what runs have used of `limit`, with what those in flight
+    have reserved; `needed` is what another run is expected to use. `resets_at` is when the next day or month begins,
+    UTC; None for a batch. `counter` is the name of the global concurrency limit in Prefect that counts.
+    """
+
+    budget: str
+    counter: str
+    measure: str
+    used: float
+    limit: float
+    needed: float
+    resets_at: datetime | None = None
+    on_limit: str = "refuse"
+
+    def _text(self) -> str:
+        when = f"begins anew at {self.resets_at:%Y-%m-%d %H:%M} UTC" if self.resets_at else "does not begin anew"
+        then = f"Nothing was started: run again then with the same key, or raise max_{self.measure}."
+        then = "The run starts all the same, since on_limit is 'warn'." if self.on_limit == "warn" else then
+        return (
+            f"Budget {self.budget!r} has no room for another run, which takes about {self.needed:,.4g}: "
+            f"{self.used:,.6g} of {self.limit:,.6g} {self.measure} are used or reserved by runs in flight. It {when}. "
+            f"{then}"
         )
 
 

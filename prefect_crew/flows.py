@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import copy
 from functools import partial, wraps
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
@@ -18,6 +18,7 @@ from pydantic import BaseModel, Field
 from prefect_crew._internal.callables import dual, sync_version
 from prefect_crew._internal.prefect_api import label_flow_run
 from prefect_crew.blocks import DeployedCrew, load_crew, values_of_blocks
+from prefect_crew.budgets import Budget
 from prefect_crew.client.inputs import encode_inputs
 from prefect_crew.client.models import CrewResult
 from prefect_crew.client.redaction import MASK, holds_secret
@@ -29,7 +30,7 @@ from prefect_crew.runs.options import check_choices
 from prefect_crew.runs.reviews.questions import ReviewChoice
 from prefect_crew.runs.run import OpenRun, how_found, parse_data, read_result
 from prefect_crew.states import CrewState
-from prefect_crew.tasks import kickoff_crew, wait_for_crew
+from prefect_crew.tasks import kickoff_crew, under_budgets, wait_for_crew
 
 if TYPE_CHECKING:
     from prefect_crew.client.webhooks import Webhooks
@@ -53,6 +54,7 @@ async def arun_crew(
     review: ReviewChoice | None = None,
     webhooks: Webhooks | None = None,
     restore_from: str | UUID | None = None,
+    budgets: Sequence[Budget] = (),
 ) -> CrewResult:
     """Run a deployed crew and return its result. A run is started at most once.
 
@@ -76,10 +78,13 @@ async def arun_crew(
         webhooks: Targets of your own for the crew's webhooks.
         restore_from: The id of a state of a Flow, a UUID, that the run starts from: the API's `restoreFromStateId`. It
             is part of what tells runs apart. The API takes one that it does not know for none, and says nothing.
+        budgets: What this run and all others under the same budgets may use, in addition to the block's. One without a
+            name is the flow's, or outside a flow the crew's.
 
     Raises:
         InvalidCallError: The sync one was called where an event loop runs, which it would block.
         InvalidInputsError, IdempotencyConflictError: Nothing was started.
+        BudgetExceededError: A budget has no room for another run. Nothing was started.
         KickoffUncertainError: Nobody knows whether a run was started. A person resolves it.
         CrewFailedError, CrewStoppedError, CrewLostError: How the run ended instead.
         CrewTimeoutError: A time budget is over; the run may go on.
@@ -95,8 +100,9 @@ async def arun_crew(
         meta=meta,
         webhooks=webhooks,
         restore_from=restore_from,
+        budgets=budgets,
     )
-    crew = await load_crew(crew)
+    crew = under_budgets(await load_crew(crew), budgets)
     inputs = crew.sealed(inputs or {})
     stored: dict[str, Any] = {
         "name": name,

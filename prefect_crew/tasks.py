@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Callable, Coroutine, Generator, Mapping
+from collections.abc import Callable, Coroutine, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import wraps
 from typing import Any, Generic, ParamSpec, TypeVar, cast
@@ -17,10 +17,12 @@ from uuid import UUID
 from prefect import Task, tags, unmapped
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
+from prefect.context import FlowRunContext
 from pydantic import BaseModel
 
 from prefect_crew._internal.callables import in_async_context, run_sync
 from prefect_crew.blocks import DeployedCrew, load_crew
+from prefect_crew.budgets import Budget
 from prefect_crew.client._retry_safety import KickoffFate, kickoff_fate
 from prefect_crew.client.models import CrewInput, CrewResult, ResumeAnswer, StopAnswer
 from prefect_crew.client.redaction import HiddenValues, holds_secret
@@ -214,6 +216,12 @@ async def discover_inputs(crew: DeployedCrew | Crew | str) -> list[CrewInput]:
         return await session.client.inputs()
 
 
+def under_budgets(crew: Crew, budgets: Sequence[Budget]) -> Crew:
+    """Return a crew under budgets of the flow around this call, or of the crew's own where there is none."""
+    context = FlowRunContext.get()
+    return crew.under(budgets, name=crew.label if context is None or context.flow is None else context.flow.name)
+
+
 @_task("kickoff", retries=3, retry_delay_seconds=[2, 10, 30], retry_condition_fn=_surely_not_done)
 async def kickoff_crew(
     crew: AnyCrew,
@@ -225,6 +233,7 @@ async def kickoff_crew(
     meta: Mapping[str, Any] | None = None,
     webhooks: Webhooks | None = None,
     restore_from: str | UUID | None = None,
+    budgets: Sequence[Budget] = (),
 ) -> str:
     """Kick a crew off, or find the run that its key already has, and return the kickoff id.
 
@@ -233,11 +242,15 @@ async def kickoff_crew(
     Raises:
         InvalidInputsError: Inputs are missing or unknown; nothing was started.
         IdempotencyConflictError: The key belongs to another run; nothing was started.
+        BudgetExceededError: A budget has no room for another run; nothing was started.
         KickoffUncertainError: Nobody knows whether a run was started; it is not sent again.
         CrewConnectionError, RateLimitedError, ServerError: It surely did not start; Prefect retries this.
     """
+    if not isinstance(crew, CrewSession):
+        check_choices(budgets=budgets)
+        crew = under_budgets(await load_crew(crew), budgets)
     run = await open_run(
-        crew if isinstance(crew, CrewSession) else await load_crew(crew),
+        crew,
         inputs or {},
         idempotency_key=idempotency_key,
         name=name,

@@ -9,6 +9,7 @@ import importlib
 import pickle
 import re
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,26 @@ ERRORS: dict[str, tuple[CrewError, list[str], str]] = {
     ),
     "server": (exceptions.ServerError(status_code=503, **ANSWER, retry_after=3.0), ["503"], "Ask the crew's operators"),
     "server-empty": (exceptions.ServerError(status_code=500, method="GET", path="/"), ["an empty body"], "Ask"),
+    "budget": (
+        exceptions.BudgetExceededError(
+            budget="travel",
+            counter="prefect-crew.budget.travel.2026-11-26.cost",
+            measure="cost",
+            used=9.8,
+            limit=10.0,
+            needed=0.4,
+            resets_at=datetime(2026, 11, 27, tzinfo=UTC),
+        ),
+        ["'travel'", "9.8 of 10 cost", "takes about 0.4", "begins anew at 2026-11-27 00:00 UTC", "Nothing was started"],
+        "raise max_cost",
+    ),
+    "budget-that-warns": (
+        exceptions.BudgetExceededError(
+            budget="travel", counter="c", measure="tokens", used=12_000, limit=12_345, needed=800.0, on_limit="warn"
+        ),
+        ["12,000 of 12,345 tokens", "does not begin anew"],
+        "starts all the same",
+    ),
     "connection": (
         exceptions.CrewConnectionError(
             method="GET", url="https://c/status", reason="reset", sent=True, kickoff_id="k1"
@@ -231,6 +252,7 @@ BUILTIN: dict[tuple[str, str], str] = {
     ("prefect_crew._internal.flow_engine", "CancelledError"): "a flow run that another worker has ends here",
     ("prefect_crew.blocks", "ValueError"): "a validator of pydantic",
     ("prefect_crew.prices", "ValueError"): "a validator of pydantic",
+    ("prefect_crew.budgets", "ValueError"): "a validator of pydantic",
     ("prefect_crew.cli.run", "OSError"): "exit code 1",
     ("prefect_crew.cli.serve", "OSError"): "exit code 1",
     ("prefect_crew._internal.files", "OSError"): "exit code 1",

@@ -14,9 +14,8 @@ from prefect_crew._internal.asyncio_tasks import cancel_and_wait
 from prefect_crew._internal.prefect_api import flow_run_id, run_logger
 from prefect_crew.batches.outcomes import STOPPED_WITH_BATCH
 from prefect_crew.batches.runner import Runner
-from prefect_crew.exceptions import BatchCancelledError, CrewError
-from prefect_crew.records.model import RecordPhase, RunRecord
-from prefect_crew.runs.stop import cancellation_asked, close_stopped, end_as_cancelled, is_cancelled, watch_ctrl_c
+from prefect_crew.exceptions import BatchCancelledError
+from prefect_crew.runs.stop import cancellation_asked, end_as_cancelled, is_cancelled, watch_ctrl_c
 
 TICK = 1.0
 """Seconds between two looks at how the batch stands."""
@@ -104,35 +103,13 @@ async def _end(
     # A kickoff that is under way gets its id first: cut off, it would be uncertain.
     await _within(runner.throttle.idle(), KICK_OFF_WITHIN)
     if on_cancel == "stop":
-        if not await _within(_stop_runs(runner), STOP_WITHIN):
+        if not await _within(runner.stop_runs(STOPPED_WITH_BATCH), STOP_WITHIN):
             run_logger().warning("Not every run in flight could be stopped in %.0f s.", STOP_WITHIN)
     else:
         run_logger().warning(
             "%d runs of batch %s are left in flight; the same call reattaches to them.", len(runner.waiting), name
         )
     await cancel_and_wait(work)
-
-
-async def _stop_runs(runner: Runner) -> None:
-    """Ask the crew's server once for each run in flight to stop it, and write down what came of it."""
-    failed = 0
-
-    async def stop(record: RunRecord) -> None:
-        nonlocal failed
-        try:
-            answer = await runner.session.client.stop(str(record.kickoff_id))
-            record.reason = STOPPED_WITH_BATCH
-            await close_stopped(record, answer, runner.ledger)
-            if answer.accepted and record.phase is not RecordPhase.ENDED:
-                record.reason = STOPPED_WITH_BATCH
-                await runner.ledger.save(record)
-            failed += not answer.accepted
-        except CrewError:
-            failed += 1
-
-    records = list(runner.waiting.values())
-    await asyncio.gather(*(stop(record) for record in records))
-    run_logger().info("Stop requested for %d runs, %d could not be stopped.", len(records), failed)
 
 
 async def _within(waiting: Awaitable[None], seconds: float) -> bool:

@@ -19,6 +19,7 @@ from pydantic_core import PydanticSerializationError
 
 from prefect_crew.batches.dataset import Dataset, is_remote, shown_address, whole_address
 from prefect_crew.batches.outcomes import RETRYABLE, RowState
+from prefect_crew.budgets import Budget
 from prefect_crew.client.webhooks import Webhooks
 from prefect_crew.crew import WaitPolicy
 from prefect_crew.exceptions import ConfigurationError
@@ -73,6 +74,7 @@ class BatchOptions(BaseModel):
     output_type: ImportString[type[BaseModel]] | None = None
     meta: Mapping[str, Any] | None = None
     webhooks: Webhooks | None = None
+    budgets: tuple[Budget, ...] = ()
 
     def __init__(self, **options: Any) -> None:
         try:

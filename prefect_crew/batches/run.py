@@ -6,7 +6,7 @@ import asyncio
 import shlex
 import tempfile
 import time
-from collections.abc import AsyncGenerator, Collection, Mapping
+from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import asdict, dataclass, field
 from functools import wraps
@@ -36,7 +36,7 @@ from prefect_crew.batches.options import (
     Retries,
     plain_call,
 )
-from prefect_crew.batches.outcomes import RowState
+from prefect_crew.batches.outcomes import STOPPED_BY_BUDGET, STOPPED_BY_US, RowState
 from prefect_crew.batches.output import Output
 from prefect_crew.batches.ownership import BatchLock, begin_generation, bind, note_waiting_for_people, read_entry
 from prefect_crew.batches.report import (
@@ -58,6 +58,7 @@ from prefect_crew.batches.rows import (
 from prefect_crew.batches.runner import Runner, hold_concurrency_slots
 from prefect_crew.batches.throttle import BatchSession, Throttle
 from prefect_crew.blocks import DeployedCrew, load_crew
+from prefect_crew.budgets import Budget
 from prefect_crew.crew import Crew, CrewSession, WaitPolicy
 from prefect_crew.exceptions import (
     BadRowsError,
@@ -68,6 +69,7 @@ from prefect_crew.exceptions import (
     LedgerError,
 )
 from prefect_crew.prices import Spending, cost_of
+from prefect_crew.records.budgets import KEPT, is_to_stop, learn
 from prefect_crew.records.keys import render_key, scheduled_start
 from prefect_crew.webhooks import webhooks_for
 
@@ -117,6 +119,7 @@ async def arun_batch(
     output_type: type[BaseModel] | None = None,
     meta: Mapping[str, Any] | None = None,
     webhooks: Webhooks | None = None,
+    budgets: Sequence[Budget] = (),
     format: DatasetFormat | None = None,  # noqa: A002
     encoding: str = "utf-8-sig",
     rows: str | None = None,
@@ -163,6 +166,8 @@ async def arun_batch(
         output_type: A pydantic model for `data`; a result that does not fit makes a failed row with its reason.
         meta: Any JSON object for the crew's webhooks; idempotency key and batch are added to it.
         webhooks: Targets of your own for the crew's webhooks.
+        budgets: What all rows together may use, in addition to the block's budgets. One without a name is the batch's.
+            Rows for which there is no room are left, and the same call goes on with them.
         format: That of a file whose name does not tell.
         encoding: The same.
         rows: A range START:STOP of row numbers from 0, the last one excluded, such as "0:500000" or "500000:". A data
@@ -359,7 +364,7 @@ async def _batch_job(
         dataset = render_key(dataset, moment)
     rows = dataset if isinstance(dataset, Dataset) else open_dataset(dataset, format=format, encoding=encoding)
     address = await ledger_address(ledger, where)
-    chosen = await load_crew(crew)
+    chosen = (await load_crew(crew)).under(options.budgets, name=full, batch=full)
     call = plain_call(
         crew=chosen.block,
         secret_inputs=chosen.secret_inputs,
@@ -564,6 +569,9 @@ class _OpenBatch:
             )
             self.lock.generation = await begin_generation(self.ledger, self.job.ledger.public, give_up_after=BEGIN_FOR)
             self.begin_after = time.monotonic() + BEGIN_EVERY
+            if self.job.crew.budgets:
+                earlier = self.ledger.rows_in([RowState.COMPLETED], limit=KEPT)
+                learn(self.job.crew, [row.record async for row in earlier if row.record is not None])
             try:
                 await run_until_cancelled(
                     runner.run(self.plan.jobs()),
@@ -587,6 +595,9 @@ class _OpenBatch:
         self._tell("running")
         await self.artifact.update(progress)
         await self._begin_generation(runner.started)
+        oldest = next(iter(runner.waiting.values()), None)
+        if oldest is not None and oldest.reason not in STOPPED_BY_US and await is_to_stop(self.job.crew, oldest):
+            await runner.stop_runs(STOPPED_BY_BUDGET)
         if not await self.lock.still_held():
             runner.stop(
                 "its lock was lost: another process has taken the batch over, or the ledger's file was removed or "

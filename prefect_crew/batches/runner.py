@@ -23,7 +23,7 @@ from prefect_crew.batches.options import IN_FLIGHT, BatchOptions
 from prefect_crew.batches.outcomes import (
     ERROR_CAP,
     RETRYABLE,
-    STOPPED_WITH_BATCH,
+    STOPPED_BY_US,
     RowState,
     judge,
     note_error,
@@ -37,12 +37,14 @@ from prefect_crew.client.models import CrewStatus
 from prefect_crew.crew import CrewSession
 from prefect_crew.exceptions import (
     AuthenticationError,
+    BudgetExceededError,
     ConfigurationError,
     CrewError,
     IdempotencyConflictError,
     KickoffUncertainError,
     LedgerError,
 )
+from prefect_crew.records.budgets import corrections, note_exceeded, settle
 from prefect_crew.records.decision import Caller, latest_start
 from prefect_crew.records.keys import RunIdentity
 from prefect_crew.records.model import RecordPhase, RunRecord, StoredResult
@@ -168,7 +170,7 @@ class Runner:
                 latest = latest_start(attempts)
                 if latest is not None and latest.phase is RecordPhase.ENDED:
                     state, count = await self._judge(job, latest), _kickoffs(attempts)
-                    owed = count if latest.reason == STOPPED_WITH_BATCH else 0
+                    owed = count if latest.reason in STOPPED_BY_US else 0
                     if not self._starts_again(job, state, count=count, before=count, owed=owed):
                         continue
                 if self.throttle.stopped is None or (latest is not None and latest.phase is RecordPhase.STARTED):
@@ -271,6 +273,9 @@ class Runner:
             raise
         except CrewError as error:
             return await self._no_run(job, error)
+        except (httpx.HTTPError, PrefectException) as error:
+            self.throttle.refused(CrewError(f"A budget could not be asked for on the Prefect server: {error}."))
+            return None
         finally:
             self.throttle.leave()
         if opened.is_new:
@@ -281,6 +286,14 @@ class Runner:
     async def _no_run(self, job: RowJob, error: CrewError) -> RowEnd | None:
         """Return the end of a row whose kickoff brought no run, None if it is to be tried again or left."""
         first = self.throttle.stopped is None
+        if isinstance(error, BudgetExceededError):
+            may_fit_later = error.measure != "kickoffs" and error.on_limit != "stop"
+            if may_fit_later and (self.waiting or self.throttle.under_way > 1):
+                self.throttle.refused(error)  # what is in flight may use less than it has reserved
+            else:
+                await note_exceeded(error, self.session.crew)
+                self.stop(str(error))
+            return None
         if isinstance(error, KickoffUncertainError):
             self.started += 1
             self.throttle.kickoffs += 1
@@ -304,7 +317,7 @@ class Runner:
                 if record.error is not None:
                     # Noted by an earlier call that has left the run, which is waited for again.
                     record.error = None
-                    record.reason = record.reason if record.reason == STOPPED_WITH_BATCH else None
+                    record.reason = record.reason if record.reason in STOPPED_BY_US else None
                     await self.ledger.save(record)
                 await self._poll(job, record, first_look=first_look)
             except LedgerError:
@@ -392,8 +405,30 @@ class Runner:
         if has_result and self.first_poll is not None:
             self.first_poll.add(record)
         await self.ledger.save(record)
+        await settle(run.crew, record, corrections(record))
         if not is_stopped_here:
             end_run(record, lambda: run.view(status), settings=self._settings)
+
+    async def stop_runs(self, reason: str) -> None:
+        """Ask the crew's server once for each run in flight to stop it, and write down what came of it."""
+        failed = 0
+
+        async def stop(record: RunRecord) -> None:
+            nonlocal failed
+            try:
+                answer = await self.session.client.stop(str(record.kickoff_id))
+                record.reason = reason
+                await close_stopped(record, answer, self.ledger)
+                if answer.accepted and record.phase is not RecordPhase.ENDED:
+                    record.reason = reason
+                    await self.ledger.save(record)
+                failed += not answer.accepted
+            except CrewError:
+                failed += 1
+
+        records = [one for one in self.waiting.values() if one.reason not in STOPPED_BY_US]  # once each
+        await asyncio.gather(*(stop(record) for record in records))
+        run_logger().info("Stop requested for %d runs, %d could not be stopped.", len(records), failed)
 
     async def stop_late(self, record: RunRecord) -> bool:
         """Stop a run that is over its time, and return whether it was."""

@@ -64,6 +64,7 @@ class Throttle:
     Attributes:
         stopped: Why no more runs are kicked off; None as long as they are.
         kickoffs: How many were, or may have been, kicked off by all calls.
+        under_way: How many are under way.
     """
 
     def __init__(self, options: BatchOptions) -> None:
@@ -75,7 +76,7 @@ class Throttle:
         self._interval = 0.0 if options.kickoffs_per_second is None else 1.0 / options.kickoffs_per_second
         self._next_kickoff = 0.0
         self._not_before = 0.0
-        self._under_way = 0
+        self.under_way = 0
         self._one_by_one = True
         self._refusals = Backoff(FIRST_PAUSE, LONGEST_PAUSE)
         self._refused_since: float | None = None
@@ -110,7 +111,7 @@ class Throttle:
                 await _wait(self._changed, seconds)
             if self.stopped is not None:
                 return False
-            self._under_way += 1
+            self.under_way += 1
             now, next_one = asyncio.get_running_loop().time(), self._next_kickoff
             self._next_kickoff = (next_one if now - next_one < self._interval else now) + self._interval
             if self._failures.count:
@@ -126,19 +127,19 @@ class Throttle:
                 self.stop(f"the limit of {self._max_kickoffs} kickoffs is reached.")
                 return 0.0
             most = min(most, left)
-        if self._under_way >= most or self._trial is not None:
+        if self.under_way >= most or self._trial is not None:
             return math.inf
         until = max(self._not_before, self._next_kickoff, self._refusals.until, self._failures.until)
         return until - asyncio.get_running_loop().time()
 
     def leave(self) -> None:
         """Say that an admitted kickoff has its id, or came to nothing."""
-        self._under_way -= 1
+        self.under_way -= 1
         self._changed.set()
 
     async def idle(self) -> None:
         """Wait until no kickoff is under way."""
-        while self._under_way:
+        while self.under_way:
             self._changed.clear()
             await self._changed.wait()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from enum import StrEnum
 
 from prefect_crew.exceptions import (
+    BudgetExceededError,
     ConfigurationError,
     CrewAPIError,
     CrewConnectionError,
@@ -38,7 +39,7 @@ def kickoff_fate(error: BaseException) -> KickoffFate:
     | 429 | retry |
     | 503 with `Retry-After` | retry |
     | any other 4xx but 408 | refused |
-    | inputs, URL, token or id that were refused before anything was sent | refused |
+    | inputs, URL, token or id that were refused before anything was sent, a budget without room | refused |
     | timeout, reset, an answer cut short (`sent` is True) | uncertain |
     | 3xx, 408, 500, 502, 503 without `Retry-After`, 504 and any other status | uncertain |
     | a 2xx without a usable id (ResponseFormatError) | uncertain |
@@ -47,7 +48,9 @@ def kickoff_fate(error: BaseException) -> KickoffFate:
     A 5xx often comes from a proxy that had passed the request on, so only a 503 that names a time to come back is a
     refusal: the server that sends it chose not to take the request.
     """
-    if isinstance(error, ConfigurationError) or (isinstance(error, InvalidInputsError) and error.before_kickoff):
+    if isinstance(error, ConfigurationError | BudgetExceededError):
+        return KickoffFate.REFUSED
+    if isinstance(error, InvalidInputsError) and error.before_kickoff:
         return KickoffFate.REFUSED
     if isinstance(error, CrewConnectionError):
         return KickoffFate.UNCERTAIN if error.sent else KickoffFate.RETRY

@@ -23,6 +23,7 @@ from prefect_crew._internal.asyncio_tasks import cancel_and_wait, cancelled_once
 from prefect_crew._internal.callables import sync_version
 from prefect_crew._internal.prefect_api import label_flow_run, run_logger
 from prefect_crew.blocks import values_of_blocks
+from prefect_crew.budgets import Budget
 from prefect_crew.client.inputs import encode_inputs, inputs_digest
 from prefect_crew.client.models import CrewResult, CrewStatus
 from prefect_crew.client.redaction import MASK, HiddenValues, Redactor, holds_secret, revealed
@@ -70,6 +71,7 @@ async def arun_pipeline(
     idempotency_key: str | None = None,
     wait: WaitPolicy | None = None,
     review: ReviewChoice | None = None,
+    budgets: Sequence[Budget] = (),
 ) -> PipelineResult:
     """Run crews that feed each other and return all their results.
 
@@ -84,6 +86,8 @@ async def arun_pipeline(
             template over the scheduled time. Left out, the retries of this flow run reattach to its runs.
         wait: How to wait, in place of the blocks' policies, for steps without one of their own.
         review: What answers when a crew waits for a person, as for `run_crew`, for steps without one of their own.
+        budgets: What all steps together may use, in addition to the blocks' budgets. One without a name is the
+            pipeline's; "batch" is one run of it, with its retries.
 
     Raises:
         ConfigurationError: The pipeline cannot run; the message has all that is wrong. Nothing was started.
@@ -91,12 +95,13 @@ async def arun_pipeline(
             of the flow run, starts only what failed.
     """
     inputs = HiddenValues(inputs or {})
-    check_choices(idempotency_key=idempotency_key, name=name, wait=wait, review=review)
+    check_choices(idempotency_key=idempotency_key, name=name, wait=wait, review=review, budgets=budgets)
     crews = PipelineCrews(PipelineGraph(steps, dict(inputs)))
     await crews.check()
     await crews.refuse_problems()
 
-    run = partial(_run, crews, name=name, idempotency_key=idempotency_key, wait=wait, review=review)
+    given: dict[str, Any] = {"wait": wait, "review": review, "budgets": budgets}
+    run = partial(_run, crews, name=name, idempotency_key=idempotency_key, **given)
     if FlowRunContext.get() is not None or TaskRunContext.get() is not None:
         return await run()
 
@@ -196,12 +201,15 @@ async def _run(
     idempotency_key: str | None,
     wait: WaitPolicy | None,
     review: ReviewChoice | None,
+    budgets: Sequence[Budget],
 ) -> PipelineResult:
     graph = crews.graph
     identity = await identify(
         name, inputs_digest(encode_inputs(graph.inputs)), idempotency_key=idempotency_key, name=name
     )
     await crews.refuse_problems(identity.idempotency_key)
+    under = {"name": name, "batch": identity.idempotency_key}
+    crews.crews = {step: crew.under(budgets, **under) for step, crew in crews.crews.items()}
     started = time.perf_counter()
     artifact = PipelineArtifact(name, identity.idempotency_key, graph)
     work = _Run(crews, identity.idempotency_key, artifact, wait=wait, review=review)

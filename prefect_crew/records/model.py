@@ -219,6 +219,8 @@ class RunRecord(Outcome):
     """The operating system process of the owner's flow run, as `owners.this_process` names it."""
     slot: str | None = None
     """The lease of its slot in the crew's shared limit, for whoever waits for the run."""
+    reserved: dict[str, int] | None = None
+    """What it holds of the counters of budgets, in slots by the counter's name: counted before the record was made."""
     step: str | None = None
     secret_inputs: list[str] = Field(default_factory=list[str])
     """Names of the inputs that hold a secret: without their values, nothing that the crew says may be shown."""

@@ -15,6 +15,7 @@ from enum import StrEnum
 from prefect_crew.client.models import CrewStatus
 from prefect_crew.crew import Crew, CrewSession
 from prefect_crew.exceptions import ConfigurationError, CrewError
+from prefect_crew.records.budgets import release
 from prefect_crew.records.decision import latest_start
 from prefect_crew.records.model import RecordPhase, RecordStore, RunRecord, claim_of
 from prefect_crew.states import CrewState
@@ -95,6 +96,7 @@ async def resolve_never_started(record: RunRecord, records: RecordStore) -> None
         CrewError: Somebody else has resolved it since. Nothing is changed.
     """
     await _resolve(record, records, RecordPhase.NOT_STARTED, reason=RESOLVED_BY_PERSON)
+    await release(record)
 
 
 async def in_flight(idempotency_key: str, records: RecordStore) -> RunRecord:

@@ -441,6 +441,14 @@ class PrefectRecords:
             records[record.ref] = whole or record
         return list(records.values())
 
+    async def latest_ended(self) -> list[RunRecord]:
+        """Return the records that were closed last, the newest first."""
+        json = {"variables": {"tags": {"all_": [TAG, f"phase:{RecordPhase.ENDED}"]}}, "limit": PAGE}
+        async with get_client() as client:
+            answer = await client.request("POST", "/variables/filter", json={**json, "sort": "UPDATED_DESC"})
+        found = [_parse(one["value"], RunRecord) for one in answer.json() if later_version(one["value"]) is None]
+        return [record for record in found if record is not None]
+
     def may_ask(self) -> AsyncIterator[RunRecord]:
         """Yield the runs in flight: any of them may wait for a person."""
         return self.all(RecordPhase.STARTED)

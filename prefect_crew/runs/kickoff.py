@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import shlex
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping, Sequence
-from contextlib import asynccontextmanager, nullcontext
+from contextlib import asynccontextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import cached_property
@@ -26,11 +26,13 @@ from prefect_crew.client.redaction import holds_secret, withholding
 from prefect_crew.crew import Crew, CrewSession, open_session
 from prefect_crew.exceptions import (
     AuthenticationError,
+    BudgetExceededError,
     ConfigurationError,
     CrewError,
     InvalidInputsError,
     KickoffUncertainError,
 )
+from prefect_crew.records.budgets import note_exceeded, release, release_given_back, reserve
 from prefect_crew.records.decision import Decision, check_same_run, decide, latest_start
 from prefect_crew.records.keys import RunIdentity, identify
 from prefect_crew.records.model import InputMarks, Lease, RecordPhase, RecordStore, RunRecord, utcnow
@@ -203,11 +205,13 @@ async def _decide_and_claim(start: Start, records: RecordStore, *, is_checked: b
     """Return a decision with the record that it is about; one that starts a run comes as a claim that is ours."""
     # The time of the check twice, where a token was rotated.
     good_for = CLAIM_GOOD_FOR + (2 * start.crew.request_timeout if is_checked else 0.0)
-    if not start.force_new:
-        # The common case in one request: nobody knows the key yet.
-        first = await _claim(start, records, Decision.START, (), good_for)
-        if first is not None:
-            return first
+    if not start.force_new and not (start.crew.budgets and start.identity.caller.flow_run_count > 1):
+        # The common case in one request: nobody knows the key yet. A retry most likely finds its run, for which no
+        # budget needs room.
+        with suppress(BudgetExceededError):
+            first = await _claim(start, records, Decision.START, (), good_for)
+            if first is not None:
+                return first
     delay, read_again = AGAIN, False
     while True:
         attempts = await records.attempts(start.identity.idempotency_key)
@@ -220,7 +224,9 @@ async def _decide_and_claim(start: Start, records: RecordStore, *, is_checked: b
         elif record is None:
             continue
         elif decision is Decision.VOID:
-            if not await records.resolve(record, RecordPhase.NOT_STARTED, reason="the call that claimed it gave it up"):
+            if await records.resolve(record, RecordPhase.NOT_STARTED, reason="the call that claimed it gave it up"):
+                await release(record)
+            else:
                 await asyncio.sleep(AGAIN)
         elif decision is Decision.CLAIMED_ELSEWHERE:
             await asyncio.sleep(delay)
@@ -263,16 +269,22 @@ async def _decide(
 async def _claim(
     start: Start, records: RecordStore, decision: Decision, known: Sequence[RunRecord], good_for: float
 ) -> _Claim | None:
-    """Claim the next attempt; None if somebody else has."""
+    """Claim the next attempt; None if somebody else has. Raises BudgetExceededError: there is no room for it."""
     lease = Lease(good_for)
     record = start.record(known[-1].attempt + 1 if known else 1, good_for)
+
+    async def reserve_and_claim() -> bool:
+        await reserve(start.crew, record)
+        if not (is_ours := await records.claim(record)):
+            await release(record)
+        return is_ours
 
     async def give_up(claiming: asyncio.Task[bool]) -> None:
         await asyncio.wait({claiming})
         if not claiming.cancelled() and claiming.exception() is None and claiming.result():
             await _give_back(record, records, asyncio.CancelledError())
 
-    if not await _to_its_end(records.claim(record), give_up):
+    if not await _to_its_end(reserve_and_claim(), give_up):
         return None
     return _Claim(decision, record, known, lease)
 
@@ -472,6 +484,8 @@ async def _give_back(record: RunRecord, records: RecordStore, error: BaseExcepti
     """Write down that a claimed run was surely not started, for this reason."""
     record.phase, record.reason = RecordPhase.NOT_STARTED, f"{type(error).__name__}"
     await _save(record, records)
+    if record.reserved:
+        await release_given_back(record, records)
 
 
 async def _save(record: RunRecord, records: RecordStore) -> None:
@@ -541,6 +555,7 @@ async def open_run(
         ConfigurationError: The inputs cannot be sent, or the idempotency key cannot be used; nothing was started.
         InvalidInputsError: Inputs are missing or unknown; nothing was started.
         IdempotencyConflictError: The key belongs to another crew or other inputs; nothing was started.
+        BudgetExceededError: A budget has no room for another run; nothing was started.
         KickoffUncertainError: A kickoff was sent and nobody knows whether it started a run.
         CrewConnectionError, RateLimitedError, ServerError: The kickoff surely did not start a run; it may be retried.
         CrewAPIError: The server refused it; nothing was started.
@@ -575,9 +590,11 @@ async def open_run(
             run = await _start_and_open(start, records, session)
     except KickoffUncertainError:
         raise  # it may be in flight, and counts until its slot's lease ends
-    except CrewError:
+    except CrewError as error:
         if slots is not None:
             await slots.release()
+        if isinstance(error, BudgetExceededError):
+            await note_exceeded(error, crew)
         raise
     if run.owned:
         problem = await run.artifact.create(run.view(None))

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 from uuid import UUID
 
 from pydantic import BaseModel
 
+from prefect_crew.budgets import Budget
 from prefect_crew.client.inputs import is_uuid
 from prefect_crew.client.webhooks import Webhooks
 from prefect_crew.crew import WaitPolicy
@@ -24,6 +25,10 @@ _CHOICES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "review": ("'form' or a function", lambda given: given == "form" or callable(given)),
     "meta": ("a mapping: an object of JSON", lambda given: isinstance(given, Mapping)),
     "restore_from": ("the UUID of a Flow's state", lambda given: isinstance(given, UUID) or is_uuid(given)),
+    "budgets": (
+        "Budgets, such as [Budget(max_cost=20, per='day')]",
+        lambda given: isinstance(given, list | tuple) and all(isinstance(one, Budget) for one in cast("Any", given)),
+    ),
     "webhooks": ("Webhooks(task=…, crew=…)", lambda given: isinstance(given, Webhooks)),
 }
 

@@ -20,6 +20,7 @@ from prefect_crew.artifacts.telemetry import end_run, is_tracing
 from prefect_crew.client.models import CrewResult, CrewStatus
 from prefect_crew.crew import Crew, CrewSession, WaitPolicy, open_session
 from prefect_crew.exceptions import CrewError, CrewFailedError, CrewLostError, CrewStoppedError, CrewTimeoutError
+from prefect_crew.records.budgets import corrections, is_to_stop, settle
 from prefect_crew.records.model import RecordPhase, StoredResult, utcnow
 from prefect_crew.records.store import PrefectRecords
 from prefect_crew.runs import stop
@@ -110,7 +111,7 @@ class _Waiter(Watcher):
         self.last: CrewStatus | None = None
         self.waker: Waker | None = None
         self.people: People | None = None
-        self._in_trouble = self._is_stale = self._artifact_failed = self._has_stopped = False
+        self._in_trouble = self._is_stale = self._artifact_failed = self._has_stopped = self._is_over_budget = False
         # A run that was kicked off right here has just been shown.
         self._shown_at = time.monotonic() if run.owned else 0.0
 
@@ -218,6 +219,9 @@ class _Waiter(Watcher):
             await self._show(status, force=asked)
         if self.people is not None:
             await self.people.answer()
+        if run.record is not None and not self._is_over_budget and await is_to_stop(run.crew, run.record):
+            self._is_over_budget = True
+            await self._stop_late()
         if await is_cancelled(self.own):
             raise _CancelledOnServerError
 
@@ -320,8 +324,6 @@ class _Waiter(Watcher):
         if record is not None:
             if not run.owned and await self._is_closed():
                 return
-            # Of several waits that see the end, the first one writes the span. Whoever stops a run is no wait.
-            is_first = not (run.owned and is_tracing() and await self._is_closed(by_wait=True))
             result = None
             if status.state is CrewState.COMPLETED and run.show == "full":
                 result = StoredResult.of(status.result())
@@ -336,10 +338,16 @@ class _Waiter(Watcher):
                 result=result,
                 cost=cost_of_run(run.crew, status),
             )
+            changes = corrections(record)
+            # Of several waits that see the end, the first one settles and writes the span. Whoever stops a run is no
+            # wait. Asked only where it matters: it is a request.
+            is_first = not (run.owned and (changes or is_tracing()) and await self._is_closed(by_wait=True))
             try:
                 await self.records.save(record)
             except (httpx.HTTPError, PrefectException) as problem:
                 self.log.warning("The end of run %s could not be recorded: %s", run.kickoff_id, problem)
+            if is_first:
+                await settle(run.crew, record, changes)
             said = {"state": str(status.state), "error": error, "execution_time": status.execution_time}
             emit(str(status.state), record, once=True, **said)
             if is_first:

@@ -9,6 +9,7 @@ can happen in them has to happen in some: a campaign that never sees it proves n
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -18,6 +19,11 @@ from proof.sim.deal import dealt
 
 def test_two_hundred_worlds_keep_the_promises() -> None:
     assert not run_campaign(dealt(200, seed=4)).missing(), "these worlds no longer reach everything"
+
+
+@pytest.mark.parametrize("budget", [2, 100])
+def test_a_budget_holds_in_two_hundred_worlds_and_counts_what_was_started(budget: int) -> None:
+    run_campaign(replace(scenario, budget=budget) for scenario in dealt(200, seed=5))
 
 
 @pytest.mark.slow

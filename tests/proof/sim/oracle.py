@@ -10,6 +10,7 @@ from typing import Any
 from prefect_crew.client.models import CrewResult
 from prefect_crew.devserver._faults import Fired
 from prefect_crew.exceptions import (
+    BudgetExceededError,
     CrewError,
     CrewFailedError,
     CrewLostError,
@@ -49,7 +50,7 @@ def broken_promises(world: World, *, strict: bool = False) -> list[str]:
     """
     checks = (
         *(_never_twice, _never_two_at_once, _never_lost, _certain, _true_results, _events, _honest_stops, _timeouts),
-        *(_records, _prunes, _starts_after_failures, _needlessly_uncertain, _requests),
+        *(_records, _prunes, _starts_after_failures, _needlessly_uncertain, _requests, _budgets),
     )
     unclaimed = [f"a kickoff of {key} arrived and no claim of it stood" for key in world.site.unclaimed]
     world.excusing = not strict
@@ -124,6 +125,7 @@ def _never_lost(world: World) -> Iterator[str]:
         fine = (
             isinstance(last, CrewResult)
             or (isinstance(last, CrewTimeoutError) and any(not run.state.ended for run in runs))
+            or (isinstance(last, BudgetExceededError) and last.used == world.scenario.budget)
             or (isinstance(last, CrewLostError) and any("forgotten" in run.faults for run in runs))
             or (
                 isinstance(last, CrewFailedError | CrewStoppedError)
@@ -167,6 +169,18 @@ def _may_be_uncertain(world: World, end: Ending, error: KickoffUncertainError) -
     network = slow or any(fault.base_name in UNCLEAR for fault in fired) or world.site.crashes > 0
     # A Prefect API that is away leaves the claim as it is.
     return network if any(one["phase"] == "uncertain" for one in read) else bool(world.prefect.fired)
+
+
+def _budgets(world: World) -> Iterator[str]:
+    """A counter may be too high after a crash. It is never lower than what was started, nor is more started."""
+    if (limit := world.scenario.budget) is None:
+        return
+    counted = sum(counter["active_slots"] for counter in world.prefect.counters.values())
+    started = sum(len(world.site.accepted(key)) for key in _keys(world)) - _lies(world)
+    if started > limit:
+        yield f"budgets: {started} runs were started, {limit} were allowed"
+    if started > counted:
+        yield f"budgets: {started} runs were started, {counted} are counted"
 
 
 def _true_results(world: World) -> Iterator[str]:

@@ -57,7 +57,7 @@ class Change:
 
 @dataclass
 class SimPrefect:
-    """Variables and flow runs.
+    """Variables, concurrency limits and flow runs.
 
     Args:
         latency: Seconds that a request takes to arrive, and its answer to come back; called for each.
@@ -77,6 +77,7 @@ class SimPrefect:
     outages: Iterable[tuple[float, float]] = ()
     read: Callable[[Iterable[Variable]], list[dict[str, Any]]] = stored_records
     variables: dict[str, dict[str, Any]] = field(default_factory=dict[str, dict[str, Any]])
+    counters: dict[str, dict[str, Any]] = field(default_factory=dict[str, dict[str, Any]])
     flow_runs: dict[str, str] = field(default_factory=dict[str, str])
     run_counts: dict[str, int] = field(default_factory=dict[str, int])
     changes: list[Change] = field(default_factory=list[Change])
@@ -162,6 +163,8 @@ class SimPrefect:
             return 200, {"events": [], "total": 0, "next_page": None}  # no flow run sends heartbeats
         if parts == ["block_documents", "filter"]:
             return 200, []  # no Flow has asked anything by webhook
+        if parts[:2] == ["v2", "concurrency_limits"]:
+            return self._counter(method, parts[2:], body)
         if parts[0] == "flow_runs":
             return self._flow_run(method, parts[1], body)
         if parts == ["variables", "filter"]:
@@ -199,6 +202,29 @@ class SimPrefect:
             self._note(by)
             return 204, None
         return 200, found
+
+    def _counter(self, method: str, place: list[str], body: Any) -> tuple[int, Any]:
+        """Create, read or change a concurrency limit, or the slots that are taken of one."""
+        if not place:
+            if body["name"] in self.counters:
+                return 409, {"detail": "exists"}
+            now = {"created": self._now(), "updated": self._now()}
+            made = {"id": str(uuid.uuid4()), "active": True, "active_slots": 0, "slot_decay_per_second": 0.0, **now}
+            self.counters[body["name"]] = {**made, **body}
+            return 201, self.counters[body["name"]]
+        found = self.counters.get(body["names"][0] if method == "POST" else place[0])
+        if method != "POST":
+            if found is None:
+                return 404, {"detail": "Concurrency Limit not found"}
+            found.update(body or {}, updated=self._now())
+            return (200, found) if method == "GET" else (204, None)
+        if found is None:
+            return 200, []
+        slots = found["active_slots"] + (body["slots"] if place == ["increment"] else -body["slots"])
+        if slots > found["limit"]:
+            return 423, {"detail": "Locked"}
+        found["active_slots"] = max(0, slots)
+        return 200, [{name: found[name] for name in ("id", "name", "limit")}]
 
     def _note(self, by: Process | None) -> None:
         """Note what has become of attempts."""

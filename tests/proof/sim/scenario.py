@@ -104,6 +104,7 @@ class Scenario(_Short):
         resolve_every: Seconds between the looks of a person who resolves each key as soon as that is allowed, by what
             the crew's page shows at that moment; None: there is nobody like that.
         order: As SimLoop's.
+        budget: How many kickoffs a budget of the crew allows; None: it has none.
         resolve_after: Seconds after which a person resolves what is uncertain; None: only when all is over.
     """
 
@@ -123,3 +124,4 @@ class Scenario(_Short):
     prunes: tuple[Prune, ...] = ()
     seed: int = 0
     order: int = 0
+    budget: int | None = None

@@ -24,6 +24,7 @@ from prefect.exceptions import PrefectException
 from pydantic import SecretStr
 
 from prefect_crew.blocks import DeployedCrew
+from prefect_crew.budgets import Budget
 from prefect_crew.client._retry_safety import KickoffFate, kickoff_fate
 from prefect_crew.client.models import CrewResult
 from prefect_crew.crew import Crew, WaitPolicy
@@ -126,12 +127,14 @@ class World:
     # What the world is made of.
 
     def _crew(self, token: str) -> Crew:
+        budget = self.scenario.budget
         return DeployedCrew(
             url=f"https://{HOST}",
             token=SecretStr(token),
             request_timeout=REQUEST_TIMEOUT,
             max_kickoffs=self.scenario.max_kickoffs,
             wait=self.policy,
+            budgets=[] if budget is None else [Budget(max_kickoffs=budget, per="month", name="b")],
         ).crew
 
     async def reloaded(self, crew: Crew) -> Crew | None:

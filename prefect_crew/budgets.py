@@ -1,0 +1,98 @@
+"""Budgets: what the runs of a crew, a flow, a batch or a pipeline may use in all."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+UNITS = {"cost": 10_000, "tokens": 1, "kickoffs": 1}
+"""What is measured, and the slots of a counter for one of each: a counter holds whole numbers, up to `MOST`."""
+MOST = 2**31 - 1
+PREFIX = "prefect-crew.budget"
+_Count = Annotated[int, Field(gt=0, le=MOST)]
+
+
+class Budget(BaseModel):
+    """What runs may use in a day, a month or a batch, together: `Budget(max_cost=20, per="day")`.
+
+    A start reserves what a run is expected to use, and its end corrects that. So runs in flight count, in all processes
+    that share a Prefect server. Of several budgets all hold.
+    """
+
+    model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True, extra="forbid")
+
+    max_cost: Annotated[float, Field(gt=0, le=MOST // UNITS["cost"], allow_inf_nan=False)] | None = Field(
+        default=None, description="What the runs may cost in all, in the currency of the crew's price."
+    )
+    max_tokens: _Count | None = Field(default=None, description="How many tokens the runs may use in all.")
+    max_kickoffs: _Count | None = Field(default=None, description="How many runs may be started.")
+    per: Literal["batch", "day", "month"] = Field(
+        default="batch",
+        description="The period: a day or a month in UTC, or one batch, one run of a pipeline or one flow run.",
+    )
+    on_limit: Literal["refuse", "stop", "warn"] = Field(
+        default="refuse",
+        description="Without room for another run: refuse it; refuse it and stop the runs in flight; or start it all "
+        "the same, with a warning.",
+    )
+    name: Annotated[str, Field(min_length=1)] | None = Field(
+        default=None,
+        description="Budgets of one name share a counter. Empty: the name of the crew, flow, batch or pipeline.",
+    )
+
+    @model_validator(mode="after")
+    def _limits_something(self) -> Budget:
+        if self.max_cost is self.max_tokens is self.max_kickoffs is None:
+            raise ValueError("give max_cost, max_tokens or max_kickoffs")
+        return self
+
+    def periods(self, *, name: str, batch: str, at: datetime) -> list[BudgetPeriod]:
+        """Return what runs of a moment count in. `name` is for a budget without one; `batch` is what they belong to."""
+        period, resets_at = f"batch.{_plain(batch)}", None
+        if self.per == "day":
+            period, resets_at = f"{at:%Y-%m-%d}", datetime(at.year, at.month, at.day, tzinfo=UTC) + timedelta(days=1)
+        elif self.per == "month":
+            in_next = datetime(at.year, at.month, 1, tzinfo=UTC) + timedelta(days=32)
+            period, resets_at = f"{at:%Y-%m}", in_next.replace(day=1)
+        name = self.name or name
+        counter, limits = f"{PREFIX}.{_plain(name)}.{period}", {one: getattr(self, f"max_{one}") for one in UNITS}
+        return [
+            BudgetPeriod(name, f"{counter}.{measure}", measure, limit, resets_at, self.on_limit)
+            for measure, limit in limits.items()
+            if limit is not None
+        ]
+
+
+@dataclass(frozen=True)
+class BudgetPeriod:
+    """One measure of a budget in one period. `counter` is the name of its global concurrency limit in Prefect."""
+
+    budget: str
+    counter: str
+    measure: str
+    limit: float
+    resets_at: datetime | None
+    on_limit: str
+
+    @property
+    def slots(self) -> int:
+        """The limit in slots."""
+        return int(round(self.limit * UNITS[self.measure], 3))
+
+
+def slots_of(measure: str, amount: float) -> int:
+    """Return the slots for an amount, rounded up."""
+    return math.ceil(round(amount * UNITS[measure], 3))
+
+
+def _plain(name: str) -> str:
+    """Return a name as Prefect takes it in the name of a limit and in a path: another one for each name."""
+    plain = re.sub(r"[^A-Za-z0-9_.-]+", "-", name)[:80]
+    digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:8]
+    return plain if plain == name else f"{plain}-{digest}"

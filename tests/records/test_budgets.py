@@ -1,0 +1,466 @@
+"""Budgets over a real Prefect server: what is counted, when a start is refused, and what is given back."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from prefect import flow, get_client
+from prefect.client.schemas.actions import GlobalConcurrencyLimitUpdate
+from prefect.client.schemas.responses import GlobalConcurrencyLimitResponse
+from prefect.settings import PREFECT_API_URL
+
+from prefect_crew import (
+    Budget,
+    BudgetExceededError,
+    ConfigurationError,
+    CrewFailedError,
+    CrewStep,
+    CrewStoppedError,
+    DeployedCrew,
+    InvalidInputsError,
+    KickoffUncertainError,
+    PipelineFailedError,
+    WaitPolicy,
+    arun_crew,
+    arun_pipeline,
+    kickoff_crew,
+    wait_for_crew,
+)
+from prefect_crew.prices import Price
+from prefect_crew.records import budgets as counters
+from prefect_crew.records.resolve import resolve_never_started
+from prefect_crew.records.store import PrefectRecords
+from prefect_crew.runs import kickoff
+from prefect_crew.testing import CrewServerFactory
+from support.batches import Batches
+from support.scripts import FAILS, script, slow
+from support.webhooks import until
+
+pytestmark = pytest.mark.usefixtures("prefect_api", "instant_polling")
+
+
+def used(tokens: int, seconds: float = 0.0) -> str:
+    """Return a crew that says how many tokens it used."""
+    usage = {"total_tokens": tokens, "prompt_tokens": tokens - 10, "completion_tokens": 10}
+    return script({"output": "done", "seconds": seconds}, usage=usage)
+
+
+@pytest.fixture
+def name() -> str:
+    return f"b-{uuid.uuid4().hex[:8]}"
+
+
+async def limits_of(name: str) -> list[GlobalConcurrencyLimitResponse]:
+    found: list[GlobalConcurrencyLimitResponse] = []
+    async with get_client() as client:
+        while page := await client.read_global_concurrency_limits(limit=200, offset=len(found)):
+            found += page
+    return [limit for limit in found if f".{name}." in limit.name]
+
+
+async def counted(name: str) -> int:
+    (one,) = [limit for limit in await limits_of(name) if not limit.name.endswith(".exceeded")]
+    return one.active_slots
+
+
+@pytest.fixture
+def forgetful() -> Iterator[None]:
+    """A process that has seen no run of any crew end."""
+    counters._used.clear()
+    yield
+    counters._used.clear()
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What this process asks the Prefect server, other than by its background threads."""
+    found: list[str] = []
+    send = httpx.AsyncClient.send
+
+    async def note(self: httpx.AsyncClient, request: httpx.Request, **options: Any) -> httpx.Response:
+        if str(request.url).startswith(PREFECT_API_URL.value()):
+            path = re.sub("[0-9a-f]{8}-[0-9a-f-]{27}", "ID", request.url.path.removeprefix("/api"))
+            found.append(f"{request.method} {path}")
+        return await send(self, request, **options)
+
+    monkeypatch.setattr(httpx.AsyncClient, "send", note)
+    return found
+
+
+# What is refused
+
+
+async def test_a_start_beyond_it_is_refused_and_costs_nothing(crew_server: CrewServerFactory, name: str):
+    server = crew_server("echo")
+    crew = server.crew(budgets=[Budget(max_kickoffs=2, per="day", name=name)])
+    for number in range(2):
+        await arun_crew(crew, {"text": f"{number}"}, idempotency_key=f"{name}-{number}")
+    with pytest.raises(BudgetExceededError, match="no room for another run") as raised:
+        await arun_crew(crew, {"text": "2"}, idempotency_key=f"{name}-2")
+    error = raised.value
+    assert (error.budget, error.measure, error.used, error.limit, error.needed) == (name, "kickoffs", 2, 2, 1)
+    assert error.resets_at is not None
+    assert f"{error.resets_at:%Y-%m-%d %H:%M} UTC" in str(error)
+    assert (server.kickoffs, await counted(name)) == (2, 2)
+    assert await PrefectRecords().attempts(f"{name}-2") == [], "no claim is left"
+
+
+async def by_run_crew(crew: DeployedCrew, text: str) -> None:
+    await arun_crew(crew, {"text": text})
+
+
+async def by_tasks(crew: DeployedCrew, text: str) -> None:
+    await wait_for_crew(crew, await kickoff_crew(crew, {"text": text}))
+
+
+async def by_trigger(crew: DeployedCrew, text: str) -> None:
+    await (await crew.trigger({"text": text})).wait_for_completion()
+
+
+async def by_pipeline(crew: DeployedCrew, text: str) -> None:
+    await arun_pipeline([CrewStep("only", crew, {"text": text})])
+
+
+@pytest.mark.parametrize("inside", [True, False], ids=["in a flow", "in a script"])
+@pytest.mark.parametrize("way", [by_run_crew, by_tasks, by_trigger, by_pipeline])
+async def test_it_holds_for_every_way_to_start_a_run(
+    crew_server: CrewServerFactory, name: str, way: Callable[[DeployedCrew, str], Any], inside: bool
+):
+    server = crew_server("echo")
+    crew = server.crew(budgets=[Budget(max_kickoffs=1, per="month", name=name)])
+
+    async def twice() -> None:
+        await way(crew, "a")
+        await way(crew, "b")
+
+    with pytest.raises((BudgetExceededError, PipelineFailedError)) as raised:
+        await (flow(twice)() if inside else twice())
+    errors: dict[str, Exception] = getattr(raised.value, "errors", {"only": raised.value})
+    assert isinstance(errors["only"], BudgetExceededError)
+    assert (server.kickoffs, await counted(name)) == (1, 1)
+
+
+async def test_budgets_of_a_flow_a_pipeline_and_a_block_all_hold(crew_server: CrewServerFactory, name: str):
+    server = crew_server("echo")
+    crew = server.crew(budgets=[Budget(max_kickoffs=4, per="day", name=name)])
+
+    @flow(name=f"flow-{name}")
+    async def each() -> None:
+        for text in "ab":
+            await arun_crew(crew, {"text": text}, budgets=[Budget(max_kickoffs=1)])
+
+    with pytest.raises(BudgetExceededError, match=f"Budget 'flow-{name}' .*does not begin anew"):
+        await each()
+    assert await counted(name) == 1, "what the refused one had reserved of the block's budget was given back"
+    steps = [CrewStep(step, crew, {"text": step}) for step in "abc"]
+    with pytest.raises(PipelineFailedError) as raised:
+        await arun_pipeline(steps, name=f"pipe-{name}", budgets=[Budget(max_kickoffs=2)])
+    assert [error.budget for error in raised.value.errors.values()] == [f"pipe-{name}"]
+    assert await counted(name) == 3
+
+
+async def test_a_budget_for_another_flow_run_begins_anew(crew_server: CrewServerFactory, name: str):
+    crew = crew_server("echo").crew(budgets=[Budget(max_kickoffs=1, name=name)])
+    for text in "ab":
+        await arun_crew(crew, {"text": text})
+    assert [limit.active_slots for limit in await limits_of(name)] == [1, 1]
+
+
+async def test_a_run_that_is_found_needs_no_room(crew_server: CrewServerFactory, name: str):
+    server = crew_server("echo")
+    crew = server.crew(budgets=[Budget(max_kickoffs=1, per="day", name=name)])
+    first = await arun_crew(crew, {"text": "a"}, idempotency_key=name)
+    assert (await arun_crew(crew, {"text": "a"}, idempotency_key=name)).kickoff_id == first.kickoff_id
+    assert (server.kickoffs, await counted(name)) == (1, 1)
+
+
+async def test_it_holds_across_the_retries_of_a_flow(crew_server: CrewServerFactory, name: str, asked: list[str]):
+    server, attempts = crew_server("echo"), 0
+    crew = server.crew(budgets=[Budget(max_kickoffs=1, per="day", name=name)])
+
+    @flow(retries=2)
+    async def fails_once() -> str:
+        nonlocal attempts
+        attempts += 1
+        result = await arun_crew(crew, {"text": "a"})
+        if attempts == 1:
+            raise RuntimeError("after the run")
+        asked.clear()
+        # The next start of this attempt has no room.
+        with pytest.raises(BudgetExceededError):
+            await arun_crew(crew, {"text": "b"})
+        return result.output
+
+    assert await fails_once()
+    assert (server.kickoffs, await counted(name), attempts) == (1, 1, 2)
+
+
+async def test_a_failed_run_counts_and_so_does_the_next_one(crew_server: CrewServerFactory, name: str):
+    server = crew_server(FAILS)
+    crew = server.crew(budgets=[Budget(max_kickoffs=2, per="day", name=name)])
+    for _ in range(2):
+        with pytest.raises(CrewFailedError):
+            await arun_crew(crew, {}, idempotency_key=name)
+    with pytest.raises(BudgetExceededError):
+        await arun_crew(crew, {}, idempotency_key=name)
+    assert (server.kickoffs, await counted(name)) == (2, 2)
+
+
+# What is given back
+
+
+async def test_what_surely_did_not_start_is_given_back(crew_server: CrewServerFactory, name: str):
+    server = crew_server("echo", faults=["kickoff:422-before-accept@1"])
+    crew = server.crew(budgets=[Budget(max_kickoffs=5, per="day", name=name)])
+    with pytest.raises(InvalidInputsError):
+        await arun_crew(crew, {"wrong": "a"}, idempotency_key=f"{name}-1")
+    assert await counted(name) == 0
+    with pytest.raises(InvalidInputsError):
+        await arun_crew(crew, {"text": "a"}, idempotency_key=f"{name}-2")
+    assert await counted(name) == 0
+    await arun_crew(crew, {"text": "a"}, idempotency_key=f"{name}-2")
+    assert await counted(name) == 1
+
+
+async def test_an_uncertain_kickoff_keeps_its_reserve_until_it_is_resolved(crew_server: CrewServerFactory, name: str):
+    server = crew_server("echo", faults=["kickoff:500-before-accept@1"])
+    crew = server.crew(budgets=[Budget(max_kickoffs=1, per="day", name=name)])
+    with pytest.raises(KickoffUncertainError):
+        await arun_crew(crew, {"text": "a"}, idempotency_key=name)
+    assert await counted(name) == 1
+    with pytest.raises(BudgetExceededError):
+        await arun_crew(crew, {"text": "b"})
+    (record,) = await PrefectRecords().attempts(name)
+    record.open_for = 0.0  # as after half a minute
+    await resolve_never_started(record, PrefectRecords())
+    assert await counted(name) == 0
+    await arun_crew(crew, {"text": "a"}, idempotency_key=name)
+    assert (server.kickoffs, await counted(name)) == (1, 1)
+
+
+async def test_a_claim_that_its_owner_gave_up_is_given_back_once(
+    crew_server: CrewServerFactory, name: str, monkeypatch: pytest.MonkeyPatch
+):
+    """Somebody voids a claim whose owner is asleep: the owner gives nothing back when it wakes up."""
+    server = crew_server("echo")
+    crew = server.crew(budgets=[Budget(max_kickoffs=5, per="day", name=name)])
+    monkeypatch.setattr(kickoff, "CLAIM_GOOD_FOR", -60.0)
+    asleep, wake_up = asyncio.Event(), asyncio.Event()
+
+    async def sleep(*_: Any) -> None:
+        if not asleep.is_set():
+            asleep.set()
+            await wake_up.wait()
+
+    monkeypatch.setattr(kickoff, "check_inputs", sleep)
+    first = asyncio.ensure_future(crew.trigger({"text": "a"}, idempotency_key=name))
+    await asleep.wait()
+    assert await counted(name) == 1
+    second = await crew.trigger({"text": "a"}, idempotency_key=name)
+    wake_up.set()
+    assert (await first).kickoff_id == second.kickoff_id
+    assert (server.kickoffs, await counted(name)) == (1, 1)
+
+
+# What runs use
+
+
+@pytest.mark.usefixtures("forgetful")
+async def test_a_run_reserves_the_median_and_its_end_corrects_that(crew_server: CrewServerFactory, name: str):
+    server = crew_server(used(700), response_format="union")
+    crew = server.crew(budgets=[Budget(max_tokens=2000, per="day", name=name)])
+    first = await crew.trigger({})
+    assert await counted(name) == 100, "a twentieth, as long as nothing is known"
+    await first.wait_for_completion()
+    assert await counted(name) == 700
+    second = await crew.trigger({})
+    assert await counted(name) == 1400
+    await second.wait_for_completion()
+    with pytest.raises(BudgetExceededError, match="takes about 700: 1,400 of 2,000 tokens"):
+        await crew.trigger({})
+    # Another process learns it from the records.
+    counters._used.clear()
+    with pytest.raises(BudgetExceededError, match="takes about 700: 1,400 of 2,000 tokens"):
+        await crew.trigger({})
+
+
+@pytest.mark.usefixtures("forgetful")
+async def test_who_uses_more_than_there_is_fills_the_counter(crew_server: CrewServerFactory, name: str):
+    server = crew_server(used(900), response_format="union")
+    crew = server.crew(budgets=[Budget(max_tokens=1000, per="day", name=name)])
+    runs = [await crew.trigger({}) for _ in range(2)]
+    for run in runs:
+        await run.wait_for_completion()
+    assert await counted(name) == 1000
+
+
+async def test_a_run_that_reports_nothing_counts_as_its_reserve(crew_server: CrewServerFactory, name: str):
+    crew = crew_server("echo").crew(budgets=[Budget(max_tokens=1000, per="day", name=name)])
+    await arun_crew(crew, {"text": "a"})
+    assert await counted(name) == 50
+
+
+@pytest.mark.usefixtures("forgetful")
+async def test_the_cost_follows_the_price(crew_server: CrewServerFactory, name: str):
+    server = crew_server(used(1010), response_format="union")
+    budgets = [Budget(max_cost=1, per="day", name=name)]
+    crew = server.crew(budgets=budgets, price=Price(per_1k_input=0.3, per_1k_output=1))
+    await arun_crew(crew, {})
+    assert await counted(name) == 3100
+    fixed = server.crew(budgets=budgets, price=0.2)
+    for _ in range(3):
+        await arun_crew(fixed, {})
+    assert await counted(name) == 9100
+    with pytest.raises(BudgetExceededError, match=r"takes about 0\.2: 0\.91 of 1 cost"):
+        await arun_crew(fixed, {})
+    with pytest.raises(ConfigurationError, match="has no price"):
+        await arun_crew(server.crew(budgets=budgets), {})
+    assert server.kickoffs == 4
+
+
+@pytest.mark.usefixtures("forgetful")
+async def test_who_did_not_start_a_run_but_saw_its_end_settles_it_once(crew_server: CrewServerFactory, name: str):
+    crew = crew_server(used(700, seconds=0.3), response_format="union").crew(
+        budgets=[Budget(max_tokens=2000, per="day", name=name)]
+    )
+    calls = (arun_crew(crew, {}, idempotency_key=name) for _ in range(3))
+    await asyncio.gather(*calls)
+    assert await counted(name) == 700
+
+
+async def test_changing_the_budget_takes_effect_at_once(crew_server: CrewServerFactory, name: str):
+    server = crew_server("echo")
+
+    async def starts(most: int) -> bool:
+        try:
+            await arun_crew(server.crew(budgets=[Budget(max_kickoffs=most, per="day", name=name)]), {"text": "a"})
+        except BudgetExceededError:
+            return False
+        return True
+
+    assert [await starts(most) for most in (1, 1, 2, 2, 5, 3, 3)] == [True, False, True, False, True, False, False]
+    (limit,) = await limits_of(name)
+    assert (limit.active_slots, limit.limit) == (3, 3)
+
+
+async def test_a_counter_that_somebody_switched_off_refuses_nothing(crew_server: CrewServerFactory, name: str):
+    server = crew_server("echo")
+    crew = server.crew(budgets=[Budget(max_kickoffs=1, per="day", name=name)])
+    await arun_crew(crew, {"text": "a"})
+    (limit,) = await limits_of(name)
+    async with get_client() as client:
+        await client.update_global_concurrency_limit(limit.name, GlobalConcurrencyLimitUpdate(active=False))
+    await arun_crew(crew, {"text": "b"})
+    assert (server.kickoffs, await counted(name)) == (2, 1)
+
+
+async def test_it_costs_one_request_a_start(crew_server: CrewServerFactory, name: str, asked: list[str]):
+    server = crew_server("echo")
+    found: dict[str, list[str]] = {}
+    plain, under = server.crew(), server.crew(budgets=[Budget(max_kickoffs=9, per="day", name=name)])
+    priced = server.crew(budgets=[Budget(max_cost=9, per="day", name=name)], price=0.1)
+    for what, crew in {"none": plain, "kickoffs": under, "cost": priced}.items():
+        for number in range(2):  # the first one creates the counter
+            asked.clear()
+            await arun_crew(crew, {"text": f"{what} {number}"}, idempotency_key=f"{name}-{what}-{number}")
+            found[what] = sorted(one for one in asked if "csrf" not in one)
+    increment = "POST /v2/concurrency_limits/increment"
+    assert found["kickoffs"] == found["cost"] == sorted([*found["none"], increment])
+
+
+# What follows
+
+
+async def test_warn_starts_all_the_same(crew_server: CrewServerFactory, name: str, caplog: pytest.LogCaptureFixture):
+    server = crew_server("echo")
+    crew = server.crew(budgets=[Budget(max_kickoffs=1, per="day", name=name, on_limit="warn")])
+    with caplog.at_level(logging.WARNING):
+        for text in "ab":
+            await arun_crew(crew, {"text": text})
+    assert "starts all the same" in caplog.text
+    assert (server.kickoffs, await counted(name)) == (2, 1)
+
+
+async def test_automations_hear_of_it_once(crew_server: CrewServerFactory, name: str):
+    crew = crew_server("echo").crew(budgets=[Budget(max_kickoffs=1, per="day", name=name)])
+    await arun_crew(crew, {"text": "a"})
+    for text in "bc":
+        with pytest.raises(BudgetExceededError) as raised:
+            await arun_crew(crew, {"text": text})
+    wanted = {"event": {"name": ["prefect-crew.budget.exceeded"]}, "resource": {"id": [raised.value.counter]}}
+    found: list[dict[str, Any]] = []
+    deadline = time.monotonic() + 30
+    while not found:
+        async with get_client() as client:
+            answer = await client.request("POST", "/events/filter", json={"filter": wanted, "limit": 50})  # pyright: ignore[reportArgumentType]
+        found = answer.json()["events"]
+        assert time.monotonic() < deadline
+    (event,) = found
+    assert event["payload"] | {"used": 1, "limit": 1, "budget": name, "measure": "kickoffs"} == event["payload"]
+
+
+async def test_stop_stops_what_is_in_flight(crew_server: CrewServerFactory, name: str, monkeypatch: pytest.MonkeyPatch):
+    server = crew_server(slow(30))
+    crew = server.crew(budgets=[Budget(max_kickoffs=2, per="day", name=name, on_limit="stop")])
+    other = server.crew(budgets=[Budget(max_kickoffs=1, per="day", name=f"{name}-other", on_limit="stop")])
+    runs = [asyncio.ensure_future(arun_crew(crew, {"n": number})) for number in range(2)]
+    left = asyncio.ensure_future(arun_crew(other, {}))
+    await until(lambda: server.kickoffs == 3, "all runs are in flight")
+    with pytest.raises(BudgetExceededError):
+        await arun_crew(crew, {"n": 2})
+    errors = await asyncio.wait_for(asyncio.gather(*runs, return_exceptions=True), 20)
+    assert [type(error) for error in errors] == [CrewStoppedError] * 2
+    assert server.requests["stop"] == 2
+    assert not left.done(), "a run under another budget goes on"
+    left.cancel()
+    await asyncio.wait({left})
+
+
+# In a batch
+
+
+async def test_a_batch_leaves_the_rows_for_which_there_is_no_room(
+    crew_server: CrewServerFactory, name: str, tmp_path: Path
+):
+    server, batch = crew_server("echo"), Batches(tmp_path)
+    rows = [{"text": f"{number}"} for number in range(10)]
+    report = await batch(server.crew(), rows, name=name, key="text", budgets=[Budget(max_kickoffs=4)])
+    assert (report.completed, report.failed, report.skipped, server.kickoffs) == (4, 0, 6, 4)
+    assert report.stopped is not None
+    assert report.stopped.startswith(f"Budget '{name}' has no room for another run")
+    report = await batch(server.crew(), rows, name=name, key="text", budgets=[Budget(max_kickoffs=20)])
+    assert (report.completed, report.skipped, report.stopped, server.kickoffs) == (10, 0, None, 10)
+    assert await counted(name) == 10
+
+
+@pytest.mark.usefixtures("forgetful")
+async def test_a_batch_uses_what_runs_in_flight_leave(crew_server: CrewServerFactory, name: str, tmp_path: Path):
+    """Each row reserves 100 and uses 20: all fit, one after another."""
+    server, batch = crew_server(used(20, seconds=0.1), response_format="union"), Batches(tmp_path)
+    counters._used[server.url] = counters.deque([{"tokens": 100}] * 50, maxlen=50)
+    rows = [{"n": f"{number}"} for number in range(12)]
+    report = await batch(server.crew(), rows, name=name, budgets=[Budget(max_tokens=250)])
+    assert (report.completed, report.stopped, await counted(name)) == (8, report.stopped, 160)
+    assert report.stopped is not None
+
+
+async def test_a_batch_that_stops_its_runs_has_their_rows_later(
+    crew_server: CrewServerFactory, name: str, tmp_path: Path
+):
+    server, batch = crew_server(slow(3)), Batches(tmp_path)
+    rows = [{"n": f"{number}"} for number in range(3)]
+    wait = WaitPolicy(initial=0.1, factor=1)
+    limited = [Budget(max_kickoffs=2, on_limit="stop")]
+    report = await batch(server.crew(), rows, name=name, budgets=limited, wait=wait)
+    assert (report.completed, report.skipped, server.requests["stop"]) == (0, 1, 2)
+    report = await batch(server.crew(), rows, name=name, budgets=[Budget(max_kickoffs=20)], wait=wait)
+    assert (report.completed, server.kickoffs) == (3, 5)
