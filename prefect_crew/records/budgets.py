@@ -38,6 +38,8 @@ KEPT = 50
 """Runs of a crew whose median is reserved, the latest ones."""
 Change = tuple[str, str, int]
 """Increment or decrement, a counter, and by how many slots."""
+MARK = "{}.exceeded"
+"""The name of the limit whose last change is when a start was refused and runs were to be stopped."""
 # By the crew's address, what its latest runs used. Process-wide: a process asks the server for it once.
 _used: dict[str, deque[dict[str, float]]] = {}
 
@@ -213,7 +215,7 @@ async def note_exceeded(error: BudgetExceededError, crew: Crew) -> None:
     )
     if error.on_limit != "stop":
         return
-    mark = _mark(error.counter)
+    mark = MARK.format(error.counter)
     try:
         async with get_client() as client:
             with suppress(ObjectAlreadyExists):
@@ -223,18 +225,13 @@ async def note_exceeded(error: BudgetExceededError, crew: Crew) -> None:
         run_logger().warning("Runs in flight under budget %r are not stopped: %s", error.budget, problem)
 
 
-def _mark(counter: str) -> str:
-    """Return the name of the limit whose last change is when a start was refused and runs are to be stopped."""
-    return f"{counter}.exceeded"
-
-
 async def is_to_stop(crew: Crew, record: RunRecord) -> bool:
     """Return whether a run in flight is to be stopped: a later start under a budget that says so was refused."""
     for period in _periods(crew, record):
         if period.on_limit == "stop" and period.counter in (record.reserved or ()):
             with suppress(httpx.HTTPError, PrefectException):  # most often that there is no such limit
                 async with get_client() as client:
-                    mark = await client.read_global_concurrency_limit_by_name(_mark(period.counter))
+                    mark = await client.read_global_concurrency_limit_by_name(MARK.format(period.counter))
                 if mark.updated is not None and record.claimed_at < mark.updated:
                     return True
     return False
