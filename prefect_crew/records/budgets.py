@@ -42,6 +42,7 @@ MARK = "{}.exceeded"
 """The name of the limit whose last change is when a start was refused and runs were to be stopped."""
 # By the crew's address, what its latest runs used. Process-wide: a process asks the server for it once.
 _used: dict[str, deque[dict[str, float]]] = {}
+_warned: set[str] = set()  # process-wide: one line in the log for all rows of a batch
 
 
 def _periods(crew: Crew, record: RunRecord) -> list[BudgetPeriod]:
@@ -76,8 +77,10 @@ async def _reserve(crew: Crew, record: RunRecord, period: BudgetPeriod) -> None:
     error = BudgetExceededError(**vars(period), used=used / UNITS[period.measure], needed=needed)
     if error.on_limit != "warn":
         raise error
-    run_logger().warning("%s", error)
-    await note_exceeded(error, crew)
+    if period.counter not in _warned:
+        _warned.add(period.counter)
+        run_logger().warning("%s", error)
+        await note_exceeded(error, crew)
 
 
 async def _expected(crew: Crew, period: BudgetPeriod) -> float:
