@@ -126,17 +126,19 @@ async def watch_folder(
 
 
 @flow(retries=2, retry_delay_seconds=60)
-async def prune_records(older_than_days: int = 90, dry_run: bool = False) -> str:
-    """Remove old records of ended runs, and say how many.
+async def prune_records(older_than_days: int | None = None, dry_run: bool = False) -> str:
+    """Remove old records of ended runs, and say how many. Crew workers do that by themselves.
 
     A record keeps a run from being started twice, and `get_result` reads it. Choose an age beyond the oldest
     idempotency key that may be used again, backfills included. Runs in flight and uncertain ones are never removed.
 
     Args:
-        older_than_days: The age, in days since a run's end. A later call with a removed run's key starts a new run.
+        older_than_days: The age, in days since the end of a run and of its flow runs; empty: the setting, 30. A later
+            call with a removed run's key starts a new run.
         dry_run: Only count.
     """
-    pruned = await prune(PrefectRecords(), older_than=timedelta(days=older_than_days), dry_run=dry_run)
+    older_than = None if older_than_days is None else timedelta(days=older_than_days)
+    pruned = await prune(PrefectRecords(), older_than=older_than, dry_run=dry_run)
     said = f"{pruned.runs} records {'would go' if dry_run else 'removed'}, {pruned.kept} kept"
     get_run_logger().info("%s", said)
     return said

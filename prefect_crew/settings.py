@@ -34,6 +34,12 @@ class CrewSettings(PrefectBaseSettings):
         default=None,
         description="The signing secrets of Flows' review webhooks, as the platform shows them, separated by blanks.",
     )
+    keep_records_days: int = Field(
+        default=30,
+        ge=1,
+        description="Days for which the record of a run is kept after the run, and the flow runs around it, have "
+        "ended. So long its idempotency key starts no second run. A crew worker removes older ones.",
+    )
     worker_modules: Annotated[list[str], NoDecode] = Field(
         default_factory=list,
         description="Modules, in addition to this package's, whose flows a crew worker may import; separated by "

@@ -50,6 +50,7 @@ from prefect_crew.blocks import find_crew
 from prefect_crew.client._transport import shared_connections
 from prefect_crew.exceptions import ConfigurationError, CrewError
 from prefect_crew.records.model import RecordPhase
+from prefect_crew.records.prune import prune_regularly
 from prefect_crew.records.store import PrefectRecords
 from prefect_crew.runs.stop import stop_run, stop_was_asked
 from prefect_crew.settings import CrewSettings
@@ -320,6 +321,7 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, BaseWorkerResult]):
         self._exit_stack.enter_context(many_flow_runs(self._logger.warning))
         await self._exit_stack.enter_async_context(shared_connections())
         await self._exit_stack.enter_async_context(_in_background(self._watch_pool()))
+        await self._exit_stack.enter_async_context(_in_background(prune_regularly(self._logger)))
         self._exit_stack.push_async_exit(self._leave)  # the last, so that all of this is there until flow runs ended
 
     async def start(

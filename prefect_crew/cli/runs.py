@@ -462,7 +462,7 @@ async def _open_store(key: str, ledger: str | None) -> AsyncGenerator[tuple[Reco
 @app.command
 def prune(
     *,
-    older_than: Annotated[timedelta, Parameter(show_default="90d")] = timedelta(days=90),
+    older_than: timedelta | None = None,
     dry_run: bool = False,
     yes: Yes = False,
     output: Output = None,
@@ -470,7 +470,8 @@ def prune(
     """Remove old records of ended runs. A later call with such a key then starts a new run.
 
     Args:
-        older_than: How long ago a run has ended: 90d, 12h, 2w. At least 1h.
+        older_than: How long ago a run and its flow runs have ended: 90d, 12h, 2w. At least 1h; left out, 30d or what
+            PREFECT_INTEGRATIONS_CREW_KEEP_RECORDS_DAYS says.
         dry_run: Only count.
     """
     from prefect_crew.records.prune import prune as prune_records

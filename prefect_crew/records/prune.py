@@ -1,19 +1,42 @@
-"""Removing the records of runs that ended long ago."""
+"""Removing the records of runs that nobody can ask for any more: their flow runs ended long ago."""
 
 from __future__ import annotations
 
+import asyncio
+import logging
+import random
 from collections import defaultdict
-from collections.abc import Iterable
-from dataclasses import dataclass
-from datetime import timedelta
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
+from math import inf
+from typing import Any, Literal
+from uuid import UUID
+
+import httpx
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.objects import TERMINAL_STATES
+from prefect.exceptions import PrefectException
 
 from prefect_crew.records.model import RecordPhase, RunRecord
-from prefect_crew.records.store import PrefectRecords, waiter_prefix
+from prefect_crew.records.store import PrefectRecords, server_time, waiter_prefix
+from prefect_crew.records.totals import DayTotal, add_to_totals, total_of
+from prefect_crew.settings import CrewSettings
 
-OLDER_THAN = timedelta(days=90)
-"""The age at which ended runs are removed unless another is given: how long they are started at most once."""
 YOUNGEST = timedelta(hours=1)
 """What was changed within this time stays, whatever age is asked for: more than clocks may differ."""
+AT_ONCE = 100
+"""Keys that are looked at together."""
+PAGE = 50
+"""Flow runs in one answer: each brings its parameters, of up to 512 KiB."""
+
+EVERY = 6 * 3600.0
+"""Seconds between two times that a worker prunes: half of that to one and a half, so that workers that started together
+do not all do it at once."""
+FIRST_WITHIN = 3600.0
+"""Seconds within which it does so for the first time."""
+PAUSE = 0.2
+"""Seconds between two of its keys: each takes six requests to the Prefect server, and its flow runs need some too."""
 
 
 @dataclass(frozen=True)
@@ -26,20 +49,46 @@ class Pruned:
     """Records that stay."""
 
 
-def prunable(records: Iterable[RunRecord], older_than: timedelta) -> list[RunRecord]:
-    """Return the records that may go: of keys whose every attempt has ended, or never started, so long ago. Pure.
+@dataclass(frozen=True)
+class Owner:
+    """What the Prefect server knows of a flow run that a record names.
+
+    `ended_for` are the seconds since it ended and all flow runs above it, up to its root, by the server's clock; 0
+    while one of them has not ended. Any of them may be retried, also if it has completed, and asks for its runs again.
+    """
+
+    ended_for: float
+    flow_id: str | None = None
+    tags: Sequence[str] = ()
+
+
+GONE = Owner(inf)
+"""One that was deleted: it cannot be retried."""
+
+
+def prunable(records: Iterable[RunRecord], older_than: timedelta, owners: Mapping[str, Owner]) -> list[RunRecord]:
+    """Return the records that may go: of keys whose every attempt, and its flow runs, ended so long ago. Pure.
 
     The first attempt at a key comes last: as long as it stands, nobody claims it anew before later ones that are left.
+
+    Args:
+        records: All attempts at some keys.
+        older_than: The age. An hour at least.
+        owners: The flow runs that the records name, by their ids. A record stays if one of its own is not among them.
     """
-    by_key: defaultdict[str, list[RunRecord]] = defaultdict(list)
-    for record in records:
-        by_key[record.idempotency_key].append(record)
     return [
         attempt
-        for attempts in by_key.values()
-        if all(_is_old(attempt, older_than) for attempt in attempts)
+        for attempts in _by_key(records).values()
+        if all(_is_old(attempt, older_than) and _owners_ended(attempt, older_than, owners) for attempt in attempts)
         for attempt in sorted(attempts, key=lambda attempt: attempt.attempt, reverse=True)
     ]
+
+
+def _by_key(records: Iterable[RunRecord]) -> dict[str, list[RunRecord]]:
+    by_key = defaultdict[str, list[RunRecord]](list)
+    for record in records:
+        by_key[record.idempotency_key].append(record)
+    return by_key
 
 
 def _is_old(record: RunRecord, older_than: timedelta) -> bool:
@@ -47,31 +96,141 @@ def _is_old(record: RunRecord, older_than: timedelta) -> bool:
     return record.phase in (RecordPhase.ENDED, RecordPhase.NOT_STARTED) and record.idle >= least
 
 
-async def prune(store: PrefectRecords, *, older_than: timedelta = OLDER_THAN, dry_run: bool = False) -> Pruned:
-    """Remove the records of runs that ended longer ago than `older_than`, and notes and permits that are left over.
+def _owners_ended(record: RunRecord, older_than: timedelta, owners: Mapping[str, Owner]) -> bool:
+    least = max(older_than, YOUNGEST).total_seconds()
+    return all(one in owners and owners[one].ended_for >= least for one in owner_ids(record))
+
+
+def owner_ids(record: RunRecord) -> list[str]:
+    """Return the ids of the flow runs that a record names: its owner, and the root in a key that was made."""
+    named = (record.flow_run_id, record.idempotency_key.partition("/")[0])
+    return [one for one in dict.fromkeys(named) if one is not None and _is_id(one)]
+
+
+def _is_id(text: str) -> bool:
+    try:
+        return str(UUID(text)) == text
+    except ValueError:
+        return False
+
+
+async def read_owners(records: Iterable[RunRecord]) -> dict[str, Owner]:
+    """Ask the Prefect server for the flow runs that records name, and for those above them, level by level.
+
+    Raises:
+        httpx.HTTPError: The Prefect API is away or refuses.
+    """
+    owners = dict.fromkeys((one for record in records for one in owner_ids(record)), GONE)
+    at = {one: one for one in owners}
+    while at:
+        flow_runs = await _read("/flow_runs/filter", at.values())
+        # One that was deleted has left the one below it as a root.
+        found = {first: flow_runs[reached] for first, reached in at.items() if reached in flow_runs}
+        tasks = await _read("/task_runs/filter", (one["parent_task_run_id"] for one in found.values()))
+        at = {}
+        for first, flow_run in found.items():
+            before = owners[first]
+            if before is GONE:
+                before = Owner(inf, flow_run["flow_id"], flow_run["tags"])
+            ended_for = flow_run["unchanged_for"] if flow_run["state_type"] in TERMINAL_STATES else 0.0
+            owners[first] = replace(before, ended_for=min(before.ended_for, ended_for))
+            if parent := tasks.get(flow_run["parent_task_run_id"], {}).get("flow_run_id"):
+                at[first] = parent
+    return owners
+
+
+async def _read(
+    path: Literal["/flow_runs/filter", "/task_runs/filter", "/flows/filter"], ids: Iterable[str | None]
+) -> dict[str | None, dict[str, Any]]:
+    """Return what there is, by id, with the seconds for which nobody has changed it."""
+    wanted = sorted({one for one in ids if one is not None})
+    found = dict[str | None, dict[str, Any]]()
+    async with get_client() as client:
+        for start in range(0, len(wanted), PAGE):
+            json = {path.split("/")[1]: {"id": {"any_": wanted[start : start + PAGE]}}, "limit": PAGE}
+            response = await client.request("POST", path, json=json)
+            now = server_time(response)
+            for one in response.json():
+                unchanged_for = (now - datetime.fromisoformat(one["updated"])).total_seconds()
+                found[one["id"]] = {**one, "unchanged_for": unchanged_for}
+    return found
+
+
+async def prune(
+    store: PrefectRecords, *, older_than: timedelta | None = None, dry_run: bool = False, pause: float = 0.0
+) -> Pruned:
+    """Remove the records of runs whose flow runs ended long ago, and notes and permits that are left over.
+
+    What the runs used is added to the totals of their days first. Several may prune at the same time.
 
     Args:
         store: The record store.
-        older_than: The age, counted from when a run's end was written down. An hour at least.
+        older_than: The age, counted from when a run's end was written down, and from the end of the flow run that
+            started it and of those above it. An hour at least; left out, the setting `keep_records_days`.
         dry_run: Only count.
+        pause: Seconds between two keys, so that a long list does not keep the Prefect server busy.
+
+    Raises:
+        httpx.HTTPError: The Prefect API is away or refuses. Nothing is removed that it was not asked about.
     """
+    older_than = timedelta(days=CrewSettings().keep_records_days) if older_than is None else older_than
     # The notes first: a run that is claimed and waited for after that has a record that we know of.
     notes = await store.waiter_notes()
     permits = [permit async for permit in store.permits()]
     records = [record async for record in store.all()]
-    going = prunable(records, older_than)
     needed = tuple(waiter_prefix(record) for record in records if record.phase is RecordPhase.STARTED)
     left_over = [name for name in notes if not name.startswith(needed)]
     if not dry_run:
-        for idempotency_key in dict.fromkeys(record.idempotency_key for record in going):
-            # Read again: since the list was made, the key may have been used. Whoever claims it from here on sees that
-            # attempts are gone which it decided by, and decides again.
-            for record in prunable(await store.attempts(idempotency_key), older_than):
-                await store.delete(record)
         refs = {record.ref for record in records}
         for claim, permit in permits:
             if claim not in refs:
                 await store.delete_orphan(claim, permit)
         for name in left_over:
             await store.delete_note(name)
-    return Pruned(runs=len(going), notes=len(left_over), kept=len(records) - len(going))
+    by_key = _by_key(records)
+    old = [key for key, attempts in by_key.items() if all(_is_old(one, older_than) for one in attempts)]
+    runs = 0
+    for start in range(0, len(old), AT_ONCE):
+        some = {key: by_key[key] for key in old[start : start + AT_ONCE]}
+        owners = await read_owners(record for attempts in some.values() for record in attempts)
+        going = prunable((record for attempts in some.values() for record in attempts), older_than, owners)
+        runs += len(going)
+        if dry_run or not going:
+            continue
+        await _count(going, owners)
+        for key in dict.fromkeys(record.idempotency_key for record in going):
+            # Read again: since the list was made, the key may have been used. Whoever claims it from here on sees that
+            # attempts are gone which it decided by, and decides again.
+            attempts = await store.attempts(key)
+            if {one.ref for one in attempts} <= {one.ref for one in some[key]}:
+                for record in prunable(attempts, older_than, owners):
+                    await store.delete(record)
+            await asyncio.sleep(pause)
+    return Pruned(runs=runs, notes=len(left_over), kept=len(records) - runs)
+
+
+async def _count(records: Sequence[RunRecord], owners: Mapping[str, Owner]) -> None:
+    """Add runs to the totals of their days, each under the name of its flow."""
+    flows = await _read("/flows/filter", (owner.flow_id for owner in owners.values()))
+
+    def total(record: RunRecord) -> DayTotal:
+        owner = owners.get(record.flow_run_id or "", GONE)
+        return total_of(record, flows.get(owner.flow_id, {}).get("name"), owner.tags)
+
+    await add_to_totals(records, total)
+
+
+async def prune_regularly(log: logging.Logger) -> None:
+    """Prune now and then, for as long as a worker lives. Where it fails, it is tried again the next time."""
+    seconds = random.uniform(0.02, 1.0) * FIRST_WITHIN  # noqa: S311  no secret depends on it
+    while True:
+        await asyncio.sleep(seconds)
+        try:
+            pruned = await prune(PrefectRecords(), pause=PAUSE)
+            if pruned.runs:
+                log.info("%d old run records were removed, %d stay.", pruned.runs, pruned.kept)
+        except (httpx.HTTPError, PrefectException) as error:
+            log.debug("Old run records are not removed now: the Prefect server does not answer (%s).", error)
+        except Exception:
+            log.exception("Old run records could not be removed. The worker tries it again later.")
+        seconds = random.uniform(0.5, 1.5) * EVERY  # noqa: S311

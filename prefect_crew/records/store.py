@@ -127,11 +127,16 @@ def _body(record: RunRecord | Permit) -> dict[str, Any]:
     return {"value": value, "tags": [*tags, *([_kickoff_tag(record.kickoff_id)] if record.kickoff_id else [])]}
 
 
-def variables_in(response: httpx.Response) -> list[Variable]:
-    """Return the Variables in an answer, with their ages by the clock of the server that gave it."""
+def server_time(response: httpx.Response) -> datetime:
+    """Return when an answer was made, by the clock of the server that gave it."""
     date = response.headers.get("Date")
     # A proxy that takes it away leaves our own clock: without any, a claim of a dead owner would never grow old.
-    now = utcnow() if date is None else parsedate_to_datetime(date)
+    return utcnow() if date is None else parsedate_to_datetime(date)
+
+
+def variables_in(response: httpx.Response) -> list[Variable]:
+    """Return the Variables in an answer, with their ages by the clock of the server that gave it."""
+    now = server_time(response)
 
     def since(moment: str) -> float:
         return max(0.0, (now - datetime.fromisoformat(moment)).total_seconds())
@@ -199,7 +204,7 @@ def later_version(value: Any) -> CrewError | None:
 # Requests
 
 
-async def _created(variable: dict[str, Any]) -> str | None:
+async def create_variable(variable: Mapping[str, Any]) -> str | None:
     """Create a Variable and return its id; None if there is one of its name.
 
     While the server is busy it has done nothing, and is asked again soon. All else is for Prefect's client to repeat,
@@ -230,7 +235,7 @@ async def _created_here(variable: dict[str, Any], model: type[_Model]) -> tuple[
     Raises:
         CrewError: What stands there is nothing that this version can read.
     """
-    if (ref := await _created(variable)) is not None:
+    if (ref := await create_variable(variable)) is not None:
         return ref, None
     # Prefect's client sends a request again after a read timeout or a 502: the conflict may be with our own.
     async with get_client() as client:
@@ -251,7 +256,7 @@ async def _patch(ref: str, body: Mapping[str, Any]) -> None:
         await request_soon(client, "PATCH", f"/variables/{ref}", json=body, give_up_after=SAVE_FOR)
 
 
-async def _is_there(ref: str, *, delete: bool = False) -> bool:
+async def is_there(ref: str, *, delete: bool = False) -> bool:
     """Return whether there is a Variable of this id; `delete` removes it."""
     async with get_client() as client:
         try:
@@ -263,7 +268,8 @@ async def _is_there(ref: str, *, delete: bool = False) -> bool:
     return True
 
 
-async def _pages(variables: Mapping[str, Any]) -> AsyncIterator[list[Variable]]:
+async def read_pages(variables: Mapping[str, Any]) -> AsyncIterator[list[Variable]]:
+    """Yield the Variables that meet a filter, page by page."""
     offset = 0
     while True:
         json = {"variables": variables, "limit": PAGE, "offset": offset, "sort": "NAME_ASC"}
@@ -275,10 +281,10 @@ async def _pages(variables: Mapping[str, Any]) -> AsyncIterator[list[Variable]]:
         offset += PAGE
 
 
-async def _named(prefix: str) -> list[Variable]:
+async def read_named(prefix: str) -> list[Variable]:
     """Return the Variables whose names begin with a text, in the order of their names."""
     # `_` is a wildcard of LIKE, and the server looks anywhere in the name.
-    found = [one async for page in _pages({"name": {"like_": prefix + "%"}}) for one in page]
+    found = [one async for page in read_pages({"name": {"like_": prefix + "%"}}) for one in page]
     return [one for one in found if one.name.startswith(prefix)]
 
 
@@ -393,7 +399,7 @@ class PrefectRecords:
     async def attempts(self, idempotency_key: str) -> Sequence[RunRecord]:
         """Return all attempts at a key, the first one first."""
         idempotency_key = normalize_key(idempotency_key)
-        found = records_in(await _named(f"crew_run_{_digest(idempotency_key)}_"))
+        found = records_in(await read_named(f"crew_run_{_digest(idempotency_key)}_"))
         return [record for record in found if record.idempotency_key == idempotency_key]
 
     async def of_kickoff(self, kickoff_id: str) -> RunRecord | None:
@@ -407,7 +413,7 @@ class PrefectRecords:
     async def holders(self, kickoff_id: str) -> list[tuple[str, int]]:
         """Return the idempotency keys and attempts that a kickoff id is on record for, in no promised order."""
         holders: dict[tuple[str, int], None] = {}
-        async for page in _pages({"tags": {"all_": [_kickoff_tag(kickoff_id)]}}):
+        async for page in read_pages({"tags": {"all_": [_kickoff_tag(kickoff_id)]}}):
             for variable in page:
                 held = _parse(variable.value, Permit)  # what it reads of a record is the same
                 if held is not None and held.kickoff_id == kickoff_id:
@@ -418,7 +424,7 @@ class PrefectRecords:
         """Yield every record that this version can read, or those in one phase, in no promised order."""
         problem: CrewError | None = None
         tags = [TAG, f"phase:{RecordPhase.CLAIMED}"] if phase in _OPEN else [TAG]
-        async for page in _pages({"tags": {"all_": tags}}):
+        async for page in read_pages({"tags": {"all_": tags}}):
             problems = {one.id: error for one in page if (error := later_version(one.value)) is not None}
             problem = next(iter(problems.values()), problem)
             for record in await self._with_permits([one for one in page if one.id not in problems]):
@@ -435,7 +441,7 @@ class PrefectRecords:
         for start in range(0, len(open_ones), PAGE // USUAL):
             some = open_ones[start : start + PAGE // USUAL]
             names = [_permit_name(record, number + 1) for record in some for number in range(USUAL)]
-            permits += [one async for page in _pages({"name": {"any_": names}}) for one in page]
+            permits += [one async for page in read_pages({"name": {"any_": names}}) for one in page]
         for record in records_in([*claims, *permits]) if permits else ():
             whole = await self._current(record) if record.permit == USUAL else None
             records[record.ref] = whole or record
@@ -459,8 +465,8 @@ class PrefectRecords:
         """Forget an attempt, and what people answered. A later call with its key is then a new start."""
         if record.has_webhooks:
             await forget_notes(record)
-        for answer in await _named(_answer_prefix(record)):
-            await _is_there(answer.id, delete=True)
+        for answer in await read_named(_answer_prefix(record)):
+            await is_there(answer.id, delete=True)
         # By id: under the name somebody may have made a claim anew.
         try:
             ref, name = record.ref or await self._ref(record), record_name(record.idempotency_key, record.attempt)
@@ -468,22 +474,22 @@ class PrefectRecords:
             if error.response.status_code != 404:
                 raise
             return
-        permits = await _named(f"{name}_{ref.replace('-', '')}_")
+        permits = await read_named(f"{name}_{ref.replace('-', '')}_")
         # The record first: without its permits it would seem to be claimed.
         for gone in (ref, *(one.id for one in permits)):
-            await _is_there(gone, delete=True)
+            await is_there(gone, delete=True)
 
     async def permits(self) -> AsyncIterator[tuple[str, str]]:
         """Yield the `ref` of each permit's claim, and its own."""
-        async for page in _pages({"tags": {"all_": [PERMIT_TAG]}}):
+        async for page in read_pages({"tags": {"all_": [PERMIT_TAG]}}):
             for variable in page:
                 if (parts := _NAME.fullmatch(variable.name)) and parts[2] is not None:
                     yield str(UUID(parts[2])), variable.id
 
     async def delete_orphan(self, claim: str, permit: str) -> None:
         """Delete a permit if its claim is gone: whoever deleted that was killed before it came to the permit."""
-        if not await _is_there(claim):
-            await _is_there(permit, delete=True)
+        if not await is_there(claim):
+            await is_there(permit, delete=True)
 
     # Who waits for a run
 
@@ -494,7 +500,7 @@ class PrefectRecords:
     async def add_waiter(self, record: RunRecord, flow_run_id: str) -> None:
         """Note that a flow run other than the owner waits for the run. A second note of the same is not an error."""
         name = waiter_prefix(record) + flow_run_id.replace("-", "")
-        await _created({"name": name, "value": {"flow_run_id": flow_run_id}, "tags": []})
+        await create_variable({"name": name, "value": {"flow_run_id": flow_run_id}, "tags": []})
 
     async def remove_waiter(self, record: RunRecord, flow_run_id: str) -> None:
         """Take that note away."""
@@ -502,13 +508,13 @@ class PrefectRecords:
 
     async def other_waiters(self, record: RunRecord, flow_run_id: str | None) -> list[str]:
         """Return the ids of other flow runs that wait for the run and have not ended, the owner's among them."""
-        waiting = {str(one.value["flow_run_id"]) for one in await _named(waiter_prefix(record))}
+        waiting = {str(one.value["flow_run_id"]) for one in await read_named(waiter_prefix(record))}
         waiting |= {record.flow_run_id} if record.flow_run_id else set()
         return [other for other in sorted(waiting - {flow_run_id}) if await _is_alive(other)]
 
     async def waiter_notes(self) -> list[str]:
         """Return the names of all notes that some flow run waits for a run."""
-        return [one.name for one in await _named(_WAITER)]
+        return [one.name for one in await read_named(_WAITER)]
 
     async def delete_note(self, name: str) -> None:
         """Take a note away by its name."""
@@ -523,12 +529,12 @@ class PrefectRecords:
 
     async def reviews(self, record: RunRecord) -> list[SentReview]:
         """Return what people have answered to a run, in order."""
-        return [SentReview.model_validate(one.value) for one in await _named(_answer_prefix(record))]
+        return [SentReview.model_validate(one.value) for one in await read_named(_answer_prefix(record))]
 
     async def add_review(self, record: RunRecord, number: int, review: SentReview) -> bool:
         """Write down an answer that is about to be sent; False if somebody else's of this number stands there."""
         value = review.model_dump(mode="json")
-        return await _created({"name": _answer_name(record, number), "value": value, "tags": []}) is not None
+        return await create_variable({"name": _answer_name(record, number), "value": value, "tags": []}) is not None
 
     async def save_review(self, record: RunRecord, number: int, review: SentReview) -> None:
         """Write down what became of it."""
