@@ -220,7 +220,7 @@ async def _count(records: Sequence[RunRecord], owners: Mapping[str, Owner]) -> N
     await add_to_totals(records, total)
 
 
-async def prune_regularly(log: logging.Logger) -> None:
+async def prune_regularly(log: logging.Logger | logging.LoggerAdapter[logging.Logger]) -> None:
     """Prune now and then, for as long as a worker lives. Where it fails, it is tried again the next time."""
     seconds = random.uniform(0.02, 1.0) * FIRST_WITHIN  # noqa: S311  no secret depends on it
     while True:

@@ -18,6 +18,7 @@ from typing import NamedTuple
 from pydantic import BaseModel, Field, ValidationError
 from pydantic_core import to_json
 
+from prefect_crew.exceptions import CrewError
 from prefect_crew.records.model import RecordPhase, RunRecord
 from prefect_crew.records.store import (
     VALUE_LIMIT,
@@ -31,6 +32,8 @@ from prefect_crew.records.store import (
 TAG = "prefect-crew-usage"
 AT_ONCE = 40
 """Runs that are added in one step: the ids of their records take 1,500 of the 5,000 bytes of a Variable."""
+MOST_TRIES = 20
+"""Each that fails is one of another process that does not."""
 LONGEST = 100
 """Characters of a name in a total, and of a flow run's tags together."""
 MOST = 2**53
@@ -132,6 +135,7 @@ async def add_to_totals(records: Sequence[RunRecord], total: Callable[[RunRecord
 
     Raises:
         httpx.HTTPError: The Prefect API is away or refuses.
+        CrewError: Others add to the same day without a pause.
     """
     by_day = defaultdict[date, list[tuple[str, DayTotal]]](list)
     for record in records:
@@ -143,7 +147,7 @@ async def add_to_totals(records: Sequence[RunRecord], total: Callable[[RunRecord
 
 
 async def _add(prefix: str, runs: dict[str, DayTotal]) -> None:
-    while True:
+    for _ in range(MOST_TRIES):
         parts = _Parts.of(await read_named(prefix))
         for ref in parts.replaced:
             await is_there(ref, delete=True)
@@ -170,6 +174,10 @@ async def _add(prefix: str, runs: dict[str, DayTotal]) -> None:
                 await _add(prefix, {ref: runs[ref] for ref in half})
             return
         await create_variable({"name": f"{prefix}{parts.free}", "value": _value(fits), "tags": [TAG]})
+    raise CrewError(
+        f"What pruned runs used could not be added to the Variables {prefix}…: others changed them {MOST_TRIES} times. "
+        "The records of these runs stay. Prune again later."
+    )
 
 
 def _value(part: _Part) -> dict[str, object]:

@@ -6,7 +6,7 @@ while the owner of a claim is alive. They are judged without the oracle's excuse
 
 from __future__ import annotations
 
-from proof.sim.scenario import Call, CrewRun, Prune, Scenario
+from proof.sim.scenario import Call, CrewRun, Prune, Root, Scenario
 
 __all__ = ["WORLDS"]
 
@@ -15,6 +15,9 @@ LIMITED_TWICE = ("kickoff:429-before-accept@1-2",)
 BUSY = ("kickoff:503-before-accept=3@1",)
 SLOW_INPUTS = ("inputs:latency=4@1",)
 SLOW_KICKOFF = ("kickoff:latency=4@1",)
+
+SUBFLOWS = (Call(root=0), Call(at=100.0, root=0))
+"""A subflow, and the one that a retry of its root makes anew: both have the same key."""
 
 WORLDS = {
     # The Prefect server says Crashed, and the process lives.
@@ -107,12 +110,22 @@ WORLDS = {
     ),
     "the id of a run is written late, over its end": Scenario(calls=(Call(),), prefect_faults=(("write@2", "late"),)),
     # Old records are pruned.
-    "a key is pruned while the owner sleeps over its end, and started anew": Scenario(
+    "a key is pruned while the owner, without a flow, sleeps over its end, and started anew": Scenario(
+        calls=(Call(flow=False, freeze_at=23, freeze_for=100.0), Call(at=0.3, skew=120.0, again=(15.0, 90.0))),
+        runs=(CrewRun(end="fails", seconds=1.0),),
+        prunes=(Prune(at=85.0),),
+    ),
+    "a key is not pruned while the owner's flow run sleeps over its end": Scenario(
         calls=(Call(freeze_at=23, freeze_for=100.0), Call(at=0.3, skew=120.0, again=(15.0, 90.0))),
         runs=(CrewRun(end="fails", seconds=1.0),),
         prunes=(Prune(at=85.0),),
     ),
-    "a claim that lands late meets a key that was pruned": Scenario(
+    "a claim that lands late meets a key that was pruned, without a flow": Scenario(
+        calls=(Call(flow=False, cancel_at=6, again=(60.0,)), Call(at=75.0)),
+        prefect_faults=(("write@3", "timeout"),),
+        prunes=(Prune(at=70.0, freeze_at=9, freeze_for=30.0),),
+    ),
+    "a claim that lands late meets a key that is not pruned, since its flow run was retried": Scenario(
         calls=(Call(cancel_at=6, again=(60.0,)), Call(at=75.0)),
         prefect_faults=(("write@3", "timeout"),),
         prunes=(Prune(at=70.0, freeze_at=9, freeze_for=30.0),),
@@ -121,6 +134,27 @@ WORLDS = {
         calls=(Call(freeze_at=11, freeze_for=30.0, crashed_at=1.0), Call(at=2.0), Call(at=25.0)),
         runs=(CrewRun(seconds=1.0), CrewRun(seconds=100.0)),
         prunes=(Prune(at=10.0, older_than=3600.0, skew=86400.0),),
+    ),
+    # A flow run that completed is retried, and asks for its run again.
+    "a subflow has ended long ago, and its root runs on": Scenario(
+        calls=SUBFLOWS, roots=(Root(((0.0, 110.0),)),), prunes=(Prune(at=64.0, older_than=20.0),)
+    ),
+    "a root has ended a moment before its subflow's record could go, and is retried": Scenario(
+        calls=SUBFLOWS, roots=(Root(((0.0, 60.0), (95.0, 110.0))),), prunes=(Prune(at=64.0, older_than=20.0),)
+    ),
+    "a root has ended long ago, and is being retried while records are pruned": Scenario(
+        calls=SUBFLOWS, roots=(Root(((0.0, 1.0), (60.0, 110.0))),), prunes=(Prune(at=64.0, older_than=20.0),)
+    ),
+    "a root was retried and has ended again a moment ago, and is retried once more": Scenario(
+        calls=SUBFLOWS,
+        roots=(Root(((0.0, 1.0), (50.0, 60.0), (95.0, 110.0))),),
+        prunes=(Prune(at=64.0, older_than=20.0),),
+    ),
+    "a root has ended long ago": Scenario(
+        calls=SUBFLOWS, roots=(Root(((0.0, 1.0), (95.0, 110.0))),), prunes=(Prune(at=64.0, older_than=20.0),)
+    ),
+    "a root was deleted": Scenario(
+        calls=SUBFLOWS, roots=(Root(((0.0, 50.0),), deleted_at=55.0),), prunes=(Prune(at=64.0, older_than=20.0),)
     ),
 }
 """Each by its name in words."""
@@ -139,6 +173,16 @@ for step in range(1, 18):
             faults=("kickoff:429-before-accept=3@1",),
             resolve_every=0.5,
         ),
+        f"an owner that is said to have crashed falls asleep while its claim is voided and pruned{at}": Scenario(
+            calls=(Call(freeze_at=step, freeze_for=30.0, crashed_at=1.0), Call(at=2.0), Call(at=25.0)),
+            runs=(CrewRun(seconds=1.0), CrewRun(seconds=100.0)),
+            prunes=(Prune(at=10.0),),
+        ),
+    }
+
+for step in range(1, 33):
+    at = f", before its step {step}"
+    WORLDS |= {
         f"prune falls asleep while a failed run is started again{at}": Scenario(
             calls=(Call(), Call(at=65.0), Call(at=80.0)),
             runs=(CrewRun(end="fails", seconds=1.0), CrewRun(seconds=100.0)),
@@ -149,9 +193,26 @@ for step in range(1, 18):
             runs=(CrewRun(seconds=1.0), CrewRun(seconds=100.0)),
             prunes=(Prune(at=64.0, freeze_at=step, freeze_for=15.0), Prune(at=66.0)),
         ),
-        f"an owner that is said to have crashed falls asleep while its claim is voided and pruned{at}": Scenario(
-            calls=(Call(freeze_at=step, freeze_for=30.0, crashed_at=1.0), Call(at=2.0), Call(at=25.0)),
-            runs=(CrewRun(seconds=1.0), CrewRun(seconds=100.0)),
-            prunes=(Prune(at=10.0),),
+        f"prune falls asleep while a root that has ended long ago is retried{at}": Scenario(
+            calls=(Call(root=0), Call(at=67.0, root=0)),
+            roots=(Root(((0.0, 1.0), (66.0, 80.0))),),
+            prunes=(Prune(at=64.0, older_than=20.0, freeze_at=step, freeze_for=10.0),),
+        ),
+        f"prune is killed, and another one goes on{at}": Scenario(
+            calls=(Call(), Call(key=1), Call(key=2, flow=False)),
+            prunes=(Prune(at=64.0, kill_at=step + 1), Prune(at=84.0)),
+        ),
+        f"prune falls asleep while another one prunes and counts other runs of the day{at}": Scenario(
+            calls=(Call(), Call(at=30.0, key=1), Call(at=50.0, key=2)),
+            prunes=(Prune(at=64.0, freeze_at=step, freeze_for=60.0), Prune(at=90.0), Prune(at=112.0)),
+        ),
+        f"prune finds the Prefect API away, {0.06 * step:.2f} s after it began": Scenario(
+            calls=(Call(), Call(root=0, key=1), Call(key=2, flow=False), Call(at=150.0, root=0, key=1)),
+            roots=(Root(((0.0, 160.0),)),),
+            prunes=(Prune(at=64.0), Prune(at=100.0)),
+            outages=((64.0 + 0.06 * step, 20.0),),
+        ),
+        f"two prune at the same time{at}": Scenario(
+            calls=(Call(), Call(key=1), Call(key=2, flow=False)), prunes=(Prune(at=64.0), Prune(at=64.0)), order=step
         ),
     }

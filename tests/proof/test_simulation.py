@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import re
 import uuid
+from dataclasses import replace
 from datetime import datetime
 from email.utils import parsedate_to_datetime
 from types import SimpleNamespace
@@ -16,16 +18,16 @@ import pytest
 from prefect.exceptions import PrefectHTTPStatusError
 
 from prefect_crew.client._retry_safety import KickoffFate
-from prefect_crew.records import decision
+from prefect_crew.records import decision, prune, totals
 from prefect_crew.records import store as store_module
 from prefect_crew.records.decision import Decision
 from prefect_crew.records.model import RecordPhase, RunRecord, utcnow
-from prefect_crew.records.store import PrefectRecords
+from prefect_crew.records.store import PrefectRecords, Variable
 from prefect_crew.runs import kickoff
-from proof.sim.loop import Process, SimLoop, StuckError
+from proof.sim.loop import Process, SimLoop, StuckError, current_process
 from proof.sim.oracle import broken_promises
 from proof.sim.prefect_api import SimPrefect
-from proof.sim.scenario import Call, CrewRun, Scenario
+from proof.sim.scenario import Call, CrewRun, Prune, Root, Scenario
 from proof.sim.shrink import shrunk
 from proof.sim.world import World
 from support.prefect_server import PrefectServer
@@ -215,6 +217,51 @@ def _forgets_the_id() -> Any:
     return mock.patch.object(kickoff, "_save", save)
 
 
+def _looks_at_no_flow_run() -> Any:
+    return mock.patch.object(prune, "_owners_ended", return_value=True)
+
+
+def _looks_at_no_root() -> Any:
+    read = prune._read
+
+    async def read_no_tasks(path: Any, ids: Any) -> dict[Any, Any]:
+        return {} if path == "/task_runs/filter" else await read(path, ids)
+
+    return mock.patch.object(prune, "_read", read_no_tasks)
+
+
+def _takes_completed_for_over() -> Any:
+    async def read_owners(records: Any) -> dict[str, prune.Owner]:
+        found = await read(records)
+        return {one: replace(owner, ended_for=owner.ended_for and math.inf) for one, owner in found.items()}
+
+    read = prune.read_owners
+    return mock.patch.object(prune, "read_owners", read_owners)
+
+
+def _counts_nothing() -> Any:
+    return mock.patch.object(prune, "add_to_totals", mock.AsyncMock())
+
+
+def _forgets_what_others_counted() -> Any:
+    counted: set[tuple[Process | None, str]] = set()
+    create, read = totals.create_variable, totals.read_named
+
+    async def create_variable(variable: Any) -> str | None:
+        counted.update((current_process(), ref) for ref in variable["value"]["refs"])
+        return await create(variable)
+
+    async def read_named(prefix: str) -> list[Variable]:
+        return [
+            one._replace(value={**one.value, "refs": [*filter(mine, one.value["refs"])]}) for one in await read(prefix)
+        ]
+
+    def mine(ref: str) -> bool:
+        return (current_process(), ref) in counted
+
+    return mock.patch.multiple(totals, create_variable=create_variable, read_named=read_named)
+
+
 TWO = Scenario(calls=(Call(), Call()), runs=(CrewRun(seconds=3),))
 KILLED = Scenario(calls=(Call(kill_at=25, crashed_after=0.5, again=(1.0,)),), runs=(CrewRun(seconds=15),))
 SLOW = Scenario(calls=(Call(), Call(at=0.2)), faults=("kickoff:429-before-accept=15@1",))
@@ -222,6 +269,12 @@ FAILING = Scenario(calls=(Call(), Call(at=0.03, freeze_at=8, freeze_for=30.0)), 
 REFUSED = Scenario(calls=(Call(again=(1.0,)),), faults=("kickoff:400-before-accept@1",))
 MISCONFIGURED = Scenario(calls=(Call(misconfigured=True, again=(1.0,)),))
 DENIED = Scenario(calls=(Call(again=(1.0,)),), faults=("kickoff:500-after-accept@1",))
+SUBFLOWS = (Call(root=0), Call(at=100.0, root=0))
+ROOT_RUNS_ON = Scenario(calls=SUBFLOWS, roots=(Root(((0.0, 110.0),)),), prunes=(Prune(at=64.0, older_than=20.0),))
+ROOT_ENDED_NOW = Scenario(
+    calls=SUBFLOWS, roots=(Root(((0.0, 60.0), (95.0, 110.0))),), prunes=(Prune(at=64.0, older_than=20.0),)
+)
+PRUNE_KILLED = Scenario(calls=(Call(),), prunes=(Prune(at=64.0, kill_at=22), Prune(at=84.0)))
 MISTAKES = {
     "a claim that anybody may overwrite": (_claims_nothing, TWO),
     "a kickoff that is sent again after a 500": (_sends_again, DENIED),
@@ -230,6 +283,12 @@ MISTAKES = {
     "a refused kickoff that is made uncertain": (_is_never_sure, REFUSED),
     "a mistake of the user that is made uncertain": (_is_never_sure, MISCONFIGURED),
     "an id that is not written down": (_forgets_the_id, KILLED),
+    "a record that is pruned whatever its flow run does": (_looks_at_no_flow_run, ROOT_RUNS_ON),
+    "a record that is pruned while its root runs": (_looks_at_no_root, ROOT_RUNS_ON),
+    "a record that is pruned while its root can be retried": (_looks_at_no_root, ROOT_ENDED_NOW),
+    "a record that is pruned as soon as its root has ended": (_takes_completed_for_over, ROOT_ENDED_NOW),
+    "a run that is not counted when its record is pruned": (_counts_nothing, PRUNE_KILLED),
+    "a run that is counted twice, since who pruned was killed": (_forgets_what_others_counted, PRUNE_KILLED),
 }
 
 

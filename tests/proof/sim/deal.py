@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from proof.sim.prefect_api import PREFECT_FAULTS
-from proof.sim.scenario import Call, CrewRun, Prune, Scenario
+from proof.sim.scenario import Call, CrewRun, Prune, Root, Scenario
 
 __all__ = ["FATES", "KICKOFF_FAULTS", "PERMITS", "ROUND", "dealt"]
 
@@ -40,6 +41,8 @@ _OTHERS = (
 FATES = ("none", "killed", "asleep", "cancelled")
 ROUND = len(KICKOFF_FAULTS) + 4
 """Worlds in which every fault of a kickoff comes once; as many rounds as there are fates make all pairs."""
+LONG = Root(((0.0, 400.0),))
+DELETED = Root(((0.0, 5.0),), deleted_at=8.0)
 _SECONDS = (0.0, 0.2, 1.0, 3.0, 15.0, 50.0)
 _ENDS = (
     *((), (), (), (CrewRun(seconds=3),), (CrewRun(seconds=15),), (CrewRun(seconds=50),)),
@@ -74,7 +77,7 @@ class _Decks:
 def dealt(count: int, seed: int) -> Iterator[Scenario]:
     """Yield so many worlds."""
     rng = random.Random(seed)
-    decks = _Decks(rng)
+    decks, others = _Decks(rng), _Decks(random.Random(f"{seed} pruned"))
     # For each fault an order of the fates of its own.
     fates = {fault: rng.sample(FATES, len(FATES)) for fault in KICKOFF_FAULTS}
     order: list[str] = []
@@ -83,7 +86,7 @@ def dealt(count: int, seed: int) -> Iterator[Scenario]:
             order = rng.sample([*KICKOFF_FAULTS, *[""] * (ROUND - len(KICKOFF_FAULTS))], ROUND)
         fault = order.pop()
         fate = fates[fault][number // ROUND % len(FATES)] if fault else decks("fate", *FATES)
-        yield _world(decks, fault, fate, rng)
+        yield _pruned(others, _world(decks, fault, fate, rng))
 
 
 def _world(deal: _Decks, fault: str, fate: str, rng: random.Random) -> Scenario:
@@ -193,3 +196,18 @@ def _prunes(deal: _Decks) -> tuple[Prune, ...]:
         return ()
     sleeps = deal("prune sleeps", 0.0, 3.0, 30.0)
     return (Prune(at=at, freeze_at=deal("prune step", *range(3, 13)), freeze_for=sleeps),)
+
+
+def _pruned(deal: _Decks, world: Scenario) -> Scenario:
+    """Return a world with more of what matters where records are pruned: roots that are retried, and who dies of it."""
+    if not world.prunes:
+        return world
+    (prune,) = world.prunes
+    later = (Prune(at=prune.at + after) for after in deal("later", (), (0.0,), (1.0, 90.0), (40.0, 300.0), (150.0,)))
+    prunes = (replace(prune, kill_at=deal("prune dies", *[None] * 3, 13, 17, 21, 25)), *later)
+    roots = deal("root", (), (), (), (Root(((0.0, 5.0),)),), (Root(((0.0, 5.0), (50.0, 300.0))),), (LONG,), (DELETED,))
+    if not roots:
+        return replace(world, prunes=prunes)
+    victim, *others = world.calls
+    calls = (replace(victim, root=0), *(replace(one, root=deal("other's root", 0, None)) for one in others))
+    return replace(world, calls=calls, prunes=prunes, roots=roots)

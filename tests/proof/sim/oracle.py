@@ -18,8 +18,10 @@ from prefect_crew.exceptions import (
     CrewTimeoutError,
     KickoffUncertainError,
 )
+from prefect_crew.records.model import SPARE
 from prefect_crew.states import CrewState
 from proof.sim.loop import EPOCH, Process
+from proof.sim.prefect_api import Change
 from proof.sim.world import REQUEST_TIMEOUT, Ending, World, key_of
 
 __all__ = ["broken_promises"]
@@ -50,7 +52,7 @@ def broken_promises(world: World, *, strict: bool = False) -> list[str]:
     """
     checks = (
         *(_never_twice, _never_two_at_once, _never_lost, _certain, _true_results, _events, _honest_stops, _timeouts),
-        *(_records, _prunes, _starts_after_failures, _needlessly_uncertain, _requests, _budgets),
+        *(_records, _prunes, _totals, _starts_after_failures, _needlessly_uncertain, _requests, _budgets),
     )
     unclaimed = [f"a kickoff of {key} arrived and no claim of it stood" for key in world.site.unclaimed]
     world.excusing = not strict
@@ -293,11 +295,50 @@ def _records(world: World) -> Iterator[str]:
 
 
 def _prunes(world: World) -> Iterator[str]:
-    """Only what has ended, or never started, is pruned."""
-    for change in world.prefect.changes:
-        phase = None if change.before is None else change.before["phase"]
-        if change.value is None and change.by in world.clerks and phase not in ("ended", "not-started"):
+    """Only what has ended, or never started, is pruned, and whose flow runs can be retried within the time no more."""
+    for change, clerk in _removed(world):
+        if (phase := change.before["phase"]) not in ("ended", "not-started"):
             yield f"prune: {change.name} was removed while it was {phase}"
+        # Since the clerk began, there was a moment at which all of them had ended so long ago.
+        line = _line(world, change.before.get("flow_run_id"))
+        least = max(clerk.facts["older_than"], SPARE)
+        first, last = clerk.facts["began"], change.at
+        ends = [at - EPOCH + least for run_id in line for at, _ in world.prefect.flow_runs.history[run_id]]
+        moments = [first, *(at for at in ends if first <= at <= last)]
+        if not any(all(_had_ended(world, run_id, at, least) for run_id in line) for at in moments):
+            yield f"prune: {change.name} was removed at {last:.2f}, and a retry of its flow runs {line} may ask for it"
+
+
+def _removed(world: World) -> Iterator[tuple[Change, Process]]:
+    for change in world.prefect.changes:
+        if change.value is None and change.before is not None and change.by in world.clerks:
+            yield change, change.by
+
+
+def _line(world: World, run_id: str | None) -> list[str]:
+    """Return a flow run and those above it, also where they were deleted."""
+    line: list[str] = []
+    while run_id is not None and run_id in world.prefect.flow_runs.history:
+        line.append(run_id)
+        run_id = world.prefect.parents.get(run_id)
+    return line
+
+
+def _had_ended(world: World, run_id: str, moment: float, least: float) -> bool:
+    """Return whether a flow run had ended so many seconds before a moment, or was deleted by then."""
+    past = [(at - EPOCH, state) for at, state in world.prefect.flow_runs.history[run_id] if at - EPOCH <= moment]
+    at, state = past[-1]
+    return state is None or (state in ("COMPLETED", "FAILED", "CRASHED", "CANCELLED") and moment - at >= least)
+
+
+def _totals(world: World) -> Iterator[str]:
+    """Each run whose record was pruned counts once in the totals, and no other does but those that are about to be."""
+    removed = sum(change.before["phase"] == "ended" for change, _ in _removed(world))
+    refs = {one["id"] for one in world.prefect.variables.values()}
+    parts = [one["value"] for one in world.prefect.variables.values() if one["name"].startswith("crew_usage_")]
+    about_to_be = refs.intersection(ref for part in parts for ref in part["refs"])
+    if (counted := world.totals) != removed + len(about_to_be):
+        yield f"totals: {counted} runs are counted, {removed} were removed and {len(about_to_be)} are about to be"
 
 
 def _starts_after_failures(world: World) -> Iterator[str]:

@@ -38,6 +38,8 @@ TWICE = 0.02
 
 _UNVERIFIED = ssl.create_default_context()  # made once: it takes 20 ms, and nothing leaves this process
 
+_KINDS = {"flow_runs": 0, "task_runs": 1 << 90, "flows": 1 << 91}
+"""What makes of the id of a flow run that of its task run in the parent, or of its flow."""
 Variable = Mapping[str, Any]
 
 
@@ -55,6 +57,23 @@ class Change:
     by: Process | None = None
 
 
+class FlowRuns(dict[str, str]):
+    """The states of flow runs by their ids, and when each came into which: None is its deletion."""
+
+    def __init__(self, wall: Callable[[], float]) -> None:
+        super().__init__()
+        self._wall = wall
+        self.history: dict[str, list[tuple[float, str | None]]] = {}
+
+    def __setitem__(self, run_id: str, state: str) -> None:
+        super().__setitem__(run_id, state)
+        self.history.setdefault(run_id, []).append((self._wall(), state))
+
+    def __delitem__(self, run_id: str) -> None:
+        super().__delitem__(run_id)
+        self.history[run_id].append((self._wall(), None))
+
+
 @dataclass
 class SimPrefect:
     """Variables, concurrency limits and flow runs.
@@ -67,6 +86,7 @@ class SimPrefect:
         read: What the Variables say about attempts, as this package's record store reads them.
 
     Attributes:
+        parents: The flow run that a flow run is a subflow of.
         changes: What became of each attempt, in order.
         asked: Who made each request, and when; None is nobody's process.
     """
@@ -78,7 +98,8 @@ class SimPrefect:
     read: Callable[[Iterable[Variable]], list[dict[str, Any]]] = stored_records
     variables: dict[str, dict[str, Any]] = field(default_factory=dict[str, dict[str, Any]])
     counters: dict[str, dict[str, Any]] = field(default_factory=dict[str, dict[str, Any]])
-    flow_runs: dict[str, str] = field(default_factory=dict[str, str])
+    flow_runs: FlowRuns = field(init=False)
+    parents: dict[str, str] = field(default_factory=dict[str, str])
     run_counts: dict[str, int] = field(default_factory=dict[str, int])
     changes: list[Change] = field(default_factory=list[Change])
     asked: list[tuple[float, Process | None]] = field(default_factory=list[tuple[float, "Process | None"]])
@@ -88,6 +109,9 @@ class SimPrefect:
     closed: bool = False
     _stored: dict[str, Mapping[str, Any]] = field(default_factory=dict[str, Mapping[str, Any]])
     _deleted: dict[str, float] = field(default_factory=dict[str, float])
+
+    def __post_init__(self) -> None:
+        self.flow_runs = FlowRuns(self.wall)
 
     def client(self, **_: Any) -> PrefectClient:
         """Return a client of it, in place of `get_client()`."""
@@ -165,6 +189,10 @@ class SimPrefect:
             return 200, []  # no Flow has asked anything by webhook
         if parts[:2] == ["v2", "concurrency_limits"]:
             return self._counter(method, parts[2:], body)
+        if parts in (["flow_runs", "filter"], ["task_runs", "filter"], ["flows", "filter"]):
+            (ids,) = [one["id"]["any_"] for one in body.values() if isinstance(one, dict)]
+            found = [self._found(parts[0], one) for one in ids]
+            return 200, [one for one in found if one is not None][: body["limit"]]
         if parts[0] == "flow_runs":
             return self._flow_run(method, parts[1], body)
         if parts == ["variables", "filter"]:
@@ -242,6 +270,26 @@ class SimPrefect:
         some = any if wanted.get("operator") == "or_" else all
         found = [one for _, one in sorted(self.variables.items()) if some(_conditions(wanted, one))]
         return found[body["offset"] : body["offset"] + body["limit"]]
+
+    def _found(self, kind: str, id_: str) -> dict[str, Any] | None:
+        """Return a flow run, the task run that a subflow is in its parent, or a flow. Each flow run has its own flow."""
+        run_id = str(uuid.UUID(int=uuid.UUID(id_).int ^ _KINDS[kind]))
+        if run_id not in self.flow_runs:
+            return None
+        at, state = self.flow_runs.history[run_id][-1]
+        updated = datetime.fromtimestamp(at, UTC).isoformat()
+        # With its parent goes the task run, and the subflow is a root.
+        parent = self.parents.get(run_id)
+        parent = parent if parent in self.flow_runs else None
+        if kind == "task_runs":
+            return None if parent is None else {"id": id_, "updated": updated, "flow_run_id": parent}
+        if kind == "flows":
+            return {"id": id_, "updated": updated, "name": "simulated"}
+        task, flow = (str(uuid.UUID(int=uuid.UUID(id_).int ^ _KINDS[one])) for one in ("task_runs", "flows"))
+        return {
+            **{"id": id_, "updated": updated, "state_type": state, "flow_id": flow, "tags": ["simulated"]},
+            "parent_task_run_id": None if parent is None else task,
+        }
 
     def _flow_run(self, method: str, run_id: str, body: Any) -> tuple[int, Any]:
         if run_id not in self.flow_runs:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-__all__ = ["Call", "CrewRun", "Prune", "Scenario"]
+__all__ = ["Call", "CrewRun", "Prune", "Root", "Scenario"]
 
 End = Literal["completes", "fails", "stuck", "asks"]
 
@@ -43,6 +43,7 @@ class Call(_Short):
         misconfigured: Give a `meta` that is not JSON, so that nothing can be sent; repaired for the attempts after
             that.
         flow: Whether it is a flow run on the Prefect server.
+        root: The number of the root flow run that its flow run is a subflow of; None: it is a root itself.
         kill_at, freeze_at, cancel_at: The step of the process before which that happens.
         freeze_for: Seconds.
         asked: Whether the cancellation was asked for (the flow run is Cancelling) or is a worker's shutdown.
@@ -62,6 +63,7 @@ class Call(_Short):
     force_new: bool = False
     misconfigured: bool = False
     flow: bool = True
+    root: int | None = None
     kill_at: int | None = None
     freeze_at: int | None = None
     freeze_for: float = 0.0
@@ -82,9 +84,23 @@ class Prune(_Short):
 
     at: float = 0.0
     older_than: float = 0.0
+    kill_at: int | None = None
     freeze_at: int | None = None
     freeze_for: float = 0.0
     skew: float = 0.0
+
+
+@dataclass(frozen=True, repr=False)
+class Root(_Short):
+    """A flow run that other flow runs are subflows of.
+
+    Attributes:
+        runs: Start and end, in seconds, of each time that it runs: after the first one it is retried, having completed.
+        deleted_at: When it is deleted.
+    """
+
+    runs: tuple[tuple[float, float], ...] = ((0.0, 0.0),)
+    deleted_at: float | None = None
 
 
 @dataclass(frozen=True, repr=False)
@@ -101,6 +117,7 @@ class Scenario(_Short):
         rotate_at: When the crew's token changes; the stored block has the new one `rotate_late` seconds later.
         stop_on_timeout: As in WaitPolicy.
         prunes: The clean-ups.
+        roots: The flow runs that are named by `Call.root`.
         resolve_every: Seconds between the looks of a person who resolves each key as soon as that is allowed, by what
             the crew's page shows at that moment; None: there is nobody like that.
         order: As SimLoop's.
@@ -122,6 +139,7 @@ class Scenario(_Short):
     resolve_after: float | None = None
     resolve_every: float | None = None
     prunes: tuple[Prune, ...] = ()
+    roots: tuple[Root, ...] = ()
     seed: int = 0
     order: int = 0
     budget: int | None = None

@@ -34,13 +34,14 @@ from prefect_crew.records.keys import RunIdentity
 from prefect_crew.records.model import RunRecord
 from prefect_crew.records.prune import prune
 from prefect_crew.records.store import PrefectRecords
+from prefect_crew.records.totals import totals_of_removed
 from prefect_crew.runs import kickoff
 from prefect_crew.runs import wait as wait_module
 from prefect_crew.runs.run import KickoffId
 from proof.sim.loop import Process, SimLoop, current_process
 from proof.sim.person import resolve_if_allowed, resolve_truly
 from proof.sim.prefect_api import SimPrefect
-from proof.sim.scenario import Call, Prune, Scenario
+from proof.sim.scenario import Call, Prune, Root, Scenario
 from proof.sim.site import HOST, CrewSite
 from proof.sim.stage import on_stage
 
@@ -120,6 +121,7 @@ class World:
         self.forced: set[tuple[str, str]] = set()
         self.excusing = True  # as the oracle judges it at this moment
         self.violations: list[str] = []
+        self.totals = 0  # runs that are counted although their records were removed
         self.resolved: list[str] = []
         self.persons: set[str] = set()
         self.trace: list[str] = []
@@ -197,6 +199,7 @@ class World:
         await self.site.open()
         lives = [self.loop.create_task(self._life(n, call)) for n, call in enumerate(self.scenario.calls)]
         lives += [self.loop.create_task(self._prune(n, plan)) for n, plan in enumerate(self.scenario.prunes)]
+        lives += [self.loop.create_task(self._root(n, plan)) for n, plan in enumerate(self.scenario.roots)]
         if self.scenario.resolve_every is not None:
             self._clerk("resolver").start(self._resolve(self.scenario.resolve_every))
         _, late = await asyncio.wait(lives, timeout=HANGS_AFTER)
@@ -223,6 +226,8 @@ class World:
             count = 1 if fresh else attempt + 1
             process.facts.update(call=call, flow_run_id=flow_run_id, count=count, place=place, first=attempt == 0)
             if flow_run_id:
+                if call.root is not None:
+                    self.prefect.parents[flow_run_id] = _root_id(call.root)
                 self.prefect.flow_runs[flow_run_id] = "RUNNING"
                 self.prefect.run_counts[flow_run_id] = count
             good = await self._watch(process, call)
@@ -355,8 +360,27 @@ class World:
 
     async def _prune(self, number: int, plan: Prune) -> None:
         await asyncio.sleep(plan.at)
-        clerk = self._clerk(f"prune {number}", freeze_at=plan.freeze_at, freeze_for=plan.freeze_for, skew=plan.skew)
-        await clerk.start(_quietly(prune(PrefectRecords(), older_than=timedelta(seconds=plan.older_than))))
+        fate = {name: getattr(plan, name) for name in ("kill_at", "freeze_at", "freeze_for", "skew")}
+        clerk = self._clerk(f"prune {number}", **fate)
+        clerk.facts.update(began=self.loop.time(), older_than=plan.older_than)
+        main = clerk.start(_quietly(prune(PrefectRecords(), older_than=timedelta(seconds=plan.older_than))))
+        died = self.loop.create_task(clerk.died.wait())
+        await asyncio.wait({main, died}, return_when=asyncio.FIRST_COMPLETED)
+        died.cancel()
+        if not clerk.dead:
+            main.result()  # what nobody should see ends the test
+
+    async def _root(self, number: int, plan: Root) -> None:
+        """A root flow run, retried as often as the scenario says."""
+        run_id = _root_id(number)
+        for start, end in plan.runs:
+            await asyncio.sleep(max(0.0, start - self.loop.time()))
+            self.prefect.flow_runs[run_id] = "RUNNING"
+            await asyncio.sleep(max(0.0, end - self.loop.time()))
+            self.prefect.flow_runs[run_id] = "COMPLETED"
+        if plan.deleted_at is not None:
+            await asyncio.sleep(max(0.0, plan.deleted_at - self.loop.time()))
+            del self.prefect.flow_runs[run_id]
 
     async def _resolve(self, every: float) -> None:
         while True:
@@ -405,6 +429,7 @@ class World:
                 self.prefect.flow_runs[run_id] = "CRASHED"
         for number in sorted({call.key for call in self.scenario.calls}):
             self.final[key_of(number)] = await self._ask_again(number)
+        self.totals = sum(total.runs for total in await totals_of_removed())
 
     async def _ask_again(self, number: int) -> list[CrewResult | BaseException]:
         said: list[CrewResult | BaseException] = []
@@ -443,6 +468,10 @@ class World:
         """Return what is under way, also what the loop does not know of."""
         theirs = {task for process in (*self.processes, *self.clerks) for task in process.tasks if not task.done()}
         return (theirs | asyncio.all_tasks()) - {asyncio.current_task()}
+
+
+def _root_id(number: int) -> str:
+    return str(uuid.UUID(int=900 + number))
 
 
 async def _quietly(work: Coroutine[Any, Any, object]) -> None:
