@@ -53,8 +53,8 @@ class Pruned:
 class Owner:
     """What the Prefect server knows of a flow run that a record names.
 
-    `ended_for` are the seconds since it ended and all flow runs above it, up to its root, by the server's clock; 0
-    while one of them has not ended. Any of them may be retried, also if it has completed, and asks for its runs again.
+    `ended_for` are the seconds since it ended and all flow runs above it, up to its root, by the server's clock;
+    minus infinity while one of them has not ended. Any of them may be retried, also if it has completed, and asks for its runs again.
     """
 
     ended_for: float
@@ -132,7 +132,7 @@ async def read_owners(records: Iterable[RunRecord]) -> dict[str, Owner]:
             before = owners[first]
             if before is GONE:
                 before = Owner(inf, flow_run["flow_id"], flow_run["tags"])
-            ended_for = flow_run["unchanged_for"] if flow_run["state_type"] in TERMINAL_STATES else 0.0
+            ended_for = flow_run["unchanged_for"] if flow_run["state_type"] in TERMINAL_STATES else -inf
             owners[first] = replace(before, ended_for=min(before.ended_for, ended_for))
             if parent := tasks.get(flow_run["parent_task_run_id"], {}).get("flow_run_id"):
                 at[first] = parent

@@ -135,6 +135,75 @@ def test_the_simulated_api_answers_as_a_real_server(prefect_api: PrefectServer) 
     assert real[0] == [True, True, False], "and the answers are those that the design needs"
 
 
+async def seen_owners(**flow_runs: str) -> dict[str, Any]:
+    """Return what pruning sees of flow runs that have ended two seconds ago, or run, by names for them."""
+    await asyncio.sleep(2.0)
+    owners = await prune.read_owners([record(1, "one", flow_run_id=run_id) for run_id in flow_runs.values()])
+    names = await prune._read("/flows/filter", (owner.flow_id for owner in owners.values()))
+    return {
+        name: (
+            "gone" if owners[run_id] == prune.GONE else owners[run_id].ended_for > 0.0,
+            [*owners[run_id].tags],
+            names.get(owners[run_id].flow_id, {}).get("name"),
+        )
+        for name, run_id in flow_runs.items()
+    }
+
+
+def test_the_simulated_flow_runs_are_seen_as_those_of_a_real_server(prefect_api: PrefectServer) -> None:
+    gone = str(uuid.uuid4())
+
+    async def real() -> dict[str, Any]:
+        async with store_module.get_client() as client:
+
+            async def make(path: Any, **json: Any) -> str:
+                return str((await client.request("POST", path, json=json)).json()["id"])
+
+            flow = await make("/flows/", name="simulated")
+
+            async def run(state: str, parent: str | None = None) -> str:
+                more: dict[str, Any] = {"flow_id": flow, "state": {"type": state}, "tags": ["simulated"]}
+                if parent is not None:
+                    task: dict[str, Any] = {"flow_run_id": parent, "task_key": "sub", "dynamic_key": str(uuid.uuid4())}
+                    more["parent_task_run_id"] = await make("/task_runs/", **task)
+                return await make("/flow_runs/", **more)
+
+            roots = {one: await run(one) for one in ("RUNNING", "COMPLETED", "FAILED")}
+            made = {f"below {state}": await run("COMPLETED", root) for state, root in roots.items()}
+            made |= {"deep below": await run("COMPLETED", made["below RUNNING"]), "retried": await run("COMPLETED")}
+            made |= {"lone": await run("CRASHED"), "paused": await run("PAUSED", roots["COMPLETED"]), "gone": gone}
+            await asyncio.sleep(2.0)
+            await client.request("DELETE", "/flow_runs/{id}", path_params={"id": roots["FAILED"]})
+            state = {"state": {"type": "SCHEDULED"}, "force": True}
+            path = "/flow_runs/{id}/set_state"
+            await client.request("POST", path, path_params={"id": made["retried"]}, json=state)
+        return await seen_owners(**made)
+
+    loop, simulated = SimLoop(), SimPrefect(latency=lambda: 0.01)
+    simulated.wall = simulated.flow_runs.wall = loop.wall
+
+    def run(state: str, parent: str | None = None) -> str:
+        run_id = str(uuid.uuid4())
+        simulated.flow_runs[run_id] = state
+        if parent is not None:
+            simulated.parents[run_id] = parent
+        return run_id
+
+    roots = {one: run(one) for one in ("RUNNING", "COMPLETED", "FAILED")}
+    made = {f"below {state}": run("COMPLETED", root) for state, root in roots.items()}
+    made |= {"deep below": run("COMPLETED", made["below RUNNING"]), "retried": run("COMPLETED"), "lone": run("CRASHED")}
+    made |= {"paused": run("PAUSED", roots["COMPLETED"]), "gone": gone}
+    del simulated.flow_runs[roots["FAILED"]]
+    simulated.flow_runs[made["retried"]] = "SCHEDULED"
+    seen = asyncio.run(real())
+    with mock.patch.object(prune, "get_client", simulated.client):
+        assert loop.run_until_complete(seen_owners(**made)) == seen
+    loop.close()
+    ended = {name: answer[0] for name, answer in seen.items()}
+    assert ended.pop("gone") == "gone"
+    assert [name for name, has_ended in ended.items() if has_ended] == ["below COMPLETED", "below FAILED", "lone"]
+
+
 def test_a_killed_process_does_nothing_any_more() -> None:
     loop, said = SimLoop(), list[str]()
 
@@ -233,7 +302,7 @@ def _looks_at_no_root() -> Any:
 def _takes_completed_for_over() -> Any:
     async def read_owners(records: Any) -> dict[str, prune.Owner]:
         found = await read(records)
-        return {one: replace(owner, ended_for=owner.ended_for and math.inf) for one, owner in found.items()}
+        return {one: replace(owner, ended_for=math.copysign(math.inf, owner.ended_for)) for one, owner in found.items()}
 
     read = prune.read_owners
     return mock.patch.object(prune, "read_owners", read_owners)

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import math
 import uuid
-from datetime import timedelta
+from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
 from typing import Any
 from unittest import mock
 
+import httpx
 import pytest
-from prefect.client.orchestration import get_client
+from prefect.client.orchestration import PrefectClient, get_client
 
+from prefect_crew.client.models import TokenUsage
 from prefect_crew.records import prune as prune_module
 from prefect_crew.records.model import RecordPhase, RunRecord, utcnow
-from prefect_crew.records.prune import Pruned, prunable, prune
+from prefect_crew.records.prune import GONE, Owner, Pruned, owner_ids, prunable, prune, prune_regularly, read_owners
 from prefect_crew.records.store import PrefectRecords, waiter_prefix
+from prefect_crew.records.totals import DayTotal, totals_of_removed
 from support.prefect_server import PrefectServer
 
 NOW = utcnow()
@@ -53,26 +59,58 @@ def record(key: str, phase: RecordPhase, idle: float = 0.0, *, attempt: int = 1,
     ],
 )
 def test_what_goes(phase: RecordPhase, idle: float, goes: bool):
-    assert bool(prunable([record("a", phase, idle)], AGE)) is goes
+    assert bool(prunable([record("a", phase, idle)], AGE, {})) is goes
 
 
 @pytest.mark.parametrize(("idle", "goes"), [(3600.0, False), (3649.0, False), (3650.0, True)])
 def test_whatever_age_is_asked_for_a_record_stays_for_an_hour_more_than_its_claim_is_good_for(idle: float, goes: bool):
-    assert bool(prunable([record("a", RecordPhase.NOT_STARTED, idle, good_for=50.0)], timedelta(0))) is goes
+    assert bool(prunable([record("a", RecordPhase.NOT_STARTED, idle, good_for=50.0)], timedelta(0), {})) is goes
 
 
 @pytest.mark.parametrize("later", [RecordPhase.UNCERTAIN, RecordPhase.STARTED, RecordPhase.ENDED])
 def test_a_key_goes_as_a_whole_or_not_at_all(later: RecordPhase):
     first = record("a", RecordPhase.ENDED, OLD)
     second = record("a", later, NEW, attempt=2)
-    assert prunable([second, first], AGE) == []
+    assert prunable([second, first], AGE, {}) == []
     other = record("b", RecordPhase.ENDED, OLD)
-    assert prunable([second, other, first], AGE) == [other]
+    assert prunable([second, other, first], AGE, {}) == [other]
+
+
+@pytest.mark.parametrize(
+    ("owner", "goes"),
+    [
+        pytest.param(Owner(OLD), True, id="ended-long-ago"),
+        pytest.param(Owner(NEW), False, id="ended-of-late"),
+        pytest.param(Owner(-math.inf), False, id="runs"),
+        pytest.param(GONE, True, id="deleted"),
+        pytest.param(None, False, id="not-asked-for"),
+    ],
+)
+@pytest.mark.parametrize("named", ["by the record", "by the key"])
+def test_a_record_stays_as_long_as_its_flow_run_can_be_retried(owner: Owner | None, goes: bool, named: str):
+    ours = str(uuid.uuid4())
+    key, facts = (f"{ours}/c/d/1", {}) if named == "by the key" else ("a", {"flow_run_id": ours})
+    owners = {} if owner is None else {ours: owner}
+    attempts = [record(key, RecordPhase.ENDED, OLD, **facts), record(key, RecordPhase.ENDED, OLD, attempt=2)]
+    assert len(prunable(attempts, AGE, owners)) == (2 if goes else 0), "both attempts, or none"
+
+
+def test_whatever_age_is_asked_for_a_record_stays_for_an_hour_after_its_flow_run():
+    one = record("a", RecordPhase.ENDED, OLD, flow_run_id=str(uuid.uuid4()))
+    assert prunable([one], timedelta(0), {str(one.flow_run_id): Owner(3599.0)}) == []
+    assert prunable([one], timedelta(0), {str(one.flow_run_id): Owner(3600.0)}) == [one]
+
+
+@pytest.mark.parametrize(
+    "named", ["no-id", "550E8400-E29B-41D4-A716-446655440000", "{550e8400-e29b-41d4-a716-446655440000}"]
+)
+def test_what_is_no_flow_runs_id_is_not_asked_for(named: str):
+    assert owner_ids(record(f"{named}/x", RecordPhase.ENDED, flow_run_id=named)) == []
 
 
 def test_the_first_attempt_which_a_new_call_would_claim_goes_last():
     attempts = [record("a", RecordPhase.ENDED, OLD, attempt=number) for number in (3, 1, 2)]
-    assert [going.attempt for going in prunable(attempts, AGE)] == [3, 2, 1]
+    assert [going.attempt for going in prunable(attempts, AGE, {})] == [3, 2, 1]
 
 
 async def pruned(store: PrefectRecords, **options: Any) -> Pruned:
@@ -100,6 +138,143 @@ async def test_records_and_left_over_notes_go_from_a_real_server(prefect_api: Pr
     notes = await store.waiter_notes()
     assert not any(name.startswith(waiter_prefix(ended)) for name in notes)
     assert sum(name.startswith(waiter_prefix(flying)) for name in notes) == 1
+
+
+async def flow_run(state: str, *, parent: str | None = None, tags: Sequence[str] = ()) -> str:
+    """Make a flow run in a state, as a subflow if a parent is given; return its id."""
+    async with get_client() as client:
+        flow = (await client.request("POST", "/flows/", json={"name": "pruned-flow"})).json()["id"]
+        body: dict[str, Any] = {"flow_id": flow, "state": {"type": state}, "tags": [*tags]}
+        if parent is not None:
+            task = {"flow_run_id": parent, "task_key": "sub", "dynamic_key": str(uuid.uuid4())}
+            body["parent_task_run_id"] = (await client.request("POST", "/task_runs/", json=task)).json()["id"]
+        return str((await client.request("POST", "/flow_runs/", json=body)).json()["id"])
+
+
+async def test_a_subflows_record_goes_when_its_root_has_ended_and_not_while_it_is_retried(prefect_api: PrefectServer):
+    store = PrefectRecords()
+    root = await flow_run("RUNNING")
+    subflow = await flow_run("COMPLETED", parent=await flow_run("COMPLETED", parent=root))
+    one = record(f"key {uuid.uuid4()}", RecordPhase.ENDED, flow_run_id=subflow)
+    assert await store.claim(one)
+
+    async def enter(state: str) -> None:
+        async with get_client() as client:
+            body = {"state": {"type": state}, "force": True}
+            await client.request("POST", "/flow_runs/{id}/set_state", path_params={"id": root}, json=body)
+        await asyncio.sleep(2.0)  # the Date of an answer has whole seconds, and is one late
+
+    async def stands() -> bool:
+        await pruned(store)
+        return bool(await store.attempts(one.idempotency_key))
+
+    assert await stands(), "its root runs"
+    await enter("COMPLETED")
+    await prune(store, older_than=timedelta(0))
+    assert await store.attempts(one.idempotency_key), "its root has ended within the hour"
+    await enter("SCHEDULED")
+    assert await stands(), "its root is retried"
+    await enter("COMPLETED")
+    assert not await stands()
+
+
+async def test_a_record_whose_flow_run_was_deleted_goes_by_its_own_age(prefect_api: PrefectServer):
+    store, owner = PrefectRecords(), await flow_run("RUNNING")
+    one = record(f"key {uuid.uuid4()}", RecordPhase.ENDED, flow_run_id=owner)
+    assert await store.claim(one)
+    async with get_client() as client:
+        await client.delete_flow_run(uuid.UUID(owner))
+    await prune(store)
+    assert await store.attempts(one.idempotency_key), "it is not old"
+    await pruned(store)
+    assert not await store.attempts(one.idempotency_key)
+
+
+async def test_flow_runs_are_asked_for_together(prefect_api: PrefectServer, monkeypatch: pytest.MonkeyPatch):
+    asked: list[str] = []
+    request = PrefectClient.request
+
+    async def noted(self: Any, method: Any, path: Any, **more: Any) -> Any:
+        asked.append(path)
+        return await request(self, method, path, **more)
+
+    root = await flow_run("COMPLETED")
+    owners = [await flow_run("COMPLETED", parent=root) for _ in range(60)]
+    monkeypatch.setattr(PrefectClient, "request", noted)
+    found = await read_owners([record(str(n), RecordPhase.ENDED, flow_run_id=one) for n, one in enumerate(owners)])
+    assert len(found) == 60
+    assert len(asked) <= 6
+
+
+async def test_nothing_goes_while_the_flow_runs_cannot_be_asked_for(
+    prefect_api: PrefectServer, monkeypatch: pytest.MonkeyPatch
+):
+    store = PrefectRecords()
+    one = record(f"key {uuid.uuid4()}", RecordPhase.ENDED, flow_run_id=await flow_run("COMPLETED"))
+    assert await store.claim(one)
+    request = PrefectClient.request
+
+    async def away(self: Any, method: Any, path: Any, **more: Any) -> Any:
+        if path == "/flow_runs/filter":
+            raise httpx.ConnectError("All connection attempts failed")
+        return await request(self, method, path, **more)
+
+    monkeypatch.setattr(PrefectClient, "request", away)
+    with pytest.raises(httpx.ConnectError):
+        await pruned(store)
+    assert await store.attempts(one.idempotency_key)
+
+
+async def test_what_a_removed_run_used_is_in_the_total_of_its_day(prefect_api: PrefectServer):
+    store, crew = PrefectRecords(), f"crew-{uuid.uuid4().hex[:8]}"
+    owner = await flow_run("COMPLETED", tags=("team-a", "nightly"))
+    day = datetime(2026, 3, 5, 23, 30, tzinfo=UTC)
+    for number, more in enumerate(
+        (
+            {"usage": TokenUsage(prompt_tokens=7, completion_tokens=5, total_tokens=12), "cost": 0.5},
+            {"usage": TokenUsage(total_tokens=30)},
+            {},
+        )
+    ):
+        one = record(f"{crew} {number}", RecordPhase.ENDED, flow_run_id=owner, **more)
+        assert await store.claim(one.model_copy(update={"crew": crew, "ended_at": day}))
+    failed = record(f"{crew} none", RecordPhase.NOT_STARTED)
+    assert await store.claim(failed.model_copy(update={"crew": crew}))
+    await asyncio.sleep(2.0)
+    await pruned(store)
+    (total,) = [one for one in await totals_of_removed() if one.crew == crew]
+    assert total == DayTotal(
+        day=day.date(),
+        crew=crew,
+        flow="pruned-flow",
+        tags=["nightly", "team-a"],
+        runs=3,
+        reported=2,
+        priced=1,
+        cost=0.5,
+        prompt_tokens=7,
+        completion_tokens=5,
+        total_tokens=42,
+    )
+
+
+async def test_a_worker_prunes_now_and_then_and_goes_on_where_it_fails(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    answers: list[Any] = [
+        httpx.ConnectError("away"),
+        ValueError("odd"),
+        Pruned(runs=2, notes=0, kept=5),
+        asyncio.CancelledError(),
+    ]
+    monkeypatch.setattr(prune_module, "prune", mock.AsyncMock(side_effect=answers))
+    monkeypatch.setattr(prune_module, "FIRST_WITHIN", 0.01)
+    monkeypatch.setattr(prune_module, "EVERY", 0.01)
+    with caplog.at_level("DEBUG"), pytest.raises(asyncio.CancelledError):
+        await prune_regularly(logging.getLogger("test-prune"))
+    said = [(one.levelname, one.getMessage()) for one in caplog.records if one.name == "test-prune"]
+    assert [level for level, _ in said] == ["DEBUG", "ERROR", "INFO"]
+    assert said[2][1] == "2 old run records were removed, 5 stay."
 
 
 async def test_permits_whose_record_is_gone_go(prefect_api: PrefectServer):

@@ -62,16 +62,16 @@ class FlowRuns(dict[str, str]):
 
     def __init__(self, wall: Callable[[], float]) -> None:
         super().__init__()
-        self._wall = wall
+        self.wall = wall
         self.history: dict[str, list[tuple[float, str | None]]] = {}
 
     def __setitem__(self, run_id: str, state: str) -> None:
         super().__setitem__(run_id, state)
-        self.history.setdefault(run_id, []).append((self._wall(), state))
+        self.history.setdefault(run_id, []).append((self.wall(), state))
 
     def __delitem__(self, run_id: str) -> None:
         super().__delitem__(run_id)
-        self.history[run_id].append((self._wall(), None))
+        self.history[run_id].append((self.wall(), None))
 
 
 @dataclass
@@ -272,7 +272,7 @@ class SimPrefect:
         return found[body["offset"] : body["offset"] + body["limit"]]
 
     def _found(self, kind: str, id_: str) -> dict[str, Any] | None:
-        """Return a flow run, the task run that a subflow is in its parent, or a flow. Each flow run has its own flow."""
+        """Return a flow run, the task run that a subflow is in its parent, or a flow: each flow run has one of its own."""
         run_id = str(uuid.UUID(int=uuid.UUID(id_).int ^ _KINDS[kind]))
         if run_id not in self.flow_runs:
             return None
@@ -287,7 +287,11 @@ class SimPrefect:
             return {"id": id_, "updated": updated, "name": "simulated"}
         task, flow = (str(uuid.UUID(int=uuid.UUID(id_).int ^ _KINDS[one])) for one in ("task_runs", "flows"))
         return {
-            **{"id": id_, "updated": updated, "state_type": state, "flow_id": flow, "tags": ["simulated"]},
+            "id": id_,
+            "updated": updated,
+            "state_type": state,
+            "flow_id": flow,
+            "tags": ["simulated"],
             "parent_task_run_id": None if parent is None else task,
         }
 
