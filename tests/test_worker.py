@@ -23,12 +23,13 @@ from prefect.states import AwaitingRetry, Cancelling, Completed, Paused, Pending
 
 from prefect_crew._internal.flow_engine import many_flow_runs
 from prefect_crew.client._client import CrewClient
+from prefect_crew.records import prune
 from prefect_crew.records.model import RecordPhase, RunRecord
 from prefect_crew.worker import HANDED_OVER, CrewJobConfiguration, CrewWorker, hand_over, stop_crews_of
 from support.crew_pool import EXITS, USER_FLOWS, CrewOnCommand, CrewPool
 from support.deployed import command, wait_until
 from support.prefect_server import PrefectServer, connected
-from support.records import put
+from support.records import attempts, let_pass, put
 from support.workers import Worker
 
 QUICK = """
@@ -241,6 +242,34 @@ async def test_a_flow_run_may_be_ended_before_its_flow_has_begun(
         found = await worker.client.read_flow_run(flow_run.id)
     assert found.state is not None
     assert (found.state.name, found.state.message) == (state, "In good time.")
+
+
+@pytest.mark.usefixtures("connection")
+async def test_a_worker_removes_records_of_long_ago(pool: CrewPool, monkeypatch: pytest.MonkeyPatch):
+    records = [
+        RunRecord(
+            idempotency_key=f"pruned by a worker {uuid4()}",
+            attempt=1,
+            crew="quick",
+            crew_url="https://quick.test",
+            inputs_digest="",
+            owner="o",
+            claimed_at=datetime.now(UTC),
+            phase=RecordPhase.ENDED,
+            kickoff_id="k",
+        )
+        for _ in range(2)
+    ]
+    for record in records:
+        await put(record)
+    old, young = (record.idempotency_key for record in records)
+    let_pass(monkeypatch, old, 31)
+    monkeypatch.setattr(prune, "FIRST_WITHIN", 0.2)
+    async with CrewWorker(pool.name, name="prunes"):
+        async with asyncio.timeout(30):
+            while await attempts(old):
+                await asyncio.sleep(0.1)
+    assert await attempts(young)
 
 
 @pytest.mark.usefixtures("connection")

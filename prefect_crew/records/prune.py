@@ -53,8 +53,9 @@ class Pruned:
 class Owner:
     """What the Prefect server knows of a flow run that a record names.
 
-    `ended_for` are the seconds since it ended and all flow runs above it, up to its root, by the server's clock;
-    minus infinity while one of them has not ended. Any of them may be retried, also if it has completed, and asks for its runs again.
+    `ended_for` are the seconds since it ended and all flow runs above it, up to its root, by the server's clock; minus
+    infinity while one of them has not ended. Any of them may be retried, also if it has completed, and then asks for
+    its runs again.
     """
 
     ended_for: float

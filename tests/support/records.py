@@ -9,6 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
+from prefect_crew.records import prune as prune_module
 from prefect_crew.records import store as store_module
 from prefect_crew.records.model import RecordPhase, RunRecord
 from prefect_crew.records.store import PrefectRecords, Variable
@@ -46,8 +47,9 @@ def stored_records(variables: Iterable[Mapping[str, Any]]) -> list[dict[str, Any
 
 
 def let_pass(patch: pytest.MonkeyPatch, idempotency_key: str, days: float) -> None:
-    """Let the Prefect server say of a run's record, until `patch` is undone, that nobody has changed it for days."""
-    found = store_module.variables_in
+    """Let the Prefect server say of a run's record, and of all flow runs, until `patch` is undone, that nobody has
+    changed them for days."""
+    found, read = store_module.variables_in, prune_module._read
 
     def later(response: httpx.Response) -> list[Variable]:
         variables: list[Variable] = []
@@ -56,7 +58,14 @@ def let_pass(patch: pytest.MonkeyPatch, idempotency_key: str, days: float) -> No
             variables.append(one._replace(idle=one.idle + days * 86400) if theirs else one)
         return variables
 
+    async def later_read(*asked: Any) -> dict[str | None, dict[str, Any]]:
+        return {
+            id_: {**one, "unchanged_for": one["unchanged_for"] + days * 86400}
+            for id_, one in (await read(*asked)).items()
+        }
+
     patch.setattr(store_module, "variables_in", later)
+    patch.setattr(prune_module, "_read", later_read)
 
 
 async def put(record: RunRecord, *, permit: float | None = None) -> RunRecord:

@@ -272,7 +272,7 @@ class SimPrefect:
         return found[body["offset"] : body["offset"] + body["limit"]]
 
     def _found(self, kind: str, id_: str) -> dict[str, Any] | None:
-        """Return a flow run, the task run that a subflow is in its parent, or a flow: each flow run has one of its own."""
+        """Return a flow run, the task run that a subflow is in its parent, or a flow: each flow run has its own."""
         run_id = str(uuid.UUID(int=uuid.UUID(id_).int ^ _KINDS[kind]))
         if run_id not in self.flow_runs:
             return None
