@@ -183,7 +183,7 @@ async def _run(
         )
 
 
-@flow(name="deployed-crew", flow_run_name="{crew}", validate_parameters=True)
+@flow(name="deployed-crew", validate_parameters=True)  # it names its flow run itself
 async def run_deployed_crew(
     crew: Annotated[str, Field(description="The name of the crew's block, under Blocks.")],
     inputs: Annotated[
@@ -210,6 +210,7 @@ async def run_deployed_crew(
     try:
         stored = await load_crew(crew)
     except ValueError as error:
+        await label_flow_run(name=crew)
         raise ConfigurationError(
             f"No block deployed-crew/{crew} is stored, so this run cannot be made from its parameters. Save it under "
             "that name, or call run_crew again with the crew and the same idempotency key, which finds the run again."

@@ -14,6 +14,7 @@ from typing import Any, cast
 import pytest
 from prefect import flow, get_client, task
 from prefect.blocks.system import Secret
+from prefect.client.orchestration import PrefectClient
 from prefect.flow_engine import run_flow_async
 from prefect.runtime import flow_run
 from prefect.states import Scheduled
@@ -232,6 +233,22 @@ def test_flow_runs_of_one_crew_are_told_apart_by_their_names_and_tags(crew_serve
         (called, []),
     ]
     assert server.kickoffs == 5
+
+
+def test_a_flow_run_is_renamed_once(crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch):
+    called, names, request = name(), list[str](), PrefectClient.request
+
+    async def noted(self: Any, method: Any, path: Any, **more: Any) -> Any:
+        names.extend([more["json"]["name"]] if method == "PATCH" and (more.get("json") or {}).get("name") else [])
+        return await request(self, method, path, **more)
+
+    monkeypatch.setattr(PrefectClient, "request", noted)
+    crew_server(slow(0.1)).crew().save(called)
+    asyncio.run(run_deployed_crew(called, {"city": "Lisbon"}))
+    asyncio.run(arun_crew(called, {"city": "Porto"}))
+    with pytest.raises(ConfigurationError):
+        asyncio.run(run_deployed_crew(f"no-{called}", {"city": "Lisbon"}))
+    assert names == [f"{called} · Lisbon", f"{called} · Porto", f"no-{called}"]
 
 
 def test_pydantics_own_secrets_are_secret_everywhere(crew_server: CrewServerFactory, seen: Seen):

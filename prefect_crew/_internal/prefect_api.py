@@ -61,6 +61,8 @@ async def label_flow_run(*, name: str | None = None, tag: str | None = None) -> 
     if context is None or context.flow_run is None:
         return
     flow_run, tags = context.flow_run, None
+    if tag is None and name == flow_run.name:
+        return  # an earlier attempt of it has done so
     try:
         async with get_client() as client:
             if tag is not None:  # others may have added some since it began
