@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from math import inf
 from typing import Any, Literal
-from uuid import UUID
 
 import httpx
 from prefect.client.orchestration import get_client
@@ -29,7 +29,6 @@ AT_ONCE = 100
 """Keys that are looked at together."""
 PAGE = 50
 """Flow runs in one answer: each brings its parameters, of up to 512 KiB."""
-
 EVERY = 6 * 3600.0
 """Seconds between two times that a worker prunes: half of that to one and a half, so that workers that started together
 do not all do it at once."""
@@ -37,6 +36,7 @@ FIRST_WITHIN = 3600.0
 """Seconds within which it does so for the first time."""
 PAUSE = 0.2
 """Seconds between two of its keys: each takes six requests to the Prefect server, and its flow runs need some too."""
+_ID = re.compile("[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
 @dataclass(frozen=True)
@@ -104,15 +104,8 @@ def _owners_ended(record: RunRecord, older_than: timedelta, owners: Mapping[str,
 
 def owner_ids(record: RunRecord) -> list[str]:
     """Return the ids of the flow runs that a record names: its owner, and the root in a key that was made."""
-    named = (record.flow_run_id, record.idempotency_key.partition("/")[0])
-    return [one for one in dict.fromkeys(named) if one is not None and _is_id(one)]
-
-
-def _is_id(text: str) -> bool:
-    try:
-        return str(UUID(text)) == text
-    except ValueError:
-        return False
+    named = (record.flow_run_id or "", record.idempotency_key.partition("/")[0])
+    return [one for one in dict.fromkeys(named) if _ID.fullmatch(one)]
 
 
 async def read_owners(records: Iterable[RunRecord]) -> dict[str, Owner]:

@@ -13,38 +13,32 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import date
-from typing import NamedTuple
 
 from pydantic import BaseModel, Field, ValidationError
 from pydantic_core import to_json
 
+from prefect_crew.client.models import TokenUsage
 from prefect_crew.exceptions import CrewError
 from prefect_crew.records.model import RecordPhase, RunRecord
-from prefect_crew.records.store import (
-    VALUE_LIMIT,
-    Variable,
-    create_variable,
-    is_there,
-    read_named,
-    read_pages,
-)
+from prefect_crew.records.store import VALUE_LIMIT, Variable, create_variable, is_there, read_named, read_pages
 
 TAG = "prefect-crew-usage"
 AT_ONCE = 40
 """Runs that are added in one step: the ids of their records take 1,500 of the 5,000 bytes of a Variable."""
 MOST_TRIES = 20
 """Each that fails is one of another process that does not."""
-LONGEST = 100
-"""Characters of a name in a total, and of a flow run's tags together."""
+LONGEST, MOST_TAGS = 60, 10
+"""Characters of a name in a total, and tags: one run has to fit into a Variable."""
 MOST = 2**53
 """What a count, or a cost, is at most: Prefect stores no larger numbers, and a crew may report any."""
-_NAME = re.compile(r"crew_usage_(\d{8})_(\d+)")
+_NAME = re.compile(r"crew_usage_\d{8}_(\d+)")
 
 
 class DayTotal(BaseModel):
     """What the removed runs of a crew that ended on a day (UTC) used, by the flow and the tags of their flow runs.
 
     `reported` of the `runs` reported their tokens, and the cost of `priced` is known: nothing is known of the others.
+    A run counts from just before its record is deleted.
     """
 
     day: date
@@ -64,52 +58,41 @@ class _Part(BaseModel):
     """What one of a day's Variables holds. It stands for those with the numbers from `since` on to its own."""
 
     since: int
-    totals: list[DayTotal]
-    refs: list[str]
+    totals: list[DayTotal] = Field(default_factory=list[DayTotal])
+    refs: list[str] = Field(default_factory=list[str])
 
 
-class _Parts(NamedTuple):
-    """A day's Variables: what they hold by their numbers, the next free number, and the ids of those taken in."""
-
-    standing: dict[int, _Part]
-    free: int
-    replaced: list[str]
-
-    @classmethod
-    def of(cls, variables: Sequence[Variable]) -> _Parts:
-        found, ids = dict[int, _Part](), dict[int, str]()
-        for variable in variables:
-            if (parts := _NAME.fullmatch(variable.name)) is not None:
-                ids[int(parts[2])] = variable.id
-                with suppress(ValidationError):  # somebody else uses our names
-                    found[int(parts[2])] = _Part.model_validate(variable.value)
-        free = since = max(ids, default=0) + 1
-        standing = dict[int, _Part]()
-        for number in sorted(found, reverse=True):
-            if number < since:
-                standing[number] = found[number]
-                since = found[number].since
-        return cls(standing, free, [ids[number] for number in found if number not in standing])
+def _parts_in(variables: Sequence[Variable]) -> tuple[dict[int, _Part], int, list[str]]:
+    """Return what counts of a day's Variables by their numbers, the next free number, and the ids of the others."""
+    found, ids = dict[int, _Part](), dict[int, str]()
+    for variable in variables:
+        if (name := _NAME.fullmatch(variable.name)) is not None:
+            ids[int(name[1])] = variable.id
+            with suppress(ValidationError):  # somebody else uses our names
+                found[int(name[1])] = _Part.model_validate(variable.value)
+    free = since = max(ids, default=0) + 1
+    parts = dict[int, _Part]()
+    for number in sorted(found, reverse=True):
+        if number < since:
+            parts[number] = found[number]
+            since = found[number].since
+    return parts, free, [ids[number] for number in found if number not in parts]
 
 
 def total_of(record: RunRecord, flow: str | None, tags: Sequence[str]) -> DayTotal:
     """Return the total of one run that has ended."""
-    usage = record.usage or (record.result and record.result.usage)
-    kept = list[str]()
-    for tag in sorted(tags):
-        if sum(map(len, [*kept, tag])) <= LONGEST:
-            kept.append(tag)
+    usage = record.usage or (record.result and record.result.usage) or TokenUsage()
     return DayTotal(
         day=(record.ended_at or record.claimed_at).date(),
         crew=record.crew[:LONGEST],
         flow=flow and flow[:LONGEST],
-        tags=kept,
+        tags=[tag[:LONGEST] for tag in sorted(tags)[:MOST_TAGS]],
         runs=1,
-        reported=usage is not None,
+        reported=usage.total_tokens is not None,
         priced=record.cost is not None,
-        prompt_tokens=(usage and usage.prompt_tokens) or 0,
-        completion_tokens=(usage and usage.completion_tokens) or 0,
-        total_tokens=(usage and usage.total_tokens) or 0,
+        prompt_tokens=usage.prompt_tokens or 0,
+        completion_tokens=usage.completion_tokens or 0,
+        total_tokens=usage.total_tokens or 0,
         cost=record.cost or 0.0,
     )
 
@@ -148,21 +131,20 @@ async def add_to_totals(records: Sequence[RunRecord], total: Callable[[RunRecord
 
 async def _add(prefix: str, runs: dict[str, DayTotal]) -> None:
     for _ in range(MOST_TRIES):
-        parts = _Parts.of(await read_named(prefix))
-        for ref in parts.replaced:
+        parts, free, replaced = _parts_in(await read_named(prefix))
+        for ref in replaced:
             await is_there(ref, delete=True)
-        counted = {ref for part in parts.standing.values() for ref in part.refs}
+        counted = {ref for part in parts.values() for ref in part.refs}
         if not (new := [ref for ref in runs if ref not in counted]):
             return
-        last = max(parts.standing, default=0)
-        before = parts.standing.get(last, _Part(since=parts.free, totals=[], refs=[]))
+        before = parts[max(parts)] if parts else _Part(since=free)
         # Looked for after the totals were read: one that stands has not been counted and left out of `refs` since.
         asked = {"id": {"any_": [*before.refs, *new]}}
         there = {one.id async for page in read_pages(asked) for one in page}
         if not (new := [ref for ref in new if ref in there]):
             return
         # Whether what is created counts, the next round sees: this process may have slept since it has read.
-        added = _Part(since=parts.free, totals=_summed([runs[ref] for ref in new]), refs=new)
+        added = _Part(since=free, totals=_summed([runs[ref] for ref in new]), refs=new)
         whole = _Part(
             since=before.since,
             totals=_summed([*before.totals, *added.totals]),
@@ -173,7 +155,7 @@ async def _add(prefix: str, runs: dict[str, DayTotal]) -> None:
             for half in (new[::2], new[1::2]):
                 await _add(prefix, {ref: runs[ref] for ref in half})
             return
-        await create_variable({"name": f"{prefix}{parts.free}", "value": _value(fits), "tags": [TAG]})
+        await create_variable({"name": f"{prefix}{free}", "value": _value(fits), "tags": [TAG]})
     raise CrewError(
         f"What pruned runs used could not be added to the Variables {prefix}…: others changed them {MOST_TRIES} times. "
         "The records of these runs stay. Prune again later."
@@ -194,5 +176,5 @@ async def totals_of_removed() -> list[DayTotal]:
     async for page in read_pages({"tags": {"all_": [TAG]}}):
         for variable in page:
             by_day[variable.name.rpartition("_")[0]].append(variable)
-    days = [_Parts.of(variables).standing.values() for variables in by_day.values()]
-    return _summed([total for parts in days for part in parts for total in part.totals])
+    parts = [part for variables in by_day.values() for part in _parts_in(variables)[0].values()]
+    return _summed([total for part in parts for total in part.totals])
