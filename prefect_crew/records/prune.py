@@ -165,7 +165,7 @@ async def prune(
         pause: Seconds between two keys, so that a long list does not keep the Prefect server busy.
 
     Raises:
-        httpx.HTTPError: The Prefect API is away or refuses. Nothing is removed that it was not asked about.
+        httpx.HTTPError: The Prefect API is away or refuses. No record goes whose flow runs could not be asked for.
     """
     older_than = timedelta(days=CrewSettings().keep_records_days) if older_than is None else older_than
     # The notes first: a run that is claimed and waited for after that has a record that we know of.
