@@ -239,7 +239,7 @@ def flow_target(entrypoint: str, defaults: Mapping[str, Any]) -> Target:
     flow = load_flow(entrypoint)
     schema = parameter_schema(flow)
     _refuse_unknown("The flow", defaults, list(schema.properties))
-    values = {name: _read_as(schema.properties[name].get("type"), name, value) for name, value in defaults.items()}
+    values = {name: _read_as(_kind_of(schema.properties[name]), name, value) for name, value in defaults.items()}
     needed = [name for name in schema.required or () if name not in values]
     return Target(flow, entrypoint, values, list(schema.properties), needed)
 
@@ -263,6 +263,12 @@ def _refuse_unknown(owner: str, defaults: Mapping[str, Any], known: Sequence[str
         raise ConfigurationError(
             f"{owner} does not know the inputs {', '.join(unknown)}; it takes {', '.join(known) or 'none'}."
         )
+
+
+def _kind_of(field: Mapping[str, Any]) -> str | None:
+    """Return the JSON type of a parameter that takes values of one, besides None."""
+    kinds = {one.get("type") for one in field.get("anyOf", [field])} - {"null"}
+    return kinds.pop() if len(kinds) == 1 else None
 
 
 def _read_as(kind: str | None, name: str, value: Any) -> Any:

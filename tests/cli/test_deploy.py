@@ -327,7 +327,8 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     name = f"flows_{uuid.uuid4().hex[:8]}"
     (tmp_path / f"{name}.py").write_text(
         "from prefect import flow\n\n\n"
-        "@flow(name='greet-them')\nasync def greet(who: str, times: int = 1) -> str:\n    return f'{who} {times}'\n\n\n"
+        "@flow(name='greet-them')\nasync def greet(who: str, times: int | None = None) -> str:\n"
+        "    return f'{who} {times}'\n\n\n"
         "@flow\ndef plain() -> None:\n    pass\n\n\n"
         "async def no_flow() -> None:\n    pass\n"
     )
