@@ -141,7 +141,7 @@ async def test_a_plan_says_how_many_how_long_and_how_much(batch: Batches, crew_s
     assert (plan.rows, plan.done, plan.duplicates, plan.seconds, plan.price) == (10, 0, 10, 180, 5.0)
     assert str(plan) == (
         "Batch plan: 10 rows, 10 to run, 4 at a time.\n10 rows are equal to an earlier one and are left out.\n"
-        "It takes about 3 min 00 s.\nIt costs about 5."
+        "It takes about 3 min 00 s.\nIt costs about 5.00."
     )
     assert server.kickoffs == 0
     assert list(batch.folder.glob("*.db")) == []
