@@ -373,7 +373,7 @@ async def test_the_same_question_asked_again_is_known_by_its_webhook(
 
 def test_a_question_of_another_attempt_is_another() -> None:
     async def ask() -> list[bool]:
-        waker = listener_module.Waker(listener_module._Hub(), "key")
+        waker = listener_module.Waker(listener_module._Hub(), "key", "https://crew.example")
         waker.wake((1, 2))
         return [
             waker.has_question_after(1, 2),

@@ -118,9 +118,12 @@ def test_a_secret_is_masked_in_the_other_inputs_as_well():
 
 
 def test_a_view_has_what_the_record_knows():
-    view = secretive({"password": "x"}, price=0.5).view(STATUS, notes=["A note."])
+    run = secretive({"password": "x"})
+    assert run.record is not None
+    run.record.cost = 0.5
+    view = run.view(STATUS, notes=["A note."])
     assert (view.crew, view.kickoff_id, view.idempotency_key, view.state) == ("travel", "r1", "k", CrewState.COMPLETED)
-    assert (view.started_at, view.price, view.notes) == (NOON, 0.5, ["A note."])
+    assert (view.started_at, view.cost, view.notes) == (NOON, 0.5, ["A note."])
     assert OpenRun(crew(), "r1").view(None).state is CrewState.PENDING
 
 
