@@ -15,10 +15,12 @@ from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 from prefect_crew._text import sparkline
 from prefect_crew.artifacts.escape import cell, table
 from prefect_crew.batches.stored import list_batches, open_stored_batch
+from prefect_crew.client.models import TokenUsage
 from prefect_crew.exceptions import CrewError
 from prefect_crew.prices import Spending, money
 from prefect_crew.records.model import RecordPhase
 from prefect_crew.records.store import PrefectRecords
+from prefect_crew.records.totals import totals_of_removed
 
 By = Literal["crew", "day", "flow", "batch", "tag"]
 _AT_ONCE = 100
@@ -78,6 +80,11 @@ async def read_costs(
                     rows.append(CostRow(on, label, spent, batch=name, flow_run_id=flow_run))
         except CrewError:
             missed.append(f"Batch {name!r} is left out: its ledger cannot be opened here ({ledger}).")
+    for total in await totals_of_removed():
+        counts = {name: getattr(total, name) for name in ("total_tokens", "prompt_tokens", "completion_tokens")}
+        usage = TokenUsage(**counts) if total.reported else None
+        spent = Spending(total.runs, total.reported, total.priced, usage, total.cost if total.priced else None)
+        rows.append(CostRow(total.day, total.crew, spent, flow=total.flow, tags=tuple(total.tags)))
     found = [row for row in rows if (since or row.day) <= row.day <= (until or row.day)]
     if {"flow", "tag"} & set(by):
         found = await _with_flows(found)

@@ -270,7 +270,7 @@ async def get_result(
         raise CrewStoppedError(kickoff_id=record.kickoff_id, **names)
     if record.result is not None:
         # Only what may be shown is on record.
-        result = record.with_cost(record.result.result(record.kickoff_id))
+        result = record.completed(record.result.result(record.kickoff_id))
         return result if output_type is None else parse_data(result, output_type)
     try:
         found = await load_crew(crew or record.crew)

@@ -22,6 +22,8 @@ from prefect_crew.devserver._scripts import ScriptedProgram
 from prefect_crew.operations import costs_page
 from prefect_crew.prices import Spending, money
 from prefect_crew.records.model import utcnow
+from prefect_crew.records.store import PrefectRecords
+from prefect_crew.records.totals import add_to_totals, total_of
 from prefect_crew.testing import CrewServerFactory
 from support.batches import Batches
 from support.prefect_server import PrefectServer
@@ -93,12 +95,48 @@ async def test_a_run_has_its_cost_in_the_result_the_record_and_the_artifact(
     again = await arun_crew(crew, {"text": "tea"}, idempotency_key=name)
     read = await get_result(name)
     assert (again.cost, again.usage) == (read.cost, read.usage) == (result.cost, result.usage)
+    assert result.idempotency_key == again.idempotency_key == read.idempotency_key == name
     (kept,) = await attempts(name)
     assert (kept.cost, kept.usage) == (result.cost, result.usage)
     async with get_client() as client:
         wanted = ArtifactFilter(key=ArtifactFilterKey(like_="crew-127-0-0-1-%"))
         pages = [str(one.data) for one in await client.read_artifacts(artifact_filter=wanted)]
     assert any(result.kickoff_id in page and "| Cost | 3.00 |" in page and "1,100" in page for page in pages)
+
+
+async def test_the_result_tells_a_derived_key(prefect_api: PrefectServer, crew_server: CrewServerFactory):
+    crew = crew_server(CrewScript.model_validate(ASKING)).crew()
+
+    @flow
+    async def deriving() -> str | None:
+        return (await arun_crew(crew, {"text": "tea"})).idempotency_key
+
+    derived = await deriving()
+    assert derived is not None
+    assert (await get_result(derived)).output == "tea"
+
+
+async def test_a_run_costs_the_same_once_its_record_is_removed(
+    prefect_api: PrefectServer, crew_server: CrewServerFactory
+):
+    label = f"removed-{uuid.uuid4().hex[:8]}"
+    crew = crew_server(CrewScript.model_validate(ASKING), response_format="union").crew(price=TOKENS)
+    name = key()
+    await arun_crew(crew, {"text": "tea"}, idempotency_key=name)
+    (kept,) = await attempts(name)
+
+    async def costs() -> Spending | None:
+        rows, _ = await read_costs(["crew"])
+        return grouped(rows, "crew").get(label)
+
+    kept.crew = label
+    await PrefectRecords().save(kept)
+    before = await costs()
+    assert before is not None
+    assert (before.runs, before.cost) == (1, pytest.approx(3.0))
+    await add_to_totals([kept], lambda one: total_of(one, None, ()))
+    await PrefectRecords().delete(kept)
+    assert await costs() == before
 
 
 async def test_a_failed_run_has_cost_what_it_reported(prefect_api: PrefectServer, crew_server: CrewServerFactory):

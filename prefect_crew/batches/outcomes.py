@@ -109,7 +109,7 @@ def judge(record: RunRecord, *, crew: Crew, inputs: Mapping[str, Any], output_ty
         if output_type is not None and record.result is not None:
             run = OpenRun(crew, str(record.kickoff_id), record, inputs)
             try:
-                parse_data(record.with_cost(record.result.result(run.kickoff_id)), output_type, run=run)
+                parse_data(record.completed(record.result.result(run.kickoff_id)), output_type, run=run)
             except OutputTypeError as error:
                 record.error = str(error)[:ERROR_CAP]
     return state_of(record)

@@ -67,12 +67,14 @@ class CrewResult(_Model):
     `output` is the text; `data` the structured result, or None; `execution_time` is in seconds, as the server
     measured it; `usage` are the tokens that were reported, `cost` is what the run cost by the crew's price, each None
     where that is unknown; `raw` the whole body of the last status answer, None where the result is read from a record.
+    `idempotency_key` is the run's, also a derived one; None without a record, as from a `CrewClient`.
     """
 
     output: str
     data: Any = None
     tasks: list[TaskResult] = Field(default_factory=list[TaskResult])
     kickoff_id: str
+    idempotency_key: str | None = None
     state: CrewState = CrewState.COMPLETED
     execution_time: float | None = None
     usage: TokenUsage | None = None

@@ -261,9 +261,10 @@ class RunRecord(Outcome):
         """Whether nobody has written down what became of the kickoff."""
         return self.phase in (RecordPhase.CLAIMED, RecordPhase.UNCERTAIN)
 
-    def with_cost(self, result: CrewResult) -> CrewResult:
-        """Return the run's result with the tokens and the cost that are on record."""
-        return result.model_copy(update={"usage": self.usage or result.usage, "cost": self.cost})
+    def completed(self, result: CrewResult) -> CrewResult:
+        """Return the run's result with its key, and with the tokens and the cost that are on record."""
+        known = {"idempotency_key": self.idempotency_key, "usage": self.usage or result.usage, "cost": self.cost}
+        return result.model_copy(update=known)
 
     @property
     def sent(self) -> dict[str, str]:

@@ -329,8 +329,9 @@ def result_of(run: OpenRun, status: CrewStatus) -> CrewResult:
     if status.state is CrewState.COMPLETED:
         record = run.record
         if record is not None and record.phase is RecordPhase.ENDED:
-            return record.with_cost(status.result())
-        return status.result().model_copy(update={"cost": cost_of_run(run.crew, status)})
+            return record.completed(status.result())
+        known = {"cost": cost_of_run(run.crew, status), "idempotency_key": run.idempotency_key}
+        return status.result().model_copy(update=known)
     raise failure(run, status.state, run.redact_text(status.error))
 
 
@@ -367,7 +368,7 @@ async def read_result(run: OpenRun, session: CrewSession) -> CrewResult:
         if record.phase is RecordPhase.ENDED and record.state is not CrewState.COMPLETED:
             raise failure(run, record.state, record.error)
         if record.phase is RecordPhase.ENDED and record.result is not None:
-            return record.with_cost(record.result.result(run.kickoff_id))
+            return record.completed(record.result.result(run.kickoff_id))
     with run.withholding():
         status = await session.call(lambda client: client.status(run.kickoff_id))
     if status.state is CrewState.UNKNOWN:
