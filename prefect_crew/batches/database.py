@@ -425,6 +425,11 @@ class _Write:
     def identity(self) -> tuple[str, int]:
         return self.values["row_key"], self.values["attempt"]
 
+    @property
+    def marks(self) -> tuple[Any, ...]:
+        """What no other write of the same statement may have."""
+        return (self.identity, self.values["kickoff"]) if self.values["alone"] else (self.identity,)
+
 
 class GroupWriter:
     """Writes attempts of one batch; one event loop.
@@ -467,7 +472,7 @@ class GroupWriter:
         Args:
             values: The columns of `attempts` but `posts_until`; `good_for`, for how many more seconds a claim may be
                 posted; `mine`, 1 if whoever writes has claimed it; `was`, the phase that alone it may replace, None for
-                any.
+                any; `alone`, 1 if it is to be made only where no other attempt holds the kickoff.
             is_claim: Whether it claims its place; else it replaces what is there.
             urgent: Whether a commit is begun for it; else it goes with the next one, or with one of its own soon.
 
@@ -581,14 +586,14 @@ class GroupWriter:
 
 
 def _in_order(writes: Iterable[_Write]) -> list[list[_Write]]:
-    """Return writes in parts: each part has at most one write of an attempt, and the parts keep their order."""
-    parts: list[dict[tuple[str, int], _Write]] = []
+    """Return writes in parts, in their order. A part has each attempt once, and each kickoff that is to be alone."""
+    parts: list[dict[Any, _Write]] = []
     for write in writes:
-        part = next((part for part in parts if write.identity not in part), None)
-        if part is None:
-            parts.append(part := dict[tuple[str, int], _Write]())
-        part[write.identity] = write
-    return [list(part.values()) for part in parts]
+        at = max((number for number, part in enumerate(parts, 1) if not part.keys().isdisjoint(write.marks)), default=0)
+        if at == len(parts):
+            parts.append({})
+        parts[at] |= dict.fromkeys(write.marks, write)
+    return [list(dict.fromkeys(part.values())) for part in parts]
 
 
 def _is_transient(error: Exception) -> bool:
@@ -600,16 +605,23 @@ def _is_transient(error: Exception) -> bool:
 
 
 _COLUMNS = ("batch", "row_key", "attempt", "phase", "state", "kickoff", "owner", "seconds", "usage", "record")
-_GIVEN = (*_COLUMNS, "good_for", "mine", "was")
+_GIVEN = (*_COLUMNS, "good_for", "mine", "was", "alone")
 _TYPES = {
     "attempt": "integer",
     "seconds": "double precision",
     "usage": "json",
     "good_for": "double precision",
     "mine": "integer",
+    "alone": "integer",
 }
 _CHANGING = ("phase", "state", "kickoff", "seconds", "usage", "record")
 
+_IS_ALONE = f"""
+    new_alone = 0 OR NOT EXISTS (
+        SELECT 1 FROM {attempts.name} AS other WHERE other.kickoff = new_kickoff
+            AND (other.batch, other.row_key, other.attempt) <> (a.batch, a.row_key, a.attempt)
+    )
+"""  # noqa: S608  no value of anybody is in it
 _FOLLOWS = """
     CASE a.phase
         WHEN 'claimed' THEN new_mine = 1 OR (new_phase <> 'claimed' AND coalesce(a.posts_until, 0) <= {clock})
@@ -654,6 +666,7 @@ def _statements(*, writes: str, keys: str, clock: str) -> _Statements:
         FROM ({writes}) AS new
         WHERE a.batch = new_batch AND a.row_key = new_row_key AND a.attempt = new_attempt AND a.owner = new_owner
             AND (coalesce(new_was, a.phase) = a.phase OR a.record = new_record) AND {_FOLLOWS.format(clock=clock)}
+            AND ({_IS_ALONE})
         RETURNING row_key, attempt
     """  # noqa: S608
     # The attempt that counts is the last one that is, or may be, a kickoff, and else the last one.

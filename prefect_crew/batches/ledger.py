@@ -385,18 +385,37 @@ class Ledger:
             CrewError: This process did not claim the attempt, and somebody else was there before. Nothing was changed.
         """
         mine = record.owner in self._own_claims
+        if not await self._write(record):
+            await self._raise_unsaved(record, mine)
+
+    async def save_started(self, record: RunRecord) -> str | None:
+        """Write down the kickoff id of a claim, unless it is on record already: return the key that holds it.
+
+        Raises:
+            CrewError: As `save`.
+        """
+        mine = record.owner in self._own_claims
+        if await self._write(record, alone=True):
+            return None
+        for held in await self._of_kickoff(str(record.kickoff_id)):
+            if (held.idempotency_key, held.attempt) != (record.idempotency_key, record.attempt):
+                self._own_claims.add(record.owner)  # it is still one, whose end is to be written
+                return held.idempotency_key
+        await self._raise_unsaved(record, mine)
+        return None
+
+    async def _write(self, record: RunRecord, *, alone: bool = False) -> bool:
+        """Write down what is known of an attempt; `alone`: only if no other one holds its kickoff."""
         try:
             # Nothing is sent on the strength of an end, so it need not hurry.
             urgent = record.phase is not RecordPhase.ENDED
-            saved = await self.writer.put(self._values(record), is_claim=False, urgent=urgent)
+            return await self.writer.put({**self._values(record), "alone": int(alone)}, is_claim=False, urgent=urgent)
         except LedgerError:
             self._log_unsaved(record, "that could not be recorded. Once the ledger is back: ")
             raise
         finally:
             if record.phase is not RecordPhase.CLAIMED:
                 self._own_claims.discard(record.owner)
-        if not saved:
-            await self._raise_unsaved(record, mine)
 
     async def _raise_unsaved(self, record: RunRecord, mine: bool) -> None:
         if record.phase is RecordPhase.CLAIMED and mine:
@@ -443,10 +462,6 @@ class Ledger:
     async def of_kickoff(self, kickoff_id: str) -> RunRecord | None:
         """Return the attempt that holds a kickoff id, if any, of whichever batch."""
         return next(iter(await self._of_kickoff(kickoff_id)), None)
-
-    async def holders(self, kickoff_id: str) -> Sequence[tuple[str, int]]:
-        """Return the idempotency keys and attempts that hold a kickoff id, of whichever batch."""
-        return [(record.idempotency_key, record.attempt) for record in await self._of_kickoff(kickoff_id)]
 
     async def _of_kickoff(self, kickoff_id: str) -> list[RunRecord]:
         query = select(attempts.c.record).where(attempts.c.kickoff == _digest(kickoff_id))
@@ -539,6 +554,7 @@ class Ledger:
             "good_for": record.open_for,
             "mine": int(record.owner in self._own_claims),
             "was": None,
+            "alone": 0,
         }
 
 

@@ -397,16 +397,16 @@ class RecordStore(Protocol):
         """Write down what became of a run that this caller started, waits for or closes."""
         ...
 
+    async def save_started(self, record: RunRecord) -> str | None:
+        """Write down the kickoff id of a claim, unless it is on record already: return the key that holds it."""
+        ...
+
     async def attempts(self, idempotency_key: str) -> Sequence[RunRecord]:
         """Return all attempts at a key, the first one first."""
         ...
 
     async def of_kickoff(self, kickoff_id: str) -> RunRecord | None:
         """Return the record that holds a kickoff id, if any."""
-        ...
-
-    async def holders(self, kickoff_id: str) -> Sequence[tuple[str, int]]:
-        """Return the idempotency keys and attempts that a kickoff id is on record for."""
         ...
 
     async def owner_ended(self, record: RunRecord) -> bool:

@@ -27,7 +27,7 @@ from uuid import UUID, uuid4
 
 import httpx
 from prefect.client.orchestration import get_client
-from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
+from prefect.exceptions import ObjectNotFound, PrefectException, PrefectHTTPStatusError
 from pydantic import ValidationError
 from pydantic_core import to_json
 
@@ -378,6 +378,18 @@ class PrefectRecords:
                 raise
             # Numbers beyond 64 bits, too deep a nesting: what Prefect cannot hold is read elsewhere.
             await _patch(ref, body)
+
+    async def save_started(self, record: RunRecord) -> str | None:
+        """Write down the kickoff id of a claim, unless it is on record already: return the key that holds it."""
+        try:
+            holders = await self.holders(str(record.kickoff_id))
+        except (httpx.HTTPError, PrefectException, CrewError):
+            holders = []  # what cannot be asked must not keep the id from being written
+        mine = (record.idempotency_key, record.attempt)
+        other = next((key for key, attempt in holders if (key, attempt) != mine), None)
+        if other is None:
+            await self.save(record)
+        return other
 
     async def _ref(self, record: RunRecord) -> str:
         """Return the id of a record that was not read here.

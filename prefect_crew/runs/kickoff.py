@@ -443,31 +443,13 @@ async def _post(start: Start, record: RunRecord, records: RecordStore, session: 
     if not start.quiet:
         # Before anything else: whatever fails from here on, a person finds the id in a log.
         run_logger().info("Crew %s was kicked off: run %s", record.crew, kickoff_id)
-    try:
-        other = await _other_holder(record, kickoff_id, records)
-    except BaseException:
-        # Cut off: that the id is on record matters more.
-        await _save(record, records)
-        raise
-    if other is not None:
+    # A proxy that caches or deduplicates kickoffs gives one id to two of them.
+    if (other := await _save_started(record, records)) is not None:
         record.reason = f"the crew's server answered with run {kickoff_id}, which is that of idempotency key {other!r}"
         record.phase, record.kickoff_id, record.kicked_off_at = RecordPhase.UNCERTAIN, None, None
         count_uncertain(record)
-    await _save(record, records)
-    if other is not None:
+        await _save(record, records)
         raise _uncertain(record)
-
-
-async def _other_holder(record: RunRecord, kickoff_id: str, records: RecordStore) -> str | None:
-    """Return the key of another record that holds a kickoff id, None if there is none.
-
-    A proxy that caches or deduplicates kickoffs gives one id to two of them.
-    """
-    try:
-        holders = await records.holders(kickoff_id)
-    except (httpx.HTTPError, PrefectException, CrewError):
-        return None  # nor can it be written down: whoever saves it says so
-    return next((key for key, attempt in holders if (key, attempt) != (record.idempotency_key, record.attempt)), None)
 
 
 @asynccontextmanager
@@ -488,6 +470,21 @@ async def _give_back(record: RunRecord, records: RecordStore, error: BaseExcepti
         await release_given_back(record, records)
 
 
+async def _save_started(record: RunRecord, records: RecordStore) -> str | None:
+    """Write down the id of a run, as `_save`; return the key of another record that holds it, which leaves ours."""
+    try:
+        return await records.save_started(record)
+    except CrewError:
+        raise
+    except (httpx.HTTPError, PrefectException) as error:
+        _log_unsaved(record, error)
+        return None
+    except BaseException:
+        # Cut off, perhaps over whose id it is: that it is on record matters more.
+        await _save(record, records)
+        raise
+
+
 async def _save(record: RunRecord, records: RecordStore) -> None:
     """Write down what is known; if that cannot be done, say it where a person finds it, and go on.
 
@@ -496,16 +493,20 @@ async def _save(record: RunRecord, records: RecordStore) -> None:
     try:
         await records.save(record)
     except (httpx.HTTPError, PrefectException) as error:
-        run_logger().error(
-            "Run %s is %s%s, and that could not be recorded (%s). Once the Prefect API is back: "
-            "prefect-crew runs resolve %s %s",
-            record.idempotency_key,
-            record.phase,
-            f", kickoff id {record.kickoff_id}" if record.kickoff_id else "",
-            type(error).__name__,
-            shlex.quote(record.idempotency_key),
-            f"--kickoff-id {shlex.quote(record.kickoff_id)}" if record.kickoff_id else "--never-started",
-        )
+        _log_unsaved(record, error)
+
+
+def _log_unsaved(record: RunRecord, error: Exception) -> None:
+    run_logger().error(
+        "Run %s is %s%s, and that could not be recorded (%s). Once the Prefect API is back: "
+        "prefect-crew runs resolve %s %s",
+        record.idempotency_key,
+        record.phase,
+        f", kickoff id {record.kickoff_id}" if record.kickoff_id else "",
+        type(error).__name__,
+        shlex.quote(record.idempotency_key),
+        f"--kickoff-id {shlex.quote(record.kickoff_id)}" if record.kickoff_id else "--never-started",
+    )
 
 
 async def _to_its_end(

@@ -148,6 +148,30 @@ async def test_writes_go_in_groups_and_each_gets_its_own_result(ledger_address: 
         assert ledger.writer.writes == 101
 
 
+async def test_of_two_attempts_with_one_kickoff_the_second_is_told_whose_it_is(ledger_address: str):
+    async with Ledger(ledger_address, "a") as other, Ledger(ledger_address, "b") as ledger:
+        before = record_of(other, "earlier")
+        records = [record_of(ledger, f"k{key}") for key in range(20)]
+        await asyncio.gather(other.claim(before), *(ledger.claim(record) for record in records))
+        for number, record in enumerate([before, *records]):
+            record.phase, record.kickoff_id = RecordPhase.STARTED, f"run {number // 2}"
+        assert await other.save_started(before) is None
+        commits = ledger.writer.commits
+        # At the same moment, as where a proxy gives one answer to kickoffs that are under way together.
+        said = await asyncio.gather(*(ledger.save_started(record) for record in records))
+        assert ledger.writer.commits == commits + 1
+        assert said[0] == before.idempotency_key
+        assert said[1:] == [None if number % 2 else records[number - 1].idempotency_key for number in range(1, 20)]
+        for record, holder in zip(records, said, strict=True):
+            if holder is None:
+                assert await ledger.save_started(record) is None, "what nobody knew to be written is written again"
+                continue
+            record.phase, record.kickoff_id = RecordPhase.UNCERTAIN, None
+            await ledger.save(record)
+        found = [(await ledger.attempts(record.idempotency_key))[0].phase for record in records]
+        assert found == [RecordPhase.STARTED if holder is None else RecordPhase.UNCERTAIN for holder in said]
+
+
 async def test_a_writer_that_is_cancelled_with_everything_else_writes_what_comes_in_the_end(ledger_address: str):
     ledger = Ledger(ledger_address, "b")
     await ledger.__aenter__()

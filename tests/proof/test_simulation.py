@@ -283,7 +283,7 @@ def _forgets_the_id() -> Any:
     async def save(record: RunRecord, records: Any) -> None:
         return None
 
-    return mock.patch.object(kickoff, "_save", save)
+    return mock.patch.object(kickoff, "_save_started", save)
 
 
 def _looks_at_no_flow_run() -> Any:
