@@ -1,8 +1,8 @@
 """The crew worker: it runs flow runs as coroutines of one process, and adopts those of a worker that is gone.
 
 A flow run names its worker, and that worker's start, in `infrastructure_pid`. Giving a flow run back to its pool, on a
-shutdown or because its worker is gone, is one thing: `hand_over`. The pool then hands it out again, and the flow finds
-its crew's run by the run record.
+shutdown or because its worker is gone, is one thing: `hand_over`. The pool then hands it out again. What an earlier
+start of the same worker has left Running begins here at once. The flow finds its crew's run by the run record.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, cast
 from uuid import UUID, uuid4
 
@@ -36,6 +36,7 @@ from prefect.client.schemas.filters import (
     WorkPoolFilterName,
 )
 from prefect.client.schemas.objects import FlowRun, State, StateType, WorkerStatus
+from prefect.client.schemas.responses import WorkerFlowRunResponse
 from prefect.context import AsyncClientContext
 from prefect.exceptions import Abort, InfrastructureNotAvailable, ObjectNotFound, Pause, PrefectException
 from prefect.flows import Flow
@@ -45,6 +46,7 @@ from prefect.utilities.engine import propose_state
 from prefect.workers.base import BaseJobConfiguration, BaseWorker, BaseWorkerResult
 from pydantic import PrivateAttr
 
+from prefect_crew._internal.asyncio_tasks import cancel_and_wait
 from prefect_crew._internal.flow_engine import HeldFlowRun, many_flow_runs, run_held_flow
 from prefect_crew.blocks import find_crew
 from prefect_crew.client._transport import shared_connections
@@ -56,7 +58,7 @@ from prefect_crew.runs.stop import stop_run, stop_was_asked
 from prefect_crew.settings import CrewSettings
 
 if TYPE_CHECKING:
-    from prefect.client.schemas.responses import DeploymentResponse, WorkerFlowRunResponse
+    from prefect.client.schemas.responses import DeploymentResponse
 
 
 POOL_DESCRIPTION = (
@@ -78,7 +80,6 @@ for; what is not given back by then is adopted later."""
 AWAY_PAUSE = 5.0
 """Seconds between two requests to a Prefect server that is away, after the pauses of Prefect's own client."""
 ADOPTIONS_AT_ONCE = 10
-"""Each takes five requests to the Prefect server."""
 
 
 # The flow runs of a pool, as the Prefect server knows them
@@ -301,6 +302,7 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, BaseWorkerResult]):
         self._orphaned_since: dict[UUID, float] = {}  # by the id of their states
         self._cancelling_since: dict[UUID, float] = {}
         self._full_look_at = float("-inf")
+        self._taken_over: set[UUID] = set()
 
     @property
     def identity(self) -> str:
@@ -320,8 +322,8 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, BaseWorkerResult]):
         await self._exit_stack.enter_async_context(AsyncClientContext.get_or_create())
         self._exit_stack.enter_context(many_flow_runs(self._logger.warning))
         await self._exit_stack.enter_async_context(shared_connections())
-        await self._exit_stack.enter_async_context(_in_background(self._watch_pool()))
-        await self._exit_stack.enter_async_context(_in_background(prune_regularly(self._logger)))
+        for work in (self._watch_pool(), prune_regularly(self._logger)):
+            self._exit_stack.push_async_callback(cancel_and_wait, asyncio.create_task(work))
         self._exit_stack.push_async_exit(self._leave)  # the last, so that all of this is there until flow runs ended
 
     async def start(
@@ -404,6 +406,13 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, BaseWorkerResult]):
             self._logger.warning("The Prefect server does not answer (%s): flow run %r waits.", error, flow_run.name)
             return
         await super()._propose_crashed_state(flow_run, message, client)
+
+    async def _propose_pending_state(self, flow_run: FlowRun) -> bool:
+        """Return whether a flow run may begin. One that is taken over begins as it is, Running."""
+        if flow_run.id not in self._taken_over:
+            return await super()._propose_pending_state(flow_run)
+        self._taken_over.discard(flow_run.id)
+        return True
 
     async def _propose_submitting_state(self, flow_run: FlowRun) -> None:
         """Nothing is submitted to anywhere: the coroutine begins at once."""
@@ -605,10 +614,33 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, BaseWorkerResult]):
             if await self._claim(flow_run):
                 owner = owner_name(flow_run) or "unknown"
                 why = f"Worker {owner!r} is gone. The flow run starts again, and its crew's run is found by its record."
-                if await hand_over(self.client, flow_run.id, why, only_from=flow_run.state_id):
+                here, state_id = await self._take_over(flow_run, why), flow_run.state_id
+                if here or await hand_over(self.client, flow_run.id, why, only_from=state_id):
                     self._logger.warning("Flow run %r is adopted: worker %r is gone.", flow_run.name, owner)
         except (Abort, Pause, ObjectNotFound) as error:
             self._logger.info("Flow run %r is not adopted: %s", flow_run.name, error)
+
+    async def _take_over(self, flow_run: FlowRun, why: str) -> bool:
+        """Begin what an earlier start under this worker's name has left Running; return whether it begins here.
+
+        The way over the pool changes its state three times and not once: hundreds of them would take the server twice
+        as long. It is taken where a limit holds: a deployment's, whose slot Pending takes, or this worker's own.
+        """
+        if owner_name(flow_run) != self.name or self._leave_until is not None:
+            return False
+        current = await self.client.read_flow_run(flow_run.id)
+        state, policy = current.state, current.empirical_policy
+        if state is None or state.id != flow_run.state_id or not state.is_running():
+            return False
+        if state.state_details.deployment_concurrency_lease_id is not None:
+            return False
+        policy.retries = policy.retries and policy.retries + 1  # as in `hand_over`
+        self._taken_over.add(current.id)
+        if not await self._submit_scheduled_flow_runs([WorkerFlowRunResponse.model_construct(flow_run=current)]):
+            self._taken_over.discard(current.id)
+            return False
+        flow_run_logger(current).warning(why)
+        return True
 
     async def _claim(self, flow_run: FlowRun) -> bool:
         """Return whether this worker is the one to deal with an orphaned state: one worker creates the input."""
@@ -667,13 +699,3 @@ def is_away(error: httpx.HTTPError) -> bool:
 def _clock() -> float:
     """Return seconds that also pass while the machine sleeps, where the system has such a clock."""
     return time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic()
-
-
-@contextlib.asynccontextmanager
-async def _in_background(work: Coroutine[Any, Any, None]) -> AsyncGenerator[None]:
-    task = asyncio.create_task(work)
-    try:
-        yield
-    finally:
-        task.cancel()
-        await asyncio.wait({task})
