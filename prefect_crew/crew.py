@@ -129,6 +129,8 @@ class Crew:
 
     def secret_among(self, inputs: Mapping[str, Any]) -> list[str]:
         """Return which of these inputs, as they are sent, are secret or hold a text that is."""
+        if not self.hidden:  # nearly always, and for each row of a batch
+            return [name for name in inputs if name in self.secret_inputs]
         hides = Redactor(self.hidden).hides
         return [name for name, value in inputs.items() if name in self.secret_inputs or hides(value)]
 

@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence, Set
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, TypeVar, cast
 from urllib.parse import quote
 
@@ -52,9 +52,8 @@ class Redactor:
     @cached_property
     def secrets(self) -> tuple[str, ...]:
         """What is searched for, the longest first, so that a secret that holds another is not left in pieces."""
-        tokens = [token if len(token) >= SHORTEST_TOKEN else f"Bearer {token}" for token in self._tokens if token]
         texts = {text for value in self._values for text in _texts(value)}
-        found = {form for text in (*tokens, *texts) for form in _forms(text)}
+        found = {form for text in texts for form in _forms(text)}.union(*map(_token_forms, self._tokens))
         return tuple(sorted((one for one in found if len(one) >= SHORTEST and one.strip("*")), key=len, reverse=True))
 
     def __repr__(self) -> str:
@@ -173,6 +172,11 @@ def _forms(text: str) -> set[str]:
     pages |= {page.replace("&quot;", "&#34;") for page in pages}
     addresses = {quote(one, safe=safe, errors="replace") for one in plain for safe in ("", "/")}
     return {*plain, *quoted, *pages, *addresses, *(repr(one)[1:-1] for one in plain)}
+
+
+@lru_cache(maxsize=16)  # the same for each row of a batch
+def _token_forms(token: str) -> frozenset[str]:
+    return frozenset(_forms(token if len(token) >= SHORTEST_TOKEN else f"Bearer {token}") if token else ())
 
 
 def _json_forms(texts: Iterable[str]) -> set[str]:
