@@ -45,15 +45,6 @@ T = TypeVar("T")
 
 _STATUS_PATHS = ("/status/{id}", "/{id}/status")
 _HEALTHY = re.compile(rb"\A[^<]*\bhealthy\b", re.IGNORECASE)
-_POLL_KEEPALIVE = 60.0
-"""Seconds that an idle connection is kept for the next poll: longer than the longest usual interval."""
-_POST_KEEPALIVE = 1.0
-"""Seconds that one is kept for the next kickoff or resume.
-
-A server may close an idle connection at the very moment at which a request goes out on it. A poll is then made again; a
-kickoff would be uncertain for nothing. Servers wait five seconds and more, so one second is safe, and still spares a
-burst of kickoffs the handshakes.
-"""
 
 
 class CrewClient:
@@ -122,7 +113,10 @@ class CrewClient:
     async def __aenter__(self) -> CrewClient:
         if self._polls is not None:
             raise InvalidCallError("This CrewClient is open already: open another one.")
-        self._polls, self._posts = self._connections(_POLL_KEEPALIVE), self._connections(_POST_KEEPALIVE)
+        self._polls, self._posts = (
+            self._connections(_transport.POLL_KEEPALIVE),
+            self._connections(_transport.POST_KEEPALIVE),
+        )
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -285,10 +279,11 @@ class CrewClient:
         return Call(method, path, kickoff_id, hide, content, before_sending)
 
     async def _send(self, call: Call) -> Answer:
-        connections = self._polls if call.method == "GET" else self._posts
-        if connections is None:
+        polls, posts = self._polls, self._posts
+        if polls is None or posts is None:
             raise InvalidCallError("This CrewClient is not open: use it in `async with CrewClient(…) as client`.")
-        return await connections.exchange(call)
+        # A kickoff that follows a look at the inputs needs no handshake of its own, nor do the polls that follow it.
+        return await (polls if call.method == "GET" or polls.is_fresh else posts).exchange(call)
 
     async def _parsed(self, call: Call, answer: Answer, parse: Callable[[bytes], T]) -> T:
         """Return the model of a 2xx, or raise the error that the status means."""

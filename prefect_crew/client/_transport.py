@@ -6,8 +6,10 @@ import asyncio
 import contextlib
 import functools
 import ipaddress
+import math
 import os
 import ssl
+import time
 import urllib.request
 import zlib
 from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Mapping
@@ -193,6 +195,15 @@ class Answer:
 
 _CONNECT = 10.0
 """Seconds, at most, for a free connection, and for making one: a host that is down should not cost a request's time."""
+POLL_KEEPALIVE = 60.0
+"""Seconds that an idle connection is kept for the next poll: longer than the longest usual interval."""
+POST_KEEPALIVE = 1.0
+"""Seconds that one is kept for the next kickoff or resume.
+
+A server may close an idle connection at the very moment at which a request goes out on it. A poll is then made again; a
+kickoff would be uncertain for nothing. Servers wait five seconds and more, so one second is safe, and still spares a
+burst of kickoffs the handshakes.
+"""
 _SHARED_CONNECTIONS = 500
 """Connections to one server, at most, that all clients of an event loop share."""
 
@@ -238,6 +249,7 @@ class Connections:
                 "Use https, or allow it with allow_http=True where the network up to the proxy is trusted."
             )
         self._url = url
+        self._last_path, self._last_url = "", base
         self._origin = f"{base.scheme}://{base.host}"
         self._label = url if label is None else label
         self._timeout = timeout
@@ -261,9 +273,19 @@ class Connections:
         if shared is not None:
             shared[key] = transport
         self._transport = transport
+        self._under_way, self._is_single, self._used_at = 0, True, -math.inf
 
     def __repr__(self) -> str:
         return f"Connections({self._label!r})"
+
+    @property
+    def is_fresh(self) -> bool:
+        """Whether the next request surely takes no connection that was idle for longer than `POST_KEEPALIVE`.
+
+        That is known where there is one connection at most: it is nobody else's, and requests came one by one.
+        """
+        is_single = self._is_owned and self._is_single and not self._under_way
+        return is_single and time.monotonic() - self._used_at < POST_KEEPALIVE
 
     async def exchange(self, call: Call) -> Answer:
         """Send a request and read its answer.
@@ -273,8 +295,10 @@ class Connections:
             ConfigurationError: The path makes no URL.
             ResponseFormatError: A 2xx whose body is too large or is not encoded as it says.
         """
+        self._under_way += 1
+        self._is_single, self._used_at = self._is_single and self._under_way == 1, -math.inf
         try:
-            return await self._exchange(call)
+            answer = await self._exchange(call)
         except httpx.InvalidURL:
             raise ConfigurationError(f"{call.method} {call.path[:100]}… makes no URL. Check the id.") from None
         except (httpx.HTTPError, OSError) as error:
@@ -289,11 +313,15 @@ class Connections:
                 sent=not isinstance(cause, _NOT_SENT),
                 kickoff_id=call.kickoff_id,
             ) from cause
+        finally:
+            self._under_way -= 1
+        self._used_at = time.monotonic()  # not where it failed: who knows which connection that has left idle
+        return answer
 
     async def _exchange(self, call: Call) -> Answer:
         request = httpx.Request(
             call.method,
-            httpx.URL(self._url + call.path),
+            self._url_of(call.path),
             headers=self._headers,
             content=call.content,
             extensions=self._extensions
@@ -311,6 +339,11 @@ class Connections:
             finally:
                 await response.aclose()
         raise httpx.ReadTimeout(f"the answer was not complete after {seconds:g} s")
+
+    def _url_of(self, path: str) -> httpx.URL:
+        if path != self._last_path:  # kickoffs have one
+            self._last_path, self._last_url = path, httpx.URL(self._url + path)
+        return self._last_url
 
     async def aclose(self) -> None:
         """Close all connections, unless others use them too."""

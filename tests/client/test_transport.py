@@ -303,6 +303,46 @@ async def test_a_kickoff_never_goes_out_on_a_connection_that_was_idle():
         assert connections.count == 2
 
 
+class Counted:
+    """A server that answers everything and notes what came on which of its connections."""
+
+    def __init__(self) -> None:
+        self.paths: list[list[str]] = []
+
+    async def __call__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        mine: list[str] = []
+        self.paths.append(mine)
+        while head := await read_request(reader):
+            mine.append(head.split()[1].decode())
+            writer.write(answer('{"inputs": [], "kickoff_id": "k1", "state": "RUNNING"}'))
+
+
+async def test_one_run_takes_one_connection():
+    crew = Counted()
+    async with raw_server(crew) as url, CrewClient(url, TOKEN) as client:
+        await client.inputs()
+        await client.kickoff({})
+        await asyncio.sleep(1.3)
+        await client.status("k1")
+    assert crew.paths == [["/inputs", "/kickoff", "/status/k1"]]
+
+
+@pytest.mark.parametrize("way", ["idle", "many", "failed", "shared"])
+async def test_a_kickoff_takes_no_connection_of_polls_that_may_have_been_idle(way: str):
+    crew = Counted()
+    async with raw_server(crew) as url:
+        shared = shared_connections() if way == "shared" else contextlib.nullcontext()
+        async with shared, CrewClient(url, TOKEN) as client:
+            await asyncio.gather(*(client.status("k1") for _ in range(2 if way == "many" else 1)))
+            if way in ("idle", "failed"):
+                await asyncio.sleep(1.3)
+            if way == "failed":
+                with pytest.raises(ConfigurationError):
+                    await client.status("a" * 70_000)  # makes no URL, and so takes no connection
+            await client.kickoff({})
+    assert crew.paths[-1] == ["/kickoff"]
+
+
 async def test_a_poll_keeps_its_connection():
     connections = Connections()
     async with raw_server(connections) as url, CrewClient(url, TOKEN) as client:
