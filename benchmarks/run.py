@@ -101,6 +101,8 @@ class Runner:
         folder = self.folder / f"run-{time.monotonic_ns()}"
         folder.mkdir()
         env = {FILE: str(folder / "figures.jsonl"), "PREFECT_LOGGING_LEVEL": "ERROR"}
+        # As where somebody uses it: what is imported on the way is compiled once, and not in each measurement.
+        env["PYTHONDONTWRITEBYTECODE"] = ""
         home = folder / "home"
         if on in ("postgres", "sqlite"):
             env["PREFECT_API_URL"] = self._servers.prefect(on).api_url
