@@ -37,7 +37,7 @@ HOOKS = {
     "event": ("prefect_crew.artifacts.events", "emit_event"),
     "request": ("httpx", "AsyncHTTPTransport.handle_async_request"),
     "ledger-claim": ("prefect_crew.batches.ledger", "Ledger.claim"),
-    "ledger-save": ("prefect_crew.batches.ledger", "Ledger.save"),
+    "ledger-save": ("prefect_crew.batches.ledger", "Ledger._write"),
     "ledger-commit": ("prefect_crew.batches.database", "GroupWriter._commit"),
     "batch-kickoff": ("prefect_crew.batches.throttle", "BatchClient.kickoff"),
     "batch-status": ("prefect_crew.batches.throttle", "BatchClient.status"),
