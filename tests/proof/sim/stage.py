@@ -22,7 +22,7 @@ from prefect_crew.artifacts.run import RunArtifact
 from prefect_crew.client._client import CrewClient
 from prefect_crew.crew import Crew
 from prefect_crew.devserver import Run
-from prefect_crew.records import prune, store
+from prefect_crew.records import budgets, prune, store
 from prefect_crew.records.model import SPARE, utcnow
 from prefect_crew.runs import kickoff, polling, stop, wait
 from prefect_crew.runs.kickoff import Start
@@ -69,6 +69,7 @@ def on_stage(world: World) -> Iterator[None]:
         (prune, "YOUNGEST", timedelta(seconds=SPARE)),
         (stop, "_asked", _PerProcess("asked")),
         (events, "emit_event", world.emitted),
+        (budgets, "emit_event", mock.Mock()),
         (RunArtifact, "create", nothing),
         (RunArtifact, "update", nothing),
         (Run, "end", world.site.noting_end(Run.end)),
