@@ -53,6 +53,9 @@ WORLDS = {
     "the token is rotated while the crew runs": Scenario(
         calls=(Call(again=(1.0, 3.0)),), runs=(CrewRun(seconds=15),), rotate_at=5.0, rotate_late=3.0
     ),
+    "what a sleeping machine's claim has reserved of a budget is given back once": Scenario(
+        calls=(Call(freeze_at=12, freeze_for=400.0, crashed_at=5.0, again=(3.0,)),), budget=100
+    ),
 }
 
 
