@@ -267,10 +267,18 @@ class Runner:
             quiet=True,
             settings=self._settings,
         )
+        others = bool(self.waiting) or self.throttle.under_way > 1
         try:
             opened = await start_run(start, self.ledger, self.session)
         except LedgerError:
             raise
+        except BudgetExceededError as error:
+            if others and error.measure != "kickoffs" and error.on_limit != "stop":
+                self.throttle.refused(error)  # they may use less than they have reserved
+            else:
+                await note_exceeded(error, self.session.crew)
+                self.stop(str(error))
+            return None
         except CrewError as error:
             return await self._no_run(job, error)
         except (httpx.HTTPError, PrefectException) as error:
@@ -286,14 +294,6 @@ class Runner:
     async def _no_run(self, job: RowJob, error: CrewError) -> RowEnd | None:
         """Return the end of a row whose kickoff brought no run, None if it is to be tried again or left."""
         first = self.throttle.stopped is None
-        if isinstance(error, BudgetExceededError):
-            may_fit_later = error.measure != "kickoffs" and error.on_limit != "stop"
-            if may_fit_later and (self.waiting or self.throttle.under_way > 1):
-                self.throttle.refused(error)  # what is in flight may use less than it has reserved
-            else:
-                await note_exceeded(error, self.session.crew)
-                self.stop(str(error))
-            return None
         if isinstance(error, KickoffUncertainError):
             self.started += 1
             self.throttle.kickoffs += 1

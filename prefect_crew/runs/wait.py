@@ -339,15 +339,17 @@ class _Waiter(Watcher):
                 cost=cost_of_run(run.crew, status),
             )
             changes = corrections(record)
-            # Of several waits that see the end, the first one settles and writes the span. Whoever stops a run is no
-            # wait. Asked only where it matters: it is a request.
-            is_first = not (run.owned and (changes or is_tracing()) and await self._is_closed(by_wait=True))
+            # Of several waits that see the end, the first one writes the span. Whoever stops a run is no wait.
+            is_first = not (run.owned and is_tracing() and await self._is_closed(by_wait=True))
             try:
+                # Of several who see the end at once, one makes this permit and corrects what the run has reserved.
+                ended, why = RecordPhase.ENDED, record.reason
+                if changes and not await self.records.resolve(record, ended, state=status.state, reason=why):
+                    changes = []
                 await self.records.save(record)
             except (httpx.HTTPError, PrefectException) as problem:
                 self.log.warning("The end of run %s could not be recorded: %s", run.kickoff_id, problem)
-            if is_first:
-                await settle(run.crew, record, changes)
+            await settle(run.crew, record, changes)
             said = {"state": str(status.state), "error": error, "execution_time": status.execution_time}
             emit(str(status.state), record, once=True, **said)
             if is_first:
