@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 POLLS_AT_ONCE = 256
 """Status calls at a time. They cost nothing but time: where answers take 0.2 s, 256 are 1,280 polls a second."""
-FEWEST_KICKOFFS, MOST_KICKOFFS = 16, 256
+FEWEST_KICKOFFS, MOST_KICKOFFS = 16, 128
 """Kickoffs under way at a time, where nobody says how many. They bound the rows that a crash leaves uncertain."""
-KICKOFFS_A_SECOND = 1000.0
+KICKOFFS_A_SECOND = 500.0
 """What that number aims at where answers take long."""
 TRIALS = 3
 """Rows that are tried, one after another, before failures in a row stop a batch."""

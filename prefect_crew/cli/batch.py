@@ -98,7 +98,7 @@ class RunChoices(BatchChoices):
         max_kickoffs: A limit on kickoffs, of all calls together.
         breaker: Pause after so many failed rows in a row, then try one at a time; 0 never pauses.
         kickoffs_at_once: Kickoffs sent at a time; no more rows than this are uncertain after a crash. Left out: 16, and
-            up to 256 where answers take long.
+            up to 128 where answers take long.
         output_type: A pydantic model that results have to fit, as module:Model.
     """
 

@@ -434,8 +434,8 @@ async def _post(start: Start, record: RunRecord, records: RecordStore, session: 
         if kickoff_fate(error) is not KickoffFate.UNCERTAIN:
             raise
         record.phase, record.reason = RecordPhase.UNCERTAIN, redact(f"{type(error).__name__}: {error}")[:500]
-        count_uncertain(record)
         await _save(record, records)
+        count_uncertain(record)
         if not isinstance(error, Exception):
             raise
         raise _uncertain(record) from error
@@ -447,8 +447,8 @@ async def _post(start: Start, record: RunRecord, records: RecordStore, session: 
     if (other := await _save_started(record, records)) is not None:
         record.reason = f"the crew's server answered with run {kickoff_id}, which is that of idempotency key {other!r}"
         record.phase, record.kickoff_id, record.kicked_off_at = RecordPhase.UNCERTAIN, None, None
-        count_uncertain(record)
         await _save(record, records)
+        count_uncertain(record)
         raise _uncertain(record)
 
 
