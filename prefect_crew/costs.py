@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -20,9 +21,10 @@ from prefect_crew.exceptions import CrewError
 from prefect_crew.prices import Spending, money
 from prefect_crew.records.model import RecordPhase
 from prefect_crew.records.store import PrefectRecords
-from prefect_crew.records.totals import totals_of_removed
+from prefect_crew.records.totals import read_totals
 
 By = Literal["crew", "day", "flow", "batch", "tag"]
+_ID = re.compile("[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")  # of a row outside of flows, its result may name another
 _AT_ONCE = 100
 """Flow runs that are asked for in one request."""
 
@@ -65,8 +67,11 @@ async def read_costs(
     """
     rows: list[CostRow] = []
     missed: list[str] = []
-    async for record in PrefectRecords().all(RecordPhase.ENDED):
-        if record.ended_at is not None:
+    records = [record async for record in PrefectRecords().all(RecordPhase.ENDED)]
+    # After the records: whoever prunes counts a run before its record goes.
+    totals, counted = await read_totals()
+    for record in records:
+        if record.ended_at is not None and record.ref not in counted:
             usage = record.usage or (None if record.result is None else record.result.usage)
             is_reported = usage is not None and usage.total_tokens is not None
             spent = Spending(1, int(is_reported), int(record.cost is not None), usage, record.cost)
@@ -80,7 +85,7 @@ async def read_costs(
                     rows.append(CostRow(on, label, spent, batch=name, flow_run_id=flow_run))
         except CrewError:
             missed.append(f"Batch {name!r} is left out: its ledger cannot be opened here ({ledger}).")
-    for total in await totals_of_removed():
+    for total in totals:
         counts = {name: getattr(total, name) for name in ("total_tokens", "prompt_tokens", "completion_tokens")}
         usage = TokenUsage(**counts) if total.reported else None
         spent = Spending(total.runs, total.reported, total.priced, usage, total.cost if total.priced else None)
@@ -93,7 +98,7 @@ async def read_costs(
 
 async def _with_flows(rows: Sequence[CostRow]) -> list[CostRow]:
     """Return rows with the names of their flows and the tags of their flow runs, as far as Prefect still has them."""
-    ids = sorted({UUID(row.flow_run_id) for row in rows if row.flow_run_id})
+    ids = sorted({UUID(row.flow_run_id) for row in rows if row.flow_run_id and _ID.fullmatch(row.flow_run_id)})
     known: dict[str | None, tuple[str, tuple[str, ...]]] = {}
     async with get_client() as client:
         for start in range(0, len(ids), _AT_ONCE):

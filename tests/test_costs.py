@@ -135,6 +135,7 @@ async def test_a_run_costs_the_same_once_its_record_is_removed(
     assert before is not None
     assert (before.runs, before.cost) == (1, pytest.approx(3.0))
     await add_to_totals([kept], lambda one: total_of(one, None, ()))
+    assert await costs() == before, "also if whoever prunes was killed before the record was deleted"
     await PrefectRecords().delete(kept)
     assert await costs() == before
 

@@ -348,8 +348,7 @@ class Ledger:
 
     async def permit(self, record: RunRecord, good_for: float, *, late: bool) -> bool:
         """Take the right to send the kickoff of a claim once more; False if somebody has resolved it."""
-        record.permit += 1
-        record.open_for = good_for + record.post_deadline + SPARE
+        record.open_for = good_for + record.post_deadline + SPARE  # `permit` stays 1, as it is read
         try:
             await self.save(record)
         except ClaimLostError:

@@ -69,7 +69,7 @@ from prefect_crew.exceptions import (
     LedgerError,
 )
 from prefect_crew.prices import Spending, cost_of
-from prefect_crew.records.budgets import KEPT, is_to_stop, learn
+from prefect_crew.records.budgets import KEPT, learn, to_stop
 from prefect_crew.records.keys import render_key, scheduled_start
 from prefect_crew.webhooks import webhooks_for
 
@@ -571,7 +571,9 @@ class _OpenBatch:
             self.begin_after = time.monotonic() + BEGIN_EVERY
             if self.job.crew.budgets:
                 earlier = self.ledger.rows_in([RowState.COMPLETED], limit=KEPT)
-                learn(self.job.crew, [row.record async for row in earlier if row.record is not None])
+                # Of a new batch nothing is known: then the records of other runs tell.
+                if known := [row.record async for row in earlier if row.record is not None]:
+                    learn(self.job.crew, known)
             try:
                 await run_until_cancelled(
                     runner.run(self.plan.jobs()),
@@ -595,9 +597,9 @@ class _OpenBatch:
         self._tell("running")
         await self.artifact.update(progress)
         await self._begin_generation(runner.started)
-        oldest = next(iter(runner.waiting.values()), None)
-        if oldest is not None and oldest.reason not in STOPPED_BY_US and await is_to_stop(self.job.crew, oldest):
-            await runner.stop_runs(STOPPED_BY_BUDGET)
+        in_flight = [one for one in runner.waiting.values() if one.reason not in STOPPED_BY_US]
+        if records := await to_stop(self.job.crew, in_flight):
+            await runner.stop_runs(STOPPED_BY_BUDGET, records)
         if not await self.lock.still_held():
             runner.stop(
                 "its lock was lost: another process has taken the batch over, or the ledger's file was removed or "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
 from contextlib import AsyncExitStack
 from itertools import islice
 from uuid import uuid4
@@ -409,8 +409,9 @@ class Runner:
         if not is_stopped_here:
             end_run(record, lambda: run.view(status), settings=self._settings)
 
-    async def stop_runs(self, reason: str) -> None:
-        """Ask the crew's server once for each run in flight to stop it, and write down what came of it."""
+    async def stop_runs(self, reason: str, records: Iterable[RunRecord] | None = None) -> None:
+        """Ask the crew's server once for each run in flight to stop it, or for some of them, and write down what came
+        of it."""
         failed = 0
 
         async def stop(record: RunRecord) -> None:
@@ -426,9 +427,10 @@ class Runner:
             except CrewError:
                 failed += 1
 
-        records = [one for one in self.waiting.values() if one.reason not in STOPPED_BY_US]  # once each
-        await asyncio.gather(*(stop(record) for record in records))
-        run_logger().info("Stop requested for %d runs, %d could not be stopped.", len(records), failed)
+        chosen = self.waiting.values() if records is None else records
+        once_each = [one for one in chosen if one.reason not in STOPPED_BY_US]
+        await asyncio.gather(*(stop(record) for record in once_each))
+        run_logger().info("Stop requested for %d runs, %d could not be stopped.", len(once_each), failed)
 
     async def stop_late(self, record: RunRecord) -> bool:
         """Stop a run that is over its time, and return whether it was."""

@@ -412,6 +412,10 @@ _OTHER_COUNTS = {
 """What providers of models call the counts, in events of single calls."""
 
 
+MOST_TOKENS = 10**12
+"""More are taken for not reported: sums over millions of runs stay within the 64 bits that databases have."""
+
+
 def usage_of(body: Mapping[str, Any]) -> TokenUsage | None:
     """Return the tokens used, None where nothing was reported."""
     return tokens_of(body.get("token_usage")) or tokens_of(as_object(body.get("result")).get("token_usage"))
@@ -422,7 +426,7 @@ def tokens_of(value: Any) -> TokenUsage | None:
     counts: dict[str, int] = {}
     for name in TokenUsage.model_fields:
         found = first(as_object(value), (name, _OTHER_COUNTS.get(name, name)))
-        if (count := as_count(found)) is not None:
+        if (count := as_count(found)) is not None and count <= MOST_TOKENS:
             counts[name] = count
     if {"prompt_tokens", "completion_tokens"} <= counts.keys():
         counts.setdefault("total_tokens", counts["prompt_tokens"] + counts["completion_tokens"])

@@ -13,6 +13,7 @@ import statistics
 from collections import deque
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from datetime import datetime
 from typing import Any
 from uuid import NAMESPACE_URL, uuid5
 
@@ -23,7 +24,7 @@ from prefect.events import emit_event
 from prefect.exceptions import ObjectAlreadyExists, PrefectException, PrefectHTTPStatusError
 
 from prefect_crew._internal.prefect_api import is_busy, lock_here, request_soon, run_logger
-from prefect_crew.budgets import UNITS, BudgetPeriod, slots_of
+from prefect_crew.budgets import MOST, UNITS, BudgetPeriod, slots_of
 from prefect_crew.crew import Crew
 from prefect_crew.exceptions import BudgetExceededError, ConfigurationError
 from prefect_crew.prices import cost_of
@@ -48,7 +49,12 @@ _warned: set[str] = set()  # process-wide: one line in the log for all rows of a
 def _periods(crew: Crew, record: RunRecord) -> list[BudgetPeriod]:
     batch = crew.batch or record.flow_run_id or record.idempotency_key
     found = (budget.periods(name=crew.label, batch=batch, at=record.claimed_at) for budget in crew.budgets)
-    return [period for periods in found for period in periods]
+    periods = dict[str, BudgetPeriod]()
+    for period in (period for periods in found for period in periods):
+        # A crew and a flow of one name share a counter: a run counts in it once, and the lower limit holds.
+        other = periods.setdefault(period.counter, period)
+        periods[period.counter] = min(other, period, key=lambda one: one.limit)
+    return list(periods.values())
 
 
 async def reserve(crew: Crew, record: RunRecord) -> None:
@@ -99,7 +105,8 @@ async def _expected(crew: Crew, period: BudgetPeriod) -> float:
         if crew.url not in _used:
             learn(crew, reversed(await PrefectRecords().latest_ended()))
     known = [one[period.measure] for one in _used[crew.url] if period.measure in one]
-    return statistics.median(known) if known else UNKNOWN * period.limit
+    # One slot at least: what a run has reserved nothing of, its end does not correct.
+    return max(statistics.median(known) if known else UNKNOWN * period.limit, 1 / UNITS[period.measure])
 
 
 def learn(crew: Crew, records: Iterable[RunRecord]) -> None:
@@ -133,7 +140,7 @@ def corrections(record: RunRecord) -> list[Change]:
     used, changes = _usage(record), list[Change]()
     for name, reserved in (record.reserved or {}).items():
         measure = name.rpartition(".")[2]
-        more = slots_of(measure, used[measure]) - reserved if measure in used else 0
+        more = min(slots_of(measure, used[measure]), MOST) - reserved if measure in used else 0
         changes += [("increment" if more > 0 else "decrement", name, abs(more))] if more else []
     return changes
 
@@ -167,9 +174,10 @@ async def _take(period: BudgetPeriod, slots: int) -> int | None:
             if found:  # the budget was changed: its limit holds from now on, for this start as well
                 await _post(client, "decrement", name, slots)
             stands = await client.read_global_concurrency_limit_by_name(name)
-            if stands.limit == limit:
+            if stands.limit != limit:
+                await client.update_global_concurrency_limit(name, GlobalConcurrencyLimitUpdate(limit=limit))
+            elif stands.active_slots + slots > limit:  # else somebody has just changed it, or given some back
                 return stands.active_slots
-            await client.update_global_concurrency_limit(name, GlobalConcurrencyLimitUpdate(limit=limit))
     return limit
 
 
@@ -228,13 +236,27 @@ async def note_exceeded(error: BudgetExceededError, crew: Crew) -> None:
         run_logger().warning("Runs in flight under budget %r are not stopped: %s", error.budget, problem)
 
 
-async def is_to_stop(crew: Crew, record: RunRecord) -> bool:
-    """Return whether a run in flight is to be stopped: a later start under a budget that says so was refused."""
-    for period in _periods(crew, record):
-        if period.on_limit == "stop" and period.counter in (record.reserved or ()):
-            with suppress(httpx.HTTPError, PrefectException):  # most often that there is no such limit
-                async with get_client() as client:
-                    mark = await client.read_global_concurrency_limit_by_name(MARK.format(period.counter))
-                if mark.updated is not None and record.claimed_at < mark.updated:
-                    return True
-    return False
+async def to_stop(crew: Crew, records: Iterable[RunRecord]) -> list[RunRecord]:
+    """Return the runs in flight that are to be stopped: a later start under a budget that says so was refused.
+
+    It makes one request for each counter.
+    """
+    found, refused_at = list[RunRecord](), dict[str, datetime | None]()
+    for record in records:
+        for period in _periods(crew, record):
+            if period.on_limit != "stop" or period.counter not in (record.reserved or ()):
+                continue
+            if period.counter not in refused_at:
+                refused_at[period.counter] = await _refused_at(period)
+            moment = refused_at[period.counter]
+            if moment is not None and record.claimed_at < moment:
+                found.append(record)
+                break
+    return found
+
+
+async def _refused_at(period: BudgetPeriod) -> datetime | None:
+    with suppress(httpx.HTTPError, PrefectException):  # most often that there is no such limit
+        async with get_client() as client:
+            return (await client.read_global_concurrency_limit_by_name(MARK.format(period.counter))).updated
+    return None

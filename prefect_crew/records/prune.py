@@ -35,7 +35,8 @@ do not all do it at once."""
 FIRST_WITHIN = 3600.0
 """Seconds within which it does so for the first time."""
 PAUSE = 0.2
-"""Seconds between two of its keys: each takes six requests to the Prefect server, and its flow runs need some too."""
+"""Seconds between two of its keys: each takes eight or more requests to the Prefect server, and its flow runs need some
+too."""
 _ID = re.compile("[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
@@ -197,7 +198,8 @@ async def prune(
             # attempts are gone which it decided by, and decides again.
             attempts = await store.attempts(key)
             if {one.ref for one in attempts} <= {one.ref for one in some[key]}:
-                for record in prunable(attempts, older_than, owners):
+                # So may its flow runs: one that was retried since asks for its runs again.
+                for record in prunable(attempts, older_than, await read_owners(attempts)):
                     await store.delete(record)
             await asyncio.sleep(pause)
     return Pruned(runs=runs, notes=len(left_over), kept=len(records) - runs)

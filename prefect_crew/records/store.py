@@ -5,6 +5,7 @@ value holds 5,000 bytes of JSON and is replaced, not compared; no clean-up of fl
 
 - `crew_run_KEY_ATTEMPT` is the claim. The call that made it changes it if it gives it back without a permit; after that
   only whoever sees the run's end does.
+- `crew_run_KEY_ATTEMPT_CLAIM_0` notes that the end of the run is counted in its budgets.
 - `crew_run_KEY_ATTEMPT_CLAIM_NUMBER` is a permit of that claim. Whoever created it changes it: the claim's owner, or
   somebody who resolved it. Whoever waits for the run notes there whether a person has to answer; it stays its
   creator's.
@@ -390,6 +391,13 @@ class PrefectRecords:
         if other is None:
             await self.save(record)
         return other
+
+    async def note_settled(self, record: RunRecord) -> bool:
+        """Note that a run's end is counted in its budgets; False if somebody else has. Atomic.
+
+        It has the name of a permit, which goes with the record, and is none.
+        """
+        return await create_variable({"name": _permit_name(record, 0), "value": {}, "tags": [PERMIT_TAG]}) is not None
 
     async def _ref(self, record: RunRecord) -> str:
         """Return the id of a record that was not read here.

@@ -172,9 +172,18 @@ async def totals_of_removed() -> list[DayTotal]:
     Raises:
         httpx.HTTPError: The Prefect API is away or refuses.
     """
+    return (await read_totals())[0]
+
+
+async def read_totals() -> tuple[list[DayTotal], set[str]]:
+    """Return these totals, and the `ref` of each record that is counted in them and may still stand.
+
+    Raises:
+        httpx.HTTPError: The Prefect API is away or refuses.
+    """
     by_day = defaultdict[str, list[Variable]](list)
     async for page in read_pages({"tags": {"all_": [TAG]}}):
         for variable in page:
             by_day[variable.name.rpartition("_")[0]].append(variable)
     parts = [part for variables in by_day.values() for part in _parts_in(variables)[0].values()]
-    return _summed([total for part in parts for total in part.totals])
+    return _summed([total for part in parts for total in part.totals]), {ref for part in parts for ref in part.refs}

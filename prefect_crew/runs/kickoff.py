@@ -31,6 +31,7 @@ from prefect_crew.exceptions import (
     CrewError,
     InvalidInputsError,
     KickoffUncertainError,
+    LedgerError,
 )
 from prefect_crew.records.budgets import note_exceeded, release, release_given_back, reserve
 from prefect_crew.records.decision import Decision, check_same_run, decide, latest_start
@@ -275,7 +276,14 @@ async def _claim(
 
     async def reserve_and_claim() -> bool:
         await reserve(start.crew, record)
-        if not (is_ours := await records.claim(record)):
+        try:
+            is_ours = await records.claim(record)
+        except LedgerError:
+            raise  # it may have been written
+        except CrewError:
+            await release(record)
+            raise
+        if not is_ours:
             await release(record)
         return is_ours
 

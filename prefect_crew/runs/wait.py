@@ -20,8 +20,8 @@ from prefect_crew.artifacts.telemetry import end_run, is_tracing
 from prefect_crew.client.models import CrewResult, CrewStatus
 from prefect_crew.crew import Crew, CrewSession, WaitPolicy, open_session
 from prefect_crew.exceptions import CrewError, CrewFailedError, CrewLostError, CrewStoppedError, CrewTimeoutError
-from prefect_crew.records.budgets import corrections, is_to_stop, settle
-from prefect_crew.records.model import RecordPhase, StoredResult, utcnow
+from prefect_crew.records.budgets import corrections, settle, to_stop
+from prefect_crew.records.model import RecordPhase, RunRecord, StoredResult, utcnow
 from prefect_crew.records.store import PrefectRecords
 from prefect_crew.runs import stop
 from prefect_crew.runs.limits import slot_of
@@ -219,7 +219,7 @@ class _Waiter(Watcher):
             await self._show(status, force=asked)
         if self.people is not None:
             await self.people.answer()
-        if run.record is not None and not self._is_over_budget and await is_to_stop(run.crew, run.record):
+        if run.record is not None and not self._is_over_budget and await to_stop(run.crew, [run.record]):
             self._is_over_budget = True
             await self._stop_late()
         if await is_cancelled(self.own):
@@ -339,22 +339,31 @@ class _Waiter(Watcher):
                 cost=cost_of_run(run.crew, status),
             )
             changes = corrections(record)
-            # Of several waits that see the end, the first one writes the span. Whoever stops a run is no wait.
-            is_first = not (run.owned and is_tracing() and await self._is_closed(by_wait=True))
+            # Of several waits that see the end, the first one settles and writes the span. Whoever stops a run is no
+            # wait. Asked only where it matters: it is a request.
+            if changes:
+                is_first = await self._is_first(record)
+            else:
+                is_first = not (run.owned and is_tracing() and await self._is_closed(by_wait=True))
             try:
-                # Of several who see the end at once, one makes this permit and corrects what the run has reserved.
-                ended, why = RecordPhase.ENDED, record.reason
-                if changes and not await self.records.resolve(record, ended, state=status.state, reason=why):
-                    changes = []
                 await self.records.save(record)
             except (httpx.HTTPError, PrefectException) as problem:
                 self.log.warning("The end of run %s could not be recorded: %s", run.kickoff_id, problem)
-            await settle(run.crew, record, changes)
+            if is_first:
+                await settle(run.crew, record, changes)
             said = {"state": str(status.state), "error": error, "execution_time": status.execution_time}
             emit(str(status.state), record, once=True, **said)
             if is_first:
                 end_run(record, lambda: run.view(status))
         await self._show(status, force=True)
+
+    async def _is_first(self, record: RunRecord) -> bool:
+        """Return whether no other wait has seen the run's end: all may look at it at the same moment."""
+        try:
+            return await self.records.note_settled(record)
+        except (httpx.HTTPError, PrefectException) as error:
+            self.log.warning("What run %s used could not be counted in its budgets: %s", self.run.kickoff_id, error)
+            return False
 
     async def _is_closed(self, *, by_wait: bool = False) -> bool:
         """Return whether somebody else has closed the record; `by_wait`: by having seen the end of the run."""

@@ -23,9 +23,11 @@ from prefect_crew.client._parsing import (
     parse_resume,
     parse_status,
     parse_stop,
+    tokens_of,
     waiting_output,
 )
 from prefect_crew.client._retry_safety import KickoffFate, kickoff_fate
+from prefect_crew.client.models import TokenUsage
 from prefect_crew.exceptions import ResponseFormatError
 from prefect_crew.states import STATE_WORDS, CrewState
 from support.corpus import body_of, cases
@@ -331,3 +333,10 @@ def test_error_facts_of_anything(headers: dict[str, str], text: str):
 def test_retry_after_is_none_or_a_time_to_wait(value: str):
     seconds = parse_error("", {"Retry-After": value}).retry_after
     assert seconds is None or (seconds >= 0 and math.isfinite(seconds))
+
+
+@pytest.mark.parametrize("count", [10**12 + 1, 2**63 - 1024, 10**30, -1, "NaN", "inf", "many", None, [1], True])
+def test_a_count_that_no_run_can_have_is_taken_for_not_reported(count: Any):
+    """Two of 2**63 - 1024 would overflow the sum of a batch's ledger, which then could not be read."""
+    assert tokens_of({"total_tokens": count}) is None
+    assert tokens_of({"total_tokens": count, "prompt_tokens": 5}) == TokenUsage(prompt_tokens=5)

@@ -14,6 +14,7 @@ from typing import Any
 import httpx
 import pytest
 from prefect import flow, get_client
+from prefect.client.orchestration import PrefectClient
 from prefect.client.schemas.actions import GlobalConcurrencyLimitUpdate
 from prefect.client.schemas.responses import GlobalConcurrencyLimitResponse
 from prefect.settings import PREFECT_API_URL
@@ -22,6 +23,7 @@ from prefect_crew import (
     Budget,
     BudgetExceededError,
     ConfigurationError,
+    CrewError,
     CrewFailedError,
     CrewStep,
     CrewStoppedError,
@@ -38,7 +40,7 @@ from prefect_crew import (
 from prefect_crew.prices import Price
 from prefect_crew.records import budgets as counters
 from prefect_crew.records.resolve import resolve_never_started
-from prefect_crew.records.store import PrefectRecords
+from prefect_crew.records.store import PrefectRecords, record_name
 from prefect_crew.runs import kickoff
 from prefect_crew.testing import CrewServerFactory
 from support.batches import Batches
@@ -310,6 +312,20 @@ async def test_a_run_that_reports_nothing_counts_as_its_reserve(crew_server: Cre
 
 
 @pytest.mark.usefixtures("forgetful")
+async def test_what_a_run_uses_counts_also_where_the_runs_before_used_nothing(
+    crew_server: CrewServerFactory, name: str
+):
+    server = crew_server(used(700), response_format="union")
+    crew = server.crew(budgets=[Budget(max_tokens=1000, per="day", name=name)])
+    counters._used[server.url] = counters.deque([{"tokens": 0.0}] * 9, maxlen=50)
+    for _ in range(2):
+        await arun_crew(crew, {})
+    assert await counted(name) == 1000
+    with pytest.raises(BudgetExceededError):
+        await arun_crew(crew, {})
+
+
+@pytest.mark.usefixtures("forgetful")
 async def test_the_cost_follows_the_price(crew_server: CrewServerFactory, name: str):
     server = crew_server(used(1010), response_format="union")
     budgets = [Budget(max_cost=1, per="day", name=name)]
@@ -338,6 +354,16 @@ async def test_who_did_not_start_a_run_but_saw_its_end_settles_it_once(crew_serv
 
 
 @pytest.mark.usefixtures("forgetful")
+async def test_waits_that_see_an_end_at_the_same_moment_settle_it_once(crew_server: CrewServerFactory, name: str):
+    server = crew_server(used(100, seconds=0.3), response_format="union")
+    crew = server.crew(budgets=[Budget(max_tokens=1_000_000, per="month", name=name)])
+    for number in range(1, 4):
+        counters._used[server.url] = counters.deque([{"tokens": 1000.0}], maxlen=50)
+        await asyncio.gather(*(arun_crew(crew, {}, idempotency_key=f"{name}-{number}") for _ in range(4)))
+        assert await counted(name) == 100 * number
+
+
+@pytest.mark.usefixtures("forgetful")
 async def test_whoever_adopts_a_run_settles_what_its_record_says(crew_server: CrewServerFactory, name: str):
     server = crew_server(used(700), response_format="union")
     run = await server.crew(budgets=[Budget(max_tokens=2000, per="day", name=name)]).trigger({})
@@ -359,6 +385,44 @@ async def test_changing_the_budget_takes_effect_at_once(crew_server: CrewServerF
     assert [await starts(most) for most in (1, 1, 2, 2, 5, 3, 3)] == [True, False, True, False, True, False, False]
     (limit,) = await limits_of(name)
     assert (limit.active_slots, limit.limit) == (3, 3)
+
+
+async def test_two_starts_may_meet_a_changed_budget(
+    crew_server: CrewServerFactory, name: str, monkeypatch: pytest.MonkeyPatch
+):
+    """One is refused by the old limit, and the other has set the new one before the first reads it."""
+    server = crew_server("echo")
+    await arun_crew(server.crew(budgets=[Budget(max_kickoffs=1, per="day", name=name)]), {"text": "a"})
+    read = PrefectClient.read_global_concurrency_limit_by_name
+
+    async def read_late(client: PrefectClient, limit: str) -> Any:
+        await client.update_global_concurrency_limit(limit, GlobalConcurrencyLimitUpdate(limit=9))
+        return await read(client, limit)
+
+    monkeypatch.setattr(PrefectClient, "read_global_concurrency_limit_by_name", read_late)
+    await arun_crew(server.crew(budgets=[Budget(max_kickoffs=9, per="day", name=name)]), {"text": "b"})
+    assert server.kickoffs == 2
+
+
+async def test_a_run_counts_once_in_a_counter_that_two_budgets_share(crew_server: CrewServerFactory, name: str):
+    """A flow that is called as its crew has a budget of the crew's name."""
+    server = crew_server("echo")
+    crew = server.crew(budgets=[Budget(max_kickoffs=most, per="day", name=name) for most in (5, 2, 4)])
+    for text in "ab":
+        await arun_crew(crew, {"text": text})
+    with pytest.raises(BudgetExceededError, match="2 of 2 kickoffs"):
+        await arun_crew(crew, {"text": "c"})
+    assert await counted(name) == 2
+
+
+async def test_a_record_that_cannot_be_read_keeps_no_reserve(crew_server: CrewServerFactory, name: str):
+    crew = crew_server("echo").crew(budgets=[Budget(max_kickoffs=5, per="day", name=name)])
+    async with get_client() as client:
+        later = {"name": record_name(name, 1), "value": {"version": 99}, "tags": []}
+        await client.request("POST", "/variables/", json=later)
+    with pytest.raises(CrewError, match="later version"):
+        await arun_crew(crew, {"text": "a"}, idempotency_key=name)
+    assert await counted(name) == 0
 
 
 async def test_a_counter_that_somebody_switched_off_refuses_nothing(crew_server: CrewServerFactory, name: str):
@@ -476,3 +540,39 @@ async def test_a_batch_that_stops_its_runs_has_their_rows_later(
     assert (report.completed, report.skipped, server.requests["stop"]) == (0, 1, 2)
     report = await batch(server.crew(), rows, name=name, budgets=[Budget(max_kickoffs=20)], wait=wait)
     assert (report.completed, server.kickoffs) == (3, 5)
+
+
+@pytest.mark.usefixtures("forgetful")
+async def test_a_new_batch_reserves_what_other_runs_of_the_crew_have_used(
+    crew_server: CrewServerFactory, name: str, tmp_path: Path
+):
+    server, batch = crew_server(used(700), response_format="union"), Batches(tmp_path)
+    await arun_crew(server.crew(), {})
+    counters._used.clear()
+    report = await batch(server.crew(), [{"n": "0"}], name=name, budgets=[Budget(max_tokens=600)])
+    assert (server.kickoffs, report.skipped) == (1, 1)
+    assert report.stopped is not None
+    assert "takes about 700" in report.stopped
+
+
+async def test_a_row_that_is_refused_after_a_pause_is_given_back(
+    crew_server: CrewServerFactory, name: str, tmp_path: Path
+):
+    server = crew_server("echo", faults=["kickoff:429-bare@1", "kickoff:422-before-accept@2"])
+    report = await Batches(tmp_path)(server.crew(), [{"text": "a"}], name=name, budgets=[Budget(max_kickoffs=9)])
+    assert (report.failed, server.requests["kickoff"], await counted(name)) == (1, 2, 0)
+
+
+async def test_a_batch_stops_the_runs_from_before_a_refusal_alone(
+    crew_server: CrewServerFactory, name: str, monkeypatch: pytest.MonkeyPatch
+):
+    crew = crew_server("echo").crew(budgets=[Budget(max_kickoffs=9, per="day", name=name, on_limit="stop")])
+    runs = [await crew.trigger({"text": "a"}, idempotency_key=f"{name}-0")]
+    (limit,) = await limits_of(name)
+    facts: dict[str, Any] = {"measure": "kickoffs", "used": 9, "limit": 9, "needed": 1, "on_limit": "stop"}
+    plain = crew.crew
+    await counters.note_exceeded(BudgetExceededError(budget=name, counter=limit.name, **facts), plain)
+    runs.append(await crew.trigger({"text": "a"}, idempotency_key=f"{name}-1"))
+    records = [record for number in range(2) for record in await PrefectRecords().attempts(f"{name}-{number}")]
+    assert len(runs) == len(records) == 2
+    assert await counters.to_stop(plain, records) == records[:1]
