@@ -87,7 +87,7 @@ def test_a_body_becomes_its_model(table: str, name: str):
         if found.state is CrewState.COMPLETED:
             result = found.result().model_dump()
             shared = {key: value for key, value in found.model_dump().items() if key in result}
-            assert result == shared | {"output": found.output or "", "cost": None}
+            assert result == shared | {"output": found.output or "", "cost": None, "idempotency_key": None}
         else:
             assert (found.output, found.data) == (None, None)
             with pytest.raises(exceptions.InvalidCallError, match=f"is {found.state}, not completed"):

@@ -345,14 +345,14 @@ async def test_a_permit_that_cannot_be_read_starts_nothing_and_is_reported(
 ):
     # Somebody edited it, or another tool uses its name.
     server, idempotency_key = crew_server("echo"), key()
-    create = store._created
+    create = store.create_variable
 
     async def spoilt(variable: dict[str, Any]) -> str | None:
         if variable["tags"][0] == store.PERMIT_TAG:
             await create(variable | {"value": "edited"})
         return await create(variable)
 
-    monkeypatch.setattr(store, "_created", spoilt)
+    monkeypatch.setattr(store, "create_variable", spoilt)
     if good_for < 0:
         await claim(idempotency_key, server.crew(), good_for=good_for)
     with pytest.raises(CrewError, match="this version cannot read it"):

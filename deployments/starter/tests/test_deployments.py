@@ -18,7 +18,7 @@ from prefect_crew.testing import CrewServerFactory
 
 PROJECT = Path(__file__).parents[1]
 DEPLOYMENTS = yaml.safe_load((PROJECT / "prefect.yaml").read_text(encoding="utf-8"))["deployments"]
-PARAMETERS: dict[str, dict[str, Any]] = {one["name"]: one["parameters"] for one in DEPLOYMENTS}
+PARAMETERS: dict[str, dict[str, Any]] = {one["name"]: one.get("parameters", {}) for one in DEPLOYMENTS}
 FLOWS: dict[str, Any] = {"daily": run_deployed_crew, "report": run_deployed_pipeline, "topics": batch_file}
 
 
