@@ -51,8 +51,8 @@ class RowState(StrEnum):
 
     @property
     def is_final(self) -> bool:
-        """Whether the next call leaves the row as it is."""
-        return self in (RowState.COMPLETED, RowState.FAILED, RowState.STOPPED, RowState.INVALID_OUTPUT)
+        """Whether the next call surely leaves the row as it is. One that was stopped it may start again."""
+        return self in (RowState.COMPLETED, RowState.FAILED, RowState.INVALID_OUTPUT)
 
     @property
     def has_line(self) -> bool:

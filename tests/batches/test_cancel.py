@@ -40,7 +40,9 @@ def _quick(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("prefect_crew.batches.cancel.TICK", 0.2)
 
 
-async def cancelled(batch: Batches, server: Any, name: str, on_cancel: str) -> tuple[BaseException | None, str]:
+async def cancelled(
+    batch: Batches, server: Any, name: str, on_cancel: str, rows: Any = ROWS
+) -> tuple[BaseException | None, str]:
     """Cancel a batch by its flow run's state while it runs, as the page's button does; return its error and state."""
     found: list[Any] = []
 
@@ -50,7 +52,7 @@ async def cancelled(batch: Batches, server: Any, name: str, on_cancel: str) -> t
         assert context is not None
         assert context.flow_run is not None
         found.append(context.flow_run.id)
-        return await batch(server.crew(), ROWS, name=name, on_cancel=on_cancel, max_in_flight=10)
+        return await batch(server.crew(), rows, name=name, on_cancel=on_cancel, max_in_flight=10)
 
     running = asyncio.ensure_future(mine())
     while server.kickoffs < 10:
@@ -88,6 +90,15 @@ async def test_cancelling_stops_kickoffs_at_once_and_goes_on_later(
     # What we had stopped is started again, the rest is not.
     assert server.kickoffs == 40 + 10 * (on_cancel == "stop")
     assert len(batch.lines()) == 40
+
+
+async def test_a_batch_whose_rows_were_all_stopped_goes_on_too(batch: Batches, crew_server: CrewServerFactory):
+    held = Held()
+    server, rows = crew_server(held), ROWS[:10]
+    await cancelled(batch, server, "all stopped", "stop", rows)
+    held.release()
+    report = await batch(server.crew(), rows, name="all stopped")
+    assert (report.completed, server.kickoffs) == (10, 20)
 
 
 class Draining:
