@@ -89,7 +89,11 @@ def confirm(question: str, *, yes: bool) -> None:
         return
     if not sys.stdin.isatty():
         raise UsageError(f"{question} Without a terminal this needs --yes. Nothing was changed.")
-    if not Confirm.ask(redact(plain(question)), console=console(stderr=True), default=False):
+    try:
+        is_sure = Confirm.ask(redact(plain(question)), console=console(stderr=True), default=False)
+    except EOFError:  # the end of the input, as Ctrl-D gives it, is no yes
+        is_sure = False
+    if not is_sure:
         raise CrewError("Nothing was changed.")
 
 

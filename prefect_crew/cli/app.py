@@ -36,7 +36,7 @@ app = App(
     help="Run deployed CrewAI crews from Prefect: each run is started at most once, and never lost.",
     help_format="plaintext",
     help_epilogue="PREFECT_API_URL or the Prefect profile names the Prefect server. --debug with any command shows the "
-    "traceback of an error. The exit codes are in docs/reference/cli.md.",
+    "traceback of an error. Exit codes: 2 cannot be used, 3 failed, 4 uncertain, 5 timeout, 6 rows, 1 any other error.",
     version=version("prefect-crew"),
     help_flags=["--help", "-h"],
     default_parameter=Parameter(negative=(), show_default=_shown),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from importlib.metadata import version
 from pathlib import Path
@@ -22,6 +23,8 @@ def init(folder: Annotated[Path, Parameter(name="DIR", help="A folder that is em
         raise ConfigurationError(f"{folder} is not an empty folder: nothing was written. Give the name of a new one.")
     for source, target in _sources():
         shutil.copytree(source, folder / target, ignore=shutil.ignore_patterns(*NOT_COPIED), dirs_exist_ok=True)
+    readme = folder / "README.md"  # the repository's tests are told by comments how to run its blocks
+    readme.write_text(re.sub(r"<!-- .*? -->\n", "", readme.read_text(encoding="utf-8")), encoding="utf-8")
     (folder / "requirements.txt").write_text(f"prefect-crew=={version('prefect-crew')}\npytest\n", encoding="utf-8")
     _output.put(f"Wrote a project to {folder}. Start with its README.md.")
 

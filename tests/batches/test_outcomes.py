@@ -39,7 +39,7 @@ def record(**facts: Any) -> RunRecord:
 def test_how_a_row_stands_by_its_record(phase: str, facts: dict[str, Any], state: str):
     found = state_of(record(phase=RecordPhase(phase), **facts))
     assert found == state
-    assert found.is_final == (state in ("completed", "failed", "stopped", "invalid-output"))
+    assert found.is_final == (state in ("completed", "failed", "invalid-output"))
     assert found.is_failed == (state not in ("pending", "claimed", "started", "uncertain", "completed"))
 
 
