@@ -112,7 +112,7 @@ async def _with_flows(rows: Sequence[CostRow]) -> list[CostRow]:
     ]
 
 
-HEADER = ("Runs", "Tokens", "Cost", "Reported nothing")
+HEADER = ("Runs", "Tokens", "Cost", "Without tokens")
 
 
 def cells(name: str, spent: Spending) -> tuple[str, ...]:

@@ -328,13 +328,15 @@ class BudgetExceededError(_FactsError):
     on_limit: str = "refuse"
 
     def _text(self) -> str:
-        when = f"begins anew at {self.resets_at:%Y-%m-%d %H:%M} UTC" if self.resets_at else "does not begin anew"
-        then = f"Nothing was started: run again then with the same key, or raise max_{self.measure}."
+        if self.resets_at:
+            when = f", and it begins anew at {self.resets_at:%Y-%m-%d %H:%M} UTC"
+            then = f"Nothing was started: run again then with the same key, or raise max_{self.measure}."
+        else:
+            when, then = "", f"Nothing was started: raise max_{self.measure} and make the same call again."
         then = "The run starts all the same, since on_limit is 'warn'." if self.on_limit == "warn" else then
         return (
             f"Budget {self.budget!r} has no room for another run, which takes about {self.needed:,.4g}: "
-            f"{self.used:,.6g} of {self.limit:,.6g} {self.measure} are used or reserved by runs in flight. It {when}. "
-            f"{then}"
+            f"{self.used:,.6g} of {self.limit:,.6g} {self.measure} are used or reserved by runs in flight{when}. {then}"
         )
 
 

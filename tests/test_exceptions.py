@@ -60,13 +60,18 @@ ERRORS: dict[str, tuple[CrewError, list[str], str]] = {
             resets_at=datetime(2026, 11, 27, tzinfo=UTC),
         ),
         ["'travel'", "9.8 of 10 cost", "takes about 0.4", "begins anew at 2026-11-27 00:00 UTC", "Nothing was started"],
-        "raise max_cost",
+        "run again then with the same key, or raise max_cost",
+    ),
+    "budget-of-a-batch": (
+        exceptions.BudgetExceededError(budget="b", counter="c", measure="kickoffs", used=2, limit=2, needed=1),
+        ["2 of 2 kickoffs are used or reserved by runs in flight. Nothing was started"],
+        "raise max_kickoffs and make the same call again.",
     ),
     "budget-that-warns": (
         exceptions.BudgetExceededError(
             budget="travel", counter="c", measure="tokens", used=12_000, limit=12_345, needed=800.0, on_limit="warn"
         ),
-        ["12,000 of 12,345 tokens", "does not begin anew"],
+        ["12,000 of 12,345 tokens are used or reserved by runs in flight. The run"],
         "starts all the same",
     ),
     "connection": (

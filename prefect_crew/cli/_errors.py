@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from difflib import SequenceMatcher
 from typing import Any, cast
 
 from prefect_crew.exceptions import (
@@ -92,7 +93,7 @@ def message(error: BaseException, run: str | None = None) -> str:
         return "Interrupted." if isinstance(error, KeyboardInterrupt) else "Ended by a signal."
     said, names = reason(error), _class_names(error)
     if isinstance(error, CrewError) or is_usage(error):
-        return by_options(said)
+        return by_options(_suggest(error, said))
     status = getattr(getattr(error, "response", None), "status_code", None)
     # Errors of httpx come from Prefect's client: those of the crew's client are errors of this package.
     if ("httpx.HTTPError" in names and status in (None, 502, 503, 504)) or "Failed to reach API" in said:
@@ -115,6 +116,34 @@ def reason(error: BaseException) -> str:
     )
 
 
+_SUGGESTION = re.compile(r' Did you mean "?--?[\w-]+"?\?')
+
+
+def _suggest(error: BaseException, said: str) -> str:
+    """Return what is said of an unknown option with the option that is nearest to it, letters swapped or not.
+
+    Never --yes: whoever means another option would confirm what was not asked yet.
+    """
+    given: Any = getattr(error, "token", None)
+    if (
+        given is None
+        or not _SUGGESTION.search(said)
+        or "cyclopts.exceptions.UnknownOptionError" not in _class_names(error)
+    ):
+        return said
+    typed = str(given.keyword or given.value).partition("=")[0]
+
+    def nearness(name: str) -> float:
+        letters = SequenceMatcher(None, sorted(typed), sorted(name)).ratio()
+        return (SequenceMatcher(None, typed, name).ratio() + letters) / 2
+
+    names = [
+        name for argument in cast("Any", error).argument_collection for name in argument.names if name.startswith("--")
+    ]
+    near = max(names, key=nearness)  # there is one, since one was suggested
+    return _SUGGESTION.sub("" if near == "--yes" else f" Did you mean {near}?", said)
+
+
 def _refusal(error: Any) -> str | None:
     """Return what an HTTP error of the Prefect API says: httpx' own text is mostly a link."""
     response = getattr(error, "response", None)
@@ -130,9 +159,10 @@ def _refusal(error: Any) -> str | None:
 
 
 _ARGUMENT = re.compile(
-    r"\b(on_change|on_bad_row|on_failure|max_in_flight|max_kickoffs|retry_failed|output_type|rows|ledger|"
-    r"format|encoding|every|schedule|allow_http|force_new|crew|option)=(?:True\b|'([^']*)'|(…|\d+))"
+    r"(?<!in Python )\b(on_change|on_bad_row|on_failure|max_in_flight|max_kickoffs|retry_failed|output_type|rows|"
+    r"ledger|format|encoding|every|schedule|allow_http|force_new|crew|option)=(?:True\b|'([^']*)'|(…|\d+))"
 )
+_TWICE = re.compile(r"((--[\w-]+)(?: …)?)(?:, \2(?![\w-])| \(\2\))")  # a text may name the option beside the argument
 
 
 def by_options(text: str) -> str:
@@ -141,4 +171,4 @@ def by_options(text: str) -> str:
     def option(found: re.Match[str]) -> str:
         return " ".join(filter(None, (f"--{found[1].replace('_', '-')}", found[2], found[3])))
 
-    return _ARGUMENT.sub(option, text)
+    return _TWICE.sub(r"\1", _ARGUMENT.sub(option, text))

@@ -130,6 +130,8 @@ def _report(error: BaseException, *, as_json: bool) -> int:
     }
     if facts["task"] is not None and isinstance(error, CrewError):
         _output.note(f"The crew was last seen at task {facts['task']}.", "dim")
+    if isinstance(facts["idempotency_key"], str) and facts["idempotency_key"] not in text:
+        _output.note(f"Idempotency key {facts['idempotency_key']}", "dim")
     if isinstance(facts["flow_run_id"], str):
         from prefect_crew.cli._prefect import flow_run_url
 

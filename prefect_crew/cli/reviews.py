@@ -16,7 +16,7 @@ from prefect_crew.cli import _output
 from prefect_crew.cli._errors import UsageError
 from prefect_crew.cli._options import CrewAccess, CrewOfRun, Output
 from prefect_crew.cli._prefect import flow_run_url, reach_prefect
-from prefect_crew.cli.runs import ago, crew_of, crew_option, needs_crew
+from prefect_crew.cli.runs import ago, crew_of, crew_option, needs_crew, task_option
 from prefect_crew.exceptions import CrewError
 
 if TYPE_CHECKING:
@@ -219,7 +219,8 @@ def _put(line: PendingReview) -> None:
         _output.put(f"  What is to be judged is not shown: {line.withheld or ''}")
     else:
         _output.put_markdown(line.output)
-    run = f"{shlex.quote(line.kickoff_id)}{crew_option(record)}"
+    task = task_option(record) if line.task_id is None else ""
+    run = f"{shlex.quote(line.kickoff_id)}{crew_option(record)}{task}"
     option = f" (--option {' | '.join(map(shlex.quote, line.options))})" if line.options else ""
     _output.put(f"\n  Answer: prefect-crew reviews approve {run}")
     _output.put(f"      or: prefect-crew reviews reject {run} --feedback TEXT{option}")

@@ -6,7 +6,7 @@ import asyncio
 import shlex
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any
@@ -96,8 +96,15 @@ def condition_of(record: RunRecord, *, owner_ended: bool, has_waiters: bool) -> 
     )
 
 
-def todo(record: RunRecord, condition: Condition, *, is_passed: bool = False) -> str:
-    """Return what a person does about a run; `is_passed`: its key leads to a later attempt."""
+def todo(record: RunRecord, condition: Condition, *, is_passed: bool = False, names_task: bool | None = None) -> str:
+    """Return what a person does about a run.
+
+    Args:
+        record: Its record.
+        condition: What it is.
+        is_passed: Whether its key leads to a later attempt.
+        names_task: Whether its status names the task that waits; left out, whether the record does.
+    """
     key, kickoff_id = shlex.quote(record.idempotency_key), shlex.quote(record.kickoff_id or "ID")
     if condition is Condition.UNCERTAIN:
         resolve = f"prefect-crew runs resolve {key} --kickoff-id ID, or --never-started"
@@ -110,7 +117,9 @@ def todo(record: RunRecord, condition: Condition, *, is_passed: bool = False) ->
             f"prefect-crew runs resolve {key} --lost."
         )
     if condition is Condition.WAITING:
-        return f"Answer: prefect-crew reviews approve {kickoff_id}{crew_option(record)}, or reject ID --feedback TEXT."
+        names_task = record.human_task is not None if names_task is None else names_task
+        options = f"{crew_option(record)}{'' if names_task else task_option(record)}"
+        return f"Answer: prefect-crew reviews approve {kickoff_id}{options}, or reject ID --feedback TEXT."
     if condition is Condition.ENDED and record.state is not CrewState.COMPLETED:
         return "Run again with its key to start another, as far as the crew's max_kickoffs allows."
     return ""
@@ -120,6 +129,11 @@ def crew_option(record: RunRecord) -> str:
     """Return the option that names the crew of a record, where that is a URL and no stored crew."""
     is_address = record.crew == record.crew_url.partition("://")[2].rstrip("/")
     return f" --crew {shlex.quote(record.crew_url)}" if is_address else ""
+
+
+def task_option(record: RunRecord) -> str:
+    """Return the option that names the task of a run whose status does not: TASK where the record does not either."""
+    return f" --task {shlex.quote(record.human_task or 'TASK')}"
 
 
 async def crew_of(record: RunRecord, crew: str | None, access: CrewAccess) -> Crew | None:
@@ -244,6 +258,9 @@ def inspect(
                     status = await look(latest.kickoff_id) if look else None
                 except CrewError as error:
                     _output.note(str(error))
+        if status is not None and lines[-1].condition is Condition.WAITING:
+            names_task = (status.human_task_id or status.current_task) is not None
+            lines[-1] = replace(lines[-1], todo=todo(latest, Condition.WAITING, names_task=names_task))
         return lines, status
 
     lines, status = asyncio.run(look())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -184,7 +183,6 @@ def demo(
     embedded = ["prefect server start", f"http://127.0.0.1:4200/runs/flow-run/{flow_run_id}"]
     ways = {
         "This run in Prefect, and its page of results": [page] if page else embedded,
-        "Its result again": [f"prefect-crew result {shlex.quote(str(seen.idempotency_key))}"] if seen else [],
         "This crew served, to be run by you": ["prefect-crew serve travel"],
         "A crew of your own": [
             "prefect-crew crews save my-crew --url https://…",

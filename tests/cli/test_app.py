@@ -131,6 +131,13 @@ def test_errors_are_a_paragraph_with_a_code(here, line: list[str], code: int, sa
     assert "secret-word" not in done.err
 
 
+@pytest.mark.parametrize(("typed", "meant"), [("--kye", "--key"), ("--yse", None), ("--ouput", "--output")])
+def test_the_option_that_is_nearest_is_suggested_and_never_a_confirmation(here, typed: str, meant: str | None):
+    said = here("run", "travel", typed, "x").err
+    assert "--yes" not in said
+    assert re.findall(r"Did you mean (\S+)\?", said) == ([meant] if meant else [])
+
+
 def test_debug_shows_the_traceback_wherever_it_stands(here):
     for line in (["--debug", "inputs", "http://127.0.0.1:1"], ["inputs", "http://127.0.0.1:1", "--debug"]):
         assert "Traceback (most recent call last)" in here(*line).err
@@ -254,6 +261,11 @@ def test_a_message_about_wrong_fields_shows_no_value():
         pytest.param("again with retry_failed=True.", "again with --retry-failed.", id="a switch"),
         pytest.param("ledger='secret://batch-ledger'.", "--ledger secret://batch-ledger.", id="an address"),
         pytest.param("The ledger is away; my_key='x'", "The ledger is away; my_key='x'", id="nothing of the kind"),
+        pytest.param("Give it (crew=…, --crew).", "Give it (--crew …).", id="a blank whose option is named"),
+        pytest.param("force_new=True (--force-new) does", "--force-new does", id="a switch whose option is named"),
+        pytest.param(
+            "in Python force_new=True; or --force-new.", "in Python force_new=True; or --force-new.", id="of Python"
+        ),
     ],
 )
 def test_arguments_are_named_as_the_command_line_has_them(said: str, shown: str):

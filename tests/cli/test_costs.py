@@ -46,7 +46,7 @@ def test_runs_of_the_days_that_are_asked_for_are_added_up(prefect_api: PrefectSe
     told = here("costs", *PERIOD)
     assert told.code == 0
     assert told.out.splitlines() == [
-        "Crew\tRuns\tTokens\tCost\tReported nothing",
+        "Crew\tRuns\tTokens\tCost\tWithout tokens",
         "news\t1\t12\t2.50\t0",
         "travel\t2\t12\t0.250\t1",
         "together\t3\t24\t2.75\t1",

@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 import pytest
 from prefect import flow
+from prefect.runtime import flow_run
 
 from prefect_crew import DeployedCrew, WaitPolicy, arun_crew
 from prefect_crew.devserver import CrewServer
@@ -150,7 +151,7 @@ def asked(crews: CrewServer) -> str:
 
     def waits() -> bool:
         status = httpx.get(f"{crews.url}/reviewed/status/{kickoff_id}", headers=crews.headers).json()
-        return status["status"] == "Pending Human Input"
+        return "human" in str(status.get("status") or status.get("state")).lower()
 
     wait_until(waits, seconds=30, what="a person is waited for")
     return kickoff_id
@@ -190,6 +191,27 @@ def test_a_crew_that_is_not_stored_is_listed_as_noted_and_asked_for(here: Any, c
     done = here("reviews", "approve", record.idempotency_key, "--crew", f"{crews.url}/reviewed", "--by", "Ada")
     assert done.code == 0, done.err
     assert "approved by Ada" in done.out
+
+
+@pytest.mark.parametrize("noted", [None, "draft"])
+def test_where_the_status_names_no_task_the_commands_ask_for_it(here: Any, noted: str | None) -> None:
+    script = "name: reviewed\ninputs: [who]\ntasks: [{name: draft, output: x, human: true}]"
+    with CrewServer({"reviewed": script}, token=TOKEN, response_format="live") as live:
+        kickoff_id = asked(live)
+        record = write(live, crew=f"127.0.0.1:{live.port}/reviewed", kickoff_id=kickoff_id, human_task=noted)
+
+        @flow
+        def waiting() -> str:
+            asyncio.run(PrefectRecords().add_waiter(record, str(flow_run.id)))
+            return here("runs", "inspect", kickoff_id, *crew).out
+
+        crew = ("--crew", f"{live.url}/reviewed")
+        command = f"prefect-crew reviews approve {kickoff_id} --crew {live.url}/reviewed --task {noted or 'TASK'}"
+        assert f"Answer: {command}, or reject" in waiting()
+        assert f"Answer: {command}\n" in here("reviews", "inspect", kickoff_id, *crew).out
+        assert here("reviews", "approve", kickoff_id, *crew).code == 1
+        done = here("reviews", "approve", kickoff_id, *crew, "--task", "draft")
+        assert done.code == 0, done.err
 
 
 def test_what_names_no_run_or_several_is_refused(here: Any, crews: CrewServer) -> None:

@@ -171,6 +171,10 @@ def test_a_failed_crew(here, prefect_api: PrefectServer, crews: CrewServer):
     for part in ("no idea who Ada is", "attempt 1 of at most 3", "/runs/flow-run/"):
         assert part in done.err
     assert "Traceback" not in done.err
+    (key,) = re.findall(r"^Idempotency key (.+)$", done.err, re.MULTILINE)
+    again = here("run", f"{crews.url}/broken", "-i", "who=Ada", "--key", key)
+    assert "attempt 2 of at most 3" in again.err
+    assert f"Idempotency key {key}\n" in again.err
 
 
 def test_a_server_that_is_down_is_tried_again_and_it_is_said(

@@ -236,7 +236,7 @@ def record(**facts: Any) -> RunRecord:
 
 NOW = datetime(2026, 5, 1, 12, tzinfo=UTC)
 STARTED = {"phase": RecordPhase.STARTED, "kickoff_id": "k1", "kicked_off_at": NOW - timedelta(seconds=19)}
-ASKED = {**STARTED, "human_since": NOW - timedelta(seconds=5)}
+ASKED = {**STARTED, "human_since": NOW - timedelta(seconds=5), "human_task": "draft"}
 
 
 @pytest.mark.parametrize(
@@ -271,6 +271,8 @@ def test_since_when_and_what_to_do():
     assert "approve k1, or" in todo(record(**ASKED), Condition.WAITING)
     of_url = record(**ASKED, crew="travel.example.com")
     assert "approve k1 --crew https://travel.example.com, or" in todo(of_url, Condition.WAITING)
+    unnamed = record(**{**ASKED, "human_task": None})
+    assert "approve k1 --task TASK, or" in todo(unnamed, Condition.WAITING)
 
 
 class Flows:

@@ -160,7 +160,9 @@ async def test_budgets_of_a_flow_a_pipeline_and_a_block_all_hold(crew_server: Cr
         for text in "ab":
             await arun_crew(crew, {"text": text}, budgets=[Budget(max_kickoffs=1)])
 
-    with pytest.raises(BudgetExceededError, match=f"Budget 'flow-{name}' .*does not begin anew"):
+    with pytest.raises(
+        BudgetExceededError, match=f"Budget 'flow-{name}' .*raise max_kickoffs and make the same call again"
+    ):
         await each()
     assert await counted(name) == 1, "what the refused one had reserved of the block's budget was given back"
     steps = [CrewStep(step, crew, {"text": step}) for step in "abc"]
