@@ -69,7 +69,7 @@ def test_a_file_gets_text_as_it_is_and_tables_with_tabs(capsys: pytest.CaptureFi
     assert capsys.readouterr().out == "# raw \x1b[31m text\nInput\tNeeded\ntopic\trequired later\n"
 
 
-@pytest.mark.parametrize(("typed", "code"), [("y\n", None), ("n\n", 1), ("\n", 1)])
+@pytest.mark.parametrize(("typed", "code"), [("y\n", None), ("n\n", 1), ("\n", 1), ("", 1)])
 def test_a_person_confirms_or_nothing_is_done(monkeypatch: pytest.MonkeyPatch, typed: str, code: int | None):
     monkeypatch.setattr("sys.stdin", terminal := io.StringIO(typed))
     with pytest.raises(UsageError, match="needs --yes"):
