@@ -22,6 +22,7 @@ from support.prefect_server import PrefectServer
 from support.processes import Process
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+STARTER = ROOT / "deployments" / "starter"
 SECRET = "the-secret-that-signs-the-webhooks-of-this-test"
 
 
@@ -107,8 +108,12 @@ def project(installed: Installed) -> Path:
 def test_the_readme_of_the_project_is_true(installed: Installed, project: Path, server: PrefectServer):
     """From its own tests to the automations: all that it says, but for what installs, the server, and Docker."""
     left_out = {"pip install -r requirements.txt\npytest\n": "pytest\n", "prefect server start\n": ""}
+    said = (project / "README.md").read_text(encoding="utf-8")
+    assert "<!--" not in said
     with ExitStack() as running:
-        for number, block in enumerate(commands(project / "README.md")):
+        # How to run a block is told by comments, which the repository's README has and the project's has not.
+        for number, block in enumerate(commands(STARTER / "README.md")):
+            assert block.code in said
             code = left_out.get(block.code, block.code)
             if block.run.get("background"):
                 log = installed.folder / f"block-{number}.log"
