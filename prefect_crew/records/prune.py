@@ -227,6 +227,6 @@ async def prune_regularly(log: logging.Logger | logging.LoggerAdapter[logging.Lo
                 log.info("%d old run records were removed, %d stay.", pruned.runs, pruned.kept)
         except (httpx.HTTPError, PrefectException) as error:
             log.debug("Old run records are not removed now: the Prefect server does not answer (%s).", error)
-        except Exception:
+        except Exception:  # nobody waits for this task, which lives as long as its worker: the log has it, whole
             log.exception("Old run records could not be removed. The worker tries it again later.")
         seconds = random.uniform(0.5, 1.5) * EVERY  # noqa: S311
