@@ -29,7 +29,7 @@ from prefect_crew.exceptions import (
     LedgerMissingError,
 )
 from prefect_crew.testing import CrewServerFactory
-from support.batches import Batches
+from support.batches import Batches, rows_read_in_scans
 from support.scripts import script, slow
 
 ECHO = script({"output": "on {{ topic }}"}, inputs=["topic"], usage={"total_tokens": 5})
@@ -176,6 +176,16 @@ async def test_it_works_on_a_ledger_in_postgresql(
         report = await batch(server.crew(), topics(20), name="on a server", ledger=postgres_address)
         assert (report.completed, server.kickoffs) == (20, 20)
     assert {line["output"] for line in batch.lines().values()} == {"nul \0 and 🙂"}
+
+
+async def test_a_write_to_a_ledger_in_postgresql_reads_no_whole_table(
+    batch: Batches, crew_server: CrewServerFactory, postgres_address: str
+):
+    count = 1500
+    server = crew_server(script({"output": "done"}, inputs=["topic"]))
+    report = await batch(server.crew(), topics(count), name="large", ledger=postgres_address, max_in_flight=50)
+    assert report.completed == count
+    assert await rows_read_in_scans(postgres_address) < count
 
 
 # Data sets, inputs, keys

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import delete
+from sqlalchemy import delete, text
+from sqlalchemy.ext.asyncio import create_async_engine
 
 from prefect_crew import BatchReport, DeployedCrew, WaitPolicy, arun_batch
 from prefect_crew.batches.database import attempts
@@ -88,3 +90,21 @@ async def put(ledger: Ledger, record: RunRecord) -> None:
 def postgres_ledger(postgres: Postgres) -> str:
     """Return the address of an empty ledger in PostgreSQL."""
     return postgres.create_database(f"ledger_{uuid.uuid4().hex[:12]}").replace("postgresql+asyncpg", "postgresql")
+
+
+async def rows_read_in_scans(address: str) -> int:
+    """Return how many rows of a ledger in PostgreSQL were read by going through whole tables."""
+    engine = create_async_engine(address.replace("postgresql:", "postgresql+asyncpg:"))
+    try:
+        for _ in range(100):  # a session tells what it has read when it ends
+            async with engine.connect() as connection:
+                others = await connection.scalar(
+                    text("SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()")
+                )
+                read = await connection.scalar(text("SELECT sum(seq_tup_read) FROM pg_stat_user_tables"))
+            if others == 1:
+                return int(read)
+            await asyncio.sleep(0.05)
+        raise AssertionError("the ledger is still open")
+    finally:
+        await engine.dispose()
