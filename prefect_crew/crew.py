@@ -45,12 +45,11 @@ def titled(label: str, key: str | None, inputs: Mapping[str, Any], secret: Colle
 class Crew:
     """What holds for every run of one crew. The block `DeployedCrew` stores it, checks it and says what is left out.
 
-    `label` is what people call it, `block` the name of its stored block. `hidden` are texts that are secret in whatever
-    a run of it says, in addition to the values of its secret inputs. `reload` reads the stored block anew. `on_status`
-    is called with a run and None when it is started or found, then with the run and each status that is seen: on the
-    event loop that waits, so it must be quick and must not raise. `expected_inputs` are the answer to `GET /inputs`,
-    where somebody has just asked for many runs at once. `batch` is the batch, or the run of a pipeline, that its runs
-    belong to, for `budgets` that are per batch.
+    `label` is what people call it, `block` the name of its stored block, which `reload` reads anew. `hidden` are texts
+    that are secret in addition to the values of its secret inputs. `on_status` is called with a run and None when it is
+    started or found, then with the run and each status that is seen: on the event loop that waits, so it must be quick
+    and must not raise. `expected_inputs` are the answer to `GET /inputs`, where somebody has just asked for many runs
+    at once. `batch` is the batch or pipeline that its runs belong to, for `budgets` that are per batch.
     """
 
     label: str
@@ -92,7 +91,7 @@ class Crew:
         named = (one if one.name else one.model_copy(update={"name": name}) for one in budgets)
         return replace(self, budgets=(*self.budgets, *named), batch=batch or self.batch)
 
-    def client(self, *, transport: httpx.AsyncBaseTransport | None = None) -> CrewClient:
+    def client(self) -> CrewClient:
         """Return a client for it, to be used as an async context manager."""
         from prefect_crew.client._client import CrewClient  # Prefect imports this module whenever it starts
 
@@ -102,13 +101,11 @@ class Crew:
             request_timeout=self.request_timeout,
             allow_http=self.allow_http,
             inputs_as_json=self.inputs_as_json,
-            transport=transport,
         )
 
     def redactor(self, inputs: Mapping[str, Any] | None = None) -> Redactor:
         """Return what masks the token, the hidden texts and, of these inputs, the secret ones."""
-        given = inputs or {}
-        secret = [given[name] for name in self.secret_inputs if name in given]
+        secret = [inputs[name] for name in self.secret_inputs if inputs and name in inputs]
         return Redactor([*secret, *self.hidden], tokens=[self.token.get_secret_value()])
 
     def sealed(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -141,13 +138,8 @@ class Crew:
         stored = await self.reload()
         if stored.token == self.token:
             return None
-        return replace(
-            stored.hiding(self.secret_inputs, texts=self.hidden),
-            on_status=self.on_status,
-            expected_inputs=self.expected_inputs,
-            budgets=self.budgets,
-            batch=self.batch,
-        )
+        kept = {name: getattr(self, name) for name in ("on_status", "expected_inputs", "budgets", "batch")}
+        return replace(stored.hiding(self.secret_inputs, texts=self.hidden), **kept)
 
 
 class CrewSession:

@@ -44,7 +44,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any, ClassVar, TypeVar, dataclass_transform
+from typing import Any, ClassVar, dataclass_transform
 
 from prefect_crew._text import excerpt, listed_names, listed_rows, plain, with_guesses
 from prefect_crew.states import CrewState
@@ -58,8 +58,6 @@ __all__ = [
     "LedgerMissingError", "NotFoundError", "OutputError", "OutputTypeError", "PipelineFailedError", "PrefectAwayError",
     "RateLimitedError", "ResponseFormatError", "ReviewLimitError", "ServerError",
 ]  # fmt: skip
-
-T = TypeVar("T")
 
 
 class CrewError(Exception):
@@ -90,17 +88,17 @@ class CrewError(Exception):
 
 
 @dataclass_transform(kw_only_default=True, eq_default=False, field_specifiers=(field,))
-def _with_facts(kind: type[T]) -> type[T]:
-    """Make the annotated attributes of an error its keyword arguments."""
-    return dataclass(eq=False, repr=False, kw_only=True)(kind)
-
-
 class _FactsError(CrewError):
+    """An error whose annotated attributes are its keyword arguments, of which `_text` makes the message."""
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        dataclass(eq=False, repr=False, kw_only=True)(cls)
+
     def __post_init__(self) -> None:
         CrewError.__init__(self, self._text())
 
     def _text(self) -> str:
-        """Return the message."""
         raise NotImplementedError
 
 
@@ -112,13 +110,12 @@ class InvalidCallError(CrewError, RuntimeError):
     """A function or an object was used where, or when, it cannot be: a mistake in the calling code."""
 
 
-@_with_facts
 class CrewAPIError(_FactsError):
     """The crew's server answered with an error.
 
-    `title`, `message` and `body` are the short and the long error and an excerpt of the body, as far as there are any;
-    `method` and `path` the request, without the host's credentials or a query; `kickoff_id` the run that it was about;
-    `retry_after` the seconds that a 429 or 5xx asks to wait, or None.
+    `message` is what it says, `body` an excerpt of the answer, as far as there are any; `method` and `path` the
+    request, without a query; `kickoff_id` the run that it was about; `retry_after` the seconds that a 429 or 5xx asks
+    to wait, or None.
     """
 
     advice: ClassVar[str] = "See the crew's page and the answer above."
@@ -126,7 +123,6 @@ class CrewAPIError(_FactsError):
     status_code: int
     method: str
     path: str
-    title: str | None = None
     message: str | None = None
     body: str = ""
     kickoff_id: str | None = None
@@ -137,9 +133,8 @@ class CrewAPIError(_FactsError):
         super().__post_init__()
 
     def _text(self) -> str:
-        said = ": ".join(part for part in (self.title, self.message) if part) or self.body or "an empty body"
-        run = f" (run {self.kickoff_id})" if self.kickoff_id else ""
-        return f"{self.method} {self.path} answered {self.status_code}{run}: {_clause(said)}. {self.advice}"
+        said = _clause(self.message or self.body) or "an empty body"
+        return f"{self.method} {self.path} answered {self.status_code}{_of(self.kickoff_id)}: {said}. {self.advice}"
 
 
 class AuthenticationError(CrewAPIError):
@@ -157,13 +152,11 @@ class NotFoundError(CrewAPIError):
     advice: ClassVar[str] = "Check the crew's URL and the id of the run."
 
 
-@_with_facts
 class InvalidInputsError(CrewAPIError):
     """The inputs do not fit the crew. Nothing was started.
 
-    `missing_inputs` are names of required inputs that were not given, as far as the server names them. The crew's own
-    names, `known_inputs`, and given names that are not among them, `unknown_inputs`, are only there where
-    `before_kickoff` says that no kickoff was sent.
+    `missing_inputs` are required inputs that were not given, as far as the server names them. `known_inputs`, which the
+    crew takes, and `unknown_inputs`, which it does not, are there where `before_kickoff` says that none was sent.
     """
 
     advice: ClassVar[str] = "Nothing was started. prefect-crew inputs CREW lists what the crew takes."
@@ -191,25 +184,23 @@ class InvalidInputsError(CrewAPIError):
 
 
 class RateLimitedError(CrewAPIError):
-    """429: too many requests. `retry_after` is the seconds that the server asks to wait, or None."""
+    """429: too many requests."""
 
     advice: ClassVar[str] = "No run was started: try again later, or lower the rate."
 
 
 class ServerError(CrewAPIError):
-    """5xx: the crew's server is at fault. `retry_after` is the seconds that the server asks to wait, or None."""
+    """5xx: the crew's server is at fault."""
 
     advice: ClassVar[str] = (
         "Ask the crew's operators (CrewAI's support for a hosted crew), and give them this whole message."
     )
 
 
-@_with_facts
 class CrewConnectionError(_FactsError):
     """No answer came: refused, reset, timed out, or a name or certificate that did not check out.
 
-    `sent` says whether the request may have reached the server: False only where it surely did not. `advice` replaces
-    the usual advice.
+    `sent` says whether the request may have reached the server: False only where it surely did not.
     """
 
     method: str
@@ -217,20 +208,16 @@ class CrewConnectionError(_FactsError):
     reason: str
     sent: bool
     kickoff_id: str | None = None
-    advice: str = "Check that the crew's server is up and reachable from here: prefect-crew doctor CREW."
 
     def _text(self) -> str:
-        run = f" (run {self.kickoff_id})" if self.kickoff_id else ""
-        return f"{self.method} {self.url} got no answer{run}: {self.reason.rstrip('.')}. {self.advice}"
+        return (
+            f"{self.method} {self.url} got no answer{_of(self.kickoff_id)}: {self.reason.rstrip('.')}. "
+            "Check that the crew's server is up and reachable from here: prefect-crew doctor CREW."
+        )
 
 
-@_with_facts
 class ResponseFormatError(_FactsError):
-    """The server answered in no known format.
-
-    `body` is an excerpt of the answer, at most 500 characters; `status_code` is None if the parser was given a body
-    alone.
-    """
+    """The server answered in no known format. `body` is an excerpt of the answer, at most 500 characters."""
 
     expected: str
     body: str
@@ -242,14 +229,12 @@ class ResponseFormatError(_FactsError):
         super().__post_init__()
 
     def _text(self) -> str:
-        run = f" for run {self.kickoff_id}" if self.kickoff_id else ""
         return (
-            f"Expected {self.expected}{run}, got: {self.body or 'an empty body'}. "
+            f"Expected {self.expected}{_of(self.kickoff_id)}, got: {self.body or 'an empty body'}. "
             "Check that the URL is the crew's own, not that of a web page or a proxy."
         )
 
 
-@_with_facts
 class OutputTypeError(_FactsError):
     """The run completed, and its result does not fit the type that was asked for. The result is kept.
 
@@ -272,7 +257,6 @@ class OutputTypeError(_FactsError):
         )
 
 
-@_with_facts
 class KickoffUncertainError(_FactsError):
     """A kickoff was sent, and it is unknown whether it started a run. It is never sent again on a guess.
 
@@ -294,7 +278,6 @@ class KickoffUncertainError(_FactsError):
         )
 
 
-@_with_facts
 class IdempotencyConflictError(_FactsError):
     """The idempotency key belongs to run `kickoff_id` of another crew or with other inputs. Nothing was started."""
 
@@ -309,7 +292,6 @@ class IdempotencyConflictError(_FactsError):
         )
 
 
-@_with_facts
 class BudgetExceededError(_FactsError):
     """A budget has no room for another run. Nothing was started.
 
@@ -328,11 +310,10 @@ class BudgetExceededError(_FactsError):
     on_limit: str = "refuse"
 
     def _text(self) -> str:
+        when, then = "", f"Nothing was started: raise max_{self.measure} and make the same call again."
         if self.resets_at:
             when = f", and it begins anew at {self.resets_at:%Y-%m-%d %H:%M} UTC"
             then = f"Nothing was started: run again then with the same key, or raise max_{self.measure}."
-        else:
-            when, then = "", f"Nothing was started: raise max_{self.measure} and make the same call again."
         then = "The run starts all the same, since on_limit is 'warn'." if self.on_limit == "warn" else then
         return (
             f"Budget {self.budget!r} has no room for another run, which takes about {self.needed:,.4g}: "
@@ -340,7 +321,6 @@ class BudgetExceededError(_FactsError):
         )
 
 
-@_with_facts
 class _RunError(_FactsError):
     """What the errors about one run share."""
 
@@ -353,7 +333,6 @@ class _RunError(_FactsError):
         return f"Run {self.kickoff_id} of crew {self.crew}" if self.crew else f"Crew run {self.kickoff_id}"
 
 
-@_with_facts
 class CrewFailedError(_RunError):
     """The crew ran and failed. `error` is the crew's own; `advice` replaces the usual advice."""
 
@@ -365,7 +344,6 @@ class CrewFailedError(_RunError):
         return f"{self._run} failed: {_clause(self.error) or 'the crew gave no reason'}. {advice}"
 
 
-@_with_facts
 class CrewStoppedError(_RunError):
     """The run was stopped, by us or by someone else. `advice` replaces the usual advice."""
 
@@ -375,7 +353,6 @@ class CrewStoppedError(_RunError):
         return f"{self._run} was stopped before it had a result. {self.advice or 'Run again to start another.'}"
 
 
-@_with_facts
 class CrewLostError(_RunError):
     """The server does not know the run (any more). `last_state` is "completed" where only the result is lost."""
 
@@ -395,7 +372,6 @@ class CrewLostError(_RunError):
         )
 
 
-@_with_facts
 class CrewTimeoutError(_RunError):
     """A time limit ended before the crew did. The crew may run on, unless it was `stopped`.
 
@@ -409,12 +385,11 @@ class CrewTimeoutError(_RunError):
     stopped: bool = False
 
     def _text(self) -> str:
-        key = self.idempotency_key
-        advice = "Look"
-        if key is not None and self.stopped:
-            advice = f"Idempotency key {key!r} starts another, which may need a larger timeout; or look"
-        elif key is not None:
-            advice = f"To go on waiting, run again with idempotency key {key!r} and a larger timeout, or look"
+        key, advice = self.idempotency_key, "Look"
+        if key is not None:
+            go_on = f"To go on waiting, run again with idempotency key {key!r} and a larger timeout, or look"
+            again = f"Idempotency key {key!r} starts another, which may need a larger timeout; or look"
+            advice = again if self.stopped else go_on
         return (
             f"{self._run} was still {self.last_state or 'unseen'} after its {self.phase} time limit of "
             f"{self.budget:g} s. {'It was stopped' if self.stopped else 'It was left running'}. {advice}: "
@@ -422,7 +397,6 @@ class CrewTimeoutError(_RunError):
         )
 
 
-@_with_facts
 class ReviewLimitError(_RunError):
     """Task `task_id` asked for a person's answer more than `max_rounds` times. The crew waits on, unless `stopped`."""
 
@@ -442,7 +416,6 @@ class AnsweredError(CrewError):
     """A question has its answer already, or is being answered at this moment. Nothing was sent."""
 
 
-@_with_facts
 class PipelineFailedError(_FactsError):
     """At least one step of a pipeline failed; the independent ones were finished.
 
@@ -467,7 +440,6 @@ class PipelineFailedError(_FactsError):
         )
 
 
-@_with_facts
 class BatchFailedError(_FactsError):
     """Not every row of a batch completed; `report` says which."""
 
@@ -478,7 +450,6 @@ class BatchFailedError(_FactsError):
         return f"{str(self.report).rstrip('.')}. {advice}"
 
 
-@_with_facts
 class BatchCancelledError(_FactsError):
     """The flow run of batch `name` was cancelled."""
 
@@ -488,7 +459,6 @@ class BatchCancelledError(_FactsError):
         return f"Batch {self.name!r} was cancelled. The same call continues where it stopped."
 
 
-@_with_facts
 class BatchBusyError(_FactsError):
     """Another process works on batch `name` at this moment, or on the part of it that `what` names."""
 
@@ -502,7 +472,6 @@ class BatchBusyError(_FactsError):
         )
 
 
-@_with_facts
 class BatchChangedError(_FactsError):
     """The rows or the crew are not those that batch `name` began with."""
 
@@ -517,7 +486,6 @@ class BatchChangedError(_FactsError):
         )
 
 
-@_with_facts
 class DatasetError(_FactsError):
     """A data set cannot be read. `source` is its name, `line` is 1-based, None where there is none."""
 
@@ -530,7 +498,6 @@ class DatasetError(_FactsError):
         return f"{where}: {self.reason} Nothing of this data set was started."
 
 
-@_with_facts
 class BadRowsError(DatasetError):
     """Rows of a data set cannot be run: `count` of them, up to 1,000 in `rows`. `alone`: no row of it can be run."""
 
@@ -548,7 +515,6 @@ class BadRowsError(DatasetError):
         super().__post_init__()
 
 
-@_with_facts
 class LedgerError(_FactsError):
     """The ledger cannot be used. `ledger` is its address without a password."""
 
@@ -562,7 +528,6 @@ class LedgerError(_FactsError):
         return f"The ledger {self.ledger} {self.reason} {self.advice}"
 
 
-@_with_facts
 class LedgerMissingError(_FactsError):
     """Batch `name` is kept in another ledger than the one here: in `ledger`."""
 
@@ -586,3 +551,7 @@ class PrefectAwayError(CrewError):
 
 def _clause(text: str) -> str:
     return excerpt(text).rstrip(".")
+
+
+def _of(kickoff_id: str | None) -> str:
+    return f" (run {kickoff_id})" if kickoff_id else ""

@@ -25,33 +25,17 @@ class CrewState(StrEnum):
         return self in (CrewState.COMPLETED, CrewState.FAILED, CrewState.STOPPED)
 
 
-STATE_WORDS: dict[CrewState, tuple[str, ...]] = {
-    CrewState.PENDING: ("PENDING", "QUEUED", "SCHEDULED", "CREATED", "RECEIVED"),
-    CrewState.RUNNING: (
-        "STARTED",
-        "RUNNING",
-        "IN_PROGRESS",
-        "PROCESSING",
-        "PROGRESS",
-        "RETRY",
-        "RETRYING",
-        "RESUMED",
-    ),
-    CrewState.WAITING: (
-        "PENDING_HUMAN_INPUT",
-        "AWAITING_HUMAN_FEEDBACK",
-        "AWAITING_HUMAN_INPUT",
-        "WAITING_FOR_HUMAN",
-        "HUMAN_INPUT_REQUESTED",
-        "PAUSED",
-    ),
-    CrewState.COMPLETED: ("SUCCESS", "SUCCEEDED", "COMPLETED", "COMPLETE", "DONE", "FINISHED"),
-    CrewState.FAILED: ("FAILED", "FAILURE", "ERROR", "ERRORED", "TIMEOUT", "TIMED_OUT"),
-    CrewState.STOPPED: ("REVOKED", "STOPPED", "CANCELLED", "CANCELED", "ABORTED"),
-    CrewState.UNKNOWN: ("NOT_FOUND",),
+STATE_WORDS = {
+    CrewState.PENDING: "PENDING QUEUED SCHEDULED CREATED RECEIVED",
+    CrewState.RUNNING: "STARTED RUNNING IN_PROGRESS PROCESSING PROGRESS RETRY RETRYING RESUMED",
+    CrewState.WAITING: "PENDING_HUMAN_INPUT AWAITING_HUMAN_FEEDBACK AWAITING_HUMAN_INPUT WAITING_FOR_HUMAN "
+    "HUMAN_INPUT_REQUESTED PAUSED",
+    CrewState.COMPLETED: "SUCCESS SUCCEEDED COMPLETED COMPLETE DONE FINISHED",
+    CrewState.FAILED: "FAILED FAILURE ERROR ERRORED TIMEOUT TIMED_OUT",
+    CrewState.STOPPED: "REVOKED STOPPED CANCELLED CANCELED ABORTED",
+    CrewState.UNKNOWN: "NOT_FOUND",
 }
 """Every known word, by what it means. Case, spaces, hyphens and underscores do not count."""
-
 _LONGEST = 100
 _SEPARATORS = re.compile(r"[\s_-]+")
 
@@ -60,7 +44,7 @@ def _plain(word: str) -> str:
     return _SEPARATORS.sub("", word).casefold()
 
 
-_STATES = {_plain(word): state for state, words in STATE_WORDS.items() for word in words}
+_STATES = {_plain(word): state for state, words in STATE_WORDS.items() for word in words.split()}
 
 
 def known_state(word: str) -> CrewState | None:

@@ -22,8 +22,8 @@ from urllib.parse import urlsplit
 
 from pydantic import SecretStr
 
-from prefect_crew.client._transport import checked_base_url
-from prefect_crew.client.webhooks import LLM_CALL, RUN_ENDS, BearerAuth, HumanInputWebhook, StreamWebhook, Webhooks
+from prefect_crew.client._transport import checked_url
+from prefect_crew.client.webhooks import LLM_CALL, RUN_ENDS, BearerAuth, HumanInputWebhook, Webhooks
 from prefect_crew.exceptions import ConfigurationError
 from prefect_crew.records.model import claim_of, utcnow
 from prefect_crew.settings import CrewSettings
@@ -84,9 +84,7 @@ def webhooks_for(
 
     They are for its kickoff, and for each `/resume` again, the first of which is round 1. `owner` is that of the
     attempt's record. With an address of Prefect Cloud's own webhooks, all kinds go there and no secret is needed.
-
-    Raises:
-        ConfigurationError: The address is set without a secret, or one of them cannot be used.
+    Raises ConfigurationError where the address or the secret cannot be used.
     """
     settings = settings or CrewSettings()
     url, secret = settings.webhook_url, settings.webhook_secret
@@ -143,7 +141,7 @@ def hook_urls(
         base_url: The receiver's public address; it may have a path, but neither query nor fragment.
         secret: What the receiver verifies with; at least 32 characters. Of several the first one signs.
         idempotency_key: The run's. It can be read from the URLs, as can all below but `stream_events`.
-        expires: When the URLs become void.
+        expires: When the URLs become void; aware.
         attempt: The attempt of the key.
         claim: The claim of that attempt, as `claim_of` gives it.
         names: Whether events may have names of tasks, agents and tools.
@@ -153,59 +151,43 @@ def hook_urls(
     Raises:
         ConfigurationError: The address or the secret cannot be used, or `expires` is naive.
     """
-    base = _checked_base(base_url)
+    base = checked_url(base_url, allow_http=True, what="The receiver's URL")
     key = checked_secret(secret)
     run = Hook("crew", idempotency_key, expires, attempt, names, round, claim)
 
-    def url(kind: WebhookKind) -> str:
-        return f"{base}/hooks/{kind}/{token_of(replace(run, kind=kind), key)}"
+    def signed(kind: WebhookKind) -> dict[str, Any]:
+        hook = replace(run, kind=kind)
+        bearer = {"authentication": BearerAuth(token=SecretStr(bearer_of(hook, key)))} if kind in BEARER_KINDS else {}
+        return {"url": f"{base}/hooks/{kind}/{token_of(hook, key)}", **bearer}
 
-    def bearer(kind: WebhookKind) -> BearerAuth:
-        return BearerAuth(token=SecretStr(bearer_of(replace(run, kind=kind), key)))
-
-    stream = None
-    if stream_events:
-        events = list(stream_events)
-        stream = StreamWebhook(url=url("stream"), events=events, realtime=True, authentication=bearer("stream"))
-    return Webhooks(
-        task=url("task"),
-        step=url("step"),
-        crew=url("crew"),
-        human_input=HumanInputWebhook(url=url("human_input"), authentication=bearer("human_input")),
-        stream=stream,
-    )
-
-
-def token_of(hook: Hook, secret: SecretStr | str) -> str:
-    """Return the token of a hook's URL.
-
-    Raises:
-        ConfigurationError: `expires` is naive.
-    """
-    payload = _payload(hook)
-    return f"{payload}.{_signature(_secrets(secret)[0], 'url', payload)}"
-
-
-def bearer_of(hook: Hook, secret: SecretStr | str) -> str:
-    """Return the bearer token that a human-input or stream webhook has to bring with its URL.
-
-    Raises:
-        ConfigurationError: As `token_of`.
-    """
-    return _signature(_secrets(secret)[0], "bearer", _payload(hook))
+    plain = {kind: signed(kind)["url"] for kind in ("task", "step", "crew")}
+    stream = {**signed("stream"), "events": list(stream_events), "realtime": True} if stream_events else None
+    return Webhooks.model_validate({**plain, "human_input": signed("human_input"), "stream": stream})
 
 
 def latest_webhooks_of(settings: CrewSettings) -> tuple[str, str] | None:
     """Return where a process that waits for runs asks for the latest webhooks, and the token that it brings.
 
     None where webhooks are off, or go to Prefect Cloud's own receiver, which has no such place.
-
-    Raises:
-        ConfigurationError: The address is none.
     """
     if not settings.webhook_url or settings.webhook_secret is None or is_prefect_cloud(settings.webhook_url):
         return None
-    return f"{_checked_base(settings.webhook_url)}/recent", recent_bearer(settings.webhook_secret)
+    base = checked_url(settings.webhook_url, allow_http=True, what="The receiver's URL")
+    return f"{base}/recent", recent_bearer(settings.webhook_secret)
+
+
+# Signatures
+
+
+def token_of(hook: Hook, secret: SecretStr | str) -> str:
+    """Return the token of a hook's URL."""
+    payload = _payload(hook)
+    return f"{payload}.{_signature(_secrets(secret)[0], 'url', payload)}"
+
+
+def bearer_of(hook: Hook, secret: SecretStr | str) -> str:
+    """Return the bearer token that a human-input or stream webhook has to bring with its URL."""
+    return _signature(_secrets(secret)[0], "bearer", _payload(hook))
 
 
 def recent_bearer(secret: SecretStr | str) -> str:
@@ -215,9 +197,7 @@ def recent_bearer(secret: SecretStr | str) -> str:
 
 def may_read_recent(secret: SecretStr | str, authorization: str | None) -> bool:
     """Return whether a request's Authorization header has that token of a secret; compared in constant time."""
-    scheme, _, bearer = (authorization or "").partition(" ")
-    fitting = [one for one in _secrets(secret) if _equal(bearer.strip(), recent_bearer(one))]
-    return bool(fitting) and scheme.lower() == "bearer"
+    return any(_brings(authorization, recent_bearer(one)) for one in _secrets(secret))
 
 
 def read_token(
@@ -225,14 +205,8 @@ def read_token(
 ) -> Hook | None:
     """Return what a URL is for, None if it is not ours: forged, of another kind, stale, or without its bearer token.
 
-    Nothing is read from the token before its signature was compared, in constant time.
-
-    Args:
-        kind: The kind in the URL.
-        token: The token in the URL.
-        secret: The receiver's; of several any may have signed.
-        now: The time; aware.
-        authorization: The request's Authorization header.
+    Nothing is read from the token before its signature was compared, in constant time. `kind` and `token` are those of
+    the URL, `authorization` is the header; of several secrets any may have signed.
     """
     if len(token) > MAX_TOKEN:
         return None
@@ -243,23 +217,15 @@ def read_token(
     fields: dict[str, Any] = json.loads(base64.urlsafe_b64decode(payload + "=" * (-len(payload) % 4)))
     if fields.pop("version", None) != VERSION or fields["kind"] != kind:
         return None
-    fields["expires"] = datetime.fromtimestamp(fields["expires"], UTC)
-    hook = Hook(**fields)
-    if now >= hook.expires:
+    hook = Hook(**{**fields, "expires": datetime.fromtimestamp(fields["expires"], UTC)})
+    needs_bearer = kind in BEARER_KINDS
+    if now >= hook.expires or (needs_bearer and not _brings(authorization, _signature(signers[0], "bearer", payload))):
         return None
-    if kind in BEARER_KINDS:
-        scheme, _, bearer = (authorization or "").partition(" ")
-        if not _equal(bearer.strip(), _signature(signers[0], "bearer", payload)) or scheme.lower() != "bearer":
-            return None
     return hook
 
 
 def checked_secret(secret: SecretStr | str) -> str:
-    """Return a secret, or several separated by blanks, that is long enough.
-
-    Raises:
-        ConfigurationError: It is not, or one of them is not.
-    """
+    """Return a secret, or several separated by blanks, of which each is long enough, else raise ConfigurationError."""
     found = _secrets(secret)
     if (length := min(map(len, found))) < SHORTEST_SECRET:
         raise ConfigurationError(
@@ -269,17 +235,12 @@ def checked_secret(secret: SecretStr | str) -> str:
     return " ".join(found)
 
 
-def _checked_base(url: str) -> str:
-    return checked_base_url(url, what="The receiver's URL", example="https://hooks.example.com")
-
-
 def _payload(hook: Hook) -> str:
     if hook.expires.tzinfo is None:
         raise ConfigurationError("`expires` of a webhook has no time zone: give an aware datetime.")
     fields = {name: value for name, value in asdict(hook).items() if value is not None}
     fields = {"version": VERSION, **fields, "expires": int(hook.expires.timestamp()), "round": hook.round % 256}
-    text = json.dumps(fields, ensure_ascii=False, separators=(",", ":"))
-    return _base64(text.encode("utf-8", "surrogatepass"))
+    return _base64(_bytes(json.dumps(fields, ensure_ascii=False, separators=(",", ":"))))
 
 
 def _secrets(secret: SecretStr | str) -> list[str]:
@@ -292,6 +253,11 @@ def _secrets(secret: SecretStr | str) -> list[str]:
 def _signature(secret: str, purpose: str, payload: str) -> str:
     message = f"prefect-crew webhook {purpose} {payload}"  # no blank is in any of them
     return _base64(hmac.digest(_bytes(secret), _bytes(message), "sha256"))
+
+
+def _brings(authorization: str | None, token: str) -> bool:
+    scheme, _, bearer = (authorization or "").partition(" ")
+    return _equal(bearer.strip(), token) and scheme.lower() == "bearer"
 
 
 def _equal(one: str, other: str) -> bool:

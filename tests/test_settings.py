@@ -10,12 +10,8 @@ from prefect_crew import DeployedCrew
 from prefect_crew.settings import CrewSettings
 
 
-def test_nothing_is_set_by_default():
-    settings = CrewSettings()
-    assert (settings.url, settings.token) == (None, None)
-
-
 def test_the_environment_counts_at_each_use_and_secrets_do_not_show(monkeypatch: pytest.MonkeyPatch):
+    assert (CrewSettings().url, CrewSettings().token) == (None, None)
     monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_URL", "https://travel.test")
     monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_TOKEN", "the-token")
     settings = CrewSettings()

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 import httpx
 from pydantic import BaseModel, ConfigDict, Field, SecretStr
 
-from prefect_crew.client._parsing import RUN_KEYS, as_id, as_list, as_object, as_text, decode, first, id_of
+from prefect_crew.client._parsing import RUN_KEYS, as_id, as_list, as_object, as_text, decode, pick, values_at
 from prefect_crew.client._transport import Call, Connections, is_loopback
 from prefect_crew.client.models import ResumeAnswer
 from prefect_crew.client.redaction import Redactor
@@ -26,6 +26,8 @@ MAX_AGE = 300.0
 ANSWER_WITHIN = 30.0
 """Seconds for the whole answer of a callback URL."""
 MOST_OPTIONS = 50
+_YES = frozenset({"approve", "approved", "accept", "accepted", "yes", "ok"})
+_NO = frozenset({"reject", "rejected", "decline", "declined", "deny", "denied", "no"})
 
 
 class FeedbackRequest(BaseModel):
@@ -63,31 +65,29 @@ def signed(secret: SecretStr, timestamp: str, signature: str, body: bytes, *, no
 def parse_request(body: bytes) -> FeedbackRequest | None:
     """Return what a webhook asks, None for one that asks nothing new.
 
-    Raises:
-        ResponseFormatError: It names no run, or no callback URL that can be used.
+    Raises ResponseFormatError where it names no run, or no callback URL that can be used.
     """
     expected = "a request for a person's feedback"
     value = decode(body, expected=expected)
     source = as_object(value)
-    if as_text(first(source, ("event_type", "event", "type"))) not in ("new_request", "escalation"):
+    if pick(as_text, source, "event_type", "event", "type") not in ("new_request", "escalation"):
         return None
-    kickoff_id = id_of(source, (*RUN_KEYS, "flow_execution_id", "flow_id"))
+    kickoff_id = pick(as_id, source, *RUN_KEYS, "flow_execution_id", "flow_id")
     url = as_text(source.get("callback_url")) or ""
-    id_ = as_id(source.get("id")) or as_text(source.get("response_token"))
+    id_ = pick(as_id, source, "id") or pick(as_text, source, "response_token")
     if kickoff_id is None or id_ is None or _read_url(url) is None:
         raise ResponseFormatError(expected=expected, body=f"the keys {', '.join(sorted(source)[:20])}")
-    options = map(as_text, as_list(first(source, ("emit_options", "emit"))))
+    options = map(as_text, as_list(next(values_at(source, "emit_options", "emit"), None)))
     return FeedbackRequest(
         # The id alone: a response token would be a secret in a name.
         id=hashlib.sha256(id_.encode("utf-8", "surrogatepass")).hexdigest()[:32],
         kickoff_id=kickoff_id,
-        task_id=as_text(source.get("method_name")) or as_text(source.get("flow_class")) or "review",
+        task_id=pick(as_text, source, "method_name", "flow_class") or "review",
         callback_url=SecretStr(url),
         message=as_text(source.get("message")),
         output=as_text(source.get("output")),
         options=tuple(dict.fromkeys(filter(None, options)))[:MOST_OPTIONS],
-        assigned_to=as_text(source.get("assigned_to_email"))
-        or as_text(as_object(source.get("assigned_to")).get("email")),
+        assigned_to=pick(as_text, source, "assigned_to_email", "assigned_to.email"),
     )
 
 
@@ -98,8 +98,7 @@ async def post_feedback(
 
     Raises:
         ConfigurationError: The URL cannot be called: nothing was sent.
-        CrewAPIError: It answered with an error. `kickoff_outcome` says what that means.
-        CrewConnectionError: There was no answer; `sent` is False only where the request surely did not leave.
+        CrewAPIError, CrewConnectionError: As a call of `CrewClient`. `kickoff_fate` says what that means.
     """
     url = request.callback_url.get_secret_value()
     where = _read_url(url)
@@ -113,24 +112,17 @@ async def post_feedback(
             f"{label.capitalize()} is plain http: the answer's token would cross the network in plain text. Answer on "
             "the Flow's page, or set allow_http if you trust the network."
         )
-    call = Call(
-        method="POST",
-        path="",
-        kickoff_id=request.kickoff_id,
-        hide=Redactor((url, *where.params.values())),
-        content=json.dumps({"feedback": feedback, "source": source}).encode(),
-    )
+    content = json.dumps({"feedback": feedback, "source": source}).encode()
+    call = Call("POST", "", request.kickoff_id, Redactor((url, *where.params.values())), content)
     connections = Connections(url, label=label, timeout=ANSWER_WITHIN / 2)  # a whole POST takes twice that
-    del url, where, feedback  # error reporters show the local variables of all frames
+    del url, where, feedback, content  # error reporters show the local variables of all frames
     try:
         answer = await connections.exchange(call)
     finally:
         await connections.aclose()
     if not answer.is_success:
-        body = call.shown(answer.text)
-        raise CrewAPIError(
-            status_code=answer.status, method="POST", path=label, body=body, kickoff_id=request.kickoff_id
-        )
+        facts = {"method": "POST", "path": label, "kickoff_id": request.kickoff_id}
+        raise CrewAPIError(status_code=answer.status, body=call.shown(answer.text), **facts)
     return ResumeAnswer(kickoff_id=request.kickoff_id, status="accepted")
 
 
@@ -150,19 +142,13 @@ def feedback_text(request: FeedbackRequest, *, approve: bool, feedback: str, opt
     Raises:
         ConfigurationError: The outcome is none of those that the Flow can go on with, or none is meant.
     """
-    chosen = option
-    if chosen is None and request.options:
-        words = _YES if approve else _NO
-        chosen = next((one for one in request.options if one.casefold() in words), None)
+    words = _YES if approve else _NO
+    chosen = option or next((one for one in request.options if one.casefold() in words), None)
     if request.options and chosen not in request.options:
         raise ConfigurationError(
             f"The Flow continues with one of: {', '.join(request.options)}. Choose one (option=…, --option). "
             "Nothing was sent."
         )
-    if chosen is None:
-        chosen = None if feedback else ("approved" if approve else "rejected")
+    if not chosen and not feedback:
+        chosen = "approved" if approve else "rejected"
     return ": ".join(part for part in (chosen, feedback) if part)
-
-
-_YES = frozenset({"approve", "approved", "accept", "accepted", "yes", "ok"})
-_NO = frozenset({"reject", "rejected", "decline", "declined", "deny", "denied", "no"})

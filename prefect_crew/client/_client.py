@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import re
-import ssl
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -13,20 +13,22 @@ from urllib.parse import urlsplit
 import httpx
 from pydantic import SecretStr
 
-from prefect_crew.client import _transport
+from prefect_crew._text import EXCERPT
 from prefect_crew.client._parsing import (
+    decode,
     parse_error,
     parse_inputs,
     parse_kickoff,
+    parse_refused_stop,
     parse_resume,
+    parse_retry_after,
     parse_status,
     parse_stop,
-    shown,
 )
-from prefect_crew.client._transport import Answer, Call, Connections
+from prefect_crew.client._transport import AT_ONCE, Answer, Call, Connections, checked_token, checked_url, encoded_id
 from prefect_crew.client.inputs import encode_inputs, is_uuid
 from prefect_crew.client.models import CrewInput, CrewStatus, ResumeAnswer, StopAnswer
-from prefect_crew.client.redaction import Redactor, withheld
+from prefect_crew.client.redaction import Redactor
 from prefect_crew.client.webhooks import Webhooks
 from prefect_crew.exceptions import (
     AuthenticationError,
@@ -55,8 +57,7 @@ class CrewClient:
             status = await client.status(kickoff_id)
 
     Nothing is retried here, and redirects are not followed: the token would go with them. One client belongs to one
-    event loop. Proxies and CAs come from the environment, or from `proxy` and `verify`. Loopback is asked through a
-    proxy only where `proxy` is given, and plain http through one only with `allow_http`.
+    event loop. Proxies and CAs come from the environment; loopback is never asked through a proxy.
 
     Args:
         url: The crew's base URL. Plain http is refused beyond loopback.
@@ -65,8 +66,6 @@ class CrewClient:
             whole GET gets ten times that, a whole POST twice; a POST that took longer counts as sent.
         allow_http: Allow plain http beyond loopback: the token then crosses the network in plain text.
         inputs_as_json: Send inputs as JSON values rather than as the text that the API documents.
-        verify: True for the environment's CAs, False for no check, or an SSL context.
-        proxy: The URL of a proxy, in place of the environment's.
         transport: How requests are carried, in place of the network. Not closed by this client.
 
     The token and the webhooks of a call are in no error, however the server repeats them.
@@ -89,52 +88,33 @@ class CrewClient:
         request_timeout: float = 30.0,
         allow_http: bool = False,
         inputs_as_json: bool = False,
-        verify: ssl.SSLContext | bool = True,
-        proxy: str | httpx.Proxy | None = None,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
         if not request_timeout > 0:
             raise ConfigurationError(f"The request timeout is {request_timeout!r} seconds; it must be more than 0.")
-        self.url: str = _transport.checked_url(url, allow_http=allow_http)
+        self.url: str = checked_url(url, allow_http=allow_http)
         self.request_timeout: float = request_timeout
         self.inputs_as_json: bool = inputs_as_json
-        self._token = _transport.checked_token(token)
-        self._verify = verify
-        self._allow_http = allow_http
-        self._proxy = proxy
+        self._token = checked_token(token)
         self._transport = transport
-        self._polls: Connections | None = None
-        self._posts: Connections | None = None
+        self._connections: Connections | None = None
         self._status_path: str | None = None
 
     def __repr__(self) -> str:
         return f"CrewClient({self.url!r})"
 
     async def __aenter__(self) -> CrewClient:
-        if self._polls is not None:
+        if self._connections is not None:
             raise InvalidCallError("This CrewClient is open already: open another one.")
-        self._polls, self._posts = (
-            self._connections(_transport.POLL_KEEPALIVE),
-            self._connections(_transport.POST_KEEPALIVE),
+        self._connections = Connections(
+            self.url, token=self._token, timeout=self.request_timeout, transport=self._transport
         )
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        opened, self._polls, self._posts = (self._polls, self._posts), None, None
-        for connections in filter(None, opened):
+        connections, self._connections = self._connections, None
+        if connections is not None:
             await connections.aclose()
-
-    def _connections(self, keepalive: float) -> Connections:
-        return Connections(
-            self.url,
-            token=self._token,
-            timeout=self.request_timeout,
-            keepalive=keepalive,
-            verify=self._verify,
-            proxy=self._proxy,
-            transport=self._transport,
-            allow_http=self._allow_http,
-        )
 
     async def inputs(self) -> list[CrewInput]:
         """Return the inputs that the crew names.
@@ -143,7 +123,7 @@ class CrewClient:
             NotFoundError: The crew's server has no `/inputs`, or there is no crew at this URL.
         """
         call = self._call("GET", "/inputs")
-        return await self._parsed(call, await self._send(call), parse_inputs)
+        return await self._parsed(call, await self._send(call), "the crew's inputs", parse_inputs)
 
     async def kickoff(
         self,
@@ -178,36 +158,28 @@ class CrewClient:
         answer = await self._send(call)
         if answer.status in (400, 422):
             raise self._error(call, answer, InvalidInputsError)
-        return await self._parsed(call, answer, parse_kickoff)
+        return await self._parsed(call, answer, "the id of the run that was started", parse_kickoff)
 
     async def status(self, kickoff_id: str) -> CrewStatus:
         """Return the status of a run. A 404 is a status too: CrewState.UNKNOWN.
 
         Servers differ in the path. Both are asked until one knows a run; that one is then used for this client's life.
         """
-        encoded = _transport.segment(kickoff_id, what="kickoff id")
-        text = ""
+        encoded, text = encoded_id(kickoff_id), ""
         for template in (self._status_path,) if self._status_path else _STATUS_PATHS:
             call = self._call("GET", template.replace("{id}", encoded), kickoff_id)
             answer = await self._send(call)
             if answer.status not in (404, 405):
-                status = await self._parsed(call, answer, lambda body: parse_status(body, kickoff_id))
+                expected = "the status of this run"
+                status = await self._parsed(call, answer, expected, lambda value: parse_status(value, kickoff_id))
                 self._status_path = template
                 return status
             text = call.hide(answer.text)
         facts = parse_error(text)
-        return CrewStatus(
-            kickoff_id=kickoff_id, state=CrewState.UNKNOWN, message=facts.message or facts.title, raw=facts.raw
-        )
+        return CrewStatus(kickoff_id=kickoff_id, state=CrewState.UNKNOWN, message=facts.message, raw=facts.raw)
 
     async def resume(
-        self,
-        kickoff_id: str,
-        task_id: str,
-        feedback: str,
-        approve: bool,
-        *,
-        webhooks: Webhooks | None = None,
+        self, kickoff_id: str, task_id: str, feedback: str, approve: bool, *, webhooks: Webhooks | None = None
     ) -> ResumeAnswer:
         """Answer for a person: `approve` the output of task `task_id`, or have it done again with `feedback`.
 
@@ -218,37 +190,27 @@ class CrewClient:
             NotFoundError: No such run or task.
             CrewAPIError: 400: the run does not wait for a person.
         """
-        _transport.segment(kickoff_id, what="kickoff id")
-        body: dict[str, Any] = {
-            "execution_id": kickoff_id,
-            "task_id": task_id,
-            "human_feedback": feedback,
-            "is_approve": approve,
-        }
+        encoded_id(kickoff_id)
+        body = {"execution_id": kickoff_id, "task_id": task_id, "human_feedback": feedback, "is_approve": approve}
         call = self._call("POST", "/resume", kickoff_id, body, webhooks)
         del feedback, body, webhooks
-        return await self._parsed(call, await self._send(call), parse_resume)
+        return await self._parsed(call, await self._send(call), "the answer to a resume", parse_resume)
 
     async def stop(self, kickoff_id: str) -> StopAnswer:
         """Ask the server to stop a run, and return what came of it. `/stop` is not documented and may be missing.
 
         A run that has ended, a run that is not known and a missing `/stop` are outcomes, not errors.
         """
-        path = f"/stop/{_transport.segment(kickoff_id, what='kickoff id')}"
-        call = self._call("POST", path, kickoff_id)
+        call = self._call("POST", f"/stop/{encoded_id(kickoff_id)}", kickoff_id)
         answer = await self._send(call)
-        text = call.hide(answer.text)
-        found = await self._shaped(call, answer, lambda _: parse_stop(text, kickoff_id, answer.status))
+        # Only the outcome of this answer is of use, so it is masked, where the others are given as they are.
+        answer = Answer(answer.status, answer.headers, call.shown(answer.text).encode("utf-8", "replace"))
+        if answer.is_success:
+            return await self._parsed(call, answer, "the answer to a stop", lambda value: parse_stop(value, kickoff_id))
+        found = parse_refused_stop(answer.text, kickoff_id, answer.status)
         if found is None:
             raise self._error(call, answer)
-        # Only the outcome of this answer is of use, so it is masked, where the others are given as they are.
-        return found.model_copy(
-            update={
-                "message": found.message and withheld(found.message),
-                "raw_state": found.raw_state and withheld(found.raw_state),
-                "raw": found.raw if withheld(text) == text else None,
-            }
-        )
+        return found
 
     async def health(self) -> bool:
         """Return whether `GET /` says that the server is healthy. A page of something else does not say so.
@@ -275,38 +237,46 @@ class CrewClient:
         before_sending: Callable[[], None] | None = None,
     ) -> Call:
         hide = Redactor(webhooks.secrets() if webhooks else (), tokens=[self._token.get_secret_value()])
-        content = None if body is None else _encoded({**body, **(webhooks.to_json() if webhooks else {})})
-        return Call(method, path, kickoff_id, hide, content, before_sending)
+        if body is None:
+            return Call(method, path, kickoff_id, hide)
+        body = {**body, **(webhooks.to_json() if webhooks else {})}
+        try:
+            text = json.dumps(body, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+            return Call(method, path, kickoff_id, hide, text.encode(), before_sending)
+        except (TypeError, ValueError, RecursionError) as error:
+            problem = type(error).__name__
+        del body, webhooks
+        raise ConfigurationError(f"The request cannot be written as JSON: {problem}. Check meta and feedback.")
 
     async def _send(self, call: Call) -> Answer:
-        polls, posts = self._polls, self._posts
-        if polls is None or posts is None:
+        if self._connections is None:
             raise InvalidCallError("This CrewClient is not open: use it in `async with CrewClient(…) as client`.")
-        # A kickoff that follows a look at the inputs needs no handshake of its own, nor do the polls that follow it.
-        return await (polls if call.method == "GET" or polls.is_fresh else posts).exchange(call)
+        return await self._connections.exchange(call)
 
-    async def _parsed(self, call: Call, answer: Answer, parse: Callable[[bytes], T]) -> T:
+    async def _parsed(self, call: Call, answer: Answer, expected: str, parse: Callable[[Any], T | None]) -> T:
         """Return the model of a 2xx, or raise the error that the status means."""
         if not answer.is_success:
             raise self._error(call, answer)
-        return await self._shaped(call, answer, parse)
 
-    async def _shaped(self, call: Call, answer: Answer, parse: Callable[[bytes], T]) -> T:
-        is_large = len(answer.body) > _transport.AT_ONCE
-        try:
-            return await asyncio.to_thread(parse, answer.body) if is_large else parse(answer.body)
-        except ResponseFormatError as error:
-            expected = error.expected
-        # From the whole body, not from the excerpt in that error: half a secret would not be found any more.
-        body = shown(call.shown(answer.text))
+        def read() -> T | None:
+            is_empty = answer.body.strip() == b""
+            return parse(None if is_empty else decode(answer.body, expected=expected))
+
+        with contextlib.suppress(ResponseFormatError):
+            found = await asyncio.to_thread(read) if len(answer.body) > AT_ONCE else read()
+            if found is not None:
+                return found
+        # Masked as a whole, and cut then: half a secret would not be found any more.
+        body = call.shown(answer.text)[: 4 * EXCERPT]
         raise ResponseFormatError(expected=expected, body=body, status_code=answer.status, kickoff_id=call.kickoff_id)
 
     def _error(self, call: Call, answer: Answer, kind: type[CrewAPIError] | None = None) -> CrewAPIError:
         """Return the error for an answer that is none of 2xx."""
-        facts = parse_error(call.shown(answer.text), answer.headers)
-        title, message = facts.title, facts.message
+        body = call.shown(answer.text)
+        facts = parse_error(body)
+        said = facts.message or ""
         if 300 <= answer.status < 400:
-            title, message = "A redirect, not followed", _redirection(answer)
+            said = f"A redirect to {_redirection(answer)}, not followed. Give the crew's final URL"
         kind = kind or _kind_of(answer.status)
         more: dict[str, Any] = {}
         if issubclass(kind, InvalidInputsError):
@@ -315,12 +285,10 @@ class CrewClient:
             status_code=answer.status,
             method=call.method,
             path=f"{urlsplit(self.url).path}{call.path}",
-            # Once more: what was escaped in the body is plain now.
-            title=title and call.shown(title),
-            message=message and call.shown(message),
-            body=facts.body,
+            message=call.shown(said),  # once more: what was escaped in the body is plain now
+            body=body,
             kickoff_id=call.kickoff_id,
-            retry_after=facts.retry_after,
+            retry_after=parse_retry_after(answer.headers.get("retry-after")),
             **more,
         )
 
@@ -335,15 +303,5 @@ def _redirection(answer: Answer) -> str:
     try:
         target = urlsplit(answer.headers.get("location", ""))
     except ValueError:
-        return "it redirects to an address that cannot be read"
-    where = f"{target.scheme}://{target.hostname}{target.path}" if target.hostname else target.path or "nowhere"
-    return f"it leads to {where}. Give the crew's final URL"
-
-
-def _encoded(body: Mapping[str, Any]) -> bytes:
-    try:
-        return json.dumps(body, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
-    except (TypeError, ValueError, RecursionError) as error:
-        raise ConfigurationError(
-            f"The request's body cannot be written as JSON: {type(error).__name__}. Check meta and feedback."
-        ) from None
+        return "an address that cannot be read"
+    return f"{target.scheme}://{target.hostname}{target.path}" if target.hostname else target.path or "nowhere"

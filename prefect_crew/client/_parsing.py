@@ -1,6 +1,7 @@
-"""From what a crew's server sends to one model, whatever response format it uses. Pure functions.
+"""From what a crew's server sends to one model, whatever response format it uses.
 
-Bodies are bytes from a server: JSON that may be anything. Every parser is linear in their size.
+Parsers are pure functions of JSON values that may be anything, and linear in their size. None is for what is in no
+known format.
 """
 
 from __future__ import annotations
@@ -8,10 +9,10 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 from prefect_crew._text import EXCERPT
 from prefect_crew.client.models import (
@@ -26,6 +27,8 @@ from prefect_crew.client.models import (
 from prefect_crew.exceptions import ResponseFormatError
 from prefect_crew.states import CrewState, known_state
 
+T = TypeVar("T")
+
 # JSON
 
 MAX_CONTAINERS = 2_000_000
@@ -33,54 +36,46 @@ MAX_CONTAINERS = 2_000_000
 _SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
-def decode(body: bytes | str, *, expected: str, kickoff_id: str | None = None) -> Any:
+def decode(body: bytes, *, expected: str) -> Any:
     """Return the JSON value of a body.
 
     Raises:
         ResponseFormatError: It is not JSON, nests too deeply, or has too many lists and objects.
     """
     try:
-        return _loads(body if isinstance(body, str) else body.decode(json.detect_encoding(body), "replace"))
+        return _loads(body.decode("utf-8-sig", "replace"))
     except (ValueError, RecursionError):
-        raise _unexpected(body, expected, kickoff_id) from None
+        raise ResponseFormatError(expected=expected, body=shown(body)) from None
 
 
 def _loads(text: str) -> Any:
     # Brackets in texts count as well: a text may be JSON, and is then parsed by itself.
     if len(text) > MAX_CONTAINERS and text.count("[") + text.count("{") > MAX_CONTAINERS:
         raise ValueError
-    value = json.loads(text.removeprefix("\ufeff"), parse_constant=lambda _: None, parse_float=_finite)
-    if _SURROGATE_ESCAPE.search(text):  # only an escape can smuggle half a pair into decoded text
-        return json.loads(clean(json.dumps(value, ensure_ascii=False)))
-    return value
+    value = json.loads(text, parse_constant=lambda _: None, parse_float=_finite)
+    if not _SURROGATE_ESCAPE.search(text):  # only an escape can smuggle half a pair into decoded text
+        return value
+    whole = json.dumps(value, ensure_ascii=False).encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    return json.loads(whole)
 
 
 def _finite(digits: str) -> float | None:
-    value = float(digits)
-    return value if math.isfinite(value) else None
+    return number if math.isfinite(number := float(digits)) else None
 
 
-def clean(text: str) -> str:
-    """Return `text` with surrogate pairs joined and lone surrogates replaced, so that it can be encoded."""
-    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-
-
-def shown(body: bytes | str) -> str:
+def shown(body: bytes) -> str:
     """Return the start of a body that an error may show."""
-    return body[: 4 * EXCERPT].decode("utf-8", "replace") if isinstance(body, bytes) else clean(body[: 4 * EXCERPT])
+    return body[: 4 * EXCERPT].decode("utf-8", "replace")
 
 
-def _unexpected(body: bytes | str, expected: str, kickoff_id: str | None = None) -> ResponseFormatError:
-    return ResponseFormatError(expected=expected, body=shown(body), kickoff_id=kickoff_id)
-
-
-# Values
+# Values: each is given as what it should be, or as nothing
 
 RUN_KEYS = ("kickoff_id", "kickoffId", "execution_id", "executionId")
 """Keys that name a run everywhere."""
 MAX_ID = 1000
 """Characters of a usable id. Longer ones fit neither a URL nor the record of a run."""
-MAX_COUNT = 2**63 - 1
+MAX_COUNT = 10**12
+"""A larger count is taken for not reported: sums over millions of runs stay within the 64 bits that databases have."""
 
 
 def as_object(value: Any) -> dict[str, Any]:
@@ -101,58 +96,62 @@ def as_text(value: Any) -> str | None:
 def as_id(value: Any) -> str | None:
     """Return `value` as an id, or None where it can be none. A number is one, a truth value is not."""
     if isinstance(value, int) and not isinstance(value, bool):
-        return str(value) if abs(value) <= MAX_COUNT else None
+        return str(value) if abs(value) < 2**63 else None
+    text = as_text(value)
     # An id in which a character had to be replaced is another id.
-    return (
-        value if isinstance(value, str) and value.strip() and len(value) <= MAX_ID and "\ufffd" not in value else None
-    )
+    return text if text and len(text) <= MAX_ID and "\ufffd" not in text else None
 
 
-def as_number(value: Any) -> float | None:
-    """Return `value` as a finite number, or None. Text that is a number is one."""
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, int | float | str)
-        or (isinstance(value, str) and len(value) > 40)
-    ):
+def _as_number(value: Any) -> float | None:
+    """Return a finite number from 0 on, also one that is written as text."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    if isinstance(value, str) and len(value) > 40:
         return None
     try:
         number = float(value)
     except (ValueError, OverflowError):
         return None
-    return number if math.isfinite(number) else None
+    return number if 0 <= number < math.inf else None
 
 
-def as_count(value: Any) -> int | None:
-    """Return `value` as a whole number from 0 on, or None."""
-    number = as_number(value)
-    return int(number) if number is not None and 0 <= number <= MAX_COUNT and number == int(number) else None
+def _as_count(value: Any) -> int | None:
+    number = _as_number(value)
+    return int(number) if number is not None and number.is_integer() and number <= MAX_COUNT else None
 
 
-def first(source: Mapping[str, Any], keys: Iterable[str]) -> Any:
-    """Return the first value under one of `keys` that is not null, else None."""
-    return next((source[key] for key in keys if source.get(key) is not None), None)
+def _as_name(value: Any) -> str | None:
+    return as_text(str(value)) if isinstance(value, str | int) and not isinstance(value, bool) else None
 
 
-def id_of(source: Mapping[str, Any], keys: Iterable[str]) -> str | None:
-    """Return the first usable id under one of `keys`, else None."""
-    return next((found for key in keys if (found := as_id(source.get(key)))), None)
-
-
-def _texts(values: Iterable[Any]) -> Iterator[str]:
-    return (text for text in map(as_text, values) if text is not None)
-
-
-def _to_json(value: Any) -> str | None:
+def text_of(value: Any) -> str | None:
+    """Return text as it is, structure and numbers as JSON, null as None."""
+    if value is None or isinstance(value, str):
+        return as_text(value)
     try:
         return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
     except RecursionError:
         return None
 
 
-def text_of(value: Any) -> str | None:
-    """Return text as it is, structure and numbers as JSON, null as None."""
-    return as_text(value) if value is None or isinstance(value, str) else _to_json(value)
+def values_at(value: Any, *paths: str) -> Iterator[Any]:
+    """Yield what stands at these paths of an object, such as `result.output`, without what is missing or null."""
+    for path in paths:
+        found = value
+        for key in path.split("."):
+            found = as_object(found).get(key)
+        if found is not None:
+            yield found
+
+
+def pick(read: Callable[[Any], T | None], value: Any, *paths: str) -> T | None:
+    """Return the first value at these paths that is usable, as `read` gives it."""
+    return next((found for one in values_at(value, *paths) if (found := read(one)) is not None), None)
+
+
+def name_of(value: Any, *keys: str) -> str | None:
+    """Return text as it is, and of an object the first of `keys` that holds a name."""
+    return as_text(value) or pick(_as_name, value, *keys)
 
 
 def _structured(value: Any) -> Any:
@@ -171,93 +170,42 @@ def _structured(value: Any) -> Any:
         return None
 
 
-_NAME_KEYS = ("task_id", "name", "task_name")
-
-
-def name_of(value: Any, keys: Iterable[str] = _NAME_KEYS) -> str | None:
-    """Return text as it is, and of an object the first of `keys` that holds a name."""
-    if isinstance(value, str):
-        return as_text(value)
-    names = (as_object(value).get(key) for key in keys)
-    return next(_texts(str(name) for name in names if isinstance(name, str | int) and not isinstance(name, bool)), None)
-
-
 # Errors
+
+_LONG = 2000
+"""Characters of an error's message, at most."""
 
 
 class ErrorFacts(NamedTuple):
-    """What an error answer says.
+    """What the body of an error says; `raw` is it as JSON, None where it is none."""
 
-    `title` is the short error and `message` the long one, as far as there are any; `retry_after` the seconds that the
-    server asks to wait; `raw` the body as JSON, None where it is none.
-    """
-
-    title: str | None = None
-    message: str | None = None
-    missing_inputs: tuple[str, ...] = ()
-    retry_after: float | None = None
-    body: str = ""
-    raw: Any = None
+    message: str | None
+    missing_inputs: tuple[str, ...]
+    raw: Any
 
 
-_HTML = re.compile(r"\A\s*<(?:!doctype|html|head|body|\?xml|!--)", re.IGNORECASE)
-_LONG = 2000
-"""Characters of a title or message, at most: a plain text body is all message, and may be anything."""
-
-
-def parse_error(text: str, headers: Mapping[str, str] | None = None, *, now: datetime | None = None) -> ErrorFacts:
-    """Return the facts of an error answer, of its body and its headers. Never raises.
-
-    `now` is the clock against which a `Retry-After` that is a date counts.
-    """
-    text = clean(text)
-    retry_after = parse_retry_after(headers or {}, now=now)
+def parse_error(text: str) -> ErrorFacts:
+    """Return the facts of an error's body. Never raises."""
     try:
         raw = _loads(text)
     except (ValueError, RecursionError):
-        message = None if _HTML.match(text) else as_text(text[:_LONG])
-        return ErrorFacts(None, message, (), retry_after, text)
-    title, message = (part and as_text(part[:_LONG]) for part in _title_and_message(raw))
-    return ErrorFacts(title, message, tuple(_missing_inputs(raw)), retry_after, text, raw)
+        return ErrorFacts(None, (), None)
+    parts = (pick(error_text, raw, key) for key in ("error", "message", "detail"))
+    said = ": ".join(dict.fromkeys(filter(None, parts))) or error_text(raw) or ""
+    listed = next(values_at(raw, "details.missing_inputs", "missing_inputs", "detail.missing_inputs"), None)
+    return ErrorFacts(as_text(said[:_LONG]), tuple(dict.fromkeys(filter(None, map(as_text, as_list(listed))))), raw)
 
 
-def _title_and_message(raw: Any) -> tuple[str | None, str | None]:
-    source = as_object(raw)
-    if not source:
-        return None, error_text(raw)
-    detail = source.get("detail")
-    if isinstance(detail, dict) and not source.keys() & {"error", "message"}:
-        return _title_and_message({**as_object(detail), "detail": None})
-    title, message = error_text(source.get("error")), error_text(source.get("message"))
-    return title, message or error_text(detail) or (None if title else error_text(source))
-
-
-def _missing_inputs(raw: Any) -> Iterable[str]:
-    """Return `missing_inputs` from wherever servers put it, or FastAPI's list of missing fields."""
-    source = as_object(raw)
-    detail = as_object(source.get("detail"))
-    for place in (as_object(source.get("details")), source, detail, as_object(detail.get("details"))):
-        if isinstance(place.get("missing_inputs"), list):
-            return dict.fromkeys(_texts(as_list(place["missing_inputs"])))
-    fields = [as_object(item) for item in as_list(source.get("detail"))]
-    paths = [as_list(field.get("loc")) for field in fields if field.get("type") == "missing"]
-    return _texts(path[-1] for path in paths if "inputs" in path[:-1])
-
-
-def parse_retry_after(headers: Mapping[str, str], *, now: datetime | None = None) -> float | None:
+def parse_retry_after(value: str | None) -> float | None:
     """Return the seconds that `Retry-After` asks for, 0.0 for a time that has passed, None where it says nothing."""
-    value = next((value for name, value in headers.items() if name.lower() == "retry-after"), "").strip()
     try:
-        seconds = float(value)
-        return max(seconds, 0.0) if math.isfinite(seconds) else None
+        seconds = float(value or "")
     except ValueError:
-        pass
-    try:
-        when = parsedate_to_datetime(value)
-        when = when if when.tzinfo else when.replace(tzinfo=UTC)
-        return max((when - (now or datetime.now(UTC))).total_seconds(), 0.0)
-    except (ValueError, TypeError, OverflowError, IndexError):
-        return None
+        try:
+            seconds = (parsedate_to_datetime((value or "")[:100]) - datetime.now(UTC)).total_seconds()
+        except (ValueError, TypeError, OverflowError, IndexError):  # TypeError: a date without a zone
+            return None
+    return max(seconds, 0.0) if math.isfinite(seconds) else None
 
 
 def error_text(value: Any, depth: int = 5) -> str | None:
@@ -267,22 +215,25 @@ def error_text(value: Any, depth: int = 5) -> str | None:
     if value is None or isinstance(value, bool) or not value:
         return None
     if isinstance(value, list) and depth:
-        return "; ".join(_texts(error_text(item, depth - 1) for item in as_list(value))) or _to_json(value)
+        texts = (error_text(item, depth - 1) for item in as_list(value))
+        return "; ".join(filter(None, texts)) or text_of(value)
     if isinstance(value, dict) and depth:
         source = as_object(value)
-        for key in ("message", "msg", "error", "detail", "reason", "description", "title"):
+        for key in ("message", "msg", "error", "detail", "title"):
             if text := error_text(source.get(key), depth - 1):
                 # Where a validation error of FastAPI stands: `body.inputs.budget`.
-                where = ".".join(_texts(map(str, as_list(source.get("loc"))))) if key == "msg" else ""
+                where = ".".join(map(str, as_list(source.get("loc")))) if key == "msg" else ""
                 return f"{where}: {text}" if where else text
-    return _to_json(value)
+    return text_of(value)
 
 
 # Parts of a status and of webhooks
 
-_TEXT_KEYS = ("output", "raw", "result")
-_TASK_LISTS = ("tasks", "tasks_output", "task_outputs")
-_RESULT_KEYS = {*_TEXT_KEYS, *_TASK_LISTS, "json_dict", "pydantic", "token_usage"}
+_IN_RESULT = ("result.output", "result.raw", "result.result")
+_OUTPUT = ("result", *_IN_RESULT, "output", "raw", "last_executed_task.output")
+_DATA = ("result_json", "result.json_dict", "result.pydantic", "output_json")
+_TASKS = ("tasks", "tasks_output", "task_outputs")
+_RESULT_KEYS = {"output", "raw", "result", *_TASKS, "json_dict", "pydantic", "token_usage"}
 """Keys that make an object under `result` a wrapping of the result rather than the result itself."""
 _ERROR_KEYS = {"error", "error_message", "message", "detail", "details", "type", "code", "status", "state", "traceback"}
 
@@ -295,20 +246,13 @@ class _State(NamedTuple):
 
 def state_of(body: Mapping[str, Any]) -> _State | None:
     """Return the state: `state` before `status`. None where neither is a word; an unknown word counts as running."""
-    word = as_text(body.get("state")) or as_text(body.get("status"))
-    if word is None:
-        return None
-    state = known_state(word)
-    return _State(state or CrewState.RUNNING, word, state is not None)
+    word = pick(as_text, body, "state", "status")
+    state = known_state(word or "")
+    return _State(state or CrewState.RUNNING, word, state is not None) if word else None
 
 
 def _agreed_state(body: Mapping[str, Any], state: CrewState) -> CrewState:
-    """Return the state on which all of a status agrees: what is said to have failed has not completed.
-
-    Completed contradicts a `status` next to `state` that means failed or stopped, an error where there is no result,
-    and
-    a result that is an error and nothing else.
-    """
+    """Return the state on which all of a status agrees: what is said to have failed has not completed."""
     if state is not CrewState.COMPLETED:
         return state
     other = known_state(as_text(body.get("status")) or "")
@@ -316,14 +260,13 @@ def _agreed_state(body: Mapping[str, Any], state: CrewState) -> CrewState:
         return other
     inner = as_object(body.get("result"))
     if error_text(inner.get("error")) and inner.keys() <= _ERROR_KEYS:
-        return CrewState.FAILED
-    if error_text(body.get("error")) or error_text(body.get("error_message")):
+        return CrewState.FAILED  # the result is an error and nothing else
+    if pick(error_text, body, "error", "error_message"):
         # What the last task wrote is not a result of a run that names its error.
-        own = {key: value for key, value in body.items() if key != "last_executed_task"}
-        data = _data_of(own)
-        if data is None and not _output_of(own, data):
+        own = {**body, "last_executed_task": None}
+        if _data_of(own) is None and not _output_of(own, None):
             return CrewState.FAILED
-    return CrewState.COMPLETED
+    return state
 
 
 def _sentence(body: Mapping[str, Any]) -> str | None:
@@ -332,36 +275,26 @@ def _sentence(body: Mapping[str, Any]) -> str | None:
     return status if status and as_text(body.get("state")) and known_state(status) is None else None
 
 
-def _output_places(body: Mapping[str, Any]) -> list[Any]:
-    result = body.get("result")
-    inner = as_object(result)
-    return [
-        None if inner else result,
-        *(inner.get(key) for key in _TEXT_KEYS),
-        body.get("output"),
-        body.get("raw"),
-        as_object(body.get("last_executed_task")).get("output"),
-    ]
+def _outputs(body: Mapping[str, Any]) -> list[Any]:
+    return [value for value in values_at(body, *_OUTPUT) if value is not body.get("result") or not as_object(value)]
 
 
 def _output_of(body: Mapping[str, Any], data: Any) -> str:
     """Return the text of a completed run, "" where the server left it empty. `data` is its structured result."""
-    places = _output_places(body)
+    places = _outputs(body)
     values = (value for value in (*places, data) if value is not None and not isinstance(value, str))
-    found = next(_texts(places), None) or next(filter(None, map(_to_json, values)), None)
+    found = next(filter(None, map(as_text, places)), None) or next(filter(None, map(text_of, values)), None)
     return found or next((value for value in places if isinstance(value, str)), "")
 
 
 def _data_of(body: Mapping[str, Any]) -> Any:
     """Return the structured result of a completed run, or None."""
     result = body.get("result")
-    inner = as_object(result)
-    places = (body.get("result_json"), inner.get("json_dict"), inner.get("pydantic"), body.get("output_json"))
-    values = [_structured(value) for value in places]
-    values += [value for value in (inner.get("output"), body.get("output")) if isinstance(value, dict | list)]
-    if not isinstance(result, str) and not (inner.keys() & _RESULT_KEYS):
+    values = [_structured(value) for value in values_at(body, *_DATA)]
+    values += [value for value in values_at(body, "result.output", "output") if isinstance(value, dict | list)]
+    if not isinstance(result, str) and not (as_object(result).keys() & _RESULT_KEYS):
         values.append(result)
-    values += [_structured(text) for text in _texts(_output_places(body))]
+    values += [_structured(value) for value in _outputs(body) if isinstance(value, str)]
     given = [value for value in values if value is not None]
     # An empty object in a preferred place says less than a full one in a later place.
     return next((value for value in given if value not in ({}, [])), given[0] if given else None)
@@ -369,26 +302,18 @@ def _data_of(body: Mapping[str, Any]) -> Any:
 
 def _tasks_of(body: Mapping[str, Any]) -> list[TaskResult]:
     """Return the tasks that ended, in the server's order."""
-    sources = (as_object(body.get("result")), body)
-    lists = (as_list(source.get(key)) for source in sources for key in _TASK_LISTS)
-    return [task for task in map(_task, next(filter(None, lists), list[Any]())) if task]
+    lists = map(as_list, values_at(body, *(f"result.{key}" for key in _TASKS), *_TASKS))
+    return [_task(item) for item in next(filter(None, lists), list[Any]()) if isinstance(item, str | dict)]
 
 
-def _task(item: Any) -> TaskResult | None:
-    if isinstance(item, str):
-        return TaskResult(output=as_text(item), raw=item)
-    if not isinstance(item, dict):
-        return None
-    task = as_object(item)
-    output, data = (
-        first(task, ("output", "raw", "result", "summary")),
-        first(task, ("output_json", "json_dict", "pydantic")),
-    )
+def _task(item: Any) -> TaskResult:
+    task = as_object(item) or {"output": item}
+    output = next(values_at(task, "output", "raw", "result", "summary"), None)
     return TaskResult(
-        name=name_of(task),
+        name=pick(_as_name, task, "task_id", "name", "task_name"),
         agent=agent_of(task),
         output=text_of(output),
-        data=_structured(data if data is not None else output),
+        data=_structured(next(values_at(task, "output_json", "json_dict", "pydantic"), output)),
         execution_time=seconds_of(task),
         description=as_text(task.get("description")),
         raw=item,
@@ -396,12 +321,11 @@ def _task(item: Any) -> TaskResult | None:
 
 
 def agent_of(body: Mapping[str, Any]) -> str | None:
-    return name_of(body.get("agent"), ("role", "name", "id"))
+    return name_of(body.get("agent"), "role", "name", "id")
 
 
 def seconds_of(body: Mapping[str, Any]) -> float | None:
-    number = as_number(body.get("execution_time"))
-    return number if number is not None and number >= 0 else None
+    return _as_number(body.get("execution_time"))
 
 
 _OTHER_COUNTS = {
@@ -412,71 +336,57 @@ _OTHER_COUNTS = {
 """What providers of models call the counts, in events of single calls."""
 
 
-MOST_TOKENS = 10**12
-"""More are taken for not reported: sums over millions of runs stay within the 64 bits that databases have."""
-
-
 def usage_of(body: Mapping[str, Any]) -> TokenUsage | None:
     """Return the tokens used, None where nothing was reported."""
-    return tokens_of(body.get("token_usage")) or tokens_of(as_object(body.get("result")).get("token_usage"))
+    return pick(tokens_of, body, "token_usage", "result.token_usage")
 
 
 def tokens_of(value: Any) -> TokenUsage | None:
     """Return the counts that an object holds, None where it holds none."""
-    counts: dict[str, int] = {}
-    for name in TokenUsage.model_fields:
-        found = first(as_object(value), (name, _OTHER_COUNTS.get(name, name)))
-        if (count := as_count(found)) is not None and count <= MOST_TOKENS:
-            counts[name] = count
-    if {"prompt_tokens", "completion_tokens"} <= counts.keys():
-        counts.setdefault("total_tokens", counts["prompt_tokens"] + counts["completion_tokens"])
-    return TokenUsage(**counts) if counts else None
+    names = TokenUsage.model_fields
+    counts = {name: pick(_as_count, value, name, _OTHER_COUNTS.get(name, name)) for name in names}
+    prompt, completion = counts["prompt_tokens"], counts["completion_tokens"]
+    if counts["total_tokens"] is None and prompt is not None and completion is not None:
+        counts["total_tokens"] = prompt + completion
+    return TokenUsage(**counts) if any(count is not None for count in counts.values()) else None
 
 
 def _error_of(body: Mapping[str, Any], state: CrewState) -> str | None:
     """Return why a run failed or was stopped. What a failed run has as its result is its error, and never a result."""
-    inner = as_object(body.get("result"))
-    places = [body.get(key) for key in ("error", "error_message", "detail")]
-    if state is CrewState.FAILED:
-        places += [inner.get("error"), body.get("message"), _sentence(body)]
-        places += [*(inner.get(key) for key in _TEXT_KEYS), body.get("result"), body.get("output")]
-    return next(filter(None, map(error_text, places)), None)
+    error = pick(error_text, body, "error", "error_message", "detail")
+    if error or state is not CrewState.FAILED:
+        return error
+    error = pick(error_text, body, "result.error", "message") or _sentence(body)
+    return error or pick(error_text, body, *_IN_RESULT, "result", "output")
 
 
 # Answers
 
-_KICKOFF_KEYS = (*RUN_KEYS, "id", "task_id")
-"""`task_id` names the run in the answer to a kickoff only; everywhere else it names a task."""
 _TASK_KEYS = ("name", "task_name", "task_id", "id", "description")
 _STEP_KEYS = ("description", "thought", "content", "text", "output", "result", "prompt", "name", "tool")
-_HUMAN_TASK_KEYS = ("human_task_id", "task_id", "taskId")
-_HUMAN_PARTS = ("human_input", "human_feedback", "human_input_request", "pending_human_input", "current_task")
+_TASK_IDS = ("human_task_id", "task_id", "taskId")
+_ASKED_OF = ("task_output", "output", "prompt")
+_HUMAN = ("human_input", "human_feedback", "human_input_request", "pending_human_input", "current_task")
+_HUMAN_TASK = tuple(f"{part}{key}" for part in ("", *(f"{one}." for one in _HUMAN)) for key in _TASK_IDS)
+_HUMAN_OUTPUT = tuple(f"{part}{key}" for part in (*(f"{one}." for one in _HUMAN), "") for key in _ASKED_OF)
 
 
-def parse_inputs(body: bytes) -> list[CrewInput]:
+def parse_inputs(value: Any) -> list[CrewInput] | None:
     """Return the inputs that `GET /inputs` names, in its order, each once.
 
     Accepted under `inputs`: a list of names, a list of `{name, type, required, description, default}`, an object of
-    name to description (or to such an object), null; and a bare list. `required_inputs` next to it takes the same
-    forms:
-    an input that it does not name is optional.
-
-    Raises:
-        ResponseFormatError: The body is none of these.
+    name to description (or to such an object), null; and a bare list. `required_inputs` takes the same forms: an input
+    that it does not name is optional.
     """
-    expected = "the crew's inputs"
-    value = decode(body, expected=expected)
     source = as_object(value)
-    items = _items(source["inputs"]) if "inputs" in source else _items(value) if isinstance(value, list) else None
-    needed = _items(source.get("required_inputs"))
-    if items is None or needed is None:
-        raise _unexpected(body, expected)
-    required = None if source.get("required_inputs") is None else {as_text(item.get("name")) for item in needed}
+    listed = source.get("required_inputs")
+    items, needed = _items(value if isinstance(value, list) else source.get("inputs", "")), _items(listed)
+    if items is None or needed is None or not all(as_text(item.get("name")) for item in (*items, *needed)):
+        return None
+    required = None if listed is None else {item["name"] for item in needed}
     found: dict[str, CrewInput] = {}
-    for item in [*items, *needed]:
-        name = as_text(item.get("name"))
-        if name is None:
-            raise _unexpected(body, expected)
+    for item in (*items, *needed):
+        name: str = item["name"]
         facts = {"type": as_text(item.get("type")), "description": as_text(item.get("description"))}
         is_required = _is_required(item, is_listed=None if required is None else name in required)
         found.setdefault(name, CrewInput(name=name, required=is_required, default=item.get("default"), **facts))
@@ -503,42 +413,27 @@ def _is_required(item: Mapping[str, Any], *, is_listed: bool | None) -> bool:
     return not (said is False or (isinstance(said, str) and said.strip().casefold() == "false"))
 
 
-def parse_kickoff(body: bytes) -> str:
-    """Return the id of the run that a kickoff started.
-
-    Raises:
-        ResponseFormatError: There is no usable id in the body, or it has control characters. The run may have
-            started all the same.
-    """
-    expected = "the id of the run that was started"
-    kickoff_id = id_of(as_object(decode(body, expected=expected)), _KICKOFF_KEYS)
+def parse_kickoff(value: Any) -> str | None:
+    """Return the id of the run that a kickoff started."""
+    # Everywhere else `task_id` names a task.
+    kickoff_id = pick(as_id, value, *RUN_KEYS, "id", "task_id")
     # It goes into logs, commands and records, where a line break or an escape of a terminal is more than an id.
-    if kickoff_id is None or not kickoff_id.isprintable():
-        raise _unexpected(body, expected)
-    return kickoff_id
+    return kickoff_id if kickoff_id is not None and kickoff_id.isprintable() else None
 
 
-def parse_status(body: bytes, kickoff_id: str) -> CrewStatus:
-    """Return the status of run `kickoff_id`.
+def parse_status(value: Any, kickoff_id: str) -> CrewStatus | None:
+    """Return the status of run `kickoff_id`, None where it has no state or is that of another run.
 
-    Output and data are set only on a completed run, an error only on a failed or stopped one, whatever else the body
-    holds. A run that is said to be completed and failed at once counts as failed. A body without a state says nothing
-    of the run, even with a result: every known server gives one, and unknown is not success.
-
-    Raises:
-        ResponseFormatError: The body is not an object, has no state, or names another run.
+    Output and data are set only on a completed run, an error only on a failed or stopped one, whatever else there is.
+    A body without a state says nothing of the run, even with a result: every known server gives one.
     """
-    expected = "the status of a run"
-    value = decode(body, expected=expected, kickoff_id=kickoff_id)
     source = as_object(value)
     found = state_of(source)
-    if found is None:
-        raise _unexpected(body, expected, kickoff_id)
     ids = {own.casefold() for key in RUN_KEYS if (own := as_id(source.get(key)))}
-    if ids and kickoff_id.casefold() not in ids:
-        raise _unexpected(body, "the status of this run, not that of another one", kickoff_id)
+    if found is None or (ids and kickoff_id.casefold() not in ids):
+        return None
     state = _agreed_state(source, found.state)
-    completed, total, progress = _progress(source.get("progress"))
+    completed, total, progress = _progress(source)
     data = _data_of(source) if state is CrewState.COMPLETED else None
     return CrewStatus(
         kickoff_id=kickoff_id,
@@ -546,13 +441,13 @@ def parse_status(body: bytes, kickoff_id: str) -> CrewStatus:
         raw_state=found.word,
         known_state=found.is_known,
         message=_sentence(source) or as_text(source.get("message")),
-        current_task=name_of(source.get("current_task"), _TASK_KEYS),
-        last_task=name_of(source.get("last_executed_task"), _TASK_KEYS),
-        last_step=name_of(source.get("last_step"), _STEP_KEYS) or text_of(source.get("last_step")),
+        current_task=name_of(source.get("current_task"), *_TASK_KEYS),
+        last_task=name_of(source.get("last_executed_task"), *_TASK_KEYS),
+        last_step=name_of(source.get("last_step"), *_STEP_KEYS) or text_of(source.get("last_step")),
         completed_tasks=completed,
         total_tasks=total,
         progress=progress,
-        human_task_id=_human_task(source) if state is CrewState.WAITING else None,
+        human_task_id=pick(as_id, source, *_HUMAN_TASK) if state is CrewState.WAITING else None,
         tasks=_tasks_of(source),
         output=_output_of(source, data) if state is CrewState.COMPLETED else None,
         data=data,
@@ -563,87 +458,38 @@ def parse_status(body: bytes, kickoff_id: str) -> CrewStatus:
     )
 
 
-def _progress(value: Any) -> tuple[int | None, int | None, float | None]:
+def _progress(source: Mapping[str, Any]) -> tuple[int | None, int | None, float | None]:
     """Return tasks completed, tasks in all, and the fraction 0..1."""
-    inner = as_object(value)
-    completed, total = as_count(inner.get("completed_tasks")), as_count(inner.get("total_tasks"))
+    completed = pick(_as_count, source, "progress.completed_tasks")
+    total = pick(_as_count, source, "progress.total_tasks")
     if completed is not None and total:
         return completed, total, min(completed / total, 1.0)
-    number = as_number(first(inner, ("progress", "percentage", "percent")) if isinstance(value, dict) else value)
-    if number is None or not 0 <= number <= 100:
+    number = pick(_as_number, source, "progress.progress", "progress.percentage", "progress.percent", "progress")
+    if number is None or number > 100:
         return completed, total, None
     return completed, total, number if number <= 1 else number / 100
 
 
-def _human_task(source: Mapping[str, Any]) -> str | None:
-    parts = (source, *(as_object(source.get(key)) for key in _HUMAN_PARTS))
-    return next((found for part in parts if (found := id_of(part, _HUMAN_TASK_KEYS))), None)
-
-
 def waiting_output(raw: Any) -> str | None:
-    """Return what the status of a run that waits for a person shows for review, None where it shows nothing.
-
-    `raw` is the JSON value of the status.
-    """
-    source = as_object(raw)
-    parts = (*(as_object(source.get(key)) for key in _HUMAN_PARTS), source)
-    found = [text_of(part.get(key)) for part in parts for key in ("task_output", "output", "prompt")]
-    last = as_object(source.get("last_executed_task"))
-    waits = _human_task(source) or as_text(source.get("current_task"))
-    if waits is None or waits in (id_of(last, _HUMAN_TASK_KEYS), last.get("name")):
-        found.append(text_of(last.get("output")))  # what it says of another task is not for review
-    return next(_texts(found), None)
+    """Return what the status of a run that waits for a person shows for review, None where it shows nothing."""
+    last = as_object(as_object(raw).get("last_executed_task"))
+    waits = pick(as_id, raw, *_HUMAN_TASK) or pick(as_text, raw, "current_task")
+    # What it says of another task is not for review.
+    is_last = waits is None or waits in (pick(as_id, last, *_TASK_IDS), last.get("name"))
+    return pick(text_of, raw, *_HUMAN_OUTPUT) or (text_of(last.get("output")) if is_last else None)
 
 
-def parse_resume(body: bytes) -> ResumeAnswer:
-    """Return what the server said to a resume that it accepted (2xx): `{status, message}`, an id, or nothing at all.
-
-    Raises:
-        ResponseFormatError: The body is neither empty nor an object, or holds nothing but an error.
-    """
-    if body.strip() in (b"", b"null"):
-        return ResumeAnswer()
-    expected = "the answer to a resume"
-    value = decode(body, expected=expected)
+def parse_resume(value: Any) -> ResumeAnswer | None:
+    """Return what the server said to a resume that it accepted (2xx): `{status, message}`, an id, or nothing at all."""
     source = as_object(value)
-    status = as_text(source.get("status"))
-    if not isinstance(value, dict) or (status is None and error_text(source.get("error"))):
-        raise _unexpected(body, expected)
-    message = as_text(source.get("message"))
-    return ResumeAnswer(kickoff_id=id_of(source, RUN_KEYS), status=status, message=message, raw=value)
+    status, message = as_text(source.get("status")), as_text(source.get("message"))
+    if not isinstance(value, dict | None) or (status is None and error_text(source.get("error"))):
+        return None
+    return ResumeAnswer(kickoff_id=pick(as_id, source, *RUN_KEYS), status=status, message=message, raw=value)
 
 
 _CURRENT_STATE = re.compile(r"current state:?\s*['\"]?([A-Za-z][A-Za-z _-]*)", re.IGNORECASE)
-_NO_ROUTE = re.compile(r"\b(route|path|url|uri|endpoint|page|resource|method)\b|\bcannot post\b", re.IGNORECASE)
-_NO_RUN = re.compile(r"\b(execution|kickoff|run|task|job|crew|id)\b", re.IGNORECASE)
-
-
-def parse_stop(text: str, kickoff_id: str, status_code: int = 200) -> StopAnswer | None:
-    """Return what became of a `/stop`, from the body and the HTTP status; None where that is an error of another kind.
-
-    A 404 is a missing route unless its body is JSON that mentions a run: frameworks say "Not Found" and no more.
-
-    Raises:
-        ResponseFormatError: A 2xx whose body is neither empty nor an object.
-    """
-    if 200 <= status_code < 300:
-        return _stopped(text, kickoff_id)
-    facts = parse_error(text)
-    said = ": ".join(part for part in (facts.title, facts.message) if part)
-    answer = StopAnswer(kickoff_id=kickoff_id, outcome=StopOutcome.UNSUPPORTED, message=said or None, raw=facts.raw)
-    if status_code in (400, 409) and (found := _CURRENT_STATE.search(said)):
-        word = found.group(1).strip()
-        state = {"outcome": StopOutcome.NOT_STOPPABLE, "state": known_state(word), "raw_state": word}
-        return answer.model_copy(update=state)
-    if status_code not in (404, 405, 410, 501):
-        return None
-    names_it = re.search(rf"(?<!\w){re.escape(kickoff_id)}(?!\w)", said) or _NO_RUN.search(said)
-    of_a_run = isinstance(facts.raw, dict) and names_it and not _NO_ROUTE.search(said)
-    if status_code == 410 or (status_code == 404 and of_a_run):
-        return answer.model_copy(update={"outcome": StopOutcome.UNKNOWN_RUN})
-    return answer
-
-
+_NO_RUN = re.compile(r"\b(execution|kickoff|run|id)\b", re.IGNORECASE)
 _STOP_OUTCOMES = {
     CrewState.STOPPED: StopOutcome.STOPPED,
     CrewState.COMPLETED: StopOutcome.NOT_STOPPABLE,
@@ -652,13 +498,10 @@ _STOP_OUTCOMES = {
 }
 
 
-def _stopped(text: str, kickoff_id: str) -> StopAnswer:
-    if text.strip() in ("", "null"):
-        return StopAnswer(kickoff_id=kickoff_id, outcome=StopOutcome.REQUESTED)
-    expected = "the answer to a stop"
-    value = decode(text, expected=expected, kickoff_id=kickoff_id)
-    if not isinstance(value, dict):
-        raise _unexpected(text, expected, kickoff_id)
+def parse_stop(value: Any, kickoff_id: str) -> StopAnswer | None:
+    """Return what the server said to a `/stop` that it accepted (2xx)."""
+    if not isinstance(value, dict | None):
+        return None
     source = as_object(value)
     found = state_of(source)
     state = found.state if found and found.is_known else None
@@ -670,3 +513,22 @@ def _stopped(text: str, kickoff_id: str) -> StopAnswer:
         message=_sentence(source) or as_text(source.get("message")),
         raw=value,
     )
+
+
+def parse_refused_stop(text: str, kickoff_id: str, status_code: int) -> StopAnswer | None:
+    """Return what an error says about a run that was to be stopped, None where that is an error of another kind.
+
+    A 404 is a missing route unless its `error` or `detail` speaks of a run: frameworks say "Not Found" and no more.
+    """
+    facts = parse_error(text)
+    answer = StopAnswer(kickoff_id=kickoff_id, outcome=StopOutcome.UNSUPPORTED, message=facts.message, raw=facts.raw)
+    if status_code in (400, 409) and (found := _CURRENT_STATE.search(facts.message or text[:_LONG])):
+        word = found.group(1).strip()
+        state = {"outcome": StopOutcome.NOT_STOPPABLE, "state": known_state(word), "raw_state": word}
+        return answer.model_copy(update=state)
+    if status_code not in (404, 405, 410, 501):
+        return None
+    said = " ".join(text for text in values_at(facts.raw, "error", "detail") if isinstance(text, str))
+    if status_code == 410 or (status_code == 404 and (_NO_RUN.search(said) or kickoff_id in said)):
+        return answer.model_copy(update={"outcome": StopOutcome.UNKNOWN_RUN})
+    return answer

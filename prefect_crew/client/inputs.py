@@ -26,7 +26,6 @@ the existing execution: no two runs may share it by accident."""
 NEVER_UNKNOWN = frozenset({STATE_ID, "crewai_trigger_payload"})
 """Inputs that a crew takes without naming them. The second is what the platform gives a run that a trigger starts."""
 
-DIGEST_BYTES = 16
 _ARRAY_KINDS = frozenset("biufUO")
 """NumPy's kinds of booleans, numbers, text and objects."""
 
@@ -38,15 +37,14 @@ class _UnsendableError(ValueError):
 def encode_inputs(inputs: Mapping[str, Any], *, as_json: bool = False) -> dict[str, Any]:
     """Return `inputs` as the API takes them: every value as text, or with `as_json` as JSON values.
 
-    Text goes as it is. Numbers, booleans ("true", "false"), dates and times (ISO 8601), decimals, UUIDs and paths
-    become their text; an Enum counts as its value; lists, objects, dataclasses and pydantic models become compact
-    JSON with other scripts unescaped. With `as_json` numbers, booleans, lists and objects are JSON's own; dates,
-    decimals and UUIDs stay text, since JSON has none that would hold them exactly. None is left out, and is null
-    within a list or an object. A secret is sent as what it hides: its stars are nothing that a crew could use.
+    Numbers, booleans ("true", "false"), dates and times (ISO 8601), decimals, UUIDs and paths become their text; an
+    Enum counts as its value; lists, objects, dataclasses and pydantic models become compact JSON with other scripts
+    unescaped. With `as_json` numbers, booleans, lists and objects are JSON's own. None is left out, and is null within
+    a list or an object. A secret is sent as what it hides.
 
     Raises:
-        ConfigurationError: They are no mapping, a name is not text, or a value cannot be sent: its type has no JSON
-            form, or it is NaN, an infinity, no Unicode, or contains itself. It names the input, and not its value.
+        ConfigurationError: They are no mapping, a name is not text, or a value cannot be sent. It names the input, and
+            not its value.
     """
     if not isinstance(inputs, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]  # not everybody has types
         raise ConfigurationError(f"Inputs are a mapping of names to values, not a {type(inputs).__name__}.")
@@ -80,19 +78,14 @@ def _plain(value: Any) -> Any:
         return value
     if isinstance(value, Enum):
         return _plain(value.value)
-    if isinstance(value, str):
-        return _text(value)
-    if isinstance(value, numbers.Number | Decimal):
-        return _number(value)
-    if isinstance(value, datetime | date | time):
-        # pandas' NaT is a datetime, and the only one that is not equal to itself.
-        if value != value:
-            raise _UnsendableError("an invalid time")
-        return _text(value.isoformat())
-    if isinstance(value, UUID | PurePath):
-        return _text(str(value))
     if isinstance(value, SecretStr | Secret):
         return _plain(cast("Any", value).get_secret_value())
+    if isinstance(value, numbers.Number | Decimal):
+        return _number(value)
+    if isinstance(value, datetime | date | time) and value == value:  # pandas' NaT is a datetime, unequal to itself
+        return value.isoformat()
+    if isinstance(value, str | UUID | PurePath):
+        return _text(str(value))
     return _container(value)
 
 
@@ -108,31 +101,25 @@ def _container(value: Any) -> Any:
         return sorted((_plain(item) for item in cast("Set[Any]", value)), key=_as_text)
     if isinstance(value, Sequence) and not isinstance(value, bytes | bytearray | memoryview | SecretBytes):
         return [_plain(item) for item in cast("Sequence[Any]", value)]
-    # An array of NumPy, as pandas has for a list that it read from Parquet, or a boolean of it. Its times are left out:
-    # `tolist` makes bare numbers of those in nanoseconds.
-    kind = getattr(getattr(cast("Any", value), "dtype", None), "kind", None)
+    # An array of NumPy, as pandas has for a list that it read from Parquet. Its times are left out: `tolist` makes bare
+    # numbers of those in nanoseconds.
+    kind = getattr(getattr(value, "dtype", None), "kind", None)
     if isinstance(kind, str) and kind in _ARRAY_KINDS:
-        return _plain(cast("Any", value).tolist())
-    raise _UnsendableError(f"a value of type {type(cast('object', value)).__name__}")
+        return _plain(value.tolist())
+    raise _UnsendableError(f"a value of type {type(value).__name__}")
 
 
 def _number(value: Any) -> int | float | str:
-    if isinstance(value, Decimal):
-        if not value.is_finite():
-            raise _UnsendableError("a decimal that is not a finite number")
-        return str(value)
     if isinstance(value, numbers.Integral):
         try:
-            str(int(value))
+            return int(str(int(value)))
         except ValueError:
             raise _UnsendableError("a number of too many digits") from None
-        return int(value)
-    if not isinstance(value, numbers.Real):
+    if not isinstance(value, Decimal | numbers.Real):
         raise _UnsendableError(f"a value of type {type(value).__name__}")
-    number = float(value)
-    if not math.isfinite(number):
+    if not math.isfinite(value):
         raise _UnsendableError("a number that is not finite")
-    return number
+    return str(value) if isinstance(value, Decimal) else float(value)
 
 
 def _key(key: Any) -> str:
@@ -147,7 +134,7 @@ def _text(text: str) -> str:
         text.encode()
     except UnicodeEncodeError:
         raise _UnsendableError("text with a lone surrogate") from None
-    return str(text)
+    return text
 
 
 def missing_inputs(expected: Iterable[CrewInput], given: Mapping[str, Any]) -> list[str]:
@@ -171,18 +158,12 @@ def is_uuid(value: Any) -> bool:
 
 
 def inputs_digest(inputs: Mapping[str, Any], *, restore_from: str | None = None, is_text: bool = False) -> str:
-    """Return 32 hex digits that equal inputs share, whatever their order: of the SHA-256 of their encoded form.
+    """Return 32 hex digits that equal inputs share, whatever their order: of the SHA-256 of their text form.
 
-    A state that the run is to start from makes it another run: its id is part of the digest.
-
-    It is that of the text form, so that the switch to JSON values does not make another run of the same inputs.
-    `is_text`: they are in it already.
-
-    Raises:
-        ConfigurationError: As `encode_inputs`.
+    A state that the run is to start from makes it another run. `is_text`: the inputs are encoded already.
     """
     text = inputs if is_text else encode_inputs(inputs)
     canonical = json.dumps(text, ensure_ascii=False, separators=(",", ":"), sort_keys=True)
     if restore_from is not None:
         canonical += f"\nrestoreFromStateId:{restore_from}"  # no JSON without indentation holds a new line
-    return hashlib.sha256(canonical.encode()).hexdigest()[: 2 * DIGEST_BYTES]
+    return hashlib.sha256(canonical.encode()).hexdigest()[:32]

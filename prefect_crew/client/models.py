@@ -168,8 +168,3 @@ class StopAnswer(_Model):
     def accepted(self) -> bool:
         """Whether the server stopped the run or took the request to."""
         return self.outcome in (StopOutcome.STOPPED, StopOutcome.REQUESTED)
-
-    @property
-    def supported(self) -> bool:
-        """Whether the server has `/stop` at all."""
-        return self.outcome is not StopOutcome.UNSUPPORTED

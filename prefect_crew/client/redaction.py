@@ -9,7 +9,7 @@ import dataclasses
 import html
 import json
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence, Set
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from functools import cached_property, lru_cache
 from typing import Any, TypeVar, cast
@@ -103,9 +103,7 @@ class HiddenValues(dict[Any, Any]):
 
 def holds_secret(value: Any) -> bool:
     """Return whether a value is one of pydantic's secrets, or has one within it."""
-    if isinstance(value, SecretStr | SecretBytes | Secret):
-        return True
-    return any(holds_secret(item) for item in _parts(value))
+    return isinstance(value, SecretStr | SecretBytes | Secret) or any(map(holds_secret, _parts(value)))
 
 
 def revealed(value: Any) -> Any:
@@ -133,7 +131,7 @@ def _texts(value: Any) -> Iterable[str]:
     """Yield the texts and numbers within a secret value: a crew may repeat one item of a list or an object."""
     try:
         plain = encode_inputs({"": value}, as_json=True).get("")
-    except (TypeError, ValueError):
+    except ValueError:
         return  # it cannot be sent, so nobody repeats it
     yield from _within(plain)
     if not isinstance(plain, str):
@@ -145,17 +143,14 @@ def _within(plain: Any) -> Iterable[str]:
         yield plain
         yield from (line for line in map(str.strip, plain.splitlines()) if len(line) >= SHORTEST_LINE)
         if plain.lstrip()[:1] in ("[", "{"):  # how lists and objects are sent
-            try:
+            with suppress(ValueError, RecursionError):
                 yield from _within(json.loads(plain))
-            except (ValueError, RecursionError):
-                return
     elif isinstance(plain, int | float) and not isinstance(plain, bool):
         yield str(plain)
     elif isinstance(plain, dict):
         for key, item in cast("dict[str, Any]", plain).items():
-            if not key.replace("_", "").isalpha():  # letters alone are the name of a field, such as "password"
-                yield from _within(key)
-            yield from _within(item)
+            # Letters alone are the name of a field, such as "password".
+            yield from _within([item] if key.replace("_", "").isalpha() else [key, item])
     elif isinstance(plain, list):
         for item in cast("list[Any]", plain):
             yield from _within(item)

@@ -232,7 +232,7 @@ class WebhookSender:
         await asyncio.sleep(delay)
         async with self._slots:
             if self._client is None:
-                self._client = httpx.AsyncClient(verify=tls_context(True), timeout=_TIMEOUT, trust_env=False)
+                self._client = httpx.AsyncClient(verify=tls_context(), timeout=_TIMEOUT, trust_env=False)
             content = json.dumps(body, default=str).encode()
             headers, auth = {"Content-Type": "application/json"}, httpx.Auth()
             if isinstance(authentication, BearerAuth):

@@ -19,8 +19,8 @@ from prefect_crew.client._parsing import (
     as_object,
     as_text,
     decode,
-    id_of,
     name_of,
+    pick,
     seconds_of,
     shown,
     state_of,
@@ -85,7 +85,7 @@ def read_events(hook: Hook, body: bytes, *, received: datetime) -> list[WebhookE
             raise ResponseFormatError(expected=expected, body=shown(body))
         streamed = enumerate(events[:MAX_STREAMED])
         return [_streamed(hook, event, f"{digest}/{number}", received) for number, event in streamed]
-    kickoff_id = id_of(source, RUN_KEYS)
+    kickoff_id = pick(as_id, source, *RUN_KEYS)
     if kickoff_id is None or not kickoff_id.isprintable():  # no run of ours has such an id
         raise ResponseFormatError(expected=f"{expected} that names its run", body=shown(body))
     state = state_of(source)
@@ -97,7 +97,7 @@ def read_events(hook: Hook, body: bytes, *, received: datetime) -> list[WebhookE
         **_counts(usage_of(source)),
     }
     if hook.names:
-        said |= {"name": name_of(source, ("name", "task_name")), "agent": agent_of(source)}
+        said |= {"name": name_of(source, "name", "task_name"), "agent": agent_of(source)}
         said |= {"tool": as_text(source.get("tool")), "step_type": as_text(source.get("step_type"))}
     event = WebhookEvent(
         hook=hook,
@@ -113,7 +113,7 @@ def read_events(hook: Hook, body: bytes, *, received: datetime) -> list[WebhookE
 
 
 def _is_event(item: Mapping[str, Any]) -> bool:
-    return id_of(item, RUN_KEYS) is not None or as_text(item.get("type")) is not None
+    return pick(as_id, item, *RUN_KEYS) is not None or as_text(item.get("type")) is not None
 
 
 def _output_of(source: Mapping[str, Any]) -> str | None:
@@ -128,7 +128,7 @@ def _output_of(source: Mapping[str, Any]) -> str | None:
 def _streamed(hook: Hook, event: Mapping[str, Any], place: str, received: datetime) -> WebhookEvent:
     lowered = (as_text(event.get("type")) or "").lower()
     type_ = lowered if _TYPE.fullmatch(lowered) else "other"
-    id_, kickoff_id, time = as_id(event.get("id")), id_of(event, RUN_KEYS), text_of(event.get("timestamp"))
+    id_, kickoff_id, time = as_id(event.get("id")), pick(as_id, event, *RUN_KEYS), text_of(event.get("timestamp"))
     data = as_object(event.get("data"))
     said: dict[str, Any] = {
         "id": _id(hook, id_),

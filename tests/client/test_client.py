@@ -12,7 +12,6 @@ import respx
 from pydantic import SecretStr
 
 from prefect_crew.client._client import CrewClient
-from prefect_crew.client.models import StopOutcome
 from prefect_crew.client.webhooks import BearerAuth, HumanInputWebhook, Webhooks
 from prefect_crew.exceptions import (
     AuthenticationError,
@@ -22,7 +21,6 @@ from prefect_crew.exceptions import (
     InvalidInputsError,
     NotFoundError,
     RateLimitedError,
-    ResponseFormatError,
     ServerError,
 )
 from prefect_crew.states import CrewState
@@ -47,21 +45,13 @@ def sent(router: respx.MockRouter, number: int = -1) -> httpx.Request:
     return router.calls[number].request
 
 
-async def test_every_request_carries_token_and_version(router: respx.MockRouter, client: CrewClient):
-    router.get("/inputs").respond(json={"inputs": ["topic"]})
-    assert [item.name for item in await client.inputs()] == ["topic"]
-    headers = sent(router).headers
-    assert headers["authorization"] == f"Bearer {TOKEN}"
-    assert headers["user-agent"].startswith("prefect-crew/")
-    assert headers["accept"] == "application/json"
-
-
 async def test_kickoff_sends_text_by_default(router: respx.MockRouter, client: CrewClient):
     router.post("/kickoff").respond(json={"kickoff_id": "k1"})
     assert await client.kickoff({"topic": "Лиссабон", "days": 3, "sights": ["a"], "left_out": None}) == "k1"
     assert json.loads(sent(router).content) == {"inputs": {"topic": "Лиссабон", "days": "3", "sights": '["a"]'}}
-    assert "Лиссабон".encode() in sent(router).content
-    assert sent(router).headers["content-type"] == "application/json"
+    headers = sent(router).headers
+    assert (headers["authorization"], headers["content-type"]) == (f"Bearer {TOKEN}", "application/json")
+    assert headers["user-agent"].startswith("prefect-crew/")
 
 
 async def test_kickoff_sends_json_values_where_asked(router: respx.MockRouter):
@@ -113,11 +103,6 @@ async def test_kickoff_and_resume_carry_webhooks(router: respx.MockRouter, clien
     assert (answer.status, answer.message) == ("resumed", "ok")
 
 
-async def test_resume_takes_an_empty_answer(router: respx.MockRouter, client: CrewClient):
-    router.post("/resume").respond(204)
-    assert (await client.resume("k1", "t1", "", True)).status is None
-
-
 @pytest.mark.parametrize(
     ("kickoff_id", "path"),
     [
@@ -141,17 +126,12 @@ async def test_ids_are_encoded_into_the_path(kickoff_id: str, path: bytes):
     assert paths == [path]
 
 
-@pytest.mark.parametrize("kickoff_id", ["", "\ud800"], ids=["empty", "surrogate"])
+@pytest.mark.parametrize("kickoff_id", ["", "\ud800", "x" * 70_000], ids=["empty", "surrogate", "too-long"])
 async def test_ids_that_name_nothing_are_refused(client: CrewClient, router: respx.MockRouter, kickoff_id: str):
-    for call in (client.status(kickoff_id), client.stop(kickoff_id), client.resume(kickoff_id, "t", "", True)):
-        with pytest.raises(ConfigurationError, match="is not a valid id"):
+    for call in (client.status(kickoff_id), client.stop(kickoff_id)):
+        with pytest.raises(ConfigurationError, match=r"is not a valid id|makes no URL"):
             await call
     assert not router.calls
-
-
-async def test_ids_too_long_for_a_url_are_refused(client: CrewClient):
-    with pytest.raises(ConfigurationError, match="makes no URL"):
-        await client.status("x" * 70_000)
 
 
 FIRST, SECOND = "/status/k1", "/k1/status"
@@ -189,42 +169,6 @@ async def test_both_status_paths_are_tried_until_one_answers(router: respx.MockR
     assert (first.call_count, second.call_count) == (4, 5)
 
 
-STOPS = {
-    "stopped": (200, {"status": "stopped", "kickoffId": "k1"}, StopOutcome.STOPPED, CrewState.STOPPED),
-    "has-ended": (
-        400,
-        {"detail": "Cannot stop execution. Current state: SUCCESS"},
-        StopOutcome.NOT_STOPPABLE,
-        CrewState.COMPLETED,
-    ),
-    "unknown-run": (404, {"error": "Execution not found"}, StopOutcome.UNKNOWN_RUN, None),
-    "missing-route": (404, {"detail": "Not Found"}, StopOutcome.UNSUPPORTED, None),
-    "wrong-method": (405, {"detail": "Method Not Allowed"}, StopOutcome.UNSUPPORTED, None),
-}
-
-
-@pytest.mark.parametrize("case", STOPS)
-async def test_stop(router: respx.MockRouter, client: CrewClient, case: str):
-    status, body, outcome, state = STOPS[case]
-    router.post("/stop/k1").respond(status, json=body)
-    answer = await client.stop("k1")
-    assert (answer.outcome, answer.state) == (outcome, state)
-    assert answer.accepted == (case == "stopped")
-    assert answer.supported == (case not in ("missing-route", "wrong-method"))
-    assert str(answer.outcome) == outcome.value
-    assert sent(router).content == b""
-
-
-@pytest.mark.parametrize(("status", "kind"), [(400, CrewAPIError), (401, AuthenticationError), (500, ServerError)])
-async def test_stop_raises_what_is_no_outcome(
-    router: respx.MockRouter, client: CrewClient, status: int, kind: type[CrewAPIError]
-):
-    router.post("/stop/k1").respond(status, json={"error": "Odd"})
-    with pytest.raises(kind) as caught:
-        await client.stop("k1")
-    assert caught.value.kickoff_id == "k1"
-
-
 @pytest.mark.parametrize(
     ("answer", "healthy"),
     [
@@ -239,9 +183,6 @@ async def test_stop_raises_what_is_no_outcome(
 async def test_health(router: respx.MockRouter, client: CrewClient, answer: httpx.Response, healthy: bool):
     router.get("/").mock(answer)
     assert await client.health() is healthy
-
-
-async def test_health_tells_a_wrong_token(router: respx.MockRouter, client: CrewClient):
     router.get("/").respond(401)
     with pytest.raises(AuthenticationError):
         await client.health()
@@ -273,23 +214,13 @@ async def test_status_of_a_kickoff_becomes_its_error(router: respx.MockRouter, c
     error = caught.value
     assert type(error) is ERRORS[status]
     assert (error.status_code, error.method, error.path) == (status, "POST", "/kickoff")
-    if status >= 400:
-        assert (error.title, error.message) == ("Short", "Long")
-    if isinstance(error, (RateLimitedError, ServerError)):
-        assert error.retry_after == 3.0
+    assert error.message == "Short: Long" or status < 400
+    assert error.retry_after == 3.0
 
 
-async def test_missing_inputs_are_named(router: respx.MockRouter, client: CrewClient):
-    router.post("/kickoff").respond(422, json={"error": "V", "details": {"missing_inputs": ["budget"]}})
-    with pytest.raises(InvalidInputsError, match="Missing: budget") as caught:
-        await client.kickoff({})
-    assert caught.value.missing_inputs == ["budget"]
-
-
-@pytest.mark.parametrize("status", [400, 422])
-async def test_a_refused_resume_says_nothing_of_inputs(router: respx.MockRouter, client: CrewClient, status: int):
-    router.post("/resume").respond(status, json={"detail": "Not pending"})
-    with pytest.raises(CrewAPIError, match="Not pending") as caught:
+async def test_a_refused_resume_says_nothing_of_inputs(router: respx.MockRouter, client: CrewClient):
+    router.post("/resume").respond(422, json={"detail": "Not pending"})
+    with pytest.raises(CrewAPIError, match=r"Not pending.*crew's page") as caught:
         await client.resume("k1", "t1", "", True)
     assert type(caught.value) is CrewAPIError
 
@@ -311,16 +242,6 @@ async def test_redirects_are_not_followed(router: respx.MockRouter, client: Crew
     assert shown in str(caught.value)
     assert "s3cret" not in str(caught.value)
     assert len(router.calls) == 1
-
-
-async def test_an_answer_of_no_known_shape(router: respx.MockRouter, client: CrewClient):
-    router.get("/status/k1").respond(200, html="<html>Sign in</html>")
-    router.post("/kickoff").respond(200, json={"ok": True})
-    with pytest.raises(ResponseFormatError, match="Sign in") as caught:
-        await client.status("k1")
-    assert (caught.value.status_code, caught.value.kickoff_id) == (200, "k1")
-    with pytest.raises(ResponseFormatError, match="id of the run"):
-        await client.kickoff({})
 
 
 NOT_SENT = [httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout, httpx.ProxyError, httpx.UnsupportedProtocol]
@@ -375,17 +296,10 @@ async def test_what_cannot_be_written_is_never_sent(
     assert not router.calls
 
 
-@pytest.mark.parametrize(
-    "url",
-    [
-        "http://localhost:8000",
-        "http://127.0.0.1/x",
-        "http://[::1]:1",
-        "https://a.example.com/p/",
-    ],
-)
+@pytest.mark.parametrize("url", ["http://localhost:8000", "http://127.0.0.1/x", "http://[::1]:1", "https://a.test/p/"])
 def test_urls_that_are_taken(url: str):
     assert CrewClient(url, TOKEN).url == url.rstrip("/")
+    assert CrewClient("http://crew.example.com", TOKEN, allow_http=True).url == "http://crew.example.com"
 
 
 @pytest.mark.parametrize(
@@ -416,10 +330,6 @@ def test_urls_that_are_refused(url: str, says: str):
     assert isinstance(caught.value, ValueError)
 
 
-def test_plain_http_where_it_is_allowed():
-    assert CrewClient("http://crew.example.com", TOKEN, allow_http=True).url == "http://crew.example.com"
-
-
 @pytest.mark.parametrize("token", ["", "  ", "two words s3cret", "s3cret\nX-Other: 1", "s3crét"], ids=repr)
 def test_tokens_that_no_header_can_carry_are_refused(token: str):
     with pytest.raises(ConfigurationError) as caught:
@@ -442,10 +352,3 @@ async def test_a_client_is_opened_once_and_used_open():
             await client.__aenter__()
     with pytest.raises(RuntimeError, match="not open"):
         await client.kickoff({})
-
-
-async def test_a_proxy_that_cannot_be_used():
-    with pytest.raises(ConfigurationError) as caught:
-        async with CrewClient(URL, TOKEN, proxy="gopher://u:s3cret@p"):
-            pass
-    assert "s3cret" not in str(caught.value)

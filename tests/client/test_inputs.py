@@ -118,33 +118,30 @@ class NotATime(datetime):
 CYCLE: list[Any] = []
 CYCLE.append(CYCLE)
 SECRET = "sk-12345"
+UNSENDABLE: dict[str, Any] = {
+    "nan": float("nan"),
+    "nested-infinity": [1, {"a": float("inf")}],
+    "decimal-nan": Decimal("NaN"),
+    "too-many-digits": 10**5000,
+    "lone-surrogate": f"{SECRET}\ud800",
+    "cycle": CYCLE,
+    "not-a-time": NotATime(2025, 1, 1),
+    "bytes": SECRET.encode(),
+    "nested-bytes": [bytearray(b"x")],
+    "timedelta": timedelta(1),
+    "complex": 1j,
+    "class": Trip,
+    "tuple-as-a-key": {("a",): 1},
+    "none-as-a-key": {None: 1},
+    "function": lambda: SECRET,
+}
 
 
 @pytest.mark.parametrize("as_json", [False, True], ids=["as-text", "as-json"])
-@pytest.mark.parametrize(
-    ("value", "kind"),
-    [
-        pytest.param(float("nan"), ConfigurationError, id="nan"),
-        pytest.param([1, {"a": float("inf")}], ConfigurationError, id="nested-infinity"),
-        pytest.param(Decimal("NaN"), ConfigurationError, id="decimal-nan"),
-        pytest.param(10**5000, ConfigurationError, id="too-many-digits"),
-        pytest.param(f"{SECRET}\ud800", ConfigurationError, id="lone-surrogate"),
-        pytest.param(CYCLE, ConfigurationError, id="cycle"),
-        pytest.param(NotATime(2025, 1, 1), ConfigurationError, id="not-a-time"),
-        pytest.param(SECRET.encode(), ConfigurationError, id="bytes"),
-        pytest.param([bytearray(b"x")], ConfigurationError, id="nested-bytes"),
-        pytest.param(timedelta(1), ConfigurationError, id="timedelta"),
-        pytest.param(1j, ConfigurationError, id="complex"),
-        pytest.param(object(), ConfigurationError, id="object"),
-        pytest.param(Trip, ConfigurationError, id="class"),
-        pytest.param({("a",): 1}, ConfigurationError, id="tuple-as-a-key"),
-        pytest.param({None: 1}, ConfigurationError, id="none-as-a-key"),
-        pytest.param(lambda: SECRET, ConfigurationError, id="function"),
-    ],
-)
-def test_what_cannot_be_sent_names_the_input_and_not_its_value(value: Any, kind: type[Exception], as_json: bool):
-    with pytest.raises(kind, match="Input 'budget'") as caught:
-        encode_inputs({"topic": "x", "budget": value}, as_json=as_json)
+@pytest.mark.parametrize("case", UNSENDABLE)
+def test_what_cannot_be_sent_names_the_input_and_not_its_value(case: str, as_json: bool):
+    with pytest.raises(ConfigurationError, match="Input 'budget'") as caught:
+        encode_inputs({"topic": "x", "budget": UNSENDABLE[case]}, as_json=as_json)
     assert SECRET not in str(caught.value)
 
 
@@ -183,26 +180,11 @@ def test_digest_is_stable():
     assert inputs_digest({"topic": "Lisbon", "days": 3, "when": date(2025, 1, 2)}) == "ac79fdfa3001cab39457346ccaaf7a5f"
 
 
-@pytest.mark.parametrize(
-    ("one", "other"),
-    [
-        pytest.param({"a": 1, "b": 2}, {"b": 2, "a": 1}, id="order"),
-        pytest.param({"a": {"x": 1, "y": 2}}, {"a": {"x": 1, "y": 2}}, id="nested"),
-        pytest.param({"a": 1, "b": None}, {"a": 1}, id="none"),
-        pytest.param({"a": {"x", "y", "z"}}, {"a": {"z", "y", "x"}}, id="set"),
-    ],
-)
-def test_equal_inputs_have_equal_digests(one: dict[str, Any], other: dict[str, Any]):
-    assert inputs_digest(one) == inputs_digest(other)
-
-
-@pytest.mark.parametrize(
-    ("one", "other"),
-    [({"a": "1"}, {"a": "2"}), ({"a": "1"}, {"b": "1"}), ({"a": ["x", "y"]}, {"a": ["y", "x"]}), ({}, {"a": ""})],
-    ids=["value", "name", "order-of-a-list", "empty"],
-)
-def test_other_inputs_have_other_digests(one: dict[str, Any], other: dict[str, Any]):
-    assert inputs_digest(one) != inputs_digest(other)
+def test_equal_inputs_have_equal_digests_and_others_have_others():
+    same = [{"a": {"z", "y"}, "b": 2}, {"b": "2", "a": {"y", "z"}, "c": None}]
+    others = [{"a": ["z", "y"], "b": 2}, {"a": ["y", "z"]}, {"a": ["y", "z"], "c": 2}, {}, {"a": ""}]
+    assert len({inputs_digest(one) for one in same}) == 1
+    assert len({inputs_digest(one) for one in (same[0], *others)}) == 1 + len(others)
 
 
 PLAIN = st.recursive(

@@ -4,7 +4,7 @@ import pickle
 from typing import Any
 
 import pytest
-from pydantic import BaseModel, SecretStr, ValidationError
+from pydantic import SecretStr, ValidationError
 
 from prefect_crew.client.webhooks import BasicAuth, BearerAuth, HumanInputWebhook, StreamWebhook, Webhooks
 
@@ -41,36 +41,20 @@ def test_a_kickoff_carries_all_targets_with_their_secrets_and_nothing_else_shows
     assert "t0ken" not in ALL.model_dump_json() + repr(ALL.model_dump())
 
 
-@pytest.mark.parametrize(
-    ("webhooks", "sent"),
-    [
-        pytest.param(Webhooks(), {}, id="none"),
-        pytest.param(Webhooks(crew="http://localhost:1/x"), {"crewWebhookUrl": "http://localhost:1/x"}, id="crew"),
-        pytest.param(
-            Webhooks(human_input="https://h.example.com"),
-            {"humanInputWebhook": {"url": "https://h.example.com"}},
-            id="human-input-as-url",
-        ),
-        pytest.param(
-            Webhooks(stream=StreamWebhook(url="https://h.example.com", events=["a", "b"])),
-            {"webhooks": {"events": ["a", "b"], "url": "https://h.example.com", "realtime": False}},
-            id="stream-without-authentication",
-        ),
-    ],
-)
-def test_only_what_is_given_is_sent(webhooks: Webhooks, sent: dict[str, Any]):
-    assert webhooks.to_json() == sent
+def test_only_what_is_given_is_sent():
+    assert Webhooks().to_json() == {}
+    stream = StreamWebhook(url="https://h.example.com", events=["a", "b"])
+    assert Webhooks(human_input="https://h.example.com", stream=stream).to_json() == {
+        "humanInputWebhook": {"url": "https://h.example.com"},
+        "webhooks": {"events": ["a", "b"], "url": "https://h.example.com", "realtime": False},
+    }
 
 
-@pytest.mark.parametrize(
-    "model", [ALL, ALL.human_input, ALL.stream, BASIC, BEARER], ids=lambda model: type(model).__name__
-)
-def test_repr_shows_hosts_and_no_secret(model: BaseModel):
-    shown = f"{model!r} {model}"
+def test_repr_shows_hosts_and_no_secret():
+    shown = "".join(f"{model!r} {model}" for model in (ALL, ALL.human_input, ALL.stream, BASIC, BEARER))
     for secret in ("s3cret", "t0ken", "p4ssword", ":pw@"):
         assert secret not in shown
-    if model not in (BASIC, BEARER):
-        assert "https://hooks.example.com/…" in shown
+    assert shown.count("https://hooks.example.com/…") > 5
 
 
 def test_secrets_are_all_that_must_not_be_shown():
