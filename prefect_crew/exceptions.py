@@ -61,10 +61,7 @@ __all__ = [
 
 
 class CrewError(Exception):
-    """Root of all errors of this package.
-
-    `idempotency_key` is the run's, where the error is about a run that has one.
-    """
+    """Root of all errors of this package. `idempotency_key` is the run's, where it is about a run that has one."""
 
     idempotency_key: str | None = None
 
@@ -113,9 +110,8 @@ class InvalidCallError(CrewError, RuntimeError):
 class CrewAPIError(_FactsError):
     """The crew's server answered with an error.
 
-    `message` is what it says, `body` an excerpt of the answer, as far as there are any; `method` and `path` the
-    request, without a query; `kickoff_id` the run that it was about; `retry_after` the seconds that a 429 or 5xx asks
-    to wait, or None.
+    `message` is what it says, `body` an excerpt of the answer; `kickoff_id` the run that the request was about;
+    `retry_after` the seconds that it asks to wait, or None.
     """
 
     advice: ClassVar[str] = "See the crew's page and the answer above."
@@ -170,15 +166,14 @@ class InvalidInputsError(CrewAPIError):
     before_kickoff: bool = False
 
     def _text(self) -> str:
-        missing = listed_names(self.missing_inputs)
+        missing = f"Missing inputs: {listed_names(self.missing_inputs)}. " if self.missing_inputs else ""
         if not self.before_kickoff:
-            return f"{super()._text()}{f' Missing: {missing}.' if missing else ''}"
-        text = f"Missing inputs: {missing}. " if missing else ""
+            return f"{super()._text()} {missing}".rstrip()
         if not self.unknown_inputs:
-            return f"{text}{self.advice}"
+            return f"{missing}{self.advice}"
         unknown = with_guesses(self.unknown_inputs, self.known_inputs)
         return (
-            f"{text}Unknown inputs: {unknown}. The crew takes: {listed_names(self.known_inputs)}. {self.advice} "
+            f"{missing}Unknown inputs: {unknown}. The crew takes: {listed_names(self.known_inputs)}. {self.advice} "
             "To send them all the same: allow_extra_inputs=True on the block, or --allow-extra."
         )
 
@@ -295,9 +290,9 @@ class IdempotencyConflictError(_FactsError):
 class BudgetExceededError(_FactsError):
     """A budget has no room for another run. Nothing was started.
 
-    `measure` is "cost", "tokens" or "kickoffs". `used` is what runs have used of `limit`, with what those in flight
-    have reserved; `needed` is what another run is expected to use. `resets_at` is when the next day or month begins,
-    UTC; None for a batch. `counter` is the name of the global concurrency limit in Prefect that counts.
+    `measure` is "cost", "tokens" or "kickoffs". `used` has what runs in flight have reserved; `needed` is what another
+    run is expected to use. `resets_at` is when the next day or month begins, UTC; None for a batch. `counter` is the
+    global concurrency limit in Prefect that counts.
     """
 
     budget: str
@@ -375,8 +370,7 @@ class CrewLostError(_RunError):
 class CrewTimeoutError(_RunError):
     """A time limit ended before the crew did. The crew may run on, unless it was `stopped`.
 
-    `phase` is which limit ended: "pending", "running" or "human"; `budget` is that limit in seconds; `last_state` the
-    state last seen, None if none was.
+    `phase` is which limit ended: "pending", "running" or "human"; `budget` is that limit in seconds.
     """
 
     phase: str

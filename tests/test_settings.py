@@ -30,19 +30,13 @@ def test_a_prefect_toml_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
 # What stands in the environment, as a crew
 
 
-def test_a_crew_from_the_environment(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("CREW_URL", "https://travel.test/")
-    monkeypatch.setenv("CREW_TOKEN", "the-token")
-    crew = DeployedCrew.from_env(max_kickoffs=1)
-    assert (crew.url, crew.token.get_secret_value(), crew.max_kickoffs) == ("https://travel.test", "the-token", 1)
-
-
 def test_other_names_are_other_crews(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("NEWS_URL", "https://news.test")
+    monkeypatch.setenv("NEWS_URL", "https://news.test/")
     monkeypatch.setenv("NEWS_TOKEN", "of-the-news")
     monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_URL", "https://travel.test")
     monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_TOKEN", "from-the-settings")
-    assert DeployedCrew.from_env("NEWS").token.get_secret_value() == "of-the-news"
+    news = DeployedCrew.from_env("NEWS", max_kickoffs=1)
+    assert (news.url, news.token.get_secret_value(), news.max_kickoffs) == ("https://news.test", "of-the-news", 1)
     assert DeployedCrew.from_env().token.get_secret_value() == "from-the-settings"
 
 

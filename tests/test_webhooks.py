@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -65,9 +64,7 @@ def test_urls_that_this_version_signed_are_read_by_this_and_all_later_ones():
         assert {**asdict(hook), "expires": hook.expires.isoformat()} == case["says"]
 
 
-@pytest.mark.parametrize(
-    "char", [pytest.param("a", id="ascii"), pytest.param("語", id="chinese"), pytest.param("\U0010fffd", id="astral")]
-)
+@pytest.mark.parametrize("char", ["a", "語", "\U0010fffd"], ids=["ascii", "chinese", "astral"])
 def test_the_longest_idempotency_key_fits_into_a_url(char: str):
     hook = Hook("human_input", char * 500, LATER, 99, claim=claim_of("o"), round=9)
     assert read(hook, token_of(hook, SECRET)) == hook
@@ -119,22 +116,12 @@ def test_of_several_secrets_the_first_signs_and_each_is_accepted(kind: WebhookKi
 
 
 @pytest.mark.parametrize("kind", ["human_input", "stream"])
-@pytest.mark.parametrize(
-    "header",
-    [
-        pytest.param(lambda right: None, id="none"),
-        pytest.param(lambda right: "", id="empty"),
-        pytest.param(lambda right: right, id="without-a-scheme"),
-        pytest.param(lambda right: f"Basic {right}", id="another-scheme"),
-        pytest.param(lambda right: f"Bearer {right[:-1]}", id="cut-short"),
-        pytest.param(lambda right: f"Bearer {right}é", id="no-ascii"),
-        pytest.param(lambda right: "Bearer", id="no-token"),
-    ],
-)
-def test_where_the_api_can_send_a_bearer_token_it_has_to(kind: WebhookKind, header: Callable[[str], str | None]):
+@pytest.mark.parametrize("header", [None, "", "{}", "Basic {}", "Bearer {}x", "Bearer {}é", "Bearer"])
+def test_where_the_api_can_send_a_bearer_token_it_has_to(kind: WebhookKind, header: str | None):
     hook = Hook(kind, "key", LATER)
     right, token = bearer_of(hook, SECRET), token_of(hook, SECRET)
-    assert read_token(kind, token, SECRET, now=NOW, authorization=header(right)) is None
+    given = header and header.format(right)
+    assert read_token(kind, token, SECRET, now=NOW, authorization=given) is None
     assert read_token(kind, token, SECRET, now=NOW, authorization=f"bearer {right}") == hook
 
 
@@ -149,29 +136,18 @@ def test_bearer_tokens_are_of_one_kind_and_one_run_and_stand_in_no_url():
 
 def test_equal_facts_give_equal_urls_and_another_round_gives_others():
     def make(**facts: int) -> Webhooks:
-        return hook_urls("https://hooks.example.com", SECRET, "key", expires=LATER, **facts)
+        return hook_urls(" https://h.example/a/b/ ", SECRET, "key", expires=LATER, **facts)
 
     assert make(attempt=1, round=1) == make(attempt=1, round=1)
-    assert len({make(attempt=1).crew, make(attempt=2).crew, make(attempt=1, round=1).crew}) == 3
-
-
-@pytest.mark.parametrize(
-    ("base", "url"),
-    [
-        pytest.param("https://h.example/", "https://h.example/hooks/crew/", id="slash"),
-        pytest.param(" http://127.0.0.1:8001/a/b/ ", "http://127.0.0.1:8001/a/b/hooks/crew/", id="path"),
-    ],
-)
-def test_the_base_may_have_a_path(base: str, url: str):
-    assert str(hook_urls(base, SECRET, "key", expires=LATER).crew).startswith(url)
+    urls = {make(attempt=1).crew, make(attempt=2).crew, make(attempt=1, round=1).crew}
+    assert len(urls) == 3
+    assert all(str(url).startswith("https://h.example/a/b/hooks/crew/") for url in urls)
 
 
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
         pytest.param({"base_url": "ftp://h.example"}, "does not start with https", id="scheme"),
-        pytest.param({"base_url": "h.example"}, "does not start with https", id="no-scheme"),
-        pytest.param({"base_url": "https://["}, "cannot be read", id="broken"),
         pytest.param({"base_url": "https://u:p@h.example"}, "credentials", id="credentials"),
         pytest.param({"base_url": "https://h.example?a=b"}, "query", id="query"),
         pytest.param({"secret": "brief"}, "5 characters", id="short-secret"),
@@ -222,30 +198,19 @@ def test_an_address_without_a_secret_is_refused_unless_it_is_prefect_clouds(monk
 
 
 @pytest.mark.parametrize(
-    ("fields", "shown"),
-    [
-        pytest.param({}, True, id="default"),
-        pytest.param({"show": "summary"}, True, id="summary"),
-        pytest.param({"show": "none"}, False, id="none"),
-        pytest.param({"secret_inputs": ["customer"]}, False, id="secret-inputs"),
-    ],
+    "fields", [{}, {"show": "summary"}, {"show": "none"}, {"secret_inputs": ["customer"]}], ids=str
 )
-def test_names_are_shown_unless_they_may_hold_a_secret(
-    fields: dict[str, Any], shown: bool, monkeypatch: pytest.MonkeyPatch
-):
+def test_names_are_shown_unless_they_may_hold_a_secret(fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch):
     token = webhooks_for(monkeypatch, "https://h.example", SECRET, **fields).crew.rpartition("/")[2]
     hook = read_token("crew", token, SECRET, now=datetime.now(UTC))
     assert hook is not None
-    assert hook.names is shown
+    assert hook.names is (fields in ({}, {"show": "summary"}))
 
 
-@pytest.mark.parametrize(
-    ("wait", "seconds"),
-    [
-        pytest.param(WaitPolicy(), 3600 + 86400 + 86400, id="default"),
-        pytest.param(WaitPolicy(timeout=60, human_timeout=1), 61 + 86400, id="short"),
-        pytest.param(WaitPolicy(timeout=None, human_timeout=0.5), 30 * 86400 + 0.5 + 86400, id="no-limit"),
-    ],
-)
-def test_they_live_as_long_as_anybody_may_wait_and_a_day_more(wait: WaitPolicy, seconds: float):
-    assert hooks_expire(wait, NOW) - NOW == timedelta(seconds=seconds)
+def test_they_live_as_long_as_anybody_may_wait_and_a_day_more():
+    def seconds(**limits: float | None) -> float:
+        return (hooks_expire(WaitPolicy.model_validate(limits), NOW) - NOW).total_seconds() - 86400
+
+    assert seconds() == 3600 + 86400
+    assert seconds(timeout=60, human_timeout=1) == 61
+    assert seconds(timeout=None, human_timeout=0.5) == 30 * 86400 + 0.5

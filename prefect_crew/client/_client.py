@@ -14,17 +14,7 @@ import httpx
 from pydantic import SecretStr
 
 from prefect_crew._text import EXCERPT
-from prefect_crew.client._parsing import (
-    decode,
-    parse_error,
-    parse_inputs,
-    parse_kickoff,
-    parse_refused_stop,
-    parse_resume,
-    parse_retry_after,
-    parse_status,
-    parse_stop,
-)
+from prefect_crew.client import _parsing
 from prefect_crew.client._transport import AT_ONCE, Answer, Call, Connections, checked_token, checked_url, encoded_id
 from prefect_crew.client.inputs import encode_inputs, is_uuid
 from prefect_crew.client.models import CrewInput, CrewStatus, ResumeAnswer, StopAnswer
@@ -123,7 +113,7 @@ class CrewClient:
             NotFoundError: The crew's server has no `/inputs`, or there is no crew at this URL.
         """
         call = self._call("GET", "/inputs")
-        return await self._parsed(call, await self._send(call), "the crew's inputs", parse_inputs)
+        return await self._parsed(call, await self._send(call), "the crew's inputs", _parsing.parse_inputs)
 
     async def kickoff(
         self,
@@ -158,7 +148,7 @@ class CrewClient:
         answer = await self._send(call)
         if answer.status in (400, 422):
             raise self._error(call, answer, InvalidInputsError)
-        return await self._parsed(call, answer, "the id of the run that was started", parse_kickoff)
+        return await self._parsed(call, answer, "the id of the run that was started", _parsing.parse_kickoff)
 
     async def status(self, kickoff_id: str) -> CrewStatus:
         """Return the status of a run. A 404 is a status too: CrewState.UNKNOWN.
@@ -171,11 +161,13 @@ class CrewClient:
             answer = await self._send(call)
             if answer.status not in (404, 405):
                 expected = "the status of this run"
-                status = await self._parsed(call, answer, expected, lambda value: parse_status(value, kickoff_id))
+                status = await self._parsed(
+                    call, answer, expected, lambda value: _parsing.parse_status(value, kickoff_id)
+                )
                 self._status_path = template
                 return status
             text = call.hide(answer.text)
-        facts = parse_error(text)
+        facts = _parsing.parse_error(text)
         return CrewStatus(kickoff_id=kickoff_id, state=CrewState.UNKNOWN, message=facts.message, raw=facts.raw)
 
     async def resume(
@@ -194,7 +186,7 @@ class CrewClient:
         body = {"execution_id": kickoff_id, "task_id": task_id, "human_feedback": feedback, "is_approve": approve}
         call = self._call("POST", "/resume", kickoff_id, body, webhooks)
         del feedback, body, webhooks
-        return await self._parsed(call, await self._send(call), "the answer to a resume", parse_resume)
+        return await self._parsed(call, await self._send(call), "the answer to a resume", _parsing.parse_resume)
 
     async def stop(self, kickoff_id: str) -> StopAnswer:
         """Ask the server to stop a run, and return what came of it. `/stop` is not documented and may be missing.
@@ -206,8 +198,10 @@ class CrewClient:
         # Only the outcome of this answer is of use, so it is masked, where the others are given as they are.
         answer = Answer(answer.status, answer.headers, call.shown(answer.text).encode("utf-8", "replace"))
         if answer.is_success:
-            return await self._parsed(call, answer, "the answer to a stop", lambda value: parse_stop(value, kickoff_id))
-        found = parse_refused_stop(answer.text, kickoff_id, answer.status)
+            return await self._parsed(
+                call, answer, "the answer to a stop", lambda value: _parsing.parse_stop(value, kickoff_id)
+            )
+        found = _parsing.parse_refused_stop(answer.text, kickoff_id, answer.status)
         if found is None:
             raise self._error(call, answer)
         return found
@@ -260,7 +254,7 @@ class CrewClient:
 
         def read() -> T | None:
             is_empty = answer.body.strip() == b""
-            return parse(None if is_empty else decode(answer.body, expected=expected))
+            return parse(None if is_empty else _parsing.decode(answer.body, expected=expected))
 
         with contextlib.suppress(ResponseFormatError):
             found = await asyncio.to_thread(read) if len(answer.body) > AT_ONCE else read()
@@ -273,7 +267,7 @@ class CrewClient:
     def _error(self, call: Call, answer: Answer, kind: type[CrewAPIError] | None = None) -> CrewAPIError:
         """Return the error for an answer that is none of 2xx."""
         body = call.shown(answer.text)
-        facts = parse_error(body)
+        facts = _parsing.parse_error(body)
         said = facts.message or ""
         if 300 <= answer.status < 400:
             said = f"A redirect to {_redirection(answer)}, not followed. Give the crew's final URL"
@@ -288,7 +282,7 @@ class CrewClient:
             message=call.shown(said),  # once more: what was escaped in the body is plain now
             body=body,
             kickoff_id=call.kickoff_id,
-            retry_after=parse_retry_after(answer.headers.get("retry-after")),
+            retry_after=_parsing.parse_retry_after(answer.headers.get("retry-after")),
             **more,
         )
 

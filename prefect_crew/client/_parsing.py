@@ -37,11 +37,7 @@ _SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def decode(body: bytes, *, expected: str) -> Any:
-    """Return the JSON value of a body.
-
-    Raises:
-        ResponseFormatError: It is not JSON, nests too deeply, or has too many lists and objects.
-    """
+    """Return the JSON value of a body, or raise ResponseFormatError, also where it nests too deeply or is too large."""
     try:
         return _loads(body.decode("utf-8-sig", "replace"))
     except (ValueError, RecursionError):
@@ -255,9 +251,8 @@ def _agreed_state(body: Mapping[str, Any], state: CrewState) -> CrewState:
     """Return the state on which all of a status agrees: what is said to have failed has not completed."""
     if state is not CrewState.COMPLETED:
         return state
-    other = known_state(as_text(body.get("status")) or "")
-    if other is CrewState.FAILED or other is CrewState.STOPPED:
-        return other
+    if (other := known_state(as_text(body.get("status")) or "")) in (CrewState.FAILED, CrewState.STOPPED):
+        return other or state
     inner = as_object(body.get("result"))
     if error_text(inner.get("error")) and inner.keys() <= _ERROR_KEYS:
         return CrewState.FAILED  # the result is an error and nothing else
@@ -383,13 +378,15 @@ def parse_inputs(value: Any) -> list[CrewInput] | None:
     items, needed = _items(value if isinstance(value, list) else source.get("inputs", "")), _items(listed)
     if items is None or needed is None or not all(as_text(item.get("name")) for item in (*items, *needed)):
         return None
-    required = None if listed is None else {item["name"] for item in needed}
+    required = {item["name"] for item in needed}
     found: dict[str, CrewInput] = {}
     for item in (*items, *needed):
-        name: str = item["name"]
+        name, default, said = item["name"], item.get("default"), item.get("required")
+        # Anything but a clear no is a yes: to ask for one input too many is the smaller mistake.
+        is_no = said is False or (isinstance(said, str) and said.strip().casefold() == "false")
+        is_required = listed is None and default is None if said is None else not is_no
         facts = {"type": as_text(item.get("type")), "description": as_text(item.get("description"))}
-        is_required = _is_required(item, is_listed=None if required is None else name in required)
-        found.setdefault(name, CrewInput(name=name, required=is_required, default=item.get("default"), **facts))
+        found.setdefault(name, CrewInput(name=name, required=is_required or name in required, default=default, **facts))
     return list(found.values())
 
 
@@ -401,16 +398,6 @@ def _items(value: Any) -> list[dict[str, Any]] | None:
     if value is not None and not isinstance(value, list):
         return None
     return [{"name": item} if isinstance(item, str) else as_object(item) for item in as_list(value)]
-
-
-def _is_required(item: Mapping[str, Any], *, is_listed: bool | None) -> bool:
-    """Anything but a clear no is a yes: to ask for one input too many is the smaller mistake."""
-    said = item.get("required")
-    if is_listed:
-        return True
-    if said is None:
-        return is_listed is None and item.get("default") is None
-    return not (said is False or (isinstance(said, str) and said.strip().casefold() == "false"))
 
 
 def parse_kickoff(value: Any) -> str | None:

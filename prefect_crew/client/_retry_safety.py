@@ -31,22 +31,10 @@ class KickoffFate(StrEnum):
 
 
 def kickoff_fate(error: BaseException) -> KickoffFate:
-    """Return what `error`, raised by a kickoff, says about the run.
-
-    | error | fate |
-    | --- | --- |
-    | connection refused or never made, DNS, TLS, a proxy that did not connect (`sent` is False) | retry |
-    | 429 | retry |
-    | 503 with `Retry-After` | retry |
-    | any other 4xx but 408 | refused |
-    | inputs, URL, token or id that were refused before anything was sent, a budget without room | refused |
-    | timeout, reset, an answer cut short (`sent` is True) | uncertain |
-    | 3xx, 408, 500, 502, 503 without `Retry-After`, 504 and any other status | uncertain |
-    | a 2xx without a usable id (ResponseFormatError) | uncertain |
-    | anything else, a cancellation too | uncertain |
+    """Return what `error`, raised by a kickoff, says about the run. docs/reference/faults.md has the table.
 
     A 5xx often comes from a proxy that had passed the request on, so only a 503 that names a time to come back is a
-    refusal: the server that sends it chose not to take the request.
+    refusal: the server that sends it chose not to take the request. What is not known here is uncertain.
     """
     if isinstance(error, ConfigurationError | BudgetExceededError):
         return KickoffFate.REFUSED
@@ -67,8 +55,7 @@ def kickoff_fate(error: BaseException) -> KickoffFate:
 def post_deadline(request_timeout: float) -> float:
     """Return the seconds after which a POST of a client with this `request_timeout` has ended, one way or the other.
 
-    That is everything from the call on: a free connection, connecting, sending, the answer. Half of it suffices for a
-    server that answers at all within `request_timeout`; the rest is for connecting and for large inputs.
+    Half of it suffices for a server that answers at all; the rest is for connecting and for large inputs.
     """
     return 2 * request_timeout
 

@@ -61,10 +61,11 @@ def checked_url(url: str, *, allow_http: bool, what: str = "The crew's URL") -> 
     """
     url = url.strip()
     try:
-        host = httpx.URL(url) and urlsplit(url).hostname  # httpx takes an open bracket for a part of the host's name
+        httpx.URL(url)
+        parts = urlsplit(url)  # httpx takes an open bracket for a part of the host's name
+        host = parts.hostname
     except (ValueError, httpx.InvalidURL):
         raise ConfigurationError(f"{what} cannot be read. It looks like https://host.example.com.") from None
-    parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not host:
         bare = url.partition("?")[0].rpartition("@")[2][:100]
         raise ConfigurationError(f"{what} {bare!r} does not start with https:// and a host.")
@@ -257,15 +258,6 @@ class Connections:
             shared[key] = opened
         return opened
 
-    @property
-    def _is_fresh(self) -> bool:
-        """Whether a request over the polls' connections surely takes none that was idle for long.
-
-        That is known where there is one connection at most: it is nobody else's, and requests came one by one.
-        """
-        is_single = self._is_owned and self._is_single and not self._under_way
-        return is_single and time.monotonic() - self._used_at < POST_KEEPALIVE
-
     async def exchange(self, call: Call) -> Answer:
         """Send a request and read its answer, or raise as `CrewClient` says."""
         try:
@@ -275,7 +267,8 @@ class Connections:
         except (httpx.HTTPError, OSError) as error:
             # What came in place of HTTP is the server's own text.
             redact = call.shown if isinstance(error, httpx.RemoteProtocolError) else call.hide
-            cause = _without_secrets(error, redact, httpx.Request(call.method, self._base.copy_with(path="/")))
+            origin = f"{self._base.scheme}://{self._base.netloc.decode()}"
+            cause = _without_secrets(error, redact, httpx.Request(call.method, origin))
             is_sent, reason = _FAILURES.get(type(cause), (True, type(cause).__name__))
             raise CrewConnectionError(
                 method=call.method,
@@ -286,8 +279,10 @@ class Connections:
             ) from cause
 
     async def _send(self, call: Call) -> Answer:
-        # A kickoff that follows a look at the inputs needs no handshake of its own, nor do the polls that follow it.
-        if call.method != "GET" and not self._is_fresh:
+        # A kickoff that follows a look at the inputs needs no handshake of its own, nor do the polls that follow it. It
+        # surely takes no connection that was idle for long where requests came one by one, and from nobody else.
+        is_single = self._is_owned and self._is_single and not self._under_way
+        if call.method != "GET" and not (is_single and time.monotonic() - self._used_at < POST_KEEPALIVE):
             return await self._exchange(call, self._posts)
         self._under_way += 1
         self._is_single, self._used_at = self._is_single and self._under_way == 1, -math.inf
@@ -311,6 +306,7 @@ class Connections:
         seconds = post_deadline(self._timeout) if call.method == "POST" else GET_DEADLINE * self._timeout
         with anyio.move_on_after(seconds):
             response = await transport.handle_async_request(request)
+            del request  # its repr shows the whole URL
             try:
                 return await _read(response, call.kickoff_id)
             finally:

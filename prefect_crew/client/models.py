@@ -85,20 +85,20 @@ class CrewResult(_Model):
 class CrewStatus(_Model):
     """One answer of the status call.
 
-    `raw_state` is the server's own word, kept because an unknown one counts as running. `progress` is 0..1.
+    `raw_state` is the server's own word; where no documentation has it, `known_state` is False, and it counts as
+    running. `last_task` is the task that ended last, where the server names that one. `progress` is 0..1.
     `human_task_id` names the task that waits for a person, where the server says so. `output` and `data` are None
-    until there is a result; an output that the server left empty is "". The repr shows nothing that the crew wrote.
+    until there is a result; an output that the server left empty is "". `usage_by_model` is what a stream of events
+    told. The repr shows nothing that the crew wrote.
     """
 
     kickoff_id: str
     state: CrewState
     raw_state: str | None = Field(default=None, repr=False)
     known_state: bool = True
-    """False where `raw_state` is a word that is in no documentation."""
     message: str | None = Field(default=None, repr=False)
     current_task: str | None = Field(default=None, repr=False)
     last_task: str | None = Field(default=None, repr=False)
-    """The task that ended last, where the server names that one rather than the current one."""
     last_step: str | None = Field(default=None, repr=False)
     completed_tasks: int | None = None
     total_tasks: int | None = None
@@ -111,7 +111,6 @@ class CrewStatus(_Model):
     execution_time: float | None = None
     usage: TokenUsage | None = None
     usage_by_model: Mapping[str, TokenUsage] = Field(default_factory=dict[str, TokenUsage])
-    """The tokens by the model that was called, as far as a stream of events told them."""
     raw: Any = Field(default=None, repr=False)
 
     def result(self) -> CrewResult:

@@ -51,3 +51,4 @@ async def test_an_answer_that_fails_leaves_neither_its_words_nor_the_token_in_a_
     assert "post_feedback" in shown
     assert "w0rds" not in shown
     assert "t0k" not in shown
+    assert str(caught.value.__cause__.request.url) == "http://127.0.0.1:9"  # type: ignore[union-attr]

@@ -20,7 +20,7 @@ from prefect_crew.client import CrewClient, TokenUsage, _parsing
 from prefect_crew.client._parsing import parse_error, parse_retry_after, tokens_of, waiting_output
 from prefect_crew.client._retry_safety import KickoffFate, kickoff_fate
 from prefect_crew.exceptions import CrewAPIError, InvalidInputsError, ResponseFormatError
-from prefect_crew.states import STATE_WORDS, CrewState
+from prefect_crew.states import CrewState
 from support.corpus import body_of, cases
 
 RUN = "run-1"
@@ -95,57 +95,6 @@ async def test_an_error_says_what_its_body_says(table: str, name: str):
         await ask("kickoff", body_of(case), 422, case.get("headers"))
     found = {key: getattr(caught.value, key) for key in ("message", "missing_inputs", "retry_after")}
     assert {key: value for key, value in found.items() if value not in (None, "", [])} == case["expected"]
-
-
-# The tables of the API's description. The corpus must show each word and each key in use.
-
-WORDS = {
-    "pending": "PENDING QUEUED SCHEDULED CREATED RECEIVED",
-    "running": "STARTED RUNNING IN_PROGRESS PROCESSING PROGRESS RETRY RETRYING RESUMED",
-    "waiting": "PENDING_HUMAN_INPUT AWAITING_HUMAN_FEEDBACK AWAITING_HUMAN_INPUT WAITING_FOR_HUMAN "
-    "HUMAN_INPUT_REQUESTED PAUSED",
-    "completed": "SUCCESS SUCCEEDED COMPLETED COMPLETE DONE FINISHED",
-    "failed": "FAILED FAILURE ERROR ERRORED TIMEOUT TIMED_OUT",
-    "stopped": "REVOKED STOPPED CANCELLED CANCELED ABORTED",
-    "unknown": "NOT_FOUND",
-}
-KEYS = {
-    "inputs": "inputs inputs[].name inputs[].type inputs[].required",
-    "kickoff": "kickoff_id kickoffId execution_id executionId id task_id",
-    "status": "state status message result result.output result.raw result.result output raw last_executed_task "
-    "last_executed_task.output result_json result.json_dict result.pydantic output_json result.tasks tasks "
-    "tasks_output task_outputs tasks[].task_id tasks[].name tasks[].task_name progress progress.completed_tasks "
-    "progress.total_tasks current_task last_step error error_message detail token_usage execution_time "
-    "token_usage.total_tokens token_usage.prompt_tokens token_usage.completion_tokens",
-    "resume": "status message kickoff_id",
-    "stop": "status kickoffId detail",
-    "error": "error message details details.missing_inputs detail",
-}
-
-
-def keys_of(body: Any, prefix: str = "") -> set[str]:
-    if isinstance(body, list):
-        return set().union(*(keys_of(item, f"{prefix[:-1]}[].") for item in body))
-    if not isinstance(body, dict):
-        return set()
-    return {f"{prefix}{key}" for key in body}.union(*(keys_of(value, f"{prefix}{key}.") for key, value in body.items()))
-
-
-def test_every_state_word_of_the_description_is_known_and_in_the_corpus():
-    assert {state.value for state in CrewState if state.ended} == {"completed", "failed", "stopped"}
-    words = {state: set(listed.split()) for state, listed in WORDS.items()}
-    assert {state.value: set(known.split()) for state, known in STATE_WORDS.items()} == words
-    for state, listed in words.items():
-        for word in listed:
-            case = TABLES["status"][f"word-{word.lower().replace('_', '-')}"]
-            assert case["body"]["state"].replace(" ", "_") == word
-            assert case["expected"]["state"] == state
-
-
-@pytest.mark.parametrize("table", KEYS)
-def test_every_key_of_the_description_is_in_the_corpus(table: str):
-    used = set().union(*(keys_of(case.get("body")) for case in TABLES[table].values()))
-    assert set(KEYS[table].split()) - used == set()
 
 
 # Single rules

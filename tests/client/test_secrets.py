@@ -8,7 +8,6 @@ import json
 import pickle
 import string
 import traceback
-from collections.abc import Iterator
 from typing import Any
 from urllib.parse import quote
 
@@ -21,6 +20,7 @@ from prefect_crew.client._client import CrewClient
 from prefect_crew.client.redaction import Redactor, withholding
 from prefect_crew.client.webhooks import BearerAuth, HumanInputWebhook, Webhooks
 from prefect_crew.exceptions import CrewError
+from support.frames import locals_of
 
 URL = "https://crew.example.com"
 TOKEN = 't0k"en<&>/\\+0123456789'
@@ -28,24 +28,10 @@ TOKEN = 't0k"en<&>/\\+0123456789'
 
 def shown(error: BaseException) -> str:
     """Return everything that someone may print of an error: its chain, with the locals of all frames but the tests'."""
-    parts = ["".join(traceback.format_exception(error)), pickle.dumps(error).decode("latin-1")]
-    for link in chain(error):
-        parts += [repr(link), str(link), repr(vars(link))]
-        for frame, _ in traceback.walk_tb(link.__traceback__):
-            if frame.f_code.co_filename != __file__:
-                parts += [repr(value) for value in frame.f_locals.values()]
-        request = getattr(link, "_request", None)
-        if request is not None:
-            parts += [repr(request.headers.raw), repr(request.content)]
-    return "\n".join(parts)
-
-
-def chain(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        if error.__cause__ is not error.__context__ and error.__context__ is not None:
-            yield from chain(error.__context__)
-        error = error.__cause__
+    said = f"{error!r} {error} {vars(error)} {pickle.dumps(error)!r} {''.join(traceback.format_exception(error))}"
+    request = getattr(error.__cause__, "_request", None)
+    sent = "" if request is None else f"{request.headers.raw!r} {request.content!r}"
+    return f"{said} {error.__cause__!r} {vars(error.__cause__ or error)} {sent} {locals_of(error, but=__file__)}"
 
 
 def forms(secret: str) -> set[str]:

@@ -28,8 +28,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from prefect_crew.client import _client as api_client
-from prefect_crew.client import _transport
+from prefect_crew.client import _parsing, _transport
 from prefect_crew.client._client import CrewClient
 from prefect_crew.client._retry_safety import KickoffFate, kickoff_fate
 from prefect_crew.client._transport import shared_connections
@@ -40,7 +39,7 @@ from prefect_crew.exceptions import (
     ResponseFormatError,
     ServerError,
 )
-from prefect_crew.states import CrewState
+from support.frames import locals_of
 
 TOKEN = "t0ken-0123456789"
 JSON_HEADERS = "Content-Type: application/json\r\n"
@@ -78,43 +77,33 @@ async def raw_server(handler: Handler, tls: ssl.SSLContext | None = None) -> Asy
         server.close()
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 # What becomes of a kickoff
 
 
-async def reset(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    await read_request(reader)
-    writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+def then(sent: bytes = b"", seconds: float = 0.0, *, reset: bool = False) -> Handler:
+    """Return what reads a request, sends something, waits, and closes or resets the connection."""
 
+    async def handler(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await read_request(reader)
+        writer.write(sent)
+        await writer.drain()
+        await asyncio.sleep(seconds)
+        if reset:
+            linger = struct.pack("ii", 1, 0)
+            writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
 
-async def dropped(reader: asyncio.StreamReader, _: asyncio.StreamWriter) -> None:
-    await read_request(reader)
-
-
-async def cut_short(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    await read_request(reader)
-    writer.write(answer(STARTED)[:-5])
-    await writer.drain()
-
-
-async def no_answer(reader: asyncio.StreamReader, _: asyncio.StreamWriter) -> None:
-    await read_request(reader)
-    await asyncio.sleep(60)
-
-
-async def not_http(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    await read_request(reader)
-    writer.write(b"220 mail.example.com ESMTP\r\n\r\n")
-    await writer.drain()
+    return handler
 
 
 @pytest.mark.parametrize(
-    "handler", [reset, dropped, cut_short, no_answer, not_http], ids=lambda handler: handler.__name__
+    "handler",
+    [
+        pytest.param(then(reset=True), id="reset"),
+        pytest.param(then(), id="dropped"),
+        pytest.param(then(answer(STARTED)[:-5]), id="cut-short"),
+        pytest.param(then(seconds=60), id="no-answer"),
+        pytest.param(then(b"220 mail.example.com ESMTP\r\n\r\n"), id="not-http"),
+    ],
 )
 async def test_a_kickoff_that_may_have_started(handler: Handler):
     async with raw_server(handler) as url, CrewClient(url, TOKEN, request_timeout=3.0) as client:
@@ -127,20 +116,11 @@ async def test_a_kickoff_that_may_have_started(handler: Handler):
 
 def assert_quiet(error: BaseException) -> None:
     """Neither the traceback nor any local variable in it shows the token."""
-    shown = "".join(traceback.TracebackException.from_exception(error, capture_locals=True).format())
-    frames = [
-        repr(value)
-        for link in (error, error.__cause__, error.__context__)
-        if link is not None
-        for frame, _ in traceback.walk_tb(link.__traceback__)
-        if frame.f_globals["__name__"] != __name__
-        for value in frame.f_locals.values()
-    ]
-    assert TOKEN not in shown + "".join(frames)
+    shown = "".join(traceback.TracebackException.from_exception(error).format())
+    assert TOKEN not in shown + locals_of(error, but=__file__)
 
 
-async def plain_http(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    await reader.read(100)
+async def plain_http(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     writer.write(b"HTTP/1.1 400 Bad Request\r\n\r\n")
 
 
@@ -151,7 +131,9 @@ async def plain_http(reader: asyncio.StreamReader, writer: asyncio.StreamWriter)
 )
 async def test_a_kickoff_that_surely_did_not_start(url: str):
     async with raw_server(plain_http) as plain:
-        url = url.format(free=free_port(), plain=plain.rpartition(":")[2])
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            url = url.format(free=probe.getsockname()[1], plain=plain.rpartition(":")[2])
         async with CrewClient(url, TOKEN) as client:
             with pytest.raises(CrewConnectionError) as caught:
                 await client.kickoff({"topic": "Lisbon"})
@@ -160,37 +142,22 @@ async def test_a_kickoff_that_surely_did_not_start(url: str):
     assert_quiet(caught.value)
 
 
-@pytest.fixture(scope="module")
-def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture
+def certificate(tmp_path: Path) -> Path:
     """A file with a key and a certificate for 127.0.0.1 that nobody signed but itself."""
-    key = ec.generate_private_key(ec.SECP256R1())
+    key, now = ec.generate_private_key(ec.SECP256R1()), datetime.now(UTC)
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "prefect-crew tests")])
-    now = datetime.now(UTC)
-    made = (
-        x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - timedelta(days=1))
-        .not_valid_after(now + timedelta(days=1))
-        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ip_address("127.0.0.1"))]), critical=False)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
-        .sign(key, hashes.SHA256())
-    )
-    path = tmp_path_factory.mktemp("tls") / "both.pem"
+    made = x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+    made = made.not_valid_before(now - timedelta(days=1)).not_valid_after(now + timedelta(days=1))
+    made = made.add_extension(x509.SubjectAlternativeName([x509.IPAddress(ip_address("127.0.0.1"))]), critical=False)
+    made = made.add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+    pem, plain = serialization.Encoding.PEM, serialization.NoEncryption()
+    path = tmp_path / "both.pem"
     path.write_bytes(
-        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-        + made.public_bytes(serialization.Encoding.PEM)
+        key.private_bytes(pem, serialization.PrivateFormat.PKCS8, plain)
+        + made.sign(key, hashes.SHA256()).public_bytes(pem)
     )
     return path
-
-
-@pytest.fixture
-def tls(certificate: Path) -> ssl.SSLContext:
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(certificate)
-    return context
 
 
 async def once(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -200,8 +167,10 @@ async def once(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> No
 
 
 async def test_certificates_are_checked_with_the_cas_of_the_environment(
-    tls: ssl.SSLContext, certificate: Path, monkeypatch: pytest.MonkeyPatch
+    certificate: Path, monkeypatch: pytest.MonkeyPatch
 ):
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    tls.load_cert_chain(certificate)
     async with raw_server(once, tls) as url:
         async with CrewClient(url, TOKEN) as client:
             with pytest.raises(CrewConnectionError, match=r"(?i)certificate") as caught:
@@ -301,8 +270,7 @@ async def test_a_kickoff_takes_no_connection_of_polls_that_may_have_been_idle(wa
     assert crew.paths[-1] == ["/kickoff"]
 
 
-@pytest.mark.parametrize("is_shared", [True, False], ids=["shared", "alone"])
-async def test_clients_share_connections_while_that_is_open(is_shared: bool):
+async def test_clients_share_connections_while_that_is_open():
     count = 0
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -317,29 +285,18 @@ async def test_clients_share_connections_while_that_is_open(is_shared: bool):
             await client.inputs()
 
     async with raw_server(serve) as url:
-        async with shared_connections() if is_shared else contextlib.nullcontext():
-            for _ in range(5):
-                await ask()
-            if is_shared:
-                with pytest.raises(AuthenticationError):
-                    await ask("another-token")
-        assert count == (1 if is_shared else 5)
+        async with shared_connections():
+            await ask()
+            await ask()
+            with pytest.raises(AuthenticationError):
+                await ask("another-token")
+        assert count == 1
         await ask()
-        assert count == (2 if is_shared else 6), "closed with the sharing"
+        await ask()
+        assert count == 3, "closed with the sharing"
 
 
 # Answers of any size and encoding
-
-
-async def test_an_answer_of_10_mb_arrives_whole():
-    text = "Lisbon – لشبونة " * (10 * 1024**2 // 24)
-
-    async def result(request: Request) -> Response:
-        return JSONResponse({"state": "SUCCESS", "result": text})
-
-    async with app_server(Route("/status/{id}", result)) as url, CrewClient(url, TOKEN) as client:
-        status = await client.status("k1")
-    assert status.output == text
 
 
 async def test_an_answer_beyond_the_cap_takes_no_more_memory_than_the_cap():
@@ -378,24 +335,24 @@ async def test_a_compressed_answer_is_neither_asked_for_nor_decoded():
     assert asked == {"identity"}
 
 
-async def test_a_large_answer_is_parsed_apart_from_the_event_loop(monkeypatch: pytest.MonkeyPatch):
-    threads: dict[int, int] = {}
-    decode = api_client.decode
+async def test_a_large_answer_arrives_whole_and_is_parsed_apart_from_the_event_loop(monkeypatch: pytest.MonkeyPatch):
+    threads: list[int] = []
+    decode = _parsing.decode
 
     def seen(body: bytes, *, expected: str) -> object:
-        threads[len(body)] = threading.get_ident()
+        threads.append(threading.get_ident())
         return decode(body, expected=expected)
 
-    monkeypatch.setattr(api_client, "decode", seen)
-    bodies = {f"/status/{size}": f'{{"state":"SUCCESS","result":"{"x" * size}"}}' for size in (10, _transport.AT_ONCE)}
+    monkeypatch.setattr(_parsing, "decode", seen)
+    texts = {"/status/small": "x", "/status/large": "Lisbon – لشبونة " * (10 * 1024**2 // 24)}
 
     async def result(request: Request) -> Response:
-        return Response(bodies[request.url.path], media_type="application/json")
+        return JSONResponse({"state": "SUCCESS", "result": texts[request.url.path]})
 
     async with app_server(Route("/status/{id}", result)) as url, CrewClient(url, TOKEN) as client:
-        for path in bodies:
-            assert (await client.status(path.rpartition("/")[2])).state is CrewState.COMPLETED
-    small, large = (threads[len(body)] for body in bodies.values())
+        for path, text in texts.items():
+            assert (await client.status(path.rpartition("/")[2])).output == text
+    small, large = threads
     assert small == threading.get_ident() != large
 
 
