@@ -91,7 +91,7 @@ class Crew:
         named = (one if one.name else one.model_copy(update={"name": name}) for one in budgets)
         return replace(self, budgets=(*self.budgets, *named), batch=batch or self.batch)
 
-    def client(self) -> CrewClient:
+    def client(self, *, transport: httpx.AsyncBaseTransport | None = None) -> CrewClient:
         """Return a client for it, to be used as an async context manager."""
         from prefect_crew.client._client import CrewClient  # Prefect imports this module whenever it starts
 
@@ -101,6 +101,7 @@ class Crew:
             request_timeout=self.request_timeout,
             allow_http=self.allow_http,
             inputs_as_json=self.inputs_as_json,
+            transport=transport,
         )
 
     def redactor(self, inputs: Mapping[str, Any] | None = None) -> Redactor:

@@ -217,7 +217,8 @@ def read_token(
     fields: dict[str, Any] = json.loads(base64.urlsafe_b64decode(payload + "=" * (-len(payload) % 4)))
     if fields.pop("version", None) != VERSION or fields["kind"] != kind:
         return None
-    hook = Hook(**{**fields, "expires": datetime.fromtimestamp(fields["expires"], UTC)})
+    fields["expires"] = datetime.fromtimestamp(fields["expires"], UTC)
+    hook = Hook(**fields)
     needs_bearer = kind in BEARER_KINDS
     if now >= hook.expires or (needs_bearer and not _brings(authorization, _signature(signers[0], "bearer", payload))):
         return None

@@ -121,8 +121,10 @@ async def post_feedback(
     finally:
         await connections.aclose()
     if not answer.is_success:
-        facts = {"method": "POST", "path": label, "kickoff_id": request.kickoff_id}
-        raise CrewAPIError(status_code=answer.status, body=call.shown(answer.text), **facts)
+        body = call.shown(answer.text)
+        raise CrewAPIError(
+            status_code=answer.status, method="POST", path=label, body=body, kickoff_id=request.kickoff_id
+        )
     return ResumeAnswer(kickoff_id=request.kickoff_id, status="accepted")
 
 

@@ -7,6 +7,7 @@ import contextlib
 import json
 import re
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -160,10 +161,8 @@ class CrewClient:
             call = self._call("GET", template.replace("{id}", encoded), kickoff_id)
             answer = await self._send(call)
             if answer.status not in (404, 405):
-                expected = "the status of this run"
-                status = await self._parsed(
-                    call, answer, expected, lambda value: _parsing.parse_status(value, kickoff_id)
-                )
+                parse = partial(_parsing.parse_status, kickoff_id=kickoff_id)
+                status = await self._parsed(call, answer, "the status of this run", parse)
                 self._status_path = template
                 return status
             text = call.hide(answer.text)
@@ -198,9 +197,8 @@ class CrewClient:
         # Only the outcome of this answer is of use, so it is masked, where the others are given as they are.
         answer = Answer(answer.status, answer.headers, call.shown(answer.text).encode("utf-8", "replace"))
         if answer.is_success:
-            return await self._parsed(
-                call, answer, "the answer to a stop", lambda value: _parsing.parse_stop(value, kickoff_id)
-            )
+            parse = partial(_parsing.parse_stop, kickoff_id=kickoff_id)
+            return await self._parsed(call, answer, "the answer to a stop", parse)
         found = _parsing.parse_refused_stop(answer.text, kickoff_id, answer.status)
         if found is None:
             raise self._error(call, answer)

@@ -297,8 +297,9 @@ def _data_of(body: Mapping[str, Any]) -> Any:
 
 def _tasks_of(body: Mapping[str, Any]) -> list[TaskResult]:
     """Return the tasks that ended, in the server's order."""
-    lists = map(as_list, values_at(body, *(f"result.{key}" for key in _TASKS), *_TASKS))
-    return [_task(item) for item in next(filter(None, lists), list[Any]()) if isinstance(item, str | dict)]
+    paths = (*(f"result.{key}" for key in _TASKS), *_TASKS)
+    items = pick(lambda value: as_list(value) or None, body, *paths) or []
+    return [_task(item) for item in items if isinstance(item, str | dict)]
 
 
 def _task(item: Any) -> TaskResult:

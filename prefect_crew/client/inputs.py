@@ -103,10 +103,10 @@ def _container(value: Any) -> Any:
         return [_plain(item) for item in cast("Sequence[Any]", value)]
     # An array of NumPy, as pandas has for a list that it read from Parquet. Its times are left out: `tolist` makes bare
     # numbers of those in nanoseconds.
-    kind = getattr(getattr(value, "dtype", None), "kind", None)
+    kind = getattr(getattr(cast("Any", value), "dtype", None), "kind", None)
     if isinstance(kind, str) and kind in _ARRAY_KINDS:
-        return _plain(value.tolist())
-    raise _UnsendableError(f"a value of type {type(value).__name__}")
+        return _plain(cast("Any", value).tolist())
+    raise _UnsendableError(f"a value of type {type(cast('object', value)).__name__}")
 
 
 def _number(value: Any) -> int | float | str:
