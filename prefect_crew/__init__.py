@@ -13,10 +13,24 @@ from prefect_crew._internal.lazy import lazy_names
 from prefect_crew.exceptions import *  # all errors, and nothing else
 
 if TYPE_CHECKING:
-    from prefect_crew.batches import *
+    from prefect_crew.batches import BatchPlan, BatchReport, aplan_batch, arun_batch, plan_batch, run_batch
     from prefect_crew.blocks import CrewRun, DeployedCrew
     from prefect_crew.budgets import Budget
-    from prefect_crew.client import *
+    from prefect_crew.client import (
+        BasicAuth,
+        BearerAuth,
+        CrewClient,
+        CrewInput,
+        CrewResult,
+        CrewStatus,
+        HumanInputWebhook,
+        ResumeAnswer,
+        StopAnswer,
+        StreamWebhook,
+        TaskResult,
+        TokenUsage,
+        Webhooks,
+    )
     from prefect_crew.crew import WaitPolicy
     from prefect_crew.flows import arun_crew, get_result, run_crew, run_deployed_crew
     from prefect_crew.pipelines.check import PipelinePlan
