@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from datetime import timedelta
 from typing import Any
 
@@ -88,7 +87,8 @@ def test_how_a_question_stands_to_the_answers_on_record(case: tuple[Any, dict[st
 def test_what_other_tasks_gave_is_shown_as_that_and_not_as_what_is_to_be_judged() -> None:
     last = {"name": "research", "output": "facts"}
     body = {"state": "PENDING_HUMAN_INPUT", "task_id": "draft", "last_executed_task": last}
-    status = parse_status(json.dumps(body).encode(), "k")
+    status = parse_status(body, "k")
+    assert status is not None
     assert judged_output(status) is None
     assert outputs_so_far(status) == "### research\n\nfacts"
 
