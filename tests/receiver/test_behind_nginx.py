@@ -1,4 +1,4 @@
-"""The receiver behind nginx, with the configuration that docs/guides/webhooks-nginx.md shows."""
+"""The receiver behind nginx, with the configuration that docs/guides/receive-webhooks.md shows."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ async def test_a_run_is_reported_through_nginx_and_nothing_else_gets_through(
             "http://127.0.0.1:8001": receiver,
         }
         with (
-            start_nginx(tmp_path, "webhooks-nginx.md", changes),
+            start_nginx(tmp_path, "receive-webhooks.md", changes),
             CrewServer(script({"seconds": 1.0, "output": "done"})) as crew,
         ):
             wait_until(lambda: answers(base), seconds=20, what="nginx")
