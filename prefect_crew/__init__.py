@@ -33,8 +33,7 @@ if TYPE_CHECKING:
     )
     from prefect_crew.crew import WaitPolicy
     from prefect_crew.flows import arun_crew, get_result, run_crew, run_deployed_crew
-    from prefect_crew.pipelines.check import PipelinePlan
-    from prefect_crew.pipelines.graph import CrewStep, PipelineContext
+    from prefect_crew.pipelines.graph import CrewStep, PipelineContext, PipelinePlan
     from prefect_crew.pipelines.run import (
         PipelineResult,
         aplan_pipeline,
@@ -73,8 +72,7 @@ __getattr__, __dir__ = lazy_names(
         "StopAnswer StreamWebhook TaskResult TokenUsage Webhooks",
         "crew": "WaitPolicy",
         "flows": "arun_crew get_result run_crew run_deployed_crew",
-        "pipelines.check": "PipelinePlan",
-        "pipelines.graph": "CrewStep PipelineContext",
+        "pipelines.graph": "CrewStep PipelineContext PipelinePlan",
         "pipelines.run": "PipelineResult aplan_pipeline arun_pipeline plan_pipeline run_deployed_pipeline run_pipeline",
         "prices": "Price Spending",
         "runs.reviews.questions": "Review ReviewRequest",

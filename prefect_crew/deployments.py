@@ -38,9 +38,8 @@ from prefect_crew.blocks import values_of_blocks
 from prefect_crew.crew import Crew
 from prefect_crew.exceptions import ConfigurationError
 from prefect_crew.flows import run_deployed_crew
-from prefect_crew.pipelines.check import PipelineCrews
 from prefect_crew.pipelines.definition import PipelineDefinition, PipelineInput, as_pipeline_input
-from prefect_crew.pipelines.graph import PipelineGraph
+from prefect_crew.pipelines.graph import Pipeline
 from prefect_crew.pipelines.run import run_deployed_pipeline
 from prefect_crew.records.keys import render_key
 
@@ -198,20 +197,13 @@ async def pipeline_target(pipeline: PipelineDefinition, defaults: Mapping[str, A
         ConfigurationError: The pipeline cannot run, with all that is wrong; or a default is for no input of it.
     """
     steps = pipeline.crew_steps()
-    bare = PipelineGraph(steps, {})
-    own = len(bare.problems)  # it has no inputs yet, so these are not all, and some are none
-    crews = PipelineCrews(bare)
-    await crews.load()
-    await crews.ask()
-    unasked = [*bare.problems[own:], *crews.unreachable]
-    pipeline = pipeline.with_inputs(crews.expected)
     # The steps are checked with what every run has: all but inputs that may be left out and have no default.
     sure = [name for name, item in pipeline.inputs.items() if item.required or item.default is not None]
-    crews = PipelineCrews(PipelineGraph(steps, dict.fromkeys(sure, "")), crews.crews, crews.expected)
-    crews.check_inputs()
-    secret = PipelineCrews(PipelineGraph(steps, dict.fromkeys(pipeline.inputs, "")), crews.crews).secret_inputs
-    blocks = {name: list(crew.secret_inputs) for name, crew in crews.crews.items()}
-    problems = [*unasked, *crews.graph.problems, *pipeline.stored_secrets(blocks)]
+    checked = Pipeline(steps, dict.fromkeys(sure, ""))
+    await checked.check()
+    secret = Pipeline(steps, dict.fromkeys(pipeline.inputs, ""), checked.crews).secret_inputs
+    blocks = {name: list(crew.secret_inputs) for name, crew in checked.crews.items()}
+    problems = [*checked.problems, *checked.unreachable, *pipeline.stored_secrets(blocks)]
     if problems:
         raise ConfigurationError(f"The pipeline cannot run, nothing was deployed: {'; '.join(problems)}.")
     inputs = {

@@ -10,67 +10,40 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import date, time, timedelta
 from decimal import Decimal
 from types import BuiltinMethodType
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 from jinja2 import StrictUndefined, TemplateError, nodes
 from jinja2.meta import find_undeclared_variables
 from jinja2.runtime import LoopContext, Macro
-from jinja2.sandbox import ImmutableSandboxedEnvironment, SandboxedEnvironment
-from jinja2.utils import Cycler, Joiner
-from pydantic import BaseModel, ConfigDict
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from pydantic import BaseModel
 from pydantic_core import to_json
 
-from prefect_crew.client.models import CrewResult, TaskResult, TokenUsage
+from prefect_crew.client.models import CrewResult, TaskResult
 from prefect_crew.exceptions import ConfigurationError
-from prefect_crew.states import CrewState
+
+RESULT_FIELDS = ("output", "data", "tasks", "usage", "execution_time", "kickoff_id", "state")
+"""What a template sees of a step's result."""
+_TASK_FIELDS = ("name", "agent", "output", "data", "execution_time", "description")
 
 
 def _readable(value: Any) -> Any:
     """Put structured values into a text as JSON, not as Python writes them."""
-    if isinstance(value, BaseModel | Mapping | list | tuple) or value is None or isinstance(value, bool):
+    if isinstance(value, Mapping | list | tuple) or value is None or isinstance(value, bool):
         return to_json(value).decode()
     return value
 
 
-class TaskView(BaseModel):
-    """What a template sees of one task of a result."""
-
-    model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True)
-
-    name: str | None
-    agent: str | None
-    output: str | None
-    data: Any
-    execution_time: float | None
-    description: str | None
-
-
-class ResultView(BaseModel):
-    """What a template sees of a result, also where it prints or iterates the whole of it."""
-
-    model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True)
-
-    output: str
-    data: Any
-    tasks: list[TaskView]
-    usage: TokenUsage | None
-    execution_time: float | None
-    kickoff_id: str
-    state: CrewState
-
-
-RESULT_FIELDS = frozenset(ResultView.model_fields)
-"""What a template sees of a step's result."""
-
-
 def _viewed(value: Any) -> Any:
-    """Return `value` with a view in the place of each result, and itself where it holds none."""
-    if isinstance(value, CrewResult | TaskResult):
-        view = ResultView if isinstance(value, CrewResult) else TaskView
-        parts = {name: getattr(value, name) for name in view.model_fields}
-        if "tasks" in parts:
-            parts["tasks"] = _viewed(parts["tasks"])
-        return view.model_construct(**parts)
+    """Return `value` with mappings of their fields in the place of models, and itself where it holds none.
+
+    pydantic's classmethods read files, and run what is pickled; what else a result holds is not for templates.
+    """
+    if isinstance(value, BaseModel):
+        names: Collection[str] = type(value).model_fields
+        if isinstance(value, CrewResult | TaskResult):
+            names = RESULT_FIELDS if isinstance(value, CrewResult) else _TASK_FIELDS
+        return {name: _viewed(getattr(value, name)) for name in names}
     if isinstance(value, Mapping):
         given = cast("Mapping[Any, Any]", value)
         seen = {key: _viewed(item) for key, item in given.items()}
@@ -87,16 +60,11 @@ _HARMLESS = (str, bytes, int, float, list, tuple, dict, set, frozenset, date, ti
 
 
 class _Sandbox(ImmutableSandboxedEnvironment):
-    """Jinja's sandbox, which by itself lets a template call whatever public method a value has.
-
-    Of a model a template sees its fields: pydantic's classmethods read files, and run what is pickled.
-    """
+    """Jinja's sandbox, which by itself lets a template call whatever public method a value has."""
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
-        if isinstance(obj, BaseModel):
-            seen: BaseModel = _viewed(obj)
-            return attr in type(seen).model_fields
-        return super().is_safe_attribute(obj, attr, value)
+        # Models within other objects are not seen through.
+        return not isinstance(obj, BaseModel) and super().is_safe_attribute(obj, attr, value)
 
     def is_safe_callable(self, obj: Any) -> bool:
         if not super().is_safe_callable(obj):
@@ -105,65 +73,64 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         if isinstance(obj, BuiltinMethodType) and isinstance(owner, _HARMLESS):
             return True
         brought = cast("dict[str, Any]", cast("Any", self).globals).values()  # `range`, `dict` and so on
-        kinds = (Macro, LoopContext, Joiner)
-        return isinstance(obj, kinds) or isinstance(owner, (LoopContext, Cycler)) or any(obj is one for one in brought)
+        return isinstance(obj, Macro | LoopContext) or isinstance(owner, LoopContext) or any(obj is x for x in brought)
 
 
-def _environment() -> SandboxedEnvironment:
-    return _Sandbox(undefined=StrictUndefined, finalize=_readable, keep_trailing_newline=True)
-
-
+_ENVIRONMENT: Any = _Sandbox(undefined=StrictUndefined, finalize=_readable, keep_trailing_newline=True)
+GLOBALS = frozenset(_ENVIRONMENT.globals)
+"""Names that Jinja brings, such as `range`. `names_in` takes them for those, whatever values there are."""
 _METHODS = frozenset(dir(dict))
 """What a collection has in addition to its names: `steps.items()`."""
-GLOBALS = frozenset(cast("dict[str, Any]", cast("Any", _environment()).globals))
-"""Names that Jinja brings, such as `range`. `names_in` takes them for those, whatever values there are."""
 
 
-def names_in(template: str, *, collections: frozenset[str] = frozenset()) -> set[str]:
+def names_in(template: str, *, collections: Collection[str] = ()) -> set[str]:
     """Return the names that a template needs: its own, and those looked up in a collection such as `steps["a b"]`.
 
     Raises:
         ConfigurationError: It is not a template.
     """
-    tree = _parsed(template)
-    needed = find_undeclared_variables(tree)
-    for lookup in tree.find_all((nodes.Getitem, nodes.Getattr)):
-        inside = lookup.node
-        if not isinstance(inside, nodes.Name) or inside.name not in collections:
-            continue
-        if isinstance(lookup, nodes.Getattr):
-            needed |= {lookup.attr} - _METHODS
-        elif isinstance(lookup.arg, nodes.Const):
-            needed.add(str(lookup.arg.value))
-    return needed - collections
+    return set(uses_in(template, collections=collections)) - set(collections)
 
 
-def attributes_in(template: str, names: Collection[str], *, collection: str) -> set[tuple[str, str]]:
-    """Return what a template reads of these names, as name and attribute: `a.output`, or `collection["a"].output`.
+def uses_in(template: str, *, collections: Collection[str] = ()) -> dict[str, set[str]]:
+    """Return the names that a template needs, as `names_in`, and the attributes that it reads of each.
+
+    A collection is one of them where it is used as a whole or by an expression, such as `steps[name]`.
 
     Raises:
         ConfigurationError: It is not a template.
     """
-    found: set[tuple[str, str]] = set()
-    for lookup in _parsed(template).find_all(nodes.Getattr):
+    tree = _parsed(template)
+    found = {name: set[str]() for name in find_undeclared_variables(tree) - set(collections)}
+    lookups = list(tree.find_all((nodes.Getitem, nodes.Getattr)))
+    keys = {id(lookup): _key_of(lookup, collections) for lookup in lookups}
+    found |= {key: set[str]() for key in keys.values() if key is not None}
+    for lookup in lookups:
         inside = lookup.node
-        if isinstance(inside, nodes.Name) and inside.name in names:
-            found.add((inside.name, lookup.attr))
-        elif isinstance(inside, nodes.Getitem | nodes.Getattr) and isinstance(inside.node, nodes.Name):
-            key = inside.attr if isinstance(inside, nodes.Getattr) else getattr(inside.arg, "value", None)
-            if inside.node.name == collection and key in names:
-                found.add((str(key), lookup.attr))
-    return found
+        name = inside.name if isinstance(inside, nodes.Name) else keys.get(id(inside))
+        if isinstance(lookup, nodes.Getattr) and name in found:
+            found[name].add(lookup.attr)
+    by_key = {id(lookup.node) for lookup in lookups if keys[id(lookup)] is not None}
+    whole = (node.name for node in tree.find_all(nodes.Name) if id(node) not in by_key)
+    return found | {name: set[str]() for name in whole if name in collections}
+
+
+def _key_of(lookup: nodes.Getitem | nodes.Getattr, collections: Collection[str]) -> str | None:
+    """Return the name that is looked up in a collection, as far as the template itself tells."""
+    if not isinstance(lookup.node, nodes.Name) or lookup.node.name not in collections:
+        return None
+    if isinstance(lookup, nodes.Getattr):
+        return None if lookup.attr in _METHODS else lookup.attr
+    return str(lookup.arg.value) if isinstance(lookup.arg, nodes.Const) else None
 
 
 def _parsed(template: str) -> nodes.Template:
-    environment = _environment()
     try:
-        tree = environment.parse(template)
+        tree: nodes.Template = _ENVIRONMENT.parse(template)
     except TemplateError as error:
         raise ConfigurationError(f"{template!r} is not a template: {error}") from None
     for node in tree.find_all((nodes.Filter, nodes.Test, nodes.Getattr, *_OTHERS)):
-        if problem := _problem(node, environment):
+        if problem := _problem(node):
             raise ConfigurationError(f"{template!r} cannot be filled: {problem}.")
     return tree
 
@@ -171,18 +138,16 @@ def _parsed(template: str) -> nodes.Template:
 _OTHERS = (nodes.Include, nodes.Import, nodes.FromImport, nodes.Extends)
 
 
-def _problem(node: nodes.Node, environment: Any) -> str | None:
+def _problem(node: nodes.Node) -> str | None:
     """Return what is wrong with a part of a template that Jinja would report only when it runs that part, if at all."""
-    if isinstance(node, nodes.Filter) and node.name not in environment.filters:
+    if isinstance(node, nodes.Filter) and node.name not in _ENVIRONMENT.filters:
         return f"there is no filter {node.name!r}"
-    if isinstance(node, nodes.Test) and node.name not in environment.tests:
+    if isinstance(node, nodes.Test) and node.name not in _ENVIRONMENT.tests:
         return f"there is no test {node.name!r}"
     # What every object has, such as `__class__`, and a mapping's own `__typename` is not.
     if isinstance(node, nodes.Getattr) and hasattr(object, node.attr):
         return f"{node.attr!r} is not allowed in a template"
-    if isinstance(node, _OTHERS):
-        return "it asks for another template, and there is none"
-    return None
+    return "it asks for another template, and there is none" if isinstance(node, _OTHERS) else None
 
 
 def render(template: str, values: Mapping[str, Any]) -> str:
@@ -201,7 +166,7 @@ def compiled(template: str) -> Callable[[Mapping[str, Any]], str]:
         ConfigurationError: It is not a template.
     """
     try:
-        ready = _environment().from_string(_parsed(template))
+        ready = _ENVIRONMENT.from_string(_parsed(template))
     except TemplateError as error:
         raise ConfigurationError(f"{template!r} is not a template: {error}") from None
 

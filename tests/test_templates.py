@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from prefect_crew import ConfigurationError
 from prefect_crew.client.models import CrewResult, TaskResult
 from prefect_crew.states import CrewState
-from prefect_crew.templates import attributes_in, compiled, names_in, render
+from prefect_crew.templates import compiled, names_in, render, uses_in
 
 RESULT = CrewResult(
     kickoff_id="1",
@@ -52,7 +52,7 @@ class Trip(BaseModel):
         ),
         pytest.param("{% macro m(x) %}<{{ x }}>{% endmacro %}{{ m(topic) }}", "<tea>", id="a-macro"),
         pytest.param("{{ day.strftime('%Y') }} {{ day.year }}", "2026 2026", id="a-date"),
-        pytest.param("{% set j = joiner('-') %}{{ j() }}a{{ j() }}b {{ dict(a=1).a }}", "a-b 1", id="jinjas-own"),
+        pytest.param("{% set n = namespace(x=1) %}{{ n.x }} {{ dict(a=1).a }}", "1 1", id="jinjas-own"),
         pytest.param(
             "{{ research.kickoff_id }} {{ research.usage }} {{ research.state }}", "1 null completed", id="rest"
         ),
@@ -80,7 +80,7 @@ HIDDEN = CrewResult(
         pytest.param("{{ research.tasks }} {{ research.tasks[0] }}", id="its-tasks"),
         pytest.param("{{ steps }} {{ {'a': [research]} }}", id="within-a-collection"),
         pytest.param("{{ given }} {{ given[0]['a'] }}", id="given-as-an-input"),
-        pytest.param("{% for part in research %}{{ part }}{% endfor %}", id="iterated"),
+        pytest.param("{% for part in research.items() %}{{ part }}{% endfor %}", id="iterated"),
         pytest.param(
             "{{ research | list }} {{ dict(research) }} {{ research.tasks | map('list') | list }}", id="listed"
         ),
@@ -201,12 +201,12 @@ def test_names_are_found(template: str, names: set[str]):
 @pytest.mark.parametrize(
     ("template", "found"),
     [
-        ("{{ a.output }}", {("a", "output")}),
-        ("{{ a.data.title }}", {("a", "data")}),
-        ("{{ steps['a'].tasks[0].output }}", {("a", "tasks")}),
-        ("{{ steps.a.output }}", {("a", "output")}),
-        ("{{ other.output }}", set[Any]()),
+        ("{{ a.output }} {{ a.data.title }}", {"a": {"output", "data"}}),
+        ("{{ steps['a'].tasks[0].output }}", {"a": {"tasks"}}),
+        ("{{ steps.a.output }} {{ inputs.t }}", {"a": {"output"}, "t": set[str]()}),
+        ("{{ inputs[name] }}", {"name": set[str](), "inputs": set[str]()}),
+        ("{{ steps | length }} {{ inputs.items() }}", {"steps": set[str](), "inputs": set[str]()}),
     ],
 )
-def test_what_is_read_of_a_name_is_found(template: str, found: set[Any]):
-    assert attributes_in(template, {"a"}, collection="steps") == found
+def test_what_is_read_of_a_name_is_found(template: str, found: dict[str, set[str]]):
+    assert uses_in(template, collections=COLLECTIONS) == found

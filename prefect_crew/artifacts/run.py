@@ -36,7 +36,7 @@ from prefect_crew.artifacts.escape import (
     table,
 )
 from prefect_crew.client.inputs import encode_inputs
-from prefect_crew.client.models import CrewStatus, TaskResult, TokenUsage
+from prefect_crew.client.models import CrewStatus, TaskResult
 from prefect_crew.client.redaction import MASK
 from prefect_crew.prices import money
 from prefect_crew.records.model import SentReview
@@ -46,7 +46,7 @@ SHOW_FOR = 5.0
 """Seconds for which showing something outlasts a Prefect API that is busy."""
 SHOW_WITHIN = 15.0
 """Seconds for all of it: one that is away must not keep a wait from looking at its run."""
-PAGE, PAGES = 200, 5
+NEWEST = 200
 """How many artifacts under a key are looked through, the newest first, for one that another process made."""
 TASKS_CAP = 200
 """Tasks of a run that an artifact lists."""
@@ -107,38 +107,32 @@ class MarkdownArtifact:
         if self._flow_run_id is not None:
             wanted.flow_run_id = ArtifactFilterFlowRunId(any_=[UUID(self._flow_run_id)])
         async with get_client() as client:
-            for page in range(PAGES):
-                found = await client.read_artifacts(
-                    artifact_filter=wanted, sort=ArtifactSort.CREATED_DESC, limit=PAGE, offset=page * PAGE
-                )
-                self.id = next((one.id for one in found if one.description == self.description), None)
-                if self.id is not None or len(found) < PAGE:
-                    break
+            found = await client.read_artifacts(artifact_filter=wanted, sort=ArtifactSort.CREATED_DESC, limit=NEWEST)
+        self.id = next((one.id for one in found if one.description == self.description), None)
         return self.id
 
     async def _update(self, data: str) -> bool:
         """Update the artifact; False if somebody has removed it."""
-        async with get_client() as client:
-            try:
-                path, json = f"/artifacts/{self.id}", {"data": data}
-                await request_soon(client, "PATCH", path, json=json, give_up_after=SHOW_FOR)
-            except PrefectHTTPStatusError as error:
-                if error.response.status_code != 404:
-                    raise
-                return False
+        try:
+            async with get_client() as client:
+                body = {"data": data}
+                await request_soon(client, "PATCH", f"/artifacts/{self.id}", json=body, give_up_after=SHOW_FOR)
+        except PrefectHTTPStatusError as error:
+            if error.response.status_code != 404:
+                raise
+            return False
         return True
 
     async def _create(self, data: str) -> None:
         """Make the artifact, of the flow and task run that this is called from."""
-        flow_context, task_context = FlowRunContext.get(), TaskRunContext.get()
-        flow_run = None if flow_context is None else flow_context.flow_run
+        flow, task = FlowRunContext.get(), TaskRunContext.get()
         artifact = ArtifactCreate(
             key=self.key,
             type="markdown",
             description=self.description,
             data=data,
-            flow_run_id=None if flow_run is None else flow_run.id,
-            task_run_id=None if task_context is None else task_context.task_run.id,
+            flow_run_id=flow.flow_run.id if flow and flow.flow_run else None,
+            task_run_id=task.task_run.id if task else None,
         )
         body = artifact.model_dump(mode="json", exclude_unset=True)
         async with get_client() as client:
@@ -186,83 +180,71 @@ class RunView:
 
 def render_run(view: RunView) -> str:
     """Return the Markdown of a run. The result comes last, so that nothing in it can swallow what is ours."""
+    status = view.status if view.show != "none" else None
     parts = [f"## {_STATES[view.state]} · {prose(view.crew)}"]
     if view.state is CrewState.FAILED:
-        parts += _failure(view)
-    parts += [prose(note) for note in view.notes]
+        parts += _failure(view, status)
+    parts += map(prose, view.notes)
     if view.to_do:
         parts.append(commands(*view.to_do))
-    parts.append(_facts(view))
-    if view.inputs is not None and view.show == "full" and view.inputs:
-        parts.append(_inputs(view))
+    parts.append(_facts(view, status))
+    if view.show == "full" and view.inputs:
+        rows = [(f"**{cell(name)}**", cell(str(text))) for name, text in view.shown_inputs().items()]
+        parts.append("### Inputs\n\n" + table(("Input", "Value"), rows))
     if view.reviews:
         parts.append(_reviews(view))
-    status = view.status
-    if status is not None and view.show != "none":
-        if status.tasks:
-            parts.append(_tasks(status.tasks))
-        if status.usage is not None:
-            parts.append(_usage(status.usage))
-    if status is not None and status.output is not None and view.state is CrewState.COMPLETED:
-        parts.append(_result(view, status.output))
+    if status is not None and status.tasks:
+        parts.append(_tasks(status.tasks))
+    if status is not None and status.usage is not None:
+        counts = [(name.replace("_", " "), f"{count:,}") for name, count in status.usage if count is not None]
+        if counts:
+            parts.append("### Usage\n\n" + table([name for name, _ in counts], [[count for _, count in counts]]))
+    if view.status is not None and view.status.output is not None and view.state is CrewState.COMPLETED:
+        parts.append(_result(view, view.status.output))
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
-def _failure(view: RunView) -> list[str]:
+def _failure(view: RunView, status: CrewStatus | None) -> list[str]:
     """Return why a run failed, where, and what to do: that is what people come for."""
-    shown = view.status is not None and view.show != "none"
-    error = (view.status.error if shown and view.status else None) or "The crew gave no reason."
-    parts = ["### Error", fenced(error)] if shown else []
-    where = f"It failed in task **{cell(view.failed_task, 80)}**." if shown and view.failed_task else ""
-    parts.append(" ".join(filter(None, (where, prose(view.advice or "")))))
-    return [part for part in parts if part]
+    error = ["### Error", fenced(status.error or "The crew gave no reason.")] if status else []
+    where = f"It failed in task **{cell(view.failed_task, 80)}**. " if status and view.failed_task else ""
+    return [*error, where + prose(view.advice or "")]
 
 
-def _facts(view: RunView) -> str:
-    rows = [("Run", code(view.kickoff_id))]
-    if view.page_url:
-        rows.append(("Crew", link(view.crew, view.page_url)))
-    if view.flow_run_id:
-        rows.append(("Flow run", flow_run_link(view.flow_run_id)))
-    if view.idempotency_key:
-        rows.append(("Idempotency key", code(view.idempotency_key)))
-    if view.attempt and view.state is CrewState.FAILED:
-        rows.append(("Attempt", view.attempt.removeprefix("attempt ")))
-    if view.started_at:
-        rows.append(("Kicked off", f"{view.started_at:%Y-%m-%d %H:%M:%S} UTC"))
-    if view.ended_at:
-        rows.append(("Ended", f"{view.ended_at:%Y-%m-%d %H:%M:%S} UTC"))
-    status = view.status
-    if status is not None and status.execution_time is not None:
-        rows.append(("Execution time", duration(status.execution_time)))
-    if status is not None and status.current_task and not view.state.ended and view.show != "none":
-        rows.append(("Current task", cell(status.current_task)))
-    if status is not None and status.message and view.state is not CrewState.FAILED and view.show == "full":
-        rows.append(("Message", cell(status.message)))
-    if view.cost is not None:
-        rows.append(("Cost", money(view.cost)))
-    return table(("", ""), rows)
-
-
-def _inputs(view: RunView) -> str:
-    rows = [(f"**{cell(name)}**", cell(str(text))) for name, text in view.shown_inputs().items()]
-    return "### Inputs\n\n" + table(("Input", "Value"), rows)
+def _facts(view: RunView, status: CrewStatus | None) -> str:
+    known = view.status
+    rows = {
+        "Run": code(view.kickoff_id),
+        "Crew": view.page_url and link(view.crew, view.page_url),
+        "Flow run": view.flow_run_id and flow_run_link(view.flow_run_id),
+        "Idempotency key": view.idempotency_key and code(view.idempotency_key),
+        "Attempt": view.attempt and view.state is CrewState.FAILED and view.attempt.removeprefix("attempt "),
+        "Kicked off": view.started_at and f"{view.started_at:%Y-%m-%d %H:%M:%S} UTC",
+        "Ended": view.ended_at and f"{view.ended_at:%Y-%m-%d %H:%M:%S} UTC",
+        "Execution time": known and known.execution_time is not None and duration(known.execution_time),
+        "Current task": status and status.current_task and not view.state.ended and cell(status.current_task),
+        "Message": known and known.message and view.show == "full" and cell(known.message),
+        "Cost": view.cost is not None and money(view.cost),
+    }
+    if view.state is CrewState.FAILED:
+        del rows["Message"]  # the error says it
+    return table(("", ""), [(name, text) for name, text in rows.items() if text])
 
 
 def _tasks(tasks: Sequence[TaskResult]) -> str:
-    times = [task.execution_time for task in tasks]
-    total = sum(seconds for seconds in times if seconds)
-    header = ["Task", "Agent"]
-    timed = total > 0
-    if timed:
-        header += ["Time", "Share"]
-    rows: list[Sequence[str]] = []
-    for task, seconds in zip(tasks[:TASKS_CAP], times, strict=False):
+    total = sum(task.execution_time or 0 for task in tasks)
+    rows: list[list[str]] = []
+    for task in tasks[:TASKS_CAP]:
         row = [cell(task.name or "–", 80), cell(task.agent or "–", 60)]
-        if timed:
-            row += ["–", ""] if seconds is None else [duration(seconds), _bar(seconds / total)]
+        if total and task.execution_time is None:
+            row += ["–", ""]
+        elif total and task.execution_time is not None:
+            full = round(task.execution_time / total * BAR)
+            share = f"{'█' * full}{'░' * (BAR - full)} {task.execution_time / total:.0%}"
+            row += [duration(task.execution_time), share]
         rows.append(row)
     more = f"\n\n_and {len(tasks) - TASKS_CAP:,} more_" if len(tasks) > TASKS_CAP else ""
+    header = ("Task", "Agent", "Time", "Share") if total else ("Task", "Agent")
     return "### Tasks\n\n" + table(header, rows) + more
 
 
@@ -271,11 +253,10 @@ def _reviews(view: RunView) -> str:
     rows: list[Sequence[str]] = []
     for review in view.reviews:
         answer = "approved" if review.approve else "rejected"
-        unsure = "" if review.outcome == "sent" else " (nobody knows whether it arrived)"
         row = [
             "–" if view.show == "none" else cell(review.task_id, 80),
             str(review.round),
-            answer + unsure,
+            answer if review.outcome == "sent" else f"{answer} (nobody knows whether it arrived)",
             cell(review.by, 60),
             f"{review.at:%Y-%m-%d %H:%M:%S} UTC",
         ]
@@ -283,29 +264,17 @@ def _reviews(view: RunView) -> str:
     return "### Answers\n\n" + table(header, rows)
 
 
-def _usage(usage: TokenUsage) -> str:
-    counts = [(name.replace("_", " "), count) for name, count in usage if count is not None]
-    if not counts:
-        return ""
-    return "### Usage\n\n" + table([name for name, _ in counts], [[f"{count:,}" for _, count in counts]])
-
-
 def _result(view: RunView, output: str) -> str:
-    said: list[str] = []
+    about: list[str] = []
     if view.show == "full" and len(output) > OUTPUT_CAP:
-        said.append(f"The first {OUTPUT_CAP:,} of {len(output):,} characters.")
+        about.append(f"The first {OUTPUT_CAP:,} of {len(output):,} characters.")
     elif view.show == "summary":
-        said.append(f"{len(output):,} characters.")
+        about.append(f"{len(output):,} characters.")
     if view.read_result is not None:
-        said.append(f"The whole text:\n\n{commands(view.read_result)}")
+        about.append(f"The whole text:\n\n{commands(view.read_result)}")
     text = reading(output[:OUTPUT_CAP]) if view.show == "full" else ""
-    shown = "\n\n".join(filter(None, (" ".join(said), text)))
+    shown = "\n\n".join(filter(None, (" ".join(about), text)))
     return f"### Result\n\n{shown}" if shown else ""
-
-
-def _bar(share: float) -> str:
-    full = round(share * BAR)
-    return f"{'█' * full}{'░' * (BAR - full)} {share:.0%}"
 
 
 class RunArtifact(MarkdownArtifact):

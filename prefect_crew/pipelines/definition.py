@@ -5,22 +5,20 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal, cast
+from typing import Annotated, Any, ClassVar, Literal, cast
 from uuid import UUID
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, ValidationError
 
 from prefect_crew._text import excerpt, listed_names, with_guesses
 from prefect_crew.client.models import CrewInput
 from prefect_crew.crew import WaitPolicy
 from prefect_crew.exceptions import ConfigurationError
-from prefect_crew.pipelines.graph import RESERVED, CrewStep, texts_in
-from prefect_crew.templates import names_in
+from prefect_crew.pipelines.graph import CrewStep, leaves_in
 
-_ONE_NAME = re.compile(r"\{\{\s*(\w+)\s*\}\}")
-_BRACES = re.compile(r"\{\{[^'\"]*?\}\}")
-_QUOTED_NAME = re.compile(r"""\[\s*("[^"]*"|'[^']*')\s*\]""")
+_NAME_ALONE = re.compile(r"""\s*\{\{[\s(]*[^\W\d]\w*(\.\w+|\[\s*("[^"]*"|'[^']*')\s*\])*[\s)]*\}\}\s*""")
+"""A template that is the name of an input, or of a part of one, and nothing else."""
 
 
 class _Plain(BaseModel):
@@ -58,7 +56,7 @@ class StepDefinition(_Plain):
         description="The crew's inputs by name; texts are templates over the pipeline's inputs and earlier steps. "
         "Empty: the pipeline's inputs of the crew's names.",
     )
-    after: tuple[str, ...] = Field(
+    after: str | tuple[str, ...] = Field(
         default=(), description="Steps to wait for, in addition to those that its templates use."
     )
     wait: WaitPolicy | None = Field(default=None, description="How to wait for it, in place of the block's policy.")
@@ -69,10 +67,9 @@ class StepDefinition(_Plain):
         default=None, description="The id (a UUID) of a saved state of a CrewAI Flow from which it starts."
     )
 
-    @field_validator("after", mode="before")
-    @classmethod
-    def _one_or_more(cls, value: Any) -> Any:
-        return [value] if isinstance(value, str) else value
+
+def _nothing_said(value: Any) -> Any:
+    return {} if value is None else value
 
 
 class PipelineDefinition(_Plain):
@@ -82,9 +79,8 @@ class PipelineDefinition(_Plain):
         min_length=1, description="Its name: on its artifact, and in an idempotency key that is left out."
     )
     description: str | None = Field(default=None, description="What it does, for people.")
-    inputs: dict[str, PipelineInput] = Field(
-        default_factory=dict[str, PipelineInput],
-        description="Its inputs by name, for the templates of the steps. Empty: those that the steps use.",
+    inputs: dict[str, Annotated[PipelineInput, BeforeValidator(_nothing_said)]] = Field(
+        default_factory=dict[str, PipelineInput], description="Its inputs by name, for the templates of the steps."
     )
     steps: tuple[StepDefinition, ...] = Field(min_length=1, description="Its steps, in any order.")
     wait: WaitPolicy | None = Field(default=None, description="How to wait, for steps without a policy of their own.")
@@ -92,57 +88,9 @@ class PipelineDefinition(_Plain):
         default=None, description="Where people are asked, for steps that do not say it."
     )
 
-    @field_validator("inputs", mode="before")
-    @classmethod
-    def _names_alone(cls, value: Any) -> Any:
-        # A list of names, or a mapping in which nothing is said of a name.
-        if isinstance(value, list | tuple):
-            value = dict.fromkeys(cast("Sequence[Any]", value))
-        if isinstance(value, Mapping):
-            value = dict(cast("Mapping[Any, Any]", value))
-            return {name: PipelineInput() if said is None else said for name, said in value.items()}
-        return value
-
     def crew_steps(self) -> list[CrewStep]:
         """Return the steps as `run_pipeline` takes them."""
-        return [
-            CrewStep(
-                step.name,
-                step.crew,
-                step.inputs,
-                after=step.after,
-                wait=step.wait,
-                review=step.review,
-                restore_from=step.restore_from,
-            )
-            for step in self.steps
-        ]
-
-    def with_inputs(self, expected: Mapping[str, Sequence[CrewInput]]) -> PipelineDefinition:
-        """Return it with the inputs that its steps use, if it declares none.
-
-        Args:
-            expected: What each step's crew takes, by the step's name.
-        """
-        if self.inputs:
-            return self
-        found: dict[str, PipelineInput] = {}
-        steps = {step.name for step in self.steps}
-        for step in self.steps:
-            takes = {item.name: item for item in expected.get(step.name, ())}
-            if step.inputs is None:
-                for name, item in takes.items():
-                    found.setdefault(name, as_pipeline_input(item))
-                continue
-            for key, value in step.inputs.items():
-                for text in texts_in(value):
-                    alone = _ONE_NAME.fullmatch(text)
-                    about = as_pipeline_input(takes[key]) if alone and key in takes else PipelineInput()
-                    for name in sorted(names_in(text, collections=RESERVED) - steps, key=text.find):
-                        known = found.get(name)
-                        # A template cannot be filled without it, whatever the crew says of its own input.
-                        found[name] = (known or about).model_copy(update={"required": True})
-        return self.model_copy(update={"inputs": found})
+        return [CrewStep(**{name: getattr(step, name) for name in StepDefinition.model_fields}) for step in self.steps]
 
     def values(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Return the inputs of a run, with the defaults of those that were not given.
@@ -151,12 +99,10 @@ class PipelineDefinition(_Plain):
             ConfigurationError: One is missing, or is none of this pipeline's.
         """
         values = {name: value for name, value in given.items() if value is not None}
-        if not self.inputs:  # the steps' templates tell
-            return values
         if unknown := [name for name in values if name not in self.inputs]:
             raise ConfigurationError(
                 f"Pipeline {self.name!r} does not take the inputs {with_guesses(unknown, list(self.inputs))}; it takes "
-                f"{listed_names(list(self.inputs))}. Nothing was started."
+                f"{listed_names(list(self.inputs)) or 'none'}. Nothing was started."
             )
         if missing := [name for name, item in self.inputs.items() if item.needed and name not in values]:
             raise ConfigurationError(
@@ -177,7 +123,8 @@ class PipelineDefinition(_Plain):
             f"'{{{{ {re.sub(r'[^0-9a-zA-Z_]', '_', name)} }}}}', an input of the pipeline, and nothing else"
             for step in self.steps
             for name in secret_inputs.get(step.name, ())
-            if step.inputs is not None and _holds_value(step.inputs.get(name))
+            for value in leaves_in((step.inputs or {}).get(name))
+            if value is not None and not (isinstance(value, str) and _NAME_ALONE.fullmatch(value))
         ]
 
 
@@ -196,17 +143,6 @@ _TYPES = {
     **dict.fromkeys(("array", "list"), "array"),
     **dict.fromkeys(("object", "dict"), "object"),
 }
-
-
-def _holds_value(value: Any) -> bool:
-    """Return whether any of a value is more than a name in braces."""
-    if isinstance(value, str):
-        return _BRACES.sub("", _QUOTED_NAME.sub("", value)).strip() != ""
-    if isinstance(value, Mapping):
-        return any(_holds_value(item) for item in cast("Mapping[Any, Any]", value).values())
-    if isinstance(value, list | tuple):
-        return any(_holds_value(item) for item in cast("Sequence[Any]", value))
-    return value is not None
 
 
 def read_pipeline(text: str, file: str) -> PipelineDefinition:
@@ -237,26 +173,16 @@ def read_pipeline(text: str, file: str) -> PipelineDefinition:
         raise ConfigurationError(f"{file} holds what JSON cannot: {error}. Put such a value in quotes.") from None
 
 
-_FIELDS: dict[str, type[BaseModel]] = {"": PipelineDefinition, "steps": StepDefinition, "inputs": PipelineInput}
+_PROBLEMS = {"extra_forbidden": "there is no such field", "missing": "it is missing"}
 
 
 def _problem_text(problem: Mapping[str, Any], raw: Mapping[Any, Any]) -> str:
     """Say where something is wrong, by the names of steps and fields, and what."""
-    path = list(cast("Sequence[Any]", problem["loc"]))
-    where: list[str] = []
-    part = ""
-    if path[0] == "steps" and len(path) > 1:
-        part, step = "steps", raw["steps"][path[1]]
-        name: Any = cast("dict[Any, Any]", step).get("name") if isinstance(step, dict) else None
-        where.append(f"step {name!r}" if isinstance(name, str) else f"step {path[1] + 1}")
-        path = path[2:]
-    elif path[0] == "inputs" and len(path) > 1:
-        part = "inputs"
-        where.append(f"input {path[1]!r}")
-        path = path[2:]
-    names = [str(one) for one in path]
-    if problem["type"] == "extra_forbidden" and len(path) == 1:
-        return f"{', '.join([*where, names[0]])}: there is no such field, but {', '.join(_FIELDS[part].model_fields)}"
-    if problem["type"] == "missing":
-        return f"{', '.join([*where, '.'.join(names)])}: it is missing"
-    return f"{', '.join([*where, *(['.'.join(names)] if names else [])])}: {problem['msg']}"
+    where, path = [], list(cast("Sequence[Any]", problem["loc"]))
+    if path[0] in ("steps", "inputs") and len(path) > 1:
+        kind, key, *path = path
+        step = raw["steps"][key] if kind == "steps" else None
+        name = cast("dict[Any, Any]", step).get("name") if isinstance(step, dict) else None
+        where = [f"input {key!r}" if kind == "inputs" else f"step {name!r}" if name else f"step {key + 1}"]
+    field = [".".join(map(str, path))] if path else []
+    return f"{', '.join([*where, *field])}: {_PROBLEMS.get(problem['type'], problem['msg'])}"

@@ -1,28 +1,32 @@
-"""The steps of a pipeline as a graph: what needs what, what is wrong with it, what each step's inputs become. Pure."""
+"""The steps of a pipeline: what needs what, what is wrong before anything starts, what each step's inputs become."""
 
 from __future__ import annotations
 
-import re
+import asyncio
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from graphlib import CycleError, TopologicalSorter
 from typing import Any, cast
 from uuid import UUID
 
+from pydantic import SecretStr
+
 from prefect_crew._text import listed_names, with_guesses
-from prefect_crew.blocks import DeployedCrew
-from prefect_crew.client.inputs import missing_inputs, unknown_inputs
+from prefect_crew.blocks import DeployedCrew, load_crew
+from prefect_crew.client.inputs import encode_inputs, missing_inputs, unknown_inputs
 from prefect_crew.client.models import CrewInput, CrewResult
-from prefect_crew.client.redaction import revealed
-from prefect_crew.crew import Crew, WaitPolicy
-from prefect_crew.exceptions import ConfigurationError
+from prefect_crew.client.redaction import MASK, Redactor, holds_secret, revealed
+from prefect_crew.crew import Crew, CrewSession, WaitPolicy
+from prefect_crew.exceptions import AuthenticationError, ConfigurationError, CrewError, NotFoundError
+from prefect_crew.records.store import PrefectRecords
 from prefect_crew.runs.options import check_choices
 from prefect_crew.runs.reviews.questions import ReviewChoice
-from prefect_crew.templates import GLOBALS, RESULT_FIELDS, attributes_in, names_in, render
+from prefect_crew.templates import GLOBALS, RESULT_FIELDS, render, uses_in
 
 RESERVED = frozenset({"inputs", "steps"})
 """What templates call the mappings of all inputs and of all results."""
-_LOOKUP = re.compile(r"""\binputs\s*(\.\s*\w+|\[\s*("[^"]*"|'[^']*')\s*\])""")
 
 StepInputs = Mapping[str, Any] | Callable[["PipelineContext"], Mapping[str, Any]]
 """Inputs by name, each a plain value, a template, or a function of the context; or one function that gives them all."""
@@ -74,31 +78,70 @@ class PipelineContext:
             ) from None
 
 
+@dataclass(frozen=True)
+class PlannedStep:
+    """A step as far as it is known before anything runs; `inputs` are for people."""
+
+    name: str
+    crew: str
+    needs: Sequence[str]
+    inputs: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class PipelinePlan:
+    """What a pipeline would do. Printing it shows it; nothing was started."""
+
+    steps: Sequence[PlannedStep]
+    problems: Sequence[str]
+
+    def __str__(self) -> str:
+        lines: list[str] = []
+        for step in self.steps:
+            after = f", after {', '.join(step.needs)}" if step.needs else ""
+            lines += ["", f"{step.name}: crew {step.crew}{after}"]
+            lines += [f"  {key} = {value}" for key, value in step.inputs.items()]
+        lines += ["", *(f"Problem: {problem}" for problem in self.problems)] if self.problems else []
+        return "\n".join(lines).strip("\n")
+
+
 @dataclass
-class PipelineGraph:
-    """The steps of one pipeline, checked as far as that needs no request. `problems` has all that is wrong."""
+class Pipeline:
+    """The steps of one pipeline and its inputs. `check` loads the crews and asks each for its inputs.
+
+    `problems` has all that is wrong, so far. `unreachable` says which crews did not answer: a problem too, but not for
+    a pipeline that was started before. `order` has the steps' names, each after all that it needs; it is empty where
+    they depend on each other in a circle. `before` has what a step needs, also by way of others. `crews` and
+    `expected`, what they take, are by the steps' names.
+    """
 
     steps: Sequence[CrewStep]
     inputs: Mapping[str, Any] = field(repr=False)
-    needs: dict[str, set[str]] = field(default_factory=dict[str, set[str]])
-    problems: list[str] = field(default_factory=list[str])
-    sorts: bool = True
-    """Whether the steps have an order; else there are no `layers`."""
+    crews: dict[str, Crew] = field(default_factory=dict[str, Crew])
+    expected: dict[str, list[CrewInput]] = field(default_factory=dict[str, list[CrewInput]])
+    needs: dict[str, set[str]] = field(default_factory=dict[str, set[str]], init=False)
+    order: list[str] = field(default_factory=list[str], init=False)
+    before: dict[str, set[str]] = field(default_factory=dict[str, set[str]], init=False)
+    problems: list[str] = field(default_factory=list[str], init=False)
+    unreachable: list[str] = field(default_factory=list[str], init=False)
 
     def __post_init__(self) -> None:
-        names = [step.name for step in self.steps]
+        names = Counter(step.name for step in self.steps)
         if not names:
             self.problems.append("the pipeline has no steps")
-        self.problems += [f"two steps are named {name!r}" for name in sorted({n for n in names if names.count(n) > 1})]
-        for name in names:
-            reserved = name in RESERVED or name in GLOBALS
-            if reserved or name in self.inputs:
-                what = "a reserved name" if reserved else "the name of an input"
-                self.problems.append(f"step {name!r} has {what}: call it something else")
+        for name, count in names.items():
+            if count > 1:
+                self.problems.append(f"two steps are named {name!r}")
+            if name in RESERVED or name in GLOBALS:
+                self.problems.append(f"step {name!r} has a reserved name: call it something else")
+            elif name in self.inputs:
+                self.problems.append(f"step {name!r} has the name of an input: call it something else")
             if not name.strip() or "/" in name:
                 self.problems.append(f"a step cannot be named {name!r}: give it a word without slashes")
+        sorter = TopologicalSorter[str](dict.fromkeys(names, ()))
         for step in self.steps:
-            self.needs[step.name] = self._needed_by(step)
+            self.needs[step.name] = self._needed_by(step, set(names))
+            sorter.add(step.name, *self.needs[step.name])
             try:
                 check_choices(
                     wait=step.wait,
@@ -108,174 +151,254 @@ class PipelineGraph:
                 )
             except ConfigurationError as error:
                 self.problems.append(f"step {step.name!r}: {str(error).removesuffix(' Nothing was started.')}")
-        self._check_cycles()
+        try:
+            self.order = list(sorter.static_order())
+        except CycleError as error:
+            self.problems.append(f"the steps depend on each other in a circle: {' -> '.join(map(str, error.args[1]))}")
+        for name in self.order:
+            self.before[name] = self.needs[name].union(*(self.before[other] for other in self.needs[name]))
 
-    def _needed_by(self, step: CrewStep) -> set[str]:
-        known = {other.name for other in self.steps}
-        needed: set[str] = set()
-        for name in (step.after,) if isinstance(step.after, str) else step.after:
-            if name in known:
+    def _needed_by(self, step: CrewStep, known: set[str]) -> set[str]:
+        """Return the steps that a step needs, and note what it names that is not there."""
+        after = {step.after} if isinstance(step.after, str) else set(step.after)
+        for name in sorted(after - known):
+            self.problems.append(f"step {step.name!r} comes after {name!r}, which is not a step")
+        needed = after & known
+        for key, text in _templates_of(step):
+            where = f"step {step.name!r}, input {key!r}"
+            try:
+                used = uses_in(text, collections=RESERVED)
+            except ConfigurationError as error:
+                self.problems.append(f"{where}: {error}")
+                continue
+            for name in sorted(used.keys() - known - self.inputs.keys() - RESERVED):
+                self.problems.append(f"{where}: {name!r} is neither an input of the pipeline nor a step")
+            for name in sorted(used.keys() & known):
                 needed.add(name)
-            else:
-                self.problems.append(f"step {step.name!r} comes after {name!r}, which is not a step")
-        if step.inputs is None or callable(step.inputs):
-            return needed
-        for key, value in step.inputs.items():
-            for text in texts_in(value):
-                needed |= self._steps_read_by(text, f"step {step.name!r}, input {key!r}", known)
+                for attribute in sorted(used[name].difference(RESULT_FIELDS)):
+                    # What begins with an underscore is for the sandbox to forbid.
+                    if not attribute.startswith("_"):
+                        has = f"a step has no {attribute!r}; it has output, data, tasks and more ({name})"
+                        self.problems.append(f"{where}: {has}")
         return needed
 
-    def _steps_read_by(self, text: str, where: str, steps: set[str]) -> set[str]:
-        """Return the steps that a template reads, and note what it names that is not there."""
+    # The crews
+
+    async def check(self) -> None:
+        """Load the crews, ask each for its inputs, and note all that is wrong."""
+        await self.load()
+        # One question a crew, however many steps it has; with another token it is another question.
+        asked = {_address_and_token(crew): crew for crew in self.crews.values()}
+        answers = dict(zip(asked, await asyncio.gather(*map(self._ask, asked.values())), strict=True))
+        for name, crew in self.crews.items():
+            if answer := answers[_address_and_token(crew)]:
+                token, self.expected[name] = answer
+                # Of two blocks for one crew each keeps what else it says.
+                self.crews[name] = replace(crew, token=token, expected_inputs=tuple(self.expected[name]))
+        self.check_inputs()
+
+    async def load(self) -> None:
+        """Load the crews, and note those that are not stored."""
+        names = {step.crew for step in self.steps if isinstance(step.crew, str)}
+        stored = dict(zip(names, await asyncio.gather(*map(_load_or_reason, names)), strict=True))
+        for step in self.steps:
+            crew = stored[step.crew] if isinstance(step.crew, str) else await load_crew(step.crew)
+            if isinstance(crew, Crew):
+                self.crews[step.name] = crew
+            else:
+                self.problems.append(f"step {step.name!r}: {crew}")
+
+    async def _ask(self, crew: Crew) -> tuple[SecretStr, list[CrewInput]] | None:
+        """Return a crew's token, which may have been rotated since it was loaded, and its inputs."""
+        failed = f"crew {crew.label} cannot be asked for its inputs"
         try:
-            used = names_in(text, collections=RESERVED)
-            read = attributes_in(text, steps, collection="steps")
-        except ConfigurationError as error:
-            self.problems.append(f"{where}: {error}")
-            return set()
-        for name in sorted(used - steps - set(self.inputs)):
-            self.problems.append(f"{where}: {name!r} is neither an input of the pipeline nor a step")
-        for name, attribute in sorted(read):
-            # What the sandbox forbids anyway is for it to say.
-            if attribute not in RESULT_FIELDS and not attribute.startswith("_"):
-                self.problems.append(
-                    f"{where}: a step has no {attribute!r}; it has output, data, tasks and more ({name})"
-                )
-        return used & steps
+            async with CrewSession(crew) as session:
+                inputs = await session.call(lambda client: client.inputs())
+                return session.crew.token, inputs
+        except NotFoundError:
+            return crew.token, []
+        except (AuthenticationError, ConfigurationError) as error:
+            self.problems.append(f"{failed}: {error}")
+        except CrewError as error:
+            self.unreachable.append(f"{failed}: {error}")
+        return None
 
-    def _check_cycles(self) -> None:
-        try:
-            TopologicalSorter(self.needs).prepare()
-        except CycleError as error:
-            self.sorts = False
-            self.problems.append(f"the steps depend on each other in a circle: {' -> '.join(map(str, error.args[1]))}")
-
-    def check_inputs(self, expected: Mapping[str, Sequence[CrewInput]], extra: Collection[str] = ()) -> None:
-        """Note the inputs that each step lacks, and those that its crew does not name, but for the steps in `extra`.
-
-        Functions tell theirs later.
-        """
+    def check_inputs(self) -> None:
+        """Note the inputs that each step lacks, and those that its crew does not name. Functions tell theirs later."""
         for step in {step.name: step for step in self.steps}.values():
             if callable(step.inputs):
                 continue
             given = self.inputs if step.inputs is None else step.inputs
-            known = expected.get(step.name, ())
-            missing = missing_inputs(known, given)
-            if missing:
+            known, crew = self.expected.get(step.name, ()), self.crews.get(step.name)
+            if missing := missing_inputs(known, given):
                 self.problems.append(f"step {step.name!r} lacks the inputs {', '.join(missing)} of its crew")
-            if step.inputs is not None and step.name not in extra and (unknown := unknown_inputs(known, given)):
+            if step.inputs is None or (crew is not None and crew.allow_extra_inputs):
+                continue
+            if unknown := unknown_inputs(known, given):
                 names = [item.name for item in known]
                 guessed = f"{with_guesses(unknown, names)}; its crew takes {listed_names(names)}"
                 self.problems.append(f"step {step.name!r} gives the unknown inputs {guessed}")
 
-    def layers(self) -> list[list[str]]:
-        """Return the steps in layers: each needs only steps of the layers before it."""
-        sorter = TopologicalSorter(self.needs)
-        sorter.prepare()
-        layers: list[list[str]] = []
-        while sorter.is_active():
-            ready = sorted(sorter.get_ready(), key=[step.name for step in self.steps].index)
-            layers.append(ready)
-            sorter.done(*ready)
-        return layers
+    def refuse_problems(self) -> None:
+        """Raise one ConfigurationError with all that is wrong, if anything is, whichever crews answer."""
+        if self.problems:
+            self._refuse()
 
-    def before(self, name: str) -> set[str]:
-        """Return all the steps that a step needs, also by way of others."""
-        found: set[str] = set()
-        open_names = list(self.needs[name])
-        while open_names:
-            other = open_names.pop()
-            if other not in found:
-                found.add(other)
-                open_names += self.needs[other]
+    async def refuse_unreachable(self, idempotency_key: str) -> None:
+        """Raise a ConfigurationError if a crew did not answer, unless a run was started under the key before."""
+        if self.unreachable and not await self._has_earlier_runs(idempotency_key):
+            self._refuse()
+
+    def _refuse(self) -> None:
+        listed = "; ".join([*self.problems, *self.unreachable])
+        raise ConfigurationError(f"The pipeline cannot run, nothing was started: {listed}.")
+
+    async def _has_earlier_runs(self, idempotency_key: str) -> bool:
+        if any(step.inputs is None and step.name not in self.expected for step in self.steps):
+            return False  # which of the pipeline's inputs it took is not known
+        records = PrefectRecords()
+        for step in self.steps:
+            if await records.attempts(step_key(idempotency_key, step)):
+                return True
+        return False
+
+    # What is secret
+
+    @cached_property
+    def secret_inputs(self) -> set[str]:
+        """The names of the pipeline's inputs that are secret: given as such, or going into a secret input of a crew.
+
+        To be asked for once the crews are loaded.
+        """
+        found = {name for name, value in self.inputs.items() if holds_secret(value)}
+        for step in self.steps:
+            if crew := self.crews.get(step.name):
+                sources = self._sources_of(step)
+                found |= set[str]().union(*(sources.get(name, ()) for name in crew.secret_inputs))
+                found |= self.inputs.keys() & crew.secret_inputs
         return found
 
-    def inputs_behind(self, step: CrewStep, names: Collection[str]) -> set[str]:
-        """Return the pipeline's inputs that go into some inputs of a step by their names or by templates."""
-        if step.inputs is None:
-            return {name for name in names if name in self.inputs}
-        if callable(step.inputs):
-            return set()
-        return {read for name in names for read in self._inputs_read_in(step.inputs.get(name))}
+    @cached_property
+    def redact(self) -> Redactor:
+        """What masks the pipeline's secret inputs."""
+        return Redactor(self.inputs[name] for name in self.secret_inputs)
 
-    def has_function_for(self, step: CrewStep, names: Collection[str]) -> bool:
-        """Return whether a function gives one of these inputs of a step, or may: nobody knows what it reads."""
-        if step.inputs is None:
-            return False
-        return bool(names) if callable(step.inputs) else any(callable(step.inputs.get(name)) for name in names)
+    def stored_inputs(self) -> dict[str, Any]:
+        """Return the pipeline's inputs as Prefect may store them."""
+        encoded, secret = encode_inputs(self.inputs), self.secret_inputs
+        if any(self._may_hide(step, self.crews[step.name]) for step in self.steps if step.name in self.crews):
+            secret = set(encoded)
+        return {name: MASK if name in secret else self.redact(text) for name, text in encoded.items()}
+
+    @staticmethod
+    def _may_hide(step: CrewStep, crew: Crew) -> bool:
+        """Return whether a function gives a secret input: nobody knows which of the pipeline's inputs it reads."""
+        if step.inputs is None or callable(step.inputs):
+            return step.inputs is not None and bool(crew.secret_inputs)
+        return any(callable(step.inputs.get(name)) for name in crew.secret_inputs)
 
     def inputs_made_of(self, step: CrewStep, names: Collection[str]) -> set[str]:
         """Return the inputs of a step that some of the pipeline's inputs go into by their names or by templates."""
-        if step.inputs is None:
-            return {name for name in names if name in self.inputs}
-        if callable(step.inputs):
-            return set()
-        return {name for name, value in step.inputs.items() if not self._inputs_read_in(value).isdisjoint(names)}
+        return {name for name, sources in self._sources_of(step).items() if not sources.isdisjoint(names)}
 
-    def _inputs_read_in(self, value: Any) -> set[str]:
-        """Return the pipeline's inputs that the templates in a value read."""
-        found: set[str] = set()
-        for text in texts_in(value):
+    def _sources_of(self, step: CrewStep) -> dict[str, set[str]]:
+        """Return the pipeline's inputs that go into each input of a step by their names or by templates."""
+        if step.inputs is None:
+            return {name: {name} for name in self.inputs}
+        sources: dict[str, set[str]] = {}
+        for key, text in _templates_of(step):
             try:
-                found |= names_in(text, collections=RESERVED)
-                by_expression = "inputs" in names_in(_LOOKUP.sub("0", text))
+                used = uses_in(text, collections=RESERVED)
             except ConfigurationError:  # it is among the problems
                 continue
-            if by_expression:  # such as `inputs[name]`
-                return set(self.inputs)
-        return found & set(self.inputs)
+            read = self.inputs.keys() if "inputs" in used else self.inputs.keys() & used.keys()  # `inputs[name]` is any
+            sources.setdefault(key, set()).update(read)
+        return sources
 
-    def inputs_of(
-        self, step: CrewStep, results: Mapping[str, CrewResult], expected: Sequence[CrewInput]
-    ) -> Mapping[str, Any]:
+    # The inputs of steps
+
+    def inputs_of(self, step: CrewStep, results: Mapping[str, CrewResult]) -> Mapping[str, Any]:
         """Return a step's inputs, once all that it needs has run.
 
         Raises:
             ConfigurationError: A template or a function uses what is not there.
         """
-        seen = {name: results[name] for name in self.before(step.name)}
-        context = PipelineContext(self.inputs, seen)
         if step.inputs is None:
-            names = {known.name for known in expected}
+            names = {known.name for known in self.expected.get(step.name, ())}
             return {key: value for key, value in self.inputs.items() if not names or key in names}
-        given = {name: revealed(value) for name, value in self.inputs.items()}
-        values = {**given, **seen, "inputs": given, "steps": seen}
+        seen = {name: results[name] for name in self.before[step.name]}
+        context = PipelineContext(self.inputs, seen)
         if callable(step.inputs):
-            return _as_inputs(_call_function(step.inputs, context), step.inputs)
+            given = _call_function(step.inputs, context)
+            if isinstance(given, Mapping):
+                return cast("Mapping[str, Any]", given)
+            problem = f"{_name_of(step.inputs)} gave a {type(given).__name__} instead of inputs by name"
+            raise ConfigurationError(f"{problem}. Nothing was started.")
+        plain = {name: revealed(value) for name, value in self.inputs.items()}
+        values = {**plain, **seen, "inputs": plain, "steps": seen}
         return {
             key: _call_function(value, context) if callable(value) else _render_texts(value, values)
             for key, value in step.inputs.items()
         }
 
-    def known_inputs_of(self, step: CrewStep) -> dict[str, str]:
-        """Return what is known of a step's inputs before anything has run, for people."""
-        if step.inputs is None:
-            return {key: str(value) for key, value in self.inputs.items()}
+    def plan(self) -> PipelinePlan:
+        """Return what the pipeline would do, once it was checked."""
+        steps, planned = {step.name: step for step in self.steps}, list[PlannedStep]()
+        for name in self.order:
+            step, crew = steps[name], self.crews.get(name)
+            secret = self.inputs_made_of(step, self.secret_inputs).union(crew.secret_inputs if crew else ())
+            shown = {key: MASK if key in secret else self.redact(text) for key, text in self._known_inputs_of(step)}
+            needs = [other for other in self.order if other in self.needs[name]]
+            planned.append(PlannedStep(name, crew.label if crew else str(step.crew), needs, shown))
+        return PipelinePlan(planned, [*self.problems, *self.unreachable])
+
+    def _known_inputs_of(self, step: CrewStep) -> Iterator[tuple[str, str]]:
+        """Yield what is known of a step's inputs before anything has run, for people."""
         if callable(step.inputs):
-            return {"…": f"from {_function_name(step.inputs)}"}
-        known: dict[str, str] = {}
-        for key, value in step.inputs.items():
-            if callable(value):
-                known[key] = f"from {_function_name(value)}"
-                continue
+            yield "…", f"from {_name_of(step.inputs)}"
+            return
+        for key, value in (self.inputs if step.inputs is None else step.inputs).items():
             try:
-                later = any(names_in(text, collections=RESERVED) & set(self.needs) for text in texts_in(value))
-                known[key] = str(value if later else _render_texts(value, {**self.inputs, "inputs": self.inputs}))
-            except ConfigurationError:  # it is among the problems
-                known[key] = str(value)
-        return known
+                needs_none = step.inputs is not None and not callable(value)
+                filled = _render_texts(value, {**self.inputs, "inputs": self.inputs}) if needs_none else value
+            except ConfigurationError:  # it needs a step, or is among the problems
+                filled = value
+            yield key, f"from {_name_of(value)}" if callable(value) else str(filled)
 
 
-def texts_in(value: Any) -> Iterator[str]:
-    """Yield the texts in a value, each a template."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in cast("Mapping[Any, Any]", value).values():
-            yield from texts_in(item)
-    elif isinstance(value, list | tuple):
+def step_key(idempotency_key: str, step: CrewStep) -> str:
+    """Return the idempotency key of a step: its pipeline's, a slash and its name."""
+    return f"{idempotency_key}/{step.name}"
+
+
+def _address_and_token(crew: Crew) -> tuple[str, str]:
+    return crew.url, crew.token.get_secret_value()
+
+
+async def _load_or_reason(name: str) -> Crew | str:
+    """Return a stored crew, or why there is none."""
+    try:
+        return await load_crew(name)
+    except ValueError as error:
+        return str(error)
+
+
+def leaves_in(value: Any) -> Iterator[Any]:
+    """Yield what a value holds within lists and mappings, at any depth. Of it, each text is a template."""
+    if isinstance(value, Mapping):
+        value = list(cast("Mapping[Any, Any]", value).values())
+    if isinstance(value, list | tuple):
         for item in cast("Sequence[Any]", value):
-            yield from texts_in(item)
+            yield from leaves_in(item)
+    else:
+        yield value
+
+
+def _templates_of(step: CrewStep) -> Iterator[tuple[str, str]]:
+    """Yield each template of a step, with the name of the input that it is for."""
+    if step.inputs is not None and not callable(step.inputs):
+        for key, value in step.inputs.items():
+            yield from ((key, leaf) for leaf in leaves_in(value) if isinstance(leaf, str))
 
 
 def _render_texts(value: Any, values: Mapping[str, Any]) -> Any:
@@ -294,19 +417,10 @@ def _call_function(function: Callable[[PipelineContext], Any], context: Pipeline
     except ConfigurationError:
         raise
     except Exception as error:
-        said = f"{type(error).__name__}: {error}"
-        raise ConfigurationError(f"{_function_name(function)} gave no inputs: {said}. Nothing was started.") from error
+        problem = f"{_name_of(function)} gave no inputs: {type(error).__name__}: {error}"
+        raise ConfigurationError(f"{problem}. Nothing was started.") from error
 
 
-def _as_inputs(given: Any, function: Any) -> Mapping[str, Any]:
-    if isinstance(given, Mapping):
-        return cast("Mapping[str, Any]", given)
-    kind = type(given).__name__
-    raise ConfigurationError(
-        f"{_function_name(function)} gave a {kind} instead of inputs by name. Nothing was started."
-    )
-
-
-def _function_name(function: Any) -> str:
+def _name_of(function: Any) -> str:
     name = getattr(function, "__name__", "a function")
     return "a function" if name == "<lambda>" else f"{name}()"

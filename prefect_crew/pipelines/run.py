@@ -10,13 +10,12 @@ import asyncio
 import time
 from collections.abc import Collection, Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial, wraps
 from typing import Annotated, Any, cast
 
 from prefect import flow
 from prefect.context import AsyncClientContext, FlowRunContext, TaskRunContext
-from prefect.exceptions import Pause
 from pydantic import Field, SecretStr
 
 from prefect_crew._internal.asyncio_tasks import cancel_and_wait, cancelled_once
@@ -31,9 +30,8 @@ from prefect_crew.crew import WaitPolicy, titled
 from prefect_crew.exceptions import ConfigurationError, PipelineFailedError
 from prefect_crew.flows import arun_crew
 from prefect_crew.pipelines.artifact import PipelineArtifact
-from prefect_crew.pipelines.check import PipelineCrews, PipelinePlan, step_key
 from prefect_crew.pipelines.definition import PipelineDefinition
-from prefect_crew.pipelines.graph import CrewStep, PipelineGraph
+from prefect_crew.pipelines.graph import CrewStep, Pipeline, PipelinePlan, step_key
 from prefect_crew.records.keys import identify, render_key, scheduled_start
 from prefect_crew.runs.options import check_choices
 from prefect_crew.runs.reviews.questions import ReviewChoice
@@ -55,9 +53,9 @@ class PipelineResult:
 async def aplan_pipeline(steps: Sequence[CrewStep], inputs: Mapping[str, Any] | None = None) -> PipelinePlan:
     """Return what a pipeline would do, with all that is wrong with it. Nothing is started."""
     inputs = HiddenValues(inputs or {})
-    crews = PipelineCrews(PipelineGraph(steps, dict(inputs)))
-    await crews.check()
-    return crews.plan()
+    pipeline = Pipeline(steps, dict(inputs))
+    await pipeline.check()
+    return pipeline.plan()
 
 
 plan_pipeline = sync_version(aplan_pipeline)
@@ -96,19 +94,22 @@ async def arun_pipeline(
     """
     inputs = HiddenValues(inputs or {})
     check_choices(idempotency_key=idempotency_key, name=name, wait=wait, review=review, budgets=budgets)
-    crews = PipelineCrews(PipelineGraph(steps, dict(inputs)))
-    await crews.check()
-    await crews.refuse_problems()
+    pipeline = Pipeline(steps, dict(inputs))
+    await pipeline.check()
+    pipeline.refuse_problems()
 
-    given: dict[str, Any] = {"wait": wait, "review": review, "budgets": budgets}
-    run = partial(_run, crews, name=name, idempotency_key=idempotency_key, **given)
+    async def run() -> PipelineResult:
+        return await _run(
+            pipeline, name=name, idempotency_key=idempotency_key, wait=wait, review=review, budgets=budgets
+        )
+
     if FlowRunContext.get() is not None or TaskRunContext.get() is not None:
         return await run()
 
     # What Prefect's stored parameters must not or cannot hold reaches the flow by this function.
     @wraps(run_steps.fn)
     async def run_in_flow(*_: Any, **__: Any) -> PipelineResult:
-        await _name_flow_run(crews, name, idempotency_key, inputs)
+        await _name_flow_run(pipeline, name, idempotency_key, inputs)
         return await run()
 
     own_flow = copy(run_steps)
@@ -116,7 +117,7 @@ async def arun_pipeline(
     return await cast("Any", own_flow)(
         pipeline=name,
         steps=[step.name for step in steps],
-        inputs=crews.stored_inputs(),
+        inputs=pipeline.stored_inputs(),
         idempotency_key=idempotency_key,
     )
 
@@ -158,16 +159,16 @@ async def run_deployed_pipeline(
         PipelineFailedError: A step failed, as for `run_pipeline`.
     """
     given = pipeline.values(inputs or {})
-    crews = PipelineCrews(PipelineGraph(pipeline.crew_steps(), given))
-    await crews.load()
-    blocks = {name: list(crew.secret_inputs) for name, crew in crews.crews.items()}
+    bare = Pipeline(pipeline.crew_steps(), given)
+    await bare.load()
+    blocks = {name: list(crew.secret_inputs) for name, crew in bare.crews.items()}
     if stored := pipeline.stored_secrets(blocks):
         raise ConfigurationError(f"The pipeline cannot run, nothing was started: {'; '.join(stored)}.")
-    secret = crews.secret_inputs | {name for name, item in pipeline.inputs.items() if item.secret}
+    secret = bare.secret_inputs | {name for name, item in pipeline.inputs.items() if item.secret}
     hidden = await values_of_blocks({name: given[name] for name in given if name in secret}, secret)
     # Those that were loaded, so that each is loaded once; one that is not stored is refused with all other problems.
-    steps = [replace(step, crew=crews.crews.get(step.name, step.crew)) for step in crews.graph.steps]
-    await _name_flow_run(crews, pipeline.name, idempotency_key, inputs or {}, secret)
+    steps = [replace(step, crew=bare.crews.get(step.name, step.crew)) for step in bare.steps]
+    await _name_flow_run(bare, pipeline.name, idempotency_key, inputs or {}, secret)
     return await arun_pipeline(
         steps,
         {**given, **hidden},
@@ -179,23 +180,19 @@ async def run_deployed_pipeline(
 
 
 async def _name_flow_run(
-    crews: PipelineCrews,
-    name: str,
-    idempotency_key: str | None,
-    given: Mapping[str, Any],
-    secret: Collection[str] = (),
+    pipeline: Pipeline, name: str, idempotency_key: str | None, given: Mapping[str, Any], secret: Collection[str] = ()
 ) -> None:
     """Name the flow run around it by its key, else by the first input that may be shown, of the `given` ones first."""
     key = idempotency_key and render_key(idempotency_key, await scheduled_start())
-    may_show = all(crew.show == "full" for crew in crews.crews.values())
-    stored = crews.stored_inputs() if may_show else {}
+    may_show = all(crew.show == "full" for crew in pipeline.crews.values())
+    stored = pipeline.stored_inputs() if may_show else {}
     inputs = {one: stored[one] for one in (*given, *stored) if stored.get(one, MASK) != MASK}
     await label_flow_run(name=titled(name, key, inputs, secret))
 
 
 @cancelled_once
 async def _run(
-    crews: PipelineCrews,
+    pipeline: Pipeline,
     *,
     name: str,
     idempotency_key: str | None,
@@ -203,109 +200,92 @@ async def _run(
     review: ReviewChoice | None,
     budgets: Sequence[Budget],
 ) -> PipelineResult:
-    graph = crews.graph
     identity = await identify(
-        name, inputs_digest(encode_inputs(graph.inputs)), idempotency_key=idempotency_key, name=name
+        name, inputs_digest(encode_inputs(pipeline.inputs)), idempotency_key=idempotency_key, name=name
     )
-    await crews.refuse_problems(identity.idempotency_key)
-    under = {"name": name, "batch": identity.idempotency_key}
-    crews.crews = {step: crew.under(budgets, **under) for step, crew in crews.crews.items()}
+    key = identity.idempotency_key
+    await pipeline.refuse_unreachable(key)
+    pipeline.crews = {step: crew.under(budgets, name=name, batch=key) for step, crew in pipeline.crews.items()}
     started = time.perf_counter()
-    artifact = PipelineArtifact(name, identity.idempotency_key, graph)
-    work = _Run(crews, identity.idempotency_key, artifact, wait=wait, review=review)
+    work = _Run(pipeline, key, PipelineArtifact(name, key, pipeline), wait, review)
     await work.run()
     if work.errors:
+        skipped = pipeline.needs.keys() - work.results.keys() - work.errors.keys()
         raise PipelineFailedError(
-            failed=[step.name for step in graph.steps if step.name in work.errors],
-            skipped=[step.name for step in graph.steps if step.name in work.skipped],
+            failed=[step.name for step in pipeline.steps if step.name in work.errors],
+            skipped=[step.name for step in pipeline.steps if step.name in skipped],
             results=work.results,
             errors=work.errors,
-            idempotency_key=identity.idempotency_key,
+            idempotency_key=key,
         )
-    return PipelineResult(
-        results=work.results, idempotency_key=identity.idempotency_key, seconds=time.perf_counter() - started
-    )
+    return PipelineResult(results=work.results, idempotency_key=key, seconds=time.perf_counter() - started)
 
 
+@dataclass
 class _Run:
-    """One run of a pipeline: each step waits for those that it needs, then runs its crew."""
+    """One run of a pipeline: each step waits for those that it needs, then runs its crew.
 
-    def __init__(
-        self,
-        crews: PipelineCrews,
-        idempotency_key: str,
-        artifact: PipelineArtifact,
-        *,
-        wait: WaitPolicy | None,
-        review: ReviewChoice | None,
-    ) -> None:
-        self.crews = crews
-        self.graph = crews.graph
-        self.wait = wait
-        """For steps without, as `review`."""
-        self.review: ReviewChoice | None = review
-        self.idempotency_key = idempotency_key
-        self.artifact = artifact
-        self.results: dict[str, CrewResult] = {}
-        self.errors: dict[str, Exception] = {}
-        self.skipped: set[str] = set()
-        self.secrets = [self.graph.inputs[name] for name in self.crews.secret_inputs]
-        """Secret values that steps got so far: a crew may repeat them to a later step."""
-        self._done = {step.name: asyncio.Event() for step in self.graph.steps}
+    `wait` and `review` are for steps without one of their own.
+    """
+
+    pipeline: Pipeline
+    idempotency_key: str
+    artifact: PipelineArtifact
+    wait: WaitPolicy | None
+    review: ReviewChoice | None
+    results: dict[str, CrewResult] = field(default_factory=dict[str, CrewResult])
+    errors: dict[str, Exception] = field(default_factory=dict[str, Exception])
+
+    def __post_init__(self) -> None:
+        self._ended = {step.name: asyncio.Event() for step in self.pipeline.steps}
+        # Secret values that steps got so far: a crew may repeat them to a later step.
+        self._secrets = [self.pipeline.inputs[name] for name in self.pipeline.secret_inputs]
 
     async def run(self) -> None:
         """Run all steps that can run. A cancellation ends them all."""
         async with self.artifact, AsyncClientContext.get_or_create():
-            jobs = [asyncio.ensure_future(self._step(step)) for step in self.graph.steps]
+            jobs = [asyncio.ensure_future(self._step(step)) for step in self.pipeline.steps]
             try:
                 await asyncio.gather(*jobs)
             finally:
                 await cancel_and_wait(*jobs)
 
+    async def _step(self, step: CrewStep) -> None:
+        needs = self.pipeline.needs[step.name]
+        for name in needs:
+            await self._ended[name].wait()
+        if needs <= self.results.keys():
+            self.artifact.started(step.name)
+            try:
+                self.results[step.name] = await self._crew(step)
+                self.artifact.ended(step.name, "completed")
+            except Exception as error:  # noqa: BLE001  whatever it is, it is this step's: the independent ones are finished
+                run_logger().error("Step %s failed: %s", step.name, error)
+                self.errors[step.name] = error
+                self.artifact.ended(step.name, "failed", str(error))
+            except BaseException:  # cancelled, or suspended by Prefect; the steps after it are for when it goes on
+                self.artifact.ended(step.name, "interrupted")
+                raise
+        self._ended[step.name].set()
+
     def _on_run(self, step: str, run: OpenRun, status: CrewStatus | None) -> None:
         if status is None:  # it is known which run the step's is
             self.artifact.opened(step, run)
 
-    async def _step(self, step: CrewStep) -> None:
-        needs = self.graph.needs[step.name]
-        for name in sorted(needs):
-            await self._done[name].wait()
-        if needs - set(self.results):
-            self.skipped.add(step.name)
-            self.artifact.ended(step.name, "skipped")
-            self._done[step.name].set()
-            return
-        self.artifact.started(step.name)
-        try:
-            self.results[step.name] = await self._crew(step)
-            self.artifact.ended(step.name, "completed")
-        except asyncio.CancelledError:
-            self.artifact.ended(step.name, "cancelled")
-            raise
-        except Exception as error:  # noqa: BLE001  whatever it is, it is this step's: the independent ones are finished
-            run_logger().error("Step %s failed: %s", step.name, error)
-            self.errors[step.name] = error
-            self.artifact.ended(step.name, "failed", str(error))
-        except Pause:
-            # Somebody suspends the flow run: Prefect ends the task. The steps after it are for when it goes on.
-            self.artifact.ended(step.name, "suspended")
-            raise
-        self._done[step.name].set()
-
     async def _crew(self, step: CrewStep) -> CrewResult:
-        crew = self.crews.crews[step.name]
+        crew = self.pipeline.crews[step.name]
         try:
-            inputs = self.graph.inputs_of(step, self.results, self.crews.expected.get(step.name, ()))
+            inputs = self.pipeline.inputs_of(step, self.results)
         except ConfigurationError as error:
-            masked = Redactor(self.secrets)(str(error))
+            masked = Redactor(self._secrets)(str(error))
             if masked == str(error):
                 raise
             raise ConfigurationError(masked) from None  # its cause says it too
-        self.secrets += [revealed(inputs[name]) for name in inputs if name in crew.secret_inputs]
-        self.secrets += [revealed(value) for value in inputs.values() if holds_secret(value)]
+        self._secrets += [revealed(inputs[name]) for name in inputs if name in crew.secret_inputs]
+        self._secrets += [revealed(value) for value in inputs.values() if holds_secret(value)]
         # The crew knows its own secrets. Those of the pipeline may come to it in a template, or from a step before it.
-        made = self.graph.inputs_made_of(step, self.crews.secret_inputs)
-        crew = crew.hiding(made, texts=map(SecretStr, Redactor(self.secrets).texts))
+        made = self.pipeline.inputs_made_of(step, self.pipeline.secret_inputs)
+        crew = crew.hiding(made, texts=map(SecretStr, Redactor(self._secrets).texts))
         return await arun_crew(
             replace(crew, on_status=partial(self._on_run, step.name)),
             inputs,

@@ -112,7 +112,7 @@ async def test_all_mistakes_are_reported_and_nothing_is_started(save: SaveCrew):
         {"name": "b", "crew": "never-stored", "inputs": {"text": "{{ a.outptu }}"}},
     ]
     with pytest.raises(ConfigurationError) as caught:
-        await run_deployed_pipeline({"name": "p", "steps": steps}, {"topic": "tea"})
+        await run_deployed_pipeline({"name": "p", "inputs": {"topic": None}, "steps": steps}, {"topic": "tea"})
     for said in ("'topik' is neither an input", "a step has no 'outptu'", "under the name 'never-stored'"):
         assert said in str(caught.value)
     with pytest.raises(ConfigurationError, match="lacks the inputs topic"):
@@ -172,7 +172,7 @@ async def test_what_is_no_name_of_a_secret_block_is_refused_and_not_shown(save: 
     secret = f"hunter-{uuid.uuid4().hex}"
     steps = [{"name": "a", "crew": login, "inputs": {"password": "{{ login }}"}}]
     with pytest.raises(ConfigurationError, match=r"'login' is secret.*Nothing was started") as caught:
-        await run_deployed_pipeline({"name": "p", "steps": steps}, {"login": secret})
+        await run_deployed_pipeline({"name": "p", "inputs": {"login": None}, "steps": steps}, {"login": secret})
     assert secret not in str(caught.value)
     with pytest.raises(ConfigurationError, match="step 'a', input 'password': it is secret"):
         await run_deployed_pipeline({"name": "p", "steps": [{**steps[0], "inputs": {"password": "abc"}}]})

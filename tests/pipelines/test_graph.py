@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import SecretStr
 
-from prefect_crew import ConfigurationError, CrewStep
+from prefect_crew import ConfigurationError, CrewStep, DeployedCrew
 from prefect_crew.client.models import CrewInput, CrewResult
-from prefect_crew.pipelines.graph import PipelineGraph
+from prefect_crew.pipelines.graph import Pipeline
 from prefect_crew.states import CrewState
 
 
@@ -19,16 +20,16 @@ def result(output: str) -> CrewResult:
     return CrewResult(kickoff_id=output, state=CrewState.COMPLETED, output=output)
 
 
-def graph(*steps: CrewStep, **inputs: Any) -> PipelineGraph:
-    return PipelineGraph(steps, inputs)
+def graph(*steps: CrewStep, **inputs: Any) -> Pipeline:
+    return Pipeline(steps, inputs)
 
 
 def filled(step: CrewStep, results: Mapping[str, str], **inputs: Any) -> Mapping[str, Any]:
     """Return a step's inputs after others of these names, without an order of their own, have given these outputs."""
     steps = [*(CrewStep(name, "crew", {}) for name in results), step]
-    made = PipelineGraph(steps, inputs)
+    made = Pipeline(steps, inputs)
     assert made.problems == []
-    return made.inputs_of(step, {name: result(output) for name, output in results.items()}, [])
+    return made.inputs_of(step, {name: result(output) for name, output in results.items()})
 
 
 # What needs what
@@ -51,15 +52,15 @@ def test_needs(step: CrewStep, needs: set[str]):
     assert made.needs["c"] == needs
 
 
-def test_layers_and_all_that_comes_before():
+def test_order_and_all_that_comes_before():
     made = graph(
         CrewStep("d", "crew", {"x": "{{ b.output }} {{ c.output }}"}),
         CrewStep("b", "crew", {"x": "{{ a.output }}"}),
         CrewStep("c", "crew", {}, after=["a"]),
         CrewStep("a", "crew", {}),
     )
-    assert made.layers() == [["a"], ["b", "c"], ["d"]]
-    assert made.before("d") == {"a", "b", "c"}
+    assert made.order == ["a", "b", "c", "d"]
+    assert made.before["d"] == {"a", "b", "c"}
 
 
 # What is wrong
@@ -113,7 +114,9 @@ def test_unknown_inputs_are_reported_for_each_step_that_names_its_own():
         z=2,
     )
     expected = [CrewInput(name="x"), CrewInput(name="ways", required=False)]
-    made.check_inputs({"a": expected, "b": expected, "d": expected, "e": [], "f": expected}, extra=["f"])
+    made.expected = {"a": expected, "b": expected, "d": expected, "e": [], "f": expected}
+    made.crews["f"] = DeployedCrew(url="http://localhost", token=SecretStr("t"), allow_extra_inputs=True).crew
+    made.check_inputs()
     assert made.problems == [
         "step 'a' gives the unknown inputs way (did you mean ways?); its crew takes x, ways",
         "step 'b' gives the unknown inputs size; its crew takes x, ways",
@@ -123,7 +126,8 @@ def test_unknown_inputs_are_reported_for_each_step_that_names_its_own():
 def test_missing_inputs_are_reported_for_each_step_but_for_functions():
     made = graph(CrewStep("a", "c", {"x": 1}), CrewStep("b", "c", lambda _: {}), CrewStep("d", "c"), z=1)
     expected = [CrewInput(name="x"), CrewInput(name="y"), CrewInput(name="o", required=False)]
-    made.check_inputs({"a": expected, "b": expected, "d": expected})
+    made.expected = {"a": expected, "b": expected, "d": expected}
+    made.check_inputs()
     assert made.problems == [
         "step 'a' lacks the inputs y of its crew",
         "step 'd' lacks the inputs x, y of its crew",
@@ -147,8 +151,9 @@ def test_a_function_of_one_input_and_of_all():
 
 def test_left_out_they_are_the_pipelines_own_that_the_crew_knows():
     made = graph(CrewStep("a", "crew"), topic="tea", other=1)
-    assert made.inputs_of(made.steps[0], {}, [CrewInput(name="topic")]) == {"topic": "tea"}
-    assert made.inputs_of(made.steps[0], {}, []) == {"topic": "tea", "other": 1}
+    assert made.inputs_of(made.steps[0], {}) == {"topic": "tea", "other": 1}
+    made.expected = {"a": [CrewInput(name="topic")]}
+    assert made.inputs_of(made.steps[0], {}) == {"topic": "tea"}
 
 
 def test_a_function_that_fails_is_named_with_its_error():
@@ -185,7 +190,7 @@ def dags(draw: st.DrawFn) -> dict[str, set[str]]:
     return {name: needs[name] for name in draw(st.permutations(order))}
 
 
-def made_of(needs: Mapping[str, set[str]]) -> PipelineGraph:
+def made_of(needs: Mapping[str, set[str]]) -> Pipeline:
     # Half of them by templates, half by `after`.
     return graph(
         *(
@@ -202,11 +207,9 @@ def test_any_graph_without_a_circle_has_an_order(needs: dict[str, set[str]]):
     made = made_of(needs)
     assert made.problems == []
     assert made.needs == needs
-    seen: set[str] = set()
-    for layer in made.layers():
-        assert all(needs[name] <= seen for name in layer)
-        seen |= set(layer)
-    assert seen == set(needs)
+    assert sorted(made.order) == sorted(needs)
+    for number, name in enumerate(made.order):
+        assert made.before[name] <= set(made.order[:number])
 
 
 @given(dags(), st.data())
@@ -215,6 +218,6 @@ def test_any_circle_is_refused(needs: dict[str, set[str]], data: st.DataObject):
     for name, need in zip(circle, [*circle[1:], circle[0]], strict=True):
         needs[name].add(need)
     made = made_of(needs)
-    assert not made.sorts
+    assert made.order == []
     (problem,) = made.problems
     assert "the steps depend on each other in a circle" in problem

@@ -476,9 +476,9 @@ async def test_a_pipeline_that_is_cancelled_leaves_its_crews_running_and_is_take
     await running
     assert str(long.runs[0].state) == "running"
     shown = await asyncio.to_thread(artifact, seen, "cut", idempotency_key)
-    assert [mark for mark in ("✓ completed", "■ cancelled", "– not run") if mark in shown] == [
+    assert [mark for mark in ("✓ completed", "■ interrupted", "– not run") if mark in shown] == [
         "✓ completed",
-        "■ cancelled",
+        "■ interrupted",
         "– not run",
     ]
     result = await arun_pipeline(steps, idempotency_key=idempotency_key)
@@ -573,7 +573,7 @@ async def test_a_flow_run_that_somebody_suspends_in_the_middle_goes_on_with_what
         await suspending
         shown = await asyncio.to_thread(artifact, seen, "suspended", idempotency_key)
         assert [row.split(" | ")[2] for row in shown.splitlines() if row.startswith("| **")] == [
-            *("◌ running, the flow run is suspended", "○ waiting", "○ waiting")
+            *("■ interrupted", "– not run", "– not run")
         ]
         await client.resume_flow_run(planned.id)
         assert await run_flow_async(trip, flow_run=await client.read_flow_run(planned.id)) == "done"
