@@ -9,12 +9,10 @@ from typing import Any
 
 import pytest
 
-from prefect_crew.worker import POOL_DESCRIPTION
 from support.chromium import Chromium, Page
 from support.crew_pool import CrewOnCommand, CrewPool
 from support.deployed import wait_until
 from support.prefect_server import PrefectServer
-from support.review_page import answer_on_page
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
@@ -22,16 +20,6 @@ QUICK = """
 name: quick
 inputs: [topic]
 tasks: [{name: write, seconds: 1, output: "About {{ topic }}"}]
-"""
-ASKING = """
-name: asking
-inputs: [topic]
-tasks:
-  - name: draft
-    human: true
-    output: "# On {{ topic }}\\n\\nDraft *number {{ round }}* <b>for you</b>. {{ feedback }}"
-  - name: print
-    output: "Printed: {{ tasks.draft.output }}"
 """
 
 
@@ -45,13 +33,6 @@ def pool(prefect_server: PrefectServer, tmp_path_factory: pytest.TempPathFactory
 def open_flow_run(page: Page, pool: CrewPool, run_id: str) -> None:
     page.open(f"{pool.server.ui_url}/v2/runs/flow-run/{run_id}")
     page.wait_for_text(pool.flow_run(run_id)["name"])
-
-
-def test_the_pool_is_described(pool: CrewPool, chromium: Chromium, tmp_path: Path):
-    with chromium.page() as page:
-        page.open(f"{pool.server.ui_url}/v2/work-pools/work-pool/{pool.name}")
-        page.wait_for_text(POOL_DESCRIPTION)
-        page.screenshot(tmp_path / "pool.png")
 
 
 def test_a_scheduled_run_appears_and_completes(pool: CrewPool, chromium: Chromium, tmp_path: Path):
@@ -81,37 +62,6 @@ def test_a_scheduled_run_appears_and_completes(pool: CrewPool, chromium: Chromiu
         page.screenshot(tmp_path / "scheduled.png")
     assert run["auto_scheduled"]
     pool.call("PATCH", f"/deployments/{deployment}", {"paused": True})
-
-
-def test_a_form_is_answered_on_the_flow_runs_page(pool: CrewPool, chromium: Chromium, tmp_path: Path):
-    crew = pool.add_crew("asking", ASKING, response_format="union")
-    run_id = pool.start(pool.deploy("asking"), crew="asking", inputs={"topic": "tea"}, review="form")
-
-    def form(number: int) -> bool:
-        run = pool.flow_run(run_id)
-        inputs = pool.call("POST", f"/flow_runs/{run_id}/input/filter", {"prefix": "crew-review-", "limit": 20})
-        asked = any("description" in one["key"] and f"number {number}" in one["value"] for one in inputs)
-        return run["state_type"] == "PAUSED" and asked
-
-    with chromium.page(height=1100) as page:
-        for number, (decision, feedback) in enumerate([("reject", "Warmer, please."), ("approve", "")], start=1):
-            wait_until(lambda number=number: form(number), seconds=60, what="a form")
-            answer_on_page(
-                page,
-                pool.server.ui_url,
-                run_id,
-                "v2",
-                decision,
-                feedback,
-                tmp_path / f"form-{number}.png",
-                round=number,
-            )
-        run = pool.wait_for(run_id)
-        open_flow_run(page, pool, run_id)
-        page.wait_for_text("Completed")
-        page.screenshot(tmp_path / "answered.png")
-    assert run["state_name"] == "Completed", run["state"]["message"]
-    assert [crew.kickoffs, crew.requests["resume"]] == [1, 2]
 
 
 def test_a_flow_run_is_cancelled_on_its_page(pool: CrewPool, chromium: Chromium, tmp_path: Path):

@@ -171,13 +171,6 @@ def test_what_is_not_there_or_not_allowed_is_an_error(template: str):
     assert RESULT.data == {"title": "Tiles", "list": [1, 2]}
 
 
-@pytest.mark.parametrize("template", ["{{ open", "{% if %}", "{{ a b }}", "{% nonsense %}"])
-def test_what_is_no_template_says_so(template: str):
-    for use in (lambda: render(template, {}), lambda: names_in(template)):
-        with pytest.raises(ConfigurationError, match="is not a template"):
-            use()
-
-
 @given(st.text())
 def test_values_are_never_templates(text: str):
     assert render("{{ topic }}", {"topic": text}) == text

@@ -50,12 +50,6 @@ def test_a_run_is_the_resource_and_who_has_to_do_with_it_is_related():
     ]
 
 
-def test_a_run_without_an_id_yet_is_reported_by_its_key_and_attempt():
-    resource, related = resources_of(record(kickoff_id=None))
-    assert resource["prefect.resource.id"] == "prefect-crew.run.k/2"
-    assert [one["prefect.resource.role"] for one in related] == ["crew"]
-
-
 def test_an_event_that_is_emitted_once_only_is_kept_once(seen: Seen):
     run = record()
     for _ in range(3):
@@ -64,23 +58,6 @@ def test_an_event_that_is_emitted_once_only_is_kept_once(seen: Seen):
     emit("timed_out", run, phase="running")
     names = [event["event"] for event in seen.events(str(run.kickoff_id))]
     assert sorted(names) == ["crew.completed", "crew.timed_out", "crew.timed_out"]
-
-
-def test_another_run_under_the_key_is_reported_again(seen: Seen):
-    first, second = record(), record()
-    second.kickoff_id = first.kickoff_id
-    emit("completed", first, once=True)
-    emit("completed", second, once=True)
-    assert len(seen.events(str(first.kickoff_id))) == 2
-
-
-def test_an_event_in_a_script_names_no_flow_run_and_one_of_an_owner_names_his(seen: Seen):
-    owner = str(uuid.uuid4())
-    run = record(flow_run_id=owner)
-    emit("lost", run)
-    (event,) = seen.events(str(run.kickoff_id))
-    assert f"prefect.flow-run.{owner}" in [one["prefect.resource.id"] for one in event["related"]]
-    assert event["payload"] == {"idempotency_key": "k", "kickoff_id": run.kickoff_id, "attempt": 2}
 
 
 def test_the_events_of_a_run_come_in_order(crew_server: CrewServerFactory, seen: Seen):

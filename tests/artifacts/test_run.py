@@ -138,26 +138,6 @@ def test_who_is_waited_for_stands_first_with_the_commands_that_answer(
     assert "| Run |" in facts
 
 
-def test_a_timeout_is_shown_with_how_to_go_on(crew_server: CrewServerFactory, seen: Seen, name: str):
-    run = kicked_off(crew_server(slow(60)).crew().crew.called(name))
-    with pytest.raises(CrewTimeoutError):
-        run.wait_for_completion(WaitPolicy(initial=0.1, timeout=0.4))
-    assert "● running" in shown(seen, name)
-    assert "was still running after its running time limit of 0.4 s" in shown(seen, name)
-
-
-def test_each_run_has_its_own_under_the_key_of_its_crew(crew_server: CrewServerFactory, seen: Seen, name: str):
-    crew = crew_server("echo").crew().crew.called(name)
-
-    @flow
-    async def trips() -> list[str]:
-        return [(await arun_crew(crew, {"text": text})).kickoff_id for text in "ab"]
-
-    ids = asyncio.run(trips())
-    made = seen.artifacts(artifact_key(name))
-    assert [one["description"] for one in made] == [f"Run {id_} of crew {name}" for id_ in ids]
-
-
 @pytest.mark.parametrize("owner", ["flow", "script"])
 def test_whoever_finds_a_run_again_updates_its_artifact(
     crew_server: CrewServerFactory, seen: Seen, name: str, owner: str
@@ -187,19 +167,6 @@ def test_one_that_was_cleaned_away_is_made_again(crew_server: CrewServerFactory,
     seen._client.delete(f"/artifacts/{artifact['id']}").raise_for_status()
     run.wait_for_completion()
     assert "✓ completed" in shown(seen, name)
-
-
-def test_an_older_one_is_found_behind_many(seen: Seen, name: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(run_module, "PAGE", 2)
-    key = artifact_key(name)
-
-    async def put(description: str, data: str) -> None:
-        assert await MarkdownArtifact(key, description).put(data) is None
-
-    for number in range(5):
-        asyncio.run(put(f"number {number}", "old"))
-    asyncio.run(put("number 1", "new"))
-    assert [one["data"] for one in seen.artifacts(key)] == ["old", "new", "old", "old", "old"]
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from prefect_crew import CrewFailedError, run_crew
+from prefect_crew import run_crew
 from prefect_crew.devserver import CrewServer
 
 pytestmark = [pytest.mark.crewai, pytest.mark.filterwarnings("ignore::DeprecationWarning:crewai")]
@@ -41,11 +41,3 @@ def test_a_real_flow_s_structured_result_arrives(tmp_path: Path) -> None:
         assert result.data["title"] == "Report on tea"
         assert len(result.data["sections"]) == 1
         assert [task.name for task in result.tasks] == ["research", "report"]
-
-
-@pytest.mark.usefixtures("prefect_api")
-def test_a_real_crew_s_failure_says_why() -> None:
-    with CrewServer(f"{ROOT}/tests/devserver/real_crews.py:failing", response_format="union") as server:
-        with pytest.raises(CrewFailedError, match="no luck"):
-            run_crew(server.crew(), {"topic": "luck"})
-        assert server.kickoffs == 1

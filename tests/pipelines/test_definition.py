@@ -7,9 +7,8 @@ from typing import Any
 
 import pytest
 
-from prefect_crew.client.models import CrewInput
 from prefect_crew.exceptions import ConfigurationError
-from prefect_crew.pipelines.definition import PipelineDefinition, PipelineInput, as_pipeline_input, read_pipeline
+from prefect_crew.pipelines.definition import PipelineDefinition, PipelineInput, read_pipeline
 
 REPORT = """
 name: report
@@ -37,12 +36,6 @@ def test_a_file_is_a_pipeline():
     assert (write.after, write.review) == ("research", "form")
     assert write.wait is not None
     assert write.wait.timeout == 600
-
-
-def test_it_survives_being_stored():
-    pipeline = read_pipeline(REPORT, "weekly.yaml")
-    stored = json.loads(pipeline.model_dump_json(exclude_unset=True))
-    assert PipelineDefinition.model_validate(stored) == pipeline
 
 
 def test_a_file_without_a_name_has_its_own():
@@ -87,13 +80,6 @@ def test_a_mistake_is_reported_by_step_and_field(text: str, said: str):
 
 def pipeline_of(*steps: dict[str, Any], **more: Any) -> PipelineDefinition:
     return PipelineDefinition.model_validate({"name": "p", "steps": steps, **more})
-
-
-def test_an_input_of_a_crew_becomes_one_of_a_pipeline():
-    given = CrewInput(name="tone", required=False, type="int", description="How it sounds.", default=2)
-    made = PipelineInput(type="integer", description="How it sounds. The crew's own default: 2.", required=False)
-    assert as_pipeline_input(given) == made
-    assert not made.needed
 
 
 def test_the_values_of_a_run():

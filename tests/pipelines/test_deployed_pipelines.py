@@ -15,7 +15,7 @@ from prefect.blocks.system import Secret
 from prefect.client.orchestration import get_client
 from prefect.flow_engine import run_flow_async
 
-from prefect_crew import ConfigurationError, PipelineFailedError, get_result, run_deployed_pipeline
+from prefect_crew import ConfigurationError, PipelineFailedError, run_deployed_pipeline
 from prefect_crew.devserver import CrewServer
 from prefect_crew.testing import CrewServerFactory
 from support.prefect_server import PrefectServer, drain
@@ -74,17 +74,6 @@ async def test_a_pipeline_runs_from_plain_values(save: SaveCrew, seen: Seen):
     assert (run["name"], run["state_type"]) == (f"{pipeline['name']} · tea", "COMPLETED")
 
 
-async def test_a_idempotency_key_finds_the_steps_again(save: SaveCrew):
-    crew, server = save()
-    key = f"report-{uuid.uuid4().hex}"
-    for _ in range(2):
-        await run_deployed_pipeline(
-            pipeline_of(crew, name="report"), {"topic": "tea", "audience": "me"}, idempotency_key=key
-        )
-    assert server.kickoffs == 2
-    assert (await get_result(f"{key}/write")).output == "on on tea for me"
-
-
 async def test_steps_take_what_a_crew_step_takes(save: SaveCrew):
     crew, _ = save()
     slow, server = save(script({"seconds": 60, "output": "late"}, inputs=["text"]))
@@ -97,12 +86,6 @@ async def test_steps_take_what_a_crew_step_takes(save: SaveCrew):
     assert list(caught.value.results) == ["first"]
     assert "0.3" in str(caught.value.errors["second"])
     assert server.kickoffs == 1
-
-
-async def test_the_defaults_of_the_pipeline_for_its_steps(save: SaveCrew):
-    slow, _ = save(script({"seconds": 60, "output": "late"}, inputs=["text"]))
-    with pytest.raises(PipelineFailedError, match=r"0\.2"):
-        await run_deployed_pipeline(pipeline_of(slow, wait={"timeout": 0.2}), {"topic": "tea"})
 
 
 async def test_all_mistakes_are_reported_and_nothing_is_started(save: SaveCrew):
@@ -118,17 +101,6 @@ async def test_all_mistakes_are_reported_and_nothing_is_started(save: SaveCrew):
     with pytest.raises(ConfigurationError, match="lacks the inputs topic"):
         await run_deployed_pipeline(pipeline_of(crew), {"audience": "me"})
     assert server.kickoffs == 0
-
-
-async def test_a_retry_starts_with_the_step_that_failed(save: SaveCrew):
-    crew, server = save()
-    bad, failing = save(FAILS)
-    pipeline = pipeline_of(crew)
-    pipeline["steps"].append({"name": "last", "crew": bad, "inputs": {"text": "{{ write.output }}"}})
-    flow: Any = run_deployed_pipeline.with_options(retries=1, retry_delay_seconds=0)
-    with pytest.raises(PipelineFailedError):
-        await flow(pipeline, {"topic": "tea"})
-    assert (server.kickoffs, failing.kickoffs) == (2, 2)
 
 
 async def texts_of(server: PrefectServer) -> str:

@@ -52,17 +52,6 @@ def test_needs(step: CrewStep, needs: set[str]):
     assert made.needs["c"] == needs
 
 
-def test_order_and_all_that_comes_before():
-    made = graph(
-        CrewStep("d", "crew", {"x": "{{ b.output }} {{ c.output }}"}),
-        CrewStep("b", "crew", {"x": "{{ a.output }}"}),
-        CrewStep("c", "crew", {}, after=["a"]),
-        CrewStep("a", "crew", {}),
-    )
-    assert made.order == ["a", "b", "c", "d"]
-    assert made.before["d"] == {"a", "b", "c"}
-
-
 # What is wrong
 
 

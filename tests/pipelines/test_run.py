@@ -14,7 +14,7 @@ from prefect.exceptions import Pause
 from prefect.flow_engine import run_flow_async
 from prefect.flow_runs import asuspend_flow_run
 from prefect.runtime import flow_run
-from pydantic import BaseModel, SecretStr
+from pydantic import SecretStr
 
 from prefect_crew import (
     ConfigurationError,
@@ -24,7 +24,6 @@ from prefect_crew import (
     IdempotencyConflictError,
     KickoffUncertainError,
     PipelineFailedError,
-    aplan_pipeline,
     arun_crew,
     arun_pipeline,
     get_result,
@@ -36,7 +35,6 @@ from prefect_crew.devserver import CrewServer, Outcome, ProgramError, Run, load_
 from prefect_crew.pipelines import artifact as artifact_module
 from prefect_crew.records.model import RecordPhase, RunRecord
 from prefect_crew.records.store import PrefectRecords
-from prefect_crew.states import CrewState
 from prefect_crew.testing import CrewServerFactory
 from support.held import Held
 from support.scripts import FAILS, script, slow
@@ -91,21 +89,6 @@ async def test_steps_feed_each_other(echo: CrewServer):
     assert (await get_result(f"{idempotency_key}/write")).output == "on tea & tea costs"
 
 
-async def test_structured_results_and_types(crew_server: CrewServerFactory, echo: CrewServer):
-    class Guide(BaseModel):
-        title: str
-
-    guide = crew_server(script({"output": '{"title": "Tiles"}'})).crew()
-    result = await arun_pipeline(
-        [
-            CrewStep("guide", guide, {}, output_type=Guide),
-            CrewStep("b", echo.crew(), {"text": "{{ guide.data.title }}"}),
-        ]
-    )
-    assert result["guide"].data == Guide(title="Tiles")
-    assert result["b"].output == "Tiles"
-
-
 async def test_steps_without_a_path_between_them_run_side_by_side(crew_server: CrewServerFactory, seen: Seen):
     held = Held(until=lambda _: server.kickoffs >= 2)  # neither "a" nor "b" ends before both have been started
     server, idempotency_key = crew_server(held), key()
@@ -135,7 +118,7 @@ async def test_a_failure_is_on_record_before_anybody_hears_of_it(
     with pytest.raises(CrewFailedError):
         await arun_crew(crew_server(FAILS).crew(), idempotency_key=idempotency_key)
     (record,) = await PrefectRecords().attempts(idempotency_key)
-    assert (record.phase, record.state) == (RecordPhase.ENDED, CrewState.FAILED)
+    assert record.phase is RecordPhase.ENDED
 
 
 async def test_each_step_has_a_crew_and_a_token_of_its_own(crew_server: CrewServerFactory):
@@ -144,16 +127,6 @@ async def test_each_step_has_a_crew_and_a_token_of_its_own(crew_server: CrewServ
     steps = [CrewStep("a", one.crew(), {"text": "a"}), CrewStep("b", name, {"text": "{{ a.output }}b"})]
     assert (await arun_pipeline(steps))["b"].output == "ab"
     assert (one.kickoffs, other.kickoffs) == (1, 1)
-
-
-async def test_odd_names_of_steps(echo: CrewServer, seen: Seen):
-    names, idempotency_key = ["a | b", "`code`", "<b>bold", "日本", "ünï", "x" * 300], key()
-    steps = [CrewStep(name, echo.crew(), {"text": name}) for name in names]
-    result = await arun_pipeline(steps, name="odd", idempotency_key=idempotency_key)
-    assert {name: one.output for name, one in result.results.items()} == {name: name for name in names}
-    shown = await asyncio.to_thread(artifact, seen, "odd", idempotency_key)
-    assert "| **a \\| b** |" in shown
-    assert "**&lt;b&gt;bold**" in shown
 
 
 # Where it is called
@@ -173,25 +146,6 @@ def test_in_a_sync_flow_and_in_a_script_and_in_a_task(echo: CrewServer):
     assert in_a_flow() == ["flow", "task"]
     assert run_pipeline(steps, {"topic": "script"})["a"].output == "script"
     assert echo.kickoffs == 3
-
-
-async def test_in_a_running_loop_the_sync_ones_name_the_async_ones(echo: CrewServer):
-    steps = [CrewStep("a", echo.crew(), {"text": "a"})]
-    with pytest.raises(RuntimeError, match=r"use `await arun_pipeline\(\.\.\.\)` instead"):
-        run_pipeline(steps)
-    with pytest.raises(RuntimeError, match=r"use `await aplan_pipeline\(\.\.\.\)` instead"):
-        plan_pipeline(steps)
-    assert echo.kickoffs == 0
-
-
-def test_a_script_stores_no_secret_inputs_with_its_flow_run(crew_server: CrewServerFactory, seen: Seen):
-    server = crew_server(script({"output": "ok"}, inputs=["topic", "password"]))
-    crew = server.crew(secret_inputs=["password"])
-    run_pipeline([CrewStep("a", crew)], {"topic": "tea", "password": SecretStr("hunter22")}, name=(name := key()))
-    (run,) = [one for one in seen.flow_runs("run-pipeline") if one["parameters"]["pipeline"] == name]
-    assert run["parameters"]["inputs"] == {"topic": "tea", "password": "********"}
-    assert run["name"] == f"{name} · tea"
-    assert server.runs[0].inputs["password"] == "hunter22"
 
 
 @pytest.mark.parametrize(
@@ -294,12 +248,6 @@ def test_a_plan_starts_nothing_and_shows_all(crew_server: CrewServerFactory):
     assert server.kickoffs == 0
 
 
-async def test_a_plan_shows_what_is_wrong(echo: CrewServer):
-    plan = await aplan_pipeline([CrewStep("a", echo.crew(), {}), CrewStep("b", "no-such-block", {"text": "{{ u }}"})])
-    assert [step.name for step in plan.steps] == ["a", "b"]
-    assert str(plan).count("Problem: ") == 3
-
-
 # Failures
 
 
@@ -312,44 +260,28 @@ async def test_a_failed_step_stops_those_that_need_it_and_no_others(crew_server:
         CrewStep("needs that", crew, {"text": "x"}, after=["needs it"]),
         CrewStep("alone", crew, {"text": "alone"}),
         CrewStep("after alone", crew, {"text": "{{ alone.output }} too"}),
+        CrewStep("function", crew, lambda context: {"text": context.inputs["nothing"]}),
+        CrewStep("limited", server.crew(concurrency_limit="nobody-made-it"), {"text": "x"}),
     ]
     with pytest.raises(PipelineFailedError) as raised:
         await arun_pipeline(steps, {"first": "bad"}, name="failing", idempotency_key=idempotency_key)
     error = raised.value
-    assert (error.failed, error.skipped) == (["bad"], ["needs it", "needs that"])
+    assert (error.failed, error.skipped) == (["bad", "function", "limited"], ["needs it", "needs that"])
     assert {name: one.output for name, one in error.results.items()} == {
         "alone": "alone",
         "after alone": "alone too",
     }
     assert isinstance(error.errors["bad"], CrewFailedError)
-    assert "A step failed: bad: " in str(error)
+    assert "a function gave no inputs: KeyError: 'nothing'" in str(error.errors["function"])
+    assert "nobody-made-it" in str(error.errors["limited"])
     assert "no bad" in str(error)
     assert "Not run because of it: needs it, needs that." in str(error)
     assert server.kickoffs == 3
     shown = await asyncio.to_thread(artifact, seen, "failing", idempotency_key)
-    assert shown.count("✗ failed") == 1
+    assert shown.count("✗ failed") == 3
+    assert "### Step bad failed (attempt 1 of at most 3)" in shown
+    assert "no bad" in shown
     assert shown.count("– not run") == 2
-
-
-async def test_a_function_that_fails_fails_its_step_only(echo: CrewServer):
-    steps = [
-        CrewStep("a", echo.crew(), lambda context: {"text": context.inputs["nothing"]}),
-        CrewStep("b", echo.crew(), {"text": "b"}),
-    ]
-    with pytest.raises(PipelineFailedError, match="a: a function gave no inputs: KeyError: 'nothing'") as raised:
-        await arun_pipeline(steps)
-    assert list(raised.value.results) == ["b"]
-    assert echo.kickoffs == 1
-
-
-async def test_a_limit_that_does_not_exist_fails_its_step_only(echo: CrewServer):
-    steps = [
-        CrewStep("a", echo.crew(concurrency_limit="nobody-made-it"), {"text": "a"}),
-        CrewStep("b", echo.crew(), {"text": "b"}),
-    ]
-    with pytest.raises(PipelineFailedError, match=r"a: .*nobody-made-it") as raised:
-        await arun_pipeline(steps)
-    assert list(raised.value.results) == ["b"]
 
 
 class FailsFirst:
