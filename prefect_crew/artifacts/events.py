@@ -1,16 +1,7 @@
 """What automations listen to: events about runs, with the crew, the run, the flow run and the step as resources.
 
-    crew.waiting       the run waits for a person
-    crew.reviewed      somebody answered: payload `task_id`, `round`, `approve`, `by`
-    crew.resumed       it goes on
-    crew.completed, crew.failed, crew.stopped, crew.lost     once each, from whoever closed the record
-    crew.uncertain     a kickoff was sent and nobody knows its fate
-    crew.timed_out     a wait's time was over; the run may go on
-    crew.resolved      an uncertain kickoff is known to have started the run, by a webhook: from the receiver, as
-    crew.webhook.*     whatever a crew's server tells of a run: `prefect_crew.receiver`
-
-Prefect itself emits one for each change of a record: four a run, so that a run without a person makes five. Emitting is
-a hand-over to Prefect's own background thread (0.15 ms) and raises nothing when the API is away.
+docs/reference/events.md lists them. Emitting is a hand-over to Prefect's own background thread (0.15 ms) and raises
+nothing when the API is away.
 """
 
 from __future__ import annotations

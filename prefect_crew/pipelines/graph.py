@@ -79,30 +79,15 @@ class PipelineContext:
 
 
 @dataclass(frozen=True)
-class PlannedStep:
-    """A step as far as it is known before anything runs; `inputs` are for people."""
-
-    name: str
-    crew: str
-    needs: Sequence[str]
-    inputs: Mapping[str, str]
-
-
-@dataclass(frozen=True)
 class PipelinePlan:
-    """What a pipeline would do. Printing it shows it; nothing was started."""
+    """What a pipeline would do: its steps in their order, and all that is wrong. Printing it shows it."""
 
-    steps: Sequence[PlannedStep]
+    steps: Sequence[CrewStep]
     problems: Sequence[str]
+    text: str = field(repr=False)
 
     def __str__(self) -> str:
-        lines: list[str] = []
-        for step in self.steps:
-            after = f", after {', '.join(step.needs)}" if step.needs else ""
-            lines += ["", f"{step.name}: crew {step.crew}{after}"]
-            lines += [f"  {key} = {value}" for key, value in step.inputs.items()]
-        lines += ["", *(f"Problem: {problem}" for problem in self.problems)] if self.problems else []
-        return "\n".join(lines).strip("\n")
+        return self.text
 
 
 @dataclass
@@ -239,28 +224,21 @@ class Pipeline:
                 guessed = f"{with_guesses(unknown, names)}; its crew takes {listed_names(names)}"
                 self.problems.append(f"step {step.name!r} gives the unknown inputs {guessed}")
 
-    def refuse_problems(self) -> None:
-        """Raise one ConfigurationError with all that is wrong, if anything is, whichever crews answer."""
-        if self.problems:
-            self._refuse()
+    async def refuse_problems(self, idempotency_key: str | None = None) -> None:
+        """Raise one ConfigurationError with all that is wrong, if anything is.
 
-    async def refuse_unreachable(self, idempotency_key: str) -> None:
-        """Raise a ConfigurationError if a crew did not answer, unless a run was started under the key before."""
-        if self.unreachable and not await self._has_earlier_runs(idempotency_key):
-            self._refuse()
-
-    def _refuse(self) -> None:
-        listed = "; ".join([*self.problems, *self.unreachable])
-        raise ConfigurationError(f"The pipeline cannot run, nothing was started: {listed}.")
+        Crews that do not answer count once the key is known, unless a run was started under it before.
+        """
+        is_away = idempotency_key and self.unreachable and not await self._has_earlier_runs(idempotency_key)
+        if self.problems or is_away:
+            listed = "; ".join([*self.problems, *self.unreachable])
+            raise ConfigurationError(f"The pipeline cannot run, nothing was started: {listed}.")
 
     async def _has_earlier_runs(self, idempotency_key: str) -> bool:
         if any(step.inputs is None and step.name not in self.expected for step in self.steps):
             return False  # which of the pipeline's inputs it took is not known
-        records = PrefectRecords()
-        for step in self.steps:
-            if await records.attempts(step_key(idempotency_key, step)):
-                return True
-        return False
+        keys = [step_key(idempotency_key, step) for step in self.steps]
+        return any(await asyncio.gather(*map(PrefectRecords().attempts, keys)))
 
     # What is secret
 
@@ -278,24 +256,16 @@ class Pipeline:
                 found |= self.inputs.keys() & crew.secret_inputs
         return found
 
-    @cached_property
-    def redact(self) -> Redactor:
-        """What masks the pipeline's secret inputs."""
-        return Redactor(self.inputs[name] for name in self.secret_inputs)
-
     def stored_inputs(self) -> dict[str, Any]:
         """Return the pipeline's inputs as Prefect may store them."""
         encoded, secret = encode_inputs(self.inputs), self.secret_inputs
-        if any(self._may_hide(step, self.crews[step.name]) for step in self.steps if step.name in self.crews):
-            secret = set(encoded)
-        return {name: MASK if name in secret else self.redact(text) for name, text in encoded.items()}
-
-    @staticmethod
-    def _may_hide(step: CrewStep, crew: Crew) -> bool:
-        """Return whether a function gives a secret input: nobody knows which of the pipeline's inputs it reads."""
-        if step.inputs is None or callable(step.inputs):
-            return step.inputs is not None and bool(crew.secret_inputs)
-        return any(callable(step.inputs.get(name)) for name in crew.secret_inputs)
+        by_function = any(
+            callable(given) for step in self.steps for given in (step.inputs, *_inputs_by_name(step).values())
+        )
+        if by_function and any(crew.secret_inputs for crew in self.crews.values()):
+            secret = set(encoded)  # nobody knows which of them the function reads
+        redact = Redactor(self.inputs[name] for name in secret)
+        return {name: MASK if name in secret else redact(text) for name, text in encoded.items()}
 
     def inputs_made_of(self, step: CrewStep, names: Collection[str]) -> set[str]:
         """Return the inputs of a step that some of the pipeline's inputs go into by their names or by templates."""
@@ -342,28 +312,24 @@ class Pipeline:
         }
 
     def plan(self) -> PipelinePlan:
-        """Return what the pipeline would do, once it was checked."""
-        steps, planned = {step.name: step for step in self.steps}, list[PlannedStep]()
+        """Return what the pipeline would do, once it was checked. Templates are shown as they are written."""
+        steps = {step.name: step for step in self.steps}
+        blocks: list[str] = []
         for name in self.order:
             step, crew = steps[name], self.crews.get(name)
-            secret = self.inputs_made_of(step, self.secret_inputs).union(crew.secret_inputs if crew else ())
-            shown = {key: MASK if key in secret else self.redact(text) for key, text in self._known_inputs_of(step)}
-            needs = [other for other in self.order if other in self.needs[name]]
-            planned.append(PlannedStep(name, crew.label if crew else str(step.crew), needs, shown))
-        return PipelinePlan(planned, [*self.problems, *self.unreachable])
-
-    def _known_inputs_of(self, step: CrewStep) -> Iterator[tuple[str, str]]:
-        """Yield what is known of a step's inputs before anything has run, for people."""
-        if callable(step.inputs):
-            yield "…", f"from {_name_of(step.inputs)}"
-            return
-        for key, value in (self.inputs if step.inputs is None else step.inputs).items():
-            try:
-                needs_none = step.inputs is not None and not callable(value)
-                filled = _render_texts(value, {**self.inputs, "inputs": self.inputs}) if needs_none else value
-            except ConfigurationError:  # it needs a step, or is among the problems
-                filled = value
-            yield key, f"from {_name_of(value)}" if callable(value) else str(filled)
+            after = ", ".join(other for other in self.order if other in self.needs[name])
+            lines = [f"{name}: crew {crew.label if crew else step.crew}" + (f", after {after}" if after else "")]
+            if callable(step.inputs):
+                lines.append(f"  … = from {_name_of(step.inputs)}")
+            elif step.inputs is not None:
+                hidden = crew.secret_inputs if crew else ()
+                shown = {key: MASK if key in hidden else value for key, value in step.inputs.items()}
+                lines += [f"  {k} = {f'from {_name_of(v)}' if callable(v) else v}" for k, v in shown.items()]
+            blocks.append("\n".join(lines))
+        problems = [*self.problems, *self.unreachable]
+        if problems:
+            blocks.append("\n".join(f"Problem: {problem}" for problem in problems))
+        return PipelinePlan([steps[name] for name in self.order], problems, "\n\n".join(blocks))
 
 
 def step_key(idempotency_key: str, step: CrewStep) -> str:
@@ -396,9 +362,12 @@ def leaves_in(value: Any) -> Iterator[Any]:
 
 def _templates_of(step: CrewStep) -> Iterator[tuple[str, str]]:
     """Yield each template of a step, with the name of the input that it is for."""
-    if step.inputs is not None and not callable(step.inputs):
-        for key, value in step.inputs.items():
-            yield from ((key, leaf) for leaf in leaves_in(value) if isinstance(leaf, str))
+    for key, value in _inputs_by_name(step).items():
+        yield from ((key, leaf) for leaf in leaves_in(value) if isinstance(leaf, str))
+
+
+def _inputs_by_name(step: CrewStep) -> Mapping[str, Any]:
+    return step.inputs if isinstance(step.inputs, Mapping) else {}
 
 
 def _render_texts(value: Any, values: Mapping[str, Any]) -> Any:

@@ -96,7 +96,7 @@ async def arun_pipeline(
     check_choices(idempotency_key=idempotency_key, name=name, wait=wait, review=review, budgets=budgets)
     pipeline = Pipeline(steps, dict(inputs))
     await pipeline.check()
-    pipeline.refuse_problems()
+    await pipeline.refuse_problems()
 
     async def run() -> PipelineResult:
         return await _run(
@@ -204,7 +204,7 @@ async def _run(
         name, inputs_digest(encode_inputs(pipeline.inputs)), idempotency_key=idempotency_key, name=name
     )
     key = identity.idempotency_key
-    await pipeline.refuse_unreachable(key)
+    await pipeline.refuse_problems(key)
     pipeline.crews = {step: crew.under(budgets, name=name, batch=key) for step, crew in pipeline.crews.items()}
     started = time.perf_counter()
     work = _Run(pipeline, key, PipelineArtifact(name, key, pipeline), wait, review)

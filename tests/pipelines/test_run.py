@@ -235,7 +235,7 @@ def test_a_plan_starts_nothing_and_shows_all(crew_server: CrewServerFactory):
     plan = plan_pipeline(steps, {"topic": "tea", "code": "hunter22"})
     assert str(plan).splitlines() == [
         "research: crew travel",
-        "  text = on tea",
+        "  text = on {{ topic }}",
         "  password = ********",
         "",
         "write: crew travel, after research",
