@@ -6,7 +6,6 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, cast
-from uuid import UUID
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, ValidationError
@@ -62,9 +61,6 @@ class StepDefinition(_Plain):
     wait: WaitPolicy | None = Field(default=None, description="How to wait for it, in place of the block's policy.")
     review: Literal["form"] | None = Field(
         default=None, description="Where people are asked: in a form on the flow run's page."
-    )
-    restore_from: UUID | None = Field(
-        default=None, description="The id (a UUID) of a saved state of a CrewAI Flow from which it starts."
     )
 
 
