@@ -94,23 +94,18 @@ async def arun_pipeline(
     """
     inputs = HiddenValues(inputs or {})
     check_choices(idempotency_key=idempotency_key, name=name, wait=wait, review=review, budgets=budgets)
+    steps = [replace(step, wait=step.wait or wait, review=step.review or review) for step in steps]
     pipeline = Pipeline(steps, dict(inputs))
     await pipeline.check()
     await pipeline.refuse_problems()
-
-    async def run() -> PipelineResult:
-        return await _run(
-            pipeline, name=name, idempotency_key=idempotency_key, wait=wait, review=review, budgets=budgets
-        )
-
     if FlowRunContext.get() is not None or TaskRunContext.get() is not None:
-        return await run()
+        return await _run(pipeline, name, idempotency_key, budgets)
 
     # What Prefect's stored parameters must not or cannot hold reaches the flow by this function.
     @wraps(run_steps.fn)
     async def run_in_flow(*_: Any, **__: Any) -> PipelineResult:
         await _name_flow_run(pipeline, name, idempotency_key, inputs)
-        return await run()
+        return await _run(pipeline, name, idempotency_key, budgets)
 
     own_flow = copy(run_steps)
     own_flow.fn = run_in_flow
@@ -127,10 +122,7 @@ run_pipeline = sync_version(arun_pipeline)
 
 @flow(name="run-pipeline", flow_run_name="{pipeline}")
 async def run_steps(
-    pipeline: Annotated[str, Field(description="The pipeline's name.")],
-    steps: Annotated[list[str], Field(description="The names of its steps.")],
-    inputs: Annotated[dict[str, Any] | None, Field(description="Its inputs, the secret ones masked.")] = None,
-    idempotency_key: Annotated[str | None, Field(description="The identity of the whole pipeline.")] = None,
+    pipeline: str, steps: list[str], inputs: dict[str, Any] | None = None, idempotency_key: str | None = None
 ) -> PipelineResult:
     """Run a pipeline that `run_pipeline` was called with outside of a flow."""
     raise ConfigurationError(
@@ -191,15 +183,7 @@ async def _name_flow_run(
 
 
 @cancelled_once
-async def _run(
-    pipeline: Pipeline,
-    *,
-    name: str,
-    idempotency_key: str | None,
-    wait: WaitPolicy | None,
-    review: ReviewChoice | None,
-    budgets: Sequence[Budget],
-) -> PipelineResult:
+async def _run(pipeline: Pipeline, name: str, idempotency_key: str | None, budgets: Sequence[Budget]) -> PipelineResult:
     identity = await identify(
         name, inputs_digest(encode_inputs(pipeline.inputs)), idempotency_key=idempotency_key, name=name
     )
@@ -207,7 +191,7 @@ async def _run(
     await pipeline.refuse_problems(key)
     pipeline.crews = {step: crew.under(budgets, name=name, batch=key) for step, crew in pipeline.crews.items()}
     started = time.perf_counter()
-    work = _Run(pipeline, key, PipelineArtifact(name, key, pipeline), wait, review)
+    work = _Run(pipeline, key, PipelineArtifact(name, key, pipeline))
     await work.run()
     if work.errors:
         skipped = pipeline.needs.keys() - work.results.keys() - work.errors.keys()
@@ -221,18 +205,13 @@ async def _run(
     return PipelineResult(results=work.results, idempotency_key=key, seconds=time.perf_counter() - started)
 
 
-@dataclass
+@dataclass(repr=False)  # results may repeat secrets
 class _Run:
-    """One run of a pipeline: each step waits for those that it needs, then runs its crew.
-
-    `wait` and `review` are for steps without one of their own.
-    """
+    """One run of a pipeline: each step waits for those that it needs, then runs its crew."""
 
     pipeline: Pipeline
     idempotency_key: str
     artifact: PipelineArtifact
-    wait: WaitPolicy | None
-    review: ReviewChoice | None
     results: dict[str, CrewResult] = field(default_factory=dict[str, CrewResult])
     errors: dict[str, Exception] = field(default_factory=dict[str, Exception])
 
@@ -291,8 +270,8 @@ class _Run:
             inputs,
             name=step.name,
             idempotency_key=step_key(self.idempotency_key, step),
-            wait=step.wait or self.wait,
+            wait=step.wait,
             output_type=step.output_type,
-            review=step.review or self.review,
+            review=step.review,
             restore_from=step.restore_from,
         )
