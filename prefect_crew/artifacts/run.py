@@ -218,17 +218,17 @@ def _facts(view: RunView, status: CrewStatus | None) -> str:
         "Crew": view.page_url and link(view.crew, view.page_url),
         "Flow run": view.flow_run_id and flow_run_link(view.flow_run_id),
         "Idempotency key": view.idempotency_key and code(view.idempotency_key),
-        "Attempt": view.attempt and view.state is CrewState.FAILED and view.attempt.removeprefix("attempt "),
+        "Attempt": view.attempt.removeprefix("attempt ") if view.attempt and view.state is CrewState.FAILED else None,
         "Kicked off": view.started_at and f"{view.started_at:%Y-%m-%d %H:%M:%S} UTC",
         "Ended": view.ended_at and f"{view.ended_at:%Y-%m-%d %H:%M:%S} UTC",
-        "Execution time": known and known.execution_time is not None and duration(known.execution_time),
-        "Current task": status and status.current_task and not view.state.ended and cell(status.current_task),
-        "Message": known and known.message and view.show == "full" and cell(known.message),
-        "Cost": view.cost is not None and money(view.cost),
+        "Execution time": duration(known.execution_time) if known and known.execution_time is not None else None,
+        "Current task": status and not view.state.ended and cell(status.current_task or ""),
+        "Message": known and view.show == "full" and cell(known.message or ""),
+        "Cost": None if view.cost is None else money(view.cost),
     }
     if view.state is CrewState.FAILED:
         del rows["Message"]  # the error says it
-    return table(("", ""), [(name, text) for name, text in rows.items() if text])
+    return table(("", ""), [(name, str(text)) for name, text in rows.items() if text])
 
 
 def _tasks(tasks: Sequence[TaskResult]) -> str:

@@ -367,7 +367,7 @@ def _templates_of(step: CrewStep) -> Iterator[tuple[str, str]]:
 
 
 def _inputs_by_name(step: CrewStep) -> Mapping[str, Any]:
-    return step.inputs if isinstance(step.inputs, Mapping) else {}
+    return {} if step.inputs is None or callable(step.inputs) else step.inputs
 
 
 def _render_texts(value: Any, values: Mapping[str, Any]) -> Any:
