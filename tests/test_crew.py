@@ -83,7 +83,7 @@ async def test_a_call_is_made_once_more_with_the_stored_token(crew_server: CrewS
         assert session.crew.token.get_secret_value() == "the-new-token"
         assert session.crew.secret_inputs == ("password", "pin"), "what the caller has made secret stays so"
         await session.client.inputs()
-    assert server.counters.unauthorized == 1
+    assert server.unauthorized == 1
 
 
 @pytest.mark.usefixtures("prefect_api")
@@ -114,7 +114,7 @@ async def test_of_two_calls_that_are_refused_at_once_the_second_uses_the_token_t
 
         old = session.client
         assert await asyncio.gather(ask(None), ask(renewed)) == [["text"], ["text"]]
-    assert server.counters.unauthorized == 2
+    assert server.unauthorized == 2
 
 
 @pytest.mark.usefixtures("prefect_api")

@@ -1,18 +1,7 @@
-"""Faults: what the dev server does wrong on purpose, where, and when.
-
-In text, on the command line and in YAML:
-
-    PLACE:NAME[=VALUE][@WHEN]
+"""Faults: what the dev server does wrong on purpose, where, and when, in text as `PLACE:NAME[=VALUE][@WHEN]`.
 
     kickoff:drop-after-accept@1      the first kickoff starts a run, and its connection is closed without an answer
-    status:500@3-5                   the third to the fifth status call are answered with 500
     status:429=2@4-                  from the fourth on, status calls are answered with 429 and Retry-After: 2
-    kickoff:early-404=3              each run is unknown to its first three status calls
-    any:latency=0.5                  half a second on everything
-
-WHEN is counted from 1 over the requests of that place (for webhooks, over deliveries) since the fault was added:
-`3`, `1,4`, `2-5`, `3-`. Left out, it is every one. In Python, `Fault("kickoff", "drop-after-accept", on=1)` is the same
-as its text.
 
 A fault `-before-accept` comes instead of the work. One `-after-accept` comes once the work was done, and only the
 answer goes wrong. With neither it is before.
@@ -22,9 +11,9 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 HTTP_PLACES = ("inputs", "kickoff", "status", "resume", "stop", "any")
 WEBHOOK_PLACES = ("webhook", "webhook-task", "webhook-step", "webhook-crew", "webhook-human", "webhook-stream")
@@ -32,16 +21,11 @@ PLACES = HTTP_PLACES + WEBHOOK_PLACES
 """Where a fault can be. `any` is every HTTP request, `webhook` every delivery."""
 
 
-@dataclass(frozen=True)
-class Kind:
-    """What a name means.
+class Kind(NamedTuple):
+    """What a name means: what the server does, the default of VALUE (None if it takes none), and where it can be.
 
-    Attributes:
-        text: What the server does.
-        value: The default of VALUE; None if it takes none.
-        places: Where it can be.
-        group: What it spoils: the answer to a request, its time, a run, or the delivery of a webhook.
-        is_after: Whether it comes after the work when the name does not say.
+    `group` is what it spoils: the answer to a request, its time, a run, or the delivery of a webhook. `is_after` tells
+    whether it comes after the work when the name does not say.
     """
 
     text: str
@@ -83,8 +67,8 @@ FAULTS = {
 }
 """All kinds of faults by name."""
 
-_PHASE = re.compile(r"-(before|after)-accept$")
-_TEXT = re.compile(r"(?P<where>[^:=@]+):(?P<name>[^=@]+)(=(?P<value>[^@]+))?(@(?P<on>.+))?")
+_TEXT = re.compile(r"(?P<where>[^:=@]+):(?P<name>[^=@]+)(=(?P<value>\d+(\.\d+)?))?(@(?P<on>.+))?")
+_RANGE = re.compile(r"([1-9]\d*)(-?)(\d*)")
 
 
 class FaultError(ValueError):
@@ -102,36 +86,32 @@ class Fault:
         value: Seconds, or a number of calls; its meaning and default are in FAULTS.
 
     Raises:
-        FaultError: No such place or name, or a value that makes no sense.
+        FaultError: No such place or name, or a value or occurrence that makes no sense.
     """
 
     where: str
     name: str
     on: int | str | None = None
     value: float | None = None
-    _ranges: list[tuple[int, float]] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.where not in PLACES:
             raise FaultError(f"There is no place {self.where!r} for a fault. Places: {', '.join(PLACES)}.")
         kind = FAULTS.get(self.base_name)
-        if kind is None or (self.name != self.base_name and not kind.has_phases):
+        if kind is None or self.where not in kind.places or (self.name != self.base_name and not kind.has_phases):
             here = ", ".join(name for name, kind in FAULTS.items() if self.where in kind.places)
             raise FaultError(
-                f"There is no fault {self.name!r}. Faults of {self.where}: {here}; most of them with "
-                "-before-accept or -after-accept."
+                f"There is no fault {self.name!r} of {self.where}, but {here}; most of them with -before-accept or "
+                "-after-accept."
             )
-        if self.where not in kind.places:
-            raise FaultError(f"{self.base_name} is not a fault of {self.where}. Its places: {', '.join(kind.places)}.")
-        if self.value is not None and (kind.value is None or not 0 <= self.value < float("inf")):
-            takes = "takes no value" if kind.value is None else "takes a number of 0 or more"
-            raise FaultError(f"The fault {self.name} {takes}, not {self.value!r}.")
-        set_ = object.__setattr__  # the dataclass is frozen
-        set_(self, "_ranges", _ranges(self.on))
+        if self.value is not None and kind.value is None:
+            raise FaultError(f"The fault {self.name} takes no value.")
+        if not all(_RANGE.fullmatch(part) for part in self._parts):
+            raise FaultError(f"{self.on!r} does not say when: count from 1, such as 3, 1,4, 2-5 or 3-.")
         if self.value is None:
-            set_(self, "value", kind.value)
+            object.__setattr__(self, "value", kind.value)  # the dataclass is frozen
         if "kickoff" in kind.places and kind.group == "run":
-            set_(self, "where", "kickoff")  # a run has these from its kickoff on
+            object.__setattr__(self, "where", "kickoff")  # a run has these from its kickoff on
 
     @classmethod
     def parse(cls, text: str) -> Fault:
@@ -145,20 +125,12 @@ class Fault:
             raise FaultError(
                 f"{text!r} is not a fault. Write PLACE:NAME[=VALUE][@WHEN], such as kickoff:drop-after-accept@1."
             )
-        try:
-            value = None if match["value"] is None else float(match["value"])
-        except ValueError:
-            raise FaultError(f"The value of the fault {text!r} is not a number.") from None
-        return cls(match["where"].strip(), match["name"].strip(), on=match["on"], value=value)
-
-    def __str__(self) -> str:
-        value = f"={self.value:g}" if self.value is not None and self.value != self.kind.value else ""
-        return f"{self.where}:{self.name}{value}{'' if self.on is None else f'@{self.on}'}"
+        return cls(match["where"], match["name"], match["on"], float(match["value"]) if match["value"] else None)
 
     @property
     def base_name(self) -> str:
         """The name in FAULTS."""
-        return _PHASE.sub("", self.name)
+        return self.name.removesuffix("-before-accept").removesuffix("-after-accept")
 
     @property
     def kind(self) -> Kind:
@@ -170,9 +142,16 @@ class Fault:
         """Whether it comes after the work."""
         return self.name.endswith("-after-accept") or (self.kind.is_after and self.name == self.base_name)
 
+    @property
+    def _parts(self) -> list[str]:
+        return ("1-" if self.on is None else str(self.on)).split(",")
+
     def hits(self, occurrence: int) -> bool:
         """Return whether it comes at this occurrence, counted from 1."""
-        return any(low <= occurrence <= high for low, high in self._ranges)
+        for low, dash, high in (part.partition("-") for part in self._parts):
+            if int(low) <= occurrence <= (float(high or "inf") if dash else int(low)):
+                return True
+        return False
 
 
 @dataclass(frozen=True)
@@ -193,14 +172,11 @@ class Faults:
         self._faults: list[tuple[Fault, int]] = []
         self.add(*faults)
 
-    def __iter__(self) -> Iterator[Fault]:
-        return iter([fault for fault, _ in self._faults])
-
     def add(self, *faults: Fault | str) -> None:
         """Add faults, also while the server runs: the occurrences of each are counted from when it was added."""
-        for item in faults:
-            fault = Fault.parse(item) if isinstance(item, str) else item
-            self._faults = [*self._faults, (fault, self.visits[fault.where])]  # replaced, since another thread reads it
+        added = [Fault.parse(fault) if isinstance(fault, str) else fault for fault in faults]
+        # Replaced, since another thread reads it.
+        self._faults = [*self._faults, *((fault, self.visits[fault.where]) for fault in added)]
 
     def clear(self) -> None:
         """Do nothing wrong from now on. What already happened to a run stays."""
@@ -216,16 +192,3 @@ class Faults:
                 drawn.append(fault)
                 self.fired.append(Fired(fault, places[0], occurrence))
         return drawn
-
-
-def _ranges(on: int | str | None) -> list[tuple[int, float]]:
-    """Return the first and last occurrence of each range that `Fault.on` names."""
-    ranges: list[tuple[int, float]] = []
-    for part in ("1-" if on is None else str(on)).split(","):
-        match = re.fullmatch(r"\s*(\d+)\s*(?:(-)\s*(\d*))?\s*", part)
-        low = int(match[1]) if match else 0
-        high = float(low) if not (match and match[2]) else float(match[3] or "inf")
-        if low < 1 or high < low:
-            raise FaultError(f"{on!r} does not say when: count from 1, such as 3, 1,4, 2-5 or 3-.")
-        ranges.append((low, high))
-    return ranges

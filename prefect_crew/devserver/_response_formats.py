@@ -22,22 +22,15 @@ from prefect_crew.states import CrewState
 
 FormatName = Literal["documented", "union", "live"]
 
-_UPPER = {
-    CrewState.PENDING: "PENDING",
-    CrewState.RUNNING: "STARTED",
-    CrewState.WAITING: "PENDING_HUMAN_INPUT",
-    CrewState.COMPLETED: "SUCCESS",
-    CrewState.FAILED: "FAILED",
-    CrewState.STOPPED: "REVOKED",
+WORDS = {
+    CrewState.PENDING: ("PENDING", "running"),  # the contract knows no pending
+    CrewState.RUNNING: ("STARTED", "running"),
+    CrewState.WAITING: ("PENDING_HUMAN_INPUT", "Pending Human Input"),
+    CrewState.COMPLETED: ("SUCCESS", "completed"),
+    CrewState.FAILED: ("FAILED", "error"),
+    CrewState.STOPPED: ("REVOKED", "stopped"),
 }
-_LOWER = {
-    CrewState.PENDING: "running",  # the contract knows no pending
-    CrewState.RUNNING: "running",
-    CrewState.WAITING: "Pending Human Input",
-    CrewState.COMPLETED: "completed",
-    CrewState.FAILED: "error",
-    CrewState.STOPPED: "stopped",
-}
+"""The `state` and the `status` of each state."""
 
 
 class ResponseFormat:
@@ -50,7 +43,7 @@ class ResponseFormat:
 
     def status(self, run: Run) -> dict[str, Any]:
         """Return the body of the status call."""
-        body: dict[str, Any] = {"status": _LOWER[run.state]}
+        body: dict[str, Any] = {"status": WORDS[run.state][1]}
         if not run.state.ended:
             return {**body, "current_task": _current(run) or "", "progress": _progress(run)}
         if run.state is CrewState.COMPLETED:
@@ -67,19 +60,16 @@ class ResponseFormat:
         """Return the body of an error."""
         return {"error": error, "message": message, **({"details": details} if details else {})}
 
-    def cannot_stop(self, run: Run) -> dict[str, Any]:
-        """Return what `/stop` answers for a run that has ended; it was never published and is the same everywhere."""
-        return {"detail": f"Cannot stop execution. Current state: {_UPPER[run.state]}"}
-
 
 class _Union(ResponseFormat):
     def status(self, run: Run) -> dict[str, Any]:
+        state, status = WORDS[run.state]
         step = run.last_step
         question = next(iter(run.questions.values()), None)
         return {
             "kickoff_id": run.id,
-            "state": _UPPER[run.state],
-            "status": _LOWER[run.state],
+            "state": state,
+            "status": status,
             "current_task": _current(run),
             "task_id": question.task_id if question else None,
             "task_output": question.output if question else None,
@@ -102,7 +92,7 @@ class _Live(ResponseFormat):
         return {"inputs": [item.model_dump(exclude_none=True) for item in inputs]}
 
     def status(self, run: Run) -> dict[str, Any]:
-        body: dict[str, Any] = {"state": _UPPER[run.state]}
+        body: dict[str, Any] = {"state": WORDS[run.state][0]}
         if run.state is CrewState.COMPLETED:
             return {**body, "result": run.output or "", "result_json": run.data}
         if run.state is CrewState.FAILED:
@@ -139,4 +129,5 @@ def _current(run: Run) -> str | None:
 
 
 def _progress(run: Run) -> dict[str, int]:
-    return {"completed_tasks": len(run.tasks), "total_tasks": run.total_tasks}
+    known = max(len(run.planned), len(run.tasks) + (run.current_task is not None))
+    return {"completed_tasks": len(run.tasks), "total_tasks": known}

@@ -6,10 +6,10 @@ import asyncio
 import contextlib
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 from prefect_crew.client.models import CrewInput, TaskResult, TokenUsage
 from prefect_crew.client.webhooks import Webhooks
@@ -24,9 +24,8 @@ class ProgramNotFoundError(ValueError):
     """The crew to serve cannot be loaded; the text says why and what to do."""
 
 
-@dataclass(frozen=True)
-class Answer:
-    """What a person answered through `/resume`."""
+class Answer(NamedTuple):
+    """What a person answered."""
 
     approve: bool
     feedback: str
@@ -41,8 +40,7 @@ class Outcome:
     usage: TokenUsage | None = None
 
 
-@dataclass(frozen=True)
-class Step:
+class Step(NamedTuple):
     """One thing that an agent did."""
 
     agent: str | None
@@ -52,8 +50,7 @@ class Step:
     task: str | None
 
 
-@dataclass(frozen=True, eq=False)
-class Question:
+class Question(NamedTuple):
     """What a person is asked about one task."""
 
     task_id: str
@@ -84,14 +81,12 @@ class Program(Protocol):
         ...
 
 
-def is_flow(program: Program) -> bool:
-    """Return whether a program is a Flow."""
-    return getattr(program, "flow", False)
-
-
 Listener = Callable[["Run", str, Any], None]
 """Called with the run, what happened, and a value: started None, task_started name, task_ended TaskResult, step Step,
-waiting Question, completed None, failed None, stopped None."""
+waiting Question, called (model, TokenUsage), completed None, failed None, stopped None."""
+
+
+Spawn = Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]]
 
 
 def _ignore(run: Run, event: str, value: Any) -> None: ...
@@ -121,7 +116,6 @@ class Run:
     base_url: str = ""
     listener: Listener = _ignore
     created_at: datetime = field(default_factory=lambda: datetime.now(UTC), init=False)
-    state: CrewState = field(default=CrewState.PENDING, init=False)
     planned: list[str] = field(default_factory=list[str], init=False)
     tasks: list[TaskResult] = field(default_factory=list[TaskResult], init=False)
     current_task: str | None = field(default=None, init=False)
@@ -132,8 +126,9 @@ class Run:
     data: Any = field(default=None, init=False)
     usage: TokenUsage | None = field(default=None, init=False)
     error: str | None = field(default=None, init=False)
-    stop_requested: bool = field(default=False, init=False)
     faults: dict[str, float] = field(default_factory=dict[str, float], init=False)
+    task: asyncio.Task[None] | None = field(default=None, init=False)
+    _state: CrewState = field(default=CrewState.PENDING, init=False)
     _status_calls: int = field(default=0, init=False)
     _began: float = field(default_factory=lambda: time.monotonic(), init=False)
     _seconds: float | None = field(default=None, init=False)
@@ -142,14 +137,14 @@ class Run:
         return f"<Run {self.id} {self.state}>"
 
     @property
+    def state(self) -> CrewState:
+        """Where it stands."""
+        return CrewState.WAITING if self._state is CrewState.RUNNING and self.questions else self._state
+
+    @property
     def execution_time(self) -> float:
         """Seconds from the kickoff to the end, or until now."""
         return round(time.monotonic() - self._began, 3) if self._seconds is None else self._seconds
-
-    @property
-    def total_tasks(self) -> int:
-        """How many tasks there are, as far as is known."""
-        return max(len(self.planned), len(self.tasks) + (self.current_task is not None))
 
     # Called by the program
 
@@ -157,7 +152,7 @@ class Run:
         """Name the tasks that are to come, so that progress has a total."""
         self.planned = list(tasks)
 
-    def task_started(self, name: str, *, agent: str | None = None, description: str | None = None) -> None:
+    def task_started(self, name: str, *, agent: str | None = None) -> None:
         """Report that a task begins."""
         if not self.state.ended:
             self.current_task, self.current_agent = name, agent
@@ -178,22 +173,22 @@ class Run:
             self.listener(self, "step", self.last_step)
 
     async def ask(self, *, task_id: str, output: str) -> Answer:
-        """Wait until a person has answered through `/resume`; until then the run's state is "waiting"."""
+        """Wait until a person has answered; until then the run's state is "waiting"."""
         question = Question(task_id, output, asyncio.get_running_loop().create_future())
-        self.questions[task_id] = question
         if not self.state.ended:
-            self.state = CrewState.WAITING
+            self.questions[task_id] = question
             self.listener(self, "waiting", question)
         try:
             return await question.answer
         finally:
-            self._close(question)
+            if self.questions.get(task_id) is question:
+                del self.questions[task_id]
 
     # Called by the server
 
     def begin(self) -> None:
         """Go from pending to running."""
-        self.state = CrewState.RUNNING
+        self._state = CrewState.RUNNING
         self.listener(self, "started", None)
 
     def deny_status(self) -> bool:
@@ -212,21 +207,14 @@ class Run:
 
         Webhooks go to `targets` from here on; left out, to those from before.
         """
-        question = self.questions.get(task_id)
-        if self.state is not CrewState.WAITING or question is None:
+        question = self.questions.pop(task_id, None)
+        if question is None:
             return None
         self.targets = self.targets if targets is None else targets
-        self._close(question)
         question.answer.set_result(answer)
         if not answer.approve:
             return "retrying"
         return "completed" if self.planned and task_id == self.planned[-1] else "resumed"
-
-    def _close(self, question: Question) -> None:
-        if self.questions.get(question.task_id) is question:
-            del self.questions[question.task_id]
-        if self.state is CrewState.WAITING and not self.questions:
-            self.state = CrewState.RUNNING
 
     def end(self, state: CrewState, *, outcome: Outcome | None = None, error: str | None = None) -> None:
         """Close the run."""
@@ -236,8 +224,7 @@ class Run:
         self.error = error
         if outcome is not None:
             self.output, self.data, self.usage = outcome.output, outcome.data, outcome.usage
-        self.stop_requested = state is CrewState.STOPPED
-        self.state = state  # last, since other threads read it first
+        self._state = state  # last, since other threads read it first
         self.listener(self, str(state), None)
 
 
@@ -247,18 +234,19 @@ class CrewRuns:
     Args:
         program: The crew.
         listener: Hears what happens to the runs.
-        max_runs: At most this many run at once, later ones are pending; by default the program's own `max_runs`, or
+        spawn: Starts a task on the server's event loop. One that it cancels is abandoned: its run does not end.
+        max_runs: At most this many run at once, later ones are pending; left out, the program's own `max_runs`, or
             without limit.
     """
 
-    def __init__(self, program: Program, *, listener: Listener = _ignore, max_runs: int | None = None) -> None:
+    def __init__(self, program: Program, *, listener: Listener, spawn: Spawn, max_runs: int | None) -> None:
         self.program = program
+        self.is_flow: bool = getattr(program, "flow", False)
         self._listener = listener
+        self._spawn = spawn
         self._max_runs: int | None = max_runs or getattr(program, "max_runs", None)
         self._slots: asyncio.Semaphore | contextlib.nullcontext[None] = contextlib.nullcontext()
         self._runs: dict[str, Run] = {}
-        self._tasks: dict[str, asyncio.Task[None]] = {}
-        self._is_open = False
 
     def __iter__(self) -> Iterator[Run]:
         return iter(list(self._runs.values()))
@@ -268,42 +256,26 @@ class CrewRuns:
         return self._runs.get(id)
 
     def open(self) -> None:
-        """Begin to run, on this event loop. Runs that a crash interrupted begin again, under their ids."""
+        """Begin to run, on this event loop. Runs that were abandoned begin again, under their ids."""
         self._slots = asyncio.Semaphore(self._max_runs) if self._max_runs else contextlib.nullcontext()
-        self._is_open = True
         for run in self:
             if not run.state.ended:
-                self._launch(replace(run))
+                self.start(replace(run))
 
     def start(self, run: Run) -> None:
         """Accept a run, which goes on by itself from then on."""
-        run.is_flow, run.listener = is_flow(self.program), self._listener
-        self._launch(run)
+        run.is_flow, run.listener = self.is_flow, self._listener
+        self._runs[run.id] = run
+        run.task = self._spawn(self._run(run))
 
     def stop(self, run: Run) -> bool:
         """Stop a run for good; return False where it has ended before."""
         if run.state.ended:
             return False
         run.end(CrewState.STOPPED)
-        if task := self._tasks.get(run.id):
-            task.cancel()
+        if run.task is not None:
+            run.task.cancel()
         return True
-
-    def abandon(self) -> None:
-        """Cancel what runs, as a crash would: these runs do not end."""
-        self._is_open = False
-        for task in self._tasks.values():
-            task.cancel()
-
-    async def close(self) -> None:
-        """Abandon what runs, and wait until all of it is cancelled."""
-        self.abandon()
-        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
-
-    def _launch(self, run: Run) -> None:
-        self._runs[run.id] = run
-        task = self._tasks[run.id] = asyncio.create_task(self._run(run), name=f"crew run {run.id}")
-        task.add_done_callback(lambda _: self._tasks.pop(run.id, None))
 
     async def _run(self, run: Run) -> None:
         outcome, error = None, None
@@ -314,14 +286,11 @@ class CrewRuns:
                     await asyncio.get_running_loop().create_future()
                 outcome = await self.program.execute(run)
         except asyncio.CancelledError:
-            if run.state.ended or not self._is_open:
-                raise
             error = "the crew was cancelled from within"
         except ProgramError as failure:
             error = str(failure)
         # Whatever a crew raises is a failed run, never a broken server; sys.exit() would end the event loop.
         except (Exception, SystemExit) as failure:  # noqa: BLE001
             error = f"{type(failure).__name__}: {failure}"
-        if not run.state.ended and self._is_open and self._runs[run.id] is run:
-            state = CrewState.COMPLETED if error is None else CrewState.FAILED
-            run.end(state, outcome=outcome, error=error)
+        if run.task is not None and not run.task.cancelling():  # else it was stopped or abandoned
+            run.end(CrewState.COMPLETED if error is None else CrewState.FAILED, outcome=outcome, error=error)

@@ -8,24 +8,12 @@ import secrets
 import shlex
 import socket
 import threading
-from collections import Counter
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, Self, Unpack
 
-from starlette.applications import Starlette
-
 from prefect_crew._internal.web_server import WebServer, open_listener, print_line, url_of
-from prefect_crew.devserver._app import (
-    Connection,
-    ConnectionProtocol,
-    Counters,
-    ServerOptions,
-    ServerState,
-    Spec,
-    create_app,
-    state_of,
-)
-from prefect_crew.devserver._faults import Faults
+from prefect_crew.devserver._app import Connection, ConnectionProtocol, CrewApp, ServerOptions, Spec
 from prefect_crew.devserver._runs import Run
 
 if TYPE_CHECKING:
@@ -34,21 +22,30 @@ if TYPE_CHECKING:
 _START_SECONDS = 30.0
 
 
-class CrewServer:
+class CrewServer(CrewApp):
     """A crew server on a port of 127.0.0.1, in a thread of this process; `with` starts and stops it.
 
     Args:
         spec: What is served; see `load_program`. A mapping serves several crews, each under `/NAME`.
         port: The port; 0 takes a free one.
-        token: The bearer token; a random one by default.
-        options: response_format, generation, faults, speed, stop, max_runs, review_webhook; see `create_app`.
+        token: The bearer token that every request but `GET /` must carry; a random one by default.
+        response_format: How answers are worded: "documented" is the published API to the letter, "union" has everything
+            that strict clients look for, "live" is what hosted crews answer.
+        generation: How the bodies of webhooks are worded: "first" or "later".
+        faults: What goes wrong, as `Fault` or as text such as "status:500@1", with those that a script brings.
+        speed: The seconds of scripts are divided by it.
+        stop: Whether there is `/stop`; the published contract has none.
+        max_runs: At most this many runs of a crew at once; later ones are pending. None: no limit for scripts, 100 for
+            CrewAI code.
+        review_webhook: Where people are asked as a Flow does it: by a signed webhook, answered at its callback URL.
 
     Attributes:
         port: The port; 0 before the first start of a server that takes a free one.
-        state: What the server holds: its crews and their runs, counters, faults and webhooks.
+        token: The bearer token. Setting it rotates it: from then on the old one gets 401.
         faults: What goes wrong; may be added to and cleared while the server runs.
-        counters: Requests and kickoffs, counted over restarts.
         requests: Requests by place: inputs, kickoff, status, resume, stop, health.
+        unauthorized: How many requests had a missing or wrong token; they count nowhere else.
+        accepted: The kickoffs that started a run: kickoff id to meta.
         crashed: Set when the fault `crash` has ended the server; `restart()` brings it back.
 
     Raises:
@@ -63,16 +60,10 @@ class CrewServer:
         token: str | None = None,
         **options: Unpack[ServerOptions],
     ) -> None:
-        self._app = create_app(spec, token=token or secrets.token_urlsafe(24), **options)
-        self.state: ServerState = state_of(self._app)
-        self.state.crash = self._crash
+        super().__init__(spec, token=token or secrets.token_urlsafe(24), **options)
+        self.crash = self._crash
         self.port: int = port
-        self.faults: Faults = self.state.faults
-        self.counters: Counters = self.state.counters
-        self.requests: Counter[str] = self.counters.requests
         self.crashed: threading.Event = threading.Event()
-        self._started = threading.Event()
-        self._failure: BaseException | None = None
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._server: WebServer | None = None
@@ -93,33 +84,9 @@ class CrewServer:
         return f"http://127.0.0.1:{self.port}"
 
     @property
-    def token(self) -> str:
-        """The bearer token. Setting it rotates it: from then on the old one gets 401."""
-        return self.state.token
-
-    @token.setter
-    def token(self, token: str) -> None:
-        self.state.token = token
-
-    @property
     def headers(self) -> dict[str, str]:
         """The request headers that carry the token."""
         return {"Authorization": f"Bearer {self.token}"}
-
-    @property
-    def runs(self) -> list[Run]:
-        """All runs that this server knows, oldest first."""
-        return self.state.runs
-
-    @property
-    def kickoffs(self) -> int:
-        """How many kickoffs have started a run."""
-        return self.counters.kickoffs
-
-    @property
-    def kickoffs_by_key(self) -> Counter[str]:
-        """How many kickoffs have started a run, by the `idempotency_key` in their meta."""
-        return self.counters.kickoffs_by_key
 
     def run(self, kickoff_id: str) -> Run:
         """Return one run.
@@ -127,10 +94,7 @@ class CrewServer:
         Raises:
             KeyError: There is none with this id.
         """
-        for run in self.runs:
-            if run.id == kickoff_id:
-                return run
-        raise KeyError(f"the server knows no run {kickoff_id}")
+        return {run.id: run for run in self.runs}[kickoff_id]
 
     def crew(self, **fields: Any) -> DeployedCrew:
         """Return a Prefect block for this server; `fields` are more of the block's own."""
@@ -150,16 +114,17 @@ class CrewServer:
             raise RuntimeError(f"{self!r} runs already")
         listener = open_listener("127.0.0.1", self.port)  # here, so that its error is the caller's
         self.port = listener.getsockname()[1]
-        self._started.clear()
         self.crashed.clear()
-        self._failure = None
+        started: Future[None] = Future()
         self._thread = threading.Thread(
-            target=self._main, args=(listener,), name=f"crew server {self.url}", daemon=True
+            target=self._main, args=(listener, started), name=f"crew server {self.url}", daemon=True
         )
         self._thread.start()
-        if not self._started.wait(_START_SECONDS) or self._failure:
+        try:
+            started.result(_START_SECONDS)
+        except (Exception, SystemExit) as error:
             self._thread = None
-            raise RuntimeError(f"{self!r} does not start") from self._failure
+            raise RuntimeError(f"{self!r} does not start: {error}") from error
 
     def stop(self) -> None:
         """Stop the server: runs in flight are cancelled, and the port is free when this returns. Idempotent."""
@@ -178,22 +143,22 @@ class CrewServer:
         self.stop()
         self.start()
 
-    def _main(self, listener: socket.socket) -> None:
-        try:
-            asyncio.run(self._serve(listener))
-        except BaseException as error:  # noqa: BLE001 - whatever it was, start() raises it
-            self._failure = error
-        finally:
-            listener.close()
-            self._started.set()
+    def _main(self, listener: socket.socket, started: Future[None]) -> None:
+        async def main() -> None:
+            self._loop = asyncio.get_running_loop()
+            self._server = _DevServer(self, on_started=lambda: started.set_result(None))
+            await self._server.serve(sockets=[listener])
 
-    async def _serve(self, listener: socket.socket) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._server = _DevServer(self._app, on_started=self._started.set)
-        await self._server.serve(sockets=[listener])
+        with listener:
+            try:
+                asyncio.run(main())
+            except BaseException as error:
+                if started.done():
+                    raise
+                started.set_exception(error)  # for start() to raise
 
     def _crash(self) -> None:
-        self.state.abandon()
+        self.abandon()
         if self._server is not None:
             for server in self._server.servers:
                 server.close()
@@ -204,15 +169,15 @@ class CrewServer:
 
 
 class _DevServer(WebServer):
-    """Serves an app that `create_app` made."""
+    """Serves an app."""
 
-    def __init__(self, app: Starlette, *, on_started: Callable[[], None]) -> None:
-        super().__init__(app, on_started=on_started, http=ConnectionProtocol, timeout_graceful_shutdown=1)
-        self._state = state_of(app)
+    def __init__(self, app: CrewApp, *, on_started: Callable[[], None]) -> None:
+        super().__init__(app.asgi, on_started=on_started, http=ConnectionProtocol, timeout_graceful_shutdown=1)
+        self._app = app
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """End the runs and the requests that never answer, then shut down."""
-        await self._state.close()
+        await self._app.close()
         await super().shutdown(sockets)
 
 
@@ -222,34 +187,30 @@ def serve(
     host: str = "127.0.0.1",
     port: int = 8000,
     token: str | None = None,
-    announce: Callable[[str], None] = print_line,
     **options: Unpack[ServerOptions],
 ) -> int:
     """Serve a crew until Ctrl-C or SIGTERM; runs in flight are cancelled then. Returns 0.
+
+    Standard output gets one line once the server answers, which says where it is, with a random token.
 
     Args:
         spec: What is served; see `load_program`.
         host: The address to listen on.
         port: 0 takes a free one.
-        token: The bearer token; None makes a random one, which is announced. A given one is not shown.
-        announce: Gets the line that says where the server is, once it answers; by default it goes to standard output.
-        options: response_format, generation, faults, speed, stop, max_runs, review_webhook; see `create_app`.
+        token: The bearer token; None makes a random one. A given one is not shown.
+        options: response_format, generation, faults, speed, stop, max_runs, review_webhook; see `CrewServer`.
 
     Raises:
         ValueError: An option or the crew makes no sense; the text says which and why (ScriptError, ProgramNotFoundError
             and FaultError are ValueErrors).
         OSError: The port is taken, or the host is not this machine's.
     """
-    app = create_app(spec, token=token or secrets.token_urlsafe(24), **options)
+    app = CrewApp(spec, token=token or secrets.token_urlsafe(24), **options)
     with contextlib.closing(open_listener(host, port)) as listener:
-        line = _line(state_of(app), url_of(listener), show_token=not token)
-        asyncio.run(_DevServer(app, on_started=lambda: announce(line)).serve(sockets=[listener]))
+        name, runs = next(iter(app.crews.items()))
+        inputs = "".join(f" -i {shlex.quote(item.name)}=…" for item in runs.program.inputs() if item.required)
+        crew = f"{url_of(listener)}/{name}".rstrip("/")
+        line = f"{'' if token else f'CREW_TOKEN={app.token} '}prefect-crew run {crew}{inputs}"
+        line = f"Serving the crew {runs.program.name} at {crew}  Try: {line}  Stop: Ctrl-C"
+        asyncio.run(_DevServer(app, on_started=lambda: print_line(line)).serve(sockets=[listener]))
     return 0
-
-
-def _line(state: ServerState, url: str, *, show_token: bool) -> str:
-    name, runs = next(iter(state.crews.items()))
-    inputs = "".join(f" -i {shlex.quote(item.name)}=…" for item in runs.program.inputs() if item.required)
-    token = f"CREW_TOKEN={state.token} " if show_token else ""
-    crew = f"{url}/{name}" if name else url
-    return f"Serving the crew {runs.program.name} at {crew}  Try: {token}prefect-crew run {crew}{inputs}  Stop: Ctrl-C"

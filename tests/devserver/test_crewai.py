@@ -471,7 +471,7 @@ def test_without_crewai_the_error_says_what_to_install(monkeypatch: pytest.Monke
 def test_crewai_s_surroundings_are_set_unless_the_user_has(tmp_path: Path) -> None:
     code = """
         import os, sys
-        import prefect_crew.devserver._crewai_runner as real
+        import prefect_crew.devserver._crewai_loader as real
         assert "crewai" not in sys.modules, "imported before anyone asked for a crew"
         real.load_crewai(sys.argv[1])
         from crewai_core.paths import db_storage_path

@@ -14,7 +14,7 @@ import pytest
 from prefect_crew.client.models import TaskResult
 from prefect_crew.devserver import Answer, Outcome, ProgramError, Run, ScriptError, load_program, load_script
 from prefect_crew.devserver import _scripts as module
-from prefect_crew.devserver._scripts import ScriptedProgram, bundled_scripts, parse_script, schema
+from prefect_crew.devserver._scripts import BUNDLED, CrewScript, ScriptedProgram, parse_script
 
 # Reading
 
@@ -25,50 +25,52 @@ X, T = "name: x\n", "name: x\ntasks:\n  - name: t\n    "
 @pytest.mark.parametrize(
     ("text", "lines"),
     [
-        pytest.param("name: x\ntasks: [\n", [":3:1: not YAML: "], id="not-yaml"),
-        pytest.param("- a\n", [": a crew is a mapping with a name and tasks, not list"], id="a-list"),
-        pytest.param("", [": a crew is a mapping with a name and tasks, not NoneType"], id="empty"),
+        pytest.param("name: x\ntasks: [\n", [" is not YAML: .* line 3, column 1"], id="not-yaml"),
+        pytest.param("- a\n", [": Input should be a valid dictionary"], id="a-list"),
+        pytest.param("", [": Input should be a valid dictionary"], id="empty"),
         pytest.param(X, [": tasks: Field required"], id="no-tasks"),
         pytest.param(f"{X}tasks: []\n", [": tasks: List should have at least 1 item"], id="empty-tasks"),
         pytest.param(
-            f"{T}second: 3\n", [": tasks[0].second: there is no such field: did you mean seconds?"], id="misspelt"
+            f"{T}second: 3\n", [r": tasks.0.second: there is no such field: did you mean seconds\?"], id="misspelt"
         ),
-        pytest.param(f"{T}seconds: -3\n", [": tasks[0].seconds: must be 0 or more"], id="negative"),
-        pytest.param(f"{T}seconds: .inf\n", [": tasks[0].seconds: must be 0 or more"], id="endless"),
         pytest.param(
             f"{T}output: |\n      {{% if a %}}\n      b\n",
-            [": tasks[0].output: not a template: Unexpected end of template"],
+            [": tasks.0.output is not a template: Unexpected end of template"],
             id="template",
         ),
-        pytest.param(f"{T}data: {{a: ['{{{{']}}\n", [": tasks[0].data: not a template"], id="template-in-data"),
+        pytest.param(f"{T}data: {{a: ['{{{{']}}\n", [": tasks.0.data.a.0 is not a template"], id="template-in-data"),
         pytest.param(
             f"{T}human: perhaps\n    agent: 3\n",
-            [": tasks[0].agent: Input should be", ": tasks[0].human: Input should be a valid boolean"],
+            [": tasks.0.agent: Input should be", ": tasks.0.human: Input should be a valid boolean"],
             id="two-at-once",
         ),
-        pytest.param(f"{X}tasks: [{{name: t}}, {{name: t}}]\n", [": tasks with the same name: t"], id="task-twice"),
-        pytest.param(f"{T}\ninputs: [a, {{name: a}}]", [": inputs with the same name: a"], id="input-twice"),
-        pytest.param(f"{T}\ninputs: [{{type: a}}]", [": inputs[0].name: Field"], id="input-name"),
-        pytest.param(f"{T}\nfaults: ['status:explode']", [": faults[0]: There is no fault"], id="fault"),
-        pytest.param(f"{T}data: &d [*d]\n", [": something in it holds itself"], id="cycle"),
-        pytest.param(f"{T}output: !!python/object:os.x {{}}\n", [":4:13: not YAML"], id="unsafe"),
+        pytest.param(
+            f"{X}tasks: [{{name: t}}, {{name: t}}]\n", [": several .* have the same name: t"], id="task-twice"
+        ),
+        pytest.param(f"{T}\ninputs: [a, {{name: a}}]", [": several .* have the same name: a"], id="input-twice"),
+        pytest.param(f"{T}\ninputs: [{{type: a}}]", [": inputs.0.name: Field"], id="input-name"),
+        pytest.param(f"{T}\nfaults: ['status:explode']", [": faults.0: There is no fault"], id="fault"),
+        pytest.param(f"{T}output: !!python/object:os.x {{}}\n", [" is not YAML"], id="unsafe"),
+        pytest.param(
+            f"{T}steps: [{{content: '{{{{ topik }}}}'}}]\ninputs: [topic]",
+            [": tasks.0.steps.0.content uses topik, and the inputs are topic"],
+            id="unknown-name",
+        ),
     ],
 )
 def test_errors_say_where(tmp_path: Path, text: str, lines: list[str]) -> None:
     (tmp_path / "c.yaml").write_text(text)
     with pytest.raises(ScriptError) as caught:
         load_script(tmp_path / "c.yaml")
-    shown = str(caught.value).replace(f"{tmp_path}/c.yaml", "").splitlines()
-    assert [line[: len(start)] for line, start in zip(shown, lines, strict=True)] == lines
+    for line, expected in zip(str(caught.value).splitlines(), lines, strict=True):
+        assert re.match(f"{tmp_path}/c.yaml{expected}", line)
 
 
-@pytest.mark.parametrize(
-    ("content", "text"), [(None, "No such file or directory"), (b"\xff\xfe\xff", "it is not UTF-8 text")]
-)
+@pytest.mark.parametrize(("content", "text"), [(None, "No such file or directory"), (b"\xff\xfe\xff", "can't decode")])
 def test_a_file_that_cannot_be_read(tmp_path: Path, content: bytes | None, text: str) -> None:
     if content is not None:
         (tmp_path / "c.yaml").write_bytes(content)
-    with pytest.raises(ScriptError, match=rf"Cannot read the crew .*c\.yaml: {text}.*echo, travel"):
+    with pytest.raises(ScriptError, match=rf"Cannot read the crew .*c\.yaml: .*{text}.*echo, travel"):
         load_script(tmp_path / "c.yaml")
 
 
@@ -86,11 +88,11 @@ def test_a_file_goes_before_a_bundled_name(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_bundled_scripts_and_the_published_schema_are_current() -> None:
-    for name in bundled_scripts():
+    for name in BUNDLED:
         script = load_script(name)
         assert (script.name, bool(script.description)) == (name, True)
     published = json.loads(Path(module.__file__).with_name("crew.schema.json").read_text(encoding="utf-8"))
-    assert published == schema(), "run: python -m prefect_crew.devserver._scripts"
+    assert published == CrewScript.model_json_schema(), "run: python -m prefect_crew.devserver._scripts"
     for part in [published, *(one for name, one in published["$defs"].items() if name != "TokenUsage")]:
         for name, field in part["properties"].items():
             assert field.get("description", "").endswith("."), name
@@ -175,23 +177,12 @@ def test_structured_results(data: str, expected: Any) -> None:
         ("output: '{{ missing }}'", "the output of task t could not be written: 'missing' is undefined"),
         ("output: '{{ what.__class__.__mro__ }}'", "could not be written: access to attribute '__class__'"),
         ("output: '{{ 1 / 0 }}'", "could not be written: division by zero"),
-        ("output: '{{ [] | first + 1 }}'", "the output of task t could not be written"),
         ("data: '{{ what }}'", "the data of task t is not JSON"),
-        ("seconds: '{{ what }}'", "the seconds of task t must be a number of 0 or more, not 'tokens'"),
-        ("seconds: '-1'", "must be a number of 0 or more"),
-        ("seconds: 'nan'", "must be a number of 0 or more"),
     ],
 )
 def test_failures(task: str, message: str) -> None:
     with pytest.raises(ProgramError, match=message):
         run(one_task(task), what="tokens")
-
-
-def test_a_name_that_no_input_has_is_refused_when_the_script_is_read() -> None:
-    task = "tasks: [{name: t, output: '{{ topic }}', steps: [{content: '{{ topik }}'}]}]\n"
-    with pytest.raises(ScriptError, match="a template uses topik, and the inputs are topic"):
-        parse_script(f"name: x\ninputs: [topic]\n{task}")
-    parse_script(f"name: x\n{task}")  # it names no inputs, so any may come
 
 
 def test_a_failure_that_renders_to_nothing_is_none() -> None:
@@ -235,25 +226,17 @@ INTERESTS = "games, tech, ai, relaxing hikes, amazing food"
 @pytest.mark.parametrize(
     ("budget", "interests", "duration", "age", "parts"),
     [
-        pytest.param(
-            "1000 USD",
-            INTERESTS,
-            "7 days",
-            "35",
-            ["# Kyoto, Japan: 7 days", "## The money: 1,000 USD", "| 7 |", "**At 35**"],
-            id="the-apis-example",
-        ),
-        pytest.param(
+        ("1000 USD", INTERESTS, "7 days", "35", ["# Kyoto, Japan: 7 days", "## The money: 1,000 USD", "**At 35**"]),
+        (
             "€ 2,500.50",
             "HIKES; the sea",
             "2 weeks",
             "64",
-            ["# Madeira, Portugal: 14 days", "## The money: €2,500", "| 14 |", "senior"],
-            id="hikes",
+            ["# Madeira, Portugal: 14 days", "## The money: €2,500", "senior"],
         ),
-        pytest.param(900, "food", 1, 21, ["# Bologna, Italy: 1 day\n", "## The money: 900\n", "youth"], id="numbers"),
-        pytest.param("", "", "a while", "no", ["# Kyoto, Japan: 5 days", "## The money: 1,000"], id="nothing-to-go-by"),
-        pytest.param(None, ["food", "wine"], 99999, True, ["# Bologna, Italy: 14 days"], id="odd-types"),
+        (900, "food", 1, 21, ["# Bologna, Italy: 1 day\n", "## The money: 900\n", "youth"]),
+        ("", "", "a while", "no", ["# Kyoto, Japan: 5 days", "## The money: 1,000"]),
+        (None, ["food", "wine"], 99999, True, ["# Bologna, Italy: 14 days"]),
     ],
 )
 def test_the_travel_crew(budget: Any, interests: Any, duration: Any, age: Any, parts: list[str]) -> None:

@@ -15,7 +15,7 @@ __all__ = ["resolve"]
 
 def resolve(server: CrewServer, idempotency_key: str) -> None:
     """Resolve a run by what its server has accepted under its key."""
-    started = [id_ for id_, meta in server.counters.accepted.items() if meta["idempotency_key"] == idempotency_key]
+    started = [id_ for id_, meta in server.accepted.items() if meta["idempotency_key"] == idempotency_key]
 
     async def say() -> None:
         records = PrefectRecords()

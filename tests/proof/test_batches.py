@@ -168,7 +168,7 @@ class Place:
         assert max(started.values(), default=0) <= 1 + world.retries
         for line in lines:
             if line["kickoff_id"] is not None:
-                accepted = self.server.counters.accepted[line["kickoff_id"]]
+                accepted = self.server.accepted[line["kickoff_id"]]
                 assert accepted["idempotency_key"] == f"batch/{self.name}/{line['key']}", "a row has another row's run"
             if line["state"] == "completed":
                 assert line["output"] == f"on {line['inputs']['topic']}"

@@ -199,7 +199,7 @@ async def test_a_token_that_is_rotated_between_the_check_and_the_kickoff_is_rene
     server.token = "the-new-token"
     await server.crew().asave(name, overwrite=True)
     await calling
-    assert (server.counters.unauthorized, server.kickoffs) == (1, 1)
+    assert (server.unauthorized, server.kickoffs) == (1, 1)
     assert await phases(idempotency_key) == [RecordPhase.STARTED]
 
 
@@ -210,7 +210,7 @@ async def test_a_stored_token_that_is_refused_as_well_is_not_tried_for_ever(crew
     await server.crew(token="wrong-too").asave(name, overwrite=True)
     with pytest.raises(AuthenticationError):
         await crew.trigger({"city": "Lisbon"})
-    assert server.counters.unauthorized == 2
+    assert server.unauthorized == 2
 
 
 # Fates

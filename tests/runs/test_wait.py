@@ -260,7 +260,7 @@ async def test_a_large_result_is_read_again_with_a_rotated_token(crew_server: Cr
     server.token = "the-new-token"
     await server.crew().asave(name, overwrite=True)
     assert len((await ended(CrewRun(crew, str(run.kickoff_id)))).output) == 9000
-    assert server.counters.unauthorized == 1
+    assert server.unauthorized == 1
 
 
 class Trip(BaseModel):
@@ -456,7 +456,7 @@ async def test_a_token_that_is_rotated_during_the_wait_is_taken_up(
     looked = server.requests["status"]
     while server.requests["status"] < looked + 3:
         await asyncio.sleep(0.01)
-    assert server.counters.unauthorized == 1
+    assert server.unauthorized == 1
     assert not waiting.done()
     await run.stop()
     with pytest.raises(CrewStoppedError):

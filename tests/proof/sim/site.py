@@ -114,7 +114,7 @@ class CrewSite:
         self._state = state_of(self._app)
         self._state.crash = self._crash
         self.faults = self._state.faults
-        self.counters = self._state.counters
+        self.counters = self._state
         self.counters.accepted = accepted = _Accepted()
         self.accepted_at = accepted.at
         self.ended_at: dict[str, float] = {}

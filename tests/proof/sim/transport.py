@@ -12,7 +12,7 @@ from urllib.parse import unquote
 import httpx
 from starlette.types import ASGIApp, Message
 
-from prefect_crew.devserver._app import Connection, with_connection
+from prefect_crew.devserver._app import Connection
 
 __all__ = ["InProcessTransport"]
 
@@ -108,7 +108,7 @@ class _Call(Connection):
             "root_path": "",
             "server": (request.url.host, request.url.port),
             "client": ("in-process", 0),
-            "state": with_connection(self),
+            "state": {"connection": self},
         }
 
     def start(self) -> None:

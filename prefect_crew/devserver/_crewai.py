@@ -1,0 +1,383 @@
+"""CrewAI code as a program of the dev server: each run on a thread of its own, with what it reports and asks.
+
+This module imports CrewAI: import it only after `prepare_crewai`.
+"""
+
+# A provider of human input is given an executor whose public protocol consists of names like `_invoke_loop`.
+# pyright: reportPrivateUsage=false
+# ruff: noqa: SLF001
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import re
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import CancelledError, Future
+from contextvars import ContextVar
+from functools import partial
+from typing import Any
+
+from crewai import Crew, Flow, Task, events
+from crewai.agents.parser import AgentAction, AgentFinish
+from crewai.core.providers.human_input import (
+    AsyncExecutorContext,
+    ExecutorContext,
+    SyncHumanInputProvider,
+    set_provider,
+)
+from crewai.crews.crew_output import CrewOutput
+from crewai.events.stream_context import add_stream_sink
+from crewai.events.utils.console_formatter import set_suppress_console_output
+from crewai.flow import HumanFeedbackPending, HumanFeedbackResult, PendingFeedbackContext, flow_config
+from crewai.flow.flow_context import current_flow_method_name
+from crewai.hooks import HookAborted, InterceptionPoint
+from crewai.hooks.dispatch import scoped_hooks
+from crewai.lite_agent_output import LiteAgentOutput
+from crewai.tasks.task_output import TaskOutput
+from pydantic import BaseModel
+from pydantic_core import to_jsonable_python
+
+from prefect_crew.client.models import CrewInput, TaskResult, TokenUsage
+from prefect_crew.devserver._runs import Answer, Outcome, ProgramError, Run
+
+STOP_SECONDS = 2.0
+"""How long a stopped run's thread is waited for. For its clients the run has ended before."""
+
+_PLACEHOLDER = re.compile(r"[A-Za-z_][A-Za-z0-9_\-]*")
+"""What CrewAI fills in. `fetch_inputs` also reports other text in braces, such as JSON in a prompt."""
+
+_log = logging.getLogger(__name__)
+
+
+class CrewAIProgram:
+    """The crew or flow that a function builds anew for each run.
+
+    Args:
+        factory: The function, or a Flow class or a `@CrewBase` class.
+        module: The crew's name where it has none of its own.
+
+    Raises:
+        TypeError: It builds something else, or the same thing again.
+        Exception: Whatever the factory raises.
+    """
+
+    max_runs = 100
+    """Runs at once by default; each needs a thread."""
+
+    def __init__(self, factory: Callable[[], Any], module: str) -> None:
+        made = _build(factory)
+        if made is _build(factory):
+            raise TypeError("it returned the same object twice")
+        self.flow = isinstance(made, Flow)
+        named = made.name if made.name != "crew" else None  # CrewAI's default
+        self.name: str = named or (type(made).__name__ if self.flow else module)
+        self._factory = factory
+        self._inputs = _flow_inputs(made) if self.flow else _crew_inputs(made)
+
+    def inputs(self) -> list[CrewInput]:
+        """Return what the crew takes, as it was when it was loaded."""
+        return self._inputs
+
+    async def execute(self, run: Run) -> Outcome:
+        """Run the crew once, on a thread of its own.
+
+        When this is cancelled, the thread ends at the crew's next model call, tool call or step. A call that is under
+        way cannot be taken back, and is not waited for beyond STOP_SECONDS.
+
+        Raises:
+            ProgramError: The crew failed; the text is its own error's.
+        """
+        loop = asyncio.get_running_loop()
+        bridge = _Bridge(run, loop)
+        ended: asyncio.Future[Outcome | BaseException] = loop.create_future()
+
+        def work() -> None:
+            result: Outcome | BaseException
+            try:
+                result = _run(self._factory, bridge)
+            except BaseException as error:  # noqa: BLE001 - whatever ends the thread ends this run, not the server
+                _log.debug("Run %s of %s failed.", run.id, self.name, exc_info=True)
+                result = error
+            with contextlib.suppress(RuntimeError):  # the loop is closed: the server has ended
+                loop.call_soon_threadsafe(ended.set_result, result)
+
+        # A daemon, so that no thread of ours delays the end of the process.
+        threading.Thread(target=work, name=f"crew run {run.id}", daemon=True).start()
+        try:
+            await asyncio.wait([ended])
+        except asyncio.CancelledError:
+            bridge.stop()
+            # CrewAI logs tracebacks when the interpreter ends under a crew; nearly all are quicker than this.
+            await asyncio.wait([ended], timeout=STOP_SECONDS)
+            raise
+        result = ended.result()
+        if isinstance(result, BaseException):
+            raise ProgramError(str(result) or type(result).__name__) from result
+        return result
+
+
+def _build(factory: Callable[[], Any]) -> Any:
+    """Return the Crew or Flow that a factory builds; of a `@CrewBase` class, its crew."""
+    made = factory()
+    if not isinstance(made, (Crew, Flow)) and callable(crew := getattr(made, "crew", None)):
+        made: Any = crew()
+    if not isinstance(made, (Crew, Flow)):
+        raise TypeError(f"it returned {type(made).__name__}")
+    return made
+
+
+def _crew_inputs(crew: Crew) -> list[CrewInput]:
+    return [CrewInput(name=name) for name in sorted(crew.fetch_inputs()) if _PLACEHOLDER.fullmatch(name)]
+
+
+def _flow_inputs(flow: Flow[Any]) -> list[CrewInput]:
+    """Return the fields of a flow's state that are required or have a description, or all where none has one.
+
+    CrewAI cannot make a state whose fields lack a default, so a field is required where it says so:
+    `topic: str = Field(default="", json_schema_extra={"required": True})`. A state that is a dictionary tells nothing.
+    """
+    state: Any = flow.state
+    fields = dict(type(state).model_fields) if isinstance(state, BaseModel) else {}
+    fields.pop("id", None)  # the state's own
+    described = any(info.description for info in fields.values())
+    inputs: list[CrewInput] = []
+    for name, info in fields.items():
+        extra: Any = info.json_schema_extra
+        required = info.is_required() or (isinstance(extra, dict) and extra.get("required") is True)  # pyright: ignore[reportUnknownMemberType]
+        if required or info.description or not described:
+            kind = getattr(info.annotation, "__name__", None) or str(info.annotation)
+            default = None if required else _jsonable(info.get_default(call_default_factory=True))
+            inputs.append(
+                CrewInput(name=name, type=kind, description=info.description, required=required, default=default)
+            )
+    return inputs
+
+
+# What it reports
+
+
+class _Bridge:
+    """A run that lives on the server's event loop, for use from CrewAI's threads."""
+
+    def __init__(self, run: Run, loop: asyncio.AbstractEventLoop) -> None:
+        self.run = run
+        self._loop = loop
+        self._stopped = False
+        self._asking: set[Future[Answer]] = set()
+        self._lock = threading.Lock()
+
+    def stop(self) -> None:
+        """End the run at the next model call, tool call or step, and every question to a person at once."""
+        with self._lock:
+            self._stopped = True
+            asking = list(self._asking)
+        for future in asking:
+            future.cancel()
+
+    def check(self, _: object = None) -> None:
+        """Be the hook before model calls, tool calls and steps.
+
+        Raises:
+            HookAborted: The run was stopped.
+        """
+        if self._stopped:
+            raise HookAborted("the run was stopped", source="prefect-crew")
+
+    def report(self, method: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+        """Have the loop call one of the run's methods, in order; not once the run was stopped."""
+        if not self._stopped:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: the server has ended
+                self._loop.call_soon_threadsafe(partial(method, *args, **kwargs))
+
+    def ask(self, task_id: str, output: Any) -> Answer:
+        """Wait for a person, on a thread of CrewAI's.
+
+        Raises:
+            HookAborted: The run was stopped instead.
+        """
+        with self._lock:
+            self.check()
+            asked = self.run.ask(task_id=task_id, output=_result_of(output)[0])
+            future = asyncio.run_coroutine_threadsafe(asked, self._loop)
+            self._asking.add(future)
+        future.add_done_callback(self._asking.discard)
+        try:
+            return future.result()
+        except CancelledError:
+            raise HookAborted("the run was stopped", source="prefect-crew") from None
+
+
+class _Watch:
+    """Turns CrewAI's events into calls of the run. A flow's methods are its tasks.
+
+    `see` is a stream sink: called at once and in order on the thread that emits, unlike a handler of the event bus,
+    which ten threads share; and only for events of its own context. It must not raise, or the crew would.
+    """
+
+    def __init__(self, made: Any, bridge: _Bridge) -> None:
+        self._made = made
+        self._run = bridge.run
+        self._report = bridge.report
+        self._began: dict[str, float] = {}
+        if isinstance(made, Flow):
+            methods = made.flow_definition().methods
+            if not any(method.router or method.human_feedback for method in methods.values()):
+                self._report(self._run.plan, list(methods))  # nothing chooses among them, so all will run
+
+    def see(self, source: Any, event: Any) -> None:
+        # The tasks of crews that a tool or a flow runs are not the run's.
+        own = source is self._made or any(source is task for task in getattr(self._made, "tasks", ()))
+        match event:
+            case events.TaskStartedEvent() if own:
+                if not self._run.planned:  # not earlier: only now are the inputs in descriptions that stand for a name
+                    self._report(self._run.plan, [_label(task) for task in self._made.tasks])
+                agent = source.agent.role if source.agent else None
+                self._report(self._run.task_started, _label(source), agent=agent)
+            case events.TaskCompletedEvent() if own:
+                self._report(self._run.task_ended, _task_result(source, event.output))
+            case events.MethodExecutionStartedEvent() if own:
+                self._began[event.method_name] = time.monotonic()
+                self._report(self._run.task_started, event.method_name)
+            case events.MethodExecutionFinishedEvent() if own:
+                self._report(self._run.task_ended, self._method_result(event))
+            case events.AgentLogsExecutionEvent(formatted_answer=AgentAction() as action):
+                if thought := action.thought.removeprefix("Thought:").strip():
+                    self._step(event, "thought", thought)
+            case events.AgentLogsExecutionEvent(formatted_answer=answer):
+                self._step(event, "final_answer", _result_of(getattr(answer, "output", answer))[0])
+            case events.ToolUsageFinishedEvent():
+                self._step(event, "tool", str(event.output), tool=event.tool_name)
+            case events.ToolUsageErrorEvent():
+                self._step(event, "tool", str(event.error), tool=event.tool_name)
+            case _:
+                pass
+
+    def _step(self, event: Any, kind: str, content: str, *, tool: str | None = None) -> None:
+        self._report(self._run.step, agent=event.agent_role, kind=kind, content=content, tool=tool)
+
+    def _method_result(self, event: events.MethodExecutionFinishedEvent) -> TaskResult:
+        name = event.method_name
+        # Of a method whose feedback chose among outcomes, the event has the outcome; its output was what a person saw.
+        history = [one for one in self._made.human_feedback_history if one.method_name == name and one.outcome]
+        output, data = _result_of(history[-1] if history else event.result)
+        seconds = time.monotonic() - self._began.get(name, time.monotonic())
+        return TaskResult(name=name, output=output, data=data, execution_time=round(seconds, 3))
+
+
+def _label(task: Task) -> str:
+    """Return what the server calls a task: its name, or the start of its description."""
+    description = " ".join(task.description.split())
+    return task.name or (description if len(description) <= 60 else f"{description[:59].rstrip()}…")
+
+
+def _task_result(task: Task, output: TaskOutput) -> TaskResult:
+    text, data = _result_of(output)
+    return TaskResult(
+        name=_label(task),
+        agent=output.agent,
+        output=text,
+        data=data,
+        execution_time=task.execution_duration,
+        description=output.description,
+    )
+
+
+def _result_of(value: Any) -> tuple[str, Any]:
+    """Return the text of a result, and its structured form as JSON values, or None where it is text alone."""
+    if isinstance(value, (CrewOutput, TaskOutput, LiteAgentOutput)):
+        return value.raw, _jsonable(value.to_dict()) or None
+    if isinstance(value, HumanFeedbackResult):
+        return _result_of(value.output)
+    plain = _jsonable(value)
+    if plain is None or isinstance(plain, str):
+        return plain or "", None
+    return json.dumps(plain, ensure_ascii=False), plain
+
+
+def _jsonable(value: Any) -> Any:
+    return to_jsonable_python(value, fallback=str, inf_nan_mode="null")
+
+
+# How it asks
+
+_current: ContextVar[_Bridge] = ContextVar("prefect_crew_bridge")
+"""The run of a thread. CrewAI calls its one provider of feedback without it, and copies the context to its threads."""
+
+NOT_APPROVED = "This is not approved. Improve it."
+"""What an agent hears when a person rejects its work without a word."""
+
+
+class _HumanInput(SyncHumanInputProvider):
+    """Tasks with `human_input=True`: what a person approves is taken as it is, what they reject is done again."""
+
+    def __init__(self, bridge: _Bridge) -> None:
+        self._bridge = bridge
+
+    def handle_feedback(self, formatted_answer: AgentFinish, context: ExecutorContext) -> AgentFinish:
+        task = _label(context.task) if context.task is not None else str(context.agent.role)
+        result = formatted_answer
+        while context.ask_for_human_input:
+            answer = self._bridge.ask(task, self._get_output_string(result))
+            if answer.approve:
+                context.ask_for_human_input = False
+            else:
+                context.messages.append(context._format_feedback_message(answer.feedback.strip() or NOT_APPROVED))
+                result = context._invoke_loop()
+        return result
+
+    async def handle_feedback_async(self, formatted_answer: AgentFinish, context: AsyncExecutorContext) -> AgentFinish:
+        return await asyncio.to_thread(self.handle_feedback, formatted_answer, context)
+
+
+class _FlowFeedback:
+    """`@human_feedback` and `Flow.ask`."""
+
+    def request_feedback(self, context: PendingFeedbackContext, flow: Flow[Any]) -> str:
+        answer = _current.get().ask(context.method_name, context.method_output)
+        said = answer.feedback.strip()
+        verdict = "Approved" if answer.approve else "Rejected"
+        if not context.emit:  # an empty text means approval to a flow
+            return said if said or answer.approve else verdict
+        # A model reads it to choose among the outcomes. A person who names one is taken at their word.
+        if said.casefold() in (outcome.casefold() for outcome in context.emit):
+            return said
+        return f"{verdict}: {said}" if said else verdict
+
+    def request_input(self, message: str, flow: Flow[Any], metadata: dict[str, Any] | None = None) -> str | None:
+        return _current.get().ask(current_flow_method_name.get(), message).feedback
+
+
+flow_config.hitl_provider = flow_config.hitl_provider or _FlowFeedback()
+flow_config.input_provider = flow_config.input_provider or _FlowFeedback()
+
+
+def _run(factory: Callable[[], Any], bridge: _Bridge) -> Outcome:
+    """Build a crew or flow and run it, on a thread and in a context of its own.
+
+    Raises:
+        HookAborted: The run was stopped.
+        Exception: Whatever the crew or its factory raises.
+    """
+    _current.set(bridge)
+    set_provider(_HumanInput(bridge))
+    run = bridge.run
+    stopping = (InterceptionPoint.PRE_MODEL_CALL, InterceptionPoint.PRE_TOOL_CALL, InterceptionPoint.PRE_STEP)
+    with scoped_hooks({point: [bridge.check] for point in stopping}):
+        made = _build(factory)
+        made.stream = False  # its chunks would have no reader here
+        verbose = isinstance(made, Crew) and (made.verbose or any(agent.verbose for agent in made.agents))
+        set_suppress_console_output(not verbose)
+        add_stream_sink(_Watch(made, bridge).see)
+        restored = {"restore_from_state_id": run.restore_from} if isinstance(made, Flow) and run.restore_from else {}
+        result = made.kickoff(inputs=dict(run.inputs), **restored)
+    if isinstance(result, HumanFeedbackPending):
+        raise ProgramError("The flow asks people by a provider of its own, for whose answers nobody waits here.")
+    output, data = _result_of(result)
+    counted = made.usage_metrics if isinstance(made, Flow) else result.token_usage
+    usage = TokenUsage(**counted.model_dump(include=set(TokenUsage.model_fields)))
+    return Outcome(output, data, usage if usage.successful_requests or usage.total_tokens else None)
