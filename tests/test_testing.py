@@ -31,24 +31,24 @@ async def output(server: CrewServer, **inputs: str) -> str | None:
         return status.output
 
 
-async def test_several_servers_in_one_test(crew_server: CrewServerFactory, tmp_path: Path) -> None:
+async def test_several_servers_in_one_test(
+    crew_server: CrewServerFactory, scripted_crew: CrewServer, tmp_path: Path
+) -> None:
     (tmp_path / "crew.yaml").write_text(CREW)
-    first, second = crew_server(tmp_path / "crew.yaml"), crew_server("echo")
+    first, second = crew_server(tmp_path / "crew.yaml"), scripted_crew
+    block = first.crew(request_timeout=5)
+    assert (block.url, block.token.get_secret_value(), block.request_timeout) == (first.url, first.token, 5)
     assert await output(first, topic="bees") == "about bees"
     assert await output(second, text="hi") == "hi"
     assert (first.kickoffs, second.kickoffs, second.runs[0].state) == (1, 1, CrewState.COMPLETED)
 
 
 def test_options_and_ports(crew_server: CrewServerFactory) -> None:
-    server = crew_server(CREW, port=True, faults=["inputs:503=2@1"], response_format="live", token="t")
+    server = crew_server(CREW, faults=["inputs:503=2@1"], response_format="live", token="t")
     answers = [httpx.get(f"{server.url}/inputs", headers={"Authorization": "Bearer t"}) for _ in range(2)]
     assert [answer.status_code for answer in answers] == [503, 200]
     server.stop()
     assert crew_server("echo", port=server.port).port == server.port
-
-
-async def test_a_ready_made_crew(scripted_crew: CrewServer) -> None:
-    assert await output(scripted_crew, text="hello") == "hello"
 
 
 def test_servers_end_with_their_test(pytester: pytest.Pytester) -> None:
@@ -57,7 +57,7 @@ def test_servers_end_with_their_test(pytester: pytest.Pytester) -> None:
         servers = []
 
         def test_start(crew_server):
-            servers.extend([crew_server("echo"), crew_server("echo", port=True)])
+            servers.extend([crew_server("echo"), crew_server("echo")])
             assert all(server._thread.is_alive() for server in servers)
 
         def test_ended():
@@ -82,12 +82,6 @@ async def test_instant_polling(crew_server: CrewServerFactory, instant_polling: 
     assert status.state is CrewState.COMPLETED
     assert time.time() - began < 9
     assert server.requests["status"] > 2
-
-
-def test_a_block_for_the_server(crew_server: CrewServerFactory) -> None:
-    server = crew_server("echo")
-    crew = server.crew(request_timeout=5)
-    assert (crew.url, crew.token.get_secret_value(), crew.request_timeout) == (server.url, server.token, 5)
 
 
 def test_the_plugin_itself_is_light() -> None:

@@ -93,11 +93,6 @@ def create_app(spec: Spec | Mapping[str, Spec], *, token: str, **options: Unpack
     return CrewApp(spec, token=token, **options).asgi
 
 
-def state_of(app: Starlette) -> CrewApp:
-    """Return what an app that `create_app` made holds."""
-    return app.state.server
-
-
 class _Kickoff(BaseModel, extra="allow"):
     inputs: dict[str, Any]
     meta: Any = None
@@ -404,11 +399,9 @@ class Connection:
         self._transport = transport
 
     def drop(self) -> None:
-        """Close it: the client sees that the server disconnected without (the rest of) an answer."""
         self._transport.abort()  # close() would wait for an answer that never comes
 
     def reset(self) -> None:
-        """Reset it (TCP RST): the client sees a read error."""
         with contextlib.suppress(OSError):  # the client was faster
             # A linger time of zero makes the kernel send RST instead of FIN.
             linger = struct.pack("ii", 1, 0)
@@ -420,7 +413,6 @@ class ConnectionProtocol(H11Protocol):
     """uvicorn's HTTP protocol, with the connection in the state of each request."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Hand the connection to its requests."""
         super().connection_made(transport)
         self.app_state = {**self.app_state, "connection": Connection(transport)}
 
@@ -435,7 +427,6 @@ class _BrokenAnswer(Response):
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Break the connection, and return once the client is gone."""
         connection: Connection = scope["state"]["connection"]  # there only if this package's own server is used
         match self._fault.base_name:
             case "crash":

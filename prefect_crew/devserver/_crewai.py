@@ -17,7 +17,7 @@ import re
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import CancelledError, Future
+from concurrent.futures import CancelledError
 from contextvars import ContextVar
 from functools import partial
 from typing import Any
@@ -55,15 +55,10 @@ _log = logging.getLogger(__name__)
 
 
 class CrewAIProgram:
-    """The crew or flow that a function builds anew for each run.
-
-    Args:
-        factory: The function, or a Flow class or a `@CrewBase` class.
-        module: The crew's name where it has none of its own.
+    """The crew or flow that a function builds anew for each run; without a name of its own it has the `module`'s.
 
     Raises:
-        TypeError: It builds something else, or the same thing again.
-        Exception: Whatever the factory raises.
+        Exception: Whatever the factory raises; TypeError where it builds something else, or the same thing again.
     """
 
     max_runs = 100
@@ -80,7 +75,6 @@ class CrewAIProgram:
         self._inputs = _flow_inputs(made) if self.flow else _crew_inputs(made)
 
     def inputs(self) -> list[CrewInput]:
-        """Return what the crew takes, as it was when it was loaded."""
         return self._inputs
 
     async def execute(self, run: Run) -> Outcome:
@@ -88,9 +82,6 @@ class CrewAIProgram:
 
         When this is cancelled, the thread ends at the crew's next model call, tool call or step. A call that is under
         way cannot be taken back, and is not waited for beyond STOP_SECONDS.
-
-        Raises:
-            ProgramError: The crew failed; the text is its own error's.
         """
         loop = asyncio.get_running_loop()
         bridge = _Bridge(run, loop)
@@ -168,16 +159,12 @@ class _Bridge:
         self.run = run
         self._loop = loop
         self._stopped = False
-        self._asking: set[Future[Answer]] = set()
-        self._lock = threading.Lock()
 
     def stop(self) -> None:
         """End the run at the next model call, tool call or step, and every question to a person at once."""
-        with self._lock:
-            self._stopped = True
-            asking = list(self._asking)
-        for future in asking:
-            future.cancel()
+        self._stopped = True
+        for question in self.run.questions.values():
+            question.answer.cancel()
 
     def check(self, _: object = None) -> None:
         """Be the hook before model calls, tool calls and steps.
@@ -200,14 +187,13 @@ class _Bridge:
         Raises:
             HookAborted: The run was stopped instead.
         """
-        with self._lock:
-            self.check()
-            asked = self.run.ask(task_id=task_id, output=_result_of(output)[0])
-            future = asyncio.run_coroutine_threadsafe(asked, self._loop)
-            self._asking.add(future)
-        future.add_done_callback(self._asking.discard)
+
+        async def asked() -> Answer:
+            self.check()  # on the loop, as stop(), so that no question comes after that
+            return await self.run.ask(task_id=task_id, output=_result_of(output)[0])
+
         try:
-            return future.result()
+            return asyncio.run_coroutine_threadsafe(asked(), self._loop).result()
         except CancelledError:
             raise HookAborted("the run was stopped", source="prefect-crew") from None
 
@@ -250,10 +236,8 @@ class _Watch:
                     self._step(event, "thought", thought)
             case events.AgentLogsExecutionEvent(formatted_answer=answer):
                 self._step(event, "final_answer", _result_of(getattr(answer, "output", answer))[0])
-            case events.ToolUsageFinishedEvent():
-                self._step(event, "tool", str(event.output), tool=event.tool_name)
-            case events.ToolUsageErrorEvent():
-                self._step(event, "tool", str(event.error), tool=event.tool_name)
+            case events.ToolUsageFinishedEvent(output=said) | events.ToolUsageErrorEvent(error=said):
+                self._step(event, "tool", str(said), tool=event.tool_name)
             case _:
                 pass
 
@@ -357,12 +341,7 @@ flow_config.input_provider = flow_config.input_provider or _FlowFeedback()
 
 
 def _run(factory: Callable[[], Any], bridge: _Bridge) -> Outcome:
-    """Build a crew or flow and run it, on a thread and in a context of its own.
-
-    Raises:
-        HookAborted: The run was stopped.
-        Exception: Whatever the crew or its factory raises.
-    """
+    """Build a crew or flow and run it, on a thread and in a context of its own."""
     _current.set(bridge)
     set_provider(_HumanInput(bridge))
     run = bridge.run

@@ -25,10 +25,10 @@ _ENVIRONMENT = {
 
 
 def prepare_crewai() -> None:
-    """Set CrewAI's environment as far as the user has not, and import it.
+    """Set CrewAI's environment as far as the user has not, before it is imported.
 
-    The first call takes seconds, later ones nothing. Crews keep what they write (task outputs, memory, paused flows)
-    in a directory that is removed with this process; set CREWAI_STORAGE_DIR to keep it.
+    Crews keep what they write (task outputs, memory, paused flows) in a directory that is removed with this process;
+    set CREWAI_STORAGE_DIR to keep it.
 
     Raises:
         ProgramNotFoundError: CrewAI is not installed.
@@ -38,15 +38,11 @@ def prepare_crewai() -> None:
     if not os.environ.get("CREWAI_STORAGE_DIR"):
         os.environ["CREWAI_STORAGE_DIR"] = storage = tempfile.mkdtemp(prefix="prefect-crew-")
         atexit.register(shutil.rmtree, storage, ignore_errors=True)
-    try:
-        importlib.import_module("crewai")
-    except ModuleNotFoundError as error:
-        if error.name != "crewai":
-            raise
+    if importlib.util.find_spec("crewai") is None:
         raise ProgramNotFoundError(
             "Serving CrewAI code needs CrewAI: pip install 'prefect-crew[crewai]', with Python below 3.14. "
             f"This is Python {sys.version_info.major}.{sys.version_info.minor}."
-        ) from error
+        )
 
 
 def load_crewai(spec: str) -> Program:
@@ -56,12 +52,10 @@ def load_crewai(spec: str) -> Program:
 
     Args:
         spec: A module that can be imported, from the current directory too, or the path of a Python file; a colon;
-            and the name of a function without arguments that returns a new Crew or Flow at each call. A Flow class
-            or a `@CrewBase` class is one too.
+            and the name of a function without arguments that returns a new Crew or Flow at each call.
 
     Raises:
-        ProgramNotFoundError: CrewAI is not installed, or there is no such module or function, or it does not build a
-            fresh Crew or Flow.
+        ProgramNotFoundError: CrewAI or the function is not there, or it does not build a fresh Crew or Flow.
     """
     prepare_crewai()
     path, _, name = spec.rpartition(":")
@@ -89,24 +83,18 @@ def load_crewai(spec: str) -> Program:
 def _import_file(path: Path) -> ModuleType:
     """Import a file, as a module of its package where it is in one."""
     path = path.resolve()
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
     folder, name = path.parent, path.stem
     _add_to_path(folder)
     while (folder / "__init__.py").is_file():
         folder, name = folder.parent, f"{folder.name}.{name}"
-        _add_to_path(folder)
-    if loaded := sys.modules.get(name):
-        if getattr(loaded, "__file__", None) == str(path):
-            return loaded
-        name = f"{name}_{len(sys.modules)}"  # a file may be called like a module that is loaded, such as crew.py
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
-        raise ImportError(f"{path} is not a Python module")
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[name]
-        raise
+    _add_to_path(folder)
+    module = importlib.import_module(name)
+    if getattr(module, "__file__", None) != str(path):
+        raise ImportError(
+            f"this process has loaded another {name}; rename the file, or serve it in a process of its own"
+        )
     return module
 
 

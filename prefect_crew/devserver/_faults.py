@@ -22,11 +22,8 @@ PLACES = HTTP_PLACES + WEBHOOK_PLACES
 
 
 class Kind(NamedTuple):
-    """What a name means: what the server does, the default of VALUE (None if it takes none), and where it can be.
-
-    `group` is what it spoils: the answer to a request, its time, a run, or the delivery of a webhook. `is_after` tells
-    whether it comes after the work when the name does not say.
-    """
+    """What a name means: what the server does, the default of VALUE (None if it takes none), where it can be, what it
+    spoils, and whether it comes after the work when the name does not say."""
 
     text: str
     value: float | None = None
@@ -115,11 +112,7 @@ class Fault:
 
     @classmethod
     def parse(cls, text: str) -> Fault:
-        """Read the text form.
-
-        Raises:
-            FaultError: It is none.
-        """
+        """Read the text form."""
         match = _TEXT.fullmatch(text.strip())
         if match is None:
             raise FaultError(

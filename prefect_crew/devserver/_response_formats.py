@@ -1,15 +1,10 @@
 """The three wordings of the dev server's answers.
 
-documented
-    To the letter of the published contract: `{"status": "running" | "completed" | "error", …}`. What it leaves open
-    (a run that waits for a person, or was stopped) is answered with the words that CrewAI's pages use.
-union
-    For strict clients in the field, which look for `state` or `status`, `result` as text, `result_json`, top-level
-    `output` and `tasks`, `progress`, `last_step` and so on: everything at once.
-live
-    As CrewAI's hosted crews answer clients in the field: `state` and `result`, no progress, no times; errors as
-    `{"detail": …}`; an unknown run is a 200 with the state NOT FOUND. `GET /inputs` describes each input; the other two
-    formats name the inputs, and which of them are required.
+- documented: To the letter of the published contract. What it leaves open (a run that waits for a person, or was
+  stopped) is answered with the words that CrewAI's pages use.
+- union: All that strict clients in the field look for, `state` and `status` both, at once.
+- live: As CrewAI's hosted crews answer: `state` and `result`, no progress, no times; errors as `{"detail": …}`; an
+  unknown run is a 200 with the state NOT FOUND. `GET /inputs` describes each input.
 """
 
 from __future__ import annotations

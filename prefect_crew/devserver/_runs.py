@@ -62,9 +62,7 @@ class Program(Protocol):
     """A crew that can be run many times at once. One that is a Flow has an attribute `flow` that is true."""
 
     @property
-    def name(self) -> str:
-        """The crew's name."""
-        ...
+    def name(self) -> str: ...
 
     def inputs(self) -> list[CrewInput]:
         """Return what `GET /inputs` answers. It is called for each request, so it must be cheap."""
@@ -84,8 +82,6 @@ class Program(Protocol):
 Listener = Callable[["Run", str, Any], None]
 """Called with the run, what happened, and a value: started None, task_started name, task_ended TaskResult, step Step,
 waiting Question, called (model, TokenUsage), completed None, failed None, stopped None."""
-
-
 Spawn = Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]]
 
 
@@ -99,7 +95,7 @@ class Run:
     Its methods must be called on the server's event loop; any thread may read it.
 
     Attributes:
-        inputs, id, meta, restore_from: As the kickoff gave them; `id` is the kickoff id.
+        id: The kickoff id.
         targets: The webhooks; each `/resume` replaces them, also by none.
         base_url: The server's URL as the kickoff's client used it.
         planned: Names of all tasks, where the program said so.
@@ -181,8 +177,7 @@ class Run:
         try:
             return await question.answer
         finally:
-            if self.questions.get(task_id) is question:
-                del self.questions[task_id]
+            self.questions.pop(task_id, None)
 
     # Called by the server
 
@@ -220,7 +215,8 @@ class Run:
         """Close the run."""
         self._seconds = self.execution_time
         self.current_task = None
-        self.questions.clear()
+        for question in self.questions.values():
+            question.answer.cancel()
         self.error = error
         if outcome is not None:
             self.output, self.data, self.usage = outcome.output, outcome.data, outcome.usage
@@ -229,14 +225,9 @@ class Run:
 
 
 class CrewRuns:
-    """All runs of one crew.
+    """All runs of one crew, of which `max_runs` run at once; None is the program's own number, or no limit.
 
-    Args:
-        program: The crew.
-        listener: Hears what happens to the runs.
-        spawn: Starts a task on the server's event loop. One that it cancels is abandoned: its run does not end.
-        max_runs: At most this many run at once, later ones are pending; left out, the program's own `max_runs`, or
-            without limit.
+    `spawn` starts a task. Where the server cancels that, the run is abandoned: it does not end.
     """
 
     def __init__(self, program: Program, *, listener: Listener, spawn: Spawn, max_runs: int | None) -> None:

@@ -42,7 +42,7 @@ class CrewServer(CrewApp):
     Attributes:
         port: The port; 0 before the first start of a server that takes a free one.
         token: The bearer token. Setting it rotates it: from then on the old one gets 401.
-        faults: What goes wrong; may be added to and cleared while the server runs.
+        faults: What goes wrong; may be changed while the server runs.
         requests: Requests by place: inputs, kickoff, status, resume, stop, health.
         unauthorized: How many requests had a missing or wrong token; they count nowhere else.
         accepted: The kickoffs that started a run: kickoff id to meta.
@@ -100,8 +100,7 @@ class CrewServer(CrewApp):
         """Return a Prefect block for this server; `fields` are more of the block's own."""
         from prefect_crew.blocks import DeployedCrew
 
-        values: dict[str, Any] = {"url": self.url, "token": self.token}
-        return DeployedCrew(**values | fields)
+        return DeployedCrew(**{"url": self.url, "token": self.token, **fields})
 
     def start(self) -> None:
         """Start the server and return once it answers.
@@ -136,10 +135,7 @@ class CrewServer(CrewApp):
             thread.join()
 
     def restart(self) -> None:
-        """Start again after a crash, or stop and start, with the same address, token, counters and runs.
-
-        Runs that had not ended begin again, under their ids.
-        """
+        """Start again, also after a crash. Runs that had not ended begin again, under their ids."""
         self.stop()
         self.start()
 
@@ -191,18 +187,12 @@ def serve(
 ) -> int:
     """Serve a crew until Ctrl-C or SIGTERM; runs in flight are cancelled then. Returns 0.
 
-    Standard output gets one line once the server answers, which says where it is, with a random token.
-
-    Args:
-        spec: What is served; see `load_program`.
-        host: The address to listen on.
-        port: 0 takes a free one.
-        token: The bearer token; None makes a random one. A given one is not shown.
-        options: response_format, generation, faults, speed, stop, max_runs, review_webhook; see `CrewServer`.
+    Standard output gets one line once the server answers: where it is, and the token where it is a random one. The
+    other arguments are those of `CrewServer`.
 
     Raises:
-        ValueError: An option or the crew makes no sense; the text says which and why (ScriptError, ProgramNotFoundError
-            and FaultError are ValueErrors).
+        ValueError: An option or the crew makes no sense (ScriptError, ProgramNotFoundError and FaultError are
+            ValueErrors).
         OSError: The port is taken, or the host is not this machine's.
     """
     app = CrewApp(spec, token=token or secrets.token_urlsafe(24), **options)

@@ -123,16 +123,12 @@ def same() -> Crew:
     return _SAME
 
 
-async def asynchronous() -> Crew:
-    return failing()
+def broken() -> Crew:
+    raise RuntimeError("the recipe is lost")
 
 
 def nothing() -> None:
     return None
-
-
-def broken() -> Crew:
-    raise RuntimeError("the recipe is lost")
 
 
 class Wide(Flow):
@@ -177,16 +173,6 @@ class Slow(Flow):
         CALLS["slow flow"] += 1
 
 
-class Asking(Flow):
-    @start()
-    def greet(self) -> str:
-        return f"Hello, {self.ask('What is your name?')}!"
-
-
-class Letter(BaseModel):
-    text: str
-
-
 class Elsewhere:
     """A provider of the flow's own, which hands the question on and lets go of the flow."""
 
@@ -196,30 +182,15 @@ class Elsewhere:
 
 class Paused(Flow):
     @start()
-    def prepare(self) -> str:
-        return OfflineLLM(model="offline").call("Write a letter: opening, thanks.")
-
-    @listen(prepare)
     @human_feedback(message="Good?", provider=Elsewhere())
-    def show(self, text: str) -> Letter:
-        return Letter(text=text)
-
-    @listen(show)
-    @human_feedback(message="Really?", provider=Elsewhere())
-    def show_again(self, seen: Any) -> str:
-        return f"{seen.output['text']} / {seen.feedback}"
-
-    @listen(show_again)
-    def finish(self, seen: Any) -> str:
-        return f"{seen.output} / {seen.feedback}"
+    def show(self) -> str:
+        return "a letter"
 
 
-def breaks_later() -> Crew:
-    """Build a crew when it is loaded, and fail for each run."""
-    CALLS["breaks later"] += 1
-    if CALLS["breaks later"] % 3 == 0:
-        raise RuntimeError("the recipe is lost")
-    return failing()
+class Asking(Flow):
+    @start()
+    def greet(self) -> str:
+        return f"Hello, {self.ask('What is your name?')}!"
 
 
 class LeavingLLM(OfflineLLM):
@@ -229,12 +200,6 @@ class LeavingLLM(OfflineLLM):
 
 def leaves() -> Crew:
     return crew_of(job("leave", "Leave.", worker("Leaver", LeavingLLM(model="leaving"))))
-
-
-class Speechless(Flow):
-    @start()
-    def fail(self) -> None:
-        raise KeyError
 
 
 class Counted(FlowState):

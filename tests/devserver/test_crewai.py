@@ -84,29 +84,23 @@ def test_a_crew_gives_its_text_tasks_agents_and_usage(crew: Serve) -> None:
     ("spec", "error", "names"),
     [
         pytest.param("Classic", None, ["write"], id="crew-base-class"),
+        pytest.param("structured", None, ["plan"], id="structured-result"),
         pytest.param("parallel", None, ["both", "left", "right"], id="tasks-at-once"),
         pytest.param("failing", "no luck", [], id="model-fails"),
         pytest.param("Failing", "the flow ran dry", ["begin"], id="flow-fails"),
-        pytest.param("breaks_later", "the recipe is lost", [], id="factory-fails"),
         pytest.param("leaves", "SystemExit", [], id="exits"),
-        pytest.param("Speechless", "KeyError", [], id="no-text"),
+        pytest.param("Paused", "The flow asks people by a provider of its own", [], id="own-provider"),
     ],
 )
 def test_other_crews_and_flows(crew: Serve, spec: str, error: str | None, names: list[str]) -> None:
     _, client = crew(spec)
     before = calls()["failing"]
     body = finished(client, kickoff(client, {"topic": "rent"}))
-    assert (body["state"], body["error"]) == ("FAILED" if error else "SUCCESS", error)
+    assert body["state"] == ("FAILED" if error else "SUCCESS")
+    assert (error or "") in (body["error"] or "")
+    assert bool(body["result_json"]) is (spec == "structured")
     assert sorted(task["name"] for task in body["tasks"]) == names
     assert calls()["failing"] - before == (3 if spec == "failing" else 0), "CrewAI itself tries three times"
-
-
-def test_a_structured_result_is_data(crew: Serve) -> None:
-    server, client = crew("structured")
-    run_id = kickoff(client)
-    body = finished(client, run_id)
-    assert (body["result_json"]["title"], len(body["result_json"]["stops"])) == ("A plan", 2)
-    assert server.run(run_id).tasks[0].data == body["result_json"]
 
 
 def test_ten_runs_at_once_keep_their_words_and_tokens_apart(crew: Serve) -> None:
@@ -141,34 +135,17 @@ def test_a_stopped_run_ends_at_its_next_step(crew: Serve, spec: str, calls_of: s
 # A flow
 
 
-def test_a_flow_gives_its_result_and_its_methods_as_tasks(crew: Serve) -> None:
-    _, client = crew("report_flow.py:ReportFlow")
-    body = finished(client, kickoff(client, {"topic": "tea", "sections": "1"}))
-    assert body["state"] == "SUCCESS"
-    assert body["result_json"]["title"] == "Report on tea"
-    assert len(body["result_json"]["sections"]) == 1, "text becomes what the state's field asks for"
-    assert [task["name"] for task in body["tasks"]] == ["research", "report"]
-    assert all(task["execution_time"] >= 0 for task in body["tasks"])
-    assert body["token_usage"]["successful_requests"] == 1
-    assert body["progress"] == {"completed_tasks": 2, "total_tasks": 2}
-
-
 def test_a_flow_needs_what_its_state_marks_as_required(crew: Serve) -> None:
-    _, client = crew("report_flow.py:ReportFlow")
-    assert client.get("/inputs").json() == {"inputs": ["topic", "sections"], "required_inputs": ["topic"]}, (
-        "of the state's fields those that are required or described"
-    )
+    server, client = crew("report_flow.py:ReportFlow")
+    assert client.get("/inputs").json() == {"inputs": ["topic", "sections"], "required_inputs": ["topic"]}
+    topic, sections = server.crews[""].program.inputs()
+    assert (topic.type, topic.required, topic.default) == ("str", True, None)
+    assert (sections.type, sections.required, sections.default) == ("int", False, 2)
+    assert sections.description == "How many sections it has, at most three."
     answer = client.post("/kickoff", json={"inputs": {"sections": "1"}})
     assert (answer.status_code, answer.json()["details"]) == (422, {"missing_inputs": ["topic"]})
     answer = client.post("/kickoff", json={"inputs": {"topic": "rent", "id": "1"}})
     assert (answer.status_code, "details" in answer.json()) == (422, False)
-
-
-def test_what_a_flow_says_of_its_inputs() -> None:
-    topic, sections = load_program(str(EXAMPLES / "report_flow.py:ReportFlow")).inputs()
-    assert (topic.type, topic.required, topic.default) == ("str", True, None)
-    assert (sections.type, sections.required, sections.default) == ("int", False, 2)
-    assert sections.description == "How many sections it has, at most three."
 
 
 def test_a_flow_starts_from_the_state_to_restore(crew: Serve) -> None:
@@ -221,36 +198,6 @@ def test_a_task_without_a_name_is_called_by_its_description(crew: Serve) -> None
     assert name == "Write about rent in a way that nobody has written about it…"
     assert resume(client, run_id, name, approve=True, feedback="") == "completed"
     assert finished(client, run_id)["tasks"][0]["name"] == name
-
-
-def test_feedback_decides_which_way_a_flow_goes(crew: Serve) -> None:
-    server, client = crew("reviewed_flow.py:ReviewedFlow")
-    run_id = kickoff(client, {"topic": "rent"})
-    assert finished(client, run_id)["task_id"] == "write"
-    resume(client, run_id, "write", approve=False, feedback="be kinder")
-    finished(client, run_id)
-    letter = shown(server, run_id)
-    assert "be kinder" in letter
-    resume(client, run_id, "write", approve=True, feedback="")
-    body = finished(client, run_id)
-    assert body["result_json"] == {"letter": letter, "status": "sent"}
-    assert [task["name"] for task in body["tasks"]] == ["begin", "write", "revise", "write", "send"]
-    assert body["tasks"][3]["output"] == letter
-
-
-def test_a_flow_that_let_go_of_its_question_goes_on(crew: Serve) -> None:
-    _, client = crew("Paused")
-    run_id = kickoff(client)
-    assert finished(client, run_id)["task_id"] == "show"
-    resume(client, run_id, "show", approve=True, feedback="fine")
-    assert finished(client, run_id)["task_id"] == "show_again"
-    resume(client, run_id, "show_again", approve=False, feedback="")
-    body = finished(client, run_id)
-    assert body["state"] == "SUCCESS", body["error"]
-    assert body["output"].startswith("## A letter")
-    assert body["output"].endswith(" / fine / Rejected")
-    assert [task["name"] for task in body["tasks"]] == ["prepare", "show", "show_again", "finish"]
-    assert body["token_usage"]["successful_requests"] == 1
 
 
 def test_a_flow_may_ask_a_person_for_anything(crew: Serve) -> None:
@@ -311,22 +258,11 @@ async def test_a_tool_s_use_is_reported_in_order() -> None:
 
 
 async def test_a_flow_whose_methods_may_be_left_out_has_no_plan() -> None:
-    run, reports = recorded()
-    with pytest.raises(ProgramError):
-        await load_program(f"{CREWS}:Failing").execute(run)
-    assert run.planned == ["begin", "go_on"]
-    assert [report[:2] for report in reports] == [
-        ("task_started", "begin"),
-        ("task_ended", "begin"),
-        ("task_started", "go_on"),
-    ]
-    run, reports = recorded()
-    running = asyncio.create_task(load_program(f"{CREWS}:Paused").execute(run))
-    while not run.questions:
-        await asyncio.sleep(0.005)
-    assert (run.planned, reports[0][:2]) == ([], ("task_started", "prepare"))
-    running.cancel()
-    await asyncio.gather(running, return_exceptions=True)
+    for flow, planned in (("Failing", ["begin", "go_on"]), ("Paused", [])):
+        run, _ = recorded()
+        with pytest.raises(ProgramError):
+            await load_program(f"{CREWS}:{flow}").execute(run)
+        assert run.planned == planned
 
 
 async def test_the_event_loop_stays_free_and_a_cancelled_run_reports_nothing() -> None:
@@ -341,15 +277,6 @@ async def test_the_event_loop_stays_free_and_a_cancelled_run_reports_nothing() -
     with pytest.raises(asyncio.CancelledError):
         await running
     assert [report[1] for report in reports if report[0] == "task_ended"] == ["part 0"]
-
-
-def test_max_runs_holds_for_crews_too(serve: Serve) -> None:
-    server, client = serve(f"{CREWS}:slow", max_runs=1)
-    first, second = kickoff(client), kickoff(client)
-    until(lambda: server.run(first).current_task)
-    assert server.run(second).state == "pending"
-    client.post(f"/stop/{first}")
-    until(lambda: server.run(second).current_task)
 
 
 # Loading
@@ -370,7 +297,6 @@ def test_a_program_knows_its_name_and_inputs(spec: str, name: str, inputs: list[
     program = load_program(spec)
     assert program.name == name
     assert [item.name for item in program.inputs()] == inputs
-    assert name in repr(program)
 
 
 MINE = f"""
@@ -386,67 +312,40 @@ class Crews:
 
 
 @pytest.mark.parametrize(
-    ("file", "spec", "name"),
+    ("spec", "name"),
     [
-        pytest.param("my_crews.py", "my_crews:Crews.Travel.build", "my_crews", id="module-in-the-current-directory"),
-        pytest.param("crews_of_mine.py", "crews_of_mine.py:Crews.Travel.build", "crews_of_mine", id="file"),
-        pytest.param("json.py", "json.py:Crews.Travel.build", "json", id="file-named-like-a-loaded-module"),
+        ("my_crews:Crews.Travel.build", "my_crews"),
+        ("./my_crews_too.py:Crews.Travel.build", "my_crews_too"),
+        ("laid_out.crew:Crews.Travel.build", "crew"),
+        ("src/laid_out/crew.py:Crews.Travel.build", "crew"),
     ],
 )
-def test_where_a_factory_is_found(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, spec: str, name: str
-) -> None:
-    (tmp_path / file).write_text(MINE)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    assert load_program(f"./{spec}" if ".py" in spec else spec).name == name
-    assert sys.modules["json"] is json
-
-
-@pytest.mark.parametrize("spec", ["laid_out.crew:Crews.Travel.build", "src/laid_out/crew.py:Crews.Travel.build"])
-def test_a_project_as_crewai_creates_it_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spec: str) -> None:
-    package = tmp_path / "src" / "laid_out"
+def test_where_a_factory_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spec: str, name: str) -> None:
+    package = tmp_path / "src" / "laid_out"  # as `crewai create crew` lays it out
     package.mkdir(parents=True)
     (package / "__init__.py").touch()
     (package / "tool.py").write_text("NAME = 'tool'")
     (package / "crew.py").write_text(f"from laid_out.tool import NAME\n{MINE}")
+    for file in ("my_crews.py", "my_crews_too.py"):
+        (tmp_path / file).write_text(MINE)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    assert load_program(spec).name == "crew"
+    assert load_program(spec).name == name
     for module in [name for name in sys.modules if name.partition(".")[0] == "laid_out"]:
-        del sys.modules[module]
-
-
-def test_another_package_of_the_same_name_is_not_served_in_its_place(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    for project in ("one", "two"):
-        package = tmp_path / project / "same_name"
-        package.mkdir(parents=True)
-        (package / "__init__.py").touch()
-        (package / "crew.py").write_text(MINE)
-    assert load_program(str(tmp_path / "one" / "same_name" / "crew.py:Crews.Travel.build")).name == "crew"
-    with pytest.raises(ProgramNotFoundError, match=r"has loaded same_name.crew from .*one"):
-        load_program(str(tmp_path / "two" / "same_name" / "crew.py:Crews.Travel.build"))
-    for module in [name for name in sys.modules if name.partition(".")[0] == "same_name"]:
         del sys.modules[module]
 
 
 @pytest.mark.parametrize(
     ("spec", "text"),
     [
-        ("no_such_module:build", "no_such_module cannot be imported: ModuleNotFoundError"),
-        ("no/such/file.py:build", "There is no file .*file.py"),
-        (f"{CREWS}:no_such_function", "'no_such_function' of .* does not exist. Name a function without arguments"),
-        (f"{CREWS}:CREWS_OF_NOBODY", "does not exist"),
-        (f"{CREWS}:_SAME", "is not a function"),
-        (f"{CREWS}:same", "returned the same object twice"),
-        (f"{CREWS}:asynchronous", "is async"),
-        (f"{CREWS}:nothing", "returned NoneType: return a crewai Crew or Flow"),
+        ("no_such_module:build", "no_such_module:build cannot be loaded: ModuleNotFoundError"),
+        ("no/such/file.py:build", "cannot be loaded: FileNotFoundError: there is no file .*file.py"),
+        (f"{CREWS}:no_such_function", "cannot be loaded: AttributeError: .*'no_such_function'"),
+        (f"{CREWS}:_SAME", "failed to build its crew: TypeError: .*not callable. Name a function without arguments"),
+        (f"{CREWS}:same", "it returned the same object twice"),
+        (f"{CREWS}:nothing", "it returned NoneType. Name a function without arguments that returns a new Crew or Flow"),
         (f"{CREWS}:broken", "failed to build its crew: RuntimeError: the recipe is lost"),
         (f"{CREWS}:job", "failed to build its crew: TypeError"),
-        (f"{CREWS}:Classic.nowhere", "'Classic.nowhere' of .* does not exist"),
     ],
     ids=lambda value: value.rpartition(":")[2] if ":" in value else "",
 )
@@ -455,11 +354,13 @@ def test_what_cannot_be_served_is_said(spec: str, text: str) -> None:
         load_program(spec)
 
 
-def test_a_module_that_does_not_run_says_why(tmp_path: Path) -> None:
-    (tmp_path / "typo.py").write_text("import crewai\ncrewai.Crw()\n")
-    with pytest.raises(ProgramNotFoundError, match=r"typo.py cannot be imported: AttributeError: .*Crw"):
-        load_program(f"{tmp_path}/typo.py:build")
-    assert "typo" not in sys.modules
+def test_a_file_named_like_a_loaded_module_is_not_mistaken_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "json.py").write_text(MINE)
+    with pytest.raises(ProgramNotFoundError, match="has loaded another json; rename the file"):
+        load_program(f"{tmp_path}/json.py:Crews.Travel.build")
 
 
 def test_without_crewai_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -492,6 +393,3 @@ def test_crewai_s_surroundings_are_set_unless_the_user_has(tmp_path: Path) -> No
     assert said == "false yes, please"
     assert Path(storage).name.startswith("prefect-crew-")
     assert not Path(storage).exists(), "it goes with the process"
-
-
-# Results

@@ -5,22 +5,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
-import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
 
 from prefect_crew.client.models import CrewInput, TaskResult
 from prefect_crew.devserver import CrewServer, Outcome, Run, load_program
-from prefect_crew.devserver import serve as serve_until_signalled
 from prefect_crew.devserver._app import CRASH_EXIT_CODE
 from prefect_crew.devserver._scripts import ScriptedProgram
 from prefect_crew.states import CrewState
@@ -133,14 +128,6 @@ def test_a_hanging_request_does_not_hold_up_the_end(serve: Serve) -> None:
     assert time.monotonic() - began < 0.9  # requests that only take long are waited for 1 s
 
 
-def test_a_server_that_does_not_start_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    server = CrewServer("echo")
-    monkeypatch.setattr(server, "open", lambda: 1 / 0)
-    with pytest.raises(RuntimeError, match="does not start") as caught:
-        server.start()
-    assert caught.value.__cause__ is not None
-
-
 # Programs
 
 
@@ -167,18 +154,15 @@ class Odd:
                 return Outcome(output="done all the same", data={"object": object})
 
 
-@pytest.mark.parametrize(
-    ("what", "error"),
-    [
+def test_whatever_a_program_raises_is_a_failed_run(serve: Serve) -> None:
+    _, client = serve(Odd())
+    for what, error in (
         ("raise", "KeyError: 'nobody expected this'"),
         ("cancel", "the crew was cancelled from within"),
         ("exit", "SystemExit: enough"),
-    ],
-)
-def test_whatever_a_program_raises_is_a_failed_run(serve: Serve, what: str, error: str) -> None:
-    _, client = serve(Odd())
-    body = finished(client, kickoff(client, {"what": what}))
-    assert (body["status"], body["error"]) == ("error", error)
+    ):
+        body = finished(client, kickoff(client, {"what": what}))
+        assert (body["status"], body["error"]) == ("error", error)
 
 
 def test_a_stopped_run_stays_stopped(serve: Serve) -> None:
@@ -201,77 +185,19 @@ def test_programs_are_found_by_name_by_path_and_by_text(tmp_path: Path) -> None:
         assert load_program(program) is program
 
 
-# Processes
+# A process
 
 
-class Served:
-    """A process that runs `serve`."""
-
-    def __init__(self, **options: Any) -> None:
-        call = f"serve(**{ ({'port': 0} | options)!r})"
-        code = f"from prefect_crew.devserver import serve; raise SystemExit({call})"
-        command = [sys.executable, "-c", code]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-    def line(self) -> tuple[str, str]:
-        """Return the line that it prints, and the URL in it."""
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        found = re.search(r"http://\S+", line)
-        assert found, self.process.communicate()[1]
-        return line, found[0]
-
-
-@pytest.fixture(scope="module")
-def served() -> Iterator[dict[str, Served]]:
-    """Start all processes of this module at once: most of a start is importing."""
-    options: dict[str, Any] = {"response_format": "union", "faults": ["status:500@1"], "speed": 100, "stop": False}
-    started = {
-        "SIGINT": Served(spec="travel"),
-        "SIGTERM": Served(spec="travel"),
-        "options": Served(spec="echo", token="s3cret", **options),
-        "crashes": Served(spec="echo", token="t", faults=["kickoff:crash-after-accept@1"]),
-    }
-    yield started
-    for one in started.values():
-        one.process.kill()
-        one.process.communicate()
-
-
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
-def test_one_line_then_a_clean_end(served: dict[str, Served], name: str) -> None:
-    line, url = served[name].line()
-    assert line.startswith(f"Serving the crew travel at {url}  Try: CREW_TOKEN=")
-    assert f"prefect-crew run {url} -i budget=… -i interests=… -i duration=… -i age=…" in line
-    headers = {"Authorization": f"Bearer {line.partition('CREW_TOKEN=')[2].split()[0]}"}
-    body = {"inputs": {"budget": "1", "interests": "x", "duration": "1", "age": "1"}}
-    kickoff_id = httpx.post(f"{url}/kickoff", headers=headers, json=body).json()["kickoff_id"]
-    assert httpx.get(f"{url}/status/{kickoff_id}", headers=headers).json()["status"] == "running"
-    served[name].process.send_signal(signal.Signals[name])
-    out, err = served[name].process.communicate(timeout=10)
-    assert (served[name].process.returncode, out, err) == (0, "", "")
-
-
-def test_a_given_token_is_not_shown_and_all_options_count(served: dict[str, Served]) -> None:
-    line, url = served["options"].line()
-    assert "s3cret" not in line
-    with httpx.Client(base_url=url, headers={"Authorization": "Bearer s3cret"}) as client:
-        kickoff_id = kickoff(client, {"text": "x"})
-        assert client.get(f"/status/{kickoff_id}").status_code == 500
-        assert client.get(f"/status/{kickoff_id}").json()["state"] == "SUCCESS"
-        assert client.post(f"/stop/{kickoff_id}").status_code == 404
-
-
-def test_a_process_that_crashes(served: dict[str, Served]) -> None:
-    _, url = served["crashes"].line()
-    with pytest.raises(httpx.TransportError):
-        httpx.post(f"{url}/kickoff", headers={"Authorization": "Bearer t"}, json={"inputs": {"text": "x"}})
-    assert served["crashes"].process.wait(10) == CRASH_EXIT_CODE
-
-
-def test_a_taken_port() -> None:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        with pytest.raises(OSError, match="in use"):
-            serve_until_signalled("echo", port=taken.getsockname()[1])
+def test_a_process_that_crashes() -> None:
+    code = "from prefect_crew.devserver import serve; serve('echo', port=0, faults=['kickoff:crash-after-accept@1'])"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        found = re.match(
+            r"Serving the crew echo at (\S+)  Try: CREW_TOKEN=(\S+) prefect-crew run \1 -i text=…  Stop", line
+        )
+        assert found, line
+        headers = {"Authorization": f"Bearer {found[2]}"}
+        with pytest.raises(httpx.TransportError):
+            httpx.post(f"{found[1]}/kickoff", headers=headers, json={"inputs": {"text": "x"}})
+        assert process.wait(10) == CRASH_EXIT_CODE

@@ -13,7 +13,7 @@ import httpx
 
 from prefect_crew.client.models import CrewInput
 from prefect_crew.devserver import Answer, Outcome, ProgramError, Run
-from prefect_crew.devserver._app import create_app, state_of
+from prefect_crew.devserver._app import create_app
 from prefect_crew.devserver._faults import Fired
 from proof.sim.loop import Process, current_process
 from proof.sim.prefect_api import SimPrefect
@@ -111,7 +111,7 @@ class CrewSite:
         self.program = _Crew(scenario.runs)
         self.token = self.stored_token = TOKENS[0]
         self._app = create_app(self.program, token=self.token, faults=scenario.faults)
-        self._state = state_of(self._app)
+        self._state = self._app.state.server
         self._state.crash = self._crash
         self.faults = self._state.faults
         self.counters = self._state
