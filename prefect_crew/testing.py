@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import pytest
 
@@ -30,14 +30,9 @@ class CrewServerFactory(Protocol):
     """The function that the fixture `crew_server` gives: each call starts a server."""
 
     def __call__(
-        self,
-        spec: Spec | Mapping[str, Spec] = "echo",
-        *,
-        port: bool | int = 0,
-        token: str | None = None,
-        **options: Unpack[ServerOptions],
+        self, spec: Spec | Mapping[str, Spec] = "echo", *, port: int = 0, **options: Unpack[ServerOptions]
     ) -> CrewServer:
-        """Start a server; see the fixture `crew_server`."""
+        """Start a server; see `prefect_crew.devserver.CrewServer`."""
         ...
 
 
@@ -45,27 +40,16 @@ class CrewServerFactory(Protocol):
 def crew_server() -> Iterator[CrewServerFactory]:
     """Give a function that starts crew servers on ports of 127.0.0.1; they are stopped when the test ends.
 
-    `crew_server(spec="echo", *, port=0, token=None, **options)`: `spec` is a script (its YAML text, a file, or the name
-    of a crew of this package such as "echo" or "travel"), a `module:factory` of CrewAI code, a program, or a mapping of
-    names to those, which serves each under `/NAME`. `port` 0 (or True) takes a free one. `options` are those of
-    `prefect_crew.devserver.create_app`: response_format, generation, faults, speed, stop, max_runs, review_webhook.
-
-    The server has url, token, headers, runs, run(id), kickoffs, kickoffs_by_key, requests, counters, faults,
-    restart(), and crew(**fields), which is a `DeployedCrew` block for it.
+    It takes what `prefect_crew.devserver.CrewServer` takes, and returns one: a script (its YAML text, a file, or the
+    name of a crew of this package such as "echo" or "travel"), a `module:factory` of CrewAI code, or a program; and
+    options such as faults, response_format and speed.
     """
     from prefect_crew.devserver import CrewServer
 
     with contextlib.ExitStack() as running:
 
-        def start(
-            spec: Spec | Mapping[str, Spec] = "echo",
-            *,
-            port: bool | int = 0,
-            token: str | None = None,
-            **options: Unpack[ServerOptions],
-        ) -> CrewServer:
-            number = 0 if port is True else int(port)
-            return running.enter_context(CrewServer(spec, port=number, token=token, **options))
+        def start(spec: Any = "echo", **options: Any) -> CrewServer:
+            return running.enter_context(CrewServer(spec, **options))
 
         yield start
 

@@ -8,6 +8,7 @@ import hmac
 import json
 import os
 import re
+import secrets
 import socket
 import struct
 from collections import Counter
@@ -44,6 +45,7 @@ T = TypeVar("T", bound=BaseModel)
 class ServerOptions(TypedDict, total=False):
     """How a server behaves; `CrewServer` says what each option means."""
 
+    token: str | None
     response_format: FormatName
     generation: Generation
     faults: Iterable[Fault | str]
@@ -54,13 +56,12 @@ class ServerOptions(TypedDict, total=False):
 
 
 def load_program(spec: Spec, *, speed: float = 1.0) -> Program:
-    """Return a crew that the server can run.
+    """Return a crew that the server can run; the seconds of a script are divided by `speed`.
 
     Args:
         spec: `module:factory` or `path/to/file.py:factory` for CrewAI code (needs the extra `crewai`), the path of a
             YAML file, its text (several lines), the name of a crew of this package ("echo" or "travel"), a script, or
             a program, which is returned as it is.
-        speed: The seconds of a script are divided by it.
 
     Raises:
         ScriptError: The script is wrong or not there.
@@ -82,15 +83,13 @@ def load_program(spec: Spec, *, speed: float = 1.0) -> Program:
     return ScriptedProgram(load_script(text), speed=speed)
 
 
-def create_app(spec: Spec | Mapping[str, Spec], *, token: str, **options: Unpack[ServerOptions]) -> Starlette:
-    """Return an ASGI app that serves one crew, or several: a mapping serves each under `/NAME`.
-
-    Its arguments are those of `CrewServer`. Faults of the connection need this package's own server.
+def create_app(spec: Spec | Mapping[str, Spec], **options: Unpack[ServerOptions]) -> Starlette:
+    """Return an ASGI app. Its arguments are those of `CrewServer`; faults of the connection need that server.
 
     Raises:
-        ValueError: The token is empty, or an option or the crew makes no sense.
+        ValueError: An option or the crew makes no sense; the text says which and why.
     """
-    return CrewApp(spec, token=token, **options).asgi
+    return CrewApp(spec, **options).asgi
 
 
 class _Kickoff(BaseModel, extra="allow"):
@@ -131,7 +130,7 @@ class CrewApp:
         self,
         spec: Spec | Mapping[str, Spec],
         *,
-        token: str,
+        token: str | None = None,
         response_format: FormatName = "documented",
         generation: Generation = "first",
         faults: Iterable[Fault | str] = (),
@@ -140,8 +139,6 @@ class CrewApp:
         max_runs: int | None = None,
         review_webhook: ReviewWebhook | None = None,
     ) -> None:
-        if not token:
-            raise ValueError("The token must not be empty: every deployed crew has one.")
         if response_format not in FORMATS:
             raise ValueError(f"There is no response format {response_format!r}. Formats: {', '.join(FORMATS)}.")
         if generation not in get_args(Generation):
@@ -149,7 +146,7 @@ class CrewApp:
         specs = spec if isinstance(spec, Mapping) else {"": spec}
         programs = {name: load_program(one, speed=speed) for name, one in specs.items()}
         scripts = [program.script for program in programs.values() if isinstance(program, ScriptedProgram)]
-        self.token = token
+        self.token = token or secrets.token_urlsafe(24)
         self.faults = Faults([*(fault for script in scripts for fault in script.faults), *faults])
         self._format = FORMATS[response_format]
         self._tasks: set[asyncio.Task[None]] = set()
@@ -164,7 +161,7 @@ class CrewApp:
         self.crash: Callable[[], None] = lambda: os._exit(CRASH_EXIT_CODE)  # at once, without clean-up
         self.hanging: set[Connection] = set()
         self.asgi = Starlette(
-            routes=[route for name, runs in self.crews.items() for route in self._routes(name, runs, stop=stop)],
+            routes=[route for name, crew in self.crews.items() for route in self._routes(name, crew, stop=stop)],
             lifespan=self._lifespan,
             exception_handlers={404: self._not_here, 405: self._not_here},
         )
@@ -174,7 +171,7 @@ class CrewApp:
     @property
     def runs(self) -> list[Run]:
         """All runs of all crews, oldest first for each crew."""
-        return [run for runs in self.crews.values() for run in runs]
+        return [run for crew in self.crews.values() for run in list(crew.runs.values())]
 
     @property
     def kickoffs(self) -> int:
@@ -190,8 +187,8 @@ class CrewApp:
     def open(self) -> None:
         """Begin to run, on this event loop, for the first time or again; see `CrewRuns.open`."""
         self._sender.open()
-        for runs in self.crews.values():
-            runs.open()
+        for crew in self.crews.values():
+            crew.open()
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work)
@@ -219,14 +216,14 @@ class CrewApp:
         finally:
             await self.close()
 
-    def _routes(self, name: str, runs: CrewRuns, *, stop: bool) -> list[Route]:
+    def _routes(self, name: str, crew: CrewRuns, *, stop: bool) -> list[Route]:
         def route(
             method: str, path: str, place: str, endpoint: Callable[..., Awaitable[Response]], *, is_open: bool = False
         ) -> Route:
             async def call(request: Request) -> Response:
                 if not is_open and not self._has_token(request):
                     return self._unauthorized()
-                return await self._answer(request, place, partial(endpoint, request, runs))
+                return await self._answer(request, place, partial(endpoint, request, crew))
 
             return Route(path, call, methods=[method])
 
@@ -287,19 +284,19 @@ class CrewApp:
                 return answer
         return self._spoiled(spoiling, answer, request.url.path)
 
-    async def _health(self, request: Request, runs: CrewRuns) -> Response:
+    async def _health(self, request: Request, crew: CrewRuns) -> Response:
         return PlainTextResponse("Healthy")
 
-    async def _inputs(self, request: Request, runs: CrewRuns) -> Response:
-        return _JSON(self._format.inputs(runs.program.inputs()))
+    async def _inputs(self, request: Request, crew: CrewRuns) -> Response:
+        return _JSON(self._format.inputs(crew.program.inputs()))
 
-    async def _kickoff(self, request: Request, runs: CrewRuns) -> Response:
+    async def _kickoff(self, request: Request, crew: CrewRuns) -> Response:
         body, targets = await _read(request, _Kickoff)
-        required = [item.name for item in runs.program.inputs() if item.required]
+        required = [item.name for item in crew.program.inputs() if item.required]
         if missing := [name for name in required if body.inputs.get(name) is None]:
             message = f"Missing required inputs: {', '.join(missing)}"
             raise _RefusedError(422, "Validation error", message, {"missing_inputs": missing})
-        flow_id = body.inputs.get("id") if runs.is_flow else None
+        flow_id = body.inputs.get("id") if crew.is_flow else None
         for name, value in (("inputs.id", flow_id), ("restoreFromStateId", body.restore_from)):
             if value is not None and not is_uuid(value):
                 raise _RefusedError(422, "Validation Error", f"'{name}' must be a valid UUID.")
@@ -311,12 +308,12 @@ class CrewApp:
             base_url=str(request.base_url).rstrip("/"),
         )
         run.faults |= request.state.faults_of_run
-        runs.start(run)
+        crew.start(run)
         self.accepted[run.id] = run.meta
         return _JSON({"kickoff_id": run.id})
 
-    async def _status(self, request: Request, runs: CrewRuns) -> Response:
-        run = runs.get(request.path_params["id"])
+    async def _status(self, request: Request, crew: CrewRuns) -> Response:
+        run = crew.runs.get(request.path_params["id"])
         if run is not None:
             run.faults |= request.state.faults_of_run
         if run is None or run.deny_status():
@@ -324,9 +321,9 @@ class CrewApp:
             return _JSON(body, code)
         return _JSON(self._format.status(run))
 
-    async def _resume(self, request: Request, runs: CrewRuns) -> Response:
+    async def _resume(self, request: Request, crew: CrewRuns) -> Response:
         body, targets = await _read(request, _Resume)
-        run = _known(runs, body.execution_id)
+        run = _known(crew, body.execution_id)
         if self._sender.review is not None:
             raise _RefusedError(400, "Execution not pending", "A Flow takes its answer at the callback URL.")
         word = run.answer(body.task_id, Answer(body.is_approve, body.human_feedback), targets)
@@ -335,7 +332,7 @@ class CrewApp:
             raise _RefusedError(400, "Execution not pending", message)
         return _JSON({"status": word, "message": f"The answer was accepted: {word}."})
 
-    async def _callback(self, request: Request, runs: CrewRuns) -> Response:
+    async def _callback(self, request: Request, crew: CrewRuns) -> Response:
         feedback = (await _read(request, _Callback))[0].feedback
         asked, review = self._sender.asked.get(request.path_params["token"]), self._sender.review
         if asked is None or review is None:
@@ -346,9 +343,9 @@ class CrewApp:
         run.answer(question.task_id, Answer(review.approves(feedback), feedback))
         return _JSON({"status": "accepted", "request": {"status": "responded", "feedback": feedback}})
 
-    async def _stop(self, request: Request, runs: CrewRuns) -> Response:
-        run = _known(runs, request.path_params["id"])
-        if not runs.stop(run):  # never published, and the same in all formats
+    async def _stop(self, request: Request, crew: CrewRuns) -> Response:
+        run = _known(crew, request.path_params["id"])
+        if not crew.stop(run):  # never published, and the same in all formats
             return _JSON({"detail": f"Cannot stop execution. Current state: {WORDS[run.state][0]}"}, 400)
         return _JSON({"status": "stopped", "kickoffId": run.id})
 
@@ -374,8 +371,8 @@ class CrewApp:
                 return _JSON(body, status, headers)
 
 
-def _known(runs: CrewRuns, id_: str) -> Run:
-    run = runs.get(id_)
+def _known(crew: CrewRuns, id_: str) -> Run:
+    run = crew.runs.get(id_)
     if run is None or "forgotten" in run.faults:
         raise _RefusedError(404, "Execution not found", "No execution found with the given id.")
     return run

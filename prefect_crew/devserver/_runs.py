@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import time
 import uuid
-from collections.abc import Callable, Coroutine, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any, Literal, NamedTuple, Protocol
@@ -181,11 +181,6 @@ class Run:
 
     # Called by the server
 
-    def begin(self) -> None:
-        """Go from pending to running."""
-        self._state = CrewState.RUNNING
-        self.listener(self, "started", None)
-
     def deny_status(self) -> bool:
         """Count a status call, and return whether a fault has it deny that there is this run."""
         self._status_calls += 1
@@ -210,6 +205,10 @@ class Run:
         if not answer.approve:
             return "retrying"
         return "completed" if self.planned and task_id == self.planned[-1] else "resumed"
+
+    def begin(self) -> None:
+        self._state = CrewState.RUNNING
+        self.listener(self, "started", None)
 
     def end(self, state: CrewState, *, outcome: Outcome | None = None, error: str | None = None) -> None:
         """Close the run."""
@@ -237,26 +236,19 @@ class CrewRuns:
         self._spawn = spawn
         self._max_runs: int | None = max_runs or getattr(program, "max_runs", None)
         self._slots: asyncio.Semaphore | contextlib.nullcontext[None] = contextlib.nullcontext()
-        self._runs: dict[str, Run] = {}
-
-    def __iter__(self) -> Iterator[Run]:
-        return iter(list(self._runs.values()))
-
-    def get(self, id: str) -> Run | None:  # noqa: A002 - the crew API's word
-        """Return the run with this id, whatever its faults hide from clients, or None."""
-        return self._runs.get(id)
+        self.runs: dict[str, Run] = {}
 
     def open(self) -> None:
         """Begin to run, on this event loop. Runs that were abandoned begin again, under their ids."""
         self._slots = asyncio.Semaphore(self._max_runs) if self._max_runs else contextlib.nullcontext()
-        for run in self:
+        for run in list(self.runs.values()):
             if not run.state.ended:
                 self.start(replace(run))
 
     def start(self, run: Run) -> None:
         """Accept a run, which goes on by itself from then on."""
         run.is_flow, run.listener = self.is_flow, self._listener
-        self._runs[run.id] = run
+        self.runs[run.id] = run
         run.task = self._spawn(self._run(run))
 
     def stop(self, run: Run) -> bool:

@@ -14,10 +14,10 @@ import yaml
 from jinja2 import StrictUndefined, TemplateError, TemplateSyntaxError
 from jinja2.meta import find_undeclared_variables
 from jinja2.sandbox import SandboxedEnvironment
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from prefect_crew.client.models import CrewInput, TaskResult, TokenUsage
-from prefect_crew.devserver._faults import Fault
+from prefect_crew.devserver._faults import Faults
 from prefect_crew.devserver._runs import Outcome, ProgramError, Run
 
 _JINJA = SandboxedEnvironment(undefined=StrictUndefined, autoescape=False, trim_blocks=True, lstrip_blocks=True)
@@ -77,11 +77,6 @@ def _as_input(value: Any) -> Any:
     return {"name": value} if isinstance(value, str) else value
 
 
-def _check_fault(text: str) -> str:
-    Fault.parse(text)
-    return text
-
-
 class CrewScript(_Part):
     """A whole crew."""
 
@@ -100,12 +95,13 @@ class CrewScript(_Part):
     calls: dict[str, TokenUsage] = Field(
         default_factory=dict[str, TokenUsage], description="Tokens by model, of which a stream of events tells."
     )
-    faults: list[Annotated[str, AfterValidator(_check_fault)]] = Field(
+    faults: list[str] = Field(
         default_factory=list[str], description="What the server does wrong, such as kickoff:drop-after-accept@1."
     )
 
     @model_validator(mode="after")
     def _check(self) -> CrewScript:
+        Faults(self.faults)
         inputs, tasks = [item.name for item in self.inputs], [task.name for task in self.tasks]
         if twice := sorted({name for names in (inputs, tasks) for name in names if names.count(name) > 1}):
             raise ValueError(f"several inputs or tasks have the same name: {', '.join(twice)}")

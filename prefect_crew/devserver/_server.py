@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import secrets
 import shlex
 import socket
 import threading
@@ -57,10 +56,9 @@ class CrewServer(CrewApp):
         spec: Spec | Mapping[str, Spec] = "echo",
         *,
         port: int = 0,
-        token: str | None = None,
         **options: Unpack[ServerOptions],
     ) -> None:
-        super().__init__(spec, token=token or secrets.token_urlsafe(24), **options)
+        super().__init__(spec, **options)
         self.crash = self._crash
         self.port: int = port
         self.crashed: threading.Event = threading.Event()
@@ -182,7 +180,6 @@ def serve(
     *,
     host: str = "127.0.0.1",
     port: int = 8000,
-    token: str | None = None,
     **options: Unpack[ServerOptions],
 ) -> int:
     """Serve a crew until Ctrl-C or SIGTERM; runs in flight are cancelled then. Returns 0.
@@ -195,12 +192,12 @@ def serve(
             ValueErrors).
         OSError: The port is taken, or the host is not this machine's.
     """
-    app = CrewApp(spec, token=token or secrets.token_urlsafe(24), **options)
+    app = CrewApp(spec, **options)
     with contextlib.closing(open_listener(host, port)) as listener:
-        name, runs = next(iter(app.crews.items()))
-        inputs = "".join(f" -i {shlex.quote(item.name)}=…" for item in runs.program.inputs() if item.required)
+        name, served = next(iter(app.crews.items()))
+        inputs = "".join(f" -i {shlex.quote(item.name)}=…" for item in served.program.inputs() if item.required)
         crew = f"{url_of(listener)}/{name}".rstrip("/")
-        line = f"{'' if token else f'CREW_TOKEN={app.token} '}prefect-crew run {crew}{inputs}"
-        line = f"Serving the crew {runs.program.name} at {crew}  Try: {line}  Stop: Ctrl-C"
+        line = f"{'' if options.get('token') else f'CREW_TOKEN={app.token} '}prefect-crew run {crew}{inputs}"
+        line = f"Serving the crew {served.program.name} at {crew}  Try: {line}  Stop: Ctrl-C"
         asyncio.run(_DevServer(app, on_started=lambda: print_line(line)).serve(sockets=[listener]))
     return 0

@@ -177,7 +177,7 @@ def test_an_error_after_the_kickoff_names_the_run_and_never_says_that_nothing_wa
     before = crews.kickoffs
     done = here("run", f"{crews.url}/greet", "-i", "who=Ada", "-o", "json")
     assert (crews.kickoffs, done.code) == (before + 1, 1)
-    kickoff_id = [*crews.crews["greet"]][-1].id
+    kickoff_id = [*crews.crews["greet"].runs.values()][-1].id
     assert f"Run {kickoff_id} was started and is on record: prefect-crew result" in done.err
     assert "--debug shows more" in done.err
     assert done.json["error"].items() >= {"kickoff_id": kickoff_id, "exit_code": 1}.items()

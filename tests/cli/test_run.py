@@ -161,7 +161,7 @@ def test_extra_inputs_and_a_state_to_restore(here, greet: str, crews: CrewServer
     state = "3f2b8c1e-9d47-4a6b-8f0e-5c1d2a7b9e64"
     line = ("-i", "who=Ada", "-i", "colour=red", "--allow-extra", "--restore-from", state)
     assert here("run", greet, *line).code == 0
-    last = [*crews.crews["greet"]][-1]
+    last = [*crews.crews["greet"].runs.values()][-1]
     assert (last.inputs, last.restore_from) == ({"who": "Ada", "colour": "red"}, state)
 
 

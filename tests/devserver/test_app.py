@@ -207,7 +207,6 @@ def test_inputs_of_any_kind_come_back(serve: Serve) -> None:
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"token": ""}, "The token must not be empty"),
         ({"response_format": "x"}, "Formats: documented, union, live"),
         ({"generation": "next"}, "first or later"),
         ({"speed": 0}, "speed must be above 0"),
@@ -217,4 +216,4 @@ def test_inputs_of_any_kind_come_back(serve: Serve) -> None:
 )
 def test_options_that_make_no_sense(options: dict[str, Any], text: str) -> None:
     with pytest.raises(ValueError, match=text):
-        create_app(**{"spec": "echo", "token": "t"} | options)
+        create_app(**{"spec": "echo"} | options)

@@ -49,7 +49,7 @@ X, T = "name: x\n", "name: x\ntasks:\n  - name: t\n    "
         ),
         pytest.param(f"{T}\ninputs: [a, {{name: a}}]", [": several .* have the same name: a"], id="input-twice"),
         pytest.param(f"{T}\ninputs: [{{type: a}}]", [": inputs.0.name: Field"], id="input-name"),
-        pytest.param(f"{T}\nfaults: ['status:explode']", [": faults.0: There is no fault"], id="fault"),
+        pytest.param(f"{T}\nfaults: ['status:explode']", [": There is no fault"], id="fault"),
         pytest.param(f"{T}output: !!python/object:os.x {{}}\n", [" is not YAML"], id="unsafe"),
         pytest.param(
             f"{T}steps: [{{content: '{{{{ topik }}}}'}}]\ninputs: [topic]",

@@ -38,11 +38,7 @@ def find_chromium() -> str | None:
 
 
 class Chromium:
-    """A headless browser with an empty profile; a context manager.
-
-    Args:
-        executable: As `find_chromium` gives it.
-    """
+    """A headless browser with an empty profile; a context manager. `executable` is as `find_chromium` gives it."""
 
     def __init__(self, executable: str) -> None:
         self._executable = executable
@@ -50,35 +46,20 @@ class Chromium:
         self._playwright: Any = None
         self._browser: Any = None
 
-    def start(self) -> Chromium:
-        """Start it; about 2 seconds."""
-
+    def __enter__(self) -> Chromium:
         def begin() -> None:
             from playwright.sync_api import sync_playwright
 
             self._playwright = sync_playwright().start()
             self._browser = self._playwright.chromium.launch(executable_path=self._executable, args=list(FLAGS))
 
-        self._thread.submit(begin).result()
+        self.run(begin)
         return self
 
-    def stop(self) -> None:
-        """End the browser and its pages."""
-
-        def end() -> None:
-            if self._browser:
-                self._browser.close()
-            if self._playwright:
-                self._playwright.stop()
-
-        self._thread.submit(end).result()
-        self._thread.shutdown()
-
-    def __enter__(self) -> Chromium:
-        return self.start()
-
     def __exit__(self, *_: object) -> None:
-        self.stop()
+        self.run(lambda: self._browser and self._browser.close())
+        self.run(lambda: self._playwright and self._playwright.stop())
+        self._thread.shutdown()
 
     def page(self, *, width: int = 1280, height: int = 900, dark: bool = False) -> Page:
         """Return a fresh page, with cookies and storage of its own; a context manager."""
@@ -90,7 +71,7 @@ class Chromium:
             context.set_default_timeout(30_000)
             return context.new_page()
 
-        return Page(self, self._thread.submit(make).result())
+        return Page(self, self.run(make))
 
     def run(self, action: Callable[[], T]) -> T:
         """Run `action` on the browser's thread and return what it returns."""
@@ -98,12 +79,8 @@ class Chromium:
 
 
 class Page:
-    """One page. Waits take at most 30 seconds, then raise Playwright's TimeoutError.
-
-    Selectors are Playwright's: CSS, `text=…`, `role=button[name="Run"]`.
-
-    Attributes:
-        requests: The URLs that it asked for.
+    """One page. Waits take at most 30 seconds, then raise Playwright's TimeoutError. `requests` are the URLs that it
+    asked for. Selectors are Playwright's: CSS, `text=…`, `role=button[name="Run"]`; the first that fits counts.
     """
 
     def __init__(self, browser: Chromium, page: PlaywrightPage) -> None:
@@ -122,11 +99,10 @@ class Page:
 
     @property
     def url(self) -> str:
-        """Where it is now."""
         return self.raw(lambda page: page.url)
 
     def wait_for(self, selector: str) -> None:
-        """Wait until something visible fits `selector`."""
+        """Wait until something visible fits."""
         self.raw(lambda page: page.locator(selector).first.wait_for(state="visible"))
 
     def wait_for_text(self, text: str) -> None:
@@ -134,11 +110,9 @@ class Page:
         self.raw(lambda page: page.get_by_text(text).first.wait_for(state="visible"))
 
     def text(self, selector: str = "body") -> str:
-        """Return the visible text of the first element that fits."""
         return self.raw(lambda page: page.locator(selector).first.inner_text())
 
     def count(self, selector: str) -> int:
-        """Return how many elements fit now."""
         return self.raw(lambda page: page.locator(selector).count())
 
     def evaluate(self, script: str, argument: Any = None) -> Any:
@@ -146,11 +120,9 @@ class Page:
         return self.raw(lambda page: page.evaluate(script, argument))
 
     def click(self, selector: str) -> None:
-        """Click the first element that fits, once it is there and can be clicked."""
         self.raw(lambda page: page.locator(selector).first.click())
 
     def fill(self, selector: str, text: str) -> None:
-        """Replace the text of an input."""
         self.raw(lambda page: page.locator(selector).first.fill(text))
 
     def screenshot(self, path: Path, *, selector: str | None = None, whole: bool = True) -> Path:
@@ -161,12 +133,8 @@ class Page:
             self.raw(lambda page: page.screenshot(path=path, full_page=whole))
         return path
 
-    def close(self) -> None:
-        """Close it and forget its cookies."""
-        self.raw(lambda page: page.context.close())
-
     def __enter__(self) -> Page:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
+        self.raw(lambda page: page.context.close())

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import gzip
-import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from dataclasses import dataclass
 from typing import Any
 
 from opentelemetry import trace
@@ -18,6 +16,8 @@ from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.util._once import Once
+
+from support.receiver import Listener
 
 
 @dataclass(frozen=True)
@@ -36,28 +36,16 @@ class SeenSpan:
     scope: str
 
 
-@dataclass
-class Collector:
-    """Listens on a free loopback port. `bodies` are the requests as they came, for what must not stand in them."""
+class Collector(Listener):
+    """Keeps what it gets. `bodies` are the requests as they came, for what must not stand in them; `points` are the
+    metrics: name, attributes, and value, which is the count and the sum of a histogram."""
 
-    spans: list[SeenSpan] = field(default_factory=list[SeenSpan])
-    points: list[tuple[str, dict[str, Any], Any]] = field(default_factory=list[Any])
-    """The metrics: name, attributes, value. A histogram's value is its count and its sum."""
-    bodies: list[bytes] = field(default_factory=list[bytes])
-
-    def __post_init__(self) -> None:
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
-        self._server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self._server.server_port}"
+    def __init__(self) -> None:
+        super().__init__()
+        self.spans: list[SeenSpan] = []
+        self.points: list[tuple[str, dict[str, Any], Any]] = []
+        self.bodies: list[bytes] = []
         self._flush: Any = None
-
-    def __enter__(self) -> Collector:
-        threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._server.shutdown()
-        self._server.server_close()
 
     @contextmanager
     def traced(self) -> Iterator[Collector]:
@@ -92,56 +80,36 @@ class Collector:
         self.all()
         return all(text.encode() not in body for body in self.bodies)
 
-    def _take(self, path: str, body: bytes) -> None:
+    def take(self, path: str, headers: Mapping[str, str], body: bytes) -> int:
+        body = gzip.decompress(body) if "Content-Encoding" in headers else body
         self.bodies.append(body)
         if path == "/v1/traces":
             for group in ExportTraceServiceRequest.FromString(body).resource_spans:
                 for scope in group.scope_spans:
                     self.spans += [_span(one, scope.scope.name) for one in scope.spans]
-        elif path == "/v1/metrics":
-            for group in ExportMetricsServiceRequest.FromString(body).resource_metrics:
-                for scope in group.scope_metrics:
-                    for metric in scope.metrics:
-                        self.points += _points(metric)
-
-    def _handler(self) -> type[BaseHTTPRequestHandler]:
-        collector = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                body = self.rfile.read(int(self.headers["Content-Length"]))
-                collector._take(self.path, gzip.decompress(body) if self.headers["Content-Encoding"] else body)
-                self.send_response(200)
-                self.send_header("Content-Length", "0")
-                self.end_headers()
-
-            def log_message(self, format: str, *args: Any) -> None:  # noqa: A002  its own name
-                pass
-
-        return Handler
+            return 200
+        for group in ExportMetricsServiceRequest.FromString(body).resource_metrics:
+            for scope in group.scope_metrics:
+                for metric in scope.metrics:
+                    self.points += _points(metric)
+        return 200
 
 
 def _span(span: Any, scope: str) -> SeenSpan:
-    return SeenSpan(
-        name=span.name,
-        attributes={one.key: _value(one.value) for one in span.attributes},
-        start=span.start_time_unix_nano / 1e9,
-        end=span.end_time_unix_nano / 1e9,
-        id=span.span_id,
-        parent=span.parent_span_id,
-        trace_id=span.trace_id,
-        failed=span.status.code == 2,
-        message=span.status.message,
-        scope=scope,
-    )
+    times, failed = (span.start_time_unix_nano / 1e9, span.end_time_unix_nano / 1e9), span.status.code == 2
+    ids = (span.span_id, span.parent_span_id, span.trace_id)
+    return SeenSpan(span.name, _values(span), *times, *ids, failed, span.status.message, scope)
 
 
 def _points(metric: Any) -> Iterator[tuple[str, dict[str, Any], Any]]:
     kind = metric.WhichOneof("data")
     for point in getattr(metric, kind).data_points:
-        attributes = {one.key: _value(one.value) for one in point.attributes}
         value = (point.count, point.sum) if kind == "histogram" else point.as_double or point.as_int
-        yield metric.name, attributes, value
+        yield metric.name, _values(point), value
+
+
+def _values(thing: Any) -> dict[str, Any]:
+    return {one.key: _value(one.value) for one in thing.attributes}
 
 
 def _value(value: Any) -> Any:

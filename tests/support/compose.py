@@ -25,10 +25,6 @@ def services() -> dict[str, dict[str, Any]]:
 
 
 def environment(service: str, **values: str) -> dict[str, str]:
-    """Return a service's environment, with `${NAME:?…}` replaced by these values.
-
-    Raises:
-        KeyError: The file asks for a value that is not given.
-    """
+    """Return a service's environment, with `${NAME:?…}` replaced by these values."""
     declared: dict[str, str] = services()[service].get("environment", {})
     return {name: _VARIABLE.sub(lambda found: values[found["name"]], str(value)) for name, value in declared.items()}

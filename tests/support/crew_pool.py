@@ -5,18 +5,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-import time
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import httpx
-
 from prefect_crew.client.models import CrewInput
 from prefect_crew.devserver import CrewServer, Outcome, Run
 from support.deployed import command, wait_until
 from support.prefect_server import PrefectServer, connected
+from support.seen import Seen
 from support.workers import Worker
 
 RUN_CREW = "prefect_crew.flows.run_deployed_crew"
@@ -44,57 +42,50 @@ class CrewOnCommand:
         return Outcome(f"About {run.inputs['topic']}")
 
 
-class CrewPool:
-    """A work pool of type `crew`; a context manager that ends its workers and crews.
+class Crews:
+    """A Prefect server with crews behind it; a context manager that ends what was started within."""
 
-    Args:
-        server: A running Prefect server.
-        folder: For logs and homes.
-        name: The pool's name.
-        heartbeat: Seconds between the workers' heartbeats.
-        kind: The pool's type, for a comparison with another one.
-    """
-
-    _numbers = itertools.count(1)
-
-    def __init__(
-        self, server: PrefectServer, folder: Path, name: str | None = None, *, heartbeat: int = 30, kind: str = "crew"
-    ) -> None:
+    def __init__(self, server: PrefectServer, folder: Path) -> None:
         self.server = server
         self.folder = folder
-        self.name = name or f"crews-{next(self._numbers)}"
-        self.heartbeat = heartbeat
-        self.kind = kind
         self.env = server.env(home=folder / "home")
         self.crews: dict[str, CrewServer] = {}
+        self.seen = Seen(server)
         self._open = contextlib.ExitStack()
-        self._http = httpx.Client(base_url=server.api_url, timeout=60.0, trust_env=False)
-
-    def __enter__(self) -> CrewPool:
-        self._open.enter_context(self._http)
-        command("prefect", "work-pool", "create", self.name, "--type", self.kind, env=self.env)
-        return self
+        self._open.callback(self.seen.close)
 
     def __exit__(self, *_: object) -> None:
         self._open.close()
 
     def call(self, method: str, path: str, body: Any = None) -> Any:
         """Ask the Prefect API, and return what it answers."""
-        deadline = time.monotonic() + 10
-        response = self._http.request(method, path, json=body)
-        while response.status_code == httpx.codes.SERVICE_UNAVAILABLE and time.monotonic() < deadline:
-            time.sleep(0.5)  # SQLite is busy
-            response = self._http.request(method, path, json=body)
-        assert response.is_success, f"{method} {path}: {response.status_code} {response.text}"
-        return response.json() if response.content else None
+        return self.seen.call(method, path, body)
 
     def add_crew(self, name: str, spec: Any, *, wait: Mapping[str, Any] | None = None, **options: Any) -> CrewServer:
-        """Start a crew on the dev server and store it as a block."""
+        """Start a crew and store it as a block. One of that name from before loses its block, and runs on."""
         crew = self.crews[name] = self._open.enter_context(CrewServer(spec, **options))
         with connected(self.server, self.folder / "home"):
             block: Any = crew.crew(wait=dict({"initial": 0.1, "max_interval": 0.5} if wait is None else wait))
-            block.save(name, overwrite=True, _sync=True)
+            block.save(name, overwrite=True, _sync=True)  # whatever kind of test calls it
         return crew
+
+
+class CrewPool(Crews):
+    """A work pool of type `crew`."""
+
+    _numbers = itertools.count(1)
+
+    def __init__(
+        self, server: PrefectServer, folder: Path, name: str | None = None, *, heartbeat: int = 30, kind: str = "crew"
+    ) -> None:
+        super().__init__(server, folder)
+        self.name = name or f"crews-{next(self._numbers)}"
+        self.heartbeat = heartbeat
+        self.kind = kind
+
+    def __enter__(self) -> CrewPool:
+        command("prefect", "work-pool", "create", self.name, "--type", self.kind, env=self.env)
+        return self
 
     def worker(self, name: str, *, started: bool = True, limit: int | None = None, **env: str) -> Worker:
         """Start a crew worker; it ends with the pool."""
@@ -136,7 +127,7 @@ class CrewPool:
 
     def flow_run(self, flow_run_id: str) -> dict[str, Any]:
         """Return a flow run as the server has it."""
-        return self.call("GET", f"/flow_runs/{flow_run_id}")
+        return self.seen.flow_run(flow_run_id)
 
     def wait_for(
         self, flow_run_id: str, *states: str, name: str | None = None, seconds: float = 60.0

@@ -31,15 +31,7 @@ class DocsError(Exception):
 
 @dataclass(frozen=True)
 class Block:
-    """One fenced code block.
-
-    Attributes:
-        where: "docs/guides/batches.md:42", the line of its fence.
-        run: The words of the directive `run`, by name; a word without a value has "".
-        file: The name of the file that it is written to instead of being run, if any.
-        output: Whether it is what the block before it printed.
-        not_run: Why it is not run, if it is not.
-    """
+    """One fenced code block."""
 
     where: str
     language: str
@@ -57,14 +49,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Page:
-    """One page.
-
-    Attributes:
-        name: Its path from the root of the clone, with slashes.
-        slow: Whether it belongs to the slow tests.
-        needs: The extras without which it is skipped, by the module that tells whether they are there.
-        after: The page that a reader has done before, by its path in docs/, if any.
-    """
+    """One page."""
 
     name: str
     blocks: list[Block]
@@ -74,11 +59,7 @@ class Page:
 
 
 def read_page(root: Path, path: Path) -> Page:
-    """Read one page.
-
-    Raises:
-        DocsError: A block has no language, or one that is unknown; a directive is misspelt or stands before nothing.
-    """
+    """Read one page."""
     name = path.relative_to(root).as_posix()
     lines = path.read_text(encoding="utf-8").splitlines()
     blocks: list[Block] = []
@@ -112,11 +93,7 @@ def read_page(root: Path, path: Path) -> Page:
 
 
 def groups_of(pages: Iterable[Page]) -> list[list[Page]]:
-    """Return pages that one reader does one after the other, in that order: each right after the one it is `after`.
-
-    Raises:
-        DocsError: A page is after one that does not exist.
-    """
+    """Return pages that one reader does one after the other, in that order: each right after the one it is `after`."""
     known = {page.name: page for page in pages}
     followers: dict[str, list[Page]] = {name: [] for name in known}
     for page in known.values():
@@ -176,11 +153,7 @@ def _block(where: str, language: str, code: str, directives: list[tuple[str, str
 
 
 def check_data(block: Block) -> None:
-    """Check that a block is what its language says, without running it.
-
-    Raises:
-        DocsError: It is not.
-    """
+    """Check that a block is what its language says, without running it."""
     try:
         if block.language == "yaml":
             list(yaml.safe_load_all(block.code))

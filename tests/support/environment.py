@@ -40,11 +40,7 @@ def isolated(home: Path, extra: Mapping[str, str] | None = None) -> dict[str, st
 
 
 def program(name: str) -> str:
-    """Return the path of a program of this environment, such as `prefect` or `prefect-crew`.
-
-    Raises:
-        FileNotFoundError: It is not installed; the text says how to install it.
-    """
+    """Return the path of a program of this environment, such as `prefect` or `prefect-crew`."""
     path = BIN / name
     if not path.exists():
         raise FileNotFoundError(f"{name} is not in the environment of the tests: run `make test`, or install .[all].")

@@ -11,12 +11,9 @@ from prefect_crew.devserver import Outcome, Run
 
 
 class Held:
-    """A crew whose tasks run until `release()`, and whose output is "done". Serve it as any other: `crew_server(held)`.
+    """A crew whose tasks run until `release()`, or until `until(number of the task)`, and whose output is "done".
 
-    Args:
-        tasks: The names of its tasks. One named "draft" waits for a person instead.
-        until: When a task may end, by its number from 1, in place of `release()`. It is asked often, on the server's
-            thread.
+    Serve it as any other: `crew_server(held)`. A task named "draft" waits for a person instead.
     """
 
     name = "held"

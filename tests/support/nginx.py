@@ -32,13 +32,7 @@ http {{
 
 
 def start_nginx(folder: Path, page: str, changes: Mapping[str, str]) -> Process:
-    """Start nginx with the server of a page in docs/guides.
-
-    Args:
-        folder: Where it keeps its files and logs.
-        page: The page's name.
-        changes: What is another text here, each of which the page has: ports, names, paths.
-    """
+    """Start nginx with the server of a page in docs/guides."""
     program = shutil.which("nginx")
     if program is None:
         pytest.skip("needs nginx (Debian: apt-get install nginx-light)")

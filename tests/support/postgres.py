@@ -23,32 +23,23 @@ def find_postgres() -> Path | None:
     # Debian keeps the server's programs off PATH, in a folder for each version.
     versions = [path.parent for path in Path(DEBIAN).glob("*/bin/initdb") if path.with_name("postgres").exists()]
     if versions:
-        return max(versions, key=lambda path: _number(path.parent.name))
+        return max(versions, key=lambda path: float(path.parent.name))
     initdb = shutil.which("initdb")
     return Path(initdb).resolve().parent if initdb and shutil.which("postgres") else None
-
-
-def _number(version: str) -> float:
-    try:
-        return float(version)
-    except ValueError:
-        return 0.0
 
 
 class Postgres:
     """A PostgreSQL server on a free loopback port, with a data folder that is removed at the end; a context manager.
 
     PostgreSQL refuses to run as root: then it runs as `postgres`, or as `nobody` where there is no such user.
-
-    Args:
-        programs: The folder of `initdb` and `postgres`, as `find_postgres` gives it.
     """
 
     def __init__(self, programs: Path) -> None:
         self.programs = programs
         self.port = free_port()
         self._process: Process | None = None
-        self._user = _unprivileged_user() if os.geteuid() == 0 else None
+        known = {user.pw_name for user in pwd.getpwall()}
+        self._user = next(name for name in ("postgres", "nobody") if name in known) if os.geteuid() == 0 else None
         # Not below pytest's own folder, which other users may not enter.
         self._folder = Path(tempfile.mkdtemp(prefix="prefect-crew-postgres-"))
         self.log = self._folder / "postgres.log"
@@ -60,36 +51,23 @@ class Postgres:
         return self._process
 
     def start(self, timeout: float = 60.0) -> Postgres:
-        """Make the database cluster and start it; about 3 seconds.
-
-        Raises:
-            ProcessError: It could not be made or did not answer within `timeout` seconds; with the end of its log.
-        """
+        """Make the database cluster and start it; about 3 seconds."""
         data = self._folder / "data"
         data.mkdir(mode=0o700)
         if self._user:
             self._folder.chmod(0o755)
             shutil.chown(data, self._user)
-        made = Process(
-            [
-                self.programs / "initdb", "--pgdata", data, "--username", SUPERUSER, "--auth", "trust", "--no-sync",
-                "--encoding", "UTF8", "--no-locale",
-            ],
-            log=self.log,
-            cwd=data,
-            user=self._user,
-        )  # fmt: skip
+        options = "--auth trust --no-sync --encoding UTF8 --no-locale --username"
+        made = self._run("initdb", "--pgdata", data, *options.split(), SUPERUSER)
         if made.wait(timeout) != 0:
             raise ProcessError(f"initdb failed:\n{made.tail()}")
         return self.serve(timeout)
 
-    def serve(self, timeout: float = 60.0) -> Postgres:
-        """Start it over its data, also once more after it was killed.
+    def _run(self, name: str, *arguments: str | Path) -> Process:
+        return Process([self.programs / name, *arguments], log=self.log, cwd=self._folder / "data", user=self._user)
 
-        Raises:
-            ProcessError: It did not answer within `timeout` seconds; with the end of its log.
-        """
-        data = self._folder / "data"
+    def serve(self, timeout: float = 60.0) -> Postgres:
+        """Start it over its data, also once more after it was killed."""
         options = {
             "listen_addresses": "127.0.0.1",
             "port": str(self.port),
@@ -101,19 +79,14 @@ class Postgres:
             "full_page_writes": "off",
         }
         flags = [part for name, value in options.items() for part in ("-c", f"{name}={value}")]
-        self._process = Process(
-            [self.programs / "postgres", "-D", data, *flags], log=self.log, cwd=data, user=self._user
-        )
-        self._wait_until_ready(time.monotonic() + timeout)
-        return self
-
-    def _wait_until_ready(self, deadline: float) -> None:
-        assert self._process is not None
+        self._process = process = self._run("postgres", "-D", self._folder / "data", *flags)
+        deadline = time.monotonic() + timeout
         while not self._answers():
-            if not self._process.running or time.monotonic() > deadline:
-                self._process.kill()
-                raise ProcessError(f"PostgreSQL did not start:\n{self._process.tail()}")
+            if not process.running or time.monotonic() > deadline:
+                process.kill()
+                raise ProcessError(f"PostgreSQL did not start:\n{process.tail()}")
             time.sleep(0.1)
+        return self
 
     def _answers(self) -> bool:
         import asyncpg
@@ -154,11 +127,3 @@ class Postgres:
 
     def __exit__(self, *_: object) -> None:
         self.stop()
-
-
-def _unprivileged_user() -> str:
-    known = {user.pw_name for user in pwd.getpwall()}
-    for name in ("postgres", "nobody"):
-        if name in known:
-            return name
-    raise ProcessError("PostgreSQL refuses to run as root, and there is no user postgres or nobody to run it as.")

@@ -44,20 +44,7 @@ def free_port() -> int:
 
 
 class PrefectServer:
-    """A `prefect server start` process; a context manager.
-
-    Args:
-        folder: What it keeps: its home, its SQLite database and its log.
-        database_url: A database other than SQLite in `folder`, as SQLAlchemy writes it.
-        template: A migrated SQLite database to start from. It is made from this server's if it does not exist.
-
-    Attributes:
-        api_url: What clients set `PREFECT_API_URL` to. It stays the same after a restart.
-        ui_url: The root of the pages, without a slash at the end.
-        home: Its PREFECT_HOME, and that of clients that use `env()` as it is.
-        database: The SQLite file, None with another database.
-        log: The file with all its output.
-    """
+    """A `prefect server start` process; a context manager."""
 
     def __init__(
         self,
@@ -101,12 +88,7 @@ class PrefectServer:
         return self._process
 
     def env(self, *, home: Path | None = None, **extra: str) -> dict[str, str]:
-        """Return the whole environment of a process that is a client of this server.
-
-        Args:
-            home: The client's PREFECT_HOME, for one that stands for another machine; the server's if left out.
-            extra: More variables.
-        """
+        """Return the whole environment of a process that is a client of this server."""
         return isolated(home or self.home, {"PREFECT_API_URL": self.api_url, **extra})
 
     def artifact_url(self, artifact_id: str, *, ui: Literal["v1", "v2"]) -> str:
@@ -117,11 +99,7 @@ class PrefectServer:
         return f"{self.ui_url}{'/v2' if ui == 'v2' else ''}/artifacts/artifact/{artifact_id}"
 
     def start(self, timeout: float = 120.0) -> PrefectServer:
-        """Start it and wait until it answers; about 5 seconds, 12 with a new database.
-
-        Raises:
-            ProcessError: It ended, or did not answer within `timeout` seconds; with the end of its log.
-        """
+        """Start it and wait until it answers; about 5 seconds, 12 with a new database."""
         if self.running:
             return self
         self.home.mkdir(parents=True, exist_ok=True)
@@ -213,10 +191,6 @@ def connected(server: PrefectServer, home: Path) -> Iterator[PrefectServer]:
 
     The variables are really set, and Prefect's global settings read again, since a temporary settings context is not
     seen by threads that someone else has started. Logs and events are sent before it ends.
-
-    Args:
-        server: A running server.
-        home: PREFECT_HOME for that time, so that results stored on disk stay apart.
     """
     with environment({"PREFECT_API_URL": server.api_url, "PREFECT_HOME": str(home)}):
         try:

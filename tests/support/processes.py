@@ -27,16 +27,7 @@ class ProcessError(Exception):
 
 
 class Process:
-    """A process with a session of its own, its output in a file, and an end.
-
-    Args:
-        command: The program and its arguments.
-        log: The file that gets standard output and error, appended.
-        env: The whole environment; that of the tests if left out.
-        cwd: The folder it runs in.
-        user: Another user to run as (root only), by name.
-        stdin: Whether it gets a pipe as standard input instead of nothing.
-    """
+    """A process with a session of its own, its output in a file, and an end."""
 
     def __init__(
         self,
@@ -109,11 +100,7 @@ class Process:
             self.popen.send_signal(number)
 
     def kill(self) -> None:
-        """SIGKILL to the process and to everything that descends from it, and wait until all are gone.
-
-        Raises:
-            ProcessError: Something still lives after 10 seconds.
-        """
+        """SIGKILL to the process and to everything that descends from it, and wait until all are gone."""
         deadline = time.monotonic() + 10
         while family := self.family():
             for pid in family:
@@ -131,16 +118,7 @@ class Process:
             self.popen.stdin.close()
 
     def stop(self, first: int = signal.SIGTERM, *, grace: float = 10.0, again: int | None = None) -> int:
-        """End it politely, then by force, with all descendants; return its exit code.
-
-        Args:
-            first: The signal that asks it to end.
-            grace: Seconds until the second signal, and again until SIGKILL.
-            again: The second signal, for a program that takes one to believe it; none if left out.
-
-        Raises:
-            ProcessError: Something still lives after SIGKILL.
-        """
+        """End it politely, then by force, with all descendants; return its exit code."""
         for number in (first, again):
             if number is None or not self.running:
                 continue
@@ -151,22 +129,14 @@ class Process:
         return self.popen.returncode
 
     def wait(self, timeout: float) -> int:
-        """Wait for its own end; return its exit code.
-
-        Raises:
-            ProcessError: It still runs after `timeout` seconds. It is left running.
-        """
+        """Wait for its own end; return its exit code."""
         try:
             return self.popen.wait(timeout)
         except subprocess.TimeoutExpired:
             raise ProcessError(f"{self.command} still runs after {timeout:g} seconds:\n{self.tail()}") from None
 
     def wait_for(self, text: str, timeout: float = 60.0) -> str:
-        """Wait until its output holds `text`; return the output.
-
-        Raises:
-            ProcessError: It ended, or `timeout` seconds passed, without it.
-        """
+        """Wait until its output holds `text`; return the output."""
         deadline = time.monotonic() + timeout
         while True:
             ended = not self.running  # looked at before the output, so that last words count

@@ -14,12 +14,7 @@ _REQUEST_LINE = re.compile(rb"(?:^|\r\n)(GET|POST|PUT|PATCH|DELETE) (\S+) HTTP/1
 
 
 class Proxy:
-    """Listens on a free loopback port and passes everything on to another; a context manager.
-
-    Attributes:
-        requests: Method and path of every request that came through, such as "POST /api/variables/".
-        refuse: A regular expression of method and path; such a request is answered 403, and goes no further.
-    """
+    """Listens on a free loopback port and passes everything on to another; a context manager."""
 
     def __init__(self, target_port: int) -> None:
         self.requests: list[str] = []

@@ -5,36 +5,38 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 
-@dataclass(frozen=True)
-class Delivery:
-    """One POST: its path, its headers, its JSON, and when it came (monotonic seconds)."""
+class Listener:
+    """Takes POSTs on a free loopback port; a context manager."""
 
-    path: str
-    headers: dict[str, str]
-    body: Any
-    at: float
+    def __init__(self) -> None:
+        listener = self
 
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers["Content-Length"]))
+                self.send_response(listener.take(self.path, dict(self.headers.items()), body))
+                self.send_header("Content-Length", "0")
+                self.end_headers()
 
-class Receiver:
-    """Listens on a free loopback port; `answer` is the status that it answers with, after `delay` seconds."""
+            def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the name in the standard library
+                """Say nothing."""
 
-    def __init__(self, *, answer: int = 200, delay: float = 0.0) -> None:
-        self.answer = answer
-        self.delay = delay
-        self.got: list[Delivery] = []
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self._server.daemon_threads = True
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True)
         self.url = f"http://127.0.0.1:{self._server.server_port}"
 
-    def __enter__(self) -> Receiver:
-        self._thread.start()
+    def take(self, path: str, headers: Mapping[str, str], body: bytes) -> int:
+        """Take one POST; return the status to answer with."""
+        raise NotImplementedError
+
+    def __enter__(self) -> Any:
+        threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -44,6 +46,30 @@ class Receiver:
         """Stop listening; idempotent."""
         self._server.shutdown()
         self._server.server_close()
+
+
+@dataclass(frozen=True)
+class Delivery:
+    """One POST: its path, its headers and its JSON."""
+
+    path: str
+    headers: Mapping[str, str]
+    body: Any
+
+
+class Receiver(Listener):
+    """Keeps what it gets; `answer` is the status that it answers with, after `delay` seconds."""
+
+    def __init__(self, *, answer: int = 200, delay: float = 0.0) -> None:
+        super().__init__()
+        self.answer = answer
+        self.delay = delay
+        self.got: list[Delivery] = []
+
+    def take(self, path: str, headers: Mapping[str, str], body: bytes) -> int:
+        self.got.append(Delivery(path, headers, json.loads(body)))
+        time.sleep(self.delay)
+        return self.answer
 
     def at(self, path: str) -> list[Any]:
         """Return the bodies that came to one path, in order of arrival."""
@@ -55,20 +81,3 @@ class Receiver:
         while not enough(self):
             assert time.monotonic() < deadline, f"only {[delivery.path for delivery in self.got]} came"
             time.sleep(0.01)
-
-    def _handler(self) -> type[BaseHTTPRequestHandler]:
-        receiver = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                receiver.got.append(Delivery(self.path, dict(self.headers.items()), body, time.monotonic()))
-                time.sleep(receiver.delay)
-                self.send_response(receiver.answer)
-                self.send_header("Content-Length", "0")
-                self.end_headers()
-
-            def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the name in the standard library
-                """Say nothing."""
-
-        return Handler

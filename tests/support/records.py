@@ -69,12 +69,7 @@ def let_pass(patch: pytest.MonkeyPatch, idempotency_key: str, days: float) -> No
 
 
 async def put(record: RunRecord, *, permit: float | None = None) -> RunRecord:
-    """Write a record down as its run does: the claim, a permit of it, and what became of that.
-
-    Args:
-        record: How it is to stand.
-        permit: How many seconds its permit is good for; a record that is merely claimed has none if that is left out.
-    """
+    """Write a record down as its run does: the claim, a permit of it, and what became of that."""
     store, phase = PrefectRecords(), record.phase
     record.phase = RecordPhase.CLAIMED
     assert await store.claim(record)

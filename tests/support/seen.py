@@ -25,19 +25,20 @@ class Seen:
 
     def get(self, path: str) -> Any:
         """Return the JSON of a GET."""
-        return self._ask("GET", path)
+        return self.call("GET", path)
 
     def post(self, path: str, body: Mapping[str, Any]) -> Any:
         """Return the JSON of a POST; None where the answer is empty."""
-        return self._ask("POST", path, body)
+        return self.call("POST", path, body)
 
-    def _ask(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
+    def call(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
+        """Return the JSON of a request; None where the answer is empty."""
         deadline = time.monotonic() + 30
         while True:
             answer = self._client.request(method, path, json=body)
             # SQLite was locked for too long: nothing was done, and Prefect's own client asks again as well.
             if answer.status_code != httpx.codes.SERVICE_UNAVAILABLE or time.monotonic() > deadline:
-                answer.raise_for_status()
+                assert answer.is_success, f"{method} {path}: {answer.status_code} {answer.text}"
                 return answer.json() if answer.content else None
             time.sleep(0.1)
 

@@ -15,12 +15,7 @@ from support.processes import MARK, ProcessError, survivors
 
 
 class Terminal:
-    """A program that runs on a pseudo-terminal of 100 columns and 40 lines; a context manager that ends it.
-
-    Args:
-        command: The program and its arguments.
-        env: Its whole environment, but for the mark that finds its descendants.
-    """
+    """A program that runs on a pseudo-terminal of 100 columns and 40 lines; a context manager that ends it."""
 
     def __init__(self, command: Sequence[str], *, env: Mapping[str, str]) -> None:
         import fcntl
@@ -43,22 +38,14 @@ class Terminal:
         os.write(self._screen, keys.encode())
 
     def wait_for(self, text: str, timeout: float = 60.0) -> None:
-        """Read until it has written `text`.
-
-        Raises:
-            ProcessError: It ended or `timeout` seconds passed without it.
-        """
+        """Read until it has written `text`."""
         deadline = time.monotonic() + timeout
         while text not in self.output:
             if time.monotonic() > deadline or not self._read(0.2):
                 raise ProcessError(f"never wrote {text!r}:\n{self.output[-3000:]}")
 
     def wait(self, timeout: float) -> int:
-        """Read until it has ended; return its exit code, negative for a signal.
-
-        Raises:
-            ProcessError: It still runs after `timeout` seconds.
-        """
+        """Read until it has ended; return its exit code, negative for a signal."""
         deadline = time.monotonic() + timeout
         while self._code is None:
             if time.monotonic() > deadline:

@@ -14,19 +14,8 @@ from support.processes import Process
 class Worker:
     """A `prefect worker start`; a context manager.
 
-    Args:
-        server: The server it asks for work.
-        pool: The work pool; made if there is none of this name.
-        name: The worker's name, for a second one of the same pool; that of the pool if left out.
-        folder: Where it runs (so where relative entrypoints are looked up), and where it keeps its log.
-        home: Its PREFECT_HOME, so where its flow runs store results; one in `folder` if left out.
-        poll: Seconds between two looks for work.
-        env: More variables, for it and its flow runs.
-        limit: How many flow runs it has at once; no limit if left out.
-        kind: The type of worker.
-
-    Attributes:
-        log: The file with its output and that of its flow runs.
+    It runs in `folder`, where relative entrypoints are looked up and its log is kept; `home` is its PREFECT_HOME, `env`
+    are more variables for it and its flow runs, `poll` the seconds between two looks for work.
     """
 
     def __init__(
@@ -54,7 +43,7 @@ class Worker:
             PYTHONUNBUFFERED="1",
             **(env or {}),
         )
-        self._limit = [] if limit is None else ["--limit", str(limit)]
+        self._options = ["--name", self.name, *([] if limit is None else ["--limit", str(limit)])]
         self._kind = kind
         self._process: Process | None = None
 
@@ -66,26 +55,9 @@ class Worker:
         return self._process
 
     def start(self, timeout: float = 60.0) -> Worker:
-        """Start it and wait until it says that it has started.
-
-        Raises:
-            ProcessError: It ended, or did not start within `timeout` seconds; with the end of its log.
-        """
+        """Start it and wait until it says that it has started."""
         self._process = Process(
-            [
-                *(
-                    program("prefect"),
-                    "worker",
-                    "start",
-                    "--pool",
-                    self.pool,
-                    "--type",
-                    self._kind,
-                    "--name",
-                    self.name,
-                ),
-                *self._limit,
-            ],
+            [program("prefect"), *f"worker start --pool {self.pool} --type {self._kind}".split(), *self._options],
             log=self.log,
             env=self._env,
             cwd=self._folder,
