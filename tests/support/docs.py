@@ -20,9 +20,9 @@ ALIASES = {"py": "python", "sh": "bash", "shell": "bash", "yml": "yaml"}
 WORDS = frozenset({"crew", "spec", "url", "token", "background", "exit", "raises", "timeout", "fresh", "speed"})
 """What `run:` understands."""
 
-_COMMENT = re.compile(r"<!--\s*(page|run|file|output|not run)\s*(?::(.*?))?\s*-->", re.DOTALL)
-_FENCED = re.compile(r"^( *)(`{3,}|~{3,}).*?^ *\2`*\s*$", re.DOTALL | re.MULTILINE)
-_FENCE = re.compile(r"^( *)(`{3,}|~{3,})\s*([^\s`]*).*$")
+_FENCED = re.compile(r"^( *)(`{3,}|~{3,}) *([^\s`]*)[^\n]*\n(.*?)^ *\2`*\s*$", re.DOTALL | re.MULTILINE)
+_DIRECTIVE = re.compile(r"^ *<!--\s*(page|run|file|output|not run)\b\s*(?::(.*?))?\s*-->", re.DOTALL | re.MULTILINE)
+_PART = re.compile(f"{_FENCED.pattern}|{_DIRECTIVE.pattern}", re.DOTALL | re.MULTILINE)
 
 
 class DocsError(Exception):
@@ -60,32 +60,26 @@ class Page:
 
 def read_page(root: Path, path: Path) -> Page:
     """Read one page."""
-    name = path.relative_to(root).as_posix()
-    lines = path.read_text(encoding="utf-8").splitlines()
+    name, text = path.relative_to(root).as_posix(), path.read_text(encoding="utf-8")
     blocks: list[Block] = []
     pending: list[tuple[str, str]] = []
     page_words: dict[str, str] = {}
-    number = 0
-    while number < len(lines):
-        where = f"{name}:{number + 1}"
-        if fence := _FENCE.match(lines[number]):
-            end = _end(lines, number, fence, where)
-            code = textwrap.dedent("\n".join(lines[number + 1 : end]) + "\n")
-            blocks.append(_block(where, fence[3].lower(), code, pending))
-            pending, number = [], end + 1
-        elif lines[number].lstrip().startswith("<!--"):
-            comment, number = _comment(lines, number)
-            for kind, text in _COMMENT.findall(comment):
-                if kind == "page":
-                    page_words.update(_words(where, text, frozenset({"slow", "needs", "after"})))
-                else:
-                    pending.append((kind, " ".join(text.split())))
+    end = 0
+    for part in _PART.finditer(text):
+        where = f"{name}:{text.count(chr(10), 0, part.start()) + 1}"
+        if pending and text[end : part.start()].strip():
+            raise DocsError(f"{where}: the directive {pending[-1][0]!r} has no code block right after it")
+        end = part.end()
+        _, fence, language, code, directive, words = part.groups()
+        if fence:
+            blocks.append(_block(where, language.lower(), textwrap.dedent(code), pending))
+            pending = []
+        elif directive == "page":
+            page_words.update(_words(where, words, frozenset({"slow", "needs", "after"})))
         else:
-            if lines[number].strip() and pending:
-                raise DocsError(
-                    f"{where}: the directive {pending[-1][0]!r} before this line has no code block after it"
-                )
-            number += 1
+            pending.append((directive, " ".join((words or "").split())))
+    if re.search(r"^ *(```|~~~)", _PART.sub("", text), re.MULTILINE):
+        raise DocsError(f"{name}: a code block has no end")
     if pending:
         raise DocsError(f"{name}: the directive {pending[-1][0]!r} at its end has no code block after it")
     needs = tuple(filter(None, page_words.get("needs", "").split(",")))
@@ -108,21 +102,6 @@ def groups_of(pages: Iterable[Page]) -> list[list[Page]]:
             yield from group(follower)
 
     return [list(group(page)) for page in known.values() if page.after is None]
-
-
-def _end(lines: list[str], start: int, fence: re.Match[str], where: str) -> int:
-    closing = re.compile(rf"^ *{fence[2][0]}{{{len(fence[2])},}}\s*$")
-    for number in range(start + 1, len(lines)):
-        if closing.match(lines[number]):
-            return number
-    raise DocsError(f"{where}: this code block has no end")
-
-
-def _comment(lines: list[str], start: int) -> tuple[str, int]:
-    number = start
-    while number < len(lines) and "-->" not in lines[number]:
-        number += 1
-    return "\n".join(lines[start : number + 1]), number + 1
 
 
 def _words(where: str, text: str, known: frozenset[str]) -> dict[str, str]:
