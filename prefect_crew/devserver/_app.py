@@ -340,7 +340,8 @@ class CrewApp:
         run, question = asked
         if run.questions.get(question.task_id) is not question:
             raise _RefusedError(409, "already_responded", "Feedback was already provided.")
-        run.answer(question.task_id, Answer(review.approves(feedback), feedback))
+        approve = not review.options or feedback.casefold().startswith(review.options[0].casefold())
+        run.answer(question.task_id, Answer(approve, feedback))
         return _JSON({"status": "accepted", "request": {"status": "responded", "feedback": feedback}})
 
     async def _stop(self, request: Request, crew: CrewRuns) -> Response:

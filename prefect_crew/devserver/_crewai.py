@@ -290,7 +290,7 @@ def _jsonable(value: Any) -> Any:
 # How it asks
 
 _current: ContextVar[_Bridge] = ContextVar("prefect_crew_bridge")
-"""The run of a thread. CrewAI calls its one provider of feedback without it, and copies the context to its threads."""
+"""The run of a thread. CrewAI calls its providers of feedback without it, and copies the context to its threads."""
 
 NOT_APPROVED = "This is not approved. Improve it."
 """What an agent hears when a person rejects its work without a word."""
@@ -299,14 +299,11 @@ NOT_APPROVED = "This is not approved. Improve it."
 class _HumanInput(SyncHumanInputProvider):
     """Tasks with `human_input=True`: what a person approves is taken as it is, what they reject is done again."""
 
-    def __init__(self, bridge: _Bridge) -> None:
-        self._bridge = bridge
-
     def handle_feedback(self, formatted_answer: AgentFinish, context: ExecutorContext) -> AgentFinish:
         task = _label(context.task) if context.task is not None else str(context.agent.role)
         result = formatted_answer
         while context.ask_for_human_input:
-            answer = self._bridge.ask(task, self._get_output_string(result))
+            answer = _current.get().ask(task, self._get_output_string(result))
             if answer.approve:
                 context.ask_for_human_input = False
             else:
@@ -343,7 +340,7 @@ flow_config.input_provider = flow_config.input_provider or _FlowFeedback()
 def _run(factory: Callable[[], Any], bridge: _Bridge) -> Outcome:
     """Build a crew or flow and run it, on a thread and in a context of its own."""
     _current.set(bridge)
-    set_provider(_HumanInput(bridge))
+    set_provider(_HumanInput())
     run = bridge.run
     stopping = (InterceptionPoint.PRE_MODEL_CALL, InterceptionPoint.PRE_TOOL_CALL, InterceptionPoint.PRE_STEP)
     with scoped_hooks({point: [bridge.check] for point in stopping}):

@@ -1,4 +1,4 @@
-"""Faults: what their texts mean, what a client sees of each, and what the server did."""
+"""Faults: what their texts mean, and what a client sees over TCP. tests/proof/test_network.py tries every one."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import httpx
 import pytest
 
 from prefect_crew.devserver import CrewServer, Fault, FaultError, Faults
-from prefect_crew.devserver._faults import FAULTS
 from support.servers import Serve, finished, kickoff, until
 
 # Texts
@@ -88,27 +87,12 @@ def server(served: tuple[CrewServer, httpx.Client]) -> Iterator[CrewServer]:
     server.faults.clear()
 
 
-ANSWERS = {name: int(name.removesuffix("-bare")) for name in FAULTS if name[0].isdigit()}
-ANSWERS |= {"redirect": 307, "html": 200, "garbage": 200, "empty": 200, "no-id": 200}
 BROKEN = {
     "drop": httpx.RemoteProtocolError,
     "reset": httpx.ReadError,
     "cut": httpx.RemoteProtocolError,
     "timeout": httpx.ReadTimeout,
 }
-
-
-@pytest.mark.parametrize("phase", ["before", "after"])
-@pytest.mark.parametrize(("name", "status"), ANSWERS.items(), ids=ANSWERS)
-def test_a_kickoff_that_is_answered_wrongly(
-    server: CrewServer, client: httpx.Client, name: str, status: int, phase: str
-) -> None:
-    server.faults.add(f"kickoff:{name}-{phase}-accept@1")
-    answer = client.post("/kickoff", json=KICKOFF)
-    assert answer.status_code == status
-    assert "kickoff_id" not in answer.text or name == "garbage"
-    assert server.kickoffs == (phase == "after")
-    assert kickoff(client, **KICKOFF)
 
 
 @pytest.mark.parametrize("phase", ["before", "after"])
@@ -166,7 +150,6 @@ def test_nothing_is_after_what_was_not_accepted(server: CrewServer, client: http
     ("fault", "statuses"),
     [
         ("status:500@2-3", [200, 500, 500, 200]),
-        ("kickoff:early-404=2@1", [404, 404, 200, 200]),
         ("status:early-404=2@1", [404, 404, 200, 200]),
         ("status:forgotten@2", [200, 404, 404, 404]),
     ],
@@ -177,24 +160,6 @@ def test_status_calls(server: CrewServer, client: httpx.Client, fault: str, stat
     assert [client.get(f"/status/{first}").status_code for _ in statuses] == statuses
     assert client.get(f"/status/{second}").status_code == 200
     assert client.post(f"/stop/{first}").status_code == (404 if "forgotten" in fault else 400)
-
-
-def test_early_404_by_time(server: CrewServer, client: httpx.Client) -> None:
-    server.faults.add("status:early-404-seconds=0.4")
-    began = time.monotonic()
-    kickoff_id = kickoff(client, **KICKOFF)
-    assert client.get(f"/status/{kickoff_id}").status_code == 404
-    until(lambda: client.get(f"/status/{kickoff_id}").status_code == 200)
-    assert time.monotonic() - began >= 0.4
-
-
-def test_stuck(server: CrewServer, client: httpx.Client) -> None:
-    server.faults.add("kickoff:stuck@1")
-    stuck, free = kickoff(client, **KICKOFF), kickoff(client, **KICKOFF)
-    assert finished(client, free)["status"] == "completed"
-    assert client.get(f"/status/{stuck}").json()["status"] == "running"
-    assert client.post(f"/stop/{stuck}").status_code == 200
-    assert client.get(f"/status/{stuck}").json()["status"] == "stopped"
 
 
 def test_faults_of_the_script_come_with_those_of_the_server(serve: Serve) -> None:

@@ -27,9 +27,7 @@ X, T = "name: x\n", "name: x\ntasks:\n  - name: t\n    "
     [
         pytest.param("name: x\ntasks: [\n", [" is not YAML: .* line 3, column 1"], id="not-yaml"),
         pytest.param("- a\n", [": Input should be a valid dictionary"], id="a-list"),
-        pytest.param("", [": Input should be a valid dictionary"], id="empty"),
         pytest.param(X, [": tasks: Field required"], id="no-tasks"),
-        pytest.param(f"{X}tasks: []\n", [": tasks: List should have at least 1 item"], id="empty-tasks"),
         pytest.param(
             f"{T}second: 3\n", [r": tasks.0.second: there is no such field: did you mean seconds\?"], id="misspelt"
         ),
@@ -47,10 +45,8 @@ X, T = "name: x\n", "name: x\ntasks:\n  - name: t\n    "
         pytest.param(
             f"{X}tasks: [{{name: t}}, {{name: t}}]\n", [": several .* have the same name: t"], id="task-twice"
         ),
-        pytest.param(f"{T}\ninputs: [a, {{name: a}}]", [": several .* have the same name: a"], id="input-twice"),
         pytest.param(f"{T}\ninputs: [{{type: a}}]", [": inputs.0.name: Field"], id="input-name"),
         pytest.param(f"{T}\nfaults: ['status:explode']", [": There is no fault"], id="fault"),
-        pytest.param(f"{T}output: !!python/object:os.x {{}}\n", [" is not YAML"], id="unsafe"),
         pytest.param(
             f"{T}steps: [{{content: '{{{{ topik }}}}'}}]\ninputs: [topic]",
             [": tasks.0.steps.0.content uses topik, and the inputs are topic"],
@@ -66,12 +62,11 @@ def test_errors_say_where(tmp_path: Path, text: str, lines: list[str]) -> None:
         assert re.match(f"{tmp_path}/c.yaml{expected}", line)
 
 
-@pytest.mark.parametrize(("content", "text"), [(None, "No such file or directory"), (b"\xff\xfe\xff", "can't decode")])
-def test_a_file_that_cannot_be_read(tmp_path: Path, content: bytes | None, text: str) -> None:
-    if content is not None:
-        (tmp_path / "c.yaml").write_bytes(content)
-    with pytest.raises(ScriptError, match=rf"Cannot read the crew .*c\.yaml: .*{text}.*echo, travel"):
-        load_script(tmp_path / "c.yaml")
+def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_bytes(b"\xff\xfe\xff")
+    for name, text in (("c.yaml", "can't decode"), ("d.yaml", "No such file or directory")):
+        with pytest.raises(ScriptError, match=rf"Cannot read the crew .*{name}: .*{text}.*echo, travel"):
+            load_script(tmp_path / name)
 
 
 def test_python_code_without_a_factory_is_explained(tmp_path: Path) -> None:
@@ -154,10 +149,10 @@ def test_steps() -> None:
 @pytest.mark.parametrize(
     ("data", "expected"),
     [
-        pytest.param("{a: '{{ n }}', b: [1, true, null, 'é']}", {"a": "7", "b": [1, True, None, "é"]}, id="mapping"),
-        pytest.param("'{\"n\": {{ n }}}'", {"n": 7}, id="template-of-json"),
-        pytest.param("3", 3, id="number"),
+        ("{a: '{{ n }}', b: [1, true, null, 'é']}", {"a": "7", "b": [1, True, None, "é"]}),
+        ("'{\"n\": {{ n }}}'", {"n": 7}),
     ],
+    ids=["mapping", "template-of-json"],
 )
 def test_structured_results(data: str, expected: Any) -> None:
     outcome, _ = run(one_task(f"data: {data}"), n=7)
@@ -179,11 +174,6 @@ def test_structured_results(data: str, expected: Any) -> None:
 def test_failures(task: str, message: str) -> None:
     with pytest.raises(ProgramError, match=message):
         run(one_task(task), what="tokens")
-
-
-def test_a_failure_that_renders_to_nothing_is_none() -> None:
-    outcome, _ = run(one_task("output: ok\n    fail: \"{% if what == 'bad' %}no{% endif %}\""), what="good")
-    assert outcome.output == "ok"
 
 
 REVIEWED = """

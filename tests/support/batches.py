@@ -40,7 +40,6 @@ class Batches:
 
     @property
     def output(self) -> Path:
-        """Where the lines of its batches go."""
         return self.folder / "out.jsonl"
 
     def lines(self, path: Path | None = None) -> dict[str, dict[str, Any]]:
@@ -88,7 +87,6 @@ async def put(ledger: Ledger, record: RunRecord) -> None:
 
 
 def postgres_ledger(postgres: Postgres) -> str:
-    """Return the address of an empty ledger in PostgreSQL."""
     return postgres.create_database(f"ledger_{uuid.uuid4().hex[:12]}").replace("postgresql+asyncpg", "postgresql")
 
 

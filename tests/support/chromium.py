@@ -102,7 +102,6 @@ class Page:
         return self.raw(lambda page: page.url)
 
     def wait_for(self, selector: str) -> None:
-        """Wait until something visible fits."""
         self.raw(lambda page: page.locator(selector).first.wait_for(state="visible"))
 
     def wait_for_text(self, text: str) -> None:

@@ -66,7 +66,6 @@ class Collector(Listener):
         return [span for span in self.all() if span.attributes.get("gen_ai.operation.name") == "invoke_workflow"]
 
     def tasks(self, run: SeenSpan) -> list[SeenSpan]:
-        """Return the spans of a run's tasks."""
         return [span for span in self.all() if span.parent == run.id]
 
     def all(self) -> list[SeenSpan]:

@@ -25,7 +25,6 @@ class Finished:
 
     @property
     def json(self) -> Any:
-        """Standard output as the one JSON document that it is."""
         return json.loads(self.out)
 
 

@@ -15,12 +15,10 @@ _VARIABLE = re.compile(r"\$\{(?P<name>\w+)(:[?-][^}]*)?\}")
 
 
 def read() -> dict[str, Any]:
-    """Return the file, with its anchors and merges filled in."""
     return yaml.safe_load(PATH.read_text())
 
 
 def services() -> dict[str, dict[str, Any]]:
-    """Return the services by name."""
     return read()["services"]
 
 

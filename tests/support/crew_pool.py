@@ -58,7 +58,6 @@ class Crews:
         self._open.close()
 
     def call(self, method: str, path: str, body: Any = None) -> Any:
-        """Ask the Prefect API, and return what it answers."""
         return self.seen.call(method, path, body)
 
     def add_crew(self, name: str, spec: Any, *, wait: Mapping[str, Any] | None = None, **options: Any) -> CrewServer:
@@ -122,11 +121,9 @@ class CrewPool(Crews):
         return self.call("POST", f"/deployments/{deployment}/create_flow_run", body)["id"]
 
     def change(self, flow_run_id: str, **fields: Any) -> None:
-        """Change fields of a flow run."""
         self.call("PATCH", f"/flow_runs/{flow_run_id}", fields)
 
     def flow_run(self, flow_run_id: str) -> dict[str, Any]:
-        """Return a flow run as the server has it."""
         return self.seen.flow_run(flow_run_id)
 
     def wait_for(
@@ -148,7 +145,6 @@ class CrewPool(Crews):
             raise AssertionError(f"{error}: it is {self.flow_run(flow_run_id)['state']}") from None
 
     def states(self, flow_run_id: str) -> list[str]:
-        """Return the names of a flow run's states, in their order."""
         return [state["name"] for state in self.history(flow_run_id)]
 
     def history(self, flow_run_id: str) -> list[dict[str, Any]]:

@@ -43,7 +43,6 @@ class Block:
 
     @property
     def runs(self) -> bool:
-        """Whether a test runs it."""
         return self.language in RUNS and self.file is None and self.not_run is None and not self.output
 
 

@@ -24,11 +24,9 @@ class Held:
         self._until = until or (lambda _: self._released.is_set())
 
     def release(self) -> None:
-        """Let all runs go on, those that are still to come as well."""
         self._released.set()
 
     def inputs(self) -> list[CrewInput]:
-        """Return none: any run will do."""
         return []
 
     async def execute(self, run: Run) -> Outcome:

@@ -72,12 +72,10 @@ class PrefectServer:
 
     @property
     def database_url(self) -> str:
-        """The database as SQLAlchemy writes it."""
         return self._database_url or f"sqlite+aiosqlite:///{self.database}"
 
     @property
     def running(self) -> bool:
-        """Whether the process runs; it may not answer yet, or no more."""
         return self._process is not None and self._process.running
 
     @property
@@ -105,53 +103,32 @@ class PrefectServer:
         self.home.mkdir(parents=True, exist_ok=True)
         if self.database and self._template and self._template.exists() and not self.database.exists():
             shutil.copyfile(self._template, self.database)
-        for attempt in range(PORT_TRIES):
-            try:
-                self._start_once(timeout)
+        variables = {"PREFECT_SERVER_DATABASE_CONNECTION_URL": self.database_url, **QUICK}
+        for left in reversed(range(1 if self._has_answered else PORT_TRIES)):  # who has clients keeps its port
+            options = ["--host", "127.0.0.1", "--port", str(self.port)]
+            command = [sys.executable, "-m", "prefect", "server", "start", *options]
+            variables["PREFECT_SERVER_UI_API_URL"] = self.api_url  # else its pages ask port 4200
+            process = self._process = Process(command, log=self.log, env=isolated(self.home, variables))
+            if self._answers(process, time.monotonic() + timeout):
                 break
-            except _PortTakenError:
-                # Between free_port and the bind someone else took it. Once it has had clients, it must keep its port.
-                if self._has_answered or attempt == PORT_TRIES - 1:
-                    raise
-                self.port = free_port()
+            process.kill()
+            if not left or "already in use" not in process.tail():
+                raise ProcessError(f"The Prefect server did not start:\n{process.tail()}")
+            self.port = free_port()  # between free_port and the bind someone else took it
         self._has_answered = True
         if self.database and self._template and not self._template.exists():
             _keep(self.database, self._template)
         return self
 
-    def _start_once(self, timeout: float) -> None:
-        environment = isolated(
-            self.home,
-            {
-                "PREFECT_SERVER_DATABASE_CONNECTION_URL": self.database_url,
-                "PREFECT_SERVER_UI_API_URL": self.api_url,  # else its pages ask port 4200, whatever the server's is
-                **QUICK,
-            },
-        )
-        command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(self.port)]
-        self._process = Process(command, log=self.log, env=environment)
-        try:
-            self._wait_until_healthy(time.monotonic() + timeout)
-        except BaseException:
-            self._process.kill()
-            raise
-
-    def _wait_until_healthy(self, deadline: float) -> None:
-        process = self.process
+    def _answers(self, process: Process, deadline: float) -> bool:
         # trust_env: a proxy in the environment is no way to loopback.
         with httpx.Client(timeout=5.0, trust_env=False) as client:
-            while True:
+            while process.running and time.monotonic() < deadline:
                 with contextlib.suppress(httpx.TransportError):
                     if client.get(f"{self.api_url}/health").status_code == httpx.codes.OK and process.running:
-                        return
-                if not process.running:
-                    kind = _PortTakenError if "already in use" in process.tail() else ProcessError
-                    raise kind(
-                        f"The Prefect server ended with {process.popen.returncode} while starting:\n{process.tail()}"
-                    )
-                if time.monotonic() > deadline:
-                    raise ProcessError(f"The Prefect server did not answer in time:\n{process.tail()}")
+                        return True
                 time.sleep(0.1)
+        return False
 
     def stop(self) -> None:
         """End it: SIGTERM, SIGKILL ten seconds later, and surely gone afterwards. Harmless if it does not run."""
@@ -159,7 +136,6 @@ class PrefectServer:
             self._process.stop(signal.SIGTERM)
 
     def kill(self) -> None:
-        """End it as a power cut would, with SIGKILL."""
         self.process.kill()
 
     def __enter__(self) -> PrefectServer:
@@ -167,10 +143,6 @@ class PrefectServer:
 
     def __exit__(self, *_: object) -> None:
         self.stop()
-
-
-class _PortTakenError(ProcessError):
-    pass
 
 
 def _keep(database: Path, template: Path) -> None:

@@ -67,7 +67,6 @@ class Process:
 
     @property
     def pid(self) -> int:
-        """Its process id."""
         return self.popen.pid
 
     @property
@@ -77,11 +76,9 @@ class Process:
 
     @property
     def output(self) -> str:
-        """All that it has written."""
         return self.log.read_text(errors="replace") if self.log.exists() else ""
 
     def tail(self, characters: int = 3000) -> str:
-        """Return the end of what it has written."""
         return self.output[-characters:]
 
     def family(self) -> list[int]:
@@ -95,7 +92,6 @@ class Process:
         return found + [pid for pid in _bearers(self.mark) if pid != self.pid]
 
     def send(self, number: int) -> None:
-        """Send a signal to the process itself, if it runs."""
         if self.running:
             self.popen.send_signal(number)
 

@@ -34,7 +34,6 @@ class Proxy:
 
     @property
     def url(self) -> str:
-        """The base URL of what is behind it."""
         return f"http://127.0.0.1:{self.port}"
 
     def restore(self) -> None:

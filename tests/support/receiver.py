@@ -32,7 +32,6 @@ class Listener:
         self.url = f"http://127.0.0.1:{self._server.server_port}"
 
     def take(self, path: str, headers: Mapping[str, str], body: bytes) -> int:
-        """Take one POST; return the status to answer with."""
         raise NotImplementedError
 
     def __enter__(self) -> Any:

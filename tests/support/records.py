@@ -19,7 +19,6 @@ LONG_AGO = -1000.0
 
 
 def key() -> str:
-    """Return an idempotency key that no other test has."""
     return f"kickoff {uuid.uuid4()}"
 
 
@@ -29,7 +28,6 @@ async def attempts(idempotency_key: str) -> list[RunRecord]:
 
 
 async def phases(idempotency_key: str) -> list[RecordPhase]:
-    """Return the phases of the attempts at a key."""
     return [record.phase for record in await attempts(idempotency_key)]
 
 

@@ -15,7 +15,6 @@ def script(*tasks: dict[str, Any], inputs: Sequence[Any] = (), **more: Any) -> s
 
 
 def slow(seconds: float, output: str = "done") -> str:
-    """Return a crew that takes its time."""
     return script({"seconds": seconds, "output": output})
 
 

@@ -20,15 +20,12 @@ class Seen:
         self._client = httpx.Client(base_url=server.api_url, timeout=30, trust_env=False)
 
     def close(self) -> None:
-        """Give the connection back."""
         self._client.close()
 
     def get(self, path: str) -> Any:
-        """Return the JSON of a GET."""
         return self.call("GET", path)
 
     def post(self, path: str, body: Mapping[str, Any]) -> Any:
-        """Return the JSON of a POST; None where the answer is empty."""
         return self.call("POST", path, body)
 
     def call(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
@@ -52,15 +49,12 @@ class Seen:
                 return found
 
     def flow_run(self, flow_run_id: Any) -> dict[str, Any]:
-        """Return a flow run."""
         return self.get(f"/flow_runs/{flow_run_id}")
 
     def flow_runs(self, name: str) -> list[dict[str, Any]]:
-        """Return all runs of a flow, the first one first."""
         return self._pages("/flow_runs/filter", {"flows": {"name": {"any_": [name]}}, "sort": "START_TIME_ASC"})
 
     def subflow_runs(self, flow_run_id: Any) -> list[dict[str, Any]]:
-        """Return the flow runs that a flow run has made."""
         return self.post("/flow_runs/filter", {"flow_runs": {"parent_flow_run_id": {"any_": [str(flow_run_id)]}}})
 
     def task_runs(self, flow_run_id: Any, *, count: int, seconds: float = 20.0) -> list[dict[str, Any]]:
@@ -74,15 +68,12 @@ class Seen:
             time.sleep(0.1)
 
     def set_state(self, flow_run_id: Any, kind: str) -> None:
-        """Put a flow run into a state, as somebody does on the page."""
         self.post(f"/flow_runs/{flow_run_id}/set_state", {"state": {"type": kind}, "force": True})
 
     def variables(self, name_like: str = "crew_%") -> list[dict[str, Any]]:
-        """Return the Variables whose names are like that."""
         return self._pages("/variables/filter", {"variables": {"name": {"like_": name_like}}, "sort": "NAME_ASC"})
 
     def record(self, idempotency_key: str) -> dict[str, Any]:
-        """Return the value of the latest record of an idempotency key."""
         return self.records(idempotency_key)[-1]
 
     def records(self, idempotency_key: str) -> list[dict[str, Any]]:
@@ -92,7 +83,6 @@ class Seen:
         ]
 
     def artifacts(self, key: str) -> list[dict[str, Any]]:
-        """Return all artifacts under a key, the first one first."""
         return self.post("/artifacts/filter", {"artifacts": {"key": {"any_": [key]}}, "sort": "CREATED_DESC"})[::-1]
 
     def logs(self, flow_run_id: Any) -> str:

@@ -42,7 +42,6 @@ class Site(Crews):
         return self._open.enter_context(Worker(self.server, POOL, name=name, folder=self.folder, env=env))
 
     def deployment(self, name: str) -> dict[str, Any]:
-        """Return a deployment by `flow/deployment`."""
         return self.call("GET", f"/deployments/name/{name}")
 
     def start(self, name: str, parameters: Mapping[str, Any] | None = None, **more: Any) -> str:

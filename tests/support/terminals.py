@@ -59,7 +59,6 @@ class Terminal:
         return self._code
 
     def family(self) -> dict[int, str]:
-        """Return what lives of it and its descendants."""
         return survivors(self.mark)
 
     def _read(self, timeout: float) -> bool:

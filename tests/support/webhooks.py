@@ -72,11 +72,9 @@ class Kept(Forwarder):
 
     @property
     def is_ready(self) -> bool:
-        """As a test has set it."""
         return self.ready
 
     def report(self) -> dict[str, Any]:
-        """Count them."""
         return {"received": len(self.events)}
 
     async def aclose(self) -> None:
