@@ -68,7 +68,7 @@ class CrewAIProgram:
         made = _build(factory)
         if made is _build(factory):
             raise TypeError("it returned the same object twice")
-        self.flow = isinstance(made, Flow)
+        self.flow = _is_flow(made)
         named = made.name if made.name != "crew" else None  # CrewAI's default
         self.name: str = named or (type(made).__name__ if self.flow else module)
         self._factory = factory
@@ -112,12 +112,16 @@ class CrewAIProgram:
         return result
 
 
+def _is_flow(made: Any) -> bool:
+    return isinstance(made, Flow)
+
+
 def _build(factory: Callable[[], Any]) -> Any:
     """Return the Crew or Flow that a factory builds; of a `@CrewBase` class, its crew."""
     made = factory()
-    if not isinstance(made, (Crew, Flow)) and callable(crew := getattr(made, "crew", None)):
-        made: Any = crew()
-    if not isinstance(made, (Crew, Flow)):
+    crew = getattr(made, "crew", None)
+    made = crew() if callable(crew) and not _is_flow(made) else made
+    if not (_is_flow(made) or isinstance(made, Crew)):
         raise TypeError(f"it returned {type(made).__name__}")
     return made
 
@@ -210,7 +214,7 @@ class _Watch:
         self._run = bridge.run
         self._report = bridge.report
         self._began: dict[str, float] = {}
-        if isinstance(made, Flow):
+        if _is_flow(made):
             methods = made.flow_definition().methods
             if not any(method.router or method.human_feedback for method in methods.values()):
                 self._report(self._run.plan, list(methods))  # nothing chooses among them, so all will run
@@ -346,14 +350,14 @@ def _run(factory: Callable[[], Any], bridge: _Bridge) -> Outcome:
     with scoped_hooks({point: [bridge.check] for point in stopping}):
         made = _build(factory)
         made.stream = False  # its chunks would have no reader here
-        verbose = isinstance(made, Crew) and (made.verbose or any(agent.verbose for agent in made.agents))
+        verbose = not _is_flow(made) and (made.verbose or any(agent.verbose for agent in made.agents))
         set_suppress_console_output(not verbose)
         add_stream_sink(_Watch(made, bridge).see)
-        restored = {"restore_from_state_id": run.restore_from} if isinstance(made, Flow) and run.restore_from else {}
+        restored = {"restore_from_state_id": run.restore_from} if _is_flow(made) and run.restore_from else {}
         result = made.kickoff(inputs=dict(run.inputs), **restored)
     if isinstance(result, HumanFeedbackPending):
         raise ProgramError("The flow asks people by a provider of its own, for whose answers nobody waits here.")
     output, data = _result_of(result)
-    counted = made.usage_metrics if isinstance(made, Flow) else result.token_usage
+    counted = made.usage_metrics if _is_flow(made) else result.token_usage
     usage = TokenUsage(**counted.model_dump(include=set(TokenUsage.model_fields)))
     return Outcome(output, data, usage if usage.successful_requests or usage.total_tokens else None)

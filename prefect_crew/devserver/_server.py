@@ -98,7 +98,8 @@ class CrewServer(CrewApp):
         """Return a Prefect block for this server; `fields` are more of the block's own."""
         from prefect_crew.blocks import DeployedCrew
 
-        return DeployedCrew(**{"url": self.url, "token": self.token, **fields})
+        values: dict[str, Any] = {"url": self.url, "token": self.token}
+        return DeployedCrew(**values | fields)
 
     def start(self) -> None:
         """Start the server and return once it answers.

@@ -37,12 +37,13 @@ logger = logging.getLogger(__name__)
 def _task_body(run: Run, task: TaskResult, generation: Generation) -> dict[str, Any]:
     if generation == "first":
         return {"kickoff_id": run.id, "status": "completed", **documented_task(task)}
+    raw: Any = task.raw or {}
     output = task.output or ""
     words = output.split()
     return {
         "description": task.description or "",
         "name": task.name,
-        "expected_output": (task.raw or {}).get("expected_output", ""),
+        "expected_output": raw.get("expected_output", ""),
         "summary": " ".join(words[:10]) + ("..." if len(words) > 10 else ""),
         "agent": task.agent,
         "output": output,
@@ -104,8 +105,8 @@ def _event_data(run: Run, type_: str, value: Any) -> dict[str, Any]:
         case "crew_kickoff_started", _:
             return {"inputs": dict(run.inputs)}
         case "crew_kickoff_completed", _:
-            counted = run.usage is not None and run.usage.total_tokens is not None
-            return {"output": run.output or "", **({"total_tokens": run.usage.total_tokens} if counted else {})}
+            total = run.usage.total_tokens if run.usage else None
+            return {"output": run.output or "", **({} if total is None else {"total_tokens": total})}
         case "flow_finished", _:
             return {"result": run.output or ""}
         case (("crew_kickoff_failed" | "method_execution_failed"), _):

@@ -186,7 +186,7 @@ def start(folder: Path, api: PrefectServer, server: CrewServer, name: str, rows:
 
 
 def test_ctrl_c_stops_the_runs_in_flight(prefect_api: PrefectServer, tmp_path: Path, crew_server: CrewServerFactory):
-    server = crew_server(slow(30), port=True)
+    server = crew_server(slow(30))
     with start(tmp_path, prefect_api, server, "interrupted", rows=30) as process:
         while server.kickoffs < 20 and process.running:
             time.sleep(0.01)
@@ -197,7 +197,7 @@ def test_ctrl_c_stops_the_runs_in_flight(prefect_api: PrefectServer, tmp_path: P
 
 
 def test_sigterm_leaves_them(prefect_api: PrefectServer, tmp_path: Path, crew_server: CrewServerFactory):
-    server = crew_server(slow(30), port=True)
+    server = crew_server(slow(30))
     with start(tmp_path, prefect_api, server, "terminated", rows=30) as process:
         while server.kickoffs < 20 and process.running:
             time.sleep(0.01)

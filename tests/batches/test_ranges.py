@@ -33,7 +33,7 @@ print("REPORT", report.completed, report.failed, report.uncertain, report.kickof
 def test_two_processes_run_two_ranges_and_one_that_is_killed_is_called_again(
     prefect_api: PrefectServer, tmp_path: Path, crew_server: CrewServerFactory, postgres: Postgres
 ):
-    server = crew_server(script({"seconds": 0.5, "output": "on {{ topic }}"}, inputs=["topic"]), port=True)
+    server = crew_server(script({"seconds": 0.5, "output": "on {{ topic }}"}, inputs=["topic"]))
     (tmp_path / "rows.csv").write_text("topic\n" + "".join(f"topic {number}\n" for number in range(300)))
     ledger = postgres_ledger(postgres)
 

@@ -303,7 +303,7 @@ async def test_a_moment_without_inputs_does_not_change_what_a_row_is(batch: Batc
 
 
 async def test_a_server_that_is_away_is_said_before_anything_is_made(batch: Batches, crew_server: CrewServerFactory):
-    server = crew_server(ECHO, port=True)
+    server = crew_server(ECHO)
     server.stop()
     with pytest.raises(CrewConnectionError):
         await batch(server.crew(), topics(2))

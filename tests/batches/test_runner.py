@@ -203,7 +203,7 @@ def name_of(name: str) -> Any:
 
 
 async def test_a_server_that_is_away_for_a_while_fails_no_row(batch: Batches, crew_server: CrewServerFactory):
-    server = crew_server(slow(0.1), port=True)
+    server = crew_server(slow(0.1))
     rows = [{"topic": str(number)} for number in range(40)]
     quick = WaitPolicy(initial=0.05, factor=1, grace=0.5)
     running = asyncio.ensure_future(batch(server.crew(), rows, max_in_flight=2, wait=quick))
@@ -224,7 +224,7 @@ async def test_a_server_that_stays_away_is_given_up_and_no_row_is_lost(
     batch: Batches, crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(throttle, "GIVE_UP_AFTER", 1.0)
-    server = crew_server(ECHO, port=True)
+    server = crew_server(ECHO)
     crew = server.crew()
 
     quick = WaitPolicy(initial=0.05, factor=1, grace=0.5, error_timeout=2)

@@ -62,7 +62,7 @@ def picky(crew_server: CrewServerFactory) -> Callable[..., tuple[CrewServer, str
     """Serve a crew that fails for what is bad, and store its block, which looks at once whether a run has ended."""
 
     def serve(*, wait: WaitPolicy | None = None, **options: Any) -> tuple[CrewServer, str]:
-        server = crew_server(PICKY, port=True, **options)
+        server = crew_server(PICKY, **options)
         block = f"picky-{uuid.uuid4().hex[:8]}"
         crew = server.crew().model_copy(update={"max_kickoffs": 2, **({"wait": wait} if wait else {})})
         crew.save(block, _sync=True)  # pyright: ignore
@@ -148,7 +148,7 @@ def running(
     prefect_api: PrefectServer, crew_server: CrewServerFactory, name: str, tmp_path: Path, output: str
 ) -> Iterator[tuple[CrewServer, Process]]:
     """A process with a batch of 30 rows, of which 5 are in flight for a minute."""
-    server = crew_server(script({"seconds": 60, "output": "late"}, inputs=["topic"]), port=True, token=TOKEN)
+    server = crew_server(script({"seconds": 60, "output": "late"}, inputs=["topic"]), token=TOKEN)
     block = f"late-{uuid.uuid4().hex[:8]}"
     server.crew().save(block, _sync=True)  # pyright: ignore
     path = tmp_path / "rows.csv"
@@ -404,7 +404,7 @@ def test_no_row_is_resolved_while_somebody_works_on_the_batch_or_may_still_send_
 def test_on_a_terminal_a_bar_is_drawn_and_ctrl_c_stops_what_is_in_flight(
     prefect_api: PrefectServer, crew_server: CrewServerFactory, name: str, tmp_path: Path, output: str, here
 ):
-    server = crew_server(script({"seconds": 60, "output": "late"}, inputs=["topic"]), port=True, token=TOKEN)
+    server = crew_server(script({"seconds": 60, "output": "late"}, inputs=["topic"]), token=TOKEN)
     path = tmp_path / "rows.csv"
     path.write_text("topic\n" + "".join(f"topic {number}\n" for number in range(30)))
     command = ["batch", "run", server.url, str(path), "--name", name, "--export", output, "--max-in-flight", "12"]

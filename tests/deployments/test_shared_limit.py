@@ -29,7 +29,7 @@ async def test_two_flows_share_it(
     env = prefect_api.env(home=tmp_path)
     command("prefect", "gcl", "create", name, "--limit", "1", env=env)
     script = "name: shared\ninputs: [topic]\ntasks: [{name: t, seconds: 1.0, output: done}]\n"
-    server = crew_server(script, port=True)
+    server = crew_server(script)
     crew = server.crew(concurrency_limit=name if limited else None)
     await crew.save("shared", overwrite=True)
     one_crew, fan_out = load_flow("one_crew.py:one_crew"), load_flow("fan_out.py:fan_out")

@@ -86,7 +86,7 @@ async def until(condition: Any) -> None:
 async def test_a_run_that_outlived_its_script_is_waited_for_and_the_dead_flow_run_crashes(
     crew_server: CrewServerFactory, prefect_api: PrefectServer, tmp_path: Path
 ):
-    server, idempotency_key = crew_server(slow(8), port=True), str(uuid.uuid4())
+    server, idempotency_key = crew_server(slow(8)), str(uuid.uuid4())
     crew = server.crew()
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)

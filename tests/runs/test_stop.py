@@ -471,7 +471,7 @@ def wait_until(happened: Any, seconds: float = 60.0) -> None:
 @pytest.mark.parametrize("moment", ["waiting", "posting"])
 def test_ctrl_c_on_a_script_stops_the_crew(crew_server: CrewServerFactory, script: Any, seen: Seen, moment: str):
     faults = ["kickoff:latency=2", "kickoff:stuck"] if moment == "posting" else ["kickoff:stuck"]
-    server, idempotency_key = crew_server("echo", port=True, faults=faults), key()
+    server, idempotency_key = crew_server("echo", faults=faults), key()
     process = script(server, idempotency_key)
     wait_until(lambda: server.requests["kickoff" if moment == "posting" else "status"])
     process.send(signal.SIGINT)
@@ -484,7 +484,7 @@ def test_ctrl_c_on_a_script_stops_the_crew(crew_server: CrewServerFactory, scrip
 def test_sigterm_to_a_script_leaves_the_crew_running_to_be_found_again(
     crew_server: CrewServerFactory, script: Any, seen: Seen
 ):
-    server, idempotency_key = crew_server(slow(20), port=True), key()
+    server, idempotency_key = crew_server(slow(20)), key()
     process = script(server, idempotency_key)
     wait_until(lambda: server.requests["status"])
     process.send(signal.SIGTERM)
