@@ -94,6 +94,9 @@ CROWDED_FOR = 300.0
 """Seconds for which changes go one after the other once the server refused one: SQLite takes one writer at a time."""
 LONGEST = 2.0
 """Seconds for which a change waits for the one before: a request that hangs must not hold up the others."""
+AT_ONCE = 16
+"""Requests under way at the same time, as many as Prefect's client has connections. More would wait in its pool, which
+goes through all of them whenever one ends."""
 CLOSING = 0.003
 """Seconds after which a connection that the server closes is seen to be closed."""
 
@@ -103,6 +106,7 @@ class _Loop:
     """What the requests of one event loop share."""
 
     crowded_until: float = float("-inf")
+    slots: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(AT_ONCE))
     locks: dict[str, asyncio.Lock] = field(default_factory=dict[str, asyncio.Lock])
 
 
@@ -174,7 +178,8 @@ async def request_soon(
         try:
             async with _one_at_a_time(needed=one_at_a_time):
                 try:
-                    return await _request_once(client, method, path, json=json)
+                    async with _this_loop().slots:
+                        return await _request_once(client, method, path, json=json)
                 except PrefectHTTPStatusError as error:
                     if is_busy(error):
                         _this_loop().crowded_until = loop.time() + CROWDED_FOR

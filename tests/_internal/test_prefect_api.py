@@ -55,6 +55,12 @@ async def test_a_request_is_repeated_soon_while_the_server_is_away(serve: Any):
     assert asyncio.get_running_loop().time() - began < 1.0, "Prefect's own client sleeps two seconds after a 503"
 
 
+async def test_no_more_requests_are_under_way_than_the_client_has_connections(serve: Any):
+    server = serve(seconds=0.01)
+    await asyncio.gather(*(ask() for _ in range(100)))
+    assert (server.requests, server.most) == (100, prefect_api.AT_ONCE)
+
+
 @pytest.mark.parametrize(
     ("statuses", "options"),
     [
