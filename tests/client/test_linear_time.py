@@ -6,6 +6,7 @@ is quadratic takes sixteen. Only growth beyond a floor counts, since what takes 
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import gc
 import json
@@ -20,12 +21,13 @@ from hypothesis import strategies as st
 
 from prefect_crew.artifacts.escape import cell, code, fenced, prose, reading
 from prefect_crew.artifacts.run import RunView, render_run
-from prefect_crew.client import _parsing
+from prefect_crew.client._parsing import parse_retry_after, waiting_output
 from prefect_crew.client.models import CrewStatus, TaskResult
-from prefect_crew.exceptions import ResponseFormatError
+from prefect_crew.exceptions import CrewError
 from prefect_crew.receiver.events import read_events
 from prefect_crew.states import CrewState
 from prefect_crew.webhooks import Hook, WebhookKind
+from support.transports import ask
 
 ALLOWED = 9.0
 FLOOR = 0.02
@@ -36,65 +38,43 @@ SIZE = 16_000
 Call = Callable[[str], object]
 
 
-def _body(value: Any) -> bytes:
-    return json.dumps({"state": "SUCCESS", "kickoff_id": "k", **value}).encode()
+def _asked(call: str, status_code: int = 200) -> Callable[[bytes], object]:
+    return lambda body: asyncio.run(ask(call, body, status_code))
 
 
-def _reader(name: str, read: Callable[[bytes], object], *keys: str) -> dict[str, Call]:
-    """Return calls that read a text as a whole body, and as each of `keys` of an object."""
-    calls: dict[str, Call] = {name: lambda text: read(text.encode("utf-8", "surrogatepass"))}
-    return calls | {f"{name} {key}": lambda text, key=key: read(_body({key: text})) for key in keys}
-
-
-def _parser(name: str, parse: Callable[[Any], object], *keys: str) -> dict[str, Call]:
-    return _reader(name, lambda body: parse(_parsing.decode(body, expected="anything")), *keys)
-
-
-def _parse_status(value: Any) -> object:
-    return _parsing.parse_status(value, "k")
-
-
-def _parse_refused_stop(body: bytes, status_code: int) -> object:
-    return _parsing.parse_refused_stop(body.decode("utf-8", "replace"), "k", status_code)
-
-
-def _read_events(kind: WebhookKind, body: bytes) -> object:
+def _delivered(kind: WebhookKind) -> Callable[[bytes], object]:
     now = datetime(2026, 5, 1, tzinfo=UTC)
-    return read_events(Hook(kind, "key", now), body, received=now)
-
-
-def _status(text: str) -> CrewStatus:
-    task = TaskResult(name=text, agent=text, output=text)
-    return CrewStatus(
-        kickoff_id="k", state=CrewState.COMPLETED, output=text, message=text, current_task=text, tasks=[task, task]
-    )
+    return lambda body: read_events(Hook(kind, "key", now), body, received=now)
 
 
 def _rendered(text: str, state: CrewState = CrewState.COMPLETED) -> str:
-    status = _status(text).model_copy(update={"state": state, "error": text})
-    notes, inputs = [text], {"text": text.encode("utf-8", "replace").decode()}
-    return render_run(RunView(text, "k", text, state, inputs=inputs, status=status, notes=notes))
+    task = TaskResult(name=text, agent=text, output=text)
+    said: dict[str, Any] = dict.fromkeys(("output", "message", "current_task", "error"), text)
+    status = CrewStatus(kickoff_id="k", state=state, tasks=[task, task], **said)
+    inputs = {"text": text.encode("utf-8", "replace").decode()}
+    return render_run(RunView(text, "k", text, state, inputs=inputs, status=status, notes=[text]))
 
 
+def _body(key: str, text: str) -> bytes:
+    value = [text, {"output": text, "msg": text}] if key in ("tasks", "error") else text
+    return json.dumps({"state": "SUCCESS", "kickoff_id": "run-1", key: value}).encode()
+
+
+READERS: dict[str, tuple[Callable[[bytes], object], list[str]]] = {
+    "inputs": (_asked("inputs"), ["inputs"]),
+    "kickoff": (_asked("kickoff"), ["id"]),
+    "kickoff 422": (_asked("kickoff", 422), ["detail"]),
+    "status": (_asked("status"), ["result", "output", "message", "result_json", "status", "tasks", "error"]),
+    "resume": (_asked("resume"), ["message"]),
+    "stop": (_asked("stop"), ["detail"]),
+    "stop 400": (_asked("stop", 400), ["detail"]),
+    "stop 404": (_asked("stop", 404), ["detail"]),
+    "webhook": (_delivered("human_input"), ["output", "task_id"]),
+    "stream": (_delivered("stream"), ["id", "type"]),
+}
 CALLS: dict[str, Call] = {
-    **_parser("inputs", _parsing.parse_inputs, "inputs"),
-    **_parser("kickoff", _parsing.parse_kickoff, "id"),
-    **_parser("status", _parse_status, "result", "output", "message", "result_json", "status"),
-    "status tasks": lambda text: _parse_status({"state": "SUCCESS", "tasks": [text, {"output": text}]}),
-    "status error": lambda text: _parse_status({"state": "failed", "error": [text, {"msg": text}]}),
-    "waiting output": lambda text: _parsing.waiting_output({"output": text, "current_task": text}),
-    **_parser("resume", _parsing.parse_resume, "message"),
-    **_parser("stop", lambda value: _parsing.parse_stop(value, "k"), "detail"),
-    **_reader(
-        "stop 400", lambda body: _parsing.parse_refused_stop(body.decode("utf-8", "replace"), "k", 400), "detail"
-    ),
-    **_reader(
-        "stop 404", lambda body: _parsing.parse_refused_stop(body.decode("utf-8", "replace"), "k", 404), "detail"
-    ),
-    **_reader("error", lambda body: _parsing.parse_error(body.decode("utf-8", "replace")), "detail"),
-    "error header": _parsing.parse_retry_after,
-    **_reader("webhook", lambda body: _read_events("human_input", body), "output", "task_id"),
-    **_reader("webhook stream", lambda body: _read_events("stream", body), "id", "type"),
+    "waiting output": lambda text: waiting_output({"output": text, "current_task": text}),
+    "error header": parse_retry_after,
     "rendered": _rendered,
     "rendered failure": lambda text: _rendered(text, CrewState.FAILED),
     "reading": reading,
@@ -103,6 +83,10 @@ CALLS: dict[str, Call] = {
     "code": code,
     "fenced": fenced,
 }
+for name, (read, keys) in READERS.items():
+    CALLS[name] = lambda text, read=read: read(text.encode("utf-8", "surrogatepass"))
+    for key in keys:
+        CALLS[f"{name} {key}"] = lambda text, read=read, key=key: read(_body(key, text))
 
 # What makes a backtracking pattern begin anew, or a scan start over, at every place.
 FRAGMENTS = [
@@ -124,7 +108,7 @@ def seconds(call: Call, text: str) -> float:
     try:
         for _ in range(3):
             began = time.process_time()
-            with contextlib.suppress(ResponseFormatError):  # an answer to an odd body like any other
+            with contextlib.suppress(CrewError):  # an answer to an odd body like any other
                 call(text)
             best = min(best, time.process_time() - began)
             if best > 1.0:

@@ -6,41 +6,24 @@ import asyncio
 import json
 import math
 import pickle
-from collections.abc import Mapping
 from typing import Any
 
-import httpx
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from prefect_crew import exceptions
-from prefect_crew.client import CrewClient, TokenUsage, _parsing
+from prefect_crew.client import TokenUsage, _parsing
 from prefect_crew.client._parsing import parse_error, parse_retry_after, tokens_of, waiting_output
 from prefect_crew.client._retry_safety import KickoffFate, kickoff_fate
 from prefect_crew.exceptions import CrewAPIError, InvalidInputsError, ResponseFormatError
 from prefect_crew.states import CrewState
 from support.corpus import body_of, cases
+from support.transports import ask
 
-RUN = "run-1"
 ANSWERS = ("inputs", "kickoff", "status", "resume", "stop")
 TABLES = {table: cases(table) for table in (*ANSWERS, "error")}
-
-
-async def ask(
-    table: str, body: bytes, status_code: int = 200, headers: Mapping[str, str] | None = None, run: str = RUN
-) -> Any:
-    """Return what the client makes of an answer."""
-    transport = httpx.MockTransport(lambda _: httpx.Response(status_code, content=body, headers=headers))
-    async with CrewClient("https://crew.test", "the-token-of-the-crew", transport=transport) as client:
-        if table == "inputs":
-            return await client.inputs()
-        if table == "kickoff":
-            return await client.kickoff({})
-        if table == "resume":
-            return await client.resume(run, "task", "", True)
-        return await (client.stop(run) if table == "stop" else client.status(run))
 
 
 def in_tables(*tables: str) -> pytest.MarkDecorator:

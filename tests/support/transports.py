@@ -1,9 +1,9 @@
-"""Clients that reach a host without a network."""
+"""Clients that reach a host, or one answer, without a network."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 from unittest import mock
 from urllib.parse import urlsplit
@@ -25,3 +25,18 @@ def carried_by(host: str, transport: httpx.AsyncBaseTransport) -> Iterator[None]
 
     with mock.patch.object(CrewClient, "__init__", make_with_transport):
         yield
+
+
+async def ask(
+    call: str, body: bytes, status_code: int = 200, headers: Mapping[str, str] | None = None, run: str = "run-1"
+) -> Any:
+    """Return what the client makes of an answer to one of its calls."""
+    transport = httpx.MockTransport(lambda _: httpx.Response(status_code, content=body, headers=headers))
+    async with CrewClient("https://crew.test", "the-token-of-the-crew", transport=transport) as client:
+        if call == "inputs":
+            return await client.inputs()
+        if call == "kickoff":
+            return await client.kickoff({})
+        if call == "resume":
+            return await client.resume(run, "task", "", True)
+        return await (client.stop(run) if call == "stop" else client.status(run))
