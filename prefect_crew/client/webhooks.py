@@ -6,16 +6,9 @@ from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Literal
 from urllib.parse import urlsplit
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    SecretStr,
-    SerializationInfo,
-    SerializerFunctionWrapHandler,
-    WrapSerializer,
-)
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr
+
+from prefect_crew.client.inputs import encode_inputs
 
 RUN_ENDS = ("crew_kickoff_completed", "crew_kickoff_failed", "flow_finished", "method_execution_failed")
 """Events of a stream after which a run may have ended: no plain webhook tells of a failure, and which of these a server
@@ -31,12 +24,7 @@ def _check_url(url: str) -> str:
     return url
 
 
-def _reveal(secret: SecretStr, hide: SerializerFunctionWrapHandler, info: SerializationInfo) -> Any:
-    return secret.get_secret_value() if info.context == "for the crew's server" else hide(secret)
-
-
 Url = Annotated[str, AfterValidator(_check_url)]
-Secret = Annotated[SecretStr, WrapSerializer(_reveal)]
 
 
 class _Model(BaseModel):
@@ -57,7 +45,7 @@ class BearerAuth(_Model):
     """A bearer token that the crew's server sends to the webhook."""
 
     strategy: Literal["bearer"] = "bearer"
-    token: Secret
+    token: SecretStr
 
 
 class BasicAuth(_Model):
@@ -65,7 +53,7 @@ class BasicAuth(_Model):
 
     strategy: Literal["basic"] = "basic"
     username: str
-    password: Secret
+    password: SecretStr
 
 
 class HumanInputWebhook(_Model):
@@ -99,20 +87,16 @@ class Webhooks(_Model):
 
     @classmethod
     def from_json(cls, body: Mapping[str, Any]) -> Webhooks:
-        """Return the targets that the body of a kickoff or a resume names.
-
-        Raises:
-            ValidationError: One of them cannot be used.
-        """
+        """Return the targets that the body of a kickoff or a resume names; pydantic refuses those that cannot be."""
         keys = {name: str(info.serialization_alias) for name, info in cls.model_fields.items()}
         return cls.model_validate({name: body[key] for name, key in keys.items() if key in body})
 
     def to_json(self) -> dict[str, Any]:
         """Return the keys that the body of a kickoff or a resume carries for these targets, secrets included."""
-        body = self.model_dump(by_alias=True, exclude_none=True, context="for the crew's server")
+        body = self.model_dump(by_alias=True, exclude_none=True)
         if isinstance(self.human_input, str):
             body["humanInputWebhook"] = {"url": self.human_input}
-        return body
+        return encode_inputs(body, as_json=True)
 
     def secrets(self) -> list[str]:
         """Return every text in these targets that must not be shown: tokens, passwords, and the URLs themselves."""
